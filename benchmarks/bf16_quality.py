@@ -21,19 +21,28 @@ def main() -> dict[str, float]:
         print("bf16 quality: skipped, run `make demo` first")
         return {}
     folder = folders[-1].parents[1]
-    train, validation, test = (vilu.EmbeddingStore(folder / split) for split in ("train", "validation", "test"))
+    train, validation, test = (
+        vilu.EmbeddingStore(folder / split) for split in ("train", "validation", "test")
+    )
     means = {}
     for precision in ("fp32", "bf16"):
         values = [
             vilu.evaluate(
-                vilu.score(vilu.ViLU(batch_size=1024, precision=precision, seed=seed).fit(train, validation), test),
+                vilu.score(
+                    vilu.ViLU(batch_size=1024, precision=precision, seed=seed).fit(
+                        train, validation
+                    ),
+                    test,
+                ),
                 metrics=["auroc"],
                 n_resamples=0,
             ).value("auroc")
             for seed in range(SEEDS)
         ]
         means[precision] = 100 * float(np.mean([value for value in values if value is not None]))
-    print(f"ViLU, batch 1,024, {SEEDS} seeds: AUROC {means['fp32']:.2f} in float32, {means['bf16']:.2f} in bfloat16")
+    print(
+        f"ViLU, batch 1,024, {SEEDS} seeds: AUROC {means['fp32']:.2f} in float32, {means['bf16']:.2f} in bfloat16"
+    )
     return {"bf16_auroc_difference": means["bf16"] - means["fp32"]}
 
 

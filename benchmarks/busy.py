@@ -1,8 +1,8 @@
 """A command with something beside it: ``python -m benchmarks.busy``, on two cores or more.
 
-A fit of ``vilu_plus`` (3,000 rows, 200 classes), alone and while a program of another session, one process per core but
-one, computes: as torch's OpenMP (libgomp) waits by itself, and as vilu has it wait (``GOMP_SPINCOUNT=3000``). By turns;
-a fit that takes longer than ``MOST`` seconds is ended.
+A fit of ``vilu_plus`` (3,000 rows, 200 classes), alone and while a program of another session, one
+process per core but one, computes: as torch's OpenMP (libgomp) waits by itself, and as vilu has it
+wait (``GOMP_SPINCOUNT=3000``). By turns; a fit that takes longer than ``MOST`` seconds is ended.
 """
 
 from __future__ import annotations
@@ -44,23 +44,47 @@ def main() -> dict[str, float]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         text, target = rng.normal(size=(K, D)), rng.integers(K, size=ROWS)
-        image, names = text[target] + 2 * rng.normal(size=(ROWS, D)), [f"class {i}" for i in range(K)]
+        image, names = (
+            text[target] + 2 * rng.normal(size=(ROWS, D)),
+            [f"class {i}" for i in range(K)],
+        )
         np.savez(folder / "a.npz", image=image, text=text, target=target, class_names=names)
-        run(folder, "3000", "import", "a.npz", "-o", "store", "--logit-scale", "20", "--logit-bias", "0")
+        run(
+            folder,
+            "3000",
+            "import",
+            "a.npz",
+            "-o",
+            "store",
+            "--logit-scale",
+            "20",
+            "--logit-bias",
+            "0",
+        )
         for beside in (0, max((os.cpu_count() or 2) - 1, 1)):
             one = [sys.executable, "-c", "while True: pass"]
             others = [subprocess.Popen(one, start_new_session=True) for _ in range(beside)]
             times: dict[str, list[float]] = {wait: [] for wait in WAITS}
             for turn in range(REPEATS):
                 for wait, spins in WAITS.items():
-                    fit = ("fit", "store", "-o", f"{beside}-{turn}-{spins}", "--method", "vilu_plus")
+                    fit = (
+                        "fit",
+                        "store",
+                        "-o",
+                        f"{beside}-{turn}-{spins}",
+                        "--method",
+                        "vilu_plus",
+                    )
                     times[wait].append(run(folder, spins, *fit))
             for other in others:
                 other.kill()
                 other.wait()
             for wait, seconds in times.items():
                 found[f"{wait}, {beside} beside"] = median = statistics.median(seconds)
-                print(f"{wait}, {beside} beside: {median:.1f} s ({min(seconds):.1f} to {max(seconds):.1f})", flush=True)
+                print(
+                    f"{wait}, {beside} beside: {median:.1f} s ({min(seconds):.1f} to {max(seconds):.1f})",
+                    flush=True,
+                )
     return found
 
 

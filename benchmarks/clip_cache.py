@@ -1,13 +1,17 @@
 """A store of a few-shot cache: ``python -m benchmarks.clip_cache FOLDER --classes names.txt -o STORES/proto_dtd``.
 
-Methods of Tip-Adapter's kind keep the embeddings of a data set as tensors of unit norm, and repositories publish them:
+Methods of Tip-Adapter's kind keep the embeddings of a data set as tensors of unit norm, and
+repositories publish them:
 
-- ``test_f.pt``, ``val_f.pt`` (N, D) of images and ``test_l.pt``, ``val_l.pt`` (N,) of their classes;
-- ``keys_16shots.pt`` (D, S) of labelled training images and ``values_16shots.pt`` (S, K), one-hot, of their classes.
+- ``test_f.pt``, ``val_f.pt`` (N, D) of images and ``test_l.pt``, ``val_l.pt`` (N,) of their
+  classes;
+- ``keys_16shots.pt`` (D, S) of labelled training images and ``values_16shots.pt`` (S, K), one-hot,
+  of their classes.
 
-The rows of the store are those of ``--splits``, one after the other. Its texts are those of ``--texts``, or else the
-mean of the labelled training images of each class: no gap between the modalities, the failures of a few-shot
-classifier. Of the files only tensors are read; nothing in them is run.
+The rows of the store are those of ``--splits``, one after the other. Its texts are those of
+``--texts``, or else the mean of the labelled training images of each class: no gap between the
+modalities, the failures of a few-shot classifier. Of the files only tensors are read; nothing in
+them is run.
 """
 
 from __future__ import annotations
@@ -37,7 +41,9 @@ def tensor(path: Path) -> Tensor:
 
 def class_means(folder: Path, shots: int) -> Tensor:
     """(K, D) the direction of the mean of each class's labelled training images."""
-    keys, values = (tensor(folder / f"{name}_{shots}shots.pt").float() for name in ("keys", "values"))
+    keys, values = (
+        tensor(folder / f"{name}_{shots}shots.pt").float() for name in ("keys", "values")
+    )
     if keys.ndim != 2 or values.ndim != 2 or keys.shape[1] != len(values):
         raise DataError(
             f"keys must be (D, S) and values (S, K). Got {tuple(keys.shape)} and {tuple(values.shape)} in {folder}."
@@ -48,7 +54,9 @@ def class_means(folder: Path, shots: int) -> Tensor:
 def text_matrix(path: Path, width: int) -> Tensor:
     """(K, D) texts, which such repositories keep as (D, K)."""
     found = tensor(path)
-    if found.ndim != 2 or list(found.shape).count(width) != 1:  # a square one does not say which side is which
+    if (
+        found.ndim != 2 or list(found.shape).count(width) != 1
+    ):  # a square one does not say which side is which
         raise DataError(
             f"{path} must be ({width}, K) or (K, {width}), K not {width}. Got {tuple(found.shape)} instead."
         )
@@ -59,15 +67,30 @@ def main() -> None:
     """Import what a cache holds."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path, help="of the cache")
-    parser.add_argument("--classes", type=Path, required=True, help="names in the order of the labels, one a line")
+    parser.add_argument(
+        "--classes", type=Path, required=True, help="names in the order of the labels, one a line"
+    )
     parser.add_argument("--splits", default="test", help="joined by commas [test]")
-    parser.add_argument("--shots", type=int, default=16, help="labelled training images a class, for the texts [16]")
-    parser.add_argument("--texts", type=Path, help="in their place: embeddings of texts, .pt or .npy")
+    parser.add_argument(
+        "--shots", type=int, default=16, help="labelled training images a class, for the texts [16]"
+    )
+    parser.add_argument(
+        "--texts", type=Path, help="in their place: embeddings of texts, .pt or .npy"
+    )
     parser.add_argument("-o", "--output", type=Path, required=True, help="store to make")
     given = parser.parse_args()
-    splits, names = given.splits.split(","), [name.strip() for name in given.classes.read_text().splitlines()]
-    image, target = (torch.cat([tensor(given.folder / f"{one}_{kind}.pt") for one in splits]) for kind in "fl")
-    text = text_matrix(given.texts, image.shape[1]) if given.texts else class_means(given.folder, given.shots)
+    splits, names = (
+        given.splits.split(","),
+        [name.strip() for name in given.classes.read_text().splitlines()],
+    )
+    image, target = (
+        torch.cat([tensor(given.folder / f"{one}_{kind}.pt") for one in splits]) for kind in "fl"
+    )
+    text = (
+        text_matrix(given.texts, image.shape[1])
+        if given.texts
+        else class_means(given.folder, given.shots)
+    )
     with tempfile.TemporaryDirectory() as place:
         for name, values in {"image": image, "target": target.long(), "text": text}.items():
             np.save(Path(place) / f"{name}.npy", np.ascontiguousarray(values.numpy()))

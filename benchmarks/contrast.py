@@ -1,7 +1,7 @@
 """Large pools of captions against the dense computation: memory, time and agreement. D = 512, float32 (Linux only).
 
-Dense is the head as the paper writes it: one matrix of similarities for the answers, one for softmax(s q k.T), the
-concatenation, one linear layer. Ours never has a matrix of pool x pool.
+Dense is the head as the paper writes it: one matrix of similarities for the answers, one for
+softmax(s q k.T), the concatenation, one linear layer. Ours never has a matrix of pool x pool.
 """
 
 from __future__ import annotations
@@ -58,9 +58,14 @@ def config(pool: int, device: str) -> TrainConfig:
 
 
 def ours(data: PairEmbeddings, device: str = "cpu") -> Callable[[], float]:
-    """A training step of the library: batch, answers, head, weighted BCE, backward, SGD. Returns the loss."""
+    """A training step of the library: batch, answers, head, weighted BCE, backward, SGD.
+
+    Returns the loss.
+    """
     torch.manual_seed(0)
-    trainer = HeadTrainer(FailureHead(D), bce_loss(FailureWeight("batch", 0.5)), config(len(data), device))
+    trainer = HeadTrainer(
+        FailureHead(D), bce_loss(FailureWeight("batch", 0.5)), config(len(data), device)
+    )
     trainer.thaw()
     rows = Rows(data, torch.arange(len(data)))
     trainer.begin_steps(rows, len(data))
@@ -78,7 +83,9 @@ class Dense(nn.Module):
         self.query, self.key = nn.Parameter(torch.eye(D)), nn.Parameter(torch.eye(D))
         self.first = nn.Linear(3 * D, HIDDEN[0])
         with torch.no_grad():
-            self.first.weight.copy_(torch.cat([head.first[part] for part in ("image", "attended", "caption")], dim=1))
+            self.first.weight.copy_(
+                torch.cat([head.first[part] for part in ("image", "attended", "caption")], dim=1)
+            )
             self.first.bias.copy_(head.first_bias)
         self.rest = head.rest
 
@@ -95,7 +102,9 @@ class Dense(nn.Module):
 def dense(data: PairEmbeddings) -> Callable[[], float]:
     """A training step of the dense head. Returns the loss."""
     head, weight, target = Dense(SCALE), FailureWeight("batch", 0.5), torch.arange(len(data))
-    optimizer = torch.optim.SGD(head.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4, fused=True)
+    optimizer = torch.optim.SGD(
+        head.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4, fused=True
+    )
 
     def step() -> float:
         logit, answer = head(data.image, data.text)
@@ -112,8 +121,8 @@ def dense(data: PairEmbeddings) -> Callable[[], float]:
 def child(what: str) -> None:
     """Make the data, note the resident size, run once, print seconds, peak above the data, and seconds of the products.
 
-    Those of a step: similarities for the answers, for the attention, and again for its gradient; averages of texts,
-    gradients of weights, of queries: six of pool x D x pool, here in tiles.
+    Those of a step: similarities for the answers, for the attention, and again for its gradient;
+    averages of texts, gradients of weights, of queries: six of pool x D x pool, here in tiles.
     """
     import vilu
 
@@ -139,16 +148,24 @@ def child(what: str) -> None:
 def memory() -> dict[str, float]:
     """Peaks above the data, each in a process of its own."""
     figures = {}
-    for what, name in (("step", "training step"), ("vilu", "scoring by ViLU"), ("mcm", "scoring by MCM")):
+    for what, name in (
+        ("step", "training step"),
+        ("vilu", "scoring by ViLU"),
+        ("mcm", "scoring by MCM"),
+    ):
         command = f"from benchmarks.contrast import child; child({what!r})"
-        done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", command], capture_output=True, text=True, check=True
+        )
         seconds, peak, floor = map(float, done.stdout.split())
         share = (
             ""
             if math.isnan(floor)
             else f", {floor / seconds:.2f} of its products, {6 * LARGE**2 * D * 2e-12:.1f} TFLOP"
         )
-        print(f"  pool {LARGE:,}, {name}: {seconds:.1f} s{share}, {peak:,.0f} MB above the data (at most {LIMIT_MB:,})")
+        print(
+            f"  pool {LARGE:,}, {name}: {seconds:.1f} s{share}, {peak:,.0f} MB above the data (at most {LIMIT_MB:,})"
+        )
         figures[f"contrast_{what}_mb"] = peak
         if what == "step":
             figures["contrast_step_products"] = floor / seconds
@@ -199,7 +216,11 @@ def agreement() -> dict[str, float]:
         f"attention within {errors[0]:.1e} of float64, its gradient within {errors[1]:.1e} of the largest "
         f"(at most {TOLERANCE})"
     )
-    return {"contrast_labels_differ": differ, "contrast_attention_error": errors[0], "contrast_gradient": errors[1]}
+    return {
+        "contrast_labels_differ": differ,
+        "contrast_attention_error": errors[0],
+        "contrast_gradient": errors[1],
+    }
 
 
 def plain(query: Tensor, text: Tensor, scale: float) -> Tensor:

@@ -1,9 +1,10 @@
 """Does the interval of the ECE hold the truth as often as it says?
 
-``python -m benchmarks.ece_coverage [--streams 500] [--percentile]``: predictors whose failure rate at every stated
-probability is known, calibrated ones (the truth is 0) and others; test sets of four sizes, both kinds of bins. Printed
-per case: the truth, the mean of the estimate, how often the interval lies above the truth, how often below, its mean
-width; with ``--percentile`` those of the percentiles of resampled rows, for comparison.
+``python -m benchmarks.ece_coverage [--streams 500] [--percentile]``: predictors whose failure rate
+at every stated probability is known, calibrated ones (the truth is 0) and others; test sets of four
+sizes, both kinds of bins. Printed per case: the truth, the mean of the estimate, how often the
+interval lies above the truth, how often below, its mean width; with ``--percentile`` those of the
+percentiles of resampled rows, for comparison.
 """
 
 from __future__ import annotations
@@ -48,7 +49,10 @@ WORLDS = {
     "a little too sure": World(_beta(0.7, 1.3), _moved(0.7, 0)),
     "far too sure": World(_beta(0.3, 0.5), _moved(0.3, 0)),
     "wavy": World(_beta(1, 1), lambda p: (p + 0.06 * np.sin(40 * p)).clip(0, 1)),
-    "one number, wrong by 0.1": World(lambda rng, n: np.full(n, 0.3), lambda p: np.full(len(p), 0.4)),  # noqa: ARG005
+    "one number, wrong by 0.1": World(
+        lambda rng, n: np.full(n, 0.3),  # noqa: ARG005
+        lambda p: np.full(len(p), 0.4),
+    ),
 }
 
 
@@ -94,7 +98,13 @@ def truth_of(world: World, binning: Binning, seed: int = 0) -> float:
 
 
 def coverage_of(
-    world: World, binning: Binning, n: int, streams: int, *, draws: int = 500, percentile: bool = False
+    world: World,
+    binning: Binning,
+    n: int,
+    streams: int,
+    *,
+    draws: int = 500,
+    percentile: bool = False,
 ) -> Coverage:
     """What the intervals of so many test sets of n rows are worth."""
     truth, rng = truth_of(world, binning), np.random.default_rng([n, streams])

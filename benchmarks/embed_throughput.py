@@ -1,6 +1,7 @@
 """What ``embed`` costs beside the model: a bare forward pass against JPEG bytes to a sealed store, in one run.
 
-Both see the same pictures in the same batches, by turns, so that what else the machine does falls on both.
+Both see the same pictures in the same batches, by turns, so that what else the machine does falls
+on both.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ def synthetic(n: int, width: int, height: int) -> list[bytes]:
     blobs = []
     for _ in range(n):
         coarse = Image.fromarray(generator.integers(0, 256, (12, 12, 3), dtype=np.uint8))
-        smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=np.int16)
+        smooth = np.asarray(
+            coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=np.int16
+        )
         noisy = np.clip(smooth + generator.integers(-8, 9, smooth.shape), 0, 255).astype(np.uint8)
         buffer = io.BytesIO()
         Image.fromarray(noisy).save(buffer, "JPEG", quality=85)
@@ -66,7 +69,10 @@ def synthetic(n: int, width: int, height: int) -> list[bytes]:
 
 def photos(n: int) -> Pictures:
     if PHOTOS.exists():
-        return Pictures("clothing photos", pq.read_table(PHOTOS, columns=["image"]).slice(0, n)["image"].to_pylist())
+        return Pictures(
+            "clothing photos",
+            pq.read_table(PHOTOS, columns=["image"]).slice(0, n)["image"].to_pylist(),
+        )
     return Pictures("synthetic photos", synthetic(n, 224, 298))
 
 

@@ -1,8 +1,9 @@
 """Images and texts per second of the named backbones and of the compact model: forward passes, side by side.
 
-Weights are random and of the real size, so nothing is downloaded: what a tower costs does not depend on what it has
-learned. Only the towers run, in float32, on pixels and tokens that are ready. All take turns, pass by pass, and of each
-the best pass counts: whatever else the machine does can only slow one down.
+Weights are random and of the real size, so nothing is downloaded: what a tower costs does not
+depend on what it has learned. Only the towers run, in float32, on pixels and tokens that are ready.
+All take turns, pass by pass, and of each the best pass counts: whatever else the machine does can
+only slow one down.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class Towers:
         pixels: Of a side of an image.
         run_images: Encodes ``IMAGES`` images.
         run_texts: Encodes ``TEXTS`` texts.
-        parameters: Number of weights of both towers, in millions; "-" of the compact model, which hides them.
+        parameters: Number of weights of both towers, in millions; "-" of the compact model, which
+            hides them.
     """
 
     name: str
@@ -54,9 +56,13 @@ def named(name: str) -> Towers:
     model_name, _, tag = entry.open_clip.partition("/")
     wants = open_clip.get_pretrained_cfg(model_name, tag)
     with quiet():
-        model: Any = open_clip.create_model(model_name, force_quick_gelu=bool(wants.get("quick_gelu"))).eval()
+        model: Any = open_clip.create_model(
+            model_name, force_quick_gelu=bool(wants.get("quick_gelu"))
+        ).eval()
     vocabulary = open_clip.get_model_config(model_name)["text_cfg"]["vocab_size"]
-    tokens = torch.randint(1, vocabulary, (TEXTS, entry.context_length), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(
+        1, vocabulary, (TEXTS, entry.context_length), generator=torch.Generator().manual_seed(0)
+    )
     pixels = noise(entry.image_size)
     return Towers(
         name,
@@ -84,7 +90,9 @@ def gflop(run: Callable[[], object], number: int) -> float:
     """10^9 floating point operations of one of ``number`` items; a multiplication with its addition counts as two."""
     run()  # what is done once only is not counted, and memory is warm
     fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(value=False)  # its one big operation would not be counted
+    torch.backends.mha.set_fastpath_enabled(
+        value=False
+    )  # its one big operation would not be counted
     try:
         with FlopCounterMode(display=False) as counter:
             run()
@@ -103,8 +111,13 @@ def main(repeats: int = 6) -> dict[str, float]:
     """Print a table of all models and return images per second."""
     with torch.inference_mode():
         models = [*map(named, NAMED), *map(compact, COMPACT_SIZES)]
-        work = [(gflop(model.run_images, IMAGES), gflop(model.run_texts, TEXTS)) for model in models]
-        rounds = [[(seconds(model.run_images), seconds(model.run_texts)) for model in models] for _ in range(repeats)]
+        work = [
+            (gflop(model.run_images, IMAGES), gflop(model.run_texts, TEXTS)) for model in models
+        ]
+        rounds = [
+            [(seconds(model.run_images), seconds(model.run_texts)) for model in models]
+            for _ in range(repeats)
+        ]
     print(
         f"{torch.get_num_threads()} threads, float32, {IMAGES} images or {TEXTS} texts a pass, best of {repeats} passes"
     )
@@ -114,7 +127,13 @@ def main(repeats: int = 6) -> dict[str, float]:
     for i, model in enumerate(models):
         images = IMAGES / min(times[i][0] for times in rounds)
         texts = TEXTS / min(times[i][1] for times in rounds)
-        figures = (model.parameters, f"{work[i][0]:.2f}", f"{images:.2f}", f"{work[i][1]:.2f}", f"{texts:.1f}")
+        figures = (
+            model.parameters,
+            f"{work[i][0]:.2f}",
+            f"{images:.2f}",
+            f"{work[i][1]:.2f}",
+            f"{texts:.1f}",
+        )
         print(row.format(model.name, model.pixels, *figures))
         rates[f"{model.name}_images_per_s"] = round(images, 2)
     return rates

@@ -1,7 +1,8 @@
 """Metrics and intervals: 100,000 rows with 1,000 resamples, ten million rows, and the metrics of others beside ours.
 
-Intervals are of all default metrics. Others are scikit-learn, and torch-uncertainty where it is installed (it is no
-dependency of this project); they take the same million rows in turn, and of each the least time counts.
+Intervals are of all default metrics. Others are scikit-learn, and torch-uncertainty where it is
+installed (it is no dependency of this project); they take the same million rows in turn, and of
+each the least time counts.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ class Counted:
         """Their histogram."""
         starts = range(0, len(self.failure), self.part)
         parts = (slice(start, start + self.part) for start in starts)
-        whole = Histogram.total(Histogram.of(self.uncertainty[part], self.failure[part]) for part in parts)
+        whole = Histogram.total(
+            Histogram.of(self.uncertainty[part], self.failure[part]) for part in parts
+        )
         return Tally(whole, whole, Histogram.empty(), 0, 0, whole)
 
 
@@ -73,10 +76,14 @@ def others(
         import torch
         from torch_uncertainty import metrics as uncertain  # type: ignore[import-not-found, unused-ignore]
 
-        # class 0 is the answer of every row, the more probable the less uncertain, and right where there is no failure
+        # class 0 is the answer of every row, the more probable the less uncertain, and right where
+        # there is no failure
         doubt = torch.from_numpy(uncertainty / 2)
         probability, right = torch.stack([1 - doubt, doubt], dim=1), torch.from_numpy(failure)
-        for name, kind, of in (("aurc", uncertain.AURC, ours.aurc), ("augrc", uncertain.AUGRC, ours.augrc)):
+        for name, kind, of in (
+            ("aurc", uncertain.AURC, ours.aurc),
+            ("augrc", uncertain.AUGRC, ours.augrc),
+        ):
 
             def run(kind: type = kind) -> object:
                 metric = kind()
@@ -94,10 +101,14 @@ def main() -> dict[str, float]:
     uncertainty, failure = rows(10**5)
     outcomes = vilu.Outcomes(uncertainty, failure, is_probability=True)
     figures["evaluate_1e5_seconds"] = seconds(lambda: vilu.evaluate(outcomes, n_resamples=1_000))
-    print(f"evaluate, 100,000 rows, default metrics, 1,000 resamples: {figures['evaluate_1e5_seconds']:.1f} s")
+    print(
+        f"evaluate, 100,000 rows, default metrics, 1,000 resamples: {figures['evaluate_1e5_seconds']:.1f} s"
+    )
     many = Counted(*rows(10**7))
     figures["evaluate_1e7_seconds"] = seconds(lambda: vilu.evaluate(many, n_resamples=1_000))
-    print(f"the same of 10,000,000 rows, counted and evaluated: {figures['evaluate_1e7_seconds']:.1f} s")
+    print(
+        f"the same of 10,000,000 rows, counted and evaluated: {figures['evaluate_1e7_seconds']:.1f} s"
+    )
     for name, (ours, theirs) in others(*rows(10**6)).items():
         mine, other = seconds(ours, 3), seconds(theirs, 3)
         figures[f"times_{name.replace(', ', '_')}"] = other / mine

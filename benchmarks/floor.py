@@ -17,7 +17,10 @@ def products(
 ) -> Callable[[], None]:
     """Runs all products so many times, into memory that is already there."""
     where: dict[str, Any] = {"device": device, "dtype": dtype}
-    made = [(torch.randn(m, k, **where), torch.randn(k, n, **where), torch.empty(m, n, **where)) for m, k, n in shapes]
+    made = [
+        (torch.randn(m, k, **where), torch.randn(k, n, **where), torch.empty(m, n, **where))
+        for m, k, n in shapes
+    ]
 
     def run() -> None:
         for _ in range(times):

@@ -42,8 +42,14 @@ def wait(device: str) -> None:
 
 def say(what: str, found: float, floor: float, device: str) -> float:
     """Print and return the share of the floor's rate."""
-    memory = f", {torch.cuda.max_memory_allocated(device) / 2**20:,.0f} MB at most" if device.startswith("cuda") else ""
-    print(f"  {what}: {found * 1e3:,.2f} ms, {floor / found:.2f} of its products{memory}", flush=True)
+    memory = (
+        f", {torch.cuda.max_memory_allocated(device) / 2**20:,.0f} MB at most"
+        if device.startswith("cuda")
+        else ""
+    )
+    print(
+        f"  {what}: {found * 1e3:,.2f} ms, {floor / found:.2f} of its products{memory}", flush=True
+    )
     return floor / found
 
 
@@ -53,13 +59,20 @@ def heads(device: str) -> dict[str, float]:
     data, k = head_training.embeddings(10), 10
     for b in (128, 1_024, 8_192):
         steps = 8_192 // b
-        for name, precision, allowed in (("fp32", "fp32", False), ("tf32", "fp32", True), ("bf16", "bf16", False)):
+        for name, precision, allowed in (
+            ("fp32", "fp32", False),
+            ("tf32", "fp32", True),
+            ("bf16", "bf16", False),
+        ):
             torch.backends.cuda.matmul.allow_tf32 = allowed
             dtype = torch.bfloat16 if name == "bf16" else torch.float32
             floor = products(head_training.executed(b, k), steps, device, dtype)
             step = head_training.training(data, b, precision, device)
             figures[f"gpu_head_{name}_{b}"] = say(
-                f"head, batch {b:,}, {name}, {steps} steps", seconds(step, device), seconds(floor, device), device
+                f"head, batch {b:,}, {name}, {steps} steps",
+                seconds(step, device),
+                seconds(floor, device),
+                device,
             )
     torch.backends.cuda.matmul.allow_tf32 = False
     return figures
@@ -74,7 +87,11 @@ def plus(device: str, n: int, k: int) -> dict[str, float]:
     d, h = plus_speed.D, plus_speed.HIDDEN
     floor = seconds(products([(n, d, k), (n, d + 1, k), (n, d, h), (n, h, k)], 1, device), device)
     run = seconds(lambda: predictor.predict_uncertainty(test), device)
-    return {"gpu_score_vilu_plus": say(f"vilu_plus, scores of {n:,} rows, K = {k:,}", run, floor, device)}
+    return {
+        "gpu_score_vilu_plus": say(
+            f"vilu_plus, scores of {n:,} rows, K = {k:,}", run, floor, device
+        )
+    }
 
 
 def pool(device: str, n: int) -> dict[str, float]:
@@ -90,7 +107,9 @@ def main(arguments: list[str]) -> dict[str, float]:
     device = next((a for a in arguments if not a.startswith("-")), "cuda")
     small = "--small" in arguments
     if device.startswith("cuda") and not torch.cuda.is_available():
-        sys.exit("bench-gpu: torch sees no CUDA device. Run it where there is one, or try `cpu --small`.")
+        sys.exit(
+            "bench-gpu: torch sees no CUDA device. Run it where there is one, or try `cpu --small`."
+        )
     card = torch.cuda.get_device_name(device) if device.startswith("cuda") else "no accelerator"
     print(f"{card}, torch {torch.__version__}")
     figures = {} if small else heads(device)

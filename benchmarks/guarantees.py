@@ -1,9 +1,10 @@
 """Whether promised risks hold on real scores: ``python -m benchmarks.guarantees SCORES.parquet ...``.
 
-The rows of each file (of `vilu score`, with labels; rows that the predictor has not seen) are split 200 times at random
-into calibration and test rows. A promise is about the risk of all answers that the threshold accepts. No file holds all
-answers, so the file as a whole stands for them ("broken": its risk at the threshold is above the target), and beside it
-stands what a user would see on the test rows alone, whose error rate has noise of its own ("seen above").
+The rows of each file (of `vilu score`, with labels; rows that the predictor has not seen) are split
+200 times at random into calibration and test rows. A promise is about the risk of all answers that
+the threshold accepts. No file holds all answers, so the file as a whole stands for them ("broken":
+its risk at the threshold is above the target), and beside it stands what a user would see on the
+test rows alone, whose error rate has noise of its own ("seen above").
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ def accepted_by(method: str, max_risk: float) -> Callable[[Outcomes, Floats], ND
     return lambda rows, u: vilu.calibrate(rows, max_risk=max_risk, method=method).accept(u)  # type: ignore[arg-type]
 
 
-def replay(u: Floats, failure: Ints, method: str, max_risk: float, n_calibration: int) -> dict[str, float]:
+def replay(
+    u: Floats, failure: Ints, method: str, max_risk: float, n_calibration: int
+) -> dict[str, float]:
     """Means over the splits."""
     rule, rng = accepted_by(method, max_risk), np.random.default_rng(0)
     coverage, broken, above, shares = [], [], [], []
@@ -67,14 +70,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Whether promised risks hold on real scores.")
     parser.add_argument("scores", nargs="+", type=Path)
     parser.add_argument("--max-risk", type=float, default=0.05)
-    parser.add_argument("--calibration", type=int, nargs="*", help="calibration rows [half of the file]")
+    parser.add_argument(
+        "--calibration", type=int, nargs="*", help="calibration rows [half of the file]"
+    )
     options = parser.parse_args()
     for path in options.scores:
         outcomes = Outcomes.load(path)
         keep = outcomes.evaluable
         u, failure = outcomes.uncertainty[keep], outcomes.failure[keep]
         best = coverage_at_risk(u, failure, options.max_risk)
-        print(f"{path.name}: {outcomes.method}, {len(u)} rows, {failure.mean():.1%} wrong, hindsight {best:.1%}")
+        print(
+            f"{path.name}: {outcomes.method}, {len(u)} rows, {failure.mean():.1%} wrong, hindsight {best:.1%}"
+        )
         for n_calibration in options.calibration or [len(u) // 2]:
             for method in ("ltt", "sgr", "crc", "selection"):
                 found = replay(u, failure, method, options.max_risk, n_calibration)

@@ -1,7 +1,8 @@
 """``Guard`` beside the bare forward pass: ``python -m benchmarks.guard [--images 960]``.
 
-The same encoded photos, in the same batches: ``Guard`` decodes, embeds, scores and decides; the bare pass runs the
-image tower on pixels that are there already. By turns, five times; the ratio of images per second, median and range.
+The same encoded photos, in the same batches: ``Guard`` decodes, embeds, scores and decides; the
+bare pass runs the image tower on pixels that are there already. By turns, five times; the ratio of
+images per second, median and range.
 """
 
 from __future__ import annotations
@@ -36,12 +37,20 @@ def main() -> None:
     given = parser.parse_args()
     with resources.as_file(resources.files("vilu").joinpath("assets", "clothing.parquet")) as path:
         table = pq.read_table(path, columns=["image", "label"]).slice(0, given.images)
-    blobs: list[bytes] = [one["bytes"] if isinstance(one, dict) else one for one in table["image"].to_pylist()]
+    blobs: list[bytes] = [
+        one["bytes"] if isinstance(one, dict) else one for one in table["image"].to_pylist()
+    ]
     model = BackboneSpec("compact").load()
     pixels = torch.stack([model.preprocess(decode_image(blob).image) for blob in blobs])
     image = torch.cat([model.encode_images(batch) for batch in pixels.split(32)])
     text = class_texts(model, PROMPT_NAMES)
-    data = Embeddings(image, text, np.array(table["label"].to_pylist()), space=model.space, class_names=PROMPT_NAMES)
+    data = Embeddings(
+        image,
+        text,
+        np.array(table["label"].to_pylist()),
+        space=model.space,
+        class_names=PROMPT_NAMES,
+    )
     with tempfile.TemporaryDirectory() as folder:
         ViLUPlus().fit(data).save(folder)
         Vocabulary.of(data, "float16").save(Path(folder))
@@ -57,8 +66,12 @@ def main() -> None:
             rates["guard"].append(n / (time.perf_counter() - began))
     ratios = [mine / bare for mine, bare in zip(rates["guard"], rates["bare"], strict=True)]
     for name, found in rates.items():
-        print(f"{name}: {statistics.median(found):.1f} images/s ({min(found):.1f} to {max(found):.1f})")
-    print(f"guard / bare: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}), n = {len(blobs)}")
+        print(
+            f"{name}: {statistics.median(found):.1f} images/s ({min(found):.1f} to {max(found):.1f})"
+        )
+    print(
+        f"guard / bare: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}), n = {len(blobs)}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Training of the ViLU head on cached embeddings, against plain matrix products, and the paper's arithmetic.
 
-D = 512, the published MLP, K = 10 and 1,000. "Executed" are the products that are left when the first layer is
-multiplied part by part in the cheapest order, forward and backward, into memory that is there already: a rate of 1
-means that training takes as long as they do. "Plain" is the head as the paper writes it in torch, over embeddings in
-memory, with the same optimiser. All by turns, in one run.
+D = 512, the published MLP, K = 10 and 1,000. "Executed" are the products that are left when the
+first layer is multiplied part by part in the cheapest order, forward and backward, into memory that
+is there already: a rate of 1 means that training takes as long as they do. "Plain" is the head as
+the paper writes it in torch, over embeddings in memory, with the same optimiser. All by turns, in
+one run.
 """
 
 from __future__ import annotations
@@ -38,7 +39,10 @@ def executed(b: int, k: int) -> list[Shape]:
     h = HIDDEN[0]
     image, tail = [(b, D, h), (h, b, D)], mlp_tail(b)
     if texts_first(b, k, D):
-        texts = [(k, D, D), (k, D, h)]  # towards the image, values; keys and captions are trained themselves
+        texts = [
+            (k, D, D),
+            (k, D, h),
+        ]  # towards the image, values; keys and captions are trained themselves
         changes = [(h, k, D), (k, h, D), (k, D, D), (D, k, D), (k, k, D), (k, k, h)]
         rows = [(b, D, k), (k, b, D), *[(b, k, h), (k, b, h)] * 2, (b, h, k)]
         return [*texts, *changes, *rows, *image, *tail]
@@ -67,7 +71,10 @@ def training(data: Embeddings, b: int, precision: str, device: str = "cpu") -> C
     torch.manual_seed(0)
     trainer = HeadTrainer(FailureHead(D), bce_loss(FailureWeight("batch", 0.9)), config)
     trainer.thaw()
-    rows, generator = Rows(data, torch.arange(N)).answered(config.device), torch.Generator().manual_seed(0)
+    rows, generator = (
+        Rows(data, torch.arange(N)).answered(config.device),
+        torch.Generator().manual_seed(0),
+    )
 
     trainer.begin_steps(rows, b)
 
@@ -81,7 +88,9 @@ def training(data: Embeddings, b: int, precision: str, device: str = "cpu") -> C
 def plain(data: Embeddings, b: int) -> Callable[[], None]:
     """Runs one epoch of the paper's arithmetic."""
     head, weight = Dense(data.space.logit_scale), FailureWeight("batch", 0.9)
-    optimizer = torch.optim.SGD(head.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4, fused=True)
+    optimizer = torch.optim.SGD(
+        head.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4, fused=True
+    )
 
     def run() -> None:
         for rows in torch.randperm(N).split(b):

@@ -1,26 +1,32 @@
 """What labels buy: ``python -m benchmarks.labels STORE... [--seeds 20] [--out build/labels.csv]``.
 
-Of every store, whose labels are hidden until they are asked for: the share of all rows that are accepted at a certified
-risk of 5 % (confidence 95 %), against the number of labels, for
+Of every store, whose labels are hidden until they are asked for: the share of all rows that are
+accepted at a certified risk of 5 % (confidence 95 %), against the number of labels, for
 
-- ``next``: what ``vilu triage`` asks for, round after round, with its promise, which is looked at in every round;
-- ``random``: the same command and promise, given as many labels of photos picked at random, round after round;
-- ``random, one look``: as many labels at random, half to fit ``vilu_plus`` on, half for evidence of the same kind with
-  the whole level, afresh at every size: what would hold if nobody had looked before;
-- ``uncertain, one look``: half at random for the promise; of the other half, to fit on, a half at random and the rows
-  that a predictor fitted on these trusts least;
+- ``next``: what ``vilu triage`` asks for, round after round, with its promise, which is looked at
+  in every round;
+- ``random``: the same command and promise, given as many labels of photos picked at random, round
+  after round;
+- ``random, one look``: as many labels at random, half to fit ``vilu_plus`` on, half for evidence of
+  the same kind with the whole level, afresh at every size: what would hold if nobody had looked
+  before;
+- ``uncertain, one look``: half at random for the promise; of the other half, to fit on, a half at
+  random and the rows that a predictor fitted on these trusts least;
 - ``random, exact``: as ``random, one look``, with the exact test of ``vilu calibrate``.
 
-With ``--divided`` the ways to divide so many random labels that are looked at once, in place of these:
+With ``--divided`` the ways to divide so many random labels that are looked at once, in place of
+these:
 
 - ``half``: fitted on one half, the exact test on the other;
-- ``folds``: K predictors, each fitted without its fold and tested on it with 1/K of the level; a hash picks one;
-- ``progressive``: fitted on the first half, and anew after each of four blocks of the second, of which the predictor
-  before it has to say beforehand which answers it accepts (those with a mean probability of failure of at most a share
-  of the risk); what is promised is promised of the mixture of the four (docs/triage.md).
+- ``folds``: K predictors, each fitted without its fold and tested on it with 1/K of the level; a
+  hash picks one;
+- ``progressive``: fitted on the first half, and anew after each of four blocks of the second, of
+  which the predictor before it has to say beforehand which answers it accepts (those with a mean
+  probability of failure of at most a share of the risk); what is promised is promised of the
+  mixture of the four (docs/triage.md).
 
-One line per store, arm, seed and number of labels: coverage, and the error rate of the accepted rows; ``--show`` makes
-tables of them.
+One line per store, arm, seed and number of labels: coverage, and the error rate of the accepted
+rows; ``--show`` makes tables of them.
 """
 
 from __future__ import annotations
@@ -72,7 +78,9 @@ def fitted_scores(source: EmbeddingSource, rows: Ints, seed: int) -> Floats:
     return ViLUPlus(seed=seed).fit(source.take(rows)).predict_uncertainty(source)
 
 
-def one_look(source: EmbeddingSource, wrong: Ints, seed: int, n: int) -> Iterator[tuple[str, float, float]]:
+def one_look(
+    source: EmbeddingSource, wrong: Ints, seed: int, n: int
+) -> Iterator[tuple[str, float, float]]:
     """Arm, coverage and error rate of those whose labels are looked at once."""
     order = np.random.default_rng([seed, n]).permutation(len(source))
     fit, rest = order[: n // 2], order[n // 2 :]
@@ -80,7 +88,9 @@ def one_look(source: EmbeddingSource, wrong: Ints, seed: int, n: int) -> Iterato
     held_out = rest[: n - n // 2]
     yield (
         "random, exact",
-        *judged(calibrate(Outcomes(u[held_out], wrong[held_out]), max_risk=MAX_RISK).accept(u), wrong),
+        *judged(
+            calibrate(Outcomes(u[held_out], wrong[held_out]), max_risk=MAX_RISK).accept(u), wrong
+        ),
     )
     yield "random, one look", *judged(u <= certified(u, wrong, held_out), wrong)
     u = fitted_scores(source, fit[: n // 4], seed)
@@ -92,17 +102,23 @@ def one_look(source: EmbeddingSource, wrong: Ints, seed: int, n: int) -> Iterato
     yield "uncertain, one look", *judged(u <= certified(u, wrong, held_out), wrong)
 
 
-def divided(source: EmbeddingSource, wrong: Ints, seed: int, n: int) -> Iterator[tuple[str, float, float]]:
+def divided(
+    source: EmbeddingSource, wrong: Ints, seed: int, n: int
+) -> Iterator[tuple[str, float, float]]:
     """Arm, coverage and error rate of the ways to divide ``n`` random labels."""
     order = np.random.default_rng([seed, n, 7]).permutation(len(source))[:n]
     for k in (2, 5):
         accepted = []
         for fold in np.array_split(order, k):
             u = fitted_scores(source, np.setdiff1d(order, fold), seed)
-            rule = calibrate(Outcomes(u[fold], wrong[fold]), max_risk=MAX_RISK, confidence=1 - DELTA / k)
+            rule = calibrate(
+                Outcomes(u[fold], wrong[fold]), max_risk=MAX_RISK, confidence=1 - DELTA / k
+            )
             accepted.append(rule.accept(u))
             if k == 2 and len(accepted) == 1:
-                whole = calibrate(Outcomes(u[fold], wrong[fold]), max_risk=MAX_RISK, confidence=1 - DELTA)
+                whole = calibrate(
+                    Outcomes(u[fold], wrong[fold]), max_risk=MAX_RISK, confidence=1 - DELTA
+                )
                 yield "half", *judged(whole.accept(u), wrong)
         yield f"{k} folds", *mixed(accepted, wrong, np.ones(k))
     blocks = np.array_split(order[n // 2 :], 4)
@@ -148,8 +164,12 @@ def by_triage(
     """Labels, coverage and error rate after every round of what is asked for, or of as many labels at random."""
     photos = Photos([(store, np.arange(len(store)))], {})
     names = list(store.class_names or ())
-    truth = {key: names[place] for key, place in zip(photos.ids, store.target.tolist(), strict=True)}
-    order = [photos.ids[row] for row in np.random.default_rng(seed).permutation(len(photos)).tolist()]
+    truth = {
+        key: names[place] for key, place in zip(photos.ids, store.target.tolist(), strict=True)
+    }
+    order = [
+        photos.ids[row] for row in np.random.default_rng(seed).permutation(len(photos)).tolist()
+    ]
     how = Embedding(BackboneSpec("none"), tuple(names), None, ())
     with tempfile.TemporaryDirectory() as folder:
         job = Job(Path(folder), how, max_risk=MAX_RISK, n_next=ROUND, seed=seed)
@@ -160,7 +180,10 @@ def by_triage(
                 workshop.job = replace(job, n_next=LATER)
             found = workshop.decide(photos, book, 0)
             rule = None if found.rule is None else found.rule.threshold
-            yield len(book.labels), *judged(found.outcomes.uncertainty <= (-np.inf if rule is None else rule), wrong)
+            yield (
+                len(book.labels),
+                *judged(found.outcomes.uncertainty <= (-np.inf if rule is None else rule), wrong),
+            )
             n = len(book.labels)
             asked = [one.path for one in found.asked]
             asked = (order[n : n + workshop.job.n_next] if at_random else asked)[: most - n]
@@ -183,9 +206,18 @@ def lines(path: Path, seeds: int, *, divisions: bool) -> Iterator[dict[str, obje
             found += [(arm, *one) for one in rounds]
         for n in sizes:
             once = divided if divisions else one_look
-            found += [(arm, n, coverage, risk) for arm, coverage, risk in once(store, wrong, seed, n)]
+            found += [
+                (arm, n, coverage, risk) for arm, coverage, risk in once(store, wrong, seed, n)
+            ]
         for arm, n, coverage, risk in found:
-            yield {"store": path.name, "arm": arm, "seed": seed, "labels": n, "coverage": coverage, "risk": risk}
+            yield {
+                "store": path.name,
+                "arm": arm,
+                "seed": seed,
+                "labels": n,
+                "coverage": coverage,
+                "risk": risk,
+            }
 
 
 def shown(path: Path) -> Iterator[str]:
@@ -203,14 +235,23 @@ def shown(path: Path) -> Iterator[str]:
                 of.append((int(row["labels"]), float(row["coverage"])))
         most = max(n for of in curves.values() for curve in of.values() for n, _ in curve)
         sizes = [n for n in SIZES if n <= most]
-        at = {arm: np.array([[reached(c, n) for n in sizes] for c in of.values()]) for arm, of in curves.items()}
-        yield f"{store}, {len(next(iter(at.values())))} seeds | " + " | ".join(f"{n:,}" for n in sizes)
+        at = {
+            arm: np.array([[reached(c, n) for n in sizes] for c in of.values()])
+            for arm, of in curves.items()
+        }
+        yield f"{store}, {len(next(iter(at.values())))} seeds | " + " | ".join(
+            f"{n:,}" for n in sizes
+        )
         for arm, found in at.items():
-            yield f"{arm} | " + " | ".join(f"{m:.3f} ± {h:.3f}" for m, h in zip(*interval(found), strict=True))
+            yield f"{arm} | " + " | ".join(
+                f"{m:.3f} ± {h:.3f}" for m, h in zip(*interval(found), strict=True)
+            )
         if "next" not in at:
             continue
         apart = at["next"] - at["random"]
-        yield "next - random | " + " | ".join(f"{m:+.3f} ± {h:.3f}" for m, h in zip(*interval(apart), strict=True))
+        yield "next - random | " + " | ".join(
+            f"{m:+.3f} ± {h:.3f}" for m, h in zip(*interval(apart), strict=True)
+        )
         half = at["random"][:, -1].mean() / 2
         takes = {arm: first(curves[arm], half) for arm in ("next", "random", "random, one look")}
         yield f"half-way ({half:.3f}): " + ", ".join(f"{arm} {n:,.0f}" for arm, n in takes.items())
@@ -218,14 +259,18 @@ def shown(path: Path) -> Iterator[str]:
 
 def reached(curve: Sequence[tuple[int, float]], n: int) -> float:
     """Coverage with at most so many labels."""
-    return max([(labels, coverage) for labels, coverage in curve if labels <= n], default=(0, 0.0))[1]
+    return max([(labels, coverage) for labels, coverage in curve if labels <= n], default=(0, 0.0))[
+        1
+    ]
 
 
 def interval(found: Floats) -> tuple[Floats, Floats]:
     """Mean over seeds (S, N) and half the width of its 95 % interval."""
     n = len(found)
     half = (
-        stats.t.ppf(0.975, n - 1) * found.std(axis=0, ddof=1) / np.sqrt(n) if n > 1 else np.full(found.shape[1], np.nan)
+        stats.t.ppf(0.975, n - 1) * found.std(axis=0, ddof=1) / np.sqrt(n)
+        if n > 1
+        else np.full(found.shape[1], np.nan)
     )
     return found.mean(axis=0), half
 
@@ -233,7 +278,10 @@ def interval(found: Floats) -> tuple[Floats, Floats]:
 def first(curves: dict[str, list[tuple[int, float]]], coverage: float) -> float:
     """Labels at which the mean over seeds reaches a coverage; infinite where it does not."""
     sizes = sorted({n for curve in curves.values() for n, _ in curve})
-    return next((n for n in sizes if np.mean([reached(c, n) for c in curves.values()]) >= coverage), math.inf)
+    return next(
+        (n for n in sizes if np.mean([reached(c, n) for c in curves.values()]) >= coverage),
+        math.inf,
+    )
 
 
 def main() -> None:
@@ -242,8 +290,12 @@ def main() -> None:
     parser.add_argument("stores", type=Path, nargs="*")
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--out", type=Path, default=Path("build/labels.csv"))
-    parser.add_argument("--show", action="store_true", help="Print the tables of --out, and run nothing.")
-    parser.add_argument("--divided", action="store_true", help="Ways to divide labels that are looked at once.")
+    parser.add_argument(
+        "--show", action="store_true", help="Print the tables of --out, and run nothing."
+    )
+    parser.add_argument(
+        "--divided", action="store_true", help="Ways to divide labels that are looked at once."
+    )
     given = parser.parse_args()
     if given.show:
         print("\n".join(shown(given.out)))

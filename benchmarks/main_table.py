@@ -1,11 +1,13 @@
 """What ViLU's rows of the 13-set main table cost with cached embeddings, against encoding every image in every epoch.
 
-Measured here: training rows per second of the real loop on random embeddings (D = 512, batches of 1,024) at several
-numbers of classes, and images per second of the same backbone (CLIP ViT-B/32, random weights of the real size). The
-table's time is the sum over the 13 sets of rows times 300 epochs over the rate at the set's number of classes. Decoding
-and the backward pass through the head are left out of the other side, which therefore errs on the small side.
+Measured here: training rows per second of the real loop on random embeddings (D = 512, batches of
+1,024) at several numbers of classes, and images per second of the same backbone (CLIP ViT-B/32,
+random weights of the real size). The table's time is the sum over the 13 sets of rows times 300
+epochs over the rate at the set's number of classes. Decoding and the backward pass through the head
+are left out of the other side, which therefore errs on the small side.
 
-For a GPU nothing can be measured here: a guess scales the same floating point operations to an assumed rate.
+For a GPU nothing can be measured here: a guess scales the same floating point operations to an
+assumed rate.
 """
 
 from __future__ import annotations
@@ -76,17 +78,26 @@ def main() -> dict[str, float]:
     """Print the sum, return ratio and hours."""
     images = encoding()
     rates = {classes: training(classes) for classes in CLASSES}
-    passes = {entry.name: (entry.sizes["train"] * EPOCHS, int(entry.n_classes or 0)) for entry in SETS}
-    at = {name: rates[min(c for c in CLASSES if c >= classes)] for name, (_, classes) in passes.items()}
+    passes = {
+        entry.name: (entry.sizes["train"] * EPOCHS, int(entry.n_classes or 0)) for entry in SETS
+    }
+    at = {
+        name: rates[min(c for c in CLASSES if c >= classes)]
+        for name, (_, classes) in passes.items()
+    }
     head = sum(rows / at[name][0] for name, (rows, _) in passes.items())
     encode = sum(rows for rows, _ in passes.values()) / images
     steps = sum(rows for rows, _ in passes.values()) / BATCH
     work = sum(rows * at[name][1] for name, (rows, _) in passes.items())
     gpu = max(work / (GPU_TFLOPS * 1e12), steps * GPU_STEP_SECONDS)
     total = sum(entry.sizes["train"] for entry in SETS)
-    print(f"main table, {len(SETS)} sets, {total:,} training rows, {EPOCHS} epochs, {torch.get_num_threads()} threads")
+    print(
+        f"main table, {len(SETS)} sets, {total:,} training rows, {EPOCHS} epochs, {torch.get_num_threads()} threads"
+    )
     for classes, (rate, flops) in rates.items():
-        print(f"  {classes:>5} classes: {rate:>9,.0f} training rows/s, {flops / 1e6:.1f} MFLOP a row")
+        print(
+            f"  {classes:>5} classes: {rate:>9,.0f} training rows/s, {flops / 1e6:.1f} MFLOP a row"
+        )
     print(f"  {BACKBONE}: {images:.1f} images/s")
     print(
         f"  with cached embeddings {head / 3600:,.1f} h here; encoding every image in every epoch would be "

@@ -13,7 +13,9 @@ N, K, D = 50_000, 1_000, 512
 
 def peak_mb() -> float:
     """Largest resident size since the last reset."""
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+    line = next(
+        x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM")
+    )
     return int(line.split()[1]) / 1024
 
 
@@ -27,12 +29,16 @@ def child() -> None:
     image = rng.standard_normal((N, D), dtype=np.float32)
     for start in range(0, N, 1000):  # in blocks, so that making the data leaves no peak behind
         block = slice(start, start + 1000)
-        image[block] += 1.5 * text[target[block]] * rng.random((len(target[block]), 1), dtype=np.float32)
+        image[block] += (
+            1.5 * text[target[block]] * rng.random((len(target[block]), 1), dtype=np.float32)
+        )
         image[block] /= np.linalg.norm(image[block], axis=1, keepdims=True)
     text /= np.linalg.norm(text, axis=1, keepdims=True)
     data = vilu.Embeddings(image, text, target)
     warm = vilu.Embeddings(image[:2000], text, target[:2000])
-    vilu.ViLU(epochs=1).fit(warm)  # thread pools and libraries belong to the program, not to the data
+    vilu.ViLU(epochs=1).fit(
+        warm
+    )  # thread pools and libraries belong to the program, not to the data
     Path("/proc/self/clear_refs").write_text("5")
     before = peak_mb()
     predictor = vilu.ViLU(epochs=1).fit(data)

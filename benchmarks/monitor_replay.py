@@ -1,12 +1,12 @@
 """How soon does a monitor see a shift that sets in half-way, and how often does it cry wolf?
 
-``python -m benchmarks.monitor_replay CLEAN SHIFTED... --predictor FOLDER...``: stores of class data, the
-SHIFTED ones of some of CLEAN's images made harder (``vilu.datasets.shift``) and under the same keys, and predictors
-fitted on other images.
+``python -m benchmarks.monitor_replay CLEAN SHIFTED... --predictor FOLDER...``: stores of class
+data, the SHIFTED ones of some of CLEAN's images made harder (``vilu.datasets.shift``) and under the
+same keys, and predictors fitted on other images.
 
-A replay draws 3,000 calibration rows and 1,500 rows that arrive first, at random; then 1,500 rows arrive of CLEAN, or
-of one of the SHIFTED. No image is there twice, clean and shifted. Every tenth row is audited. A delay is counted from
-the first shifted row; an alarm before it is a false one.
+A replay draws 3,000 calibration rows and 1,500 rows that arrive first, at random; then 1,500 rows
+arrive of CLEAN, or of one of the SHIFTED. No image is there twice, clean and shifted. Every tenth
+row is audited. A delay is counted from the first shifted row; an alarm before it is a false one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ N_CALIBRATION, N_BEFORE, N_AFTER = 3000, 1500, 1500
 LIMIT, AUDITED, MAX_RISK = 500, 0.1, 0.2
 
 
-def part(outcomes: vilu.Outcomes, rows: Ints, audited: NDArray[np.bool_] | None = None) -> vilu.Outcomes:
+def part(
+    outcomes: vilu.Outcomes, rows: Ints, audited: NDArray[np.bool_] | None = None
+) -> vilu.Outcomes:
     """Some rows; of those that are not audited nobody knows whether they failed."""
     failure = outcomes.failure[rows]
     if outcomes.prediction is None:
@@ -42,7 +44,10 @@ def part(outcomes: vilu.Outcomes, rows: Ints, audited: NDArray[np.bool_] | None 
 
 
 def replay(
-    clean: vilu.Outcomes, shifted: Sequence[vilu.Outcomes], seed: int, kind: type[vilu.Monitor] = vilu.Monitor
+    clean: vilu.Outcomes,
+    shifted: Sequence[vilu.Outcomes],
+    seed: int,
+    kind: type[vilu.Monitor] = vilu.Monitor,
 ) -> list[dict[str, int | None]]:
     """Row of the alarm of every test and of any, counted from the change: undisturbed first, then of every shift."""
     rng = np.random.default_rng(seed)
@@ -61,7 +66,9 @@ def replay(
         branch = copy.deepcopy(monitor)
         status = branch.update(part(outcomes, chosen, audited[N_BEFORE:]))
         alarms = {test.name: test.raised_at for test in status.tests} | {"any": status.raised_at}
-        found.append({name: None if row is None else row - N_BEFORE for name, row in alarms.items()})
+        found.append(
+            {name: None if row is None else row - N_BEFORE for name, row in alarms.items()}
+        )
     return found
 
 
@@ -73,7 +80,9 @@ def report(name: str, alarms: list[dict[str, int | None]]) -> dict[str, float]:
     before, soon = float(np.mean(delays < 0)), float(np.mean((delays >= 0) & (delays < LIMIT)))
     fair = delays[delays >= 0]
     within = float(np.mean(fair < LIMIT))
-    quantiles = " / ".join(f"{q:.0f}" for q in np.quantile(fair, [0.1, 0.5, 0.9], method="inverted_cdf"))
+    quantiles = " / ".join(
+        f"{q:.0f}" for q in np.quantile(fair, [0.1, 0.5, 0.9], method="inverted_cdf")
+    )
     each = ", ".join(f"{test} {share:.1%}" for test, share in ever.items() if test != "any")
     print(
         f"  {name}: any alarm {ever['any']:.1%} ({each}); before the change {before:.1%}; of the others within {LIMIT} "
@@ -95,15 +104,22 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     figures: dict[str, float] = {}
     for folder in options.predictor:
         predictor = vilu.load(folder)
-        clean, *shifted = (vilu.score(predictor, vilu.open_source(path)) for path in (options.clean, *options.shifted))
+        clean, *shifted = (
+            vilu.score(predictor, vilu.open_source(path))
+            for path in (options.clean, *options.shifted)
+        )
         start = time.perf_counter()
         alarms = [replay(clean, shifted, seed, kind) for seed in range(options.replays)]
         rows = options.replays * (N_BEFORE + (1 + len(shifted)) * N_AFTER)
         spent = (time.perf_counter() - start) / rows
         print(f"{folder.name}, {options.replays} replays, {1e6 * spent:.0f} microseconds a row:")
-        for name, column in zip((options.clean, *options.shifted), zip(*alarms, strict=True), strict=True):
+        for name, column in zip(
+            (options.clean, *options.shifted), zip(*alarms, strict=True), strict=True
+        ):
             found = report("undisturbed" if name == options.clean else name.name, list(column))
-            figures |= {f"monitor_{folder.name}_{name.name}_{key}": value for key, value in found.items()}
+            figures |= {
+                f"monitor_{folder.name}_{name.name}_{key}": value for key, value in found.items()
+            }
     return figures
 
 

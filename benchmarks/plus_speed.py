@@ -1,8 +1,8 @@
 """``vilu_plus`` beside the products that it needs: scores (one thread), and fits of 50,000 rows (all threads).
 
-Every figure is a ratio of times taken in turn in one run, the least of several for scores. A score needs: the zero-shot
-product (D x K), one product for all that is linear in the image ((D + 1) x K), the network's two (D x H, H x K), and
-with a memory of M rows, in float64, D x M and M x K.
+Every figure is a ratio of times taken in turn in one run, the least of several for scores. A score
+needs: the zero-shot product (D x K), one product for all that is linear in the image ((D + 1) x K),
+the network's two (D x H, H x K), and with a memory of M rows, in float64, D x M and M x K.
 """
 
 from __future__ import annotations
@@ -29,7 +29,13 @@ def data(k: int, n: int, seed: int, spread: float = 0.4) -> Embeddings:
     shared, rng = np.random.default_rng(0), np.random.default_rng(seed)
     text, common = shared.normal(size=(2, k, D)) / np.sqrt(D)
     target = rng.integers(k, size=n)
-    noise = spread * np.sqrt(D) * rng.uniform(0.3, 1.2, size=(n, 1)) * rng.normal(size=(n, D)) / np.sqrt(D)
+    noise = (
+        spread
+        * np.sqrt(D)
+        * rng.uniform(0.3, 1.2, size=(n, 1))
+        * rng.normal(size=(n, D))
+        / np.sqrt(D)
+    )
     image = text[target] + 0.6 * common[target] + noise
     return Embeddings(image.astype(np.float32), text.astype(np.float32), target, 60.0)
 
@@ -47,7 +53,11 @@ def least(work: dict[str, Callable[[], object]]) -> dict[str, float]:
 
 def products(test: Embeddings) -> None:
     """Those of a score without a memory."""
-    keys, first, last = torch.randn(len(test.text), D), torch.randn(HIDDEN, D), torch.randn(len(test.text), HIDDEN)
+    keys, first, last = (
+        torch.randn(len(test.text), D),
+        torch.randn(HIDDEN, D),
+        torch.randn(len(test.text), HIDDEN),
+    )
     for block in test.image.split(1_024):
         _ = block @ test.text.T, block @ keys.T, (block @ first.T) @ last.T
 
@@ -70,7 +80,9 @@ def scores() -> dict[str, float]:
     torch.set_num_threads(1)
     figures: dict[str, float] = {}
     for k, n, floor in ((10, MEMORY, memory), (CLASSES, 12_000, products)):
-        predictor = build(vilu.PREDICTORS["vilu_plus"], {"device": "cpu", "epochs": 2}).fit(data(k, n, 1))
+        predictor = build(vilu.PREDICTORS["vilu_plus"], {"device": "cpu", "epochs": 2}).fit(
+            data(k, n, 1)
+        )
         test = data(k, 8_192, 2)
         work = {"ours": predictor.predict_uncertainty, "floor": floor, "softmax": softmax}
         seconds = least({name: partial(run, test) for name, run in work.items()})

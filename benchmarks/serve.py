@@ -1,12 +1,15 @@
 """``vilu serve`` under load, beside ``Guard``: ``python -m benchmarks.serve PREDICTOR IMAGES [--seconds 300]``.
 
-The server runs on one core, its clients on another, both on this machine. Printed, one JSON line a step:
+The server runs on one core, its clients on another, both on this machine. Printed, one JSON line a
+step:
 
 - ``guard``: images/s of ``Guard`` alone, on the server's core, over the same bytes;
-- ``steady``: 32 clients who each send an image as soon as the last one is answered: images/s, its ratio to ``guard``,
-  latencies beside the time of a full batch, resident memory after one minute and at the end, lost and wrong answers;
-- ``overload``: ten times as many images a second as it can answer, whoever waits: how many got 429, latencies of those
-  that were answered, and the seconds until a single request is as quick again as before;
+- ``steady``: 32 clients who each send an image as soon as the last one is answered: images/s, its
+  ratio to ``guard``, latencies beside the time of a full batch, resident memory after one minute
+  and at the end, lost and wrong answers;
+- ``overload``: ten times as many images a second as it can answer, whoever waits: how many got 429,
+  latencies of those that were answered, and the seconds until a single request is as quick again as
+  before;
 - ``stop``: SIGTERM under load: requests that were sent whole and got no answer.
 """
 
@@ -40,7 +43,9 @@ def requests_of(images: Sequence[bytes]) -> list[bytes]:
     found = []
     for content in images:
         body = (
-            b'--x\r\nContent-Disposition: form-data; name="images"; filename="a"\r\n\r\n' + content + b"\r\n--x--\r\n"
+            b'--x\r\nContent-Disposition: form-data; name="images"; filename="a"\r\n\r\n'
+            + content
+            + b"\r\n--x--\r\n"
         )
         head = (
             "POST /v1/answers HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=x\r\n"
@@ -103,22 +108,37 @@ class Load:
         self.seconds.append(time.perf_counter() - began)
         (said,) = json.loads(body)["answers"]
         label, p = self.expected[place]
-        same = said["label"] == label and (p is None or abs(said["failure_probability"] - p) < HALF_STEP)
-        near = p is not None and said["failure_probability"] is not None and abs(said["failure_probability"] - p) < 0.05
+        same = said["label"] == label and (
+            p is None or abs(said["failure_probability"] - p) < HALF_STEP
+        )
+        near = (
+            p is not None
+            and said["failure_probability"] is not None
+            and abs(said["failure_probability"] - p) < 0.05
+        )
         self.wrong += not (same or near)
 
     def told(self) -> dict[str, Any]:
         """Counts and latencies."""
         seconds = np.array(self.seconds or [np.nan])
         p50, p99 = np.quantile(seconds, [0.5, 0.99])
-        return {"status": dict(self.status), "wrong": self.wrong, "p50": round(p50, 4), "p99": round(p99, 4)}
+        return {
+            "status": dict(self.status),
+            "wrong": self.wrong,
+            "p50": round(p50, 4),
+            "p99": round(p99, 4),
+        }
 
 
 async def steady(
     port: int, requests: Sequence[bytes], load: Load, seconds: float, server: psutil.Process
 ) -> dict[str, Any]:
     """All clients, each asking again as soon as it was answered."""
-    places, end, memory = cycle(range(len(requests))), time.perf_counter() + seconds, dict[str, int]()
+    places, end, memory = (
+        cycle(range(len(requests))),
+        time.perf_counter() + seconds,
+        dict[str, int](),
+    )
 
     async def client() -> None:
         mine = Client(port)
@@ -136,10 +156,17 @@ async def steady(
     taken = time.perf_counter() - began
     memory["end"] = server.memory_info().rss
     grown = memory["end"] / memory["minute"] - 1
-    return {**load.told(), "images/s": round(len(load.seconds) / taken, 2), "memory": memory, "grown": round(grown, 4)}
+    return {
+        **load.told(),
+        "images/s": round(len(load.seconds) / taken, 2),
+        "memory": memory,
+        "grown": round(grown, 4),
+    }
 
 
-async def overload(port: int, requests: Sequence[bytes], load: Load, rate: float, seconds: float) -> dict[str, Any]:
+async def overload(
+    port: int, requests: Sequence[bytes], load: Load, rate: float, seconds: float
+) -> dict[str, Any]:
     """Images at ten times the rate, on connections of their own, whoever waits; then single requests until quick."""
     tasks, began = set[asyncio.Task[None]](), time.perf_counter()
     for n, place in enumerate(cycle(range(len(requests)))):
@@ -159,10 +186,16 @@ async def overload(port: int, requests: Sequence[bytes], load: Load, rate: float
     quick = Load(load.expected)
     while not (quick.seconds and quick.seconds[-1] < 2 / rate + 0.2):
         await quick.one(Client(port), 0, requests[0])
-    return {**load.told(), "offered/s": round(offered, 1), "recovery": round(time.perf_counter() - ended, 3)}
+    return {
+        **load.told(),
+        "offered/s": round(offered, 1),
+        "recovery": round(time.perf_counter() - ended, 3),
+    }
 
 
-async def stop(port: int, requests: Sequence[bytes], load: Load, server: subprocess.Popen[str]) -> dict[str, Any]:
+async def stop(
+    port: int, requests: Sequence[bytes], load: Load, server: subprocess.Popen[str]
+) -> dict[str, Any]:
     """SIGTERM while all clients ask, until nobody listens (0); -1 is a connection closed on a request."""
     places = cycle(range(len(requests)))
 
@@ -202,7 +235,13 @@ def main() -> None:
     rate = float(np.median(rates))
     full = guard.batch_size / rate
     print(
-        json.dumps({"step": "guard", "images/s": [round(one, 2) for one in rates], "full batch": round(full, 4)}),
+        json.dumps(
+            {
+                "step": "guard",
+                "images/s": [round(one, 2) for one in rates],
+                "full batch": round(full, 4),
+            }
+        ),
         flush=True,
     )
     expected = [(answer.label, answer.failure_probability) for answer in answers]
@@ -218,21 +257,41 @@ def main() -> None:
             "--state",
             state,
         ]
-        with subprocess.Popen([*command, "--workers", "1"], stdout=subprocess.PIPE, text=True) as server:
+        with subprocess.Popen(
+            [*command, "--workers", "1"], stdout=subprocess.PIPE, text=True
+        ) as server:
             os.sched_setaffinity(0, {1})
-            port, requests = int(next(iter(server.stdout or ())).rpartition(":")[2]), requests_of(images)
+            port, requests = (
+                int(next(iter(server.stdout or ())).rpartition(":")[2]),
+                requests_of(images),
+            )
             began = time.perf_counter()
             ready = b"GET /readyz HTTP/1.1\r\nHost: localhost\r\n\r\n"
             while asyncio.run(Client(port).ask(ready))[0] != 200:
                 time.sleep(0.05)
-            print(json.dumps({"step": "ready", "seconds": round(time.perf_counter() - began, 2)}), flush=True)
-            found = asyncio.run(steady(port, requests, Load(expected), given.seconds, psutil.Process(server.pid)))
-            more = {"ratio": round(found["images/s"] / rate, 3), "p99 in full batches": round(found["p99"] / full, 2)}
+            print(
+                json.dumps({"step": "ready", "seconds": round(time.perf_counter() - began, 2)}),
+                flush=True,
+            )
+            found = asyncio.run(
+                steady(port, requests, Load(expected), given.seconds, psutil.Process(server.pid))
+            )
+            more = {
+                "ratio": round(found["images/s"] / rate, 3),
+                "p99 in full batches": round(found["p99"] / full, 2),
+            }
             print(json.dumps({"step": "steady", **found, **more}), flush=True)
-            over = asyncio.run(overload(port, requests, Load(expected), rate, min(30.0, given.seconds)))
+            over = asyncio.run(
+                overload(port, requests, Load(expected), rate, min(30.0, given.seconds))
+            )
             more = {"p99 against steady": round(over["p99"] / found["p99"], 2)}
             print(json.dumps({"step": "overload", **over, **more}), flush=True)
-            print(json.dumps({"step": "stop", **asyncio.run(stop(port, requests, Load(expected), server))}), flush=True)
+            print(
+                json.dumps(
+                    {"step": "stop", **asyncio.run(stop(port, requests, Load(expected), server))}
+                ),
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
 """Whether promises hold where some pictures are of none of the classes: ``python -m benchmarks.shares [ARRAYS]``.
 
-Calibrations of 2,000 rows at a risk of 5 % and a confidence of 95 %, drawn from worlds whose risk is known: simulated,
-and with ARRAYS (a folder of .npz files with image, text, target) from pots of real scores, with replacement. Per world
-and share of strangers: what the best threshold accepts, then mean coverage as a share of that and how often the promise
-is broken
+Calibrations of 2,000 rows at a risk of 5 % and a confidence of 95 %, drawn from worlds whose risk
+is known: simulated, and with ARRAYS (a folder of .npz files with image, text, target) from pots of
+real scores, with replacement. Per world and share of strangers: what the best threshold accepts,
+then mean coverage as a share of that and how often the promise is broken
 
 - with calibration rows that have this share (plain ``ltt``),
 - with a fifth of strangers among them, and the share stated (``--outside-share``),
 - without any stranger among them, as a warning.
 
-And a world at the edge, whose error rate is just above 5 % everywhere, so that every certificate is a broken promise;
-and with ``--compare ltt sgr bonferroni_holm ...`` the worlds without strangers, among them one of confident mistakes,
-by our procedures and by those of MAPIE (``pip install 'vilu[mapie]'``).
+And a world at the edge, whose error rate is just above 5 % everywhere, so that every certificate is
+a broken promise; and with ``--compare ltt sgr bonferroni_holm ...`` the worlds without strangers,
+among them one of confident mistakes, by our procedures and by those of MAPIE (``pip install
+'vilu[mapie]'``).
 """
 
 from __future__ import annotations
@@ -45,13 +46,19 @@ class Pot:
 
     def __post_init__(self) -> None:
         order = np.argsort(self.u)
-        self.u, self.wrong, self.strangers = self.u[order], self.wrong[order], np.sort(self.strangers)
+        self.u, self.wrong, self.strangers = (
+            self.u[order],
+            self.wrong[order],
+            np.sort(self.strangers),
+        )
         self.wrong_below = np.concatenate([[0], np.cumsum(self.wrong)])
 
     def rates(self, t: Floats, share: float) -> tuple[Floats, Floats]:
         """Accepted, and accepted and wrong, up to thresholds, as shares of all rows."""
         below = np.searchsorted(self.u, t, side="right")
-        foreign = share * np.searchsorted(self.strangers, t, side="right") / max(len(self.strangers), 1)
+        foreign = (
+            share * np.searchsorted(self.strangers, t, side="right") / max(len(self.strangers), 1)
+        )
         inside = (1 - share) / len(self.u)
         return foreign + inside * below, foreign + inside * self.wrong_below[below]
 
@@ -79,21 +86,29 @@ def simulated(rng: np.random.Generator, n: int = 400_000) -> dict[str, Pot]:
     """A predictor that tells strangers well, one that does not, and the edge."""
     u = rng.beta(0.5, 2, n)
     f = (rng.random(n) < 0.9 * u**2).astype(int)
-    return {"told apart": Pot(u, f, rng.beta(9, 1.5, n)), "half told apart": Pot(u, f, rng.beta(4, 1.5, n))}
+    return {
+        "told apart": Pot(u, f, rng.beta(9, 1.5, n)),
+        "half told apart": Pot(u, f, rng.beta(4, 1.5, n)),
+    }
 
 
 def edge(share: float, n: int = 400_000) -> Pot:
     """Scores that say nothing, and an error rate of 5.01 % or barely more up to every threshold."""
     rate = (0.0501 - share) / (1 - share)
     wrong = np.zeros(n, int)
-    wrong[np.floor(np.arange(int(np.ceil(n * rate))) / rate).astype(int)] = 1  # evenly, beginning with the first
+    wrong[np.floor(np.arange(int(np.ceil(n * rate))) / rate).astype(int)] = (
+        1  # evenly, beginning with the first
+    )
     even = np.arange(n) / n
     return Pot(even, wrong, even)
 
 
 def real(folder: Path, inside: str, outside: str, *, joint: bool) -> Pot:
     """One minus the largest probability of CLIP, among the classes or among them and everyday words."""
-    with np.load(folder / f"{inside}_b32.npz") as data, np.load(folder / f"{outside}_b32.npz") as other:
+    with (
+        np.load(folder / f"{inside}_b32.npz") as data,
+        np.load(folder / f"{outside}_b32.npz") as other,
+    ):
         text, target = data["text"].astype(np.float32), data["target"]
         images = data["image"].astype(np.float32), other["image"].astype(np.float32)
     k = len(text)
@@ -109,11 +124,15 @@ def real(folder: Path, inside: str, outside: str, *, joint: bool) -> Pot:
     return Pot(1 - scores[0].max(1), (answer != target).astype(int), 1 - scores[1].max(1))
 
 
-def replay(pot: Pot, share: float, drawn: float, stated: float | None, draws: int, seed: int) -> tuple[float, float]:
+def replay(
+    pot: Pot, share: float, drawn: float, stated: float | None, draws: int, seed: int
+) -> tuple[float, float]:
     """Mean coverage, and share of broken promises."""
     rng, coverage, broken = np.random.default_rng([seed, int(100 * share)]), 0.0, 0
     for _ in range(draws):
-        rule = vilu.calibrate(pot.draw(rng, drawn), max_risk=RISK, confidence=1 - DELTA, outside_share=stated)
+        rule = vilu.calibrate(
+            pot.draw(rng, drawn), max_risk=RISK, confidence=1 - DELTA, outside_share=stated
+        )
         found, risk = pot.of(rule, share)
         coverage, broken = coverage + found, broken + (risk > RISK)
     return coverage / draws, broken / draws
@@ -123,7 +142,9 @@ def line(name: str, pot: Pot, share: float, draws: int, seed: int) -> str:
     """One world at one share; n calibrations, and the Clopper-Pearson bound at 95 % of the broken promises."""
     best = pot.best(share)
     cells = [f"{name} | {share:.0%} | {best:.1%}"]
-    ways = [(share, None), (0.0, None)] if share == 0 else [(share, None), (DRAWN, share), (0.0, None)]
+    ways = (
+        [(share, None), (0.0, None)] if share == 0 else [(share, None), (DRAWN, share), (0.0, None)]
+    )
     for drawn, stated in ways:
         coverage, broken = replay(pot, share, drawn, stated, draws, seed)
         bound = upper_bound(round(broken * draws), draws, 0.05)
@@ -179,7 +200,9 @@ def compare(draws: int, method: str) -> None:
             for _ in range(draws):
                 u = rng.random(n)
                 f = (rng.random(n) < rate(u)).astype(int)
-                ends = certified(method, (np.floor(10 * u) + 1) / 10 if name == "tied" else u, f) or (0.0, 0.0)
+                ends = certified(
+                    method, (np.floor(10 * u) + 1) / 10 if name == "tied" else u, f
+                ) or (0.0, 0.0)
                 if name == "tied":  # a score stands for the tenth that it ends
                     ends = tuple(np.floor(10 * np.array(ends) + 1e-6) / 10)
                 low, high = (round(min(end, 1.0) * len(grid)) for end in ends)
@@ -197,10 +220,14 @@ def compare(draws: int, method: str) -> None:
 
 def main() -> None:
     """Print the tables."""
-    parser = argparse.ArgumentParser(description="Whether promises hold where some pictures are strangers.")
+    parser = argparse.ArgumentParser(
+        description="Whether promises hold where some pictures are strangers."
+    )
     parser.add_argument("arrays", nargs="?", type=Path)
     parser.add_argument("--draws", type=int, default=2000)
-    parser.add_argument("--compare", nargs="+", help="only the worlds without strangers, with these procedures")
+    parser.add_argument(
+        "--compare", nargs="+", help="only the worlds without strangers, with these procedures"
+    )
     options = parser.parse_args()
     if options.compare:
         for method in options.compare:
@@ -215,7 +242,9 @@ def main() -> None:
         for inside, outside in (("caltech66", "proto_dtd"), ("food9", "caltech66")):
             for joint in (False, True):
                 pot = real(options.arrays, inside, outside, joint=joint)
-                worlds[f"{inside}, {'joint pool' if joint else 'mcm'}, strangers of {outside}"] = lambda _, pot=pot: pot  # type: ignore[misc]
+                worlds[f"{inside}, {'joint pool' if joint else 'mcm'}, strangers of {outside}"] = (
+                    lambda _, pot=pot: pot  # type: ignore[misc]
+                )
     for seed, (name, world) in enumerate(worlds.items()):
         for share in (0.0, 0.01, 0.03) if name == "edge" else SHARES:
             print(line(name, world(share), share, options.draws, seed), flush=True)

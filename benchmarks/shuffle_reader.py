@@ -1,6 +1,7 @@
 """Rows a second that training reads from disk in shuffled order, beside a reader that opens a file for every pair.
 
-1.2 million float16 pairs at D = 512 in 12 shards (2.4 GB, in the page cache); both read with the threads they have.
+1.2 million float16 pairs at D = 512 in 12 shards (2.4 GB, in the page cache); both read with the
+threads they have.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ def write_shards(root: Path, rng: np.random.Generator) -> None:
 def write_files(root: Path, rng: np.random.Generator) -> None:
     """One file for every pair: its image and its caption."""
     for number in range(FILES):
-        np.save(root / f"{number}.npy", rng.standard_normal((2, D), dtype=np.float32).astype(np.float16))
+        np.save(
+            root / f"{number}.npy", rng.standard_normal((2, D), dtype=np.float32).astype(np.float16)
+        )
 
 
 def shard_pass(root: Path) -> tuple[float, float]:
@@ -46,7 +49,9 @@ def shard_pass(root: Path) -> tuple[float, float]:
     rates = []
     for seed in range(3):
         start, n_rows = time.perf_counter(), 0
-        for batch in source.steps(POOL, rows=source.shuffled(rows, torch.Generator().manual_seed(seed))):
+        for batch in source.steps(
+            POOL, rows=source.shuffled(rows, torch.Generator().manual_seed(seed))
+        ):
             n_rows += len(batch.index)
         rates.append(n_rows / (time.perf_counter() - start))
     return sorted(rates)[1], checked
@@ -64,7 +69,9 @@ def file_pass(root: Path) -> float:
         order = np.random.default_rng(seed).permutation(FILES)
         start = time.perf_counter()
         for first in range(0, FILES, POOL):
-            pairs = torch.from_numpy(np.stack([load(i) for i in order[first : first + POOL]])).float()
+            pairs = torch.from_numpy(
+                np.stack([load(i) for i in order[first : first + POOL]])
+            ).float()
             pairs.unbind(1)
         rates.append(FILES / (time.perf_counter() - start))
     return sorted(rates)[1]
@@ -86,7 +93,11 @@ def main() -> dict[str, float]:
         f"shuffled reading of pairs, D={D}: {rate:,.0f} rows/s from shards, {one_by_one:,.0f} from a file for each "
         f"({rate / one_by_one:.0f} x); checking {SHARDS * SHARD_ROWS:,} rows before the first pass {checked:.1f} s"
     )
-    return {"shuffle_rows_per_s": rate, "file_per_row_rows_per_s": one_by_one, "shuffle_gain": rate / one_by_one}
+    return {
+        "shuffle_rows_per_s": rate,
+        "file_per_row_rows_per_s": one_by_one,
+        "shuffle_gain": rate / one_by_one,
+    }
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
 """A plan for a large extraction, replayed event by event: how long, how much work is lost, what it costs.
 
-``python -m benchmarks.simulate_scale --parts 4146 --workers 8 --seconds 114 --price 1.99`` prints medians with 90 %
-intervals over seeds. ``--receipts STORE`` takes the times of parts from the receipts of a real store instead, each
-scaled so that their mean is ``--seconds`` where that is given too.
+``python -m benchmarks.simulate_scale --parts 4146 --workers 8 --seconds 114 --price 1.99`` prints
+medians with 90 % intervals over seeds. ``--receipts STORE`` takes the times of parts from the
+receipts of a real store instead, each scaled so that their mean is ``--seconds`` where that is
+given too.
 
-Model: free workers take the next part. A worker lives for an exponential time (deaths and preemptions each have a mean
-time between failures); what it was doing is lost, the part goes to the front of the queue, and the worker is back after
-a restart. A poison part kills its worker, uniformly within the part; a part in which ``ATTEMPTS`` workers died is set
-aside in no time (preemptions do not count: they are announced, and a worker that is told to end takes its mark away). A
-straggler takes its part's time times a factor. Nothing else is lost: a finished part stays.
+Model: free workers take the next part. A worker lives for an exponential time (deaths and
+preemptions each have a mean time between failures); what it was doing is lost, the part goes to the
+front of the queue, and the worker is back after a restart. A poison part kills its worker,
+uniformly within the part; a part in which ``ATTEMPTS`` workers died is set aside in no time
+(preemptions do not count: they are announced, and a worker that is told to end takes its mark
+away). A straggler takes its part's time times a factor. Nothing else is lost: a finished part
+stays.
 """
 
 from __future__ import annotations
@@ -112,7 +115,9 @@ class Replay:
         worked = self.useful + self.lost
         paid = self.plan.workers * self.end - self.unpaid
         wasted = self.lost / worked if worked else 0.0
-        return Outcome(self.end / 3600, wasted, self.deaths, self.set_aside, paid / 3600 * self.plan.price)
+        return Outcome(
+            self.end / 3600, wasted, self.deaths, self.set_aside, paid / 3600 * self.plan.price
+        )
 
     def _begin(self, now: float, part: int, running: list[tuple[float, int, float]]) -> None:
         """Begin a part: (end, part or -1 if it is done, when the worker is free again) joins those that run."""
@@ -143,9 +148,15 @@ class Replay:
 
 def seconds_of(store: Path) -> tuple[float, ...]:
     """Wall times of the parts of a store."""
-    found = {line["part"]: float(line["seconds"]) for line in read_log(store) if {"part", "seconds"} <= line.keys()}
+    found = {
+        line["part"]: float(line["seconds"])
+        for line in read_log(store)
+        if {"part", "seconds"} <= line.keys()
+    }
     if not found:
-        raise SystemExit(f"{store} has no times of parts in its {LOG}: give a store that `vilu embed` wrote")
+        raise SystemExit(
+            f"{store} has no times of parts in its {LOG}: give a store that `vilu embed` wrote"
+        )
     return tuple(found[part] for part in sorted(found))
 
 
@@ -154,9 +165,13 @@ def summary(plan: Plan, seeds: int) -> dict[str, tuple[float, float, float]]:
     outcomes = [Replay(plan, seed).run() for seed in range(seeds)]
     names = ("hours", "wasted", "deaths", "set_aside", "cost")
     quantiles = {
-        name: np.quantile([getattr(outcome, name) for outcome in outcomes], (0.05, 0.5, 0.95)) for name in names
+        name: np.quantile([getattr(outcome, name) for outcome in outcomes], (0.05, 0.5, 0.95))
+        for name in names
     }
-    return {name: (float(low), float(middle), float(high)) for name, (low, middle, high) in quantiles.items()}
+    return {
+        name: (float(low), float(middle), float(high))
+        for name, (low, middle, high) in quantiles.items()
+    }
 
 
 def parse(arguments: list[str] | None = None) -> tuple[Plan, int]:
@@ -172,7 +187,9 @@ def parse(arguments: list[str] | None = None) -> tuple[Plan, int]:
         "start", "death_hours", "preemption_hours", "preemption_wait",
         "poison", "stragglers", "straggler_factor", "price",
     ):  # fmt: skip
-        parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=getattr(defaults, name))
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=float, default=getattr(defaults, name)
+        )
     given = vars(parser.parse_args(arguments))
     store, mean, seeds = given.pop("receipts"), given.pop("seconds"), given.pop("seeds")
     if store is None and mean is None:
@@ -191,7 +208,9 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     for name, values in found.items():
         factor, unit = scale.get(name, (1.0, ""))
         low, middle, high = (value * factor for value in values)
-        print(f"{name:10} {middle:10.2f}{unit}  (90 % interval {low:.2f} to {high:.2f} over {seeds} seeds)")
+        print(
+            f"{name:10} {middle:10.2f}{unit}  (90 % interval {low:.2f} to {high:.2f} over {seeds} seeds)"
+        )
     return {name: values[1] for name, values in found.items()}
 
 

@@ -1,7 +1,8 @@
 """Seconds of a fit of 1,430 rows against 123 classes, D = 512, beside those of as many rows in the lengths of before.
 
-Seconds are of the processor, so that other programs matter little; one thread. "Before" are 300 epochs of 128 rows: a
-twentieth of them is run, and counts twenty times. Of ``vilu_plus``, whose folds were more, there is no such thing.
+Seconds are of the processor, so that other programs matter little; one thread. "Before" are 300
+epochs of 128 rows: a twentieth of them is run, and counts twenty times. Of ``vilu_plus``, whose
+folds were more, there is no such thing.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ def main() -> dict[str, float]:
     figures = {"fit_vilu_plus": seconds("vilu_plus", data)}
     print(f"  vilu_plus {figures['fit_vilu_plus']:.1f}")
     for name in METHODS:
-        before = PART * seconds(name, data, epochs=BEFORE["epochs"] // PART, batch_size=BEFORE["batch_size"])
+        before = PART * seconds(
+            name, data, epochs=BEFORE["epochs"] // PART, batch_size=BEFORE["batch_size"]
+        )
         figures[f"fit_{name}"] = now = seconds(name, data)
         figures[f"fit_{name}_of_before"] = now / before
         print(f"  {name} {now:.1f}, before {before:.0f}")

@@ -20,7 +20,15 @@ COMMANDS = {
     "vilu --help": [*VILU, "--help"],
     "vilu score": [*VILU, "score", "predictor", "store", "-o", "scores.parquet"],
     "vilu evaluate": [*VILU, "evaluate", "scores.parquet"],
-    "vilu calibrate": [*VILU, "calibrate", "predictor", "store", "--max-risk", "0.5", "--overwrite"],
+    "vilu calibrate": [
+        *VILU,
+        "calibrate",
+        "predictor",
+        "store",
+        "--max-risk",
+        "0.5",
+        "--overwrite",
+    ],
 }
 REPEATS = 5
 INSTALLED = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
@@ -31,7 +39,9 @@ ROWS, K, D = 1_000, 10, 64
 def run(arguments: list[str], folder: Path) -> float:
     """Seconds of one process."""
     start = time.perf_counter()
-    subprocess.run([sys.executable, *arguments], capture_output=True, check=True, cwd=folder, env=INSTALLED)
+    subprocess.run(
+        [sys.executable, *arguments], capture_output=True, check=True, cwd=folder, env=INSTALLED
+    )
     return time.perf_counter() - start
 
 
@@ -40,7 +50,13 @@ def make(folder: Path) -> None:
     rng = np.random.default_rng(0)
     text, target = rng.normal(size=(K, D)), rng.integers(K, size=ROWS)
     image = text[target] + 2 * rng.normal(size=(ROWS, D))
-    np.savez(folder / "a.npz", image=image, text=text, target=target, class_names=[f"class {i}" for i in range(K)])
+    np.savez(
+        folder / "a.npz",
+        image=image,
+        text=text,
+        target=target,
+        class_names=[f"class {i}" for i in range(K)],
+    )
     scale = ["--logit-scale", "20", "--logit-bias", "0"]
     run([*VILU, "import", "a.npz", "-o", "store", *scale], folder)
     run([*VILU, "fit", "store", "-o", "predictor", "--method", "mcm"], folder)

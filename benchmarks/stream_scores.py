@@ -1,8 +1,9 @@
 """10 million image-caption pairs on disk, D = 64: scored part by part and evaluated, with the memory it takes (Linux).
 
-The pairs lie in LAION's layout in float16 (2.6 GB in a temporary folder). Memory is said twice: the peak of anonymous
-memory (what the program holds) and of all resident pages, among them pages of mapped files, which the system takes back
-when it needs room. Both are above what the process had after a first small run, with libraries and predictor loaded.
+The pairs lie in LAION's layout in float16 (2.6 GB in a temporary folder). Memory is said twice: the
+peak of anonymous memory (what the program holds) and of all resident pages, among them pages of
+mapped files, which the system takes back when it needs room. Both are above what the process had
+after a first small run, with libraries and predictor loaded.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ def make(root: Path, n: int, seed: int) -> None:
         rows = min(SHARD, n - start)
         maps = [
             np.lib.format.open_memmap(
-                root / name / f"{name}_{number:04d}.npy", mode="w+", dtype=np.float16, shape=(rows, D)
+                root / name / f"{name}_{number:04d}.npy",
+                mode="w+",
+                dtype=np.float16,
+                shape=(rows, D),
             )
             for name in ("img_emb", "text_emb")
         ]
@@ -102,7 +106,10 @@ def child(data: str, small: str, out: str, method: str) -> None:
         "level": folder.histogram.level,
         "accuracy": table.rows[0].accuracy,
         **{name: table.value(name) for name in METRICS},
-        "auroc_ci": [table.filter(metric="auroc").rows[0].ci_low, table.filter(metric="auroc").rows[0].ci_high],
+        "auroc_ci": [
+            table.filter(metric="auroc").rows[0].ci_low,
+            table.filter(metric="auroc").rows[0].ci_high,
+        ],
     }
     print(json.dumps(figures))
 
@@ -121,7 +128,10 @@ def errors(out: Path) -> dict[str, float]:
         for name in ("uncertainty", "failure")
     ]
     exact, counts = tie_counts(*columns), folder.histogram.counts()
-    return {name: abs(float(KNOWN[name].kernel(exact)) - float(KNOWN[name].kernel(counts))) for name in METRICS}
+    return {
+        name: abs(float(KNOWN[name].kernel(exact)) - float(KNOWN[name].kernel(counts)))
+        for name in METRICS
+    }
 
 
 def main(n: int = N) -> dict[str, float]:
@@ -136,9 +146,14 @@ def main(n: int = N) -> dict[str, float]:
             out.mkdir()
             arguments = tuple(map(str, (root / "data", root / "small", out, method)))
             code = f"from benchmarks.stream_scores import child; child(*{arguments!r})"
-            one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # the products of a pool are too small to be shared
+            one_thread = {
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+            }  # the products of a pool are too small to be shared
             command = [sys.executable, "-c", code]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=one_thread)
+            done = subprocess.run(
+                command, stdout=subprocess.PIPE, text=True, check=True, env=one_thread
+            )
             figures = json.loads(done.stdout)
             error = errors(out)
             size = sum(path.stat().st_size for path in (out / "all").rglob("*") if path.is_file())

@@ -1,9 +1,10 @@
 """Where fixed-sequence testing should begin: ``python -m benchmarks.thresholds``.
 
-Mean coverage of the certified threshold over 150 calibrations of seven simulated predictors, for several beginnings
-(shares of the calibration rows, with their shares of delta). One list of beginnings has to do for all: predictors whose
-most trusted answers hold some wrong ones, those that reach the target at a small coverage only, and models that are
-good enough as a whole. ``vilu.decision.thresholds.STARTS`` and ``WHOLE`` are in use.
+Mean coverage of the certified threshold over 150 calibrations of seven simulated predictors, for
+several beginnings (shares of the calibration rows, with their shares of delta). One list of
+beginnings has to do for all: predictors whose most trusted answers hold some wrong ones, those that
+reach the target at a small coverage only, and models that are good enough as a whole.
+``vilu.decision.thresholds.STARTS`` and ``WHOLE`` are in use.
 """
 
 from __future__ import annotations
@@ -49,21 +50,34 @@ def mean_coverage(rate: Rate, *, tied: bool, n: int, max_risk: float) -> float:
         u = rng.random(n)
         counts = tie_counts(np.floor(10 * u) if tied else u, (rng.random(n) < rate(u)).astype(int))
         point = thresholds.learn_then_test(counts, max_risk, DELTA)
-        found.append(0.0 if point is None else float(counts.size[point.floor + 1 : point.index + 1].sum()) / n)
+        found.append(
+            0.0
+            if point is None
+            else float(counts.size[point.floor + 1 : point.index + 1].sum()) / n
+        )
     return float(np.mean(found))
 
 
 def main() -> None:
     """Print a line per predictor, size and target."""
-    print(f"{'predictor':12} {'rows':>6} {'risk':>5}  " + "  ".join(f"{name:>15}" for name in BEGINNINGS))
+    print(
+        f"{'predictor':12} {'rows':>6} {'risk':>5}  "
+        + "  ".join(f"{name:>15}" for name in BEGINNINGS)
+    )
     for name, rate in PREDICTORS.items():
         for n in (100, 400, 2000, 10_000):
             for max_risk in (0.05, 0.1):
                 cells = []
                 for starts, whole in BEGINNINGS.values():
                     with mock.patch.multiple(thresholds, STARTS=starts, WHOLE=whole):
-                        cells.append(mean_coverage(rate, tied=name == "tied", n=n, max_risk=max_risk))
-                print(f"{name:12} {n:6} {max_risk:5.2f}  " + "  ".join(f"{cell:15.3f}" for cell in cells), flush=True)
+                        cells.append(
+                            mean_coverage(rate, tied=name == "tied", n=n, max_risk=max_risk)
+                        )
+                print(
+                    f"{name:12} {n:6} {max_risk:5.2f}  "
+                    + "  ".join(f"{cell:15.3f}" for cell in cells),
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

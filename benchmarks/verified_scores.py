@@ -1,7 +1,8 @@
 """What it costs that a store's bytes are compared with its receipts: ``score`` of 1 GB at K = 1,000, warm.
 
-A million float16 rows at D = 512 in parts of 4,096, in the page cache. Scored with and without the comparison, in turn,
-each time from opening the store; a ratio is of two runs side by side, so that what else the machine does is in both.
+A million float16 rows at D = 512 in parts of 4,096, in the page cache. Scored with and without the
+comparison, in turn, each time from opening the store; a ratio is of two runs side by side, so that
+what else the machine does is in both.
 """
 
 from __future__ import annotations
@@ -53,12 +54,20 @@ def make(root: Path, n: int) -> None:
         rows = torch.from_numpy(rng.standard_normal((len(part), D), dtype=np.float32))
         content = PartRows({IMAGE: [torch.nn.functional.normalize(rows).half()]})
         content.rows = [
-            Row(i, f"{i:09d}.jpg", i % K, 64, 64, 1, None, 0, None, bytes(16)) for i in range(part.start, part.stop)
+            Row(i, f"{i:09d}.jpg", i % K, 64, 64, 1, None, 0, None, bytes(16))
+            for i in range(part.start, part.stop)
         ]
         receipts.append(ledger.write_rows(part, content, 1, ""))
     counts = {"n_in": n, "n_ok": n, "n_error": 0, "errors": {}}
     classes = read_classes(root, run)[0].hash
-    ledger.seal(Manifest(**dict(run) | counts, parts=len(receipts), classes=classes, content=content_hash(receipts)))
+    ledger.seal(
+        Manifest(
+            **dict(run) | counts,
+            parts=len(receipts),
+            classes=classes,
+            content=content_hash(receipts),
+        )
+    )
 
 
 def seconds(root: Path, *, verified: bool) -> tuple[float, float]:
@@ -86,7 +95,10 @@ def main(n: int = N, repeats: int = REPEATS) -> dict[str, float]:
                 runs[verified].append(seconds(root, verified=verified))
     found: dict[str, float] = {}
     for place, what in enumerate(("clock", "processor")):
-        pairs = [(with_it[place], plain[place]) for with_it, plain in zip(runs[True], runs[False], strict=True)]
+        pairs = [
+            (with_it[place], plain[place])
+            for with_it, plain in zip(runs[True], runs[False], strict=True)
+        ]
         ratios = sorted(checked / plain for checked, plain in pairs)
         costs = sorted((checked - plain) / gigabytes for checked, plain in pairs)
         found[f"verified_scores_{what}_ratio"] = statistics.median(ratios)

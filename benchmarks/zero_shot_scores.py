@@ -1,8 +1,8 @@
 """Scores of the logits against the product and softmax alone, of normalised embeddings in memory, one thread.
 
-Both take the same rows in one run, in turn, and the least time of each counts. The floor is the product in blocks whose
-logits stay in the cache, and a softmax over them. Beside it, the largest relative error against float64 of the same
-float32 logits.
+Both take the same rows in one run, in turn, and the least time of each counts. The floor is the
+product in blocks whose logits stay in the cache, and a softmax over them. Beside it, the largest
+relative error against float64 of the same float32 logits.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ def data(k: int, n: int) -> Embeddings:
     generator = torch.Generator().manual_seed(0)
     text = torch.nn.functional.normalize(torch.randn(k, D, generator=generator), dim=1)
     noise = torch.randn(n, D, generator=generator)
-    image = torch.nn.functional.normalize(text[torch.randint(k, (n,), generator=generator)] + 0.2 * noise, dim=1)
+    image = torch.nn.functional.normalize(
+        text[torch.randint(k, (n,), generator=generator)] + 0.2 * noise, dim=1
+    )
     return Embeddings(image, text)
 
 
@@ -64,10 +66,15 @@ def measure(k: int, n: int) -> dict[str, float]:
         f"floor of {rows}": floor(source.image, source.text, rows) for rows in (256, 1_024, 4_096)
     }
     predictors = {name: vilu.PREDICTORS[name]() for name in METHODS}
-    work |= {name: partial(predictor.predict_uncertainty, source) for name, predictor in predictors.items()}
+    work |= {
+        name: partial(predictor.predict_uncertainty, source)
+        for name, predictor in predictors.items()
+    }
     seconds = least(work)
     floor_seconds = min(value for name, value in seconds.items() if name.startswith("floor"))
-    print(f"K = {k:,}, D = {D}, {n:,} rows, one thread; product and softmax: {n / floor_seconds:,.0f} rows/s")
+    print(
+        f"K = {k:,}, D = {D}, {n:,} rows, one thread; product and softmax: {n / floor_seconds:,.0f} rows/s"
+    )
     few = source.image[:2_000]
     logits = (few @ source.text.T).mul_(100.0)
     for name, value in seconds.items():
@@ -76,7 +83,11 @@ def measure(k: int, n: int) -> dict[str, float]:
             found = predictors[name].predict_uncertainty(Embeddings(few, source.text))
             line += f", relative error {np.abs(found / exact(name, logits).numpy() - 1).max():.1e}"
         print(line)
-    return {f"score_{name}_k{k}": floor_seconds / value for name, value in seconds.items() if name in predictors}
+    return {
+        f"score_{name}_k{k}": floor_seconds / value
+        for name, value in seconds.items()
+        if name in predictors
+    }
 
 
 def main() -> dict[str, float]:

@@ -1,8 +1,8 @@
 """Two methods, one data set: is one of them better, or was it luck?
 
-Shows `vilu.evaluate`, numbers with intervals, and `vilu.compare`, the difference of two methods on the same answers
-with its interval, which is narrower than the two intervals let one think. Real photos of clothes, named by the small
-model that comes with vilu.
+Shows `vilu.evaluate`, numbers with intervals, and `vilu.compare`, the difference of two methods on
+the same answers with its interval, which is narrower than the two intervals let one think. Real
+photos of clothes, named by the small model that comes with vilu.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def main() -> Figure:
     (row,) = (row for row in table.rows if (row.method, row.metric) == ("mcm", "auroc"))
     assert row.ci_low is not None
     assert row.ci_high is not None
-    assert close.ci_high - close.ci_low < row.ci_high - row.ci_low  # the same answers are hard for both
+    assert (
+        close.ci_high - close.ci_low < row.ci_high - row.ci_low
+    )  # the same answers are hard for both
 
     figure = Figure(figsize=(5, 1.8), layout="constrained")
     axes = figure.add_subplot()

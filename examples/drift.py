@@ -1,8 +1,9 @@
 """The camera has changed: does what was promised still hold, and what do I do?
 
-Shows `vilu.Monitor`: it says nothing while new images are like those of the calibration, raises an alarm without any
-label when they no longer are, and after it labels of a few hundred new images give a promise that holds again. The
-embeddings are simulated: half of the images were blurred, now nine in ten are.
+Shows `vilu.Monitor`: it says nothing while new images are like those of the calibration, raises an
+alarm without any label when they no longer are, and after it labels of a few hundred new images
+give a promise that holds again. The embeddings are simulated: half of the images were blurred, now
+nine in ten are.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from example_data import simulated
 def rows(n: int, *, seed: int, blurred: float = 0.5, labelled: bool = True) -> vilu.Embeddings:
     """Embeddings of images; the names of the rows tell the days apart."""
     image, text, label = simulated(n, seed=seed, blurred=blurred)
-    return vilu.Embeddings(image, text, label if labelled else None, 20.0, ids=[f"{seed}/{i}" for i in range(n)])
+    return vilu.Embeddings(
+        image, text, label if labelled else None, 20.0, ids=[f"{seed}/{i}" for i in range(n)]
+    )
 
 
 def main() -> None:
@@ -35,7 +38,8 @@ def main() -> None:
     assert status.raised_at is not None
     assert 800 <= status.raised_at < 1_200
 
-    # What to do: label new images, drawn at random, calibrate on them, and begin a new monitor. No new fit is needed.
+    # What to do: label new images, drawn at random, calibrate on them, and begin a new monitor. No
+    # new fit is needed.
     after = vilu.score(predictor, rows(1_500, seed=14, blurred=0.9))
     renewed = vilu.calibrate(after, max_risk=0.05)
     print(f"promised anew: {renewed}")
@@ -45,7 +49,9 @@ def main() -> None:
     later = vilu.score(predictor, rows(2_000, seed=15, blurred=0.9))
     wrong = later.failure[renewed.accept(later.uncertainty)].mean()
     again = vilu.Monitor(after, renewed).update(later)
-    print(f"on later rows {wrong:.1%} of the accepted are wrong, and the new monitor says: {again.verdict}")
+    print(
+        f"on later rows {wrong:.1%} of the accepted are wrong, and the new monitor says: {again.verdict}"
+    )
     assert wrong < 0.06
     assert again.verdict == "holds"
 

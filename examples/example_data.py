@@ -1,7 +1,8 @@
 """What the examples work on: photos of clothes that ship with vilu, and embeddings that are simulated.
 
-No example of its own. The photos are real. The simulated embeddings are those of a model that is often wrong about
-half of its images, as it would be about blurred ones, and can know which half that is.
+No example of its own. The photos are real. The simulated embeddings are those of a model that is
+often wrong about half of its images, as it would be about blurred ones, and can know which half
+that is.
 """
 
 from __future__ import annotations
@@ -21,10 +22,13 @@ SMALL_MODEL = "compact:128"
 """The model that comes with ``vilu[compact]``, at 128 pixels, where one core embeds about 80 photos a second."""
 
 
-def photos_on_disk(folder: Path, n: int, *, skip: int = 0, in_class_folders: bool = False) -> dict[str, str]:
+def photos_on_disk(
+    folder: Path, n: int, *, skip: int = 0, in_class_folders: bool = False
+) -> dict[str, str]:
     """Write ``n`` random photos into a folder; what each shows, by its path in there.
 
-    They are always in the same random order, so that those after ``skip`` are others than those before.
+    They are always in the same random order, so that those after ``skip`` are others than those
+    before.
     """
     with resources.as_file(resources.files("vilu") / "assets" / "clothing.parquet") as path:
         rows = pq.read_table(path, columns=["image", "label"])
@@ -46,12 +50,17 @@ class Arrays(NamedTuple):
     label: NDArray[np.int64]  # (N,) what the images show
 
 
-def simulated(n: int, *, seed: int, blurred: float = 0.5, classes: int = 6, width: int = 24) -> Arrays:
+def simulated(
+    n: int, *, seed: int, blurred: float = 0.5, classes: int = 6, width: int = 24
+) -> Arrays:
     """Images of some classes; the share ``blurred`` of them is often missed, and their last coordinate says so.
 
     Texts say only roughly where the images of a class lie, as those of real models do.
     """
-    world, random = np.random.default_rng(2026), np.random.default_rng(seed)  # every call is about the same classes
+    world, random = (
+        np.random.default_rng(2026),
+        np.random.default_rng(seed),
+    )  # every call is about the same classes
     centre = world.normal(size=(classes, width))
     centre[:, -1] = 0
     centre /= np.linalg.norm(centre, axis=1, keepdims=True)
@@ -59,7 +68,9 @@ def simulated(n: int, *, seed: int, blurred: float = 0.5, classes: int = 6, widt
     text[:, -1] = 0
     label = random.integers(classes, size=n)
     is_blurred = random.random(n) < blurred
-    image = centre[label] + random.normal(size=(n, width)) * np.where(is_blurred, 0.5, 0.15)[:, None]
+    image = (
+        centre[label] + random.normal(size=(n, width)) * np.where(is_blurred, 0.5, 0.15)[:, None]
+    )
     image[:, -1] = np.where(is_blurred, 1.0, -1.0)
     return Arrays(unit(image), unit(text), label)
 

@@ -1,8 +1,8 @@
 """I can label forty images today: which ones?
 
-Shows `vilu next`: half of what it asks for teaches, images that are doubtful and different from one another; the other
-half, a random draw of what could be accepted, vouches for a promise. And shows why the two may not be mixed. The
-embeddings are simulated.
+Shows `vilu next`: half of what it asks for teaches, images that are doubtful and different from one
+another; the other half, a random draw of what could be accepted, vouches for a promise. And shows
+why the two may not be mixed. The embeddings are simulated.
 """
 
 from __future__ import annotations
@@ -40,15 +40,21 @@ def main() -> None:
         with (home / "next.csv").open(encoding="utf-8", newline="") as file:
             asked = list(csv.DictReader(file))
 
-    rows = {stream: [int(row["path"]) for row in asked if row["stream"] == stream] for stream in ("fit", "promise")}
+    rows = {
+        stream: [int(row["path"]) for row in asked if row["stream"] == stream]
+        for stream in ("fit", "promise")
+    }
     for stream, numbers in rows.items():
-        print(f"{stream}: {len(numbers)} images, the model is wrong about {wrong[numbers].mean():.0%} of them")
+        print(
+            f"{stream}: {len(numbers)} images, the model is wrong about {wrong[numbers].mean():.0%} of them"
+        )
     print(f"of all images it is wrong about {wrong.mean():.0%}")
 
     assert len(asked) == 40
     assert all(row["label"] == "" for row in asked)  # to be filled in
-    # What teaches was chosen for being doubtful: an error rate measured on it would be far too high, so it vouches for
-    # nothing. What vouches is drawn from what could be accepted, where errors are rare.
+    # What teaches was chosen for being doubtful: an error rate measured on it would be far too
+    # high, so it vouches for nothing. What vouches is drawn from what could be accepted, where
+    # errors are rare.
     assert wrong[rows["fit"]].mean() > wrong.mean() + 0.1
     assert wrong[rows["promise"]].mean() < wrong.mean()
 

@@ -1,8 +1,8 @@
 """I have photos of the deployment and not a single label: can I do better than the model's own confidence?
 
-Shows `vilu_zero`, which learns from photos without labels which of the classes occur, and where they lie. Real photos
-of clothes; the list of classes is the one that such a project begins with, fifty things of which ten occur. Named by
-the small model that comes with vilu.
+Shows `vilu_zero`, which learns from photos without labels which of the classes occur, and where
+they lie. Real photos of clothes; the list of classes is the one that such a project begins with,
+fifty things of which ten occur. Named by the small model that comes with vilu.
 """
 
 from __future__ import annotations

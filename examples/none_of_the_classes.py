@@ -1,9 +1,9 @@
 """Some of my pictures show none of my classes: how do I keep their answers out?
 
-The model names a class all the same, and a softmax over the classes cannot say "none". Shows what can: everyday words
-as further candidates (`neglabel`, no label needed), or a few examples of strangers among labelled photos (`vilu_plus`).
-Real photos of clothes: hats and shoes are strangers to eight other classes. Named by the small model that comes with
-vilu.
+The model names a class all the same, and a softmax over the classes cannot say "none". Shows what
+can: everyday words as further candidates (`neglabel`, no label needed), or a few examples of
+strangers among labelled photos (`vilu_plus`). Real photos of clothes: hats and shoes are strangers
+to eight other classes. Named by the small model that comes with vilu.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ def main() -> None:
         stores = {}
         for split, skip, n in (("labelled", 0, 88), ("new", 88, 260)):
             photos_on_disk(home / split, n, skip=skip, in_class_folders=True)
-            photos = vilu.open_dataset(home / split, outside=STRANGERS)  # their label is vilu.OUTSIDE
+            photos = vilu.open_dataset(
+                home / split, outside=STRANGERS
+            )  # their label is vilu.OUTSIDE
             names = photos.class_names or ()
             vilu.embed(photos, backbone, home / f"{split}.store", names=names, negatives=WORDS)
             stores[split] = vilu.EmbeddingStore(home / f"{split}.store")
@@ -42,12 +44,22 @@ def main() -> None:
         methods = (vilu.MCM(), vilu.PREDICTORS["neglabel"](), plus)
         found = {method.name: vilu.score(method, stores["new"]) for method in methods}
 
-    # "outside": are strangers told from others; AUROC: are wrong answers told from right ones, strangers' among them
+    # "outside": are strangers told from others?
+    # AUROC: are wrong answers told from right ones, strangers' among them?
     print(vilu.evaluate(found.values(), metrics=["auroc_outside", "auroc"], n_resamples=200))
     strangers = found["mcm"].outside
-    asked = {name: vilu.metrics.auroc(one.uncertainty, strangers.astype(int)) for name, one in found.items()}
-    wrong = {name: vilu.metrics.risk_at_coverage(one.uncertainty, one.failure, 0.3) for name, one in found.items()}
-    print(f"{strangers.mean():.0%} of the photos are strangers; of the 30 % that are trusted most are wrong:", end=" ")
+    asked = {
+        name: vilu.metrics.auroc(one.uncertainty, strangers.astype(int))
+        for name, one in found.items()
+    }
+    wrong = {
+        name: vilu.metrics.risk_at_coverage(one.uncertainty, one.failure, 0.3)
+        for name, one in found.items()
+    }
+    print(
+        f"{strangers.mean():.0%} of the photos are strangers; of the 30 % that are trusted most are wrong:",
+        end=" ",
+    )
     print(", ".join(f"{share:.0%} by {name}" for name, share in wrong.items()))
 
     assert asked["neglabel"] > asked["mcm"] + 0.04

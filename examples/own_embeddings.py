@@ -1,7 +1,7 @@
 """I have embeddings in numpy, from any model: which of its answers are wrong?
 
-Shows the whole way with arrays alone: fit on some labelled rows, set a threshold on others, decide about new rows
-without labels. The embeddings are simulated; put your own in place of them.
+Shows the whole way with arrays alone: fit on some labelled rows, set a threshold on others, decide
+about new rows without labels. The embeddings are simulated; put your own in place of them.
 """
 
 from __future__ import annotations
@@ -32,8 +32,12 @@ def main() -> Figure:
     accepted = selector.accept(uncertainty)
 
     wrong = (image[new] @ text.T).argmax(axis=1) != label[new]  # here we do know
-    print(f"of {len(wrong)} new answers {wrong.mean():.0%} are wrong; predicted were {probability.mean():.0%}")
-    print(f"accepted are {accepted.mean():.0%}, and of these {wrong[accepted].mean():.1%} are wrong")
+    print(
+        f"of {len(wrong)} new answers {wrong.mean():.0%} are wrong; predicted were {probability.mean():.0%}"
+    )
+    print(
+        f"accepted are {accepted.mean():.0%}, and of these {wrong[accepted].mean():.1%} are wrong"
+    )
 
     assert abs(probability.mean() - wrong.mean()) < 0.05
     assert accepted.mean() > 0.4
@@ -42,7 +46,9 @@ def main() -> Figure:
 
     figure = Figure(figsize=(5, 3), layout="constrained")
     axes = figure.add_subplot()
-    axes.hist([uncertainty[~wrong], uncertainty[wrong]], bins=25, stacked=True, label=["right", "wrong"])
+    axes.hist(
+        [uncertainty[~wrong], uncertainty[wrong]], bins=25, stacked=True, label=["right", "wrong"]
+    )
     axes.axvline(float(selector.threshold or 0), color="black", linestyle="--", label="threshold")
     axes.set(xlabel="uncertainty", ylabel="answers", yscale="log")
     axes.legend()

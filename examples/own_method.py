@@ -1,7 +1,8 @@
 """I have an idea for a score of my own: what does it take to try it?
 
-Shows a method of a few lines from outside: registered, it is listed, scored, evaluated, compared, calibrated and saved
-as those of vilu are. The idea: how near does the runner-up come to the answer? The embeddings are simulated.
+Shows a method of a few lines from outside: registered, it is listed, scored, evaluated, compared,
+calibrated and saved as those of vilu are. The idea: how near does the runner-up come to the answer?
+The embeddings are simulated.
 """
 
 from __future__ import annotations
@@ -32,7 +33,11 @@ class RunnersUp(vilu.FailurePredictor):
     count: Annotated[int, Field(ge=1)] = 1  # `--set count=2`, and its check, follow from this line
 
     def _score(self, batch: vilu.Batch) -> Tensor:
-        largest = batch.logits.softmax(dim=-1).topk(min(self.count + 1, batch.logits.shape[-1]), dim=-1).values
+        largest = (
+            batch.logits.softmax(dim=-1)
+            .topk(min(self.count + 1, batch.logits.shape[-1]), dim=-1)
+            .values
+        )
         return largest[:, 1:].mean(dim=-1) / largest[:, 0]
 
 
@@ -40,7 +45,8 @@ def main() -> None:
     """Score, evaluate, compare, calibrate, save."""
     image, text, label = simulated(2_000, seed=20)
     held_out, test = (
-        vilu.Embeddings(image[rows], text, label[rows], 20.0) for rows in (slice(0, 800), slice(800, None))
+        vilu.Embeddings(image[rows], text, label[rows], 20.0)
+        for rows in (slice(0, 800), slice(800, None))
     )
     assert "runners_up" in vilu.PREDICTORS
 
@@ -62,7 +68,8 @@ def main() -> None:
     assert same
     assert abs(stated - scored.failure.mean()) < 0.05
     assert vilu.metrics.auroc(scored.uncertainty, scored.failure) > 0.8
-    # softmax(l)₂ / softmax(l)₁ is exp(l₂ − l₁): with one runner-up the order is that of the margin of the logits
+    # softmax(l)₂ / softmax(l)₁ is exp(l₂ − l₁): with one runner-up the order is that of the margin
+    # of the logits
     assert abs(vilu.compare(scored, vilu.score(vilu.Margin(), test)).difference) < 1e-6
 
 

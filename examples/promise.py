@@ -1,8 +1,9 @@
 """At most 5 % of the accepted answers may be wrong: where is the threshold, and how many labels does it take?
 
-Shows what `vilu.calibrate` promises, that too few labels promise nothing, what more labels bring, and that the promise
-is kept as often as it says. The scores are simulated, so that the truth is known: an answer with the uncertainty u is
-wrong with the probability 0.6 u², so that 5 % of those accepted are wrong where u ≤ 0.5 is accepted.
+Shows what `vilu.calibrate` promises, that too few labels promise nothing, what more labels bring,
+and that the promise is kept as often as it says. The scores are simulated, so that the truth is
+known: an answer with the uncertainty u is wrong with the probability 0.6 u², so that 5 % of those
+accepted are wrong where u ≤ 0.5 is accepted.
 """
 
 from __future__ import annotations
@@ -33,14 +34,21 @@ def main() -> Figure:
 
     mean = {}
     for n in (100, 500, 2_000, 20_000):
-        found = [vilu.calibrate(labelled(n, seed), max_risk=0.05, confidence=0.95) for seed in range(20)]
+        found = [
+            vilu.calibrate(labelled(n, seed), max_risk=0.05, confidence=0.95) for seed in range(20)
+        ]
         mean[n] = float(np.mean([one.coverage for one in found]))
-        print(f"{n:>6,} labels: {mean[n]:4.0%} of the answers are accepted, of {BEST:.0%} that could be")
+        print(
+            f"{n:>6,} labels: {mean[n]:4.0%} of the answers are accepted, of {BEST:.0%} that could be"
+        )
     assert mean[100] < mean[500] < mean[2_000] < mean[20_000] < BEST
     assert mean[20_000] > 0.45
 
     # Once is luck. In one calibration of twenty the promise may be broken, and not oftener.
-    thresholds = [vilu.calibrate(labelled(1_000, seed), max_risk=0.05).threshold for seed in range(1_000, 1_300)]
+    thresholds = [
+        vilu.calibrate(labelled(1_000, seed), max_risk=0.05).threshold
+        for seed in range(1_000, 1_300)
+    ]
     broken = np.mean([threshold is not None and threshold > BEST for threshold in thresholds])
     print(f"of 300 such promises {broken:.1%} are broken, where 5 % may be")
     assert broken <= 0.08  # three standard deviations above 5 % would be 8.8 %
@@ -48,7 +56,9 @@ def main() -> Figure:
     # The other way round: a share has to be accepted, and what can be said of its errors?
     asked = vilu.calibrate(labelled(2_000, seed=7), min_coverage=0.8, confidence=0.95)
     assert asked.risk_bound is not None
-    print(f"who must accept 80 % has at most {asked.risk_bound:.1%} wrong ones (in truth 12.8 % at 80 %)")
+    print(
+        f"who must accept 80 % has at most {asked.risk_bound:.1%} wrong ones (in truth 12.8 % at 80 %)"
+    )
     assert 0.128 < asked.risk_bound < 0.2
     return drawn(mean)
 
@@ -59,8 +69,16 @@ def drawn(mean: dict[int, float]) -> Figure:
     axes = figure.add_subplot()
     axes.plot(list(mean), [100 * share for share in mean.values()], "o-")
     axes.axhline(100 * BEST, color="black", linestyle="--")
-    axes.annotate("who knows the truth", (100, 100 * BEST), xytext=(0, 4), textcoords="offset points")
-    axes.set(xscale="log", ylim=(0, 60), xlabel="labels", ylabel="accepted (%)", title="At most 5 % wrong")
+    axes.annotate(
+        "who knows the truth", (100, 100 * BEST), xytext=(0, 4), textcoords="offset points"
+    )
+    axes.set(
+        xscale="log",
+        ylim=(0, 60),
+        xlabel="labels",
+        ylabel="accepted (%)",
+        title="At most 5 % wrong",
+    )
     return figure
 
 

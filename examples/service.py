@@ -1,7 +1,8 @@
 """Other programs should ask for decisions: how do I run this as a service, and is its promise in the answers?
 
-Shows `vilu serve`: it gets photos over HTTP, answers with decisions and the state of the promise, and takes labels for
-its audit later. The client needs the standard library alone. Real photos of clothes, named by vilu's small model.
+Shows `vilu serve`: it gets photos over HTTP, answers with decisions and the state of the promise,
+and takes labels for its audit later. The client needs the standard library alone. Real photos of
+clothes, named by vilu's small model.
 """
 
 from __future__ import annotations
@@ -29,14 +30,19 @@ def command(home: Path) -> list[str]:
         photos_on_disk(home / split, 120, skip=skip, in_class_folders=True)
         photos = vilu.open_dataset(home / split)
         vilu.embed(photos, backbone, home / f"{split}.store", names=photos.class_names or ())
-    vilu.PREDICTORS["class_gaussians"]().fit(vilu.EmbeddingStore(home / "train.store")).save(home / "predictor")
+    vilu.PREDICTORS["class_gaussians"]().fit(vilu.EmbeddingStore(home / "train.store")).save(
+        home / "predictor"
+    )
     promise = ["calibrate", "predictor", "calibration.store", "--max-risk", "0.4"]
     subprocess.run([*VILU, *promise], cwd=home, check=True, capture_output=True)
     return [*VILU, "serve", str(home / "predictor"), "--port", "0"]
 
 
 def ask(address: str, question: dict[str, Any] | None = None) -> dict[str, Any]:
-    """GET, or POST with a question; the answer. 503 means: the model is being loaded, come again."""
+    """GET, or POST with a question; the answer.
+
+    503 means: the model is being loaded, come again.
+    """
     body = None if question is None else json.dumps(question).encode()
     asked = request.Request(address, body, {"Content-Type": "application/json"})  # noqa: S310 - our own
     while True:
@@ -53,24 +59,38 @@ def main() -> None:
     """Start, ask, tell what the photos show, stop."""
     with tempfile.TemporaryDirectory() as place:
         home = Path(place)
-        with subprocess.Popen(command(home), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as service:
+        with subprocess.Popen(
+            command(home), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        ) as service:
             address = next(iter(service.stdout or ())).strip()
             try:
                 truth = photos_on_disk(home / "new", 24, skip=240)
-                images = [base64.b64encode((home / "new" / path).read_bytes()).decode() for path in truth]
-                said = ask(f"{address}/v1/answers", {"images": [*images, base64.b64encode(b"no photo").decode()]})
+                images = [
+                    base64.b64encode((home / "new" / path).read_bytes()).decode() for path in truth
+                ]
+                said = ask(
+                    f"{address}/v1/answers",
+                    {"images": [*images, base64.b64encode(b"no photo").decode()]},
+                )
                 *answers, bad = said["answers"]
-                labels = {answer["row"]: name for answer, name in zip(answers, truth.values(), strict=True)}
+                labels = {
+                    answer["row"]: name
+                    for answer, name in zip(answers, truth.values(), strict=True)
+                }
                 (audited,) = ask(f"{address}/v1/labels", {"labels": labels})["audited"]
                 (monitor,) = ask(f"{address}/v1/monitor")["monitors"]
             finally:
                 service.terminate()  # what is under way is answered first
             assert service.wait(60) == 143
     for answer in [*answers[:2], bad]:
-        print(f"{answer['label']}: {answer['decision']}, {answer['reason'] or 'within the promise'}")
+        print(
+            f"{answer['label']}: {answer['decision']}, {answer['reason'] or 'within the promise'}"
+        )
     accepted = sum(answer["decision"] == "accept" for answer in answers)
     print(f"promise {said['promise']}: {accepted} of {len(answers)} answers are accepted")
-    print(f"{audited['new']} labels were taken in; the monitor says: {monitor['status']['verdict']}")
+    print(
+        f"{audited['new']} labels were taken in; the monitor says: {monitor['status']['verdict']}"
+    )
     assert said["promise"] == monitor["status"]["verdict"] == "holds"
     assert 0 < accepted < len(answers) == audited["new"]
     assert (bad["label"], bad["decision"]) == (None, "abstain")

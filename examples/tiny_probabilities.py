@@ -1,9 +1,10 @@
 """My model is SigLIP, and all of its probabilities are tiny: how do I get ones that mean something?
 
-A model that was trained with a sigmoid asks of every class by itself "is it this text, of all texts there are?", so
-that even right answers get a probability below 1 %. Shows that a threshold on it makes no sense, that the classes
-compared with one another do, and that a few hundred labels give a probability that is true. The embeddings are
-simulated with SigLIP's scale and bias, and with cosines as small as its own.
+A model that was trained with a sigmoid asks of every class by itself "is it this text, of all texts
+there are?", so that even right answers get a probability below 1 %. Shows that a threshold on it
+makes no sense, that the classes compared with one another do, and that a few hundred labels give a
+probability that is true. The embeddings are simulated with SigLIP's scale and bias, and with
+cosines as small as its own.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ SCALE, BIAS = 117.3, -16.5
 def main() -> Figure:
     """The same answers, by four scores."""
     image, text, label = simulated(2400, seed=2)
-    # A coordinate that all images share and no text has: the gap between the two, which makes all cosines small.
+    # A coordinate that all images share and no text has: the gap between the two, which makes all
+    # cosines small.
     image = unit(np.hstack([image, np.full((len(image), 1), 7.0)]))
     text = np.hstack([text, np.zeros((len(text), 1))])
     train, held_out, test = (
@@ -33,7 +35,10 @@ def main() -> Figure:
     sigmoid = 1 / (1 + np.exp(-largest))
     mcm = vilu.score(vilu.MCM(), test)
     right = mcm.failure == 0
-    print(f"{right.mean():.0%} of the answers are right; the sigmoid's probability of a right one: ", end="")
+    print(
+        f"{right.mean():.0%} of the answers are right; the sigmoid's probability of a right one: ",
+        end="",
+    )
     print(f"{np.median(sigmoid[right]):.2%} in the middle, {sigmoid[right].max():.1%} at most")
     assert right.mean() > 0.6
     assert sigmoid.max() < 0.05  # "accept above 50 %" would accept nothing
@@ -41,7 +46,9 @@ def main() -> Figure:
     # The softmax compares the classes, and a bias that all of them have makes no difference to it.
     unbiased = vilu.score(vilu.MCM(), vilu.Embeddings(image[1200:], text, label[1200:], SCALE))
     assert np.abs(unbiased.uncertainty - mcm.uncertainty).max() < 1e-3
-    print(f"the softmax's probability of a right one: {1 - np.median(mcm.uncertainty[right]):.0%} in the middle")
+    print(
+        f"the softmax's probability of a right one: {1 - np.median(mcm.uncertainty[right]):.0%} in the middle"
+    )
 
     plus = vilu.ViLUPlus(seed=0).fit(train)
     plus.calibrate(held_out)
@@ -61,7 +68,9 @@ def main() -> Figure:
     figure = Figure(figsize=(6, 2.6), layout="constrained")
     shown = {"sigmoid": sigmoid, "softmax over the classes": 1 - mcm.uncertainty}
     for axes, (title, of_answer) in zip(figure.subplots(1, 2), shown.items(), strict=True):
-        axes.hist([of_answer[right], of_answer[~right]], bins=25, stacked=True, label=["right", "wrong"])
+        axes.hist(
+            [of_answer[right], of_answer[~right]], bins=25, stacked=True, label=["right", "wrong"]
+        )
         axes.set(title=title, xlabel="probability of the answer", ylabel="answers")
     figure.axes[1].legend()
     return figure

@@ -1,8 +1,9 @@
 """I have a folder of photos and a model that names them: which of its answers can I trust?
 
-Shows `vilu triage`, which learns from a folder and its labels whom to trust and promises how often it errs, and
-`vilu.Guard`, which decides about photos that come later. Real photos of clothes, named by the small model that comes
-with vilu, which is wrong about six in ten of them; so a promise of 35 % is asked for here. 5 % takes more photos.
+Shows `vilu triage`, which learns from a folder and its labels whom to trust and promises how often
+it errs, and `vilu.Guard`, which decides about photos that come later. Real photos of clothes, named
+by the small model that comes with vilu, which is wrong about six in ten of them; so a promise of 35
+% is asked for here. 5 % takes more photos.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ def main() -> Figure:
         reason = one.reason or "within the promise"
         print(f"{one.label}, wrong with {one.failure_probability:.0%}: {one.decision}, {reason}")
     right = [answer.label == name for answer, name in zip(answers, truth.values(), strict=True)]
-    accepted = [said for answer, said in zip(answers, right, strict=True) if answer.decision == "accept"]
+    accepted = [
+        said for answer, said in zip(answers, right, strict=True) if answer.decision == "accept"
+    ]
     wrong, still_wrong = 1 - sum(right) / len(right), 1 - sum(accepted) / len(accepted)
     print(
         f"{wrong:.0%} of {len(right)} answers are wrong; of the {len(accepted)} that are accepted {still_wrong:.0%} are"
@@ -64,7 +67,9 @@ def drawn(photos: list[Path], answers: list[vilu.Answer]) -> Figure:
     """Above some that are accepted, below some that are not."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     for row, decision in zip(figure.subplots(2, 5), ("accept", "abstain"), strict=True):
-        chosen = [pair for pair in zip(photos, answers, strict=True) if pair[1].decision == decision]
+        chosen = [
+            pair for pair in zip(photos, answers, strict=True) if pair[1].decision == decision
+        ]
         for axes, (path, answer) in zip(row, chosen, strict=False):
             with Image.open(path) as photo:
                 axes.imshow(photo)

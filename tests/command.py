@@ -19,7 +19,9 @@ import typer
 
 from vilu.cli import main
 
-made_once = functools.cache(typer.main.get_command)  # of 27 functions in 60 ms, which a process does once
+made_once = functools.cache(
+    typer.main.get_command
+)  # of 27 functions in 60 ms, which a process does once
 
 
 def run(*args: object, code: int = 0, cwd: Path | None = None) -> CompletedProcess[str]:
@@ -63,7 +65,9 @@ def command(*args: object) -> list[str]:
     return [sys.executable, "-m", "vilu.cli", *map(str, args)]
 
 
-def run_process(*args: object, code: int = 0, cwd: Path | None = None, **env: str) -> CompletedProcess[str]:
+def run_process(
+    *args: object, code: int = 0, cwd: Path | None = None, **env: str
+) -> CompletedProcess[str]:
     """The command in a process of its own, with more environment variables."""
     env, words = {**os.environ, **env}, command(*args)
     done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=cwd, env=env)

@@ -24,7 +24,8 @@ from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import OUTSIDE
 from vilu.metrics.histogram import Histogram
 
-# The same examples on every machine, and no limit of time, which is one of the machine; `make test-fuzz` draws others.
+# The same examples on every machine, and no limit of time, which is one of the machine; `make
+# test-fuzz` draws others.
 settings.register_profile("ci", max_examples=50, derandomize=True, database=None, deadline=None)
 settings.register_profile("fuzz", max_examples=1_000, database=None, deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
@@ -43,14 +44,19 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 def refuse_network() -> None:
     """From here on this process talks to this machine alone, whoever asks: an attempt is an error."""
-    own = {address.address.split("%")[0] for link in psutil.net_if_addrs().values() for address in link}
+    own = {
+        address.address.split("%")[0] for link in psutil.net_if_addrs().values() for address in link
+    }
     own |= {"", "localhost", socket.gethostname()}
 
     def is_here(host: object) -> bool:
         if host is None or host in own:
             return True
         try:
-            return ipaddress.ip_address(str(host)).is_loopback or ipaddress.ip_address(str(host)).is_unspecified
+            return (
+                ipaddress.ip_address(str(host)).is_loopback
+                or ipaddress.ip_address(str(host)).is_unspecified
+            )
         except ValueError:
             return False
 
@@ -88,11 +94,20 @@ def browser() -> Iterator[Any]:
 
 def few(values: Iterable[object], n: int) -> list[object]:
     """Parameters of which the first ``n`` are in every run of the tests, and the others in `make test-slow`."""
-    return [value if i < n else pytest.param(value, marks=pytest.mark.slow) for i, value in enumerate(values)]
+    return [
+        value if i < n else pytest.param(value, marks=pytest.mark.slow)
+        for i, value in enumerate(values)
+    ]
 
 
 def toy_embeddings(
-    n: int = 600, k: int = 5, d: int = 16, *, seed: int = 0, ids_from: int | None = 0, scale: float = 20.0
+    n: int = 600,
+    k: int = 5,
+    d: int = 16,
+    *,
+    seed: int = 0,
+    ids_from: int | None = 0,
+    scale: float = 20.0,
 ) -> Embeddings:
     """Images of K classes, half of them blurred; a blurred image says so in its last coordinate and is often missed."""
     rng = np.random.default_rng(seed)
@@ -108,16 +123,22 @@ def toy_embeddings(
     norm = np.linalg.norm(image, axis=1, keepdims=True)
     columns = toy_columns(image, text, rng)
     names = [f"class {i}" for i in range(k)]
-    return Embeddings(image / norm, text, target, scale, class_names=names, ids=ids, columns=columns)
+    return Embeddings(
+        image / norm, text, target, scale, class_names=names, ids=ids, columns=columns
+    )
 
 
-def toy_columns(image: np.ndarray, text: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
+def toy_columns(
+    image: np.ndarray, text: np.ndarray, rng: np.random.Generator
+) -> dict[str, np.ndarray]:
     """Every column: features whose projection is the embedding, noisy views, prompts around texts, random words."""
     d = image.shape[1]
     projection = np.random.default_rng(98).normal(size=(d, d)) / np.sqrt(d) + np.eye(d)
     views = image[:, None] + rng.normal(size=(len(image), 4, d)) * 0.1
     negatives = np.random.default_rng(96).normal(size=(40, d))
-    small = np.random.default_rng(95).normal(size=(d, d // 2)) / np.sqrt(d)  # what a second model sees of it
+    small = np.random.default_rng(95).normal(size=(d, d // 2)) / np.sqrt(
+        d
+    )  # what a second model sees of it
     prompts = text[:, None] + np.random.default_rng(97).normal(size=(len(text), 3, d)) * 0.05
     return {
         "features": np.linalg.solve(projection, image.T).T,
@@ -149,7 +170,12 @@ def in_memory(source: EmbeddingSource, rows: torch.Tensor) -> Embeddings:
     """A copy of some rows of a source with shared candidates."""
     ids = None if isinstance(source.ids, RowNumbers) else [source.ids[row] for row in rows.tolist()]
     columns = {name: source.column(name, rows) for name in source.columns}
-    same = {"class_names": source.class_names, "ids": ids, "space": source.space, "columns": columns}
+    same = {
+        "class_names": source.class_names,
+        "ids": ids,
+        "space": source.space,
+        "columns": columns,
+    }
     found = source.candidates(rows)
     target = found.target.masked_fill(source.outside[rows], OUTSIDE)
     return Embeddings(source.image_rows(rows), found.text, target, **same)
@@ -182,7 +208,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in slow)
     for item in items:
         if isinstance(item, pytest.DoctestItem) and item.dtest is not None:
-            item.dtest.globs = {"__name__": "__main__"}  # an example runs as a reader pastes it, without its module
+            item.dtest.globs = {
+                "__name__": "__main__"
+            }  # an example runs as a reader pastes it, without its module
 
 
 @pytest.fixture(autouse=True)

@@ -35,12 +35,16 @@ print(made(), 2**26 // resource.getpagesize())
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what is freed is kept by glibc alone")
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="what is freed is kept by glibc alone"
+)
 @pytest.mark.parametrize("given", [{}, {"MALLOC_TRIM_THRESHOLD_": "131072"}])
 def test_pages_of_a_large_block_are_made_once(given: dict[str, str]) -> None:
     """Eight blocks of 64 MiB, one after the other; whoever sets what is kept himself is obeyed."""
     environment = {name: value for name, value in os.environ.items() if name not in KEPT_BY}
-    told = subprocess.check_output([sys.executable, "-c", BLOCKS], env=environment | given, text=True)
+    told = subprocess.check_output(
+        [sys.executable, "-c", BLOCKS], env=environment | given, text=True
+    )
     made, pages = map(int, told.split())
     assert made > 7 * pages if given else made < 2 * pages
 
@@ -49,7 +53,9 @@ def test_pages_of_a_large_block_are_made_once(given: dict[str, str]) -> None:
 @pytest.mark.parametrize(("given", "spins"), [({}, "3000"), ({"OMP_WAIT_POLICY": "passive"}, "0")])
 def test_threads_do_not_spin_for_long(given: dict[str, str], spins: str) -> None:
     """What libgomp has read, as it says itself; whoever sets how threads wait is obeyed."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))
+    }
     told = subprocess.run(
         [sys.executable, "-c", "import vilu, torch"],
         env=environment | given | {"OMP_DISPLAY_ENV": "VERBOSE"},
@@ -89,7 +95,9 @@ def test_fits_in_threads_are_those_of_the_seed(method: str, times: int) -> None:
     data = toy_embeddings(n=400, k=3)
 
     def fitted(_: int) -> list[float]:
-        return vilu.PREDICTORS[method](epochs=1, seed=3).fit(data).predict_uncertainty(data).tolist()
+        return (
+            vilu.PREDICTORS[method](epochs=1, seed=3).fit(data).predict_uncertainty(data).tolist()
+        )
 
     alone, before = fitted(0), torch.get_rng_state()
     with ThreadPoolExecutor(4) as pool:
@@ -102,7 +110,9 @@ def test_a_method_may_fit_another_one_for_its_network() -> None:
     data, found = toy_embeddings(n=400, k=3), list[list[float]]()
 
     class Teacher(vilu.LVU):
-        def module(self, tensors: dict[str, torch.Tensor], space: vilu.EmbeddingSpace) -> FailureHead:
+        def module(
+            self, tensors: dict[str, torch.Tensor], space: vilu.EmbeddingSpace
+        ) -> FailureHead:
             vilu.LVU(epochs=1, seed=5).fit(data)
             return super().module(tensors, space)
 
@@ -148,8 +158,19 @@ def _seeded_once() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["gpu", "cpu:", "cuda:x", "cuda:²", pytest.param("cuda:" + "9" * 5000, id="cuda:9..."), "cuda:99", "cpu:9999", ""],
+    [
+        "gpu",
+        "cpu:",
+        "cuda:x",
+        "cuda:²",
+        pytest.param("cuda:" + "9" * 5000, id="cuda:9..."),
+        "cuda:99",
+        "cpu:9999",
+        "",
+    ],
 )
 def test_a_device_that_cannot_be_is_refused(name: str) -> None:
-    with pytest.raises(UsageError, match=r"device must be auto, cpu|is not on this machine. Found: .*cpu"):
+    with pytest.raises(
+        UsageError, match=r"device must be auto, cpu|is not on this machine. Found: .*cpu"
+    ):
         resolve_device(name)

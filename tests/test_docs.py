@@ -31,11 +31,15 @@ def test_the_index_lists_every_page() -> None:
     """The site's navigation is read from it."""
     docs = ROOT / "docs"
     listed = set(re.findall(r"\]\(([^)]+)\)", (docs / "index.md").read_text()))
-    assert {page.relative_to(docs).as_posix() for page in docs.rglob("*.md")} - listed == {"index.md"}
+    assert {page.relative_to(docs).as_posix() for page in docs.rglob("*.md")} - listed == {
+        "index.md"
+    }
 
 
 def test_the_readme_shows_commands() -> None:
-    assert {"embed", "fit", "score", "evaluate"} <= set(re.findall(r"^vilu (\w+)", README, re.MULTILINE))
+    assert {"embed", "fit", "score", "evaluate"} <= set(
+        re.findall(r"^vilu (\w+)", README, re.MULTILINE)
+    )
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -43,7 +47,9 @@ def test_options_that_are_shown_exist(command: str) -> None:
     shown = run(command, "--help").stdout
     for line in re.findall(rf"^vilu {command} [^#\n]*", SHOWN, re.MULTILINE):
         for option in re.findall(r"\s(--?[a-z][a-z-]*)", line):
-            assert re.search(rf"(^|\s|,){option}\b", shown), f"{option} is not an option of vilu {command}"
+            assert re.search(rf"(^|\s|,){option}\b", shown), (
+                f"{option} is not an option of vilu {command}"
+            )
 
 
 def test_names_in_the_readme_exist() -> None:
@@ -73,7 +79,9 @@ def test_the_example_of_the_concepts_gives_the_numbers_of_its_text() -> None:
 
 def test_the_bytes_of_the_paper_are_what_a_dry_run_says_today(tmp_path: Path) -> None:
     configs = [load_config(path) for path in sorted((ROOT / "configs" / "paper").glob("*.toml"))]
-    today = describe([estimate(config, tmp_path / "data", tmp_path / "output") for config in configs])
+    today = describe(
+        [estimate(config, tmp_path / "data", tmp_path / "output") for config in configs]
+    )
     (told,) = re.findall(r"^together: (.* GiB);", today, re.MULTILINE)
     assert told in (ROOT / "docs" / "dry-run.md").read_text(encoding="utf-8")
 
@@ -88,6 +96,8 @@ def test_every_promise_of_reliability_names_a_test_that_is_there() -> None:
         file = ""
         for path, name in re.findall(r"`(tests/[\w/]+\.py)?::(test_\w+)`", row):
             file = path or file
-            assert re.search(rf"^ *(async )?def {name}\(", (ROOT / file).read_text(), re.MULTILINE), f"{file}::{name}"
+            assert re.search(
+                rf"^ *(async )?def {name}\(", (ROOT / file).read_text(), re.MULTILINE
+            ), f"{file}::{name}"
     numbered = [int(number) for number in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)]
     assert numbered == list(range(1, 39)), "the rows of what was found are 1 to 38"

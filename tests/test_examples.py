@@ -28,12 +28,17 @@ def numbers(text: str) -> list[float]:
 def tolerances(text: str) -> list[float]:
     """What another processor may move: a fifth of a number, three rows or points of a percent, some hundredths."""
     decimals = [len(found.partition(".")[2]) for found in NUMBER.findall(text)]
-    return [max(abs(n) / 5, 3 if d < 2 else 0.05) for n, d in zip(numbers(text), decimals, strict=True)]
+    return [
+        max(abs(n) / 5, 3 if d < 2 else 0.05) for n, d in zip(numbers(text), decimals, strict=True)
+    ]
 
 
-# a server that is started three times, a triage of 340 photos: tests/service and tests/triage do so anyway, and smaller
+# a server that is started three times, a triage of 340 photos: tests/service and tests/triage do so
+# anyway, and smaller
 SLOW = {"service", "trust_photos"}
-EACH = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in gallery.NAMES]
+EACH = [
+    pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in gallery.NAMES
+]
 
 
 @pytest.mark.parametrize("name", EACH)

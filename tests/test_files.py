@@ -14,7 +14,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from vilu.errors import DataError, StorageError, ViLUError
-from vilu.files.disk import STALE, TEMPORARY, atomic_write, host_hash, is_leftover, or_refuse, write_bytes
+from vilu.files.disk import (
+    STALE,
+    TEMPORARY,
+    atomic_write,
+    host_hash,
+    is_leftover,
+    or_refuse,
+    write_bytes,
+)
 from vilu.files.documents import digest, log, read_json, read_log, write_json
 from vilu.files.places import content_of
 from vilu.files.tables import read_table, table_digest, write_table
@@ -62,7 +70,9 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     target = tmp_path / "nowhere" / "a"
-    refused = pytest.raises(StorageError, match=r"cannot write .*nowhere.*No such file or directory")
+    refused = pytest.raises(
+        StorageError, match=r"cannot write .*nowhere.*No such file or directory"
+    )
     with refused as caught, atomic_write(target):
         pass
     assert caught.value.exit_code == 7
@@ -131,7 +141,9 @@ def test_json_round_trip_is_readable(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), [float("inf")], object(), "\udcff", {(1, 2): 3}])
-def test_what_is_not_json_is_refused_before_anything_is_written(tmp_path: Path, value: object) -> None:
+def test_what_is_not_json_is_refused_before_anything_is_written(
+    tmp_path: Path, value: object
+) -> None:
     with pytest.raises(DataError, match=r"a\.json: its content must be plain JSON"):
         write_json(tmp_path / "a.json", {"a": value})
     assert not list(tmp_path.iterdir())
@@ -157,8 +169,12 @@ def test_leftovers_are_of_the_dead_of_this_machine_or_old(tmp_path: Path, dead_p
         make(tmp_path / f".a.npy.{here}.{dead_pid}.0123abcd.tmp"),
         make(tmp_path / f".a.npy.{here}.{10**30}.0123abcd.tmp"),  # no such process can be
         make(tmp_path / f".a.npy.{elsewhere}.{dead_pid}.0123abcd.tmp", STALE + 60),
-        make(tmp_path / f".a.npy.{here}.{os.getpid()}.0123abcd.tmp", STALE + 60),  # the number was given anew
-        make(tmp_path / f".a.npy.{dead_pid}.0123abcd.tmp", STALE + 60),  # without a host, as there once were
+        make(
+            tmp_path / f".a.npy.{here}.{os.getpid()}.0123abcd.tmp", STALE + 60
+        ),  # the number was given anew
+        make(
+            tmp_path / f".a.npy.{dead_pid}.0123abcd.tmp", STALE + 60
+        ),  # without a host, as there once were
     ]
     others = [
         make(tmp_path / f".a.npy.{here}.{os.getpid()}.0123abcd.tmp1", STALE + 60),
@@ -173,8 +189,12 @@ def test_leftovers_are_of_the_dead_of_this_machine_or_old(tmp_path: Path, dead_p
     assert [path for path in [*leftovers, *others] if is_leftover(path)] == leftovers
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="zombies are told by Linux's /proc")
-def test_a_write_removes_what_crashes_left_of_it_and_nothing_else(tmp_path: Path, dead_pid: int) -> None:
+@pytest.mark.skipif(
+    not Path("/proc/self/stat").exists(), reason="zombies are told by Linux's /proc"
+)
+def test_a_write_removes_what_crashes_left_of_it_and_nothing_else(
+    tmp_path: Path, dead_pid: int
+) -> None:
     left = make(tmp_path / f".a.json.{host_hash()}.{dead_pid}.0123abcd.tmp")
     others = [
         make(tmp_path / f".a.json.{host_hash()}.{os.getpid()}.0123abcd.tmp"),
@@ -208,7 +228,9 @@ def test_a_process_that_has_ended_unasked_is_dead(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no process of another user to ask for")
-def test_a_process_of_another_user_is_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_of_another_user_is_alive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(pid: int, signal: int) -> None:
         raise PermissionError(errno.EPERM, "not yours")
 
@@ -235,7 +257,9 @@ def test_the_name_of_a_file_in_the_making_says_what_and_whose_it_is(tmp_path: Pa
     ids=["nothing", "half", "deep", "large"],
 )
 @pytest.mark.parametrize("fault", [DataError, StorageError])
-def test_json_that_cannot_be_read(content, message, fault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_json_that_cannot_be_read(
+    content, message, fault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if message.startswith("larger"):
         monkeypatch.setattr("vilu.files.documents.MAX_DOCUMENT_BYTES", 100)
     if content is not None:
@@ -269,11 +293,20 @@ def test_the_digest_of_a_table_is_of_what_it_says() -> None:
     whole = pa.table(columns())
     right = table_digest(whole, {"a": 1})
     for size in (1, 2, 3):
-        assert table_digest(pa.concat_tables(whole.slice(at, size) for at in range(0, 4, size)), {"a": 1}) == right
+        assert (
+            table_digest(
+                pa.concat_tables(whole.slice(at, size) for at in range(0, 4, size)), {"a": 1}
+            )
+            == right
+        )
     assert table_digest(pa.concat_tables([whole, whole]).slice(4), {"a": 1}) == right
-    under = pa.Array.from_buffers(pa.float64(), 4, [whole["number"].chunk(0).buffers()[0], pa.py_buffer(b"\1" * 32)])
+    under = pa.Array.from_buffers(
+        pa.float64(), 4, [whole["number"].chunk(0).buffers()[0], pa.py_buffer(b"\1" * 32)]
+    )
     empty = pa.Array.from_buffers(pa.float64(), 4, [under.buffers()[0], pa.py_buffer(b"\2" * 32)])
-    assert table_digest(pa.table({"a": pc.fill_null(under, 0.0)}), {}) != table_digest(pa.table({"a": under}), {})
+    assert table_digest(pa.table({"a": pc.fill_null(under, 0.0)}), {}) != table_digest(
+        pa.table({"a": under}), {}
+    )
     assert table_digest(pa.table({"a": under}), {}) != table_digest(pa.table({"a": empty}), {})
     others = [
         (whole.set_column(0, "number", pa.array([0.5, 0.0, -0.0, 1e300])), {"a": 1}),
@@ -291,7 +324,10 @@ def test_the_digest_of_a_table_is_of_what_it_says() -> None:
 
 
 def test_a_table_is_damaged_or_what_it_was(tmp_path: Path) -> None:
-    """Every bit of the file flipped: it is refused, or says the same. Page checksums alone let footers pass."""
+    """Every bit of the file flipped: it is refused, or says the same.
+
+    Page checksums alone let footers pass.
+    """
     path = tmp_path / "a.parquet"
     write_table(path, columns(), {"kind": "test", "note": "x" * 20})
     right, whole = read_table(path, ()), path.read_bytes()
@@ -310,8 +346,12 @@ def test_a_table_is_damaged_or_what_it_was(tmp_path: Path) -> None:
     assert refused > len(whole) / 10
 
 
-def test_a_table_without_a_digest_says_so_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    old = pa.table(columns()).replace_schema_metadata({b"vilu": b'{"schema_version": 1, "kind": "test"}'})
+def test_a_table_without_a_digest_says_so_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    old = pa.table(columns()).replace_schema_metadata(
+        {b"vilu": b'{"schema_version": 1, "kind": "test"}'}
+    )
     pq.write_table(old, tmp_path / "old.parquet")
     pq.write_table(old.replace_schema_metadata({}), tmp_path / "other.parquet")
     for _ in range(2):
@@ -332,7 +372,8 @@ def test_a_table_without_a_digest_says_so_once(tmp_path: Path, caplog: pytest.Lo
 def test_what_no_document_of_ours_is(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.json").write_text(text, encoding="utf-8")
     with pytest.raises(
-        DataError, match=r"a\.json is damaged: it is not JSON of ours \(.*\). Make it again to repair it"
+        DataError,
+        match=r"a\.json is damaged: it is not JSON of ours \(.*\). Make it again to repair it",
     ):
         read_json(tmp_path / "a.json", "Make it again")
 
@@ -340,7 +381,14 @@ def test_what_no_document_of_ours_is(tmp_path: Path, text: str) -> None:
 def test_any_change_of_what_a_document_says_is_seen(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"a": [1, 2.5, None], "b": {"c": "x"}})
     whole = (tmp_path / "a.json").read_text()
-    for old, new in (("2.5", "2.50001"), ("1", "1.0"), ("null", "0"), ('"x"', '"X"'), ('"c"', '"d"'), ("1,", "")):
+    for old, new in (
+        ("2.5", "2.50001"),
+        ("1", "1.0"),
+        ("null", "0"),
+        ('"x"', '"X"'),
+        ('"c"', '"d"'),
+        ("1,", ""),
+    ):
         (tmp_path / "a.json").write_text(whole.replace(old, new, 1))
         with pytest.raises(DataError, match="its content is not what its digest says"):
             read_json(tmp_path / "a.json", "Make it again")

@@ -36,7 +36,9 @@ def test_a_lock_names_its_holder_and_then_nobody(tmp_path: Path) -> None:
 def test_who_comes_second_is_told_of_the_first_whose_death_frees_the_lock(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    first = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True)
+    first = subprocess.Popen(
+        [sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True
+    )
     try:
         assert first.stdout is not None
         assert first.stdout.readline() == "held\n"
@@ -53,12 +55,17 @@ def test_who_comes_second_is_told_of_the_first_whose_death_frees_the_lock(
     assert not caplog.messages
 
 
-def test_the_lock_of_another_machine_is_worth_a_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_lock_of_another_machine_is_worth_a_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """It died there, or is at work where the file system gives one lock to two machines; nobody here can tell."""
     (tmp_path / HOLDER).write_text("process 12 of elsewhere")
     with caplog.at_level(logging.WARNING, "vilu"), locked(tmp_path, "scoring into"):
         (said,) = caplog.messages
-    assert f"{tmp_path / HOLDER} names process 12 of elsewhere: it has died there, or is scoring into" in said
+    assert (
+        f"{tmp_path / HOLDER} names process 12 of elsewhere: it has died there, or is scoring into"
+        in said
+    )
     assert os.listdir(tmp_path) == [LOCK]  # noqa: PTH208
 
 

@@ -20,22 +20,40 @@ FILES = {"p-1/PKG-INFO": b"Name: p\n", "p-1/run.sh": b"true\n", "p-1/src/p.py": 
 
 def package(names: list[str], when: int, who: str) -> bytes:
     made = io.BytesIO()
-    with gzip.GzipFile("any", "wb", fileobj=made, mtime=when) as packed, tarfile.open(fileobj=packed, mode="w") as tar:
+    with (
+        gzip.GzipFile("any", "wb", fileobj=made, mtime=when) as packed,
+        tarfile.open(fileobj=packed, mode="w") as tar,
+    ):
         for name in names:
             member = tarfile.TarInfo(name)
-            member.size, member.mtime, member.uname, member.uid = len(FILES[name]), when, who, when % 1000
-            member.mode = (0o755 if name.endswith(".sh") else 0o644) & (0o777 if when % 2 else 0o700)
+            member.size, member.mtime, member.uname, member.uid = (
+                len(FILES[name]),
+                when,
+                who,
+                when % 1000,
+            )
+            member.mode = (0o755 if name.endswith(".sh") else 0o644) & (
+                0o777 if when % 2 else 0o700
+            )
             tar.addfile(member, io.BytesIO(FILES[name]))
     return made.getvalue()
 
 
 def test_two_builds_are_the_same_bytes() -> None:
-    first, second = package(list(FILES), 1_700_000_001, "a"), package(list(FILES)[::-1], 1_700_000_100, "b")
+    first, second = (
+        package(list(FILES), 1_700_000_001, "a"),
+        package(list(FILES)[::-1], 1_700_000_100, "b"),
+    )
     assert first != second
     assert REPACK(first, 5) == REPACK(second, 5)
     with tarfile.open(fileobj=io.BytesIO(REPACK(first, 5))) as tar:
-        held = {member.name: (tar.extractfile(member).read(), member.mtime, member.mode) for member in tar}  # type: ignore[union-attr]
-    assert held == {name: (FILES[name], 5, 0o755 if name.endswith(".sh") else 0o644) for name in FILES}
+        held = {
+            member.name: (tar.extractfile(member).read(), member.mtime, member.mode)
+            for member in tar
+        }  # type: ignore[union-attr]
+    assert held == {
+        name: (FILES[name], 5, 0o755 if name.endswith(".sh") else 0o644) for name in FILES
+    }
 
 
 def test_the_version_stands_in_one_place_and_its_changes_are_told() -> None:

@@ -48,10 +48,15 @@ def address() -> Iterator[str]:
     server.server_close()
 
 
-@pytest.fixture(params=[(390, "light"), (390, "dark"), (1280, "light"), (1280, "dark")], ids=lambda p: f"{p[0]}-{p[1]}")
+@pytest.fixture(
+    params=[(390, "light"), (390, "dark"), (1280, "light"), (1280, "dark")],
+    ids=lambda p: f"{p[0]}-{p[1]}",
+)
 def page(browser: Browser, address: str, request: pytest.FixtureRequest) -> Iterator[Page]:
     width, scheme = request.param
-    opened = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme, base_url=address)
+    opened = browser.new_page(
+        viewport={"width": width, "height": 900}, color_scheme=scheme, base_url=address
+    )
     trouble, asked = list[str](), list[str]()
     opened.on("console", lambda message: trouble.append(message.text))
     opened.on("pageerror", lambda error: trouble.append(str(error)))
@@ -102,7 +107,9 @@ def test_the_page_and_its_drawings_are_as_bright_as_the_system(page: Page) -> No
 
 
 def test_the_reader_may_choose_dark(browser: Browser, address: str) -> None:
-    page = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme="light", base_url=address)
+    page = browser.new_page(
+        viewport={"width": 1280, "height": 900}, color_scheme="light", base_url=address
+    )
     page.goto("concepts/")
     for name in ("Light", "Dark"):
         page.locator(f"label[title={name}]:visible").click()

@@ -2,13 +2,14 @@
 
 - The navigation is docs/index.md: its second headings, and the pages that each one lists.
 - A page for every command, from the help that the command line itself gives.
-- A page of the API for every room that has public names (``vilu.__all__``), in the order of docs/architecture.md.
-- A page for every example, from the script, what it prints and what it draws, in the order of examples/README.md, whose
-  table becomes cards.
-- Files outside docs/ that a page links to (SECURITY.md, deploy/alerts.yml, ...) become part of the site, so that one
-  link serves readers of the repository and of the site.
-- Of what was built every link is followed: one that leads nowhere in the site, or loads something from elsewhere, is a
-  warning, and so an error of ``--strict``.
+- A page of the API for every room that has public names (``vilu.__all__``), in the order of
+  docs/architecture.md.
+- A page for every example, from the script, what it prints and what it draws, in the order of
+  examples/README.md, whose table becomes cards.
+- Files outside docs/ that a page links to (SECURITY.md, deploy/alerts.yml, ...) become part of the
+  site, so that one link serves readers of the repository and of the site.
+- Of what was built every link is followed: one that leads nowhere in the site, or loads something
+  from elsewhere, is a warning, and so an error of ``--strict``.
 """
 
 from __future__ import annotations
@@ -62,7 +63,9 @@ def sections(index: str) -> Iterator[dict[str, list[str]]]:
     for part in re.split(r"^## ", index, flags=re.MULTILINE)[1:]:
         title, _, body = part.partition("\n")
         listed = re.findall(r"^- .*?(?=^- |^$|\Z)", body, flags=re.MULTILINE | re.DOTALL)
-        targets = [target for item in listed for target in LINK.findall(item) if target.endswith(".md")]
+        targets = [
+            target for item in listed for target in LINK.findall(item) if target.endswith(".md")
+        ]
         if targets:
             uris = [uri_of((DOCS / target).resolve()) for target in targets]
             yield {title: [*uris, *(gallery_pages() if GALLERY in uris else ())]}
@@ -74,7 +77,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, uri, content=text))
     for path in EXAMPLES.glob("pictures/*"):
         files.append(File.generated(config, uri_of(path), abs_src_path=str(path)))
-    ahead = [DOCS / page.src_uri for page in files.documentation_pages() if (DOCS / page.src_uri).exists()]
+    ahead = [
+        DOCS / page.src_uri
+        for page in files.documentation_pages()
+        if (DOCS / page.src_uri).exists()
+    ]
     while ahead:
         page = ahead.pop()
         for path in linked(page):
@@ -93,7 +100,11 @@ def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:  # noqa: AN
 
     def moved(match: re.Match[str]) -> str:
         path = Path(os.path.normpath(source.parent / match[1]))
-        return posixpath.relpath(uri_of(path), posixpath.dirname(page.file.src_uri)) if path.is_file() else match[1]
+        return (
+            posixpath.relpath(uri_of(path), posixpath.dirname(page.file.src_uri))
+            if path.is_file()
+            else match[1]
+        )
 
     return LINK.sub(moved, markdown)
 
@@ -131,7 +142,9 @@ def on_post_build(*, config: MkDocsConfig) -> None:
                 continue
             target = unquote(url.removeprefix(here))
             target += "index.html" if target.endswith("/") or not target else ""
-            if not (site / target).is_file() or (anchor and unquote(anchor) not in pages[target].ids):
+            if not (site / target).is_file() or (
+                anchor and unquote(anchor) not in pages[target].ids
+            ):
                 LOG.warning("%s links to %s, which is not there", place, link)
 
 
@@ -166,7 +179,10 @@ def source_of(uri: str) -> Path:
 
 def gallery_pages() -> list[str]:
     """What stands below the page of the examples: the scripts, and other pages that it links to."""
-    return [*example_pages(), *(uri_of(path) for path in linked(ROOT / GALLERY) if path.suffix == ".md")]
+    return [
+        *example_pages(),
+        *(uri_of(path) for path in linked(ROOT / GALLERY) if path.suffix == ".md"),
+    ]
 
 
 def example_pages() -> dict[str, str]:
@@ -199,20 +215,34 @@ def cards(markdown: str) -> str:
     shown = []
     for row in EXAMPLE.finditer(markdown):
         name, found = row["name"], picture(row["name"])
-        last = (EXAMPLES / "output" / f"{name}.txt").read_text(encoding="utf-8").rstrip().rpartition("\n")[2]
+        last = (
+            (EXAMPLES / "output" / f"{name}.txt")
+            .read_text(encoding="utf-8")
+            .rstrip()
+            .rpartition("\n")[2]
+        )
         inner = f"[![]({found})]({name}.md)" if found else f"*{plain(last)}*"
         card = f"**[{row['question']}]({name}.md)**\n\n{inner}"
         shown.append("-   " + card.replace("\n", "\n    "))
     grid = "\n\n".join(['<div class="grid cards" markdown>', *shown, "</div>", ""])
-    return re.sub(r"^\| question .*\n\|[-|]+\n", lambda _: grid, EXAMPLE.sub("", markdown), flags=re.MULTILINE)
+    return re.sub(
+        r"^\| question .*\n\|[-|]+\n", lambda _: grid, EXAMPLE.sub("", markdown), flags=re.MULTILINE
+    )
 
 
 def command_pages() -> dict[str, str]:
     """A page per command of the application, by its place."""
-    return {f"commands/{'-'.join(names[1:])}.md": text for names, text in told(typer.main.get_command(app), ("vilu",))}
+    return {
+        f"commands/{'-'.join(names[1:])}.md": text
+        for names, text in told(typer.main.get_command(app), ("vilu",))
+    }
 
 
-def told(command: Any, names: tuple[str, ...], above: Any = None) -> Iterator[tuple[tuple[str, ...], str]]:  # noqa: ANN401 - typer gives its commands no public type
+def told(
+    command: Any,  # noqa: ANN401 - typer gives its commands no public type
+    names: tuple[str, ...],
+    above: Any = None,  # noqa: ANN401
+) -> Iterator[tuple[tuple[str, ...], str]]:
     """Names and page of a command; of a group, those of its commands."""
     context = typer.Context(command, info_name=names[-1], parent=above, **command.context_settings)
     if hasattr(command, "commands"):
@@ -235,7 +265,10 @@ def told(command: Any, names: tuple[str, ...], above: Any = None) -> Iterator[tu
 def plain(text: str) -> str:
     """Text that Markdown shows as it stands, but for `code`."""
     parts = re.split(r"(`[^`]+`)", text)
-    escaped = [part if i % 2 else re.sub(r"([\\*_\[\]|#])", r"\\\1", html.escape(part)) for i, part in enumerate(parts)]
+    escaped = [
+        part if i % 2 else re.sub(r"([\\*_\[\]|#])", r"\\\1", html.escape(part))
+        for i, part in enumerate(parts)
+    ]
     return "".join(escaped)
 
 
@@ -247,17 +280,27 @@ def api_pages() -> dict[str, str]:
             names.setdefault(module.split(".")[1], []).append(name)
     names["metrics"] = [f"metrics.{name}" for name in vilu.metrics.__all__]
     table = re.findall(
-        r"^\| `(\w+)/` \| (.*?) \|", (DOCS / "architecture.md").read_text(encoding="utf-8"), re.MULTILINE
+        r"^\| `(\w+)/` \| (.*?) \|",
+        (DOCS / "architecture.md").read_text(encoding="utf-8"),
+        re.MULTILINE,
     )
-    purpose = {room: LINK.sub(r"../\1", f"{sentence[0].upper()}{sentence[1:]}.") for room, sentence in table}
+    purpose = {
+        room: LINK.sub(r"../\1", f"{sentence[0].upper()}{sentence[1:]}.")
+        for room, sentence in table
+    }
     order = [*(room for room in purpose if room in names), *sorted(names.keys() - purpose.keys())]
-    pages = {f"python/{room}.md": api_page(room, purpose.get(room), sorted(names[room])) for room in order}
+    pages = {
+        f"python/{room}.md": api_page(room, purpose.get(room), sorted(names[room]))
+        for room in order
+    }
     return {**pages, "python/methods.md": methods_page()}
 
 
 def api_page(room: str, purpose: str | None, names: list[str]) -> str:
     """What mkdocstrings is to show; a single file says itself what it is for."""
-    purpose = purpose or plain((importlib.import_module(f"vilu.{room}").__doc__ or "").partition("\n")[0])
+    purpose = purpose or plain(
+        (importlib.import_module(f"vilu.{room}").__doc__ or "").partition("\n")[0]
+    )
     return "\n\n".join([f"# {room}", purpose, *(f"::: vilu.{name}" for name in names)]) + "\n"
 
 
@@ -270,5 +313,7 @@ def methods_page() -> str:
     for name, method in vilu.PREDICTORS.items():
         if method.__name__ not in vilu.__all__:
             path = f"{method.__module__}.{method.__qualname__}"
-            parts.append(f"::: {path}\n    options:\n      heading: {name}\n      toc_label: {name}")
+            parts.append(
+                f"::: {path}\n    options:\n      heading: {name}\n      toc_label: {name}"
+            )
     return "\n\n".join(parts) + "\n"

@@ -4,13 +4,15 @@
 
 Exit code 1 below ``LEAST`` %; --missing names what has none. What is counted, each function once:
 
-- the functions and classes of ``vilu.__all__`` and ``vilu.metrics.__all__``, and the methods of ``vilu.PREDICTORS``;
-- the public functions in the bodies of these classes, and of those of ours that they inherit from. Attributes,
-  properties and constants are not called.
+- the functions and classes of ``vilu.__all__`` and ``vilu.metrics.__all__``, and the methods of
+  ``vilu.PREDICTORS``;
+- the public functions in the bodies of these classes, and of those of ours that they inherit from.
+  Attributes, properties and constants are not called.
 
-It has an example if its own documentation has a line of one (``>>>``). A function of a class has one also where that of
-the same name has one in a class above or below, or where the example of such a class or of its own calls it. That the
-examples are right is for the tests: `make test` runs each of them.
+It has an example if its own documentation has a line of one (``>>>``). A function of a class has
+one also where that of the same name has one in a class above or below, or where the example of such
+a class or of its own calls it. That the examples are right is for the tests: `make test` runs each
+of them.
 """
 
 from __future__ import annotations
@@ -42,7 +44,11 @@ def ours(cls: type) -> Iterator[type]:
 
 def functions(cls: type) -> dict[str, Any]:
     """The public functions in the body of a class, by name."""
-    bodies = {name: getattr(value, "__func__", value) for name, value in vars(cls).items() if name[0] != "_"}
+    bodies = {
+        name: getattr(value, "__func__", value)
+        for name, value in vars(cls).items()
+        if name[0] != "_"
+    }
     return {name: value for name, value in bodies.items() if inspect.isfunction(value)}
 
 
@@ -85,7 +91,11 @@ def main() -> int:
         for name in sorted(name for name in things if missing and not things[name]):
             print(f"    {name}")
     everything = [has for things in rooms.values() for has in things.values()]
-    print(line("all", everything), f"At least {LEAST} % of what users call must have an example.", sep="\n\n")
+    print(
+        line("all", everything),
+        f"At least {LEAST} % of what users call must have an example.",
+        sep="\n\n",
+    )
     return int(100 * sum(everything) < LEAST * len(everything))
 
 

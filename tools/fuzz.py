@@ -2,8 +2,9 @@
 
     python tools/fuzz.py [TARGET ...] [--runs 5000] [--seed 1]
 
-Each target of tests/fuzz/targets.py runs in a process of its own, beginning with its whole files. An input that makes
-it fail is written to tests/fuzz/corpus/TARGET/, where `make test` repeats it for ever; exit code 1 if there is one.
+Each target of tests/fuzz/targets.py runs in a process of its own, beginning with its whole files.
+An input that makes it fail is written to tests/fuzz/corpus/TARGET/, where `make test` repeats it
+for ever; exit code 1 if there is one.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ def main() -> int:
     """Every target in turn."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("targets", nargs="*")
-    parser.add_argument("--runs", type=int, default=5000, help="inputs for each target, times its share")
+    parser.add_argument(
+        "--runs", type=int, default=5000, help="inputs for each target, times its share"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -34,9 +37,21 @@ def main() -> int:
     failed = []
     for name in given.targets or TARGETS:
         runs = max(round(given.runs * TARGETS[name].share), 1)
-        command = [sys.executable, __file__, "--child", name, "--runs", str(runs), "--seed", str(given.seed)]
+        command = [
+            sys.executable,
+            __file__,
+            "--child",
+            name,
+            "--runs",
+            str(runs),
+            "--seed",
+            str(given.seed),
+        ]
         code = subprocess.run(command, check=False, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        last = next((line for line in reversed(code.stderr.splitlines()) if line.startswith(("Done", "#"))), "")
+        last = next(
+            (line for line in reversed(code.stderr.splitlines()) if line.startswith(("Done", "#"))),
+            "",
+        )
         print(f"{name}: {'ok' if code.returncode == 0 else 'FAILED'} {last}", flush=True)
         if code.returncode:
             print("\n".join(code.stderr.splitlines()[-40:]), flush=True)
@@ -49,7 +64,9 @@ def fuzz(name: str, runs: int, seed: int) -> None:
     sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
     import atheris
 
-    with atheris.instrument_imports(include=["vilu"]):  # what is imported only when it is needed, too
+    with atheris.instrument_imports(
+        include=["vilu"]
+    ):  # what is imported only when it is needed, too
         from tests.fuzz.guard import guarded
         from tests.fuzz.targets import TARGETS, kept
 
@@ -67,7 +84,13 @@ def fuzz(name: str, runs: int, seed: int) -> None:
     with TemporaryDirectory(prefix="vilu-seeds-") as seeds:
         for number, data in enumerate(target.seeds()):
             (Path(seeds) / str(number)).write_bytes(data)
-        options = [f"-runs={runs}", f"-seed={seed}", "-max_len=65536", "-rss_limit_mb=0", f"-artifact_prefix={found}/"]
+        options = [
+            f"-runs={runs}",
+            f"-seed={seed}",
+            "-max_len=65536",
+            "-rss_limit_mb=0",
+            f"-artifact_prefix={found}/",
+        ]
         atheris.Setup([sys.argv[0], *options, seeds], once)
         atheris.Fuzz()
 

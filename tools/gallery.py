@@ -1,8 +1,9 @@
 """Record what the examples print and draw, for the gallery of the site: ``python tools/gallery.py [NAME ...]``.
 
-Every script of examples/ (or those named) is run in this process. What it prints goes to examples/output/NAME.txt, the
-figure that its ``main`` returns, if it does, to examples/pictures/. ``tests/test_examples.py`` runs the same and
-fails where what is kept is no longer true. Prints the seconds of the processor, of commands that were started too.
+Every script of examples/ (or those named) is run in this process. What it prints goes to
+examples/output/NAME.txt, the figure that its ``main`` returns, if it does, to examples/pictures/.
+``tests/test_examples.py`` runs the same and fails where what is kept is no longer true. Prints the
+seconds of the processor, of commands that were started too.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python tools/make_demo_photos.py PATH/TO/clothing.parquet
 
-Input: columns image (bytes), label, key, and the class names in the schema metadata. Output: the central square of
-every photo at 160 pixels a side as WebP, split anew into train, validation and test (60, 10, 30 %), stratified by
-class. The same input and the same Pillow give the same bytes.
+Input: columns image (bytes), label, key, and the class names in the schema metadata. Output: the
+central square of every photo at 160 pixels a side as WebP, split anew into train, validation and
+test (60, 10, 30 %), stratified by class. The same input and the same Pillow give the same bytes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ def shrink(data: bytes) -> bytes:
     image = Image.open(io.BytesIO(data)).convert("RGB")
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    small = image.resize((SIDE, SIDE), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+    small = image.resize(
+        (SIDE, SIDE), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side)
+    )
     out = io.BytesIO()
     small.save(out, "WEBP", quality=QUALITY, method=6)
     return out.getvalue()

@@ -2,9 +2,10 @@
 
     python tools/make_split_asset.py PATH/TO/splits
 
-Input: the folder of CoOp's split_zhou_*.json, lists of [path, class index, class name]. Output: the same facts as
-text, sorted by class and path (the order of the lists decides nothing here), compressed; how it is laid out says
-``vilu/datasets/known/read.py``. The same input gives the same text, and the same liblzma the same bytes.
+Input: the folder of CoOp's split_zhou_*.json, lists of [path, class index, class name]. Output: the
+same facts as text, sorted by class and path (the order of the lists decides nothing here),
+compressed; how it is laid out says ``vilu/datasets/known/read.py``. The same input gives the same
+text, and the same liblzma the same bytes.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ def lines_of(name: str, file: Path) -> list[str]:
         for path, label, class_name in entries:
             images.setdefault(label, []).append((path, LETTERS[split]))
             if names.setdefault(label, class_name) != class_name:
-                sys.exit(f"{file.name}: label {label} has two names, {names[label]!r} and {class_name!r}")
+                sys.exit(
+                    f"{file.name}: label {label} has two names, {names[label]!r} and {class_name!r}"
+                )
     lines = [f"{name}\t{len(names)}"]
     for label in range(len(names)):
         rows = sorted(images[label])
@@ -47,7 +50,11 @@ def lines_of(name: str, file: Path) -> list[str]:
 def main() -> None:
     """Read, sort, write."""
     folder = Path(sys.argv[1])
-    lines = [line for name, file in FILES.items() for line in lines_of(name, folder / f"split_zhou_{file}.json")]
+    lines = [
+        line
+        for name, file in FILES.items()
+        for line in lines_of(name, folder / f"split_zhou_{file}.json")
+    ]
     data = lzma.compress("\n".join(lines).encode() + b"\n", preset=9 | lzma.PRESET_EXTREME)
     if len(data) > LIMIT:
         sys.exit(f"{TARGET.name} would have {len(data):,} bytes; at most {LIMIT:,} may ship")

@@ -2,10 +2,10 @@
 
     python tools/processors.py [--only NAME ...] [PYTEST ARGUMENTS]     (without arguments the whole suite)
 
-Each library has its own switch and obeys no other's: torch's kernels, MKL and oneDNN below them, numpy's loops, and
-OpenBLAS below numpy and scipy. What was in force is asked of the libraries, since they ignore a switch that a processor
-lacks, but for OpenBLAS, which is told of no more than there is. The table and the whole output of each run are in
-build/processors, as the runs end.
+Each library has its own switch and obeys no other's: torch's kernels, MKL and oneDNN below them,
+numpy's loops, and OpenBLAS below numpy and scipy. What was in force is asked of the libraries,
+since they ignore a switch that a processor lacks, but for OpenBLAS, which is told of no more than
+there is. The table and the whole output of each run are in build/processors, as the runs end.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ def switches(*, torch: str, onednn: str, openblas: str, numpy_without: list[str]
 
 LOW = switches(torch="default", onednn="SSE41", openblas="Prescott", numpy_without=FOUND)
 MIDDLE = switches(torch="avx2", onednn="AVX2", openblas="Haswell", numpy_without=WIDE)
-HIGH = switches(torch="avx512", onednn="DEFAULT", openblas="SkylakeX" if WIDE else "Haswell", numpy_without=[])
+HIGH = switches(
+    torch="avx512", onednn="DEFAULT", openblas="SkylakeX" if WIDE else "Haswell", numpy_without=[]
+)
 
 RUNS: dict[str, tuple[int, dict[str, str], list[str]]] = {
     "low-1": (1, LOW | {"MKL_CBWR": "COMPATIBLE"}, []),
@@ -62,46 +64,71 @@ print("numpy", {name: {of[key]["current"] for key in of} for name, of in loops.i
 print("openblas", [x["architecture"] for x in threadpoolctl.threadpool_info() if "architecture" in x])
 """
 SAID = re.compile(
-    r"^(?:torch|numpy|openblas) .*|^MKL_VERBOSE oneMKL[^,]*|CNR:.* NThr:\d+$|onednn_verbose,.*isa:.*", re.M
+    r"^(?:torch|numpy|openblas) .*|^MKL_VERBOSE oneMKL[^,]*|CNR:.* NThr:\d+$|onednn_verbose,.*isa:.*",
+    re.M,
 )
 
 
 def in_force(environment: dict[str, str]) -> Iterator[str]:
     """What the libraries say of themselves."""
     verbose = environment | {"MKL_VERBOSE": "1", "ONEDNN_VERBOSE": "1"}
-    done = subprocess.run([sys.executable, "-c", PROBE], env=verbose, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE], env=verbose, capture_output=True, text=True, check=True
+    )
     return iter(dict.fromkeys(found.group() for found in SAID.finditer(done.stdout)))
 
 
 def run(name: str, arguments: list[str]) -> tuple[int, str]:
     """Exit status of one run, and its row of the table."""
     threads, switched, more = RUNS[name]
-    of_threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
-    # MKL takes no more threads than there are cores unless it is told to; and threads without a core are not to spin
-    environment = os.environ | switched | of_threads | {"MKL_DYNAMIC": "FALSE", "OMP_WAIT_POLICY": "PASSIVE"}
+    of_threads = dict.fromkeys(
+        ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads)
+    )
+    # MKL takes no more threads than there are cores unless it is told to; and threads without a
+    # core are not to spin
+    environment = (
+        os.environ | switched | of_threads | {"MKL_DYNAMIC": "FALSE", "OMP_WAIT_POLICY": "PASSIVE"}
+    )
     workers = max((os.cpu_count() or 1) // threads, 1)
     command = [sys.executable, "-m", "pytest", "-n", str(workers), "--tb=short", *more, *arguments]
     start = time.monotonic()
     with (OUTPUT / f"{name}.log").open("w") as log:
-        log.write("\n".join([f"{key}={value}" for key, value in switched.items()] + [*in_force(environment), "", ""]))
+        log.write(
+            "\n".join(
+                [f"{key}={value}" for key, value in switched.items()]
+                + [*in_force(environment), "", ""]
+            )
+        )
         log.flush()
-        status = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, check=False).returncode
+        status = subprocess.run(
+            command, cwd=ROOT, env=environment, stdout=log, stderr=log, check=False
+        ).returncode
     text = (OUTPUT / f"{name}.log").read_text()
     print(
-        text[: text.index("\n\n")], *re.findall(r"^(?:FAILED|ERROR) .*|^Using --randomly-seed.*", text, re.M), sep="\n"
+        text[: text.index("\n\n")],
+        *re.findall(r"^(?:FAILED|ERROR) .*|^Using --randomly-seed.*", text, re.M),
+        sep="\n",
     )
-    counts = {word: n for n, word in re.findall(r"(\d+) (passed|failed|error|skipped)", text.splitlines()[-1])}
+    counts = {
+        word: n
+        for n, word in re.findall(r"(\d+) (passed|failed|error|skipped)", text.splitlines()[-1])
+    }
     cells = [counts.get(word, "0") for word in ("passed", "failed", "error", "skipped")]
     return status, f"| {name} | {threads} | {' | '.join(cells)} | {time.monotonic() - start:.0f} |"
 
 
 def main() -> int:
     """All runs, and the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", action="append", choices=RUNS, help="one of the runs; repeatable")
     chosen, arguments = parser.parse_known_args()
     OUTPUT.mkdir(parents=True, exist_ok=True)
-    table = ["| run | threads | passed | failed | errors | skipped | seconds |", "|---|---|---|---|---|---|---|"]
+    table = [
+        "| run | threads | passed | failed | errors | skipped | seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
     failed = False
     for name in chosen.only or RUNS:
         print(f"== {name}", flush=True)

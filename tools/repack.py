@@ -1,7 +1,7 @@
 """Make a source package the same bytes at every build: `python tools/repack.py dist/NAME.tar.gz`.
 
-The build writes when and by whom each file was made; here all are of SOURCE_DATE_EPOCH, of nobody, and in order.
-(The wheel is built from it, and setuptools sees to its times by itself.)
+The build writes when and by whom each file was made; here all are of SOURCE_DATE_EPOCH, of nobody,
+and in order. (The wheel is built from it, and setuptools sees to its times by itself.)
 """
 
 from __future__ import annotations
@@ -32,4 +32,6 @@ def repacked(package: bytes, epoch: int) -> bytes:
 
 if __name__ == "__main__":
     for name in sys.argv[1:]:
-        Path(name).write_bytes(repacked(Path(name).read_bytes(), int(os.environ["SOURCE_DATE_EPOCH"])))
+        Path(name).write_bytes(
+            repacked(Path(name).read_bytes(), int(os.environ["SOURCE_DATE_EPOCH"]))
+        )

@@ -59,7 +59,9 @@ if TYPE_CHECKING:
     __version__: str
 
 if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
-    os.environ["GOMP_SPINCOUNT"] = "3000"  # read with torch, whose threads else spin for one that has to wait
+    os.environ["GOMP_SPINCOUNT"] = (
+        "3000"  # read with torch, whose threads else spin for one that has to wait
+    )
 
 _NAMES = {
     "vilu.backbones.catalog": "load_backbone",
@@ -101,7 +103,9 @@ if not TYPE_CHECKING:  # or else a type checker takes every name for one of ours
         if name == "metrics":
             return importlib.import_module("vilu.metrics")
         if name == "__version__":
-            return importlib.import_module("importlib.metadata").version("vilu")  # late: longer than all of this
+            return importlib.import_module("importlib.metadata").version(
+                "vilu"
+            )  # late: longer than all of this
         if name not in _HOME:
             raise AttributeError(f"module 'vilu' has no attribute {name!r}")
         value = getattr(importlib.import_module(_HOME[name]), name)

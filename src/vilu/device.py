@@ -19,11 +19,17 @@ from vilu.errors import UsageError
 
 def resolve_device(name: str) -> torch.device:
     """The device called "auto", "cpu", "cuda", "cuda:N" or "mps"; "auto" is the first of cuda, mps, cpu at hand."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     if name == "auto":
         return torch.device(next(kind for kind, here in available.items() if here))
     kind, colon, number = name.partition(":")
-    if kind not in available or (colon and not (kind == "cuda" and re.fullmatch("[0-9]{1,4}", number))):
+    if kind not in available or (
+        colon and not (kind == "cuda" and re.fullmatch("[0-9]{1,4}", number))
+    ):
         raise UsageError(f"device must be auto, cpu, cuda, cuda:N or mps. Got {name!r} instead.")
     if not available[kind] or (kind == "cuda" and int(number or 0) >= torch.cuda.device_count()):
         here = ", ".join(kind for kind, is_here in available.items() if is_here)
@@ -42,9 +48,9 @@ KEPT_BY = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_
 def keep_freed_memory() -> None:
     """Have glibc keep freed blocks of up to 512 MiB, 1 GiB in all, for those to come; nothing where it is not in use.
 
-    It would give large ones back to the system, which makes every page anew when the next one is written to: that was
-    half of the time of an image tower, and a sixth of that of an entropy of 1,000 candidates. Whoever has set it by an
-    environment variable is obeyed.
+    It would give large ones back to the system, which makes every page anew when the next one is
+    written to: that was half of the time of an image tower, and a sixth of that of an entropy of
+    1,000 candidates. Whoever has set it by an environment variable is obeyed.
     """
     if sys.platform == "linux" and not os.environ.keys() & KEPT_BY:
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)  # musl has none
@@ -52,16 +58,21 @@ def keep_freed_memory() -> None:
         mallopt(-1, 2 * KEPT_BYTES)  # M_TRIM_THRESHOLD
 
 
-LOCK, BEFORE = threading.Lock(), list[torch.dtype]()  # the default types that open blocks have found
-SEEDED = dict[int, AbstractContextManager[object]]()  # of every process its own: threads that hold one are not forked
+LOCK, BEFORE = (
+    threading.Lock(),
+    list[torch.dtype](),
+)  # the default types that open blocks have found
+SEEDED = dict[
+    int, AbstractContextManager[object]
+]()  # of every process its own: threads that hold one are not forked
 
 
 @contextmanager
 def as_usual() -> Iterator[None]:
     """A block, or a function, in which torch has gradients, float32, the CPU and no autocast by default.
 
-    So a number does not depend on what the caller has set, and what is made here can be used anywhere: a tensor that
-    is made in inference mode can never be trained on.
+    So a number does not depend on what the caller has set, and what is made here can be used
+    anywhere: a tensor that is made in inference mode can never be trained on.
     """
     keep_freed_memory()
     with ExitStack() as stack, torch.inference_mode(mode=False), torch.enable_grad():
@@ -70,7 +81,9 @@ def as_usual() -> Iterator[None]:
         for kind in ("cpu", "cuda", "mps"):
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
-        with LOCK:  # the type is of all threads: the first block sets it, the last one to end gives back what was
+        # the type is of all threads: the first block sets it, the last one to end gives back what
+        # was
+        with LOCK:
             BEFORE.append(torch.get_default_dtype())
             torch.set_default_dtype(torch.float32)
         try:
@@ -85,7 +98,8 @@ def as_usual() -> Iterator[None]:
 def seeded(seed: int) -> Iterator[None]:
     """A block in which torch's own generator begins at this seed, and is left as it was.
 
-    The whole process has one, so blocks of several threads come one after the other; a block may hold another one.
+    The whole process has one, so blocks of several threads come one after the other; a block may
+    hold another one.
     """
     with SEEDED.setdefault(os.getpid(), threading.RLock()), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -1,7 +1,7 @@
 """Every error that vilu raises on purpose, each with the exit code of the command line; checks of settings.
 
-A message says what was found, what was expected, and how to mend it. Here too: the codes of what has no class, which
-every room reads.
+A message says what was found, what was expected, and how to mend it. Here too: the codes of what
+has no class, which every room reads.
 """
 
 from __future__ import annotations
@@ -13,7 +13,17 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cache, wraps
 from numbers import Integral, Real
 from types import NoneType, SimpleNamespace, UnionType
-from typing import Annotated, Any, ClassVar, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    ParamSpec,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+)
 
 UNKNOWN = -1
 """A label, an answer or a failure that is not known."""
@@ -21,7 +31,8 @@ UNKNOWN = -1
 OUTSIDE = -2
 """Label, in files and where data come in, of a picture of none of the classes; inside, ``outside`` says so."""
 
-NO_NAME = "(skip)"  # stands in place of a label, in files, of a picture that nobody can name: it is not known
+# stands in place of a label, in files, of a picture that nobody can name: it is not known
+NO_NAME = "(skip)"
 
 
 class ViLUError(Exception):
@@ -106,13 +117,17 @@ def require_one_of(name: str, value: str, choices: Iterable[str]) -> None:
 def refuse_masked(values: Any, name: str) -> None:  # noqa: ANN401 - any argument
     """Refuse an array of numpy some numbers of which are masked: what lies below the mask would be taken for them."""
     if type(values).__name__ == "MaskedArray" and values.mask.any():  # without numpy
-        raise DataError(f"{name} has {values.mask.sum()} numbers that are masked. Leave those rows out, or fill them.")
+        raise DataError(
+            f"{name} has {values.mask.sum()} numbers that are masked. Leave those rows out, or fill them."
+        )
 
 
 def require_mask(name: str, mask: Any, n: int) -> Any:  # noqa: ANN401 - arrays, without numpy
     """The array (N,), if it is Boolean."""
     if mask.dtype != bool or mask.shape != (n,):
-        raise DataError(f"{name} must have one Boolean per row ({n}). Got {mask.dtype} {mask.shape} instead.")
+        raise DataError(
+            f"{name} must have one Boolean per row ({n}). Got {mask.dtype} {mask.shape} instead."
+        )
     return mask
 
 
@@ -124,11 +139,12 @@ LARGEST_SEED = 2**63 - 1
 def checked(function: Callable[P, R]) -> Callable[P, R]:
     """The same function, which refuses arguments of other types than it is annotated with, before it begins.
 
-    Numbers may be numpy's, or of an array of no dimension, and come as Python's; True is no number and "1" is none;
-    arrays are the function's own to check.
+    Numbers may be numpy's, or of an array of no dimension, and come as Python's; True is no number
+    and "1" is none; arrays are the function's own to check.
 
     Raises:
-        UsageError: With what was found and what was expected; of a number of arguments that cannot be, TypeError.
+        UsageError: With what was found and what was expected; of a number of arguments that cannot
+            be, TypeError.
     """
     shape = inspect.signature(function)
 
@@ -150,7 +166,8 @@ C = TypeVar("C", bound=type)
 
 def checked_fields(cls: C) -> C:
     """A dataclass whose constructor is ``checked``."""
-    # mypy has no type for the constructor of any class, of which this one is replaced on purpose, as dataclass does
+    # mypy has no type for the constructor of any class, of which this one is replaced on purpose,
+    # as dataclass does
     cls.__init__ = checked(cls.__init__)  # type: ignore[misc]
     return cls
 
@@ -159,19 +176,30 @@ def checked_fields(cls: C) -> C:
 def _hints(function: Callable[..., object]) -> dict[str, Any]:
     """Types of the parameters that have one name and one value."""
     single = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    found = {name: p.annotation for name, p in inspect.signature(function).parameters.items() if p.kind in single}
+    found = {
+        name: p.annotation
+        for name, p in inspect.signature(function).parameters.items()
+        if p.kind in single
+    }
     written = SimpleNamespace(
-        __annotations__={n: hint for n, hint in found.items() if hint is not inspect.Parameter.empty}
+        __annotations__={
+            n: hint for n, hint in found.items() if hint is not inspect.Parameter.empty
+        }
     )
     return typing.get_type_hints(written, inspect.unwrap(function).__globals__, include_extras=True)
 
 
 def _check(name: str, value: Any, hint: object, given: Mapping[str, object]) -> None:  # noqa: ANN401 - any argument
     if not _fits(value, hint):
-        other = next((n for n, v in given.items() if n != name and hasattr(hint, "how") and _fits(v, hint)), None)
+        other = next(
+            (n for n, v in given.items() if n != name and hasattr(hint, "how") and _fits(v, hint)),
+            None,
+        )
         swapped = f" {other} is one: are they swapped?" if other else ""
         raise UsageError(f"{name} must be {_expected(hint)}. Got {found(value)} instead.{swapped}")
-    if name == "seed" and value is not None and not 0 <= value <= LARGEST_SEED:  # what every generator takes
+    if (
+        name == "seed" and value is not None and not 0 <= value <= LARGEST_SEED
+    ):  # what every generator takes
         raise UsageError(f"seed must be from 0 to 2^63 - 1. Got {value} instead.")
 
 
@@ -197,9 +225,16 @@ def _fits(value: object, hint: object) -> bool:
 
 def _is_one(value: object, kind: object, inner: tuple[object, ...]) -> bool:
     """Whether a value is an instance; of what is no class, or a protocol that cannot be tested, it counts as one."""
-    if not isinstance(kind, type) or (getattr(kind, "_is_protocol", False) and not _is_testable(kind)):
+    if not isinstance(kind, type) or (
+        getattr(kind, "_is_protocol", False) and not _is_testable(kind)
+    ):
         return True
-    if not inner or not issubclass(kind, Collection) or issubclass(kind, Mapping) or hasattr(kind, "dtype"):
+    if (
+        not inner
+        or not issubclass(kind, Collection)
+        or issubclass(kind, Mapping)
+        or hasattr(kind, "dtype")
+    ):
         return isinstance(value, kind)
     if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__len__"):
         return False
@@ -208,7 +243,9 @@ def _is_one(value: object, kind: object, inner: tuple[object, ...]) -> bool:
     array: Any = value
     if hasattr(value, "dtype"):
         return (
-            type(value).__module__ == "numpy" and array.ndim == 1 and all(_fits(one, inner[0]) for one in array[:TRIED])
+            type(value).__module__ == "numpy"
+            and array.ndim == 1
+            and all(_fits(one, inner[0]) for one in array[:TRIED])
         )
     return isinstance(value, kind) or hasattr(value, "__getitem__")
 
@@ -231,7 +268,8 @@ def _expected(hint: object) -> str:
 def _any_of(value: object, inner: tuple[object, ...]) -> bool:
     """Whether one type fits; where arrays are among them, anything may be one, and the function looks itself."""
     takes_arrays = any(
-        (getattr(get_origin(one) or one, "__module__", None) or "").startswith("numpy._") for one in inner
+        (getattr(get_origin(one) or one, "__module__", None) or "").startswith("numpy._")
+        for one in inner
     )
     return takes_arrays or any(_fits(value, one) for one in inner)
 
@@ -247,9 +285,16 @@ RULES: dict[object, tuple[Callable[[object, Any], bool], Callable[[Any], str]]] 
     Annotated: (lambda value, inner: _fits(value, inner[0]), lambda inner: _expected(inner[0])),
     Literal: (
         lambda value, inner: any(type(value) is type(one) and value == one for one in inner),
-        lambda inner: f"one of {', '.join(map(repr, inner))}" if len(inner) > 2 else " or ".join(map(repr, inner)),
+        lambda inner: (
+            f"one of {', '.join(map(repr, inner))}"
+            if len(inner) > 2
+            else " or ".join(map(repr, inner))
+        ),
     ),
-    int: (lambda value, _: isinstance(value, Integral) and not _is_bool(value), lambda _: "a whole number"),
+    int: (
+        lambda value, _: isinstance(value, Integral) and not _is_bool(value),
+        lambda _: "a whole number",
+    ),
     float: (lambda value, _: isinstance(value, Real) and not _is_bool(value), lambda _: "a number"),
     bool: (lambda value, _: _is_bool(value), lambda _: "True or False"),
     str: (lambda value, _: isinstance(value, str), lambda _: "a text"),
@@ -267,4 +312,6 @@ def found(value: object) -> str:
     if isinstance(value, type):
         return f"the class {value.__name__}"
     shape = getattr(value, "shape", None)
-    return f"a {type(value).__name__}" + (f" of shape {tuple(shape)}" if isinstance(shape, tuple) else "")
+    return f"a {type(value).__name__}" + (
+        f" of shape {tuple(shape)}" if isinstance(shape, tuple) else ""
+    )

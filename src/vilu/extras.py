@@ -15,7 +15,8 @@ from urllib.parse import urlsplit
 
 from vilu.errors import MissingModelError
 
-REACH_TIMEOUT = 3.0  # seconds the hub has to accept a connection; its own client would retry for 23 seconds per file
+# seconds the hub has to accept a connection; its own client would retry for 23 seconds per file
+REACH_TIMEOUT = 3.0
 
 
 def import_extra(module: str, extra: str) -> ModuleType:
@@ -31,12 +32,15 @@ def import_extra(module: str, extra: str) -> ModuleType:
 def quiet() -> Iterator[None]:
     """No warnings, log lines below ERROR or progress bars while a model loads; all is restored afterwards.
 
-    What loaders only warn of (weights that are missing or do not fit) vilu checks itself and raises.
+    What loaders only warn of (weights that are missing or do not fit) vilu checks itself and
+    raises.
     """
     root, disabled = logging.getLogger(), logging.root.manager.disable
     bars = sys.modules.get("transformers.utils.logging")
     shown = bars is not None and bars.is_progress_bar_enabled()
-    handler = logging.NullHandler()  # on a root without any, open_clip's logging.info() would leave one behind
+    handler = (
+        logging.NullHandler()
+    )  # on a root without any, open_clip's logging.info() would leave one behind
     root.addHandler(handler)
     logging.disable(max(disabled, logging.WARNING))
     try:

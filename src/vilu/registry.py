@@ -20,7 +20,10 @@ Added = TypeVar("Added")
 logger = logging.getLogger(__name__)
 
 ADDERS: dict[str, Callable[[object], bool]] = {}
-"""Kind -> what adds a thing of it and says so; False where it is of another kind. Each room puts its own here."""
+"""Kind -> what adds a thing of it and says so;
+
+False where it is of another kind. Each room puts its own here.
+"""
 
 SECTIONS = {"datasets": "vilu.datasets.known", "backbones": "vilu.backbones.catalog"}
 """Section of a TOML file -> the module whose ``add_tables`` takes its tables."""
@@ -32,23 +35,28 @@ PLUGINS = "VILU_PLUGINS"
 def register(thing: Added) -> Added:
     """Make a thing known by its name in this process: it is listed, used, evaluated and benchmarked as ours are.
 
-    As a decorator it gives its argument back. For all processes (commands, workers) ``--plugin MODULE`` imports the
-    module that calls this, or an entry point of a distribution, named as the thing, leads to it; the groups are
-    "vilu.predictors", "vilu.metrics" and "vilu.datasets".
+    As a decorator it gives its argument back. For all processes (commands, workers) ``--plugin
+    MODULE`` imports the module that calls this, or an entry point of a distribution, named as the
+    thing, leads to it; the groups are "vilu.predictors", "vilu.metrics" and "vilu.datasets".
 
     Args:
         thing: A subclass of ``FailurePredictor``; a ``vilu.metrics.catalog.Metric`` with a name; a
-            ``vilu.datasets.known.KnownDataset``; or the path of a TOML file with tables [datasets.NAME] and
-            [backbones.NAME], whose keys are those of ``assets/datasets.toml`` and ``assets/backbones.toml``.
+            ``vilu.datasets.known.KnownDataset``; or the path of a TOML file with tables
+            [datasets.NAME] and [backbones.NAME], whose keys are those of ``assets/datasets.toml``
+            and ``assets/backbones.toml``.
 
     Raises:
         UsageError: If it is nothing that can be registered, lacks something, or its name is taken.
 
     Examples:
         >>> import vilu
-        >>> metric = vilu.metrics.Metric("Wrong", lambda c: c.n_wrong / c.n, "share of wrong answers", name="wrong")
+        >>> metric = vilu.metrics.Metric(
+        ...     "Wrong", lambda c: c.n_wrong / c.n, "share of wrong answers", name="wrong"
+        ... )
         >>> _ = vilu.register(metric)
-        >>> vilu.evaluate(vilu.Outcomes([1, 2, 3, 4] * 30, [0, 0, 0, 1] * 30), metrics=["wrong"]).value("wrong")
+        >>> vilu.evaluate(
+        ...     vilu.Outcomes([1, 2, 3, 4] * 30, [0, 0, 0, 1] * 30), metrics=["wrong"]
+        ... ).value("wrong")
         0.25
         >>> del vilu.metrics.METRICS["wrong"]  # as it was
     """
@@ -73,24 +81,31 @@ def _register_file(path: Path) -> None:
 def toml_tables(source: Path | str) -> dict[str, dict[str, Any]]:
     """The tables of a TOML file, or of TOML text, by name."""
     try:
-        tables = tomllib.loads(source.read_text(encoding="utf-8") if isinstance(source, Path) else source)
+        tables = tomllib.loads(
+            source.read_text(encoding="utf-8") if isinstance(source, Path) else source
+        )
     except PermissionError as error:
         raise StorageError(f"cannot read {source}: {error.strerror}.") from error
     except OSError as error:
         raise UsageError(f"cannot read {source}: {error.strerror}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{source if isinstance(source, Path) else 'the text'} is not TOML: {error}.") from error
+        raise UsageError(
+            f"{source if isinstance(source, Path) else 'the text'} is not TOML: {error}."
+        ) from error
     bare = next((name for name, table in tables.items() if not isinstance(table, dict)), None)
     if bare is not None:
-        raise UsageError(f"{bare!r} stands outside a table. Write [NAME], and what there is to say of it below.")
+        raise UsageError(
+            f"{bare!r} stands outside a table. Write [NAME], and what there is to say of it below."
+        )
     return tables
 
 
 class Catalogue(MutableMapping[str, Added]):
     """Things of one kind by name: ours, registered ones, and those of entry points of other distributions.
 
-    An entry point is imported when its name is asked for, or everything is. Where that fails, who asked for the name is
-    told why by an error, and who asked for everything by a warning beside all the others.
+    An entry point is imported when its name is asked for, or everything is. Where that fails, who
+    asked for the name is told why by an error, and who asked for everything by a warning beside all
+    the others.
     """
 
     def __init__(self, what: str, group: str) -> None:
@@ -143,9 +158,12 @@ class Catalogue(MutableMapping[str, Added]):
         who = f"the {self.what} {entry.name!r} of {entry.dist.name if entry.dist else '?'} ({entry.value})"
         try:
             found = register(entry.load())
-        # importing runs a stranger's code, which may raise anything: it is raised again, naming who installed it
+        # importing runs a stranger's code, which may raise anything: it is raised again, naming who
+        # installed it
         except Exception as error:
-            raise UsageError(f"{who} cannot be imported: {type(error).__name__}: {error}") from error
+            raise UsageError(
+                f"{who} cannot be imported: {type(error).__name__}: {error}"
+            ) from error
         is_file = isinstance(found, str | os.PathLike)  # of tables, which have names of their own
         if entry.name not in self.here or not (is_file or self.here[entry.name] == found):
             raise UsageError(f"{who} has another name than its entry point.")
@@ -158,7 +176,9 @@ def load_plugin(module: str) -> None:
         UsageError: If it cannot be imported.
     """
     if not module or module.startswith("."):
-        raise UsageError(f"a plugin is called by its whole name, such as package.module. Got {module!r} instead.")
+        raise UsageError(
+            f"a plugin is called by its whole name, such as package.module. Got {module!r} instead."
+        )
     try:
         importlib.import_module(module)
     except ImportError as error:

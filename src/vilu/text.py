@@ -61,7 +61,9 @@ def harmless(text: str) -> str:
 
 def printable(text: str, kept: str = "") -> str:
     """Line breaks, terminal control and the like, but for what is ``kept``, escaped: names come from files."""
-    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
+    return "".join(
+        c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 def shown(text: str) -> str:
@@ -99,7 +101,9 @@ def page_of(package: str, name: str, images: str) -> tuple[str, str]:
     from importlib import resources  # late: it takes longer than the rest of this module
 
     folder = resources.files(package).joinpath("templates")
-    style, script, page = (folder.joinpath(f"{name}.{kind}").read_text("utf-8") for kind in ("css", "js", "html"))
+    style, script, page = (
+        folder.joinpath(f"{name}.{kind}").read_text("utf-8") for kind in ("css", "js", "html")
+    )
     policy = (
         f"default-src 'none'; img-src {images} data:; connect-src 'self'; style-src '{csp_hash(style)}'; "
         f"script-src '{csp_hash(script)}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"

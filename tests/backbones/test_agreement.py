@@ -57,7 +57,12 @@ def make_pair(folder: Path, kind: str, *, tanh: bool | None) -> Pair:
 
 def embed(backbone: Backbone, width: int, height: int, n: int = 12) -> torch.Tensor:
     return backbone.encode_images(
-        torch.stack([backbone.preprocess(picture) for picture in pictures(n, seed=5, width=width, height=height)])
+        torch.stack(
+            [
+                backbone.preprocess(picture)
+                for picture in pictures(n, seed=5, width=width, height=height)
+            ]
+        )
     )
 
 
@@ -65,7 +70,9 @@ def embed(backbone: Backbone, width: int, height: int, n: int = 12) -> torch.Ten
 def test_images(pair: Pair, width: int, height: int) -> None:
     first, second = pair
     for picture in pictures(3, seed=5, width=width, height=height):
-        assert (first.preprocess(picture) - second.preprocess(picture)).abs().max() < 1e-6  # of numbers up to 3
+        assert (
+            first.preprocess(picture) - second.preprocess(picture)
+        ).abs().max() < 1e-6  # of numbers up to 3
     rows = embed(first, width, height)
     torch.testing.assert_close(rows, embed(second, width, height), atol=AGREE, rtol=0)
     assert (rows @ rows.T - torch.eye(len(rows))).max() < 0.999  # the pictures are told apart
@@ -88,17 +95,23 @@ def test_scale_bias_and_sizes(pair: Pair, kind: str) -> None:
     assert first.logit_bias == second.logit_bias == (0.0 if kind == "clip" else LOGIT_BIAS)
     assert first.embed_dim == second.embed_dim
     assert pair[0].feature_dim == pair[1].feature_dim == 64
-    assert [maps is None for maps in (pair[0].projections, pair[1].projections)] == [kind == "siglip"] * 2
+    assert [maps is None for maps in (pair[0].projections, pair[1].projections)] == [
+        kind == "siglip"
+    ] * 2
 
 
 def test_features_and_last_maps(pair: Pair) -> None:
     pixels = torch.stack([pair[0].preprocess(picture) for picture in pictures(8)])
     (_, first), (_, second) = (backbone.encode_images_and_features(pixels) for backbone in pair)
-    torch.testing.assert_close(first, second, atol=1e-4, rtol=0)  # up to 30 long, so some 30 times as far off
+    torch.testing.assert_close(
+        first, second, atol=1e-4, rtol=0
+    )  # up to 30 long, so some 30 times as far off
     first, second = (backbone.encode_text_features(TEXTS) for backbone in pair)
     torch.testing.assert_close(first, second, atol=1e-4, rtol=0)
     if pair[0].projections is not None and pair[1].projections is not None:
-        assert all(torch.equal(a, b) for a, b in zip(pair[0].projections, pair[1].projections, strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(pair[0].projections, pair[1].projections, strict=True)
+        )
 
 
 def test_padding_is_part_of_siglip(tmp_path: Path) -> None:
@@ -131,7 +144,9 @@ def test_a_named_backbone_is_one_model_by_either_library(name: str, tmp_path: Pa
     first = load_backbone(name, device="cpu", models=tmp_path / "open_clip")
     second = load_backbone(f"{name}@hf", device="cpu", models=tmp_path / "hf")
     torch.testing.assert_close(embed(first, 40, 40), embed(second, 40, 40), atol=AGREE, rtol=0)
-    torch.testing.assert_close(first.encode_texts(TEXTS), second.encode_texts(TEXTS), atol=AGREE, rtol=0)
+    torch.testing.assert_close(
+        first.encode_texts(TEXTS), second.encode_texts(TEXTS), atol=AGREE, rtol=0
+    )
 
 
 def test_a_model_without_gelu_is_another_one() -> None:
@@ -165,5 +180,7 @@ class TestKnownDifferences:
         first, second = make_pair(tmp_path, kind, tanh=True)
         clean, raw = ["cat & dog", "'dog'"], ["cat &amp; dog", "‘dog’"]
         for text, same in zip(raw, clean, strict=True):
-            torch.testing.assert_close(first.encode_texts([text]), first.encode_texts([same]), atol=AGREE, rtol=0)
+            torch.testing.assert_close(
+                first.encode_texts([text]), first.encode_texts([same]), atol=AGREE, rtol=0
+            )
             assert (second.encode_texts([text]) - first.encode_texts([text])).abs().max() > 1e-3

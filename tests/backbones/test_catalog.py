@@ -17,14 +17,18 @@ def test_loaders_exist(kind: str) -> None:
     assert BACKBONES[kind].description.startswith(kind)
 
 
-@pytest.mark.parametrize(("spec", "hint"), [("compct", "'compact'"), ("openclip:ViT-B-32/openai", "'open_clip'")])
+@pytest.mark.parametrize(
+    ("spec", "hint"), [("compct", "'compact'"), ("openclip:ViT-B-32/openai", "'open_clip'")]
+)
 def test_unknown_kind_names_the_nearest(spec: str, hint: str) -> None:
     with pytest.raises(UsageError, match=f"Did you mean {hint}"):
         load_backbone(spec)
 
 
 def test_unknown_kind_without_a_near_one() -> None:
-    with pytest.raises(UsageError, match=r"known are compact, open_clip, hf, clip-vit-b32,.*siglip-vit-l16\.$"):
+    with pytest.raises(
+        UsageError, match=r"known are compact, open_clip, hf, clip-vit-b32,.*siglip-vit-l16\.$"
+    ):
         load_backbone("resnet50")
 
 

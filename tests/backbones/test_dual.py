@@ -24,7 +24,9 @@ def encoder(precision: str = "fp32", head: bool = False) -> DualEncoder:
         CPU,
         transform=lambda image: torch.zeros(3, 2, 2),
         image_tower=lambda pixels: torch.nn.functional.linear(pixels.flatten(1), weight),
-        image_head=(lambda rows: rows @ torch.diag(torch.tensor([1.0, 2.0, 3.0, 4.0]))) if head else None,
+        image_head=(lambda rows: rows @ torch.diag(torch.tensor([1.0, 2.0, 3.0, 4.0])))
+        if head
+        else None,
         text_tower=lengths,
         truncates=lambda texts: [len(text) > 9 for text in texts],
     )
@@ -47,7 +49,11 @@ def test_batches_come_back_in_the_order_of_the_texts(texts: list[str]) -> None:
 def test_embeddings_are_the_normalised_output_of_tower_and_head() -> None:
     pixels = torch.rand(5, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     weight = torch.linspace(-1, 1, WIDTH * 12, dtype=torch.float64).reshape(WIDTH, 12)
-    expected = pixels.double().flatten(1) @ weight.T @ torch.diag(torch.tensor([1.0, 2, 3, 4], dtype=torch.float64))
+    expected = (
+        pixels.double().flatten(1)
+        @ weight.T
+        @ torch.diag(torch.tensor([1.0, 2, 3, 4], dtype=torch.float64))
+    )
     expected /= expected.norm(dim=1, keepdim=True)
     rows = encoder(head=True).encode_images(pixels)
     # 12 products and a norm in float32: 20 roundings of 6e-8 of numbers below 1
@@ -87,7 +93,10 @@ def test_embeddings_can_be_trained_on() -> None:
 
 def test_projections_are_the_last_maps() -> None:
     generator = torch.Generator().manual_seed(0)
-    image_map, text_map = torch.randn(3, 12, generator=generator), torch.randn(3, WIDTH, generator=generator)
+    image_map, text_map = (
+        torch.randn(3, 12, generator=generator),
+        torch.randn(3, WIDTH, generator=generator),
+    )
     linear = DualEncoder(
         EmbeddingSpace(3, 10.0),
         CPU,
@@ -106,11 +115,14 @@ def test_projections_are_the_last_maps() -> None:
     texts = ["a", "bb", "ccc"]
     assert torch.equal(linear.encode_text_features(texts), lengths(texts))
     torch.testing.assert_close(
-        linear.encode_texts(texts), torch.nn.functional.normalize(lengths(texts) @ text_map.T, dim=1)
+        linear.encode_texts(texts),
+        torch.nn.functional.normalize(lengths(texts) @ text_map.T, dim=1),
     )
     assert linear.feature_dim == 12
     assert linear.projections is not None
-    (features.sum() + torch.ones(1, requires_grad=True)).backward()  # refused for tensors made in inference mode
+    (
+        features.sum() + torch.ones(1, requires_grad=True)
+    ).backward()  # refused for tensors made in inference mode
 
 
 def test_no_text_is_an_empty_matrix() -> None:

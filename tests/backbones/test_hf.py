@@ -39,7 +39,10 @@ def siglip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 
 
 def inputs(kind: str) -> dict[str, torch.Tensor]:
-    """What the text towers take, by other tokenizers: CLIP's with a mask over its padding, SigLIP's without."""
+    """What the text towers take, by other tokenizers:
+
+    CLIP's with a mask over its padding, SigLIP's without.
+    """
     if kind == "siglip":
         return {"input_ids": siglip_ids(CLEAN)}
     ids = open_clip.SimpleTokenizer()(TEXTS)
@@ -63,7 +66,9 @@ def test_embeddings_are_those_of_the_model(kind: str, request: pytest.FixtureReq
     torch.testing.assert_close(
         backbone.encode_images(pixels), image / image.norm(dim=1, keepdim=True), atol=1e-6, rtol=0
     )
-    torch.testing.assert_close(backbone.encode_texts(TEXTS), text / text.norm(dim=1, keepdim=True), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        backbone.encode_texts(TEXTS), text / text.norm(dim=1, keepdim=True), atol=1e-6, rtol=0
+    )
 
 
 def test_features_of_clip_lead_to_its_embeddings_by_linear_maps(clip: tuple[Path, Any]) -> None:
@@ -86,7 +91,9 @@ def test_features_of_clip_lead_to_its_embeddings_by_linear_maps(clip: tuple[Path
     torch.testing.assert_close(text, backbone.encode_texts(TEXTS), atol=1e-6, rtol=0)
 
 
-def test_features_of_siglip_are_its_embeddings_before_normalisation(siglip: tuple[Path, Any]) -> None:
+def test_features_of_siglip_are_its_embeddings_before_normalisation(
+    siglip: tuple[Path, Any],
+) -> None:
     folder, model = siglip
     backbone = load_backbone(f"hf:{folder}", device="cpu")
     pixels = noise()
@@ -107,7 +114,9 @@ def test_texts_do_not_depend_on_their_company(kind: str, request: pytest.Fixture
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
-def test_texts_are_cut_off_where_start_words_and_end_do_not_fit(kind: str, request: pytest.FixtureRequest) -> None:
+def test_texts_are_cut_off_where_start_words_and_end_do_not_fit(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
     backbone = load_backbone(f"hf:{request.getfixturevalue(kind)[0]}", device="cpu")
     texts = ["", "a " * ROOM[kind], "a " * (ROOM[kind] + 1), "a b " * LENGTH[kind]]
     assert backbone.truncates(texts) == [False, False, True, True]
@@ -128,7 +137,9 @@ def test_space(clip: tuple[Path, Any], siglip: tuple[Path, Any]) -> None:
     assert space.logit_scale == pytest.approx(20.0, rel=1e-6)
 
 
-def test_siglip_reads_its_padding_whatever_its_tokenizer_gives(siglip: tuple[Path, Any], tmp_path: Path) -> None:
+def test_siglip_reads_its_padding_whatever_its_tokenizer_gives(
+    siglip: tuple[Path, Any], tmp_path: Path
+) -> None:
     """The tokenizer of transformers gives a mask, unless its settings say otherwise, as those of the hub do."""
     folder = shutil.copytree(siglip[0], tmp_path / "masking")
     settings = json.loads((folder / "tokenizer_config.json").read_text())
@@ -141,10 +152,16 @@ def test_siglip_reads_its_padding_whatever_its_tokenizer_gives(siglip: tuple[Pat
 
 
 def test_pixels_follow_the_processor(siglip: tuple[Path, Any]) -> None:
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 50, 3), dtype=np.uint8))
+    picture = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (70, 50, 3), dtype=np.uint8)
+    )
     backbone = load_backbone(f"hf:{siglip[0]}", device="cpu")
-    # as Pillow resizes: torchvision, which transformers takes by default, is a grey level off in places
-    expected = np.asarray(picture.resize((32, 32), Image.Resampling.BICUBIC)).transpose(2, 0, 1) / 127.5 - 1
+    # as Pillow resizes: torchvision, which transformers takes by default, is a grey level off in
+    # places
+    expected = (
+        np.asarray(picture.resize((32, 32), Image.Resampling.BICUBIC)).transpose(2, 0, 1) / 127.5
+        - 1
+    )
     np.testing.assert_allclose(backbone.preprocess(picture).numpy(), expected, atol=1e-6)
     settings = json.loads(backbone.space.preprocess or "")
     assert settings["class"] == "SiglipImageProcessorPil"
@@ -158,7 +175,9 @@ def test_weights_that_do_not_fill_the_model(clip: tuple[Path, Any], tmp_path: Pa
     tensors = load_file(folder / "model.safetensors")
     del tensors["visual_projection.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ProvenanceError, match=r"no weights for 1 tensors, the first is visual_projection\.weight"):
+    with pytest.raises(
+        ProvenanceError, match=r"no weights for 1 tensors, the first is visual_projection\.weight"
+    ):
         load_backbone(f"hf:{folder}", device="cpu")
 
 
@@ -180,18 +199,31 @@ def test_folder_that_lacks_a_file(
 
 
 def test_not_a_dual_encoder(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     with quiet():
-        transformers.BertModel(transformers.BertConfig(**sizes, vocab_size=99)).save_pretrained(tmp_path)
+        transformers.BertModel(transformers.BertConfig(**sizes, vocab_size=99)).save_pretrained(
+            tmp_path
+        )
         clip_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(UsageError, match="is a BertModel, which has no get_image_features"):
         load_backbone(f"hf:{tmp_path}", device="cpu")
 
 
 def test_patches_of_varying_number(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     config = transformers.Siglip2Config(
-        text_config={**sizes, "vocab_size": 49408}, vision_config={**sizes, "patch_size": 16, "num_patches": 16}
+        text_config={**sizes, "vocab_size": 49408},
+        vision_config={**sizes, "patch_size": 16, "num_patches": 16},
     )
     pixels = transformers.Siglip2ImageProcessor(patch_size=16, max_num_patches=16)
     with quiet():
@@ -218,11 +250,15 @@ def test_hub_model_comes_from_the_cache(
 def test_absent_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(loading, "hub_reachable", lambda: False)
-    with pytest.raises(MissingModelError, match=r"hf:org/absent is not in the local cache.*download org/absent"):
+    with pytest.raises(
+        MissingModelError, match=r"hf:org/absent is not in the local cache.*download org/absent"
+    ):
         load_backbone("hf:org/absent", device="cpu")
 
 
-@pytest.mark.parametrize("argument", ["", "./models/absent", "/absent", "~/absent", "a/b/c", "../absent"])
+@pytest.mark.parametrize(
+    "argument", ["", "./models/absent", "/absent", "~/absent", "a/b/c", "../absent"]
+)
 def test_neither_folder_nor_hub(argument: str) -> None:
     with pytest.raises(UsageError, match="expected a folder that exists, or ORG/NAME"):
         load_backbone(f"hf:{argument}", device="cpu")

@@ -34,7 +34,9 @@ def test_missing_extra_says_what_to_install() -> None:
     assert caught.value.exit_code == 5
 
 
-def test_loading_and_encoding_say_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_loading_and_encoding_say_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Whatever takes more than two seconds: what is loaded, how long that took, texts with their rate."""
     monkeypatch.setattr("vilu.backbones.catalog.SLOW", 0.0)
     caplog.set_level(logging.INFO, "vilu")
@@ -44,7 +46,9 @@ def test_loading_and_encoding_say_so(monkeypatch: pytest.MonkeyPatch, caplog: py
     backbone.encode_texts(["the first one takes more"])
     seen: list[float] = []
     task = types.SimpleNamespace(advance=lambda steps, note="": seen.append(steps))
-    reporter = types.SimpleNamespace(start=lambda *about: seen.append(about) or task, finish=lambda _: None)
+    reporter = types.SimpleNamespace(
+        start=lambda *about: seen.append(about) or task, finish=lambda _: None
+    )
     with reporting(reporter):
         backbone.encode_texts(["a"])
         assert seen == []
@@ -87,7 +91,12 @@ def test_quiet_restores_everything() -> None:
     from transformers.utils import logging as bars
 
     root = logging.getLogger()
-    before = list(root.handlers), list(warnings.filters), logging.root.manager.disable, bars.is_progress_bar_enabled()
+    before = (
+        list(root.handlers),
+        list(warnings.filters),
+        logging.root.manager.disable,
+        bars.is_progress_bar_enabled(),
+    )
 
     def interrupted() -> None:
         with quiet():
@@ -99,12 +108,18 @@ def test_quiet_restores_everything() -> None:
 
     with pytest.raises(ZeroDivisionError):
         interrupted()
-    after = list(root.handlers), list(warnings.filters), logging.root.manager.disable, bars.is_progress_bar_enabled()
+    after = (
+        list(root.handlers),
+        list(warnings.filters),
+        logging.root.manager.disable,
+        bars.is_progress_bar_enabled(),
+    )
     assert after == before
 
 
 def test_quiet_leaves_no_handler_on_a_bare_root() -> None:
-    # pytest's own handlers would hide it: logging.info() calls basicConfig() on a root without handlers
+    # pytest's own handlers would hide it: logging.info() calls basicConfig() on a root without
+    # handlers
     code = """if True:
         import logging
         from vilu.extras import quiet
@@ -136,7 +151,11 @@ def failing(error: Exception) -> Callable[[], None]:
     ],
 )
 def test_failures_are_named(error: Exception, becomes: type[Exception]) -> None:
-    told = "tensors alone are read" if isinstance(error, pickle.UnpicklingError) else str(error.args[0])
+    told = (
+        "tensors alone are read"
+        if isinstance(error, pickle.UnpicklingError)
+        else str(error.args[0])
+    )
     with pytest.raises(becomes, match=told) as caught:
         load_local(failing(error), "hf:tiny")
     assert type(caught.value) is becomes
@@ -161,7 +180,9 @@ def test_cached_model_never_asks_the_network(monkeypatch: pytest.MonkeyPatch) ->
     assert hub.HF_HUB_OFFLINE is False
 
 
-@pytest.mark.parametrize("error", [FileNotFoundError("not cached"), ValueError("tokenizer and weights differ")])
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError("not cached"), ValueError("tokenizer and weights differ")]
+)
 def test_uncached_model_is_downloaded(
     error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -184,8 +205,12 @@ def test_files_that_do_not_go_together_stay_so_offline(monkeypatch: pytest.Monke
         load_cached_first(failing(RuntimeError("size mismatch")), "hf:a/b", "a/b")
 
 
-@pytest.mark.parametrize(("reachable", "reason"), [(False, "cannot be reached"), (True, "download failed: no such")])
-def test_absent_model_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, reachable: bool, reason: str) -> None:
+@pytest.mark.parametrize(
+    ("reachable", "reason"), [(False, "cannot be reached"), (True, "download failed: no such")]
+)
+def test_absent_model_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, reachable: bool, reason: str
+) -> None:
     monkeypatch.setattr(loading, "hub_reachable", lambda: reachable)
     with pytest.raises(MissingModelError, match=f"{reason}.*hf download a/b.*HF_HUB_OFFLINE=1"):
         load_cached_first(failing(FileNotFoundError("no such repository")), "hf:a/b", "a/b")

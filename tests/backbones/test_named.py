@@ -43,7 +43,10 @@ def test_names() -> None:
 def test_open_clip_has_it_so(name: str) -> None:
     model = NAMED[name]
     architecture, _, tag = model.open_clip.partition("/")
-    config, pretrained = open_clip.get_model_config(architecture), open_clip.get_pretrained_cfg(architecture, tag)
+    config, pretrained = (
+        open_clip.get_model_config(architecture),
+        open_clip.get_pretrained_cfg(architecture, tag),
+    )
     assert config["embed_dim"] == model.embed_dim
     assert config["vision_cfg"]["image_size"] == model.image_size
     assert config["text_cfg"]["context_length"] == model.context_length
@@ -63,7 +66,9 @@ def hub_config(name: str) -> Any:
     text |= {"max_position_embeddings": model.context_length, "vocab_size": sizes["vocabulary"]}
     if name.startswith("siglip"):
         return transformers.SiglipConfig(text_config=text, vision_config=vision)
-    return transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=model.embed_dim)
+    return transformers.CLIPConfig(
+        text_config=text, vision_config=vision, projection_dim=model.embed_dim
+    )
 
 
 @pytest.mark.parametrize("name", ON_THE_HUB)
@@ -72,12 +77,16 @@ def test_both_libraries_have_the_same_weights(name: str) -> None:
     model, config = NAMED[name], hub_config(name)
     with torch.device("meta"), quiet():
         first = open_clip.create_model(model.open_clip.partition("/")[0], device="meta")
-        second = (transformers.SiglipModel if name.startswith("siglip") else transformers.CLIPModel)(config)
+        second = (
+            transformers.SiglipModel if name.startswith("siglip") else transformers.CLIPModel
+        )(config)
     shapes = {key: tensor.shape for key, tensor in second.state_dict().items()}
     renamed = to_transformers(dict(first.state_dict()), shapes)
     assert {key: tensor.shape for key, tensor in renamed.items()} == shapes
     assert config.vision_config.hidden_size == model.feature_dim
-    assert config.vision_config.hidden_act == ("quick_gelu" if model.quick_gelu else "gelu_pytorch_tanh")
+    assert config.vision_config.hidden_act == (
+        "quick_gelu" if model.quick_gelu else "gelu_pytorch_tanh"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +132,10 @@ def test_models_come_from_the_folder(models: Path, spec: str, library: str) -> N
 @pytest.mark.usefixtures("no_network")
 def test_a_space_does_not_depend_on_where_the_model_lies(models: Path, tmp_path: Path) -> None:
     shutil.copytree(models / "clip-vit-b32", tmp_path / "elsewhere" / "clip-vit-b32")
-    here, there = (load_backbone("clip-vit-b32", device="cpu", models=x) for x in (models, str(tmp_path / "elsewhere")))
+    here, there = (
+        load_backbone("clip-vit-b32", device="cpu", models=x)
+        for x in (models, str(tmp_path / "elsewhere"))
+    )
     assert here.space == there.space
 
 
@@ -131,16 +143,23 @@ def test_a_space_does_not_depend_on_where_the_model_lies(models: Path, tmp_path:
 @pytest.mark.parametrize(
     ("spec", "missing", "way"),
     [
-        ("clip-vit-b16", "open_clip_config.json or config.json", "timm/vit_base_patch16_clip_224.openai"),
+        (
+            "clip-vit-b16",
+            "open_clip_config.json or config.json",
+            "timm/vit_base_patch16_clip_224.openai",
+        ),
         ("clip-vit-b16", "open_clip_config.json or config.json", "openai/clip-vit-base-patch16"),
         ("clip-vit-b32@hf", "config.json", "openai/clip-vit-base-patch32"),
         ("siglip-vit-b16@open_clip", "open_clip_config.json", "timm/ViT-B-16-SigLIP"),
     ],
 )
-def test_what_is_not_in_the_folder_is_an_error(models: Path, spec: str, missing: str, way: str) -> None:
+def test_what_is_not_in_the_folder_is_an_error(
+    models: Path, spec: str, missing: str, way: str
+) -> None:
     folder = models / spec.partition("@")[0]
     with pytest.raises(
-        MissingModelError, match=rf"no {missing} in the folder {folder},.*hf download {way} --local-dir {folder}`"
+        MissingModelError,
+        match=rf"no {missing} in the folder {folder},.*hf download {way} --local-dir {folder}`",
     ):
         load_backbone(spec, device="cpu", models=models)
 
@@ -160,13 +179,19 @@ def test_other_specs_are_what_they_were(models: Path) -> None:
     assert find_named("compact:64", models) is None
     assert find_named(f"hf:{models}/x@hf", models) is None
     spec = f"open_clip:{models / 'clip-vit-b32'}"
-    assert load_backbone(spec, device="cpu", models=models / "absent").space.backbone == "open_clip:clip-vit-b32"
+    assert (
+        load_backbone(spec, device="cpu", models=models / "absent").space.backbone
+        == "open_clip:clip-vit-b32"
+    )
 
 
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("clip-vit-b32@timm", r"clip-vit-b32@open_clip or clip-vit-b32@hf. Got 'clip-vit-b32@timm'"),
+        (
+            "clip-vit-b32@timm",
+            r"clip-vit-b32@open_clip or clip-vit-b32@hf. Got 'clip-vit-b32@timm'",
+        ),
         ("clip-vit-b32@", "Got 'clip-vit-b32@'"),
         ("clip-vit-b23", "Did you mean 'clip-vit-b32'"),
         ("siglip-vit-b61@hf", "Did you mean 'siglip-vit-b16'"),
@@ -187,7 +212,9 @@ def test_names_that_are_none(models: Path, spec: str, message: str) -> None:
         ("\udcff{", "no configuration of open_clip"),
     ],
 )
-def test_a_configuration_of_another_activation(models: Path, tmp_path: Path, content: Any, message: str) -> None:
+def test_a_configuration_of_another_activation(
+    models: Path, tmp_path: Path, content: Any, message: str
+) -> None:
     """Without the flag open_clip would compute with GELU, and say nothing."""
     folder = shutil.copytree(models / "clip-vit-b32", tmp_path / "clip-vit-b32")
     text = content if isinstance(content, str) else json.dumps(content)

@@ -13,7 +13,16 @@ import torch
 from PIL import Image
 from torch.nn.functional import normalize
 
-from tests.builders.tiny_models import IMAGE_SIZE, PIXELS, ROOM, build, config, open_clip, save_open_clip, write_tiny
+from tests.builders.tiny_models import (
+    IMAGE_SIZE,
+    PIXELS,
+    ROOM,
+    build,
+    config,
+    open_clip,
+    save_open_clip,
+    write_tiny,
+)
 from tests.builders.tiny_tokenizers import siglip_ids
 from vilu.backbones import loading
 from vilu.backbones.catalog import load_backbone
@@ -42,13 +51,18 @@ def noise() -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 @pytest.mark.parametrize("prefix", ["", "local-dir:"])
-def test_embeddings_are_those_of_the_model(kind: str, prefix: str, request: pytest.FixtureRequest) -> None:
+def test_embeddings_are_those_of_the_model(
+    kind: str, prefix: str, request: pytest.FixtureRequest
+) -> None:
     folder, model = request.getfixturevalue(kind)
     backbone = load_backbone(f"open_clip:{prefix}{folder}", device="cpu")
     pixels = noise()
     tokens = siglip_ids(TEXTS) if kind == "siglip" else open_clip.SimpleTokenizer()(TEXTS)
     with torch.no_grad():
-        image, text = model.encode_image(pixels, normalize=True), model.encode_text(tokens, normalize=True)
+        image, text = (
+            model.encode_image(pixels, normalize=True),
+            model.encode_text(tokens, normalize=True),
+        )
     # the same arithmetic in the same library: only the batching of the texts differs
     torch.testing.assert_close(backbone.encode_images(pixels), image, atol=1e-6, rtol=0)
     torch.testing.assert_close(backbone.encode_texts(TEXTS), text, atol=1e-6, rtol=0)
@@ -77,7 +91,8 @@ def test_tokenizers_of_transformers_in_open_clip(kind: str) -> None:
     fast = Tokenizer(models.WordLevel(words, "dog"))
     fast.pre_tokenizer = pre_tokenizers.Whitespace()
     fast.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]" if kind.startswith("Word") else "$A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+        single="[CLS] $A [SEP]" if kind.startswith("Word") else "$A [SEP]",
+        special_tokens=[("[CLS]", 1), ("[SEP]", 2)],
     )
     wrapped = open_clip.tokenizer.HFTokenizer.__new__(open_clip.tokenizer.HFTokenizer)
     pad = "[PAD]" if kind.startswith("Word") else "[SEP]"
@@ -95,18 +110,25 @@ def test_features_of_clip_lead_to_its_embeddings_by_linear_maps(clip: tuple[Path
     pixels = noise()
     tokens = open_clip.SimpleTokenizer(context_length=77)(TEXTS)
     seen: list[torch.Tensor] = []
-    with torch.no_grad(), model.visual.ln_post.register_forward_hook(lambda *call: seen.append(call[2])):
+    with (
+        torch.no_grad(),
+        model.visual.ln_post.register_forward_hook(lambda *call: seen.append(call[2])),
+    ):
         embedding = model.encode_image(pixels, normalize=True)
     image, features = backbone.encode_images_and_features(pixels)
     assert torch.equal(image, backbone.encode_images(pixels))
-    torch.testing.assert_close(features, seen[0][:, 0], atol=1e-5, rtol=0)  # the class token, after its layer norm
+    torch.testing.assert_close(
+        features, seen[0][:, 0], atol=1e-5, rtol=0
+    )  # the class token, after its layer norm
     maps = backbone.projections
     assert maps is not None
     assert (backbone.feature_dim, maps[0].shape, maps[1].shape) == (64, (32, 64), (32, 48))
     torch.testing.assert_close(normalize(features @ maps[0].T, dim=1), embedding, atol=1e-6, rtol=0)
     text = normalize(backbone.encode_text_features(TEXTS) @ maps[1].T, dim=1)
     with torch.no_grad():
-        torch.testing.assert_close(text, model.encode_text(tokens, normalize=True), atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            text, model.encode_text(tokens, normalize=True), atol=1e-6, rtol=0
+        )
 
 
 def test_a_text_tower_of_its_own_has_a_map_too(tmp_path: Path) -> None:
@@ -126,8 +148,12 @@ def test_a_map_with_a_bias_is_not_linear(siglip: tuple[Path, Any]) -> None:
     assert (backbone.projections, backbone.feature_dim) == (None, 64)
     features = backbone.encode_text_features(TEXTS)
     with torch.no_grad():
-        torch.testing.assert_close(features, model.encode_text(siglip_ids(TEXTS)), atol=1e-5, rtol=0)
-    torch.testing.assert_close(backbone.encode_texts(TEXTS), normalize(features, dim=1), atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            features, model.encode_text(siglip_ids(TEXTS)), atol=1e-5, rtol=0
+        )
+    torch.testing.assert_close(
+        backbone.encode_texts(TEXTS), normalize(features, dim=1), atol=1e-6, rtol=0
+    )
 
 
 def test_space_of_clip(clip: tuple[Path, Any]) -> None:
@@ -154,17 +180,26 @@ def test_space_of_siglip(siglip: tuple[Path, Any], clip: tuple[Path, Any]) -> No
     assert space.logit_scale == pytest.approx(20.0, rel=1e-6)
     assert space.logit_bias == -7.5
     assert space.precision == "bf16"
-    assert space.tokenizer != load_backbone(f"open_clip:{clip[0]}", device="cpu").space.tokenizer  # another vocabulary
+    assert (
+        space.tokenizer != load_backbone(f"open_clip:{clip[0]}", device="cpu").space.tokenizer
+    )  # another vocabulary
 
 
-def test_pixels_follow_the_configuration(clip: tuple[Path, Any], siglip: tuple[Path, Any], tmp_path: Path) -> None:
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 40, 3), dtype=np.uint8))
+def test_pixels_follow_the_configuration(
+    clip: tuple[Path, Any], siglip: tuple[Path, Any], tmp_path: Path
+) -> None:
+    picture = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (60, 40, 3), dtype=np.uint8)
+    )
     shortest = np.asarray(picture.resize((32, 48), Image.Resampling.BICUBIC))[8:40] / 255
     expected = (shortest - PIXELS["clip"]["mean"]) / PIXELS["clip"]["std"]
     pixels = load_backbone(f"open_clip:{clip[0]}", device="cpu").preprocess(picture)
     # float32 of numbers up to 2, after three operations
     np.testing.assert_allclose(pixels.permute(1, 2, 0).numpy(), expected, atol=1e-6)
-    for interpolation, resampling in (("bicubic", Image.Resampling.BICUBIC), ("bilinear", Image.Resampling.BILINEAR)):
+    for interpolation, resampling in (
+        ("bicubic", Image.Resampling.BICUBIC),
+        ("bilinear", Image.Resampling.BILINEAR),
+    ):
         folder = shutil.copytree(siglip[0], tmp_path / interpolation)
         settings = json.loads((folder / CONFIG).read_text())
         settings["preprocess_cfg"]["interpolation"] = interpolation
@@ -174,7 +209,9 @@ def test_pixels_follow_the_configuration(clip: tuple[Path, Any], siglip: tuple[P
         np.testing.assert_allclose(pixels.permute(1, 2, 0).numpy(), squash * 2 - 1, atol=1e-6)
 
 
-def test_folder_without_weights_is_not_a_random_model(clip: tuple[Path, Any], tmp_path: Path) -> None:
+def test_folder_without_weights_is_not_a_random_model(
+    clip: tuple[Path, Any], tmp_path: Path
+) -> None:
     shutil.copy(clip[0] / CONFIG, tmp_path)
     with pytest.raises(MissingModelError, match="no weights"):
         load_backbone(f"open_clip:{tmp_path}", device="cpu")
@@ -189,7 +226,9 @@ def test_weights_that_do_not_fit(clip: tuple[Path, Any], tmp_path: Path) -> None
     settings = json.loads((folder / CONFIG).read_text())
     settings["model_cfg"]["embed_dim"] = 8
     (folder / CONFIG).write_text(json.dumps(settings))
-    with pytest.raises(ProvenanceError, match=r"open_clip:other do not make a model together.*size mismatch"):
+    with pytest.raises(
+        ProvenanceError, match=r"open_clip:other do not make a model together.*size mismatch"
+    ):
         load_backbone(f"open_clip:{folder}", device="cpu")
     (folder / CONFIG).write_text("{")
     with pytest.raises(ProvenanceError, match="valid config"):
@@ -211,12 +250,16 @@ class Trap:
         return Path.touch, (Path("sprung"),)
 
 
-def test_weights_are_not_executed(siglip: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_not_executed(
+    siglip: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     folder = shutil.copytree(siglip[0], tmp_path / "trap")
     (folder / "open_clip_model.safetensors").unlink()
     torch.save(siglip[1].state_dict(), folder / "open_clip_pytorch_model.bin")
-    assert load_backbone(f"open_clip:{folder}", device="cpu").space.weights == tensors_sha256(siglip[1].state_dict())
+    assert load_backbone(f"open_clip:{folder}", device="cpu").space.weights == tensors_sha256(
+        siglip[1].state_dict()
+    )
     torch.save({"logit_scale": Trap()}, folder / "open_clip_pytorch_model.bin")
     with pytest.raises(StorageError, match="more than plain tensors"):
         load_backbone(f"open_clip:{folder}", device="cpu")
@@ -270,10 +313,15 @@ def test_tag_brings_preprocessing_and_activation(
         ("hf-hub:org/absent", "org/absent"),
     ],
 )
-def test_absent_offline(spec: str, repository: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_absent_offline(
+    spec: str, repository: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(loading, "hub_reachable", lambda: False)
-    with pytest.raises(MissingModelError, match=f"open_clip:{spec} is not in the local cache.*download {repository}`"):
+    with pytest.raises(
+        MissingModelError,
+        match=f"open_clip:{spec} is not in the local cache.*download {repository}`",
+    ):
         load_backbone(f"open_clip:{spec}", device="cpu")
 
 

@@ -46,7 +46,9 @@ def test_the_tower_is_the_map_of_what_it_gives_afterwards(kind: str) -> None:
     model = Model(Tower(MAPS[kind]())).requires_grad_(requires_grad=False)
     rows = torch.randn(5, 6)
     expected = model.tower(rows)
-    weight = detach_projection(model, ["absent.proj", "tower.other", "tower.proj"], lambda: model.tower(PROBE))
+    weight = detach_projection(
+        model, ["absent.proj", "tower.other", "tower.proj"], lambda: model.tower(PROBE)
+    )
     assert weight is not None
     features = model.tower(rows)
     assert torch.equal(features, torch.tanh(rows))
@@ -64,7 +66,15 @@ def test_the_tower_is_the_map_of_what_it_gives_afterwards(kind: str) -> None:
         Tower(nn.Parameter(torch.zeros(6, 4))),
         Tower(nn.Identity()),
     ],
-    ids=["bias", "sequence", "not last", "square, not last", "matrix, not last", "maps to nothing", "no map"],
+    ids=[
+        "bias",
+        "sequence",
+        "not last",
+        "square, not last",
+        "matrix, not last",
+        "maps to nothing",
+        "no map",
+    ],
 )
 def test_what_is_no_linear_last_map_is_left_alone(tower: Tower) -> None:
     model = Model(tower).requires_grad_(requires_grad=False)

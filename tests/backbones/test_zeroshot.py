@@ -46,7 +46,9 @@ def test_default_template() -> None:
     backbone = Hashing()
     text = class_texts(backbone, ["dog", "cat"])
     assert backbone.seen == ["a photo of a dog.", "a photo of a cat."]
-    torch.testing.assert_close(text, torch.stack([vector("a photo of a dog."), vector("a photo of a cat.")]))
+    torch.testing.assert_close(
+        text, torch.stack([vector("a photo of a dog."), vector("a photo of a cat.")])
+    )
 
 
 def test_ensemble_is_the_normalised_mean_of_each_class() -> None:
@@ -64,7 +66,9 @@ def test_names_may_hold_braces() -> None:
     assert backbone.seen == ["a photo of a {x}.", "a photo of a a {} b."]
 
 
-@pytest.mark.parametrize("templates", [[], ["a photo"], [""], ["{} and {}"], ["a {name}"], "a photo of a {}."])
+@pytest.mark.parametrize(
+    "templates", [[], ["a photo"], [""], ["{} and {}"], ["a {name}"], "a photo of a {}."]
+)
 def test_bad_templates(templates: list[str] | str) -> None:
     with pytest.raises(UsageError, match="template"):
         class_texts(Hashing(), ["dog"], templates)

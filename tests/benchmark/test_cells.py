@@ -21,7 +21,11 @@ from vilu.errors import DataError, ProvenanceError
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[Part, Path]:
     root = make_stores(tmp_path_factory.mktemp("stores"))
-    return {(name, role): root / f"{name}-{role}" for name in ("one", "two") for role in ("train", "test")}
+    return {
+        (name, role): root / f"{name}-{role}"
+        for name in ("one", "two")
+        for role in ("train", "test")
+    }
 
 
 @pytest.fixture
@@ -31,12 +35,17 @@ def bench(folders: dict[Part, Path]) -> Workbench:
 
 def runs(method: str) -> list[tuple[str, str, int]]:
     """Cells of a method that are run, in the standard benchmark."""
-    return [(c.data, c.setting, c.seed) for c in plan(config()) if c.method == method and c.same_as is None]
+    return [
+        (c.data, c.setting, c.seed)
+        for c in plan(config())
+        if c.method == method and c.same_as is None
+    ]
 
 
 def test_every_combination_is_a_cell_once() -> None:
     cells = plan(config())
-    # 3 methods, 2 seeds: 3 settings on two data sets, and the transfer to the one that is not its source
+    # 3 methods, 2 seeds: 3 settings on two data sets, and the transfer to the one that is not its
+    # source
     assert len(cells) == len(set(cells)) == 3 * 2 * (3 * 2 + 1)
     assert {cell.data for cell in cells if cell.setting == "moved"} == {"two"}
     assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
@@ -45,13 +54,27 @@ def test_every_combination_is_a_cell_once() -> None:
 def test_a_score_without_fit_runs_once_per_test_set() -> None:
     halves = [(data, "unseen", seed) for seed in (0, 1) for data in ("one", "two")]
     assert set(runs("mcm")) == {("one", "all", 0), ("two", "all", 0), *halves}
-    alias = next(c for c in plan(config()) if (c.method, c.data, c.setting, c.seed) == ("mcm", "two", "moved", 1))
+    alias = next(
+        c
+        for c in plan(config())
+        if (c.method, c.data, c.setting, c.seed) == ("mcm", "two", "moved", 1)
+    )
     assert alias.run == Cell("mcm", "two", "all", 0)
 
 
 def test_a_deterministic_fit_runs_again_only_where_the_seed_draws_rows() -> None:
-    drawn = [(data, setting, seed) for seed in (0, 1) for data in ("one", "two") for setting in ("few", "unseen")]
-    assert set(runs("knn_distance")) == {("one", "all", 0), ("two", "all", 0), ("two", "moved", 0), *drawn}
+    drawn = [
+        (data, setting, seed)
+        for seed in (0, 1)
+        for data in ("one", "two")
+        for setting in ("few", "unseen")
+    ]
+    assert set(runs("knn_distance")) == {
+        ("one", "all", 0),
+        ("two", "all", 0),
+        ("two", "moved", 0),
+        *drawn,
+    }
 
 
 def test_a_random_fit_runs_everywhere() -> None:
@@ -71,7 +94,9 @@ def test_a_fit_is_shared_by_what_is_tested_with_it() -> None:
     cells = [cell for cell in plan(chosen) if cell.same_as is None]
     groups = sharing_a_fit(chosen, cells)
     assert sorted(map(str, cells)) == sorted(str(cell) for group in groups for cell in group)
-    shared = {tuple((c.data, c.setting, c.seed) for c in group) for group in groups if len(group) > 1}
+    shared = {
+        tuple((c.data, c.setting, c.seed) for c in group) for group in groups if len(group) > 1
+    }
     assert shared == {
         (("one", "all", 0), ("two", "moved", 0)),  # of knn_distance and of lvu
         (("one", "all", 1), ("two", "moved", 1)),
@@ -98,7 +123,9 @@ def test_drawn_rows_are_so_many_of_every_class() -> None:
 def test_drawn_rows_are_a_fair_sample() -> None:
     """Every row of a class of 10 is drawn in 3 of 10 cases, within five standard errors of 1,000 draws."""
     target = np.repeat([0, 1], [10, 30])
-    counts = np.bincount(np.concatenate([draw_rows(target, 3, seed) for seed in range(1000)]), minlength=40)
+    counts = np.bincount(
+        np.concatenate([draw_rows(target, 3, seed) for seed in range(1000)]), minlength=40
+    )
     assert np.abs(counts[:10] / 1000 - 0.3).max() < 5 * np.sqrt(0.3 * 0.7 / 1000)
     assert np.abs(counts[10:] / 1000 - 0.1).max() < 5 * np.sqrt(0.1 * 0.9 / 1000)
 
@@ -119,7 +146,9 @@ def test_selecting_rows_and_candidates() -> None:
     rows = of_classes(whole, classes)
     assert set(whole.target[rows].tolist()) == {1, 4}
     foreign = of_classes(whole, np.array([0]))[0]
-    part = whole.take(np.append(rows, foreign), classes, ("features", "views", "prompts", "unheard-of"))
+    part = whole.take(
+        np.append(rows, foreign), classes, ("features", "views", "prompts", "unheard-of")
+    )
     assert part.class_names == ("class 1", "class 4")
     assert torch.equal(part.candidates(torch.arange(0)).text, whole.text[[1, 4]])
     names = np.array(whole.class_names)[whole.target[rows]]
@@ -174,12 +203,19 @@ def test_transfer_takes_rows_of_the_source(bench: Workbench) -> None:
 
 def test_only_the_preprocessing_may_differ() -> None:
     source = toy_embeddings(n=20)
-    here = EmbeddingSpace(16, 20.0, backbone="a:1", weights="w", preprocess="p", tokenizer="t", precision="fp32")
+    here = EmbeddingSpace(
+        16, 20.0, backbone="a:1", weights="w", preprocess="p", tokenizer="t", precision="fp32"
+    )
     source.space = here
     other = dataclasses.replace(here, backbone="a:2", preprocess="q")
     assert across_preprocessing(source, other).space == other
     assert source.space == here
-    for change in ({"weights": "v"}, {"logit_scale": 10.0}, {"tokenizer": "u"}, {"precision": "bf16"}):
+    for change in (
+        {"weights": "v"},
+        {"logit_scale": 10.0},
+        {"tokenizer": "u"},
+        {"precision": "bf16"},
+    ):
         assert across_preprocessing(source, dataclasses.replace(here, **change)).space == here
 
 
@@ -190,7 +226,12 @@ def test_truth_is_that_of_the_zero_shot_answers(bench: Workbench) -> None:
     assert np.array_equal(truth.failure, (answers != test.target).numpy())
     assert truth.reason == (None,) * 60
     assert truth.rows == bench.truth(Cell("lvu", "one", "few", 1)).rows
-    assert len({truth.rows, *(bench.truth(Cell("mcm", "one", "unseen", seed)).rows for seed in (0, 1))}) == 3
+    assert (
+        len(
+            {truth.rows, *(bench.truth(Cell("mcm", "one", "unseen", seed)).rows for seed in (0, 1))}
+        )
+        == 3
+    )
 
 
 def test_a_limit_keeps_evenly_spaced_rows(folders: dict[Part, Path]) -> None:
@@ -212,6 +253,8 @@ def test_parts_that_do_not_belong_together(folders: dict[Part, Path], tmp_path: 
     with pytest.raises(ProvenanceError, match=r"preprocess: '8x8' \(the training set of one\)"):
         bench.check()
     bare = make_store(tmp_path / "bare", 20, 5_000, labelled=False)
-    with pytest.raises(DataError, match="the test set of one has no labels, so nothing can be measured on it"):
+    with pytest.raises(
+        DataError, match="the test set of one has no labels, so nothing can be measured on it"
+    ):
         Workbench(config(), {**folders, ("one", "test"): bare}).check()
     Workbench(config(), folders).check()

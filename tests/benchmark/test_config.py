@@ -45,16 +45,40 @@ def changed(path: str, value: object) -> dict[str, Any]:
     ("path", "value", "message"),
     [
         ("seed", 3, r"^the benchmark: there is no key 'seed'\. Did you mean 'seeds'\?$"),
-        ("data.one.backbon", "compact", r"data\.one: there is no key 'backbon'\. Did you mean 'backbone'\?"),
-        ("settings.few.budgte", 3, r"settings\.few: there is no key 'budgte'\. Did you mean 'budget'\?"),
+        (
+            "data.one.backbon",
+            "compact",
+            r"data\.one: there is no key 'backbon'\. Did you mean 'backbone'\?",
+        ),
+        (
+            "settings.few.budgte",
+            3,
+            r"settings\.few: there is no key 'budgte'\. Did you mean 'budget'\?",
+        ),
         ("settings.few.source", "one", r"settings\.few: there is no key 'source'"),
-        ("methods.mcm.param", {}, r"methods\.mcm: there is no key 'param'\. Did you mean 'params'\?"),
+        (
+            "methods.mcm.param",
+            {},
+            r"methods\.mcm: there is no key 'param'\. Did you mean 'params'\?",
+        ),
         ("methods.mmc", {}, r"no method \(methods\.mmc\) 'mmc'\. Did you mean 'mcm'\?"),
-        ("methods.mcm.settings", ["fwe"], r"no setting \(methods\.mcm\) 'fwe'\. Did you mean 'few'\?"),
-        ("settings.few.data", ["tow"], r"no data set \(settings\.few\) 'tow'\. Did you mean 'two'\?"),
+        (
+            "methods.mcm.settings",
+            ["fwe"],
+            r"no setting \(methods\.mcm\) 'fwe'\. Did you mean 'few'\?",
+        ),
+        (
+            "settings.few.data",
+            ["tow"],
+            r"no data set \(settings\.few\) 'tow'\. Did you mean 'two'\?",
+        ),
         ("settings.moved.source", "On", r"no data set \(settings\.moved\) 'On'"),
         ("settings.few.kind", "label", r"settings\.few: .*'labels', 'transfer', 'unseen'"),
-        ("settings.few.budget", 0, r"settings\.few\.budget: must be \"all\", \"none\", a number of labels per class"),
+        (
+            "settings.few.budget",
+            0,
+            r"settings\.few\.budget: must be \"all\", \"none\", a number of labels per class",
+        ),
         ("settings.few.budget", True, r"must be \"all\", \"none\", a number"),
         ("metrics", ["auroc", "fpr95", "augcr"], r"no metric 'augcr'\. Did you mean 'augrc'\?"),
         ("trained", {"settings": ["fwe"]}, r"no setting \(trained\) 'fwe'\. Did you mean 'few'\?"),
@@ -63,10 +87,22 @@ def changed(path: str, value: object) -> dict[str, Any]:
         ("seeds", 0, r"seeds: Input should be greater than or equal to 1"),
         ("data.one.source", "x.parquet", r"data\.one: a data set has either a source or stores"),
         ("data.three/3", {"source": "x"}, r"data\.three/3: String should match pattern"),
-        ("methods.lvu.params", {"epohcs": 3}, r"methods\.lvu: lvu has no parameter 'epohcs'\. Did you mean 'epochs'\?"),
+        (
+            "methods.lvu.params",
+            {"epohcs": 3},
+            r"methods\.lvu: lvu has no parameter 'epohcs'\. Did you mean 'epochs'\?",
+        ),
         ("methods.mcm.steps", 10, r"methods\.mcm: steps are for a method with epochs"),
-        ("methods.lvu.steps", 10, r"methods\.lvu: steps are for a method with epochs, and in place of them"),
-        ("methods.lvu.params", {"epochs": 0}, r"methods\.lvu: the 'epochs' parameter of lvu must be greater"),
+        (
+            "methods.lvu.steps",
+            10,
+            r"methods\.lvu: steps are for a method with epochs, and in place of them",
+        ),
+        (
+            "methods.lvu.params",
+            {"epochs": 0},
+            r"methods\.lvu: the 'epochs' parameter of lvu must be greater",
+        ),
     ],
 )
 def test_what_cannot_be_is_named_with_the_nearest(path: str, value: object, message: str) -> None:
@@ -93,7 +129,10 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 def test_without_methods_every_method_runs() -> None:
     assert list(config(methods={}).entries) == list(PREDICTORS)
-    named = {"lvu": {"params": {"epochs": 3}}, "lvu-bce": {"method": "lvu", "params": {"loss": "bce"}}}
+    named = {
+        "lvu": {"params": {"epochs": 3}},
+        "lvu-bce": {"method": "lvu", "params": {"loss": "bce"}},
+    }
     entries = config(methods=named, all_methods=True).entries
     assert list(entries) == [*PREDICTORS, "lvu-bce"]
     assert entries["lvu"].params == {"epochs": 3}
@@ -104,7 +143,12 @@ def test_without_methods_every_method_runs() -> None:
 def test_predictors_get_seed_device_and_parameters() -> None:
     chosen = config(device="cpu")
     predictor = chosen.predictor("lvu", seed=7)
-    assert (predictor.seed, predictor.device, predictor.epochs, predictor.hidden) == (7, "cpu", 2, (8,))
+    assert (predictor.seed, predictor.device, predictor.epochs, predictor.hidden) == (
+        7,
+        "cpu",
+        2,
+        (8,),
+    )
     assert chosen.predictor("mcm", seed=7) == PREDICTORS["mcm"]()
 
 
@@ -119,7 +163,12 @@ def test_steps_become_epochs() -> None:
 def test_what_holds_for_trained_methods() -> None:
     methods = {"mcm": {}, "vilu": {}, "lvu": {"seeds": 3}, "pvu": {"params": {"epochs": 4}}}
     entries = config(methods=methods, trained={"seeds": 2}).entries
-    assert {label: entry.seeds for label, entry in entries.items()} == {"mcm": None, "vilu": 2, "lvu": 3, "pvu": 2}
+    assert {label: entry.seeds for label, entry in entries.items()} == {
+        "mcm": None,
+        "vilu": 2,
+        "lvu": 3,
+        "pvu": 2,
+    }
 
 
 def test_what_depends_on_the_seed() -> None:
@@ -153,7 +202,9 @@ def test_the_shipped_benchmark_is_sound() -> None:
 
 
 @pytest.mark.parametrize("name", load_config(ROOT / "configs" / "methods.toml").deterministic)
-def test_what_is_said_to_be_deterministic_is(name: str, train: Embeddings, test: Embeddings) -> None:
+def test_what_is_said_to_be_deterministic_is(
+    name: str, train: Embeddings, test: Embeddings
+) -> None:
     shipped = load_config(ROOT / "configs" / "methods.toml")
     scores = [shipped.predictor(name, seed).fit(train).predict_uncertainty(test) for seed in (0, 1)]
     assert np.array_equal(*scores)

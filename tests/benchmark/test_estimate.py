@@ -19,20 +19,30 @@ ALL = {"all": {"kind": "labels"}}
 def made(entry: dict[str, Any], **changes: Any) -> Config:
     lvu = {"params": {"epochs": 3}}
     return config(
-        **{"data": {"one": entry}, "settings": ALL, "methods": {"mcm": {}, "lvu": lvu}, "seeds": 2, **changes}
+        **{
+            "data": {"one": entry},
+            "settings": ALL,
+            "methods": {"mcm": {}, "lvu": lvu},
+            "seeds": 2,
+            **changes,
+        }
     )
 
 
 def test_embedded_parts_are_counted_in_their_stores(tmp_path: Path) -> None:
     data = make_stores(tmp_path)
-    plan = estimate(made({"stores": {"train": "one-train", "test": "one-test"}}), data, tmp_path / "out")
+    plan = estimate(
+        made({"stores": {"train": "one-train", "test": "one-test"}}), data, tmp_path / "out"
+    )
     assert [(part.part, part.images, part.state) for part in plan.parts] == [
         ("test", 60, "embedded"),
         ("train", 120, "embedded"),
     ]
     assert plan.parts[1].n_bytes == 120 * (16 + 192) * 2  # embeddings and features, half precision
     files = sum(
-        path.stat().st_size for name in ("img_emb", "features") for path in (data / "one-train" / name).iterdir()
+        path.stat().st_size
+        for name in ("img_emb", "features")
+        for path in (data / "one-train" / name).iterdir()
     )
     assert plan.parts[1].n_bytes == pytest.approx(files, rel=0.02)  # npy headers
     assert (plan.cells, plan.runs, plan.fits) == (4, 3, 2)
@@ -40,7 +50,13 @@ def test_embedded_parts_are_counted_in_their_stores(tmp_path: Path) -> None:
 
 def test_images_at_hand_are_listed(tmp_path: Path) -> None:
     make_tree("dtd", tmp_path)
-    entry = {"dataset": "dtd", "backbone": "clip-vit-b32", "validation": "validation", "views": 3, "features": False}
+    entry = {
+        "dataset": "dtd",
+        "backbone": "clip-vit-b32",
+        "validation": "validation",
+        "views": 3,
+        "features": False,
+    }
     plan = estimate(made(entry), tmp_path, tmp_path / "out")
     parts = {part.part: part for part in plan.parts}
     assert set(parts) == {"train", "validation", "test"}
@@ -53,8 +69,18 @@ def test_images_at_hand_are_listed(tmp_path: Path) -> None:
 
 def test_what_is_not_here_is_in_the_catalogue(tmp_path: Path) -> None:
     entries = {
-        "imagenet": {"dataset": "imagenet", "backbone": "siglip-vit-l16", "validation": 0.02, "views": 0},
-        "cc12m": {"dataset": "cc12m", "captions": True, "backbone": "clip-vit-b32", "features": False},
+        "imagenet": {
+            "dataset": "imagenet",
+            "backbone": "siglip-vit-l16",
+            "validation": 0.02,
+            "views": 0,
+        },
+        "cc12m": {
+            "dataset": "cc12m",
+            "captions": True,
+            "backbone": "clip-vit-b32",
+            "features": False,
+        },
     }
     plan = estimate(made({}, data=entries), tmp_path, tmp_path / "out")
     parts = {(part.data, part.part): part for part in plan.parts}
@@ -70,7 +96,11 @@ def test_what_is_not_here_is_in_the_catalogue(tmp_path: Path) -> None:
 
 def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
     make_tree("dtd", tmp_path)
-    plan = estimate(made({"dataset": "dtd", "backbone": "clip-vit-b32", "test": "tset"}), tmp_path, tmp_path / "out")
+    plan = estimate(
+        made({"dataset": "dtd", "backbone": "clip-vit-b32", "test": "tset"}),
+        tmp_path,
+        tmp_path / "out",
+    )
     states = {part.part: (part.state, part.images) for part in plan.parts}
     assert states["train"][0] == "to embed"
     assert states["test"] == ("unreadable", None)
@@ -84,7 +114,9 @@ def test_a_data_set_of_no_catalogue_is_refused(tmp_path: Path) -> None:
 
 
 def test_unknown_sizes_are_said(tmp_path: Path) -> None:
-    plan = estimate(made({"source": "nowhere", "backbone": "open_clip:RN50/openai"}), tmp_path, tmp_path)
+    plan = estimate(
+        made({"source": "nowhere", "backbone": "open_clip:RN50/openai"}), tmp_path, tmp_path
+    )
     assert [(part.images, part.n_bytes) for part in plan.parts] == [(None, None)] * 2
     assert plan.runs == 3
     rows = [line.split() for line in describe([plan]).splitlines() if line.startswith("one ")]

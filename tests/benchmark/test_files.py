@@ -43,7 +43,11 @@ def write(folder: Path, text: str, name: str = "study.toml") -> Path:
 
 def test_everything_is_taken_unless_something_is_chosen(tmp_path: Path) -> None:
     whole = load_config(write(tmp_path, 'include = "common.toml"'))
-    assert (list(whole.data), list(whole.settings), list(whole.methods)) == (["one", "two"], ["all"], ["mcm", "lvu"])
+    assert (list(whole.data), list(whole.settings), list(whole.methods)) == (
+        ["one", "two"],
+        ["all"],
+        ["mcm", "lvu"],
+    )
     assert (whole.name, whole.seeds, whole.methods["lvu"].steps) == ("study", 4, 7)
     chosen = 'include = "common.toml"\nseeds = 2\n[use]\ndata = ["two"]\nmethods = []\n[methods.margin]\n'
     some = load_config(write(tmp_path, chosen))
@@ -61,16 +65,34 @@ def test_the_including_file_has_the_last_word(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ('include = "none.toml"', "cannot read"),
-        ('include = "common.toml"\n[use]\ndata = ["tow"]', "common.toml has no 'tow' in its data. Did you mean 'two'"),
-        ('include = "common.toml"\n[use]\nviews = []', r"\[use\] can choose data, settings, methods. Got 'views'"),
+        (
+            'include = "common.toml"\n[use]\ndata = ["tow"]',
+            "common.toml has no 'tow' in its data. Did you mean 'two'",
+        ),
+        (
+            'include = "common.toml"\n[use]\nviews = []',
+            r"\[use\] can choose data, settings, methods. Got 'views'",
+        ),
         ("[use]\ndata = []", r"has \[use\], and no include"),
         ("include = 3", "include must be the name of a file"),
         ('include = "common.toml"\n[use]\ndata = 5', r"\[use\] hold lists"),
         ('include = "common.toml"\n[use]\ndata = "two"', r"\[use\] hold lists"),
-        ('include = "common.toml"\n[use]\nmethods = [["mcm"]]', r"common\.toml has no \['mcm'\] in its methods"),
-        ('include = "common.toml"\n[[data]]\nsource = "x"', r"data must be a table, as \[data\.NAME\]\. Got \[\{"),
-        ('include = "common.toml"\nsettings = 3', r"settings must be a table, as \[settings\.NAME\]\. Got 3"),
-        ('include = "listed.toml"', r"listed\.toml: data must be a table, as \[data\.NAME\]\. Got \[1\]"),
+        (
+            'include = "common.toml"\n[use]\nmethods = [["mcm"]]',
+            r"common\.toml has no \['mcm'\] in its methods",
+        ),
+        (
+            'include = "common.toml"\n[[data]]\nsource = "x"',
+            r"data must be a table, as \[data\.NAME\]\. Got \[\{",
+        ),
+        (
+            'include = "common.toml"\nsettings = 3',
+            r"settings must be a table, as \[settings\.NAME\]\. Got 3",
+        ),
+        (
+            'include = "listed.toml"',
+            r"listed\.toml: data must be a table, as \[data\.NAME\]\. Got \[1\]",
+        ),
         (f"x = {'[' * 10_000}{']' * 10_000}", r"study\.toml is not TOML"),
         ('include = "common.toml"\nname = "a b"', "name: String should match pattern"),
     ],
@@ -95,11 +117,16 @@ def test_shipped_studies_are_sound(path: Path) -> None:
     assert "/home" not in path.read_text()
     published = {key[:3] for name in config.study.published for key in published_tables()[name]}
     named = {entry.paper_name for entry in config.data.values()}
-    assert not published or {data for data, _, _ in published} & named, "no published number can stand beside ours"
+    assert not published or {data for data, _, _ in published} & named, (
+        "no published number can stand beside ours"
+    )
 
 
 def test_both_beds_have_the_same_studies() -> None:
-    names = {folder: {path.stem for path in STUDIES if path.parent.name == folder} for folder in ("here", "paper")}
+    names = {
+        folder: {path.stem for path in STUDIES if path.parent.name == folder}
+        for folder in ("here", "paper")
+    }
     assert names["here"] == names["paper"]
     assert len(names["here"]) == 11
 
@@ -110,7 +137,12 @@ def test_the_study_of_clip_has_every_method_and_number_of_labels() -> None:
     assert all(entry.fit_share == 0.5 for entry in clip["labels"].data.values())
     budgets = {setting.budget for config in clip.values() for setting in config.settings.values()}
     assert budgets == {"none", 1, 5, 16, "all"}
-    run = {label for config in clip.values() for label in config.entries if config.entries[label].settings != ()}
+    run = {
+        label
+        for config in clip.values()
+        for label in config.entries
+        if config.entries[label].settings != ()
+    }
     assert run >= set(method_names())
     assert min(clip[name].seeds for name in ("labels", "none", "budgets")) >= 5
 
@@ -135,7 +167,9 @@ TABLE_7 = ("clip-vit-b32", "clip-vit-b16", "clip-vit-l14", "siglip-vit-b16", "si
 
 def test_every_backbone_of_table_7_is_tried() -> None:
     tried = {(entry.dataset, entry.backbone) for entry in paper("backbones").data.values()}
-    assert tried == {(name, backbone) for name in ("cifar10", "imagenet") for backbone in TABLE_7} - {
+    assert tried == {
+        (name, backbone) for name in ("cifar10", "imagenet") for backbone in TABLE_7
+    } - {
         ("cifar10", "clip-vit-b32"),  # in the main table
         ("imagenet", "clip-vit-b32"),
     }
@@ -168,12 +202,20 @@ def test_published_numbers() -> None:
 
 @pytest.mark.parametrize(
     ("method", "setting", "mean"),
-    [("mcm", "zero_shot", 70.5), ("vilu_mcm", "from_captions", 68.6), ("vilu_mcm", "from_union", 63.1)],
+    [
+        ("mcm", "zero_shot", 70.5),
+        ("vilu_mcm", "from_captions", 68.6),
+        ("vilu_mcm", "from_union", 63.1),
+    ],
 )
 def test_the_means_of_table_9_are_those_of_its_rows(method: str, setting: str, mean: float) -> None:
     """To the rounding of the table: half a tenth for the mean, as much for each row."""
     cells = published_tables()["table9"]
-    rows = [found[0].value for key, found in cells.items() if key[1:3] == (setting, method) and "mean" not in key[0]]
+    rows = [
+        found[0].value
+        for key, found in cells.items()
+        if key[1:3] == (setting, method) and "mean" not in key[0]
+    ]
     assert len(rows) == 12
     assert 100 * sum(rows) / 12 == pytest.approx(mean, abs=0.1)
     assert 100 * cells["mean of 12", setting, method, "fpr95"][0].value == pytest.approx(mean)

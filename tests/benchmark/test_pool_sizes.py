@@ -24,10 +24,15 @@ def opened(pools: Pools) -> PairEmbeddings:
 
 
 def test_more_candidates_are_harder_and_each_cell_is_its_own_scoring() -> None:
-    table = over_pool_sizes({"mcm": MCM(), "margin": Margin()}, opened, (8, 64), draws=2, n_resamples=0)
+    table = over_pool_sizes(
+        {"mcm": MCM(), "margin": Margin()}, opened, (8, 64), draws=2, n_resamples=0
+    )
     assert {row.dataset for row in table} == {"pairs, pool 8", "pairs, pool 64"}
     assert {row.seed for row in table} == {0, 1}
-    small, large = (table.filter(dataset=f"pairs, pool {k}", method="mcm", metric="auroc", seed=0) for k in (8, 64))
+    small, large = (
+        table.filter(dataset=f"pairs, pool {k}", method="mcm", metric="auroc", seed=0)
+        for k in (8, 64)
+    )
     assert small.rows[0].accuracy > large.rows[0].accuracy
     again = score(MCM(), opened(Pools(64, seed=0)))
     assert large.rows[0].value == float(auroc(again.uncertainty, again.failure))
@@ -51,7 +56,9 @@ def test_sizes_that_the_pairs_do_not_fill() -> None:
 
 def test_refusals() -> None:
     closed = next(cls for cls in PREDICTORS.values() if cls.no_captions)
-    with pytest.raises(UsageError, match=f"does not work on image-caption pairs: {closed.no_captions}"):
+    with pytest.raises(
+        UsageError, match=f"does not work on image-caption pairs: {closed.no_captions}"
+    ):
         over_pool_sizes({"closed": closed()}, opened)
     with pytest.raises(UsageError, match="draws must be at least 1"):
         over_pool_sizes({"mcm": MCM()}, opened, draws=0)

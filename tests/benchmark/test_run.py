@@ -73,7 +73,10 @@ def ran(root: Path, before: dict[str, int]) -> set[str]:
 
 def times(root: Path) -> dict[str, int]:
     cells = root / "cells"
-    return {path.relative_to(cells).as_posix(): path.stat().st_mtime_ns for path in cells.rglob("*.json")}
+    return {
+        path.relative_to(cells).as_posix(): path.stat().st_mtime_ns
+        for path in cells.rglob("*.json")
+    }
 
 
 def test_every_run_has_its_files(first: tuple[Path, Report]) -> None:
@@ -94,15 +97,23 @@ def test_every_run_has_its_files(first: tuple[Path, Report]) -> None:
     assert np.load(output / "cells/one/all/lvu/seed-1.npy").shape == (2, 40)
     assert "one, all (all labels): 60 answers" in (folder / "table.txt").read_text()
     written = json.loads((folder / "results.json").read_text())
-    assert (written["blocks"], written["standings"]) == (plain(report)["blocks"], plain(report)["standings"])
+    assert (written["blocks"], written["standings"]) == (
+        plain(report)["blocks"],
+        plain(report)["standings"],
+    )
     assert written["config"]["methods"]["lvu"]["params"] == {"epochs": 2, "hidden": [8]}
     table = ResultTable.load(folder / "results.parquet")
-    assert table.value("auroc", method="lvu", dataset="one", split="all", seed=1) == cell["results"][0]["value"]
+    assert (
+        table.value("auroc", method="lvu", dataset="one", split="all", seed=1)
+        == cell["results"][0]["value"]
+    )
     assert len(table.filter(method="mcm", dataset="two", split="moved", metric="auroc")) == 1
 
 
 def test_results_are_what_the_library_gives(first: tuple[Path, Report], data: Path) -> None:
-    predictor = vilu.LVU(seed=1, epochs=2, hidden=(8,), device="cpu").fit(vilu.EmbeddingStore(data / "one-train"))
+    predictor = vilu.LVU(seed=1, epochs=2, hidden=(8,), device="cpu").fit(
+        vilu.EmbeddingStore(data / "one-train")
+    )
     expected = predictor.predict_uncertainty(vilu.EmbeddingStore(data / "one-test"))
     found = vilu.Outcomes.load(first[0] / "cells/one/all/lvu/seed-1.parquet").uncertainty
     assert found == pytest.approx(expected, abs=1e-6)  # its sums may run over several threads
@@ -151,7 +162,10 @@ def test_a_new_seed_runs_alone(output: Path, data: Path) -> None:
 def test_other_embeddings_run_again(output: Path, data: Path, tmp_path: Path) -> None:
     moved = Path(shutil.copytree(data, tmp_path / "stores"))
     before = times(output)
-    swapped = {name: {"stores": {"train": f"{name}-train", "test": f"{name}-test"}} for name in ("one", "two")}
+    swapped = {
+        name: {"stores": {"train": f"{name}-train", "test": f"{name}-test"}}
+        for name in ("one", "two")
+    }
     swapped["two"]["limit"] = 40
     benchmark(config(data=swapped), moved, output)
     assert ran(output, before) == {name for name in before if name.startswith("two/")}
@@ -163,9 +177,13 @@ def test_a_changed_method_runs_again(tmp_path: Path, monkeypatch: pytest.MonkeyP
     predictors.mkdir()
 
     def digest_with(method: str, helper: str) -> str:
-        (predictors / "mine.py").write_text(f"from vilu.predictors import helper\nimport vilu.outside\n{method}")
+        (predictors / "mine.py").write_text(
+            f"from vilu.predictors import helper\nimport vilu.outside\n{method}"
+        )
         (predictors / "helper.py").write_text(helper)
-        (predictors / "__init__.py").write_text(f"from vilu.predictors.other import x  # {method}{helper}")
+        (predictors / "__init__.py").write_text(
+            f"from vilu.predictors.other import x  # {method}{helper}"
+        )
         facts._read.cache_clear()
         facts.code_digest.cache_clear()
         return facts.code_digest("vilu.predictors.mine")
@@ -173,21 +191,30 @@ def test_a_changed_method_runs_again(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with monkeypatch.context() as patch:
         patch.setattr(facts, "PACKAGE", tmp_path)
         first = digest_with("def f():\n    return 1\n", "A = 1\n")
-        assert digest_with('"""Says."""\ndef f():\n    """So."""\n    return 1  # one\n', "A = 1\n") == first
+        assert (
+            digest_with('"""Says."""\ndef f():\n    """So."""\n    return 1  # one\n', "A = 1\n")
+            == first
+        )
         assert digest_with("def f():\n    return 2\n", "A = 1\n") != first
         assert digest_with("def f():\n    return 1\n", "A = 2\n") != first
     facts._read.cache_clear()
     facts.code_digest.cache_clear()
-    assert facts.code_digest("vilu.predictors.zero_shot") != facts.code_digest("vilu.predictors.heads.vilu")
+    assert facts.code_digest("vilu.predictors.zero_shot") != facts.code_digest(
+        "vilu.predictors.heads.vilu"
+    )
 
 
-def test_code_outside_vilu_is_hashed_by_its_own_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_outside_vilu_is_hashed_by_its_own_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also what it imports from its own package, and wherever the package lies."""
 
     def digest_with(folder: Path, helper: str) -> str:
         (folder / "strangers").mkdir(parents=True, exist_ok=True)
         (folder / "strangers" / "__init__.py").write_text("from strangers import others\n")
-        (folder / "strangers" / "mine.py").write_text("from . import helper\nfrom .helper import A\n")
+        (folder / "strangers" / "mine.py").write_text(
+            "from . import helper\nfrom .helper import A\n"
+        )
         (folder / "strangers" / "helper.py").write_text(helper)
         with monkeypatch.context() as patch:
             patch.syspath_prepend(folder)
@@ -209,7 +236,10 @@ def test_code_outside_vilu_is_hashed_by_its_own_source(tmp_path: Path, monkeypat
 def test_cells_of_older_code_are_shown_and_counted(
     output: Path, data: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert "vilu" not in json.loads((output / "cells/one/all/lvu/seed-1.json").read_text())["decided_by"]
+    assert (
+        "vilu"
+        not in json.loads((output / "cells/one/all/lvu/seed-1.json").read_text())["decided_by"]
+    )
     n = len(times(output))
     (text,) = (study.text for study in render_studies(output))
     caplog.clear()
@@ -224,7 +254,9 @@ def test_cells_of_older_code_are_shown_and_counted(
 
 
 @pytest.mark.slow
-def test_two_jobs_give_the_files_of_one(first: tuple[Path, Report], data: Path, tmp_path: Path) -> None:
+def test_two_jobs_give_the_files_of_one(
+    first: tuple[Path, Report], data: Path, tmp_path: Path
+) -> None:
     report = benchmark(config(), data, tmp_path, jobs=2)
     assert contents(tmp_path) == contents(first[0])
     assert plain(report) == plain(first[1])
@@ -242,8 +274,14 @@ def test_refusals_are_results(data: Path, tmp_path: Path) -> None:
     blocks = {(block.data, block.setting): block for block in report.summary.blocks}
     refused = blocks["two", "strict"].refused
     assert "preprocess: '8x8' (the fitted lvu) against '9x9' (the data to score)" in refused["lvu"]
-    assert refused["knn_vote"].startswith("it scores the 5 classes that it is fitted on, and 1 of the 5 candidates")
-    assert blocks["one", "unseen"].refused["knn_vote"].startswith("it scores the 2 classes that it is fitted on, and 3")
+    assert refused["knn_vote"].startswith(
+        "it scores the 5 classes that it is fitted on, and 1 of the 5 candidates"
+    )
+    assert (
+        blocks["one", "unseen"]
+        .refused["knn_vote"]
+        .startswith("it scores the 2 classes that it is fitted on, and 3")
+    )
     assert "mcm" in {line.method for line in blocks["two", "strict"].lines}
     cell = json.loads((tmp_path / "cells/two/strict/lvu/seed-0.json").read_text())
     assert (cell["refused"]["error"], cell["results"], cell["files"]) == ("ProvenanceError", [], {})
@@ -259,7 +297,9 @@ def test_a_resumed_group_has_what_a_whole_one_has(data: Path, tmp_path: Path) ->
         "few": {"kind": "labels", "budget": 5, "data": ["one"]},
         "moved": {"kind": "transfer", "source": "one", "budget": 5, "across_preprocessing": True},
     }
-    chosen = config(methods={"lvu": {"params": {"epochs": 1, "hidden": [4]}}}, settings=settings, seeds=1)
+    chosen = config(
+        methods={"lvu": {"params": {"epochs": 1, "hidden": [4]}}}, settings=settings, seeds=1
+    )
     benchmark(chosen, data, tmp_path)
     files = contents(tmp_path)
     assert "expect an unreliable fit" in files["cells/two/moved/lvu/seed-0.json"].decode()
@@ -297,17 +337,25 @@ class Interrupted(MCM):
 
 def with_method(cls: type[MCM], monkeypatch: pytest.MonkeyPatch) -> Config:
     monkeypatch.setitem(PREDICTORS, cls.name, cls)
-    return config(methods={"mcm": {}, cls.name: {}, "margin": {}}, settings={"all": {"kind": "labels"}}, seeds=1)
+    return config(
+        methods={"mcm": {}, cls.name: {}, "margin": {}},
+        settings={"all": {"kind": "labels"}},
+        seeds=1,
+    )
 
 
-def test_a_fault_names_its_cell(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_names_its_cell(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ZeroDivisionError, match="a bug") as caught:
         benchmark(with_method(Broken, monkeypatch), data, tmp_path)
     assert caught.value.__notes__ == ["in the cell: broken on one, all, seed 0"]
     assert set(times(tmp_path)) == {"one/all/mcm/seed-0.json"}
 
 
-def test_finished_cells_survive_an_interrupt(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_cells_survive_an_interrupt(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(KeyboardInterrupt):
         benchmark(with_method(Interrupted, monkeypatch), data, tmp_path)
     before = times(tmp_path)
@@ -318,22 +366,31 @@ def test_finished_cells_survive_an_interrupt(data: Path, tmp_path: Path, monkeyp
     assert not (set(before) & ran(tmp_path, before))
 
 
-def test_what_changes_meanwhile_is_said(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_changes_meanwhile_is_said(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As when somebody edits a method while worker processes start: their cells are of other code than ours."""
     monkeypatch.setattr("vilu.benchmark.run.run_cells", lambda *_: None)
-    with pytest.raises(ProvenanceError, match=r"31 cells were made from other code or data.* Start it again"):
+    with pytest.raises(
+        ProvenanceError, match=r"31 cells were made from other code or data.* Start it again"
+    ):
         benchmark(config(), data, tmp_path)
 
 
 def test_leftovers_of_a_killed_run_go(output: Path, data: Path) -> None:
-    leftover = output / f"cells/one/all/mcm/.seed-0.json.{host_hash()}.99999999.deadbeef.tmp"  # beyond any process
+    leftover = (
+        output / f"cells/one/all/mcm/.seed-0.json.{host_hash()}.99999999.deadbeef.tmp"
+    )  # beyond any process
     leftover.write_bytes(b"half")
     benchmark(config(), data, output)
     assert not leftover.exists()
 
 
 def test_one_benchmark_at_a_time(data: Path, tmp_path: Path) -> None:
-    with FileLock(tmp_path / ".lock"), pytest.raises(BusyError, match="another benchmark is at work"):
+    with (
+        FileLock(tmp_path / ".lock"),
+        pytest.raises(BusyError, match="another benchmark is at work"),
+    ):
         benchmark(config(), data, tmp_path)
 
 
@@ -360,17 +417,26 @@ def test_scores_hold_the_rows_of_the_test_set(first: tuple[Path, Report]) -> Non
     assert set(np.unique(table["failure"])) <= {0, 1}
 
 
-def test_what_else_decides_a_fit_is_in_its_fingerprint(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_else_decides_a_fit_is_in_its_fingerprint(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The members of a stacking, the start of an adaptation, the captions of a union."""
     stacking = PREDICTORS["stacking"]()
     assert {"vilu.predictors.stacking", "vilu.predictors.zero_shot"} <= set(stacking.modules)
     settings = {
         "all": {"kind": "labels"},
         "adapt": {"kind": "adapt", "source": "one", "budget": 2, "across_preprocessing": True},
-        "union": {"kind": "union", "of": ["one", "two"], "train_pool_size": 8, "across_preprocessing": True},
+        "union": {
+            "kind": "union",
+            "of": ["one", "two"],
+            "train_pool_size": 8,
+            "across_preprocessing": True,
+        },
     }
     chosen = config(settings=settings)
-    bench = Workbench(chosen, find_stores(chosen, needed_parts(chosen, plan(chosen)), data, Path("unused")))
+    bench = Workbench(
+        chosen, find_stores(chosen, needed_parts(chosen, plan(chosen)), data, Path("unused"))
+    )
     asked: list[tuple[str, ...]] = []
     monkeypatch.setattr(facts, "code_digest", lambda *modules: str(asked.append(modules)))
     for setting in settings:
@@ -387,7 +453,14 @@ def imported(folder: Path, n: int, seed: int, n_outside: int) -> None:
     folder.parent.mkdir(exist_ok=True)
     path = folder.with_suffix(".npz")
     ids = np.array([f"{seed}-{i}" for i in range(n)])
-    np.savez(path, image=data.image, text=data.text, target=target, class_names=np.array(data.class_names), ids=ids)
+    np.savez(
+        path,
+        image=data.image,
+        text=data.text,
+        target=target,
+        class_names=np.array(data.class_names),
+        ids=ids,
+    )
     import_arrays(path, folder, logit_scale=20, logit_bias=0)
 
 
@@ -399,9 +472,14 @@ def test_pictures_of_none_of_the_classes_are_counted(tmp_path: Path) -> None:
     only = {"one": {"stores": {"train": "one-train", "test": "one-test"}}}
     metrics = ["auroc", "fpr95", "auroc_within", "auroc_outside"]
     settings = {"all": {"kind": "labels"}, "few": {"kind": "labels", "budget": 8}}
-    found = benchmark(config(seeds=1, data=only, settings=settings, metrics=metrics), data, tmp_path / "out")
+    found = benchmark(
+        config(seeds=1, data=only, settings=settings, metrics=metrics), data, tmp_path / "out"
+    )
     assert "AUROC outside" in found.text
-    assert re.search(r"one, all .*: 200 answers, \d+ wrong, 40 of them for pictures of none of the classes", found.text)
+    assert re.search(
+        r"one, all .*: 200 answers, \d+ wrong, 40 of them for pictures of none of the classes",
+        found.text,
+    )
     paths = [path for path in (tmp_path / "out").rglob("*.json") if "lvu" in path.as_posix()]
     results = {json.loads(path.read_text())["setting"]: path for path in paths}
     assert json.loads(results["few"].read_text())["n_train"] == 5 * 8 + 10

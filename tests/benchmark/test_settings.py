@@ -40,14 +40,21 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_store(root / "one-validation", 40, 5_000)
     captions = [f"picture number {i}" for i in range(200)]
     pictures = [picture(7_000 + i) for i in range(200)]
-    embed(FakeDataset(pictures, [None] * 200, class_names=None, captions=captions), FakeBackbone(), root / "pairs")
+    embed(
+        FakeDataset(pictures, [None] * 200, class_names=None, captions=captions),
+        FakeBackbone(),
+        root / "pairs",
+    )
     return root
 
 
 def made(**changes: Any) -> Config:
     stores = {name: {"train": f"{name}-train", "test": f"{name}-test"} for name in ("one", "two")}
     entries = {
-        "one": {"stores": {**stores["one"], "validation": "one-validation"}, "validation": "validation"},
+        "one": {
+            "stores": {**stores["one"], "validation": "one-validation"},
+            "validation": "validation",
+        },
         "two": {"stores": stores["two"], "validation": 0.25},
         "pairs": {"stores": {"train": "pairs", "test": "pairs"}, "captions": True, "pool_size": 8},
     }
@@ -56,17 +63,25 @@ def made(**changes: Any) -> Config:
 
 
 def bench_of(chosen: Config, data: Path) -> Workbench:
-    return Workbench(chosen, find_stores(chosen, needed_parts(chosen, plan(chosen)), data, Path("unused")))
+    return Workbench(
+        chosen, find_stores(chosen, needed_parts(chosen, plan(chosen)), data, Path("unused"))
+    )
 
 
 def scores(output: Path, data: str, setting: str, method: str, seed: int = 0) -> np.ndarray:
-    return vilu.Outcomes.load(output / f"cells/{data}/{setting}/{method}/seed-{seed}.parquet").uncertainty
+    return vilu.Outcomes.load(
+        output / f"cells/{data}/{setting}/{method}/seed-{seed}.parquet"
+    ).uncertainty
 
 
 def test_a_share_of_the_rows_is_drawn_at_random_and_nested() -> None:
     target = np.where(np.arange(1000) % 10, np.arange(1000) % 7, -1)
     shares = [set(draw_share(target, share, 3).tolist()) for share in (0.025, 0.1, 0.5)]
-    assert [len(rows) for rows in shares] == [22, 90, 450]  # of 900 labelled rows; 22.5 rounds to even
+    assert [len(rows) for rows in shares] == [
+        22,
+        90,
+        450,
+    ]  # of 900 labelled rows; 22.5 rounds to even
     assert shares[0] < shares[1] < shares[2]
     assert all(target[row] >= 0 for row in shares[2])
     assert shares[0] != set(draw_share(target, 0.025, 4).tolist())
@@ -93,15 +108,22 @@ def test_validation_rows_are_a_store_or_a_share(data: Path) -> None:
     assert len(validation["two"]) + len(train) == 80
     assert set(validation["two"].ids).isdisjoint(train.ids)
     assert bench.validation_set(origin_of(chosen, Cell("lvu", "one", "few", 0))) is None
-    tiny = made(data={"two": {"stores": {"train": "two-train", "test": "two-test"}, "validation": 1e-6}}, settings=ALL)
+    tiny = made(
+        data={"two": {"stores": {"train": "two-train", "test": "two-test"}, "validation": 1e-6}},
+        settings=ALL,
+    )
     assert bench_of(tiny, data).validation_set(origins["two"]) is None
     bench.check()
 
 
 def test_selection_sees_the_validation_rows(data: Path, tmp_path: Path) -> None:
     benchmark(made(settings={"all": {"kind": "labels", "data": ["one", "two"]}}), data, tmp_path)
-    stores = {name: vilu.EmbeddingStore(data / f"one-{name}") for name in ("train", "validation", "test")}
-    predictor = vilu.ViLU(epochs=2, hidden=(8,), device="cpu").fit(stores["train"], stores["validation"])
+    stores = {
+        name: vilu.EmbeddingStore(data / f"one-{name}") for name in ("train", "validation", "test")
+    }
+    predictor = vilu.ViLU(epochs=2, hidden=(8,), device="cpu").fit(
+        stores["train"], stores["validation"]
+    )
     expected = predictor.predict_uncertainty(stores["test"])
     assert scores(tmp_path, "one", "all", "vilu") == pytest.approx(expected, abs=1e-6)
 
@@ -120,7 +142,9 @@ def test_testing_on_validation_rows(data: Path, tmp_path: Path) -> None:
     assert n["one", "all"] == (60,)
     groups = sharing_a_fit(chosen, [cell for cell in plan(chosen) if cell.method == "vilu"])
     assert [{cell.setting for cell in group} for group in groups] == [{"chosen", "all"}] * 2
-    with pytest.raises(UsageError, match=r"settings\.chosen tests on validation rows, and data\.pairs names none"):
+    with pytest.raises(
+        UsageError, match=r"settings\.chosen tests on validation rows, and data\.pairs names none"
+    ):
         made(settings={"chosen": {"kind": "labels", "test_on": "validation"}})
 
 
@@ -158,11 +182,25 @@ def test_transfer_from_captions(data: Path, tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:only .* successes")
 def test_adapting_goes_on_from_another_fit(data: Path, tmp_path: Path) -> None:
     settings = {
-        "zero": {"kind": "transfer", "source": "one", "across_preprocessing": True, "data": ["two"]},
-        "few": {"kind": "adapt", "source": "one", "budget": 6, "across_preprocessing": True, "data": ["two"]},
+        "zero": {
+            "kind": "transfer",
+            "source": "one",
+            "across_preprocessing": True,
+            "data": ["two"],
+        },
+        "few": {
+            "kind": "adapt",
+            "source": "one",
+            "budget": 6,
+            "across_preprocessing": True,
+            "data": ["two"],
+        },
     }
     small = {"epochs": 2, "width": 8}
-    chosen = made(settings=settings, methods={"mcm": {}, "vilu": {"params": SMALL}, "vilu_plus": {"params": small}})
+    chosen = made(
+        settings=settings,
+        methods={"mcm": {}, "vilu": {"params": SMALL}, "vilu_plus": {"params": small}},
+    )
     report = benchmark(chosen, data, tmp_path)
     bench = bench_of(chosen, data)
     groups = sharing_a_fit(chosen, [cell for cell in plan(chosen) if cell.method == "vilu"])
@@ -176,18 +214,27 @@ def test_adapting_goes_on_from_another_fit(data: Path, tmp_path: Path) -> None:
     adapted = initialise(vilu.ViLU, first).fit(few)
     expected = adapted.predict_uncertainty(bench.source("two", "test"))
     assert scores(tmp_path, "two", "few", "vilu") == pytest.approx(expected, abs=1e-5)
-    assert not np.allclose(scores(tmp_path, "two", "zero", "vilu"), scores(tmp_path, "two", "few", "vilu"))
+    assert not np.allclose(
+        scores(tmp_path, "two", "zero", "vilu"), scores(tmp_path, "two", "few", "vilu")
+    )
     refused = {block.setting: block.refused for block in report.summary.blocks}
     assert "does not begin from another fit" in refused["few"]["vilu_plus"]
     assert refused["zero"] == {}
     kept = [cell for cell in plan(chosen) if cell.method == "mcm" and cell.same_as is not None]
-    assert [cell.setting for cell in kept] == ["few"]  # nothing is fitted, so one result serves both
+    assert [cell.setting for cell in kept] == [
+        "few"
+    ]  # nothing is fitted, so one result serves both
 
 
 @pytest.mark.filterwarnings("ignore:.* training rows are left out")
 def test_a_union_learns_from_all(data: Path, tmp_path: Path) -> None:
     settings = {
-        "union": {"kind": "union", "of": ["one", "pairs"], "train_pool_size": 8, "data": ["one", "two"]},
+        "union": {
+            "kind": "union",
+            "of": ["one", "pairs"],
+            "train_pool_size": 8,
+            "data": ["one", "two"],
+        },
         "across": {
             "kind": "union",
             "of": ["one", "two"],
@@ -196,12 +243,16 @@ def test_a_union_learns_from_all(data: Path, tmp_path: Path) -> None:
             "data": ["two"],
         },
     }
-    report = benchmark(made(settings=settings, methods={"mcm": {}, "vilu": {"params": SMALL}}), data, tmp_path)
+    report = benchmark(
+        made(settings=settings, methods={"mcm": {}, "vilu": {"params": SMALL}}), data, tmp_path
+    )
     sources = [
         vilu.EmbeddingStore(data / "one-train"),
         open_source(data / "pairs", pools=Pools(8), fold="train"),
     ]
-    predictor = vilu.ViLU(epochs=2, hidden=(8,), device="cpu").fit(PseudoCaptions(sources, 8, ["one", "pairs"]))
+    predictor = vilu.ViLU(epochs=2, hidden=(8,), device="cpu").fit(
+        PseudoCaptions(sources, 8, ["one", "pairs"])
+    )
     expected = predictor.predict_uncertainty(vilu.EmbeddingStore(data / "one-test"))
     assert scores(tmp_path, "one", "union", "vilu") == pytest.approx(expected, abs=1e-6)
     refused = {(block.data, block.setting): block.refused for block in report.summary.blocks}
@@ -213,7 +264,10 @@ def test_shares_of_the_labels(data: Path, tmp_path: Path) -> None:
     settings = {"half": {"kind": "labels", "budget": 0.5, "data": ["one"]}}
     benchmark(made(settings=settings, seeds=2), data, tmp_path)
     one = made(settings=settings)
-    sets = [bench_of(one, data).train_set(origin_of(one, Cell("lvu", "one", "half", seed)), ()) for seed in (0, 1)]
+    sets = [
+        bench_of(one, data).train_set(origin_of(one, Cell("lvu", "one", "half", seed)), ())
+        for seed in (0, 1)
+    ]
     assert [len(rows) for rows in sets] == [60, 60]
     assert list(sets[0].ids) != list(sets[1].ids)
 
@@ -229,12 +283,24 @@ def test_shares_of_the_labels(data: Path, tmp_path: Path) -> None:
         ({"moved": {"kind": "transfer", "source": "pairs", "budget": 3}}, "draws rows or classes"),
         ({"a": {"kind": "adapt", "source": "one"}}, r"settings\.a: to adapt, give a budget"),
         ({"u": {"kind": "union", "of": []}}, r"settings\.u\.of: .*at least 1 item"),
-        ({"u": {"kind": "union", "of": ["one"], "budget": 1}}, r"settings\.u\.budget: Input should be 'all'"),
-        ({"u": {"kind": "union", "of": ["one"], "budget": "none"}}, r"settings\.u\.budget: Input should be 'all'"),
+        (
+            {"u": {"kind": "union", "of": ["one"], "budget": 1}},
+            r"settings\.u\.budget: Input should be 'all'",
+        ),
+        (
+            {"u": {"kind": "union", "of": ["one"], "budget": "none"}},
+            r"settings\.u\.budget: Input should be 'all'",
+        ),
         ({"u": {"kind": "union", "of": ["nine"]}}, r"no data set \(settings\.u\) 'nine'"),
         ({"all": {"kind": "labels", "budget": 1.5}}, 'must be "all", "none", a number'),
-        ({"a": {"kind": "adapt", "source": "one", "budget": "none"}}, r"settings\.a: to adapt, give a budget"),
-        ({"all": {"kind": "labels", "pool_size": 1}}, r"settings\.all\.pool_size: Input should be greater"),
+        (
+            {"a": {"kind": "adapt", "source": "one", "budget": "none"}},
+            r"settings\.a: to adapt, give a budget",
+        ),
+        (
+            {"all": {"kind": "labels", "pool_size": 1}},
+            r"settings\.all\.pool_size: Input should be greater",
+        ),
     ],
 )
 def test_settings_that_cannot_be(settings: dict, message: str) -> None:
@@ -251,12 +317,24 @@ def test_settings_that_cannot_be(settings: dict, message: str) -> None:
         ({"source": "x", "captions": True, "validation": 0.1}, "captions have no classes"),
         ({"source": "x", "captions": True, "negatives": True}, "captions have no classes"),
         ({"source": "x", "captions": True, "limit": {"train": 3}}, "their limit is one number"),
-        ({"source": "x", "shift": {"kinds": ["blurr"]}}, "no kind of shift 'blurr'. Did you mean 'blur'"),
+        (
+            {"source": "x", "shift": {"kinds": ["blurr"]}},
+            "no kind of shift 'blurr'. Did you mean 'blur'",
+        ),
         ({"source": "x", "shift": {"severity": 6}}, "less than or equal to 5"),
         ({"source": "x", "validation": 1.0}, "data.one.validation"),
-        ({"stores": {"train": "a", "test": "b"}, "fit_share": 0.5}, "fit_share divides one set of rows"),
-        ({"source": "x", "train": "t", "test": "t", "fit_share": 0.5, "validation": 0.1}, "without validation"),
-        ({"source": "x", "captions": True, "train": "t", "test": "t", "fit_share": 0.5}, "without captions"),
+        (
+            {"stores": {"train": "a", "test": "b"}, "fit_share": 0.5},
+            "fit_share divides one set of rows",
+        ),
+        (
+            {"source": "x", "train": "t", "test": "t", "fit_share": 0.5, "validation": 0.1},
+            "without validation",
+        ),
+        (
+            {"source": "x", "captions": True, "train": "t", "test": "t", "fit_share": 0.5},
+            "without captions",
+        ),
         ({"source": "x", "train": "t", "test": "t", "fit_share": 1.0}, "less than 1"),
     ],
 )
@@ -278,7 +356,9 @@ class Distance(FailurePredictor):
     needs_labels: ClassVar[bool] = False
     tensors: ClassVar[tuple[str, ...]] = ("mean",)
 
-    def _learn(self, train: Rows, failure: torch.Tensor, validation: EmbeddingSource | None) -> Learnt:
+    def _learn(
+        self, train: Rows, failure: torch.Tensor, validation: EmbeddingSource | None
+    ) -> Learnt:
         assert (failure == -1).all()
         assert (train.source.target == -1).all()
         assert not train.source.outside.any()
@@ -299,7 +379,9 @@ def test_one_set_is_divided_by_the_seed() -> None:
     assert (len(fit), len(others)) == (30, 71)
     assert not np.array_equal(fit, divided(101, 0.3, 1)[0])
     # each row is in a half with probability 1/2: over 400 seeds within five standard errors
-    share = np.mean([np.isin(np.arange(20), divided(20, 0.5, seed)[0]) for seed in range(400)], axis=0)
+    share = np.mean(
+        [np.isin(np.arange(20), divided(20, 0.5, seed)[0]) for seed in range(400)], axis=0
+    )
     assert np.abs(share - 0.5).max() < 5 * np.sqrt(0.25 / 400)
 
 
@@ -312,9 +394,13 @@ def test_what_is_fitted_on_is_not_tested_on(data: Path, tmp_path: Path) -> None:
     names = set()
     for seed in (0, 1):
         test = bench.test_set(Cell("mcm", "one", "all", seed), ())
-        assert set(test.ids) == set(bench.test_set(Cell("knn_distance", "one", "few", seed), ()).ids)
+        assert set(test.ids) == set(
+            bench.test_set(Cell("knn_distance", "one", "few", seed), ()).ids
+        )
         for setting in ("all", "few"):
-            train = bench.train_set(origin_of(chosen, Cell("knn_distance", "one", setting, seed)), ())
+            train = bench.train_set(
+                origin_of(chosen, Cell("knn_distance", "one", setting, seed)), ()
+            )
             assert set(train.ids).isdisjoint(test.ids)
             assert len(train) == (60 if setting == "all" else 10)
         assert len(set(train.ids) | set(test.ids)) == 70
@@ -331,14 +417,21 @@ def test_what_is_fitted_on_is_not_tested_on(data: Path, tmp_path: Path) -> None:
     fit, others = (whole.take(rows) for rows in divided(120, 0.5, 1))
     expected = vilu.PREDICTORS["knn_distance"]().fit(fit).predict_uncertainty(others)
     assert scores(tmp_path, "one", "all", "knn_distance", 1) == pytest.approx(expected, abs=1e-6)
-    assert "0 different" not in benchmark(chosen, data, tmp_path).text  # and it is there when asked again
+    assert (
+        "0 different" not in benchmark(chosen, data, tmp_path).text
+    )  # and it is there when asked again
 
 
 def test_a_union_of_divided_sets_is_not_fitted_on_what_is_tested_on(data: Path) -> None:
-    entries = {"one": ONE_SET, "more": {"stores": {"train": "one-test", "test": "one-test"}, "fit_share": 0.3}}
+    entries = {
+        "one": ONE_SET,
+        "more": {"stores": {"train": "one-test", "test": "one-test"}, "fit_share": 0.3},
+    }
     entries["two"] = {"stores": {"train": "two-train", "test": "two-test"}}
     of = {"of": ["one", "more", "two"], "across_preprocessing": True}
-    chosen = made(data=entries, settings={"joint": {"kind": "union", "train_pool_size": 8, **of}}, seeds=2)
+    chosen = made(
+        data=entries, settings={"joint": {"kind": "union", "train_pool_size": 8, **of}}, seeds=2
+    )
     bench = bench_of(chosen, data)
     fits = []
     for seed in (0, 1):
@@ -346,31 +439,48 @@ def test_a_union_of_divided_sets_is_not_fitted_on_what_is_tested_on(data: Path) 
         (origin,) = {origin_of(chosen, cell) for cell in cells.values()}  # one fit for all
         train = bench.train_set(origin, ())
         assert isinstance(train, PseudoCaptions)
-        assert [len(source) for source in train.sources] == [60, 18, 80]  # 1/2 of 120, 0.3 of 60, all
+        assert [len(source) for source in train.sources] == [
+            60,
+            18,
+            80,
+        ]  # 1/2 of 120, 0.3 of 60, all
         fits.append(set(train.ids))
         for name, cell in cells.items():
             assert fits[-1].isdisjoint(f"{name}/{key}" for key in bench.test_set(cell, ()).ids)
     assert fits[0] != fits[1]
     facts = [decided_by(bench, Cell("lvu", "one", "joint", seed))["train"] for seed in (0, 1)]
-    assert [(of["fit_share"], of["division_seed"]) for of in facts] == [([0.5, 0.3, None], 0), ([0.5, 0.3, None], 1)]
+    assert [(of["fit_share"], of["division_seed"]) for of in facts] == [
+        ([0.5, 0.3, None], 0),
+        ([0.5, 0.3, None], 1),
+    ]
 
 
 def test_a_set_that_only_one_of_two_studies_divides_is_refused(data: Path, tmp_path: Path) -> None:
-    whole = made(name="whole", data={"one": {"stores": ONE_SET["stores"]}}, settings=ALL, methods={"mcm": {}})
+    whole = made(
+        name="whole", data={"one": {"stores": ONE_SET["stores"]}}, settings=ALL, methods={"mcm": {}}
+    )
     half = made(name="half", data={"one": ONE_SET}, settings=ALL, methods={"mcm": {}})
     for both in ([whole, half], [half, whole]):
-        with pytest.raises(UsageError, match=r"both have mcm on one.* they differ in fit_share, division_seed"):
+        with pytest.raises(
+            UsageError, match=r"both have mcm on one.* they differ in fit_share, division_seed"
+        ):
             run_all(both, data, tmp_path / "run")
 
 
-def test_a_picture_that_is_there_twice_is_not_fitted_on_where_it_is_tested_on(tmp_path: Path) -> None:
+def test_a_picture_that_is_there_twice_is_not_fitted_on_where_it_is_tested_on(
+    tmp_path: Path,
+) -> None:
     pictures, labels = [picture(row % 60) for row in range(90)], [row % 3 for row in range(90)]
-    twice = FakeDataset(pictures, labels, [f"{row}.png" for row in range(90)], class_names=tuple("abc"))
+    twice = FakeDataset(
+        pictures, labels, [f"{row}.png" for row in range(90)], class_names=tuple("abc")
+    )
     embed(twice, FakeBackbone(), tmp_path / "twice", names=WORDS[:3])
     entry = {"stores": {"train": "twice", "test": "twice"}, "fit_share": 0.5}
     chosen = made(data={"twice": entry}, settings=ALL, methods={"mcm": {}, "knn_distance": {}})
     bench, cell = bench_of(chosen, tmp_path), Cell("knn_distance", "twice", "all", 0)
-    with pytest.warns(UserWarning, match="of 45 rows to fit on of twice are left out: they are tested on"):
+    with pytest.warns(
+        UserWarning, match="of 45 rows to fit on of twice are left out: they are tested on"
+    ):
         train = bench.train_set(origin_of(chosen, cell), ())
     rows, others = (part.tolist() for part in divided(90, 0.5, 0))
     tested = {row % 60 for row in others}
@@ -382,8 +492,13 @@ def test_a_picture_that_is_there_twice_is_not_fitted_on_where_it_is_tested_on(tm
 
 
 @pytest.mark.filterwarnings("ignore:vilu_plus is fitted on")
-def test_rows_that_the_budget_leaves_out_go_beside_without_labels(data: Path, tmp_path: Path) -> None:
-    methods = {"bare": {"method": "vilu_plus"}, "beside": {"method": "vilu_plus", "unlabelled": True}}
+def test_rows_that_the_budget_leaves_out_go_beside_without_labels(
+    data: Path, tmp_path: Path
+) -> None:
+    methods = {
+        "bare": {"method": "vilu_plus"},
+        "beside": {"method": "vilu_plus", "unlabelled": True},
+    }
     settings = {"few": {"kind": "labels", "budget": 2}}
     chosen = made(data={"one": ONE_SET}, settings=settings, methods=methods)
     bench = bench_of(chosen, data)
@@ -398,18 +513,29 @@ def test_rows_that_the_budget_leaves_out_go_beside_without_labels(data: Path, tm
     expected = [vilu.PREDICTORS["vilu_plus"]().fit(few, unlabelled=more) for more in (None, rest)]
     test = bench.test_set(Cell("beside", "one", "few", 0), ())
     for label, fit in zip(methods, expected, strict=True):
-        assert scores(tmp_path, "one", "few", label, 0) == pytest.approx(fit.predict_uncertainty(test), abs=1e-6)
+        assert scores(tmp_path, "one", "few", label, 0) == pytest.approx(
+            fit.predict_uncertainty(test), abs=1e-6
+        )
     with pytest.raises(UsageError, match="learns nothing from rows without labels"):
         made(data={"one": ONE_SET}, settings=settings, methods={"mcm": {"unlabelled": True}})
     joint = settings | {"joint": {"kind": "union", "of": ["one"]}}
-    with pytest.raises(UsageError, match=r"methods\.beside: .* no union\. Give its settings without joint"):
+    with pytest.raises(
+        UsageError, match=r"methods\.beside: .* no union\. Give its settings without joint"
+    ):
         made(data={"one": ONE_SET}, settings=joint, methods=methods)
-    made(data={"one": ONE_SET}, settings=joint, methods={"beside": methods["beside"] | {"settings": ["few"]}})
+    made(
+        data={"one": ONE_SET},
+        settings=joint,
+        methods={"beside": methods["beside"] | {"settings": ["few"]}},
+    )
 
 
 @pytest.mark.usefixtures("unlabelled")
 def test_without_labels_only_methods_run_that_need_none(data: Path, tmp_path: Path) -> None:
-    settings = {"none": {"kind": "labels", "budget": "none"}, "few": {"kind": "labels", "budget": 2}}
+    settings = {
+        "none": {"kind": "labels", "budget": "none"},
+        "few": {"kind": "labels", "budget": 2},
+    }
     methods = {"mcm": {}, "knn_distance": {}, Distance.name: {}}
     halves = {"unseen": {"kind": "unseen"}}
     chosen = made(data={"one": ONE_SET}, settings=settings | halves, methods=methods)
@@ -421,10 +547,15 @@ def test_without_labels_only_methods_run_that_need_none(data: Path, tmp_path: Pa
     assert (origin.budget, origin.rows_seed) == ("none", None)
     report = benchmark(chosen, data, tmp_path)
     assert not any(block.refused for block in report.summary.blocks)
-    fit, others = (vilu.EmbeddingStore(data / "one-train").take(rows) for rows in divided(120, 0.5, 0))
+    fit, others = (
+        vilu.EmbeddingStore(data / "one-train").take(rows) for rows in divided(120, 0.5, 0)
+    )
     found = scores(tmp_path, "one", "none", Distance.name)
     expected = torch.stack(
-        [row - fit.image_rows(torch.arange(60)).mean(0) for row in others.image_rows(torch.arange(60))]
+        [
+            row - fit.image_rows(torch.arange(60)).mean(0)
+            for row in others.image_rows(torch.arange(60))
+        ]
     )
     assert found == pytest.approx(expected.norm(dim=1).numpy(), abs=1e-5)
 
@@ -434,6 +565,7 @@ def test_a_store_that_is_not_named(data: Path) -> None:
     entry = {"stores": {"train": "one-train", "test": "one-test"}, "validation": "validation"}
     chosen = config(data={"one": entry}, settings=settings, methods={"mcm": {}})
     with pytest.raises(
-        UsageError, match=r"data\.one has no store of its validation rows. Name it, as stores\.validation"
+        UsageError,
+        match=r"data\.one has no store of its validation rows. Name it, as stores\.validation",
     ):
         bench_of(chosen, data)

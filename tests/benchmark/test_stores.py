@@ -49,7 +49,11 @@ def test_tar_files_are_limited_by_number(tmp_path: Path) -> None:
 def test_a_small_run_reads_one_tar_file(tmp_path: Path) -> None:
     for number in range(3):
         write_shard(tmp_path / "data", tar_bytes(*pair(f"a{number}")), f"{number}.tar")
-    chosen = shrink(config(data={"one": {"source": "data", "captions": True}}, settings={"all": {"kind": "labels"}}))
+    chosen = shrink(
+        config(
+            data={"one": {"source": "data", "captions": True}}, settings={"all": {"kind": "labels"}}
+        )
+    )
     with open_images(chosen.data["one"], "train", tmp_path) as images:
         assert len(images) == 1
     shifted = Data(source="data", captions=True, shift={"kinds": ["blur"]})
@@ -60,7 +64,9 @@ def test_a_small_run_reads_one_tar_file(tmp_path: Path) -> None:
         pass
 
 
-def test_everyday_words_are_kept_where_they_are_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everyday_words_are_kept_where_they_are_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("cat", "dog"):
         (tmp_path / "data" / "train" / name).mkdir(parents=True)
         (tmp_path / "data" / "train" / name / "a.png").write_bytes(picture(0))
@@ -68,20 +74,33 @@ def test_everyday_words_are_kept_where_they_are_wanted(tmp_path: Path, monkeypat
     monkeypatch.setattr(stores, "everyday_words", lambda: ("sofa", "bus", "moon"))
     made = {}
     for negatives in (False, True):
-        chosen = config(data={"one": {"source": "data", "negatives": negatives}}, settings={"all": {"kind": "labels"}})
-        (made[negatives],) = make_stores(chosen, [("one", "train")], tmp_path, tmp_path / "out").values()
+        chosen = config(
+            data={"one": {"source": "data", "negatives": negatives}},
+            settings={"all": {"kind": "labels"}},
+        )
+        (made[negatives],) = make_stores(
+            chosen, [("one", "train")], tmp_path, tmp_path / "out"
+        ).values()
     assert "negatives" not in EmbeddingStore(made[False]).columns
     assert EmbeddingStore(made[True]).column("negatives", torch.arange(3)).shape == (3, DIM)
 
 
-def test_embeddings_of_other_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_embeddings_of_other_weights_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Named models may be replaced in their folder; what was embedded with the others is not what is asked for."""
     write_shard(tmp_path / "data", tar_bytes(*pair("a"), *pair("b")))
-    chosen = config(data={"one": {"source": "data", "captions": True}}, settings={"all": {"kind": "labels"}})
+    chosen = config(
+        data={"one": {"source": "data", "captions": True}}, settings={"all": {"kind": "labels"}}
+    )
     weights = {"now": "8x8"}
-    monkeypatch.setattr(stores, "load_backbone", lambda _name, models: FakeBackbone(preprocess=weights["now"]))
+    monkeypatch.setattr(
+        stores, "load_backbone", lambda _name, models: FakeBackbone(preprocess=weights["now"])
+    )
     made = make_stores(chosen, [("one", "train")], tmp_path, tmp_path / "out", models=tmp_path)
-    assert make_stores(chosen, [("one", "train")], tmp_path, tmp_path / "out", models=tmp_path) == made
+    assert (
+        make_stores(chosen, [("one", "train")], tmp_path, tmp_path / "out", models=tmp_path) == made
+    )
     weights["now"] = "9x9"
     with pytest.raises(ProvenanceError, match="9x9"):
         make_stores(chosen, [("one", "train")], tmp_path, tmp_path / "out", models=tmp_path)

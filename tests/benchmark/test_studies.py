@@ -75,12 +75,20 @@ def result(cell: Cell, values: tuple[float, float] | None, accuracy: float = 0.6
     )  # fmt: skip
 
 
-def board(chosen: Config | None = None, values: dict[tuple[str, str], tuple[float, float]] = VALUES) -> Board:
+def board(
+    chosen: Config | None = None, values: dict[tuple[str, str], tuple[float, float]] = VALUES
+) -> Board:
     """Noise of 0.01 that is the same for all methods of a data set: differences are exact."""
     chosen = chosen or made()
     cells = plan(chosen)
-    results = {cell: result(cell, values.get((cell.method, cell.data))) for cell in cells if cell.same_as is None}
-    noise = {name: np.random.default_rng(i).normal(size=B) / 100 for i, name in enumerate(chosen.data)}
+    results = {
+        cell: result(cell, values.get((cell.method, cell.data)))
+        for cell in cells
+        if cell.same_as is None
+    }
+    noise = {
+        name: np.random.default_rng(i).normal(size=B) / 100 for i, name in enumerate(chosen.data)
+    }
 
     def bootstrap(cell: Cell) -> np.ndarray:
         return np.stack([value + noise[cell.data] for value in values[cell.method, cell.data]])
@@ -95,7 +103,9 @@ def view(**changes: Any) -> TableView:
 def test_a_table_by_hand() -> None:
     sheet = table_sheet(board(), view(mean=("one", "two")))
     assert sheet.rows == (("mcm",), ("lvu",), ("ViLU",), ("margin",))
-    assert sheet.columns == tuple((data, metric) for data in ("First", "two", "mean") for metric in ("AUROC", "FPR95"))
+    assert sheet.columns == tuple(
+        (data, metric) for data in ("First", "two", "mean") for metric in ("AUROC", "FPR95")
+    )
     cells = {(sheet.rows[i][0], *sheet.columns[j]): shown for (i, j), shown in sheet.cells.items()}
     assert cells["ViLU", "two", "AUROC"].value == 0.9
     assert cells["ViLU", "mean", "AUROC"].value == pytest.approx(0.850005)
@@ -110,25 +120,41 @@ def test_a_table_by_hand() -> None:
     assert ("mcm", "First", "AUROC") not in ranks
     ends = cells["mcm", "First", "AUROC"].interval
     noise = np.random.default_rng(0).normal(size=B) / 100
-    assert (ends.ci_low, ends.ci_high) == pytest.approx(tuple(0.7 + np.quantile(noise, [0.025, 0.975])))
+    assert (ends.ci_low, ends.ci_high) == pytest.approx(
+        tuple(0.7 + np.quantile(noise, [0.025, 0.975]))
+    )
 
 
 def test_means_alone() -> None:
-    settings = {"none": {"kind": "labels", "x": 0.5}, "few": {"kind": "labels", "budget": 1, "x": 1}}
+    settings = {
+        "none": {"kind": "labels", "x": 0.5},
+        "few": {"kind": "labels", "budget": 1, "x": 1},
+    }
     means = {"title": "Means", "mean": ["one", "two"], "means_only": True}
     table = {"kind": "table", "name": "means", "columns": ["setting", "metric"], **means}
-    curve = {"kind": "curve", "name": "curve", "x_label": "labels", "log": True, "ticks": {"0.5": "none"}, **means}
+    curve = {
+        "kind": "curve",
+        "name": "curve",
+        "x_label": "labels",
+        "log": True,
+        "ticks": {"0.5": "none"},
+        **means,
+    }
     chosen = made(settings=settings, views=[table, curve])
     rigged = board(chosen)
     sheet = exhibit(rigged, chosen.views[0], Path("unused")).body
-    assert sheet.columns == tuple((setting, metric) for setting in ("none", "few") for metric in ("AUROC", "FPR95"))
+    assert sheet.columns == tuple(
+        (setting, metric) for setting in ("none", "few") for metric in ("AUROC", "FPR95")
+    )
     assert sheet.cells[0, 0].value == pytest.approx(0.65)
     assert sheet.cells[2, 1].value == pytest.approx(0.3)
     assert (sheet.cells[2, 0].rank, sheet.cells[1, 0].rank) == ("best", "second")
     shown = exhibit(rigged, chosen.views[1], Path("unused"))
     (panel, _) = shown.draw().axes
     heights = [line.get_ydata().tolist() for line in panel.get_lines()]
-    assert any(height == pytest.approx([65.0, 65.0]) for height in heights)  # MCM, whatever the labels
+    assert any(
+        height == pytest.approx([65.0, 65.0]) for height in heights
+    )  # MCM, whatever the labels
     assert [tick.get_text() for tick in panel.get_xticklabels()] == ["none", "1"]
     assert shown.body.rows[0] == ("mean", "mcm")
 
@@ -139,7 +165,10 @@ def test_means_alone() -> None:
         ({"kind": "table", "means_only": True}, "means_only needs a mean"),
         ({"kind": "table", "mean": ["three"]}, "no data set"),
         ({"kind": "scatter", "mean": ["one"]}, "means are for tables"),
-        ({"kind": "curve", "x": "data", "panel": "setting", "x_label": "x", "mean": ["one"]}, "means are for tables"),
+        (
+            {"kind": "curve", "x": "data", "panel": "setting", "x_label": "x", "mean": ["one"]},
+            "means are for tables",
+        ),
     ],
 )
 def test_means_that_cannot_be(kind: dict[str, Any], message: str) -> None:
@@ -149,12 +178,22 @@ def test_means_that_cannot_be(kind: dict[str, Any], message: str) -> None:
 
 def test_what_the_bootstrap_cannot_tell_from_the_best() -> None:
     """Noise of 0.01 in one of two methods 0.005 apart: the difference is no larger than its deviation."""
-    chosen = made(methods={"mcm": {}, "lvu": {}, "vilu": {}}, data={"one": {"stores": {"train": "a", "test": "b"}}})
+    chosen = made(
+        methods={"mcm": {}, "lvu": {}, "vilu": {}},
+        data={"one": {"stores": {"train": "a", "test": "b"}}},
+    )
     cells = plan(chosen)
     values = {"mcm": 0.7, "lvu": 0.795, "vilu": 0.8}
     noise = dict(zip(values, np.random.default_rng(0).normal(size=(3, B)) / 100, strict=True))
-    results = {cell: result(cell, (values[cell.method], 0.5)) for cell in cells if cell.same_as is None}
-    rigged = Board(chosen, cells, results, lambda cell: np.stack([values[cell.method] + noise[cell.method]] * 2))
+    results = {
+        cell: result(cell, (values[cell.method], 0.5)) for cell in cells if cell.same_as is None
+    }
+    rigged = Board(
+        chosen,
+        cells,
+        results,
+        lambda cell: np.stack([values[cell.method] + noise[cell.method]] * 2),
+    )
     sheet = table_sheet(rigged, view(metrics=("auroc",)))
     assert [sheet.cells[row, 0].tied for row in range(3)] == [False, True, False]
 
@@ -168,20 +207,37 @@ def test_published_numbers_stand_beside_ours() -> None:
     assert cells["mcm", "two", "AUROC"].published.value == 0.888
     assert cells["margin", "two", "AUROC"].published is None
     notes = " ".join(sheet.notes)
-    assert "another model (compact for clip-vit-b32) and other data (First for cifar10, two for cc12m)" in notes
+    assert (
+        "another model (compact for clip-vit-b32) and other data (First for cifar10, two for cc12m)"
+        in notes
+    )
     assert "no result of margin: it needs views" in notes.lower()
     assert any("released checkpoints" in doubt for doubt in sheet.doubts)
 
 
 def test_means_are_compared_with_means_over_as_many_sets() -> None:
-    known = ["cifar10", "cifar100", "caltech101", "flowers102", "oxford_pets", "food101", "fgvc_aircraft", "eurosat"]
+    known = [
+        "cifar10",
+        "cifar100",
+        "caltech101",
+        "flowers102",
+        "oxford_pets",
+        "food101",
+        "fgvc_aircraft",
+        "eurosat",
+    ]
     known += ["dtd", "sun397", "stanford_cars", "ucf101", "imagenet"]
     stores = {"train": "a", "test": "b"}
-    data = {name: {"stores": stores, "published": name, "backbone": "clip-vit-b32"} for name in known}
+    data = {
+        name: {"stores": stores, "published": name, "backbone": "clip-vit-b32"} for name in known
+    }
     values = {("mcm", name): (0.8, 0.7) for name in known}
     rigged = board(made(data=data, methods={"mcm": {}}), values)
     thirteen, twelve = (table_sheet(rigged, view(mean=known[:n])) for n in (13, 12))
-    means = [sheet.cells[0, sheet.columns.index(("mean", "AUROC"))].published for sheet in (thirteen, twelve)]
+    means = [
+        sheet.cells[0, sheet.columns.index(("mean", "AUROC"))].published
+        for sheet in (thirteen, twelve)
+    ]
     assert means[0].value == 0.818
     assert means[1] is None
 
@@ -190,7 +246,17 @@ def test_what_varies_must_be_named() -> None:
     with pytest.raises(UsageError, match=r"several values of data \(one, two\)"):
         made(views=[{"kind": "table", "name": "t", "title": "t", "columns": ["metric"]}])
     with pytest.raises(UsageError, match="both in the rows and in the columns"):
-        made(views=[{"kind": "table", "name": "t", "title": "t", "rows": ["data"], "columns": ["data", "metric"]}])
+        made(
+            views=[
+                {
+                    "kind": "table",
+                    "name": "t",
+                    "title": "t",
+                    "rows": ["data"],
+                    "columns": ["data", "metric"],
+                }
+            ]
+        )
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +293,9 @@ def test_latex(sheet) -> None:
 def test_heads_of_latex_span_their_own_columns_alone() -> None:
     """Both data sets end and begin with "all": two heads, not one."""
     chosen = made(methods={"mcm": {}, "lvu": {}})
-    text = to_latex(table_sheet(board(chosen), view(rows=("metric",), columns=("data", "setting", "method"))))
+    text = to_latex(
+        table_sheet(board(chosen), view(rows=("metric",), columns=("data", "setting", "method")))
+    )
     heads = text[text.index(r"\toprule") : text.index(r"\midrule")].splitlines()
     assert heads[2] == r" & \multicolumn{2}{c}{all} & \multicolumn{2}{c}{all} \\"
 
@@ -235,7 +303,9 @@ def test_heads_of_latex_span_their_own_columns_alone() -> None:
 def test_csv(sheet) -> None:
     rows = list(csv.DictReader(io.StringIO(to_csv(sheet))))
     assert len(rows) == len(sheet.cells) == 4 * 6
-    row = next(r for r in rows if (r["method"], r["data"], r["metric"]) == ("ViLU", "First", "auroc"))
+    row = next(
+        r for r in rows if (r["method"], r["data"], r["metric"]) == ("ViLU", "First", "auroc")
+    )
     assert float(row["value"]) == 0.80001
     assert float(row["difference"]) == pytest.approx(0.80001 - 0.9831)
     assert (row["n"], row["n_failures"], row["runs"], row["rank"]) == ("100", "40", "1", "best")
@@ -282,25 +352,43 @@ def test_claims_of_being_better(chosen: Better, ruling: str, number: float | Non
 
 
 def test_a_claim_whose_interval_has_zero_is_open() -> None:
-    chosen = made(data={"one": {"stores": {"train": "a", "test": "b"}}}, methods={"mcm": {}, "lvu": {}})
+    chosen = made(
+        data={"one": {"stores": {"train": "a", "test": "b"}}}, methods={"mcm": {}, "lvu": {}}
+    )
     cells = plan(chosen)
     values = {"mcm": 0.7, "lvu": 0.705}
     noise = dict(zip(values, np.random.default_rng(0).normal(size=(2, B)) / 100, strict=True))
-    results = {cell: result(cell, (values[cell.method], 0.5)) for cell in cells if cell.same_as is None}
-    rigged = Board(chosen, cells, results, lambda cell: np.stack([values[cell.method] + noise[cell.method]] * 2))
+    results = {
+        cell: result(cell, (values[cell.method], 0.5)) for cell in cells if cell.same_as is None
+    }
+    rigged = Board(
+        chosen,
+        cells,
+        results,
+        lambda cell: np.stack([values[cell.method] + noise[cell.method]] * 2),
+    )
     assert decide(rigged, better("lvu", "mcm")).ruling == "open"
 
 
 def test_claims_of_a_trend() -> None:
     sizes = {f"pool_{x}": {"kind": "labels", "x": x, "pool_size": x} for x in (16, 32, 64)}
-    chosen = made(settings=sizes, data={"one": {"stores": {"train": "a", "test": "b"}}}, methods={"mcm": {}})
+    chosen = made(
+        settings=sizes, data={"one": {"stores": {"train": "a", "test": "b"}}}, methods={"mcm": {}}
+    )
     cells = plan(chosen)
     values = dict(zip(sizes, (0.9, 0.8, 0.75), strict=True))
-    results = {cell: result(cell, (values[cell.setting], 0.5)) for cell in cells if cell.same_as is None}
+    results = {
+        cell: result(cell, (values[cell.setting], 0.5)) for cell in cells if cell.same_as is None
+    }
     noise = np.random.default_rng(0).normal(size=B) / 100
-    rigged = Board(chosen, cells, results, lambda cell: np.stack([values[cell.setting] + noise] * 2))
+    rigged = Board(
+        chosen, cells, results, lambda cell: np.stack([values[cell.setting] + noise] * 2)
+    )
     down = decide(rigged, claim(Trend, method="mcm", settings=tuple(sizes), metric_goes="down"))
-    assert (down.ruling, down.number) == ("holds", pytest.approx(0.075))  # least squares over doublings: -0.15 / 2
+    assert (down.ruling, down.number) == (
+        "holds",
+        pytest.approx(0.075),
+    )  # least squares over doublings: -0.15 / 2
     up = decide(rigged, claim(Trend, method="mcm", settings=tuple(sizes), metric_goes="up"))
     assert (up.ruling, up.number) == ("does not hold", pytest.approx(-0.075))
 
@@ -320,14 +408,24 @@ def test_claims_of_depending_on_the_accuracy() -> None:
     noise = np.random.default_rng(0).normal(size=(3, B)) / 1000
     places = {name: noise[i] for i, name in enumerate(stores)}
     rigged = Board(
-        chosen, cells, results, lambda cell: np.stack([values[cell.method, cell.data] + places[cell.data]] * 2)
+        chosen,
+        cells,
+        results,
+        lambda cell: np.stack([values[cell.method, cell.data] + places[cell.data]] * 2),
     )
     verdict = decide(rigged, claim(Steeper, steeper="mcm", than="vilu", settings=("all",)))
     assert (verdict.ruling, verdict.number) == ("holds", pytest.approx(0.4))
-    assert decide(rigged, claim(Steeper, steeper="vilu", than="mcm", settings=("all",))).ruling == "does not hold"
+    assert (
+        decide(rigged, claim(Steeper, steeper="vilu", than="mcm", settings=("all",))).ruling
+        == "does not hold"
+    )
     assert "per 100 points" in verdict.what
-    assert ": +40.0 [" in claims_table(chosen, [verdict])  # the steeper line gains 0.4 more, from 0 to 100 %
-    two = decide(rigged, claim(Steeper, steeper="mcm", than="vilu", settings=("all",), data=("one", "two")))
+    assert ": +40.0 [" in claims_table(
+        chosen, [verdict]
+    )  # the steeper line gains 0.4 more, from 0 to 100 %
+    two = decide(
+        rigged, claim(Steeper, steeper="mcm", than="vilu", settings=("all",), data=("one", "two"))
+    )
     assert (two.ruling, two.reason) == ("not tested", "a trend line needs 3 places")
 
 
@@ -349,7 +447,9 @@ def test_slopes_are_compared_on_the_seeds_that_both_have() -> None:
         return 0.5 + slope[cell.method, cell.seed] * (accuracy[cell.data, cell.seed] - 0.5)
 
     cells = plan(chosen)
-    results = {cell: result(cell, (value(cell), 0.5), accuracy[cell.data, cell.seed]) for cell in cells}
+    results = {
+        cell: result(cell, (value(cell), 0.5), accuracy[cell.data, cell.seed]) for cell in cells
+    }
     rigged = Board(chosen, cells, results, lambda cell: np.full((2, B), value(cell)))
     verdict = decide(rigged, claim(Steeper, steeper="lvu", than="vilu", settings=("all",)))
     assert (verdict.ruling, verdict.number) == ("holds", pytest.approx(0.4))
@@ -363,29 +463,54 @@ def test_slopes_are_compared_on_the_seeds_that_both_have() -> None:
 def test_a_claim_says_which_seeds_decide() -> None:
     """One seed of vilu, two of lvu: both have seed 0."""
     chosen = made(
-        data={"one": {"stores": {"train": "a", "test": "b"}}}, methods={"lvu": {}, "vilu": {"seeds": 1}}, seeds=2
+        data={"one": {"stores": {"train": "a", "test": "b"}}},
+        methods={"lvu": {}, "vilu": {"seeds": 1}},
+        seeds=2,
     )
     cells = plan(chosen)
     values = {("lvu", 0): 0.7, ("lvu", 1): 0.9, ("vilu", 0): 0.75}
-    results = {cell: result(cell, (values[cell.method, cell.seed], 0.5)) for cell in cells if cell.same_as is None}
-    rigged = Board(chosen, cells, results, lambda cell: np.full((2, B), values[cell.method, cell.seed]))
+    results = {
+        cell: result(cell, (values[cell.method, cell.seed], 0.5))
+        for cell in cells
+        if cell.same_as is None
+    }
+    rigged = Board(
+        chosen, cells, results, lambda cell: np.full((2, B), values[cell.method, cell.seed])
+    )
     verdict = decide(rigged, better("vilu", "lvu"))
     assert (verdict.ruling, verdict.number) == ("holds", pytest.approx(0.05))
     assert verdict.what.endswith("one, on the seeds that both have (0)")
     notes = " ".join(table_sheet(rigged, view(metrics=("auroc",))).notes)
-    assert "1 for vilu; 2 for the others. Methods are compared on the seeds that both have." in notes.replace(
-        "2 for lvu; 1 for the others.", "1 for vilu; 2 for the others."
+    assert (
+        "1 for vilu; 2 for the others. Methods are compared on the seeds that both have."
+        in notes.replace("2 for lvu; 1 for the others.", "1 for vilu; 2 for the others.")
     )
 
 
 VIEWS = [
-    {"kind": "table", "name": "numbers", "title": "Numbers", "columns": ["data", "setting", "metric"]},
+    {
+        "kind": "table",
+        "name": "numbers",
+        "title": "Numbers",
+        "columns": ["data", "setting", "metric"],
+    },
     {"kind": "curve", "name": "lines", "title": "Lines", "x_label": "labels", "log": True},
     {"kind": "scatter", "name": "points", "title": "Points"},
-    {"kind": "histograms", "name": "bars", "title": "Bars", "methods": ["lvu"], "settings": ["all"]},
+    {
+        "kind": "histograms",
+        "name": "bars",
+        "title": "Bars",
+        "methods": ["lvu"],
+        "settings": ["all"],
+    },
     {"kind": "ranking", "name": "ranking", "title": "Ranking"},
 ]
-GRID = {"kind": "grid", "parameters": ["learning_rate", "batch_size"], "select_on": "all", "report_on": "all"}
+GRID = {
+    "kind": "grid",
+    "parameters": ["learning_rate", "batch_size"],
+    "select_on": "all",
+    "report_on": "all",
+}
 CLAIMS = [
     {
         "kind": "better",
@@ -402,19 +527,32 @@ def real(**changes: Any) -> Config:
     settings = {"few": {"kind": "labels", "budget": 8, "x": 8}, "all": {"kind": "labels", "x": 24}}
     study = {"title": "A small study", "reproduces": "Table 1", "protocol": "Tiny."}
     return config(
-        **{"name": "small", "settings": settings, "views": VIEWS, "claims": CLAIMS, "study": study, **changes}
+        **{
+            "name": "small",
+            "settings": settings,
+            "views": VIEWS,
+            "claims": CLAIMS,
+            "study": study,
+            **changes,
+        }
     )
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("run")
-    run_studies([real(), config(name="plain")], make_stores(tmp_path_factory.mktemp("stores")), output)
+    run_studies(
+        [real(), config(name="plain")], make_stores(tmp_path_factory.mktemp("stores")), output
+    )
     return output
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def test_a_study_has_its_files(run: Path) -> None:
@@ -424,7 +562,11 @@ def test_a_study_has_its_files(run: Path) -> None:
         for name in ("numbers", "lines", "points", "bars")
         for suffix in (".md", ".tex", ".csv", ".txt")
     }
-    figures = {f"figures/{name}{suffix}" for name in ("lines", "points", "bars") for suffix in (".png", ".svg")}
+    figures = {
+        f"figures/{name}{suffix}"
+        for name in ("lines", "points", "bars")
+        for suffix in (".png", ".svg")
+    }
     assert found == tables | figures | {
         "README.md",
         "table.txt",
@@ -442,10 +584,13 @@ def test_a_study_has_its_files(run: Path) -> None:
 def test_studies_of_one_output_share_cells(run: Path) -> None:
     """Both studies have lvu on all labels: its cells are there once, and named by both."""
     first, second = (
-        json.loads((run / f"studies/{name}/study.json").read_text())["fingerprints"] for name in ("small", "plain")
+        json.loads((run / f"studies/{name}/study.json").read_text())["fingerprints"]
+        for name in ("small", "plain")
     )
     shared = first.keys() & second.keys()
-    assert {f"cells/{data}/all/lvu/seed-{seed}.json" for data in ("one", "two") for seed in (0, 1)} <= shared
+    assert {
+        f"cells/{data}/all/lvu/seed-{seed}.json" for data in ("one", "two") for seed in (0, 1)
+    } <= shared
     assert {path: first[path] for path in shared} == {path: second[path] for path in shared}
 
 
@@ -463,7 +608,9 @@ def test_a_moved_run_is_shown_again_without_its_data(run: Path, tmp_path: Path) 
     assert "\none   all      mcm " in (moved / "studies/small/times.txt").read_text()
     (moved / "log.jsonl").unlink()
     (one, _) = load_studies(moved)
-    assert times_table(one, load_times(moved, one.results)) == ""  # they are lost with the log, and nothing else
+    assert (
+        times_table(one, load_times(moved, one.results)) == ""
+    )  # they are lost with the log, and nothing else
 
 
 def test_a_document_of_all_studies(run: Path, tmp_path: Path) -> None:
@@ -483,7 +630,9 @@ def test_a_cell_that_was_made_anew(run: Path, tmp_path: Path) -> None:
     path = moved / "cells/one/all/lvu/seed-0.json"
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, "fingerprint": "0" * 32}))
-    with pytest.raises(DataError, match=r"seed-0\.json is missing, damaged, or newer than the study"):
+    with pytest.raises(
+        DataError, match=r"seed-0\.json is missing, damaged, or newer than the study"
+    ):
         load_studies(moved)
     with pytest.raises(DataError, match="holds no study"):
         load_studies(tmp_path)
@@ -497,7 +646,9 @@ def test_studies_that_contradict_each_other(
 ) -> None:
     data = make_stores(tmp_path_factory.mktemp("stores"))
     other = config(name="other", methods={"lvu": {"params": {"epochs": 3, "hidden": [8]}}})
-    with pytest.raises(UsageError, match=r"small and other both have lvu on .*they differ in parameters"):
+    with pytest.raises(
+        UsageError, match=r"small and other both have lvu on .*they differ in parameters"
+    ):
         run_studies([real(), other], data, tmp_path)
 
 
@@ -511,7 +662,9 @@ def test_studies_that_contradict_each_other(
         ({"kind": "ranking", "data": ["one"]}, "nothing to choose"),
     ],
 )
-def test_views_that_could_not_be_shown_are_refused_at_once(kind: dict[str, Any], message: str) -> None:
+def test_views_that_could_not_be_shown_are_refused_at_once(
+    kind: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UsageError, match=message):
         made(views=[{"name": "v", "title": "v", **kind}])
 
@@ -525,12 +678,17 @@ def test_two_views_of_one_name_are_refused() -> None:
 def test_a_trend_needs_places(x: tuple[float | None, float]) -> None:
     sizes = {f"s{i}": {"kind": "labels", "x": at, "budget": i + 1} for i, at in enumerate(x)}
     with pytest.raises(UsageError, match="needs settings with different x above zero"):
-        made(settings=sizes, claims=[claim(Trend, method="mcm", settings=tuple(sizes), metric_goes="up")])
+        made(
+            settings=sizes,
+            claims=[claim(Trend, method="mcm", settings=tuple(sizes), metric_goes="up")],
+        )
 
 
 def test_a_view_without_anything(tmp_path: Path) -> None:
     curve = {"kind": "curve", "name": "c", "title": "C", "x_label": "x"}
-    nowhere = made(methods={"margin": {}}, settings={"all": {"kind": "labels", "x": 1}}, views=[curve])
+    nowhere = made(
+        methods={"margin": {}}, settings={"all": {"kind": "labels", "x": 1}}, views=[curve]
+    )
     with pytest.raises(DataError, match="nothing to show"):
         exhibit(board(nowhere), nowhere.views[0], tmp_path)
 
@@ -542,15 +700,25 @@ def test_a_grid_chooses_by_the_one_and_reports_the_other(tmp_path: Path) -> None
         for b in (8, 16)
     }
     params = {name.replace(".", "_"): entry for name, entry in params.items()}
-    grid = {"kind": "grid", "name": "grid", "title": "Grid", "parameters": ["learning_rate", "batch_size"]}
+    grid = {
+        "kind": "grid",
+        "name": "grid",
+        "title": "Grid",
+        "parameters": ["learning_rate", "batch_size"],
+    }
     grid |= {"select_on": "held_out", "report_on": "test"}
     settings = {"held_out": {"kind": "labels", "x": 1}, "test": {"kind": "labels", "pool_size": 4}}
     chosen = made(
-        methods=params, settings=settings, views=[grid], data={"one": {"stores": {"train": "a", "test": "b"}}}
+        methods=params,
+        settings=settings,
+        views=[grid],
+        data={"one": {"stores": {"train": "a", "test": "b"}}},
     )
     cells = [cell for cell in plan(chosen) if cell.same_as is None]
     values = {cell: (0.6 + 0.01 * i, 0.5) for i, cell in enumerate(cells)}
-    best = max((cell for cell in cells if cell.setting == "held_out"), key=lambda cell: values[cell])
+    best = max(
+        (cell for cell in cells if cell.setting == "held_out"), key=lambda cell: values[cell]
+    )
     results = {cell: result(cell, values[cell]) for cell in cells}
     rigged = Board(chosen, plan(chosen), results, lambda cell: np.full((2, B), values[cell][0]))
     shown = exhibit(rigged, chosen.views[0], tmp_path)

@@ -24,9 +24,18 @@ from vilu.files.tables import read_table, write_table
 from vilu.outcomes.outcomes import Outcomes
 
 OURS: dict[str, Any] = {"mcm": {}, "knn_distance": {"deterministic": True}}
-THEIRS = {"margin": {}, "distance": {"method": "knn_distance", "params": {"k": 3}, "deterministic": True}}
+THEIRS = {
+    "margin": {},
+    "distance": {"method": "knn_distance", "params": {"k": 3}, "deterministic": True},
+}
 VIEWS = [
-    {"kind": "table", "name": "all", "title": "All", "rows": ["method", "setting"], "mean": ["one"]},
+    {
+        "kind": "table",
+        "name": "all",
+        "title": "All",
+        "rows": ["method", "setting"],
+        "mean": ["one"],
+    },
     {
         "kind": "table",
         "name": "mcm",
@@ -52,10 +61,16 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     stores = root / "stores"
     make_store(stores / "one-train", 120, 0)
     make_store(stores / "one-test", 60, 1_000)
-    for name, methods in {"ours": OURS, "theirs": {"mcm": {}, **THEIRS}, "whole": OURS | THEIRS}.items():
+    for name, methods in {
+        "ours": OURS,
+        "theirs": {"mcm": {}, **THEIRS},
+        "whole": OURS | THEIRS,
+    }.items():
         run_studies([study(methods)], stores, root / name)
     for label in THEIRS:
-        assert run("submit", root / "theirs", label, "-o", root / "handed").stdout.strip() == str(root / "handed")
+        assert run("submit", root / "theirs", label, "-o", root / "handed").stdout.strip() == str(
+            root / "handed"
+        )
     return root
 
 
@@ -70,21 +85,30 @@ FILE = "handed/one/few/distance/seed-1.parquet"
 
 
 def test_one_file_a_result_with_its_rows_and_what_made_them(home: Path) -> None:
-    found = sorted(path.relative_to(home / "handed").as_posix() for path in (home / "handed").rglob("*.parquet"))
-    places = {"margin": ["all/margin/seed-0"]}  # nothing is fitted, and no seed changes the test rows
+    found = sorted(
+        path.relative_to(home / "handed").as_posix()
+        for path in (home / "handed").rglob("*.parquet")
+    )
+    places = {
+        "margin": ["all/margin/seed-0"]
+    }  # nothing is fitted, and no seed changes the test rows
     places["distance"] = ["all/distance/seed-0", "few/distance/seed-0", "few/distance/seed-1"]
     assert found == sorted(f"one/{place}.parquet" for of in places.values() for place in of)
     scores = Outcomes.load(home / FILE)
     cell = Outcomes.load(home / "theirs/cells/one/few/distance/seed-1.parquet")
     assert np.array_equal(scores.uncertainty, cell.uncertainty)
-    assert "distance" in run("evaluate", home / FILE, "--resamples", 10).stdout  # they are scores as any
+    assert (
+        "distance" in run("evaluate", home / FILE, "--resamples", 10).stdout
+    )  # they are scores as any
     said = Outcomes.load(home / "handed/one/all/margin/seed-0.parquet").provenance[KEY]
     assert said["stands_for"] == [["all", 0], ["few", 0], ["all", 1], ["few", 1]]
     assert (said["made_by"], said["result"]["decided_by"]["method"]) == ("", "margin")
 
 
 def test_the_tables_are_as_if_they_had_been_run_here(home: Path, ours: Path) -> None:
-    before = {path.name: path.read_bytes() for path in (ours / "ours/studies/benchmark/tables").iterdir()}
+    before = {
+        path.name: path.read_bytes() for path in (ours / "ours/studies/benchmark/tables").iterdir()
+    }
     told = run("render", ours / "ours", "--submitted", ours / "handed").stdout
     tables = ours / "ours/studies/benchmark/tables"
     here = (tables / "all.csv").read_text()
@@ -93,29 +117,46 @@ def test_the_tables_are_as_if_they_had_been_run_here(home: Path, ours: Path) -> 
         assert label in told.split()
     whole = (home / "whole/studies/benchmark/tables/all.csv").read_text()
     assert sorted(here.splitlines()) == sorted(whole.splitlines())
-    assert (tables / "mcm.csv").read_bytes() == before["mcm.csv"]  # a table of one method has no room for more
+    assert (tables / "mcm.csv").read_bytes() == before[
+        "mcm.csv"
+    ]  # a table of one method has no room for more
     run("render", ours / "ours")
     assert {path.name: path.read_bytes() for path in tables.iterdir()} == before
 
 
 def test_intervals_against_any_method_come_from_the_rows(home: Path, ours: Path) -> None:
     submitted = take_in(load_studies(ours / "ours"), ours / "ours", [ours / FILE])
-    boards = [*submitted, *load_studies(home / "whole")]  # in the latter it was run beside the other
-    pairs = [(board.find("distance", "one", "few"), board.find("knn_distance", "one", "few")) for board in boards]
+    boards = [
+        *submitted,
+        *load_studies(home / "whole"),
+    ]  # in the latter it was run beside the other
+    pairs = [
+        (board.find("distance", "one", "few"), board.find("knn_distance", "one", "few"))
+        for board in boards
+    ]
     found, whole = (
-        a.quantity("auroc", [1]) - b.quantity("auroc", [1]) for a, b in pairs if a is not None and b is not None
+        a.quantity("auroc", [1]) - b.quantity("auroc", [1])
+        for a, b in pairs
+        if a is not None and b is not None
     )
     assert found.difference(0.9) == whole.difference(0.9)
-    mine, other = (Outcomes.load(p) for p in (ours / FILE, ours / "ours/cells/one/few/knn_distance/seed-1.parquet"))
+    mine, other = (
+        Outcomes.load(p)
+        for p in (ours / FILE, ours / "ours/cells/one/few/knn_distance/seed-1.parquet")
+    )
     wrong, u, v = mine.failure == 1, mine.uncertainty, other.uncertainty
-    assert found.value == pytest.approx(auroc(u[wrong], u[~wrong]) - auroc(v[wrong], v[~wrong]), abs=1e-12)
+    assert found.value == pytest.approx(
+        auroc(u[wrong], u[~wrong]) - auroc(v[wrong], v[~wrong]), abs=1e-12
+    )
     rng, differences = np.random.default_rng(0), []
     for _ in range(4_000):
         bad, good = (rng.choice(np.flatnonzero(kind), kind.sum()) for kind in (wrong, ~wrong))
         differences.append(auroc(u[bad], u[good]) - auroc(v[bad], v[good]))
     low, high = np.quantile(differences, [0.05, 0.95])
     ends = found.interval(0.9)
-    assert (ends.ci_low, ends.ci_high) == pytest.approx((low, high), abs=0.08 * (high - low))  # of 1,000 resamples
+    assert (ends.ci_low, ends.ci_high) == pytest.approx(
+        (low, high), abs=0.08 * (high - low)
+    )  # of 1,000 resamples
 
 
 def auroc(wrong: Any, right: Any) -> float:
@@ -126,12 +167,18 @@ def auroc(wrong: Any, right: Any) -> float:
 def resealed(path: Path, change: Callable[[dict[str, Any], dict[str, Any]], None]) -> None:
     """Another content with a digest that is right, as who wants to deceive would write it."""
     table, metadata = read_table(path, ())
-    columns = {name: np.array(table[name].to_pylist()) for name in ("row_id", "uncertainty", "failure")}
+    columns = {
+        name: np.array(table[name].to_pylist()) for name in ("row_id", "uncertainty", "failure")
+    }
     change(columns, metadata["provenance"][KEY])
     kinds = {"row_id": pa.int64(), "uncertainty": pa.float64(), "failure": pa.int8()}
     n = len(columns["row_id"])
-    others = {name: table[name].combine_chunks()[:n] for name in table.column_names if name not in kinds}
-    write_table(path, {**{name: pa.array(columns[name], kinds[name]) for name in kinds}, **others}, metadata)
+    others = {
+        name: table[name].combine_chunks()[:n] for name in table.column_names if name not in kinds
+    }
+    write_table(
+        path, {**{name: pa.array(columns[name], kinds[name]) for name in kinds}, **others}, metadata
+    )
 
 
 def rows_of(columns: dict[str, Any], keep: Any) -> None:
@@ -149,12 +196,18 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], None], str]]
         "its rows give aurc = .*, and it says",
     ),
     "a row less": (lambda c, _: rows_of(c, slice(0, -1)), "it has 59 rows, and there are 60"),
-    "a row twice": (lambda c, _: c["row_id"].__setitem__(3, 2), "every row once, in order: row_id must be 0 to 59"),
+    "a row twice": (
+        lambda c, _: c["row_id"].__setitem__(3, 2),
+        "every row once, in order: row_id must be 0 to 59",
+    ),
     "another label": (
         lambda c, _: c["failure"].__setitem__(0, 1 - c["failure"][0]),
         "row 0 is not as right or wrong as here",
     ),
-    "no number": (lambda c, _: c["uncertainty"].__setitem__(4, np.inf), "uncertainty must be finite. Got 1 infinite"),
+    "no number": (
+        lambda c, _: c["uncertainty"].__setitem__(4, np.inf),
+        "uncertainty must be finite. Got 1 infinite",
+    ),
     "a better claim": (
         lambda _, s: s["result"]["results"][0].update(value=0.999),
         "auroc = .* says 0.999",
@@ -164,7 +217,10 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], None], str]]
         lambda _, s: s["result"]["decided_by"].update(method="mcm"),
         "its fingerprint is not that",
     ),
-    "other rows": (lambda _, s: s["result"].update(test_rows="0" * 32), "it was tested on other rows. Embed or import"),
+    "other rows": (
+        lambda _, s: s["result"].update(test_rows="0" * 32),
+        "it was tested on other rows. Embed or import",
+    ),
     "more labels": (
         lambda _, s: claim(s, train=s["result"]["decided_by"]["train"] | {"budget": "all"}),
         "it was fitted on all labels a class, here 8",
@@ -173,18 +229,30 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], None], str]]
         lambda _, s: claim(s, train=s["result"]["decided_by"]["train"] | {"rows": ["0" * 32]}),
         "it was fitted on rows that no method of the study was",
     ),
-    "another cell": (lambda _, s: s["result"].update(seed=0), "one, few, seed 0, and its scores are of another"),
+    "another cell": (
+        lambda _, s: s["result"].update(seed=0),
+        "one, few, seed 0, and its scores are of another",
+    ),
     "another place": (
         lambda _, s: s.update(stands_for=[["none", 0]]),
         "no study in .* has a result in its place",
     ),
-    "a key more": (lambda _, s: s.update(more=1), "is no cell as `vilu submit` writes it: .* no key 'more'"),
+    "a key more": (
+        lambda _, s: s.update(more=1),
+        "is no cell as `vilu submit` writes it: .* no key 'more'",
+    ),
     "a name that is markup": (
         lambda _, s: s["result"].update(method="<b>"),
         r"is no cell as `vilu submit` writes it: result\.method",
     ),
-    "a maker that is markup": (lambda _, s: s.update(made_by="[x](y)"), "as `vilu submit` writes it: made_by"),
-    "our name": (lambda _, s: s["result"].update(method="mcm"), "says that it is mcm on one, few, seed 1"),
+    "a maker that is markup": (
+        lambda _, s: s.update(made_by="[x](y)"),
+        "as `vilu submit` writes it: made_by",
+    ),
+    "our name": (
+        lambda _, s: s["result"].update(method="mcm"),
+        "says that it is mcm on one, few, seed 1",
+    ),
 }
 
 
@@ -200,7 +268,9 @@ def test_what_is_not_as_it_says_is_refused(ours: Path, what: str) -> None:
 def test_an_edit_without_a_new_digest_is_refused(ours: Path) -> None:
     table = pq.read_table(ours / FILE)
     at = table.column_names.index("uncertainty")
-    pq.write_table(table.set_column(at, "uncertainty", pa.array(np.linspace(0, 1, 60))), ours / FILE)
+    pq.write_table(
+        table.set_column(at, "uncertainty", pa.array(np.linspace(0, 1, 60))), ours / FILE
+    )
     told = run("render", ours / "ours", "--submitted", ours / "handed", code=3).stderr
     assert "was changed by another program: its rows are not what its digest says" in told
 
@@ -208,29 +278,39 @@ def test_an_edit_without_a_new_digest_is_refused(ours: Path) -> None:
 def test_a_nan_with_a_made_up_reason_is_refused(ours: Path) -> None:
     scores = Outcomes.load(ours / FILE)
     u = np.where(np.arange(60) == 7, np.nan, scores.uncertainty)
-    replace(scores, uncertainty=u, reason=["hard" if row == 7 else None for row in range(60)]).save(ours / FILE)
+    replace(scores, uncertainty=u, reason=["hard" if row == 7 else None for row in range(60)]).save(
+        ours / FILE
+    )
     with pytest.raises(DataError, match="row 7 has no uncertainty, and could have one"):
         take_in(load_studies(ours / "ours"), ours / "ours", [ours / FILE])
 
 
 def test_a_method_of_the_study_may_be_handed_in_as_the_same_alone(home: Path, ours: Path) -> None:
     run("submit", home / "whole", "knn_distance", "-o", ours / "again")
-    (board,) = take_in(load_studies(ours / "ours"), ours / "ours", sorted((ours / "again").rglob("*.parquet")))
+    (board,) = take_in(
+        load_studies(ours / "ours"), ours / "ours", sorted((ours / "again").rglob("*.parquet"))
+    )
     assert board.config.guests == ()
     path = ours / "again/one/few/knn_distance/seed-1.parquet"
     shutil.copy(ours / FILE, path)
     resealed(path, lambda _, said: said["result"].update(method="knn_distance"))
     named = Outcomes.load(path)
     replace(named, method="knn_distance").save(path)
-    with pytest.raises(DataError, match=r"there is a 'knn_distance' with other scores. Hand in yours"):
+    with pytest.raises(
+        DataError, match=r"there is a 'knn_distance' with other scores. Hand in yours"
+    ):
         take_in(load_studies(ours / "ours"), ours / "ours", [path])
 
 
 def test_what_cannot_be_handed_in(ours: Path) -> None:
-    assert "has a result of a method 'lvu'" in run("submit", ours / "ours", "lvu", "-o", ours / "x", code=2).stderr
+    assert (
+        "has a result of a method 'lvu'"
+        in run("submit", ours / "ours", "lvu", "-o", ours / "x", code=2).stderr
+    )
     (ours / "empty").mkdir()
     assert (
-        "there is no cell to show beside" in run("render", ours / "ours", "--submitted", ours / "empty", code=3).stderr
+        "there is no cell to show beside"
+        in run("render", ours / "ours", "--submitted", ours / "empty", code=3).stderr
     )
     scores = Outcomes.load(ours / FILE)
     replace(scores, provenance={}).save(ours / FILE)
@@ -241,7 +321,9 @@ def test_what_cannot_be_handed_in(ours: Path) -> None:
     (board,) = take_in(load_studies(ours / "ours"), ours / "ours", [margin, again])
     assert board.config.guests == ("margin",)
     other = Outcomes.load(again)
-    replace(other, uncertainty=other.uncertainty * 2).save(again)  # the same order, and so the same metrics
+    replace(other, uncertainty=other.uncertainty * 2).save(
+        again
+    )  # the same order, and so the same metrics
     with pytest.raises(DataError, match="there is a 'margin' with other scores"):
         take_in(load_studies(ours / "ours"), ours / "ours", [margin, again])
 

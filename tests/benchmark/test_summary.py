@@ -38,7 +38,9 @@ def test_one_seed_gives_the_intervals_of_the_metrics_room() -> None:
     uncertainty, failure = sample(150, 0)
     values = resampled_metrics(uncertainty, failure, 300, ROWS)
     for row, name in enumerate(RANKED_BY):
-        expected = unwrap(bootstrap_interval)(name, uncertainty, failure, n_resamples=300, seed=int(ROWS, 16))
+        expected = unwrap(bootstrap_interval)(
+            name, uncertainty, failure, n_resamples=300, seed=int(ROWS, 16)
+        )
         found = interval(values[row : row + 1], 0.95)
         assert (found.ci_low, found.ci_high) == (expected.ci_low, expected.ci_high)
 
@@ -49,7 +51,9 @@ def test_one_seed_gives_the_paired_bootstrap_of_the_metrics_room() -> None:
     values_a, values_b = (resampled_metrics(u, failure, 300, ROWS)[:1] for u in (a, b))
     expected = unwrap(paired_bootstrap)("auroc", a, b, failure, n_resamples=300, seed=int(ROWS, 16))
     point_a, point_b = (np.array([auroc(u, failure)]) for u in (a, b))
-    found = (Quantity.over_seeds(point_a, values_a) - Quantity.over_seeds(point_b, values_b)).difference(0.95)
+    found = (
+        Quantity.over_seeds(point_a, values_a) - Quantity.over_seeds(point_b, values_b)
+    ).difference(0.95)
     assert tuple(found) == pytest.approx(tuple(expected), abs=1e-15)
 
 
@@ -68,8 +72,12 @@ def test_resamples_are_those_of_the_rows_whatever_the_scores() -> None:
 def test_many_rows_are_resampled_in_blocks() -> None:
     rng = np.random.default_rng(0)
     uncertainty, failure = rng.normal(size=3000), (rng.random(3000) < 0.5).astype(np.int64)
-    values = resampled_metrics(uncertainty, failure, 200, ROWS)  # 2^18 counts are fewer than 200 x 3000
-    expected = unwrap(bootstrap_interval)("auroc", uncertainty, failure, n_resamples=200, seed=int(ROWS, 16))
+    values = resampled_metrics(
+        uncertainty, failure, 200, ROWS
+    )  # 2^18 counts are fewer than 200 x 3000
+    expected = unwrap(bootstrap_interval)(
+        "auroc", uncertainty, failure, n_resamples=200, seed=int(ROWS, 16)
+    )
     assert interval(values[:1], 0.95).ci_low == expected.ci_low
 
 
@@ -116,7 +124,9 @@ def test_standings_against_scipy() -> None:
 
     rng = np.random.default_rng(0)
     values = rng.integers(6, size=(50, 8)) / 10
-    found = {s.method: s for s in standings([{f"m{i}": v for i, v in enumerate(row)} for row in values])}
+    found = {
+        s.method: s for s in standings([{f"m{i}": v for i, v in enumerate(row)} for row in values])
+    }
     ranks = np.stack([rankdata(-row) for row in values])
     best = values == values.max(axis=1, keepdims=True)
     wins = (best / best.sum(axis=1, keepdims=True)).sum(axis=0)
@@ -125,7 +135,9 @@ def test_standings_against_scipy() -> None:
         assert found[f"m{i}"].wins == pytest.approx(wins[i], abs=1e-12)
 
 
-def result(cell: Cell, values: dict[str, float | None], refused: Refusal | None = None) -> CellResult:
+def result(
+    cell: Cell, values: dict[str, float | None], refused: Refusal | None = None
+) -> CellResult:
     rows = tuple(
         ResultRow(
             cell.method, cell.data, cell.setting, cell.seed, metric, value, None, None, 100, 40, 0.6, 0, 0,
@@ -152,9 +164,16 @@ def made() -> tuple:
         methods=METHODS,
         metrics=["auroc", "fpr95", "ece"],
     )
-    cells = [Cell("mcm", "one", "all", 0), Cell("mcm", "one", "all", 1, same_as=Cell("mcm", "one", "all", 0))]
+    cells = [
+        Cell("mcm", "one", "all", 0),
+        Cell("mcm", "one", "all", 1, same_as=Cell("mcm", "one", "all", 0)),
+    ]
     cells += [Cell("lvu", "one", "all", seed) for seed in (0, 1)]
-    cells += [Cell("vilu", "one", "all", 0), Cell("margin", "one", "all", 0), Cell("margin", "one", "all", 1)]
+    cells += [
+        Cell("vilu", "one", "all", 0),
+        Cell("margin", "one", "all", 0),
+        Cell("margin", "one", "all", 1),
+    ]
     no = Refusal(error="DataError", reason="it needs two candidates")
     results = {
         cells[0]: result(cells[0], {"auroc": 0.7, "fpr95": 0.5, "ece": 0.1}),
@@ -184,7 +203,11 @@ def test_summary_by_hand(made: tuple) -> None:
         ("vilu", 2, 1),
         ("mcm", 3, 1),
     ]
-    assert lines["lvu"].values == {"auroc": pytest.approx(0.85), "fpr95": pytest.approx(0.3), "ece": None}
+    assert lines["lvu"].values == {
+        "auroc": pytest.approx(0.85),
+        "fpr95": pytest.approx(0.3),
+        "ece": None,
+    }
     assert lines["mcm"].values["ece"] == 0.1
     assert block.refused == {"margin": "it needs two candidates"}
     assert (block.n, block.n_failures) == ((100,), (40,))
@@ -195,7 +218,8 @@ def test_summary_by_hand(made: tuple) -> None:
         ("vilu", 0.0, 2.0, 1),
         ("mcm", 0.0, 3.0, 1),
     ]
-    # noise is the same for all, as on the same rows: differences are exact, on the seeds that both have
+    # noise is the same for all, as on the same rows: differences are exact, on the seeds that both
+    # have
     assert [(line.against, pytest.approx(line.gap.difference)) for line in block.lines] == [
         ("vilu", 0.05),
         ("lvu", -0.05),
@@ -203,7 +227,9 @@ def test_summary_by_hand(made: tuple) -> None:
     ]
     assert (lines["vilu"].gap.ci_low, lines["vilu"].gap.ci_high) == pytest.approx((-0.05, -0.05))
     # seeds of lvu less mcm are 0.1 and 0.2: the mean of two draws is 0.1, 0.15 or 0.2
-    assert (lines["mcm"].gap.ci_low, lines["mcm"].gap.ci_high) == pytest.approx((-0.2, -0.1), abs=0.006)
+    assert (lines["mcm"].gap.ci_low, lines["mcm"].gap.ci_high) == pytest.approx(
+        (-0.2, -0.1), abs=0.006
+    )
     assert lines["mcm"].gap.p_value == pytest.approx(2 / 41)
     # one row per metric of each run, the shared one once
     assert len(summary.results) == 3 * 4

@@ -11,7 +11,10 @@ NAMES = ("cat", "dog", "cup", "sea")
 
 
 def arrays(n: int = 30, *, seed: int = 0, **changes: Any) -> dict[str, Any]:
-    """Rows near their class's text, some unknown and some of none of the classes; ``None`` leaves an array out."""
+    """Rows near their class's text, some unknown and some of none of the classes;
+
+    ``None`` leaves an array out.
+    """
     generator = np.random.default_rng(seed)
     text = np.linalg.qr(generator.standard_normal((6, 6)))[0][:4]
     target = generator.integers(4, size=n)

@@ -19,7 +19,14 @@ WORDS = ("cat", "dog", "car", "cup", "hat", "sea")
 
 
 def make_store(
-    folder: Path, n: int, first: int, *, k: int = 5, preprocess: str = "8x8", words: int = 0, labelled: bool = True
+    folder: Path,
+    n: int,
+    first: int,
+    *,
+    k: int = 5,
+    preprocess: str = "8x8",
+    words: int = 0,
+    labelled: bool = True,
 ) -> Path:
     """A store of n random pictures; pictures of different numbers differ, and so do their keys."""
     labels = np.random.default_rng(first).integers(k, size=n).tolist()
@@ -30,7 +37,14 @@ def make_store(
         class_names=tuple(f"n{i}" for i in range(k)),
     )
     names = WORDS[words : words + k]
-    embed(images, FakeBackbone(preprocess=preprocess), folder, names=names, features=True, prompts=["the {}", "a {}"])
+    embed(
+        images,
+        FakeBackbone(preprocess=preprocess),
+        folder,
+        names=names,
+        features=True,
+        prompts=["the {}", "a {}"],
+    )
     return folder
 
 
@@ -48,7 +62,10 @@ def tables(**changes: Any) -> dict[str, Any]:
     return {
         "seeds": 2,
         "resamples": 40,
-        "data": {name: {"stores": {"train": f"{name}-train", "test": f"{name}-test"}} for name in ("one", "two")},
+        "data": {
+            name: {"stores": {"train": f"{name}-train", "test": f"{name}-test"}}
+            for name in ("one", "two")
+        },
         "settings": {
             "all": {"kind": "labels"},
             "few": {"kind": "labels", "budget": 8},

@@ -40,7 +40,9 @@ class Hub:
             self.commit(repository, "main", {".gitattributes": b""})
 
     def commit(self, repository: str, branch: str, files: dict[str, bytes]) -> str:
-        sha = hashlib.sha1(repr((len(self.commits[repository]), sorted(files.items()))).encode()).hexdigest()  # noqa: S324
+        sha = hashlib.sha1(  # noqa: S324
+            repr((len(self.commits[repository]), sorted(files.items()))).encode()
+        ).hexdigest()
         self.commits[repository][sha] = files
         self.branches[repository][branch] = sha
         return sha
@@ -98,10 +100,15 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(404, {"error": "Invalid rev id"}, X_Error_Code="RevisionNotFound")
         sha, files = found
         if rest[:1] == ["tree"]:
-            tree = [{"type": "file", "path": n, "size": len(c), "oid": oid(c)} for n, c in files.items()]
+            tree = [
+                {"type": "file", "path": n, "size": len(c), "oid": oid(c)} for n, c in files.items()
+            ]
             return self.answer(200, tree)
         siblings = [{"rfilename": n, "size": len(c), "blobId": oid(c)} for n, c in files.items()]
-        return self.answer(200, {"id": repository, "modelId": repository, "sha": sha, "siblings": siblings, "tags": []})
+        return self.answer(
+            200,
+            {"id": repository, "modelId": repository, "sha": sha, "siblings": siblings, "tags": []},
+        )
 
     def resolve(self, repository: str, revision: str, name: str) -> None:
         found = self.hub.find(repository, revision) if repository in self.hub.commits else None
@@ -159,7 +166,9 @@ class Handler(BaseHTTPRequestHandler):
             elif line["key"] == "deletedFile":
                 del files[value["path"]]
         sha = self.hub.commit(repository, branch, files)
-        return self.answer(200, {"commitUrl": f"{self.hub.url}/{repository}/commit/{sha}", "commitOid": sha})
+        return self.answer(
+            200, {"commitUrl": f"{self.hub.url}/{repository}/commit/{sha}", "commitOid": sha}
+        )
 
     def batch(self, asked: dict[str, list[dict[str, object]]]) -> None:
         upload = {"upload": {"href": f"{self.hub.url}/lfs", "header": {}}}

@@ -65,10 +65,14 @@ def orientation_block(value: int, *, order: str = "<", kind: int = 3, big: bool 
     code = {1: "B", 3: "H", 4: "I"}[kind]
     if big:
         header = magic + struct.pack(order + "HHHQ", 43, 8, 0, 16)
-        entry = struct.pack(order + "QHHQ", 1, 0x0112, kind, 1) + struct.pack(order + code, value).ljust(8, b"\0")
+        entry = struct.pack(order + "QHHQ", 1, 0x0112, kind, 1) + struct.pack(
+            order + code, value
+        ).ljust(8, b"\0")
         return header + entry + bytes(8)
     header = magic + struct.pack(order + "HI", 42, 8)
-    entry = struct.pack(order + "HHHI", 1, 0x0112, kind, 1) + struct.pack(order + code, value).ljust(4, b"\0")
+    entry = struct.pack(order + "HHHI", 1, 0x0112, kind, 1) + struct.pack(
+        order + code, value
+    ).ljust(4, b"\0")
     return header + entry + bytes(4)
 
 
@@ -94,7 +98,9 @@ def listed(dataset: ImageDataset) -> list[tuple[str, int | None]]:
     return [(record.key, record.label) for record in dataset.records(0, len(dataset))]
 
 
-def write_parquet(folder: Path, columns: dict, metadata: dict | None = None, **options: object) -> Path:
+def write_parquet(
+    folder: Path, columns: dict, metadata: dict | None = None, **options: object
+) -> Path:
     table = pa.table(columns)
     pq.write_table(table.replace_schema_metadata(metadata), folder / "set.parquet", **options)
     return folder / "set.parquet"
@@ -111,7 +117,9 @@ def seeds() -> dict[str, bytes]:
         "png": encode(picture("RGBA"), "PNG", exif=exif),
         "palette": encode(picture("P"), "PNG", transparency=3),
         "deep": deep_png(np.arange(480).reshape(20, 24) * 100),
-        "apng": encode(picture("RGBA"), "PNG", save_all=True, append_images=[picture("RGBA", seed=1)]),
+        "apng": encode(
+            picture("RGBA"), "PNG", save_all=True, append_images=[picture("RGBA", seed=1)]
+        ),
         "webp": encode(picture("RGBA"), "WEBP", exif=exif),
         "animated webp": encode(picture(), "WEBP", save_all=True, append_images=[other]),
         "gif": encode(picture(), "GIF", save_all=True, append_images=[other]),

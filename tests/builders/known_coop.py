@@ -9,30 +9,104 @@ from scipy.io import savemat
 
 from tests.builders.known_images import CLASSES, THREE, Row, lines, rows, save, write_list
 
-PETS = ("Abyssinian", "american_bulldog", "basset_hound", "beagle", "Bengal", "Birman", "Bombay", "boxer")
+PETS = (
+    "Abyssinian",
+    "american_bulldog",
+    "basset_hound",
+    "beagle",
+    "Bengal",
+    "Birman",
+    "Bombay",
+    "boxer",
+)
 PETS += ("British_Shorthair", "chihuahua", "Egyptian_Mau", "english_setter")
-FLOWERS = ("pink primrose", "hard-leaved pocket orchid", "canterbury bells", "sweet pea", "english marigold")
-FLOWERS += ("tiger lily", "moon orchid", "bird of paradise", "monkshood", "globe thistle", "snapdragon", "colt's foot")
+FLOWERS = (
+    "pink primrose",
+    "hard-leaved pocket orchid",
+    "canterbury bells",
+    "sweet pea",
+    "english marigold",
+)
+FLOWERS += (
+    "tiger lily",
+    "moon orchid",
+    "bird of paradise",
+    "monkshood",
+    "globe thistle",
+    "snapdragon",
+    "colt's foot",
+)
 CALTECH = {"Faces": "face", "Leopards": "leopard", "accordion": "accordion", "brain": "brain"}
-CALTECH |= {name: name for name in ("car_side", "ceiling_fan", "cougar_body", "crab", "cup", "dollar_bill")}
+CALTECH |= {
+    name: name for name in ("car_side", "ceiling_fan", "cougar_body", "crab", "cup", "dollar_bill")
+}
 CALTECH |= {name: name for name in ("electric_guitar", "gerenuk")}
-TEXTURES = ("banded", "blotchy", "braided", "bubbly", "bumpy", "chequered", "cobwebbed", "cracked", "crosshatched")
+TEXTURES = (
+    "banded",
+    "blotchy",
+    "braided",
+    "bubbly",
+    "bumpy",
+    "chequered",
+    "cobwebbed",
+    "cracked",
+    "crosshatched",
+)
 TEXTURES += ("crystalline", "dotted", "fibrous")
-LAND = {"AnnualCrop": "Annual Crop Land", "Forest": "Forest", "HerbaceousVegetation": "Herbaceous Vegetation Land"}
-LAND |= {"Highway": "Highway or Road", "Industrial": "Industrial Buildings", "Pasture": "Pasture Land"}
-LAND |= {"PermanentCrop": "Permanent Crop Land", "Residential": "Residential Buildings", "River": "River"}
+LAND = {
+    "AnnualCrop": "Annual Crop Land",
+    "Forest": "Forest",
+    "HerbaceousVegetation": "Herbaceous Vegetation Land",
+}
+LAND |= {
+    "Highway": "Highway or Road",
+    "Industrial": "Industrial Buildings",
+    "Pasture": "Pasture Land",
+}
+LAND |= {
+    "PermanentCrop": "Permanent Crop Land",
+    "Residential": "Residential Buildings",
+    "River": "River",
+}
 LAND |= {"SeaLake": "Sea or Lake"}
-CARS = ("AM General Hummer SUV 2000", "Acura RL Sedan 2012", "Acura TL Sedan 2012", "Acura TL Type-S 2008")
-CARS += ("Audi RS 4 Convertible 2008", "Audi TTS Coupe 2012", "BMW M3 Coupe 2012", "Dodge Ram Pickup 1500 2009")
-CARS += ("Ferrari 458 Italia Coupe 2012", "Ford GT Coupe 2006", "Jeep Patriot SUV 2012", "Suzuki Aerio Sedan 2007")
-ACTIONS = ("ApplyEyeMakeup", "Archery", "BabyCrawling", "BalanceBeam", "BandMarching", "BaseballPitch", "Biking")
+CARS = (
+    "AM General Hummer SUV 2000",
+    "Acura RL Sedan 2012",
+    "Acura TL Sedan 2012",
+    "Acura TL Type-S 2008",
+)
+CARS += (
+    "Audi RS 4 Convertible 2008",
+    "Audi TTS Coupe 2012",
+    "BMW M3 Coupe 2012",
+    "Dodge Ram Pickup 1500 2009",
+)
+CARS += (
+    "Ferrari 458 Italia Coupe 2012",
+    "Ford GT Coupe 2006",
+    "Jeep Patriot SUV 2012",
+    "Suzuki Aerio Sedan 2007",
+)
+ACTIONS = (
+    "ApplyEyeMakeup",
+    "Archery",
+    "BabyCrawling",
+    "BalanceBeam",
+    "BandMarching",
+    "BaseballPitch",
+    "Biking",
+)
 ACTIONS += ("BenchPress", "Bowling", "CliffDiving", "HandstandPushups", "YoYo")
 
 
 def eurosat(home: Path, n: int) -> None:
     folders = list(LAND)
     entries = [
-        (row, f"{folders[row.label]}/{folders[row.label]}_{row.number}.jpg", LAND[folders[row.label]])
+        (
+            row,
+            f"{folders[row.label]}/{folders[row.label]}_{row.number}.jpg",
+            LAND[folders[row.label]],
+        )
         for row in rows(n, len(LAND), THREE)
     ]
     write_list(home, "EuroSAT", "2750", entries)
@@ -49,7 +123,10 @@ def stanford_cars(home: Path, n: int) -> None:
     write_list(home, "StanfordCars", "", entries)
     (home / "devkit").mkdir()
     kind = [("fname", object), ("class", object)]
-    for part, file in (("train", "devkit/cars_train_annos.mat"), ("test", "cars_test_annos_withlabels.mat")):
+    for part, file in (
+        ("train", "devkit/cars_train_annos.mat"),
+        ("test", "cars_test_annos_withlabels.mat"),
+    ):
         savemat(home / file, {"annotations": np.array(marks[part], dtype=kind)})
     savemat(home / "devkit/cars_meta.mat", {"class_names": np.array(CARS, dtype=object)})
 
@@ -71,7 +148,9 @@ def flowers102(home: Path, n: int) -> None:
     write_list(home, "OxfordFlowers", "jpg", entries)
     savemat(home / "imagelabels.mat", {"labels": [row.label + 1 for row in dealt]})
     keys = {"train": "trnid", "validation": "valid", "test": "tstid"}
-    ids = {key: [row.position for row in dealt if row.split == split] for split, key in keys.items()}
+    ids = {
+        key: [row.position for row in dealt if row.split == split] for split, key in keys.items()
+    }
     savemat(home / "setid.mat", ids)
 
 
@@ -89,7 +168,11 @@ def caltech101(home: Path, n: int) -> None:
 
 def dtd(home: Path, n: int) -> None:
     entries = [
-        (row, f"{TEXTURES[row.label]}/{TEXTURES[row.label]}_{row.number:04d}.jpg", TEXTURES[row.label])
+        (
+            row,
+            f"{TEXTURES[row.label]}/{TEXTURES[row.label]}_{row.number:04d}.jpg",
+            TEXTURES[row.label],
+        )
         for row in rows(n, CLASSES, THREE)
     ]
     write_list(home, "DescribableTextures", "images", entries)
@@ -99,9 +182,16 @@ def dtd(home: Path, n: int) -> None:
 
 def ucf101(home: Path, n: int) -> None:
     """The list's class names have underscores before capitals, and so have the folders."""
-    names = ["".join(f"_{c}" if c.isupper() else c for c in action).removeprefix("_") for action in ACTIONS]
+    names = [
+        "".join(f"_{c}" if c.isupper() else c for c in action).removeprefix("_")
+        for action in ACTIONS
+    ]
     entries = [
-        (row, f"{names[row.label]}/v_{ACTIONS[row.label]}_g{row.number:02d}_c01.jpg", names[row.label])
+        (
+            row,
+            f"{names[row.label]}/v_{ACTIONS[row.label]}_g{row.number:02d}_c01.jpg",
+            names[row.label],
+        )
         for row in rows(n, CLASSES, THREE)
     ]
     write_list(home, "UCF101", "UCF-101-midframes", entries)

@@ -35,7 +35,9 @@ def picture(label: int, number: int, size: tuple[int, int] = (48, 40)) -> Image.
     width, height = size
     x = np.arange(width)[None, :] + rng.uniform(0, width)
     y = np.arange(height)[:, None]
-    stripes = 0.5 + 0.5 * np.sin((x * np.cos(label) + y * np.sin(label)) * (0.2 + 0.05 * (label % 5)))
+    stripes = 0.5 + 0.5 * np.sin(
+        (x * np.cos(label) + y * np.sin(label)) * (0.2 + 0.05 * (label % 5))
+    )
     hue = np.array(colorsys.hsv_to_rgb(label / CLASSES % 1, 0.8, 0.9))
     noise = rng.normal(0, rng.choice([0.05, 0.35], p=[0.7, 0.3]), (height, width, 3))
     pixels = (0.35 + 0.65 * stripes)[:, :, None] * hue + noise
@@ -59,7 +61,9 @@ def write_list(home: Path, file: str, images: str, entries: list[tuple[Row, str,
     splits: dict[str, list[list[object]]] = {"train": [], "val": [], "test": []}
     for row, path, class_name in entries:
         save(home / images / path, row)
-        splits["val" if row.split == "validation" else row.split].append([path, row.label, class_name])
+        splits["val" if row.split == "validation" else row.split].append(
+            [path, row.label, class_name]
+        )
     (home / f"split_zhou_{file}.json").write_text(json.dumps(splits))
 
 

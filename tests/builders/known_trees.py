@@ -1,8 +1,9 @@
 """Tiny trees in the real layout of every data set of the catalogue, with real JPEGs that show their class.
 
-``make_tree("dtd", root)`` writes what torchvision would have unpacked below ``root``, its annotation files included,
-and for CoOp's seven sets a ``split_zhou_*.json`` of the user that lists the tiny tree. The same arguments give the
-same images and lists. A class is a hue and a number of stripes; noise makes some images hard.
+``make_tree("dtd", root)`` writes what torchvision would have unpacked below ``root``, its
+annotation files included, and for CoOp's seven sets a ``split_zhou_*.json`` of the user that lists
+the tiny tree. The same arguments give the same images and lists. A class is a hue and a number of
+stripes; noise makes some images hard.
 """
 
 from __future__ import annotations
@@ -21,13 +22,55 @@ from tests.builders.image_files import encode
 from tests.builders.known_images import CLASSES, THREE, TWO, Row, lines, picture, rows, save
 from tests.builders.pickle_files import python2_pickle
 
-THINGS = [b"airplane", b"automobile", b"bird", b"cat", b"deer", b"dog", b"frog", b"horse", b"ship", b"truck"]
-DISHES = ("apple_pie", "baby_back_ribs", "baklava", "beef_carpaccio", "bibimbap", "caesar_salad", "cannoli")
+THINGS = [
+    b"airplane",
+    b"automobile",
+    b"bird",
+    b"cat",
+    b"deer",
+    b"dog",
+    b"frog",
+    b"horse",
+    b"ship",
+    b"truck",
+]
+DISHES = (
+    "apple_pie",
+    "baby_back_ribs",
+    "baklava",
+    "beef_carpaccio",
+    "bibimbap",
+    "caesar_salad",
+    "cannoli",
+)
 DISHES += ("cheese_plate", "edamame", "french_fries", "hot_dog", "waffles")
-SCENES = ("/a/abbey", "/a/airplane_cabin", "/a/apartment_building/outdoor", "/b/balcony/exterior", "/b/bar")
-SCENES += ("/c/church/indoor", "/c/church/outdoor", "/d/dinette/home", "/k/kitchen", "/t/temple/east_asia")
+SCENES = (
+    "/a/abbey",
+    "/a/airplane_cabin",
+    "/a/apartment_building/outdoor",
+    "/b/balcony/exterior",
+    "/b/bar",
+)
+SCENES += (
+    "/c/church/indoor",
+    "/c/church/outdoor",
+    "/d/dinette/home",
+    "/k/kitchen",
+    "/t/temple/east_asia",
+)
 SCENES += ("/u/underwater/coral_reef", "/y/yard")
-PLANES = ("707-320", "727-200", "737-200", "A300B4", "An-12", "Cessna 172", "DH-82", "F-16A/B", "F/A-18", "MD-11")
+PLANES = (
+    "707-320",
+    "727-200",
+    "737-200",
+    "A300B4",
+    "An-12",
+    "Cessna 172",
+    "DH-82",
+    "F-16A/B",
+    "F/A-18",
+    "MD-11",
+)
 PLANES += ("Spitfire", "Yak-42")
 
 
@@ -71,7 +114,9 @@ def food101(home: Path, n: int) -> None:
 def sun397(home: Path, n: int) -> None:
     lists: dict[str, list[str]] = {"train": [], "test": []}
     for row in rows(n, CLASSES, TWO):
-        image = f"{SCENES[row.label]}/sun_{chr(97 + row.label)}{chr(97 + row.number)}xkfbpwqovpjwzh.jpg"
+        image = (
+            f"{SCENES[row.label]}/sun_{chr(97 + row.label)}{chr(97 + row.number)}xkfbpwqovpjwzh.jpg"
+        )
         save(home / image.removeprefix("/"), row)
         lists[row.split].append(image)
     lines(home / "ClassName.txt", list(SCENES))
@@ -105,7 +150,9 @@ def wnids() -> list[str]:
 def imagenet(home: Path, n: int) -> None:
     for row in rows(n, CLASSES, TWO):
         wnid = wnids()[spread()[row.label]]
-        name = f"{wnid}_{row.number}" if row.split == "train" else f"ILSVRC2012_val_{row.position:08d}"
+        name = (
+            f"{wnid}_{row.number}" if row.split == "train" else f"ILSVRC2012_val_{row.position:08d}"
+        )
         save(home / ("train" if row.split == "train" else "val") / wnid / f"{name}.JPEG", row)
 
 
@@ -124,7 +171,9 @@ def imagenet_sketch(home: Path, n: int) -> None:
 # Pickles and tars
 
 
-def cifar(files: dict[str, tuple[str, ...]], labels: bytes, meta: str, key: bytes) -> Callable[[Path, int], None]:
+def cifar(
+    files: dict[str, tuple[str, ...]], labels: bytes, meta: str, key: bytes
+) -> Callable[[Path, int], None]:
     """Writes CIFAR's pickles as Python 2 wrote them."""
     names = [b"thing_%d" % label for label in range(100)] if labels == b"fine_labels" else THINGS
 
@@ -135,8 +184,14 @@ def cifar(files: dict[str, tuple[str, ...]], labels: bytes, meta: str, key: byte
             mine = [row for row in dealt if row.split == split]
             for number, name in enumerate(parts):
                 part = mine[number :: len(parts)]
-                pixels = [np.asarray(picture(row.label, row.number, (32, 32))).transpose(2, 0, 1) for row in part]
-                content = {b"data": np.stack(pixels).reshape(-1, 3072), labels: [row.label for row in part]}
+                pixels = [
+                    np.asarray(picture(row.label, row.number, (32, 32))).transpose(2, 0, 1)
+                    for row in part
+                ]
+                content = {
+                    b"data": np.stack(pixels).reshape(-1, 3072),
+                    labels: [row.label for row in part],
+                }
                 (home / name).write_bytes(python2_pickle(content))
         (home / meta).write_bytes(python2_pickle({key: names}))
 
@@ -144,7 +199,20 @@ def cifar(files: dict[str, tuple[str, ...]], labels: bytes, meta: str, key: byte
 
 
 def caption(row: Row) -> str:
-    words = ("red", "orange", "yellow", "lime", "green", "mint", "cyan", "sky", "blue", "violet", "magenta", "pink")
+    words = (
+        "red",
+        "orange",
+        "yellow",
+        "lime",
+        "green",
+        "mint",
+        "cyan",
+        "sky",
+        "blue",
+        "violet",
+        "magenta",
+        "pink",
+    )
     return f"{words[row.label]} stripes, picture {row.number}"
 
 
@@ -161,7 +229,11 @@ def tars(*files: str) -> Callable[[Path, int], None]:
                     key = f"{number:05d}{position:04d}"
                     facts = json.dumps({"key": key, "status": "success"})
                     image = encode(picture(row.label, row.number), "JPEG", quality=90)
-                    for ending, data in (("jpg", image), ("json", facts.encode()), ("txt", caption(row).encode())):
+                    for ending, data in (
+                        ("jpg", image),
+                        ("json", facts.encode()),
+                        ("txt", caption(row).encode()),
+                    ):
                         info = tarfile.TarInfo(f"{key}.{ending}")
                         info.size = len(data)
                         tar.addfile(info, io.BytesIO(data))
@@ -171,13 +243,22 @@ def tars(*files: str) -> Callable[[Path, int], None]:
     return write
 
 
-CIFAR10 = {"train": tuple(f"data_batch_{number}" for number in range(1, 6)), "test": ("test_batch",)}
+CIFAR10 = {
+    "train": tuple(f"data_batch_{number}" for number in range(1, 6)),
+    "test": ("test_batch",),
+}
 CIFAR100 = {"train": ("train",), "test": ("test",)}
 
 TREES: dict[str, tuple[Callable[[Path, int], None], tuple[str, ...]]] = {
     "imagenet": (imagenet, ("imagenet", "imagenet/images")),
-    "cifar10": (cifar(CIFAR10, b"labels", "batches.meta", b"label_names"), ("cifar-10-batches-py",)),
-    "cifar100": (cifar(CIFAR100, b"fine_labels", "meta", b"fine_label_names"), ("cifar-100-python",)),
+    "cifar10": (
+        cifar(CIFAR10, b"labels", "batches.meta", b"label_names"),
+        ("cifar-10-batches-py",),
+    ),
+    "cifar100": (
+        cifar(CIFAR100, b"fine_labels", "meta", b"fine_label_names"),
+        ("cifar-100-python",),
+    ),
     "sun397": (sun397, ("SUN397", "sun397/SUN397")),
     "fgvc_aircraft": (fgvc_aircraft, ("fgvc-aircraft-2013b/data", "fgvc_aircraft")),
     "eurosat": (known_coop.eurosat, ("eurosat",)),
@@ -190,7 +271,10 @@ TREES: dict[str, tuple[Callable[[Path, int], None], tuple[str, ...]]] = {
     "ucf101": (known_coop.ucf101, ("ucf101",)),
     "imagenet_v2": (
         imagenet_v2,
-        ("imagenetv2-matched-frequency-format-val", "imagenetv2/imagenetv2-matched-frequency-format-val"),
+        (
+            "imagenetv2-matched-frequency-format-val",
+            "imagenetv2/imagenetv2-matched-frequency-format-val",
+        ),
     ),
     "imagenet_sketch": (imagenet_sketch, ("sketch", "imagenet-sketch/images")),
     "cc3m": (tars("train/00000.tar", "train/00001.tar", "validation/00000.tar"), ("cc3m",)),

@@ -15,7 +15,9 @@ from vilu.outcomes.outcomes import Outcomes
 NAMES = ("ant", "bee", "cat", "dog")
 
 
-def outcomes_of(n: int = 400, *, seed: int = 0, method: str = "vilu_plus", noise: float = 0.25, **fields) -> Outcomes:
+def outcomes_of(
+    n: int = 400, *, seed: int = 0, method: str = "vilu_plus", noise: float = 0.25, **fields
+) -> Outcomes:
     """Answers of which about 40 % are wrong, and a noisy probability of it; the failures are those of ``seed`` 0."""
     rng = np.random.default_rng(0)
     failure, prediction = rng.random(n) < 0.4, rng.integers(len(NAMES), size=n)
@@ -30,7 +32,14 @@ def outcomes_of(n: int = 400, *, seed: int = 0, method: str = "vilu_plus", noise
         "provenance": {"space": "feed"},
         **fields,
     }
-    return Outcomes(np.round(np.clip(scores, 0, 1), 3), failure.astype(int), prediction, target, method=method, **known)
+    return Outcomes(
+        np.round(np.clip(scores, 0, 1), 3),
+        failure.astype(int),
+        prediction,
+        target,
+        method=method,
+        **known,
+    )
 
 
 def write_pictures(path: Path, n: int, damaged: frozenset[int] = frozenset()) -> Path:
@@ -41,7 +50,11 @@ def write_pictures(path: Path, n: int, damaged: frozenset[int] = frozenset()) ->
         Image.new("RGB", (48, 32), (i % 256, 80, 120)).save(buffer, "PNG")
         content.append(b"<html>not found</html>" if i in damaged else buffer.getvalue())
     table = pa.table(
-        {"image": content, "key": [f"row-{i}" for i in range(n)], "label": [NAMES[i % 4] for i in range(n)]}
+        {
+            "image": content,
+            "key": [f"row-{i}" for i in range(n)],
+            "label": [NAMES[i % 4] for i in range(n)],
+        }
     )
     pq.write_table(table, path)
     return path

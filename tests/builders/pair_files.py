@@ -18,7 +18,9 @@ from vilu.store.ledger import FileInfo, content_hash
 from vilu.store.parts import CAPTION_FIELD, METADATA, plan
 
 DIM = 8
-SPACE = EmbeddingSpace(DIM, 20.0, backbone="fake", weights="w", preprocess="p", tokenizer="t", precision="fp32")
+SPACE = EmbeddingSpace(
+    DIM, 20.0, backbone="fake", weights="w", preprocess="p", tokenizer="t", precision="fp32"
+)
 
 
 def unit_pairs(n: int, seed: int = 0, dtype: str = "<f2") -> tuple[np.ndarray, np.ndarray]:
@@ -26,7 +28,9 @@ def unit_pairs(n: int, seed: int = 0, dtype: str = "<f2") -> tuple[np.ndarray, n
     rng = np.random.default_rng(seed)
     image = rng.standard_normal((n, DIM))
     text = image + rng.standard_normal((n, DIM))
-    return tuple((x / np.linalg.norm(x, axis=1, keepdims=True)).astype(dtype) for x in (image, text))
+    return tuple(
+        (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(dtype) for x in (image, text)
+    )
 
 
 def write_store(
@@ -64,23 +68,43 @@ def write_store(
         for name in part.arrays:
             np.save(root / part.array(name), arrays[name][kept].astype("<f2"))
         rows = [
-            {"position": i, "key": f"{i:04d}", "label": None, "width": 9, "height": 9, "n_frames": 1, "flags": 0}
+            {
+                "position": i,
+                "key": f"{i:04d}",
+                "label": None,
+                "width": 9,
+                "height": 9,
+                "n_frames": 1,
+                "flags": 0,
+            }
             | {"caption": captions[i]}
             for i in kept
         ]
-        pq.write_table(pa.Table.from_pylist(rows, METADATA.append(CAPTION_FIELD)), root / part.metadata)
+        pq.write_table(
+            pa.Table.from_pylist(rows, METADATA.append(CAPTION_FIELD)), root / part.metadata
+        )
         (root / part.errors).write_bytes(b"")
         receipts.append(write_receipt(root, run, part, len(kept)))
     n_lost = n - sum(receipt.n_ok for receipt in receipts)
-    counts = {"n_in": n, "n_ok": n - n_lost, "n_error": n_lost, "errors": {"decode": n_lost} if n_lost else {}}
-    manifest = Manifest(**run.model_dump() | counts, parts=len(receipts), classes="", content=content_hash(receipts))
+    counts = {
+        "n_in": n,
+        "n_ok": n - n_lost,
+        "n_error": n_lost,
+        "errors": {"decode": n_lost} if n_lost else {},
+    }
+    manifest = Manifest(
+        **run.model_dump() | counts, parts=len(receipts), classes="", content=content_hash(receipts)
+    )
     (root / "run.json").write_text(run.model_dump_json())
     (root / "manifest.json").write_text(manifest.model_dump_json())
     return [i for i in range(n) if i not in lost]
 
 
 def write_receipt(root: Path, run: Run, part, n_ok: int) -> Receipt:
-    files = {name: FileInfo(bytes=(root / name).stat().st_size, sha256=file_hash(root / name)) for name in part.files}
+    files = {
+        name: FileInfo(bytes=(root / name).stat().st_size, sha256=file_hash(root / name))
+        for name in part.files
+    }
     n_lost = len(part) - n_ok
     receipt = Receipt(
         fingerprint=run.fingerprint,
@@ -106,7 +130,9 @@ def reseal(root: Path, name: str) -> None:
     documents = [read_document(path, Receipt) for path in receipts]
     for path, document in zip(receipts, documents, strict=True):
         if name in document.files:
-            document.files[name] = FileInfo(bytes=(root / name).stat().st_size, sha256=file_hash(root / name))
+            document.files[name] = FileInfo(
+                bytes=(root / name).stat().st_size, sha256=file_hash(root / name)
+            )
             document.write(path)
     manifest = json.loads((root / "manifest.json").read_text())
     write_json(root / "manifest.json", manifest | {"content": content_hash(documents)})

@@ -19,7 +19,12 @@ KINDS = 9
 def photo(kind: int, number: int, size: int = 24) -> bytes:
     """A PNG of a kind; no two are equal."""
     rng = np.random.default_rng([kind, number])
-    base = np.random.default_rng(kind).integers(0, 256, (8, 8, 3)).repeat(size // 8, 0).repeat(size // 8, 1)
+    base = (
+        np.random.default_rng(kind)
+        .integers(0, 256, (8, 8, 3))
+        .repeat(size // 8, 0)
+        .repeat(size // 8, 1)
+    )
     pixels = np.clip(base + rng.normal(0, 6, base.shape), 0, 255).astype(np.uint8)
     content = io.BytesIO()
     Image.fromarray(pixels).save(content, "PNG")

@@ -18,9 +18,28 @@ def python2_pickle(content: dict) -> bytes:
     for key, value in content.items():
         out += string(key)
         if isinstance(value, np.ndarray):
-            out += b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n" + integers([0]) + b"\x85" + string(b"b")
-            out += b"tR(" + integers([1]) + integers(value.shape) + b"\x86cnumpy\ndtype\n(" + string(b"u1")
-            out += integers([0, 1]) + b"tR(" + integers([3]) + string(b"|") + b"NNN" + integers([-1, -1, 0]) + b"tb"
+            out += (
+                b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n"
+                + integers([0])
+                + b"\x85"
+                + string(b"b")
+            )
+            out += (
+                b"tR("
+                + integers([1])
+                + integers(value.shape)
+                + b"\x86cnumpy\ndtype\n("
+                + string(b"u1")
+            )
+            out += (
+                integers([0, 1])
+                + b"tR("
+                + integers([3])
+                + string(b"|")
+                + b"NNN"
+                + integers([-1, -1, 0])
+                + b"tb"
+            )
             out += b"\x89" + string(value.tobytes()) + b"tb"
         elif isinstance(value[0], bytes):
             out += b"](" + b"".join(map(string, value)) + b"e"

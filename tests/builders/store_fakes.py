@@ -41,7 +41,13 @@ class FakeBackbone:
         generator = torch.Generator().manual_seed(7)
         self.projection = torch.randn(3 * 64, dim, generator=generator)
         self.space = EmbeddingSpace(
-            dim, 10.0, backbone="fake", weights=weights, preprocess=preprocess, tokenizer="sha", precision="fp32"
+            dim,
+            10.0,
+            backbone="fake",
+            weights=weights,
+            preprocess=preprocess,
+            tokenizer="sha",
+            precision="fp32",
         )
         self.feature_dim = 3 * 64
         self.projections = (self.projection.T, 2 * torch.eye(dim))
@@ -71,8 +77,13 @@ class FakeBackbone:
 
     def encode_text_features(self, texts: Sequence[str]) -> torch.Tensor:
         self.n_texts += len(texts)
-        seeds = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little") for text in texts]
-        rows = [torch.randn(self.projection.shape[1], generator=torch.Generator().manual_seed(s)) for s in seeds]
+        seeds = [
+            int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little") for text in texts
+        ]
+        rows = [
+            torch.randn(self.projection.shape[1], generator=torch.Generator().manual_seed(s))
+            for s in seeds
+        ]
         return torch.stack(rows)
 
 
@@ -107,7 +118,11 @@ class FakeDataset:
 
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
         for i in range(start, stop):
-            caption = None if self.captions is None or self.captions[i] is None else partial(self._caption, i)
+            caption = (
+                None
+                if self.captions is None or self.captions[i] is None
+                else partial(self._caption, i)
+            )
             yield ImageRecord(self.keys[i], self.labels[i], partial(self._read, i), caption)
 
     def _caption(self, i: int) -> str:
@@ -162,10 +177,14 @@ class FakeShards:
             if shard == self.unlistable:
                 raise RuntimeError(f"cannot list shard {shard}")
             for k in range(len(self.shards[shard])):
-                caption = partial("image {} of shard {}".format, k, shard) if self.captions else None
+                caption = (
+                    partial("image {} of shard {}".format, k, shard) if self.captions else None
+                )
                 label = None if self.captions else k % 3
                 position = shard * 2**32 + k
-                yield ImageRecord(f"{shard:02d}.tar#{k}", label, partial(self._read, position), caption, position)
+                yield ImageRecord(
+                    f"{shard:02d}.tar#{k}", label, partial(self._read, position), caption, position
+                )
 
     def shard_fingerprint(self, start: int, stop: int) -> str:
         return digest(self.versions[start:stop])
@@ -179,10 +198,14 @@ class FakeShards:
 
 def shards(*lengths: int, **settings: object) -> FakeShards:
     """Shards of so many pictures each."""
-    return FakeShards([[picture(100 * s + k) for k in range(n)] for s, n in enumerate(lengths)], **settings)
+    return FakeShards(
+        [[picture(100 * s + k) for k in range(n)] for s, n in enumerate(lengths)], **settings
+    )
 
 
-def dataset(n: int, *, bad: dict[int, bytes] | None = None, unlabelled: Sequence[int] = ()) -> FakeDataset:
+def dataset(
+    n: int, *, bad: dict[int, bytes] | None = None, unlabelled: Sequence[int] = ()
+) -> FakeDataset:
     """n pictures of different sizes; some replaced by other bytes, some without label."""
     blobs = [(bad or {}).get(i, picture(i, (16 + i % 5, 18))) for i in range(n)]
     return FakeDataset(blobs, [None if i in unlabelled else i % 3 for i in range(n)])

@@ -42,7 +42,13 @@ def pair(key: str, caption: str | bytes = "a picture") -> list[Entry]:
 
 def raw_header(name: bytes, size: int, kind: bytes, prefix: bytes = b"ustar\0" + b"00") -> bytes:
     """A header block by hand, with a right checksum whatever it says."""
-    head = name.ljust(100, b"\0") + b"0000644\0" + b"0000000\0" * 2 + b"%011o\0" % size + b"00000000000\0"
+    head = (
+        name.ljust(100, b"\0")
+        + b"0000644\0"
+        + b"0000000\0" * 2
+        + b"%011o\0" % size
+        + b"00000000000\0"
+    )
     tail = kind + bytes(100) + prefix
     block = head + b" " * 8 + tail.ljust(512 - 156, b"\0")
     return head + b"%06o\0 " % sum(block) + block[156:]
@@ -55,13 +61,19 @@ def write_shard(folder: Path, data: bytes, name: str = "0.tar") -> Path:
     return path
 
 
-def outcomes(dataset: ImageDataset, start: int = 0, stop: int | None = None) -> list[tuple[str, str]]:
+def outcomes(
+    dataset: ImageDataset, start: int = 0, stop: int | None = None
+) -> list[tuple[str, str]]:
     """Key and caption (or label) of every record that can be used, or stage and kind of what is wrong with it."""
     found = []
     for record in dataset.records(start, len(dataset) if stop is None else stop):
         try:
             read_image(record)
-            found.append((record.key, read_caption(record) if dataset.captioned else str(record.label)))
+            found.append(
+                (record.key, read_caption(record) if dataset.captioned else str(record.label))
+            )
         except BadImage as error:
-            found.append((record.key, f"{error.stage}:{error.kind}" if str(error) else "no message"))
+            found.append(
+                (record.key, f"{error.stage}:{error.kind}" if str(error) else "no message")
+            )
     return found

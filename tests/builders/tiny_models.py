@@ -1,8 +1,9 @@
 """Small models of the real architectures with random weights, in the folders of either library.
 
-CLIP as OpenAI trained it: QuickGELU, a causal text tower, the byte pairs that open_clip ships. SigLIP: timm's tower
-with attention pooling, a text tower that reads its padding, a logit bias, a SentencePiece vocabulary. Only the widths
-are reduced. The same kind and seed are the same weights in both formats.
+CLIP as OpenAI trained it: QuickGELU, a causal text tower, the byte pairs that open_clip ships.
+SigLIP: timm's tower with attention pooling, a text tower that reads its padding, a logit bias, a
+SentencePiece vocabulary. Only the widths are reduced. The same kind and seed are the same weights
+in both formats.
 """
 
 from __future__ import annotations
@@ -17,7 +18,13 @@ import pytest
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tests.builders.tiny_tokenizers import clip_tokenizer, siglip_ids, siglip_tokenizer, t5_tokenizer, vocabulary_size
+from tests.builders.tiny_tokenizers import (
+    clip_tokenizer,
+    siglip_ids,
+    siglip_tokenizer,
+    t5_tokenizer,
+    vocabulary_size,
+)
 from tests.builders.tiny_weights import draw_weights, to_transformers
 from vilu.backbones.open_clip import CONFIG
 from vilu.extras import quiet
@@ -35,22 +42,28 @@ ROOM = {"clip": 75, "siglip": 63}
 """Tokens without start and end; SigLIP has no start."""
 
 PIXELS: dict[str, dict[str, Any]] = {
-    "clip": {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711]},
+    "clip": {
+        "mean": [0.48145466, 0.4578275, 0.40821073],
+        "std": [0.26862954, 0.26130258, 0.27577711],
+    },
     "siglip": {"mean": [0.5] * 3, "std": [0.5] * 3, "resize_mode": "squash"},
 }
 
 
-def write_tiny(folder: Path, kind: Kind, fmt: Format, *, seed: int = 0, tanh: bool | None = None) -> nn.Module:
+def write_tiny(
+    folder: Path, kind: Kind, fmt: Format, *, seed: int = 0, tanh: bool | None = None
+) -> nn.Module:
     """Save a small model with its tokenizer and preprocessing.
 
     Args:
-        folder: To be made. For SigLIP of open_clip the widths of the image tower are in ``trunk`` below it, which the
-            configuration names by its absolute path.
+        folder: To be made. For SigLIP of open_clip the widths of the image tower are in ``trunk``
+            below it, which the configuration names by its absolute path.
         kind: Which architecture.
-        fmt: "open_clip" as its ``push_to_hf_hub`` lays a folder out, "hf" as ``save_pretrained`` does.
+        fmt: "open_clip" as its ``push_to_hf_hub`` lays a folder out, "hf" as ``save_pretrained``
+            does.
         seed: Of the weights.
-        tanh: Whether SigLIP's GELU is the tanh approximation; by default as the libraries have it for the published
-            weights: in transformers it is, in open_clip it is not.
+        tanh: Whether SigLIP's GELU is the tanh approximation; by default as the libraries have it
+            for the published weights: in transformers it is, in open_clip it is not.
 
     Returns:
         The model, of the library that ``fmt`` names.
@@ -58,7 +71,9 @@ def write_tiny(folder: Path, kind: Kind, fmt: Format, *, seed: int = 0, tanh: bo
     folder.mkdir(parents=True)
     if fmt == "hf":
         return _write_hf(folder, kind, seed, tanh=tanh is not False)
-    model = save_open_clip(folder, config(kind, folder / "trunk", tanh=bool(tanh)), PIXELS[kind], weights(kind, seed))
+    model = save_open_clip(
+        folder, config(kind, folder / "trunk", tanh=bool(tanh)), PIXELS[kind], weights(kind, seed)
+    )
     if kind == "siglip":
         t5_tokenizer().save_pretrained(folder)
     return model
@@ -73,10 +88,18 @@ def weights(kind: Kind, seed: int) -> dict[str, Tensor]:
 
 
 def config(kind: Kind, trunk: Path, *, tanh: bool = False) -> dict[str, Any]:
-    """What open_clip builds a model from; SigLIP's image tower finds its widths in the folder ``trunk``."""
+    """What open_clip builds a model from;
+
+    SigLIP's image tower finds its widths in the folder ``trunk``.
+    """
     text = {"context_length": LENGTH[kind], "heads": HEADS, "layers": LAYERS}
     if kind == "clip":
-        vision = {"width": WIDTH, "head_width": WIDTH // HEADS, "layers": LAYERS, "patch_size": PATCH}
+        vision = {
+            "width": WIDTH,
+            "head_width": WIDTH // HEADS,
+            "layers": LAYERS,
+            "patch_size": PATCH,
+        }
         return {
             "embed_dim": CLIP_DIM,
             "quick_gelu": True,
@@ -84,9 +107,19 @@ def config(kind: Kind, trunk: Path, *, tanh: bool = False) -> dict[str, Any]:
             "text_cfg": {**text, "vocab_size": CLIP_VOCABULARY, "width": CLIP_TEXT_WIDTH},
         }
     trunk.mkdir(exist_ok=True)
-    widths = {"embed_dim": WIDTH, "depth": LAYERS, "num_heads": HEADS, "img_size": IMAGE_SIZE, "patch_size": PATCH}
+    widths = {
+        "embed_dim": WIDTH,
+        "depth": LAYERS,
+        "num_heads": HEADS,
+        "img_size": IMAGE_SIZE,
+        "patch_size": PATCH,
+    }
     arguments = {**widths, **({"act_layer": "gelu_tanh"} if tanh else {})}
-    timm = {"architecture": "vit_base_patch16_siglip_224", "pretrained_cfg": {}, "model_args": arguments}
+    timm = {
+        "architecture": "vit_base_patch16_siglip_224",
+        "pretrained_cfg": {},
+        "model_args": arguments,
+    }
     (trunk / "config.json").write_text(json.dumps(timm))
     return {
         "embed_dim": WIDTH,
@@ -118,7 +151,9 @@ def build(model_config: dict[str, Any]) -> nn.Module:
     """The model of open_clip that a configuration describes."""
     kind = open_clip.CustomTextCLIP if model_config.get("custom_text") else open_clip.CLIP
     with quiet():
-        return kind(**{key: value for key, value in model_config.items() if key != "custom_text"}).eval()
+        return kind(
+            **{key: value for key, value in model_config.items() if key != "custom_text"}
+        ).eval()
 
 
 def save_open_clip(
@@ -146,9 +181,16 @@ def hf_config(kind: Kind, *, tanh: bool = True) -> Any:
             "eos_token_id": 2,
             "pad_token_id": 1,
         }  # as on the hub
-        return transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=CLIP_DIM)
+        return transformers.CLIPConfig(
+            text_config=text, vision_config=vision, projection_dim=CLIP_DIM
+        )
     act = {"hidden_act": "gelu_pytorch_tanh" if tanh else "gelu"}
-    text |= {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "vocab_size": vocabulary_size(), **act}
+    text |= {
+        "hidden_size": WIDTH,
+        "intermediate_size": 4 * WIDTH,
+        "vocab_size": vocabulary_size(),
+        **act,
+    }
     return transformers.SiglipConfig(text_config=text, vision_config={**vision, **act})
 
 

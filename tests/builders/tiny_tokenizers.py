@@ -65,7 +65,9 @@ def vocabulary_size() -> int:
 def siglip_ids(texts: list[str], length: int = 64) -> Tensor:
     """(M, length) numbers of clean texts by SentencePiece itself: pieces, an end, and ends up to the length."""
     pieces = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model()).encode(texts)
-    return torch.tensor([[*row[: length - 1], *[1] * (length - len(row[: length - 1]))] for row in pieces])
+    return torch.tensor(
+        [[*row[: length - 1], *[1] * (length - len(row[: length - 1]))] for row in pieces]
+    )
 
 
 @cache

@@ -93,12 +93,16 @@ def _translate(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     member, _, end = name.rpartition(".")
     block = re.fullmatch(r"(.+)\.(\d+)\.([a-z].+?)[._](weight|bias)", name)
     if block and block[1] in TOWERS:
-        yield from _translate_block(f"{TOWERS[block[1]]}.encoder.layers.{block[2]}", block[3], block[4], tensor)
+        yield from _translate_block(
+            f"{TOWERS[block[1]]}.encoder.layers.{block[2]}", block[3], block[4], tensor
+        )
     elif not name.startswith(("visual.trunk.attn_pool.q.", "visual.trunk.attn_pool.kv.")):
         yield f"{(CLIP | SIGLIP)[member]}.{end}", tensor
 
 
-def _translate_block(layer: str, member: str, end: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+def _translate_block(
+    layer: str, member: str, end: str, tensor: Tensor
+) -> Iterator[tuple[str, Tensor]]:
     if member in {"attn.in_proj", "attn.qkv"}:
         for letter, part in zip("qkv", tensor.chunk(3), strict=True):
             yield f"{layer}.self_attn.{letter}_proj.{end}", part
@@ -109,18 +113,26 @@ def _translate_block(layer: str, member: str, end: str, tensor: Tensor) -> Itera
 def pictures(n: int, *, seed: int = 0, width: int = 32, height: int = 32) -> list[Image.Image]:
     """Pictures of a colour each, with smooth blotches of others."""
     rng = np.random.default_rng(seed)
-    coarse = np.round(255 * (0.7 * rng.random((n, 1, 1, 3)) + 0.3 * rng.random((n, 4, 4, 3)))).astype(np.uint8)
-    return [Image.fromarray(array).resize((width, height), Image.Resampling.BICUBIC) for array in coarse]
+    coarse = np.round(
+        255 * (0.7 * rng.random((n, 1, 1, 3)) + 0.3 * rng.random((n, 4, 4, 3)))
+    ).astype(np.uint8)
+    return [
+        Image.fromarray(array).resize((width, height), Image.Resampling.BICUBIC) for array in coarse
+    ]
 
 
-def draw_weights(model: nn.Module, tokenize: Callable[[list[str]], Tensor], seed: int) -> dict[str, Tensor]:
+def draw_weights(
+    model: nn.Module, tokenize: Callable[[list[str]], Tensor], seed: int
+) -> dict[str, Tensor]:
     """Random weights of a model of open_clip, under which pictures and texts have embeddings of their own.
 
-    Random towers give nearly the same vector for everything. So attention has large values, and the mean over some
-    pictures and texts is taken out of the last bias of each tower.
+    Random towers give nearly the same vector for everything. So attention has large values, and the
+    mean over some pictures and texts is taken out of the last bias of each tower.
     """
     generator = torch.Generator().manual_seed(seed)
-    pixels = torch.stack([torch.from_numpy(np.array(picture)) for picture in pictures(64, seed=seed)])
+    pixels = torch.stack(
+        [torch.from_numpy(np.array(picture)) for picture in pictures(64, seed=seed)]
+    )
     with torch.no_grad():
         for name, weight in model.named_parameters():
             _draw(name, weight, generator)

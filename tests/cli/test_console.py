@@ -18,7 +18,9 @@ def test_a_task_is_silent_without_a_reporter(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr() == ("", "")
 
 
-def test_lines_show_count_total_rate_and_note(monkeypatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_lines_show_count_total_rate_and_note(
+    monkeypatch, caplog: pytest.LogCaptureFixture
+) -> None:
     clock = iter([0.0, 5.0, 20.0, 20.0, 25.0, 27.0, 30.0])
     monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
     caplog.set_level(logging.INFO, "vilu")
@@ -26,7 +28,10 @@ def test_lines_show_count_total_rate_and_note(monkeypatch, caplog: pytest.LogCap
         task.advance(10)
         task.advance(30, "2 errors")
         task.advance(20)
-    assert caplog.messages == ["embed 40/100 images, 2 images/s, 2 errors", "embed 60/100 images, 2 images/s"]
+    assert caplog.messages == [
+        "embed 40/100 images, 2 images/s, 2 errors",
+        "embed 60/100 images, 2 images/s",
+    ]
 
 
 def test_bars_draw_to_stderr_and_stop(capsys: pytest.CaptureFixture[str]) -> None:
@@ -51,7 +56,9 @@ def test_hostile_names_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().err == "vilu: error: file \\x1b[2Jgone.jpg\n"
 
 
-def test_an_interrupt_before_a_command_has_begun_leaves_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_before_a_command_has_begun_leaves_no_traceback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def interrupted(**_: object) -> int:
         raise KeyboardInterrupt
 
@@ -63,7 +70,9 @@ def test_no_name_can_begin_a_line_of_its_own(capsys: pytest.CaptureFixture[str])
     console.complain("error", "key a\nvilu: all is well")
     console.set_verbosity(verbose=False, quiet=False)
     console.next_step("key a\n\x9b2J")
-    assert capsys.readouterr().err == "vilu: error: key a\\nvilu: all is well\nvilu: key a\\n\\x9b2J\n"
+    assert (
+        capsys.readouterr().err == "vilu: error: key a\\nvilu: all is well\nvilu: key a\\n\\x9b2J\n"
+    )
 
 
 def test_a_table_clips_and_escapes_its_cells() -> None:
@@ -87,10 +96,16 @@ def test_a_bar_within_a_bar_is_not_drawn(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_columns_with_lines_below_their_rows() -> None:
-    rows = [{"a": "1", "text": "long", "b": "x", "more": ""}, {"a": "22", "text": "longer", "b": "y", "more": "z"}]
+    rows = [
+        {"a": "1", "text": "long", "b": "x", "more": ""},
+        {"a": "22", "text": "longer", "b": "y", "more": "z"},
+    ]
     expected = "a   b\n1   x\n    long\n22  y\n    longer\n    z"
     assert console.columns(rows, below=("text", "more")) == expected
 
 
 def test_columns_are_aligned() -> None:
-    assert console.columns([{"a": "1", "name": "x"}, {"a": "22", "name": "y"}]) == "a   name\n1   x\n22  y"
+    assert (
+        console.columns([{"a": "1", "name": "x"}, {"a": "22", "name": "y"}])
+        == "a   name\n1   x\n22  y"
+    )

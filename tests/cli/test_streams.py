@@ -21,7 +21,9 @@ VILU = "import sys; sys.argv[0] = 'vilu'; from vilu.cli import main; main()"
 def vilu(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
     """The command under its own name, which completion goes by."""
     words = [sys.executable, "-c", VILU, *args]
-    return subprocess.run(words, capture_output=True, text=True, check=False, env={**os.environ, **env})
+    return subprocess.run(
+        words, capture_output=True, text=True, check=False, env={**os.environ, **env}
+    )
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="there is no /dev/full here")
@@ -41,12 +43,16 @@ def test_nobody_reads_stdout() -> None:
     """As of a program that SIGPIPE ends, and in silence."""
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run(command("list", "metrics"), stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(
+        command("list", "metrics"), stdout=write, stderr=subprocess.PIPE, text=True, check=False
+    )
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")
 
 
-@pytest.mark.parametrize(("words", "code"), [("list metrics", 0), ("-q inspect nowhere", 2), ("frobnicate", 2)])
+@pytest.mark.parametrize(
+    ("words", "code"), [("list metrics", 0), ("-q inspect nowhere", 2), ("frobnicate", 2)]
+)
 def test_a_stream_that_is_closed(words: str, code: int) -> None:
     """Nobody can be told what went there; all else is as ever."""
     for closed in ("2>&-", ">&-", ">&- 2>&-"):
@@ -71,7 +77,9 @@ def test_the_shell_is_told_how_to_complete(shell: str, tmp_path: Path) -> None:
     assert f"_VILU_COMPLETE=complete_{shell}" in shown.stdout
     installed = vilu("--install-completion", shell, **detected)
     assert installed.returncode == 0, installed.stderr
-    assert any(shown.stdout.strip() in path.read_text() for path in tmp_path.rglob("*") if path.is_file())
+    assert any(
+        shown.stdout.strip() in path.read_text() for path in tmp_path.rglob("*") if path.is_file()
+    )
 
 
 def complete(*words: str) -> list[str]:
@@ -89,7 +97,9 @@ def test_what_the_shell_completes() -> None:
 
 def test_help_loads_nothing_slow() -> None:
     code = f"import atexit; atexit.register(lambda: print(*sys.modules, file=sys.stderr)); {VILU}"
-    done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True
+    )
     assert "--install-completion" in done.stdout
     assert not {"torch", "numpy", "pydantic", "pyarrow", "rich.progress"} & set(done.stderr.split())
 
@@ -116,7 +126,10 @@ vilu.cli.main()
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_that_a_library_could_not_pass_on_comes_again(number: signal.Signals) -> None:
-    """In a callback of pydantic, for one: Python would tell of it and go on, and the command with it."""
+    """In a callback of pydantic, for one:
+
+    Python would tell of it and go on, and the command with it.
+    """
     words = [sys.executable, "-c", SWALLOWED, str(int(number))]
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=50)
     assert (done.returncode, done.stderr) == (128 + number, "")

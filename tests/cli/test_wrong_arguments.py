@@ -100,7 +100,12 @@ def test_one_wrong_argument(work: Path, monkeypatch: pytest.MonkeyPatch, name: s
 )  # fmt: skip
 def test_another_kind_of_thing(tmp_path: Path, line: list[str], message: str) -> None:
     """Known by the names of files alone, before anything slow is imported."""
-    for name in ("store/run.json", "pred/predictor.json", "scores/run.json", "scores/scores/x.parquet"):
+    for name in (
+        "store/run.json",
+        "pred/predictor.json",
+        "scores/run.json",
+        "scores/scores/x.parquet",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}")
     assert kind_of(tmp_path / "store") == STORE
@@ -112,7 +117,9 @@ def test_kinds_are_asked_of_parameters_that_there_are() -> None:
         assert wanted.keys() <= {parameter.name for parameter in COMMANDS[name].params}
 
 
-def interrupted(name: str, stop: BaseException, capsys: pytest.CaptureFixture[str], **values: object) -> str:
+def interrupted(
+    name: str, stop: BaseException, capsys: pytest.CaptureFixture[str], **values: object
+) -> str:
     def command(**_: object) -> None:
         raise stop
 
@@ -122,17 +129,26 @@ def interrupted(name: str, stop: BaseException, capsys: pytest.CaptureFixture[st
     return capsys.readouterr().err
 
 
-def test_a_stopped_command_says_what_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stopped_command_says_what_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     goes_on = f"vilu: stopped: what is finished is in {tmp_path}; the same command goes on with the rest.\n"
     anew = "vilu: stopped: no file is half written; the same command begins anew.\n"
     for name in ("embed", "import_", "score", "benchmark", "demo"):
         assert interrupted(name, KeyboardInterrupt(), capsys, output=tmp_path) == goes_on
-    assert interrupted("embed", SystemExit(128 + signal.SIGTERM), capsys, output=tmp_path) == goes_on
-    for name, output in (("score", tmp_path / "s.csv"), ("fit", tmp_path / "p"), ("calibrate", None)):
+    assert (
+        interrupted("embed", SystemExit(128 + signal.SIGTERM), capsys, output=tmp_path) == goes_on
+    )
+    for name, output in (
+        ("score", tmp_path / "s.csv"),
+        ("fit", tmp_path / "p"),
+        ("calibrate", None),
+    ):
         assert interrupted(name, KeyboardInterrupt(), capsys, output=output) == anew
     (tmp_path / "p.checkpoints").mkdir()
     said = interrupted("fit", KeyboardInterrupt(), capsys, output=tmp_path / "p")
     assert (
-        said == f"vilu: stopped: the same command goes on from the last checkpoint in {tmp_path / 'p.checkpoints'}.\n"
+        said
+        == f"vilu: stopped: the same command goes on from the last checkpoint in {tmp_path / 'p.checkpoints'}.\n"
     )
     assert interrupted("monitor", SystemExit(8), capsys) == ""  # its own exit code

@@ -48,18 +48,32 @@ def document(name: str) -> Any:
     return json.loads((DATA / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def classes(of: Arrays, name: str, change: Callable[[NDArray[Any]], NDArray[Any]] = np.asarray) -> vilu.Embeddings:
+def classes(
+    of: Arrays, name: str, change: Callable[[NDArray[Any]], NDArray[Any]] = np.asarray
+) -> vilu.Embeddings:
     """The rows ``name`` of the kept inputs as embeddings with shared candidates and every column."""
-    columns = {key.split("/")[2]: change(value) for key, value in of.items() if key.startswith(f"{name}/columns/")}
+    columns = {
+        key.split("/")[2]: change(value)
+        for key, value in of.items()
+        if key.startswith(f"{name}/columns/")
+    }
     image, text = change(of[f"{name}/image"]), change(of[f"{name}/text"])
     names = [f"class {number}" for number in range(len(text))]
     ids = [f"{name} {number}" for number in range(len(image))]
-    return vilu.Embeddings(image, text, of[f"{name}/target"], 20.0, class_names=names, ids=ids, columns=columns)
+    return vilu.Embeddings(
+        image, text, of[f"{name}/target"], 20.0, class_names=names, ids=ids, columns=columns
+    )
 
 
-def pairs(of: Arrays, name: str, change: Callable[[NDArray[Any]], NDArray[Any]] = np.asarray) -> vilu.PairEmbeddings:
+def pairs(
+    of: Arrays, name: str, change: Callable[[NDArray[Any]], NDArray[Any]] = np.asarray
+) -> vilu.PairEmbeddings:
     """The rows ``name`` of the kept inputs as image-caption pairs in pools of eight."""
-    columns = {key.split("/")[2]: change(value) for key, value in of.items() if key.startswith(f"{name}/columns/")}
+    columns = {
+        key.split("/")[2]: change(value)
+        for key, value in of.items()
+        if key.startswith(f"{name}/columns/")
+    }
     image, text = change(of[f"{name}/image"]), change(of[f"{name}/text"])
     ids = [f"{name} {number}" for number in range(len(image))]
     return vilu.PairEmbeddings(image, text, 8, 20.0, ids=ids, columns=columns)
@@ -94,9 +108,10 @@ def require_same(found: Arrays, expected: Arrays, tolerance: Arrays, what: str) 
 def rounding(ask: Callable[[Callable[[NDArray[Any]], NDArray[Any]]], Arrays], width: int) -> Arrays:
     """How far rounding can move each number of ``ask``, found by moving what goes in.
 
-    A float32 product of width D has a relative error of up to D eps in any order of its sum, as if its inputs were so
-    much others. So every input is moved by up to D eps of itself, eight times, and what an answer moves by is
-    multiplied by four; and by 16 eps of the largest number, for what is rounded after the products.
+    A float32 product of width D has a relative error of up to D eps in any order of its sum, as if
+    its inputs were so much others. So every input is moved by up to D eps of itself, eight times,
+    and what an answer moves by is multiplied by four; and by 16 eps of the largest number, for what
+    is rounded after the products.
     """
     plain = ask(np.asarray)
     moved = {name: np.zeros_like(values) for name, values in plain.items()}
@@ -132,12 +147,17 @@ LATER = re.compile(
 """Where documents have keys that those of then did not have, or had at another place."""
 
 
-def require_near(found: Any, expected: Any, relative: float, where: str = "", *, exact: bool = EXACT) -> None:
+def require_near(
+    found: Any, expected: Any, relative: float, where: str = "", *, exact: bool = EXACT
+) -> None:
     """The same JSON; numbers with a fraction up to rounding, unless the same bits are asked for."""
     assert type(found) is type(expected), f"{where}: {found!r} against {expected!r}"
     if isinstance(expected, dict):
         assert expected.keys() <= found.keys(), f"{where}: {list(found)}"
-        here, then = ([key for key in keys if not LATER.fullmatch(f"{where}/{key}")] for keys in (found, expected))
+        here, then = (
+            [key for key in keys if not LATER.fullmatch(f"{where}/{key}")]
+            for keys in (found, expected)
+        )
         assert here == then, where
         for key, value in expected.items():
             require_near(found[key], value, relative, f"{where}/{key}", exact=exact)

@@ -1,8 +1,9 @@
 """Predictors that vilu 0.1.0 saved, before its code was moved: they load, and give the numbers that they gave then.
 
-The artefacts in ``data`` (``write.py`` says how they were made) stay for ever and are never written again. What is
-stored must be the same to the bit on every machine. What is computed must be the same up to rounding, number by number
-(``bed.rounding``), and with VILU_COMPAT_EXACT=1 to the bit, on the processor and with the threads that wrote them.
+The artefacts in ``data`` (``write.py`` says how they were made) stay for ever and are never written
+again. What is stored must be the same to the bit on every machine. What is computed must be the
+same up to rounding, number by number (``bed.rounding``), and with VILU_COMPAT_EXACT=1 to the bit,
+on the processor and with the threads that wrote them.
 """
 
 from __future__ import annotations
@@ -23,7 +24,11 @@ Open = Callable[[str], Path]
 VERSION = ("vilu", "fingerprint")
 """What names the version of vilu in ``predictor.json``: the fingerprint is over it, too."""
 
-RENAMED = {"icpe": "class_gaussians", "icpe-log_odds": "class_gaussians", "stacking-all": "stacking"}
+RENAMED = {
+    "icpe": "class_gaussians",
+    "icpe-log_odds": "class_gaussians",
+    "stacking-all": "stacking",
+}
 """Artefacts of (or with) the method that was called "icpe" then, and what they are now; their numbers stay."""
 
 
@@ -32,13 +37,30 @@ def test_predictors_give_their_numbers(kept: Open) -> None:
     rows, captions = classes(inputs, "test"), pairs(inputs, "test pairs")
     folders = {path.name: path for name in ("predictors", "pairs") for path in kept(name).iterdir()}
     assert folders.keys() == {key.partition("/")[0] for key in expected}
-    assert folders.keys() >= {"vilu", "vilu_plus-few", "stacking-all", "mcm-calibrated", "vilu-constant", "pairs-vilu"}
+    assert folders.keys() >= {
+        "vilu",
+        "vilu_plus-few",
+        "stacking-all",
+        "mcm-calibrated",
+        "vilu-constant",
+        "pairs-vilu",
+    }
     for label, folder in sorted(folders.items()):
-        mine = {key.removeprefix(f"{label}/"): value for key, value in expected.items() if key.startswith(f"{label}/")}
+        mine = {
+            key.removeprefix(f"{label}/"): value
+            for key, value in expected.items()
+            if key.startswith(f"{label}/")
+        }
         data = captions if label.startswith("pairs-") else rows
         if label == "converted":
-            data = vilu.Embeddings(mine.pop("image"), mine.pop("text"), None, float(mine.pop("scale")))
-        tolerances = {key.removesuffix("/tolerance"): mine.pop(key) for key in list(mine) if key.endswith("/tolerance")}
+            data = vilu.Embeddings(
+                mine.pop("image"), mine.pop("text"), None, float(mine.pop("scale"))
+            )
+        tolerances = {
+            key.removesuffix("/tolerance"): mine.pop(key)
+            for key in list(mine)
+            if key.endswith("/tolerance")
+        }
         require_same(answers(vilu.load(folder), data), mine, tolerances, label)
 
 
@@ -54,7 +76,10 @@ def test_predictors_are_saved_as_they_were(kept: Open, tmp_path: Path) -> None:
             for file in ("weights.safetensors", "README.md"):
                 assert now[file] == then[file], f"{folder.name}/{file}"
             records = [json.loads(found["predictor.json"]) for found in (now, then)]
-            texts = [{key: value for key, value in record.items() if key not in VERSION} for record in records]
+            texts = [
+                {key: value for key, value in record.items() if key not in VERSION}
+                for record in records
+            ]
             assert list(texts[0].items()) == list(texts[1].items()), folder.name
 
 
@@ -65,15 +90,21 @@ def renamed(parameters: dict[str, object]) -> object:
 
 def require_renamed(now: dict[str, bytes], then: dict[str, bytes], method: str) -> None:
     """The same tensors, and the same record but for names."""
-    found, expected = (safetensors_torch.load(files["weights.safetensors"]) for files in (now, then))
-    assert found.keys() == {name.replace("members.icpe.", "members.class_gaussians.") for name in expected}
+    found, expected = (
+        safetensors_torch.load(files["weights.safetensors"]) for files in (now, then)
+    )
+    assert found.keys() == {
+        name.replace("members.icpe.", "members.class_gaussians.") for name in expected
+    }
     for name, tensor in expected.items():
         assert found[name.replace("members.icpe.", "members.class_gaussians.")].equal(tensor)
     mine, theirs = (json.loads(files["predictor.json"]) for files in (now, then))
     assert mine["method"] == method
     theirs["parameters"] = renamed(theirs["parameters"])
     skipped = {*VERSION, "method", "weights_sha256"}
-    assert {k: v for k, v in mine.items() if k not in skipped} == {k: v for k, v in theirs.items() if k not in skipped}
+    assert {k: v for k, v in mine.items() if k not in skipped} == {
+        k: v for k, v in theirs.items() if k not in skipped
+    }
 
 
 def test_every_method_of_then_is_kept(kept: Open) -> None:
@@ -85,17 +116,24 @@ def test_every_method_of_then_is_kept(kept: Open) -> None:
         found = vilu.load(kept("predictors") / label)
         assert found.name == RENAMED.get(label, record["method"])
         values = {name: getattr(found, name) for name in record["parameters"]}
-        assert json.loads(json.dumps(values)) == (renamed if label in RENAMED else dict)(record["parameters"])
+        assert json.loads(json.dumps(values)) == (renamed if label in RENAMED else dict)(
+            record["parameters"]
+        )
 
 
 def test_a_checkpoint_is_converted_as_it_was(kept: Open) -> None:
-    expected = {key.removeprefix("converted/"): value for key, value in arrays("predictors").items()}
+    expected = {
+        key.removeprefix("converted/"): value for key, value in arrays("predictors").items()
+    }
     folder, data = kept("predictors") / "converted", (expected["image"], expected["text"], None)
     now = vilu.convert_official(folder / "head.ckpt", float(expected["scale"]))
     then = vilu.load(folder)
     rows = vilu.Embeddings(*data, float(expected["scale"]))
     values = [{name: getattr(each, name) for name in parameters(each)} for each in (now, then)]
-    assert [found.pop("batch_size") for found in values] == [None, 128]  # by default, which has changed since
+    assert [found.pop("batch_size") for found in values] == [
+        None,
+        128,
+    ]  # by default, which has changed since
     assert values[0] == values[1]
     assert np.array_equal(now.predict_uncertainty(rows), then.predict_uncertainty(rows))
     assert all(np.array_equal(now.state()[name], tensor) for name, tensor in then.state().items())

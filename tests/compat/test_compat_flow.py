@@ -15,7 +15,18 @@ import numpy as np
 import pytest
 
 import vilu
-from tests.compat.bed import DATA, EPSILON, EXACT, Arrays, arrays, classes, document, require_near, require_same, tree
+from tests.compat.bed import (
+    DATA,
+    EPSILON,
+    EXACT,
+    Arrays,
+    arrays,
+    classes,
+    document,
+    require_near,
+    require_same,
+    tree,
+)
 from tests.compat.flow import (
     EXPORTED,
     PAIRS,
@@ -45,7 +56,11 @@ ROUNDING = 4 * 12.0 * D * EPSILON
 
 
 def part_of(whole: Arrays, name: str) -> Arrays:
-    return {key.removeprefix(f"{name}/"): value for key, value in whole.items() if key.startswith(f"{name}/")}
+    return {
+        key.removeprefix(f"{name}/"): value
+        for key, value in whole.items()
+        if key.startswith(f"{name}/")
+    }
 
 
 def require_equal(found: Arrays, expected: Arrays, what: str) -> None:
@@ -59,7 +74,8 @@ def require_equal(found: Arrays, expected: Arrays, what: str) -> None:
 def require_about(found: Arrays, expected: Arrays, what: str) -> None:
     """Scores that were computed again: every text and whole number, and the others up to rounding.
 
-    The bins of a histogram are the bits of scores, so only how many are right and wrong says something of others.
+    The bins of a histogram are the bits of scores, so only how many are right and wrong says
+    something of others.
     """
     if not EXACT:
         counts = [
@@ -67,19 +83,27 @@ def require_about(found: Arrays, expected: Arrays, what: str) -> None:
             for of in (found, expected)
         ]
         assert counts[0] == counts[1], what
-        found, expected = ({k: v for k, v in of.items() if "histogram" not in k} for of in (found, expected))
+        found, expected = (
+            {k: v for k, v in of.items() if "histogram" not in k} for of in (found, expected)
+        )
     floats = {name for name, values in expected.items() if values.dtype.kind == "f"}
     require_equal(*({key: of[key] for key in of.keys() - floats} for of in (found, expected)), what)
     tolerance = {name: np.full(expected[name].shape, ROUNDING) for name in floats}
-    require_same(*({key: of[key] for key in floats & of.keys()} for of in (found, expected)), tolerance, what)
+    require_same(
+        *({key: of[key] for key in floats & of.keys()} for of in (found, expected)), tolerance, what
+    )
 
 
 def said(path: str, content: bytes) -> object:
     """What a file says: of a document its content without its digest, which old ones do not have, and wall times."""
     if not path.endswith(".json"):
-        unmarked, marks = MARK.subn(b"", content)  # by which a text is known as ours, after an empty line
+        unmarked, marks = MARK.subn(
+            b"", content
+        )  # by which a text is known as ours, after an empty line
         return unmarked[:-1] if marks else content
-    return {key: value for key, value in json.loads(content).items() if key not in {"digest", "seconds"}}
+    return {
+        key: value for key, value in json.loads(content).items() if key not in {"digest", "seconds"}
+    }
 
 
 def all_said(files: dict[str, bytes]) -> dict[str, object]:
@@ -92,12 +116,17 @@ def test_stores_hold_what_they_held(kept: Open) -> None:
         then = part_of(expected, name)
         then.pop("inspect", None)
         require_equal(of_source(source), then, name)
-    assert {"columns/features", "columns/views", "columns/prompts"} <= part_of(expected, "train").keys()
+    assert {"columns/features", "columns/views", "columns/prompts"} <= part_of(
+        expected, "train"
+    ).keys()
 
 
 @pytest.mark.parametrize("name", STORES)
 def test_stores_are_sound(kept: Open, name: str) -> None:
-    found, expected = json.loads(inspected(kept("stores"), name)), json.loads(str(arrays("stores")[f"{name}/inspect"]))
+    found, expected = (
+        json.loads(inspected(kept("stores"), name)),
+        json.loads(str(arrays("stores")[f"{name}/inspect"])),
+    )
     require_near(found, expected, 0.0, exact=True)
 
 
@@ -109,7 +138,9 @@ def test_an_interrupted_store_goes_on(kept: Open, tmp_path: Path) -> None:
     assert there
     embed_classes(kept("pictures"), "train", store, Tiny())
     assert {path: (store / path).stat().st_mtime_ns for path in there} == there
-    require_equal(of_source(vilu.EmbeddingStore(store)), of_source(vilu.EmbeddingStore(whole)), "resumed")
+    require_equal(
+        of_source(vilu.EmbeddingStore(store)), of_source(vilu.EmbeddingStore(whole)), "resumed"
+    )
     if EXACT:
         assert all_said(tree(store)) == all_said(tree(whole))
 
@@ -131,7 +162,9 @@ def test_scores_hold_what_they_held(kept: Open) -> None:
     files = sorted(scores.glob("*.*"))
     assert {path.stem for path in files} == {*RULES, "pairs"}
     for path in files:
-        require_equal(of_outcomes(vilu.Outcomes.load(path)), part_of(expected, path.name), path.name)
+        require_equal(
+            of_outcomes(vilu.Outcomes.load(path)), part_of(expected, path.name), path.name
+        )
     for name in ("folder", "parts"):
         require_equal(of_folder(vilu.ScoreFolder(scores / name)), part_of(expected, name), name)
 
@@ -140,7 +173,9 @@ def test_scores_are_evaluated_as_they_were(kept: Open) -> None:
     """All but the intervals of the ECE: those of then did not allow for its bias."""
     found, expected = evaluated(kept("scores")), document("evaluated")
     for told in (found, expected):
-        told["table"] = re.sub(r" +\[[^]]*\]$|ECE +$|; in brackets: 95 %, corrected.*$", "", told["table"], flags=re.M)
+        told["table"] = re.sub(
+            r" +\[[^]]*\]$|ECE +$|; in brackets: 95 %, corrected.*$", "", told["table"], flags=re.M
+        )
         for row in told["rows"]:
             if row["metric"] in {"ece", "ece_mass"} and row["value"] is not None:
                 assert row.pop("ci_low") <= row["value"] <= row.pop("ci_high") or told is expected
@@ -157,18 +192,26 @@ def test_scores_are_computed_as_they_were(kept: Open, tmp_path: Path) -> None:
     for path in sorted(kept("scores").glob("*.*")):
         data = [stores / "tars", *PAIRS] if path.stem == "pairs" else [stores / "test"]
         run("score", rules / path.stem, *data, "-o", tmp_path / path.name)
-        require_about(of_outcomes(vilu.Outcomes.load(tmp_path / path.name)), part_of(expected, path.name), path.name)
+        require_about(
+            of_outcomes(vilu.Outcomes.load(tmp_path / path.name)),
+            part_of(expected, path.name),
+            path.name,
+        )
         if EXACT:
             assert (tmp_path / path.name).read_bytes() == path.read_bytes()
     run("score", rules / "lac", stores / "test", "-o", tmp_path / "folder")
-    require_about(of_folder(vilu.ScoreFolder(tmp_path / "folder")), part_of(expected, "folder"), "folder")
+    require_about(
+        of_folder(vilu.ScoreFolder(tmp_path / "folder")), part_of(expected, "folder"), "folder"
+    )
 
 
 def test_an_interrupted_folder_of_scores_goes_on(kept: Open, tmp_path: Path) -> None:
     folder = tmp_path / "parts"
     shutil.copytree(kept("scores") / "interrupted", folder)
     there = {
-        path: (folder / path).stat().st_mtime_ns for path in tree(folder) if "0000" in path and "00002" not in path
+        path: (folder / path).stat().st_mtime_ns
+        for path in tree(folder)
+        if "0000" in path and "00002" not in path
     }
     score_in_parts(kept("rules"), kept("stores"), folder)
     assert {path: (folder / path).stat().st_mtime_ns for path in there} == there
@@ -177,27 +220,43 @@ def test_an_interrupted_folder_of_scores_goes_on(kept: Open, tmp_path: Path) -> 
         assert tree(folder) == tree(kept("scores") / "parts")
 
 
-def test_rows_of_then_are_recognised_by_their_names(kept: Open, caplog: pytest.LogCaptureFixture) -> None:
+def test_rows_of_then_are_recognised_by_their_names(
+    kept: Open, caplog: pytest.LogCaptureFixture
+) -> None:
     train, val = (vilu.EmbeddingStore(kept("stores") / part) for part in ("train", "val"))
     predictor = vilu.load(kept("rules") / "coverage")
     assert (tuple(predictor.seen_), train.identified_by) == (("names",), ("names",))
     say_once.cache_clear()
     assert [len(predictor.seen(data)) for data in (train, val)] == [len(train), 0]
-    told = [line.partition(", as they")[0] for line in caplog.messages if "carries no digest" not in line]
-    assert told == ["rows of the fit and of these are compared by their names, not by their pictures"]
+    told = [
+        line.partition(", as they")[0]
+        for line in caplog.messages
+        if "carries no digest" not in line
+    ]
+    assert told == [
+        "rows of the fit and of these are compared by their names, not by their pictures"
+    ]
 
 
 @pytest.mark.parametrize("label", RULES)
 def test_rules_are_calibrated_as_they_were(kept: Open, tmp_path: Path, label: str) -> None:
     """``risk.json``, the calibration rows, the calibrator and the card, from the predictor that is in the folder.
 
-    But where a sequence begins the row at the threshold is no trial any more. Three cats and three dogs below a fourth
-    are right, and at a risk of 60 % and a confidence of 50 % / 4 that is enough for them: 0.4^3 = 0.064. The fourth is
-    wrong, and there the sequences end, before it, since P[Bin(4, 0.6) <= 1] = 0.18; then more dogs were accepted.
+    But where a sequence begins the row at the threshold is no trial any more. Three cats and three
+    dogs below a fourth are right, and at a risk of 60 % and a confidence of 50 % / 4 that is enough
+    for them: 0.4^3 = 0.064. The fourth is wrong, and there the sequences end, before it, since
+    P[Bin(4, 0.6) <= 1] = 0.18; then more dogs were accepted.
     """
     shutil.copytree(kept("rules") / label, tmp_path / label)
     made = json.loads(
-        run("calibrate", tmp_path / label, kept("stores") / "val", *RULES[label][1], "--overwrite", "--json")
+        run(
+            "calibrate",
+            tmp_path / label,
+            kept("stores") / "val",
+            *RULES[label][1],
+            "--overwrite",
+            "--json",
+        )
     )
     now, then = tree(tmp_path / label), tree(kept("rules") / label)
     expected = json.loads(then["risk.json"])
@@ -206,41 +265,68 @@ def test_rules_are_calibrated_as_they_were(kept: Open, tmp_path: Path, label: st
     assert made.pop("inputs")
     assert list(made) == list(expected)
     if label == "per_class":
-        few = [[rule["certificates"].pop(name) for name in ("cat", "dog")] for rule in (made["rule"], expected["rule"])]
+        few = [
+            [rule["certificates"].pop(name) for name in ("cat", "dog")]
+            for rule in (made["rule"], expected["rule"])
+        ]
         accepted = [[(one["n_accepted"], one["n_wrong"]) for one in pair] for pair in few]
         assert accepted == [[(3, 0), (3, 0)], [(0, 0), (7, 2)]]
     for rule in (made["rule"], expected["rule"]):
         for group in (rule or {}).get("certificates", {}).values():
-            assert (group.pop("why") is None) == (group["threshold"] is not None)  # in words of today
+            assert (group.pop("why") is None) == (
+                group["threshold"] is not None
+            )  # in words of today
             group.pop("n_needed")
     for name in ("rule", "label_sets"):
         require_near(made[name], expected[name], ROUNDING)
-    hashes = {"vilu", "predictor", "rows_sha256", "promise", "rule", "label_sets"}  # of numbers that are rounded
-    assert {k: v for k, v in made.items() if k not in hashes} == {k: v for k, v in expected.items() if k not in hashes}
-    rows = [of_outcomes(vilu.Outcomes.load(root / label / "calibration.parquet")) for root in (tmp_path, kept("rules"))]
+    hashes = {
+        "vilu",
+        "predictor",
+        "rows_sha256",
+        "promise",
+        "rule",
+        "label_sets",
+    }  # of numbers that are rounded
+    assert {k: v for k, v in made.items() if k not in hashes} == {
+        k: v for k, v in expected.items() if k not in hashes
+    }
+    rows = [
+        of_outcomes(vilu.Outcomes.load(root / label / "calibration.parquet"))
+        for root in (tmp_path, kept("rules"))
+    ]
     require_about(*rows, label)
     if EXACT and label != "per_class":
         version = {"predictor.json", "risk.json"}
-        assert {k: v for k, v in now.items() if k not in version} == {k: v for k, v in then.items() if k not in version}
+        assert {k: v for k, v in now.items() if k not in version} == {
+            k: v for k, v in then.items() if k not in version
+        }
         assert {**made, "vilu": ""} == {**expected, "vilu": ""}
 
 
 def test_answers_are_explained_as_they_were(kept: Open) -> None:
-    # the code of then computed them in blocks of other sizes than the scores, which rounds in other places
-    require_near(explained(kept("rules"), kept("stores")), document("explained"), ROUNDING, exact=False)
+    # the code of then computed them in blocks of other sizes than the scores, which rounds in other
+    # places
+    require_near(
+        explained(kept("rules"), kept("stores")), document("explained"), ROUNDING, exact=False
+    )
 
 
 def test_an_exported_predictor_runs() -> None:
     """The file of then in another runtime, against the numbers of the predictor that it was made from."""
     onnxruntime = pytest.importorskip("onnxruntime")
     expected = part_of(arrays("predictors"), EXPORTED)
-    session = onnxruntime.InferenceSession(DATA / "exported.onnx", providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        DATA / "exported.onnx", providers=["CPUExecutionProvider"]
+    )
     rows = classes(arrays("inputs"), "test")
     usable = np.flatnonzero(np.isfinite(expected["uncertainty"]))
     image, text = rows.image[usable].numpy(), rows.text.numpy()
     found, answer = session.run(["uncertainty", "prediction"], {"image": image, "text": text})
     # two runtimes, each within its rounding of the truth
-    assert np.abs(found - expected["uncertainty"][usable]).max() <= 2 * expected["uncertainty/tolerance"].max()
+    assert (
+        np.abs(found - expected["uncertainty"][usable]).max()
+        <= 2 * expected["uncertainty/tolerance"].max()
+    )
     assert np.array_equal(answer, expected["posterior"][usable].argmax(axis=1))
 
 
@@ -249,15 +335,26 @@ def test_monitors_go_on(kept: Open, tmp_path: Path, name: str) -> None:
     """From the beginning to the kept state, and from there."""
     expected, states, rule = document("monitors"), kept("monitors"), kept("rules") / "ltt"
     begun = watch(rule, tmp_path / "new.parquet", states / f"{name}.parquet")
-    require_near(begun, expected[name], 1e-9)  # wealth is a product of as many factors as there are rows
+    require_near(
+        begun, expected[name], 1e-9
+    )  # wealth is a product of as many factors as there are rows
     shutil.copy(states / f"{name}-state.parquet", tmp_path / "state.parquet")
-    require_near(watch(rule, tmp_path / "state.parquet", states / "next.parquet"), expected[f"{name}, then next"], 1e-9)
+    require_near(
+        watch(rule, tmp_path / "state.parquet", states / "next.parquet"),
+        expected[f"{name}, then next"],
+        1e-9,
+    )
     assert expected[name]["code"] == {"calm": 0, "shifted": 8}[name]
     if EXACT:  # and beside what was kept then, the rows that were taken in
         new, old = (
-            read_table(path, ("test",))[0] for path in (tmp_path / "new.parquet", states / f"{name}-state.parquet")
+            read_table(path, ("test",))[0]
+            for path in (tmp_path / "new.parquet", states / f"{name}-state.parquet")
         )
-        assert new.slice(0, len(old)).select(old.column_names).equals(old.replace_schema_metadata(new.schema.metadata))
+        assert (
+            new.slice(0, len(old))
+            .select(old.column_names)
+            .equals(old.replace_schema_metadata(new.schema.metadata))
+        )
 
 
 @pytest.mark.parametrize("name", ["study", "views"])
@@ -266,7 +363,11 @@ def test_a_study_is_rendered_as_it_was(kept: Open, tmp_path: Path, name: str) ->
     study = tmp_path / "study"
     shutil.copytree(kept(name), study)
     then = tree(study)
-    made = {path for path in then if path.startswith(("studies/", "docs/")) and not path.endswith("study.json")}
+    made = {
+        path
+        for path in then
+        if path.startswith(("studies/", "docs/")) and not path.endswith("study.json")
+    }
     for path in made:
         (study / path).unlink()
     assert rendered(study) == then.pop("shown.txt").decode()

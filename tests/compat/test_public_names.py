@@ -25,7 +25,9 @@ def commands(group: object, above: str = "vilu") -> Iterator[str]:
         if hasattr(command, "commands"):
             yield from commands(command, f"{above} {name}")
         else:
-            options = [max(p.opts, key=len) for p in command.params if p.param_type_name == "option"]
+            options = [
+                max(p.opts, key=len) for p in command.params if p.param_type_name == "option"
+            ]
             yield " ".join([f"{above} {name}", *sorted(options)])
 
 
@@ -57,13 +59,17 @@ def signature(name: str, thing: object) -> str:
 
 def methods(name: str, cls: type, *, inherited: bool) -> Iterator[str]:
     """What a class adds to the public ones that it is made of, or has of them, too."""
-    public = {getattr(vilu, one) for one in vilu.__all__ if isinstance(getattr(vilu, one), type)} - {cls}
+    public = {
+        getattr(vilu, one) for one in vilu.__all__ if isinstance(getattr(vilu, one), type)
+    } - {cls}
     seen = set[str]()
     for home in cls.__mro__:
         if home.__module__.startswith("vilu") and (inherited or home not in public):
             for method, thing in vars(home).items():
                 if (method == "__call__" or not method.startswith("_")) and method not in seen:
-                    bare = thing.__func__ if isinstance(thing, classmethod | staticmethod) else thing
+                    bare = (
+                        thing.__func__ if isinstance(thing, classmethod | staticmethod) else thing
+                    )
                     if inspect.isfunction(bare) or isinstance(thing, property):
                         seen.add(method)
                         yield signature(f"{name}.{method}", bare)
@@ -76,7 +82,11 @@ def names(*, inherited: bool) -> set[str]:
         for name in module.__all__:
             thing = getattr(module, name)
             found.add(signature(f"{at}.{name}", thing))
-            found |= set(methods(f"{at}.{name}", thing, inherited=inherited)) if isinstance(thing, type) else set()
+            found |= (
+                set(methods(f"{at}.{name}", thing, inherited=inherited))
+                if isinstance(thing, type)
+                else set()
+            )
     return found
 
 

@@ -19,7 +19,13 @@ NAMES = ("car", "cat", "cup", "dog")
 
 def word(text: str) -> NDArray[np.int64]:
     """(D,) whole numbers from -64 to 63."""
-    return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=D).digest(), np.uint8).astype(np.int64) // 2 - 64
+    return (
+        np.frombuffer(hashlib.blake2b(text.encode(), digest_size=D).digest(), np.uint8).astype(
+            np.int64
+        )
+        // 2
+        - 64
+    )
 
 
 def picture(text: str, number: int, noise: float) -> Image.Image:
@@ -33,7 +39,12 @@ class Tiny:
     """The four colours of a picture, mixed; a text is the sum of its words."""
 
     def __init__(self, fails_after: int | None = None) -> None:
-        parts = {"weights": "tiny 1", "preprocess": "four pixels", "tokenizer": "words", "precision": "fp32"}
+        parts = {
+            "weights": "tiny 1",
+            "preprocess": "four pixels",
+            "tokenizer": "words",
+            "precision": "fp32",
+        }
         self.space = vilu.EmbeddingSpace(D, 12.0, backbone="tiny", **parts)
         self.feature_dim = D
         self.projections = (torch.eye(D) + torch.eye(D).roll(1, 0), 2 * torch.eye(D))
@@ -55,7 +66,9 @@ class Tiny:
         return torch.nn.functional.normalize(features @ self.projections[0].T, dim=1), features
 
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        return torch.nn.functional.normalize(self.encode_text_features(texts) @ self.projections[1].T, dim=1)
+        return torch.nn.functional.normalize(
+            self.encode_text_features(texts) @ self.projections[1].T, dim=1
+        )
 
     def truncates(self, texts: Sequence[str]) -> list[bool]:
         return [False] * len(texts)

@@ -1,10 +1,11 @@
 """How the artefacts in ``data`` were written: once, by vilu 0.1.0 at commit cfccb89, before the code was moved.
 
-They stay for ever, so this is kept to be read and not to be run: it refuses to write over what is there, and some names
-that it takes from inside vilu may not be there any more. New kinds of artefacts get new files.
+They stay for ever, so this is kept to be read and not to be run: it refuses to write over what is
+there, and some names that it takes from inside vilu may not be there any more. New kinds of
+artefacts get new files.
 
-    OMP_NUM_THREADS=1 python -m tests.compat.write
-    OMP_NUM_THREADS=1 python -m tests.compat.write_flow stores scores monitors study views explanations
+    OMP_NUM_THREADS=1 python -m tests.compat.write OMP_NUM_THREADS=1 python -m
+    tests.compat.write_flow stores scores monitors study views explanations
 """
 
 from __future__ import annotations
@@ -29,14 +30,20 @@ K, D = 4, 12
 HEAD = {"hidden": (8, 4), "epochs": 3, "batch_size": 16}
 
 FITS: dict[str, tuple[str, dict[str, Any]]] = {
-    "vilu-paper": ("vilu", {**HEAD, "attention": "paper", "mcm_input": True, "weighting": "static"}),
+    "vilu-paper": (
+        "vilu",
+        {**HEAD, "attention": "paper", "mcm_input": True, "weighting": "static"},
+    ),
     "vilu-plain": ("vilu", {**HEAD, "attention": None, "predicted_caption": False, "loss": "mse"}),
     "vilu-image_caption": ("vilu", {**HEAD, "attention": None}),
     "lvu-bce": ("lvu", {**HEAD, "loss": "bce"}),
     "pvu-mse": ("pvu", {**HEAD, "loss": "mse"}),
     "mcm_ts-ece": ("mcm_ts", {"objective": "ece"}),
     "sirc-residual": ("sirc", {"typicality": "residual", "confidence": "entropy", "components": 3}),
-    "probvlm-epistemic": ("probvlm", {"uncertainty": "epistemic", "width": 8, "epochs": 3, "samples": 3}),
+    "probvlm-epistemic": (
+        "probvlm",
+        {"uncertainty": "epistemic", "width": 8, "epochs": 3, "samples": 3},
+    ),
     "probvlm-cross_modal": ("probvlm", {"uncertainty": "cross_modal", "width": 8, "epochs": 3}),
     "bayesvlm-embeddings": ("bayesvlm", {"mode": "embeddings", "loss": "siglip"}),
     "icpe-log_odds": ("icpe", {"score": "log_odds", "components": 4}),
@@ -101,7 +108,11 @@ def rows(n: int, seed: int, prefix: str, *, captions: bool = False) -> Arrays:
         "views": views / np.linalg.norm(views, axis=2, keepdims=True),
         "prompts": prompts / np.linalg.norm(prompts, axis=2, keepdims=True),
     }
-    found = {"image": image, "text": text, **{f"columns/{name}": value for name, value in columns.items()}}
+    found = {
+        "image": image,
+        "text": text,
+        **{f"columns/{name}": value for name, value in columns.items()},
+    }
     return {
         **{f"{prefix}/{name}": value.astype(np.float32) for name, value in found.items()},
         **({} if captions else {f"{prefix}/target": target}),
@@ -156,7 +167,9 @@ def write_predictors() -> None:
     save_arrays("predictors", expected)
 
 
-def fit(name: str, parameters: dict[str, Any], train: vilu.EmbeddingSource) -> vilu.FailurePredictor:
+def fit(
+    name: str, parameters: dict[str, Any], train: vilu.EmbeddingSource
+) -> vilu.FailurePredictor:
     return vilu.PREDICTORS[name](**parameters).fit(train)
 
 
@@ -165,14 +178,20 @@ def expect(label: str, predictor: vilu.FailurePredictor, inputs: Arrays) -> Arra
 
     def ask(change: Callable[[Any], Any]) -> Arrays:
         of_pairs = label.startswith("pairs-")
-        return answers(predictor, pairs(inputs, "test pairs", change) if of_pairs else classes(inputs, "test", change))
+        return answers(
+            predictor,
+            pairs(inputs, "test pairs", change) if of_pairs else classes(inputs, "test", change),
+        )
 
     numbers, tolerances = ask(np.asarray), rounding(ask, D)
     if isinstance(predictor, vilu.ViLU):
         assert len(np.unique(numbers["uncertainty"])) > 5 or predictor.constant_ is not None, label
     return {
         **{f"{label}/{name}": value for name, value in numbers.items()},
-        **{f"{label}/{name}/tolerance": value.astype(np.float32) for name, value in tolerances.items()},
+        **{
+            f"{label}/{name}/tolerance": value.astype(np.float32)
+            for name, value in tolerances.items()
+        },
     }
 
 
@@ -180,8 +199,14 @@ def write_checkpoint(root: Path) -> Arrays:
     """A checkpoint as the reference implementation wrote them, and the predictor that it was converted to."""
     with np.load(DATA.parents[1] / "data" / "vilu_head_d24.npz") as z:
         prefix = "attention1_caption1/param/"
-        state = {key.removeprefix(prefix): torch.tensor(z[key]) for key in z if key.startswith(prefix)}
-        data = {"image": z["image"][:24], "text": z["text"][: len(z["text"])], "scale": z["logit_scale"]}
+        state = {
+            key.removeprefix(prefix): torch.tensor(z[key]) for key in z if key.startswith(prefix)
+        }
+        data = {
+            "image": z["image"][:24],
+            "text": z["text"][: len(z["text"])],
+            "scale": z["logit_scale"],
+        }
     state["iteration_count"] = torch.tensor(1000)
     content = {"epoch": 3, "train_meter": {"auc": np.float64(0.9)}, "state_dict": state}
     (root / "converted").mkdir()
@@ -191,9 +216,14 @@ def write_checkpoint(root: Path) -> Arrays:
     predictor.save(root / "converted")
 
     def ask(change: Callable[[Any], Any]) -> Arrays:
-        return answers(predictor, vilu.Embeddings(change(data["image"]), change(data["text"]), None, scale))
+        return answers(
+            predictor, vilu.Embeddings(change(data["image"]), change(data["text"]), None, scale)
+        )
 
-    found = {**ask(np.asarray), **{f"{name}/tolerance": value for name, value in rounding(ask, 24).items()}}
+    found = {
+        **ask(np.asarray),
+        **{f"{name}/tolerance": value for name, value in rounding(ask, 24).items()},
+    }
     return {f"converted/{name}": value for name, value in {**data, **found}.items()}
 
 
@@ -220,7 +250,9 @@ def save(name: str, content: bytes) -> None:
     path = DATA / name
     DATA.mkdir(exist_ok=True)
     if path.exists():
-        raise SystemExit(f"{path} is there already: what earlier code wrote is never written again. Add a new file.")
+        raise SystemExit(
+            f"{path} is there already: what earlier code wrote is never written again. Add a new file."
+        )
     path.write_bytes(content)
     print(f"{len(content):8,} {name}")  # noqa: T201
 

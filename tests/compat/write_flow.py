@@ -44,7 +44,11 @@ def write_pictures(root: Path) -> None:
     for part, n, first in (("train", 48, 0), ("val", 48, 100), ("test", 32, 200)):
         for number in range(n):
             name = NAMES[number % len(NAMES)]
-            save_picture(root / "classes" / part / name / f"{first + number}.png", f"a {name}", first + number)
+            save_picture(
+                root / "classes" / part / name / f"{first + number}.png",
+                f"a {name}",
+                first + number,
+            )
     (root / "classes/test/cup/broken.png").write_bytes(b"no picture")
     (root / "names.txt").write_text("".join(f"{name}\n" for name in NAMES))
     lines = [(f"captioned/{n}.png", f"{NAMES[n % 4]} number {n}") for n in range(44)]
@@ -82,7 +86,15 @@ def write_stores() -> None:
                 with suppress(KeyboardInterrupt):  # the model gives up in the second of three parts
                     embed_classes(of, part, stores / "interrupted", Tiny(fails_after=70))
         flat = vilu.open_dataset(of / "captioned", classes=of / "names.txt", limit=10)
-        vilu.embed(flat, Tiny(), stores / "unlabelled", names=NAMES, dtype="float32", batch_size=8, workers=1)
+        vilu.embed(
+            flat,
+            Tiny(),
+            stores / "unlabelled",
+            names=NAMES,
+            dtype="float32",
+            batch_size=8,
+            workers=1,
+        )
         embed_captions(of, stores / "captions", Tiny())
         embed_tars(of, stores / "tars", Tiny())
         write_laion(stores / "laion", vilu.open_source(stores / "captions", pools=vilu.Pools(8)))
@@ -100,7 +112,9 @@ def write_laion(root: Path, source: vilu.EmbeddingSource) -> None:
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             np.save(root / f"{name}_{number}.npy", array[rows].astype("<f2"))
         (root / "metadata").mkdir(exist_ok=True)
-        pq.write_table(pa.table({"caption": texts[rows]}), root / f"metadata/metadata_{number}.parquet")
+        pq.write_table(
+            pa.table({"caption": texts[rows]}), root / f"metadata/metadata_{number}.parquet"
+        )
 
 
 def expected_of_stores(stores: Path) -> Arrays:
@@ -118,20 +132,39 @@ def write_scores() -> None:
         expected: Arrays = {}
         quick = {"vilu": HEAD, "vilu_plus": {"width": 8, "epochs": 3}}
         for label, (name, options) in RULES.items():
-            vilu.PREDICTORS[name](**quick.get(name, {})).fit(vilu.EmbeddingStore(stores / "train")).save(rules / label)
+            vilu.PREDICTORS[name](**quick.get(name, {})).fit(
+                vilu.EmbeddingStore(stores / "train")
+            ).save(rules / label)
             run("calibrate", rules / label, stores / "val", *options)
             suffix = "csv" if label in {"crc", "lac"} else "parquet"
             run("score", rules / label, stores / "test", "-o", scores / f"{label}.{suffix}")
-        vilu.MCM().fit(vilu.open_source(stores / "captions", pools=vilu.Pools(4))).save(rules / "pairs")
-        run("calibrate", rules / "pairs", stores / "captions", *PAIRS, "--max-risk", "0.16", "--confidence", "0.5")
+        vilu.MCM().fit(vilu.open_source(stores / "captions", pools=vilu.Pools(4))).save(
+            rules / "pairs"
+        )
+        run(
+            "calibrate",
+            rules / "pairs",
+            stores / "captions",
+            *PAIRS,
+            "--max-risk",
+            "0.16",
+            "--confidence",
+            "0.5",
+        )
         run("score", rules / "pairs", stores / "tars", "-o", scores / "pairs.parquet", *PAIRS)
         run("score", rules / "lac", stores / "test", "-o", scores / "folder")
         score_in_parts(rules, stores, scores / "parts")
         interrupt(scores / "parts", scores / "interrupted")
         for path in sorted(scores.glob("*.*")):
-            expected |= {f"{path.name}/{key}": value for key, value in of_outcomes(vilu.Outcomes.load(path)).items()}
+            expected |= {
+                f"{path.name}/{key}": value
+                for key, value in of_outcomes(vilu.Outcomes.load(path)).items()
+            }
         for name in ("folder", "parts"):
-            expected |= {f"{name}/{key}": value for key, value in of_folder(vilu.ScoreFolder(scores / name)).items()}
+            expected |= {
+                f"{name}/{key}": value
+                for key, value in of_folder(vilu.ScoreFolder(scores / name)).items()
+            }
         pack("rules", rules)
         pack("scores", scores)
         save_arrays("scores", expected)
@@ -157,17 +190,27 @@ def write_monitors() -> None:
         found = vilu.Outcomes.load(scores / "ltt.parquet")
         for name, n, shift in (("calm", 40, 0.0), ("shifted", 400, 1.0), ("next", 60, 0.0)):
             rows = rng.choice(np.flatnonzero(np.isfinite(found.uncertainty)), n)
-            more = {"method": found.method, "class_names": found.class_names, "provenance": found.provenance}
+            more = {
+                "method": found.method,
+                "class_names": found.class_names,
+                "provenance": found.provenance,
+            }
             more |= {"failure": np.full(n, -1), "prediction": found.prediction[rows]}
-            vilu.Outcomes(found.uncertainty[rows] + shift * rng.random(n), **more).save(states / f"{name}.parquet")
+            vilu.Outcomes(found.uncertainty[rows] + shift * rng.random(n), **more).save(
+                states / f"{name}.parquet"
+            )
         expected = {}
         for name in ("calm", "shifted"):
-            expected[name] = watch(rules / "ltt", states / f"{name}-state.parquet", states / f"{name}.parquet")
+            expected[name] = watch(
+                rules / "ltt", states / f"{name}-state.parquet", states / f"{name}.parquet"
+            )
         with tempfile.TemporaryDirectory() as other:
             for name in ("calm", "shifted"):
                 state = Path(other) / "state.parquet"
                 shutil.copy(states / f"{name}-state.parquet", state)
-                expected[f"{name}, then next"] = watch(rules / "ltt", state, states / "next.parquet")
+                expected[f"{name}, then next"] = watch(
+                    rules / "ltt", state, states / "next.parquet"
+                )
         assert [expected[name]["code"] for name in ("calm", "shifted")] == [0, 8]
         pack("monitors", states)
         save_document("monitors", expected)
@@ -191,7 +234,9 @@ def write_explanations() -> None:
     """Explanations, and a predictor for another runtime."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        stores, rules, predictors = (unpack(name, root) for name in ("stores", "rules", "predictors"))
+        stores, rules, predictors = (
+            unpack(name, root) for name in ("stores", "rules", "predictors")
+        )
         save_document("explained", explained(rules, stores))
         run("export", predictors / EXPORTED, "-o", root / "exported.onnx")
         save("exported.onnx", (root / "exported.onnx").read_bytes())

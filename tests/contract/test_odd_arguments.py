@@ -38,17 +38,36 @@ def calls_of(folder: Path) -> dict[str, Call]:
     seen = vilu.Embeddings(train.image, train.text, space=model.space, class_names=list("abc"))
     vilu.MCM().fit(seen).save(folder / "g")
     Vocabulary.of(seen, "float16").save(folder / "g")
-    guard: dict[str, Any] = {"predictor": folder / "g", "device": "cpu", "batch_size": 4, "workers": 1}
+    guard: dict[str, Any] = {
+        "predictor": folder / "g",
+        "device": "cpu",
+        "batch_size": 4,
+        "workers": 1,
+    }
     outcomes.save(folder / "s.parquet")
     table.save(folder / "r.json")
     names, numbers = [str(i) for i in range(20)], count()
     bootstrap: dict[str, Any] = {"n_resamples": 10, "confidence": 0.9, "seed": 0}
-    metric: dict[str, Any] = {"metric": "auroc", "bins": 15, "binning": "width", "risk": 0.1, "coverage": 0.8}
-    metric |= {"convention": "mean", "level": 0.95, "positive": "correct", "rule": "interpolate", "failure": [0, 1, 0]}
+    metric: dict[str, Any] = {
+        "metric": "auroc",
+        "bins": 15,
+        "binning": "width",
+        "risk": 0.1,
+        "coverage": 0.8,
+    }
+    metric |= {
+        "convention": "mean",
+        "level": 0.95,
+        "positive": "correct",
+        "rule": "interpolate",
+        "failure": [0, 1, 0],
+    }
     scores = ("uncertainty", "uncertainty_a", "uncertainty_b", "probability")
     metric |= {name: [0.1, 0.3, 0.4] for name in scores} | bootstrap
     metrics = {name: getattr(vilu.metrics, name) for name in vilu.metrics.__all__}
-    functions = {name: function for name, function in metrics.items() if inspect.isfunction(function)}
+    functions = {
+        name: function for name, function in metrics.items() if inspect.isfunction(function)
+    }
 
     def into_new_folder(**arguments: object) -> object:
         return vilu.score_parts(**{"folder": folder / f"new{next(numbers)}", **arguments})
@@ -137,22 +156,51 @@ def refusing(folder: Path) -> dict[str, Call]:
     nowhere = folder / "nowhere"
     return {
         "ScoreFolder": (vilu.ScoreFolder, {"path": nowhere}),
-        "Monitor.of_folder": (vilu.Monitor.of_folder, {"folder": nowhere, "false_alarm": 0.05, "seed": 0}),
-        "open_source": (vilu.open_source, {"path": nowhere, "pools": None, "fold": None, "logit_scale": 1.0}),
+        "Monitor.of_folder": (
+            vilu.Monitor.of_folder,
+            {"folder": nowhere, "false_alarm": 0.05, "seed": 0},
+        ),
+        "open_source": (
+            vilu.open_source,
+            {"path": nowhere, "pools": None, "fold": None, "logit_scale": 1.0},
+        ),
         "EmbeddingStore": (vilu.EmbeddingStore, {"path": nowhere}),
-        "open_dataset": (vilu.open_dataset, {"source": nowhere, "split": None, "limit": None, "captions": False}),
-        "load_backbone": (vilu.load_backbone, {"spec": "none:such", "device": "cpu", "precision": "fp32"}),
-        "convert_official": (vilu.convert_official, {"path": nowhere, "logit_scale": 1.0, "embed_dim": 16}),
+        "open_dataset": (
+            vilu.open_dataset,
+            {"source": nowhere, "split": None, "limit": None, "captions": False},
+        ),
+        "load_backbone": (
+            vilu.load_backbone,
+            {"spec": "none:such", "device": "cpu", "precision": "fp32"},
+        ),
+        "convert_official": (
+            vilu.convert_official,
+            {"path": nowhere, "logit_scale": 1.0, "embed_dim": 16},
+        ),
         "register": (vilu.register, {"thing": 5}),
         "import_arrays": (vilu.import_arrays, {"source": nowhere, "output": nowhere}),
-        "embed": (vilu.embed, {"dataset": None, "backbone": None, "output": nowhere, "batch_size": 1, "views": 0}),
+        "embed": (
+            vilu.embed,
+            {"dataset": None, "backbone": None, "output": nowhere, "batch_size": 1, "views": 0},
+        ),
     }
 
 
 @pytest.fixture(scope="module")
 def odd_values() -> list[object]:
     test = toy_embeddings(n=60, k=3, seed=2)
-    numbers = [None, True, -1, 0, 1.5, float("nan"), float("inf"), 2**70, np.float64(0.5), np.int64(3)]
+    numbers = [
+        None,
+        True,
+        -1,
+        0,
+        1.5,
+        float("nan"),
+        float("inf"),
+        2**70,
+        np.float64(0.5),
+        np.int64(3),
+    ]
     texts: list[object] = ["", "0.05", b"x", Path("nowhere/at/all")]
     lists: list[object] = [[], [1], ["a", "b"], {}, {"a": 1}, (), [[1], [2, 3]]]
     arrays = [
@@ -163,8 +211,20 @@ def odd_values() -> list[object]:
         np.array([None]),
         np.zeros((3, 16), complex),
     ]
-    tensors: list[object] = [torch.zeros(2), torch.zeros(2, requires_grad=True), torch.zeros(2).to_sparse()]
-    ours: list[object] = [vilu.MCM, vilu.MCM(), test, toy_pairs(n=64), vilu.score(vilu.MCM(), test), len, object()]
+    tensors: list[object] = [
+        torch.zeros(2),
+        torch.zeros(2, requires_grad=True),
+        torch.zeros(2).to_sparse(),
+    ]
+    ours: list[object] = [
+        vilu.MCM,
+        vilu.MCM(),
+        test,
+        toy_pairs(n=64),
+        vilu.score(vilu.MCM(), test),
+        len,
+        object(),
+    ]
     return [*numbers, *texts, *lists, *arrays, *tensors, *ours]
 
 
@@ -184,7 +244,9 @@ def in_time() -> Iterator[None]:
 
 @pytest.mark.usefixtures("in_time")
 @pytest.mark.filterwarnings("ignore")
-def test_nothing_but_a_sentence_comes_back(odd_values: list[object], tmp_path: Path, monkeypatch) -> None:
+def test_nothing_but_a_sentence_comes_back(
+    odd_values: list[object], tmp_path: Path, monkeypatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     calls = calls_of(tmp_path)
     for name, (function, valid) in calls.items():
@@ -194,14 +256,20 @@ def test_nothing_but_a_sentence_comes_back(odd_values: list[object], tmp_path: P
             pytest.fail(f"{name} refuses good arguments: {error}")
     calls |= refusing(tmp_path)
     errors = dict(outcomes(calls, odd_values))
-    tracebacks = [f"{key}: {error!r:.120}" for key, error in errors.items() if not isinstance(error, ViLUError | None)]
+    tracebacks = [
+        f"{key}: {error!r:.120}"
+        for key, error in errors.items()
+        if not isinstance(error, ViLUError | None)
+    ]
     assert not tracebacks, "\n".join(tracebacks)
     assert min(len(str(error)) for error in errors.values() if error) > 20
     assert len(errors) > 1_500
     assert not set(vilu.__all__) - {name.split(".")[0] for name in calls} - NOT_CALLED
 
 
-def outcomes(calls: dict[str, Call], odd_values: list[object]) -> Iterator[tuple[str, Exception | None]]:
+def outcomes(
+    calls: dict[str, Call], odd_values: list[object]
+) -> Iterator[tuple[str, Exception | None]]:
     """What every function raises with one of its arguments odd."""
     for name, (function, valid) in calls.items():
         for place, argument in enumerate(valid):
@@ -218,10 +286,27 @@ def outcomes(calls: dict[str, Call], odd_values: list[object]) -> Iterator[tuple
 
 
 NOT_CALLED = {
-    *("__version__", "metrics", "OUTSIDE", "PREDICTORS", "FailurePredictor", "EmbeddingSource"),  # no calls
-    *("LVU", "MCM", "Doctor", "Entropy", "Margin", "MaxLogit", "ViLU", "ViLUPlus"),  # parameters: the test below
+    *(
+        "__version__",
+        "metrics",
+        "OUTSIDE",
+        "PREDICTORS",
+        "FailurePredictor",
+        "EmbeddingSource",
+    ),  # no calls
+    *(
+        "LVU",
+        "MCM",
+        "Doctor",
+        "Entropy",
+        "Margin",
+        "MaxLogit",
+        "ViLU",
+        "ViLUPlus",
+    ),  # parameters: the test below
     *("Batch", "Answer"),  # made once a batch, or an image, from what has been checked
-    "Selector",  # a document: built by ``calibrate`` or read, and pydantic's ValidationError names the field
+    # a document: built by ``calibrate`` or read, and pydantic's ValidationError names the field
+    "Selector",
 }
 
 
@@ -239,7 +324,9 @@ def test_parameters_of_every_method(odd_values: list[object]) -> None:
                     named += f"the {name!r} parameter of {cls.name}" in str(error)
                     refused += 1
                     continue
-                assert odd is None or isinstance(odd, int | float | str | list | tuple | np.number), (
+                assert odd is None or isinstance(
+                    odd, int | float | str | list | tuple | np.number
+                ), (
                     cls.name,
                     name,
                     odd,
@@ -261,22 +348,43 @@ def test_parameters_of_every_method(odd_values: list[object]) -> None:
             lambda: vilu.MCM().fit(np.zeros((4, 2)), [0, 1, 0, 1]),
             r"train must be .* Got a ndarray of shape \(4, 2\) ins",
         ),
-        (lambda: vilu.MCM().fit("store"), r"vilu\.open_source\(path\) of a store\)\. Got 'store' instead"),
-        (lambda: vilu.evaluate(np.zeros(3)), r"evaluate takes vilu\.Outcomes, .* Got a ndarray of shape \(3,\)"),
-        (lambda: vilu.score(toy_embeddings(), vilu.MCM()), "Got a Embeddings instead. data is one: are they swapped"),
+        (
+            lambda: vilu.MCM().fit("store"),
+            r"vilu\.open_source\(path\) of a store\)\. Got 'store' instead",
+        ),
+        (
+            lambda: vilu.evaluate(np.zeros(3)),
+            r"evaluate takes vilu\.Outcomes, .* Got a ndarray of shape \(3,\)",
+        ),
+        (
+            lambda: vilu.score(toy_embeddings(), vilu.MCM()),
+            "Got a Embeddings instead. data is one: are they swapped",
+        ),
         (lambda: vilu.score(vilu.MCM, toy_embeddings()), "Got the class MCM instead"),
         (
             lambda: vilu.calibrate(vilu.Outcomes([0.1], [0]), max_risk="0.05"),
             "max_risk must be a number or None. Got '0.05'",
         ),
-        (lambda: vilu.ViLU(seed=2**70).fit(toy_embeddings()), "'seed' parameter of vilu must be less than or equal to"),
+        (
+            lambda: vilu.ViLU(seed=2**70).fit(toy_embeddings()),
+            "'seed' parameter of vilu must be less than or equal to",
+        ),
         (
             lambda: vilu.ViLU(seed=-1).fit(toy_embeddings()),
             "'seed' parameter of vilu must be greater than or equal to 0",
         ),
-        (lambda: vilu.ViLU(epochs="3").fit(toy_embeddings()), "'epochs' parameter of vilu must be a valid integer"),
-        (lambda: vilu.ViLU(epochs=True).fit(toy_embeddings()), "'epochs' parameter of vilu must be a valid integer"),
-        (lambda: vilu.evaluate(vilu.Outcomes([0.1], [0]), seed=-1), r"seed must be from 0 to 2\^63 - 1\. Got -1"),
+        (
+            lambda: vilu.ViLU(epochs="3").fit(toy_embeddings()),
+            "'epochs' parameter of vilu must be a valid integer",
+        ),
+        (
+            lambda: vilu.ViLU(epochs=True).fit(toy_embeddings()),
+            "'epochs' parameter of vilu must be a valid integer",
+        ),
+        (
+            lambda: vilu.evaluate(vilu.Outcomes([0.1], [0]), seed=-1),
+            r"seed must be from 0 to 2\^63 - 1\. Got -1",
+        ),
     ],
 )
 def test_what_the_sentence_says(call: Callable[[], object], message: str) -> None:
@@ -292,20 +400,33 @@ def test_a_wrong_number_of_arguments_is_pythons_own_error() -> None:
 @pytest.mark.parametrize("number", [np.int64, np.uint8])
 def test_numbers_of_numpy_are_numbers(number: Callable[[int], Any], tmp_path: Path) -> None:
     """Those of a loop over an array: a pool of np.int64(16) was one of 1, since that is its ``size``."""
-    image, scores = toy_pairs(n=64).image, vilu.Outcomes(np.linspace(0, 1, 100), np.arange(100) % 2, seed=number(3))
+    image, scores = (
+        toy_pairs(n=64).image,
+        vilu.Outcomes(np.linspace(0, 1, 100), np.arange(100) % 2, seed=number(3)),
+    )
     assert vilu.Embeddings.pairs(image, image, pool_size=number(16)).n_candidates == 16
     assert vilu.PseudoCaptions([toy_pairs(n=64)], number(16)).pool_size == 16
-    space = vilu.EmbeddingSpace(number(4), torch.nn.Parameter(torch.tensor(8.0)))  # as a model holds it
+    space = vilu.EmbeddingSpace(
+        number(4), torch.nn.Parameter(torch.tensor(8.0))
+    )  # as a model holds it
     assert space.fingerprint == vilu.EmbeddingSpace(4, 8.0).fingerprint
-    vilu.Monitor(scores, false_alarm=np.float32(0.05), seed=number(3)).save(tmp_path / "state.parquet")
+    vilu.Monitor(scores, false_alarm=np.float32(0.05), seed=number(3)).save(
+        tmp_path / "state.parquet"
+    )
     assert vilu.calibrate(scores, max_risk=np.array(0.5)).max_risk == 0.5
-    table = vilu.evaluate(replace(scores, is_probability=np.bool_(True)), metrics=["brier"], n_resamples=number(0))
-    assert table.filter(seed=number(3)).value("brier", n=number(100)) == pytest.approx(1 / 3, abs=0.01)
+    table = vilu.evaluate(
+        replace(scores, is_probability=np.bool_(True)), metrics=["brier"], n_resamples=number(0)
+    )
+    assert table.filter(seed=number(3)).value("brier", n=number(100)) == pytest.approx(
+        1 / 3, abs=0.01
+    )
 
 
 def test_what_is_masked_is_not_taken_for_a_number() -> None:
     masked, bare = np.ma.array(np.eye(2), mask=np.eye(2) == 1), np.ma.array(np.eye(2))
-    assert len(vilu.Embeddings(bare, bare, bare[0].astype(int))) == len(vilu.Outcomes(bare[0], bare[0]))
+    assert len(vilu.Embeddings(bare, bare, bare[0].astype(int))) == len(
+        vilu.Outcomes(bare[0], bare[0])
+    )
     for call in (vilu.metrics.auroc, vilu.Outcomes, vilu.Embeddings):
         for arguments in ((masked, bare), (bare, masked)):
             odd = [one if call is vilu.Embeddings else one[0] for one in arguments]

@@ -68,14 +68,18 @@ def validation() -> Embeddings:
 
 def assert_same_state(one: vilu.FailurePredictor, other: vilu.FailurePredictor) -> None:
     """But for what is learned of strangers themselves."""
-    a, b = ({k: v for k, v in p.state().items() if not k.startswith("outside.")} for p in (one, other))
+    a, b = (
+        {k: v for k, v in p.state().items() if not k.startswith("outside.")} for p in (one, other)
+    )
     assert a.keys() == b.keys()
     for name in a:
         assert torch.equal(a[name], b[name]), name
 
 
 @pytest.mark.parametrize("name", PREDICTORS)
-def test_scores_are_finite(name: str, more_train: Embeddings, validation: Embeddings, test: Embeddings) -> None:
+def test_scores_are_finite(
+    name: str, more_train: Embeddings, validation: Embeddings, test: Embeddings
+) -> None:
     predictor = make(name).fit(more_train, strangers(validation, 2))
     assert np.isfinite(predictor.predict_uncertainty(strangers(test, 3))).all()
 
@@ -84,7 +88,9 @@ def test_scores_are_finite(name: str, more_train: Embeddings, validation: Embedd
 def test_what_learns_classes_learns_the_same_without(
     name: str, train: Embeddings, more_train: Embeddings, validation: Embeddings
 ) -> None:
-    with pytest.warns(UserWarning, match=f"{N_OUTSIDE} of 660 training rows .* {N_OUTSIDE} of none of the classes"):
+    with pytest.warns(
+        UserWarning, match=f"{N_OUTSIDE} of 660 training rows .* {N_OUTSIDE} of none of the classes"
+    ):
         with_them = make(name).fit(more_train, strangers(validation, 2))
     assert_same_state(with_them, make(name).fit(train, validation))
     assert with_them.notes_["n_train"] == len(train)
@@ -102,14 +108,18 @@ def test_what_learns_failures_learns_that_they_are_wrong(
     is_outside = held_out.outside.numpy()
     right = np.append(failures(test) == 0, np.zeros(N_OUTSIDE, dtype=bool))
     rows = is_outside | right
-    before, after = (auroc(one.predict_uncertainty(held_out)[rows], is_outside[rows]) for one in (other, taught))
+    before, after = (
+        auroc(one.predict_uncertainty(held_out)[rows], is_outside[rows]) for one in (other, taught)
+    )
     assert after >= max(before, 0.9)
 
 
 @pytest.mark.parametrize("name", LABELLED)
 def test_a_training_set_of_nothing_else_is_refused(name: str, more_train: Embeddings) -> None:
     nothing_else = more_train.take(np.flatnonzero(more_train.outside.numpy()))
-    with pytest.raises(DataError, match=f"the {N_OUTSIDE} labelled training rows are of none of the classes"):
+    with pytest.raises(
+        DataError, match=f"the {N_OUTSIDE} labelled training rows are of none of the classes"
+    ):
         make(name).fit(nothing_else)
 
 
@@ -141,12 +151,20 @@ def test_what_is_needed_may_depend_on_a_parameter(
 
 
 def test_members_of_a_stack_get_what_they_need(train: Embeddings, more_train: Embeddings) -> None:
-    stack = PREDICTORS["stacking"](members=("linear_probe", "mahalanobis", "delta_knn")).fit(more_train)
-    for name, alone in {"linear_probe": train, "mahalanobis": train, "delta_knn": more_train}.items():
+    stack = PREDICTORS["stacking"](members=("linear_probe", "mahalanobis", "delta_knn")).fit(
+        more_train
+    )
+    for name, alone in {
+        "linear_probe": train,
+        "mahalanobis": train,
+        "delta_knn": more_train,
+    }.items():
         assert_same_state(stack.members_[name], make(name).fit(alone))
 
 
 def test_shots_are_of_classes_and_what_is_of_none_stays(more_train: Embeddings) -> None:
     rows = shots(more_train, 16, seed=1).numpy()
-    assert np.flatnonzero(more_train.outside.numpy()[rows]).tolist() == list(range(80, 80 + N_OUTSIDE))
+    assert np.flatnonzero(more_train.outside.numpy()[rows]).tolist() == list(
+        range(80, 80 + N_OUTSIDE)
+    )
     assert np.bincount(more_train.target.numpy()[rows[:80]]).tolist() == [16] * 5

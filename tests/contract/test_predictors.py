@@ -106,7 +106,8 @@ def test_scores_are_float64_of_one_sign(name: str, fitted: dict, test: Embedding
     uncertainty = fitted[name].predict_uncertainty(test)
     assert uncertainty.dtype == np.float64
     assert uncertainty.shape == (len(test),)
-    # 600 rows with about 150 failures: chance has a standard error near 0.03, so 0.6 is more than three away.
+    # 600 rows with about 150 failures: chance has a standard error near 0.03, so 0.6 is more than
+    # three away.
     assert auroc(uncertainty, failures(test)) > 0.6
 
 
@@ -135,7 +136,9 @@ def test_rows_are_scored_one_by_one(name: str, fitted: dict, test: Embeddings) -
     whole = fitted[name].predict_uncertainty(test)
     rows = torch.randperm(len(test), generator=torch.Generator().manual_seed(3))[:37]
     part = test.take(rows)
-    assert np.allclose(fitted[name].predict_uncertainty(part), whole[rows.numpy()], rtol=1e-4, atol=1e-5)
+    assert np.allclose(
+        fitted[name].predict_uncertainty(part), whole[rows.numpy()], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_order_of_the_classes_does_not_matter(name: str, fitted: dict, test: Embeddings) -> None:
@@ -146,16 +149,23 @@ def test_order_of_the_classes_does_not_matter(name: str, fitted: dict, test: Emb
         text=test.text[order],
         target=inverse[test.target.numpy()],
         columns={
-            column: test.column(column, torch.arange(len(test)))[order if column in TEXT_COLUMNS else slice(None)]
+            column: test.column(column, torch.arange(len(test)))[
+                order if column in TEXT_COLUMNS else slice(None)
+            ]
             for column in test.columns
         },
     )
     assert np.allclose(
-        fitted[name].predict_uncertainty(permuted), fitted[name].predict_uncertainty(test), rtol=1e-4, atol=1e-5
+        fitted[name].predict_uncertainty(permuted),
+        fitted[name].predict_uncertainty(test),
+        rtol=1e-4,
+        atol=1e-5,
     )
 
 
-def test_saved_and_loaded_scores_are_equal_bit_for_bit(name: str, fitted: dict, test: Embeddings, tmp_path) -> None:
+def test_saved_and_loaded_scores_are_equal_bit_for_bit(
+    name: str, fitted: dict, test: Embeddings, tmp_path
+) -> None:
     fingerprint = fitted[name].save(tmp_path / "predictor")
     loaded = vilu.load(tmp_path / "predictor")
     assert loaded == fitted[name]
@@ -166,7 +176,9 @@ def test_saved_and_loaded_scores_are_equal_bit_for_bit(name: str, fitted: dict, 
     ).read_bytes()
 
 
-def test_foreign_space_is_refused(name: str, fitted: dict, test: Embeddings, train: Embeddings) -> None:
+def test_foreign_space_is_refused(
+    name: str, fitted: dict, test: Embeddings, train: Embeddings
+) -> None:
     other_scale = variant(test, space=EmbeddingSpace(16, 100.0))
     with pytest.raises(ProvenanceError, match=r"logit_scale: 20\.0 .* against 100\.0"):
         fitted[name].predict_uncertainty(other_scale)
@@ -177,19 +189,25 @@ def test_foreign_space_is_refused(name: str, fitted: dict, test: Embeddings, tra
         named.predict_uncertainty(variant(test, space=there))
 
 
-def test_unusable_rows_get_nan_and_change_no_other(name: str, fitted: dict, test: Embeddings) -> None:
+def test_unusable_rows_get_nan_and_change_no_other(
+    name: str, fitted: dict, test: Embeddings
+) -> None:
     image = test.image.clone()
     image[3], image[7, 2] = 0, float("nan")
     damaged = variant(test, image=image)
     uncertainty = fitted[name].predict_uncertainty(damaged)
     assert np.flatnonzero(np.isnan(uncertainty)).tolist() == [3, 7]
     usable = np.isfinite(uncertainty)
-    assert np.allclose(uncertainty[usable], fitted[name].predict_uncertainty(test)[usable], rtol=1e-4, atol=1e-5)
+    assert np.allclose(
+        uncertainty[usable], fitted[name].predict_uncertainty(test)[usable], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_one_candidate_has_no_uncertainty(name: str, fitted: dict, test: Embeddings) -> None:
     columns = {
-        column: test.column(column, torch.arange(len(test)))[: 1 if column in TEXT_COLUMNS else None]
+        column: test.column(column, torch.arange(len(test)))[
+            : 1 if column in TEXT_COLUMNS else None
+        ]
         for column in test.columns
     }
     single = variant(test, text=test.text[:1], target=None, columns=columns)
@@ -206,7 +224,9 @@ def test_number_of_candidates(name: str, fitted: dict, k: int) -> None:
     else:
         assert np.isfinite(fitted[name].predict_uncertainty(data)).all()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"only \d+ failures")  # of two candidates, one is seldom wrong
+        warnings.filterwarnings(
+            "ignore", message=r"only \d+ failures"
+        )  # of two candidates, one is seldom wrong
         known = make(name).fit(toy_embeddings(n=300, k=k, seed=1))
     assert np.isfinite(known.predict_uncertainty(data)).all()
 
@@ -214,8 +234,8 @@ def test_number_of_candidates(name: str, fitted: dict, k: int) -> None:
 def test_half_precision_input(name: str, fitted: dict, test: Embeddings) -> None:
     half = variant(test, image=test.image.half(), text=test.text.half())
     exact, rounded = (fitted[name].predict_uncertainty(data) for data in (test, half))
-    # Rounding to float16 moves a coordinate by 2^-11 of itself, a logit by at most 20 * 2^-10 * 2 < 0.05. A score that
-    # counts neighbours may jump where two are equally near: in few rows.
+    # Rounding to float16 moves a coordinate by 2^-11 of itself, a logit by at most 20 * 2^-10 * 2 <
+    # 0.05. A score that counts neighbours may jump where two are equally near: in few rows.
     assert np.mean(np.abs(rounded - exact) <= 0.05 * max(1.0, exact.std())) > 0.97
 
 
@@ -236,7 +256,9 @@ def test_missing_columns_are_named(name: str, fitted: dict, train: Embeddings) -
     bare = variant(train, columns=None)
     for column in PREDICTORS[name].columns:
         for refused in (make(name).fit, fitted[name].predict_uncertainty):
-            with pytest.raises(DataError, match=f"needs the column .* Make it with `{HOW[column]}`"):
+            with pytest.raises(
+                DataError, match=f"needs the column .* Make it with `{HOW[column]}`"
+            ):
                 refused(bare)
 
 
@@ -257,7 +279,9 @@ def test_few_failures(name: str, train: Embeddings, test: Embeddings, n_failures
 def test_nothing_to_learn(learned: str, train: Embeddings, test: Embeddings, wrong: bool) -> None:
     rows = torch.from_numpy(np.flatnonzero(failures(train) == wrong))
     degenerate = train.take(rows)
-    with pytest.raises(DataError, match=f"Found 0 {'successes' if wrong else 'failures'} among {len(rows)}"):
+    with pytest.raises(
+        DataError, match=f"Found 0 {'successes' if wrong else 'failures'} among {len(rows)}"
+    ):
         make(learned).fit(degenerate)
     with pytest.warns(UserWarning, match="only 0"):
         constant = make(learned, allow_degenerate=True).fit(degenerate)
@@ -282,7 +306,9 @@ def test_one_failure_is_enough_to_fit(learned: str, train: Embeddings, test: Emb
     assert np.isfinite(predictor.predict_uncertainty(test)).all()
 
 
-def test_constant_survives_saving(learned: str, train: Embeddings, test: Embeddings, tmp_path) -> None:
+def test_constant_survives_saving(
+    learned: str, train: Embeddings, test: Embeddings, tmp_path
+) -> None:
     rows = torch.from_numpy(np.flatnonzero(failures(train) == 0))
     with pytest.warns(UserWarning, match="only 0"):
         constant = make(learned, allow_degenerate=True).fit(train.take(rows))
@@ -295,7 +321,9 @@ def test_bad_training_sets(labelled: str, train: Embeddings) -> None:
     with pytest.raises(DataError, match="training set is empty"):
         make(labelled).fit(train.take(nothing))
     columns = {
-        column: train.column(column, torch.arange(len(train)))[: 1 if column in TEXT_COLUMNS else None]
+        column: train.column(column, torch.arange(len(train)))[
+            : 1 if column in TEXT_COLUMNS else None
+        ]
         for column in train.columns
     }
     with pytest.raises(DataError, match="one candidate"):
@@ -314,7 +342,9 @@ def test_a_few_bad_or_unlabelled_rows_are_left_out_aloud(labelled: str, train: E
     image[0], target[1:4] = 0, -1
     needs = PREDICTORS[labelled].needs_labels
     said = (
-        r"4 of 600 .*rows are left out \(1 unusable, the rest without label\)" if needs else r"1 of 600 .*\(unusable\)"
+        r"4 of 600 .*rows are left out \(1 unusable, the rest without label\)"
+        if needs
+        else r"1 of 600 .*\(unusable\)"
     )
     with pytest.warns(UserWarning, match=said):
         predictor = make(labelled).fit(variant(train, image=image, target=target))
@@ -327,11 +357,19 @@ def test_labels_change_nothing_where_none_are_needed(
 ) -> None:
     """Neither which they are, nor whether a row is of none of the classes, nor whether there are any."""
     expected = fitted[name].predict_uncertainty(test)
-    for target in (None, train.target.flip(0), torch.where(train.target == 1, vilu.OUTSIDE, train.target)):
-        assert np.array_equal(make(name).fit(variant(train, target=target)).predict_uncertainty(test), expected)
+    for target in (
+        None,
+        train.target.flip(0),
+        torch.where(train.target == 1, vilu.OUTSIDE, train.target),
+    ):
+        assert np.array_equal(
+            make(name).fit(variant(train, target=target)).predict_uncertainty(test), expected
+        )
 
 
-def test_overlap_of_training_and_validation_is_refused(labelled: str, train: Embeddings, test: Embeddings) -> None:
+def test_overlap_of_training_and_validation_is_refused(
+    labelled: str, train: Embeddings, test: Embeddings
+) -> None:
     with pytest.raises(DataError, match="600 of 600 validation rows are in the training set"):
         make(labelled).fit(train, validation=train)
     fitted = make(labelled).fit(train, validation=test)
@@ -339,7 +377,9 @@ def test_overlap_of_training_and_validation_is_refused(labelled: str, train: Emb
 
 
 def test_parameters_out_of_range_are_named() -> None:
-    with pytest.raises(UsageError, match=r"'epochs' parameter of .* must be greater than or equal to 1\. Got 0"):
+    with pytest.raises(
+        UsageError, match=r"'epochs' parameter of .* must be greater than or equal to 1\. Got 0"
+    ):
         PREDICTORS["vilu"](epochs=0).fit(toy_embeddings())
     with pytest.raises(UsageError, match=r"has no parameter 'epoch'\. Did you mean 'epochs'"):
         build(PREDICTORS["vilu"], {"epoch": "3"})
@@ -360,10 +400,16 @@ def test_parameters_out_of_range_are_named() -> None:
         ("pvu", {"hidden": (1,) * 101}, "at most 100 items"),
     ],
 )
-def test_no_saved_number_makes_loading_or_scoring_endless(name: str, settings: dict, most: str, tmp_path) -> None:
+def test_no_saved_number_makes_loading_or_scoring_endless(
+    name: str, settings: dict, most: str, tmp_path
+) -> None:
     PREDICTORS["mcm_ts"]().fit(toy_embeddings()).save(tmp_path)
     record = json.loads((tmp_path / "predictor.json").read_bytes())
-    write_json(tmp_path / "predictor.json", {**record, "method": name, "parameters": settings}, seal="fingerprint")
+    write_json(
+        tmp_path / "predictor.json",
+        {**record, "method": name, "parameters": settings},
+        seal="fingerprint",
+    )
     with pytest.raises(DataError, match=f"{next(iter(settings))!r} parameter of {name} .*{most}"):
         vilu.load(tmp_path)
 
@@ -371,9 +417,13 @@ def test_no_saved_number_makes_loading_or_scoring_endless(name: str, settings: d
 @pytest.mark.parametrize(
     ("fraction", "error", "what"),
     [(wrong, UsageError, f"must be .* Got {wrong} instead") for wrong in (-0.1, 1.0, 1.5, np.nan)]
-    + [(0.9999, DataError, "holds out 600 of 600 training rows")],  # of the failures, and of the successes, rounded
+    + [
+        (0.9999, DataError, "holds out 600 of 600 training rows")
+    ],  # of the failures, and of the successes, rounded
 )
-def test_a_share_to_hold_out_leaves_rows_to_learn_from(fraction: float, error: type[Exception], what: str) -> None:
+def test_a_share_to_hold_out_leaves_rows_to_learn_from(
+    fraction: float, error: type[Exception], what: str
+) -> None:
     with pytest.raises(error, match=f"validation_fraction.* {what}"):
         vilu.ViLU(epochs=1, hidden=(4,), validation_fraction=fraction).fit(toy_embeddings())
 
@@ -381,7 +431,10 @@ def test_a_share_to_hold_out_leaves_rows_to_learn_from(fraction: float, error: t
 def test_a_share_to_hold_out_leaves_failures_to_learn_from() -> None:
     wrong, right = (np.flatnonzero(failures(toy_embeddings()) == kind) for kind in (1, 0))
     few = toy_embeddings().take(np.sort([*wrong[:3], *right]))
-    with pytest.raises(DataError, match="so that no failure or no success is left"), pytest.warns(match="only 3 fail"):
+    with (
+        pytest.raises(DataError, match="so that no failure or no success is left"),
+        pytest.warns(match="only 3 fail"),
+    ):
         vilu.ViLU(epochs=1, hidden=(4,), validation_fraction=0.9).fit(few)
 
 
@@ -426,12 +479,22 @@ SHAPES = {  # of a tensor that is damaged, what its sizes and numbers then are
 @pytest.mark.parametrize(
     ("method", "tensor", "damage", "message"),
     [
-        ("knn_vote", "bank", "cut", r"float32 of shape \(600, 16\)\. Got torch\.float32 of shape \(600, 15\)"),
+        (
+            "knn_vote",
+            "bank",
+            "cut",
+            r"float32 of shape \(600, 16\)\. Got torch\.float32 of shape \(600, 15\)",
+        ),
         ("knn_vote", "bank", "half", r"Got torch\.float16 of shape \(600, 16\)"),
         ("knn_vote", "labels", "cut", r"shape \(600,\)\. Got torch\.int64 of shape \(599,\)"),
         ("knn_vote", "labels", "beyond", r"from 0 to 4\. Got 100 to 104"),
         ("trine", "classes", "cut", r"shape \(5, 16\)"),
-        ("knn_distance", "bank", "empty", r"shape \(1, 16\)\. Got torch\.float32 of shape \(0, 16\)"),
+        (
+            "knn_distance",
+            "bank",
+            "empty",
+            r"shape \(1, 16\)\. Got torch\.float32 of shape \(0, 16\)",
+        ),
         ("mahalanobis", "means", "cut", r"shape \(5, 16\)"),
         ("linear_probe", "weight", "cut", r"shape \(5, 16\)"),
         ("delta_knn", "n_right", "two", r"shape \(\)\. Got torch\.int64 of shape \(2,\)"),
@@ -442,8 +505,18 @@ SHAPES = {  # of a tensor that is damaged, what its sizes and numbers then are
         ("bayesvlm", "image_inputs", "cut", r"shape \(16, 16\)"),
         ("duo", "multipliers", "cut", r"shape \(2,\)"),
         ("vilu_zero", "outside.weight", "cut", r"shape \(16,\)"),
-        ("vilu_zero", "outside.slope", "empty", r"shape \(1,\)\. Got torch\.float64 of shape \(0,\)"),
-        ("vilu_plus", "outside.offset", "empty", r"shape \(6,\)\. Got torch\.float64 of shape \(0,\)"),
+        (
+            "vilu_zero",
+            "outside.slope",
+            "empty",
+            r"shape \(1,\)\. Got torch\.float64 of shape \(0,\)",
+        ),
+        (
+            "vilu_plus",
+            "outside.offset",
+            "empty",
+            r"shape \(6,\)\. Got torch\.float64 of shape \(0,\)",
+        ),
         ("stacking", "members.knn_vote.bank", "cut", r"float32 of shape \(600, 16\)"),
         ("vilu_plus", "pool", "two", r"each of 3 experts\. Got 6"),
     ],
@@ -453,14 +526,20 @@ def test_tensors_of_other_shapes_are_refused_when_they_are_read(
 ) -> None:
     """Also where all seals are whole: whoever made the folder could seal it."""
     fitted[method].save(tmp_path)
-    weights, record = tmp_path / "weights.safetensors", json.loads((tmp_path / "predictor.json").read_text())
+    weights, record = (
+        tmp_path / "weights.safetensors",
+        json.loads((tmp_path / "predictor.json").read_text()),
+    )
     tensors = safetensors_torch.load_file(weights)
     tensors[f"state.{tensor}"] = SHAPES[damage](tensors[f"state.{tensor}"])
     weights.write_bytes(safetensors_torch.save(tensors))
     sealed = {**record, "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
     del sealed["fingerprint"]
     write_json(tmp_path / "predictor.json", sealed, seal="fingerprint")
-    with pytest.raises(DataError, match=f"weights.safetensors beside it: .*{tensor.split('.', 2)[-1]} of .*{message}"):
+    with pytest.raises(
+        DataError,
+        match=f"weights.safetensors beside it: .*{tensor.split('.', 2)[-1]} of .*{message}",
+    ):
         vilu.load(tmp_path)
 
 
@@ -468,17 +547,26 @@ def test_tensors_of_other_shapes_are_refused_when_they_are_read(
 def test_weights_of_another_type_are_refused(name: str, fitted: dict) -> None:
     other, state = make(name), fitted[name].state()
     other.space_ = fitted[name].space_
-    weight = next(key for key in fitted[name].network_.state_dict() if key.endswith("weight") or "image" in key)
+    weight = next(
+        key
+        for key in fitted[name].network_.state_dict()
+        if key.endswith("weight") or "image" in key
+    )
     with pytest.raises(DataError, match=rf"{weight}.*torch\.float16"):
         other.restore({**state, weight: state[weight].half()})
     other.restore(state)
-    assert other.network_.state_dict()[weight].data_ptr() != fitted[name].network_.state_dict()[weight].data_ptr()
+    assert (
+        other.network_.state_dict()[weight].data_ptr()
+        != fitted[name].network_.state_dict()[weight].data_ptr()
+    )
 
 
 WIDTHLESS = ("mcm_ts", "duo", "sirc")  # their tensors say nothing of the width of the embeddings
 
 
-@pytest.mark.parametrize("name", [name for name in PREDICTORS if PREDICTORS[name].needs_fit and name not in WIDTHLESS])
+@pytest.mark.parametrize(
+    "name", [name for name in PREDICTORS if PREDICTORS[name].needs_fit and name not in WIDTHLESS]
+)
 def test_tensors_of_another_width_are_refused_when_they_are_read(name: str, fitted: dict) -> None:
     other = make(name)
     other.space_ = dataclasses.replace(fitted[name].space_, embed_dim=15)
@@ -520,13 +608,27 @@ def test_neither_equal_texts_nor_settings_of_torch_change_a_number(
     failure = vilu.score(fitted["mcm"], test).failure
     arguments, more = with_twins(train), with_twins(test)
     with everything_set():
-        before = torch.get_default_dtype(), torch.get_num_threads(), torch.is_autocast_enabled("cpu")
+        before = (
+            torch.get_default_dtype(),
+            torch.get_num_threads(),
+            torch.is_autocast_enabled("cpu"),
+        )
         doubled_train, doubled = Embeddings(**arguments), Embeddings(**more)
         assert np.array_equal(vilu.score(fitted["mcm"], doubled).failure, failure)
         again = {name: make(name).fit(doubled_train) for name in fitted}
-        inside = {name: predictor.calibrate(doubled).predict_uncertainty(doubled) for name, predictor in again.items()}
-        sure = {name: predictor.predict_failure_probability(doubled) for name, predictor in again.items()}
-        assert (torch.get_default_dtype(), torch.get_num_threads(), torch.is_autocast_enabled("cpu")) == before
+        inside = {
+            name: predictor.calibrate(doubled).predict_uncertainty(doubled)
+            for name, predictor in again.items()
+        }
+        sure = {
+            name: predictor.predict_failure_probability(doubled)
+            for name, predictor in again.items()
+        }
+        assert (
+            torch.get_default_dtype(),
+            torch.get_num_threads(),
+            torch.is_autocast_enabled("cpu"),
+        ) == before
         assert torch.is_inference_mode_enabled()
     for name, predictor in fitted.items():
         expected = predictor.predict_uncertainty(test)
@@ -539,13 +641,19 @@ def test_neither_equal_texts_nor_settings_of_torch_change_a_number(
             assert np.array_equal(one.predict_failure_probability(test), sure[name]), name
 
 
-def test_two_classes_of_one_name_and_text_are_one_answer(name: str, train: Embeddings, test: Embeddings) -> None:
+def test_two_classes_of_one_name_and_text_are_one_answer(
+    name: str, train: Embeddings, test: Embeddings
+) -> None:
     """ImageNet has "missile" and "sunglasses" twice: whichever copy labels name, they name the same answer."""
     quick = train.take(torch.arange(300))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="only")
         fits = {copy_of: make(name).fit(labelled_by(quick, copy_of)) for copy_of in (0, 1)}
-    said = [vilu.score(fits[fitted_on], labelled_by(test, named)) for fitted_on in (0, 1) for named in (0, 1)]
+    said = [
+        vilu.score(fits[fitted_on], labelled_by(test, named))
+        for fitted_on in (0, 1)
+        for named in (0, 1)
+    ]
     for other in said[1:]:
         assert np.array_equal(other.uncertainty, said[0].uncertainty)
         assert np.array_equal(other.failure, said[0].failure)
@@ -565,7 +673,9 @@ def labelled_by(data: EmbeddingSource, copy_of: int) -> Embeddings:
     columns |= {name: columns[name][given] for name in TEXT_COLUMNS if name in columns}
     names = [f"class {i}" for i in given]
     text = data.candidates(every).text[given]
-    return Embeddings(data.image_rows(every), text, target, space=data.space, class_names=names, columns=columns)
+    return Embeddings(
+        data.image_rows(every), text, target, space=data.space, class_names=names, columns=columns
+    )
 
 
 @pytest.mark.data
@@ -574,10 +684,15 @@ def test_imagenets_equal_names_work_in_every_method_that_compares_classes(shared
     if not file.is_file():
         pytest.skip(f"{file} is not here")
     found = np.load(file)
-    data = Embeddings(*(found[key] for key in ("image", "text", "target")), class_names=found["class_names"].tolist())
+    data = Embeddings(
+        *(found[key] for key in ("image", "text", "target")),
+        class_names=found["class_names"].tolist(),
+    )
     assert data.n_candidates == 998
     train, test = data.take(torch.arange(0, len(data), 8)), data.take(torch.arange(1, len(data), 4))
-    compared = [name for name in LABELLED if PREDICTORS[name].closed_set and not PREDICTORS[name].columns]
+    compared = [
+        name for name in LABELLED if PREDICTORS[name].closed_set and not PREDICTORS[name].columns
+    ]
     assert len(compared) > 8
     for name in compared:
         if name == "stacking":  # all of them again, six times
@@ -611,13 +726,19 @@ def test_neither_threads_nor_batches_nor_order_change_a_score(
     fitted: dict[str, vilu.FailurePredictor], test: Embeddings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Other blocks and other numbers of threads move a logit by rounding alone."""
-    before, order = torch.get_num_threads(), torch.randperm(len(test), generator=torch.Generator().manual_seed(5))
+    before, order = (
+        torch.get_num_threads(),
+        torch.randperm(len(test), generator=torch.Generator().manual_seed(5)),
+    )
     takes = {"order": order, "one row": torch.tensor([5]), "two rows": torch.tensor([9, 2])}
     torch.set_num_threads(1)
     try:
         for name, predictor in fitted.items():
             expected = predictor.predict_uncertainty(test)
-            gaps = {k: predictor.predict_uncertainty(test.take(v)) - expected[v.numpy()] for k, v in takes.items()}
+            gaps = {
+                k: predictor.predict_uncertainty(test.take(v)) - expected[v.numpy()]
+                for k, v in takes.items()
+            }
             for threads in (2, 4):
                 torch.set_num_threads(threads)
                 gaps[f"{threads} threads"] = predictor.predict_uncertainty(test) - expected
@@ -625,7 +746,8 @@ def test_neither_threads_nor_batches_nor_order_change_a_score(
             with monkeypatch.context() as patch:
                 patch.setattr("vilu.predictors.base.SCORING_BATCH", 7)
                 gaps["blocks"] = predictor.predict_uncertainty(test) - expected
-            # a score that counts neighbours may jump where rounding decides: in one row of a hundred at most
+            # a score that counts neighbours may jump where rounding decides: in one row of a
+            # hundred at most
             allowed = STEEPEST * ROUNDING * max(1.0, np.abs(expected).max())
             for kind, gap in gaps.items():
                 assert np.mean(np.abs(gap) > allowed) < 0.01, (name, kind, np.abs(gap).max())
@@ -636,10 +758,15 @@ def test_neither_threads_nor_batches_nor_order_change_a_score(
 @pytest.mark.filterwarnings("ignore:only")
 def test_logit_scales_from_one_to_ten_thousand(fitted: dict) -> None:
     for scale in (1.0, 1e4):
-        train, test = (toy_embeddings(n=200, seed=seed, scale=scale, ids_from=1_000 * seed) for seed in (0, 1))
+        train, test = (
+            toy_embeddings(n=200, seed=seed, scale=scale, ids_from=1_000 * seed) for seed in (0, 1)
+        )
         for name in fitted:
             if name not in TRAINED or name == "vilu":
-                assert np.isfinite(make(name).fit(train).predict_uncertainty(test)).all(), (name, scale)
+                assert np.isfinite(make(name).fit(train).predict_uncertainty(test)).all(), (
+                    name,
+                    scale,
+                )
 
 
 @pytest.mark.filterwarnings("ignore:only")

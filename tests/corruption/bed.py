@@ -42,7 +42,10 @@ from vilu.store.importing import import_arrays
 from vilu.store.inspect import inspect
 
 FINE = {0, 8}
-"""Exit codes of commands that have done what they were asked: 8 is the answer "the promise is void"."""
+"""Exit codes of commands that have done what they were asked:
+
+8 is the answer "the promise is void".
+"""
 UNSAID = {".lock", "log.jsonl", "README.md", "times.txt"}
 """Files that hold no number that is read again: locks, clocks, and cards, which are the user's to edit."""
 LIMIT = 60
@@ -130,12 +133,16 @@ def build(root: Path) -> list[Artefact]:
     for name, first, n in (("train", 0, 80), ("calibration", 80, 90), ("new", 170, 50)):
         part = dataset(n)
         part.blobs, part.keys = rows.blobs[first : first + n], [f"{name}/{i}.png" for i in range(n)]
-        more = {"features": True, "views": 2, "prompts": ["a {}", "the {}"]} if name == "new" else {}
+        more = (
+            {"features": True, "views": 2, "prompts": ["a {}", "the {}"]} if name == "new" else {}
+        )
         embed(part, FakeBackbone(), root / name, names=NAMES, part_size=30, **more)
     pairs = dataset(40, unlabelled=range(40))
     pairs.class_names, pairs.captions = None, [f"picture number {i}" for i in range(40)]
     embed(pairs, FakeBackbone(), root / "pairs", part_size=20)
-    import_arrays(save(root / "arrays.npz", arrays(60, negatives=np.eye(6))), root / "imported", part_size=20)
+    import_arrays(
+        save(root / "arrays.npz", arrays(60, negatives=np.eye(6))), root / "imported", part_size=20
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         vilu.ViLU(hidden=(8,), epochs=2).fit(vilu.open_source(root / "train")).save(root / "head")
@@ -158,7 +165,11 @@ def build(root: Path) -> list[Artefact]:
         _score_folder(root, do),
         _state(root, do),
         *(_results(root / f"results.{suffix}", do) for suffix in ("json", "parquet")),
-        Artefact(root / "why.json", {"inspect": lambda: do("inspect", "why.json")}, lambda: do("inspect", "why.json")),
+        Artefact(
+            root / "why.json",
+            {"inspect": lambda: do("inspect", "why.json")},
+            lambda: do("inspect", "why.json"),
+        ),
         _benchmark(root, do),
         Artefact(
             root / "checkpoints",
@@ -181,7 +192,9 @@ def _store(root: Path, name: str, do: Do) -> Artefact:
 
     def read() -> object:
         inspect(path)
-        store = vilu.open_source(path, pools=Pools(4)) if name == "pairs" else vilu.open_source(path)
+        store = (
+            vilu.open_source(path, pools=Pools(4)) if name == "pairs" else vilu.open_source(path)
+        )
         labels = [store.target.tolist(), store.outside.tolist()]
         return [vilu.MCM().predict_uncertainty(store).tolist(), list(store.ids), labels]
 
@@ -190,7 +203,9 @@ def _store(root: Path, name: str, do: Do) -> Artefact:
         "inspect": lambda: do("inspect", path, "--deep"),
         "score": lambda: do("score", "mcm", path, "-o", out, *more, out=out),
         "explain": lambda: do("explain", "mcm", path, "-n", 2, "--json", *more),
-        "fit": lambda: do("fit", path, "-o", "fitted", "--method", method, *more, out=root / "fitted"),
+        "fit": lambda: do(
+            "fit", path, "-o", "fitted", "--method", method, *more, out=root / "fitted"
+        ),
     }
     return Artefact(path, uses, read)
 
@@ -212,7 +227,11 @@ def _predictor(root: Path, do: Do) -> Artefact:
         decider = Decider.of_folder(predictor, path)
         monitor = Monitor.of_folder(path) if record.has_record(path) else None
         outcomes = vilu.score(predictor, rows, decider=decider)
-        return [outcomes.table()[0]["uncertainty"].to_pylist(), outcomes.decision, monitor and monitor.fingerprint]
+        return [
+            outcomes.table()[0]["uncertainty"].to_pylist(),
+            outcomes.decision,
+            monitor and monitor.fingerprint,
+        ]
 
     uses: dict[str, Use] = {
         "score": lambda: do("score", path, "new", "-o", out, out=out),
@@ -241,7 +260,9 @@ def _scores(root: Path, do: Do) -> Artefact:
         "report": lambda: do("report", path, "-o", "page.html", out=root / "page.html"),
         "inspect": lambda: do("inspect", path),
     }
-    return Artefact(path, uses, lambda: vilu.evaluate(Outcomes.load(path), n_resamples=0).to_dicts())
+    return Artefact(
+        path, uses, lambda: vilu.evaluate(Outcomes.load(path), n_resamples=0).to_dicts()
+    )
 
 
 def _score_folder(root: Path, do: Do) -> Artefact:
@@ -255,7 +276,10 @@ def _score_folder(root: Path, do: Do) -> Artefact:
 
     def read() -> object:
         folder = ScoreFolder(path)
-        return [vilu.evaluate(folder, n_resamples=0).to_dicts(), folder.outcomes().uncertainty.tolist()]
+        return [
+            vilu.evaluate(folder, n_resamples=0).to_dicts(),
+            folder.outcomes().uncertainty.tolist(),
+        ]
 
     return Artefact(path, uses, read)
 
@@ -290,7 +314,12 @@ def benchmark(root: Path) -> object:
         make_store(root / "data/one-test", 30, 1_000)
     stores = {"one": {"stores": {"train": "one-train", "test": "one-test"}}}
     methods = {"mcm": {}, "lvu": {"params": {"epochs": 1, "hidden": [4]}}}
-    changes = {"data": stores, "methods": methods, "seeds": 1, "settings": {"all": {"kind": "labels"}}}
+    changes = {
+        "data": stores,
+        "methods": methods,
+        "seeds": 1,
+        "settings": {"all": {"kind": "labels"}},
+    }
     (study,) = run_studies([config(**changes)], root / "data", root / "bench")
     return study.text, tree(root / "bench")
 

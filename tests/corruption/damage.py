@@ -18,7 +18,11 @@ def damage(kind: str, path: Path, others: list[Path], draw: random.Random) -> li
     """Do it; returns the files that are not what they were, None where this cannot be done to this file."""
     content = path.read_bytes()
     if kind == "swap":
-        alike = [other for other in others if other.suffix == path.suffix and other.read_bytes() != content]
+        alike = [
+            other
+            for other in others
+            if other.suffix == path.suffix and other.read_bytes() != content
+        ]
         if not alike:
             return None
         other = draw.choice(alike)
@@ -38,7 +42,9 @@ def _changed(kind: str, content: bytes, draw: random.Random) -> bytes:
     if kind == "cut":
         return content[: draw.randrange(n)]
     edge = min(EDGE, n)
-    first, last = {"flip header": (0, edge), "flip data": (0, n), "flip footer": (n - edge, n)}[kind]
+    first, last = {"flip header": (0, edge), "flip data": (0, n), "flip footer": (n - edge, n)}[
+        kind
+    ]
     place = draw.randrange(first, last)
     changed = bytearray(content)
     changed[place] ^= 1 << draw.randrange(8)
@@ -70,7 +76,13 @@ def _edit(content: Any, draw: random.Random) -> None:
 
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:
-    keys = value.keys() if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    keys = (
+        value.keys()
+        if isinstance(value, dict)
+        else range(len(value))
+        if isinstance(value, list)
+        else ()
+    )
     for key in list(keys):
         yield value, key
         yield from _places(value[key])
@@ -87,7 +99,13 @@ def _replace(holder: Any, key: Any, draw: random.Random) -> None:
 def _retype(holder: Any, key: Any, draw: random.Random) -> None:
     """The same in another type."""
     value = holder[key]
-    ways: list[Callable[[Any], Any]] = [str, lambda x: [x], lambda x: {"a": x}, lambda x: not x, json.dumps]
+    ways: list[Callable[[Any], Any]] = [
+        str,
+        lambda x: [x],
+        lambda x: {"a": x},
+        lambda x: not x,
+        json.dumps,
+    ]
     holder[key] = draw.choice(ways)(value)
 
 
@@ -97,7 +115,9 @@ def _shift(holder: Any, key: Any, draw: random.Random) -> None:
     if isinstance(value, bool) or value is None:
         holder[key] = not value
     elif isinstance(value, int | float):
-        holder[key] = draw.choice((-value, value + 1, value - 1, value * 2, value * 10**9, float(value) / 3))
+        holder[key] = draw.choice(
+            (-value, value + 1, value - 1, value * 2, value * 10**9, float(value) / 3)
+        )
     elif isinstance(value, str):
         place = draw.randrange(len(value) + 1)
         holder[key] = value[:place] + draw.choice("x0/.\\é\n") + value[place + draw.randrange(2) :]

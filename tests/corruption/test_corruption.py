@@ -1,7 +1,8 @@
 """Nothing damaged is believed: after any damage every use names the file or gives the same numbers; and no traceback.
 
-``make test-corruption`` runs more than a thousand damages to all files of all artefacts and a thousand edits of every
-document, as they are and under a digest that agrees; SEED=... draws others. CI runs a share of them.
+``make test-corruption`` runs more than a thousand damages to all files of all artefacts and a
+thousand edits of every document, as they are and under a digest that agrees; SEED=... draws others.
+CI runs a share of them.
 """
 
 from __future__ import annotations
@@ -56,7 +57,10 @@ def said_by(use: Any) -> tuple[str, object]:
         return "refused", str(error)
     except Exception as error:  # noqa: BLE001 - just what is looked for
         where = traceback.extract_tb(error.__traceback__)[-1]
-        return "traceback", f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
+        return (
+            "traceback",
+            f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})",
+        )
 
 
 def names(message: object, changed: list[Path], artefact: Artefact) -> bool:
@@ -64,9 +68,13 @@ def names(message: object, changed: list[Path], artefact: Artefact) -> bool:
     return any(path.name in str(message) for path in changed)
 
 
-def operations(bed: list[Artefact], n: int, draw: random.Random) -> list[tuple[Artefact, Path, str]]:
+def operations(
+    bed: list[Artefact], n: int, draw: random.Random
+) -> list[tuple[Artefact, Path, str]]:
     """Every kind of damage to every file, again and again until there are n; in random order."""
-    every = [(artefact, path, kind) for artefact in bed for path in artefact.pristine for kind in KINDS]
+    every = [
+        (artefact, path, kind) for artefact in bed for path in artefact.pristine for kind in KINDS
+    ]
     rounds = -(-n // len(every))
     found = []
     for _ in range(rounds):
@@ -112,7 +120,10 @@ def test_no_damage_is_believed(bed: list[Artefact]) -> None:
                 faults.append((verdict, path.name, kind, name, str(value)[-300:]))
             counts[verdict] = counts.get(verdict, 0) + 1
             told = "" if verdict == "same" else str(value)[-300:]
-            where, seconds = path.relative_to(artefact.path.parent), round(time.monotonic() - before, 2)
+            where, seconds = (
+                path.relative_to(artefact.path.parent),
+                round(time.monotonic() - before, 2),
+            )
             note(number, verdict, where, kind, name, seconds, told)
     note("counts", counts)
     assert not faults, f"{len(faults)} of {counts}: {faults[:5]}"
@@ -132,7 +143,9 @@ def documents(bed: list[Artefact]) -> list[tuple[Artefact, Path]]:
         for path in artefact.pristine:
             table = path.suffix == ".parquet" and path.parent.name not in BOUND and is_ours(path)
             if path.suffix == ".json" or table:
-                found.setdefault(path.parent if path.parent.name in ALIKE else path, (artefact, path))
+                found.setdefault(
+                    path.parent if path.parent.name in ALIKE else path, (artefact, path)
+                )
     return list(found.values())
 
 
@@ -142,7 +155,9 @@ def is_ours(path: Path) -> bool:
 
 def content_of(path: Path) -> Any:
     """What a document says, or the metadata of a table."""
-    return json.loads(path.read_text() if path.suffix == ".json" else pq.read_schema(path).metadata[METADATA_KEY])
+    return json.loads(
+        path.read_text() if path.suffix == ".json" else pq.read_schema(path).metadata[METADATA_KEY]
+    )
 
 
 def rewrite(path: Path, content: Any, *, sealed: bool) -> None:
@@ -153,7 +168,9 @@ def rewrite(path: Path, content: Any, *, sealed: bool) -> None:
         if sealed and isinstance(content, dict):
             content = {key: value for key, value in content.items() if key != seal}
             content[seal] = table_digest(table, content)
-        pq.write_table(table.replace_schema_metadata({METADATA_KEY: json.dumps(content).encode()}), path)
+        pq.write_table(
+            table.replace_schema_metadata({METADATA_KEY: json.dumps(content).encode()}), path
+        )
         return
     if sealed and isinstance(content, dict):
         content = {key: value for key, value in content.items() if key != seal}

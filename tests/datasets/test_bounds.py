@@ -51,7 +51,9 @@ def test_the_folder_of_images_is_named_by_root(photos: Path, pattern: str) -> No
     """Absolute, climbing, and relative to somewhere else: refused with the rule, and read with --root."""
     source = table(photos, pattern)
     kind = "are missing below" if pattern == "{i}.png" else "paths lead out of"
-    with pytest.raises(DataError, match=rf"of 12 images, 12 .*{kind} .*lists \(the first: ") as refused:
+    with pytest.raises(
+        DataError, match=rf"of 12 images, 12 .*{kind} .*lists \(the first: "
+    ) as refused:
         require_files(open_dataset(source), 0.5)
     if pattern != "{i}.png":
         assert f"--root {photos} holds these" in str(refused.value)
@@ -65,7 +67,14 @@ def test_nothing_outside_of_root_is_read(photos: Path) -> None:
     (photos / "link.png").symlink_to(secret)
     (photos / "door").symlink_to(photos.parent)
     (photos / "own.png").symlink_to(photos / "0.png")
-    outside = [str(secret), "../secret.txt", "../photos/../secret.txt", "link.png", "door/secret.txt", "/etc/passwd"]
+    outside = [
+        str(secret),
+        "../secret.txt",
+        "../photos/../secret.txt",
+        "link.png",
+        "door/secret.txt",
+        "/etc/passwd",
+    ]
     images = open_dataset(table(photos, "{i}.png", "own.png", *outside), root=photos)
     records = list(images.records(0, len(images)))
     assert [record.read() for record in records[:13]] == [PNG] * 13
@@ -85,7 +94,9 @@ def test_a_link_out_of_a_folder_of_images(photos: Path) -> None:
     (farm / "a" / "1.png").write_bytes(PNG)
     (farm / "a" / "2.png").symlink_to(farm / "a" / "1.png")
     images = open_dataset(farm)
-    with pytest.raises(DataError, match=r"of 3 images, 1 paths lead out of .*'a/0.png'.*--root DIR"):
+    with pytest.raises(
+        DataError, match=r"of 3 images, 1 paths lead out of .*'a/0.png'.*--root DIR"
+    ):
         require_files(images, 0.2)
     with pytest.raises(OutsideError):
         read_all(images)
@@ -101,7 +112,9 @@ def test_no_byte_of_a_file_stands_in_its_error() -> None:
     assert "19 bytes" in str(found.value)
 
 
-def test_faults_are_those_of_the_rows_that_are_taken(photos: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_faults_are_those_of_the_rows_that_are_taken(
+    photos: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (photos / "11.png").unlink()
     source = table(photos, "{i}.png")
     require_files(open_dataset(source, root=photos, limit=11), 0.0)
@@ -121,7 +134,9 @@ def test_root_is_a_folder_and_for_files(photos: Path) -> None:
 
 
 def test_the_check_comes_before_the_model(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vilu.store.job.load_backbone", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(
+        "vilu.store.job.load_backbone", lambda *_, **__: pytest.fail("the model was loaded")
+    )
     done = run("embed", table(photos, "{photos}/{i}.png"), "-o", photos.parent / "e", code=3)
     assert "12 paths lead out of" in done.stderr
     assert "--root" in done.stderr
@@ -153,7 +168,10 @@ def test_no_permission_is_called_that(photos: Path) -> None:
     for folder in takewhile(lambda folder: folder != Path(gettempdir()), [photos, *photos.parents]):
         folder.chmod(0o755)  # pytest's own are closed to others
     (photos / "0.png").chmod(0)
-    with as_nobody(), pytest.raises(StorageError, match="1 files may not be read: permission denied"):
+    with (
+        as_nobody(),
+        pytest.raises(StorageError, match="1 files may not be read: permission denied"),
+    ):
         require_files(open_dataset(source, root=photos), 0.0)
     for path, opened in ((source, [source]), (names, [photos, names]), (shard, [shard])):
         path.chmod(0)

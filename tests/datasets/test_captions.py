@@ -13,13 +13,26 @@ from tests.builders.image_files import encode, listed, picture, write_parquet
 from tests.builders.tar_files import outcomes
 from vilu.datasets.base import ImageRecord
 from vilu.datasets.catalog import open_dataset
-from vilu.datasets.images import MAX_CAPTION_BYTES, BadImage, decode_caption, read_caption, read_image
+from vilu.datasets.images import (
+    MAX_CAPTION_BYTES,
+    BadImage,
+    decode_caption,
+    read_caption,
+    read_image,
+)
 from vilu.errors import DataError, UsageError
 
 PICTURES = [encode(picture(size=(8, 8), seed=i), "PNG") for i in range(8)]
 CAPTIONS = [" a red\nfox ", "a\u0301", "", None, "\u200b \0", "x"]
 """Of which the third to fifth cannot be used."""
-EXPECTED = ["a red\nfox", "a\u0301", "text:empty_text", "text:missing_caption", "text:empty_text", "x"]
+EXPECTED = [
+    "a red\nfox",
+    "a\u0301",
+    "text:empty_text",
+    "text:missing_caption",
+    "text:empty_text",
+    "x",
+]
 
 
 def kind(data: bytes | None) -> str:
@@ -63,7 +76,9 @@ def test_captions_are_kept_as_written_but_for_outer_blanks(text):
 
 def test_a_caption_at_the_limit_and_of_signs_that_are_new():
     assert decode_caption(b"x" * MAX_CAPTION_BYTES) == "x" * MAX_CAPTION_BYTES
-    assert decode_caption("\U0001fadf".encode()) == "\U0001fadf"  # of Unicode 16: no category in older tables
+    assert (
+        decode_caption("\U0001fadf".encode()) == "\U0001fadf"
+    )  # of Unicode 16: no category in older tables
     assert decode_caption(b"a\0b") == "a\0b"
 
 
@@ -83,7 +98,9 @@ def test_reading_the_caption_of_a_record():
 
 def test_parquet_with_captions(tmp_path):
     for column in ("caption", "Text"):
-        source = write_parquet(tmp_path, {"image": pa.array(PICTURES[:6]), column: CAPTIONS}, row_group_size=4)
+        source = write_parquet(
+            tmp_path, {"image": pa.array(PICTURES[:6]), column: CAPTIONS}, row_group_size=4
+        )
         dataset = open_dataset(source)
         assert (dataset.captioned, dataset.class_names, len(dataset)) == (True, None, 6)
         assert outcomes(dataset) == [(str(i), found) for i, found in enumerate(EXPECTED)]
@@ -103,7 +120,9 @@ def test_tables_of_paths_with_captions(tmp_path):
     rows = [f'{i}.png,"{"" if text is None else text}"\n' for i, text in enumerate(CAPTIONS)]
     csv = tmp_path / "set.csv"
     csv.write_bytes(b"\xef\xbb\xbfpath,caption\n" + "".join(rows).encode() + b"0.png ,caf\xe9\n")
-    expected = ["text:empty_text" if text == "text:missing_caption" else text for text in EXPECTED]  # CSV has no null
+    expected = [
+        "text:empty_text" if text == "text:missing_caption" else text for text in EXPECTED
+    ]  # CSV has no null
     found = open_dataset(csv)
     assert outcomes(found)[:6] == list(zip(paths, expected, strict=True))
     with pytest.raises(BadImage, match="UTF-8"):
@@ -111,12 +130,23 @@ def test_tables_of_paths_with_captions(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "type_", [pa.large_string(), pa.string_view(), pa.binary(), pa.binary_view(), pa.dictionary(pa.int8(), pa.string())]
+    "type_",
+    [
+        pa.large_string(),
+        pa.string_view(),
+        pa.binary(),
+        pa.binary_view(),
+        pa.dictionary(pa.int8(), pa.string()),
+    ],
 )
 def test_types_of_captions(tmp_path, type_):
     captions = pa.array(["a", None, "a"]).cast(type_)
     source = write_parquet(tmp_path, {"image": pa.array(PICTURES[:3]), "caption": captions})
-    assert [found for _, found in outcomes(open_dataset(source))] == ["a", "text:missing_caption", "a"]
+    assert [found for _, found in outcomes(open_dataset(source))] == [
+        "a",
+        "text:missing_caption",
+        "a",
+    ]
 
 
 def test_a_caption_that_is_not_utf8_costs_its_own_row_only(tmp_path):
@@ -135,7 +165,11 @@ def test_labels_go_before_captions_unless_captions_are_asked_for(tmp_path):
     columns = {"image": pa.array(PICTURES[:2]), "label": ["cat", "dog"], "caption": ["x", "y"]}
     source = write_parquet(tmp_path, columns)
     labelled, captioned = open_dataset(source), open_dataset(source, captions=True)
-    assert (labelled.class_names, labelled.captioned, listed(labelled)) == (("cat", "dog"), False, [("0", 0), ("1", 1)])
+    assert (labelled.class_names, labelled.captioned, listed(labelled)) == (
+        ("cat", "dog"),
+        False,
+        [("0", 0), ("1", 1)],
+    )
     assert [record.caption for record in labelled.records(0, 2)] == [None, None]
     assert (captioned.class_names, captioned.captioned) == (None, True)
     assert outcomes(captioned) == [("0", "x"), ("1", "y")]
@@ -145,8 +179,13 @@ def test_labels_go_before_captions_unless_captions_are_asked_for(tmp_path):
     csv.write_text("path,label,caption\n0.png,1,x\n")
     assert open_dataset(csv, captions=True).captioned  # the numbers need no names then
     for columns in ({"caption": ["x"]}, {"caption": ["x"], "label": pa.nulls(1)}):
-        named = write_parquet(tmp_path, {"image": pa.array(PICTURES[:1]), **columns}, {"class_names": "a,b"})
-        assert (open_dataset(named).class_names, open_dataset(named).captioned) == (("a", "b"), False)
+        named = write_parquet(
+            tmp_path, {"image": pa.array(PICTURES[:1]), **columns}, {"class_names": "a,b"}
+        )
+        assert (open_dataset(named).class_names, open_dataset(named).captioned) == (
+            ("a", "b"),
+            False,
+        )
 
 
 def test_a_classes_file_makes_a_captioned_table_unlabelled(tmp_path):
@@ -154,14 +193,21 @@ def test_a_classes_file_makes_a_captioned_table_unlabelled(tmp_path):
     classes = tmp_path / "classes.txt"
     classes.write_text("a\nb\n")
     dataset = open_dataset(source, classes=classes)
-    assert (dataset.captioned, dataset.class_names, listed(dataset)) == (False, ("a", "b"), [("0", None)])
+    assert (dataset.captioned, dataset.class_names, listed(dataset)) == (
+        False,
+        ("a", "b"),
+        [("0", None)],
+    )
     with pytest.raises(UsageError, match="not both"):
         open_dataset(source, classes=classes, captions=True)
 
 
 def test_captions_that_are_not_there(tmp_path):
     source = write_parquet(tmp_path, {"image": pa.array(PICTURES[:1]), "label": ["x"]})
-    with pytest.raises(UsageError, match=r"no column of captions: expected one of caption, text.*Found: image, label"):
+    with pytest.raises(
+        UsageError,
+        match=r"no column of captions: expected one of caption, text.*Found: image, label",
+    ):
         open_dataset(source, captions=True)
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat/0.png").write_bytes(PICTURES[0])
@@ -179,7 +225,9 @@ def test_limit_keeps_captions(tmp_path):
 def test_fingerprint_of_a_table_of_paths_follows_its_captions(tmp_path):
     found = set()
     for captions in (["x", "y"], ["x", "yy"], ["xy", ""], ["x", None], ["x", ""], ["", "xy"]):
-        source = write_parquet(tmp_path, {"path": ["a.png", "b.png"], "caption": pa.array(captions, pa.string())})
+        source = write_parquet(
+            tmp_path, {"path": ["a.png", "b.png"], "caption": pa.array(captions, pa.string())}
+        )
         found.add(open_dataset(source).fingerprint)
     assert len(found) == 6
 
@@ -232,11 +280,27 @@ def test_where_keeps_the_rows_that_hold_the_values(tmp_path):
 def test_where_that_keeps_nothing_lists_what_there_is(tmp_path):
     source = where_table(tmp_path)
     for where, split, message in (
-        ({"seller": "x"}, None, r"no column 'seller' for --where; it has image, label, vendor, size, split, tags"),
-        ({"vendor": "apple"}, None, r"no row with vendor=apple; column 'vendor' has google, twitter, ''"),
-        ({"size": "1", "vendor": "apple"}, None, r"vendor=apple among those chosen so far; .* google, twitter\."),
+        (
+            {"seller": "x"},
+            None,
+            r"no column 'seller' for --where; it has image, label, vendor, size, split, tags",
+        ),
+        (
+            {"vendor": "apple"},
+            None,
+            r"no row with vendor=apple; column 'vendor' has google, twitter, ''",
+        ),
+        (
+            {"size": "1", "vendor": "apple"},
+            None,
+            r"vendor=apple among those chosen so far; .* google, twitter\.",
+        ),
         ({"vendor": "google"}, "train", None),
-        ({"vendor": "twitter"}, "test", r"vendor=twitter among those chosen so far; column 'vendor' has google, ''"),
+        (
+            {"vendor": "twitter"},
+            "test",
+            r"vendor=twitter among those chosen so far; column 'vendor' has google, ''",
+        ),
         ({"image": "x"}, None, "pictures"),
     ):
         if message is None:
@@ -253,16 +317,21 @@ def test_where_that_keeps_nothing_lists_what_there_is(tmp_path):
 
 def test_where_in_csv(tmp_path):
     csv = tmp_path / "set.tsv"
-    csv.write_bytes(b"path\tVendor\tcaption\n0.png\tgoogle\tx\n1.png\ttwitter\ty\n2.png\tgoogle\tz\n")
+    csv.write_bytes(
+        b"path\tVendor\tcaption\n0.png\tgoogle\tx\n1.png\ttwitter\ty\n2.png\tgoogle\tz\n"
+    )
     dataset = open_dataset(csv, where={"Vendor": "google"})
     assert [record.caption() for record in dataset.records(0, 9)] == ["x", "z"]
     assert listed(open_dataset(csv, where={"caption": "y"})) == [("1.png", None)]
     assert listed(open_dataset(csv, where={"path": "2.png"})) == [("2.png", None)]
     fingerprints = {
-        open_dataset(csv, where=where).fingerprint for where in (None, {"Vendor": "google"}, {"caption": "y"})
+        open_dataset(csv, where=where).fingerprint
+        for where in (None, {"Vendor": "google"}, {"caption": "y"})
     }
     assert len(fingerprints) == 3
-    with pytest.raises(UsageError, match="no column 'vendor' for --where; it has path, Vendor, caption"):
+    with pytest.raises(
+        UsageError, match="no column 'vendor' for --where; it has path, Vendor, caption"
+    ):
         open_dataset(csv, where={"vendor": "google"})
     csv.write_bytes(b"path\ta\ta\n0.png\t1\t2\n")
     with pytest.raises(DataError, match="'a' occurs 2 times"):
@@ -273,7 +342,10 @@ def test_where_is_part_of_the_fingerprint(tmp_path):
     source = where_table(tmp_path)
     plain = open_dataset(source).fingerprint
     assert open_dataset(source, where={}).fingerprint == plain
-    both = [open_dataset(source, where=where).fingerprint for where in ({"size": "1", "vendor": "google"},) * 2]
+    both = [
+        open_dataset(source, where=where).fingerprint
+        for where in ({"size": "1", "vendor": "google"},) * 2
+    ]
     turned = open_dataset(source, where={"vendor": "google", "size": "1"}).fingerprint
     other = open_dataset(source, where={"vendor": "google", "size": "2"}).fingerprint
     assert both == [turned, turned]

@@ -27,16 +27,28 @@ def cifar(root: Path, kind: int, *, encoding: str = "python3", n: int = 3) -> np
     """A folder in the layout of the real archives; returns the pixels of its test split."""
     folder = root / {10: "cifar-10-batches-py", 100: "cifar-100-python"}[kind]
     folder.mkdir(parents=True)
-    names = {10: [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"], 100: ["train", "test"]}[kind]
+    names = {10: [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"], 100: ["train", "test"]}[
+        kind
+    ]
     rng = np.random.default_rng(0)
     for number, name in enumerate(names):
         data = rng.integers(0, 256, (n, 3072), dtype=np.uint8)
         labels = [(number + i) % kind for i in range(n)]
-        content = {b"data": data, b"labels" if kind == 10 else b"fine_labels": labels, b"filenames": [b"x.png"] * n}
-        write = python2_pickle if encoding == "python2" else lambda value: pickle.dumps(value, protocol=2)
+        content = {
+            b"data": data,
+            b"labels" if kind == 10 else b"fine_labels": labels,
+            b"filenames": [b"x.png"] * n,
+        }
+        write = (
+            python2_pickle
+            if encoding == "python2"
+            else lambda value: pickle.dumps(value, protocol=2)
+        )
         (folder / name).write_bytes(write(content))
     key, meta = (b"label_names", "batches.meta") if kind == 10 else (b"fine_label_names", "meta")
-    (folder / meta).write_bytes(pickle.dumps({key: [b"class_%d" % i for i in range(kind)]}, protocol=2))
+    (folder / meta).write_bytes(
+        pickle.dumps({key: [b"class_%d" % i for i in range(kind)]}, protocol=2)
+    )
     return data
 
 
@@ -55,7 +67,9 @@ def test_cifar_gives_its_pixels_back(tmp_path, kind, encoding):
         assert records[2].key == ("test_batch/2" if kind == 10 else "test/2")
         for record, expected in zip(records, pixels, strict=True):
             image = read_image(record).image
-            np.testing.assert_array_equal(np.asarray(image), expected.reshape(3, 32, 32).transpose(1, 2, 0))
+            np.testing.assert_array_equal(
+                np.asarray(image), expected.reshape(3, 32, 32).transpose(1, 2, 0)
+            )
 
 
 def test_cifar_splits_parts_and_fingerprints(tmp_path):
@@ -76,7 +90,9 @@ def test_cifar_splits_parts_and_fingerprints(tmp_path):
 def test_cifar_array_in_fortran_order(tmp_path):
     cifar(tmp_path, 100)
     data = np.asfortranarray(np.arange(2 * 3072, dtype=np.int64).astype(np.uint8).reshape(2, 3072))
-    (tmp_path / "cifar-100-python/test").write_bytes(pickle.dumps({"data": data, "fine_labels": [0, 1]}, protocol=2))
+    (tmp_path / "cifar-100-python/test").write_bytes(
+        pickle.dumps({"data": data, "fine_labels": [0, 1]}, protocol=2)
+    )
     second = list(open_dataset(tmp_path, split="test").records(0, 2))[1]
     found = np.asarray(decode_image(second.read()).image)
     np.testing.assert_array_equal(found.transpose(2, 0, 1).ravel(), data[1])
@@ -148,13 +164,17 @@ def test_a_pickle_cannot_ask_for_a_memo_of_gigabytes(tmp_path):
     file = tmp_path / "damaged"
     for slot in (b"r\xff\xff\xff\xff", b"p4294967295\n", b"r\x05\x00\x00\x00"):
         file.write_bytes(b"\x80\x02}" + slot + b".")
-        with pytest.raises(DataError, match=r"refused: it keeps an object in slot .*, and at most 2 were made"):
+        with pytest.raises(
+            DataError, match=r"refused: it keeps an object in slot .*, and at most 2 were made"
+        ):
             read_pickle(file)
     file.write_bytes(b"\x80\x02}r\x01\x00\x00\x00.")
     assert read_pickle(file) == {}
 
 
-@pytest.mark.parametrize("found", [b"S'\\q'\n.", b"S'\\777'\n.", b"(dS'\\q'\nI1\ns.", b"}S'data\\8'\nNs."])
+@pytest.mark.parametrize(
+    "found", [b"S'\\q'\n.", b"S'\\777'\n.", b"(dS'\\q'\nI1\ns.", b"}S'data\\8'\nNs."]
+)
 @pytest.mark.parametrize("action", ["error", "ignore", "always", "default", "once"])
 def test_an_escape_that_python_guesses_at_is_damage(tmp_path, found, action):
     """Found by hypothesis: pickle warns of it, and what happens then was up to the program's filter."""
@@ -162,7 +182,9 @@ def test_an_escape_that_python_guesses_at_is_damage(tmp_path, found, action):
     file.write_bytes(found)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter(action)
-        with pytest.raises(DataError, match=r"damaged was refused: invalid (octal )?escape sequence"):
+        with pytest.raises(
+            DataError, match=r"damaged was refused: invalid (octal )?escape sequence"
+        ):
             read_pickle(file)
     assert not said
 

@@ -24,7 +24,14 @@ def test_default_names_are_cleaned_and_raw_ones_kept():
 
 
 @pytest.mark.parametrize(
-    "text", ["zebra\nant\n", "\ufeffzebra\r\nant\r\n\r\n", "zebra\rant\r", "zebra\nant", " zebra \nant\n\n  \n"]
+    "text",
+    [
+        "zebra\nant\n",
+        "\ufeffzebra\r\nant\r\n\r\n",
+        "zebra\rant\r",
+        "zebra\nant",
+        " zebra \nant\n\n  \n",
+    ],
 )
 def test_names_in_label_order(tmp_path, text):
     file = classes_file(tmp_path, text)
@@ -42,7 +49,9 @@ def test_tabbed_names_are_matched_with_the_folders(tmp_path):
 
 def test_numbers_before_names_are_the_labels_where_labels_are_numbers(tmp_path):
     file = classes_file(tmp_path, "2\tdog\n0\tcat\n1\tbird\n")
-    assert class_table(None, file, by_position=True) == ClassTable(("0", "1", "2"), ("cat", "bird", "dog"))
+    assert class_table(None, file, by_position=True) == ClassTable(
+        ("0", "1", "2"), ("cat", "bird", "dog")
+    )
     for text in ("1\tcat\n2\tdog\n", "0\tcat\n0\tdog\n", "0\tcat\n01\tdog\n"):
         with pytest.raises(DataError, match="must be the labels 0 to 1, each once"):
             class_table(None, classes_file(tmp_path, text), by_position=True)
@@ -58,7 +67,10 @@ def test_plain_names_are_matched_with_the_folders(tmp_path):
     [
         ("n01\nred_fx\nant\n", "does not have: 'red_fx'. Did you mean 'red_fox' for 'red_fx'"),
         ("n01\ta\nred_fx\tb\nant\tc\n", "does not have: 'red_fx'. Did you mean 'red_fox'"),
-        ("n01\nred_fox\nant\nbee\n", "does not have: 'bee'. Leave them out; or, .* make an empty sub-folder for each"),
+        (
+            "n01\nred_fox\nant\nbee\n",
+            "does not have: 'bee'. Leave them out; or, .* make an empty sub-folder for each",
+        ),
         ("n01\nant\n", "leaves out classes of the data: 'red_fox'"),
         ("n01\ta\n", "leaves out classes of the data: 'red_fox', 'ant'"),
         ("n01\nant\nred_fox\nred fox\n", "more than once: 'red_fox'"),
@@ -108,7 +120,11 @@ def test_tables_that_cannot_be(folders, names, message):
 def test_prompt_names_may_repeat_where_labels_or_raw_names_tell_classes_apart(tmp_path):
     """As in ImageNet's usual list; equal candidates are one answer (``Embeddings``)."""
     assert class_table(["a b", "a_b"], None).names == ("a b", "a b")
-    assert class_table(FOLDERS, classes_file(tmp_path, "n01\tx\nant\tx\nred_fox\ty\n")).names == ("x", "y", "x")
+    assert class_table(FOLDERS, classes_file(tmp_path, "n01\tx\nant\tx\nred_fox\ty\n")).names == (
+        "x",
+        "y",
+        "x",
+    )
     assert class_table(None, classes_file(tmp_path, "x\ny\nx\n")).names == ("x", "y", "x")
 
 

@@ -46,7 +46,9 @@ def test_parquet_of_bytes(tmp_path):
     dataset = open_dataset(source, split="validation+test")
     assert dataset.class_names == ("ant", "red fox", "zebra")
     assert listed(dataset) == [("k1", 1), ("k2", 2), ("k4", 1), ("k5", 2), ("k7", 1), ("k8", 2)]
-    assert [record.read() for record in dataset.records(0, 99)] == [png(i) for i in (1, 2, 4, 5, 7, 8)]
+    assert [record.read() for record in dataset.records(0, 99)] == [
+        png(i) for i in (1, 2, 4, 5, 7, 8)
+    ]
 
 
 @pytest.mark.parametrize("kind", [pa.large_binary(), pa.binary_view()])
@@ -64,7 +66,10 @@ def test_any_part_of_a_parquet_file_equals_a_slice_of_the_whole(tmp_path_factory
     folder = tmp_path_factory.mktemp("parts")
     source = write_parquet(
         folder,
-        {"image": pa.array([b"%d" % i for i in range(n)], pa.binary()), "split": pa.array(chosen, pa.string())},
+        {
+            "image": pa.array([b"%d" % i for i in range(n)], pa.binary()),
+            "split": pa.array(chosen, pa.string()),
+        },
         row_group_size=data.draw(st.integers(1, 100)),
     )
     split = data.draw(st.sampled_from([None, *sorted({name for name in chosen if name})]))
@@ -78,10 +83,19 @@ def test_any_part_of_a_parquet_file_equals_a_slice_of_the_whole(tmp_path_factory
 
 def test_hugging_face_struct_and_class_label(tmp_path):
     (tmp_path / "beside.png").write_bytes(png(7))
-    image = [{"bytes": png(0), "path": "0.png"}, {"bytes": None, "path": "beside.png"}, {"bytes": None, "path": None}]
+    image = [
+        {"bytes": png(0), "path": "0.png"},
+        {"bytes": None, "path": "beside.png"},
+        {"bytes": None, "path": None},
+    ]
     image += [{"bytes": None, "path": "/etc/passwd"}, None, {"bytes": b"", "path": "beside.png"}]
     info = {
-        "info": {"features": {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}, "image": {"_type": "Image"}}}
+        "info": {
+            "features": {
+                "label": {"names": ["cat", "dog"], "_type": "ClassLabel"},
+                "image": {"_type": "Image"},
+            }
+        }
     }
     kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
     source = write_parquet(
@@ -100,10 +114,17 @@ def test_hugging_face_struct_and_class_label(tmp_path):
 
 
 def test_parquet_string_labels_are_numbered_over_the_whole_file(tmp_path):
-    for kind in (pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int8(), pa.string())):
+    for kind in (
+        pa.string(),
+        pa.large_string(),
+        pa.string_view(),
+        pa.dictionary(pa.int8(), pa.string()),
+    ):
         labels = pa.array(["b", "10", None, "c", "9"]).cast(kind)
         split = pa.array(["x", "x", "x", "x", "y"])
-        source = write_parquet(tmp_path, {"image": pa.array([b"x"] * 5), "target": labels, "split": split})
+        source = write_parquet(
+            tmp_path, {"image": pa.array([b"x"] * 5), "target": labels, "split": split}
+        )
         dataset = open_dataset(source, split="x")
         assert dataset.class_names == ("10", "9", "b", "c")
         assert [label for _, label in listed(dataset)] == [2, 0, None, 3]
@@ -116,14 +137,24 @@ def test_parquet_labels_of_other_types(tmp_path):
         assert [label for _, label in listed(open_dataset(source))] == [1, None]
     source = write_parquet(tmp_path, {"image": images, "label": pa.nulls(2)}, NAMES)
     assert [label for _, label in listed(open_dataset(source))] == [None, None]
-    for labels in ([0.5, 1.0], [True, False], [[0], [1]], pa.array([0, 1], pa.timestamp("s")), [b"a", b"b"]):
+    for labels in (
+        [0.5, 1.0],
+        [True, False],
+        [[0], [1]],
+        pa.array([0, 1], pa.timestamp("s")),
+        [b"a", b"b"],
+    ):
         with pytest.raises(DataError, match="whole numbers or strings"):
             open_dataset(write_parquet(tmp_path, {"image": images, "label": labels}, NAMES))
 
 
 @pytest.mark.parametrize(
     ("labels", "message"),
-    [([0, 1, 3], r"row 2 .*label 3.*0 to 2"), ([0, -1, 2], r"row 1 .*label -1"), ([2**40, 0, 0], "row 0")],
+    [
+        ([0, 1, 3], r"row 2 .*label 3.*0 to 2"),
+        ([0, -1, 2], r"row 1 .*label -1"),
+        ([2**40, 0, 0], "row 0"),
+    ],
 )
 def test_parquet_labels_out_of_range(tmp_path, labels, message):
     source = write_parquet(tmp_path, {"image": pa.array([b"x"] * 3), "label": labels}, NAMES)
@@ -150,7 +181,10 @@ def test_damaged_class_names_in_the_schema(tmp_path, metadata):
 
 
 def test_missing_or_repeated_keys(tmp_path):
-    for keys, message in ((["a", None], "row 1 .*has no 'key'"), (["a", "a"], "'a' occurs more than once")):
+    for keys, message in (
+        (["a", None], "row 1 .*has no 'key'"),
+        (["a", "a"], "'a' occurs more than once"),
+    ):
         with pytest.raises(DataError, match=message):
             open_dataset(write_parquet(tmp_path, {"image": pa.array([b"x"] * 2), "key": keys}))
 
@@ -192,7 +226,9 @@ def test_fingerprint_of_a_parquet_file(tmp_path):
     os.utime(source, ns=(0, 10**18))
     first = open_dataset(source).fingerprint
     assert open_dataset(source).fingerprint == first
-    splits = {open_dataset(source, split=split).fingerprint for split in ("train", "test", "test+train")}
+    splits = {
+        open_dataset(source, split=split).fingerprint for split in ("train", "test", "test+train")
+    }
     assert len(splits | {first}) == 4
     os.utime(source, ns=(0, 10**18 + 1))
     assert open_dataset(source).fingerprint != first
@@ -210,22 +246,34 @@ def test_a_row_group_is_streamed(tmp_path):
         assert len(record.read()) == size
         most = max(most, pa.total_allocated_bytes() - before)
     page = 1024 * size
-    assert page < most < 3 * page  # one compressed, one not, a batch; read whole, the group has 8 pages
+    assert (
+        page < most < 3 * page
+    )  # one compressed, one not, a batch; read whole, the group has 8 pages
 
 
 def test_parts_in_order_read_the_file_once(tmp_path, monkeypatch):
-    source = write_parquet(tmp_path, {"image": pa.array([b"%d" % i for i in range(300)])}, row_group_size=300)
+    source = write_parquet(
+        tmp_path, {"image": pa.array([b"%d" % i for i in range(300)])}, row_group_size=300
+    )
     opened = []
     whole = pq.ParquetFile
-    monkeypatch.setattr(pq, "ParquetFile", lambda *args, **options: opened.append(1) or whole(*args, **options))
+    monkeypatch.setattr(
+        pq, "ParquetFile", lambda *args, **options: opened.append(1) or whole(*args, **options)
+    )
     dataset = open_dataset(source)
     opened.clear()
     expected = [b"%d" % i for i in range(300)]
-    read = [record.read() for start in range(0, 300, 70) for record in dataset.records(start, start + 70)]
+    read = [
+        record.read()
+        for start in range(0, 300, 70)
+        for record in dataset.records(start, start + 70)
+    ]
     assert (read, len(opened)) == (expected, 1)
     assert [record.read() for record in dataset.records(70, 140)] == expected[70:140]
     first, second = dataset.records(140, 210), dataset.records(140, 210)  # side by side
-    assert [(a.read(), b.read()) for a, b in zip(first, second, strict=True)] == [(x, x) for x in expected[140:210]]
+    assert [(a.read(), b.read()) for a, b in zip(first, second, strict=True)] == [
+        (x, x) for x in expected[140:210]
+    ]
     copy = pickle.loads(pickle.dumps(dataset))
     assert [record.read() for record in copy.records(290, 300)] == expected[290:]
 
@@ -239,7 +287,9 @@ def test_clothing(shared):
         *("dress", "hat", "longsleeve", "outwear", "pants"),
         *("shirt", "shoes", "shorts", "skirt", "t-shirt"),
     )
-    sizes = {split: len(open_dataset(source, split=split)) for split in ("train", "validation", "test")}
+    sizes = {
+        split: len(open_dataset(source, split=split)) for split in ("train", "validation", "test")
+    }
     assert sizes == {"train": 3068, "validation": 341, "test": 372}
     for record in open_dataset(source, split="validation+test", limit=40).records(20, 40):
         image = read_image(record)

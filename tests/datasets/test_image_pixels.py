@@ -32,7 +32,11 @@ def test_lossless_formats_give_the_pixels_back(name):
     original = picture()
     decoded = decode_image(encode(original, name, **LOSSLESS[name]))
     np.testing.assert_array_equal(np.asarray(decoded.image), np.asarray(original))
-    assert (decoded.image.mode, decoded.width, decoded.height, decoded.n_frames) == ("RGB", *SIZE, 1)
+    assert (decoded.image.mode, decoded.width, decoded.height, decoded.n_frames) == (
+        "RGB",
+        *SIZE,
+        1,
+    )
     assert (decoded.exif_orientation, decoded.flags) == (None, 0)
 
 
@@ -52,7 +56,9 @@ def test_grey_one_bit_palette_and_cmyk_become_rgb():
     assert (pixels(encode(palette, "PNG")) == [40, 50, 60]).all()
     ink = Image.new("CMYK", (8, 8), (0, 255, 0, 0))  # magenta on white paper
     assert (pixels(encode(ink, "TIFF")) == [255, 0, 255]).all()
-    assert np.abs(pixels(encode(ink, "JPEG")).astype(int) - [255, 0, 255]).max() <= 2  # JPEG's rounding
+    assert (
+        np.abs(pixels(encode(ink, "JPEG")).astype(int) - [255, 0, 255]).max() <= 2
+    )  # JPEG's rounding
 
 
 def over_white(value: int, alpha: int) -> float:
@@ -61,7 +67,10 @@ def over_white(value: int, alpha: int) -> float:
 
 @pytest.mark.parametrize(("value", "alpha"), [(0, 0), (200, 0), (200, 128), (17, 254), (0, 255)])
 def test_alpha_is_composited_on_white(value, alpha):
-    for image in (Image.new("RGBA", (8, 8), (value,) * 3 + (alpha,)), Image.new("LA", (8, 8), (value, alpha))):
+    for image in (
+        Image.new("RGBA", (8, 8), (value,) * 3 + (alpha,)),
+        Image.new("LA", (8, 8), (value, alpha)),
+    ):
         decoded = decode_image(encode(image, "PNG"))
         assert decoded.flags == ImageFlag.ALPHA
         found = np.asarray(decoded.image).astype(float)
@@ -95,7 +104,9 @@ def test_16_bit_photo_is_not_saturated():
     grid = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
     image = decode_image(deep_png(grid)).image
     assert np.asarray(image).mean() == pytest.approx(127.5, abs=0.5)
-    assert np.asarray(Image.open(io.BytesIO(deep_png(grid))).convert("RGB")).mean() > 250  # what Pillow makes of it
+    assert (
+        np.asarray(Image.open(io.BytesIO(deep_png(grid))).convert("RGB")).mean() > 250
+    )  # what Pillow makes of it
 
 
 def test_16_bit_colour_keeps_its_high_bytes():
@@ -115,7 +126,11 @@ def test_16_bit_colour_keeps_its_high_bytes():
         ),
         (np.array([0.0, 0.2, 1.0], np.float32), [0, 51, 255], ImageFlag.DEEP),
         (np.array([0.25, 0.25, 0.25], np.float32), [64, 64, 64], ImageFlag.DEEP),
-        (np.array([-1.0, 1.0, 1.55], np.float32), [0, 200, 255], ImageFlag.DEEP | ImageFlag.STRETCHED),
+        (
+            np.array([-1.0, 1.0, 1.55], np.float32),
+            [0, 200, 255],
+            ImageFlag.DEEP | ImageFlag.STRETCHED,
+        ),
         (np.array([3.0, 3.0, 3.0], np.float32), [0, 0, 0], ImageFlag.DEEP | ImageFlag.STRETCHED),
     ],
 )
@@ -146,7 +161,9 @@ def test_modes_without_a_conversion_are_unsupported():
 def test_first_frame_is_taken_and_frames_are_counted(name):
     frames = [Image.new("RGB", (16, 8), colour) for colour in ("red", "green", "blue")]
     options = {"lossless": True} if name == "WEBP" else {}
-    decoded = decode_image(encode(frames[0], name, save_all=True, append_images=frames[1:], **options))
+    decoded = decode_image(
+        encode(frames[0], name, save_all=True, append_images=frames[1:], **options)
+    )
     assert (np.asarray(decoded.image) == [255, 0, 0]).all()
     assert (decoded.n_frames, decoded.flags) == (3, ImageFlag.ANIMATED)
 
@@ -155,14 +172,18 @@ def test_counting_frames_has_an_end():
     start = time.perf_counter()
     assert decode_image(gif_frames(1_000_000)).n_frames == MAX_FRAMES
     directories = b"".join(struct.pack("<HI", 0, 8 + 6 * (i + 1)) for i in range(200_000))
-    assert count_directories(b"II*\0" + struct.pack("<I", 8) + directories, MAX_FRAMES) == MAX_FRAMES
+    assert (
+        count_directories(b"II*\0" + struct.pack("<I", 8) + directories, MAX_FRAMES) == MAX_FRAMES
+    )
     assert time.perf_counter() - start < 2  # Pillow's own count of these pages would take minutes
 
 
 def test_directories_that_loop_or_leave_the_file_are_counted_once():
     loop = b"II*\0" + struct.pack("<I", 8) + struct.pack("<HI", 0, 14) + struct.pack("<HI", 0, 8)
     assert count_directories(loop, 100) == 2
-    assert count_directories(b"II*\0" + struct.pack("<I", 8) + struct.pack("<HI", 0, 10**9), 100) == 1
+    assert (
+        count_directories(b"II*\0" + struct.pack("<I", 8) + struct.pack("<HI", 0, 10**9), 100) == 1
+    )
     assert count_directories(b"MM\0*" + struct.pack(">I", 10**9), 100) == 0
 
 
@@ -206,7 +227,12 @@ def test_orientation_in_the_xmp_of_a_tiff_is_not_applied():
 
 def test_orientation_in_a_png_behind_its_pixels():
     data = encode(picture(), "PNG")
-    assert decode_image(data[:-12] + chunk(b"eXIf", orientation_block(6)) + data[-12:]).exif_orientation == 6
+    assert (
+        decode_image(
+            data[:-12] + chunk(b"eXIf", orientation_block(6)) + data[-12:]
+        ).exif_orientation
+        == 6
+    )
 
 
 @pytest.mark.parametrize("name", ["JPEG", "PNG", "WEBP"])
@@ -236,7 +262,9 @@ def test_bad_exif_never_fails_a_picture(name, exif):
     prefix=st.sampled_from([b"", b"Exif\0\0"]),
 )
 def test_orientation_in_every_byte_order_and_type(value, order, kind, big, prefix):
-    assert orientation(prefix + orientation_block(value, order=order, kind=kind, big=big)) == (value or None)
+    assert orientation(prefix + orientation_block(value, order=order, kind=kind, big=big)) == (
+        value or None
+    )
 
 
 @given(st.binary(max_size=60).map(lambda tail: b"II*\0" + tail) | st.binary(max_size=60))

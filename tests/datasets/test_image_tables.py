@@ -59,7 +59,9 @@ def test_csv_of_paths_alone_is_unlabelled(tmp_path, alias):
 @pytest.mark.parametrize("names", ["zebra\nant\n", "1\tant\n0\tzebra\n"])
 @pytest.mark.parametrize("labels", [["1", "0", ""], ["1.0", "0.0", ""], [" 1", "00", " "]])
 def test_csv_numbers_are_labels_named_by_the_classes_file(tmp_path, labels, names):
-    source = write_csv(tmp_path, "path,label\n" + "".join(f"{i}.png,{label}\n" for i, label in enumerate(labels)))
+    source = write_csv(
+        tmp_path, "path,label\n" + "".join(f"{i}.png,{label}\n" for i, label in enumerate(labels))
+    )
     classes = tmp_path / "classes.txt"
     classes.write_text(names)
     dataset = open_dataset(source, classes=classes)
@@ -76,11 +78,17 @@ def test_a_number_that_could_be_a_name_or_a_place_is_refused(tmp_path, names):
     (tmp_path / "c.txt").write_text(names)
     with pytest.raises(DataError, match="Is a label a name, or a line of the classes file"):
         open_dataset(tmp_path / "t.csv", classes=tmp_path / "c.txt")
-    (tmp_path / "c.txt").write_text("".join(f"{i}\t{name}\n" for i, name in enumerate(names.split())))
-    assert open_dataset(tmp_path / "t.csv", classes=tmp_path / "c.txt").class_names == tuple(names.split())
+    (tmp_path / "c.txt").write_text(
+        "".join(f"{i}\t{name}\n" for i, name in enumerate(names.split()))
+    )
+    assert open_dataset(tmp_path / "t.csv", classes=tmp_path / "c.txt").class_names == tuple(
+        names.split()
+    )
     (tmp_path / "t.csv").write_text("path,label\na.png,\nb.png,\n")  # no label, nothing to mistake
     (tmp_path / "c.txt").write_text(names)
-    assert open_dataset(tmp_path / "t.csv", classes=tmp_path / "c.txt").class_names == tuple(names.split())
+    assert open_dataset(tmp_path / "t.csv", classes=tmp_path / "c.txt").class_names == tuple(
+        names.split()
+    )
 
 
 def test_csv_with_one_label_that_is_no_number_has_string_labels(tmp_path):
@@ -95,7 +103,10 @@ def test_apostrophes_against_formulas_are_taken_away(tmp_path):
     source = tmp_path / "labels.csv"
     source.write_bytes(csv_bytes({name: pa.array(cells) for name, cells in columns.items()}))
     dataset = open_dataset(source, where={"day": "+1"})
-    assert (listed(dataset), dataset.class_names) == ([("-1.png", 0), ("'b.png", 1)], ("=cat", "@dog"))
+    assert (listed(dataset), dataset.class_names) == (
+        [("-1.png", 0), ("'b.png", 1)],
+        ("=cat", "@dog"),
+    )
     assert dataset.faults.kinds.tolist() == [FINE, MISSING]
 
 
@@ -104,12 +115,18 @@ def test_a_picture_that_nobody_can_name_has_an_unknown_label(tmp_path, name):
     """``vilu labels`` writes (skip)."""
     labels = ["1", "0", " (skip)"] if name == "numbers.csv" else ["dog", "cat", " (skip)"]
     lines = [f"{i}.png,{label}\n" for i, label in enumerate(labels)]
-    source, classes = write_csv(tmp_path, "path,label\n" + "".join(lines), name), tmp_path / "classes.txt"
+    source, classes = (
+        write_csv(tmp_path, "path,label\n" + "".join(lines), name),
+        tmp_path / "classes.txt",
+    )
     classes.write_text("cat\ndog\n")
     if source.suffix == ".parquet":
         pq.write_table(pa.table({"path": ["0.png", "1.png", "2.png"], "label": labels}), source)
     dataset = open_dataset(source, classes=classes)
-    assert (dataset.class_names, [label for _, label in listed(dataset)]) == (("cat", "dog"), [1, 0, None])
+    assert (dataset.class_names, [label for _, label in listed(dataset)]) == (
+        ("cat", "dog"),
+        [1, 0, None],
+    )
 
 
 @pytest.mark.parametrize("bad", ["-1", "2"])
@@ -175,7 +192,9 @@ def test_paths_that_leave_the_folder_or_lead_nowhere_are_read_errors(tmp_path, p
     (tmp_path / "secret.png").write_bytes(png(0))
     (tmp_path / "set/a").mkdir(parents=True)
     (tmp_path / "set/good.png").write_bytes(png(1))
-    pq.write_table(pa.table({"path": [path, "good.png"], "key": ["0", "1"]}), tmp_path / "set/list.parquet")
+    pq.write_table(
+        pa.table({"path": [path, "good.png"], "key": ["0", "1"]}), tmp_path / "set/list.parquet"
+    )
     bad, good = open_dataset(tmp_path / "set/list.parquet").records(0, 2)
     with pytest.raises(OSError, match=r"."):
         bad.read()
@@ -188,9 +207,15 @@ def test_paths_that_leave_the_folder_or_lead_nowhere_are_read_errors(tmp_path, p
 def test_fingerprint_of_a_table_of_paths_follows_the_files(tmp_path):
     (tmp_path / "a.png").write_bytes(png(0))
     seen = set()
-    for text in ("path,label\na.png,x\nb.png,y\n", "path,label\na.png,y\nb.png,x\n", "path,label\na.png,x\nb.png,z\n"):
+    for text in (
+        "path,label\na.png,x\nb.png,y\n",
+        "path,label\na.png,y\nb.png,x\n",
+        "path,label\na.png,x\nb.png,z\n",
+    ):
         seen.add(open_dataset(write_csv(tmp_path, text)).fingerprint)
     same = open_dataset(write_csv(tmp_path, "label,path,other\nx,a.png,1\nz,b.png,2\n")).fingerprint
     assert (len(seen), same in seen) == (3, True)
     (tmp_path / "b.png").write_bytes(png(1))
-    assert open_dataset(write_csv(tmp_path, "path,label\na.png,x\nb.png,z\n")).fingerprint not in seen
+    assert (
+        open_dataset(write_csv(tmp_path, "path,label\na.png,x\nb.png,z\n")).fingerprint not in seen
+    )

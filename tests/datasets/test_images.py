@@ -89,7 +89,9 @@ def test_truncated_files_never_pass_when_another_library_allows_them(monkeypatch
         decode_image(SEEDS["jpeg"])
 
 
-@pytest.mark.parametrize("size", [(60_000, 60_000), (10_000, 10_000), (7_072, 7_072)])  # error, warning, neither
+@pytest.mark.parametrize(
+    "size", [(60_000, 60_000), (10_000, 10_000), (7_072, 7_072)]
+)  # error, warning, neither
 def test_bomb_is_told_by_its_header(size, monkeypatch):
     monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda self: pytest.fail("decoded"))
     assert outcome(with_png_size(SEEDS["png"], *size)) == ("geometry", "bomb")
@@ -112,20 +114,30 @@ def test_bomb_by_the_canvas_of_a_webp():
     assert data[12:16] == b"VP8X"
     data[24:30] = (16_382).to_bytes(3, "little") * 2
     # before Pillow 13 its decoder compares the canvas with the frame when it opens a file
-    assert outcome(bytes(data))[1] == ("bomb" if int(PIL.__version__.split(".")[0]) >= 13 else "decode_error")
+    assert outcome(bytes(data))[1] == (
+        "bomb" if int(PIL.__version__.split(".")[0]) >= 13 else "decode_error"
+    )
 
 
 def test_limits_count_pixels_and_bytes_exactly():
     data = SEEDS["png"]
     n_pixels = SIZE[0] * SIZE[1]
-    assert decode_image(data, ImageLimits(max_pixels=n_pixels, max_bytes=len(data))).width == SIZE[0]
+    assert (
+        decode_image(data, ImageLimits(max_pixels=n_pixels, max_bytes=len(data))).width == SIZE[0]
+    )
     assert outcome(data, ImageLimits(max_pixels=n_pixels - 1)) == ("geometry", "bomb")
     assert outcome(data, ImageLimits(max_bytes=len(data) - 1)) == ("open", "too_large")
 
 
 @pytest.mark.parametrize(
     "limits",
-    [{"max_pixels": 0}, {"max_pixels": 100_000_000}, {"max_bytes": 2**40}, {"min_side": 0}, {"max_aspect": 0.5}],
+    [
+        {"max_pixels": 0},
+        {"max_pixels": 100_000_000},
+        {"max_bytes": 2**40},
+        {"min_side": 0},
+        {"max_aspect": 0.5},
+    ],
 )
 def test_limits_that_protect_from_nothing_are_refused(limits):
     with pytest.raises(UsageError):
@@ -136,7 +148,13 @@ def test_thin_pictures_are_bad_geometry():
     thin = png(1, 5000, 8, 0, b"\0\x80" * 5000)
     assert len(thin) < 120
     assert outcome(thin) == ("geometry", "bad_geometry")
-    for size, good in [((8, 8), True), ((32, 32), True), ((7, 8), False), ((8, 160), True), ((161, 8), False)]:
+    for size, good in [
+        ((8, 8), True),
+        ((32, 32), True),
+        ((7, 8), False),
+        ((8, 160), True),
+        ((161, 8), False),
+    ]:
         data = encode(picture(size=size), "PNG")
         if good:
             assert decode_image(data).image.size == size
@@ -151,7 +169,11 @@ def test_read_image_tells_unreadable_from_too_large():
     def read_error(code: int) -> bytes:
         raise OSError(code, "no")
 
-    for code, kind in ((errno.ENOENT, "read_error"), (errno.EACCES, "read_error"), (errno.EFBIG, "too_large")):
+    for code, kind in (
+        (errno.ENOENT, "read_error"),
+        (errno.EACCES, "read_error"),
+        (errno.EFBIG, "too_large"),
+    ):
         with pytest.raises(BadImage) as caught:
             read_image(ImageRecord("a", None, lambda code=code: read_error(code)))
         assert (caught.value.stage, caught.value.kind) == ("open", kind)
@@ -178,7 +200,11 @@ def test_threads_share_nothing():
     before = (list(warnings.filters), Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES)
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(job, jobs)) == [job(data) for data in jobs]
-    assert (list(warnings.filters), Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES) == before
+    assert (
+        list(warnings.filters),
+        Image.MAX_IMAGE_PIXELS,
+        ImageFile.LOAD_TRUNCATED_IMAGES,
+    ) == before
 
 
 def damaged(data: bytes, draw: random.Random) -> bytes:
@@ -220,7 +246,9 @@ def test_only_bad_image_comes_out_of_damaged_files(name, filters):
         for _ in range(400):
             data = damaged(SEEDS[name], draw)
             try:
-                decoded = decode_image(mended(data) if name in {"png", "apng", "palette", "deep"} else data)
+                decoded = decode_image(
+                    mended(data) if name in {"png", "apng", "palette", "deep"} else data
+                )
             except BadImage:
                 outcomes["bad"] += 1
             else:

@@ -29,7 +29,9 @@ def one(root: Path, name: str, *, deep: bool = False):
 
 
 def counts(presence) -> dict[str, tuple[int | None, int | None, int | None]]:
-    return {name: (split.found, split.listed, split.expected) for name, split in presence.splits.items()}
+    return {
+        name: (split.found, split.listed, split.expected) for name, split in presence.splits.items()
+    }
 
 
 def test_nothing_is_there(tmp_path: Path) -> None:
@@ -62,15 +64,24 @@ def test_everything_is_there(tmp_path: Path, layout: str) -> None:
 def test_a_list_of_the_user_says_what_is_whole(tmp_path: Path) -> None:
     home = make_tree("dtd", tmp_path)
     presence = one(tmp_path, "dtd")
-    assert counts(presence) == {"train": (28, 28, 2820), "validation": (12, 12, 1128), "test": (24, 24, 1692)}
-    assert (presence.folder, presence.origin) == (home, "split_zhou_DescribableTextures.json of the user")
+    assert counts(presence) == {
+        "train": (28, 28, 2820),
+        "validation": (12, 12, 1128),
+        "test": (24, 24, 1692),
+    }
+    assert (presence.folder, presence.origin) == (
+        home,
+        "split_zhou_DescribableTextures.json of the user",
+    )
     assert presence.advice == f"vilu embed {tmp_path} --dataset dtd -o STORE"
     gone = sorted((home / "images").glob("*/*_0002.jpg"))
     for file in gone:
         file.unlink()
     presence = one(tmp_path, "dtd")
     assert counts(presence)["test"] == (12, 24, 1692)
-    assert presence.splits["test"].missing == tuple(str(file.relative_to(home)) for file in gone[:5])
+    assert presence.splits["test"].missing == tuple(
+        str(file.relative_to(home)) for file in gone[:5]
+    )
     assert (presence.state, presence.splits["train"].missing) == ("incomplete", ())
 
 
@@ -86,9 +97,15 @@ def test_a_shipped_list_says_what_is_missing(tmp_path: Path) -> None:
 def test_published_sizes_are_those_of_the_list_in_use(tmp_path: Path) -> None:
     home = make_tree("food101", tmp_path)
     assert counts(one(tmp_path, "food101")) == {"train": (36, 36, 75_750), "test": (28, 28, 25_250)}
-    (home / "split_zhou_Food101.json").write_text(json.dumps({"train": [["apple_pie/1001.jpg", 0, "pie"]]}))
+    (home / "split_zhou_Food101.json").write_text(
+        json.dumps({"train": [["apple_pie/1001.jpg", 0, "pie"]]})
+    )
     presence = one(tmp_path, "food101")
-    assert counts(presence) == {"train": (1, 1, 50_500), "validation": (0, 0, 20_200), "test": (0, 0, 30_300)}
+    assert counts(presence) == {
+        "train": (1, 1, 50_500),
+        "validation": (0, 0, 20_200),
+        "test": (0, 0, 30_300),
+    }
     assert presence.state == "complete"
     make_tree("imagenet_sketch", tmp_path)
     assert counts(one(tmp_path, "imagenet_sketch")) == {"shots+test": (64, 64, 50_889)}
@@ -153,7 +170,9 @@ def test_archives_are_seen_and_with_deep_compared(tmp_path: Path) -> None:
     presence = one(tmp_path, "eurosat", deep=True)
     assert (presence.state, presence.archives) == ("absent", {"EuroSAT.zip": "wrong"})
     assert presence.advice.startswith("EuroSAT.zip is damaged: download again. Download")
-    right = replace(entry, archives={"EuroSAT.zip": hashlib.md5(b"zip", usedforsecurity=False).hexdigest()})
+    right = replace(
+        entry, archives={"EuroSAT.zip": hashlib.md5(b"zip", usedforsecurity=False).hexdigest()}
+    )
     assert check_entry(right, tmp_path, named=True, deep=True).archives == {"EuroSAT.zip": "right"}
 
 
@@ -167,7 +186,10 @@ def test_a_damaged_archive_beside_whole_images_is_told_but_does_no_harm(tmp_path
 def test_cifar_files_are_data_and_must_be_right(tmp_path: Path) -> None:
     home = make_tree("cifar10", tmp_path)
     files = [*CIFAR10["train"], *CIFAR10["test"], "batches.meta"]
-    md5 = {name: hashlib.md5((home / name).read_bytes(), usedforsecurity=False).hexdigest() for name in files}
+    md5 = {
+        name: hashlib.md5((home / name).read_bytes(), usedforsecurity=False).hexdigest()
+        for name in files
+    }
     tiny = replace(KNOWN["cifar10"], archives=md5, sizes={"train": 34, "test": 30})
     presence = check_entry(tiny, tmp_path, named=True, deep=True)
     assert (presence.state, set(presence.archives.values())) == ("complete", {"right"})
@@ -206,7 +228,10 @@ def test_gaps_in_the_numbers_of_shards(tmp_path: Path) -> None:
     for number in (0, 1, 4, 5):
         write_shard(tmp_path / "cc12m", tar_bytes(*pair("a")), f"{number:05d}.tar")
     presence = one(tmp_path, "cc12m")
-    assert (presence.state, presence.splits["all"].missing) == ("incomplete", ("00002.tar", "00003.tar"))
+    assert (presence.state, presence.splits["all"].missing) == (
+        "incomplete",
+        ("00002.tar", "00003.tar"),
+    )
     names = [tmp_path / name for name in ("a-1.tar", "a-3.tar", "b.tar", "99999999999999.tar")]
     assert missing_numbers(tmp_path, names)[:2] == ("a-0.tar", "a-2.tar")
     assert len(missing_numbers(tmp_path, names)) == 5

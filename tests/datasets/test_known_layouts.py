@@ -48,9 +48,13 @@ def test_imagenet_against_torchvision(root: Path) -> None:
     torch.save(({wnid: (wnid,) for wnid in wnids}, []), home / "meta.bin")
     for split, part in (("train", "train"), ("test", "val")):
         theirs = tv.ImageNet(str(home), split=part)
-        expected = {path: theirs.wnids[label] for path, label in files_of(theirs.samples, root).items()}
+        expected = {
+            path: theirs.wnids[label] for path, label in files_of(theirs.samples, root).items()
+        }
         table = open_known("imagenet", root).classes.folders
-        assert {path: table[label] for path, label in below("imagenet", root, split).items()} == expected
+        assert {
+            path: table[label] for path, label in below("imagenet", root, split).items()
+        } == expected
     assert [table.index(wnid) for wnid in wnids] == spread()
     names = open_known("imagenet", root).class_names
     assert (len(names), names[0], names[999]) == (1000, "tench", "toilet paper")
@@ -61,7 +65,9 @@ def test_imagenet_against_torchvision(root: Path) -> None:
 def test_imagenet_variants_against_torchvision(root: Path, name: str) -> None:
     home = root / TREES[name][1][0]
     theirs = tv.ImageFolder(str(home))  # sorts "166" before "83"
-    expected = {path: theirs.classes[label] for path, label in files_of(theirs.samples, root).items()}
+    expected = {
+        path: theirs.classes[label] for path, label in files_of(theirs.samples, root).items()
+    }
     table = open_known(name, root).classes.folders
     assert {path: table[label] for path, label in below(name, root, None).items()} == expected
     if name == "imagenet_v2":
@@ -79,7 +85,10 @@ def test_shots_are_the_half_of_each_class_that_hashes_first(root: Path) -> None:
         assert {len(keys) for keys in halves["shots"].values()} == shots
         assert {len(keys) for keys in halves["test"].values()} == rest
         for label, keys in halves["shots"].items():
-            both = sorted(keys | halves["test"][label], key=lambda k: blake2b(k.encode(), digest_size=8).digest())
+            both = sorted(
+                keys | halves["test"][label],
+                key=lambda k: blake2b(k.encode(), digest_size=8).digest(),
+            )
             assert set(both[: len(keys)]) == keys
         assert listed(open_known(name, root, split="shots+test")) == listed(open_known(name, root))
 
@@ -132,7 +141,12 @@ def test_sun397_against_torchvision(root: Path) -> None:
     assert below("sun397", root, None) == expected
     assert raw_names("sun397", root) == theirs.classes
     names = open_known("sun397", root).class_names
-    assert names[:4] == ("abbey", "airplane cabin", "outdoor apartment building", "exterior balcony")
+    assert names[:4] == (
+        "abbey",
+        "airplane cabin",
+        "outdoor apartment building",
+        "exterior balcony",
+    )
     dataset = open_known("sun397", root, split="test")
     assert dataset.source.endswith("SUN397 (official split)")
     listing = (root / "SUN397/Partitions/Testing_01.txt").read_text().split()
@@ -188,13 +202,21 @@ def test_caltech101_against_torchvision(root: Path) -> None:
     expected = {path for path in expected if "Faces_easy" not in path}  # in no CoOp list
     ours = below("caltech101", root, None)
     assert set(ours) == expected
-    assert open_known("caltech101", root).class_names[:5] == ("face", "leopard", "accordion", "brain", "car side")
+    assert open_known("caltech101", root).class_names[:5] == (
+        "face",
+        "leopard",
+        "accordion",
+        "brain",
+        "car side",
+    )
     assert {path.split("/")[2]: label for path, label in ours.items()}["Leopards"] == 1
 
 
 def test_eurosat_against_torchvision(root: Path) -> None:
     theirs = tv.EuroSAT(str(root))
-    assert below("eurosat", root, None) == files_of(theirs.samples, root)  # CoOp keeps the order of the folders
+    assert below("eurosat", root, None) == files_of(
+        theirs.samples, root
+    )  # CoOp keeps the order of the folders
     assert open_known("eurosat", root).class_names[3] == "Highway or Road"
 
 

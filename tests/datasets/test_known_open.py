@@ -45,24 +45,37 @@ def test_the_catalogue_has_the_sets_of_the_paper() -> None:
 
 def test_the_page_says_what_the_catalogue_says() -> None:
     page = (Path(__file__).parents[2] / "docs/datasets.md").read_text()
-    table = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in page.splitlines() if "| `" in line[:4]]
+    table = [
+        [cell.strip() for cell in line.strip("|").split(" | ")]
+        for line in page.splitlines()
+        if "| `" in line[:4]
+    ]
     shown = [row[0].strip("` ") for row in table]
     assert [name for name in shown if name in TREES] == list(TREES)
     for row, entry in zip(table, map(KNOWN.__getitem__, shown), strict=True):
         assert row[1] == ("captions" if entry.captioned else str(entry.n_classes))
-        assert [int(number.replace(",", "")) for number in re.findall(r"[0-9,]{2,}", row[2])] == list(
-            entry.sizes.values()
-        )
+        assert [
+            int(number.replace(",", "")) for number in re.findall(r"[0-9,]{2,}", row[2])
+        ] == list(entry.sizes.values())
         assert row[4:6] == [entry.licence, entry.coop_template or "–"]
         assert set(re.findall(r"`(.*?)`", row[6])) <= set(entry.folders)
 
 
 def test_checksums_are_torchvisions() -> None:
-    published = {md5 for _, md5 in (*tv.CIFAR10.train_list, *tv.CIFAR10.test_list, *tv.CIFAR100.train_list)}
+    published = {
+        md5 for _, md5 in (*tv.CIFAR10.train_list, *tv.CIFAR10.test_list, *tv.CIFAR100.train_list)
+    }
     published |= {md5 for _, md5 in tv.CIFAR100.test_list}
-    published |= {tv.CIFAR10.tgz_md5, tv.CIFAR100.tgz_md5, tv.CIFAR10.meta["md5"], tv.CIFAR100.meta["md5"]}
+    published |= {
+        tv.CIFAR10.tgz_md5,
+        tv.CIFAR100.tgz_md5,
+        tv.CIFAR10.meta["md5"],
+        tv.CIFAR100.meta["md5"],
+    }
     published |= {tv.Food101._MD5, tv.DTD._MD5, tv.SUN397._DATASET_MD5}
-    published |= {md5 for _, md5 in (*tv.Flowers102._file_dict.values(), *tv.OxfordIIITPet._RESOURCES)}
+    published |= {
+        md5 for _, md5 in (*tv.Flowers102._file_dict.values(), *tv.OxfordIIITPet._RESOURCES)
+    }
     published |= {md5 for _, md5 in tv.imagenet.ARCHIVE_META.values()}
     ours = {md5 for name in TREES for md5 in KNOWN[name].archives.values()}
     rest = ours - published
@@ -98,7 +111,9 @@ def test_each_data_set_opens_decodes_and_has_one_class_table(root: Path, name: s
 
 
 @pytest.mark.parametrize("name", LISTED)
-def test_the_layouts_of_torchvision_and_coop_are_one_data_set(root: Path, tmp_path: Path, name: str) -> None:
+def test_the_layouts_of_torchvision_and_coop_are_one_data_set(
+    root: Path, tmp_path: Path, name: str
+) -> None:
     home = make_tree(name, tmp_path, layout="coop")
     whole = listed(open_known(name, root))
     for source in (tmp_path, home):
@@ -123,7 +138,8 @@ def test_captions_are_tars(root: Path, name: str, n_shards: int) -> None:
     assert found[0][0] == f"{prefix}00000.tar#000000000"
     for options in ({"split": "train"}, {"raw_names": True}, {"classes": root / "names.txt"}):
         with pytest.raises(
-            UsageError, match=f"no classes and no splits. Leave --{next(iter(options)).replace('_', '-')}"
+            UsageError,
+            match=f"no classes and no splits. Leave --{next(iter(options)).replace('_', '-')}",
         ):
             open_known(name, root, **options)
 
@@ -143,7 +159,10 @@ def test_open_dataset_by_name(root: Path) -> None:
         ({"dataset": "oxford-pet"}, "no data set 'oxford-pet'. Did you mean 'oxford_pets'"),
         ({"dataset": "zzz"}, "There are: imagenet, cifar10"),
         ({"dataset": "dtd", "split": "val"}, r"has no split 'val'; it has test, train, validation"),
-        ({"dataset": "food101", "split": "validation"}, r"\(official split\) has no split 'validation'"),
+        (
+            {"dataset": "food101", "split": "validation"},
+            r"\(official split\) has no split 'validation'",
+        ),
         ({"dataset": "cc3m", "limit": 3}, "cannot be had of tar files"),
     ):
         with pytest.raises(UsageError, match=message):
@@ -165,7 +184,9 @@ def test_names_of_the_user(root: Path, tmp_path: Path) -> None:
 
 def test_a_data_set_that_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "dtd").mkdir()
-    with pytest.raises(DataError, match=r"there is no dtd/dtd or dtd with images in it.*dtd-r1\.0\.1\.tar\.gz"):
+    with pytest.raises(
+        DataError, match=r"there is no dtd/dtd or dtd with images in it.*dtd-r1\.0\.1\.tar\.gz"
+    ):
         open_known("dtd", tmp_path)
     (tmp_path / "cc3m").mkdir()
     with pytest.raises(DataError, match="img2dataset"):

@@ -40,7 +40,9 @@ def test_shipped_lists_have_the_published_sizes() -> None:
         lists, entry = shipped_list(name), KNOWN[name]
         assert {split: len(entries) for split, entries in lists.splits.items()} == dict(entry.sizes)
         assert len(lists.names()) == entry.n_classes
-        assert {label for entries in lists.splits.values() for _, label in entries} == set(range(entry.n_classes))
+        assert {label for entries in lists.splits.values() for _, label in entries} == set(
+            range(entry.n_classes)
+        )
     assert sum(KNOWN["dtd"].sizes.values()) == 5640
     assert shipped_list("stanford_cars").names()[13] == "2012 Audi TTS Coupe"
 
@@ -67,7 +69,11 @@ def test_the_asset_holds_every_entry_of_coops_lists(shared: Path, name: str) -> 
 def test_clip_names_are_those_by_index(shared: Path) -> None:
     names = json.loads((shared / "data/splits/imagenet_class_names.json").read_text())
     expected = [names[str(label)] for label in range(1000)]
-    assert (expected[657], expected[836]) == (expected[744], expected[837]) == ("missile", "sunglasses")
+    assert (
+        (expected[657], expected[836])
+        == (expected[744], expected[837])
+        == ("missile", "sunglasses")
+    )
     expected[744], expected[836] = "projectile", "sunglass"
     assert expected == list(clip_names())
     assert len(set(expected)) == 1000
@@ -110,12 +116,16 @@ def test_labels_are_those_of_the_list_whatever_comes_first(tmp_path: Path) -> No
     lists = json.loads((home / "split_zhou_StanfordCars.json").read_text())
     lists["test"].reverse()
     (home / "split_zhou_StanfordCars.json").write_text(json.dumps(lists))
-    tables = {split: open_known("stanford_cars", tmp_path, split=split).class_names for split in ("train", "test")}
+    tables = {
+        split: open_known("stanford_cars", tmp_path, split=split).class_names
+        for split in ("train", "test")
+    }
     assert tables["train"] == tables["test"]
     for split, key in (("train", "train"), ("test", "test")):
         expected = {path: name for path, _, name in lists[key]}
         assert {
-            key: tables[split][label] for key, label in listed(open_known("stanford_cars", tmp_path, split=split))
+            key: tables[split][label]
+            for key, label in listed(open_known("stanford_cars", tmp_path, split=split))
         } == expected
 
 
@@ -126,7 +136,11 @@ def test_food101_and_sun397_take_the_list_of_the_user(tmp_path: Path, name: str,
     official = listed(open_known(name, tmp_path, split="test"))
     prefix = "images/" if name == "food101" else ""
     images = [key.removeprefix(prefix) for key, _ in official]
-    lists = {"train": [], "val": [[images[0], 0, "first_thing"]], "test": [[images[1], 1, "second thing"]]}
+    lists = {
+        "train": [],
+        "val": [[images[0], 0, "first_thing"]],
+        "test": [[images[1], 1, "second thing"]],
+    }
     (home / f"split_zhou_{file}.json").write_text(json.dumps(lists))
     dataset = open_known(name, tmp_path, split="validation+test")
     assert listed(dataset) == [(f"{prefix}{images[0]}", 0), (f"{prefix}{images[1]}", 1)]
@@ -148,7 +162,9 @@ def test_coop_keeps_the_lists_of_sun397_beside_its_images(tmp_path: Path) -> Non
     assert (len(dataset), dataset.source) == (64, f"{home} (official split)")
     lists = {"train": [["a/abbey/sun_abxkfbpwqovpjwzh.jpg", 0, "abbey"]], "val": [], "test": []}
     (tmp_path / "sun397/split_zhou_SUN397.json").write_text(json.dumps(lists))
-    assert listed(open_known("sun397", tmp_path / "sun397", split="train")) == [("a/abbey/sun_abxkfbpwqovpjwzh.jpg", 0)]
+    assert listed(open_known("sun397", tmp_path / "sun397", split="train")) == [
+        ("a/abbey/sun_abxkfbpwqovpjwzh.jpg", 0)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -163,7 +179,10 @@ def test_coop_keeps_the_lists_of_sun397_beside_its_images(tmp_path: Path) -> Non
 def test_a_missing_list_is_named_with_what_to_do(tmp_path: Path, name: str, gone: str) -> None:
     home = make_tree(name, tmp_path)
     (home / gone).unlink()
-    with pytest.raises(DataError, match=f"has no .*{re.escape(Path(gone).name)}.*nothing says which image.*Download"):
+    with pytest.raises(
+        DataError,
+        match=f"has no .*{re.escape(Path(gone).name)}.*nothing says which image.*Download",
+    ):
         open_known(name, tmp_path)
 
 
@@ -209,9 +228,13 @@ GOOD = ["banded/1.jpg", 0, "banded"]
         (GOOD, "'banded/1.jpg' is listed more than once"),
     ],
 )
-def test_entries_that_cannot_be_are_refused_by_file_and_number(tmp_path: Path, entry: object, message: str) -> None:
+def test_entries_that_cannot_be_are_refused_by_file_and_number(
+    tmp_path: Path, entry: object, message: str
+) -> None:
     home = make_tree("dtd", tmp_path, n=12)
-    (home / LIST).write_text(json.dumps({"train": [GOOD], "val": [], "test": [["t.jpg", 0, "banded"], entry]}))
+    (home / LIST).write_text(
+        json.dumps({"train": [GOOD], "val": [], "test": [["t.jpg", 0, "banded"], entry]})
+    )
     with pytest.raises(DataError, match=rf"{LIST}, test entry 2 \(counting from 1\): .*{message}"):
         open_known("dtd", tmp_path)
 
@@ -228,7 +251,10 @@ def test_entries_that_cannot_be_are_refused_by_file_and_number(tmp_path: Path, e
         (b'{"train": [], "train": []}', "a key stands twice in an object"),
         (b'{"train": {}}', "expected lists named train, val and test; found 'train': dict"),
         (b'{"trian": []}', "found 'trian'"),
-        (b'{"train": [["a.jpg", 1, "a"]]}', "labels must be 0 to K - 1, each with images; 0 has none"),
+        (
+            b'{"train": [["a.jpg", 1, "a"]]}',
+            "labels must be 0 to K - 1, each with images; 0 has none",
+        ),
         (b'{"train": [["a.jpg", 0, "a"], ["b.jpg", 1000000000000, "b"]]}', "1 has none"),
     ],
 )
@@ -243,21 +269,68 @@ def test_files_that_are_no_list_are_refused(tmp_path: Path, content: bytes, mess
 @pytest.mark.parametrize(
     ("name", "file", "content", "message"),
     [
-        ("fgvc_aircraft", "images_variant_test.txt", "../0000001 707-320\n", "test entry 1 .*must be relative"),
-        ("fgvc_aircraft", "images_variant_test.txt", "1 Concorde\n", "test entry 1 .*'Concorde' is none of the 12"),
-        ("fgvc_aircraft", "images_variant_test.txt", "0000001 707-320\n", "'0000001.jpg' is listed more than once"),
-        ("fgvc_aircraft", "variants.txt", "a\na\n", "variants.txt: 'a' is label 1 here and label 0"),
+        (
+            "fgvc_aircraft",
+            "images_variant_test.txt",
+            "../0000001 707-320\n",
+            "test entry 1 .*must be relative",
+        ),
+        (
+            "fgvc_aircraft",
+            "images_variant_test.txt",
+            "1 Concorde\n",
+            "test entry 1 .*'Concorde' is none of the 12",
+        ),
+        (
+            "fgvc_aircraft",
+            "images_variant_test.txt",
+            "0000001 707-320\n",
+            "'0000001.jpg' is listed more than once",
+        ),
+        (
+            "fgvc_aircraft",
+            "variants.txt",
+            "a\na\n",
+            "variants.txt: 'a' is label 1 here and label 0",
+        ),
         ("fgvc_aircraft", "variants.txt", "\n", "variants.txt: it names no class"),
-        ("food101", "meta/test.json", '{"waffles": 3}', "expected a list of paths per class; 'waffles' has int"),
-        ("food101", "meta/test.json", '{"waffles": [3]}', "test entry 1 .*expected a path below images/; found 3"),
-        ("food101", "meta/test.json", '{"waffles": ["../../x"]}', "test entry 1 .*must be relative"),
-        ("sun397", "Partitions/Testing_01.txt", "/a/abbey/../../../x.jpg\n", "test entry 1 .*is none of the 12"),
-        ("sun397", "Partitions/Testing_01.txt", "//a/abbey/x.jpg\n", "test entry 1 .*is none of the 12"),
+        (
+            "food101",
+            "meta/test.json",
+            '{"waffles": 3}',
+            "expected a list of paths per class; 'waffles' has int",
+        ),
+        (
+            "food101",
+            "meta/test.json",
+            '{"waffles": [3]}',
+            "test entry 1 .*expected a path below images/; found 3",
+        ),
+        (
+            "food101",
+            "meta/test.json",
+            '{"waffles": ["../../x"]}',
+            "test entry 1 .*must be relative",
+        ),
+        (
+            "sun397",
+            "Partitions/Testing_01.txt",
+            "/a/abbey/../../../x.jpg\n",
+            "test entry 1 .*is none of the 12",
+        ),
+        (
+            "sun397",
+            "Partitions/Testing_01.txt",
+            "//a/abbey/x.jpg\n",
+            "test entry 1 .*is none of the 12",
+        ),
         ("sun397", "Partitions/Testing_01.txt", "\xff\n", "Testing_01.txt: .*"),
         ("sun397", "ClassName.txt", "/a/abbey\nabbey\n", "is none of the 2 classes"),
     ],
 )
-def test_hostile_official_lists(tmp_path: Path, name: str, file: str, content: str, message: str) -> None:
+def test_hostile_official_lists(
+    tmp_path: Path, name: str, file: str, content: str, message: str
+) -> None:
     home = make_tree(name, tmp_path)
     (home / file).write_bytes(content.encode("latin-1"))
     with pytest.raises(DataError, match=message):
@@ -273,7 +346,9 @@ def test_a_flat_folder_of_validation_images_is_refused_with_what_to_do(tmp_path:
         file.rename(home / "val" / file.name)
     for folder in (home / "val").glob("n*"):
         folder.rmdir()
-    with pytest.raises(DataError, match=r"images without class folders \(ILSVRC2012_val_.*devkit.*torchvision"):
+    with pytest.raises(
+        DataError, match=r"images without class folders \(ILSVRC2012_val_.*devkit.*torchvision"
+    ):
         open_known("imagenet", tmp_path, split="test")
     assert len(open_known("imagenet", tmp_path, split="train")) == 36
 
@@ -281,7 +356,10 @@ def test_a_flat_folder_of_validation_images_is_refused_with_what_to_do(tmp_path:
 def test_folders_that_are_no_class_are_refused(tmp_path: Path) -> None:
     home = make_tree("imagenet", tmp_path)
     save(home / "val/n99999999/1.JPEG", Row(0, 1, 1, "test"))
-    with pytest.raises(DataError, match=r"n99999999 is no class: expected the 1000 folders n01440764, \.\.\. Move it"):
+    with pytest.raises(
+        DataError,
+        match=r"n99999999 is no class: expected the 1000 folders n01440764, \.\.\. Move it",
+    ):
         open_known("imagenet", tmp_path, split="test")
     v2 = make_tree("imagenet_v2", tmp_path)
     save(v2 / "007/1.jpeg", Row(0, 1, 1, "test"))
@@ -293,8 +371,12 @@ def test_a_split_of_imagenet_that_is_not_unpacked(tmp_path: Path) -> None:
     home = make_tree("imagenet", tmp_path)
     (home / "train").rename(home / "training")
     assert len(open_known("imagenet", tmp_path, split="test")) == 28
-    with pytest.raises(DataError, match=r"train is missing\. Unpack it there, or choose another split"):
+    with pytest.raises(
+        DataError, match=r"train is missing\. Unpack it there, or choose another split"
+    ):
         open_known("imagenet", tmp_path)
     (home / "train").mkdir()
-    with pytest.raises(DataError, match=r"holds nothing; expected a folder per class\. Unpack the archive"):
+    with pytest.raises(
+        DataError, match=r"holds nothing; expected a folder per class\. Unpack the archive"
+    ):
         open_known("imagenet", tmp_path)

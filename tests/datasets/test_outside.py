@@ -42,7 +42,10 @@ def table(root: Path, values: list, name: str = "t.parquet") -> Path:
         pq.write_table(pa.table({"image": PICTURES, "label": values}), source)
     else:
         folder(root)
-        rows = [f"photos/{label}/{i}.png,{value}" for i, (label, value) in enumerate(zip(LABELS, values, strict=True))]
+        rows = [
+            f"photos/{label}/{i}.png,{value}"
+            for i, (label, value) in enumerate(zip(LABELS, values, strict=True))
+        ]
         source.write_text("\n".join(["path,label", *rows]))
     return source
 
@@ -59,18 +62,27 @@ def test_a_folder(tmp_path: Path) -> None:
     assert labels(images) == [0, 0, -2, -2, 1, 1]
     assert open_dataset(folder(tmp_path), outside=["moth", "sea lion"]).class_names == ("cat",)
     assert labels(open_dataset(folder(tmp_path), outside=["moth"], limit=3)) == [0, 0, -2]
-    for copy in ({"outside": ["moth"]}, {"limit": 3}, {"outside": ["moth"], "limit": 3}):  # as executors send it
+    for copy in (
+        {"outside": ["moth"]},
+        {"limit": 3},
+        {"outside": ["moth"], "limit": 3},
+    ):  # as executors send it
         images = open_dataset(folder(tmp_path), **copy)
         assert labels(pickle.loads(pickle.dumps(images))) == labels(images)
 
 
 def test_a_classes_file_may_leave_them_out(tmp_path: Path) -> None:
     source = folder(tmp_path)
-    for lines in (("cat\ta cat", "sea_lion\ta seal"), ("cat\ta cat", "moth\ta moth", "sea_lion\ta seal")):
+    for lines in (
+        ("cat\ta cat", "sea_lion\ta seal"),
+        ("cat\ta cat", "moth\ta moth", "sea_lion\ta seal"),
+    ):
         images = open_dataset(source, classes=classes(tmp_path, *lines), outside=["moth"])
         assert images.class_names == ("a cat", "a seal")
         assert labels(images) == [0, 0, -2, -2, 1, 1]
-    assert open_dataset(source, classes=classes(tmp_path, "cat", "sea lion"), outside=["moth"]).class_names == (
+    assert open_dataset(
+        source, classes=classes(tmp_path, "cat", "sea lion"), outside=["moth"]
+    ).class_names == (
         "cat",
         "sea lion",
     )
@@ -99,9 +111,18 @@ def test_tars(tmp_path: Path) -> None:
         for entry in ((f"{i}.png", data), *([(f"{i}.cls", value.encode())] if value else []))
     ]
     (tmp_path / "0.tar").write_bytes(tar_bytes(*entries))
-    images = open_dataset(tmp_path / "0.tar", classes=classes(tmp_path, "cat", "dog"), outside=["9", "cat"])
+    images = open_dataset(
+        tmp_path / "0.tar", classes=classes(tmp_path, "cat", "dog"), outside=["9", "cat"]
+    )
     assert images.class_names == ("dog",)
-    assert labels(images) == [-2, 0, -2, -2, None, None]  # the last one is a bad image, since 8 is not named
+    assert labels(images) == [
+        -2,
+        0,
+        -2,
+        -2,
+        None,
+        None,
+    ]  # the last one is a bad image, since 8 is not named
     assert images.shard_fingerprint(0, 1)
     with pytest.raises(UsageError, match="no class or label '1' for --outside"):
         open_dataset(tmp_path / "0.tar", classes=classes(tmp_path, "cat", "dog"), outside=["1"])
@@ -120,7 +141,10 @@ def test_cifar(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "told"),
     [
-        (["mouth"], "no class or label 'mouth' for --outside; it has cat, moth, sea_lion. Did you mean 'moth'"),
+        (
+            ["mouth"],
+            "no class or label 'mouth' for --outside; it has cat, moth, sea_lion. Did you mean 'moth'",
+        ),
         (["cat", "moth", "sea lion"], "leaves none of the 3 classes"),
         ([""], "no class or label ''"),
     ],

@@ -34,12 +34,26 @@ def tree(root: Path, *paths: str) -> Path:
 
 
 def test_class_folders_sorted_by_bytes_with_nested_images(tmp_path, caplog):
-    tree(tmp_path, "b/2.png", "b/deep/er/1.JPG", "a_b/x.webp", "Z/é.tif", "a-b/1.png", "empty_one/readme.txt")
+    tree(
+        tmp_path,
+        "b/2.png",
+        "b/deep/er/1.JPG",
+        "a_b/x.webp",
+        "Z/é.tif",
+        "a-b/1.png",
+        "empty_one/readme.txt",
+    )
     dataset = open_dataset(tmp_path)
     assert dataset.class_names == ("Z", "a-b", "a b", "b", "empty one")
     assert dataset.classes.folders == ("Z", "a-b", "a_b", "b", "empty_one")
     assert dataset.classes.cleaned
-    expected = [("Z/é.tif", 0), ("a-b/1.png", 1), ("a_b/x.webp", 2), ("b/2.png", 3), ("b/deep/er/1.JPG", 3)]
+    expected = [
+        ("Z/é.tif", 0),
+        ("a-b/1.png", 1),
+        ("a_b/x.webp", 2),
+        ("b/2.png", 3),
+        ("b/deep/er/1.JPG", 3),
+    ]
     assert listed(dataset) == expected
     assert all(record.read() == PNG for record in dataset.records(0, 5))
     assert (dataset.ignored, caplog.text) == ({"not_image": 1}, "")
@@ -58,7 +72,14 @@ def test_flat_folder_is_unlabelled_and_can_be_given_classes(tmp_path):
 
 def test_what_is_passed_over_is_counted_and_what_may_be_missed_is_told(tmp_path, caplog):
     root = tree(
-        tmp_path, "a/1.png", ".git/x.png", "a/.hidden.png", "a/notes.txt", "b/._1.png", "beside.png", "list.csv"
+        tmp_path,
+        "a/1.png",
+        ".git/x.png",
+        "a/.hidden.png",
+        "a/notes.txt",
+        "b/._1.png",
+        "beside.png",
+        "list.csv",
     )
     (root / "a/loop").symlink_to(root)
     (root / "c").symlink_to(root / "a")
@@ -134,14 +155,23 @@ def test_names_that_are_not_utf8(tmp_path):
 
 def test_splits_share_one_class_table(tmp_path):
     root = tree(tmp_path, "train/cat/1.png", "train/dog/2.png", "test/ant/3.png", "test/dog/4.png")
-    assert listed(open_dataset(root, split="test")) == [("test/ant/3.png", 0), ("test/dog/4.png", 2)]
+    assert listed(open_dataset(root, split="test")) == [
+        ("test/ant/3.png", 0),
+        ("test/dog/4.png", 2),
+    ]
     train = open_dataset(root, split="train")
     assert listed(train) == [("train/cat/1.png", 1), ("train/dog/2.png", 2)]
-    assert train.class_names == open_dataset(root, split="test").class_names == ("ant", "cat", "dog")
+    assert (
+        train.class_names == open_dataset(root, split="test").class_names == ("ant", "cat", "dog")
+    )
     assert len(open_dataset(root, split="train+test")) == 4
-    with pytest.raises(UsageError, match=r"holds splits, not classes: test, train\. Say which: --split test"):
+    with pytest.raises(
+        UsageError, match=r"holds splits, not classes: test, train\. Say which: --split test"
+    ):
         open_dataset(root)
-    with pytest.raises(UsageError, match=r"no split 'trian'; it has test, train\. Did you mean 'train'"):
+    with pytest.raises(
+        UsageError, match=r"no split 'trian'; it has test, train\. Did you mean 'train'"
+    ):
         open_dataset(root, split="trian")
     for split in ("train+train", "", "train+"):
         with pytest.raises(UsageError, match="once"):
@@ -239,9 +269,18 @@ def test_limit_keeps_the_first_images(tmp_path):
     whole, first = open_dataset(tmp_path), open_dataset(str(tmp_path), limit=4)
     assert listed(first) == listed(whole)[:4]
     assert [record.key for record in first.records(3, 6)] == ["b/0.png"]
-    assert (first.class_names, first.source, first.captioned) == (whole.class_names, whole.source, False)
-    assert len({whole.fingerprint, first.fingerprint, open_dataset(tmp_path, limit=5).fingerprint}) == 3
-    assert open_dataset(tmp_path, limit=6).fingerprint == open_dataset(tmp_path, limit=99).fingerprint
+    assert (first.class_names, first.source, first.captioned) == (
+        whole.class_names,
+        whole.source,
+        False,
+    )
+    assert (
+        len({whole.fingerprint, first.fingerprint, open_dataset(tmp_path, limit=5).fingerprint})
+        == 3
+    )
+    assert (
+        open_dataset(tmp_path, limit=6).fingerprint == open_dataset(tmp_path, limit=99).fingerprint
+    )
     assert open_dataset(tmp_path, limit=6).fingerprint == whole.fingerprint
     for limit in (0, -1):
         with pytest.raises(UsageError, match="limit"):
@@ -251,4 +290,9 @@ def test_limit_keeps_the_first_images(tmp_path):
 def test_the_catalogue_is_light_and_complete():
     assert set(DATASETS) == {"folder", "csv", "parquet", "tar", "cifar10", "cifar100"}
     code = "import sys, vilu.datasets.catalog; print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+        == "False\n"
+    )

@@ -24,7 +24,9 @@ def smooth(seed: int, side: int = 32) -> Image.Image:
 def detailed(seed: int) -> Image.Image:
     """The same with details of a pixel."""
     grain = np.random.default_rng(seed).integers(-20, 21, (32, 32, 3))
-    return Image.fromarray((np.asarray(smooth(seed), dtype=int) + grain).clip(0, 255).astype(np.uint8))
+    return Image.fromarray(
+        (np.asarray(smooth(seed), dtype=int) + grain).clip(0, 255).astype(np.uint8)
+    )
 
 
 def encoded(image: Image.Image) -> bytes:
@@ -38,7 +40,12 @@ def images(n: int = 6, side: int = 32) -> FakeDataset:
 
 
 def pixels(data) -> np.ndarray:
-    return np.stack([np.asarray(decode_image(r.read()).image, dtype=np.float64) for r in data.records(0, len(data))])
+    return np.stack(
+        [
+            np.asarray(decode_image(r.read()).image, dtype=np.float64)
+            for r in data.records(0, len(data))
+        ]
+    )
 
 
 def distance(kind: str, severity: int) -> float:
@@ -57,11 +64,15 @@ def test_labels_keys_and_bytes_stay() -> None:
     whole = images()
     shifted = ShiftedImages(whole, list(KINDS), 3)
     again = ShiftedImages(whole, list(KINDS), 3)
-    for mine, same, theirs in zip(*(data.records(0, 6) for data in (shifted, again, whole)), strict=True):
+    for mine, same, theirs in zip(
+        *(data.records(0, 6) for data in (shifted, again, whole)), strict=True
+    ):
         assert (mine.key, mine.label) == (theirs.key, theirs.label)
         assert mine.read() == same.read() != theirs.read()
     assert (len(shifted), shifted.class_names, shifted.captioned) == (6, whole.class_names, False)
-    assert [r.read() for r in shifted.records(2, 4)] == [r.read() for r in shifted.records(0, 6)][2:4]
+    assert [r.read() for r in shifted.records(2, 4)] == [r.read() for r in shifted.records(0, 6)][
+        2:4
+    ]
 
 
 def test_every_recipe_has_its_fingerprint() -> None:
@@ -73,8 +84,14 @@ def test_every_recipe_has_its_fingerprint() -> None:
 
 def test_low_resolution_is_32_to_16_to_32() -> None:
     whole = images(1)
-    expected = smooth(0).resize((16, 16), Image.Resampling.BICUBIC).resize((32, 32), Image.Resampling.BICUBIC)
-    assert np.array_equal(pixels(ShiftedImages(whole, ["low_resolution"], 3))[0], np.asarray(expected))
+    expected = (
+        smooth(0)
+        .resize((16, 16), Image.Resampling.BICUBIC)
+        .resize((32, 32), Image.Resampling.BICUBIC)
+    )
+    assert np.array_equal(
+        pixels(ShiftedImages(whole, ["low_resolution"], 3))[0], np.asarray(expected)
+    )
 
 
 def test_noise_has_its_strength() -> None:
@@ -89,21 +106,39 @@ def test_noise_has_its_strength() -> None:
 def test_blur_goes_with_the_size() -> None:
     """A picture of twice the side is blurred twice as far: halved, it is what the small one becomes."""
     small, large = images(1), images(1, side=64)
-    halved = Image.fromarray(pixels(ShiftedImages(large, ["blur"], 5))[0].astype(np.uint8)).reduce(2)
-    assert np.abs(np.asarray(halved, dtype=float) - pixels(ShiftedImages(small, ["blur"], 5))[0]).mean() < 2
+    halved = Image.fromarray(pixels(ShiftedImages(large, ["blur"], 5))[0].astype(np.uint8)).reduce(
+        2
+    )
+    assert (
+        np.abs(
+            np.asarray(halved, dtype=float) - pixels(ShiftedImages(small, ["blur"], 5))[0]
+        ).mean()
+        < 2
+    )
 
 
 def test_all_kinds_are_used() -> None:
     """200 pictures, eight kinds: each is drawn 25 times on average, and never fewer than 5 (p < 1e-5)."""
     whole = FakeDataset([encoded(smooth(0))] * 200, [0] * 200)
-    alone = {kind: {r.read() for r in ShiftedImages(whole, [kind], 5).records(0, 200)} for kind in KINDS}
+    alone = {
+        kind: {r.read() for r in ShiftedImages(whole, [kind], 5).records(0, 200)} for kind in KINDS
+    }
     mixed = [r.read() for r in ShiftedImages(whole, list(KINDS), 5).records(0, 200)]
-    for kind in ("blur", "low_contrast", "brightness", "jpeg", "pixelate", "low_resolution"):  # the same for all keys
+    for kind in (
+        "blur",
+        "low_contrast",
+        "brightness",
+        "jpeg",
+        "pixelate",
+        "low_resolution",
+    ):  # the same for all keys
         (only,) = alone[kind]
         assert mixed.count(only) >= 5, kind
 
 
-@pytest.mark.parametrize(("kinds", "severity"), [(["smoke"], 1), ([], 1), (["blur"], 0), (["blur"], 6)])
+@pytest.mark.parametrize(
+    ("kinds", "severity"), [(["smoke"], 1), ([], 1), (["blur"], 0), (["blur"], 6)]
+)
 def test_what_cannot_be(kinds: list[str], severity: int) -> None:
     with pytest.raises(UsageError, match="instead"):
         ShiftedImages(images(1), kinds, severity)

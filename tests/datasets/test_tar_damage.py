@@ -45,7 +45,11 @@ def ends_of_pairs() -> list[int]:
 @settings(max_examples=150, deadline=None)
 def test_every_cut_keeps_what_is_whole_and_is_one_error(tmp_path_factory, cut):
     found = shard_outcomes(tmp_path_factory.mktemp("cut"), WHOLE[:cut])
-    whole = [(f"0.tar#{key}", "a picture") for key, end in zip(KEYS, ends_of_pairs(), strict=True) if end <= cut]
+    whole = [
+        (f"0.tar#{key}", "a picture")
+        for key, end in zip(KEYS, ends_of_pairs(), strict=True)
+        if end <= cut
+    ]
     broken = cut < END + 512  # one block of the end mark is enough
     kind = "bad_shard" if 0 < cut < 512 else "truncated_shard"
     assert found == whole + [("0.tar", f"open:{kind}")] * broken
@@ -103,7 +107,10 @@ def test_a_damaged_header_in_the_middle_is_not_the_end(tmp_path):
     with tarfile.open(fileobj=io.BytesIO(WHOLE)) as tar:
         data[tar.getmembers()[4].offset + 3] ^= 1  # the picture of the third pair
     found = shard_outcomes(tmp_path, bytes(data))
-    assert found == [*((f"0.tar#{key}", "a picture") for key in KEYS[:2]), ("0.tar", "open:bad_shard")]
+    assert found == [
+        *((f"0.tar#{key}", "a picture") for key in KEYS[:2]),
+        ("0.tar", "open:bad_shard"),
+    ]
 
 
 def test_what_was_appended_by_cat_is_not_lost_silently(tmp_path):
@@ -164,7 +171,9 @@ def body(*fields: bytes) -> bytes:
 
 
 def pax(content: bytes, kind: bytes = b"x") -> bytes:
-    return raw_header(b"pax", len(content), kind) + content.ljust(-(-len(content) // 512) * 512, b"\0")
+    return raw_header(b"pax", len(content), kind) + content.ljust(
+        -(-len(content) // 512) * 512, b"\0"
+    )
 
 
 @pytest.mark.parametrize(
@@ -194,7 +203,9 @@ def test_pax_headers_that_are_right(tmp_path):
     text = raw_header(b"k.txt", 4, b"0") + b"text".ljust(512, b"\0")
     assert shard_outcomes(tmp_path, comment + named + text + bytes(1024)) == [("0.tar#k", "text")]
     renaming = pax(body(b"path=k.png"), b"g")
-    assert shard_outcomes(tmp_path, renaming + named + text + bytes(1024)) == [("0.tar", "open:bad_shard")]
+    assert shard_outcomes(tmp_path, renaming + named + text + bytes(1024)) == [
+        ("0.tar", "open:bad_shard")
+    ]
 
 
 def test_a_size_beyond_the_file_is_a_cut(tmp_path):
@@ -217,23 +228,44 @@ def test_sparse_members_are_no_files_and_what_follows_is_found(tmp_path):
     text = raw_header(b"a.txt", 1, b"0") + b"x".ljust(512, b"\0")
     sparse = bytes(old) + map_blocks + b"d" * 512 + text
     rest = tar_bytes(*pair("z"))
-    assert shard_outcomes(tmp_path, sparse + rest) == [("0.tar#a", "open:not_a_file"), ("0.tar#z", "a picture")]
+    assert shard_outcomes(tmp_path, sparse + rest) == [
+        ("0.tar#a", "open:not_a_file"),
+        ("0.tar#z", "a picture"),
+    ]
     assert shard_outcomes(tmp_path, sparse[:1200]) == [("0.tar", "open:truncated_shard")]
-    new = pax(body(b"GNU.sparse.major=1", b"GNU.sparse.minor=0", b"GNU.sparse.name=a.png", b"GNU.sparse.realsize=9999"))
+    new = pax(
+        body(
+            b"GNU.sparse.major=1",
+            b"GNU.sparse.minor=0",
+            b"GNU.sparse.name=a.png",
+            b"GNU.sparse.realsize=9999",
+        )
+    )
     new += raw_header(b"GNUSparseFile.0/a.png", 512, b"0") + b"d" * 512 + text
-    assert shard_outcomes(tmp_path, new + rest) == [("0.tar#a", "open:not_a_file"), ("0.tar#z", "a picture")]
+    assert shard_outcomes(tmp_path, new + rest) == [
+        ("0.tar#a", "open:not_a_file"),
+        ("0.tar#z", "a picture"),
+    ]
 
 
 def test_a_shard_of_too_many_members(tmp_path, monkeypatch):
     monkeypatch.setattr(tar_members, "MAX_MEMBERS", 4)
     found = shard_outcomes(tmp_path, WHOLE)
-    assert found == [*((f"0.tar#{key}", "a picture") for key in KEYS[:2]), ("0.tar", "open:bad_shard")]
+    assert found == [
+        *((f"0.tar#{key}", "a picture") for key in KEYS[:2]),
+        ("0.tar", "open:bad_shard"),
+    ]
 
 
-@given(st.lists(st.tuples(st.text(max_size=200), st.binary(max_size=1200)), max_size=8), st.sampled_from([1, 2]))
+@given(
+    st.lists(st.tuples(st.text(max_size=200), st.binary(max_size=1200)), max_size=8),
+    st.sampled_from([1, 2]),
+)
 @settings(max_examples=100, deadline=None)
 def test_members_are_those_of_tarfile(entries, format):  # noqa: A002
-    data = tar_bytes(*(("x" + name.replace("\0", ""), content) for name, content in entries), format=format)
+    data = tar_bytes(
+        *(("x" + name.replace("\0", ""), content) for name, content in entries), format=format
+    )
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         expected = [(m.offset_data, m.size) for m in tar.getmembers() if m.isreg()]
     found = list(members(io.BytesIO(data), len(data)))

@@ -34,7 +34,11 @@ def test_pairs_in_the_order_of_the_shards(tmp_path):
     dataset = open_dataset(tmp_path)
     assert isinstance(dataset, ShardedDataset)
     assert (len(dataset), dataset.captioned, dataset.class_names) == (2, True, None)
-    assert outcomes(dataset) == [("00.tar#b", "second"), ("00.tar#a", "first"), ("01.tar#d/c", "third")]
+    assert outcomes(dataset) == [
+        ("00.tar#b", "second"),
+        ("00.tar#a", "first"),
+        ("01.tar#d/c", "third"),
+    ]
     assert outcomes(dataset, 1, 9) == [("01.tar#d/c", "third")]
     assert [record.position for record in dataset.records(0, 2)] == [0, 1, 2**32]
     assert next(dataset.records(1, 2)).read() == PICTURE
@@ -92,7 +96,9 @@ def test_labels_instead_of_captions(tmp_path, names):
     labels = [b"1", b" 0\n", None, b"2", b"-1", b"cat", b"", b"0" * 40, b"\xff"]
     entries = []
     for i, label in enumerate(labels):
-        entries += [(f"{i}.png", PICTURE), (f"{i}.txt", b"unused")] + ([] if label is None else [(f"{i}.cls", label)])
+        entries += [(f"{i}.png", PICTURE), (f"{i}.txt", b"unused")] + (
+            [] if label is None else [(f"{i}.cls", label)]
+        )
     classes = tmp_path / "classes.txt"
     classes.write_text(names)
     dataset = open_dataset(write_shard(tmp_path, tar_bytes(*entries)), classes=classes)
@@ -126,7 +132,9 @@ def test_labels_instead_of_captions(tmp_path, names):
         ([("a.png", b""), ("a.txt", b"x")], "open:empty"),
     ],
 )
-def test_a_sample_that_cannot_be_used_is_one_error_and_no_other_suffers(tmp_path, entries, expected):
+def test_a_sample_that_cannot_be_used_is_one_error_and_no_other_suffers(
+    tmp_path, entries, expected
+):
     found = shard_outcomes(tmp_path, *pair("0"), *entries, *pair("z"))
     assert found == [("0.tar#0", "a picture"), ("0.tar#a", expected), ("0.tar#z", "a picture")]
 
@@ -139,13 +147,19 @@ def test_names_that_lead_out_of_the_shard(tmp_path, key):
 def test_names_that_lead_out_are_not_passed_over_where_they_have_no_key(tmp_path):
     names = ["/etc/passwd", "..\\evil.png", "../.png"]
     found = shard_outcomes(tmp_path, *((name, PICTURE) for name in names), *pair("z"))
-    assert found == [*((f"0.tar#{name}", "open:bad_path") for name in names), ("0.tar#z", "a picture")]
+    assert found == [
+        *((f"0.tar#{name}", "open:bad_path") for name in names),
+        ("0.tar#z", "a picture"),
+    ]
 
 
 def test_interleaved_samples_are_errors_as_a_whole(tmp_path):
     (a, at), (b, bt) = pair("a"), pair("b")
     expected = [("0.tar#a", "open:interleaved"), ("0.tar#b", "open:interleaved")]
-    assert shard_outcomes(tmp_path, a, b, at, bt, *pair("c")) == [*expected, ("0.tar#c", "a picture")]
+    assert shard_outcomes(tmp_path, a, b, at, bt, *pair("c")) == [
+        *expected,
+        ("0.tar#c", "a picture"),
+    ]
     assert shard_outcomes(tmp_path, a, at, b, bt, a, at) == [expected[0], ("0.tar#b", "a picture")]
 
 
@@ -157,13 +171,17 @@ def test_members_that_are_too_large(tmp_path, monkeypatch):
     assert found == [("0.tar#a", "open:too_large"), ("0.tar#b", "x")]
     monkeypatch.setattr(images, "MAX_CAPTION_BYTES", 3)
     monkeypatch.setattr(tar, "MAX_CAPTION_BYTES", 3)
-    found = shard_outcomes(tmp_path, ("a.png", small), ("a.txt", b"four"), ("b.png", small), ("b.txt", b"x"))
+    found = shard_outcomes(
+        tmp_path, ("a.png", small), ("a.txt", b"four"), ("b.png", small), ("b.txt", b"x")
+    )
     assert found == [("0.tar#a", "text:too_large"), ("0.tar#b", "x")]
 
 
 def test_names_that_are_not_text_stay_apart(tmp_path):
     entries = [*pair("a\udcff"), *pair("a\udcfe")]
-    found = outcomes(open_dataset(write_shard(tmp_path, tar_bytes(*entries, format=tarfile.GNU_FORMAT))))
+    found = outcomes(
+        open_dataset(write_shard(tmp_path, tar_bytes(*entries, format=tarfile.GNU_FORMAT)))
+    )
     assert found == [("0.tar#a\\xff", "a picture"), ("0.tar#a\\xfe", "a picture")]
 
 
@@ -172,13 +190,21 @@ def test_names_that_are_not_text_stay_apart(tmp_path):
 
 def test_the_order_and_position_of_a_shard_do_not_depend_on_the_part(tmp_path):
     for i in range(4):
-        write_shard(tmp_path, tar_bytes(*(m for j in range(i) for m in pair(f"{j}", f"{i} {j}"))), f"{i}.tar")
+        write_shard(
+            tmp_path,
+            tar_bytes(*(m for j in range(i) for m in pair(f"{j}", f"{i} {j}"))),
+            f"{i}.tar",
+        )
     write_shard(tmp_path, b"", "4.tar")
     dataset = open_dataset(tmp_path)
     whole = [(record.key, record.position) for record in dataset.records(0, 5)]
-    parts = [(record.key, record.position) for i in range(5) for record in dataset.records(i, i + 1)]
+    parts = [
+        (record.key, record.position) for i in range(5) for record in dataset.records(i, i + 1)
+    ]
     assert whole == parts
-    assert [position for _, position in whole] == [(i * SHARD) + j for i in range(4) for j in range(i)] + [4 << 32]
+    assert [position for _, position in whole] == [
+        (i * SHARD) + j for i in range(4) for j in range(i)
+    ] + [4 << 32]
     assert len(dict(whole)) == len(whole)
 
 
@@ -197,10 +223,16 @@ def test_worker_processes_get_the_same_records(tmp_path):
 
 def test_records_are_read_by_many_threads(tmp_path):
     blobs = [encode(picture(size=(8, 8), seed=i), "PNG") for i in range(200)]
-    entries = [member for i, blob in enumerate(blobs) for member in ((f"{i}.png", blob), (f"{i}.txt", b"%d" % i))]
+    entries = [
+        member
+        for i, blob in enumerate(blobs)
+        for member in ((f"{i}.png", blob), (f"{i}.txt", b"%d" % i))
+    ]
     dataset = open_dataset(write_shard(tmp_path, tar_bytes(*entries)))
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda record: (record.read(), record.caption()), dataset.records(0, 1)))
+        found = list(
+            pool.map(lambda record: (record.read(), record.caption()), dataset.records(0, 1))
+        )
     assert found == [(blob, str(i)) for i, blob in enumerate(blobs)]
 
 

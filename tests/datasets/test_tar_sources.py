@@ -35,7 +35,11 @@ def test_braces_as_in_the_shell(pattern, names):
     assert expand_braces(pattern) == names
 
 
-@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30), st.integers(1, 4)), min_size=1, max_size=3))
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 30), st.integers(0, 30), st.integers(1, 4)), min_size=1, max_size=3
+    )
+)
 def test_ranges_are_nested_loops(ranges):
     pattern = "-".join(f"{{{a:0{width}}..{b:0{width}}}}" for a, b, width in ranges)
 
@@ -45,10 +49,14 @@ def test_ranges_are_nested_loops(ranges):
         count = [i for i in range(31) if min(a, b) <= i <= max(a, b)]
         return [str(i).rjust(pad, "0") for i in (count if a <= b else reversed(count))]
 
-    assert expand_braces(pattern) == ["-".join(row) for row in itertools.product(*(numbers(*r) for r in ranges))]
+    assert expand_braces(pattern) == [
+        "-".join(row) for row in itertools.product(*(numbers(*r) for r in ranges))
+    ]
 
 
-@pytest.mark.parametrize("pattern", ["{a", "a}", "{a,{b,c}}", "{x}", "{}", "{a..c}", "{-1..2}", "{1..2..3}", "{1.. 2}"])
+@pytest.mark.parametrize(
+    "pattern", ["{a", "a}", "{a,{b,c}}", "{x}", "{}", "{a..c}", "{-1..2}", "{1..2..3}", "{1.. 2}"]
+)
 def test_braces_that_mean_nothing(tmp_path, pattern):
     with pytest.raises(UsageError, match="braces"):
         open_dataset(f"{tmp_path}/{pattern}.tar")
@@ -74,8 +82,14 @@ def test_a_folder_one_file_and_patterns(tmp_path):
     assert found(tmp_path / "s-01.tar") == keys[1:2]
     assert found(f"{tmp_path}/s-{{00..02}}.tar") == found(tmp_path / "s-{00,01,02}.tar") == keys
     assert found(f"{tmp_path}/s-{{02..00}}.tar") == keys[::-1]
-    assert open_dataset(f"{tmp_path}/s-{{02..00}}.tar").fingerprint != open_dataset(tmp_path).fingerprint
-    assert open_dataset(tmp_path).fingerprint == open_dataset(f"{tmp_path}/s-{{00..02}}.tar").fingerprint
+    assert (
+        open_dataset(f"{tmp_path}/s-{{02..00}}.tar").fingerprint
+        != open_dataset(tmp_path).fingerprint
+    )
+    assert (
+        open_dataset(tmp_path).fingerprint
+        == open_dataset(f"{tmp_path}/s-{{00..02}}.tar").fingerprint
+    )
     write_shard(tmp_path, tar_bytes(*pair("x")), "{odd}.tar")
     assert found(tmp_path / "{odd}.tar") == ["{odd}.tar#x"]
 
@@ -89,7 +103,9 @@ def test_a_pattern_longer_than_any_name(tmp_path):
 
 def test_a_pattern_names_what_is_missing(tmp_path):
     write_shard(tmp_path, tar_bytes(), "0.tar")
-    with pytest.raises(UsageError, match=r"names 10 shards; 9 are not there, the first is .*1\.tar"):
+    with pytest.raises(
+        UsageError, match=r"names 10 shards; 9 are not there, the first is .*1\.tar"
+    ):
         open_dataset(tmp_path / "{0..9}.tar")
     write_shard(tmp_path, b"", "0.txt")
     with pytest.raises(UsageError, match=r"ending in \.tar.*0\.txt"):
@@ -100,7 +116,9 @@ def test_a_pattern_names_what_is_missing(tmp_path):
         open_dataset(tmp_path / "9.tar")
 
 
-@pytest.mark.parametrize("source", ["pipe:curl x/{0..9}.tar", "http://x/{0..9}.tar", "s3://x/0.tar", "gs:0.tar"])
+@pytest.mark.parametrize(
+    "source", ["pipe:curl x/{0..9}.tar", "http://x/{0..9}.tar", "s3://x/0.tar", "gs:0.tar"]
+)
 def test_urls_and_commands_are_refused(source):
     for given_source in (source, Path(source)):
         with pytest.raises(UsageError, match="nothing is downloaded and no command is run"):

@@ -27,7 +27,9 @@ def test_evidence_is_the_mean_of_products_of_bets(outcomes: list[bool], risk: fl
 @pytest.mark.parametrize("rate", [0.05, 0.08, 0.3])
 def test_the_mean_of_the_evidence_is_at_most_one_where_the_risk_is_not_kept(rate: float) -> None:
     n, k = 40, np.arange(41)
-    log_p = [math.log(math.comb(n, i)) + i * math.log(rate) + (n - i) * math.log1p(-rate) for i in k]
+    log_p = [
+        math.log(math.comb(n, i)) + i * math.log(rate) + (n - i) * math.log1p(-rate) for i in k
+    ]
     mean = float(np.exp(np.array(log_p) + log_evidence(k, n, RISK)).sum())
     assert mean <= 1 + 1e-12
     assert (mean == pytest.approx(1, abs=1e-12)) == (rate == RISK)
@@ -75,7 +77,9 @@ def test_what_more_would_do_does() -> None:
     looks, u = Looks(grid, RISK, DELTA), np.linspace(0, 1, 30)
     more = looks.more_needed(u, np.zeros(30, np.int64))
     assert more is not None
-    longer = np.linspace(0, 1, 30 + more + STEPS)  # shares of whole labels are rounded down, one for each threshold
+    longer = np.linspace(
+        0, 1, 30 + more + STEPS
+    )  # shares of whole labels are rounded down, one for each threshold
     assert looks.certified(longer, np.zeros(len(longer), np.int64)) is not None
     assert looks.certified(u, np.zeros(30, np.int64)) is None
     assert not looks.can_certify(u)

@@ -49,7 +49,9 @@ def save_and_resume(monitor: vilu.Monitor, calibration: vilu.Outcomes, path: Pat
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_rows_that_come_again_are_not_counted_again(calibration: vilu.Outcomes, tmp_path: Path, named: bool) -> None:
+def test_rows_that_come_again_are_not_counted_again(
+    calibration: vilu.Outcomes, tmp_path: Path, named: bool
+) -> None:
     """In any order and from a saved state; the status is that of once, to the last bit."""
     rows = draw(1, 300, named=named, labelled=True)
     monitor = monitor_of(calibration)
@@ -72,19 +74,27 @@ def test_rows_in_part_known_are_counted_in_part(calibration: vilu.Outcomes) -> N
         assert parts.update(rows.take(twice)) == expected
 
 
-def test_another_score_or_answer_of_the_same_name_is_another_row(calibration: vilu.Outcomes) -> None:
+def test_another_score_or_answer_of_the_same_name_is_another_row(
+    calibration: vilu.Outcomes,
+) -> None:
     rows = draw(1, 100)
     monitor = monitor_of(calibration)
     monitor.update(rows)
     assert monitor.update(dataclasses.replace(rows, uncertainty=rows.uncertainty / 2)).rows == 200
-    assert monitor.update(dataclasses.replace(rows, prediction=(rows.prediction + 1) % 4)).rows == 300
+    assert (
+        monitor.update(dataclasses.replace(rows, prediction=(rows.prediction + 1) % 4)).rows == 300
+    )
 
 
-def test_names_that_come_every_day_are_other_rows_where_scores_are_tied(calibration: vilu.Outcomes) -> None:
+def test_names_that_come_every_day_are_other_rows_where_scores_are_tied(
+    calibration: vilu.Outcomes,
+) -> None:
     """Half of the scores are 0: a day's rows and labels all count, and of a file of old and new rows the new ones."""
 
     def saturated(rows: vilu.Outcomes, ids: list[str] | None) -> vilu.Outcomes:
-        return dataclasses.replace(rows, uncertainty=rows.uncertainty * (rows.uncertainty > 0.5), ids=ids)
+        return dataclasses.replace(
+            rows, uncertainty=rows.uncertainty * (rows.uncertainty > 0.5), ids=ids
+        )
 
     names = [f"frame_{row:04d}.jpg" for row in range(400)]
     days = [saturated(draw(10 + seed, 400, labelled=True), names) for seed in range(8)]
@@ -94,7 +104,11 @@ def test_names_that_come_every_day_are_other_rows_where_scores_are_tied(calibrat
         assert (status.verdict, status.rows, monitor.repeated) == ("holds", 400 * day, 0)
     assert status.audit.n == monitor.accepted
     more = dataclasses.replace(days[0], ids=[f"late_{row:04d}.jpg" for row in range(400)])
-    for known, n in ((days[2], 3200), (days[2].take(np.arange(50)), 3200), (joined(days[1], more), 3600)):
+    for known, n in (
+        (days[2], 3200),
+        (days[2].take(np.arange(50)), 3200),
+        (joined(days[1], more), 3600),
+    ):
         with pytest.warns(UserWarning, match="were monitored before"):
             assert monitor.update(known).rows == n
 
@@ -140,7 +154,9 @@ def test_what_cannot_be_seen_is_counted(calibration: vilu.Outcomes) -> None:
     before = monitor.rows
     for seed in (3, 4):  # other rows, that are numbered alike
         one = draw(seed, 50)
-        flat = dataclasses.replace(one, ids=[str(row) for row in range(50)], uncertainty=np.full(50, 0.5))
+        flat = dataclasses.replace(
+            one, ids=[str(row) for row in range(50)], uncertainty=np.full(50, 0.5)
+        )
         monitor.update(dataclasses.replace(flat, prediction=np.zeros(50)))
     assert monitor.rows == before + 100
 
@@ -171,7 +187,9 @@ def test_a_label_counts_once(calibration: vilu.Outcomes, tmp_path: Path, named: 
     assert once.audit is not None
     assert once.audit.n == monitor.accepted
     monitor = save_and_resume(monitor, calibration, tmp_path / "state.parquet")
-    with pytest.warns(UserWarning, match=f"{monitor.accepted} of {monitor.accepted} labels were given before"):
+    with pytest.warns(
+        UserWarning, match=f"{monitor.accepted} of {monitor.accepted} labels were given before"
+    ):
         assert monitor.audit(labels) == once
     at_once = monitor_of(calibration)
     at_once.update(labels)
@@ -189,8 +207,14 @@ def test_a_state_of_older_code_goes_on_and_says_what_it_does_not_know(
     monitor.update(rows)
     monitor.save(path)
     table, metadata = read_table(path, ("test",))
-    columns = {name: table[name].slice(0, len(table) - 600) for name in ("test", "value", "count")}  # without hashes
-    then = {key: value for key, value in metadata.items() if key not in {"remembered", "forgotten", "schema_version"}}
+    columns = {
+        name: table[name].slice(0, len(table) - 600) for name in ("test", "value", "count")
+    }  # without hashes
+    then = {
+        key: value
+        for key, value in metadata.items()
+        if key not in {"remembered", "forgotten", "schema_version"}
+    }
     write_table(path, columns, then)
     for _ in range(2):
         monitor = monitor_of(calibration)
@@ -208,7 +232,9 @@ def test_a_state_that_lost_rows_is_damaged(calibration: vilu.Outcomes, tmp_path:
     monitor.update(draw(1, 100))
     monitor.save(path)
     table, metadata = read_table(path, ("test",))
-    write_table(path, {name: table[name].slice(0, len(table) - 1) for name in table.column_names}, metadata)
+    write_table(
+        path, {name: table[name].slice(0, len(table) - 1) for name in table.column_names}, metadata
+    )
     with pytest.raises(DataError, match="does not hold the rows that were taken in"):
         monitor_of(calibration).resume(path)
 
@@ -238,7 +264,9 @@ def test_memory_is_eight_bytes_a_row() -> None:
     assert sum(run.nbytes for run in seen.runs) == 8 * 20_000
 
 
-def by_class(n: int, k: int, accuracy: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def by_class(
+    n: int, k: int, accuracy: float, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Targets in blocks, predictions that are right as often as stated, and uncertainties."""
     rng = np.random.default_rng(seed)
     target = np.sort(rng.integers(k, size=n))
@@ -246,7 +274,9 @@ def by_class(n: int, k: int, accuracy: float, seed: int = 0) -> tuple[np.ndarray
     return target, prediction, rng.random(n)
 
 
-@pytest.mark.parametrize(("n", "k", "accuracy"), [(600, 4, 0.6), (1135, 20, 0.5), (20_000, 10, 0.4), (900, 100, 0.6)])
+@pytest.mark.parametrize(
+    ("n", "k", "accuracy"), [(600, 4, 0.6), (1135, 20, 0.5), (20_000, 10, 0.4), (900, 100, 0.6)]
+)
 def test_a_folder_of_classes_is_known_by_its_answers(n: int, k: int, accuracy: float) -> None:
     target, prediction, u = by_class(n, k, accuracy)
     assert grouped(prediction)
@@ -291,7 +321,9 @@ def test_a_shift_is_no_order() -> None:
         refuse_sorted(vilu.Outcomes(u, np.full(1000, -1), prediction=one_kind_then_another))
     drift = np.linspace(0, 1, 2000)
     mix = (rng.random(2000) < 0.2 + 0.6 * drift).astype(int)
-    refuse_sorted(vilu.Outcomes(0.3 * drift + 0.7 * rng.random(2000), np.full(2000, -1), prediction=mix))
+    refuse_sorted(
+        vilu.Outcomes(0.3 * drift + 0.7 * rng.random(2000), np.full(2000, -1), prediction=mix)
+    )
 
 
 def test_rows_in_random_order_pass() -> None:
@@ -308,7 +340,9 @@ def test_rows_in_random_order_pass() -> None:
 def test_nothing_is_taken_in_of_what_is_refused(calibration: vilu.Outcomes) -> None:
     monitor = monitor_of(calibration)
     _, prediction, u = by_class(400, 4, 0.9)
-    rows = vilu.Outcomes(u, np.full(400, -1), prediction=prediction, class_names=NAMES, method="toy")
+    rows = vilu.Outcomes(
+        u, np.full(400, -1), prediction=prediction, class_names=NAMES, method="toy"
+    )
     before = monitor.state()
     with pytest.raises(DataError, match="None of them was taken in"):
         monitor.update(rows)

@@ -16,9 +16,14 @@ def brute_wealth(wrong: int, n: int, rate: float) -> float:
     prior = stats.beta(*PRIOR)
 
     def integrand(theta: float) -> float:
-        return prior.pdf(theta) * (theta / rate) ** wrong * ((1 - theta) / (1 - rate)) ** (n - wrong)
+        return (
+            prior.pdf(theta) * (theta / rate) ** wrong * ((1 - theta) / (1 - rate)) ** (n - wrong)
+        )
 
-    return prior.cdf(rate) + integrate.quad(integrand, rate, 1, epsabs=1e-13, epsrel=1e-11, limit=200)[0]
+    return (
+        prior.cdf(rate)
+        + integrate.quad(integrand, rate, 1, epsabs=1e-13, epsrel=1e-11, limit=200)[0]
+    )
 
 
 @pytest.mark.parametrize(("wrong", "n"), [(0, 0), (0, 5), (1, 1), (3, 20), (30, 200), (7, 7)])
@@ -42,7 +47,9 @@ def test_the_wealth_is_a_martingale_at_the_rate_and_shrinks_below_it() -> None:
 @pytest.mark.parametrize(("wrong", "n"), [(1, 3), (5, 40), (40, 400), (20, 20)])
 def test_the_lower_bound_is_where_the_wealth_falls_below_its_limit(wrong: int, n: int) -> None:
     rates = np.linspace(1e-6, 1 - 1e-6, 20_001)
-    wealth = np.array([float(log_wealth(np.asarray(wrong), np.asarray(n), rate, PRIOR)) for rate in rates])
+    wealth = np.array(
+        [float(log_wealth(np.asarray(wrong), np.asarray(n), rate, PRIOR)) for rate in rates]
+    )
     below = wealth < np.log(1 / 0.01)
     assert np.array_equal(below, np.arange(len(rates)) >= np.argmax(below))  # one crossing
     assert lower_bound(wrong, n, 0.01, PRIOR) == pytest.approx(rates[np.argmax(below)], abs=1e-4)
@@ -57,7 +64,10 @@ def test_bounds_hold_at_all_times_together() -> None:
     allowed = delta + 3 * np.sqrt(delta * (1 - delta) / streams)
     k, m = np.meshgrid(np.arange(wrong.max() + 1), np.arange(n + 1), indexing="ij")
     k = np.minimum(k, m)
-    against_at_most, against_at_least = log_wealth(k, m, rate, PRIOR), log_wealth(m - k, m, 1 - rate, PRIOR[::-1])
+    against_at_most, against_at_least = (
+        log_wealth(k, m, rate, PRIOR),
+        log_wealth(m - k, m, 1 - rate, PRIOR[::-1]),
+    )
     above = against_at_most[wrong, count].max(axis=1) >= np.log(1 / delta)
     below = against_at_least[wrong, count].max(axis=1) >= np.log(1 / delta)
     assert 0.01 < above.mean() <= allowed
@@ -73,7 +83,9 @@ def test_the_verdict_follows_the_bounds_and_the_path() -> None:
         path = audit.path(failure)
         for row in range(600):
             audit = audit.more(failure[row : row + 1])
-            by_bounds = "broken" if audit.lower > 0.05 else "holds so far" if audit.upper < 0.05 else None
+            by_bounds = (
+                "broken" if audit.lower > 0.05 else "holds so far" if audit.upper < 0.05 else None
+            )
             assert audit.verdict == (by_bounds or "not enough audited answers")
             assert (audit.verdict == "broken") == (path[row] >= np.log(100))
         assert audit.verdict == expected
@@ -84,7 +96,9 @@ def test_bounds_of_the_audit_are_ordered_and_tell_how_many_more() -> None:
     assert 0 < audit.lower < 0.01 < audit.upper < 1
     more = audit.n_needed()
     assert more is not None
-    assert Audit(0.05, 0.01, 200 + more, round(np.ceil(0.01 * (200 + more)))).verdict == "holds so far"
+    assert (
+        Audit(0.05, 0.01, 200 + more, round(np.ceil(0.01 * (200 + more)))).verdict == "holds so far"
+    )
     unseen = Audit(0.05, 0.01).n_needed()
     assert unseen is not None
     assert Audit(0.05, 0.01, unseen, 0).verdict == "holds so far"

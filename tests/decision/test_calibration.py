@@ -40,12 +40,16 @@ def test_targets_are_checked_first(target: Target, message: str, tmp_path: Path)
     vilu.MCM().save(tmp_path)
     before = sorted(path.name for path in tmp_path.iterdir())
     with pytest.raises(UsageError, match=message):
-        calibrate_predictor(tmp_path, toy_embeddings(n=5), target)  # far too few rows for anything else
+        calibrate_predictor(
+            tmp_path, toy_embeddings(n=5), target
+        )  # far too few rows for anything else
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize("at", ["Vocabulary.save", "record.save"])
-def test_a_calibration_that_was_cut_off_is_made_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, at: str) -> None:
+def test_a_calibration_that_was_cut_off_is_made_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, at: str
+) -> None:
     """There is no record before all that belongs to it: else the next run would find nothing to do."""
 
     def cut(*arguments: object, **named: object) -> None:
@@ -64,7 +68,9 @@ def test_a_calibration_that_was_cut_off_is_made_again(monkeypatch: pytest.Monkey
         (folder / VOCABULARY).unlink()
 
 
-def test_one_other_row_makes_another_calibration_and_one_of_earlier_code_stays(tmp_path: Path) -> None:
+def test_one_other_row_makes_another_calibration_and_one_of_earlier_code_stays(
+    tmp_path: Path,
+) -> None:
     """Rows that are in no store, as those that labels were given for are not, are all looked at."""
     data, target = toy_embeddings(n=700), Target(max_risk=0.4)
     vilu.MCM().save(tmp_path)
@@ -78,7 +84,9 @@ def test_one_other_row_makes_another_calibration_and_one_of_earlier_code_stays(t
         data.image[row] = -data.image[row]
     predictor = vilu.load(tmp_path)
     predictor.calibrator_ = None
-    then = digest((predictor_fingerprint(predictor), source_fingerprint(taken), None, None, target.facts()))
+    then = digest(
+        (predictor_fingerprint(predictor), source_fingerprint(taken), None, None, target.facts())
+    )
     assert found.inputs != then
     (tmp_path / RISK).unlink()
     earlier = found.model_copy(update={"inputs": then})
@@ -114,9 +122,15 @@ def test_a_row_without_a_score_is_not_accepted_and_says_why(tmp_path: Path) -> N
     decider = Decider.of_folder(predictor, tmp_path)
     broken = toy_embeddings(n=20, k=2, ids_from=None)
     broken.image[4] = np.nan
-    holes = vilu.Embeddings(broken.image, broken.text, logit_scale=20.0, class_names=broken.class_names)
+    holes = vilu.Embeddings(
+        broken.image, broken.text, logit_scale=20.0, class_names=broken.class_names
+    )
     outcomes = vilu.score(predictor, holes, decider=decider)
-    assert (outcomes.decision[4], outcomes.decision_reason[4], outcomes.label_set[4]) == ("abstain", "nonfinite", None)
+    assert (outcomes.decision[4], outcomes.decision_reason[4], outcomes.label_set[4]) == (
+        "abstain",
+        "nonfinite",
+        None,
+    )
     assert np.isnan(outcomes.failure_probability[4])
     assert {text for row, text in enumerate(outcomes.decision) if row != 4} <= {"accept", "abstain"}
 
@@ -129,7 +143,9 @@ def with_strangers(n: int, seed: int) -> vilu.Embeddings:
     image[strangers] = rng.normal(size=(strangers.sum(), image.shape[1]))
     target[strangers] = -2
     image /= np.linalg.norm(image, axis=1, keepdims=True)
-    return vilu.Embeddings(image, data.text, target, 20.0, class_names=data.class_names, ids=data.ids)
+    return vilu.Embeddings(
+        image, data.text, target, 20.0, class_names=data.class_names, ids=data.ids
+    )
 
 
 class Seeing(SeesOutside, vilu.MCM):
@@ -162,7 +178,9 @@ def test_stated_shares_are_kept_and_strangers_named(tmp_path: Path) -> None:
     abstained = np.array([decision == "abstain" for decision in scores.decision or ()])
     assert seen.decision == scores.decision
     assert 0 < named.sum() < abstained.sum()
-    assert np.array_equal(named, abstained & ((20 * new.image @ new.text.T).amax(dim=1) < 7).numpy())
+    assert np.array_equal(
+        named, abstained & ((20 * new.image @ new.text.T).amax(dim=1) < 7).numpy()
+    )
     edited = json.loads((tmp_path / "risk.json").read_text())
     edited["rule"]["outside_share"] = 0.6
     edited.pop("digest")

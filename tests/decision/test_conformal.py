@@ -36,7 +36,10 @@ def test_batches_of_any_size_equal_brute_force(ties: int) -> None:
     expected = brute(values[:30].tolist(), values[30:].tolist(), uniform.tolist())
     for size in (1, 7, 64, 200):
         reference = Reference.of(values[:30])
-        parts = [reference.p_values(values[30 + i : 30 + i + size], uniform[i : i + size]) for i in range(0, 200, size)]
+        parts = [
+            reference.p_values(values[30 + i : 30 + i + size], uniform[i : i + size])
+            for i in range(0, 200, size)
+        ]
         assert np.concatenate(parts).tolist() == pytest.approx(expected, abs=1e-15)
         assert reference.n == 230
         distinct, counts = np.unique(values, return_counts=True)
@@ -59,7 +62,9 @@ def test_sorted_runs_stay_few() -> None:
     for value in np.random.default_rng(0).random(1000):
         reference.p_values(np.array([value]), np.array([0.5]))
     assert len(reference.runs) <= 11
-    assert [len(run) for run in reference.runs] == sorted((len(run) for run in reference.runs), reverse=True)
+    assert [len(run) for run in reference.runs] == sorted(
+        (len(run) for run in reference.runs), reverse=True
+    )
 
 
 def test_uniform_and_independent_under_exchangeability_even_with_ties() -> None:

@@ -8,7 +8,12 @@ import torch
 
 import vilu
 from tests.conftest import toy_embeddings, toy_pairs, without_words
-from vilu.decision.label_sets import LabelSets, failure_aware_posterior, fit_label_sets, nonconformity
+from vilu.decision.label_sets import (
+    LabelSets,
+    failure_aware_posterior,
+    fit_label_sets,
+    nonconformity,
+)
 from vilu.embeddings.memory import Embeddings
 from vilu.embeddings.source import Batch
 from vilu.errors import DataError, InfeasibleError, UsageError
@@ -32,7 +37,9 @@ def test_posterior_by_hand() -> None:
 def test_posterior_stays_exact_where_the_answer_is_certain() -> None:
     batch = batch_of([[100.0, 2.0, 1.0]])
     q = failure_aware_posterior(batch, batch.logits.double().log_softmax(1), torch.tensor([0.5]))
-    assert q[0, 1:].tolist() == pytest.approx((0.5 * torch.softmax(torch.tensor([2.0, 1.0]), 0)).tolist())
+    assert q[0, 1:].tolist() == pytest.approx(
+        (0.5 * torch.softmax(torch.tensor([2.0, 1.0]), 0)).tolist()
+    )
 
 
 def test_scores_by_hand() -> None:
@@ -40,17 +47,24 @@ def test_scores_by_hand() -> None:
     predictor = vilu.MCM()
     u = np.array([0.5, 0.6])  # as the posterior has it, so that q = p
     lac = nonconformity(predictor, batch, u, "lac")
-    assert lac.tolist() == [pytest.approx([0.5, 0.7, 0.8], abs=1e-6), pytest.approx([0.6, 0.7, 0.7], abs=1e-6)]
+    assert lac.tolist() == [
+        pytest.approx([0.5, 0.7, 0.8], abs=1e-6),
+        pytest.approx([0.6, 0.7, 0.7], abs=1e-6),
+    ]
     aps = nonconformity(predictor, batch, u, "aps")
     assert aps[0].tolist() == pytest.approx([0, 0.5, 0.8], abs=1e-6)
-    assert aps[1].tolist() == pytest.approx([0, 0.4, 0.4], abs=1e-6)  # equal candidates come together
+    assert aps[1].tolist() == pytest.approx(
+        [0, 0.4, 0.4], abs=1e-6
+    )  # equal candidates come together
 
 
 @pytest.mark.parametrize("method", ["lac", "aps"])
 def test_sets_grow_with_the_probability_of_failure(method: str) -> None:
     batch = batch_of([np.log([0.6, 0.2, 0.15, 0.05]).tolist()] * 5)
     limit = {"lac": 0.9, "aps": 0.75}[method]
-    sets = LabelSets(method=method, limit=limit, **MADE).of(vilu.MCM(), batch, np.array([0.01, 0.2, 0.3, 0.45, 0.55]))
+    sets = LabelSets(method=method, limit=limit, **MADE).of(
+        vilu.MCM(), batch, np.array([0.01, 0.2, 0.3, 0.45, 0.55])
+    )
     sizes = sets.sum(dim=1).tolist()
     assert sizes == sorted(sizes)
     assert sizes[0] == 1 < sizes[-1]
@@ -105,7 +119,10 @@ def test_own_posterior_of_vilu_plus(train: Embeddings, test: Embeddings) -> None
     sizes = []
     for predictor in (learned, vilu.MCM()):
         sets = fit_label_sets(predictor, rows, max_miss=0.1, method="lac")
-        found = [nonconformity(predictor, *scored, "lac") <= sets.limit for scored in predictor.scored(rows)]
+        found = [
+            nonconformity(predictor, *scored, "lac") <= sets.limit
+            for scored in predictor.scored(rows)
+        ]
         sizes.append(torch.cat(found).sum(dim=1).double())
         assert sizes[-1].mean().item() == pytest.approx(sets.mean_size)
     more = sizes[0] - sizes[1]  # of the same rows, so that how hard they are cancels
@@ -123,6 +140,13 @@ def test_refusals(train: Embeddings) -> None:
     with pytest.raises(UsageError, match="a score, not a probability"):
         fit_label_sets(vilu.Entropy(), few, max_miss=0.5, method="lac")
     with pytest.raises(DataError, match="were used to fit"):
-        fit_label_sets(vilu.ViLU(hidden=(8,), epochs=1).fit(train), train, max_miss=0.5, method="lac")
+        fit_label_sets(
+            vilu.ViLU(hidden=(8,), epochs=1).fit(train), train, max_miss=0.5, method="lac"
+        )
     with pytest.raises(DataError, match="has a label"):
-        fit_label_sets(vilu.MCM(), Embeddings(few.image, few.text, logit_scale=20.0), max_miss=0.5, method="lac")
+        fit_label_sets(
+            vilu.MCM(),
+            Embeddings(few.image, few.text, logit_scale=20.0),
+            max_miss=0.5,
+            method="lac",
+        )

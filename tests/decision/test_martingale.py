@@ -25,22 +25,26 @@ from vilu.decision.martingale import (
 def nodes() -> tuple[np.ndarray, np.ndarray]:
     """Points and weights of an integral over [0, 1] that is exact up to rounding for what the bets are.
 
-    They are smooth within the cells of the histograms, with an integrable pole at either end, which p = c s^8 takes
-    away.
+    They are smooth within the cells of the histograms, with an integrable pole at either end, which
+    p = c s^8 takes away.
     """
     cells = lcm(*(cells for cells, _ in HISTOGRAMS))
     x, w = np.polynomial.legendre.leggauss(24)
     s, w = (x + 1) / 2, w / 2
     low = (s**8 / cells, w * 8 * s**7 / cells)
     inner = [((i + s) / cells, w / cells) for i in range(1, cells - 1)]
-    p = np.concatenate([low[0], *(points for points, _ in inner), np.minimum(1 - low[0], 1 - 2.0**-53)])
+    p = np.concatenate(
+        [low[0], *(points for points, _ in inner), np.minimum(1 - low[0], 1 - 2.0**-53)]
+    )
     return p, np.concatenate([low[1], *(weights for _, weights in inner), low[1]])
 
 
 def test_every_beta_bet_integrates_to_one() -> None:
     p, weights = nodes()
     assert (weights @ np.exp(beta_bets(p))).tolist() == pytest.approx([1] * len(BETAS), abs=1e-9)
-    assert np.allclose(np.exp(beta_bets(np.array([0.3])))[0], [stats.beta(a, b).pdf(0.3) for a, b in BETAS])
+    assert np.allclose(
+        np.exp(beta_bets(np.array([0.3])))[0], [stats.beta(a, b).pdf(0.3) for a, b in BETAS]
+    )
 
 
 def test_every_histogram_bet_integrates_to_one_whatever_it_has_learnt() -> None:
@@ -86,7 +90,9 @@ def test_wealth_is_the_sum_over_bets_and_starts() -> None:
     expected = []
     for t in range(n):
         started = range(0, t + 1, EVERY)
-        wealth = sum(share[s // EVERY] * (SHARES @ density[s : t + 1].prod(axis=0)) for s in started)
+        wealth = sum(
+            share[s // EVERY] * (SHARES @ density[s : t + 1].prod(axis=0)) for s in started
+        )
         expected.append(wealth + 1 - sum(share[: len(started)]))
     assert np.exp(Martingale().update(p)).tolist() == pytest.approx(expected, rel=1e-9)
 
@@ -95,7 +101,11 @@ def test_wealth_is_the_sum_over_bets_and_starts() -> None:
 def test_the_mean_of_the_next_wealth_is_the_wealth(before: int) -> None:
     """The property of a martingale, exactly: the integral over the next p-value, after any past."""
     martingale = Martingale()
-    wealth = np.exp(martingale.update(np.random.default_rng(before).beta(0.8, 1.2, before))[-1]) if before else 1.0
+    wealth = (
+        np.exp(martingale.update(np.random.default_rng(before).beta(0.8, 1.2, before))[-1])
+        if before
+        else 1.0
+    )
     p, weights = nodes()
     after = [np.exp(copy.deepcopy(martingale).update(np.array([value]))[0]) for value in p]
     assert weights @ after == pytest.approx(wealth, rel=1e-8)

@@ -19,17 +19,23 @@ from vilu.files.tables import read_table, write_table
 NAMES = ("a", "b", "c")
 
 
-def draw(rng: np.random.Generator, n: int, shift: float = 0.0, *, digits: int = 16, audited: float = 0.2):
+def draw(
+    rng: np.random.Generator, n: int, shift: float = 0.0, *, digits: int = 16, audited: float = 0.2
+):
     """Answers that are wrong with probability u^2 / 2; a shift moves u up, and the answers towards the last class."""
     u = rng.random(n)
     u = (u ** (1 / (1 + shift))).round(digits)
     failure = np.where(rng.random(n) < audited, rng.random(n) < u**2 / 2, -1)
     prediction = np.minimum((rng.random(n) + shift / 2) * 3, 2).astype(int)
-    return vilu.Outcomes(u, failure.astype(int), prediction=prediction, class_names=NAMES, method="toy")
+    return vilu.Outcomes(
+        u, failure.astype(int), prediction=prediction, class_names=NAMES, method="toy"
+    )
 
 
 def part(outcomes: vilu.Outcomes, rows: slice) -> vilu.Outcomes:
-    columns = {name: getattr(outcomes, name)[rows] for name in ("uncertainty", "failure", "prediction")}
+    columns = {
+        name: getattr(outcomes, name)[rows] for name in ("uncertainty", "failure", "prediction")
+    }
     return dataclasses.replace(outcomes, **columns)
 
 
@@ -47,7 +53,8 @@ def rule(calibration: vilu.Outcomes) -> vilu.Selector:
 def test_false_alarms_are_as_rare_as_stated(digits: int) -> None:
     """300 streams with a calibration and a threshold of their own, with and without ties: each test within its level.
 
-    Audited are answers that keep the promise: rules that do not are the calibration's own share of failures.
+    Audited are answers that keep the promise: rules that do not are the calibration's own share of
+    failures.
     """
     level, streams = 0.4, 300
     raised: dict[str, int] = dict.fromkeys(("any", "scores", "acceptance", "answers", "audit"), 0)
@@ -59,11 +66,17 @@ def test_false_alarms_are_as_rare_as_stated(digits: int) -> None:
         status = monitor.update(draw(rng, 600, digits=digits))
         tests = {test.name: test for test in status.tests}
         assert sum(test.level for test in status.tests) == pytest.approx(level)
-        assert [tests[name].level for name in ("scores", "acceptance")] == pytest.approx([level * 2 / 5, level / 5])
+        assert [tests[name].level for name in ("scores", "acceptance")] == pytest.approx(
+            [level * 2 / 5, level / 5]
+        )
         for name, test in tests.items():
             raised[name] += test.raised_at is not None
         raised["any"] += status.alarm
-    levels = {"any": level, "scores": level * 2 / 5, **dict.fromkeys(("acceptance", "answers", "audit"), level / 5)}
+    levels = {
+        "any": level,
+        "scores": level * 2 / 5,
+        **dict.fromkeys(("acceptance", "answers", "audit"), level / 5),
+    }
     for name, share in levels.items():
         allowed = share + 3 * np.sqrt(share * (1 - share) / streams)
         assert raised[name] / streams <= allowed, (name, raised)
@@ -104,7 +117,10 @@ def test_acceptance_and_answers_are_seen_alone(calibration: vilu.Outcomes) -> No
     flat = dataclasses.replace(calibration, uncertainty=np.full(len(calibration), 0.5))
     new = draw(rng, 800, shift=0.4, audited=0)
     status = vilu.Monitor(flat).update(dataclasses.replace(new, uncertainty=np.full(800, 0.5)))
-    assert {t.name: t.raised_at is not None for t in status.tests} == {"scores": False, "answers": True}
+    assert {t.name: t.raised_at is not None for t in status.tests} == {
+        "scores": False,
+        "answers": True,
+    }
     per_class = vilu.calibrate(calibration, max_risk=0.1, groups="prediction")
     assert per_class.grouped_by == "prediction"
     status = vilu.Monitor(calibration, per_class).update(new)
@@ -115,7 +131,9 @@ def test_acceptance_and_answers_are_seen_alone(calibration: vilu.Outcomes) -> No
     )
 
 
-def test_a_broken_promise_is_seen_through_labels_alone(calibration: vilu.Outcomes, rule: vilu.Selector) -> None:
+def test_a_broken_promise_is_seen_through_labels_alone(
+    calibration: vilu.Outcomes, rule: vilu.Selector
+) -> None:
     """The same scores, but 30 % of the accepted answers are wrong; first without labels, then with late ones."""
     rng = np.random.default_rng(3)
     rows = draw(rng, 1000, audited=0)
@@ -139,11 +157,17 @@ def test_late_labels_break_no_kept_promise_whatever_their_order() -> None:
     rng = np.random.default_rng(0)
     target = rng.integers(20, size=3000)
     failure = (rng.random(3000) < np.where(target == 0, 0.3, 0.012)).astype(int)  # 2.6 % of all
-    rows = vilu.Outcomes(rng.random(3000), failure, target=target, ids=[f"{row}.jpg" for row in range(3000)])
+    rows = vilu.Outcomes(
+        rng.random(3000), failure, target=target, ids=[f"{row}.jpg" for row in range(3000)]
+    )
     before, late = rows.take(np.arange(2000)), rows.take(np.arange(2000, 3000))
     rule = vilu.calibrate(before, max_risk=0.05)
     found = []
-    for order in (np.arange(1000), np.argsort(late.target, kind="stable"), np.argsort(-late.failure, kind="stable")):
+    for order in (
+        np.arange(1000),
+        np.argsort(late.target, kind="stable"),
+        np.argsort(-late.failure, kind="stable"),
+    ):
         monitor = vilu.Monitor(before, rule)
         monitor.update(dataclasses.replace(late, failure=np.full(1000, -1), target=None))
         found.append(monitor.audit(late.take(order)))
@@ -173,17 +197,23 @@ def test_a_mean_over_calibrations_is_no_promise_to_audit(calibration: vilu.Outco
         monitor.audit(draw(np.random.default_rng(6), 10))
 
 
-def test_rows_without_an_uncertainty_are_left_out_and_counted(calibration: vilu.Outcomes, rule: vilu.Selector) -> None:
+def test_rows_without_an_uncertainty_are_left_out_and_counted(
+    calibration: vilu.Outcomes, rule: vilu.Selector
+) -> None:
     rng = np.random.default_rng(6)
     rows = draw(rng, 300)
     u = rows.uncertainty.copy()
     u[::3] = np.nan
-    holes = dataclasses.replace(rows, uncertainty=u, reason=["nonfinite" if np.isnan(x) else None for x in u])
+    holes = dataclasses.replace(
+        rows, uncertainty=u, reason=["nonfinite" if np.isnan(x) else None for x in u]
+    )
     with_holes, without = (vilu.Monitor(calibration, rule) for _ in range(2))
     status = with_holes.update(holes)
     kept = np.isfinite(u)
     same = without.update(
-        dataclasses.replace(rows, uncertainty=u[kept], failure=rows.failure[kept], prediction=rows.prediction[kept])
+        dataclasses.replace(
+            rows, uncertainty=u[kept], failure=rows.failure[kept], prediction=rows.prediction[kept]
+        )
     )
     assert (status.rows, status.unscored) == (300, 100)
     assert status.tests == same.tests
@@ -207,7 +237,9 @@ def test_neither_batches_nor_a_saved_state_change_the_result(
     assert monitor.rows == 500
 
 
-def test_a_state_of_something_else_is_refused(calibration: vilu.Outcomes, rule: vilu.Selector, tmp_path: Path) -> None:
+def test_a_state_of_something_else_is_refused(
+    calibration: vilu.Outcomes, rule: vilu.Selector, tmp_path: Path
+) -> None:
     path = tmp_path / "state.parquet"
     monitor = vilu.Monitor(calibration, rule)
     monitor.update(draw(np.random.default_rng(8), 100))
@@ -219,7 +251,9 @@ def test_a_state_of_something_else_is_refused(calibration: vilu.Outcomes, rule: 
         vilu.Monitor(part(calibration, slice(0, 1000)), rule),
     ]
     for one in other:
-        with pytest.raises(ProvenanceError, match="another calibration, probability of a false alarm, or seed"):
+        with pytest.raises(
+            ProvenanceError, match="another calibration, probability of a false alarm, or seed"
+        ):
             one.resume(path)
     with pytest.raises(UsageError, match="has seen 100 rows"):
         monitor.resume(path)
@@ -232,7 +266,9 @@ def test_a_state_of_something_else_is_refused(calibration: vilu.Outcomes, rule: 
         vilu.Monitor(calibration, rule).resume(tmp_path / "scores.parquet")
 
 
-def test_a_damaged_state_is_refused(calibration: vilu.Outcomes, rule: vilu.Selector, tmp_path: Path) -> None:
+def test_a_damaged_state_is_refused(
+    calibration: vilu.Outcomes, rule: vilu.Selector, tmp_path: Path
+) -> None:
     path = tmp_path / "state.parquet"
     monitor = vilu.Monitor(calibration, rule)
     monitor.update(draw(np.random.default_rng(9), 100))
@@ -257,7 +293,10 @@ def test_a_damaged_state_is_refused(calibration: vilu.Outcomes, rule: vilu.Selec
         with pytest.raises(DataError, match="is damaged"):
             vilu.Monitor(calibration, rule).resume(path)
     last = max(row for row, test in enumerate(table["test"].to_pylist()) if test == "answers")
-    short = {name: column.take([row for row in range(len(table)) if row != last]) for name, column in columns.items()}
+    short = {
+        name: column.take([row for row in range(len(table)) if row != last])
+        for name, column in columns.items()
+    }
     write_table(path, short, metadata)
     with pytest.raises(DataError, match="answers must hold"):
         vilu.Monitor(calibration, rule).resume(path)
@@ -274,7 +313,11 @@ def test_a_state_is_a_table_that_others_can_read(
     monitor.update(rows)
     monitor.save(tmp_path / "state.parquet")
     frame = pq.read_table(tmp_path / "state.parquet").to_pydict()
-    answers = {v: c for t, v, c in zip(frame["test"], frame["value"], frame["count"], strict=True) if t == "answers"}
+    answers = {
+        v: c
+        for t, v, c in zip(frame["test"], frame["value"], frame["count"], strict=True)
+        if t == "answers"
+    }
     both = np.concatenate([calibration.prediction, rows.prediction])
     assert answers == {float(c): int((both == c).sum()) for c in range(3)}
 
@@ -311,15 +354,21 @@ def test_a_csv_that_does_not_name_its_classes_is_read_with_those_of_the_calibrat
     assert status.acceptance.since == pytest.approx(per_class.coverage, abs=0.1)
 
 
-def test_calibration_rows_in_the_stream_are_told(calibration: vilu.Outcomes, rule: vilu.Selector) -> None:
+def test_calibration_rows_in_the_stream_are_told(
+    calibration: vilu.Outcomes, rule: vilu.Selector
+) -> None:
     rows = dataclasses.replace(calibration, ids=[f"row-{i}" for i in range(len(calibration))])
     monitor = vilu.Monitor(rows, rule)
     with pytest.warns(UserWarning, match="2000 of 2000 rows are calibration rows"):
         monitor.update(rows)
-    monitor.update(dataclasses.replace(rows, uncertainty=rows.uncertainty / 2))  # the same keys of other data
+    monitor.update(
+        dataclasses.replace(rows, uncertainty=rows.uncertainty / 2)
+    )  # the same keys of other data
 
 
-def test_without_a_rule_for_single_rows_there_is_nothing_to_audit(calibration: vilu.Outcomes) -> None:
+def test_without_a_rule_for_single_rows_there_is_nothing_to_audit(
+    calibration: vilu.Outcomes,
+) -> None:
     nothing = vilu.calibrate(part(calibration, slice(0, 20)), max_risk=0.01)
     assert not nothing.feasible
     for rule, names in (
@@ -351,8 +400,12 @@ def test_groups_that_the_caller_gave(calibration: vilu.Outcomes) -> None:
 def test_groups_of_rows_some_of_which_were_monitored_before(calibration: vilu.Outcomes) -> None:
     """In an array, too; and there is one for every row that is given, not for the new ones alone."""
     groups = np.array(["even" if i % 2 else "odd" for i in range(len(calibration))])
-    monitor = vilu.Monitor(calibration, vilu.calibrate(calibration, max_risk=0.1, groups=groups), groups=groups)
-    rows = dataclasses.replace(draw(np.random.default_rng(13), 200), ids=[f"{i}.jpg" for i in range(200)])
+    monitor = vilu.Monitor(
+        calibration, vilu.calibrate(calibration, max_risk=0.1, groups=groups), groups=groups
+    )
+    rows = dataclasses.replace(
+        draw(np.random.default_rng(13), 200), ids=[f"{i}.jpg" for i in range(200)]
+    )
     monitor.update(rows.take(np.arange(150)), groups[:150])
     with pytest.raises(UsageError, match="the group of each of 200 rows"):
         monitor.update(rows, groups[:201])
@@ -360,7 +413,9 @@ def test_groups_of_rows_some_of_which_were_monitored_before(calibration: vilu.Ou
         assert monitor.update(rows, groups[:200]).rows == 200
 
 
-def test_mapie_agrees_on_clear_cases(calibration: vilu.Outcomes, rule: vilu.Selector, tmp_path: Path) -> None:
+def test_mapie_agrees_on_clear_cases(
+    calibration: vilu.Outcomes, rule: vilu.Selector, tmp_path: Path
+) -> None:
     """An independent implementation on the same rows: neither alarms without a change, both soon after a large one."""
     rng = np.random.default_rng(14)
     few = part(calibration, slice(0, 800))
@@ -369,13 +424,18 @@ def test_mapie_agrees_on_clear_cases(calibration: vilu.Outcomes, rule: vilu.Sele
     assert ours.update(calm).verdict == theirs.update(calm).verdict == "holds"
     found, reference = ours.update(shifted), theirs.update(shifted)
     for name in ("scores", "answers"):
-        rows = [next(t.raised_at for t in status.tests if t.name == name) for status in (found, reference)]
+        rows = [
+            next(t.raised_at for t in status.tests if t.name == name)
+            for status in (found, reference)
+        ]
         assert all(row is not None and 300 <= row < 800 for row in rows), (name, rows)
     assert found.audit is not None
     assert reference.audit is not None
     assert (found.audit.n, found.audit.wrong) == (reference.audit.n, reference.audit.wrong)
     assert 0 < reference.audit.lower < found.audit.wrong / found.audit.n
-    assert found.audit.lower >= reference.audit.lower  # a bound made for Bernoulli numbers is no looser here
+    assert (
+        found.audit.lower >= reference.audit.lower
+    )  # a bound made for Bernoulli numbers is no looser here
     with pytest.raises(UsageError, match="keep no state"):
         theirs.save(tmp_path / "state.parquet")
 
@@ -386,7 +446,9 @@ def test_strata_are_part_of_the_fingerprint() -> None:
     found = set()
     for outside in (np.arange(400) >= 300, np.arange(400) % 4 == 3):
         rows = vilu.Outcomes(u, np.where(outside, 1, f), outside=outside)
-        rule = vilu.calibrate(vilu.Outcomes(u, f, outside=np.arange(400) >= 300), max_risk=0.3, outside_share=0.2)
+        rule = vilu.calibrate(
+            vilu.Outcomes(u, f, outside=np.arange(400) >= 300), max_risk=0.3, outside_share=0.2
+        )
         found.add(vilu.Monitor(rows, rule).fingerprint)
     assert len(found) == 2
 
@@ -402,10 +464,14 @@ def test_labels_below_a_limit_alone_are_compared_with_rows_below_it(tmp_path: Pa
         monitor = vilu.Monitor(rows, rule, false_alarm=level, seed=seed)
         raised += monitor.update(draw(rng, 600, audited=0)).alarm
     assert raised <= streams * level + 3 * np.sqrt(streams * level * (1 - level))
-    whole = vilu.Monitor(rows, rule.model_copy(update={"method": "ltt"})).update(draw(rng, 600, audited=0))
+    whole = vilu.Monitor(rows, rule.model_copy(update={"method": "ltt"})).update(
+        draw(rng, 600, audited=0)
+    )
     assert whole.alarm  # taken for a sample of everything it would be void at once
     monitor.save(tmp_path / "state.parquet")
-    again = vilu.Monitor(rows, rule, false_alarm=level, seed=seed).resume(tmp_path / "state.parquet")
+    again = vilu.Monitor(rows, rule, false_alarm=level, seed=seed).resume(
+        tmp_path / "state.parquet"
+    )
     assert again.status == monitor.status
     assert monitor.status.acceptance is None
     assert monitor.update(draw(rng, 3000, shift=1.0, audited=0)).alarm

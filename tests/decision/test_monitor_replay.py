@@ -1,8 +1,8 @@
 """Replays of real scores: ViLU on CIFAR-10's test images, of which a fifth is also there corrupted (severity 3).
 
-``tests/data/cifar_shift_scores.npz`` holds uncertainty, failure and answer of ViLU (fitted on the training images;
-small offline backbone), and which clean row each corrupted one was. ``python -m benchmarks.monitor_replay`` made the
-measurement of docs/monitor.md from such scores.
+``tests/data/cifar_shift_scores.npz`` holds uncertainty, failure and answer of ViLU (fitted on the
+training images; small offline backbone), and which clean row each corrupted one was. ``python -m
+benchmarks.monitor_replay`` made the measurement of docs/monitor.md from such scores.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def test_a_corruption_that_sets_in_is_seen_within_500_images(
     """Of 25 replays all; and of 25 undisturbed ones at most 5 % and three standard deviations raise an alarm."""
     clean, shifted = scores
     alarms = [replay(clean, [shifted], seed) for seed in range(REPLAYS)]
-    undisturbed, disturbed = (report(str(which), [both[which] for both in alarms]) for which in (0, 1))
+    undisturbed, disturbed = (
+        report(str(which), [both[which] for both in alarms]) for which in (0, 1)
+    )
     assert undisturbed["ever"] <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / REPLAYS)
     assert disturbed["within"] == 1
     delays = [both[1]["scores"] for both in alarms]
@@ -51,11 +53,15 @@ def test_a_corruption_that_sets_in_is_seen_within_500_images(
     assert f"within {LIMIT} rows 100.0%" in capsys.readouterr().out
 
 
-def test_the_promise_is_broken_by_the_corruption(scores: tuple[vilu.Outcomes, vilu.Outcomes]) -> None:
+def test_the_promise_is_broken_by_the_corruption(
+    scores: tuple[vilu.Outcomes, vilu.Outcomes],
+) -> None:
     """What the alarm is about: clean rows keep a promise of 20 %, corrupted ones do not, and labels show it."""
     clean, shifted = scores
     rng = np.random.default_rng(0)
-    order = np.setdiff1d(rng.permutation(len(clean)), [int(key) for key in shifted.ids or ()], assume_unique=True)
+    order = np.setdiff1d(
+        rng.permutation(len(clean)), [int(key) for key in shifted.ids or ()], assume_unique=True
+    )
 
     def rows(outcomes: vilu.Outcomes, chosen: np.ndarray) -> vilu.Outcomes:
         return vilu.Outcomes(outcomes.uncertainty[chosen], outcomes.failure[chosen])

@@ -20,7 +20,9 @@ def stream(rng: np.random.Generator, n: int, share: float, labelled: float = 0.0
     n_outside = int(rng.binomial(n, share))
     rows = rows_of(rng, n - n_outside, n_outside).take(rng.permutation(n))
     known = rng.random(n) < labelled
-    return Outcomes(rows.uncertainty, np.where(known, rows.failure, -1), outside=rows.outside & known)
+    return Outcomes(
+        rows.uncertainty, np.where(known, rows.failure, -1), outside=rows.outside & known
+    )
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,9 @@ def test_up_to_the_stated_share_there_is_no_alarm(share: float) -> None:
 
 
 def test_more_strangers_void_the_promise(calibration: Outcomes, rule: vilu.Selector) -> None:
-    labelled = vilu.Monitor(calibration, rule).update(stream(np.random.default_rng(1), 1500, 0.4, labelled=0.3))
+    labelled = vilu.Monitor(calibration, rule).update(
+        stream(np.random.default_rng(1), 1500, 0.4, labelled=0.3)
+    )
     assert labelled.verdict == "shifted: guarantee void"
     assert {t.name for t in labelled.tests if t.raised_at is not None} >= {"outside"}
     assert "none of the classes than the promise was stated for" in labelled.reason
@@ -58,7 +62,9 @@ def test_more_strangers_void_the_promise(calibration: Outcomes, rule: vilu.Selec
     assert [t.name for t in silent.tests if t.raised_at is not None] == ["abstained"]
 
 
-def test_the_rate_of_abstaining_is_bounded_stratum_by_stratum(calibration: Outcomes, rule: vilu.Selector) -> None:
+def test_the_rate_of_abstaining_is_bounded_stratum_by_stratum(
+    calibration: Outcomes, rule: vilu.Selector
+) -> None:
     monitor = vilu.Monitor(calibration, rule, false_alarm=0.06)
     abstained = ~rule.accept(calibration.uncertainty)
     within, strangers = (
@@ -78,8 +84,12 @@ def test_a_stated_share_of_none_is_watched_too() -> None:
     assert monitor.update(stream(np.random.default_rng(4), 500, 0.1, labelled=0.5)).alarm
 
 
-def test_counts_go_on_from_a_state(calibration: Outcomes, rule: vilu.Selector, tmp_path: Path) -> None:
-    first, second = (stream(np.random.default_rng(seed), 400, 0.25, labelled=0.5) for seed in (5, 6))
+def test_counts_go_on_from_a_state(
+    calibration: Outcomes, rule: vilu.Selector, tmp_path: Path
+) -> None:
+    first, second = (
+        stream(np.random.default_rng(seed), 400, 0.25, labelled=0.5) for seed in (5, 6)
+    )
     whole = vilu.Monitor(calibration, rule)
     whole.update(first)
     whole.save(tmp_path / "state.parquet")

@@ -22,7 +22,9 @@ def test_outcomes_say_what_was_answered_and_where_from(test: Embeddings) -> None
     logits = test.image @ test.text.T
     assert np.array_equal(outcomes.prediction, logits.argmax(1).numpy())
     assert np.array_equal(outcomes.failure, (logits.argmax(1) != test.target).long().numpy())
-    assert outcomes.uncertainty == pytest.approx((1 - (20 * logits).double().softmax(1).amax(1)).numpy(), abs=1e-5)
+    assert outcomes.uncertainty == pytest.approx(
+        (1 - (20 * logits).double().softmax(1).amax(1)).numpy(), abs=1e-5
+    )
     assert (outcomes.method, outcomes.dataset, outcomes.split) == ("mcm", "toy", "test")
     assert outcomes.provenance["n_candidates"] == 5
     assert outcomes.provenance["space"] == test.space.fingerprint
@@ -87,12 +89,15 @@ def test_candidates_that_were_not_fitted_on_are_told_where_probabilities_are_sta
     others = {
         "prompts": with_texts(test, test.text + prompt),
         "classes": with_texts(test, torch.randn(5, 16, generator=torch.Generator().manual_seed(1))),
-        "fewer": with_texts(test, test.text[:4], target=test.target.clamp(max=3), class_names=test.class_names[:4]),
+        "fewer": with_texts(
+            test, test.text[:4], target=test.target.clamp(max=3), class_names=test.class_names[:4]
+        ),
     }
     for predictor in (head, vilu.load(tmp_path)):
         for data in others.values():
             with pytest.warns(
-                UserWarning, match=r"fitted on other candidates .* still rank the answers, but .* not cal"
+                UserWarning,
+                match=r"fitted on other candidates .* still rank the answers, but .* not cal",
             ):
                 vilu.score(predictor, data)
         with pytest.warns(UserWarning, match="fitted on other candidates"):
@@ -105,22 +110,33 @@ def test_candidates_that_are_the_same_are_not_told(head: vilu.ViLU, test: Embedd
     turned = [4, 2, 0, 1, 3]
     vilu.score(head, with_texts(test, test.text + noise))
     vilu.score(
-        head, with_texts(test, test.text[turned], class_names=[test.class_names[i] for i in turned], target=None)
+        head,
+        with_texts(
+            test, test.text[turned], class_names=[test.class_names[i] for i in turned], target=None
+        ),
     )
     vilu.score(head, variant(test, class_names=[f"n{i}" for i in range(5)]))
 
 
-def test_what_knows_no_probability_or_no_candidates_says_nothing(head: vilu.ViLU, test: Embeddings) -> None:
-    prompts = with_texts(test, test.text + 0.15 * torch.randn(16, generator=torch.Generator().manual_seed(0)))
+def test_what_knows_no_probability_or_no_candidates_says_nothing(
+    head: vilu.ViLU, test: Embeddings
+) -> None:
+    prompts = with_texts(
+        test, test.text + 0.15 * torch.randn(16, generator=torch.Generator().manual_seed(0))
+    )
     vilu.score(vilu.MCM().fit(test), prompts)  # learns nothing
     vilu.score(vilu.PREDICTORS["sirc"]().fit(toy_embeddings()), prompts)  # no probability
     old = copy.copy(head)
     old.notes_ = {"n_train": 600, "n_failures": 200}
     vilu.score(old, prompts)  # of older code: not known
-    vilu.score(copy.copy(head).calibrate(toy_embeddings(seed=8, ids_from=40_000)), prompts)  # on what, it may be these
+    vilu.score(
+        copy.copy(head).calibrate(toy_embeddings(seed=8, ids_from=40_000)), prompts
+    )  # on what, it may be these
 
 
-def test_a_promise_is_none_for_the_same_names_in_other_prompts(test: Embeddings, tmp_path: Path) -> None:
+def test_a_promise_is_none_for_the_same_names_in_other_prompts(
+    test: Embeddings, tmp_path: Path
+) -> None:
     vilu.MCM().fit(test).save(tmp_path)
     calibrate_predictor(tmp_path, toy_embeddings(seed=8, ids_from=40_000), Target(max_risk=0.5))
     predictor = vilu.load(tmp_path)
@@ -131,13 +147,17 @@ def test_a_promise_is_none_for_the_same_names_in_other_prompts(test: Embeddings,
         test.text + 0.15 * torch.randn(16, generator=torch.Generator().manual_seed(0)),
         class_names=test.class_names,
     )
-    with pytest.raises(ProvenanceError, match="the same names in other prompts: its thresholds say nothing of them"):
+    with pytest.raises(
+        ProvenanceError, match="the same names in other prompts: its thresholds say nothing of them"
+    ):
         vilu.score(predictor, prompts, decider=decider)
 
 
 def test_a_probability_from_so_few_rows_is_told() -> None:
     rows = toy_embeddings()
-    with pytest.warns(UserWarning, match="vilu_plus is fitted on 1 row: with fewer than 20 its probabilities"):
+    with pytest.warns(
+        UserWarning, match="vilu_plus is fitted on 1 row: with fewer than 20 its probabilities"
+    ):
         vilu.ViLUPlus().fit(rows.take(torch.tensor([0])))
     vilu.ViLUPlus(width=8, epochs=1).fit(rows.take(torch.arange(20)))
 
@@ -151,7 +171,11 @@ def test_scores_say_which_rows_are_of_none_of_the_classes(test: Embeddings, tmp_
     outcomes = vilu.score(vilu.MCM(), data)
     assert np.flatnonzero(outcomes.outside).tolist() == [1, 4]
     assert outcomes.target[[1, 4, 7]].tolist() == [-1, -1, -1]
-    assert outcomes.failure[[1, 4, 7]].tolist() == [1, -1, -1]  # row 4 has no answer that could be wrong
+    assert outcomes.failure[[1, 4, 7]].tolist() == [
+        1,
+        -1,
+        -1,
+    ]  # row 4 has no answer that could be wrong
     other = np.delete(np.arange(len(data)), [1, 4])
     assert not outcomes.outside[other].any()
     outcomes.save(tmp_path / "a.parquet")

@@ -29,7 +29,9 @@ def test_accepts_what_benjamini_hochberg_rejects(seed: int) -> None:
 
 
 def test_rows_without_score_are_no_part_of_the_batch() -> None:
-    rule = select(Outcomes(np.linspace(0, 1, 200), (np.linspace(0, 1, 200) > 0.5).astype(int)), max_risk=0.1)
+    rule = select(
+        Outcomes(np.linspace(0, 1, 200), (np.linspace(0, 1, 200) > 0.5).astype(int)), max_risk=0.1
+    )
     batch = np.array([0.0, 0.1, 0.6])
     padded = np.r_[batch, np.full(50, np.nan)]
     assert np.array_equal(rule.accept(padded)[:3], rule.accept(batch))
@@ -62,7 +64,9 @@ def test_a_million_of_more_rows_are_drawn_from_all_of_them() -> None:
     assert abs(len(rule.wrong) / rule.n - share) < 4 * np.sqrt(share / rule.n)
     assert contradiction(rule, rows) is None
     first = np.sort(rows.uncertainty[: 10**6][failure[: 10**6] == 1]).tolist()
-    assert contradiction(rule.model_copy(update={"wrong": tuple(first)}), rows) is None  # as earlier code chose
+    assert (
+        contradiction(rule.model_copy(update={"wrong": tuple(first)}), rows) is None
+    )  # as earlier code chose
     assert contradiction(rule.model_copy(update={"wrong": tuple(first[1:])}), rows) is not None
 
 

@@ -12,7 +12,14 @@ from scipy import stats
 import vilu
 from tests.conftest import few
 from vilu.decision.record import contradiction
-from vilu.decision.shares import BETS, Strata, fewest_rows, main_level, read_shares, weighted_learn_then_test
+from vilu.decision.shares import (
+    BETS,
+    Strata,
+    fewest_rows,
+    main_level,
+    read_shares,
+    weighted_learn_then_test,
+)
 from vilu.decision.thresholds import upper_bound
 from vilu.errors import DataError, UsageError
 from vilu.outcomes.outcomes import Outcomes
@@ -47,7 +54,10 @@ def truth(share: float, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def three_binomials(u, wrong, outside, t: float, share: float, delta: float) -> float:
-    """The simple bound: Clopper-Pearson at delta / 3 for strangers accepted, and for wrong and right inside."""
+    """The simple bound:
+
+    Clopper-Pearson at delta / 3 for strangers accepted, and for wrong and right inside.
+    """
     n_o, n_i = outside.sum(), (~outside).sum()
     foreign = upper_bound(int((outside & (u <= t)).sum()), int(n_o), delta / 3) if n_o else 1.0
     bad = upper_bound(int((~outside & (u <= t) & wrong).sum()), int(n_i), delta / 3)
@@ -65,7 +75,10 @@ def test_evidence_is_the_mean_of_products_one_row_at_a_time(seed: int) -> None:
     assert weight.mean() == pytest.approx(1)
     value, point = weighted_learn_then_test(u, rows.failure == 1, weight, 0.15, 0.2)
     expected, most = None, -1.0
-    floors = [-np.inf, *(np.sort(u)[math.ceil(len(u) * at) - 1] for at in (1 / 32, 1 / 16, 1 / 8, 1 / 4))]
+    floors = [
+        -np.inf,
+        *(np.sort(u)[math.ceil(len(u) * at) - 1] for at in (1 / 32, 1 / 16, 1 / 8, 1 / 4)),
+    ]
     for floor, level in zip(floors, [0.2 * 0.96, *[0.2 * 0.01] * 4], strict=True):
         here = None
         for t in value[value > floor]:
@@ -120,20 +133,30 @@ def test_at_the_edge_a_stated_share_is_rarely_certified(n_outside: int) -> None:
         outside = np.arange(len(u)) >= 1000
         wrong = outside | (rng.random(len(u)) < (0.0501 - share) / (1 - share))
         rows = Outcomes(u, wrong.astype(int), outside=outside)
-        certified += vilu.calibrate(rows, max_risk=RISK, confidence=1 - DELTA, outside_share=share).feasible
+        certified += vilu.calibrate(
+            rows, max_risk=RISK, confidence=1 - DELTA, outside_share=share
+        ).feasible
     assert certified / (2 * DRAWS) <= DELTA
 
 
 def test_more_is_certified_than_by_three_binomials() -> None:
-    """At one threshold, chosen before: 500 rows inside, 50 outside, a share of 0.2; in truth 1.5 % are wrong."""
+    """At one threshold, chosen before:
+
+    500 rows inside, 50 outside, a share of 0.2; in truth 1.5 % are wrong.
+    """
     rng, ours, theirs, draws = np.random.default_rng(5), 0, 0, 300
     assert truth(0.2, np.array([0.3]))[1][0] == pytest.approx(0.0148, abs=0.0001)
     for _ in range(draws):
         rows = rows_of(rng, 500, 50)
         u = np.where(rows.uncertainty <= 0.3, 0.0, 1.0)
-        value, point = weighted_learn_then_test(u, rows.failure == 1, Strata(rows, 0.2, None).weight, RISK, 0.05)
+        value, point = weighted_learn_then_test(
+            u, rows.failure == 1, Strata(rows, 0.2, None).weight, RISK, 0.05
+        )
         ours += point is not None and value[point.index] == 0
-        theirs += three_binomials(rows.uncertainty, rows.failure == 1, rows.outside, 0.3, 0.2, 0.05) <= RISK
+        theirs += (
+            three_binomials(rows.uncertainty, rows.failure == 1, rows.outside, 0.3, 0.2, 0.05)
+            <= RISK
+        )
     assert ours > 1.5 * theirs
 
 
@@ -146,9 +169,13 @@ def test_strata_that_lack_rows_are_named() -> None:
         f"too few rows for the stated shares: (outside) has 0 and needs {needed} at least"
     )
     # mean over bets of exp(n bet (0.05 / 0.95) (0.8 / 0.2)) is first above 1 / (0.96 * 0.05)
-    growth = [np.mean([math.exp(n * bet * 4 * 0.05 / 0.95) for bet in BETS]) for n in (needed - 1, needed)]
+    growth = [
+        np.mean([math.exp(n * bet * 4 * 0.05 / 0.95) for bet in BETS]) for n in (needed - 1, needed)
+    ]
     assert growth[0] < 1 / (0.96 * 0.05) <= growth[1]
-    assert vilu.calibrate(rows_of(rng, 8000, needed + 60), max_risk=RISK, outside_share=0.2).feasible
+    assert vilu.calibrate(
+        rows_of(rng, 8000, needed + 60), max_risk=RISK, outside_share=0.2
+    ).feasible
     assert vilu.calibrate(rows_of(rng, 800, 0), max_risk=RISK, outside_share=0.0).feasible
 
 
@@ -166,15 +193,21 @@ def test_the_promise_is_for_the_classes_as_they_are_stated() -> None:
     few = vilu.calibrate(rows, max_risk=RISK, class_shares={"cat": 0.7, "cup": 0.29, "dog": 0.01})
     assert few.coverage > 0.9  # 1.5 % wrong at these shares
     assert "at the stated shares of 3 classes" in str(few)
-    assert not vilu.calibrate(rows, max_risk=RISK, class_shares={"cat": 0.4, "cup": 0.4, "dog": 0.2}).feasible
+    assert not vilu.calibrate(
+        rows, max_risk=RISK, class_shares={"cat": 0.4, "cup": 0.4, "dog": 0.2}
+    ).feasible
     rare = vilu.calibrate(
-        classes_of(rng, [900, 900, 3]), max_risk=RISK, class_shares={"cat": 0.5, "dog": 0.5, "cup": 0}
+        classes_of(rng, [900, 900, 3]),
+        max_risk=RISK,
+        class_shares={"cat": 0.5, "dog": 0.5, "cup": 0},
     )
     assert "dog has 3 and needs" in str(rare.certificates[""].why)
     with pytest.raises(UsageError, match=r"no share is stated of 1 of the 3 classes: 'cup'\."):
         vilu.calibrate(rows, max_risk=RISK, class_shares={"cat": 0.5, "dog": 0.5})
     assert contradiction(few, rows) is None
-    assert contradiction(few.model_copy(update={"class_shares": {"cat": 0.4, "cup": 0.4, "dog": 0.2}}), rows)
+    assert contradiction(
+        few.model_copy(update={"class_shares": {"cat": 0.4, "cup": 0.4, "dog": 0.2}}), rows
+    )
     assert type(few).model_validate_json(few.model_dump_json()) == few
     plain = vilu.calibrate(rows.take(rows.target != 2), max_risk=RISK)
     assert "shares" not in plain.model_dump_json()
@@ -186,10 +219,19 @@ def test_the_promise_is_for_the_classes_as_they_are_stated() -> None:
         ({"outside_share": 1.0, "max_risk": 0.1}, "outside_share must be in"),
         ({"outside_share": 0.1, "min_coverage": 0.5}, "stated shares take a max_risk"),
         ({"outside_share": 0.1, "max_risk": 0.1, "method": "sgr"}, "stated shares take a max_risk"),
-        ({"outside_share": 0.1, "max_risk": 0.1, "groups": "prediction"}, "stated shares take a max_risk"),
+        (
+            {"outside_share": 0.1, "max_risk": 0.1, "groups": "prediction"},
+            "stated shares take a max_risk",
+        ),
         ({"class_shares": {"cat": 0.5}, "max_risk": 0.1}, "must add up to 1"),
-        ({"class_shares": {"cat": 1.5, "cup": -0.5}, "max_risk": 0.1}, "share of 'cat' must be a number in"),
-        ({"class_shares": {"cat": "0.5", "cup": 0.5}, "max_risk": 0.1}, "share of 'cat' must be a number in .*'0.5'"),
+        (
+            {"class_shares": {"cat": 1.5, "cup": -0.5}, "max_risk": 0.1},
+            "share of 'cat' must be a number in",
+        ),
+        (
+            {"class_shares": {"cat": "0.5", "cup": 0.5}, "max_risk": 0.1},
+            "share of 'cat' must be a number in .*'0.5'",
+        ),
         ({"class_shares": {"cow": 1.0}, "max_risk": 0.1}, "none of the 3 classes"),
     ],
 )
@@ -204,7 +246,9 @@ def test_strangers_need_a_stated_share_beside_classes() -> None:
         vilu.calibrate(rows, max_risk=0.1, class_shares={"cat": 1.0})
     with pytest.raises(DataError, match="class of every row"):
         vilu.calibrate(
-            Outcomes([0.1, 0.2], [0, 1], target=[0, -1], class_names=["cat"]), max_risk=0.1, class_shares={"cat": 1.0}
+            Outcomes([0.1, 0.2], [0, 1], target=[0, -1], class_names=["cat"]),
+            max_risk=0.1,
+            class_shares={"cat": 1.0},
         )
 
 

@@ -62,18 +62,24 @@ def test_accepted_needed_is_enough_and_one_less_is_not() -> None:
     for wrong, risk in ((0, 0.05), (1, 0.05), (7, 0.01), (40, 0.3)):
         m = thresholds.accepted_needed(wrong, risk, 0.05)
         assert stats.binom.cdf(wrong, m, risk) <= 0.05 < stats.binom.cdf(wrong, m - 1, risk)
-    assert thresholds.accepted_needed(1, 0.05, 0.05) == 93  # (0.95)^93 + 93 (0.05) (0.95)^92 = 0.0499
+    assert (
+        thresholds.accepted_needed(1, 0.05, 0.05) == 93
+    )  # (0.95)^93 + 93 (0.05) (0.95)^92 = 0.0499
     assert thresholds.accepted_needed(0, 1e-14, 0.05) is None
 
 
-@pytest.mark.parametrize(("risk", "rows"), [(0.05, 19), (0.1, 9), (0.03, 33), (1 / 49, 48), (0.5, 1)])
+@pytest.mark.parametrize(
+    ("risk", "rows"), [(0.05, 19), (0.1, 9), (0.03, 33), (1 / 49, 48), (0.5, 1)]
+)
 def test_rows_for_mean(risk: float, rows: int) -> None:
     assert thresholds.rows_for_mean(risk) == rows
     assert 1 / (rows + 1) <= risk * (1 + 1e-9)
     assert 1 / rows > risk
 
 
-def by_hand_beginnings(n: int, starts, whole: float, risk: float, level: float) -> list[tuple[int, int, float]]:
+def by_hand_beginnings(
+    n: int, starts, whole: float, risk: float, level: float
+) -> list[tuple[int, int, float]]:
     """Rows with which sequences begin, at least and at best; for enough rows to begin near every place."""
 
     def most(m: int, at: float) -> int:
@@ -89,12 +95,19 @@ def by_hand_beginnings(n: int, starts, whole: float, risk: float, level: float) 
     return found
 
 
-def by_hand_fallback(labels: list[list[int]], starts, whole: float, risk: float, delta: float) -> int:
-    """How many scores above a floor one threshold at a time certifies; ``labels``: of the rows at each score."""
+def by_hand_fallback(
+    labels: list[list[int]], starts, whole: float, risk: float, delta: float
+) -> int:
+    """How many scores above a floor one threshold at a time certifies;
+
+    ``labels``: of the rows at each score.
+    """
     tested = {}
     ends = list(accumulate(map(len, labels)))
     for least, best, share in by_hand_beginnings(ends[-1], starts, whole, risk, delta):
-        place = min((i for i, m in enumerate(ends) if m >= least), key=lambda i: (abs(ends[i] - best), -i))
+        place = min(
+            (i for i, m in enumerate(ends) if m >= least), key=lambda i: (abs(ends[i] - best), -i)
+        )
         tested[place] = tested.get(place, 0) + share
     certified, level, accepted, wrong = 0, 0.0, 0, 0
     for place, rows in enumerate(labels):
@@ -116,8 +129,12 @@ def by_hand_ltt(u, f, risk: float, delta: float) -> tuple[float, float] | None:
     first = by_hand_fallback(labels, ((1 / 16, 0.3), (1 / 4, 0.7)), 1 / 4, risk, 0.96 * delta)
     found = [(sum(map(len, labels[:first])), -np.inf, scores[first - 1])] if first else []
     for share in (1 / 32, 1 / 16, 1 / 8, 1 / 4):
-        floor = next(i for i, m in enumerate(accumulate(map(len, labels))) if m >= np.ceil(len(u) * share))
-        rest = by_hand_fallback(labels[floor + 1 :], ((1 / 4, 0.5), (1 / 2, 0.5)), 0, risk, 0.01 * delta)
+        floor = next(
+            i for i, m in enumerate(accumulate(map(len, labels))) if m >= np.ceil(len(u) * share)
+        )
+        rest = by_hand_fallback(
+            labels[floor + 1 :], ((1 / 4, 0.5), (1 / 2, 0.5)), 0, risk, 0.01 * delta
+        )
         inside = labels[floor + 1 : floor + 1 + rest]
         found += [(sum(map(len, inside)), scores[floor], scores[floor + rest])] if rest else []
     return max(found, key=lambda one: one[0])[1:] if found else None
@@ -138,29 +155,41 @@ def test_learn_then_test_against_one_threshold_at_a_time(seed: int) -> None:
 
 
 def test_few_rows_have_one_sequence_at_full_level() -> None:
-    assert learn_then_test(counts([(1, 0)] * 59), 0.05, 0.05) is None  # 60 are needed: the last is no random row
+    assert (
+        learn_then_test(counts([(1, 0)] * 59), 0.05, 0.05) is None
+    )  # 60 are needed: the last is no random row
     assert learn_then_test(counts([(1, 0)] * 60), 0.05, 0.05).index == 59
     assert learn_then_test(counts([(1, 0)] * 58 + [(0, 1)] + [(1, 0)] * 6), 0.05, 0.05) is None
-    # 59 are right: below the 60th R is shown, whatever the label of that row; with it, no laxer threshold is
+    # 59 are right: below the 60th R is shown, whatever the label of that row; with it, no laxer
+    # threshold is
     last_wrong = counts([(1, 0)] * 59 + [(0, 1)] + [(1, 0)] * 5)
     assert learn_then_test(last_wrong, 0.05, 0.05).index == 58
     rows = Outcomes(np.arange(65), np.r_[np.zeros(59), 1, np.zeros(5)])
     rule = vilu.calibrate(rows, max_risk=0.05)
     assert (rule.n_accepted, rule.n_wrong) == (59, 0)
     assert contradiction(rule, rows) is None
-    one = rule.certificates[""].model_copy(update={"threshold": 59.0, "n_accepted": 60, "n_wrong": 1})
+    one = rule.certificates[""].model_copy(
+        update={"threshold": 59.0, "n_accepted": 60, "n_wrong": 1}
+    )
     rule = rule.model_copy(update={"certificates": {"": one}})  # as earlier code gave it
     assert contradiction(rule, rows) is None
-    assert contradiction(rule, Outcomes(np.arange(65), np.r_[np.zeros(58), 1, 1, np.zeros(5)])) is not None
+    assert (
+        contradiction(rule, Outcomes(np.arange(65), np.r_[np.zeros(58), 1, 1, np.zeros(5)]))
+        is not None
+    )
 
 
 @pytest.mark.parametrize(("risk", "n"), [(0.05, 60), (0.01, 300), (0.2, 15), (0.5, 6)])
-def test_a_score_that_many_rows_have_is_not_certified_by_the_only_row_that_has_it_here(risk: float, n: int) -> None:
+def test_a_score_that_many_rows_have_is_not_certified_by_the_only_row_that_has_it_here(
+    risk: float, n: int
+) -> None:
     """Two scores, one right and one wrong, and all rows together just above the target: exact, over all counts."""
     broken = 0.0
     for wrong in range(1, n):
         found = learn_then_test(counts([(n - wrong, 0), (0, wrong)]), risk, 0.05)
-        broken += stats.binom.pmf(wrong, n, 1.0001 * risk) * (found is not None and found.index == 1)
+        broken += stats.binom.pmf(wrong, n, 1.0001 * risk) * (
+            found is not None and found.index == 1
+        )
     assert broken <= 0.05
 
 
@@ -171,7 +200,9 @@ def test_a_tied_block_is_accepted_or_left_out() -> None:
 
 @given(st.floats(1e-9, 1))
 def test_a_bound_is_never_rounded_to_the_side_that_promises_more(share: float) -> None:
-    above, below = (float(thresholds.percent(share, 2, to)[:-1]) / 100 for to in (math.ceil, math.floor))
+    above, below = (
+        float(thresholds.percent(share, 2, to)[:-1]) / 100 for to in (math.ceil, math.floor)
+    )
     assert share - 1e-4 - 1e-9 <= below <= share + 1e-9
     assert share - 1e-9 <= above <= min(share + 1e-4, 2 * share) + 1e-9
 
@@ -206,7 +237,9 @@ def test_what_lies_above_confident_mistakes_is_accepted() -> None:
     assert found.index >= 51
     inside = slice(32, found.index + 1)
     assert stats.binom.cdf(c.wrong[inside].sum(), c.size[inside].sum(), 0.05) <= 0.001
-    labels = np.concatenate([np.r_[np.zeros(r), np.ones(w)] for r, w in zip(c.correct, c.wrong, strict=True)])
+    labels = np.concatenate(
+        [np.r_[np.zeros(r), np.ones(w)] for r, w in zip(c.correct, c.wrong, strict=True)]
+    )
     rows = Outcomes(np.repeat(c.value, c.size), labels)
     rule = vilu.calibrate(rows, max_risk=0.05, confidence=0.9)
     assert (rule.floor, rule.threshold) == (31, c.value[found.index])
@@ -219,7 +252,10 @@ def test_what_lies_above_confident_mistakes_is_accepted() -> None:
     assert contradiction(rule, rows) is None
     for floor in (None, 30.0, 31.5):
         certificate = rule.certificates[""].model_copy(update={"floor": floor})
-        assert contradiction(rule.model_copy(update={"certificates": {"": certificate}}), rows) is not None
+        assert (
+            contradiction(rule.model_copy(update={"certificates": {"": certificate}}), rows)
+            is not None
+        )
 
 
 def test_a_rule_without_a_floor_is_written_as_it_always_was() -> None:
@@ -234,7 +270,9 @@ def test_sgr_takes_the_laxest_it_has_seen() -> None:
     steps = 8  # ceil(log2(201))
     assert found.risk_bound == pytest.approx(
         stats.beta.ppf(
-            1 - 0.05 / steps, c.accepted_wrong[found.index] + 1, c.accepted[found.index] - c.accepted_wrong[found.index]
+            1 - 0.05 / steps,
+            c.accepted_wrong[found.index] + 1,
+            c.accepted[found.index] - c.accepted_wrong[found.index],
         )
     )
     assert found.risk_bound <= 0.05
@@ -266,18 +304,30 @@ def test_public_selector() -> None:
     assert selector.feasible
     assert 0.5 <= selector.threshold < 0.55  # about 5 % of the accepted may be wrong
     assert selector.risk_bound == 0.05
-    accepted = selector.accept(np.array([0.1, selector.threshold, np.nextafter(selector.threshold, 1), np.nan]))
+    accepted = selector.accept(
+        np.array([0.1, selector.threshold, np.nextafter(selector.threshold, 1), np.nan])
+    )
     assert accepted.tolist() == [True, True, False, False]
     assert selector.coverage == pytest.approx(np.mean(u <= selector.threshold))
     assert type(selector).model_validate_json(selector.model_dump_json()) == selector
 
 
-def why(blocks: list[tuple[int, int]], max_risk: float, method: str = "ltt", confidence: float = 0.95):
+def why(
+    blocks: list[tuple[int, int]], max_risk: float, method: str = "ltt", confidence: float = 0.95
+):
     """Why nothing is accepted of blocks of (right, wrong) answers, and the number that is given."""
     c = counts(blocks)
-    u, f = np.repeat(c.value, c.size), np.concatenate([np.r_[np.zeros(r), np.ones(w)] for r, w in blocks])
+    u, f = (
+        np.repeat(c.value, c.size),
+        np.concatenate([np.r_[np.zeros(r), np.ones(w)] for r, w in blocks]),
+    )
     found = vilu.calibrate(Outcomes(u, f), max_risk=max_risk, method=method, confidence=confidence)
-    assert (found.feasible, found.threshold, found.coverage, found.risk_bound) == (False, None, 0.0, None)
+    assert (found.feasible, found.threshold, found.coverage, found.risk_bound) == (
+        False,
+        None,
+        0.0,
+        None,
+    )
     assert not found.accept([0.0]).any()
     return found.certificates[""].why, found.certificates[""].n_needed
 
@@ -314,7 +364,8 @@ def test_enough_rows_with_too_many_wrong_are_told_so() -> None:
         == "of the 90 most trusted answers 1 is wrong, and with so many wrong 5.00% takes at least 93 accepted answers"
     )
     assert needed is None
-    # 60 right ones would do at level 0.05; with 1,000 rows it is divided among three thresholds to begin with
+    # 60 right ones would do at level 0.05; with 1,000 rows it is divided among three thresholds to
+    # begin with
     told, needed = why([(60, 0), *[(0, 1)] * 940], 0.05)
     assert (
         told
@@ -326,8 +377,16 @@ def test_enough_rows_with_too_many_wrong_are_told_so() -> None:
 def test_a_mean_of_few_rows() -> None:
     told, needed = why([(1, 0)] * 10, 0.05, "crc")
     assert (told, needed) == ("10 rows are fewer than the 19 that a mean of 5.00% takes", 19)
-    assert vilu.calibrate(Outcomes(np.arange(19), np.zeros(19)), max_risk=0.05, method="crc").n_accepted == 19
-    assert why([(5, 5), (20, 0)], 0.05, "crc") == ("5 of the most trusted answers, equal in score, are wrong", None)
+    assert (
+        vilu.calibrate(
+            Outcomes(np.arange(19), np.zeros(19)), max_risk=0.05, method="crc"
+        ).n_accepted
+        == 19
+    )
+    assert why([(5, 5), (20, 0)], 0.05, "crc") == (
+        "5 of the most trusted answers, equal in score, are wrong",
+        None,
+    )
     with pytest.raises(InfeasibleError, match="At least 19 rows are needed"):
         select(Outcomes(np.arange(18), np.zeros(18)), max_risk=0.05)
     assert select(Outcomes(np.arange(19), np.zeros(19)), max_risk=0.05).accept([-1.0]).all()
@@ -367,16 +426,22 @@ def test_groups_share_delta_and_the_small_are_together() -> None:
         _ = selector.threshold
     with pytest.raises(UsageError, match="needs the group of each"):
         selector.accept(u)
-    for numbers in (range(len(u)), np.zeros(len(u), int)):  # a number would have the threshold of the others
+    for numbers in (
+        range(len(u)),
+        np.zeros(len(u), int),
+    ):  # a number would have the threshold of the others
         with pytest.raises(DataError, match="groups must hold texts"):
             selector.accept(u, numbers)
 
 
 def test_groups_of_their_own_have_enough_rows_for_their_share_of_delta() -> None:
-    # 20 perfect classes of 90 rows: alone each would take 60 rows, with a twentieth of delta 117 + 1
+    # 20 perfect classes of 90 rows: alone each would take 60 rows, with a twentieth of delta 117 +
+    # 1
     groups = np.repeat([f"class {i:02d}" for i in range(20)], 90).tolist()
     rng = np.random.default_rng(0)
-    selector = vilu.calibrate(Outcomes(rng.random(1800), np.zeros(1800)), max_risk=0.05, groups=groups)
+    selector = vilu.calibrate(
+        Outcomes(rng.random(1800), np.zeros(1800)), max_risk=0.05, groups=groups
+    )
     assert selector.coverage == 1
     # three of their own and the others: 0.95^89 is at most 0.05 / 4, but more than 0.05 / 5
     assert sorted(one.n for one in selector.certificates.values()) == [90, 90, 90, 1530]
@@ -390,10 +455,17 @@ def test_a_least_coverage_is_that_of_all_groups_together() -> None:
     outcomes = Outcomes(u, f.astype(int))
     free = vilu.calibrate(outcomes, max_risk=0.05, groups=groups.tolist())
     assert free.certificates["b"].coverage < 0.6 < free.coverage
-    assert vilu.calibrate(outcomes, max_risk=0.05, min_coverage=0.6, groups=groups.tolist()).coverage == free.coverage
-    assert not vilu.calibrate(outcomes, max_risk=0.05, min_coverage=0.9, groups=groups.tolist()).feasible
+    assert (
+        vilu.calibrate(outcomes, max_risk=0.05, min_coverage=0.6, groups=groups.tolist()).coverage
+        == free.coverage
+    )
+    assert not vilu.calibrate(
+        outcomes, max_risk=0.05, min_coverage=0.9, groups=groups.tolist()
+    ).feasible
     many = np.r_[np.repeat("big", 600), np.repeat([f"small {i}" for i in range(100)], 4)].tolist()
-    alone = vilu.calibrate(Outcomes(rng.random(1000), np.zeros(1000)), min_coverage=0.8, groups=many)
+    alone = vilu.calibrate(
+        Outcomes(rng.random(1000), np.zeros(1000)), min_coverage=0.8, groups=many
+    )
     assert set(alone.certificates) == {"big", "(other)"}
     assert min(one.coverage for one in alone.certificates.values()) >= 0.8
 
@@ -406,7 +478,9 @@ def test_a_group_that_is_no_text_is_refused_wherever_it_stands(none: object) -> 
 
 
 def test_groups_without_an_order_and_letters_of_a_word_are_none() -> None:
-    rule = vilu.calibrate(Outcomes(np.arange(400), np.zeros(400)), max_risk=0.05, groups=["a", "b"] * 200)
+    rule = vilu.calibrate(
+        Outcomes(np.arange(400), np.zeros(400)), max_risk=0.05, groups=["a", "b"] * 200
+    )
     for groups in ({"a", "b"}, {"a": "b", "b": "a"}, "ab"):
         for ask in (rule.accept, rule.reasons):
             with pytest.raises(DataError, match="groups must be a list of texts"):
@@ -415,8 +489,13 @@ def test_groups_without_an_order_and_letters_of_a_word_are_none() -> None:
 
 
 def test_groups_by_prediction_are_names() -> None:
-    outcomes = Outcomes([0.1] * 110, [0] * 110, prediction=[0] * 80 + [1] * 30, class_names=["cat", "dog"])
-    assert set(vilu.calibrate(outcomes, max_risk=0.05, groups="prediction").certificates) == {"cat", "(other)"}
+    outcomes = Outcomes(
+        [0.1] * 110, [0] * 110, prediction=[0] * 80 + [1] * 30, class_names=["cat", "dog"]
+    )
+    assert set(vilu.calibrate(outcomes, max_risk=0.05, groups="prediction").certificates) == {
+        "cat",
+        "(other)",
+    }
     with pytest.raises(DataError, match="what was answered"):
         vilu.calibrate(Outcomes([0.1], [0]), max_risk=0.05, groups="prediction")
 
@@ -436,7 +515,13 @@ def test_all_rows_are_all_answers_at_any_stated_shares() -> None:
     """Weights of the rows add up to n but for rounding."""
     rng = np.random.default_rng(0)
     target = rng.integers(0, 3, 1000)
-    rows = Outcomes(rng.random(1000), np.zeros(1000), prediction=target, target=target, class_names=["a", "b", "c"])
+    rows = Outcomes(
+        rng.random(1000),
+        np.zeros(1000),
+        prediction=target,
+        target=target,
+        class_names=["a", "b", "c"],
+    )
     for _ in range(20):
         shares = dict(zip("abc", rng.dirichlet([5, 5, 5]).tolist(), strict=True))
         found = vilu.calibrate(rows, max_risk=0.1, class_shares=shares, min_coverage=1.0)
@@ -480,11 +565,19 @@ def test_nothing_to_calibrate_on() -> None:
 
 @settings(max_examples=50)
 @given(
-    st.lists(st.tuples(st.sampled_from([0.0, 0.1, 0.2, 0.5]), st.integers(0, 1)), min_size=1, max_size=120), st.data()
+    st.lists(
+        st.tuples(st.sampled_from([0.0, 0.1, 0.2, 0.5]), st.integers(0, 1)),
+        min_size=1,
+        max_size=120,
+    ),
+    st.data(),
 )
-def test_the_order_of_rows_does_not_matter(rows: list[tuple[float, int]], data: st.DataObject) -> None:
+def test_the_order_of_rows_does_not_matter(
+    rows: list[tuple[float, int]], data: st.DataObject
+) -> None:
     shuffled = data.draw(st.permutations(rows))
     first, second = (
-        vilu.calibrate(Outcomes(*zip(*some, strict=True)), max_risk=0.2, confidence=0.9) for some in (rows, shuffled)
+        vilu.calibrate(Outcomes(*zip(*some, strict=True)), max_risk=0.2, confidence=0.9)
+        for some in (rows, shuffled)
     )
     assert first == second

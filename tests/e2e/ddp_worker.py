@@ -42,7 +42,10 @@ def trained(predictor: HeadPredictor, data: object) -> dict[str, np.ndarray]:
     predictor.fit(data)
     history = predictor.notes_["history"]
     found = {name: tensor.numpy() for name, tensor in predictor.state().items()}
-    return found | {"loss": np.array(history["loss"]), "auroc": np.array(history["validation_auroc"])}
+    return found | {
+        "loss": np.array(history["loss"]),
+        "auroc": np.array(history["validation_auroc"]),
+    }
 
 
 def short_last_step() -> dict[str, np.ndarray]:
@@ -52,7 +55,9 @@ def short_last_step() -> dict[str, np.ndarray]:
     config = TrainConfig(3, 64, 0.03, 0.9, 2e-3, 1.0, 1, None, "fp32", 0, torch.device("cpu"))
     trainer = HeadTrainer(head, bce_loss(FailureWeight("batch", 0.3)), config)
     history = trainer.run(Rows(toy_embeddings(n=65), torch.arange(65)), None)
-    return {name: tensor.numpy() for name, tensor in head.state_dict().items()} | {"loss": np.array(history.loss)}
+    return {name: tensor.numpy() for name, tensor in head.state_dict().items()} | {
+        "loss": np.array(history.loss)
+    }
 
 
 class Stop(Exception):
@@ -95,9 +100,13 @@ def resumed(folder: Path) -> dict[str, np.ndarray]:
 
 JOBS = {
     "classes": lambda: trained(ViLU(**QUICK), toy_embeddings(n=330)),
-    "paper attention": lambda: trained(ViLU(**QUICK, attention="paper", weighting="ema"), toy_embeddings(n=330)),
+    "paper attention": lambda: trained(
+        ViLU(**QUICK, attention="paper", weighting="ema"), toy_embeddings(n=330)
+    ),
     "pools": lambda: trained(ViLU(**QUICK), toy_pairs(n=512, pool=64)),
-    "text to image": lambda: trained(ViLU(**QUICK, weighting="ema"), repeated_pairs("text_to_image")),
+    "text to image": lambda: trained(
+        ViLU(**QUICK, weighting="ema"), repeated_pairs("text_to_image")
+    ),
     "backbone loss": lambda: trained(LVU(**QUICK, loss="loss"), repeated_pairs("image_to_text")),
     "dropout": lambda: trained(MCDropout(**QUICK), toy_embeddings(n=330)),
     "short last step": short_last_step,

@@ -2,8 +2,8 @@
 
 A point that ends in "+columns" is one of a run that keeps columns beside the embeddings.
 
-One process imports torch and forks, since importing it once per point would take the time of the whole test. It never
-computes anything itself, so no thread is lost in a fork.
+One process imports torch and forks, since importing it once per point would take the time of the
+whole test. It never computes anything itself, so no thread is lost in a fork.
 """
 
 from __future__ import annotations

@@ -17,10 +17,23 @@ DATA = Path(__file__).parents[3] / "shared" / "data"
 pytestmark = [
     pytest.mark.data,
     pytest.mark.slow,
-    pytest.mark.skipif(not DATA.is_dir(), reason="needs the shared data folder beside the checkout"),
+    pytest.mark.skipif(
+        not DATA.is_dir(), reason="needs the shared data folder beside the checkout"
+    ),
 ]
 
-CLOTHES = ["dress", "hat", "sweater", "coat", "jeans", "shirt", "shoe", "shorts", "skirt", "t-shirt"]
+CLOTHES = [
+    "dress",
+    "hat",
+    "sweater",
+    "coat",
+    "jeans",
+    "shirt",
+    "shoe",
+    "shorts",
+    "skirt",
+    "t-shirt",
+]
 ACCURACY = 0.571
 """Over all 3,781 photos: 2,158 right."""
 SAMPLE = 400
@@ -36,8 +49,12 @@ def test_zero_shot_accuracy_on_clothing() -> None:
     for start in range(0, SAMPLE, 50):
         rows = table.take(sample[start : start + 50])
         images = [Image.open(io.BytesIO(cell)) for cell in rows["image"].to_pylist()]
-        embeddings = backbone.encode_images(torch.stack([backbone.preprocess(image) for image in images]))
-        right += int(((embeddings @ text.T).argmax(dim=1).numpy() == rows["label"].to_numpy()).sum())
+        embeddings = backbone.encode_images(
+            torch.stack([backbone.preprocess(image) for image in images])
+        )
+        right += int(
+            ((embeddings @ text.T).argmax(dim=1).numpy() == rows["label"].to_numpy()).sum()
+        )
     # standard deviation of a sample without replacement, three of them
     spread = np.sqrt(ACCURACY * (1 - ACCURACY) / SAMPLE * (1 - SAMPLE / len(table)))
     assert right / SAMPLE == pytest.approx(ACCURACY, abs=3 * spread)

@@ -72,7 +72,9 @@ def test_every_method_in_the_smoke_form(data: Path, tmp_path: Path) -> None:
     table = (tmp_path / "out/smoke/studies/benchmark/table.txt").read_text()
     assert text.startswith(table.rstrip())
     assert "wall time" in text.removeprefix(table.rstrip())  # which is no part of the study
-    (plan,) = json.loads(run(config, "--data", data, "-o", tmp_path / "out", "--smoke", "--dry-run", "--json").stdout)
+    (plan,) = json.loads(
+        run(config, "--data", data, "-o", tmp_path / "out", "--smoke", "--dry-run", "--json").stdout
+    )
     assert {cell["method"] for cell in plan["listed"]} == set(PREDICTORS)
     assert {part["state"] for part in plan["parts"]} == {"embedded"}
 
@@ -101,7 +103,9 @@ def test_shares_of_the_work_make_the_whole(data: Path, tmp_path: Path) -> None:
         assert f"share {shard} is done" in done.stderr
     cells = {path: path.stat().st_mtime_ns for path in (tmp_path / "shared/cells").rglob("*.json")}
     assert len(cells) == 3 * 4
-    text = re.sub(r"[\d,]+\n", "\n", run(*args, "-o", tmp_path / "shared").stdout)  # rows a second differ
+    text = re.sub(
+        r"[\d,]+\n", "\n", run(*args, "-o", tmp_path / "shared").stdout
+    )  # rows a second differ
     assert {path: path.stat().st_mtime_ns for path in cells} == cells
     assert text == re.sub(r"[\d,]+\n", "\n", run(*args, "-o", tmp_path / "alone").stdout)
 
@@ -116,7 +120,10 @@ def test_shares_that_cannot_be(data: Path, tmp_path: Path, shard: str) -> None:
 def test_a_share_needs_embeddings(tmp_path: Path) -> None:
     config = write(tmp_path, PHOTOS)
     done = run(config, "-o", tmp_path / "out", "--shard", "1/2", code=2)
-    assert "2 sets are not, the first is clothing (test). Make them all with --embed-only" in done.stderr
+    assert (
+        "2 sets are not, the first is clothing (test). Make them all with --embed-only"
+        in done.stderr
+    )
 
 
 @pytest.mark.slow
@@ -125,7 +132,9 @@ def test_photos_are_embedded_once(tmp_path: Path) -> None:
     args = config, "-o", tmp_path / "out", "--smoke"
     first = run(*args)
     assert "clothing, all (all labels): 20 answers" in first.stdout
-    stores = sorted(path.name.rpartition("-")[0] for path in (tmp_path / "out/smoke/stores").iterdir())
+    stores = sorted(
+        path.name.rpartition("-")[0] for path in (tmp_path / "out/smoke/stores").iterdir()
+    )
     assert stores == ["clothing-test", "clothing-train"]
     again = run(*args)
     assert again.stdout == first.stdout
@@ -140,13 +149,16 @@ def test_an_interrupted_benchmark_goes_on(data: Path, tmp_path: Path, jobs: int)
     slow = "[methods.lvu.params]\nepochs = 4000\n"
     config = write(tmp_path, STORES + "\n[methods.mcm]\n" + slow)
     args = config, "--data", data, "-o", tmp_path / "out", "--jobs", jobs
-    process = subprocess.Popen(command.command("benchmark", *args), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command.command("benchmark", *args), stderr=subprocess.PIPE, text=True
+    )
     while not list((tmp_path / "out").rglob("seed-*.json")):
         time.sleep(0.05)
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=30)
-    # Python kills itself by the signal if the exception passed through the exec of a string; a shell shows 130 for both
+    # Python kills itself by the signal if the exception passed through the exec of a string; a
+    # shell shows 130 for both
     assert process.returncode in {130, -signal.SIGINT}, stderr
     finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("seed-*.json")}
     quick = write(tmp_path, STORES + "\n[methods.mcm]\n")
@@ -157,5 +169,7 @@ def test_an_interrupted_benchmark_goes_on(data: Path, tmp_path: Path, jobs: int)
 def test_faults_in_the_file(tmp_path: Path) -> None:
     config = write(tmp_path, STORES.replace("seeds", "sedes"))
     done = run(config, "-o", tmp_path / "out", code=2)
-    assert "vilu: error: benchmark.toml: there is no key 'sedes'. Did you mean 'seeds'?" in done.stderr
+    assert (
+        "vilu: error: benchmark.toml: there is no key 'sedes'. Did you mean 'seeds'?" in done.stderr
+    )
     assert not (tmp_path / "out").exists()

@@ -61,12 +61,17 @@ def test_calibrated_scores_say_what_to_do(work: Path, predictor: Path) -> None:
     assert scores.decision == tuple(np.where(accepted, "accept", "abstain"))
     assert scores.decision_reason == tuple(None if yes else "above_threshold" for yes in accepted)
     loaded = vilu.load(predictor)
-    assert scores.failure_probability == pytest.approx(loaded.failure_probability(scores.uncertainty), abs=0)
+    assert scores.failure_probability == pytest.approx(
+        loaded.failure_probability(scores.uncertainty), abs=0
+    )
     assert scores.provenance["risk"]
 
     run("score", predictor, work / "new", "-o", predictor / "folder")  # part by part, and as text
     run("score", predictor, work / "new", "-o", predictor / "scores.csv")
-    for other in (vilu.ScoreFolder(predictor / "folder").outcomes(), Outcomes.load(predictor / "scores.csv")):
+    for other in (
+        vilu.ScoreFolder(predictor / "folder").outcomes(),
+        Outcomes.load(predictor / "scores.csv"),
+    ):
         assert (other.decision, other.decision_reason) == (scores.decision, scores.decision_reason)
         assert other.failure_probability == pytest.approx(scores.failure_probability, rel=1e-12)
 
@@ -74,10 +79,15 @@ def test_calibrated_scores_say_what_to_do(work: Path, predictor: Path) -> None:
 def test_out_of_reach_changes_nothing(work: Path, predictor: Path) -> None:
     before = {path.name: path.read_bytes() for path in predictor.iterdir()}
     done = run("calibrate", predictor, work / "calibration", "--max-risk", 0.001, code=4)
-    assert "0.10% takes 2,996 accepted answers, none of them wrong, and there are 120 rows" in done.stderr
+    assert (
+        "0.10% takes 2,996 accepted answers, none of them wrong, and there are 120 rows"
+        in done.stderr
+    )
     assert "At least 2,996 calibration rows are needed" in done.stderr
     assert done.stdout == ""
-    assert {path.name: path.read_bytes() for path in predictor.iterdir() if path.name != ".lock"} == before
+    assert {
+        path.name: path.read_bytes() for path in predictor.iterdir() if path.name != ".lock"
+    } == before
 
 
 def test_training_rows_are_refused(work: Path, predictor: Path) -> None:
@@ -116,14 +126,26 @@ def test_a_calibration_outlives_an_upgrade(work: Path, predictor: Path, monkeypa
 def test_other_candidates_are_another_problem(work: Path, predictor: Path) -> None:
     run("calibrate", predictor, work / "calibration", "--max-risk", 0.8)
     loaded, new = vilu.load(predictor), vilu.open_source(work / "new")
-    fewer = Embeddings(new.image_rows(new.usable_rows), new.candidates(new.usable_rows).text[:2], space=new.space)
-    with pytest.raises(ProvenanceError, match=r"with 3 candidates \(names [0-9a-f]+\), and these have 2 candidates"):
+    fewer = Embeddings(
+        new.image_rows(new.usable_rows), new.candidates(new.usable_rows).text[:2], space=new.space
+    )
+    with pytest.raises(
+        ProvenanceError, match=r"with 3 candidates \(names [0-9a-f]+\), and these have 2 candidates"
+    ):
         vilu.score(loaded, fewer, decider=Decider.of_folder(loaded, predictor))
 
 
 def test_selection_label_sets_and_classes(work: Path, predictor: Path) -> None:
     done = run(
-        "calibrate", predictor, work / "calibration", "--max-risk", 0.9, "--method", "selection", "--label-sets", "aps"
+        "calibrate",
+        predictor,
+        work / "calibration",
+        "--max-risk",
+        0.9,
+        "--method",
+        "selection",
+        "--label-sets",
+        "aps",
     )
     assert "accepts what it can of a batch" in done.stdout
     assert "label sets: aps" in done.stdout
@@ -133,9 +155,19 @@ def test_selection_label_sets_and_classes(work: Path, predictor: Path) -> None:
     sets = [json.loads(text) for text in scores.label_set]
     assert all(set(one) <= set(NAMES) and one for one in sets)
     done = run("score", predictor, work / "new", "-o", predictor / "folder", code=2)
-    assert "judges all rows of a batch together: there is no decision about one image" in done.stderr
+    assert (
+        "judges all rows of a batch together: there is no decision about one image" in done.stderr
+    )
 
-    again = ("calibrate", predictor, work / "calibration", "--max-risk", 0.9, "--per-class", "--json")
+    again = (
+        "calibrate",
+        predictor,
+        work / "calibration",
+        "--max-risk",
+        0.9,
+        "--per-class",
+        "--json",
+    )
     assert "is calibrated already" in run(*again, code=2).stderr
     done = run(*again, "--overwrite")
     rule = json.loads(done.stdout)["rule"]
@@ -147,7 +179,9 @@ def test_selection_label_sets_and_classes(work: Path, predictor: Path) -> None:
     limits = {name: one["threshold"] for name, one in rule["certificates"].items()}
     for row, code in enumerate(scores.prediction):
         limit = limits.get(NAMES[code], limits.get("(other)"))
-        assert (scores.decision[row] == "accept") == (limit is not None and scores.uncertainty[row] <= limit)
+        assert (scores.decision[row] == "accept") == (
+            limit is not None and scores.uncertainty[row] <= limit
+        )
 
 
 def test_probabilities_alone_and_a_coverage(work: Path, predictor: Path) -> None:
@@ -168,7 +202,16 @@ def test_wrong_arguments(work: Path, predictor: Path) -> None:
     run("calibrate", predictor, work / "calibration", "--max-risk", 1.5, code=2)
     run("calibrate", predictor, work / "calibration", "--max-risk", 0.0, code=2)
     run("calibrate", predictor, work / "nothing", "--max-risk", 0.1, code=2)
-    run("calibrate", predictor, work / "calibration", "--method", "selection", "--min-coverage", 0.5, code=2)
+    run(
+        "calibrate",
+        predictor,
+        work / "calibration",
+        "--method",
+        "selection",
+        "--min-coverage",
+        0.5,
+        code=2,
+    )
     run("calibrate", predictor, work / "calibration", "--per-class", code=2)
     run("calibrate", predictor, work / "calibration", "--max-risk", 0.01, "--max-miss", 0.5, code=2)
     run("calibrate", predictor, work / "calibration", "--max-risk", 0.01, "--method", "selection")
@@ -178,7 +221,10 @@ def test_wrong_arguments(work: Path, predictor: Path) -> None:
     done = run("score", predictor, work / "new", "-o", predictor / "x.parquet", code=3)
     assert "risk.json is damaged" in done.stderr
     write_json(predictor / "risk.json", {"schema_version": 7})
-    assert "schema version 7" in run("score", predictor, work / "new", "-o", predictor / "x.parquet", code=6).stderr
+    assert (
+        "schema version 7"
+        in run("score", predictor, work / "new", "-o", predictor / "x.parquet", code=6).stderr
+    )
 
 
 def test_a_row_is_its_picture_and_not_its_name(tmp_path: Path) -> None:
@@ -192,9 +238,15 @@ def test_a_row_is_its_picture_and_not_its_name(tmp_path: Path) -> None:
         run("embed", tmp_path / name, "-o", tmp_path / "emb" / name, "--backbone", "compact:64")
     settings = ("--set", "epochs=1", "--set", "hidden=4", "--set", "allow_degenerate=true")
     run("fit", tmp_path / "emb/train", "-o", tmp_path / "p", "--method", "vilu", *settings)
-    assert json.loads((tmp_path / "p/predictor.json").read_text())["seen_by"] == ["pictures", "names"]
+    assert json.loads((tmp_path / "p/predictor.json").read_text())["seen_by"] == [
+        "pictures",
+        "names",
+    ]
     done = run("calibrate", tmp_path / "p", tmp_path / "emb/renamed", code=3)
-    assert "40 of 40 calibration rows were used to fit this vilu ('dress/500.jpg', 'dress/502.jpg'" in done.stderr
+    assert (
+        "40 of 40 calibration rows were used to fit this vilu ('dress/500.jpg', 'dress/502.jpg'"
+        in done.stderr
+    )
     done = run("calibrate", tmp_path / "p", tmp_path / "emb/calibration")
     assert "used to fit" not in done.stderr
     assert json.loads((tmp_path / "p/risk.json").read_text())["n"] == 40
@@ -203,7 +255,9 @@ def test_a_row_is_its_picture_and_not_its_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("n_shared", [1, 2])
-def test_a_hundredth_of_the_rows_is_left_out(work: Path, predictor: Path, tmp_path: Path, n_shared: int) -> None:
+def test_a_hundredth_of_the_rows_is_left_out(
+    work: Path, predictor: Path, tmp_path: Path, n_shared: int
+) -> None:
     """One of 120 rows is 0.8 %, two are 1.7 %."""
     data = dataset(210)
     data.blobs = data.blobs[:n_shared] + data.blobs[90 + n_shared :]
@@ -216,13 +270,25 @@ def test_a_hundredth_of_the_rows_is_left_out(work: Path, predictor: Path, tmp_pa
         assert message in done.stderr
         assert not (predictor / "risk.json").exists()
         return
-    assert "1 of 120 calibration rows were used to fit this vilu ('new/0.png'); they are left out." in done.stderr
-    rows, risk = Outcomes.load(predictor / "calibration.parquet"), json.loads((predictor / "risk.json").read_text())
+    assert (
+        "1 of 120 calibration rows were used to fit this vilu ('new/0.png'); they are left out."
+        in done.stderr
+    )
+    rows, risk = (
+        Outcomes.load(predictor / "calibration.parquet"),
+        json.loads((predictor / "risk.json").read_text()),
+    )
     assert rows.ids == tuple(f"new/{i}.png" for i in range(1, 120))
-    assert (risk["n"], risk["rule"]["certificates"][""]["n"], risk["label_sets"]["n"]) == (119, 119, 119)
+    assert (risk["n"], risk["rule"]["certificates"][""]["n"], risk["label_sets"]["n"]) == (
+        119,
+        119,
+        119,
+    )
 
 
-def test_an_edited_rule_is_refused_by_all_who_use_it(work: Path, predictor: Path, tmp_path: Path) -> None:
+def test_an_edited_rule_is_refused_by_all_who_use_it(
+    work: Path, predictor: Path, tmp_path: Path
+) -> None:
     """By its digest; and where a digest agrees, or an old file has none, by the calibration rows."""
     run("score", predictor, work / "new", "-o", tmp_path / "plain.parquet")
     run("calibrate", predictor, work / "calibration", "--max-risk", 0.8, "--confidence", 0.9)
@@ -238,10 +304,16 @@ def test_an_edited_rule_is_refused_by_all_who_use_it(work: Path, predictor: Path
     record["rule"]["certificates"][""]["threshold"] = 0.99999
     (predictor / "risk.json").write_text(json.dumps(record))
     for user in users:
-        assert "risk.json is damaged: its content is not what its digest says" in run(*user, code=3).stderr
+        assert (
+            "risk.json is damaged: its content is not what its digest says"
+            in run(*user, code=3).stderr
+        )
     write_json(predictor / "risk.json", record)
     for user in users[:4]:
-        assert "which calibration.parquet does not bear out. Run `vilu calibrate` again" in run(*user, code=3).stderr
+        assert (
+            "which calibration.parquet does not bear out. Run `vilu calibrate` again"
+            in run(*user, code=3).stderr
+        )
     assert not any((tmp_path / name).exists() for name in ("x.parquet", "x.html", "hub", "pulled"))
 
 
@@ -253,12 +325,15 @@ def test_an_edited_calibrator_is_refused(work: Path, predictor: Path, tmp_path: 
     (predictor / "risk.json").unlink()
     done = run("score", predictor, work / "new", "-o", tmp_path / "x.parquet", code=3)
     assert (
-        "predictor.json is damaged: its content is not what its fingerprint says. Run `vilu fit` again" in done.stderr
+        "predictor.json is damaged: its content is not what its fingerprint says. Run `vilu fit` again"
+        in done.stderr
     )
 
 
 @pytest.mark.parametrize("how", ["stale", "cut", "other rows"])
-def test_push_and_pull_check_the_calibration(how: str, work: Path, predictor: Path, tmp_path: Path) -> None:
+def test_push_and_pull_check_the_calibration(
+    how: str, work: Path, predictor: Path, tmp_path: Path
+) -> None:
     run("calibrate", predictor, work / "calibration", "--max-risk", 0.8, "--confidence", 0.9)
     code, said = 3, "risk.json is damaged"
     if how == "cut":
@@ -270,7 +345,10 @@ def test_push_and_pull_check_the_calibration(how: str, work: Path, predictor: Pa
         shutil.copy(predictor / "calibration.parquet", tmp_path / "rows.parquet")
         (predictor / "calibration.parquet").write_bytes(b"PAR1" + b"x" * 50 + b"PAR1")
         said = "calibration.parquet does not hold the rows that risk.json names"
-    for words in (("push", predictor, tmp_path / "hub"), ("pull", predictor, "-o", tmp_path / "pulled")):
+    for words in (
+        ("push", predictor, tmp_path / "hub"),
+        ("pull", predictor, "-o", tmp_path / "pulled"),
+    ):
         done = run(*words, code=code)
         assert said in done.stderr
         assert "Run `vilu calibrate` again" in done.stderr

@@ -83,7 +83,9 @@ def test_help_names_every_command() -> None:
 
 def test_score_and_evaluate_agree_with_scikit_learn(work: Path) -> None:
     for name in ("scores.parquet", "scores.csv"):
-        assert run("score", work / "vilu", work / "test", "-o", work / name).stdout.strip() == str(work / name)
+        assert run("score", work / "vilu", work / "test", "-o", work / name).stdout.strip() == str(
+            work / name
+        )
         rows = json.loads(run("evaluate", work / name, "--json", "--resamples", 50).stdout)
         found = {row["metric"]: row for row in rows}
         table = pq.read_table(work / "scores.parquet")
@@ -92,7 +94,15 @@ def test_score_and_evaluate_agree_with_scikit_learn(work: Path) -> None:
         assert found["auroc"]["n"] == 160
         assert found["auroc"]["n_failures"] == int(np.sum(table["failure"].to_numpy()))
         assert found["auroc"]["ci_low"] < expected < found["auroc"]["ci_high"]
-    assert set(table.column_names) >= {"row_id", "key", "pred", "pred_name", "label_name", "uncertainty", "failure"}
+    assert set(table.column_names) >= {
+        "row_id",
+        "key",
+        "pred",
+        "pred_name",
+        "label_name",
+        "uncertainty",
+        "failure",
+    }
     assert "vilu" in run("evaluate", work / "scores.parquet", "--resamples", 50).stdout
 
 
@@ -122,7 +132,9 @@ def test_the_card_and_the_onnx_file_of_a_fit(work: Path) -> None:
     expected, test = vilu.Outcomes.load(work / "torch.parquet"), vilu.EmbeddingStore(work / "test")
     rows = torch.arange(len(test))
     feed = {"image": test.image_rows(rows).numpy(), "text": test.candidates(rows[:1]).text.numpy()}
-    uncertainty, prediction = onnxruntime.InferenceSession((work / "head.onnx").read_bytes()).run(None, feed)
+    uncertainty, prediction = onnxruntime.InferenceSession((work / "head.onnx").read_bytes()).run(
+        None, feed
+    )
     assert np.abs(uncertainty - expected.uncertainty).max() <= 1e-5
     assert np.array_equal(prediction, expected.prediction)
 
@@ -136,14 +148,26 @@ def test_from_pixels_to_decisions_in_one_onnx_file(work: Path) -> None:
     path = work / "decider.onnx"
     done = run("export", work / "decider", "-o", path, "--with-backbone")
     assert done.stdout.strip() == str(path)
-    assert "there is nothing to do" in run("export", work / "decider", "-o", path, "--with-backbone").stderr
+    assert (
+        "there is nothing to do"
+        in run("export", work / "decider", "-o", path, "--with-backbone").stderr
+    )
     other = run("export", work / "decider", "-o", path, code=2)
     assert "of other inputs" in other.stderr
-    assert "--with-backbone" in run("export", work / "decider", "-o", path, "--models", work, code=2).stderr
+    assert (
+        "--with-backbone"
+        in run("export", work / "decider", "-o", path, "--models", work, code=2).stderr
+    )
 
     table = pq.read_table(PHOTOS)
-    images = [image["bytes"] if isinstance(image, dict) else image for image in table["image"].to_pylist()[-40:]]
-    pixels = [(np.array(square(Image.open(io.BytesIO(image)), 64), np.float32) - 127) / 128 for image in images]
+    images = [
+        image["bytes"] if isinstance(image, dict) else image
+        for image in table["image"].to_pylist()[-40:]
+    ]
+    pixels = [
+        (np.array(square(Image.open(io.BytesIO(image)), 64), np.float32) - 127) / 128
+        for image in images
+    ]
     session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
     asked = ["accept", "prediction", "uncertainty"]
     accept, answer, u = session.run(asked, {"pixels": np.stack(pixels).transpose(0, 3, 1, 2)})
@@ -165,7 +189,16 @@ def square(image: Image.Image, size: int) -> Image.Image:
 
 def test_validation_store_and_zero_shot_methods(work: Path) -> None:
     run(
-        "fit", work / "train", "-o", work / "lvu", "--method", "lvu", "--validation", work / "test", "--set", "epochs=2"
+        "fit",
+        work / "train",
+        "-o",
+        work / "lvu",
+        "--method",
+        "lvu",
+        "--validation",
+        work / "test",
+        "--set",
+        "epochs=2",
     )
     run("fit", work / "train", "-o", work / "plus", "--set", "epochs=2", "--set", "width=16")
     assert vilu.load(work / "plus").name == "vilu_plus"
@@ -179,9 +212,20 @@ def test_a_fit_on_images_without_labels(work: Path) -> None:
     photos = work / "unsorted"
     photos.mkdir()
     table = pq.read_table(PHOTOS)
-    for i, image in enumerate(table.filter(table["split"].to_numpy() == "train")["image"].to_pylist()[:240]):
+    for i, image in enumerate(
+        table.filter(table["split"].to_numpy() == "train")["image"].to_pylist()[:240]
+    ):
         (photos / f"{i}.jpg").write_bytes(image["bytes"] if isinstance(image, dict) else image)
-    run("embed", photos, "-o", work / "unsorted-store", "--backbone", "compact:64", "--classes", work / "names.txt")
+    run(
+        "embed",
+        photos,
+        "-o",
+        work / "unsorted-store",
+        "--backbone",
+        "compact:64",
+        "--classes",
+        work / "names.txt",
+    )
     assert (vilu.EmbeddingStore(work / "unsorted-store").target == -1).all()
     run("fit", work / "unsorted-store", "-o", work / "zero", "--method", "vilu_zero")
     labelled = run("fit", work / "train", "-o", work / "zero-labelled", "--method", "vilu_zero")
@@ -210,31 +254,64 @@ def test_inspect_shows_and_verifies(work: Path) -> None:
 
 def test_columns_for_the_methods_that_need_them(work: Path) -> None:
     """A store with everything that the compact model can give, and the methods that look more than once."""
-    embed = ["embed", PHOTOS, "--backbone", "compact:64", "--classes", work / "names.txt", "--limit", 24]
+    embed = [
+        "embed",
+        PHOTOS,
+        "--backbone",
+        "compact:64",
+        "--classes",
+        work / "names.txt",
+        "--limit",
+        24,
+    ]
     extra = ["--features", "--views", 2, "--seed", 3, "--prompts", "ensemble", "--prompts", "{}"]
     (work / "words.txt").write_text("teapot\ncloud\n")
     more = {"train": ["--negatives"], "test": ["--words", work / "words.txt"]}
     for split in ("train", "test"):
         run(*embed, "--split", split, "-o", work / f"{split}-columns", *extra, *more[split])
     store, plain = vilu.EmbeddingStore(work / "test-columns"), vilu.EmbeddingStore(work / "test")
-    assert store.columns == {"features", "views", "prompts", "negatives"}  # its last map is not linear
+    assert store.columns == {
+        "features",
+        "views",
+        "prompts",
+        "negatives",
+    }  # its last map is not linear
     rows = torch.arange(24)
     assert torch.equal(store.image_rows(rows), plain.image_rows(rows))
     shapes = {name: tuple(store.column(name, rows).shape) for name in store.columns}
-    assert shapes == {"features": (24, 1280), "views": (24, 2, 768), "prompts": (10, 8, 768), "negatives": (2, 768)}
+    assert shapes == {
+        "features": (24, 1280),
+        "views": (24, 2, 768),
+        "prompts": (10, 8, 768),
+        "negatives": (2, 768),
+    }
     assert len(vilu.EmbeddingStore(work / "train-columns").manifest.negatives) > 2000
-    assert torch.allclose(store.column("prompts", rows)[:, 0], store.text, atol=1e-6)  # the default template is first
+    assert torch.allclose(
+        store.column("prompts", rows)[:, 0], store.text, atol=1e-6
+    )  # the default template is first
     views, images = store.column("views", rows), store.image_rows(rows)
     own, other = ((views * photo[:, None]).sum(dim=2) for photo in (images, images.roll(1, dims=0)))
     assert own.mean() > other.mean() + 0.2  # a view is nearer to its photo than to the next ...
     assert own.max() < 1 - 1e-4  # ... and none of them is the photo itself
     for method in ("tta", "prompt_disagreement"):
-        run("fit", work / "train-columns", "-o", work / method, "--method", method, "--set", "statistic=vote")
+        run(
+            "fit",
+            work / "train-columns",
+            "-o",
+            work / method,
+            "--method",
+            method,
+            "--set",
+            "statistic=vote",
+        )
         run("score", work / method, work / "test-columns", "-o", work / f"{method}.csv")
         votes = vilu.Outcomes.load(work / f"{method}.csv").uncertainty
         looks = 3 if method == "tta" else 9
         assert set(np.round(votes * looks, 9)) <= set(range(looks))
-    assert "2 x 768, prompts 10 x 8 x 768, negatives 2 x 768" in run("inspect", work / "test-columns", "--deep").stdout
+    assert (
+        "2 x 768, prompts 10 x 8 x 768, negatives 2 x 768"
+        in run("inspect", work / "test-columns", "--deep").stdout
+    )
     done = run("fit", work / "train", "-o", work / "x", "--method", "tta", code=3)
     assert "tta needs the column 'views'. Make it with `vilu embed --views 8`" in done.stderr
     done = run(*embed, "--split", "test", "-o", work / "test-columns", code=6)
@@ -252,7 +329,11 @@ def test_predictors_fit_on_a_screen_and_in_json() -> None:
         assert (row["captions"] == "no") == bool(row["why no captions"])
     assert rows["tta"]["needs columns"] == ["views"]
     assert rows["vilu"]["classes"] == "any"
-    assert [rows[name]["needs labels"] for name in ("mcm", "vilu", "vilu_zero")] == ["no", "yes", "images"]
+    assert [rows[name]["needs labels"] for name in ("mcm", "vilu", "vilu_zero")] == [
+        "no",
+        "yes",
+        "images",
+    ]
     line = next(line for line in table.splitlines() if line.startswith("tta "))
     assert line.split()[:6] == ["tta", "no", "yes", "any", "--views", "8"]
 
@@ -272,21 +353,53 @@ def test_lists() -> None:
         (["fit", "{work}/train", "-o", "{work}/x", "--method", "vilo"], 2, "Did you mean 'vilu'"),
         (["fit", "{work}/train", "-o", "{work}/x", "--set", "epoch=3"], 2, "Did you mean 'epochs'"),
         (["fit", "{work}/train", "-o", "{work}/x", "--set", "epochs"], 2, "KEY=VALUE"),
-        (["fit", "{work}/train", "-o", "{work}/x", "--validation", "{work}/train"], 3, "240 of 240 validation rows"),
         (
-            ["fit", "{work}/train", "-o", "{work}/x", "--method", "mcm", "--unlabelled", "{work}/test"],
+            ["fit", "{work}/train", "-o", "{work}/x", "--validation", "{work}/train"],
+            3,
+            "240 of 240 validation rows",
+        ),
+        (
+            [
+                "fit",
+                "{work}/train",
+                "-o",
+                "{work}/x",
+                "--method",
+                "mcm",
+                "--unlabelled",
+                "{work}/test",
+            ],
             2,
             "those of vilu_zero as the STORE to fit on",
         ),
         (["fit", "{work}/nowhere", "-o", "{work}/x"], 2, "nowhere does not exist"),
-        (["score", "{work}/nowhere", "{work}/test", "-o", "{work}/x.csv"], 2, "nowhere does not exist"),
+        (
+            ["score", "{work}/nowhere", "{work}/test", "-o", "{work}/x.csv"],
+            2,
+            "nowhere does not exist",
+        ),
         (["score", "{work}/vilu", "{work}/test", "-o", "{work}/x.txt"], 2, "parquet"),
         (["score", "{work}/vilu", "{work}/test", "-o", "{work}/no/where.csv"], 2, "cannot write"),
         (["evaluate", "{work}/nowhere.csv"], 2, "nowhere.csv does not exist"),
         (["embed", "{work}/nowhere", "-o", "{work}/x"], 2, "does not exist"),
-        (["embed", "{photos}", "-o", "{work}/x", "--backbone", "compakt"], 2, "Did you mean 'compact'"),
+        (
+            ["embed", "{photos}", "-o", "{work}/x", "--backbone", "compakt"],
+            2,
+            "Did you mean 'compact'",
+        ),
         (["embed", "{photos}", "-o", "{work}/x", "--split", "dev"], 2, "dev"),
-        (["embed", "{photos}", "-o", "{work}/x", "--backbone", "open_clip:ViT-B-32/laion2b_s34b_b79k"], 5, "ViT-B-32"),
+        (
+            [
+                "embed",
+                "{photos}",
+                "-o",
+                "{work}/x",
+                "--backbone",
+                "open_clip:ViT-B-32/laion2b_s34b_b79k",
+            ],
+            5,
+            "ViT-B-32",
+        ),
         (["embed", "{photos}", "-o", "{work}/test", "--backbone", "compact:96"], 6, "compact:64"),
         (["convert", "{work}/nowhere.ckpt", "-o", "{work}/x"], 2, "does not exist"),
     ],
@@ -299,7 +412,18 @@ def test_errors_say_what_and_how(work: Path, args: list[str], code: int, message
 
 
 def test_embeddings_of_another_backbone_are_refused(work: Path) -> None:
-    run("embed", PHOTOS, "-o", work / "other", "--backbone", "compact:96", "--split", "test", "--limit", 8)
+    run(
+        "embed",
+        PHOTOS,
+        "-o",
+        work / "other",
+        "--backbone",
+        "compact:96",
+        "--split",
+        "test",
+        "--limit",
+        8,
+    )
     done = run("score", work / "vilu", work / "other", "-o", work / "x.csv", code=6)
     assert "compact:64" in done.stderr
     assert "compact:96" in done.stderr
@@ -318,7 +442,9 @@ def test_bad_images_are_set_aside_and_counted(work: Path) -> None:
     (folder / "dress" / "empty.png").touch()
     done = run("embed", folder, "-o", work / "bad", "--backbone", "compact:64", code=3)
     assert "--max-error-rate" in done.stderr
-    done = run("embed", folder, "-o", work / "bad", "--backbone", "compact:64", "--max-error-rate", 0.5)
+    done = run(
+        "embed", folder, "-o", work / "bad", "--backbone", "compact:64", "--max-error-rate", 0.5
+    )
     report = json.loads(run("inspect", work / "bad", "--json").stdout)
     assert (report["n_in"], report["n_ok"], report["n_error"]) == (9, 6, 3)
     errors = pq.read_table(work / "bad" / "errors" / "errors_00000.parquet").to_pylist()
@@ -327,13 +453,27 @@ def test_bad_images_are_set_aside_and_counted(work: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)]
+    ("number", "code"),
+    [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)],
 )
-def test_interrupted_and_resumed(work: Path, tmp_path: Path, number: signal.Signals, code: int) -> None:
+def test_interrupted_and_resumed(
+    work: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
     """Ctrl-C or SIGTERM in the middle: a clean exit code, and the second run ends with the bytes of the first store."""
-    args = ["embed", PHOTOS, "-o", tmp_path / "s", "--backbone", "compact:64", "--classes", work / "names.txt"]
+    args = [
+        "embed",
+        PHOTOS,
+        "-o",
+        tmp_path / "s",
+        "--backbone",
+        "compact:64",
+        "--classes",
+        work / "names.txt",
+    ]
     args += ["--split", "test", "--limit", 160, "--part-size", 32]
-    started = subprocess.Popen(command(*args), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    started = subprocess.Popen(
+        command(*args), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 120
     while not list((tmp_path / "s").glob("receipts/*.json")) and time.monotonic() < deadline:
         time.sleep(0.01)

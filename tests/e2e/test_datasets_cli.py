@@ -47,7 +47,10 @@ def test_check_says_what_is_there_and_what_to_do(root: Path) -> None:
     assert "split_zhou_DescribableTextures.json of the user" in done.stdout
     assert f"vilu embed {root} --dataset dtd -o STORE" in done.stdout
     assert f"3 of {len(KNOWN)} data sets are here and whole" in done.stderr
-    found = {row["name"]: row for row in json.loads(run("datasets", "check", root, "--json", "--deep").stdout)}
+    found = {
+        row["name"]: row
+        for row in json.loads(run("datasets", "check", root, "--json", "--deep").stdout)
+    }
     assert found["cc12m"]["splits"]["all"]["found"] == 64
     assert found["dtd"]["folder"] == str(root / "dtd/dtd")
     assert found["sun397"]["folder"] is None
@@ -85,4 +88,7 @@ def test_embedding_a_data_set_by_name(root: Path, tmp_path: Path) -> None:
     ):
         assert message in run(*embed, *options, code=2).stderr
     assert "Download SUN397.tar.gz" in run(*embed, "sun397", "-o", tmp_path / "x", code=3).stderr
-    assert "--raw-names is of" in run("embed", root, "--raw-names", "-o", tmp_path / "x", code=2).stderr
+    assert (
+        "--raw-names is of"
+        in run("embed", root, "--raw-names", "-o", tmp_path / "x", code=2).stderr
+    )

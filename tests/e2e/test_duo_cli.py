@@ -26,7 +26,16 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "embed", PHOTOS, "-o", folder / f"{split}{size}", "--backbone", f"compact:{size}",
                 "--classes", folder / "names.txt", "--split", split, "--limit", limit,
             )  # fmt: skip
-    run("fit", folder / "train96", "--method", "duo", "-o", folder / "duo", "--second", folder / "train64")
+    run(
+        "fit",
+        folder / "train96",
+        "--method",
+        "duo",
+        "-o",
+        folder / "duo",
+        "--second",
+        folder / "train64",
+    )
     return folder
 
 
@@ -35,7 +44,9 @@ def both(work: Path, split: str) -> TwoModels:
 
 
 def test_scores_are_the_librarys_in_a_file_and_in_a_folder(work: Path) -> None:
-    expected = vilu.PREDICTORS["duo"]().fit(both(work, "train")).predict_uncertainty(both(work, "test"))
+    expected = (
+        vilu.PREDICTORS["duo"]().fit(both(work, "train")).predict_uncertainty(both(work, "test"))
+    )
     second = "--second", work / "test64"
     for name in ("scores.parquet", "scores"):
         run("score", work / "duo", work / "test96", "-o", work / name, *second)
@@ -51,13 +62,23 @@ def test_scores_are_the_librarys_in_a_file_and_in_a_folder(work: Path) -> None:
 
 def test_a_calibration_takes_both(work: Path) -> None:
     run("calibrate", work / "duo", work / "validation96", "--second", work / "validation64")
-    run("score", work / "duo", work / "test96", "-o", work / "calibrated.csv", "--second", work / "test64")
+    run(
+        "score",
+        work / "duo",
+        work / "test96",
+        "-o",
+        work / "calibrated.csv",
+        "--second",
+        work / "test64",
+    )
     assert "failure_probability" in (work / "calibrated.csv").read_text().splitlines()[0]
 
 
 def test_an_explanation_says_that_it_has_none_of_the_score(work: Path) -> None:
     found = json.loads(
-        run("explain", work / "duo", work / "test96", "--second", work / "test64", "-n", 2, "--json").stdout
+        run(
+            "explain", work / "duo", work / "test96", "--second", work / "test64", "-n", 2, "--json"
+        ).stdout
     )
     assert "no attribution is defined for duo" in json.dumps(found)
 
@@ -68,19 +89,45 @@ def test_what_is_wrong_with_the_second_store_is_told(work: Path) -> None:
     assert "needs the column 'second_image'" in told
     assert "--second STORE" in told
     told = run(*command, "--second", work / "test64", code=3).stderr
-    assert "120 of 120 rows are not among the 60 of the second source (told by their pictures)" in told
+    assert (
+        "120 of 120 rows are not among the 60 of the second source (told by their pictures)" in told
+    )
     assert "is a predictor, where a store" in run(*command, "--second", work / "duo", code=2).stderr
     assert "does not exist" in run(*command, "--second", work / "nowhere", code=2).stderr
-    assert "--pseudo makes captions" in run(*command, "--second", work / "train64", "--pseudo", code=2).stderr
-    told = run("score", work / "duo", work / "test96", "-o", work / "s.csv", "--second", work / "test96", code=6).stderr
+    assert (
+        "--pseudo makes captions"
+        in run(*command, "--second", work / "train64", "--pseudo", code=2).stderr
+    )
+    told = run(
+        "score",
+        work / "duo",
+        work / "test96",
+        "-o",
+        work / "s.csv",
+        "--second",
+        work / "test96",
+        code=6,
+    ).stderr
     assert "the second model of the fitted duo" in told
     assert not (work / "none").exists()
 
 
 def test_another_second_store_is_another_fit(work: Path) -> None:
-    again = run("fit", work / "train96", "--method", "duo", "-o", work / "duo", "--second", work / "train64")
+    again = run(
+        "fit", work / "train96", "--method", "duo", "-o", work / "duo", "--second", work / "train64"
+    )
     assert "there is nothing to do" in again.stderr
-    told = run("fit", work / "train96", "--method", "duo", "-o", work / "duo", "--second", work / "train96", code=2)
+    told = run(
+        "fit",
+        work / "train96",
+        "--method",
+        "duo",
+        "-o",
+        work / "duo",
+        "--second",
+        work / "train96",
+        code=2,
+    )
     assert "--overwrite" in told.stderr
 
 
@@ -114,5 +161,7 @@ budget = 5
             expected = vilu.PREDICTORS["duo"]().fit(train).predict_uncertainty(both(work, "test"))
             assert np.array_equal(scored.uncertainty, expected)
         assert len(scored) == 60
-        refused = json.loads((cells / "alone" / setting / "duo" / "seed-0.json").read_text())["refused"]
+        refused = json.loads((cells / "alone" / setting / "duo" / "seed-0.json").read_text())[
+            "refused"
+        ]
         assert "needs the column 'second_image'" in refused["reason"]

@@ -25,9 +25,10 @@ BAD = {4: b"", 17: b"<html>"}
 SETTINGS = {"names": NAMES, "batch_size": 4, "part_size": 10, "max_error_rate": 0.5}
 COLUMNS = {"features": True, "views": 2, "prompts": ("the {}.",)}
 
-# 35 images in parts of 10, 10, 10, 5 with 9, 9, 10, 5 good ones, in 3, 3, 3, 2 batches. Syncs come in pairs (file, then
-# its folder): run.json 0, texts 2, classes.json 4, then 8 per part (vectors, metadata, errors, receipt), manifest 38.
-# With columns: texts 2, four columns 4, classes.json 12, then 12 per part (features and views before the receipt).
+# 35 images in parts of 10, 10, 10, 5 with 9, 9, 10, 5 good ones, in 3, 3, 3, 2 batches. Syncs come
+# in pairs (file, then its folder): run.json 0, texts 2, classes.json 4, then 8 per part (vectors,
+# metadata, errors, receipt), manifest 38. With columns: texts 2, four columns 4, classes.json 12,
+# then 12 per part (features and views before the receipt).
 POINTS = {
     "decode-0": 0,
     "decode-22": None,  # decoding runs ahead of the parts, so how many are finished is open
@@ -65,15 +66,29 @@ IN_EVERY_RUN = (
 )
 """The others are in `make test-slow`."""
 
-HALF_WRITTEN = {"sync-0", "sync-2", "sync-6", "sync-20", "sync-38", "sync-6+columns", "sync-20+columns"}
+HALF_WRITTEN = {
+    "sync-0",
+    "sync-2",
+    "sync-6",
+    "sync-20",
+    "sync-38",
+    "sync-6+columns",
+    "sync-20+columns",
+}
 
 
 @pytest.fixture(scope="module")
 def killed(request, tmp_path_factory):
-    wanted = [item.callspec.params["point"] for item in request.session.items if "killed" in item.fixturenames]
+    wanted = [
+        item.callspec.params["point"]
+        for item in request.session.items
+        if "killed" in item.fixturenames
+    ]
     root = tmp_path_factory.mktemp("killed")
     environment = os.environ | {"PYTHONPATH": str(KILLER.parents[2])}
-    subprocess.run([sys.executable, KILLER, root, *wanted], check=True, env=environment, timeout=120)
+    subprocess.run(
+        [sys.executable, KILLER, root, *wanted], check=True, env=environment, timeout=120
+    )
     half_written = {path.relative_to(root).parts[0] for path in root.rglob("*.tmp")}
     assert half_written - {"decode-22"} == HALF_WRITTEN & set(
         wanted
@@ -91,7 +106,9 @@ def undisturbed(tmp_path_factory):
     return trees
 
 
-@pytest.mark.parametrize("point", few(sorted(POINTS, key=lambda point: point not in IN_EVERY_RUN), len(IN_EVERY_RUN)))
+@pytest.mark.parametrize(
+    "point", few(sorted(POINTS, key=lambda point: point not in IN_EVERY_RUN), len(IN_EVERY_RUN))
+)
 def test_a_kill_costs_the_part_under_way_and_no_byte(killed, undisturbed, point):
     root, columns = killed / point, COLUMNS if point.endswith("+columns") else {}
     finished = len(list(root.glob("receipts/*.json")))
@@ -120,7 +137,9 @@ with StoreLedger.claim(Path(sys.argv[1])):
 
 
 def test_a_killed_driver_lets_go_of_the_lock(tmp_path):
-    with subprocess.Popen([sys.executable, "-c", LOCKER, tmp_path / "s"], stdout=subprocess.PIPE) as other:
+    with subprocess.Popen(
+        [sys.executable, "-c", LOCKER, tmp_path / "s"], stdout=subprocess.PIPE
+    ) as other:
         other.stdout.readline()
         started = time.monotonic()
         with pytest.raises(BusyError):
@@ -133,7 +152,11 @@ def test_a_killed_driver_lets_go_of_the_lock(tmp_path):
 @pytest.fixture
 def small_disk(tmp_path):
     mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(tmp_path)]
-    if sys.platform != "linux" or os.geteuid() != 0 or subprocess.run(mount, check=False).returncode:
+    if (
+        sys.platform != "linux"
+        or os.geteuid() != 0
+        or subprocess.run(mount, check=False).returncode
+    ):
         pytest.skip("needs the right to mount a tmpfs")
     yield tmp_path
     subprocess.run(["umount", str(tmp_path)], check=True)

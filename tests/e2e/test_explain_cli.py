@@ -18,7 +18,11 @@ from vilu.store.embed import embed
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Stores of labelled and unlabelled noise, and a predictor."""
     folder = tmp_path_factory.mktemp("explain")
-    for name, first, n, unlabelled in (("train", 0, 90, []), ("test", 90, 40, []), ("bare", 90, 40, range(40))):
+    for name, first, n, unlabelled in (
+        ("train", 0, 90, []),
+        ("test", 90, 40, []),
+        ("bare", 90, 40, range(40)),
+    ):
         data = dataset(n, unlabelled=list(unlabelled))
         data.blobs = dataset(first + n).blobs[first:]
         data.keys = [f"{name}/{i}.png" for i in range(n)]
@@ -29,18 +33,37 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_command_says_what_the_library_says(work: Path) -> None:
-    done = run("explain", work / "plus", work / "test", "--train", work / "train", "-n", 3, "--json")
+    done = run(
+        "explain", work / "plus", work / "test", "--train", work / "train", "-n", 3, "--json"
+    )
     train, test = vilu.open_source(work / "train"), vilu.open_source(work / "test")
     expected = vilu.explain(vilu.load(work / "plus"), test, train, n=3).to_dict()
     assert json.loads(done.stdout) == json.loads(json.dumps(expected))
     uncertainty = vilu.load(work / "plus").predict_uncertainty(test)
-    assert [row["row"] for row in expected["rows"]] == np.argsort(-uncertainty, kind="stable")[:3].tolist()
+    assert [row["row"] for row in expected["rows"]] == np.argsort(-uncertainty, kind="stable")[
+        :3
+    ].tolist()
     assert "3 rows explained" in done.stderr
 
 
 def test_chosen_rows_as_text_and_in_a_file(work: Path) -> None:
-    done = run("explain", work / "plus", work / "train", "--key", "train/7.png", "--row", 2, "-o", work / "why.json")
-    for words in ("row 7  train/7.png", "row 2  train/2.png", "posterior of the pooled experts", "log-odds of failure"):
+    done = run(
+        "explain",
+        work / "plus",
+        work / "train",
+        "--key",
+        "train/7.png",
+        "--row",
+        2,
+        "-o",
+        work / "why.json",
+    )
+    for words in (
+        "row 7  train/7.png",
+        "row 2  train/2.png",
+        "posterior of the pooled experts",
+        "log-odds of failure",
+    ):
         assert words in done.stdout
     assert "neighbours    left out: no training rows given" in done.stdout
     assert "2 of 2 explained rows were used to fit this vilu_plus" in done.stderr
@@ -70,10 +93,18 @@ def test_summaries_with_and_without_labels(work: Path) -> None:
     ("args", "code", "message"),
     [
         (["{work}/plus", "{work}/test", "--key", "nobody"], 3, "no row has the key 'nobody'"),
-        (["{work}/plus", "{work}/test", "--summary", "--row", "1"], 2, "Leave --train, --key and --row out"),
+        (
+            ["{work}/plus", "{work}/test", "--summary", "--row", "1"],
+            2,
+            "Leave --train, --key and --row out",
+        ),
         (["{work}/plus", "{work}/test", "-o", "{work}/why.txt"], 2, ".json file"),
         (["{work}/plus", "{work}/test", "--coverage", "0.5"], 2, "--coverage is of --summary"),
-        (["{work}", "{work}/test", "--summary", "--coverage", "1.5"], 2, "coverage must be in (0, 1]"),  # at once
+        (
+            ["{work}", "{work}/test", "--summary", "--coverage", "1.5"],
+            2,
+            "coverage must be in (0, 1]",
+        ),  # at once
     ],
 )
 def test_errors_say_what_and_how(work: Path, args: list[str], code: int, message: str) -> None:

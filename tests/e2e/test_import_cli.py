@@ -27,12 +27,27 @@ GIVEN = ("--logit-scale", "50", "--logit-bias", "0")
 
 def test_arrays_to_results(tmp_path: Path) -> None:
     for name, seed in (("train", 0), ("test", 1)):
-        save(tmp_path / f"{name}.npz", arrays(120, seed=seed, text=arrays()["text"], logit_scale=None, logit_bias=None))
+        save(
+            tmp_path / f"{name}.npz",
+            arrays(120, seed=seed, text=arrays()["text"], logit_scale=None, logit_bias=None),
+        )
         done = run(
-            "import", f"{name}.npz", "-o", name, *GIVEN, "--model", "ViT-B/32", "--source", "a page", cwd=tmp_path
+            "import",
+            f"{name}.npz",
+            "-o",
+            name,
+            *GIVEN,
+            "--model",
+            "ViT-B/32",
+            "--source",
+            "a page",
+            cwd=tmp_path,
         )
         assert done.stdout == f"{name}\n"
-    assert "120 embeddings, 0 unusable rows; next: vilu score PREDICTOR test -o scores.parquet" in done.stderr
+    assert (
+        "120 embeddings, 0 unusable rows; next: vilu score PREDICTOR test -o scores.parquet"
+        in done.stderr
+    )
     run("fit", "train", "-o", "predictor", "--method", "mcm", cwd=tmp_path)
     run("score", "predictor", "test", "-o", "scores.parquet", cwd=tmp_path)
     outcomes = vilu.Outcomes.load(tmp_path / "scores.parquet")
@@ -67,7 +82,18 @@ def test_other_names_and_classes_in_a_file(tmp_path: Path) -> None:
     values = arrays(class_names=None)
     save(tmp_path / "a.npz", {**values, "text_single": values["text"], "words": np.array(["x"])})
     (tmp_path / "names.txt").write_text("a\nb\nc\nd\n")
-    line = ("import", "a.npz", "-o", "store", "--key", "text=text_single", "--classes", "names.txt", "--outside", "c")
+    line = (
+        "import",
+        "a.npz",
+        "-o",
+        "store",
+        "--key",
+        "text=text_single",
+        "--classes",
+        "names.txt",
+        "--outside",
+        "c",
+    )
     told = run(*line, cwd=tmp_path).stderr
     assert "not imported: text, words" in told
     assert vilu.EmbeddingStore(tmp_path / "store").class_names == ("a", "b", "d")
@@ -113,18 +139,30 @@ def test_stopped_in_the_middle(tmp_path: Path, stop: signal.Signals) -> None:
     run(*line, tmp_path / "whole")
     store = tmp_path / "store"
     process = subprocess.Popen(
-        command(*line, store), stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command(*line, store),
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     while not list(store.glob("receipts/*7.json")):
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(stop)
     told = process.communicate()[1]
-    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}.get(stop, -signal.SIGKILL)
+    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}.get(
+        stop, -signal.SIGKILL
+    )
     if stop != signal.SIGKILL:
-        assert f"vilu: stopped: what is finished is in {store}; the same command goes on with the rest." in told
+        assert (
+            f"vilu: stopped: what is finished is in {store}; the same command goes on with the rest."
+            in told
+        )
     assert not (store / "manifest.json").exists()
-    done = {path: path.stat().st_mtime_ns for path in (store / "receipts").iterdir() if path.suffix == ".json"}
+    done = {
+        path: path.stat().st_mtime_ns
+        for path in (store / "receipts").iterdir()
+        if path.suffix == ".json"
+    }
     run(*line, store)
     assert files(store) == files(tmp_path / "whole")
     assert {path: path.stat().st_mtime_ns for path in done} == done
@@ -151,9 +189,15 @@ def test_folders_of_no_class(tmp_path: Path) -> None:
     store = vilu.EmbeddingStore(tmp_path / "store")
     assert store.class_names == ("cat", "dog")
     assert store.outside.sum() == 4
-    assert "8 inside (66.7%), 4 outside (33.3%); outside are 'moth'" in run("inspect", "store", cwd=tmp_path).stdout
+    assert (
+        "8 inside (66.7%), 4 outside (33.3%); outside are 'moth'"
+        in run("inspect", "store", cwd=tmp_path).stdout
+    )
     told = run(*line, "--outside", "mouth", code=2, cwd=tmp_path).stderr
-    assert "no class or label 'mouth' for --outside; it has cat, dog, moth. Did you mean 'moth'?" in told
+    assert (
+        "no class or label 'mouth' for --outside; it has cat, dog, moth. Did you mean 'moth'?"
+        in told
+    )
     assert "outside was ['moth'] and is now None" in run(*line, code=6, cwd=tmp_path).stderr
     told = run(*line, "--outside", "moth", cwd=tmp_path).stderr
     assert "there is nothing to do" in told

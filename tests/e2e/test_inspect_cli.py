@@ -34,17 +34,29 @@ def _as_in_a_new_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, "_SAID", set())
 
 
-@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in KINDS.items() for name in names])
+@pytest.mark.parametrize(
+    ("kind", "name"), [(kind, name) for kind, names in KINDS.items() for name in names]
+)
 def test_old_artefacts_are_sealed(
-    kind: str, name: str, kept: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    kind: str,
+    name: str,
+    kept: Callable[[str], Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Unsealed, they say so once; sealed, they say the same as before, and any change of a document is an error."""
     source, path = kept(kind) / name, tmp_path / "it"
-    shutil.copytree(source, path) if source.is_dir() else shutil.copy(source, path := path.with_suffix(source.suffix))
+    shutil.copytree(source, path) if source.is_dir() else shutil.copy(
+        source, path := path.with_suffix(source.suffix)
+    )
     before = tree(path) if path.is_dir() else {path.name: path.read_bytes()}
     with caplog.at_level(logging.WARNING, "vilu"):
         run("inspect", path)
-    lines = [record.getMessage() for record in caplog.records if "carries no digest" in record.getMessage()]
+    lines = [
+        record.getMessage()
+        for record in caplog.records
+        if "carries no digest" in record.getMessage()
+    ]
     assert len(lines) >= 1
     assert all("`vilu inspect --seal` adds one" in line for line in lines)
     assert len(lines) == len(set(lines))
@@ -64,7 +76,10 @@ def test_old_artefacts_are_sealed(
         elif path.is_dir():
             (tmp_path / "old.parquet").write_bytes(before[str(file.relative_to(path))])
             with vouched():
-                (now, facts), (then, said) = read_table(file, ()), read_table(tmp_path / "old.parquet", ())
+                (now, facts), (then, said) = (
+                    read_table(file, ()),
+                    read_table(tmp_path / "old.parquet", ()),
+                )
             assert now.equals(then)
             assert facts == said
 
@@ -85,7 +100,9 @@ def test_what_is_damaged_is_not_sealed(kept: Callable[[str], Path], tmp_path: Pa
     "edit",
     [
         lambda rule: rule["certificates"][""].update(threshold=0.99999),
-        lambda rule: rule["certificates"][""].update(n_wrong=rule["certificates"][""]["n_wrong"] + 1),
+        lambda rule: rule["certificates"][""].update(
+            n_wrong=rule["certificates"][""]["n_wrong"] + 1
+        ),
         lambda rule: rule["certificates"][""].update(n_accepted=1),
         lambda rule: rule["certificates"][""].update(n=7),
         lambda rule: rule["certificates"][""].update(risk_bound=1e-6),
@@ -108,4 +125,6 @@ def test_a_rule_is_held_against_its_rows(
 def test_what_is_none_of_ours(tmp_path: Path) -> None:
     assert "is none of ours" in run("inspect", tmp_path, code=3).stderr
     (tmp_path / "notes.txt").write_text("x")
-    assert "no file that vouches for itself" in run("inspect", tmp_path / "notes.txt", code=3).stderr
+    assert (
+        "no file that vouches for itself" in run("inspect", tmp_path / "notes.txt", code=3).stderr
+    )

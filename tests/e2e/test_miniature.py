@@ -1,8 +1,9 @@
 """Every study of the paper in miniature, through the real command line.
 
-Random-weight CLIP and SigLIP models of the real architectures at reduced width, 64 images of every data set in the real
-layouts. Where that can be had by moving files or in a list, most images belong to the class that a random model sees in
-them: else it would never be right, and there would be nothing to learn.
+Random-weight CLIP and SigLIP models of the real architectures at reduced width, 64 images of every
+data set in the real layouts. Where that can be had by moving files or in a list, most images belong
+to the class that a random model sees in them: else it would never be right, and there would be
+nothing to learn.
 """
 
 from __future__ import annotations
@@ -28,7 +29,14 @@ from vilu.datasets.known import KNOWN, open_known
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs" / "paper").glob("*.toml"))
 SMALL_REASONS = (
-    *("fewer than", "at least", "are others", "needs the column", "does not work on", "does not begin"),
+    *(
+        "fewer than",
+        "at least",
+        "are others",
+        "needs the column",
+        "does not work on",
+        "does not begin",
+    ),
     *("have no row to evaluate", "both are needed"),
 )
 """How methods refuse what is too small, or not theirs; what random weights get right differs between machines."""
@@ -86,22 +94,47 @@ def miniature(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         write_tiny(root / "models" / name, name.partition("-")[0], "open_clip")
     (root / "data").mkdir()
     make_trees(root / "data")
-    for name, n_tars in {"cc3m": 3, "cc12m": 2, "laion400m": 2}.items():  # of which the smoke form takes the first
+    for name, n_tars in {
+        "cc3m": 3,
+        "cc12m": 2,
+        "laion400m": 2,
+    }.items():  # of which the smoke form takes the first
         make_tree(name, root / "data", 64 * n_tars)
     for name in ("imagenet", "imagenet_v2", "imagenet_sketch"):
         move_to_what_is_seen(name, root / "data", root / "models")
-    for name in ("eurosat", "stanford_cars", "oxford_pets", "flowers102", "caltech101", "dtd", "ucf101"):
+    for name in (
+        "eurosat",
+        "stanford_cars",
+        "oxford_pets",
+        "flowers102",
+        "caltech101",
+        "dtd",
+        "ucf101",
+    ):
         list_as_what_is_seen(name, root / "data", root / "models")
     return root / "data", root / "models"
 
 
 def words(miniature: tuple[Path, Path], output: Path, *more: object) -> tuple[object, ...]:
     data, models = miniature
-    return ("benchmark", *CONFIGS, "--data", data, "--models", models, "-o", output, "--smoke", *more)
+    return (
+        "benchmark",
+        *CONFIGS,
+        "--data",
+        data,
+        "--models",
+        models,
+        "-o",
+        output,
+        "--smoke",
+        *more,
+    )
 
 
 @pytest.mark.slow
-def test_every_study_runs_from_images_to_tables(miniature: tuple[Path, Path], tmp_path: Path) -> None:
+def test_every_study_runs_from_images_to_tables(
+    miniature: tuple[Path, Path], tmp_path: Path
+) -> None:
     text = run_process(*words(miniature, tmp_path, "--jobs", 2)).stdout
     output = tmp_path / "smoke"
     for path in CONFIGS:
@@ -116,7 +149,9 @@ def test_every_study_runs_from_images_to_tables(miniature: tuple[Path, Path], tm
         assert page.count("| **") + page.count("| *") >= len(config.claims)
     cells = [json.loads(path.read_text()) for path in (output / "cells").rglob("*.json")]
     reasons = Counter(cell["refused"]["reason"] for cell in cells if cell["refused"])
-    unexpected = [reason for reason in reasons if not any(words in reason for words in SMALL_REASONS)]
+    unexpected = [
+        reason for reason in reasons if not any(words in reason for words in SMALL_REASONS)
+    ]
     assert unexpected == []
     results = {(cell["data"], cell["method"]) for cell in cells if cell["results"]}
     everywhere = {name for path in CONFIGS for name in load_config(path).data}
@@ -135,7 +170,9 @@ def test_a_dry_run_knows_the_miniature(miniature: tuple[Path, Path], tmp_path: P
     assert [plan["name"] for plan in plans] == [path.stem for path in CONFIGS]
     parts = {(part["data"], part["part"]): part for plan in plans for part in plan["parts"]}
     assert parts["dtd", "train"]["counted"] == "listing"
-    assert parts["cc12m", "pairs"]["counted"] == "catalogue"  # only reading tars tells how many are in them
+    assert (
+        parts["cc12m", "pairs"]["counted"] == "catalogue"
+    )  # only reading tars tells how many are in them
     assert {part["state"] for part in parts.values()} == {"to embed"}
     assert sum(parts["dtd", role]["images"] for role in ("train", "validation", "test")) == 64
     assert not (tmp_path / "smoke").exists()

@@ -25,9 +25,28 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def embed(site: Path, backbone: str, *options: object, code: int = 0) -> str:
-    arguments = ("embed", PHOTOS, "--split", "test", "--limit", 60, "--classes", "names.txt", "--models", "models")
+    arguments = (
+        "embed",
+        PHOTOS,
+        "--split",
+        "test",
+        "--limit",
+        60,
+        "--classes",
+        "names.txt",
+        "--models",
+        "models",
+    )
     done = run_process(
-        *arguments, "--backbone", backbone, "-o", backbone, *options, cwd=site, code=code, HF_HUB_OFFLINE="1"
+        *arguments,
+        "--backbone",
+        backbone,
+        "-o",
+        backbone,
+        *options,
+        cwd=site,
+        code=code,
+        HF_HUB_OFFLINE="1",
     )
     return done.stderr
 
@@ -40,13 +59,17 @@ def embed(site: Path, backbone: str, *options: object, code: int = 0) -> str:
     ],
 )
 @pytest.mark.slow
-def test_embedding_with_a_folder_of_models(site: Path, backbone: str, name: str, options: tuple[object, ...]) -> None:
+def test_embedding_with_a_folder_of_models(
+    site: Path, backbone: str, name: str, options: tuple[object, ...]
+) -> None:
     embed(site, backbone, *options)
     store = vilu.EmbeddingStore(site / backbone)
     assert (store.space.backbone, len(store)) == (name, 60)
     assert str(site) not in json.dumps([store.space.preprocess, store.space.tokenizer])
     outcomes = vilu.score(vilu.MCM().fit(store), store)
-    assert len(np.unique(outcomes.prediction)) >= 3  # random, but no constant: the folder serves for trying out
+    assert (
+        len(np.unique(outcomes.prediction)) >= 3
+    )  # random, but no constant: the folder serves for trying out
     assert 0 < outcomes.failure.mean() < 1
 
 

@@ -41,7 +41,9 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     decider = Decider.of_folder(predictor, folder / "mcm")
 
     def scored(seed: int) -> vilu.Outcomes:
-        return vilu.score(predictor, toy_embeddings(800, seed=seed, ids_from=20_000), decider=decider)
+        return vilu.score(
+            predictor, toy_embeddings(800, seed=seed, ids_from=20_000), decider=decider
+        )
 
     calm, rows = scored(2), scored(3)
     unlabelled = np.full(800, -1)
@@ -61,30 +63,64 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_monitor_goes_on_from_its_state(work: Path, tmp_path: Path) -> None:
     state = tmp_path / "state.parquet"
-    first = run("monitor", work / "mcm", work / "calm.parquet", "--state", state, "-o", tmp_path / "first.json")
+    first = run(
+        "monitor",
+        work / "mcm",
+        work / "calm.parquet",
+        "--state",
+        state,
+        "-o",
+        tmp_path / "first.json",
+    )
     assert first.stdout.startswith("holds: no sign of a shift")
     assert "next rows: vilu monitor" in first.stderr
     told = json.loads((tmp_path / "first.json").read_text())
-    assert (told["verdict"], told["rows"], told["raised_at"], told["audit"]["n"]) == ("holds", 800, None, 0)
-    labels = run("monitor", work / "mcm", "--late-labels", work / "labels.parquet", "--state", state, "--json")
+    assert (told["verdict"], told["rows"], told["raised_at"], told["audit"]["n"]) == (
+        "holds",
+        800,
+        None,
+        0,
+    )
+    labels = run(
+        "monitor",
+        work / "mcm",
+        "--late-labels",
+        work / "labels.parquet",
+        "--state",
+        state,
+        "--json",
+    )
     told = json.loads(labels.stdout)
     expected = vilu.Outcomes.load(work / "labels.parquet")
     accepted = np.array([decision == "accept" for decision in expected.decision or ()])
-    assert (told["audit"]["n"], told["audit"]["wrong"]) == (accepted.sum(), expected.failure[accepted].sum())
+    assert (told["audit"]["n"], told["audit"]["wrong"]) == (
+        accepted.sum(),
+        expected.failure[accepted].sum(),
+    )
     assert told["rows"] == 800
     alarm = run("monitor", work / "mcm", work / "hard.parquet", "--state", state, "--json", code=8)
     told = json.loads(alarm.stdout)
     assert told["verdict"] == "shifted: guarantee void"
     assert 800 <= told["raised_at"] < 1200
     assert told["batches"] == [
-        {"scores": str(work / "hard.parquet"), "rows": 1200, "repeated": 0, "verdict": told["verdict"]}
+        {
+            "scores": str(work / "hard.parquet"),
+            "rows": 1200,
+            "repeated": 0,
+            "verdict": told["verdict"],
+        }
     ]
     at_once = vilu.Monitor.of_folder(work / "mcm")
     at_once.update(vilu.Outcomes.load(work / "calm.parquet"))
     at_once.audit(expected)
-    assert at_once.update(vilu.Outcomes.load(work / "hard.parquet")).model_dump(mode="json").items() <= told.items()
+    assert (
+        at_once.update(vilu.Outcomes.load(work / "hard.parquet")).model_dump(mode="json").items()
+        <= told.items()
+    )
     with pytest.raises(ProvenanceError, match="belongs to the monitor"):
-        command("monitor", work / "mcm", work / "calm.parquet", "--state", state, "--false-alarm", 0.01)
+        command(
+            "monitor", work / "mcm", work / "calm.parquet", "--state", state, "--false-alarm", 0.01
+        )
 
 
 def command(*args: object) -> None:
@@ -104,7 +140,15 @@ def test_usage(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(UsageError, match="nothing to monitor"):
         command("monitor", work / "mcm")
     with pytest.raises(UsageError, match="keep no state"):
-        command("monitor", work / "mcm", work / "calm.parquet", "--backend", "mapie", "--state", tmp_path / "s.parquet")
+        command(
+            "monitor",
+            work / "mcm",
+            work / "calm.parquet",
+            "--backend",
+            "mapie",
+            "--state",
+            tmp_path / "s.parquet",
+        )
     monkeypatch.setitem(sys.modules, "mapie.exchangeability_testing", None)
     with pytest.raises(MissingModelError, match=r"pip install 'vilu\[mapie\]'"):
         command("monitor", work / "mcm", work / "calm.parquet", "--backend", "mapie")
@@ -116,8 +160,12 @@ def test_rows_in_no_order_are_shuffled_on_request(
     """A file sorted by uncertainty is no sequence of arrivals; in random order it says what it has to say."""
     calm = vilu.Outcomes.load(work / "calm.parquet")
     order = np.argsort(calm.uncertainty)
-    columns = {name: getattr(calm, name)[order] for name in ("uncertainty", "failure", "prediction")}
-    vilu.Outcomes(**columns, class_names=calm.class_names, method=calm.method).save(tmp_path / "sorted.parquet")
+    columns = {
+        name: getattr(calm, name)[order] for name in ("uncertainty", "failure", "prediction")
+    }
+    vilu.Outcomes(**columns, class_names=calm.class_names, method=calm.method).save(
+        tmp_path / "sorted.parquet"
+    )
     arguments = [
         "monitor",
         str(work / "mcm"),
@@ -125,7 +173,10 @@ def test_rows_in_no_order_are_shuffled_on_request(
         "--state",
         str(tmp_path / "st.parquet"),
     ]
-    with pytest.raises(DataError, match=r"sorted.parquet: these 800 rows lie sorted by their uncertainty.*--shuffle"):
+    with pytest.raises(
+        DataError,
+        match=r"sorted.parquet: these 800 rows lie sorted by their uncertainty.*--shuffle",
+    ):
         app(arguments, standalone_mode=False)
     assert not (tmp_path / "st.parquet").exists()
     assert app([*arguments[:-2], "--in-order"], standalone_mode=False) == 8
@@ -139,7 +190,13 @@ def test_rows_in_no_order_are_shuffled_on_request(
 
 
 def test_mapie_on_the_same_rows(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["monitor", str(work / "mcm"), str(work / "calm.parquet"), str(work / "hard.parquet"), "--json"]
+    arguments = [
+        "monitor",
+        str(work / "mcm"),
+        str(work / "calm.parquet"),
+        str(work / "hard.parquet"),
+        "--json",
+    ]
     assert app([*arguments, "--backend", "mapie"], standalone_mode=False) == 8
     told = json.loads(capsys.readouterr().out)
     assert [batch["verdict"] for batch in told["batches"]] == ["holds", "shifted: guarantee void"]
@@ -168,9 +225,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-def test_the_commands_of_the_readme_end_without_a_false_alarm(folders: Path, tmp_path: Path, labelled: bool) -> None:
+def test_the_commands_of_the_readme_end_without_a_false_alarm(
+    folders: Path, tmp_path: Path, labelled: bool
+) -> None:
     """Fit, calibrate, score and monitor three folders of classes: no shift is there, and none is told."""
-    predictor, scores, state = tmp_path / "predictor", tmp_path / "scores.parquet", tmp_path / "state.parquet"
+    predictor, scores, state = (
+        tmp_path / "predictor",
+        tmp_path / "scores.parquet",
+        tmp_path / "state.parquet",
+    )
     run("fit", folders / "train", "--method", "mcm", "-o", predictor)
     run("calibrate", predictor, folders / "calibration", "--max-risk", 0.5, "--confidence", 0.9)
     run("score", predictor, folders / "new", "-o", scores)
@@ -182,7 +245,9 @@ def test_the_commands_of_the_readme_end_without_a_false_alarm(folders: Path, tmp
     assert f"{scores}: these 210 rows lie sorted by their {what}" in refused.stderr
     assert "--shuffle" in refused.stderr
     assert not state.exists()
-    assert run("monitor", predictor, scores, "--in-order", code=8).stdout.startswith("shifted")  # as it once was
+    assert run("monitor", predictor, scores, "--in-order", code=8).stdout.startswith(
+        "shifted"
+    )  # as it once was
     holds = run("monitor", predictor, scores, "--shuffle", "--state", state)
     assert holds.stdout.startswith("holds")
     again = run("monitor", predictor, scores, "--shuffle", "--state", state, "--json")
@@ -214,7 +279,13 @@ def held_by_another_process(folder: Path) -> Iterator[None]:
 
 def test_two_at_once_on_one_state_or_predictor(work: Path, folders: Path, tmp_path: Path) -> None:
     """The second is told to wait, and nothing is lost or counted twice; after the first it runs."""
-    monitoring = ("monitor", work / "mcm", work / "calm.parquet", "--state", tmp_path / "state.parquet")
+    monitoring = (
+        "monitor",
+        work / "mcm",
+        work / "calm.parquet",
+        "--state",
+        tmp_path / "state.parquet",
+    )
     with held_by_another_process(tmp_path):
         assert ") is monitoring" in run(*monitoring, code=75).stderr
     assert not (tmp_path / "state.parquet").exists()
@@ -228,16 +299,30 @@ def test_two_at_once_on_one_state_or_predictor(work: Path, folders: Path, tmp_pa
 
 
 @pytest.mark.slow
-def test_two_processes_calibrate_and_monitor_at_once(folders: Path, work: Path, tmp_path: Path) -> None:
+def test_two_processes_calibrate_and_monitor_at_once(
+    folders: Path, work: Path, tmp_path: Path
+) -> None:
     """Whoever comes second either waits its turn or is told: what lies there in the end is that of one run."""
     vilu.MCM().fit(vilu.EmbeddingStore(folders / "train")).save(tmp_path / "predictor")
     state = tmp_path / "states" / "state.parquet"
     state.parent.mkdir()
     both = (
-        ("calibrate", tmp_path / "predictor", folders / "calibration", "--max-risk", 0.5, "--confidence", 0.9),
+        (
+            "calibrate",
+            tmp_path / "predictor",
+            folders / "calibration",
+            "--max-risk",
+            0.5,
+            "--confidence",
+            0.9,
+        ),
         ("monitor", work / "mcm", work / "calm.parquet", "--state", state),
     )
-    started = [subprocess.Popen(command_of(*words), stderr=subprocess.DEVNULL) for words in both for _ in range(2)]
+    started = [
+        subprocess.Popen(command_of(*words), stderr=subprocess.DEVNULL)
+        for words in both
+        for _ in range(2)
+    ]
     codes = [process.wait() for process in started]
     assert set(codes[:2]) <= {0, 75}
     assert set(codes[2:]) <= {0, 75}
@@ -250,4 +335,10 @@ def test_two_processes_calibrate_and_monitor_at_once(folders: Path, work: Path, 
 
 def test_a_state_in_no_folder_is_refused_first(work: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"does not exist\. Make it"):
-        command("monitor", work / "mcm", work / "calm.parquet", "--state", tmp_path / "none" / "state.parquet")
+        command(
+            "monitor",
+            work / "mcm",
+            work / "calm.parquet",
+            "--state",
+            tmp_path / "none" / "state.parquet",
+        )

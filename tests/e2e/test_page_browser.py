@@ -22,13 +22,28 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("page")
     (folder / "scores").mkdir()
     one = outcomes_of(N)
-    fine = one.uncertainty + np.random.default_rng(3).uniform(0, 1e-4, N)  # distinct, to the last bit
-    Outcomes(np.clip(fine, 0, 1), one.failure, one.prediction, one.target, one.ids, one.class_names, "vilu_plus").save(
-        folder / "scores" / "plus.parquet"
-    )
+    fine = one.uncertainty + np.random.default_rng(3).uniform(
+        0, 1e-4, N
+    )  # distinct, to the last bit
+    Outcomes(
+        np.clip(fine, 0, 1),
+        one.failure,
+        one.prediction,
+        one.target,
+        one.ids,
+        one.class_names,
+        "vilu_plus",
+    ).save(folder / "scores" / "plus.parquet")
     outcomes_of(N, seed=1, method="mcm", noise=0.5).save(folder / "scores" / "mcm.parquet")
     write_pictures(folder / "images.parquet", N)
-    done = run("report", folder / "scores", "-o", folder / "report.html", "--images", folder / "images.parquet")
+    done = run(
+        "report",
+        folder / "scores",
+        "-o",
+        folder / "report.html",
+        "--images",
+        folder / "images.parquet",
+    )
     assert done.stdout.strip() == str(folder / "report.html")
     return folder
 
@@ -40,7 +55,11 @@ def test_errors_say_what_and_how(work: Path) -> None:
         shutil.copy(path, work / "mixed")
     for args, code, message in (
         ([work / "scores", "-o", work / "x.pdf"], 2, ".html"),
-        ([work / "mixed", "-o", work / "x.html"], 6, "other on toy and mcm on toy must be of the same rows"),
+        (
+            [work / "mixed", "-o", work / "x.html"],
+            6,
+            "other on toy and mcm on toy must be of the same rows",
+        ),
         ([work / "scores", "-o", work / "x.html", "--predictor", work], 3, "is not calibrated"),
     ):
         done = run("report", *args, code=code)
@@ -95,8 +114,13 @@ def test_the_threshold_moves_numbers_curves_and_pictures(browser, work: Path) ->
     data = json.loads(page.text_content("#data"))
     assert len(data["threshold"]) <= 500
     chosen = float(page.input_value("#threshold"))
-    assert chosen == max(t for t in one.uncertainty if one.failure[one.uncertainty <= t].mean() <= 0.05)
-    before = {card: float(card.get_attribute("data-u")) <= chosen for card in page.query_selector_all(".card")}
+    assert chosen == max(
+        t for t in one.uncertainty if one.failure[one.uncertainty <= t].mean() <= 0.05
+    )
+    before = {
+        card: float(card.get_attribute("data-u")) <= chosen
+        for card in page.query_selector_all(".card")
+    }
     assert len(before) == 72
 
     def check() -> float:
@@ -115,7 +139,9 @@ def test_the_threshold_moves_numbers_curves_and_pictures(browser, work: Path) ->
         for card, was in before.items():
             now = float(card.get_attribute("data-u")) <= threshold
             assert ("flipped" in card.get_attribute("class")) == (now != was)
-            assert card.query_selector(".state").text_content().split()[-1] == ("accepted" if now else "abstained")
+            assert card.query_selector(".state").text_content().split()[-1] == (
+                "accepted" if now else "abstained"
+            )
             flipped += now != was
         assert visit.number("flips") == flipped
         return threshold
@@ -147,12 +173,15 @@ def test_a_pointer_reads_the_curve_and_a_heading_sorts(browser, work: Path) -> N
     box = svg.bounding_box()
     order = np.argsort(one.uncertainty)
     half = one.failure[order][: N // 2].mean()
-    # where the curve is at half coverage; 400 x 300 units fill the box, and the axis ends at a round number
+    # where the curve is at half coverage; 400 x 300 units fill the box, and the axis ends at a
+    # round number
     top = float(svg.get_attribute("data-y").split()[1])
     x, y = 46 + 342 / 2, 250 - 220 * half / top
     visit.page.mouse.move(box["x"] + box["width"] * x / 400, box["y"] + box["height"] * y / 300)
     told = visit.page.text_content("figure:has(svg[data-chart=risk]) .readout")
-    name, coverage, errors = re.fullmatch(r"(\S+): coverage ([\d.]+) %, errors ([\d.]+) %", told).groups()
+    name, coverage, errors = re.fullmatch(
+        r"(\S+): coverage ([\d.]+) %, errors ([\d.]+) %", told
+    ).groups()
     assert name == "vilu_plus"
     kept = round(float(coverage) / 100 * N)
     assert float(coverage) == pytest.approx(50, abs=1)  # lines have 250 points at most
@@ -163,7 +192,10 @@ def test_a_pointer_reads_the_curve_and_a_heading_sorts(browser, work: Path) -> N
     cells = ".sortable tbody tr td:nth-child(4)"
     for sign in (-1, 1):
         heading.click()
-        values = [float(v) for v in visit.page.eval_on_selector_all(cells, "all => all.map((e) => e.dataset.v)")]
+        values = [
+            float(v)
+            for v in visit.page.eval_on_selector_all(cells, "all => all.map((e) => e.dataset.v)")
+        ]
         assert values == sorted(values, reverse=sign < 0)
     visit.close()
 

@@ -61,15 +61,23 @@ class Command:
 COMMANDS = {
     "embed": Command("embed photos -o {}", "embed photos -o {} --dtype float32", "store"),
     "fit": Command("fit train -o {} --method mcm", "fit train -o {} --method entropy", "predictor"),
-    "convert": Command("convert head.ckpt -o {}", "convert head.ckpt -o {} --logit-scale 50", "head"),
+    "convert": Command(
+        "convert head.ckpt -o {}", "convert head.ckpt -o {} --logit-scale 50", "head"
+    ),
     "pull": Command("pull ./fitted -o {}", "pull ./calibrated -o {}", "pulled"),
     "push": Command("push fitted {}", "push calibrated {}", "pushed"),
     "score-folder": Command("score fitted new -o {}", "score fitted train -o {}", "scores"),
     "score-parquet": Command("score fitted new -o {}", "score fitted train -o {}", "s.parquet"),
-    "score-csv": Command("score fitted new -o {}", "score fitted train -o {}", "s.csv", keeps_inputs=False),
-    "evaluate-json": Command("evaluate s.parquet -o {} --resamples 20", "evaluate s.parquet -o {} --seed 1", "r.json"),
+    "score-csv": Command(
+        "score fitted new -o {}", "score fitted train -o {}", "s.csv", keeps_inputs=False
+    ),
+    "evaluate-json": Command(
+        "evaluate s.parquet -o {} --resamples 20", "evaluate s.parquet -o {} --seed 1", "r.json"
+    ),
     "evaluate-parquet": Command(
-        "evaluate s.parquet -o {} --resamples 20", "evaluate s.parquet -o {} --resamples 21", "r.parquet"
+        "evaluate s.parquet -o {} --resamples 20",
+        "evaluate s.parquet -o {} --resamples 21",
+        "r.parquet",
     ),
     "evaluate-csv": Command(
         "evaluate s.parquet -o {} --resamples 20",
@@ -78,17 +86,27 @@ COMMANDS = {
         keeps_inputs=False,
     ),
     "pools": Command(
-        "pools pairs mcm -o {} --sizes 4 --resamples 20", "pools pairs mcm -o {} --sizes 8 --resamples 20", "pools.json"
+        "pools pairs mcm -o {} --sizes 4 --resamples 20",
+        "pools pairs mcm -o {} --sizes 8 --resamples 20",
+        "pools.json",
     ),
     "explain": Command("explain fitted new -o {}", "explain fitted new -o {} -n 3", "why.json"),
     "explain-summary": Command(
-        "explain fitted new -o {} --summary", "explain fitted new -o {} --summary --coverage 0.5", "where.json"
+        "explain fitted new -o {} --summary",
+        "explain fitted new -o {} --summary --coverage 0.5",
+        "where.json",
     ),
     "monitor": Command(
-        "monitor calibrated c.parquet -o {}", "monitor calibrated c.parquet -o {} --seed 1", "status.json"
+        "monitor calibrated c.parquet -o {}",
+        "monitor calibrated c.parquet -o {} --seed 1",
+        "status.json",
     ),
-    "report": Command("report s.parquet -o {}", "report s.parquet -o {} --max-risk 0.2", "page.html"),
-    "render": Command("render ran --document {}", "render ran --document {} --title Other", "found.md"),
+    "report": Command(
+        "report s.parquet -o {}", "report s.parquet -o {} --max-risk 0.2", "page.html"
+    ),
+    "render": Command(
+        "render ran --document {}", "render ran --document {} --title Other", "found.md"
+    ),
     "export": Command("export head -o {}", "export other-head -o {}", "head.onnx", slow=True),
 }
 
@@ -104,16 +122,23 @@ def work() -> Iterator[Path]:
             (folder / "photos" / label / f"{number}.png").write_bytes(picture(number))
         for part, first, n in (("train", 0, 60), ("calibration", 60, 80), ("new", 140, 30)):
             data = dataset(n)
-            data.blobs, data.keys = dataset(first + n).blobs[first:], [f"{part}/{i}.png" for i in range(n)]
+            data.blobs, data.keys = (
+                dataset(first + n).blobs[first:],
+                [f"{part}/{i}.png" for i in range(n)],
+            )
             embed(data, FakeBackbone(), folder / part, names=NAMES)
         pairs = FakeDataset([picture(i) for i in range(20)], [None] * 20, class_names=None)
         pairs.captions = [f"picture {i}" for i in range(20)]
         embed(pairs, FakeBackbone(), folder / "pairs")
         for target in ("fitted", "calibrated"):
             vilu.MCM().fit(vilu.open_source(folder / "train")).save(folder / target)
-        calibrate_predictor(folder / "calibrated", vilu.open_source(folder / "calibration"), Target(max_risk=0.9))
+        calibrate_predictor(
+            folder / "calibrated", vilu.open_source(folder / "calibration"), Target(max_risk=0.9)
+        )
         for head, epochs in (("head", 1), ("other-head", 2)):
-            vilu.LVU(hidden=(4,), epochs=epochs).fit(vilu.open_source(folder / "train")).save(folder / head)
+            vilu.LVU(hidden=(4,), epochs=epochs).fit(vilu.open_source(folder / "train")).save(
+                folder / head
+            )
         checkpoint(folder / "head.ckpt", "d24", "attention0_caption0")
         for part, first, n in (("one-train", 0, 30), ("one-test", 1_000, 20)):
             make_store(folder / part, n, first)
@@ -136,7 +161,9 @@ def here(work: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def tree(place: Path) -> dict[str, str]:
     """Hash of everything in a place, but for locks and for what a clock decides."""
-    files = [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())
+    files = (
+        [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())
+    )
     return {
         str(path.relative_to(place)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in files
@@ -253,7 +280,9 @@ fit train -o x --init nowhere
 @pytest.mark.parametrize("words", MISSING.split("\n")[1:-1])
 def test_a_missing_path_is_one_error_everywhere(words: str, here: Path) -> None:
     said = run(*words.split(), code=2).stderr
-    missing = next(word for word in words.split() if word.startswith(("nowhere", "./nowhere", "n.ckpt")))
+    missing = next(
+        word for word in words.split() if word.startswith(("nowhere", "./nowhere", "n.ckpt"))
+    )
     assert f"{missing.removeprefix('./')} does not exist" in said
     assert not (here / "x").exists()
 
@@ -273,7 +302,10 @@ def test_a_fit_into_a_folder_of_other_things_is_refused_before_it_begins(
     for target in (tmp_path / "store", here / "photos"):
         before = tree(target)
         for more in ((), ("--overwrite",)):
-            assert "no part of vilu's predictor" in run("fit", "train", "-o", target, *more, code=2).stderr
+            assert (
+                "no part of vilu's predictor"
+                in run("fit", "train", "-o", target, *more, code=2).stderr
+            )
         assert tree(target) == before
 
 
@@ -290,11 +322,20 @@ def test_a_new_fit_takes_the_old_calibration_with_it(here: Path, tmp_path: Path)
     assert tree(place) == calibrated
     done = run("fit", "train", "-o", place, "--method", "entropy", "--overwrite")
     assert "the calibration of the predictor that lay here is gone with it" in done.stderr
-    assert {path.name for path in place.iterdir()} - {".lock"} == {"README.md", "predictor.json", "weights.safetensors"}
+    assert {path.name for path in place.iterdir()} - {".lock"} == {
+        "README.md",
+        "predictor.json",
+        "weights.safetensors",
+    }
 
 
-def test_what_the_same_inputs_gave_and_time_has_damaged_is_made_again(here: Path, tmp_path: Path) -> None:
-    for words, name in (("fit train --method mcm", "weights.safetensors"), ("score fitted new", "s.parquet")):
+def test_what_the_same_inputs_gave_and_time_has_damaged_is_made_again(
+    here: Path, tmp_path: Path
+) -> None:
+    for words, name in (
+        ("fit train --method mcm", "weights.safetensors"),
+        ("score fitted new", "s.parquet"),
+    ):
         place = tmp_path / (name if name.endswith("parquet") else "p")
         run(*words.split(), "-o", place)
         file = place if place.is_file() else place / name
@@ -310,11 +351,16 @@ def test_what_the_same_inputs_gave_and_time_has_damaged_is_made_again(here: Path
         assert file.read_bytes() == whole
 
 
-def test_a_state_is_gone_on_from_and_nothing_else_is_taken_for_one(here: Path, tmp_path: Path) -> None:
+def test_a_state_is_gone_on_from_and_nothing_else_is_taken_for_one(
+    here: Path, tmp_path: Path
+) -> None:
     state, scores = tmp_path / "state.parquet", tmp_path / "s.parquet"
     scores.write_bytes((here / "s.parquet").read_bytes())
     before = tree(tmp_path)
-    assert "no monitor state" in run("monitor", "calibrated", "c.parquet", "--state", scores, code=2).stderr
+    assert (
+        "no monitor state"
+        in run("monitor", "calibrated", "c.parquet", "--state", scores, code=2).stderr
+    )
     assert tree(tmp_path) == before
     run("monitor", "calibrated", "c.parquet", "--state", state)
     assert vilu.Monitor.of_folder("calibrated").resume(state).rows == 30

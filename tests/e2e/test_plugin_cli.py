@@ -82,29 +82,58 @@ def test_a_method_from_outside_is_listed_fitted_and_scored(run, tmp_path: Path) 
     assert "runner-up" not in run("list", "predictors").stdout
     plugin = ("--plugin", "runner_up")
     listed = json.loads(run(*plugin, "list", "predictors", "--json").stdout)
-    assert [row["what it is"] for row in listed if row["name"] == "second"] == ["probability of the runner-up"]
+    assert [row["what it is"] for row in listed if row["name"] == "second"] == [
+        "probability of the runner-up"
+    ]
     run(*plugin, "fit", tmp_path / "data", "-o", tmp_path / "second", "--method", "second")
     run(*plugin, "score", tmp_path / "second", tmp_path / "data", "-o", tmp_path / "scores.parquet")
     expected = [
-        np.sort(batch.logits.softmax(dim=1).numpy())[:, -2] for batch in open_source(tmp_path / "data").batches(80)
+        np.sort(batch.logits.softmax(dim=1).numpy())[:, -2]
+        for batch in open_source(tmp_path / "data").batches(80)
     ]
     found = Outcomes.load(tmp_path / "scores.parquet").uncertainty
-    assert found == pytest.approx(np.concatenate(expected), abs=1e-6)  # logits of float32, of another block
-    done = run("score", tmp_path / "second", tmp_path / "data", "-o", tmp_path / "none.parquet", code=3)
+    assert found == pytest.approx(
+        np.concatenate(expected), abs=1e-6
+    )  # logits of float32, of another block
+    done = run(
+        "score", tmp_path / "second", tmp_path / "data", "-o", tmp_path / "none.parquet", code=3
+    )
     assert "Give --plugin runner_up" in done.stderr
 
 
 @pytest.mark.slow
 def test_a_method_gets_the_rows_without_labels_that_it_asks_for(run, tmp_path: Path) -> None:
     for name, n in (("data", 80), ("more", 50)):
-        embed(dataset(n, unlabelled=range(50) if name == "more" else ()), FakeBackbone(), tmp_path / name, names=NAMES)
-    fit = ("--plugin", "with_more", "fit", tmp_path / "data", "-o", tmp_path / "nearer", "--method", "nearer")
+        embed(
+            dataset(n, unlabelled=range(50) if name == "more" else ()),
+            FakeBackbone(),
+            tmp_path / name,
+            names=NAMES,
+        )
+    fit = (
+        "--plugin",
+        "with_more",
+        "fit",
+        tmp_path / "data",
+        "-o",
+        tmp_path / "nearer",
+        "--method",
+        "nearer",
+    )
     run(*fit, "--unlabelled", tmp_path / "more")
     assert json.loads((tmp_path / "nearer" / "predictor.json").read_text())["notes"]["n_more"] == 50
     assert "nothing to do" in run(*fit, "--unlabelled", tmp_path / "more").stderr
     assert "holds another predictor" in run(*fit, "--unlabelled", tmp_path / "data", code=2).stderr
     refused = run(
-        "fit", tmp_path / "data", "-o", tmp_path / "x", "--method", "lvu", "--unlabelled", tmp_path / "more", code=2
+        "fit",
+        tmp_path / "data",
+        "-o",
+        tmp_path / "x",
+        "--method",
+        "lvu",
+        "--unlabelled",
+        tmp_path / "more",
+        code=2,
     )
     assert "lvu takes no --unlabelled" in refused.stderr
 

@@ -21,12 +21,22 @@ EYE = np.eye(3, dtype=np.float32)
 IMAGE = EYE[[0, 1, 2, 0, 1]]
 
 
-def test_classes_with_equal_texts_become_the_first_of_them(caplog: pytest.LogCaptureFixture) -> None:
-    columns = {"prompts": np.stack([EYE[0], EYE[1], -EYE[0], EYE[2]])[:, None], "features": np.ones((5, 2))}
+def test_classes_with_equal_texts_become_the_first_of_them(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    columns = {
+        "prompts": np.stack([EYE[0], EYE[1], -EYE[0], EYE[2]])[:, None],
+        "features": np.ones((5, 2)),
+    }
     names = ["crane", "owl", "crane (machine)", "eel"]
     with caplog.at_level(logging.WARNING, "vilu"):
-        data = Embeddings(IMAGE, EYE[[0, 1, 0, 2]], [0, 1, 3, 2, -1], class_names=names, columns=columns)
-    assert "1 of 4 classes have the text of an earlier one: 'crane (machine)' (2) is 'crane' (0)" in caplog.text
+        data = Embeddings(
+            IMAGE, EYE[[0, 1, 0, 2]], [0, 1, 3, 2, -1], class_names=names, columns=columns
+        )
+    assert (
+        "1 of 4 classes have the text of an earlier one: 'crane (machine)' (2) is 'crane' (0)"
+        in caplog.text
+    )
     assert (data.class_names, data.n_candidates) == (("crane", "owl", "eel"), 3)
     assert data.target.tolist() == [0, 1, 2, 0, -1]
     assert data.candidate_of is not None
@@ -45,7 +55,9 @@ def test_one_name_is_one_class_where_its_texts_are_all_but_equal() -> None:
 
 
 def test_one_name_for_two_texts_is_refused_and_listed() -> None:
-    with pytest.raises(DataError, match=r"Different texts: 'a', 'b'\. Rename them, or give both the same row"):
+    with pytest.raises(
+        DataError, match=r"Different texts: 'a', 'b'\. Rename them, or give both the same row"
+    ):
         Embeddings(np.eye(4), np.eye(4), class_names=["a", "b", "a", "b"])
 
 
@@ -64,9 +76,17 @@ def test_a_store_of_two_classes_of_one_name_is_one_of_one_class(tmp_path: Path) 
     given = {"part_size": 4, "prompts": ("a {}.", "the {}."), "features": True}
     embed(dataset(9), FakeBackbone(), tmp_path / "s", names=("cat", "dog", "cat"), **given)
     store, rows = EmbeddingStore(tmp_path / "s"), torch.arange(9)
-    assert (store.class_names, store.n_candidates, store.manifest.names) == (("cat", "dog"), 2, ("cat", "dog", "cat"))
+    assert (store.class_names, store.n_candidates, store.manifest.names) == (
+        ("cat", "dog"),
+        2,
+        ("cat", "dog", "cat"),
+    )
     assert store.target.tolist() == [0, 1, 0] * 3
-    assert [len(store.column(name, rows)) for name in ("prompts", "text_features", "features")] == [2, 2, 9]
+    assert [len(store.column(name, rows)) for name in ("prompts", "text_features", "features")] == [
+        2,
+        2,
+        9,
+    ]
     kept = np.load(tmp_path / "s/text_emb/classes.npy")
     assert np.array_equal(kept[0], kept[2])
     assert np.array_equal(store.text.numpy(), kept[:2])

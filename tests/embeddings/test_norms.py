@@ -38,8 +38,12 @@ def test_ordinary_rows_are_the_same_bits_beside_such_rows() -> None:
     ordinary = torch.from_numpy((ROWS * 3).astype(np.float32))
     with pytest.warns(UserWarning, match="not of unit norm"):
         expected, _ = unit_rows(ordinary, "image")
-    with pytest.warns(UserWarning, match=r"8 of 8 image rows are not of unit norm \(norms 1e-20 to 1e\+20\)"):
-        found, _ = unit_rows(torch.cat([ordinary, torch.eye(8)[:1] * 1e20, torch.eye(8)[:1] * 1e-20]), "image")
+    with pytest.warns(
+        UserWarning, match=r"8 of 8 image rows are not of unit norm \(norms 1e-20 to 1e\+20\)"
+    ):
+        found, _ = unit_rows(
+            torch.cat([ordinary, torch.eye(8)[:1] * 1e20, torch.eye(8)[:1] * 1e-20]), "image"
+        )
     assert torch.equal(found[:6], expected)
 
 

@@ -23,13 +23,17 @@ SCORING = [name for name, cls in PREDICTORS.items() if cls.no_captions is None]
 BOTH = pytest.mark.parametrize("direction", ["image_to_text", "text_to_image"])
 
 
-def pool_of(pools: Pools, n: int = 96, distinct: int = 60, d: int = 16, seed: int = 0) -> PairEmbeddings:
+def pool_of(
+    pools: Pools, n: int = 96, distinct: int = 60, d: int = 16, seed: int = 0
+) -> PairEmbeddings:
     """Pairs in which some captions occur more than once, each time with another picture."""
     rng = np.random.default_rng(seed)
     text = unit(distinct, d, seed)[torch.from_numpy(rng.integers(distinct, size=n))]
     image = noisy(text, n, seed + 1)
     roles = (image, text) if pools.direction == "image_to_text" else (text, image)
-    return PairEmbeddings(image, text, pools, 20.0, columns=toy_columns(*(rows.numpy() for rows in roles), rng))
+    return PairEmbeddings(
+        image, text, pools, 20.0, columns=toy_columns(*(rows.numpy() for rows in roles), rng)
+    )
 
 
 def greedy(rows: Tensor, cosine: float) -> list[int]:
@@ -55,13 +59,16 @@ def test_equal_captions_are_one_candidate_of_an_image() -> None:
 
 def test_any_image_of_an_equal_caption_is_right() -> None:
     text = torch.eye(4)[[0, 1, 0, 2]]
-    image = torch.eye(4)[[1, 1, 0, 2]]  # the first picture shows the second caption, the third the first
+    image = torch.eye(4)[
+        [1, 1, 0, 2]
+    ]  # the first picture shows the second caption, the third the first
     (batch,) = PairEmbeddings(image, text, Pools(4, "text_to_image", seed=None)).batches(10)
     assert torch.equal(batch.image, text)
     assert torch.equal(batch.text, image)
     assert batch.target.tolist() == [0, 1, 2, 3]
     assert batch.same.tolist() == [0, 1, 0, 3]
-    # captions 0 and 2 find picture 2, which is right for both; caption 1 finds picture 0, the first of two equal ones
+    # captions 0 and 2 find picture 2, which is right for both; caption 1 finds picture 0, the first
+    # of two equal ones
     assert batch.prediction.tolist() == [2, 0, 2, 3]
     assert batch.failure.tolist() == [0, 1, 0, 0]
 
@@ -76,7 +83,9 @@ def test_failures_by_brute_force(direction: str, near: float | None) -> None:
         answer = greedy(text, 2.0 if near is None else near)
         for row in range(len(batch.index)):
             if direction == "image_to_text":
-                best = max(range(32), key=lambda j: float(image[row].double() @ text[answer[j]].double()))
+                best = max(
+                    range(32), key=lambda j: float(image[row].double() @ text[answer[j]].double())
+                )
             else:
                 best = max(range(32), key=lambda j: float(text[row].double() @ image[j].double()))
             wrong = int(answer[best] != answer[row])
@@ -99,9 +108,13 @@ def test_log_probability_of_the_answer_by_brute_force(direction: str) -> None:
 
 @pytest.mark.parametrize("cosine", [0.8, 0.9, 0.97])
 @pytest.mark.parametrize("block", [1, 7, 64, 1024])
-def test_near_duplicates_are_greedy_leaders(monkeypatch: pytest.MonkeyPatch, cosine: float, block: int) -> None:
+def test_near_duplicates_are_greedy_leaders(
+    monkeypatch: pytest.MonkeyPatch, cosine: float, block: int
+) -> None:
     monkeypatch.setattr(pairs, "NEAR_ROWS", block)
-    rows = torch.nn.functional.normalize(unit(25, 8, 0)[torch.arange(200) % 25] + 0.35 * unit(200, 8, 1), dim=1)
+    rows = torch.nn.functional.normalize(
+        unit(25, 8, 0)[torch.arange(200) % 25] + 0.35 * unit(200, 8, 1), dim=1
+    )
     rows[[50, 170]] = rows[[3, 20]]
     expected = greedy(rows, cosine)
     assert first_alike(rows, cosine).tolist() == expected
@@ -125,7 +138,9 @@ def test_a_cosine_of_one_is_equality() -> None:
 
 @pytest.mark.parametrize(("n", "size"), [(256, 16), (250, 16), (10, 16), (48, 16), (7, 1)])
 def test_hard_pools_are_a_permutation_and_alike(n: int, size: int) -> None:
-    rows = torch.nn.functional.normalize(unit(8, 16, 0)[torch.arange(n) % 8] + 0.7 * unit(n, 16, 1), dim=1)
+    rows = torch.nn.functional.normalize(
+        unit(8, 16, 0)[torch.arange(n) % 8] + 0.7 * unit(n, 16, 1), dim=1
+    )
     order = hard_order(rows, size, torch.Generator().manual_seed(0))
     assert sorted(order.tolist()) == list(range(n))
     assert torch.equal(order, hard_order(rows, size, torch.Generator().manual_seed(0)))
@@ -142,10 +157,17 @@ def within(rows: Tensor, order: Tensor, size: int) -> float:
 
 def test_hard_pools_fail_more_often() -> None:
     """Captions of 30 subjects: a pool of few subjects has more captions that are nearly right."""
-    text = torch.nn.functional.normalize(unit(30, 16, 0)[torch.arange(480) % 30] + 0.3 * unit(480, 16, 1), dim=1)
+    text = torch.nn.functional.normalize(
+        unit(30, 16, 0)[torch.arange(480) % 30] + 0.3 * unit(480, 16, 1), dim=1
+    )
     image = torch.nn.functional.normalize(text + 0.8 * unit(480, 16, 2), dim=1)
     easy, hard = (
-        torch.cat([batch.failure for batch in PairEmbeddings(image, text, Pools(16, hard=hard)).batches(100)])
+        torch.cat(
+            [
+                batch.failure
+                for batch in PairEmbeddings(image, text, Pools(16, hard=hard)).batches(100)
+            ]
+        )
         for hard in (False, True)
     )
     # 480 rows: the standard error of a difference of rates is below 0.033
@@ -156,7 +178,9 @@ def test_hard_pools_are_sought_block_by_block(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(pairs, "HARD_ROWS", 40)  # two pools of 16
     data = pool_of(Pools(16, hard=True, seed=None))
     blocks = data.usable_rows.split(32)
-    assert [sorted(block.tolist()) for block in blocks] == [list(range(i, i + 32)) for i in (0, 32, 64)]
+    assert [sorted(block.tolist()) for block in blocks] == [
+        list(range(i, i + 32)) for i in (0, 32, 64)
+    ]
 
 
 @pytest.mark.parametrize("hard", [False, True])
@@ -169,7 +193,10 @@ def test_seeds_choose_the_pools(hard: bool) -> None:
     if not hard:
         assert rows(None) == list(range(96))
     data = pool_of(Pools(16, hard=hard))
-    passes = [data.shuffled(torch.arange(96), torch.Generator().manual_seed(seed)).tolist() for seed in (0, 0, 1)]
+    passes = [
+        data.shuffled(torch.arange(96), torch.Generator().manual_seed(seed)).tolist()
+        for seed in (0, 0, 1)
+    ]
     assert passes[0] == passes[1] != passes[2]
     assert sorted(passes[0]) == list(range(96))
 
@@ -178,7 +205,10 @@ def test_seeds_choose_the_pools(hard: bool) -> None:
     ("wrong", "message"),
     [
         ({"size": 0}, "pool_size must be at least 1. Got 0"),
-        ({"direction": "sideways"}, "direction must be 'image_to_text' or 'text_to_image'. Got 'sideways'"),
+        (
+            {"direction": "sideways"},
+            "direction must be 'image_to_text' or 'text_to_image'. Got 'sideways'",
+        ),
         ({"near_duplicates": 0.0}, r"near_duplicates must be a cosine in \(0, 1\]. Got 0.0"),
         ({"near_duplicates": 1.01}, "Got 1.01"),
         ({"near_duplicates": float("nan")}, "Got nan"),
@@ -197,25 +227,41 @@ def test_a_pool_must_be_full() -> None:
 
 @BOTH
 @pytest.mark.parametrize("size", [1, 5, 32, 1000])
-def test_blocks_of_a_pool_are_its_rows(monkeypatch: pytest.MonkeyPatch, direction: str, size: int) -> None:
+def test_blocks_of_a_pool_are_its_rows(
+    monkeypatch: pytest.MonkeyPatch, direction: str, size: int
+) -> None:
     monkeypatch.setattr(similarity, "MAX_CELLS", 32 * 11)
     data = pool_of(Pools(32, direction))
     columns = ("features", "text_features", "image_projection")
     steps, blocks = list(data.steps(7, columns=columns)), list(data.batches(size, columns=columns))
     assert [len(step.index) for step in steps] == [32] * 3  # whole pools, whatever the size
-    assert max(len(block.index) for block in blocks) <= min(size, 32 * 11 // min(len(s.text) for s in steps))
+    assert max(len(block.index) for block in blocks) <= min(
+        size, 32 * 11 // min(len(s.text) for s in steps)
+    )
     for name in ("image", "index", "failure", "prediction", "target_log_probability"):
-        whole, parts = (torch.cat([getattr(batch, name) for batch in batches]) for batches in (steps, blocks))
-        assert torch.equal(whole, parts) if whole.dtype == torch.int64 else torch.allclose(whole, parts, atol=1e-4)
+        whole, parts = (
+            torch.cat([getattr(batch, name) for batch in batches]) for batches in (steps, blocks)
+        )
+        assert (
+            torch.equal(whole, parts)
+            if whole.dtype == torch.int64
+            else torch.allclose(whole, parts, atol=1e-4)
+        )
     assert torch.equal(torch.cat([step.index for step in steps]), data.usable_rows)
     for batches in (steps, blocks):
         for batch in batches:
-            members = next(step for step in steps if set(batch.index.tolist()) <= set(step.index.tolist())).index
+            members = next(
+                step for step in steps if set(batch.index.tolist()) <= set(step.index.tolist())
+            ).index
             pool = data.candidates(members)
             assert torch.equal(batch.text, pool.text)
-            assert torch.equal(batch.columns["text_features"], data.column("text_features", pool.members))
+            assert torch.equal(
+                batch.columns["text_features"], data.column("text_features", pool.members)
+            )
             assert torch.equal(batch.columns["features"], data.column("features", batch.index))
-            assert torch.equal(batch.columns["image_projection"], data.column("image_projection", batch.index))
+            assert torch.equal(
+                batch.columns["image_projection"], data.column("image_projection", batch.index)
+            )
             assert len(batch.columns["text_features"]) == len(batch.text)
 
 
@@ -259,7 +305,11 @@ def test_every_method_that_takes_captions_scores_pictures_of_equal_ones(
     assert isinstance(made, vilu.FailurePredictor)
 
 
-LOGITS = [name for name in SCORING if PREDICTORS[name].looks_at == {"logits"} and not PREDICTORS[name].needs_fit]
+LOGITS = [
+    name
+    for name in SCORING
+    if PREDICTORS[name].looks_at == {"logits"} and not PREDICTORS[name].needs_fit
+]
 
 
 @BOTH
@@ -278,8 +328,16 @@ def test_pools_together_are_the_pools_one_at_a_time(direction: str, equal: int) 
         for one, other in zip(alone, parts, strict=True):
             assert torch.equal(getattr(one, name), getattr(other, name)), name
     for name in ("index", "prediction", "failure"):
-        assert torch.equal(*(torch.cat([getattr(batch, name) for batch in batches]) for batches in (alone, together)))
-    known = [torch.cat([batch.target_log_probability for batch in batches]) for batches in (alone, together)]
+        assert torch.equal(
+            *(
+                torch.cat([getattr(batch, name) for batch in batches])
+                for batches in (alone, together)
+            )
+        )
+    known = [
+        torch.cat([batch.target_log_probability for batch in batches])
+        for batches in (alone, together)
+    ]
     assert torch.allclose(*known, atol=1e-5)  # a logit is off by 2^-24 of 20, its norm by as much
     for method in LOGITS:
         predictor = PREDICTORS[method]()
@@ -317,11 +375,20 @@ def test_batches_do_not_depend_on_what_is_set_in_torch(direction: str, hard: boo
 
     def made() -> list[object]:
         chosen = Pools(8, direction, hard=hard, near_duplicates=0.4)  # type: ignore[arg-type]
-        near, plain = vilu.Embeddings.pairs(image, text, chosen), vilu.Embeddings.pairs(image, text, 8)
+        near, plain = (
+            vilu.Embeddings.pairs(image, text, chosen),
+            vilu.Embeddings.pairs(image, text, 8),
+        )
         found = [*near.batches(8), *near.without(np.arange(64) == 5).steps(8), *plain.many(32)]
-        both, part = vilu.PseudoCaptions([near, classes], 8, ["a", "b"]), classes.take([3, 1, 2], [4, 1])
+        both, part = (
+            vilu.PseudoCaptions([near, classes], 8, ["a", "b"]),
+            classes.take([3, 1, 2], [4, 1]),
+        )
         found += [*both.many(32), *part.batches(2), *vilu.TwoModels(classes, classes).batches(32)]
-        numbers = [(one.index, one.target, one.image, one.text, one.prediction, one.failure) for one in found]
+        numbers = [
+            (one.index, one.target, one.image, one.text, one.prediction, one.failure)
+            for one in found
+        ]
         return [tensor.tolist() for batch in numbers for tensor in batch]
 
     expected = made()

@@ -14,19 +14,35 @@ from vilu.embeddings.memory import Embeddings, PairEmbeddings
 from vilu.embeddings.pairs import Pools, PseudoCaptions
 from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.metrics import auroc
-from vilu.predictors.labelled import caption_groups, fit_and_selection, hold_out, whole_groups, with_failures
+from vilu.predictors.labelled import (
+    caption_groups,
+    fit_and_selection,
+    hold_out,
+    whole_groups,
+    with_failures,
+)
 from vilu.predictors.nn.train import Rows
 
 
-def animals(n: int = 90, *, seed: int = 0, names: tuple[str, ...] = ("cat", "dog", "cow"), text_seed: int = 1):
+def animals(
+    n: int = 90,
+    *,
+    seed: int = 0,
+    names: tuple[str, ...] = ("cat", "dog", "cow"),
+    text_seed: int = 1,
+):
     """Images of three classes; some blurred, so often missed."""
     rng, k, d = np.random.default_rng(seed), len(names), 16
     text = np.random.default_rng(text_seed).normal(size=(k, d))
     text /= np.linalg.norm(text, axis=1, keepdims=True)
     target = rng.integers(k, size=n)
-    image = text[target] + rng.normal(size=(n, d)) * np.where(rng.random(n) < 0.5, 0.5, 0.05)[:, None]
+    image = (
+        text[target] + rng.normal(size=(n, d)) * np.where(rng.random(n) < 0.5, 0.5, 0.05)[:, None]
+    )
     image /= np.linalg.norm(image, axis=1, keepdims=True)
-    return Embeddings(image, text, target, 20.0, class_names=names, ids=[f"{names[0]}-{i}" for i in range(n)])
+    return Embeddings(
+        image, text, target, 20.0, class_names=names, ids=[f"{names[0]}-{i}" for i in range(n)]
+    )
 
 
 def test_a_row_is_an_image_with_the_text_of_its_class() -> None:
@@ -37,7 +53,12 @@ def test_a_row_is_an_image_with_the_text_of_its_class() -> None:
     rows = torch.tensor([139, 0, 90, 89])
     expected = torch.stack([two.image[49], one.image[0], two.image[0], one.image[89]])
     assert torch.equal(both.picture_rows(rows), expected)
-    captions = [two.text[two.target[49]], one.text[one.target[0]], two.text[two.target[0]], one.text[one.target[89]]]
+    captions = [
+        two.text[two.target[49]],
+        one.text[one.target[0]],
+        two.text[two.target[0]],
+        one.text[one.target[89]],
+    ]
     assert torch.equal(both.caption_rows(rows), torch.stack(captions))
     assert [both.ids[i] for i in rows.tolist()] == ["1/car-49", "0/cat-0", "1/car-0", "0/cat-89"]
     assert both.ids[88:91] == ["0/cat-88", "0/cat-89", "1/car-0"]
@@ -104,7 +125,10 @@ def test_a_source_with_captions_brings_its_own() -> None:
 
 def test_rows_that_are_only_numbered_identify_nothing() -> None:
     anonymous = variant(toy_embeddings(n=60), ids=None, columns=None)
-    assert type(PseudoCaptions([anonymous, toy_embeddings(n=60, seed=1)], 30).ids).__name__ == "RowNumbers"
+    assert (
+        type(PseudoCaptions([anonymous, toy_embeddings(n=60, seed=1)], 30).ids).__name__
+        == "RowNumbers"
+    )
 
 
 def test_what_cannot_be_one_source_is_refused() -> None:
@@ -115,7 +139,9 @@ def test_what_cannot_be_one_source_is_refused() -> None:
         PseudoCaptions([one, one], 16, ["a", "a"])
     with pytest.raises(ProvenanceError, match="logit_scale"):
         PseudoCaptions([one, toy_embeddings(scale=30.0)], 16)
-    with pytest.raises(DataError, match="the union of the labelled rows has 90 usable pairs, and a pool has 91"):
+    with pytest.raises(
+        DataError, match="the union of the labelled rows has 90 usable pairs, and a pool has 91"
+    ):
         PseudoCaptions([one], 91)
     one.target[:] = -1
     with pytest.raises(DataError, match="'x' has no labels"):
@@ -126,7 +152,9 @@ def test_a_head_learned_on_several_sets_scores_another() -> None:
     """Blur is the same everywhere: what the first two sets teach holds for the third, above chance."""
     learned = [toy_embeddings(n=400, k=5, seed=0), animals_like_toy(seed=1)]
     third = toy_embeddings(n=400, seed=7, ids_from=9000)
-    head = PREDICTORS["vilu"](hidden=(16, 8), epochs=15, device="cpu").fit(PseudoCaptions(learned, 50))
+    head = PREDICTORS["vilu"](hidden=(16, 8), epochs=15, device="cpu").fit(
+        PseudoCaptions(learned, 50)
+    )
     failure = torch.cat([batch.failure for batch in third.batches(1024)]).numpy()
     # about 100 failures of 400: chance has a standard error near 0.033
     assert auroc(head.predict_uncertainty(third), failure) > 0.5 + 4 * 0.033
@@ -137,7 +165,14 @@ def animals_like_toy(seed: int) -> Embeddings:
     turned = torch.linalg.qr(torch.randn(15, 15, generator=torch.Generator().manual_seed(5))).Q
     turn = torch.block_diag(turned, torch.ones(1, 1))  # other classes, the same sign of blur
     names = [f"other {i}" for i in range(5)]
-    return Embeddings(data.image @ turn, data.text @ turn, data.target, 20.0, class_names=names, ids=list(data.ids))
+    return Embeddings(
+        data.image @ turn,
+        data.text @ turn,
+        data.target,
+        20.0,
+        class_names=names,
+        ids=list(data.ids),
+    )
 
 
 def test_groups_are_equal_captions() -> None:
@@ -196,7 +231,9 @@ def test_classes_are_never_held_out_whole() -> None:
     """However many there are: each image is by itself, and every class has images in both parts."""
     text = np.random.default_rng(3).normal(size=(60, 16))
     text /= np.linalg.norm(text, axis=1, keepdims=True)
-    source = PseudoCaptions([Embeddings(text[np.arange(480) % 60], text, np.arange(480) % 60, 20.0)], 16)
+    source = PseudoCaptions(
+        [Embeddings(text[np.arange(480) % 60], text, np.arange(480) % 60, 20.0)], 16
+    )
     groups = caption_groups(source, torch.arange(480))
     assert len(groups.unique()) == 480
     pairs = PairEmbeddings(text[:32], text[:32], 16, 20.0)
@@ -244,7 +281,9 @@ def test_selection_rows_of_pairs_have_captions_of_their_own() -> None:
     text[128:] = text[:128]
     source = PairEmbeddings(pairs.image, text, Pools(32, seed=0), 20.0)
     failure = torch.arange(256) % 2
-    fit_rows, held_out = fit_and_selection(Rows(source, source.usable_rows), failure, None, 0.25, seed=0)
+    fit_rows, held_out = fit_and_selection(
+        Rows(source, source.usable_rows), failure, None, 0.25, seed=0
+    )
     assert held_out is not None
     assert len(held_out.index) == 64
     assert not set((fit_rows.index % 128).tolist()) & set((held_out.index % 128).tolist())

@@ -13,7 +13,9 @@ from vilu.embeddings.source import Batch
 
 
 def unit(n: int, d: int, seed: int) -> Tensor:
-    return functional.normalize(torch.randn(n, d, generator=torch.Generator().manual_seed(seed)), dim=1)
+    return functional.normalize(
+        torch.randn(n, d, generator=torch.Generator().manual_seed(seed)), dim=1
+    )
 
 
 def noisy(text: Tensor, n: int, seed: int = 7) -> Tensor:
@@ -29,7 +31,9 @@ def batch_of(image: Tensor, text: Tensor, **more: object) -> Batch:
 
 @pytest.mark.parametrize("cells", [1, 7, 64, 1000, 2**22])
 @pytest.mark.parametrize(("b", "k"), [(1, 1), (37, 1), (1, 53), (40, 53), (53, 40)])
-def test_tiles_of_any_size_give_the_dense_answers(monkeypatch: pytest.MonkeyPatch, cells: int, b: int, k: int) -> None:
+def test_tiles_of_any_size_give_the_dense_answers(
+    monkeypatch: pytest.MonkeyPatch, cells: int, b: int, k: int
+) -> None:
     """Tiles split rows, and below K cells candidates too; dense in float64."""
     monkeypatch.setattr(similarity, "TILE_CELLS", cells)
     text = unit(k, 16, 0)
@@ -40,7 +44,9 @@ def test_tiles_of_any_size_give_the_dense_answers(monkeypatch: pytest.MonkeyPatc
     # logits up to 35 in float32: 16 products of rounding 2^-24 each, times 30
     assert torch.allclose(found.max_logit.double(), logits.amax(dim=1), atol=1e-4)
     assert torch.allclose(found.log_norm.double(), logits.logsumexp(dim=1), atol=1e-4)
-    assert torch.allclose(found.max_probability.double(), logits.softmax(dim=1).amax(dim=1), atol=1e-4)
+    assert torch.allclose(
+        found.max_probability.double(), logits.softmax(dim=1).amax(dim=1), atol=1e-4
+    )
 
 
 def test_labels_of_a_large_pool_are_the_dense_ones() -> None:
@@ -78,8 +84,12 @@ def test_first_equal_by_hand_and_against_unique() -> None:
     assert first_equal(rows).tolist() == [0, 1, 0, 1, 4]
     assert first_equal(torch.empty(0, 4)).tolist() == []
     many = torch.randint(0, 2, (500, 12), generator=torch.Generator().manual_seed(0)).float()
-    assert first_equal(many).tolist() == [next(j for j in range(500) if torch.equal(many[j], row)) for row in many]
-    assert first_equal(torch.eye(30)).tolist() == list(range(30))  # most agree in all columns that make the key
+    assert first_equal(many).tolist() == [
+        next(j for j in range(500) if torch.equal(many[j], row)) for row in many
+    ]
+    assert first_equal(torch.eye(30)).tolist() == list(
+        range(30)
+    )  # most agree in all columns that make the key
 
 
 def test_no_rows_and_no_candidates() -> None:
@@ -93,7 +103,12 @@ def test_no_rows_and_no_candidates() -> None:
     with pytest.raises(ValueError, match="no candidate"):
         zero_shot(text, torch.empty(0, 4), torch.arange(0), 1.0)
     empty = batch_of(torch.empty(0, 4), text)
-    assert empty.failure.tolist() == empty.prediction.tolist() == empty.target_log_probability.tolist() == []
+    assert (
+        empty.failure.tolist()
+        == empty.prediction.tolist()
+        == empty.target_log_probability.tolist()
+        == []
+    )
 
 
 def test_one_candidate_is_always_right() -> None:
@@ -108,13 +123,17 @@ def test_blocks_of_rows_cover_all_and_stay_small(monkeypatch: pytest.MonkeyPatch
     for n, k, size in [(50, 7, 1000), (50, 7, 3), (5, 1000, 64), (0, 3, 8)]:
         parts = list(row_blocks(n, k, size))
         assert [i for part in parts for i in range(part.start, part.stop)] == list(range(n))
-        assert all(part.stop - part.start == 1 or (part.stop - part.start) * k <= 100 for part in parts)
+        assert all(
+            part.stop - part.start == 1 or (part.stop - part.start) * k <= 100 for part in parts
+        )
         assert all(part.stop - part.start <= size for part in parts)
 
 
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("cells", [40, 2**24])
-def test_log_probability_of_the_target(monkeypatch: pytest.MonkeyPatch, grouped: bool, cells: int) -> None:
+def test_log_probability_of_the_target(
+    monkeypatch: pytest.MonkeyPatch, grouped: bool, cells: int
+) -> None:
     """Against a softmax in float64; of an answer that several candidates give, the sum of theirs."""
     monkeypatch.setattr(similarity, "MAX_CELLS", cells)
     text = unit(20, 16, 0)
@@ -122,14 +141,23 @@ def test_log_probability_of_the_target(monkeypatch: pytest.MonkeyPatch, grouped:
     batch = batch_of(noisy(text, 33), text, same=same)
     posterior = (30 * batch.image.double() @ text.double().T - 5).softmax(dim=1)
     number = torch.arange(20) if same is None else same
-    expected = [float(posterior[i, number == number[t]].sum().log()) for i, t in enumerate(batch.target)]
-    assert torch.allclose(batch.target_log_probability.double(), torch.tensor(expected).double(), atol=1e-4)
+    expected = [
+        float(posterior[i, number == number[t]].sum().log()) for i, t in enumerate(batch.target)
+    ]
     assert torch.allclose(
-        batch.log_probability(batch.logits, batch.target).double(), torch.tensor(expected).double(), atol=1e-4
+        batch.target_log_probability.double(), torch.tensor(expected).double(), atol=1e-4
+    )
+    assert torch.allclose(
+        batch.log_probability(batch.logits, batch.target).double(),
+        torch.tensor(expected).double(),
+        atol=1e-4,
     )
     alike = [[bool(number[j] == number[t]) for j in range(20)] for t in batch.target]
     assert batch.alike(batch.target).tolist() == alike
-    wrong = [int(number[p] != number[t]) for p, t in zip(posterior.argmax(dim=1), batch.target, strict=True)]
+    wrong = [
+        int(number[p] != number[t])
+        for p, t in zip(posterior.argmax(dim=1), batch.target, strict=True)
+    ]
     assert batch.failure.tolist() == wrong
     assert 0 < sum(wrong) < 33
 

@@ -21,11 +21,22 @@ def test_a_subset_is_what_its_rows_are() -> None:
     assert torch.equal(part.target, whole.target[ROWS])
     assert torch.equal(part.candidates(torch.tensor([1, 4])).target, whole.target[[4, 59]])
     assert torch.equal(part.candidates(everything).text, whole.text)
-    assert list(part.ids) == [part.ids[i] for i in range(5)] == part.ids[0:5] == [f"row-{i}" for i in ROWS]
+    assert (
+        list(part.ids)
+        == [part.ids[i] for i in range(5)]
+        == part.ids[0:5]
+        == [f"row-{i}" for i in ROWS]
+    )
     assert part.ids[-1] == "row-59"
-    assert torch.equal(part.column("features", everything), whole.column("features", torch.from_numpy(ROWS)))
+    assert torch.equal(
+        part.column("features", everything), whole.column("features", torch.from_numpy(ROWS))
+    )
     assert torch.equal(part.column("prompts", everything), whole.column("prompts", everything))
-    assert (part.n_candidates, part.class_names, part.space) == (whole.n_candidates, whole.class_names, whole.space)
+    assert (part.n_candidates, part.class_names, part.space) == (
+        whole.n_candidates,
+        whole.class_names,
+        whole.space,
+    )
 
 
 def test_rows_come_in_the_order_asked_for() -> None:
@@ -42,7 +53,9 @@ def test_taken_of_taken() -> None:
     part = whole.take(rows, classes).take(np.array([1, 0]), np.array([2, 1]))
     assert part.class_names == ("class 2", "class 0")
     assert torch.equal(part.candidates(torch.arange(2)).text, whole.text[[2, 0]])
-    assert part.target.tolist() == [{2: 0, 0: 1}.get(int(whole.target[row]), -1) for row in rows[[1, 0]]]
+    assert part.target.tolist() == [
+        {2: 0, 0: 1}.get(int(whole.target[row]), -1) for row in rows[[1, 0]]
+    ]
     assert list(part.ids) == [whole.ids[row] for row in rows[[1, 0]]]
     prompts = part.column("prompts", torch.arange(2))
     assert torch.equal(prompts, whole.column("prompts", torch.arange(2))[[2, 0]])
@@ -79,7 +92,8 @@ def test_methods_cannot_tell_a_subset_from_a_copy(name: str) -> None:
     copy = in_memory(whole, torch.from_numpy(rows))
     settings = {"epochs": 2, "device": "cpu"} if name == "vilu" else {}
     scores = [
-        PREDICTORS[name](**settings).fit(source).predict_uncertainty(source) for source in (whole.take(rows), copy)
+        PREDICTORS[name](**settings).fit(source).predict_uncertainty(source)
+        for source in (whole.take(rows), copy)
     ]
     assert np.array_equal(*scores)
 
@@ -89,8 +103,13 @@ def test_pairs_have_no_subset() -> None:
         toy_pairs().take(ROWS)
 
 
-@pytest.mark.parametrize("rows", [[1, 0, 0, 0], [True, False], [2, 3], np.ones((4, 1), bool)])  # ~1 is -2: all stayed
+@pytest.mark.parametrize(
+    "rows", [[1, 0, 0, 0], [True, False], [2, 3], np.ones((4, 1), bool)]
+)  # ~1 is -2: all stayed
 def test_rows_to_leave_out_are_a_mask_of_all_of_them(rows: list[int]) -> None:
-    for source in (Embeddings(np.eye(4), np.eye(4)), Embeddings.pairs(np.eye(4), np.eye(4), pool_size=2)):
+    for source in (
+        Embeddings(np.eye(4), np.eye(4)),
+        Embeddings.pairs(np.eye(4), np.eye(4), pool_size=2),
+    ):
         with pytest.raises(DataError, match=r"rows must have one Boolean per row \(4\)"):
             source.without(np.array(rows))

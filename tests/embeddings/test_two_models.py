@@ -21,7 +21,13 @@ def model(rows: list[int], width: int, seed: int, **changes: object) -> Embeddin
     rng = np.random.default_rng(seed)
     image, text = unit(rng.normal(size=(40, width))), unit(rng.normal(size=(4, width)))
     ids = [f"picture {row}" for row in rows]
-    arguments = {"image": image[rows], "text": text, "class_names": NAMES, "ids": ids, "logit_scale": 7.0}
+    arguments = {
+        "image": image[rows],
+        "text": text,
+        "class_names": NAMES,
+        "ids": ids,
+        "logit_scale": 7.0,
+    }
     return Embeddings(**{**arguments, "target": np.array(rows) % 4, **changes})
 
 
@@ -41,7 +47,9 @@ def test_columns_are_the_second_models_logits_of_the_same_pictures(both: TwoMode
     rows = torch.tensor([3, 0, 19])
     assert torch.allclose(second_logits(both, rows), expected[rows + 5], atol=1e-6)
     batch = next(both.batches(8, columns=("second_image", "second_text")))
-    assert torch.allclose(batch.columns["second_image"] @ batch.columns["second_text"].T, expected[5:13], atol=1e-6)
+    assert torch.allclose(
+        batch.columns["second_image"] @ batch.columns["second_text"].T, expected[5:13], atol=1e-6
+    )
     first = both.first
     assert torch.equal(both.image_rows(rows), first.image_rows(rows))
     assert torch.equal(both.target, first.target)
@@ -67,8 +75,12 @@ def test_a_row_must_be_usable_in_both() -> None:
 
 
 def test_classes_of_one_text_are_one_in_both() -> None:
-    text = [unit(np.random.default_rng(1).normal(size=(4, width)))[[0, 1, 2, 1]] for width in (6, 3)]
-    both = TwoModels(model(list(range(8)), 6, 1, text=text[0]), model(list(range(8)), 3, 2, text=text[1]))
+    text = [
+        unit(np.random.default_rng(1).normal(size=(4, width)))[[0, 1, 2, 1]] for width in (6, 3)
+    ]
+    both = TwoModels(
+        model(list(range(8)), 6, 1, text=text[0]), model(list(range(8)), 3, 2, text=text[1])
+    )
     assert both.n_candidates == 3
     assert both.column("second_text", torch.arange(1)).shape == (3, 3)
     assert both.candidate_of.tolist() == [0, 1, 2, 1]
@@ -83,7 +95,10 @@ def test_outside_rows_stay_outside() -> None:
 
 
 def test_rows_that_the_second_lacks_are_refused() -> None:
-    with pytest.raises(DataError, match=r"2 of 5 rows are not among the 6 of the second source .*names.* 'picture 7'"):
+    with pytest.raises(
+        DataError,
+        match=r"2 of 5 rows are not among the 6 of the second source .*names.* 'picture 7'",
+    ):
         TwoModels(model([1, 7, 2, 8, 3], 6, 1), model([0, 1, 2, 3, 4, 5], 3, 2))
     with pytest.raises(DataError, match="3 of 3 rows are not among the 0"):
         TwoModels(model([0, 1, 2], 6, 1), model([], 3, 2))
@@ -98,10 +113,14 @@ def test_what_tells_nothing_is_refused() -> None:
 
 def test_other_candidates_are_refused() -> None:
     first = model([0, 1], 6, 1)
-    with pytest.raises(DataError, match=r"4 against 4; the first difference is at 1: 'dog' against 'cup'"):
+    with pytest.raises(
+        DataError, match=r"4 against 4; the first difference is at 1: 'dog' against 'cup'"
+    ):
         TwoModels(first, model([0, 1], 3, 2, class_names=("cat", "cup", "dog", "sea")))
     fewer = model([0, 1], 3, 2, text=np.eye(3), target=None, class_names=NAMES[:3])
-    with pytest.raises(DataError, match=r"4 against 3; the first difference is at 3: 'sea' against None"):
+    with pytest.raises(
+        DataError, match=r"4 against 3; the first difference is at 3: 'sea' against None"
+    ):
         TwoModels(first, fewer)
     with pytest.raises(DataError, match="one of them has names"):
         TwoModels(first, model([0, 1], 3, 2, class_names=None))
@@ -116,5 +135,8 @@ def test_captions_are_refused() -> None:
 def test_another_second_model_is_another_source(both: TwoModels) -> None:
     """Else a folder of scores would be resumed with other numbers."""
     other = TwoModels(both.first, model(list(range(40)), 3, 9))
-    prints = {source_fingerprint(one) for one in (both, other, both.first, both.take(range(19)), other.take(range(19)))}
+    prints = {
+        source_fingerprint(one)
+        for one in (both, other, both.first, both.take(range(19)), other.take(range(19)))
+    }
     assert len(prints) == 5

@@ -42,7 +42,9 @@ def test_unknown_targets_have_unknown_failures() -> None:
 
 
 def test_rows_are_brought_to_unit_norm_and_said_so() -> None:
-    with pytest.warns(UserWarning, match=r"2 of 3 image rows are not of unit norm \(norms 1 to 5\)"):
+    with pytest.warns(
+        UserWarning, match=r"2 of 3 image rows are not of unit norm \(norms 1 to 5\)"
+    ):
         data = Embeddings(EYE * [[1], [2], [5]], EYE)
     assert torch.equal(data.image, torch.eye(3))
 
@@ -54,7 +56,10 @@ def test_any_number_type_and_byte_order(dtype: object) -> None:
 
 def test_identifiers_in_an_array_are_copied() -> None:
     names = np.array(["a.jpg", "b.jpg", "c.jpg"])
-    sources = [Embeddings(np.eye(3), np.eye(3), ids=names), PairEmbeddings(np.eye(3), np.eye(3), 3, ids=names)]
+    sources = [
+        Embeddings(np.eye(3), np.eye(3), ids=names),
+        PairEmbeddings(np.eye(3), np.eye(3), 3, ids=names),
+    ]
     names[0] = "other"
     for source in sources:
         assert list(source.ids) == ["a.jpg", "b.jpg", "c.jpg"]
@@ -80,8 +85,12 @@ def test_an_array_that_is_filled_anew_changes_nothing(kind: Callable[..., Any]) 
     assert list(data.ids) == ["a", "b", "c"]
 
 
-@pytest.mark.parametrize(("name", "shape"), [("views", (3, 4, 3)), ("prompts", (3, 2, 3)), ("negatives", (5, 3))])
-def test_columns_of_embeddings_are_brought_to_unit_norm_as_embeddings_are(name: str, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("name", "shape"), [("views", (3, 4, 3)), ("prompts", (3, 2, 3)), ("negatives", (5, 3))]
+)
+def test_columns_of_embeddings_are_brought_to_unit_norm_as_embeddings_are(
+    name: str, shape: tuple[int, ...]
+) -> None:
     values = np.random.default_rng(0).normal(size=shape) * 7
     units = (values / np.linalg.norm(values, axis=-1, keepdims=True)).astype(np.float32)
     with pytest.warns(UserWarning, match=f"{name} rows are not of unit norm"):
@@ -92,27 +101,56 @@ def test_columns_of_embeddings_are_brought_to_unit_norm_as_embeddings_are(name: 
 
 
 def test_columns_of_which_more_than_the_direction_counts_are_not_scaled(tmp_path: Path) -> None:
-    features, projection = np.array([[1.0], [3e33], [1e-31]]), np.array([[1e-31, 2e-31], [1.0, 2.0], [3e33, 0.0]])
+    features, projection = (
+        np.array([[1.0], [3e33], [1e-31]]),
+        np.array([[1e-31, 2e-31], [1.0, 2.0], [3e33, 0.0]]),
+    )
     columns = {"features": features, "image_projection": projection}
     np.savez(
-        tmp_path / "a.npz", image=EYE, text=EYE, class_names=list("abc"), logit_scale=100.0, logit_bias=0.0, **columns
+        tmp_path / "a.npz",
+        image=EYE,
+        text=EYE,
+        class_names=list("abc"),
+        logit_scale=100.0,
+        logit_bias=0.0,
+        **columns,
     )
-    for data in (Embeddings(EYE, EYE, columns=columns), import_arrays(tmp_path / "a.npz", tmp_path / "s")):
+    for data in (
+        Embeddings(EYE, EYE, columns=columns),
+        import_arrays(tmp_path / "a.npz", tmp_path / "s"),
+    ):
         for name, values in columns.items():
-            assert np.array_equal(data.column(name, torch.arange(3)).numpy(), values.astype(np.float32))
+            assert np.array_equal(
+                data.column(name, torch.arange(3)).numpy(), values.astype(np.float32)
+            )
 
 
 @pytest.mark.parametrize(
     ("column", "message"),
     [
         ({"features": np.full((3, 2), 1e39)}, "has numbers that are not finite, or beyond float32"),
-        ({"features": np.ones((3, 2), complex)}, "features must hold real numbers. Got dtype complex128"),
-        ({"features": np.array([["a"], ["b"], ["c"]])}, "features must hold real numbers. Got dtype <U1"),
+        (
+            {"features": np.ones((3, 2), complex)},
+            "features must hold real numbers. Got dtype complex128",
+        ),
+        (
+            {"features": np.array([["a"], ["b"], ["c"]])},
+            "features must hold real numbers. Got dtype <U1",
+        ),
         ({"features": np.array([[None]] * 3)}, "features must hold real numbers. Got dtype object"),
         ({"features": [[1.0], [1.0, 2.0], [3.0]]}, "column 'features' must be an array of numbers"),
-        ({"views": np.ones((3, 0, 3))}, r"column 'views' must be \(N, V, D\) .*Got shape \(3, 0, 3\)"),
-        ({"views": np.ones((3, 1, 4))}, "column 'views' must be of the width of the embeddings, 3. Got 4"),
-        ({"negatives": np.zeros((2, 3))}, "every negatives row must be finite and of non-zero norm"),
+        (
+            {"views": np.ones((3, 0, 3))},
+            r"column 'views' must be \(N, V, D\) .*Got shape \(3, 0, 3\)",
+        ),
+        (
+            {"views": np.ones((3, 1, 4))},
+            "column 'views' must be of the width of the embeddings, 3. Got 4",
+        ),
+        (
+            {"negatives": np.zeros((2, 3))},
+            "every negatives row must be finite and of non-zero norm",
+        ),
     ],
 )
 def test_columns_that_are_refused(column: dict[str, object], message: str) -> None:
@@ -149,12 +187,18 @@ def test_status_marks_unusable_rows_and_batches_leave_them_out() -> None:
         ({"image": np.eye(3) > 0}, "Got dtype bool"),
         ({"target": [0, 1]}, r"one entry per image row \(3\)"),
         ({"target": [0.0, 1.0, 2.0]}, "whole numbers"),
-        ({"target": [0, 1, 3]}, "0 to 2, -1 where unknown, or -2 for none of them. Got values from 0 to 3"),
+        (
+            {"target": [0, 1, 3]},
+            "0 to 2, -1 where unknown, or -2 for none of them. Got values from 0 to 3",
+        ),
         ({"target": [0, 1, -3]}, "Got values from -3 to 1"),
         ({"class_names": ["a", "b"]}, r"one name per text row \(3\)"),
         ({"class_names": ["a", "b", "a"]}, "one name must have one text. Different texts: 'a'"),
         ({"class_names": ["a", " ", "b"]}, "Name 1 is"),
-        ({"columns": {"negatives": np.empty((0, 3))}}, r"with one or more entries\. Got shape \(0, 3\)"),
+        (
+            {"columns": {"negatives": np.empty((0, 3))}},
+            r"with one or more entries\. Got shape \(0, 3\)",
+        ),
         ({"columns": {"negatives": 1.0}}, r"with one or more entries\. Got shape \(\)"),
         ({"ids": ["a"]}, "ids must have one entry per image row"),
     ],
@@ -197,7 +241,10 @@ def test_pools_are_whole_and_identical_captions_are_one_target() -> None:
     assert first.failure.tolist() == [0, 0, 0]
     assert second.index.tolist() == [3, 4, 5]
     assert data.n_candidates == 3
-    assert [batch.index.tolist() for batch in data.batches(2, rows=torch.tensor([5, 0, 1, 2]))] == [[5, 0], [1]]
+    assert [batch.index.tolist() for batch in data.batches(2, rows=torch.tensor([5, 0, 1, 2]))] == [
+        [5, 0],
+        [1],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -220,7 +267,11 @@ def test_spaces_are_compared_by_all_that_is_known() -> None:
     known.require_match(bare, mine="x", theirs="y")
     assert known.fingerprint != bare.fingerprint
     with pytest.raises(ProvenanceError, match=r"preprocess: 'p' \(x\) against 'q' \(y\)"):
-        known.require_match(EmbeddingSpace(8, 100.0, backbone="a", weights="w", preprocess="q"), mine="x", theirs="y")
+        known.require_match(
+            EmbeddingSpace(8, 100.0, backbone="a", weights="w", preprocess="q"),
+            mine="x",
+            theirs="y",
+        )
     with pytest.raises(ProvenanceError, match="logit_bias"):
         bare.require_match(EmbeddingSpace(8, 100.0, -10.0), mine="x", theirs="y")
     with pytest.raises(UsageError, match="embed_dim"):

@@ -1,7 +1,8 @@
 """Drivers that run in a process of their own, since they die: ``python -m tests.executors.driver MODE NAME ROOT LOG``.
 
-``third`` embeds and kills itself after a third of the receipts; ``slowly`` embeds slowly, for somebody to stop it;
-``ranks`` forks a rank again and again until it ends well, and prints how each ended: one import for all of them.
+``third`` embeds and kills itself after a third of the receipts; ``slowly`` embeds slowly, for
+somebody to stop it; ``ranks`` forks a rank again and again until it ends well, and prints how each
+ended: one import for all of them.
 """
 
 from __future__ import annotations
@@ -55,7 +56,14 @@ def main(mode: str, name: str, root: Path, log: Path) -> None:
         return
     executor = RankExecutor(ALONE) if name == "rank" else make_executor(name, 2)
     if mode == "third":
-        embed(pictures(), Clumsy(log), root, executor=Mortal(executor, N_PARTS // 3), shared=name == "rank", **SETTINGS)
+        embed(
+            pictures(),
+            Clumsy(log),
+            root,
+            executor=Mortal(executor, N_PARTS // 3),
+            shared=name == "rank",
+            **SETTINGS,
+        )
     elif mode == "slowly":
         embed(pictures(), Clumsy(log, slow=0.5), root, executor=executor, **SETTINGS)
 

@@ -33,12 +33,15 @@ class Clumsy(FakeBackbone):
 
     Args:
         log: A folder for what it writes down.
-        accidents: Parts by the moment: "decode", "encode" or "rename" (after the vectors of the part have their name
-            and before its metadata have); "poison" is "decode" every time, the others happen once.
+        accidents: Parts by the moment: "decode", "encode" or "rename" (after the vectors of the
+            part have their name and before its metadata have); "poison" is "decode" every time, the
+            others happen once.
         slow: Seconds per batch.
     """
 
-    def __init__(self, log: Path, accidents: dict[str, int] | None = None, slow: float = 0.0) -> None:
+    def __init__(
+        self, log: Path, accidents: dict[str, int] | None = None, slow: float = 0.0
+    ) -> None:
         super().__init__()
         self.log, self.accidents, self.slow, self.part = log, accidents or {}, slow, -1
 

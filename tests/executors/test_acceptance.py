@@ -35,10 +35,14 @@ IN_SESSION = [name for name in EXECUTORS if name != "rank"]
 def run(name: str, root: Path, model: FakeBackbone, workers: int = 2, **settings: object):
     """Embed with an executor; ranks one after the other."""
     if name != "rank":
-        return embed(pictures(), model, root, executor=make_executor(name, workers), **SETTINGS | settings)
+        return embed(
+            pictures(), model, root, executor=make_executor(name, workers), **SETTINGS | settings
+        )
     for rank in range(workers):
         executor = RankExecutor({"RANK": str(rank), "WORLD_SIZE": str(workers)})
-        store = embed(pictures(), model, root, executor=executor, shared=True, **SETTINGS | settings)
+        store = embed(
+            pictures(), model, root, executor=executor, shared=True, **SETTINGS | settings
+        )
     return store
 
 
@@ -82,7 +86,11 @@ def log(tmp_path):
     ("name", "workers"),
     [
         *((name, 2) for name in ("local", "ray", "rank")),
-        *(pytest.param(name, n, marks=pytest.mark.slow) for name in ("local", "ray", "rank") for n in (1, 4)),
+        *(
+            pytest.param(name, n, marks=pytest.mark.slow)
+            for name in ("local", "ray", "rank")
+            for n in (1, 4)
+        ),
         ("spark", 2),
     ],  # a context has its own number
 )
@@ -94,17 +102,26 @@ def test_the_same_bytes_for_any_number_of_workers(engines, tmp_path, undisturbed
     manifest = store.manifest
     assert (manifest.n_in, manifest.n_error) == (N_PARTS * PER_PART, N_BAD)
     assert manifest.n_in == manifest.n_ok + manifest.n_error == len(store) + N_BAD
-    errors = [row for p in sorted((tmp_path / "s/errors").iterdir()) for row in pq.read_table(p).to_pylist()]
+    errors = [
+        row
+        for p in sorted((tmp_path / "s/errors").iterdir())
+        for row in pq.read_table(p).to_pylist()
+    ]
     assert [row["position"] for row in errors] == sorted(BAD)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", IN_SESSION)
-def test_workers_killed_while_they_decode_encode_and_rename(engines, tmp_path, log, undisturbed, name):
+def test_workers_killed_while_they_decode_encode_and_rename(
+    engines, tmp_path, log, undisturbed, name
+):
     engines(name)
     accidents = {"decode": 1, "encode": 4, "rename": 7}
     run(name, tmp_path / "s", Clumsy(log, accidents))
-    assert {path.name for path in log.iterdir()} == {"pictures", *accidents}  # all three have happened
+    assert {path.name for path in log.iterdir()} == {
+        "pictures",
+        *accidents,
+    }  # all three have happened
     assert tree(tmp_path / "s") == undisturbed
     assert inspect(tmp_path / "s", deep=True).problems == []
 
@@ -112,7 +129,9 @@ def test_workers_killed_while_they_decode_encode_and_rename(engines, tmp_path, l
 @pytest.mark.slow
 def test_ranks_killed_while_they_decode_encode_and_rename(tmp_path, log, undisturbed):
     accidents = {"decode": 1, "encode": 4, "rename": 7}
-    ends = json.loads(drive("ranks", "rank", tmp_path / "s", log, ACCIDENTS=json.dumps(accidents)).stdout)
+    ends = json.loads(
+        drive("ranks", "rank", tmp_path / "s", log, ACCIDENTS=json.dumps(accidents)).stdout
+    )
     assert ends == [-9, -9, -9, 0]
     assert tree(tmp_path / "s") == undisturbed
 
@@ -135,7 +154,9 @@ def test_a_killed_driver_costs_only_what_was_missing(engines, tmp_path, log, und
     assert tree(tmp_path / "s") == undisturbed
 
 
-@pytest.mark.parametrize("name", few(sorted(IN_SESSION, key=lambda name: name == "local"), len(IN_SESSION) - 1))
+@pytest.mark.parametrize(
+    "name", few(sorted(IN_SESSION, key=lambda name: name == "local"), len(IN_SESSION) - 1)
+)
 def test_the_second_of_two_drivers_is_sent_away(engines, tmp_path, undisturbed, name):
     engines(name)
     with StoreLedger.claim(tmp_path / "s"), pytest.raises(BusyError) as caught:
@@ -151,7 +172,9 @@ def test_two_ranks_at_once_both_end_well(tmp_path, log, undisturbed):
     def embed_rank(rank: int) -> None:
         executor = RankExecutor({"RANK": str(rank), "WORLD_SIZE": "2"})
         model = Clumsy(log, slow=0.02)
-        stores[rank] = embed(pictures(), model, tmp_path / "s", executor=executor, shared=True, **SETTINGS)
+        stores[rank] = embed(
+            pictures(), model, tmp_path / "s", executor=executor, shared=True, **SETTINGS
+        )
 
     ranks = [threading.Thread(target=embed_rank, args=(rank,)) for rank in range(2)]
     for rank in ranks:
@@ -178,7 +201,9 @@ def test_a_part_that_always_kills_is_set_aside(engines, tmp_path, log, undisturb
 
 @pytest.mark.slow
 def test_a_part_that_always_kills_its_rank_is_set_aside(tmp_path, log, undisturbed):
-    ends = json.loads(drive("ranks", "rank", tmp_path / "s", log, ACCIDENTS=json.dumps({"poison": POISON})).stdout)
+    ends = json.loads(
+        drive("ranks", "rank", tmp_path / "s", log, ACCIDENTS=json.dumps({"poison": POISON})).stdout
+    )
     assert ends[:4] == [-9, -9, -9, 3]
     check_poisoned(tmp_path / "s", log, undisturbed)
 
@@ -188,12 +213,16 @@ def check_poisoned(root: Path, log: Path, undisturbed: dict[str, str]) -> None:
     errors = pq.read_table(root / f"errors/errors_{POISON:05d}.parquet").to_pylist()
     assert [row["kind"] for row in errors] == ["crash"] * PER_PART
     other = {name: content for name, content in tree(root).items() if f"{POISON:05d}" not in name}
-    expected = {name for name in undisturbed if f"{POISON:05d}" not in name and name != "manifest.json"}
+    expected = {
+        name for name in undisturbed if f"{POISON:05d}" not in name and name != "manifest.json"
+    }
     assert other == {name: undisturbed[name] for name in expected}
 
 
 @pytest.mark.parametrize("name", EXECUTORS)
-def test_other_preprocessing_is_refused_and_nothing_overwritten(engines, tmp_path, undisturbed, name):
+def test_other_preprocessing_is_refused_and_nothing_overwritten(
+    engines, tmp_path, undisturbed, name
+):
     engines(name)
     embed(pictures(), FakeBackbone(), tmp_path / "s", **SETTINGS)
     with pytest.raises(ProvenanceError, match="preprocess") as caught:

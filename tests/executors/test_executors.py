@@ -82,7 +82,9 @@ def test_a_contradictory_environment_is_refused(environment, message):
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
-def test_ranks_leave_no_gap_and_no_overlap_even_when_they_see_different_parts_missing(tmp_path, world):
+def test_ranks_leave_no_gap_and_no_overlap_even_when_they_see_different_parts_missing(
+    tmp_path, world
+):
     """The second rank begins when some parts of the first one are done already."""
     seen = []
     for rank in range(world):
@@ -93,7 +95,10 @@ def test_ranks_leave_no_gap_and_no_overlap_even_when_they_see_different_parts_mi
 
 
 def machines(*resources: tuple[int, int], alive: bool = True) -> list[dict[str, object]]:
-    return [{"Alive": alive, "Resources": {"CPU": cpu} | ({"GPU": gpu} if gpu else {})} for cpu, gpu in resources]
+    return [
+        {"Alive": alive, "Resources": {"CPU": cpu} | ({"GPU": gpu} if gpu else {})}
+        for cpu, gpu in resources
+    ]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +106,13 @@ def machines(*resources: tuple[int, int], alive: bool = True) -> list[dict[str, 
     [
         (machines((8, 0), (8, 0)), None, 16, 1, None),
         (machines((8, 0), (8, 0), (8, 0)), 4, 4, 4, None),  # two on one machine at most
-        (machines((16, 0), (8, 1), (8, 1)), None, 2, 8, 1.0),  # the machine without a GPU does not count
+        (
+            machines((16, 0), (8, 1), (8, 1)),
+            None,
+            2,
+            8,
+            1.0,
+        ),  # the machine without a GPU does not count
         (machines((128, 8)), None, 8, 16, 1.0),
         (machines((16, 1)), 4, 4, 4, 0.25),
         (machines((8, 0)) + machines((8, 4), alive=False), 2, 2, 4, None),

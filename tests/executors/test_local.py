@@ -29,7 +29,9 @@ def test_a_dead_workers_part_is_done_by_another_one(tmp_path):
     assert [len(calls(tmp_path, part)) for part in range(6)] == [1, 1, 1, 2, 1, 1]
     assert len({line.split()[0] for line in calls(tmp_path, 3)}) == 2
     threads = threads_per_process(2)
-    assert {tuple(line.split()[1:]) for part in range(6) for line in calls(tmp_path, part)} == {(str(threads),) * 2}
+    assert {tuple(line.split()[1:]) for part in range(6) for line in calls(tmp_path, part)} == {
+        (str(threads),) * 2
+    }
 
 
 @pytest.mark.slow
@@ -59,7 +61,11 @@ def test_an_error_keeps_its_type(tmp_path, error):
 @pytest.mark.slow
 def test_an_error_that_cannot_travel_comes_as_text(tmp_path):
     with pytest.raises(UnicodeDecodeError):
-        done(FileJob(tmp_path, fail={0: UnicodeDecodeError("utf-8", b"x", 0, 1, "odd")}), [0], processes=1)
+        done(
+            FileJob(tmp_path, fail={0: UnicodeDecodeError("utf-8", b"x", 0, 1, "odd")}),
+            [0],
+            processes=1,
+        )
     with pytest.raises(RuntimeError, match="Stubborn: needs two"):
         done(FileJob(tmp_path, fail={0: "stubborn"}), [0], processes=1)
 
@@ -81,7 +87,9 @@ def test_workers_are_stopped_when_the_driver_loses_interest(tmp_path):
     receipts = make_executor("local", 2).run(FileJob(tmp_path, slow=0.1), range(100))
     next(receipts)
     receipts.close()
-    assert [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())] == []
+    assert [
+        child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())
+    ] == []
 
 
 @pytest.mark.slow
@@ -95,17 +103,31 @@ def test_ten_thousand_parts_need_little_memory():
             most = max(most, driver.memory_info().rss)
     assert n == 9_999
     assert most - before < 50e6
-    sys.stdout.write(f"{1e3 * (time.perf_counter() - started) / n:.2f} ms per part, {(most - before) / 1e6:.1f} MB\n")
+    sys.stdout.write(
+        f"{1e3 * (time.perf_counter() - started) / n:.2f} ms per part, {(most - before) / 1e6:.1f} MB\n"
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "kind", [*(pytest.param(kind, marks=pytest.mark.slow) for kind in (signal.SIGINT, signal.SIGTERM)), signal.SIGKILL]
+    "kind",
+    [
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in (signal.SIGINT, signal.SIGTERM)),
+        signal.SIGKILL,
+    ],
 )
 def test_workers_end_with_their_driver(tmp_path, kind):
     """Long before their part would."""
     environment = os.environ | {"PYTHONPATH": PYTHONPATH}
-    command = [sys.executable, "-m", "tests.executors.driver", "slowly", "local", tmp_path / "s", tmp_path]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.executors.driver",
+        "slowly",
+        "local",
+        tmp_path / "s",
+        tmp_path,
+    ]
     with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as driver:
         end = time.monotonic() + 60
         while not (tmp_path / "pictures").exists():

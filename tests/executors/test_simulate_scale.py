@@ -31,7 +31,9 @@ def test_three_deaths_set_any_part_aside():
     """Each attempt at a part of T survives with probability q = e^(-rT): (1 - q)^3 of the parts are given up."""
     outcome = Replay(Plan(4000, 1, (3600.0,), death_hours=1.0), 0).run()
     share = (1 - math.exp(-1)) ** 3
-    assert outcome.set_aside / 4000 == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / 4000))
+    assert outcome.set_aside / 4000 == pytest.approx(
+        share, abs=4 * math.sqrt(share * (1 - share) / 4000)
+    )
 
 
 def test_lost_work_is_what_the_exponential_law_says():
@@ -61,7 +63,11 @@ def test_seeds_repeat_and_quantiles_are_in_order():
 
 
 def test_times_come_from_the_log(tmp_path, capsys):
-    for part, seconds in ((0, 11.0), (1, 30.0), (0, 10.0)):  # a part that was done twice: the last time counts
+    for part, seconds in (
+        (0, 11.0),
+        (1, 30.0),
+        (0, 10.0),
+    ):  # a part that was done twice: the last time counts
         log(tmp_path, part=part, seconds=seconds)
     with (tmp_path / "log.jsonl").open("a") as cut:
         cut.write('{"part": 2, "sec')

@@ -16,7 +16,14 @@ import vilu
 from tests.builders.image_files import listed
 from tests.builders.known_images import CLASSES, THREE, Row, rows, save, write_list
 from tests.builders.store_fakes import FakeBackbone
-from vilu.backbones.catalog import BACKBONES, NAMED, BackboneKind, add_backbone, add_backbones, find_named
+from vilu.backbones.catalog import (
+    BACKBONES,
+    NAMED,
+    BackboneKind,
+    add_backbone,
+    add_backbones,
+    find_named,
+)
 from vilu.cli.app import app
 from vilu.datasets.known import KNOWN, Presence, add_datasets, check, open_known
 from vilu.datasets.known.layouts import LAYOUTS
@@ -73,7 +80,10 @@ def added() -> Iterator[None]:
     """Everything is as it was afterwards."""
     before = [(table, dict(table)) for table in (KNOWN, NAMED, BACKBONES)]
     add_datasets(ENTRIES)
-    add_backbone("stranger", BackboneKind(f"{__name__}:load_stranger", "stranger, a random projection", "none"))
+    add_backbone(
+        "stranger",
+        BackboneKind(f"{__name__}:load_stranger", "stranger, a random projection", "none"),
+    )
     yield
     for table, content in before:
         table.clear()
@@ -85,7 +95,10 @@ def root(tmp_path: Path) -> Path:
     """Tiny files of both: 36 ponds and 64 meadows."""
     for row in rows(36, 3, ("train", "test", "train", "test", "train", "val")):
         save(tmp_path / f"data/ponds/pictures/{row.split}/{PONDS[row.label]}/{row.number}.jpg", row)
-    meadows = [(row, f"meadow {row.label}/{row.number}.jpg", f"meadow {row.label}") for row in rows(64, CLASSES, THREE)]
+    meadows = [
+        (row, f"meadow {row.label}/{row.number}.jpg", f"meadow {row.label}")
+        for row in rows(64, CLASSES, THREE)
+    ]
     write_list(tmp_path / "data/meadows", "Meadows", "images", meadows)
     return tmp_path / "data"
 
@@ -114,11 +127,17 @@ def test_they_are_listed_checked_and_opened(root: Path) -> None:
         "a photo of {}, a meadow.",
         "see the site",
     )
-    found = {row["name"]: row["state"] for row in json.loads(run("datasets", "check", root, "--json"))}
+    found = {
+        row["name"]: row["state"] for row in json.loads(run("datasets", "check", root, "--json"))
+    }
     assert (found["ponds"], found["meadows"], found["dtd"]) == ("complete", "complete", "absent")
-    assert "Ask the frog. (https://example.org/ponds)" in run("datasets", "check", root / "meadows", "ponds", code=3)
+    assert "Ask the frog. (https://example.org/ponds)" in run(
+        "datasets", "check", root / "meadows", "ponds", code=3
+    )
     train, whole = (open_known("ponds", root, split=split) for split in ("train", None))
-    assert train.class_names == whole.class_names == ("Mill pond", "duck pond", "zoo")  # by the bytes of the folders
+    assert (
+        train.class_names == whole.class_names == ("Mill pond", "duck pond", "zoo")
+    )  # by the bytes of the folders
     assert listed(train)[0] == ("train/Mill pond/1.jpg", 0)
     assert (len(train), len(whole)) == (18, 36)
     meadows = open_known("meadows", root, split="validation+test")
@@ -128,7 +147,18 @@ def test_they_are_listed_checked_and_opened(root: Path) -> None:
 
 @pytest.mark.parametrize(("name", "n"), [("ponds", 12), ("meadows", 24)])
 def test_they_are_embedded_by_name(root: Path, tmp_path: Path, name: str, n: int) -> None:
-    run("embed", root, "--dataset", name, "--split", "test", "--backbone", "stranger", "-o", tmp_path / "store")
+    run(
+        "embed",
+        root,
+        "--dataset",
+        name,
+        "--split",
+        "test",
+        "--backbone",
+        "stranger",
+        "-o",
+        tmp_path / "store",
+    )
     store, images = vilu.EmbeddingStore(tmp_path / "store"), open_known(name, root, split="test")
     assert (len(store), store.class_names) == (n, images.class_names)
     assert list(store.ids) == [key for key, _ in listed(images)]
@@ -139,14 +169,17 @@ def test_they_are_data_of_a_benchmark(root: Path, tmp_path: Path) -> None:
     (tmp_path / "ponds.toml").write_text(BENCHMARK)
     text = run("benchmark", tmp_path / "ponds.toml", "--data", root, "-o", tmp_path / "out")
     assert {"mcm", "lvu"} <= set(text.split())
-    assert {path.parent.name.partition("-")[0] for path in (tmp_path / "out/stores").glob("*/manifest.json")} == {
-        "ponds"
-    }
+    assert {
+        path.parent.name.partition("-")[0]
+        for path in (tmp_path / "out/stores").glob("*/manifest.json")
+    } == {"ponds"}
 
 
 def test_what_is_wrong_with_the_files_is_said(root: Path) -> None:
     (root / "meadows/split_zhou_Meadows.json").unlink()
-    with pytest.raises(DataError, match=r"Meadows in .* has no split_zhou_Meadows\.json, .* Ask the hare"):
+    with pytest.raises(
+        DataError, match=r"Meadows in .* has no split_zhou_Meadows\.json, .* Ask the hare"
+    ):
         open_known("meadows", root)
     presence = checked(root, "meadows")
     assert presence.state == "incomplete"
@@ -159,7 +192,9 @@ def test_what_is_wrong_with_the_files_is_said(root: Path) -> None:
         f"{home / 'val'} is missing. Unpack it there, or choose another split."
     )
     save(home / "val/1.jpg", Row(0, 1, 1, "val"))
-    with pytest.raises(DataError, match=r"images without class folders \(1.jpg, ...\); .* of its name."):
+    with pytest.raises(
+        DataError, match=r"images without class folders \(1.jpg, ...\); .* of its name."
+    ):
         open_known("ponds", root, split="validation")
     for split in ("train", "test"):
         (home / split).rename(home / f"{split} away")
@@ -173,13 +208,33 @@ def test_what_is_wrong_with_the_files_is_said(root: Path) -> None:
         ('title = "Ponds"\n', "", "data set 'ponds', title: Field required"),
         ("n_classes = 3", "n_clases = 3", "data set 'ponds' has no 'n_clases'; it has name, title"),
         ("n_classes = 3", "", "data set 'ponds' must have n_classes"),
-        ("n_classes = 3", "n_classes = 0", "data set 'ponds', n_classes: Input should be greater than 0"),
-        ("train = 18", "train = 'many'", "data set 'ponds', sizes.train: Input should be a valid integer"),
+        (
+            "n_classes = 3",
+            "n_classes = 0",
+            "data set 'ponds', n_classes: Input should be greater than 0",
+        ),
+        (
+            "train = 18",
+            "train = 'many'",
+            "data set 'ponds', sizes.train: Input should be a valid integer",
+        ),
         ("[ponds]", '["a pond"]', "data set 'a pond', name: String should match"),
-        ('kind = "folders"', 'kind = "heap"', "kinds are folders, coop, tars, .* Got {'kind': 'heap'"),
-        ('kind = "folders", splits', 'kind = "folders", parts', "layout folders has no 'parts'; it has splits"),
+        (
+            'kind = "folders"',
+            'kind = "heap"',
+            "kinds are folders, coop, tars, .* Got {'kind': 'heap'",
+        ),
+        (
+            'kind = "folders", splits',
+            'kind = "folders", parts',
+            "layout folders has no 'parts'; it has splits",
+        ),
         ('kind = "folders"', 'kind = "tars"', "layout tars has no options. Leave out splits."),
-        ('file = "split_zhou_Meadows.json", ', "", "data set 'meadows', layout coop, file: Field required"),
+        (
+            'file = "split_zhou_Meadows.json", ',
+            "",
+            "data set 'meadows', layout coop, file: Field required",
+        ),
         ("[ponds]", "ponds", "the text is not TOML"),
         ("[ponds]", "x = 1\n[ponds]", "'x' stands outside a table"),
         ('title = "Ponds"', 'title = "Lakes"', "another data set 'ponds' already"),
@@ -225,7 +280,9 @@ def test_a_named_backbone_is_a_table() -> None:
     found = {row["name"]: row for row in json.loads(run("list", "backbones", "--json"))}
     assert found["clip-small"]["image_rate"] is None
     assert found["stranger"]["what it is"] == "stranger, a random projection"
-    assert add_backbones('[other]\nloader = "x:load"\ndescription = "other"\nextra = "none"') == ["other"]
+    assert add_backbones('[other]\nloader = "x:load"\ndescription = "other"\nextra = "none"') == [
+        "other"
+    ]
     assert BACKBONES["other"] == BackboneKind("x:load", "other", "none")
     for name, entry, message in (
         ("compact", BACKBONES["stranger"], "another backbone 'compact' already"),
@@ -250,12 +307,18 @@ def test_a_file_for_both(tmp_path: Path) -> None:
         "datasets": ENTRIES.replace("[ponds]", "[tarns]").replace("[meadows]", "[lawns]"),
         "backbones": NAMED_ENTRY,
     }
-    path.write_text("".join(text.replace("\n[", f"\n[{section}.") for section, text in tables.items()))
+    path.write_text(
+        "".join(text.replace("\n[", f"\n[{section}.") for section, text in tables.items())
+    )
     assert vilu.register(path) == path
     assert {"tarns", "lawns"} <= set(KNOWN)
     assert "clip-small" in NAMED
     path.write_text("[metrics.x]\n")
-    with pytest.raises(UsageError, match=r"a section \[metrics\]; there are \[datasets.NAME\], \[backbones.NAME\]"):
+    with pytest.raises(
+        UsageError, match=r"a section \[metrics\]; there are \[datasets.NAME\], \[backbones.NAME\]"
+    ):
         vilu.register(path)
-    with pytest.raises(UsageError, match=r"register takes the path of a TOML file, or .* Got 'mine.txt'"):
+    with pytest.raises(
+        UsageError, match=r"register takes the path of a TOML file, or .* Got 'mine.txt'"
+    ):
         vilu.register("mine.txt")

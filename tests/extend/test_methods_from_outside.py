@@ -143,16 +143,34 @@ def fitted(stranger: ModuleType, train: Embeddings) -> dict[str, FailurePredicto
 
 def elsewhere(code: str, *paths: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Some code in a process of its own."""
-    found = {**os.environ, "PYTHONPATH": os.pathsep.join([*map(str, paths), *sys.path]), **environment}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=found)
+    found = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([*map(str, paths), *sys.path]),
+        **environment,
+    }
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=found
+    )
 
 
-CASES = [*(("narrow", check) for check in CHECKS), *(("ridge", check) for check in CHECKS + OF_LEARNED)]
+CASES = [
+    *(("narrow", check) for check in CHECKS),
+    *(("ridge", check) for check in CHECKS + OF_LEARNED),
+]
 
 
-@pytest.mark.parametrize(("name", "check"), CASES, ids=[f"{name}-{check.__name__}" for name, check in CASES])
+@pytest.mark.parametrize(
+    ("name", "check"), CASES, ids=[f"{name}-{check.__name__}" for name, check in CASES]
+)
 def test_the_contract_holds(name, check, stranger, fitted, train, test, tmp_path) -> None:
-    given = {"name": name, "learned": name, "labelled": name, "fitted": fitted, "train": train, "test": test}
+    given = {
+        "name": name,
+        "learned": name,
+        "labelled": name,
+        "fitted": fitted,
+        "train": train,
+        "test": test,
+    }
     given["tmp_path"] = tmp_path
     code = check.__code__
     check(**{key: given[key] for key in code.co_varnames[: code.co_argcount]})
@@ -176,7 +194,9 @@ def test_they_are_explained(fitted, test) -> None:
             attribution = row.attribution
             assert attribution.parts.keys() == {player}
             assert attribution.score == row.uncertainty
-            assert attribution.parts[player] == pytest.approx(attribution.score - attribution.baseline)
+            assert attribution.parts[player] == pytest.approx(
+                attribution.score - attribution.baseline
+            )
 
 
 @pytest.mark.slow
@@ -187,7 +207,9 @@ def test_they_are_exported(fitted, tmp_path: Path) -> None:
         assert export_onnx(tmp_path / name, tmp_path / f"{name}.onnx") < 1e-4
 
 
-def test_a_subclass_does_not_inherit_a_graph_or_a_game(stranger, train, test, tmp_path: Path) -> None:
+def test_a_subclass_does_not_inherit_a_graph_or_a_game(
+    stranger, train, test, tmp_path: Path
+) -> None:
     @vilu.register
     @dataclasses.dataclass
     class Blurred(stranger.Narrow):
@@ -212,14 +234,22 @@ def test_they_are_members_of_a_stack(stranger, train, test, tmp_path: Path) -> N
     stack = vilu.PREDICTORS["stacking"](members=("mcm", "narrow", "ridge")).fit(train)
     assert stack.notes_["coefficients"].keys() == {"mcm", "narrow", "ridge"}
     stack.save(tmp_path)
-    assert np.array_equal(vilu.load(tmp_path).predict_uncertainty(test), stack.predict_uncertainty(test))
+    assert np.array_equal(
+        vilu.load(tmp_path).predict_uncertainty(test), stack.predict_uncertainty(test)
+    )
     assert "stranger" in stack.modules
 
 
 @pytest.mark.slow
 def test_they_are_benchmarked_and_reported(fitted, test, tmp_path: Path) -> None:
-    chosen = config(methods={"mcm": {}, "narrow": {}, "ridge": {}}, settings={"all": {"kind": "labels"}}, seeds=1)
-    found = benchmark(chosen, make_stores(tmp_path / "stores"), tmp_path / "out", jobs=2)  # in other processes, too
+    chosen = config(
+        methods={"mcm": {}, "narrow": {}, "ridge": {}},
+        settings={"all": {"kind": "labels"}},
+        seeds=1,
+    )
+    found = benchmark(
+        chosen, make_stores(tmp_path / "stores"), tmp_path / "out", jobs=2
+    )  # in other processes, too
     for name in fitted:
         cell = Outcomes.load(tmp_path / f"out/cells/one/all/{name}/seed-0.parquet")
         (ranked,) = [line for line in found.summary.blocks[0].lines if line.method == name]
@@ -230,7 +260,9 @@ def test_they_are_benchmarked_and_reported(fitted, test, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_saved_ones_load_in_another_process_that_has_the_plugin(folder, fitted, test, tmp_path: Path) -> None:
+def test_saved_ones_load_in_another_process_that_has_the_plugin(
+    folder, fitted, test, tmp_path: Path
+) -> None:
     fitted["ridge"].save(tmp_path / "ridge")
     np.savez(tmp_path / "test.npz", image=test.image.numpy(), text=test.text.numpy())
     record = json.loads((tmp_path / "ridge/predictor.json").read_text())
@@ -242,10 +274,15 @@ def test_saved_ones_load_in_another_process_that_has_the_plugin(folder, fitted, 
     )
     code = f"import os; os.chdir({str(tmp_path)!r}); {code}"
     there = elsewhere(code, folder, VILU_PLUGINS="stranger")
-    assert there.stdout.strip() == fitted["ridge"].predict_uncertainty(test).tobytes().hex(), there.stderr
+    assert there.stdout.strip() == fitted["ridge"].predict_uncertainty(test).tobytes().hex(), (
+        there.stderr
+    )
     without = elsewhere(code, folder, VILU_PLUGINS="")
     assert without.returncode != 0
-    assert "the method 'ridge' of stranger, which is not here. Give --plugin stranger." in without.stderr
+    assert (
+        "the method 'ridge' of stranger, which is not here. Give --plugin stranger."
+        in without.stderr
+    )
 
 
 def test_a_distribution_brings_them_by_entry_points(folder: Path, train, tmp_path: Path) -> None:
@@ -255,7 +292,9 @@ def test_a_distribution_brings_them_by_entry_points(folder: Path, train, tmp_pat
     (site / "stranger.py").write_text(SOURCE)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stranger-methods\nVersion: 1.0\n")
     (info / "top_level.txt").write_text("stranger\n")
-    (info / "entry_points.txt").write_text("[vilu.predictors]\nridge = stranger:Ridge\nbroken = nowhere:Else\n")
+    (info / "entry_points.txt").write_text(
+        "[vilu.predictors]\nridge = stranger:Ridge\nbroken = nowhere:Else\n"
+    )
     code = (
         "import sys, json; from vilu.predictors.catalogue import find_method, method_names;"
         "from vilu.errors import UsageError; from vilu.predictors.record import home_of\n"
@@ -266,12 +305,19 @@ def test_a_distribution_brings_them_by_entry_points(folder: Path, train, tmp_pat
     )
     found = elsewhere(code, site, VILU_PLUGINS="")
     lines = found.stdout.splitlines()
-    assert json.loads(lines[0]) == {"home": {"distribution": "stranger-methods", "module": "stranger"}}, found.stderr
+    assert json.loads(lines[0]) == {
+        "home": {"distribution": "stranger-methods", "module": "stranger"}
+    }, found.stderr
     assert "the method 'broken' of stranger-methods (nowhere:Else) cannot be imported" in lines[1]
 
 
 def test_what_cannot_be_registered_is_told(stranger) -> None:
-    named = {"name": "new", "summary": "a score", "reference": "nobody", "_score": lambda self, batch: batch.index}
+    named = {
+        "name": "new",
+        "summary": "a score",
+        "reference": "nobody",
+        "_score": lambda self, batch: batch.index,
+    }
     whole = dataclasses.dataclass(type("Whole", (FailurePredictor,), named))
     assert vilu.register(whole) is whole
     assert vilu.register(whole) is whole  # a module that is imported twice
@@ -279,10 +325,24 @@ def test_what_cannot_be_registered_is_told(stranger) -> None:
     for made, reason in [
         ("mcm", "Got 'mcm' instead"),
         (type("Odd", (FailurePredictor,), named), "must be a dataclass"),
-        (dataclasses.dataclass(type("Odd", (FailurePredictor,), {**named, "name": "mcm"})), "a method 'mcm' already"),
-        (dataclasses.dataclass(type("Odd", (FailurePredictor,), {**named, "summary": ""})), "has no summary"),
-        (dataclasses.dataclass(type("Odd", (FailurePredictor,), {"name": "x"})), "has no summary and no reference"),
-        (dataclasses.make_dataclass("Odd", [("k", int)], bases=(FailurePredictor,), namespace=named), "default for k"),
+        (
+            dataclasses.dataclass(type("Odd", (FailurePredictor,), {**named, "name": "mcm"})),
+            "a method 'mcm' already",
+        ),
+        (
+            dataclasses.dataclass(type("Odd", (FailurePredictor,), {**named, "summary": ""})),
+            "has no summary",
+        ),
+        (
+            dataclasses.dataclass(type("Odd", (FailurePredictor,), {"name": "x"})),
+            "has no summary and no reference",
+        ),
+        (
+            dataclasses.make_dataclass(
+                "Odd", [("k", int)], bases=(FailurePredictor,), namespace=named
+            ),
+            "default for k",
+        ),
     ]:
         with pytest.raises(UsageError, match=reason):
             vilu.register(made)
@@ -290,7 +350,9 @@ def test_what_cannot_be_registered_is_told(stranger) -> None:
     with pytest.raises(UsageError, match="the plugin 'nowhere_at_all' cannot be imported"):
         registry.load_plugin("nowhere_at_all")
     for odd in ("", ".relative"):
-        with pytest.raises(UsageError, match=f"by its whole name, such as package.module. Got '{odd}' instead"):
+        with pytest.raises(
+            UsageError, match=f"by its whole name, such as package.module. Got '{odd}' instead"
+        ):
             registry.load_plugin(odd)
 
 
@@ -316,7 +378,15 @@ def test_a_learned_tensor_may_have_any_name(train: Embeddings, test: Embeddings)
 
 def test_a_learned_tensor_that_is_not_declared_is_told(train: Embeddings) -> None:
     ridge = importlib.import_module("vilu.predictors.fitted").SIRC
-    body = {"name": "odd", "summary": "s", "reference": "r", "tensors": ("other",), "graph": own_graph}
-    odd = dataclasses.dataclass(type("Odd", (ridge,), {**body, "tensor_names": FailurePredictor.tensor_names}))
+    body = {
+        "name": "odd",
+        "summary": "s",
+        "reference": "r",
+        "tensors": ("other",),
+        "graph": own_graph,
+    }
+    odd = dataclasses.dataclass(
+        type("Odd", (ridge,), {**body, "tensor_names": FailurePredictor.tensor_names})
+    )
     with pytest.raises(DataError, match=r"a odd holds other\. The file has shift, slope"):
         odd().fit(train)

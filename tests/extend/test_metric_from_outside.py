@@ -30,7 +30,9 @@ def odds_of_half(counts: TieCounts) -> Floats:
     return ratio(np.where(kept, counts.wrong, 0).sum(-1), np.where(kept, counts.correct, 0).sum(-1))
 
 
-ODDS = Metric("Odds@50%", odds_of_half, "ties at the median left out", percent=False, name="odds_of_half")
+ODDS = Metric(
+    "Odds@50%", odds_of_half, "ties at the median left out", percent=False, name="odds_of_half"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -69,8 +71,16 @@ def test_it_is_evaluated_and_stands_in_every_table(tmp_path: Path) -> None:
 
 
 def test_it_is_listed() -> None:
-    (row,) = [row for row in json.loads(run("list", "metrics", "--json").stdout) if row["name"] == "odds_of_half"]
-    assert (row["title"], row["better"], row["convention"]) == ("Odds@50%", "lower", ODDS.convention)
+    (row,) = [
+        row
+        for row in json.loads(run("list", "metrics", "--json").stdout)
+        if row["name"] == "odds_of_half"
+    ]
+    assert (row["title"], row["better"], row["convention"]) == (
+        "Odds@50%",
+        "lower",
+        ODDS.convention,
+    )
     assert "Odds@50%" in run("list", "metrics").stdout
 
 
@@ -79,7 +89,10 @@ def test_two_methods_are_compared_by_it() -> None:
     other = replace(one, uncertainty=np.random.default_rng(1).normal(size=200), method="chance")
     found = compare(one, other, metric="odds_of_half", n_resamples=200)
     assert found.difference == by_hand(one) - by_hand(other)
-    assert f"Odds@50%, mine against chance: {found.value_a:.3g} against {found.value_b:.3g}, difference" in str(found)
+    assert (
+        f"Odds@50%, mine against chance: {found.value_a:.3g} against {found.value_b:.3g}, difference"
+        in str(found)
+    )
 
 
 def test_the_page_shows_it() -> None:
@@ -92,20 +105,32 @@ def test_the_page_shows_it() -> None:
 
 def test_a_benchmark_takes_it(tmp_path: Path) -> None:
     data = make_stores(tmp_path / "stores")
-    views = [{"kind": "table", "name": "odds", "title": "Odds", "metrics": ["auroc", "odds_of_half"]}]
-    more = {"settings": {"all": {"kind": "labels"}}, "methods": {"mcm": {}, "knn_distance": {}}, "seeds": 1}
+    views = [
+        {"kind": "table", "name": "odds", "title": "Odds", "metrics": ["auroc", "odds_of_half"]}
+    ]
+    more = {
+        "settings": {"all": {"kind": "labels"}},
+        "methods": {"mcm": {}, "knn_distance": {}},
+        "seeds": 1,
+    }
     chosen = config(metrics=["auroc", "fpr95", "odds_of_half"], views=views, **more)
     (study,) = run_studies([chosen], data, tmp_path / "out")
     cell = json.loads((tmp_path / "out/cells/one/all/mcm/seed-0.json").read_text())
     (value,) = [row["value"] for row in cell["results"] if row["metric"] == "odds_of_half"]
     assert value == by_hand(Outcomes.load(tmp_path / "out/cells/one/all/mcm/seed-0.parquet"))
     (exhibit,) = study.exhibits
-    values = [shown.value for shown in exhibit.body.cells.values() if shown.metric == "odds_of_half"]
+    values = [
+        shown.value for shown in exhibit.body.cells.values() if shown.metric == "odds_of_half"
+    ]
     assert value in values
     assert "In percent, but for Odds@50%." in study.text
     best = min(found for found in values if found is not None)
     assert best != max(values)
-    ranked = [shown for shown in exhibit.body.cells.values() if shown.metric == "odds_of_half" and shown.rank == "best"]
+    ranked = [
+        shown
+        for shown in exhibit.body.cells.values()
+        if shown.metric == "odds_of_half" and shown.rank == "best"
+    ]
     assert best in [shown.value for shown in ranked]  # lower is better
     ranking = benchmark(chosen.model_copy(update={"views": ()}), data, tmp_path / "out")
     assert "Odds@50%" in ranking.text
@@ -127,7 +152,11 @@ def test_what_cannot_be_added() -> None:
         vilu.register(replace(ODDS, name=""))
     with pytest.raises(UsageError, match="Got 'auroc'; taken are: auroc, fpr95"):
         vilu.register(replace(ODDS, name="auroc"))
-    with pytest.raises(UsageError, match=r"must give values \(B,\) for counts \(B, G\)\. Got shape \(\)"):
-        vilu.register(replace(ODDS, name="total", kernel=lambda counts: np.float64(counts.wrong.sum())))
+    with pytest.raises(
+        UsageError, match=r"must give values \(B,\) for counts \(B, G\)\. Got shape \(\)"
+    ):
+        vilu.register(
+            replace(ODDS, name="total", kernel=lambda counts: np.float64(counts.wrong.sum()))
+        )
     assert set(METRICS) >= {"auroc", "odds_of_half"}
     assert "total" not in METRICS

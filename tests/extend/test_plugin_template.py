@@ -33,9 +33,14 @@ def put(site: Path, entries: dict[str, dict[str, str]]) -> None:
     shutil.copytree(TEMPLATE / "src", site, dirs_exist_ok=True)
     info = site / f"{PROJECT['name'].replace('-', '_')}-{PROJECT['version']}.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {PROJECT['name']}\nVersion: {PROJECT['version']}\n")
+    (info / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {PROJECT['name']}\nVersion: {PROJECT['version']}\n"
+    )
     (info / "top_level.txt").write_text("vilu_example\n")
-    lines = [(f"[{group}]", *(f"{name} = {value}" for name, value in of.items())) for group, of in entries.items()]
+    lines = [
+        (f"[{group}]", *(f"{name} = {value}" for name, value in of.items()))
+        for group, of in entries.items()
+    ]
     (info / "entry_points.txt").write_text("\n".join(line for several in lines for line in several))
 
 
@@ -56,14 +61,28 @@ def store(folder: Path) -> Path:
     rng = np.random.default_rng(0)
     text = rng.normal(size=(5, 8))
     target = np.arange(200) % 5
-    arrays = {"image": text[target] + 1.5 * rng.normal(size=(200, 8)), "text": text, "target": target}
-    np.savez(folder / "arrays.npz", **arrays, class_names=np.array(list("abcde")), logit_scale=5.0, logit_bias=0.0)
+    arrays = {
+        "image": text[target] + 1.5 * rng.normal(size=(200, 8)),
+        "text": text,
+        "target": target,
+    }
+    np.savez(
+        folder / "arrays.npz",
+        **arrays,
+        class_names=np.array(list("abcde")),
+        logit_scale=5.0,
+        logit_bias=0.0,
+    )
     return folder / "arrays.npz"
 
 
 def photos(folder: Path, sizes: tuple[int, int, int]) -> Path:
     """A few photos in the layout of the data set."""
-    turns = [split for split, n in zip(("train", "validation", "test"), sizes, strict=True) for _ in range(n)]
+    turns = [
+        split
+        for split, n in zip(("train", "validation", "test"), sizes, strict=True)
+        for _ in range(n)
+    ]
     for row in rows(3 * sum(sizes), 3, tuple(turns)):
         save(folder / "beans" / row.split / f"leaf{row.label}" / f"{row.number}.jpg", row)
     return folder
@@ -88,7 +107,10 @@ def check_flow(command, tmp_path: Path) -> None:
     assert values["youden"]["ci_low"] < max(gaps) < values["youden"]["ci_high"]
     home = photos(tmp_path / "data", (3, 1, 2))
     told = command("datasets", "check", home, "beans", code=3).stdout  # not whole: they are few
-    assert "train 9/9 (published 1,034) validation 3/3 (published 133) test 6/6 (published 128)" in told
+    assert (
+        "train 9/9 (published 1,034) validation 3/3 (published 133) test 6/6 (published 128)"
+        in told
+    )
 
 
 def test_it_is_found_by_every_command(site: Path, tmp_path: Path) -> None:
@@ -97,15 +119,23 @@ def test_it_is_found_by_every_command(site: Path, tmp_path: Path) -> None:
     check_flow(run, tmp_path)
 
 
-def test_a_broken_one_is_named_and_stops_nothing_else(site: Path, caplog: pytest.LogCaptureFixture) -> None:
-    entries = {group: {"broken": "nowhere:Else"} | of for group, of in PROJECT["entry-points"].items()}
-    entries["vilu.metrics"] |= {"faulty": "vilu_example.faulty:METRIC", "auroc": "vilu_example.metric:YOUDEN"}
+def test_a_broken_one_is_named_and_stops_nothing_else(
+    site: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    entries = {
+        group: {"broken": "nowhere:Else"} | of for group, of in PROJECT["entry-points"].items()
+    }
+    entries["vilu.metrics"] |= {
+        "faulty": "vilu_example.faulty:METRIC",
+        "auroc": "vilu_example.metric:YOUDEN",
+    }
     put(site, entries)
     (site / "vilu_example/faulty.py").write_text("METRIC = 1 / 0\n")
     for words in LISTS.values():
         run(*words.split())
     reason = (
-        "'broken' of vilu-example (nowhere:Else) cannot be imported: ModuleNotFoundError: No module named 'nowhere'"
+        "'broken' of vilu-example (nowhere:Else) cannot be imported: "
+        "ModuleNotFoundError: No module named 'nowhere'"
     )
     said = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
     assert said == [  # once each
@@ -118,7 +148,9 @@ def test_a_broken_one_is_named_and_stops_nothing_else(site: Path, caplog: pytest
         f"left out: the data set {reason}",
     ]
     for ask in (find_method, METRICS.__getitem__, KNOWN.__getitem__):
-        with pytest.raises(UsageError, match=r"'broken' of vilu-example \(nowhere:Else\) cannot be imported"):
+        with pytest.raises(
+            UsageError, match=r"'broken' of vilu-example \(nowhere:Else\) cannot be imported"
+        ):
             ask("broken")
 
 
@@ -133,12 +165,35 @@ def test_nothing_is_imported_before_its_name_is_asked_for(site: Path) -> None:
 
 @pytest.mark.slow
 def test_installed_by_pip_it_does_the_same_and_passes_its_own_tests(tmp_path: Path) -> None:
-    site, copy = tmp_path / "site", shutil.copytree(TEMPLATE, tmp_path / "copy")  # the build writes beside the source
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    site, copy = (
+        tmp_path / "site",
+        shutil.copytree(TEMPLATE, tmp_path / "copy"),
+    )  # the build writes beside the source
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+    ]
     subprocess.run([*pip, "--target", site, copy], check=True)
     paths = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
     check_flow(lambda *words, **more: run_process(*words, **more, PYTHONPATH=paths), tmp_path)
-    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", copy / "tests", site / "vilu_example"]
+    tests = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        copy / "tests",
+        site / "vilu_example",
+    ]
     environment = {**os.environ, "PYTHONPATH": paths}
-    done = subprocess.run(tests, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        tests, cwd=copy, env=environment, capture_output=True, text=True, check=False
+    )
     assert "6 passed" in done.stdout, done.stdout + done.stderr

@@ -47,7 +47,12 @@ params = {{ epochs = 2, hidden = [8] }}
 UNBOUND = {"log.jsonl", "times.txt", FILLER}
 """What two runs need not have in common."""
 
-ERRNOS = {"nospace": errno.ENOSPC, "readonly": errno.EROFS, "denied": errno.EACCES, "ioerror": errno.EIO}
+ERRNOS = {
+    "nospace": errno.ENOSPC,
+    "readonly": errno.EROFS,
+    "denied": errno.EACCES,
+    "ioerror": errno.EIO,
+}
 CODES = {"sigkill": -signal.SIGKILL, "sigterm": 143, "sigint": 130}
 
 
@@ -72,12 +77,16 @@ class Command:
 
     argv: tuple[str, ...]
     output: str
-    copies: dict[str, str] = field(default_factory=dict)  # from the inputs, by their name in the work folder
+    copies: dict[str, str] = field(
+        default_factory=dict
+    )  # from the inputs, by their name in the work folder
 
 
 def fit(method: str, *settings: str, store: str = "train") -> Command:
     sets = tuple(word for setting in settings for word in ("--set", setting))
-    return Command(("fit", f"{{inputs}}/{store}", "-o", "predictor", "--method", method, *sets), "predictor")
+    return Command(
+        ("fit", f"{{inputs}}/{store}", "-o", "predictor", "--method", method, *sets), "predictor"
+    )
 
 
 QUICK = ("epochs=3", "hidden=8")
@@ -118,14 +127,22 @@ def make_inputs(folder: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(picture(i))
     save(folder / "arrays.npz", arrays())
-    for first, (name, n) in enumerate({"train": 60, "test": 200, "cal": 120, "more": 120, "late": 120}.items()):
+    for first, (name, n) in enumerate(
+        {"train": 60, "test": 200, "cal": 120, "more": 120, "late": 120}.items()
+    ):
         make_store(folder / name, n, 1000 * first)
     for name in ("mcm", "calibrated"):
         run("fit", folder / "train", "-o", folder / name, "--method", "mcm")
     run("calibrate", folder / "calibrated", folder / "cal", "--max-risk", "0.9")
     for name, store in (("a", "test"), ("b", "more"), ("c", "late")):
         run("score", folder / "calibrated", folder / store, "-o", folder / f"{name}.parquet")
-    watch = ("monitor", folder / "calibrated", folder / "a.parquet", "--state", folder / "state.parquet")
+    watch = (
+        "monitor",
+        folder / "calibrated",
+        folder / "a.parquet",
+        "--state",
+        folder / "state.parquet",
+    )
     run(*watch)
     (folder / "bench.toml").write_text(BENCH.format())
     return folder
@@ -143,7 +160,12 @@ class Server:
         }
         words = [sys.executable, "-m", "tests.faults.server"]
         self.process = subprocess.Popen(
-            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=HERE.parents[1]
+            words,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=HERE.parents[1],
         )
         assert self._line() == "ready"
 
@@ -177,13 +199,18 @@ def contents(work: Path) -> dict[str, str]:
     return {
         path.relative_to(work).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(work.rglob("*"))
-        if path.is_file() and path.name not in UNBOUND and not is_lock(path) and not path.name.endswith(".tmp")
+        if path.is_file()
+        and path.name not in UNBOUND
+        and not is_lock(path)
+        and not path.name.endswith(".tmp")
     }
 
 
 def stamps(folder: Path) -> dict[str, tuple[int, int]]:
     """Size and time of every file."""
-    found = {path: path.stat() for path in folder.rglob("*") if path.is_file() and not is_lock(path)}
+    found = {
+        path: path.stat() for path in folder.rglob("*") if path.is_file() and not is_lock(path)
+    }
     return {str(path): (stat.st_size, stat.st_mtime_ns) for path, stat in found.items()}
 
 
@@ -193,7 +220,9 @@ class Undisturbed:
 
     code: int
     files: dict[str, str]
-    versions: frozenset[tuple[str, str]]  # every file that was renamed into place, and what was there before
+    versions: frozenset[
+        tuple[str, str]
+    ]  # every file that was renamed into place, and what was there before
     steps: int
     seconds: float
 
@@ -251,7 +280,10 @@ class Bed:
 
     def request(self, work: Path, command: Command, number: int = 0, **more: Any) -> dict[str, Any]:
         argv = [word.format(inputs=self.inputs) for word in command.argv]
-        files = {name: self.folder / f"{work.name}.{number}.{name}" for name in ("stdout", "stderr", "answer")}
+        files = {
+            name: self.folder / f"{work.name}.{number}.{name}"
+            for name in ("stdout", "stderr", "answer")
+        }
         return {"argv": argv, "work": work, "inputs": self.inputs, **files, **more}
 
     def ask(self, work: Path, command: Command, **more: Any) -> dict[str, Any]:
@@ -276,7 +308,13 @@ class Bed:
         """One trial; what happened is a line of the log, whether it went well or not."""
         row: dict[str, Any] = {"command": name, "fault": fault, "seed": seed}
         try:
-            self._trial(COMMANDS[name], self.undisturbed(name), fault, random.Random(f"{name} {fault} {seed}"), row)
+            self._trial(
+                COMMANDS[name],
+                self.undisturbed(name),
+                fault,
+                random.Random(f"{name} {fault} {seed}"),
+                row,
+            )
             row["ok"] = True
         except Broken as error:
             row |= {"ok": False, "why": str(error)}
@@ -286,7 +324,12 @@ class Bed:
         return row
 
     def _trial(
-        self, command: Command, alone: Undisturbed, fault: str, chance: random.Random, row: dict[str, Any]
+        self,
+        command: Command,
+        alone: Undisturbed,
+        fault: str,
+        chance: random.Random,
+        row: dict[str, Any],
     ) -> None:
         work = self.prepare(command)
         with mounted(work, fault):
@@ -299,18 +342,28 @@ class Bed:
             self._require_whole(work, alone)
             again = self.ask(work, command)
             row["again"] = again["code"]
-            require(again["code"] == alone.code, f"again it ends with {again['code']}: {self.said(work)}")
+            require(
+                again["code"] == alone.code,
+                f"again it ends with {again['code']}: {self.said(work)}",
+            )
             found = contents(work)
-            other = sorted(path for path in alone.files | found if alone.files.get(path) != found.get(path))
+            other = sorted(
+                path for path in alone.files | found if alone.files.get(path) != found.get(path)
+            )
             require(not other, f"again other files: {other}")
             left = [path.name for path in work.rglob("*.tmp") if path.name not in foreign]
             require(not left, f"left over: {left}")
             for path, text in foreign.items():
-                require((work / path).is_file() and (work / path).read_text() == text, f"{path} was touched")
+                require(
+                    (work / path).is_file() and (work / path).read_text() == text,
+                    f"{path} was touched",
+                )
         require(stamps(self.inputs) == self.before, "inputs were touched")
         shutil.rmtree(work)
 
-    def _moment(self, fault: str, alone: Undisturbed, chance: random.Random, row: dict[str, Any]) -> dict[str, Any]:
+    def _moment(
+        self, fault: str, alone: Undisturbed, chance: random.Random, row: dict[str, Any]
+    ) -> dict[str, Any]:
         """A signal comes at a step or, from outside, at a time; all else at a step."""
         if fault in SIGNALS and chance.random() < 0.4:
             row["after"] = chance.uniform(0.02, 0.95) * alone.seconds
@@ -326,18 +379,26 @@ class Bed:
         if fault == "clock" or code == alone.code:
             require(code == alone.code, f"ends with {code}: {said}")
         elif fault in SIGNALS:
-            require(code in {CODES[fault], -SIGNALS[fault]}, f"ends with {code}, not {CODES[fault]}: {said}")
+            require(
+                code in {CODES[fault], -SIGNALS[fault]},
+                f"ends with {code}, not {CODES[fault]}: {said}",
+            )
         else:
             require(code == 7, f"ends with {code}, not 7: {said}")
             why = os.strerror(ERRNOS[fault])
-            places = "is not writable" if fault in {"readonly", "denied"} else why  # looked at before the work begins
+            places = (
+                "is not writable" if fault in {"readonly", "denied"} else why
+            )  # looked at before the work begins
             require(
-                "vilu: error: " in said and (why in said or places in said), f"the message does not say {why!r}: {said}"
+                "vilu: error: " in said and (why in said or places in said),
+                f"the message does not say {why!r}: {said}",
             )
 
     def _require_whole(self, work: Path, alone: Undisturbed) -> None:
         """Whatever lies under its final name is one of the files that the undisturbed run puts there."""
-        found = {(path, content) for path, content in contents(work).items() if "/attempts/" not in path}
+        found = {
+            (path, content) for path, content in contents(work).items() if "/attempts/" not in path
+        }
         partial = sorted(path for path, _ in found - alone.versions)
         require(not partial, f"partial or other files under final names: {partial}")
 
@@ -359,7 +420,11 @@ def mounted(work: Path, fault: str) -> Iterator[None]:
     if fault not in {"nospace", "readonly"}:
         yield
         return
-    options = ("-t", "tmpfs", "-o", "size=8m,mode=0755", "tmpfs") if fault == "nospace" else ("--bind", str(work))
+    options = (
+        ("-t", "tmpfs", "-o", "size=8m,mode=0755", "tmpfs")
+        if fault == "nospace"
+        else ("--bind", str(work))
+    )
     subprocess.run(["mount", *options, str(work)], check=True, capture_output=True)
     try:
         yield
@@ -374,7 +439,9 @@ def can_mount(folder: Path) -> bool:
         return False
     folder.mkdir(exist_ok=True)
     if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], check=False, capture_output=True
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)],
+        check=False,
+        capture_output=True,
     ).returncode:
         return False
     subprocess.run(["umount", str(folder)], check=True)

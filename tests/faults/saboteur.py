@@ -1,8 +1,8 @@
 """What goes wrong in a process, and when: at a numbered step of its work.
 
-A step is a call on a file or folder below the watched roots (Python's audit events: open, rename, remove, mkdir, list,
-...), a write to a file that is being made, an fsync, or a step of a progress bar. Imports open files elsewhere, so they
-are none.
+A step is a call on a file or folder below the watched roots (Python's audit events: open, rename,
+remove, mkdir, list, ...), a write to a file that is being made, an fsync, or a step of a progress
+bar. Imports open files elsewhere, so they are none.
 """
 
 # pathlib would call what is watched here, and rights are what is taken away.
@@ -27,7 +27,16 @@ from vilu.cli import console
 
 SIGNALS = {"sigkill": signal.SIGKILL, "sigterm": signal.SIGTERM, "sigint": signal.SIGINT}
 FAULTS = (*SIGNALS, "nospace", "readonly", "denied", "ioerror", "clock")
-EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.listdir", "os.scandir", "shutil.rmtree"}
+EVENTS = {
+    "open",
+    "os.rename",
+    "os.remove",
+    "os.mkdir",
+    "os.rmdir",
+    "os.listdir",
+    "os.scandir",
+    "shutil.rmtree",
+}
 MS_RDONLY, MS_REMOUNT, MS_BIND = 1, 32, 4096
 FILLER = ".filler"
 """Takes the room that is left on a small disk."""
@@ -46,7 +55,14 @@ class Saboteur:
     """
 
     def __init__(
-        self, work: Path, inputs: Path, fault: str | None, at: int | None, seed: int, *, record: bool = False
+        self,
+        work: Path,
+        inputs: Path,
+        fault: str | None,
+        at: int | None,
+        seed: int,
+        *,
+        record: bool = False,
     ) -> None:
         self.roots = tuple(f"{root}{os.sep}" for root in (work, inputs))
         self.work, self.fault, self.at, self.record = work, fault, at, record
@@ -82,7 +98,7 @@ class Saboteur:
             finally:
                 self.busy = False
 
-    def _strike(self, fault: str) -> None:  # noqa: C901 - one branch a fault
+    def _strike(self, fault: str) -> None:
         if fault in SIGNALS:
             os.kill(os.getpid(), SIGNALS[fault])
         elif fault == "nospace":
@@ -122,7 +138,9 @@ class Saboteur:
         if self.record and event == "os.rename":
             self.busy = True
             try:
-                source, target = (os.path.join(os.getcwd(), os.fsdecode(str(path))) for path in arguments[:2])
+                source, target = (
+                    os.path.join(os.getcwd(), os.fsdecode(str(path))) for path in arguments[:2]
+                )
                 if os.path.isfile(source):
                     content = hashlib.sha256(Path(source).read_bytes()).hexdigest()
                     self.versions.add((os.path.relpath(target, self.work), content))

@@ -1,7 +1,7 @@
 """Runs the command line in forks of one process that has imported everything.
 
-Requests come as lines of JSON on stdin, answers go as lines of JSON to stdout. The process itself computes nothing, so
-no thread is lost in a fork; a run costs what its work costs.
+Requests come as lines of JSON on stdin, answers go as lines of JSON to stdout. The process itself
+computes nothing, so no thread is lost in a fork; a run costs what its work costs.
 """
 
 from __future__ import annotations
@@ -29,8 +29,22 @@ from vilu.benchmark import facts
 from vilu.predictors import PREDICTORS
 
 ALSO = (
-    *("torch._dynamo", "sklearn.linear_model", "sklearn.isotonic", "scipy.optimize", "scipy.stats", "threadpoolctl"),
-    *("filelock", "pyarrow.parquet", "pyarrow.csv", "pyarrow.compute", "matplotlib.pyplot", "jinja2"),
+    *(
+        "torch._dynamo",
+        "sklearn.linear_model",
+        "sklearn.isotonic",
+        "scipy.optimize",
+        "scipy.stats",
+        "threadpoolctl",
+    ),
+    *(
+        "filelock",
+        "pyarrow.parquet",
+        "pyarrow.csv",
+        "pyarrow.compute",
+        "matplotlib.pyplot",
+        "jinja2",
+    ),
     "PIL.PngImagePlugin",
 )
 
@@ -44,7 +58,9 @@ def import_all() -> None:
     for name in ALSO:
         importlib.import_module(name)
     for method in ("mcm", "knn_distance", "lvu"):
-        facts.code_digest(*PREDICTORS[method]().modules)  # of the study in ``bed``; code does not change between trials
+        facts.code_digest(
+            *PREDICTORS[method]().modules
+        )  # of the study in ``bed``; code does not change between trials
     from vilu.decision import score
 
     defaults = inspect.unwrap(score.score_parts).__kwdefaults__
@@ -55,7 +71,9 @@ def child(request: dict[str, Any]) -> None:
     """Run one command, and leave as a process of its own would."""
     work = Path(request["work"])
     os.chdir(work)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell's children ignore it
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a background shell's children ignore it
     for stream, name in ((1, "stdout"), (2, "stderr")):
         descriptor = os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, stream)
@@ -63,7 +81,11 @@ def child(request: dict[str, Any]) -> None:
     sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)  # noqa: SIM115
     chosen = {name: request.get(name) for name in ("fault", "at")}
     saboteur = Saboteur(
-        work, Path(request["inputs"]), **chosen, seed=request.get("seed", 0), record=bool(request.get("record"))
+        work,
+        Path(request["inputs"]),
+        **chosen,
+        seed=request.get("seed", 0),
+        record=bool(request.get("record")),
     )
     code = 1
     sys.argv = ["vilu", *request["argv"]]
@@ -133,7 +155,11 @@ def serve(requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _told(request: dict[str, Any], status: int, seconds: float) -> dict[str, Any]:
     answer = Path(request["answer"])
     code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
-    told = json.loads(answer.read_text()) if answer.exists() else {"steps": None, "struck": None, "versions": []}
+    told = (
+        json.loads(answer.read_text())
+        if answer.exists()
+        else {"steps": None, "struck": None, "versions": []}
+    )
     return {"code": code, "seconds": seconds, **told}
 
 

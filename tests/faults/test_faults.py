@@ -1,8 +1,10 @@
 """The fault matrix: every command, broken at seeded moments of its work, ends the second time as if nothing had been.
 
-And several commands at once: what they leave is whole and right, and who has to wait is told so (exit 75).
+And several commands at once: what they leave is whole and right, and who has to wait is told so
+(exit 75).
 
-Here 20 trials spread over its cells; ``make test-faults`` makes five or more of every cell, with new seeds.
+Here 20 trials spread over its cells; ``make test-faults`` makes five or more of every cell, with
+new seeds.
 """
 
 from __future__ import annotations
@@ -24,7 +26,17 @@ import pytest
 import vilu
 from tests.command import run, run_process
 from tests.conftest import few
-from tests.faults.bed import CANNOT, COMMANDS, UNBOUND, Bed, Command, can_mount, contents, plugged, summary
+from tests.faults.bed import (
+    CANNOT,
+    COMMANDS,
+    UNBOUND,
+    Bed,
+    Command,
+    can_mount,
+    contents,
+    plugged,
+    summary,
+)
 from tests.faults.saboteur import FAULTS
 from vilu.decision.monitor import _read_state
 from vilu.decision.score import Decider
@@ -44,7 +56,10 @@ def chosen() -> list[tuple[str, str, int]]:
     order, commands = random.Random(7), list(COMMANDS)
     faults = [*FAULTS, *FAULTS][: len(commands)]
     order.shuffle(faults)
-    return [(command, fault, number) for number, (command, fault) in enumerate(zip(commands, faults, strict=True))]
+    return [
+        (command, fault, number)
+        for number, (command, fault) in enumerate(zip(commands, faults, strict=True))
+    ]
 
 
 PLAN = [(c, f, SEED + n) for c, f in CELLS for n in range(TRIALS)] if TRIALS else chosen()
@@ -65,7 +80,9 @@ def bed() -> Iterator[Bed]:
         shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize(("command", "fault", "seed"), PLAN, ids=lambda value: str(value).replace(" ", "_"))
+@pytest.mark.parametrize(
+    ("command", "fault", "seed"), PLAN, ids=lambda value: str(value).replace(" ", "_")
+)
 def test_the_same_command_again(bed: Bed, command: str, fault: str, seed: int) -> None:
     if fault in {"nospace", "readonly"} and not can_mount(bed.folder / "mount"):
         pytest.skip(CANNOT)
@@ -77,7 +94,9 @@ def test_the_matrix_can_fail(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
     """A command that ends otherwise than the undisturbed one did is seen."""
     alone = bed.undisturbed("score file")
     others = dict.fromkeys(alone.files, "0" * 64)
-    monkeypatch.setattr(bed, "undisturbed", lambda name: type(alone)(**{**vars(alone), "files": others}))
+    monkeypatch.setattr(
+        bed, "undisturbed", lambda name: type(alone)(**{**vars(alone), "files": others})
+    )
     row = bed.trial("score file", "clock", 0)
     bed.rows.remove(row)
     assert not row["ok"]
@@ -129,9 +148,21 @@ def test_two_runs_of_the_other_commands(bed: Bed, name: str, tmp_path: Path) -> 
     assert found[0]
 
 
-def test_a_fit_that_was_killed_after_its_last_file(bed: Bed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fit_that_was_killed_after_its_last_file(
+    bed: Bed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its checkpoints go when the same fit finds that there is nothing to do; those of another fit stay."""
-    words = ("fit", bed.inputs / "train", "-o", tmp_path / "p", "--method", "vilu", "--set", "hidden=8", "--set")
+    words = (
+        "fit",
+        bed.inputs / "train",
+        "-o",
+        tmp_path / "p",
+        "--method",
+        "vilu",
+        "--set",
+        "hidden=8",
+        "--set",
+    )
     with monkeypatch.context() as patched:
         patched.setattr(FolderSession, "remove", lambda session: None)
         run(*words, "epochs=2")
@@ -146,7 +177,9 @@ def test_a_fit_that_was_killed_after_its_last_file(bed: Bed, tmp_path: Path, mon
     assert contents(tmp_path / "p") == before
 
 
-def test_a_study_that_cannot_be_read(bed: Bed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_study_that_cannot_be_read(
+    bed: Bed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(path: Path, **_: object) -> str:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
@@ -169,7 +202,9 @@ def test_times_are_in_the_log_alone(bed: Bed) -> None:
     shutil.rmtree(work)
 
 
-@pytest.mark.skipif(shutil.which("faketime") is None, reason="faketime is not installed; the trials patch time.time")
+@pytest.mark.skipif(
+    shutil.which("faketime") is None, reason="faketime is not installed; the trials patch time.time"
+)
 def test_a_clock_that_is_days_behind(bed: Bed, tmp_path: Path) -> None:
     """The second of two real processes lives before the first."""
     store = bed.inputs / "test"
@@ -177,13 +212,29 @@ def test_a_clock_that_is_days_behind(bed: Bed, tmp_path: Path) -> None:
     before = contents(tmp_path)
     library = os.environ.get("FAKETIME_LIB", "/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
     run_process(
-        "score", bed.inputs / "calibrated", store, "-o", tmp_path / "scores", LD_PRELOAD=library, FAKETIME="-3d"
+        "score",
+        bed.inputs / "calibrated",
+        store,
+        "-o",
+        tmp_path / "scores",
+        LD_PRELOAD=library,
+        FAKETIME="-3d",
     )
     assert contents(tmp_path) == before
 
 
 BUSY = BusyError.exit_code
-WRITERS = ("embed", "import", "fit vilu", "fit mcm", "score folder", "score file", "calibrate", "monitor", "benchmark")
+WRITERS = (
+    "embed",
+    "import",
+    "fit vilu",
+    "fit mcm",
+    "score folder",
+    "score file",
+    "calibrate",
+    "monitor",
+    "benchmark",
+)
 SHORT = ("calibrate", "score folder", "fit vilu", "embed")
 """Those of ``make test-slow``, each with 8 writers; ``make test-faults`` has all."""
 
@@ -192,7 +243,9 @@ def together(bed: Bed, commands: list[Command]) -> tuple[Path, list[int]]:
     """Run commands at once in one folder; the folder and the exit codes."""
     work = bed.prepare(commands[0])
     bed.fill(work, commands[0])
-    told = bed.server.ask_all([bed.request(work, command, number) for number, command in enumerate(commands)])
+    told = bed.server.ask_all(
+        [bed.request(work, command, number) for number, command in enumerate(commands)]
+    )
     for number in range(len(commands)):
         assert "Traceback" not in bed.said(work, number)
     return work, [one["code"] for one in told]
@@ -228,9 +281,12 @@ def test_two_calibrations_of_one_predictor(bed: Bed) -> None:
 def test_two_monitors_on_one_state(bed: Bed) -> None:
     """Every row is counted that a monitor said it had taken in, and no other."""
     watch = replace(
-        COMMANDS["monitor"], argv=tuple(w for w in COMMANDS["monitor"].argv if w not in {"-o", "told.json"})
+        COMMANDS["monitor"],
+        argv=tuple(w for w in COMMANDS["monitor"].argv if w not in {"-o", "told.json"}),
     )
-    other = replace(watch, argv=tuple(word.replace("b.parquet", "c.parquet") for word in watch.argv))
+    other = replace(
+        watch, argv=tuple(word.replace("b.parquet", "c.parquet") for word in watch.argv)
+    )
     before = _read_state(bed.inputs / "state.parquet")[1].rows
     work, codes = together(bed, [watch, other])
     assert set(codes) <= {0, 8, BUSY}
@@ -318,7 +374,9 @@ def test_a_reader_sees_the_old_or_the_new_or_is_told(bed: Bed, looking, name: st
     assert after is not ViLUError
     assert after != before
     allowed = [before, after, ViLUError]
-    if name == "calibrate":  # as after `vilu calibrate` without a target: probabilities, and nothing decided yet
+    if (
+        name == "calibrate"
+    ):  # as after `vilu calibrate` without a target: probabilities, and nothing decided yet
         allowed.append(repr((_predictor(work / place), None)))
     others = [one for one in seen if one not in allowed]
     assert not others, others[:3]

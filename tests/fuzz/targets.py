@@ -109,7 +109,10 @@ def unsealed(*names: str) -> Callable[[], list[bytes]]:
 
     def plain() -> list[bytes]:
         found = [json.loads((kept() / name).read_bytes()) for name in names]
-        return [json.dumps({key: value for key, value in one.items() if key != "digest"}).encode() for one in found]
+        return [
+            json.dumps({key: value for key, value in one.items() if key != "digest"}).encode()
+            for one in found
+        ]
 
     return plain
 
@@ -143,7 +146,11 @@ def caption(_folder: Path, data: bytes) -> object:
 
 def npy_seeds() -> list[bytes]:
     rows = np.random.default_rng(0).normal(size=(8, 4))
-    made = [rows.astype(kind) for kind in ("<f2", "<f4", "<f8", ">f4")] + [np.asfortranarray(rows), rows[:0], rows[0]]
+    made = [rows.astype(kind) for kind in ("<f2", "<f4", "<f8", ">f4")] + [
+        np.asfortranarray(rows),
+        rows[:0],
+        rows[0],
+    ]
     return [_npy(array) for array in (*made, np.arange(6))]
 
 
@@ -155,7 +162,10 @@ def _npy(array: np.ndarray) -> bytes:
 
 def npy(folder: Path, data: bytes) -> object:
     put(folder / "img_emb" / "img_emb_0000.npy", data)
-    put(folder / "text_emb" / "text_emb_0000.npy", _npy(np.random.default_rng(1).normal(size=(8, 4)).astype("<f4")))
+    put(
+        folder / "text_emb" / "text_emb_0000.npy",
+        _npy(np.random.default_rng(1).normal(size=(8, 4)).astype("<f4")),
+    )
     pairs = open_source(folder, pools=Pools(2), logit_scale=100.0)
     return list(pairs.batches(8))
 
@@ -166,7 +176,14 @@ def npz_seeds() -> list[bytes]:
     for packed, changes in (
         (False, {}),
         (True, {"image": np.eye(6, dtype=">f8")[[0, 1, 2] * 2], "ids": None}),
-        (True, {"target": np.array(["cat", "", "dog"] * 2), "negatives": np.eye(6), "views": np.ones((6, 2, 6))}),
+        (
+            True,
+            {
+                "target": np.array(["cat", "", "dog"] * 2),
+                "negatives": np.eye(6),
+                "views": np.ones((6, 2, 6)),
+            },
+        ),
     ):
         buffer = io.BytesIO()
         (np.savez_compressed if packed else np.savez)(buffer, **array_files.arrays(6, **changes))
@@ -176,7 +193,9 @@ def npz_seeds() -> list[bytes]:
 
 def npz(folder: Path, data: bytes) -> object:
     """As a command would: what is kept is read back."""
-    return read_store(import_arrays(put(folder / "a.npz", data), folder / "store", max_error_rate=1.0).path)
+    return read_store(
+        import_arrays(put(folder / "a.npz", data), folder / "store", max_error_rate=1.0).path
+    )
 
 
 def arrays_folder(name: str) -> Fuzzed:
@@ -188,7 +207,9 @@ def arrays_folder(name: str) -> Fuzzed:
     def read(folder: Path, data: bytes) -> object:
         source = array_files.save(folder / "arrays", array_files.arrays(6))
         put(source / f"{name}.npy", data)
-        return read_store(import_arrays(source, folder / "store", part_size=4, max_error_rate=1.0).path)
+        return read_store(
+            import_arrays(source, folder / "store", part_size=4, max_error_rate=1.0).path
+        )
 
     return Fuzzed(seeds, read, 0.5)
 
@@ -266,18 +287,24 @@ def listed(name: str) -> Callable[[Path, bytes], object]:
 
 
 def scores(name: str) -> Callable[[Path, bytes], object]:
-    return lambda folder, data: vilu.evaluate(Outcomes.load(put(folder / name, data)), n_resamples=0)
+    return lambda folder, data: vilu.evaluate(
+        Outcomes.load(put(folder / name, data)), n_resamples=0
+    )
 
 
 def tar_seeds() -> list[bytes]:
     pictures = {
-        f"{key}.png": image_files.encode(image_files.picture(seed=seed), "PNG") for seed, key in enumerate("ab")
+        f"{key}.png": image_files.encode(image_files.picture(seed=seed), "PNG")
+        for seed, key in enumerate("ab")
     }
     made = []
     for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT):
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w", format=form) as tar:
-            for name, raw in {**pictures, "b" * 120 * (form != tarfile.USTAR_FORMAT) + "c.txt": b"a cup"}.items():
+            for name, raw in {
+                **pictures,
+                "b" * 120 * (form != tarfile.USTAR_FORMAT) + "c.txt": b"a cup",
+            }.items():
                 header = tarfile.TarInfo(name)
                 header.size = len(raw)
                 tar.addfile(header, io.BytesIO(raw))
@@ -293,9 +320,18 @@ def checkpoint_seeds() -> list[bytes]:
     made = []
     for old in (False, True):
         buffer = io.BytesIO()
-        shapes = {"mlp.0.weight": (4, 8), "mlp.0.bias": (4,), "mlp.2.weight": (1, 4), "mlp.2.bias": (1,)}
+        shapes = {
+            "mlp.0.weight": (4, 8),
+            "mlp.0.bias": (4,),
+            "mlp.2.weight": (1, 4),
+            "mlp.2.bias": (1,),
+        }
         state = {name: torch.zeros(shape) for name, shape in shapes.items()}
-        torch.save({"state_dict": state, "epoch": np.float64(3)}, buffer, _use_new_zipfile_serialization=not old)
+        torch.save(
+            {"state_dict": state, "epoch": np.float64(3)},
+            buffer,
+            _use_new_zipfile_serialization=not old,
+        )
         made.append(buffer.getvalue())
     return [*made, b"cos\nsystem\n(S'touch executed'\ntR.", pickle.dumps({"state_dict": {}})]
 
@@ -336,7 +372,10 @@ def tags(written: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
 def require_harmless(written: str) -> str:
     strange = {tag for tag in tags(written) if tag not in page_tags() and tag[0] not in HARMLESS}
     assert not strange, f"the page has elements that ours has not: {sorted(strange)}"
-    assert not re.search(r"""(src|href|action|data)\s*=\s*["']?\s*(https?:|//|javascript:|file:)""", _outside(written))
+    assert not re.search(
+        r"""(src|href|action|data)\s*=\s*["']?\s*(https?:|//|javascript:|file:)""",
+        _outside(written),
+    )
     return written
 
 
@@ -364,7 +403,19 @@ COMMANDS = (
         "list",
         "datasets",
     ),
-    *("convert", "export", "push", "pull", "pools", "benchmark", "render", "--help", "--version", "--plugin", "-q"),
+    *(
+        "convert",
+        "export",
+        "push",
+        "pull",
+        "pools",
+        "benchmark",
+        "render",
+        "--help",
+        "--version",
+        "--plugin",
+        "-q",
+    ),
 )
 ARGUMENTS = (
     *(
@@ -424,17 +475,24 @@ def command(folder: Path, data: bytes) -> object:
         (shutil.copytree if place.is_dir() else shutil.copy)(place, folder / name)
     words = [COMMANDS[data[0] % len(COMMANDS)]] if data else []
     words += [ARGUMENTS[byte % len(ARGUMENTS)] for byte in data[1:9]]
-    with pytest.raises(AssertionError) as ended:  # -1 is the code of no command: the message is what it wrote
+    with pytest.raises(
+        AssertionError
+    ) as ended:  # -1 is the code of no command: the message is what it wrote
         run(*words, code=-1, cwd=folder)
     return ended.match(r"(?s)^(?!.*Traceback)")
 
 
 def monitor_state(folder: Path, data: bytes) -> object:
-    return Monitor.of_folder(kept() / "predictor").resume(put(folder / "state.parquet", data)).status
+    return (
+        Monitor.of_folder(kept() / "predictor").resume(put(folder / "state.parquet", data)).status
+    )
 
 
 def risk(path: Path) -> object:
-    return [record.load_rows(path, record.load(path)), vilu.score(load(path), open_source(kept() / "store"))]
+    return [
+        record.load_rows(path, record.load(path)),
+        vilu.score(load(path), open_source(kept() / "store")),
+    ]
 
 
 def toml_seeds() -> list[bytes]:
@@ -457,7 +515,10 @@ TARGETS: dict[str, Fuzzed] = {
     "caption": Fuzzed(lambda: [b"a cup", "é \u202e".encode(), b"\xff"], caption),
     "npy": Fuzzed(npy_seeds, npy),
     "npz": Fuzzed(npz_seeds, npz),
-    **{f"array_{name}": arrays_folder(name) for name in ("image", "text", "target", "class_names", "ids")},
+    **{
+        f"array_{name}": arrays_folder(name)
+        for name in ("image", "text", "target", "class_names", "ids")
+    },
     "stored_npy": Fuzzed(content("store/img_emb/img_emb_00000.npy"), stored_npy, 0.3),
     "safetensors": Fuzzed(content("head/weights.safetensors"), safetensors),
     "predictor": Fuzzed(unsealed("head/predictor.json"), predictor),
@@ -476,16 +537,22 @@ TARGETS: dict[str, Fuzzed] = {
         lambda: [b"cat\ndog\n", b"n01\tcat\nn02\tdog\n"],
         lambda folder, data: read_classes(put(folder / "names.txt", data)),
     ),
-    "image_csv": Fuzzed(lambda: [b"path,label\na.png,cat\n", b'path,caption\n"a.png","a, cup"\n'], listed("list.csv")),
+    "image_csv": Fuzzed(
+        lambda: [b"path,label\na.png,cat\n", b'path,caption\n"a.png","a, cup"\n'],
+        listed("list.csv"),
+    ),
     "image_parquet": Fuzzed(parquet_seeds, listed("list.parquet")),
     "scores_csv": Fuzzed(content("scores.csv"), scores("scores.csv")),
     "scores_parquet": Fuzzed(content("scores.parquet"), scores("scores.parquet")),
     "tar": Fuzzed(tar_seeds, tar),
     "checkpoint": Fuzzed(
-        checkpoint_seeds, lambda folder, data: convert_official(put(folder / "head.ckpt", data), 100.0)
+        checkpoint_seeds,
+        lambda folder, data: convert_official(put(folder / "head.ckpt", data), 100.0),
     ),
     "cifar": Fuzzed(
-        lambda: [pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": [0, 1]}, protocol=2)],
+        lambda: [
+            pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": [0, 1]}, protocol=2)
+        ],
         lambda folder, data: read_pickle(put(folder / "data_batch_1", data)),
     ),
     "monitor_state": Fuzzed(content("state.parquet"), monitor_state, 0.5),

@@ -44,6 +44,8 @@ def test_damaged_files_are_refused_in_words(name: str) -> None:
     check()
 
 
-@pytest.mark.parametrize("path", sorted(CORPUS.glob("*/*")), ids=lambda path: f"{path.parent.name}/{path.name}")
+@pytest.mark.parametrize(
+    "path", sorted(CORPUS.glob("*/*")), ids=lambda path: f"{path.parent.name}/{path.name}"
+)
 def test_what_was_found_once_stays_mended(path: Path) -> None:
     once(TARGETS[path.parent.name], path.read_bytes())

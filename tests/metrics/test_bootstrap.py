@@ -32,13 +32,15 @@ def test_value_and_interval() -> None:
 def test_the_spread_is_that_of_the_asymptotic_theory() -> None:
     """The standard error of AUROC by its placement values (DeLong et al. 1988) is an independent estimate.
 
-    A standard deviation from B = 2000 resamples is within 1 / sqrt(2 B) = 1.6 % of its limit, four times that is 6 %;
-    the two estimates themselves differ by order 1 / n, below 2 % at n = 400.
+    A standard deviation from B = 2000 resamples is within 1 / sqrt(2 B) = 1.6 % of its limit, four
+    times that is 6 %; the two estimates themselves differ by order 1 / n, below 2 % at n = 400.
     """
     u, f = sample()
     correct, wrong = u[f == 0], u[f == 1]
     wins = (wrong[:, None] > correct).astype(float)
-    analytic = math.sqrt(wins.mean(1).var(ddof=1) / len(wrong) + wins.mean(0).var(ddof=1) / len(correct))
+    analytic = math.sqrt(
+        wins.mean(1).var(ddof=1) / len(wrong) + wins.mean(0).var(ddof=1) / len(correct)
+    )
     _, low, high = bootstrap_interval("auroc", u, f, n_resamples=2000, confidence=0.6827)
     assert (high - low) / 2 == pytest.approx(analytic, rel=0.08)
 
@@ -55,8 +57,11 @@ def test_rows_may_come_in_any_order_up_to_resampling_noise() -> None:
     order = np.random.default_rng(1).permutation(len(u))
     a, b = bootstrap_interval("auroc", u, f), bootstrap_interval("auroc", u[order], f[order])
     assert a.value == b.value
-    # the standard error of a 2.5 % quantile from 1000 resamples is about 0.084 of a standard deviation: 5 of them
-    assert a.ci_low == pytest.approx(b.ci_low, abs=0.42 * (a.ci_high - a.ci_low) / 3.92 * math.sqrt(2))
+    # the standard error of a 2.5 % quantile from 1000 resamples is about 0.084 of a standard
+    # deviation: 5 of them
+    assert a.ci_low == pytest.approx(
+        b.ci_low, abs=0.42 * (a.ci_high - a.ci_low) / 3.92 * math.sqrt(2)
+    )
 
 
 def test_more_confidence_is_a_wider_interval() -> None:
@@ -73,7 +78,10 @@ def test_several_metrics_share_their_resamples() -> None:
     assert together == {name: bootstrap_interval(name, u, f) for name in kernels}
     # with the accuracy fixed, AUGRC is a decreasing linear function of AUROC, resample by resample
     r = f.mean()
-    ends = [(1 - x) * r * (1 - r) + r**2 / 2 for x in (together["auroc"].ci_high, together["auroc"].ci_low)]
+    ends = [
+        (1 - x) * r * (1 - r) + r**2 / 2
+        for x in (together["auroc"].ci_high, together["auroc"].ci_low)
+    ]
     assert together["augrc"][1:] == pytest.approx(ends, abs=1e-12)
 
 
@@ -101,7 +109,9 @@ def test_resamples_are_stratified_complete_and_bounded_in_memory() -> None:
 def test_every_row_is_drawn_about_equally_often() -> None:
     u, f = sample(200)
     scores = SortedScores(*check_pair(u, f))
-    drawn = np.concatenate([np.concatenate(rows, axis=1).ravel() for rows in resampled_rows(scores, 2000, 0)])
+    drawn = np.concatenate(
+        [np.concatenate(rows, axis=1).ravel() for rows in resampled_rows(scores, 2000, 0)]
+    )
     times = np.bincount(drawn, minlength=200)
     # each count is Poisson with mean 2000; five standard deviations
     assert abs(times - 2000).max() < 5 * math.sqrt(2000)
@@ -120,8 +130,19 @@ def test_intervals_of_many_scores_stay_within_what_a_metric_can_be(best: str) ->
     """A perfect order, and the worst one: every metric named is a share, or an area within a unit square."""
     failure = np.arange(20_000) >= 19_994
     uncertainty = np.arange(20_000.0) * (1 if best == "highest" else -1)
-    names = ("auroc", "fpr95", "fpr95_failure", "aupr_failure", "aupr_success", "aurc", "excess_aurc", "augrc")
-    found = bootstrap_intervals({name: METRICS[name].kernel for name in names}, uncertainty, failure, n_resamples=50)
+    names = (
+        "auroc",
+        "fpr95",
+        "fpr95_failure",
+        "aupr_failure",
+        "aupr_success",
+        "aurc",
+        "excess_aurc",
+        "augrc",
+    )
+    found = bootstrap_intervals(
+        {name: METRICS[name].kernel for name in names}, uncertainty, failure, n_resamples=50
+    )
     for name, (value, low, high) in found.items():
         assert 0 <= low <= value <= high <= 1, name
     assert (found["aupr_failure"].value == 1) == (best == "highest")
@@ -133,11 +154,15 @@ def test_an_interval_of_many_scores_and_few_failures_reaches_to_both_sides() -> 
     failure = np.arange(1_000_000) < 200
     uncertainty = rng.normal(size=len(failure)) + 4.5 * failure
     kernels = {"aupr_failure": METRICS["aupr_failure"].kernel}
-    value, low, high = bootstrap_intervals(kernels, uncertainty, failure, n_resamples=100)["aupr_failure"]
+    value, low, high = bootstrap_intervals(kernels, uncertainty, failure, n_resamples=100)[
+        "aupr_failure"
+    ]
     assert 0.5 < (high - value) / (value - low) < 2
 
 
-def test_many_rows_with_few_distinct_scores_are_not_drawn_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_rows_with_few_distinct_scores_are_not_drawn_one_by_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Their counts are: a time that does not grow with the rows, and the same distribution (test_histogram)."""
     monkeypatch.delattr("vilu.metrics.bootstrap.resampled_rows")
     u, f = sample(10_000)
@@ -173,7 +198,9 @@ def test_pairing_narrows_the_interval() -> None:
 def test_a_clear_difference_has_the_smallest_p_value_there_is() -> None:
     u, f = sample()
     noise = np.random.default_rng(5).normal(size=len(u))
-    difference, low, high, p_value = paired_bootstrap("auroc", f + 0.01 * noise, noise, f, n_resamples=499)
+    difference, low, high, p_value = paired_bootstrap(
+        "auroc", f + 0.01 * noise, noise, f, n_resamples=499
+    )
     assert 0 < low < difference < high
     assert p_value == pytest.approx(2 / 500)
 
@@ -215,7 +242,9 @@ def test_an_unknown_metric_names_the_nearest() -> None:
         bootstrap_interval("zzz", [1, 2], [0, 1])
 
 
-@pytest.mark.parametrize("metric", [name for name, metric in METRICS.items() if metric.of_probability])
+@pytest.mark.parametrize(
+    "metric", [name for name, metric in METRICS.items() if metric.of_probability]
+)
 def test_metrics_of_probabilities_refuse_other_scores(metric: str) -> None:
     good, bad, failure = [0.1, 0.9] * 10, [0.1, 1.5] * 10, [0, 1] * 10
     message = r"a failure probability must be in \[0, 1\]\. Got values from 0\.1 to 1\.5"
@@ -243,7 +272,9 @@ def test_long_work_says_how_far_it_is() -> None:
     u, f = sample(3000)
     with reporting(Watcher()):
         bootstrap_interval("auroc", u, f, n_resamples=500)
-        Histogram.of(u, f).intervals({"auroc": METRICS["auroc"].kernel}, n_resamples=500, confidence=0.9, seed=0)
+        Histogram.of(u, f).intervals(
+            {"auroc": METRICS["auroc"].kernel}, n_resamples=500, confidence=0.9, seed=0
+        )
         paired_bootstrap("auroc", u, -u, f, n_resamples=500)
     assert sum(steps) == 1500
     assert len(steps) >= 10  # not all at once at the end

@@ -30,14 +30,20 @@ def test_the_truth_is_missed_as_rarely_as_stated(name: str, n: int, binning) -> 
 
 def test_percentiles_would_miss_it() -> None:
     """What is corrected: of a calibrated predictor on 180 rows the truth, 0, is in no percentile interval."""
-    found = coverage_of(WORLDS["calibrated, mostly low"], "width", 180, 20, draws=100, percentile=True)
+    found = coverage_of(
+        WORLDS["calibrated, mostly low"], "width", 180, 20, draws=100, percentile=True
+    )
     assert found.above == 1
     assert found.estimate > 0.05
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.lists(st.tuples(st.sampled_from([0.0, 0.01, 0.3, 0.5, 0.97, 1.0]), st.integers(0, 1)), min_size=1, max_size=80),
+    st.lists(
+        st.tuples(st.sampled_from([0.0, 0.01, 0.3, 0.5, 0.97, 1.0]), st.integers(0, 1)),
+        min_size=1,
+        max_size=80,
+    ),
     st.sampled_from(sorted(METRICS)),
 )
 def test_an_interval_holds_its_own_estimate(rows: list[tuple[float, int]], metric: str) -> None:
@@ -54,20 +60,31 @@ def test_rows_in_any_form_give_the_same_interval() -> None:
     assert first == bootstrap_interval("ece", p[order], failure[order])
     assert first.value == ece(p, failure)
     kernels = {"ece": METRICS["ece"].kernel, "auroc": METRICS["auroc"].kernel}
-    assert Histogram.of(p, failure).intervals(kernels, n_resamples=1000, confidence=0.95, seed=0)["ece"] == first
-    assert vilu.evaluate(vilu.Outcomes(p, failure, is_probability=True), metrics=["ece"]).rows[0].interval == (
-        "95 %, corrected for the bias of the bins, 1000 draws"
+    assert (
+        Histogram.of(p, failure).intervals(kernels, n_resamples=1000, confidence=0.95, seed=0)[
+            "ece"
+        ]
+        == first
     )
+    assert vilu.evaluate(vilu.Outcomes(p, failure, is_probability=True), metrics=["ece"]).rows[
+        0
+    ].interval == ("95 %, corrected for the bias of the bins, 1000 draws")
 
 
 def test_two_bins_by_hand() -> None:
     """Gaps of .2 and .3 of a mean, each in half of 10,000 rows: normal errors of known size around them."""
     p = np.repeat([0.2, 0.7], 5000)
-    failure = np.concatenate([np.arange(5000) % 5 < 2, np.arange(5000) % 5 < 2]).astype(int)  # 0.4 in both
+    failure = np.concatenate([np.arange(5000) % 5 < 2, np.arange(5000) % 5 < 2]).astype(
+        int
+    )  # 0.4 in both
     low, high = BinnedError(bins=2).interval(tie_counts(p, failure), 20_000, 0.95, 0)
     # of x = (failure - p) 1[bin]: the variance is that of the data, above the calibrated p (1 - p)
     squares = np.array([0.4 * 0.8**2 + 0.6 * 0.2**2, 0.4 * 0.3**2 + 0.6 * 0.7**2]) / 2
-    error = np.sqrt((np.maximum(squares - np.array([0.1, 0.15]) ** 2, np.array([0.16, 0.21]) / 2) / 10_000).sum())
+    error = np.sqrt(
+        (
+            np.maximum(squares - np.array([0.1, 0.15]) ** 2, np.array([0.16, 0.21]) / 2) / 10_000
+        ).sum()
+    )
     # a 97.5 % quantile of 20,000 draws has a standard error of 0.019 standard deviations
     assert [low, high] == pytest.approx([0.25 - 1.96 * error, 0.25 + 1.96 * error], abs=0.1 * error)
 
@@ -84,4 +101,6 @@ def test_a_difference_of_two_is_around_its_estimate() -> None:
     failure = (rng.random(180) < p).astype(int)
     found = paired_bootstrap("ece", p, np.full(180, failure.mean()), failure)
     assert found.ci_low < found.difference < found.ci_high
-    assert found.difference == pytest.approx(ece(p, failure), abs=1e-12)  # the other one states the rate there is
+    assert found.difference == pytest.approx(
+        ece(p, failure), abs=1e-12
+    )  # the other one states the rate there is

@@ -17,7 +17,16 @@ from vilu.metrics.counts import tie_counts
 from vilu.metrics.histogram import Histogram, codes, scores_of
 
 KERNELS = {name: metric.kernel for name, metric in METRICS.items()}
-EDGES = [0.0, 1.0, 0.5, np.nextafter(0.5, 1), np.nextafter(1, 0), np.nextafter(1, 2), 2.0**-512, -(2.0**-512)]
+EDGES = [
+    0.0,
+    1.0,
+    0.5,
+    np.nextafter(0.5, 1),
+    np.nextafter(1, 0),
+    np.nextafter(1, 2),
+    2.0**-512,
+    -(2.0**-512),
+]
 EDGES += [1e308, -1e308, np.finfo(float).max, -np.finfo(float).max]
 scores = st.one_of(
     st.sampled_from(EDGES),
@@ -42,7 +51,9 @@ def made(name: str, n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
         "entropy": lambda: np.abs(rng.normal(size=n)) * np.where(failure, 2, 1),
         "energy": lambda: rng.normal(size=n) * 0.7 - 27 + failure,
         "ties": lambda: np.round(rng.normal(size=n) + failure, 2),
-        "float32": lambda: logistic(rng.normal(size=n) * 3 + 4 * failure - 2).astype(np.float32).astype(float),
+        "float32": lambda: (
+            logistic(rng.normal(size=n) * 3 + 4 * failure - 2).astype(np.float32).astype(float)
+        ),
     }
     return kinds[name](), failure.astype(np.int64)
 
@@ -101,17 +112,26 @@ def test_any_partition_in_any_order_gives_the_same(data: st.DataObject) -> None:
 @pytest.mark.parametrize(
     ("kind", "n", "bins"),
     [
-        *((kind, 100_000, 2**14) for kind in ("near zero", "both ends", "near one", "entropy", "energy", "float32")),
+        *(
+            (kind, 100_000, 2**14)
+            for kind in ("near zero", "both ends", "near one", "entropy", "energy", "float32")
+        ),
         ("ties", 100_000, 2**14),
         ("both ends", 1_500_000, 2**20),
     ],
 )
-def test_close_to_exact_beyond_the_bins(kind: str, n: int, bins: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_close_to_exact_beyond_the_bins(
+    kind: str, n: int, bins: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(histogram, "MAX_BINS", bins)
     u, failure = made(kind, n)
-    found = Histogram.total(Histogram.of(u[i : i + 2**17], failure[i : i + 2**17]) for i in range(0, n, 2**17))
+    found = Histogram.total(
+        Histogram.of(u[i : i + 2**17], failure[i : i + 2**17]) for i in range(0, n, 2**17)
+    )
     counts, exact = found.counts(), tie_counts(u, failure)
-    error = {name: abs(float(kernel(counts)) - float(kernel(exact))) for name, kernel in KERNELS.items()}
+    error = {
+        name: abs(float(kernel(counts)) - float(kernel(exact))) for name, kernel in KERNELS.items()
+    }
     if kind == "ties":
         assert found.exact
         assert set(error.values()) == {0.0}
@@ -126,7 +146,8 @@ def test_close_to_exact_beyond_the_bins(kind: str, n: int, bins: int, monkeypatc
     for name in ("augrc", "aurc", "risk_at_coverage_0.8"):
         assert error[name] <= 2 * largest, name
     if u.min() >= 0 and u.max() <= 1:
-        # Every score moves by at most half the width of its bin: half of 2^(level - 52) of its octave.
+        # Every score moves by at most half the width of its bin: half of 2^(level - 52) of its
+        # octave.
         assert error["brier"] <= 2 * 2.0 ** (found.level - 53)
     assert f"{52 - found.level} bits" in str(found.note)
 
@@ -162,8 +183,8 @@ def test_intervals_are_those_of_the_bootstrap_over_rows(kind: str, groups: int) 
         found = Histogram.of(u, failure).intervals(kernels, n_resamples=r, confidence=0.95, seed=2)
     for name in names:
         assert found[name].value == pytest.approx(rows[name].value, abs=1e-12)
-        # The 2.5 % quantile of R normal values has standard error sigma sqrt(.025 * .975 / R) / .0584, and two such
-        # are compared; four of their standard deviations.
+        # The 2.5 % quantile of R normal values has standard error sigma sqrt(.025 * .975 / R) /
+        # .0584, and two such are compared; four of their standard deviations.
         sigma = (rows[name].ci_high - rows[name].ci_low) / (2 * 1.96)
         tolerance = 4 * math.sqrt(2) * sigma * math.sqrt(0.025 * 0.975 / r) / 0.0584
         assert found[name].ci_low == pytest.approx(rows[name].ci_low, abs=tolerance), name
@@ -191,7 +212,9 @@ def test_resamples_keep_the_numbers_of_both_classes(monkeypatch: pytest.MonkeyPa
 
     Histogram.of(u, failure).intervals({"spy": spy}, n_resamples=10, confidence=0.95, seed=0)
     assert [block.shape[1] for block in seen if block.shape[1] > 1] == [4, 4, 2]
-    assert {(c, w) for block in seen for c, w in block.T.tolist()} == {(1000 - failure.sum(), failure.sum())}
+    assert {(c, w) for block in seen for c, w in block.T.tolist()} == {
+        (1000 - failure.sum(), failure.sum())
+    }
 
 
 def test_what_cannot_be_is_refused() -> None:
@@ -215,6 +238,10 @@ def test_aurc_of_more_rows_than_the_table_of_harmonic_numbers() -> None:
     exact = (np.cumsum(sorted_failure) / i).mean()
     tied = np.full(len(u), 0.5)
     assert float(KERNELS["aurc"](tie_counts(u, failure))) == pytest.approx(exact, abs=1e-12)
-    assert float(KERNELS["aurc"](tie_counts(tied, failure))) == pytest.approx(failure.mean(), abs=1e-12)
+    assert float(KERNELS["aurc"](tie_counts(tied, failure))) == pytest.approx(
+        failure.mean(), abs=1e-12
+    )
     oracle = np.maximum(0, i - (1 - failure).sum()) / i
-    assert float(KERNELS["excess_aurc"](tie_counts(u, failure))) == pytest.approx(exact - oracle.mean(), abs=1e-12)
+    assert float(KERNELS["excess_aurc"](tie_counts(u, failure))) == pytest.approx(
+        exact - oracle.mean(), abs=1e-12
+    )

@@ -23,7 +23,9 @@ EXPECTED["excess_aurc"] = 0.1 - (
 
 def test_a_hundred_million_equal_scores_as_counts() -> None:
     """No product of two counts leaves int64, and every tie is one operating point: the curves are straight."""
-    few, many = (TieCounts(np.array([0.3]), *(np.array([n * k]) for k in (9, 1))) for n in (10_000, N // 10))
+    few, many = (
+        TieCounts(np.array([0.3]), *(np.array([n * k]) for k in (9, 1))) for n in (10_000, N // 10)
+    )
     for name, metric in METRICS.items():
         value = float(metric.kernel(many))
         assert value == pytest.approx(float(metric.kernel(few)), rel=1e-3, nan_ok=True), name
@@ -51,5 +53,7 @@ if __name__ == "__main__":
         start = time.monotonic()
         value = getattr(metrics, name)(scores, failure)
         more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - given) / 2**20
-        said = f"{name}: {value:.6f}, {time.monotonic() - start:.1f} s, {more:.2f} GiB more at most\n"
+        said = (
+            f"{name}: {value:.6f}, {time.monotonic() - start:.1f} s, {more:.2f} GiB more at most\n"
+        )
         sys.stdout.write(said)

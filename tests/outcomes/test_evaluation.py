@@ -21,7 +21,9 @@ def sample(n: int = 200, seed: int = 0, **fields: object) -> Outcomes:
     rng = np.random.default_rng(seed)
     failure = (rng.random(n) < 0.4).astype(int)
     uncertainty = 1 / (1 + np.exp(-rng.normal(size=n) - failure))
-    return Outcomes(uncertainty, failure, method="mcm", dataset="pets", split="test", seed=7, **fields)
+    return Outcomes(
+        uncertainty, failure, method="mcm", dataset="pets", split="test", seed=7, **fields
+    )
 
 
 def test_default_metrics_of_a_score() -> None:
@@ -87,12 +89,17 @@ def test_a_calibrated_probability_is_what_its_metrics_are_about() -> None:
     p, failure = probability[known], plain.failure[known]
     assert found["ece_mass"].value == metrics.ece(p, failure, binning="mass")
     assert found["brier"].value == pytest.approx(brier_score_loss(failure, p), abs=1e-12)
-    assert found["log_loss"].value == pytest.approx(log_loss(failure, p.clip(1e-12, 1 - 1e-12)), rel=1e-9)
+    assert found["log_loss"].value == pytest.approx(
+        log_loss(failure, p.clip(1e-12, 1 - 1e-12)), rel=1e-9
+    )
     assert found["brier"].convention.endswith("of the calibrated failure_probability")
     assert found["auroc"].value == metrics.auroc(plain.uncertainty[known], failure)
     assert "calibrated" not in found["auroc"].convention
     calibrated = replace(plain, failure_probability=probability)
-    assert compare(calibrated, calibrated, metric="brier", n_resamples=5).value_a == found["brier"].value
+    assert (
+        compare(calibrated, calibrated, metric="brier", n_resamples=5).value_a
+        == found["brier"].value
+    )
     with pytest.raises(DataError, match="exactly where the uncertainty is"):
         replace(plain, failure_probability=np.full(len(plain), np.nan))
 
@@ -126,7 +133,9 @@ def test_calibration_only_of_probabilities() -> None:
     assert row.why == "the uncertainty is not a probability"
 
 
-@pytest.mark.parametrize(("failure", "why"), [(0, "none of 40 answers is wrong"), (1, "all of 40 answers are wrong")])
+@pytest.mark.parametrize(
+    ("failure", "why"), [(0, "none of 40 answers is wrong"), (1, "all of 40 answers are wrong")]
+)
 def test_one_class_is_null_with_a_reason(failure: int, why: str) -> None:
     outcomes = Outcomes(np.linspace(0, 1, 40), [failure] * 40)
     with pytest.warns(UserWarning, match="only 0"):
@@ -142,7 +151,10 @@ def test_one_class_is_null_with_a_reason(failure: int, why: str) -> None:
 def test_few_failures_or_successes_warn_once_per_call() -> None:
     few = Outcomes(np.arange(100.0), [1] * 29 + [0] * 71, method="a", dataset="d")
     with pytest.warns(UserWarning, match="intervals are wide") as caught:
-        evaluate([few, replace(few, seed=1), replace(few, failure=1 - few.failure, method="b")], n_resamples=2)
+        evaluate(
+            [few, replace(few, seed=1), replace(few, failure=1 - few.failure, method="b")],
+            n_resamples=2,
+        )
     (warning,) = caught
     assert str(warning.message) == (
         "intervals are wide: a on d has only 29 wrong answers; b on d has only 29 right answers."
@@ -174,10 +186,13 @@ def test_the_same_seed_gives_the_same_table() -> None:
 
 
 @pytest.mark.parametrize(
-    "outcomes", [Outcomes([], []), Outcomes([0.1], [-1]), Outcomes([math.nan], [1], reason=["nonfinite"])]
+    "outcomes",
+    [Outcomes([], []), Outcomes([0.1], [-1]), Outcomes([math.nan], [1], reason=["nonfinite"])],
 )
 def test_nothing_to_evaluate_is_refused(outcomes: Outcomes) -> None:
-    with pytest.raises(DataError, match=r"no row to evaluate: \d have an unknown failure and \d no uncertainty"):
+    with pytest.raises(
+        DataError, match=r"no row to evaluate: \d have an unknown failure and \d no uncertainty"
+    ):
         evaluate(outcomes)
 
 
@@ -201,11 +216,18 @@ def test_compare_is_the_paired_bootstrap() -> None:
     a = sample()
     b = other_scores(a)
     result = compare(a, b, metric="augrc", n_resamples=300, seed=5)
-    expected = metrics.paired_bootstrap("augrc", a.uncertainty, b.uncertainty, a.failure, n_resamples=300, seed=5)
+    expected = metrics.paired_bootstrap(
+        "augrc", a.uncertainty, b.uncertainty, a.failure, n_resamples=300, seed=5
+    )
     assert (result.difference, result.ci_low, result.ci_high, result.p_value) == expected
     assert result.value_a == metrics.augrc(a.uncertainty, a.failure)
     assert result.value_b == metrics.augrc(b.uncertainty, b.failure)
-    assert (result.method_a, result.method_b, result.n, result.n_failures) == ("mcm", "noisy", 200, a.failure.sum())
+    assert (result.method_a, result.method_b, result.n, result.n_failures) == (
+        "mcm",
+        "noisy",
+        200,
+        a.failure.sum(),
+    )
     assert str(result).startswith("AUGRC, mcm against noisy: ")
     assert f"p = {result.p_value:.3g}" in str(result)
     assert json.loads(json.dumps(result.to_dict()))["difference"] == result.difference
@@ -223,7 +245,9 @@ def test_compare_leaves_out_rows_that_either_could_not_score() -> None:
 
 def test_compare_refuses_other_rows() -> None:
     a = sample(ids=[f"image {i}" for i in range(200)])
-    assert compare(a, other_scores(a, ids=None), n_resamples=10).n == 200  # ids are checked where both have them
+    assert (
+        compare(a, other_scores(a, ids=None), n_resamples=10).n == 200
+    )  # ids are checked where both have them
     with pytest.raises(ProvenanceError, match="Row 0 is 'image 0' in one and 'x' in the other"):
         compare(a, other_scores(a, ids=["x", *a.ids[1:]]))
     failure = a.failure.copy()
@@ -235,7 +259,9 @@ def test_compare_refuses_other_rows() -> None:
 
 
 def test_compare_refuses_what_it_cannot_measure() -> None:
-    with pytest.raises(DataError, match="ece needs failure probabilities, but the scores of noisy on pets are not"):
+    with pytest.raises(
+        DataError, match="ece needs failure probabilities, but the scores of noisy on pets are not"
+    ):
         compare(sample(is_probability=True), other_scores(sample()), metric="ece")
     unlabelled = Outcomes([0.1, 0.2], [-1, -1])
     with pytest.raises(DataError, match="no row to evaluate"):

@@ -32,7 +32,11 @@ def full() -> Outcomes:
         split="test",
         seed=3,
         reason=[None, "nonfinite", None, None],
-        provenance={"predictor": "ab12", "n_candidates": 2, "nested": {"pool_size": None, "prompts": ["a {}"]}},
+        provenance={
+            "predictor": "ab12",
+            "n_candidates": 2,
+            "nested": {"pool_size": None, "prompts": ["a {}"]},
+        },
         is_probability=True,
     )
 
@@ -72,7 +76,10 @@ def test_repr_does_not_spell_out_the_rows() -> None:
         ({"uncertainty": [1.0]}, r"failure must have one entry per uncertainty \(1\). Got 4"),
         ({"uncertainty": [[0.1]] * 4}, r"shape \(4, 1\)"),
         ({"uncertainty": ["a"] * 4}, "real numbers"),
-        ({"uncertainty": [0.1, math.nan, 0.3, math.nan]}, r"Got 1 rows with neither, the first is row 3"),
+        (
+            {"uncertainty": [0.1, math.nan, 0.3, math.nan]},
+            r"Got 1 rows with neither, the first is row 3",
+        ),
         ({"uncertainty": [0.1, math.inf, 0.3, 0.1]}, "Got 1 infinite"),
         ({"uncertainty": [0.1, 0.2, 0.3, 1.5]}, r"in \[0, 1\]. Got 0.1 to 1.5"),
         ({"reason": None}, "the first is row 1"),
@@ -81,10 +88,16 @@ def test_repr_does_not_spell_out_the_rows() -> None:
         ({"ids": {"a", "b", "c", "d"}}, "ids must be a list of texts. Got set"),
         ({"class_names": {"cat": 0, "dog": 1}}, "class_names must be a list of texts. Got dict"),
         ({"reason": "nonfinite"}, "reason must be a list of texts. Got str"),
-        ({"failure": [0, 1, -2, 1]}, r"failure must hold whole numbers from -1 \(unknown\) to 1. Got -2 in row 2"),
+        (
+            {"failure": [0, 1, -2, 1]},
+            r"failure must hold whole numbers from -1 \(unknown\) to 1. Got -2 in row 2",
+        ),
         ({"failure": [0, 1, 0.5, 1]}, "Got 0.5 in row 2"),
         ({"failure": [0, 1, math.nan, 1]}, "Got nan in row 2"),
-        ({"prediction": [0, 1, 2, 0]}, "prediction must hold whole numbers from -1 .* to 1. Got 2 in row 2"),
+        (
+            {"prediction": [0, 1, 2, 0]},
+            "prediction must hold whole numbers from -1 .* to 1. Got 2 in row 2",
+        ),
         ({"target": [0, 1, -3, 0]}, "target .* Got -3 in row 2"),
         ({"target": [0, 1]}, "target must have one entry per uncertainty"),
         ({"ids": ["a"]}, "ids must have one entry per uncertainty"),
@@ -128,7 +141,9 @@ def test_parquet_tells_absent_from_unknown(tmp_path: Path, outcomes: Outcomes) -
 def test_parquet_columns_are_typed_and_null_where_unknown(tmp_path: Path) -> None:
     full().save(tmp_path / "a.parquet")
     table = pq.read_table(tmp_path / "a.parquet")
-    assert {name: str(kind) for name, kind in zip(table.column_names, table.schema.types, strict=True)} == {
+    assert {
+        name: str(kind) for name, kind in zip(table.column_names, table.schema.types, strict=True)
+    } == {
         "row_id": "int64",
         "key": "string",
         "pred": "int32",
@@ -176,18 +191,41 @@ def test_csv_is_plain_and_spreadsheets_run_nothing_in_it(tmp_path: Path) -> None
 def test_csv_keeps_what_its_columns_hold(tmp_path: Path) -> None:
     full().save(tmp_path / "a.csv")
     loaded = Outcomes.load(tmp_path / "a.csv")
-    assert_equal(loaded, full(), ("uncertainty", "failure", "prediction", "target", "ids", "reason", "method"))
+    assert_equal(
+        loaded,
+        full(),
+        ("uncertainty", "failure", "prediction", "target", "ids", "reason", "method"),
+    )
     assert loaded.class_names is None
     assert loaded.provenance == {}
 
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=6) | st.sampled_from(
-    ["=1", "'=1", "''+1", "-", "@x", "\t=", "\r", '"', ",", "NaN", "null", "1", " 1", "", "true", "2020-01-01"]
+    [
+        "=1",
+        "'=1",
+        "''+1",
+        "-",
+        "@x",
+        "\t=",
+        "\r",
+        '"',
+        ",",
+        "NaN",
+        "null",
+        "1",
+        " 1",
+        "",
+        "true",
+        "2020-01-01",
+    ]
 )
 
 
 @given(st.lists(texts, min_size=1, max_size=5), st.floats(allow_nan=False, allow_infinity=False))
-def test_text_and_numbers_survive_both_formats(tmp_path_factory: pytest.TempPathFactory, ids, value: float) -> None:
+def test_text_and_numbers_survive_both_formats(
+    tmp_path_factory: pytest.TempPathFactory, ids, value: float
+) -> None:
     folder = tmp_path_factory.mktemp("outcomes")
     outcomes = Outcomes([value] * len(ids), [0] * len(ids), ids=ids)
     for name in ("a.parquet", "a.csv"):
@@ -198,7 +236,8 @@ def test_text_and_numbers_survive_both_formats(tmp_path_factory: pytest.TempPath
 
 
 def test_a_csv_of_several_megabytes_may_have_line_breaks_in_its_text(tmp_path: Path) -> None:
-    n = 7000  # the reader cuts a file into blocks of one megabyte; a cut inside a text must not end the row
+    # the reader cuts a file into blocks of one megabyte; a cut inside a text must not end the row
+    n = 7000
     ids = ["\n".join(f"{row} {line}" for line in range(50)) for row in range(n)]
     Outcomes(np.arange(n), np.zeros(n), ids=ids).save(tmp_path / "a.csv")
     assert (tmp_path / "a.csv").stat().st_size > 2 * 2**20
@@ -270,7 +309,11 @@ def test_outside_needs_no_targets() -> None:
 @pytest.mark.parametrize("name", ["a.parquet", "a.csv"])
 def test_a_file_says_none_of_the_classes_in_its_label(tmp_path: Path, name: str) -> None:
     strangers().save(tmp_path / name)
-    fields = FIELDS if name.endswith("parquet") else ("uncertainty", "failure", "prediction", "target", "outside")
+    fields = (
+        FIELDS
+        if name.endswith("parquet")
+        else ("uncertainty", "failure", "prediction", "target", "outside")
+    )
     assert_equal(Outcomes.load(tmp_path / name), strangers(), fields)
     outside = Outcomes([0.1, 0.9], [0, 1], outside=[False, True])
     outside.save(tmp_path / name)
@@ -287,12 +330,21 @@ def test_what_the_label_of_none_of_the_classes_looks_like(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"failure": [0, 0], "target": [0, -2]}, "failure must be 1 where the target is -2. Got 0 in row 1"),
+        (
+            {"failure": [0, 0], "target": [0, -2]},
+            "failure must be 1 where the target is -2. Got 0 in row 1",
+        ),
         ({"failure": [0, -1], "target": [0, -2]}, "Got -1 in row 1"),
-        ({"target": [0, 1], "outside": [False, True]}, "row 1 cannot be of none of the classes .* and of class 1"),
+        (
+            {"target": [0, 1], "outside": [False, True]},
+            "row 1 cannot be of none of the classes .* and of class 1",
+        ),
         ({"outside": [True]}, r"one Boolean per row \(2\). Got bool \(1,\)"),
         ({"outside": [0, 1]}, r"one Boolean per row \(2\). Got int64 \(2,\)"),
-        ({"target": [0, -3]}, r"from -2 \(none of the classes\), -1 \(unknown\) to inf. Got -3 in row 1"),
+        (
+            {"target": [0, -3]},
+            r"from -2 \(none of the classes\), -1 \(unknown\) to inf. Got -3 in row 1",
+        ),
     ],
 )
 def test_what_cannot_be_outside_is_refused(fields: dict[str, object], message: str) -> None:
@@ -304,5 +356,7 @@ def test_rows_are_taken_by_places_or_a_mask_and_nothing_else() -> None:
     assert len(full().take([])) == 0
     assert full().take(range(2)).ids == full().take([True, True, False, False]).ids
     for rows in ([4], [1, -1], [True, False], [0.0, 1.0], {0, 1}):
-        with pytest.raises(DataError, match="rows must be a list of places from 0 to 3, or 4 Booleans"):
+        with pytest.raises(
+            DataError, match="rows must be a list of places from 0 to 3, or 4 Booleans"
+        ):
             full().take(rows)

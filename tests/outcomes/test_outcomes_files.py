@@ -20,7 +20,10 @@ HOSTILE = {
     "header not utf-8": (b"\x80\r", "not a readable csv"),
     "ragged": (b"uncertainty,failure\n0.5,1,2\n", "Expected 2 columns, got 3"),
     "open quote": (b'uncertainty,failure\n"0.5,1\n', "not a readable csv"),
-    "wrong header": (b"score,correct\n0.5,1\n", "Missing: uncertainty, failure; it has score, correct"),
+    "wrong header": (
+        b"score,correct\n0.5,1\n",
+        "Missing: uncertainty, failure; it has score, correct",
+    ),
     "half header": (b"uncertainty,correct\n0.5,1\n", "Missing: failure"),
     "semicolons": (b"uncertainty;failure\n0.5;1\n", "it has uncertainty;failure"),
     "repeated": (b"uncertainty,failure,failure\n0.5,1,1\n", "distinct columns. Repeated: failure"),
@@ -29,12 +32,18 @@ HOSTILE = {
     "comma decimals": (b'uncertainty,failure\n"0,5",1\n', "column 'uncertainty'"),
     "half failure": (b"uncertainty,failure\n0.5,0.5\n", "column 'failure'"),
     "failure 2": (b"uncertainty,failure\n0.5,2\n", "Got 2 in row 0"),
-    "no score": (b"uncertainty,failure\n,1\n0.2,1\n", "Got 1 rows with neither, the first is row 0"),
+    "no score": (
+        b"uncertainty,failure\n,1\n0.2,1\n",
+        "Got 1 rows with neither, the first is row 0",
+    ),
     "nan score": (b"uncertainty,failure\nnan,1\n", "row 0"),
     "infinite score": (b"uncertainty,failure\ninf,1\n", "infinite"),
     "huge class": (b"uncertainty,failure,pred\n0.5,1,99999999999999999999\n", "column 'pred'"),
     "fraction class": (b"uncertainty,failure,pred\n0.5,1,1.5\n", "column 'pred'"),
-    "missing key": (b"uncertainty,failure,key\n0.5,1,a\n0.5,1,\n", "ids must hold texts. Got None in row 1"),
+    "missing key": (
+        b"uncertainty,failure,key\n0.5,1,a\n0.5,1,\n",
+        "ids must hold texts. Got None in row 1",
+    ),
 }
 
 
@@ -46,10 +55,14 @@ def test_hostile_csv(tmp_path: Path, content: bytes, message: str) -> None:
 
 
 @given(st.binary(max_size=80))
-def test_any_bytes_are_a_data_error(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+def test_any_bytes_are_a_data_error(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes
+) -> None:
     folder = tmp_path_factory.mktemp("hostile")
     for name in ("a.csv", "a.parquet"):
-        (folder / name).write_bytes(content if name.endswith("csv") else b"PAR1" + content + b"PAR1")
+        (folder / name).write_bytes(
+            content if name.endswith("csv") else b"PAR1" + content + b"PAR1"
+        )
         with pytest.raises(DataError):
             Outcomes.load(folder / name)
 

@@ -22,7 +22,9 @@ QUESTIONS = ("auroc", "fpr95", "auroc_within", "fpr95_within", "auroc_outside", 
 def by_hand() -> Outcomes:
     """Three right answers, one wrong one, two pictures of none of the classes, one that nobody knows."""
     return Outcomes(
-        [0.1, 0.2, 0.3, 0.25, 0.4, 0.15, 0.2], [0, 0, 0, 1, 1, 1, -1], target=[0, 1, 0, 1, OUTSIDE, OUTSIDE, -1]
+        [0.1, 0.2, 0.3, 0.25, 0.4, 0.15, 0.2],
+        [0, 0, 0, 1, 1, 1, -1],
+        target=[0, 1, 0, 1, OUTSIDE, OUTSIDE, -1],
     )
 
 
@@ -72,7 +74,9 @@ def test_three_questions_against_scikit_learn(digits: int) -> None:
         assert table.value(f"fpr95{name}") == pytest.approx(rate, abs=1e-12)
     for row in table:
         assert row.ci_low < row.value < row.ci_high
-        assert row.ci_high - row.ci_low < 0.35  # 180 pictures of none, 180 wrong ones: a standard error below 0.05
+        assert (
+            row.ci_high - row.ci_low < 0.35
+        )  # 180 pictures of none, 180 wrong ones: a standard error below 0.05
     assert (table.rows[0].n, table.rows[0].n_outside) == (900, outside.sum())
 
 
@@ -81,15 +85,31 @@ def test_intervals_are_those_of_the_rows_that_are_asked_about() -> None:
     inside = outcomes.take(~outcomes.outside)
     within = evaluate(outcomes, metrics=["auroc_within"], n_resamples=100).rows[0]
     alone = evaluate(inside, metrics=["auroc"], n_resamples=100).rows[0]
-    assert (within.value, within.ci_low, within.ci_high) == (alone.value, alone.ci_low, alone.ci_high)
+    assert (within.value, within.ci_low, within.ci_high) == (
+        alone.value,
+        alone.ci_low,
+        alone.ci_high,
+    )
 
 
 @pytest.mark.parametrize(
     ("rows", "why"),
     [
         ([0, 1, 2, 4, 5], {"within": "none of 3 answers is wrong within the classes"}),
-        ([3, 4, 5], {"within": "all of 1 answers are wrong within the classes", "": "all of 3 answers are wrong"}),
-        ([4, 5], {"within": "none of 0 answers is wrong within the classes", "": "all of 2 answers are wrong"}),
+        (
+            [3, 4, 5],
+            {
+                "within": "all of 1 answers are wrong within the classes",
+                "": "all of 3 answers are wrong",
+            },
+        ),
+        (
+            [4, 5],
+            {
+                "within": "none of 0 answers is wrong within the classes",
+                "": "all of 2 answers are wrong",
+            },
+        ),
         ([0, 1, 3], {"outside": "none of 3 answers is of none of the classes"}),
         ([4], {"outside": "all of 1 answers are of none of the classes"}),
     ],
@@ -126,10 +146,18 @@ def test_files_keep_how_many_are_outside(tmp_path: Path, name: str) -> None:
 
 def test_two_methods_are_compared_on_each_question() -> None:
     a = many()
-    b = replace(a, uncertainty=np.where(a.outside, a.uncertainty + 1, a.uncertainty), method="other")
-    within, outside = (compare(a, b, metric=name, n_resamples=100) for name in ("auroc_within", "auroc_outside"))
+    b = replace(
+        a, uncertainty=np.where(a.outside, a.uncertainty + 1, a.uncertainty), method="other"
+    )
+    within, outside = (
+        compare(a, b, metric=name, n_resamples=100) for name in ("auroc_within", "auroc_outside")
+    )
     n_outside = int(a.outside.sum())
-    assert (within.difference, within.n, within.n_failures) == (0, 900 - n_outside, a.failure.sum() - n_outside)
+    assert (within.difference, within.n, within.n_failures) == (
+        0,
+        900 - n_outside,
+        a.failure.sum() - n_outside,
+    )
     assert outside.value_a == pytest.approx(roc_auc_score(a.outside, a.uncertainty), abs=1e-12)
     assert outside.ci_high < 0
     assert f"(900 answers, {n_outside} of none of the classes)" in str(outside)

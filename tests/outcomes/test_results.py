@@ -29,7 +29,9 @@ ROW = ResultRow(
     convention="ties count half",
     interval="95 % stratified bootstrap, 1000 resamples",
 )
-UNDEFINED = replace(ROW, value=None, ci_low=None, ci_high=None, interval=None, why="none of 100 answers is wrong")
+UNDEFINED = replace(
+    ROW, value=None, ci_low=None, ci_high=None, interval=None, why="none of 100 answers is wrong"
+)
 
 
 def table() -> ResultTable:
@@ -39,7 +41,9 @@ def table() -> ResultTable:
             replace(ROW, metric="fpr95", value=1 / 3, convention="positive=correct"),
             replace(ROW, seed=1, value=0.8),
             replace(ROW, seed=1, metric="fpr95", value=2 / 3, convention="positive=correct"),
-            replace(ROW, method="mcm", seed=None, value=0.7, ci_low=None, ci_high=None, interval=None),
+            replace(
+                ROW, method="mcm", seed=None, value=0.7, ci_low=None, ci_high=None, interval=None
+            ),
             replace(UNDEFINED, dataset="dtd", method="=mcm", seed=None),
         )
     )
@@ -53,7 +57,9 @@ def test_value_of_the_one_row_that_fits() -> None:
 
 
 def test_value_of_several_rows_or_none_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"one row must fit metric='auroc' .* 2 of 6 do; narrow by"):
+    with pytest.raises(
+        UsageError, match=r"one row must fit metric='auroc' .* 2 of 6 do; narrow by"
+    ):
         table().value("auroc", method="vilu")
     with pytest.raises(UsageError, match="0 of 6 do"):
         table().value("ece")
@@ -111,9 +117,18 @@ def test_csv_and_parquet_say_null(tmp_path: Path) -> None:
         ('{"schema_version": 1, "rows": [5]}', "every entry of 'rows' .* must be an object"),
         ('{"schema_version": 1, "rows": [{}]}', "'metric' is missing in row 0"),
         ('{"schema_version": 1, "rows": [{"metric": 5}]}', "not a table of results"),
-        ('{"schema_version": 1, "rows": [{"metric": "auroc", "value": "high"}]}', "not a table of results"),
-        ('{"schema_version": 1, "rows": [{"metric": "auroc", "n": 1e400}]}', "1e400 is no finite number"),
-        (f'{{"schema_version": 1, "rows": [{{"metric": "auroc", "n": {10**30}}}]}}', "not a table of results"),
+        (
+            '{"schema_version": 1, "rows": [{"metric": "auroc", "value": "high"}]}',
+            "not a table of results",
+        ),
+        (
+            '{"schema_version": 1, "rows": [{"metric": "auroc", "n": 1e400}]}',
+            "1e400 is no finite number",
+        ),
+        (
+            f'{{"schema_version": 1, "rows": [{{"metric": "auroc", "n": {10**30}}}]}}',
+            "not a table of results",
+        ),
     ],
 )
 def test_hostile_json(tmp_path: Path, content: str, message: str) -> None:
@@ -149,7 +164,17 @@ def test_text_table() -> None:
     lines = text.splitlines()
     assert lines[0] == "pets test: 100 answers, 40 wrong, accuracy 60.0 %"
     assert lines[1].split() == ["method", "AUROC", "FPR95"]
-    assert lines[2].split() == ["vilu", "(seed", "0)", "90.0", "[85.0,", "95.0]", "33.3", "[85.0,", "95.0]"]
+    assert lines[2].split() == [
+        "vilu",
+        "(seed",
+        "0)",
+        "90.0",
+        "[85.0,",
+        "95.0]",
+        "33.3",
+        "[85.0,",
+        "95.0]",
+    ]
     assert lines[4].split() == ["mcm", "70.0"]
     columns = [line.index("[85.0") for line in lines[2:4]]
     assert columns[0] == columns[1]
@@ -181,7 +206,10 @@ def test_names_from_files_cannot_break_the_layout() -> None:
 def test_markdown_has_no_tag_and_no_emphasis_from_names() -> None:
     note = "<b>no</b> *wrong* answer"
     odd = ResultTable(
-        (replace(ROW, method="<i>a_b_c", dataset="<img src=x onerror=alert(1)>"), replace(UNDEFINED, why=note))
+        (
+            replace(ROW, method="<i>a_b_c", dataset="<img src=x onerror=alert(1)>"),
+            replace(UNDEFINED, why=note),
+        )
     )
     text = odd.to_markdown()
     assert "<" not in text
@@ -191,7 +219,10 @@ def test_markdown_has_no_tag_and_no_emphasis_from_names() -> None:
 
 
 def test_columns_can_be_chosen() -> None:
-    assert table().filter(dataset="pets").table(["fpr95"]).splitlines()[1].split() == ["method", "FPR95"]
+    assert table().filter(dataset="pets").table(["fpr95"]).splitlines()[1].split() == [
+        "method",
+        "FPR95",
+    ]
     with pytest.raises(UsageError, match="Did you mean 'fpr95'"):
         table().table(["fpr90"])
 
@@ -206,7 +237,9 @@ def test_metrics_of_another_version_are_shown_by_name() -> None:
 
 
 def test_title_counts_what_was_left_out() -> None:
-    rows = ResultTable((replace(ROW, n_unlabelled=3, n_unusable=2), replace(ROW, method="b", n=90, n_unusable=12)))
+    rows = ResultTable(
+        (replace(ROW, n_unlabelled=3, n_unusable=2), replace(ROW, method="b", n=90, n_unusable=12))
+    )
     assert str(rows).splitlines()[0] == (
         "pets test: 100/90 answers, 40 wrong, accuracy 60.0 %, 3/0 unlabelled left out, 2/12 without a score left out"
     )
@@ -226,13 +259,17 @@ def test_mean_over_seeds() -> None:
     assert row.interval == "mean of 2 seeds, one standard deviation"
     assert row.seed is None
     assert row.n == 100
-    assert mean.filter(method="mcm").rows == table().filter(method="mcm").rows  # one seed stays as it is
+    assert (
+        mean.filter(method="mcm").rows == table().filter(method="mcm").rows
+    )  # one seed stays as it is
     assert "in brackets: mean of 2 seeds, one standard deviation" in str(mean)
 
 
 def test_a_row_that_is_there_twice_is_one_seed() -> None:
     assert (table() + table()).mean_over_seeds() == table().mean_over_seeds()
-    without = ResultTable(tuple(replace(row, ci_low=None, ci_high=None, interval=None) for row in table()))
+    without = ResultTable(
+        tuple(replace(row, ci_low=None, ci_high=None, interval=None) for row in table())
+    )
     assert (table() + without).mean_over_seeds() == table().mean_over_seeds()
 
 

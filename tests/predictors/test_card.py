@@ -29,7 +29,9 @@ def parts(card: str) -> tuple[dict[str, object], str]:
 
 def test_facts_are_those_of_the_fit(tmp_path: Path) -> None:
     data = toy_embeddings(200)
-    space = EmbeddingSpace(16, 20.0, 0.5, "hf:openai/clip-vit-base-patch32", "ab" * 32, "224 px", "BPE", "bf16")
+    space = EmbeddingSpace(
+        16, 20.0, 0.5, "hf:openai/clip-vit-base-patch32", "ab" * 32, "224 px", "BPE", "bf16"
+    )
     predictor = LVU(epochs=1, hidden=(4,), seed=7).fit(variant(data, space=space))
     fingerprint = predictor.save(tmp_path)
     header, body = parts((tmp_path / "README.md").read_text())
@@ -38,9 +40,20 @@ def test_facts_are_those_of_the_fit(tmp_path: Path) -> None:
     assert {"failure-prediction", "lvu"} <= set(header["tags"])
     wrong = int(((data.image @ data.text.T).argmax(dim=1) != data.target).sum())
     assert 0 < wrong < 200
-    for fact in ("training rows: `200`", f"failures among them: `{wrong}`", f"these rows: {wrong / 200:.2%}"):
+    for fact in (
+        "training rows: `200`",
+        f"failures among them: `{wrong}`",
+        f"these rows: {wrong / 200:.2%}",
+    ):
         assert fact in body
-    for fact in ("seed: `7`", "`hidden`: `[4]`", "logit scale: `20.0`", "logit bias: `0.5`", f"`{'ab' * 32}`", "BPE"):
+    for fact in (
+        "seed: `7`",
+        "`hidden`: `[4]`",
+        "logit scale: `20.0`",
+        "logit bias: `0.5`",
+        f"`{'ab' * 32}`",
+        "BPE",
+    ):
         assert fact in body
     assert "Corbière et al., NeurIPS 2019" in body
     assert "--precision bf16" in body
@@ -55,7 +68,9 @@ def test_names_stay_names(tmp_path: Path) -> None:
     assert "base_model" not in header
     assert not re.search(r"^\s*# owned", body, re.MULTILINE)
     assert "\x1b" not in body
-    outside = re.sub(r"(`+)(?!`).*?(?<!`)\1(?!`)", "", re.sub(r"^```bash\n.*?^```$", "", body, flags=re.M | re.S))
+    outside = re.sub(
+        r"(`+)(?!`).*?(?<!`)\1(?!`)", "", re.sub(r"^```bash\n.*?^```$", "", body, flags=re.M | re.S)
+    )
     assert "script" in body
     assert "script" not in outside
 
@@ -96,7 +111,13 @@ def test_a_guarantee_is_told_once_it_is_there_and_not_of_another_fit(tmp_path: P
     data = toy_embeddings(60)
     MCM().fit(data).save(tmp_path)
     assert "none: `vilu calibrate` was not run" in (tmp_path / "README.md").read_text()
-    risk = {"kind": "risk", "promise": "at most 5 % are wrong", "n": 60, "dataset": "shots`", "rule": {"a": 1}}
+    risk = {
+        "kind": "risk",
+        "promise": "at most 5 % are wrong",
+        "n": 60,
+        "dataset": "shots`",
+        "rule": {"a": 1},
+    }
     write_json(tmp_path / "risk.json", risk)
     storage.write_card(tmp_path)
     card = (tmp_path / "README.md").read_text()
@@ -133,7 +154,13 @@ def test_pools_and_a_missing_space() -> None:
         needs_fit=True,
         columns_to_score=("features",),
     )
-    record = {"vilu": "0", "method": "m", "parameters": {}, "space": None, "notes": {"pool_size": 256}}
+    record = {
+        "vilu": "0",
+        "method": "m",
+        "parameters": {},
+        "space": None,
+        "notes": {"pool_size": 256},
+    }
     card = model_card(record, method)
     assert "chose from): `256`" in card
     assert "--pool-size 256" in card
@@ -141,4 +168,6 @@ def test_pools_and_a_missing_space() -> None:
     assert "it is no probability" in card
     assert "bare arrays" in card
     space = dataclasses.asdict(EmbeddingSpace(4, 1.0, backbone="a b; rm -rf ~"))
-    assert "--backbone 'a b; rm -rf ~' --features\n" in model_card({**record, "space": space}, method)
+    assert "--backbone 'a b; rm -rf ~' --features\n" in model_card(
+        {**record, "space": space}, method
+    )

@@ -56,7 +56,9 @@ CASES = {
 """Predictor and data of a training run."""
 
 
-def interrupted(predictor: HeadPredictor, data: object, folder: Path, steps: int, every: float = 0) -> None:
+def interrupted(
+    predictor: HeadPredictor, data: object, folder: Path, steps: int, every: float = 0
+) -> None:
     with suppress(Stop), reporting(Brake(steps, stop)), checkpointing(folder, every):
         predictor.fit(data)
         pytest.fail("it was to be stopped")
@@ -72,7 +74,9 @@ def assert_same(one: HeadPredictor, other: HeadPredictor) -> None:
 @pytest.mark.parametrize("every", [0, 60])  # after every step, or only at the end of epochs
 @pytest.mark.parametrize("steps", [0, 4, 7, 13])
 @pytest.mark.parametrize("case", ["classes", "pools", "dropout"])
-def test_a_resumed_run_ends_with_the_same_bits(case: str, steps: int, every: float, tmp_path: Path) -> None:
+def test_a_resumed_run_ends_with_the_same_bits(
+    case: str, steps: int, every: float, tmp_path: Path
+) -> None:
     make, data = CASES[case][0], CASES[case][1]()
     steps = min(steps, 10) if case == "pools" else steps
     interrupted(make(), data, tmp_path, steps, every)
@@ -95,7 +99,9 @@ def test_resuming_twice_and_after_the_end(case: str, tmp_path: Path) -> None:
 
 def test_members_of_an_ensemble_are_runs_of_their_own(tmp_path: Path) -> None:
     data, values = toy_embeddings(n=330), {**QUICK, "members": 3}
-    interrupted(DeepEnsemble(**values), data, tmp_path, STEPS * 3 - 1)  # a reporter counts each member's steps
+    interrupted(
+        DeepEnsemble(**values), data, tmp_path, STEPS * 3 - 1
+    )  # a reporter counts each member's steps
     with checkpointing(tmp_path, resume=True) as session:
         again = DeepEnsemble(**values).fit(data)
         assert [path.name for path in session.runs()] == ["run_0", "run_1", "run_2"]
@@ -105,10 +111,27 @@ def test_members_of_an_ensemble_are_runs_of_their_own(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     """SIGKILL between steps, and between the syncs of a checkpoint: tensors (0, 1) and record (2, 3), 18 of them."""
-    points = ["step-0", "step-8", "step-14", "sync-0", "sync-1", "sync-2", "sync-3", "sync-4", "sync-26", "sync-31"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    points = [
+        "step-0",
+        "step-8",
+        "step-14",
+        "sync-0",
+        "sync-1",
+        "sync-2",
+        "sync-3",
+        "sync-4",
+        "sync-26",
+        "sync-31",
+    ]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
     command = [sys.executable, "-m", "tests.e2e.train_killer", str(tmp_path), *points]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     data = toy_embeddings(n=330)
     undisturbed = MCDropout(**QUICK).fit(data)
@@ -135,8 +158,13 @@ def newest(folder: Path) -> Path:
 def test_two_are_kept_and_none_is_half_written(stopped: Path) -> None:
     names = sorted(path.name for path in (stopped / "run_0").iterdir())
     assert names == [f"0000000{n}.{kind}" for n in (8, 9) for kind in ("json", "safetensors")]
-    positions = [read_checked(path)[0]["position"] for path in sorted((stopped / "run_0").glob("*.json"))]
-    assert [(p["epoch"], p["step"]) for p in positions] == [(1, 2), (1, 3)]  # the 6th was at the end of the epoch
+    positions = [
+        read_checked(path)[0]["position"] for path in sorted((stopped / "run_0").glob("*.json"))
+    ]
+    assert [(p["epoch"], p["step"]) for p in positions] == [
+        (1, 2),
+        (1, 3),
+    ]  # the 6th was at the end of the epoch
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "no tensors", "no json", "other json", "record"])
@@ -159,7 +187,10 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage: str, stopped: 
         changed["position"]["step"] = 1
         record.write_text(json.dumps(changed))
     make, data = CASES["classes"][0], toy_embeddings(n=330)
-    with pytest.warns(UserWarning, match="a checkpoint is left out: .*00000009"), checkpointing(stopped, resume=True):
+    with (
+        pytest.warns(UserWarning, match="a checkpoint is left out: .*00000009"),
+        checkpointing(stopped, resume=True),
+    ):
         again = make().fit(data)
     assert_same(again, make().fit(data))
 
@@ -184,16 +215,26 @@ def relabelled():
 @pytest.mark.parametrize(
     ("predictor", "data", "names"),
     [
-        (ViLU(**QUICK, learning_rate=0.02), toy_embeddings(n=330), "learning_rate: 0.03 there, 0.02 here"),
+        (
+            ViLU(**QUICK, learning_rate=0.02),
+            toy_embeddings(n=330),
+            "learning_rate: 0.03 there, 0.02 here",
+        ),
         (ViLU(**QUICK, seed=1), toy_embeddings(n=330), "seed: 0 there, 1 here.*; training rows"),
-        (MCDropout(**QUICK), toy_embeddings(n=330), "dropout: None there, 0.1 here; method: 'vilu' there"),
+        (
+            MCDropout(**QUICK),
+            toy_embeddings(n=330),
+            "dropout: None there, 0.1 here; method: 'vilu' there",
+        ),
         (ViLU(**QUICK), toy_embeddings(n=331), "training rows"),
         (ViLU(**QUICK), toy_embeddings(n=330, seed=1), "training rows"),
         (ViLU(**QUICK), toy_embeddings(n=330, scale=21.0), "training rows"),
         (ViLU(**QUICK), relabelled(), "training rows"),
     ],
 )
-def test_a_checkpoint_of_something_else_is_refused(predictor, data, names: str, stopped: Path) -> None:
+def test_a_checkpoint_of_something_else_is_refused(
+    predictor, data, names: str, stopped: Path
+) -> None:
     with (
         pytest.raises(ProvenanceError, match=f"of another training run; .*{names}"),
         checkpointing(stopped, resume=True),
@@ -202,7 +243,9 @@ def test_a_checkpoint_of_something_else_is_refused(predictor, data, names: str, 
 
 
 @pytest.mark.parametrize("case", ["classes", "pools"])
-def test_a_checkpoint_of_other_texts_is_refused_and_one_of_earlier_code_goes_on(case: str, tmp_path: Path) -> None:
+def test_a_checkpoint_of_other_texts_is_refused_and_one_of_earlier_code_goes_on(
+    case: str, tmp_path: Path
+) -> None:
     """Texts so near that every answer stays as it is; earlier code did not write which they were."""
     make, data, other = CASES[case][0], CASES[case][1](), CASES[case][1]()
     other.text = torch.nn.functional.normalize(other.text + 1e-5 * torch.eye(16)[3], dim=1)
@@ -222,15 +265,25 @@ def test_another_validation_set_and_another_device_name(stopped: Path, tmp_path:
     with checkpointing(stopped, resume=True):
         ViLU(**QUICK | {"device": "auto"}).fit(toy_embeddings(n=330))
     validation = toy_embeddings(n=100, seed=3, ids_from=5000)
-    with pytest.raises(ProvenanceError, match="validation rows"), checkpointing(stopped, resume=True):
+    with (
+        pytest.raises(ProvenanceError, match="validation rows"),
+        checkpointing(stopped, resume=True),
+    ):
         ViLU(**QUICK).fit(toy_embeddings(n=330), validation)
 
 
 def test_a_folder_in_use_or_used_before_is_refused(stopped: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="holds checkpoints of an earlier run"), checkpointing(stopped):
+    with (
+        pytest.raises(UsageError, match="holds checkpoints of an earlier run"),
+        checkpointing(stopped),
+    ):
         pass
     lock = FileLock(tmp_path / ".lock")
-    with lock, pytest.raises(BusyError, match="another process is training"), checkpointing(tmp_path, resume=True):
+    with (
+        lock,
+        pytest.raises(BusyError, match="another process is training"),
+        checkpointing(tmp_path, resume=True),
+    ):
         pass
     with pytest.raises(UsageError, match="must not be negative"), checkpointing(tmp_path, -1.0):
         pass
@@ -255,11 +308,15 @@ def small_trainer() -> HeadTrainer:
     torch.manual_seed(0)
     config = TrainConfig(1, 64, 0.03, 0.9, 2e-3, 1.0, 1, None, "fp32", 0, torch.device("cpu"))
     return HeadTrainer(
-        ViLU(hidden=(4,)).module({}, EmbeddingSpace(16, 20.0)), lambda batch, logit: logit.mean(), config
+        ViLU(hidden=(4,)).module({}, EmbeddingSpace(16, 20.0)),
+        lambda batch, logit: logit.mean(),
+        config,
     )
 
 
-@pytest.mark.parametrize("broken", ["missing", "shape", "dtype", "momentum", "epoch", "history", "nan"])
+@pytest.mark.parametrize(
+    "broken", ["missing", "shape", "dtype", "momentum", "epoch", "history", "nan"]
+)
 def test_tensors_that_do_not_fit_are_refused(broken: str, tmp_path: Path) -> None:
     """Whole files of the same run, of another version of the code."""
     trainer = small_trainer()

@@ -20,7 +20,9 @@ def checkpoint(path: Path, file: str, prefix: str) -> np.lib.npyio.NpzFile:
     """A checkpoint in the shape of a released one, numpy scalars included."""
     z = np.load(DATA / f"vilu_head_{file}.npz")
     state = {
-        key.removeprefix(f"{prefix}/param/"): torch.tensor(z[key]) for key in z if key.startswith(f"{prefix}/param/")
+        key.removeprefix(f"{prefix}/param/"): torch.tensor(z[key])
+        for key in z
+        if key.startswith(f"{prefix}/param/")
     }
     state["iteration_count"] = torch.tensor(1000)
     torch.save({"epoch": 3, "train_meter": {"auc": np.float64(0.9)}, "state_dict": state}, path)
@@ -39,7 +41,8 @@ def test_logits_are_reproduced(file: str, prefix: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(predictor.predict_uncertainty(data), expected, atol=2.5e-6)
     predictor.save(tmp_path / "predictor")
     assert np.array_equal(
-        vilu.load(tmp_path / "predictor").predict_uncertainty(data), predictor.predict_uncertainty(data)
+        vilu.load(tmp_path / "predictor").predict_uncertainty(data),
+        predictor.predict_uncertainty(data),
     )
 
 
@@ -48,7 +51,11 @@ def test_kind_of_head_is_read_off_the_weights(tmp_path: Path) -> None:
     assert vilu.convert_official(tmp_path / "a.ckpt").name == "lvu"
     checkpoint(tmp_path / "b.ckpt", "d24", "attention1_caption0")
     converted = vilu.convert_official(tmp_path / "b.ckpt")
-    assert (converted.attention, converted.predicted_caption, converted.hidden) == ("official", False, (16, 8))
+    assert (converted.attention, converted.predicted_caption, converted.hidden) == (
+        "official",
+        False,
+        (16, 8),
+    )
 
 
 def test_projections_that_were_frozen_become_the_identity(tmp_path: Path) -> None:
@@ -83,7 +90,9 @@ def test_a_malicious_pickle_is_refused_and_not_run(tmp_path: Path, wrap: str) ->
         torch.save(content, path)
     else:
         path.write_bytes(pickle.dumps(content, protocol=2))
-    with pytest.raises(DataError, match=r"refused, nothing in it was executed: it asks for .*tensors alone") as refused:
+    with pytest.raises(
+        DataError, match=r"refused, nothing in it was executed: it asks for .*tensors alone"
+    ) as refused:
         vilu.convert_official(path)
     assert "weights_only" not in str(refused.value)  # torch's advice on how to have it executed
     assert "load" not in str(refused.value)
@@ -100,7 +109,11 @@ def test_a_malicious_pickle_is_refused_and_not_run(tmp_path: Path, wrap: str) ->
         ({"state_dict": 3}, "holds no state dict"),
         ([1, 2], "holds no state dict"),
         (
-            {"mlp.0.weight": torch.zeros(4, 7), "mlp.0.bias": torch.zeros(4), "in_proj_t.weight": torch.eye(3)},
+            {
+                "mlp.0.weight": torch.zeros(4, 7),
+                "mlp.0.bias": torch.zeros(4),
+                "in_proj_t.weight": torch.eye(3),
+            },
             "width 7",
         ),
     ],
@@ -124,7 +137,11 @@ def test_a_released_checkpoint(shared: Path) -> None:
     """Visual-only, D = 512, hidden (512, 256, 128); its logits equal a plain evaluation of its layers."""
     path = shared / "golden" / "lvu_cifar10.ckpt"
     predictor = vilu.convert_official(path)
-    assert (predictor.name, predictor.hidden, predictor.space_.embed_dim) == ("lvu", (512, 256, 128), 512)
+    assert (predictor.name, predictor.hidden, predictor.space_.embed_dim) == (
+        "lvu",
+        (512, 256, 128),
+        512,
+    )
     scalar = np.float64(0).__reduce__()[0]
     with torch.serialization.safe_globals(
         [(scalar, "numpy._core.multiarray.scalar"), np.dtype, np.dtypes.Float64DType]
@@ -134,7 +151,10 @@ def test_a_released_checkpoint(shared: Path) -> None:
     image = torch.nn.functional.normalize(torch.randn(32, 512, generator=generator), dim=1)
     hidden = image.double()
     for layer in (0, 2, 4, 6):
-        hidden = hidden @ weights[f"mlp.{layer}.weight"].double().T + weights[f"mlp.{layer}.bias"].double()
+        hidden = (
+            hidden @ weights[f"mlp.{layer}.weight"].double().T
+            + weights[f"mlp.{layer}.bias"].double()
+        )
         hidden = hidden.relu() if layer < 6 else hidden
     expected = torch.sigmoid(-hidden.squeeze(1)).numpy()
     found = predictor.predict_uncertainty(Embeddings(image, image[:3], None))

@@ -17,12 +17,25 @@ from hypothesis import strategies as st
 
 from tests.e2e import ddp_worker
 from vilu.errors import UsageError
-from vilu.predictors.nn.processes import VARIABLES, Group, World, current_world, read_environment, world
+from vilu.predictors.nn.processes import (
+    VARIABLES,
+    Group,
+    World,
+    current_world,
+    read_environment,
+    world,
+)
 from vilu.predictors.nn.train import require_shares
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = "tests.e2e.ddp_worker"
-COMPLETE = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+COMPLETE = {
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "1",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
+}
 
 
 def free_port() -> int:
@@ -42,7 +55,13 @@ def by_hand(folder: Path) -> None:
     started = [
         subprocess.Popen(
             [sys.executable, "-m", WORKER, str(folder)],
-            env=environment(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port),
+            env=environment(
+                RANK=rank,
+                LOCAL_RANK=rank,
+                WORLD_SIZE="2",
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=port,
+            ),
             cwd=ROOT,
             stderr=subprocess.PIPE,
             text=True,
@@ -55,9 +74,24 @@ def by_hand(folder: Path) -> None:
 
 def by_torchrun(folder: Path) -> None:
     """Four processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "-m", WORKER]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "4",
+        "-m",
+        WORKER,
+    ]
     done = subprocess.run(
-        [*command, str(folder)], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+        [*command, str(folder)],
+        env=environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
 
@@ -65,7 +99,9 @@ def by_torchrun(folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:only .* among")
 @pytest.mark.parametrize(("size", "start"), [(2, by_hand), (4, by_torchrun)])
-def test_the_number_of_processes_does_not_matter(size: int, start: Callable[[Path], None], tmp_path: Path) -> None:
+def test_the_number_of_processes_does_not_matter(
+    size: int, start: Callable[[Path], None], tmp_path: Path
+) -> None:
     """1 x 64 = 2 x 32 = 4 x 16: a few float32 roundings of weights near one, over a dozen steps.
 
     A group that was stopped and resumed ends with the very bits of one that was not.
@@ -79,7 +115,9 @@ def test_the_number_of_processes_does_not_matter(size: int, start: Callable[[Pat
         assert found.keys() == alone.keys()
         for key in found:
             np.testing.assert_allclose(found[key], alone[key], rtol=1e-6, atol=1e-6, err_msg=key)
-            assert np.array_equal(found[key], ranks[0][key]), key  # all processes hold the same bits
+            assert np.array_equal(found[key], ranks[0][key]), (
+                key
+            )  # all processes hold the same bits
             assert np.array_equal(found[key], found[key.replace("resumed/", "classes/")]), key
 
 
@@ -127,7 +165,9 @@ def test_shares_are_all_rows_once_and_as_equal_as_can_be(n_rows: int, size: int)
         ({"RANK": "0"}, "LOCAL_RANK=1 not above RANK"),
     ],
 )
-def test_variables_that_contradict_each_other_are_refused(changes: dict[str, str | None], message: str) -> None:
+def test_variables_that_contradict_each_other_are_refused(
+    changes: dict[str, str | None], message: str
+) -> None:
     given_ = {name: value for name, value in {**COMPLETE, **changes}.items() if value is not None}
     with pytest.raises(UsageError, match=message):
         read_environment(given_)

@@ -82,11 +82,16 @@ def test_rows_of_both_fits_are_remembered(few, tmp_path) -> None:
 
 def test_other_methods_architectures_and_spaces_are_refused(few) -> None:
     first = fitted()
-    with pytest.raises(UsageError, match="vilu_plus does not begin from another fit; methods with a failure head do"):
+    with pytest.raises(
+        UsageError,
+        match="vilu_plus does not begin from another fit; methods with a failure head do",
+    ):
         initialise(PREDICTORS["vilu_plus"], first)
     with pytest.raises(ProvenanceError, match=r"a lvu begins from a fitted lvu\. Got a vilu"):
         initialise(PREDICTORS["lvu"], first)
-    with pytest.raises(ProvenanceError, match=r"a vilu begins from a fitted vilu\. Got a mc_dropout"):
+    with pytest.raises(
+        ProvenanceError, match=r"a vilu begins from a fitted vilu\. Got a mc_dropout"
+    ):
         initialise(PREDICTORS["vilu"], fitted("mc_dropout"))
     for values in ({"hidden": "8,8"}, {"attention": "paper"}, {"mcm_input": True}):
         with pytest.raises(ProvenanceError, match="another architecture"):
@@ -98,7 +103,9 @@ def test_other_methods_architectures_and_spaces_are_refused(few) -> None:
     with pytest.raises(NotFittedError):
         initialise(PREDICTORS["vilu"], PREDICTORS["vilu"]())
     with pytest.raises(ProvenanceError, match="logit_scale"):
-        initialise(PREDICTORS["vilu"], first).fit(toy_embeddings(n=60, seed=4, ids_from=5000, scale=30.0))
+        initialise(PREDICTORS["vilu"], first).fit(
+            toy_embeddings(n=60, seed=4, ids_from=5000, scale=30.0)
+        )
 
 
 def test_a_constant_is_no_start() -> None:
@@ -142,7 +149,9 @@ def test_a_class_with_fewer_rows_gives_all_it_has() -> None:
     data = toy_embeddings(n=40)
     data.target[:] = torch.arange(40) % 3  # none of 3 and 4
     data.target[39] = 3  # class 0 had 14, class 1 and 2 have 13
-    with pytest.warns(UserWarning, match=r"2 of 5 classes have fewer than 13 labelled rows \(the fewest: 0\)"):
+    with pytest.warns(
+        UserWarning, match=r"2 of 5 classes have fewer than 13 labelled rows \(the fewest: 0\)"
+    ):
         rows = shots(data, 13)
     assert data.target[rows].bincount(minlength=5).tolist() == [13, 13, 13, 1, 0]
     assert 39 in rows.tolist()

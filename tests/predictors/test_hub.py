@@ -32,7 +32,9 @@ WAITING = 120
 def run(*args: object, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "vilu.cli", *map(str, args)]
     environment = {**os.environ, **environment}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=WAITING, env=environment)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=WAITING, env=environment
+    )
     assert done.returncode == 0, done.stderr
     return done
 
@@ -64,7 +66,11 @@ def client(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[st
     """What tells the hub's client, in this process and in others, of this hub and of a cache of its own."""
     from huggingface_hub import constants
 
-    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
+    settings = {
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+        "HF_HUB_DISABLE_XET": "1",
+    }
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", settings["HF_HUB_CACHE"])
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
@@ -75,27 +81,44 @@ def client(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[st
 
 
 def test_a_predictor_goes_up_and_comes_down(
-    hub: Hub, client: dict[str, str], predictor: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hub: Hub,
+    client: dict[str, str],
+    predictor: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from huggingface_hub import constants
 
-    calibrate_predictor(predictor, toy_embeddings(200, seed=2, ids_from=10_000), Target(max_risk=0.9))
+    calibrate_predictor(
+        predictor, toy_embeddings(200, seed=2, ids_from=10_000), Target(max_risk=0.9)
+    )
     hub.create("lab/knn")
-    hub.commit("lab/knn", "main", {"notes.txt": b"kept", "calibration.parquet": b"of an earlier one", "evil.pkl": b"."})
+    hub.commit(
+        "lab/knn",
+        "main",
+        {"notes.txt": b"kept", "calibration.parquet": b"of an earlier one", "evil.pkl": b"."},
+    )
     done = run("push", predictor, "lab/knn", "--private", HF_TOKEN=TOKEN, **client)
     sha, files = hub.find("lab/knn", "main")
     assert done.stdout.strip() == f"{hub.url}/lab/knn/commit/{sha}"
     made = hub.created[-1]
-    assert made["visibility"] == "private" if "visibility" in made else made["private"]  # as new or old clients say it
+    assert (
+        made["visibility"] == "private" if "visibility" in made else made["private"]
+    )  # as new or old clients say it
     calibrated = OURS | {"risk.json", "calibration.parquet"}
     assert set(files) == calibrated | {"notes.txt", "evil.pkl"}
     assert all(files[name] == (predictor / name).read_bytes() for name in OURS)
 
-    assert run("pull", "lab/knn", "-o", tmp_path / "here", **client).stdout.strip() == str(tmp_path / "here")
+    assert run("pull", "lab/knn", "-o", tmp_path / "here", **client).stdout.strip() == str(
+        tmp_path / "here"
+    )
     assert names(tmp_path / "here") == calibrated
     assert not [path for path in hub.requests if path.endswith(("evil.pkl", "notes.txt"))]
     data = toy_embeddings(30, seed=1)
-    both = [vilu.load(folder).predict_uncertainty(data).tolist() for folder in (predictor, tmp_path / "here")]
+    both = [
+        vilu.load(folder).predict_uncertainty(data).tolist()
+        for folder in (predictor, tmp_path / "here")
+    ]
     assert both[0] == both[1]
 
     hub.requests.clear()
@@ -139,7 +162,9 @@ def test_what_the_hub_refuses_or_should_not_have(
     assert names(tmp_path) <= {"predictor", "cache"}
 
 
-def test_a_folder_as_the_hub(predictor: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_as_the_hub(
+    predictor: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert push(predictor, "./hub/knn") == "hub/knn"
     assert names(tmp_path / "hub") == {"knn"}
@@ -179,7 +204,9 @@ def sealed(content: bytes, old: bytes, new: bytes) -> bytes:
         ("README.md", lambda _: b" " * 2**21, "2,097,152 bytes"),
     ],
 )  # fmt: skip
-def test_a_damaged_predictor_is_not_placed(name: str, change, message: str, predictor: Path, tmp_path: Path) -> None:
+def test_a_damaged_predictor_is_not_placed(
+    name: str, change, message: str, predictor: Path, tmp_path: Path
+) -> None:
     (predictor / name).write_bytes(change((predictor / name).read_bytes()))
     MCM().fit(toy_embeddings(20)).save(tmp_path / "here")
     with pytest.raises(DataError, match=f"{predictor / name}.*{message}"):
@@ -210,14 +237,18 @@ def test_a_failed_move_brings_the_old_one_back(
         return found
 
     monkeypatch.setattr(Path, "rename", move)
-    error, what = (KeyboardInterrupt, None) if interrupted else (vilu.errors.StorageError, "No space left")
+    error, what = (
+        (KeyboardInterrupt, None) if interrupted else (vilu.errors.StorageError, "No space left")
+    )
     with pytest.raises(error, match=what):
         pull(str(predictor), tmp_path / "here", overwrite=True)
     assert vilu.load(tmp_path / "here").name == ("knn_vote" if interrupted == 2 else "mcm")
     assert names(tmp_path) == {"predictor", "here"}
 
 
-def test_what_kills_left_of_a_copy_goes_with_the_next_one_that_ends_well(predictor: Path, tmp_path: Path) -> None:
+def test_what_kills_left_of_a_copy_goes_with_the_next_one_that_ends_well(
+    predictor: Path, tmp_path: Path
+) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     ours, others = (
@@ -241,7 +272,9 @@ def test_links_do_not_leave(predictor: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "hub").exists()
 
 
-@pytest.mark.parametrize("repository", ["knn", "", "a/b/c", "lab/", "-lab/knn", "lab/k n", "file://other/dir"])
+@pytest.mark.parametrize(
+    "repository", ["knn", "", "a/b/c", "lab/", "-lab/knn", "lab/k n", "file://other/dir"]
+)
 def test_what_is_no_repository(repository: str, predictor: Path, tmp_path: Path) -> None:
     for copy in (lambda: push(predictor, repository), lambda: pull(repository, tmp_path / "here")):
         with pytest.raises(UsageError, match=r"ORG/NAME|file:///"):
@@ -262,7 +295,9 @@ def test_the_commands(predictor: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["export", str(tmp_path / "mcm"), "-o", str(file), "--onnx"])
     assert (done.exit_code, done.stdout) == (0, f"{file}\n")
     assert file.stat().st_size > 1_000
-    refused = CliRunner().invoke(app, ["export", str(tmp_path / "mcm"), "-o", str(tmp_path / "head")])
+    refused = CliRunner().invoke(
+        app, ["export", str(tmp_path / "mcm"), "-o", str(tmp_path / "head")]
+    )
     assert "ends in .onnx, or --onnx" in str(refused.exception)
     copied = CliRunner().invoke(app, ["push", str(predictor), str(tmp_path / "hub")])
     assert copied.stdout == f"{tmp_path / 'hub'}\n"

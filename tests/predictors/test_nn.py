@@ -18,7 +18,13 @@ from vilu.embeddings.similarity import TILE_CELLS, ZeroShot, zero_shot
 from vilu.embeddings.source import Batch
 from vilu.errors import DataError, UsageError
 from vilu.predictors.nn.head import ATTENTION, FailureHead
-from vilu.predictors.nn.losses import FailureWeight, adaptive_weight, bce_loss, weighted_bce, weighted_mse
+from vilu.predictors.nn.losses import (
+    FailureWeight,
+    adaptive_weight,
+    bce_loss,
+    weighted_bce,
+    weighted_mse,
+)
 from vilu.predictors.nn.train import (
     Descent,
     HeadTrainer,
@@ -69,20 +75,34 @@ def test_attention_is_scaled_dot_product_attention(form: str, k: int) -> None:
     if form == "official":
         query, key, value, scale = module.image, module.text, module.text, 20.0
     else:
-        query, key, value, scale = module.query, module.key, module.value_projection, 1 / math.sqrt(16)
+        query, key, value, scale = (
+            module.query,
+            module.key,
+            module.value_projection,
+            1 / math.sqrt(16),
+        )
     text = batch.text
-    expected = functional.scaled_dot_product_attention(batch.image @ query.T, text @ key.T, text @ value.T, scale=scale)
+    expected = functional.scaled_dot_product_attention(
+        batch.image @ query.T, text @ key.T, text @ value.T, scale=scale
+    )
     # float32 sums of 16 products of order one, in another order.
-    assert torch.allclose(module(batch.image, text, batch.logit_scale, torch.eye(16)), expected, atol=2e-6)
+    assert torch.allclose(
+        module(batch.image, text, batch.logit_scale, torch.eye(16)), expected, atol=2e-6
+    )
 
 
 @pytest.mark.parametrize("k", [3, 200])
 @pytest.mark.parametrize("attention", ["official", "paper", None])
 @pytest.mark.parametrize("caption", [True, False])
 @pytest.mark.parametrize("mcm", [True, False])
-def test_head_is_the_mlp_of_the_concatenation(k: int, attention: str | None, caption: bool, mcm: bool) -> None:
+def test_head_is_the_mlp_of_the_concatenation(
+    k: int, attention: str | None, caption: bool, mcm: bool
+) -> None:
     """The reordered products give what the textbook form gives: concatenate, then Linear and ReLU."""
-    head, batch = make_head(attention=attention, predicted_caption=caption, mcm=mcm), first_batch(k=k)
+    head, batch = (
+        make_head(attention=attention, predicted_caption=caption, mcm=mcm),
+        first_batch(k=k),
+    )
     parts = [batch.image]
     if head.attention is not None:
         parts.append(head.attention(batch.image, batch.text, 20.0, torch.eye(16)))
@@ -91,9 +111,16 @@ def test_head_is_the_mlp_of_the_concatenation(k: int, attention: str | None, cap
     if mcm:
         parts.append(batch.logits.softmax(1).amax(1, keepdim=True))
     weight = torch.cat(
-        [head.first[part] for part in ("image", "attended", "caption", "mcm") if part in head.first], dim=1
+        [
+            head.first[part]
+            for part in ("image", "attended", "caption", "mcm")
+            if part in head.first
+        ],
+        dim=1,
     )
-    expected = head.rest(functional.linear(torch.cat(parts, dim=1), weight, head.first_bias)).squeeze(1)
+    expected = head.rest(
+        functional.linear(torch.cat(parts, dim=1), weight, head.first_bias)
+    ).squeeze(1)
     assert torch.allclose(head(batch), expected, atol=1e-5)
 
 
@@ -143,11 +170,15 @@ def test_adaptive_weight_is_finite_and_matches_the_formula_inside(rate: float) -
 @pytest.mark.parametrize("mode", FailureWeight.MODES)
 @pytest.mark.parametrize("failures", [0, 1, 7, 8])
 @pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
-def test_losses_and_gradients_are_finite_at_every_error_rate(mode: str, failures: int, rate: float) -> None:
+def test_losses_and_gradients_are_finite_at_every_error_rate(
+    mode: str, failures: int, rate: float
+) -> None:
     failure = (torch.arange(8) < failures).long()
     logit = torch.linspace(-30, 30, 8).requires_grad_()
     weight = FailureWeight(mode, rate)(failure)
-    loss = weighted_bce(logit, failure, weight) + weighted_mse(logit, torch.rand(8), failure, weight)
+    loss = weighted_bce(logit, failure, weight) + weighted_mse(
+        logit, torch.rand(8), failure, weight
+    )
     loss.backward()
     assert torch.isfinite(loss)
     assert torch.isfinite(logit.grad).all()
@@ -174,7 +205,9 @@ def test_weighted_bce_by_hand() -> None:
     logit, failure = torch.tensor([0.3, -1.2]), torch.tensor([1, 0])
     p = torch.sigmoid(logit)
     expected = -(2.0 * torch.log(p[0]) + torch.log(1 - p[1])) / 2
-    assert float(weighted_bce(logit, failure, torch.tensor(2.0))) == pytest.approx(float(expected), rel=1e-6)
+    assert float(weighted_bce(logit, failure, torch.tensor(2.0))) == pytest.approx(
+        float(expected), rel=1e-6
+    )
 
 
 def test_schedule_warms_up_and_ends_at_zero() -> None:
@@ -188,7 +221,9 @@ def test_schedule_warms_up_and_ends_at_zero() -> None:
 
 def trained(config: TrainConfig, head: FailureHead, data=None) -> FailureHead:
     data = data or toy_embeddings()
-    HeadTrainer(head, bce_loss(FailureWeight("batch", 0.3)), config).run(Rows(data, torch.arange(len(data))), None)
+    HeadTrainer(head, bce_loss(FailureWeight("batch", 0.3)), config).run(
+        Rows(data, torch.arange(len(data))), None
+    )
     return head
 
 
@@ -202,7 +237,9 @@ def test_a_frozen_attention_does_not_move_at_all() -> None:
 
 @pytest.mark.parametrize("doubled", [False, True])
 @pytest.mark.parametrize("momentum", [0.9, 0.0])
-def test_a_matrix_of_texts_that_stay_moves_as_by_its_own_gradient(momentum: float, doubled: bool) -> None:
+def test_a_matrix_of_texts_that_stay_moves_as_by_its_own_gradient(
+    momentum: float, doubled: bool
+) -> None:
     """Over two epochs, against steps on all of the matrix; also where one text stands twice."""
     generator = torch.Generator().manual_seed(0)
     text, goal = (torch.randn(4, 7, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -229,7 +266,10 @@ def test_a_matrix_of_texts_that_stay_moves_as_by_its_own_gradient(momentum: floa
 
 def test_what_matrices_make_of_texts_is_trained_where_no_attention_is_made_in_tiles() -> None:
     trainer = HeadTrainer(make_head(), bce_loss(FailureWeight("batch", 0.3)), CONFIG)
-    for size, n_made in ((50, 2), (TILE_CELLS, 0)):  # of larger batches the weights would all be there together
+    for size, n_made in (
+        (50, 2),
+        (TILE_CELLS, 0),
+    ):  # of larger batches the weights would all be there together
         trainer.begin_steps(Rows(toy_embeddings(), torch.arange(600)), size)
         assert len(trainer.head.made) == n_made
 
@@ -259,14 +299,23 @@ def test_the_default_freeze_is_an_epoch_or_a_thousand_steps_within_half_of_the_r
 @pytest.mark.parametrize(
     ("n_rows", "batch", "epochs"),
     # 300 epochs at most, 1,400 steps twice, 35 epochs, 6,000 steps, ten epochs at least
-    [(50, 32, 300), (640, 32, 70), (1_287, 32, 35), (10_000, 128, 35), (50_000, 128, 16), (1_000_000, 128, 10)],
+    [
+        (50, 32, 300),
+        (640, 32, 70),
+        (1_287, 32, 35),
+        (10_000, 128, 35),
+        (50_000, 128, 16),
+        (1_000_000, 128, 10),
+    ],
 )
 def test_default_lengths(n_rows: int, batch: int, epochs: int) -> None:
     assert default_batch(n_rows) == batch
     assert default_epochs(math.ceil(n_rows / batch)) == epochs
 
 
-@pytest.mark.parametrize(("steps", "epochs"), [(1, 300), (10, 30), (15, 20), (98, 20), (196, 11), (781, 10)])
+@pytest.mark.parametrize(
+    ("steps", "epochs"), [(1, 300), (10, 30), (15, 20), (98, 20), (196, 11), (781, 10)]
+)
 def test_many_rows_need_fewer_epochs(steps: int, epochs: int) -> None:
     """At least 300 steps and at most 2,000, but 20 epochs of few rows and 10 of many."""
     assert few_epochs(steps) == epochs
@@ -275,7 +324,10 @@ def test_many_rows_need_fewer_epochs(steps: int, epochs: int) -> None:
 @pytest.mark.slow
 def test_a_small_set_is_trained_in_small_steps() -> None:
     """600 rows: steps of 32, for 1,400 steps."""
-    rows, config = Rows(toy_embeddings(), torch.arange(600)), dataclasses.replace(CONFIG, epochs=None, batch_size=None)
+    rows, config = (
+        Rows(toy_embeddings(), torch.arange(600)),
+        dataclasses.replace(CONFIG, epochs=None, batch_size=None),
+    )
     steps = []
     weight = FailureWeight("batch", 0.3)
 
@@ -312,7 +364,9 @@ def test_selection_keeps_the_best_epoch_and_patience_stops() -> None:
 
 
 @pytest.mark.parametrize("epochs", [1, 3])
-def test_answers_of_fixed_classes_are_computed_once_a_fit(monkeypatch: pytest.MonkeyPatch, epochs: int) -> None:
+def test_answers_of_fixed_classes_are_computed_once_a_fit(
+    monkeypatch: pytest.MonkeyPatch, epochs: int
+) -> None:
     computed = []
 
     def counted(image: torch.Tensor, *rest: object) -> ZeroShot:
@@ -323,7 +377,9 @@ def test_answers_of_fixed_classes_are_computed_once_a_fit(monkeypatch: pytest.Mo
     data, validation = toy_embeddings(), toy_embeddings(seed=5, n=200)
     chosen = torch.arange(400).flip(0)
     trainer = HeadTrainer(
-        make_head(mcm=True), bce_loss(FailureWeight("batch", 0.3)), dataclasses.replace(CONFIG, epochs=epochs)
+        make_head(mcm=True),
+        bce_loss(FailureWeight("batch", 0.3)),
+        dataclasses.replace(CONFIG, epochs=epochs),
     )
     trainer.run(Rows(data, chosen), Rows(validation, torch.arange(200)))
     assert computed == [400, 200]
@@ -333,29 +389,43 @@ def test_answers_computed_once_are_those_of_the_rows() -> None:
     data, device = toy_embeddings(), torch.device("cpu")
     rows = Rows(data, torch.arange(500, 20, -3)).answered(device)
     for batch in rows.steps(32, torch.Generator().manual_seed(0)):
-        known, again = batch.rows(slice(3, 9)).to(device).zero_shot, data.steps(6, rows=batch.index[3:9])
+        known, again = (
+            batch.rows(slice(3, 9)).to(device).zero_shot,
+            data.steps(6, rows=batch.index[3:9]),
+        )
         for ours, fresh in zip(known, next(again).zero_shot, strict=True):
-            assert torch.allclose(ours, fresh, atol=1e-5)  # float32 sums of 16 products up to 20, in another block
-    assert Rows(toy_pairs(), torch.arange(64)).answered(device).answers is None  # another pool, another answer
+            assert torch.allclose(
+                ours, fresh, atol=1e-5
+            )  # float32 sums of 16 products up to 20, in another block
+    assert (
+        Rows(toy_pairs(), torch.arange(64)).answered(device).answers is None
+    )  # another pool, another answer
 
 
 def test_standard_error_of_an_auroc() -> None:
     """Against a simulation: binormal scores whose AUROC is 0.8, with 40 failures and 60 successes."""
     rng, shift = np.random.default_rng(0), math.sqrt(2) * 0.8416212
     failure = np.repeat([1, 0], [40, 60])
-    draws = [vilu.metrics.auroc(rng.normal(size=100) + shift * failure, failure) for _ in range(2000)]
-    # 2,000 draws know a standard deviation to 1.6 per cent; the formula's exponential model is good to about ten.
+    draws = [
+        vilu.metrics.auroc(rng.normal(size=100) + shift * failure, failure) for _ in range(2000)
+    ]
+    # 2,000 draws know a standard deviation to 1.6 per cent; the formula's exponential model is good
+    # to about ten.
     assert auroc_standard_error(0.8, 40, 60) == pytest.approx(np.std(draws), rel=0.12)
     assert auroc_standard_error(1.0, 5, 5) == 0
 
 
 def test_bf16_trains_to_about_the_same_scores() -> None:
-    full, half = trained(CONFIG, make_head()), trained(dataclasses.replace(CONFIG, precision="bf16"), make_head())
+    full, half = (
+        trained(CONFIG, make_head()),
+        trained(dataclasses.replace(CONFIG, precision="bf16"), make_head()),
+    )
     batch = first_batch(200, seed=3)
     a, b = full(batch).detach(), half(batch).detach()
     assert a.dtype == b.dtype == torch.float32
     assert not torch.equal(a, b)
-    # bfloat16 keeps 8 bits, 0.4 % a product; over 36 steps the largest logits drift apart by a few of that.
+    # bfloat16 keeps 8 bits, 0.4 % a product; over 36 steps the largest logits drift apart by a few
+    # of that.
     assert (a - b).abs().max() < 0.1 * a.abs().max()
     assert np.corrcoef(a, b)[0, 1] > 0.999
 
@@ -364,10 +434,18 @@ def test_bf16_trains_to_about_the_same_scores() -> None:
     ("has", "precision", "said"), [("AVX2", "bf16", 1), ("AVX512", "bf16", 0), ("AVX2", "fp32", 0)]
 )
 def test_bf16_that_the_processor_has_not_is_said(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, has: str, precision: str, said: int
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    has: str,
+    precision: str,
+    said: int,
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: has)
-    HeadTrainer(make_head(), bce_loss(FailureWeight("batch", 0.5)), dataclasses.replace(CONFIG, precision=precision))
+    HeadTrainer(
+        make_head(),
+        bce_loss(FailureWeight("batch", 0.5)),
+        dataclasses.replace(CONFIG, precision=precision),
+    )
     assert [record.message.count("bfloat16") for record in caplog.records] == [1] * said
 
 

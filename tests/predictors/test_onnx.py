@@ -43,15 +43,23 @@ PREDICTORS = {
 def answers(path: Path, data: Embeddings, n: int) -> tuple[np.ndarray, np.ndarray]:
     """What onnxruntime makes of the first rows."""
     session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
-    every = {"image": data.image, "text": data.text, "features": data.column("features", torch.arange(len(data)))}
+    every = {
+        "image": data.image,
+        "text": data.text,
+        "features": data.column("features", torch.arange(len(data))),
+    }
     feed = {entry.name: every[entry.name].numpy() for entry in session.get_inputs()}
     assert [entry.shape[1:] for entry in session.get_inputs()][:2] == [[16], [16]]
-    return session.run(["uncertainty", "prediction"], {k: v if k == "text" else v[:n] for k, v in feed.items()})
+    return session.run(
+        ["uncertainty", "prediction"], {k: v if k == "text" else v[:n] for k, v in feed.items()}
+    )
 
 
 def candidates(data: Embeddings) -> dict[str, torch.Tensor]:
     """Other texts for the same images: in another order, fewer, foreign, many, twice the same."""
-    foreign = torch.nn.functional.normalize(torch.randn(700, 16, generator=torch.Generator().manual_seed(3)), dim=1)
+    foreign = torch.nn.functional.normalize(
+        torch.randn(700, 16, generator=torch.Generator().manual_seed(3)), dim=1
+    )
     return {
         "as fitted": data.text,
         "turned": data.text.flip(0),
@@ -73,7 +81,9 @@ def test_the_check_says_nothing_of_its_own_random_rows() -> None:
 
 @pytest.mark.parametrize("name", few(PREDICTORS, 2))
 @pytest.mark.filterwarnings("ignore:.*was fitted on other candidates")
-def test_onnxruntime_says_what_the_predictor_says(name: str, tmp_path: Path, test: Embeddings) -> None:
+def test_onnxruntime_says_what_the_predictor_says(
+    name: str, tmp_path: Path, test: Embeddings
+) -> None:
     predictor: FailurePredictor = PREDICTORS[name].fit(
         toy_pairs() if "captions" in name else without_words(toy_embeddings())
     )
@@ -82,7 +92,10 @@ def test_onnxruntime_says_what_the_predictor_says(name: str, tmp_path: Path, tes
     for kind, text in candidates(test).items():
         columns = {"features": test.column("features", torch.arange(len(test)))}
         data = Embeddings(test.image, text, space=predictor.space_, columns=columns)
-        expected, zero_shot = predictor.predict_uncertainty(data), vilu.score(predictor, data).prediction
+        expected, zero_shot = (
+            predictor.predict_uncertainty(data),
+            vilu.score(predictor, data).prediction,
+        )
         for n in (1, len(test)):
             uncertainty, prediction = answers(tmp_path / "head.onnx", data, n)
             assert uncertainty.dtype == np.float64
@@ -123,13 +136,22 @@ def test_large_logits_are_rounded_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", EXPORTABLE, ids=lambda cls: cls.name)
-def test_every_graph_has_the_formula_of_its_method(method: type[FailurePredictor], test: Embeddings) -> None:
-    settings = HEAD | PLUS | {"members": 2, "attention": None, "typicality": "residual", "largest": 3}
+def test_every_graph_has_the_formula_of_its_method(
+    method: type[FailurePredictor], test: Embeddings
+) -> None:
+    settings = (
+        HEAD | PLUS | {"members": 2, "attention": None, "typicality": "residual", "largest": 3}
+    )
     chosen = {key: settings[key] for key in parameters(method) if key in settings}
     predictor = method(**chosen).fit(without_words(toy_embeddings()))
     columns = [test.column(name, torch.arange(len(test))) for name in predictor.columns_to_score]
     for text in candidates(test).values():
-        data = Embeddings(test.image, text, space=predictor.space_, columns={"features": columns[0]} if columns else {})
+        data = Embeddings(
+            test.image,
+            text,
+            space=predictor.space_,
+            columns={"features": columns[0]} if columns else {},
+        )
         with torch.no_grad():
             found, _ = onnx.score_graph(predictor)(test.image, data.text, *columns)
         expected = predictor.predict_uncertainty(data)
@@ -151,7 +173,9 @@ def test_a_graph_that_says_something_else_is_not_written(
 @pytest.mark.parametrize("predictor", [KNNVote(), MCDropout(passes=2, **HEAD)])
 def test_what_cannot_be_exported_is_told(predictor: FailurePredictor, tmp_path: Path) -> None:
     predictor.fit(toy_embeddings()).save(tmp_path / "p")
-    with pytest.raises(UsageError, match=rf"{predictor.name} cannot be exported.*These can: .*vilu, vilu_plus"):
+    with pytest.raises(
+        UsageError, match=rf"{predictor.name} cannot be exported.*These can: .*vilu, vilu_plus"
+    ):
         export_onnx(tmp_path / "p", tmp_path / "head.onnx")
     MCM().save(tmp_path / "q")
     with pytest.raises(UsageError, match="knows no embedding space"):

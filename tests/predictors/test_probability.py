@@ -40,14 +40,21 @@ def test_platt_is_logistic_regression_on_smoothed_targets() -> None:
         failure == 1, (wrong + 1) / (wrong + 2), 1 / (n - wrong + 2)
     )  # each row on both sides, by its target
     plain = LogisticRegression(C=np.inf, tol=1e-10).fit(
-        np.tile(score, 2)[:, None], np.repeat([1, 0], n), sample_weight=np.concatenate([target, 1 - target])
+        np.tile(score, 2)[:, None],
+        np.repeat([1, 0], n),
+        sample_weight=np.concatenate([target, 1 - target]),
     )
-    assert (*found.weights, found.intercept) == pytest.approx((plain.coef_[0, 0], plain.intercept_[0]), rel=1e-6)
-    assert found(score[:5]) == pytest.approx(special.expit(found.weights[0] * score[:5] + found.intercept))
+    assert (*found.weights, found.intercept) == pytest.approx(
+        (plain.coef_[0, 0], plain.intercept_[0]), rel=1e-6
+    )
+    assert found(score[:5]) == pytest.approx(
+        special.expit(found.weights[0] * score[:5] + found.intercept)
+    )
 
 
 @pytest.mark.skipif(
-    tuple(map(int, sklearn.__version__.split(".")[:2])) < (1, 8), reason="scikit-learn has had a temperature since 1.8"
+    tuple(map(int, sklearn.__version__.split(".")[:2])) < (1, 8),
+    reason="scikit-learn has had a temperature since 1.8",
 )
 def test_temperature_is_scikit_learns() -> None:
     score, failure = sample(20_000, lambda s: special.expit(s / 2.5))
@@ -98,8 +105,12 @@ def test_isotonic_pools_ties_and_falls_as_scikit_learns(rows: int, scores: int) 
         rng = np.random.default_rng([rows, scores, seed])
         score = rng.integers(scores, size=rows).astype(np.float64)
         failure = (rng.random(rows) < rng.random(scores)[score.astype(int)]).astype(np.int64)
-        plain = IsotonicRegression(y_min=1 / (rows + 2), y_max=1 - 1 / (rows + 2)).fit(score, failure)
-        assert _fit("isotonic", score, failure)(score) == pytest.approx(plain.predict(score), abs=1e-12)
+        plain = IsotonicRegression(y_min=1 / (rows + 2), y_max=1 - 1 / (rows + 2)).fit(
+            score, failure
+        )
+        assert _fit("isotonic", score, failure)(score) == pytest.approx(
+            plain.predict(score), abs=1e-12
+        )
 
 
 def test_isotonic_is_scikit_learns_within_its_ends() -> None:
@@ -120,7 +131,11 @@ def test_isotonic_is_scikit_learns_within_its_ends() -> None:
         (lambda s: special.expit(0.5 * s - 1.5), 3000, "platt"),
         (lambda s: 0.1 + 0.35 * (s > -1) + 0.5 * (s > 1), 6000, "isotonic"),
         (lambda s: 0.1 + 0.35 * (s > -1) + 0.5 * (s > 1), 600, "platt"),  # too few rows for steps
-        (lambda s: special.expit(0.5 * s - 9), 300, "temperature"),  # hardly a failure: nothing to choose by
+        (
+            lambda s: special.expit(0.5 * s - 9),
+            300,
+            "temperature",
+        ),  # hardly a failure: nothing to choose by
     ],
 )
 def test_the_form_follows_the_data(truth, n: int, form: str) -> None:
@@ -135,7 +150,9 @@ def test_the_choice_is_by_held_out_loss(monkeypatch: pytest.MonkeyPatch) -> None
     """The reported loss is that of rows left out: fits on the other nine folds, by hand."""
     score, failure = sample(400, special.expit)
     fits: list[np.ndarray] = []
-    monkeypatch.setattr(probability, "_fit", lambda form, some, wrong: fits.append(some) or _fit(form, some, wrong))
+    monkeypatch.setattr(
+        probability, "_fit", lambda form, some, wrong: fits.append(some) or _fit(form, some, wrong)
+    )
     found = fit_calibrator(score, failure, is_log_odds=False)
     *fits, last = fits
     assert np.array_equal(last, score)
@@ -161,7 +178,10 @@ def test_separated_scores_and_one_kind_alone_stay_short_of_certainty() -> None:
 
 
 def test_a_calibrator_is_read_as_it_was_written() -> None:
-    for made in (_fit("beta", *sample(200, special.expit)), _fit("isotonic", *sample(200, special.expit))):
+    for made in (
+        _fit("beta", *sample(200, special.expit)),
+        _fit("isotonic", *sample(200, special.expit)),
+    ):
         again = read_calibrator(json.loads(made.model_dump_json()))
         assert again == made
         assert type(again) in {Logistic, Isotonic}
@@ -198,7 +218,9 @@ def test_a_calibrated_predictor_is_better_calibrated(
     assert np.array_equal(predictor.predict_uncertainty(test), vilu.MCM().predict_uncertainty(test))
 
 
-def test_a_score_becomes_a_probability(train: Embeddings, test: Embeddings, calibration: Embeddings, tmp_path) -> None:
+def test_a_score_becomes_a_probability(
+    train: Embeddings, test: Embeddings, calibration: Embeddings, tmp_path
+) -> None:
     predictor = vilu.Entropy()
     with pytest.raises(UsageError, match="a score, not a probability"):
         predictor.predict_failure_probability(test)
@@ -214,7 +236,13 @@ def test_a_score_becomes_a_probability(train: Embeddings, test: Embeddings, cali
 
 
 def test_the_bias_of_a_weighted_loss_is_removed(train: Embeddings, test: Embeddings) -> None:
-    quick = {"hidden": (16, 8), "epochs": 12, "batch_size": 64, "weighting": "static", "static_weight": 5.0}
+    quick = {
+        "hidden": (16, 8),
+        "epochs": 12,
+        "batch_size": 64,
+        "weighting": "static",
+        "static_weight": 5.0,
+    }
     predictor = vilu.ViLU(**quick).fit(train)
     u = predictor.predict_uncertainty(test)
     odds = special.logit(predictor.predict_failure_probability(test))
@@ -238,7 +266,9 @@ def test_rows_that_were_fitted_on_are_refused(train: Embeddings, calibration: Em
     validation = toy_embeddings(n=100, seed=8, ids_from=70_000)
     predictor = vilu.ViLU(hidden=(8,), epochs=2).fit(train, validation)
     for used in (train, validation):
-        with pytest.raises(DataError, match=f"{len(used)} of {len(used)} calibration rows were used to fit"):
+        with pytest.raises(
+            DataError, match=f"{len(used)} of {len(used)} calibration rows were used to fit"
+        ):
             predictor.calibrate(used)
     assert predictor.calibrate(calibration).calibrator_ is not None
     unlabelled = Embeddings(calibration.image, calibration.text, logit_scale=20.0)
@@ -263,7 +293,9 @@ def test_unusable_rows_have_no_probability(calibration: Embeddings) -> None:
     assert np.flatnonzero(np.isnan(probability)).tolist() == [3]
 
 
-@pytest.mark.parametrize("failure", [[0.1, 0.3], [0.0, np.nan], [0, 2]])  # scores in place of failures come first
+@pytest.mark.parametrize(
+    "failure", [[0.1, 0.3], [0.0, np.nan], [0, 2]]
+)  # scores in place of failures come first
 def test_failures_to_calibrate_on_are_failures(failure: list[float]) -> None:
     with pytest.raises(DataError, match="failure must hold whole numbers from -1"):
         vilu.Margin().calibrate_scores([0, 1], failure)

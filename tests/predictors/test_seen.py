@@ -34,7 +34,9 @@ class Marked(Embeddings):
 
     def __init__(self, numbers: np.ndarray) -> None:
         n = len(numbers)
-        super().__init__(np.ones((n, 1)), np.ones((1, 1)), ids=[f"key {number}" for number in numbers])
+        super().__init__(
+            np.ones((n, 1)), np.ones((1, 1)), ids=[f"key {number}" for number in numbers]
+        )
         self.numbers = numbers.astype(np.uint64)
 
     def identities(self, by, rows=None):
@@ -49,10 +51,14 @@ def quick(**settings: object) -> FailurePredictor:
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     """Embeds the pictures of some seeds, under some names; an old store has no digests of them."""
 
-    def make(folder: str, seeds: range, names: str = "{}.png", *, old: bool = False, **settings: object):
+    def make(
+        folder: str, seeds: range, names: str = "{}.png", *, old: bool = False, **settings: object
+    ):
         blobs = [picture(seed) for seed in seeds]
         keys = [names.format(i) for i in range(len(blobs))]
-        captions = [f"caption {seed}" for seed in seeds] if settings.pop("captions", False) else None
+        captions = (
+            [f"caption {seed}" for seed in seeds] if settings.pop("captions", False) else None
+        )
         data = FakeDataset(blobs, [i % 3 for i in range(len(blobs))], keys, captions=captions)
         if captions is not None:
             data.class_names = None
@@ -60,7 +66,11 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
         with monkeypatch.context() as then:
             if old:
                 now = embedding.describe
-                then.setattr(embedding, "describe", lambda *a, **k: now(*a, **k).model_copy(update={"pictures": False}))
+                then.setattr(
+                    embedding,
+                    "describe",
+                    lambda *a, **k: now(*a, **k).model_copy(update={"pictures": False}),
+                )
             backbone = settings.pop("backbone", None) or FakeBackbone()
             return embedding.embed(data, backbone, tmp_path / folder, **names, **settings)
 
@@ -81,15 +91,25 @@ def test_the_sketch_is_a_bounded_sample_that_never_invents_a_row() -> None:
     found = whole.overlap(Marked(mine[:1000]), "names", rows)
     # it can be told of those below the largest hash of the sketch, and all of them are in the set
     assert found.n_told == len(found) == np.count_nonzero(mine[:1000] <= np.sort(mine)[SIZE - 1])
-    assert found.said() == f"at least {len(found)} of 1000 rows (a sample of {SIZE} rows of the fit is known)"
+    assert (
+        found.said()
+        == f"at least {len(found)} of 1000 rows (a sample of {SIZE} rows of the fit is known)"
+    )
     assert small.overlap(Marked(mine[:30]), "names", rows[:30]).said("rows") == "20 of 30 rows"
     union = whole | RowSketch.of(Marked(others), "names")
-    assert torch.equal(union.hashes, RowSketch.of(Marked(np.concatenate([mine, others])), "names").hashes)
+    assert torch.equal(
+        union.hashes, RowSketch.of(Marked(np.concatenate([mine, others])), "names").hashes
+    )
 
 
 @pytest.mark.parametrize(("n_shared", "refused"), [(0, False), (1, False), (2, True)])
-def test_of_a_sample_the_share_is_that_of_the_rows_that_can_be_told(n_shared: int, refused: bool) -> None:
-    """A fit on 4 x 16,384 rows; of 400 rows 100 have hashes in its reach. One of these is 1 %, two are more."""
+def test_of_a_sample_the_share_is_that_of_the_rows_that_can_be_told(
+    n_shared: int, refused: bool
+) -> None:
+    """A fit on 4 x 16,384 rows; of 400 rows 100 have hashes in its reach.
+
+    One of these is 1 %, two are more.
+    """
     fitted = np.arange(4 * SIZE) * 10  # so the sketch reaches to 10 * (SIZE - 1)
     told = np.concatenate([np.arange(n_shared) * 10, np.arange(100 - n_shared) * 10 + 5])
     data = Marked(np.concatenate([told, np.arange(300) + 10 * SIZE]))
@@ -97,12 +117,17 @@ def test_of_a_sample_the_share_is_that_of_the_rows_that_can_be_told(n_shared: in
     assert (len(found), found.n_told) == (n_shared, 100)
     if refused:
         with pytest.raises(
-            DataError, match=r"^at least 2 of 400 rows .* \('key 0', 'key 10'\), more than 1% of the 100"
+            DataError,
+            match=r"^at least 2 of 400 rows .* \('key 0', 'key 10'\), more than 1% of the 100",
         ):
             found.others(data, "rows", "are known", "Remedy.")
     elif n_shared:
-        with pytest.warns(UserWarning, match=r"at least 1 of 400 rows .*'key 0'.*; they are left out"):
-            assert np.flatnonzero(~found.others(data, "rows", "are known", "Remedy.")).tolist() == [0]
+        with pytest.warns(
+            UserWarning, match=r"at least 1 of 400 rows .*'key 0'.*; they are left out"
+        ):
+            assert np.flatnonzero(~found.others(data, "rows", "are known", "Remedy.")).tolist() == [
+                0
+            ]
     else:
         assert found.others(data, "rows", "are known", "Remedy.").all()
 
@@ -112,16 +137,24 @@ def test_of_a_sample_the_share_is_that_of_the_rows_that_can_be_told(n_shared: in
 
 def test_an_array_is_recognised_by_its_rows_in_any_float_type(train: Embeddings) -> None:
     rows = train.image.half()  # as a store keeps them
-    same = [variant(train, image=rows.to(kind), ids=None) for kind in (torch.float16, torch.float32, torch.float64)]
+    same = [
+        variant(train, image=rows.to(kind), ids=None)
+        for kind in (torch.float16, torch.float32, torch.float64)
+    ]
     hashes = [data.identities("embeddings") for data in same]
     assert all(np.array_equal(hashes[0], of) for of in hashes)
-    # float16 of float32 and of float64 differ where the second rounding goes the other way, about once in 2^13 numbers
-    wide = Embeddings(np.asarray(train.image, dtype=np.float64), train.text, None, 20.0).identities("embeddings")
+    # float16 of float32 and of float64 differ where the second rounding goes the other way, about
+    # once in 2^13 numbers
+    wide = Embeddings(np.asarray(train.image, dtype=np.float64), train.text, None, 20.0).identities(
+        "embeddings"
+    )
     assert np.array_equal(wide, train.identities("embeddings"))
     expected = [blake2b(row.numpy().tobytes(), digest_size=8).digest() for row in rows[:3] + 0]
     assert hashes[0][:3].tolist() == [int.from_bytes(one, "little") for one in expected]
     minus = torch.tensor([[1.0, -0.0]])
-    assert Embeddings(minus, minus).identities("embeddings") == Embeddings(abs(minus), minus).identities("embeddings")
+    assert Embeddings(minus, minus).identities("embeddings") == Embeddings(
+        abs(minus), minus
+    ).identities("embeddings")
 
 
 def test_what_has_no_direction_is_no_row_twice(train: Embeddings) -> None:
@@ -151,11 +184,14 @@ def test_a_hundredth_of_the_rows_may_be_shared(train: Embeddings) -> None:
     new = toy_embeddings(seed=1, n=100, ids_from=1000)
     one, two = (variant(new, image=torch.cat([train.image[:n], new.image[n:]])) for n in (1, 2))
     with pytest.warns(
-        UserWarning, match=r"^1 of 100 calibration rows were used to fit this lvu \('row-1000'\); they are"
+        UserWarning,
+        match=r"^1 of 100 calibration rows were used to fit this lvu \('row-1000'\); they are",
     ):
         made = predictor.calibrate(one).calibrator_
     assert made == predictor.calibrate(new.take(np.arange(1, 100))).calibrator_
-    with pytest.raises(DataError, match=r"2 of 100 calibration rows .* \('row-1000', 'row-1001'\), more than 1%"):
+    with pytest.raises(
+        DataError, match=r"2 of 100 calibration rows .* \('row-1000', 'row-1001'\), more than 1%"
+    ):
         predictor.calibrate(two)
     with pytest.warns(UserWarning, match="1 of 100 validation rows are in the training set"):
         found = quick().fit(train, one)
@@ -164,10 +200,13 @@ def test_a_hundredth_of_the_rows_may_be_shared(train: Embeddings) -> None:
         for name, of in found.state().items()
     )
     with pytest.raises(
-        DataError, match=r"2 of 100 validation rows are in the training set.*Selection on training rows"
+        DataError,
+        match=r"2 of 100 validation rows are in the training set.*Selection on training rows",
     ):
         quick().fit(train, two)
-    twice = train.take(np.r_[np.arange(600), 0, 0])  # rows that one set holds twice are its own matter
+    twice = train.take(
+        np.r_[np.arange(600), 0, 0]
+    )  # rows that one set holds twice are its own matter
     assert quick().fit(twice, new).notes_["n_train"] == 602
 
 
@@ -177,7 +216,9 @@ def test_a_pair_is_its_picture_and_its_caption() -> None:
     other = toy_pairs(seed=1)
     assert len(predictor.seen(data)) == 256
     assert len(predictor.seen(PairEmbeddings(data.image, other.text, 32, 20.0))) == 0
-    mixed = [torch.cat([x[:2], y[2:]]) for x, y in ((data.image, other.image), (data.text, other.text))]
+    mixed = [
+        torch.cat([x[:2], y[2:]]) for x, y in ((data.image, other.image), (data.text, other.text))
+    ]
     with pytest.warns(UserWarning, match="2 of 256 validation rows"):
         found = vilu.ViLU(epochs=1, hidden=(4,)).fit(data, PairEmbeddings(*mixed, Pools(32), 20.0))
     assert {one.n_rows for one in found.seen_.values()} == {512}
@@ -192,7 +233,12 @@ def test_a_pair_is_its_picture_and_its_caption() -> None:
 def test_shards_of_laion_are_recognised_by_their_embeddings(tmp_path: Path) -> None:
     data, other = toy_pairs(), toy_pairs(seed=1)
     for name, source in (("a", data), ("b", other)):
-        write_shards(tmp_path / name, source.image.half().numpy(), source.text.half().numpy(), sizes=[100, 156])
+        write_shards(
+            tmp_path / name,
+            source.image.half().numpy(),
+            source.text.half().numpy(),
+            sizes=[100, 156],
+        )
     found = [vilu.open_source(tmp_path / name, pools=Pools(32), logit_scale=20.0) for name in "ab"]
     assert found[0].identified_by == ("embeddings",)
     predictor = vilu.ViLU(epochs=1, hidden=(4,)).fit(found[0])
@@ -203,13 +249,19 @@ def test_shards_of_laion_are_recognised_by_their_embeddings(tmp_path: Path) -> N
 
 
 def test_other_pictures_of_the_same_name_are_other_rows(store: Store) -> None:
-    train, other, renamed = store("a", range(60)), store("b", range(60, 120)), store("c", range(60), "z{}.png")
+    train, other, renamed = (
+        store("a", range(60)),
+        store("b", range(60, 120)),
+        store("c", range(60), "z{}.png"),
+    )
     predictor = quick(allow_degenerate=True).fit(train)
     assert set(predictor.seen_) == {"pictures", "names"}
     assert [len(predictor.seen(data)) for data in (train, other, renamed)] == [60, 0, 60]
     assert len(predictor.seen(renamed, np.array([7, 3]))) == 2
     expected = [sha256(picture(i)).digest()[:8] for i in (59, 0)]
-    assert train.identities("pictures", np.array([59, 0])).tolist() == [int.from_bytes(b, "little") for b in expected]
+    assert train.identities("pictures", np.array([59, 0])).tolist() == [
+        int.from_bytes(b, "little") for b in expected
+    ]
     union = PseudoCaptions([other, train], 16)
     assert union.identified_by == ("pictures", "names")
     assert predictor.seen(union).shared.tolist() == [False] * 60 + [True] * 60
@@ -218,9 +270,12 @@ def test_other_pictures_of_the_same_name_are_other_rows(store: Store) -> None:
 def test_captions_and_folds(store: Store) -> None:
     data = store("a", range(64), captions=True, part_size=10)
     expected = [
-        blake2b(sha256(picture(i)).digest()[:16] + f"caption {i}".encode(), digest_size=8).digest() for i in range(64)
+        blake2b(sha256(picture(i)).digest()[:16] + f"caption {i}".encode(), digest_size=8).digest()
+        for i in range(64)
     ]
-    assert data.identities("pictures").tolist() == [int.from_bytes(one, "little") for one in expected]
+    assert data.identities("pictures").tolist() == [
+        int.from_bytes(one, "little") for one in expected
+    ]
     parts = [CaptionStore(data.path, Pools(2), fold) for fold in ("train", "validation", "test")]
     hashes = [part.identities("pictures") for part in parts]
     assert sorted(np.concatenate(hashes)) == sorted(data.identities("pictures"))
@@ -248,12 +303,16 @@ def test_old_stores_and_predictors_are_compared_by_names_and_that_is_said(
             for _ in range(2):  # but one line
                 assert len(fitted.seen(data)) == 60
         (line,) = caplog.messages
-        assert line.startswith("rows of the fit and of these are compared by their names, not by their pictures")
+        assert line.startswith(
+            "rows of the fit and of these are compared by their names, not by their pictures"
+        )
     caplog.clear()
     assert (len(loaded.seen(new)), caplog.messages) == (60, [])
 
 
-def test_an_old_store_goes_on_as_it_was_begun(store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_old_store_goes_on_as_it_was_begun(
+    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     class Dies(FakeBackbone):
         def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
             if self.batches:
@@ -268,15 +327,25 @@ def test_an_old_store_goes_on_as_it_was_begun(store: Store, tmp_path: Path, capl
     assert "goes on as it was begun: without digests of its pictures" in caplog.text
     whole = store("whole", range(20), old=True, part_size=10, batch_size=10)
     assert half.identified_by == whole.identified_by == ("names",)
-    files = [(tmp_path / name / "metadata/metadata_00001.parquet").read_bytes() for name in ("half", "whole")]
+    files = [
+        (tmp_path / name / "metadata/metadata_00001.parquet").read_bytes()
+        for name in ("half", "whole")
+    ]
     assert files[0] == files[1]
     caplog.clear()
-    assert store("half", range(20), part_size=10, batch_size=10).identified_by == ("names",)  # nothing left to do
+    assert store("half", range(20), part_size=10, batch_size=10).identified_by == (
+        "names",
+    )  # nothing left to do
     assert caplog.messages == []
-    assert store("half", range(20), part_size=10, overwrite=True).identified_by == ("pictures", "names")
+    assert store("half", range(20), part_size=10, overwrite=True).identified_by == (
+        "pictures",
+        "names",
+    )
 
 
-def test_sketches_of_both_sets_have_what_both_are_recognised_by(store: Store, train: Embeddings) -> None:
+def test_sketches_of_both_sets_have_what_both_are_recognised_by(
+    store: Store, train: Embeddings
+) -> None:
     assert set(sketch(store("new", range(9)))) == {"pictures", "names"}
     found = quick().fit(train, toy_embeddings(seed=1, ids_from=None))
     assert set(found.seen_) == {"embeddings"}

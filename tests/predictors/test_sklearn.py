@@ -21,12 +21,18 @@ def test_parameters_and_clones_of_every_method() -> None:
     for cls in vilu.PREDICTORS.values():
         predictor = cls()
         values = predictor.get_params()
-        assert values == predictor.get_params(deep=False) == {name: f.default for name, f in parameters(cls).items()}
+        assert (
+            values
+            == predictor.get_params(deep=False)
+            == {name: f.default for name, f in parameters(cls).items()}
+        )
         if "seed" in values:
             assert predictor.set_params(seed=7) is predictor
         twin = clone(predictor)
         assert (type(twin), twin.get_params()) == (cls, predictor.get_params())
-        assert repr(predictor) == (f"{cls.__name__}(seed=7)" if "seed" in values else f"{cls.__name__}()")
+        assert repr(predictor) == (
+            f"{cls.__name__}(seed=7)" if "seed" in values else f"{cls.__name__}()"
+        )
 
 
 def test_a_clone_is_not_fitted_and_learns_the_same() -> None:
@@ -53,7 +59,9 @@ def test_what_sklearn_cannot_do_it_is_told_in_a_sentence() -> None:
 
 def test_a_fit_that_its_parameters_no_longer_fit_is_not_saved(tmp_path: Path) -> None:
     """It would be written, and called damaged by whoever loads it."""
-    predictor = vilu.PREDICTORS["sirc"]().fit(toy_embeddings(n=120, k=3)).set_params(typicality="residual")
+    predictor = (
+        vilu.PREDICTORS["sirc"]().fit(toy_embeddings(n=120, k=3)).set_params(typicality="residual")
+    )
     with pytest.raises(UsageError, match="parameters were set after the fit"):
         predictor.save(tmp_path / "p")
     assert not (tmp_path / "p").exists()

@@ -65,7 +65,9 @@ def test_failure_may_have_any_number_type(dtype: type) -> None:
 def test_tensors_are_taken_and_those_with_gradients_are_refused_with_a_sentence() -> None:
     u, f = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 1, 1])
     assert metrics.auroc(u, f) == 1.0
-    with pytest.raises(DataError, match=r"uncertainty must be a vector of numbers on the CPU: .*detach"):
+    with pytest.raises(
+        DataError, match=r"uncertainty must be a vector of numbers on the CPU: .*detach"
+    ):
         metrics.auroc(u.requires_grad_(), f)
 
 
@@ -79,7 +81,9 @@ def test_the_input_is_left_as_it_was() -> None:
 
 @pytest.mark.parametrize("probability", [[-0.1, 0.5], [0.5, 1.1]])
 @pytest.mark.parametrize("metric", [metrics.ece, metrics.brier])
-def test_calibration_needs_probabilities(metric: Callable[..., float], probability: list[float]) -> None:
+def test_calibration_needs_probabilities(
+    metric: Callable[..., float], probability: list[float]
+) -> None:
     with pytest.raises(DataError, match=r"must be in \[0, 1\]. Got values from .* calibrate"):
         metric(probability, [0, 1])
 
@@ -89,8 +93,14 @@ def test_calibration_needs_probabilities(metric: Callable[..., float], probabili
     [
         (lambda u, f: metrics.fpr_at_tpr(u, f, 0.0), r"level .* in \(0, 1\]. Got 0.0"),
         (lambda u, f: metrics.fpr_at_tpr(u, f, 95), "Got 95"),
-        (lambda u, f: metrics.fpr_at_tpr(u, f, positive="error"), "'correct' or 'failure'. Got 'error'"),
-        (lambda u, f: metrics.fpr_at_tpr(u, f, rule="linear"), "'interpolate', 'first', 'nearest'. Got 'linear'"),
+        (
+            lambda u, f: metrics.fpr_at_tpr(u, f, positive="error"),
+            "'correct' or 'failure'. Got 'error'",
+        ),
+        (
+            lambda u, f: metrics.fpr_at_tpr(u, f, rule="linear"),
+            "'interpolate', 'first', 'nearest'. Got 'linear'",
+        ),
         (lambda u, f: metrics.roc_curve_points(u, f, "error"), "Got 'error'"),
         (lambda u, f: metrics.aurc(u, f, "geifman"), "'mean' or 'trapezoid'. Got 'geifman'"),
         (lambda u, f: metrics.risk_at_coverage(u, f, 0), r"\(0, 1\]. Got 0"),
@@ -107,5 +117,7 @@ def test_choices_that_do_not_exist(call: Callable[..., object], message: str) ->
 
 def test_risk_at_coverage_rounds_the_number_of_rows_up_but_not_past_a_whole_one() -> None:
     failure = [0] * 7 + [1] * 93
-    assert metrics.risk_at_coverage(range(100), failure, 0.07) == 0  # 0.07 · 100 = 7.000000000000001
+    assert (
+        metrics.risk_at_coverage(range(100), failure, 0.07) == 0
+    )  # 0.07 · 100 = 7.000000000000001
     assert metrics.risk_at_coverage(range(100), failure, 0.0701) == pytest.approx(1 / 8)

@@ -17,7 +17,9 @@ from vilu.metrics.counts import TieCounts, check_pair, tie_counts
 CLOSE = 1e-9
 RANKING = [name for name, metric in METRICS.items() if not metric.of_probability]
 
-levels = st.integers(0, 6).map(lambda i: i / 6)  # few levels, so that ties abound; probabilities, for ece and brier
+levels = st.integers(0, 6).map(
+    lambda i: i / 6
+)  # few levels, so that ties abound; probabilities, for ece and brier
 scores = st.lists(st.tuples(levels, st.integers(0, 1)), min_size=1, max_size=25)
 
 
@@ -41,7 +43,9 @@ def test_the_order_of_the_rows_does_not_count(rows: list[tuple[float, int]], ran
 @given(scores, st.sampled_from([np.exp, lambda u: 1e6 * u - 3, lambda u: -1 / (u + 0.1)]))
 def test_only_the_ranking_counts(rows: list[tuple[float, int]], increasing) -> None:
     u, f = columns(rows)
-    assert every_metric(increasing(u), f, RANKING) == pytest.approx(every_metric(u, f, RANKING), abs=0, nan_ok=True)
+    assert every_metric(increasing(u), f, RANKING) == pytest.approx(
+        every_metric(u, f, RANKING), abs=0, nan_ok=True
+    )
 
 
 @given(scores)
@@ -63,9 +67,13 @@ def test_symmetries(rows: list[tuple[float, int]]) -> None:
     value = metrics.auroc(u, f)
     assert metrics.auroc(-u, f) == pytest.approx(1 - value, abs=CLOSE, nan_ok=True)
     assert metrics.auroc(-u, 1 - f) == pytest.approx(value, abs=CLOSE, nan_ok=True)
-    assert metrics.aupr_success(u, f) == pytest.approx(metrics.aupr_failure(-u, 1 - f), abs=CLOSE, nan_ok=True)
+    assert metrics.aupr_success(u, f) == pytest.approx(
+        metrics.aupr_failure(-u, 1 - f), abs=CLOSE, nan_ok=True
+    )
     swapped = metrics.fpr_at_tpr(-u, 1 - f, 0.8, positive="failure")
-    assert metrics.fpr_at_tpr(u, f, 0.8, positive="correct") == pytest.approx(swapped, abs=CLOSE, nan_ok=True)
+    assert metrics.fpr_at_tpr(u, f, 0.8, positive="correct") == pytest.approx(
+        swapped, abs=CLOSE, nan_ok=True
+    )
 
 
 @given(scores)
@@ -84,27 +92,36 @@ def test_fpr_rules_are_ordered(rows: list[tuple[float, int]]) -> None:
     curve = [metrics.fpr_at_tpr(u, f, level) for level in (0.2, 0.5, 0.95, 1.0)]
     if 0 < f.mean() < 1:
         assert np.all(np.diff(curve) >= -CLOSE)
-        # a straight line that ends in the first point at or beyond the level is below it, unless the curve is level
+        # a straight line that ends in the first point at or beyond the level is below it, unless
+        # the curve is level
         assert (
-            metrics.fpr_at_tpr(u, f, 0.949, rule="interpolate") <= metrics.fpr_at_tpr(u, f, 0.949, rule="first") + CLOSE
+            metrics.fpr_at_tpr(u, f, 0.949, rule="interpolate")
+            <= metrics.fpr_at_tpr(u, f, 0.949, rule="first") + CLOSE
         )
 
 
 @given(scores, st.data())
-def test_weighted_counts_equal_repeated_rows(rows: list[tuple[float, int]], data: st.DataObject) -> None:
+def test_weighted_counts_equal_repeated_rows(
+    rows: list[tuple[float, int]], data: st.DataObject
+) -> None:
     u, f = columns(rows)
     weight = np.array(data.draw(st.lists(st.integers(0, 3), min_size=len(u), max_size=len(u))))
     if not weight.sum():
         weight[0] = 1
     value, group = np.unique(u, return_inverse=True)
-    tally = [np.bincount(group[f == k], weight[f == k], len(value)).astype(np.int64) for k in (0, 1)]
-    # two resamples at once, the second every row once: with zero counts, and beside a resample of another size
+    tally = [
+        np.bincount(group[f == k], weight[f == k], len(value)).astype(np.int64) for k in (0, 1)
+    ]
+    # two resamples at once, the second every row once: with zero counts, and beside a resample of
+    # another size
     once = [np.bincount(group[f == k], minlength=len(value)) for k in (0, 1)]
     counts = TieCounts(value, *(np.stack(pair) for pair in zip(tally, once, strict=True)))
     repeated = every_metric(np.repeat(u, weight), np.repeat(f, weight))
     plain = every_metric(u, f)
     for name, metric in METRICS.items():
-        assert metric.kernel(counts) == pytest.approx([repeated[name], plain[name]], abs=CLOSE, nan_ok=True), name
+        assert metric.kernel(counts) == pytest.approx(
+            [repeated[name], plain[name]], abs=CLOSE, nan_ok=True
+        ), name
 
 
 @given(scores, st.integers(0, 2**31))
@@ -137,7 +154,9 @@ def test_calibration_error_is_zero_for_the_truth_and_at_least_the_mean_gap(
 
 
 @given(scores)
-def test_the_brier_score_falls_when_probabilities_become_the_observed_rates(rows: list[tuple[float, int]]) -> None:
+def test_the_brier_score_falls_when_probabilities_become_the_observed_rates(
+    rows: list[tuple[float, int]],
+) -> None:
     p, f = columns(rows)
     value, group = np.unique(p, return_inverse=True)
     rate = (np.bincount(group, f, len(value)) / np.bincount(group))[group]

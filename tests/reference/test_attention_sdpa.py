@@ -38,7 +38,9 @@ def matrices(module: CrossAttention) -> tuple[list[Tensor], float]:
     return [m.detach().double().requires_grad_() for m in names], 1 / math.sqrt(D)
 
 
-def run(module: CrossAttention, image: Tensor, text: Tensor, after: Tensor, towards: Tensor) -> list[Tensor]:
+def run(
+    module: CrossAttention, image: Tensor, text: Tensor, after: Tensor, towards: Tensor
+) -> list[Tensor]:
     """Result and gradients of the module's matrices and of the one behind."""
     out = module(image, text, SCALE, after)
     return [out.detach(), *torch.autograd.grad(out, [*module.parameters(), after], towards)]
@@ -46,7 +48,10 @@ def run(module: CrossAttention, image: Tensor, text: Tensor, after: Tensor, towa
 
 def close(found: list[Tensor], expected: list[Tensor]) -> bool:
     """To 1e-5 of the largest entry of each."""
-    scaled = [(a.double() - b.double()).abs().max() / b.abs().max() for a, b in zip(found, expected, strict=True)]
+    scaled = [
+        (a.double() - b.double()).abs().max() / b.abs().max()
+        for a, b in zip(found, expected, strict=True)
+    ]
     return max(scaled) < 1e-5
 
 
@@ -64,7 +69,9 @@ def test_both_forms_are_the_dense_one(
     weights = torch.softmax(scale * (image.double() @ query.T) @ (text.double() @ key.T).T, dim=1)
     out = weights @ (text.double() @ value.T) @ last.T
     leaves = [query, key] if key is value else [query, key, value]
-    if b * k == 1:  # one candidate has the weight one: the gradients of query and key are zero but for rounding
+    if (
+        b * k == 1
+    ):  # one candidate has the weight one: the gradients of query and key are zero but for rounding
         assert close(run(module, image, text, after, towards)[:1], [out.detach()])
         return
     expected = [out.detach(), *torch.autograd.grad(out, [*leaves, last], towards.double())]
@@ -78,14 +85,18 @@ def test_it_is_scaled_dot_product_attention() -> None:
     towards = torch.randn(257, D)
     theirs = functional.scaled_dot_product_attention(query, text, text, scale=SCALE)
     ours = attend(query, text, SCALE)
-    found, expected = ([out.detach(), *torch.autograd.grad(out, query, towards)] for out in (ours, theirs))
+    found, expected = (
+        [out.detach(), *torch.autograd.grad(out, query, towards)] for out in (ours, theirs)
+    )
     assert close(found, expected)
 
 
 def test_gradient_by_differences(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "TILE_CELLS", 20)
     text = unit(7, 6, 0).double()
-    assert torch.autograd.gradcheck(lambda q: attend(q, text, 3.0), noisy(unit(7, 6, 1), 9).double().requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda q: attend(q, text, 3.0), noisy(unit(7, 6, 1), 9).double().requires_grad_()
+    )
 
 
 class Watch(TorchDispatchMode):
@@ -98,7 +109,9 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         made = result if isinstance(result, tuple) else (result,)
-        self.largest = max(self.largest, *(part.numel() for part in made if isinstance(part, Tensor)), 0)
+        self.largest = max(
+            self.largest, *(part.numel() for part in made if isinstance(part, Tensor)), 0
+        )
         return result
 
 
@@ -131,7 +144,8 @@ def test_autocast_leaves_the_attention_alone(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(attention, "TILE_CELLS", cells)
         with torch.autocast("cpu", torch.bfloat16):
             query = module(image, text, SCALE, eye)
-        # two products in bfloat16, each rounding by 2^-8; logits of 20 in bfloat16 would be off by 20 of them
+        # two products in bfloat16, each rounding by 2^-8; logits of 20 in bfloat16 would be off by
+        # 20 of them
         assert (query.float() - exact).abs().max() < 3 * 2**-8 * exact.abs().max()
 
 

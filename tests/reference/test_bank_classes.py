@@ -25,11 +25,17 @@ BANK = [name for name, method in PREDICTORS.items() if ".bank." in method.__modu
 @pytest.mark.parametrize("c", [100.0, 0.1])
 def test_linear_probe(n_known: int, c: float) -> None:
     target = np.minimum(TRAIN.target.numpy(), n_known - 1)
-    model = LogisticRegression(C=c, max_iter=10_000, tol=1e-9).fit(TRAIN.image.double().numpy(), target)
+    model = LogisticRegression(C=c, max_iter=10_000, tol=1e-9).fit(
+        TRAIN.image.double().numpy(), target
+    )
     probability = model.predict_proba(TEST.image.double().numpy())
-    expected = [1 - row[t] if t < n_known else 1.0 for row, t in zip(probability, answers(TEST), strict=True)]
+    expected = [
+        1 - row[t] if t < n_known else 1.0
+        for row, t in zip(probability, answers(TEST), strict=True)
+    ]
     predictor = LinearProbe(C=c).fit(with_targets(TRAIN, target))
-    # The reference goes on to the optimum; ours stops at a gradient of 1e-4, which moves a logit by about 1e-2.
+    # The reference goes on to the optimum; ours stops at a gradient of 1e-4, which moves a logit by
+    # about 1e-2.
     np.testing.assert_allclose(predictor.predict_failure_probability(TEST), expected, atol=5e-3)
 
 
@@ -37,12 +43,18 @@ def test_linear_probe_stops_near_the_optimum() -> None:
     """By strong convexity the objective is above its minimum by at most |gradient|^2 / (2 / (C n))."""
 
     def objective(weight: np.ndarray, bias: np.ndarray) -> float:
-        loss = log_loss(TRAIN.target.numpy(), softmax(TRAIN.image.double().numpy() @ weight.T + bias, axis=1))
+        loss = log_loss(
+            TRAIN.target.numpy(), softmax(TRAIN.image.double().numpy() @ weight.T + bias, axis=1)
+        )
         return float(loss + np.sum(weight**2) / (2 * 100.0 * 80))
 
-    model = LogisticRegression(C=100.0, max_iter=10_000, tol=1e-9).fit(TRAIN.image.double().numpy(), TRAIN.target)
+    model = LogisticRegression(C=100.0, max_iter=10_000, tol=1e-9).fit(
+        TRAIN.image.double().numpy(), TRAIN.target
+    )
     learned = LinearProbe().fit(TRAIN).learned_
-    gap = objective(learned["weight"].numpy(), learned["bias"].numpy()) - objective(model.coef_, model.intercept_)
+    gap = objective(learned["weight"].numpy(), learned["bias"].numpy()) - objective(
+        model.coef_, model.intercept_
+    )
     assert -1e-9 < gap < 28 * 1e-4**2 * 100.0 * 80 / 2  # 4 x (6 + 1) coefficients
 
 
@@ -62,7 +74,9 @@ def test_linear_probe_of_one_class() -> None:
 
 def test_linear_probe_is_sure_that_classes_without_images_are_no_answer() -> None:
     predictor = LinearProbe().fit(with_targets(TRAIN, TRAIN.target.numpy() % 2))
-    assert predictor.predict_uncertainty(TEST.take(range(50), classes=[2, 3])).tolist() == [1.0] * 50
+    assert (
+        predictor.predict_uncertainty(TEST.take(range(50), classes=[2, 3])).tolist() == [1.0] * 50
+    )
 
 
 def test_linear_probe_says_when_it_has_not_settled() -> None:
@@ -78,7 +92,10 @@ def test_trustvlm(shots: int, weight: float) -> None:
     features = train.column("features", torch.arange(80)).double().numpy()
     expected = []
     for p, f, t in zip(
-        posterior(TEST).max(axis=1), TEST.column("features", torch.arange(50)), answers(TEST), strict=True
+        posterior(TEST).max(axis=1),
+        TEST.column("features", torch.arange(50)),
+        answers(TEST),
+        strict=True,
     ):
         prototype = features[[row for row in kept if target[row] == t]].sum(axis=0)
         length = np.linalg.norm(prototype) * np.linalg.norm(f)
@@ -115,7 +132,9 @@ def test_one_labelled_image_per_class(name: str, n_wrong: int, d: int) -> None:
     train = with_targets(in_memory(pool, pool.usable_rows[first]), target)
     scores = PREDICTORS[name]().fit(train).predict_uncertainty(test)
     assert np.isfinite(scores).all()
-    assert name == "knn_vote" or len(np.unique(scores)) > 1  # ten of ten neighbours vote the same for every image
+    assert (
+        name == "knn_vote" or len(np.unique(scores)) > 1
+    )  # ten of ten neighbours vote the same for every image
 
 
 @pytest.mark.filterwarnings("ignore:.*its probabilities say little")
@@ -131,6 +150,8 @@ def test_images_off_unit_norm_by_their_rounding_keep_their_scores() -> None:
     stretched = Embeddings(TRAIN.image * 1.0009, TRAIN.text, TRAIN.target, 20.0)
     plain = Embeddings(TRAIN.image, TRAIN.text, TRAIN.target, 20.0)
     for name in ("knn_distance", "trust_score", "mahalanobis", "delta_knn"):
-        scores = [PREDICTORS[name]().fit(train).predict_uncertainty(TEST) for train in (plain, stretched)]
+        scores = [
+            PREDICTORS[name]().fit(train).predict_uncertainty(TEST) for train in (plain, stretched)
+        ]
         np.testing.assert_allclose(scores[0], scores[1], atol=1e-4, rtol=1e-4)
     assert np.allclose(np.linalg.norm(images(stretched), axis=1), 1)

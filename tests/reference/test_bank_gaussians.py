@@ -27,8 +27,8 @@ from vilu.predictors.bank.gaussians import (
 )
 
 TRAIN, TEST = clusters(80), clusters(50, seed=1)
-# Both sides start from the same float32 unit vectors and go on in float64; an inverted covariance is off by FLOOR =
-# 1e-9 of its mean variance, over an eigenvalue that is here at least 1e-3 of it.
+# Both sides start from the same float32 unit vectors and go on in float64; an inverted covariance
+# is off by FLOOR = 1e-9 of its mean variance, over an eigenvalue that is here at least 1e-3 of it.
 RTOL = 1e-5
 
 
@@ -42,7 +42,9 @@ def squares(rows: np.ndarray, mean: np.ndarray, covariance: np.ndarray) -> np.nd
 
 def shared(rows: np.ndarray, target: np.ndarray) -> np.ndarray:
     """Ledoit-Wolf around the class means, for as many degrees of freedom as they leave."""
-    centred = np.concatenate([rows[target == c] - rows[target == c].mean(axis=0) for c in np.unique(target)])
+    centred = np.concatenate(
+        [rows[target == c] - rows[target == c].mean(axis=0) for c in np.unique(target)]
+    )
     estimate = LedoitWolf(assume_centered=True).fit(centred).covariance_
     return np.asarray(estimate) * len(rows) / (len(rows) - len(np.unique(target)))
 
@@ -52,7 +54,9 @@ def test_ledoit_wolf(n: int, d: int) -> None:
     x = np.random.default_rng(0).normal(size=(n, d)) * np.arange(1, d + 1)
     matrix, fourth = torch.from_numpy(x.T @ x), float(np.sum(np.sum(x**2, axis=1) ** 2))
     reference = LedoitWolf(assume_centered=True).fit(x).covariance_
-    np.testing.assert_allclose(ledoit_wolf(matrix, fourth, n).numpy(), reference, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(
+        ledoit_wolf(matrix, fourth, n).numpy(), reference, rtol=1e-9, atol=1e-9
+    )
 
 
 def test_whitening_and_distances() -> None:
@@ -91,8 +95,11 @@ def test_mahalanobis_to_a_class_without_images_is_to_all_images() -> None:
 def test_mahalanobis_without_spread_is_euclidean() -> None:
     train = Embeddings(np.eye(3)[:2], np.eye(3)[:2], [0, 1], 10.0)
     query = Embeddings([[1.0, 0, 0], [0.6, 0, 0.8]], np.eye(3)[:2], None, 10.0)
-    # Each image is (1/2, 1/2, 0) away from the mean: 1/2 in squares, so the variance is 1 / (2 - 1) / 3 a coordinate.
-    assert Mahalanobis().fit(train).predict_uncertainty(query) == pytest.approx([0, (0.16 + 0.64) * 3], abs=1e-6)
+    # Each image is (1/2, 1/2, 0) away from the mean: 1/2 in squares, so the variance is 1 / (2 - 1)
+    # / 3 a coordinate.
+    assert Mahalanobis().fit(train).predict_uncertainty(query) == pytest.approx(
+        [0, (0.16 + 0.64) * 3], abs=1e-6
+    )
     single = Embeddings(np.eye(3)[:1], np.eye(3)[:2], [0], 10.0)
     assert Mahalanobis().fit(single).predict_uncertainty(query) == pytest.approx([0, 0.8], abs=1e-6)
 
@@ -109,7 +116,9 @@ def log_densities(train: Embeddings, test: Embeddings, components: int, ridge: f
     for c in np.unique(target):
         members = z[target == c]
         covariance = np.cov(members.T) if len(members) > 1 else pooled
-        found[:, c] = multivariate_normal(members.mean(axis=0), covariance + ridge * eye).logpdf(query)
+        found[:, c] = multivariate_normal(members.mean(axis=0), covariance + ridge * eye).logpdf(
+            query
+        )
     return found
 
 
@@ -136,7 +145,9 @@ def test_class_gaussians(train: Embeddings, components: int) -> None:
     found = ClassGaussians(score="log_odds", **settings).fit(train).predict_uncertainty(TEST)
     assert np.isfinite(found).all()
     np.testing.assert_allclose(found[known], odds, rtol=RTOL, atol=1e-4)
-    share = np.exp(density - np.logaddexp.reduce(density, axis=1)[:, None])[np.arange(len(TEST)), answers(TEST)]
+    share = np.exp(density - np.logaddexp.reduce(density, axis=1)[:, None])[
+        np.arange(len(TEST)), answers(TEST)
+    ]
     p_max = posterior(TEST).max(axis=1)
     found = ClassGaussians(**settings).fit(train).predict_uncertainty(TEST)
     np.testing.assert_allclose(found[known], (1 - (p_max + share) / 2)[known], atol=1e-4)
@@ -152,22 +163,33 @@ def test_class_gaussians_log_odds_do_not_saturate() -> None:
 
 
 def test_class_gaussians_where_one_class_has_images() -> None:
-    predictor = ClassGaussians(score="log_odds").fit(with_targets(TRAIN, np.zeros(80, dtype=np.int64)))
+    predictor = ClassGaussians(score="log_odds").fit(
+        with_targets(TRAIN, np.zeros(80, dtype=np.int64))
+    )
     found, own = predictor.predict_uncertainty(TEST), answers(TEST) == 0
     z = images(TRAIN)
     covariance = np.cov(z.T) + 1e-4 * np.eye(6)
-    density = -(squares(images(TEST), z.mean(axis=0), covariance) + np.linalg.slogdet(covariance)[1]) / 2
+    density = (
+        -(squares(images(TEST), z.mean(axis=0), covariance) + np.linalg.slogdet(covariance)[1]) / 2
+    )
     np.testing.assert_allclose(found[own], -density[own], rtol=RTOL)
     # Every other class has the density of all images, which are those of the one class here.
     np.testing.assert_allclose(found[~own], 0, atol=1e-9)
 
 
-def encoded(n: int, seed: int, d: int = 6, k: int = 3, scale: float = 1.0) -> tuple[Embeddings, np.ndarray]:
+def encoded(
+    n: int, seed: int, d: int = 6, k: int = 3, scale: float = 1.0
+) -> tuple[Embeddings, np.ndarray]:
     """Images (n, d) of norms from 5 to 15 times the scale, and their embeddings with what made these."""
     rng = np.random.default_rng(seed)
-    text, projection = unit(np.random.default_rng(7).normal(size=(k, d))), np.random.default_rng(8).normal(size=(d, d))
+    text, projection = (
+        unit(np.random.default_rng(7).normal(size=(k, d))),
+        np.random.default_rng(8).normal(size=(d, d)),
+    )
     target = np.arange(n) % k
-    raw = unit(text[target] + 0.5 * rng.normal(size=(n, d))) * rng.uniform(5, 15, size=(n, 1)) * scale
+    raw = (
+        unit(text[target] + 0.5 * rng.normal(size=(n, d))) * rng.uniform(5, 15, size=(n, 1)) * scale
+    )
     columns = {"features": np.linalg.solve(projection, raw.T).T, "image_projection": projection}
     columns = {name: rows.astype(np.float32) for name, rows in columns.items()}
     raw = columns["features"].astype(np.float64) @ columns["image_projection"].astype(np.float64).T
@@ -182,7 +204,9 @@ def released(
     z = pca.transform(train)
     classes = [z[target == c] for c in np.unique(target)]
     density = [
-        multivariate_normal(of_class.mean(axis=0), np.cov(of_class, rowvar=False) + 1e-8 * np.eye(4))
+        multivariate_normal(
+            of_class.mean(axis=0), np.cov(of_class, rowvar=False) + 1e-8 * np.eye(4)
+        )
         for of_class in classes
     ]
     log = np.stack([normal.logpdf(pca.transform(test)) for normal in density], axis=1)
@@ -197,7 +221,8 @@ def test_icpe_is_what_was_released(features: bool) -> None:
     rows = (raw, raw_test) if features else (images(train), images(test))
     expected = released(rows[0], train.target.numpy(), rows[1], answer, p_max)
     predictor = ICPE(components=4, features=features).fit(train)
-    # Float64 on both sides but for p_max, whose logits are float32: they are off by 20 * 6 * 2^-24 < 1e-5.
+    # Float64 on both sides but for p_max, whose logits are float32: they are off by 20 * 6 * 2^-24
+    # < 1e-5.
     np.testing.assert_allclose(predictor.predict_uncertainty(test), 1 - expected, atol=1e-5)
     assert predictor.label == ("icpe" if features else "icpe (unit norm)")
     assert len(np.unique(expected.round(6))) > 50  # the densities decide something
@@ -206,9 +231,13 @@ def test_icpe_is_what_was_released(features: bool) -> None:
 def test_icpe_does_not_depend_on_the_scale_of_the_features() -> None:
     scores = []
     for scale in (1.0, 2.0**14, 2.0**40):  # powers of two, so that features are rounded alike
-        train, test = encoded(24, 0, d=12, k=4, scale=scale)[0], encoded(60, 1, d=12, k=4, scale=scale)[0]
+        train, test = (
+            encoded(24, 0, d=12, k=4, scale=scale)[0],
+            encoded(60, 1, d=12, k=4, scale=scale)[0],
+        )
         scores.append(ICPE().fit(train).predict_uncertainty(test))
-    # Six images a class span five directions, so that the others decide, each by thousands in the log-odds.
+    # Six images a class span five directions, so that the others decide, each by thousands in the
+    # log-odds.
     np.testing.assert_allclose(scores[1:], [scores[0]] * 2, atol=1e-5)
 
 
@@ -217,10 +246,15 @@ def test_icpe_takes_both_columns_or_neither() -> None:
     bare = Embeddings(test.image, test.text, test.target, SCALE)
     with pytest.raises(DataError, match="needs the column 'features'"):
         ICPE().fit(train).predict_uncertainty(bare)
-    second = Embeddings(train.image, train.text, train.target, SCALE, columns={"features": np.ones((90, 3))})
+    second = Embeddings(
+        train.image, train.text, train.target, SCALE, columns={"features": np.ones((90, 3))}
+    )
     assert ICPE().fit(second).label == "icpe (unit norm)"
     other = np.eye(6, dtype=np.float32)[::-1]
-    columns = {"features": train.column("features", train.usable_rows), "image_projection": other.copy()}
+    columns = {
+        "features": train.column("features", train.usable_rows),
+        "image_projection": other.copy(),
+    }
     with pytest.raises(DataError, match="must be the embeddings"):
         ICPE().fit(Embeddings(train.image, train.text, train.target, SCALE, columns=columns))
 
@@ -250,7 +284,9 @@ def test_delta_mds_leaves_out_classes_without_wrong_images() -> None:
     train = with_targets(TRAIN, target)
     assert not np.any((target == 1) & (answers(train) != 1))
     right, wrong = delta_terms(train, TEST)
-    np.testing.assert_allclose(DeltaMDS().fit(train).predict_uncertainty(TEST), right - wrong, rtol=RTOL, atol=1e-4)
+    np.testing.assert_allclose(
+        DeltaMDS().fit(train).predict_uncertainty(TEST), right - wrong, rtol=RTOL, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("right", [True, False])
@@ -269,11 +305,17 @@ def test_a_bank_of_one_image_takes_the_covariance_of_all() -> None:
     z, train = images(TRAIN), with_targets(TRAIN, target)
     rest = np.arange(80) > 0
     means = [z[rest & (target == c)].mean(axis=0) for c in range(4)]
-    right = np.min([squares(images(TEST), mean, shared(z[rest], target[rest])) for mean in means], axis=0)
+    right = np.min(
+        [squares(images(TEST), mean, shared(z[rest], target[rest])) for mean in means], axis=0
+    )
     wrong = squares(images(TEST), z[0], shared(z, target))
-    np.testing.assert_allclose(DeltaMDS().fit(train).predict_uncertainty(TEST), right - wrong, rtol=RTOL, atol=1e-4)
+    np.testing.assert_allclose(
+        DeltaMDS().fit(train).predict_uncertainty(TEST), right - wrong, rtol=RTOL, atol=1e-4
+    )
 
 
 def test_delta_mds_margin_is_delta_mds_with_the_margin() -> None:
     same = DeltaMDS(margin_weight=10_000.0).fit(TRAIN)
-    assert np.array_equal(DeltaMDSMargin().fit(TRAIN).predict_uncertainty(TEST), same.predict_uncertainty(TEST))
+    assert np.array_equal(
+        DeltaMDSMargin().fit(TRAIN).predict_uncertainty(TEST), same.predict_uncertainty(TEST)
+    )

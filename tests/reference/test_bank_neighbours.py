@@ -13,7 +13,8 @@ from vilu.embeddings.memory import Embeddings
 from vilu.predictors.bank.delta import DeltaKNN, DeltaKNNMargin
 from vilu.predictors.bank.neighbours import TRINE, KNNDistance, KNNVote, TrustScore
 
-# Cosines are float32 sums of six products: off by less than 6 * 2^-24 < 4e-7. Nothing below divides by less than 0.1.
+# Cosines are float32 sums of six products: off by less than 6 * 2^-24 < 4e-7. Nothing below divides
+# by less than 0.1.
 ATOL = 1e-5
 TRAIN, TEST = clusters(80), clusters(50, seed=1)
 
@@ -25,7 +26,9 @@ def distances(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("k", [1, 7, 500])
 def test_distance_to_the_kth_neighbour(k: int) -> None:
     n = min(k, len(TRAIN))
-    reference = NearestNeighbors(n_neighbors=n).fit(images(TRAIN)).kneighbors(images(TEST))[0][:, -1]
+    reference = (
+        NearestNeighbors(n_neighbors=n).fit(images(TRAIN)).kneighbors(images(TEST))[0][:, -1]
+    )
     found = KNNDistance(k=k).fit(TRAIN).predict_uncertainty(TEST)
     np.testing.assert_allclose(found, reference, atol=ATOL)
 
@@ -33,8 +36,12 @@ def test_distance_to_the_kth_neighbour(k: int) -> None:
 @pytest.mark.parametrize("k", [1, 20, 500])
 @pytest.mark.parametrize("weighting", ["uniform", "similarity"])
 def test_vote(k: int, weighting: str) -> None:
-    weights = "uniform" if weighting == "uniform" else lambda d: 1 - d**2 / 4  # (1 + cos) / 2 of unit vectors
-    model = KNeighborsClassifier(n_neighbors=min(k, len(TRAIN)), weights=weights).fit(images(TRAIN), TRAIN.target)
+    weights = (
+        "uniform" if weighting == "uniform" else lambda d: 1 - d**2 / 4
+    )  # (1 + cos) / 2 of unit vectors
+    model = KNeighborsClassifier(n_neighbors=min(k, len(TRAIN)), weights=weights).fit(
+        images(TRAIN), TRAIN.target
+    )
     share = model.predict_proba(images(TEST))[np.arange(len(TEST)), answers(TEST)]
     found = KNNVote(k=k, weighting=weighting).fit(TRAIN).predict_uncertainty(TEST)
     np.testing.assert_allclose(found, 1 - share, atol=ATOL)
@@ -54,7 +61,9 @@ def trine(train: Embeddings, z: np.ndarray, answer: int, k: int, decay: float) -
 @pytest.mark.parametrize(("k", "decay"), [(20, 0.1), (3, 0.0), (500, 0.5)])
 def test_trine(k: int, decay: float) -> None:
     found = TRINE(k=k, decay=decay).fit(TRAIN).predict_uncertainty(TEST)
-    expected = [trine(TRAIN, z, t, k, decay) for z, t in zip(images(TEST), answers(TEST), strict=True)]
+    expected = [
+        trine(TRAIN, z, t, k, decay) for z, t in zip(images(TEST), answers(TEST), strict=True)
+    ]
     np.testing.assert_allclose(found, expected, atol=ATOL)
 
 
@@ -73,7 +82,9 @@ def test_trust_score(k: int, alpha: float) -> None:
     rival = np.where(np.arange(4) == answers(TEST)[:, None], np.inf, to_class).min(axis=1)
     predictor = TrustScore(alpha=alpha, k=k).fit(TRAIN)
     assert len(predictor.learned_["bank"]) == sum(map(len, sets))
-    np.testing.assert_allclose(predictor.predict_uncertainty(TEST), (mine + 1e-6) / (rival + 1e-6), rtol=1e-4)
+    np.testing.assert_allclose(
+        predictor.predict_uncertainty(TEST), (mine + 1e-6) / (rival + 1e-6), rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize(("k", "margin_weight"), [(25, 0.0), (4, 10.0)])
@@ -87,13 +98,16 @@ def test_delta_knn(k: int, margin_weight: float) -> None:
     cosines = np.sort(images(TEST) @ unit(TRAIN.text.numpy()).T, axis=1)
     expected = terms[0] - terms[1] - margin_weight * (cosines[:, -1] - cosines[:, -2])
     found = DeltaKNN(k=k, margin_weight=margin_weight).fit(TRAIN).predict_uncertainty(TEST)
-    # The nearest squared distance is above 0.005, so its logarithm is off by at most 2 * 4e-7 / 0.005 < 2e-4.
+    # The nearest squared distance is above 0.005, so its logarithm is off by at most 2 * 4e-7 /
+    # 0.005 < 2e-4.
     np.testing.assert_allclose(found, expected, atol=2e-4)
 
 
 def test_delta_knn_margin_is_delta_knn_with_the_margin() -> None:
     same = DeltaKNN(margin_weight=10.0).fit(TRAIN)
-    assert np.array_equal(DeltaKNNMargin().fit(TRAIN).predict_uncertainty(TEST), same.predict_uncertainty(TEST))
+    assert np.array_equal(
+        DeltaKNNMargin().fit(TRAIN).predict_uncertainty(TEST), same.predict_uncertainty(TEST)
+    )
 
 
 @pytest.mark.parametrize("right", [True, False])
@@ -115,9 +129,12 @@ def test_a_class_without_images_by_hand() -> None:
     vote = KNNVote(k=2).fit(square()).predict_uncertainty(query)
     assert vote[[0, 2]].tolist() == [0.0, 1.0]
     assert vote[1] == pytest.approx(0.5)  # its own image and, of the two equally near, the first
-    # Texts at right angles count half: supports of class 0 and 1 for the answer 2 are 1/2 (1 + e^-0.1) and e^-0.2 / 2.
+    # Texts at right angles count half: supports of class 0 and 1 for the answer 2 are 1/2 (1 +
+    # e^-0.1) and e^-0.2 / 2.
     w = [1, math.exp(-0.1), math.exp(-0.2)]
-    assert TRINE().fit(square()).predict_uncertainty(query)[2] == pytest.approx(1 + (w[0] + w[1]) / sum(w), abs=1e-6)
+    assert TRINE().fit(square()).predict_uncertainty(query)[2] == pytest.approx(
+        1 + (w[0] + w[1]) / sum(w), abs=1e-6
+    )
     trust = TrustScore().fit(square()).predict_uncertainty(query)
     assert trust[2] == pytest.approx(2 / math.sqrt(2), rel=1e-5)
     assert trust[0] == pytest.approx(1e-6 / math.sqrt(2), rel=1e-5)
@@ -129,7 +146,9 @@ def test_one_class_only_by_hand() -> None:
     assert KNNVote().fit(train).predict_uncertainty(query).tolist() == [0, 1]
     assert TRINE().fit(train).predict_uncertainty(query).tolist() == pytest.approx([0, 2])
     # Of no other class: distance 2. Of class 2 there is no image, and class 0 is sqrt(2) away.
-    assert TrustScore().fit(train).predict_uncertainty(query) == pytest.approx([0, math.sqrt(2)], abs=1e-6)
+    assert TrustScore().fit(train).predict_uncertainty(query) == pytest.approx(
+        [0, math.sqrt(2)], abs=1e-6
+    )
 
 
 def test_opposite_neighbours_do_not_divide_by_zero() -> None:
@@ -137,10 +156,14 @@ def test_opposite_neighbours_do_not_divide_by_zero() -> None:
     query = Embeddings([[1.0, 0.0]], [[1.0, 0.0], [-1.0, 0.0]], None, 10.0)  # answered 0
     same = Embeddings([[1.0, 0.0]] * 3, query.text, [1, 1, 1], 10.0)
     opposite = Embeddings([[-1.0, 0.0]] * 3, query.text, [0, 1, 1], 10.0)
-    assert TRINE().fit(same).predict_uncertainty(query).tolist() == [2]  # all support is that of class 1
+    assert TRINE().fit(same).predict_uncertainty(query).tolist() == [
+        2
+    ]  # all support is that of class 1
     # Images weigh alike, and texts of class 0 so much more that class 1 has 1e-6 of their support.
     assert TRINE(decay=0).fit(opposite).predict_uncertainty(query) == pytest.approx([0], abs=4e-6)
-    assert KNNVote(weighting="similarity").fit(opposite).predict_uncertainty(query) == pytest.approx([2 / 3])
+    assert KNNVote(weighting="similarity").fit(opposite).predict_uncertainty(
+        query
+    ) == pytest.approx([2 / 3])
 
 
 def test_equal_images_in_two_classes_do_not_divide_by_zero() -> None:

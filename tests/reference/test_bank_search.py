@@ -34,7 +34,9 @@ def unit(n: int, d: int, seed: int) -> torch.Tensor:
 def test_search_finds_what_scikit_learn_finds(k: int) -> None:
     bank, query = unit(40, 9, 0), unit(23, 9, 1)
     similarity, index = nearest(query, bank, k)
-    reference = NearestNeighbors(n_neighbors=min(k, 40), metric="cosine", algorithm="brute").fit(bank.double().numpy())
+    reference = NearestNeighbors(n_neighbors=min(k, 40), metric="cosine", algorithm="brute").fit(
+        bank.double().numpy()
+    )
     distance, where = reference.kneighbors(query.double().numpy())
     assert np.array_equal(index.numpy(), where)
     # A float32 dot product of unit vectors of width 9 is off by at most 9 * 2^-24 < 1e-6.
@@ -43,7 +45,8 @@ def test_search_finds_what_scikit_learn_finds(k: int) -> None:
 
 @pytest.mark.usefixtures("small_blocks")
 def test_equal_rows_come_lowest_index_first() -> None:
-    # Coordinates are sums of few powers of two, so equal rows have equal products wherever they stand.
+    # Coordinates are sums of few powers of two, so equal rows have equal products wherever they
+    # stand.
     bank = torch.eye(4).repeat(6, 1)  # rows i, i + 4, i + 8, ... are equal
     _, index = nearest(torch.eye(4), bank, 3)
     assert index.tolist() == [[i, i + 4, i + 8] for i in range(4)]
@@ -84,7 +87,9 @@ def test_pairs_that_do_not_count_are_not_found() -> None:
 def test_a_bank_of_too_many_images_is_drawn_by_the_seed() -> None:
     data = clusters(80)
     rows = Rows(data, torch.arange(10, 80))
-    with pytest.warns(UserWarning, match="30 of 70 training rows are kept, drawn with seed 3. Raise max_bank"):
+    with pytest.warns(
+        UserWarning, match="30 of 70 training rows are kept, drawn with seed 3. Raise max_bank"
+    ):
         kept, positions = draw_rows(rows, 30, seed=3)
     assert torch.equal(kept.index, rows.index[positions])
     assert len(positions.unique()) == 30

@@ -42,17 +42,26 @@ def eye(n: int) -> torch.Tensor:
 
 
 def only(data: Embeddings, names: tuple[str, ...]) -> Embeddings:
-    return variant(data, columns={name: data.column(name, torch.arange(len(data))) for name in names})
+    return variant(
+        data, columns={name: data.column(name, torch.arange(len(data))) for name in names}
+    )
 
 
-# --- moments of the cosine ---------------------------------------------------------------------------------------
+# --- moments of the cosine
+# ---------------------------------------------------------------------------------------
 
 
 def sampled(spread: float) -> tuple[torch.Tensor, ...]:
     g, h = draw(1, 6, seed=1), draw(1, 6, seed=2)
-    g_variance, h_variance = spread * draw(1, 6, seed=3).square(), spread * draw(1, 6, seed=4).square()
+    g_variance, h_variance = (
+        spread * draw(1, 6, seed=3).square(),
+        spread * draw(1, 6, seed=4).square(),
+    )
     n = 100_000
-    g_draws, h_draws = g + g_variance.sqrt() * draw(n, 6, seed=5), h + h_variance.sqrt() * draw(n, 6, seed=6)
+    g_draws, h_draws = (
+        g + g_variance.sqrt() * draw(n, 6, seed=5),
+        h + h_variance.sqrt() * draw(n, 6, seed=6),
+    )
     return g, g_variance, h, h_variance, g_draws, h_draws
 
 
@@ -74,13 +83,16 @@ def test_the_expected_norm_stands_in_for_the_norm() -> None:
     cosine = torch.nn.functional.cosine_similarity(g_draws, h_draws)
     bound = 2 * float(g_variance.sum() / g.square().sum() + h_variance.sum() / h.square().sum())
     mean, _ = cosine_moments(g, g_variance, h, h_variance)
-    assert abs(float(mean) - float(cosine.mean())) < bound + 4 * float(cosine.std()) / math.sqrt(len(cosine))
+    assert abs(float(mean) - float(cosine.mean())) < bound + 4 * float(cosine.std()) / math.sqrt(
+        len(cosine)
+    )
     assert float(cosine_moments(g, 0 * g, h, 0 * h)[0]) == pytest.approx(
         float(torch.nn.functional.cosine_similarity(g, h)), abs=1e-12
     )
 
 
-# --- curvature ---------------------------------------------------------------------------------------------------
+# --- curvature
+# ---------------------------------------------------------------------------------------------------
 
 SCALE, BIAS = 7.0, -2.0
 CANDIDATES = torch.nn.functional.normalize(draw(7, 5, seed=9), dim=1)
@@ -101,9 +113,16 @@ def siglip(logits: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(("name", "loss"), [("infonce", infonce), ("siglip", siglip)])
 def test_output_factor_against_autograd(name: str, loss, monkeypatch) -> None:
-    """Gauss-Newton: Jacobian of the logits in g, Hessian of the loss in the logits, both by autograd."""
+    """Gauss-Newton:
+
+    Jacobian of the logits in g, Hessian of the loss in the logits, both by autograd.
+    """
     monkeypatch.setattr(bayesvlm, "ROWS", 2)
-    g, phi, count = draw(4, 5, seed=10) * 3, draw(4, 3, seed=11), torch.tensor([1.0, 2.0, 0.0, 1.0]).double()
+    g, phi, count = (
+        draw(4, 5, seed=10) * 3,
+        draw(4, 3, seed=11),
+        torch.tensor([1.0, 2.0, 0.0, 1.0]).double(),
+    )
     found = factors(Layer(phi, g, count), CANDIDATES, SCALE, BIAS, name)
     expected = torch.zeros(5, 5, dtype=torch.float64)
     for row, times in zip(g, count, strict=True):
@@ -122,14 +141,19 @@ def test_output_factor_is_the_fisher_information() -> None:
     p = logits_of(g).softmax(0)
     gradients = jacobian(lambda x: logits_of(x).log_softmax(0), g)
     fisher = torch.einsum("k,kd,ke->de", p, gradients, gradients)
-    assert torch.allclose(factors(layer, CANDIDATES, SCALE, BIAS, "infonce").outputs, fisher, rtol=1e-9)
+    assert torch.allclose(
+        factors(layer, CANDIDATES, SCALE, BIAS, "infonce").outputs, fisher, rtol=1e-9
+    )
     sigma = logits_of(g).sigmoid()
     coins = sigma * (1 - sigma) ** 2 + (1 - sigma) * sigma**2
     fisher = torch.einsum("k,kd,ke->de", coins, slope, slope)
-    assert torch.allclose(factors(layer, CANDIDATES, SCALE, BIAS, "siglip").outputs, fisher, rtol=1e-9)
+    assert torch.allclose(
+        factors(layer, CANDIDATES, SCALE, BIAS, "siglip").outputs, fisher, rtol=1e-9
+    )
 
 
-# --- evidence ----------------------------------------------------------------------------------------------------
+# --- evidence
+# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("log_prior", [-3.0, 0.5, 4.0])
@@ -137,7 +161,9 @@ def test_evidence_against_a_dense_kronecker_product(log_prior: float) -> None:
     a, b, squared_norm = semidefinite(4, 2, 1), semidefinite(3, 3, 2), 5.0
     root = math.exp(log_prior / 2)
     dense = torch.kron(a + root * eye(4), b + root * eye(3))
-    expected = 6 * log_prior - math.exp(log_prior) * squared_norm / 2 - float(torch.logdet(dense)) / 2
+    expected = (
+        6 * log_prior - math.exp(log_prior) * squared_norm / 2 - float(torch.logdet(dense)) / 2
+    )
     spectra = torch.linalg.eigvalsh(a).clamp_min(0), torch.linalg.eigvalsh(b)
     assert log_evidence(log_prior, *spectra, squared_norm) == pytest.approx(expected, abs=1e-9)
 
@@ -151,7 +177,9 @@ def test_prior_precision_against_a_grid(rank_a: int, rank_b: int) -> None:
     assert (np.diff(values, 2) < 1e-9).all()  # concave: one maximum
     near = grid[max(np.argmax(values) - 1, 0) * 40 : (np.argmax(values) + 1) * 40 + 1]
     best = near[np.argmax([log_evidence(x, a, b, 5.0) for x in near])]
-    assert math.log(best_prior_precision(a, b, 5.0)) == pytest.approx(best, abs=2e-3)  # two steps of the grid
+    assert math.log(best_prior_precision(a, b, 5.0)) == pytest.approx(
+        best, abs=2e-3
+    )  # two steps of the grid
 
 
 def test_posterior_variance_against_the_dense_covariance() -> None:
@@ -169,11 +197,15 @@ def test_variance_shrinks_with_more_data() -> None:
     sums = semidefinite(4, 4, 3), semidefinite(3, 3, 4)
     variances = []
     for times in (1, 4, 16):
-        learned, _ = bayesvlm.posterior(Factors(times * sums[0], times * sums[1], 20 * times), 6.0, 10.0)
+        learned, _ = bayesvlm.posterior(
+            Factors(times * sums[0], times * sums[1], 20 * times), 6.0, 10.0
+        )
         variances.append(float(learned.variance(draw(5, 4, seed=7)).mean()))
     assert variances[0] > variances[1] > variances[2]
     rows = torch.arange(60)
-    few, many = (BayesVLM().fit(data) for data in (in_memory(toy_embeddings(), rows), toy_embeddings()))
+    few, many = (
+        BayesVLM().fit(data) for data in (in_memory(toy_embeddings(), rows), toy_embeddings())
+    )
     z = toy_embeddings(seed=1).column("features", rows).double()
     few_variance, many_variance = (
         float(Posterior(p.learned_["image_inputs"], p.learned_["image_outputs"]).variance(z).mean())
@@ -182,7 +214,8 @@ def test_variance_shrinks_with_more_data() -> None:
     assert many_variance < few_variance
 
 
-# --- the whole ---------------------------------------------------------------------------------------------------
+# --- the whole
+# ---------------------------------------------------------------------------------------------------
 
 
 def plain(phi, g, candidates, scale, bias, siglip):
@@ -231,7 +264,10 @@ def plain_uncertainty(train, test, *, siglip: bool) -> tuple[np.ndarray, np.ndar
             logits = []
             for text in range(len(batch.text)):
                 moments = []
-                for side, phi in (("image", c["features"][row]), ("text", c["text_features"][text])):
+                for side, phi in (
+                    ("image", c["features"][row]),
+                    ("text", c["text_features"][text]),
+                ):
                     a, b = precision[side]
                     mean = projections[side] @ phi
                     moments += [mean, phi @ np.linalg.solve(a, phi) * np.diag(np.linalg.inv(b))]
@@ -257,8 +293,12 @@ def unlike_sides(data):
 @pytest.mark.parametrize("loss", ["infonce", "siglip"])
 def test_scores_against_the_formulas_on_labelled_rows(loss: str) -> None:
     data = [toy_embeddings(n=150, seed=seed, ids_from=200 * seed) for seed in (0, 1)]
-    data[0] = in_memory(data[0], (data[0].target != 4).nonzero().squeeze(1))  # a class without images
-    train, test = (variant(d, space=EmbeddingSpace(16, 20.0, -3.0), **unlike_sides(d)) for d in data)
+    data[0] = in_memory(
+        data[0], (data[0].target != 4).nonzero().squeeze(1)
+    )  # a class without images
+    train, test = (
+        variant(d, space=EmbeddingSpace(16, 20.0, -3.0), **unlike_sides(d)) for d in data
+    )
     predictor = BayesVLM(loss=loss).fit(train)
     expected, answers = plain_uncertainty(train, test, siglip=loss == "siglip")
     # float32 logits of about 20 are off by 1e-5.
@@ -283,28 +323,41 @@ def test_scores_against_the_formulas_on_captions() -> None:
     assert np.allclose(predictor.predict_uncertainty(pairs(1)), expected, atol=1e-4)
 
 
-def test_identity_as_last_layer_is_the_fit_from_embeddings_alone(train: Embeddings, test: Embeddings) -> None:
+def test_identity_as_last_layer_is_the_fit_from_embeddings_alone(
+    train: Embeddings, test: Embeddings
+) -> None:
     def identity(data: Embeddings) -> Embeddings:
         columns = {"features": data.image, "text_features": data.text}
-        return variant(data, columns=columns | dict.fromkeys(("image_projection", "text_projection"), torch.eye(16)))
+        return variant(
+            data,
+            columns=columns | dict.fromkeys(("image_projection", "text_projection"), torch.eye(16)),
+        )
 
     model, embeddings = BayesVLM().fit(identity(train)), BayesVLM(mode="embeddings").fit(train)
     assert (model.label, embeddings.label) == ("bayesvlm (model)", "bayesvlm (embeddings-only)")
     assert np.allclose(
-        model.predict_uncertainty(identity(test)), embeddings.predict_uncertainty(test), rtol=1e-6, atol=1e-9
+        model.predict_uncertainty(identity(test)),
+        embeddings.predict_uncertainty(test),
+        rtol=1e-6,
+        atol=1e-9,
     )
 
 
 def test_chunks_change_only_which_images_compete_for_a_text(train: Embeddings) -> None:
     whole, parts = BayesVLM().fit(train), BayesVLM(chunk=64).fit(train)
     for name in ("image_inputs", "image_outputs", "text_inputs"):
-        assert torch.allclose(whole.learned_[name], parts.learned_[name], rtol=0.05, atol=1e-3), name
+        assert torch.allclose(whole.learned_[name], parts.learned_[name], rtol=0.05, atol=1e-3), (
+            name
+        )
     # The images' factors are sums over rows: they and their prior do not depend on the chunks.
-    assert float(whole.learned_["image_prior"]) == pytest.approx(float(parts.learned_["image_prior"]), rel=1e-6)
+    assert float(whole.learned_["image_prior"]) == pytest.approx(
+        float(parts.learned_["image_prior"]), rel=1e-6
+    )
     assert not torch.equal(whole.learned_["text_outputs"], parts.learned_["text_outputs"])
 
 
-# --- the two kinds of fit ----------------------------------------------------------------------------------------
+# --- the two kinds of fit
+# ----------------------------------------------------------------------------------------
 
 
 def test_every_result_says_which_fit_it_is(train: Embeddings, test: Embeddings, tmp_path) -> None:
@@ -324,7 +377,9 @@ def test_every_result_says_which_fit_it_is(train: Embeddings, test: Embeddings, 
 
 def test_the_kind_of_fit_is_chosen_anew_by_every_fit(train: Embeddings, test: Embeddings) -> None:
     predictor = BayesVLM().fit(train)
-    with pytest.raises(DataError, match=r"needs the column 'features'. Make it with `vilu embed --features`"):
+    with pytest.raises(
+        DataError, match=r"needs the column 'features'. Make it with `vilu embed --features`"
+    ):
         predictor.predict_uncertainty(only(test, FEATURES[1:]))
     assert predictor.fit(only(train, ())).label == "bayesvlm (embeddings-only)"
     assert np.isfinite(predictor.predict_uncertainty(only(test, ()))).all()
@@ -340,12 +395,26 @@ def test_a_model_is_refused_without_its_columns(train: Embeddings) -> None:
 @pytest.mark.parametrize(
     ("column", "values", "message"),
     [
-        ("features", draw(600, 16).float(), r"'features' times 'image_projection' must be the embeddings"),
-        ("features", draw(600, 9).float(), r"'image_projection' must map 'features' .* shape \(16, 9\)"),
-        ("text_features", torch.zeros(5, 16), r"'text_features' times 'text_projection' must be the embeddings"),
+        (
+            "features",
+            draw(600, 16).float(),
+            r"'features' times 'image_projection' must be the embeddings",
+        ),
+        (
+            "features",
+            draw(600, 9).float(),
+            r"'image_projection' must map 'features' .* shape \(16, 9\)",
+        ),
+        (
+            "text_features",
+            torch.zeros(5, 16),
+            r"'text_features' times 'text_projection' must be the embeddings",
+        ),
     ],
 )
-def test_columns_of_another_model_are_refused(train: Embeddings, column: str, values, message: str) -> None:
+def test_columns_of_another_model_are_refused(
+    train: Embeddings, column: str, values, message: str
+) -> None:
     columns = {name: train.column(name, torch.arange(600)) for name in FEATURES} | {column: values}
     with pytest.raises(DataError, match=message):
         BayesVLM().fit(variant(train, columns=columns))

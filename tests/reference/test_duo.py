@@ -43,27 +43,38 @@ def likelihood(data: EmbeddingSource, point: np.ndarray) -> float:
     return -float(log_p[np.arange(len(target)), target].mean())
 
 
-@pytest.mark.parametrize("data", [toy_embeddings(), toy_embeddings(k=3, seed=4), toy_pairs()], ids=["5", "3", "pairs"])
+@pytest.mark.parametrize(
+    "data", [toy_embeddings(), toy_embeddings(k=3, seed=4), toy_pairs()], ids=["5", "3", "pairs"]
+)
 def test_the_optimum_is_that_of_a_search_without_gradients(data: EmbeddingSource) -> None:
     found = Duo().fit(data).learned_["multipliers"].numpy()
     within = {"xatol": 1e-9, "fatol": 1e-15, "maxiter": 5000}
     searched = optimize.minimize(
-        lambda point: likelihood(data, point), [0.3, 0.3], method="Nelder-Mead", bounds=[(0, 100)] * 2, options=within
+        lambda point: likelihood(data, point),
+        [0.3, 0.3],
+        method="Nelder-Mead",
+        bounds=[(0, 100)] * 2,
+        options=within,
     )
     assert likelihood(data, found) <= searched.fun + 1e-12
-    # Without gradients a minimum is resolved to the square root of float64's precision, about 1e-8 of f / f''; the two
-    # models agree on much, so that f'' is some hundred times smaller in one direction.
+    # Without gradients a minimum is resolved to the square root of float64's precision, about 1e-8
+    # of f / f''; the two models agree on much, so that f'' is some hundred times smaller in one
+    # direction.
     assert found == pytest.approx(searched.x, abs=1e-5)
 
 
-def test_scores_are_the_mass_off_the_first_models_answer(train: Embeddings, test: Embeddings) -> None:
+def test_scores_are_the_mass_off_the_first_models_answer(
+    train: Embeddings, test: Embeddings
+) -> None:
     duo = Duo().fit(train)
     large, small, _, answer = arrays(test)
     at = duo.learned_["multipliers"].numpy()
     p = special.softmax(at[0] * large + at[1] * small, axis=1)
     expected = 1 - p[np.arange(len(p)), answer]
     assert duo.predict_uncertainty(test) == pytest.approx(expected, abs=1e-12)
-    assert (p.argmax(axis=1) != answer).any()  # the answer stays where the two together would give another
+    assert (
+        p.argmax(axis=1) != answer
+    ).any()  # the answer stays where the two together would give another
     assert np.array_equal(vilu.score(duo, test).prediction, answer)
 
 
@@ -85,16 +96,25 @@ def test_terms_are_a_value_and_its_derivatives() -> None:
         batch.logits.double() * at[0] + second * at[1], batch.target, reduction="sum"
     )
     value.backward()
-    assert torch.allclose(duo_terms(batch, at.tolist()), torch.cat([value.detach()[None], at.grad]), rtol=1e-10)
+    assert torch.allclose(
+        duo_terms(batch, at.tolist()), torch.cat([value.detach()[None], at.grad]), rtol=1e-10
+    )
 
 
-def test_a_second_model_that_says_nothing_leaves_the_fitted_temperature(train: Embeddings, test: Embeddings) -> None:
+def test_a_second_model_that_says_nothing_leaves_the_fitted_temperature(
+    train: Embeddings, test: Embeddings
+) -> None:
     def silent(data: Embeddings) -> Embeddings:
-        return variant(data, columns={"second_image": torch.ones(len(data), 1), "second_text": torch.ones(5, 1)})
+        return variant(
+            data,
+            columns={"second_image": torch.ones(len(data), 1), "second_text": torch.ones(5, 1)},
+        )
 
     duo, alone = Duo().fit(silent(train)), MCMTS().fit(train)
     assert duo.notes_["large"] == pytest.approx(alone.notes_["multiplier"], abs=1e-5)
-    assert duo.predict_uncertainty(silent(test)) == pytest.approx(alone.predict_uncertainty(test), abs=1e-5)
+    assert duo.predict_uncertainty(silent(test)) == pytest.approx(
+        alone.predict_uncertainty(test), abs=1e-5
+    )
 
 
 def test_a_second_model_that_contradicts_is_not_used(train: Embeddings) -> None:
@@ -111,12 +131,15 @@ def test_a_second_model_with_other_errors_helps() -> None:
     def drawn(n: int) -> Embeddings:
         target = rng.integers(6, size=n)
         one, other = (unit(text[target] + 0.5 * rng.normal(size=(n, 6))) for _ in range(2))
-        return Embeddings(one, text, target, 10.0, columns={"second_image": other, "second_text": text})
+        return Embeddings(
+            one, text, target, 10.0, columns={"second_image": other, "second_text": text}
+        )
 
     train, test = drawn(2000), drawn(4000)
     found = [vilu.score(model.fit(train), test) for model in (MCMTS(), Duo())]
     values = [vilu.metrics.auroc(one.uncertainty, one.failure) for one in found]
-    # Each AUROC has a standard error below 0.01 with 4,000 rows; they are paired, and the gain is some ten of those.
+    # Each AUROC has a standard error below 0.01 with 4,000 rows; they are paired, and the gain is
+    # some ten of those.
     assert values[1] > values[0] + 0.05
 
 
@@ -136,7 +159,9 @@ def test_blocks_change_nothing_and_outside_rows_count_for_nothing(
 
 def test_without_failures_both_count_alike_and_it_says_so(train: Embeddings) -> None:
     right = train.take(np.flatnonzero(next(train.batches(600)).failure.numpy() == 0))
-    with pytest.warns(UserWarning, match="only 0 failures among .* takes the mean of the two models' logits"):
+    with pytest.warns(
+        UserWarning, match="only 0 failures among .* takes the mean of the two models' logits"
+    ):
         duo = Duo().fit(right)
     assert duo.learned_["multipliers"].tolist() == [0.5, 0.5]
 
@@ -158,10 +183,15 @@ def test_it_remembers_the_second_model(tmp_path: Path, train: Embeddings, test: 
     duo = Duo().fit(two(train, first))
     duo.save(tmp_path)
     again = vilu.load(tmp_path)
-    assert np.array_equal(again.predict_uncertainty(two(test, first)), duo.predict_uncertainty(two(test, first)))
+    assert np.array_equal(
+        again.predict_uncertainty(two(test, first)), duo.predict_uncertainty(two(test, first))
+    )
     other = dataclasses.replace(first, weights="bb")
     for refusing in (duo, again):
-        with pytest.raises(ProvenanceError, match=r"weights: 'aa' \(the second model of the fitted duo\) against 'bb'"):
+        with pytest.raises(
+            ProvenanceError,
+            match=r"weights: 'aa' \(the second model of the fitted duo\) against 'bb'",
+        ):
             refusing.predict_uncertainty(two(test, other))
         part = two(test, other).take(range(10))
         with pytest.raises(ProvenanceError, match="second model"):
@@ -169,12 +199,16 @@ def test_it_remembers_the_second_model(tmp_path: Path, train: Embeddings, test: 
     assert duo.fit(two(train, other)).second_space_ == other
 
 
-def test_a_stack_remembers_the_second_model_of_its_members(tmp_path: Path, train: Embeddings, test: Embeddings) -> None:
+def test_a_stack_remembers_the_second_model_of_its_members(
+    tmp_path: Path, train: Embeddings, test: Embeddings
+) -> None:
     first = EmbeddingSpace(8, 30.0, backbone="small", weights="aa")
     Stacking(members=("mcm", "duo")).fit(two(train, first)).save(tmp_path)
     stack = vilu.load(tmp_path)
     assert np.isfinite(stack.predict_uncertainty(two(test, first))).all()
-    with pytest.raises(ProvenanceError, match=r"\(the second model of the fitted stacking\) against 'bb'"):
+    with pytest.raises(
+        ProvenanceError, match=r"\(the second model of the fitted stacking\) against 'bb'"
+    ):
         stack.predict_uncertainty(two(test, dataclasses.replace(first, weights="bb")))
     assert "second" not in Stacking(members=("mcm", "margin")).fit(two(train, first)).notes_
 

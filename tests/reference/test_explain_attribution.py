@@ -67,7 +67,9 @@ def inputs_of(head, data: Embeddings) -> dict[str, np.ndarray]:
             alpha = softmax((z @ w["query"].T) @ (t @ w["key"].T).T / math.sqrt(z.shape[1]))
             parts["attended"] = alpha @ t @ w["value_projection"].T
         else:
-            parts["attended"] = softmax(scale * (z @ w["image"].T) @ (t @ w["text"].T).T) @ t @ w["text"].T
+            parts["attended"] = (
+                softmax(scale * (z @ w["image"].T) @ (t @ w["text"].T).T) @ t @ w["text"].T
+            )
     return {name: parts[name] for name in head.first}
 
 
@@ -78,7 +80,10 @@ def logit(head, parts: dict[str, np.ndarray]) -> float:
         hidden += matrix.detach().double().numpy() @ parts[name]
     for layer in head.rest:
         if isinstance(layer, torch.nn.Linear):
-            hidden = layer.weight.detach().double().numpy() @ hidden + layer.bias.detach().double().numpy()
+            hidden = (
+                layer.weight.detach().double().numpy() @ hidden
+                + layer.bias.detach().double().numpy()
+            )
         else:
             hidden = np.maximum(hidden, 0)
     return float(hidden[0])
@@ -114,8 +119,12 @@ def log_odds(uncertainty: np.ndarray) -> np.ndarray:
     return np.log(uncertainty) - np.log1p(-uncertainty)
 
 
-@pytest.mark.parametrize("name", ["all three", "published", "paper", "no caption", "image only", "plus"])
-def test_parts_add_up_to_the_score_less_the_mean_of_the_background(heads, plus, test, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["all three", "published", "paper", "no caption", "image only", "plus"]
+)
+def test_parts_add_up_to_the_score_less_the_mean_of_the_background(
+    heads, plus, test, name: str
+) -> None:
     predictor = plus if name == "plus" else heads[name]
     g = log_odds(predictor.predict_uncertainty(test))
     mean = g[draw_rows(test, M, 0, torch.tensor(ROWS)).numpy()].mean()
@@ -127,7 +136,8 @@ def test_parts_add_up_to_the_score_less_the_mean_of_the_background(heads, plus, 
 
 
 @pytest.mark.parametrize(
-    ("dead", "player"), [(["mcm"], "zero-shot score"), (["attended", "caption"], "texts"), (["image"], "image")]
+    ("dead", "player"),
+    [(["mcm"], "zero-shot score"), (["attended", "caption"], "texts"), (["image"], "image")],
 )
 def test_a_part_without_weights_gets_nothing(train, test, dead: list[str], player: str) -> None:
     predictor = vilu.ViLU(mcm_input=True, **SETTINGS).fit(train)
@@ -136,7 +146,9 @@ def test_a_part_without_weights_gets_nothing(train, test, dead: list[str], playe
             predictor.heads[0].first[part].zero_()
     for row in vilu.explain(predictor, test, rows=ROWS, depth=DEPTH):
         assert row.attribution.parts[player] == 0
-        assert all(abs(value) > 1e-3 for other, value in row.attribution.parts.items() if other != player)
+        assert all(
+            abs(value) > 1e-3 for other, value in row.attribution.parts.items() if other != player
+        )
 
 
 def test_an_ensemble_shares_out_its_mean_probability(train, test) -> None:
@@ -189,7 +201,10 @@ def plus_value(predictor, data: Embeddings, row: int, coalition: set[str]) -> fl
 
 def test_vilu_plus_against_its_parts_one_by_one(plus, test: Embeddings) -> None:
     players = ("zero-shot score", "image", "texts")
-    assert set(plus.experts.companions) == {"adapter", "memory"}  # else parts of the reference are not reached
+    assert set(plus.experts.companions) == {
+        "adapter",
+        "memory",
+    }  # else parts of the reference are not reached
     background = draw_rows(test, M, 0, torch.tensor(ROWS)).tolist()
 
     def shares(row: int) -> dict[str, float]:
@@ -198,17 +213,27 @@ def test_vilu_plus_against_its_parts_one_by_one(plus, test: Embeddings) -> None:
     others = [shares(row) for row in background]
     for row in vilu.explain(plus, test, rows=ROWS, depth=DEPTH):
         own = shares(row.row)
-        expected = {name: own[name] - np.mean([other[name] for other in others]) for name in players}
-        # cosines in float32 at a scale of 20, and residuals of a few units: 1e-5, and a margin for 1 - p
+        expected = {
+            name: own[name] - np.mean([other[name] for other in others]) for name in players
+        }
+        # cosines in float32 at a scale of 20, and residuals of a few units: 1e-5, and a margin for
+        # 1 - p
         assert row.attribution.parts == pytest.approx(expected, abs=5e-5)
 
 
 def test_vilu_plus_that_learned_nothing_is_its_zero_shot_score(train, test) -> None:
     predictor = vilu.ViLUPlus(width=16, epochs=1).fit(without_words(train))
     experts = predictor.experts
-    for tensor in (experts.attention.shared, experts.attention.own, experts.companions["memory"].values):
+    for tensor in (
+        experts.attention.shared,
+        experts.attention.own,
+        experts.companions["memory"].values,
+    ):
         tensor.zero_()
-    for tensor in (experts.companions["adapter"].last.weight, experts.companions["adapter"].last.bias):
+    for tensor in (
+        experts.companions["adapter"].last.weight,
+        experts.companions["adapter"].last.bias,
+    ):
         tensor.zero_()
     for row in vilu.explain(predictor, test, rows=ROWS, depth=DEPTH):
         # what is left are logits of 20, rounded to float32 on their way into the residual
@@ -220,7 +245,9 @@ def test_vilu_plus_that_learned_nothing_is_its_zero_shot_score(train, test) -> N
 
 def test_other_candidates_than_the_training_classes(plus, test: Embeddings) -> None:
     """A new candidate leaves the attention alone; the parts still add up."""
-    text = torch.cat([test.text, torch.nn.functional.normalize(test.text[:1] + test.text[1:2], dim=1)])
+    text = torch.cat(
+        [test.text, torch.nn.functional.normalize(test.text[:1] + test.text[1:2], dim=1)]
+    )
     features = {"features": test.column("features", torch.arange(len(test)))}
     data = Embeddings(test.image, text, test.target, 20.0, columns=features)
     g = log_odds(plus.predict_uncertainty(data))
@@ -242,7 +269,8 @@ def test_captions_add_up_too() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "player"), [("mcm", "zero-shot score"), ("energy", "zero-shot score"), ("knn_distance", "image")]
+    ("name", "player"),
+    [("mcm", "zero-shot score"), ("energy", "zero-shot score"), ("knn_distance", "image")],
 )
 def test_scores_of_one_input_are_all_of_it(train, test, name: str, player: str) -> None:
     predictor = vilu.PREDICTORS[name]().fit(train)
@@ -253,20 +281,32 @@ def test_scores_of_one_input_are_all_of_it(train, test, name: str, player: str) 
 
 
 def test_what_is_said_to_be_of_one_input_is(train: Embeddings, test: Embeddings) -> None:
-    """Of the logits alone: the same for two images of the same logits. Of the image alone: whatever the texts."""
-    plane = torch.linalg.qr(train.text.T, mode="complete").Q  # its last columns are orthogonal to all texts
+    """Of the logits alone: the same for two images of the same logits.
+
+    Of the image alone: whatever the texts.
+    """
+    plane = torch.linalg.qr(
+        train.text.T, mode="complete"
+    ).Q  # its last columns are orthogonal to all texts
     off = torch.linalg.qr(torch.randn(11, 11, generator=torch.Generator().manual_seed(0))).Q
     turned = test.image @ plane
     turned[:, 5:] = turned[:, 5:] @ off
     turned = Embeddings(turned @ plane.T, test.text, test.target, 20.0)
     other = Embeddings(test.image, test.text.flip(1), test.target, 20.0)
-    looks = {name: vars(cls)["looks_at"] for name, cls in vilu.PREDICTORS.items() if vars(cls).get("looks_at")}
+    looks = {
+        name: vars(cls)["looks_at"]
+        for name, cls in vilu.PREDICTORS.items()
+        if vars(cls).get("looks_at")
+    }
     assert {name for name in looks if looks[name] == {"image"}} == {"pvu", "knn_distance"}
     assert len(looks) == 13
     for name, look in looks.items():
         quick = {"epochs": 2} if name == "pvu" else {}
         predictor = vilu.PREDICTORS[name](**quick).fit(train)
-        u, changed = (predictor.predict_uncertainty(x) for x in (test, turned if look == {"logits"} else other))
+        u, changed = (
+            predictor.predict_uncertainty(x)
+            for x in (test, turned if look == {"logits"} else other)
+        )
         assert changed == pytest.approx(u, rel=1e-3, abs=1e-5), name
 
 
@@ -287,7 +327,9 @@ def test_shapley_against_all_orders() -> None:
         values = rng.normal(size=(1 << n, 5))
         parts = shapley(torch.from_numpy(values)).numpy()
         for column in range(5):
-            expected = by_permutations(lambda s, v=values[:, column]: v[sum(1 << p for p in s)], tuple(range(n)))
+            expected = by_permutations(
+                lambda s, v=values[:, column]: v[sum(1 << p for p in s)], tuple(range(n))
+            )
             assert parts[:, column] == pytest.approx([expected[p] for p in range(n)], abs=1e-12)
         assert parts.sum(axis=0) == pytest.approx(values[-1] - values[0], abs=1e-12)
 

@@ -93,7 +93,9 @@ class Mistakes:
 
     def draw(self, rng: np.random.Generator, n: int):
         u = rng.random(n)
-        return u, (rng.random(n) < self.rate[np.searchsorted(self.edge[1:-1], u, side="right")]).astype(int)
+        return u, (
+            rng.random(n) < self.rate[np.searchsorted(self.edge[1:-1], u, side="right")]
+        ).astype(int)
 
     def coverage(self, t):
         return np.asarray(t, dtype=float)
@@ -158,7 +160,9 @@ def test_confident_mistakes_do_not_destroy_a_promise(n: int, draws: int, least: 
     world = Mistakes()
     found, risk, bound = thresholds(world, METHODS["ltt"], n, 0.05, seed=n, n_draws=draws)
     assert found.sum() / draws >= least
-    assert np.mean(risk > bound) * len(found) / draws <= DELTA + 3 * np.sqrt(DELTA * (1 - DELTA) / draws)
+    assert np.mean(risk > bound) * len(found) / draws <= DELTA + 3 * np.sqrt(
+        DELTA * (1 - DELTA) / draws
+    )
 
 
 def test_at_the_edge_above_a_floor_little_is_promised() -> None:
@@ -208,11 +212,16 @@ def test_the_mean_joint_risk_is_controlled_and_used_up(name: str) -> None:
     error = joint.std() / np.sqrt(len(joint))
     assert joint.mean() <= target + 3 * error
     if name != "tied":  # there a step of the loss is larger than what is left
-        assert joint.mean() >= target - 2 / (n + 1) - 3 * error  # the known slack of a monotone loss bounded by one
+        assert (
+            joint.mean() >= target - 2 / (n + 1) - 3 * error
+        )  # the known slack of a monotone loss bounded by one
 
 
 def certified_by_mapie(u, f, risk: float, delta: float, fwer: str):
-    """MAPIE's threshold on the confidence 1 - u, as a threshold on u; None where it certifies nothing."""
+    """MAPIE's threshold on the confidence 1 - u, as a threshold on u;
+
+    None where it certifies nothing.
+    """
     from mapie.risk_control import BinaryClassificationController
 
     controller = BinaryClassificationController(

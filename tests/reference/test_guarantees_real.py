@@ -1,8 +1,9 @@
 """Promises on real scores: 200 random splits into calibration and other rows, as ``benchmarks.guarantees`` has them.
 
 ``tests/data/clothing_scores.npz`` holds what three methods say of the demo's 1,135 test photos, and
-``cifar_shift_scores.npz`` what ViLU says of CIFAR-10's test images (see ``tests/decision/test_monitor_replay.py``). All
-rows of a file stand for the population that the promise is about.
+``cifar_shift_scores.npz`` what ViLU says of CIFAR-10's test images (see
+``tests/decision/test_monitor_replay.py``). All rows of a file stand for the population that the
+promise is about.
 """
 
 from __future__ import annotations
@@ -19,8 +20,12 @@ CIFAR = ("cifar_shift_scores", "clean_uncertainty", "clean_failure")
 
 
 @pytest.mark.parametrize("method", ["ltt", "sgr"])
-@pytest.mark.parametrize(("scores", "n"), [*((one, 567) for one in CLOTHING), (CIFAR, 1000), (CIFAR, 5000)])
-def test_the_risk_holds_in_at_least_95_of_100_splits(scores: tuple[str, str, str], n: int, method: str) -> None:
+@pytest.mark.parametrize(
+    ("scores", "n"), [*((one, 567) for one in CLOTHING), (CIFAR, 1000), (CIFAR, 5000)]
+)
+def test_the_risk_holds_in_at_least_95_of_100_splits(
+    scores: tuple[str, str, str], n: int, method: str
+) -> None:
     file, uncertainty, failure = scores
     with np.load(DATA / f"{file}.npz") as data:
         u, f = data[uncertainty].astype(np.float64), data[failure].astype(np.int64)
@@ -28,6 +33,10 @@ def test_the_risk_holds_in_at_least_95_of_100_splits(scores: tuple[str, str, str
     assert SPLITS == 200
     assert found["broken"] <= 0.05
     if method == "ltt" and uncertainty == "vilu_plus":
-        assert found["coverage"] > 0.35  # and not by accepting nothing; the best threshold in hindsight accepts 47 %
+        assert (
+            found["coverage"] > 0.35
+        )  # and not by accepting nothing; the best threshold in hindsight accepts 47 %
     if uncertainty == "mcm":
-        assert found["nothing"] == 1  # its most trusted answers are too often wrong to show anything
+        assert (
+            found["nothing"] == 1
+        )  # its most trusted answers are too often wrong to show anything

@@ -39,15 +39,23 @@ def test_passes_are_thinned_heads(data, dropped: MCDropout) -> None:
     batch = first_batch(data[2])
     hidden = FailureHead(16, (16, 8))
     hidden.load_state_dict(
-        {name.replace("rest.2", "rest.1").replace("rest.5", "rest.3"): t for name, t in dropped.state().items()}
+        {
+            name.replace("rest.2", "rest.1").replace("rest.5", "rest.3"): t
+            for name, t in dropped.state().items()
+        }
     )
     first = hidden.first_layer(batch).detach().double().relu()
     generator = torch.Generator().manual_seed(0)
     scores = []
     for _ in range(7):
-        one, two = (torch.empty(width).bernoulli_(0.7, generator=generator).double() / 0.7 for width in (16, 8))
+        one, two = (
+            torch.empty(width).bernoulli_(0.7, generator=generator).double() / 0.7
+            for width in (16, 8)
+        )
         second = (first @ (state["rest.2.weight"] * one).T + state["rest.2.bias"]).relu()
-        scores.append((second @ (state["rest.5.weight"] * two).T + state["rest.5.bias"]).squeeze(1).sigmoid())
+        scores.append(
+            (second @ (state["rest.5.weight"] * two).T + state["rest.5.bias"]).squeeze(1).sigmoid()
+        )
     expected = torch.stack(scores).mean(0).numpy()
     np.testing.assert_allclose(dropped.predict_uncertainty(data[2]), expected, atol=1e-5)
 
@@ -60,7 +68,11 @@ def test_many_passes_are_the_mean_over_random_masks(data, dropped: MCDropout) ->
     for _ in range(400):
         hidden = first
         for layer in head.rest:
-            hidden = torch.nn.functional.dropout(hidden, 0.3) if isinstance(layer, Dropout) else layer(hidden)
+            hidden = (
+                torch.nn.functional.dropout(hidden, 0.3)
+                if isinstance(layer, Dropout)
+                else layer(hidden)
+            )
         draws.append(hidden.squeeze(1).detach().sigmoid())
     draws = torch.stack(draws)
     many = dataclasses.replace(dropped, passes=400)
@@ -78,7 +90,9 @@ def test_a_vanishing_rate_is_vilu(data) -> None:
     assert [tensor.tolist() for _, tensor in sorted(dropout.state().items())] == [
         tensor.tolist() for _, tensor in sorted(plain.state().items())
     ]
-    np.testing.assert_allclose(dropout.predict_uncertainty(data[2]), plain.predict_uncertainty(data[2]), atol=1e-12)
+    np.testing.assert_allclose(
+        dropout.predict_uncertainty(data[2]), plain.predict_uncertainty(data[2]), atol=1e-12
+    )
 
 
 def test_dropout_trains_other_heads_and_selects_without(data, dropped: MCDropout) -> None:
@@ -126,13 +140,17 @@ def test_an_ensemble_is_the_mean_of_heads_fitted_alone(data, ensemble: DeepEnsem
 def test_one_member_is_vilu(data) -> None:
     one = DeepEnsemble(**QUICK, members=1, seed=4).fit(data[0], data[1])
     assert np.array_equal(
-        one.predict_uncertainty(data[2]), ViLU(**QUICK, seed=4).fit(data[0], data[1]).predict_uncertainty(data[2])
+        one.predict_uncertainty(data[2]),
+        ViLU(**QUICK, seed=4).fit(data[0], data[1]).predict_uncertainty(data[2]),
     )
 
 
 def test_weights_of_other_heads_are_refused(ensemble: DeepEnsemble) -> None:
     state = ensemble.state()
-    for fewer in (DeepEnsemble(**QUICK, members=2), DeepEnsemble(**QUICK | {"hidden": (16, 4)}, members=3)):
+    for fewer in (
+        DeepEnsemble(**QUICK, members=2),
+        DeepEnsemble(**QUICK | {"hidden": (16, 4)}, members=3),
+    ):
         fewer.space_ = ensemble.space_
         with pytest.raises(DataError, match="weights"):
             fewer.restore(dict(state))

@@ -1,6 +1,7 @@
 """The head, its losses and gradients against numbers of the reference implementation (float32).
 
-The reference's output is a confidence logit; ours is its negative, so the sign of the last layer turns.
+The reference's output is a confidence logit; ours is its negative, so the sign of the last layer
+turns.
 """
 
 from __future__ import annotations
@@ -33,20 +34,35 @@ class Case:
         parameters = {key.removeprefix("param/"): self(key) for key in self.keys("param/")}
         hidden = tuple(len(parameters[f"mlp.{i}.bias"]) for i in (0, 2))
         self.head = FailureHead(
-            z["image"].shape[1], hidden, attention="official" if attention else None, predicted_caption=bool(caption)
+            z["image"].shape[1],
+            hidden,
+            attention="official" if attention else None,
+            predicted_caption=bool(caption),
         )
         parts = ["image", *["attended"] * attention, *["caption"] * caption]
-        self.names = {f"rest.{i}.{kind}": f"mlp.{j}.{kind}" for i, j in ((1, 2), (3, 4)) for kind in ("weight", "bias")}
+        self.names = {
+            f"rest.{i}.{kind}": f"mlp.{j}.{kind}"
+            for i, j in ((1, 2), (3, 4))
+            for kind in ("weight", "bias")
+        }
         self.names |= {"first_bias": "mlp.0.bias"}
         if attention:
-            self.names |= {"attention.image": "in_proj_v.weight", "attention.text": "in_proj_t.weight"}
+            self.names |= {
+                "attention.image": "in_proj_v.weight",
+                "attention.text": "in_proj_t.weight",
+            }
         self.parts = [f"first.{part}" for part in parts]
-        state = {ours: self.sign(ours) * torch.tensor(parameters[theirs]) for ours, theirs in self.names.items()}
+        state = {
+            ours: self.sign(ours) * torch.tensor(parameters[theirs])
+            for ours, theirs in self.names.items()
+        }
         blocks = torch.tensor(parameters["mlp.0.weight"]).chunk(len(parts), dim=1)
         self.head.load_state_dict(state | dict(zip(self.parts, blocks, strict=True)))
 
     def keys(self, start: str) -> list[str]:
-        return [k.removeprefix(self.prefix) for k in self.arrays if k.startswith(self.prefix + start)]
+        return [
+            k.removeprefix(self.prefix) for k in self.arrays if k.startswith(self.prefix + start)
+        ]
 
     def __call__(self, key: str) -> np.ndarray:
         return self.arrays[self.prefix + key]
@@ -97,8 +113,12 @@ def test_gradients_of_the_weighted_bce(case: Case) -> None:
     failure = case.batch.failure
     weighted_bce(case.head(case.batch), failure, FailureWeight("batch", 0.5)(failure)).backward()
     gradients = dict(case.head.named_parameters())
-    assert {f"grad/{theirs}" for theirs in case.names.values()} | {"grad/mlp.0.weight"} == set(case.keys("grad/"))
-    close(torch.cat([gradients[part].grad for part in case.parts], dim=1), case("grad/mlp.0.weight"))
+    assert {f"grad/{theirs}" for theirs in case.names.values()} | {"grad/mlp.0.weight"} == set(
+        case.keys("grad/")
+    )
+    close(
+        torch.cat([gradients[part].grad for part in case.parts], dim=1), case("grad/mlp.0.weight")
+    )
     for ours, theirs in case.names.items():
         gradient = gradients[ours].grad
         assert gradient is not None

@@ -31,7 +31,9 @@ def test_target_curve_at_its_ends() -> None:
         curve = target_curve(s, steepness)
         assert torch.allclose(curve[[0, 5, 10]], torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64))
         assert (curve.diff() >= 0).all()
-    assert torch.allclose(target_curve(s, 1e3), s, atol=1e-6)  # the diagonal of ordinary calibration
+    assert torch.allclose(
+        target_curve(s, 1e3), s, atol=1e-6
+    )  # the diagonal of ordinary calibration
 
 
 @pytest.mark.parametrize("balance", [0.6, 0.0, 1.0])
@@ -65,9 +67,13 @@ def test_gaps_are_sorted_cut_and_padded() -> None:
     expected = torch.tensor([[2.0, 4.0, 20.0], [0.0, 5.0, 10.0]]) / 20
     assert torch.allclose(logit_gaps(logits, 4), expected)
     assert torch.allclose(logit_gaps(logits, 2), expected[:, :1])
-    assert torch.allclose(logit_gaps(logits, 6), torch.nn.functional.pad(expected, (0, 2), value=1.0))
+    assert torch.allclose(
+        logit_gaps(logits, 6), torch.nn.functional.pad(expected, (0, 2), value=1.0)
+    )
     more = torch.cat([logits, torch.full((2, 3), -100.0)], dim=1)
-    assert torch.equal(logit_gaps(more, 6), logit_gaps(logits, 6))  # a hopeless candidate is as good as absent
+    assert torch.equal(
+        logit_gaps(more, 6), logit_gaps(logits, 6)
+    )  # a hopeless candidate is as good as absent
 
 
 def test_it_starts_as_mcm() -> None:
@@ -84,7 +90,9 @@ def test_uncertainty_is_that_of_the_scaled_posterior() -> None:
     batch = next(data.batches(600))
     temperature = predictor.network_(batch).detach().double().exp().numpy()
     p = special.softmax(batch.logits.double().numpy() / temperature[:, None], axis=1)
-    assert np.allclose(predictor.predict_uncertainty(data), 1 - p.max(axis=1), rtol=1e-9, atol=1e-15)
+    assert np.allclose(
+        predictor.predict_uncertainty(data), 1 - p.max(axis=1), rtol=1e-9, atol=1e-15
+    )
     assert np.array_equal(p.argmax(axis=1), batch.prediction.numpy())
 
 
@@ -102,7 +110,9 @@ def test_wrong_answers_get_higher_temperatures_within_the_bound() -> None:
 def test_published_size() -> None:
     """About 17,000 parameters at D = 512 (the paper says 17,000 to 20,000, over its K)."""
     network = LMN().module({}, EmbeddingSpace(512, 100.0))
-    assert sum(p.numel() for p in network.parameters()) == (2 * 512 + 15) * 16 + 16 + 16 + 1 == 16_657
+    assert (
+        sum(p.numel() for p in network.parameters()) == (2 * 512 + 15) * 16 + 16 + 16 + 1 == 16_657
+    )
 
 
 @pytest.mark.parametrize(("failure", "what"), [(0, "failures"), (1, "successes")])

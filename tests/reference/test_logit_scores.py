@@ -13,14 +13,24 @@ from tests.builders.logit_rows import batch_of
 from tests.conftest import toy_embeddings
 from vilu.embeddings.source import Batch, log_posterior
 from vilu.errors import UsageError
-from vilu.predictors.zero_shot import GEN, MCM, Doctor, Energy, Entropy, KLUniform, MaxLogit, ProbMargin
+from vilu.predictors.zero_shot import (
+    GEN,
+    MCM,
+    Doctor,
+    Energy,
+    Entropy,
+    KLUniform,
+    MaxLogit,
+    ProbMargin,
+)
 
 RTOL = 1e-12
 """Both sides are float64 functions of the same float32 logits; a few roundings of 1e-16 at K = 40."""
 
 OF_SUMS = 2e-6
 """Exponentials of the other candidates are of float32 differences, and summed in it: relative errors of 6e-8 times the
-size of what is subtracted, and of the sum."""
+size of what is subtracted, and of the sum.
+"""
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +47,9 @@ def score(predictor: object, batch: Batch) -> np.ndarray:
     return predictor._score(batch).numpy()
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.5, torch.linspace(0.2, 3, 200, dtype=torch.float64)[:, None]])
+@pytest.mark.parametrize(
+    "temperature", [1.0, 0.5, torch.linspace(0.2, 3, 200, dtype=torch.float64)[:, None]]
+)
 def test_log_posterior(batch: Batch, logits: np.ndarray, temperature: object) -> None:
     expected = special.log_softmax(logits / np.asarray(temperature), axis=1)
     assert np.allclose(log_posterior(batch, temperature).numpy(), expected, rtol=RTOL, atol=1e-14)
@@ -81,8 +93,12 @@ def test_scores_that_sum_in_float32(k: int, spread: float, scale: float) -> None
     batch = batch_of(logits.tolist())
     for kind, values in expected.items():
         # an energy may be near zero by chance
-        assert np.allclose(score(kind(), batch), values, rtol=OF_SUMS, atol=1e-7 if kind is Energy else 0), kind
-    assert batch.zero_shot.log_norm.numpy() == pytest.approx(special.logsumexp(exact, axis=1), rel=1e-6, abs=1e-6)
+        assert np.allclose(
+            score(kind(), batch), values, rtol=OF_SUMS, atol=1e-7 if kind is Energy else 0
+        ), kind
+    assert batch.zero_shot.log_norm.numpy() == pytest.approx(
+        special.logsumexp(exact, axis=1), rel=1e-6, abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("kind", [MCM, Entropy, Doctor, ProbMargin, Energy])
@@ -109,13 +125,15 @@ def test_energy_of_a_low_temperature_is_the_largest_logit(batch: Batch) -> None:
 def test_gen(batch: Batch, logits: np.ndarray, gamma: float, largest: int) -> None:
     p = np.sort(special.softmax(logits, axis=1), axis=1)[:, ::-1][:, :largest]
     expected = (p**gamma * (1 - p) ** gamma).sum(axis=1)
-    # 1 - p loses digits where p is near one: relative error 1e-16 / (1 - p), here at most 1e-9, times gamma.
+    # 1 - p loses digits where p is near one: relative error 1e-16 / (1 - p), here at most 1e-9,
+    # times gamma.
     assert np.allclose(score(GEN(gamma, largest), batch), expected, rtol=1e-9)
 
 
 def test_gen_by_hand() -> None:
     u = score(GEN(), batch_of([[0.0, 0.0], [2000.0, 0.0], [400.0, 0.0]]))
-    # Two halves: 2 (1/4)^0.1. A posterior that underflows: nothing. A tail of e^-400: twice (e^-400)^0.1.
+    # Two halves: 2 (1/4)^0.1. A posterior that underflows: nothing. A tail of e^-400: twice
+    # (e^-400)^0.1.
     assert np.allclose(u, [2 * 0.25**0.1, 0.0, 2 * math.exp(-40)], rtol=RTOL)
 
 
@@ -125,7 +143,9 @@ def test_kl_uniform(batch: Batch, logits: np.ndarray) -> None:
     assert np.allclose(score(KLUniform(), batch), expected, rtol=RTOL, atol=1e-14)
 
 
-def test_kl_uniform_takes_the_direction_that_is_not_entropy(batch: Batch, logits: np.ndarray) -> None:
+def test_kl_uniform_takes_the_direction_that_is_not_entropy(
+    batch: Batch, logits: np.ndarray
+) -> None:
     p = special.softmax(logits, axis=1)
     other_direction = [-stats.entropy(row, np.full(40, 1 / 40)) for row in p]
     entropy = score(Entropy(), batch)
@@ -136,7 +156,11 @@ def test_kl_uniform_takes_the_direction_that_is_not_entropy(batch: Batch, logits
 
 @pytest.mark.parametrize(
     ("predictor", "message"),
-    [(Energy(0.0), "'temperature' parameter of energy"), (GEN(gamma=1.5), "'gamma'"), (GEN(largest=0), "'largest'")],
+    [
+        (Energy(0.0), "'temperature' parameter of energy"),
+        (GEN(gamma=1.5), "'gamma'"),
+        (GEN(largest=0), "'largest'"),
+    ],
 )
 def test_hyper_parameters_are_checked_before_scoring(predictor: object, message: str) -> None:
     with pytest.raises(UsageError, match=message):

@@ -22,7 +22,10 @@ def test_regression_by_definition(loss: str) -> None:
     g = torch.linspace(-3, 3, 90)
     p = special.softmax(batch.logits.double().numpy(), axis=1)[np.arange(90), batch.target.numpy()]
     x = g.double().numpy()
-    predicted, target = {"mse": (special.expit(x), 1 - p), "loss": (np.log1p(np.exp(x)), -np.log(p))}[loss]
+    predicted, target = {
+        "mse": (special.expit(x), 1 - p),
+        "loss": (np.log1p(np.exp(x)), -np.log(p)),
+    }[loss]
     weight = np.where(batch.failure.numpy() == 1, 2.0, 1.0)
     expected = (weight * (predicted - target) ** 2).mean() / max((target**2).mean(), 1)
     found = LOSSES[loss](FailureWeight("static", 0.3, 2.0))(batch, g)
@@ -30,10 +33,14 @@ def test_regression_by_definition(loss: str) -> None:
 
 
 @pytest.mark.parametrize("loss", ["mse", "loss"])
-def test_the_best_constant_is_the_mean_target_and_reads_as_a_withheld_probability(loss: str) -> None:
+def test_the_best_constant_is_the_mean_target_and_reads_as_a_withheld_probability(
+    loss: str,
+) -> None:
     batch = next(toy_embeddings(n=400).batches(400))
     g = torch.zeros((), requires_grad=True)
-    optimizer = torch.optim.LBFGS([g], max_iter=100, line_search_fn="strong_wolfe", tolerance_grad=1e-9)
+    optimizer = torch.optim.LBFGS(
+        [g], max_iter=100, line_search_fn="strong_wolfe", tolerance_grad=1e-9
+    )
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
@@ -43,7 +50,8 @@ def test_the_best_constant_is_the_mean_target_and_reads_as_a_withheld_probabilit
 
     optimizer.step(closure)
     p = special.softmax(batch.logits.double().numpy(), axis=1)[np.arange(400), batch.target.numpy()]
-    # One minus the arithmetic, or the geometric, mean of the true class's probability; float32 optimum of a parabola.
+    # One minus the arithmetic, or the geometric, mean of the true class's probability; float32
+    # optimum of a parabola.
     expected = 1 - (p.mean() if loss == "mse" else np.exp(np.log(p).mean()))
     assert torch.sigmoid(g).item() == pytest.approx(expected, abs=1e-3)
     assert torch.sigmoid(g).item() >= 1 - p.mean() - 1e-3
@@ -52,7 +60,10 @@ def test_the_best_constant_is_the_mean_target_and_reads_as_a_withheld_probabilit
 @pytest.mark.parametrize(("k", "scale"), [(2, 100.0), (50, 100.0), (5, 20.0)])
 def test_large_losses_do_not_break_the_training(k: int, scale: float) -> None:
     """Two classes at CLIP's scale: losses up to tens of nats, in few rows."""
-    train, test = toy_embeddings(n=1000, k=k, scale=scale), toy_embeddings(k=k, scale=scale, seed=1, ids_from=5000)
+    train, test = (
+        toy_embeddings(n=1000, k=k, scale=scale),
+        toy_embeddings(k=k, scale=scale, seed=1, ids_from=5000),
+    )
     predictor = vilu.LVU(hidden=(16, 8), epochs=20, loss="loss").fit(train)
     failure = next(test.batches(600)).failure.numpy()
     u = predictor.predict_uncertainty(test)
@@ -63,4 +74,9 @@ def test_large_losses_do_not_break_the_training(k: int, scale: float) -> None:
 def test_every_loss_has_an_entry() -> None:
     assert set(LOSSES) == {"mse", "loss", "bce"}
     for loss in LOSSES:
-        assert LVU(loss=loss, hidden=(4,), epochs=1).fit(toy_embeddings()).predict_uncertainty(toy_embeddings()).size
+        assert (
+            LVU(loss=loss, hidden=(4,), epochs=1)
+            .fit(toy_embeddings())
+            .predict_uncertainty(toy_embeddings())
+            .size
+        )

@@ -27,7 +27,9 @@ def logits_and_targets(data: EmbeddingSource) -> list[tuple[np.ndarray, np.ndarr
 
 def likelihood(data: EmbeddingSource, log_multiplier: float) -> float:
     losses = [
-        -special.log_softmax(logits * math.exp(log_multiplier), axis=1)[np.arange(len(target)), target]
+        -special.log_softmax(logits * math.exp(log_multiplier), axis=1)[
+            np.arange(len(target)), target
+        ]
         for logits, target in logits_and_targets(data)
     ]
     return float(np.concatenate(losses).mean())
@@ -40,20 +42,29 @@ def known_temperature(multiplier: float, n: int = 4000) -> Embeddings:
     return variant(data, target=(p.cumsum(axis=1) > rng.random((n, 1))).argmax(axis=1))
 
 
-@pytest.mark.parametrize("data", [toy_embeddings(), known_temperature(0.2), toy_pairs()], ids=["toy", "cold", "pairs"])
+@pytest.mark.parametrize(
+    "data", [toy_embeddings(), known_temperature(0.2), toy_pairs()], ids=["toy", "cold", "pairs"]
+)
 def test_likelihood_optimum_is_that_of_a_scalar_search(data: EmbeddingSource) -> None:
     predictor = MCMTS().fit(data)
-    expected = optimize.minimize_scalar(lambda v: likelihood(data, v), bounds=(-4, 4), options={"xatol": 1e-9}).x
-    # A scalar search without gradients resolves the square root of float64's precision, about 1e-8 of f / f''.
+    expected = optimize.minimize_scalar(
+        lambda v: likelihood(data, v), bounds=(-4, 4), options={"xatol": 1e-9}
+    ).x
+    # A scalar search without gradients resolves the square root of float64's precision, about 1e-8
+    # of f / f''.
     assert float(predictor.learned_["log_multiplier"]) == pytest.approx(expected, abs=1e-6)
 
 
 def test_likelihood_terms_are_a_value_and_its_derivative() -> None:
     batch = next(toy_embeddings(n=50).batches(50))
     v = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
-    value = torch.nn.functional.cross_entropy(batch.logits.double() * v.exp(), batch.target, reduction="sum")
+    value = torch.nn.functional.cross_entropy(
+        batch.logits.double() * v.exp(), batch.target, reduction="sum"
+    )
     value.backward()
-    assert torch.allclose(likelihood_terms(batch, 0.3), torch.stack([value.detach(), v.grad]), rtol=1e-12)
+    assert torch.allclose(
+        likelihood_terms(batch, 0.3), torch.stack([value.detach(), v.grad]), rtol=1e-12
+    )
 
 
 @pytest.mark.parametrize("objective", ["nll", "ece"])
@@ -61,8 +72,8 @@ def test_a_known_temperature_is_found(objective: str) -> None:
     truth = 0.3
     data = known_temperature(truth)
     found = float(MCMTS(objective=objective).fit(data).learned_["log_multiplier"])
-    # Fisher information of log m is N E[Var_p(z)]; four standard errors for the likelihood. The calibration error uses
-    # less of the labels and has a flat, jagged minimum: twelve.
+    # Fisher information of log m is N E[Var_p(z)]; four standard errors for the likelihood. The
+    # calibration error uses less of the labels and has a flat, jagged minimum: twelve.
     z = logits_and_targets(data)[0][0] * truth
     p = special.softmax(z, axis=1)
     variance = ((p * z**2).sum(1) - (p * z).sum(1) ** 2).sum()
@@ -124,5 +135,6 @@ def test_the_temperature_changes_the_order_of_rows() -> None:
     """One strong rival against many weak ones, whose number counts for more the flatter the posterior."""
     batch = batch_of([[0.0, -0.5, -9, -9, -9, -9], [0.0, -2.0, -2, -2, -2, -2]])
     order = [int(fitted.uncertainty(batch, math.log(m)).argmax()) for m in (2.0, 0.5)]
-    # 1 / u - 1 is one over the sum of exp(m l_j) of the rivals: e^-1 + 4 e^-18 > 5 e^-4 and e^-.25 + 4 e^-4.5 < 5 e^-1.
+    # 1 / u - 1 is one over the sum of exp(m l_j) of the rivals: e^-1 + 4 e^-18 > 5 e^-4 and e^-.25
+    # + 4 e^-4.5 < 5 e^-1.
     assert order == [0, 1]

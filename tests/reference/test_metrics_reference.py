@@ -1,6 +1,7 @@
 """The metrics against independent references: scikit-learn, the reference code's route, brute force, hand-worked ties.
 
-Tolerance 1e-12: sums of at most a few thousand terms of at most 1, each rounded to 1e-16, stay below 1e-12.
+Tolerance 1e-12: sums of at most a few thousand terms of at most 1, each rounded to 1e-16, stay
+below 1e-12.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ def sample(seed: int, n: int, decimals: int) -> tuple[np.ndarray, np.ndarray]:
     return np.round(rng.normal(size=n) + failure, decimals), failure.astype(int)
 
 
-SAMPLES = [sample(seed, n, decimals) for seed, (n, decimals) in enumerate(itertools.product([7, 40, 600], [0, 1, 12]))]
+SAMPLES = [
+    sample(seed, n, decimals)
+    for seed, (n, decimals) in enumerate(itertools.product([7, 40, 600], [0, 1, 12]))
+]
 samples = pytest.mark.parametrize(("u", "f"), SAMPLES)
 
 
@@ -50,14 +54,20 @@ def test_golden_file(case: int) -> None:
 def test_ranking_equals_scikit_learn(u: np.ndarray, f: np.ndarray) -> None:
     assert metrics.auroc(u, f) == pytest.approx(roc_auc_score(f, u), abs=EXACT)
     assert metrics.aupr_failure(u, f) == pytest.approx(average_precision_score(f, u), abs=EXACT)
-    assert metrics.aupr_success(u, f) == pytest.approx(average_precision_score(1 - f, -u), abs=EXACT)
+    assert metrics.aupr_success(u, f) == pytest.approx(
+        average_precision_score(1 - f, -u), abs=EXACT
+    )
 
 
 @samples
 @pytest.mark.parametrize("level", [0.5, 0.8, 0.95, 1.0])
-def test_interpolated_fpr_equals_the_route_of_the_reference_code(u: np.ndarray, f: np.ndarray, level: float) -> None:
+def test_interpolated_fpr_equals_the_route_of_the_reference_code(
+    u: np.ndarray, f: np.ndarray, level: float
+) -> None:
     fpr, tpr, _ = roc_curve(1 - f, -u)  # drops collinear points
-    assert metrics.fpr_at_tpr(u, f, level) == pytest.approx(float(interp1d(tpr, fpr)(level)), abs=EXACT)
+    assert metrics.fpr_at_tpr(u, f, level) == pytest.approx(
+        float(interp1d(tpr, fpr)(level)), abs=EXACT
+    )
     fpr, tpr, _ = roc_curve(f, u)
     by_failure = metrics.fpr_at_tpr(u, f, level, positive="failure")
     assert by_failure == pytest.approx(float(interp1d(tpr, fpr)(level)), abs=EXACT)
@@ -65,7 +75,9 @@ def test_interpolated_fpr_equals_the_route_of_the_reference_code(u: np.ndarray, 
 
 @samples
 @pytest.mark.parametrize("level", [0.5, 0.8, 0.95, 1.0])
-def test_other_fpr_rules_equal_a_search_over_all_thresholds(u: np.ndarray, f: np.ndarray, level: float) -> None:
+def test_other_fpr_rules_equal_a_search_over_all_thresholds(
+    u: np.ndarray, f: np.ndarray, level: float
+) -> None:
     sides = {"correct": (u, f == 0), "failure": (-u, f == 1)}
     for positive, (score, is_positive) in sides.items():
         points = [(0.0, 0.0)]
@@ -75,14 +87,19 @@ def test_other_fpr_rules_equal_a_search_over_all_thresholds(u: np.ndarray, f: np
         first = min(fpr for tpr, fpr in points if tpr >= level)
         nearest = min(points, key=lambda point: (abs(point[0] - level), point[0], point[1]))[1]
         assert metrics.fpr_at_tpr(u, f, level, positive, "first") == pytest.approx(first, abs=EXACT)
-        assert metrics.fpr_at_tpr(u, f, level, positive, "nearest") == pytest.approx(nearest, abs=EXACT)
+        assert metrics.fpr_at_tpr(u, f, level, positive, "nearest") == pytest.approx(
+            nearest, abs=EXACT
+        )
 
 
 def test_fpr_where_the_curve_runs_level_at_the_rate() -> None:
-    # 20 correct answers; after 19 of them come 3 wrong ones, all at TPR 0.95 exactly; then one correct, one wrong
+    # 20 correct answers; after 19 of them come 3 wrong ones, all at TPR 0.95 exactly; then one
+    # correct, one wrong
     failure = np.array([0] * 19 + [1] * 3 + [0, 1])
     u = np.arange(len(failure))
-    assert metrics.fpr_at_tpr(u, failure) == pytest.approx(3 / 4, abs=EXACT)  # far end, as numpy.interp
+    assert metrics.fpr_at_tpr(u, failure) == pytest.approx(
+        3 / 4, abs=EXACT
+    )  # far end, as numpy.interp
     assert metrics.fpr_at_tpr(u, failure, rule="first") == 0
     assert metrics.fpr_at_tpr(u, failure, rule="nearest") == 0
 
@@ -91,7 +108,8 @@ def test_hand_worked_ties() -> None:
     # scores    1        2          3     4
     # rows    right  right,wrong  wrong  right
     u, f = [2, 1, 4, 3, 2], [1, 0, 0, 1, 0]
-    # pairs (wrong, right): the tied wrong one beats 1, ties 1, loses 1; the other beats 2, loses 1: 3.5 of 6
+    # pairs (wrong, right): the tied wrong one beats 1, ties 1, loses 1; the other beats 2, loses 1:
+    # 3.5 of 6
     assert metrics.auroc(u, f) == pytest.approx(3.5 / 6, abs=EXACT)
     # expected wrong among the top i: 0, 1/2, 1, 2, 2
     risks = [0, 1 / 4, 1 / 3, 2 / 4, 2 / 5]
@@ -133,10 +151,16 @@ def test_all_tied_gives_the_chance_values() -> None:
 
 @pytest.mark.parametrize(
     ("u", "f"),
-    [([1, 1, 1, 2, 3, 3], [1, 0, 0, 1, 0, 1]), ([2, 2, 2, 2, 2], [1, 0, 1, 0, 0]), ([1, 2, 2, 1], [0, 1, 0, 1])],
+    [
+        ([1, 1, 1, 2, 3, 3], [1, 0, 0, 1, 0, 1]),
+        ([2, 2, 2, 2, 2], [1, 0, 1, 0, 0]),
+        ([1, 2, 2, 1], [0, 1, 0, 1]),
+    ],
 )
 def test_tied_selective_metrics_are_the_mean_over_all_orders(u: list[int], f: list[int]) -> None:
-    orders = [sorted(order, key=lambda row: u[row]) for order in itertools.permutations(range(len(u)))]
+    orders = [
+        sorted(order, key=lambda row: u[row]) for order in itertools.permutations(range(len(u)))
+    ]
     wrong = np.cumsum(np.array(f)[np.array(orders)], axis=1)
     mean_risk = (wrong / np.arange(1, len(u) + 1)).mean(axis=0)
     assert metrics.aurc(u, f) == pytest.approx(mean_risk.mean(), abs=EXACT)
@@ -173,9 +197,12 @@ def test_selective_metrics_equal_direct_sums(u: np.ndarray, f: np.ndarray) -> No
 
 
 def test_oracle_at_the_dossier_example() -> None:
-    # the best order of 20 answers, 4 of them wrong: (1/17 · 1 + 1/18 · 2 + 1/19 · 3 + 1/20 · 4) / 20
+    # the best order of 20 answers, 4 of them wrong: (1/17 · 1 + 1/18 · 2 + 1/19 · 3 + 1/20 · 4) /
+    # 20
     f = [0] * 16 + [1] * 4
-    assert metrics.aurc(range(20), f) == pytest.approx((1 / 17 + 2 / 18 + 3 / 19 + 4 / 20) / 20, abs=EXACT)
+    assert metrics.aurc(range(20), f) == pytest.approx(
+        (1 / 17 + 2 / 18 + 3 / 19 + 4 / 20) / 20, abs=EXACT
+    )
     assert metrics.aurc(range(20), f) == pytest.approx(0.0264, abs=5e-5)
     assert metrics.excess_aurc(range(20), f) == pytest.approx(0, abs=EXACT)
 
@@ -198,7 +225,9 @@ def ece_by_loop(p: np.ndarray, f: np.ndarray, bins: int) -> float:
 
 @samples
 @pytest.mark.parametrize("bins", [1, 4, 15])
-def test_calibration_equals_scikit_learn_and_a_loop(u: np.ndarray, f: np.ndarray, bins: int) -> None:
+def test_calibration_equals_scikit_learn_and_a_loop(
+    u: np.ndarray, f: np.ndarray, bins: int
+) -> None:
     p = np.round(1 / (1 + np.exp(-u)), 3)
     assert metrics.brier(p, f) == pytest.approx(brier_score_loss(f, p), abs=EXACT)
     assert metrics.ece(p, f, bins) == pytest.approx(ece_by_loop(p, f, bins), abs=EXACT)
@@ -213,9 +242,13 @@ def test_bins_are_closed_on_the_right() -> None:
 def test_bins_of_equal_mass() -> None:
     # two bins of three rows; the tied 0.4 go together into the bin where they start
     p, f = np.array([0.1, 0.2, 0.4, 0.4, 0.8, 0.9]), np.array([0, 0, 1, 0, 1, 1])
-    assert metrics.ece(p, f, 2, "mass") == pytest.approx((abs(1 - 1.1) + abs(2 - 1.7)) / 6, abs=EXACT)
+    assert metrics.ece(p, f, 2, "mass") == pytest.approx(
+        (abs(1 - 1.1) + abs(2 - 1.7)) / 6, abs=EXACT
+    )
     distinct = np.array([0.05, 0.1, 0.2, 0.3, 0.6, 0.7])
-    by_hand = sum(abs(f[half].sum() - distinct[half].sum()) for half in (slice(0, 3), slice(3, 6))) / 6
+    by_hand = (
+        sum(abs(f[half].sum() - distinct[half].sum()) for half in (slice(0, 3), slice(3, 6))) / 6
+    )
     assert metrics.ece(distinct, f, 2, "mass") == pytest.approx(by_hand, abs=EXACT)
 
 
@@ -236,7 +269,9 @@ ONE_CLASS: list[tuple[Callable[..., float], float, float]] = [
 
 @pytest.mark.parametrize(("metric", "all_right", "all_wrong"), ONE_CLASS)
 @pytest.mark.parametrize("n", [1, 5])
-def test_one_class(metric: Callable[..., float], all_right: float, all_wrong: float, n: int) -> None:
+def test_one_class(
+    metric: Callable[..., float], all_right: float, all_wrong: float, n: int
+) -> None:
     u = np.linspace(0, 1, n)
     assert metric(u, np.zeros(n)) == pytest.approx(all_right, abs=EXACT, nan_ok=True)
     assert metric(u, np.ones(n)) == pytest.approx(all_wrong, abs=EXACT, nan_ok=True)
@@ -245,8 +280,12 @@ def test_one_class(metric: Callable[..., float], all_right: float, all_wrong: fl
 @pytest.mark.parametrize("positive", ["correct", "failure"])
 @pytest.mark.parametrize("rule", ["interpolate", "first", "nearest"])
 @pytest.mark.parametrize("failure", [0, 1])
-def test_fpr_of_one_class_is_undefined_by_every_rule(positive: str, rule: str, failure: int) -> None:
-    assert math.isnan(metrics.fpr_at_tpr([1.0, 2.0], [failure, failure], positive=positive, rule=rule))
+def test_fpr_of_one_class_is_undefined_by_every_rule(
+    positive: str, rule: str, failure: int
+) -> None:
+    assert math.isnan(
+        metrics.fpr_at_tpr([1.0, 2.0], [failure, failure], positive=positive, rule=rule)
+    )
     fpr, tpr = metrics.roc_curve_points([1.0, 2.0], [failure, failure], positive)
     assert np.isnan(fpr).all()
     assert np.isnan(tpr).all()
@@ -263,6 +302,8 @@ def test_a_million_rows_stay_exact() -> None:
     tied = np.round(u, 3)
     block = np.round(tied * 1000).astype(int)
     size, wrong = np.bincount(block), np.bincount(block, weights=f)
-    inside = np.concatenate([np.arange(1, m + 1) * (w / m) for m, w in zip(size, wrong, strict=True)])
+    inside = np.concatenate(
+        [np.arange(1, m + 1) * (w / m) for m, w in zip(size, wrong, strict=True)]
+    )
     expected = (np.repeat(np.cumsum(wrong) - wrong, size) + inside) / np.arange(1, n + 1)
     assert metrics.aurc(tied, f) == pytest.approx(math.fsum(expected) / n, abs=EXACT)

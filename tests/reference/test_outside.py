@@ -34,9 +34,13 @@ def rows(rng: np.random.Generator, n: int, d: int) -> np.ndarray:
     return found / np.linalg.norm(found, axis=1, keepdims=True)
 
 
-def world(seed: int = 0, n: int = 40, k: int = 7, m: int = 30, d: int = 12, scale: float = 15.0) -> Embeddings:
+def world(
+    seed: int = 0, n: int = 40, k: int = 7, m: int = 30, d: int = 12, scale: float = 15.0
+) -> Embeddings:
     rng = np.random.default_rng(seed)
-    return Embeddings(rows(rng, n, d), rows(rng, k, d), logit_scale=scale, columns={"negatives": rows(rng, m, d)})
+    return Embeddings(
+        rows(rng, n, d), rows(rng, k, d), logit_scale=scale, columns={"negatives": rows(rng, m, d)}
+    )
 
 
 def arrays(data: Embeddings) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -51,14 +55,20 @@ def test_far_words_by_brute_force(share: float, nearest: float) -> None:
     place = max(int(np.ceil(nearest * len(text))), 1)
     nearness = [sorted(float(word @ name) for name in text)[-place] for word in words]
     kept = sorted(np.argsort(nearness)[: max(round(share * len(words)), 1)].tolist())
-    assert far_words(torch.from_numpy(words), torch.from_numpy(text), share, nearest).tolist() == kept
+    assert (
+        far_words(torch.from_numpy(words), torch.from_numpy(text), share, nearest).tolist() == kept
+    )
 
 
 def test_a_word_that_is_a_class_goes_first() -> None:
     text = torch.eye(4)[:2]
     assert far_words(torch.eye(4), text, 0.5).tolist() == [2, 3]
     assert far_words(torch.eye(4)[[3, 0, 2, 1]], text, 0.5).tolist() == [0, 2]
-    assert far_words(torch.eye(4), text, 0.75).tolist() == [0, 2, 3]  # of equally near ones the first stays
+    assert far_words(torch.eye(4), text, 0.75).tolist() == [
+        0,
+        2,
+        3,
+    ]  # of equally near ones the first stays
 
 
 @pytest.mark.parametrize("of", ["classes", "answer"])
@@ -71,7 +81,9 @@ def test_neglabel_is_its_formula(of: str, share: float) -> None:
     classes = posterior[:, : len(text)]
     expected = 1 - (classes.sum(axis=1) if of == "classes" else classes.max(axis=1))
     found = PREDICTORS["neglabel"](of=of, share=share).predict_uncertainty(data)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)  # logits in float32: 15 * 2^-23 * a few
+    np.testing.assert_allclose(
+        found, expected, rtol=0, atol=1e-5
+    )  # logits in float32: 15 * 2^-23 * a few
 
 
 def test_confident_images_do_not_tie() -> None:
@@ -87,13 +99,19 @@ def test_confident_images_do_not_tie() -> None:
 def test_logit_bias_and_equal_answers_count() -> None:
     data = world()
     image, text, words = arrays(data)
-    shifted = Embeddings(image, text, logit_scale=15.0, logit_bias=-9.0, columns={"negatives": words})
+    shifted = Embeddings(
+        image, text, logit_scale=15.0, logit_bias=-9.0, columns={"negatives": words}
+    )
     method = PREDICTORS["neglabel"](of="answer")
     expected = method.predict_uncertainty(data)
     np.testing.assert_allclose(method.predict_uncertainty(shifted), expected, rtol=1e-5)
     names = [*"abcdefg", "a"]
     doubled = Embeddings(
-        image, np.concatenate([text, text[:1]]), logit_scale=15.0, class_names=names, columns={"negatives": words}
+        image,
+        np.concatenate([text, text[:1]]),
+        logit_scale=15.0,
+        class_names=names,
+        columns={"negatives": words},
     )
     np.testing.assert_array_equal(method.predict_uncertainty(doubled), expected)
 
@@ -101,7 +119,8 @@ def test_logit_bias_and_equal_answers_count() -> None:
 def test_what_neglabel_cannot_do() -> None:
     bare = variant(toy_embeddings(n=20), columns=None)
     with pytest.raises(
-        DataError, match=r"neglabel needs .*'negatives'.*`vilu embed --negatives`, or give it to `vilu import`"
+        DataError,
+        match=r"neglabel needs .*'negatives'.*`vilu embed --negatives`, or give it to `vilu import`",
     ):
         PREDICTORS["neglabel"]().predict_uncertainty(bare)
     with pytest.raises(UsageError, match="does not work on image-caption pairs: words are chosen"):
@@ -126,7 +145,9 @@ def test_neglabel_tells_images_of_words_from_images_of_classes() -> None:
 # The outcome "outside".
 
 
-def strangers(seed: int, n_inside: int, n_outside: int, k: int = 6, m: int = 80, d: int = 48) -> Embeddings:
+def strangers(
+    seed: int, n_inside: int, n_outside: int, k: int = 6, m: int = 80, d: int = 48
+) -> Embeddings:
     """Images near class texts, then images near far words, in one space; targets of the first, OUTSIDE of the rest."""
     fixed, rng = np.random.default_rng(5), np.random.default_rng(seed)
     text, words = rows(fixed, k, d), rows(fixed, m, d)
@@ -152,7 +173,9 @@ def test_margin_by_brute_force() -> None:
     data = world()
     image, text, words = arrays(data)
     far = torch.tensor([3, 4, 19])
-    expected = logsumexp(15 * image @ words[far.numpy()].T, axis=1) - logsumexp(15 * image @ text.T, axis=1)
+    expected = logsumexp(15 * image @ words[far.numpy()].T, axis=1) - logsumexp(
+        15 * image @ text.T, axis=1
+    )
     np.testing.assert_allclose(margin(whole(data), far).numpy(), expected, atol=1e-5)
 
 
@@ -163,9 +186,15 @@ def test_the_direction_is_ridge_regression() -> None:
     image = data.image.double().numpy()
     centred = image - image.mean(axis=0)
     size = np.sqrt((centred**2).sum(axis=1).mean())
-    expected = Ridge(alpha=1 / 0.1, fit_intercept=False).fit(centred / size, seen.margin - seen.margin.mean()).coef_
+    expected = (
+        Ridge(alpha=1 / 0.1, fit_intercept=False)
+        .fit(centred / size, seen.margin - seen.margin.mean())
+        .coef_
+    )
     np.testing.assert_allclose(weight, expected / size, rtol=1e-8)
-    assert float(image.mean(axis=0) @ weight.numpy() + bias) == pytest.approx(float(seen.margin.mean()))
+    assert float(image.mean(axis=0) @ weight.numpy() + bias) == pytest.approx(
+        float(seen.margin.mean())
+    )
 
 
 def test_the_mixture_finds_what_was_drawn() -> None:
@@ -176,9 +205,13 @@ def test_the_mixture_finds_what_was_drawn() -> None:
     means = np.array([-1.0, 0.0, 0.5, 1.5])
     value = np.where(outside, 6.0, means[answer]) + rng.normal(size=2_000) * 1.2
     balance = 6.5 + np.sort(value)[int(0.25 * 1_999)]
-    found = fit_mixture(torch.from_numpy(value), torch.from_numpy(answer), 4, balance, known_inside=False)
+    found = fit_mixture(
+        torch.from_numpy(value), torch.from_numpy(answer), 4, balance, known_inside=False
+    )
     assert found.share == pytest.approx(outside.mean(), abs=4 * np.sqrt(0.2 * 0.8 / 2_000))
-    assert found.outside == pytest.approx(6 + 0.1, abs=0.1 + 4 * 1.2 / 20)  # 100 of 500 rows believe in 6.5
+    assert found.outside == pytest.approx(
+        6 + 0.1, abs=0.1 + 4 * 1.2 / 20
+    )  # 100 of 500 rows believe in 6.5
     assert found.variance**0.5 == pytest.approx(1.2, abs=4 * 1.2 / np.sqrt(4_000))
     np.testing.assert_allclose(found.inside[:4], means, atol=4 * 1.2 / 20 + 0.05)
     slope, offset = found.log_odds()
@@ -241,7 +274,9 @@ def test_examples_are_a_ridge_logistic_regression(columns: tuple[str, ...]) -> N
         m = margin(whole(data), far).numpy()
         inputs = np.column_stack([inputs, (m - m.mean()) / m.std() * np.sqrt(10)])
     other = LogisticRegression(C=1.0, tol=1e-10, max_iter=10_000).fit(inputs, np.arange(150) >= 120)
-    np.testing.assert_allclose(found.log_odds(whole(data)), other.decision_function(inputs), atol=2e-3)
+    np.testing.assert_allclose(
+        found.log_odds(whole(data)), other.decision_function(inputs), atol=2e-3
+    )
     assert found.columns == columns
 
 
@@ -259,7 +294,10 @@ def test_other_candidates_have_the_means_of_all() -> None:
     data = strangers(5, 200, 50)
     found = from_words(all_rows(data), known_inside=False)
     batch = whole(data)
-    mine, others = found.log_odds(batch, torch.arange(6)), found.log_odds(batch, torch.full((6,), -1))
+    mine, others = (
+        found.log_odds(batch, torch.arange(6)),
+        found.log_odds(batch, torch.full((6,), -1)),
+    )
     assert torch.equal(others, found.log_odds(batch))
     assert not torch.allclose(mine, others)
     assert auroc(others.numpy(), np.arange(250) >= 200) > 0.95
@@ -308,7 +346,10 @@ def test_vilu_plus_learns_outside_from_examples(columns: str | None) -> None:
     assert fitted.label == "vilu_plus (outside)"
     assert bare.label == "vilu_plus"
     assert fitted.notes_["n_outside"] == 30
-    told, untold = fitted.predict_uncertainty(test), bare.predict_uncertainty(variant(test, columns=None))
+    told, untold = (
+        fitted.predict_uncertainty(test),
+        bare.predict_uncertainty(variant(test, columns=None)),
+    )
     assert auroc(told, failures(test)) > 0.97
     assert told[300:].mean() > 0.75 > 0.5 > untold[300:].mean()
     assert np.abs(told - untold)[:300].mean() < 0.05
@@ -340,7 +381,9 @@ def test_rows_without_labels_count_as_seen(examples: int) -> None:
     assert len(plus(strangers(18, 90, examples), unlabelled).seen(unlabelled)) == 80
 
 
-@pytest.mark.filterwarnings("ignore:.*rows are left out", "ignore:only .* failures", "ignore:.*were used to fit")
+@pytest.mark.filterwarnings(
+    "ignore:.*rows are left out", "ignore:only .* failures", "ignore:.*were used to fit"
+)
 def test_the_outcome_is_explained_and_not_exported(tmp_path) -> None:
     data = strangers(16, 90, 30)
     fitted = plus(data)
@@ -362,4 +405,6 @@ def test_words_refuse_nothing_that_few_rows_hold() -> None:
         data = data.take(torch.zeros(n, dtype=torch.long)) if n < 30 else data
         for known in (True, False):
             found = from_words(all_rows(data), known_inside=known)
-            assert torch.isfinite(torch.cat([tensor.flatten() for tensor in found.tensors().values()])).all()
+            assert torch.isfinite(
+                torch.cat([tensor.flatten() for tensor in found.tensors().values()])
+            ).all()

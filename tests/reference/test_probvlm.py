@@ -22,7 +22,9 @@ QUICK = {"epochs": 3, "width": 8, "batch_size": 64}
 
 
 def generalised(beta: float, alpha: float, mean: float = 0.7) -> GeneralisedGaussian:
-    return GeneralisedGaussian(*(torch.tensor(value, dtype=torch.float64) for value in (mean, 1 / alpha, beta)))
+    return GeneralisedGaussian(
+        *(torch.tensor(value, dtype=torch.float64) for value in (mean, 1 / alpha, beta))
+    )
 
 
 @pytest.mark.parametrize(("beta", "alpha"), SHAPES)
@@ -32,7 +34,9 @@ def test_density_integrates_to_one(beta: float, alpha: float) -> None:
     def density(x: float) -> float:
         return math.exp(-float(found.nll(torch.tensor(x, dtype=torch.float64))))
 
-    halves = [integrate.quad(density, *ends, epsabs=1e-9) for ends in ((-np.inf, 0.7), (0.7, np.inf))]
+    halves = [
+        integrate.quad(density, *ends, epsabs=1e-9) for ends in ((-np.inf, 0.7), (0.7, np.inf))
+    ]
     assert sum(area for area, _ in halves) == pytest.approx(1, abs=1e-6)
 
 
@@ -46,7 +50,9 @@ def test_likelihood_and_variance_against_scipy(beta: float, alpha: float) -> Non
 
 def test_likelihood_without_deviation_has_a_finite_gradient() -> None:
     mean = torch.zeros(3, requires_grad=True)
-    GeneralisedGaussian(mean, torch.ones(3), torch.tensor([0.1, 1.0, 5.0])).nll(torch.zeros(3)).sum().backward()
+    GeneralisedGaussian(mean, torch.ones(3), torch.tensor([0.1, 1.0, 5.0])).nll(
+        torch.zeros(3)
+    ).sum().backward()
     assert torch.isfinite(mean.grad).all()
 
 
@@ -75,7 +81,8 @@ def test_dropout_masks_keep_the_mean() -> None:
     assert not torch.equal(first, second)
 
 
-# --- the method --------------------------------------------------------------------------------------------------
+# --- the method
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +90,9 @@ def fitted(train: Embeddings) -> ProbVLM:
     return ProbVLM(**QUICK).fit(train)
 
 
-def distribution(adapter: ProbabilisticAdapter, z: torch.Tensor, masks=()) -> tuple[np.ndarray, stats.gennorm]:
+def distribution(
+    adapter: ProbabilisticAdapter, z: torch.Tensor, masks=()
+) -> tuple[np.ndarray, stats.gennorm]:
     """SciPy's version of what an adapter says about rows."""
     with torch.no_grad():
         mean, inverse_scale, shape = (part.double().numpy() for part in adapter(z, masks))
@@ -98,11 +107,20 @@ def first_batch(data) -> Batch:
 def test_alignment_loss_against_scipy(make) -> None:
     batch = first_batch(make())
     dim = batch.image.shape[1]
-    network = ProbVLM(dropout=0.0, cross_weight=0.25, width=8).module({}, EmbeddingSpace(dim, 100.0)).train()
+    network = (
+        ProbVLM(dropout=0.0, cross_weight=0.25, width=8)
+        .module({}, EmbeddingSpace(dim, 100.0))
+        .train()
+    )
     own = batch.text[batch.target]
-    (_, image), (_, text) = distribution(network.image, batch.image), distribution(network.text, own)
+    (_, image), (_, text) = (
+        distribution(network.image, batch.image),
+        distribution(network.text, own),
+    )
     z_v, z_t = (math.sqrt(dim) * z.double().numpy() for z in (batch.image, own))
-    likelihoods = image.logpdf(z_v) + text.logpdf(z_t) + 0.25 * (image.logpdf(z_t) + text.logpdf(z_v))
+    likelihoods = (
+        image.logpdf(z_v) + text.logpdf(z_t) + 0.25 * (image.logpdf(z_t) + text.logpdf(z_v))
+    )
     assert network(batch).detach().numpy() == pytest.approx(-likelihoods.mean(axis=1), rel=1e-4)
 
 
@@ -117,7 +135,9 @@ def test_training_explains_the_embeddings_better(train: Embeddings) -> None:
 
 def test_aleatoric_against_scipy(fitted: ProbVLM, test: Embeddings) -> None:
     _, image = distribution(fitted.network_.image, test.image)
-    assert fitted.predict_uncertainty(test) == pytest.approx(np.log(image.var()).mean(axis=1), abs=1e-4)
+    assert fitted.predict_uncertainty(test) == pytest.approx(
+        np.log(image.var()).mean(axis=1), abs=1e-4
+    )
 
 
 def with_uncertainty(fitted: ProbVLM, uncertainty: str, tmp_path, **more: object) -> ProbVLM:
@@ -134,14 +154,20 @@ def test_epistemic_against_a_loop_over_masks(fitted: ProbVLM, test: Embeddings, 
     predictor = with_uncertainty(fitted, "epistemic", tmp_path)
     first, second = dropout_masks((15, 8), 0.1, torch.Generator().manual_seed(0))
     adapter = predictor.network_.image
-    means = [distribution(adapter, test.image, (a, b))[0] for a, b in zip(first, second, strict=True)]
+    means = [
+        distribution(adapter, test.image, (a, b))[0] for a, b in zip(first, second, strict=True)
+    ]
     expected = np.var(means, axis=0, ddof=1).mean(axis=1)
     assert predictor.predict_uncertainty(test) == pytest.approx(expected, rel=1e-4)
-    assert (with_uncertainty(fitted, "epistemic", tmp_path, dropout=0.0).predict_uncertainty(test) == 0).all()
+    assert (
+        with_uncertainty(fitted, "epistemic", tmp_path, dropout=0.0).predict_uncertainty(test) == 0
+    ).all()
 
 
 @pytest.mark.parametrize("make", [toy_embeddings, toy_pairs])
-def test_cross_modal_against_a_loop_over_candidates(make, fitted: ProbVLM, tmp_path, monkeypatch) -> None:
+def test_cross_modal_against_a_loop_over_candidates(
+    make, fitted: ProbVLM, tmp_path, monkeypatch
+) -> None:
     data = make(seed=1)
     batch = first_batch(data)
     monkeypatch.setattr(probvlm, "BLOCK", 3 * batch.image.numel())  # three candidates at a time
@@ -156,12 +182,18 @@ def test_cross_modal_against_a_loop_over_candidates(make, fitted: ProbVLM, tmp_p
             logits[:, j] += text.logpdf(z_v).mean(axis=1)
         p = special.softmax(logits, axis=1)[np.arange(len(logits)), batch.prediction.numpy()]
         expected.append(special.logit(1 - p))
-    assert predictor.predict_uncertainty(data) == pytest.approx(np.concatenate(expected), rel=1e-3, abs=1e-3)
+    assert predictor.predict_uncertainty(data) == pytest.approx(
+        np.concatenate(expected), rel=1e-3, abs=1e-3
+    )
 
 
 @pytest.mark.parametrize("uncertainty", ["epistemic", "cross_modal"])
-def test_other_rows_do_not_matter(uncertainty: str, fitted: ProbVLM, test: Embeddings, tmp_path) -> None:
+def test_other_rows_do_not_matter(
+    uncertainty: str, fitted: ProbVLM, test: Embeddings, tmp_path
+) -> None:
     predictor = with_uncertainty(fitted, uncertainty, tmp_path)
     rows = torch.arange(5, 599, 17)
     part = predictor.predict_uncertainty(test.take(rows))
-    assert np.allclose(part, predictor.predict_uncertainty(test)[rows.numpy()], rtol=1e-4, atol=1e-5)
+    assert np.allclose(
+        part, predictor.predict_uncertainty(test)[rows.numpy()], rtol=1e-4, atol=1e-5
+    )

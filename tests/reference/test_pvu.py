@@ -19,7 +19,14 @@ from vilu.errors import DataError
 from vilu.predictors.heads.networks import PVU, ImageNetwork, ranking_loss
 from vilu.predictors.nn.train import AdamWConfig, Rows, default_epochs, few_epochs, train_adamw
 
-CONFIG = AdamWConfig(epochs=3, batch_size=64, learning_rate=0.01, weight_decay=0.1, seed=5, device=torch.device("cpu"))
+CONFIG = AdamWConfig(
+    epochs=3,
+    batch_size=64,
+    learning_rate=0.01,
+    weight_decay=0.1,
+    seed=5,
+    device=torch.device("cpu"),
+)
 
 
 def network() -> ImageNetwork:
@@ -32,7 +39,9 @@ def test_ranking_loss_is_the_margin_ranking_loss_of_consecutive_pairs(n: int) ->
     generator = torch.Generator().manual_seed(n)
     u = torch.randn(n, generator=generator).requires_grad_()
     losses = torch.rand(n, generator=generator, dtype=torch.float64)
-    losses[2:4] = 0.5  # a pair of equal losses has no order: its term is the margin, without gradient
+    losses[2:4] = (
+        0.5  # a pair of equal losses has no order: its term is the margin, without gradient
+    )
     found = ranking_loss(u, losses)
     found.backward()
     first, second = torch.arange(0, n - 1, 2), torch.arange(1, n, 2)
@@ -72,10 +81,15 @@ def test_uncertainty_is_positive_and_of_the_image_alone() -> None:
 @pytest.mark.parametrize("loss", ["ranking", "mse"])
 def test_it_learns_the_losses(loss: str) -> None:
     train, test = toy_embeddings(n=2000), toy_embeddings(seed=1, ids_from=5000)
-    u = PVU(hidden=(16, 8), epochs=20, learning_rate=1e-2, loss=loss).fit(train).predict_uncertainty(test)
+    u = (
+        PVU(hidden=(16, 8), epochs=20, learning_rate=1e-2, loss=loss)
+        .fit(train)
+        .predict_uncertainty(test)
+    )
     batch = next(test.batches(600))
     losses = nn.functional.cross_entropy(batch.logits, batch.target, reduction="none").numpy()
-    # Half of the images are blurred, and say so: knowing that alone gives a rank correlation of about 0.6.
+    # Half of the images are blurred, and say so: knowing that alone gives a rank correlation of
+    # about 0.6.
     assert stats.spearmanr(u, losses).statistic > 0.5
     if loss == "mse":
         assert np.mean(u) == pytest.approx(losses.mean(), rel=0.2)
@@ -133,10 +147,14 @@ def test_default_lengths(n: int, length: Callable[[int], int], batch: int, epoch
 def test_loop_refuses_what_it_cannot_train_on() -> None:
     pairs: PairEmbeddings = toy_pairs()
     with pytest.raises(DataError, match=r"at least one pool of 32 rows\. Got 31"):
-        train_adamw(network(), lambda _, output: output.mean(), Rows(pairs, torch.arange(31)), CONFIG)
+        train_adamw(
+            network(), lambda _, output: output.mean(), Rows(pairs, torch.arange(31)), CONFIG
+        )
     data = toy_embeddings(n=200)
     with pytest.raises(DataError, match=r"training diverged: .* Lower learning_rate \(now 0\.01\)"):
-        train_adamw(network(), lambda _, output: output.mean() / 0, Rows(data, torch.arange(200)), CONFIG)
+        train_adamw(
+            network(), lambda _, output: output.mean() / 0, Rows(data, torch.arange(200)), CONFIG
+        )
 
 
 def test_foreign_weights_are_refused() -> None:

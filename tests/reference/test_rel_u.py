@@ -19,7 +19,9 @@ from vilu.predictors.fitted import RelU, best_penalty
 
 def posterior(data: Embeddings, temperature: float) -> tuple[np.ndarray, np.ndarray]:
     batch = next(data.batches(10_000))
-    return special.softmax(batch.logits.double().numpy() / temperature, axis=1), batch.failure.numpy()
+    return special.softmax(
+        batch.logits.double().numpy() / temperature, axis=1
+    ), batch.failure.numpy()
 
 
 def moment_of(p: np.ndarray, failure: np.ndarray, trade_off: float) -> np.ndarray:
@@ -59,7 +61,9 @@ def test_where_nothing_is_to_be_gained_the_penalty_is_constant() -> None:
     moment = moment_of(*posterior(data, 1.0), 0.15)
     assert np.array_equal(ascend(moment, np.random.default_rng(0)), np.zeros((5, 5)))
     expected = (1 - np.eye(5)) / math.sqrt(20)
-    assert np.allclose(RelU(temperature=1.0).fit(data).learned_["penalty"].numpy(), expected, rtol=1e-12)
+    assert np.allclose(
+        RelU(temperature=1.0).fit(data).learned_["penalty"].numpy(), expected, rtol=1e-12
+    )
 
 
 def test_score_is_the_quadratic_form_of_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,11 +72,17 @@ def test_score_is_the_quadratic_form_of_every_row(monkeypatch: pytest.MonkeyPatc
     predictor = RelU().fit(data)
     p, _ = posterior(test, 0.5)
     penalty = predictor.learned_["penalty"].numpy()
-    assert np.allclose(predictor.predict_uncertainty(test), [row @ penalty @ row for row in p], rtol=1e-12, atol=1e-300)
+    assert np.allclose(
+        predictor.predict_uncertainty(test),
+        [row @ penalty @ row for row in p],
+        rtol=1e-12,
+        atol=1e-300,
+    )
     moment = moment_of(*posterior(data, 0.5), 0.15)
     positive = np.maximum(moment, 0)
     np.fill_diagonal(positive, 0)
-    # Products of other numbers of rows round float32 logits of 20 at 1e-6, and the temperature doubles that.
+    # Products of other numbers of rows round float32 logits of 20 at 1e-6, and the temperature
+    # doubles that.
     assert np.allclose(penalty, positive / np.linalg.norm(positive), rtol=1e-4)
 
 
@@ -88,7 +98,9 @@ def test_two_classes_by_hand() -> None:
     """K = 2 leaves one penalty, 1 / sqrt 2 twice: u = 2 p_1 p_2 / sqrt 2, whether the data speak for it or not."""
     for sign in (1.0, -1.0):
         penalty = best_penalty(torch.tensor([[1.0, sign], [sign, 3.0]], dtype=torch.float64))
-        assert torch.allclose(penalty, torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=torch.float64) / math.sqrt(2))
+        assert torch.allclose(
+            penalty, torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=torch.float64) / math.sqrt(2)
+        )
     predictor = RelU(temperature=2.0)
     batch = batch_of([[2.0, 0.0]])
     predictor.learned_ = {"penalty": penalty, "classes": batch.text}
@@ -103,7 +115,9 @@ def test_without_failures_it_is_the_gini_impurity() -> None:
     p, _ = posterior(data, 0.5)
     gini = (p * (1 - p)).sum(axis=1)
     # 1 - p rounds to 1e-16 absolutely.
-    assert np.allclose(RelU().fit(right).predict_uncertainty(data), gini / math.sqrt(20), rtol=1e-9, atol=1e-16)
+    assert np.allclose(
+        RelU().fit(right).predict_uncertainty(data), gini / math.sqrt(20), rtol=1e-9, atol=1e-16
+    )
 
 
 def test_without_successes_it_is_the_failures_part() -> None:

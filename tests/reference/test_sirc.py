@@ -42,16 +42,22 @@ def test_published_form(confidence: str, typicality: str) -> None:
         known, new = (np.abs(images[data]).sum(axis=1) for data in (train, test))
     else:
         known, new = (residual(images[data], images[train], 8) for data in (train, test))
-    gap = CONFIDENCES[confidence](special.softmax(next(test.batches(600)).logits.double().numpy(), axis=1))
+    gap = CONFIDENCES[confidence](
+        special.softmax(next(test.batches(600)).logits.double().numpy(), axis=1)
+    )
     published = -gap * (1 + np.exp(-(new - (known.mean() - 3 * known.std())) / known.std()))
     found = SIRC(confidence=confidence, typicality=typicality).fit(train).predict_uncertainty(test)
-    # Where the posterior is sure the published gap is a difference from one: 1e-16 over a gap of 1e-7 and more here.
+    # Where the posterior is sure the published gap is a difference from one: 1e-16 over a gap of
+    # 1e-7 and more here.
     assert gap.min() > 1e-9
     assert np.allclose(found, np.log(-published), rtol=1e-6, atol=1e-6)
 
 
 def test_nothing_underflows() -> None:
-    """Gaps of g nats to one rival: 1 - p = e^-g, H = (1 + g) e^-g, 1 - sum p^2 = 2 e^-g, but for factors 1 + e^-g."""
+    """Gaps of g nats to one rival:
+
+    1 - p = e^-g, H = (1 + g) e^-g, 1 - sum p^2 = 2 e^-g, but for factors 1 + e^-g.
+    """
     gaps = np.array([40.0, 300.0, 600.0])
     log_p = log_posterior(batch_of([[gap, 0.0] for gap in gaps]))
     expected = {"msp": -gaps, "entropy": np.log1p(gaps) - gaps, "doctor": math.log(2) - gaps}
@@ -72,7 +78,9 @@ def test_an_untypical_image_is_uncertain_whatever_the_posterior_says() -> None:
     predictor = SIRC().fit(train)
     image = train.image.clone()
     image[0] = train.text[0]
-    image[1] = torch.eye(16)[int(train.text[0].abs().argmax())] * train.text[0].sign()  # least 1-norm a unit vector has
+    image[1] = (
+        torch.eye(16)[int(train.text[0].abs().argmax())] * train.text[0].sign()
+    )  # least 1-norm a unit vector has
     u = predictor.predict_uncertainty(variant(train, image=image))
     sure = -np.expm1(log_posterior(next(variant(train, image=image).batches(600))).amax(1).numpy())
     shift, slope = float(predictor.learned_["shift"]), float(predictor.learned_["slope"])
@@ -83,17 +91,25 @@ def test_an_untypical_image_is_uncertain_whatever_the_posterior_says() -> None:
 def test_a_saved_subspace_scores_bit_for_bit_as_the_fitted_one(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     data = Embeddings(
-        unit(rng.normal(size=(800, 512))), unit(rng.normal(size=(5, 512))), rng.integers(5, size=800), 20.0
+        unit(rng.normal(size=(800, 512))),
+        unit(rng.normal(size=(5, 512))),
+        rng.integers(5, size=800),
+        20.0,
     )
     fitted = SIRC(typicality="residual").fit(data)
     fitted.save(tmp_path)
-    assert np.array_equal(load(tmp_path).predict_uncertainty(data), fitted.predict_uncertainty(data))
+    assert np.array_equal(
+        load(tmp_path).predict_uncertainty(data), fitted.predict_uncertainty(data)
+    )
 
 
 def test_subspace_leaves_something_out() -> None:
     train = toy_embeddings()
     assert SIRC(typicality="residual").fit(train).learned_["complement"].shape == (16, 8)
-    assert SIRC(typicality="residual", components=15).fit(train).learned_["complement"].shape == (16, 1)
+    assert SIRC(typicality="residual", components=15).fit(train).learned_["complement"].shape == (
+        16,
+        1,
+    )
     with pytest.raises(UsageError, match=r"less than the embedding width 16\. Got 16"):
         SIRC(typicality="residual", components=16).fit(train)
 

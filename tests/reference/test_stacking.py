@@ -29,7 +29,11 @@ def columns(train: Embeddings, data: Embeddings) -> np.ndarray:
     found = []
     for name in MEMBERS:
         score = PREDICTORS[name]().fit(train).predict_uncertainty(data)
-        found.append(special.logit(score.clip(1e-12, 1 - 1e-12)) if PREDICTORS[name].is_probability else score)
+        found.append(
+            special.logit(score.clip(1e-12, 1 - 1e-12))
+            if PREDICTORS[name].is_probability
+            else score
+        )
     return np.stack(found, axis=1)
 
 
@@ -44,7 +48,9 @@ def test_cross_fitted_by_hand() -> None:
     train, test = toy_embeddings(n=200), toy_embeddings(seed=1, ids_from=1000)
     failure = failures(train)
     scores = np.full((200, len(MEMBERS)), np.nan)
-    for rest, part in folds.cross_fitting(Rows(train, torch.arange(200)), torch.from_numpy(failure), None, 0):
+    for rest, part in folds.cross_fitting(
+        Rows(train, torch.arange(200)), torch.from_numpy(failure), None, 0
+    ):
         scores[part.index] = columns(*(train.take(rows.index) for rows in (rest, part)))
     found = Stacking(members=MEMBERS).fit(train).predict_uncertainty(test)
     # L-BFGS stops at a gradient of 1e-6, and rounding may make it stop a step earlier.
@@ -52,7 +58,9 @@ def test_cross_fitted_by_hand() -> None:
 
 
 def test_on_validation_rows_by_hand() -> None:
-    train, validation, test = (toy_embeddings(n=200, seed=seed, ids_from=1000 * seed) for seed in range(3))
+    train, validation, test = (
+        toy_embeddings(n=200, seed=seed, ids_from=1000 * seed) for seed in range(3)
+    )
     found = Stacking(members=MEMBERS).fit(train, validation).predict_uncertainty(test)
     expected = by_hand(columns(train, validation), failures(validation), columns(train, test))
     assert np.allclose(found, expected, atol=1e-5)
@@ -84,7 +92,11 @@ def test_a_handful_of_labels() -> None:
     many = toy_embeddings(k=10)
     failure, target = failures(many), many.target.numpy()
     wrong = np.flatnonzero(failure)[:2]
-    right = [np.flatnonzero((failure == 0) & (target == c))[0] for c in range(10) if c not in target[wrong]]
+    right = [
+        np.flatnonzero((failure == 0) & (target == c))[0]
+        for c in range(10)
+        if c not in target[wrong]
+    ]
     for rows in ([wrong[0], right[0]], [*wrong, *right]):
         with pytest.warns(UserWarning, match="expect an unreliable fit"):
             predictor = Stacking().fit(many.take(torch.tensor(rows)))
@@ -95,7 +107,9 @@ def test_a_handful_of_labels() -> None:
 
 def test_a_member_that_is_the_same_everywhere_has_no_weight() -> None:
     """Up to rounding: 0.1 has no exact mean."""
-    scores = torch.stack([torch.randn(50, generator=torch.Generator().manual_seed(0)), torch.full((50,), 0.1)], dim=1)
+    scores = torch.stack(
+        [torch.randn(50, generator=torch.Generator().manual_seed(0)), torch.full((50,), 0.1)], dim=1
+    )
     stack = Stacking()._regress(scores.double(), torch.arange(50) % 2)
     assert stack["coefficients"][0] != 0
     assert stack["coefficients"][1] == 0

@@ -1,4 +1,7 @@
-"""ViLU+ against independent solvers: SciPy for the convex expert and the pool, scikit-learn for the memory."""
+"""ViLU+ against independent solvers:
+
+SciPy for the convex expert and the pool, scikit-learn for the memory.
+"""
 
 from __future__ import annotations
 
@@ -67,9 +70,14 @@ def zero_shot(data: Embeddings) -> np.ndarray:
 def test_temperature_is_the_most_probable_one(data: Embeddings) -> None:
     logits, target = zero_shot(data), data.target.numpy()
     grid = np.exp(np.linspace(-3, 3, 6001))
-    loss = [-log_softmax(a * logits, axis=1)[range(200), target].sum() + np.log(a) ** 2 / 0.5 for a in grid]
+    loss = [
+        -log_softmax(a * logits, axis=1)[range(200), target].sum() + np.log(a) ** 2 / 0.5
+        for a in grid
+    ]
     # the grid has steps of one part in a thousand
-    assert fit_temperature(attention_of(data), rows_of(data), CPU) == pytest.approx(grid[np.argmin(loss)], rel=2e-3)
+    assert fit_temperature(attention_of(data), rows_of(data), CPU) == pytest.approx(
+        grid[np.argmin(loss)], rel=2e-3
+    )
 
 
 @pytest.mark.parametrize("n", [200, 12, 3])
@@ -82,7 +90,9 @@ def test_attention_is_the_most_probable_one(data: Embeddings, n: int) -> None:
     inputs = ImageInputs(8, 0)
     inputs.fit(rows_of(few))
     attention = fit_attention(inputs, rows_of(few), 4, VARIANCE, SHARING, CPU)
-    x = np.column_stack([standardised(few.image_rows(torch.arange(n)).double().numpy()), np.ones(n)])
+    x = np.column_stack(
+        [standardised(few.image_rows(torch.arange(n)).double().numpy()), np.ones(n)]
+    )
     t = standardised(data.text.double().numpy())
     seen = np.isin(np.arange(4), few.target.numpy())
     precision = np.linalg.inv(SHARING * t @ t.T + (1 - SHARING) * np.diag(seen))
@@ -100,10 +110,13 @@ def test_attention_is_the_most_probable_one(data: Embeddings, n: int) -> None:
         slope = (softmax(logits, axis=1) - target).T @ x + precision @ weights * each
         return loss, slope.ravel()
 
-    found = minimize(objective, np.zeros(36), jac=True, method="L-BFGS-B", options={"ftol": 1e-14, "gtol": 1e-8})
+    found = minimize(
+        objective, np.zeros(36), jac=True, method="L-BFGS-B", options={"ftol": 1e-14, "gtol": 1e-8}
+    )
     expected = offset + start + n / (n + CAUTION) * (x @ found.x.reshape(4, 9).T)
     batch = next(few.batches(200))
-    # both stop when float32 sums of 200 losses no longer change: logits of size 10 to about 1e-3 of it
+    # both stop when float32 sums of 200 losses no longer change: logits of size 10 to about 1e-3 of
+    # it
     assert np.allclose(attention(batch).numpy(), expected, atol=0.02)
 
 
@@ -113,12 +126,20 @@ def test_attention_is_the_most_probable_one(data: Embeddings, n: int) -> None:
         ([0, 0, 1, 1, 1, 2], 6, 1 / 6, 3),  # one single label of six
         ([0, 0, 1, 1], 4, 1 / 4, 2),  # none: half a label would be less than can be told
         ([0, 1, 2], 9, 0.1, 3),  # one a class, so the labels do not tell
-        ([0, 1, 2, 2], 5, 2 / 4, 3),  # half of them single: two classes without labels are as frequent as three with
+        (
+            [0, 1, 2, 2],
+            5,
+            2 / 4,
+            3,
+        ),  # half of them single: two classes without labels are as frequent as three with
     ],
 )
-def test_classes_without_labels_are_rarer(target: list[int], n_classes: int, share: float, seen: int) -> None:
+def test_classes_without_labels_are_rarer(
+    target: list[int], n_classes: int, share: float, seen: int
+) -> None:
     prior = class_log_prior(torch.tensor(target), n_classes).exp()
-    # as frequent as the share that they have, spread over them, next to the rest, spread over the others
+    # as frequent as the share that they have, spread over them, next to the rest, spread over the
+    # others
     each = min(share / (n_classes - seen) / ((1 - share) / seen), 1)
     assert prior.tolist() == pytest.approx([1.0 if c in target else each for c in range(n_classes)])
 
@@ -149,7 +170,8 @@ def test_rows_that_are_held_say_what_streamed_ones_say(
     held, streamed = (problem_of(data.take(torch.arange(n)), 3.0) for _ in range(2))
     streamed.held = None
     for mine, other in zip(held.full(held.solve()), streamed.full(streamed.solve()), strict=True):
-        # both stop at a loss per row that changes by 1e-9 of a penalty whose curvature is 1 / (3 n): sqrt(2e-9 * 120)
+        # both stop at a loss per row that changes by 1e-9 of a penalty whose curvature is 1 / (3
+        # n): sqrt(2e-9 * 120)
         assert torch.allclose(mine, other, atol=2e-3)
 
 
@@ -167,7 +189,9 @@ def test_a_basis_holds_its_rows() -> None:
 def test_the_share_that_is_kept_is_the_most_probable_one(data: Embeddings, n: int) -> None:
     few = data.take(torch.arange(n))
     problem = problem_of(few, 30.0)
-    x = np.column_stack([standardised(few.image_rows(torch.arange(n)).double().numpy()), np.ones(n)])
+    x = np.column_stack(
+        [standardised(few.image_rows(torch.arange(n)).double().numpy()), np.ones(n)]
+    )
     text, target = data.text.double().numpy(), few.target.numpy()
     kernel = x @ np.diag(np.append(np.full(8, 30.0), 30 * BIAS_SHARE)) @ x.T
     across = SHARING * text @ text.T + (1 - SHARING) * np.diag(np.isin(np.arange(4), target))
@@ -180,21 +204,30 @@ def test_the_share_that_is_kept_is_the_most_probable_one(data: Embeddings, n: in
         root = np.linalg.cholesky(kernel[np.ix_(~out, ~out)] + 1e-9 * np.eye(size))
         half = np.linalg.cholesky(across)
 
-        def objective(flat: np.ndarray, root=root, half=half, out=out, size=size) -> tuple[float, np.ndarray]:
+        def objective(
+            flat: np.ndarray, root=root, half=half, out=out, size=size
+        ) -> tuple[float, np.ndarray]:
             found = logits[~out] + root @ flat.reshape(size, 4) @ half.T
             loss = -log_softmax(found, axis=1)[range(size), target[~out]].sum() + flat @ flat / 2
             slope = root.T @ (softmax(found, axis=1) - np.eye(4)[target[~out]]) @ half
             return loss, slope.ravel() + flat
 
-        best = minimize(objective, np.zeros(size * 4), jac=True, method="L-BFGS-B", options={"ftol": 1e-15}).x
-        residual = np.eye(4)[target[~out]] - softmax(logits[~out] + root @ best.reshape(size, 4) @ half.T, axis=1)
+        best = minimize(
+            objective, np.zeros(size * 4), jac=True, method="L-BFGS-B", options={"ftol": 1e-15}
+        ).x
+        residual = np.eye(4)[target[~out]] - softmax(
+            logits[~out] + root @ best.reshape(size, 4) @ half.T, axis=1
+        )
         learned[out] = kernel[np.ix_(out, ~out)] @ residual @ across  # where the slope is zero
     grid = np.linspace(0, 1, 201)
     value = [
-        -log_softmax(logits + w * learned, axis=1)[range(n), target].sum() + (w - 1) ** 2 / (2 * SHARE_SD**2)
+        -log_softmax(logits + w * learned, axis=1)[range(n), target].sum()
+        + (w - 1) ** 2 / (2 * SHARE_SD**2)
         for w in grid
     ]
-    assert held_out_share(problem) == pytest.approx(grid[np.argmin(value)], abs=0.01)  # two steps of the grid
+    assert held_out_share(problem) == pytest.approx(
+        grid[np.argmin(value)], abs=0.01
+    )  # two steps of the grid
 
 
 def simulated(seed: int, n: int, n_classes: int, n_occurring: int, spread: float) -> Embeddings:
@@ -222,7 +255,9 @@ def test_more_labels_never_cost_much(n_classes: int, spread: float) -> None:
         whole = simulated(seed, 3_000, n_classes, n_classes, spread)
         test = whole.take(torch.arange(1_000, 3_000))
         mcm = auroc_of(vilu.MCM().fit(test), test)
-        fits = [ViLUPlus(variance=10.0).fit(whole.take(torch.arange(k * n_classes))) for k in (1, 2, 5)]
+        fits = [
+            ViLUPlus(variance=10.0).fit(whole.take(torch.arange(k * n_classes))) for k in (1, 2, 5)
+        ]
         gains.append([auroc_of(fit, test) - mcm for fit in fits])
     mean, error = np.mean(gains, axis=0), np.std(gains, axis=0) / 2
     assert (mean > -0.003 - 2 * error).all(), mean
@@ -243,8 +278,13 @@ def test_images_without_labels_are_where_labels_begin(*, features: bool) -> None
     """With nothing to learn from labels but the temperature, q is ``ViLUZero``'s posterior, tempered."""
     whole = simulated(3, 1_200, 8, 8, 2.0)
     if features:
-        whole = variant(whole, columns={"features": torch.randn(1_200, 5, generator=torch.Generator().manual_seed(0))})
-    few, images, test = (whole.take(torch.arange(*ends)) for ends in ((0, 24), (24, 800), (800, 1_200)))
+        whole = variant(
+            whole,
+            columns={"features": torch.randn(1_200, 5, generator=torch.Generator().manual_seed(0))},
+        )
+    few, images, test = (
+        whole.take(torch.arange(*ends)) for ends in ((0, 24), (24, 800), (800, 1_200))
+    )
     zero = vilu.PREDICTORS["vilu_zero"]().fit(without_labels(images))
     assert (zero.notes_["absent"], zero.notes_["share"] > 0.1) == (0.0, True)
     plus = ViLUPlus(variance=1e-9).fit(few, unlabelled=without_labels(images))
@@ -257,14 +297,20 @@ def test_images_without_labels_are_where_labels_begin(*, features: bool) -> None
     expected = (temperature * zero.parts(batch).logits).log_softmax(1)
     # the grid's steps of one part in a thousand, of logits that differ by up to 40; float32 beside
     assert torch.allclose(plus.log_posterior(batch), expected, atol=0.05)
-    other = dataclasses.replace(batch, text=torch.nn.functional.normalize(torch.randn_like(batch.text), dim=1))
+    other = dataclasses.replace(
+        batch, text=torch.nn.functional.normalize(torch.randn_like(batch.text), dim=1)
+    )
     foreign = plus.experts.attention(other, plus.experts.attention.match(other.text))
     assert torch.allclose(
-        foreign, temperature ** float(plus.experts.attention.match(other.text).reach.mean()) * other.logits, atol=0.05
+        foreign,
+        temperature ** float(plus.experts.attention.match(other.text).reach.mean()) * other.logits,
+        atol=0.05,
     )
 
 
-@pytest.mark.parametrize("kind", ["another order", "two swapped", "one missing", "one other", "captions"])
+@pytest.mark.parametrize(
+    "kind", ["another order", "two swapped", "one missing", "one other", "captions"]
+)
 def test_images_without_labels_of_other_candidates_are_refused(kind: str, data: Embeddings) -> None:
     """The mean text of all of them is blind to their order, and of many to one of them; the fit would be wrong."""
     orders = {"another order": [3, 0, 1, 2], "two swapped": [0, 2, 1, 3], "one missing": [0, 1, 2]}
@@ -272,7 +318,9 @@ def test_images_without_labels_of_other_candidates_are_refused(kind: str, data: 
     if kind == "one other":
         text[3] = torch.nn.functional.normalize(text[3] + 0.05 * torch.eye(8)[0], dim=0)
     images = toy_pairs(d=8) if kind == "captions" else Embeddings(data.image, text, None, 20.0)
-    with pytest.raises(DataError, match=r"in their order\. Of its 4 shared texts, [0-3] are at the same place here"):
+    with pytest.raises(
+        DataError, match=r"in their order\. Of its 4 shared texts, [0-3] are at the same place here"
+    ):
         ViLUPlus(**QUICK).fit(variant(data, columns=None), unlabelled=images)
 
 
@@ -282,22 +330,33 @@ def test_images_without_labels_help_a_few_labels(labels: int) -> None:
     gains = []
     for seed in range(3):
         whole = simulated(seed, 2_000, 40, 8, 2.0)
-        few, rest, test = (whole.take(torch.arange(*ends)) for ends in ((0, labels), (0, 1_000), (1_000, 2_000)))
+        few, rest, test = (
+            whole.take(torch.arange(*ends)) for ends in ((0, labels), (0, 1_000), (1_000, 2_000))
+        )
         images = without_labels(rest)
-        best = max(auroc_of(fit, test) for fit in (ViLUPlus().fit(few), vilu.PREDICTORS["vilu_zero"]().fit(images)))
+        best = max(
+            auroc_of(fit, test)
+            for fit in (ViLUPlus().fit(few), vilu.PREDICTORS["vilu_zero"]().fit(images))
+        )
         gains.append(auroc_of(ViLUPlus().fit(few, unlabelled=images), test) - best)
     assert np.mean(gains) > 0, gains
 
 
 def test_other_candidates_get_only_what_is_shared(data: Embeddings, attention) -> None:
-    other = torch.nn.functional.normalize(torch.randn(3, 8, generator=torch.Generator().manual_seed(1)), dim=1)
+    other = torch.nn.functional.normalize(
+        torch.randn(3, 8, generator=torch.Generator().manual_seed(1)), dim=1
+    )
     mixed = Embeddings(data.image, torch.cat([other[:1], data.text[[2]], other[1:]]), None, 20.0)
     batch = next(mixed.batches(200))
     match = attention.match(batch.text)
     assert match.known.tolist() == [False, True, False, False]
     assert int(match.row[1]) == 2
-    texts, classes = (rows - data.text.numpy().mean(axis=0) for rows in (batch.text.numpy(), data.text.numpy()))
-    cosine = texts @ classes.T / np.linalg.norm(texts, axis=1)[:, None] / np.linalg.norm(classes, axis=1)
+    texts, classes = (
+        rows - data.text.numpy().mean(axis=0) for rows in (batch.text.numpy(), data.text.numpy())
+    )
+    cosine = (
+        texts @ classes.T / np.linalg.norm(texts, axis=1)[:, None] / np.linalg.norm(classes, axis=1)
+    )
     reach = np.where(match.known.numpy(), 1, np.maximum(cosine.max(axis=1), 0) ** 2)
     assert np.allclose(match.reach.numpy(), reach, atol=1e-5)
     logits = attention(batch, match)
@@ -313,7 +372,9 @@ def test_other_candidates_get_only_what_is_shared(data: Embeddings, attention) -
 def test_memory_is_kernel_ridge_regression_of_the_residual(data: Embeddings, attention) -> None:
     memory = Memory.of(attention, rows_of(data))
     x = standardised(data.image.double().numpy())
-    residual = np.eye(4)[data.target.numpy()] - softmax(float(attention.temperature) * zero_shot(data), axis=1)
+    residual = np.eye(4)[data.target.numpy()] - softmax(
+        float(attention.temperature) * zero_shot(data), axis=1
+    )
     ridge = KernelRidge(alpha=0.1, kernel="rbf", gamma=0.5).fit(x, residual)
     found = memory(next(data.batches(200))).numpy()
     # float32 kernels (1e-6) against a Gram matrix of condition number up to 200 / 0.1
@@ -324,7 +385,9 @@ def test_pool_is_the_most_probable_one() -> None:
     rng = np.random.default_rng(0)
     target = rng.integers(3, size=300)
     truth = 2.0 * np.eye(3)[target]
-    log_p = np.stack([log_softmax(truth + rng.normal(size=(300, 3)) * s, axis=1) for s in (1.5, 1.0)], axis=1)
+    log_p = np.stack(
+        [log_softmax(truth + rng.normal(size=(300, 3)) * s, axis=1) for s in (1.5, 1.0)], axis=1
+    )
     grid = np.linspace(0, 1.5, 151)
     loss = np.array(
         [
@@ -337,8 +400,12 @@ def test_pool_is_the_most_probable_one() -> None:
         ]
     )
     best = np.unravel_index(loss.argmin(), loss.shape)
-    assert np.allclose(fit_pool(log_p, target), [grid[i] for i in best], atol=0.006)  # half a step, rounded up
-    assert np.allclose(fit_pool(log_p[:1], target[:1]), [1, 0], atol=0.1)  # one row says next to nothing
+    assert np.allclose(
+        fit_pool(log_p, target), [grid[i] for i in best], atol=0.006
+    )  # half a step, rounded up
+    assert np.allclose(
+        fit_pool(log_p[:1], target[:1]), [1, 0], atol=0.1
+    )  # one row says next to nothing
 
 
 def test_companions_come_with_enough_labels(data: Embeddings) -> None:
@@ -353,10 +420,14 @@ def test_companions_come_with_enough_labels(data: Embeddings) -> None:
 @pytest.mark.parametrize(
     ("n", "fits"), [(200, [160] * 5 + [200]), (1_000, [800] * 2 + [1_000]), (1_400, [1_120, 1_400])]
 )
-def test_no_more_folds_are_fitted_than_the_pool_needs(monkeypatch: pytest.MonkeyPatch, n: int, fits: list[int]) -> None:
+def test_no_more_folds_are_fitted_than_the_pool_needs(
+    monkeypatch: pytest.MonkeyPatch, n: int, fits: list[int]
+) -> None:
     sizes = []
     fitted = ViLUPlus._fit_experts
-    monkeypatch.setattr(ViLUPlus, "_fit_experts", lambda *given: sizes.append(len(given[1].index)) or fitted(*given))
+    monkeypatch.setattr(
+        ViLUPlus, "_fit_experts", lambda *given: sizes.append(len(given[1].index)) or fitted(*given)
+    )
     ViLUPlus(**QUICK).fit(toy_embeddings(n=n, k=4, d=8))
     assert sizes == fits
 
@@ -364,8 +435,12 @@ def test_no_more_folds_are_fitted_than_the_pool_needs(monkeypatch: pytest.Monkey
 def test_with_a_validation_set_experts_are_fitted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
     fitted = ViLUPlus._fit_experts
-    monkeypatch.setattr(ViLUPlus, "_fit_experts", lambda *given: sizes.append(len(given[1].index)) or fitted(*given))
-    ViLUPlus(**QUICK).fit(toy_embeddings(n=300, k=4, d=8), toy_embeddings(n=200, k=4, d=8, seed=3, ids_from=500))
+    monkeypatch.setattr(
+        ViLUPlus, "_fit_experts", lambda *given: sizes.append(len(given[1].index)) or fitted(*given)
+    )
+    ViLUPlus(**QUICK).fit(
+        toy_embeddings(n=300, k=4, d=8), toy_embeddings(n=200, k=4, d=8, seed=3, ids_from=500)
+    )
     assert sizes == [300]
 
 
@@ -374,7 +449,8 @@ def test_probabilities_are_calibrated(data: Embeddings) -> None:
     predictor = ViLUPlus(**QUICK).fit(data)
     failure = torch.cat([batch.failure for batch in test.batches(512)]).numpy()
     probability = predictor.predict_failure_probability(test)
-    # the pool was fitted on 200 rows: its standard error is that of a rate near 0.2 over them, three of which are 0.085
+    # the pool was fitted on 200 rows: its standard error is that of a rate near 0.2 over them,
+    # three of which are 0.085
     assert probability.mean() == pytest.approx(failure.mean(), abs=0.085)
 
 
@@ -383,14 +459,21 @@ def test_captions_have_the_attention_alone(tmp_path) -> None:
     assert list(predictor.experts.companions) == []
     test = toy_pairs(seed=1)
     predictor.save(tmp_path)
-    assert np.array_equal(vilu.load(tmp_path).predict_uncertainty(test), predictor.predict_uncertainty(test))
+    assert np.array_equal(
+        vilu.load(tmp_path).predict_uncertainty(test), predictor.predict_uncertainty(test)
+    )
 
 
 def test_features_are_named_and_needed_again(data: Embeddings, tmp_path) -> None:
     bare = variant(data, columns=None)
-    with_features, without = ViLUPlus(**QUICK).fit(data), ViLUPlus(features=False, **QUICK).fit(data)
+    with_features, without = (
+        ViLUPlus(**QUICK).fit(data),
+        ViLUPlus(features=False, **QUICK).fit(data),
+    )
     assert (with_features.label, without.label) == ("vilu_plus (features)", "vilu_plus")
-    assert np.array_equal(ViLUPlus(**QUICK).fit(bare).predict_uncertainty(data), without.predict_uncertainty(data))
+    assert np.array_equal(
+        ViLUPlus(**QUICK).fit(bare).predict_uncertainty(data), without.predict_uncertainty(data)
+    )
     with pytest.raises(DataError, match="needs the column 'features'"):
         with_features.predict_uncertainty(bare)
     with_features.save(tmp_path)
@@ -407,16 +490,23 @@ def test_validation_rows_weigh_the_pool(data: Embeddings) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "found"), [("superset", "3 of the 7"), ("disjoint", "3 of the 3"), ("captions", "32 of the 32")]
+    ("kind", "found"),
+    [("superset", "3 of the 7"), ("disjoint", "3 of the 3"), ("captions", "32 of the 32")],
 )
 def test_validation_rows_of_unknown_classes_are_refused_before_anything_is_fitted(
     kind: str, found: str, data: Embeddings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ViLUPlus, "_fit_experts", lambda *_: pytest.fail("it was fitted"))
     bare, new = variant(data, columns=None), toy_embeddings(n=150, k=4, d=8, seed=3, ids_from=5000)
-    text = toy_embeddings(n=1, k=7, d=8).text[4 if kind == "disjoint" else 0 :]  # the first four are those of training
-    validation = toy_pairs(d=8) if kind == "captions" else Embeddings(new.image, text, new.target % 3, 20.0)
-    with pytest.raises(DataError, match=f"the 4 training classes .* {found} candidates of the validation set"):
+    text = toy_embeddings(n=1, k=7, d=8).text[
+        4 if kind == "disjoint" else 0 :
+    ]  # the first four are those of training
+    validation = (
+        toy_pairs(d=8) if kind == "captions" else Embeddings(new.image, text, new.target % 3, 20.0)
+    )
+    with pytest.raises(
+        DataError, match=f"the 4 training classes .* {found} candidates of the validation set"
+    ):
         ViLUPlus(**QUICK).fit(bare, validation)
 
 

@@ -77,7 +77,9 @@ def test_presence_by_hand() -> None:
         occurs, absent = presence(torch.full((40,), one, dtype=torch.float64))
         assert absent < 0.02
         assert occurs.abs().max() < 0.1
-    tiny = torch.full((40,), ABSENT_SCALE / 4, dtype=torch.float64)  # fewer rows than classes say nothing
+    tiny = torch.full(
+        (40,), ABSENT_SCALE / 4, dtype=torch.float64
+    )  # fewer rows than classes say nothing
     assert presence(tiny)[1] == 0.0
 
 
@@ -97,7 +99,9 @@ def test_discriminants_of_known_classes_are_linear_discriminant_analysis() -> No
     target = rng.integers(k, size=n)
     means, mix = rng.normal(size=(k, dim)), np.eye(dim)
     image = means[target] + rng.normal(size=(n, dim)) @ mix
-    known = discriminants(moments_of(image, np.eye(k)[target]), torch.from_numpy(rng.normal(size=(k, dim))))
+    known = discriminants(
+        moments_of(image, np.eye(k)[target]), torch.from_numpy(rng.normal(size=(k, dim)))
+    )
     # unit covariance: ridge towards a spherical one changes nothing but by the noise of 30,000 rows
     theirs = LinearDiscriminantAnalysis(solver="lsqr", priors=np.full(k, 1 / k)).fit(image, target)
     queries = rng.normal(size=(50, dim)) * 2
@@ -117,9 +121,11 @@ def test_means_are_anchored_at_texts_as_far_as_texts_explain_them(exact: bool) -
     target = rng.integers(k, size=n)
     means = 0.5 * text + (0.0 if exact else 1.0) * rng.normal(size=(k, dim))
     known = discriminants(
-        moments_of(means[target] + rng.normal(size=(n, dim)), np.eye(k)[target]), torch.from_numpy(text)
+        moments_of(means[target] + rng.normal(size=(n, dim)), np.eye(k)[target]),
+        torch.from_numpy(text),
     )
-    # the standard error of the slope: 320 numbers of residual variance up to 1, of regressors of variance 1
+    # the standard error of the slope: 320 numbers of residual variance up to 1, of regressors of
+    # variance 1
     assert known.slope == pytest.approx(0.5, abs=0.25)
     assert (known.anchor > 30) if exact else (0.5 < known.anchor < 2)
 
@@ -135,7 +141,9 @@ def test_trust_is_the_temperature_of_least_cross_entropy(data: Embeddings) -> No
     crossed = {}
     for half in (0, 1):
         other = pool.halves[1 - half].numpy()
-        crossed[half] = discriminants(moments_of(image[other], posterior[other]), data.text.double())
+        crossed[half] = discriminants(
+            moments_of(image[other], posterior[other]), data.text.double()
+        )
     for tau in (trust / 1.3, trust, trust * 1.3):
         loss = 0.0
         for half in (0, 1):
@@ -169,13 +177,17 @@ def test_classes_that_all_occur_cost_nothing() -> None:
 
 
 def variant_without_labels(data) -> Embeddings:
-    return Embeddings(data.image_rows(torch.arange(len(data))), data.text, None, data.space.logit_scale)
+    return Embeddings(
+        data.image_rows(torch.arange(len(data))), data.text, None, data.space.logit_scale
+    )
 
 
 def test_too_few_rows_give_mcm(data: Embeddings) -> None:
     with pytest.warns(UserWarning, match="fitted on 19 rows"):
         predictor = ViLUZero().fit(data.take(range(19)))
-    assert np.allclose(predictor.predict_uncertainty(data), vilu.MCM().predict_uncertainty(data), atol=1e-9)
+    assert np.allclose(
+        predictor.predict_uncertainty(data), vilu.MCM().predict_uncertainty(data), atol=1e-9
+    )
 
 
 def test_what_knows_of_no_words_is_saved(data: Embeddings, tmp_path: Path) -> None:
@@ -183,11 +195,16 @@ def test_what_knows_of_no_words_is_saved(data: Embeddings, tmp_path: Path) -> No
     predictor = ViLUZero().fit(plain)
     assert not predictor.outcome
     predictor.save(tmp_path)
-    assert np.array_equal(vilu.load(tmp_path).predict_uncertainty(plain), predictor.predict_uncertainty(plain))
+    assert np.array_equal(
+        vilu.load(tmp_path).predict_uncertainty(plain), predictor.predict_uncertainty(plain)
+    )
 
 
 def test_two_rows_a_class_teach_no_prototypes() -> None:
-    """One minus two rows a class over how many there are, by hand: 0 of 80 rows and 40 classes, 0.6 of 200."""
+    """One minus two rows a class over how many there are, by hand:
+
+    0 of 80 rows and 40 classes, 0.6 of 200.
+    """
     assert [sufficiency(n, 40) for n in (40, 80, 200)] == pytest.approx([0.0, 0.0, 0.6])
     few = toy_embeddings(n=80, k=40, d=24)
     assert ViLUZero().fit(few).notes_["share"] == 0.0
@@ -229,7 +246,9 @@ def test_real_clip_without_a_label(shared: Path) -> None:
         predictor = ViLUZero().fit(Embeddings(found["image"][fit], found["text"]))
         data = Embeddings(found["image"][test], found["text"], found["target"][test])
         failure = vilu.score(vilu.MCM(), data).failure
-        mine, theirs = (auroc(p.predict_uncertainty(data), failure) for p in (predictor, vilu.MCM()))
+        mine, theirs = (
+            auroc(p.predict_uncertainty(data), failure) for p in (predictor, vilu.MCM())
+        )
         gains[name] = mine - theirs
         assert name != "pets_in123_b32" or mine > 0.92
     assert gains["pets_in123_b32"] > 0.07

@@ -40,7 +40,9 @@ def zero_shot(data: Embeddings) -> np.ndarray:
 def test_answers_are_those_of_the_scores(plus, test: Embeddings) -> None:
     outcomes, p = vilu.score(plus, test), zero_shot(test)
     found = vilu.explain(plus, test, n=7)
-    assert [row.row for row in found] == np.argsort(-outcomes.uncertainty, kind="stable")[:7].tolist()
+    assert [row.row for row in found] == np.argsort(-outcomes.uncertainty, kind="stable")[
+        :7
+    ].tolist()
     for row in found:
         assert row.key == test.ids[row.row]
         assert row.answer == test.class_names[outcomes.prediction[row.row]]
@@ -53,7 +55,9 @@ def test_answers_are_those_of_the_scores(plus, test: Embeddings) -> None:
 
 
 @pytest.mark.parametrize("name", ["vilu_plus", "vilu", "mcm", "energy", "knn_distance"])
-def test_a_few_rows_of_many_blocks_have_the_numbers_of_the_scores(train: Embeddings, name: str) -> None:
+def test_a_few_rows_of_many_blocks_have_the_numbers_of_the_scores(
+    train: Embeddings, name: str
+) -> None:
     """Blocks of other rows, or of another size, would round otherwise."""
     data = toy_embeddings(n=2 * SCORING_BATCH + 300, seed=3, ids_from=20_000)
     quick = {"vilu_plus": {"width": 16, "epochs": 2}, "vilu": {"hidden": (8,), "epochs": 2}}
@@ -70,7 +74,9 @@ def test_a_few_rows_of_many_blocks_have_the_numbers_of_the_scores(train: Embeddi
 def test_rows_by_key_and_by_number(plus, test: Embeddings) -> None:
     found = vilu.explain(plus, test, rows=["row-10007", 3, "row-10000", 7])
     assert [row.row for row in found] == [7, 3, 0]
-    unlabelled = Embeddings(test.image, test.text, None, 20.0, columns={"features": test._columns["features"]})
+    unlabelled = Embeddings(
+        test.image, test.text, None, 20.0, columns={"features": test._columns["features"]}
+    )
     row = vilu.explain(plus, unlabelled, rows=[3]).rows[0]
     assert (row.truth, row.wrong, row.key) == (None, None, "3")
     assert row.answer.startswith("candidate ")
@@ -79,9 +85,14 @@ def test_rows_by_key_and_by_number(plus, test: Embeddings) -> None:
 def test_competitors_of_vilu_are_its_attention(train, test: Embeddings) -> None:
     for form in ("official", "paper"):
         predictor = vilu.ViLU(attention=form, hidden=(8,), epochs=3).fit(train)
-        w = {name: m.detach().double().numpy() for name, m in predictor.heads[0].attention.named_parameters()}
+        w = {
+            name: m.detach().double().numpy()
+            for name, m in predictor.heads[0].attention.named_parameters()
+        }
         query, key, scale = (
-            (w["query"], w["key"], 1 / math.sqrt(16)) if form == "paper" else (w["image"], w["text"], 20.0)
+            (w["query"], w["key"], 1 / math.sqrt(16))
+            if form == "paper"
+            else (w["image"], w["text"], 20.0)
         )
         z, t = test.image.double().numpy(), test.text.double().numpy()
         alpha = softmax(scale * (z @ query.T) @ (t @ key.T).T)
@@ -90,8 +101,12 @@ def test_competitors_of_vilu_are_its_attention(train, test: Embeddings) -> None:
         for row in found:
             order = np.argsort(-alpha[row.row])[:3]
             assert [c.name for c in row.competitors] == [test.class_names[j] for j in order]
-            assert [c.weight for c in row.competitors] == pytest.approx(alpha[row.row][order], abs=1e-5)
-            assert [c.posterior for c in row.competitors] == pytest.approx(zero_shot(test)[row.row][order], abs=1e-5)
+            assert [c.weight for c in row.competitors] == pytest.approx(
+                alpha[row.row][order], abs=1e-5
+            )
+            assert [c.posterior for c in row.competitors] == pytest.approx(
+                zero_shot(test)[row.row][order], abs=1e-5
+            )
 
 
 def test_competitors_of_vilu_plus_are_its_posterior(plus, test: Embeddings) -> None:
@@ -100,8 +115,8 @@ def test_competitors_of_vilu_plus_are_its_posterior(plus, test: Embeddings) -> N
     for row in found:
         weights = {c.name: c.weight for c in row.competitors}
         assert sum(weights.values()) == pytest.approx(1, abs=1e-9)
-        # u = 1 - q of the answer. q moves by at most half of what a logit does, here in each of two computations: a
-        # float32 sum of D + 1 products, at a scale of 20
+        # u = 1 - q of the answer. q moves by at most half of what a logit does, here in each of two
+        # computations: a float32 sum of D + 1 products, at a scale of 20
         assert 1 - weights[row.answer] == pytest.approx(row.uncertainty, abs=20 * 17 * 2**-24)
 
 
@@ -115,14 +130,20 @@ def test_the_strongest_competitor_is_never_the_answer(plus, test: Embeddings) ->
 @pytest.mark.parametrize("name", list(vilu.PREDICTORS))
 def test_every_method_is_explained(train, test: Embeddings, name: str) -> None:
     cls = vilu.PREDICTORS[name]
-    quick = {key: value for key, value in QUICK.items() if key in {f.name for f in dataclasses.fields(cls)}}
+    quick = {
+        key: value
+        for key, value in QUICK.items()
+        if key in {f.name for f in dataclasses.fields(cls)}
+    }
     if name == "stacking":
         quick["members"] = ("mcm", "knn_vote")
     predictor = cls(**quick).fit(train)
     found = vilu.explain(predictor, test, train, n=2, depth=Depth(background=8))
     for row in found:
         assert len(row.competitors) == 5
-        assert sum(c.weight for c in row.competitors) == pytest.approx(1, abs=1e-5)  # there are five candidates
+        assert sum(c.weight for c in row.competitors) == pytest.approx(
+            1, abs=1e-5
+        )  # there are five candidates
         assert all(n.answer != n.truth for n in row.failures)
         assert all(n.answer == n.truth for n in row.successes)
         if row.attribution is not None:
@@ -132,14 +153,24 @@ def test_every_method_is_explained(train, test: Embeddings, name: str) -> None:
     assert found.rows[0].key in str(found)
 
 
-def brute_neighbours(image: torch.Tensor, train: Embeddings, *, wrong: bool, without: str = "") -> list[int]:
+def brute_neighbours(
+    image: torch.Tensor, train: Embeddings, *, wrong: bool, without: str = ""
+) -> list[int]:
     answer = (train.image @ train.text.T).argmax(dim=1)
-    cosine = (train.image.double() @ image.double()) / train.image.double().norm(dim=1) / image.double().norm()
+    cosine = (
+        (train.image.double() @ image.double())
+        / train.image.double().norm(dim=1)
+        / image.double().norm()
+    )
     rows = np.argsort(-cosine.numpy(), kind="stable")
-    return [i for i in rows if bool(answer[i] != train.target[i]) == wrong and train.ids[i] != without]
+    return [
+        i for i in rows if bool(answer[i] != train.target[i]) == wrong and train.ids[i] != without
+    ]
 
 
-def test_neighbours_are_the_nearest(plus, train, test: Embeddings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neighbours_are_the_nearest(
+    plus, train, test: Embeddings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(search, "SCORING_BATCH", 64)  # so that a search goes over several blocks
     answer = (train.image @ train.text.T).argmax(dim=1)
     for row in vilu.explain(plus, test, train, rows=[0, 8, 99], depth=Depth(neighbours=6)):
@@ -148,8 +179,12 @@ def test_neighbours_are_the_nearest(plus, train, test: Embeddings, monkeypatch: 
             assert [n.key for n in found] == [train.ids[i] for i in expected]
             cosines = [float(train.image[i] @ test.image[row.row]) for i in expected]
             assert [n.cosine for n in found] == pytest.approx(cosines, abs=1e-5)
-            assert [n.answer for n in found] == [train.class_names[int(answer[i])] for i in expected]
-            assert [n.truth for n in found] == [train.class_names[int(train.target[i])] for i in expected]
+            assert [n.answer for n in found] == [
+                train.class_names[int(answer[i])] for i in expected
+            ]
+            assert [n.truth for n in found] == [
+                train.class_names[int(train.target[i])] for i in expected
+            ]
 
 
 def test_a_training_row_is_not_its_own_neighbour_and_is_warned_of(plus, train: Embeddings) -> None:
@@ -158,7 +193,9 @@ def test_a_training_row_is_not_its_own_neighbour_and_is_warned_of(plus, train: E
     assert found.n_seen == 2
     for row in found:
         for neighbours, wrong in ((row.failures, True), (row.successes, False)):
-            expected = brute_neighbours(train.image[row.row], train, wrong=wrong, without=row.key)[:3]
+            expected = brute_neighbours(train.image[row.row], train, wrong=wrong, without=row.key)[
+                :3
+            ]
             assert [n.key for n in neighbours] == [train.ids[i] for i in expected]
 
 
@@ -167,13 +204,17 @@ def test_copies_of_the_explained_picture_do_not_hide_its_neighbours(test: Embedd
     wrong = torch.nonzero((test.image @ test.text.T).argmax(dim=1) != test.target).flatten()
     copied = torch.cat([wrong[:1].repeat(30), torch.arange(len(test))])
     train = Embeddings(test.image[copied], test.text, test.target[copied], 20.0)
-    near = vilu.explain(vilu.MCM(), test, train, rows=[int(wrong[0])], depth=Depth(neighbours=3)).rows[0]
+    near = vilu.explain(
+        vilu.MCM(), test, train, rows=[int(wrong[0])], depth=Depth(neighbours=3)
+    ).rows[0]
     cosine = test.image[wrong[1:]] @ test.image[wrong[0]]
     assert near.failures is not None
     assert [n.cosine for n in near.failures] == pytest.approx(
         cosine.sort(descending=True).values[:3].tolist(), abs=1e-5
     )
-    all_there_are = vilu.explain(vilu.MCM(), test, train, rows=[int(wrong[0])], depth=Depth(neighbours=10**4)).rows[0]
+    all_there_are = vilu.explain(
+        vilu.MCM(), test, train, rows=[int(wrong[0])], depth=Depth(neighbours=10**4)
+    ).rows[0]
     assert all_there_are.failures is not None
     assert len(all_there_are.failures) == len(wrong) - 1
 
@@ -209,7 +250,9 @@ def test_captions_are_looked_at_in_their_pools(direction: str) -> None:
     found = vilu.explain(vilu.MCM(), pairs, pairs, rows=["pair-7", "pair-100", "pair-3"])
     assert [row.key for row in found] == ["pair-7", "pair-100", "pair-3"]
     outcomes = vilu.score(vilu.MCM(), pairs)
-    asks, found_in = (base.image, base.text) if direction == "image_to_text" else (base.text, base.image)
+    asks, found_in = (
+        (base.image, base.text) if direction == "image_to_text" else (base.text, base.image)
+    )
     for row in found:
         place = int((pairs.usable_rows == row.row).nonzero())
         pool = pairs.usable_rows[place // 32 * 32 :][:32]

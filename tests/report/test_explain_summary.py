@@ -50,7 +50,11 @@ def test_confusions_by_hand() -> None:
 def test_costs_add_up_to_the_selective_risk(test: Embeddings, coverage: float) -> None:
     scored = vilu.score(vilu.MCM(), test)
     scored = vilu.Outcomes(
-        np.round(scored.uncertainty, 2), scored.failure, scored.prediction, scored.target, class_names=test.class_names
+        np.round(scored.uncertainty, 2),
+        scored.failure,
+        scored.prediction,
+        scored.target,
+        class_names=test.class_names,
     )  # with many ties
     found = vilu.risk_map(scored, coverage=coverage)
     expected = risk_at_coverage(scored.uncertainty, scored.failure, coverage)
@@ -149,7 +153,10 @@ def brute_gains(data: Embeddings, folds: int, seed: int) -> dict[str, tuple[int,
     for c in range(k):
         saved = lost = 0
         for f in range(folds):
-            gains = [sum(change(i, c, mix, {f, fold[i]}) for i in range(n) if fold[i] != f) for mix in MIXES]
+            gains = [
+                sum(change(i, c, mix, {f, fold[i]}) for i in range(n) if fold[i] != f)
+                for mix in MIXES
+            ]
             if max(gains) > 0:
                 best = MIXES[int(np.argmax(gains))]
                 changed = [change(i, c, best, {f}) for i in range(n) if fold[i] == f]
@@ -186,9 +193,12 @@ def test_labels_that_say_nothing_gain_nothing() -> None:
     rng = np.random.default_rng(0)
     gains = []
     for seed in range(5):
-        data = Embeddings(rng.normal(size=(60, 32)), rng.normal(size=(10, 32)), rng.integers(10, size=60), 20.0)
+        data = Embeddings(
+            rng.normal(size=(60, 32)), rng.normal(size=(10, 32)), rng.integers(10, size=60), 20.0
+        )
         gains += [row.gain for row in vilu.prompt_gains(data, seed=seed).rows]
-    # 50 estimates of about zero, each of a few rows of 60 (standard deviation about 0.04): the mean within 3 / sqrt(50)
+    # 50 estimates of about zero, each of a few rows of 60 (standard deviation about 0.04): the mean
+    # within 3 / sqrt(50)
     assert abs(np.mean(gains)) < 0.02
 
 

@@ -45,13 +45,18 @@ def test_confusions_with_no_class_by_hand() -> None:
     assert re.search(r"^cat +none of the classes", str(found), re.MULTILINE)
 
 
-def test_an_explanation_says_that_there_is_no_right_answer(train: Embeddings, test: Embeddings) -> None:
+def test_an_explanation_says_that_there_is_no_right_answer(
+    train: Embeddings, test: Embeddings
+) -> None:
     data, known = strangers(test, 3), strangers(train, 1)
     found = vilu.explain(vilu.MCM(), data, known, rows=[len(test), 0])
     stranger, other = found.rows
     assert (stranger.truth, stranger.wrong) == ("none of the classes", True)
     assert "truth none of the classes  WRONG" in str(found)
-    assert (other.truth, other.wrong) == (f"class {int(test.target[0])}", bool(vilu.score(vilu.MCM(), test).failure[0]))
+    assert (other.truth, other.wrong) == (
+        f"class {int(test.target[0])}",
+        bool(vilu.score(vilu.MCM(), test).failure[0]),
+    )
     assert {row.truth for row in stranger.failures} == {"none of the classes"}
     assert all(row.key.startswith("stranger-1-") for row in stranger.failures)
     assert "none of the classes" not in {row.truth for row in stranger.successes}
@@ -79,7 +84,9 @@ def test_the_page_says_both_shares_and_answers_three_questions() -> None:
     assert "Wrong within the classes, and pictures of none of the classes" in page
     shown = f"{100 * roc_auc_score(one.outside, one.uncertainty):.1f}"
     assert re.search(rf"<td>\s*{shown}<span", page)
-    assert "it is <bdi>none of the classes</bdi>" in re.sub(r"\s+", " ", page).replace("is <bdi>", "is <bdi>")
+    assert "it is <bdi>none of the classes</bdi>" in re.sub(r"\s+", " ", page).replace(
+        "is <bdi>", "is <bdi>"
+    )
     assert "<bdi>dog</bdi>" in page
 
 
@@ -102,12 +109,17 @@ def test_three_kinds_of_uncertainty_each_in_shares_of_their_kind() -> None:
 
 @pytest.mark.parametrize("method", ["lac", "aps"])
 def test_label_sets_promise_something_of_the_classes_only(method: str, test: Embeddings) -> None:
-    with pytest.warns(UserWarning, match=f"leave out {N_OUTSIDE} of 660 calibration rows, which are of none"):
+    with pytest.warns(
+        UserWarning, match=f"leave out {N_OUTSIDE} of 660 calibration rows, which are of none"
+    ):
         found = fit_label_sets(vilu.MCM(), strangers(test, 3), max_miss=0.1, method=method)
     assert found == fit_label_sets(vilu.MCM(), test, max_miss=0.1, method=method)
 
 
 def test_there_are_no_sets_of_nothing_but_strangers(test: Embeddings) -> None:
     nothing = variant(test, target=np.full(len(test), OUTSIDE))
-    with pytest.warns(UserWarning, match="leave out 600 of 600"), pytest.raises(DataError, match="none of the 600"):
+    with (
+        pytest.warns(UserWarning, match="leave out 600 of 600"),
+        pytest.raises(DataError, match="none of the 600"),
+    ):
         fit_label_sets(vilu.MCM(), nothing, max_miss=0.1, method="lac")

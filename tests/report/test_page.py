@@ -22,7 +22,14 @@ from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.report.page import build
 from vilu.report.page.build import operating_points
 from vilu.report.page.charts import Rate, class_rows, round_ticks, thin
-from vilu.report.page.choice import Calibrated, by_hindsight, by_rule, choose_main, read_calibrated, read_scores
+from vilu.report.page.choice import (
+    Calibrated,
+    by_hindsight,
+    by_rule,
+    choose_main,
+    read_calibrated,
+    read_scores,
+)
 from vilu.report.page.gallery import pick_rows
 from vilu.text import csp_hash
 
@@ -63,7 +70,10 @@ def test_the_sentence_and_the_figures_are_numpys(page: str) -> None:
     accepted = one.uncertainty <= best
     plain = page.replace("&nbsp;", " ")
     assert f"<strong>{100 * one.failure.mean():.1f} %</strong> are wrong" in plain
-    assert f"<strong>{100 * accepted.mean():.1f} %</strong> of the answers can be accepted at 5 % errors" in plain
+    assert (
+        f"<strong>{100 * accepted.mean():.1f} %</strong> of the answers can be accepted at 5 % errors"
+        in plain
+    )
     assert f"<small>{accepted.sum()} of 400</small>" in plain
     assert f"<dd>{100 * one.failure[accepted].mean():.1f} %" in plain
     assert "Not certified" in plain
@@ -73,7 +83,9 @@ def test_every_operating_point_is_what_counting_gives(page: str) -> None:
     one, data = outcomes_of(), data_of(page)
     assert data["threshold"][0] is None
     assert (data["accepted"][0], data["wrong"][0]) == (0, 0)
-    for t, accepted, wrong in zip(data["threshold"][1:], data["accepted"][1:], data["wrong"][1:], strict=True):
+    for t, accepted, wrong in zip(
+        data["threshold"][1:], data["accepted"][1:], data["wrong"][1:], strict=True
+    ):
         assert accepted == np.sum(one.uncertainty <= t)
         assert wrong == np.sum(one.failure[one.uncertainty <= t])
     assert (data["n"], data["n_wrong"]) == (400, one.failure.sum())
@@ -99,7 +111,9 @@ def test_without_one_threshold_the_slider_stands_where_as_many_are_accepted() ->
 
 
 def test_hindsight_is_the_largest_threshold_and_may_be_none() -> None:
-    one = dataclasses.replace(outcomes_of(4), uncertainty=[0.1, 0.2, 0.3, 0.4], failure=[0, 1, 0, 0])
+    one = dataclasses.replace(
+        outcomes_of(4), uncertainty=[0.1, 0.2, 0.3, 0.4], failure=[0, 1, 0, 0]
+    )
     assert by_hindsight(one, 0.25).threshold == 0.4
     assert by_hindsight(one, 0.2).threshold == 0.1
     nothing = by_hindsight(dataclasses.replace(one, failure=[1, 0, 0, 0]), 0.2)
@@ -126,18 +140,26 @@ def test_rules_accept_as_they_say() -> None:
     assert data_of(page)["threshold"][data_of(page)["start"]] == rule.threshold
 
     floored = Selector.model_validate(
-        {**rule.model_dump(), "certificates": {"": {**rule.certificates[""].model_dump(), "floor": 0.1}}}
+        {
+            **rule.model_dump(),
+            "certificates": {"": {**rule.certificates[""].model_dump(), "floor": 0.1}},
+        }
     )
     choice = by_rule(one, Calibrated(floored, "vilu_plus"))
-    assert np.array_equal(choice.accepted, (one.uncertainty > 0.1) & (one.uncertainty <= rule.threshold))
+    assert np.array_equal(
+        choice.accepted, (one.uncertainty > 0.1) & (one.uncertainty <= rule.threshold)
+    )
     assert choice.threshold is None
     assert re.search(
-        r"<dt>Threshold</dt><dd>0\.1\d* to 0\.\d+</dd>", report_page([one], calibrated=Calibrated(floored))
+        r"<dt>Threshold</dt><dd>0\.1\d* to 0\.\d+</dd>",
+        report_page([one], calibrated=Calibrated(floored)),
     )
 
     grouped = calibrate(outcomes_of(seed=5), max_risk=0.3, groups="prediction")
     limits = [grouped.certificates[NAMES[k]].threshold for k in one.prediction]
-    by_hand = [limit is not None and u <= limit for u, limit in zip(one.uncertainty, limits, strict=True)]
+    by_hand = [
+        limit is not None and u <= limit for u, limit in zip(one.uncertainty, limits, strict=True)
+    ]
     choice = by_rule(one, Calibrated(grouped))
     assert choice.accepted.tolist() == by_hand
     assert choice.threshold is None
@@ -167,14 +189,20 @@ def test_classes_by_brute_force_and_scipy() -> None:
     choice = by_hindsight(one, 0.1)
     rows, left = class_rows(one, choice)
     assert left == 0
-    assert [row.failures.k for row in rows] == sorted((row.failures.k for row in rows), reverse=True)
+    assert [row.failures.k for row in rows] == sorted(
+        (row.failures.k for row in rows), reverse=True
+    )
     for row in rows:
         mine = one.prediction == NAMES.index(row.name)
         assert (row.failures.n, row.failures.k) == (mine.sum(), one.failure[mine].sum())
         assert row.accepted == Rate(int((mine & choice.accepted).sum()), int(mine.sum()))
         assert row.accepted_failures.k == one.failure[mine & choice.accepted].sum()
-        interval = scipy.stats.binomtest(row.failures.k, row.failures.n).proportion_ci(0.95, "exact")
-        assert (row.failures.low, row.failures.high) == pytest.approx((interval.low, interval.high), abs=1e-9)
+        interval = scipy.stats.binomtest(row.failures.k, row.failures.n).proportion_ci(
+            0.95, "exact"
+        )
+        assert (row.failures.low, row.failures.high) == pytest.approx(
+            (interval.low, interval.high), abs=1e-9
+        )
     assert (Rate(0, 0).value, Rate(0, 0).high) == (None, 1.0)
 
 
@@ -187,7 +215,10 @@ def test_metrics_and_their_intervals_stand_in_the_table(page: str) -> None:
 
 
 def test_the_page_says_of_ece_what_its_interval_is(page: str) -> None:
-    assert "stratified by failure; of ECE: 1,000 draws of the noise of its bins, corrected for their bias." in page
+    assert (
+        "stratified by failure; of ECE: 1,000 draws of the noise of its bins, corrected for their bias."
+        in page
+    )
     assert "bootstrap intervals" not in page
 
 
@@ -195,9 +226,17 @@ def test_the_gallery_shows_the_rows_that_it_says() -> None:
     one = outcomes_of()
     choice = by_hindsight(one, 0.05)
     rows = pick_rows(one, choice)
-    assert one.uncertainty[rows["suspicious"]].tolist() == sorted(one.uncertainty, reverse=True)[:24]
-    assert one.uncertainty[rows["confident"]].tolist() == sorted(one.uncertainty[one.failure == 1])[:24]
-    assert one.uncertainty[rows["nearest"]].tolist() == sorted(u for u in one.uncertainty if u > choice.threshold)[:24]
+    assert (
+        one.uncertainty[rows["suspicious"]].tolist() == sorted(one.uncertainty, reverse=True)[:24]
+    )
+    assert (
+        one.uncertainty[rows["confident"]].tolist()
+        == sorted(one.uncertainty[one.failure == 1])[:24]
+    )
+    assert (
+        one.uncertainty[rows["nearest"]].tolist()
+        == sorted(u for u in one.uncertainty if u > choice.threshold)[:24]
+    )
 
 
 def test_pictures_are_shown_and_damaged_ones_say_why(tmp_path: Path) -> None:
@@ -227,21 +266,27 @@ def test_competitors_are_the_zero_shot_posterior() -> None:
     shown = [int(v) for v in re.findall(r'class="p">(\d+)&nbsp;%', first[: first.index("</ol>")])]
     assert shown == pytest.approx(100 * np.sort(p)[::-1][:3], abs=0.51)
     with pytest.raises(ProvenanceError, match="the store answers"):
-        report_page([dataclasses.replace(one, prediction=(one.prediction + 1) % 5)], embeddings=data)
+        report_page(
+            [dataclasses.replace(one, prediction=(one.prediction + 1) % 5)], embeddings=data
+        )
 
 
 def test_the_rule_beside_a_predictor_is_read_and_bound_to_its_scores(tmp_path: Path) -> None:
     MCM().fit(toy_embeddings()).save(tmp_path)
     with pytest.raises(DataError, match="is not calibrated"):
         read_calibrated(tmp_path)
-    record = calibrate_predictor(tmp_path, toy_embeddings(seed=4, ids_from=5000), Target(max_risk=0.3))
+    record = calibrate_predictor(
+        tmp_path, toy_embeddings(seed=4, ids_from=5000), Target(max_risk=0.3)
+    )
     calibrated = read_calibrated(tmp_path)
     assert calibrated.rule == record.rule
     assert (calibrated.method, calibrated.facts["predictor"]) == ("mcm", record.predictor)
     one = score(load(tmp_path), toy_embeddings(300, seed=3, ids_from=900))
     page = report_page([one], calibrated=calibrated)
     assert record.predictor in page
-    assert data_of(page)["accepted"][data_of(page)["start"]] == np.sum(one.uncertainty <= record.rule.threshold)
+    assert data_of(page)["accepted"][data_of(page)["start"]] == np.sum(
+        one.uncertainty <= record.rule.threshold
+    )
 
 
 HOSTILE = "<script>alert(1)</script>\"'\u202e\u2066\x00\n\ud800&" + "x" * 500
@@ -262,7 +307,11 @@ def test_hostile_names_are_harmless() -> None:
     read = Reader(page)
     assert [s.get("type") for s in read.all("script")] == ["application/json", None]
     assert "alert(1)" not in "".join(read.texts["script"])
-    assert not any(key.startswith("on") or key == "style" for _, attributes in read.elements for key in attributes)
+    assert not any(
+        key.startswith("on") or key == "style"
+        for _, attributes in read.elements
+        for key in attributes
+    )
     assert not set(page) & (build.BIDI | {"\x00"})
     assert "x" * 301 not in page
     assert "\\u202e" in page
@@ -273,7 +322,10 @@ def test_nothing_is_loaded_from_anywhere(page: str) -> None:
     read = Reader(page)
     for tag, attributes in read.elements:
         for key in ("src", "href", "action", "data", "srcset", "xlink:href"):
-            assert (attributes.get(key) or "#").startswith(("#", "data:image/webp;base64,")), (tag, key)
+            assert (attributes.get(key) or "#").startswith(("#", "data:image/webp;base64,")), (
+                tag,
+                key,
+            )
     assert not re.search(r"@import|url\((?!#)", page)
     policy = next(meta["content"] for meta in read.all("meta") if meta.get("http-equiv"))
     assert policy.startswith("default-src 'none'; img-src data:;")
@@ -305,7 +357,9 @@ def test_unknown_and_unscored_rows_are_counted_and_left_out() -> None:
     base = outcomes_of()
     u, failure = base.uncertainty.copy(), base.failure.copy()
     u[:5], failure[5:12] = np.nan, -1
-    one = dataclasses.replace(base, uncertainty=u, failure=failure, reason=["nonfinite"] * 5 + [None] * 395)
+    one = dataclasses.replace(
+        base, uncertainty=u, failure=failure, reason=["nonfinite"] * 5 + [None] * 395
+    )
     page = report_page([one])
     assert "7 rows whose right answer is not known, 5 without an uncertainty" in page
     assert data_of(page)["n"] == 388
@@ -319,7 +373,9 @@ def test_methods_of_other_rows_are_refused_and_one_is_chosen() -> None:
         choose_main([a, b], "mcn")
     with pytest.raises(UsageError, match="name of its own"):
         choose_main([a, a], None)
-    with pytest.raises(ProvenanceError, match="mcm on toy and vilu on toy must be of the same rows"):
+    with pytest.raises(
+        ProvenanceError, match="mcm on toy and vilu on toy must be of the same rows"
+    ):
         choose_main([a, outcomes_of(200, method="vilu")], None)
     flipped = dataclasses.replace(b, failure=1 - b.failure)
     with pytest.raises(ProvenanceError, match="400 failures differ"):
@@ -343,12 +399,16 @@ def test_ticks_are_round_and_lines_keep_their_ends() -> None:
     xs, ys = thin(x, x**2, 100)
     assert len(xs) <= 100
     assert (xs[0], ys[0], xs[-1], ys[-1]) == (0, 0, 1, 1)
-    assert np.abs(np.interp(x, xs, ys) - x**2).max() < 1e-3  # chords of a parabola over steps of 2 %
+    assert (
+        np.abs(np.interp(x, xs, ys) - x**2).max() < 1e-3
+    )  # chords of a parabola over steps of 2 %
 
 
 def test_a_predictor_is_no_scores(tmp_path: Path) -> None:
     """Its calibration rows would make a page, on which its rule keeps what it promises: it was chosen there."""
     MCM().fit(toy_embeddings()).save(tmp_path)
     calibrate_predictor(tmp_path, toy_embeddings(seed=1, ids_from=10_000), Target(max_risk=0.5))
-    with pytest.raises(UsageError, match=r"is the folder of a predictor.*Give scores of other rows.*--predictor"):
+    with pytest.raises(
+        UsageError, match=r"is the folder of a predictor.*Give scores of other rows.*--predictor"
+    ):
         read_scores(tmp_path)

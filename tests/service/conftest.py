@@ -87,7 +87,12 @@ def hosted(
     access, before = logging.getLogger("vilu.access"), logging.getLogger("vilu.access").level
     access.addHandler(handler)
     access.setLevel(logging.INFO)
-    host = Hosted(Setup(first, second, state, ClientLimits(**more), keep, workers=2, **size), "127.0.0.1", 0, tell)
+    host = Hosted(
+        Setup(first, second, state, ClientLimits(**more), keep, workers=2, **size),
+        "127.0.0.1",
+        0,
+        tell,
+    )
     thread = threading.Thread(target=work)
     try:
         with pytest.MonkeyPatch.context() as patch:
@@ -110,7 +115,9 @@ def served(*args: object, ready: bool = True) -> Iterator[Running]:
     """``vilu serve`` with these arguments, until the block ends."""
     words = command(*FRAME, "serve", "--port", 0, *args)
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:
+    with subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+    ) as process:
         assert process.stdout is not None
         found = Running(process.stdout.readline().strip(), process=process)
         lines = process.stderr
@@ -152,7 +159,9 @@ def predictors(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="module")
-def service(predictors: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def service(
+    predictors: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Running]:
     """One service for the tests that change nothing."""
     with hosted(predictors[0], tmp_path_factory.mktemp("state") / "s") as running:
         yield running

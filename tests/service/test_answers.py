@@ -48,10 +48,18 @@ def test_answers_are_those_of_guard(service: Running, guard: Guard, photos: Phot
     reply = service.post("/v1/answers", files=as_files(images), headers={"X-Request-Id": "mine"})
     assert reply.status_code == 200
     told = reply.json()
-    assert (told["promise"], reply.headers["promise"], reply.headers["x-request-id"]) == ("holds", "holds", "mine")
+    assert (told["promise"], reply.headers["promise"], reply.headers["x-request-id"]) == (
+        "holds",
+        "holds",
+        "mine",
+    )
     expected = guard(images)
     for mine, his in zip(told["answers"], expected, strict=True):
-        assert (mine["label"], mine["decision"], mine["reason"]) == (his.label, his.decision, his.reason)
+        assert (mine["label"], mine["decision"], mine["reason"]) == (
+            his.label,
+            his.decision,
+            his.reason,
+        )
         assert mine["failure_probability"] == pytest.approx(his.failure_probability, abs=1e-5)
         assert [one["label"] for one in mine["runners_up"]] == [name for name, _ in his.runners_up]
     assert {"accept", "abstain"} <= {one["decision"] for one in told["answers"]}
@@ -60,26 +68,38 @@ def test_answers_are_those_of_guard(service: Running, guard: Guard, photos: Phot
     assert [one["label"] for one in again] == [one["label"] for one in told["answers"]]
 
 
-def test_embeddings_are_scored_as_their_images(service: Running, guard: Guard, photos: Photos) -> None:
+def test_embeddings_are_scored_as_their_images(
+    service: Running, guard: Guard, photos: Photos
+) -> None:
     model = FakeBackbone()
     pixels = [model.preprocess(Image.open(BytesIO(image))) for image in photos(9)]
     rows = [3 * model.encode_images(one[None])[0] for one in pixels]  # of any length
-    told = service.post("/v1/scores", json={"embeddings": [row.tolist() for row in rows]}).json()["answers"]
+    told = service.post("/v1/scores", json={"embeddings": [row.tolist() for row in rows]}).json()[
+        "answers"
+    ]
     expected = guard(photos(9))
     assert [one["label"] for one in told] == [one.label for one in expected]
     u = np.array([one["uncertainty"] for one in told])
-    assert u == pytest.approx(np.array([one.uncertainty for one in expected]), abs=2e-3)  # a step of float16
+    assert u == pytest.approx(
+        np.array([one.uncertainty for one in expected]), abs=2e-3
+    )  # a step of float16
 
 
-def test_every_row_is_counted_once(predictors: tuple[Path, Path], tmp_path: Path, photos: Photos) -> None:
+def test_every_row_is_counted_once(
+    predictors: tuple[Path, Path], tmp_path: Path, photos: Photos
+) -> None:
     """The same request again, and a second predictor beside: each journal has every image once; labels count once."""
     with hosted(predictors[0], tmp_path / "s", second=predictors[1]) as running:
         for _ in range(2):
-            reply = running.post("/v1/answers", files=as_files(photos(30)), headers={"X-Request-Id": "a"})
+            reply = running.post(
+                "/v1/answers", files=as_files(photos(30)), headers={"X-Request-Id": "a"}
+            )
         rows = [one["row"] for one in reply.json()["answers"]]
         right = {row: truth_of(number % KINDS) for number, row in enumerate(rows)}
         for expected in (30, 0):
-            found = running.post("/v1/labels", json={"labels": {**right, "unknown": "(outside)"}}).json()["audited"]
+            found = running.post(
+                "/v1/labels", json={"labels": {**right, "unknown": "(outside)"}}
+            ).json()["audited"]
             assert [(one["new"], one["unknown"]) for one in found] == [(expected, ["unknown"])] * 2
         before = running.get("/v1/monitor").json()["monitors"]
         assert [one["status"]["rows"] for one in before] == [30, 30]
@@ -88,7 +108,10 @@ def test_every_row_is_counted_once(predictors: tuple[Path, Path], tmp_path: Path
         audit = before[0]["status"]["audit"]
         assert (audit["n"], audit["wrong"]) == (len(accepted), wrong)
         assert accepted
-        assert running.post("/v1/predictors", json={"answers": "second"}).json()["now"]["name"] == "second"
+        assert (
+            running.post("/v1/predictors", json={"answers": "second"}).json()["now"]["name"]
+            == "second"
+        )
         told = running.post("/v1/answers", files=as_files(photos(1))).json()
         assert told["answers"][0]["predictor"] == before[1]["predictor"]
         other = running.post("/v1/predictors", json={"answers": "third"})
@@ -109,14 +132,19 @@ def test_a_void_promise_is_void_after_a_kill_in_whatever_order_labels_came(
     kept = journal.monitor.calibration
     names, said = kept.class_names or (), np.asarray(kept.prediction)
     rows = np.random.default_rng(0).choice(len(kept), 400)
-    journal.record([f"r{i}" for i in range(400)], said[rows].tolist(), kept.uncertainty[rows].tolist())
+    journal.record(
+        [f"r{i}" for i in range(400)], said[rows].tolist(), kept.uncertainty[rows].tolist()
+    )
     assert journal.promise == "holds"
     for number in range(399, 369, -1):
         journal.label({f"r{number}": names[(said[rows[number]] + 1) % len(names)]})
     journal.label({f"r{number}": names[said[rows[number]]] for number in range(370)})
     assert journal.promise == "void"
-    journal.record([f"s{i}" for i in range(400)], said[rows].tolist(), kept.uncertainty[rows].tolist())
-    journal._saving.result()  # of the alarm, which the labels raised at row 399, not at the last one
+    journal.record(
+        [f"s{i}" for i in range(400)], said[rows].tolist(), kept.uncertainty[rows].tolist()
+    )
+    # of the alarm, which the labels raised at row 399, not at the last one
+    journal._saving.result()
     assert journal.status.raised_at == 399
     again = Journal(tmp_path / "j", predictors[0])  # beside one that never got to save
     assert (again.promise, again.status) == ("void", journal.status)
@@ -128,30 +156,47 @@ def test_a_void_promise_is_void_after_a_kill_in_whatever_order_labels_came(
 def test_labels_of_a_request_are_taken_in_together(
     predictors: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows wait for labels: 256 of them held the lock for seconds. The evidence is that of one after the other."""
+    """Rows wait for labels:
+
+    256 of them held the lock for seconds. The evidence is that of one after the other.
+    """
     together, alone = Journal(tmp_path / "a", predictors[0]), Journal(tmp_path / "b", predictors[0])
     kept, audits = together.monitor.calibration, list[int]()
     names, said = kept.class_names or (), np.asarray(kept.prediction)
     labels = {f"r{i}": names[(said[i] + (i % 5 == 0)) % len(names)] for i in range(100)}
     for journal in (together, alone):
-        journal.record([f"r{i}" for i in range(100)], said[:100].tolist(), kept.uncertainty[:100].tolist())
+        journal.record(
+            [f"r{i}" for i in range(100)], said[:100].tolist(), kept.uncertainty[:100].tolist()
+        )
         journal.label({"r99": labels["r99"]})
     for key, label in labels.items():
         alone.label({key: label})
     audit = together.monitor.audit
-    monkeypatch.setattr(together.monitor, "audit", lambda rows, **how: (audits.append(len(rows)), audit(rows, **how)))
+    monkeypatch.setattr(
+        together.monitor,
+        "audit",
+        lambda rows, **how: (audits.append(len(rows)), audit(rows, **how)),
+    )
     assert together.label(labels) == (99, [])
     assert audits == [99]
     assert together.status == alone.status
 
 
 def test_rows_do_not_wait_for_the_state_to_be_written_and_do_without(
-    predictors: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    predictors: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """It took a second at 500,000 rows; and of a disk without room for it, rows that were recorded were a fault."""
     monkeypatch.setattr("vilu.service.journal.SAVE_EVERY", 10)
     journal = Journal(tmp_path / "j", predictors[0])
-    kept, save, may_write, written = journal.monitor.calibration, Monitor.save, threading.Event(), list[int]()
+    kept, save, may_write, written = (
+        journal.monitor.calibration,
+        Monitor.save,
+        threading.Event(),
+        list[int](),
+    )
     said, state = np.asarray(kept.prediction), tmp_path / "j" / "monitor.parquet"
 
     def slow(monitor: Monitor, path: Path) -> None:
@@ -198,7 +243,11 @@ def test_a_fault_of_the_thread_that_saves_is_told_once_and_then_it_saves_again(
     def record(first: int) -> None:
         rows = slice(first, first + 10)
         wait([journal._saving], 20)
-        journal.record([f"r{n}" for n in range(100)[rows]], said[rows].tolist(), kept.uncertainty[rows].tolist())
+        journal.record(
+            [f"r{n}" for n in range(100)[rows]],
+            said[rows].tolist(),
+            kept.uncertainty[rows].tolist(),
+        )
 
     monkeypatch.setattr(Monitor, "save", saved)
     record(0)
@@ -210,16 +259,24 @@ def test_a_fault_of_the_thread_that_saves_is_told_once_and_then_it_saves_again(
     journal.close()
 
 
-def test_nothing_that_is_sent_is_kept(predictors: tuple[Path, Path], tmp_path: Path, photos: Photos) -> None:
+def test_nothing_that_is_sent_is_kept(
+    predictors: tuple[Path, Path], tmp_path: Path, photos: Photos
+) -> None:
     secret = "secret-name"  # noqa: S105 - no password
     with hosted(predictors[0], tmp_path / "s") as running:
         headers = {"X-Request-Id": secret, "User-Agent": secret}
-        running.post(f"/v1/answers?{secret}", files={secret: (secret, photos(1)[0])}, headers=headers)
+        running.post(
+            f"/v1/answers?{secret}", files={secret: (secret, photos(1)[0])}, headers=headers
+        )
         running.get(f"/{secret}")
     logged = "\n".join(running.said)
     (rows,) = (tmp_path / "s").glob("*/rows.sqlite")
     assert secret not in logged
-    assert all(secret.encode() not in path.read_bytes() for path in (tmp_path / "s").rglob("*") if path.is_file())
+    assert all(
+        secret.encode() not in path.read_bytes()
+        for path in (tmp_path / "s").rglob("*")
+        if path.is_file()
+    )
     with closing(sqlite3.connect(rows)) as there:
         assert there.execute("SELECT count(*) FROM rows").fetchone() == (1,)
     lines = [json.loads(line) for line in running.said]
@@ -227,7 +284,9 @@ def test_nothing_that_is_sent_is_kept(predictors: tuple[Path, Path], tmp_path: P
     assert next(line for line in lines if line["path"] == "/v1/answers")["images"] == 1
 
 
-def test_what_is_to_be_kept_is(predictors: tuple[Path, Path], tmp_path: Path, photos: Photos) -> None:
+def test_what_is_to_be_kept_is(
+    predictors: tuple[Path, Path], tmp_path: Path, photos: Photos
+) -> None:
     with hosted(predictors[0], tmp_path / "s", keep=tmp_path / "kept") as running:
         told = running.post("/v1/answers", files=as_files([*photos(2), b"none"])).json()["answers"]
     kept = {path.name: path.read_bytes() for path in (tmp_path / "kept").iterdir()}
@@ -243,12 +302,32 @@ MISTAKES = {
         415,
         "text",
     ),
-    "no file": (("POST", "/v1/answers", {"files": {}, "data": {"a": "b"}, "headers": {}}), 415, "multipart"),
-    "an empty list": (("POST", "/v1/answers", {"json": {"images": []}}), 422, "images: List should have at least 1"),
-    "no base64": (("POST", "/v1/answers", {"json": {"images": ["", "é"]}}), 422, "images.1 is no base64"),
-    "a word too many": (("POST", "/v1/answers", {"json": {"images": ["AA=="], "url": "http://x"}}), 422, "url: Extra"),
+    "no file": (
+        ("POST", "/v1/answers", {"files": {}, "data": {"a": "b"}, "headers": {}}),
+        415,
+        "multipart",
+    ),
+    "an empty list": (
+        ("POST", "/v1/answers", {"json": {"images": []}}),
+        422,
+        "images: List should have at least 1",
+    ),
+    "no base64": (
+        ("POST", "/v1/answers", {"json": {"images": ["", "é"]}}),
+        422,
+        "images.1 is no base64",
+    ),
+    "a word too many": (
+        ("POST", "/v1/answers", {"json": {"images": ["AA=="], "url": "http://x"}}),
+        422,
+        "url: Extra",
+    ),
     "a broken form": (
-        ("POST", "/v1/answers", {"content": b"--x", "headers": {"Content-Type": "multipart/form-data"}}),
+        (
+            "POST",
+            "/v1/answers",
+            {"content": b"--x", "headers": {"Content-Type": "multipart/form-data"}},
+        ),
         400,
         "the form cannot be read",
     ),
@@ -264,14 +343,38 @@ MISTAKES = {
         400,
         "ends within a file",
     ),
-    "too many images": (("POST", "/v1/answers", {"json": {"images": ["AA=="] * 257}}), 413, "Found 257"),
-    "too few numbers": (("POST", "/v1/scores", {"json": {"embeddings": [[1.0]]}}), 422, "1 rows of 16 numbers"),
+    "too many images": (
+        ("POST", "/v1/answers", {"json": {"images": ["AA=="] * 257}}),
+        413,
+        "Found 257",
+    ),
+    "too few numbers": (
+        ("POST", "/v1/scores", {"json": {"embeddings": [[1.0]]}}),
+        422,
+        "1 rows of 16 numbers",
+    ),
     "not finite": (("POST", "/v1/scores", {"content": b'{"embeddings": [[NaN]]}'}), 422, "finite"),
-    "no direction": (("POST", "/v1/scores", {"json": {"embeddings": [[0.0] * 16]}}), 422, "embeddings.0 has no"),
-    "deep": (("POST", "/v1/scores", {"content": b'{"embeddings": ' + b"[" * 100_000}), 422, "the body"),
+    "no direction": (
+        ("POST", "/v1/scores", {"json": {"embeddings": [[0.0] * 16]}}),
+        422,
+        "embeddings.0 has no",
+    ),
+    "deep": (
+        ("POST", "/v1/scores", {"content": b'{"embeddings": ' + b"[" * 100_000}),
+        422,
+        "the body",
+    ),
     "no class": (("POST", "/v1/labels", {"json": {"labels": {"a": "cow"}}}), 422, "cow"),
-    "another host": (("GET", "/healthz", {"headers": {"Host": "evil.example"}}), 421, "--allow-host"),
-    "another site": (("POST", "/v1/answers", {"headers": {"Origin": "http://evil.example"}}), 403, "another site"),
+    "another host": (
+        ("GET", "/healthz", {"headers": {"Host": "evil.example"}}),
+        421,
+        "--allow-host",
+    ),
+    "another site": (
+        ("POST", "/v1/answers", {"headers": {"Origin": "http://evil.example"}}),
+        403,
+        "another site",
+    ),
 }
 
 
@@ -282,20 +385,29 @@ def test_a_mistake_is_told(service: Running, name: str) -> None:
         settings = {**settings, "headers": {"Content-Type": "application/json"}}
     with service.client() as client:
         reply = client.request(method, path, **settings)
-    assert (reply.status_code, reply.headers["content-type"]) == (status, "application/problem+json")
+    assert (reply.status_code, reply.headers["content-type"]) == (
+        status,
+        "application/problem+json",
+    )
     told = reply.json()
     assert told["status"] == status
     assert words in told["detail"]
 
 
-def test_a_body_that_is_too_long_is_refused_before_it_is_read(predictors: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_body_that_is_too_long_is_refused_before_it_is_read(
+    predictors: tuple[Path, Path], tmp_path: Path
+) -> None:
     def chunks() -> Iterator[bytes]:
         yield from (b"x" * 2**16 for _ in range(64))
 
     with hosted(predictors[0], tmp_path / "s", body=2**20) as running:
-        long = running.post("/v1/answers", content=b"x" * 2**21, headers={"Content-Type": "application/json"})
+        long = running.post(
+            "/v1/answers", content=b"x" * 2**21, headers={"Content-Type": "application/json"}
+        )
         assert (long.status_code, "1,048,576" in long.json()["detail"]) == (413, True)
-        streamed = running.post("/v1/answers", content=chunks(), headers={"Content-Type": "application/json"})
+        streamed = running.post(
+            "/v1/answers", content=chunks(), headers={"Content-Type": "application/json"}
+        )
         assert streamed.status_code == 413
         assert running.get("/readyz").status_code == 200
 
@@ -304,20 +416,38 @@ def test_a_key_is_asked_for(predictors: tuple[Path, Path], tmp_path: Path) -> No
     (tmp_path / "keys").write_text("0123456789abcdef\nfedcba9876543210\n")
     with hosted(predictors[0], tmp_path / "s", keys=read_keys(tmp_path / "keys")) as running:
         assert running.get("/healthz").status_code == 200
-        for given in ({}, {"Authorization": "Bearer 0123456789abcdeF"}, {"Authorization": "0123456789abcdef"}):
+        for given in (
+            {},
+            {"Authorization": "Bearer 0123456789abcdeF"},
+            {"Authorization": "0123456789abcdef"},
+        ):
             reply = running.get("/v1/monitor", headers=given)
             assert (reply.status_code, reply.headers["www-authenticate"]) == (401, "Bearer")
-        assert running.get("/v1/monitor", headers={"Authorization": "Bearer fedcba9876543210"}).status_code == 200
+        assert (
+            running.get(
+                "/v1/monitor", headers={"Authorization": "Bearer fedcba9876543210"}
+            ).status_code
+            == 200
+        )
     assert "fedcba" not in "\n".join(running.said)
 
 
-def test_more_than_fits_in_is_sent_away(predictors: tuple[Path, Path], tmp_path: Path, photos: Photos) -> None:
+def test_more_than_fits_in_is_sent_away(
+    predictors: tuple[Path, Path], tmp_path: Path, photos: Photos
+) -> None:
     with hosted(predictors[0], tmp_path / "s", queue=4, batch_size=2) as running:
         with ThreadPoolExecutor(24) as pool:
-            replies = list(pool.map(lambda one: running.post("/v1/answers", files=as_files([one] * 4)), photos(24)))
+            replies = list(
+                pool.map(
+                    lambda one: running.post("/v1/answers", files=as_files([one] * 4)), photos(24)
+                )
+            )
         told = {reply.status_code for reply in replies}
         assert told == {200, 429}
-        assert next(reply for reply in replies if reply.status_code == 429).headers["retry-after"] == "1"
+        assert (
+            next(reply for reply in replies if reply.status_code == 429).headers["retry-after"]
+            == "1"
+        )
         measured = running.get("/metrics").text
     n = sum(reply.status_code == 200 for reply in replies)
     assert f'vilu_requests_total{{path="/v1/answers",status="200"}} {n:.1f}' in measured
@@ -343,7 +473,9 @@ def test_what_does_not_verify_is_not_served(predictors: tuple[Path, Path], tmp_p
     ("words", "told"),
     [(("--host", "0.0.0.0"), "--key-file"), (("--key-file", "short"), "at least 16 characters")],  # noqa: S104 - refused
 )
-def test_a_wrong_start(predictors: tuple[Path, Path], tmp_path: Path, words: tuple[str, str], told: str) -> None:
+def test_a_wrong_start(
+    predictors: tuple[Path, Path], tmp_path: Path, words: tuple[str, str], told: str
+) -> None:
     (tmp_path / "short").write_text("abc")
     done = command_line("serve", predictors[0], "--state", tmp_path / "s", *words, cwd=tmp_path)
     assert (done.returncode, told in done.stderr) == (2, True)
@@ -361,7 +493,14 @@ def test_two_services_do_not_share_a_state(predictors: tuple[Path, Path], tmp_pa
 
 def test_openapi_and_its_page_are_from_here(service: Running) -> None:
     described = service.get("/openapi.json").json()
-    assert set(described["paths"]) >= {"/v1/answers", "/v1/scores", "/v1/labels", "/v1/monitor", "/healthz", "/readyz"}
+    assert set(described["paths"]) >= {
+        "/v1/answers",
+        "/v1/scores",
+        "/v1/labels",
+        "/v1/monitor",
+        "/healthz",
+        "/readyz",
+    }
     assert set(described["paths"]["/v1/answers"]["post"]["requestBody"]["content"]) == {
         *("application/json", "multipart/form-data")
     }
@@ -375,14 +514,19 @@ def test_openapi_and_its_page_are_from_here(service: Running) -> None:
 def test_a_slow_client_waits_alone(service: Running) -> None:
     """Half a head, and a body that does not come, hold up nobody else."""
     host, port = service.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port))) as one, socket.create_connection((host, int(port))) as two:
+    with (
+        socket.create_connection((host, int(port))) as one,
+        socket.create_connection((host, int(port))) as two,
+    ):
         one.sendall(b"POST /v1/answers HTTP/1.1\r\nHost: localhost\r\n")
         two.sendall(b"POST /v1/answers HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
         assert service.get("/readyz").status_code == 200
         two.sendall(b"GARBAGE" * 20)
     with socket.create_connection((host, int(port))) as three:
         three.sendall(b"\0\0\0 nothing like it\r\n\r\n")
-        assert three.recv(200).startswith(b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/problem+json")
+        assert three.recv(200).startswith(
+            b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/problem+json"
+        )
     assert service.get("/readyz").status_code == 200
 
 
@@ -398,14 +542,20 @@ def test_a_fault_of_ours_is_told_and_the_next_request_is_answered(
         with monkeypatch.context() as patch:
             patch.setattr(Bookkeeper, "record", broken)
             reply = running.post("/v1/answers", files=as_files(photos(2)))
-            assert (reply.status_code, reply.headers["content-type"]) == (500, "application/problem+json")
+            assert (reply.status_code, reply.headers["content-type"]) == (
+                500,
+                "application/problem+json",
+            )
             assert "fire" not in reply.text
         assert running.post("/v1/answers", files=as_files(photos(2))).status_code == 200
         assert running.get("/v1/monitor").json()["monitors"][0]["status"]["rows"] == 2
 
 
 def test_images_that_nobody_waits_for_any_more_are_not_decoded(
-    predictors: tuple[Path, Path], tmp_path: Path, photos: Callable[[int], list[bytes]], monkeypatch: pytest.MonkeyPatch
+    predictors: tuple[Path, Path],
+    tmp_path: Path,
+    photos: Callable[[int], list[bytes]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     decode, begun, gate = Decoder.__call__, list[int](), threading.Event()
 

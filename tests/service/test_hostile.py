@@ -1,6 +1,7 @@
 """What no honest client sends: no 5xx, no traceback, no growth, nothing written outside; the next request is answered.
 
-The long form, ``make test-hostile``, draws ``REQUESTS`` requests (10,000) from the service's OpenAPI with schemathesis.
+The long form, ``make test-hostile``, draws ``REQUESTS`` requests (10,000) from the service's
+OpenAPI with schemathesis.
 """
 
 from __future__ import annotations
@@ -30,7 +31,12 @@ def png(width: int, height: int) -> bytes:
     """A PNG of so many pixels, all of them zero, in few bytes."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        return (
+            struct.pack(">I", len(content))
+            + kind
+            + content
+            + struct.pack(">I", zlib.crc32(kind + content))
+        )
 
     rows = zlib.compress(bytes(min((width + 1) * height, 2**22)), 9)
     head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
@@ -77,7 +83,8 @@ def raw_requests() -> Iterator[bytes]:
         b"--x\r\n",
         b"--x\r\n\r\n\r\n--x--\r\n",
         b"--x\r\nContent-Disposition: form-data\r\n\r\na\r\n--x--\r\n",
-        b'--x\r\nContent-Disposition: form-data; name="a"; filename="../../a"\r\n\r\n' + b"z" * 70_000,
+        b'--x\r\nContent-Disposition: form-data; name="a"; filename="../../a"\r\n\r\n'
+        + b"z" * 70_000,
         b"--x\r\n" + b"Header: " + b"v" * 70_000 + b"\r\n\r\n\r\n--x--\r\n",
         b'--x\r\nContent-Disposition: form-data; name="\xff\xfe"\r\n\r\na\r\n' * 300 + b"--x--\r\n",
     ):
@@ -103,7 +110,9 @@ def send(url: str, content: bytes) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def target(predictors: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def target(
+    predictors: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Running]:
     home = tmp_path_factory.mktemp("target")
     with hosted(predictors[0], home / "s", body=4 * 2**20) as running:
         yield running
@@ -120,14 +129,19 @@ def test_bytes_that_are_no_request(target: Running) -> None:
 
 def test_images_that_are_none(target: Running) -> None:
     order = random.Random(0)
-    images = [*BOMBS, *(bytes(order.choices(photo(0, 0), k=order.randrange(1, 300))) for _ in range(60))]
+    images = [
+        *BOMBS,
+        *(bytes(order.choices(photo(0, 0), k=order.randrange(1, 300))) for _ in range(60)),
+    ]
     whole = bytearray(photo(1, 1))
     for _ in range(60):
         broken = whole.copy()
         for _ in range(order.randrange(1, 6)):
             broken[order.randrange(len(broken))] ^= 1 << order.randrange(8)
         images.append(bytes(broken))
-    told = target.post("/v1/answers", json={"images": [base64.b64encode(image).decode() for image in images]})
+    told = target.post(
+        "/v1/answers", json={"images": [base64.b64encode(image).decode() for image in images]}
+    )
     assert told.status_code == 200
     reasons = Counter(one["reason"] for one in told.json()["answers"] if one["label"] is None)
     assert {"bomb", "bad_geometry", "unidentified"} <= reasons.keys()
@@ -174,5 +188,7 @@ def meet_all(target: Running) -> None:
 
             meet()
             sizes.append(process.memory_info().rss)
-    print(f"{sum(seen.values())} requests, {dict(seen)}; memory {[size // 2**20 for size in sizes]} MiB")  # noqa: T201
+    print(  # noqa: T201
+        f"{sum(seen.values())} requests, {dict(seen)}; memory {[size // 2**20 for size in sizes]} MiB"
+    )
     assert sizes[-1] - sizes[0] < GROWTH

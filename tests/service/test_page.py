@@ -17,12 +17,18 @@ if TYPE_CHECKING:
 
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_photo_is_answered(
-    service: Running, browser: Browser, width: int, photos: Callable[[int], list[bytes]], tmp_path: Path
+    service: Running,
+    browser: Browser,
+    width: int,
+    photos: Callable[[int], list[bytes]],
+    tmp_path: Path,
 ) -> None:
     page = browser.new_page(viewport={"width": width, "height": 800})
     errors, asked, chosen = list[str](), list[str](), list["FileChooser"]()
     page.on("filechooser", lambda chooser: chosen.append(chooser))  # noqa: PLW0108 - no method of C for it
-    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.on(
+        "console", lambda message: errors.append(message.text) if message.type == "error" else None
+    )
     page.on("request", lambda request: asked.append(request.url))
     page.goto(service.url)
     page.get_by_text("The promise holds").wait_for()

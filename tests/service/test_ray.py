@@ -36,7 +36,9 @@ class Started(Exception):
     """Instead of a Ray."""
 
 
-def test_a_ray_that_is_started_reports_to_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ray_that_is_started_reports_to_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(os, "environ", {**os.environ})  # what is set is gone afterwards
     os.environ.pop("RAY_USAGE_STATS_ENABLED", None)
 
@@ -110,7 +112,9 @@ def test_two_replicas_and_the_death_of_one(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    said = Guard(predictors[0], backbone=FakeBackbone())([photo(number, number) for number in range(9)])
+    said = Guard(predictors[0], backbone=FakeBackbone())(
+        [photo(number, number) for number in range(9)]
+    )
     ray = ("--executor", "ray", "--replicas", "2", "--port", port)
     with served(predictors[0], "--state", tmp_path / "s", *ray) as running:
         with Asking(running, [answer.label for answer in said]) as asking:

@@ -21,7 +21,9 @@ from tests.service.conftest import Running, hosted, served
 Answered = dict[str, list[str]]
 
 
-def ask_until(running: Running, ended: threading.Event, photos: list[bytes], who: int) -> tuple[Answered, list[str]]:
+def ask_until(
+    running: Running, ended: threading.Event, photos: list[bytes], who: int
+) -> tuple[Answered, list[str]]:
     """Requests one after another on one connection: rows that were answered, and what went wrong otherwise."""
     answered, failed = Answered(), list[str]()
     with httpx.Client(base_url=running.url, timeout=20) as client:
@@ -29,7 +31,9 @@ def ask_until(running: Running, ended: threading.Event, photos: list[bytes], who
             name = f"{who}-{number}"
             try:
                 image = ("images", ("a", photos[number % len(photos)]))
-                reply = client.post("/v1/answers", files=[image, image], headers={"X-Request-Id": name})
+                reply = client.post(
+                    "/v1/answers", files=[image, image], headers={"X-Request-Id": name}
+                )
             except httpx.ConnectError:
                 break  # it does not listen any more: nothing was taken on
             except httpx.TransportError as error:
@@ -46,7 +50,10 @@ def ask_until(running: Running, ended: threading.Event, photos: list[bytes], who
 
 @pytest.mark.parametrize("how", few([signal.SIGTERM, signal.SIGKILL, signal.SIGINT], 2))
 def test_under_load(
-    predictors: tuple[Path, Path], tmp_path: Path, photos: Callable[[int], list[bytes]], how: signal.Signals
+    predictors: tuple[Path, Path],
+    tmp_path: Path,
+    photos: Callable[[int], list[bytes]],
+    how: signal.Signals,
 ) -> None:
     found: list[tuple[Answered, list[str]]] = []
     settings = ("--state", tmp_path / "s", "--batch-size", 4, "--queue", 12)
@@ -57,7 +64,9 @@ def test_under_load(
         running.wait_ready()
         ended, images = threading.Event(), photos(9)
         threads = [
-            threading.Thread(target=lambda who=who: found.append(ask_until(running, ended, images, who)))
+            threading.Thread(
+                target=lambda who=who: found.append(ask_until(running, ended, images, who))
+            )
             for who in range(8)
         ]
         for thread in threads:
@@ -76,7 +85,11 @@ def test_under_load(
     assert len(set(there)) == len(there)
     assert set(rows) <= set(there)  # what was answered is on the disk
     # of a connection that is closed between two requests httpx says the same as of one that breaks
-    assert {why for _, failed in found for why in failed} <= {"ReadError", "RemoteProtocolError", "WriteError"}
+    assert {why for _, failed in found for why in failed} <= {
+        "ReadError",
+        "RemoteProtocolError",
+        "WriteError",
+    }
     if how is signal.SIGKILL:
         assert code == -signal.SIGKILL
     else:
@@ -84,7 +97,9 @@ def test_under_load(
         lines = [json.loads(line) for line in running.said if line.startswith("{")]
         said = Counter(line["status"] for line in lines if line["path"] == "/v1/answers")
         assert said.keys() <= {200, 429}
-        assert said[200] == len(answered)  # each that was taken on has its answer, and the client has it
+        assert said[200] == len(
+            answered
+        )  # each that was taken on has its answer, and the client has it
         assert set(rows) == set(there)
     name = next(iter(answered))
     image = ("images", ("a", images[int(name.partition("-")[2]) % len(images)]))

@@ -45,7 +45,9 @@ def by_hand(data, part, dtype):
     for start in range(10 * part, stop, 4):
         batch = range(start, min(start + 4, stop))
         images.append(
-            backbone.encode_images(torch.stack([backbone.preprocess(decode_image(data.blobs[i]).image) for i in batch]))
+            backbone.encode_images(
+                torch.stack([backbone.preprocess(decode_image(data.blobs[i]).image) for i in batch])
+            )
         )
         texts.append(backbone.encode_texts([data.captions[i] for i in batch]))
     return torch.cat(images).numpy().astype(dtype), torch.cat(texts).numpy().astype(dtype)
@@ -58,7 +60,9 @@ def test_what_a_store_holds(tmp_path, dtype):
     for part in range(3):
         images, texts = by_hand(data, part, dtype)
         np.testing.assert_array_equal(np.load(tmp_path / f"img_emb/img_emb_{part:05d}.npy"), images)
-        np.testing.assert_array_equal(np.load(tmp_path / f"text_emb/text_emb_{part:05d}.npy"), texts)
+        np.testing.assert_array_equal(
+            np.load(tmp_path / f"text_emb/text_emb_{part:05d}.npy"), texts
+        )
         metadata = pq.read_table(tmp_path / f"metadata/metadata_{part:05d}.parquet").to_pydict()
         assert metadata["caption"] == data.captions[10 * part : 10 * part + 10]
         assert set(metadata["label"]) == {None}
@@ -103,7 +107,10 @@ def test_a_bad_caption_is_an_error_of_its_image(tmp_path, kind):
 
 
 def test_a_bad_image_is_an_error_of_its_caption(tmp_path):
-    data, backbone = captioned(bad={5: b"", 6: picture(6)[:200]}, captions={6: None}), FakeBackbone()
+    data, backbone = (
+        captioned(bad={5: b"", 6: picture(6)[:200]}, captions={6: None}),
+        FakeBackbone(),
+    )
     store = run(data, tmp_path, backbone, max_error_rate=0.1)
     assert store.manifest.errors == {"empty": 1, "truncated": 1}  # the image is looked at first
     assert backbone.n_texts == N - 2
@@ -176,7 +183,9 @@ def test_features_and_views_are_of_the_images(tmp_path):
     ],
 )
 def test_classes_are_refused(tmp_path, settings, named):
-    with pytest.raises(UsageError, match=rf"captions, which are the candidates.*Leave out {named},"):
+    with pytest.raises(
+        UsageError, match=rf"captions, which are the candidates.*Leave out {named},"
+    ):
         run(captioned(), tmp_path / "s", **settings)
     assert not (tmp_path / "s").exists()
 

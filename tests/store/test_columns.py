@@ -71,13 +71,20 @@ def test_what_is_kept(original):
         image = decode_image(data.blobs[i]).image
         assert torch.equal(kept["features"][row], backbone.preprocess(image).flatten())
         views = Views(n=V, seed=7).of(image, data.keys[i])
-        expected = backbone.encode_images(torch.stack([backbone.preprocess(view) for view in views]))
-        # batches of three views of one image against one view of four images: 192 products in another order
+        expected = backbone.encode_images(
+            torch.stack([backbone.preprocess(view) for view in views])
+        )
+        # batches of three views of one image against one view of four images: 192 products in
+        # another order
         torch.testing.assert_close(kept["views"][row], expected, rtol=1e-5, atol=1e-6)
     for k, name in enumerate(NAMES):
-        assert torch.equal(kept["prompts"][k], backbone.encode_texts([p.replace("{}", name) for p in PROMPTS]))
+        assert torch.equal(
+            kept["prompts"][k], backbone.encode_texts([p.replace("{}", name) for p in PROMPTS])
+        )
     expected = backbone.encode_texts([f"a photo of a {word}." for word in WORDS])
-    torch.testing.assert_close(kept["negatives"], expected, rtol=1e-6, atol=0)  # brought to unit norm
+    torch.testing.assert_close(
+        kept["negatives"], expected, rtol=1e-6, atol=0
+    )  # brought to unit norm
 
 
 def test_maps_lead_from_features_to_embeddings(original):
@@ -85,7 +92,9 @@ def test_maps_lead_from_features_to_embeddings(original):
     kept = everything(store)
     image = normalize(kept["features"] @ kept["image_projection"].T, dim=1)
     text = normalize(kept["text_features"] @ kept["text_projection"].T, dim=1)
-    torch.testing.assert_close(image, store.image_rows(torch.arange(len(store))), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        image, store.image_rows(torch.arange(len(store))), rtol=1e-5, atol=1e-6
+    )
     torch.testing.assert_close(text, store.text, rtol=1e-5, atol=1e-6)
 
 
@@ -94,7 +103,9 @@ def test_a_store_serves_columns_like_embeddings_in_memory(original):
     memory = in_memory(store, torch.arange(len(store)))
     assert memory.columns == store.columns
     names = sorted(store.columns)
-    for mine, theirs in zip(store.batches(8, columns=names), memory.batches(8, columns=names), strict=True):
+    for mine, theirs in zip(
+        store.batches(8, columns=names), memory.batches(8, columns=names), strict=True
+    ):
         for name in names:
             assert torch.equal(mine.columns[name], theirs.columns[name]), name
     index = torch.tensor([19, 0, 7, 7])  # of several parts, not in order
@@ -121,7 +132,9 @@ def test_half_precision_is_that_of_the_store(original, tmp_path):
     for name in ("features", "views"):
         (part, *_) = sorted((tmp_path / "h" / name).iterdir())
         assert np.load(part).dtype == "<f2"
-        torch.testing.assert_close(everything(half)[name], everything(full)[name], rtol=HALF, atol=1e-6)
+        torch.testing.assert_close(
+            everything(half)[name], everything(full)[name], rtol=HALF, atol=1e-6
+        )
     for name in ("prompts", "text_features", "image_projection", "text_projection", "negatives"):
         assert torch.equal(everything(half)[name], everything(full)[name])
 
@@ -137,7 +150,9 @@ def test_views_do_not_depend_on_the_batches(original, tmp_path, batch_size):
 
 def test_other_seeds_are_other_views(original, tmp_path):
     other = run(tmp_path / "s", dtype="float32", **ALL | {"seed": 8})
-    same = torch.isclose(everything(other)["views"], everything(EmbeddingStore(original))["views"]).all(dim=2)
+    same = torch.isclose(
+        everything(other)["views"], everything(EmbeddingStore(original))["views"]
+    ).all(dim=2)
     assert same.float().mean() < 0.2  # pictures of 20 x 18 have few crops, so some are drawn twice
 
 
@@ -236,7 +251,9 @@ def test_damage_is_found_and_mended(original, root, name, damage):
     content = (root / name).read_bytes()
     (root / name).unlink()
     if damage != "gone":
-        (root / name).write_bytes(content[:-4] if damage == "short" else content[:-1] + bytes([content[-1] ^ 1]))
+        (root / name).write_bytes(
+            content[:-4] if damage == "short" else content[:-1] + bytes([content[-1] ^ 1])
+        )
     assert any(name in problem for problem in inspect(root, deep=True).problems)
     of_images = not name.startswith("columns")
     if of_images and damage == "changed":  # its bytes are read by --deep alone
@@ -247,11 +264,15 @@ def test_damage_is_found_and_mended(original, root, name, damage):
             EmbeddingStore(root)
     backbone = FakeBackbone()
     run(root, backbone, dtype="float32", **ALL)
-    assert (backbone.n_images, backbone.n_texts) == ((9 * (1 + V), 0) if of_images else (0, 3 + 3 * 2 + 3 + 3))
+    assert (backbone.n_images, backbone.n_texts) == (
+        (9 * (1 + V), 0) if of_images else (0, 3 + 3 * 2 + 3 + 3)
+    )
     assert tree(root) == tree(original)
 
 
-@pytest.mark.parametrize(("name", "value", "fault"), [("features", np.nan, "finite"), ("views", 3.0, "of unit norm")])
+@pytest.mark.parametrize(
+    ("name", "value", "fault"), [("features", np.nan, "finite"), ("views", 3.0, "of unit norm")]
+)
 def test_numbers_that_cannot_be(root, name, value, fault):
     path = root / f"{name}/{name}_00000.npy"
     rows = np.load(path)
@@ -265,7 +286,9 @@ def change_classes(root, change):
     """Another class table, under a hash that agrees."""
     table = read_document(root / "classes.json", StoredClasses)
     forged = table.model_copy(update=change(table))
-    (root / "classes.json").write_text(forged.model_copy(update={"hash": forged.digest()}).model_dump_json())
+    (root / "classes.json").write_text(
+        forged.model_copy(update={"hash": forged.digest()}).model_dump_json()
+    )
 
 
 def test_documents_that_do_not_agree(root):
@@ -279,10 +302,13 @@ def test_shapes_that_cannot_be(root, shape):
     change_classes(
         root,
         lambda table: {
-            "columns": table.columns | {"prompts": table.columns["prompts"].model_copy(update={"shape": shape})}
+            "columns": table.columns
+            | {"prompts": table.columns["prompts"].model_copy(update={"shape": shape})}
         },
     )
-    with pytest.raises(StorageError, match=r"classes\.json is damaged: it says that prompts is of shape"):
+    with pytest.raises(
+        StorageError, match=r"classes\.json is damaged: it says that prompts is of shape"
+    ):
         EmbeddingStore(root)
 
 
@@ -295,18 +321,25 @@ def test_no_column_leads_out_of_the_store(root):
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_no_damage_ends_in_anything_but_an_error_of_ours(original, tmp_path, data):
     """Some bytes of one file are replaced: the store is refused in a sentence, or is read in full."""
     root = tmp_path / "s"
     if not root.exists():
         shutil.copytree(original, root)
     name = data.draw(
-        st.sampled_from([n for n in tree(original) if not n.startswith(("img_emb", "metadata", "errors"))])
+        st.sampled_from(
+            [n for n in tree(original) if not n.startswith(("img_emb", "metadata", "errors"))]
+        )
     )
     content = bytearray((original / name).read_bytes())
     where = data.draw(st.integers(0, len(content) - 1) | st.integers(0, min(130, len(content)) - 1))
-    junk = data.draw(st.binary(min_size=1, max_size=8) | st.sampled_from([b"9", b"-1", b"99999999999", b"[", b'"']))
+    junk = data.draw(
+        st.binary(min_size=1, max_size=8)
+        | st.sampled_from([b"9", b"-1", b"99999999999", b"[", b'"'])
+    )
     content[where : where + len(junk)] = junk
     (root / name).write_bytes(content)
     with suppress(ViLUError):
@@ -381,7 +414,9 @@ class Loud(FakeBackbone):
 
 
 def test_features_beyond_the_number_format(tmp_path):
-    with pytest.raises(DataError, match=r"features has numbers beyond the range of float16.*--dtype float32"):
+    with pytest.raises(
+        DataError, match=r"features has numbers beyond the range of float16.*--dtype float32"
+    ):
         run(tmp_path / "h", Loud(), features=True)
     run(tmp_path / "f", Loud(), features=True, dtype="float32")
 

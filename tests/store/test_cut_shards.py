@@ -43,7 +43,9 @@ def tars(tmp_path):
 
 
 def embed(tars, *options, code=0):
-    return run("embed", tars / "{0..2}.tar", "-o", tars / "s", "--part-size", 1, *options, code=code).stderr
+    return run(
+        "embed", tars / "{0..2}.tar", "-o", tars / "s", "--part-size", 1, *options, code=code
+    ).stderr
 
 
 def receipts(tars):
@@ -58,10 +60,18 @@ def receipts(tars):
         (b"", "truncated_shard", 0, "the shard ends at byte 0"),
     ],
 )
-def test_a_bad_shard_ends_in_exit_code_3_until_it_is_allowed(model, tars, content, kind, kept, said):
+def test_a_bad_shard_ends_in_exit_code_3_until_it_is_allowed(
+    model, tars, content, kind, kept, said
+):
     (tars / "1.tar").write_bytes(content)
     first = embed(tars, "--max-error-rate", 1, code=3)
-    for words in ("1 of 3 shards", "how many images that costs is unknown", "1.tar", said, "--allow-bad-shards"):
+    for words in (
+        "1 of 3 shards",
+        "how many images that costs is unknown",
+        "1.tar",
+        said,
+        "--allow-bad-shards",
+    ):
         assert words in first
     assert f"The other {2 * N + kept} images are kept" in first
     assert not (tars / "s/manifest.json").exists()
@@ -86,15 +96,25 @@ def test_a_shard_that_was_replaced_costs_its_part_and_the_store_is_whole(model, 
     (tars / "1.tar").write_bytes(WHOLE[1])
     assert "18 embeddings, 0 bad images;" in embed(tars)
     assert model.n_images == N
-    changed = {path.name for path in (tars / "s/receipts").iterdir() if before[path.name] != path.read_bytes()}
+    changed = {
+        path.name
+        for path in (tars / "s/receipts").iterdir()
+        if before[path.name] != path.read_bytes()
+    }
     assert changed == {"00001.json"}
 
 
 def test_what_the_shards_have_lost_is_no_part_of_the_share_of_bad_images(model, tars):
     (tars / "1.tar").write_bytes(CUT)
-    (tars / "2.tar").write_bytes(tar_bytes(*pairs(12, 17), ("017.png", b"x"), ("017.txt", b"no picture")))
-    assert "1 of 15 images (6.67%)" in embed(tars, "--allow-bad-shards", code=3)  # of 6 + 3 + 6, and not of 16
-    assert "1 bad images, 1 bad shards" in embed(tars, "--allow-bad-shards", "--max-error-rate", 0.08)
+    (tars / "2.tar").write_bytes(
+        tar_bytes(*pairs(12, 17), ("017.png", b"x"), ("017.txt", b"no picture"))
+    )
+    assert "1 of 15 images (6.67%)" in embed(
+        tars, "--allow-bad-shards", code=3
+    )  # of 6 + 3 + 6, and not of 16
+    assert "1 bad images, 1 bad shards" in embed(
+        tars, "--allow-bad-shards", "--max-error-rate", 0.08
+    )
 
 
 def test_many_bad_shards_are_counted_and_some_named(model, tars):
@@ -122,7 +142,9 @@ def test_a_shard_that_may_not_be_read_is_a_bad_one(model, tars):
         ([member for kind in (0, 1) for member in pairs(0, 6)[kind::2]], "interleaved", 6),
     ],
 )
-def test_samples_that_do_not_stand_together_are_counted_one_by_one(model, tars, members, kind, n_bad):
+def test_samples_that_do_not_stand_together_are_counted_one_by_one(
+    model, tars, members, kind, n_bad
+):
     """How many these are is known, so they are a matter of --max-error-rate."""
     (tars / "0.tar").write_bytes(tar_bytes(*members))
     assert f"{n_bad} of 18 images" in (said := embed(tars, code=3))

@@ -34,7 +34,10 @@ BAD = {2: b"", 5: b"<html>", 9: picture(9)[:200]}
 
 def run(data, output, backbone=None, **settings):
     return embed(
-        data, backbone or FakeBackbone(), output, **{"names": NAMES, "batch_size": 4, "part_size": 10} | settings
+        data,
+        backbone or FakeBackbone(),
+        output,
+        **{"names": NAMES, "batch_size": 4, "part_size": 10} | settings,
     )
 
 
@@ -50,13 +53,19 @@ def test_what_a_store_holds(tmp_path):
     shards = [np.load(path) for path in sorted((tmp_path / "s/img_emb").glob("*.npy"))]
     assert [shard.shape for shard in shards] == [(10, DIM), (10, DIM), (3, DIM)]
     assert all(shard.dtype == "<f2" and shard.flags.c_contiguous for shard in shards)
-    np.testing.assert_allclose(np.concatenate(shards), expected_rows(data, range(23)), rtol=HALF, atol=1e-6)
+    np.testing.assert_allclose(
+        np.concatenate(shards), expected_rows(data, range(23)), rtol=HALF, atol=1e-6
+    )
     metadata = pq.read_table(tmp_path / "s/metadata/metadata_00001.parquet").to_pydict()
     assert metadata["position"] == list(range(10, 20))
     assert metadata["key"] == data.keys[10:20]
     assert metadata["width"] == [16 + i % 5 for i in range(10, 20)]
     assert set(metadata["height"]) == {18}
-    assert (set(metadata["n_frames"]), set(metadata["flags"]), set(metadata["exif_orientation"])) == ({1}, {0}, {None})
+    assert (
+        set(metadata["n_frames"]),
+        set(metadata["flags"]),
+        set(metadata["exif_orientation"]),
+    ) == ({1}, {0}, {None})
     assert store.target.tolist() == [-1 if i in {4, 22} else i % 3 for i in range(23)]
     assert pq.read_table(tmp_path / "s/metadata/metadata_00000.parquet")["label"][4].as_py() is None
 
@@ -84,7 +93,9 @@ def test_float32_keeps_every_bit(tmp_path):
     half, full = run(data, tmp_path / "h"), run(data, tmp_path / "f", dtype="float32")
     index = torch.arange(9)
     # batches of 4 against batches of 1: the order of summation of 192 products may differ
-    np.testing.assert_allclose(full.image_rows(index).numpy(), expected_rows(data, range(9)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        full.image_rows(index).numpy(), expected_rows(data, range(9)), rtol=1e-5, atol=1e-6
+    )
     assert torch.equal(full.image_rows(index).half().float(), half.image_rows(index))
 
 
@@ -96,8 +107,17 @@ def test_documents_say_what_made_the_store_and_no_path(tmp_path):
     assert manifest["space"]["weights"] == "w0"
     assert manifest["space"]["logit_scale"] == 10.0
     assert (manifest["dataset"], manifest["dataset_fingerprint"]) == ("pets", data.fingerprint)
-    assert (manifest["n_in"], manifest["n_ok"], manifest["n_error"], manifest["parts"]) == (12, 12, 0, 2)
-    assert (manifest["split"], manifest["dtype"], manifest["templates"]) == ("train", "float16", ["a {}.", "the {}."])
+    assert (manifest["n_in"], manifest["n_ok"], manifest["n_error"], manifest["parts"]) == (
+        12,
+        12,
+        0,
+        2,
+    )
+    assert (manifest["split"], manifest["dtype"], manifest["templates"]) == (
+        "train",
+        "float16",
+        ["a {}.", "the {}."],
+    )
     classes = json.loads((tmp_path / "s/classes.json").read_text())
     assert (classes["names"], classes["folders"]) == (list(NAMES), ["n01", "n02", "n03"])
     assert manifest["classes"] == classes["hash"]
@@ -118,12 +138,22 @@ def test_bad_images_are_set_aside_and_counted(tmp_path):
     assert manifest.errors == {"empty": 1, "truncated": 1, "unidentified": 1}
     good = [i for i in range(23) if i not in BAD]
     assert list(store.ids) == [data.keys[i] for i in good]
-    np.testing.assert_allclose(store.image_rows(torch.arange(20)), expected_rows(data, good), rtol=HALF, atol=1e-6)
+    np.testing.assert_allclose(
+        store.image_rows(torch.arange(20)), expected_rows(data, good), rtol=HALF, atol=1e-6
+    )
     errors = pq.read_table(tmp_path / "s/errors/errors_00000.parquet").to_pylist()
     assert [row["position"] for row in errors] == [2, 5, 9]
     assert errors[1]["key"] == data.keys[5]
-    assert (errors[1]["stage"], errors[1]["kind"], errors[1]["bytes"]) == ("open", "unidentified", 6)
-    assert (errors[2]["stage"], errors[2]["exception"], errors[2]["bytes"]) == ("decode", "OSError", 200)
+    assert (errors[1]["stage"], errors[1]["kind"], errors[1]["bytes"]) == (
+        "open",
+        "unidentified",
+        6,
+    )
+    assert (errors[2]["stage"], errors[2]["exception"], errors[2]["bytes"]) == (
+        "decode",
+        "OSError",
+        200,
+    )
     assert all(row["message"] for row in errors)
 
 
@@ -140,7 +170,11 @@ def test_unreadable_files_and_odd_names(tmp_path):
     store = run(data, tmp_path / "s", max_error_rate=0.3)
     assert store.ids[1] == "caf\\udce9.png"
     (error,) = pq.read_table(tmp_path / "s/errors/errors_00000.parquet").to_pylist()
-    assert (error["kind"], error["exception"], error["bytes"]) == ("read_error", "PermissionError", None)
+    assert (error["kind"], error["exception"], error["bytes"]) == (
+        "read_error",
+        "PermissionError",
+        None,
+    )
 
 
 class Broken(FakeBackbone):
@@ -162,10 +196,14 @@ def test_embeddings_without_direction_become_errors(tmp_path):
 
 def test_beyond_the_error_budget_nothing_is_lost(tmp_path):
     data = dataset(20, bad=BAD)
-    with pytest.raises(DataError, match=r"3 of 20 images \(15.00%\).*--max-error-rate 0.15") as caught:
+    with pytest.raises(
+        DataError, match=r"3 of 20 images \(15.00%\).*--max-error-rate 0.15"
+    ) as caught:
         run(data, tmp_path / "s", max_error_rate=0.1)
     assert caught.value.exit_code == 3
-    assert all(kind in str(caught.value) for kind in ("empty 1", "truncated 1", "unidentified 1", "errors"))
+    assert all(
+        kind in str(caught.value) for kind in ("empty 1", "truncated 1", "unidentified 1", "errors")
+    )
     with pytest.raises(DataError, match="not complete"):
         EmbeddingStore(tmp_path / "s")
     backbone = FakeBackbone()
@@ -193,7 +231,13 @@ def test_on_error_raise_names_the_first_image(tmp_path):
 
 @pytest.mark.parametrize(
     ("part", "damage"),
-    [(0, "no receipt"), (1, "no metadata"), (1, "garbage receipt"), (1, "other run"), (2, "truncated")],
+    [
+        (0, "no receipt"),
+        (1, "no metadata"),
+        (1, "garbage receipt"),
+        (1, "other run"),
+        (2, "truncated"),
+    ],
 )
 def test_only_damaged_parts_are_done_again(tmp_path, part, damage):
     root = tmp_path / "s"
@@ -316,9 +360,18 @@ def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path):
     root = tmp_path / "s"
     run(dataset(5), root)
     nobody = f"{host_hash()}.{10**30}.0123abcd"  # no process has such a number
-    leftovers = [root / f".run.json.{nobody}.tmp", root / f"img_emb/.img_emb_00000.npy.{nobody}.tmp"]
-    others = [root / f".scores.parquet.{nobody}.tmp.gz", root / "img_emb/.mine.tmp", root / f".notes.txt.{nobody}.tmp"]
-    others.append(root / f"img_emb/.img_emb_00000.npy.{host_hash()}.{os.getpid()}.0123abcd.tmp")  # being written
+    leftovers = [
+        root / f".run.json.{nobody}.tmp",
+        root / f"img_emb/.img_emb_00000.npy.{nobody}.tmp",
+    ]
+    others = [
+        root / f".scores.parquet.{nobody}.tmp.gz",
+        root / "img_emb/.mine.tmp",
+        root / f".notes.txt.{nobody}.tmp",
+    ]
+    others.append(
+        root / f"img_emb/.img_emb_00000.npy.{host_hash()}.{os.getpid()}.0123abcd.tmp"
+    )  # being written
     for path in leftovers + others:
         path.write_bytes(b"half")
     run(dataset(5), root)
@@ -327,7 +380,10 @@ def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path):
 
 
 def test_one_driver_at_a_time(tmp_path):
-    with StoreLedger.claim(tmp_path / "s"), pytest.raises(BusyError, match="another process") as caught:
+    with (
+        StoreLedger.claim(tmp_path / "s"),
+        pytest.raises(BusyError, match="another process") as caught,
+    ):
         run(dataset(5), tmp_path / "s")
     assert caught.value.exit_code == 75
     assert len(run(dataset(5), tmp_path / "s")) == 5
@@ -527,7 +583,9 @@ def test_decoding_threads_keep_to_one_core_and_the_model_does_not(tmp_path):
         decoding, forward = set(), set()
 
         def preprocess(self, image):
-            self.decoding.add((torch.get_num_threads(), threading.current_thread() is threading.main_thread()))
+            self.decoding.add(
+                (torch.get_num_threads(), threading.current_thread() is threading.main_thread())
+            )
             return super().preprocess(image)
 
         def encode_images(self, pixels):

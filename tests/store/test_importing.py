@@ -36,7 +36,9 @@ def files(store: Path) -> dict[str, bytes]:
     return {str(path.relative_to(store)): path.read_bytes() for path in paths}
 
 
-def imported(folder: Path, values: dict, name: str = "a.npz", **settings: object) -> vilu.EmbeddingStore:
+def imported(
+    folder: Path, values: dict, name: str = "a.npz", **settings: object
+) -> vilu.EmbeddingStore:
     return import_arrays(save(folder / name, values), folder / "store", **settings)
 
 
@@ -44,7 +46,9 @@ def imported(folder: Path, values: dict, name: str = "a.npz", **settings: object
 @pytest.mark.parametrize("part_size", [1, 7, 30, 1000])
 def test_a_store_is_the_arrays(tmp_path: Path, name: str, part_size: int) -> None:
     values = arrays()
-    store = imported(tmp_path, values, name, part_size=part_size, model="ViT-B/32", origin="a paper's code")
+    store = imported(
+        tmp_path, values, name, part_size=part_size, model="ViT-B/32", origin="a paper's code"
+    )
     rows = torch.arange(30)
     assert torch.equal(store.image_rows(rows), torch.from_numpy(values["image"]))
     assert torch.equal(store.text, torch.from_numpy(values["text"]))
@@ -53,13 +57,22 @@ def test_a_store_is_the_arrays(tmp_path: Path, name: str, part_size: int) -> Non
     assert list(store.ids) == values["ids"].tolist()
     assert store.class_names == NAMES
     space = store.space
-    assert (space.logit_scale, space.logit_bias, space.backbone, space.weights) == (50, -1, "ViT-B/32", None)
+    assert (space.logit_scale, space.logit_bias, space.backbone, space.weights) == (
+        50,
+        -1,
+        "ViT-B/32",
+        None,
+    )
     assert store.manifest.imported.source == "a paper's code"
     assert not inspect(tmp_path / "store", deep=True).problems
     memory = vilu.Embeddings(values["image"], values["text"], values["target"], 50, -1)
-    failures = [torch.cat([batch.failure for batch in data.batches(8)]).tolist() for data in (store, memory)]
+    failures = [
+        torch.cat([batch.failure for batch in data.batches(8)]).tolist() for data in (store, memory)
+    ]
     assert failures[0] == failures[1]
-    assert {1} == {failure for failure, label in zip(failures[0], values["target"], strict=True) if label == -2}
+    assert {1} == {
+        failure for failure, label in zip(failures[0], values["target"], strict=True) if label == -2
+    }
 
 
 def test_the_same_arrays_give_the_same_bytes(tmp_path: Path) -> None:
@@ -145,14 +158,21 @@ def test_rows_are_brought_to_unit_norm_and_unusable_ones_set_aside(tmp_path: Pat
     image = arrays(200)["image"] * np.linspace(0.1, 9, 200)[:, None]
     image[3], image[150] = np.nan, 0
     values = arrays(200, image=image)
-    with pytest.warns(UserWarning, match=r"19\d of 200 image rows are not of unit norm \(norms 0\.1 to 9\)"):
+    with pytest.warns(
+        UserWarning, match=r"19\d of 200 image rows are not of unit norm \(norms 0\.1 to 9\)"
+    ):
         store = imported(tmp_path, values, part_size=64)
     assert store.manifest.errors == {"nonfinite": 1, "zero_norm": 1}
     assert len(store) == 198
-    assert torch.allclose(store.image_rows(torch.arange(198)).norm(dim=1), torch.ones(198), atol=1e-6)
+    assert torch.allclose(
+        store.image_rows(torch.arange(198)).norm(dim=1), torch.ones(198), atol=1e-6
+    )
     assert not inspect(store.path, deep=True).problems
     (tmp_path / "two").mkdir()
-    with pytest.raises(DataError, match="2 of 200 images"), pytest.warns(UserWarning, match="unit norm"):
+    with (
+        pytest.raises(DataError, match="2 of 200 images"),
+        pytest.warns(UserWarning, match="unit norm"),
+    ):
         imported(tmp_path / "two", values, max_error_rate=0.0)
 
 
@@ -165,7 +185,9 @@ def test_numbers_of_rows_without_names_have_gaps(tmp_path: Path) -> None:
 
 def test_columns_come_too(tmp_path: Path) -> None:
     generator = np.random.default_rng(3)
-    unit = lambda *shape: (rows := generator.standard_normal(shape)) / np.linalg.norm(rows, axis=-1, keepdims=True)  # noqa: E731
+    unit = lambda *shape: (  # noqa: E731
+        (rows := generator.standard_normal(shape)) / np.linalg.norm(rows, axis=-1, keepdims=True)
+    )
     columns = {
         "features": generator.standard_normal((30, 9)),
         "views": unit(30, 3, 6),
@@ -184,7 +206,9 @@ def test_columns_come_too(tmp_path: Path) -> None:
         assert torch.allclose(found, torch.from_numpy(values).float(), atol=1e-6), name
     report = inspect(store.path, deep=True)
     assert not report.problems
-    assert "columns      features 9, views 3 x 6, second_image 4, prompts 4 x 2 x 6, " in str(report)
+    assert "columns      features 9, views 3 x 6, second_image 4, prompts 4 x 2 x 6, " in str(
+        report
+    )
     assert "negatives 11 x 6" in str(report)
 
 
@@ -294,7 +318,10 @@ def test_labels_as_arrays_name_what_there_is(tmp_path: Path) -> None:
 
 def raw(shape: str, kind: str = "<f4", content: bytes = b"") -> bytes:
     """A ``.npy`` file with any header."""
-    header = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}}}".encode().ljust(117) + b"\n"
+    header = (
+        f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}}}".encode().ljust(117)
+        + b"\n"
+    )
     return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + content
 
 
@@ -334,7 +361,12 @@ def test_a_hostile_file(tmp_path: Path) -> None:
     whole = save(tmp_path / "a.npz", arrays(), packed=True).read_bytes()
     place = whole.index(b"image.npy") + 200  # within the packed rows
     flipped = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
-    for content, told in ((flipped, "damaged"), (whole[: len(whole) // 2], "no .npz"), (b"PK", "no .npz"), (b"", "no")):
+    for content, told in (
+        (flipped, "damaged"),
+        (whole[: len(whole) // 2], "no .npz"),
+        (b"PK", "no .npz"),
+        (b"", "no"),
+    ):
         (tmp_path / "a.npz").write_bytes(content)
         with pytest.raises(DataError, match=told):
             import_arrays(tmp_path / "a.npz", tmp_path / "store")
@@ -395,9 +427,13 @@ def test_a_large_folder_is_never_in_memory(tmp_path: Path) -> None:
     """200 MiB in parts of 4 MiB cost the labels and a few parts, not the whole."""
     for name, n in (("small", 10_000), ("large", 200_000)):
         values = arrays(10, text=np.eye(4, 256, dtype=np.float32), image=None)
-        folder = save(tmp_path / name, {**values, "target": np.zeros(n, np.int64), "ids": np.arange(n)})
+        folder = save(
+            tmp_path / name, {**values, "target": np.zeros(n, np.int64), "ids": np.arange(n)}
+        )
         shape = (n, 256)
-        image = np.lib.format.open_memmap(folder / "image.npy", mode="w+", dtype=np.float32, shape=shape)
+        image = np.lib.format.open_memmap(
+            folder / "image.npy", mode="w+", dtype=np.float32, shape=shape
+        )
         for start in range(0, n, 10_000):
             image[start : start + 10_000] = np.eye(256, dtype=np.float32)[np.arange(10_000) % 256]
         del image
@@ -406,7 +442,9 @@ def test_a_large_folder_is_never_in_memory(tmp_path: Path) -> None:
     assert float(done.stdout) < 60, done.stdout
 
 
-def test_names_of_classes_are_read_by_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_of_classes_are_read_by_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A long name makes the array of targets 8 MB, of which 64 kB are looked at together."""
     n, names = 20_000, np.array([*"abc", "z" * 100])
     target = names[np.arange(n) % 4]
@@ -419,7 +457,9 @@ def test_names_of_classes_are_read_by_blocks(tmp_path: Path, monkeypatch: pytest
         tracemalloc.stop()
     assert labels.found[labels.place].tolist() == target.tolist()
     assert target.nbytes == 8_000_000
-    assert peak < 2_000_000  # 8 bytes a row, twice while they are put together, the zip's buffers, and a block
+    assert (
+        peak < 2_000_000
+    )  # 8 bytes a row, twice while they are put together, the zip's buffers, and a block
 
 
 def test_a_cache_of_few_labels_is_a_store_of_its_splits_and_its_class_means(
@@ -427,11 +467,16 @@ def test_a_cache_of_few_labels_is_a_store_of_its_splits_and_its_class_means(
 ) -> None:
     """The files as methods of Tip-Adapter's kind write them: half precision, keys as columns, values one-hot."""
     draw = np.random.default_rng(0)
-    unit = lambda rows: torch.nn.functional.normalize(torch.from_numpy(draw.normal(size=(rows, 8))).half(), dim=1)  # noqa: E731
+    unit = lambda rows: torch.nn.functional.normalize(  # noqa: E731
+        torch.from_numpy(draw.normal(size=(rows, 8))).half(), dim=1
+    )
     cache, names = tmp_path / "caches" / "dtd", tmp_path / "names.txt"
     cache.mkdir(parents=True)
     names.write_text("banded\nblotchy\nbraided\n")
-    images, labels = {"test": unit(9), "val": unit(6)}, {"test": torch.arange(9) // 3, "val": torch.arange(6) // 2}
+    images, labels = (
+        {"test": unit(9), "val": unit(6)},
+        {"test": torch.arange(9) // 3, "val": torch.arange(6) // 2},
+    )
     for split, rows in images.items():
         torch.save(rows, cache / f"{split}_f.pt")
         torch.save(labels[split], cache / f"{split}_l.pt")
@@ -452,10 +497,16 @@ def test_a_cache_of_few_labels_is_a_store_of_its_splits_and_its_class_means(
     store = run("few", "--splits", "test,val", "--shots", "4")
     assert store.target.tolist() == [*labels["test"].tolist(), *labels["val"].tolist()]
     both = torch.cat([images["test"], images["val"]]).float()
-    assert torch.allclose(store.image_rows(torch.arange(15)), both, atol=1e-3)  # a step of float16 below 1 is 5e-4
+    assert torch.allclose(
+        store.image_rows(torch.arange(15)), both, atol=1e-3
+    )  # a step of float16 below 1 is 5e-4
     means = [keys[of == one].float().mean(dim=0) for one in range(3)]
-    assert torch.allclose(store.text, torch.stack([mean / mean.norm() for mean in means]), atol=1e-6)
-    assert torch.allclose(run("head", "--texts", str(tmp_path / "head.npy")).text, heads.float(), atol=1e-3)
+    assert torch.allclose(
+        store.text, torch.stack([mean / mean.norm() for mean in means]), atol=1e-6
+    )
+    assert torch.allclose(
+        run("head", "--texts", str(tmp_path / "head.npy")).text, heads.float(), atol=1e-3
+    )
     np.save(tmp_path / "square.npy", unit(8).numpy())
     with pytest.raises(DataError, match=r"K not 8. Got \(8, 8\)"):
         run("square", "--texts", str(tmp_path / "square.npy"))

@@ -37,7 +37,10 @@ def vouch(root, name, part=0):
     """Make the receipt of a part agree with a file that was changed; the seal then does not."""
     path = root / f"receipts/{part:05d}.json"
     receipt = json.loads(path.read_text())
-    receipt["files"][name] = {"bytes": (root / name).stat().st_size, "sha256": file_hash(root / name)}
+    receipt["files"][name] = {
+        "bytes": (root / name).stat().st_size,
+        "sha256": file_hash(root / name),
+    }
     write_json(path, receipt)
 
 
@@ -45,9 +48,19 @@ def vouch(root, name, part=0):
 def test_a_sound_store(original, deep):
     report = inspect(original, deep=deep)
     assert (report.store, report.sealed, report.deep, report.problems) == ("s", True, deep, [])
-    assert (report.parts, report.parts_done, report.n_in, report.n_ok, report.n_error) == (3, 3, 23, 20, 3)
+    assert (report.parts, report.parts_done, report.n_in, report.n_ok, report.n_error) == (
+        3,
+        3,
+        23,
+        20,
+        3,
+    )
     assert report.errors == {"empty": 1, "unidentified": 2}
-    files = [path for folder in ("img_emb", "metadata", "errors") for path in (original / folder).iterdir()]
+    files = [
+        path
+        for folder in ("img_emb", "metadata", "errors")
+        for path in (original / folder).iterdir()
+    ]
     assert report.bytes == sum(path.stat().st_size for path in files)
     plain = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert plain["run"]["space"]["backbone"] == "fake"
@@ -57,7 +70,13 @@ def test_a_sound_store(original, deep):
 
 def test_in_words(original, root):
     text = str(inspect(original))
-    for words in ("s, complete", "23 of 23 in 3 of 3 parts", "20 x 16 float16", "3 (unidentified 2, empty 1)", "pets"):
+    for words in (
+        "s, complete",
+        "23 of 23 in 3 of 3 parts",
+        "20 x 16 float16",
+        "3 (unidentified 2, empty 1)",
+        "pets",
+    ):
         assert words in text
     assert text.endswith("none; --deep reads every byte")
     (root / "manifest.json").unlink()
@@ -72,7 +91,13 @@ def test_a_store_in_the_making(root, deep):
     (root / "manifest.json").unlink()
     (root / "receipts/00001.json").unlink()
     report = inspect(root, deep=deep)
-    assert (report.sealed, report.parts, report.parts_done, report.n_in, report.problems) == (False, 3, 2, 13, [])
+    assert (report.sealed, report.parts, report.parts_done, report.n_in, report.problems) == (
+        False,
+        3,
+        2,
+        13,
+        [],
+    )
 
 
 def test_a_sealed_store_with_a_part_missing(root):
@@ -114,7 +139,8 @@ def with_column(name, values):
     def change(table):
         index = table.schema.get_field_index(name)
         column = pa.array(
-            [values.get(i, value) for i, value in enumerate(table[name].to_pylist())], table.schema.field(index).type
+            [values.get(i, value) for i, value in enumerate(table[name].to_pylist())],
+            table.schema.field(index).type,
         )
         return table.set_column(index, table.schema.field(index), column)
 

@@ -50,7 +50,12 @@ def job_of(data, root, backbone=None, **settings):
 
 def run(data, output, backbone=None, **settings):
     names = {} if data.captioned else {"names": NAMES}
-    return embed(data, backbone or FakeBackbone(), output, **{"batch_size": 4, "part_size": 2} | names | settings)
+    return embed(
+        data,
+        backbone or FakeBackbone(),
+        output,
+        **{"batch_size": 4, "part_size": 2} | names | settings,
+    )
 
 
 def marks(root):
@@ -86,7 +91,9 @@ class Rank:
 
 @pytest.mark.parametrize("kind", ["images", "shards", "captions"])
 def test_parts_one_by_one_have_the_bytes_of_a_whole_run(tmp_path, kind):
-    data = dataset(23, bad=BAD) if kind == "images" else shards(*LENGTHS, captions=kind == "captions")
+    data = (
+        dataset(23, bad=BAD) if kind == "images" else shards(*LENGTHS, captions=kind == "captions")
+    )
     run(data, tmp_path / "whole", max_error_rate=0.5)
     executor = InTurn()
     run(data, tmp_path / "parts", max_error_rate=0.5, executor=executor)
@@ -132,7 +139,8 @@ def test_a_model_by_name_is_loaded_once_and_must_be_the_right_one(tmp_path, monk
     (tmp_path / "s/receipts/00001.json").unlink()
     job = replace(job_of(shards(*LENGTHS), tmp_path / "t"), backbone=BackboneSpec("w1"))
     with pytest.raises(
-        ProvenanceError, match=r"weights: 'w0' \(.*run.json\) against 'w1' \(the model of this process\)"
+        ProvenanceError,
+        match=r"weights: 'w0' \(.*run.json\) against 'w1' \(the model of this process\)",
     ):
         job.process(0)
     assert marks(tmp_path / "t") == {}
@@ -223,7 +231,9 @@ def test_a_part_without_listing_is_given_up_by_shard_or_position(tmp_path, caplo
     leave_marks(tmp_path / "images", 2, MAX_ATTEMPTS)
     receipt = job.process(2)
     assert (receipt.n_in, receipt.errors) == (1, {"crash": 1})
-    assert pq.read_table(tmp_path / "images/errors/errors_00002.parquet")["key"].to_pylist() == ["image 4"]
+    assert pq.read_table(tmp_path / "images/errors/errors_00002.parquet")["key"].to_pylist() == [
+        "image 4"
+    ]
 
 
 def test_a_death_is_not_laid_at_the_door_of_the_part_before(tmp_path):

@@ -45,7 +45,9 @@ def memory(image=IMAGE, text=TEXT, pools=None):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_batches_are_those_of_the_same_pairs_in_memory(tmp_path, layout, direction):
     pools = Pools(10, direction)
-    source = LaionPairs(write_shards(tmp_path, IMAGE, TEXT, layout, SIZES), pools, logit_scale=SCALE)
+    source = LaionPairs(
+        write_shards(tmp_path, IMAGE, TEXT, layout, SIZES), pools, logit_scale=SCALE
+    )
     reference = memory(pools=pools)
     assert len(source) == N
     assert isinstance(source.ids, RowNumbers)
@@ -56,11 +58,15 @@ def test_batches_are_those_of_the_same_pairs_in_memory(tmp_path, layout, directi
         require_equal(mine, theirs)
 
 
-@pytest.mark.parametrize(("image_type", "text_type"), [("<f4", "<f2"), (">f2", ">f4"), ("<f4", ">f4")])
+@pytest.mark.parametrize(
+    ("image_type", "text_type"), [("<f4", "<f2"), (">f2", ">f4"), ("<f4", ">f4")]
+)
 def test_number_formats_and_byte_orders(tmp_path, image_type, text_type):
     image, text = unit_pairs(N, dtype="<f4")
     image, text = image.astype(image_type), text.astype(text_type)
-    source = LaionPairs(write_shards(tmp_path, image, text, sizes=SIZES), Pools(10), logit_scale=SCALE)
+    source = LaionPairs(
+        write_shards(tmp_path, image, text, sizes=SIZES), Pools(10), logit_scale=SCALE
+    )
     for mine, theirs in zip(source.steps(4), memory(image, text).steps(4), strict=True):
         require_equal(mine, theirs)
 
@@ -82,14 +88,20 @@ def few_files():
 def test_shards_may_be_many_more_than_files_may_be_open(tmp_path, monkeypatch):
     monkeypatch.setattr("vilu.store.mapped.OPEN_PARTS", 40)
     image, text = unit_pairs(300)
-    source = LaionPairs(write_shards(tmp_path, image, text, sizes=[1] * 300), Pools(100), logit_scale=SCALE)
-    for mine, theirs in zip(source.steps(100), memory(image, text, Pools(100)).steps(100), strict=True):
+    source = LaionPairs(
+        write_shards(tmp_path, image, text, sizes=[1] * 300), Pools(100), logit_scale=SCALE
+    )
+    for mine, theirs in zip(
+        source.steps(100), memory(image, text, Pools(100)).steps(100), strict=True
+    ):
         require_equal(mine, theirs)
 
 
 def test_two_threads_may_let_go_of_what_they_have_read(tmp_path, monkeypatch):
     monkeypatch.setattr("vilu.store.mapped.MAX_RESIDENT", 2**17)
-    source = LaionPairs(write_shards(tmp_path, IMAGE, TEXT, sizes=[1] * N), Pools(10), logit_scale=SCALE)
+    source = LaionPairs(
+        write_shards(tmp_path, IMAGE, TEXT, sizes=[1] * N), Pools(10), logit_scale=SCALE
+    )
     rows = torch.randint(N, (600, 10), generator=torch.Generator().manual_seed(0))
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
@@ -107,7 +119,9 @@ def test_number_formats_that_differ_between_shards(tmp_path):
     np.save(tmp_path / "img_emb/img_emb_0001.npy", image[30:].astype(">f2"))
     source = LaionPairs(tmp_path, Pools(10), logit_scale=SCALE)
     expected = np.concatenate([image[:30], image[30:].astype("f2").astype("f4")])
-    assert torch.equal(source.picture_rows(torch.arange(N).flip(0)), torch.from_numpy(expected[::-1].copy()))
+    assert torch.equal(
+        source.picture_rows(torch.arange(N).flip(0)), torch.from_numpy(expected[::-1].copy())
+    )
 
 
 def test_rows_that_are_not_of_unit_norm_are_normalised_and_said_once(tmp_path):
@@ -126,9 +140,13 @@ def test_rows_that_are_not_of_unit_norm_are_normalised_and_said_once(tmp_path):
     assert len(said) == 1
     with pytest.warns(UserWarning, match="not of unit norm"):
         reference = memory(image.astype("f2"))
-    for mine, theirs in zip(source.batches(4), reference.batches(4), strict=True):  # warnings are errors here
+    for mine, theirs in zip(
+        source.batches(4), reference.batches(4), strict=True
+    ):  # warnings are errors here
         require_equal(mine, theirs)
-    assert torch.allclose(source.picture_rows(torch.arange(N)).norm(dim=1), torch.ones(N), atol=1e-3)
+    assert torch.allclose(
+        source.picture_rows(torch.arange(N)).norm(dim=1), torch.ones(N), atol=1e-3
+    )
 
 
 def test_rows_are_normalised_whether_or_not_all_were_looked_at(tmp_path):
@@ -142,7 +160,9 @@ def test_unusable_rows_are_in_no_pool_and_say_why(tmp_path):
     image[3, 2], text[10, 0], image[11, 5] = np.nan, np.inf, -np.inf
     image[20], text[21], text[22] = 0, 0, 0
     image[22, 0] = np.nan
-    source = LaionPairs(write_shards(tmp_path, image, text, sizes=SIZES), Pools(9), logit_scale=SCALE)
+    source = LaionPairs(
+        write_shards(tmp_path, image, text, sizes=SIZES), Pools(9), logit_scale=SCALE
+    )
     assert source.status[[3, 10, 11, 22]].tolist() == [NONFINITE] * 4
     assert source.status[[20, 21]].tolist() == [ZERO_NORM] * 2
     assert len(source.usable_rows) == 54
@@ -200,7 +220,9 @@ def test_folds(tmp_path, layout, name, kind):
         source = LaionPairs(tmp_path, Pools(3), logit_scale=SCALE, fold=fold)
         assert list(source.ids) == source.ids[:] == [str(i) for i in chosen]
         assert isinstance(source.ids, RowNumbers)
-        assert torch.equal(source.caption_rows(torch.arange(len(source))), torch.from_numpy(TEXT[chosen]).float())
+        assert torch.equal(
+            source.caption_rows(torch.arange(len(source))), torch.from_numpy(TEXT[chosen]).float()
+        )
         assert len(source.status) == len(chosen)
         seen += chosen
     assert sorted(seen) == list(range(N))
@@ -234,9 +256,18 @@ def root(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("img_emb/img_emb_0001.npy", r"img_emb has no file with number 1, the partner of .*text_emb_0001.npy"),
-        ("text_emb/text_emb_0002.npy", r"text_emb has no file with number 2, the partner of .*img_emb_0002.npy"),
-        ("metadata/metadata_000.parquet", r"metadata has no file with number 0, the partner of .*img_emb_0000.npy"),
+        (
+            "img_emb/img_emb_0001.npy",
+            r"img_emb has no file with number 1, the partner of .*text_emb_0001.npy",
+        ),
+        (
+            "text_emb/text_emb_0002.npy",
+            r"text_emb has no file with number 2, the partner of .*img_emb_0002.npy",
+        ),
+        (
+            "metadata/metadata_000.parquet",
+            r"metadata has no file with number 0, the partner of .*img_emb_0000.npy",
+        ),
     ],
 )
 def test_a_partner_that_is_missing(root, name, message):
@@ -247,7 +278,9 @@ def test_a_partner_that_is_missing(root, name, message):
 def test_numbers_of_rows_that_differ(root):
     np.save(root / "text_emb/text_emb_0001.npy", TEXT[:19])
     refused(
-        ProvenanceError, r"img_emb_0001.npy has 20, .*text_emb_0001.npy has 19, .*metadata_001.parquet has 20", root
+        ProvenanceError,
+        r"img_emb_0001.npy has 20, .*text_emb_0001.npy has 19, .*metadata_001.parquet has 20",
+        root,
     )
 
 
@@ -258,7 +291,11 @@ def test_metadata_that_are_shorter(root):
 
 def test_widths_that_differ(root):
     np.save(root / "text_emb/text_emb_0000.npy", np.ones((20, DIM + 1), "f2"))
-    refused(ProvenanceError, rf"img_emb_0000.npy has width {DIM} and .*text_emb_0000.npy {DIM + 1}", root)
+    refused(
+        ProvenanceError,
+        rf"img_emb_0000.npy has width {DIM} and .*text_emb_0000.npy {DIM + 1}",
+        root,
+    )
     np.save(root / "text_emb/text_emb_0000.npy", TEXT[:20])
     for folder in ("img_emb", "text_emb"):
         np.save(root / f"{folder}/{folder}_0002.npy", np.ones((20, 3), "f2"))
@@ -285,7 +322,13 @@ def test_arrays_that_are_no_embeddings(root, array, message):
 def test_damaged_files(root):
     path = root / "img_emb/img_emb_0000.npy"
     whole = path.read_bytes()
-    for content in (b"", whole[:50], whole[:-1], whole.replace(b"(20, ", b"(2000000000, "), b"\x80\x04junk"):
+    for content in (
+        b"",
+        whole[:50],
+        whole[:-1],
+        whole.replace(b"(20, ", b"(2000000000, "),
+        b"\x80\x04junk",
+    ):
         path.write_bytes(content)
         refused(StorageError, r"img_emb_0000.npy is damaged", root)
     path.write_bytes(whole + b"\0")
@@ -356,14 +399,19 @@ def test_nothing_is_written_into_the_folder(root):
 
 
 @given(data=st.data())
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_no_damage_ends_in_anything_but_an_error_of_ours(tmp_path_factory, root, data):
     """Some bytes of one file are replaced: the shards are refused in a sentence, or are read in full."""
     path = data.draw(st.sampled_from(sorted(path for path in root.rglob("*") if path.is_file())))
     whole = path.read_bytes()
     content = bytearray(whole)
     where = data.draw(st.integers(0, len(content) - 1) | st.integers(0, min(130, len(content)) - 1))
-    junk = data.draw(st.binary(min_size=1, max_size=8) | st.sampled_from([b"9", b"-1", b"99999999999", b"[", b'"']))
+    junk = data.draw(
+        st.binary(min_size=1, max_size=8)
+        | st.sampled_from([b"9", b"-1", b"99999999999", b"[", b'"'])
+    )
     content[where : where + len(junk)] = junk
     Path(path).write_bytes(content)
     try:

@@ -16,7 +16,9 @@ from vilu.store.documents import MAX_PARTS, Inputs, Manifest, Receipt, Run, Stor
 from vilu.store.ledger import FileInfo
 from vilu.store.parts import plan, positions
 
-SPACE = EmbeddingSpace(8, 100, backbone="b", weights="w", preprocess="p", tokenizer="t", precision="fp32")
+SPACE = EmbeddingSpace(
+    8, 100, backbone="b", weights="w", preprocess="p", tokenizer="t", precision="fp32"
+)
 FIELDS = {
     "dataset_fingerprint": "d",
     "n_in": 25,
@@ -75,7 +77,10 @@ def test_every_input_changes_the_fingerprint_and_nothing_else_does():
 def test_documents_without_columns_are_those_of_before_there_were_any():
     """The hashes are of the version that had no columns."""
     run, table = make_run(), StoredClasses.of(make_run(), FileInfo(bytes=1, sha256="0" * 64))
-    assert (run.fingerprint, table.hash) == ("bb0d096e5abdeeb9005c943fe522ee0d", "106f8419614043ca13395bb1ad29a702")
+    assert (run.fingerprint, table.hash) == (
+        "bb0d096e5abdeeb9005c943fe522ee0d",
+        "106f8419614043ca13395bb1ad29a702",
+    )
     for document in (run, table):
         assert (
             not {"features", "views", "prompts", "negatives", "columns", "captions", "shards"}
@@ -84,7 +89,16 @@ def test_documents_without_columns_are_those_of_before_there_were_any():
 
 
 def test_a_receipt_without_shards_is_that_of_before_there_were_any():
-    fields = {"n_in": 0, "n_ok": 0, "n_error": 0, "errors": {}, "fingerprint": "f", "part": 0, "start": 0, "stop": 0}
+    fields = {
+        "n_in": 0,
+        "n_ok": 0,
+        "n_error": 0,
+        "errors": {},
+        "fingerprint": "f",
+        "part": 0,
+        "start": 0,
+        "stop": 0,
+    }
     receipt = Receipt(**fields, files={}, batch_size=1, seconds=0.0)
     assert "source" not in json.loads(receipt.model_dump_json())
     assert json.loads(receipt.model_copy(update={"source": "s"}).model_dump_json())["source"] == "s"
@@ -94,7 +108,11 @@ def test_how_many_images_shards_hold_is_no_input():
     """Only reading them tells, so the run says 0 and the manifest what was counted."""
     run, counted = make_run(shards=7, n_in=0), make_run(shards=7, n_in=1234)
     assert run.fingerprint == counted.fingerprint
-    assert [(part.start, part.stop) for part in plan(make_run(shards=23))] == [(0, 10), (10, 20), (20, 23)]
+    assert [(part.start, part.stop) for part in plan(make_run(shards=23))] == [
+        (0, 10),
+        (10, 20),
+        (20, 23),
+    ]
     assert positions(run, plan(run)[0]) == range(7 * 2**32)
     assert positions(make_run(), plan(make_run())[2]) == range(20, 25)
 
@@ -130,7 +148,9 @@ def test_whole_numbers_and_floats_are_one():
 )
 def test_damaged_documents(tmp_path, content, message):
     (tmp_path / "run.json").write_bytes(content)
-    with pytest.raises(StorageError, match=rf"run.json is damaged: .*{message}|run.json is {message}"):
+    with pytest.raises(
+        StorageError, match=rf"run.json is damaged: .*{message}|run.json is {message}"
+    ):
         read_document(tmp_path / "run.json", Run)
 
 
@@ -189,7 +209,11 @@ def test_counts_must_add_up(tmp_path, kind):
     own = {"part": 0, "start": 0, "stop": 25, "files": {}, "batch_size": 1, "seconds": 0.0}
     own |= {"schema_version": 1, "fingerprint": "f"}
     if kind is Manifest:
-        own = json.loads(make_run().model_dump_json()) | {"parts": 3, "classes": "c", "content": "c"}
+        own = json.loads(make_run().model_dump_json()) | {
+            "parts": 3,
+            "classes": "c",
+            "content": "c",
+        }
     path = tmp_path / "document.json"
     path.write_text(json.dumps(own | counts))
     with pytest.raises(StorageError, match="n_in=25 is not n_ok=20 plus n_error=5"):

@@ -68,7 +68,9 @@ def test_shards_and_pairs_take_a_logit_scale(tmp_path, layout):
 @pytest.mark.parametrize("logit_scale", [None, 100.0])
 def test_folders_that_are_none_of_these(tmp_path, logit_scale):
     (tmp_path / "photo.png").touch()
-    with pytest.raises(DataError, match=r"Found photo.png. Expected a store, or img_emb/.*images.npy \+ texts.npy"):
+    with pytest.raises(
+        DataError, match=r"Found photo.png. Expected a store, or img_emb/.*images.npy \+ texts.npy"
+    ):
         open_source(tmp_path, logit_scale=logit_scale)
     with pytest.raises(DataError, match="is no folder"):
         open_source(tmp_path / "photo.png", logit_scale=logit_scale)

@@ -35,7 +35,16 @@ for twin in (7, 31, 40):
     CAPTIONS[twin] = f" {CAPTIONS[12]}  "
 FEATURES = np.random.default_rng(5).standard_normal((N, 3))
 KEPT = [i for i in range(N) if i not in LOST]
-FIELDS = ("image", "text", "target", "index", "failure", "logits", "prediction", "target_log_probability")
+FIELDS = (
+    "image",
+    "text",
+    "target",
+    "index",
+    "failure",
+    "logits",
+    "prediction",
+    "target_log_probability",
+)
 CHOICES = [
     Pools(6),
     Pools(7, seed=None),
@@ -76,7 +85,10 @@ def test_batches_are_those_of_the_same_pairs_in_memory(root, pools):
     )
     assert torch.equal(store.usable_rows, memory.usable_rows)
     assert not store.status.any()
-    shuffled = [source.shuffled(source.usable_rows, torch.Generator().manual_seed(4)) for source in (store, memory)]
+    shuffled = [
+        source.shuffled(source.usable_rows, torch.Generator().manual_seed(4))
+        for source in (store, memory)
+    ]
     assert torch.equal(*shuffled)
     asked = ("features",) if pools.direction == "image_to_text" else ()
     for rows in (None, shuffled[0]):
@@ -102,10 +114,16 @@ def test_a_fold_has_the_rows_of_its_captions_and_no_others(root, fold):
     chosen = [i for i in KEPT if fold_of(CAPTIONS[i]) == fold]
     store = CaptionStore(root, Pools(2), fold)
     assert len(store) == len(store.ids) == len(store.target) == len(chosen)
-    assert list(store.ids) == [store.ids[i] for i in range(len(store))] == [f"{i:04d}" for i in chosen]
+    assert (
+        list(store.ids) == [store.ids[i] for i in range(len(store))] == [f"{i:04d}" for i in chosen]
+    )
     assert store.ids[1:3] == [f"{i:04d}" for i in chosen[1:3]]
-    assert torch.equal(store.picture_rows(torch.arange(len(store))), torch.from_numpy(IMAGE[chosen]).float())
-    assert torch.equal(store.caption_rows(torch.arange(len(store))), torch.from_numpy(TEXT[chosen]).float())
+    assert torch.equal(
+        store.picture_rows(torch.arange(len(store))), torch.from_numpy(IMAGE[chosen]).float()
+    )
+    assert torch.equal(
+        store.caption_rows(torch.arange(len(store))), torch.from_numpy(TEXT[chosen]).float()
+    )
     column = store.column("features", torch.arange(len(store)))
     assert torch.equal(column, torch.from_numpy(FEATURES[chosen].astype("f2")).float())
     for step in store.steps(2):
@@ -131,7 +149,9 @@ def test_the_fold_is_the_hash_of_the_caption_and_nothing_else():
         expected.append("test" if u >= 0.7 else "validation" if u >= 0.6 else "train")
     assert found.tolist() == expected
     for fold, share in (("train", 0.6), ("validation", 0.1), ("test", 0.3)):
-        assert abs((found == fold).mean() - share) < 4 * np.sqrt(share * (1 - share) / len(captions))
+        assert abs((found == fold).mean() - share) < 4 * np.sqrt(
+            share * (1 - share) / len(captions)
+        )
 
 
 @pytest.mark.parametrize("hard", [False, True])
@@ -160,7 +180,11 @@ def test_hard_pools_are_made_of_bounded_blocks(root, monkeypatch):
     monkeypatch.setattr("vilu.embeddings.pairs.HARD_ROWS", 13)
     asked = []
     take = MappedParts.take
-    monkeypatch.setattr(MappedParts, "take", lambda self, name, rows: asked.append(len(rows)) or take(self, name, rows))
+    monkeypatch.setattr(
+        MappedParts,
+        "take",
+        lambda self, name, rows: asked.append(len(rows)) or take(self, name, rows),
+    )
     store = CaptionStore(root, Pools(6, hard=True))
     rows = store.usable_rows
     assert max(asked) == 12  # the largest multiple of a pool
@@ -190,7 +214,9 @@ def test_an_unknown_fold(root):
         CaptionStore(root, fold="dev")
 
 
-@pytest.mark.parametrize("name", ["text_emb/text_emb_00001.npy", "img_emb/img_emb_00000.npy", "receipts/00002.json"])
+@pytest.mark.parametrize(
+    "name", ["text_emb/text_emb_00001.npy", "img_emb/img_emb_00000.npy", "receipts/00002.json"]
+)
 def test_a_file_that_is_gone(root, name):
     (root / name).unlink()
     with pytest.raises(StorageError, match=name):
@@ -222,7 +248,10 @@ def test_a_part_done_again_under_an_old_seal(root):
     [
         (lambda table: table.slice(1), "has 9 rows, expected 10"),
         (lambda table: table.drop_columns(["caption"]), "no column caption"),
-        (lambda table: table.set_column(8, "caption", pa.array(range(10))), "must hold strings. Got int64"),
+        (
+            lambda table: table.set_column(8, "caption", pa.array(range(10))),
+            "must hold strings. Got int64",
+        ),
     ],
 )
 def test_captions_that_do_not_fit_the_vectors(root, change, message):
@@ -247,7 +276,9 @@ def test_captions_that_are_no_text(tmp_path):
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
     image, text = unit_pairs(700)
-    return LaionPairs(write_shards(tmp_path_factory.mktemp("many"), image, text, sizes=[70] * 10), logit_scale=1)
+    return LaionPairs(
+        write_shards(tmp_path_factory.mktemp("many"), image, text, sizes=[70] * 10), logit_scale=1
+    )
 
 
 @given(n=st.integers(0, 700), seed=st.integers(0, 2**31), size=st.integers(1, 60))
@@ -262,9 +293,15 @@ def test_a_pass_has_every_row_once_and_stays_among_few_blocks(many, n, seed, siz
     assert sorted(found.tolist()) == sorted(rows.tolist())
     n_blocks = -(-n // size)
     if n_blocks <= 8:
-        assert torch.equal(found, rows[torch.randperm(n, generator=torch.Generator().manual_seed(seed))])
+        assert torch.equal(
+            found, rows[torch.randperm(n, generator=torch.Generator().manual_seed(seed))]
+        )
         return
-    block_of = {row: i for i, block in enumerate(rows.sort().values.tensor_split(n_blocks)) for row in block.tolist()}
+    block_of = {
+        row: i
+        for i, block in enumerate(rows.sort().values.tensor_split(n_blocks))
+        for row in block.tolist()
+    }
     visits = [block_of[row] for row in found.tolist()]
     first = {block: visits.index(block) for block in block_of.values()}
     last = {block: len(visits) - 1 - visits[::-1].index(block) for block in block_of.values()}
@@ -277,7 +314,9 @@ def test_a_batch_mixes_blocks(many, monkeypatch):
     for n in (450, 700):  # 9 blocks are groups of 5 and 4, 14 of 7 and 7
         found = many.shuffled(torch.arange(n), torch.Generator().manual_seed(0))
         assert all(len({row // 50 for row in batch.tolist()}) >= 4 for batch in found.split(50))
-        assert not torch.equal(found, many.shuffled(torch.arange(n), torch.Generator().manual_seed(1)))
+        assert not torch.equal(
+            found, many.shuffled(torch.arange(n), torch.Generator().manual_seed(1))
+        )
 
 
 def test_stores_of_classes_are_read_in_blocks_too(tmp_path, monkeypatch):
@@ -296,7 +335,9 @@ def test_stores_of_classes_are_read_in_blocks_too(tmp_path, monkeypatch):
 def test_batches_are_read_ahead_but_not_far(many, monkeypatch):
     asked = []
     batch = type(many)._batch
-    monkeypatch.setattr(type(many), "_batch", lambda self, *given: asked.append(given) or batch(self, *given))
+    monkeypatch.setattr(
+        type(many), "_batch", lambda self, *given: asked.append(given) or batch(self, *given)
+    )
     steps = many.steps(1, rows=torch.arange(700).repeat(10))
     monkeypatch.setattr(many, "pool_size", 100)
     taken = [next(steps) for _ in range(5)]

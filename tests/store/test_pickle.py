@@ -28,7 +28,15 @@ CAPTIONS = [f"picture {i}" for i in range(60)]
 
 
 def classes(root):
-    embed(dataset(40), FakeBackbone(), root, names=NAMES, part_size=10, max_error_rate=1, overwrite=root.exists())
+    embed(
+        dataset(40),
+        FakeBackbone(),
+        root,
+        names=NAMES,
+        part_size=10,
+        max_error_rate=1,
+        overwrite=root.exists(),
+    )
     return EmbeddingStore(root)
 
 
@@ -66,7 +74,11 @@ def require_equal(mine, theirs):
 def test_what_comes_back_is_the_same_source(source):
     other = pickle.loads(pickle.dumps(source))
     assert type(other) is type(source)
-    assert (other.path, other.pool_size, other.space) == (source.path, source.pool_size, source.space)
+    assert (other.path, other.pool_size, other.space) == (
+        source.path,
+        source.pool_size,
+        source.space,
+    )
     require_equal(scores(other), scores(source))
     assert len(pickle.dumps(source)) < 1000
     require_equal(scores(copy.deepcopy(source)), scores(source))
@@ -98,7 +110,11 @@ def test_rows_that_were_left_out_stay_out(make, tmp_path):
     store = make(tmp_path / "s")
     first, last = np.arange(len(store)) == 3, np.arange(len(store)) == 5
     fewer = store.without(first)
-    for other in (pickle.loads(pickle.dumps(fewer)), copy.copy(fewer), copy.deepcopy(copy.deepcopy(fewer))):
+    for other in (
+        pickle.loads(pickle.dumps(fewer)),
+        copy.copy(fewer),
+        copy.deepcopy(copy.deepcopy(fewer)),
+    ):
         assert torch.equal(other.usable_rows, fewer.usable_rows)
         require_equal(scores(other), scores(fewer))
     none = fewer.without(last)
@@ -130,13 +146,17 @@ def test_joblib_and_loky(tmp_path):
     joblib.dump(store, buffer)
     buffer.seek(0)
     require_equal(scores(joblib.load(buffer)), scores(store))
-    require_equal(scores(pickle.loads(cloudpickle.dumps(store))), scores(store))  # as it goes to workers of loky
+    require_equal(
+        scores(pickle.loads(cloudpickle.dumps(store))), scores(store)
+    )  # as it goes to workers of loky
 
 
 def test_a_store_that_became_another_one_is_refused(tmp_path):
     content = pickle.dumps(classes(tmp_path / "s"))
     embed(dataset(41), FakeBackbone(), tmp_path / "s", names=NAMES, part_size=10, overwrite=True)
-    with pytest.raises(ProvenanceError, match=r"s has changed since it was pickled: its fingerprint was \w+ and is"):
+    with pytest.raises(
+        ProvenanceError, match=r"s has changed since it was pickled: its fingerprint was \w+ and is"
+    ):
         pickle.loads(content)
 
 
@@ -165,7 +185,9 @@ def test_a_folder_of_scores(tmp_path):
     store = classes(tmp_path / "s")
     folder = vilu.score_parts(vilu.MCM(), store, tmp_path / "scores")
     content = pickle.dumps(folder)
-    np.testing.assert_array_equal(pickle.loads(content).outcomes().uncertainty, folder.outcomes().uncertainty)
+    np.testing.assert_array_equal(
+        pickle.loads(content).outcomes().uncertainty, folder.outcomes().uncertainty
+    )
     vilu.score_parts(vilu.MaxLogit(), store, tmp_path / "scores", overwrite=True)
     with pytest.raises(ProvenanceError, match="scores has changed since it was pickled"):
         pickle.loads(content)

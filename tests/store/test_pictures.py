@@ -66,7 +66,9 @@ def digests(images: ImageDataset, root: Path) -> list[bytes]:
 
 
 @pytest.mark.parametrize("kind", [folder, paths, cells, shards, damaged])
-def test_the_same_bytes_have_the_same_digest(kind: Callable[[Path], ImageDataset], tmp_path: Path) -> None:
+def test_the_same_bytes_have_the_same_digest(
+    kind: Callable[[Path], ImageDataset], tmp_path: Path
+) -> None:
     (tmp_path / "data").mkdir()
     assert sorted(digests(kind(tmp_path / "data"), tmp_path / "store")) == sorted(EXPECTED)
 

@@ -33,7 +33,14 @@ SHARED_FOLDER = [HealthCheck.function_scoped_fixture]
 
 
 def make(root, n=N, part_size=10, **keywords):
-    return embed(dataset(n, **keywords), FakeBackbone(), root, names=NAMES, part_size=part_size, max_error_rate=1)
+    return embed(
+        dataset(n, **keywords),
+        FakeBackbone(),
+        root,
+        names=NAMES,
+        part_size=part_size,
+        max_error_rate=1,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +56,9 @@ def root(original, tmp_path):
 
 
 def concatenated(root):
-    return np.concatenate([np.load(path) for path in sorted((root / "img_emb").iterdir())]).astype(np.float32)
+    return np.concatenate([np.load(path) for path in sorted((root / "img_emb").iterdir())]).astype(
+        np.float32
+    )
 
 
 @given(data=st.data())
@@ -58,10 +67,15 @@ def test_rows_are_those_of_the_concatenated_parts(tmp_path_factory, data):
     n = data.draw(st.integers(1, 12), label="n")
     bad = data.draw(st.sets(st.integers(0, n - 1)), label="bad")
     root = tmp_path_factory.mktemp("store")
-    store = make(root, n, data.draw(st.integers(1, 13), label="part_size"), bad=dict.fromkeys(bad, b""))
+    store = make(
+        root, n, data.draw(st.integers(1, 13), label="part_size"), bad=dict.fromkeys(bad, b"")
+    )
     rows = concatenated(root)
     assert len(store) == len(rows) == n - len(bad)
-    index = data.draw(st.lists(st.integers(0, max(len(rows) - 1, 0)), max_size=30 if len(rows) else 0), label="index")
+    index = data.draw(
+        st.lists(st.integers(0, max(len(rows) - 1, 0)), max_size=30 if len(rows) else 0),
+        label="index",
+    )
     found = store.image_rows(torch.tensor(index, dtype=torch.int64))
     assert found.dtype == torch.float32
     assert np.array_equal(found.numpy(), rows[np.array(index, dtype=np.int64)])
@@ -73,8 +87,14 @@ def test_rows_are_those_of_the_concatenated_parts(tmp_path_factory, data):
 def test_it_is_the_source_that_embeddings_in_memory_are(original):
     store = EmbeddingStore(original)
     memory = in_memory(store, torch.arange(len(store)))
-    assert (len(store), store.n_candidates, store.pool_size) == (len(memory), 3, None) == (21, 3, None)
-    assert (store.space, store.class_names) == (memory.space, memory.class_names) == (FakeBackbone().space, NAMES)
+    assert (
+        (len(store), store.n_candidates, store.pool_size) == (len(memory), 3, None) == (21, 3, None)
+    )
+    assert (
+        (store.space, store.class_names)
+        == (memory.space, memory.class_names)
+        == (FakeBackbone().space, NAMES)
+    )
     assert list(store.ids) == list(memory.ids)
     assert store.target.dtype == torch.int64
     assert store.status.dtype == np.uint8
@@ -128,7 +148,9 @@ def test_more_parts_than_are_kept_open(original, monkeypatch):
     monkeypatch.setattr("vilu.store.mapped.OPEN_PARTS", 1)
     store = EmbeddingStore(original)
     index = torch.arange(len(store)).roll(5)
-    assert np.array_equal(store.image_rows(index).numpy(), np.roll(concatenated(original), 5, axis=0))
+    assert np.array_equal(
+        store.image_rows(index).numpy(), np.roll(concatenated(original), 5, axis=0)
+    )
 
 
 OPEN_SPARSE = """
@@ -144,13 +166,19 @@ def test_opening_reads_no_vector(tmp_path):
     """The only part is replaced by one of 1 GiB, sparse on the disk; reading it would show in the peak memory."""
     n, dim = 2**17, 4096
     embed(dataset(5), FakeBackbone(dim=dim), tmp_path, names=NAMES)
-    np.lib.format.open_memmap(tmp_path / "img_emb/img_emb_00000.npy", mode="w+", dtype="<f2", shape=(n, dim)).flush()
+    np.lib.format.open_memmap(
+        tmp_path / "img_emb/img_emb_00000.npy", mode="w+", dtype="<f2", shape=(n, dim)
+    ).flush()
     table = pq.read_table(tmp_path / "metadata/metadata_00000.parquet")
     rows = pa.array(np.zeros(n, dtype=np.int64))
     columns = [table[name].combine_chunks().take(rows) for name in table.column_names]
-    pq.write_table(pa.table(columns, schema=table.schema), tmp_path / "metadata/metadata_00000.parquet")
+    pq.write_table(
+        pa.table(columns, schema=table.schema), tmp_path / "metadata/metadata_00000.parquet"
+    )
     forge(tmp_path, n)
-    done = subprocess.run([sys.executable, "-c", OPEN_SPARSE, tmp_path], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", OPEN_SPARSE, tmp_path], capture_output=True, text=True, check=True
+    )
     n_rows, mebibytes = map(float, done.stdout.split())
     assert n_rows == n
     assert mebibytes < 128  # targets, labels and pyarrow's code; the vectors would be 1024 more
@@ -165,16 +193,31 @@ def forge(root, n):
 
     old = read_document(root / "manifest.json", Manifest)
     fields = {name: getattr(old, name) for name in Run.model_fields} | {"n_in": n, "part_size": n}
-    fields["fingerprint"] = digest(Inputs(**{name: fields[name] for name in Inputs.model_fields}).identity())
+    fields["fingerprint"] = digest(
+        Inputs(**{name: fields[name] for name in Inputs.model_fields}).identity()
+    )
     run = Run(**fields)
     (part,) = plan(run)
-    info = {name: {"bytes": (root / name).stat().st_size, "sha256": "0" * 64} for name in part.files}
-    info[part.metadata]["sha256"] = file_hash(root / part.metadata)  # the only one that opening reads
+    info = {
+        name: {"bytes": (root / name).stat().st_size, "sha256": "0" * 64} for name in part.files
+    }
+    info[part.metadata]["sha256"] = file_hash(
+        root / part.metadata
+    )  # the only one that opening reads
     counts = {"n_in": n, "n_ok": n, "n_error": 0, "errors": {}}
     receipt = Receipt(
-        fingerprint=run.fingerprint, part=0, start=0, stop=n, files=info, batch_size=1, seconds=0.0, **counts
+        fingerprint=run.fingerprint,
+        part=0,
+        start=0,
+        stop=n,
+        files=info,
+        batch_size=1,
+        seconds=0.0,
+        **counts,
     )
-    manifest = Manifest(**fields | counts, parts=1, classes=old.classes, content=content_hash([receipt]))
+    manifest = Manifest(
+        **fields | counts, parts=1, classes=old.classes, content=content_hash([receipt])
+    )
     for name, document in (("run.json", run), (part.receipt, receipt), ("manifest.json", manifest)):
         (root / name).write_text(document.model_dump_json())
 
@@ -200,13 +243,16 @@ def resize(path, change):
 def test_a_file_of_another_length(root, name, change):
     resize(root / name, change)
     size = (root / name).stat().st_size
-    with pytest.raises(StorageError, match=rf"{name} has {size} bytes, its receipt says \d+") as caught:
+    with pytest.raises(
+        StorageError, match=rf"{name} has {size} bytes, its receipt says \d+"
+    ) as caught:
         EmbeddingStore(root)
     assert caught.value.exit_code == 7
 
 
 @pytest.mark.parametrize(
-    "name", ["img_emb/img_emb_00000.npy", "receipts/00002.json", "classes.json", "text_emb/classes.npy"]
+    "name",
+    ["img_emb/img_emb_00000.npy", "receipts/00002.json", "classes.json", "text_emb/classes.npy"],
 )
 def test_a_file_that_is_gone(root, name):
     (root / name).unlink()
@@ -220,7 +266,9 @@ def replace_array(root, array):
     np.save(path, array, allow_pickle=True)
     edit(
         root / "receipts/00000.json",
-        lambda receipt: receipt["files"]["img_emb/img_emb_00000.npy"].update(bytes=path.stat().st_size),
+        lambda receipt: receipt["files"]["img_emb/img_emb_00000.npy"].update(
+            bytes=path.stat().st_size
+        ),
     )
 
 
@@ -275,8 +323,14 @@ def test_a_pickle_is_not_run(root, tmp_path):
         (lambda table: table.slice(1), "has 8 rows, expected 9"),
         (lambda table: table.drop_columns(["label"]), "expected 'label: int32'"),
         (lambda table: table.set_column(2, "label", pa.array(["0"] * 9)), "label: string"),
-        (lambda table: table.set_column(2, "label", pa.array([3] * 9, pa.int32())), "labels from 3 to 3.*3 classes"),
-        (lambda table: table.set_column(2, "label", pa.array([-3] * 9, pa.int32())), "labels from -3"),
+        (
+            lambda table: table.set_column(2, "label", pa.array([3] * 9, pa.int32())),
+            "labels from 3 to 3.*3 classes",
+        ),
+        (
+            lambda table: table.set_column(2, "label", pa.array([-3] * 9, pa.int32())),
+            "labels from -3",
+        ),
     ],
 )
 def test_metadata_that_do_not_fit_the_vectors(root, change, message):
@@ -333,7 +387,10 @@ def test_no_damage_ends_in_anything_but_an_error_of_ours(original, tmp_path, dat
     name = data.draw(st.sampled_from(sorted(tree(original))))
     content = bytearray((original / name).read_bytes())
     where = data.draw(st.integers(0, len(content) - 1) | st.integers(0, min(130, len(content)) - 1))
-    junk = data.draw(st.binary(min_size=1, max_size=8) | st.sampled_from([b"9", b"-1", b"99999999999", b"[", b'"']))
+    junk = data.draw(
+        st.binary(min_size=1, max_size=8)
+        | st.sampled_from([b"9", b"-1", b"99999999999", b"[", b'"'])
+    )
     content[where : where + len(junk)] = junk
     (root / name).write_bytes(content)
     with suppress(ViLUError):

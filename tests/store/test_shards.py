@@ -36,16 +36,43 @@ def read(root, kind, part):
 def test_what_a_store_holds(tmp_path):
     backbone = FakeBackbone()
     store = run(shards(*LENGTHS), tmp_path, backbone)
-    assert backbone.batches == [3, 4, 2, 4, 3]  # parts of 3 + 0, 5 + 1 and 7 images, in batches of 4
-    assert [np.load(path).shape[0] for path in sorted((tmp_path / "img_emb").iterdir())] == [3, 6, 7]
-    assert read(tmp_path, "metadata", 1)["position"] == [2 * SHARD + k for k in range(5)] + [3 * SHARD]
+    assert backbone.batches == [
+        3,
+        4,
+        2,
+        4,
+        3,
+    ]  # parts of 3 + 0, 5 + 1 and 7 images, in batches of 4
+    assert [np.load(path).shape[0] for path in sorted((tmp_path / "img_emb").iterdir())] == [
+        3,
+        6,
+        7,
+    ]
+    assert read(tmp_path, "metadata", 1)["position"] == [2 * SHARD + k for k in range(5)] + [
+        3 * SHARD
+    ]
     assert read(tmp_path, "metadata", 2)["key"] == [f"04.tar#{k}" for k in range(7)]
     assert store.target.tolist() == [k % 3 for n in LENGTHS for k in range(n)]
-    manifest, before = (json.loads((tmp_path / name).read_text()) for name in ("manifest.json", "run.json"))
-    assert (manifest["n_in"], manifest["n_ok"], manifest["parts"], manifest["shards"]) == (16, 16, 3, 5)
-    assert (before["n_in"], before["shards"], before["fingerprint"]) == (0, 5, manifest["fingerprint"])
+    manifest, before = (
+        json.loads((tmp_path / name).read_text()) for name in ("manifest.json", "run.json")
+    )
+    assert (manifest["n_in"], manifest["n_ok"], manifest["parts"], manifest["shards"]) == (
+        16,
+        16,
+        3,
+        5,
+    )
+    assert (before["n_in"], before["shards"], before["fingerprint"]) == (
+        0,
+        5,
+        manifest["fingerprint"],
+    )
     receipts = [json.loads(path.read_text()) for path in sorted((tmp_path / "receipts").iterdir())]
-    assert [(r["start"], r["stop"], r["n_in"]) for r in receipts] == [(0, 2, 3), (2, 4, 6), (4, 5, 7)]
+    assert [(r["start"], r["stop"], r["n_in"]) for r in receipts] == [
+        (0, 2, 3),
+        (2, 4, 6),
+        (4, 5, 7),
+    ]
     assert [r["source"] for r in receipts] == [
         shards(*LENGTHS).shard_fingerprint(r["start"], r["stop"]) for r in receipts
     ]
@@ -118,7 +145,9 @@ def test_a_shard_that_was_replaced_costs_its_part(tmp_path, caplog):
     changed = {name for name, content in tree(tmp_path).items() if before[name] != content}
     assert all("00001" in name or name == "manifest.json" for name in changed)
     run(data, tmp_path / "fresh")
-    assert tree(tmp_path / "fresh") == {k: v for k, v in tree(tmp_path).items() if not k.startswith("fresh")}
+    assert tree(tmp_path / "fresh") == {
+        k: v for k, v in tree(tmp_path).items() if not k.startswith("fresh")
+    }
 
 
 def test_other_shards_are_other_inputs(tmp_path):

@@ -31,7 +31,9 @@ def test_a_view_is_a_crop_of_the_pictures_shape(width, height, area, left, top, 
     assert (np.diff(x) == (-1 if mirror < 0.5 else 1)).all()
     assert (np.diff(y) == 1).all()
     side = np.sqrt(0.5 + 0.5 * area)
-    assert len(x) == max(round(side * width), 1)  # rounding to whole pixels is all that changes the shape
+    assert len(x) == max(
+        round(side * width), 1
+    )  # rounding to whole pixels is all that changes the shape
     assert len(y) == max(round(side * height), 1)
     assert (len(x) + 0.5) * (len(y) + 0.5) >= 0.5 * width * height
 
@@ -42,13 +44,20 @@ def test_every_place_and_every_size_is_drawn() -> None:
         # one test in a thousand fails by chance; the draws are fixed, so this one does not
         assert stats.kstest(column, "uniform").pvalue > 1e-3
     off = np.corrcoef(draws.T) - np.eye(4)
-    assert np.abs(off).max() < 4 / np.sqrt(len(draws))  # four standard errors of a correlation of zero
-    corners = {augment(coordinates(10, 10), 0, left, top, 0.9).getpixel((0, 0))[:2] for _, left, top, _ in draws}
+    assert np.abs(off).max() < 4 / np.sqrt(
+        len(draws)
+    )  # four standard errors of a correlation of zero
+    corners = {
+        augment(coordinates(10, 10), 0, left, top, 0.9).getpixel((0, 0))[:2]
+        for _, left, top, _ in draws
+    }
     assert corners == {(x, y) for x in range(4) for y in range(4)}  # crops of 7 x 7
 
 
 def test_views_depend_on_key_number_and_seed_alone() -> None:
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
+    picture = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    )
     views = Views(n=3, seed=5)
     first = [view.tobytes() for view in views.of(picture, "a.png")]
     views.of(picture, "b.png")

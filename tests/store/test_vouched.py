@@ -40,7 +40,13 @@ SETTINGS = {
 
 
 def make(root, backbone=None, **settings):
-    return embed(dataset(N, bad={3: b""}), backbone or FakeBackbone(), root, max_error_rate=0.1, **SETTINGS | settings)
+    return embed(
+        dataset(N, bad={3: b""}),
+        backbone or FakeBackbone(),
+        root,
+        max_error_rate=0.1,
+        **SETTINGS | settings,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +78,20 @@ def swap(first, second):
 def read_all(root):
     store = EmbeddingStore(root)
     rows = torch.arange(len(store))
-    return store.image_rows(rows), [store.column(name, rows) for name in sorted(store.columns)], list(store.ids)
+    return (
+        store.image_rows(rows),
+        [store.column(name, rows) for name in sorted(store.columns)],
+        list(store.ids),
+    )
 
 
 USED = [
-    *("img_emb/img_emb_00000.npy", "img_emb/img_emb_00002.npy", "features/features_00001.npy", "views/views_00001.npy"),
+    *(
+        "img_emb/img_emb_00000.npy",
+        "img_emb/img_emb_00002.npy",
+        "features/features_00001.npy",
+        "views/views_00001.npy",
+    ),
     *("metadata/metadata_00001.parquet", "text_emb/classes.npy"),
     *(
         f"columns/{name}.npy"
@@ -88,9 +103,14 @@ USED = [
 @pytest.mark.parametrize("name", USED)
 def test_a_flipped_bit_in_any_file_that_is_read(root, name):
     flip(root / name)
-    with pytest.raises(StorageError, match=rf"{name} is damaged: it does not hold the bytes that .* `vilu embed`"):
+    with pytest.raises(
+        StorageError, match=rf"{name} is damaged: it does not hold the bytes that .* `vilu embed`"
+    ):
         read_all(root)
-    assert f"{root / name} is damaged: it does not hold the bytes" in inspect(root, deep=True).problems[0]
+    assert (
+        f"{root / name} is damaged: it does not hold the bytes"
+        in inspect(root, deep=True).problems[0]
+    )
 
 
 def test_every_file_of_a_part_is_under_its_receipt_or_the_class_table(root):
@@ -99,16 +119,25 @@ def test_every_file_of_a_part_is_under_its_receipt_or_the_class_table(root):
         path.relative_to(root).as_posix() for path in (root / "metadata").iterdir()
     }
     assert {name.split("/")[0] for name in read} == {name.split("/")[0] for name in USED}
-    vouched = {name for path in (root / "receipts").iterdir() for name in json.loads(path.read_text())["files"]}
+    vouched = {
+        name
+        for path in (root / "receipts").iterdir()
+        for name in json.loads(path.read_text())["files"]
+    }
     classes = json.loads((root / "classes.json").read_text())
-    assert read <= vouched | {classes["text_emb"]} | {f"columns/{name}.npy" for name in classes["columns"]}
+    assert read <= vouched | {classes["text_emb"]} | {
+        f"columns/{name}.npy" for name in classes["columns"]
+    }
     assert {path.relative_to(root).as_posix() for path in (root / "errors").iterdir()} <= vouched
 
 
 def test_errors_of_images_are_compared_by_those_who_look_at_them(root):
     flip(root / "errors/errors_00000.parquet", 20)
     read_all(root)
-    assert any("errors_00000.parquet is damaged" in problem for problem in inspect(root, deep=True).problems)
+    assert any(
+        "errors_00000.parquet is damaged" in problem
+        for problem in inspect(root, deep=True).problems
+    )
 
 
 @pytest.mark.parametrize("folder", ["img_emb", "features", "views"])
@@ -129,7 +158,9 @@ def damaged(request, tmp_path):
 
 USES = {
     "score": lambda store: vilu.score(vilu.MCM(), store),
-    "score in parts": lambda store: vilu.score_parts(vilu.MCM(), store, store.path.parent / "scores"),
+    "score in parts": lambda store: vilu.score_parts(
+        vilu.MCM(), store, store.path.parent / "scores"
+    ),
     "explain": lambda store: explain(vilu.MCM(), store),
     "fit": lambda store: vilu.ViLU(epochs=1, hidden=(4,)).fit(store),
     "take": lambda store: store.take(torch.arange(25, 30)).image_rows(torch.arange(5)),
@@ -142,13 +173,17 @@ def test_whoever_uses_the_rows_is_refused(damaged, use):
         USES[use](damaged)
 
 
-@pytest.mark.parametrize("change", [{"n_in": 21, "n_error": 2, "errors": {"empty": 2}}, {"n_error": 0, "errors": {}}])
+@pytest.mark.parametrize(
+    "change", [{"n_in": 21, "n_error": 2, "errors": {"empty": 2}}, {"n_error": 0, "errors": {}}]
+)
 def test_counts_of_a_receipt_that_was_written_anew(root, change):
     """Sealed again, as by somebody who knows how: the manifest and the run say other counts."""
     path = root / "receipts/00000.json"
     receipt = json.loads(path.read_text()) | change
     write_json(path, receipt | {"n_ok": receipt["n_in"] - receipt["n_error"]})
-    with pytest.raises((StorageError, ProvenanceError), match=r"receipts/00000.json|has \(shape|seals other"):
+    with pytest.raises(
+        (StorageError, ProvenanceError), match=r"receipts/00000.json|has \(shape|seals other"
+    ):
         EmbeddingStore(root)
 
 
@@ -157,7 +192,9 @@ def test_counts_of_shards_are_the_manifests(tmp_path):
 
     embed(shards(3, 4), FakeBackbone(), tmp_path, names=NAMES, part_size=1)
     path = tmp_path / "receipts/00001.json"
-    write_json(path, json.loads(path.read_text()) | {"n_in": 9, "n_error": 5, "errors": {"empty": 5}})
+    write_json(
+        path, json.loads(path.read_text()) | {"n_in": 9, "n_error": 5, "errors": {"empty": 5}}
+    )
     with pytest.raises(ProvenanceError, match="seals other parts"):
         EmbeddingStore(tmp_path)
 
@@ -207,7 +244,9 @@ def test_a_file_that_was_written_since_is_read_again(root, hashed):
     assert hashed == ["img_emb_00001.npy"]
     before = path.stat()
     flip(path)
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # the system's own time of the change stays
+    os.utime(
+        path, ns=(before.st_atime_ns, before.st_mtime_ns)
+    )  # the system's own time of the change stays
     with pytest.raises(StorageError, match=r"img_emb_00001\.npy is damaged"):
         read_all(root)
 
@@ -217,7 +256,9 @@ def test_threads_that_ask_at_once_read_it_once(root, hashed):
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda _: store.image_rows(rows), range(16)))
     assert all(torch.equal(one, found[0]) for one in found)
-    assert sorted(name for name in hashed if "img" in name) == [f"img_emb_0000{number}.npy" for number in range(4)]
+    assert sorted(name for name in hashed if "img" in name) == [
+        f"img_emb_0000{number}.npy" for number in range(4)
+    ]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
@@ -231,7 +272,12 @@ def test_a_process_that_was_forked_while_a_thread_hashed_goes_on(root):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_process_that_was_forked_while_a_thread_opened_a_part_goes_on(root, monkeypatch):
-    store, opened, begun, end = EmbeddingStore(root), np.lib.format.open_memmap, threading.Event(), threading.Event()
+    store, opened, begun, end = (
+        EmbeddingStore(root),
+        np.lib.format.open_memmap,
+        threading.Event(),
+        threading.Event(),
+    )
 
     def slow(*args, **kwargs):
         begun.set()

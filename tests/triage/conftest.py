@@ -54,7 +54,9 @@ def fake_model() -> Iterator[FakeBackbone]:
 
 
 @pytest.fixture(scope="package")
-def begun(tmp_path_factory: pytest.TempPathFactory, fake_model: FakeBackbone) -> tuple[Path, dict[str, str]]:
+def begun(
+    tmp_path_factory: pytest.TempPathFactory, fake_model: FakeBackbone
+) -> tuple[Path, dict[str, str]]:
     """A folder with 400 photos and a triage of them that was answered until something was promised."""
     home = tmp_path_factory.mktemp("begun")
     truth, labels = write_photos(home / "photos", 400), list[Path]()

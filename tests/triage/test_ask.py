@@ -22,14 +22,23 @@ def standpoint(rng: np.random.Generator) -> Standpoint:
     """Two classes of answers, one of which is wrong more often than promised, whatever the uncertainty."""
     said = rng.integers(2, size=ROWS)
     wrong = (rng.random(ROWS) < np.array([*RATE.values()])[said]).astype(np.int64)
-    outcomes = Outcomes(0.05 * rng.random(ROWS), wrong, prediction=said, class_names=tuple(RATE), is_probability=True)
+    outcomes = Outcomes(
+        0.05 * rng.random(ROWS),
+        wrong,
+        prediction=said,
+        class_names=tuple(RATE),
+        is_probability=True,
+    )
     none, every = np.zeros(ROWS, np.bool_), np.ones(ROWS, np.bool_)
     place = rng.permutation(ROWS) * (ORDER // ROWS)
     sides = Sides(every, every, place, none.copy(), none.copy(), none.copy(), none.copy())
     groups = members_of(group_names(outcomes), ROWS, DELTA, lambda _: 1)
     draws = {}
     for name, rows in groups.items():
-        draws[name] = rows, Trial.plan(0, outcomes.uncertainty[rows], 200, (RISK, DELTA / len(groups)))
+        draws[name] = (
+            rows,
+            Trial.plan(0, outcomes.uncertainty[rows], 200, (RISK, DELTA / len(groups))),
+        )
     photos = cast("Any", SimpleNamespace(ids=[str(row) for row in range(ROWS)]))
     return Standpoint("p", photos, LabelBook(), outcomes, sides, draws)
 

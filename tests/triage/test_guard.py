@@ -59,16 +59,30 @@ def test_in_batches_of_one_size_the_bits_are_those_of_embed_and_score(
     begun: Folder, predictor: Path, tmp_path: Path, fake_model: FakeBackbone
 ) -> None:
     photos = begun[0] / "photos"
-    free = {row["path"] for row in rows(begun[0] / "out" / "decisions.csv") if row["decision"] != "labelled"}
+    free = {
+        row["path"]
+        for row in rows(begun[0] / "out" / "decisions.csv")
+        if row["decision"] != "labelled"
+    }
     listing = [one for one in list_photos(photos) if one[0] in free][:64]
-    embed(PhotoFiles(photos, listing, NAMES), fake_model, tmp_path / "store", names=NAMES, batch_size=32)
+    embed(
+        PhotoFiles(photos, listing, NAMES),
+        fake_model,
+        tmp_path / "store",
+        names=NAMES,
+        batch_size=32,
+    )
     import vilu
 
     fitted, store = load(predictor), vilu.open_source(tmp_path / "store")
     guard = Guard(predictor, batch_size=32)
     answers = guard([photos / path for path, _ in listing])
     for start in (0, 32):
-        part = score(fitted, store.take(np.arange(start, start + 32)), decider=Decider.of_folder(fitted, predictor))
+        part = score(
+            fitted,
+            store.take(np.arange(start, start + 32)),
+            decider=Decider.of_folder(fitted, predictor),
+        )
         mine = answers[start : start + 32]
         assert [answer.uncertainty for answer in mine] == part.uncertainty.tolist()
         assert tuple(answer.decision for answer in mine) == part.decision
@@ -130,7 +144,9 @@ def test_a_stream_is_answered_as_it_comes(predictor: Path) -> None:
     stream.close()  # type: ignore[attr-defined]
 
 
-def test_what_does_not_belong_together_is_refused(predictor: Path, tmp_path: Path, test: Embeddings) -> None:
+def test_what_does_not_belong_together_is_refused(
+    predictor: Path, tmp_path: Path, test: Embeddings
+) -> None:
     with pytest.raises(ProvenanceError, match=r"weights: 'w0' .* against 'w1'"):
         Guard(predictor, backbone=FakeBackbone(weights="w1"))
     bare = Path(shutil.copytree(predictor, tmp_path / "bare"))
@@ -155,7 +171,9 @@ def test_without_a_rule_there_is_a_probability_and_no_decision(
     tmp_path: Path, fake_model: FakeBackbone, begun: Folder
 ) -> None:
     listing = list_photos(begun[0] / "photos")[:9]
-    embed(PhotoFiles(begun[0] / "photos", listing, NAMES), fake_model, tmp_path / "store", names=NAMES)
+    embed(
+        PhotoFiles(begun[0] / "photos", listing, NAMES), fake_model, tmp_path / "store", names=NAMES
+    )
     import vilu
 
     store = vilu.open_source(tmp_path / "store")

@@ -33,20 +33,35 @@ def pipe(guard: Guard) -> SelectivePipeline:
     return transformers.pipeline(TASK, model=guard)
 
 
-def test_an_image_in_any_form_is_a_list_with_the_answer(pipe: SelectivePipeline, guard: Guard, tmp_path: Path) -> None:
+def test_an_image_in_any_form_is_a_list_with_the_answer(
+    pipe: SelectivePipeline, guard: Guard, tmp_path: Path
+) -> None:
     content = photo(3, 12345)
     (tmp_path / "a.png").write_bytes(content)
     answer = guard([content])[0]
-    for image in (content, tmp_path / "a.png", str(tmp_path / "a.png"), Image.open(io.BytesIO(content))):
+    for image in (
+        content,
+        tmp_path / "a.png",
+        str(tmp_path / "a.png"),
+        Image.open(io.BytesIO(content)),
+    ):
         (entry,) = pipe(image)
         assert entry.keys() == KEYS
-        assert (entry["label"], entry["decision"], entry["reason"]) == (answer.label, answer.decision, answer.reason)
+        assert (entry["label"], entry["decision"], entry["reason"]) == (
+            answer.label,
+            answer.decision,
+            answer.reason,
+        )
         assert entry["failure_probability"] == answer.failure_probability
         assert entry["score"] + entry["failure_probability"] == pytest.approx(1)
-        assert [(one["label"], one["score"]) for one in entry["runners_up"]] == list(answer.runners_up)
+        assert [(one["label"], one["score"]) for one in entry["runners_up"]] == list(
+            answer.runners_up
+        )
 
 
-def test_many_images_are_a_list_and_a_stream_is_a_stream(pipe: SelectivePipeline, guard: Guard) -> None:
+def test_many_images_are_a_list_and_a_stream_is_a_stream(
+    pipe: SelectivePipeline, guard: Guard
+) -> None:
     images = [photo(kind, 7) for kind in range(5)]
     found = pipe(images)
     assert [entry["label"] for (entry,) in found] == [answer.label for answer in guard(images)]
@@ -65,7 +80,9 @@ def test_many_images_are_a_list_and_a_stream_is_a_stream(pipe: SelectivePipeline
     assert pipe([]) == []
 
 
-def test_a_bad_image_has_a_reason_and_spoils_no_other(pipe: SelectivePipeline, tmp_path: Path) -> None:
+def test_a_bad_image_has_a_reason_and_spoils_no_other(
+    pipe: SelectivePipeline, tmp_path: Path
+) -> None:
     (gone,), (good,), (cut,) = pipe([tmp_path / "gone.png", photo(1, 1), photo(1, 1)[:60]])
     assert (gone["reason"], cut["reason"]) == ("read_error", "truncated")
     assert gone["label"] is gone["score"] is gone["failure_probability"] is None
@@ -75,7 +92,10 @@ def test_a_bad_image_has_a_reason_and_spoils_no_other(pipe: SelectivePipeline, t
 
 
 def test_what_the_guard_decides_is_not_asked_again(pipe: SelectivePipeline, guard: Guard) -> None:
-    with pytest.raises(UsageError, match=r"takes no candidate_labels: classes and prompts are those of the predictor"):
+    with pytest.raises(
+        UsageError,
+        match=r"takes no candidate_labels: classes and prompts are those of the predictor",
+    ):
         pipe(photo(1, 1), candidate_labels=["a", "b"])
     with pytest.raises(UsageError, match=r"takes no device: .* where the guard is made"):
         transformers.pipeline(TASK, model=guard, device="cpu")

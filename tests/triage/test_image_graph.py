@@ -49,22 +49,30 @@ class Untraceable(FakeBackbone):
         return torch.from_numpy(rows / np.linalg.norm(rows, axis=1, keepdims=True))
 
 
-def answers(path: Path, guard: Guard, images: list[bytes]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def answers(
+    path: Path, guard: Guard, images: list[bytes]
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """What onnxruntime makes of some images, by output, and what the file says of itself."""
     session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
-    pixels = torch.stack([guard.backbone.preprocess(Image.open(io.BytesIO(image))) for image in images]).numpy()
+    pixels = torch.stack(
+        [guard.backbone.preprocess(Image.open(io.BytesIO(image))) for image in images]
+    ).numpy()
     found = session.run(None, {"pixels": pixels})
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, found, strict=True)), session.get_modelmeta().custom_metadata_map
 
 
-def require_same(path: Path, guard: Guard, images: list[bytes] = IMAGES, *, within: float = 1e-5) -> set[str]:
+def require_same(
+    path: Path, guard: Guard, images: list[bytes] = IMAGES, *, within: float = 1e-5
+) -> set[str]:
     """The file says what the guard says, of one image and of many; returned are the decisions."""
     expected: list[Answer] = guard(images)
     for n in (1, len(images)):
         found, said = answers(path, guard, images[:n])
         names = json.loads(said["vilu.classes"])
-        assert [names[place] for place in found["prediction"]] == [one.label for one in expected[:n]]
+        assert [names[place] for place in found["prediction"]] == [
+            one.label for one in expected[:n]
+        ]
         gap = found["uncertainty"] - np.array([one.uncertainty for one in expected[:n]])
         assert np.abs(gap).max() <= within
         if "accept" in found:
@@ -73,7 +81,9 @@ def require_same(path: Path, guard: Guard, images: list[bytes] = IMAGES, *, with
     return {str(one.decision) for one in expected}
 
 
-def made(folder: Path, model: Backbone, predictor: vilu.FailurePredictor, target: Target | None) -> Path:
+def made(
+    folder: Path, model: Backbone, predictor: vilu.FailurePredictor, target: Target | None
+) -> Path:
     """A predictor that was fitted, and perhaps calibrated, on photos that a model has embedded."""
     for part, first in (("train", 0), ("calibration", 90)):
         blobs = [photo(number % 9, number) for number in range(first, first + 90)]
@@ -101,7 +111,9 @@ def test_onnxruntime_decides_as_the_guard(begun: Folder, tmp_path: Path) -> None
     }
     assert np.array_equal(found["image"], found["image"].astype(np.float16))
     assert (said["vilu.preprocess"], json.loads(said["vilu.classes"])) == ("8x8", list(NAMES))
-    assert said["vilu.predictor"] == json.loads((folder / "predictor.json").read_text())["fingerprint"]
+    assert (
+        said["vilu.predictor"] == json.loads((folder / "predictor.json").read_text())["fingerprint"]
+    )
     assert said["vilu.decision"].startswith("accepts ")
     assert claim_file(path, "ONNX export", fingerprint_of(folder))
     with pytest.raises(UsageError, match="of other inputs"):
@@ -128,7 +140,11 @@ def test_of_every_kind_of_predictor_and_rule(
     assert require_same(path, guard) == ({"accept", "abstain"} if target else {"None"})
     found, said = answers(path, guard, IMAGES)
     assert ("accept" in found) == bool(said["vilu.decision"]) == (target is not None)
-    assert ("features" in found) == ("features" in guard.predictor.columns_to_score) == (predictor.name == "vilu_plus")
+    assert (
+        ("features" in found)
+        == ("features" in guard.predictor.columns_to_score)
+        == (predictor.name == "vilu_plus")
+    )
     record = guard.decider.record
     if predictor.name == "vilu_plus":
         assert record is not None
@@ -152,13 +168,20 @@ def test_with_the_image_towers_of_real_architectures(model: str, tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("model", "why"),
-    [(FakeBackbone, "one number of pixels alone"), pytest.param(Untraceable, "", marks=pytest.mark.slow)],
+    [
+        (FakeBackbone, "one number of pixels alone"),
+        pytest.param(Untraceable, "", marks=pytest.mark.slow),
+    ],
 )
 def test_a_tower_that_cannot_be_written_is_told(
     model: type[FakeBackbone], why: str, begun: Folder, tmp_path: Path
 ) -> None:
-    with pytest.raises(UsageError, match=rf"fake cannot be written as ONNX: .*{why}.* Without --with-backbone"):
-        export_image_graph(begun[0] / "out" / "predictor", tmp_path / "guard.onnx", backbone=model())
+    with pytest.raises(
+        UsageError, match=rf"fake cannot be written as ONNX: .*{why}.* Without --with-backbone"
+    ):
+        export_image_graph(
+            begun[0] / "out" / "predictor", tmp_path / "guard.onnx", backbone=model()
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -203,5 +226,7 @@ def test_a_graph_that_says_something_else_is_not_written(
     monkeypatch.setattr(image_graph, "write_graph", lambda graph, *_: graphs.append(graph) or b"")
     monkeypatch.setattr(image_graph, "runner", lambda _: answer)
     with pytest.raises(DataError, match=message):
-        export_image_graph(begun[0] / "out" / "predictor", tmp_path / "guard.onnx", backbone=Traceable())
+        export_image_graph(
+            begun[0] / "out" / "predictor", tmp_path / "guard.onnx", backbone=Traceable()
+        )
     assert not list(tmp_path.iterdir())

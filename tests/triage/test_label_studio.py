@@ -13,7 +13,9 @@ from vilu.triage.review import open_review, read_done, write_review
 pytestmark = [pytest.mark.label_studio, pytest.mark.filterwarnings("ignore")]
 
 
-def test_tasks_predictions_and_answers_are_as_its_configuration_says(begun: Folder, tmp_path: Path) -> None:
+def test_tasks_predictions_and_answers_are_as_its_configuration_says(
+    begun: Folder, tmp_path: Path
+) -> None:
     from label_studio_sdk.label_interface import LabelInterface
 
     review = open_review(begun[0] / "half", n=30)
@@ -23,7 +25,9 @@ def test_tasks_predictions_and_answers_are_as_its_configuration_says(begun: Fold
     tasks = json.loads(tasks_file.read_text())
     assert len(tasks) == 30
     for task in tasks:
-        assert interface.validate_task({"data": task["data"]})  # with predictions it calls itself without them
+        assert interface.validate_task(
+            {"data": task["data"]}
+        )  # with predictions it calls itself without them
         assert interface.validate_prediction(task["predictions"][0])
     name = {one["data"]["path"]: one["predictions"][0]["result"] for one in tasks}
     for task in tasks:  # a person agrees with the model

@@ -52,7 +52,11 @@ def test_a_book_of_older_code_says_nothing_of_pictures(tmp_path: Path) -> None:
     book.answer({"a": "cat"})
     book.save(tmp_path / "book.parquet")
     table = pq.read_table(tmp_path / "book.parquet").drop_columns("picture")
-    write_table(tmp_path / "old.parquet", dict(zip(table.column_names, table.columns, strict=True)), {"kind": "labels"})
+    write_table(
+        tmp_path / "old.parquet",
+        dict(zip(table.column_names, table.columns, strict=True)),
+        {"kind": "labels"},
+    )
     found = LabelBook.load(tmp_path / "old.parquet")
     assert [found.note_pictures({"a": picture}) for picture in (b"x", b"x", b"y")] == [0, 0, 1]
 
@@ -70,7 +74,9 @@ def test_a_damaged_book_is_refused(tmp_path: Path) -> None:
     book.save(path)
     table = pq.read_table(path)
     label = table.column_names.index("label")
-    pq.write_table(table.set_column(label, "label", pa.array(["dog"])), path)  # as an editor of tables would
+    pq.write_table(
+        table.set_column(label, "label", pa.array(["dog"])), path
+    )  # as an editor of tables would
     with pytest.raises(DataError, match="its rows are not what its digest says"):
         LabelBook.load(path)
 
@@ -78,12 +84,18 @@ def test_a_damaged_book_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", ["path", "file", "image"])
 def test_files_of_labels(tmp_path: Path, key: str) -> None:
     path = write(
-        tmp_path / "l.csv", f"note,{key},label,stream", "x,a.jpg, cat ,fit", "y,b.jpg,,promise", "z,c.jpg,dog,"
+        tmp_path / "l.csv",
+        f"note,{key},label,stream",
+        "x,a.jpg, cat ,fit",
+        "y,b.jpg,,promise",
+        "z,c.jpg,dog,",
     )
     assert read_labels(path) == ({"a.jpg": "cat", "c.jpg": "dog"}, {"a.jpg": "fit"})
 
 
-@pytest.mark.parametrize("name", ["-1.jpg", "+x.png", "@eaDir/a.jpg", "'=1.jpg", " day/a.jpg", "\n1.jpg", "plain.jpg"])
+@pytest.mark.parametrize(
+    "name", ["-1.jpg", "+x.png", "@eaDir/a.jpg", "'=1.jpg", " day/a.jpg", "\n1.jpg", "plain.jpg"]
+)
 def test_names_that_a_spreadsheet_would_compute_with_come_back(tmp_path: Path, name: str) -> None:
     path = tmp_path / "l.csv"
     path.write_bytes(csv_bytes(label_columns({name: "cat"}, {name: "fit"})))
@@ -134,7 +146,9 @@ def test_full_paths_through_a_link_are_found(tmp_path: Path) -> None:
 
 def test_a_label_that_is_no_class_is_refused_with_the_nearest(tmp_path: Path) -> None:
     check_names({"a": "cat", "b": "other", "c": SKIPPED}, ["cat", "dog"], ["other"], tmp_path)
-    with pytest.raises(DataError, match=r"'dgo' \(of a\) is none of the 2 classes. Did you mean 'dog'"):
+    with pytest.raises(
+        DataError, match=r"'dgo' \(of a\) is none of the 2 classes. Did you mean 'dog'"
+    ):
         check_names({"a": "dgo"}, ["cat", "dog"], [], tmp_path)
 
 

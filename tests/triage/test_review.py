@@ -29,9 +29,13 @@ def half(begun: Folder) -> Path:
     return begun[0] / "half"
 
 
-def test_a_triage_says_what_it_asks_for_and_what_is_to_be_reviewed(half: Path, begun: Folder) -> None:
+def test_a_triage_says_what_it_asks_for_and_what_is_to_be_reviewed(
+    half: Path, begun: Folder
+) -> None:
     asked = open_review(half)
-    assert [one.path for one in asked.tasks] == [row["path"] for row in rows(half / "next_labels.csv")]
+    assert [one.path for one in asked.tasks] == [
+        row["path"] for row in rows(half / "next_labels.csv")
+    ]
     assert asked.names == ("cat", "dog", "car", "(outside)")
     assert asked.photos == begun[0] / "photos"
     review = open_review(half, "review", 5)
@@ -44,7 +48,9 @@ def test_a_triage_says_what_it_asks_for_and_what_is_to_be_reviewed(half: Path, b
 
 def test_label_studio_there_and_back(half: Path, tmp_path: Path) -> None:
     review = open_review(half, n=4)
-    files = write_review(review, "label-studio", tmp_path / "tasks.json", prefix="/data/local-files/?d=")
+    files = write_review(
+        review, "label-studio", tmp_path / "tasks.json", prefix="/data/local-files/?d="
+    )
     assert [file.name for file in files] == ["tasks.json", "tasks.xml"]
     tasks = json.loads(files[0].read_text())
     first = review.tasks[0]
@@ -52,26 +58,49 @@ def test_label_studio_there_and_back(half: Path, tmp_path: Path) -> None:
     assert tasks[0]["data"]["image"] == f"/data/local-files/?d={first.path.replace(' ', '%20')}"
     (prediction,) = tasks[0]["predictions"]
     assert prediction["score"] == pytest.approx(1 - (first.failure_probability or 0))
-    choice = {"from_name": "label", "to_name": "image", "type": "choices", "value": {"choices": [first.answer]}}
+    choice = {
+        "from_name": "label",
+        "to_name": "image",
+        "type": "choices",
+        "value": {"choices": [first.answer]},
+    }
     assert prediction["result"] == [choice]
     config = ElementTree.parse(files[1]).getroot()  # noqa: S314 - our own file
-    assert [one.get("value") for one in config.iter("Choice")] == ["cat", "dog", "car", "(outside)", SKIPPED]
+    assert [one.get("value") for one in config.iter("Choice")] == [
+        "cat",
+        "dog",
+        "car",
+        "(outside)",
+        SKIPPED,
+    ]
     answer = [{**choice, "value": {"choices": ["dog"]}}]
-    tasks[0]["annotations"] = [{"result": [], "was_cancelled": False}, {"result": answer, "was_cancelled": False}]
+    tasks[0]["annotations"] = [
+        {"result": [], "was_cancelled": False},
+        {"result": answer, "was_cancelled": False},
+    ]
     tasks[1]["annotations"] = [{"result": [], "was_cancelled": True}]
     tasks[2]["annotations"] = []
     del tasks[3]["data"]["path"]  # then the address of the image tells
     tasks[3]["annotations"] = [{"result": answer}]
     (tmp_path / "done.json").write_text(json.dumps(tasks))
     paths = [one.path for one in review.tasks]
-    assert read_done(tmp_path / "done.json")[0] == {paths[0]: "dog", paths[1]: SKIPPED, paths[3]: "dog"}
-    small = [{"id": 1, "path": paths[0], "image": "x", "label": "cat"}, {"id": 2, "path": paths[1], "image": "y"}]
+    assert read_done(tmp_path / "done.json")[0] == {
+        paths[0]: "dog",
+        paths[1]: SKIPPED,
+        paths[3]: "dog",
+    }
+    small = [
+        {"id": 1, "path": paths[0], "image": "x", "label": "cat"},
+        {"id": 2, "path": paths[1], "image": "y"},
+    ]
     (tmp_path / "min.json").write_text(json.dumps(small))
     assert read_done(tmp_path / "min.json")[0] == {paths[0]: "cat"}
 
 
 @pytest.mark.parametrize("tool", ["label-studio", "fiftyone", "csv"])
-def test_photos_that_were_chosen_for_review_come_back_as_chosen(half: Path, tmp_path: Path, tool: Tool) -> None:
+def test_photos_that_were_chosen_for_review_come_back_as_chosen(
+    half: Path, tmp_path: Path, tool: Tool
+) -> None:
     """The most doubtful ones: taken for a random pick, their labels would make a promise false without a word."""
     review = open_review(half, "review")
     asked = {row["path"] for row in rows(half / "next_labels.csv")}
@@ -84,7 +113,9 @@ def test_photos_that_were_chosen_for_review_come_back_as_chosen(half: Path, tmp_
     )
     if tool == "csv":
         lines = [{**row, "label": "cat"} for row in rows(file)]
-        file.write_text("path,label,stream\n" + "".join(f"{r['path']},cat,{r['stream']}\n" for r in lines))
+        file.write_text(
+            "path,label,stream\n" + "".join(f"{r['path']},cat,{r['stream']}\n" for r in lines)
+        )
     else:
         file = tmp_path / "t" / "samples.json" if tool == "fiftyone" else file
         content = json.loads(file.read_text())
@@ -106,7 +137,8 @@ def test_fiftyone_there_and_back(half: Path, tmp_path: Path) -> None:
     files = write_review(review, "fiftyone", tmp_path / "set")
     assert write_review(review, "fiftyone", tmp_path / "set") == files  # the same bytes
     samples, metadata = (
-        json.loads((tmp_path / "set" / f"{name}.json").read_text()) for name in ("samples", "metadata")
+        json.loads((tmp_path / "set" / f"{name}.json").read_text())
+        for name in ("samples", "metadata")
     )
     fields = {one["name"]: one["ftype"] for one in metadata["sample_fields"]}
     assert samples["samples"][0].keys() - {"_id", "_media_type", "_rand"} <= fields.keys()
@@ -115,7 +147,10 @@ def test_fiftyone_there_and_back(half: Path, tmp_path: Path) -> None:
     assert len(samples["samples"][0]["_id"]["$oid"]) == 24
     samples["samples"][1]["ground_truth"] = {"_cls": "Classification", "label": "car"}
     (tmp_path / "set" / "samples.json").write_text(json.dumps(samples))
-    assert read_done(tmp_path / "set") == ({review.tasks[1].path: "car"}, {review.tasks[1].path: "promise"})
+    assert read_done(tmp_path / "set") == (
+        {review.tasks[1].path: "car"},
+        {review.tasks[1].path: "promise"},
+    )
 
 
 @pytest.mark.parametrize(
@@ -126,7 +161,10 @@ def test_fiftyone_there_and_back(half: Path, tmp_path: Path) -> None:
         ("[3]", "is no list of tasks"),
         ('[{"data": {"text": 1}}]', "does not say which photo"),
         ('[{"path": "a", "label": ["x", "y"]}]', "where one name is expected"),
-        ('[{"path": "a", "label": "x"}, {"path": "a", "label": "y"}]', "has the labels 'x' and 'y'"),
+        (
+            '[{"path": "a", "label": "x"}, {"path": "a", "label": "y"}]',
+            "has the labels 'x' and 'y'",
+        ),
         ('{"samples": 3}', "is no FiftyOne data set"),
     ],
 )
@@ -139,7 +177,10 @@ def test_finished_tasks_that_cannot_be(tmp_path: Path, content: str, message: st
 def test_labels_become_failures_of_scores(half: Path, begun: Folder, tmp_path: Path) -> None:
     scores = Outcomes.load(half / "decisions.parquet")
     assert scores.ids is not None
-    truth = {path: begun[1][path] for path in scores.ids[:30]} | {scores.ids[30]: "(outside)", scores.ids[31]: SKIPPED}
+    truth = {path: begun[1][path] for path in scores.ids[:30]} | {
+        scores.ids[30]: "(outside)",
+        scores.ids[31]: SKIPPED,
+    }
     assert write_labels(truth, tmp_path / "late.parquet", half / "decisions.parquet") == 31
     late = Outcomes.load(tmp_path / "late.parquet")
     assert late.ids is not None
@@ -182,15 +223,26 @@ class Client:
     def ask(
         self, path: str, body: object = None, *, key: str | None = None, host: str | None = None
     ) -> tuple[int, bytes]:
-        with closing(http.client.HTTPConnection(self.url.hostname or "", self.url.port or 0, timeout=10)) as connection:
+        with closing(
+            http.client.HTTPConnection(self.url.hostname or "", self.url.port or 0, timeout=10)
+        ) as connection:
             return self._ask(connection, path, body, key, host)
 
     def _ask(
-        self, connection: http.client.HTTPConnection, path: str, body: object, key: str | None, host: str | None
+        self,
+        connection: http.client.HTTPConnection,
+        path: str,
+        body: object,
+        key: str | None,
+        host: str | None,
     ) -> tuple[int, bytes]:
-        content = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+        content = (
+            None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+        )
         address = f"{path}?{self.key if key is None else key}"
-        connection.request("POST" if content else "GET", address, content, {"Host": host or self.url.netloc})
+        connection.request(
+            "POST" if content else "GET", address, content, {"Host": host or self.url.netloc}
+        )
         answer = connection.getresponse()
         return answer.status, answer.read()
 
@@ -276,7 +328,11 @@ def test_photos_by_keyboard(begun: Folder, tmp_path: Path, n: int) -> None:
     from playwright.sync_api import sync_playwright
 
     review = open_review(begun[0] / "half", "all", n)
-    session, address, ready = ReviewSession(review, tmp_path / "labels.csv"), list[str](), threading.Event()
+    session, address, ready = (
+        ReviewSession(review, tmp_path / "labels.csv"),
+        list[str](),
+        threading.Event(),
+    )
 
     def tell(url: str) -> None:
         address.append(url)

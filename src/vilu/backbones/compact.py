@@ -1,7 +1,8 @@
 """The compact model: a zero-shot classifier from two PyPI packages, for places that no model hub reaches.
 
-EfficientNet-Lite0 (ImageNet-1k) and all-MiniLM-L6-v2 (sentences) are joined in closed form; nothing is trained. It is
-a small model with many failures: good for trying vilu and for tests, no substitute for CLIP or SigLIP.
+EfficientNet-Lite0 (ImageNet-1k) and all-MiniLM-L6-v2 (sentences) are joined in closed form; nothing
+is trained. It is a small model with many failures: good for trying vilu and for tests, no
+substitute for CLIP or SigLIP.
 """
 
 from __future__ import annotations
@@ -48,10 +49,11 @@ logger = logging.getLogger(__name__)
 class ClosedFormHead(nn.Module):
     """From the image tower's features f to the space of sentences, by two closed forms side by side.
 
-    a = normalise(softmax(W f + b) (T - mean(T))), a convex combination of class embeddings (Norouzi et al., ICLR 2014);
-    r = normalise((f - mean_feature) P), P = (Wc^T Wc + ridge I)^-1 Wc^T (T - mean(T)), Wc = W - mean(W), the ridge
-    regression from class weights to class embeddings. The output is (a, r); since the text side is (t, t), the cosine
-    is the mean of cos(a, t) and cos(r, t).
+    a = normalise(softmax(W f + b) (T - mean(T))), a convex combination of class embeddings (Norouzi
+    et al., ICLR 2014); r = normalise((f - mean_feature) P), P = (Wc^T Wc + ridge I)^-1 Wc^T (T -
+    mean(T)), Wc = W - mean(W), the ridge regression from class weights to class embeddings. The
+    output is (a, r); since the text side is (t, t), the cosine is the mean of cos(a, t) and cos(r,
+    t).
 
     Args:
         weight: (C, F) classifier weights W.
@@ -60,15 +62,22 @@ class ClosedFormHead(nn.Module):
         mean_feature: (F,) feature that r maps to the origin.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor, class_text: Tensor, mean_feature: Tensor) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor, class_text: Tensor, mean_feature: Tensor
+    ) -> None:
         super().__init__()
         text_mean = class_text.mean(dim=0)
         centred = (weight - weight.mean(dim=0)).double()
-        gram = centred.T @ centred + RIDGE * torch.eye(centred.shape[1], dtype=torch.float64, device=centred.device)
+        gram = centred.T @ centred + RIDGE * torch.eye(
+            centred.shape[1], dtype=torch.float64, device=centred.device
+        )
         projection = torch.linalg.solve(gram, centred.T @ (class_text - text_mean).double())
         self.weight, self.bias = nn.Buffer(weight), nn.Buffer(bias)
         self.text_mean, self.class_text = nn.Buffer(text_mean), nn.Buffer(class_text - text_mean)
-        self.mean_feature, self.projection = nn.Buffer(mean_feature.float()), nn.Buffer(projection.float())
+        self.mean_feature, self.projection = (
+            nn.Buffer(mean_feature.float()),
+            nn.Buffer(projection.float()),
+        )
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, F) features to (B, 2 E) embeddings."""
@@ -86,20 +95,27 @@ class ClosedFormHead(nn.Module):
 def expected_activation(mean: Tensor, std: Tensor) -> Tensor:
     """E[min(max(x, 0), 6)] of x ~ N(mean, std^2), elementwise in float64.
 
-    With the shift and the scale of a batch norm as mean and std, this is the mean feature over the training set that
-    the weights remember: std (h(mean / std) - h((mean - 6) / std)), h(z) = z Phi(z) + phi(z).
+    With the shift and the scale of a batch norm as mean and std, this is the mean feature over the
+    training set that the weights remember: std (h(mean / std) - h((mean - 6) / std)), h(z) = z
+    Phi(z) + phi(z).
     """
     mean, std = mean.double(), std.double().abs()
 
     def hinge(z: Tensor) -> Tensor:
-        return torch.addcmul(torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi), z, torch.special.ndtr(z))
+        return torch.addcmul(
+            torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi), z, torch.special.ndtr(z)
+        )
 
     return std * (hinge(mean / std) - hinge((mean - ACTIVATION_CEILING) / std))
 
 
 def copy_by_position(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Fill a model with weights that have other names but the same order; batch counters are left out."""
-    own = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("num_batches_tracked")}
+    own = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if not name.endswith("num_batches_tracked")
+    }
     given = [tensor for name, tensor in weights.items() if not name.endswith("num_batches_tracked")]
     if [t.shape for t in own.values()] != [t.shape for t in given]:
         raise ProvenanceError(
@@ -123,12 +139,15 @@ def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
         precision=precision,
     )
 
-    # Putting the model together takes seconds; a store that is already complete asks for the space alone.
+    # Putting the model together takes seconds; a store that is already complete asks for the space
+    # alone.
     return DualEncoder(
         space,
         device,
         transform=lambda image: to_pixels(image, size),
-        image_tower=lambda pixels: _assemble(files, device).tower(pixels.contiguous(memory_format=torch.channels_last)),
+        image_tower=lambda pixels: _assemble(files, device).tower(
+            pixels.contiguous(memory_format=torch.channels_last)
+        ),
         image_head=lambda features: _assemble(files, device).head(features),
         text_tower=lambda texts: _assemble(files, device).text(texts),
         truncates=lambda texts: _assemble(files, device).sentences.truncates(texts),  # noqa: PLW0108 - not loaded yet
@@ -155,7 +174,9 @@ class Sentences:
 
     def encode(self, texts: list[str]) -> Tensor:
         """(M, E) mean over tokens of the last hidden states, at unit norm."""
-        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+        tokens = self.tokenizer(
+            texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
+        )
         tokens = tokens.to(self.model.device)
         mask = tokens["attention_mask"][:, :, None].float()
         hidden = self.model(**tokens).last_hidden_state
@@ -205,10 +226,14 @@ def _assemble(files: Files, device: torch.device) -> Parts:
         timm = import_extra("timm", "compact")
         tower = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
         copy_by_position(tower, torch.load(files.image, weights_only=True, map_location="cpu"))
-        tower = tower.requires_grad_(requires_grad=False).to(device, memory_format=torch.channels_last)
+        tower = tower.requires_grad_(requires_grad=False).to(
+            device, memory_format=torch.channels_last
+        )
         mean_feature = expected_activation(tower.bn2.bias, tower.bn2.weight)
         class_text = _class_text(files, device).to(device)
-        head = ClosedFormHead(tower.classifier.weight, tower.classifier.bias, class_text, mean_feature)
+        head = ClosedFormHead(
+            tower.classifier.weight, tower.classifier.bias, class_text, mean_feature
+        )
         tower.reset_classifier(0)
     return Parts(tower, head, files, device)
 
@@ -216,7 +241,12 @@ def _assemble(files: Files, device: torch.device) -> Parts:
 @contextmanager
 def _as_if_alone(device: torch.device) -> Iterator[None]:
     """The first call may come from within an encoder, under its inference mode and its autocast."""
-    with torch.inference_mode(mode=False), torch.no_grad(), torch.autocast(device.type, enabled=False), quiet():
+    with (
+        torch.inference_mode(mode=False),
+        torch.no_grad(),
+        torch.autocast(device.type, enabled=False),
+        quiet(),
+    ):
         yield
 
 
@@ -224,10 +254,13 @@ def _class_text(files: Files, device: torch.device) -> Tensor:
     """(C, E) embeddings of the class prompts."""
     prompts = [PROMPT.format(name) for name in imagenet_class_names()]
     found = kept(
-        f"compact-{files.sha256[:32]}", lambda: encode_in_batches(_sentence_encoder(files.text, device).encode, prompts)
+        f"compact-{files.sha256[:32]}",
+        lambda: encode_in_batches(_sentence_encoder(files.text, device).encode, prompts),
     )
     if 2 * found.shape[1] != EMBED_DIM:
-        raise ProvenanceError(f"the text tower is {found.shape[1]} wide; {EMBED_DIM // 2} was expected.")
+        raise ProvenanceError(
+            f"the text tower is {found.shape[1]} wide; {EMBED_DIM // 2} was expected."
+        )
     return found
 
 
@@ -245,7 +278,11 @@ def to_pixels(image: Image.Image, size: int) -> Tensor:
 
 def imagenet_class_names() -> list[str]:
     """The 1,000 ImageNet-1k class names of CLIP, in the order of the classifier."""
-    text = resources.files("vilu").joinpath("assets", "imagenet_class_names.json").read_text(encoding="utf-8")
+    text = (
+        resources.files("vilu")
+        .joinpath("assets", "imagenet_class_names.json")
+        .read_text(encoding="utf-8")
+    )
     return [str(name) for name in json.loads(text)]
 
 
@@ -260,7 +297,9 @@ def _parse_size(argument: str) -> int:
 
 @cache
 def _sentence_encoder(folder: Path, device: torch.device) -> Sentences:
-    transformers = import_extra("transformers", "compact")  # before: its bars can be switched off once it is there
+    transformers = import_extra(
+        "transformers", "compact"
+    )  # before: its bars can be switched off once it is there
     with _as_if_alone(device):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model, report = transformers.AutoModel.from_pretrained(

@@ -21,7 +21,15 @@ from vilu.errors import MissingModelError, ProvenanceError, StorageError, UsageE
 from vilu.extras import hub_reachable, quiet, setting
 from vilu.files.documents import digest
 
-UNREADABLE = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, EOFError, struct.error)
+UNREADABLE = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    EOFError,
+    struct.error,
+)
 """What foreign code raises on foreign files that are damaged, or made to harm."""
 
 PROBES = ["a photo of a dog.", "MiXed Case, ümläuts & 2,048 signs?!"]
@@ -47,7 +55,9 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
 def tokenizer_identity(tokenizer: object, encode: Callable[[list[str]], Tensor]) -> str:
     """Its class and a hash of the token numbers of two sentences, which tells vocabularies and lengths apart."""
     tokens = encode(PROBES)
-    if len(tokens[0].unique()) < DISTINCT:  # transformers makes up a vocabulary where the tokenizer's files are missing
+    if (
+        len(tokens[0].unique()) < DISTINCT
+    ):  # transformers makes up a vocabulary where the tokenizer's files are missing
         raise ProvenanceError(
             f"the tokenizer ({type(tokenizer).__name__}) knows none of the words in {PROBES[0]!r}: its vocabulary is "
             "missing. Put the tokenizer files (tokenizer.json and its kin) beside the weights."
@@ -58,7 +68,9 @@ def tokenizer_identity(tokenizer: object, encode: Callable[[list[str]], Tensor])
 def require_hub_id(text: str) -> str:
     """``text``, if it names a repository of the model hub; if not, it is most often a folder that is not there."""
     if not HUB_ID.fullmatch(text):
-        raise UsageError(f"expected a folder that exists, or ORG/NAME on the model hub. Got {text!r} instead.")
+        raise UsageError(
+            f"expected a folder that exists, or ORG/NAME on the model hub. Got {text!r} instead."
+        )
     return text
 
 
@@ -77,12 +89,15 @@ def load_local(load: Callable[[], Loaded], name: str) -> Loaded:
 def load_cached_first(load: Callable[[], Loaded], name: str, repository: str) -> Loaded:
     """What ``load`` makes of the hub's local cache; if something is not in it, ``load`` may download.
 
-    So a cached model never waits for a network, and does not change under the user. ``load`` raises OSError for what is
-    not there, as the hub, transformers and Python do.
+    So a cached model never waits for a network, and does not change under the user. ``load`` raises
+    OSError for what is not there, as the hub, transformers and Python do.
     """
     try:
         return _run(load, name, offline=True)
-    except (_AbsentError, ProvenanceError) as error:  # files that do not go together: perhaps one is not cached yet
+    except (
+        _AbsentError,
+        ProvenanceError,
+    ) as error:  # files that do not go together: perhaps one is not cached yet
         first = error
     if hub_reachable():
         log.info("%s is not in the local cache of the model hub; downloading %s", name, repository)
@@ -104,13 +119,17 @@ def load_cached_first(load: Callable[[], Loaded], name: str, repository: str) ->
 def _run(load: Callable[[], Loaded], name: str, *, offline: bool) -> Loaded:
     """Load quietly, and turn what can go wrong into our errors."""
     try:
-        client = import_module("huggingface_hub.constants") if offline else None  # it reads HF_HUB_OFFLINE only once
+        client = (
+            import_module("huggingface_hub.constants") if offline else None
+        )  # it reads HF_HUB_OFFLINE only once
         with quiet(), setting(client, HF_HUB_OFFLINE=True) if client else nullcontext():
             return load()
     except ViLUError:
         raise
     except ImportError as error:
-        raise MissingModelError(f"{name} needs a package that is not installed: {_brief(error)}.") from error
+        raise MissingModelError(
+            f"{name} needs a package that is not installed: {_brief(error)}."
+        ) from error
     except OSError as error:
         raise _AbsentError(_brief(error)) from error
     except (SafetensorError, UnpicklingError) as error:
@@ -119,7 +138,9 @@ def _run(load: Callable[[], Loaded], name: str, *, offline: bool) -> Loaded:
             f"the weights of {name} are damaged or more than plain tensors: {why}. Download them again."
         ) from error
     except UNREADABLE as error:
-        raise ProvenanceError(f"the files of {name} do not make a model together: {_brief(error)}.") from error
+        raise ProvenanceError(
+            f"the files of {name} do not make a model together: {_brief(error)}."
+        ) from error
 
 
 def why_refused(error: Exception) -> str:

@@ -15,7 +15,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vilu.backbones.base import DualEncoder, detach_projection
-from vilu.backbones.loading import load_cached_first, load_local, require_hub_id, tensors_sha256, tokenizer_identity
+from vilu.backbones.loading import (
+    load_cached_first,
+    load_local,
+    require_hub_id,
+    tensors_sha256,
+    tokenizer_identity,
+)
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import MissingModelError, ProvenanceError, UsageError
 from vilu.extras import import_extra
@@ -45,17 +51,22 @@ class Source:
     name: str  # of the backbone, free of local paths
     model: str  # what open_clip calls it, with a schema where there is one
     repository: str | None  # on the hub; None for a local folder
-    fetch: Callable[[], object]  # makes sure that the weights are on this machine; raises OSError where they are not
+    fetch: Callable[
+        [], object
+    ]  # makes sure that the weights are on this machine; raises OSError where they are not
     tag: str | None = None  # pretraining tag of a model without schema
-    quick_gelu: bool = False  # whether the tag's weights want QuickGELU; open_clip only warns when the model has it not
+    # whether the tag's weights want QuickGELU; open_clip only warns when the model has it not
+    quick_gelu: bool = False
 
 
-def load(argument: str, device: torch.device, precision: str, *, tanh_gelu: bool = False) -> DualEncoder:
+def load(
+    argument: str, device: torch.device, precision: str, *, tanh_gelu: bool = False
+) -> DualEncoder:
     """A model of OpenCLIP with its own preprocessing, tokenizer, logit scale and logit bias.
 
     Args:
-        argument: NAME/TAG, "hf-hub:ORG/NAME", or a folder (also as "local-dir:FOLDER") with ``open_clip_config.json``
-            and weights.
+        argument: NAME/TAG, "hf-hub:ORG/NAME", or a folder (also as "local-dir:FOLDER") with
+            ``open_clip_config.json`` and weights.
         device: Where to put it.
         precision: "fp32" or "bf16" (image tower under autocast).
         tanh_gelu: Whether GELU is its tanh approximation, whatever the model's configuration says.
@@ -74,7 +85,9 @@ def load(argument: str, device: torch.device, precision: str, *, tanh_gelu: bool
     if source.repository is None:
         network, transform, tokenizer, identity = load_local(read, source.name)
     else:
-        network, transform, tokenizer, identity = load_cached_first(read, source.name, source.repository)
+        network, transform, tokenizer, identity = load_cached_first(
+            read, source.name, source.repository
+        )
     network = network.eval().requires_grad_(requires_grad=False)
     weights = tensors_sha256(network.state_dict())
     if tanh_gelu:
@@ -102,8 +115,12 @@ def load(argument: str, device: torch.device, precision: str, *, tanh_gelu: bool
         image_tower=network.encode_image,
         text_tower=encode_texts,
         truncates=lambda texts: find_truncated(tokenizer, texts),
-        image_projection=detach_projection(network, IMAGE_PROJECTIONS, lambda: network.encode_image(probe)),
-        text_projection=detach_projection(network, TEXT_PROJECTIONS, lambda: encode_texts(["a photo"])),
+        image_projection=detach_projection(
+            network, IMAGE_PROJECTIONS, lambda: network.encode_image(probe)
+        ),
+        text_projection=detach_projection(
+            network, TEXT_PROJECTIONS, lambda: encode_texts(["a photo"])
+        ),
         texts_known_as=space.fingerprint,
     )
 
@@ -112,7 +129,9 @@ def use_tanh_gelu(network: nn.Module, name: str) -> None:
     """Turn every GELU of a model into its tanh approximation."""
     found = [module for module in network.modules() if isinstance(module, nn.GELU)]
     if not found:
-        raise ProvenanceError(f"{name} has no GELU, which a model that was trained with its tanh form has.")
+        raise ProvenanceError(
+            f"{name} has no GELU, which a model that was trained with its tanh form has."
+        )
     for module in found:
         module.approximate = "tanh"
 
@@ -120,8 +139,8 @@ def use_tanh_gelu(network: nn.Module, name: str) -> None:
 def find_truncated(tokenizer: Tokenizer, texts: list[str]) -> list[bool]:
     """Of each text, whether a tokenizer of open_clip cuts it off.
 
-    None of them says so. With room for one token more a text that fits has the same tokens, and one that does not has
-    a word where its early end was.
+    None of them says so. With room for one token more a text that fits has the same tokens, and one
+    that does not has a word where its early end was.
     """
     length = tokenizer.context_length
     with_room = tokenizer(texts, context_length=length + 1)[:, :length]
@@ -157,14 +176,21 @@ def find_source(open_clip: ModuleType, argument: str) -> Source:
     repository = "/".join(pretrained["hf_hub"].split("/")[:2])
     quick_gelu = bool(pretrained.get("quick_gelu"))
     return Source(
-        f"open_clip:{argument}", model, repository, lambda: hub.download_pretrained(pretrained), tag, quick_gelu
+        f"open_clip:{argument}",
+        model,
+        repository,
+        lambda: hub.download_pretrained(pretrained),
+        tag,
+        quick_gelu,
     )
 
 
 def _require_weights(folder: Path) -> None:
     """Refuse a folder without weights, for which open_clip would build a random model first."""
     if not (folder / CONFIG).is_file():
-        raise MissingModelError(f"the folder {folder} has no {CONFIG}; open_clip's `push_to_hf_hub` writes one.")
+        raise MissingModelError(
+            f"the folder {folder} has no {CONFIG}; open_clip's `push_to_hf_hub` writes one."
+        )
     if not any(file.suffix in WEIGHTS for file in folder.iterdir()):
         raise MissingModelError(
             f"the folder {folder} has no weights; expected a file such as open_clip_model.safetensors."

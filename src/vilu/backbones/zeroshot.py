@@ -38,15 +38,19 @@ BLOCK = 1024
 @cache
 def everyday_words() -> tuple[str, ...]:
     """About 2,200 everyday words of what photos show, to tell images of none of the classes by; ours, MIT."""
-    text = resources.files("vilu").joinpath("assets", "everyday_words.txt").read_text(encoding="utf-8")
+    text = (
+        resources.files("vilu").joinpath("assets", "everyday_words.txt").read_text(encoding="utf-8")
+    )
     return tuple(line for line in text.splitlines() if not line.startswith("#"))
 
 
-def class_texts(backbone: Backbone, names: Sequence[str], templates: Sequence[str] = TEMPLATES["default"]) -> Tensor:
+def class_texts(
+    backbone: Backbone, names: Sequence[str], templates: Sequence[str] = TEMPLATES["default"]
+) -> Tensor:
     """(K, D) float32 unit-norm embeddings of K classes: the normalised mean over templates of unit-norm embeddings.
 
-    Prompt ensembling in embedding space (Radford et al., ICML 2021). Warns of pairs of classes whose embeddings nearly
-    coincide.
+    Prompt ensembling in embedding space (Radford et al., ICML 2021). Warns of pairs of classes
+    whose embeddings nearly coincide.
 
     Args:
         backbone: Encodes the prompts.
@@ -70,13 +74,19 @@ def prompt_texts(backbone: Backbone, names: Sequence[str], templates: Sequence[s
         raise DataError("at least one class name is needed. Got none.")
     check_class_names(names, len(names))
     if isinstance(templates, str):
-        raise UsageError(f"templates must be a list of templates. Got the text {templates!r} instead.")
+        raise UsageError(
+            f"templates must be a list of templates. Got the text {templates!r} instead."
+        )
     if not templates:
         raise UsageError("at least one template is needed, such as 'a photo of a {}.'. Got none.")
     for template in templates:
         if template.count("{}") != 1:
-            raise UsageError(f"a template must have exactly one {{}} for the class name. Got {template!r} instead.")
-    place = {name: i for i, name in enumerate(dict.fromkeys(names))}  # each once: a batch may round it otherwise
+            raise UsageError(
+                f"a template must have exactly one {{}} for the class name. Got {template!r} instead."
+            )
+    place = {
+        name: i for i, name in enumerate(dict.fromkeys(names))
+    }  # each once: a batch may round it otherwise
     encode = backbone.encode_prompts if isinstance(backbone, DualEncoder) else backbone.encode_texts
     rows = encode(fill_templates(tuple(place), templates)).view(len(place), len(templates), -1)
     return rows if len(place) == len(names) else rows[[place[name] for name in names]]

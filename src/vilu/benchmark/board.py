@@ -54,7 +54,9 @@ class Entrant:
         """The mean of one of ``RANKED_BY`` over seeds, by default all that there are."""
         row, chosen = RANKED_BY.index(metric), list(self.found if seeds is None else seeds)
         values = np.array([self.found[seed].value(metric) for seed in chosen], dtype=np.float64)
-        return Quantity.over_seeds(values, np.stack([self.bootstrap(self.runs[seed])[row] for seed in chosen]))
+        return Quantity.over_seeds(
+            values, np.stack([self.bootstrap(self.runs[seed])[row] for seed in chosen])
+        )
 
     def less(self, other: Entrant, metric: str) -> Quantity | None:
         """This one's less the other's on the seeds that both have; None where there is none."""
@@ -67,7 +69,9 @@ class Entrant:
         return fmean(result.results[0].accuracy for result in self.found.values())
 
 
-def occurring(field: Literal["n", "n_failures", "n_outside"], entrants: Iterable[Entrant]) -> tuple[int, ...]:
+def occurring(
+    field: Literal["n", "n_failures", "n_outside"], entrants: Iterable[Entrant]
+) -> tuple[int, ...]:
     """Numbers of test rows, of wrong answers, or of those for pictures of none of the classes, that occur."""
     results = (result for entrant in entrants for result in entrant.found.values())
     return tuple(sorted({getattr(result.results[0], field) for result in results}))
@@ -75,7 +79,9 @@ def occurring(field: Literal["n", "n_failures", "n_outside"], entrants: Iterable
 
 def counted_rows(n: Sequence[int], n_failures: Sequence[int], n_outside: Sequence[int]) -> str:
     """Numbers that occur, in words."""
-    strangers = f", {span(n_outside)} of them for pictures of none of the classes" if any(n_outside) else ""
+    strangers = (
+        f", {span(n_outside)} of them for pictures of none of the classes" if any(n_outside) else ""
+    )
     return f"{span(n)} answers, {span(n_failures)} wrong{strangers}"
 
 
@@ -96,7 +102,9 @@ class Mean:
 
     def less(self, other: Mean, metric: str) -> Quantity | None:
         """This one's less the other's, both on the same data sets; None where they have no seed in common."""
-        differences = [mine.less(theirs, metric) for mine, theirs in zip(self.parts, other.parts, strict=True)]
+        differences = [
+            mine.less(theirs, metric) for mine, theirs in zip(self.parts, other.parts, strict=True)
+        ]
         known = [difference for difference in differences if difference is not None]
         return Quantity.mean(known) if len(known) == len(differences) else None
 
@@ -105,14 +113,22 @@ class Board:
     """All results of a benchmark whose every cell has one, and how their bootstrap values are read."""
 
     def __init__(
-        self, config: Config, cells: Sequence[Cell], results: Mapping[Cell, CellResult], bootstrap: Bootstrap
+        self,
+        config: Config,
+        cells: Sequence[Cell],
+        results: Mapping[Cell, CellResult],
+        bootstrap: Bootstrap,
     ) -> None:
         self.config, self.cells, self.results = config, tuple(cells), results
         places: dict[Place, list[Cell]] = {}
         for cell in cells:
             places.setdefault((cell.method, cell.data, cell.setting), []).append(cell)
-        self.seeds = {place: frozenset(cell.seed for cell in found) for place, found in places.items()}
-        self.entrants = {place: _entrant(place, found, results, bootstrap) for place, found in places.items()}
+        self.seeds = {
+            place: frozenset(cell.seed for cell in found) for place, found in places.items()
+        }
+        self.entrants = {
+            place: _entrant(place, found, results, bootstrap) for place, found in places.items()
+        }
 
     def find(self, method: str, data: str, setting: str) -> Entrant | None:
         """A method that has a result there."""
@@ -127,8 +143,12 @@ class Board:
         return groups
 
 
-def _entrant(place: Place, cells: Sequence[Cell], results: Mapping[Cell, CellResult], bootstrap: Bootstrap) -> Entrant:
-    found = {cell.seed: results[cell.run] for cell in cells if results[cell.run].value(BEST) is not None}
+def _entrant(
+    place: Place, cells: Sequence[Cell], results: Mapping[Cell, CellResult], bootstrap: Bootstrap
+) -> Entrant:
+    found = {
+        cell.seed: results[cell.run] for cell in cells if results[cell.run].value(BEST) is not None
+    }
     missing = [cell for cell in cells if cell.seed not in found]
     runs = {cell.seed: cell.run for cell in cells if cell.seed in found}
     reason = _reason(results[missing[0].run]) if missing else None
@@ -138,4 +158,7 @@ def _entrant(place: Place, cells: Sequence[Cell], results: Mapping[Cell, CellRes
 def _reason(result: CellResult) -> str:
     if result.refused is not None:
         return result.refused.reason
-    return next((str(row.why) for row in result.results if row.metric == BEST), f"its document has no {BEST}")
+    return next(
+        (str(row.why) for row in result.results if row.metric == BEST),
+        f"its document has no {BEST}",
+    )

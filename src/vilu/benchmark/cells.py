@@ -18,7 +18,8 @@ class Cell:
     data: str  # data set that is tested on
     setting: str
     seed: int  # seed of the rows, the class halves and the method
-    # the cell whose result this one shares, since nothing that decides the result differs; None: it is run
+    # the cell whose result this one shares, since nothing that decides the result differs; None: it
+    # is run
     same_as: Cell | None = field(default=None, compare=False)
 
     @property
@@ -44,14 +45,20 @@ class Origin:
     # labelled rows per class to fit on, a share of all, "all", or "none": all rows, but no label
     budget: int | float | str = "all"
     rows_seed: int | None = None  # seed that draws the training rows; None where all are taken
-    # seed that divides sets of rows into those to fit on and those to test on; None where all are two sets
+    # seed that divides sets of rows into those to fit on and those to test on; None where all are
+    # two sets
     division_seed: int | None = None
-    halves_seed: int | None = None  # seed that draws the class halves; None where all classes are taken
-    # whether the parts of a union, or a fit and the one that it begins from, may be of different picture sizes
+    halves_seed: int | None = (
+        None  # seed that draws the class halves; None where all classes are taken
+    )
+    # whether the parts of a union, or a fit and the one that it begins from, may be of different
+    # picture sizes
     across_preprocessing: bool = False
     pool_size: int | None = None  # of a union: captions that an image has to choose from
     unlabelled: bool = False  # whether all rows go with them without labels
-    start: Origin | None = None  # where the weights come from that the fit begins with; None: from nothing
+    start: Origin | None = (
+        None  # where the weights come from that the fit begins with; None: from nothing
+    )
 
     @property
     def first(self) -> Origin:
@@ -65,10 +72,16 @@ class ScoredSet:
 
     data: str
     role: Role  # which of its parts
-    pool_size: int | None = None  # captions that an image has to choose from; None: as the data set says
-    halves_seed: int | None = None  # seed that draws the class halves; None where all classes are taken
+    pool_size: int | None = (
+        None  # captions that an image has to choose from; None: as the data set says
+    )
+    halves_seed: int | None = (
+        None  # seed that draws the class halves; None where all classes are taken
+    )
     division_seed: int | None = None  # as for ``Origin``
-    across_preprocessing: bool = False  # whether they may be of another picture size than the rows that were fitted on
+    across_preprocessing: bool = (
+        False  # whether they may be of another picture size than the rows that were fitted on
+    )
 
 
 def origin_of(config: Config, cell: Cell) -> Origin:
@@ -87,13 +100,23 @@ def origin_of(config: Config, cell: Cell) -> Origin:
     )
     match setting:
         case Adapt():
-            return replace(few, across_preprocessing=setting.across_preprocessing, start=Origin((setting.source,)))
+            return replace(
+                few,
+                across_preprocessing=setting.across_preprocessing,
+                start=Origin((setting.source,)),
+            )
         case FromOther():
-            return replace(few, train=setting.sources, division_seed=_division_seed(config, cell, setting.source))
+            return replace(
+                few,
+                train=setting.sources,
+                division_seed=_division_seed(config, cell, setting.source),
+            )
         case Union():
             across, pool_size = setting.across_preprocessing, setting.train_pool_size
             seed = _division_seed(config, cell, *setting.of)
-            return Origin(setting.of, division_seed=seed, across_preprocessing=across, pool_size=pool_size)
+            return Origin(
+                setting.of, division_seed=seed, across_preprocessing=across, pool_size=pool_size
+            )
     return few
 
 
@@ -103,11 +126,22 @@ def scored_set_of(config: Config, cell: Cell) -> ScoredSet:
     halves_seed = cell.seed if isinstance(setting, Unseen) else None
     needs_fit = config.class_of(cell.method).needs_fit
     across = needs_fit and isinstance(setting, Transfer | Union) and setting.across_preprocessing
-    return ScoredSet(cell.data, setting.test_on, setting.pool_size, halves_seed, _division_seed(config, cell), across)
+    return ScoredSet(
+        cell.data,
+        setting.test_on,
+        setting.pool_size,
+        halves_seed,
+        _division_seed(config, cell),
+        across,
+    )
 
 
 def _division_seed(config: Config, cell: Cell, *data: str) -> int | None:
-    return None if all(config.data[name].fit_share is None for name in data or [cell.data]) else cell.seed
+    return (
+        None
+        if all(config.data[name].fit_share is None for name in data or [cell.data])
+        else cell.seed
+    )
 
 
 def plan(config: Config) -> tuple[Cell, ...]:
@@ -135,7 +169,8 @@ def fit_of(config: Config, cell: Cell) -> tuple[str, Origin, int | None]:
 def sharing_a_fit(config: Config, cells: Iterable[Cell]) -> list[list[Cell]]:
     """Cells grouped by the first fit that they need, in the order of the first of each group.
 
-    A method fitted on one data set is tested on several, or goes on from there: those cells share that fit.
+    A method fitted on one data set is tested on several, or goes on from there: those cells share
+    that fit.
     """
     groups: dict[object, list[Cell]] = {}
     for cell in cells:
@@ -153,14 +188,21 @@ def needed_parts(config: Config, cells: Iterable[Cell]) -> dict[tuple[str, Role]
             needed |= dict.fromkeys((data, "train") for data in step.train)
             if selects(step) and isinstance(config.data[step.train[0]].validation, str):
                 needed[step.train[0], "validation"] = None
-        share_of_training = test.role == "validation" and isinstance(config.data[test.data].validation, float)
+        share_of_training = test.role == "validation" and isinstance(
+            config.data[test.data].validation, float
+        )
         needed[test.data, "train" if share_of_training else test.role] = None
     return needed
 
 
 def selects(origin: Origin) -> bool:
     """Whether a fit may select on the validation rows of its data set: one whole set, so that they are of its kind."""
-    return len(origin.train) == 1 and origin.budget == "all" and origin.halves_seed is None and origin.pool_size is None
+    return (
+        len(origin.train) == 1
+        and origin.budget == "all"
+        and origin.halves_seed is None
+        and origin.pool_size is None
+    )
 
 
 def _grid(config: Config) -> list[Cell]:

@@ -24,10 +24,12 @@ class Verdict:
     """What became of a claim."""
 
     claim: AnyClaim
-    # "holds" where the interval of the number is above zero, "does not hold" where it is below, "open" where zero is
-    # in it, "not tested" where a method has no result or the number is undefined
+    # "holds" where the interval of the number is above zero, "does not hold" where it is below,
+    # "open" where zero is in it, "not tested" where a method has no result or the number is
+    # undefined
     ruling: Ruling
-    # what decides; positive in favour, as a fraction (or per unit of the axis: a doubling, an accuracy of 1)
+    # what decides; positive in favour, as a fraction (or per unit of the axis: a doubling, an
+    # accuracy of 1)
     number: float | None
     interval: Interval | None  # of the number
     what: str
@@ -47,7 +49,10 @@ def decide(board: Board, claim: AnyClaim) -> Verdict:
 
 def _better(board: Board, claim: Better) -> Verdict:
     data = claim.data or tuple(board.config.data)
-    sides = [(side.method, [(name, side.setting) for name in data]) for side in (claim.better, claim.than)]
+    sides = [
+        (side.method, [(name, side.setting) for name in data])
+        for side in (claim.better, claim.than)
+    ]
     a, b = (_entrants(board, *side) for side in sides)
     title, sign = METRICS[claim.metric].title, 1 if METRICS[claim.metric].higher_is_better else -1
     what = (
@@ -98,7 +103,10 @@ def _steeper(board: Board, claim: Steeper) -> Verdict:
         return _not_tested(claim, what, "the methods have no seed in common")
     slopes = []
     for side in (a, b):
-        points = [replace(one, found={s: one.found[s] for s in seeds}) for one, seeds in zip(side, shared, strict=True)]
+        points = [
+            replace(one, found={s: one.found[s] for s in seeds})
+            for one, seeds in zip(side, shared, strict=True)
+        ]
         x = np.array([point.accuracy for point in points])
         slopes.append(Quantity.slope(x, [point.quantity(claim.metric) for point in points]))
     return _rule(board, claim, sign * (slopes[0] - slopes[1]), what + _on_seeds(Mean(a), Mean(b)))
@@ -112,7 +120,9 @@ def _rule(board: Board, claim: AnyClaim, number: Quantity, what: str) -> Verdict
     return Verdict(claim, ruling, number.value, ends, what)
 
 
-def _not_tested(claim: AnyClaim, what: str, reason: str = "a method has no result there") -> Verdict:
+def _not_tested(
+    claim: AnyClaim, what: str, reason: str = "a method has no result there"
+) -> Verdict:
     return Verdict(claim, "not tested", None, None, what, reason)
 
 
@@ -125,7 +135,9 @@ def _on_seeds(a: Mean, b: Mean) -> str:
     return f", on the seeds that both have ({', '.join(map(str, common))})"
 
 
-def _entrants(board: Board, method: str, places: Iterable[tuple[str, str]]) -> tuple[Entrant, ...] | None:
+def _entrants(
+    board: Board, method: str, places: Iterable[tuple[str, str]]
+) -> tuple[Entrant, ...] | None:
     """A method's results in all of some places; None where it lacks one."""
     found = [board.find(method, *place) for place in places]
     there = tuple(one for one in found if one is not None)

@@ -22,10 +22,13 @@ from vilu.predictors.parameters import build, check_parameters, parameters
 class Setting(Section):
     """What is fitted on, and what is tested on."""
 
-    # labelled rows per class to fit on, a share of all of them (0.025), "all", or "none": all rows, but no label
+    # labelled rows per class to fit on, a share of all of them (0.025), "all", or "none": all rows,
+    # but no label
     budget: int | float | Literal["all", "none"] = "all"
     data: Names | None = None  # data sets to test on; by default all that make sense
-    test_on: Literal["validation", "test"] = "test"  # which rows to test on; "validation" for choosing among methods
+    test_on: Literal["validation", "test"] = (
+        "test"  # which rows to test on; "validation" for choosing among methods
+    )
     # captions that an image of the test set has to choose from; by default that of the data set
     pool_size: Annotated[int, Field(ge=2)] | None = None
     title: str | None = None  # for tables and figures, instead of the name
@@ -36,7 +39,11 @@ class Setting(Section):
     @classmethod
     def _check_budget(cls, value: object) -> object:
         number = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-        if value not in ("all", "none") and not number and not (isinstance(value, float) and 0 < value < 1):
+        if (
+            value not in ("all", "none")
+            and not number
+            and not (isinstance(value, float) and 0 < value < 1)
+        ):
             raise ValueError(
                 'must be "all", "none", a number of labels per class, at least 1, or a share of all, below 1'
             )
@@ -52,7 +59,11 @@ class Setting(Section):
         """The budget in words."""
         if isinstance(self.budget, str):
             return "all labels" if self.budget == "all" else "no label"
-        return f"{self.budget} labels per class" if isinstance(self.budget, int) else f"{self.budget:.3g} of all labels"
+        return (
+            f"{self.budget} labels per class"
+            if isinstance(self.budget, int)
+            else f"{self.budget:.3g} of all labels"
+        )
 
     def describe(self, fitted: str = "") -> str:
         """In words: what is fitted on, then what else is not as usual."""
@@ -74,7 +85,8 @@ class FromOther(Setting):
     """Fitted on another data set."""
 
     source: str
-    # allow the two to be embedded by one model at different picture sizes, which is refused otherwise
+    # allow the two to be embedded by one model at different picture sizes, which is refused
+    # otherwise
     across_preprocessing: bool = False
 
     @property
@@ -104,7 +116,9 @@ class Adapt(FromOther):
         return self
 
     def __str__(self) -> str:
-        return self.describe(f"fitted on {self.source} with all labels, then on {self.amount} of its own")
+        return self.describe(
+            f"fitted on {self.source} with all labels, then on {self.amount} of its own"
+        )
 
 
 class Union(Setting):
@@ -113,7 +127,9 @@ class Union(Setting):
     kind: Literal["union"]
     budget: Literal["all"] = "all"  # of each data set
     of: Annotated[Names, Field(min_length=1)]  # the data sets to fit on
-    train_pool_size: Annotated[int, Field(ge=2)] = 1024  # captions that an image has to choose from in training
+    train_pool_size: Annotated[int, Field(ge=2)] = (
+        1024  # captions that an image has to choose from in training
+    )
     across_preprocessing: bool = False  # as for a transfer
 
     @property
@@ -122,7 +138,9 @@ class Union(Setting):
         return self.of
 
     def __str__(self) -> str:
-        return self.describe(f"fitted on the union of {', '.join(self.of)} in pools of {self.train_pool_size}")
+        return self.describe(
+            f"fitted on the union of {', '.join(self.of)} in pools of {self.train_pool_size}"
+        )
 
 
 class Unseen(Setting):
@@ -144,14 +162,18 @@ class Method(Section):
     """A method and how often it runs."""
 
     method: str | None = None  # name in ``PREDICTORS``; by default the label
-    params: dict[str, Any] = Field(default_factory=dict)  # hyper-parameters that differ from the defaults
+    params: dict[str, Any] = Field(
+        default_factory=dict
+    )  # hyper-parameters that differ from the defaults
     settings: Names | None = None
     data: Names | None = None  # only these data sets to test on
     seeds: Count | None = None  # only the first so many seeds
-    # in place of ``epochs``: as many epochs as make about so many steps on the training rows at hand
+    # in place of ``epochs``: as many epochs as make about so many steps on the training rows at
+    # hand
     steps: Count | None = None
     deterministic: bool = False  # whether scores depend on the seed through the training rows alone
-    # whether all rows of the training set are given beside, without labels, those that the budget leaves out, too
+    # whether all rows of the training set are given beside, without labels, those that the budget
+    # leaves out, too
     unlabelled: bool = False
     title: str | None = None  # for tables and figures, instead of the label
     x: float | None = None  # where the method stands on the axis of a curve
@@ -169,14 +191,17 @@ class Trained(Section):
 class Config(Section):
     """A benchmark."""
 
-    name: Name = "benchmark"  # of the benchmark, and of its folder of tables and figures; by default that of the file
-    # Number of seeds, 0 ... seeds - 1: they draw training rows and class halves, and seed the methods
+    # of the benchmark, and of its folder of tables and figures; by default that of the file
+    name: Name = "benchmark"
+    # Number of seeds, 0 ... seeds - 1: they draw training rows and class halves, and seed the
+    # methods
     seeds: Annotated[int, Field(ge=1, le=1000)] = 5
     resamples: Annotated[int, Field(ge=10)] = 1000
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
     metrics: Names = ("auroc", "fpr95", "augrc", "aurc", "ece")  # names of ``vilu.metrics.METRICS``
     device: str = "cpu"  # where methods run that have a choice, and models
-    all_methods: bool = False  # every method, also those that ``methods`` does not name; always so when it names none
+    # every method, also those that ``methods`` does not name; always so when it names none
+    all_methods: bool = False
     deterministic: Names = ()  # labels of methods to mark as deterministic, for short
     trained: Trained = Trained()  # for every method that trains a network
     data: Annotated[dict[Name, Data], Field(min_length=1)]
@@ -196,10 +221,16 @@ class Config(Section):
             require_known(f"method (methods.{label})", [method.method or label], method_names())
             require_known(f"setting (methods.{label})", method.settings or (), self.settings)
             require_known(f"data set (methods.{label})", method.data or (), self.data)
-            if method.steps and ("epochs" in method.params or not is_trained(method.method or label)):
-                raise ValueError(f"methods.{label}: steps are for a method with epochs, and in place of them")
+            if method.steps and (
+                "epochs" in method.params or not is_trained(method.method or label)
+            ):
+                raise ValueError(
+                    f"methods.{label}: steps are for a method with epochs, and in place of them"
+                )
             if method.unlabelled and not find_method(method.method or label).uses_unlabelled:
-                raise ValueError(f"methods.{label}: {method.method or label} learns nothing from rows without labels")
+                raise ValueError(
+                    f"methods.{label}: {method.method or label} learns nothing from rows without labels"
+                )
         require_known("setting (trained)", self.trained.settings or (), self.settings)
         require_known("method (deterministic)", self.deterministic, self.entries)
         for name in self.settings:
@@ -208,23 +239,37 @@ class Config(Section):
 
     def _check_setting(self, name: str) -> None:
         setting = self.settings[name]
-        require_known(f"data set (settings.{name})", [*setting.sources, *(setting.data or ())], self.data)
+        require_known(
+            f"data set (settings.{name})", [*setting.sources, *(setting.data or ())], self.data
+        )
         tested = [data for data in self.data if self.is_tested_on(name, data)]
         for data in tested:
             if setting.test_on == "validation" and self.data[data].validation is None:
-                raise ValueError(f"settings.{name} tests on validation rows, and data.{data} names none")
-        beside = [label for label, one in self.entries.items() if one.unlabelled and self.is_run_in(label, name)]
+                raise ValueError(
+                    f"settings.{name} tests on validation rows, and data.{data} names none"
+                )
+        beside = [
+            label
+            for label, one in self.entries.items()
+            if one.unlabelled and self.is_run_in(label, name)
+        ]
         if beside and isinstance(setting, Union):
-            raise ValueError(f"methods.{beside[0]}: unlabelled goes with no union. Give its settings without {name}")
+            raise ValueError(
+                f"methods.{beside[0]}: unlabelled goes with no union. Give its settings without {name}"
+            )
         by_class = isinstance(setting, Unseen | Adapt) or not isinstance(setting.budget, str)
         fitted = setting.sources if setting.sources and not isinstance(setting, Adapt) else tested
         pairs = [data for data in fitted if self.data[data].captions]
         if pairs and by_class:
-            raise ValueError(f"settings.{name} draws rows or classes, and data.{pairs[0]} has captions")
+            raise ValueError(
+                f"settings.{name} draws rows or classes, and data.{pairs[0]} has captions"
+            )
 
     @model_validator(mode="after")
     def _check_presentation(self) -> Self:
-        if twice := [name for name, count in Counter(view.name for view in self.views).items() if count > 1]:
+        if twice := [
+            name for name, count in Counter(view.name for view in self.views).items() if count > 1
+        ]:
             raise ValueError(f"two views are called {twice[0]}, and would be one file")
         for one in (*self.views, *self.claims):
             one.check(self)
@@ -233,8 +278,12 @@ class Config(Section):
     @cached_property
     def entries(self) -> dict[str, Method]:
         """Every method that runs, by label, with all that holds for it."""
-        every = {name: Method() for name in PREDICTORS} if self.all_methods or not self.methods else {}
-        return {label: self._complete(label, method) for label, method in (every | self.methods).items()}
+        every = (
+            {name: Method() for name in PREDICTORS} if self.all_methods or not self.methods else {}
+        )
+        return {
+            label: self._complete(label, method) for label, method in (every | self.methods).items()
+        }
 
     def along(self, axis: str) -> Mapping[str, Data | Setting | Method]:
         """Methods by label, data sets or settings by name."""
@@ -245,7 +294,9 @@ class Config(Section):
     def with_guests(self, made_by: Mapping[str, str]) -> Config:
         """The same with columns for methods that others ran, and for who did."""
         found = self.model_copy()
-        found._guests = {label: Method(title=f"{label} ({by or 'submitted'})") for label, by in made_by.items()}
+        found._guests = {
+            label: Method(title=f"{label} ({by or 'submitted'})") for label, by in made_by.items()
+        }
         return found
 
     @property
@@ -255,11 +306,16 @@ class Config(Section):
 
     def _complete(self, label: str, method: Method) -> Method:
         name = method.method or label
-        more: dict[str, Any] = {"method": name, "deterministic": method.deterministic or label in self.deterministic}
+        more: dict[str, Any] = {
+            "method": name,
+            "deterministic": method.deterministic or label in self.deterministic,
+        }
         if is_trained(name):
             more["seeds"] = method.seeds or self.trained.seeds
             more["settings"] = self.trained.settings if method.settings is None else method.settings
-            more["steps"] = method.steps or (None if "epochs" in method.params else self.trained.steps)
+            more["steps"] = method.steps or (
+                None if "epochs" in method.params else self.trained.steps
+            )
         return method.model_copy(update=more)
 
     def complete(self) -> Config:

@@ -15,7 +15,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vilu.benchmark.cells import Cell, Origin, ScoredSet, needed_parts, origin_of, plan, scored_set_of, selects
+from vilu.benchmark.cells import (
+    Cell,
+    Origin,
+    ScoredSet,
+    needed_parts,
+    origin_of,
+    plan,
+    scored_set_of,
+    selects,
+)
 from vilu.benchmark.config import Config, Unseen
 from vilu.benchmark.parts import ROLES, Role
 from vilu.benchmark.stores import Part, evenly_spaced
@@ -31,7 +40,11 @@ from vilu.predictors.nn.train import SCORING_BATCH
 from vilu.predictors.rows import overlap
 from vilu.store.reader import CaptionStore, EmbeddingStore, open_source
 
-DRAW, HALVES, DIVISION = 1, 2, 3  # what a generator is for: two draws of one seed must not go together
+DRAW, HALVES, DIVISION = (
+    1,
+    2,
+    3,
+)  # what a generator is for: two draws of one seed must not go together
 
 
 def draw_rows(target: NDArray[np.int64], per_class: int, seed: int) -> NDArray[np.int64]:
@@ -41,7 +54,9 @@ def draw_rows(target: NDArray[np.int64], per_class: int, seed: int) -> NDArray[n
     """
     rng = np.random.default_rng([DRAW, seed])
     order = rng.permutation(len(target))
-    chosen = [order[target[order] == label][:per_class] for label in np.unique(target[target != UNKNOWN])]
+    chosen = [
+        order[target[order] == label][:per_class] for label in np.unique(target[target != UNKNOWN])
+    ]
     return np.sort(np.concatenate([np.empty(0, np.int64), *chosen]))
 
 
@@ -66,7 +81,9 @@ def divided(n: int, share: float, seed: int) -> tuple[NDArray[np.int64], NDArray
 def class_halves(n_classes: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Classes to fit on and classes to test on, each sorted; the second half is the larger one of an odd number."""
     if n_classes < 4:
-        raise DataError(f"unseen classes need at least 4 classes, 2 to fit on and 2 to test on. Got {n_classes}.")
+        raise DataError(
+            f"unseen classes need at least 4 classes, 2 to fit on and 2 to test on. Got {n_classes}."
+        )
     order = np.random.default_rng([HALVES, seed]).permutation(n_classes)
     return np.sort(order[: n_classes // 2]), np.sort(order[n_classes // 2 :])
 
@@ -81,7 +98,8 @@ class Truth:
     """What is known of the rows of a test set, whatever the method."""
 
     rows: str  # names these rows and candidates; what has the same name may be compared row by row
-    # (N,) int64, 1 where the zero-shot answer is wrong, 0 where it is right, -1 where that is unknown
+    # (N,) int64, 1 where the zero-shot answer is wrong, 0 where it is right, -1 where that is
+    # unknown
     failure: NDArray[np.int64]
     outside: NDArray[np.bool_]  # (N,) whether a picture is of none of the classes
     reason: tuple[str | None, ...]  # per row why it cannot have an uncertainty, or None
@@ -91,7 +109,10 @@ class Workbench:
     """Opens each store once and cuts the sets of a cell from it; ``seconds`` are those of a second model."""
 
     def __init__(
-        self, config: Config, folders: Mapping[Part, Path], seconds: Mapping[Part, Path] = MappingProxyType({})
+        self,
+        config: Config,
+        folders: Mapping[Part, Path],
+        seconds: Mapping[Part, Path] = MappingProxyType({}),
     ) -> None:
         self.config, self.folders, self.seconds = config, folders, seconds
         self._open = cache(self._open_part)
@@ -105,7 +126,9 @@ class Workbench:
         """Hash of everything in it."""
         return self._open(data, role, pool_size)[1]
 
-    def _open_part(self, data: str, role: Role, pool_size: int | None) -> tuple[EmbeddingSource, str]:
+    def _open_part(
+        self, data: str, role: Role, pool_size: int | None
+    ) -> tuple[EmbeddingSource, str]:
         share = self.config.data[data].validation
         if not isinstance(share, float) or role == "test":
             return self._open_store(data, role, pool_size)
@@ -114,12 +137,16 @@ class Workbench:
         chosen = held_out(whole.identities(whole.identified_by[0]), share) == (role == "validation")
         return whole.take(np.flatnonzero(chosen)), digest([name, role, share])
 
-    def _open_store(self, data: str, role: Role, pool_size: int | None) -> tuple[EmbeddingSource, str]:
+    def _open_store(
+        self, data: str, role: Role, pool_size: int | None
+    ) -> tuple[EmbeddingSource, str]:
         entry, folder = self.config.data[data], self.folders[data, role]
         pools = Pools(pool_size or entry.pool_size) if entry.captions else None
         source = open_source(folder, pools=pools, fold=role if entry.captions else None)
         if not isinstance(source, EmbeddingStore | CaptionStore):
-            raise ProvenanceError(f"{folder} was not made by vilu embed, so nothing says what is in it.")
+            raise ProvenanceError(
+                f"{folder} was not made by vilu embed, so nothing says what is in it."
+            )
         manifest, limit = source.manifest, entry.limit_of(role)
         what = [manifest.fingerprint, manifest.classes, manifest.content]
         if pools is not None:
@@ -132,15 +159,22 @@ class Workbench:
         name = digest([*what, cut])
         return (source if cut is None else source.take(evenly_spaced(len(source), cut))), name
 
-    def _divided(self, data: str, seed: int | None, part: int, source: EmbeddingSource) -> EmbeddingSource:
+    def _divided(
+        self, data: str, seed: int | None, part: int, source: EmbeddingSource
+    ) -> EmbeddingSource:
         """The rows to fit on (part 0) or to test on (1), where they are of one set."""
         share = self.config.data[data].fit_share
         if seed is None or share is None:
             return source
         fit, test = (source.take(rows) for rows in divided(len(source), share, seed))
-        common = None if part else overlap(test, fit, (f"the test rows of {data}", "its training rows"))
+        common = (
+            None if part else overlap(test, fit, (f"the test rows of {data}", "its training rows"))
+        )
         if common:
-            warnings.warn(f"{common.said('rows to fit on')} of {data} are left out: they are tested on.", stacklevel=2)
+            warnings.warn(
+                f"{common.said('rows to fit on')} of {data} are left out: they are tested on.",
+                stacklevel=2,
+            )
             return fit.take(np.flatnonzero(~common.shared))
         return test if part else fit
 
@@ -169,7 +203,10 @@ class Workbench:
 
     def _check_pair(self, data: str, role_a: Role, role_b: Role) -> None:
         a, b = self.source(data, role_a), self.source(data, role_b)
-        mine, theirs = (f"the {'training' if role == 'train' else role} set of {data}" for role in (role_a, role_b))
+        mine, theirs = (
+            f"the {'training' if role == 'train' else role} set of {data}"
+            for role in (role_a, role_b)
+        )
         a.space.require_match(b.space, mine=mine, theirs=theirs)
         if a.class_names != b.class_names:
             raise ProvenanceError(
@@ -180,9 +217,15 @@ class Workbench:
             return  # folds of one store: what they have in common is decided by a hash
         common = overlap(a, b, (mine, theirs))
         if common is not None:
-            then = "a fit leaves them out" if role_b == "validation" else "they are scored all the same"
+            then = (
+                "a fit leaves them out"
+                if role_b == "validation"
+                else "they are scored all the same"
+            )
             where = f"are in its {role_a} part, too"
-            common.others(b, f"{role_b} rows of {data}", where, "Take them out of one of the two.", then)
+            common.others(
+                b, f"{role_b} rows of {data}", where, "Take them out of one of the two.", then
+            )
 
     def train_set(self, origin: Origin, columns: tuple[str, ...]) -> EmbeddingSource:
         """What a method is fitted on; ``origin`` names some data set."""
@@ -203,10 +246,14 @@ class Workbench:
         """All rows of the training set without labels, where the method is given them beside."""
         return without_labels(self._whole(origin.train[0], origin)) if origin.unlabelled else None
 
-    def _some_rows(self, source: EmbeddingSource, origin: Origin, columns: tuple[str, ...]) -> EmbeddingSource:
+    def _some_rows(
+        self, source: EmbeddingSource, origin: Origin, columns: tuple[str, ...]
+    ) -> EmbeddingSource:
         """Of training rows those that the budget and the classes leave."""
         target = np.where(source.status == VALID, source.target.numpy(), UNKNOWN)
-        of_none = np.flatnonzero(source.outside.numpy() & (source.status == VALID))  # a budget is of labels a class
+        of_none = np.flatnonzero(
+            source.outside.numpy() & (source.status == VALID)
+        )  # a budget is of labels a class
         if origin.halves_seed is None:
             return source.take(np.union1d(drawn(target, origin), of_none))
         classes = class_halves(source.n_candidates, origin.halves_seed)[0]
@@ -238,9 +285,20 @@ class Workbench:
 
     def candidates(self, cell: Cell) -> tuple[Tensor, Tensor] | None:
         """Texts (K, D) of the training set's candidates and of the test set's, without their rows; None of captions."""
-        origin, scored, nothing = origin_of(self.config, cell), scored_set_of(self.config, cell), torch.arange(0)
-        train, test = self.source(origin.train[0], "train"), self.source(scored.data, scored.role, scored.pool_size)
-        if train.pool_size is not None or test.pool_size is not None or origin.pool_size is not None:
+        origin, scored, nothing = (
+            origin_of(self.config, cell),
+            scored_set_of(self.config, cell),
+            torch.arange(0),
+        )
+        train, test = (
+            self.source(origin.train[0], "train"),
+            self.source(scored.data, scored.role, scored.pool_size),
+        )
+        if (
+            train.pool_size is not None
+            or test.pool_size is not None
+            or origin.pool_size is not None
+        ):
             return None
         known, asked = train.candidates(nothing).text, test.candidates(nothing).text
         if scored.halves_seed is None:
@@ -264,7 +322,10 @@ def without_labels(source: EmbeddingSource) -> EmbeddingSource:
     if source.pool_size is not None:
         return source
     rows = source.take(np.arange(len(source)))
-    rows.target, rows.outside = torch.full((len(rows),), UNKNOWN), torch.zeros(len(rows), dtype=torch.bool)
+    rows.target, rows.outside = (
+        torch.full((len(rows),), UNKNOWN),
+        torch.zeros(len(rows), dtype=torch.bool),
+    )
     return rows
 
 
@@ -288,7 +349,9 @@ def truth_of(source: EmbeddingSource, name: str) -> Truth:
 
 def differs_in_preprocessing(a: EmbeddingSpace | None, b: EmbeddingSpace) -> bool:
     """Whether two spaces are of one model with other preprocessing, such as another picture size."""
-    return a is not None and a != b and replace(a, backbone=b.backbone, preprocess=b.preprocess) == b
+    return (
+        a is not None and a != b and replace(a, backbone=b.backbone, preprocess=b.preprocess) == b
+    )
 
 
 def across_preprocessing(source: EmbeddingSource, space: EmbeddingSpace) -> EmbeddingSource:

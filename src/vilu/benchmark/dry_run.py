@@ -52,7 +52,9 @@ class StudyPlan:
     cells: int  # how many there are: a method, a data set, a setting, a seed
     runs: int  # those with a result of their own
     fits: int  # different fits behind them
-    listed: tuple[dict[str, object], ...]  # every cell, with the cell that it shares a result with, if any
+    listed: tuple[
+        dict[str, object], ...
+    ]  # every cell, with the cell that it shares a result with, if any
 
     def to_dict(self) -> dict[str, object]:
         """Plain JSON."""
@@ -62,7 +64,10 @@ class StudyPlan:
 def estimate(config: Config, data: Path, output: Path) -> StudyPlan:
     """What a benchmark would do with the folder of data and the output as they are; embeds and runs nothing."""
     cells = plan(config)
-    parts = {part: _part(part, config.data[part[0]], data, output) for part in needed_parts(config, cells)}
+    parts = {
+        part: _part(part, config.data[part[0]], data, output)
+        for part in needed_parts(config, cells)
+    }
     runs = own_results(cells)
     groups = sharing_a_fit(config, runs)
     return StudyPlan(
@@ -73,7 +78,8 @@ def estimate(config: Config, data: Path, output: Path) -> StudyPlan:
         runs=len(runs),
         fits=sum(bool(origin_of(config, group[0]).train) for group in groups),
         listed=tuple(
-            {**asdict(cell), "same_as": None if cell.same_as is None else str(cell.same_as)} for cell in cells
+            {**asdict(cell), "same_as": None if cell.same_as is None else str(cell.same_as)}
+            for cell in cells
         ),
     )
 
@@ -89,7 +95,11 @@ def _part(part: Part, entry: Data, data: Path, output: Path) -> PartPlan:
             if not isinstance(images, ShardedDataset):
                 return _expected(part, entry, len(images), "listing", "to embed")
         return _expected(part, entry, _catalogued(entry, part[1]), "catalogue", "to embed")
-    except (UsageError, DataError, StorageError) as error:  # a plan says all that is wrong, not the first alone
+    except (
+        UsageError,
+        DataError,
+        StorageError,
+    ) as error:  # a plan says all that is wrong, not the first alone
         found = _expected(part, entry, _catalogued(entry, part[1]), "catalogue", "unreadable")
         return replace(found, problem=str(error))
 
@@ -106,14 +116,20 @@ def _is_here(entry: Data, data: Path) -> bool:
 
 
 def _embedded(part: Part, entry: Data, manifest: Manifest) -> PartPlan:
-    n_bytes = manifest.n_ok * sum(map(math.prod, manifest.arrays.values())) * np.dtype(manifest.dtype).itemsize
+    n_bytes = (
+        manifest.n_ok
+        * sum(map(math.prod, manifest.arrays.values()))
+        * np.dtype(manifest.dtype).itemsize
+    )
     name = str(manifest.space.backbone)
     return PartPlan(part[0], _title(part, entry), name, manifest.n_ok, "store", "embedded", n_bytes)
 
 
 def _expected(part: Part, entry: Data, images: int | None, counted: str, state: str) -> PartPlan:
     named, is_compact = NAMED.get(entry.backbone), entry.backbone.partition(":")[0] == "compact"
-    width, features = (named.embed_dim, named.feature_dim) if named else COMPACT_WIDTHS if is_compact else (0, 0)
+    width, features = (
+        (named.embed_dim, named.feature_dim) if named else COMPACT_WIDTHS if is_compact else (0, 0)
+    )
     views = entry.views if part[1] == "test" and not entry.captions else 0
     numbers = width * (1 + views + entry.captions) + (features if entry.features else 0)
     n_bytes = None if images is None or not width else images * numbers * HALF
@@ -157,7 +173,9 @@ def _describe(one: StudyPlan) -> str:
             part.data,
             part.part,
             part.backbone,
-            "?" if part.images is None else f"{part.images:,}" + ("*" if part.counted == "catalogue" else ""),
+            "?"
+            if part.images is None
+            else f"{part.images:,}" + ("*" if part.counted == "catalogue" else ""),
             part.state,
             "?" if part.n_bytes is None else f"{part.n_bytes / 1e6:,.1f}",
         ]
@@ -165,7 +183,11 @@ def _describe(one: StudyPlan) -> str:
     ]
     counted = Counter((str(cell["data"]), str(cell["setting"])) for cell in one.listed)
     cells = ", ".join(f"{data}/{setting} {n}" for (data, setting), n in counted.items())
-    problems = [f"{part.data} ({part.part}) cannot be read: {part.problem}" for part in one.parts if part.problem]
+    problems = [
+        f"{part.data} ({part.part}) cannot be read: {part.problem}"
+        for part in one.parts
+        if part.problem
+    ]
     return "\n".join(
         [
             f"{one.name}: {one.title}",

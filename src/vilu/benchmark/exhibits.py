@@ -8,10 +8,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vilu.benchmark.board import Board, Mean
-from vilu.benchmark.pivot import Key, chosen, measured_of, notes_of, published_of, show, table_sheet, title_of
+from vilu.benchmark.pivot import (
+    Key,
+    chosen,
+    measured_of,
+    notes_of,
+    published_of,
+    show,
+    table_sheet,
+    title_of,
+)
 from vilu.benchmark.ranking import layout, summarise
 from vilu.benchmark.sheet import Sheet
-from vilu.benchmark.views import AnyView, CurveView, GridView, HistogramView, RankingView, ScatterView, TableView
+from vilu.benchmark.views import (
+    AnyView,
+    CurveView,
+    GridView,
+    HistogramView,
+    RankingView,
+    ScatterView,
+    TableView,
+)
 from vilu.errors import DataError
 from vilu.files.documents import vouched
 from vilu.metrics.catalog import METRICS
@@ -75,7 +92,11 @@ def _scatter(board: Board, view: ScatterView) -> tuple[Sheet, Draw]:
 
 
 def _panels(
-    board: Board, view: CurveView | ScatterView, place: Callable[[Key], float | None], panel: str, line: str
+    board: Board,
+    view: CurveView | ScatterView,
+    place: Callable[[Key], float | None],
+    panel: str,
+    line: str,
 ) -> list[Panel]:
     """Panels of a metric each, and of what ``panel`` names; lines of what ``line`` names, at ``place``."""
     from vilu.report.figures import Panel
@@ -86,10 +107,15 @@ def _panels(
             series = groups.setdefault((key.of([panel])[0], key.metric), {})
             series.setdefault(key.of([line])[0], []).append((key, at, found))
     if not groups:
-        raise DataError(f"the view {view.name} has nothing to show: no result with a place on its axis.")
+        raise DataError(
+            f"the view {view.name} has nothing to show: no result with a place on its axis."
+        )
     made = []
     for (name, metric), series in groups.items():
-        lines = [_line(board, title_of(board.config, line, label), points) for label, points in series.items()]
+        lines = [
+            _line(board, title_of(board.config, line, label), points)
+            for label, points in series.items()
+        ]
         made.append(Panel(title_of(board.config, panel, name), METRICS[metric].title, lines))
     return made
 
@@ -113,7 +139,11 @@ def _line(board: Board, label: str, points: list[tuple[Key, float, Mean]]) -> Se
 def _histograms(board: Board, view: HistogramView, root: Path) -> tuple[Sheet, Draw]:
     from vilu.report.figures import score_histograms
 
-    keys = [key for key, entrant in chosen(board, view).items() if entrant.found and key.metric == view.metrics[0]]
+    keys = [
+        key
+        for key, entrant in chosen(board, view).items()
+        if entrant.found and key.metric == view.metrics[0]
+    ]
     fields = ["data", "method", *(["setting"] if len({key.setting for key in keys}) > 1 else [])]
     panels: dict[str, Path] = {}
     for key in keys:
@@ -143,11 +173,21 @@ class _Field:
 def _grid(board: Board, view: GridView) -> tuple[Sheet, Draw]:
     """Data sets without a result are left out; the notes tell why."""
     config, found = board.config, chosen(board, view)
-    fields = [field for data in dict.fromkeys(key.data for key in found) for field in _fields(board, view, data)]
+    fields = [
+        field
+        for data in dict.fromkeys(key.data for key in found)
+        for field in _fields(board, view, data)
+    ]
     if not fields:
-        raise DataError(f"the view {view.name} has nothing to show: no result with {' and '.join(view.parameters)}.")
-    lines = [(field, values, method) for field in fields for values, method in field.methods.items()]
-    columns = [(setting, metric) for setting in (view.select_on, view.report_on) for metric in view.metrics]
+        raise DataError(
+            f"the view {view.name} has nothing to show: no result with {' and '.join(view.parameters)}."
+        )
+    lines = [
+        (field, values, method) for field in fields for values, method in field.methods.items()
+    ]
+    columns = [
+        (setting, metric) for setting in (view.select_on, view.report_on) for metric in view.metrics
+    ]
     cells = {
         (row, column): show(config, Key(method, field.data, *place), Mean((entrant,)))
         for row, (field, _, method) in enumerate(lines)
@@ -161,10 +201,17 @@ def _grid(board: Board, view: GridView) -> tuple[Sheet, Draw]:
         row_fields=("data", *view.parameters, "choice"),
         column_fields=("setting", "metric"),
         rows=tuple(
-            (title_of(config, "data", field.data), *values, "chosen" if values == field.chosen else "")
+            (
+                title_of(config, "data", field.data),
+                *values,
+                "chosen" if values == field.chosen else "",
+            )
             for field, values, _ in lines
         ),
-        columns=tuple((title_of(config, "setting", setting), METRICS[metric].title) for setting, metric in columns),
+        columns=tuple(
+            (title_of(config, "setting", setting), METRICS[metric].title)
+            for setting, metric in columns
+        ),
         cells=cells,
         notes=(
             f"Chosen: the best {best} in {selected!r}; the other columns had no say.",
@@ -192,14 +239,21 @@ def _draw(board: Board, view: GridView, fields: list[_Field]) -> Figure:
 
     panels, best = [], view.metrics[0]
     for field in fields:
-        rows, columns = ([*dict.fromkeys(values[axis] for values in field.methods)] for axis in (0, 1))
+        rows, columns = (
+            [*dict.fromkeys(values[axis] for values in field.methods)] for axis in (0, 1)
+        )
         for setting in (view.select_on, view.report_on):
             means = {
                 (rows.index(a), columns.index(b)): entrant.quantity(best).value
                 for (a, b), method in field.methods.items()
                 if (entrant := board.find(method, field.data, setting)) is not None
             }
-            names = title_of(board.config, "data", field.data), title_of(board.config, "setting", setting)
+            names = (
+                title_of(board.config, "data", field.data),
+                title_of(board.config, "setting", setting),
+            )
             place = rows.index(field.chosen[0]), columns.index(field.chosen[1])
-            panels.append(Grid(f"{names[0]}, {names[1]}: {METRICS[best].title}", rows, columns, means, place))
+            panels.append(
+                Grid(f"{names[0]}, {names[1]}: {METRICS[best].title}", rows, columns, means, place)
+            )
     return grids(panels, *view.parameters)

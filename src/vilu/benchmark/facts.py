@@ -21,7 +21,12 @@ PACKAGE = Path(__file__).parents[1]
 LISTS = frozenset({"vilu.predictors", "vilu.registry"})
 """They name every method; what a method takes from them is in its own modules."""
 
-SHARED = ("vilu.outcomes.evaluate", "vilu.benchmark.data", "vilu.benchmark.result", "vilu.embeddings.source")
+SHARED = (
+    "vilu.outcomes.evaluate",
+    "vilu.benchmark.data",
+    "vilu.benchmark.result",
+    "vilu.embeddings.source",
+)
 """What decides every result beside the method."""
 
 
@@ -54,7 +59,11 @@ def _read(module: str, file: Path) -> tuple[str, tuple[str, ...]]:
     for node in tree.body:
         if isinstance(node, ast.ImportFrom):
             package = module if file.name == "__init__.py" else module.rpartition(".")[0]
-            source = resolve_name("." * node.level + (node.module or ""), package) if node.level else str(node.module)
+            source = (
+                resolve_name("." * node.level + (node.module or ""), package)
+                if node.level
+                else str(node.module)
+            )
             imported += [source, *(f"{source}.{alias.name}" for alias in node.names)]
         elif isinstance(node, ast.Import):
             imported += [alias.name for alias in node.names]
@@ -67,7 +76,11 @@ def _read(module: str, file: Path) -> tuple[str, tuple[str, ...]]:
 
 def _is_text(step: ast.stmt) -> bool:
     """Whether a statement is a docstring."""
-    return isinstance(step, ast.Expr) and isinstance(step.value, ast.Constant) and isinstance(step.value.value, str)
+    return (
+        isinstance(step, ast.Expr)
+        and isinstance(step.value, ast.Constant)
+        and isinstance(step.value.value, str)
+    )
 
 
 def _file(module: str) -> Path | None:
@@ -77,7 +90,9 @@ def _file(module: str) -> Path | None:
         source = getattr(sys.modules.get(module), "__file__", None)
         return None if source is None else Path(source)
     place = PACKAGE.joinpath(*steps)
-    return next((path for path in (place.with_suffix(".py"), place / "__init__.py") if path.is_file()), None)
+    return next(
+        (path for path in (place.with_suffix(".py"), place / "__init__.py") if path.is_file()), None
+    )
 
 
 def decided_by(bench: Workbench, cell: Cell) -> dict[str, object]:
@@ -106,7 +121,9 @@ def code_of(config: Config, cell: Cell) -> str:
     sources = {"vilu.predictors.init": origin.start, "vilu.embeddings.pairs": origin.pool_size}
     others = [module for module, wanted in sources.items() if wanted is not None]
     kernels = [METRICS[name].kernel for name in config.metrics]
-    modules = ((kernel.func if isinstance(kernel, partial) else kernel).__module__ for kernel in kernels)
+    modules = (
+        (kernel.func if isinstance(kernel, partial) else kernel).__module__ for kernel in kernels
+    )
     others += [
         module for module in modules if not module.startswith("vilu.")
     ]  # the code of our metrics is in ``SHARED``
@@ -116,7 +133,11 @@ def code_of(config: Config, cell: Cell) -> str:
 def _division(bench: Workbench, seed: int | None, *data: str) -> dict[str, object]:
     """Which rows of a set, or of several, are fitted on and which tested on; nothing where all are two sets."""
     shares = [bench.config.data[name].fit_share for name in data]
-    return {} if seed is None else {"fit_share": shares if len(data) > 1 else shares[0], "division_seed": seed}
+    return (
+        {}
+        if seed is None
+        else {"fit_share": shares if len(data) > 1 else shares[0], "division_seed": seed}
+    )
 
 
 def _rows_of(bench: Workbench, origin: Origin) -> dict[str, object]:

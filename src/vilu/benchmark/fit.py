@@ -47,7 +47,11 @@ def fit(bench: Workbench, cell: Cell, origin: Origin, fits: dict[Origin, Fitted]
         return Fitted(predictor_of(bench.config, cell))
     if origin not in fits:
         start = None if origin.start is None else fit(bench, cell, origin.start, fits)
-        fits[origin] = start if start is not None and start.refused is not None else _fit(bench, cell, origin, start)
+        fits[origin] = (
+            start
+            if start is not None and start.refused is not None
+            else _fit(bench, cell, origin, start)
+        )
     return fits[origin]
 
 
@@ -61,7 +65,9 @@ def _fit(bench: Workbench, cell: Cell, origin: Origin, start: Fitted | None) -> 
             n_train, begun = len(train), time.perf_counter()
             if start is not None:
                 fitted = start.predictor
-                if origin.across_preprocessing and differs_in_preprocessing(fitted.space_, train.space):
+                if origin.across_preprocessing and differs_in_preprocessing(
+                    fitted.space_, train.space
+                ):
                     fitted = copy.copy(fitted)  # a fit at another picture size
                     fitted.space_ = train.space
                 predictor = initialise(type(fitted), fitted)
@@ -73,12 +79,16 @@ def _fit(bench: Workbench, cell: Cell, origin: Origin, start: Fitted | None) -> 
     return Fitted(predictor, refused, n_train, time.perf_counter() - begun, tuple(said))
 
 
-def _trained_for(config: Config, label: str, predictor: FailurePredictor, train: EmbeddingSource) -> FailurePredictor:
+def _trained_for(
+    config: Config, label: str, predictor: FailurePredictor, train: EmbeddingSource
+) -> FailurePredictor:
     """The predictor with the number of epochs that ``steps`` means on these rows."""
     if config.entries[label].steps is None:
         return predictor
     values: dict[str, Any] = {name: getattr(predictor, name) for name in parameters(predictor)}
-    epochs = config.epochs_for(label, train.pool_size or values["batch_size"] or default_batch(len(train)), len(train))
+    epochs = config.epochs_for(
+        label, train.pool_size or values["batch_size"] or default_batch(len(train)), len(train)
+    )
     return type(predictor)(**values | {"epochs": epochs})
 
 

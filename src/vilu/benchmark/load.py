@@ -27,8 +27,12 @@ def load_config(path: Path) -> Config:
 def load_configs(paths: Sequence[Path]) -> list[Config]:
     """Several files."""
     configs = [load_config(path) for path in paths]
-    if twice := [name for name, count in Counter(config.name for config in configs).items() if count > 1]:
-        raise UsageError(f"two benchmarks are called {twice[0]!r}. Give one another name, as name = ... in its file.")
+    if twice := [
+        name for name, count in Counter(config.name for config in configs).items() if count > 1
+    ]:
+        raise UsageError(
+            f"two benchmarks are called {twice[0]!r}. Give one another name, as name = ... in its file."
+        )
     return configs
 
 
@@ -36,31 +40,44 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        kind = UsageError if isinstance(error, FileNotFoundError | IsADirectoryError) else StorageError
+        kind = (
+            UsageError if isinstance(error, FileNotFoundError | IsADirectoryError) else StorageError
+        )
         raise kind(f"cannot read {path}: {error.strerror}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"{path} is not TOML: {error}.") from error
     for table in TABLES:
         if not isinstance(content.get(table, {}), dict):
-            raise UsageError(f"{path}: {table} must be a table, as [{table}.NAME]. Got {content[table]!r:.80} instead.")
+            raise UsageError(
+                f"{path}: {table} must be a table, as [{table}.NAME]. Got {content[table]!r:.80} instead."
+            )
     return content
 
 
 def _with_included(content: dict[str, Any], path: Path) -> dict[str, Any]:
     """The content of a file with what it takes from the one that it includes.
 
-    ``include`` names a file beside it, whose keys hold unless the including file gives them itself; of its tables
-    (``data``, ``settings``, ``methods``) those entries hold that ``[use]`` lists, or all of a table that it does not.
+    ``include`` names a file beside it, whose keys hold unless the including file gives them itself;
+    of its tables (``data``, ``settings``, ``methods``) those entries hold that ``[use]`` lists, or
+    all of a table that it does not.
     """
     name, use = content.pop("include", None), content.pop("use", {})
     if name is None:
         if use:
             raise UsageError(f"{path.name} has [use], and no include to take from.")
         return content
-    if not isinstance(name, str) or not isinstance(use, dict) or not all(isinstance(of, list) for of in use.values()):
-        raise UsageError(f'{path.name}: include must be the name of a file, and [use] hold lists, as data = ["x"].')
+    if (
+        not isinstance(name, str)
+        or not isinstance(use, dict)
+        or not all(isinstance(of, list) for of in use.values())
+    ):
+        raise UsageError(
+            f'{path.name}: include must be the name of a file, and [use] hold lists, as data = ["x"].'
+        )
     if other := [table for table in use if table not in TABLES]:
-        raise UsageError(f"{path.name}: [use] can choose {', '.join(TABLES)}. Got {other[0]!r} instead.")
+        raise UsageError(
+            f"{path.name}: [use] can choose {', '.join(TABLES)}. Got {other[0]!r} instead."
+        )
     included = _read(path.parent / name)
     merged = included | content
     for table in TABLES:
@@ -120,7 +137,13 @@ def _small(entry: Data) -> Data:
     backbone = "compact:64" if entry.backbone.partition(":")[0] == "compact" else entry.backbone
     limit = min([IMAGES, *filter(None, (entry.limit_of(role) for role in ROLES))])
     pool_size, views = min(entry.pool_size, POOL), min(entry.views, VIEWS)
-    changes = {"limit": limit, "shards": 1, "views": views, "backbone": backbone, "pool_size": pool_size}
+    changes = {
+        "limit": limit,
+        "shards": 1,
+        "views": views,
+        "backbone": backbone,
+        "pool_size": pool_size,
+    }
     return entry.model_copy(update=changes | {"prompts": named_templates(entry.prompts)[:PROMPTS]})
 
 

@@ -75,40 +75,55 @@ class Limits(Section):
 class Data(Section):
     """A data set: images to embed, or ready-made stores."""
 
-    source: str | None = None  # file or folder of images below the data folder; ``package:NAME`` ships with vilu
-    # A known data set (``vilu datasets list``); ``source`` is then where it lies, by default anywhere in the data
-    # folder
+    source: str | None = (
+        None  # file or folder of images below the data folder; ``package:NAME`` ships with vilu
+    )
+    # A known data set (``vilu datasets list``); ``source`` is then where it lies, by default
+    # anywhere in the data folder
     dataset: str | None = None
-    stores: StorePaths | None = None  # ready-made stores, in place of ``source`` and all that belongs to it
+    stores: StorePaths | None = (
+        None  # ready-made stores, in place of ``source`` and all that belongs to it
+    )
     # stores of the same images, and of more, by a second model, for methods that take two
     second: StorePaths | None = None
     backbone: str = "compact"
-    classes: Names | None = None  # names for the prompts, in label order; by default those of the data set
-    raw_names: bool = False  # whether a known data set's names go into the prompts as they are, underscores and all
-    where: dict[str, str] = Field(default_factory=dict)  # only rows of a table that hold these values, by column
-    # whether images have captions instead of classes. Then there is one store, the roles are folds of its captions
-    # ("train", "validation", "test"), and each image is matched against those of its pool
+    classes: Names | None = (
+        None  # names for the prompts, in label order; by default those of the data set
+    )
+    # whether a known data set's names go into the prompts as they are, underscores and all
+    raw_names: bool = False
+    where: dict[str, str] = Field(
+        default_factory=dict
+    )  # only rows of a table that hold these values, by column
+    # whether images have captions instead of classes. Then there is one store, the roles are folds
+    # of its captions ("train", "validation", "test"), and each image is matched against those of
+    # its pool
     captions: bool = False
-    # captions that an image has to choose from, in training and (unless a setting says so) in testing
+    # captions that an image has to choose from, in training and (unless a setting says so) in
+    # testing
     pool_size: Annotated[int, Field(ge=2)] = 1024
     shift: Shift | None = None  # what is done to every picture first
     train: str = "train"  # split to fit on; several are joined by ``+``
-    # split to select on; or the share of the training rows that is held out for it, by a hash of their pictures.
-    # None: methods that select hold out rows of their own
+    # split to select on; or the share of the training rows that is held out for it, by a hash of
+    # their pictures. None: methods that select hold out rows of their own
     validation: str | Share | None = None
     test: str = "test"  # split to test on
-    # where train and test are one set of rows: the share of it to fit on, drawn by the seed; the others are tested on
+    # where train and test are one set of rows: the share of it to fit on, drawn by the seed; the
+    # others are tested on
     fit_share: Share | None = None
     features: bool = True  # whether to store features
     views: Annotated[int, Field(ge=0)] = 4  # augmented views per test image; 0 for none
-    prompts: Names = ("ensemble",)  # prompts to keep apart, or named sets of them, as for ``vilu embed --prompts``
+    prompts: Names = (
+        "ensemble",
+    )  # prompts to keep apart, or named sets of them, as for ``vilu embed --prompts``
     negatives: bool = False  # whether to keep everyday words, as ``vilu embed --negatives`` does
     limit: Count | Limits | None = None  # only so many images of each split, evenly spaced
     # of images in tar files, which are not counted before: only those in the first so many files
     shards: Count | None = None
     title: str | None = None  # for tables and figures, instead of the name
     x: float | None = None  # where the data set stands on the axis of a curve
-    # what publications call it, where their numbers are to stand beside ours; by default ``dataset``
+    # what publications call it, where their numbers are to stand beside ours; by default
+    # ``dataset``
     published: str | None = None
 
     @model_validator(mode="after")
@@ -116,15 +131,26 @@ class Data(Section):
         if self.stores is not None and (self.source is not None or self.dataset is not None):
             raise ValueError("a data set has either a source or stores")
         if self.stores is None and self.source is None and self.dataset is None:
-            raise ValueError("a data set has either a source, or the name of a known dataset, or stores")
+            raise ValueError(
+                "a data set has either a source, or the name of a known dataset, or stores"
+            )
         require_known("known data set", filter(None, [self.dataset]), KNOWN)
         no_classes = "captions have no classes, and their validation set is the fold of that name"
         for wrong, message in (
             (self.classes is not None or isinstance(self.validation, float), no_classes),
-            (self.negatives, "captions have no classes, so no image is of none of them: leave negatives out"),
+            (
+                self.negatives,
+                "captions have no classes, so no image is of none of them: leave negatives out",
+            ),
             (self.second is not None, "a second model is for classes, not for captions"),
-            (isinstance(self.limit, Limits), "captions are in one store, so their limit is one number"),
-            (self.stores and self.limit, "a ready-made store of captions is taken whole, without limit"),
+            (
+                isinstance(self.limit, Limits),
+                "captions are in one store, so their limit is one number",
+            ),
+            (
+                self.stores and self.limit,
+                "a ready-made store of captions is taken whole, without limit",
+            ),
         ):
             if self.captions and wrong:
                 raise ValueError(message)
@@ -139,7 +165,9 @@ class Data(Section):
         """Whether training and test rows are the same ones, and nothing else is set aside."""
         where = self if self.stores is None else self.stores
         is_same = where.train == where.test and self.limit_of("train") == self.limit_of("test")
-        return is_same and not self.captions and self.validation is None and where.validation is None
+        return (
+            is_same and not self.captions and self.validation is None and where.validation is None
+        )
 
     @property
     def paper_name(self) -> str | None:

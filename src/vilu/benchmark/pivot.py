@@ -18,7 +18,9 @@ from vilu.text import short, span
 REASON_LENGTH = 160
 
 
-def notes_of(board: Board, view: View, shown: Iterable[Shown], measured: Iterable[Entrant]) -> tuple[str, ...]:
+def notes_of(
+    board: Board, view: View, shown: Iterable[Shown], measured: Iterable[Entrant]
+) -> tuple[str, ...]:
     """Every note of a table, each once."""
     values = list(shown)
     entrants = list({entrant.place: entrant for entrant in measured}.values())
@@ -28,10 +30,13 @@ def notes_of(board: Board, view: View, shown: Iterable[Shown], measured: Iterabl
         f"test rows (stratified by failure) and seeds, {board.config.resamples} resamples.",
         _rows_note(board, entrants),
         _seeds_note(entrants),
-        "; ".join(f"{METRICS[name].title}: {METRICS[name].convention}" for name in view.metrics) + ".",
+        "; ".join(f"{METRICS[name].title}: {METRICS[name].convention}" for name in view.metrics)
+        + ".",
     ]
     if any(name not in RANKED_BY for name in view.metrics):
-        notes.append(f"Intervals and ≈ only for {' and '.join(METRICS[name].title for name in RANKED_BY)}.")
+        notes.append(
+            f"Intervals and ≈ only for {' and '.join(METRICS[name].title for name in RANKED_BY)}."
+        )
     return (*filter(None, notes), *_published_notes(board, entrants, values), *_refusals(entrants))
 
 
@@ -41,13 +46,17 @@ def _rows_note(board: Board, entrants: Iterable[Entrant]) -> str:
     for entrant in entrants:
         _, data, setting = entrant.place
         if entrant.found:
-            fact = counted_rows(*(occurring(field, [entrant]) for field in ("n", "n_failures", "n_outside")))
+            fact = counted_rows(
+                *(occurring(field, [entrant]) for field in ("n", "n_failures", "n_outside"))
+            )
             told.setdefault((data, fact), {})[setting] = None
     counts = Counter(data for data, _ in told)
     parts = []
     for (data, fact), settings in told.items():
         name = board.config.data[data].title or data
-        parts.append(f"{name} ({', '.join(settings)}) {fact}" if counts[data] > 1 else f"{name} {fact}")
+        parts.append(
+            f"{name} ({', '.join(settings)}) {fact}" if counts[data] > 1 else f"{name} {fact}"
+        )
     return f"Test rows: {'; '.join(parts)}." if parts else ""
 
 
@@ -58,7 +67,11 @@ def _seeds_note(entrants: Sequence[Entrant]) -> str:
         return ""
     counts = Counter(entrant.n_runs for entrant in found)
     most = max(counts, key=lambda n: counts[n])
-    others = {n: [entrant for entrant in found if entrant.n_runs == n] for n in sorted(counts) if n != most}
+    others = {
+        n: [entrant for entrant in found if entrant.n_runs == n]
+        for n in sorted(counts)
+        if n != most
+    }
     parts = [f"{n} for {_named(some, found)}" for n, some in others.items()]
     rest = f"{most} for {'the others' if parts else 'all'}"
     compared = " Methods are compared on the seeds that both have." if parts else ""
@@ -71,11 +84,16 @@ def _named(some: Sequence[Entrant], everywhere: Sequence[Entrant]) -> str:
     for entrant in some:
         places.setdefault(entrant.method, []).append(" ".join(entrant.place[1:]))
     counts = Counter(entrant.method for entrant in everywhere)
-    names = (name if len(mine) == counts[name] else f"{name} ({', '.join(mine)})" for name, mine in places.items())
+    names = (
+        name if len(mine) == counts[name] else f"{name} ({', '.join(mine)})"
+        for name, mine in places.items()
+    )
     return ", ".join(names)
 
 
-def _published_notes(board: Board, entrants: Iterable[Entrant], shown: Iterable[Shown]) -> list[str]:
+def _published_notes(
+    board: Board, entrants: Iterable[Entrant], shown: Iterable[Shown]
+) -> list[str]:
     """Where published numbers come from, and how far they are comparable."""
     numbers = [one.published for one in shown if one.published is not None]
     if not numbers:
@@ -95,7 +113,11 @@ def _published_notes(board: Board, entrants: Iterable[Entrant], shown: Iterable[
         if entry.published and entry.published not in {entry.dataset, name}
     ]
     if other_models or stand_ins:
-        what = [f"another model ({', '.join(other_models)} for {', '.join(theirs)})"] if other_models else []
+        what = (
+            [f"another model ({', '.join(other_models)} for {', '.join(theirs)})"]
+            if other_models
+            else []
+        )
         what += [f"other data ({', '.join(stand_ins)})"] if stand_ins else []
         notes.append(
             f"Ours are of {' and '.join(what)}, so the differences from the published numbers say nothing of either "
@@ -111,7 +133,9 @@ def _refusals(entrants: Sequence[Entrant]) -> list[str]:
         if entrant.reason is not None:
             seeds = f" (seed {span(entrant.refused_seeds)})" if entrant.found else ""
             reasons.setdefault(short(entrant.reason, REASON_LENGTH) + seeds, []).append(entrant)
-    return [f"No result of {_named(refused, entrants)}: {reason}" for reason, refused in reasons.items()]
+    return [
+        f"No result of {_named(refused, entrants)}: {reason}" for reason, refused in reasons.items()
+    ]
 
 
 MEAN = "mean"  # what stands for the data set where there is a mean over several
@@ -135,8 +159,14 @@ class Key:
 def table_sheet(board: Board, view: TableView) -> Sheet:
     """The sheet of a table."""
     entrants, measured = chosen(board, view), measured_of(board, view)
-    shown = _ranked({key: show(board.config, key, found) for key, found in measured.items()}, measured, view.compete)
-    rows, columns = ([*dict.fromkeys(key.of(fields) for key in shown)] for fields in (view.rows, view.columns))
+    shown = _ranked(
+        {key: show(board.config, key, found) for key, found in measured.items()},
+        measured,
+        view.compete,
+    )
+    rows, columns = (
+        [*dict.fromkeys(key.of(fields) for key in shown)] for fields in (view.rows, view.columns)
+    )
     config = board.config
     return Sheet(
         name=view.name,
@@ -145,7 +175,10 @@ def table_sheet(board: Board, view: TableView) -> Sheet:
         column_fields=view.columns,
         rows=tuple(_titles(config, view.rows, labels) for labels in rows),
         columns=tuple(_titles(config, view.columns, labels) for labels in columns),
-        cells={(rows.index(key.of(view.rows)), columns.index(key.of(view.columns))): one for key, one in shown.items()},
+        cells={
+            (rows.index(key.of(view.rows)), columns.index(key.of(view.columns))): one
+            for key, one in shown.items()
+        },
         notes=notes_of(board, view, shown.values(), entrants.values()),
     )
 
@@ -207,10 +240,14 @@ def published_of(config: Config, key: Key, parts: Sequence[Entrant] = ()) -> Pub
     entry = config.data[key.data if key.data != MEAN else parts[0].place[1]]
     setting = config.settings[key.setting].published or ""
     method = config.along("method")[key.method].published or key.method
-    return find_published(config.study.published, (name, setting, method, key.metric), entry.backbone)
+    return find_published(
+        config.study.published, (name, setting, method, key.metric), entry.backbone
+    )
 
 
-def _ranked(shown: Mapping[Key, Shown], measured: Mapping[Key, Mean], compete: Sequence[str]) -> dict[Key, Shown]:
+def _ranked(
+    shown: Mapping[Key, Shown], measured: Mapping[Key, Mean], compete: Sequence[str]
+) -> dict[Key, Shown]:
     """With the best and the second best of those that differ in ``compete`` alone, and who is as good as the best."""
     fixed = [field for field in FIELDS if field not in compete]
     groups: dict[tuple[str, ...], list[Key]] = {}
@@ -226,14 +263,24 @@ def _ranked(shown: Mapping[Key, Shown], measured: Mapping[Key, Mean], compete: S
         order, best = sorted(set(values.values())), min(keys, key=values.__getitem__)
         for key in keys:
             place = order.index(values[key])
-            gap = measured[key].less(measured[best], key.metric) if place and key.metric in RANKED_BY else None
-            tied = gap is not None and gap.p_value() >= ALPHA  # the paired bootstrap cannot tell the two apart
-            ranked[key] = replace(shown[key], rank=("best", "second", None)[min(place, 2)], tied=tied)
+            gap = (
+                measured[key].less(measured[best], key.metric)
+                if place and key.metric in RANKED_BY
+                else None
+            )
+            tied = (
+                gap is not None and gap.p_value() >= ALPHA
+            )  # the paired bootstrap cannot tell the two apart
+            ranked[key] = replace(
+                shown[key], rank=("best", "second", None)[min(place, 2)], tied=tied
+            )
     return ranked
 
 
 def _titles(config: Config, fields: Sequence[str], labels: Sequence[str]) -> tuple[str, ...]:
-    return tuple(title_of(config, field, label) for field, label in zip(fields, labels, strict=True))
+    return tuple(
+        title_of(config, field, label) for field, label in zip(fields, labels, strict=True)
+    )
 
 
 def title_of(config: Config, field: str, label: str) -> str:

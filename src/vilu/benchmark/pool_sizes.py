@@ -34,16 +34,19 @@ def over_pool_sizes(
 ) -> ResultTable:
     """Metrics of every predictor at every pool size: the same pairs, matched against more and more captions.
 
-    A predictor is fitted once, at whatever size, and not told the size. Sizes for which there are too few pairs are
-    left out with a log message. ``pools`` are the other choices of the pools; its size does not count. The ``draws`` of
-    pools are by seeds from 0, which become those of the rows; their data set reads "NAME, pool SIZE".
+    A predictor is fitted once, at whatever size, and not told the size. Sizes for which there are
+    too few pairs are left out with a log message. ``pools`` are the other choices of the pools; its
+    size does not count. The ``draws`` of pools are by seeds from 0, which become those of the rows;
+    their data set reads "NAME, pool SIZE".
     """
     require_at_least("draws", draws, 1)
     pools = pools or Pools()
     n = len(open_pairs(dataclasses.replace(pools, size=min(sizes))))
     fitting = [size for size in sizes if size <= n]
     if not fitting:
-        raise DataError(f"no pool can be filled: {dataset} has {n} pairs, the smallest size is {min(sizes)}.")
+        raise DataError(
+            f"no pool can be filled: {dataset} has {n} pairs, the smallest size is {min(sizes)}."
+        )
     if len(fitting) < len(sizes):
         logger.info("%s has %d pairs: pool sizes above that are left out", dataset, n)
     found = ResultTable()
@@ -75,7 +78,10 @@ def size_table(table: ResultTable) -> str:
         ["VLM accuracy", *(f"{100 * row.accuracy:.1f}" for row in first)],
     ]
     for method in methods:
-        pairs = [(cells[method, dataset, "auroc"], cells[method, dataset, "fpr95"]) for dataset in datasets]
+        pairs = [
+            (cells[method, dataset, "auroc"], cells[method, dataset, "fpr95"])
+            for dataset in datasets
+        ]
         lines.append([method or "", *(_cell(*pair) for pair in pairs)])
     return "\n".join(aligned(lines))
 
@@ -83,5 +89,9 @@ def size_table(table: ResultTable) -> str:
 def _cell(auroc: ResultRow, fpr95: ResultRow) -> str:
     if auroc.value is None or fpr95.value is None:
         return "undefined"
-    spread = f" ± {100 * (auroc.ci_high - auroc.value):.1f}" if auroc.ci_high is not None and auroc.seed is None else ""
+    spread = (
+        f" ± {100 * (auroc.ci_high - auroc.value):.1f}"
+        if auroc.ci_high is not None and auroc.seed is None
+        else ""
+    )
     return f"{100 * auroc.value:.1f}{spread} / {100 * fpr95.value:.1f}"

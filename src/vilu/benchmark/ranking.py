@@ -28,18 +28,27 @@ class Ranked:
     rank: int  # 1 + the number of methods with a higher mean AUROC
     n_runs: int  # Number of different results behind the means; 1 where seeds make no difference
     values: dict[str, float | None]  # mean over seeds of every metric, None where it is undefined
-    intervals: dict[str, Interval]  # of the metrics ``RANKED_BY``: bootstrap over test rows and seeds
+    intervals: dict[
+        str, Interval
+    ]  # of the metrics ``RANKED_BY``: bootstrap over test rows and seeds
     against: str | None  # the best other method
     # AUROC less that of ``against``, paired, on the seeds that both have; None where there is none
     gap: Difference | None
-    fit_seconds: float | None  # mean, in cells of earlier vilu that say so; None where nothing is fitted
+    fit_seconds: (
+        float | None
+    )  # mean, in cells of earlier vilu that say so; None where nothing is fitted
     rows_per_second: float | None  # mean speed of scoring, in such cells
     refused_seeds: tuple[int, ...]  # seeds on which the method gave no result
 
     def to_dict(self) -> dict[str, object]:
         """Plain JSON."""
-        ends = {name: {"low": found.ci_low, "high": found.ci_high} for name, found in self.intervals.items()}
-        gap = self.gap and dict(zip(("difference", "low", "high", "p_value"), self.gap, strict=True))
+        ends = {
+            name: {"low": found.ci_low, "high": found.ci_high}
+            for name, found in self.intervals.items()
+        }
+        gap = self.gap and dict(
+            zip(("difference", "low", "high", "p_value"), self.gap, strict=True)
+        )
         return {**asdict(self), "intervals": ends, "gap": gap}
 
 
@@ -54,12 +63,20 @@ class Ranking:
     n_failures: tuple[int, ...]  # Numbers of wrong answers that occur
     lines: tuple[Ranked, ...]  # methods with a result
     refused: dict[str, str]  # reasons of the others, by method
-    contests: dict[int, dict[str, float]]  # AUROC by method, for every seed that all methods of ``lines`` were to run
-    n_outside: tuple[int, ...] = ()  # Numbers of wrong answers for pictures of none of the classes that occur
+    contests: dict[
+        int, dict[str, float]
+    ]  # AUROC by method, for every seed that all methods of ``lines`` were to run
+    n_outside: tuple[
+        int, ...
+    ] = ()  # Numbers of wrong answers for pictures of none of the classes that occur
 
     def to_dict(self) -> dict[str, object]:
         """Plain JSON."""
-        said = {name: value for name, value in vars(self).items() if name != "n_outside" or any(self.n_outside)}
+        said = {
+            name: value
+            for name, value in vars(self).items()
+            if name != "n_outside" or any(self.n_outside)
+        }
         return {**said, "lines": [line.to_dict() for line in self.lines]}
 
 
@@ -69,7 +86,9 @@ class Standing:
 
     method: str
     wins: float  # contests in which it has the highest AUROC; shared by those that tie
-    mean_rank: float  # over the contests it took part in; those that tie share the mean of their ranks
+    mean_rank: (
+        float  # over the contests it took part in; those that tie share the mean of their ranks
+    )
     contests: int  # how many those are
 
 
@@ -85,7 +104,11 @@ class Summary:
     def to_dict(self) -> dict[str, object]:
         """Plain JSON, without the single results."""
         blocks = [block.to_dict() for block in self.blocks]
-        return {"blocks": blocks, "standings": [asdict(s) for s in self.standings], "n_contests": self.n_contests}
+        return {
+            "blocks": blocks,
+            "standings": [asdict(s) for s in self.standings],
+            "n_contests": self.n_contests,
+        }
 
 
 def summarise(board: Board) -> Summary:
@@ -98,7 +121,11 @@ def summarise(board: Board) -> Summary:
 def _rows(board: Board) -> list[ResultRow]:
     """The rows of every data set and setting, those that several seeds share once."""
     runs = dict.fromkeys((cell.run, cell.data, cell.setting) for cell in board.cells)
-    return [replace(row, split=setting) for run, _, setting in runs for row in board.results[run].results]
+    return [
+        replace(row, split=setting)
+        for run, _, setting in runs
+        for row in board.results[run].results
+    ]
 
 
 def standings(contests: Sequence[Mapping[str, float]]) -> tuple[Standing, ...]:
@@ -111,13 +138,18 @@ def standings(contests: Sequence[Mapping[str, float]]) -> tuple[Standing, ...]:
             better, equal = sum(v > value for v in values), values.count(value)
             ranks.setdefault(method, []).append(1 + better + (equal - 1) / 2)
             wins[method] = wins.get(method, 0.0) + (0.0 if better else 1 / equal)
-    made = [Standing(method, wins[method], fmean(places), len(places)) for method, places in ranks.items()]
+    made = [
+        Standing(method, wins[method], fmean(places), len(places))
+        for method, places in ranks.items()
+    ]
     return tuple(sorted(made, key=lambda s: (-s.wins, s.mean_rank, s.method)))
 
 
 def _ranking(board: Board, data: str, setting: str, entrants: Sequence[Entrant]) -> Ranking:
     able = sorted((entrant for entrant in entrants if entrant.found), key=_order)
-    seeds = set.intersection(*(set(board.seeds[entrant.place]) for entrant in able)) if able else set()
+    seeds = (
+        set.intersection(*(set(board.seeds[entrant.place]) for entrant in able)) if able else set()
+    )
     return Ranking(
         data=data,
         setting=setting,
@@ -127,7 +159,9 @@ def _ranking(board: Board, data: str, setting: str, entrants: Sequence[Entrant])
         lines=tuple(_ranked(board.config, entrant, able) for entrant in able),
         refused={entrant.method: str(entrant.reason) for entrant in entrants if not entrant.found},
         contests={
-            seed: {e.method: float(e.found[seed].value(BEST) or 0.0) for e in able if seed in e.found}
+            seed: {
+                e.method: float(e.found[seed].value(BEST) or 0.0) for e in able if seed in e.found
+            }
             for seed in sorted(seeds)
         },
         n_outside=occurring("n_outside", able),
@@ -171,9 +205,14 @@ def times_table(board: Board, times: Mapping[Cell, Timing]) -> str:
             known = [times[cell] for cell in entrant.runs.values() if cell in times]
             fits = [one.fit_seconds for one in known if one.fit_seconds is not None]
             speed = NOTHING if not known else f"{fmean(one.rows_per_second for one in known):,.0f}"
-            rows.append([data, setting, entrant.method, f"{fmean(fits):.2f}" if fits else NOTHING, speed])
+            rows.append(
+                [data, setting, entrant.method, f"{fmean(fits):.2f}" if fits else NOTHING, speed]
+            )
     return "\n".join(
-        ["wall time with one thread:", *aligned([["data", "setting", "method", "fit s", "rows/s"], *rows])]
+        [
+            "wall time with one thread:",
+            *aligned([["data", "setting", "method", "fit s", "rows/s"], *rows]),
+        ]
     )
 
 
@@ -188,14 +227,21 @@ def _block_text(config: Config, block: Ranking) -> str:
     if block.lines:
         lines[0] += f": {counted_rows(block.n, block.n_failures, block.n_outside)}"
         percent = f"[{100 * config.confidence:g} %]"
-        metrics = [METRICS[name].title + (f" {percent}" if name in RANKED_BY else "") for name in config.metrics]
+        metrics = [
+            METRICS[name].title + (f" {percent}" if name in RANKED_BY else "")
+            for name in config.metrics
+        ]
         heading = ["#", "method", "runs", *metrics, "best other", f"difference {percent}", "p"]
         heading += ["fit s", "rows/s"] if _has_times(block) else []
-        lines += aligned([heading, *(_line(config, line, times=_has_times(block)) for line in block.lines)])
+        lines += aligned(
+            [heading, *(_line(config, line, times=_has_times(block)) for line in block.lines)]
+        )
     reasons: dict[str, list[str]] = {}
     for method, reason in block.refused.items():
         reasons.setdefault(short(reason, REASON_LENGTH), []).append(method)
-    return "\n".join([*lines, *(f"no result: {', '.join(of)}: {reason}" for reason, of in reasons.items())])
+    return "\n".join(
+        [*lines, *(f"no result: {', '.join(of)}: {reason}" for reason, of in reasons.items())]
+    )
 
 
 def _has_times(block: Ranking) -> bool:
@@ -211,9 +257,18 @@ def _line(config: Config, line: Ranked, *, times: bool) -> list[str]:
         str(line.n_runs) + (f" (not {span(line.refused_seeds)})" if line.refused_seeds else ""),
         *(_value(name, line.values[name], line.intervals.get(name)) for name in config.metrics),
         line.against or NOTHING,
-        NOTHING if gap is None else f"{100 * gap.difference:+.2f} [{100 * gap.ci_low:+.2f}, {100 * gap.ci_high:+.2f}]",
+        NOTHING
+        if gap is None
+        else f"{100 * gap.difference:+.2f} [{100 * gap.ci_low:+.2f}, {100 * gap.ci_high:+.2f}]",
         NOTHING if gap is None else f"{gap.p_value:.3g}",
-        *([NOTHING if fit is None else f"{fit:.2f}", NOTHING if speed is None else f"{speed:,.0f}"] if times else []),
+        *(
+            [
+                NOTHING if fit is None else f"{fit:.2f}",
+                NOTHING if speed is None else f"{speed:,.0f}",
+            ]
+            if times
+            else []
+        ),
     ]
 
 
@@ -221,13 +276,21 @@ def _value(metric: str, value: float | None, ends: Interval | None = None) -> st
     if value is None:
         return NOTHING
     show = METRICS[metric]
-    return show.show(value) + ("" if ends is None else f" {show.brackets(ends.ci_low, ends.ci_high)}")
+    return show.show(value) + (
+        "" if ends is None else f" {show.brackets(ends.ci_low, ends.ci_high)}"
+    )
 
 
 def _standings(summary: Summary) -> str:
     """Wins and mean ranks, with the mean AUROC of every data set and setting beside them."""
     blocks = [{line.method: line.values[BEST] for line in block.lines} for block in summary.blocks]
-    heading = ["method", "wins", "mean rank", "contests", *(f"{one.data}/{one.setting}" for one in summary.blocks)]
+    heading = [
+        "method",
+        "wins",
+        "mean rank",
+        "contests",
+        *(f"{one.data}/{one.setting}" for one in summary.blocks),
+    ]
     rows = [
         [
             standing.method,
@@ -238,7 +301,9 @@ def _standings(summary: Summary) -> str:
         ]
         for standing in summary.standings
     ]
-    return "\n".join(["all contests (data set × setting × seed), and mean AUROC:", *aligned([heading, *rows])])
+    return "\n".join(
+        ["all contests (data set × setting × seed), and mean AUROC:", *aligned([heading, *rows])]
+    )
 
 
 def _notes(config: Config) -> list[str]:

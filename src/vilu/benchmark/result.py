@@ -63,8 +63,12 @@ class CellResult(Section):
     results: tuple[ResultRow, ...] = ()  # A row per metric; ``split`` is the setting
     refused: Refusal | None = None  # why there are none
     warnings: tuple[str, ...] = ()  # what the method warned of
-    timing: Timing | None = Field(default=None, exclude=True)  # in cells of earlier vilu; now it is in the log
-    files: dict[Suffix, str] = Field(default_factory=dict)  # SHA-256 of the files beside this one, by suffix
+    timing: Timing | None = Field(
+        default=None, exclude=True
+    )  # in cells of earlier vilu; now it is in the log
+    files: dict[Suffix, str] = Field(
+        default_factory=dict
+    )  # SHA-256 of the files beside this one, by suffix
 
     @field_serializer("results")
     def _plain(self, results: tuple[ResultRow, ...]) -> list[dict[str, Any]]:
@@ -74,7 +78,9 @@ class CellResult(Section):
         """A metric; None where it is undefined, or the cell was refused."""
         return next((row.value for row in self.results if row.metric == metric), None)
 
-    def save(self, root: Path, outcomes: Outcomes | None = None, bootstrap: Floats | None = None) -> None:
+    def save(
+        self, root: Path, outcomes: Outcomes | None = None, bootstrap: Floats | None = None
+    ) -> None:
         """Write everything, this document last: the cell is finished if and only if it is there."""
         path = root / self.cell.path
         make_folder(path.parent)
@@ -100,7 +106,9 @@ def load_result(root: Path, cell: Cell, fingerprint: str) -> CellResult | None:
     try:
         result = CellResult.model_validate(read_json(path, AGAIN, of=root))
     except (DataError, ValidationError) as error:
-        what = str(error) if isinstance(error, DataError) else f"{path} is damaged: {explain(error)}."
+        what = (
+            str(error) if isinstance(error, DataError) else f"{path} is damaged: {explain(error)}."
+        )
         logger.warning("%s %s is run again.", what, cell)
         return None
     if result.fingerprint != fingerprint:
@@ -137,10 +145,12 @@ def load_bootstrap(root: Path, cell: Cell) -> Floats:
 def resampled_metrics(uncertainty: Floats, failure: Ints, n_resamples: int, rows: str) -> Floats:
     """(M, B) values of the metrics ``RANKED_BY`` on B resamples of the rows that ``rows`` names.
 
-    The seed is that name. Cells with the same rows therefore share their resamples, whatever the method or the seed of
-    its training: differences between methods are paired, and the average over seeds that share a test set keeps the
-    variance of its rows.
+    The seed is that name. Cells with the same rows therefore share their resamples, whatever the
+    method or the seed of its training: differences between methods are paired, and the average over
+    seeds that share a test set keeps the variance of its rows.
     """
     scores = SortedScores(uncertainty, failure == 1)
-    values = resampled({name: METRICS[name].kernel for name in RANKED_BY}, scores, n_resamples, int(rows, 16))
+    values = resampled(
+        {name: METRICS[name].kernel for name in RANKED_BY}, scores, n_resamples, int(rows, 16)
+    )
     return np.stack([values[name] for name in RANKED_BY])

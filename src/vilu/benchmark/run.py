@@ -19,12 +19,27 @@ from typing import Self
 import torch
 
 from vilu.benchmark.board import Board
-from vilu.benchmark.cells import Cell, Origin, needed_parts, origin_of, own_results, plan, sharing_a_fit
+from vilu.benchmark.cells import (
+    Cell,
+    Origin,
+    needed_parts,
+    origin_of,
+    own_results,
+    plan,
+    sharing_a_fit,
+)
 from vilu.benchmark.config import Config
 from vilu.benchmark.data import Truth, Workbench
 from vilu.benchmark.facts import decided_by
 from vilu.benchmark.fit import REFUSALS, Fitted, collected_warnings, fit, predictor_of, refusal
-from vilu.benchmark.result import CellResult, Refusal, Timing, load_bootstrap, load_result, resampled_metrics
+from vilu.benchmark.result import (
+    CellResult,
+    Refusal,
+    Timing,
+    load_bootstrap,
+    load_result,
+    resampled_metrics,
+)
 from vilu.benchmark.stores import Part, find_seconds, make_stores, require_stores
 from vilu.embeddings.similarity import nearest
 from vilu.embeddings.source import SAME_TEXT
@@ -45,7 +60,9 @@ def run_group(bench: Workbench, cells: Sequence[Cell], root: Path) -> Iterator[C
     for cell in cells:
         with naming(cell), one_thread(), reporting(Silence()):
             refused, origin = refuse_other_classes(bench, cell), origin_of(bench.config, cell)
-            refusing = None if refused is None else Fitted(predictor_of(bench.config, cell), refused)
+            refusing = (
+                None if refused is None else Fitted(predictor_of(bench.config, cell), refused)
+            )
             write(bench, cell, refusing or fit(bench, cell, origin, fits), root)
         yield cell
 
@@ -121,7 +138,9 @@ def measure(bench: Workbench, cell: Cell, fitted: Fitted, truth: Truth) -> tuple
         is_probability=predictor.is_probability,
     )
     return outcomes, Timing(
-        fit_seconds=fitted.seconds, score_seconds=seconds, rows_per_second=len(test) / max(seconds, 1e-9)
+        fit_seconds=fitted.seconds,
+        score_seconds=seconds,
+        rows_per_second=len(test) / max(seconds, 1e-9),
     )
 
 
@@ -158,16 +177,23 @@ Opening = tuple[Config, Mapping[Part, Path], Mapping[Part, Path]]
 class Crew:
     """What runs the cells of several benchmarks, one benchmark after the other: this process, or so many others.
 
-    The others start with the first cell, stay for all benchmarks, and are ended at once where the block is left early.
+    The others start with the first cell, stay for all benchmarks, and are ended at once where the
+    block is left early.
     """
 
     def __init__(self, benches: Sequence[Workbench], jobs: int) -> None:
         self._benches, self._pool = benches, None
         self._others = set(multiprocessing.active_children())
         if jobs > 1:
-            context = multiprocessing.get_context("spawn")  # a fork would copy the locks of torch's threads
-            benchmarks: list[Opening] = [(one.config, dict(one.folders), dict(one.seconds)) for one in benches]
-            self._pool = concurrent.futures.ProcessPoolExecutor(jobs, context, _start_worker, (benchmarks,))
+            context = multiprocessing.get_context(
+                "spawn"
+            )  # a fork would copy the locks of torch's threads
+            benchmarks: list[Opening] = [
+                (one.config, dict(one.folders), dict(one.seconds)) for one in benches
+            ]
+            self._pool = concurrent.futures.ProcessPoolExecutor(
+                jobs, context, _start_worker, (benchmarks,)
+            )
 
     def __enter__(self) -> Self:
         return self
@@ -191,7 +217,9 @@ class Crew:
             yield from future.result()
 
 
-def run_cells(crew: Crew, number: int, groups: Sequence[Sequence[Cell]], root: Path, n_done: int) -> None:
+def run_cells(
+    crew: Crew, number: int, groups: Sequence[Sequence[Cell]], root: Path, n_done: int
+) -> None:
     """Run cells and write their files, showing progress; those that are finished stay when it is interrupted."""
     started, n_cells = time.monotonic(), sum(map(len, groups))
     with track("benchmark", n_done + n_cells, "cells") as task:
@@ -254,14 +282,17 @@ def run_all(
 ) -> list[Board]:
     """Run every cell of some benchmarks that has no result yet; those that several have are run once.
 
-    Interrupt it at any moment: finished cells stay, and the next run does the others. A cell whose method, data,
-    parameters or code have changed is run again. Progress is shown through ``vilu.progress``.
+    Interrupt it at any moment: finished cells stay, and the next run does the others. A cell whose
+    method, data, parameters or code have changed is run again. Progress is shown through
+    ``vilu.progress``.
     """
     require_at_least("jobs", jobs, 1)
     share = share or Share()
     with locked(make_folder(output), "at work in", name=share.lock, who="benchmark"):
         remove_leftovers(output)
-        works = [_Work.begin(config, data, output, models, make=share.of == 1) for config in configs]
+        works = [
+            _Work.begin(config, data, output, models, make=share.of == 1) for config in configs
+        ]
         if embed_only:
             return []
         for work in works:
@@ -281,7 +312,9 @@ class _Work:
     bench: Workbench
 
     @classmethod
-    def begin(cls, config: Config, data: Path, output: Path, models: Path | None, *, make: bool) -> _Work:
+    def begin(
+        cls, config: Config, data: Path, output: Path, models: Path | None, *, make: bool
+    ) -> _Work:
         cells = plan(config)
         where = config, needed_parts(config, cells), data, output
         folders = make_stores(*where, models=models) if make else require_stores(*where)
@@ -297,7 +330,9 @@ class _Work:
             logger.info("%s: all cells are there: there is nothing to do", self.bench.config.name)
         if stale := sum((output / cell.path).is_file() for cell in missing):
             name = self.bench.config.name
-            logger.info("%s: %d cells are of older code, or other data or parameters: again", name, stale)
+            logger.info(
+                "%s: %d cells are of older code, or other data or parameters: again", name, stale
+            )
         run_cells(crew, number, sharing_a_fit(self.bench.config, missing), output, len(found))
 
     def board(self, output: Path) -> Board:
@@ -309,7 +344,9 @@ class _Work:
                 f"{len(runs) - len(results)} cells were made from other code or data than this process has read: "
                 "something changed meanwhile. Start it again: they are run again, and nothing else."
             )
-        return Board(self.bench.config, self.cells, results, cache(lambda cell: load_bootstrap(output, cell)))
+        return Board(
+            self.bench.config, self.cells, results, cache(lambda cell: load_bootstrap(output, cell))
+        )
 
 
 def refuse_contradictions(works: Sequence[_Work]) -> None:

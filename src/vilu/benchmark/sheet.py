@@ -12,7 +12,16 @@ from typing import Literal
 from vilu.benchmark.views import Published
 from vilu.metrics.bootstrap import Interval
 from vilu.metrics.catalog import METRICS
-from vilu.text import NOTHING, aligned, harmless, in_latex, in_markdown, latex_rows, markdown_rows, span
+from vilu.text import (
+    NOTHING,
+    aligned,
+    harmless,
+    in_latex,
+    in_markdown,
+    latex_rows,
+    markdown_rows,
+    span,
+)
 
 Labels = tuple[str, ...]
 
@@ -23,20 +32,28 @@ class Shown:
 
     metric: str
     value: float | None  # as a fraction; None where it is undefined
-    interval: Interval | None = None  # bootstrap over test rows and seeds; None where the metric has none
+    interval: Interval | None = (
+        None  # bootstrap over test rows and seeds; None where the metric has none
+    )
     n: tuple[int, ...] = ()  # Numbers of test rows that occur
     n_failures: tuple[int, ...] = ()  # Numbers of wrong answers that occur
     n_runs: int = 0  # different results behind it
     # "best" or "second" among those that compete; None for others, or where nothing competes
     rank: Literal["best", "second"] | None = None
-    tied: bool = False  # whether the paired bootstrap cannot tell it from the best (p of at least 0.05)
+    tied: bool = (
+        False  # whether the paired bootstrap cannot tell it from the best (p of at least 0.05)
+    )
     published: Published | None = None  # what a publication has
     why: str | None = None  # why there is no value
 
     @property
     def difference(self) -> float | None:
         """Ours less the published one."""
-        return None if self.published is None or self.value is None else self.value - self.published.value
+        return (
+            None
+            if self.published is None or self.value is None
+            else self.value - self.published.value
+        )
 
 
 @dataclass(frozen=True)
@@ -56,12 +73,27 @@ class Sheet:
     @property
     def doubts(self) -> tuple[str, ...]:
         """Why published numbers of the table are doubtful, each once, in the order of their marks."""
-        found = (shown.published.doubt for _, shown in sorted(self.cells.items()) if shown.published is not None)
+        found = (
+            shown.published.doubt
+            for _, shown in sorted(self.cells.items())
+            if shown.published is not None
+        )
         return tuple(dict.fromkeys(doubt for doubt in found if doubt))
 
 
 CSV_FIELDS = (
-    *("metric", "value", "ci_low", "ci_high", "n", "n_failures", "runs", "rank", "tied_with_best", "published"),
+    *(
+        "metric",
+        "value",
+        "ci_low",
+        "ci_high",
+        "n",
+        "n_failures",
+        "runs",
+        "rank",
+        "tied_with_best",
+        "published",
+    ),
     *("difference", "published_source", "published_doubt", "convention", "why"),
 )
 
@@ -80,9 +112,15 @@ def to_text(sheet: Sheet) -> str:
 
 def to_markdown(sheet: Sheet) -> str:
     """A table of Markdown, the notes below."""
-    heading = [*sheet.row_fields, *("<br>".join(map(in_markdown, labels)) for labels in sheet.columns)]
+    heading = [
+        *sheet.row_fields,
+        *("<br>".join(map(in_markdown, labels)) for labels in sheet.columns),
+    ]
     lines = markdown_rows(heading, _lines(sheet, in_markdown, _markdown))
-    notes = [f"<sub>{in_markdown(note)}</sub>" for note in _all_notes(sheet, "Bold: best; underlined: second best")]
+    notes = [
+        f"<sub>{in_markdown(note)}</sub>"
+        for note in _all_notes(sheet, "Bold: best; underlined: second best")
+    ]
     return "\n".join([f"**{in_markdown(sheet.title)}**", "", *lines, "", "<br>\n".join(notes), ""])
 
 
@@ -93,7 +131,9 @@ def to_latex(sheet: Sheet) -> str:
     for level in range(1, depth + 1):  # the last level stands above the rows, too
         fields = (in_latex(field) if level == depth else "" for field in sheet.row_fields)
         heading.append([*fields, *_spans([labels[:level] for labels in sheet.columns])])
-    notes = [f"  {in_latex(note)}" for note in _all_notes(sheet, "Bold: best; underlined: second best")]
+    notes = [
+        f"  {in_latex(note)}" for note in _all_notes(sheet, "Bold: best; underlined: second best")
+    ]
     return "\n".join(
         [
             r"\begin{table}",
@@ -126,7 +166,9 @@ def to_csv(sheet: Sheet) -> str:
     return buffer.getvalue()
 
 
-def _lines(sheet: Sheet, label: Callable[[str], str], written: Callable[[Shown, str, str], str]) -> list[list[str]]:
+def _lines(
+    sheet: Sheet, label: Callable[[str], str], written: Callable[[Shown, str, str], str]
+) -> list[list[str]]:
     """The labels and the cells of every row, ``written`` with the number and what stands beside it."""
     lines, doubts = [], sheet.doubts
     for row, labels in enumerate(sheet.rows):
@@ -166,7 +208,11 @@ def _markdown(shown: Shown, number: str, more: str) -> str:
 
 def _latex(shown: Shown, number: str, more: str) -> str:
     marked = {"best": r"\textbf{%s}", "second": r"\underline{%s}", None: "%s"}[shown.rank] % number
-    return marked + (r"$\approx$" if shown.tied else "") + (rf" {{\scriptsize {more}}}" if more else "")
+    return (
+        marked
+        + (r"$\approx$" if shown.tied else "")
+        + (rf" {{\scriptsize {more}}}" if more else "")
+    )
 
 
 def _spans(labels: Sequence[tuple[str, ...]]) -> list[str]:
@@ -178,7 +224,11 @@ def _spans(labels: Sequence[tuple[str, ...]]) -> list[str]:
 def _csv_values(shown: Shown) -> list[object]:
     low, high = (None, None) if shown.interval is None else shown.interval[1:]
     theirs = shown.published
-    value, source, doubt = (None, None, None) if theirs is None else (theirs.value, theirs.source, theirs.doubt or None)
+    value, source, doubt = (
+        (None, None, None)
+        if theirs is None
+        else (theirs.value, theirs.source, theirs.doubt or None)
+    )
     ours = shown.metric, shown.value, low, high, span(shown.n), span(shown.n_failures), shown.n_runs
     why = None if shown.why is None else harmless(shown.why)
     convention = METRICS[shown.metric].convention

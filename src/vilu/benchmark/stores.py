@@ -52,7 +52,9 @@ PACKAGE = "package:"
 Part = tuple[str, Role]  # a data set by name, and one of its parts
 
 
-def find_stores(config: Config, parts: Iterable[Part], data: Path, output: Path) -> dict[Part, Path]:
+def find_stores(
+    config: Config, parts: Iterable[Part], data: Path, output: Path
+) -> dict[Part, Path]:
     """The folder where each part is, or is to be; nothing is embedded."""
     return {part: store_of(part, config.data[part[0]], data, output) for part in parts}
 
@@ -71,7 +73,9 @@ def make_stores(
             _embed(entry, role, data, folder, load(entry.backbone))
         elif models is not None:
             theirs = read_document(folder / MANIFEST, Manifest).space
-            load(entry.backbone).space.require_match(theirs, mine=f"the model in {models}", theirs=f"{folder}")
+            load(entry.backbone).space.require_match(
+                theirs, mine=f"the model in {models}", theirs=f"{folder}"
+            )
     return found
 
 
@@ -80,10 +84,14 @@ def is_complete(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
-def require_stores(config: Config, parts: Iterable[Part], data: Path, output: Path) -> dict[Part, Path]:
+def require_stores(
+    config: Config, parts: Iterable[Part], data: Path, output: Path
+) -> dict[Part, Path]:
     """The same; refuses to go on where embeddings are missing."""
     folders = find_stores(config, parts, data, output)
-    if missing := [f"{name} ({role})" for (name, role), folder in folders.items() if not is_complete(folder)]:
+    if missing := [
+        f"{name} ({role})" for (name, role), folder in folders.items() if not is_complete(folder)
+    ]:
         raise UsageError(
             f"a share of the cells needs embeddings that are there; {len(missing)} sets are not, the first is "
             f"{missing[0]}. Make them all with --embed-only, once."
@@ -97,22 +105,36 @@ def store_of(part: Part, entry: Data, data: Path, output: Path) -> Path:
     if entry.stores is not None:
         return _named(name, "stores", entry.stores, role, data)
     with open_images(entry, role, data) as images:
-        recipe = [images.fingerprint, entry.backbone, _names(entry, images), _columns(entry, role), *_words(entry)]
+        recipe = [
+            images.fingerprint,
+            entry.backbone,
+            _names(entry, images),
+            _columns(entry, role),
+            *_words(entry),
+        ]
     hashed = digest([importlib.metadata.version("vilu"), *recipe])[:8]
-    stem = entry.dataset or Path(str(entry.source).removeprefix(PACKAGE)).stem  # so that entries of one recipe share it
+    stem = (
+        entry.dataset or Path(str(entry.source).removeprefix(PACKAGE)).stem
+    )  # so that entries of one recipe share it
     return output / "stores" / f"{stem}-{'pairs' if entry.captions else role}-{hashed}"
 
 
 def find_seconds(config: Config, parts: Iterable[Part], data: Path) -> dict[Part, Path]:
     """The folders of the parts by a second model, where there is one."""
     seconds = {(name, role): config.data[name].second for name, role in parts}
-    return {part: _named(part[0], "second", of, part[1], data) for part, of in seconds.items() if of is not None}
+    return {
+        part: _named(part[0], "second", of, part[1], data)
+        for part, of in seconds.items()
+        if of is not None
+    }
 
 
 def _named(name: str, key: str, paths: StorePaths, role: Role, data: Path) -> Path:
     folder = getattr(paths, role)
     if folder is None:
-        raise UsageError(f"data.{name} has no store of its {role} rows. Name it, as {key}.{role} = ....")
+        raise UsageError(
+            f"data.{name} has no store of its {role} rows. Name it, as {key}.{role} = ...."
+        )
     return data / str(folder)
 
 
@@ -134,7 +156,9 @@ def _embed(entry: Data, role: Role, data: Path, folder: Path, backbone: Backbone
 
 def _columns(entry: Data, role: Role) -> tuple[bool, int, tuple[str, ...]]:
     """Features, views and prompts to store beside the embeddings."""
-    views = entry.views if role == "test" and not entry.captions else 0  # of training images they would be all the time
+    views = (
+        entry.views if role == "test" and not entry.captions else 0
+    )  # of training images they would be all the time
     return entry.features, views, tuple(named_templates(entry.prompts))
 
 
@@ -148,7 +172,9 @@ def _names(entry: Data, images: ImageDataset) -> tuple[str, ...]:
         return ()
     names = entry.classes or images.class_names
     if names is None:
-        raise UsageError(f"{images.source} names no classes. List them in the benchmark file, as classes = [...].")
+        raise UsageError(
+            f"{images.source} names no classes. List them in the benchmark file, as classes = [...]."
+        )
     return names
 
 
@@ -157,7 +183,11 @@ def open_images(entry: Data, role: Role, data: Path) -> Iterator[ImageDataset]:
     """The pictures of a part: those of its split, or of captions all of them; thinned, then shifted."""
     source = entry.source or "."
     asset = resources.files("vilu").joinpath("assets", source.removeprefix(PACKAGE))
-    with resources.as_file(asset) if source.startswith(PACKAGE) else nullcontext(data / source) as path:
+    with (
+        resources.as_file(asset)
+        if source.startswith(PACKAGE)
+        else nullcontext(data / source) as path
+    ):
         images = open_dataset(
             path,
             split=None if entry.captions else getattr(entry, role),
@@ -169,6 +199,8 @@ def open_images(entry: Data, role: Role, data: Path) -> Iterator[ImageDataset]:
         images = thinned(images, entry.limit_of(role), entry.shards)
         if entry.shift is not None:
             if isinstance(images, ShardedDataset):
-                raise UsageError(f"{images.source} is in tar files, whose images cannot be shifted. Leave out shift.")
+                raise UsageError(
+                    f"{images.source} is in tar files, whose images cannot be shifted. Leave out shift."
+                )
             images = ShiftedImages(images, entry.shift.kinds, entry.shift.severity)
         yield images

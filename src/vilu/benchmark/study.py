@@ -55,7 +55,9 @@ def save_study(board: Board, output: Path) -> Path:
     archive = Archive(
         vilu=importlib.metadata.version("vilu"),
         config=config.complete().model_dump(mode="json"),
-        fingerprints={cell.path.as_posix(): result.fingerprint for cell, result in board.results.items()},
+        fingerprints={
+            cell.path.as_posix(): result.fingerprint for cell, result in board.results.items()
+        },
     )
     folder = make_folder(output / STUDIES / config.name)
     write_json(folder / DOCUMENT, archive.model_dump(mode="json"))
@@ -76,7 +78,9 @@ def _load(path: Path, output: Path) -> Board:
     try:
         archive = Archive.model_validate(read_json(path, AGAIN, of=output))
     except ValidationError as error:
-        raise DataError(f"{path} is not the document of a study: {explain(error)}. {AGAIN}.") from error
+        raise DataError(
+            f"{path} is not the document of a study: {explain(error)}. {AGAIN}."
+        ) from error
     config: Config = parse_config(archive.config, str(path))
     cells = plan(config)
     results = {}
@@ -88,7 +92,9 @@ def _load(path: Path, output: Path) -> Board:
                 f"{output / cell.path} is missing, damaged, or newer than the study {path.parent.name}. {AGAIN}."
             )
         results[cell] = result
-    older = sum(result.decided_by.get("code") != code_of(config, cell) for cell, result in results.items())
+    older = sum(
+        result.decided_by.get("code") != code_of(config, cell) for cell, result in results.items()
+    )
     if older:
         logger.info("%s: %d of %d results are of older code", config.name, older, len(results))
     return Board(config, cells, results, cache(lambda cell: load_bootstrap(output, cell)))
@@ -103,7 +109,12 @@ RULINGS = {
 """In a table, and as a heading."""
 
 
-def page(config: Config, exhibits: Sequence[Exhibit], verdicts: Sequence[Verdict], figure: Callable[[str], str]) -> str:
+def page(
+    config: Config,
+    exhibits: Sequence[Exhibit],
+    verdicts: Sequence[Verdict],
+    figure: Callable[[str], str],
+) -> str:
     """Markdown of a study, to stand below a heading of level one."""
     study = config.study
     parts = [f"## {study.title if study else config.name}"]
@@ -115,7 +126,9 @@ def page(config: Config, exhibits: Sequence[Exhibit], verdicts: Sequence[Verdict
     for one in exhibits:
         if one.draw is not None:
             parts.append(f"![{in_markdown(one.title)}]({figure(one.name)})")
-        parts.append(f"```\n{one.body}\n```" if isinstance(one.body, str) else to_markdown(one.body).rstrip())
+        parts.append(
+            f"```\n{one.body}\n```" if isinstance(one.body, str) else to_markdown(one.body).rstrip()
+        )
     return "\n\n".join(parts) + "\n"
 
 
@@ -126,7 +139,10 @@ def all_claims(verdicts: Iterable[Sequence[Verdict]]) -> str:
         found[verdict.ruling].append(verdict)
     parts = []
     for ruling, (_, heading) in RULINGS.items():
-        lines = [f"- {in_markdown(one.claim.says)} ({in_markdown(one.claim.source)})" for one in found[ruling]]
+        lines = [
+            f"- {in_markdown(one.claim.says)} ({in_markdown(one.claim.source)})"
+            for one in found[ruling]
+        ]
         if lines:
             parts.append("\n".join([f"{heading} ({len(lines)}):", "", *lines]))
     return "\n\n".join(["## The paper's claims here", *parts, ""]) if parts else ""
@@ -144,7 +160,12 @@ def claims_table(config: Config, verdicts: Sequence[Verdict]) -> str:
                 f"{100 * ends.ci_high:+.1f}] points"
             )
         lines.append(
-            [in_markdown(verdict.claim.says), RULINGS[verdict.ruling][0], number, in_markdown(verdict.claim.source)]
+            [
+                in_markdown(verdict.claim.says),
+                RULINGS[verdict.ruling][0],
+                number,
+                in_markdown(verdict.claim.source),
+            ]
         )
     note = f"Brackets: {100 * config.confidence:g} % bootstrap interval; a positive number speaks for the claim."
     table = markdown_rows(["claim", "here", "by", "source"], lines)
@@ -170,45 +191,71 @@ class Rendered:
 def render(board: Board, output: Path) -> Rendered:
     """Write everything that a study shows, below ``output/studies/NAME``.
 
-    Files: ``tables/VIEW.{md,tex,csv,txt}``, ``figures/VIEW.{png,svg}``, ``README.md`` (the page), ``table.txt`` (what
-    is printed), ``results.json`` and ``results.parquet`` (every number and the configuration), and ``times.txt``, alone
-    with what a clock decides.
+    Files: ``tables/VIEW.{md,tex,csv,txt}``, ``figures/VIEW.{png,svg}``, ``README.md`` (the page),
+    ``table.txt`` (what is printed), ``results.json`` and ``results.parquet`` (every number and the
+    configuration), and ``times.txt``, alone with what a clock decides.
     """
     config, folder = board.config, output / STUDIES / board.config.name
     exhibits = tuple(exhibit(board, view, output) for view in config.views or [DEFAULT])
     verdicts = tuple(decide(board, claim) for claim in config.claims)
     text = "\n\n".join(
-        [*(one.body if isinstance(one.body, str) else to_text(one.body) for one in exhibits), *_in_words(verdicts)]
+        [
+            *(one.body if isinstance(one.body, str) else to_text(one.body) for one in exhibits),
+            *_in_words(verdicts),
+        ]
     )
-    done = Rendered(board, exhibits, verdicts, text, times_table(board, load_times(output, board.results)))
+    done = Rendered(
+        board, exhibits, verdicts, text, times_table(board, load_times(output, board.results))
+    )
     _write_results(board, folder)
     for one in exhibits:
         _write_exhibit(one, folder)
     write_text(folder / "table.txt", text + "\n")
     if done.times:
         write_text(folder / "times.txt", done.times + "\n")
-    write_text(folder / "README.md", page(config, exhibits, verdicts, lambda name: f"figures/{name}.svg"))
+    write_text(
+        folder / "README.md", page(config, exhibits, verdicts, lambda name: f"figures/{name}.svg")
+    )
     return done
 
 
 def write_document(
-    studies: Sequence[Rendered], output: Path, document: Path, title: str, intro: str, inputs: str = ""
+    studies: Sequence[Rendered],
+    output: Path,
+    document: Path,
+    title: str,
+    intro: str,
+    inputs: str = "",
 ) -> None:
     """One Markdown file of several studies below ``output``, their figures in a folder of its name beside it."""
     figures = make_folder(document.with_suffix(""))
-    parts = [f"# {title}", "", *([intro, ""] if intro else []), all_claims([study.verdicts for study in studies])]
+    parts = [
+        f"# {title}",
+        "",
+        *([intro, ""] if intro else []),
+        all_claims([study.verdicts for study in studies]),
+    ]
     for study in studies:
         name = study.board.config.name
         for one in study.exhibits:
             if one.draw is not None:
                 drawn = output / STUDIES / name / "figures" / f"{one.name}.svg"
                 write_bytes(figures / f"{name}-{drawn.name}", drawn.read_bytes())
-        parts.append(page(study.board.config, study.exhibits, study.verdicts, f"{figures.name}/{name}-{{}}.svg".format))
+        parts.append(
+            page(
+                study.board.config,
+                study.exhibits,
+                study.verdicts,
+                f"{figures.name}/{name}-{{}}.svg".format,
+            )
+        )
     write_text(document, "\n".join(parts) + "\n" + mark("study", inputs))
 
 
 def _in_words(verdicts: Sequence[Verdict]) -> list[str]:
-    lines = [f"{verdict.ruling.upper()}: {verdict.claim.says} ({verdict.what})" for verdict in verdicts]
+    lines = [
+        f"{verdict.ruling.upper()}: {verdict.claim.says} ({verdict.what})" for verdict in verdicts
+    ]
     return ["\n".join(["claims:", *lines])] if lines else []
 
 
@@ -257,7 +304,9 @@ def run_studies(
         claim_folder(folder, "study", lambda _: False, same=(folder / DOCUMENT).is_file())
     if any(isinstance(view, DRAWN) for config in configs for view in config.views):
         require_matplotlib()
-    boards = run_all(configs, data, output, jobs=jobs, models=models, share=share, embed_only=embed_only)
+    boards = run_all(
+        configs, data, output, jobs=jobs, models=models, share=share, embed_only=embed_only
+    )
     for board in boards:
         save_study(board, output)
     return [render(board, output) for board in boards]
@@ -274,8 +323,9 @@ def render_studies(
 ) -> list[Rendered]:
     """Write everything anew from the cells of a run folder, without data, embeddings or computation.
 
-    A ``document`` is a Markdown file for all studies together, its figures in a folder of its name beside it.
-    ``submitted`` is a folder of cells that others ran, to show beside those of the run folder.
+    A ``document`` is a Markdown file for all studies together, its figures in a folder of its name
+    beside it. ``submitted`` is a folder of cells that others ran, to show beside those of the run
+    folder.
     """
     files = [] if submitted is None else sorted(submitted.rglob(f"*{SCORES}"))
     boards, inputs, there = load_studies(output), "", False

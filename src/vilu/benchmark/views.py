@@ -17,7 +17,11 @@ from vilu.benchmark.parts import RANKED_BY, Name, Names, Section, require_known
 from vilu.errors import DataError
 
 Axis = Literal["method", "data", "setting"]
-AXES = {"method": "method", "data": "data set", "setting": "setting"}  # what each is called in messages
+AXES = {
+    "method": "method",
+    "data": "data set",
+    "setting": "setting",
+}  # what each is called in messages
 FIELDS = (*AXES, "metric")
 
 
@@ -100,7 +104,9 @@ class View(Section):
         if self.means_only and not self.mean:
             raise ValueError(f"means_only needs a mean, as mean = [data sets] {self.where}")
         if self.mean and not self.averages:
-            raise ValueError(f"means are for tables, and for curves over something else than data sets {self.where}")
+            raise ValueError(
+                f"means are for tables, and for curves over something else than data sets {self.where}"
+            )
         if self.with_intervals:
             require_known(f"metric with an interval {self.where}", self.metrics, RANKED_BY)
 
@@ -121,7 +127,9 @@ class TableView(View):
     """Values with intervals; the best and the second best of those that compete are marked."""
 
     kind: Literal["table"]
-    rows: Names = ("method",)  # what a row stands for; what neither rows nor columns name must be one and the same
+    rows: Names = (
+        "method",
+    )  # what a row stands for; what neither rows nor columns name must be one and the same
     columns: Names = ("data", "metric")  # what a column stands for
     compete: Names = ("method",)  # values that differ in these alone compete
 
@@ -134,14 +142,18 @@ class TableView(View):
     def _check_fields(self) -> Self:
         for names in (self.rows, self.columns, self.compete):
             require_known("field", names, FIELDS)
-        if twice := [name for name, count in Counter((*self.rows, *self.columns)).items() if count > 1]:
+        if twice := [
+            name for name, count in Counter((*self.rows, *self.columns)).items() if count > 1
+        ]:
             raise ValueError(f"{twice[0]} is both in the rows and in the columns")
         return self
 
     def check(self, known: Known) -> None:
         """Also refuse a table in which two numbers would stand in one cell."""
         super().check(known)
-        several = {axis: tuple(self.places(known, axis)) for axis in AXES} | {"metric": self.metrics}
+        several = {axis: tuple(self.places(known, axis)) for axis in AXES} | {
+            "metric": self.metrics
+        }
         if self.means_only:
             several["data"] = ("mean",)
         for field, names in several.items():
@@ -162,7 +174,9 @@ class CurveView(View):
     panel: Axis = "data"  # what a panel stands for, beside the metric
     x_label: str  # of the axis
     log: bool = False  # whether the axis is logarithmic
-    ticks: dict[str, str] = Field(default_factory=dict)  # what is said at a place of the axis, instead of its number
+    ticks: dict[str, str] = Field(
+        default_factory=dict
+    )  # what is said at a place of the axis, instead of its number
 
     @property
     def averages(self) -> bool:
@@ -221,11 +235,14 @@ class RankingView(View):
         """Also refuse a choice: it is of everything."""
         super().check(known)
         if any(self.chosen.values()) or self.metrics != RANKED_BY:
-            raise ValueError(f"a ranking is of everything, so there is nothing to choose {self.where}")
+            raise ValueError(
+                f"a ranking is of everything, so there is nothing to choose {self.where}"
+            )
 
 
 AnyView = Annotated[
-    TableView | CurveView | ScatterView | HistogramView | GridView | RankingView, Field(discriminator="kind")
+    TableView | CurveView | ScatterView | HistogramView | GridView | RankingView,
+    Field(discriminator="kind"),
 ]
 
 
@@ -287,7 +304,9 @@ class Trend(Claim):
         super().check(known)
         x = [known.along("setting")[name].x for name in self.settings]
         if any(value is None or value <= 0 for value in x) or len(set(x)) < 2:
-            raise ValueError(f"the trend of {self.method} needs settings with different x above zero")
+            raise ValueError(
+                f"the trend of {self.method} needs settings with different x above zero"
+            )
 
 
 class Steeper(Claim):
@@ -329,9 +348,13 @@ def published_tables() -> dict[str, dict[PublishedKey, tuple[Published, ...]]]:
     for row in csv.DictReader(text.splitlines()):
         key = row["dataset"], row["setting"], row["method"], row["metric"]
         cells = tables.setdefault(row["table"], {})
-        number = Published(round(float(row["percent"]) / 100, 6), row["backbone"], row["source"], row["doubt"])
+        number = Published(
+            round(float(row["percent"]) / 100, 6), row["backbone"], row["source"], row["doubt"]
+        )
         if any(other.backbone == number.backbone for other in cells.get(key, ())):
-            raise DataError(f"published.csv has {row['table']}, {', '.join(key)} twice for {number.backbone}.")
+            raise DataError(
+                f"published.csv has {row['table']}, {', '.join(key)} twice for {number.backbone}."
+            )
         cells[key] = (*cells.get(key, ()), number)
     return tables
 

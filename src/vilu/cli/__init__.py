@@ -1,8 +1,9 @@
 """The command line: each command calls one public function; stdout is the result, stderr the log and the progress.
 
-Exit codes: 0 done, 2 usage (a path that is not there, a place that is taken), 3 data, 4 the risk target is out of
-reach, 5 a model is missing, 6 artefacts do not fit together, 7 storage, 8 a guarantee is void (`vilu monitor`), 75
-busy, 130 Ctrl-C, 141 nobody reads stdout any more, 143 SIGTERM; anything else is a bug and shows its traceback.
+Exit codes: 0 done, 2 usage (a path that is not there, a place that is taken), 3 data, 4 the risk
+target is out of reach, 5 a model is missing, 6 artefacts do not fit together, 7 storage, 8 a
+guarantee is void (`vilu monitor`), 75 busy, 130 Ctrl-C, 141 nobody reads stdout any more, 143
+SIGTERM; anything else is a bug and shows its traceback.
 """
 
 from __future__ import annotations
@@ -39,8 +40,12 @@ def entry() -> None:
             stream.flush()
         os._exit(code)
 
-    gc.set_threshold(50_000)  # imports make a million objects, none of them garbage: 0.1 s of looking for it
-    atexit.register(leave)  # threads have been waited for then, and what is registered later has been done
+    gc.set_threshold(
+        50_000
+    )  # imports make a million objects, none of them garbage: 0.1 s of looking for it
+    atexit.register(
+        leave
+    )  # threads have been waited for then, and what is registered later has been done
     try:
         main()
     except SystemExit as left:
@@ -56,7 +61,10 @@ def main() -> None:
     sys.unraisablehook = _again
     with careful_output():
         code = _run()
-        for number in (signal.SIGINT, signal.SIGTERM):  # the work is over: what comes now ends the process, silently
+        for number in (
+            signal.SIGINT,
+            signal.SIGTERM,
+        ):  # the work is over: what comes now ends the process, silently
             signal.signal(number, signal.SIG_DFL)
         sys.exit(code)
 

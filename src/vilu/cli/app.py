@@ -49,13 +49,22 @@ def show_version(value: bool) -> None:
 def common(
     context: typer.Context,
     verbose: Annotated[bool, Option("--verbose", "-v", help="Log debugging messages.")] = False,
-    quiet: Annotated[bool, Option("--quiet", "-q", help="No progress, no log but warnings.")] = False,
+    quiet: Annotated[
+        bool, Option("--quiet", "-q", help="No progress, no log but warnings.")
+    ] = False,
     plugin: Annotated[
         list[str] | None,
-        Option("--plugin", metavar="MODULE", help="Import a module that registers methods first; repeatable."),
+        Option(
+            "--plugin",
+            metavar="MODULE",
+            help="Import a module that registers methods first; repeatable.",
+        ),
     ] = None,
     version: Annotated[  # noqa: ARG001 - its callback does the work
-        bool, Option("--version", callback=show_version, is_eager=True, help="Print the version and leave.")
+        bool,
+        Option(
+            "--version", callback=show_version, is_eager=True, help="Print the version and leave."
+        ),
     ] = False,
 ) -> None:
     """How likely is the answer of a frozen vision-language model (CLIP, SigLIP) wrong?"""
@@ -91,7 +100,9 @@ def name_of(command: Callable[..., None]) -> str:
 def _afterwards(name: str, values: dict[str, Any]) -> str:
     """What of the work of a stopped command is kept."""
     output: Path | None = values.get("output")
-    if name in {"embed", "import", "benchmark", "demo", "triage"} or (name == "score" and output and not output.suffix):
+    if name in {"embed", "import", "benchmark", "demo", "triage"} or (
+        name == "score" and output and not output.suffix
+    ):
         return f"what is finished is in {output}; the same command goes on with the rest."
     if name == "serve":
         return "what was taken on is answered, and the state is saved; the same command goes on with it."
@@ -101,7 +112,21 @@ def _afterwards(name: str, values: dict[str, Any]) -> str:
 
 
 ON_DATA = (
-    *(triage, demo, embed, import_, inspect, fit, calibrate, score, evaluate, report, explain, monitor, pools),
+    *(
+        triage,
+        demo,
+        embed,
+        import_,
+        inspect,
+        fit,
+        calibrate,
+        score,
+        evaluate,
+        report,
+        explain,
+        monitor,
+        pools,
+    ),
     *(benchmark, render, submit, next_, review, labels, audit_labels),
 )
 for command in ON_DATA:

@@ -35,11 +35,17 @@ class Artefact(NamedTuple):
     files: list[Path]
 
     def seal(self) -> list[Path]:
-        """Give a digest to those that have none; returns them. Each takes the place of the old one at once."""
+        """Give a digest to those that have none; returns them.
+
+        Each takes the place of the old one at once.
+        """
         with ExitStack() as stack:
             if (self.path / RUN).is_file():
                 stack.enter_context(locked(self.path, "writing to"))
-            added = {path: (seal_table if path.suffix == ".parquet" else seal_document)(path) for path in self.files}
+            added = {
+                path: (seal_table if path.suffix == ".parquet" else seal_document)(path)
+                for path in self.files
+            }
         return [path for path, new in added.items() if new]
 
 
@@ -58,15 +64,17 @@ def check(path: Path) -> Iterator[Artefact]:
     else:
         files = sorted(file for file in path.iterdir() if file.suffix in {".json", ".parquet"})
         if not files:
-            raise DataError(f"{path} is none of ours: no store, predictor, scores, results, or run of a benchmark.")
+            raise DataError(
+                f"{path} is none of ours: no store, predictor, scores, results, or run of a benchmark."
+            )
         yield from map(_file, files)
 
 
 def is_store(path: Path) -> bool:
     """Whether a folder is a store, by its ``run.json``."""
-    return (path / RUN).is_file() and read_json(path / RUN, "Make it again", StorageError, of=path).get(
-        "kind"
-    ) != "scores"
+    return (path / RUN).is_file() and read_json(
+        path / RUN, "Make it again", StorageError, of=path
+    ).get("kind") != "scores"
 
 
 def _file(path: Path) -> Artefact:
@@ -80,11 +88,15 @@ def _file(path: Path) -> Artefact:
             try:
                 State.model_validate(metadata)
             except ValidationError as error:
-                raise DataError(f"{path} is damaged: {explain(error)}. Begin a new monitor.") from error
+                raise DataError(
+                    f"{path} is damaged: {explain(error)}. Begin a new monitor."
+                ) from error
         elif kind in {"outcomes", "results"}:
             found = (Outcomes if kind == "outcomes" else ResultTable).load(path)
     else:
-        raise DataError(f"{path} is no file that vouches for itself: those are .json and .parquet. Give its folder.")
+        raise DataError(
+            f"{path} is no file that vouches for itself: those are .json and .parquet. Give its folder."
+        )
     return Artefact(path, f"{kind}, {len(found)} rows" if len(found) else str(kind), [path])
 
 
@@ -98,7 +110,9 @@ def _predictor(path: Path) -> Artefact:
 def _store(path: Path) -> Artefact:
     report = inspect_store(path, deep=True)
     if report.problems:
-        raise StorageError(f"{len(report.problems)} problems in {path}; the first: {report.problems[0]}")
+        raise StorageError(
+            f"{len(report.problems)} problems in {path}; the first: {report.problems[0]}"
+        )
     return Artefact(path, str(report), _of_run(path, "classes.json"))
 
 
@@ -112,7 +126,10 @@ def _scores(path: Path) -> Artefact:
 def _of_run(path: Path, *others: str) -> list[Path]:
     """The documents of a folder that a run fills; the files of its parts are vouched for by their receipts."""
     named = [path / name for name in (RUN, MANIFEST, *others)]
-    return [*(file for file in named if file.is_file()), *sorted((path / "receipts").glob("*.json"))]
+    return [
+        *(file for file in named if file.is_file()),
+        *sorted((path / "receipts").glob("*.json")),
+    ]
 
 
 def _benchmark(path: Path) -> Artefact:
@@ -124,9 +141,13 @@ def _benchmark(path: Path) -> Artefact:
         except ValidationError as error:
             raise DataError(f"{file} is damaged: {explain(error)}. {AGAIN}.") from error
         if path / said.cell.path != file or load_result(path, said.cell, said.fingerprint) is None:
-            raise DataError(f"{file} is not the document of its cell, or the files beside it are not its. {AGAIN}.")
+            raise DataError(
+                f"{file} is not the document of its cell, or the files beside it are not its. {AGAIN}."
+            )
     documents = sorted(path.glob(f"{STUDIES}/*/*.json"))
     tables = sorted(path.glob(f"{STUDIES}/*/*.parquet"))
     for file in (*documents, *tables):
         _file(file)
-    return Artefact(path, f"benchmark, {len(boards)} studies, {len(cells)} cells", [*cells, *documents, *tables])
+    return Artefact(
+        path, f"benchmark, {len(boards)} studies, {len(cells)} cells", [*cells, *documents, *tables]
+    )

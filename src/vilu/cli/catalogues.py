@@ -20,10 +20,23 @@ if TYPE_CHECKING:
     from vilu.datasets.known.entry import Count
 
 
-datasets = typer.Typer(help="Data sets that vilu knows by name: what they are, and which are on this disk.")
+datasets = typer.Typer(
+    help="Data sets that vilu knows by name: what they are, and which are on this disk."
+)
 BELOW = ("folder", "archives", "trouble", "to do")
 FACTS = (
-    *("name", "title", "n_classes", "captioned", "sizes", "official_sizes", "licence", "n_bytes", "url", "how"),
+    *(
+        "name",
+        "title",
+        "n_classes",
+        "captioned",
+        "sizes",
+        "official_sizes",
+        "licence",
+        "n_bytes",
+        "url",
+        "how",
+    ),
     *("folders", "archives", "template", "coop_template", "reference"),
 )
 AsJson = Annotated[bool, Option("--json", help="Print JSON instead of a table.")]
@@ -33,7 +46,8 @@ AsJson = Annotated[bool, Option("--json", help="Print JSON instead of a table.")
 def list_known(as_json: AsJson = False) -> None:
     """The data sets of the catalogue: classes, images by split, size of the download, licence, where to get them.
 
-    Splits are named as in `vilu embed --dataset NAME --split SPLIT`. Sizes of downloads are approximate.
+    Splits are named as in `vilu embed --dataset NAME --split SPLIT`. Sizes of downloads are
+    approximate.
     """
     from vilu.datasets.known import KNOWN
 
@@ -48,12 +62,19 @@ def check_known(
     path: Annotated[Path, path_argument("Folder that holds data sets, or one data set's own.")],
     names: Annotated[
         list[str] | None,
-        typer.Argument(help="Which data sets. [all]", metavar="NAME", autocompletion=console.complete_datasets),
+        typer.Argument(
+            help="Which data sets. [all]", metavar="NAME", autocompletion=console.complete_datasets
+        ),
     ] = None,
-    deep: Annotated[bool, Option("--deep", help="Also compare checksums of archives, count pairs in tars.")] = False,
+    deep: Annotated[
+        bool, Option("--deep", help="Also compare checksums of archives, count pairs in tars.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """What is present, what is missing, and how to get it. Exit code 3 when a data set that is named is not whole."""
+    """What is present, what is missing, and how to get it.
+
+    Exit code 3 when a data set that is named is not whole.
+    """
     from vilu.datasets.known import check
     from vilu.errors import DataError
 
@@ -62,7 +83,9 @@ def check_known(
     typer.echo(json.dumps(facts, indent=2) if as_json else columns(rows, below=BELOW))
     short = [presence.name for presence in found if presence.state in {"absent", "incomplete"}]
     if names and short:
-        raise DataError(f"not whole: {', '.join(short)} ({len(short)} of {len(found)} data sets). See above.")
+        raise DataError(
+            f"not whole: {', '.join(short)} ({len(short)} of {len(found)} data sets). See above."
+        )
     next_step(f"{len(found) - len(short)} of {len(found)} data sets are here and whole")
 
 
@@ -81,7 +104,9 @@ def _dataset_in_brief(entry: KnownDataset) -> dict[str, str]:
 def _size(n_bytes: int | None) -> str:
     if n_bytes is None:
         return "?"
-    unit, name = next((one for one in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")) if n_bytes >= one[0]), (1e3, "kB"))
+    unit, name = next(
+        (one for one in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")) if n_bytes >= one[0]), (1e3, "kB")
+    )
     return f"{n_bytes / unit:.3g} {name}"
 
 
@@ -92,9 +117,14 @@ def _row(presence: Presence) -> dict[str, str]:
     row = {
         "name": presence.name,
         "state": presence.state,
-        "images": " ".join(f"{name} {_counts(split)}" for name, split in presence.splits.items()) or "-",
-        "folder": f"{presence.folder}: {presence.origin}" if presence.origin else str(presence.folder or ""),
-        "archives": "; ".join(f"{state}: {', '.join(names)}" for state, names in _by_state(presence.archives).items()),
+        "images": " ".join(f"{name} {_counts(split)}" for name, split in presence.splits.items())
+        or "-",
+        "folder": f"{presence.folder}: {presence.origin}"
+        if presence.origin
+        else str(presence.folder or ""),
+        "archives": "; ".join(
+            f"{state}: {', '.join(names)}" for state, names in _by_state(presence.archives).items()
+        ),
         "trouble": " ".join(dict.fromkeys(text for text in said if text)),
         "to do": presence.advice,
     }
@@ -102,7 +132,10 @@ def _row(presence: Presence) -> dict[str, str]:
 
 
 def _by_state(archives: Mapping[str, str]) -> dict[str, list[str]]:
-    return {state: [name for name in archives if archives[name] == state] for state in dict.fromkeys(archives.values())}
+    return {
+        state: [name for name in archives if archives[name] == state]
+        for state in dict.fromkeys(archives.values())
+    }
 
 
 def _counts(split: Count) -> str:
@@ -114,16 +147,24 @@ def _counts(split: Count) -> str:
 
 
 def list_catalogue(
-    what: Annotated[Literal["predictors", "backbones", "datasets", "metrics"], typer.Argument(help="Which catalogue.")],
+    what: Annotated[
+        Literal["predictors", "backbones", "datasets", "metrics"],
+        typer.Argument(help="Which catalogue."),
+    ],
     as_json: AsJson = False,
 ) -> None:
     """What there is: predictors, backbones, metrics or data set layouts (data sets by name: `vilu datasets list`).
 
-    Of a predictor: whether it needs labels ("images": rows without any), works on image-caption pairs, and on any
-    classes or those that it was fitted on; what `vilu embed` must keep for it (in brackets: may), where it comes from,
-    what it is, what it costs.
+    Of a predictor: whether it needs labels ("images": rows without any), works on image-caption
+    pairs, and on any classes or those that it was fitted on; what `vilu embed` must keep for it (in
+    brackets: may), where it comes from, what it is, what it costs.
     """
-    rows = {"predictors": _predictors, "backbones": _backbones, "datasets": _datasets, "metrics": _metrics}[what]()
+    rows = {
+        "predictors": _predictors,
+        "backbones": _backbones,
+        "datasets": _datasets,
+        "metrics": _metrics,
+    }[what]()
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
     elif what == "predictors":
@@ -217,5 +258,9 @@ def _datasets() -> list[dict[str, Any]]:
     from vilu.datasets.catalog import DATASETS
     from vilu.datasets.known import KNOWN, SHIPPED
 
-    added = {name: f"{entry.title}, by --dataset {name}" for name, entry in KNOWN.items() if name not in SHIPPED}
+    added = {
+        name: f"{entry.title}, by --dataset {name}"
+        for name, entry in KNOWN.items()
+        if name not in SHIPPED
+    }
     return [{"name": name, "what it is": text} for name, text in {**DATASETS, **added}.items()]

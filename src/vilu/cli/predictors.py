@@ -37,7 +37,9 @@ if TYPE_CHECKING:
     from vilu.store.reader import EmbeddingStore
 
 Output = Annotated[Path, Option("--output", "-o", help="Folder of the predictor.")]
-Repository = Annotated[str, typer.Argument(metavar="REPO", help="ORG/NAME on the hub; or a folder, as ./DIR or /DIR.")]
+Repository = Annotated[
+    str, typer.Argument(metavar="REPO", help="ORG/NAME on the hub; or a folder, as ./DIR or /DIR.")
+]
 Revision = Annotated[str | None, Option(help="On the hub. [main]")]
 
 
@@ -45,41 +47,58 @@ Revision = Annotated[str | None, Option(help="On the hub. [main]")]
 def fit(  # noqa: PLR0913 - one parameter per flag
     stores: Annotated[
         list[Path],
-        path_argument("Store that `vilu embed` or `vilu import` wrote, or shards as LAION's; several with --pseudo."),
+        path_argument(
+            "Store that `vilu embed` or `vilu import` wrote, or shards as LAION's; several with --pseudo."
+        ),
     ],
     output: Output,
     method: Annotated[
         str, Option(help="See `vilu list predictors`.", autocompletion=console.complete_methods)
     ] = "vilu_plus",
     validation: Annotated[
-        Path | None, path_option("Store to select on; without it a part of the training rows is held out.")
+        Path | None,
+        path_option("Store to select on; without it a part of the training rows is held out."),
     ] = None,
     seed: Annotated[int, Option(min=0, max=MOST_SEED, help="Of everything random.")] = 0,
     settings: Annotated[
-        list[str] | None, Option("--set", metavar="KEY=VALUE", help="A hyper-parameter, e.g. epochs=50; repeatable.")
+        list[str] | None,
+        Option("--set", metavar="KEY=VALUE", help="A hyper-parameter, e.g. epochs=50; repeatable."),
     ] = None,
     device: Annotated[str, Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     *,
     reading: Reading,
     unlabelled: Annotated[
         Path | None,
-        path_option("More rows, no label of which is looked at; some methods learn from them.", metavar="STORE"),
+        path_option(
+            "More rows, no label of which is looked at; some methods learn from them.",
+            metavar="STORE",
+        ),
     ] = None,
-    init: Annotated[Path | None, path_option("Begin with a fitted predictor's weights.", metavar="PREDICTOR")] = None,
-    shots: Annotated[int | None, Option(min=1, help="Only so many labelled rows of each class.")] = None,
-    pseudo: Annotated[bool, Option("--pseudo", help="Class texts as captions, of stores mixed in pools.")] = False,
+    init: Annotated[
+        Path | None, path_option("Begin with a fitted predictor's weights.", metavar="PREDICTOR")
+    ] = None,
+    shots: Annotated[
+        int | None, Option(min=1, help="Only so many labelled rows of each class.")
+    ] = None,
+    pseudo: Annotated[
+        bool, Option("--pseudo", help="Class texts as captions, of stores mixed in pools.")
+    ] = False,
     checkpoint_minutes: Annotated[
-        float, Option(min=0, help="Between two checkpoints within an epoch; one follows every epoch.")
+        float,
+        Option(min=0, help="Between two checkpoints within an epoch; one follows every epoch."),
     ] = 10.0,
-    restart: Annotated[bool, Option("--restart", help="Drop the checkpoints of an interrupted fit.")] = False,
+    restart: Annotated[
+        bool, Option("--restart", help="Drop the checkpoints of an interrupted fit.")
+    ] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Fit a failure predictor on embeddings. Prints the folder of the predictor.
 
-    Most methods need labels; vilu_zero, as `vilu list predictors` says, does without.
-    OUTPUT is new, empty, or a predictor fitted on the same (then nothing is done); --overwrite replaces another one,
-    and its calibration goes with it. Interrupted, the same command goes on where the last checkpoint (beside OUTPUT)
-    was. Under torchrun heads are trained by all processes together; the result does not depend on how many there are.
+    Most methods need labels; vilu_zero, as `vilu list predictors` says, does without. OUTPUT is
+    new, empty, or a predictor fitted on the same (then nothing is done); --overwrite replaces
+    another one, and its calibration goes with it. Interrupted, the same command goes on where the
+    last checkpoint (beside OUTPUT) was. Under torchrun heads are trained by all processes together;
+    the result does not depend on how many there are.
     """
     from vilu.predictors import find_method, storage
     from vilu.predictors.nn.processes import world
@@ -87,17 +106,25 @@ def fit(  # noqa: PLR0913 - one parameter per flag
 
     with ExitStack() as stack:
         team = stack.enter_context(world(device))
-        predictor = _new_predictor(find_method(method), {"seed": seed, "device": device}, settings or [], init)
+        predictor = _new_predictor(
+            find_method(method), {"seed": seed, "device": device}, settings or [], init
+        )
         if unlabelled is not None:
             _require_use_of_unlabelled(type(predictor))
-        read = [*stores, *(path for path in (validation, init, unlabelled) if path is not None), *reading.read]
+        read = [
+            *stores,
+            *(path for path in (validation, init, unlabelled) if path is not None),
+            *reading.read,
+        ]
         mixed = pseudo and [store.name for store in stores]
         flags: dict[str, object] = {
             "with": [validation is None, init is None],
             "shots": shots and [shots, seed],
             "pseudo": mixed,
         }
-        flags |= {} if unlabelled is None else {"unlabelled": True}  # what was fitted before keeps its inputs
+        flags |= (
+            {} if unlabelled is None else {"unlabelled": True}
+        )  # what was fitted before keeps its inputs
         inputs = storage.inputs_of_fit(predictor, read, reading=reading.settings, **flags)
         if storage.claim(output, inputs, overwrite=overwrite):
             if team.leads:
@@ -120,7 +147,9 @@ def fit(  # noqa: PLR0913 - one parameter per flag
             if checkpoints is not None:
                 checkpoints.remove()
             typer.echo(output)
-            told = f"{predictor.name} fitted on {predictor.notes_.get('n_train', len(train)):,} rows"
+            told = (
+                f"{predictor.name} fitted on {predictor.notes_.get('n_train', len(train)):,} rows"
+            )
             next_step(f"{told}; {_to_score(output)}")
 
 
@@ -135,7 +164,9 @@ def _new_predictor(
     from vilu.predictors.parameters import build, parameters, parse_settings
     from vilu.predictors.storage import load
 
-    values = {key: value for key, value in defaults.items() if key in parameters(cls)} | parse_settings(settings)
+    values = {
+        key: value for key, value in defaults.items() if key in parameters(cls)
+    } | parse_settings(settings)
     return build(cls, values) if init is None else initialise(cls, load(init), values)
 
 
@@ -147,30 +178,49 @@ def _require_use_of_unlabelled(cls: type[FailurePredictor]) -> None:
         return
     methods = PREDICTORS.values()
     beside = ", ".join(one.name for one in methods if one.uses_unlabelled) or "no method"
-    alone = ", ".join(one.name for one in methods if one.needs_fit and not one.needs_labels) or "no method"
+    alone = (
+        ", ".join(one.name for one in methods if one.needs_fit and not one.needs_labels)
+        or "no method"
+    )
     here = cls.needs_fit and not cls.needs_labels
-    instead = f"give these as the STORE to fit {cls.name} on" if here else f"those of {alone} as the STORE to fit on"
+    instead = (
+        f"give these as the STORE to fit {cls.name} on"
+        if here
+        else f"those of {alone} as the STORE to fit on"
+    )
     raise UsageError(
         f"{cls.name} takes no --unlabelled beside its rows. Rows without labels are --unlabelled of {beside}; "
         f"{instead}."
     )
 
 
-def _training_set(stores: list[Path], reading: Reading, few: tuple[int | None, int], pseudo: bool) -> EmbeddingSource:
+def _training_set(
+    stores: list[Path], reading: Reading, few: tuple[int | None, int], pseudo: bool
+) -> EmbeddingSource:
     """The rows to learn from; ``few`` is the number of rows per class, and a seed."""
     from vilu.embeddings.pairs import Pools, PseudoCaptions
     from vilu.predictors.rows import shots
 
     n_shots, seed = few
     if not pseudo and len(stores) > 1:
-        raise UsageError(f"one store is fitted on, got {len(stores)}. Several can be mixed as captions: add --pseudo.")
+        raise UsageError(
+            f"one store is fitted on, got {len(stores)}. Several can be mixed as captions: add --pseudo."
+        )
     pools = reading.pools
     if pseudo and reading.second is not None:
-        raise UsageError("--second is for classes, and --pseudo makes captions of them. Leave one of them out.")
-    sources = [reading.with_second(reading.open_in(None if pseudo else pools, store)) for store in stores]
+        raise UsageError(
+            "--second is for classes, and --pseudo makes captions of them. Leave one of them out."
+        )
+    sources = [
+        reading.with_second(reading.open_in(None if pseudo else pools, store)) for store in stores
+    ]
     if n_shots is not None:
         sources = [source.take(shots(source, n_shots, seed)) for source in sources]
-    return PseudoCaptions(sources, pools or Pools(), [store.name for store in stores]) if pseudo else sources[0]
+    return (
+        PseudoCaptions(sources, pools or Pools(), [store.name for store in stores])
+        if pseudo
+        else sources[0]
+    )
 
 
 def _checkpoints(
@@ -186,7 +236,9 @@ def _checkpoints(
     return stack.enter_context(checkpointing(folder, minutes, resume=True))
 
 
-def _drop_checkpoints(stack: ExitStack, predictor: FailurePredictor, output: Path, inputs: str) -> None:
+def _drop_checkpoints(
+    stack: ExitStack, predictor: FailurePredictor, output: Path, inputs: str
+) -> None:
     """Remove what a fit that was killed after its last file left beside it, but no checkpoints of another fit."""
     if not output.with_name(f"{output.name}.checkpoints").is_dir():
         return
@@ -199,16 +251,19 @@ def _drop_checkpoints(stack: ExitStack, predictor: FailurePredictor, output: Pat
 def score(
     predictor: Predictor,
     store: Data,
-    output: Annotated[Path, Option("--output", "-o", help="File, .parquet or .csv; a folder for any number of rows.")],
+    output: Annotated[
+        Path,
+        Option("--output", "-o", help="File, .parquet or .csv; a folder for any number of rows."),
+    ],
     *,
     reading: Reading,
     overwrite: Overwrite = False,
 ) -> None:
     """Write per image the zero-shot answer and its uncertainty (higher = more likely wrong). Prints file or folder.
 
-    Of a predictor that `vilu calibrate` has calibrated also the probability of failure, accept or abstain with the
-    reason, and label sets. A folder is written part by part in bounded memory; interrupted, the same command does what
-    is missing.
+    Of a predictor that `vilu calibrate` has calibrated also the probability of failure, accept or
+    abstain with the reason, and label sets. A folder is written part by part in bounded memory;
+    interrupted, the same command does what is missing.
     """
     from vilu.decision.score import Decider, score_parts
     from vilu.decision.score import score as score_rows
@@ -216,7 +271,9 @@ def score(
 
     a_file = output.suffix.lower() in {".parquet", ".csv"} and not output.is_dir()
     if output.suffix and not (a_file or output.is_dir()):
-        raise UsageError(f"scores go to a .parquet or .csv file, or to a folder without suffix. Got {output} instead.")
+        raise UsageError(
+            f"scores go to a .parquet or .csv file, or to a folder without suffix. Got {output} instead."
+        )
     keep = console.keeping(
         output if a_file else None,
         "scores",
@@ -229,12 +286,20 @@ def score(
     decider = Decider.of_folder(fitted, predictor)
     if a_file:
         keep(
-            lambda path, inputs: score_rows(fitted, data, dataset=store.name, split=split, decider=decider).save(
-                path, inputs=inputs
-            )
+            lambda path, inputs: score_rows(
+                fitted, data, dataset=store.name, split=split, decider=decider
+            ).save(path, inputs=inputs)
         )
     else:
-        score_parts(fitted, data, output, dataset=store.name, split=split, overwrite=overwrite, decider=decider)
+        score_parts(
+            fitted,
+            data,
+            output,
+            dataset=store.name,
+            split=split,
+            overwrite=overwrite,
+            decider=decider,
+        )
     typer.echo(output)
     next_step(
         f"{len(data):,} rows are scored; next, where failures are known: {console.shell('vilu', 'evaluate', output)}"
@@ -246,7 +311,9 @@ def evaluate(
     as_json: RowsJson = False,
     output: RowsFile = None,
     overwrite: Overwrite = False,
-    resamples: Annotated[int, Option(min=1, max=MOST_RESAMPLES, help="Bootstrap resamples of each interval.")] = 1000,
+    resamples: Annotated[
+        int, Option(min=1, max=MOST_RESAMPLES, help="Bootstrap resamples of each interval.")
+    ] = 1000,
     seed: Annotated[int, Option(min=0, max=MOST_SEED, help="Of the bootstrap.")] = 0,
 ) -> None:
     """Failure-prediction metrics with bootstrap intervals, one line per file."""
@@ -254,7 +321,9 @@ def evaluate(
     from vilu.outcomes.evaluate import evaluate as evaluate_outcomes
     from vilu.outcomes.outcomes import Outcomes
 
-    keep = console.keeping(output, "results", scores, overwrite=overwrite, resamples=resamples, seed=seed)
+    keep = console.keeping(
+        output, "results", scores, overwrite=overwrite, resamples=resamples, seed=seed
+    )
     found = [ScoreFolder(path) if path.is_dir() else Outcomes.load(path) for path in scores]
     table = evaluate_outcomes(found, n_resamples=resamples, seed=seed)
     keep(lambda path, inputs: table.save(path, inputs=inputs))
@@ -262,15 +331,25 @@ def evaluate(
 
 
 def convert(
-    checkpoint: Annotated[Path, path_argument("Checkpoint (.ckpt) of the reference implementation.")],
+    checkpoint: Annotated[
+        Path, path_argument("Checkpoint (.ckpt) of the reference implementation.")
+    ],
     output: Output,
-    logit_scale: Annotated[float, Option(help="Of the VLM; the checkpoint does not hold it.")] = 100.0,
+    logit_scale: Annotated[
+        float, Option(help="Of the VLM; the checkpoint does not hold it.")
+    ] = 100.0,
     embed_dim: Annotated[
-        int | None, Option(min=1, help="Embedding width; only for a head without attention that sees the caption.")
+        int | None,
+        Option(
+            min=1, help="Embedding width; only for a head without attention that sees the caption."
+        ),
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Read a checkpoint of the reference implementation, executing nothing in it. Prints the predictor's folder."""
+    """Read a checkpoint of the reference implementation, executing nothing in it.
+
+    Prints the predictor's folder.
+    """
     from vilu.files.places import inputs_of
     from vilu.predictors import storage
     from vilu.predictors.convert import convert_official
@@ -289,16 +368,23 @@ def convert(
 
 @reads
 def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
-    predictor: Annotated[Path, path_argument("Folder of a fitted predictor; the result is written into it.")],
+    predictor: Annotated[
+        Path, path_argument("Folder of a fitted predictor; the result is written into it.")
+    ],
     store: Data,
     max_risk: Annotated[
-        float | None, Option(min=0, max=1, help="Largest error rate among accepted answers, e.g. 0.05.")
+        float | None,
+        Option(min=0, max=1, help="Largest error rate among accepted answers, e.g. 0.05."),
     ] = None,
     confidence: Annotated[
-        float, Option(min=0, max=1, help="With which the promise holds, over draws of the calibration rows.")
+        float,
+        Option(
+            min=0, max=1, help="With which the promise holds, over draws of the calibration rows."
+        ),
     ] = 0.95,
     min_coverage: Annotated[
-        float | None, Option(min=0, max=1, help="Least share of answers to accept; alone or with --max-risk.")
+        float | None,
+        Option(min=0, max=1, help="Least share of answers to accept; alone or with --max-risk."),
     ] = None,
     method: Annotated[
         Literal["ltt", "sgr", "crc", "selection", "anytime"],
@@ -316,10 +402,18 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
             metavar="FILE",
         ),
     ] = None,
-    seed: Annotated[int, Option(min=0, max=MOST_SEED, help="For anytime: as `vilu next` had it.")] = 0,
-    per_class: Annotated[bool, Option("--per-class", help="A threshold per predicted class with enough rows.")] = False,
-    label_sets: Annotated[Literal["lac", "aps"] | None, Option(help="Also label sets that hold the right one.")] = None,
-    max_miss: Annotated[float, Option(min=0, max=1, help="Largest share of label sets without the right label.")] = 0.1,
+    seed: Annotated[
+        int, Option(min=0, max=MOST_SEED, help="For anytime: as `vilu next` had it.")
+    ] = 0,
+    per_class: Annotated[
+        bool, Option("--per-class", help="A threshold per predicted class with enough rows.")
+    ] = False,
+    label_sets: Annotated[
+        Literal["lac", "aps"] | None, Option(help="Also label sets that hold the right one.")
+    ] = None,
+    max_miss: Annotated[
+        float, Option(min=0, max=1, help="Largest share of label sets without the right label.")
+    ] = 0.1,
     outside_share: Annotated[
         float | None,
         Option(
@@ -339,14 +433,17 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     ] = None,
     *,
     reading: Reading,
-    as_json: Annotated[bool, Option("--json", help="Print risk.json instead of a summary.")] = False,
+    as_json: Annotated[
+        bool, Option("--json", help="Print risk.json instead of a summary.")
+    ] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Probabilities, and a threshold with a stated risk, from labelled embeddings that the predictor has not seen.
 
-    `vilu score` then writes failure_probability and accept or abstain beside every answer. Without a target only
-    probabilities are calibrated. The promise is for rows drawn as the calibration rows were; `vilu monitor` watches it.
-    Exit code 4: the target is out of reach; the message says what is missing.
+    `vilu score` then writes failure_probability and accept or abstain beside every answer. Without
+    a target only probabilities are calibrated. The promise is for rows drawn as the calibration
+    rows were; `vilu monitor` watches it. Exit code 4: the target is out of reach; the message says
+    what is missing.
     """
     from vilu.decision.calibration import Target, calibrate_predictor
     from vilu.decision.shares import read_shares
@@ -356,8 +453,15 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     data = reading.open_both(store)
     if method == "anytime":
         plain = (min_coverage, label_sets, outside_share, class_shares)
-        if max_risk is None or labels is None or any(one is not None for one in plain) or max_miss != Target.max_miss:
-            raise UsageError("anytime takes --labels and a --max-risk, and of the other targets none.")
+        if (
+            max_risk is None
+            or labels is None
+            or any(one is not None for one in plain)
+            or max_miss != Target.max_miss
+        ):
+            raise UsageError(
+                "anytime takes --labels and a --max-risk, and of the other targets none."
+            )
         record = calibrate_by_labels(
             predictor,
             _store_with_classes(data),
@@ -371,14 +475,31 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     else:
         shares = None if class_shares is None else read_shares(class_shares)
         target = Target(
-            max_risk, min_coverage, confidence, method, per_class, label_sets, max_miss, outside_share, shares
+            max_risk,
+            min_coverage,
+            confidence,
+            method,
+            per_class,
+            label_sets,
+            max_miss,
+            outside_share,
+            shares,
         )
         data = data if labels is None else picked(_store_with_classes(data), labels)
         record = calibrate_predictor(
-            predictor, data, target, dataset=store.name, split=reading.split_of(data), overwrite=overwrite
+            predictor,
+            data,
+            target,
+            dataset=store.name,
+            split=reading.split_of(data),
+            overwrite=overwrite,
         )
     calibrator = load(predictor).calibrator_
-    typer.echo(json.dumps(record.model_dump(mode="json"), indent=2) if as_json else _summary(record, calibrator))
+    typer.echo(
+        json.dumps(record.model_dump(mode="json"), indent=2)
+        if as_json
+        else _summary(record, calibrator)
+    )
     next_step(f"calibrated on {record.n:,} rows; {_to_score(predictor)}")
 
 
@@ -386,7 +507,9 @@ def _store_with_classes(data: EmbeddingSource) -> EmbeddingStore:
     from vilu.store.reader import EmbeddingStore
 
     if not isinstance(data, EmbeddingStore):
-        raise UsageError("--labels are of the rows of one store with classes. Leave them out for pairs and two models.")
+        raise UsageError(
+            "--labels are of the rows of one store with classes. Leave them out for pairs and two models."
+        )
     return data
 
 
@@ -396,7 +519,10 @@ def _summary(record: Record, calibrator: Calibrator | None) -> str:
     lines = []
     if calibrator is not None:
         tried = ", ".join(f"{name} {loss:.4f}" for name, loss in calibrator.log_loss.items())
-        lines.append(f"probability: {calibrator.form}" + (f" (log-loss in cross-validation: {tried})" if tried else ""))
+        lines.append(
+            f"probability: {calibrator.form}"
+            + (f" (log-loss in cross-validation: {tried})" if tried else "")
+        )
     if record.rule is not None:
         lines.append(f"decision: {record.rule}")
     if (sets := record.label_sets) is not None:
@@ -412,15 +538,17 @@ def export(
     output: Annotated[Path, Option("--output", "-o", help="File, .onnx.")],
     onnx: Annotated[bool, Option("--onnx", help="As ONNX, whatever the name of the file.")] = False,
     with_backbone: Annotated[
-        bool, Option("--with-backbone", help="From pixels on: with the model, the classes and the rule.")
+        bool,
+        Option("--with-backbone", help="From pixels on: with the model, the classes and the rule."),
     ] = False,
     models: Models = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Write the score of a predictor for other runtimes, checked against the predictor. Prints the file.
 
-    Inputs image (N, D) and text (K, D), of unit norm; outputs uncertainty (N,) and prediction (N,). With the backbone
-    the input is pixels (N, 3, H, W) as the model's preprocessing makes them, and accept (N,) is an output, too.
+    Inputs image (N, D) and text (K, D), of unit norm; outputs uncertainty (N,) and prediction (N,).
+    With the backbone the input is pixels (N, 3, H, W) as the model's preprocessing makes them, and
+    accept (N,) is an output, too.
     """
     from vilu.files.places import claim_file
     from vilu.predictors.onnx import export_onnx
@@ -428,40 +556,63 @@ def export(
     from vilu.triage.image_graph import export_image_graph, fingerprint_of
 
     if not onnx and output.suffix.lower() != ".onnx":
-        raise UsageError(f"a predictor is exported as ONNX: give a file that ends in .onnx, or --onnx. Got {output}.")
+        raise UsageError(
+            f"a predictor is exported as ONNX: give a file that ends in .onnx, or --onnx. Got {output}."
+        )
     if models and not with_backbone:
-        raise UsageError("--models says where the backbone is, and only --with-backbone needs it. Leave --models out.")
-    made_from = fingerprint_of(predictor) if with_backbone else read_record(predictor / PREDICTOR)["fingerprint"]
+        raise UsageError(
+            "--models says where the backbone is, and only --with-backbone needs it. Leave --models out."
+        )
+    made_from = (
+        fingerprint_of(predictor)
+        if with_backbone
+        else read_record(predictor / PREDICTOR)["fingerprint"]
+    )
     if claim_file(output, "ONNX export", made_from, overwrite=overwrite):
         typer.echo(output)
         console.nothing_to_do(output)
         return
     difference = (
-        export_image_graph(predictor, output, models=models) if with_backbone else export_onnx(predictor, output)
+        export_image_graph(predictor, output, models=models)
+        if with_backbone
+        else export_onnx(predictor, output)
     )
     typer.echo(output)
-    next_step(f"onnxruntime gives the predictor's uncertainties; they differ by {difference:.1g} at most")
+    next_step(
+        f"onnxruntime gives the predictor's uncertainties; they differ by {difference:.1g} at most"
+    )
 
 
 def push(
     predictor: Predictor,
     repository: Repository,
     private: Annotated[
-        bool | None, Option("--private/--public", help="Of a repository that is made. [as its owner has it]")
+        bool | None,
+        Option("--private/--public", help="Of a repository that is made. [as its owner has it]"),
     ] = None,
     revision: Revision = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Copy a predictor and its card to the model hub (HF_TOKEN), or to a folder. Prints where it is."""
+    """Copy a predictor and its card to the model hub (HF_TOKEN), or to a folder.
+
+    Prints where it is.
+    """
     from vilu.predictors.hub import push as push_predictor
 
-    place = push_predictor(predictor, repository, private=private, revision=revision, overwrite=overwrite)
+    place = push_predictor(
+        predictor, repository, private=private, revision=revision, overwrite=overwrite
+    )
     typer.echo(place)
     next_step(f"elsewhere: {console.shell('vilu', 'pull', repository, '-o', 'predictor')}")
 
 
-def pull(repository: Repository, output: Output, revision: Revision = None, overwrite: Overwrite = False) -> None:
-    """Copy a predictor from the model hub, or from a folder, and check it. Prints the folder of the predictor."""
+def pull(
+    repository: Repository, output: Output, revision: Revision = None, overwrite: Overwrite = False
+) -> None:
+    """Copy a predictor from the model hub, or from a folder, and check it.
+
+    Prints the folder of the predictor.
+    """
     from vilu.predictors.hub import pull as pull_predictor
 
     typer.echo(pull_predictor(repository, output, revision=revision, overwrite=overwrite))

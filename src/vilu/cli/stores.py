@@ -24,38 +24,57 @@ Arrays = Annotated[
 ]
 Keys = Annotated[
     list[str] | None,
-    Option("--key", metavar="NAME=KEY", help="Array NAME is called KEY there (text=text_single); repeatable."),
+    Option(
+        "--key",
+        metavar="NAME=KEY",
+        help="Array NAME is called KEY there (text=text_single); repeatable.",
+    ),
 ]
 Classes = Annotated[Path | None, path_option("Class names, one a line, in place of class_names.")]
 Dtype = Annotated[
-    Literal["float16", "float32"] | None, Option(help="Numbers in the store. [float16 where image is, else float32]")
+    Literal["float16", "float32"] | None,
+    Option(help="Numbers in the store. [float16 where image is, else float32]"),
 ]
 
 
 def import_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     source: Arrays,
-    output: Annotated[Path, Option("--output", "-o", help="Folder of the store to make or to resume.")],
+    output: Annotated[
+        Path, Option("--output", "-o", help="Folder of the store to make or to resume.")
+    ],
     logit_scale: Annotated[
-        float | None, Option(help="Multiplier of the cosine: 100 for OpenAI's CLIP. [logit_scale of SOURCE]")
+        float | None,
+        Option(help="Multiplier of the cosine: 100 for OpenAI's CLIP. [logit_scale of SOURCE]"),
     ] = None,
-    logit_bias: Annotated[float | None, Option(help="Added to each logit: 0 but for SigLIP. [that of SOURCE]")] = None,
+    logit_bias: Annotated[
+        float | None, Option(help="Added to each logit: 0 but for SigLIP. [that of SOURCE]")
+    ] = None,
     key: Keys = None,
     classes: Classes = None,
     outside: Outside = None,
-    model: Annotated[str | None, Option(metavar="NAME", help="Model that made them, if it is known.")] = None,
-    origin: Annotated[str | None, Option("--source", metavar="TEXT", help="Where they come from, recorded.")] = None,
+    model: Annotated[
+        str | None, Option(metavar="NAME", help="Model that made them, if it is known.")
+    ] = None,
+    origin: Annotated[
+        str | None, Option("--source", metavar="TEXT", help="Where they come from, recorded.")
+    ] = None,
     split: Annotated[str | None, Option(help="Name of the split, recorded.")] = None,
-    part_size: Annotated[int, Option(min=1, help="Rows per part: the most that a kill can cost.")] = 16_384,
+    part_size: Annotated[
+        int, Option(min=1, help="Rows per part: the most that a kill can cost.")
+    ] = 16_384,
     dtype: Dtype = None,
-    max_error_rate: Annotated[float, Option(min=0, max=1, help="Share of rows that may be unusable.")] = 0.01,
+    max_error_rate: Annotated[
+        float, Option(min=0, max=1, help="Share of rows that may be unusable.")
+    ] = 0.01,
     overwrite: Overwrite = False,
 ) -> None:
     """Make a store of arrays that another program made; resumes where an earlier run stopped.
 
-    Prints the folder of the store. target holds rows of text, -1 where unknown, -2 for none of the classes (or names of
-    classes, "" where unknown). Rows are brought to unit norm; those that are zero or not finite are set aside, and end
-    the command with exit code 3 when they are more than --max-error-rate. Nothing is unpickled; no more than a part is
-    in memory. What is not known of the model stays unknown: such stores are compared by width, scale and bias.
+    Prints the folder of the store. target holds rows of text, -1 where unknown, -2 for none of the
+    classes (or names of classes, "" where unknown). Rows are brought to unit norm; those that are
+    zero or not finite are set aside, and end the command with exit code 3 when they are more than
+    --max-error-rate. Nothing is unpickled; no more than a part is in memory. What is not known of
+    the model stays unknown: such stores are compared by width, scale and bias.
     """
     from vilu.datasets.classes import read_classes
     from vilu.store.importing import import_arrays
@@ -85,15 +104,27 @@ def import_(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
 def inspect(
     path: Annotated[
-        Path, path_argument("What a command of vilu wrote: a store, finished or not, a predictor, scores, results, ...")
+        Path,
+        path_argument(
+            "What a command of vilu wrote: a store, finished or not, a predictor, scores, results, ..."
+        ),
     ],
-    deep: Annotated[bool, Option("--deep", help="Read every byte of a store: hashes, norms, labels.")] = False,
+    deep: Annotated[
+        bool, Option("--deep", help="Read every byte of a store: hashes, norms, labels.")
+    ] = False,
     seal: Annotated[
-        bool, Option("--seal", help="If all is well, give a digest to every file that an earlier vilu wrote without.")
+        bool,
+        Option(
+            "--seal",
+            help="If all is well, give a digest to every file that an earlier vilu wrote without.",
+        ),
     ] = False,
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """What an artefact of vilu holds, and whether it is sound. Exit code 3, 6 or 7 when something is wrong."""
+    """What an artefact of vilu holds, and whether it is sound.
+
+    Exit code 3, 6 or 7 when something is wrong.
+    """
     from vilu.cli.artefacts import check, is_store
     from vilu.errors import StorageError
 
@@ -103,12 +134,16 @@ def inspect(
         report = inspect_store(path, deep=deep)
         typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
         if report.problems:
-            raise StorageError(f"{len(report.problems)} problems in {path}; the first: {report.problems[0]}")
+            raise StorageError(
+                f"{len(report.problems)} problems in {path}; the first: {report.problems[0]}"
+            )
         return
     found = list(check(path))
     sealed = [file for artefact in found for file in artefact.seal()] if seal else []
     facts = [{"path": str(one.path), "what": one.what} for one in found]
-    content = {"found": facts, "sealed": [str(file) for file in sealed]} if seal else {"found": facts}
+    content = (
+        {"found": facts, "sealed": [str(file) for file in sealed]} if seal else {"found": facts}
+    )
     lines = [f"{one.path}: {printable(one.what)}" for one in found]
     typer.echo(json.dumps(content, indent=2) if as_json else "\n".join(lines))
     next_step(f"nothing is damaged{f'; a digest was added to {len(sealed)} files' if seal else ''}")

@@ -37,20 +37,35 @@ if TYPE_CHECKING:
 def benchmark(  # noqa: PLR0913, PLR0917 - one parameter per flag
     configs: Annotated[
         list[Path],
-        path_argument("Files such as configs/here/*.toml (see docs/benchmark.md).", metavar="CONFIG.toml..."),
+        path_argument(
+            "Files such as configs/here/*.toml (see docs/benchmark.md).", metavar="CONFIG.toml..."
+        ),
     ],
-    data: Annotated[Path, Option(help="Folder that the paths in the files are relative to.")] = Path("../shared/data"),
-    output: Annotated[Path, Option("--output", "-o", help="Folder for embeddings, cells, tables and figures.")] = Path(
-        "benchmark-output"
-    ),
-    jobs: Annotated[int, Option(min=1, max=MOST_WORKERS, help="Processes; the number changes no result.")] = 1,
-    models: Annotated[Path | None, path_option("Folder of named backbones, in place of the hub's cache.")] = None,
+    data: Annotated[
+        Path, Option(help="Folder that the paths in the files are relative to.")
+    ] = Path("../shared/data"),
+    output: Annotated[
+        Path, Option("--output", "-o", help="Folder for embeddings, cells, tables and figures.")
+    ] = Path("benchmark-output"),
+    jobs: Annotated[
+        int, Option(min=1, max=MOST_WORKERS, help="Processes; the number changes no result.")
+    ] = 1,
+    models: Annotated[
+        Path | None, path_option("Folder of named backbones, in place of the hub's cache.")
+    ] = None,
     shard: Annotated[
         str | None,
-        Option(metavar="I/N", help="Only share I of N of the cells, for one of N machines; then run without."),
+        Option(
+            metavar="I/N",
+            help="Only share I of N of the cells, for one of N machines; then run without.",
+        ),
     ] = None,
-    embed_only: Annotated[bool, Option("--embed-only", help="Make the embeddings and stop.")] = False,
-    dry_run: Annotated[bool, Option("--dry-run", help="Say what would run, and its bytes; do nothing.")] = False,
+    embed_only: Annotated[
+        bool, Option("--embed-only", help="Make the embeddings and stop.")
+    ] = False,
+    dry_run: Annotated[
+        bool, Option("--dry-run", help="Say what would run, and its bytes; do nothing.")
+    ] = False,
     smoke: Annotated[
         bool, Option("--smoke", help="All of it, tiny: few images, seeds, epochs; in OUTPUT/smoke.")
     ] = False,
@@ -58,8 +73,8 @@ def benchmark(  # noqa: PLR0913, PLR0917 - one parameter per flag
 ) -> None:
     """Compare methods on data sets, over seeds, label budgets, pools, shifts and transfer: the studies of the paper.
 
-    Prints tables and writes them, with figures, to OUTPUT/studies. Interrupt it at any moment: the next run does what
-    is missing. Studies in one output share embeddings and cells.
+    Prints tables and writes them, with figures, to OUTPUT/studies. Interrupt it at any moment: the
+    next run does what is missing. Studies in one output share embeddings and cells.
     """
     from vilu.benchmark.load import load_configs, shrink
     from vilu.benchmark.run import Share
@@ -72,27 +87,40 @@ def benchmark(  # noqa: PLR0913, PLR0917 - one parameter per flag
         from vilu.benchmark.dry_run import describe, estimate
 
         plans = [estimate(config, data, output) for config in chosen]
-        typer.echo(json.dumps([plan.to_dict() for plan in plans], indent=2) if as_json else describe(plans))
+        typer.echo(
+            json.dumps([plan.to_dict() for plan in plans], indent=2) if as_json else describe(plans)
+        )
         return
     share = None if shard is None else Share.parse(shard)
-    studies = run_studies(chosen, data, output, jobs=jobs, models=models, share=share, embed_only=embed_only)
+    studies = run_studies(
+        chosen, data, output, jobs=jobs, models=models, share=share, embed_only=embed_only
+    )
     _print(studies, as_json=as_json)
     if embed_only:
         next_step(f"the embeddings are in {output / 'stores'}")
     elif share is not None and share.of > 1:
-        next_step(f"share {shard} is done; when all are, run the same without --shard to see the results")
+        next_step(
+            f"share {shard} is done; when all are, run the same without --shard to see the results"
+        )
     else:
-        next_step(f"tables and figures are in {output / 'studies'}, every cell in {output / 'cells'}")
+        next_step(
+            f"tables and figures are in {output / 'studies'}, every cell in {output / 'cells'}"
+        )
 
 
 def render(
-    run: Annotated[Path, path_argument("Output folder of `vilu benchmark`; its stores are not needed.")],
+    run: Annotated[
+        Path, path_argument("Output folder of `vilu benchmark`; its stores are not needed.")
+    ],
     document: Annotated[
-        Path | None, Option(help="Also write all studies as one Markdown file, figures in a folder beside it.")
+        Path | None,
+        Option(help="Also write all studies as one Markdown file, figures in a folder beside it."),
     ] = None,
     title: Annotated[str, Option(help="Of that file.")] = "Results",
     intro: Annotated[str, Option(help="First paragraph of that file.")] = "",
-    submitted: Annotated[Path | None, path_option("Cells that `vilu submit` wrote: checked, and shown beside.")] = None,
+    submitted: Annotated[
+        Path | None, path_option("Cells that `vilu submit` wrote: checked, and shown beside.")
+    ] = None,
     overwrite: Overwrite = False,
     as_json: Annotated[bool, Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
@@ -101,13 +129,20 @@ def render(
 
     studies = render_studies(run, document, title, intro, submitted=submitted, overwrite=overwrite)
     _print(studies, as_json=as_json)
-    next_step(f"tables and figures are in {run / 'studies'}" + (f", all of them in {document}" if document else ""))
+    next_step(
+        f"tables and figures are in {run / 'studies'}"
+        + (f", all of them in {document}" if document else "")
+    )
 
 
 def submit(
-    run: Annotated[Path, path_argument("Output folder of `vilu benchmark`; its stores are not needed.")],
+    run: Annotated[
+        Path, path_argument("Output folder of `vilu benchmark`; its stores are not needed.")
+    ],
     method: Annotated[str, typer.Argument(help="Label of the method, as in [methods.LABEL].")],
-    output: Annotated[Path, Option("--output", "-o", help="Folder for the files; others in it stay.")],
+    output: Annotated[
+        Path, Option("--output", "-o", help="Folder for the files; others in it stay.")
+    ],
 ) -> None:
     """Write the finished cells of a method as files to hand in, one each. Prints their folder."""
     from vilu.benchmark.study import load_studies
@@ -115,7 +150,9 @@ def submit(
 
     written = export(load_studies(run), run, method, output)
     typer.echo(output)
-    next_step(f"{len(written)} cells; whoever has the same study: vilu render RUN --submitted {output}")
+    next_step(
+        f"{len(written)} cells; whoever has the same study: vilu render RUN --submitted {output}"
+    )
 
 
 def _print(studies: list[Rendered], *, as_json: bool) -> None:
@@ -126,20 +163,23 @@ def _print(studies: list[Rendered], *, as_json: bool) -> None:
         typer.echo(json.dumps(found, indent=2))
     elif studies:
         heading = "=== {} ===\n" if len(studies) > 1 else ""
-        parts = [(heading.format(study.board.config.name) + study.text, study.times) for study in studies]
+        parts = [
+            (heading.format(study.board.config.name) + study.text, study.times) for study in studies
+        ]
         typer.echo("\n\n".join(filter(None, chain.from_iterable(parts))))
 
 
 def demo(
-    output: Annotated[Path, Option("--output", "-o", help="Folder for the table, the figures and the cache.")] = Path(
-        "demo-output"
-    ),
+    output: Annotated[
+        Path, Option("--output", "-o", help="Folder for the table, the figures and the cache.")
+    ] = Path("demo-output"),
     seed: Annotated[int, Option(min=0, max=MOST_SEED, help="Of everything random.")] = 0,
     overwrite: Overwrite = False,
 ) -> None:
     """Real photos, end to end: embed 10 kinds of clothes with a small model, and see which answers to distrust.
 
-    Takes minutes the first time on two cores, and seconds the second time. Prints a table; figures are saved.
+    Takes minutes the first time on two cores, and seconds the second time. Prints a table; figures
+    are saved.
     """
     from vilu.cli.demo import run
 
@@ -155,7 +195,10 @@ PUBLISHED = "128,512,1024,2048,4096,8192,16384,32768"
 def pools(  # noqa: PLR0913 - one parameter per flag
     store: Data,
     predictors: Annotated[
-        list[str], typer.Argument(help="Folders that `vilu fit` wrote, or methods that need no fit (mcm, margin).")
+        list[str],
+        typer.Argument(
+            help="Folders that `vilu fit` wrote, or methods that need no fit (mcm, margin)."
+        ),
     ],
     sizes: Annotated[str, Option(help="Pool sizes, joined by commas.")] = PUBLISHED,
     draws: Annotated[int, Option(min=1, help="Drawings of the pools, which are averaged.")] = 1,
@@ -164,19 +207,31 @@ def pools(  # noqa: PLR0913 - one parameter per flag
     as_json: RowsJson = False,
     output: RowsFile = None,
     overwrite: Overwrite = False,
-    resamples: Annotated[int, Option(min=0, max=MOST_RESAMPLES, help="Bootstrap resamples of each interval.")] = 1000,
+    resamples: Annotated[
+        int, Option(min=0, max=MOST_RESAMPLES, help="Bootstrap resamples of each interval.")
+    ] = 1000,
 ) -> None:
     """Failure prediction on image-caption pairs against the number of captions to choose from: AUROC / FPR95.
 
-    A method that does not work on pairs is refused with the reason. Sizes that the pairs do not fill are left out.
+    A method that does not work on pairs is refused with the reason. Sizes that the pairs do not
+    fill are left out.
     """
     from vilu.benchmark.pool_sizes import over_pool_sizes, size_table
 
     if len({Path(name).name for name in predictors}) < len(predictors):
-        raise UsageError(f"folders must differ in their last names. Got {', '.join(predictors)}. Rename one.")
+        raise UsageError(
+            f"folders must differ in their last names. Got {', '.join(predictors)}. Rename one."
+        )
     read = [store, *(Path(name) for name in predictors if _is_folder(name))]
-    settings = {"methods": predictors, "sizes": _sizes(sizes), "draws": draws, "resamples": resamples}
-    keep = keeping(output, "results", read, overwrite=overwrite, reading=reading.settings, **settings)
+    settings = {
+        "methods": predictors,
+        "sizes": _sizes(sizes),
+        "draws": draws,
+        "resamples": resamples,
+    }
+    keep = keeping(
+        output, "results", read, overwrite=overwrite, reading=reading.settings, **settings
+    )
     found = over_pool_sizes(
         {Path(name).name: _predictor(name) for name in predictors},
         lambda pools: reading.open_in(pools, store),
@@ -188,7 +243,10 @@ def pools(  # noqa: PLR0913 - one parameter per flag
     )
     keep(lambda path, inputs: found.save(path, inputs=inputs))
     typer.echo(json.dumps(found.to_dicts(), indent=2) if as_json else size_table(found))
-    next_step("AUROC / FPR95 in percent; positive=correct for FPR95" + (f", ± over {draws} draws" if draws > 1 else ""))
+    next_step(
+        "AUROC / FPR95 in percent; positive=correct for FPR95"
+        + (f", ± over {draws} draws" if draws > 1 else "")
+    )
 
 
 def _predictor(name: str) -> FailurePredictor:
@@ -213,5 +271,7 @@ def _is_folder(name: str) -> bool:
 def _sizes(text: str) -> list[int]:
     words = [word.strip() for word in text.split(",")]
     if not all(word.isascii() and word.isdigit() and int(word) > 1 for word in words):
-        raise UsageError(f"--sizes must be whole numbers from 2, joined by commas. Got {text!r} instead.")
+        raise UsageError(
+            f"--sizes must be whole numbers from 2, joined by commas. Got {text!r} instead."
+        )
     return sorted({int(word) for word in words})

@@ -9,7 +9,14 @@ import typer
 from typer import Option
 
 from vilu.cli import console
-from vilu.cli.console import MOST_SEED, MOST_WORKERS, Overwrite, next_step, path_argument, path_option
+from vilu.cli.console import (
+    MOST_SEED,
+    MOST_WORKERS,
+    Overwrite,
+    next_step,
+    path_argument,
+    path_option,
+)
 from vilu.cli.images import Backbone, Models, Template
 from vilu.errors import UsageError
 
@@ -23,17 +30,22 @@ Labels = Annotated[
     ),
 ]
 NotAClass = Annotated[
-    list[str] | None, Option(metavar="NAME", help="A label for none of the classes. May be repeated.")
+    list[str] | None,
+    Option(metavar="NAME", help="A label for none of the classes. May be repeated."),
 ]
 Risk = Annotated[float, Option(min=0, max=1, help="Largest error rate among accepted answers.")]
 Confidence = Annotated[float, Option(min=0, max=1, help="With which that is promised.")]
-HowMany = Annotated[int, Option("-n", "--next", min=0, max=100_000, help="How many labels to ask for.")]
+HowMany = Annotated[
+    int, Option("-n", "--next", min=0, max=100_000, help="How many labels to ask for.")
+]
 
 
 def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
     photos: Annotated[Path, path_argument("Folder of photos, in sub-folders of any kind.")],
     classes: Names,
-    output: Annotated[Path, Option("--output", "-o", help="Folder for all that is made, kept for the next run.")],
+    output: Annotated[
+        Path, Option("--output", "-o", help="Folder for all that is made, kept for the next run.")
+    ],
     labels: Labels = None,
     outside: NotAClass = None,
     max_risk: Risk = 0.05,
@@ -42,21 +54,28 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
     backbone: Backbone = "compact",
     models: Models = None,
     template: Template = None,
-    link: Annotated[bool, Option("--link", help="Sort links to photos into accepted/CLASS, review, outside.")] = False,
+    link: Annotated[
+        bool, Option("--link", help="Sort links to photos into accepted/CLASS, review, outside.")
+    ] = False,
     move: Annotated[bool, Option("--move", help="The same with the photos themselves.")] = False,
     batch_size: Annotated[int, Option(min=1, help="Images per forward pass.")] = 32,
-    workers: Annotated[int | None, Option(min=1, max=MOST_WORKERS, help="Decoding threads. [one per core]")] = None,
+    workers: Annotated[
+        int | None, Option(min=1, max=MOST_WORKERS, help="Decoding threads. [one per core]")
+    ] = None,
     device: Annotated[str, Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    precision: Annotated[Literal["fp32", "bf16"], Option(help="Arithmetic of the image tower.")] = "fp32",
+    precision: Annotated[
+        Literal["fp32", "bf16"], Option(help="Arithmetic of the image tower.")
+    ] = "fp32",
     seed: Annotated[int, Option(min=0, max=MOST_SEED, help="Of everything random.")] = 0,
     overwrite: Overwrite = False,
 ) -> None:
     """From a folder of photos to a decision about each: accept the model's answer, or have a person look.
 
-    Prints the folder. It holds decisions.csv, report.html, next_labels.csv (fill in its column label, and give it back
-    with --labels) and predictor/ for vilu.Guard. Run again with more photos or labels: only what is new is done. Half
-    of the photos, by a hash of the picture, teach; labels of the other half vouch for the promise, which may be looked
-    at after every label. Labels that do not come from next_labels.csv are taken for a random pick.
+    Prints the folder. It holds decisions.csv, report.html, next_labels.csv (fill in its column
+    label, and give it back with --labels) and predictor/ for vilu.Guard. Run again with more photos
+    or labels: only what is new is done. Half of the photos, by a hash of the picture, teach; labels
+    of the other half vouch for the promise, which may be looked at after every label. Labels that
+    do not come from next_labels.csv are taken for a random pick.
     """
     if link and move:
         raise UsageError("--link and --move exclude one another. Give one of them.")
@@ -69,10 +88,16 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
     templates = tuple(named_templates(template)) if template else None
     spec = BackboneSpec(backbone, device, precision, models and models.absolute())
-    how = Embedding(spec, read_classes(classes)[1], templates, everyday_words(), batch_size, workers)
+    how = Embedding(
+        spec, read_classes(classes)[1], templates, everyday_words(), batch_size, workers
+    )
     job = Job(photos, how, tuple(outside or ()), max_risk, confidence, n_next, seed)
     told = triage_photos(
-        job, output, labels or (), sort="move" if move else "link" if link else None, overwrite=overwrite
+        job,
+        output,
+        labels or (),
+        sort="move" if move else "link" if link else None,
+        overwrite=overwrite,
     )
     typer.echo(output)
     for line in told:
@@ -87,63 +112,109 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
 
 def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
-    store: Annotated[Path, path_argument("Store of the images to choose from; labels that it has are known.")],
+    store: Annotated[
+        Path, path_argument("Store of the images to choose from; labels that it has are known.")
+    ],
     output: Annotated[Path, Option("--output", "-o", help="File, .csv.")],
     predictor: Annotated[Path, path_option("Folder of a fitted predictor.", metavar="PREDICTOR")],
     n_next: HowMany = 50,
     labels: Annotated[
         list[Path] | None,
-        path_option("What this command asked for before, filled in or not. May be repeated.", metavar="FILE"),
+        path_option(
+            "What this command asked for before, filled in or not. May be repeated.", metavar="FILE"
+        ),
     ] = None,
     max_risk: Risk = 0.05,
-    seed: Annotated[int, Option(min=0, max=MOST_SEED, help="Of the sides and the order of the draw.")] = 0,
-    per_class: Annotated[bool, Option("--per-class", help="For a promise of each class, where labels lack.")] = False,
+    seed: Annotated[
+        int, Option(min=0, max=MOST_SEED, help="Of the sides and the order of the draw.")
+    ] = 0,
+    per_class: Annotated[
+        bool, Option("--per-class", help="For a promise of each class, where labels lack.")
+    ] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Which images to label next: half of them teach, half vouch for a promise. Prints the file.
 
-    Those that teach are doubtful and different from one another. Those that vouch are drawn from what could be
-    accepted, of the half of the images (by a hash) of which none may teach; a promise rests on all of them together.
-    `vilu triage` does this by itself, and keeps the book.
+    Those that teach are doubtful and different from one another. Those that vouch are drawn from
+    what could be accepted, of the half of the images (by a hash) of which none may teach; a promise
+    rests on all of them together. `vilu triage` does this by itself, and keeps the book.
     """
     if output.resolve() in {file.resolve() for file in labels or ()}:
-        raise UsageError(f"{output} is one of --labels, and its answers would be lost. Give another file.")
+        raise UsageError(
+            f"{output} is one of --labels, and its answers would be lost. Give another file."
+        )
     from vilu.files.places import claim_file, inputs_of
     from vilu.predictors.storage import load
     from vilu.store.reader import EmbeddingStore
     from vilu.triage.ask import next_of_store, write_next
 
-    chosen = {"n": n_next, "max_risk": max_risk, "seed": seed, **({"per_class": True} if per_class else {})}
-    claim_file(output, "labels", inputs_of(store, predictor, *(labels or ()), **chosen), overwrite=overwrite)
+    chosen = {
+        "n": n_next,
+        "max_risk": max_risk,
+        "seed": seed,
+        **({"per_class": True} if per_class else {}),
+    }
+    claim_file(
+        output,
+        "labels",
+        inputs_of(store, predictor, *(labels or ()), **chosen),
+        overwrite=overwrite,
+    )
     asked, rows = next_of_store(
-        EmbeddingStore(store), load(predictor), labels or (), n_next, max_risk, seed, per_class=per_class
+        EmbeddingStore(store),
+        load(predictor),
+        labels or (),
+        n_next,
+        max_risk,
+        seed,
+        per_class=per_class,
     )
     write_next(output, asked, rows)
     typer.echo(output)
-    none = "every image that could help has a label, or was asked for before" if n_next else "-n is 0"
-    next_step(f"{len(asked):,} images are asked for; {'fill in the column label' if asked else none}")
+    none = (
+        "every image that could help has a label, or was asked for before" if n_next else "-n is 0"
+    )
+    next_step(
+        f"{len(asked):,} images are asked for; {'fill in the column label' if asked else none}"
+    )
 
 
 def review(  # noqa: PLR0913, PLR0917 - one parameter per flag
-    source: Annotated[Path, path_argument("Folder of `vilu triage`, or scores that `vilu score` wrote.")],
-    output: Annotated[Path, Option("--output", "-o", help="File; fiftyone: a folder; with --serve: a CSV of labels.")],
-    to: Annotated[Literal["label-studio", "fiftyone", "csv"], Option(help="The tool that takes the tasks.")] = "csv",
+    source: Annotated[
+        Path, path_argument("Folder of `vilu triage`, or scores that `vilu score` wrote.")
+    ],
+    output: Annotated[
+        Path,
+        Option("--output", "-o", help="File; fiftyone: a folder; with --serve: a CSV of labels."),
+    ],
+    to: Annotated[
+        Literal["label-studio", "fiftyone", "csv"], Option(help="The tool that takes the tasks.")
+    ] = "csv",
     which: Annotated[
         Literal["asked", "review", "all"],
-        Option(help="Of a triage: what it asks for, or what is to be reviewed. Of scores: all, or not accepted."),
+        Option(
+            help="Of a triage: what it asks for, or what is to be reviewed. Of scores: all, or not accepted."
+        ),
     ] = "asked",
     n_most: Annotated[int | None, Option("-n", min=1, help="At most so many. [all]")] = None,
-    photos: Annotated[Path | None, path_option("Folder that paths start from. [a triage knows]", metavar="DIR")] = None,
-    prefix: Annotated[str, Option(help="Label Studio: before every path, e.g. /data/local-files/?d=photos/.")] = "",
+    photos: Annotated[
+        Path | None, path_option("Folder that paths start from. [a triage knows]", metavar="DIR")
+    ] = None,
+    prefix: Annotated[
+        str, Option(help="Label Studio: before every path, e.g. /data/local-files/?d=photos/.")
+    ] = "",
     serve: Annotated[
-        bool, Option("--serve", help="Show the photos on a page on this machine, to be labelled by keyboard.")
+        bool,
+        Option(
+            "--serve", help="Show the photos on a page on this machine, to be labelled by keyboard."
+        ),
     ] = False,
     port: Annotated[int, Option(min=0, max=65535, help="Of the page. [a free one]")] = 0,
 ) -> None:
     """Hand photos to people: as tasks for a tool, or on a page of our own. Prints what was written, or the address.
 
-    On the page every answer is kept at once in OUTPUT; the same command goes on where it stopped. Finished tasks of a
-    tool come back by `vilu labels`.
+    On the page every answer is kept at once in OUTPUT; the same command goes on where it stopped.
+    Finished tasks of a tool come back by `vilu labels`.
     """
     import dataclasses
 
@@ -165,20 +236,32 @@ def review(  # noqa: PLR0913, PLR0917 - one parameter per flag
     if output.suffix.lower() != ".csv":
         raise UsageError(f"labels are kept in a file that ends in .csv. Got {output} instead.")
     session = ReviewSession(found, output)
-    next_step(f"{len(found.tasks):,} photos; open this address, and stop with Ctrl-C when you are done")
+    next_step(
+        f"{len(found.tasks):,} photos; open this address, and stop with Ctrl-C when you are done"
+    )
     serve_page(session, port, typer.echo)
     next_step(f"{len(session.answers):,} answers are in {output}")
 
 
 def labels(
-    done: Annotated[Path, path_argument("Label Studio's export (JSON), a FiftyOne data set on disk, or a CSV.")],
-    output: Annotated[Path, Option("--output", "-o", help="File, .csv; with --scores .parquet or .csv.")],
+    done: Annotated[
+        Path, path_argument("Label Studio's export (JSON), a FiftyOne data set on disk, or a CSV.")
+    ],
+    output: Annotated[
+        Path, Option("--output", "-o", help="File, .csv; with --scores .parquet or .csv.")
+    ],
     scores: Annotated[
         Path | None,
-        path_option("Write these scores with their failures, for `vilu monitor --late-labels`.", metavar="FILE"),
+        path_option(
+            "Write these scores with their failures, for `vilu monitor --late-labels`.",
+            metavar="FILE",
+        ),
     ] = None,
 ) -> None:
-    """Finished tasks as labels for `vilu triage` and `vilu embed`, or as failures of scores. Prints the file."""
+    """Finished tasks as labels for `vilu triage` and `vilu embed`, or as failures of scores.
+
+    Prints the file.
+    """
     from vilu.triage.review import read_done, write_labels
 
     found, streams = read_done(done)
@@ -191,19 +274,35 @@ def audit_labels(
     store: Annotated[Path, path_argument("Store with labels.")],
     output: Annotated[Path, Option("--output", "-o", help="Table, .csv or .parquet.")],
     predictor: Annotated[
-        Path | None, path_option("Whose posterior judges; not fitted on these rows. [vilu_plus, in five folds]")
+        Path | None,
+        path_option("Whose posterior judges; not fitted on these rows. [vilu_plus, in five folds]"),
     ] = None,
-    images: Annotated[Path | None, path_option("Images as given to `vilu embed`, for --sheet.", metavar="PATH")] = None,
-    sheet: Annotated[Path | None, Option(help="Also a contact sheet of the worst and the best, .png.")] = None,
+    images: Annotated[
+        Path | None, path_option("Images as given to `vilu embed`, for --sheet.", metavar="PATH")
+    ] = None,
+    sheet: Annotated[
+        Path | None, Option(help="Also a contact sheet of the worst and the best, .png.")
+    ] = None,
     split: Annotated[str | None, Option(help="Of --images.")] = None,
-    root: Annotated[Path | None, Option(metavar="DIR", help="Of --images, as `vilu embed` takes it.")] = None,
+    root: Annotated[
+        Path | None, Option(metavar="DIR", help="Of --images, as `vilu embed` takes it.")
+    ] = None,
     seed: Annotated[int, Option(min=0, max=MOST_SEED, help="Of the folds.")] = 0,
 ) -> None:
-    """Which labels are probably wrong, the worst first (cleanlab's confident learning). Prints the table's file."""
+    """Which labels are probably wrong, the worst first (cleanlab's confident learning).
+
+    Prints the table's file.
+    """
     if (sheet is None) != (images is None):
         raise UsageError("--sheet shows --images: give both, or none.")
-    if sheet and (sheet.suffix.lower() not in {".png", ".svg", ".webp"} or sheet.exists() or not sheet.parent.is_dir()):
-        raise UsageError(f"--sheet must be a new .png, .svg or .webp in a folder that is there. Got {sheet} instead.")
+    if sheet and (
+        sheet.suffix.lower() not in {".png", ".svg", ".webp"}
+        or sheet.exists()
+        or not sheet.parent.is_dir()
+    ):
+        raise UsageError(
+            f"--sheet must be a new .png, .svg or .webp in a folder that is there. Got {sheet} instead."
+        )
     from vilu.datasets.catalog import open_dataset
     from vilu.files.places import claim_file
     from vilu.predictors.storage import load
@@ -212,7 +311,9 @@ def audit_labels(
 
     claim_file(output, "label errors", overwrite=True)
     pictures = None if images is None else open_dataset(images, split=split, root=root)
-    found = find_label_errors(EmbeddingStore(store), None if predictor is None else load(predictor), seed=seed)
+    found = find_label_errors(
+        EmbeddingStore(store), None if predictor is None else load(predictor), seed=seed
+    )
     found.save(output)
     typer.echo(output)
     if pictures is not None and sheet is not None:

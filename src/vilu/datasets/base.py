@@ -29,12 +29,17 @@ class ImageRecord:
     """One image, not yet read or decoded.
 
     Attributes:
-        key: Stable identifier, unique in the data set (relative POSIX path, or the ``key`` column, or row number).
-        label: Index into the data set's class names; None where unknown, -2 where it is none of them.
-        read: Returns the encoded bytes; may raise OSError or ``BadImage``. Called from a decoding thread.
-        caption: Returns the caption; may raise OSError or ``BadImage`` (stage "text"). None where images have none.
+        key: Stable identifier, unique in the data set (relative POSIX path, or the ``key`` column,
+            or row number).
+        label: Index into the data set's class names; None where unknown, -2 where it is none of
+            them.
+        read: Returns the encoded bytes; may raise OSError or ``BadImage``. Called from a decoding
+            thread.
+        caption: Returns the caption; may raise OSError or ``BadImage`` (stage "text"). None where
+            images have none.
         position: In the data set; None where it follows from the order of the records.
-        content: Returns what the picture is recognised by, where that is not the encoded bytes. Called after ``read``.
+        content: Returns what the picture is recognised by, where that is not the encoded bytes.
+            Called after ``read``.
     """
 
     key: str
@@ -51,9 +56,12 @@ class ImageDataset(Protocol):
 
     Attributes:
         source: Where it came from, for people.
-        class_names: Names in label order (one table per data set, the same for all splits); None when unlabelled.
-        captioned: Whether records have captions, which are then the candidates; such a set has no class names.
-        fingerprint: Hash of the listing (keys, labels, sizes), so that a changed input is noticed on resume.
+        class_names: Names in label order (one table per data set, the same for all splits); None
+            when unlabelled.
+        captioned: Whether records have captions, which are then the candidates; such a set has no
+            class names.
+        fingerprint: Hash of the listing (keys, labels, sizes), so that a changed input is noticed
+            on resume.
     """
 
     source: str
@@ -68,17 +76,20 @@ class ImageDataset(Protocol):
         """The images at positions start ... stop - 1, in order; of a ``ShardedDataset``, those in these shards."""
 
 
-SHARD: Final = 2**32  # positions of each shard: an image's is the number of its shard times this, plus its number there
+SHARD: Final = (
+    2**32
+    # positions of each shard: an image's is the number of its shard times this, plus its number there
+)
 
 
 @runtime_checkable
 class ShardedDataset(ImageDataset, Protocol):
     """Images in shards (tar files), of which only reading tells how many each holds; a part is some whole shards.
 
-    Every sample is a record with a ``position``: the number of its shard times 2^32 plus its number there. A sample
-    that cannot be used is a record whose ``read`` raises ``BadImage``, so that it is counted and listed.
-    ``fingerprint`` covers the names of the shards; their content is ``shard_fingerprint``'s, part by part, so that a
-    mended shard costs its own part only.
+    Every sample is a record with a ``position``: the number of its shard times 2^32 plus its number
+    there. A sample that cannot be used is a record whose ``read`` raises ``BadImage``, so that it
+    is counted and listed. ``fingerprint`` covers the names of the shards; their content is
+    ``shard_fingerprint``'s, part by part, so that a mended shard costs its own part only.
     """
 
     def shard_fingerprint(self, start: int, stop: int) -> str:
@@ -100,7 +111,13 @@ def fault_of(status: os.stat_result | OSError | None, path: Callable[[], str]) -
         return FINE if status.st_mode & stat.S_IROTH or os.access(path(), os.R_OK) else DENIED
     if status is None:
         return MISSING
-    return ELSEWHERE if isinstance(status, OutsideError) else DENIED if status.errno == errno.EACCES else MISSING
+    return (
+        ELSEWHERE
+        if isinstance(status, OutsideError)
+        else DENIED
+        if status.errno == errno.EACCES
+        else MISSING
+    )
 
 
 @dataclass(frozen=True)
@@ -117,7 +134,12 @@ class Faults:
         """Those of some positions."""
         places = np.asarray(positions, dtype=np.int64)
         path, rule = self.path, self.rule
-        return Faults(self.kinds[places], self.folder, lambda i: path(int(places[i])), lambda rows: rule(places[rows]))
+        return Faults(
+            self.kinds[places],
+            self.folder,
+            lambda i: path(int(places[i])),
+            lambda rows: rule(places[rows]),
+        )
 
     def require(self, source: str, budget: float) -> None:
         """DataError (StorageError where rights are lacking) if more than a share cannot be read; a warning if fewer."""
@@ -136,7 +158,9 @@ class Faults:
             return
         rule = f" {self.rule(rows[ELSEWHERE])}" if len(rows[ELSEWHERE]) else ""
         error = StorageError if len(rows[DENIED]) == len(bad) else DataError
-        raise error(f"{told}{rule} At most {budget:.2%} may be unreadable (--max-error-rate); nothing was begun.")
+        raise error(
+            f"{told}{rule} At most {budget:.2%} may be unreadable (--max-error-rate); nothing was begun."
+        )
 
 
 def require_files(images: ImageDataset, budget: float) -> None:
@@ -149,11 +173,13 @@ def require_files(images: ImageDataset, budget: float) -> None:
 class Chosen:
     """Some images of a data set, or its first shards; source, names and captions are the whole's.
 
-    ``positions`` ascend; of a ``ShardedDataset``, whose records carry their positions, they are the first ones.
-    ``mark`` is what sets them apart, for the fingerprint.
+    ``positions`` ascend; of a ``ShardedDataset``, whose records carry their positions, they are the
+    first ones. ``mark`` is what sets them apart, for the fingerprint.
     """
 
-    def __init__(self, images: ImageDataset, positions: Sequence[int], mark: Mapping[str, object]) -> None:
+    def __init__(
+        self, images: ImageDataset, positions: Sequence[int], mark: Mapping[str, object]
+    ) -> None:
         self.source = images.source
         self.class_names = images.class_names
         self.captioned = images.captioned
@@ -178,18 +204,22 @@ class Chosen:
         if not wanted:
             return
         passed = self._images.records(wanted[0], wanted[-1] + 1)
-        if wanted[-1] - wanted[0] < len(wanted):  # no gap, and of shards a position has many records
+        if wanted[-1] - wanted[0] < len(
+            wanted
+        ):  # no gap, and of shards a position has many records
             yield from passed
             return
         kept = set(wanted)
-        yield from (record for position, record in enumerate(passed, start=wanted[0]) if position in kept)
+        yield from (
+            record for position, record in enumerate(passed, start=wanted[0]) if position in kept
+        )
 
 
 class WithOutside:
     """A data set without some of its classes, whose images are of none of those that are left.
 
-    ``outside`` names classes, as the data have them or as prompts do, or labels beyond the classes; those that the
-    data set takes for outside are its ``strays``.
+    ``outside`` names classes, as the data have them or as prompts do, or labels beyond the classes;
+    those that the data set takes for outside are its ``strays``.
 
     Raises:
         UsageError: If there is no such class or label, or no class would be left.
@@ -197,7 +227,9 @@ class WithOutside:
 
     def __init__(self, images: ImageDataset, outside: Sequence[str]) -> None:
         if images.class_names is None:
-            raise UsageError(f"{images.source} has no classes, so nothing can be outside of them. Leave --outside out.")
+            raise UsageError(
+                f"{images.source} has no classes, so nothing can be outside of them. Leave --outside out."
+            )
         table: ClassTable | None = getattr(images, "classes", None)
         prompts = images.class_names
         names = list(zip(prompts if table is None else table.folders, prompts, strict=True))
@@ -207,14 +239,20 @@ class WithOutside:
         if unknown is not None:
             hint = nearest(unknown, there, cutoff=0.5)
             shown = _listed([folder for folder, _ in names])
-            raise UsageError(f"{images.source} has no class or label {unknown!r} for --outside; it has {shown}.{hint}")
+            raise UsageError(
+                f"{images.source} has no class or label {unknown!r} for --outside; it has {shown}.{hint}"
+            )
         kept = [label for label, both in enumerate(names) if set(outside).isdisjoint(both)]
         if not kept:
-            raise UsageError(f"--outside leaves none of the {len(names)} classes of {images.source}.")
+            raise UsageError(
+                f"--outside leaves none of the {len(names)} classes of {images.source}."
+            )
         self.source, self.captioned = images.source, images.captioned
         self.class_names: tuple[str, ...] | None = tuple(prompts[label] for label in kept)
         folders = tuple(names[label][0] for label in kept)
-        self.classes = None if table is None else replace(table, folders=folders, names=self.class_names)
+        self.classes = (
+            None if table is None else replace(table, folders=folders, names=self.class_names)
+        )
         self.fingerprint = images.fingerprint
         self.outside = tuple(sorted(set(outside)))
         self._images, self._label = images, {label: place for place, label in enumerate(kept)}
@@ -241,17 +279,23 @@ def parse_split(split: str, available: Collection[str], source: str) -> tuple[st
     """The names in ``split``, each once and each available."""
     names = tuple(name.strip() for name in split.split("+"))
     if not all(names) or len(set(names)) < len(names):
-        raise UsageError(f"--split must name each split once, joined by '+'. Got {split!r} instead.")
+        raise UsageError(
+            f"--split must name each split once, joined by '+'. Got {split!r} instead."
+        )
     unknown = next((name for name in names if name not in available), None)
     if unknown is None:
         return names
     if not available:
         raise UsageError(f"{source} has no splits. Leave --split {split} out.")
     hint = nearest(unknown, available, cutoff=0.5)
-    raise UsageError(f"{source} has no split {unknown!r}; it has {', '.join(sorted(available))}.{hint}")
+    raise UsageError(
+        f"{source} has no split {unknown!r}; it has {', '.join(sorted(available))}.{hint}"
+    )
 
 
-CAPTIONS_OR_CLASSES: Final = "captions take the place of classes. Give --captions or --classes, not both."
+CAPTIONS_OR_CLASSES: Final = (
+    "captions take the place of classes. Give --captions or --classes, not both."
+)
 SHOWN: Final = 10  # values of a column that a message lists
 
 
@@ -264,8 +308,12 @@ class Selection:
     captions: bool = False  # whether captions are asked for even where there are labels
     # only rows that hold these values, by column; values are compared as text
     where: Mapping[str, str] = field(default_factory=dict)
-    root: Path | None = None  # folder that paths of images are relative to and stay below; None for the table's own
-    outside: tuple[str, ...] = ()  # names of classes, or labels beyond them, whose images are of none of the classes
+    root: Path | None = (
+        None  # folder that paths of images are relative to and stay below; None for the table's own
+    )
+    outside: tuple[
+        str, ...
+    ] = ()  # names of classes, or labels beyond them, whose images are of none of the classes
 
     def bounds(self, table: Path) -> Bounds:
         """Where the files of a table may be."""
@@ -275,9 +323,13 @@ class Selection:
         """The columns of ``where``."""
         for name in self.where:
             if name not in names:
-                raise UsageError(f"{source} has no column {name!r} for --where; it has {_listed(names)}.")
+                raise UsageError(
+                    f"{source} has no column {name!r} for --where; it has {_listed(names)}."
+                )
             if names.count(name) > 1:
-                raise DataError(f"{source}: column {name!r} occurs {names.count(name)} times. Rename all but one.")
+                raise DataError(
+                    f"{source}: column {name!r} occurs {names.count(name)} times. Rename all but one."
+                )
         return list(self.where)
 
     def fingerprint(self) -> dict[str, object]:
@@ -288,14 +340,26 @@ class Selection:
         """(N,) positions of the rows."""
         chosen = np.ones(len(table), dtype=bool)
         if self.split is not None:
-            column = pa.array([], pa.string()) if split_column is None else table[split_column].cast(pa.string())
-            wanted = parse_split(self.split, [value for value in column.unique().to_pylist() if value], source)
+            column = (
+                pa.array([], pa.string())
+                if split_column is None
+                else table[split_column].cast(pa.string())
+            )
+            wanted = parse_split(
+                self.split, [value for value in column.unique().to_pylist() if value], source
+            )
             chosen &= pc.is_in(column, value_set=pa.array(wanted)).to_numpy()
         for name, value in self.where.items():
             cells = bytes_of(table[name], f"{source}, column {name!r}")
-            kept = chosen & pc.is_in(cells, value_set=pa.array([value.encode()], cells.type)).to_numpy(False)
+            kept = chosen & pc.is_in(
+                cells, value_set=pa.array([value.encode()], cells.type)
+            ).to_numpy(False)
             if not kept.any():
-                present = pc.unique(cells.filter(pa.array(chosen)).drop_null()).slice(0, SHOWN + 1).to_pylist()
+                present = (
+                    pc.unique(cells.filter(pa.array(chosen)).drop_null())
+                    .slice(0, SHOWN + 1)
+                    .to_pylist()
+                )
                 raise UsageError(
                     f"{source} has no row with {name}={value}"
                     f"{' among those chosen so far' if not chosen.all() else ''}; column {name!r} has "
@@ -309,7 +373,9 @@ def bytes_of(column: pa.ChunkedArray, where: str) -> pa.Array:
     """The cells of a column as the UTF-8 bytes of their text; those of strings are not checked."""
     kind = column.type
     if pa.types.is_nested(kind):
-        raise DataError(f"{where}: text is expected, one per row. Found {kind}. Write one row for each.")
+        raise DataError(
+            f"{where}: text is expected, one per row. Found {kind}. Write one row for each."
+        )
     if pa.types.is_dictionary(kind):
         column = column.cast(kind.value_type)
     if not is_binary(column.type):
@@ -319,9 +385,13 @@ def bytes_of(column: pa.ChunkedArray, where: str) -> pa.Array:
 
 def is_binary(kind: pa.DataType) -> bool:
     """Whether cells are bytes, in any of the three layouts."""
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
+    return bool(
+        pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+    )
 
 
 def _listed(names: Collection[str]) -> str:
-    shown = ", ".join(repr(name) if not name.isprintable() or not name else name for name in list(names)[:SHOWN])
+    shown = ", ".join(
+        repr(name) if not name.isprintable() or not name else name for name in list(names)[:SHOWN]
+    )
     return (shown or "nothing") + (", ..." if len(names) > SHOWN else "")

@@ -7,7 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from vilu.datasets.base import CAPTIONS_OR_CLASSES, Chosen, ImageDataset, Selection, ShardedDataset, WithOutside
+from vilu.datasets.base import (
+    CAPTIONS_OR_CLASSES,
+    Chosen,
+    ImageDataset,
+    Selection,
+    ShardedDataset,
+    WithOutside,
+)
 from vilu.datasets.cifar import CifarDataset, find_layout
 from vilu.datasets.folder import FolderDataset
 from vilu.datasets.known import open_known
@@ -24,7 +31,10 @@ DATASETS: Final[dict[str, str]] = {
     "cifar10": "cifar-10-batches-py, or the folder it is in, as torchvision unpacks it; --split train or test",
     "cifar100": "cifar-100-python, or the folder it is in, as torchvision unpacks it; --split train or test",
 }
-"""What ``open_dataset`` accepts without a name, for people; ``vilu.datasets.known`` has the sets with one."""
+"""What ``open_dataset`` accepts without a name, for people;
+
+``vilu.datasets.known`` has the sets with one.
+"""
 
 TABLES: Final = frozenset({".csv", ".tsv", ".parquet", ".pq"})
 
@@ -46,19 +56,23 @@ def open_dataset(  # noqa: PLR0913 - one keyword per flag of the command
     """Open images with the reader that fits, or a data set by its name.
 
     Args:
-        source: A folder, file or pattern of files laid out in one of the ways of ``DATASETS``; with ``dataset`` the
-            folder that holds all data sets, or that one.
+        source: A folder, file or pattern of files laid out in one of the ways of ``DATASETS``; with
+            ``dataset`` the folder that holds all data sets, or that one.
         split: Names of splits joined by ``+`` ("validation+test"); None for everything.
-        limit: Keep the first ``limit`` images of the fixed order (folders are sorted by class, so this is no sample).
+        limit: Keep the first ``limit`` images of the fixed order (folders are sorted by class, so
+            this is no sample).
         classes: A classes file: one name per line, or ``folder<TAB>name``.
-        captions: Take the captions of a table that has labels too; where there are only captions they are taken anyway.
+        captions: Take the captions of a table that has labels too; where there are only captions
+            they are taken anyway.
         where: Keep the rows of a table that hold these values, by column ({"vendor": "google"}).
         dataset: A name in ``vilu.datasets.known.KNOWN``, such as "dtd".
         raw_names: With ``dataset``: leave class names as the data have them.
-        root: Folder that the paths in a table are relative to, in place of the table's own; paths that are absolute or
-            climb are fine where they end below it. Of a folder of images: where links may lead, too.
-        outside: Names of classes (folders, labels, names for prompts), or numbers beyond the classes, that are none of
-            them: they are left out of ``class_names``, and their images get the label -2 (``vilu.OUTSIDE``).
+        root: Folder that the paths in a table are relative to, in place of the table's own; paths
+            that are absolute or climb are fine where they end below it. Of a folder of images:
+            where links may lead, too.
+        outside: Names of classes (folders, labels, names for prompts), or numbers beyond the
+            classes, that are none of them: they are left out of ``class_names``, and their images
+            get the label -2 (``vilu.OUTSIDE``).
 
     Raises:
         UsageError: If an argument does not fit; the message names what there is.
@@ -80,21 +94,38 @@ def open_dataset(  # noqa: PLR0913 - one keyword per flag of the command
     """
     if dataset is None:
         if raw_names:
-            raise UsageError("--raw-names is of a data set of the catalogue. Name one with --dataset, or leave it out.")
+            raise UsageError(
+                "--raw-names is of a data set of the catalogue. Name one with --dataset, or leave it out."
+            )
         with or_refuse("look at the folder of the images"):
             if root is not None and not root.is_dir():
-                raise UsageError(f"--root must be a folder that holds the images. Got {root} instead.")
-        images = _open(source, Selection(split, classes, captions, dict(where or {}), root, tuple(outside)))
+                raise UsageError(
+                    f"--root must be a folder that holds the images. Got {root} instead."
+                )
+        images = _open(
+            source, Selection(split, classes, captions, dict(where or {}), root, tuple(outside))
+        )
     elif captions or where or root:
-        raise UsageError(f"--captions, --where and --root are of tables. {dataset} is none: leave them out.")
+        raise UsageError(
+            f"--captions, --where and --root are of tables. {dataset} is none: leave them out."
+        )
     else:
-        images = open_known(dataset, source, split=split, raw_names=raw_names, classes=classes, outside=tuple(outside))
+        images = open_known(
+            dataset,
+            source,
+            split=split,
+            raw_names=raw_names,
+            classes=classes,
+            outside=tuple(outside),
+        )
     images = WithOutside(images, outside) if outside else images
     if limit is None:
         return images
     require_at_least("--limit", limit, 1)
     if isinstance(images, ShardedDataset):
-        raise UsageError("--limit cannot be had of tar files, whose images are not counted before. Give fewer shards.")
+        raise UsageError(
+            "--limit cannot be had of tar files, whose images are not counted before. Give fewer shards."
+        )
     return Chosen(images, range(limit), {"limit": limit}) if limit < len(images) else images
 
 
@@ -115,13 +146,23 @@ def _open(source: Path | str, selection: Selection) -> ImageDataset:
     if shards:
         return _open_shards(str(source), shards, selection)
     if selection.captions:
-        raise UsageError(f"{source} has no captions: tables and tar files have. Leave --captions out.")
+        raise UsageError(
+            f"{source} has no captions: tables and tar files have. Leave --captions out."
+        )
     if layout:
         return CifarDataset(
-            layout[1], layout[0], split=selection.split, classes=selection.classes, outside=selection.outside
+            layout[1],
+            layout[0],
+            split=selection.split,
+            classes=selection.classes,
+            outside=selection.outside,
         )
     return FolderDataset(
-        path, split=selection.split, classes=selection.classes, beside=selection.root, outside=selection.outside
+        path,
+        split=selection.split,
+        classes=selection.classes,
+        beside=selection.root,
+        outside=selection.outside,
     )
 
 
@@ -139,7 +180,9 @@ def _no_source(path: Path) -> UsageError | DataError:
 
 def _open_shards(source: str, shards: list[Path], selection: Selection) -> TarShards:
     if selection.split is not None:
-        raise UsageError(f"{source} has no splits. Leave --split {selection.split} out and name the shards of one.")
+        raise UsageError(
+            f"{source} has no splits. Leave --split {selection.split} out and name the shards of one."
+        )
     if selection.captions and selection.classes is not None:
         raise UsageError(CAPTIONS_OR_CLASSES)
     for shard in shards:

@@ -45,10 +45,19 @@ class PickledArray:
         """The array, (n, width) uint8 with n at least 1; ValueError where it is anything else."""
         state = self.state[-4:] if isinstance(self.state, tuple) else None
         match state:  # numpy's (version, shape, dtype, whether in Fortran order, raw bytes)
-            case ((int(n), int(columns)), PickledType("u1" | "uint8" | "B"), bool(fortran), bytes() | str() as raw):
-                content = raw.encode("latin-1") if isinstance(raw, str) else raw  # str: written by Python 2
+            case (
+                (int(n), int(columns)),
+                PickledType("u1" | "uint8" | "B"),
+                bool(fortran),
+                bytes() | str() as raw,
+            ):
+                content = (
+                    raw.encode("latin-1") if isinstance(raw, str) else raw
+                )  # str: written by Python 2
                 if n > 0 and columns == width and len(content) == n * width:
-                    return np.frombuffer(content, dtype=np.uint8).reshape((n, width), order="F" if fortran else "C")
+                    return np.frombuffer(content, dtype=np.uint8).reshape(
+                        (n, width), order="F" if fortran else "C"
+                    )
         raise ValueError(f"an array of shape (n, {width}) and type uint8 was expected")
 
 
@@ -106,18 +115,35 @@ def read_pickle(file: Path) -> dict[str, object]:
             raise DataError(f"{file} is too large: at most {MAX_BYTES} bytes of pickle are read.")
         raw = file.read_bytes()
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # no array's pickle has escapes that Python has to guess at
-            kept = sum(name in TUPLES and later != "REDUCE" for name, later in itertools.pairwise(_steps(raw)))
-            if kept > MAX_TUPLES:  # they could be nested without end; an array and its labels have a handful
-                raise ValueError(f"it holds {kept} tuples, and an array needs no more than {MAX_TUPLES}")
+            warnings.simplefilter(
+                "error"
+            )  # no array's pickle has escapes that Python has to guess at
+            kept = sum(
+                name in TUPLES and later != "REDUCE"
+                for name, later in itertools.pairwise(_steps(raw))
+            )
+            if (
+                kept > MAX_TUPLES
+            ):  # they could be nested without end; an array and its labels have a handful
+                raise ValueError(
+                    f"it holds {kept} tuples, and an array needs no more than {MAX_TUPLES}"
+                )
             content = _Unpickler(io.BytesIO(raw), encoding="latin1").load()
-    except (pickle.UnpicklingError, *CORRUPT) as error:  # refused names and opcodes out of place; what damage brings
+    except (
+        pickle.UnpicklingError,
+        *CORRUPT,
+    ) as error:  # refused names and opcodes out of place; what damage brings
         raise DataError(
             f"{file} was refused: {error}. Only pickled arrays are read; unpack the archive again."
         ) from error
     if not isinstance(content, dict):
-        raise DataError(f"{file} must hold a dictionary. Found {type(content).__name__}. Unpack the archive again.")
-    return {key.decode("latin-1") if isinstance(key, bytes) else str(key): value for key, value in content.items()}
+        raise DataError(
+            f"{file} must hold a dictionary. Found {type(content).__name__}. Unpack the archive again."
+        )
+    return {
+        key.decode("latin-1") if isinstance(key, bytes) else str(key): value
+        for key, value in content.items()
+    }
 
 
 PIXELS: Final = 3 * 32 * 32
@@ -135,7 +161,11 @@ class Layout:
 
     def is_in(self, folder: Path) -> bool:
         """Whether the folder has all of the files."""
-        return all((folder / name).is_file() for names in (*self.splits.values(), (self.meta,)) for name in names)
+        return all(
+            (folder / name).is_file()
+            for names in (*self.splits.values(), (self.meta,))
+            for name in names
+        )
 
 
 CIFAR10: Final = Layout(
@@ -163,15 +193,18 @@ def find_layout(source: Path) -> tuple[Layout, Path] | None:
         if layout.is_in(folder)
     ]
     if len(found) > 1:
-        raise DataError(f"{source} holds more than one data set. Name one: {', '.join(str(f) for _, f in found)}.")
+        raise DataError(
+            f"{source} holds more than one data set. Name one: {', '.join(str(f) for _, f in found)}."
+        )
     return found[0] if found else None
 
 
 class CifarDataset:
     """32 x 32 pictures out of pickled arrays; keys are ``file/row``; each is handed over as a PNG, which loses nothing.
 
-    ``split`` is "train", "test", or "train+test"; None for both. A classes file is in label order, and may leave out
-    the classes of ``outside``. With ``raw_names`` names for prompts keep their underscores.
+    ``split`` is "train", "test", or "train+test"; None for both. A classes file is in label order,
+    and may leave out the classes of ``outside``. With ``raw_names`` names for prompts keep their
+    underscores.
     """
 
     def __init__(
@@ -184,7 +217,11 @@ class CifarDataset:
         raw_names: bool = False,
         outside: Collection[str] = (),
     ) -> None:
-        splits = tuple(layout.splits) if split is None else parse_split(split, layout.splits, str(folder))
+        splits = (
+            tuple(layout.splits)
+            if split is None
+            else parse_split(split, layout.splits, str(folder))
+        )
         raw = _class_names(folder / layout.meta, layout.names)
         self.source = str(folder)
         self.captioned = False
@@ -207,7 +244,9 @@ class CifarDataset:
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
         """The images at positions start ... stop - 1."""
         for batch, row in self._rows[start:stop]:
-            pixels = batch.pixels[row]  # which are the picture: the bytes of a PNG depend on the library that makes it
+            pixels = batch.pixels[
+                row
+            ]  # which are the picture: the bytes of a PNG depend on the library that makes it
             name, label = f"{batch.name}/{row}", batch.labels[row]
             yield ImageRecord(name, label, partial(_png, pixels), content=pixels.tobytes)
 
@@ -225,16 +264,22 @@ class _Batch:
         content = read_pickle(file)
         array, labels = content.get("data"), content.get(label_key)
         if not isinstance(array, PickledArray) or not isinstance(labels, list):
-            raise DataError(f"{file} must hold 'data' and {label_key!r}. Found: {', '.join(content)}.")
+            raise DataError(
+                f"{file} must hold 'data' and {label_key!r}. Found: {', '.join(content)}."
+            )
         try:
             pixels = array.as_bytes(PIXELS)
         except ValueError as error:
             raise DataError(f"{file}: {error}. Unpack the archive again.") from error
         if len(labels) != len(pixels):
-            raise DataError(f"{file} has {len(pixels)} images and {len(labels)} labels. Unpack the archive again.")
+            raise DataError(
+                f"{file} has {len(pixels)} images and {len(labels)} labels. Unpack the archive again."
+            )
         for row, label in enumerate(labels):
             if not isinstance(label, int) or not 0 <= label < n_classes:
-                raise DataError(f"{file} row {row} has label {label!r}; expected 0 to {n_classes - 1}.")
+                raise DataError(
+                    f"{file} row {row} has label {label!r}; expected 0 to {n_classes - 1}."
+                )
         return cls(file.name, pixels, labels)
 
 

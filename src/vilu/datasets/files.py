@@ -18,7 +18,20 @@ from vilu.files.disk import or_refuse
 MAX_FILE_BYTES: Final = 64 * 2**20  # larger files are not read at all
 
 SUFFIXES = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"),
+    *(
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".png",
+        ".apng",
+        ".webp",
+        ".gif",
+        ".bmp",
+        ".dib",
+        ".tif",
+        ".tiff",
+    ),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
     *(".avif", ".heic", ".heif", ".jp2", ".jxl", ".svg", ".psd"),
 )
@@ -33,7 +46,9 @@ def read_file(path: str | Path) -> bytes:
     if not stat.S_ISREG(found.st_mode):
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     if found.st_size > MAX_FILE_BYTES:
-        raise OSError(errno.EFBIG, f"{found.st_size} bytes; at most {MAX_FILE_BYTES} are read", str(path))
+        raise OSError(
+            errno.EFBIG, f"{found.st_size} bytes; at most {MAX_FILE_BYTES} are read", str(path)
+        )
     with open(path, "rb") as file:  # noqa: PTH123  as above
         return file.read(MAX_FILE_BYTES)
 
@@ -54,7 +69,9 @@ def status_below(folder: Path, path: str) -> os.stat_result | None:
 def resolve_below(folder: Path, path: str) -> str:
     """The path of a file below a folder; OSError where it is absolute or climbs out."""
     if not stays_below(path):
-        raise OutsideError(errno.EACCES, "the path must be relative and stay below its folder", path)
+        raise OutsideError(
+            errno.EACCES, "the path must be relative and stay below its folder", path
+        )
     return os.path.join(folder, path)  # noqa: PTH118  called once per row
 
 
@@ -67,12 +84,14 @@ class Bounds:
 
     Args:
         folder: What paths are relative to, and stay below.
-        home: Where paths that are absolute or climb (``..``) count from; those that end below ``folder`` are fine then.
-            None: there may be none.
+        home: Where paths that are absolute or climb (``..``) count from; those that end below
+            ``folder`` are fine then. None: there may be none.
         beside: Another folder that links may lead into.
     """
 
-    def __init__(self, folder: Path, *, home: Path | None = None, beside: Path | None = None) -> None:
+    def __init__(
+        self, folder: Path, *, home: Path | None = None, beside: Path | None = None
+    ) -> None:
         self.folder = folder
         self._home = None if home is None else os.path.realpath(home)
         folders = (folder,) if beside is None else (folder, beside)
@@ -85,7 +104,9 @@ class Bounds:
         else:
             full = os.path.normpath(os.path.join(self._home, path))  # noqa: PTH118  called once per row
         if not _lies_in(os.path.dirname(full), self._inside) or self.leads_out(full):  # noqa: PTH120  as above
-            raise OutsideError(errno.EACCES, f"the file must lie below {self._inside[-1]}, links included", path)
+            raise OutsideError(
+                errno.EACCES, f"the file must lie below {self._inside[-1]}, links included", path
+            )
         return full
 
     def leads_out(self, full: str) -> bool:
@@ -127,7 +148,11 @@ def portable_name(path: str) -> str:
 
 def subfolders(folder: str | Path) -> list[str]:
     """Names of the real (not linked), visible folders in a folder, sorted by bytes."""
-    return [entry.name for entry in _entries(folder) if entry.is_dir(follow_symlinks=False) and not _hidden(entry)]
+    return [
+        entry.name
+        for entry in _entries(folder)
+        if entry.is_dir(follow_symlinks=False) and not _hidden(entry)
+    ]
 
 
 def walk_images(
@@ -135,9 +160,9 @@ def walk_images(
 ) -> Iterator[tuple[str, os.stat_result | None]]:
     """Path below ``folder`` and status of every image file, in the byte order of the paths; one stat per file.
 
-    Links to files are followed (there is no status of one that leads out of ``bounds``), links to folders never: no
-    loop, and no image listed twice. What is passed over is counted in ``ignored`` under "hidden", "linked_folder",
-    "not_image" (by its suffix) or "not_a_file".
+    Links to files are followed (there is no status of one that leads out of ``bounds``), links to
+    folders never: no loop, and no image listed twice. What is passed over is counted in ``ignored``
+    under "hidden", "linked_folder", "not_image" (by its suffix) or "not_a_file".
     """
     skip = len(os.path.join(folder, ""))  # noqa: PTH118  length of the prefix of every entry's path
     pending = _entries(folder)[::-1]
@@ -171,7 +196,10 @@ def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
     """Entries of a folder; a folder's name sorts with its slash, so that a walk is in byte order of whole paths."""
     hint = "Mend its permissions or leave it out."
     with or_refuse(f"list the folder {folder}", hint), os.scandir(folder) as entries:
-        return sorted(entries, key=lambda e: os.fsencode(e.name) + (b"/" if e.is_dir(follow_symlinks=False) else b""))
+        return sorted(
+            entries,
+            key=lambda e: os.fsencode(e.name) + (b"/" if e.is_dir(follow_symlinks=False) else b""),
+        )
 
 
 class ListingHash:
@@ -197,7 +225,9 @@ class ListingHash:
     def add_texts(self, texts: Iterable[bytes | None]) -> None:
         """Texts of files, in order; None where there is none."""
         for text in texts:
-            self._hash.update(struct.pack("<q", MISSING if text is None else len(text)) + (text or b""))
+            self._hash.update(
+                struct.pack("<q", MISSING if text is None else len(text)) + (text or b"")
+            )
 
     def hexdigest(self) -> str:
         """32 hexadecimal digits."""

@@ -31,7 +31,9 @@ from vilu.progress import Task, track
 logger = logging.getLogger(__name__)
 
 SPLIT_FOLDERS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
-OUT_OF_FOLDER = "A link may lead to a file below the folder of images, or below one that --root DIR names."
+OUT_OF_FOLDER = (
+    "A link may lead to a file below the folder of images, or below one that --root DIR names."
+)
 
 
 class ListedFiles:
@@ -55,12 +57,16 @@ class ListedFiles:
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
         """The images at positions start ... stop - 1."""
         for path, label in zip(self._paths[start:stop], self._labels[start:stop], strict=True):
-            yield ImageRecord(portable_name(path), None if label == UNKNOWN else label, self._reader(path))
+            yield ImageRecord(
+                portable_name(path), None if label == UNKNOWN else label, self._reader(path)
+            )
 
     def _reader(self, path: str) -> Callable[[], bytes]:
         return partial(read_below, self._folder, path)
 
-    def _add(self, path: str, label: int, status: os.stat_result | OSError | None, listing: ListingHash) -> None:
+    def _add(
+        self, path: str, label: int, status: os.stat_result | OSError | None, listing: ListingHash
+    ) -> None:
         self._paths.append(path)
         self._labels.append(label)
         self._kinds.append(fault_of(status, partial(os.path.join, self._folder, path)))
@@ -70,13 +76,13 @@ class ListedFiles:
 class FolderDataset(ListedFiles):
     """Images below a folder: ``class/**/image``, ``split/class/**/image``, or ``image`` alone (unlabelled).
 
-    Labels follow the class folders sorted by bytes, over all splits; images are in the byte order of their paths. The
-    listing costs one stat and about a hundred bytes per image.
+    Labels follow the class folders sorted by bytes, over all splits; images are in the byte order
+    of their paths. The listing costs one stat and about a hundred bytes per image.
 
-    ``split`` names split folders, joined by ``+``. The names of a classes file are matched with the class folders, but
-    for those of ``outside``. Links to files may lead into the folder or into ``beside``; others are read errors.
-    ``ignored`` counts files and folders passed over, by reason (``files.walk_images``; "outside_class" lie beside the
-    class folders).
+    ``split`` names split folders, joined by ``+``. The names of a classes file are matched with the
+    class folders, but for those of ``outside``. Links to files may lead into the folder or into
+    ``beside``; others are read errors. ``ignored`` counts files and folders passed over, by reason
+    (``files.walk_images``; "outside_class" lie beside the class folders).
     """
 
     def __init__(
@@ -101,9 +107,13 @@ class FolderDataset(ListedFiles):
         listing = ListingHash(*(raw or ()))
         with track(f"listing {root.name}", None, "images") as task:
             for part in parts:
-                self._list_part(part, {name: label for label, name in enumerate(raw or [])}, listing, task)
+                self._list_part(
+                    part, {name: label for label, name in enumerate(raw or [])}, listing, task
+                )
         self.fingerprint = listing.hexdigest()
-        _tell_of(self.ignored, root, None if self._paths else "images, or one folder of images per class")
+        _tell_of(
+            self.ignored, root, None if self._paths else "images, or one folder of images per class"
+        )
 
     def _reader(self, path: str) -> Callable[[], bytes]:
         return partial(self._read, path)
@@ -114,7 +124,9 @@ class FolderDataset(ListedFiles):
             raise OutsideError(errno.EACCES, OUT_OF_FOLDER, path)
         return read_file(full)
 
-    def _list_part(self, part: str, labels: dict[str, int], listing: ListingHash, task: Task) -> None:
+    def _list_part(
+        self, part: str, labels: dict[str, int], listing: ListingHash, task: Task
+    ) -> None:
         folder = self._folder / part
         flat = not subfolders(folder)
         for below, status in walk_images(folder, self.ignored, self._bounds):
@@ -166,7 +178,11 @@ class PhotoFiles(ListedFiles):
     """Some photos of a folder, none of which has a label; those that lie ``elsewhere`` by now are read there."""
 
     def __init__(
-        self, root: Path, photos: Sequence[Listed], names: Sequence[str], elsewhere: Mapping[str, Path] | None = None
+        self,
+        root: Path,
+        photos: Sequence[Listed],
+        names: Sequence[str],
+        elsewhere: Mapping[str, Path] | None = None,
     ) -> None:
         super().__init__(root)
         self._elsewhere = elsewhere or {}

@@ -38,7 +38,11 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 ORIENTATION: Final = 0x0112
-_INTEGERS: Final = {1: "B", 3: "H", 4: "I"}  # type codes BYTE, SHORT, LONG; the norm says SHORT, cameras write others
+_INTEGERS: Final = {
+    1: "B",
+    3: "H",
+    4: "I",
+}  # type codes BYTE, SHORT, LONG; the norm says SHORT, cameras write others
 BYTE_ORDER: Final = {b"II*\0": "<", b"MM\0*": ">", b"II+\0": "<", b"MM\0+": ">"}
 
 
@@ -52,7 +56,9 @@ def orientation(block: bytes) -> int | None:
         for position in range(offset + struct.calcsize(count), len(block), entry)[:entries]:
             tag, kind = struct.unpack_from(order + "HH", block, position)
             if tag == ORIENTATION:
-                (value,) = struct.unpack_from(order + _INTEGERS[kind], block, position + 4 + struct.calcsize(pointer))
+                (value,) = struct.unpack_from(
+                    order + _INTEGERS[kind], block, position + 4 + struct.calcsize(pointer)
+                )
                 break
         else:
             return None
@@ -72,7 +78,9 @@ def count_directories(data: bytes, limit: int) -> int:
         while offset and offset not in seen and len(seen) < limit:
             (entries,) = struct.unpack_from(order + count, data, offset)
             seen.add(offset)
-            (offset,) = struct.unpack_from(order + pointer, data, offset + struct.calcsize(count) + entries * entry)
+            (offset,) = struct.unpack_from(
+                order + pointer, data, offset + struct.calcsize(count) + entries * entry
+            )
     return len(seen)
 
 
@@ -101,9 +109,12 @@ OPENERS: dict[str, Callable[[BytesIO], ImageFile.ImageFile]] = {
 """The formats that are decoded."""
 
 MAX_FRAMES = 10_000  # counting stops here: a hostile file can hold millions of empty frames
-_TABLE = resources.files("vilu").joinpath("assets", "image_signatures.csv").read_text(encoding="utf-8")
+_TABLE = (
+    resources.files("vilu").joinpath("assets", "image_signatures.csv").read_text(encoding="utf-8")
+)
 _SIGNATURES = [
-    (int(row["offset"]), bytes.fromhex(row["bytes"]), row["format"]) for row in csv.DictReader(_TABLE.splitlines())
+    (int(row["offset"]), bytes.fromhex(row["bytes"]), row["format"])
+    for row in csv.DictReader(_TABLE.splitlines())
 ]
 """Where in a file which bytes stand, by format."""
 
@@ -114,13 +125,18 @@ def sniff(data: bytes) -> str | None:
         if data.startswith(magic, offset):
             return name
     head = data[:1024].lstrip(b"\xef\xbb\xbf \t\r\n")
-    return "SVG" if head.startswith(b"<svg") or (head.startswith((b"<?xml", b"<!--")) and b"<svg" in head) else None
+    return (
+        "SVG"
+        if head.startswith(b"<svg") or (head.startswith((b"<?xml", b"<!--")) and b"<svg" in head)
+        else None
+    )
 
 
 def count_frames(name: str, data: bytes, image: ImageFile.ImageFile) -> int:
     """Number of frames, at most ``MAX_FRAMES``, without decoding any.
 
-    GIF and TIFF are counted here: Pillow's count is quadratic in the frames of a TIFF and has no limit.
+    GIF and TIFF are counted here: Pillow's count is quadratic in the frames of a TIFF and has no
+    limit.
     """
     if name == "GIF":
         return _count_gif_frames(data)
@@ -170,7 +186,9 @@ def to_rgb(image: Image.Image) -> tuple[Image.Image, ImageFlag]:
         return gray.convert("RGB"), flags
     if image.has_transparency_data:
         pixels = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", pixels.size, "white"), pixels).convert("RGB"), ImageFlag.ALPHA
+        return Image.alpha_composite(Image.new("RGBA", pixels.size, "white"), pixels).convert(
+            "RGB"
+        ), ImageFlag.ALPHA
     return image.convert("RGB"), ImageFlag(0)
 
 
@@ -179,7 +197,9 @@ def _deep_to_gray(image: Image.Image) -> tuple[Image.Image, ImageFlag]:
 
     Pillow's own conversion saturates: nearly all of a 16-bit photo turns white.
     """
-    values = np.asarray(image.copy())  # until then, a TIFF gives the size that it would have when turned
+    values = np.asarray(
+        image.copy()
+    )  # until then, a TIFF gives the size that it would have when turned
     low, high = float(values.min()), float(values.max())
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ValueError("pixel values that are not finite")
@@ -192,7 +212,9 @@ def _deep_to_gray(image: Image.Image) -> tuple[Image.Image, ImageFlag]:
 
 
 Stage = Literal["open", "decode", "geometry", "text"]
-OfPicture = Literal["empty", "unidentified", "unsupported", "truncated", "decode_error", "bomb", "bad_geometry"]
+OfPicture = Literal[
+    "empty", "unidentified", "unsupported", "truncated", "decode_error", "bomb", "bad_geometry"
+]
 OfFile = Literal["too_large", "read_error", "not_a_file", "bad_path"]
 OfShard = Literal["truncated_shard", "bad_shard"]
 """One record that stands for all that a shard has lost, however much that is."""
@@ -202,8 +224,10 @@ Kind = OfPicture | OfFile | OfShard | OfSample | OfText
 
 CORRUPT: Final = (
     OSError,  # data cut short, a codec's error, a header field that makes no sense
-    SyntaxError,  # how Pillow's parsers say "not this format after all", also in the middle of a file
-    ValueError,  # values out of range: tile outside the image, oversized text chunk, unknown conversion
+    # how Pillow's parsers say "not this format after all", also in the middle of a file
+    SyntaxError,
+    # values out of range: tile outside the image, oversized text chunk, unknown conversion
+    ValueError,
     EOFError,  # a header without a first frame
     struct.error,  # a field that the file is too short for
     zlib.error,  # compressed profiles and text
@@ -216,14 +240,15 @@ CORRUPT: Final = (
     Warning,  # raised under `-W error` only: Pillow warns of damaged TIFF tags
 )
 """What Pillow raises on damaged files: of 200,000 mutated ones all that failed did so with the first three or the last
-(Pillow 13); its source lets the others through in one version or another."""
+(Pillow 13); its source lets the others through in one version or another.
+"""
 
 
 class BadImage(DataError):  # noqa: N818  the name of a kind of input, as the error table calls it
     """An image that cannot be used; one row of the error table, never the end of a run.
 
-    It failed in a stage: "open" (bytes and header), "geometry" (size), "decode" (pixels), "text" (caption, label). The
-    kind says what was wrong, for counting.
+    It failed in a stage: "open" (bytes and header), "geometry" (size), "decode" (pixels), "text"
+    (caption, label). The kind says what was wrong, for counting.
     """
 
     def __init__(self, stage: Stage, kind: Kind, message: str) -> None:
@@ -241,10 +266,11 @@ class ImageLimits:
     """What is refused before any pixel is decoded.
 
     Attributes:
-        max_pixels: Largest width x height; at most Pillow's own limit, so that this one always speaks first.
+        max_pixels: Largest width x height; at most Pillow's own limit, so that this one always
+            speaks first.
         min_side: Shortest side in pixels.
-        max_aspect: Largest ratio of the sides: resizing the short side of a 1 x 5000 picture of 99 bytes to 224 makes
-            one of 1 GB.
+        max_aspect: Largest ratio of the sides: resizing the short side of a 1 x 5000 picture of 99
+            bytes to 224 makes one of 1 GB.
         max_bytes: Largest encoded size.
     """
 
@@ -256,7 +282,9 @@ class ImageLimits:
     def __post_init__(self) -> None:
         for name, ceiling in (("max_pixels", 89_478_485), ("max_bytes", MAX_FILE_BYTES)):
             if not 1 <= getattr(self, name) <= ceiling:
-                raise UsageError(f"{name} must be from 1 to {ceiling}. Got {getattr(self, name)} instead.")
+                raise UsageError(
+                    f"{name} must be from 1 to {ceiling}. Got {getattr(self, name)} instead."
+                )
         if self.min_side < 1 or self.max_aspect < 1:
             raise UsageError(
                 f"min_side and max_aspect must be at least 1. Got {self.min_side} and {self.max_aspect} instead."
@@ -267,12 +295,15 @@ class ImageLimits:
 class DecodedImage:
     """A picture and what is worth recording about its file."""
 
-    # RGB pixels of the first frame, as stored (EXIF orientation is not applied: CLIP's preprocessing doesn't)
+    # RGB pixels of the first frame, as stored (EXIF orientation is not applied: CLIP's
+    # preprocessing doesn't)
     image: Image.Image
     width: int  # width in the file
     height: int  # height in the file
     n_frames: int  # number of frames (counting stops at ``MAX_FRAMES``)
-    exif_orientation: int | None  # the EXIF (or TIFF) orientation tag, 1 to 8; None where there is none
+    exif_orientation: (
+        int | None
+    )  # the EXIF (or TIFF) orientation tag, 1 to 8; None where there is none
     flags: ImageFlag  # what was done to the pixels, or noticed
 
 
@@ -292,15 +323,19 @@ def read_image(record: ImageRecord, limits: ImageLimits = DEFAULT_LIMITS) -> Dec
 def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> DecodedImage:
     """Decode the first frame of an encoded image to 8-bit RGB. Thread-safe; warning filters are left alone.
 
-    Grey, palette, CMYK and YCbCr are converted; transparency is composited on white; 16-bit grey is divided by 257
-    (Pillow's own conversion saturates it); 32-bit integers and floats that fit no known range are stretched.
+    Grey, palette, CMYK and YCbCr are converted; transparency is composited on white; 16-bit grey is
+    divided by 257 (Pillow's own conversion saturates it); 32-bit integers and floats that fit no
+    known range are stretched.
 
     Raises:
         BadImage: If the bytes are no image of an accepted format, break a limit, or are damaged.
-        UsageError: If ``PIL.ImageFile.LOAD_TRUNCATED_IMAGES`` was switched on: half pictures would pass for whole ones.
+        UsageError: If ``PIL.ImageFile.LOAD_TRUNCATED_IMAGES`` was switched on: half pictures would
+            pass for whole ones.
     """
     if ImageFile.LOAD_TRUNCATED_IMAGES:
-        raise UsageError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on, which hides damaged files. Switch it off.")
+        raise UsageError(
+            "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on, which hides damaged files. Switch it off."
+        )
     name = _require_format(data, limits)
     with _damage("open", f"damaged {name} header"):
         file = OPENERS[name](BytesIO(data))
@@ -318,19 +353,29 @@ def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> DecodedIm
             raise BadImage("decode", "unsupported", f"pixel mode {opened.mode} is not converted")
         with _damage("decode", f"cannot convert {opened.mode} to RGB"):
             image, conversion = to_rgb(opened)
-    return DecodedImage(image, image.width, image.height, n_frames, exif_orientation, flags | conversion)
+    return DecodedImage(
+        image, image.width, image.height, n_frames, exif_orientation, flags | conversion
+    )
 
 
 def _require_format(data: bytes, limits: ImageLimits) -> str:
     if not data:
         raise BadImage("open", "empty", "the file has no bytes")
     if len(data) > limits.max_bytes:
-        raise BadImage("open", "too_large", f"{len(data)} bytes; at most {limits.max_bytes} are read")
+        raise BadImage(
+            "open", "too_large", f"{len(data)} bytes; at most {limits.max_bytes} are read"
+        )
     name = sniff(data)
     if name is None:
-        raise BadImage("open", "unidentified", f"no image: {len(data)} bytes of no format that is known")
+        raise BadImage(
+            "open", "unidentified", f"no image: {len(data)} bytes of no format that is known"
+        )
     if name not in OPENERS:
-        raise BadImage("open", "unsupported", f"{name} is not decoded; convert it to one of {', '.join(OPENERS)}")
+        raise BadImage(
+            "open",
+            "unsupported",
+            f"{name} is not decoded; convert it to one of {', '.join(OPENERS)}",
+        )
     return name
 
 
@@ -343,12 +388,18 @@ def _damage(stage: Stage, what: str) -> Iterator[None]:
         raise BadImage(stage, "bomb", str(error)) from error
     except CORRUPT as error:
         kind: Kind = "truncated" if "truncated" in str(error).lower() else "decode_error"
-        raise BadImage(stage, kind, f"{what}: " + f"{type(error).__name__}: {error}"[:200]) from error
+        raise BadImage(
+            stage, kind, f"{what}: " + f"{type(error).__name__}: {error}"[:200]
+        ) from error
 
 
 def _require_geometry(width: int, height: int, limits: ImageLimits) -> None:
     if width * height > limits.max_pixels:
-        raise BadImage("geometry", "bomb", f"{width} x {height} pixels; at most {limits.max_pixels} are decoded")
+        raise BadImage(
+            "geometry",
+            "bomb",
+            f"{width} x {height} pixels; at most {limits.max_pixels} are decoded",
+        )
     short, long = sorted((width, height))
     if short < limits.min_side or long > limits.max_aspect * short:
         raise BadImage(
@@ -371,7 +422,10 @@ MAX_CAPTION_BYTES: Final = 2**20
 """Longer captions are refused; the longest text that a model reads is a few hundred bytes."""
 
 INVISIBLE: Final = frozenset({"Cc", "Cf", "Zs", "Zl", "Zp"})
-"""Unicode categories of controls, marks without a shape, and blanks. Not Cn: signs newer than this Python's tables."""
+"""Unicode categories of controls, marks without a shape, and blanks.
+
+Not Cn: signs newer than this Python's tables.
+"""
 
 
 def read_caption(record: ImageRecord) -> str:
@@ -388,8 +442,9 @@ def decode_caption(data: bytes | None) -> str:
     A byte order mark at the beginning is no part of the text.
 
     Raises:
-        BadImage: Stage "text"; kind "missing_caption" (None), "too_large" (more than ``MAX_CAPTION_BYTES``), "bad_text"
-            (not UTF-8) or "empty_text" (nothing in it can be seen).
+        BadImage: Stage "text"; kind "missing_caption" (None), "too_large" (more than
+            ``MAX_CAPTION_BYTES``), "bad_text" (not UTF-8) or "empty_text" (nothing in it can be
+            seen).
 
     Examples:
         >>> from vilu.datasets.images import decode_caption
@@ -399,7 +454,11 @@ def decode_caption(data: bytes | None) -> str:
     if data is None:
         raise BadImage("text", "missing_caption", "the image has no caption")
     if len(data) > MAX_CAPTION_BYTES:
-        raise BadImage("text", "too_large", f"a caption of {len(data)} bytes; at most {MAX_CAPTION_BYTES} are read")
+        raise BadImage(
+            "text",
+            "too_large",
+            f"a caption of {len(data)} bytes; at most {MAX_CAPTION_BYTES} are read",
+        )
     try:
         text = data.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
@@ -411,7 +470,9 @@ def decode_caption(data: bytes | None) -> str:
     return text
 
 
-def caption_readers(captions: pa.Array | None, start: int, stop: int) -> Iterator[Callable[[], str] | None]:
+def caption_readers(
+    captions: pa.Array | None, start: int, stop: int
+) -> Iterator[Callable[[], str] | None]:
     """``ImageRecord.caption`` of rows start ... stop - 1 of a column of bytes; None for each where there is none."""
     if captions is None:
         return repeat(None, max(stop - start, 0))

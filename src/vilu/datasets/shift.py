@@ -1,7 +1,7 @@
 """Pictures made harder without changing what is in them: noise, blur, and what weather, optics and files do.
 
-After the corruptions of Hendrycks and Dietterich (ICLR 2019): their ways of damage, our own code and strengths, which
-are relative to the size of the picture where it matters.
+After the corruptions of Hendrycks and Dietterich (ICLR 2019): their ways of damage, our own code
+and strengths, which are relative to the size of the picture where it matters.
 """
 
 from __future__ import annotations
@@ -64,12 +64,16 @@ def jpeg(image: Image.Image, strength: float, rng: np.random.Generator) -> Image
 
 def pixelate(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:  # noqa: ARG001
     """Blocks: averages down to a share ``strength`` of the sides and repeats pixels back."""
-    return image.resize(_scaled(image, strength), Image.Resampling.BOX).resize(image.size, Image.Resampling.NEAREST)
+    return image.resize(_scaled(image, strength), Image.Resampling.BOX).resize(
+        image.size, Image.Resampling.NEAREST
+    )
 
 
 def low_resolution(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:  # noqa: ARG001
     """Resizes down to a share ``strength`` of the sides and back, both bicubic: 32 to 16 to 32 at severity 3."""
-    return image.resize(_scaled(image, strength), Image.Resampling.BICUBIC).resize(image.size, Image.Resampling.BICUBIC)
+    return image.resize(_scaled(image, strength), Image.Resampling.BICUBIC).resize(
+        image.size, Image.Resampling.BICUBIC
+    )
 
 
 KINDS: Final[dict[str, tuple[Change, tuple[float, ...]]]] = {
@@ -94,7 +98,9 @@ class ShiftedImages(Chosen):
     def __init__(self, images: ImageDataset, kinds: Sequence[str], severity: int) -> None:
         unknown = [kind for kind in kinds if kind not in KINDS]
         if unknown or not kinds:
-            raise UsageError(f"kinds of shift are {', '.join(KINDS)}. Got {', '.join(unknown) or 'none'} instead.")
+            raise UsageError(
+                f"kinds of shift are {', '.join(KINDS)}. Got {', '.join(unknown) or 'none'} instead."
+            )
         if not 1 <= severity <= SEVERITIES:
             raise UsageError(f"severity must be 1 to {SEVERITIES}. Got {severity} instead.")
         self._strengths = {kind: KINDS[kind][1][severity - 1] for kind in kinds}
@@ -109,11 +115,15 @@ class ShiftedImages(Chosen):
 
 
 def _damaged(record: ImageRecord, strengths: dict[str, float]) -> bytes:
-    rng = np.random.default_rng(int.from_bytes(blake2b(record.key.encode(), digest_size=16).digest(), "big"))
+    rng = np.random.default_rng(
+        int.from_bytes(blake2b(record.key.encode(), digest_size=16).digest(), "big")
+    )
     kind = list(strengths)[rng.integers(len(strengths))]
     change, _ = KINDS[kind]
     buffer = io.BytesIO()
-    change(decode_image(record.read()).image, strengths[kind], rng).save(buffer, "PNG", compress_level=1)
+    change(decode_image(record.read()).image, strengths[kind], rng).save(
+        buffer, "PNG", compress_level=1
+    )
     return buffer.getvalue()
 
 

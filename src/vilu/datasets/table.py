@@ -52,12 +52,16 @@ class TableRows:
     """The rows of a table that were asked for, in order."""
 
     rows: NDArray[np.int64]  # (N,) int64 positions in the file
-    labels: NDArray[np.int32]  # (N,) int32 labels, -1 where unknown, -2 where they are of none of the classes
+    labels: NDArray[
+        np.int32
+    ]  # (N,) int32 labels, -1 where unknown, -2 where they are of none of the classes
     keys: pa.Array  # (N,) keys; the numbers of the rows where there is no key column
     classes: ClassTable | None  # class table of the whole file; None when unlabelled or captioned
     # (N,) bytes of the captions, null where there is none; None where captions are not asked for
     captions: pa.Array | None
-    strays: frozenset[str] = frozenset()  # labels beyond the classes that are said to be of none of them
+    strays: frozenset[str] = (
+        frozenset()
+    )  # labels beyond the classes that are said to be of none of them
 
 
 def find_column(names: Sequence[str], aliases: Sequence[str]) -> str | None:
@@ -71,15 +75,23 @@ def find_column(names: Sequence[str], aliases: Sequence[str]) -> str | None:
     return None
 
 
-def caption_column(names: Sequence[str], metadata: Mapping[bytes, bytes], selection: Selection) -> str | None:
+def caption_column(
+    names: Sequence[str], metadata: Mapping[bytes, bytes], selection: Selection
+) -> str | None:
     """The column of captions: where they are asked for, or where there is nothing else (no label, no class names)."""
     name = find_column(names, CAPTION)
     if not selection.captions:
-        return None if selection.classes or find_column(names, LABEL) or CLASS_NAMES in metadata else name
+        return (
+            None
+            if selection.classes or find_column(names, LABEL) or CLASS_NAMES in metadata
+            else name
+        )
     if selection.classes is not None:
         raise UsageError(CAPTIONS_OR_CLASSES)
     if name is None:
-        raise UsageError(f"no column of captions: expected one of {', '.join(CAPTION)}. Found: {', '.join(names)}.")
+        raise UsageError(
+            f"no column of captions: expected one of {', '.join(CAPTION)}. Found: {', '.join(names)}."
+        )
     return name
 
 
@@ -91,10 +103,14 @@ def listing_columns(schema: pa.Schema, selection: Selection, source: str) -> lis
     return list(dict.fromkeys(name for name in found if name is not None))
 
 
-def table_rows(table: pa.Table, source: str, selection: Selection, *, default_key: str | None = None) -> TableRows:
+def table_rows(
+    table: pa.Table, source: str, selection: Selection, *, default_key: str | None = None
+) -> TableRows:
     """Check the columns of a whole table, then choose the rows."""
     caption = caption_column(table.column_names, table.schema.metadata or {}, selection)
-    captions = None if caption is None else bytes_of(table[caption], f"{source}, column {caption!r}")
+    captions = (
+        None if caption is None else bytes_of(table[caption], f"{source}, column {caption!r}")
+    )
     (table if caption is None else table.drop_columns([caption])).validate(full=True)
     unknown = np.full(len(table), UNKNOWN, dtype=np.int32)
     listed = _labels(table, source, selection) if caption is None else _Labels(unknown, None)
@@ -122,7 +138,10 @@ def _labels(table: pa.Table, source: str, selection: Selection) -> _Labels:
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     types = pa.types
-    if any(is_kind(column.type) for is_kind in (types.is_string, types.is_large_string, types.is_string_view)):
+    if any(
+        is_kind(column.type)
+        for is_kind in (types.is_string, types.is_large_string, types.is_string_view)
+    ):
         labels, raw = _encode(column)
         return _Labels(labels, class_table(raw or None, classes, outside=outside))
     numbers = _whole_numbers(column, f"{source}, column {name!r}")
@@ -142,9 +161,15 @@ def _labels(table: pa.Table, source: str, selection: Selection) -> _Labels:
     return _Labels(labels, table_of_classes, strays)
 
 
-def _without_strays(numbers: pa.Array, n_classes: int, outside: Sequence[str]) -> tuple[pa.Array, frozenset[str]]:
+def _without_strays(
+    numbers: pa.Array, n_classes: int, outside: Sequence[str]
+) -> tuple[pa.Array, frozenset[str]]:
     """The labels with -2 for those beyond the classes that are named as outside, and which of them there are."""
-    there = [label for label in pc.unique(numbers).to_pylist() if label is not None and str(label) in outside]
+    there = [
+        label
+        for label in pc.unique(numbers).to_pylist()
+        if label is not None and str(label) in outside
+    ]
     strays = [label for label in there if not 0 <= label < n_classes]
     apart = pc.fill_null(pc.is_in(numbers, value_set=pa.array(strays, numbers.type)), False)
     return pc.if_else(apart, pa.scalar(OUTSIDE, numbers.type), numbers), frozenset(map(str, strays))
@@ -158,7 +183,9 @@ def _encode(column: pa.Array) -> tuple[NDArray[np.int32], list[str]]:
     rank = np.empty(len(names) + 1, dtype=np.int32)
     rank[order] = np.arange(len(names))
     rank[-1] = UNKNOWN
-    return rank[pc.fill_null(encoded.indices, -1).to_numpy(zero_copy_only=False)], [names[i] for i in order]
+    return rank[pc.fill_null(encoded.indices, -1).to_numpy(zero_copy_only=False)], [
+        names[i] for i in order
+    ]
 
 
 def _whole_numbers(column: pa.Array, where: str) -> pa.Array:
@@ -170,7 +197,9 @@ def _whole_numbers(column: pa.Array, where: str) -> pa.Array:
     try:
         return column.cast(pa.int64())
     except pa.ArrowException as error:
-        raise DataError(f"{where}: labels must be whole numbers or strings. Found {kind}: {error}.") from error
+        raise DataError(
+            f"{where}: labels must be whole numbers or strings. Found {kind}: {error}."
+        ) from error
 
 
 def _require_in_range(numbers: pa.Array, n_classes: int, source: str) -> None:
@@ -190,12 +219,20 @@ def _names_in_schema(schema: pa.Schema, label: str | None, source: str) -> list[
     try:
         if CLASS_NAMES in metadata:
             return [name.strip() for name in metadata[CLASS_NAMES].decode().split(",")]
-        features: Any = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+        features: Any = (
+            json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+        )
         names = features.get(label, {}).get("names")
     except (ValueError, AttributeError) as error:
-        raise DataError(f"{source}: damaged class names in the schema metadata: {error}.") from error
-    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise DataError(f"{source}: the names of a ClassLabel must be a list of strings. Got {names!r:.80} instead.")
+        raise DataError(
+            f"{source}: damaged class names in the schema metadata: {error}."
+        ) from error
+    if names is not None and not (
+        isinstance(names, list) and all(isinstance(name, str) for name in names)
+    ):
+        raise DataError(
+            f"{source}: the names of a ClassLabel must be a list of strings. Got {names!r:.80} instead."
+        )
     return names
 
 
@@ -203,17 +240,24 @@ def _keys(table: pa.Table, name: str, source: str) -> pa.Array:
     keys = table[name].cast(pa.large_string()).combine_chunks()
     missing = pc.index(pc.is_null(keys), True).as_py()
     if missing >= 0:
-        raise DataError(f"{source} row {missing} (counting from 0) has no {name!r}. Every row needs one.")
+        raise DataError(
+            f"{source} row {missing} (counting from 0) has no {name!r}. Every row needs one."
+        )
     if pc.count_distinct(keys).as_py() < len(keys):
         counts = keys.value_counts()
         first = counts.filter(pc.greater(counts.field("counts"), 1))[0]["values"].as_py()
-        raise DataError(f"{source}: column {name!r} must tell rows apart. {first!r} occurs more than once.")
+        raise DataError(
+            f"{source}: column {name!r} must tell rows apart. {first!r} occurs more than once."
+        )
     return keys
 
 
 IMAGE: Final = "image"
 BATCH_ROWS: Final = 32  # rows in memory at a time
-STREAMED: Final = {"pre_buffer": False, "buffer_size": 2**20}  # else a row group's column is read whole
+STREAMED: Final = {
+    "pre_buffer": False,
+    "buffer_size": 2**20,
+}  # else a row group's column is read whole
 
 
 def is_image_column(schema: pa.Schema) -> bool:
@@ -240,24 +284,31 @@ class _RowsOfTable:
     def __len__(self) -> int:
         return len(self._labels)
 
-    def _records(self, start: int, n: int, readers: Iterable[Callable[[], bytes]]) -> Iterator[ImageRecord]:
+    def _records(
+        self, start: int, n: int, readers: Iterable[Callable[[], bytes]]
+    ) -> Iterator[ImageRecord]:
         """``n`` rows from ``start`` on, each with the next of ``readers``."""
         rows, captions = slice(start, start + n), caption_readers(self._captions, start, start + n)
-        for key, label, read, caption in zip(self._keys[rows], self._labels[rows], readers, captions, strict=True):
+        for key, label, read, caption in zip(
+            self._keys[rows], self._labels[rows], readers, captions, strict=True
+        ):
             yield ImageRecord(key.as_py(), None if label == UNKNOWN else int(label), read, caption)
 
 
 class ParquetDataset(_RowsOfTable):
     """Images stored in a Parquet file.
 
-    ``records`` streams: memory holds two pages of the file (writers put up to about a thousand images into one) and a
-    batch of ``BATCH_ROWS`` images, whatever the size of file and row groups. A part that begins where the last one
-    ended goes on reading there; another one first reads past the beginning of its row group.
+    ``records`` streams: memory holds two pages of the file (writers put up to about a thousand
+    images into one) and a batch of ``BATCH_ROWS`` images, whatever the size of file and row groups.
+    A part that begins where the last one ended goes on reading there; another one first reads past
+    the beginning of its row group.
     """
 
     def __init__(self, source: Path, selection: Selection) -> None:
         if IMAGE in selection.where:
-            raise UsageError(f"{source}: rows cannot be chosen by their pictures. Give --where another column.")
+            raise UsageError(
+                f"{source}: rows cannot be chosen by their pictures. Give --where another column."
+            )
         with pq.ParquetFile(source) as file:
             self._metadata = file.metadata
             schema = file.schema_arrow
@@ -286,7 +337,9 @@ class ParquetDataset(_RowsOfTable):
         """The images at positions start ... stop - 1."""
         n = len(self._labels[start:stop])
         images = self._resume.pop(start, None) or self._images(start)
-        yield from self._records(start, n, (partial(_read_cell, image, self._bounds) for image in islice(images, n)))
+        yield from self._records(
+            start, n, (partial(_read_cell, image, self._bounds) for image in islice(images, n))
+        )
         self._resume = {start + n: images}
 
     def __getstate__(self) -> dict[str, object]:
@@ -332,10 +385,10 @@ def _read_cell(cell: pa.Scalar, bounds: Bounds) -> bytes:
 def open_table(source: Path, selection: Selection) -> ImageDataset:
     """A CSV (or TSV) or Parquet file with one image per row.
 
-    Columns: ``path`` (or file, filename, image_path, filepath; relative to the table's folder, or to
-    ``selection.root``), or in Parquet ``image``
-    (encoded bytes, or Hugging Face's struct of bytes and path); optionally ``label`` (or class, target) or ``caption``
-    (or text), ``split``, ``key``, and any others to choose rows by.
+    Columns: ``path`` (or file, filename, image_path, filepath; relative to the table's folder, or
+    to ``selection.root``), or in Parquet ``image`` (encoded bytes, or Hugging Face's struct of
+    bytes and path); optionally ``label`` (or class, target) or ``caption`` (or text), ``split``,
+    ``key``, and any others to choose rows by.
     """
     try:
         if source.suffix.lower() in {".csv", ".tsv"}:
@@ -344,7 +397,10 @@ def open_table(source: Path, selection: Selection) -> ImageDataset:
         require_width(source, len(schema))
         if is_image_column(schema):
             return ParquetDataset(source, selection)
-        columns = [_path_column(source, schema.names), *listing_columns(schema, selection, str(source))]
+        columns = [
+            _path_column(source, schema.names),
+            *listing_columns(schema, selection, str(source)),
+        ]
         with pq.ParquetFile(source) as file:
             table = file.read(columns=columns)
         return PathTable(source, table, selection)
@@ -357,9 +413,10 @@ def open_table(source: Path, selection: Selection) -> ImageDataset:
 class PathTable(_RowsOfTable):
     """Images listed in a table by path.
 
-    Paths are relative to the table's folder and stay below it; with ``selection.root`` they are relative to that, and
-    those that are absolute or climb (from the table's folder) may end below it, too. Any other, also by a link, is a
-    read error of its row. Keys are the ``key`` column, else the paths. The listing costs two system calls per image.
+    Paths are relative to the table's folder and stay below it; with ``selection.root`` they are
+    relative to that, and those that are absolute or climb (from the table's folder) may end below
+    it, too. Any other, also by a link, is a read error of its row. Keys are the ``key`` column,
+    else the paths. The listing costs two system calls per image.
     """
 
     def __init__(self, source: Path, table: pa.Table, selection: Selection) -> None:
@@ -372,7 +429,9 @@ class PathTable(_RowsOfTable):
         hashed = ListingHash(*(self.classes.folders if self.classes else ()))
         kinds = np.zeros(len(self), dtype=np.uint8)
         with track(f"listing {source.name}", len(self), "images") as task:
-            for row, (key, label, path) in enumerate(zip(self._keys, self._labels, self._paths, strict=True)):
+            for row, (key, label, path) in enumerate(
+                zip(self._keys, self._labels, self._paths, strict=True)
+            ):
                 status = self._bounds.status(path.as_py())
                 hashed.add(key.as_py(), int(label), status)
                 kinds[row] = fault_of(status, partial(self._bounds.resolve, path.as_py()))
@@ -385,15 +444,21 @@ class PathTable(_RowsOfTable):
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
         """The images at positions start ... stop - 1."""
         paths = self._paths[start:stop]
-        return self._records(start, len(paths), (partial(self._bounds.read, path.as_py()) for path in paths))
+        return self._records(
+            start, len(paths), (partial(self._bounds.read, path.as_py()) for path in paths)
+        )
 
     def _path(self, row: int) -> str:
         return str(self._paths[row].as_py())
 
     def _rule(self, outside: NDArray[np.int64]) -> str:
         """Where files must lie, and which folder would hold those that do not."""
-        held = os.path.commonpath([os.path.dirname(self._bounds.real(self._path(row))) for row in outside])  # noqa: PTH120
-        hint = "" if Path(held).parent == Path(held) else f" --root {shlex.quote(held)} holds these."
+        held = os.path.commonpath(
+            [os.path.dirname(self._bounds.real(self._path(row))) for row in outside]  # noqa: PTH120
+        )
+        hint = (
+            "" if Path(held).parent == Path(held) else f" --root {shlex.quote(held)} holds these."
+        )
         return (
             "Paths are relative to the table's folder, or to --root DIR, and none may lead out of it, nor may links; "
             f"with --root absolute paths below it are fine, too.{hint}"
@@ -415,7 +480,11 @@ def _read_csv(source: Path, selection: Selection) -> pa.Table:
     delimiter = "\t" if source.suffix.lower() == ".tsv" else ","
     names = csv_names(source, delimiter)
     schema = pa.schema([(name, pa.string()) for name in names])
-    wanted = list(dict.fromkeys([_path_column(source, names), *listing_columns(schema, selection, str(source))]))
+    wanted = list(
+        dict.fromkeys(
+            [_path_column(source, names), *listing_columns(schema, selection, str(source))]
+        )
+    )
     types = dict.fromkeys(wanted, pa.string())
     caption = caption_column(names, {}, selection)
     if caption is not None:
@@ -445,4 +514,8 @@ def _numbers_if_all(column: pa.ChunkedArray) -> pa.ChunkedArray:
 def _known(column: pa.Array | pa.ChunkedArray) -> Any:  # noqa: ANN401 - the same kind of array
     """Labels without outer blanks; null where there is none, or where nobody could name the picture."""
     text = pc.utf8_trim_whitespace(column)
-    return pc.if_else(pc.is_in(text, value_set=pa.array(["", NO_NAME], text.type)), pa.scalar(None, text.type), text)
+    return pc.if_else(
+        pc.is_in(text, value_set=pa.array(["", NO_NAME], text.type)),
+        pa.scalar(None, text.type),
+        text,
+    )

@@ -17,7 +17,15 @@ from typing import Final, Literal, NoReturn
 
 from vilu.datasets.base import SHARD, ImageRecord
 from vilu.datasets.classes import class_table
-from vilu.datasets.files import MAX_FILE_BYTES, MISSING, SUFFIXES, ListingHash, portable_name, stays_below, subfolders
+from vilu.datasets.files import (
+    MAX_FILE_BYTES,
+    MISSING,
+    SUFFIXES,
+    ListingHash,
+    portable_name,
+    stays_below,
+    subfolders,
+)
 from vilu.datasets.images import MAX_CAPTION_BYTES, BadImage, Kind, Stage, decode_caption
 from vilu.datasets.tar_members import Member, members
 from vilu.errors import OUTSIDE, DataError, UsageError
@@ -41,8 +49,12 @@ class Sample:
 
     def image(self) -> Member:
         """The member that holds the image."""
-        if unsafe := [member.name for member in self.members.values() if not stays_below(member.name)]:
-            raise BadImage("open", "bad_path", f"{unsafe[0]!r}: a name must be relative and must not climb")
+        if unsafe := [
+            member.name for member in self.members.values() if not stays_below(member.name)
+        ]:
+            raise BadImage(
+                "open", "bad_path", f"{unsafe[0]!r}: a name must be relative and must not climb"
+            )
         if self.fault is not None:
             raise BadImage("open", self.fault, FAULTS[self.fault])
         name = next((name for name in self.members if name in IMAGES), None)
@@ -54,17 +66,23 @@ class Sample:
                 f"the sample has no image; it has {self.listed()} (an extension begins at the name's first dot)",
             )
         if member.size > MAX_FILE_BYTES:
-            raise BadImage("open", "too_large", f"{member.size} bytes; at most {MAX_FILE_BYTES} are read")
+            raise BadImage(
+                "open", "too_large", f"{member.size} bytes; at most {MAX_FILE_BYTES} are read"
+            )
         return member
 
     def caption(self) -> Member:
         """The member that holds the caption."""
         member = self.companion(CAPTION)
         if member is None:
-            raise BadImage("text", "missing_caption", f"the sample has no .{CAPTION}; it has {self.listed()}")
+            raise BadImage(
+                "text", "missing_caption", f"the sample has no .{CAPTION}; it has {self.listed()}"
+            )
         if member.size > MAX_CAPTION_BYTES:
             raise BadImage(
-                "text", "too_large", f"a caption of {member.size} bytes; at most {MAX_CAPTION_BYTES} are read"
+                "text",
+                "too_large",
+                f"a caption of {member.size} bytes; at most {MAX_CAPTION_BYTES} are read",
             )
         return member
 
@@ -72,7 +90,11 @@ class Sample:
         """The member with an extension, which is a plain file; None where there is none."""
         member = self.members.get(extension)
         if member is not None and not member.is_file:
-            raise BadImage("open", "not_a_file", f"{member.name!r} is a link, a device or sparse, not a plain file")
+            raise BadImage(
+                "open",
+                "not_a_file",
+                f"{member.name!r} is a link, a device or sparse, not a plain file",
+            )
         return member
 
     def is_whole(self, companion: str) -> bool:
@@ -111,7 +133,12 @@ def list_samples(path: Path, companion: str) -> tuple[list[Sample], BadImage | N
     except OSError as error:
         trouble = BadImage("open", "bad_shard", f"cannot read the shard: {error.strerror}")
     samples = list(found.values())
-    if trouble is not None and samples and samples[-1].fault is None and not samples[-1].is_whole(companion):
+    if (
+        trouble is not None
+        and samples
+        and samples[-1].fault is None
+        and not samples[-1].is_whole(companion)
+    ):
         samples.pop()
     return samples, trouble
 
@@ -129,7 +156,10 @@ def _group(found: Iterable[Member], samples: dict[str, Sample]) -> None:
         parts = split_name(member.name)
         if parts is None and stays_below(member.name):
             continue
-        key, extension = parts or (member.name, "")  # no sample, but a name that leads out is never passed over
+        key, extension = parts or (
+            member.name,
+            "",
+        )  # no sample, but a name that leads out is never passed over
         sample = samples.setdefault(key, Sample(key))
         if sample.members and sample is not last:
             sample.fault = "interleaved"
@@ -146,35 +176,48 @@ MAX_LABEL_BYTES: Final = 32
 class TarShards:
     """Images in tar files in webdataset's layout, with captions; or with labels, where a classes file is given.
 
-    Members whose names are alike up to the first dot of the base name are one sample: its image is the first with an
-    image's extension, its caption ``.txt``, its label ``.cls`` (a whole number; without one it is unknown); others are
-    not looked at. Keys are ``shard#key``, and of what is wrong with a whole shard ``shard``. Nothing is opened before
-    ``records``, nothing is ever unpacked, and memory holds the member list of one shard.
+    Members whose names are alike up to the first dot of the base name are one sample: its image is
+    the first with an image's extension, its caption ``.txt``, its label ``.cls`` (a whole number;
+    without one it is unknown); others are not looked at. Keys are ``shard#key``, and of what is
+    wrong with a whole shard ``shard``. Nothing is opened before ``records``, nothing is ever
+    unpacked, and memory holds the member list of one shard.
 
-    Every sample is a record. One that cannot be used raises ``BadImage`` on reading, of kind "bad_path" (absolute or
-    climbing out), "interleaved" (its members do not stand together; one record for all of it), "duplicate" (an
-    extension twice), "not_a_file" (link, device, sparse), "missing_image", "missing_caption", "too_large", "bad_label";
-    and what ``decode_caption`` and ``decode_image`` find. A shard that ends early or cannot be read (on) is one record
-    more, of kind "truncated_shard" or "bad_shard"; the sample at the break is part of it unless nothing of that lacks.
+    Every sample is a record. One that cannot be used raises ``BadImage`` on reading, of kind
+    "bad_path" (absolute or climbing out), "interleaved" (its members do not stand together; one
+    record for all of it), "duplicate" (an extension twice), "not_a_file" (link, device, sparse),
+    "missing_image", "missing_caption", "too_large", "bad_label"; and what ``decode_caption`` and
+    ``decode_image`` find. A shard that ends early or cannot be read (on) is one record more, of
+    kind "truncated_shard" or "bad_shard"; the sample at the break is part of it unless nothing of
+    that lacks.
 
-    A classes file is in label order, or says the labels. ``outside`` names classes, or labels beyond them (``strays``:
-    only reading the tars would tell whether they occur), of images of none of the classes, as -2 always is.
+    A classes file is in label order, or says the labels. ``outside`` names classes, or labels
+    beyond them (``strays``: only reading the tars would tell whether they occur), of images of none
+    of the classes, as -2 always is.
 
     Source: https://github.com/webdataset/webdataset (the layout).
     """
 
     def __init__(
-        self, source: str, paths: Sequence[Path], *, classes: Path | None = None, outside: Sequence[str] = ()
+        self,
+        source: str,
+        paths: Sequence[Path],
+        *,
+        classes: Path | None = None,
+        outside: Sequence[str] = (),
     ) -> None:
         self.source = source
         self.classes = class_table(None, classes, by_position=True)
         self.class_names = self.classes.names if self.classes else None
         self.captioned = self.classes is None
         n_classes = len(self.class_names or ())
-        self.strays = frozenset(name for name in outside if name.isdecimal() and int(name) >= n_classes)
+        self.strays = frozenset(
+            name for name in outside if name.isdecimal() and int(name) >= n_classes
+        )
         self._paths = [path.absolute() for path in paths]
         self._names = _shard_names(self._paths)
-        listing = ListingHash("tar", *((*self.classes.folders, *self.classes.names) if self.classes else ()))
+        listing = ListingHash(
+            "tar", *((*self.classes.folders, *self.classes.names) if self.classes else ())
+        )
         for name in self._names:
             listing.add(name, MISSING, None)
         self.fingerprint = listing.hexdigest()
@@ -185,7 +228,9 @@ class TarShards:
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
         """The samples of shards start ... stop - 1, each shard's own trouble after its samples."""
         for number in range(len(self))[start:stop]:
-            samples, trouble = list_samples(self._paths[number], CAPTION if self.captioned else LABEL)
+            samples, trouble = list_samples(
+                self._paths[number], CAPTION if self.captioned else LABEL
+            )
             first = number * SHARD
             for position, sample in enumerate(samples, first):
                 yield self._record(number, sample, position)
@@ -210,7 +255,9 @@ class TarShards:
             label = None if self.captioned else self._label(path, sample.companion(LABEL))
         except BadImage as error:
             return _bad(key, error, position, self.captioned)
-        return ImageRecord(key, label, partial(_read_at, path, image.start, image.size), caption, position)
+        return ImageRecord(
+            key, label, partial(_read_at, path, image.start, image.size), caption, position
+        )
 
     def _label(self, path: Path, member: Member | None) -> int | None:
         if member is None:
@@ -219,19 +266,27 @@ class TarShards:
         try:
             text = _read_at(path, member.start, min(member.size, MAX_LABEL_BYTES + 1)).strip()
         except OSError as error:
-            raise BadImage("text", "read_error", f"cannot read the label: {error.strerror}") from error
+            raise BadImage(
+                "text", "read_error", f"cannot read the label: {error.strerror}"
+            ) from error
         if text.decode("latin-1") in {str(OUTSIDE), *self.strays}:
             return OUTSIDE
         label = int(text) if text.isdigit() and len(text) <= MAX_LABEL_BYTES else -1
         if not 0 <= label < n_classes:
-            raise BadImage("text", "bad_label", f"the label must be 0 to {n_classes - 1}, or -2. Found {text!r}")
+            raise BadImage(
+                "text",
+                "bad_label",
+                f"the label must be 0 to {n_classes - 1}, or -2. Found {text!r}",
+            )
         return label
 
 
 def _shard_names(paths: Sequence[Path]) -> list[str]:
     """Paths below the folder that all have in common; without the sign that ends them in keys."""
     common = os.path.commonpath({path.parent for path in paths})
-    names = [portable_name(path.relative_to(common).as_posix()).replace("#", "%23") for path in paths]
+    names = [
+        portable_name(path.relative_to(common).as_posix()).replace("#", "%23") for path in paths
+    ]
     if len(set(names)) < len(names):
         twice = next(name for name, count in Counter(names).items() if count > 1)
         raise UsageError(f"the shard {twice} is named more than once. Name each once.")
@@ -239,7 +294,10 @@ def _shard_names(paths: Sequence[Path]) -> list[str]:
 
 
 def _read_at(path: Path, start: int, size: int) -> bytes:
-    """Bytes of a shard. Opens it anew: threads share no position, and a record can be sent to another process."""
+    """Bytes of a shard.
+
+    Opens it anew: threads share no position, and a record can be sent to another process.
+    """
     with path.open("rb") as file:
         file.seek(start)
         data = file.read(size)
@@ -263,15 +321,25 @@ def _refuse(stage: Stage, kind: Kind, message: str) -> NoReturn:
 
 
 SUFFIX: Final = ".tar"
-COMPRESSED_SUFFIXES: Final = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
+COMPRESSED_SUFFIXES: Final = (
+    ".tar.gz",
+    ".tgz",
+    ".tar.bz2",
+    ".tbz2",
+    ".tar.xz",
+    ".txz",
+    ".tar.zst",
+    ".tzst",
+)
 MAX_SHARDS: Final = 1_000_000
 
 
 def find_shards(source: str | Path) -> list[Path] | None:
     """The shards that a source names, in order; None where it is something else.
 
-    A folder's are in the byte order of their names; a pattern's in the order of the shell, the last braces fastest.
-    URLs, compressed tars, and folders that hold something else to read as well, are refused.
+    A folder's are in the byte order of their names; a pattern's in the order of the shell, the last
+    braces fastest. URLs, compressed tars, and folders that hold something else to read as well, are
+    refused.
     """
     text, path = os.fspath(source), Path(source)
     exists = os.path.exists(path)  # noqa: PTH110  Path raises on a pattern that is longer than any name
@@ -314,18 +382,29 @@ def _alternatives(inside: str, pattern: str) -> list[str]:
         return inside.split(",")
     match = re.fullmatch(r"([0-9]{1,18})\.\.([0-9]{1,18})", inside)
     if match is None:
-        raise UsageError(f"{pattern}: braces hold a list {{a,b}} or two numbers {{00..10}}. Found {{{inside}}}.")
+        raise UsageError(
+            f"{pattern}: braces hold a list {{a,b}} or two numbers {{00..10}}. Found {{{inside}}}."
+        )
     first, last = int(match[1]), int(match[2])
     if abs(last - first) >= MAX_SHARDS:
         raise UsageError(f"{pattern} stands for more than {MAX_SHARDS} names. Name fewer shards.")
-    width = max(map(len, match.groups())) if any(len(end) > 1 and end[0] == "0" for end in match.groups()) else 0
+    width = (
+        max(map(len, match.groups()))
+        if any(len(end) > 1 and end[0] == "0" for end in match.groups())
+        else 0
+    )
     step = 1 if last >= first else -1
     return [str(number).zfill(width) for number in range(first, last + step, step)]
 
 
 def _in_folder(folder: Path) -> list[Path] | None:
-    with or_refuse(f"list the folder {folder}", "Mend its permissions."), os.scandir(folder) as entries:
-        names = [entry.name for entry in entries if not entry.name.startswith(".") and entry.is_file()]
+    with (
+        or_refuse(f"list the folder {folder}", "Mend its permissions."),
+        os.scandir(folder) as entries,
+    ):
+        names = [
+            entry.name for entry in entries if not entry.name.startswith(".") and entry.is_file()
+        ]
     shards = sorted((name for name in names if name.lower().endswith(SUFFIX)), key=os.fsencode)
     images = next((name for name in names if name.lower().endswith(SUFFIXES)), None)
     others = [] if not shards else subfolders(folder) if images is None else [images]
@@ -342,7 +421,9 @@ def _in_folder(folder: Path) -> list[Path] | None:
 
 def _refuse_others(text: str, exists: bool) -> None:
     if not exists and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", text):  # two letters: not a drive
-        raise UsageError(f"{text} is no file: nothing is downloaded and no command is run. Give files on a disk.")
+        raise UsageError(
+            f"{text} is no file: nothing is downloaded and no command is run. Give files on a disk."
+        )
     if text.lower().endswith(COMPRESSED_SUFFIXES):
         _refuse_compressed(text)
 

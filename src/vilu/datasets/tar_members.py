@@ -12,12 +12,17 @@ from vilu.datasets.files import portable_name
 from vilu.datasets.images import BadImage
 
 BLOCK: Final = tarfile.BLOCKSIZE
-MAX_HEADER_BYTES: Final = 2**20  # larger extension headers are refused; honest ones hold a name and a few times
+MAX_HEADER_BYTES: Final = (
+    2**20
+)  # larger extension headers are refused; honest ones hold a name and a few times
 MAX_NAME_BYTES: Final = 1024
 MAX_MEMBERS: Final = 500_000  # the list of one shard is in memory: about 400 bytes a member
 FILES: Final = frozenset({tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE})
 NO_DATA: Final = frozenset(tarfile.SUPPORTED_TYPES) - frozenset(tarfile.REGULAR_TYPES)
-"""Links, devices, folders: their size says nothing of what follows. Types that nobody knows are followed by data."""
+"""Links, devices, folders: their size says nothing of what follows.
+
+Types that nobody knows are followed by data.
+"""
 PAX: Final = frozenset({tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE})
 EXTENSIONS: Final = PAX | {tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK}
 
@@ -44,8 +49,9 @@ class Member:
 def members(file: BinaryIO, size: int) -> Iterator[Member]:
     """The members of a tar file of ``size`` bytes in order, without folders.
 
-    After the last whole member raises BadImage: "truncated_shard" where the file ends too early (also where only the
-    end mark is missing: nothing else tells that whole members are), else "bad_shard".
+    After the last whole member raises BadImage: "truncated_shard" where the file ends too early
+    (also where only the end mark is missing: nothing else tells that whole members are), else
+    "bad_shard".
     """
     position, count = 0, 0
     extended: dict[bytes, bytes] = {}
@@ -60,13 +66,17 @@ def members(file: BinaryIO, size: int) -> Iterator[Member]:
         extended = {}
         length = 0 if header.type in NO_DATA else member.size
         if position + length > size:
-            raise BadImage("open", "truncated_shard", f"the shard ends inside {member.name!r}; {_AGAIN}")
+            raise BadImage(
+                "open", "truncated_shard", f"the shard ends inside {member.name!r}; {_AGAIN}"
+            )
         position += _padded(length)
         if header.isdir():
             continue
         count += 1
         if count > MAX_MEMBERS:
-            raise BadImage("open", "bad_shard", f"more than {MAX_MEMBERS} members. Write smaller shards")
+            raise BadImage(
+                "open", "bad_shard", f"more than {MAX_MEMBERS} members. Write smaller shards"
+            )
         yield member
 
 
@@ -77,15 +87,29 @@ def _read_header(file: BinaryIO, position: int) -> tarfile.TarInfo | None:
     """The header at a position; None at the end mark."""
     file.seek(position)
     block = file.read(BLOCK)
-    program = None if position else next((COMPRESSED[magic] for magic in COMPRESSED if block.startswith(magic)), None)
+    program = (
+        None
+        if position
+        else next((COMPRESSED[magic] for magic in COMPRESSED if block.startswith(magic)), None)
+    )
     if program is not None:
-        raise BadImage("open", "bad_shard", f"the shard is compressed, so it cannot be read in parts: {program} it")
+        raise BadImage(
+            "open",
+            "bad_shard",
+            f"the shard is compressed, so it cannot be read in parts: {program} it",
+        )
     if len(block) == BLOCK and not any(block):
         if any(file.read(MAX_HEADER_BYTES)):  # what `cat` puts there, hardly any reader sees
-            raise BadImage("open", "bad_shard", "more bytes follow the end mark. Join shards with `tar -A`, not `cat`")
+            raise BadImage(
+                "open",
+                "bad_shard",
+                "more bytes follow the end mark. Join shards with `tar -A`, not `cat`",
+            )
         return None
     if len(block) < BLOCK and (position or not block):
-        raise BadImage("open", "truncated_shard", f"the shard ends at byte {position + len(block)}; {_AGAIN}")
+        raise BadImage(
+            "open", "truncated_shard", f"the shard ends at byte {position + len(block)}; {_AGAIN}"
+        )
     return _parse_header(block, position)
 
 
@@ -118,7 +142,9 @@ def _start_of_data(file: BinaryIO, header: tarfile.TarInfo, begin: int) -> int:
 def _read_body(file: BinaryIO, position: int, length: int, size: int) -> bytes:
     if length > MAX_HEADER_BYTES:
         raise BadImage(
-            "open", "bad_shard", f"an extension header of {length} bytes; at most {MAX_HEADER_BYTES} are read"
+            "open",
+            "bad_shard",
+            f"an extension header of {length} bytes; at most {MAX_HEADER_BYTES} are read",
         )
     if position + length > size:
         raise BadImage("open", "truncated_shard", f"the shard ends inside a header; {_AGAIN}")
@@ -133,7 +159,9 @@ def _extend(extended: dict[bytes, bytes], kind: bytes, body: bytes, position: in
     elif kind in PAX:
         extended |= _pax_fields(body, position)
     elif kind == tarfile.XGLTYPE and _pax_fields(body, position):
-        raise BadImage("open", "bad_shard", f"the header at byte {position} gives all members one name or size")
+        raise BadImage(
+            "open", "bad_shard", f"the header at byte {position} gives all members one name or size"
+        )
 
 
 _PAX_LENGTH: Final = re.compile(rb"([1-9][0-9]{0,6}) ")
@@ -146,7 +174,11 @@ def _pax_fields(body: bytes, position: int) -> dict[bytes, bytes]:
         match = _PAX_LENGTH.match(body, at)
         end = at + int(match[1]) if match else 0
         if match is None or not match.end() < end <= len(body) or body[end - 1] != ord("\n"):
-            raise BadImage("open", "bad_shard", f"the header at byte {position} is damaged. Write the shard again")
+            raise BadImage(
+                "open",
+                "bad_shard",
+                f"the header at byte {position} is damaged. Write the shard again",
+            )
         key, _, value = body[match.end() : end - 1].partition(b"=")
         if key in {b"path", b"size"} or key.startswith(b"GNU.sparse."):
             found[key] = value
@@ -154,15 +186,23 @@ def _pax_fields(body: bytes, position: int) -> dict[bytes, bytes]:
     return found
 
 
-def _member(header: tarfile.TarInfo, extended: dict[bytes, bytes], start: int, position: int) -> Member:
+def _member(
+    header: tarfile.TarInfo, extended: dict[bytes, bytes], start: int, position: int
+) -> Member:
     sparse = any(key.startswith(b"GNU.sparse.") for key in extended)
     raw = extended.get(b"GNU.sparse.name", extended.get(b"path"))
     name = header.name if raw is None else raw.decode("utf-8", "surrogateescape")
     length = extended.get(b"size", b"%d" % header.size)
     if not re.fullmatch(rb"[0-9]{1,19}", length):
-        raise BadImage("open", "bad_shard", f"the header at byte {position} gives a size of {length[:30]!r}")
+        raise BadImage(
+            "open", "bad_shard", f"the header at byte {position} gives a size of {length[:30]!r}"
+        )
     if len(name) > MAX_NAME_BYTES:
-        raise BadImage("open", "bad_shard", f"a name of {len(name)} characters; at most {MAX_NAME_BYTES} are read")
+        raise BadImage(
+            "open",
+            "bad_shard",
+            f"a name of {len(name)} characters; at most {MAX_NAME_BYTES} are read",
+        )
     return Member(portable_name(name), start, int(length), header.type in FILES and not sparse)
 
 

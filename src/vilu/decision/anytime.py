@@ -1,13 +1,14 @@
 """A threshold whose promise may be looked at after every label: evidence that is valid at any time.
 
-For a fixed threshold t the accepted answers whose labels come one after another are independent draws, wrong with
-probability R(t). A bet of b in (0, 1] on "the error rate is above r" multiplies its wealth by
+For a fixed threshold t the accepted answers whose labels come one after another are independent
+draws, wrong with probability R(t). A bet of b in (0, 1] on "the error rate is above r" multiplies
+its wealth by
 
     1 - b (wrong - r) / (1 - r),    whose mean is at most 1 where R(t) >= r,
 
-so k wrong of m leave (1 - b)^k (1 + b r / (1 - r))^(m - k). The mean over a few bets is E(t), and P[E(t) ever reaches
-1 / a] <= a where R(t) >= r (Ville 1939). So "label until it certifies" is no trick: the same level is good for every
-look. An exact binomial test repeated at every look is not.
+so k wrong of m leave (1 - b)^k (1 + b r / (1 - r))^(m - k). The mean over a few bets is E(t), and
+P[E(t) ever reaches 1 / a] <= a where R(t) >= r (Ville 1939). So "label until it certifies" is no
+trick: the same level is good for every look. An exact binomial test repeated at every look is not.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ from vilu.errors import DataError, require_between
 from vilu.metrics.counts import Floats, Ints
 
 BETS: Final = ((0.95, 0.4), (0.8, 0.25), (0.6, 0.2), (0.35, 0.15))
-"""Bets b with their shares of the first wealth: 72 answers without an error show 5 % at 95 % (the exact test: 59)."""
+"""Bets b with their shares of the first wealth:
+
+72 answers without an error show 5 % at 95 % (the exact test: 59).
+"""
 
 STARTS: Final = ((8, 0.1), (16, 0.1), (32, 0.2), (64, 0.6))
 """Where sequences of thresholds begin, in ``STEPS``-ths of the rows that may be accepted, and shares of the level."""
@@ -46,14 +50,18 @@ def log_evidence(wrong: ArrayLike, accepted: ArrayLike, max_risk: float) -> Floa
     """
     bet, share = np.array(BETS).T
     k, m = (np.asarray(counts, dtype=np.float64)[..., None] for counts in (wrong, accepted))
-    wealth = np.log(share) + k * np.log1p(-bet) + (m - k) * np.log1p(bet * max_risk / (1 - max_risk))
+    wealth = (
+        np.log(share) + k * np.log1p(-bet) + (m - k) * np.log1p(bet * max_risk / (1 - max_risk))
+    )
     found: Floats = np.logaddexp.reduce(wealth, axis=-1)
     return found
 
 
 def flawless_labels(max_risk: float, delta: float) -> int:
     """Fewest labels, none of them wrong, that show the risk at one threshold with the level ``delta``."""
-    return bisect_left(range(2**40), -math.log(delta), key=lambda n: float(log_evidence(0, n, max_risk)))
+    return bisect_left(
+        range(2**40), -math.log(delta), key=lambda n: float(log_evidence(0, n, max_risk))
+    )
 
 
 def level_of(attempt: int, delta: float) -> float:
@@ -81,10 +89,11 @@ def grid_of(uncertainty: Floats, limit: float) -> Floats:
 class Looks:
     """What labels say of a grid of thresholds, however often it is asked.
 
-    H_t, "the error rate at t is above max_risk", is rejected where E(t) >= 1 / level. Sequences from strict to lax
-    begin at ``STARTS``, each with its share of ``delta``, and one that reaches the next beginning hands its level on. A
-    true H_t is met with the levels since the true one before it, which add up to at most delta, and Ville's inequality
-    holds for every level at all times: P[ever certifying a t with R(t) > max_risk] <= delta.
+    H_t, "the error rate at t is above max_risk", is rejected where E(t) >= 1 / level. Sequences
+    from strict to lax begin at ``STARTS``, each with its share of ``delta``, and one that reaches
+    the next beginning hands its level on. A true H_t is met with the levels since the true one
+    before it, which add up to at most delta, and Ville's inequality holds for every level at all
+    times: P[ever certifying a t with R(t) > max_risk] <= delta.
 
     Args:
         grid: (G,) thresholds, ascending, fixed before the labels (``grid_of``).
@@ -113,7 +122,9 @@ class Looks:
         require_between("max_risk", self.max_risk)
         require_between("delta", self.delta)
         if len(self.grid) < STEPS or (np.diff(self.grid) < 0).any():
-            raise DataError(f"a grid has {STEPS} thresholds at least, ascending. Got {np.asarray(self.grid).tolist()}.")
+            raise DataError(
+                f"a grid has {STEPS} thresholds at least, ascending. Got {np.asarray(self.grid).tolist()}."
+            )
 
     @property
     def last(self) -> int:

@@ -23,7 +23,8 @@ FEW_DISTINCT: Final = 16
 class Seen:
     """Rows that were taken in, and their names, as 64-bit hashes, 8 bytes each, in sorted runs of falling length.
 
-    Of n rows one is mistaken for another, or for a name, with a probability of n^2 / 2^64: at 10^8 rows, one in 2,000.
+    Of n rows one is mistaken for another, or for a name, with a probability of n^2 / 2^64: at 10^8
+    rows, one in 2,000.
     """
 
     def __init__(self) -> None:
@@ -50,25 +51,36 @@ class Seen:
         """
         n = len(outcomes)
         answers = np.full(n, UNKNOWN) if outcomes.prediction is None else outcomes.prediction
-        numbers = np.stack([outcomes.uncertainty.view(np.int64), answers, *([outcomes.failure] if labels else [])], 1)
+        numbers = np.stack(
+            [outcomes.uncertainty.view(np.int64), answers, *([outcomes.failure] if labels else [])],
+            1,
+        )
         if outcomes.ids is not None:
             content = np.ascontiguousarray(numbers[:, :2]).tobytes()
             rows = (
-                key.encode(errors="surrogatepass") + content[16 * i : 16 * i + 16] for i, key in enumerate(outcomes.ids)
+                key.encode(errors="surrogatepass") + content[16 * i : 16 * i + 16]
+                for i, key in enumerate(outcomes.ids)
             )
             hashes = hash_of_each(rows).view(np.int64)
             first = np.isin(np.arange(n), np.unique(hashes, return_index=True)[1])
             names, known = hash_names(outcomes.ids).view(np.int64), self._holds(hashes)
-            # a score that many rows have comes with the same name by chance, too, where names come with other scores
+            # a score that many rows have comes with the same name by chance, too, where names come
+            # with other scores
             if known.any() and not known.all() and not np.array_equal(self._holds(names), known):
-                _, place, count = np.unique(numbers[:, :2], axis=0, return_inverse=True, return_counts=True)
+                _, place, count = np.unique(
+                    numbers[:, :2], axis=0, return_inverse=True, return_counts=True
+                )
                 tied = count[place.ravel()] > 1
-                alone, shared = np.bincount(tied, known, minlength=2) / np.bincount(tied, minlength=2).clip(1)
+                alone, shared = np.bincount(tied, known, minlength=2) / np.bincount(
+                    tied, minlength=2
+                ).clip(1)
                 known &= ~tied | (10 * alone >= shared)
             return np.concatenate([hashes, names]), first & ~known
         if len(np.unique(outcomes.uncertainty)) < FEW_DISTINCT:
             return np.empty(0, np.int64), np.ones(n, dtype=np.bool_)
-        whole = hash_of_each([np.ascontiguousarray(numbers[np.lexsort(numbers.T)]).tobytes()]).view(np.int64)
+        whole = hash_of_each([np.ascontiguousarray(numbers[np.lexsort(numbers.T)]).tobytes()]).view(
+            np.int64
+        )
         return whole, np.full(n, not self._holds(whole).all())
 
     def _holds(self, hashes: Ints) -> NDArray[np.bool_]:
@@ -86,7 +98,10 @@ def _is_numbered(ids: Sequence[str]) -> bool:
 def refuse_sorted(outcomes: Outcomes) -> None:
     """Refuse rows that lie sorted; in what order exchangeable rows came has nothing to do with what they are."""
     scored = np.isfinite(outcomes.uncertainty)
-    answers, labels = (codes if codes is None else codes[scored] for codes in (outcomes.prediction, outcomes.target))
+    answers, labels = (
+        codes if codes is None else codes[scored]
+        for codes in (outcomes.prediction, outcomes.target)
+    )
     if labels is not None and (labels != UNKNOWN).all() and in_blocks(labels):
         what = "right answer"
     elif answers is not None and grouped(answers):
@@ -119,9 +134,12 @@ def admit(outcomes: Outcomes, calibration: Outcomes, risk: str | None) -> Outcom
         )
     if known := _n_known(outcomes, calibration):
         warnings.warn(
-            f"{known} of {len(outcomes)} rows are calibration rows, which say nothing about new ones.", stacklevel=3
+            f"{known} of {len(outcomes)} rows are calibration rows, which say nothing about new ones.",
+            stacklevel=3,
         )
-    if outcomes.ids is not None and _is_numbered(outcomes.ids):  # seen here alone: what is left of them looks like keys
+    if outcomes.ids is not None and _is_numbered(
+        outcomes.ids
+    ):  # seen here alone: what is left of them looks like keys
         outcomes = replace(outcomes, ids=None)
     if outcomes.class_names is None and outcomes.prediction is not None:
         return replace(outcomes, class_names=calibration.class_names)
@@ -132,6 +150,8 @@ def _n_known(outcomes: Outcomes, calibration: Outcomes) -> int:
     """Rows with the key and the uncertainty of a calibration row; a key alone may be of another data set."""
     if outcomes.ids is None or calibration.ids is None:
         return 0
-    alike = np.flatnonzero(np.isin(calibration.uncertainty, outcomes.uncertainty))  # few, of a batch of a service
+    alike = np.flatnonzero(
+        np.isin(calibration.uncertainty, outcomes.uncertainty)
+    )  # few, of a batch of a service
     rows = {(calibration.ids[place], calibration.uncertainty[place]) for place in alike.tolist()}
     return sum(row in rows for row in zip(outcomes.ids, outcomes.uncertainty.tolist(), strict=True))

@@ -2,12 +2,14 @@
 
 Wealth against "the error rate is at most r", whatever came before each answer:
 
-    M(r) = P[theta <= r] + integral over theta > r of (theta/r)^k ((1 - theta)/(1 - r))^(m - k), theta ~ Beta(a, b)
+    M(r) = P[theta <= r] + integral over theta > r of (theta/r)^k ((1 - theta)/(1 - r))^(m - k),
+    theta ~ Beta(a, b)
 
-of k wrong answers among m: a mixture of bets on larger rates; what lies below r is not bet. P(M ever reaches 1/delta)
-is at most delta (Ville 1939), so one may look after every label. M falls in r below k/m and is at most 1 above, so the
-rates with M(r) < 1/delta are those above one number: the lower bound. Upper bounds are lower bounds of the rate of
-right answers (method of mixtures: Robbins 1970; confidence sequences: Howard et al., Annals of Statistics 2021).
+of k wrong answers among m: a mixture of bets on larger rates; what lies below r is not bet. P(M
+ever reaches 1/delta) is at most delta (Ville 1939), so one may look after every label. M falls in r
+below k/m and is at most 1 above, so the rates with M(r) < 1/delta are those above one number: the
+lower bound. Upper bounds are lower bounds of the rate of right answers (method of mixtures: Robbins
+1970; confidence sequences: Howard et al., Annals of Statistics 2021).
 
 The same watches whether the present shares are those that a promise was stated for (``rates_of``).
 """
@@ -95,7 +97,8 @@ class Audit:
     def path(self, failure: Ints) -> Floats:
         """(B,) log M(promise) after each of the next audited answers, 1 = wrong.
 
-        The promise is broken where it reaches log(1/delta), which is where the lower bound passes the promise.
+        The promise is broken where it reaches log(1/delta), which is where the lower bound passes
+        the promise.
         """
         n = self.n + np.arange(1, len(failure) + 1)
         return log_wealth(self.wrong + np.cumsum(failure), n, self.promise, self.prior)
@@ -115,7 +118,10 @@ class Audit:
         rounded: Callable[[float], int] = math.ceil if rate < self.promise else math.floor
 
         def tells(n: int) -> bool:
-            return Audit(self.promise, self.delta, n, rounded(rate * n)).verdict != "not enough audited answers"
+            return (
+                Audit(self.promise, self.delta, n, rounded(rate * n)).verdict
+                != "not enough audited answers"
+            )
 
         if tells(self.n):
             return 0
@@ -130,10 +136,11 @@ LEAST: Final = 1e-3
 def rates_of(rule: Selector | None, calibration: Outcomes, level: float) -> dict[TestName, Audit]:
     """Rates that must not be exceeded while a promise for stated shares holds; none for other rules.
 
-    "outside": share of strangers among labelled rows, at most the stated one. "abstained": share of rows that the rule
-    abstains from. With d_s the rate in stratum s, strangers at a share p' give (1 - p') d_in + p' d_out, which over all
-    p' up to the stated p is largest at an end; for every d_s stands its Clopper-Pearson bound from above, of which all
-    together take half of the level, and the bets the other half.
+    "outside": share of strangers among labelled rows, at most the stated one. "abstained": share of
+    rows that the rule abstains from. With d_s the rate in stratum s, strangers at a share p' give
+    (1 - p') d_in + p' d_out, which over all p' up to the stated p is largest at an end; for every
+    d_s stands its Clopper-Pearson bound from above, of which all together take half of the level,
+    and the bets the other half.
     """
     if rule is None or not rule.reweighted or not rule.feasible:
         return {}
@@ -148,9 +155,13 @@ def rates_of(rule: Selector | None, calibration: Outcomes, level: float) -> dict
 
 def _abstained_at_most(rule: Selector, rows: Outcomes, delta: float) -> float:
     strata = Strata(rows, rule.outside_share, rule.class_shares)
-    abstained = np.bincount(strata.stratum[~rule.accept(rows.uncertainty)], minlength=len(strata.names))
+    abstained = np.bincount(
+        strata.stratum[~rule.accept(rows.uncertainty)], minlength=len(strata.names)
+    )
     each = delta / int(np.count_nonzero(strata.share))
-    bounds = np.array([upper_bound(int(k), int(n), each) for k, n in zip(abstained, strata.n, strict=True)])
+    bounds = np.array(
+        [upper_bound(int(k), int(n), each) for k, n in zip(abstained, strata.n, strict=True)]
+    )
     strangers = float(strata.share[-1])
     within = float(strata.share[:-1] @ bounds[:-1]) / (1 - strangers)
     return max(within, (1 - strangers) * within + strangers * float(bounds[-1]))

@@ -53,11 +53,11 @@ class Certificate(Model):
     n_wrong: int = Field(ge=0)  # how many of those are wrong
     risk_bound: float | None  # what is promised; None where nothing is accepted
     why: str | None = None  # why nothing is accepted
-    # so many calibration rows are needed at least, where there are fewer; else None. How many would be enough depends
-    # on how many of them are accepted and right
+    # so many calibration rows are needed at least, where there are fewer; else None. How many would
+    # be enough depends on how many of them are accepted and right
     n_needed: int | None = None
-    # abstain where the uncertainty is at most this, too: too many of the most trusted answers are wrong. None: no
-    # answer is too trusted
+    # abstain where the uncertainty is at most this, too: too many of the most trusted answers are
+    # wrong. None: no answer is too trusted
     floor: float | None = None
 
     @property
@@ -72,20 +72,25 @@ class Selector(Model):
     And above a floor, where a certificate has one.
 
     Attributes:
-        method: "ltt", "sgr", "crc", or "anytime" (``vilu.decision.anytime``): looked at again and again.
+        method: "ltt", "sgr", "crc", or "anytime" (``vilu.decision.anytime``): looked at again and
+            again.
         max_risk: The target; None where a coverage was asked for alone.
         min_coverage: Least coverage asked for; None for any.
-        confidence: 1 - delta; with several groups the promises hold for all of them together with it.
+        confidence: 1 - delta; with several groups the promises hold for all of them together with
+            it.
         grouped_by: "prediction" (the zero-shot answer), "groups" (given by the caller), or None.
         certificates: Per group; one group "" without groups.
-        outside_share: Share of pictures of none of the classes up to which the promise holds; None: that of the
+        outside_share: Share of pictures of none of the classes up to which the promise holds; None:
+            that of the calibration rows.
+        class_shares: Shares of the classes, among the others, at which it holds; None: those of the
             calibration rows.
-        class_shares: Shares of the classes, among the others, at which it holds; None: those of the calibration rows.
 
     Examples:
         >>> import numpy as np, vilu
         >>> uncertainty = np.linspace(0, 1, 101)
-        >>> selector = vilu.calibrate(vilu.Outcomes(uncertainty, uncertainty > 0.795), max_risk=0.05)
+        >>> selector = vilu.calibrate(
+        ...     vilu.Outcomes(uncertainty, uncertainty > 0.795), max_risk=0.05
+        ... )
         >>> round(selector.threshold, 2), selector.n_wrong, selector.n_accepted
         (0.79, 0, 80)
         >>> selector.accept([0.2, 0.99, np.nan]).tolist()
@@ -141,7 +146,9 @@ class Selector(Model):
     @property
     def risk_bound(self) -> float | None:
         """What is promised; with groups the largest of their bounds."""
-        bounds = [one.risk_bound for one in self.certificates.values() if one.risk_bound is not None]
+        bounds = [
+            one.risk_bound for one in self.certificates.values() if one.risk_bound is not None
+        ]
         return max(bounds) if bounds else None
 
     @property
@@ -178,21 +185,29 @@ class Selector(Model):
         Examples:
             >>> import numpy as np, vilu
             >>> day, night = np.linspace(0, 1, 100), np.linspace(0, 1, 100)
-            >>> outcomes = vilu.Outcomes([*day, *night], [*(day > 0.9), *(night > 0.6)])  # by night more is wrong
-            >>> selector = vilu.calibrate(outcomes, max_risk=0.1, groups=["day"] * 100 + ["night"] * 100)
+            >>> outcomes = vilu.Outcomes(
+            ...     [*day, *night], [*(day > 0.9), *(night > 0.6)]
+            ... )  # by night more is wrong
+            >>> selector = vilu.calibrate(
+            ...     outcomes, max_risk=0.1, groups=["day"] * 100 + ["night"] * 100
+            ... )
             >>> floors, thresholds = selector.limits(2, ["day", "night"])
             >>> thresholds.round(2).tolist()
             [0.93, 0.61]
         """
         names = [ALL] * n if self.grouped_by is None else check_texts(groups, "groups")
         if names is None or len(names) != n:
-            raise UsageError(f"with a threshold per group this selector needs the group of each of {n} rows, as text.")
+            raise UsageError(
+                f"with a threshold per group this selector needs the group of each of {n} rows, as text."
+            )
         ends = {name: interval(one) for name, one in self.certificates.items()}
         other = ends.get(OTHER, (-np.inf, -np.inf))
         found = np.array([ends.get(name, other) for name in names], dtype=np.float64).reshape(n, 2)
         return found[:, 0], found[:, 1]
 
-    def accept(self, uncertainty: ArrayLike, groups: Sequence[str] | None = None) -> NDArray[np.bool_]:
+    def accept(
+        self, uncertainty: ArrayLike, groups: Sequence[str] | None = None
+    ) -> NDArray[np.bool_]:
         """(N,) whether each answer is accepted; one without an uncertainty (NaN) is not.
 
         Args:
@@ -205,7 +220,9 @@ class Selector(Model):
 
         Examples:
             >>> import numpy as np, vilu
-            >>> calibration = vilu.Outcomes(np.linspace(0, 0.5, 100), np.zeros(100))  # all are right
+            >>> calibration = vilu.Outcomes(
+            ...     np.linspace(0, 0.5, 100), np.zeros(100)
+            ... )  # all are right
             >>> selector = vilu.calibrate(calibration, max_risk=0.05)
             >>> selector.accept([0.1, 0.5, 0.6, np.nan]).tolist()
             [True, True, False, False]
@@ -214,11 +231,13 @@ class Selector(Model):
         floors, thresholds = self.limits(len(scores), groups)
         return (scores > floors) & (scores <= thresholds)
 
-    def reasons(self, uncertainty: ArrayLike, groups: Sequence[str] | None = None) -> list[str | None]:
+    def reasons(
+        self, uncertainty: ArrayLike, groups: Sequence[str] | None = None
+    ) -> list[str | None]:
         """Per row why it is not accepted, else None.
 
-        "above_threshold", "below_floor" (answers trusted as much are too often wrong), or "not_certified" (its group
-        accepts nothing). Errors are those of ``accept``.
+        "above_threshold", "below_floor" (answers trusted as much are too often wrong), or
+        "not_certified" (its group accepts nothing). Errors are those of ``accept``.
         """
         scores = real_vector(uncertainty, "uncertainty")
         floors, thresholds = self.limits(len(scores), groups)
@@ -238,8 +257,14 @@ class Selector(Model):
         bound = self.risk_bound
         if bound is None:
             return "nothing is accepted"
-        sure = f"with confidence {exactly(self.confidence)}" if self.method != "crc" else "on average"
-        what = "of all answers are accepted and wrong" if self.method == "crc" else "of the accepted answers are wrong"
+        sure = (
+            f"with confidence {exactly(self.confidence)}" if self.method != "crc" else "on average"
+        )
+        what = (
+            "of all answers are accepted and wrong"
+            if self.method == "crc"
+            else "of the accepted answers are wrong"
+        )
         found = f"{self.n_wrong} wrong of {self.n_accepted} accepted, of {self.n} calibration rows"
         found += ", whose shares are others" if self.reweighted else ""
         found += ", at whatever moment one looks" if self.method == "anytime" else ""
@@ -279,26 +304,30 @@ def calibrate(
 ) -> Selector:
     """A threshold on the uncertainty such that the error rate among accepted answers is at most ``max_risk``.
 
-    "ltt" and "sgr" promise it with probability ``confidence`` over the draw of the calibration rows; "crc" promises the
-    mean of another risk, the share of *all* answers that is accepted and wrong. All need calibration rows that are
-    drawn as the later ones are and were not used to fit; nothing is promised when the data shift. A target that cannot
-    be met is an answer: ``feasible`` is False, and the certificate says what is missing.
+    "ltt" and "sgr" promise it with probability ``confidence`` over the draw of the calibration
+    rows; "crc" promises the mean of another risk, the share of *all* answers that is accepted and
+    wrong. All need calibration rows that are drawn as the later ones are and were not used to fit;
+    nothing is promised when the data shift. A target that cannot be met is an answer: ``feasible``
+    is False, and the certificate says what is missing.
 
     Args:
         outcomes: Calibration rows; those without uncertainty or known failure are left out.
         max_risk: Largest error rate among accepted answers ("crc": among all), in [0, 1].
         confidence: 1 - delta, in (0, 1).
-        min_coverage: Least share to accept, at the stated shares if there are such. With ``max_risk``, a threshold that
-            accepts less counts as infeasible; alone, the strictest threshold that accepts so much, with the bound of
-            its risk.
+        min_coverage: Least share to accept, at the stated shares if there are such. With
+            ``max_risk``, a threshold that accepts less counts as infeasible; alone, the strictest
+            threshold that accepts so much, with the bound of its risk.
         method: "ltt", "sgr" or "crc"; see ``vilu.decision.thresholds``.
-        groups: N names, or "prediction" for the zero-shot answer: a threshold for each with enough rows, the others
-            together, as "(other)", with a group that is called so; delta is divided among them, so that all promises
-            hold at once. A least coverage alone is that of every group.
-        outside_share: Share of pictures of none of the classes to be expected, in [0, 1), where it is not that of the
-            calibration rows; those that are ``outside`` there stand for them. The promise holds for every smaller share
-            of pictures like them, too. "ltt" alone, without groups.
-        class_shares: Shares of the classes among all others, by name, to be expected: of every class, 0 where it is.
+        groups: N names, or "prediction" for the zero-shot answer: a threshold for each with enough
+            rows, the others together, as "(other)", with a group that is called so; delta is
+            divided among them, so that all promises hold at once. A least coverage alone is that of
+            every group.
+        outside_share: Share of pictures of none of the classes to be expected, in [0, 1), where it
+            is not that of the calibration rows; those that are ``outside`` there stand for them.
+            The promise holds for every smaller share of pictures like them, too. "ltt" alone,
+            without groups.
+        class_shares: Shares of the classes among all others, by name, to be expected: of every
+            class, 0 where it is.
 
     Raises:
         UsageError: If neither target is given or one is out of range.
@@ -313,27 +342,44 @@ def calibrate(
         >>> round(selector.threshold, 2), selector.n_accepted, selector.n_wrong
         (0.37, 338, 23)
         >>> few = vilu.calibrate(vilu.Outcomes(np.linspace(0, 1, 50), np.zeros(50)), max_risk=0.05)
-        >>> few.feasible, few.certificates[""].n_needed  # 0.95**59 < 0.05, and a row for the threshold
+        >>> (
+        ...     few.feasible,
+        ...     few.certificates[""].n_needed,
+        ... )  # 0.95**59 < 0.05, and a row for the threshold
         (False, 60)
     """
     check_target(max_risk, min_coverage, confidence, method)
     check_stated(outside_share, class_shares, max_risk, method, grouped=groups is not None)
     keep = evaluable(outcomes)
-    goal, shares = _Goal(max_risk, min_coverage, method), None if class_shares is None else dict(class_shares)
+    goal, shares = (
+        _Goal(max_risk, min_coverage, method),
+        None if class_shares is None else dict(class_shares),
+    )
     if outside_share is not None or shares is not None:
-        certificates = {ALL: goal.certify_shares(outcomes.take(keep), outside_share, shares, 1 - confidence)}
+        certificates = {
+            ALL: goal.certify_shares(outcomes.take(keep), outside_share, shares, 1 - confidence)
+        }
     else:
         uncertainty, failure = outcomes.uncertainty[keep], outcomes.failure[keep]
-        members = members_of(_names(outcomes, groups, keep), len(failure), 1 - confidence, goal.fewest)
+        members = members_of(
+            _names(outcomes, groups, keep), len(failure), 1 - confidence, goal.fewest
+        )
         delta = (1 - confidence) / len(members)
-        found = {name: goal.certify(tie_counts(uncertainty[at], failure[at]), delta) for name, at in members.items()}
+        found = {
+            name: goal.certify(tie_counts(uncertainty[at], failure[at]), delta)
+            for name, at in members.items()
+        }
         certificates = goal.all_or_none(found)
     return Selector(
         method=method,
         max_risk=max_risk,
         min_coverage=min_coverage,
         confidence=confidence,
-        grouped_by=None if groups is None else "prediction" if isinstance(groups, str) else "groups",
+        grouped_by=None
+        if groups is None
+        else "prediction"
+        if isinstance(groups, str)
+        else "groups",
         certificates=certificates,
         outside_share=outside_share,
         class_shares=shares,
@@ -350,7 +396,9 @@ def check_stated(
 ) -> None:
     """Refuse shares that cannot be, or with which nothing can be promised."""
     check_shares(outside_share, class_shares)
-    if (outside_share is not None or class_shares is not None) and (max_risk is None or method != "ltt" or grouped):
+    if (outside_share is not None or class_shares is not None) and (
+        max_risk is None or method != "ltt" or grouped
+    ):
         raise UsageError("stated shares take a max_risk, the method ltt, and no groups.")
 
 
@@ -368,22 +416,34 @@ def evaluable(outcomes: Outcomes) -> NDArray[np.bool_]:
 def group_names(outcomes: Outcomes) -> list[str]:
     """N names of the groups "prediction": the zero-shot answers; "" where there is none."""
     if outcomes.prediction is None:
-        raise DataError("groups by prediction need outcomes that say what was answered. These do not.")
+        raise DataError(
+            "groups by prediction need outcomes that say what was answered. These do not."
+        )
     names = outcomes.class_names
-    return ["" if c < 0 else str(c) if names is None else names[c] for c in outcomes.prediction.tolist()]
+    return [
+        "" if c < 0 else str(c) if names is None else names[c] for c in outcomes.prediction.tolist()
+    ]
 
 
-def _names(outcomes: Outcomes, groups: Sequence[str] | None, keep: NDArray[np.bool_]) -> list[str] | None:
+def _names(
+    outcomes: Outcomes, groups: Sequence[str] | None, keep: NDArray[np.bool_]
+) -> list[str] | None:
     """Group of every row that is kept."""
     if groups is None:
         return None
-    names = group_names(outcomes) if isinstance(groups, str) else check_texts(groups, "groups") or ()
+    names = (
+        group_names(outcomes) if isinstance(groups, str) else check_texts(groups, "groups") or ()
+    )
     if len(names) != len(outcomes):
-        raise DataError(f"groups must name one group per row ({len(outcomes)}). Got {len(names)} instead.")
+        raise DataError(
+            f"groups must name one group per row ({len(outcomes)}). Got {len(names)} instead."
+        )
     return [name for name, kept in zip(names, keep.tolist(), strict=True) if kept]
 
 
-def check_target(max_risk: float | None, min_coverage: float | None, confidence: float, method: str) -> None:
+def check_target(
+    max_risk: float | None, min_coverage: float | None, confidence: float, method: str
+) -> None:
     """Refuse what cannot be promised."""
     if max_risk is None and min_coverage is None:
         raise UsageError("what is to be promised? Give max_risk, min_coverage or both.")
@@ -395,7 +455,9 @@ def check_target(max_risk: float | None, min_coverage: float | None, confidence:
     require_one_of("method", method, METHODS)
 
 
-def members_of(names: list[str] | None, n: int, delta: float, fewest: Callable[[float], int]) -> dict[str, Ints]:
+def members_of(
+    names: list[str] | None, n: int, delta: float, fewest: Callable[[float], int]
+) -> dict[str, Ints]:
     """Rows of each group: as many groups of their own as have enough rows for their share of delta, the largest first.
 
     The others are one group together. Only the sizes of the groups decide.
@@ -405,7 +467,11 @@ def members_of(names: list[str] | None, n: int, delta: float, fewest: Callable[[
     sizes = Counter(names)
     ranked = sorted(sizes, key=lambda name: (-sizes[name], name))
     # with g groups of their own there are g + 1 shares, but g where nothing is left over
-    enough = [g for g in range(1, len(ranked) + 1) if sizes[ranked[g - 1]] >= fewest(delta / min(g + 1, len(ranked)))]
+    enough = [
+        g
+        for g in range(1, len(ranked) + 1)
+        if sizes[ranked[g - 1]] >= fewest(delta / min(g + 1, len(ranked)))
+    ]
     own = set(ranked[: max(enough, default=0)])
     group = np.array([name if name in own else OTHER for name in names], dtype=object)
     found = {name: np.flatnonzero(group == name) for name in [*sorted(own), OTHER]}
@@ -426,7 +492,9 @@ def _certificate(counts: TieCounts, point: Point) -> Certificate:
 
 
 def _nothing(n: int, why: str, n_needed: int | None = None) -> Certificate:
-    return Certificate(threshold=None, n=n, n_accepted=0, n_wrong=0, risk_bound=None, why=why, n_needed=n_needed)
+    return Certificate(
+        threshold=None, n=n, n_accepted=0, n_wrong=0, risk_bound=None, why=why, n_needed=n_needed
+    )
 
 
 def _too_little(coverage: float, asked: float) -> str:
@@ -443,8 +511,16 @@ class _Goal(NamedTuple):
     def fewest(self, delta: float) -> int:
         """Fewest rows of a group for which anything can be promised at level delta."""
         if self.max_risk is None:
-            return 1 if self.min_coverage in {None, 1.0} else rows_for_coverage(self.min_coverage or 1.0, delta)
-        return rows_for_mean(self.max_risk) if self.method == "crc" else rows_without_error(self.max_risk, delta) + 1
+            return (
+                1
+                if self.min_coverage in {None, 1.0}
+                else rows_for_coverage(self.min_coverage or 1.0, delta)
+            )
+        return (
+            rows_for_mean(self.max_risk)
+            if self.method == "crc"
+            else rows_without_error(self.max_risk, delta) + 1
+        )
 
     def certify(self, counts: TieCounts, delta: float) -> Certificate:
         """The best threshold, or why there is none."""
@@ -452,23 +528,39 @@ class _Goal(NamedTuple):
             point = METHODS[self.method](counts, self.max_risk, delta)
         else:
             point = coverage_first(counts, self.min_coverage or 1.0, delta)
-        return _certificate(counts, point) if point else _nothing(int(counts.n), *self._why_nothing(counts, delta))
+        return (
+            _certificate(counts, point)
+            if point
+            else _nothing(int(counts.n), *self._why_nothing(counts, delta))
+        )
 
     def certify_shares(
-        self, rows: Outcomes, outside_share: float | None, class_shares: dict[str, float] | None, delta: float
+        self,
+        rows: Outcomes,
+        outside_share: float | None,
+        class_shares: dict[str, float] | None,
+        delta: float,
     ) -> Certificate:
         """The same for stated shares."""
-        strata, max_risk, point = Strata(rows, outside_share, class_shares), self.max_risk or 0.0, None
+        strata, max_risk, point = (
+            Strata(rows, outside_share, class_shares),
+            self.max_risk or 0.0,
+            None,
+        )
         require_every_class(rows, class_shares)
         if not strata.lacking(max_risk, delta):
-            _, point = weighted_learn_then_test(rows.uncertainty, rows.failure == 1, strata.weight, max_risk, delta)
+            _, point = weighted_learn_then_test(
+                rows.uncertainty, rows.failure == 1, strata.weight, max_risk, delta
+            )
         if point is None:
             return _nothing(len(rows), *why_nothing(strata, max_risk, delta))
         one = _certificate(tie_counts(rows.uncertainty, rows.failure), point)
         floor, threshold = interval(one)
         accepted = (rows.uncertainty > floor) & (rows.uncertainty <= threshold)
         coverage = float(strata.weight[accepted].sum()) / len(rows)
-        if self.min_coverage is not None and coverage < self.min_coverage - 1e-9:  # weights are rounded
+        if (
+            self.min_coverage is not None and coverage < self.min_coverage - 1e-9
+        ):  # weights are rounded
             return _nothing(len(rows), _too_little(coverage, self.min_coverage))
         return one
 
@@ -476,7 +568,10 @@ class _Goal(NamedTuple):
         """The certificates, or none of them where together they fall short of the coverage that was asked for."""
         if self.min_coverage is None:
             return certificates
-        n, accepted = (sum(getattr(one, field) for one in certificates.values()) for field in ("n", "n_accepted"))
+        n, accepted = (
+            sum(getattr(one, field) for one in certificates.values())
+            for field in ("n", "n_accepted")
+        )
         why = None
         if self.max_risk is None:
             why = next((one.why for one in certificates.values() if one.threshold is None), None)
@@ -494,8 +589,14 @@ class _Goal(NamedTuple):
             return why, None if self.min_coverage == 1 else self.fewest(delta)
         if self.method == "crc":
             if n < (fewest := self.fewest(delta)):
-                return f"{n} rows are fewer than the {fewest} that a mean of {max_risk:.2%} takes", fewest
-            return f"{int(counts.accepted_wrong[0])} of the most trusted answers, equal in score, are wrong", None
+                return (
+                    f"{n} rows are fewer than the {fewest} that a mean of {max_risk:.2%} takes",
+                    fewest,
+                )
+            return (
+                f"{int(counts.accepted_wrong[0])} of the most trusted answers, equal in score, are wrong",
+                None,
+            )
         if self.method == "sgr":
             delta /= sgr_steps(len(counts.value))
         flawless = rows_without_error(max_risk, delta) + (self.method == "ltt")

@@ -42,7 +42,8 @@ class Target:
     max_risk: float | None = None
     min_coverage: float | None = None  # least share to accept; None for any
     confidence: float = 0.95  # 1 - delta
-    method: Method = "ltt"  # "ltt", "sgr", "crc" (``vilu.calibrate``) or "selection" (``vilu.decision.selection``)
+    # "ltt", "sgr", "crc" (``vilu.calibrate``) or "selection" (``vilu.decision.selection``)
+    method: Method = "ltt"
     per_class: bool = False  # a threshold for every predicted class with enough rows
     label_sets: Kind | None = None  # "lac" or "aps"; None for none
     max_miss: float = 0.1  # largest share of label sets without the right label
@@ -55,7 +56,9 @@ class Target:
         """All that was asked for; shares where they are stated, as records of older code know of none."""
         stated = {"outside_share", "class_shares"}
         return {
-            name: value for name, value in dataclasses.asdict(self).items() if value is not None or name not in stated
+            name: value
+            for name, value in dataclasses.asdict(self).items()
+            if value is not None or name not in stated
         }
 
     def check(self, predictor: FailurePredictor, data: EmbeddingSource) -> None:
@@ -68,14 +71,26 @@ class Target:
         elif self.method != "selection":
             check_target(self.max_risk, self.min_coverage, self.confidence, self.method)
         elif self.max_risk is None or self.min_coverage is not None or self.per_class:
-            raise UsageError("selection takes a max_risk, and neither a min_coverage nor a threshold per class.")
-        check_stated(self.outside_share, self.class_shares, self.max_risk, self.method, grouped=self.per_class)
+            raise UsageError(
+                "selection takes a max_risk, and neither a min_coverage nor a threshold per class."
+            )
+        check_stated(
+            self.outside_share,
+            self.class_shares,
+            self.max_risk,
+            self.method,
+            grouped=self.per_class,
+        )
         if self.per_class and data.pool_size is not None:
-            raise UsageError("captions have no classes, so there are no thresholds per class. Leave per_class out.")
+            raise UsageError(
+                "captions have no classes, so there are no thresholds per class. Leave per_class out."
+            )
         if self.label_sets is not None:
             check_label_sets(predictor, data, self.max_miss)
         elif self.max_miss != Target.max_miss:
-            raise UsageError(f"max_miss ({self.max_miss}) is for label sets. Ask for label_sets too, or leave it out.")
+            raise UsageError(
+                f"max_miss ({self.max_miss}) is for label sets. Ask for label_sets too, or leave it out."
+            )
 
     def rule(self, rows: Outcomes) -> Rule | None:
         """The rule that calibration rows support."""
@@ -109,10 +124,11 @@ def calibrate_predictor(
 ) -> Record:
     """Calibrate a saved predictor on labelled rows and leave the result in its folder.
 
-    ``predictor.json`` gets the calibrator of probabilities, ``calibration.parquet`` the rows, ``risk.json`` the rule
-    and what it was made from; that comes last, so that a crash leaves a folder with the old rule, which is then
-    refused, or without a rule. Where the target is out of reach nothing is written. Without ``overwrite`` a calibration
-    of the same rows and target that is there stays as it is, and one of others is refused.
+    ``predictor.json`` gets the calibrator of probabilities, ``calibration.parquet`` the rows,
+    ``risk.json`` the rule and what it was made from; that comes last, so that a crash leaves a
+    folder with the old rule, which is then refused, or without a rule. Where the target is out of
+    reach nothing is written. Without ``overwrite`` a calibration of the same rows and target that
+    is there stays as it is, and one of others is refused.
 
     Warns:
         UserWarning: If some rows were used to fit; they are left out.
@@ -124,7 +140,12 @@ def calibrate_predictor(
 
 
 def _calibrate(
-    folder: Path, data: EmbeddingSource, target: Target, names: tuple[str | None, str | None], *, overwrite: bool
+    folder: Path,
+    data: EmbeddingSource,
+    target: Target,
+    names: tuple[str | None, str | None],
+    *,
+    overwrite: bool,
 ) -> Record:
     predictor = load(folder)
     predictor.calibrator_ = None
@@ -132,7 +153,9 @@ def _calibrate(
     inputs = earlier = digest(made_from)
     dtype = data.manifest.dtype if isinstance(data, EmbeddingStore) else None
     if dtype is None:  # only a store has a hash of all its rows; earlier code did without
-        inputs = digest([made_from, [data.identities(by).tolist() for by in data.identified_by[:1]]])
+        inputs = digest(
+            [made_from, [data.identities(by).tolist() for by in data.identified_by[:1]]]
+        )
     found = None if overwrite else _calibrated(folder, {inputs, earlier})
     if found is None:
         fresh = predictor.unseen(data, "calibration")
@@ -141,9 +164,15 @@ def _calibrate(
         rule = target.rule(rows)
         sets: LabelSets | None = None
         if target.label_sets is not None:
-            sets = fit_label_sets(predictor, data.without(~fresh), max_miss=target.max_miss, method=target.label_sets)
-        found = keep_record(folder, predictor, rows, data, rule, names, dtype=dtype, label_sets=sets, inputs=inputs)
-    elif dtype is not None and not (folder / VOCABULARY).exists():  # older code may have left it out
+            sets = fit_label_sets(
+                predictor, data.without(~fresh), max_miss=target.max_miss, method=target.label_sets
+            )
+        found = keep_record(
+            folder, predictor, rows, data, rule, names, dtype=dtype, label_sets=sets, inputs=inputs
+        )
+    elif (
+        dtype is not None and not (folder / VOCABULARY).exists()
+    ):  # older code may have left it out
         Vocabulary.of(data, dtype).save(folder)
     write_card(folder)  # the last file of a calibration
     return found
@@ -162,9 +191,13 @@ def keep_record(  # noqa: PLR0913 - all that a record is made of
     inputs: str | None = None,
 ) -> Record:
     """Write a calibrated predictor, the rows of ``data`` (a set and a split) it was calibrated on, last the result."""
-    rows = dataclasses.replace(rows, failure_probability=predictor.failure_probability(rows.uncertainty))
+    rows = dataclasses.replace(
+        rows, failure_probability=predictor.failure_probability(rows.uncertainty)
+    )
     predictor.save(folder)
-    if dtype is not None:  # of a store, which keeps embeddings so: what a new image needs (``vilu.Guard``)
+    if (
+        dtype is not None
+    ):  # of a store, which keeps embeddings so: what a new image needs (``vilu.Guard``)
         Vocabulary.of(data, dtype).save(folder)
     return record.save(
         folder,
@@ -189,12 +222,17 @@ def take_back(folder: Path, changed: set[str]) -> bool:
     if wrong := changed & {*(() if found is None else record.load_rows(folder, found).ids or ())}:
         (folder / RISK).unlink()
         write_card(folder)
-        logger.warning("%d labels that the promise rests on have changed: it has to be shown again", len(wrong))
+        logger.warning(
+            "%d labels that the promise rests on have changed: it has to be shown again", len(wrong)
+        )
     return bool(wrong)
 
 
 def _calibrated(folder: Path, inputs: set[str]) -> Record | None:
-    """What the same inputs made of a predictor before; refuses what others made. What cannot be used is in no way."""
+    """What the same inputs made of a predictor before; refuses what others made.
+
+    What cannot be used is in no way.
+    """
     if not record.has_record(folder):
         return None
     try:
@@ -215,11 +253,23 @@ def _infeasible(selector: Selector) -> str:
     """Why nothing can be accepted, and what it would take."""
     reasons, few = [], list(selector.certificates.items())[:SAID]
     for name, one in few:
-        needed = "" if one.n_needed is None else f" At least {one.n_needed:,} calibration rows are needed."
+        needed = (
+            ""
+            if one.n_needed is None
+            else f" At least {one.n_needed:,} calibration rows are needed."
+        )
         reasons.append(f"{name + ': ' if name else ''}{one.why}.{needed}")
-    more = f" And {len(selector.certificates) - SAID} more groups." if len(selector.certificates) > SAID else ""
+    more = (
+        f" And {len(selector.certificates) - SAID} more groups."
+        if len(selector.certificates) > SAID
+        else ""
+    )
     goal = "" if selector.max_risk is None else f"a risk of at most {percent(selector.max_risk)} "
-    goal += "" if selector.min_coverage is None else f"at a coverage of at least {selector.min_coverage:.1%} "
+    goal += (
+        ""
+        if selector.min_coverage is None
+        else f"at a coverage of at least {selector.min_coverage:.1%} "
+    )
     return (
         f"{goal}cannot be promised with confidence {exactly(selector.confidence)}: {' '.join(reasons)}{more} Nothing "
         "was written. Add calibration rows, ask for less (a larger --max-risk, a lower --confidence or "

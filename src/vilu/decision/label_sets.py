@@ -1,7 +1,7 @@
 """Split-conformal label sets: instead of one answer the few that hold the right one, more of them in doubt.
 
-The sets are built on a posterior that knows of failures: with f the probability of failure of the answer a and p the
-predictor's own posterior over the candidates, or else the zero-shot one,
+The sets are built on a posterior that knows of failures: with f the probability of failure of the
+answer a and p the predictor's own posterior over the candidates, or else the zero-shot one,
 
     q_a = 1 - f,    q_j = f p_j / (1 - p_a) for the other candidates,
 
@@ -35,17 +35,19 @@ Kind = Literal["lac", "aps"]
 class LabelSets(Model):
     """Sets that hold the right label with probability at least 1 - max_miss, over calibration rows and the new row.
 
-    That is of pictures of the classes. One of none of them has no right label, so no set can hold it: such calibration
-    rows are left out, aloud, and about such pictures nothing is promised.
+    That is of pictures of the classes. One of none of them has no right label, so no set can hold
+    it: such calibration rows are left out, aloud, and about such pictures nothing is promised.
 
-    With n calibration scores s_i = s(x_i, y_i) of the true labels, the set of x is {j: s(x, j) <= c}, c the
-    ceil((n + 1)(1 - max_miss))-th smallest s_i. "lac": s = 1 - q_j, the smallest sets on average. "aps": s = the mass
-    of all candidates more probable than j, whose coverage is more even over easy and hard rows. Ties only make sets
-    larger. A set can be empty under "lac" (nothing is probable enough), never under "aps". f is taken as it was before
-    ``calibrate``: the rows that set the limit must not have shaped the score.
+    With n calibration scores s_i = s(x_i, y_i) of the true labels, the set of x is {j: s(x, j) <=
+    c}, c the ceil((n + 1)(1 - max_miss))-th smallest s_i. "lac": s = 1 - q_j, the smallest sets on
+    average. "aps": s = the mass of all candidates more probable than j, whose coverage is more even
+    over easy and hard rows. Ties only make sets larger. A set can be empty under "lac" (nothing is
+    probable enough), never under "aps". f is taken as it was before ``calibrate``: the rows that
+    set the limit must not have shaped the score.
 
-    Source: Sadinle et al. (2019), least ambiguous sets; Romano et al. (2020), adaptive sets, whose last label is here
-    always in and not by chance, so that a set is a function of the row. The posterior q is ours.
+    Source: Sadinle et al. (2019), least ambiguous sets; Romano et al. (2020), adaptive sets, whose
+    last label is here always in and not by chance, so that a set is a function of the row. The
+    posterior q is ours.
     """
 
     method: Kind  # "lac" or "aps"
@@ -64,12 +66,15 @@ def failure_aware_posterior(batch: Batch, log_p: Tensor, failure_probability: Te
     """(B, K) float64 q of the module's docstring, on the CPU; with two candidates q = (1 - f, f)."""
     answer = batch.prediction.cpu()[:, None]
     f = failure_probability.double()[:, None]
-    # the others' share among themselves: a softmax without the answer, which stays exact where p_a rounds to one
+    # the others' share among themselves: a softmax without the answer, which stays exact where p_a
+    # rounds to one
     others = log_p.scatter(1, answer, -torch.inf).softmax(dim=1)
     return (f * others).scatter(1, answer, 1 - f)
 
 
-def nonconformity(predictor: FailurePredictor, batch: Batch, uncertainty: Floats, method: Kind) -> Tensor:
+def nonconformity(
+    predictor: FailurePredictor, batch: Batch, uncertainty: Floats, method: Kind
+) -> Tensor:
     """(B, K) float64 s(x, j) of every candidate."""
     f = torch.from_numpy(predictor.raw_failure_probability(uncertainty))
     with torch.no_grad():
@@ -78,11 +83,15 @@ def nonconformity(predictor: FailurePredictor, batch: Batch, uncertainty: Floats
         return 1 - q
     ordered, place = q.sort(dim=1, descending=True, stable=True)
     before = ordered.cumsum(dim=1) - ordered
-    first = torch.searchsorted(-ordered, -ordered)  # equal candidates share what is before the first of them
+    first = torch.searchsorted(
+        -ordered, -ordered
+    )  # equal candidates share what is before the first of them
     return torch.empty_like(q).scatter_(1, place, before.gather(1, first))
 
 
-def fit_label_sets(predictor: FailurePredictor, data: EmbeddingSource, *, max_miss: float, method: Kind) -> LabelSets:
+def fit_label_sets(
+    predictor: FailurePredictor, data: EmbeddingSource, *, max_miss: float, method: Kind
+) -> LabelSets:
     """Label sets from those calibration rows that the predictor's ``fit`` has not seen."""
     check_label_sets(predictor, data, max_miss)
     data = data.without(~predictor.unseen(data, "calibration"))
@@ -92,11 +101,16 @@ def fit_label_sets(predictor: FailurePredictor, data: EmbeddingSource, *, max_mi
             "set holds their label, so the sets promise something of pictures of the classes only.",
             stacklevel=2,
         )
-    true = [scores.gather(1, target[:, None]).squeeze(1) for scores, target in _labelled(predictor, data, method)]
+    true = [
+        scores.gather(1, target[:, None]).squeeze(1)
+        for scores, target in _labelled(predictor, data, method)
+    ]
     scores = torch.cat(true) if true else torch.empty(0)
     if not len(scores):
         raise DataError(f"none of the {len(data)} calibration rows has a label.")
-    rank = math.ceil(round((len(scores) + 1) * (1 - max_miss), 9))  # (1 - 0.1) * 10 is a little more than 9
+    rank = math.ceil(
+        round((len(scores) + 1) * (1 - max_miss), 9)
+    )  # (1 - 0.1) * 10 is a little more than 9
     if rank > len(scores):
         raise InfeasibleError(
             f"sets that miss at most {max_miss:.2%} need at least {rows_for_mean(max_miss)} calibration rows. "
@@ -124,7 +138,9 @@ def check_label_sets(predictor: FailurePredictor, data: EmbeddingSource, max_mis
     predictor.raw_failure_probability([])
 
 
-def _labelled(predictor: FailurePredictor, data: EmbeddingSource, method: Kind) -> Iterator[tuple[Tensor, Tensor]]:
+def _labelled(
+    predictor: FailurePredictor, data: EmbeddingSource, method: Kind
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of the rows with a label: s(x, j) (B, K), and their targets (B,)."""
     for batch, uncertainty in predictor.scored(data):
         known = batch.target.cpu() != UNKNOWN

@@ -1,6 +1,7 @@
 """Conformal test martingales: p-values that are uniform while nothing changes, and the wager against them.
 
-They take rows in the order of arrival; ``grouped`` and ``rising`` tell rows that lie in another order.
+They take rows in the order of arrival; ``grouped`` and ``rising`` tell rows that lie in another
+order.
 """
 
 from __future__ import annotations
@@ -35,17 +36,19 @@ EPS: Final = 2.0**-53
 def beta_bets(p: Floats) -> Floats:
     """(B, K') log densities of ``BETAS`` at p-values in (0, 1)."""
     a, b = np.array(BETAS).T
-    found: Floats = (a - 1) * np.log(p)[:, None] + (b - 1) * np.log1p(-p)[:, None] - special.betaln(a, b)
+    found: Floats = (
+        (a - 1) * np.log(p)[:, None] + (b - 1) * np.log1p(-p)[:, None] - special.betaln(a, b)
+    )
     return found
 
 
 def histogram_bets(p: Floats, counts: Floats, weight: float) -> tuple[Floats, Floats]:
     """A bet that learns: the density of the last few hundred p-values in m equal cells, drawn towards the uniform one.
 
-    f_t(p) = m (weight/m + N_t[cell of p]) / (weight + sum N_t), where N_t counts the p-values before t and keeps
-    ``DECAY`` of every count from row to row (plug-in martingale: Fedorova et al., ICML 2012). From p-values (B,) and N
-    (m,) come log densities (B,), each before its p-value is learnt from, and N after the last. The uniform density
-    counts for ``weight`` p-values.
+    f_t(p) = m (weight/m + N_t[cell of p]) / (weight + sum N_t), where N_t counts the p-values
+    before t and keeps ``DECAY`` of every count from row to row (plug-in martingale: Fedorova et
+    al., ICML 2012). From p-values (B,) and N (m,) come log densities (B,), each before its p-value
+    is learnt from, and N after the last. The uniform density counts for ``weight`` p-values.
     """
     m, row = len(counts), np.arange(len(p))
     cell = np.minimum((p * m).astype(np.int64), m - 1)
@@ -66,8 +69,9 @@ def asleep(start: Floats) -> Floats:
 class Martingale:
     """Wealth of all bets and all starts together.
 
-    Bet j that started at row s has wealth prod f_j over the rows from s on. With L_t the sum of log f_j up to t, all
-    starts of j together have exp(L_t) sum_s share_s exp(-L_{s-1}): two running sums in place of a number per start.
+    Bet j that started at row s has wealth prod f_j over the rows from s on. With L_t the sum of log
+    f_j up to t, all starts of j together have exp(L_t) sum_s share_s exp(-L_{s-1}): two running
+    sums in place of a number per start.
     """
 
     n: int = 0  # rows so far
@@ -75,7 +79,9 @@ class Martingale:
     # (K,) log sum_s share_s exp(-L_{s-1})
     started: Floats = field(default_factory=lambda: np.full(len(SHARES), -np.inf))
     # of each of ``HISTOGRAMS`` what it has learnt
-    counts: list[Floats] = field(default_factory=lambda: [np.zeros(cells) for cells, _ in HISTOGRAMS])
+    counts: list[Floats] = field(
+        default_factory=lambda: [np.zeros(cells) for cells, _ in HISTOGRAMS]
+    )
 
     def update(self, p: Floats) -> Floats:
         """(B,) log wealth after each of the next p-values; it does not depend on how they are divided into calls."""
@@ -98,7 +104,10 @@ class Martingale:
 
     def _bets(self, p: Floats) -> Floats:
         """(B, K) log densities of all bets."""
-        learnt = [histogram_bets(p, n, weight) for n, (_, weight) in zip(self.counts, HISTOGRAMS, strict=True)]
+        learnt = [
+            histogram_bets(p, n, weight)
+            for n, (_, weight) in zip(self.counts, HISTOGRAMS, strict=True)
+        ]
         self.counts = [after for _, after in learnt]
         return np.column_stack([beta_bets(p), *(bets for bets, _ in learnt)])
 
@@ -127,7 +136,10 @@ class SortedRun:
     @classmethod
     def merged(cls, runs: Sequence[SortedRun]) -> SortedRun:
         """The run of all their values."""
-        return cls.of(np.concatenate([run.values for run in runs]), np.concatenate([run.counts() for run in runs]))
+        return cls.of(
+            np.concatenate([run.values for run in runs]),
+            np.concatenate([run.counts() for run in runs]),
+        )
 
     def counts(self) -> Ints:
         """How often each value came."""
@@ -189,7 +201,8 @@ class Reference:
 def earlier(values: Floats) -> tuple[Ints, Ints]:
     """Per value how many of those before it are greater, and how many equal, in O(B log^2 B).
 
-    Blocks of 1, 2, 4, ... values: those of every odd block are looked up among those of the block before it.
+    Blocks of 1, 2, 4, ... values: those of every odd block are looked up among those of the block
+    before it.
     """
     n = len(values)
     greater, equal = np.zeros(n, np.int64), np.zeros(n, np.int64)
@@ -211,8 +224,11 @@ def earlier(values: Floats) -> tuple[Ints, Ints]:
     return greater, equal
 
 
-SHUFFLES: Final = 999  # that must all be beaten, which exchangeable rows do with probability 1/1000, whatever they are
-CLEAR: Final = 4.0  # standard deviations of the shuffles by which, too; of normal sums three in 100,000 are
+# that must all be beaten, which exchangeable rows do with probability 1/1000, whatever they are
+SHUFFLES: Final = 999
+CLEAR: Final = (
+    4.0  # standard deviations of the shuffles by which, too; of normal sums three in 100,000 are
+)
 SAMPLED: Final = 4096  # rows of a half that are looked at, evenly spaced
 FEWEST: Final = 20  # rows below which no order is looked for
 
@@ -220,14 +236,16 @@ FEWEST: Final = 20  # rows below which no order is looked for
 def grouped(codes: Ints) -> bool:
     """Whether equal codes (N,) lie together, as in a folder of classes: in both halves a tenth as much as sorted ones.
 
-    One change of the mix leaves a half without an order, and a slow drift moves neighbours little: such rows may have
-    arrived so.
+    One change of the mix leaves a half without an order, and a slow drift moves neighbours little:
+    such rows may have arrived so.
     """
 
     def together(codes: Floats) -> float:
         return float(np.count_nonzero(codes[1:] == codes[:-1]))
 
-    return _in_order(codes.astype(np.float64), together, lambda codes: len(codes) - len(np.unique(codes)), 0.1)
+    return _in_order(
+        codes.astype(np.float64), together, lambda codes: len(codes) - len(np.unique(codes)), 0.1
+    )
 
 
 def rising(values: Floats) -> bool:
@@ -247,11 +265,17 @@ def in_blocks(codes: Ints) -> bool:
     """Whether every code (N,) lies in one block, which happens to exchangeable rows at most once in a million files."""
     sizes = np.unique(codes, return_counts=True)[1]
     runs = 1 + np.count_nonzero(codes[1:] != codes[:-1]) if len(codes) else 0
-    orders = special.gammaln(len(sizes) + 1) + special.gammaln(sizes + 1).sum() - special.gammaln(len(codes) + 1)
+    orders = (
+        special.gammaln(len(sizes) + 1)
+        + special.gammaln(sizes + 1).sum()
+        - special.gammaln(len(codes) + 1)
+    )
     return bool(runs == len(sizes) and orders < np.log(1e-6))
 
 
-def _in_order(values: Floats, order: Callable[[Floats], float], most: Callable[[Floats], float], least: float) -> bool:
+def _in_order(
+    values: Floats, order: Callable[[Floats], float], most: Callable[[Floats], float], least: float
+) -> bool:
     """Whether values have more order within their halves than every shuffle, and each half a share ``least`` of most.
 
     A shuffle leaves every value in its half, so that a change between the halves is no order.

@@ -22,7 +22,15 @@ from vilu.decision.record import Rule
 from vilu.decision.shares import Strata
 from vilu.decision.status import Acceptance, Audited, Status, Test, conclude
 from vilu.decision.watch import PARTS, State, Watch, Wealth
-from vilu.errors import UNKNOWN, DataError, ProvenanceError, UsageError, checked, require_at_least, require_between
+from vilu.errors import (
+    UNKNOWN,
+    DataError,
+    ProvenanceError,
+    UsageError,
+    checked,
+    require_at_least,
+    require_between,
+)
 from vilu.files.documents import digest, explain
 from vilu.files.places import claim_file
 from vilu.files.tables import read_column, read_table, table_suffix, write_table
@@ -38,7 +46,8 @@ class Monitor:
 
     Args:
         calibration: The calibration rows; those without an uncertainty are left out.
-        rule: What ``calibrate`` gave. Without one, or with one that judges whole batches, there is nothing to audit.
+        rule: What ``calibrate`` gave. Without one, or with one that judges whole batches, there is
+            nothing to audit.
         groups: N names of groups of the calibration rows, for a rule that was given its groups.
         false_alarm: Probability that any test ever raises an alarm without cause, in (0, 1).
         seed: Of the random numbers that break ties, at least 0; to be fixed before the first row.
@@ -48,8 +57,10 @@ class Monitor:
         unscored: How many of them have no uncertainty; they are left out.
         accepted: How many of them are accepted.
         repeated: Rows and labels that were given again, and left out; by this object.
-        forgotten: Rows monitored of which a state of older code kept no record: given again they count again.
-        risk: Hash of the record of the calibration, which scores made with it carry; None without a record.
+        forgotten: Rows monitored of which a state of older code kept no record: given again they
+            count again.
+        risk: Hash of the record of the calibration, which scores made with it carry; None without a
+            record.
 
     Raises:
         UsageError: If ``false_alarm`` or ``seed`` is out of range.
@@ -79,17 +90,21 @@ class Monitor:
         require_between("false_alarm", false_alarm)
         require_at_least("seed", seed, 0)
         if not np.isfinite(calibration.uncertainty).any():
-            raise DataError(f"none of the {len(calibration)} calibration rows has an uncertainty. Calibrate again.")
+            raise DataError(
+                f"none of the {len(calibration)} calibration rows has an uncertainty. Calibrate again."
+            )
         self.calibration, self.false_alarm, self.seed = calibration, false_alarm, int(seed)
         self.rule = rule if isinstance(rule, Selector) else None
         self.risk: str | None = None
         self.rows = self.unscored = self.accepted = self.repeated = self.forgotten = 0
         self.monitored, self.labelled = Seen(), Seen()
-        # labels of a promise that may be looked at at any time are a random sample below a limit alone
+        # labels of a promise that may be looked at at any time are a random sample below a limit
+        # alone
         u = np.unique(calibration.uncertainty[np.isfinite(calibration.uncertainty)])
         self.below = float(u[-1]) if self._is_partial and len(u) > 1 else np.inf
         columns = self._columns(calibration, self._accepted(calibration, groups))
-        # rows of other shares than the calibration's are none that are drawn alike, and the promise still holds
+        # rows of other shares than the calibration's are none that are drawn alike, and the promise
+        # still holds
         values = {} if self.rule is not None and self.rule.reweighted else columns
         promise = self._promise()
         rates = rates_of(self.rule, calibration, false_alarm)
@@ -98,8 +113,14 @@ class Monitor:
         tests = {name: Test(name=name, level=false_alarm * PARTS[name] / parts) for name in names}
         self.watches = {name: self._watch(tests[name], column) for name, column in values.items()}
         self.rates = rates_of(self.rule, calibration, false_alarm / max(parts, 1))
-        self.rate_tests = {name: Test(name=name, level=audit.delta) for name, audit in self.rates.items()}
-        self._coverage = None if self.rule is None or self._is_partial else float(1 - columns["acceptance"].mean())
+        self.rate_tests = {
+            name: Test(name=name, level=audit.delta) for name, audit in self.rates.items()
+        }
+        self._coverage = (
+            None
+            if self.rule is None or self._is_partial
+            else float(1 - columns["acceptance"].mean())
+        )
         self.audited = None if promise is None else self._audit(promise, tests["audit"].level)
         self.audit_test = tests.get("audit")
         self.fingerprint = self._fingerprint()
@@ -119,7 +140,9 @@ class Monitor:
             >>> rows = np.random.default_rng(0).random((200, 2))
             >>> rows /= np.linalg.norm(rows, axis=1, keepdims=True)
             >>> data = vilu.Embeddings(rows, np.eye(2), rows.argmax(axis=1))
-            >>> with tempfile.TemporaryDirectory() as folder:  # as `vilu fit` and `vilu calibrate` leave one
+            >>> with (
+            ...     tempfile.TemporaryDirectory() as folder
+            ... ):  # as `vilu fit` and `vilu calibrate` leave one
             ...     _ = vilu.MCM().save(folder)
             ...     _ = calibrate_predictor(folder, data, Target(max_risk=0.05))
             ...     monitor = vilu.Monitor.of_folder(folder)
@@ -127,33 +150,43 @@ class Monitor:
             (200, 0.05)
         """
         found = record.load(folder)
-        monitor = cls(record.load_rows(folder, found), found.rule, false_alarm=false_alarm, seed=seed)
+        monitor = cls(
+            record.load_rows(folder, found), found.rule, false_alarm=false_alarm, seed=seed
+        )
         monitor.risk = digest(found.model_dump(mode="json"))
         return monitor
 
     @checked
-    def update(self, outcomes: Outcomes, groups: Sequence[str] | None = None, *, in_order: bool = False) -> Status:
+    def update(
+        self, outcomes: Outcomes, groups: Sequence[str] | None = None, *, in_order: bool = False
+    ) -> Status:
         """Take in the next rows, in the order of their arrival; those whose failure is known are audited too.
 
         Args:
-            outcomes: Scores of the same predictor. Rows that were taken in before are left out, and counted in
-                ``repeated``: they are known by identifier, uncertainty and answer, or without identifiers as a whole.
+            outcomes: Scores of the same predictor. Rows that were taken in before are left out, and
+                counted in ``repeated``: they are known by identifier, uncertainty and answer, or
+                without identifiers as a whole.
             groups: N names of groups, for a rule that was given its groups.
-            in_order: Whether this is known to be the order of arrival; else rows that are sorted are refused.
+            in_order: Whether this is known to be the order of arrival; else rows that are sorted
+                are refused.
 
         Warns:
             UserWarning: If some of them are calibration rows, or were taken in before.
 
         Raises:
-            ProvenanceError: If they are scores of another predictor or calibration, or their candidates are others.
-            DataError: If the calibration rows have answers, and these do not, or the rows lie sorted.
+            ProvenanceError: If they are scores of another predictor or calibration, or their
+                candidates are others.
+            DataError: If the calibration rows have answers, and these do not, or the rows lie
+                sorted.
             UsageError: If groups are needed and not given.
 
         Examples:
             >>> import numpy as np, vilu
             >>> rng = np.random.default_rng(0)
             >>> monitor = vilu.Monitor(vilu.Outcomes(rng.random(500), np.zeros(500)))
-            >>> status = monitor.update(vilu.Outcomes(rng.random(300), np.full(300, -1)))  # labels are not needed
+            >>> status = monitor.update(
+            ...     vilu.Outcomes(rng.random(300), np.full(300, -1))
+            ... )  # labels are not needed
             >>> status.verdict, status.rows
             ('holds', 300)
         """
@@ -181,19 +214,22 @@ class Monitor:
         return self.status
 
     @checked
-    def audit(self, outcomes: Outcomes, groups: Sequence[str] | None = None, *, in_order: bool = False) -> Status:
+    def audit(
+        self, outcomes: Outcomes, groups: Sequence[str] | None = None, *, in_order: bool = False
+    ) -> Status:
         """Take in labels that have arrived later, of rows that were monitored before.
 
-        A label counts once: of a row that was audited before, known as in ``update``, it is left out. In what order
-        they lie means nothing: they are judged together, after the last of them; or, where they came ``in_order``, each
-        by itself.
+        A label counts once: of a row that was audited before, known as in ``update``, it is left
+        out. In what order they lie means nothing: they are judged together, after the last of them;
+        or, where they came ``in_order``, each by itself.
 
         Warns:
             UserWarning: If some were given before.
 
         Raises:
             UsageError: If there is no promise to audit, or groups are needed and not given.
-            ProvenanceError: If they are scores of another predictor, or their candidates are others.
+            ProvenanceError: If they are scores of another predictor, or their candidates are
+                others.
 
         Examples:
             >>> import numpy as np, vilu
@@ -213,7 +249,9 @@ class Monitor:
             )
         outcomes = admit(outcomes, self.calibration, self.risk)
         rows = np.full(len(outcomes), max(self.rows - 1, 0))
-        self._take_labels(outcomes, self._accepted(outcomes, groups), rows, slice(0 if in_order else -1, None))
+        self._take_labels(
+            outcomes, self._accepted(outcomes, groups), rows, slice(0 if in_order else -1, None)
+        )
         return self.status
 
     @checked
@@ -240,10 +278,17 @@ class Monitor:
 
         claim_file(path, "monitor state", overwrite=True)
         tables = {name: watch.reference.table() for name, watch in self.watches.items()}
-        kept = [pa.table({"test": [name] * len(n), "value": v, "count": n}) for name, (v, n) in tables.items()]
-        kept.append(pa.table({"value": pa.array([], pa.float64()), "count": pa.array([], pa.int64())}))
+        kept = [
+            pa.table({"test": [name] * len(n), "value": v, "count": n})
+            for name, (v, n) in tables.items()
+        ]
+        kept.append(
+            pa.table({"value": pa.array([], pa.float64()), "count": pa.array([], pa.int64())})
+        )
         for kind, seen in zip(KINDS, (self.monitored, self.labelled), strict=True):
-            kept.append(pa.table({"test": pa.array([kind] * len(seen), pa.string()), "row": seen.hashes()}))
+            kept.append(
+                pa.table({"test": pa.array([kind] * len(seen), pa.string()), "row": seen.hashes()})
+            )
         whole = pa.concat_tables(kept, promote_options="default")
         columns = {name: whole[name].combine_chunks() for name in ("test", "value", "count", "row")}
         write_table(path, columns, self.state().model_dump(mode="json"))
@@ -272,7 +317,9 @@ class Monitor:
 
         _require_parquet(path)
         if self.rows:
-            raise UsageError(f"only a new monitor can go on from a state. This one has seen {self.rows} rows.")
+            raise UsageError(
+                f"only a new monitor can go on from a state. This one has seen {self.rows} rows."
+            )
         table, state = _read_state(path)
         if state.fingerprint != self.fingerprint:
             raise ProvenanceError(
@@ -283,9 +330,15 @@ class Monitor:
         value = read_column(path, table, "value", "float64").fill_null(np.nan).to_numpy()
         count = read_column(path, table, "count", "int64").fill_null(0).to_numpy()
         try:
-            self._restore(state, {test: (value[name == test], count[name == test]) for test in self.watches})
+            self._restore(
+                state, {test: (value[name == test], count[name == test]) for test in self.watches}
+            )
             self._remember(
-                state, *(read_column(path, table, "row", "int64").filter(pa.array(name == kind)) for kind in KINDS)
+                state,
+                *(
+                    read_column(path, table, "row", "int64").filter(pa.array(name == kind))
+                    for kind in KINDS
+                ),
             )
         except ValueError as error:
             raise DataError(f"{path} is damaged: {error}. Begin a new monitor.") from error
@@ -302,7 +355,11 @@ class Monitor:
         Examples:
             >>> import numpy as np, vilu
             >>> monitor = vilu.Monitor(vilu.Outcomes(np.linspace(0, 1, 200), np.zeros(200)))
-            >>> _ = monitor.update(vilu.Outcomes([0.2, np.nan, 0.4], [-1, -1, -1], reason=[None, "zero_norm", None]))
+            >>> _ = monitor.update(
+            ...     vilu.Outcomes(
+            ...         [0.2, np.nan, 0.4], [-1, -1, -1], reason=[None, "zero_norm", None]
+            ...     )
+            ... )
             >>> monitor.state().rows, monitor.state().unscored
             (3, 1)
         """
@@ -325,13 +382,16 @@ class Monitor:
         (n, wrong), levels = state.audited, {test.name: test.level for test in self._tests()}
         if tests.keys() != levels.keys() or state.wealth.keys() != self.watches.keys() or wrong > n:
             raise ValueError(f"its tests are not {', '.join(levels)}")
-        if state.counted.keys() != self.rates.keys() or any(k > m for m, k in state.counted.values()):
+        if state.counted.keys() != self.rates.keys() or any(
+            k > m for m, k in state.counted.values()
+        ):
             raise ValueError(f"its rates are not {', '.join(self.rates) or 'none'}")
         if any(tests[name].level != level for name, level in levels.items()):
             raise ValueError("its tests have other levels")
         n_scored = state.rows - state.unscored
         bets = {
-            name: n_scored if self.below == np.inf else kept.n if kept else 0 for name, kept in state.wealth.items()
+            name: n_scored if self.below == np.inf else kept.n if kept else 0
+            for name, kept in state.wealth.items()
         }
         self.watches = {
             name: watch.resumed(tests[name], state.wealth[name], *values[name], bets[name])
@@ -340,15 +400,23 @@ class Monitor:
         self.rows, self.unscored, self.accepted = state.rows, state.unscored, state.accepted
         for name, rate in self.rates.items():
             seen, happened = state.counted[name]
-            self.rates[name], self.rate_tests[name] = replace(rate, n=seen, wrong=happened), tests[name]
+            self.rates[name], self.rate_tests[name] = (
+                replace(rate, n=seen, wrong=happened),
+                tests[name],
+            )
         if self.audited is not None:
             self.audited, self.audit_test = replace(self.audited, n=n, wrong=wrong), tests["audit"]
 
-    def _remember(self, state: State, monitored: pa.ChunkedArray, labelled: pa.ChunkedArray) -> None:
+    def _remember(
+        self, state: State, monitored: pa.ChunkedArray, labelled: pa.ChunkedArray
+    ) -> None:
         """Take over which rows were taken in; a ValueError says what does not fit."""
         self.forgotten = state.rows if state.remembered is None else state.forgotten
         for seen, rows, n in zip(
-            (self.monitored, self.labelled), (monitored, labelled), state.remembered or (0, 0), strict=True
+            (self.monitored, self.labelled),
+            (monitored, labelled),
+            state.remembered or (0, 0),
+            strict=True,
         ):
             seen.add(rows.drop_null().to_numpy())
             if len(rows) != n or len(seen) != n:
@@ -360,7 +428,10 @@ class Monitor:
         tests = self._tests()
         audited = None if self.audited is None else Audited.from_audit(self.audited)
         verdict, raised_at, reason, advice = conclude(tests, audited)
-        strangers, stated = self.rates.get("outside"), None if self.rule is None else self.rule.outside_share
+        strangers, stated = (
+            self.rates.get("outside"),
+            None if self.rule is None else self.rule.outside_share,
+        )
         return Status(
             verdict=verdict,
             raised_at=raised_at,
@@ -372,7 +443,9 @@ class Monitor:
             tests=tuple(tests),
             acceptance=self._acceptance(),
             audit=audited,
-            present=None if strangers is None or stated is None else strangers_in_words(strangers, stated),
+            present=None
+            if strangers is None or stated is None
+            else strangers_in_words(strangers, stated),
         )
 
     def _watch(self, test: Test, values: Floats) -> Watch:
@@ -389,7 +462,8 @@ class Monitor:
     def _promise(self) -> float | None:
         """The promised error rate; None where nothing is accepted, or a mean over calibrations is all that is promised.
 
-        Half of the thresholds of conformal risk control are above their target, so a rate above it breaks no promise.
+        Half of the thresholds of conformal risk control are above their target, so a rate above it
+        breaks no promise.
         """
         if self.rule is None or not self.rule.feasible or self.rule.method == "crc":
             return None
@@ -412,7 +486,9 @@ class Monitor:
             found["acceptance"] = (~accepted[watched]).astype(np.float64)
         if self.calibration.class_names is not None and self.calibration.prediction is not None:
             if outcomes.prediction is None:
-                raise DataError("the calibration rows say what was answered, these scores do not. Score them again.")
+                raise DataError(
+                    "the calibration rows say what was answered, these scores do not. Score them again."
+                )
             found["answers"] = outcomes.prediction[watched].astype(np.float64)
         return found
 
@@ -425,11 +501,17 @@ class Monitor:
         return np.isfinite(outcomes.uncertainty) & (outcomes.uncertainty < self.below)
 
     def _take_labels(
-        self, outcomes: Outcomes, accepted: NDArray[np.bool_], rows: Ints, judged: slice = slice(None)
+        self,
+        outcomes: Outcomes,
+        accepted: NDArray[np.bool_],
+        rows: Ints,
+        judged: slice = slice(None),
     ) -> None:
         if self.audited is None or self.audit_test is None:
             return
-        counts = accepted | ("outside" in self.rates)  # of a share of strangers every labelled row tells
+        counts = accepted | (
+            "outside" in self.rates
+        )  # of a share of strangers every labelled row tells
         known = np.flatnonzero((outcomes.failure != UNKNOWN) & counts)
         hashes, new = self.labelled.new(outcomes.take(known), labels=True)
         if not new.all():
@@ -441,20 +523,30 @@ class Monitor:
         self._take_rate("outside", outcomes.outside[known], rows[known], judged)
         known = known[accepted[known]]
         wrong = outcomes.failure[known] == 1
-        self.audit_test = self.audit_test.after(self.audited.path(wrong)[judged], rows[known][judged])
+        self.audit_test = self.audit_test.after(
+            self.audited.path(wrong)[judged], rows[known][judged]
+        )
         self.audited = self.audited.more(wrong)
 
-    def _take_rate(self, name: TestName, happened: NDArray[np.bool_], rows: Ints, judged: slice = slice(None)) -> None:
+    def _take_rate(
+        self, name: TestName, happened: NDArray[np.bool_], rows: Ints, judged: slice = slice(None)
+    ) -> None:
         """Count rows for a rate that is watched, if it is; the evidence is judged after some of them."""
         if name in self.rates:
             counts = happened.astype(np.int64)
-            self.rate_tests[name] = self.rate_tests[name].after(self.rates[name].path(counts)[judged], rows[judged])
+            self.rate_tests[name] = self.rate_tests[name].after(
+                self.rates[name].path(counts)[judged], rows[judged]
+            )
             self.rates[name] = self.rates[name].more(counts)
 
     def _acceptance(self) -> Acceptance | None:
         n = self.rows - self.unscored
         since = self.accepted / n if n else None
-        return None if self._coverage is None else Acceptance(calibration=self._coverage, since=since, n=n)
+        return (
+            None
+            if self._coverage is None
+            else Acceptance(calibration=self._coverage, since=since, n=n)
+        )
 
     def _fingerprint(self) -> str:
         """Of everything that decides what the same rows lead to."""
@@ -464,9 +556,13 @@ class Monitor:
                 content.update(column.tobytes())
         if not self.watches:
             content.update(self.calibration.uncertainty.tobytes())
-        if self.rule is not None and self.rule.reweighted:  # the rates depend on which rows are in which stratum
+        if (
+            self.rule is not None and self.rule.reweighted
+        ):  # the rates depend on which rows are in which stratum
             rows = self.calibration.take(self.calibration.evaluable)
-            content.update(Strata(rows, self.rule.outside_share, self.rule.class_shares).stratum.tobytes())
+            content.update(
+                Strata(rows, self.rule.outside_share, self.rule.class_shares).stratum.tobytes()
+            )
         rule = None if self.rule is None else self.rule.model_dump(mode="json")
         return digest([content.hexdigest(), rule, self.false_alarm, self.seed, list(self.watches)])
 
@@ -478,13 +574,19 @@ KINDS = ("rows seen", "labels seen")
 def _read_state(path: str | Path) -> tuple[pa.Table, State]:
     table, metadata = read_table(path, ("test",))
     if metadata.get("kind") != "monitor":
-        raise DataError(f"{path} is not the state of a monitor. Give another file, or one that does not exist yet.")
+        raise DataError(
+            f"{path} is not the state of a monitor. Give another file, or one that does not exist yet."
+        )
     try:
         return table, State.model_validate(metadata)
     except ValidationError as error:
-        raise DataError(f"{path} is damaged: {explain(error)}. Restore it, or begin a new monitor.") from error
+        raise DataError(
+            f"{path} is damaged: {explain(error)}. Restore it, or begin a new monitor."
+        ) from error
 
 
 def _require_parquet(path: str | Path) -> None:
     if table_suffix(path) != ".parquet":
-        raise UsageError(f"the state of a monitor is a .parquet file. Got {Path(path).name!r} instead.")
+        raise UsageError(
+            f"the state of a monitor is a .parquet file. Got {Path(path).name!r} instead."
+        )

@@ -1,8 +1,9 @@
 """The monitor with the tests of MAPIE (``pip install 'vilu[mapie]'``), for comparison on the same rows.
 
-Exchangeability: ``OnlineMartingaleTest``, the simple jumper martingale. Audit: ``RiskMonitoring``, an empirical
-Bernstein bound from below that holds at all times (Podkopaev and Ramdas, ICLR 2022); it has no bound from above. Every
-row is compared with all before it, one by one, so this is for thousands of rows; and there is no state to save.
+Exchangeability: ``OnlineMartingaleTest``, the simple jumper martingale. Audit: ``RiskMonitoring``,
+an empirical Bernstein bound from below that holds at all times (Podkopaev and Ramdas, ICLR 2022);
+it has no bound from above. Every row is compared with all before it, one by one, so this is for
+thousands of rows; and there is no state to save.
 """
 
 from __future__ import annotations
@@ -79,7 +80,10 @@ class MapieMonitor(Monitor):
 
     def _watch(self, test: Test, values: Floats) -> Watch:
         jumper = import_extra("mapie.exchangeability_testing", "mapie").OnlineMartingaleTest(
-            test_method="jumper_martingale", test_level=test.level, warn=False, random_state=self.seed
+            test_method="jumper_martingale",
+            test_level=test.level,
+            warn=False,
+            random_state=self.seed,
         )
         return JumperWatch(test, Reference.of(values), jumper=jumper, seen=np.sort(values).tolist())
 
@@ -97,8 +101,12 @@ class MapieMonitor(Monitor):
 
     def save(self, path: str | Path) -> None:
         """Refused: the tests of MAPIE keep their state in memory."""
-        raise UsageError(f"the tests of MAPIE keep no state, so {path} cannot be written. Leave it out.")
+        raise UsageError(
+            f"the tests of MAPIE keep no state, so {path} cannot be written. Leave it out."
+        )
 
     def resume(self, path: str | Path) -> Self:
         """Refused, as ``save`` is."""
-        raise UsageError(f"the tests of MAPIE keep no state, so {path} cannot be read. Leave it out.")
+        raise UsageError(
+            f"the tests of MAPIE keep no state, so {path} cannot be read. Leave it out."
+        )

@@ -12,7 +12,15 @@ import numpy as np
 from pydantic import Field
 
 from vilu.decision.anytime import log_evidence
-from vilu.decision.calibrate import ALL, OTHER, Certificate, Selector, describe, group_names, interval
+from vilu.decision.calibrate import (
+    ALL,
+    OTHER,
+    Certificate,
+    Selector,
+    describe,
+    group_names,
+    interval,
+)
 from vilu.decision.label_sets import LabelSets
 from vilu.decision.selection import MAX_ROWS, BatchSelector, drawn
 from vilu.decision.shares import Strata, bears_out
@@ -38,7 +46,9 @@ class Record(Document):
 
     kind: Literal["risk"] = "risk"
     vilu: str = version("vilu")  # version that made it
-    predictor: str  # hash of the predictor, its weights and its calibrator; not of the vilu that loads it
+    predictor: (
+        str  # hash of the predictor, its weights and its calibrator; not of the vilu that loads it
+    )
     n_candidates: int | None  # number of candidates that the rows had; None for pools
     classes: str | None  # hash of their names; None where they have none
     pool_size: int | None  # pairs of a pool; None for classes
@@ -51,13 +61,19 @@ class Record(Document):
     # accepts or abstains; None when only probabilities were calibrated
     rule: Annotated[Rule, Field(discriminator="kind")] | None
     label_sets: LabelSets | None = None  # sets of labels; None without
-    inputs: str | None = None  # digest of everything that it was made from; None where an earlier vilu made it
-    # sketch of the candidates' texts (``candidates_of``); None for pools, and in records of older code
+    inputs: str | None = (
+        None  # digest of everything that it was made from; None where an earlier vilu made it
+    )
+    # sketch of the candidates' texts (``candidates_of``); None for pools, and in records of older
+    # code
     texts: tuple[float, ...] | None = None
 
     def require_candidates(self, data: EmbeddingSource) -> None:
         """Refuse rows with other candidates: another problem, of which nothing was promised."""
-        mine, theirs = {name: getattr(self, name) for name in ("n_candidates", "classes", "pool_size")}, problem(data)
+        mine, theirs = (
+            {name: getattr(self, name) for name in ("n_candidates", "classes", "pool_size")},
+            problem(data),
+        )
         apart = mine != theirs and _in_words(theirs)
         if not apart and not same_candidates(vars(self), candidates_of(data)):
             apart = "the same names in other prompts"
@@ -110,11 +126,15 @@ def load(folder: str | Path) -> Record:
             f"say nothing here. {RECALIBRATE}, or remove the file."
         )
     rows = load_rows(folder, found)
-    wrong = f"it counts {found.n} calibration rows" if found.n != int(rows.evaluable.sum()) else None
+    wrong = (
+        f"it counts {found.n} calibration rows" if found.n != int(rows.evaluable.sum()) else None
+    )
     if wrong is None and found.rule is not None:
         wrong = contradiction(found.rule, rows)
     if wrong is not None:
-        raise DataError(f"{path} is damaged: {wrong}, which {ROWS} does not bear out. {RECALIBRATE}.")
+        raise DataError(
+            f"{path} is damaged: {wrong}, which {ROWS} does not bear out. {RECALIBRATE}."
+        )
     return found
 
 
@@ -124,25 +144,40 @@ def contradiction(rule: Rule, rows: Outcomes) -> str | None:
     uncertainty, wrong = rows.uncertainty[keep], rows.failure[keep] == 1
     if isinstance(rule, BatchSelector):
         agree = (  # earlier code took the first ones
-            rule.n == len(wrong[rows]) and list(rule.wrong) == np.sort(uncertainty[rows][wrong[rows]]).tolist()
+            rule.n == len(wrong[rows])
+            and list(rule.wrong) == np.sort(uncertainty[rows][wrong[rows]]).tolist()
             for rows in (drawn(len(wrong)), slice(MAX_ROWS))
         )
-        return None if any(agree) else f"it has {rule.n} scores, {len(rule.wrong)} of them of wrong answers"
+        return (
+            None
+            if any(agree)
+            else f"it has {rule.n} scores, {len(rule.wrong)} of them of wrong answers"
+        )
     certificates = list(rule.certificates.items())
     place = {name: index for index, (name, _) in enumerate(certificates)}
     groups = group_names(rows) if rule.grouped_by else [ALL] * len(rows)
-    group = np.array([place.get(name, place.get(OTHER, len(place))) for name in groups], dtype=np.int64)[keep]
+    group = np.array(
+        [place.get(name, place.get(OTHER, len(place))) for name in groups], dtype=np.int64
+    )[keep]
     floor, limit = np.array([*(interval(one) for _, one in certificates), (-np.inf, -np.inf)]).T
     accepted = (uncertainty > floor[group]) & (uncertainty <= limit[group])
     last, below = np.full((2, len(limit)), -np.inf)
     np.maximum.at(last, group[accepted], uncertainty[accepted])
     too_trusted = uncertainty <= floor[group]
     np.maximum.at(below, group[too_trusted], uncertainty[too_trusted])
-    counted = [np.bincount(group[chosen], minlength=len(limit)) for chosen in (group >= 0, accepted, accepted & wrong)]
+    counted = [
+        np.bincount(group[chosen], minlength=len(limit))
+        for chosen in (group >= 0, accepted, accepted & wrong)
+    ]
     for index, (name, one) in enumerate(certificates):
-        found, said = tuple(int(count[index]) for count in counted), (one.n, one.n_accepted, one.n_wrong)
+        found, said = (
+            tuple(int(count[index]) for count in counted),
+            (one.n, one.n_accepted, one.n_wrong),
+        )
         # thresholds of a grid were fixed before the labels, so they need not be the score of one
-        reached = last[index] <= limit[index] if rule.method == "anytime" else last[index] == limit[index]
+        reached = (
+            last[index] <= limit[index] if rule.method == "anytime" else last[index] == limit[index]
+        )
         ends = reached and below[index] == floor[index]
         if found != said or not ends or not _is_borne_out(rule, one):
             of = f" for {name!r}" if name else ""
@@ -164,8 +199,12 @@ def _is_borne_out(rule: Selector, one: Certificate) -> bool:
         return one.risk_bound == rule.max_risk and shown_by_labels
     if rule.reweighted:
         return one.risk_bound == rule.max_risk  # and ``_shares_bear_out``
-    aside = min(one.n_wrong, 1)  # the row at the threshold may be no trial, as in ``coverage_first`` and older code
-    shown = float(tail(np.array(one.n_wrong - aside), np.array(one.n_accepted - aside), one.risk_bound))
+    aside = min(
+        one.n_wrong, 1
+    )  # the row at the threshold may be no trial, as in ``coverage_first`` and older code
+    shown = float(
+        tail(np.array(one.n_wrong - aside), np.array(one.n_accepted - aside), one.risk_bound)
+    )
     delta = (1 - rule.confidence) / len(rule.certificates) * (1 + 1e-6)
     return one.risk_bound >= 1 or (shown <= delta and one.risk_bound <= (rule.max_risk or 1))
 
@@ -176,7 +215,9 @@ def _shares_bear_out(rule: Selector, rows: Outcomes) -> bool:
     if one is None or rule.max_risk is None:
         return False
     strata = Strata(rows, rule.outside_share, rule.class_shares)
-    return one.threshold is None or bears_out(rows, strata, interval(one), rule.max_risk, 1 - rule.confidence)
+    return one.threshold is None or bears_out(
+        rows, strata, interval(one), rule.max_risk, 1 - rule.confidence
+    )
 
 
 def load_rows(folder: str | Path, record: Record) -> Outcomes:

@@ -66,24 +66,40 @@ class Decider:
 
     def require_streaming(self) -> None:
         """Refuse a rule that needs all rows at once."""
-        if self.record is not None and self.record.rule is not None and self.record.rule.needs_batch:
+        if (
+            self.record is not None
+            and self.record.rule is not None
+            and self.record.rule.needs_batch
+        ):
             raise UsageError(
                 "conformal selection judges all rows of a batch together: there is no decision about one image, nor in "
                 "a folder of scores, written part by part. Score into a file, or calibrate with --method ltt."
             )
 
-    def label_sets(self, batch: Batch, uncertainty: Floats, class_names: tuple[str, ...] | None) -> list[str] | None:
+    def label_sets(
+        self, batch: Batch, uncertainty: Floats, class_names: tuple[str, ...] | None
+    ) -> list[str] | None:
         """The label sets of a batch; None where there are none, or no uncertainty (one candidate)."""
         if self.record is None or self.record.label_sets is None or len(batch.text) < 2:
             return None
-        return named_sets(self.record.label_sets.of(self.predictor, batch, uncertainty), class_names)
+        return named_sets(
+            self.record.label_sets.of(self.predictor, batch, uncertainty), class_names
+        )
 
     def strangers(self, batch: Batch, uncertainty: Floats) -> NDArray[np.bool_]:
         """(B,) rows that are rather strangers than answered wrongly: P(outside) is more than half of P(failure)."""
         found = None
-        if self.record is not None and self.record.rule is not None and isinstance(self.predictor, SeesOutside):
+        if (
+            self.record is not None
+            and self.record.rule is not None
+            and isinstance(self.predictor, SeesOutside)
+        ):
             found = self.predictor.outside_probability(batch)
-        return np.zeros(len(uncertainty), np.bool_) if found is None else found.numpy(force=True) > uncertainty / 2
+        return (
+            np.zeros(len(uncertainty), np.bool_)
+            if found is None
+            else found.numpy(force=True) > uncertainty / 2
+        )
 
     def decide(self, outcomes: Outcomes, strangers: NDArray[np.bool_] | None = None) -> Outcomes:
         """The outcomes with what there is to say of them; of ``strangers`` (N,) that are abstained from, "outside"."""
@@ -118,32 +134,39 @@ def score(
 ) -> Outcomes:
     """Uncertainty, zero-shot answer and (where labels are known) failure of every row.
 
-    Rows that cannot be scored keep their place, with a NaN uncertainty and a reason: "nonfinite" or "zero_norm"
-    embedding, "k<2" (one candidate), or "short_pool" (pairs that fill no last pool). Of a calibrated predictor the
-    probability of failure is there, too, and with a ``decider`` (what ``vilu calibrate`` has left beside the
-    predictor) whether to accept each answer.
+    Rows that cannot be scored keep their place, with a NaN uncertainty and a reason: "nonfinite" or
+    "zero_norm" embedding, "k<2" (one candidate), or "short_pool" (pairs that fill no last pool). Of
+    a calibrated predictor the probability of failure is there, too, and with a ``decider`` (what
+    ``vilu calibrate`` has left beside the predictor) whether to accept each answer.
 
     Warns:
-        UserWarning: If rows of ``data`` were used to fit the predictor: metrics on them say nothing.
+        UserWarning: If rows of ``data`` were used to fit the predictor: metrics on them say
+        nothing.
 
     Raises:
         DataError: If there is no row.
         NotFittedError: If the predictor needs ``fit`` first.
-        ProvenanceError: If the data come from another embedding space, or have other candidates than the rows that the
-            ``decider`` was calibrated on.
+        ProvenanceError: If the data come from another embedding space, or have other candidates
+            than the rows that the ``decider`` was calibrated on.
 
     Examples:
         >>> import numpy as np, vilu
         >>> image = [[1.0, 0.0], [0.6, 0.8], [np.nan, 0.0]]
-        >>> data = vilu.Embeddings(image, np.eye(2), [0, 0, 1], logit_scale=10.0, class_names=["cat", "dog"])
-        >>> outcomes = vilu.score(vilu.MCM(), data)  # 1 - the largest probability: exp(-10), exp(-2) against 1
+        >>> data = vilu.Embeddings(
+        ...     image, np.eye(2), [0, 0, 1], logit_scale=10.0, class_names=["cat", "dog"]
+        ... )
+        >>> outcomes = vilu.score(
+        ...     vilu.MCM(), data
+        ... )  # 1 - the largest probability: exp(-10), exp(-2) against 1
         >>> outcomes.uncertainty.round(4).tolist(), outcomes.failure.tolist(), outcomes.reason[2]
         ([0.0, 0.1192, nan], [0, 1, -1], 'nonfinite')
     """
     decider = _checked(decider or Decider(predictor), data)
     seen = predictor.seen(data)
     _warn_seen(seen.said(), predictor, len(seen))
-    return score_rows(decider, data, _facts(decider, data, (dataset, split), n_seen_in_fit=len(seen)))
+    return score_rows(
+        decider, data, _facts(decider, data, (dataset, split), n_seen_in_fit=len(seen))
+    )
 
 
 def score_fresh(
@@ -170,8 +193,9 @@ def score_rows(
 ) -> Outcomes:
     """What is said of some rows, in one pass over those of them that can be scored.
 
-    ``rows`` (M,) are their places, each once, by default all of the source; ``scored`` (S,) those that get a score, in
-    their order, by default all usable ones. ``facts`` is what the outcomes say of themselves, ``task`` the bar.
+    ``rows`` (M,) are their places, each once, by default all of the source; ``scored`` (S,) those
+    that get a score, in their order, by default all usable ones. ``facts`` is what the outcomes say
+    of themselves, ``task`` the bar.
     """
     places = np.arange(len(source)) if rows is None else rows
     order = np.argsort(places, kind="stable")
@@ -184,7 +208,10 @@ def score_rows(
         for batch, scores in decider.predictor.scored(source, scored):
             at = order[np.searchsorted(places, batch.index.numpy(force=True), sorter=order)]
             uncertainty[at], target[at] = scores, batch.target.numpy(force=True)
-            prediction[at], failure[at] = batch.prediction.numpy(force=True), batch.failure.numpy(force=True)
+            prediction[at], failure[at] = (
+                batch.prediction.numpy(force=True),
+                batch.failure.numpy(force=True),
+            )
             strangers[at], alone[at] = decider.strangers(batch, scores), batch.text.shape[-2] < 2
             named = decider.label_sets(batch, scores, source.class_names) or ()
             for row, found in zip(at.tolist(), named, strict=False):
@@ -199,7 +226,9 @@ def score_rows(
         outside=source.outside.numpy()[places],
         ids=source.ids if rows is None else _keys(source, rows, order),
         class_names=source.class_names,
-        reason=reasons if rows is None or any(reasons) else None,  # a part on disk says nothing where all have a score
+        reason=reasons
+        if rows is None or any(reasons)
+        else None,  # a part on disk says nothing where all have a score
         label_set=sets if any(sets) else None,
         **facts,
     )
@@ -252,7 +281,9 @@ def _warn_seen(said: str, predictor: FailurePredictor, n_seen: int) -> None:
         warnings.warn(f"{said} were used to fit this {predictor.name}.", stacklevel=5)
 
 
-def _reasons(source: EmbeddingSource, rows: Ints, uncertainty: Floats, alone: NDArray[np.bool_]) -> list[str | None]:
+def _reasons(
+    source: EmbeddingSource, rows: Ints, uncertainty: Floats, alone: NDArray[np.bool_]
+) -> list[str | None]:
     """Per row why it has no score, or None; ``alone`` are those with one candidate."""
     missing = np.isnan(uncertainty)
     if not missing.any():
@@ -272,7 +303,11 @@ def _keys(source: EmbeddingSource, rows: Ints, order: Ints) -> list[str]:
     first, last = (int(ascending[0]), int(ascending[-1])) if len(rows) else (0, -1)
     if last - first + 1 == len(rows):  # as a rule the rows of a part follow one another
         found = list(source.ids[first : last + 1])
-        return found if np.array_equal(rows, ascending) else [found[row - first] for row in rows.tolist()]
+        return (
+            found
+            if np.array_equal(rows, ascending)
+            else [found[row - first] for row in rows.tolist()]
+        )
     keys = {row: source.ids[row] for row in ascending.tolist()}
     return [keys[row] for row in rows.tolist()]
 
@@ -292,23 +327,25 @@ def score_parts(
 ) -> ScoreFolder:
     """Score embeddings of any size into a folder; the same values as ``vilu.score`` on the same machine.
 
-    A part is a Parquet file of the rows (``Outcomes.load`` reads it; ``row_id`` is the place in the source), the counts
-    from which the whole is evaluated, and last a receipt, each written atomically. Run again after a kill it does the
-    missing parts, and the folder ends with the same bytes. Rows are in the order in which they are scored
-    (``source.usable_rows``, whose pools are the problem). Those that cannot be scored come after them, in parts of
-    their own: null, with the reason "nonfinite", "zero_norm", or "short_pool" (they fill no last pool); with one
-    candidate every row has the reason "k<2".
+    A part is a Parquet file of the rows (``Outcomes.load`` reads it; ``row_id`` is the place in the
+    source), the counts from which the whole is evaluated, and last a receipt, each written
+    atomically. Run again after a kill it does the missing parts, and the folder ends with the same
+    bytes. Rows are in the order in which they are scored (``source.usable_rows``, whose pools are
+    the problem). Those that cannot be scored come after them, in parts of their own: null, with the
+    reason "nonfinite", "zero_norm", or "short_pool" (they fill no last pool); with one candidate
+    every row has the reason "k<2".
 
     Args:
         predictor: What scores.
         source: What is scored.
         folder: New, empty, or of the same run.
-        rows_per_part: Rows of a part. Rounded to whole pools, or up to whole batches of scoring, so that no value
-            depends on it.
+        rows_per_part: Rows of a part. Rounded to whole pools, or up to whole batches of scoring, so
+            that no value depends on it.
         dataset: Name of the data set.
         split: Name of its part.
         overwrite: Remove the scores of another run.
-        decider: What ``vilu calibrate`` has left beside the predictor; by default its calibrator alone.
+        decider: What ``vilu calibrate`` has left beside the predictor; by default its calibrator
+            alone.
 
     Warns:
         UserWarning: If rows of ``source`` were used to fit the predictor.
@@ -316,9 +353,10 @@ def score_parts(
     Raises:
         DataError: If there is no row.
         NotFittedError: If the predictor needs ``fit`` first.
-        ProvenanceError: If the data come from another embedding space, or the folder holds the scores of another run.
-        UsageError: If the folder holds something else, or ``rows_per_part`` is less than 1, or the rule needs all
-            rows at once.
+        ProvenanceError: If the data come from another embedding space, or the folder holds the
+            scores of another run.
+        UsageError: If the folder holds something else, or ``rows_per_part`` is less than 1, or the
+            rule needs all rows at once.
         BusyError: If another process scores into it.
         StorageError: If the file system refuses.
 
@@ -326,11 +364,15 @@ def score_parts(
         >>> import numpy as np, tempfile, vilu
         >>> angle = np.linspace(0, np.pi / 2, 200)
         >>> image = np.stack([np.cos(angle), np.sin(angle)], axis=1)
-        >>> data = vilu.Embeddings(image, np.eye(2), np.digitize(angle, [1.1]))  # the model parts them at pi / 4
+        >>> data = vilu.Embeddings(
+        ...     image, np.eye(2), np.digitize(angle, [1.1])
+        ... )  # the model parts them at pi / 4
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     scores = vilu.score_parts(vilu.MCM(), data, folder)
         ...     print(scores.counts.n_scored, scores.counts.n_failures)
-        ...     print(round(vilu.evaluate(scores, metrics=["auroc"], n_resamples=0).value("auroc"), 2))
+        ...     print(
+        ...         round(vilu.evaluate(scores, metrics=["auroc"], n_resamples=0).value("auroc"), 2)
+        ...     )
         200 40
         0.88
     """
@@ -367,7 +409,9 @@ def score_parts(
         ledger.seal(ScoreManifest.of(run, ledger.receipts()))
     done = ScoreFolder(ledger.root)
     whole = all(sketch.whole for sketch in predictor.seen_.values())
-    _warn_seen(counted(done.counts.n_seen, len(source), "rows", whole=whole), predictor, done.counts.n_seen)
+    _warn_seen(
+        counted(done.counts.n_seen, len(source), "rows", whole=whole), predictor, done.counts.n_seen
+    )
     return done
 
 
@@ -402,8 +446,9 @@ def predictor_fingerprint(predictor: FailurePredictor) -> str:
 def source_fingerprint(source: EmbeddingSource) -> str:
     """Hash of a source: the seal of a store, its shape, its labels, the order of its rows, and a sample of them.
 
-    Hashing every embedding would read all data twice. The sample is 256 rows, evenly spaced over the usable ones, with
-    the candidates of the first of them (of the first pool) and two identifiers.
+    Hashing every embedding would read all data twice. The sample is 256 rows, evenly spaced over
+    the usable ones, with the candidates of the first of them (of the first pool) and two
+    identifiers.
     """
     rows, stored = source.usable_rows, source.first if isinstance(source, TwoModels) else source
     places = np.linspace(0, len(rows) - 1, min(SAMPLED, len(rows))).round().astype(np.int64)
@@ -412,7 +457,9 @@ def source_fingerprint(source: EmbeddingSource) -> str:
     whole = source.n_candidates > 0 and len(pool) >= (source.pool_size or 1)
     return digest(
         {
-            "content": stored.manifest.content if isinstance(stored, EmbeddingStore | CaptionStore) else None,
+            "content": stored.manifest.content
+            if isinstance(stored, EmbeddingStore | CaptionStore)
+            else None,
             **({} if source.second is None else {"second": source_fingerprint(source.second)}),
             "space": source.space.fingerprint,
             "n": len(source),
@@ -436,7 +483,10 @@ def _hash(tensor: Tensor) -> str:
     """Of the numbers, block by block: what repeats one number for all rows is never written out."""
     found = hashlib.blake2b(digest_size=16)
     for block in (
-        tensor.detach().cpu().reshape(len(tensor) if tensor.ndim else 1, math.prod(tensor.shape[1:])).split(2**20)
+        tensor.detach()
+        .cpu()
+        .reshape(len(tensor) if tensor.ndim else 1, math.prod(tensor.shape[1:]))
+        .split(2**20)
     ):
         found.update(block.contiguous().view(torch.uint8).numpy().data)
     return found.hexdigest()

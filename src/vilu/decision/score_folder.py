@@ -40,7 +40,8 @@ class ScoreRun(ScoreDocument):
     predictor: str  # fingerprint of the predictor and its weights
     source: str  # fingerprint of the embeddings
     n_in: Count  # rows of the embeddings
-    n_candidate: Count  # how many of them are usable (and fill pools); the others come after them, without a score
+    # how many of them are usable (and fill pools); the others come after them, without a score
+    n_candidate: Count
     rows_per_part: int = Field(ge=1)  # rows of a part: whole pools, or whole batches of scoring
     method: str | None  # name of the predictor
     dataset: str | None  # name of the data set
@@ -64,7 +65,11 @@ class ScoreRun(ScoreDocument):
     def require_same(self, other: ScoreRun, path: Path) -> None:
         """Refuse to mix two runs, naming both sides of what differs."""
         mine, theirs = self.model_dump(mode="json"), other.model_dump(mode="json")
-        differences = [f"{k}: {mine[k]!r} ({path}) against {theirs[k]!r} (now)" for k in mine if mine[k] != theirs[k]]
+        differences = [
+            f"{k}: {mine[k]!r} ({path}) against {theirs[k]!r} (now)"
+            for k in mine
+            if mine[k] != theirs[k]
+        ]
         if differences:
             raise ProvenanceError(
                 f"{path} holds the scores of another run: {'; '.join(differences)}. "
@@ -121,7 +126,9 @@ class Counts(Model):
     @model_validator(mode="after")
     def _add_up(self) -> Self:
         if self.n_in != self.n_scored + self.n_unscored:
-            raise ValueError(f"n_in={self.n_in} is not n_scored + n_unscored={self.n_scored + self.n_unscored}")
+            raise ValueError(
+                f"n_in={self.n_in} is not n_scored + n_unscored={self.n_scored + self.n_unscored}"
+            )
         if self.n_scored < self.n_failures + self.n_unlabelled:
             raise ValueError(f"n_scored={self.n_scored} is less than n_failures + n_unlabelled")
         return self
@@ -146,7 +153,9 @@ class Counts(Model):
         reasons = sorted({reason for one in every for reason in one.unscored})
         numbers = ("n_in", "n_scored", "n_failures", "n_unlabelled", "n_seen")
         return cls(
-            unscored={reason: sum(one.unscored.get(reason, 0) for one in every) for reason in reasons},
+            unscored={
+                reason: sum(one.unscored.get(reason, 0) for one in every) for reason in reasons
+            },
             **{name: sum(getattr(one, name) for one in every) for name in numbers},
         )
 
@@ -172,7 +181,12 @@ class ScoreManifest(ScoreDocument):
     def of(cls, run: ScoreRun, receipts: list[ScoreReceipt]) -> Self:
         """The seal of these parts."""
         counts = Counts.total(receipt.counts for receipt in receipts)
-        return cls(fingerprint=run.fingerprint, n_parts=len(receipts), counts=counts, content=content_hash(receipts))
+        return cls(
+            fingerprint=run.fingerprint,
+            n_parts=len(receipts),
+            counts=counts,
+            content=content_hash(receipts),
+        )
 
 
 class ScoreLedger(Ledger[ScorePart, ScoreReceipt]):
@@ -185,7 +199,9 @@ class ScoreLedger(Ledger[ScorePart, ScoreReceipt]):
         super().__init__(root, run.fingerprint, run.parts, ScoreReceipt)
         self.run = run
 
-    def said(self, part: ScorePart, receipt: ScoreReceipt) -> tuple[tuple[object, ...], tuple[object, ...]]:
+    def said(
+        self, part: ScorePart, receipt: ScoreReceipt
+    ) -> tuple[tuple[object, ...], tuple[object, ...]]:
         """Its rows."""
         return (receipt.part, receipt.counts.n_in), (part, len(part))
 
@@ -203,10 +219,16 @@ class ScoreLedger(Ledger[ScorePart, ScoreReceipt]):
         """Write what is said of some rows of the source, of which so many were used to fit."""
         known = outcomes.evaluable
         u, failure = outcomes.uncertainty, outcomes.failure
-        histogram = histogram_bytes(*(Histogram.of(u[of], failure[of]) for of in (known, known & outcomes.outside)))
+        histogram = histogram_bytes(
+            *(Histogram.of(u[of], failure[of]) for of in (known, known & outcomes.outside))
+        )
         payloads = {part.scores: parquet_bytes(*outcomes.table(rows)), part.histogram: histogram}
         counts, run = Counts.of(outcomes, n_seen), self.fingerprint
-        self.write(part, payloads, lambda files: ScoreReceipt(fingerprint=run, part=part, counts=counts, files=files))
+        self.write(
+            part,
+            payloads,
+            lambda files: ScoreReceipt(fingerprint=run, part=part, counts=counts, files=files),
+        )
 
 
 def read_run(root: Path) -> ScoreRun:
@@ -223,9 +245,16 @@ COLUMNS = ("bin", "correct", "wrong")
 def histogram_bytes(histogram: Histogram, outside: Histogram) -> bytes:
     """A histogram as the content of a Parquet file: one row per occupied bin, ascending.
 
-    Where some rows are of none of the classes, a column ``outside`` says how many of the wrong ones.
+    Where some rows are of none of the classes, a column ``outside`` says how many of the wrong
+    ones.
     """
-    columns = dict(zip(COLUMNS, map(pa.array, (histogram.bins, histogram.correct, histogram.wrong)), strict=True))
+    columns = dict(
+        zip(
+            COLUMNS,
+            map(pa.array, (histogram.bins, histogram.correct, histogram.wrong)),
+            strict=True,
+        )
+    )
     if outside.n:
         columns["outside"] = pa.array(histogram.places(outside))
     ends = [histogram.low, histogram.high] if histogram.n else None
@@ -246,7 +275,9 @@ def read_histogram(root: Path, receipt: ScoreReceipt) -> tuple[Histogram, Histog
     low, high = ends if isinstance(ends, list) else (math.inf, -math.inf)
     bins, correct, wrong = (table[name].to_numpy() for name in COLUMNS)
     histogram = Histogram(bins, correct, wrong, level, low, high)
-    outside = table["outside"].to_numpy() if "outside" in table.column_names else np.zeros_like(wrong)
+    outside = (
+        table["outside"].to_numpy() if "outside" in table.column_names else np.zeros_like(wrong)
+    )
     if not bool(((outside >= 0) & (outside <= wrong)).all()):
         raise _damaged(path, "more rows of none of the classes than wrong ones are in a bin")
     found = (histogram.n, histogram.n_failures)
@@ -279,8 +310,9 @@ def _damaged(path: Path, what: str) -> StorageError:
 class ScoreFolder(Reopened):
     """What ``score_parts`` wrote; ``vilu.evaluate`` takes it like ``Outcomes``, whatever its size.
 
-    Opening reads the documents and checks that every file is there with its size. The bytes of a file are compared with
-    its receipt when it is first read; ``verify`` reads all. Pickled, it is its path, as a store is.
+    Opening reads the documents and checks that every file is there with its size. The bytes of a
+    file are compared with its receipt when it is first read; ``verify`` reads all. Pickled, it is
+    its path, as a store is.
 
     Raises:
         DataError: If the folder holds no scores, or is not complete.
@@ -294,7 +326,11 @@ class ScoreFolder(Reopened):
         ...     _ = vilu.score_parts(vilu.MCM(), data, folder)
         ...     scores = vilu.ScoreFolder(folder)  # in any other process
         ...     scores.verify()
-        ...     print(len(scores), scores.outcomes().failure.tolist(), scores.tally().scores.n_failures)
+        ...     print(
+        ...         len(scores),
+        ...         scores.outcomes().failure.tolist(),
+        ...         scores.tally().scores.n_failures,
+        ...     )
         4 [0, 0, 0, 1] 1
     """
 
@@ -308,7 +344,9 @@ class ScoreFolder(Reopened):
         self._ledger = ScoreLedger(self.path, self.run)
         self._receipts = self._ledger.receipts()
         if manifest != ScoreManifest.of(self.run, self._receipts):
-            raise ProvenanceError(f"{self.path / MANIFEST} seals other parts than the folder holds. {AGAIN}.")
+            raise ProvenanceError(
+                f"{self.path / MANIFEST} seals other parts than the folder holds. {AGAIN}."
+            )
         self.counts: Counts = manifest.counts  # what became of the rows
         self.seal = digest(manifest.model_dump(mode="json"))
 
@@ -326,7 +364,9 @@ class ScoreFolder(Reopened):
     @cached_property
     def _histograms(self) -> tuple[Histogram, Histogram]:
         """That, and the one of the rows of none of the classes alone."""
-        outside = [Histogram.empty()]  # what all of them are so far: no more is in memory than two of each
+        outside = [
+            Histogram.empty()
+        ]  # what all of them are so far: no more is in memory than two of each
 
         def parts() -> Iterator[Histogram]:
             for receipt in self._receipts:
@@ -360,11 +400,16 @@ class ScoreFolder(Reopened):
         paths = [files(receipt.part.scores) for receipt in self._receipts]
         with vouched():
             parts = [Outcomes.load(path) for path in paths]
-            ids = [read_column(path, read_table(path, ())[0], "row_id", "int64").to_numpy() for path in paths]
+            ids = [
+                read_column(path, read_table(path, ())[0], "row_id", "int64").to_numpy()
+                for path in paths
+            ]
             row_id = np.concatenate(ids)
         order = np.argsort(row_id, kind="stable")
         if not np.array_equal(row_id[order], np.arange(len(self))):
-            raise DataError(f"the parts of {self.path} do not hold the rows 0 to {len(self) - 1} once each. {AGAIN}.")
+            raise DataError(
+                f"the parts of {self.path} do not hold the rows 0 to {len(self) - 1} once each. {AGAIN}."
+            )
         optional = {name: _joined(parts, name, kind, order) for name, kind in OPTIONAL.items()}
         optional["reason"] = optional["reason"] or [None] * len(order)
         return Outcomes(
@@ -389,7 +434,14 @@ def _joined(parts: list[Outcomes], name: str, kind: str, order: NDArray[np.int64
     if all(values is None for values in found):
         return None
     if kind == "string":
-        texts = [text for part, values in zip(parts, found, strict=True) for text in values or [None] * len(part)]
+        texts = [
+            text
+            for part, values in zip(parts, found, strict=True)
+            for text in values or [None] * len(part)
+        ]
         return [texts[place] for place in order]
-    numbers = [np.full(len(p), MISSING[kind]) if v is None else v for p, v in zip(parts, found, strict=True)]
+    numbers = [
+        np.full(len(p), MISSING[kind]) if v is None else v
+        for p, v in zip(parts, found, strict=True)
+    ]
     return np.concatenate(numbers)[order]

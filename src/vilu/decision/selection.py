@@ -16,21 +16,23 @@ from vilu.files.documents import Model
 from vilu.metrics.counts import Floats, Ints, real_vector
 from vilu.outcomes.outcomes import Outcomes
 
-MAX_ROWS = 10**6  # of a calibration; more would not move a p-value visibly, and they all stand in ``risk.json``
+MAX_ROWS = (
+    10**6
+)  # of a calibration; more would not move a p-value visibly, and they all stand in ``risk.json``
 
 
 class BatchSelector(Model):
     """Accepts part of a batch such that E[share of wrong ones among the accepted] <= max_risk.
 
-    The p-value of an answer is p = (1 + #{wrong calibration answers with u_i <= u}) / (1 + n), over all n calibration
-    answers: how rarely an answer is wrong and trusted as much. Benjamini-Hochberg at level max_risk over the batch then
-    bounds the mean share of wrong answers among the accepted (0 where none is), over draws of calibration rows and
-    batch. The batch decides the threshold, so a row's decision depends on its neighbours, and rows must be judged
-    together.
+    The p-value of an answer is p = (1 + #{wrong calibration answers with u_i <= u}) / (1 + n), over
+    all n calibration answers: how rarely an answer is wrong and trusted as much. Benjamini-Hochberg
+    at level max_risk over the batch then bounds the mean share of wrong answers among the accepted
+    (0 where none is), over draws of calibration rows and batch. The batch decides the threshold, so
+    a row's decision depends on its neighbours, and rows must be judged together.
 
-    Source: Jin & Candès, Selection by Prediction with Conformal p-values (2023), with "the answer is wrong" for null
-    and their clipped score. With 1 + #wrong for 1 + n (Bates et al. 2023) the bound is max_risk times the share of
-    wrong answers, and less is accepted.
+    Source: Jin & Candès, Selection by Prediction with Conformal p-values (2023), with "the answer
+    is wrong" for null and their clipped score. With 1 + #wrong for 1 + n (Bates et al. 2023) the
+    bound is max_risk times the share of wrong answers, and less is accepted.
     """
 
     kind: Literal["selection"] = "selection"
@@ -47,7 +49,11 @@ class BatchSelector(Model):
         p: Floats = (1 + np.searchsorted(self.wrong, scores, side="right")) / (1 + self.n)
         return np.where(np.isnan(scores), np.nan, p)
 
-    def accept(self, uncertainty: ArrayLike, groups: Sequence[str] | None = None) -> NDArray[np.bool_]:  # noqa: ARG002
+    def accept(
+        self,
+        uncertainty: ArrayLike,
+        groups: Sequence[str] | None = None,  # noqa: ARG002
+    ) -> NDArray[np.bool_]:
         """(N,) which answers of this batch are accepted; one without an uncertainty is not, and does not count."""
         p = self.p_values(uncertainty)
         scored = np.isfinite(p)
@@ -57,9 +63,13 @@ class BatchSelector(Model):
         cut = ordered[passed[-1]] if len(passed) else -np.inf
         return scored & (p <= cut)
 
-    def reasons(self, uncertainty: ArrayLike, groups: Sequence[str] | None = None) -> list[str | None]:
+    def reasons(
+        self, uncertainty: ArrayLike, groups: Sequence[str] | None = None
+    ) -> list[str | None]:
         """Per row why it is not accepted: "not_selected"; else None."""
-        return [None if accepted else "not_selected" for accepted in self.accept(uncertainty, groups)]
+        return [
+            None if accepted else "not_selected" for accepted in self.accept(uncertainty, groups)
+        ]
 
     def __str__(self) -> str:
         return (
@@ -70,7 +80,9 @@ class BatchSelector(Model):
 
 def drawn(n: int) -> Ints:
     """Places of the rows of n that a rule is made from: at random, as rows may lie sorted, and the same every time."""
-    return np.argsort(np.random.PCG64([MAX_ROWS, n]).random_raw(n))[:MAX_ROWS]  # a stream that NumPy never changes
+    return np.argsort(np.random.PCG64([MAX_ROWS, n]).random_raw(n))[
+        :MAX_ROWS
+    ]  # a stream that NumPy never changes
 
 
 def select(outcomes: Outcomes, *, max_risk: float) -> BatchSelector:

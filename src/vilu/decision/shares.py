@@ -36,12 +36,15 @@ def read_shares(path: str | Path) -> dict[str, float]:
     """Shares of classes from a CSV file with the columns ``class`` and ``share``.
 
     Raises:
-        DataError: If it is no CSV in UTF-8, has other columns, a class twice, or a share that is no number.
+        DataError: If it is no CSV in UTF-8, has other columns, a class twice, or a share that is no
+            number.
         StorageError: If it cannot be read.
     """
     columns, rows = csv_rows(Path(path))
     if not {"class", "share"} <= set(columns):
-        raise DataError(f"{path} must have the columns class and share. It has {', '.join(columns) or 'none'}.")
+        raise DataError(
+            f"{path} must have the columns class and share. It has {', '.join(columns) or 'none'}."
+        )
     found: dict[str, float] = {}
     for row in rows:
         name, share = row["class"], row["share"]
@@ -50,7 +53,9 @@ def read_shares(path: str | Path) -> dict[str, float]:
         try:
             found[name] = float(share)
         except (TypeError, ValueError) as error:
-            raise DataError(f"{path}: the share of {name!r} must be a number. Got {share!r} instead.") from error
+            raise DataError(
+                f"{path}: the share of {name!r} must be a number. Got {share!r} instead."
+            ) from error
     return found
 
 
@@ -61,7 +66,9 @@ def check_shares(outside_share: float | None, class_shares: Mapping[str, float] 
     if class_shares is not None:
         for name, share in dict[str, Any](class_shares).items():
             if not isinstance(share, int | float | np.number) or not 0 <= share <= 1:
-                raise UsageError(f"the share of {name!r} must be a number in [0, 1]. Got {share!r} instead.")
+                raise UsageError(
+                    f"the share of {name!r} must be a number in [0, 1]. Got {share!r} instead."
+                )
         total = sum(class_shares.values())
         if abs(total - 1) > SUM_TOLERANCE:
             raise UsageError(
@@ -86,7 +93,8 @@ class Strata:
     Args:
         rows: N rows with an uncertainty and a known failure.
         outside_share: Share of strangers that is to be expected; None: none is stated.
-        class_shares: Share of each class among the rows within the classes; None: those of the calibration rows.
+        class_shares: Share of each class among the rows within the classes; None: those of the
+            calibration rows.
 
     Attributes:
         names: Of the S strata.
@@ -95,11 +103,14 @@ class Strata:
         n: (S,) rows of each.
 
     Raises:
-        UsageError: If a class is not one of the rows', or strangers are there and their share is not stated.
+        UsageError: If a class is not one of the rows', or strangers are there and their share is
+            not stated.
         DataError: If shares of classes are stated and the class of a row is not known.
     """
 
-    def __init__(self, rows: Outcomes, outside_share: float | None, class_shares: Mapping[str, float] | None) -> None:
+    def __init__(
+        self, rows: Outcomes, outside_share: float | None, class_shares: Mapping[str, float] | None
+    ) -> None:
         check_shares(outside_share, class_shares)
         if outside_share is None and rows.outside.any():
             raise UsageError(
@@ -113,7 +124,9 @@ class Strata:
             inside, place = _by_class(rows, class_shares)
         total = sum(inside.values())
         self.names = [*inside, OUTSIDE_NAME]
-        self.share = np.array([*((1 - strangers) * share / total for share in inside.values()), strangers])
+        self.share = np.array(
+            [*((1 - strangers) * share / total for share in inside.values()), strangers]
+        )
         self.stratum = np.where(rows.outside, len(inside), place)
         self.n = np.bincount(self.stratum, minlength=len(self.names))
 
@@ -127,7 +140,11 @@ class Strata:
         """Strata with too few rows for any promise: name, rows, and how many it takes at least."""
         found = []
         for name, n, share in zip(self.names, self.n.tolist(), self.share.tolist(), strict=True):
-            needed = fewest_rows(share, max_risk, main_level(delta), wrong=name == OUTSIDE_NAME) if share else 0
+            needed = (
+                fewest_rows(share, max_risk, main_level(delta), wrong=name == OUTSIDE_NAME)
+                if share
+                else 0
+            )
             if needed is None or n < needed:
                 found.append((name, n, needed))
         return found
@@ -136,16 +153,22 @@ class Strata:
 def _by_class(rows: Outcomes, class_shares: Mapping[str, float]) -> tuple[dict[str, float], Ints]:
     """Stated share of every class, 0 where none is, and (N,) position of each row's class; outside rows are at 0."""
     if rows.class_names is None or rows.target is None:
-        raise DataError("shares of classes need rows that say of which class they are. These do not.")
+        raise DataError(
+            "shares of classes need rows that say of which class they are. These do not."
+        )
     names = list(rows.class_names)
     unknown = next((name for name in class_shares if name not in names), None)
     if unknown is not None:
-        raise UsageError(f"a share is stated of {unknown!r}, which is none of the {len(names)} classes of these rows.")
+        raise UsageError(
+            f"a share is stated of {unknown!r}, which is none of the {len(names)} classes of these rows."
+        )
     if len(set(names)) < len(names):
         raise UsageError("two classes have one name, so shares by name do not tell them apart.")
     missing = np.flatnonzero((rows.target < 0) & ~rows.outside)
     if len(missing):
-        raise DataError(f"shares of classes need the class of every row. That of row {missing[0]} is not known.")
+        raise DataError(
+            f"shares of classes need the class of every row. That of row {missing[0]} is not known."
+        )
     return {name: class_shares.get(name, 0.0) for name in names}, np.maximum(rows.target, 0)
 
 
@@ -159,20 +182,23 @@ def weighted_learn_then_test(
 ) -> tuple[Floats, Point | None]:
     """The certified interval of scores that accepts most of the reweighted rows, and (G,) the distinct scores.
 
-    Row i has Z_i(t) = v_i 1{u_i <= t} (wrong_i - max_risk), whose mean over rows is positive where the reweighted error
-    rate R(t) is above max_risk. For a fixed bet b in [0, 1 / ((1 - max_risk) max v)]
+    Row i has Z_i(t) = v_i 1{u_i <= t} (wrong_i - max_risk), whose mean over rows is positive where
+    the reweighted error rate R(t) is above max_risk. For a fixed bet b in [0, 1 / ((1 - max_risk)
+    max v)]
 
         E(t) = prod_i (1 - b Z_i(t)),    E[E(t)] <= exp(-b sum_i E[Z_i(t)]) <= 1    where R(t) >= max_risk,
 
-    and so is the mean over eight bets: P[E(t) >= 1 / delta] <= delta (Markov). All t are looked at together, and the
-    laxest is taken: with compensation exp(b sum E[Z_i(t)]), which is at least 1 wherever R(t) >= max_risk, E is a
-    martingale in t where the numbers of rows are Poisson's, so that sup E over all such t keeps the bound, too (Ville).
-    For fixed numbers every single t is proved, and all of them together are simulated (``benchmarks.shares``):
-    what is certified wrongly stays below delta, since the product is conservative. As in ``learn_then_test``
-    thresholds above floors have 0.01 of delta each. Takes no stratum's bound by itself, hence no union over strata.
+    and so is the mean over eight bets: P[E(t) >= 1 / delta] <= delta (Markov). All t are looked at
+    together, and the laxest is taken: with compensation exp(b sum E[Z_i(t)]), which is at least 1
+    wherever R(t) >= max_risk, E is a martingale in t where the numbers of rows are Poisson's, so
+    that sup E over all such t keeps the bound, too (Ville). For fixed numbers every single t is
+    proved, and all of them together are simulated (``benchmarks.shares``): what is certified
+    wrongly stays below delta, since the product is conservative. As in ``learn_then_test``
+    thresholds above floors have 0.01 of delta each. Takes no stratum's bound by itself, hence no
+    union over strata.
 
-    Source: Angelopoulos et al., Learn then Test (2021), for the frame; Waudby-Smith & Ramdas, Estimating means of
-    bounded random variables by betting (2023), for the product.
+    Source: Angelopoulos et al., Learn then Test (2021), for the frame; Waudby-Smith & Ramdas,
+    Estimating means of bounded random variables by betting (2023), for the product.
     """
     order = np.argsort(uncertainty, kind="stable")
     value, starts = np.unique(uncertainty[order], return_index=True)
@@ -182,7 +208,10 @@ def weighted_learn_then_test(
     evidence = cumulated_evidence(wrong, weight, max_risk, float(weight.max()))[:, last]
     found: list[tuple[float, Point]] = []
     places = [int(np.searchsorted(ranks, math.ceil(len(order) * at))) for at in FLOORS]
-    for floor, level in [(-1, main_level(delta)), *((place, delta * FLOOR_SHARE) for place in places)]:
+    for floor, level in [
+        (-1, main_level(delta)),
+        *((place, delta * FLOOR_SHARE) for place in places),
+    ]:
         below = evidence[:, floor : floor + 1] if floor >= 0 else 0.0
         enough = np.flatnonzero(log_mean(evidence[:, floor + 1 :] - below) >= -math.log(level))
         if len(enough):
@@ -192,7 +221,9 @@ def weighted_learn_then_test(
     return value, max(found, key=lambda one: one[0], default=(0.0, None))[1]
 
 
-def cumulated_evidence(wrong: NDArray[np.bool_], weight: Floats, max_risk: float, largest: float) -> Floats:
+def cumulated_evidence(
+    wrong: NDArray[np.bool_], weight: Floats, max_risk: float, largest: float
+) -> Floats:
     """(B, N) log of the product over the first rows, for each bet; ``largest``: weight of all rows."""
     bets = np.array(BETS)[:, None] / ((1 - max_risk) * largest)
     return np.log1p(-bets * weight * (wrong - max_risk)).cumsum(axis=1)
@@ -210,7 +241,8 @@ def fewest_rows(share: float, max_risk: float, level: float, *, wrong: bool) -> 
     ``wrong``: whether none of its rows can be right, so that at best none of them is accepted.
     """
     bets = np.array(BETS)
-    # b sum Z of the others, at the largest bet that a row of this stratum allows; their weights are small beside its
+    # b sum Z of the others, at the largest bet that a row of this stratum allows; their weights are
+    # small beside its
     others = bets * max_risk / (1 - max_risk) * (1 - share) / share
     own = np.zeros(len(bets)) if wrong else np.log1p(bets * max_risk / (1 - max_risk))
 
@@ -242,15 +274,23 @@ def in_words(outside_share: float | None, class_shares: Mapping[str, float] | No
     """For which shares a promise holds."""
     told = []
     if outside_share is not None:
-        told.append(f"for up to {percent(outside_share, 1, math.floor)} of strangers like those shown")
+        told.append(
+            f"for up to {percent(outside_share, 1, math.floor)} of strangers like those shown"
+        )
     if class_shares is not None:
         told.append(f"at the stated shares of {len(class_shares)} classes")
     return " and ".join(told)
 
 
-def bears_out(rows: Outcomes, strata: Strata, ends: tuple[float, float], max_risk: float, delta: float) -> bool:
+def bears_out(
+    rows: Outcomes, strata: Strata, ends: tuple[float, float], max_risk: float, delta: float
+) -> bool:
     """Whether the evidence of the rows between two ends shows the risk, with all of delta: necessary."""
     inside = (rows.uncertainty > ends[0]) & (rows.uncertainty <= ends[1])
     weight = np.where(inside, strata.weight, 0.0)
-    evidence = cumulated_evidence(rows.failure == 1, weight, max_risk, strata.weight.max(initial=0.0))[:, -1:]
-    return not strata.lacking(max_risk, delta) and bool(log_mean(evidence)[0] >= -math.log(delta) - 1e-9)
+    evidence = cumulated_evidence(
+        rows.failure == 1, weight, max_risk, strata.weight.max(initial=0.0)
+    )[:, -1:]
+    return not strata.lacking(max_risk, delta) and bool(
+        log_mean(evidence)[0] >= -math.log(delta) - 1e-9
+    )

@@ -35,9 +35,9 @@ class Test(Model):
 
     __test__ = False  # for pytest, which takes the name for its own
 
-    # "scores", "acceptance" and "answers" ask whether the rows are still like those of the calibration, "audit" whether
-    # accepted answers are wrong too often, "outside" and "abstained" whether the present shares are those that a
-    # promise was stated for
+    # "scores", "acceptance" and "answers" ask whether the rows are still like those of the
+    # calibration, "audit" whether accepted answers are wrong too often, "outside" and "abstained"
+    # whether the present shares are those that a promise was stated for
     name: TestName
     level: float = Field(gt=0, lt=1)  # probability of a false alarm, ever
     log_wealth: float = 0.0  # evidence now; the alarm is at log(1/level)
@@ -74,24 +74,34 @@ class Audited(Model):
     n: int  # audited accepted answers
     wrong: int  # how many of them are wrong
     promise: float  # the largest error rate that was promised
-    lower: float  # bound of the error rate from below, at all times together; ``confidence`` is of each bound
+    # bound of the error rate from below, at all times together; ``confidence`` is of each bound
+    lower: float
     upper: float  # the same from above
     confidence: float  # 1 - delta
     verdict: AuditVerdict  # "holds so far", "not enough audited answers" or "broken"
-    n_needed: int | None  # about how many more audited answers would tell; None where no number is known to
+    n_needed: (
+        int | None
+    )  # about how many more audited answers would tell; None where no number is known to
 
     @classmethod
     def from_audit(cls, audit: Audit) -> Audited:
         """The bounds in numbers."""
-        found = {name: getattr(audit, name) for name in ("n", "wrong", "promise", "lower", "upper", "verdict")}
+        found = {
+            name: getattr(audit, name)
+            for name in ("n", "wrong", "promise", "lower", "upper", "verdict")
+        }
         return cls(**found, confidence=1 - audit.delta, n_needed=audit.n_needed())
 
     def __str__(self) -> str:
         found = f"{self.wrong} of {self.n} audited accepted answers are wrong"
         ends = f"{percent(self.lower, 2, math.floor)} to {percent(self.upper)}"
-        bounds = f"rate {ends}, each bound with confidence {percent(self.confidence, 2, math.floor)}"
+        bounds = (
+            f"rate {ends}, each bound with confidence {percent(self.confidence, 2, math.floor)}"
+        )
         more = "" if not self.n_needed else f"; about {self.n_needed} more would tell"
-        return f"{self.verdict}: {found} ({bounds}; promised: at most {percent(self.promise)}){more}"
+        return (
+            f"{self.verdict}: {found} ({bounds}; promised: at most {percent(self.promise)}){more}"
+        )
 
 
 class Status(Model):
@@ -100,16 +110,21 @@ class Status(Model):
     later = frozenset({"present"})
 
     verdict: Verdict  # "holds" (no alarm so far), "shifted: guarantee void", or "broken"
-    raised_at: int | None  # first row at which an alarm was raised, 0 = the first row monitored; None without
+    raised_at: (
+        int | None
+    )  # first row at which an alarm was raised, 0 = the first row monitored; None without
     reason: str  # why, in words
     advice: str  # what to do next
     rows: int  # rows monitored
     unscored: int  # how many of them have no uncertainty; they are left out
-    false_alarm: float  # probability that any of the tests ever raises an alarm without cause is at most this
+    # probability that any of the tests ever raises an alarm without cause is at most this
+    false_alarm: float
     tests: tuple[Test, ...]  # each with its share of that
     acceptance: Acceptance | None  # shares of accepted answers; None without a rule for single rows
     audit: Audited | None  # what the labels say; None without a promise
-    present: str | None = None  # what they say of the share of strangers, in words; None where none was stated
+    present: str | None = (
+        None  # what they say of the share of strangers, in words; None where none was stated
+    )
 
     @property
     def alarm(self) -> bool:
@@ -119,7 +134,11 @@ class Status(Model):
     def __str__(self) -> str:
         since = "" if self.raised_at is None else f" (since row {self.raised_at:,})"
         lines = [f"{self.verdict}{since}: {self.reason}"]
-        unscored = f", {self.unscored:,} of them without an uncertainty and left out" if self.unscored else ""
+        unscored = (
+            f", {self.unscored:,} of them without an uncertainty and left out"
+            if self.unscored
+            else ""
+        )
         lines.append(f"{self.rows:,} rows monitored{unscored}")
         for test in self.tests:
             raised = "" if test.raised_at is None else f", alarm at row {test.raised_at:,}"
@@ -137,7 +156,11 @@ class Status(Model):
 
 def _odds(log_wealth: float) -> str:
     """Wealth as a number that can be read."""
-    return f"{math.exp(log_wealth):,.3g}" if log_wealth < math.log(1e6) else f"1e{log_wealth / math.log(10):.0f}"
+    return (
+        f"{math.exp(log_wealth):,.3g}"
+        if log_wealth < math.log(1e6)
+        else f"1e{log_wealth / math.log(10):.0f}"
+    )
 
 
 def conclude(tests: Sequence[Test], audit: Audited | None) -> tuple[Verdict, int | None, str, str]:
@@ -146,11 +169,26 @@ def conclude(tests: Sequence[Test], audit: Audited | None) -> tuple[Verdict, int
     if raised:
         broken = any(test.name == "audit" for test in raised)
         reason = "; ".join(f"{MEANING[test.name]} (row {test.raised_at:,})" for test in raised)
-        return "broken" if broken else "shifted: guarantee void", raised[0].raised_at, reason, RECALIBRATE
+        return (
+            "broken" if broken else "shifted: guarantee void",
+            raised[0].raised_at,
+            reason,
+            RECALIBRATE,
+        )
     if audit is None:
         return "holds", None, "no sign of a shift", "Nothing to do; go on monitoring."
     if audit.verdict == "holds so far":
-        return "holds", None, "no sign of a shift, and the audited answers keep the promise", "Go on monitoring."
+        return (
+            "holds",
+            None,
+            "no sign of a shift, and the audited answers keep the promise",
+            "Go on monitoring.",
+        )
     more = "some" if audit.n_needed is None else f"about {audit.n_needed} more"
     advice = f"Go on monitoring; to see the promise itself, label {more} accepted answers, drawn at random."
-    return "holds", None, "no sign of a shift; too few answers are audited to see the promise itself", advice
+    return (
+        "holds",
+        None,
+        "no sign of a shift; too few answers are audited to see the promise itself",
+        advice,
+    )

@@ -24,7 +24,9 @@ def tail(wrong: Ints, accepted: Ints, risk: float) -> Floats:
 
     # the regularised incomplete beta function is the tail, and takes whole arrays
     inside = wrong < accepted
-    found = special.betainc(np.where(inside, accepted - wrong, 1), np.where(inside, wrong + 1, 1), 1 - risk)
+    found = special.betainc(
+        np.where(inside, accepted - wrong, 1), np.where(inside, wrong + 1, 1), 1 - risk
+    )
     return np.where(inside, found, 1.0)
 
 
@@ -32,7 +34,11 @@ def upper_bound(wrong: int, accepted: int, delta: float) -> float:
     """Clopper-Pearson bound b, P[Bin(m, b) <= k] = delta: the error rate is below it with confidence 1 - delta."""
     from scipy import special
 
-    return float(special.betaincinv(wrong + 1, accepted - wrong, 1 - delta)) if wrong < accepted else 1.0
+    return (
+        float(special.betaincinv(wrong + 1, accepted - wrong, 1 - delta))
+        if wrong < accepted
+        else 1.0
+    )
 
 
 def lower_bound(hits: int, n: int, delta: float) -> float:
@@ -127,36 +133,49 @@ class Point:
 def learn_then_test(counts: TieCounts, max_risk: float, delta: float) -> Point | None:
     """The certified interval of scores that accepts most rows: P[its risk <= max_risk] >= 1 - delta.
 
-    H_t: R(t) > max_risk is rejected at level a where P[Bin(m_t, max_risk) <= k_t] <= a. From strict to lax every t is
-    tested at the same level until one is not rejected; R need not be monotone. A sequence has to begin where enough is
-    accepted for a rejection to be possible, and one unlucky wrong answer near the beginning ends it; so there are
-    three beginnings, near 1/16 and 1/4 of the rows and at all of them, and a sequence that reaches the next one's
-    beginning hands its level on (the fallback procedure). Binomial tails have steps, and no level is left between two:
-    a sequence begins where one more wrong answer has just become admissible, and all rows take the largest level
-    below 1/4 that their tail has, with a wrong answer at least. Few rows have one sequence, with all of delta.
+    H_t: R(t) > max_risk is rejected at level a where P[Bin(m_t, max_risk) <= k_t] <= a. From strict
+    to lax every t is tested at the same level until one is not rejected; R need not be monotone. A
+    sequence has to begin where enough is accepted for a rejection to be possible, and one unlucky
+    wrong answer near the beginning ends it; so there are three beginnings, near 1/16 and 1/4 of the
+    rows and at all of them, and a sequence that reaches the next one's beginning hands its level on
+    (the fallback procedure). Binomial tails have steps, and no level is left between two: a
+    sequence begins where one more wrong answer has just become admissible, and all rows take the
+    largest level below 1/4 that their tail has, with a wrong answer at least. Few rows have one
+    sequence, with all of delta.
 
-    All of them fail where the most trusted answers hold many wrong ones. So from 500 rows on the same is done with what
-    lies above a floor l (the error rate of l < u <= t is above max_risk), at 1/32, 1/16, 1/8 and 1/4 of the rows, with
-    0.01 of delta each, where the rows above it are enough to begin.
+    All of them fail where the most trusted answers hold many wrong ones. So from 500 rows on the
+    same is done with what lies above a floor l (the error rate of l < u <= t is above max_risk), at
+    1/32, 1/16, 1/8 and 1/4 of the rows, with 0.01 of delta each, where the rows above it are enough
+    to begin.
 
-    Why it holds, for scores without ties: places are ranks, so the scores alone decide on them. The ranges of t where
-    R(t) > max_risk begin and end at R(t) = max_risk; so given how many rows lie in each, Bin(m, max_risk) of the m rows
-    before a range are wrong, and these numbers say in which range a sequence meets its first true H_t, and its level
-    there, which bounds the probability to reject the last H_t before the range, as the sequence must. Where it begins
-    in a range, the row at t is no random one: of the m - 1 others, given t, Bin(m - 1, max_risk) are wrong, or more. So
-    there these alone are tested, and to go on all m as well; what they show by themselves ends before t, for t may be a
-    score that many rows have, all of them wrong. A level that was handed on has met none, so the levels
-    that meet one add up to delta at most. Given a floor, the rows above it are independent draws; floors share delta.
-    Scores with ties are simulated in the tests. Other places were tried: ``benchmarks/thresholds.py``.
+    Why it holds, for scores without ties: places are ranks, so the scores alone decide on them. The
+    ranges of t where R(t) > max_risk begin and end at R(t) = max_risk; so given how many rows lie
+    in each, Bin(m, max_risk) of the m rows before a range are wrong, and these numbers say in which
+    range a sequence meets its first true H_t, and its level there, which bounds the probability to
+    reject the last H_t before the range, as the sequence must. Where it begins in a range, the row
+    at t is no random one: of the m - 1 others, given t, Bin(m - 1, max_risk) are wrong, or more. So
+    there these alone are tested, and to go on all m as well; what they show by themselves ends
+    before t, for t may be a score that many rows have, all of them wrong. A level that was handed
+    on has met none, so the levels that meet one add up to delta at most. Given a floor, the rows
+    above it are independent draws; floors share delta. Scores with ties are simulated in the tests.
+    Other places were tried: ``benchmarks/thresholds.py``.
 
-    Source: Angelopoulos et al., Learn then Test (2021), Sec. 2; Wiens, A fixed sequence Bonferroni procedure (2003).
+    Source: Angelopoulos et al., Learn then Test (2021), Sec. 2; Wiens, A fixed sequence Bonferroni
+    procedure (2003).
     """
     floors = _floors(counts.accepted, max_risk, delta)
-    found = [_fallback(counts, -1, STARTS, WHOLE, max_risk, delta * (1 - FLOOR_SHARE * len(floors)))]
-    found += [_fallback(counts, floor, FLOOR_STARTS, 0.0, max_risk, delta * FLOOR_SHARE) for floor in floors]
+    found = [
+        _fallback(counts, -1, STARTS, WHOLE, max_risk, delta * (1 - FLOOR_SHARE * len(floors)))
+    ]
+    found += [
+        _fallback(counts, floor, FLOOR_STARTS, 0.0, max_risk, delta * FLOOR_SHARE)
+        for floor in floors
+    ]
 
     def n_accepted(one: Point) -> int:
-        return int(counts.accepted[one.index] - (counts.accepted[one.floor] if one.floor >= 0 else 0))
+        return int(
+            counts.accepted[one.index] - (counts.accepted[one.floor] if one.floor >= 0 else 0)
+        )
 
     return max((one for one in found if one is not None), key=n_accepted, default=None)
 
@@ -182,16 +201,24 @@ def _fallback(
     """The laxest t above a floor that the sequences certify."""
     accepted, wrong = _above(counts.accepted, floor), _above(counts.accepted_wrong, floor)
     levels = dict[int, float]()
-    for least, rows, level in beginnings(int(accepted[-1]) if len(accepted) else 0, starts, whole, max_risk, delta):
+    for least, rows, level in beginnings(
+        int(accepted[-1]) if len(accepted) else 0, starts, whole, max_risk, delta
+    ):
         begin = int(np.searchsorted(accepted, rows))
-        if begin and least <= accepted[begin - 1] and rows - accepted[begin - 1] < accepted[begin] - rows:
+        if (
+            begin
+            and least <= accepted[begin - 1]
+            and rows - accepted[begin - 1] < accepted[begin] - rows
+        ):
             begin -= 1
         levels[begin] = levels.get(begin, 0.0) + level
     carried, best = 0.0, None
     for begin, end in pairwise([*sorted(levels), len(accepted)]):
         level, kept = carried + levels[begin], begin
         before = (accepted[begin - 1], wrong[begin - 1]) if begin else (0, 0)
-        own = accepted[begin] - before[0] == wrong[begin] - before[1]  # the row at t is wrong if all of this score are
+        own = (
+            accepted[begin] - before[0] == wrong[begin] - before[1]
+        )  # the row at t is wrong if all of this score are
         if tail(wrong[begin] - own, accepted[begin] - 1, max_risk) <= level:
             kept = _first_kept(wrong, accepted, max_risk, level, begin, end)
             best = kept - 1  # before t itself, where that is shown without the row at t alone
@@ -199,7 +226,9 @@ def _fallback(
     return None if best is None else Point(floor + 1 + best, max_risk, floor)
 
 
-def _first_kept(wrong: Ints, accepted: Ints, max_risk: float, level: float, begin: int, end: int) -> int:
+def _first_kept(
+    wrong: Ints, accepted: Ints, max_risk: float, level: float, begin: int, end: int
+) -> int:
     """First position from ``begin`` on whose hypothesis is not rejected; ``end`` where all are."""
     for start in range(begin, end, BLOCK):
         block = slice(start, min(start + BLOCK, end))
@@ -215,7 +244,8 @@ def beginnings(
 ) -> tuple[tuple[int, int, float], ...]:
     """How many rows sequences begin with, at least and (without ties) at best, and their levels.
 
-    None where no rejection is possible. Each has one row more than its test, since the last row is not a random one.
+    None where no rejection is possible. Each has one row more than its test, since the last row is
+    not a random one.
     """
     found = list[tuple[int, int, float]]()
     if (wrong := admissible(n - 1, max_risk, whole * delta)) > 0:
@@ -238,17 +268,25 @@ def beginnings(
 
 def admissible(rows: int, max_risk: float, level: float) -> int:
     """Largest k with P[Bin(rows, max_risk) <= k] <= level; -1 where there is none."""
-    return bisect_right(range(rows), level, key=lambda k: float(tail(np.asarray(k), np.asarray(rows), max_risk))) - 1
+    return (
+        bisect_right(
+            range(rows), level, key=lambda k: float(tail(np.asarray(k), np.asarray(rows), max_risk))
+        )
+        - 1
+    )
 
 
-def selection_with_guaranteed_risk(counts: TieCounts, max_risk: float, delta: float) -> Point | None:
+def selection_with_guaranteed_risk(
+    counts: TieCounts, max_risk: float, delta: float
+) -> Point | None:
     """SGR: bisection over the distinct scores, with a bound at every step: P[R(t) <= risk_bound] >= 1 - delta.
 
-    Of T = ceil(log2 (G + 1)) steps over G thresholds each computes the Clopper-Pearson bound b at level delta / T, and
-    goes to laxer thresholds where b <= max_risk, else to stricter ones; the laxest passed is returned, with its b.
+    Of T = ceil(log2 (G + 1)) steps over G thresholds each computes the Clopper-Pearson bound b at
+    level delta / T, and goes to laxer thresholds where b <= max_risk, else to stricter ones; the
+    laxest passed is returned, with its b.
 
-    Source: Geifman & El-Yaniv, Selective Classification for Deep Neural Networks (2017), Algorithm 1. There T is
-    ceil(log2 n) of all rows; ties leave G <= n thresholds to search.
+    Source: Geifman & El-Yaniv, Selective Classification for Deep Neural Networks (2017), Algorithm
+    1. There T is ceil(log2 n) of all rows; ties leave G <= n thresholds to search.
     """
     steps = sgr_steps(len(counts.value))
     low, high, best = 0, len(counts.value) - 1, None
@@ -256,7 +294,9 @@ def selection_with_guaranteed_risk(counts: TieCounts, max_risk: float, delta: fl
         if low > high:
             break
         middle = (low + high) // 2
-        bound = upper_bound(int(counts.accepted_wrong[middle]), int(counts.accepted[middle]), delta / steps)
+        bound = upper_bound(
+            int(counts.accepted_wrong[middle]), int(counts.accepted[middle]), delta / steps
+        )
         if bound <= max_risk:
             best, low = Point(middle, bound), middle + 1
         else:
@@ -267,8 +307,8 @@ def selection_with_guaranteed_risk(counts: TieCounts, max_risk: float, delta: fl
 def conformal_risk_control(counts: TieCounts, max_risk: float, delta: float) -> Point | None:  # noqa: ARG001
     """The loosest t with (k_t + 1) / (n + 1) <= max_risk: E[share of all answers that is accepted and wrong] <= it.
 
-    The joint risk is monotone in t, as conformal risk control needs; the selective risk is not. The promise is about
-    the mean over calibration draws: there is no delta.
+    The joint risk is monotone in t, as conformal risk control needs; the selective risk is not. The
+    promise is about the mean over calibration draws: there is no delta.
 
     Source: Angelopoulos et al., Conformal Risk Control (2022), Eq. 4, with a loss of 0 or 1.
     """
@@ -280,14 +320,17 @@ def conformal_risk_control(counts: TieCounts, max_risk: float, delta: float) -> 
 def coverage_first(counts: TieCounts, min_coverage: float, delta: float) -> Point | None:
     """The strictest t that accepts at least ``min_coverage`` of all answers, with a bound on R(t).
 
-    Both hold together with probability >= 1 - delta, each with half of it. t is the first score below which so many
-    rows lie that the Clopper-Pearson bound of the acceptance rate from below reaches the target. How many that is
-    depends on n alone, so no wrong answer has a say in the choice, and the bound of the risk at t is that of a single
-    threshold (of scores without ties; those are simulated in the tests). It counts the row at t as wrong if any is, but
-    not as a trial: given t, only the others are random.
+    Both hold together with probability >= 1 - delta, each with half of it. t is the first score
+    below which so many rows lie that the Clopper-Pearson bound of the acceptance rate from below
+    reaches the target. How many that is depends on n alone, so no wrong answer has a say in the
+    choice, and the bound of the risk at t is that of a single threshold (of scores without ties;
+    those are simulated in the tests). It counts the row at t as wrong if any is, but not as a
+    trial: given t, only the others are random.
     """
     n = int(counts.n)
-    index = bisect_left(counts.accepted, min_coverage, key=lambda m: lower_bound(int(m), n, delta / 2))
+    index = bisect_left(
+        counts.accepted, min_coverage, key=lambda m: lower_bound(int(m), n, delta / 2)
+    )
     if index == len(counts.accepted):
         return None
     wrong, others = int(counts.accepted_wrong[index]), int(counts.accepted[index]) - 1

@@ -36,13 +36,23 @@ class Watch:
     def update(self, values: Floats, rows: Ints, seed: int) -> None:
         """Take in the next values (B,), which are of these rows of the stream."""
         generator = np.random.PCG64([seed, list(PARTS).index(self.test.name)])
-        generator.advance(self.martingale.n)  # one draw a value: batches of any size see the same numbers
+        generator.advance(
+            self.martingale.n
+        )  # one draw a value: batches of any size see the same numbers
         uniform = np.random.Generator(generator).random(len(values))
-        self.test = self.test.after(self.martingale.update(self.reference.p_values(values, uniform)), rows)
+        self.test = self.test.after(
+            self.martingale.update(self.reference.p_values(values, uniform)), rows
+        )
 
-    def resumed(self, test: Test, wealth: Wealth | None, values: Floats, counts: Ints, n: int) -> Watch:
+    def resumed(
+        self, test: Test, wealth: Wealth | None, values: Floats, counts: Ints, n: int
+    ) -> Watch:
         """The same after n rows."""
-        found = Watch(test, Reference.of(values, counts), Martingale() if wealth is None else wealth.martingale())
+        found = Watch(
+            test,
+            Reference.of(values, counts),
+            Martingale() if wealth is None else wealth.martingale(),
+        )
         expected = self.reference.n + n
         if not np.isfinite(values).all() or (counts < 1).any() or found.reference.n != expected:
             raise ValueError(f"{test.name} must hold {expected} numbers")
@@ -69,11 +79,18 @@ class Wealth(Model):
         if not martingale.n:
             return None
         sums = {"growth": martingale.growth.tolist(), "started": martingale.started.tolist()}
-        return cls.model_validate({"n": martingale.n, **sums, "counts": [n.tolist() for n in martingale.counts]})
+        return cls.model_validate(
+            {"n": martingale.n, **sums, "counts": [n.tolist() for n in martingale.counts]}
+        )
 
     def martingale(self) -> Martingale:
         """What was kept."""
-        return Martingale(self.n, np.array(self.growth), np.array(self.started), [np.array(one) for one in self.counts])
+        return Martingale(
+            self.n,
+            np.array(self.growth),
+            np.array(self.started),
+            [np.array(one) for one in self.counts],
+        )
 
     @model_validator(mode="after")
     def _check_cells(self) -> Self:
@@ -93,8 +110,12 @@ class State(Model):
     tests: tuple[Test, ...]
     wealth: dict[str, Wealth | None]
     audited: tuple[Count, Count]
-    remembered: tuple[Count, Count] | None = None  # hashes of rows, and of labels; None: by code that kept none
+    remembered: tuple[Count, Count] | None = (
+        None  # hashes of rows, and of labels; None: by code that kept none
+    )
     forgotten: Count = 0
-    counted: dict[str, tuple[Count, Count]] = Field(default_factory=dict)  # rows, and those that a rate is of
+    counted: dict[str, tuple[Count, Count]] = Field(
+        default_factory=dict
+    )  # rows, and those that a rate is of
 
     later = frozenset({"counted"})

@@ -22,8 +22,14 @@ STATUS = ("valid", "nonfinite", "zero_norm", "short_pool")
 """Meaning of the status codes of rows; "short_pool": a good embedding, but not one of a full pool."""
 
 NORM_TOLERANCE = 1e-3  # rounding to float16 moves a unit norm by less than this
-SAFE_NORMS = 1e-15, 1e15  # between these no square of a float32 number is lost in a sum of squares in float32
-SAFE_VALUES = 1e-30, 1e30  # between these the largest number of a row keeps its direction in float32
+SAFE_NORMS = (
+    1e-15,
+    1e15,
+)  # between these no square of a float32 number is lost in a sum of squares in float32
+SAFE_VALUES = (
+    1e-30,
+    1e30,
+)  # between these the largest number of a row keeps its direction in float32
 
 
 def as_array(values: ArrayLike | Tensor, name: str) -> NDArray[np.generic]:
@@ -34,19 +40,40 @@ def as_array(values: ArrayLike | Tensor, name: str) -> NDArray[np.generic]:
             return np.asarray(values)
         values = values.detach().cpu()
         return values.numpy() if values.dtype in NUMPYS else values.float().numpy()
-    except (TypeError, ValueError, RuntimeError) as error:  # ragged lists; what is sparse or quantised
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # ragged lists; what is sparse or quantised
         raise DataError(f"{name} must be an array of numbers: {error}.") from error
 
 
-NUMPYS = {torch.float64, torch.float32, torch.float16, torch.complex64, torch.complex128, torch.bool, torch.int64}
-NUMPYS |= {torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64}
+NUMPYS = {
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.complex64,
+    torch.complex128,
+    torch.bool,
+    torch.int64,
+}
+NUMPYS |= {
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+}
 """Types of torch that numpy has."""
 
 
 def as_matrix(values: ArrayLike | Tensor, name: str, *, scaled: bool = True) -> Tensor:
     """(N, D) float32 on the CPU, of any float or integer type, byte order and memory layout; D is at least 1. A copy.
 
-    Rows whose numbers float32 has not are ``scaled`` where only their direction counts; else these become infinite.
+    Rows whose numbers float32 has not are ``scaled`` where only their direction counts; else these
+    become infinite.
     """
     array = as_array(values, name)
     if array.dtype.kind not in "fiu":
@@ -62,7 +89,11 @@ def as_matrix(values: ArrayLike | Tensor, name: str, *, scaled: bool = True) -> 
 def _within_float32(array: NDArray[Any], name: str) -> NDArray[Any]:
     """Rows of float64 whose numbers float32 cannot hold, times a power of two, which keeps their direction."""
     largest = np.maximum(array.max(axis=1, initial=0), -array.min(axis=1, initial=0))
-    beyond = np.isfinite(largest) & (largest > 0) & ~((largest > SAFE_VALUES[0]) & (largest < SAFE_VALUES[1]))
+    beyond = (
+        np.isfinite(largest)
+        & (largest > 0)
+        & ~((largest > SAFE_VALUES[0]) & (largest < SAFE_VALUES[1]))
+    )
     if not beyond.any():
         return array
     low, high = largest[beyond].min(), largest[beyond].max()
@@ -144,15 +175,24 @@ def require_usable(values: ArrayLike | Tensor, name: str) -> Tensor:
     return rows
 
 
-def check_targets(values: ArrayLike | Tensor | None, n_rows: int, n_candidates: int) -> tuple[Tensor, Tensor]:
-    """(N,) int64 targets in -1 ... K-1, and (N,) bool which were -2, none of the classes; None: nothing is known."""
+def check_targets(
+    values: ArrayLike | Tensor | None, n_rows: int, n_candidates: int
+) -> tuple[Tensor, Tensor]:
+    """(N,) int64 targets in -1 ...
+
+    K-1, and (N,) bool which were -2, none of the classes; None: nothing is known.
+    """
     if values is None:
         return torch.full((n_rows,), -1, dtype=torch.int64), torch.zeros(n_rows, dtype=torch.bool)
     array = as_array(values, "target")
     if array.shape != (n_rows,):
-        raise DataError(f"target must have one entry per image row ({n_rows}). Got shape {array.shape} instead.")
+        raise DataError(
+            f"target must have one entry per image row ({n_rows}). Got shape {array.shape} instead."
+        )
     if array.size and array.dtype.kind not in "iu":
-        raise DataError(f"target must hold whole numbers (rows of text). Got dtype {array.dtype} instead.")
+        raise DataError(
+            f"target must hold whole numbers (rows of text). Got dtype {array.dtype} instead."
+        )
     if array.size and (array.min() < -2 or array.max() >= n_candidates):
         raise DataError(
             f"target must be a row of text, 0 to {n_candidates - 1}, -1 where unknown, or -2 for none of them. "
@@ -166,9 +206,13 @@ def check_places(values: ArrayLike | Tensor, n: int, name: str) -> Tensor:
     """(M,) int64 whole numbers from 0 to n - 1."""
     array = as_array(values, name)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise DataError(f"{name} must be a vector of whole numbers. Got {array.dtype} of shape {array.shape} instead.")
+        raise DataError(
+            f"{name} must be a vector of whole numbers. Got {array.dtype} of shape {array.shape} instead."
+        )
     if array.size and not (array.min() >= 0 and array.max() < n):
-        raise DataError(f"{name} must be from 0 to {n - 1}. Got {array.min()} to {array.max()} instead.")
+        raise DataError(
+            f"{name} must be from 0 to {n - 1}. Got {array.min()} to {array.max()} instead."
+        )
     return torch.from_numpy(array.astype(np.int64))
 
 
@@ -178,7 +222,9 @@ def check_class_names(names: Sequence[str] | None, n_candidates: int) -> tuple[s
         return None
     names = tuple(str(name) for name in names)
     if len(names) != n_candidates:
-        raise DataError(f"class_names must have one name per text row ({n_candidates}). Got {len(names)} instead.")
+        raise DataError(
+            f"class_names must have one name per text row ({n_candidates}). Got {len(names)} instead."
+        )
     if blank := [i for i, name in enumerate(names) if not name.strip()]:
         raise DataError(f"class names must not be blank. Name {blank[0]} is.")
     return names
@@ -189,7 +235,9 @@ def check_ids(ids: Sequence[str] | None, n_rows: int) -> Sequence[str]:
     if ids is None:
         return RowNumbers(n_rows)
     if len(ids) != n_rows:
-        raise DataError(f"ids must have one entry per image row ({n_rows}). Got {len(ids)} instead.")
+        raise DataError(
+            f"ids must have one entry per image row ({n_rows}). Got {len(ids)} instead."
+        )
     return tuple(ids) if isinstance(ids, list | np.ndarray) else ids
 
 
@@ -230,7 +278,8 @@ class RowNumbers(Identifiers):
 
 Identity = Literal["pictures", "embeddings", "names"]
 """What tells whether two rows are the same: the encoded bytes of the pictures; embeddings, where nothing is known of
-pictures; or identifiers, in what older versions wrote. To a pair its caption belongs, too."""
+pictures; or identifiers, in what older versions wrote. To a pair its caption belongs, too.
+"""
 
 HASH_BYTES = 8
 

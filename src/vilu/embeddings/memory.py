@@ -12,7 +12,13 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from vilu.device import as_usual
-from vilu.embeddings.checks import check_class_names, check_ids, check_targets, require_usable, unit_rows
+from vilu.embeddings.checks import (
+    check_class_names,
+    check_ids,
+    check_targets,
+    require_usable,
+    unit_rows,
+)
 from vilu.embeddings.columns import TEXT_COLUMNS, check_columns
 from vilu.embeddings.pairs import PairSource, Pools
 from vilu.embeddings.similarity import rows_at
@@ -27,24 +33,28 @@ class Embeddings(EmbeddingSource):
     Args:
         image: (N, D) image embeddings, numpy or torch, any float dtype.
         text: (K, D) embeddings of the candidates.
-        target: (N,) integer rows of ``text``, -1 where unknown, -2 (``vilu.OUTSIDE``) for pictures of none of the
-            classes; None when no label is known.
+        target: (N,) integer rows of ``text``, -1 where unknown, -2 (``vilu.OUTSIDE``) for pictures
+            of none of the classes; None when no label is known.
         logit_scale: Multiplier of the cosine.
         logit_bias: Added to every logit.
         class_names: K names.
         ids: N row identifiers; by default the row numbers.
-        space: Full identity of the space, when known; then ``logit_scale`` and ``logit_bias`` are taken from it.
-        columns: What some methods need beside the embeddings, by name (``vilu.embeddings.columns``).
+        space: Full identity of the space, when known; then ``logit_scale`` and ``logit_bias`` are
+            taken from it.
+        columns: What some methods need beside the embeddings, by name
+            (``vilu.embeddings.columns``).
 
-    What is given is copied. Rows are brought to unit norm (said once as a warning if they were not). An image row with
-    NaN, infinity or zero norm is kept but marked in ``status``: it is never trained on, and its uncertainty is NaN.
+    What is given is copied. Rows are brought to unit norm (said once as a warning if they were
+    not). An image row with NaN, infinity or zero norm is kept but marked in ``status``: it is never
+    trained on, and its uncertainty is NaN.
 
-    Classes whose texts are equal, to the last bit or by name, are one answer: they become one candidate, the first of
-    them, and K, names and targets are those of the candidates that are left (``candidate_of``), which is logged.
+    Classes whose texts are equal, to the last bit or by name, are one answer: they become one
+    candidate, the first of them, and K, names and targets are those of the candidates that are left
+    (``candidate_of``), which is logged.
 
     Raises:
-        DataError: If shapes disagree, a target is not a row of ``text``, a text row is unusable, or classes of one name
-            have different texts.
+        DataError: If shapes disagree, a target is not a row of ``text``, a text row is unusable, or
+            classes of one name have different texts.
 
     Examples:
         >>> import numpy as np, vilu
@@ -74,7 +84,9 @@ class Embeddings(EmbeddingSource):
     ) -> None:
         self.image, self.status = unit_rows(image, "image")
         self.text = require_usable(text, "text")
-        self.space = space or EmbeddingSpace(self.image.shape[1], float(logit_scale), float(logit_bias))
+        self.space = space or EmbeddingSpace(
+            self.image.shape[1], float(logit_scale), float(logit_bias)
+        )
         for name, rows in (("image", self.image), ("text", self.text)):
             if rows.shape[1] != self.space.embed_dim:
                 raise DataError(
@@ -87,7 +99,9 @@ class Embeddings(EmbeddingSource):
         self.columns = frozenset(self._columns)
         kept = self._merge_same()
         if kept is not None:
-            self._columns |= {name: self._columns[name][kept] for name in TEXT_COLUMNS if name in self._columns}
+            self._columns |= {
+                name: self._columns[name][kept] for name in TEXT_COLUMNS if name in self._columns
+            }
 
     def image_rows(self, index: Tensor) -> Tensor:
         """(B, D) rows of ``image``.
@@ -102,7 +116,10 @@ class Embeddings(EmbeddingSource):
 
     @staticmethod
     def pairs(
-        image: ArrayLike | Tensor, text: ArrayLike | Tensor, pool_size: int | Pools = 1024, logit_scale: float = 100.0
+        image: ArrayLike | Tensor,
+        text: ArrayLike | Tensor,
+        pool_size: int | Pools = 1024,
+        logit_scale: float = 100.0,
     ) -> PairEmbeddings:
         """Image-caption pairs: row i of ``image`` belongs to row i of ``text`` (see ``PairEmbeddings``).
 
@@ -121,20 +138,24 @@ class PairEmbeddings(PairSource):
     Args:
         image: (N, D) image embeddings.
         text: (N, D) embeddings of their captions.
-        pool_size: Pairs of a pool; or ``Pools`` for all choices. A number takes the rows as they come.
+        pool_size: Pairs of a pool; or ``Pools`` for all choices. A number takes the rows as they
+            come.
         logit_scale: Multiplier of the cosine.
         logit_bias: Added to every logit.
         ids: N row identifiers; by default the row numbers.
         space: Full identity of the space, when known.
-        columns: What some methods need beside the embeddings, by name (``vilu.embeddings.columns``).
+        columns: What some methods need beside the embeddings, by name
+            (``vilu.embeddings.columns``).
 
     Raises:
-        DataError: If the numbers of images and captions differ, a row is unusable, or the pool size does not divide N
-            (a short last pool would be an easier problem).
+        DataError: If the numbers of images and captions differ, a row is unusable, or the pool size
+            does not divide N (a short last pool would be an easier problem).
 
     Examples:
         >>> import numpy as np, torch, vilu
-        >>> data = vilu.PairEmbeddings(np.eye(4), np.eye(4)[[0, 1, 3, 2]], pool_size=2)  # two captions are swapped
+        >>> data = vilu.PairEmbeddings(
+        ...     np.eye(4), np.eye(4)[[0, 1, 3, 2]], pool_size=2
+        ... )  # two captions are swapped
         >>> [batch.failure.tolist() for batch in data.batches(2)]
         [[0, 0], [1, 1]]
         >>> last = torch.tensor([3])
@@ -168,7 +189,9 @@ class PairEmbeddings(PairSource):
                 f"fewer distractors. Got {len(self.image)}: leave out {len(self.image) % self.pool_size} or change "
                 "pool_size."
             )
-        self.space = space or EmbeddingSpace(self.image.shape[1], float(logit_scale), float(logit_bias))
+        self.space = space or EmbeddingSpace(
+            self.image.shape[1], float(logit_scale), float(logit_bias)
+        )
         self.target = torch.arange(len(self.image)) % self.pool_size
         self.ids = check_ids(ids, len(self.image))
         self._columns = check_columns(columns, len(self.image), len(self.text), self.image.shape[1])

@@ -19,7 +19,15 @@ from vilu.device import as_usual
 from vilu.embeddings.checks import SHORT_POOL, VALID, Identifiers, Identity, RowNumbers
 from vilu.embeddings.similarity import first_equal, row_keys
 from vilu.embeddings.source import Batch, Candidates, EmbeddingSource, PooledBatch
-from vilu.errors import UNKNOWN, DataError, UsageError, checked, checked_fields, require_at_least, require_mask
+from vilu.errors import (
+    UNKNOWN,
+    DataError,
+    UsageError,
+    checked,
+    checked_fields,
+    require_at_least,
+    require_mask,
+)
 
 Direction = Literal["image_to_text", "text_to_image"]
 
@@ -36,10 +44,12 @@ class Pools:
 
     Attributes:
         size: Rows of a pool: their captions (or images) are the candidates of each of them.
-        direction: "image_to_text" asks for the caption of an image, "text_to_image" for the image of a caption.
-        hard: Whether the rows of a pool are alike (``hard_order`` of each ``HARD_ROWS``), else they are a random
-            choice.
-        near_duplicates: Cosine from which on two captions of a pool are the same answer; None: only equal captions.
+        direction: "image_to_text" asks for the caption of an image, "text_to_image" for the image
+            of a caption.
+        hard: Whether the rows of a pool are alike (``hard_order`` of each ``HARD_ROWS``), else they
+            are a random choice.
+        near_duplicates: Cosine from which on two captions of a pool are the same answer; None: only
+            equal captions.
         seed: Of the choice of pools in scoring; None takes the rows as they are stored.
 
     Examples:
@@ -61,17 +71,20 @@ class Pools:
     def __post_init__(self) -> None:
         require_at_least("pool_size", self.size, 1)
         if self.near_duplicates is not None and not 0 < self.near_duplicates <= 1:
-            raise UsageError(f"near_duplicates must be a cosine in (0, 1]. Got {self.near_duplicates} instead.")
+            raise UsageError(
+                f"near_duplicates must be a cosine in (0, 1]. Got {self.near_duplicates} instead."
+            )
 
 
 class PairSource(EmbeddingSource):
     """Image-caption pairs: row i of the images belongs to row i of the captions.
 
-    Equal captions of a pool are one answer. Image to text they are one candidate, the first of them; text to image the
-    images of equal captions are all right (``Candidates.same``).
+    Equal captions of a pool are one answer. Image to text they are one candidate, the first of
+    them; text to image the images of equal captions are all right (``Candidates.same``).
 
-    Columns are by what a row is here: those of images belong to what asks, those of candidates to what is found. Text
-    to image, "features" are of captions and "text_features" of images: else a caption would bring its picture along.
+    Columns are by what a row is here: those of images belong to what asks, those of candidates to
+    what is found. Text to image, "features" are of captions and "text_features" of images: else a
+    caption would bring its picture along.
 
     Attributes:
         pools: What is matched against what.
@@ -79,7 +92,9 @@ class PairSource(EmbeddingSource):
 
     class_names = None
     pools: Pools
-    _left: Tensor | None = None  # (M,) pairs that ``without`` has left, ascending; None: nothing was left out
+    _left: Tensor | None = (
+        None  # (M,) pairs that ``without`` has left, ascending; None: nothing was left out
+    )
 
     @cached_property
     def usable_rows(self) -> Tensor:
@@ -110,7 +125,11 @@ class PairSource(EmbeddingSource):
 
     def image_rows(self, index: Tensor) -> Tensor:
         """(B, D) what asks: images, or captions where the direction is text to image."""
-        return self.picture_rows(index) if self.pools.direction == "image_to_text" else self.caption_rows(index)
+        return (
+            self.picture_rows(index)
+            if self.pools.direction == "image_to_text"
+            else self.caption_rows(index)
+        )
 
     def _content(self, index: Tensor) -> Tensor:
         return torch.cat([self.picture_rows(index), self.caption_rows(index)], dim=1)
@@ -131,13 +150,17 @@ class PairSource(EmbeddingSource):
         everyone = torch.arange(len(index))
         different = torch.equal(first, everyone)
         if self.pools.direction == "text_to_image":
-            return Candidates(self.picture_rows(index), everyone, None if different else first, index)
+            return Candidates(
+                self.picture_rows(index), everyone, None if different else first, index
+            )
         if different:
             return Candidates(caption, everyone, None, index)
         distinct, target = torch.unique(first, return_inverse=True)
         return Candidates(caption[distinct], target, None, index[distinct])
 
-    def many(self, size: int, *, rows: Tensor | None = None, columns: Sequence[str] = ()) -> Iterator[Batch]:
+    def many(
+        self, size: int, *, rows: Tensor | None = None, columns: Sequence[str] = ()
+    ) -> Iterator[Batch]:
         """As every source's; a pool in which rows may be equal comes alone."""
         n = size // self.pools.size * self.pools.size
         if n <= self.pools.size or columns or self.pools.near_duplicates is not None:
@@ -145,7 +168,9 @@ class PairSource(EmbeddingSource):
             return
         rows = self.usable_rows if rows is None else rows
         whole = rows[: len(rows) // self.pools.size * self.pools.size]
-        yield from itertools.chain.from_iterable(self._made(self._pooled, whole.split(n) if len(whole) else ()))
+        yield from itertools.chain.from_iterable(
+            self._made(self._pooled, whole.split(n) if len(whole) else ())
+        )
 
     @as_usual()
     def _pooled(self, index: Tensor) -> list[Batch]:
@@ -166,7 +191,9 @@ class PairSource(EmbeddingSource):
             target = torch.arange(self.pools.size).repeat(last - first)
             pools = text[part].view(last - first, *shape[1:], -1)
             scale = self.space.logit_scale, self.space.logit_bias
-            found.append(PooledBatch(image[part], pools, target, mine, *scale, outside=self.outside[mine]))
+            found.append(
+                PooledBatch(image[part], pools, target, mine, *scale, outside=self.outside[mine])
+            )
         return found
 
     @as_usual()
@@ -180,7 +207,9 @@ class PairSource(EmbeddingSource):
             >>> import numpy as np, vilu
             >>> data = vilu.Embeddings.pairs(np.eye(6), np.eye(6), pool_size=2)
             >>> fewer = data.without(np.arange(6) == 1)
-            >>> [batch.index.tolist() for batch in fewer.batches(2)]  # pools are whole, so one more row has to go
+            >>> [
+            ...     batch.index.tolist() for batch in fewer.batches(2)
+            ... ]  # pools are whole, so one more row has to go
             [[0, 2], [3, 4]]
         """
         gone = require_mask("rows", np.asarray(rows), len(self))
@@ -210,7 +239,12 @@ class PairSource(EmbeddingSource):
     @as_usual()
     def _alike(self, rows: Tensor, generator: torch.Generator) -> Tensor:
         blocks = rows.split(max(HARD_ROWS // self.pools.size, 1) * self.pools.size)
-        return torch.cat([block[hard_order(self.caption_rows(block), self.pools.size, generator)] for block in blocks])
+        return torch.cat(
+            [
+                block[hard_order(self.caption_rows(block), self.pools.size, generator)]
+                for block in blocks
+            ]
+        )
 
 
 def runs(values: Sequence[bool]) -> Iterator[tuple[int, int, bool]]:
@@ -225,14 +259,16 @@ def runs(values: Sequence[bool]) -> Iterator[tuple[int, int, bool]]:
 class PseudoCaptions(PairSource):
     """The labelled usable images of several sources, each with the text of its class ("a photo of a ...") as caption.
 
-    Sources that have captions bring their own. Images of all sources are in one order, which the seed of ``pools``
-    mixes, so that a pool holds captions of all of them. A class that several sources have by the same name is one
-    caption, with the text of the first source; so is one text under several names.
+    Sources that have captions bring their own. Images of all sources are in one order, which the
+    seed of ``pools`` mixes, so that a pool holds captions of all of them. A class that several
+    sources have by the same name is one caption, with the text of the first source; so is one text
+    under several names.
 
     Args:
         sources: Rows with shared candidates or image-caption pairs, all in one embedding space.
         pools: Their size, or ``Pools`` for all choices.
-        names: What the identifiers of each source's rows begin with ("name/identifier"); by default its number.
+        names: What the identifiers of each source's rows begin with ("name/identifier"); by default
+            its number.
 
     Raises:
         UsageError: If there is no source, or the names are not one for each, all different.
@@ -244,16 +280,26 @@ class PseudoCaptions(PairSource):
     Examples:
         >>> import numpy as np, vilu
         >>> pets = vilu.Embeddings(np.eye(4)[:2], np.eye(4)[:2], [0, 1], class_names=["cat", "dog"])
-        >>> food = vilu.Embeddings(np.eye(4)[2:], np.eye(4)[2:], [0, 1], class_names=["pie", "soup"])
-        >>> data = vilu.PseudoCaptions([pets, food], vilu.Pools(4, seed=None), names=["pets", "food"])
-        >>> data.n_candidates, data.origin(3)  # an image of food is matched with the texts of pets, too
+        >>> food = vilu.Embeddings(
+        ...     np.eye(4)[2:], np.eye(4)[2:], [0, 1], class_names=["pie", "soup"]
+        ... )
+        >>> data = vilu.PseudoCaptions(
+        ...     [pets, food], vilu.Pools(4, seed=None), names=["pets", "food"]
+        ... )
+        >>> (
+        ...     data.n_candidates,
+        ...     data.origin(3),
+        ... )  # an image of food is matched with the texts of pets, too
         (4, (1, 1))
     """
 
     @checked
     @as_usual()
     def __init__(
-        self, sources: Sequence[EmbeddingSource], pools: int | Pools = 1024, names: Sequence[str] | None = None
+        self,
+        sources: Sequence[EmbeddingSource],
+        pools: int | Pools = 1024,
+        names: Sequence[str] | None = None,
     ) -> None:
         names = [str(i) for i in range(len(sources))] if names is None else list(names)
         check_sources(sources, names)
@@ -274,7 +320,11 @@ class PseudoCaptions(PairSource):
         found = self._text.new_empty(len(index), self.space.embed_dim)
         for i, source in enumerate(self.sources):
             here, rows = self._of_source(i, index)
-            found[here] = source.picture_rows(rows) if isinstance(source, PairSource) else source.image_rows(rows)
+            found[here] = (
+                source.picture_rows(rows)
+                if isinstance(source, PairSource)
+                else source.image_rows(rows)
+            )
         return found
 
     def caption_rows(self, index: Tensor) -> Tensor:
@@ -308,7 +358,9 @@ class PseudoCaptions(PairSource):
 
         Examples:
             >>> import numpy as np, torch, vilu
-            >>> pets = vilu.Embeddings(np.eye(4)[:2], np.eye(4)[:2], [0, 1], class_names=["cat", "dog"])
+            >>> pets = vilu.Embeddings(
+            ...     np.eye(4)[:2], np.eye(4)[:2], [0, 1], class_names=["cat", "dog"]
+            ... )
             >>> captioned = vilu.Embeddings.pairs(np.eye(4), np.eye(4), pool_size=2)
             >>> vilu.PseudoCaptions([pets, captioned], 2).of_classes(torch.arange(6)).tolist()
             [True, True, False, False, False, False]
@@ -342,9 +394,13 @@ def check_sources(sources: Sequence[EmbeddingSource], names: Sequence[str]) -> N
     if not sources:
         raise UsageError("pseudo-captions need at least one data set.")
     if len(names) != len(sources) or len(set(names)) < len(names):
-        raise UsageError(f"{len(sources)} data sets need as many different names. Got {', '.join(names)}.")
+        raise UsageError(
+            f"{len(sources)} data sets need as many different names. Got {', '.join(names)}."
+        )
     for name, source in zip(names, sources, strict=True):
-        sources[0].space.require_match(source.space, mine=f"data set {names[0]!r}", theirs=f"data set {name!r}")
+        sources[0].space.require_match(
+            source.space, mine=f"data set {names[0]!r}", theirs=f"data set {name!r}"
+        )
         if source.pool_size is None and not (source.target != UNKNOWN).any():
             raise DataError(f"the data set {name!r} has no labels, so its images have no captions.")
 
@@ -357,7 +413,9 @@ def labelled_rows(source: EmbeddingSource) -> Tensor:
     return rows[source.target[rows] != UNKNOWN]
 
 
-def class_captions(sources: Sequence[EmbeddingSource], chosen: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def class_captions(
+    sources: Sequence[EmbeddingSource], chosen: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
     """Texts (sum of K, D) of all classes, and for every chosen row which is its caption; 0 for rows of pairs."""
     first: dict[str, int] = {}  # by name, the first class that has it
     class_of = [0]
@@ -369,15 +427,17 @@ def class_captions(sources: Sequence[EmbeddingSource], chosen: Sequence[Tensor])
         captions.append(source.target[rows] + len(class_of))
         texts.append(source.candidates(rows[:0]).text)
         own = range(len(class_of), len(class_of) + source.n_candidates)
-        class_of += own if source.class_names is None else map(first.setdefault, source.class_names, own)
+        class_of += (
+            own if source.class_names is None else map(first.setdefault, source.class_names, own)
+        )
     return torch.cat(texts), torch.tensor(class_of)[torch.cat(captions)]
 
 
 def first_alike(rows: Tensor, cosine: float | None = None) -> Tensor:
     """(N,) int64: for every unit-norm row the first that is alike: equal, or of at least that cosine to a first one.
 
-    With a cosine rows are taken in order, and one that is near none of the firsts before it is a first itself, so that
-    likeness does not chain. Memory: N times the number of firsts, in blocks.
+    With a cosine rows are taken in order, and one that is near none of the firsts before it is a
+    first itself, so that likeness does not chain. Memory: N times the number of firsts, in blocks.
     """
     first = first_equal(rows)
     if cosine is None:
@@ -414,9 +474,10 @@ def _greedy(near: Tensor) -> Tensor:
 def hard_order(rows: Tensor, pool_size: int, generator: torch.Generator) -> Tensor:
     """(N,) an order in which each ``pool_size`` consecutive rows are alike: hard negatives of one another.
 
-    The rows are halved, at a multiple of the pool size, by their projection on the direction between two of them that
-    are far apart, and the halves again: N D log(N / pool_size) operations, no matrix of similarities. N is a multiple
-    of the pool size, else the last pool is short; the generator chooses the row that a direction starts from.
+    The rows are halved, at a multiple of the pool size, by their projection on the direction
+    between two of them that are far apart, and the halves again: N D log(N / pool_size) operations,
+    no matrix of similarities. N is a multiple of the pool size, else the last pool is short; the
+    generator chooses the row that a direction starts from.
     """
     pending, done = [torch.arange(len(rows))], []
     while pending:

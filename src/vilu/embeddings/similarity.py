@@ -15,16 +15,25 @@ import torch
 from torch import Tensor
 
 MAX_CELLS = 2**24
-"""Logits that a batch may have: 64 MiB in float32, and methods that look at them need several times that in float64."""
+"""Logits that a batch may have:
+
+64 MiB in float32, and methods that look at them need several times that in float64.
+"""
 
 TILE_CELLS = 2**22
-"""Similarities held at a time where nobody asked for them: 16 MiB, and what is read twice is still in the cache."""
+"""Similarities held at a time where nobody asked for them:
+
+16 MiB, and what is read twice is still in the cache.
+"""
 
 TILE_ROWS = 1_024
 """Rows of a tile of many candidates: a product of a nearly square tile is half as fast again as one of a long one."""
 
 CACHED_CELLS = 2**20
-"""Logits of a batch of which nothing else is looked at: 4 MiB, and what is made of them stays near the processor."""
+"""Logits of a batch of which nothing else is looked at:
+
+4 MiB, and what is made of them stays near the processor.
+"""
 
 KEY_COLUMNS = 8
 
@@ -42,19 +51,24 @@ class ZeroShot(NamedTuple):
         return (self.max_logit - self.log_norm).exp()
 
 
-def zero_shot(image: Tensor, text: Tensor, first: Tensor, logit_scale: float, logit_bias: float = 0.0) -> ZeroShot:
+def zero_shot(
+    image: Tensor, text: Tensor, first: Tensor, logit_scale: float, logit_bias: float = 0.0
+) -> ZeroShot:
     """Answer, largest logit and log-normaliser of logit_scale * image . text + logit_bias, tile by tile, in float32.
 
-    Memory above the input (B, D), (K, D) and the result is a tile of ``TILE_CELLS`` numbers at most. ``first`` (K,) is
-    of ``first_equal``: a matrix product may round the same sum differently at the edge of a block, so that of equal
-    candidates not the first one would win, but one that the size of the block favours.
+    Memory above the input (B, D), (K, D) and the result is a tile of ``TILE_CELLS`` numbers at
+    most. ``first`` (K,) is of ``first_equal``: a matrix product may round the same sum differently
+    at the edge of a block, so that of equal candidates not the first one would win, but one that
+    the size of the block favours.
     """
     if not len(text):
         raise ValueError("there is no candidate")
     rows = min(max(cached_rows(len(text)), min(TILE_ROWS, len(text) // 4)), TILE_CELLS)
     columns = min(len(text), TILE_CELLS // rows)
     with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
-        parts = [_rows(block, text, logit_scale, logit_bias, columns) for block in image.split(rows)]
+        parts = [
+            _rows(block, text, logit_scale, logit_bias, columns) for block in image.split(rows)
+        ]
     place, largest, norm = (torch.cat(part) for part in zip(*parts, strict=True))
     return ZeroShot(first[place], largest, norm)
 
@@ -63,9 +77,9 @@ def zero_shot(image: Tensor, text: Tensor, first: Tensor, logit_scale: float, lo
 class Others:
     """What the candidates beside the answer weigh, from logits l (B, K), K > 1, in their precision.
 
-    With a reference r their weights are e_j = exp(l_j - r), and the odds of another answer, (1 - p) / p, are
-    exp(gap) sum_j e_j: no bit of a small 1 - p is lost. The reference is the largest logit, which is there already, or
-    the largest of the others where else the sum would vanish.
+    With a reference r their weights are e_j = exp(l_j - r), and the odds of another answer, (1 - p)
+    / p, are exp(gap) sum_j e_j: no bit of a small 1 - p is lost. The reference is the largest
+    logit, which is there already, or the largest of the others where else the sum would vanish.
     """
 
     logits: Tensor  # (B, K)
@@ -99,7 +113,9 @@ class Others:
         if torch.compiler.is_exporting():
             place = places(logits, answer)
             reference = second(logits, place)
-            return cls(logits, answer, own, reference, *beside(logits, place, reference), temperature)
+            return cls(
+                logits, answer, own, reference, *beside(logits, place, reference), temperature
+            )
         if answer is None and not logits.requires_grad and logits.shape[1] <= CACHED_CELLS // 16:
             # the largest weighs 1 and has no fraction, so that its place need not be known
             weight = weights(logits, largest)
@@ -118,7 +134,10 @@ class Others:
             among = torch.where(vanishing[:, None], second(few, place), among)
             few_weights, few_totals = beside(few, place, among)
             reference = largest.index_copy(0, rows, among)
-            weight, total = weight.index_copy_(0, rows, few_weights), total.index_copy_(0, rows, few_totals)
+            weight, total = (
+                weight.index_copy_(0, rows, few_weights),
+                total.index_copy_(0, rows, few_totals),
+            )
         return cls(logits, answer, own, reference, weight, total, temperature)
 
     @cached_property
@@ -155,12 +174,21 @@ class Others:
 def first_largest(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Place (B, 1) int64 and value (B, 1) of the largest of (B, K), at equal ones the first.
 
-    Where it is there once, its place is the product of what equals it, zeros and ones, with 0 ... K - 1, exact in
-    float32; of long rows near the processor that takes half the time of ``argmax``.
+    Where it is there once, its place is the product of what equals it, zeros and ones, with 0 ... K
+    - 1, exact in float32; of long rows near the processor that takes half the time of ``argmax``.
     """
     n = logits.shape[1]
-    plain = (logits.dtype, logits.device.type, logits.requires_grad) == (torch.float32, "cpu", False)
-    if plain and n >= SHORT and logits.numel() <= 2 * CACHED_CELLS and not torch.compiler.is_exporting():
+    plain = (logits.dtype, logits.device.type, logits.requires_grad) == (
+        torch.float32,
+        "cpu",
+        False,
+    )
+    if (
+        plain
+        and n >= SHORT
+        and logits.numel() <= 2 * CACHED_CELLS
+        and not torch.compiler.is_exporting()
+    ):
         largest = logits.amax(dim=1, keepdim=True)
         equal = torch.eq(logits, largest, out=torch.empty_like(logits))
         place = (equal @ torch.arange(n, dtype=torch.float32)).long().clamp_(0, n - 1)[:, None]
@@ -192,7 +220,9 @@ def first_equal(rows: Tensor) -> Tensor:
     first = torch.arange(len(rows), device=rows.device)
     if len(unsure):
         _, same = torch.unique(rows[unsure], dim=0, return_inverse=True)
-        first[unsure] = torch.full_like(unsure, len(rows)).scatter_reduce(0, same, unsure, "amin")[same]
+        first[unsure] = torch.full_like(unsure, len(rows)).scatter_reduce(0, same, unsure, "amin")[
+            same
+        ]
     return first
 
 
@@ -232,8 +262,12 @@ def nearest(rows: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
         return cosine, place
     if torch.equal(rows, known):  # as a rule: the candidates of the fit
         return torch.ones_like(rows[:, 0]), torch.arange(len(rows), device=rows.device)
-    blocks = [(rows[block] @ known.T).max(dim=1) for block in row_blocks(len(rows), len(known), len(rows))]
-    return torch.cat([block.values for block in blocks]), torch.cat([block.indices for block in blocks])
+    blocks = [
+        (rows[block] @ known.T).max(dim=1) for block in row_blocks(len(rows), len(known), len(rows))
+    ]
+    return torch.cat([block.values for block in blocks]), torch.cat(
+        [block.indices for block in blocks]
+    )
 
 
 def _rows(image: Tensor, text: Tensor, scale: float, bias: float, columns: int) -> ZeroShot:

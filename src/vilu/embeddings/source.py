@@ -15,14 +15,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vilu.embeddings.checks import VALID, Identifiers, Identity, RowNumbers, check_places, hash_names, hash_rows
+from vilu.embeddings.checks import (
+    VALID,
+    Identifiers,
+    Identity,
+    RowNumbers,
+    check_places,
+    hash_names,
+    hash_rows,
+)
 from vilu.embeddings.columns import HOW, IMAGE_COLUMNS, TEXT_COLUMNS
 from vilu.embeddings.similarity import Others, ZeroShot, first_equal, float64, row_blocks, zero_shot
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import UNKNOWN, DataError, UsageError, checked, require_mask
 
 HASHED_ROWS = 2**14  # rows whose embeddings are hashed together
-SAME_TEXT = 0.999  # cosine from which on two texts are the same class; rounding to float16 moves it by less than 1e-6
+# cosine from which on two texts are the same class; rounding to float16 moves it by less than 1e-6
+SAME_TEXT = 0.999
 
 logger = logging.getLogger(__name__)
 Made = TypeVar("Made")
@@ -34,8 +43,8 @@ class Candidates:
 
     text: Tensor  # (K, D) float32 unit-norm candidates
     target: Tensor  # (B,) int64 rows of ``text`` that are right, -1 where unknown
-    # (K,) int64: for every candidate the first one that is the same answer (so an answer is right when it and the
-    # target have the same number); None where all candidates are different answers
+    # (K,) int64: for every candidate the first one that is the same answer (so an answer is right
+    # when it and the target have the same number); None where all candidates are different answers
     same: Tensor | None = None
     # (K,) int64 positions in the source that the candidates belong to; None where they are shared
     members: Tensor | None = None
@@ -45,8 +54,9 @@ class Candidates:
 class Batch:
     """Some images and the candidate texts they are matched against, all in float32 on one device.
 
-    Shared candidates (K class prompts) and in-batch candidates (the captions of the pool) look the same: targets are
-    rows of ``text``. Where texts are matched against images, ``image`` holds the texts and ``text`` the images.
+    Shared candidates (K class prompts) and in-batch candidates (the captions of the pool) look the
+    same: targets are rows of ``text``. Where texts are matched against images, ``image`` holds the
+    texts and ``text`` the images.
 
     Attributes:
         image: (B, D) unit-norm image embeddings.
@@ -57,7 +67,8 @@ class Batch:
         logit_bias: Added to every logit.
         columns: What else was asked for, by name (``vilu.embeddings.columns``).
         same: As in ``Candidates``.
-        outside: (B,) bool, which rows are of none of the candidates, so that any answer is wrong; None: no row is.
+        outside: (B,) bool, which rows are of none of the candidates, so that any answer is wrong;
+            None: no row is.
 
     Examples:
         >>> import torch, vilu
@@ -130,8 +141,12 @@ class Batch:
         target = self.target.clamp(min=0)
         with torch.autocast(self.image.device.type, enabled=False):
             if self.same is not None:
-                parts = [self.rows(part) for part in row_blocks(len(target), len(self.text), len(target))]
-                return torch.cat([part.log_probability(part.logits, part.target.clamp(min=0)) for part in parts])
+                parts = [
+                    self.rows(part) for part in row_blocks(len(target), len(self.text), len(target))
+                ]
+                return torch.cat(
+                    [part.log_probability(part.logits, part.target.clamp(min=0)) for part in parts]
+                )
             cosine = (self.image * self.text[target]).sum(dim=1)
             return cosine * self.logit_scale + self.logit_bias - self.zero_shot.log_norm
 
@@ -141,14 +156,20 @@ class Batch:
         Examples:
             >>> import torch, vilu
             >>> image, text = torch.tensor([[0.6, 0.8]]), torch.eye(2)
-            >>> batch = vilu.Batch(image, text, torch.tensor([0]), torch.arange(1), logit_scale=10.0)
-            >>> round(batch.log_probability(batch.logits, batch.prediction).exp().item(), 4)  # 1 / (1 + exp(6 - 8))
+            >>> batch = vilu.Batch(
+            ...     image, text, torch.tensor([0]), torch.arange(1), logit_scale=10.0
+            ... )
+            >>> round(
+            ...     batch.log_probability(batch.logits, batch.prediction).exp().item(), 4
+            ... )  # 1 / (1 + exp(6 - 8))
             0.8808
         """
         answer = answer.to(logits.device)
         if self.same is None:
             return logits.gather(1, answer[:, None]).squeeze(1) - logits.logsumexp(dim=1)
-        return logits.masked_fill(~self.alike(answer), -torch.inf).logsumexp(dim=1) - logits.logsumexp(dim=1)
+        return logits.masked_fill(~self.alike(answer), -torch.inf).logsumexp(
+            dim=1
+        ) - logits.logsumexp(dim=1)
 
     def alike(self, answer: Tensor) -> Tensor:
         """(B, K) bool, which candidates are the same answer as the candidate ``answer`` (B,).
@@ -156,28 +177,44 @@ class Batch:
         Examples:
             >>> import torch, vilu
             >>> same = torch.tensor([0, 0, 2])  # the first two candidates are one answer
-            >>> batch = vilu.Batch(torch.eye(3), torch.eye(3), torch.arange(3), torch.arange(3), 10.0, same=same)
+            >>> batch = vilu.Batch(
+            ...     torch.eye(3), torch.eye(3), torch.arange(3), torch.arange(3), 10.0, same=same
+            ... )
             >>> batch.alike(torch.tensor([1, 2])).int().tolist()
             [[1, 1, 0], [0, 0, 1]]
         """
-        same = torch.arange(len(self.text), device=answer.device) if self.same is None else self.same.to(answer.device)
+        same = (
+            torch.arange(len(self.text), device=answer.device)
+            if self.same is None
+            else self.same.to(answer.device)
+        )
         return same == same[answer][:, None]
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         if self.image.device == torch.device(device):
             return self
-        tensors = {name: getattr(self, name) for name in ("image", "text", "target", "index", "same", "outside")}
+        tensors = {
+            name: getattr(self, name)
+            for name in ("image", "text", "target", "index", "same", "outside")
+        }
         moved = {name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None}
         columns = {name: tensor.to(device) for name, tensor in self.columns.items()}
-        return self._taken(replace(self, **moved, columns=columns), lambda answers: answers.to(device))
+        return self._taken(
+            replace(self, **moved, columns=columns), lambda answers: answers.to(device)
+        )
 
     def rows(self, part: slice | Tensor) -> Batch:
         """Some of the rows, by a slice or their places, against all candidates."""
-        columns = {name: rows[part] if name in IMAGE_COLUMNS else rows for name, rows in self.columns.items()}
+        columns = {
+            name: rows[part] if name in IMAGE_COLUMNS else rows
+            for name, rows in self.columns.items()
+        }
         own = {name: getattr(self, name)[part] for name in ("image", "target", "index")}
         outside = None if self.outside is None else self.outside[part]
-        return self._taken(replace(self, **own, columns=columns, outside=outside), lambda answers: answers[part])
+        return self._taken(
+            replace(self, **own, columns=columns, outside=outside), lambda answers: answers[part]
+        )
 
     def by_pool(self) -> Iterator[tuple[slice, Batch]]:
         """Its rows by the candidates that they have in common: all of them."""
@@ -198,8 +235,8 @@ class Batch:
 class PooledBatch(Batch):
     """Several pools of one size, one after another: ``text`` is (P, K, D), and a target counts those of its own pool.
 
-    For those who look at logits alone, which are bit by bit those of the pools one at a time. No two candidates of a
-    pool are equal.
+    For those who look at logits alone, which are bit by bit those of the pools one at a time. No
+    two candidates of a pool are equal.
     """
 
     @cached_property
@@ -208,7 +245,9 @@ class PooledBatch(Batch):
         size = self.text.shape[1]
         with torch.autocast(self.image.device.type, enabled=False):
             found = self.image.new_empty(len(self.image), size)
-            for image, text, out in zip(self.image.split(size), self.text, found.split(size), strict=True):
+            for image, text, out in zip(
+                self.image.split(size), self.text, found.split(size), strict=True
+            ):
                 torch.mm(image, text.T, out=out)
             found.mul_(self.logit_scale)
             return found.add_(self.logit_bias) if self.logit_bias else found
@@ -219,7 +258,10 @@ class PooledBatch(Batch):
         return self.others.zero_shot(torch.arange(self.text.shape[1], device=self.text.device))
 
     def _target_log_probability(self) -> Tensor:
-        return self.logits.gather(1, self.target.clamp(min=0)[:, None]).squeeze(1) - self.zero_shot.log_norm
+        return (
+            self.logits.gather(1, self.target.clamp(min=0)[:, None]).squeeze(1)
+            - self.zero_shot.log_norm
+        )
 
     def by_pool(self) -> Iterator[tuple[slice, Batch]]:
         """The pools, with their answers."""
@@ -228,7 +270,13 @@ class PooledBatch(Batch):
             part = slice(number * size, (number + 1) * size)
             own = {name: getattr(self, name)[part] for name in ("image", "target", "index")}
             outside = None if self.outside is None else self.outside[part]
-            pool = Batch(**own, text=text, logit_scale=self.logit_scale, logit_bias=self.logit_bias, outside=outside)
+            pool = Batch(
+                **own,
+                text=text,
+                logit_scale=self.logit_scale,
+                logit_bias=self.logit_bias,
+                outside=outside,
+            )
             if "zero_shot" in self.__dict__:
                 pool = pool.answered(ZeroShot(*(answers[part] for answers in self.zero_shot)))
             yield part, pool
@@ -243,15 +291,19 @@ class EmbeddingSource(ABC):
         ids: (N,) row identifiers, for people; what rows are recognised by is ``identities``.
         target: (N,) int64 targets, -1 where unknown.
         text: (K, D) the candidates of all rows, when they are shared.
-        pool_size: Number of rows whose captions are the candidates of each of them, or None when candidates are shared.
+        pool_size: Number of rows whose captions are the candidates of each of them, or None when
+            candidates are shared.
         columns: Names of what there is beside the embeddings (``vilu.embeddings.columns``).
-        candidate_of: (K given,) int64 candidate that every given class is, where some had the same text: equal
-            candidates are one answer, the first of them; None where all were different.
-        second: The same rows, and more, by a second model (``vilu.embeddings.two_models``); None without.
+        candidate_of: (K given,) int64 candidate that every given class is, where some had the same
+            text: equal candidates are one answer, the first of them; None where all were different.
+        second: The same rows, and more, by a second model (``vilu.embeddings.two_models``); None
+            without.
 
     Examples:
         >>> import numpy as np, torch, vilu
-        >>> data = vilu.Embeddings(np.eye(4), np.eye(4)[:2], [0, 1, -1, 1], class_names=["cat", "dog"])
+        >>> data = vilu.Embeddings(
+        ...     np.eye(4), np.eye(4)[:2], [0, 1, -1, 1], class_names=["cat", "dog"]
+        ... )
         >>> len(data), data.n_candidates, data.candidates(torch.tensor([3])).target.tolist()
         (4, 2, [1])
         >>> known = data.without(data.target.numpy() < 0)
@@ -282,7 +334,10 @@ class EmbeddingSource(ABC):
             return None
         gone = torch.ones_like(candidate).index_fill(0, kept, 0).nonzero().squeeze(1).tolist()
         names = self.class_names or tuple(f"class {i}" for i in range(len(candidate)))
-        pairs = [f"{names[i]!r} ({i}) is {names[kept[candidate[i]]]!r} ({int(kept[candidate[i]])})" for i in gone[:5]]
+        pairs = [
+            f"{names[i]!r} ({i}) is {names[kept[candidate[i]]]!r} ({int(kept[candidate[i]])})"
+            for i in gone[:5]
+        ]
         more = f" and {len(gone) - 5} more" if len(gone) > 5 else ""
         say_once(
             f"{len(gone)} of {len(candidate)} classes have the text of an earlier one: {', '.join(pairs)}{more}. Equal "
@@ -320,13 +375,17 @@ class EmbeddingSource(ABC):
 
         Examples:
             >>> import numpy as np, torch, vilu
-            >>> views = np.stack([np.eye(2), np.eye(2)[::-1]], axis=1)  # two augmented views of each image
+            >>> views = np.stack(
+            ...     [np.eye(2), np.eye(2)[::-1]], axis=1
+            ... )  # two augmented views of each image
             >>> data = vilu.Embeddings(np.eye(2), np.eye(2), columns={"views": views})
             >>> data.column("views", torch.tensor([1])).tolist()
             [[[0.0, 1.0], [1.0, 0.0]]]
         """
         if name not in self._columns:
-            raise DataError(f"these embeddings have no column {name!r}. Make it with `{HOW.get(name, 'vilu embed')}`.")
+            raise DataError(
+                f"these embeddings have no column {name!r}. Make it with `{HOW.get(name, 'vilu embed')}`."
+            )
         of_rows = IMAGE_COLUMNS if self.pool_size is None else IMAGE_COLUMNS | TEXT_COLUMNS
         return self._columns[name][index] if name in of_rows else self._columns[name]
 
@@ -354,20 +413,27 @@ class EmbeddingSource(ABC):
         """(M,) hashes of what the ``rows`` (M,), by default all, are recognised by; equal ones mean the same row.
 
         Args:
-            by: One of ``identified_by``. Those of "embeddings" mean nothing where the embedding is not usable.
+            by: One of ``identified_by``. Those of "embeddings" mean nothing where the embedding is
+                not usable.
             rows: Positions, in any order.
 
         Examples:
             >>> import numpy as np, vilu
             >>> train = vilu.Embeddings(np.eye(3)[:2], np.eye(3))
             >>> test = vilu.Embeddings(np.eye(3)[1:], np.eye(3))
-            >>> np.isin(test.identities("embeddings"), train.identities("embeddings")).tolist()  # one row is in both
+            >>> np.isin(
+            ...     test.identities("embeddings"), train.identities("embeddings")
+            ... ).tolist()  # one row is in both
             [True, False]
         """
         if by == "names":
-            return hash_names(self.ids if rows is None else (self.ids[row] for row in rows.tolist()))
+            return hash_names(
+                self.ids if rows is None else (self.ids[row] for row in rows.tolist())
+            )
         index = torch.arange(len(self), device="cpu") if rows is None else torch.from_numpy(rows)
-        return np.concatenate([hash_rows(self._content(block)) for block in index.split(HASHED_ROWS)])
+        return np.concatenate(
+            [hash_rows(self._content(block)) for block in index.split(HASHED_ROWS)]
+        )
 
     def _content(self, index: Tensor) -> Tensor:
         """(B, ...) what tells rows apart."""
@@ -384,8 +450,8 @@ class EmbeddingSource(ABC):
 
         Args:
             rows: (M,) int64 positions, in the order to have them in.
-            classes: (K',) int64 candidates to keep, in their new order; by default all. A row of another class is kept
-                with an unknown target.
+            classes: (K',) int64 candidates to keep, in their new order; by default all. A row of
+                another class is kept with an unknown target.
             columns: Those to keep, of what there is; by default all.
 
         Raises:
@@ -394,17 +460,23 @@ class EmbeddingSource(ABC):
 
         Examples:
             >>> import numpy as np, vilu
-            >>> data = vilu.Embeddings(np.eye(3), np.eye(3), [0, 1, 2], class_names=["cat", "dog", "cup"])
+            >>> data = vilu.Embeddings(
+            ...     np.eye(3), np.eye(3), [0, 1, 2], class_names=["cat", "dog", "cup"]
+            ... )
             >>> pets = data.take([2, 1, 0], classes=[1, 0])
             >>> pets.class_names, pets.target.tolist()  # a cup is none of them
             (('dog', 'cat'), [-1, 0, 1])
         """
         if self.pool_size is not None:
-            raise UsageError("image-caption pairs are matched in pools, so some of them are another problem.")
+            raise UsageError(
+                "image-caption pairs are matched in pools, so some of them are another problem."
+            )
         kept = self.columns if columns is None else self.columns.intersection(columns)
         chosen = None if classes is None else check_places(classes, self.n_candidates, "classes")
         if chosen is not None and len(chosen.unique()) < len(chosen):
-            raise DataError(f"classes must name each class once. Got {chosen.tolist()!s:.80}. Leave out the repeats.")
+            raise DataError(
+                f"classes must name each class once. Got {chosen.tolist()!s:.80}. Leave out the repeats."
+            )
         return Taken(self, check_places(rows, len(self), "rows"), chosen, kept)
 
     def without(self, rows: NDArray[np.bool_]) -> EmbeddingSource:
@@ -428,12 +500,15 @@ class EmbeddingSource(ABC):
         """
         return rows[torch.randperm(len(rows), generator=generator, device="cpu")]
 
-    def batches(self, size: int, *, rows: Tensor | None = None, columns: Sequence[str] = ()) -> Iterator[Batch]:
+    def batches(
+        self, size: int, *, rows: Tensor | None = None, columns: Sequence[str] = ()
+    ) -> Iterator[Batch]:
         """Batches of at most ``size`` of the ``rows`` (by default all usable ones), in order, with named ``columns``.
 
-        A batch is small enough for a method to look at all its logits (``similarity.MAX_CELLS``). With in-batch
-        candidates consecutive ``rows`` make a pool: its rows may come in several batches, its candidates never do,
-        since the number of distractors is part of the problem; rows that do not fill a last pool are left out.
+        A batch is small enough for a method to look at all its logits (``similarity.MAX_CELLS``).
+        With in-batch candidates consecutive ``rows`` make a pool: its rows may come in several
+        batches, its candidates never do, since the number of distractors is part of the problem;
+        rows that do not fill a last pool are left out.
 
         Examples:
             >>> import numpy as np, vilu
@@ -447,14 +522,18 @@ class EmbeddingSource(ABC):
             for part in row_blocks(len(step.index), len(step.text), size):
                 yield step.rows(part)
 
-    def steps(self, size: int, *, rows: Tensor | None = None, columns: Sequence[str] = ()) -> Iterator[Batch]:
+    def steps(
+        self, size: int, *, rows: Tensor | None = None, columns: Sequence[str] = ()
+    ) -> Iterator[Batch]:
         """Batches as a step of training takes them: ``size`` rows, or with in-batch candidates whole pools."""
         rows = self.usable_rows if rows is None else rows
         size = self.pool_size or size
         parts = rows[: len(rows) // size * size if self.pool_size else len(rows)].split(size)
         yield from self._made(lambda part: self._batch(part, columns), parts if len(rows) else ())
 
-    def many(self, size: int, *, rows: Tensor | None = None, columns: Sequence[str] = ()) -> Iterator[Batch]:
+    def many(
+        self, size: int, *, rows: Tensor | None = None, columns: Sequence[str] = ()
+    ) -> Iterator[Batch]:
         """As ``batches``, for those who look at logits alone: small pools come several at a time (``PooledBatch``).
 
         Examples:
@@ -475,7 +554,9 @@ class EmbeddingSource(ABC):
     def _batch(self, index: Tensor, columns: Sequence[str]) -> Batch:
         found = self.candidates(index)
         members = index if found.members is None else found.members
-        more = {name: self.column(name, index if name in IMAGE_COLUMNS else members) for name in columns}
+        more = {
+            name: self.column(name, index if name in IMAGE_COLUMNS else members) for name in columns
+        }
         scale, bias = self.space.logit_scale, self.space.logit_bias
         image, outside = self.image_rows(index), self.outside[index]
         return Batch(image, found.text, found.target, index, scale, bias, more, found.same, outside)
@@ -510,18 +591,28 @@ def first_same(text: Tensor, names: Sequence[str] | None) -> Tensor:
 class Taken(EmbeddingSource):
     """What ``EmbeddingSource.take`` gives: a view, so no row is in memory before it is asked for."""
 
-    def __init__(self, source: EmbeddingSource, rows: Tensor, classes: Tensor | None, columns: frozenset[str]) -> None:
+    def __init__(
+        self, source: EmbeddingSource, rows: Tensor, classes: Tensor | None, columns: frozenset[str]
+    ) -> None:
         self._source, self._rows, self._classes = source, rows, classes
         self.space, self.class_names, self.columns = source.space, source.class_names, columns
         self.target, self.status = source.target[rows], source.status[rows.numpy()]
         self.second, self.outside = source.second, source.outside[rows]
         self.text = source.candidates(rows[:0]).text
-        self.ids = RowNumbers(len(rows)) if isinstance(source.ids, RowNumbers) else TakenIds(source.ids, rows)
+        self.ids = (
+            RowNumbers(len(rows))
+            if isinstance(source.ids, RowNumbers)
+            else TakenIds(source.ids, rows)
+        )
         if classes is not None:
             position = classes.new_full((len(self.text) + 1,), UNKNOWN)
-            position[classes] = torch.arange(len(classes), device="cpu")  # the last entry stays: it is where -1 points
+            position[classes] = torch.arange(
+                len(classes), device="cpu"
+            )  # the last entry stays: it is where -1 points
             self.target, self.text = position[self.target], self.text[classes]
-            self.class_names = self.class_names and tuple(self.class_names[i] for i in classes.tolist())
+            self.class_names = self.class_names and tuple(
+                self.class_names[i] for i in classes.tolist()
+            )
 
     def image_rows(self, index: Tensor) -> Tensor:
         """(B, D) rows of the whole."""
@@ -542,7 +633,9 @@ class Taken(EmbeddingSource):
         if name not in self.columns:
             return super().column(name, index)
         values = self._source.column(name, self._rows[index] if name in IMAGE_COLUMNS else index)
-        return values if self._classes is None or name not in TEXT_COLUMNS else values[self._classes]
+        return (
+            values if self._classes is None or name not in TEXT_COLUMNS else values[self._classes]
+        )
 
 
 class TakenIds(Identifiers):
@@ -558,15 +651,18 @@ class TakenIds(Identifiers):
     def __iter__(self) -> Iterator[str]:
         chosen = np.zeros(len(self._ids), dtype=bool)
         chosen[self._rows] = True
-        distinct = list(compress(self._ids, chosen))  # one pass: identifiers on disk are read part by part
+        distinct = list(
+            compress(self._ids, chosen)
+        )  # one pass: identifiers on disk are read part by part
         return (distinct[i] for i in self._rows.unique(return_inverse=True)[1].tolist())
 
 
 def log_posterior(batch: Batch, temperature: float | Tensor = 1.0) -> Tensor:
     """(B, K) float64 log p, p = softmax(logits / temperature).
 
-    log p_max = -log1p(sum of the other exponentials), so confident rows keep their order where p_max itself rounds to
-    one: at CLIP's scale a float32 softmax ties many of them. The temperature is positive, one or one per row (B, 1).
+    log p_max = -log1p(sum of the other exponentials), so confident rows keep their order where
+    p_max itself rounds to one: at CLIP's scale a float32 softmax ties many of them. The temperature
+    is positive, one or one per row (B, 1).
     """
     logits = float64(batch.logits)
     answer = batch.prediction[:, None].to(logits.device)

@@ -20,8 +20,10 @@ class EmbeddingSpace:
 
     Attributes:
         embed_dim: Width D of the joint space.
-        logit_scale: Multiplier of the cosine (100 for OpenAI's CLIP; the exponential of the learned parameter).
-        logit_bias: Added to every logit (SigLIP); cancels in a softmax, kept because it is part of the model.
+        logit_scale: Multiplier of the cosine (100 for OpenAI's CLIP; the exponential of the learned
+            parameter).
+        logit_bias: Added to every logit (SigLIP); cancels in a softmax, kept because it is part of
+            the model.
         backbone: Name, as given to ``--backbone``; None for bare arrays.
         weights: SHA-256 of the weights.
         preprocess: Description of the image preprocessing.
@@ -31,10 +33,14 @@ class EmbeddingSpace:
     Examples:
         >>> import vilu
         >>> clip = vilu.EmbeddingSpace(embed_dim=512, logit_scale=100.0, backbone="clip-vit-b32")
-        >>> bare = vilu.EmbeddingSpace(embed_dim=512, logit_scale=100.0)  # arrays of which no more is known
+        >>> bare = vilu.EmbeddingSpace(
+        ...     embed_dim=512, logit_scale=100.0
+        ... )  # arrays of which no more is known
         >>> clip.anonymous, bare.anonymous
         (False, True)
-        >>> clip.require_match(bare, mine="the predictor", theirs="the arrays")  # fits, as far as is known
+        >>> clip.require_match(
+        ...     bare, mine="the predictor", theirs="the arrays"
+        ... )  # fits, as far as is known
     """
 
     embed_dim: int
@@ -49,7 +55,9 @@ class EmbeddingSpace:
     def __post_init__(self) -> None:
         require_at_least("embed_dim", self.embed_dim, 1)
         if not (math.isfinite(self.logit_scale) and self.logit_scale > 0):
-            raise UsageError(f"logit_scale must be a positive finite number. Got {self.logit_scale} instead.")
+            raise UsageError(
+                f"logit_scale must be a positive finite number. Got {self.logit_scale} instead."
+            )
         if not math.isfinite(self.logit_bias):
             raise UsageError(f"logit_bias must be finite. Got {self.logit_bias} instead.")
 
@@ -66,13 +74,16 @@ class EmbeddingSpace:
     def require_match(self, other: EmbeddingSpace, *, mine: str, theirs: str) -> None:
         """Refuse another space, naming both sides of every difference.
 
-        Bare arrays carry no provenance: against them only width, scale and bias are compared; and of imported ones what
-        both sides know.
+        Bare arrays carry no provenance: against them only width, scale and bias are compared; and
+        of imported ones what both sides know.
 
         Examples:
             >>> import vilu
             >>> from vilu.errors import ProvenanceError
-            >>> clip, siglip = vilu.EmbeddingSpace(512, 100.0), vilu.EmbeddingSpace(512, 112.0, -16.5)
+            >>> clip, siglip = (
+            ...     vilu.EmbeddingSpace(512, 100.0),
+            ...     vilu.EmbeddingSpace(512, 112.0, -16.5),
+            ... )
             >>> try:
             ...     clip.require_match(siglip, mine="store", theirs="query")
             ... except ProvenanceError as error:

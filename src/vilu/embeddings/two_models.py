@@ -21,11 +21,12 @@ TELLING: tuple[Identity, ...] = ("pictures", "names")
 class TwoModels(Taken):
     """The rows of one source, with what a second model makes of the same pictures and the same candidates.
 
-    Everything is the first source's but for two columns: ``second_image`` (N, E), embeddings by the second model, and
-    ``second_text`` (K, E), its embeddings of the candidates times its logit scale, so that their products are the
-    second model's zero-shot logits (but for a bias, which cancels in a softmax). Rows are found in the second source by
-    their pictures, or by names where one of the two knows no pictures, whatever their order; nothing of it is held. It
-    may have more rows. A row that is not usable in one of the two is not usable.
+    Everything is the first source's but for two columns: ``second_image`` (N, E), embeddings by the
+    second model, and ``second_text`` (K, E), its embeddings of the candidates times its logit
+    scale, so that their products are the second model's zero-shot logits (but for a bias, which
+    cancels in a softmax). Rows are found in the second source by their pictures, or by names where
+    one of the two knows no pictures, whatever their order; nothing of it is held. It may have more
+    rows. A row that is not usable in one of the two is not usable.
 
     Args:
         first: With the answers whose failures are to be predicted; as a rule of the larger model.
@@ -37,8 +38,8 @@ class TwoModels(Taken):
 
     Raises:
         UsageError: If one of them has captions: pools of two models cannot be matched row by row.
-        DataError: If they have other candidates, or in another order; if rows of the first are not in the second, or
-            nothing tells which they are.
+        DataError: If they have other candidates, or in another order; if rows of the first are not
+            in the second, or nothing tells which they are.
 
     Examples:
         >>> import numpy as np, torch, vilu
@@ -57,12 +58,22 @@ class TwoModels(Taken):
     @checked
     def __init__(self, first: EmbeddingSource, second: EmbeddingSource) -> None:
         if first.pool_size is not None or second.pool_size is not None:
-            raise UsageError("a second model is for classes: image-caption pairs are matched in pools of one model.")
+            raise UsageError(
+                "a second model is for classes: image-caption pairs are matched in pools of one model."
+            )
         _require_same_candidates(first, second)
-        super().__init__(first, torch.arange(len(first), device="cpu"), None, first.columns | SECOND)
-        self.first, self.second, self._place = first, second, torch.from_numpy(places(first, second))
+        super().__init__(
+            first, torch.arange(len(first), device="cpu"), None, first.columns | SECOND
+        )
+        self.first, self.second, self._place = (
+            first,
+            second,
+            torch.from_numpy(places(first, second)),
+        )
         self.ids, self.candidate_of = first.ids, first.candidate_of
-        self.status = np.where(first.status == VALID, second.status[self._place.numpy()], first.status)
+        self.status = np.where(
+            first.status == VALID, second.status[self._place.numpy()], first.status
+        )
 
     def column(self, name: str, index: Tensor) -> Tensor:
         """A column of the first source, or what the second model says."""
@@ -75,7 +86,9 @@ class TwoModels(Taken):
 
 def places(first: EmbeddingSource, second: EmbeddingSource) -> NDArray[np.int64]:
     """(N,) positions in the second source of the rows of the first."""
-    by = next((by for by in TELLING if by in first.identified_by and by in second.identified_by), None)
+    by = next(
+        (by for by in TELLING if by in first.identified_by and by in second.identified_by), None
+    )
     if by is None:
         raise DataError(
             "nothing tells which rows of the two sources are the same: both need pictures (`vilu embed`), or names "
@@ -84,7 +97,11 @@ def places(first: EmbeddingSource, second: EmbeddingSource) -> NDArray[np.int64]
     mine, theirs = first.identities(by), second.identities(by)
     order = np.argsort(theirs, kind="stable")
     ordered = theirs[order]
-    if by == "names" and len(ordered) and (twice := np.flatnonzero(ordered[1:] == ordered[:-1])).size:
+    if (
+        by == "names"
+        and len(ordered)
+        and (twice := np.flatnonzero(ordered[1:] == ordered[:-1])).size
+    ):
         raise DataError(
             f"rows are told by their names, and the second source has {second.ids[int(order[twice[0]])]!r} twice. Give "
             "every row a name of its own."
@@ -107,7 +124,9 @@ def _require_same_candidates(first: EmbeddingSource, second: EmbeddingSource) ->
         return
     found = f"{first.n_candidates} against {second.n_candidates}"
     if mine is not None and theirs is not None:
-        place, one, other = next((i, a, b) for i, (a, b) in enumerate(zip_longest(mine, theirs)) if a != b)
+        place, one, other = next(
+            (i, a, b) for i, (a, b) in enumerate(zip_longest(mine, theirs)) if a != b
+        )
         found += f"; the first difference is at {place}: {one!r} against {other!r}"
     elif mine != theirs:
         found += "; one of them has names of its classes, the other has none"

@@ -25,24 +25,35 @@ LOCK = ".lock"  # name of the lock of a folder
 RUN, MANIFEST = "run.json", "manifest.json"
 """First and last document of a folder that a run fills (``vilu.store.ledger``)."""
 
-LOG = "log.jsonl"  # how long what took, a line of JSON each. Two runs differ in it, and no result is read from it
-CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP}  # what network file systems answer that cannot sync a folder
+# how long what took, a line of JSON each. Two runs differ in it, and no result is read from it
+LOG = "log.jsonl"
+CANNOT_SYNC = {
+    errno.EINVAL,
+    errno.ENOTSUP,
+}  # what network file systems answer that cannot sync a folder
 
-TEMPORARY = re.compile(r"\.(?P<name>.+?)(?:\.(?P<host>[0-9a-f]{8}))?\.(?P<pid>\d+)\.[0-9a-f]{8}\.tmp", re.DOTALL)
+TEMPORARY = re.compile(
+    r"\.(?P<name>.+?)(?:\.(?P<host>[0-9a-f]{8}))?\.(?P<pid>\d+)\.[0-9a-f]{8}\.tmp", re.DOTALL
+)
 """Names of files in the making: what they are to be, whose they are (before there were hosts: without), a number."""
 
-STALE = 24 * 3600.0  # seconds after which a file in the making is one that nobody makes any more, whoever began it
+STALE = (
+    24 * 3600.0
+)  # seconds after which a file in the making is one that nobody makes any more, whoever began it
 
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Binary handle of a new file that takes the place of ``path`` when the block ends without an exception.
 
-    The bytes go to a temporary file in the same folder, are synced to the disk, and are then renamed. After an
-    exception or a crash ``path`` is what it was before. What crashes left of earlier tries at ``path`` is removed.
+    The bytes go to a temporary file in the same folder, are synced to the disk, and are then
+    renamed. After an exception or a crash ``path`` is what it was before. What crashes left of
+    earlier tries at ``path`` is removed.
     """
     target = Path(path)
-    name = os.fsencode(target.name)[:220].decode("utf-8", "ignore")  # with what comes after it, still no name too long
+    name = os.fsencode(target.name)[:220].decode(
+        "utf-8", "ignore"
+    )  # with what comes after it, still no name too long
     temporary = target.with_name(f".{name}.{host_hash()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     with or_refuse(f"write {target}", "Give a folder that exists, is writable and has room."):
         for leftover in filter(is_leftover, unfinished(target.parent.absolute()).pop(name, ())):
@@ -82,19 +93,23 @@ def or_refuse(doing: str, hint: str = "") -> Iterator[None]:
     except OSError as error:
         file = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
         which = f" ({file})" if file and file not in doing else ""
-        raise StorageError(f"cannot {doing}: {error.strerror or error}{which}.{hint and ' '}{hint}") from error
+        raise StorageError(
+            f"cannot {doing}: {error.strerror or error}{which}.{hint and ' '}{hint}"
+        ) from error
 
 
 def host_hash() -> str:
     """Eight hex digits that tell this machine from others that write to the same file system."""
-    return hashlib.blake2b(socket.gethostname().encode("utf-8", "surrogateescape"), digest_size=4).hexdigest()
+    return hashlib.blake2b(
+        socket.gethostname().encode("utf-8", "surrogateescape"), digest_size=4
+    ).hexdigest()
 
 
 def is_leftover(path: Path) -> bool:
     """Whether a file in the making (a name as in ``TEMPORARY``) has lost its maker.
 
-    That is so if a process of this machine made it that is no more, or if it has not been touched for a day: what
-    another machine is writing now looks just like what it left behind.
+    That is so if a process of this machine made it that is no more, or if it has not been touched
+    for a day: what another machine is writing now looks just like what it left behind.
     """
     match = TEMPORARY.fullmatch(path.name)
     if match is None:
@@ -116,7 +131,9 @@ def _is_alive(pid: int) -> bool:
         return False
     except OSError:  # of another user, or no Linux
         return True
-    return state.rpartition(b")")[2].split()[:1] != [b"Z"]  # ended, but nobody has asked how, which may never happen
+    return state.rpartition(b")")[2].split()[:1] != [
+        b"Z"
+    ]  # ended, but nobody has asked how, which may never happen
 
 
 def _sync_folder(folder: Path) -> None:
@@ -146,14 +163,17 @@ HOLDER = re.compile(r"process (?P<pid>\d+) of (?P<host>\S+)")
 
 
 @contextmanager
-def locked(folder: Path, doing: str, patience: float = 0.0, name: str = LOCK, who: str = "process") -> Iterator[None]:
+def locked(
+    folder: Path, doing: str, patience: float = 0.0, name: str = LOCK, who: str = "process"
+) -> Iterator[None]:
     """Hold the lock of a folder that is there; the system lets go of it when the process dies.
 
-    Some network file systems give one lock to several machines at once. What is written part by part does not rely on
-    it (every writer of a part writes the same bytes); a file beside it that names another machine is worth a line.
+    Some network file systems give one lock to several machines at once. What is written part by
+    part does not rely on it (every writer of a part writes the same bytes); a file beside it that
+    names another machine is worth a line.
 
-    For ``patience`` seconds another process is waited for; the message calls it ``who`` and says what it is ``doing``
-    ("embedding into"). ``name`` is of the lock, where a folder has several.
+    For ``patience`` seconds another process is waited for; the message calls it ``who`` and says
+    what it is ``doing`` ("embedding into"). ``name`` is of the lock, where a folder has several.
     """
     from filelock import FileLock, Timeout
 
@@ -176,7 +196,9 @@ def locked(folder: Path, doing: str, patience: float = 0.0, name: str = LOCK, wh
                 "lock. See that only one works there.",
                 *(signed, holder[0], doing, folder),
             )
-        with suppress(OSError):  # for people; no room for it, or a file of somebody else, is no reason to stop
+        with suppress(
+            OSError
+        ):  # for people; no room for it, or a file of somebody else, is no reason to stop
             if holder:
                 signed.unlink()
             with signed.open("x") as handle:
@@ -202,7 +224,9 @@ def _holder(path: Path) -> re.Match[str] | None:
 def cache_folder() -> Path:
     """Where this user's programs keep what they can make again; it need not be there, and may go at any time."""
     given = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(given) if Path(given).is_absolute() else Path(os.path.expanduser("~/.cache"))) / "vilu"  # noqa: PTH111
+    return (
+        Path(given) if Path(given).is_absolute() else Path(os.path.expanduser("~/.cache"))  # noqa: PTH111
+    ) / "vilu"
 
 
 def file_hash(path: Path) -> str:

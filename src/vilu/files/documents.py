@@ -48,8 +48,8 @@ class Model(BaseModel):
     """Immutable, refuses unknown fields, NaN and infinity.
 
     Attributes:
-        later: Fields that came after the first such files. Unused they are not written, so that documents, and the
-            hashes over them, are what they were before.
+        later: Fields that came after the first such files. Unused they are not written, so that
+            documents, and the hashes over them, are what they were before.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -61,7 +61,9 @@ class Model(BaseModel):
         fields: dict[str, Any] = handler(self)
         later = {name: type(self).model_fields[name].default for name in self.later}
         # a number that is no default says something even where it is zero
-        said = {name for name, value in fields.items() if value or (value == 0 and later.get(name) != 0)}
+        said = {
+            name for name, value in fields.items() if value or (value == 0 and later.get(name) != 0)
+        }
         return {name: value for name, value in fields.items() if name in said or name not in later}
 
 
@@ -97,7 +99,9 @@ def read_document(path: Path, kind: type[D], of: Path | None = None) -> D:
             )
         return kind.model_validate_json(json.dumps(content))
     except ValidationError as error:
-        raise kind.fault(f"{path} is damaged: {explain(error)}. {kind.again} to repair it.") from error
+        raise kind.fault(
+            f"{path} is damaged: {explain(error)}. {kind.again} to repair it."
+        ) from error
 
 
 def read_json(
@@ -111,27 +115,39 @@ def read_json(
 ) -> dict[str, Any]:
     """What a JSON document of ours says, without its seal; nothing of it is believed before the seal is.
 
-    ``again`` says how it is made again, ``fault`` is what is raised where it is missing or damaged. ``seal`` is the key
-    of the digest; that of ``predictor.json`` is the predictor's fingerprint. ``always``: every vilu sealed such
-    documents, so one without a seal is damaged; else a line says so of the artefact that it is ``of``.
+    ``again`` says how it is made again, ``fault`` is what is raised where it is missing or damaged.
+    ``seal`` is the key of the digest; that of ``predictor.json`` is the predictor's fingerprint.
+    ``always``: every vilu sealed such documents, so one without a seal is damaged; else a line says
+    so of the artefact that it is ``of``.
     """
     content = read_bounded(path, again, fault)
     try:
         found = parse_json(content)
         right = digest({key: value for key, value in found.items() if key != seal})
     except (ValueError, RecursionError) as error:
-        raise fault(f"{path} is damaged: it is not JSON of ours ({error}). {again} to repair it.") from error
+        raise fault(
+            f"{path} is damaged: it is not JSON of ours ({error}). {again} to repair it."
+        ) from error
     if seal not in found and not always:
         say_unsealed(of or path)
     elif found.pop(seal, None) != right:
-        raise fault(f"{path} is damaged: its content is not what its {seal} says. {again} to repair it.")
+        raise fault(
+            f"{path} is damaged: its content is not what its {seal} says. {again} to repair it."
+        )
     return found
 
 
 def parse_json(content: bytes) -> dict[str, Any]:
     """A JSON object; a ValueError where it is none, a key stands twice, or a number is none or infinite."""
-    found = json.loads(content.decode(), object_pairs_hook=each_once, parse_float=_finite, parse_constant=_no_number)
-    if b"\\ud" in content.lower():  # an escaped half of a character would be no text that can be written again
+    found = json.loads(
+        content.decode(),
+        object_pairs_hook=each_once,
+        parse_float=_finite,
+        parse_constant=_no_number,
+    )
+    if (
+        b"\\ud" in content.lower()
+    ):  # an escaped half of a character would be no text that can be written again
         json.dumps(found, ensure_ascii=False).encode()
     if not isinstance(found, dict):
         raise ValueError(f"it holds no object, but {type(found).__name__}")  # noqa: TRY004 - as json's own
@@ -183,7 +199,8 @@ def say_unsealed(path: str | os.PathLike[str]) -> None:
     if not _vouched.get() and os.path.abspath(path) not in _SAID:  # noqa: PTH100 - Path has no form that keeps links
         _SAID.add(os.path.abspath(path))  # noqa: PTH100
         logger.warning(
-            "%s carries no digest: damage to it would not be seen; `vilu inspect --seal` adds one.", os.fspath(path)
+            "%s carries no digest: damage to it would not be seen; `vilu inspect --seal` adds one.",
+            os.fspath(path),
         )
 
 
@@ -204,7 +221,9 @@ def explain(error: ValidationError) -> str:
     """First finding of pydantic, on one line."""
     first = error.errors(include_url=False, include_context=False)[0]
     where = ".".join(str(step) for step in first["loc"])
-    return f"{where or 'document'}: {first['msg']} (got {json.dumps(first['input'], default=str):.80})"
+    return (
+        f"{where or 'document'}: {first['msg']} (got {json.dumps(first['input'], default=str):.80})"
+    )
 
 
 def write_json(path: str | os.PathLike[str], value: Mapping[str, object], seal: str = SEAL) -> str:

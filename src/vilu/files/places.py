@@ -1,6 +1,7 @@
 """Where may be written: a place that is new, empty, or holds what the same inputs made. Anything else is refused.
 
-``--overwrite``, and the library, make anew what vilu has made; files that it does not know as its own stay as they are.
+``--overwrite``, and the library, make anew what vilu has made; files that it does not know as its
+own stay as they are.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from vilu.files.tables import METADATA_KEY, read_table
 logger = logging.getLogger("vilu")
 
 Table = Literal["scores", "results", "labels", "label errors"]
-Kind = Literal[Table, "explanation", "monitor report", "monitor state", "page", "study", "ONNX export"]
+Kind = Literal[
+    Table, "explanation", "monitor report", "monitor state", "page", "study", "ONNX export"
+]
 """What a file of ours is, in a message."""
 
 KINDS: dict[str, Kind] = {
@@ -55,7 +58,9 @@ SUFFIXES: dict[Kind, tuple[str, ...]] = {
 
 INPUTS = "inputs"  # key of the digest of what a file was made from
 TEXTS: dict[bytes, Kind] = {b"page": "page", b"study": "study", b"results": "results"}
-MARK = re.compile(rb"<!-- made by vilu: (page|study|results) ([0-9a-f]*) -->\n\Z")  # last line of a text of ours
+MARK = re.compile(
+    rb"<!-- made by vilu: (page|study|results) ([0-9a-f]*) -->\n\Z"
+)  # last line of a text of ours
 ONNX_MARK = re.compile(rb"vilu\.fingerprint\x12.([0-9a-f]{32})", re.DOTALL)
 TAIL = 4096  # bytes at either end of a file in which a mark is looked for
 
@@ -70,9 +75,13 @@ def write_said(path: Path, content: dict[str, object], inputs: str) -> None:
     write_json(path, {**content, **said_of(inputs)})
 
 
-PASSING = re.compile(r"\.tmp\Z|\.lock")  # in the names, after a dot, of files in the making and of locks
+PASSING = re.compile(
+    r"\.tmp\Z|\.lock"
+)  # in the names, after a dot, of files in the making and of locks
 
-Made = tuple[Kind, str]  # kind of a file of ours, and the digest of its inputs; empty where it does not say
+Made = tuple[
+    Kind, str
+]  # kind of a file of ours, and the digest of its inputs; empty where it does not say
 
 
 def mark(kind: str, inputs: str) -> str:
@@ -80,18 +89,24 @@ def mark(kind: str, inputs: str) -> str:
     return f"<!-- made by vilu: {kind} {inputs} -->\n"
 
 
-def claim_file(path: str | os.PathLike[str], kind: Kind, inputs: str | None = None, *, overwrite: bool = False) -> bool:
+def claim_file(
+    path: str | os.PathLike[str], kind: Kind, inputs: str | None = None, *, overwrite: bool = False
+) -> bool:
     """Whether a file is there that was made from the same inputs; refuses any other, before the work begins.
 
-    Without ``inputs`` (their digest) nobody compares; with ``overwrite`` any file of its kind is made anew.
+    Without ``inputs`` (their digest) nobody compares; with ``overwrite`` any file of its kind is
+    made anew.
 
     Raises:
-        UsageError: If another file is there, or no folder for it, or its name does not end as one of this kind.
+        UsageError: If another file is there, or no folder for it, or its name does not end as one
+            of this kind.
         StorageError: If the folder cannot be written to, or the file not be read.
     """
     target = Path(path)
     if target.suffix.lower() not in (suffixes := SUFFIXES.get(kind, (target.suffix.lower(),))):
-        raise UsageError(f"vilu keeps {kind} in a {' or '.join(suffixes)} file. Got {target.name!r} instead.")
+        raise UsageError(
+            f"vilu keeps {kind} in a {' or '.join(suffixes)} file. Got {target.name!r} instead."
+        )
     if os.path.lexists(target):
         found = made(target)
         if found is None or found[0] != kind:
@@ -120,8 +135,9 @@ def claim_folder(
 ) -> bool:
     """Whether a folder holds what the same inputs made; refuses one with anything else, before the work begins.
 
-    ``ours`` tells whether a path in it is of ``what``; files in the making and locks are not asked about. ``same`` says
-    that the same inputs made what is there; with ``overwrite`` it is made anew whatever did.
+    ``ours`` tells whether a path in it is of ``what``; files in the making and locks are not asked
+    about. ``same`` says that the same inputs made what is there; with ``overwrite`` it is made anew
+    whatever did.
 
     Raises:
         UsageError: If it is no folder, or something else lies there, or what other inputs made.
@@ -135,7 +151,9 @@ def claim_folder(
         return True
     require_no_others(root, what, (entry for entry in found if not ours(entry)))
     if found and not overwrite:
-        raise UsageError(f"{root} holds another {what}. Give a new folder, or --overwrite to replace it.")
+        raise UsageError(
+            f"{root} holds another {what}. Give a new folder, or --overwrite to replace it."
+        )
     _require_room(root / what, parents=True)
     return False
 
@@ -143,7 +161,11 @@ def claim_folder(
 def entries(root: Path) -> list[Path]:
     """What lies in a folder, but for locks and files in the making."""
     with or_refuse(f"read {root}"):
-        found = [path for path in root.iterdir() if not path.name.startswith(".") or not PASSING.search(path.name)]
+        found = [
+            path
+            for path in root.iterdir()
+            if not path.name.startswith(".") or not PASSING.search(path.name)
+        ]
     return sorted(found)
 
 
@@ -186,7 +208,10 @@ def content_of(path: Path) -> object:
         return found
     with or_refuse(f"read {path}"):
         files = sorted(file for file in path.rglob("*") if file.is_file())
-        return [[str(file.relative_to(path)), (at := file.stat()).st_size, at.st_mtime_ns] for file in files]
+        return [
+            [str(file.relative_to(path)), (at := file.stat()).st_size, at.st_mtime_ns]
+            for file in files
+        ]
 
 
 def _said(path: Path) -> object:
@@ -254,6 +279,12 @@ def _require_room(target: Path, *, parents: bool = False) -> None:
         folder = folder.parent
     if not folder.is_dir():
         what = "is no folder" if folder.exists() else "does not exist"
-        raise UsageError(f"cannot write {target}: the folder {folder} {what}. Make it, or give another place.")
-    if not os.access(folder, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
-        raise StorageError(f"cannot write {target}: {folder} is not writable. Give a folder that is.")
+        raise UsageError(
+            f"cannot write {target}: the folder {folder} {what}. Make it, or give another place."
+        )
+    if not os.access(
+        folder, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids
+    ):
+        raise StorageError(
+            f"cannot write {target}: {folder} is not writable. Give a folder that is."
+        )

@@ -24,13 +24,15 @@ MARK = b"vilu.sealed"
 MAX_COLUMNS, MAX_HEADER = 10_000, 2**20
 """Columns of a table, and characters of the heading of a CSV file; with a million of them reading takes minutes."""
 
-# A spreadsheet runs a cell that starts with one of these. An apostrophe before it makes it text; apostrophes that are
-# already there get one more, so that reading can take exactly one away.
+# A spreadsheet runs a cell that starts with one of these. An apostrophe before it makes it text;
+# apostrophes that are already there get one more, so that reading can take exactly one away.
 _FORMULA = r"^('*[=+\-@\t\r])"
 _DEFUSED = r"^'('*[=+\-@\t\r])"
 
 
-def write_table(path: str | Path, columns: Mapping[str, pa.Array], metadata: Mapping[str, object]) -> None:
+def write_table(
+    path: str | Path, columns: Mapping[str, pa.Array], metadata: Mapping[str, object]
+) -> None:
     """Write columns of one length atomically, as Parquet (with the metadata in its schema) or CSV (without)."""
     is_parquet = table_suffix(path) == ".parquet"
     write_bytes(path, parquet_bytes(columns, metadata) if is_parquet else csv_bytes(columns))
@@ -43,20 +45,25 @@ def csv_bytes(columns: Mapping[str, pa.Array]) -> bytes:
 
     table, content = _replaced(pa.table(dict(columns)), None, _FORMULA, r"'\1"), BytesIO()
     content.write((",".join(table.column_names) + "\n").encode())
-    pyarrow.csv.write_csv(table, content, pyarrow.csv.WriteOptions(include_header=False, quoting_style="needed"))
+    pyarrow.csv.write_csv(
+        table, content, pyarrow.csv.WriteOptions(include_header=False, quoting_style="needed")
+    )
     return content.getvalue()
 
 
 def parquet_bytes(columns: Mapping[str, pa.Array], metadata: Mapping[str, object]) -> bytes:
     """Columns of one length, with the metadata (plain JSON) in their schema, as the content of a Parquet file.
 
-    Every page has a checksum, and the metadata a digest of all that a reader gets to see: a checksum covers neither
-    the footer nor the headers of pages.
+    Every page has a checksum, and the metadata a digest of all that a reader gets to see: a
+    checksum covers neither the footer nor the headers of pages.
     """
     import pyarrow as pa
     import pyarrow.parquet
 
-    table, said = pa.table(dict(columns)), parse_json(plain_json({"schema_version": SCHEMA_VERSION, **metadata}))
+    table, said = (
+        pa.table(dict(columns)),
+        parse_json(plain_json({"schema_version": SCHEMA_VERSION, **metadata})),
+    )
     said[SEAL] = table_digest(table, said)
     buffer = BytesIO()
     sealed = table.replace_schema_metadata({METADATA_KEY: plain_json(said), MARK: b""})
@@ -78,7 +85,10 @@ def _repeats(column: pa.ChunkedArray) -> bool:
 
 def table_digest(table: pa.Table, metadata: Mapping[str, object]) -> str:
     """Digest of names, types, nulls and values of the columns, and of the metadata; however the rows are chunked."""
-    columns = [[name, str(table[name].type), len(table), _column_hash(table[name])] for name in table.column_names]
+    columns = [
+        [name, str(table[name].type), len(table), _column_hash(table[name])]
+        for name in table.column_names
+    ]
     return digest([dict(metadata), columns])
 
 
@@ -113,14 +123,18 @@ def _text_bytes(chunk: pa.Array) -> memoryview:
     return memoryview(content)[ends[0] : ends[-1]]
 
 
-def _replaced(table: pa.Table, names: Collection[str] | None, pattern: str, replacement: str) -> pa.Table:
+def _replaced(
+    table: pa.Table, names: Collection[str] | None, pattern: str, replacement: str
+) -> pa.Table:
     """The table with a pattern replaced in its columns of text, by default all of them."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     for index, column in enumerate(table.schema):
         if pa.types.is_string(column.type) if names is None else column.name in names:
-            text = pc.replace_substring_regex(table.column(index), pattern=pattern, replacement=replacement)
+            text = pc.replace_substring_regex(
+                table.column(index), pattern=pattern, replacement=replacement
+            )
             table = table.set_column(index, column.name, text)
     return table
 
@@ -130,7 +144,9 @@ def as_written(table: pa.Table, names: Collection[str]) -> pa.Table:
     return _replaced(table, names, _DEFUSED, r"\1")
 
 
-def read_table(path: str | Path, text_columns: Collection[str]) -> tuple[pa.Table, dict[str, object]]:
+def read_table(
+    path: str | Path, text_columns: Collection[str]
+) -> tuple[pa.Table, dict[str, object]]:
     """A Parquet or CSV table and its metadata (empty for CSV and for tables of other programs).
 
     Args:
@@ -160,7 +176,9 @@ def read_table(path: str | Path, text_columns: Collection[str]) -> tuple[pa.Tabl
             raise DataError(f"{path} is not a readable {suffix[1:]} table: {error}") from error
     require_width(path, len(names))
     if repeated := {name for name in names if names.count(name) > 1}:
-        raise DataError(f"{path} must have distinct columns. Repeated: {', '.join(sorted(repeated))}.")
+        raise DataError(
+            f"{path} must have distinct columns. Repeated: {', '.join(sorted(repeated))}."
+        )
     return table, _metadata(path, table, marked=marked)
 
 
@@ -214,20 +232,28 @@ def csv_rows(path: Path, delimiter: str = ",") -> tuple[list[str], list[dict[str
     """
     with or_refuse(f"read {path}"), path.open(encoding="utf-8-sig", newline="") as file:
         try:
-            table = csv.DictReader(file, delimiter=delimiter, strict=True)  # else an open quote takes all that follows
+            table = csv.DictReader(
+                file, delimiter=delimiter, strict=True
+            )  # else an open quote takes all that follows
             rows = [
-                {name: re.sub(_DEFUSED, r"\1", cell) if isinstance(cell, str) else cell for name, cell in row.items()}
+                {
+                    name: re.sub(_DEFUSED, r"\1", cell) if isinstance(cell, str) else cell
+                    for name, cell in row.items()
+                }
                 for row in table
             ]
             return list(table.fieldnames or ()), rows
         except (UnicodeDecodeError, csv.Error) as error:
-            raise DataError(f"{path} is no CSV file in UTF-8 whose quotes are all closed: {error}.") from error
+            raise DataError(
+                f"{path} is no CSV file in UTF-8 whose quotes are all closed: {error}."
+            ) from error
 
 
 def csv_names(path: str | Path, delimiter: str = ",") -> list[str]:
     """The names of the columns of a CSV file, of which no more than a bounded beginning is read."""
     with Path(path).open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        # not strict: a text that is not UTF-8 is the error of its row, and the first block is decoded with the names
+        # not strict: a text that is not UTF-8 is the error of its row, and the first block is
+        # decoded with the names
         names = next(csv.reader(_short_lines(file, path), delimiter=delimiter), [])
     "".join(names).encode()
     require_width(path, len(names))
@@ -237,7 +263,9 @@ def csv_names(path: str | Path, delimiter: str = ",") -> list[str]:
 def _short_lines(file: TextIO, path: str | Path) -> Iterator[str]:
     while line := file.readline(MAX_HEADER):
         if len(line) == MAX_HEADER and line[-1] not in "\r\n":
-            raise DataError(f"{path} has a line of more than {MAX_HEADER:,} characters where the names of columns are.")
+            raise DataError(
+                f"{path} has a line of more than {MAX_HEADER:,} characters where the names of columns are."
+            )
         yield line
 
 
@@ -283,9 +311,12 @@ def _metadata(path: str | Path, table: pa.Table, *, marked: bool) -> dict[str, o
         metadata = parse_json(content or b"")
         seal = metadata.pop(SEAL, None)
         right = not marked if seal is None else seal == table_digest(table, metadata)
-    # pyarrow raises NotImplementedError on types of columns that a flipped bit has made: raised again, as damage
+    # pyarrow raises NotImplementedError on types of columns that a flipped bit has made: raised
+    # again, as damage
     except (ValueError, NotImplementedError, RecursionError) as error:
-        raise DataError(f"{path} is damaged: its metadata are not JSON of ours ({error}). Make it again.") from error
+        raise DataError(
+            f"{path} is damaged: its metadata are not JSON of ours ({error}). Make it again."
+        ) from error
     if not right:
         raise DataError(
             f"{path} is damaged, or was changed by another program: its rows are not what its digest says. "

@@ -1,7 +1,7 @@
 """Metrics of failure prediction: functions of ``(uncertainty, failure)`` in float64, tie-aware, order-independent.
 
-``failure`` is 1 where the frozen model is wrong, and a higher uncertainty means more likely wrong. A metric that is
-undefined (one class only) is NaN; input that cannot be is a ``DataError``.
+``failure`` is 1 where the frozen model is wrong, and a higher uncertainty means more likely wrong.
+A metric that is undefined (one class only) is NaN; input that cannot be is a ``DataError``.
 """
 
 from vilu.metrics.bootstrap import Difference, Interval, bootstrap_interval, paired_bootstrap

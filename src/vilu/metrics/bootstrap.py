@@ -1,9 +1,10 @@
 """Bootstrap intervals, and paired comparison of two uncertainties on the same rows.
 
-Resampling is stratified: every resample has as many wrong and as many correct answers as the sample, so no metric
-becomes undefined. The intervals are conditional on the accuracy of the frozen model, which is not what is compared.
-The rows are sorted once; a resample is a vector of counts over the sorted scores, and a metric takes a block of them
-at a time. Of many distinct scores, neighbours are resampled in groups, so that time is of order resamples · groups.
+Resampling is stratified: every resample has as many wrong and as many correct answers as the
+sample, so no metric becomes undefined. The intervals are conditional on the accuracy of the frozen
+model, which is not what is compared. The rows are sorted once; a resample is a vector of counts
+over the sorted scores, and a metric takes a block of them at a time. Of many distinct scores,
+neighbours are resampled in groups, so that time is of order resamples · groups.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from vilu.metrics.counts import Floats, Ints, TieCounts, check_pair, tie_counts
 from vilu.progress import track
 
 MAX_RESAMPLES = 1_000_000  # more do not change an interval
-RESAMPLED_GROUPS = 2**13  # more rows are resampled by counts; of more distinct scores, groups of neighbours are
+RESAMPLED_GROUPS = (
+    2**13
+)  # more rows are resampled by counts; of more distinct scores, groups of neighbours are
 CELLS = 2**18  # counts held at a time: two megabytes per temporary array, about what a cache holds
 
 
@@ -31,7 +34,9 @@ class Interval(NamedTuple):
 
     Examples:
         >>> import vilu
-        >>> interval = vilu.metrics.bootstrap_interval("auroc", [0.1, 0.2, 0.8, 0.9] * 10, [0, 0, 1, 1] * 10)
+        >>> interval = vilu.metrics.bootstrap_interval(
+        ...     "auroc", [0.1, 0.2, 0.8, 0.9] * 10, [0, 0, 1, 1] * 10
+        ... )
         >>> interval  # every resample of a perfect order is perfect
         Interval(value=1.0, ci_low=1.0, ci_high=1.0)
     """
@@ -119,7 +124,9 @@ class OwnInterval(Protocol):
     def __call__(self, counts: TieCounts) -> Floats:
         """The metric (...)."""
 
-    def interval(self, counts: TieCounts, n_resamples: int, confidence: float, seed: int) -> tuple[float, float]:
+    def interval(
+        self, counts: TieCounts, n_resamples: int, confidence: float, seed: int
+    ) -> tuple[float, float]:
         """Lower and upper end."""
 
 
@@ -132,7 +139,9 @@ class SortedScores:
 
     def counts(self, correct_rows: Ints, wrong_rows: Ints) -> TieCounts:
         """Counts (B, G) of rows (B, ·) chosen with repetition."""
-        return TieCounts(self.value, correct=self._tally(correct_rows), wrong=self._tally(wrong_rows))
+        return TieCounts(
+            self.value, correct=self._tally(correct_rows), wrong=self._tally(wrong_rows)
+        )
 
     def observed(self) -> TieCounts:
         """Counts (1, G) of every row once."""
@@ -141,10 +150,14 @@ class SortedScores:
     def _tally(self, rows: Ints) -> Ints:
         n_resamples, n_scores = len(rows), len(self.value)
         cells = self.group[rows] + n_scores * np.arange(n_resamples)[:, None]
-        return np.bincount(cells.ravel(), minlength=n_resamples * n_scores).reshape(n_resamples, n_scores)
+        return np.bincount(cells.ravel(), minlength=n_resamples * n_scores).reshape(
+            n_resamples, n_scores
+        )
 
 
-def resampled_rows(scores: SortedScores, n_resamples: int, seed: int) -> Iterator[tuple[Ints, Ints]]:
+def resampled_rows(
+    scores: SortedScores, n_resamples: int, seed: int
+) -> Iterator[tuple[Ints, Ints]]:
     """Blocks of resamples: rows (B, N_correct) and rows (B, N_wrong), drawn with repetition within each class."""
     rng = np.random.default_rng(seed)
     for size in block_sizes(n_resamples, CELLS // len(scores.group)):
@@ -172,13 +185,19 @@ def bootstrap_intervals(
     """Intervals of several metrics from the same resamples; see ``bootstrap_interval``."""
     check_settings(n_resamples, confidence)
     counts = tie_counts(uncertainty, failure)
-    if counts.n > RESAMPLED_GROUPS:  # the same distribution, in a time that does not grow with the rows
+    if (
+        counts.n > RESAMPLED_GROUPS
+    ):  # the same distribution, in a time that does not grow with the rows
         return counted_intervals(kernels, counts, n_resamples, confidence, seed)
     scores = SortedScores(*check_pair(uncertainty, failure))
     own, others = own_intervals(kernels, counts, n_resamples, confidence, seed)
-    observed, draws = scores.observed(), resampled(others, scores, n_resamples, seed) if others else {}
+    observed, draws = (
+        scores.observed(),
+        resampled(others, scores, n_resamples, seed) if others else {},
+    )
     return own | {
-        name: Quantity(float(kernel(observed)[0]), draws[name]).interval(confidence) for name, kernel in others.items()
+        name: Quantity(float(kernel(observed)[0]), draws[name]).interval(confidence)
+        for name, kernel in others.items()
     }
 
 
@@ -187,19 +206,28 @@ def counted_intervals(
 ) -> dict[str, Interval]:
     """Metrics with stratified percentile bootstrap intervals, from counts (G,) of any number of rows.
 
-    A resample draws as many correct and as many wrong answers as there are, by multinomials over the scores: with as
-    few distinct ones as ``RESAMPLED_GROUPS`` the distribution of the bootstrap over rows. With more, neighbouring
-    scores go together in groups of about equal size, and the ends move by what that does to the metric, in its range.
+    A resample draws as many correct and as many wrong answers as there are, by multinomials over
+    the scores: with as few distinct ones as ``RESAMPLED_GROUPS`` the distribution of the bootstrap
+    over rows. With more, neighbouring scores go together in groups of about equal size, and the
+    ends move by what that does to the metric, in its range.
     """
     group = grouped(counts)
     intervals, kernels = own_intervals(kernels, counts, n_resamples, confidence, seed)
     rng, sizes = np.random.default_rng(seed), block_sizes(n_resamples, CELLS // len(group.value))
-    blocks = (TieCounts(group.value, *(_drawn(rng, n, size) for n in (group.correct, group.wrong))) for size in sizes)
+    blocks = (
+        TieCounts(group.value, *(_drawn(rng, n, size) for n in (group.correct, group.wrong)))
+        for size in sizes
+    )
     draws = values_of(kernels, blocks, n_resamples) if kernels else {}
     for name, kernel in kernels.items():
         value, drawn = float(kernel(counts)), draws[name]
-        can_be = min(drawn.min(), value, 0.0), max(drawn.max(), value, 1.0)  # nearly every metric is within 0 and 1
-        intervals[name] = Quantity(value, np.clip(drawn + value - float(kernel(group)), *can_be)).interval(confidence)
+        can_be = (
+            min(drawn.min(), value, 0.0),
+            max(drawn.max(), value, 1.0),
+        )  # nearly every metric is within 0 and 1
+        intervals[name] = Quantity(
+            value, np.clip(drawn + value - float(kernel(group)), *can_be)
+        ).interval(confidence)
     return intervals
 
 
@@ -209,7 +237,9 @@ def grouped(counts: TieCounts) -> TieCounts:
         return counts
     group = (counts.accepted - counts.size) * RESAMPLED_GROUPS // counts.n
     starts = np.flatnonzero(np.diff(group, prepend=-1))
-    size, correct, wrong = (np.add.reduceat(x, starts) for x in (counts.size, counts.correct, counts.wrong))
+    size, correct, wrong = (
+        np.add.reduceat(x, starts) for x in (counts.size, counts.correct, counts.wrong)
+    )
     return TieCounts(np.add.reduceat(counts.value * counts.size, starts) / size, correct, wrong)
 
 
@@ -229,19 +259,25 @@ def own_intervals(
     """Intervals of the kernels that make them themselves, from counts (G,), and the other kernels."""
     own = {name: kernel for name, kernel in kernels.items() if isinstance(kernel, OwnInterval)}
     found = {
-        name: Interval(float(kernel(counts)), *kernel.interval(counts, n_resamples, confidence, seed))
+        name: Interval(
+            float(kernel(counts)), *kernel.interval(counts, n_resamples, confidence, seed)
+        )
         for name, kernel in own.items()
     }
     return found, {name: kernel for name, kernel in kernels.items() if name not in own}
 
 
-def resampled(kernels: Mapping[str, Kernel], scores: SortedScores, n_resamples: int, seed: int) -> dict[str, Floats]:
+def resampled(
+    kernels: Mapping[str, Kernel], scores: SortedScores, n_resamples: int, seed: int
+) -> dict[str, Floats]:
     """Values (B,) of several metrics on the same resamples; NaN where there is no wrong or no right answer."""
     blocks = (scores.counts(*rows) for rows in resampled_rows(scores, n_resamples, seed))
     return values_of(kernels, blocks, n_resamples)
 
 
-def values_of(kernels: Mapping[str, Kernel], blocks: Iterable[TieCounts], n_resamples: int) -> dict[str, Floats]:
+def values_of(
+    kernels: Mapping[str, Kernel], blocks: Iterable[TieCounts], n_resamples: int
+) -> dict[str, Floats]:
     """Values (B,) of several metrics on blocks of resamples, of which one is held at a time."""
     found = []
     with track("bootstrap", n_resamples, "resamples") as task:
@@ -282,7 +318,12 @@ class ScoredRows:
     ) -> dict[str, Interval]:
         """Metrics with their intervals; see ``bootstrap_interval``."""
         return bootstrap_intervals(
-            kernels, self.uncertainty, self.failure, n_resamples=n_resamples, confidence=confidence, seed=seed
+            kernels,
+            self.uncertainty,
+            self.failure,
+            n_resamples=n_resamples,
+            confidence=confidence,
+            seed=seed,
         )
 
 
@@ -310,15 +351,21 @@ def bootstrap_interval(
         Value, lower and upper end; all NaN where the metric is undefined.
 
     Raises:
-        DataError: If the vectors are empty, differ in length, or hold anything else (ECE: what is no probability).
+        DataError: If the vectors are empty, differ in length, or hold anything else (ECE: what is
+            no probability).
         UsageError: If the metric is unknown or a setting cannot be.
 
     Examples:
         >>> import numpy as np, vilu
         >>> rng = np.random.default_rng(0)
         >>> failure = rng.random(400) < 0.25
-        >>> uncertainty = rng.normal(size=400) + failure  # wrong answers are one standard deviation more uncertain
-        >>> few, many = (vilu.metrics.bootstrap_interval("auroc", uncertainty[:n], failure[:n]) for n in (100, 400))
+        >>> uncertainty = (
+        ...     rng.normal(size=400) + failure
+        ... )  # wrong answers are one standard deviation more uncertain
+        >>> few, many = (
+        ...     vilu.metrics.bootstrap_interval("auroc", uncertainty[:n], failure[:n])
+        ...     for n in (100, 400)
+        ... )
         >>> [round(number, 2) for number in few], [round(number, 2) for number in many]
         ([0.82, 0.7, 0.93], [0.75, 0.7, 0.81])
     """
@@ -341,11 +388,12 @@ def paired_bootstrap(
 ) -> Difference:
     """Difference of a metric between two uncertainties of the same answers, both computed on the same resampled rows.
 
-    The p-value is twice the smaller share of resamples whose difference is not above, or not below, zero, with one
-    added to count and total, so that it is never 0.
+    The p-value is twice the smaller share of resamples whose difference is not above, or not below,
+    zero, with one added to count and total, so that it is never 0.
 
-    Arguments and errors are as of ``bootstrap_interval``, with two uncertainties (N,). Returned is the metric of a less
-    that of b, lower and upper end, and p-value; all NaN where the metric is undefined.
+    Arguments and errors are as of ``bootstrap_interval``, with two uncertainties (N,). Returned is
+    the metric of a less that of b, lower and upper end, and p-value; all NaN where the metric is
+    undefined.
 
     Examples:
         >>> import numpy as np, vilu
@@ -368,7 +416,9 @@ def paired_bootstrap(
             found.append(kernel(a.counts(*rows)) - kernel(b.counts(*rows)))
             task.advance(len(found[-1]))
     differences = np.concatenate(found)
-    if isinstance(kernel, OwnInterval):  # resampling adds its bias once more, to both, but not the same
+    if isinstance(
+        kernel, OwnInterval
+    ):  # resampling adds its bias once more, to both, but not the same
         differences += observed - differences.mean()
     return Quantity(observed, differences).difference(confidence)
 
@@ -385,5 +435,7 @@ def check_settings(n_resamples: int, confidence: float) -> None:
     """Refuse no resample, or a confidence that is not in (0, 1)."""
     require_at_least("n_resamples", n_resamples, 1)
     if n_resamples > MAX_RESAMPLES:
-        raise UsageError(f"n_resamples must be at most {MAX_RESAMPLES:,}. Got {n_resamples} instead.")
+        raise UsageError(
+            f"n_resamples must be at most {MAX_RESAMPLES:,}. Got {n_resamples} instead."
+        )
     require_between("confidence", confidence)

@@ -1,4 +1,7 @@
-"""Whether a failure probability means what it says. Only for uncertainties that are probabilities."""
+"""Whether a failure probability means what it says.
+
+Only for uncertainties that are probabilities.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +20,20 @@ CERTAIN = 1e-12  # how near to 0 or 1 a probability may come in a logarithm
 
 
 @checked
-def ece(probability: ArrayLike, failure: ArrayLike, bins: int = 15, binning: Binning = "width") -> float:
+def ece(
+    probability: ArrayLike, failure: ArrayLike, bins: int = 15, binning: Binning = "width"
+) -> float:
     """Expected calibration error of a failure probability: Σ_b (n_b / N) |failure rate_b - mean probability_b|.
 
-    This is binary calibration of P(failure), not of the larger of p and 1 - p. Bins are closed on the right.
+    This is binary calibration of P(failure), not of the larger of p and 1 - p. Bins are closed on
+    the right.
 
     Args:
         probability: (N,) predicted probabilities of failure, in [0, 1].
         failure: (N,) 1 where the answer is wrong, else 0.
         bins: Number of bins (15 after Guo et al. 2017).
-        binning: "width", bins of equal width, or "mass", bins of equal numbers of rows; equal probabilities are never
-            parted, so that the order of the rows does not count.
+        binning: "width", bins of equal width, or "mass", bins of equal numbers of rows; equal
+            probabilities are never parted, so that the order of the rows does not count.
 
     Raises:
         DataError: If a probability is not in [0, 1], or as for every metric.
@@ -36,7 +42,9 @@ def ece(probability: ArrayLike, failure: ArrayLike, bins: int = 15, binning: Bin
     Examples:
         >>> import vilu
         >>> probability, failure = [0.1, 0.1, 0.9, 0.9], [0, 0, 1, 0]
-        >>> round(vilu.metrics.ece(probability, failure, bins=2), 4)  # 1/2 * |0 - 0.1| + 1/2 * |1/2 - 0.9|
+        >>> round(
+        ...     vilu.metrics.ece(probability, failure, bins=2), 4
+        ... )  # 1/2 * |0 - 0.1| + 1/2 * |1/2 - 0.9|
         0.25
     """
     return float(ece_kernel(probability_counts(probability, failure), bins, binning))
@@ -56,7 +64,8 @@ def brier(probability: ArrayLike, failure: ArrayLike) -> float:
 def log_loss(probability: ArrayLike, failure: ArrayLike) -> float:
     """Mean negative log-likelihood, -(1/N) Σ ln(p of what happened), in nats; a constant 1/2 scores ln 2.
 
-    Probabilities nearer to 0 or 1 than 1e-12 count as this far away: a row that was certain and wrong costs 27.6.
+    Probabilities nearer to 0 or 1 than 1e-12 count as this far away: a row that was certain and
+    wrong costs 27.6.
 
     Examples:
         >>> import vilu
@@ -95,13 +104,19 @@ def _per_bin(counts: TieCounts, bins: int, binning: Binning, *values: Floats) ->
         raise UsageError(f"bins must be at most {MAX_BINS:,}. Got {bins} instead.")
     if binning == "width":
         inner_edges = np.arange(1, bins) / bins
-        of_score = np.broadcast_to(np.searchsorted(inner_edges, counts.value, side="left"), counts.size.shape)
+        of_score = np.broadcast_to(
+            np.searchsorted(inner_edges, counts.value, side="left"), counts.size.shape
+        )
     else:
-        of_score = np.minimum((counts.accepted - counts.size) * bins // counts.n[..., None], bins - 1)
+        of_score = np.minimum(
+            (counts.accepted - counts.size) * bins // counts.n[..., None], bins - 1
+        )
     resamples = counts.size.shape[:-1]
     n_resamples = int(np.prod(resamples))
     index = (of_score.reshape(n_resamples, -1) + bins * np.arange(n_resamples)[:, None]).ravel()
-    sums: list[Floats] = [np.bincount(index, one.ravel(), bins * n_resamples).astype(np.float64) for one in values]
+    sums: list[Floats] = [
+        np.bincount(index, one.ravel(), bins * n_resamples).astype(np.float64) for one in values
+    ]
     return [one.reshape(*resamples, bins) for one in sums]
 
 
@@ -112,16 +127,18 @@ CLEAR = 2.0  # standard errors from which on a gap counts as one in the lower en
 class BinnedError:
     """The kernel of ``ece``, with an interval that knows of its bias.
 
-    A sum of absolute values g_b + e_b is too large by up to E|e_b| a bin: on 180 rows of a calibrated predictor 9 %,
-    where the truth is 0; resampled rows have that bias once more, so their percentiles lie above the estimate. Here the
-    noise is drawn instead: e_b normal with the variance of the mean of (failure - p) 1[bin b], or what it is at
-    calibration where that is larger. With T(g) = sum_b |g_b + e_b|, quantiles q, and c the gaps of at least two
-    standard errors, the others being 0, the ends are
+    A sum of absolute values g_b + e_b is too large by up to E|e_b| a bin: on 180 rows of a
+    calibrated predictor 9 %, where the truth is 0; resampled rows have that bias once more, so
+    their percentiles lie above the estimate. Here the noise is drawn instead: e_b normal with the
+    variance of the mean of (failure - p) 1[bin b], or what it is at calibration where that is
+    larger. With T(g) = sum_b |g_b + e_b|, quantiles q, and c the gaps of at least two standard
+    errors, the others being 0, the ends are
 
         low = T - q_hi(T(c) - sum |c_b|),    high = q_hi(T(g)) - (mean T(g) - T):
 
-    the lower one allows for all the bias there may be, the upper one for the least. The rows are not stratified: what
-    is stated is compared with the failures that were there. Coverage: ``python -m benchmarks.ece_coverage``.
+    the lower one allows for all the bias there may be, the upper one for the least. The rows are
+    not stratified: what is stated is compared with the failures that were there. Coverage: ``python
+    -m benchmarks.ece_coverage``.
     """
 
     bins: int = 15
@@ -132,13 +149,19 @@ class BinnedError:
         """Expected calibration error (...)."""
         return ece_kernel(counts, self.bins, self.binning)
 
-    def interval(self, counts: TieCounts, n_resamples: int, confidence: float, seed: int) -> tuple[float, float]:
+    def interval(
+        self, counts: TieCounts, n_resamples: int, confidence: float, seed: int
+    ) -> tuple[float, float]:
         """Ends of the interval for counts (G,), from so many draws; they enclose the error itself."""
         p, n = counts.value, float(counts.n)
         squares = counts.wrong * (1 - p) ** 2 + counts.correct * p**2
         sums = (counts.wrong - p * counts.size, squares, counts.size * p * (1 - p))
-        gap, found, calibrated = (one / n for one in _per_bin(counts, self.bins, self.binning, *sums))
-        deviation = np.sqrt(np.maximum(np.maximum(found - gap**2, calibrated), 0) / n)  # calibrated, the mean gap is 0
+        gap, found, calibrated = (
+            one / n for one in _per_bin(counts, self.bins, self.binning, *sums)
+        )
+        deviation = np.sqrt(
+            np.maximum(np.maximum(found - gap**2, calibrated), 0) / n
+        )  # calibrated, the mean gap is 0
         noise = deviation * np.random.default_rng(seed).standard_normal((n_resamples, self.bins))
         error, tail = np.abs(gap).sum(), (1 - confidence) / 2
         clear = np.where(np.abs(gap) < CLEAR * deviation, 0.0, gap)

@@ -38,16 +38,18 @@ class Metric:
         of_probability: Whether it has a meaning only for failure probabilities.
         higher_is_better: Which way is better.
         percent: Whether tables show it in percent; else as it is.
-        wanted: "always": ``evaluate`` computes it, and its table has a column; "evaluated": a column only where metrics
-            are chosen; "chosen": computed only then.
+        wanted: "always": ``evaluate`` computes it, and its table has a column; "evaluated": a
+            column only where metrics are chosen; "chosen": computed only then.
         name: What it is asked for by.
-        question: "failure": whether an answer is wrong, of any picture; "within": the same, of pictures of the classes
-            only; "outside": whether a picture is of none of the classes, in place of the failure. The latter two are
-            evaluated where some pictures are.
+        question: "failure": whether an answer is wrong, of any picture; "within": the same, of
+            pictures of the classes only; "outside": whether a picture is of none of the classes, in
+            place of the failure. The latter two are evaluated where some pictures are.
 
     Examples:
         >>> import vilu
-        >>> wrong = vilu.metrics.Metric("Wrong", lambda counts: counts.n_wrong / counts.n, "share of wrong answers")
+        >>> wrong = vilu.metrics.Metric(
+        ...     "Wrong", lambda counts: counts.n_wrong / counts.n, "share of wrong answers"
+        ... )
         >>> wrong.show(0.125), wrong.show(0.02, sign="+"), wrong.brackets(0.1, 0.15)
         ('12.5', '+2.0', '[10.0, 15.0]')
         >>> vilu.metrics.METRICS["aurc"].convention
@@ -75,7 +77,9 @@ class Metric:
 
 def _asked(question: Question, metric: Metric, convention: str) -> Metric:
     """The same metric of another question."""
-    return replace(metric, title=f"{metric.title} {question}", convention=convention, question=question)
+    return replace(
+        metric, title=f"{metric.title} {question}", convention=convention, question=question
+    )
 
 
 _AUROC = Metric("AUROC", auroc_kernel, "ties count half", higher_is_better=True)
@@ -88,7 +92,9 @@ _ENTRIES = {
     "auroc_within": _asked("within", _AUROC, f"pictures of the classes only, {_AUROC.convention}"),
     "fpr95_within": _asked("within", _FPR95, f"pictures of the classes only, {_FPR95.convention}"),
     "auroc_outside": _asked("outside", _AUROC, _OUTSIDE),
-    "fpr95_outside": _asked("outside", _FPR95, "positive=picture of the classes, TPR 0.95, linear interpolation"),
+    "fpr95_outside": _asked(
+        "outside", _FPR95, "positive=picture of the classes, TPR 0.95, linear interpolation"
+    ),
     "fpr95_failure": Metric(
         "FPR95-failure",
         partial(fpr_at_tpr_kernel, positive="failure", rule="first"),
@@ -96,7 +102,10 @@ _ENTRIES = {
         wanted="chosen",
     ),
     "aupr_failure": Metric(
-        "AUPR-failure", partial(aupr_kernel, positive="failure"), "average precision", higher_is_better=True
+        "AUPR-failure",
+        partial(aupr_kernel, positive="failure"),
+        "average precision",
+        higher_is_better=True,
     ),
     "aupr_success": Metric(
         "AUPR-success",
@@ -105,7 +114,9 @@ _ENTRIES = {
         higher_is_better=True,
         wanted="evaluated",
     ),
-    "aurc": Metric("AURC", aurc_kernel, "mean selective risk, expected over ties", wanted="evaluated"),
+    "aurc": Metric(
+        "AURC", aurc_kernel, "mean selective risk, expected over ties", wanted="evaluated"
+    ),
     "aurc_trapezoid": Metric(
         "AURC-trapezoid",
         partial(aurc_kernel, convention="trapezoid"),
@@ -113,9 +124,14 @@ _ENTRIES = {
         wanted="chosen",
     ),
     "excess_aurc": Metric(
-        "E-AURC", excess_aurc_kernel, "mean selective risk less the finite-sample optimum", wanted="evaluated"
+        "E-AURC",
+        excess_aurc_kernel,
+        "mean selective risk less the finite-sample optimum",
+        wanted="evaluated",
     ),
-    "naurc": Metric("NAURC", naurc_kernel, "excess AURC over that of a random order", wanted="chosen"),
+    "naurc": Metric(
+        "NAURC", naurc_kernel, "excess AURC over that of a random order", wanted="chosen"
+    ),
     "augrc": Metric("AUGRC", augrc_kernel, "trapezoids over distinct scores"),
     "risk_at_coverage_0.8": Metric(
         "Risk@80%",
@@ -141,7 +157,9 @@ _ENTRIES = {
         of_probability=True,
         wanted="evaluated",
     ),
-    "brier": Metric("Brier", brier_kernel, "of the failure probability", of_probability=True, wanted="evaluated"),
+    "brier": Metric(
+        "Brier", brier_kernel, "of the failure probability", of_probability=True, wanted="evaluated"
+    ),
     "log_loss": Metric(
         "log-loss",
         log_loss_kernel,
@@ -161,7 +179,8 @@ def evaluated_metrics() -> list[str]:
 
 DEFAULT_METRICS = tuple(name for name, metric in METRICS.here.items() if metric.wanted != "chosen")
 """What ``evaluate`` computes of ours; those of a probability only where the uncertainty is one, those of the questions
-"within" and "outside" only where some rows are of none of the classes."""
+"within" and "outside" only where some rows are of none of the classes.
+"""
 
 
 def get_metric(name: str) -> Metric:
@@ -171,7 +190,9 @@ def get_metric(name: str) -> Metric:
         UsageError: If there is none, naming the nearest.
     """
     if name not in METRICS:
-        raise UsageError(f"no metric is called {name!r}.{nearest(name, METRICS)} There are: {', '.join(METRICS)}.")
+        raise UsageError(
+            f"no metric is called {name!r}.{nearest(name, METRICS)} There are: {', '.join(METRICS)}."
+        )
     return METRICS[name]
 
 
@@ -179,7 +200,8 @@ def add_metric(metric: Metric) -> None:
     """Make a metric one of those of this process: evaluated, shown and benchmarked like ours.
 
     Raises:
-        UsageError: If it has no name, another metric has it, or the kernel does not give a value for each resample.
+        UsageError: If it has no name, another metric has it, or the kernel does not give a value
+            for each resample.
     """
     if not metric.name or METRICS.here.get(metric.name, metric) != metric:
         raise UsageError(
@@ -189,7 +211,9 @@ def add_metric(metric: Metric) -> None:
     counts = np.array([[2, 1, 0], [1, 1, 1]])  # two resamples of three scores
     shape = np.shape(metric.kernel(TieCounts(np.array([0.0, 0.5, 1.0]), counts, counts[:, ::-1])))
     if shape != (2,):
-        raise UsageError(f"the kernel of {metric.name} must give values (B,) for counts (B, G). Got shape {shape}.")
+        raise UsageError(
+            f"the kernel of {metric.name} must give values (B,) for counts (B, G). Got shape {shape}."
+        )
     METRICS[metric.name] = metric
 
 

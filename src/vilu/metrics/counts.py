@@ -20,8 +20,9 @@ Positive = Literal["correct", "failure"]
 class TieCounts:
     """How many correct and wrong answers share each score, from the most to the least trusted score.
 
-    Rows of equal uncertainty are one operating point, so nothing here depends on the order of the rows. Leading axes
-    are bootstrap resamples; a score that no resampled row has counts zero and moves no metric.
+    Rows of equal uncertainty are one operating point, so nothing here depends on the order of the
+    rows. Leading axes are bootstrap resamples; a score that no resampled row has counts zero and
+    moves no metric.
     """
 
     value: Floats  # (G,) distinct uncertainties, ascending
@@ -66,7 +67,9 @@ class TieCounts:
     @cached_property
     def flipped(self) -> TieCounts:
         """The same problem seen from the other side: least trusted first, wrong answers in the role of correct ones."""
-        return TieCounts(-self.value[::-1], correct=self.wrong[..., ::-1], wrong=self.correct[..., ::-1])
+        return TieCounts(
+            -self.value[::-1], correct=self.wrong[..., ::-1], wrong=self.correct[..., ::-1]
+        )
 
     def towards(self, positive: Positive) -> TieCounts:
         """Counts whose ``correct`` are the class ``positive``, its most typical score first."""
@@ -109,13 +112,19 @@ def real_vector(values: ArrayLike, name: str) -> Floats:
     return _real(values, name).astype(np.float64)
 
 
-def check_codes(values: ArrayLike, name: str, last: int | None, first: int = UNKNOWN) -> NDArray[np.int64]:
+def check_codes(
+    values: ArrayLike, name: str, last: int | None, first: int = UNKNOWN
+) -> NDArray[np.int64]:
     """Whole numbers (N,) from ``first`` to ``last`` (None: no upper bound)."""
     numbers = real_vector(values, name)
     top = np.inf if last is None else last
     bad = np.flatnonzero(~((numbers >= first) & (numbers <= top) & (numbers == np.rint(numbers))))
     if len(bad):
-        lowest = f"{UNKNOWN} (unknown)" if first == UNKNOWN else f"{OUTSIDE} (none of the classes), {UNKNOWN} (unknown)"
+        lowest = (
+            f"{UNKNOWN} (unknown)"
+            if first == UNKNOWN
+            else f"{OUTSIDE} (none of the classes), {UNKNOWN} (unknown)"
+        )
         raise DataError(
             f"{name} must hold whole numbers from {lowest} to {top:g}. Got {numbers[bad[0]]:g} in row {bad[0]} instead."
         )
@@ -125,7 +134,11 @@ def check_codes(values: ArrayLike, name: str, last: int | None, first: int = UNK
 def _real(values: ArrayLike, name: str) -> NDArray[Any]:
     try:
         array = np.asarray(values)
-    except (TypeError, ValueError, RuntimeError) as error:  # ragged lists; tensors on a device or with gradients
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # ragged lists; tensors on a device or with gradients
         raise DataError(f"{name} must be a vector of numbers on the CPU: {error}") from error
     if array.ndim != 1:
         raise DataError(f"{name} must be a vector (rows,). Got shape {array.shape} instead.")
@@ -149,7 +162,9 @@ def tie_counts(uncertainty: ArrayLike, failure: ArrayLike) -> TieCounts:
     return TieCounts(value, correct, wrong)
 
 
-BLOCK_ROWS = 2**22  # rows that are sorted together; the places of a hundred million would take gigabytes
+BLOCK_ROWS = (
+    2**22
+)  # rows that are sorted together; the places of a hundred million would take gigabytes
 
 
 def _counts(scores: Floats, failures: NDArray[np.bool_]) -> TieCounts:
@@ -161,7 +176,9 @@ def _counts(scores: Floats, failures: NDArray[np.bool_]) -> TieCounts:
     return TieCounts(value, size - wrong, wrong)
 
 
-def ratio(numerator: NDArray[np.generic], denominator: NDArray[np.generic], empty: float = np.nan) -> Floats:
+def ratio(
+    numerator: NDArray[np.generic], denominator: NDArray[np.generic], empty: float = np.nan
+) -> Floats:
     """Quotient in float64, ``empty`` where the denominator is zero."""
     shape = np.broadcast_shapes(np.shape(numerator), np.shape(denominator))
     quotient: Floats = np.full(shape, empty)

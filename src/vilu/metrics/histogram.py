@@ -1,8 +1,9 @@
 """Scores of any number of rows in bounded memory: counts over bins, the same whatever the order in which they came.
 
-Every float64 score has a place in one order of int64 codes; a bin is a code without its lowest ``level`` bits. The
-level is the smallest at which at most ``MAX_BINS`` bins are occupied. It depends on nothing but the scores: a part that
-has too many bins at a level is never inside a whole that has few enough, so no merge drops a bit too many.
+Every float64 score has a place in one order of int64 codes; a bin is a code without its lowest
+``level`` bits. The level is the smallest at which at most ``MAX_BINS`` bins are occupied. It
+depends on nothing but the scores: a part that has too many bins at a level is never inside a whole
+that has few enough, so no merge drops a bit too many.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from vilu.metrics.counts import Floats, Ints, TieCounts, check_pair
 
 MAX_BINS = 2**20  # occupied bins at most: 24 MB
 _TINY = 2.0**-512
-_ZERO = np.float64(_TINY).view(np.int64).item() - 2**52  # whole octaves, so that 0 and 1 begin a bin at every level
+_ZERO = (
+    np.float64(_TINY).view(np.int64).item() - 2**52
+)  # whole octaves, so that 0 and 1 begin a bin at every level
 _HALF = np.float64(0.5).view(np.int64).item() - _ZERO
 _NEAR = np.float64(2.0**-54).view(np.int64).item()
 _ONE = _HALF + np.float64(0.5).view(np.int64).item() - _NEAR
@@ -31,9 +34,10 @@ _ONE_BITS = np.float64(1.0).view(np.int64).item()
 def codes(scores: Floats) -> Ints:
     """Place (N,) of finite scores in their order: equal scores have equal codes, larger ones larger codes.
 
-    The bits of a float64 are such a code, fine near 0 and coarse near 1 when its low bits are dropped. Probabilities
-    saturate at both ends, so between 1/2 and 1 the code is taken from the bits of 1 - score, which is exact. To make
-    room for this in 64 bits, magnitudes below 2^-512 count as zero.
+    The bits of a float64 are such a code, fine near 0 and coarse near 1 when its low bits are
+    dropped. Probabilities saturate at both ends, so between 1/2 and 1 the code is taken from the
+    bits of 1 - score, which is exact. To make room for this in 64 bits, magnitudes below 2^-512
+    count as zero.
     """
     size = np.abs(scores)
     bits = size.view(np.int64)
@@ -58,8 +62,8 @@ def scores_of(code: Ints) -> Floats:
 class Histogram:
     """Correct and wrong answers per bin of the score; ``+`` joins two, in any order, to the same counts.
 
-    Up to ``MAX_BINS`` distinct scores it is exact. Beyond, scores of one bin count as tied: the error of AUROC is at
-    most ``tied_pairs`` / 2, in practice far less.
+    Up to ``MAX_BINS`` distinct scores it is exact. Beyond, scores of one bin count as tied: the
+    error of AUROC is at most ``tied_pairs`` / 2, in practice far less.
     """
 
     bins: Ints  # (G,) int64, ascending: codes without their lowest ``level`` bits
@@ -111,13 +115,17 @@ class Histogram:
     def places(self, part: Histogram) -> Ints:
         """(G,) rows of a part, whose level is never the higher one, in each bin."""
         found = np.zeros_like(self.wrong)
-        np.add.at(found, np.searchsorted(self.bins, part.bins >> (self.level - part.level)), part.wrong)
+        np.add.at(
+            found, np.searchsorted(self.bins, part.bins >> (self.level - part.level)), part.wrong
+        )
         return found
 
     def counted(self, correct: Ints, wrong: Ints) -> Histogram:
         """Other counts (G,) of the same bins, without those that are empty."""
         some = correct + wrong > 0
-        return Histogram(self.bins[some], correct[some], wrong[some], self.level, self.low, self.high)
+        return Histogram(
+            self.bins[some], correct[some], wrong[some], self.level, self.low, self.high
+        )
 
     @property
     def n(self) -> int:
@@ -137,14 +145,21 @@ class Histogram:
     @property
     def note(self) -> str | None:
         """What to say beside metrics that it gives; None where they are exact."""
-        return None if self.exact else f"histogram of at most {MAX_BINS:,} bins, {52 - self.level} bits of the score"
+        return (
+            None
+            if self.exact
+            else f"histogram of at most {MAX_BINS:,} bins, {52 - self.level} bits of the score"
+        )
 
     @property
     def values(self) -> Floats:
         """(G,) a score of each bin, ascending: its middle, at most half its width from every score in it."""
         start = self.bins << self.level
         first, last = codes(np.array([self.low, self.high])) if len(start) else (0, 0)
-        low, high = scores_of(np.maximum(start, first)), scores_of(np.minimum(start + (1 << self.level) - 1, last))
+        low, high = (
+            scores_of(np.maximum(start, first)),
+            scores_of(np.minimum(start + (1 << self.level) - 1, last)),
+        )
         return low / 2 + high / 2
 
     @property
@@ -185,5 +200,7 @@ class Histogram:
         bins = self.bins[order]
         while len(starts := np.flatnonzero(np.diff(bins, prepend=~bins[:1]))) > MAX_BINS:
             bins, level = bins >> 1, level + 1
-        correct, wrong = (np.add.reduceat(x[order], starts) if len(x) else x for x in (self.correct, self.wrong))
+        correct, wrong = (
+            np.add.reduceat(x[order], starts) if len(x) else x for x in (self.correct, self.wrong)
+        )
         return Histogram(bins[starts], correct, wrong, level, self.low, self.high)

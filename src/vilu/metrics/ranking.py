@@ -1,6 +1,7 @@
 """How well the uncertainty separates wrong answers from correct ones: AUROC, FPR at a TPR, average precision.
 
-Every metric is a kernel over ``TieCounts`` (one value per resample) and a function of ``(uncertainty, failure)``.
+Every metric is a kernel over ``TieCounts`` (one value per resample) and a function of
+``(uncertainty, failure)``.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ def auroc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
 
     Examples:
         >>> import vilu
-        >>> vilu.metrics.auroc([0.1, 0.2, 0.2, 0.9], [0, 0, 1, 1])  # of four pairs three are in order, one is tied
+        >>> vilu.metrics.auroc(
+        ...     [0.1, 0.2, 0.2, 0.9], [0, 0, 1, 1]
+        ... )  # of four pairs three are in order, one is tied
         0.875
     """
     return float(auroc_kernel(tie_counts(uncertainty, failure)))
@@ -46,20 +49,22 @@ def fpr_at_tpr(
 ) -> float:
     """False positive rate where the true positive rate reaches ``level`` (FPR95). NaN if there is only one class.
 
-    With ``positive="correct"`` it is the share of wrong answers still accepted when ``level`` of the correct ones are;
-    with ``"failure"`` the share of correct answers rejected when ``level`` of the wrong ones are. These differ.
+    With ``positive="correct"`` it is the share of wrong answers still accepted when ``level`` of
+    the correct ones are; with ``"failure"`` the share of correct answers rejected when ``level`` of
+    the wrong ones are. These differ.
 
     Args:
         uncertainty: (N,) scores, higher = more likely wrong.
         failure: (N,) 1 where the answer is wrong, else 0.
         level: True positive rate, in (0, 1].
         positive: The positive class.
-        rule: "interpolate": the ROC curve as straight lines between operating points, as in the ViLU paper; where it
-            runs level at exactly ``level``, its far end (what ``numpy.interp`` and so the paper's code returns).
-            "first": the first operating point whose rate is at least ``level`` (fd-shifts, Rel-U, ICPE). "nearest":
-            the operating point nearest to ``level`` (TrustVLM). scikit-learn's default drops operating points on
-            straight stretches of the curve; that changes nothing for "interpolate", while "first" and "nearest" are
-            exact only on all points, which are used here.
+        rule: "interpolate": the ROC curve as straight lines between operating points, as in the
+            ViLU paper; where it runs level at exactly ``level``, its far end (what ``numpy.interp``
+            and so the paper's code returns). "first": the first operating point whose rate is at
+            least ``level`` (fd-shifts, Rel-U, ICPE). "nearest": the operating point nearest to
+            ``level`` (TrustVLM). scikit-learn's default drops operating points on straight
+            stretches of the curve; that changes nothing for "interpolate", while "first" and
+            "nearest" are exact only on all points, which are used here.
 
     Raises:
         UsageError: If ``level``, ``positive`` or ``rule`` is none of the above.
@@ -71,7 +76,9 @@ def fpr_at_tpr(
         ...     uncertainty, failure
         ... )  # to accept all correct answers is to accept one of two wrong ones
         0.5
-        >>> round(vilu.metrics.fpr_at_tpr(uncertainty, failure, positive="failure"), 4)  # to reject both: one of three
+        >>> round(
+        ...     vilu.metrics.fpr_at_tpr(uncertainty, failure, positive="failure"), 4
+        ... )  # to reject both: one of three
         0.3333
     """
     return float(fpr_at_tpr_kernel(tie_counts(uncertainty, failure), level, positive, rule))
@@ -84,7 +91,9 @@ def aupr_failure(uncertainty: ArrayLike, failure: ArrayLike) -> float:
 
     Examples:
         >>> import vilu
-        >>> round(vilu.metrics.aupr_failure([0.1, 0.2, 0.3, 0.4], [0, 1, 0, 1]), 4)  # 1/2 * 1 + 1/2 * 2/3
+        >>> round(
+        ...     vilu.metrics.aupr_failure([0.1, 0.2, 0.3, 0.4], [0, 1, 0, 1]), 4
+        ... )  # 1/2 * 1 + 1/2 * 2/3
         0.8333
     """
     return float(aupr_kernel(tie_counts(uncertainty, failure), "failure"))
@@ -98,7 +107,9 @@ def aupr_success(uncertainty: ArrayLike, failure: ArrayLike) -> float:
 
     Examples:
         >>> import vilu
-        >>> round(vilu.metrics.aupr_success([0.1, 0.2, 0.3, 0.4], [0, 0, 1, 0]), 4)  # (1 + 1 + 3/4) / 3
+        >>> round(
+        ...     vilu.metrics.aupr_success([0.1, 0.2, 0.3, 0.4], [0, 0, 1, 0]), 4
+        ... )  # (1 + 1 + 3/4) / 3
         0.9167
     """
     return float(aupr_kernel(tie_counts(uncertainty, failure), "correct"))
@@ -132,7 +143,10 @@ def auroc_kernel(counts: TieCounts) -> Floats:
 
 
 def fpr_at_tpr_kernel(
-    counts: TieCounts, level: float = 0.95, positive: Positive = "correct", rule: Rule = "interpolate"
+    counts: TieCounts,
+    level: float = 0.95,
+    positive: Positive = "correct",
+    rule: Rule = "interpolate",
 ) -> Floats:
     """False positive rate (...); see ``fpr_at_tpr``."""
     if not 0 < level <= 1:
@@ -146,7 +160,9 @@ def fpr_at_tpr_kernel(
         return _pick(fpr, np.abs(tpr - level).argmin(-1))
     below = (tpr <= level).sum(-1) - 1
     above = np.minimum(below + 1, tpr.shape[-1] - 1)
-    (tpr_below, tpr_above), (fpr_below, fpr_above) = ([_pick(x, below), _pick(x, above)] for x in (tpr, fpr))
+    (tpr_below, tpr_above), (fpr_below, fpr_above) = (
+        [_pick(x, below), _pick(x, above)] for x in (tpr, fpr)
+    )
     share = ratio(level - tpr_below, tpr_above - tpr_below, empty=0.0)
     return fpr_below + share * (fpr_above - fpr_below)
 
@@ -164,9 +180,13 @@ def _roc(counts: TieCounts) -> tuple[Floats, Floats]:
     one_class = (counts.n_correct * counts.n_wrong == 0)[..., None]
 
     def rate(accepted: Ints, total: Ints) -> Floats:
-        return ratio(np.concatenate([origin, accepted], axis=-1), np.where(one_class, 0, total[..., None]))
+        return ratio(
+            np.concatenate([origin, accepted], axis=-1), np.where(one_class, 0, total[..., None])
+        )
 
-    return rate(counts.accepted_wrong, counts.n_wrong), rate(counts.accepted_correct, counts.n_correct)
+    return rate(counts.accepted_wrong, counts.n_wrong), rate(
+        counts.accepted_correct, counts.n_correct
+    )
 
 
 def _pick(values: Floats, index: NDArray[np.intp]) -> Floats:

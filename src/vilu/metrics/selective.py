@@ -1,7 +1,8 @@
 """Selective prediction: what is wrong among the answers kept when the most uncertain ones are left out.
 
-The coverage is the share of answers kept, the selective risk the share of wrong ones among them. Inside a block of
-equal uncertainties the order is unknown, so the number of wrong answers grows there at its expected, even pace.
+The coverage is the share of answers kept, the selective risk the share of wrong ones among them.
+Inside a block of equal uncertainties the order is unknown, so the number of wrong answers grows
+there at its expected, even pace.
 """
 
 from __future__ import annotations
@@ -17,18 +18,24 @@ from vilu.metrics.counts import Floats, Ints, TieCounts, ratio, tie_counts
 
 Convention = Literal["mean", "trapezoid"]
 
-_HARMONIC: Floats = np.concatenate([[0.0], np.cumsum(1 / np.arange(1.0, 2**16))])  # harmonic numbers H_0 ... H_65535
-TABLE = 2**21  # of fewer rows harmonic numbers are looked up (16 MB), which is five times as fast as their logarithms
+_HARMONIC: Floats = np.concatenate(
+    [[0.0], np.cumsum(1 / np.arange(1.0, 2**16))]
+)  # harmonic numbers H_0 ... H_65535
+TABLE = (
+    2**21
+    # of fewer rows harmonic numbers are looked up (16 MB), which is five times as fast as their
+    # logarithms
+)
 
 
 @checked
 def aurc(uncertainty: ArrayLike, failure: ArrayLike, convention: Convention = "mean") -> float:
     """Area under the risk-coverage curve, in [0, 1]; lower is better.
 
-    With R_i the selective risk of the i most trusted answers, "mean" is (1/N) Σ_i R_i (Geifman et al. 2019), taken in
-    expectation over the order of tied rows. Reference implementations sort ties as they come, so that their value
-    depends on the order of the input. "trapezoid" integrates over distinct uncertainties, level down to coverage 0
-    (fd-shifts, there times 1000).
+    With R_i the selective risk of the i most trusted answers, "mean" is (1/N) Σ_i R_i (Geifman et
+    al. 2019), taken in expectation over the order of tied rows. Reference implementations sort ties
+    as they come, so that their value depends on the order of the input. "trapezoid" integrates over
+    distinct uncertainties, level down to coverage 0 (fd-shifts, there times 1000).
 
     Args:
         uncertainty: (N,) scores, higher = more likely wrong.
@@ -68,7 +75,9 @@ def naurc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
 
     Examples:
         >>> import vilu
-        >>> round(vilu.metrics.naurc([1, 2, 3, 4], [0, 1, 0, 1]), 4)  # 1/8 above the best order, a random one 7/24
+        >>> round(
+        ...     vilu.metrics.naurc([1, 2, 3, 4], [0, 1, 0, 1]), 4
+        ... )  # 1/8 above the best order, a random one 7/24
         0.4286
     """
     return float(naurc_kernel(tie_counts(uncertainty, failure)))
@@ -77,12 +86,14 @@ def naurc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
 def augrc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
     """Area under the generalised risk-coverage curve (Traub et al. 2024), in [0, 1/2]; lower is better.
 
-    The generalised risk is the share of all N answers that are kept and wrong. With accuracy a it is
-    (1 - AUROC) a (1 - a) + (1 - a)² / 2; random order (1 - a) / 2, best order (1 - a)² / 2.
+    The generalised risk is the share of all N answers that are kept and wrong. With accuracy a it
+    is (1 - AUROC) a (1 - a) + (1 - a)² / 2; random order (1 - a) / 2, best order (1 - a)² / 2.
 
     Examples:
         >>> import vilu
-        >>> vilu.metrics.augrc([1, 2, 3, 4], [0, 1, 0, 1])  # an AUROC of 3/4: 1/4 * 1/2 * 1/2 + 1/4 / 2
+        >>> vilu.metrics.augrc(
+        ...     [1, 2, 3, 4], [0, 1, 0, 1]
+        ... )  # an AUROC of 3/4: 1/4 * 1/2 * 1/2 + 1/4 / 2
         0.1875
     """
     return float(augrc_kernel(tie_counts(uncertainty, failure)))
@@ -97,7 +108,9 @@ def risk_at_coverage(uncertainty: ArrayLike, failure: ArrayLike, coverage: float
 
     Examples:
         >>> import vilu
-        >>> round(vilu.metrics.risk_at_coverage([1, 2, 3, 4], [0, 1, 0, 1], coverage=0.75), 4)  # one of three is wrong
+        >>> round(
+        ...     vilu.metrics.risk_at_coverage([1, 2, 3, 4], [0, 1, 0, 1], coverage=0.75), 4
+        ... )  # one of three is wrong
         0.3333
     """
     return float(risk_at_coverage_kernel(tie_counts(uncertainty, failure), coverage))
@@ -107,8 +120,8 @@ def risk_at_coverage(uncertainty: ArrayLike, failure: ArrayLike, coverage: float
 def coverage_at_risk(uncertainty: ArrayLike, failure: ArrayLike, risk: float = 0.05) -> float:
     """Largest coverage that a threshold reaches with selective risk at most ``risk``; 0 if none does.
 
-    A threshold keeps a tied block or leaves it out. This describes the sample at hand; it is not a guarantee for new
-    data (see ``vilu.calibrate``).
+    A threshold keeps a tied block or leaves it out. This describes the sample at hand; it is not a
+    guarantee for new data (see ``vilu.calibrate``).
 
     Raises:
         UsageError: If ``risk`` is not in [0, 1].
@@ -200,13 +213,16 @@ def _large_harmonic() -> Floats:
 def _mean_risk(counts: TieCounts) -> Floats:
     """(1/N) Σ_i R_i with R_i = (W + w (i - s) / m) / i inside a block of m rows after s, whose sum has a closed form.
 
-    Σ_{i=s+1}^{s+m} R_i = w + (W - w s / m) (H_{s+m} - H_s), with w of the block's rows wrong and W before it.
+    Σ_{i=s+1}^{s+m} R_i = w + (W - w s / m) (H_{s+m} - H_s), with w of the block's rows wrong and W
+    before it.
     """
     before = counts.accepted - counts.size
     wrong_before = counts.accepted_wrong - counts.wrong
     pace = ratio(counts.wrong, counts.size, empty=0.0)
     steps = _harmonic(counts.accepted) - _harmonic(before)
-    np.divide(1.0, counts.accepted, out=steps, where=counts.size == 1)  # the same, without cancellation
+    np.divide(
+        1.0, counts.accepted, out=steps, where=counts.size == 1
+    )  # the same, without cancellation
     blocks = counts.wrong + (wrong_before - pace * before) * steps
     return ratio(blocks.sum(-1), counts.n)
 

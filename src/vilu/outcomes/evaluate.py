@@ -11,7 +11,15 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from vilu.errors import UNKNOWN, DataError, ProvenanceError, UsageError, checked, found, require_at_least
+from vilu.errors import (
+    UNKNOWN,
+    DataError,
+    ProvenanceError,
+    UsageError,
+    checked,
+    found,
+    require_at_least,
+)
 from vilu.metrics.bootstrap import Interval, OwnInterval, paired_bootstrap
 from vilu.metrics.catalog import Kernel, Metric, Question, evaluated_metrics, get_metric
 from vilu.metrics.counts import tie_counts
@@ -33,12 +41,12 @@ def evaluate(
     """Metrics of one or several methods, over the rows that have both an uncertainty and a known failure.
 
     Args:
-        outcomes: What was scored (``Outcomes``, or a ``ScoreFolder`` of any size); several may differ in method, data
-            set, split and seed.
-        metrics: Names of ``vilu.metrics.METRICS``; by default ``DEFAULT_METRICS`` and those that were added, of which
-            those of a probability only where there is one: the calibrated ``failure_probability``, or else an
-            uncertainty that is a probability; and those of the questions "within" and "outside" only where some rows
-            are of none of the classes.
+        outcomes: What was scored (``Outcomes``, or a ``ScoreFolder`` of any size); several may
+            differ in method, data set, split and seed.
+        metrics: Names of ``vilu.metrics.METRICS``; by default ``DEFAULT_METRICS`` and those that
+            were added, of which those of a probability only where there is one: the calibrated
+            ``failure_probability``, or else an uncertainty that is a probability; and those of the
+            questions "within" and "outside" only where some rows are of none of the classes.
         n_resamples: Bootstrap resamples; 0 for no intervals.
         confidence: Coverage of the intervals, in (0, 1).
         seed: Seed of the resampling.
@@ -54,7 +62,9 @@ def evaluate(
         >>> import vilu
         >>> failure = [0, 1, 0, 1] * 20
         >>> mine = vilu.Outcomes([0.1, 0.2, 0.3, 0.4] * 20, failure, method="mine", dataset="pets")
-        >>> other = vilu.Outcomes([0.4, 0.3, 0.2, 0.1] * 20, failure, method="other", dataset="pets")
+        >>> other = vilu.Outcomes(
+        ...     [0.4, 0.3, 0.2, 0.1] * 20, failure, method="other", dataset="pets"
+        ... )
         >>> print(vilu.evaluate([mine, other], metrics=["auroc", "augrc"], n_resamples=0))
         pets: 80 answers, 40 wrong, accuracy 50.0 %
         method  AUROC  AUGRC
@@ -72,7 +82,9 @@ def evaluate(
     rows: list[ResultRow] = []
     scarce: list[str] = []
     for one in several:
-        chosen = {name: get_metric(name) for name in (evaluated_metrics() if metrics is None else metrics)}
+        chosen = {
+            name: get_metric(name) for name in (evaluated_metrics() if metrics is None else metrics)
+        }
         if metrics is None:
             chosen = {name: metric for name, metric in chosen.items() if _has_meaning(metric, one)}
         rows += _rows(one, chosen, Resampling(n_resamples, confidence, seed))
@@ -97,7 +109,9 @@ def _tallies(outcomes: Tallied | Iterable[object]) -> list[Tally]:
     for one in [outcomes] if isinstance(outcomes, Tallied) else outcomes:
         if not isinstance(one, Tallied):
             what = found(outcomes if hasattr(outcomes, "shape") else one)
-            raise UsageError(f"evaluate takes vilu.Outcomes, which vilu.score gives, or a list of them. Got {what}.")
+            raise UsageError(
+                f"evaluate takes vilu.Outcomes, which vilu.score gives, or a list of them. Got {what}."
+            )
         tallies.append(one.tally())
     return tallies
 
@@ -134,12 +148,21 @@ class Comparison:
 
     def to_dict(self) -> dict[str, object]:
         """Plain dictionary; None where undefined."""
-        return {name: _null(value) if isinstance(value, float) else value for name, value in asdict(self).items()}
+        return {
+            name: _null(value) if isinstance(value, float) else value
+            for name, value in asdict(self).items()
+        }
 
 
 @checked
 def compare(
-    a: Outcomes, b: Outcomes, *, metric: str = "auroc", n_resamples: int = 1000, confidence: float = 0.95, seed: int = 0
+    a: Outcomes,
+    b: Outcomes,
+    *,
+    metric: str = "auroc",
+    n_resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
 ) -> Comparison:
     """Difference of a metric between two methods on the same rows, by paired bootstrap.
 
@@ -176,11 +199,15 @@ def compare(
     (u_a, failure), (u_b, _) = _evaluable(a, rows), _evaluable(b, rows)
     if chosen.question == "outside":
         failure = a.outside[rows].astype(np.int64)
-    result = paired_bootstrap(metric, u_a, u_b, failure, n_resamples=n_resamples, confidence=confidence, seed=seed)
+    result = paired_bootstrap(
+        metric, u_a, u_b, failure, n_resamples=n_resamples, confidence=confidence, seed=seed
+    )
     value_a, value_b = (float(chosen.kernel(tie_counts(scores, failure))) for scores in (u_a, u_b))
     n, n_failures = len(failure), int(failure.sum())
     why = _why(n, n_failures, chosen.question) if math.isnan(result.difference) else None
-    return Comparison(metric, a.method, b.method, value_a, value_b, *result, n, n_failures, chosen.convention, why)
+    return Comparison(
+        metric, a.method, b.method, value_a, value_b, *result, n, n_failures, chosen.convention, why
+    )
 
 
 def _as_probability(outcomes: Outcomes, metric: str) -> Outcomes:
@@ -188,7 +215,9 @@ def _as_probability(outcomes: Outcomes, metric: str) -> Outcomes:
     if outcomes.failure_probability is not None:
         return replace(outcomes, uncertainty=outcomes.failure_probability)
     if not outcomes.is_probability:
-        raise DataError(f"{metric} needs failure probabilities, but the scores of {_name(outcomes)} are not.")
+        raise DataError(
+            f"{metric} needs failure probabilities, but the scores of {_name(outcomes)} are not."
+        )
     return outcomes
 
 
@@ -246,21 +275,30 @@ def _rows(tally: Tally, metrics: Mapping[str, Metric], how: Resampling) -> list[
     return rows
 
 
-def _measured(source: Scores, kernels: Mapping[str, Kernel], how: Resampling) -> dict[str, Interval]:
+def _measured(
+    source: Scores, kernels: Mapping[str, Kernel], how: Resampling
+) -> dict[str, Interval]:
     """Metrics, with intervals but where there is nothing to resample: one class, or none is wanted."""
     if how.n and 0 < source.n_failures < source.n:
-        return source.intervals(kernels, n_resamples=how.n, confidence=how.confidence, seed=how.seed)
+        return source.intervals(
+            kernels, n_resamples=how.n, confidence=how.confidence, seed=how.seed
+        )
     if not source.n:
         return dict.fromkeys(kernels, UNDEFINED)
     counts = source.counts()
-    return {name: Interval(float(kernel(counts)), math.nan, math.nan) for name, kernel in kernels.items()}
+    return {
+        name: Interval(float(kernel(counts)), math.nan, math.nan)
+        for name, kernel in kernels.items()
+    }
 
 
 def _null(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def _evaluable(outcomes: Outcomes, rows: NDArray[np.bool_]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+def _evaluable(
+    outcomes: Outcomes, rows: NDArray[np.bool_]
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     if not rows.any():
         known = np.count_nonzero(outcomes.failure != UNKNOWN)
         raise DataError(
@@ -274,7 +312,9 @@ def require_same_rows(a: Outcomes, b: Outcomes) -> None:
     """Refuse outcomes of other rows or answers: other number, ids or failures."""
     names = f"{_name(a)} and {_name(b)}"
     if len(a) != len(b):
-        raise ProvenanceError(f"{names} must be of the same rows. Got {len(a)} and {len(b)} rows instead.")
+        raise ProvenanceError(
+            f"{names} must be of the same rows. Got {len(a)} and {len(b)} rows instead."
+        )
     if a.ids is not None and b.ids is not None and a.ids != b.ids:
         row = next(i for i, (x, y) in enumerate(zip(a.ids, b.ids, strict=True)) if x != y)
         raise ProvenanceError(
@@ -302,7 +342,11 @@ def _scarce(tally: Tally) -> list[str]:
     return [f"{_name(tally)} has only {k} {kind}" for kind, k in kinds.items() if k < FEW]
 
 
-ASKED = {"failure": "wrong", "within": "wrong within the classes", "outside": "of none of the classes"}
+ASKED = {
+    "failure": "wrong",
+    "within": "wrong within the classes",
+    "outside": "of none of the classes",
+}
 """What the positive rows of a question are."""
 
 
@@ -312,4 +356,6 @@ def _why(n: int, n_failures: int, question: Question) -> str:
 
 
 def _name(outcomes: Outcomes | Tally) -> str:
-    return (outcomes.method or "the scores") + (f" on {outcomes.dataset}" if outcomes.dataset else "")
+    return (outcomes.method or "the scores") + (
+        f" on {outcomes.dataset}" if outcomes.dataset else ""
+    )

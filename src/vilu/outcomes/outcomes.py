@@ -29,15 +29,21 @@ def check_outside(values: ArrayLike, target: NDArray[np.int64]) -> NDArray[np.bo
     outside: NDArray[np.bool_] = require_mask("outside", np.array(values), len(target))
     both = np.flatnonzero(outside & (target >= 0))
     if len(both):
-        raise DataError(f"row {both[0]} cannot be of none of the classes (outside) and of class {target[both[0]]}.")
+        raise DataError(
+            f"row {both[0]} cannot be of none of the classes (outside) and of class {target[both[0]]}."
+        )
     return outside
 
 
-def check_texts(values: Sequence[str | None] | None, name: str, *, optional: bool = False) -> tuple[Any, ...] | None:
+def check_texts(
+    values: Sequence[str | None] | None, name: str, *, optional: bool = False
+) -> tuple[Any, ...] | None:
     """Texts, each of which may be None where that is optional."""
     if values is None:
         return None
-    if isinstance(values, str | Set | Mapping) or not isinstance(values, Iterable):  # a set has no order
+    if isinstance(values, str | Set | Mapping) or not isinstance(
+        values, Iterable
+    ):  # a set has no order
         raise DataError(f"{name} must be a list of texts. Got {type(values).__name__} instead.")
     texts = tuple(values)
     plain = {str, type(None)} if optional else {str}
@@ -84,8 +90,8 @@ class Tally:
     outside: Scores  # all of them, the wrong ones being those of none of the classes
     n_unlabelled: int  # rows with an uncertainty whose failure is unknown
     n_unusable: int  # rows without an uncertainty
-    # the same rows with a probability of failure in place of the uncertainty: the calibrated one, or the uncertainty
-    # itself where that is one; None where there is none
+    # the same rows with a probability of failure in place of the uncertainty: the calibrated one,
+    # or the uncertainty itself where that is one; None where there is none
     probability: Scores | None
     method: str | None = None  # name of the predictor
     dataset: str | None = None  # name of the data set
@@ -96,7 +102,9 @@ class Tally:
         """The rows that a metric is of; None where it needs probabilities and there are none."""
         if metric.of_probability:
             return self.probability
-        return {"failure": self.scores, "within": self.within, "outside": self.outside}[metric.question]
+        return {"failure": self.scores, "within": self.within, "outside": self.outside}[
+            metric.question
+        ]
 
 
 def facts_of(scores: object) -> dict[str, Any]:
@@ -146,10 +154,13 @@ class Outcomes:
 
     Attributes:
         uncertainty: (N,) float64, higher = more likely wrong; NaN only where ``reason`` says why.
-        failure: (N,) int64, 1 where the answer is wrong, 0 where it is right, -1 where that is unknown.
+        failure: (N,) int64, 1 where the answer is wrong, 0 where it is right, -1 where that is
+            unknown.
         prediction: (N,) int64 answers of the frozen model, -1 where there is none.
-        target: (N,) int64 right answers, -1 where unknown or where there is none (``outside``); given, -2 is outside.
-        outside: (N,) bool, which rows are of none of the classes, so that any answer is wrong; given, empty is none.
+        target: (N,) int64 right answers, -1 where unknown or where there is none (``outside``);
+            given, -2 is outside.
+        outside: (N,) bool, which rows are of none of the classes, so that any answer is wrong;
+            given, empty is none.
         ids: N row identifiers.
         class_names: Names of the candidates, which predictions and targets count.
         method: Name of the predictor.
@@ -157,20 +168,25 @@ class Outcomes:
         split: Name of its part.
         seed: Seed of the predictor.
         reason: Per row why it has no uncertainty ("nonfinite", "zero_norm", "k<2"), or None.
-        provenance: Plain JSON on what made the scores (fingerprints, number of candidates, pool size, ...).
+        provenance: Plain JSON on what made the scores (fingerprints, number of candidates, pool
+            size, ...).
         is_probability: Whether the uncertainty is a probability of failure.
-        failure_probability: (N,) float64 calibrated probability of failure, NaN as the uncertainty; None without.
+        failure_probability: (N,) float64 calibrated probability of failure, NaN as the uncertainty;
+            None without.
         decision: Per row "accept" or "abstain"; None without a rule.
-        decision_reason: Per row why it is not accepted ("above_threshold", "below_floor", "outside", "not_certified",
-            "not_selected", or its ``reason``), or None.
-        label_set: Per row a JSON list of the candidates that may be right, or None where there is no uncertainty.
+        decision_reason: Per row why it is not accepted ("above_threshold", "below_floor",
+            "outside", "not_certified", "not_selected", or its ``reason``), or None.
+        label_set: Per row a JSON list of the candidates that may be right, or None where there is
+            no uncertainty.
 
     Raises:
         DataError: If lengths disagree or a value cannot be.
 
     Examples:
         >>> import vilu
-        >>> outcomes = vilu.Outcomes([0.1, 0.9, 0.4], [0, 1, -1])  # nobody has looked at the third answer
+        >>> outcomes = vilu.Outcomes(
+        ...     [0.1, 0.9, 0.4], [0, 1, -1]
+        ... )  # nobody has looked at the third answer
         >>> outcomes.evaluable.tolist()
         [True, True, False]
         >>> outcomes.take([1, 0]).uncertainty.tolist()
@@ -205,11 +221,17 @@ class Outcomes:
         checked = {
             "uncertainty": uncertainty,
             "failure": check_codes(self.failure, "failure", 1),
-            "prediction": None if self.prediction is None else check_codes(self.prediction, "prediction", last),
-            "target": None if self.target is None else check_codes(self.target, "target", last, OUTSIDE),
+            "prediction": None
+            if self.prediction is None
+            else check_codes(self.prediction, "prediction", last),
+            "target": None
+            if self.target is None
+            else check_codes(self.target, "target", last, OUTSIDE),
             "ids": check_texts(self.ids, "ids"),
             "reason": check_texts(self.reason, "reason", optional=True),
-            "failure_probability": check_probabilities(self.failure_probability, "failure_probability"),
+            "failure_probability": check_probabilities(
+                self.failure_probability, "failure_probability"
+            ),
             **{name: check_texts(getattr(self, name), name, optional=True) for name in DECISION},
         }
         for name, column in checked.items():
@@ -227,7 +249,9 @@ class Outcomes:
         """Make a Boolean of the targets -2, and see that such answers are wrong."""
         target = np.full(len(self.uncertainty), UNKNOWN) if self.target is None else self.target
         outside: NDArray[np.bool_] = target == OUTSIDE
-        if np.any(self.outside):  # where none is, their number says nothing: rows may have been replaced by fewer
+        if np.any(
+            self.outside
+        ):  # where none is, their number says nothing: rows may have been replaced by fewer
             outside |= check_outside(self.outside, target)
         bad = np.flatnonzero(outside & np.isfinite(self.uncertainty) & (self.failure != 1))
         if len(bad):
@@ -241,7 +265,9 @@ class Outcomes:
 
     def _check_uncertainty(self) -> None:
         missing = np.isnan(self.uncertainty)
-        explained = np.array([bool(text) for text in self.reason or ()] or [False] * len(missing), dtype=bool)
+        explained = np.array(
+            [bool(text) for text in self.reason or ()] or [False] * len(missing), dtype=bool
+        )
         unexplained = np.flatnonzero(missing & ~explained)
         if len(unexplained):
             raise DataError(
@@ -250,11 +276,17 @@ class Outcomes:
             )
         values = self.uncertainty[~missing]
         if np.isinf(values).any():
-            raise DataError(f"uncertainty must be finite. Got {np.count_nonzero(np.isinf(values))} infinite values.")
-        if self.failure_probability is not None and not np.array_equal(np.isnan(self.failure_probability), missing):
+            raise DataError(
+                f"uncertainty must be finite. Got {np.count_nonzero(np.isinf(values))} infinite values."
+            )
+        if self.failure_probability is not None and not np.array_equal(
+            np.isnan(self.failure_probability), missing
+        ):
             raise DataError("failure_probability must be there exactly where the uncertainty is.")
         if self.is_probability and len(values) and (values.min() < 0 or values.max() > 1):
-            raise DataError(f"a probability must be in [0, 1]. Got {values.min():.6g} to {values.max():.6g} instead.")
+            raise DataError(
+                f"a probability must be in [0, 1]. Got {values.min():.6g} to {values.max():.6g} instead."
+            )
 
     def _check_labels(self) -> None:
         for name, kind in KINDS.items():
@@ -282,7 +314,9 @@ class Outcomes:
 
         Examples:
             >>> import vilu
-            >>> outcomes = vilu.Outcomes([0.1, 0.9, 0.4], [0, 1, 1], ids=["a.jpg", "b.jpg", "c.jpg"])
+            >>> outcomes = vilu.Outcomes(
+            ...     [0.1, 0.9, 0.4], [0, 1, 1], ids=["a.jpg", "b.jpg", "c.jpg"]
+            ... )
             >>> outcomes.take(outcomes.failure == 1).ids
             ('b.jpg', 'c.jpg')
         """
@@ -294,9 +328,13 @@ class Outcomes:
             raise DataError(f"{wrong}: {error}.") from error
         if (places < 0).any():  # -1 is what is not known, not the last row
             raise DataError(f"{wrong}. Got {places.min()} instead.")
-        columns = {name: getattr(self, name) for name in ("uncertainty", "failure", "outside", *OPTIONAL)}
+        columns = {
+            name: getattr(self, name) for name in ("uncertainty", "failure", "outside", *OPTIONAL)
+        }
         taken: dict[str, Any] = {
-            name: column[chosen] if isinstance(column, np.ndarray) else [column[row] for row in chosen.tolist()]
+            name: column[chosen]
+            if isinstance(column, np.ndarray)
+            else [column[row] for row in chosen.tolist()]
             for name, column in columns.items()
             if column is not None
         }
@@ -315,7 +353,9 @@ class Outcomes:
         scores = ScoredRows(self.uncertainty[rows], self.failure[rows])
         probability, calibrated = scores if self.is_probability else None, self.failure_probability
         if calibrated is not None:
-            probability = ScoredRows(calibrated[rows], self.failure[rows], "of the calibrated failure_probability")
+            probability = ScoredRows(
+                calibrated[rows], self.failure[rows], "of the calibrated failure_probability"
+            )
         return Tally(
             scores=scores,
             within=scores.take(~self.outside[rows]) if self.outside.any() else scores,
@@ -330,9 +370,9 @@ class Outcomes:
     def save(self, path: str | Path, *, inputs: str | None = None) -> None:
         """Write ``.parquet`` (complete) or ``.csv`` (the rows only), atomically; see ``table``.
 
-        Other scores that lie there are replaced, and no other file. In a CSV, text that a spreadsheet would run as a
-        formula gets an apostrophe in front. ``inputs`` is the digest of what the scores were made from
-        (``vilu.files.places``).
+        Other scores that lie there are replaced, and no other file. In a CSV, text that a
+        spreadsheet would run as a formula gets an apostrophe in front. ``inputs`` is the digest of
+        what the scores were made from (``vilu.files.places``).
 
         Raises:
             UsageError: If the suffix is another, or something else than scores lies there.
@@ -341,7 +381,9 @@ class Outcomes:
 
         Examples:
             >>> import pathlib, tempfile, vilu
-            >>> outcomes = vilu.Outcomes([0.1, 0.9], [0, -1], [2, 0], ids=["a.jpg", "b.jpg"], method="mine")
+            >>> outcomes = vilu.Outcomes(
+            ...     [0.1, 0.9], [0, -1], [2, 0], ids=["a.jpg", "b.jpg"], method="mine"
+            ... )
             >>> with tempfile.TemporaryDirectory() as folder:
             ...     outcomes.save(f"{folder}/scores.csv")
             ...     print(pathlib.Path(folder, "scores.csv").read_text())
@@ -357,16 +399,22 @@ class Outcomes:
     def table(self, row_id: ArrayLike | None = None) -> tuple[dict[str, pa.Array], dict[str, Any]]:
         """What ``save`` writes: the columns, null where unknown, the label -2 where ``outside``; and the metadata.
 
-        Columns: row_id, key, pred, pred_name, label, label_name, uncertainty, failure, reason, score_name; and where
-        there are some: failure_probability, decision, decision_reason, label_set.
+        Columns: row_id, key, pred, pred_name, label, label_name, uncertainty, failure, reason,
+        score_name; and where there are some: failure_probability, decision, decision_reason,
+        label_set.
 
         Args:
             row_id: (N,) positions of the rows in their data set, by default 0 ... N-1.
 
         Examples:
             >>> import vilu
-            >>> columns, metadata = vilu.Outcomes([0.1, 0.9], [0, -1], method="mine").table(row_id=[7, 3])
-            >>> {name: columns[name].to_pylist() for name in ("row_id", "uncertainty", "failure", "score_name")}
+            >>> columns, metadata = vilu.Outcomes([0.1, 0.9], [0, -1], method="mine").table(
+            ...     row_id=[7, 3]
+            ... )
+            >>> {
+            ...     name: columns[name].to_pylist()
+            ...     for name in ("row_id", "uncertainty", "failure", "score_name")
+            ... }
             {'row_id': [7, 3], 'uncertainty': [0.1, 0.9], 'failure': [0, None], 'score_name': ['mine', 'mine']}
         """
         import pyarrow as pa
@@ -376,10 +424,14 @@ class Outcomes:
         names = None if self.class_names is None else pa.array(self.class_names, pa.string())
         pred, named = nullable_codes(self.prediction, n), nullable_codes(self.target, n)
         label = pc.if_else(pa.array(self.outside), pa.scalar(OUTSIDE, pa.int32()), named)
-        more = [name for name in ("failure_probability", *DECISION) if getattr(self, name) is not None]
+        more = [
+            name for name in ("failure_probability", *DECISION) if getattr(self, name) is not None
+        ]
         try:
             columns = {
-                "row_id": pa.array(np.arange(n) if row_id is None else np.asarray(row_id, dtype=np.int64)),
+                "row_id": pa.array(
+                    np.arange(n) if row_id is None else np.asarray(row_id, dtype=np.int64)
+                ),
                 "key": nothing if self.ids is None else pa.array(self.ids, pa.string()),
                 "pred": pred,
                 "pred_name": nothing if names is None else names.take(pred),
@@ -389,10 +441,15 @@ class Outcomes:
                 "failure": nullable_codes(self.failure, n).cast(pa.int8()),
                 "reason": nothing if self.reason is None else pa.array(self.reason, pa.string()),
                 "score_name": pa.repeat(pa.scalar(self.method, pa.string()), n),
-                **{name: pa.array(getattr(self, name), OPTIONAL[name], from_pandas=True) for name in more},
+                **{
+                    name: pa.array(getattr(self, name), OPTIONAL[name], from_pandas=True)
+                    for name in more
+                },
             }
         except UnicodeError as error:
-            raise DataError(f"ids, class_names and reason must be valid Unicode: {error}") from error
+            raise DataError(
+                f"ids, class_names and reason must be valid Unicode: {error}"
+            ) from error
         present = [name for name in OPTIONAL if getattr(self, name) is not None]
         metadata = {name: getattr(self, name) for name in ("class_names", *KINDS)}
         return columns, {"kind": "outcomes", "present": present, **metadata}
@@ -414,13 +471,22 @@ class Outcomes:
             >>> import numpy as np, tempfile, vilu
             >>> with tempfile.TemporaryDirectory() as folder:
             ...     rows = [[0.1, 0], [0.9, 1]]  # of any other program
-            ...     np.savetxt(f"{folder}/scores.csv", rows, "%g", ",", header="uncertainty,failure", comments="")
+            ...     np.savetxt(
+            ...         f"{folder}/scores.csv",
+            ...         rows,
+            ...         "%g",
+            ...         ",",
+            ...         header="uncertainty,failure",
+            ...         comments="",
+            ...     )
             ...     outcomes = vilu.Outcomes.load(f"{folder}/scores.csv")
             >>> outcomes.uncertainty.tolist(), outcomes.failure.tolist()
             ([0.1, 0.9], [0, 1])
         """
         table, metadata = read_table(path, TEXT_COLUMNS)
-        if missing := [name for name in ("uncertainty", "failure") if name not in table.column_names]:
+        if missing := [
+            name for name in ("uncertainty", "failure") if name not in table.column_names
+        ]:
             raise DataError(
                 f"{path} must have the columns uncertainty and failure. Missing: {', '.join(missing)}; "
                 f"it has {', '.join(table.column_names):.200}."
@@ -436,6 +502,10 @@ class Outcomes:
         return cls(
             uncertainty=plain_values(read("uncertainty", "float64"), "float64"),
             failure=plain_values(read("failure", "int64"), "int64"),
-            **{name: plain_values(columns[name], kind) for name, kind in OPTIONAL.items() if name in present},
+            **{
+                name: plain_values(columns[name], kind)
+                for name, kind in OPTIONAL.items()
+                if name in present
+            },
             **{name: known[name] for name in ("class_names", *KINDS) if name in known},
         )

@@ -16,7 +16,14 @@ from vilu.files.documents import SCHEMA_VERSION, read_json, write_json
 from vilu.files.places import claim_file, said_of
 from vilu.files.tables import read_column, read_table, require_schema, write_table
 from vilu.metrics.bootstrap import OwnInterval
-from vilu.metrics.catalog import DEFAULT_METRICS, METRICS, Metric, but_for, evaluated_metrics, get_metric
+from vilu.metrics.catalog import (
+    DEFAULT_METRICS,
+    METRICS,
+    Metric,
+    but_for,
+    evaluated_metrics,
+    get_metric,
+)
 from vilu.text import aligned, in_markdown, markdown_rows, printable, span
 
 if TYPE_CHECKING:
@@ -28,7 +35,8 @@ class ResultRow:
     """One metric of one method on one data set.
 
     Raises:
-        DataError: If a number is NaN or infinite (what is undefined is None), or a count has more than 64 bits.
+        DataError: If a number is NaN or infinite (what is undefined is None), or a count has more
+            than 64 bits.
     """
 
     method: str | None  # name of the predictor
@@ -53,10 +61,14 @@ class ResultRow:
         for name in ("value", "ci_low", "ci_high", "accuracy"):
             number = getattr(self, name)
             if number is not None and not math.isfinite(number):
-                raise DataError(f"{name} of {self.metric} must be finite, or None where it is undefined. Got {number}.")
+                raise DataError(
+                    f"{name} of {self.metric} must be finite, or None where it is undefined. Got {number}."
+                )
         for name in (*COUNTS, "seed"):
             if not -(2**63) <= (getattr(self, name) or 0) < 2**63:
-                raise DataError(f"{name} of {self.metric} must be a 64-bit integer. Got {getattr(self, name)}.")
+                raise DataError(
+                    f"{name} of {self.metric} must be a 64-bit integer. Got {getattr(self, name)}."
+                )
 
 
 ARROW = {"str": "string", "int": "int64", "float": "float64"}
@@ -105,18 +117,32 @@ class ResultTable:
             >>> import vilu
             >>> uncertainty, failure = [0.1, 0.2, 0.3, 0.4] * 20, [0, 0, 1, 1] * 20
             >>> scores = [
-            ...     vilu.Outcomes(uncertainty, failure, method=name, seed=seed) for name in "ab" for seed in range(3)
+            ...     vilu.Outcomes(uncertainty, failure, method=name, seed=seed)
+            ...     for name in "ab"
+            ...     for seed in range(3)
             ... ]
             >>> table = vilu.evaluate(scores, metrics=["auroc", "augrc"], n_resamples=0)
-            >>> len(table), len(table.filter(method="a")), len(table.filter(method="a", metric="auroc", seed=2))
+            >>> (
+            ...     len(table),
+            ...     len(table.filter(method="a")),
+            ...     len(table.filter(method="a", metric="auroc", seed=2)),
+            ... )
             (12, 6, 1)
         """
         if unknown := [name for name in fields if name not in COLUMNS]:
-            raise UsageError(f"a result has no field {unknown[0]!r}. There are: {', '.join(COLUMNS)}.")
+            raise UsageError(
+                f"a result has no field {unknown[0]!r}. There are: {', '.join(COLUMNS)}."
+            )
         for name, want in fields.items():
             if not isinstance(want, str | Real | None):  # numpy's, too
-                raise UsageError(f"{name} must be a text, a number or None. Got {found(want)} instead.")
-        fits = (row for row in self.rows if all(getattr(row, name) == want for name, want in fields.items()))
+                raise UsageError(
+                    f"{name} must be a text, a number or None. Got {found(want)} instead."
+                )
+        fits = (
+            row
+            for row in self.rows
+            if all(getattr(row, name) == want for name, want in fields.items())
+        )
         return ResultTable(tuple(fits))
 
     @checked
@@ -128,7 +154,9 @@ class ResultTable:
 
         Examples:
             >>> import vilu
-            >>> wrong_half = vilu.Outcomes([0.1, 0.2, 0.3, 0.4] * 20, [0, 1, 0, 1] * 20, method="mine")
+            >>> wrong_half = vilu.Outcomes(
+            ...     [0.1, 0.2, 0.3, 0.4] * 20, [0, 1, 0, 1] * 20, method="mine"
+            ... )
             >>> vilu.evaluate(wrong_half, metrics=["auroc", "augrc"], n_resamples=0).value("augrc")
             0.1875
         """
@@ -143,15 +171,16 @@ class ResultTable:
     def mean_over_seeds(self) -> ResultTable:
         """One row per method, data set, split and metric: the mean over seeds, how many being told in ``interval``.
 
-        The ends of the interval are the mean less and plus the standard deviation over seeds. A mean is None where
-        the value of one seed is. What has one seed stays as it is; a row that is there twice counts once,
-        also where the two have other intervals.
+        The ends of the interval are the mean less and plus the standard deviation over seeds. A
+        mean is None where the value of one seed is. What has one seed stays as it is; a row that is
+        there twice counts once, also where the two have other intervals.
 
         Examples:
             >>> import vilu
             >>> orders = [1, 2, 3, 4], [1, 3, 2, 4]  # an AUROC of 1 and of 3/4
             >>> scores = [
-            ...     vilu.Outcomes(u * 20, [0, 0, 1, 1] * 20, method="mine", seed=seed) for seed, u in enumerate(orders)
+            ...     vilu.Outcomes(u * 20, [0, 0, 1, 1] * 20, method="mine", seed=seed)
+            ...     for seed, u in enumerate(orders)
             ... ]
             >>> (row,) = vilu.evaluate(scores, metrics=["auroc"], n_resamples=0).mean_over_seeds()
             >>> row.value, round(row.ci_low, 3), round(row.ci_high, 3), row.interval
@@ -159,7 +188,9 @@ class ResultTable:
         """
         groups: dict[tuple[object, ...], dict[ResultRow, ResultRow]] = {}
         for row in self.rows:
-            seeds = groups.setdefault((row.method, row.dataset, row.split, row.metric, row.convention), {})
+            seeds = groups.setdefault(
+                (row.method, row.dataset, row.split, row.metric, row.convention), {}
+            )
             seeds.setdefault(replace(row, ci_low=None, ci_high=None, interval=None), row)
         return ResultTable(tuple(_mean(list(seeds.values())) for seeds in groups.values()))
 
@@ -168,17 +199,29 @@ class ResultTable:
 
         Examples:
             >>> import vilu
-            >>> perfect = vilu.Outcomes([0.1, 0.2, 0.3, 0.4] * 20, [0, 0, 1, 1] * 20, method="mine", dataset="pets")
+            >>> perfect = vilu.Outcomes(
+            ...     [0.1, 0.2, 0.3, 0.4] * 20, [0, 0, 1, 1] * 20, method="mine", dataset="pets"
+            ... )
             >>> (row,) = vilu.evaluate(perfect, metrics=["auroc"], n_resamples=0).to_dicts()
-            >>> {name: row[name] for name in ("method", "dataset", "metric", "value", "n", "n_failures")}
+            >>> {
+            ...     name: row[name]
+            ...     for name in ("method", "dataset", "metric", "value", "n", "n_failures")
+            ... }
             {'method': 'mine', 'dataset': 'pets', 'metric': 'auroc', 'value': 1.0, 'n': 80, 'n_failures': 40}
         """
-        return [{name: value for name, value in asdict(row).items() if name in self._columns} for row in self.rows]
+        return [
+            {name: value for name, value in asdict(row).items() if name in self._columns}
+            for row in self.rows
+        ]
 
     @property
     def _columns(self) -> tuple[str, ...]:
         """What is written: a column that says nothing of any row is none."""
-        return COLUMNS if any(row.n_outside for row in self.rows) else tuple(c for c in COLUMNS if c != "n_outside")
+        return (
+            COLUMNS
+            if any(row.n_outside for row in self.rows)
+            else tuple(c for c in COLUMNS if c != "n_outside")
+        )
 
     @checked
     def table(self, metrics: Sequence[str] | None = None) -> str:
@@ -186,7 +229,9 @@ class ResultTable:
 
         Examples:
             >>> import vilu
-            >>> perfect = vilu.Outcomes([0.1, 0.2, 0.3, 0.4] * 20, [0, 0, 1, 1] * 20, method="mine", dataset="pets")
+            >>> perfect = vilu.Outcomes(
+            ...     [0.1, 0.2, 0.3, 0.4] * 20, [0, 0, 1, 1] * 20, method="mine", dataset="pets"
+            ... )
             >>> print(vilu.evaluate(perfect, n_resamples=0).table(["auroc", "augrc"]))
             pets: 80 answers, 40 wrong, accuracy 50.0 %
             method  AUROC  AUGRC
@@ -206,7 +251,9 @@ class ResultTable:
 
         Examples:
             >>> import vilu
-            >>> perfect = vilu.Outcomes([0.1, 0.2, 0.3, 0.4] * 20, [0, 0, 1, 1] * 20, method="mine", dataset="pets")
+            >>> perfect = vilu.Outcomes(
+            ...     [0.1, 0.2, 0.3, 0.4] * 20, [0, 0, 1, 1] * 20, method="mine", dataset="pets"
+            ... )
             >>> print(vilu.evaluate(perfect, metrics=["auroc"], n_resamples=0).to_markdown())
             **pets: 80 answers, 40 wrong, accuracy 50.0 %**
             <BLANKLINE>
@@ -220,15 +267,19 @@ class ResultTable:
         shown, parts = _shown(self.rows, metrics), []
         for title, lines in _parts(self.rows, shown):
             heading, *body = ([in_markdown(cell) for cell in line] for line in lines)
-            parts.append("\n".join([f"**{in_markdown(title)}**", "", *markdown_rows(heading, body)]))
-        return "\n\n".join([*parts, "\n".join(f"- {in_markdown(note)}" for note in _notes(self.rows, shown))])
+            parts.append(
+                "\n".join([f"**{in_markdown(title)}**", "", *markdown_rows(heading, body)])
+            )
+        return "\n\n".join(
+            [*parts, "\n".join(f"- {in_markdown(note)}" for note in _notes(self.rows, shown))]
+        )
 
     @checked
     def save(self, path: str | Path, *, inputs: str | None = None) -> None:
         """Write ``.json``, ``.parquet`` or ``.csv`` atomically; what is undefined is null.
 
-        Other results that lie there are replaced, and no other file. ``inputs`` is the digest of what they were made
-        from (``vilu.files.places``).
+        Other results that lie there are replaced, and no other file. ``inputs`` is the digest of
+        what they were made from (``vilu.files.places``).
 
         Raises:
             UsageError: If the suffix is another, or something else than results lies there.
@@ -252,9 +303,20 @@ class ResultTable:
 
         said = said_of(inputs)
         if Path(path).suffix.lower() == ".json":
-            write_json(path, {"schema_version": SCHEMA_VERSION, "kind": "results", **said, "rows": self.to_dicts()})
+            write_json(
+                path,
+                {
+                    "schema_version": SCHEMA_VERSION,
+                    "kind": "results",
+                    **said,
+                    "rows": self.to_dicts(),
+                },
+            )
             return
-        columns = {name: pa.array([getattr(r, name) for r in self.rows], TYPES[name]) for name in self._columns}
+        columns = {
+            name: pa.array([getattr(r, name) for r in self.rows], TYPES[name])
+            for name in self._columns
+        }
         write_table(path, columns, {"kind": "results", **said})
 
     @classmethod
@@ -281,7 +343,9 @@ class ResultTable:
             table = _table_of_json(path)
         else:
             table, _ = read_table(path, [name for name, kind in TYPES.items() if kind == "string"])
-        columns = {name: read_column(path, table, name, TYPES[name]).to_pylist() for name in COLUMNS}
+        columns = {
+            name: read_column(path, table, name, TYPES[name]).to_pylist() for name in COLUMNS
+        }
         columns["n_outside"] = [n or 0 for n in columns["n_outside"]]
         for name in REQUIRED:
             if None in columns[name]:
@@ -298,12 +362,16 @@ def _table_of_json(path: str | Path) -> pa.Table:
         raise StorageError(f"{path} does not exist.")
     content = read_json(Path(path), "Run `vilu evaluate` again")
     if not isinstance(content.get("rows"), list):
-        raise DataError(f"{path} must hold an object with a list 'rows'. It has {', '.join(content):.80}.")
+        raise DataError(
+            f"{path} must hold an object with a list 'rows'. It has {', '.join(content):.80}."
+        )
     require_schema(path, content.get("schema_version"))
     if not all(isinstance(row, dict) for row in content["rows"]):
         raise DataError(f"every entry of 'rows' in {path} must be an object.")
     try:
-        return pa.Table.from_pylist(content["rows"], pa.schema([(n, pa.type_for_alias(TYPES[n])) for n in COLUMNS]))
+        return pa.Table.from_pylist(
+            content["rows"], pa.schema([(n, pa.type_for_alias(TYPES[n])) for n in COLUMNS])
+        )
     except (pa.ArrowException, TypeError, OverflowError) as error:
         raise DataError(f"{path} is not a table of results: {error}") from error
 
@@ -314,7 +382,9 @@ def _mean(rows: Sequence[ResultRow]) -> ResultRow:
     undefined = next((row for row in rows if row.value is None), None)
     values = [row.value for row in rows if row.value is not None]
     mean, spread = (None, 0.0) if undefined else (fmean(values), stdev(values))
-    counts: dict[str, Any] = {name: round(fmean(getattr(row, name) for row in rows)) for name in COUNTS}
+    counts: dict[str, Any] = {
+        name: round(fmean(getattr(row, name) for row in rows)) for name in COUNTS
+    }
     return replace(
         rows[0],
         seed=None,
@@ -323,7 +393,9 @@ def _mean(rows: Sequence[ResultRow]) -> ResultRow:
         ci_high=None if mean is None else mean + spread,
         accuracy=fmean(row.accuracy for row in rows),
         interval=None if mean is None else f"mean of {len(rows)} seeds, one standard deviation",
-        why=None if undefined is None else f"seed {undefined.seed} of {len(rows)} seeds: {undefined.why}",
+        why=None
+        if undefined is None
+        else f"seed {undefined.seed} of {len(rows)} seeds: {undefined.why}",
         **counts,
     )
 
@@ -341,9 +413,15 @@ def _shown(rows: Sequence[ResultRow], metrics: Sequence[str] | None) -> Sequence
         return [get_metric(name).name for name in metrics]
     present = list(dict.fromkeys(row.metric for row in rows))
     always = [METRICS[name] for name in DEFAULT_METRICS]
-    ours = {metric.name for metric in always if not metric.of_probability and metric.question == "failure"}
+    ours = {
+        metric.name
+        for metric in always
+        if not metric.of_probability and metric.question == "failure"
+    }
     nobody_asked = ours <= set(present) <= set(evaluated_metrics())
-    main = [name for name, metric in METRICS.items() if metric.wanted == "always" and name in present]
+    main = [
+        name for name, metric in METRICS.items() if metric.wanted == "always" and name in present
+    ]
     return main if nobody_asked else present
 
 

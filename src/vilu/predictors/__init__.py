@@ -18,7 +18,17 @@ from vilu.predictors.outside import NegLabel
 from vilu.predictors.probvlm import ProbVLM
 from vilu.predictors.stacking import Stacking
 from vilu.predictors.views import TTA, PromptDisagreement
-from vilu.predictors.zero_shot import GEN, MCM, Doctor, Energy, Entropy, KLUniform, Margin, MaxLogit, ProbMargin
+from vilu.predictors.zero_shot import (
+    GEN,
+    MCM,
+    Doctor,
+    Energy,
+    Entropy,
+    KLUniform,
+    Margin,
+    MaxLogit,
+    ProbMargin,
+)
 
 METHODS: tuple[type[FailurePredictor], ...] = (
     ViLUPlus, ViLUZero, ViLU, LVU, MCM, Entropy, Doctor, MaxLogit, Margin, ProbMargin, Energy, GEN, KLUniform,

@@ -25,10 +25,23 @@ from vilu.errors import UNKNOWN, DataError, NotFittedError, UsageError, checked
 from vilu.metrics.counts import check_codes, real_vector, require_same_length
 from vilu.predictors import record
 from vilu.predictors.games import PLAYER_OF_LOOK, Game, NoAttribution, SingleGame
-from vilu.predictors.labelled import Needs, degenerate_rate, disjoint, require_comparable, trainable_rows, warn_few
+from vilu.predictors.labelled import (
+    Needs,
+    degenerate_rate,
+    disjoint,
+    require_comparable,
+    trainable_rows,
+    warn_few,
+)
 from vilu.predictors.nn.head import Graph, with_weights
 from vilu.predictors.nn.train import SCORING_BATCH, AdamWConfig, Rows, TrainConfig
-from vilu.predictors.parameters import check_parameters, get_params, is_no_estimator, set_params, shown
+from vilu.predictors.parameters import (
+    check_parameters,
+    get_params,
+    is_no_estimator,
+    set_params,
+    shown,
+)
 from vilu.predictors.probability import Calibrator, expit, fit_calibrator
 from vilu.predictors.rows import (
     Overlap,
@@ -42,7 +55,8 @@ from vilu.predictors.rows import (
     warn_of_other_space,
 )
 
-CERTAIN = 1e-15  # probabilities nearer to 0 or 1 count as this far away, so that their log-odds are finite
+# probabilities nearer to 0 or 1 count as this far away, so that their log-odds are finite
+CERTAIN = 1e-15
 CONSTANT, CLASSES = "constant", "classes"
 Settings = TypeVar("Settings", TrainConfig, AdamWConfig)
 
@@ -62,16 +76,18 @@ class Learnt(NamedTuple):
 class FailurePredictor(ABC):
     """Says per image how likely the zero-shot answer is wrong, from embeddings alone.
 
-    A subclass is a dataclass of hyper-parameters, with ``get_params``, ``set_params`` and ``repr`` as in scikit-learn,
-    whose ``clone`` works. What ``fit`` finds ends in an underscore. Higher uncertainty means more likely wrong. A
-    method has to say ``name``, ``summary``, ``reference`` and ``_score``; one that learns from labels also ``_learn``,
-    and ``tensors`` or ``module``. All else has defaults. Of ``graph``, ``game`` and ``looks_at`` only what a class
-    defines itself counts: what it inherits may be wrong for it.
+    A subclass is a dataclass of hyper-parameters, with ``get_params``, ``set_params`` and ``repr``
+    as in scikit-learn, whose ``clone`` works. What ``fit`` finds ends in an underscore. Higher
+    uncertainty means more likely wrong. A method has to say ``name``, ``summary``, ``reference``
+    and ``_score``; one that learns from labels also ``_learn``, and ``tensors`` or ``module``. All
+    else has defaults. Of ``graph``, ``game`` and ``looks_at`` only what a class defines itself
+    counts: what it inherits may be wrong for it.
 
-    Parameters of the same name mean the same in all methods: ``seed`` is of everything random in ``fit``; ``device``
-    ("auto", "cpu", "cuda", "cuda:N" or "mps") is not part of what is saved; with ``allow_degenerate`` a method that
-    learns from failures fits a constant where the training rows hold no failure, or nothing else, instead of refusing
-    them; ``max_bank`` is the most training images to keep: of more, so many are drawn with ``seed``.
+    Parameters of the same name mean the same in all methods: ``seed`` is of everything random in
+    ``fit``; ``device`` ("auto", "cpu", "cuda", "cuda:N" or "mps") is not part of what is saved;
+    with ``allow_degenerate`` a method that learns from failures fits a constant where the training
+    rows hold no failure, or nothing else, instead of refusing them; ``max_bank`` is the most
+    training images to keep: of more, so many are drawn with ``seed``.
 
     Attributes:
         name: Key in ``vilu.PREDICTORS``.
@@ -84,16 +100,21 @@ class FailurePredictor(ABC):
         closed_set: Whether it scores the classes that it was fitted on and no others.
         is_probability: Whether the uncertainty estimates P(failure).
         learns_failure: Whether it learns to tell failures from successes, so that it needs both.
-        looks_at: What its score is a function of, {"logits"} or {"image"}; nothing where it is more than one of them.
+        looks_at: What its score is a function of, {"logits"} or {"image"}; nothing where it is more
+            than one of them.
         tensors: Names of the saved tensors, beside those of its ``module``.
         needs_fit: Whether it has to be fitted first: whether it has a ``_learn``.
-        needs_labels: Whether a fit needs labelled rows; without, it takes every usable row, labelled or not.
-        uses_unlabelled: Whether a fit can also learn from rows without labels (``Rows.unlabelled``).
+        needs_labels: Whether a fit needs labelled rows; without, it takes every usable row,
+            labelled or not.
+        uses_unlabelled: Whether a fit can also learn from rows without labels
+            (``Rows.unlabelled``).
         learned_: The saved tensors by name, without those of the network.
         network_: The ``module`` with its weights, ready to score; None without.
         space_: Embedding space of the training data; None when never fitted.
-        seen_: Sketches of the rows used by ``fit``, by what they are recognised by; empty where nothing tells.
-        similarity_: Mean and standard deviation of the largest cosine of training rows; None when never fitted.
+        seen_: Sketches of the rows used by ``fit``, by what they are recognised by; empty where
+            nothing tells.
+        similarity_: Mean and standard deviation of the largest cosine of training rows; None when
+            never fitted.
         calibrator_: From uncertainty to P(failure), learned on calibration rows; None without.
 
     Examples:
@@ -104,7 +125,9 @@ class FailurePredictor(ABC):
         ...
         ...     def _score(self, batch):
         ...         return 1 - (batch.image @ batch.text.T).amax(dim=1)
-        >>> Farness().predict_uncertainty(vilu.Embeddings([[1.0, 0.0], [0.6, 0.8]], np.eye(2))).round(2)
+        >>> Farness().predict_uncertainty(
+        ...     vilu.Embeddings([[1.0, 0.0], [0.6, 0.8]], np.eye(2))
+        ... ).round(2)
         array([0. , 0.2])
     """
 
@@ -126,18 +149,33 @@ class FailurePredictor(ABC):
     uses_unlabelled: ClassVar[bool] = False
     _forms: ClassVar[str] = ""  # of ``tensors``, which follow from it: see ``record.require_forms``
 
-    learned_: dict[str, Tensor] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
-    network_: nn.Module | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
-    space_: EmbeddingSpace | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
+    learned_: dict[str, Tensor] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    network_: nn.Module | None = dataclasses.field(
+        default=None, init=False, repr=False, compare=False
+    )
+    space_: EmbeddingSpace | None = dataclasses.field(
+        default=None, init=False, repr=False, compare=False
+    )
     seen_: Sketches = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
-    similarity_: tuple[float, float] | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
-    notes_: dict[str, Any] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
-    calibrator_: Calibrator | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
+    similarity_: tuple[float, float] | None = dataclasses.field(
+        default=None, init=False, repr=False, compare=False
+    )
+    notes_: dict[str, Any] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    calibrator_: Calibrator | None = dataclasses.field(
+        default=None, init=False, repr=False, compare=False
+    )
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         cls.needs_fit = cls._learn is not FailurePredictor._learn
-        cls.tensors = tuple(form.partition(":")[0] for form in vars(cls).get("_forms", "").split()) or cls.tensors
+        cls.tensors = (
+            tuple(form.partition(":")[0] for form in vars(cls).get("_forms", "").split())
+            or cls.tensors
+        )
         # before the dataclass writes one of its own, and mypy takes no method that is assigned
         cls.__repr__ = vars(cls).get("__repr__", shown)  # type: ignore[method-assign]
 
@@ -151,7 +189,8 @@ class FailurePredictor(ABC):
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:
         """Learn from usable labelled rows and their failures (M,) in {0, 1}, leaving the predictor as it is."""
-        # only a call past ``fit`` comes here: ``needs_fit`` is whether a class has a ``_learn`` of its own
+        # only a call past ``fit`` comes here: ``needs_fit`` is whether a class has a ``_learn`` of
+        # its own
         raise NotImplementedError(f"{self.name} learns nothing")
 
     def module(self, tensors: dict[str, Tensor], space: EmbeddingSpace) -> nn.Module | None:  # noqa: ARG002
@@ -163,7 +202,9 @@ class FailurePredictor(ABC):
 
         Examples:
             >>> import vilu
-            >>> head = vilu.LVU(hidden=(4,)).module({}, vilu.EmbeddingSpace(embed_dim=2, logit_scale=100.0))
+            >>> head = vilu.LVU(hidden=(4,)).module(
+            ...     {}, vilu.EmbeddingSpace(embed_dim=2, logit_scale=100.0)
+            ... )
             >>> sum(weight.numel() for weight in head.parameters())  # 2 x 4 + 4 and 4 + 1
             17
         """
@@ -184,7 +225,11 @@ class FailurePredictor(ABC):
 
         Examples:
             >>> import numpy as np, vilu
-            >>> batch = next(vilu.Embeddings([[1.0, 0.0], [0.6, 0.8]], np.eye(2), logit_scale=10.0).batches(2))
+            >>> batch = next(
+            ...     vilu.Embeddings([[1.0, 0.0], [0.6, 0.8]], np.eye(2), logit_scale=10.0).batches(
+            ...         2
+            ...     )
+            ... )
             >>> vilu.Margin().graph()(batch).round(decimals=2).tolist()
             [-10.0, -2.0]
         """
@@ -223,8 +268,13 @@ class FailurePredictor(ABC):
 
         Examples:
             >>> import numpy as np, vilu
-            >>> data = vilu.Embeddings(np.eye(2), np.eye(2), columns={"features": np.eye(2), "negatives": np.eye(2)})
-            >>> vilu.ViLUPlus().columns_to_fit(data), vilu.ViLUPlus(features=False).columns_to_fit(data)
+            >>> data = vilu.Embeddings(
+            ...     np.eye(2), np.eye(2), columns={"features": np.eye(2), "negatives": np.eye(2)}
+            ... )
+            >>> (
+            ...     vilu.ViLUPlus().columns_to_fit(data),
+            ...     vilu.ViLUPlus(features=False).columns_to_fit(data),
+            ... )
             (('features', 'negatives'), ('negatives',))
         """
         return self.columns
@@ -239,7 +289,9 @@ class FailurePredictor(ABC):
 
         Examples:
             >>> import numpy as np, vilu
-            >>> batch = next(vilu.Embeddings(np.eye(2), np.eye(2), logit_scale=np.log(3)).batches(2))
+            >>> batch = next(
+            ...     vilu.Embeddings(np.eye(2), np.eye(2), logit_scale=np.log(3)).batches(2)
+            ... )
             >>> vilu.MCM().log_posterior(batch).exp().round(decimals=2).tolist()
             [[0.75, 0.25], [0.25, 0.75]]
         """
@@ -266,21 +318,27 @@ class FailurePredictor(ABC):
         """Learn from embeddings, labelled ones unless ``needs_labels`` is false; others only remember the space.
 
         Args:
-            train: Rows to learn from; those without what the method ``needs`` to know are left out with a warning.
-            validation: Rows to select on. Few may be training rows, too (1 %); these are left out with a warning.
-                Where the method selects something and gets none, it holds out a part of ``train``.
-            unlabelled: More rows against the same candidates, no label of which is looked at (``uses_unlabelled``).
+            train: Rows to learn from; those without what the method ``needs`` to know are left out
+                with a warning.
+            validation: Rows to select on. Few may be training rows, too (1 %); these are left out
+                with a warning. Where the method selects something and gets none, it holds out a
+                part of ``train``.
+            unlabelled: More rows against the same candidates, no label of which is looked at
+                (``uses_unlabelled``).
 
         Raises:
-            UsageError: If a hyper-parameter is out of range, the method does not work on image-caption pairs, or it
-                cannot use unlabelled rows.
-            DataError: If nothing can be learned from the rows: empty, one candidate, over 1 % unusable rows, no labels;
-                or if the two sets have more rows in common, or lack a column that the method needs.
+            UsageError: If a hyper-parameter is out of range, the method does not work on
+                image-caption pairs, or it cannot use unlabelled rows.
+            DataError: If nothing can be learned from the rows: empty, one candidate, over 1 %
+                unusable rows, no labels; or if the two sets have more rows in common, or lack a
+                column that the method needs.
             ProvenanceError: If the two sets come from different embedding spaces.
 
         Examples:
             >>> import numpy as np, vilu
-            >>> data = vilu.Embeddings([[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]], np.eye(2), [0, 1, 1, 1])
+            >>> data = vilu.Embeddings(
+            ...     [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]], np.eye(2), [0, 1, 1, 1]
+            ... )
             >>> predictor = vilu.PREDICTORS["knn_vote"](k=2).fit(data)
             >>> predictor.notes_["n_train"], predictor.notes_["n_failures"]
             (4, 1)
@@ -291,7 +349,9 @@ class FailurePredictor(ABC):
         self._check_source(train, columns)
         if unlabelled is not None:
             if not self.uses_unlabelled:
-                raise UsageError(f"{self.name} learns nothing from rows without labels. Leave them out.")
+                raise UsageError(
+                    f"{self.name} learns nothing from rows without labels. Leave them out."
+                )
             self._check_source(unlabelled, columns)
             require_comparable(train, unlabelled)
         if self.needs_fit:
@@ -300,19 +360,28 @@ class FailurePredictor(ABC):
         return self
 
     def _fit_rows(self, train: Rows, validation: EmbeddingSource | None) -> None:
-        source, validation = train.source, None if validation is None else disjoint(train.source, validation)
+        source, validation = (
+            train.source,
+            None if validation is None else disjoint(train.source, validation),
+        )
         rows, failure = trainable_rows(source, "training", self.needs)
         found = self.learn(dataclasses.replace(train, index=rows), failure, validation)
         self.take(found.tensors, source.space)
-        self.seen_ = reduce(join, [sketch(one) for one in (source, validation, train.unlabelled) if one is not None])
+        self.seen_ = reduce(
+            join, [sketch(one) for one in (source, validation, train.unlabelled) if one is not None]
+        )
         self.similarity_ = similarity_range(source)
         counts = {"n_train": len(failure), "n_failures": int((failure == 1).sum())}
         self.notes_ = {**counts, **candidates_of(source), **found.notes}
 
-    def learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None = None) -> Learnt:
+    def learn(
+        self, train: Rows, failure: Tensor, validation: EmbeddingSource | None = None
+    ) -> Learnt:
         """As ``_learn``, or the constant of a method that learns from failures where there is nothing to learn."""
         if self.learns_failure:
-            rate = degenerate_rate(failure, self.name, allowed=getattr(self, "allow_degenerate", False))
+            rate = degenerate_rate(
+                failure, self.name, allowed=getattr(self, "allow_degenerate", False)
+            )
             if rate is not None:
                 return Learnt({CONSTANT: torch.tensor(rate, dtype=torch.float64)})
         elif self.is_probability:
@@ -325,17 +394,25 @@ class FailurePredictor(ABC):
         if tensors and space is None:
             raise DataError("the saved predictor has weights but no embedding space.")
         is_constant = self.learns_failure and tensors.keys() == {CONSTANT}
-        names, forms = ((CONSTANT,), f"{CONSTANT}:d") if is_constant else (self.tensor_names(), self._forms)
+        names, forms = (
+            ((CONSTANT,), f"{CONSTANT}:d") if is_constant else (self.tensor_names(), self._forms)
+        )
         network = None
         if space is not None and not is_constant:
             with torch.device("meta"):  # no numbers are drawn
                 network = self.module(tensors, space)
-        own = {name: tensor.contiguous() for name, tensor in tensors.items() if name in names}  # laid out as in a file
+        own = {
+            name: tensor.contiguous() for name, tensor in tensors.items() if name in names
+        }  # laid out as in a file
         if network is not None:
             weights = {name: tensor for name, tensor in tensors.items() if name not in names}
             network = with_weights(network, weights, self.name).requires_grad_(False)
         elif tensors.keys() != set(names):
-            expected = f"a {self.name} holds {', '.join(names)}" if names else f"{self.name} has no weights"
+            expected = (
+                f"a {self.name} holds {', '.join(names)}"
+                if names
+                else f"{self.name} has no weights"
+            )
             raise DataError(f"{expected}. The file has {', '.join(sorted(tensors)[:8])}.")
         record.require_forms(self.name, own, forms, space.embed_dim if space else 0)
         self.learned_, self.network_, self.space_ = own, network, space
@@ -343,14 +420,20 @@ class FailurePredictor(ABC):
     @property
     def constant_(self) -> float | None:
         """The one score of a fit where there was nothing to learn; None for others."""
-        return float(self.learned_[CONSTANT]) if self.learns_failure and self.learned_.keys() == {CONSTANT} else None
+        return (
+            float(self.learned_[CONSTANT])
+            if self.learns_failure and self.learned_.keys() == {CONSTANT}
+            else None
+        )
 
     def state(self) -> dict[str, Tensor]:
         """Everything that ``fit`` learned, as tensors on the CPU.
 
         Examples:
             >>> import numpy as np, vilu
-            >>> data = vilu.Embeddings(np.eye(2)[[0] * 40], np.eye(2), [0, 0, 0, 1] * 10, logit_scale=1.0)
+            >>> data = vilu.Embeddings(
+            ...     np.eye(2)[[0] * 40], np.eye(2), [0, 0, 0, 1] * 10, logit_scale=1.0
+            ... )
             >>> state = vilu.PREDICTORS["mcm_ts"]().fit(data).state()  # m = log 3, so that p is 3/4
             >>> {name: round(tensor.exp().item(), 2) for name, tensor in state.items()}
             {'log_multiplier': 1.1}
@@ -366,7 +449,9 @@ class FailurePredictor(ABC):
             >>> predictor = vilu.PREDICTORS["mcm_ts"]()
             >>> predictor.space_ = vilu.EmbeddingSpace(embed_dim=2, logit_scale=1.0)
             >>> predictor.restore({"log_multiplier": torch.tensor(np.log(np.log(3)))})
-            >>> predictor.predict_uncertainty(vilu.Embeddings(np.eye(2), np.eye(2), logit_scale=1.0)).round(2)
+            >>> predictor.predict_uncertainty(
+            ...     vilu.Embeddings(np.eye(2), np.eye(2), logit_scale=1.0)
+            ... ).round(2)
             array([0.25, 0.25])
         """
         self.take(state, self.space_)
@@ -388,7 +473,9 @@ class FailurePredictor(ABC):
     def require_fitted(self) -> None:
         """Refuse to go on without ``fit``, where it is needed."""
         if self.needs_fit and self.space_ is None:
-            raise NotFittedError(f"this {type(self).__name__} is not fitted yet. Call fit, or vilu.load a saved one.")
+            raise NotFittedError(
+                f"this {type(self).__name__} is not fitted yet. Call fit, or vilu.load a saved one."
+            )
 
     # Scores.
 
@@ -401,18 +488,21 @@ class FailurePredictor(ABC):
     def predict_uncertainty(self, data: EmbeddingSource) -> NDArray[np.float64]:
         """Uncertainty (N,) float64 of every row, higher = more likely wrong.
 
-        NaN where the embedding is not usable (``data.status``), and everywhere when there is only one candidate,
-        since no other answer was possible.
+        NaN where the embedding is not usable (``data.status``), and everywhere when there is only
+        one candidate, since no other answer was possible.
 
         Raises:
             NotFittedError: If the predictor needs ``fit`` first.
             ProvenanceError: If the data come from another embedding space than the training data.
-            UsageError: If a hyper-parameter is out of range, or the method does not work on image-caption pairs.
+            UsageError: If a hyper-parameter is out of range, or the method does not work on
+                image-caption pairs.
             DataError: If the data lack a column that the method needs.
 
         Examples:
             >>> import numpy as np, vilu
-            >>> data = vilu.Embeddings([[1.0, 0.0], [0.6, 0.8], [np.nan, 0.0]], np.eye(2), logit_scale=10.0)
+            >>> data = vilu.Embeddings(
+            ...     [[1.0, 0.0], [0.6, 0.8], [np.nan, 0.0]], np.eye(2), logit_scale=10.0
+            ... )
             >>> vilu.MCM().predict_uncertainty(data).round(2)
             array([0.  , 0.12,  nan])
         """
@@ -422,19 +512,25 @@ class FailurePredictor(ABC):
         return uncertainty
 
     @checked
-    def scored(self, data: EmbeddingSource, rows: Tensor | None = None) -> Iterator[tuple[Batch, NDArray[np.float64]]]:
+    def scored(
+        self, data: EmbeddingSource, rows: Tensor | None = None
+    ) -> Iterator[tuple[Batch, NDArray[np.float64]]]:
         """Batches of the ``rows`` (by default all usable ones) on ``device_``, each with its uncertainty (B,) float64.
 
-        Nothing as large as the data is held, so the data may be of any size. A batch keeps the zero-shot answer that
-        the score has computed.
+        Nothing as large as the data is held, so the data may be of any size. A batch keeps the
+        zero-shot answer that the score has computed.
 
         Raises:
-            DataError: If a score is not finite, or as ``predict_uncertainty``, whose other errors it raises, too.
+            DataError: If a score is not finite, or as ``predict_uncertainty``, whose other errors
+                it raises, too.
 
         Examples:
             >>> import numpy as np, vilu
             >>> data = vilu.Embeddings([[1.0, 0.0], [0.6, 0.8]], np.eye(2), logit_scale=10.0)
-            >>> [(batch.prediction.tolist(), u.round(2).tolist()) for batch, u in vilu.MCM().scored(data)]
+            >>> [
+            ...     (batch.prediction.tolist(), u.round(2).tolist())
+            ...     for batch, u in vilu.MCM().scored(data)
+            ... ]
             [([0, 1], [0.0, 0.12])]
         """
         return each_as_usual(self._scored(data, rows))
@@ -445,7 +541,11 @@ class FailurePredictor(ABC):
         self._check_ready(data)
         device = self.device_
         only_logits = self.looks_at == {"logits"}
-        take, size = (data.many, cached_rows(data.n_candidates)) if only_logits else (data.batches, SCORING_BATCH)
+        take, size = (
+            (data.many, cached_rows(data.n_candidates))
+            if only_logits
+            else (data.batches, SCORING_BATCH)
+        )
         for found in take(size, rows=rows, columns=self.columns_to_score):
             batch = found.to(device)
             if batch.text.shape[-2] < 2:  # also a pool of equal captions
@@ -464,7 +564,11 @@ class FailurePredictor(ABC):
 
         Examples:
             >>> import numpy as np, vilu
-            >>> batch = next(vilu.Embeddings([[1.0, 0.0], [0.6, 0.8]], np.eye(2), logit_scale=10.0).batches(2))
+            >>> batch = next(
+            ...     vilu.Embeddings([[1.0, 0.0], [0.6, 0.8]], np.eye(2), logit_scale=10.0).batches(
+            ...         2
+            ...     )
+            ... )
             >>> vilu.MCM().score_batch(batch).round(decimals=2).tolist()
             [0.0, 0.12]
         """
@@ -488,7 +592,9 @@ class FailurePredictor(ABC):
     def network(self) -> nn.Module:
         """The network, which is there after a fit."""
         if self.network_ is None:
-            raise DataError(f"this {self.name} holds no network: it was not fitted, or its file is damaged.")
+            raise DataError(
+                f"this {self.name} holds no network: it was not fitted, or its file is damaged."
+            )
         return self.network_
 
     def tensor(self, name: str, device: torch.device) -> Tensor:
@@ -507,20 +613,30 @@ class FailurePredictor(ABC):
         """
         by = common_identity(self.seen_, data.identified_by, ("the fit", "these"))
         rows = np.arange(len(data)) if rows is None else rows
-        return Overlap(np.zeros(len(rows), np.bool_), 0) if by is None else self.seen_[by].overlap(data, by, rows)
+        return (
+            Overlap(np.zeros(len(rows), np.bool_), 0)
+            if by is None
+            else self.seen_[by].overlap(data, by, rows)
+        )
 
     def unseen(self, data: EmbeddingSource, role: str) -> NDArray[np.bool_]:
         """(N,) the rows that were not used to fit; warns of those that were, a DataError above 1 %."""
         remedy = "It learned from them, so nothing measured on them holds for others. Take rows that it has not seen."
-        return self.seen(data).others(data, f"{role} rows", f"were used to fit this {self.name}", remedy)
+        return self.seen(data).others(
+            data, f"{role} rows", f"were used to fit this {self.name}", remedy
+        )
 
     def _check_source(self, data: EmbeddingSource, columns: Sequence[str]) -> None:
         if self.no_captions is not None and data.pool_size is not None:
-            raise UsageError(f"{self.name} does not work on image-caption pairs: {self.no_captions}.")
+            raise UsageError(
+                f"{self.name} does not work on image-caption pairs: {self.no_captions}."
+            )
         for column in columns:
             if column not in data.columns:
                 given = "" if column in SECOND else ", or give it to `vilu import`"
-                raise DataError(f"{self.name} needs the column {column!r}. Make it with `{HOW[column]}`{given}.")
+                raise DataError(
+                    f"{self.name} needs the column {column!r}. Make it with `{HOW[column]}`{given}."
+                )
 
     def _check_ready(self, data: EmbeddingSource) -> None:
         check_parameters(self)
@@ -528,7 +644,9 @@ class FailurePredictor(ABC):
         self.require_fitted()
         if self.space_ is None:
             return
-        self.space_.require_match(data.space, mine=f"the fitted {self.name}", theirs="the data to score")
+        self.space_.require_match(
+            data.space, mine=f"the fitted {self.name}", theirs="the data to score"
+        )
         if self.similarity_ and (self.space_.anonymous or data.space.anonymous):
             warn_of_other_space(data, *self.similarity_)
 
@@ -538,7 +656,8 @@ class FailurePredictor(ABC):
         """P(failure) (N,) float64 of every row; see ``failure_probability``. Else as ``predict_uncertainty``.
 
         Raises:
-            UsageError: If the uncertainty of this method is a score without a scale, and it has not been calibrated.
+            UsageError: If the uncertainty of this method is a score without a scale, and it has not
+                been calibrated.
 
         Examples:
             >>> import numpy as np, vilu
@@ -552,11 +671,12 @@ class FailurePredictor(ABC):
     def failure_probability(self, uncertainty: ArrayLike) -> NDArray[np.float64]:
         """P(failure) (N,) float64 of uncertainties (N,) of this predictor; NaN stays NaN.
 
-        Calibrated, where ``calibrate`` was called; else of methods whose uncertainty is a probability, without the bias
-        of a weighted loss (``_log_weight``).
+        Calibrated, where ``calibrate`` was called; else of methods whose uncertainty is a
+        probability, without the bias of a weighted loss (``_log_weight``).
 
         Raises:
-            UsageError: If the uncertainty of this method is a score without a scale, and it has not been calibrated.
+            UsageError: If the uncertainty of this method is a score without a scale, and it has not
+                been calibrated.
 
         Examples:
             >>> import vilu
@@ -573,7 +693,10 @@ class FailurePredictor(ABC):
         Examples:
             >>> import vilu
             >>> predictor = vilu.MCM().calibrate_scores([0.1] * 40, [0, 0, 0, 1] * 10)
-            >>> predictor.raw_failure_probability([0.1]).round(2), predictor.failure_probability([0.1]).round(2)
+            >>> (
+            ...     predictor.raw_failure_probability([0.1]).round(2),
+            ...     predictor.failure_probability([0.1]).round(2),
+            ... )
             (array([0.1]), array([0.25]))
         """
         if not self.is_probability:
@@ -589,11 +712,14 @@ class FailurePredictor(ABC):
         """Learn the probability of failure on labelled rows; those used to fit are left out, with a warning.
 
         Raises:
-            DataError: If more than 1 % were used to fit, or none has an uncertainty and a known failure.
+            DataError: If more than 1 % were used to fit, or none has an uncertainty and a known
+                failure.
 
         Examples:
             >>> import numpy as np, vilu
-            >>> data = vilu.Embeddings(np.eye(2)[[0] * 40], np.eye(2), [0, 0, 0, 1] * 10)  # three of four are right
+            >>> data = vilu.Embeddings(
+            ...     np.eye(2)[[0] * 40], np.eye(2), [0, 0, 0, 1] * 10
+            ... )  # three of four are right
             >>> vilu.MCM().calibrate(data).predict_failure_probability(data)[:2].round(2)
             array([0.25, 0.25])
         """
@@ -612,15 +738,22 @@ class FailurePredictor(ABC):
 
         Examples:
             >>> import vilu
-            >>> margin = vilu.Margin().calibrate_scores([-3.0, -2.0, -1.0, 0.0] * 10, [0, 0, 0, 1] * 10)
+            >>> margin = vilu.Margin().calibrate_scores(
+            ...     [-3.0, -2.0, -1.0, 0.0] * 10, [0, 0, 0, 1] * 10
+            ... )
             >>> margin.failure_probability([-3.0, 0.0]).round(2)
             array([0.  , 0.83])
         """
-        scores, failures = real_vector(uncertainty, "uncertainty"), check_codes(failure, "failure", 1)
+        scores, failures = (
+            real_vector(uncertainty, "uncertainty"),
+            check_codes(failure, "failure", 1),
+        )
         require_same_length(scores, failures)
         known = np.isfinite(scores) & (failures != UNKNOWN)
         if not known.any():
-            raise DataError(f"none of the {len(scores)} calibration rows has an uncertainty and a known failure.")
+            raise DataError(
+                f"none of the {len(scores)} calibration rows has an uncertainty and a known failure."
+            )
         score = self._calibration_score(scores[known])
         self.calibrator_ = fit_calibrator(score, failures[known], is_log_odds=self.is_probability)
         return self

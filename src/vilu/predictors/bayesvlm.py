@@ -36,7 +36,10 @@ def sigmoid_weights(logits: Tensor) -> tuple[Tensor, Tensor]:
     return p * (1 - p), torch.zeros_like(p)
 
 
-LOSSES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {"infonce": softmax_weights, "siglip": sigmoid_weights}
+LOSSES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+    "infonce": softmax_weights,
+    "siglip": sigmoid_weights,
+}
 """Curvature diag(first) - second second^T of a contrastive loss in its logits, by the name of the loss."""
 
 
@@ -69,27 +72,39 @@ class Factors:
 def factors(layer: Layer, candidates: Tensor, scale: float, bias: float, loss: str) -> Factors:
     """What some rows, each against all of ``candidates`` (K, D), add to the factors of their layer.
 
-    The logits are scale * cosine + bias. With unit vectors u = g / ‖g‖ and c_j, the curvature in g of one row is
-    scale² J (sum_j a_j c_j c_j^T - m m^T) J, where J = (I - u u^T) / ‖g‖ and m = sum_j b_j c_j; a and b come from the
-    loss: a = b = p for InfoNCE, a = sigma (1 - sigma) and b = 0 for SigLIP.
+    The logits are scale * cosine + bias. With unit vectors u = g / ‖g‖ and c_j, the curvature in g
+    of one row is scale² J (sum_j a_j c_j c_j^T - m m^T) J, where J = (I - u u^T) / ‖g‖ and m =
+    sum_j b_j c_j; a and b come from the loss: a = b = p for InfoNCE, a = sigma (1 - sigma) and b =
+    0 for SigLIP.
     """
-    outputs = torch.zeros(candidates.shape[1], candidates.shape[1], dtype=candidates.dtype, device=candidates.device)
+    outputs = torch.zeros(
+        candidates.shape[1], candidates.shape[1], dtype=candidates.dtype, device=candidates.device
+    )
     weights = layer.count * (scale / layer.outputs.norm(dim=-1)).square()
     for unit, weight in zip(layer.directions.split(ROWS), weights.split(ROWS), strict=True):
-        outputs += curvature_sum(unit, weight, candidates, *LOSSES[loss](scale * unit @ candidates.T + bias))
+        outputs += curvature_sum(
+            unit, weight, candidates, *LOSSES[loss](scale * unit @ candidates.T + bias)
+        )
     inputs = (layer.inputs * layer.count[:, None]).T @ layer.inputs
     return Factors(inputs, outputs, int(layer.count.sum()))
 
 
-def curvature_sum(unit: Tensor, weight: Tensor, candidates: Tensor, diagonal: Tensor, outer: Tensor) -> Tensor:
+def curvature_sum(
+    unit: Tensor, weight: Tensor, candidates: Tensor, diagonal: Tensor, outer: Tensor
+) -> Tensor:
     """(D, D) sum over rows of w (I - u u^T) M (I - u u^T), M = sum_j a_j c_j c_j^T - m m^T, m = sum_j b_j c_j.
 
-    ``unit`` (M, D) are u, ``weight`` (M,) w, ``candidates`` (K, D) c, ``diagonal`` (M, K) a and ``outer`` (M, K) b. The
-    projections are multiplied out, so that nothing is larger than (M, K), (M, D) or (D, D).
+    ``unit`` (M, D) are u, ``weight`` (M,) w, ``candidates`` (K, D) c, ``diagonal`` (M, K) a and
+    ``outer`` (M, K) b. The projections are multiplied out, so that nothing is larger than (M, K),
+    (M, D) or (D, D).
     """
     mean = outer @ candidates
-    along = (diagonal * (unit @ candidates.T)) @ candidates - mean * (mean * unit).sum(dim=-1, keepdim=True)  # M u
-    middle = candidates.T @ ((weight @ diagonal)[:, None] * candidates) - mean.T @ (weight[:, None] * mean)
+    along = (diagonal * (unit @ candidates.T)) @ candidates - mean * (mean * unit).sum(
+        dim=-1, keepdim=True
+    )  # M u
+    middle = candidates.T @ ((weight @ diagonal)[:, None] * candidates) - mean.T @ (
+        weight[:, None] * mean
+    )
     cross = unit.T @ (weight[:, None] * along)
     twice = unit.T @ ((weight * (along * unit).sum(dim=-1))[:, None] * unit)
     return middle - cross - cross.T + twice
@@ -109,7 +124,9 @@ class Posterior:
 
 def posterior(found: Factors, squared_norm: float, pseudo_count: float) -> tuple[Posterior, float]:
     """Posterior of a last layer of squared norm ‖P‖², and the prior precision lambda that the evidence chose."""
-    scale = math.sqrt(pseudo_count / found.n)  # of both, so that the pair of them weighs so many times the data
+    scale = math.sqrt(
+        pseudo_count / found.n
+    )  # of both, so that the pair of them weighs so many times the data
     spectra = [torch.linalg.eigh(scale * factor) for factor in (found.inputs, found.outputs)]
     (a, a_vectors), (b, b_vectors) = ((values.clamp_min(0), vectors) for values, vectors in spectra)
     prior = best_prior_precision(a, b, squared_norm)
@@ -121,8 +138,9 @@ def posterior(found: Factors, squared_norm: float, pseudo_count: float) -> tuple
 def log_evidence(log_prior: float, a: Tensor, b: Tensor, squared_norm: float) -> float:
     """Log marginal likelihood of a Laplace approximation, but for what does not depend on the prior precision lambda.
 
-    (F D log lambda - lambda ‖P‖² - log det(Ã ⊗ B̃)) / 2, with Ã = diag(a) + sqrt(lambda) I in the eigenbasis, B̃
-    likewise, and log det(Ã ⊗ B̃) = D log det Ã + F log det B̃; a (F,) and b (D,) are eigenvalues of sqrt(tau) A and B.
+    (F D log lambda - lambda ‖P‖² - log det(Ã ⊗ B̃)) / 2, with Ã = diag(a) + sqrt(lambda) I in the
+    eigenbasis, B̃ likewise, and log det(Ã ⊗ B̃) = D log det Ã + F log det B̃; a (F,) and b (D,) are
+    eigenvalues of sqrt(tau) A and B.
     """
     root = math.exp(log_prior / 2)
     log_det = float(len(b) * (a + root).log().sum() + len(a) * (b + root).log().sum())
@@ -132,8 +150,8 @@ def log_evidence(log_prior: float, a: Tensor, b: Tensor, squared_norm: float) ->
 def best_prior_precision(a: Tensor, b: Tensor, squared_norm: float) -> float:
     """The lambda of the largest ``log_evidence``.
 
-    Its derivative in log lambda falls everywhere, so there is one maximum, and none above F D / ‖P‖², where the
-    derivative of the first two terms is zero.
+    Its derivative in log lambda falls everywhere, so there is one maximum, and none above F D /
+    ‖P‖², where the derivative of the first two terms is zero.
     """
     from scipy.optimize import minimize_scalar
 
@@ -147,10 +165,13 @@ def best_prior_precision(a: Tensor, b: Tensor, squared_norm: float) -> float:
     return math.exp(found.x)
 
 
-def cosine_moments(g: Tensor, g_variance: Tensor, h: Tensor, h_variance: Tensor) -> tuple[Tensor, Tensor]:
+def cosine_moments(
+    g: Tensor, g_variance: Tensor, h: Tensor, h_variance: Tensor
+) -> tuple[Tensor, Tensor]:
     """Mean and variance (B, K) of the cosine of Gaussian vectors with means (B, D) and (K, D) and diagonal covariances.
 
-    The moments of g · h are exact; the product of the norms counts as the root of its expected square.
+    The moments of g · h are exact; the product of the norms counts as the root of its expected
+    square.
     """
     g_second, h_second = g.square() + g_variance, h.square() + h_variance
     squared_norms = g_second.sum(dim=-1)[:, None] * h_second.sum(dim=-1)
@@ -159,61 +180,78 @@ def cosine_moments(g: Tensor, g_variance: Tensor, h: Tensor, h_variance: Tensor)
     return mean, variance
 
 
-FARTHEST = 1e-2  # largest distance of normalise(P phi) from the embedding; rounding both to float16 makes about 1e-3
+# largest distance of normalise(P phi) from the embedding; rounding both to float16 makes about 1e-3
+FARTHEST = 1e-2
 
 
 @dataclass
 class BayesVLM(FailurePredictor):
     """Last-layer Laplace: u = 1 - p_t̂, p = softmax of the logits under a posterior over the last linear maps.
 
-    With g = P phi and h = Q psi the last layers of the image and the text encoder, P's posterior precision is
-    (sqrt(tau) A + sqrt(lambda) I) ⊗ (sqrt(tau) B + sqrt(lambda) I), A = n^(-1/2) sum_i phi_i phi_i^T (F, F) and
-    B = n^(-1/2) sum_i H_i (D, D), H_i the Gauss-Newton curvature in g_i of the contrastive loss; Q's likewise, with
-    images and texts in each other's place. lambda, one for each encoder, maximises the Laplace evidence. The variance
-    of g is (phi^T A^(-1) phi) times the diagonal of B^(-1), from which follow mean m_j and variance v_j of every logit,
-    and p = softmax_j(m_j / sqrt(1 + pi v_j / 8)). What is scored is the VLM's own answer t̂, which need not be the
-    largest p_j. The logit bias counts, since the root differs between candidates.
+    With g = P phi and h = Q psi the last layers of the image and the text encoder, P's posterior
+    precision is (sqrt(tau) A + sqrt(lambda) I) ⊗ (sqrt(tau) B + sqrt(lambda) I), A = n^(-1/2) sum_i
+    phi_i phi_i^T (F, F) and B = n^(-1/2) sum_i H_i (D, D), H_i the Gauss-Newton curvature in g_i of
+    the contrastive loss; Q's likewise, with images and texts in each other's place. lambda, one for
+    each encoder, maximises the Laplace evidence. The variance of g is (phi^T A^(-1) phi) times the
+    diagonal of B^(-1), from which follow mean m_j and variance v_j of every logit, and p =
+    softmax_j(m_j / sqrt(1 + pi v_j / 8)). What is scored is the VLM's own answer t̂, which need not
+    be the largest p_j. The logit bias counts, since the root differs between candidates.
 
-    The n pairs are the training images, each with the text of its class or its caption. Images are matched against
-    all K candidates, texts against the images of their chunk; a text of many images counts as often. With captions a
-    chunk is a pool. A class without a training image keeps the prior's variance along its own direction.
+    The n pairs are the training images, each with the text of its class or its caption. Images are
+    matched against all K candidates, texts against the images of their chunk; a text of many images
+    counts as often. With captions a chunk is a pool. A class without a training image keeps the
+    prior's variance along its own direction.
 
-    Two kinds of fit, told apart in the method's label, and data to score must carry what the fit used:
+    Two kinds of fit, told apart in the method's label, and data to score must carry what the fit
+    used:
 
-    - "bayesvlm (model)": phi, psi, P and Q are the columns ``features``, ``text_features``, ``image_projection`` and
-      ``text_projection``. Data whose normalise(P phi) is farther than 1e-2 from the embedding are refused, such as
-      features of a second encoder or texts averaged over prompts. A bias of the last layer is a column of P, and a
-      feature that is always one.
-    - "bayesvlm (embeddings-only)": the last layer counts as the identity on the embeddings, phi = g = z, P = I. This is
-      a construction of ours and not the published method.
+    - "bayesvlm (model)": phi, psi, P and Q are the columns ``features``, ``text_features``,
+      ``image_projection`` and ``text_projection``. Data whose normalise(P phi) is farther than 1e-2
+      from the embedding are refused, such as features of a second encoder or texts averaged over
+      prompts. A bias of the last layer is a column of P, and a feature that is always one.
+    - "bayesvlm (embeddings-only)": the last layer counts as the identity on the embeddings, phi = g
+      = z, P = I. This is a construction of ours and not the published method.
 
     Args:
-        mode: "model", "embeddings", or "auto": "model" where the training data carry all four columns.
+        mode: "model", "embeddings", or "auto": "model" where the training data carry all four
+            columns.
         loss: "infonce" (CLIP) or "siglip", what the VLM was trained with.
         pseudo_count: tau, how many times the pairs count; 10 in the reference.
         chunk: Pairs at a time, hence images that compete for a text.
 
-    Source: Baumann et al., "Post-hoc Probabilistic Vision-Language Models", ICLR 2026. The reference implementation
-    leaves the 1/2 before the log-determinants of the evidence out and swaps their Kronecker exponents; here they are as
-    derived. There the pairs come from the VLM's own training data; here from the data to fit on.
+    Source: Baumann et al., "Post-hoc Probabilistic Vision-Language Models", ICLR 2026. The
+    reference implementation leaves the 1/2 before the log-determinants of the evidence out and
+    swaps their Kronecker exponents; here they are as derived. There the pairs come from the VLM's
+    own training data; here from the data to fit on.
 
     Examples:
         >>> import numpy as np, vilu
-        >>> angle = np.linspace(0, np.pi / 2, 100)  # the answer is class 0 up to 45 degrees, the truth up to 63
+        >>> angle = np.linspace(
+        ...     0, np.pi / 2, 100
+        ... )  # the answer is class 0 up to 45 degrees, the truth up to 63
         >>> image = np.c_[np.cos(angle), np.sin(angle)]
         >>> train = vilu.Embeddings(image, np.eye(2), np.repeat([0, 1], [70, 30]), logit_scale=10.0)
         >>> new = vilu.Embeddings([[0.8, 0.6], [0.6, 0.8]], np.eye(2), logit_scale=10.0)
         >>> vilu.MCM().predict_uncertainty(new).round(2)
         array([0.12, 0.12])
-        >>> vilu.PREDICTORS["bayesvlm"](pseudo_count=1.0).fit(train).predict_uncertainty(new).round(2)
+        >>> vilu.PREDICTORS["bayesvlm"](pseudo_count=1.0).fit(train).predict_uncertainty(new).round(
+        ...     2
+        ... )
         array([0.17, 0.26])
     """
 
     name: ClassVar[str] = "bayesvlm"
-    summary: ClassVar[str] = "Laplace posterior over the VLM's last layers, as a temperature per candidate (BayesVLM)"
+    summary: ClassVar[str] = (
+        "Laplace posterior over the VLM's last layers, as a temperature per candidate (BayesVLM)"
+    )
     reference: ClassVar[str] = "Baumann et al., ICLR 2026"
     cost: ClassVar[str] = "fit: one pass, O(N D (K + D)); score: three products with the candidates"
-    optional_columns: ClassVar[tuple[str, ...]] = ("features", "text_features", "image_projection", "text_projection")
+    optional_columns: ClassVar[tuple[str, ...]] = (
+        "features",
+        "text_features",
+        "image_projection",
+        "text_projection",
+    )
     is_probability: ClassVar[bool] = True
     _forms: ClassVar[str] = (
         "image_inputs:dEE image_outputs:dD image_prior:d text_inputs:dFF text_outputs:dD text_prior:d on_features:?"
@@ -237,7 +275,9 @@ class BayesVLM(FailurePredictor):
     def columns_to_fit(self, train: EmbeddingSource) -> tuple[str, ...]:
         """The four columns in mode "model", or in mode "auto" where they are there; else none."""
         there = train.columns.issuperset(self.optional_columns)
-        return self.optional_columns if self.mode == "model" or (self.mode == "auto" and there) else ()
+        return (
+            self.optional_columns if self.mode == "model" or (self.mode == "auto" and there) else ()
+        )
 
     @property
     def columns_to_score(self) -> tuple[str, ...]:
@@ -252,25 +292,43 @@ class BayesVLM(FailurePredictor):
         sums = functools.reduce(lambda a, b: (a[0] + b[0], a[1] + b[1]), self._factors(train))
         tensors = {"on_features": torch.tensor(bool(train.columns))}
         for side, found in zip(("image", "text"), sums, strict=True):
-            layer = train.source.column(f"{side}_projection", train.index[:1]) if train.columns else None
-            squared_norm = train.source.space.embed_dim if layer is None else float(layer.double().square().sum())
+            layer = (
+                train.source.column(f"{side}_projection", train.index[:1])
+                if train.columns
+                else None
+            )
+            squared_norm = (
+                train.source.space.embed_dim
+                if layer is None
+                else float(layer.double().square().sum())
+            )
             learned, prior = posterior(found, squared_norm, self.pseudo_count)
-            tensors |= {f"{side}_inputs": learned.inputs.cpu(), f"{side}_outputs": learned.outputs.cpu()}
+            tensors |= {
+                f"{side}_inputs": learned.inputs.cpu(),
+                f"{side}_outputs": learned.outputs.cpu(),
+            }
             tensors[f"{side}_prior"] = torch.tensor(prior, dtype=torch.float64)
         priors = {side: float(tensors[f"{side}_prior"]) for side in ("image", "text")}
-        return Learnt(tensors, {"label": self._label(bool(train.columns)), "prior_precision": priors})
+        return Learnt(
+            tensors, {"label": self._label(bool(train.columns)), "prior_precision": priors}
+        )
 
     def _factors(self, train: Rows) -> Iterator[tuple[Factors, Factors]]:
         """What every chunk of pairs adds to the factors of the image and the text layer."""
-        # Labelled rows often come class by class, and a text needs images of all classes to compete for it.
+        # Labelled rows often come class by class, and a text needs images of all classes to compete
+        # for it.
         generator = None if train.source.pool_size else torch.Generator().manual_seed(self.seed)
         with track("fit", steps_per_epoch(train, self.chunk), "chunks") as task:
             for batch in train.steps(self.chunk, generator):
                 layers = last_layers(batch.to(self.device_), on_features=bool(train.columns))
-                (phi, g), (psi, h) = ((float64(inputs), float64(outputs)) for inputs, outputs in layers)
+                (phi, g), (psi, h) = (
+                    (float64(inputs), float64(outputs)) for inputs, outputs in layers
+                )
                 image = Layer(phi, g, g.new_ones(len(g)))
                 text = Layer(psi, h, torch.bincount(batch.target, minlength=len(h)).to(h))
-                found = functools.partial(factors, scale=batch.logit_scale, bias=batch.logit_bias, loss=self.loss)
+                found = functools.partial(
+                    factors, scale=batch.logit_scale, bias=batch.logit_bias, loss=self.loss
+                )
                 yield found(image, text.directions), found(text, image.directions)
                 task.advance(1)
 
@@ -287,7 +345,9 @@ class BayesVLM(FailurePredictor):
         return torch.sigmoid(failure_log_odds(logits, batch))
 
 
-def last_layers(batch: Batch, *, on_features: bool) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def last_layers(
+    batch: Batch, *, on_features: bool
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Inputs and outputs, (B, F) and (B, D), of the image encoder's last layer, and (K, F), (K, D) of the text's."""
     if not on_features:
         return (batch.image, batch.image), (batch.text, batch.text)
@@ -297,7 +357,9 @@ def last_layers(batch: Batch, *, on_features: bool) -> tuple[tuple[Tensor, Tenso
     )
 
 
-def last_layer(batch: Batch, features: str, projection: str, embedding: Tensor) -> tuple[Tensor, Tensor]:
+def last_layer(
+    batch: Batch, features: str, projection: str, embedding: Tensor
+) -> tuple[Tensor, Tensor]:
     """Inputs phi and outputs P phi of one encoder's last layer."""
     phi, layer = batch.columns[features], batch.columns[projection]
     if layer.shape != (embedding.shape[1], phi.shape[1]):

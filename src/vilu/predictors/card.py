@@ -11,7 +11,12 @@ from typing import Any, ClassVar, Protocol
 from vilu.backbones.catalog import NAMED
 from vilu.text import printable
 
-TAGS = ("failure-prediction", "uncertainty-estimation", "selective-classification", "vision-language-model")
+TAGS = (
+    "failure-prediction",
+    "uncertainty-estimation",
+    "selective-classification",
+    "vision-language-model",
+)
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", re.ASCII)
 MAX_VALUE = 500  # characters of a value that a card shows
 
@@ -51,7 +56,9 @@ class Described(Protocol):
         """What it looks at beside the embeddings."""
 
 
-def model_card(record: Mapping[str, Any], method: Described, risk: Mapping[str, Any] | None = None) -> str:
+def model_card(
+    record: Mapping[str, Any], method: Described, risk: Mapping[str, Any] | None = None
+) -> str:
     """The card of a ``predictor.json`` and perhaps a ``risk.json``; whatever names contain, the header is YAML."""
     space = record["space"] or {}
     notes, name = record["notes"], record["method"]
@@ -62,9 +69,14 @@ def model_card(record: Mapping[str, Any], method: Described, risk: Mapping[str, 
         "For every image it says how likely the zero-shot answer of the frozen model below is wrong (higher = more "
         f"likely wrong), from the embeddings alone. Made with vilu {code(record['vilu'])}.",
         f"**Method.** {code(name)}: {plain(method.summary)}. Reference: {plain(method.reference)}.",
-        section("Embedding space", facts(space, SPACE) or ["- unknown: it was made from bare arrays"]),
+        section(
+            "Embedding space", facts(space, SPACE) or ["- unknown: it was made from bare arrays"]
+        ),
         section("Fit", [*fit_facts(notes, method), *facts(record["parameters"], {"seed": "seed"})]),
-        section("Hyper-parameters", [f"- {code(key)}: {code(parameters[key])}" for key in parameters] or ["- none"]),
+        section(
+            "Hyper-parameters",
+            [f"- {code(key)}: {code(parameters[key])}" for key in parameters] or ["- none"],
+        ),
         section("Guarantee", guarantee(risk)),
         section("Use", usage(space, notes, method)),
         section("Limits", limits(notes, method, risk)),
@@ -75,7 +87,12 @@ def model_card(record: Mapping[str, Any], method: Described, risk: Mapping[str, 
 
 def header(backbone: str | None, method: str) -> str:
     """The YAML block; its values are JSON in ASCII, which YAML is a superset of."""
-    entries = {"library_name": "vilu", "license": "unknown", "tags": [*TAGS, method], "base_model": hub_id(backbone)}
+    entries = {
+        "library_name": "vilu",
+        "license": "unknown",
+        "tags": [*TAGS, method],
+        "base_model": hub_id(backbone),
+    }
     lines = [f"{key}: {json.dumps(value)}" for key, value in entries.items() if value is not None]
     return "\n".join(["---", *lines, "---"])
 
@@ -109,7 +126,9 @@ def fit_facts(notes: Mapping[str, Any], method: Described) -> list[str]:
 def guarantee(risk: Mapping[str, Any] | None) -> list[str]:
     """What a calibration promises."""
     if risk is None:
-        return ["- none: `vilu calibrate` was not run on this predictor, so no threshold comes with it"]
+        return [
+            "- none: `vilu calibrate` was not run on this predictor, so no threshold comes with it"
+        ]
     if risk.get("promise") is None:
         return ["- none: only the probabilities are calibrated", *facts(risk, GUARANTEE)]
     return [
@@ -138,17 +157,23 @@ def usage(space: Mapping[str, Any], notes: Mapping[str, Any], method: Described)
     ]
 
 
-def limits(notes: Mapping[str, Any], method: Described, risk: Mapping[str, Any] | None) -> list[str]:
+def limits(
+    notes: Mapping[str, Any], method: Described, risk: Mapping[str, Any] | None
+) -> list[str]:
     """What it does not say."""
     estimate = "Its score estimates P(failure) for images like those of the fit. It was " + (
-        "calibrated, see above." if risk else "not calibrated on rows of its own (`vilu calibrate`)."
+        "calibrated, see above."
+        if risk
+        else "not calibrated on rows of its own (`vilu calibrate`)."
     )
     hashes = "`weights.safetensors` holds hashes of up to 16,384 identifiers of training rows, to warn who scores them."
     pools = isinstance(notes.get("pool_size"), int)
     columns = ", ".join(map(code, method.columns_to_score))
     sentences = {
         "It says nothing about other backbones, weights, preprocessing or logit scales; vilu refuses them.": True,
-        estimate if method.is_probability else "Its score orders answers; it is no probability.": True,
+        estimate
+        if method.is_probability
+        else "Its score orders answers; it is no probability.": True,
         "It scores the classes that it was fitted on and no others.": method.closed_set,
         f"It looks at {columns} beside the embeddings.": columns,
         "Failures depend on the pool size: numbers at another one are not comparable.": pools,
@@ -165,7 +190,11 @@ def section(title: str, lines: Iterable[str]) -> str:
 
 def facts(values: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
     """A line for each of the named values that is known."""
-    return [f"- {name}: {code(values[key])}" for key, name in names.items() if values.get(key) is not None]
+    return [
+        f"- {name}: {code(values[key])}"
+        for key, name in names.items()
+        if values.get(key) is not None
+    ]
 
 
 def code(value: object) -> str:

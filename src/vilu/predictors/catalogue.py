@@ -9,7 +9,9 @@ from vilu.errors import UsageError, nearest
 from vilu.predictors.base import FailurePredictor
 from vilu.registry import ADDERS, Catalogue
 
-PREDICTORS = Catalogue[type[FailurePredictor]]("method", "vilu.predictors")  # ``vilu.predictors`` puts ours in
+PREDICTORS = Catalogue[type[FailurePredictor]](
+    "method", "vilu.predictors"
+)  # ``vilu.predictors`` puts ours in
 
 
 def add_predictor(cls: object) -> bool:
@@ -18,15 +20,27 @@ def add_predictor(cls: object) -> bool:
         return False
     where = f"{cls.__module__}.{cls.__qualname__}"
     if missing := [key for key in ("name", "summary", "reference") if not getattr(cls, key, None)]:
-        raise UsageError(f"the method {where} has no {' and no '.join(missing)}. Set it as a class attribute.")
+        raise UsageError(
+            f"the method {where} has no {' and no '.join(missing)}. Set it as a class attribute."
+        )
     if PREDICTORS.here.get(cls.name, cls) is not cls:
-        raise UsageError(f"there is a method {cls.name!r} already, {PREDICTORS[cls.name].__name__}. Rename {where}.")
+        raise UsageError(
+            f"there is a method {cls.name!r} already, {PREDICTORS[cls.name].__name__}. Rename {where}."
+        )
     if "__dataclass_params__" not in vars(cls):
-        raise UsageError(f"the method {where} must be a dataclass, so that its parameters are known. Decorate it.")
+        raise UsageError(
+            f"the method {where} must be a dataclass, so that its parameters are known. Decorate it."
+        )
     if inspect.isabstract(cls):
-        raise UsageError(f"the method {where} lacks {', '.join(sorted(cls.__abstractmethods__))}. Define it.")
-    if without := [f.name for f in dataclasses.fields(cls) if f.init and f.default is f.default_factory]:
-        raise UsageError(f"the method {where} needs a default for {', '.join(without)}: `vilu fit` gives none.")
+        raise UsageError(
+            f"the method {where} lacks {', '.join(sorted(cls.__abstractmethods__))}. Define it."
+        )
+    if without := [
+        f.name for f in dataclasses.fields(cls) if f.init and f.default is f.default_factory
+    ]:
+        raise UsageError(
+            f"the method {where} needs a default for {', '.join(without)}: `vilu fit` gives none."
+        )
     PREDICTORS[cls.name] = cls
     return True
 
@@ -49,5 +63,7 @@ def find_method(name: str) -> type[FailurePredictor]:
     """
     if name not in PREDICTORS:
         known = method_names()
-        raise UsageError(f"there is no method {name!r}; known are {', '.join(known)}.{nearest(name, known)}")
+        raise UsageError(
+            f"there is no method {name!r}; known are {', '.join(known)}.{nearest(name, known)}"
+        )
     return PREDICTORS[name]

@@ -23,23 +23,28 @@ from vilu.predictors.heads.vilu import LVU, ViLU
 
 @checked
 @as_usual()
-def convert_official(path: str | Path, logit_scale: float = 100.0, *, embed_dim: int | None = None) -> HeadPredictor:
+def convert_official(
+    path: str | Path, logit_scale: float = 100.0, *, embed_dim: int | None = None
+) -> HeadPredictor:
     """A ``ViLU`` or ``LVU`` with the weights of a released checkpoint.
 
-    The reference head gives a confidence logit; ours, its negative, is the failure logit, so the last layer changes
-    sign. Projections that never left a multiple of the identity were frozen in training, where the reference passes
-    embeddings through unprojected (while weight decay shrinks the unused matrix): they become the identity.
+    The reference head gives a confidence logit; ours, its negative, is the failure logit, so the
+    last layer changes sign. Projections that never left a multiple of the identity were frozen in
+    training, where the reference passes embeddings through unprojected (while weight decay shrinks
+    the unused matrix): they become the identity.
 
-    The file is a pickle. It is read with torch's restricted unpickler, which besides tensors may build numpy scalars
-    (allowed here by name, since the released files hold some) and nothing else.
+    The file is a pickle. It is read with torch's restricted unpickler, which besides tensors may
+    build numpy scalars (allowed here by name, since the released files hold some) and nothing else.
 
     Args:
         path: A checkpoint with the key ``state_dict``, or a bare state dict.
         logit_scale: Logit scale of the VLM; the checkpoints do not hold it (100 for OpenAI's CLIP).
-        embed_dim: Embedding width D; needed only for a head of image and predicted caption without attention.
+        embed_dim: Embedding width D; needed only for a head of image and predicted caption without
+            attention.
 
     Raises:
-        DataError: If the file asks for anything else to be built, or its weights are not those of a known head.
+        DataError: If the file asks for anything else to be built, or its weights are not those of a
+            known head.
 
     Examples:
         >>> import tempfile, pathlib, torch, vilu
@@ -48,7 +53,9 @@ def convert_official(path: str | Path, logit_scale: float = 100.0, *, embed_dim:
         >>> layers |= {"mlp.2.weight": torch.tensor([[3.0, -3.0]]), "mlp.2.bias": torch.zeros(1)}
         >>> torch.save({"state_dict": layers}, path)
         >>> data = vilu.Embeddings(torch.eye(2), torch.eye(2))
-        >>> vilu.convert_official(path).predict_uncertainty(data).round(2)  # sigmoid(-3) and sigmoid(3)
+        >>> vilu.convert_official(path).predict_uncertainty(data).round(
+        ...     2
+        ... )  # sigmoid(-3) and sigmoid(3)
         array([0.05, 0.95])
     """
     weights = read_checkpoint(Path(path))
@@ -57,25 +64,42 @@ def convert_official(path: str | Path, logit_scale: float = 100.0, *, embed_dim:
     except ViLUError:
         raise
     except DAMAGE as error:
-        raise DataError(f"{path} holds weights of no known head: {type(error).__name__}: {error}.") from error
+        raise DataError(
+            f"{path} holds weights of no known head: {type(error).__name__}: {error}."
+        ) from error
 
 
-DAMAGE = (*UNREADABLE, ArithmeticError, AssertionError, ImportError, MemoryError, pickle.UnpicklingError)
+DAMAGE = (
+    *UNREADABLE,
+    ArithmeticError,
+    AssertionError,
+    ImportError,
+    MemoryError,
+    pickle.UnpicklingError,
+)
 """What torch raises on such files, and what tensors of any shape lead to."""
 
 
-def _head(weights: dict[str, Tensor], path: str | Path, logit_scale: float, embed_dim: int | None) -> HeadPredictor:
+def _head(
+    weights: dict[str, Tensor], path: str | Path, logit_scale: float, embed_dim: int | None
+) -> HeadPredictor:
     """The predictor of these weights."""
-    layers = [name.removesuffix(".weight") for name in weights if re.fullmatch(r"mlp\.\d+\.weight", name)]
+    layers = [
+        name.removesuffix(".weight") for name in weights if re.fullmatch(r"mlp\.\d+\.weight", name)
+    ]
     if not layers or any(f"{layer}.bias" not in weights for layer in layers):
-        raise DataError(f"{path} holds no multilayer perceptron mlp.0, mlp.2, ... Found: {', '.join(weights)[:200]}.")
+        raise DataError(
+            f"{path} holds no multilayer perceptron mlp.0, mlp.2, ... Found: {', '.join(weights)[:200]}."
+        )
     projection = weights.get("in_proj_t.weight")
     width = weights["mlp.0.weight"].shape[1]
     dim = embed_dim or (width if projection is None else len(projection))
     possible = ["image", "caption"] if projection is None else ["image", "attended", "caption"]
     parts = possible[: width // dim]
     if width != dim * len(parts) or (projection is not None and len(parts) == 1):
-        raise DataError(f"{path} has a head of input width {width}, which is no concatenation of embeddings of {dim}.")
+        raise DataError(
+            f"{path} has a head of input width {width}, which is no concatenation of embeddings of {dim}."
+        )
     hidden = tuple(len(weights[f"{layer}.bias"]) for layer in layers[:-1])
     predictor: HeadPredictor = LVU(hidden=hidden, loss="bce")
     if parts != ["image"]:
@@ -96,7 +120,10 @@ def renamed(weights: dict[str, Tensor], layers: list[str], parts: list[str]) -> 
     for i, layer in enumerate(layers[1:], start=1):
         for kind in ("weight", "bias"):
             state[f"rest.{2 * i - 1}.{kind}"] = signs[i] * weights[f"{layer}.{kind}"].float()
-    for theirs, ours in (("in_proj_v.weight", "attention.image"), ("in_proj_t.weight", "attention.text")):
+    for theirs, ours in (
+        ("in_proj_v.weight", "attention.image"),
+        ("in_proj_t.weight", "attention.text"),
+    ):
         if theirs in weights:
             state[ours] = thawed(weights[theirs].float())
     return state
@@ -110,7 +137,8 @@ def thawed(projection: Tensor) -> Tensor:
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint's state dict, by name."""
-    # numpy scalars are written under the module's old or new name, depending on the numpy that wrote them.
+    # numpy scalars are written under the module's old or new name, depending on the numpy that
+    # wrote them.
     scalar = cast("Callable[..., Any]", np.float64(0).__reduce__()[0])
     allowed: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
         (scalar, "numpy.core.multiarray.scalar"),
@@ -126,7 +154,9 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror or error}.") from error
     except DAMAGE as error:
-        raise DataError(f"{path} is refused, nothing in it was executed: {why_refused(error)}.") from error
+        raise DataError(
+            f"{path} is refused, nothing in it was executed: {why_refused(error)}."
+        ) from error
     weights = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(weights, dict):
         raise DataError(f"{path} holds no state dict, but a {type(content).__name__}.")

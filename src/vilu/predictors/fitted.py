@@ -36,24 +36,29 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 class MCMTS(FailurePredictor):
     """MCM with one fitted temperature: u = 1 - max_j softmax_j(m l), m = exp(v) > 0 a number learned from labels.
 
-    m multiplies the VLM's own logit scale (1 / m is the temperature of Guo et al.), within a factor of 100 either way.
-    With K > 2 it changes the order of the rows, not only their calibration. Every pass streams over the rows, so memory
-    does not grow with them; captions are scored within their pools.
+    m multiplies the VLM's own logit scale (1 / m is the temperature of Guo et al.), within a factor
+    of 100 either way. With K > 2 it changes the order of the rows, not only their calibration.
+    Every pass streams over the rows, so memory does not grow with them; captions are scored within
+    their pools.
 
-    Where no answer is wrong, the likelihood grows with m for ever and nothing is identified: m stays 1, with a warning.
+    Where no answer is wrong, the likelihood grows with m for ever and nothing is identified: m
+    stays 1, with a warning.
 
     Args:
-        objective: "nll", the mean negative log-likelihood of the labels, by bounded LBFGS; or "ece", the expected
-            calibration error of max_j p_j in 15 bins of equal width. That one jumps whenever a row changes its bin, so
-            it is searched without gradients: a grid of 41 log m, then a golden section around its best point. It
-            counts pictures of none of the classes as wrong, which "nll" leaves out.
+        objective: "nll", the mean negative log-likelihood of the labels, by bounded LBFGS; or
+            "ece", the expected calibration error of max_j p_j in 15 bins of equal width. That one
+            jumps whenever a row changes its bin, so it is searched without gradients: a grid of 41
+            log m, then a golden section around its best point. It counts pictures of none of the
+            classes as wrong, which "nll" leaves out.
 
-    Source: Guo et al., ICML 2017; ViLU, supplement A.3, names the calibration error and LBFGS together, which cannot
-    be, since that error has no useful gradient.
+    Source: Guo et al., ICML 2017; ViLU, supplement A.3, names the calibration error and LBFGS
+    together, which cannot be, since that error has no useful gradient.
 
     Examples:
         >>> import numpy as np, vilu
-        >>> data = vilu.Embeddings(np.eye(2)[[0] * 40], np.eye(2), [0, 0, 0, 1] * 10)  # three of four are right
+        >>> data = vilu.Embeddings(
+        ...     np.eye(2)[[0] * 40], np.eye(2), [0, 0, 0, 1] * 10
+        ... )  # three of four are right
         >>> vilu.PREDICTORS["mcm_ts"]().fit(data).predict_uncertainty(data)[:2].round(2)
         array([0.25, 0.25])
     """
@@ -77,7 +82,9 @@ class MCMTS(FailurePredictor):
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
         is_fitted = identify(failure, f"temperature, so {self.name} scores as mcm")
-        log_multiplier = OBJECTIVES[self.objective](train, len(failure), self.device_) if is_fitted else 0.0
+        log_multiplier = (
+            OBJECTIVES[self.objective](train, len(failure), self.device_) if is_fitted else 0.0
+        )
         tensors = {"log_multiplier": torch.tensor(log_multiplier, dtype=torch.float64)}
         return Learnt(tensors, {"multiplier": math.exp(log_multiplier)})
 
@@ -90,7 +97,10 @@ class MCMTS(FailurePredictor):
 def identify(failure: Tensor, what: str) -> bool:
     """Whether there are failures, which a temperature is fitted to; said aloud where there are none."""
     if not failure.any():
-        warnings.warn(f"only 0 failures among {len(failure)} training rows: they identify no {what}.", stacklevel=8)
+        warnings.warn(
+            f"only 0 failures among {len(failure)} training rows: they identify no {what}.",
+            stacklevel=8,
+        )
     return bool(failure.any())
 
 
@@ -101,11 +111,21 @@ def uncertainty(batch: Batch, log_multiplier: float) -> Tensor:
 
 def best_likelihood(train: Rows, n: int, device: torch.device) -> float:
     """The log m of the least mean negative log-likelihood of ``n`` labelled rows."""
-    return most_likely(lambda batch, at: likelihood_terms(batch.to(device), at[0]), train, n, [0.0], (-LIMIT, LIMIT))[0]
+    return most_likely(
+        lambda batch, at: likelihood_terms(batch.to(device), at[0]),
+        train,
+        n,
+        [0.0],
+        (-LIMIT, LIMIT),
+    )[0]
 
 
 def most_likely(
-    terms: Callable[[Batch, list[float]], Tensor], train: Rows, n: int, start: list[float], limits: tuple[float, float]
+    terms: Callable[[Batch, list[float]], Tensor],
+    train: Rows,
+    n: int,
+    start: list[float],
+    limits: tuple[float, float],
 ) -> list[float]:
     """The least mean negative log-likelihood of ``n`` labelled rows, by bounded LBFGS; a batch's terms are sums."""
     from scipy.optimize import minimize
@@ -116,7 +136,9 @@ def most_likely(
         return value, slopes
 
     bounds, precision = [limits] * len(start), {"ftol": 1e-15, "gtol": 1e-8}
-    best = minimize(objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options=precision).x
+    best = minimize(
+        objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options=precision
+    ).x
     return list(map(float, best))
 
 
@@ -133,8 +155,9 @@ def likelihood_terms(batch: Batch, log_multiplier: float) -> Tensor:
 def pooled_terms(batch: Batch, logits: Tensor, factors: Sequence[float]) -> Tensor:
     """(1 + M,) sums over a batch of -log p_target and of its derivatives in the M ``factors``, on the CPU.
 
-    p is the softmax of the logits (B, K, M), weighed by the factors and added up; p_target is the mass of the right
-    candidates (one, as a rule). The derivative in one factor is the mean of its logits under p less that over them.
+    p is the softmax of the logits (B, K, M), weighed by the factors and added up; p_target is the
+    mass of the right candidates (one, as a rule). The derivative in one factor is the mean of its
+    logits under p less that over them.
     """
     z = logits @ torch.tensor(factors, dtype=logits.dtype, device=logits.device)
     right = z.masked_fill(~batch.alike(batch.target).to(z.device), -torch.inf)
@@ -149,11 +172,15 @@ def best_calibration(train: Rows, n: int, device: torch.device) -> float:
     errors = calibration_errors(train, n, device, grid)
     best = min(range(GRID), key=errors.__getitem__)
     low, high = grid[max(best - 1, 0)], grid[min(best + 1, GRID - 1)]
-    found, error = golden_section(lambda point: calibration_errors(train, n, device, [point])[0], low, high)
+    found, error = golden_section(
+        lambda point: calibration_errors(train, n, device, [point])[0], low, high
+    )
     return found if error < errors[best] else grid[best]
 
 
-def calibration_errors(train: Rows, n: int, device: torch.device, log_multipliers: list[float]) -> list[float]:
+def calibration_errors(
+    train: Rows, n: int, device: torch.device, log_multipliers: list[float]
+) -> list[float]:
     """Expected calibration error at each multiplier, in one pass: sum over the bins of |failures - sum of u| / n.
 
     A bin of max_j p_j is one of u = 1 - max_j p_j, closed on the right as in ``vilu.metrics.ece``.
@@ -170,7 +197,9 @@ def calibration_errors(train: Rows, n: int, device: torch.device, log_multiplier
     return errors
 
 
-def golden_section(function: Callable[[float], float], low: float, high: float) -> tuple[float, float]:
+def golden_section(
+    function: Callable[[float], float], low: float, high: float
+) -> tuple[float, float]:
     """The best point that a golden-section search of [low, high] meets, and its value."""
     left, right = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
     seen = {left: function(left), right: function(right)}
@@ -185,7 +214,10 @@ def golden_section(function: Callable[[float], float], low: float, high: float) 
     return best, seen[best]
 
 
-OBJECTIVES: dict[str, Callable[[Rows, int, torch.device], float]] = {"nll": best_likelihood, "ece": best_calibration}
+OBJECTIVES: dict[str, Callable[[Rows, int, torch.device], float]] = {
+    "nll": best_likelihood,
+    "ece": best_calibration,
+}
 """How log m is found, by the name of the objective."""
 
 
@@ -195,7 +227,11 @@ class WithSecondModel(FailurePredictor):
     def second_notes(self, source: EmbeddingSource) -> dict[str, Any]:
         """What is remembered of the second model of the training rows, if a score needs one."""
         needed = source.second is not None and SECOND & set(self.columns_to_score)
-        return {"second": dataclasses.asdict(source.second.space)} if needed and source.second is not None else {}
+        return (
+            {"second": dataclasses.asdict(source.second.space)}
+            if needed and source.second is not None
+            else {}
+        )
 
     @property
     def second_space_(self) -> EmbeddingSpace | None:
@@ -211,7 +247,10 @@ class WithSecondModel(FailurePredictor):
         super()._check_ready(data)
         known = self.second_space_
         if known is not None and data.second is not None:
-            names = {"mine": f"the second model of the fitted {self.name}", "theirs": "the second model of the data"}
+            names = {
+                "mine": f"the second model of the fitted {self.name}",
+                "theirs": "the second model of the data",
+            }
             known.require_match(data.second.space, **names)
 
 
@@ -219,34 +258,44 @@ class WithSecondModel(FailurePredictor):
 class Duo(WithSecondModel):
     """Asymmetric duo: u = 1 - softmax(T_L l + T_S s)_c, l the logits of the VLM, s those of a second model.
 
-    c is the answer of the VLM alone, the larger model as a rule, so the failures to be predicted stay the same. T_L and
-    T_S in [0, 100] multiply the two models' own logit scales. They minimise the mean negative log-likelihood of the
-    labels under softmax(T_L l + T_S s), which is convex in the two (where each candidate is one answer), by bounded
-    LBFGS from 1/2, 1/2. At T_S = 0 the duo is ``mcm_ts``, so the second model is used as far as labels say that it
-    helps. Every pass streams over the rows; memory does not grow with them.
+    c is the answer of the VLM alone, the larger model as a rule, so the failures to be predicted
+    stay the same. T_L and T_S in [0, 100] multiply the two models' own logit scales. They minimise
+    the mean negative log-likelihood of the labels under softmax(T_L l + T_S s), which is convex in
+    the two (where each candidate is one answer), by bounded LBFGS from 1/2, 1/2. At T_S = 0 the duo
+    is ``mcm_ts``, so the second model is used as far as labels say that it helps. Every pass
+    streams over the rows; memory does not grow with them.
 
-    The second model comes as two columns: ``second_image`` (N, E) and ``second_text`` (K, E), whose products are s. A
-    second store of the same images gives them (``vilu fit STORE --method duo --second OTHER``, and so when scores are
-    made; ``vilu.TwoModels``). Rows of none of the classes have no likelihood and are left out. Where no answer of the
-    VLM is wrong the likelihood grows with T_L for ever and nothing is identified: both stay 1/2, with a warning.
+    The second model comes as two columns: ``second_image`` (N, E) and ``second_text`` (K, E), whose
+    products are s. A second store of the same images gives them (``vilu fit STORE --method duo
+    --second OTHER``, and so when scores are made; ``vilu.TwoModels``). Rows of none of the classes
+    have no likelihood and are left out. Where no answer of the VLM is wrong the likelihood grows
+    with T_L for ever and nothing is identified: both stay 1/2, with a warning.
 
-    Source: Zhou, Shelhamer and Pleiss, NeurIPS 2025 (arXiv 2505.18636), its formula. There the two are fine-tuned
-    classifiers, so the temperatures need rows of their own; zero-shot models have seen no label, so here the training
-    rows serve. There is one more departure: T_L and T_S are bounded and not negative.
+    Source: Zhou, Shelhamer and Pleiss, NeurIPS 2025 (arXiv 2505.18636), its formula. There the two
+    are fine-tuned classifiers, so the temperatures need rows of their own; zero-shot models have
+    seen no label, so here the training rows serve. There is one more departure: T_L and T_S are
+    bounded and not negative.
 
     Examples:
         >>> import numpy as np, vilu
         >>> label = np.array([0, 0, 0, 1] * 10)
-        >>> second = {"second_image": np.eye(2)[label], "second_text": np.eye(2)}  # this model is always right
+        >>> second = {
+        ...     "second_image": np.eye(2)[label],
+        ...     "second_text": np.eye(2),
+        ... }  # this model is always right
         >>> data = vilu.Embeddings(np.eye(2)[[0] * 40], np.eye(2), label, columns=second)
         >>> vilu.PREDICTORS["duo"]().fit(data).predict_uncertainty(data)[:4].round(2)
         array([0., 0., 0., 1.])
     """
 
     name: ClassVar[str] = "duo"
-    summary: ClassVar[str] = "posterior of two models together, each at a fitted temperature (Asymmetric Duos, 2025)"
+    summary: ClassVar[str] = (
+        "posterior of two models together, each at a fitted temperature (Asymmetric Duos, 2025)"
+    )
     reference: ClassVar[str] = "Zhou et al., NeurIPS 2025"
-    cost: ClassVar[str] = "fit: about 20 passes over the logits of both; score: as mcm, twice, and a second model"
+    cost: ClassVar[str] = (
+        "fit: about 20 passes over the logits of both; score: as mcm, twice, and a second model"
+    )
     columns: ClassVar[tuple[str, ...]] = ("second_image", "second_text")
     is_probability: ClassVar[bool] = True
     _forms: ClassVar[str] = "multipliers:d2"
@@ -254,13 +303,22 @@ class Duo(WithSecondModel):
     device: str = "auto"
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
-        is_fitted = identify(failure, f"temperatures, so {self.name} takes the mean of the two models' logits")
-        multipliers = best_multipliers(train, len(failure), self.device_) if is_fitted else [0.5, 0.5]
+        is_fitted = identify(
+            failure, f"temperatures, so {self.name} takes the mean of the two models' logits"
+        )
+        multipliers = (
+            best_multipliers(train, len(failure), self.device_) if is_fitted else [0.5, 0.5]
+        )
         tensors = {"multipliers": torch.tensor(multipliers, dtype=torch.float64)}
-        return Learnt(tensors, {"large": multipliers[0], "small": multipliers[1], **self.second_notes(train.source)})
+        return Learnt(
+            tensors,
+            {"large": multipliers[0], "small": multipliers[1], **self.second_notes(train.source)},
+        )
 
     def _score(self, batch: Batch) -> Tensor:
-        both = torch.einsum("bkm,m->bk", two_logits(batch), self.tensor("multipliers", batch.image.device))
+        both = torch.einsum(
+            "bkm,m->bk", two_logits(batch), self.tensor("multipliers", batch.image.device)
+        )
         return failure_log_odds(both, batch).sigmoid()
 
 
@@ -273,7 +331,13 @@ def two_logits(batch: Batch) -> Tensor:
 
 def best_multipliers(train: Rows, n: int, device: torch.device) -> list[float]:
     """T_L and T_S of the least mean negative log-likelihood of ``n`` labelled rows."""
-    return most_likely(lambda batch, at: duo_terms(batch.to(device), at), train, n, [0.5, 0.5], (0.0, math.exp(LIMIT)))
+    return most_likely(
+        lambda batch, at: duo_terms(batch.to(device), at),
+        train,
+        n,
+        [0.5, 0.5],
+        (0.0, math.exp(LIMIT)),
+    )
 
 
 def duo_terms(batch: Batch, multipliers: Sequence[float]) -> Tensor:
@@ -288,39 +352,48 @@ MAX_CLASSES = 10_000  # of Rel-U: pairs of so many take 800 MB in float64
 class RelU(ClosedSet):
     """Relative uncertainty: u = p D p^T, p = softmax(l / T), D (K, K) the penalty of confusing two classes.
 
-    D maximises trade_off * E[p D p^T over failures] - (1 - trade_off) * E[p D p^T over successes] over symmetric
-    matrices without negative entries, with zero diagonal and Frobenius norm at most 1. That objective is <M, D> with
-    M = trade_off * E[p^T p over failures] - (1 - trade_off) * E[p^T p over successes], so D is the positive part of M
-    off the diagonal, over its norm. M is summed batch by batch as one product (K, B) x (B, K); nothing is N x K^2.
+    D maximises trade_off * E[p D p^T over failures] - (1 - trade_off) * E[p D p^T over successes]
+    over symmetric matrices without negative entries, with zero diagonal and Frobenius norm at most
+    1. That objective is <M, D> with M = trade_off * E[p^T p over failures] - (1 - trade_off) *
+    E[p^T p over successes], so D is the positive part of M off the diagonal, over its norm. M is
+    summed batch by batch as one product (K, B) x (B, K); nothing is N x K^2.
 
-    Where no entry of M is positive (always so without failures) nothing can be gained, and D is constant off the
-    diagonal: the Gini impurity, ordered as ``doctor`` at this temperature. Without successes M is the failures' part
-    alone.
+    Where no entry of M is positive (always so without failures) nothing can be gained, and D is
+    constant off the diagonal: the Gini impurity, ordered as ``doctor`` at this temperature. Without
+    successes M is the failures' part alone.
 
     Args:
         trade_off: Weight lambda of the failures; the successes have 1 - lambda.
         temperature: T, beside the VLM's own logit scale.
 
-    Source: Dadalto et al., "A Data-Driven Measure of Relative Uncertainty for Misclassification Detection", ICLR 2024;
-    defaults of ViLU, supplement A.3. Its code drops the last class whenever K is odd, keeps p^T p of every row, and
-    scores through an N x N matrix; none of that is done here. The columns of D follow the classes' texts, so candidates
-    may come in any order, and some of them may be missing.
+    Source: Dadalto et al., "A Data-Driven Measure of Relative Uncertainty for Misclassification
+    Detection", ICLR 2024; defaults of ViLU, supplement A.3. Its code drops the last class whenever
+    K is odd, keeps p^T p of every row, and scores through an N x N matrix; none of that is done
+    here. The columns of D follow the classes' texts, so candidates may come in any order, and some
+    of them may be missing.
 
     Examples:
         >>> import numpy as np, vilu
-        >>> image = [[0.8, 0.6, 0.0], [0.8, 0.0, 0.6]]  # both are answered 0; the first is wrong, with class 1 near
+        >>> image = [
+        ...     [0.8, 0.6, 0.0],
+        ...     [0.8, 0.0, 0.6],
+        ... ]  # both are answered 0; the first is wrong, with class 1 near
         >>> data = vilu.Embeddings(image, np.eye(3), [1, 0], logit_scale=5.0)
         >>> vilu.PREDICTORS["rel_u"]().fit(data).predict_uncertainty(data).round(2)
         array([0.15, 0.  ])
     """
 
     name: ClassVar[str] = "rel_u"
-    summary: ClassVar[str] = "posterior under a learned penalty of confusing two classes (Rel-U, ICLR 2024)"
+    summary: ClassVar[str] = (
+        "posterior under a learned penalty of confusing two classes (Rel-U, ICLR 2024)"
+    )
     reference: ClassVar[str] = "Dadalto et al., ICLR 2024"
     cost: ClassVar[str] = "fit: one pass; score: K^2 products a row"
     looks_at: ClassVar[frozenset[str]] = frozenset({"logits"})
     _forms: ClassVar[str] = "penalty:dKK classes:fKD"
-    no_captions: ClassVar[str | None] = "its penalty is one of confusing two classes, and captions have no classes"
+    no_captions: ClassVar[str | None] = (
+        "its penalty is one of confusing two classes, and captions have no classes"
+    )
 
     needs: ClassVar[Needs] = "failure"
 
@@ -359,43 +432,55 @@ def best_penalty(moment: Tensor) -> Tensor:
     return penalty
 
 
-MIN_DEVIATION = 1e-6  # least standard deviation of the typicality: what float32 leaves of the norm of a unit vector
+# least standard deviation of the typicality: what float32 leaves of the norm of a unit vector
+MIN_DEVIATION = 1e-6
 
 
 @dataclass
 class SIRC(FailurePredictor):
     """Softmax information retaining combination: u = log(S1_max - S1) + log(1 + exp(-b (S2 - a))).
 
-    S1 is a confidence of the posterior and S2 a typicality of the image, a = mean(S2) - 3 sd(S2) and b = 1 / sd(S2)
-    over the training rows (sd at least 1e-6). While S2 is typical the second term is nearly constant and S1 decides; an
-    image far below a is uncertain whatever S1 says. This is the logarithm of the published product, so that nothing
-    underflows; S1_max - S1 is formed without cancellation.
+    S1 is a confidence of the posterior and S2 a typicality of the image, a = mean(S2) - 3 sd(S2)
+    and b = 1 / sd(S2) over the training rows (sd at least 1e-6). While S2 is typical the second
+    term is nearly constant and S1 decides; an image far below a is uncertain whatever S1 says. This
+    is the logarithm of the published product, so that nothing underflows; S1_max - S1 is formed
+    without cancellation.
 
     The labels are not used. The rows are those of every fitted method, usable and labelled.
 
     Args:
         confidence: S1: "msp", max_j p_j; "entropy", -H(p); "doctor", sum_j p_j^2.
-        typicality: S2: "norm1", ||z_v||_1; "residual", minus the norm of the part of z_v outside the principal
-            subspace of the training embeddings (of their second moment, uncentred).
-        components: Dimension of that subspace; None: half of D, or of the number of rows if that is less.
+        typicality: S2: "norm1", ||z_v||_1; "residual", minus the norm of the part of z_v outside
+            the principal subspace of the training embeddings (of their second moment, uncentred).
+        components: Dimension of that subspace; None: half of D, or of the number of rows if that is
+            less.
 
-    Source: Xia and Bouganis, ACCV 2022. There S2 is of the features before the classifier; here z_v has unit 2-norm, so
-    its 1-norm says how evenly it spreads over the coordinates. The published code takes 512 components, which leaves no
-    residual of an embedding that narrow, and moves the origin by the classifier's bias, which a VLM has not.
+    Source: Xia and Bouganis, ACCV 2022. There S2 is of the features before the classifier; here z_v
+    has unit 2-norm, so its 1-norm says how evenly it spreads over the coordinates. The published
+    code takes 512 components, which leaves no residual of an embedding that narrow, and moves the
+    origin by the classifier's bias, which a VLM has not.
 
     Examples:
         >>> import vilu
         >>> text = [[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]]
-        >>> train = vilu.Embeddings([[0.5, 0.5, 0.5, 0.5], [0.1, 0.7, 0.5, 0.5]], text, [0, 1], logit_scale=10.0)
-        >>> new = vilu.Embeddings([[0.7, 0.1, 0.5, 0.5], [0.6, 0.0, 0.8, 0.0]], text, logit_scale=10.0)  # p alike
+        >>> train = vilu.Embeddings(
+        ...     [[0.5, 0.5, 0.5, 0.5], [0.1, 0.7, 0.5, 0.5]], text, [0, 1], logit_scale=10.0
+        ... )
+        >>> new = vilu.Embeddings(
+        ...     [[0.7, 0.1, 0.5, 0.5], [0.6, 0.0, 0.8, 0.0]], text, logit_scale=10.0
+        ... )  # p alike
         >>> vilu.PREDICTORS["sirc"]().fit(train).predict_uncertainty(new).round(2)
         array([-5.88, -3.88])
     """
 
     name: ClassVar[str] = "sirc"
-    summary: ClassVar[str] = "zero-shot confidence, overruled where the image is untypical (SIRC, ACCV 2022)"
+    summary: ClassVar[str] = (
+        "zero-shot confidence, overruled where the image is untypical (SIRC, ACCV 2022)"
+    )
     reference: ClassVar[str] = "Xia and Bouganis, ACCV 2022"
-    cost: ClassVar[str] = "fit: two passes over the images; score: as mcm, with residual D^2 / 2 more"
+    cost: ClassVar[str] = (
+        "fit: two passes over the images; score: as mcm, with residual D^2 / 2 more"
+    )
     _forms: ClassVar[str] = "shift:d slope:d complement:dDC"
 
     seed: int = 0
@@ -405,18 +490,29 @@ class SIRC(FailurePredictor):
     components: Annotated[int, Field(ge=1)] | None = None
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
-        learned = {"complement": self._complement(train, len(failure))} if self.typicality == "residual" else {}
-        parts = [self._typicality(batch.to(self.device_), learned).cpu() for batch in train.batches(SCORING_BATCH)]
+        learned = (
+            {"complement": self._complement(train, len(failure))}
+            if self.typicality == "residual"
+            else {}
+        )
+        parts = [
+            self._typicality(batch.to(self.device_), learned).cpu()
+            for batch in train.batches(SCORING_BATCH)
+        ]
         typicality = torch.cat(parts)
         deviation = typicality.std(correction=0).clamp(min=MIN_DEVIATION)
-        return Learnt(learned | {"shift": typicality.mean() - 3 * deviation, "slope": 1 / deviation})
+        return Learnt(
+            learned | {"shift": typicality.mean() - 3 * deviation, "slope": 1 / deviation}
+        )
 
     def _complement(self, train: Rows, n: int) -> Tensor:
         """(D, D - components) orthonormal directions in which the second moment of the ``n`` images is least."""
         dim = train.source.space.embed_dim
         components = self.components or max(min(dim, n) // 2, 1)
         if components >= dim:
-            raise UsageError(f"components must be less than the embedding width {dim}. Got {components} instead.")
+            raise UsageError(
+                f"components must be less than the embedding width {dim}. Got {components} instead."
+            )
         moment = torch.zeros(dim, dim, dtype=torch.float64)
         for batch in train.batches(SCORING_BATCH):
             image = float64(batch.to(self.device_).image)
@@ -433,7 +529,9 @@ class SIRC(FailurePredictor):
         image = float64(batch.image)
         if self.typicality == "norm1":
             return image.abs().sum(dim=-1)
-        outside: Tensor = torch.linalg.vector_norm(image @ learned["complement"].to(image.device), dim=-1)
+        outside: Tensor = torch.linalg.vector_norm(
+            image @ learned["complement"].to(image.device), dim=-1
+        )
         return -outside
 
     graph = own_graph
@@ -447,8 +545,12 @@ class SIRC(FailurePredictor):
 
 DOUBT: dict[str, Callable[[Tensor], Tensor]] = {
     # log(1 - max_j p_j), the sum of the other probabilities
-    "msp": lambda log_p: torch.logsumexp(log_p.scatter(1, log_p.argmax(dim=-1, keepdim=True), -torch.inf), dim=-1),
+    "msp": lambda log_p: torch.logsumexp(
+        log_p.scatter(1, log_p.argmax(dim=-1, keepdim=True), -torch.inf), dim=-1
+    ),
     "entropy": lambda log_p: torch.logsumexp(log_p + torch.log(-log_p), dim=-1),  # log H(p)
-    "doctor": lambda log_p: torch.logsumexp(log_p + torch.log(-torch.expm1(log_p)), dim=-1),  # log sum_j p_j (1 - p_j)
+    "doctor": lambda log_p: torch.logsumexp(
+        log_p + torch.log(-torch.expm1(log_p)), dim=-1
+    ),  # log sum_j p_j (1 - p_j)
 }
 """log(S1_max - S1) of (B, K) log p, by the name of the confidence."""

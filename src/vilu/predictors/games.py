@@ -75,16 +75,19 @@ class SingleGame(Game):
 class HeadGame(Game):
     """Inputs of one or several ``FailureHead`` s, mixed between a row and the background rows.
 
-    v(S) = 1/M sum_b link(g(z with the groups in S from this row, the others from background row b)), averaged over the
-    heads: the interventional game (Janzing et al., AISTATS 2020). The groups are parts of z: "image" z_v, "texts" the
-    attended text and the predicted caption, "zero-shot score" the MCM input. The first layer is a sum over parts, so
-    swapping a part is swapping its summand.
+    v(S) = 1/M sum_b link(g(z with the groups in S from this row, the others from background row
+    b)), averaged over the heads: the interventional game (Janzing et al., AISTATS 2020). The groups
+    are parts of z: "image" z_v, "texts" the attended text and the predicted caption, "zero-shot
+    score" the MCM input. The first layer is a sum over parts, so swapping a part is swapping its
+    summand.
 
-    The heads are of one embedding width and the same parts; the link is the identity for one head's logit, the sigmoid
-    for an ensemble.
+    The heads are of one embedding width and the same parts; the link is the identity for one head's
+    logit, the sigmoid for an ensemble.
     """
 
-    def __init__(self, heads: list[FailureHead], link: Callable[[Tensor], Tensor], unit: str) -> None:
+    def __init__(
+        self, heads: list[FailureHead], link: Callable[[Tensor], Tensor], unit: str
+    ) -> None:
         self.heads, self.link, self.unit = heads, link, unit
         inputs = {PLAYER_OF_PART[part] for part in heads[0].first}
         self.players = tuple(player for player in (ZERO_SHOT, IMAGE, TEXTS) if player in inputs)
@@ -94,9 +97,12 @@ class HeadGame(Game):
     def see(self, background: list[Scored]) -> None:
         """Keep what their inputs add to the first layer of every head."""
         with torch.no_grad():
-            seen = [[first_layer_parts(head, batch) for batch, _ in background] for head in self.heads]
+            seen = [
+                [first_layer_parts(head, batch) for batch, _ in background] for head in self.heads
+            ]
         self._background = [
-            {player: torch.cat([parts[player] for parts in of_head]) for player in self.players} for of_head in seen
+            {player: torch.cat([parts[player] for parts in of_head]) for player in self.players}
+            for of_head in seen
         ]
 
     def values(self, batch: Batch, scores: NDArray[np.float64]) -> Tensor:  # noqa: ARG002 - of the logits, not of u
@@ -113,7 +119,8 @@ class HeadGame(Game):
         """(B,) float64 v(S) of one head."""
         inside = [player for bit, player in enumerate(self.players) if coalition >> bit & 1]
         zero = torch.zeros_like(head.first_bias)[None]
-        # products of one shape whatever the coalition: they round alike, so a player without effect gets exactly zero
+        # products of one shape whatever the coalition: they round alike, so a player without effect
+        # gets exactly zero
         mine = sum((own[player] for player in inside), head.first_bias + zero).expand_as(own[IMAGE])
         others = sum((background[player] for player in self.players if player not in inside), zero)
         others = others.expand_as(background[IMAGE])
@@ -137,29 +144,36 @@ def first_layer_parts(head: FailureHead, batch: Batch) -> Parts:
 class PoolGame(Game):
     """Parts of the pooled logits of ViLU+ or ViLU0, each in or out, against what they do for the background rows.
 
-    The pooled logits are a sum (``Pooled``): tempered zero-shot logits ("zero-shot score"), what was learned about the
-    candidates whatever the image ("texts"), and what the image adds ("image": its terms of the attention, the network
-    and the memory). With f(S) the log-odds of failure of the zero-shot answer under the softmax of the summands in S
-    alone, and f(nobody) = 0, the game is v(S) = f(S) + mean over background rows of [f_b(all) - f_b(S)]: so v(all) is
-    the score, v(nobody) the mean score of the background, and a part that does for this row what it does for others
-    on average gets nothing. Inputs are not swapped between images here: residuals of one image on the zero-shot logits
-    of another have no meaning, since each of them speaks of classes.
+    The pooled logits are a sum (``Pooled``): tempered zero-shot logits ("zero-shot score"), what
+    was learned about the candidates whatever the image ("texts"), and what the image adds ("image":
+    its terms of the attention, the network and the memory). With f(S) the log-odds of failure of
+    the zero-shot answer under the softmax of the summands in S alone, and f(nobody) = 0, the game
+    is v(S) = f(S) + mean over background rows of [f_b(all) - f_b(S)]: so v(all) is the score,
+    v(nobody) the mean score of the background, and a part that does for this row what it does for
+    others on average gets nothing. Inputs are not swapped between images here: residuals of one
+    image on the zero-shot logits of another have no meaning, since each of them speaks of classes.
 
-    ``outside`` gives the log-odds (B,) of an image of none of the classes, one more player: f(S) with it counts it as
-    one more wrong answer.
+    ``outside`` gives the log-odds (B,) of an image of none of the classes, one more player: f(S)
+    with it counts it as one more wrong answer.
     """
 
     unit = LOG_ODDS
     meaning = "parts of the pooled logits are added or left out, less what that does to background rows on average"
 
-    def __init__(self, parts: Callable[[Batch], Pooled], outside: Callable[[Batch], Tensor] | None = None) -> None:
+    def __init__(
+        self, parts: Callable[[Batch], Pooled], outside: Callable[[Batch], Tensor] | None = None
+    ) -> None:
         self.parts, self.outside = parts, outside
-        self.players = (ZERO_SHOT, IMAGE, TEXTS) if outside is None else (ZERO_SHOT, IMAGE, TEXTS, NONE)
+        self.players = (
+            (ZERO_SHOT, IMAGE, TEXTS) if outside is None else (ZERO_SHOT, IMAGE, TEXTS, NONE)
+        )
         self._mean = torch.zeros(1 << len(self.players), dtype=torch.float64)
 
     def see(self, background: list[Scored]) -> None:
         """Take the mean f of every coalition."""
-        self._mean = torch.cat([self._log_odds(batch) for batch, _ in background], dim=1).mean(dim=1)
+        self._mean = torch.cat([self._log_odds(batch) for batch, _ in background], dim=1).mean(
+            dim=1
+        )
 
     def values(self, batch: Batch, scores: NDArray[np.float64]) -> Tensor:  # noqa: ARG002 - of the log-odds, not of u
         """F of every coalition, about the background's."""
@@ -173,7 +187,9 @@ class PoolGame(Game):
             found = [torch.zeros(len(batch.image), dtype=torch.float64)]
             for coalition in range(1, 1 << len(summands)):
                 inside = [summand for bit, summand in enumerate(summands) if coalition >> bit & 1]
-                found.append(failure_log_odds(sum(inside, torch.zeros_like(parts.zero_shot)), batch).cpu())
+                found.append(
+                    failure_log_odds(sum(inside, torch.zeros_like(parts.zero_shot)), batch).cpu()
+                )
             if self.outside is not None:
                 outside = self.outside(batch).cpu()
                 found += [with_outside(log_odds, outside) for log_odds in found]

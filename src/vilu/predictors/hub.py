@@ -14,7 +14,14 @@ from pathlib import Path
 from types import ModuleType
 from urllib.parse import unquote, urlsplit
 
-from vilu.errors import DataError, MissingModelError, ProvenanceError, StorageError, UsageError, ViLUError
+from vilu.errors import (
+    DataError,
+    MissingModelError,
+    ProvenanceError,
+    StorageError,
+    UsageError,
+    ViLUError,
+)
 from vilu.extras import hub_reachable, import_extra, quiet
 from vilu.files.disk import file_hash, host_hash, is_leftover, make_folder, or_refuse, unfinished
 from vilu.files.documents import MAX_DOCUMENT_BYTES, read_json
@@ -51,10 +58,14 @@ FILES = {
 @contextmanager
 def beside(target: Path) -> Iterator[Path]:
     """An empty folder next to ``target``, gone after the block; where all went well with what kills left of others."""
-    folder = make_folder(target.with_name(f".{target.name}.{host_hash()}.{os.getpid()}.{secrets.token_hex(4)}.tmp"))
+    folder = make_folder(
+        target.with_name(f".{target.name}.{host_hash()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    )
     try:
         yield folder
-        for leftover in filter(is_leftover, unfinished(target.parent.absolute()).pop(target.name, ())):
+        for leftover in filter(
+            is_leftover, unfinished(target.parent.absolute()).pop(target.name, ())
+        ):
             shutil.rmtree(leftover, ignore_errors=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -70,7 +81,9 @@ def copy_files(source: Path, destination: Path, *, links: bool) -> str:
         for name, limit in FILES.items():
             path = source / name
             if path.is_symlink() and not links:
-                raise UsageError(f"{path} is a symbolic link, so it could be anything on this machine. Copy the file.")
+                raise UsageError(
+                    f"{path} is a symbolic link, so it could be anything on this machine. Copy the file."
+                )
             if path.is_file():
                 require_size(str(path), path.stat().st_size, limit)
                 with path.open("rb") as given, (destination / name).open("xb") as copy:
@@ -83,7 +96,9 @@ def copy_files(source: Path, destination: Path, *, links: bool) -> str:
 def require_size(name: str, size: int, limit: int) -> None:
     """Refuse a file that no predictor has."""
     if size > limit:
-        raise DataError(f"{name} has {size:,} bytes; of this file at most {limit:,} are expected in a predictor.")
+        raise DataError(
+            f"{name} has {size:,} bytes; of this file at most {limit:,} are expected in a predictor."
+        )
 
 
 def check(folder: Path, name: Path) -> str:
@@ -145,12 +160,15 @@ def push(
 ) -> str:  # fmt: skip
     """Copy a saved predictor to a repository of the model hub, or to a folder; returns where it is.
 
-    Only the files of ``FILES`` go, as they are; those of an earlier push that this one lacks are removed.
+    Only the files of ``FILES`` go, as they are; those of an earlier push that this one lacks are
+    removed.
 
     Args:
         folder: A saved predictor, which is loaded once before anything leaves.
-        repository: ORG/NAME, which is made where it is missing; or a folder, as ./DIR, /DIR or file:///DIR.
-        private: Whether a repository that is made can be seen by its owner alone; None: as the owner's settings say.
+        repository: ORG/NAME, which is made where it is missing; or a folder, as ./DIR, /DIR or
+            file:///DIR.
+        private: Whether a repository that is made can be seen by its owner alone; None: as the
+            owner's settings say.
         revision: Branch of the repository; by default main.
         overwrite: Replace another predictor in a folder; the hub keeps what was there.
     """
@@ -162,10 +180,13 @@ def push(
         return _upload(Path(staged), repository, private, revision)
 
 
-def pull(repository: str, folder: str | Path, *, revision: str | None = None, overwrite: bool = False) -> Path:
+def pull(
+    repository: str, folder: str | Path, *, revision: str | None = None, overwrite: bool = False
+) -> Path:
     """Copy a predictor from a repository of the model hub, or from a folder; returns where it is.
 
-    Only the files of ``FILES`` come. They are loaded once beside ``folder`` and then take its place together.
+    Only the files of ``FILES`` come. They are loaded once beside ``folder`` and then take its place
+    together.
 
     Args:
         repository: ORG/NAME, or a folder, as for ``push``.
@@ -182,7 +203,9 @@ def local_folder(repository: str, revision: str | None) -> Path | None:
     """The folder that a repository's name means, which has no revisions; None where it is ORG/NAME on the hub."""
     url = urlsplit(repository) if repository.startswith("file://") else None
     if url and url.netloc not in {"", "localhost"}:
-        raise UsageError(f"a file URL of this machine begins with file:///. Got {repository!r} instead.")
+        raise UsageError(
+            f"a file URL of this machine begins with file:///. Got {repository!r} instead."
+        )
     if url is None and not A_FOLDER.match(repository):
         if not HUB_ID.fullmatch(repository):
             raise UsageError(
@@ -210,7 +233,9 @@ def _place_copy(source: Path, target: Path, *, links: bool, overwrite: bool) -> 
 def _upload(staged: Path, repository: str, private: bool | None, revision: str | None) -> str:
     hub = _client(repository, "pushed to")
     if hub.get_token() is None:
-        raise UsageError(f"pushing to {repository} needs a token: set HF_TOKEN, or run `hf auth login`.")
+        raise UsageError(
+            f"pushing to {repository} needs a token: set HF_TOKEN, or run `hf auth login`."
+        )
     with quiet(), _explained(repository, revision):
         api = hub.HfApi(library_name="vilu")
         api.create_repo(repository, private=private, exist_ok=True)
@@ -235,13 +260,19 @@ def _download(repository: str, revision: str | None) -> Path:
     with _explained(repository, revision):
         if not constants.HF_HUB_OFFLINE:
             _client(repository, "pulled from")
-            info = hub.HfApi(library_name="vilu").model_info(repository, revision=revision, files_metadata=True)
+            info = hub.HfApi(library_name="vilu").model_info(
+                repository, revision=revision, files_metadata=True
+            )
             sizes = {entry.rfilename: entry.size for entry in info.siblings or ()}
             if missing := [name for name in (PREDICTOR, WEIGHTS) if name not in sizes]:
-                raise DataError(f"{repository} holds no predictor: it has no {' and no '.join(missing)}.")
+                raise DataError(
+                    f"{repository} holds no predictor: it has no {' and no '.join(missing)}."
+                )
             for name, limit in FILES.items():
                 require_size(f"{name} of {repository}", sizes.get(name) or 0, limit)
-        return Path(hub.snapshot_download(repository, revision=revision, allow_patterns=list(FILES)))
+        return Path(
+            hub.snapshot_download(repository, revision=revision, allow_patterns=list(FILES))
+        )
 
 
 def _client(repository: str, doing: str) -> ModuleType:
@@ -264,20 +295,28 @@ def _explained(repository: str, revision: str | None) -> Iterator[None]:
     """The errors of the hub's client as ours."""
     from huggingface_hub import errors
 
-    # the hub's own error derives from that of its HTTP client, whichever that is, for what is lost on the way
+    # the hub's own error derives from that of its HTTP client, whichever that is, for what is lost
+    # on the way
     lost = [kind for kind in errors.HfHubHTTPError.__bases__ if issubclass(kind, Exception)]
     known: tuple[type[Exception], ...] = (OSError, errors.HFValidationError, RuntimeError, *lost)
     try:
         yield
     except known as error:
-        if isinstance(error, OSError) and error.errno is not None:  # of the file system; the hub's have no number
+        if (
+            isinstance(error, OSError) and error.errno is not None
+        ):  # of the file system; the hub's have no number
             raise StorageError(f"the cache of the hub cannot be used: {error}.") from error
         status = getattr(getattr(error, "response", None), "status_code", None)
-        reason = next((REASONS[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in REASONS), None)
+        reason = next(
+            (REASONS[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in REASONS),
+            None,
+        )
         if reason is None and status in {401, 403}:
             raise UsageError(
                 f"the hub refuses {repository} (HTTP {status}): HF_TOKEN is not of one who may."
             ) from error
         first_line = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
         reason = reason or f"the hub or the way to it failed: {first_line}"
-        raise MissingModelError(f"{repository}, revision {revision or 'main'}: {reason}.") from error
+        raise MissingModelError(
+            f"{repository}, revision {revision or 'main'}: {reason}."
+        ) from error

@@ -15,19 +15,22 @@ WITH_A_HEAD = [name for name, cls in PREDICTORS.items() if issubclass(cls, HeadP
 FINE_TUNING = {"epochs": None, "learning_rate": 1e-3, "freeze_epochs": 0}
 """What a fine-tuning has unless it is said otherwise.
 
-A thirtieth of a new head's learning rate, since the weights are to be corrected and not to be found (on synthetic data
-with five labels a class the best of 0.03, 0.01, 0.003 and 0.001). The attention learns from the first step, since
-it is no longer at its start. Epochs follow from the number of rows, whatever the first fit had: 300 for a few labels.
+A thirtieth of a new head's learning rate, since the weights are to be corrected and not to be found
+(on synthetic data with five labels a class the best of 0.03, 0.01, 0.003 and 0.001). The attention
+learns from the first step, since it is no longer at its start. Epochs follow from the number of
+rows, whatever the first fit had: 300 for a few labels.
 """
 
 
 def initialise(
-    cls: type[FailurePredictor], fitted: FailurePredictor, values: Mapping[str, object] | None = None
+    cls: type[FailurePredictor],
+    fitted: FailurePredictor,
+    values: Mapping[str, object] | None = None,
 ) -> HeadPredictor:
     """A predictor whose ``fit`` begins with the weights of another fit.
 
-    Its parameters are those of the other fit, of the same method, but for ``FINE_TUNING`` and ``values``, which may be
-    strings (``--set key=value``).
+    Its parameters are those of the other fit, of the same method, but for ``FINE_TUNING`` and
+    ``values``, which may be strings (``--set key=value``).
     """
     if not issubclass(cls, HeadPredictor):
         raise UsageError(
@@ -35,16 +38,26 @@ def initialise(
             "(vilu_plus needs no start: it is solved from the labels, and where they are few it stays near zero-shot.)"
         )
     if not isinstance(fitted, HeadPredictor) or type(fitted) is not cls:
-        raise ProvenanceError(f"a {cls.name} begins from a fitted {cls.name}. Got a {fitted.name} instead.")
+        raise ProvenanceError(
+            f"a {cls.name} begins from a fitted {cls.name}. Got a {fitted.name} instead."
+        )
     fitted.require_fitted()
     if fitted.constant_ is not None:
-        raise DataError(f"the {fitted.name} to begin from is a constant: its training rows were all of one kind.")
-    settings = {name: getattr(fitted, name) for name in parameters(fitted)} | FINE_TUNING | dict(values or {})
+        raise DataError(
+            f"the {fitted.name} to begin from is a constant: its training rows were all of one kind."
+        )
+    settings = (
+        {name: getattr(fitted, name) for name in parameters(fitted)}
+        | FINE_TUNING
+        | dict(values or {})
+    )
     trial, predictor = (build(cls, settings) for _ in range(2))
     trial.space_ = fitted.space_
     try:
         trial.restore(fitted.state())
     except DataError as error:
-        raise ProvenanceError(f"the {fitted.name} to begin from has another architecture: {error}") from error
+        raise ProvenanceError(
+            f"the {fitted.name} to begin from has another architecture: {error}"
+        ) from error
     predictor.start_ = fitted
     return predictor

@@ -34,14 +34,21 @@ def disjoint(train: EmbeddingSource, validation: EmbeddingSource) -> EmbeddingSo
     if common is None:
         return validation
     blind = "Selection on training rows is blind: take them out of one of the two sets."
-    return validation.without(~common.others(validation, "validation rows", "are in the training set, too", blind))
+    return validation.without(
+        ~common.others(validation, "validation rows", "are in the training set, too", blind)
+    )
 
 
 def require_comparable(train: EmbeddingSource, unlabelled: EmbeddingSource) -> None:
     """Refuse unlabelled rows of another space, or against other candidates than the training set's."""
-    train.space.require_match(unlabelled.space, mine="the training set", theirs="the unlabelled rows")
+    train.space.require_match(
+        unlabelled.space, mine="the training set", theirs="the unlabelled rows"
+    )
     none = torch.empty(0, train.space.embed_dim)
-    mine, theirs = (none if one.pool_size else one.candidates(torch.arange(0)).text for one in (train, unlabelled))
+    mine, theirs = (
+        none if one.pool_size else one.candidates(torch.arange(0)).text
+        for one in (train, unlabelled)
+    )
     alike = int(((mine * theirs).sum(dim=1) >= SAME_TEXT).sum()) if len(mine) == len(theirs) else 0
     if alike < max(len(mine), 1):
         raise DataError(
@@ -54,7 +61,9 @@ Needs = Literal["failure", "class", "nothing"]
 """What a fit must know of a row: whether its answer is wrong, which class it is of, or nothing."""
 
 
-def trainable_rows(source: EmbeddingSource, role: str, needs: Needs = "class") -> tuple[Tensor, Tensor]:
+def trainable_rows(
+    source: EmbeddingSource, role: str, needs: Needs = "class"
+) -> tuple[Tensor, Tensor]:
     """Positions (M,) of usable rows of which the needed is known, and their failures (M,), -1 only if that is nothing.
 
     Rows of none of the classes have a failure and no class.
@@ -63,7 +72,9 @@ def trainable_rows(source: EmbeddingSource, role: str, needs: Needs = "class") -
     rows, failure = with_failures(source.batches(SCORING_BATCH))
     if needs == "nothing":
         if unusable:
-            warnings.warn(f"{unusable} of {len(source)} {role} rows are left out (unusable).", stacklevel=6)
+            warnings.warn(
+                f"{unusable} of {len(source)} {role} rows are left out (unusable).", stacklevel=6
+            )
         return rows, failure
     outside = source.outside[rows]
     known = (failure != UNKNOWN) & ~outside if needs == "class" else failure != UNKNOWN
@@ -77,9 +88,13 @@ def trainable_rows(source: EmbeddingSource, role: str, needs: Needs = "class") -
     if left_out := len(source) - short - int(known.sum()):
         strangers = int(outside.sum()) if needs == "class" else 0
         of_none = f", {strangers} of none of the classes" if strangers else ""
-        what = "where classes are told apart " if strangers else ""  # strangers may teach what is outside
+        what = (
+            "where classes are told apart " if strangers else ""
+        )  # strangers may teach what is outside
         why = f"({unusable} unusable{of_none}, the rest without label)"
-        warnings.warn(f"{left_out} of {len(source)} {role} rows are left out {what}{why}.", stacklevel=6)
+        warnings.warn(
+            f"{left_out} of {len(source)} {role} rows are left out {what}{why}.", stacklevel=6
+        )
     return rows[known], failure[known]
 
 
@@ -88,7 +103,9 @@ def _few_unusable(source: EmbeddingSource, role: str) -> tuple[int, int]:
     if not len(source):
         raise DataError(f"the {role} set is empty.")
     if source.n_candidates < 2:
-        raise DataError(f"the {role} set has one candidate text: it is always the answer, so no failure is defined.")
+        raise DataError(
+            f"the {role} set has one candidate text: it is always the answer, so no failure is defined."
+        )
     short = int(np.count_nonzero(source.status == SHORT_POOL))
     unusable = int(np.count_nonzero(source.status)) - short
     if unusable > MAX_UNUSABLE * len(source):
@@ -104,7 +121,9 @@ def with_failures(batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
     world = current_world()
     parts = [(b.index, world.gather(b.rows(world.mine(len(b.index))).failure)) for b in batches]
     nothing = torch.empty(0, dtype=torch.int64)
-    return torch.cat([nothing, *(rows for rows, _ in parts)]), torch.cat([nothing, *(failed for _, failed in parts)])
+    return torch.cat([nothing, *(rows for rows, _ in parts)]), torch.cat(
+        [nothing, *(failed for _, failed in parts)]
+    )
 
 
 def degenerate_rate(failure: Tensor, name: str, *, allowed: bool) -> float | None:
@@ -118,7 +137,9 @@ def degenerate_rate(failure: Tensor, name: str, *, allowed: bool) -> float | Non
             "for a constant predictor."
         )
     if rare < FEW:
-        warnings.warn(f"only {rare} {kind} among {n} training rows: expect an unreliable fit.", stacklevel=7)
+        warnings.warn(
+            f"only {rare} {kind} among {n} training rows: expect an unreliable fit.", stacklevel=7
+        )
     return n_failures / n if rare == 0 else None
 
 
@@ -127,7 +148,8 @@ def warn_few(failure: Tensor, name: str) -> None:
     if len(failure) < FEW:
         n, rows = len(failure), "row" if len(failure) == 1 else "rows"
         warnings.warn(
-            f"{name} is fitted on {n} {rows}: with fewer than {FEW} its probabilities say little.", stacklevel=3
+            f"{name} is fitted on {n} {rows}: with fewer than {FEW} its probabilities say little.",
+            stacklevel=3,
         )
 
 
@@ -146,28 +168,40 @@ def fit_and_selection(
         chosen = Rows(validation, held_out, columns)
     else:
         generator = torch.Generator().manual_seed(seed)
-        groups = caption_groups(train.source, rows) if isinstance(train.source, PairSource) else None
+        groups = (
+            caption_groups(train.source, rows) if isinstance(train.source, PairSource) else None
+        )
         part = hold_out(failure, fraction, train.source.pool_size, generator, groups)
         chosen = Rows(train.source, rows[part], columns)
-        _, held_failure = with_failures(chosen.batches(SCORING_BATCH))  # with captions, in pools of their own
+        _, held_failure = with_failures(
+            chosen.batches(SCORING_BATCH)
+        )  # with captions, in pools of their own
         kept = ~torch.isin(torch.arange(len(rows)), part)
         rows = rows[kept]
-        kinds = 2 if train.source.pool_size is None else 1  # pools have other failures in every pass
+        kinds = (
+            2 if train.source.pool_size is None else 1
+        )  # pools have other failures in every pass
         if len(failure[kept].unique()) < kinds:
             said = f"validation_fraction={fraction} holds out {len(part)} of {len(failure)} training rows, so that no"
             raise DataError(f"{said} failure or no success is left to learn from. Make it smaller.")
     is_blind = len(held_failure.unique()) < 2
-    return Rows(train.source, train.index if is_blind else rows, columns), None if is_blind else chosen
+    return Rows(
+        train.source, train.index if is_blind else rows, columns
+    ), None if is_blind else chosen
 
 
 def hold_out(
-    failure: Tensor, fraction: float, pool_size: int | None, generator: torch.Generator, groups: Tensor | None = None
+    failure: Tensor,
+    fraction: float,
+    pool_size: int | None,
+    generator: torch.Generator,
+    groups: Tensor | None = None,
 ) -> Tensor:
     """Sorted positions (H,) of a random part of rows with failures (M,): stratified by failure, or whole pools.
 
-    With in-batch candidates the part is rounded to whole pools, and empty when there are fewer than two. Rows of one
-    number in ``groups`` (M,) stay together, unless there are fewer groups than a pool has rows: such groups recur in
-    every pool, as classes do.
+    With in-batch candidates the part is rounded to whole pools, and empty when there are fewer than
+    two. Rows of one number in ``groups`` (M,) stay together, unless there are fewer groups than a
+    pool has rows: such groups recur in every pool, as classes do.
     """
     n = len(failure)
     if pool_size is not None:
@@ -176,10 +210,17 @@ def hold_out(
         order = torch.randperm(n, generator=generator)
         room = count * pool_size
         by_themselves = groups is None or len(groups.unique()) < pool_size
-        chosen = order[:room] if groups is None or by_themselves else order[whole_groups(groups[order], room)]
+        chosen = (
+            order[:room]
+            if groups is None or by_themselves
+            else order[whole_groups(groups[order], room)]
+        )
         return chosen[: len(chosen) if len(chosen) >= pool_size else 0].sort().values
     kinds = [(failure == value).nonzero().squeeze(1) for value in (0, 1)]
-    parts = [kind[torch.randperm(len(kind), generator=generator)[: round(len(kind) * fraction)]] for kind in kinds]
+    parts = [
+        kind[torch.randperm(len(kind), generator=generator)[: round(len(kind) * fraction)]]
+        for kind in kinds
+    ]
     return torch.cat(parts).sort().values
 
 
@@ -187,7 +228,9 @@ def whole_groups(groups: Tensor, room: int) -> Tensor:
     """Sorted positions of whole groups, by their numbers (M,), that fit into ``room`` rows; the first ones go first."""
     _, group = torch.unique(groups, return_inverse=True)
     positions = torch.arange(len(groups))
-    first = torch.full((int(group.max()) + 1,), len(groups)).scatter_reduce(0, group, positions, "amin")
+    first = torch.full((int(group.max()) + 1,), len(groups)).scatter_reduce(
+        0, group, positions, "amin"
+    )
     waiting, sizes = first.argsort(), group.bincount()
     taken = torch.zeros(len(sizes), dtype=torch.bool)
     while len(waiting := waiting[sizes[waiting] <= room]):
@@ -201,44 +244,62 @@ def whole_groups(groups: Tensor, room: int) -> Tensor:
 def caption_groups(source: PairSource, rows: Tensor) -> Tensor:
     """(M,) int64: equal for rows of equal captions (in float16, as they are stored); read in blocks.
 
-    Rows whose caption is the text of a class are each by themselves: held out together, the class would go unlearnt.
+    Rows whose caption is the text of a class are each by themselves: held out together, the class
+    would go unlearnt.
 
-    sum_i a_i x_i mod 2^64 of the D 16-bit numbers x of a caption with fixed random odd a: two captions meet by chance
-    with a probability below 2^-48, which does no more harm than that they stay together.
+    sum_i a_i x_i mod 2^64 of the D 16-bit numbers x of a caption with fixed random odd a: two
+    captions meet by chance with a probability below 2^-48, which does no more harm than that they
+    stay together.
     """
-    factors = np.random.default_rng(0).integers(2**63, size=source.space.embed_dim, dtype=np.uint64) * 2 + 1
-    blocks = ((source.caption_rows(block).half() + 0).numpy() for block in rows.split(GROUP_BLOCK))  # + 0 makes -0 a 0
+    factors = (
+        np.random.default_rng(0).integers(2**63, size=source.space.embed_dim, dtype=np.uint64) * 2
+        + 1
+    )
+    blocks = (
+        (source.caption_rows(block).half() + 0).numpy() for block in rows.split(GROUP_BLOCK)
+    )  # + 0 makes -0 a 0
     parts = [block.view(np.uint16).astype(np.uint64) @ factors for block in blocks]
-    return torch.where(source.of_classes(rows), rows, torch.from_numpy(np.concatenate(parts).view(np.int64)))
+    return torch.where(
+        source.of_classes(rows), rows, torch.from_numpy(np.concatenate(parts).view(np.int64))
+    )
 
 
 def failure_log_odds(logits: Tensor, batch: Batch) -> Tensor:
     """(B,) float64 log((1 - p) / p), p the mass of the zero-shot answer under the softmax of any logits (B, K).
 
-    Without rounding where p is near zero or one; the largest logit may be at another candidate than the answer.
+    Without rounding where p is near zero or one; the largest logit may be at another candidate than
+    the answer.
     """
     if batch.same is None:
         return Others.of(logits, batch.prediction[:, None].to(logits.device)).log_odds
     logits = float64(logits)
     alike = batch.alike(batch.prediction).to(logits.device)
-    others, own = (logits.masked_fill(mask, -torch.inf).logsumexp(dim=-1) for mask in (alike, ~alike))
+    others, own = (
+        logits.masked_fill(mask, -torch.inf).logsumexp(dim=-1) for mask in (alike, ~alike)
+    )
     return others - own
 
 
 def with_outside(log_odds: Tensor, outside: Tensor) -> Tensor:
     """(B,) float64 log-odds of u = 1 - (1 - P(outside)) q, from those of 1 - q against q and of outside against inside.
 
-    u / (1 - u) = (1 - q) / q + P(outside) / P(inside) / q, so that no u rounds to one before it has to.
+    u / (1 - u) = (1 - q) / q + P(outside) / P(inside) / q, so that no u rounds to one before it has
+    to.
     """
     return torch.logaddexp(log_odds, outside.to(log_odds.device) + functional.softplus(log_odds))
 
 
-FOLDED_ROWS = 5_000  # up to so many rows are cross-fitted; of more, one fifth is held out, and so many rows at most
+# up to so many rows are cross-fitted; of more, one fifth is held out, and so many rows at most
+FOLDED_ROWS = 5_000
 FOLDS = 5
 
 
 def cross_fitting(
-    train: Rows, failure: Tensor, validation: EmbeddingSource | None, seed: int, needs: Needs = "class"
+    train: Rows,
+    failure: Tensor,
+    validation: EmbeddingSource | None,
+    seed: int,
+    needs: Needs = "class",
 ) -> list[tuple[Rows, Rows]]:
     """Pairs of rows to fit on and rows held out from it: the validation set, or folds stratified by failure (M,)."""
     if validation is not None:
@@ -247,13 +308,19 @@ def cross_fitting(
     n = len(failure)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(n, generator=generator)
-    order = order[failure[order].argsort(stable=True)]  # neighbours in this order go to different folds
+    order = order[
+        failure[order].argsort(stable=True)
+    ]  # neighbours in this order go to different folds
     fold = torch.empty(n, dtype=torch.long)
     fold[order] = torch.arange(n) % FOLDS
     parts = [train.index[fold == k] for k in range(FOLDS if n <= FOLDED_ROWS else 1)]
     pairs = []
     for k, part in enumerate(parts):
-        few = torch.randperm(len(part), generator=generator)[:FOLDED_ROWS].sort().values  # rows may come class by class
+        few = (
+            torch.randperm(len(part), generator=generator)[:FOLDED_ROWS].sort().values
+        )  # rows may come class by class
         if len(few):
-            pairs.append((replace(train, index=train.index[fold != k]), replace(train, index=part[few])))
+            pairs.append(
+                (replace(train, index=train.index[fold != k]), replace(train, index=part[few]))
+            )
     return pairs

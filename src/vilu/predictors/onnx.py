@@ -81,7 +81,9 @@ class ScoreGraph(nn.Module):
         super().__init__()
         self.score, self.space = score, space
 
-    def forward(self, image: Tensor, text: Tensor, features: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, image: Tensor, text: Tensor, features: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """(N,) float64 and (N,) int64."""
         rows = positions(image)
         batch = self.batch(
@@ -100,7 +102,9 @@ def score_graph(predictor: FailurePredictor) -> ScoreGraph:
     """The score of a predictor as a module of image (N, D) and text (K, D), N and K open."""
     if "graph" not in vars(type(predictor)):
         known = ", ".join(sorted(name for name, cls in PREDICTORS.items() if "graph" in vars(cls)))
-        raise NotExportable(f"{predictor.name} cannot be exported as a graph of image and text. These can: {known}.")
+        raise NotExportable(
+            f"{predictor.name} cannot be exported as a graph of image and text. These can: {known}."
+        )
     predictor.require_fitted()
     space, constant = predictor.fitted_space, predictor.constant_
     if constant is None:
@@ -125,7 +129,10 @@ MAX_ONNX_BYTES = 2**31 - 1  # a protocol buffer holds no more
 
 
 Trial = dict[str, Tensor]
-"""Inputs of a graph in their order: ``image`` (N, D), ``text`` (K, D), and perhaps ``features`` (N, F)."""
+"""Inputs of a graph in their order:
+
+``image`` (N, D), ``text`` (K, D), and perhaps ``features`` (N, F).
+"""
 
 SAID = ("uncertainty", "prediction")
 """Outputs of a graph."""
@@ -134,12 +141,13 @@ SAID = ("uncertainty", "prediction")
 def export_onnx(folder: str | Path, path: str | Path) -> float:
     """Write the score of a saved predictor as an ONNX file; returns its largest difference from the predictor.
 
-    Inputs are ``image`` (N, D) and ``text`` (K, D), float32 rows of unit norm, and ``features`` (N, F) where the
-    predictor was fitted on them; N >= 1 and K >= 2 are open, and no two texts are equal (``vilu.Embeddings`` makes one
-    candidate of those). Outputs are ``uncertainty`` (N,) float64 and
-    ``prediction`` (N,) int64. Logit scale and bias are constants. The file is run by onnxruntime on random rows of
-    several numbers, and is written only where every answer is the same, and every uncertainty within ``TOLERANCE`` or,
-    where the formula itself rounds more than that in float32 (a large logit scale, a memory), ``ROUNDINGS`` times that.
+    Inputs are ``image`` (N, D) and ``text`` (K, D), float32 rows of unit norm, and ``features`` (N,
+    F) where the predictor was fitted on them; N >= 1 and K >= 2 are open, and no two texts are
+    equal (``vilu.Embeddings`` makes one candidate of those). Outputs are ``uncertainty`` (N,)
+    float64 and ``prediction`` (N,) int64. Logit scale and bias are constants. The file is run by
+    onnxruntime on random rows of several numbers, and is written only where every answer is the
+    same, and every uncertainty within ``TOLERANCE`` or, where the formula itself rounds more than
+    that in float32 (a large logit scale, a memory), ``ROUNDINGS`` times that.
 
     Args:
         folder: A saved predictor.
@@ -164,7 +172,9 @@ def to_onnx(predictor: FailurePredictor, fingerprint: str) -> bytes:
     return write_graph(graph, example, SAID, metadata(predictor, graph.space, fingerprint))
 
 
-def write_graph(graph: nn.Module, example: Trial, outputs: Sequence[str], said: dict[str, str]) -> bytes:
+def write_graph(
+    graph: nn.Module, example: Trial, outputs: Sequence[str], said: dict[str, str]
+) -> bytes:
     """A module as ONNX, with metadata; of its inputs the number of texts is open, K, and that of all others, N."""
     rows, texts = torch.export.Dim("N"), torch.export.Dim("K", min=2)
     with quiet(), redirect_stdout(StringIO()):  # where onnxscript before 0.7 says how it went
@@ -179,7 +189,11 @@ def write_graph(graph: nn.Module, example: Trial, outputs: Sequence[str], said: 
         )
     program = cast("torch.onnx.ONNXProgram", exported)  # dynamo=True always gives one
     inputs = program.model.graph.inputs
-    fixed = [str(entry.name) for entry in inputs if entry.shape is None or isinstance(entry.shape[0], int)]
+    fixed = [
+        str(entry.name)
+        for entry in inputs
+        if entry.shape is None or isinstance(entry.shape[0], int)
+    ]
     if fixed:
         raise NotExportable(
             f"the graph would take one number of {', '.join(fixed)} alone, as something in it looks at that number "
@@ -188,11 +202,15 @@ def write_graph(graph: nn.Module, example: Trial, outputs: Sequence[str], said: 
     program.model.metadata_props.update(said)
     model = program.model_proto
     if model.ByteSize() > MAX_ONNX_BYTES:
-        raise UsageError(f"the graph has {model.ByteSize()} bytes as ONNX; at most {MAX_ONNX_BYTES} fit.")
+        raise UsageError(
+            f"the graph has {model.ByteSize()} bytes as ONNX; at most {MAX_ONNX_BYTES} fit."
+        )
     return bytes(model.SerializeToString())
 
 
-def metadata(predictor: FailurePredictor, space: EmbeddingSpace, fingerprint: str) -> dict[str, str]:
+def metadata(
+    predictor: FailurePredictor, space: EmbeddingSpace, fingerprint: str
+) -> dict[str, str]:
     """What binds a file to its predictor and to the embedding space, as texts."""
     return {
         "vilu.version": version("vilu"),
@@ -216,7 +234,9 @@ def runner(content: bytes) -> Callable[[Trial], Any]:
     return lambda trial: session.run(None, {name: rows.numpy() for name, rows in trial.items()})
 
 
-def largest_difference(predictor: FailurePredictor, found: Iterable[tuple[Trial, NDArray[Any], NDArray[Any]]]) -> float:
+def largest_difference(
+    predictor: FailurePredictor, found: Iterable[tuple[Trial, NDArray[Any], NDArray[Any]]]
+) -> float:
     """The largest difference from the predictor of what an ONNX file gives: inputs, uncertainty and answer (N,).
 
     Rows whose two largest logits are nearly equal are left out: there rounding chooses the answer.
@@ -231,9 +251,14 @@ def largest_difference(predictor: FailurePredictor, found: Iterable[tuple[Trial,
     for trial, uncertainty, answer in found:
         expected, prediction, clear = reference(predictor, trial)
         if (answer != prediction)[clear].any():
-            raise DataError(f"the exported {predictor.name} gives other zero-shot answers. Nothing was written.")
+            raise DataError(
+                f"the exported {predictor.name} gives other zero-shot answers. Nothing was written."
+            )
         with torch.no_grad():
-            rounded = plain(**trial)[0] - exact(**{name: rows.double() for name, rows in trial.items()})[0]
+            rounded = (
+                plain(**trial)[0]
+                - exact(**{name: rows.double() for name, rows in trial.items()})[0]
+            )
         gaps.append(largest(uncertainty - expected, clear))
         roundings.append(largest(rounded.numpy(), clear))
     worst, allowed = float(np.max(gaps)), max(TOLERANCE, ROUNDINGS * max(roundings))
@@ -250,9 +275,15 @@ def largest(differences: NDArray[np.float64], rows: NDArray[np.bool_]) -> float:
     return float(np.abs(differences)[rows].max(initial=0.0))
 
 
-def reference(predictor: FailurePredictor, trial: Trial) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+def reference(
+    predictor: FailurePredictor, trial: Trial
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     """Uncertainty and answer (N,) by the predictor itself, and whether the answer is clear."""
-    image, text, columns = trial["image"], trial["text"], {name: trial[name] for name in predictor.columns_to_score}
+    image, text, columns = (
+        trial["image"],
+        trial["text"],
+        {name: trial[name] for name in predictor.columns_to_score},
+    )
     source = Embeddings(image, text, space=predictor.space_, columns=columns)
     with quiet():  # which may say that random rows are unlike those of the training
         found = list(predictor.scored(source))
@@ -265,8 +296,8 @@ def reference(predictor: FailurePredictor, trial: Trial) -> tuple[NDArray[Any], 
 def trials(predictor: FailurePredictor, sizes: tuple[tuple[int, int], ...]) -> Iterator[Trial]:
     """Random rows of unit norm: half of the images near a candidate.
 
-    A graph that treats some texts unlike others (its ``classes``) also meets those alone, in another order, and beside
-    others.
+    A graph that treats some texts unlike others (its ``classes``) also meets those alone, in
+    another order, and beside others.
     """
     space, graph = predictor.fitted_space, score_graph(predictor).score
     generator = torch.Generator().manual_seed(0)

@@ -1,7 +1,8 @@
 """Images of none of the classes: everyday words as further candidates, and the outcome "outside".
 
-Shapes: B images, K classes, M everyday words, D embedding width. ``margin`` is m(x) = log sum_w exp l_w(x) -
-log sum_c exp l_c(x): log-odds of words against classes under the zero-shot softmax over both.
+Shapes: B images, K classes, M everyday words, D embedding width. ``margin`` is m(x) = log sum_w exp
+l_w(x) - log sum_c exp l_c(x): log-odds of words against classes under the zero-shot softmax over
+both.
 """
 
 from __future__ import annotations
@@ -30,10 +31,13 @@ NEGATIVES = "negatives"  # the column of everyday words
 def far_words(words: Tensor, text: Tensor, share: float, nearest: float = 0.0) -> Tensor:
     """(M',) int64, ascending: the ``share`` of words (M, D), at least one, that are farthest from the classes (K, D).
 
-    How near a word is to the classes is the 1 - ``nearest`` quantile of its K cosines; among equals the first go first.
+    How near a word is to the classes is the 1 - ``nearest`` quantile of its K cosines; among equals
+    the first go first.
     """
     cosine = words @ text.T
-    place = max(math.ceil(nearest * cosine.shape[1]), 1)  # of the largest: a quantile that needs no interpolation
+    place = max(
+        math.ceil(nearest * cosine.shape[1]), 1
+    )  # of the largest: a quantile that needs no interpolation
     nearness = cosine.topk(place, dim=1).values[:, -1]
     kept = max(round(share * len(words)), 1)
     return nearness.argsort(stable=True)[:kept].sort().values
@@ -55,27 +59,30 @@ def margin(batch: Batch, far: Tensor) -> Tensor:
 class NegLabel(FailurePredictor):
     """Everyday words as further candidates: u = 1 - the share of softmax mass on the classes, or on the answer alone.
 
-    of="classes": u = sum_w exp l_w / (sum_c exp l_c + sum_w exp l_w), which tells images of none of the classes.
-    of="answer": u = 1 - exp l_t̂ / (the same), the joint pool, which also sees failures within the classes, and takes
-    words that are near a class for other answers.
+    of="classes": u = sum_w exp l_w / (sum_c exp l_c + sum_w exp l_w), which tells images of none of
+    the classes. of="answer": u = 1 - exp l_t̂ / (the same), the joint pool, which also sees
+    failures within the classes, and takes words that are near a class for other answers.
 
-    The words w are the column ``negatives``; those near a class are left out: how near a word is to the classes is the
-    1 - ``nearest`` quantile of its cosines with them, and the ``share`` of the words that is farthest stays.
+    The words w are the column ``negatives``; those near a class are left out: how near a word is to
+    the classes is the 1 - ``nearest`` quantile of its cosines with them, and the ``share`` of the
+    words that is farthest stays.
 
     Args:
         of: What counts as no failure: "classes" or "answer".
         share: Of the words, those that stay.
         nearest: Share of the classes that a word may be near to without being left out.
 
-    Source: NegLabel, Jiang et al., ICLR 2024 (temperature 0.01, CLIP's own; 5 % ``nearest``, 15 % ``share``). There the
-    words are the nouns and adjectives of WordNet and stand in another prompt than the classes, and the score is
-    averaged over groups of words; here they are about two thousand in the prompts of the classes, and one group. Of so
-    few more have to stay.
+    Source: NegLabel, Jiang et al., ICLR 2024 (temperature 0.01, CLIP's own; 5 % ``nearest``, 15 %
+    ``share``). There the words are the nouns and adjectives of WordNet and stand in another prompt
+    than the classes, and the score is averaged over groups of words; here they are about two
+    thousand in the prompts of the classes, and one group. Of so few more have to stay.
 
     Examples:
         >>> import torch, vilu
         >>> words = torch.eye(4)[2:]
-        >>> data = vilu.Embeddings(torch.eye(4), torch.eye(4)[:2], logit_scale=10.0, columns={"negatives": words})
+        >>> data = vilu.Embeddings(
+        ...     torch.eye(4), torch.eye(4)[:2], logit_scale=10.0, columns={"negatives": words}
+        ... )
         >>> vilu.PREDICTORS["neglabel"](share=1.0).predict_uncertainty(data).round(3)
         array([0., 0., 1., 1.])
     """
@@ -99,17 +106,23 @@ class NegLabel(FailurePredictor):
         return self.name if self.of == "classes" else f"{self.name} (answer)"
 
     def _score(self, batch: Batch) -> Tensor:
-        words = word_mass(batch, far_words(batch.columns[NEGATIVES], batch.text, self.share, self.nearest))
+        words = word_mass(
+            batch, far_words(batch.columns[NEGATIVES], batch.text, self.share, self.nearest)
+        )
         logits = float64(batch.logits - batch.logit_bias)
         if self.of == "classes":
             return torch.sigmoid(words - logits.logsumexp(dim=1))
         alike = batch.alike(batch.prediction).to(logits.device)
-        own, others = (logits.masked_fill(mask, -torch.inf).logsumexp(dim=1) for mask in (~alike, alike))
+        own, others = (
+            logits.masked_fill(mask, -torch.inf).logsumexp(dim=1) for mask in (~alike, alike)
+        )
         return torch.sigmoid(torch.logaddexp(others, words) - own)
 
 
 WORDS = 0.25  # share of the words that counts, the farthest from the classes
-DIRECTION_ROWS = 100  # fewer rows say nothing about which direction leads outside, or how much of them is
+DIRECTION_ROWS = (
+    100  # fewer rows say nothing about which direction leads outside, or how much of them is
+)
 
 DIRECTION_VARIANCE, DIRECTION_WEIGHT = 0.1, 2.0
 """Prior variance of the direction that predicts the margin, and its weight beside the margin's one."""
@@ -117,9 +130,12 @@ DIRECTION_VARIANCE, DIRECTION_WEIGHT = 0.1, 2.0
 CLASS_ROWS = 5.0  # rows that a class's own mean has to be worth against that of all
 BELIEF = 0.05  # rows, as a share of all, that the expected mean of images outside is worth
 PRESENT = 0.02  # smallest share of images outside from which on their direction is followed
-APART = 2.0  # standard deviations between inside and outside below which words do not tell them apart
+APART = (
+    2.0  # standard deviations between inside and outside below which words do not tell them apart
+)
 ASSUMED = 0.1  # share of images outside where all rows are known to be inside
-MOST_APART = 10.0  # standard deviations that inside and outside are apart at most: few rows that agree prove no more
+# standard deviations that inside and outside are apart at most: few rows that agree prove no more
+MOST_APART = 10.0
 CAUTION = 1.0  # what is taken from log-odds that no image outside has been shown for
 
 LABEL_VARIANCE, MARGIN_VARIANCE = 100.0, 10.0
@@ -133,8 +149,9 @@ LBFGS_STEPS = 200
 class Outside:
     """The outcome "none of the classes": log-odds that an image is outside, slope_a (w . x + b + g m(x)) + offset_a.
 
-    a is the zero-shot answer among the classes of the fit, or any other candidate (the last entry of ``slope`` and
-    ``offset``). Where g is zero no words are looked at. Empty tensors: nothing is known, and P(outside) is zero.
+    a is the zero-shot answer among the classes of the fit, or any other candidate (the last entry
+    of ``slope`` and ``offset``). Where g is zero no words are looked at. Empty tensors: nothing is
+    known, and P(outside) is zero.
     """
 
     weight: Tensor  # (D,) w; or (0,), nothing known
@@ -144,14 +161,18 @@ class Outside:
     offset: Tensor  # as ``slope``
     notes: Mapping[str, Any] = field(default_factory=dict)  # for people, as plain JSON
 
-    forms: ClassVar[str] = "outside.weight:dd outside.bias:d outside.words:d outside.slope:ds outside.offset:ds"
+    forms: ClassVar[str] = (
+        "outside.weight:dd outside.bias:d outside.words:d outside.slope:ds outside.offset:ds"
+    )
     names: ClassVar[tuple[str, ...]] = tuple(form.partition(":")[0] for form in forms.split())
 
     @classmethod
     def nothing(cls, **notes: Any) -> Self:  # noqa: ANN401 - plain JSON
         """P(outside) is zero."""
         shapes = (0,), (), (), (0,), (0,)  # each its own: a file of weights holds no tensor twice
-        weight, bias, words, slope, offset = (torch.zeros(shape, dtype=torch.float64) for shape in shapes)
+        weight, bias, words, slope, offset = (
+            torch.zeros(shape, dtype=torch.float64) for shape in shapes
+        )
         return cls(weight, bias, words, slope, offset, notes)
 
     @classmethod
@@ -164,7 +185,13 @@ class Outside:
 
     def tensors(self) -> dict[str, Tensor]:
         """What is saved."""
-        return dict(zip(self.names, (self.weight, self.bias, self.words, self.slope, self.offset), strict=True))
+        return dict(
+            zip(
+                self.names,
+                (self.weight, self.bias, self.words, self.slope, self.offset),
+                strict=True,
+            )
+        )
 
     def __bool__(self) -> bool:
         return len(self.slope) > 0
@@ -179,12 +206,15 @@ class Outside:
 
         Args:
             batch: With the columns ``columns``.
-            classes: (K,) place of every candidate among the classes of the fit, -1 for others; None: all are others.
+            classes: (K,) place of every candidate among the classes of the fit, -1 for others;
+                None: all are others.
         """
         image = float64(batch.image)
         if not self:
             return torch.full_like(image[:, 0], -torch.inf)
-        weight, bias, words, slope, offset = (tensor.to(image.device) for tensor in self.tensors().values())
+        weight, bias, words, slope, offset = (
+            tensor.to(image.device) for tensor in self.tensors().values()
+        )
         found = image @ weight + bias
         if self.columns:
             far = far_words(batch.columns[NEGATIVES], batch.text, WORDS)
@@ -215,8 +245,12 @@ class SeesOutside(ABC):
         Examples:
             >>> import numpy as np, vilu
             >>> text, words = np.eye(6)[:2], {"negatives": np.eye(6)[2:]}
-            >>> train = vilu.Embeddings(np.eye(6)[[0, 1] * 20], text, [0, 1] * 20, logit_scale=10.0, columns=words)
-            >>> new = vilu.Embeddings(np.eye(6)[:3], text, logit_scale=10.0, columns=words)  # the third is a word
+            >>> train = vilu.Embeddings(
+            ...     np.eye(6)[[0, 1] * 20], text, [0, 1] * 20, logit_scale=10.0, columns=words
+            ... )
+            >>> new = vilu.Embeddings(
+            ...     np.eye(6)[:3], text, logit_scale=10.0, columns=words
+            ... )  # the third is a word
             >>> predictor = vilu.ViLUPlus(width=32, epochs=1).fit(train)
             >>> batch = next(new.batches(3, columns=["negatives"]))
             >>> predictor.outside_probability(batch).round(decimals=1).tolist()
@@ -253,23 +287,35 @@ class Margins(NamedTuple):
     def of(cls, rows: Rows) -> Margins:
         """Look at rows, block by block."""
         dim, n = rows.source.space.embed_dim, len(rows.index)
-        total, gram, cross = (torch.zeros(*shape, dtype=torch.float64) for shape in ((dim,), (dim, dim), (dim,)))
+        total, gram, cross = (
+            torch.zeros(*shape, dtype=torch.float64) for shape in ((dim,), (dim, dim), (dim,))
+        )
         margins, answers = [], []
         for batch in rows.batches(SCORING_BATCH):
-            image, m = float64(batch.image), margin(batch, far_words(batch.columns[NEGATIVES], batch.text, WORDS))
+            image, m = (
+                float64(batch.image),
+                margin(batch, far_words(batch.columns[NEGATIVES], batch.text, WORDS)),
+            )
             total += image.sum(dim=0)
             gram += image.T @ image
             cross += image.T @ m
             margins.append(m)
             answers.append(batch.prediction)
         every, mean = torch.cat(margins), total / n
-        return cls(every, torch.cat(answers), mean, gram - n * torch.outer(mean, mean), cross - mean * every.sum())
+        return cls(
+            every,
+            torch.cat(answers),
+            mean,
+            gram - n * torch.outer(mean, mean),
+            cross - mean * every.sum(),
+        )
 
     def direction(self) -> tuple[Tensor, Tensor]:
         """(D,) and () of the ridge regression of the margin on the image.
 
-        Inputs are divided by their root mean square norm about the mean and the margin by its standard deviation, the
-        prior variance of the weights is ``DIRECTION_VARIANCE`` and that of the noise one: it shrinks to the mean.
+        Inputs are divided by their root mean square norm about the mean and the margin by its
+        standard deviation, the prior variance of the weights is ``DIRECTION_VARIANCE`` and that of
+        the noise one: it shrinks to the mean.
         """
         size = (self.gram.trace() / len(self.margin)).clamp_min(1e-12)
         ridge = size / DIRECTION_VARIANCE * torch.eye(len(self.gram), dtype=torch.float64)
@@ -280,7 +326,8 @@ class Margins(NamedTuple):
 class Mixture(NamedTuple):
     """Two Gaussians of one variance: inside about a mean for every answer, outside about one mean.
 
-    ``inside`` (K + 1,) means, the last for other candidates; ``outside``, ``variance`` and ``share`` of images outside.
+    ``inside`` (K + 1,) means, the last for other candidates; ``outside``, ``variance`` and
+    ``share`` of images outside.
     """
 
     inside: Tensor
@@ -300,12 +347,15 @@ class Mixture(NamedTuple):
         return slope, offset + math.log(self.share / (1 - self.share))
 
 
-def fit_mixture(value: Tensor, answer: Tensor, n_classes: int, balance: float, *, known_inside: bool) -> Mixture:
+def fit_mixture(
+    value: Tensor, answer: Tensor, n_classes: int, balance: float, *, known_inside: bool
+) -> Mixture:
     """The mixture of largest posterior for values (N,) of images with answers (N,), by EM.
 
-    A class's mean inside is shrunk towards that of all, as if ``CLASS_ROWS`` rows had it; the mean outside has
-    ``BELIEF`` N rows at the expected one, ``balance`` less the lower quartile, which is inside whatever the share, so
-    that rows which are all inside leave it there, and its share small. EM starts from that quartile, too.
+    A class's mean inside is shrunk towards that of all, as if ``CLASS_ROWS`` rows had it; the mean
+    outside has ``BELIEF`` N rows at the expected one, ``balance`` less the lower quartile, which is
+    inside whatever the share, so that rows which are all inside leave it there, and its share
+    small. EM starts from that quartile, too.
     """
     n = len(value)
     ordered = value.sort().values
@@ -317,16 +367,24 @@ def fit_mixture(value: Tensor, answer: Tensor, n_classes: int, balance: float, *
     count = torch.bincount(answer, minlength=n_classes).double()
     for _ in range(1 if known_inside else EM_PASSES):
         slope, offset = state.log_odds()
-        outside = torch.zeros_like(value) if known_inside else torch.sigmoid(slope[answer] * value + offset[answer])
+        outside = (
+            torch.zeros_like(value)
+            if known_inside
+            else torch.sigmoid(slope[answer] * value + offset[answer])
+        )
         inside = 1 - outside
         mean = (inside * value).sum() / inside.sum().clamp_min(1e-9)
         mass = torch.zeros_like(count).index_add_(0, answer, inside)
         sums = torch.zeros_like(count).index_add_(0, answer, inside * value)
         means = torch.cat([(sums + CLASS_ROWS * mean) / (mass + CLASS_ROWS), mean[None]])
-        far = float((outside * value).sum() + BELIEF * n * expected) / float(outside.sum() + BELIEF * n)
+        far = float((outside * value).sum() + BELIEF * n * expected) / float(
+            outside.sum() + BELIEF * n
+        )
         squares = inside * (value - means[answer]).square() + outside * (value - far).square()
         share = ASSUMED if known_inside else (float(outside.sum()) + 0.5) / (n + 5)
-        found = Mixture(means, far, max(float(squares.mean()), least**2), min(max(share, 1e-3), 1 - 1e-3))
+        found = Mixture(
+            means, far, max(float(squares.mean()), least**2), min(max(share, 1e-3), 1 - 1e-3)
+        )
         moved = abs(found.outside - state.outside) + abs(found.share - state.share)
         state = found
         if moved < EM_TOLERANCE:
@@ -337,9 +395,10 @@ def fit_mixture(value: Tensor, answer: Tensor, n_classes: int, balance: float, *
 def from_words(rows: Rows, *, known_inside: bool) -> Outside:
     """What everyday words say, with no image shown that is known to be outside.
 
-    The margin of an image outside is expected at log(M / K) less that of one inside: to M words it is what an image
-    inside is to K classes. Rows of which nothing is known are taken for a mixture of the two; where enough are outside,
-    the value is the margin averaged with its regression on the image, which knows what the images have in common.
+    The margin of an image outside is expected at log(M / K) less that of one inside: to M words it
+    is what an image inside is to K classes. Rows of which nothing is known are taken for a mixture
+    of the two; where enough are outside, the value is the margin averaged with its regression on
+    the image, which knows what the images have in common.
     """
     seen, n_classes = Margins.of(rows), rows.source.n_candidates
     n_words = max(round(WORDS * len(rows.source.column(NEGATIVES, rows.index[:0]))), 1)
@@ -350,7 +409,9 @@ def from_words(rows: Rows, *, known_inside: bool) -> Outside:
     if not known_inside and len(seen.margin) >= DIRECTION_ROWS:
         share = DIRECTION_WEIGHT / (1 + DIRECTION_WEIGHT)
         along, level = (share * tensor for tensor in seen.direction())
-        value = torch.cat([float64(batch.image) @ along + level for batch in rows.batches(SCORING_BATCH)])
+        value = torch.cat(
+            [float64(batch.image) @ along + level for batch in rows.batches(SCORING_BATCH)]
+        )
         value = value + (1 - share) * seen.margin
         mixture = fit_mixture(value, seen.answer, n_classes, balance, known_inside=False)
         if mixture.share >= PRESENT:
@@ -360,7 +421,10 @@ def from_words(rows: Rows, *, known_inside: bool) -> Outside:
     if mixture is None:
         few = known_inside or len(seen.margin) < DIRECTION_ROWS
         mixture = fit_mixture(seen.margin, seen.answer, n_classes, balance, known_inside=few)
-    notes = {"outside_share": None if known_inside else mixture.share, "outside_apart": mixture.apart}
+    notes = {
+        "outside_share": None if known_inside else mixture.share,
+        "outside_apart": mixture.apart,
+    }
     if mixture.apart < APART:
         return Outside.nothing(**notes)
     slope, offset = mixture.log_odds()
@@ -379,7 +443,9 @@ class Regressors(NamedTuple):
         if NEGATIVES not in rows.columns:
             return cls(replace(rows, columns=()), None)
         found = replace(rows, columns=(NEGATIVES,)).batches(SCORING_BATCH)
-        margins = [margin(batch, far_words(batch.columns[NEGATIVES], batch.text, WORDS)) for batch in found]
+        margins = [
+            margin(batch, far_words(batch.columns[NEGATIVES], batch.text, WORDS)) for batch in found
+        ]
         return cls(replace(rows, columns=()), torch.cat(margins))
 
     def blocks(self) -> Iterator[Tensor]:
@@ -387,15 +453,19 @@ class Regressors(NamedTuple):
         start = 0
         for batch in self.rows.batches(SCORING_BATCH):
             image, stop = float64(batch.image), start + len(batch.image)
-            yield image if self.margins is None else torch.cat([image, self.margins[start:stop, None]], dim=1)
+            yield (
+                image
+                if self.margins is None
+                else torch.cat([image, self.margins[start:stop, None]], dim=1)
+            )
             start = stop
 
 
 def from_examples(train: Rows, outside: Tensor) -> Outside:
     """Ridge-regularised logistic regression of "outside" on the image and, where there are words, the margin.
 
-    Images are centred and divided by their root mean square norm, margins standardised, so the prior variances mean the
-    same for every model. Solved by L-BFGS over streamed blocks.
+    Images are centred and divided by their root mean square norm, margins standardised, so the
+    prior variances mean the same for every model. Solved by L-BFGS over streamed blocks.
     """
     parts = [Regressors.of(train), Regressors.of(replace(train, index=outside))]
     dim = train.source.space.embed_dim
@@ -405,7 +475,11 @@ def from_examples(train: Rows, outside: Tensor) -> Outside:
     precision[dim:] = 1 / MARGIN_VARIANCE
     precision[-1] = 0.0
     optimizer = torch.optim.LBFGS(
-        [weights], max_iter=LBFGS_STEPS, tolerance_grad=1e-7, tolerance_change=1e-10, line_search_fn="strong_wolfe"
+        [weights],
+        max_iter=LBFGS_STEPS,
+        tolerance_grad=1e-7,
+        tolerance_change=1e-10,
+        line_search_fn="strong_wolfe",
     )
 
     def closure() -> Tensor:
@@ -417,7 +491,9 @@ def from_examples(train: Rows, outside: Tensor) -> Outside:
             for inputs in part.blocks():
                 logits = (inputs - centre) / scale @ weights[:-1] + weights[-1]
                 target = torch.full_like(logits, is_outside)
-                loss = functional.binary_cross_entropy_with_logits(logits, target, reduction="sum") / n
+                loss = (
+                    functional.binary_cross_entropy_with_logits(logits, target, reduction="sum") / n
+                )
                 loss.backward()
                 value = value + loss.detach()
         return value
@@ -435,7 +511,11 @@ def _standard(parts: list[Regressors], dim: int) -> tuple[int, Tensor, Tensor]:
     n, total, squares = 0, torch.zeros(()).double(), torch.zeros(()).double()
     for part in parts:
         for inputs in part.blocks():
-            n, total, squares = n + len(inputs), total + inputs.sum(dim=0), squares + inputs.square().sum(dim=0)
+            n, total, squares = (
+                n + len(inputs),
+                total + inputs.sum(dim=0),
+                squares + inputs.square().sum(dim=0),
+            )
     mean = total / n
     variance = (squares / n - mean.square()).clamp_min(0)
     norm = variance[:dim].sum().sqrt().clamp_min(1e-6).expand(dim)

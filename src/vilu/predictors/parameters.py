@@ -53,7 +53,13 @@ def convert(cls: type[Parametrised], name: str, value: object, *, strict: bool) 
     """The value as its annotated type; strict: "3" is no number and True is none, but numpy's numbers are."""
     hint, adapter = _checker(cls, name)
     if strict:
-        value = value.item() if isinstance(value, np.generic) else tuple(value) if isinstance(value, list) else value
+        value = (
+            value.item()
+            if isinstance(value, np.generic)
+            else tuple(value)
+            if isinstance(value, list)
+            else value
+        )
     if not strict and value in ("none", "None", "null"):
         value = None
     if not strict and isinstance(value, str) and "tuple" in str(hint):
@@ -62,14 +68,18 @@ def convert(cls: type[Parametrised], name: str, value: object, *, strict: bool) 
         return cast("object", adapter.validate_python(value, strict=strict))
     except ValidationError as error:
         reason = error.errors()[0]["msg"].replace("Input should be", "must be")
-        raise UsageError(f"the {name!r} parameter of {cls.name} {reason}. Got {value!r:.200} instead.") from error
+        raise UsageError(
+            f"the {name!r} parameter of {cls.name} {reason}. Got {value!r:.200} instead."
+        ) from error
 
 
 @cache
 def _checker(cls: type[Parametrised], name: str) -> tuple[Any, TypeAdapter[Any]]:
     """Type of a parameter and what checks it; built once, since that takes as long as some fits."""
     hint = get_type_hints(cls, include_extras=True)[name]
-    if name == "seed":  # one meaning in all methods, so one range: what every generator of random numbers takes
+    if (
+        name == "seed"
+    ):  # one meaning in all methods, so one range: what every generator of random numbers takes
         hint = Annotated[hint, Field(ge=0, le=LARGEST_SEED)]
     return hint, TypeAdapter(hint)
 
@@ -80,7 +90,9 @@ def parse_settings(settings: Sequence[str]) -> dict[str, str]:
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals or not key.strip():
-            raise UsageError(f"--set takes KEY=VALUE, as in --set epochs=50. Got {setting!r} instead.")
+            raise UsageError(
+                f"--set takes KEY=VALUE, as in --set epochs=50. Got {setting!r} instead."
+            )
         if key.strip() in values:
             raise UsageError(f"--set gives {key.strip()!r} twice.")
         values[key.strip()] = value.strip()
@@ -118,7 +130,9 @@ def set_params(self: Made, **values: object) -> Made:
 def shown(self: Parametrised) -> str:
     """The call that makes it, with what is not default."""
     known = parameters(self)
-    changed = {name: getattr(self, name) for name in known if getattr(self, name) != known[name].default}
+    changed = {
+        name: getattr(self, name) for name in known if getattr(self, name) != known[name].default
+    }
     return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in changed.items())})"
 
 

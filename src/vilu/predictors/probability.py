@@ -15,7 +15,9 @@ from vilu.metrics.counts import Floats
 
 FOLDS = 10
 STEPS = 100  # of Newton's method, which needs about eight
-FEW_OF_A_KIND = 20  # with fewer failures, or fewer successes, the smoothest form is taken without a choice
+FEW_OF_A_KIND = (
+    20  # with fewer failures, or fewer successes, the smoothest form is taken without a choice
+)
 FEW_ROWS = 1000  # with fewer rows no isotonic regression, whose steps would follow the noise
 
 
@@ -44,7 +46,10 @@ FORMS = {
     "platt": Form(lambda score: score[:, None], intercept=True, of_probability=False),
     "beta": Form(_logarithms, intercept=True, of_probability=True),
 }
-"""Smoothest first. Temperature and beta start from a probability (Guo et al. 2017; Kull et al. 2017)."""
+"""Smoothest first.
+
+Temperature and beta start from a probability (Guo et al. 2017; Kull et al. 2017).
+"""
 
 
 class _Fitted(Model):
@@ -86,15 +91,19 @@ _READER: TypeAdapter[Calibrator] = TypeAdapter(Annotated[Calibrator, Field(discr
 def fit_calibrator(score: Floats, failure: NDArray[np.int64], *, is_log_odds: bool) -> Calibrator:
     """The form with the least log-loss in 10-fold cross-validation, or a smoother one within a standard error of it.
 
-    Temperature and beta are tried where the scores are log-odds, isotonic regression with at least 1,000 rows. With
-    fewer than 20 failures or successes there is nothing to choose by: temperature, or Platt for other scores.
+    Temperature and beta are tried where the scores are log-odds, isotonic regression with at least
+    1,000 rows. With fewer than 20 failures or successes there is nothing to choose by: temperature,
+    or Platt for other scores.
 
-    The scores (N,) are finite, higher = more likely wrong; log-odds of failure where the method gives probabilities.
+    The scores (N,) are finite, higher = more likely wrong; log-odds of failure where the method
+    gives probabilities.
 
     Examples:
         >>> import numpy as np
         >>> from vilu.predictors.probability import fit_calibrator
-        >>> calibrator = fit_calibrator(np.array([-1.0, 0.0, 1.0]), np.array([0, 0, 1]), is_log_odds=True)
+        >>> calibrator = fit_calibrator(
+        ...     np.array([-1.0, 0.0, 1.0]), np.array([0, 0, 1]), is_log_odds=True
+        ... )
         >>> calibrator.form
         'temperature'
     """
@@ -107,7 +116,9 @@ def fit_calibrator(score: Floats, failure: NDArray[np.int64], *, is_log_odds: bo
     excess = ((name, losses[name] - best) for name in forms)
     near = (name for name, more in excess if more.mean() <= more.std(ddof=1) / np.sqrt(len(more)))
     chosen = _fit(next(near), score, failure)
-    return chosen.model_copy(update={"log_loss": {name: float(loss.mean()) for name, loss in losses.items()}})
+    return chosen.model_copy(
+        update={"log_loss": {name: float(loss.mean()) for name, loss in losses.items()}}
+    )
 
 
 def read_calibrator(value: object) -> Calibrator:
@@ -115,19 +126,30 @@ def read_calibrator(value: object) -> Calibrator:
     try:
         found = _READER.validate_python(value)
     except ValidationError as error:
-        raise DataError(f"this is no calibrator of probabilities: {error.errors()[0]['msg']}.") from error
+        raise DataError(
+            f"this is no calibrator of probabilities: {error.errors()[0]['msg']}."
+        ) from error
     if isinstance(found, Isotonic) and (
         len(found.score) != len(found.probability) or bool((np.diff(found.score) <= 0).any())
     ):
         raise DataError("this is no calibrator of probabilities: its knots are not in order.")
-    if isinstance(found, Logistic) and len(found.weights) != FORMS[found.form].features(np.zeros(1)).shape[1]:
-        raise DataError(f"this is no calibrator of probabilities: {found.form} has not {len(found.weights)} weights.")
+    if (
+        isinstance(found, Logistic)
+        and len(found.weights) != FORMS[found.form].features(np.zeros(1)).shape[1]
+    ):
+        raise DataError(
+            f"this is no calibrator of probabilities: {found.form} has not {len(found.weights)} weights."
+        )
     return found
 
 
 def _held_out_losses(form: str, score: Floats, failure: NDArray[np.int64]) -> Floats:
     """(N,) log-loss of every row under a fit without its fold; failures are dealt out evenly."""
-    losses, fold, rng = np.empty(len(score)), np.empty(len(score), np.int64), np.random.default_rng(0)
+    losses, fold, rng = (
+        np.empty(len(score)),
+        np.empty(len(score), np.int64),
+        np.random.default_rng(0),
+    )
     for kind in (0, 1):
         rows = np.flatnonzero(failure == kind)
         fold[rng.permutation(rows)] = np.arange(len(rows)) % FOLDS
@@ -147,14 +169,16 @@ def _fit_isotonic(score: Floats, failure: NDArray[np.int64], counts: dict[str, A
     level = np.clip(np.repeat(wrong / pooled, pooled)[np.cumsum(rows) - 1], end, 1 - end)
     rises = np.flatnonzero(np.diff(level))  # of a level stretch its two ends are enough
     knots = np.unique(np.concatenate([[0, len(value) - 1], rises, rises + 1]))
-    return Isotonic(form="isotonic", score=value[knots].tolist(), probability=level[knots].tolist(), **counts)
+    return Isotonic(
+        form="isotonic", score=value[knots].tolist(), probability=level[knots].tolist(), **counts
+    )
 
 
 def _fit(form: Any, score: Floats, failure: NDArray[np.int64]) -> Calibrator:  # noqa: ANN401 - a key of FORMS
     """Isotonic regression, or logistic regression without a penalty.
 
-    Targets are (N_f + 1) / (N_f + 2) for failures and 1 / (N_s + 2) for successes, which keeps the weights finite where
-    the scores separate them (Platt 1999, Sec. 2.2).
+    Targets are (N_f + 1) / (N_f + 2) for failures and 1 / (N_s + 2) for successes, which keeps the
+    weights finite where the scores separate them (Platt 1999, Sec. 2.2).
     """
     counts: dict[str, Any] = {"n": len(score), "n_failures": int(failure.sum())}
     if form == "isotonic":
@@ -162,7 +186,9 @@ def _fit(form: Any, score: Floats, failure: NDArray[np.int64]) -> Calibrator:  #
     features = FORMS[form].features(score)
     weights, intercept = _least_log_loss(features, failure, intercept=FORMS[form].intercept)
     falling = np.flatnonzero(np.array(weights) < 0)
-    if form == "beta" and len(falling):  # the form has no falling parts: without the first one, once more (Kull et al.)
+    if form == "beta" and len(
+        falling
+    ):  # the form has no falling parts: without the first one, once more (Kull et al.)
         kept = [part for part in range(features.shape[1]) if part != falling[0]]
         left, intercept = _least_log_loss(features[:, kept], failure, intercept=True)
         weights = [0.0] * features.shape[1]
@@ -170,11 +196,15 @@ def _fit(form: Any, score: Floats, failure: NDArray[np.int64]) -> Calibrator:  #
     return Logistic(form=form, weights=tuple(weights), intercept=intercept, **counts)
 
 
-def _least_log_loss(features: Floats, failure: NDArray[np.int64], *, intercept: bool) -> tuple[list[float], float]:
+def _least_log_loss(
+    features: Floats, failure: NDArray[np.int64], *, intercept: bool
+) -> tuple[list[float], float]:
     """Weights and constant of a logistic regression without a penalty, on smoothed targets, by Newton's method."""
     scale = np.maximum(np.abs(features).max(axis=0), 1e-12)
     n_failures = int(failure.sum())
-    target = np.where(failure == 1, (n_failures + 1) / (n_failures + 2), 1 / (len(failure) - n_failures + 2))
+    target = np.where(
+        failure == 1, (n_failures + 1) / (n_failures + 2), 1 / (len(failure) - n_failures + 2)
+    )
     x = np.column_stack([features / scale, np.ones((len(features), int(intercept)))])
 
     def log_loss(weights: Floats) -> float:
@@ -185,8 +215,13 @@ def _least_log_loss(features: Floats, failure: NDArray[np.int64], *, intercept: 
     for _ in range(STEPS):
         p = expit(x @ weights)
         # without a least loss of its own (equal scores) a direction gets no weight
-        step = np.linalg.lstsq(x.T @ (x * (p * (1 - p))[:, None]), x.T @ (p - target), rcond=None)[0]
-        tried = ((log_loss(weights - step / 2**halvings), weights - step / 2**halvings) for halvings in range(12))
+        step = np.linalg.lstsq(x.T @ (x * (p * (1 - p))[:, None]), x.T @ (p - target), rcond=None)[
+            0
+        ]
+        tried = (
+            (log_loss(weights - step / 2**halvings), weights - step / 2**halvings)
+            for halvings in range(12)
+        )
         lowest, better = next((one for one in tried if one[0] < least), (least, None))
         if better is None:
             break

@@ -19,13 +19,15 @@ from vilu.predictors.heads.networks import NetworkPredictor
 from vilu.predictors.labelled import failure_log_odds
 from vilu.predictors.nn.train import few_epochs
 
-SMALLEST = 1e-6  # for a shape below one the density has a cusp, and its slope no bound, where the deviation is zero
+# for a shape below one the density has a cusp, and its slope no bound, where the deviation is zero
+SMALLEST = 1e-6
 
 
 class GeneralisedGaussian(NamedTuple):
     """Independent generalised Gaussians, density beta / (2 alpha Gamma(1/beta)) exp(-(|x - mean| / alpha)^beta).
 
-    beta = 1 is the Laplace distribution of scale alpha, beta = 2 the Gaussian of variance alpha² / 2.
+    beta = 1 is the Laplace distribution of scale alpha, beta = 2 the Gaussian of variance alpha² /
+    2.
 
     Attributes:
         mean: Any shape.
@@ -43,12 +45,18 @@ class GeneralisedGaussian(NamedTuple):
         Deviations below 1e-6 alpha count as 1e-6 alpha, which keeps the gradient finite.
         """
         deviation = ((x - self.mean).abs() * self.inverse_scale).clamp_min(SMALLEST)
-        normaliser = torch.lgamma(1 / self.shape) - torch.log(self.shape * self.inverse_scale) + math.log(2)
+        normaliser = (
+            torch.lgamma(1 / self.shape) - torch.log(self.shape * self.inverse_scale) + math.log(2)
+        )
         return deviation**self.shape + normaliser
 
     def log_variance(self) -> Tensor:
         """log(alpha² Gamma(3/beta) / Gamma(1/beta)) of every entry."""
-        return torch.lgamma(3 / self.shape) - torch.lgamma(1 / self.shape) - 2 * torch.log(self.inverse_scale)
+        return (
+            torch.lgamma(3 / self.shape)
+            - torch.lgamma(1 / self.shape)
+            - 2 * torch.log(self.inverse_scale)
+        )
 
     def at(self, where: slice | tuple[slice | None, ...]) -> GeneralisedGaussian:
         """Some of the entries, or the same ones with more dimensions, by an index into all three parts."""
@@ -64,8 +72,9 @@ LOWEST_SHAPE, HIGHEST_SHAPE = 0.1, 5.0
 class ProbabilisticAdapter(nn.Module):
     """ProbVLM's adapter of one modality: x = z sqrt(D), y = x + MLP(x), and heads on y for mean, 1 / alpha and beta.
 
-    A coordinate of a unit vector is of the order of 1 / sqrt(D); x and the distribution are in units in which it is of
-    order one, so that the start does not depend on D. The MLP has three layers, each head two.
+    A coordinate of a unit vector is of the order of 1 / sqrt(D); x and the distribution are in
+    units in which it is of order one, so that the start does not depend on D. The MLP has three
+    layers, each head two.
     """
 
     def __init__(self, dim: int, width: int) -> None:
@@ -99,7 +108,9 @@ def in_units(embedding: Tensor) -> Tensor:
     return embedding * math.sqrt(embedding.shape[-1])
 
 
-def dropout_masks(size: tuple[int, int], rate: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def dropout_masks(
+    size: tuple[int, int], rate: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """Masks of two layers, each of this size: zero with probability ``rate``, else 1 / (1 - rate)."""
     draws = torch.rand((2, *size), generator=generator)
     first, second = (draws >= rate).float() / (1 - rate)
@@ -114,19 +125,21 @@ BLOCK = 1 << 24
 class ProbVLM(NetworkPredictor):
     """Two adapters that turn embeddings into distributions: factorised generalised Gaussians over the embedding space.
 
-    The image adapter q_v and the text adapter q_t are trained on pairs (z_v, z_t), the text
-    being that of the image's class or its caption, on
-    L = l(z_v | q_v) + l(z_t | q_t) + cross_weight * [l(z_t | q_v) + l(z_v | q_t)],
-    l the negative log-likelihood averaged over the D dimensions. The uncertainties that have been tried:
+    The image adapter q_v and the text adapter q_t are trained on pairs (z_v, z_t), the text being
+    that of the image's class or its caption, on L = l(z_v | q_v) + l(z_t | q_t) + cross_weight *
+    [l(z_t | q_v) + l(z_v | q_t)], l the negative log-likelihood averaged over the D dimensions. The
+    uncertainties that have been tried:
 
-    - "aleatoric": mean over the dimensions of log Var, Var = alpha² Gamma(3/beta) / Gamma(1/beta), of q_v.
-    - "epistemic": mean over the dimensions of the variance of q_v's mean over ``samples`` dropout masks. The masks are
-      drawn once, from the seed, so a row's score does not depend on the others.
-    - "cross_modal": log((1 - p_t̂) / p_t̂), p = softmax_j of the negative cross-modal loss of the image and candidate j:
-      1 - p_t̂ in another scale, since p_t̂ often rounds to zero.
+    - "aleatoric": mean over the dimensions of log Var, Var = alpha² Gamma(3/beta) / Gamma(1/beta),
+      of q_v.
+    - "epistemic": mean over the dimensions of the variance of q_v's mean over ``samples`` dropout
+      masks. The masks are drawn once, from the seed, so a row's score does not depend on the
+      others.
+    - "cross_modal": log((1 - p_t̂) / p_t̂), p = softmax_j of the negative cross-modal loss of the
+      image and candidate j: 1 - p_t̂ in another scale, since p_t̂ often rounds to zero.
 
-    The first two look at the image alone, not at the answer. The supplement reports the first and the third: both were
-    poor predictors of failure.
+    The first two look at the image alone, not at the answer. The supplement reports the first and
+    the third: both were poor predictors of failure.
 
     Args:
         epochs: Passes over the training rows; None: 20, or as many as make 300 steps.
@@ -136,17 +149,24 @@ class ProbVLM(NetworkPredictor):
         uncertainty: Which of the three.
         samples: Dropout masks of "epistemic".
 
-    Source: Upadhyay et al., "ProbVLM", ICCV 2023; ViLU, supplement A.3. Departures from the reference implementation:
-    there the exponent beta of the likelihood multiplies instead, and an absolute error is added; 1 / alpha and beta are
-    outputs of ReLUs (no gradient once zero), here of softplus and a sigmoid onto [0.1, 5]; embeddings enter times
-    sqrt(D); Adam runs under a cosine. Variances are averaged geometrically, since one dimension of a heavy tail
-    outweighs all others in an arithmetic mean: at beta = 0.1 the ratio of Gammas is 10^25.
+    Source: Upadhyay et al., "ProbVLM", ICCV 2023; ViLU, supplement A.3. Departures from the
+    reference implementation: there the exponent beta of the likelihood multiplies instead, and an
+    absolute error is added; 1 / alpha and beta are outputs of ReLUs (no gradient once zero), here
+    of softplus and a sigmoid onto [0.1, 5]; embeddings enter times sqrt(D); Adam runs under a
+    cosine. Variances are averaged geometrically, since one dimension of a heavy tail outweighs all
+    others in an arithmetic mean: at beta = 0.1 the ratio of Gammas is 10^25.
 
     Examples:
         >>> import numpy as np, vilu
-        >>> angle = np.linspace(0, np.pi / 2, 100)  # the answer is class 0 up to 45 degrees, the truth up to 63
-        >>> train = vilu.Embeddings(np.c_[np.cos(angle), np.sin(angle)], np.eye(2), np.repeat([0, 1], [70, 30]))
-        >>> new = vilu.Embeddings([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], np.eye(2))  # at 0, 53 and 90 degrees
+        >>> angle = np.linspace(
+        ...     0, np.pi / 2, 100
+        ... )  # the answer is class 0 up to 45 degrees, the truth up to 63
+        >>> train = vilu.Embeddings(
+        ...     np.c_[np.cos(angle), np.sin(angle)], np.eye(2), np.repeat([0, 1], [70, 30])
+        ... )
+        >>> new = vilu.Embeddings(
+        ...     [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], np.eye(2)
+        ... )  # at 0, 53 and 90 degrees
         >>> settings = {"cross_weight": 1.0, "epochs": 20, "learning_rate": 0.01}
         >>> method = vilu.PREDICTORS["probvlm"](uncertainty="cross_modal", **settings)
         >>> (method.fit(train).predict_uncertainty(new) > 0).tolist()  # log-odds
@@ -154,9 +174,13 @@ class ProbVLM(NetworkPredictor):
     """
 
     name: ClassVar[str] = "probvlm"
-    summary: ClassVar[str] = "spread of the distribution that an adapter puts around the image's embedding (ProbVLM)"
+    summary: ClassVar[str] = (
+        "spread of the distribution that an adapter puts around the image's embedding (ProbVLM)"
+    )
     reference: ClassVar[str] = "Upadhyay et al., ICCV 2023"
-    cost: ClassVar[str] = "fit: 300 steps or 20 epochs of two MLPs; score: 4 MFLOP a row, cross_modal K D powers"
+    cost: ClassVar[str] = (
+        "fit: 300 steps or 20 epochs of two MLPs; score: 4 MFLOP a row, cross_modal K D powers"
+    )
 
     batch_size: Count | None = 128  # a step is long, most of it however few rows it has
     weight_decay: NonNegative = 0.0

@@ -19,7 +19,15 @@ from vilu.embeddings.checks import Identity
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.files.disk import make_folder, or_refuse, write_bytes, write_text
-from vilu.files.documents import MAX_DOCUMENT_BYTES, digest, explain, parse_json, plain_json, read_json, write_json
+from vilu.files.documents import (
+    MAX_DOCUMENT_BYTES,
+    digest,
+    explain,
+    parse_json,
+    plain_json,
+    read_json,
+    write_json,
+)
 from vilu.files.places import claim_folder, made
 from vilu.predictors.card import Described, model_card
 from vilu.predictors.parameters import Parametrised, parameters
@@ -33,7 +41,11 @@ VOCABULARY, VOCABULARY_KEY = "vocabulary.safetensors", "vilu.vocabulary"
 """What answers are chosen from (``vilu.predictors.vocabulary``), and the key of what the file says of itself."""
 
 NOT_SAVED = {"device"}  # belongs to the machine, not to the predictor
-SEEN_BY: dict[Identity, str] = {"pictures": "seen.pictures", "embeddings": "seen.embeddings", "names": "seen"}
+SEEN_BY: dict[Identity, str] = {
+    "pictures": "seen.pictures",
+    "embeddings": "seen.embeddings",
+    "names": "seen",
+}
 """Tensors of the hashes of rows; older predictors know names alone."""
 FINGERPRINT = "fingerprint"  # the key of the digest of ``predictor.json``
 REFIT, RECALIBRATE = "Run `vilu fit` again", "Run `vilu calibrate` again"
@@ -60,23 +72,30 @@ class Saved(Parametrised, Described, Protocol):
 def save(predictor: Saved, folder: str | Path) -> str:
     """Write a predictor to a folder and return its fingerprint.
 
-    Weights go first and ``predictor.json``, which holds their hash, last: a folder torn by a crash is refused. The card
-    between them says nothing of a calibration: what lies in the folder was made for another fit (``write_card``), and
-    goes with that fit. Files that are not a predictor's are never touched.
+    Weights go first and ``predictor.json``, which holds their hash, last: a folder torn by a crash
+    is refused. The card between them says nothing of a calibration: what lies in the folder was
+    made for another fit (``write_card``), and goes with that fit. Files that are not a predictor's
+    are never touched.
 
     Raises:
-        UsageError: If the parameters are no longer those of the fit, so that the file could not be loaded.
+        UsageError: If the parameters are no longer those of the fit, so that the file could not be
+            loaded.
     """
     try:
         dataclasses.replace(predictor).take(predictor.state(), predictor.space_)
     except DataError as error:
-        raise UsageError(f"parameters were set after the fit that do not fit it: {error} Fit again.") from error
+        raise UsageError(
+            f"parameters were set after the fit that do not fit it: {error} Fit again."
+        ) from error
     tensors = {f"state.{name}": tensor.contiguous() for name, tensor in predictor.state().items()}
     tensors |= seen_tensors(predictor)
     weights = safetensors_torch.save(tensors)
     record = describe(predictor)
     record["weights_sha256"] = hashlib.sha256(weights).hexdigest()
-    path, same = Path(folder), fit_of(Path(folder) / PREDICTOR) == _fit(parse_json(plain_json(record)))
+    path, same = (
+        Path(folder),
+        fit_of(Path(folder) / PREDICTOR) == _fit(parse_json(plain_json(record))),
+    )
     claim(path, same=same)
     make_folder(path)
     if not (same and "calibrator" in record):
@@ -89,7 +108,12 @@ def save(predictor: Saved, folder: str | Path) -> str:
 def claim(folder: str | Path, *, same: bool = False) -> None:
     """Refuse a folder with anything but a predictor; where the ``same`` fit lies, only what stands in the way."""
     names = {PREDICTOR, WEIGHTS, CARD, RISK, ROWS, VOCABULARY}
-    claim_folder(folder, "predictor", lambda path: is_ours(path) or (same and path.name not in names), overwrite=True)
+    claim_folder(
+        folder,
+        "predictor",
+        lambda path: is_ours(path) or (same and path.name not in names),
+        overwrite=True,
+    )
 
 
 def _drop_calibration(path: Path) -> None:
@@ -102,11 +126,18 @@ def _drop_calibration(path: Path) -> None:
             file.unlink()
     if stale == [path / VOCABULARY]:
         return
-    logger.warning("%s: the calibration of the predictor that lay here is gone with it: calibrate the new one", path)
+    logger.warning(
+        "%s: the calibration of the predictor that lay here is gone with it: calibrate the new one",
+        path,
+    )
 
 
 def _fit(record: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in record.items() if key not in {"calibrator", FINGERPRINT, "vilu"}}
+    return {
+        key: value
+        for key, value in record.items()
+        if key not in {"calibrator", FINGERPRINT, "vilu"}
+    }
 
 
 def fit_of(path: Path) -> dict[str, Any] | None:
@@ -124,7 +155,9 @@ def is_ours(path: Path) -> bool:
     """Whether a file is one of a predictor's: by its name and what it says, or damaged beside one that says it."""
     if not path.is_file():
         return False
-    beside = (path.with_name(name) for name in (PREDICTOR, WEIGHTS) if path.with_name(name).is_file())
+    beside = (
+        path.with_name(name) for name in (PREDICTOR, WEIGHTS) if path.with_name(name).is_file()
+    )
     return _says_ours(path) or (
         path.name in {PREDICTOR, WEIGHTS, RISK, ROWS, VOCABULARY} and any(map(_says_ours, beside))
     )
@@ -134,12 +167,16 @@ def _says_ours(path: Path) -> bool:
     try:
         with or_refuse(f"read {path}"), path.open("rb") as handle:
             if path.name in {VOCABULARY, WEIGHTS}:
-                header = parse_json(handle.read(min(int.from_bytes(handle.read(8), "little"), MAX_DOCUMENT_BYTES)))
+                header = parse_json(
+                    handle.read(min(int.from_bytes(handle.read(8), "little"), MAX_DOCUMENT_BYTES))
+                )
                 return _holds_ours(path.name, header)
             if path.name == CARD:
                 return b'library_name: "vilu"' in handle.read(200)
             if path.name == PREDICTOR:
-                return {"method", "weights_sha256"} <= parse_json(handle.read(MAX_DOCUMENT_BYTES)).keys()
+                return {"method", "weights_sha256"} <= parse_json(
+                    handle.read(MAX_DOCUMENT_BYTES)
+                ).keys()
             if path.name == RISK:
                 return parse_json(handle.read(MAX_DOCUMENT_BYTES)).get("kind") == "risk"
     except (ValueError, RecursionError):
@@ -151,12 +188,16 @@ def _holds_ours(name: str, header: dict[str, Any]) -> bool:
     """Whether a file of tensors is one of ours, by its header."""
     if name == VOCABULARY:
         return VOCABULARY_KEY in dict(header.get("__metadata__") or {})
-    return all(key in {*SEEN_BY.values(), "__metadata__"} or key.startswith("state.") for key in header)
+    return all(
+        key in {*SEEN_BY.values(), "__metadata__"} or key.startswith("state.") for key in header
+    )
 
 
 def describe(predictor: Saved) -> dict[str, Any]:
     """Everything about a predictor but its weights, as plain JSON."""
-    values = {name: getattr(predictor, name) for name in parameters(predictor) if name not in NOT_SAVED}
+    values = {
+        name: getattr(predictor, name) for name in parameters(predictor) if name not in NOT_SAVED
+    }
     return {
         "schema": SCHEMA,
         "vilu": metadata.version("vilu"),
@@ -168,7 +209,11 @@ def describe(predictor: Saved) -> dict[str, Any]:
         **({"seen_by": list(predictor.seen_)} if predictor.seen_.keys() - {"names"} else {}),
         "notes": predictor.notes_,
         **home_of(type(predictor)),
-        **({} if predictor.calibrator_ is None else {"calibrator": predictor.calibrator_.model_dump(mode="json")}),
+        **(
+            {}
+            if predictor.calibrator_ is None
+            else {"calibrator": predictor.calibrator_.model_dump(mode="json")}
+        ),
     }
 
 
@@ -181,7 +226,9 @@ def take_seen(tensors: dict[str, Tensor], found: dict[str, Any], path: Path) -> 
     """The rows of the fit; their hashes are taken out of the saved tensors."""
     hashes = {by: tensors.pop(name) for by, name in SEEN_BY.items() if name in tensors}
     if hashes and not isinstance(found["n_seen"], int):
-        raise DataError(f"{path} is damaged: n_seen must be a number. Got {found['n_seen']!r:.80}. Fit it again.")
+        raise DataError(
+            f"{path} is damaged: n_seen must be a number. Got {found['n_seen']!r:.80}. Fit it again."
+        )
     return {by: RowSketch(of, found["n_seen"]) for by, of in hashes.items()}
 
 
@@ -192,20 +239,30 @@ TYPES = {"f": torch.float32, "d": torch.float64, "i": torch.int64, "?": torch.bo
 def require_forms(method: str, tensors: dict[str, Tensor], forms: str, width: int) -> None:
     """Refuse tensors that are not as ``forms`` says, such as "bank:fND classes:fKD labels:iN<K": name, type and sizes.
 
-    A letter is one size, D the ``width`` of the embeddings; small letters may be 0, all of them. <K: from 0 to K - 1.
+    A letter is one size, D the ``width`` of the embeddings; small letters may be 0, all of them.
+    <K: from 0 to K - 1.
     """
     sizes = {"D": width, "1": 1, "2": 2}
     there = [found for found in FORM.findall(forms) if found[0] in tensors]
-    nothing = 0 in next((tensors[name].shape for name, _, letters, _ in there if letters.islower()), ())
+    nothing = 0 in next(
+        (tensors[name].shape for name, _, letters, _ in there if letters.islower()), ()
+    )
     for name, kind, letters, bound in there:
         tensor, shape = tensors[name], tuple(tensors[name].shape)
         given = zip(letters, shape + (0,) * len(letters), strict=False)
-        expected = tuple(0 if nothing and x.islower() else sizes.setdefault(x.upper(), max(n, 1)) for x, n in given)
+        expected = tuple(
+            0 if nothing and x.islower() else sizes.setdefault(x.upper(), max(n, 1))
+            for x, n in given
+        )
         who = f"{name} of {method} must be"
         if (tensor.dtype, shape) != (TYPES[kind], expected):
-            raise DataError(f"{who} {TYPES[kind]} of shape {expected}. Got {tensor.dtype} of shape {shape} instead.")
+            raise DataError(
+                f"{who} {TYPES[kind]} of shape {expected}. Got {tensor.dtype} of shape {shape} instead."
+            )
         if bound and not 0 <= int(tensor.min()) <= int(tensor.max()) < sizes[bound]:
-            raise DataError(f"{who} from 0 to {sizes[bound] - 1}. Got {tensor.min()} to {tensor.max()} instead.")
+            raise DataError(
+                f"{who} from 0 to {sizes[bound] - 1}. Got {tensor.min()} to {tensor.max()} instead."
+            )
 
 
 def fit_fingerprint(folder: str | Path) -> str:
@@ -214,7 +271,9 @@ def fit_fingerprint(folder: str | Path) -> str:
     return digest({key: value for key, value in record.items() if key not in {FINGERPRINT, "vilu"}})
 
 
-def write_card(path: Path, record: dict[str, Any], predictor: Saved, risk: dict[str, Any] | None) -> None:
+def write_card(
+    path: Path, record: dict[str, Any], predictor: Saved, risk: dict[str, Any] | None
+) -> None:
     """The card, with the guarantee of a calibration."""
     write_text(path / CARD, model_card(record, predictor, risk))
 
@@ -257,7 +316,9 @@ def read_record(path: Path) -> dict[str, Any]:
     if type(record.get("schema")) is not int:
         raise DataError(f"{path} does not describe a predictor: it has no schema. {REFIT}.")
     if record["schema"] > SCHEMA:
-        raise ProvenanceError(f"{path} has schema {record['schema']}; this vilu reads up to {SCHEMA}. Update vilu.")
+        raise ProvenanceError(
+            f"{path} has schema {record['schema']}; this vilu reads up to {SCHEMA}. Update vilu."
+        )
     try:
         _Said.model_validate(record)
     except ValidationError as error:

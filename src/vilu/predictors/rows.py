@@ -24,17 +24,23 @@ def shots(source: EmbeddingSource, n: int, seed: int = 0) -> Tensor:
 
     Rows of none of the classes are not counted by class, so all usable ones stay.
 
-    A larger ``n`` only adds rows, and the other classes do not matter to which ones ``seed`` chooses.
+    A larger ``n`` only adds rows, and the other classes do not matter to which ones ``seed``
+    chooses.
     """
     require_at_least("shots", n, 1)
     if source.pool_size is not None:
-        raise UsageError("shots are rows per class, and image-caption pairs have no classes. Leave shots out.")
+        raise UsageError(
+            "shots are rows per class, and image-caption pairs have no classes. Leave shots out."
+        )
     rows = source.usable_rows[source.target[source.usable_rows] != UNKNOWN].sort().values
     if not len(rows):
         raise DataError(f"none of the {len(source)} rows has a label, so no class has a shot.")
     target = source.target[rows]
     classes = [rows[target == label] for label in range(source.n_candidates)]
-    orders = [np.random.default_rng([seed, label]).permutation(len(members)) for label, members in enumerate(classes)]
+    orders = [
+        np.random.default_rng([seed, label]).permutation(len(members))
+        for label, members in enumerate(classes)
+    ]
     parts = [members[order[:n]] for members, order in zip(classes, orders, strict=True)]
     sizes = [len(part) for part in parts]
     if min(sizes) < n:
@@ -96,13 +102,19 @@ def _hashes(
 ) -> Iterator[tuple[slice, NDArray[np.int64]]]:
     """Places among the rows, and hashes, block by block."""
     for start in range(0, len(rows), BLOCK):
-        block = source.identities(by, rows[start : start + BLOCK]) & np.uint64(np.iinfo(np.int64).max)
+        block = source.identities(by, rows[start : start + BLOCK]) & np.uint64(
+            np.iinfo(np.int64).max
+        )
         yield slice(start, start + len(block)), block.astype(np.int64)
 
 
 def _marked(source: EmbeddingSource, by: Identity) -> NDArray[np.bool_]:
     """(N,) rows that have a mark: one that is not usable has the embedding of all others that are not."""
-    return np.isin(source.status, (VALID, SHORT_POOL)) if by == "embeddings" else np.ones(len(source), np.bool_)
+    return (
+        np.isin(source.status, (VALID, SHORT_POOL))
+        if by == "embeddings"
+        else np.ones(len(source), np.bool_)
+    )
 
 
 @dataclass(frozen=True)
@@ -121,11 +133,18 @@ class Overlap:
         return counted(len(self), len(self.shared), what, whole=self.whole)
 
     def others(
-        self, source: EmbeddingSource, what: str, where: str, remedy: str, then: str = "they are left out"
+        self,
+        source: EmbeddingSource,
+        what: str,
+        where: str,
+        remedy: str,
+        then: str = "they are left out",
     ) -> NDArray[np.bool_]:
         """(N,) the rows of the source that are not shared; warns of those that are, with keys: DataError above 1 %."""
         if len(self):
-            keys = ", ".join(repr(source.ids[row]) for row in np.flatnonzero(self.shared)[:SHOWN].tolist())
+            keys = ", ".join(
+                repr(source.ids[row]) for row in np.flatnonzero(self.shared)[:SHOWN].tolist()
+            )
             found = f"{self.said(what)} {where} ({keys}{', ...' if len(self) > SHOWN else ''})"
             if len(self) > MAX_SHARED * self.n_told:
                 of = "" if self.whole else f" of the {self.n_told} that can be told"
@@ -140,7 +159,9 @@ def counted(n: int, n_rows: int, what: str, *, whole: bool) -> str:
     return f"{'' if whole else 'at least '}{n} of {n_rows} {what}{more}"
 
 
-Sketches = Mapping[Identity, RowSketch]  # what a set of rows is recognised by; empty where nothing is known of them
+Sketches = Mapping[
+    Identity, RowSketch
+]  # what a set of rows is recognised by; empty where nothing is known of them
 
 
 def sketch(source: EmbeddingSource) -> Sketches:
@@ -175,15 +196,23 @@ def scored_of(data: EmbeddingSource, fresh: NDArray[np.bool_]) -> Tensor | None:
 
     None with captions, whose rows keep the pools of all.
     """
-    return None if data.pool_size is not None else data.usable_rows[torch.from_numpy(fresh)[data.usable_rows]]
+    return (
+        None
+        if data.pool_size is not None
+        else data.usable_rows[torch.from_numpy(fresh)[data.usable_rows]]
+    )
 
 
-def overlap(first: EmbeddingSource, second: EmbeddingSource, names: tuple[str, str]) -> Overlap | None:
+def overlap(
+    first: EmbeddingSource, second: EmbeddingSource, names: tuple[str, str]
+) -> Overlap | None:
     """The rows of the second source that are in the first; None where nothing tells."""
     by = common_identity(first.identified_by, second.identified_by, names)
     if by is None:
         return None
-    return Overlap(np.isin(second.identities(by), first.identities(by)) & _marked(second, by), len(second))
+    return Overlap(
+        np.isin(second.identities(by), first.identities(by)) & _marked(second, by), len(second)
+    )
 
 
 SIMILARITY_ROWS = 100
@@ -194,7 +223,9 @@ def similarity_range(data: EmbeddingSource) -> tuple[float, float]:
     rows = data.usable_rows[: max(SIMILARITY_ROWS, data.pool_size or 0)]
     batch = next(data.batches(SIMILARITY_ROWS, rows=rows))
     best = (batch.image @ batch.text.T).amax(dim=1)
-    return float(best.mean()), max(float(best.std()) if len(best) > 1 else 0.0, 1e-3 * math.sqrt(len(best)))
+    return float(best.mean()), max(
+        float(best.std()) if len(best) > 1 else 0.0, 1e-3 * math.sqrt(len(best))
+    )
 
 
 DIRECTIONS = 8
@@ -205,15 +236,24 @@ SAME_CANDIDATES = 0.02
 def candidates_of(data: EmbeddingSource) -> dict[str, Any]:
     """What the images choose from, as plain JSON: how many, the hash of their names, and a sketch of their texts.
 
-    The sketch is the mean text in eight fixed random directions: blind to the order of the candidates, and to rounding.
-    Of captions there is the size of their pools alone.
+    The sketch is the mean text in eight fixed random directions: blind to the order of the
+    candidates, and to rounding. Of captions there is the size of their pools alone.
     """
     if data.pool_size is not None:
         return {"pool_size": data.pool_size}
     names = {} if data.class_names is None else {"classes": digest(list(data.class_names))}
     directions = np.random.default_rng(0).standard_normal((DIRECTIONS, data.space.embed_dim))
-    mean = data.candidates(torch.empty(0, dtype=torch.int64)).text.double().mean(dim=0).numpy(force=True)
-    return {"n_candidates": data.n_candidates, **names, "texts": (directions @ mean).round(4).tolist()}
+    mean = (
+        data.candidates(torch.empty(0, dtype=torch.int64))
+        .text.double()
+        .mean(dim=0)
+        .numpy(force=True)
+    )
+    return {
+        "n_candidates": data.n_candidates,
+        **names,
+        "texts": (directions @ mean).round(4).tolist(),
+    }
 
 
 def same_candidates(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

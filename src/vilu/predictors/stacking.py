@@ -19,10 +19,22 @@ from vilu.predictors.labelled import cross_fitting
 from vilu.predictors.nn.train import SCORING_BATCH, Rows
 from vilu.predictors.parameters import parameters
 
-FREE = ("mcm", "entropy", "doctor", "gen", "max_logit", "margin", "prob_margin", "energy", "kl_uniform")
+FREE = (
+    "mcm",
+    "entropy",
+    "doctor",
+    "gen",
+    "max_logit",
+    "margin",
+    "prob_margin",
+    "energy",
+    "kl_uniform",
+)
 LABEL_BASED = ("knn_vote", "trine", "class_gaussians", "mahalanobis", "trust_score", "linear_probe")
 CERTAIN = 1e-12  # probabilities are clipped to this distance from zero and one
-FARTHEST = 5.0  # standard deviations to which a score is clipped, so that one wild score cannot decide
+FARTHEST = (
+    5.0  # standard deviations to which a score is clipped, so that one wild score cannot decide
+)
 NO_SPREAD = 1e-9  # standard deviation, relative to the largest value, that is rounding
 
 
@@ -30,36 +42,50 @@ NO_SPREAD = 1e-9  # standard deviation, relative to the largest value, that is r
 class Stacking(WithSecondModel):
     """u = P(failure) = sigmoid(b + sum_m w_m x_m), a logistic regression of the failure on the scores of its members.
 
-    x_m is the score of member m (its log-odds where it estimates a probability, clipped at 1e-12), standardised and
-    clipped to ±5. Members that learn are scored on rows that they were not fitted on: in five folds stratified by
-    failure up to 5,000 rows, on one held-out fifth (5,000 rows at most) of more, or on ``validation``. Mean, deviation,
-    w and b come from these scores; then the members are fitted again on all training rows. A member with the same score
-    everywhere has no weight.
+    x_m is the score of member m (its log-odds where it estimates a probability, clipped at 1e-12),
+    standardised and clipped to ±5. Members that learn are scored on rows that they were not fitted
+    on: in five folds stratified by failure up to 5,000 rows, on one held-out fifth (5,000 rows at
+    most) of more, or on ``validation``. Mean, deviation, w and b come from these scores; then the
+    members are fitted again on all training rows. A member with the same score everywhere has no
+    weight.
 
-    The members have their own defaults, with ``seed`` and ``device`` of the stack; one that learns from failures is a
-    constant where a fold has none. The stack knows only the classes that it was fitted on, as its label-based default
-    members do.
+    The members have their own defaults, with ``seed`` and ``device`` of the stack; one that learns
+    from failures is a constant where a fold has none. The stack knows only the classes that it was
+    fitted on, as its label-based default members do.
 
     Args:
         members: Names of methods (``vilu list predictors``).
         C: Inverse strength of the L2 penalty on w, as in scikit-learn.
 
-    Source: Wolpert, Neural Networks 1992, with a logistic level-1 model (Ting and Witten, JAIR 1999).
+    Source: Wolpert, Neural Networks 1992, with a logistic level-1 model (Ting and Witten, JAIR
+    1999).
 
     Examples:
         >>> import numpy as np, vilu
-        >>> angle = np.linspace(0, np.pi / 2, 100)  # the answer is class 0 up to 45 degrees, the truth up to 63
-        >>> train = vilu.Embeddings(np.c_[np.cos(angle), np.sin(angle)], np.eye(2), np.repeat([0, 1], [70, 30]))
-        >>> new = vilu.Embeddings([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], np.eye(2))  # at 0, 53 and 90 degrees
-        >>> vilu.PREDICTORS["stacking"](members=("mcm", "knn_vote")).fit(train).predict_uncertainty(new).round()
+        >>> angle = np.linspace(
+        ...     0, np.pi / 2, 100
+        ... )  # the answer is class 0 up to 45 degrees, the truth up to 63
+        >>> train = vilu.Embeddings(
+        ...     np.c_[np.cos(angle), np.sin(angle)], np.eye(2), np.repeat([0, 1], [70, 30])
+        ... )
+        >>> new = vilu.Embeddings(
+        ...     [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], np.eye(2)
+        ... )  # at 0, 53 and 90 degrees
+        >>> vilu.PREDICTORS["stacking"](members=("mcm", "knn_vote")).fit(train).predict_uncertainty(
+        ...     new
+        ... ).round()
         array([0., 1., 0.])
     """
 
     name: ClassVar[str] = "stacking"
-    summary: ClassVar[str] = "logistic regression on the scores of other methods, cross-fitted (Wolpert 1992)"
+    summary: ClassVar[str] = (
+        "logistic regression on the scores of other methods, cross-fitted (Wolpert 1992)"
+    )
     reference: ClassVar[str] = "Wolpert, Neural Networks 1992"
     cost: ClassVar[str] = "fit: its members, six times up to 5,000 rows; score: its members"
-    no_captions: ClassVar[str | None] = "its members compare images of one class, and captions have no classes"
+    no_captions: ClassVar[str | None] = (
+        "its members compare images of one class, and captions have no classes"
+    )
     closed_set: ClassVar[bool] = True
     is_probability: ClassVar[bool] = True
     learns_failure: ClassVar[bool] = True
@@ -84,13 +110,17 @@ class Stacking(WithSecondModel):
     def columns_to_fit(self, train: EmbeddingSource) -> tuple[str, ...]:
         """Those of its members."""
         members = self._new_members().values()
-        return tuple(dict.fromkeys(column for member in members for column in member.columns_to_fit(train)))
+        return tuple(
+            dict.fromkeys(column for member in members for column in member.columns_to_fit(train))
+        )
 
     @property
     def columns_to_score(self) -> tuple[str, ...]:
         """Those of its members."""
         members = self.members_.values()
-        return tuple(dict.fromkeys(column for member in members for column in member.columns_to_score))
+        return tuple(
+            dict.fromkeys(column for member in members for column in member.columns_to_score)
+        )
 
     def _new_members(self) -> dict[str, FailurePredictor]:
         """The members, not fitted."""
@@ -100,7 +130,10 @@ class Stacking(WithSecondModel):
             )
         shared = {"seed": self.seed, "device": self.device, "allow_degenerate": True}
         classes = {name: find_method(name) for name in self.members}
-        return {name: cls(**{k: v for k, v in shared.items() if k in parameters(cls)}) for name, cls in classes.items()}
+        return {
+            name: cls(**{k: v for k, v in shared.items() if k in parameters(cls)})
+            for name, cls in classes.items()
+        }
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:
         scores, failed = [], []
@@ -111,9 +144,13 @@ class Stacking(WithSecondModel):
                     scores.append(member_scores(members, batch.to(self.device_)))
                     failed.append(batch.failure)
         stack = self._regress(torch.cat(scores), torch.cat(failed))
-        notes = {"coefficients": dict(zip(self.members, stack["coefficients"].tolist(), strict=True))}
+        notes = {
+            "coefficients": dict(zip(self.members, stack["coefficients"].tolist(), strict=True))
+        }
         self.members_ = self._fit_members(train)
-        return Learnt(stack | member_tensors(self.members_), notes | self.second_notes(train.source))
+        return Learnt(
+            stack | member_tensors(self.members_), notes | self.second_notes(train.source)
+        )
 
     def _fit_members(self, rows: Rows) -> dict[str, FailurePredictor]:
         members = self._new_members()
@@ -151,13 +188,23 @@ class Stacking(WithSecondModel):
     def take(self, tensors: dict[str, Tensor], space: EmbeddingSpace | None) -> None:
         """The level-1 model, and the members' tensors by their prefix."""
         members = {} if tensors.keys() == {CONSTANT} else self._new_members()
-        groups = {name: {key for key in tensors if key.startswith(prefix(name))} for name in members}
-        own = {key: tensor for key, tensor in tensors.items() if key not in set().union(*groups.values())}
+        groups = {
+            name: {key for key in tensors if key.startswith(prefix(name))} for name in members
+        }
+        own = {
+            key: tensor
+            for key, tensor in tensors.items()
+            if key not in set().union(*groups.values())
+        }
         n = len(own.get("mean", ()))
         if members and n != len(members):
-            raise DataError(f"a {self.name} holds {', '.join(self.tensors)} of {', '.join(members)}. The file has {n}.")
+            raise DataError(
+                f"a {self.name} holds {', '.join(self.tensors)} of {', '.join(members)}. The file has {n}."
+            )
         for name, member in members.items():
-            member.take({key.removeprefix(prefix(name)): tensors[key] for key in groups[name]}, space)
+            member.take(
+                {key.removeprefix(prefix(name)): tensors[key] for key in groups[name]}, space
+            )
         super().take(own, space)
         self.members_ = members
 
@@ -173,7 +220,11 @@ def prefix(member: str) -> str:
 
 def member_tensors(members: dict[str, FailurePredictor]) -> dict[str, Tensor]:
     """What all members have learned."""
-    return {prefix(name) + key: tensor for name, member in members.items() for key, tensor in member.state().items()}
+    return {
+        prefix(name) + key: tensor
+        for name, member in members.items()
+        for key, tensor in member.state().items()
+    }
 
 
 def member_scores(members: dict[str, FailurePredictor], batch: Batch) -> Tensor:

@@ -23,7 +23,15 @@ from vilu.predictors.base import FailurePredictor
 from vilu.predictors.catalogue import find_method, method_names
 from vilu.predictors.parameters import build
 from vilu.predictors.probability import read_calibrator
-from vilu.predictors.record import PREDICTOR, RECALIBRATE, REFIT, RISK, WEIGHTS, read_record, take_seen
+from vilu.predictors.record import (
+    PREDICTOR,
+    RECALIBRATE,
+    REFIT,
+    RISK,
+    WEIGHTS,
+    read_record,
+    take_seen,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -52,14 +60,29 @@ def load(folder: str | Path) -> FailurePredictor:
     with or_refuse(f"read {path / WEIGHTS}"):
         weights = (path / WEIGHTS).read_bytes()
     if hashlib.sha256(weights).hexdigest() != found["weights_sha256"]:
-        raise DataError(f"{path / WEIGHTS} is damaged: it is not the file that {PREDICTOR} names. {REFIT}.")
+        raise DataError(
+            f"{path / WEIGHTS} is damaged: it is not the file that {PREDICTOR} names. {REFIT}."
+        )
     method = method_of(found, path / PREDICTOR)
     try:
         return _assembled(method, found, safetensors_torch.load(weights), path / PREDICTOR)
     # whatever foreign tensors and settings lead a method to
-    except (AttributeError, LookupError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
-        what = str(error).rstrip(".") if isinstance(error, ViLUError) else f"{type(error).__name__}: {error}"
-        raise DataError(f"{path / PREDICTOR} is damaged, or {WEIGHTS} beside it: {what}. {REFIT}.") from error
+    except (
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        SafetensorError,
+        TypeError,
+        ValueError,
+    ) as error:
+        what = (
+            str(error).rstrip(".")
+            if isinstance(error, ViLUError)
+            else f"{type(error).__name__}: {error}"
+        )
+        raise DataError(
+            f"{path / PREDICTOR} is damaged, or {WEIGHTS} beside it: {what}. {REFIT}."
+        ) from error
 
 
 def _assembled(
@@ -72,7 +95,9 @@ def _assembled(
     predictor.similarity_ = tuple(found["similarity"]) if found["similarity"] else None
     predictor.seen_ = take_seen(tensors, found, path)
     predictor.notes_ = found["notes"]
-    predictor.calibrator_ = read_calibrator(found["calibrator"]) if found.get("calibrator") else None
+    predictor.calibrator_ = (
+        read_calibrator(found["calibrator"]) if found.get("calibrator") else None
+    )
     predictor.restore({name.removeprefix("state."): tensor for name, tensor in tensors.items()})
     return predictor
 
@@ -93,7 +118,9 @@ def claim(folder: Path, inputs: str, *, overwrite: bool) -> bool:
         except ViLUError as error:
             logger.warning("%s is made again: %s", folder, error)
             same, overwrite = False, True
-    torn = not (folder / PREDICTOR).exists()  # of a save that was interrupted there is no record yet
+    torn = not (
+        folder / PREDICTOR
+    ).exists()  # of a save that was interrupted there is no record yet
     return claim_folder(folder, "predictor", record.is_ours, same=same, overwrite=overwrite or torn)
 
 
@@ -106,12 +133,18 @@ def method_of(found: dict[str, Any], path: Path) -> type[FailurePredictor]:
         raise DataError(f"{path} is for the method {name!r}. Known: {', '.join(method_names())}.")
     install = f"Install {home['distribution']}, or give" if home.get("distribution") else "Give"
     module = home.get("module")
-    raise DataError(f"{path} is for the method {name!r} of {module}, which is not here. {install} --plugin {module}.")
+    raise DataError(
+        f"{path} is for the method {name!r} of {module}, which is not here. {install} --plugin {module}."
+    )
 
 
 def todays_name(found: dict[str, Any]) -> str:
     """The name of a saved method; an ``icpe`` with a ``score`` is older than the released method, which has none."""
-    return "class_gaussians" if found["method"] == "icpe" and "score" in found["parameters"] else str(found["method"])
+    return (
+        "class_gaussians"
+        if found["method"] == "icpe" and "score" in found["parameters"]
+        else str(found["method"])
+    )
 
 
 def with_todays_members(
@@ -122,7 +155,9 @@ def with_todays_members(
     if f"{old}centre" not in tensors or f"{old}on_features" in tensors:
         return parameters, tensors
     members = ["class_gaussians" if name == "icpe" else name for name in parameters["members"]]
-    return {**parameters, "members": members}, {key.replace(old, new): tensor for key, tensor in tensors.items()}
+    return {**parameters, "members": members}, {
+        key.replace(old, new): tensor for key, tensor in tensors.items()
+    }
 
 
 def write_card(folder: str | Path) -> None:

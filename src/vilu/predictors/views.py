@@ -23,9 +23,10 @@ class Disagreement(FailurePredictor):
 
     d_r is how much look r doubts the original answer t̂:
 
-    - statistic="mean": 1 - p_r(t̂), p_r the zero-shot posterior of the look. u is one minus the mean probability.
-    - statistic="vote": 1 where the answer of look r is another than t̂, else 0. u is the share of looks that disagree;
-      it has R + 1 values, so it ranks coarsely.
+    - statistic="mean": 1 - p_r(t̂), p_r the zero-shot posterior of the look. u is one minus the
+      mean probability.
+    - statistic="vote": 1 where the answer of look r is another than t̂, else 0. u is the share of
+      looks that disagree; it has R + 1 values, so it ranks coarsely.
 
     A look is one product with K candidates: R looks of a batch never exist at the same time.
 
@@ -61,22 +62,28 @@ def dissent(logits: Tensor, answer: Tensor) -> Tensor:
     return float64(logits.argmax(dim=1) != answer.squeeze(1))
 
 
-DOUBT: dict[Statistic, Callable[[Tensor, Tensor], Tensor]] = {"mean": improbability, "vote": dissent}
+DOUBT: dict[Statistic, Callable[[Tensor, Tensor], Tensor]] = {
+    "mean": improbability,
+    "vote": dissent,
+}
 
 
 @dataclass
 class TTA(Disagreement):
     """Test-time augmentation: how much V augmented views of the image doubt the answer on the image itself.
 
-    The looks (see ``Disagreement``) are the logits of the column ``views`` (B, V, D) against the same candidates.
+    The looks (see ``Disagreement``) are the logits of the column ``views`` (B, V, D) against the
+    same candidates.
 
-    Source: Ayhan and Berens, MIDL 2018, who take the spread of the predictions; their mean instead is Ashukha et al.,
-    ICLR 2020. Here it is the mean of the original answer's probability, since that is the answer whose failure is
-    predicted: the mean of all may prefer another.
+    Source: Ayhan and Berens, MIDL 2018, who take the spread of the predictions; their mean instead
+    is Ashukha et al., ICLR 2020. Here it is the mean of the original answer's probability, since
+    that is the answer whose failure is predicted: the mean of all may prefer another.
 
     Examples:
         >>> import numpy as np, vilu
-        >>> views = np.eye(2)[[[0, 0, 1], [1, 1, 1]]]  # the last view of the first image is like the other class
+        >>> views = np.eye(2)[
+        ...     [[0, 0, 1], [1, 1, 1]]
+        ... ]  # the last view of the first image is like the other class
         >>> data = vilu.Embeddings(np.eye(2), np.eye(2), columns={"views": views})
         >>> vilu.PREDICTORS["tta"](statistic="vote").predict_uncertainty(data)
         array([0.25, 0.  ])
@@ -94,16 +101,21 @@ class TTA(Disagreement):
 class PromptDisagreement(Disagreement):
     """Prompt disagreement: how much other wordings of the candidates doubt the answer.
 
-    The looks (see ``Disagreement``) are the logits of the image against the column ``prompts`` (K, P, D), one prompt at
-    a time. Captions work too, where the column holds P paraphrases of each.
+    The looks (see ``Disagreement``) are the logits of the image against the column ``prompts`` (K,
+    P, D), one prompt at a time. Captions work too, where the column holds P paraphrases of each.
 
-    Source: the agreement of prompts as a confidence is that of Wightman et al., TrustNLP 2023, for language models; the
-    prompts are CLIP's ensemble of templates (Radford et al., ICML 2021), apart instead of averaged.
+    Source: the agreement of prompts as a confidence is that of Wightman et al., TrustNLP 2023, for
+    language models; the prompts are CLIP's ensemble of templates (Radford et al., ICML 2021), apart
+    instead of averaged.
 
     Examples:
         >>> import numpy as np, vilu
-        >>> prompts = np.eye(3)[[[0], [2]]]  # one more wording a class; in that of the second p is 1/2
-        >>> data = vilu.Embeddings(np.eye(3)[:2], np.eye(3)[:2], logit_scale=np.log(3), columns={"prompts": prompts})
+        >>> prompts = np.eye(3)[
+        ...     [[0], [2]]
+        ... ]  # one more wording a class; in that of the second p is 1/2
+        >>> data = vilu.Embeddings(
+        ...     np.eye(3)[:2], np.eye(3)[:2], logit_scale=np.log(3), columns={"prompts": prompts}
+        ... )
         >>> vilu.PREDICTORS["prompt_disagreement"]().predict_uncertainty(data).round(3)
         array([0.25 , 0.375])
     """

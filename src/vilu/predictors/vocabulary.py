@@ -32,7 +32,8 @@ class Vocabulary:
         text: (K, D) float32 unit-norm texts.
         space: Of the embeddings.
         dtype: Number format in which image embeddings are kept, to which new ones are rounded.
-        columns: What else there is of the classes and of the model, by name (``vilu.embeddings.columns``).
+        columns: What else there is of the classes and of the model, by name
+            (``vilu.embeddings.columns``).
     """
 
     names: tuple[str, ...]
@@ -45,12 +46,18 @@ class Vocabulary:
     def of(cls, source: EmbeddingSource, dtype: str) -> Vocabulary:
         """Those of a source with shared candidates."""
         nothing = torch.empty(0, dtype=torch.int64)
-        columns = {name: source.column(name, nothing) for name in sorted(source.columns - IMAGE_COLUMNS.keys())}
+        columns = {
+            name: source.column(name, nothing)
+            for name in sorted(source.columns - IMAGE_COLUMNS.keys())
+        }
         return cls(tuple(source.class_names or ()), source.text, source.space, dtype, columns)
 
     def save(self, folder: Path) -> None:
         """Write ``vocabulary.safetensors``, whose metadata carry a digest of all of it."""
-        tensors = {"text": self.text, **{f"columns.{name}": values for name, values in self.columns.items()}}
+        tensors = {
+            "text": self.text,
+            **{f"columns.{name}": values for name, values in self.columns.items()},
+        }
         said = {
             "names": list(self.names),
             "space": dataclasses.asdict(self.space),
@@ -79,7 +86,15 @@ class Vocabulary:
                 said = parse_json((file.metadata() or {})[VOCABULARY_KEY].encode())
                 tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
             return cls._checked(said, tensors)
-        except (DataError, KeyError, RecursionError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+        except (
+            DataError,
+            KeyError,
+            RecursionError,
+            RuntimeError,
+            SafetensorError,
+            TypeError,
+            ValueError,
+        ) as error:
             raise DataError(f"{path} is damaged ({error}). {RECALIBRATE}.") from error
 
     @classmethod

@@ -20,7 +20,8 @@ LOGITS = frozenset({"logits"})
 class MCM(FailurePredictor):
     """Maximum concept matching: u = 1 - max_j p_j, p the softmax at the VLM's own logit scale.
 
-    Source: Ming et al., NeurIPS 2022 (there with temperature 1 on the cosines; ViLU uses the model's scale, as here).
+    Source: Ming et al., NeurIPS 2022 (there with temperature 1 on the cosines; ViLU uses the
+    model's scale, as here).
 
     Examples:
         >>> import numpy as np, vilu
@@ -45,7 +46,8 @@ class MCM(FailurePredictor):
 class Entropy(FailurePredictor):
     """Normalised Shannon entropy: u = -sum_j p_j log p_j / log K, in [0, 1].
 
-    Exact x log x; the released ViLU code adds 1e-6 inside the logarithm, which biases the score with K.
+    Exact x log x; the released ViLU code adds 1e-6 inside the logarithm, which biases the score
+    with K.
 
     Source: ViLU, supplement A.3.
 
@@ -71,8 +73,9 @@ class Entropy(FailurePredictor):
 class Doctor(FailurePredictor):
     """DOCTOR, alpha form: u = (1 - g) / g with g = sum_j p_j^2.
 
-    With e_j = p_j / max_i p_i, and sums over all but the answer, it is (s (2 + s) - q) / (1 + q), s = sum e_j and
-    q = sum e_j^2 <= s: nothing cancels. No input perturbation, since embeddings are frozen.
+    With e_j = p_j / max_i p_i, and sums over all but the answer, it is (s (2 + s) - q) / (1 + q), s
+    = sum e_j and q = sum e_j^2 <= s: nothing cancels. No input perturbation, since embeddings are
+    frozen.
 
     Source: Granese et al., NeurIPS 2021, D_alpha.
 
@@ -104,7 +107,9 @@ class MaxLogit(FailurePredictor):
 
     Examples:
         >>> import numpy as np, vilu
-        >>> data = vilu.Embeddings([[1.0, 0.0], [0.6, 0.8]], np.eye(2), logit_scale=10.0)  # logits 10, 0 and 6, 8
+        >>> data = vilu.Embeddings(
+        ...     [[1.0, 0.0], [0.6, 0.8]], np.eye(2), logit_scale=10.0
+        ... )  # logits 10, 0 and 6, 8
         >>> vilu.MaxLogit().predict_uncertainty(data).round(2)
         array([-10.,  -8.])
     """
@@ -130,7 +135,9 @@ class Margin(FailurePredictor):
 
     Examples:
         >>> import numpy as np, vilu
-        >>> data = vilu.Embeddings([[1.0, 0.0], [0.6, 0.8]], np.eye(2), logit_scale=10.0)  # logits 10, 0 and 6, 8
+        >>> data = vilu.Embeddings(
+        ...     [[1.0, 0.0], [0.6, 0.8]], np.eye(2), logit_scale=10.0
+        ... )  # logits 10, 0 and 6, 8
         >>> vilu.Margin().predict_uncertainty(data).round(2)
         array([-10.,  -2.])
     """
@@ -151,15 +158,17 @@ class Margin(FailurePredictor):
 class ProbMargin(FailurePredictor):
     """One minus the gap between the two largest probabilities: u = 1 - (p_(1) - p_(2)), in [0, 1].
 
-    It is summed as (1 - p_(1)) + p_(2), which keeps confident rows apart where the gap itself rounds to one; the
-    constant changes no order.
+    It is summed as (1 - p_(1)) + p_(2), which keeps confident rows apart where the gap itself
+    rounds to one; the constant changes no order.
 
     Source: best-versus-second-best, Joshi et al., CVPR 2009.
 
     Examples:
         >>> import numpy as np, vilu
         >>> data = vilu.Embeddings(np.eye(4)[[0, 3]], np.eye(4)[:3], logit_scale=np.log(2))
-        >>> vilu.PREDICTORS["prob_margin"]().predict_uncertainty(data).round(2)  # of p = 1/2, 1/4, 1/4, and of thirds
+        >>> vilu.PREDICTORS["prob_margin"]().predict_uncertainty(data).round(
+        ...     2
+        ... )  # of p = 1/2, 1/4, 1/4, and of thirds
         array([0.75, 1.  ])
     """
 
@@ -181,13 +190,16 @@ class Energy(FailurePredictor):
     """Free energy of the logits: u = -T log sum_j exp(l_j / T), between -max_j l_j - T log K and -max_j l_j.
 
     Args:
-        temperature: T, beside the VLM's own logit scale; towards zero the score becomes ``max_logit``.
+        temperature: T, beside the VLM's own logit scale; towards zero the score becomes
+            ``max_logit``.
 
     Source: Liu et al., NeurIPS 2020.
 
     Examples:
         >>> import numpy as np, vilu
-        >>> data = vilu.Embeddings([[1.0, 0.0], [0.6, 0.8]], np.eye(2), logit_scale=10.0)  # logits 10, 0 and 6, 8
+        >>> data = vilu.Embeddings(
+        ...     [[1.0, 0.0], [0.6, 0.8]], np.eye(2), logit_scale=10.0
+        ... )  # logits 10, 0 and 6, 8
         >>> vilu.PREDICTORS["energy"]().predict_uncertainty(data).round(2)
         array([-10.  ,  -8.13])
     """
@@ -210,8 +222,8 @@ class Energy(FailurePredictor):
 class GEN(FailurePredictor):
     """Generalised entropy: u = sum over the M largest p_j of p_j^gamma (1 - p_j)^gamma.
 
-    A small gamma makes the tail count: 1e-20 to the power 0.1 is 0.01. Powers are taken of logarithms, so that no tail
-    underflows. All K candidates are summed where they are fewer than M.
+    A small gamma makes the tail count: 1e-20 to the power 0.1 is 0.01. Powers are taken of
+    logarithms, so that no tail underflows. All K candidates are summed where they are fewer than M.
 
     Args:
         gamma: Exponent.
@@ -222,12 +234,16 @@ class GEN(FailurePredictor):
     Examples:
         >>> import numpy as np, vilu
         >>> data = vilu.Embeddings(np.eye(4)[[0, 3]], np.eye(4)[:3], logit_scale=np.log(2))
-        >>> vilu.PREDICTORS["gen"](gamma=0.5).predict_uncertainty(data).round(2)  # of p = 1/2, 1/4, 1/4, and of thirds
+        >>> vilu.PREDICTORS["gen"](gamma=0.5).predict_uncertainty(data).round(
+        ...     2
+        ... )  # of p = 1/2, 1/4, 1/4, and of thirds
         array([1.37, 1.41])
     """
 
     name: ClassVar[str] = "gen"
-    summary: ClassVar[str] = "generalised entropy of the largest zero-shot probabilities (Liu et al. 2023)"
+    summary: ClassVar[str] = (
+        "generalised entropy of the largest zero-shot probabilities (Liu et al. 2023)"
+    )
     reference: ClassVar[str] = "Liu et al., CVPR 2023"
     looks_at: ClassVar[frozenset[str]] = LOGITS
 
@@ -244,20 +260,25 @@ class GEN(FailurePredictor):
 class KLUniform(FailurePredictor):
     """Negative divergence from the uniform distribution: u = -KL(uniform || p) = log K + mean_j log p_j, at most 0.
 
-    This is the direction that is news: KL(p || uniform) = log K - H(p) orders rows as ``entropy`` does. Every candidate
-    counts alike here, so what decides is how far the unlikely ones lie below the answer.
+    This is the direction that is news: KL(p || uniform) = log K - H(p) orders rows as ``entropy``
+    does. Every candidate counts alike here, so what decides is how far the unlikely ones lie below
+    the answer.
 
     Source: the confidence loss of Lee et al., ICLR 2018, as a score.
 
     Examples:
         >>> import numpy as np, vilu
-        >>> data = vilu.Embeddings(np.eye(3)[:1], np.eye(3), logit_scale=np.log(2))  # p = 1/2, 1/4, 1/4
+        >>> data = vilu.Embeddings(
+        ...     np.eye(3)[:1], np.eye(3), logit_scale=np.log(2)
+        ... )  # p = 1/2, 1/4, 1/4
         >>> vilu.PREDICTORS["kl_uniform"]().predict_uncertainty(data).round(3)
         array([-0.057])
     """
 
     name: ClassVar[str] = "kl_uniform"
-    summary: ClassVar[str] = "negative KL divergence of the uniform distribution from the zero-shot posterior"
+    summary: ClassVar[str] = (
+        "negative KL divergence of the uniform distribution from the zero-shot posterior"
+    )
     reference: ClassVar[str] = "Lee et al., ICLR 2018"
     looks_at: ClassVar[frozenset[str]] = LOGITS
 

@@ -32,10 +32,21 @@ def score_histograms(outcomes: Mapping[str, Outcomes]) -> Figure:
         for axes, (title, one) in zip(panels, outcomes.items(), strict=True):
             uncertainty, failure = known(one)
             edges = np.histogram_bin_edges(uncertainty, bins=30).tolist()
-            for kind, label, colour, hatch in ((0, "correct", CORRECT, None), (1, "wrong", WRONG, "///")):
+            for kind, label, colour, hatch in (
+                (0, "correct", CORRECT, None),
+                (1, "wrong", WRONG, "///"),
+            ):
                 shown = uncertainty[failure == kind]
                 share = np.full(len(shown), 100 / max(len(shown), 1))
-                axes.hist(shown, edges, weights=share, alpha=0.65, label=f"answer {label}", color=colour, hatch=hatch)
+                axes.hist(
+                    shown,
+                    edges,
+                    weights=share,
+                    alpha=0.65,
+                    label=f"answer {label}",
+                    color=colour,
+                    hatch=hatch,
+                )
             head = f"{title}: AUROC {auroc(uncertainty, failure):.1%}"
             axes.set(title=head, xlabel="uncertainty", ylabel="% of its kind")
         if panels:
@@ -48,7 +59,8 @@ def roc_curves(outcomes: Sequence[Outcomes]) -> Figure:
     figure, axes = _line_per_method(outcomes, roc_curve_points, "FPR95 {:.1%}", fpr_at_tpr)
     axes.axhline(0.95, color="#bbbbbb", linewidth=0.8)
     axes.set(
-        xlabel="wrong answers accepted (false positive rate)", ylabel="correct answers accepted (true positive rate)"
+        xlabel="wrong answers accepted (false positive rate)",
+        ylabel="correct answers accepted (true positive rate)",
     )
     axes.legend(fontsize=8, loc="lower right")
     return figure
@@ -57,7 +69,10 @@ def roc_curves(outcomes: Sequence[Outcomes]) -> Figure:
 def risk_coverage_curves(outcomes: Sequence[Outcomes]) -> Figure:
     """Error rate among the most trusted answers against the share that is trusted."""
     figure, axes = _line_per_method(outcomes, risk_coverage_curve, "AURC {:.3f}", aurc)
-    axes.set(xlabel="coverage: share of the answers accepted", ylabel="selective risk: error rate among them")
+    axes.set(
+        xlabel="coverage: share of the answers accepted",
+        ylabel="selective risk: error rate among them",
+    )
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=8, loc="upper left")
     return figure
@@ -108,7 +123,9 @@ def contact_sheet(trusted: Sequence[Photo], doubted: Sequence[Photo]) -> Figure:
     columns = max(len(trusted), len(doubted), 1)
     figure = new_figure(1.7 * columns, 5.2)
     panels = figure.subfigures(2, 1, squeeze=False)[:, 0]
-    for panel, title, photos in zip(panels, ("Most trusted", "Least trusted"), (trusted, doubted), strict=True):
+    for panel, title, photos in zip(
+        panels, ("Most trusted", "Least trusted"), (trusted, doubted), strict=True
+    ):
         panel.suptitle(title, fontsize=11, x=0.01, ha="left")
         for number, photo in enumerate(photos):
             draw_photo(panel.add_subplot(1, columns, number + 1), photo)
@@ -121,7 +138,11 @@ def draw_photo(axes: Axes, photo: Photo) -> None:
     verdict = "" if photo.truth is None else f"\nwrong: {photo.truth}" if wrong else "\ncorrect"
     words = textwrap.shorten(photo.prediction, 24, placeholder="…")
     axes.imshow(photo.image)
-    axes.set_title(f"“{words}”{verdict}\nu = {photo.uncertainty:.3f}", fontsize=8, color=WRONG if wrong else CORRECT)
+    axes.set_title(
+        f"“{words}”{verdict}\nu = {photo.uncertainty:.3f}",
+        fontsize=8,
+        color=WRONG if wrong else CORRECT,
+    )
     axes.set(xticks=[], yticks=[])
     for spine in axes.spines.values():
         spine.set(edgecolor=WRONG if wrong else CORRECT, linewidth=3 if wrong else 1)
@@ -149,7 +170,11 @@ class Panel:
 
 
 def curves(
-    panels: Sequence[Panel], x_label: str, *, log: bool, names: Mapping[str, str] = MappingProxyType({})
+    panels: Sequence[Panel],
+    x_label: str,
+    *,
+    log: bool,
+    names: Mapping[str, str] = MappingProxyType({}),
 ) -> Figure:
     """A line for every series, intervals as bars; one legend for all panels; ``names`` of places instead of numbers."""
 
@@ -162,7 +187,9 @@ def curves(
         if log:
             axis.set_xscale("log")
         axis.set_xticks(
-            ticks, [names.get(f"{tick:g}", f"{tick:g}") for tick in ticks], rotation=45 if len(ticks) > 6 else 0
+            ticks,
+            [names.get(f"{tick:g}", f"{tick:g}") for tick in ticks],
+            rotation=45 if len(ticks) > 6 else 0,
         )
         axis.minorticks_off()
 
@@ -179,12 +206,19 @@ def scatter(panels: Sequence[Panel], x_label: str) -> Figure:
             if len(set(line.x)) > 1:
                 ends = np.array([min(line.x), max(line.x)])
                 slope, offset = np.polyfit(line.x, line.y, 1)
-                axis.plot(100 * ends, 100 * (slope * ends + offset), color=style["color"], ls=style["linestyle"])
+                axis.plot(
+                    100 * ends,
+                    100 * (slope * ends + offset),
+                    color=style["color"],
+                    ls=style["linestyle"],
+                )
 
     return _curve_panels(panels, x_label, draw)
 
 
-def _panels(n: int, columns: int, width: float, height: float, below: float = 0.0) -> tuple[Figure, list[Axes]]:
+def _panels(
+    n: int, columns: int, width: float, height: float, below: float = 0.0
+) -> tuple[Figure, list[Axes]]:
     """So many panels of a size in inches, row by row, and room for a legend below."""
     rows = -(-n // columns)
     figure = new_figure(width * columns, height * rows + below)
@@ -192,10 +226,18 @@ def _panels(n: int, columns: int, width: float, height: float, below: float = 0.
 
 
 def _curve_panels(
-    panels: Sequence[Panel], x_label: str, draw: Callable[[Axes, Panel, Mapping[str, dict[str, Any]]], None]
+    panels: Sequence[Panel],
+    x_label: str,
+    draw: Callable[[Axes, Panel, Mapping[str, dict[str, Any]]], None],
 ) -> Figure:
     """Panels that ``draw`` fills, with one look for a label in all of them, and one legend."""
-    styles = dict(zip(dict.fromkeys(line.label for panel in panels for line in panel.lines), looks(), strict=False))
+    styles = dict(
+        zip(
+            dict.fromkeys(line.label for panel in panels for line in panel.lines),
+            looks(),
+            strict=False,
+        )
+    )
     handles: dict[str, Any] = {}
     with house_style():
         figure, axes = _panels(len(panels), min(2, len(panels)), 4.4, 3.0, below=0.5)
@@ -206,24 +248,48 @@ def _curve_panels(
             for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
                 handles.setdefault(label, handle)
         columns = min(max(len(styles), 1), 4)
-        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns, fontsize=8)
+        figure.legend(
+            list(handles.values()),
+            list(handles),
+            loc="outside lower center",
+            ncols=columns,
+            fontsize=8,
+        )
     return figure
 
 
 def _bars(axis: Axes, line: Series, style: dict[str, Any]) -> None:
     order = np.argsort(line.x, kind="stable")
-    x, y, low, high = (np.asarray(values, dtype=np.float64)[order] for values in (line.x, line.y, line.low, line.high))
+    x, y, low, high = (
+        np.asarray(values, dtype=np.float64)[order]
+        for values in (line.x, line.y, line.low, line.high)
+    )
     scaled = x if style["linestyle"] != "none" else 100 * x
     around = 100 * np.stack([np.maximum(y - low, 0), np.maximum(high - y, 0)])
     axis.errorbar(
-        scaled, 100 * y, around, label=line.label, linewidth=1.3, markersize=4.5, elinewidth=0.8, capsize=2, **style
+        scaled,
+        100 * y,
+        around,
+        label=line.label,
+        linewidth=1.3,
+        markersize=4.5,
+        elinewidth=0.8,
+        capsize=2,
+        **style,
     )
 
 
 def _published(axis: Axes, line: Series, style: dict[str, Any]) -> None:
     x, y = zip(*sorted(line.published), strict=True)
     look = {"color": style["color"], "marker": style["marker"], "linestyle": ":", "linewidth": 0.7}
-    axis.plot(x, 100 * np.asarray(y), markerfacecolor="white", markersize=5, label=f"{line.label}, published", **look)
+    axis.plot(
+        x,
+        100 * np.asarray(y),
+        markerfacecolor="white",
+        markersize=5,
+        label=f"{line.label}, published",
+        **look,
+    )
 
 
 @dataclass(frozen=True)
@@ -246,7 +312,13 @@ def grids(panels: Sequence[Grid], row_label: str, column_label: str) -> Figure:
             for place, value in panel.values.items():
                 field[place] = value
             low, high = float(np.nanmin(field)), float(np.nanmax(field))
-            axis.imshow(field, cmap="Greys", vmin=low - (high - low) / 4, vmax=high + (high - low), aspect="auto")
+            axis.imshow(
+                field,
+                cmap="Greys",
+                vmin=low - (high - low) / 4,
+                vmax=high + (high - low),
+                aspect="auto",
+            )
             for (row, column), value in panel.values.items():
                 axis.text(column, row, f"{100 * value:.1f}", ha="center", va="center", fontsize=8)
             if panel.chosen is not None:

@@ -44,7 +44,9 @@ def require_matplotlib() -> None:
 
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure that needs no screen."""
-    figure: Figure = import_extra("matplotlib.figure", "report").Figure(figsize=(width, height), layout="constrained")
+    figure: Figure = import_extra("matplotlib.figure", "report").Figure(
+        figsize=(width, height), layout="constrained"
+    )
     return figure
 
 
@@ -69,7 +71,9 @@ def save(figure: Figure, path: Path) -> None:
     """Write a figure atomically, as PNG, WebP or SVG by its suffix; the same figure gives the same bytes."""
     drawn, metadata = io.BytesIO(), {".svg": {"Date": None}, ".png": {"Software": None}}
     with house_style():
-        figure.savefig(drawn, format=path.suffix.removeprefix("."), dpi=DPI, metadata=metadata.get(path.suffix))
+        figure.savefig(
+            drawn, format=path.suffix.removeprefix("."), dpi=DPI, metadata=metadata.get(path.suffix)
+        )
     write_bytes(path, adapting(drawn.getvalue()) if path.suffix == ".svg" else drawn.getvalue())
 
 

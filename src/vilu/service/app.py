@@ -41,16 +41,22 @@ class ImagesIn(BaseModel):
     """Encoded images in base64."""
 
     model_config = CLOSED
-    images: Annotated[list[str], Field(min_length=1, description="Encoded images (JPEG, PNG, WebP, ...) in base64.")]
+    images: Annotated[
+        list[str],
+        Field(min_length=1, description="Encoded images (JPEG, PNG, WebP, ...) in base64."),
+    ]
 
 
 class EmbeddingsIn(BaseModel):
     """Image embeddings of the model that the predictor was fitted on; they are scaled to unit norm."""
 
     model_config = CLOSED
-    embeddings: Annotated[list[list[FiniteFloat]], Field(min_length=1, description="(B, D) image embeddings.")]
+    embeddings: Annotated[
+        list[list[FiniteFloat]], Field(min_length=1, description="(B, D) image embeddings.")
+    ]
     features: Annotated[
-        list[list[FiniteFloat]] | None, Field(description="(B, F), for predictors that look at what comes before.")
+        list[list[FiniteFloat]] | None,
+        Field(description="(B, F), for predictors that look at what comes before."),
     ] = None
 
 
@@ -59,7 +65,10 @@ class LabelsIn(BaseModel):
 
     model_config = CLOSED
     labels: Annotated[
-        dict[str, str], Field(min_length=1, description='Row of an answer to the name of its class, or "(outside)".')
+        dict[str, str],
+        Field(
+            min_length=1, description='Row of an answer to the name of its class, or "(outside)".'
+        ),
     ]
 
 
@@ -94,7 +103,9 @@ class AnswersOut(BaseModel):
     """The answers of one request, in its order."""
 
     request_id: str
-    promise: Annotated[str, Field(description='"holds", "void", or "none" where nothing was promised.')]
+    promise: Annotated[
+        str, Field(description='"holds", "void", or "none" where nothing was promised.')
+    ]
     answers: list[AnswerOut]
 
 
@@ -105,7 +116,9 @@ class InMemory(MultiPartParser):
 
     def close(self, files: Sequence[UploadFile]) -> bool:
         """Close what was begun; whether that is these files alone."""
-        begun = self._files_to_close_on_error  # also of a part that never ended, which is in no form
+        begun = (
+            self._files_to_close_on_error
+        )  # also of a part that never ended, which is in no form
         for file in begun:
             file.close()
         return len(begun) == len(files)
@@ -116,7 +129,8 @@ class Service:
 
     Args:
         limits: What clients may do.
-        keep: Folder in which images are kept that were answered; None: nothing that a client sends is kept.
+        keep: Folder in which images are kept that were answered; None: nothing that a client sends
+            is kept.
     """
 
     def __init__(self, limits: ClientLimits, keep: Path | None = None) -> None:
@@ -126,7 +140,9 @@ class Service:
         self.measures = Measures(self.room, lambda: self.engine)
         said = "Images in, decisions out: what the model answers, how likely that is wrong, and whether to accept it."
         version = metadata.version("vilu")
-        self.api = FastAPI(title="vilu", version=version, description=said, docs_url=None, redoc_url=None)
+        self.api = FastAPI(
+            title="vilu", version=version, description=said, docs_url=None, redoc_url=None
+        )
         self._routes()
         paths = frozenset(route.path for route in self.api.routes if hasattr(route, "path"))
         self.gate = Gate(self.api, limits, lambda: self.room.left, self.measures.request, paths)
@@ -135,7 +151,11 @@ class Service:
     def ready(self) -> Engine:
         """The engine; 503 while it loads."""
         if self.engine is None:
-            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "the model is still loading.", **{"Retry-After": "1"})
+            raise Refused(
+                HTTPStatus.SERVICE_UNAVAILABLE,
+                "the model is still loading.",
+                **{"Retry-After": "1"},
+            )
         return self.engine
 
     def start(self, engine: Engine) -> None:
@@ -150,7 +170,12 @@ class Service:
         api.add_exception_handler(ClientDisconnect, _gone)
         api.add_exception_handler(Exception, _fault)
         for method, path, route, body in (
-            ("POST", "/v1/answers", self.answers, {"multipart/form-data": FORM, "application/json": ImagesIn}),
+            (
+                "POST",
+                "/v1/answers",
+                self.answers,
+                {"multipart/form-data": FORM, "application/json": ImagesIn},
+            ),
             ("POST", "/v1/scores", self.scores, {"application/json": EmbeddingsIn}),
             ("POST", "/v1/labels", self.labels, {"application/json": LabelsIn}),
             ("GET", "/v1/monitor", self.monitor, None),
@@ -161,23 +186,41 @@ class Service:
                 path,
                 route,
                 methods=[method],
-                responses=_statuses(AnswersOut if path in WORK else None, takes_body=body is not None),
+                responses=_statuses(
+                    AnswersOut if path in WORK else None, takes_body=body is not None
+                ),
                 response_model=None,
-                openapi_extra=None if body is None else {"requestBody": {"required": True, "content": _content(body)}},
+                openapi_extra=None
+                if body is None
+                else {"requestBody": {"required": True, "content": _content(body)}},
             )
-        for path, route in (("/healthz", self.alive), ("/readyz", self.is_ready), ("/metrics", self.metrics)):
+        for path, route in (
+            ("/healthz", self.alive),
+            ("/readyz", self.is_ready),
+            ("/metrics", self.metrics),
+        ):
             api.add_api_route(path, route, methods=["GET"], response_model=None)
-        ours: dict[str, Callable[..., Any]] = {"/": _page, "/docs": _docs, "/docs/{name}": _docs_file}
+        ours: dict[str, Callable[..., Any]] = {
+            "/": _page,
+            "/docs": _docs,
+            "/docs/{name}": _docs_file,
+        }
         for path, show in ours.items():
-            api.add_api_route(path, show, methods=["GET"], include_in_schema=False, response_model=None)
+            api.add_api_route(
+                path, show, methods=["GET"], include_in_schema=False, response_model=None
+            )
 
     async def answers(self, request: Request) -> Response:
         """Say of every image what the model answers, how likely that is wrong, and whether to accept it."""
         engine = self.ready
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        images = await (_uploads(request) if kind == "multipart/form-data" else self._decoded(request))
+        images = await (
+            _uploads(request) if kind == "multipart/form-data" else self._decoded(request)
+        )
         self._at_most(len(images), "images")
-        return await self._replies(request, len(images), lambda name: engine.images(name, images), images)
+        return await self._replies(
+            request, len(images), lambda name: engine.images(name, images), images
+        )
 
     async def _decoded(self, request: Request) -> list[bytes]:
         given, found = await _said(request, ImagesIn), []
@@ -185,7 +228,9 @@ class Service:
             try:
                 found.append(base64.b64decode(text, validate=True))
             except (binascii.Error, ValueError) as error:
-                raise Refused(HTTPStatus.UNPROCESSABLE_ENTITY, f"images.{place} is no base64 ({error}).") from None
+                raise Refused(
+                    HTTPStatus.UNPROCESSABLE_ENTITY, f"images.{place} is no base64 ({error})."
+                ) from None
         return found
 
     async def scores(self, request: Request) -> Response:
@@ -197,22 +242,31 @@ class Service:
             arrays = await asyncio.to_thread(engine.checked, given.embeddings, given.features)
         except DataError as error:
             raise Refused(HTTPStatus.UNPROCESSABLE_ENTITY, str(error)) from None
-        return await self._replies(request, len(given.embeddings), lambda name: engine.rows(name, arrays))
+        return await self._replies(
+            request, len(given.embeddings), lambda name: engine.rows(name, arrays)
+        )
 
     async def _replies(
-        self, request: Request, n: int, begin: Callable[[str], Sequence[Future[Reply]]], images: Sequence[bytes] = ()
+        self,
+        request: Request,
+        n: int,
+        begin: Callable[[str], Sequence[Future[Reply]]],
+        images: Sequence[bytes] = (),
     ) -> Response:
         name = str(request.state.request_id)
         with self.room.of(n):
             replies = begin(name)
             try:
                 async with asyncio.timeout(self.limits.answer):
-                    # a fault of one is told when all are done: what nobody hears of must not be recorded afterwards
+                    # a fault of one is told when all are done: what nobody hears of must not be
+                    # recorded afterwards
                     await asyncio.gather(*map(asyncio.wrap_future, replies), return_exceptions=True)
                     found = [reply.result() for reply in replies]
             except TimeoutError:  # which has cancelled the replies
                 told = f"there was no answer within {self.limits.answer:g} seconds. The same request may be repeated."
-                raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, told, **{"Retry-After": "1"}) from None
+                raise Refused(
+                    HTTPStatus.SERVICE_UNAVAILABLE, told, **{"Retry-After": "1"}
+                ) from None
         request.scope["state"]["images"] = n
         if self.keep is not None:
             await asyncio.to_thread(_keep, self.keep, images, found)
@@ -220,7 +274,9 @@ class Service:
         promise: str = "void" if any(one.promise == "void" for one in found) else found[0].promise
         answers = [_out(one) for one in found]
         said = AnswersOut(request_id=name, promise=promise, answers=answers)
-        return Response(said.model_dump_json(), media_type="application/json", headers={"Promise": promise})
+        return Response(
+            said.model_dump_json(), media_type="application/json", headers={"Promise": promise}
+        )
 
     async def labels(self, request: Request) -> Response:
         """Late labels of rows that were answered, for the audit of the promise; each counts once."""
@@ -231,10 +287,18 @@ class Service:
         except DataError as error:
             raise Refused(HTTPStatus.UNPROCESSABLE_ENTITY, str(error)) from error
         if not told:
-            raise Refused(HTTPStatus.CONFLICT, "no predictor here is calibrated, so there is no promise to audit.")
+            raise Refused(
+                HTTPStatus.CONFLICT,
+                "no predictor here is calibrated, so there is no promise to audit.",
+            )
         kept = await asyncio.to_thread(engine.keeper.kept)
         found = [
-            {"predictor": engine.served[name].fingerprint, "new": n, "unknown": unknown, "promise": kept.promises[name]}
+            {
+                "predictor": engine.served[name].fingerprint,
+                "new": n,
+                "unknown": unknown,
+                "promise": kept.promises[name],
+            }
             for name, (n, unknown) in told.items()
         ]
         return _json({"audited": found})
@@ -242,7 +306,10 @@ class Service:
     async def monitor(self) -> Response:
         """Whether the promise still holds for what was answered, and by what evidence."""
         statuses = await asyncio.to_thread(self.ready.keeper.statuses)
-        said = {name: {"said": str(one), "status": one.model_dump(mode="json")} for name, one in statuses.items()}
+        said = {
+            name: {"said": str(one), "status": one.model_dump(mode="json")}
+            for name, one in statuses.items()
+        }
         return _json({"monitors": [one | said.get(one["name"], {}) for one in await self._named()]})
 
     async def predictors(self) -> Response:
@@ -250,7 +317,10 @@ class Service:
         return _json({"predictors": await self._named()})
 
     async def switch(self, request: Request) -> Response:
-        """Have another predictor answer. Its own promise goes with it; that of the one before goes on being watched."""
+        """Have another predictor answer.
+
+        Its own promise goes with it; that of the one before goes on being watched.
+        """
         engine, given = self.ready, await _said(request, ChoiceIn)
         before = (await asyncio.to_thread(engine.keeper.kept)).answering
         try:
@@ -299,27 +369,51 @@ class Service:
 FORM: Final = {
     "type": "object",
     "required": ["images"],
-    "properties": {"images": {"type": "array", "minItems": 1, "items": {"type": "string", "format": "binary"}}},
+    "properties": {
+        "images": {"type": "array", "minItems": 1, "items": {"type": "string", "format": "binary"}}
+    },
 }
 
 
 def _content(body: dict[str, Any]) -> dict[str, Any]:
     """What OpenAPI says of bodies that we read ourselves: models without models in them."""
-    schemas = {kind: what if isinstance(what, dict) else what.model_json_schema() for kind, what in body.items()}
+    schemas = {
+        kind: what if isinstance(what, dict) else what.model_json_schema()
+        for kind, what in body.items()
+    }
     return {kind: {"schema": schema} for kind, schema in schemas.items()}
 
 
-def _statuses(answer: type[BaseModel] | None, *, takes_body: bool) -> dict[int | str, dict[str, Any]]:
+def _statuses(
+    answer: type[BaseModel] | None, *, takes_body: bool
+) -> dict[int | str, dict[str, Any]]:
     """What OpenAPI says of answers and refusals."""
-    told = {401: "no key", 403: "a page of another site", 421: "an unknown host", 503: "loading, or too slow"}
+    told = {
+        401: "no key",
+        403: "a page of another site",
+        421: "an unknown host",
+        503: "loading, or too slow",
+    }
     if takes_body:
-        told |= {400: "a form that cannot be read", 408: "the body came too slowly", 409: "nothing to audit"}
-        told |= {413: "too large", 415: "another kind of body", 422: "the body says something else", 429: "no room"}
+        told |= {
+            400: "a form that cannot be read",
+            408: "the body came too slowly",
+            409: "nothing to audit",
+        }
+        told |= {
+            413: "too large",
+            415: "another kind of body",
+            422: "the body says something else",
+            429: "no room",
+        }
     schema = {"type": "object", "required": ["type", "title", "status", "detail"]}
     found: dict[int | str, dict[str, Any]] = {200: {"description": "what was asked for"}}
     if answer is not None:
         found[200]["model"] = answer
-    return found | {code: {"description": why, "content": {PROBLEM: {"schema": schema}}} for code, why in told.items()}
+    return found | {
+        code: {"description": why, "content": {PROBLEM: {"schema": schema}}}
+        for code, why in told.items()
+    }
 
 
 async def _said(request: Request, kind: type[Said]) -> Said:
@@ -327,18 +421,25 @@ async def _said(request: Request, kind: type[Said]) -> Said:
     given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if given != "application/json":
         expected = "application/json" + (" or multipart/form-data" if kind is ImagesIn else "")
-        raise Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"the body must be {expected}. Found {given!r:.60}.")
+        raise Refused(
+            HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"the body must be {expected}. Found {given!r:.60}."
+        )
     try:
         return await asyncio.to_thread(kind.model_validate_json, await request.body())
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "the body"
-        raise Refused(HTTPStatus.UNPROCESSABLE_ENTITY, f"{where:.100}: {first['msg']:.200}.") from None
+        raise Refused(
+            HTTPStatus.UNPROCESSABLE_ENTITY, f"{where:.100}: {first['msg']:.200}."
+        ) from None
 
 
 async def _uploads(request: Request) -> list[bytes]:
     """The files of a form, whatever their fields are called."""
-    parser, files = InMemory(request.headers, request.stream(), max_files=10_000, max_fields=100), list[UploadFile]()
+    parser, files = (
+        InMemory(request.headers, request.stream(), max_files=10_000, max_fields=100),
+        list[UploadFile](),
+    )
     try:
         form = await parser.parse()
         files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
@@ -350,14 +451,22 @@ async def _uploads(request: Request) -> list[bytes]:
     if not whole:
         raise Refused(HTTPStatus.BAD_REQUEST, "the form cannot be read: it ends within a file.")
     if not files:
-        raise Refused(HTTPStatus.UNPROCESSABLE_ENTITY, "the form has no file. Send images as files of the form.")
+        raise Refused(
+            HTTPStatus.UNPROCESSABLE_ENTITY,
+            "the form has no file. Send images as files of the form.",
+        )
     return found
 
 
 def _out(reply: Reply) -> AnswerOut:
     said = reply.answer
-    near = [RunnerUpOut(label=label, probability=probability) for label, probability in said.runners_up]
-    told = {name: getattr(said, name) for name in ("label", "failure_probability", "uncertainty", "decision", "reason")}
+    near = [
+        RunnerUpOut(label=label, probability=probability) for label, probability in said.runners_up
+    ]
+    told = {
+        name: getattr(said, name)
+        for name in ("label", "failure_probability", "uncertainty", "decision", "reason")
+    }
     return AnswerOut(row=reply.row, predictor=reply.predictor, runners_up=near, **told)
 
 
@@ -385,7 +494,9 @@ async def _refused(_: Request, error: Exception) -> Response:
 async def _http(_: Request, error: Exception) -> Response:
     """No such path, no such method."""
     assert isinstance(error, HTTPException)  # noqa: S101 - what it is registered for
-    return _problem(HTTPStatus(error.status_code), f"{error.detail}. /docs tells what there is.", error.headers)
+    return _problem(
+        HTTPStatus(error.status_code), f"{error.detail}. /docs tells what there is.", error.headers
+    )
 
 
 async def _gone(_: Request, error: Exception) -> Response:  # noqa: ARG001 - the log has a line, and nobody listens
@@ -395,12 +506,16 @@ async def _gone(_: Request, error: Exception) -> Response:  # noqa: ARG001 - the
 async def _fault(_: Request, error: Exception) -> Response:
     """A fault of ours: the log has it, the client does not."""
     logger.error("a request failed", exc_info=error)
-    return _problem(HTTPStatus.INTERNAL_SERVER_ERROR, "the service failed at this request; its log says why.")
+    return _problem(
+        HTTPStatus.INTERNAL_SERVER_ERROR, "the service failed at this request; its log says why."
+    )
 
 
 async def _page() -> Response:
     content, policy = page_of("vilu.service", "page", "blob:")
-    return Response(content, media_type="text/html; charset=utf-8", headers={"Content-Security-Policy": policy})
+    return Response(
+        content, media_type="text/html; charset=utf-8", headers={"Content-Security-Policy": policy}
+    )
 
 
 BEGIN: Final = 'SwaggerUIBundle({url: "/openapi.json", dom_id: "#api", deepLinking: true, validatorUrl: null});'
@@ -419,7 +534,9 @@ async def _docs() -> Response:
         '<link rel="stylesheet" href="/docs/swagger-ui.css"></head><body><div id="api"></div>'
         f'<script src="/docs/swagger-ui-bundle.js"></script><script>{BEGIN}</script></body></html>'
     )
-    return Response(content, media_type="text/html; charset=utf-8", headers={"Content-Security-Policy": policy})
+    return Response(
+        content, media_type="text/html; charset=utf-8", headers={"Content-Security-Policy": policy}
+    )
 
 
 async def _docs_file(name: str) -> Response:

@@ -62,8 +62,9 @@ class Served:
 class Engine:
     """One model, one or two predictors, and the images that wait for them.
 
-    Images are decoded by threads as they come. One thread alone runs the model: over all that is decoded by then, at
-    most ``guard.batch_size`` images at a time, so batches grow with the load and nobody waits for one to fill.
+    Images are decoded by threads as they come. One thread alone runs the model: over all that is
+    decoded by then, at most ``guard.batch_size`` images at a time, so batches grow with the load
+    and nobody waits for one to fill.
 
     Args:
         guard: The model with the first predictor.
@@ -90,9 +91,14 @@ class Engine:
     def _beside(self, folder: Path) -> Judge:
         judge = Judge(folder)
         judge.vocabulary.space.require_match(
-            self.guard.backbone.space, mine=str(folder), theirs=f"the model {self.guard.backbone.space.backbone}"
+            self.guard.backbone.space,
+            mine=str(folder),
+            theirs=f"the model {self.guard.backbone.space.backbone}",
         )
-        if judge.arrays != self.guard.judge.arrays or judge.vocabulary.dtype != self.guard.vocabulary.dtype:
+        if (
+            judge.arrays != self.guard.judge.arrays
+            or judge.vocabulary.dtype != self.guard.vocabulary.dtype
+        ):
             raise UsageError(
                 f"{folder} needs {', '.join(judge.arrays)} of an image as {judge.vocabulary.dtype}, the first "
                 f"predictor {', '.join(self.guard.judge.arrays)} as {self.guard.vocabulary.dtype}. Serve it by itself."
@@ -106,20 +112,28 @@ class Engine:
             self._decoders.submit(self._decode, (request, place), content, reply)
         return replies
 
-    def checked(self, embeddings: list[list[float]], features: list[list[float]] | None) -> dict[str, Tensor]:
+    def checked(
+        self, embeddings: list[list[float]], features: list[list[float]] | None
+    ) -> dict[str, Tensor]:
         """Rows as the model would give them, of unit norm and in the number format of the store; else DataError."""
         given, found = {IMAGE: embeddings, "features": features}, dict[str, Tensor]()
         for name, width in self.guard.widths.items():
             rows = given[name] or []
             lengths = {len(row) for row in rows}
             if lengths != {width} or len(rows) != len(embeddings):
-                told = f"{len(rows)} rows" + (f" of {min(lengths)} to {max(lengths)}" if rows else "")
-                raise DataError(f"{name} must be {len(embeddings)} rows of {width} numbers. Found {told}.")
+                told = f"{len(rows)} rows" + (
+                    f" of {min(lengths)} to {max(lengths)}" if rows else ""
+                )
+                raise DataError(
+                    f"{name} must be {len(embeddings)} rows of {width} numbers. Found {told}."
+                )
             array = torch.tensor(rows, dtype=torch.float32)
             if name == IMAGE:
                 array, status, _ = normalised(array)
                 if (bad := np.flatnonzero(status != VALID)).size:
-                    raise DataError(f"embeddings.{bad[0]} has no direction ({STATUS[status[bad[0]]]}).")
+                    raise DataError(
+                        f"embeddings.{bad[0]} has no direction ({STATUS[status[bad[0]]]})."
+                    )
             found[name] = array.to(getattr(torch, self.guard.vocabulary.dtype))
         return found
 
@@ -162,14 +176,17 @@ class Engine:
             if self._scheduled:
                 self._model.submit(self._batch)
 
-    def _settle(self, replies: Sequence[Future[Reply]], work: Callable[[], Sequence[Reply]]) -> None:
+    def _settle(
+        self, replies: Sequence[Future[Reply]], work: Callable[[], Sequence[Reply]]
+    ) -> None:
         """Give what work leads to to those who still wait for it."""
         waits = [reply.set_running_or_notify_cancel() for reply in replies]
         if not any(waits):
             return
         try:
             found = work()
-        # not swallowed: an exception ends with its thread unless it is handed over; every request raises it
+        # not swallowed: an exception ends with its thread unless it is handed over; every request
+        # raises it
         except BaseException as error:
             logger.exception("%d rows failed", len(replies))
             for reply in compress(replies, waits):
@@ -179,7 +196,10 @@ class Engine:
             reply.set_result(said)
 
     def _replies(self, batch: Sequence[Waiting]) -> list[Reply]:
-        content, rows = self.guard.embed([one.item for one in batch]), {one.position: one.row for one in batch}
+        content, rows = (
+            self.guard.embed([one.item for one in batch]),
+            {one.position: one.row for one in batch},
+        )
         bad = [error.position for error in content.errors]
         good = [row.position for row in content.rows]
         said = self._judged(arrays_of(content), [rows[place] for place in good]) if good else []
@@ -194,7 +214,9 @@ class Engine:
     def _judged(self, arrays: dict[str, Tensor], ids: Sequence[str]) -> list[Reply]:
         """What every predictor says is in its journal before the one that answers is heard."""
         told = {name: one.judge.judge(arrays, ids) for name, one in self.served.items()}
-        kept = self.keeper.record(ids, {name: _scores(outcomes) for name, (_, outcomes) in told.items()})
+        kept = self.keeper.record(
+            ids, {name: _scores(outcomes) for name, (_, outcomes) in told.items()}
+        )
         return self._heard(kept, ids, told[kept.answering][0])
 
     def _heard(self, kept: Kept, ids: Sequence[str], answers: Sequence[Answer]) -> list[Reply]:
@@ -210,5 +232,7 @@ class Engine:
 
 
 def _scores(outcomes: Outcomes) -> Scores:
-    answers = [UNKNOWN] * len(outcomes) if outcomes.prediction is None else outcomes.prediction.tolist()
+    answers = (
+        [UNKNOWN] * len(outcomes) if outcomes.prediction is None else outcomes.prediction.tolist()
+    )
     return answers, outcomes.uncertainty.tolist()

@@ -61,9 +61,10 @@ def row_id(request: str, place: int, content: bytes) -> str:
 class Journal:
     """The rows that one calibrated predictor has answered, in a file, and what its monitor says of them.
 
-    A row is written, and the disk has it, before anybody is told its answer; a row that is there already is left as it
-    is. The monitor takes rows and labels in from the file alone, each in the order in which they came, so that after
-    any death it has each of them once, and says the same of them.
+    A row is written, and the disk has it, before anybody is told its answer; a row that is there
+    already is left as it is. The monitor takes rows and labels in from the file alone, each in the
+    order in which they came, so that after any death it has each of them once, and says the same of
+    them.
 
     Raises:
         DataError: If the predictor is not calibrated, or the file is damaged.
@@ -73,10 +74,15 @@ class Journal:
     def __init__(self, folder: Path, predictor: Path, *, false_alarm: float = 0.05) -> None:
         self.folder = make_folder(folder)
         self.monitor = Monitor.of_folder(predictor, false_alarm=false_alarm)
-        self._lock, self._writer = threading.Lock(), ThreadPoolExecutor(1, thread_name_prefix="vilu-save")
+        self._lock, self._writer = (
+            threading.Lock(),
+            ThreadPoolExecutor(1, thread_name_prefix="vilu-save"),
+        )
         self._saving: Future[None] = self._writer.submit(lambda: None)
         with self._judged():
-            self._rows = sqlite3.connect(folder / ROWS, timeout=PATIENCE, check_same_thread=False, isolation_level=None)
+            self._rows = sqlite3.connect(
+                folder / ROWS, timeout=PATIENCE, check_same_thread=False, isolation_level=None
+            )
             self._rows.executescript(SCHEMA)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of rows and labels that the saved state has already
@@ -96,7 +102,9 @@ class Journal:
             return "none"
         return "void" if self.status.alarm else "holds"
 
-    def record(self, ids: Sequence[str], answers: Sequence[int], uncertainty: Sequence[float]) -> None:
+    def record(
+        self, ids: Sequence[str], answers: Sequence[int], uncertainty: Sequence[float]
+    ) -> None:
         """Write rows, and let the monitor see those that are new; one without a score (NaN) is none."""
         now = time.time()
         columns = zip(ids, answers, uncertainty, strict=True)
@@ -114,7 +122,9 @@ class Journal:
         Raises:
             DataError: If a label is no class and not "(outside)".
         """
-        names = {name: place for place, name in enumerate(self.monitor.calibration.class_names or ())}
+        names = {
+            name: place for place, name in enumerate(self.monitor.calibration.class_names or ())
+        }
         names[OUTSIDE_NAME] = OUTSIDE
         if strange := sorted(set(labels.values()) - names.keys()):
             named = f"{', '.join(strange[:5])!r:.200}"
@@ -127,7 +137,9 @@ class Journal:
             with self._transaction():
                 told = [(names[labels[key]], key) for key in fresh]
                 self._rows.executemany("UPDATE rows SET label = ? WHERE id = ?", told)
-                self._rows.executemany("INSERT INTO labels (n) SELECT n FROM rows WHERE id = ?", zip(fresh))
+                self._rows.executemany(
+                    "INSERT INTO labels (n) SELECT n FROM rows WHERE id = ?", zip(fresh)
+                )
             self._audit("came > ?", (before,))
             self._tell()
         return len(fresh), [key for key, row in found.items() if row is None]
@@ -144,9 +156,13 @@ class Journal:
         """Say what the monitor says now, and have it saved now and then."""
         before, self.status = self.status.verdict, self.monitor.status
         due = self.monitor.rows - self._saved >= SAVE_EVERY and self._saving.done()
-        if due or self.status.verdict != before:  # labels that a start reads again would raise an alarm at the last row
+        if (
+            due or self.status.verdict != before
+        ):  # labels that a start reads again would raise an alarm at the last row
             self._saved, calibration = self.monitor.rows, self.monitor.calibration
-            now = copy.deepcopy(self.monitor, {id(calibration): calibration})  # a hundredth of the time to write it
+            now = copy.deepcopy(
+                self.monitor, {id(calibration): calibration}
+            )  # a hundredth of the time to write it
             last, self._saving = self._saving, self._writer.submit(self._save, now)
             last.result()  # a fault that is not the disk's is raised here, once, not lost
 
@@ -155,19 +171,30 @@ class Journal:
         try:
             monitor.save(self.folder / STATE)
         except ViLUError as error:
-            logger.warning("%s Until the monitor's state can be saved, a start reads more rows again.", error)
+            logger.warning(
+                "%s Until the monitor's state can be saved, a start reads more rows again.", error
+            )
 
     def _nth(self, n: int) -> int:
         """Number of the n-th row in the order of arrival."""
-        found = self._rows.execute("SELECT n FROM rows ORDER BY n LIMIT 1 OFFSET ?", (n - 1,)).fetchone() if n else (0,)
+        found = (
+            self._rows.execute(
+                "SELECT n FROM rows ORDER BY n LIMIT 1 OFFSET ?", (n - 1,)
+            ).fetchone()
+            if n
+            else (0,)
+        )
         if found is None:
-            raise DataError(f"{self.folder / STATE} has seen {n} rows, more than {ROWS} beside it holds. Restore both.")
+            raise DataError(
+                f"{self.folder / STATE} has seen {n} rows, more than {ROWS} beside it holds. Restore both."
+            )
         return int(found[0])
 
     def _catch_up(self) -> None:
         """Let the monitor see the rows after the last one that it saw."""
         while rows := self._rows.execute(
-            "SELECT n, id, answer, uncertainty, NULL FROM rows WHERE n > ? ORDER BY n LIMIT ?", (self._last, BLOCK)
+            "SELECT n, id, answer, uncertainty, NULL FROM rows WHERE n > ? ORDER BY n LIMIT ?",
+            (self._last, BLOCK),
         ).fetchall():
             self.monitor.update(self._outcomes(rows), in_order=True)
             self._last = int(rows[-1][0])

@@ -75,15 +75,21 @@ class Bookkeeper:
 
     def __init__(self, state: Path, predictors: Mapping[str, Path]) -> None:
         self.state, self._lock = make_folder(state), threading.Lock()
-        self.fingerprints = {name: fit_fingerprint(folder)[:16] for name, folder in predictors.items()}
+        self.fingerprints = {
+            name: fit_fingerprint(folder)[:16] for name, folder in predictors.items()
+        }
         if len(set(self.fingerprints.values())) < len(predictors):
             folders = " and ".join(map(str, predictors.values()))
-            raise UsageError(f"{folders} are one predictor, which answers already. Give another one to --second.")
+            raise UsageError(
+                f"{folders} are one predictor, which answers already. Give another one to --second."
+            )
         self._journals = dict[str, Journal]()
         for name, folder in predictors.items():
             if has_record(folder):
                 risk = digest(load_record(folder).model_dump(mode="json"))
-                self._journals[name] = Journal(state / f"{self.fingerprints[name]}-{risk[:16]}", folder)
+                self._journals[name] = Journal(
+                    state / f"{self.fingerprints[name]}-{risk[:16]}", folder
+                )
         self._answering = self._remembered()
 
     def _remembered(self) -> str:
@@ -109,7 +115,10 @@ class Bookkeeper:
     def kept(self) -> Kept:
         """The state."""
         promises: dict[str, PromiseState] = dict.fromkeys(self.fingerprints, "none")
-        return Kept(self._answering, promises | {name: journal.promise for name, journal in self._journals.items()})
+        return Kept(
+            self._answering,
+            promises | {name: journal.promise for name, journal in self._journals.items()},
+        )
 
     def label(self, labels: Mapping[str, str]) -> dict[str, tuple[int, list[str]]]:
         """Of every predictor how many labels are new, and of which rows it knows nothing; DataError as ``Journal``."""
@@ -122,7 +131,9 @@ class Bookkeeper:
     def switch(self, name: str) -> Kept:
         """From now on the predictor of this name answers. UsageError if there is none."""
         if name not in self.fingerprints:
-            raise UsageError(f"there is no predictor {name!r:.40}; there is {' and '.join(self.fingerprints)}.")
+            raise UsageError(
+                f"there is no predictor {name!r:.40}; there is {' and '.join(self.fingerprints)}."
+            )
         with self._lock:
             ServingState(answers=self.fingerprints[name]).write(self.state / SERVING)
             self._answering = name

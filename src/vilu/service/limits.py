@@ -74,7 +74,9 @@ def read_keys(path: Path) -> frozenset[bytes]:
     """The hashes of the keys in a file, one a line; UsageError if there is none, or one is short."""
     keys = read_bounded(path, "Give a file of keys", UsageError, 2**20).split()
     if not keys or min(map(len, keys)) < 16:
-        raise UsageError(f"{path} must hold one key a line, of at least 16 characters. Found {len(keys)} keys.")
+        raise UsageError(
+            f"{path} must hold one key a line, of at least 16 characters. Found {len(keys)} keys."
+        )
     return frozenset(hashlib.sha256(key).digest() for key in keys)
 
 
@@ -88,15 +90,17 @@ class Refused(Exception):  # noqa: N818 - an answer, not a mistake of ours
 
 def problem(status: HTTPStatus, detail: str) -> bytes:
     """The body that says so (RFC 9457)."""
-    return json.dumps({"type": "about:blank", "title": status.phrase, "status": int(status), "detail": detail}).encode()
+    return json.dumps(
+        {"type": "about:blank", "title": status.phrase, "status": int(status), "detail": detail}
+    ).encode()
 
 
 @dataclass
 class Gate:
     """Lets a request in, or refuses it before its body is read; tells what became of it.
 
-    ``room`` says how many more images fit in, ``told`` gets the path, the status and the seconds of a request,
-    ``closing`` says whether this is to be the last request of its connection.
+    ``room`` says how many more images fit in, ``told`` gets the path, the status and the seconds of
+    a request, ``closing`` says whether this is to be the last request of its connection.
     """
 
     app: App
@@ -131,7 +135,10 @@ class Gate:
                 }
                 if self.closing():
                     extra[b"connection"] = b"close"
-                message["headers"] = [*message["headers"], *((k, v) for k, v in extra.items() if k not in names)]
+                message["headers"] = [
+                    *message["headers"],
+                    *((k, v) for k, v in extra.items() if k not in names),
+                ]
             await send(message)
 
         try:
@@ -143,8 +150,16 @@ class Gate:
             path = scope["path"] if scope["path"] in self.paths else "other"
             seconds = time.perf_counter() - began
             self.told(path, status, seconds)
-            facts = {"time": round(time.time(), 3), "method": scope["method"] if path != "other" else "", "path": path}
-            facts |= {"status": status, "images": scope["state"]["images"], "seconds": round(seconds, 4)}
+            facts = {
+                "time": round(time.time(), 3),
+                "method": scope["method"] if path != "other" else "",
+                "path": path,
+            }
+            facts |= {
+                "status": status,
+                "images": scope["state"]["images"],
+                "seconds": round(seconds, 4),
+            }
             access.info(json.dumps(facts))
 
     def _admit(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
@@ -158,9 +173,15 @@ class Gate:
         origin = headers.get(b"origin")
         if origin is not None and _host(origin.decode("latin-1").partition("://")[2]) != host:
             raise Refused(HTTPStatus.FORBIDDEN, "a page of another site may not use this service.")
-        if limits.keys and scope["path"] not in OPEN and not self._has_key(headers.get(b"authorization", b"")):
+        if (
+            limits.keys
+            and scope["path"] not in OPEN
+            and not self._has_key(headers.get(b"authorization", b""))
+        ):
             raise Refused(
-                HTTPStatus.UNAUTHORIZED, "give a key: Authorization: Bearer KEY.", **{"WWW-Authenticate": "Bearer"}
+                HTTPStatus.UNAUTHORIZED,
+                "give a key: Authorization: Bearer KEY.",
+                **{"WWW-Authenticate": "Bearer"},
             )
         if scope["method"] != "POST":
             return
@@ -179,7 +200,9 @@ class Gate:
         same = [hmac.compare_digest(found, key) for key in self.limits.keys]
         return scheme.lower() == b"bearer" and any(same)
 
-    async def _refuse(self, refused: Refused, receive: Receive, send: Send, *, started: bool) -> None:
+    async def _refuse(
+        self, refused: Refused, receive: Receive, send: Send, *, started: bool
+    ) -> None:
         """Say no at once; then throw some of the body away, since a connection closed on it would eat the answer."""
         if started:
             return
@@ -256,12 +279,16 @@ def _within(receive: Receive, limits: ClientLimits) -> Receive:
                 message = await receive()
         except TimeoutError:
             raise Refused(
-                HTTPStatus.REQUEST_TIMEOUT, f"the body was not there after {limits.upload:g} seconds."
+                HTTPStatus.REQUEST_TIMEOUT,
+                f"the body was not there after {limits.upload:g} seconds.",
             ) from None
         read += len(message.get("body", b""))
         whole = not message.get("more_body", False)
         if read > limits.body:
-            raise Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the body must be at most {limits.body:,} bytes.")
+            raise Refused(
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+                f"the body must be at most {limits.body:,} bytes.",
+            )
         return message
 
     return bounded

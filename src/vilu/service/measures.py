@@ -25,15 +25,27 @@ class Measures:
         self.registry = CollectorRegistry()
         self.registry.register(_Promises(room, engine))
         self._requests = Counter(
-            "vilu_requests", "Requests, by path and status.", ["path", "status"], registry=self.registry
+            "vilu_requests",
+            "Requests, by path and status.",
+            ["path", "status"],
+            registry=self.registry,
         )
         self._seconds = Histogram(
-            "vilu_request_seconds", "Time to answer a request.", ["path"], buckets=SECONDS, registry=self.registry
+            "vilu_request_seconds",
+            "Time to answer a request.",
+            ["path"],
+            buckets=SECONDS,
+            registry=self.registry,
         )
         self._answers = Counter(
-            "vilu_answers", "Images and rows that were answered.", ["decision", "reason"], registry=self.registry
+            "vilu_answers",
+            "Images and rows that were answered.",
+            ["decision", "reason"],
+            registry=self.registry,
         )
-        self.batch = Histogram("vilu_batch_images", "Images of a batch.", buckets=SIZES, registry=self.registry)
+        self.batch = Histogram(
+            "vilu_batch_images", "Images of a batch.", buckets=SIZES, registry=self.registry
+        )
 
     def request(self, path: str, status: int, seconds: float) -> None:
         """Count one."""
@@ -43,7 +55,9 @@ class Measures:
     def answered(self, replies: Iterable[Reply]) -> None:
         """Count what was decided."""
         for reply in replies:
-            self._answers.labels(reply.answer.decision or "none", reply.answer.reason or "none").inc()
+            self._answers.labels(
+                reply.answer.decision or "none", reply.answer.reason or "none"
+            ).inc()
 
     def exposed(self) -> tuple[bytes, str]:
         """The text, and its content type."""
@@ -63,9 +77,15 @@ class _Promises(Collector):
     def collect(self) -> Iterator[Metric]:
         """The queue, and of every predictor its promise, the evidence against it, and the audit."""
         room, engine = self.room, self.engine()
-        yield GaugeMetricFamily("vilu_images_under_way", "Images that wait for their answers.", room.taken)
-        yield GaugeMetricFamily("vilu_images_under_way_limit", "More are sent away with 429.", room.most)
-        yield GaugeMetricFamily("vilu_ready", "1 as soon as the model is loaded.", float(engine is not None))
+        yield GaugeMetricFamily(
+            "vilu_images_under_way", "Images that wait for their answers.", room.taken
+        )
+        yield GaugeMetricFamily(
+            "vilu_images_under_way_limit", "More are sent away with 429.", room.most
+        )
+        yield GaugeMetricFamily(
+            "vilu_ready", "1 as soon as the model is loaded.", float(engine is not None)
+        )
         if engine is None:
             return
         kept, statuses, served = engine.keeper.kept(), engine.keeper.statuses(), engine.served
@@ -78,10 +98,18 @@ class _Promises(Collector):
         rows = ((who[name], status.rows) for name, status in statuses.items())
         yield _gauge("monitor_rows", "Rows that the monitor has seen.", rows)
         for part, told in EVIDENCE.items():
-            tests = ((who[name], getattr(test, part), test.name) for name, s in statuses.items() for test in s.tests)
+            tests = (
+                (who[name], getattr(test, part), test.name)
+                for name, s in statuses.items()
+                for test in s.tests
+            )
             yield _gauge(f"monitor_{part}", told, tests, "test")
         for part, told in AUDIT.items():
-            audits = ((who[name], getattr(s.audit, part)) for name, s in statuses.items() if s.audit is not None)
+            audits = (
+                (who[name], getattr(s.audit, part))
+                for name, s in statuses.items()
+                if s.audit is not None
+            )
             yield _gauge(f"audit_{part}", told, audits)
 
 

@@ -30,7 +30,10 @@ HEALTH: Final = 5.0
 
 
 class RemoteKeeper:
-    """A keeper that lives in an actor. A row that is sent twice, as after the actor's death, is one row."""
+    """A keeper that lives in an actor.
+
+    A row that is sent twice, as after the actor's death, is one row.
+    """
 
     def __init__(self, actor: Any) -> None:  # noqa: ANN401 - a handle of Ray
         self._actor = actor
@@ -76,14 +79,20 @@ def replicas_of(said: str) -> tuple[int, int]:
         found = int(least), int(most or least)
         if 1 <= found[0] <= found[1]:
             return found
-    raise UsageError(f"--replicas is a number, or the least and the most, as 1:8. Got {said!r:.40} instead.")
+    raise UsageError(
+        f"--replicas is a number, or the least and the most, as 1:8. Got {said!r:.40} instead."
+    )
 
 
-def begin(setup: Setup, host: str, port: int, replicas: tuple[int, int]) -> tuple[str, RemoteKeeper]:
+def begin(
+    setup: Setup, host: str, port: int, replicas: tuple[int, int]
+) -> tuple[str, RemoteKeeper]:
     """Have Ray serve it, in the cluster that this process is connected to; the address, and the keeper."""
     ray, serve = import_extra("ray", "serve-ray"), import_extra("ray.serve", "serve-ray")
     # it comes back after its machine's death where the state lies on a disk that all share
-    actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=1)(Bookkeeper)
+    actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=1)(
+        Bookkeeper
+    )
     keeper = RemoteKeeper(actor.remote(setup.state, setup.predictors))
     keeper.kept()  # what does not verify is refused here
 
@@ -100,13 +109,22 @@ def begin(setup: Setup, host: str, port: int, replicas: tuple[int, int]) -> tupl
     if most > least:
         size = {"autoscaling_config": {"min_replicas": least, "max_replicas": most}}
     deployment = serve.deployment(serve.ingress(build)())
-    settings = {"max_ongoing_requests": 4 * setup.limits.queue, "graceful_shutdown_timeout_s": DRAIN}
+    settings = {
+        "max_ongoing_requests": 4 * setup.limits.queue,
+        "graceful_shutdown_timeout_s": DRAIN,
+    }
     health = {"health_check_period_s": HEALTH, "health_check_timeout_s": HEALTH}
-    serve.run(deployment.options(name=NAME, **size, **settings, **health).bind(), name=NAME, route_prefix="/")
+    serve.run(
+        deployment.options(name=NAME, **size, **settings, **health).bind(),
+        name=NAME,
+        route_prefix="/",
+    )
     return f"http://{host}:{port}", keeper
 
 
-def serve_ray(setup: Setup, host: str, port: int, replicas: tuple[int, int], told: Callable[[str], None]) -> None:
+def serve_ray(
+    setup: Setup, host: str, port: int, replicas: tuple[int, int], told: Callable[[str], None]
+) -> None:
     """Serve until a signal comes, then drain the replicas and save.
 
     A cluster that is there is used (``RAY_ADDRESS``); else this machine is one.
@@ -120,9 +138,16 @@ def serve_ray(setup: Setup, host: str, port: int, replicas: tuple[int, int], tol
     if port == 0:
         raise UsageError("with --executor ray give a --port other than 0.")
     make_folder(setup.state)
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a Ray that is started here reports to nobody
+    os.environ.setdefault(
+        "RAY_USAGE_STATS_ENABLED", "0"
+    )  # a Ray that is started here reports to nobody
     with locked(setup.state, "serving with the state in"):
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False, ignore_reinit_error=True)
+        ray.init(
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            include_dashboard=False,
+            ignore_reinit_error=True,
+        )
         try:
             address, keeper = begin(setup, host, port, replicas)
             told(address)
@@ -133,7 +158,9 @@ def serve_ray(setup: Setup, host: str, port: int, replicas: tuple[int, int], tol
         finally:
             serve.shutdown()
             ray.shutdown()
-    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)  # Ray keeps handlers of its own
+    raise (
+        KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+    )  # Ray keeps handlers of its own
 
 
 def _signalled() -> int:

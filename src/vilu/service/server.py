@@ -105,9 +105,13 @@ class Patient(H11Protocol):
         """No HTTP: said as every other problem, and nothing of what came is logged."""
         body = problem(HTTPStatus.BAD_REQUEST, msg)
         head = (
-            f"HTTP/1.1 400 Bad Request\r\ncontent-type: {PROBLEM}\r\ncontent-length: {len(body)}\r\nconnection: close"
+            "HTTP/1.1 400 Bad Request\r\n"
+            f"content-type: {PROBLEM}\r\n"
+            f"content-length: {len(body)}\r\n"
+            "connection: close\r\n"
+            "\r\n"
         )
-        self.transport.write(f"{head}\r\n\r\n".encode() + body)
+        self.transport.write(head.encode() + body)
         self.transport.close()
 
 
@@ -156,7 +160,8 @@ class Hosted:
 
         Raises:
             BusyError: If another process serves with this state.
-            ViLUError: What speaks against the predictor: its rule does not verify, its model is another.
+            ViLUError: What speaks against the predictor: its rule does not verify, its model is
+                another.
         """
         with ExitStack() as stack:
             stack.enter_context(self.socket)
@@ -194,19 +199,27 @@ def load_engine(setup: Setup, keeper: Keeps | None = None) -> Engine:
 
     The keeper comes first: what does not verify is known before the model is loaded.
     """
-    from vilu.service.engine import Engine  # what they import takes seconds, in which the service is alive
+    from vilu.service.engine import (
+        Engine,
+    )  # what they import takes seconds, in which the service is alive
     from vilu.service.keeper import Bookkeeper
     from vilu.triage.guard import Guard
 
     keeper = keeper or Bookkeeper(setup.state, setup.predictors)
     guard = Guard(
-        setup.predictor, models=setup.models, device=setup.device, batch_size=setup.batch_size, workers=setup.workers
+        setup.predictor,
+        models=setup.models,
+        device=setup.device,
+        batch_size=setup.batch_size,
+        workers=setup.workers,
     )
     content = BytesIO()
     Image.fromarray(np.full((64, 64, 3), 127, np.uint8)).save(content, "PNG")
     (said,) = guard([content.getvalue()])
     if said.label is None:
-        raise StorageError(f"the model gives no answer about a grey picture ({said.reason}). Its weights are damaged.")
+        raise StorageError(
+            f"the model gives no answer about a grey picture ({said.reason}). Its weights are damaged."
+        )
     return Engine(guard, keeper, setup.second)
 
 

@@ -20,7 +20,14 @@ from numpy.typing import NDArray
 from vilu.errors import DataError, UsageError
 from vilu.store.parts import UNREADABLE_NPY, or_damaged
 
-UNREADABLE_NPZ = (*UNREADABLE_NPY, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError)
+UNREADABLE_NPZ = (
+    *UNREADABLE_NPY,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    RuntimeError,
+)
 """What reading a damaged or hostile zip raises, beside what its arrays do (RuntimeError where it is encrypted)."""
 
 READ_BYTES = 2**24  # read together where all of an array is looked at
@@ -40,7 +47,9 @@ class StoredArray:
         with or_unreadable(place):
             version = np.lib.format.read_magic(handle)
             if version not in READERS:
-                raise DataError(f"{place} is of version {version} of the format .npy. Save it with numpy.save.")
+                raise DataError(
+                    f"{place} is of version {version} of the format .npy. Save it with numpy.save."
+                )
             self.shape, self._by_columns, self.dtype = READERS[version](handle)
             self._start = handle.tell()
         if self.dtype.hasobject:
@@ -49,7 +58,11 @@ class StoredArray:
                 "numbers, or texts as numpy.array(names, dtype=str)."
             )
         n_items, found = math.prod(self.shape), n_bytes - self._start
-        if min(self.shape, default=0) < 0 or not self.dtype.itemsize or n_items * self.dtype.itemsize != found:
+        if (
+            min(self.shape, default=0) < 0
+            or not self.dtype.itemsize
+            or n_items * self.dtype.itemsize != found
+        ):
             raise DataError(
                 f"{place} is damaged: its header says {self.dtype} of shape {self.shape}, and {found} bytes follow it. "
                 "Write it again."
@@ -90,14 +103,18 @@ class StoredArray:
 
     def hash(self, advance: Callable[[int], object]) -> str:
         """Hash of its type, shape and content; the bytes of a file in between do not matter."""
-        content = blake2b(repr((self.dtype.str, self.shape, self._by_columns)).encode(), digest_size=16)
+        content = blake2b(
+            repr((self.dtype.str, self.shape, self._by_columns)).encode(), digest_size=16
+        )
         for start in range(0, self.n_bytes, READ_BYTES):
             block = self._bytes(start, min(READ_BYTES, self.n_bytes - start))
             content.update(block)
             advance(len(block))
         with or_unreadable(self.place):
             if self._handle.read(1):  # at the end of a member of a zip its checksum is compared
-                raise DataError(f"{self.place} has more bytes than its header says. Write it again.")
+                raise DataError(
+                    f"{self.place} has more bytes than its header says. Write it again."
+                )
         return content.hexdigest()
 
     def _bytes(self, start: int, count: int) -> bytearray:
@@ -109,12 +126,16 @@ class StoredArray:
             while len(content) < count:
                 block = self._handle.read(min(READ_BYTES, count - len(content)))
                 if not block:
-                    raise DataError(f"{self.place} ends after {start + len(content)} bytes. Write it again.")
+                    raise DataError(
+                        f"{self.place} ends after {start + len(content)} bytes. Write it again."
+                    )
                 content += block
         return content
 
 
-READERS: Mapping[tuple[int, int], Callable[[IO[bytes]], tuple[tuple[int, ...], bool, np.dtype[Any]]]] = {
+READERS: Mapping[
+    tuple[int, int], Callable[[IO[bytes]], tuple[tuple[int, ...], bool, np.dtype[Any]]]
+] = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
 }
@@ -123,7 +144,9 @@ READERS: Mapping[tuple[int, int], Callable[[IO[bytes]], tuple[tuple[int, ...], b
 
 def or_unreadable(place: str) -> AbstractContextManager[None]:
     """A block in which what a damaged file raises becomes a ``DataError`` that names it."""
-    return or_damaged(place, "Write it again with numpy.save.", UNREADABLE_NPZ, DataError, "damaged, or no array")
+    return or_damaged(
+        place, "Write it again with numpy.save.", UNREADABLE_NPZ, DataError, "damaged, or no array"
+    )
 
 
 class Arrays(ExitStack):
@@ -145,7 +168,11 @@ class Arrays(ExitStack):
     def open(self, name: str) -> StoredArray:
         """One of the arrays, of which the header is read and checked."""
         member = self._members[name]
-        place = f"{self.path / f'{name}.npy'}" if isinstance(member, Path) else f"{self.path}, array {name!r}"
+        place = (
+            f"{self.path / f'{name}.npy'}"
+            if isinstance(member, Path)
+            else f"{self.path}, array {name!r}"
+        )
         with or_unreadable(place):
             if isinstance(member, Path):
                 handle: IO[bytes] = self.enter_context(member.open("rb"))
@@ -157,7 +184,9 @@ class Arrays(ExitStack):
     def require_small(self, name: str) -> None:
         """Refuse an array of embeddings, or of names, that is far too large for the bytes that it was packed into."""
         member = self._members[name]
-        if isinstance(member, Path) or member.file_size <= max(SMALL_BYTES, MAX_PACKED * member.compress_size):
+        if isinstance(member, Path) or member.file_size <= max(
+            SMALL_BYTES, MAX_PACKED * member.compress_size
+        ):
             return
         raise DataError(
             f"{self.path}, array {name!r}: {member.compress_size:,} bytes are said to hold {member.file_size:,}. No "
@@ -167,21 +196,29 @@ class Arrays(ExitStack):
 
 def _files(folder: Path) -> dict[str, Path | zipfile.ZipInfo]:
     """The ``.npy`` files of a folder by name."""
-    found = sorted(path for path in folder.iterdir() if path.suffix == ".npy" and not path.name.startswith("."))
+    found = sorted(
+        path for path in folder.iterdir() if path.suffix == ".npy" and not path.name.startswith(".")
+    )
     for path in found:
         if not stat.S_ISREG(path.stat().st_mode):
             raise DataError(f"{path} is no file.")
     if not found:
-        raise DataError(f"{folder} holds no .npy file. Give a folder with image.npy, text.npy, ..., or an .npz file.")
+        raise DataError(
+            f"{folder} holds no .npy file. Give a folder with image.npy, text.npy, ..., or an .npz file."
+        )
     return {path.stem: path for path in found}
 
 
 def _members(path: Path) -> dict[str, Path | zipfile.ZipInfo]:
     """The arrays of an ``.npz`` file by name."""
     if not path.is_file():
-        raise UsageError(f"{path} is no file and no folder. Give an .npz file, or a folder of .npy files.")
+        raise UsageError(
+            f"{path} is no file and no folder. Give an .npz file, or a folder of .npy files."
+        )
     if not zipfile.is_zipfile(path):
-        raise DataError(f"{path} is no .npz file. Give one that numpy.savez wrote, or a folder of .npy files.")
+        raise DataError(
+            f"{path} is no .npz file. Give one that numpy.savez wrote, or a folder of .npy files."
+        )
     found: dict[str, Path | zipfile.ZipInfo] = {}
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
@@ -195,11 +232,19 @@ def _members(path: Path) -> dict[str, Path | zipfile.ZipInfo]:
 def texts_of(values: NDArray[Any], place: str) -> list[str]:
     """Names as text, of an array of texts, of UTF-8 bytes or of whole numbers."""
     if values.dtype.kind not in "iuUS":
-        raise DataError(f"{place} must hold texts, as numpy.array(names, dtype=str). Got dtype {values.dtype} instead.")
+        raise DataError(
+            f"{place} must hold texts, as numpy.array(names, dtype=str). Got dtype {values.dtype} instead."
+        )
     if values.dtype.kind == "U":  # numpy makes strings of any numbers, and Python breaks on those
         codes = np.frombuffer(values.tobytes(), np.dtype("u4").newbyteorder(values.dtype.byteorder))
-        wrong = codes[(codes > sys.maxunicode) | ((codes >= FIRST_SURROGATE) & (codes <= LAST_SURROGATE))]
+        wrong = codes[
+            (codes > sys.maxunicode) | ((codes >= FIRST_SURROGATE) & (codes <= LAST_SURROGATE))
+        ]
         if len(wrong):
-            raise DataError(f"{place} must hold text: {wrong[0]:#x} is no character. Write it again.")
+            raise DataError(
+                f"{place} must hold text: {wrong[0]:#x} is no character. Write it again."
+            )
     with or_unreadable(place):
-        return [value.decode() if isinstance(value, bytes) else str(value) for value in values.tolist()]
+        return [
+            value.decode() if isinstance(value, bytes) else str(value) for value in values.tolist()
+        ]

@@ -35,8 +35,9 @@ SMALLEST = 0.5  # smallest share of the area that a view shows
 class Views(Model):
     """V random crops, each mirrored or not, on their way into the model's own preprocessing.
 
-    A crop has the shape of the picture, so that the preprocessing treats it as it treats the picture: a share of the
-    area uniform in [1/2, 1], at a uniform place. View v of an image depends on nothing but its key, v and the seed.
+    A crop has the shape of the picture, so that the preprocessing treats it as it treats the
+    picture: a share of the area uniform in [1/2, 1], at a uniform place. View v of an image depends
+    on nothing but its key, v and the seed.
     """
 
     n: Annotated[int, Field(ge=1)]  # V
@@ -72,13 +73,18 @@ TEXT: Final = "text_emb/classes.npy"
 IMAGE: Final = "img_emb"
 """The array of the image embeddings; those of columns have the names of the columns (``vilu.embeddings.columns``)."""
 
-CAPTION: Final = "text_emb"  # the array of the embeddings of the images' captions, where they have some
-MAX_PARTS = 1_000_000  # more files than a file system likes; also keeps a forged document from asking for endless work
+CAPTION: Final = (
+    "text_emb"  # the array of the embeddings of the images' captions, where they have some
+)
+# more files than a file system likes; also keeps a forged document from asking for endless work
+MAX_PARTS = 1_000_000
 
 SHARED = ("names", "folders", "templates", "features", "prompts", "negatives")
 """What the class table repeats of the run."""
 
-ClassColumn = Literal["prompts", "text_features", "image_projection", "text_projection", "negatives", "second_text"]
+ClassColumn = Literal[
+    "prompts", "text_features", "image_projection", "text_projection", "negatives", "second_text"
+]
 ImageColumn = Literal["features", "views", "second_image"]
 
 
@@ -86,16 +92,19 @@ class Imported(Model):
     """What is known of arrays that no model of ours made."""
 
     # what is kept of each row beside its embedding, with the shape of one row
-    columns: dict[ImageColumn, tuple[Annotated[int, Field(ge=1)], ...]] = Field(default_factory=dict)
-    ids: bool  # whether rows came with identifiers; else their keys are their numbers, which identify nothing
+    columns: dict[ImageColumn, tuple[Annotated[int, Field(ge=1)], ...]] = Field(
+        default_factory=dict
+    )
+    # whether rows came with identifiers; else their keys are their numbers, which identify nothing
+    ids: bool
     source: str | None = None  # where they come from, as the user said it
 
 
 class Inputs(StoreDocument):
     """Everything that decides what a store holds; its hash is the fingerprint of the run.
 
-    Batch size, device and number of threads are not among them: they move a value by rounding only, and a run that
-    ran out of memory must be able to go on with smaller batches.
+    Batch size, device and number of threads are not among them: they move a value by rounding only,
+    and a run that ran out of memory must be able to go on with smaller batches.
     """
 
     later: ClassVar[frozenset[str]] = frozenset(
@@ -103,11 +112,17 @@ class Inputs(StoreDocument):
     )
 
     dataset_fingerprint: str  # hash of the listing of the images, or of the names of the shards
-    n_in: Count  # number of images, readable or not; of shards 0, since only reading them tells (the manifest has it)
+    # number of images, readable or not; of shards 0, since only reading them tells (the manifest
+    # has it)
+    n_in: Count
     split: str | None  # name of the split, if any
     space: EmbeddingSpace  # the embedding space, with all that is known about the model
-    names: tuple[str, ...]  # the K class names as they stand in the prompts; none where captions are the candidates
-    folders: tuple[str, ...] | None  # the K class names as the data set has them; None when it is unlabelled
+    names: tuple[
+        str, ...
+    ]  # the K class names as they stand in the prompts; none where captions are the candidates
+    folders: (
+        tuple[str, ...] | None
+    )  # the K class names as the data set has them; None when it is unlabelled
     templates: tuple[str, ...]  # prompt templates; none where there are no classes
     limits: dict[str, float]  # what an image may be (``ImageLimits``)
     part_size: Annotated[int, Field(ge=1)]  # images per part, or shards
@@ -116,24 +131,36 @@ class Inputs(StoreDocument):
     features: Annotated[int, Field(ge=1)] | None = None
     views: Views | None = None  # augmented views whose embeddings are kept of each image, if any
     prompts: tuple[str, ...] = ()  # templates in which the embedding of every class is kept
-    negatives: tuple[str, ...] = ()  # words, none of which need be a class, whose embedding is kept in ``templates``
-    captions: bool = False  # whether each image has a caption, whose embedding is kept, and there are no classes
-    shards: Count = 0  # number of shards of which the parts are made; 0 where they are made of images
-    outside: tuple[str, ...] = ()  # names of folders or labels, as the data have them, that are none of the classes
+    negatives: tuple[
+        str, ...
+    ] = ()  # words, none of which need be a class, whose embedding is kept in ``templates``
+    captions: bool = (
+        False  # whether each image has a caption, whose embedding is kept, and there are no classes
+    )
+    shards: Count = (
+        0  # number of shards of which the parts are made; 0 where they are made of images
+    )
+    outside: tuple[
+        str, ...
+    ] = ()  # names of folders or labels, as the data have them, that are none of the classes
     imported: Imported | None = None  # of embeddings that were imported; None where they were made
 
     @model_validator(mode="after")
     def _check_number_of_parts(self) -> Self:
         if self.extent > self.part_size * MAX_PARTS:
             unit = "shards" if self.shards else "images"
-            raise ValueError(f"part_size={self.part_size} makes more than {MAX_PARTS} parts of {self.extent} {unit}")
+            raise ValueError(
+                f"part_size={self.part_size} makes more than {MAX_PARTS} parts of {self.extent} {unit}"
+            )
         return self
 
     @model_validator(mode="after")
     def _check_candidates(self) -> Self:
         of_classes = (self.names, self.folders, self.templates, self.prompts, self.negatives)
         if self.captions and any(of_classes):
-            raise ValueError("with captions there are no classes, so no names, templates, prompts or negatives either")
+            raise ValueError(
+                "with captions there are no classes, so no names, templates, prompts or negatives either"
+            )
         return self
 
     @property
@@ -146,17 +173,29 @@ class Inputs(StoreDocument):
         """What is kept of an image, by name and shape; the embedding first."""
         dim = self.space.embed_dim
         if self.imported is not None:
-            return {IMAGE: (dim,), **{str(name): shape for name, shape in self.imported.columns.items()}}
+            return {
+                IMAGE: (dim,),
+                **{str(name): shape for name, shape in self.imported.columns.items()},
+            }
         captions = {CAPTION: (dim,)} if self.captions else {}
         features = {} if self.features is None else {"features": (self.features,)}
-        return {IMAGE: (dim,), **captions, **features, **({} if self.views is None else {"views": (self.views.n, dim)})}
+        return {
+            IMAGE: (dim,),
+            **captions,
+            **features,
+            **({} if self.views is None else {"views": (self.views.n, dim)}),
+        }
 
     def identity(self) -> dict[str, object]:
         """The fields that are hashed, one level deep (``space.weights``)."""
         known = set(Inputs.model_fields) - ({"n_in"} if self.shards else set())
         flat: dict[str, object] = {}
         for name, value in self.model_dump(mode="json", include=known).items():
-            flat |= {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
+            flat |= (
+                {f"{name}.{key}": item for key, item in value.items()}
+                if isinstance(value, dict)
+                else {name: value}
+            )
         return flat
 
     def require_match(self, other: Inputs, store: Path) -> None:
@@ -182,8 +221,9 @@ class Run(Inputs):
     fingerprint: str  # hash of the inputs
     dataset: str  # where the images came from, for people (base name only)
     vilu: str  # version that began the run
-    # whether the metadata hold a digest of every picture, by which rows are recognised. Older stores have none, and go
-    # on without, so that all parts of a store are alike; no input, hence not in the fingerprint
+    # whether the metadata hold a digest of every picture, by which rows are recognised. Older
+    # stores have none, and go on without, so that all parts of a store are alike; no input, hence
+    # not in the fingerprint
     pictures: bool = False
 
     @model_validator(mode="after")
@@ -204,7 +244,9 @@ class Counted(StoreDocument):
     @model_validator(mode="after")
     def _check_counts(self) -> Self:
         if self.n_in != self.n_ok + self.n_error or self.n_error != sum(self.errors.values()):
-            raise ValueError(f"n_in={self.n_in} is not n_ok={self.n_ok} plus n_error={self.n_error} ({self.errors})")
+            raise ValueError(
+                f"n_in={self.n_in} is not n_ok={self.n_ok} plus n_error={self.n_error} ({self.errors})"
+            )
         return self
 
 
@@ -226,7 +268,9 @@ class Receipt(AnyReceipt, Counted):
     files: dict[str, FileInfo]  # its files by name
     batch_size: Annotated[int, Field(ge=1)]  # images per forward pass
     seconds: float = 0.0  # wall time in receipts of earlier vilu; now it is in ``log.jsonl``
-    source: str = ""  # of shards, ``ShardedDataset.shard_fingerprint`` before they were read; empty of images
+    source: str = (
+        ""  # of shards, ``ShardedDataset.shard_fingerprint`` before they were read; empty of images
+    )
 
 
 class StoredClasses(StoreDocument):
@@ -254,7 +298,9 @@ class StoredClasses(StoreDocument):
         return self
 
     @classmethod
-    def of(cls, run: Run, text_file: FileInfo, columns: Mapping[ClassColumn, ArrayInfo] | None = None) -> Self:
+    def of(
+        cls, run: Run, text_file: FileInfo, columns: Mapping[ClassColumn, ArrayInfo] | None = None
+    ) -> Self:
         """The table of a run whose text embeddings are in a file, and its columns in others."""
         draft = cls.model_construct(
             **{name: getattr(run, name) for name in SHARED},
@@ -287,7 +333,9 @@ def class_columns(backbone: Backbone, run: Run) -> dict[ClassColumn, Tensor]:
         prompts = prompt_texts(backbone, run.names, run.prompts)
         columns["prompts"] = require_usable(prompts.flatten(0, 1), "prompt").view(prompts.shape)
     if run.negatives:
-        columns["negatives"] = require_usable(mean_texts(backbone, run.negatives, run.templates), "negative")
+        columns["negatives"] = require_usable(
+            mean_texts(backbone, run.negatives, run.templates), "negative"
+        )
     if run.features is not None:
         columns |= _linear_columns(backbone, run)
     return columns
@@ -296,12 +344,20 @@ def class_columns(backbone: Backbone, run: Run) -> dict[ClassColumn, Tensor]:
 def _linear_columns(backbone: Backbone, run: Run) -> dict[ClassColumn, Tensor]:
     """Both last maps and what the text's maps, where there are such maps."""
     if backbone.projections is None:
-        logger.info("the last maps of %s are not both linear: of its features the images' are kept", run.space.backbone)
+        logger.info(
+            "the last maps of %s are not both linear: of its features the images' are kept",
+            run.space.backbone,
+        )
         return {}
     image, text = backbone.projections
     columns: dict[ClassColumn, Tensor] = {"image_projection": image, "text_projection": text}
     if len(run.templates) == 1:
-        columns["text_features"] = backbone.encode_text_features(fill_templates(run.names, run.templates))
+        columns["text_features"] = backbone.encode_text_features(
+            fill_templates(run.names, run.templates)
+        )
     else:
-        logger.info("no text_features: a class text is the mean over %d templates, of no text", len(run.templates))
+        logger.info(
+            "no text_features: a class text is the mean over %d templates, of no text",
+            len(run.templates),
+        )
     return columns

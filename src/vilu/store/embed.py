@@ -74,44 +74,54 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
 ) -> EmbeddingStore | CaptionStore | None:
     """Embed all images of a data set, or what is still missing of an earlier run with the same inputs.
 
-    Where the images have captions, these are the candidates: the embedding of each is stored beside its image's, and
-    there are no classes.
+    Where the images have captions, these are the candidates: the embedding of each is stored beside
+    its image's, and there are no classes.
 
-    Kill it at any moment: finished parts stay, and the next run gives the bytes that an undisturbed one would have
-    given. Memory is bounded by ``batch_size`` images and ``part_size`` embeddings, whatever the size of the data (each
-    times one more than ``views``); of shards, by the embeddings of ``part_size`` shards. Progress is shown through
-    ``vilu.progress``.
+    Kill it at any moment: finished parts stay, and the next run gives the bytes that an undisturbed
+    one would have given. Memory is bounded by ``batch_size`` images and ``part_size`` embeddings,
+    whatever the size of the data (each times one more than ``views``); of shards, by the embeddings
+    of ``part_size`` shards. Progress is shown through ``vilu.progress``.
 
     Args:
         dataset: The images.
         backbone: The model; by name where other processes are to load it.
         output: Folder of the store.
-        names: K names as they are to stand in the prompts, in the order of the labels; none for captions.
-        templates: Prompts with ``{}`` for the name; a class text is the mean over them. By default "a photo of a {}.";
-            none for captions.
+        names: K names as they are to stand in the prompts, in the order of the labels; none for
+            captions.
+        templates: Prompts with ``{}`` for the name; a class text is the mean over them. By default
+            "a photo of a {}."; none for captions.
         batch_size: Images per forward pass.
         workers: Decoding threads; by default one per core.
-        part_size: What a kill can cost: images per part (by default 4096), or for shards, shards per part (10).
-        dtype: Number format of what is stored of the images; what is stored of classes and model is float32.
-        features: Also store the image tower's output before its last map, and where the last maps of both towers are
-            linear, the maps and (with a single template) what the text's maps: the columns ``features``,
-            ``image_projection``, ``text_projection`` and ``text_features``.
-        views: Also store the embeddings of so many augmented views of each image, as the column ``views``.
+        part_size: What a kill can cost: images per part (by default 4096), or for shards, shards
+            per part (10).
+        dtype: Number format of what is stored of the images; what is stored of classes and model is
+            float32.
+        features: Also store the image tower's output before its last map, and where the last maps
+            of both towers are linear, the maps and (with a single template) what the text's maps:
+            the columns ``features``, ``image_projection``, ``text_projection`` and
+            ``text_features``.
+        views: Also store the embeddings of so many augmented views of each image, as the column
+            ``views``.
         seed: Of the views.
-        prompts: Also store the embeddings of every class in these templates, as the column ``prompts``.
-        negatives: Also store the embeddings of these words in ``templates``, as the column ``negatives``: what images
-            may show that are of none of the classes (``everyday_words`` are such).
+        prompts: Also store the embeddings of every class in these templates, as the column
+            ``prompts``.
+        negatives: Also store the embeddings of these words in ``templates``, as the column
+            ``negatives``: what images may show that are of none of the classes (``everyday_words``
+            are such).
         limits: What an image may be.
-        max_error_rate: Largest share of images that may fail; above it the store is not sealed, and nothing is lost.
-        allow_bad_shards: Seal the store although a shard is cut short or cannot be read (on), so that nobody knows how
-            many images are missing; a warning names it. Not allowed, that is an error at the end, and nothing is lost.
+        max_error_rate: Largest share of images that may fail; above it the store is not sealed, and
+            nothing is lost.
+        allow_bad_shards: Seal the store although a shard is cut short or cannot be read (on), so
+            that nobody knows how many images are missing; a warning names it. Not allowed, that is
+            an error at the end, and nothing is lost.
         on_error: "skip" sets bad images aside and counts them, "raise" stops at the first.
         split: Name of the split, recorded.
         overwrite: Replace the store that is there.
         executor: Who does the parts; by default this process.
-        shared: Other processes, here or on other machines, call this with the same arguments at the same time, and
-            ``executor`` does the parts that are its own. The last one to end seals the store. (Not shared, the store is
-            locked from beginning to end, and parts that were given up half-way count as not tried.)
+        shared: Other processes, here or on other machines, call this with the same arguments at the
+            same time, and ``executor`` does the parts that are its own. The last one to end seals
+            the store. (Not shared, the store is locked from beginning to end, and parts that were
+            given up half-way count as not tried.)
 
     Returns:
         The store; None if it is shared and parts of other processes are still missing.
@@ -130,7 +140,9 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
         >>> model = DualEncoder(  # a model of your own: it compares the mean colour with the words for colours
         ...     vilu.EmbeddingSpace(3, logit_scale=10.0, backbone="colours"),
         ...     torch.device("cpu"),
-        ...     transform=lambda image: torch.tensor(np.array(image.convert("RGB")) / 255).permute(2, 0, 1).float(),
+        ...     transform=lambda image: (
+        ...         torch.tensor(np.array(image.convert("RGB")) / 255).permute(2, 0, 1).float()
+        ...     ),
         ...     image_tower=lambda pixels: pixels.mean(dim=(2, 3)),
         ...     text_tower=lambda texts: torch.tensor(
         ...         [[float(c in t) for c in ("red", "green", "blue")] for t in texts]
@@ -142,16 +154,22 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
         ...         pathlib.Path(folder, "images", name).mkdir(parents=True)
         ...         Image.new("RGB", (8, 8), name).save(f"{folder}/images/{name}/1.png")
         ...     images = vilu.open_dataset(f"{folder}/images")
-        ...     store = vilu.embed(images, model, f"{folder}/store", names=images.class_names, workers=1)
+        ...     store = vilu.embed(
+        ...         images, model, f"{folder}/store", names=images.class_names, workers=1
+        ...     )
         ...     print(store.class_names, store.image_rows(torch.arange(3)).tolist())
         ('blue', 'green', 'red') [[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]
     """
     require_at_least("batch_size", batch_size, 1)
     require_at_least("workers", 1 if workers is None else workers, 1)
     if not 0 <= max_error_rate <= 1:
-        raise UsageError(f"max_error_rate must be a share from 0 to 1. Got {max_error_rate} instead.")
+        raise UsageError(
+            f"max_error_rate must be a share from 0 to 1. Got {max_error_rate} instead."
+        )
     if overwrite and shared:
-        raise UsageError("processes that share a store cannot replace it: each would undo the others' work. Remove it.")
+        raise UsageError(
+            "processes that share a store cannot replace it: each would undo the others' work. Remove it."
+        )
     root, strict = Path(output), on_error == "raise"
     StoreLedger.check_place(root, overwrite=overwrite)
     require_files(dataset, 0.0 if strict else max_error_rate)
@@ -183,16 +201,27 @@ class Budget:
 
 
 def _drive(
-    job: EmbedJob, model: Backbone, executor: Executor | None, budget: Budget, *, overwrite: bool, shared: bool
+    job: EmbedJob,
+    model: Backbone,
+    executor: Executor | None,
+    budget: Budget,
+    *,
+    overwrite: bool,
+    shared: bool,
 ) -> bool:
     """Do what is missing and seal the store; whether it was sealed: of several processes only the last one does it."""
     root, patience = job.root, PATIENCE if shared else 0.0
     with ExitStack() as lock:
         lock.enter_context(StoreLedger.claim(root, patience))
-        job = replace(job, run=begin(root, job.run, lambda: encode_classes(model, job.run), overwrite=overwrite))
+        job = replace(
+            job,
+            run=begin(root, job.run, lambda: encode_classes(model, job.run), overwrite=overwrite),
+        )
         if not shared:
             forget_attempts(root)
-        missing, receipts = job.ledger.survey(deep=not shared)  # many drivers would each read all of it
+        missing, receipts = job.ledger.survey(
+            deep=not shared
+        )  # many drivers would each read all of it
         if missing:
             job.ledger.unseal()
             require_room(root, job.run, missing)
@@ -207,14 +236,20 @@ def _drive(
             lock.enter_context(StoreLedger.claim(root, patience))
             missing, _ = job.ledger.survey(deep=False)
             if missing:
-                logger.info("%d parts are still missing; the process that ends last seals %s", len(missing), root)
+                logger.info(
+                    "%d parts are still missing; the process that ends last seals %s",
+                    len(missing),
+                    root,
+                )
                 return False
         job.ledger.clean()
         seal(job.ledger, budget)
     return True
 
 
-def _work(job: EmbedJob, executor: Executor | None, missing: Sequence[Part], done: Sequence[Receipt]) -> None:
+def _work(
+    job: EmbedJob, executor: Executor | None, missing: Sequence[Part], done: Sequence[Receipt]
+) -> None:
     if done and missing:
         logger.info("%d of %d parts are there already", len(done), len(done) + len(missing))
     parts = [part.number for part in missing]
@@ -256,10 +291,20 @@ def _check_candidates(
         raise DataError("names must have at least one class name. Got none.")
     given["names"] = check_class_names(names, len(names)) or ()
     words = check_class_names(tuple(dict.fromkeys(negatives)), len(set(negatives))) or ()
-    return {**given, "negatives": words, "templates": TEMPLATES["default"] if templates is None else templates}
+    return {
+        **given,
+        "negatives": words,
+        "templates": TEMPLATES["default"] if templates is None else templates,
+    }
 
 
-def describe(dataset: ImageDataset, space: EmbeddingSpace, *, part_size: int | None = None, **settings: object) -> Run:
+def describe(
+    dataset: ImageDataset,
+    space: EmbeddingSpace,
+    *,
+    part_size: int | None = None,
+    **settings: object,
+) -> Run:
     """The run over a data set with a model."""
     sharded = isinstance(dataset, ShardedDataset)
     inputs = {
@@ -282,7 +327,12 @@ def describe_run(described: Mapping[str, object], dataset: str, *, pictures: boo
         inputs = Inputs.model_validate(described)
     except ValidationError as error:
         raise UsageError(f"cannot make a store with these settings: {explain(error)}.") from error
-    made = {"fingerprint": digest(inputs.identity()), "dataset": dataset, "vilu": version("vilu"), "pictures": pictures}
+    made = {
+        "fingerprint": digest(inputs.identity()),
+        "dataset": dataset,
+        "vilu": version("vilu"),
+        "pictures": pictures,
+    }
     return Run.model_validate({**dict(inputs), **made})
 
 
@@ -296,11 +346,13 @@ def encode_classes(backbone: Backbone, run: Run) -> Classes:
     return text, class_columns(backbone, run)
 
 
-def begin(root: Path, run: Run, make_classes: Callable[[], Classes], *, overwrite: bool = False) -> Run:
+def begin(
+    root: Path, run: Run, make_classes: Callable[[], Classes], *, overwrite: bool = False
+) -> Run:
     """Go on with the run that is in the folder, or begin this one; the class texts, if any, are there afterwards.
 
-    Nothing is written or removed before the prompts have been encoded: settings that the model refuses leave no store
-    behind, and the old one as it was.
+    Nothing is written or removed before the prompts have been encoded: settings that the model
+    refuses leave no store behind, and the old one as it was.
     """
     if (root / RUN).is_file() and not overwrite:
         earlier = read_document(root / RUN, Run)
@@ -375,7 +427,11 @@ def _bad_shards(ledger: StoreLedger, receipts: Sequence[Receipt]) -> str:
             continue
         path = Vouched(ledger.root, [receipt])(part.errors)
         table = read_columns(path, ERRORS, ["key", "kind", "message"], receipt.n_error)
-        found += [f"{row['key']} ({row['message']})" for row in table.to_pylist() if row["kind"] in BAD_SHARD]
+        found += [
+            f"{row['key']} ({row['message']})"
+            for row in table.to_pylist()
+            if row["kind"] in BAD_SHARD
+        ]
     if not found:
         return ""
     more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""

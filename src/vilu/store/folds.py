@@ -54,7 +54,9 @@ def read_captions(path: Path, names: tuple[str, ...], n_rows: int) -> Iterator[l
     """The captions of a metadata file of so many rows, in blocks, from the first of the columns that is there."""
     found, again = 0, "Restore the file, or embed the images again."
     with or_damaged(path, again), pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(READ_ROWS, columns=[_caption_column(path, file.schema_arrow, names)]):
+        for batch in file.iter_batches(
+            READ_ROWS, columns=[_caption_column(path, file.schema_arrow, names)]
+        ):
             batch.validate(full=True)  # strings are UTF-8, offsets are within their buffers
             found += len(batch)
             yield batch.column(0).to_pylist()
@@ -65,7 +67,9 @@ def read_captions(path: Path, names: tuple[str, ...], n_rows: int) -> Iterator[l
 def _caption_column(path: Path, schema: pa.Schema, names: tuple[str, ...]) -> str:
     name = next((name for name in names if name in schema.names), None)
     if name is None:
-        raise UsageError(f"folds are made by caption, and {path} has no column {' or '.join(names)}. Leave fold out.")
+        raise UsageError(
+            f"folds are made by caption, and {path} has no column {' or '.join(names)}. Leave fold out."
+        )
     kind = schema.field(name).type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         raise DataError(f"column {name} of {path} must hold strings. Got {kind} instead.")

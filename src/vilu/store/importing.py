@@ -68,35 +68,43 @@ def import_arrays(  # noqa: PLR0913 - one keyword per flag of the command
 ) -> EmbeddingStore:
     """Make a store of arrays, or what is still missing of an earlier run with the same inputs.
 
-    They are ``image`` (N, D), ``text`` (K, D), ``class_names`` (K,) and, where there are such, ``target`` (N,), ``ids``
-    (N,), ``logit_scale``, ``logit_bias`` and columns (``vilu.embeddings.columns``) of these names. Targets are rows of
-    ``text``, -1 where unknown and -2 (``vilu.OUTSIDE``) of none of the classes; or names of classes, "" where unknown.
+    They are ``image`` (N, D), ``text`` (K, D), ``class_names`` (K,) and, where there are such,
+    ``target`` (N,), ``ids`` (N,), ``logit_scale``, ``logit_bias`` and columns
+    (``vilu.embeddings.columns``) of these names. Targets are rows of ``text``, -1 where unknown and
+    -2 (``vilu.OUTSIDE``) of none of the classes; or names of classes, "" where unknown.
 
-    Rows are brought to unit norm, said once as a warning if they were not. Image rows that are not finite or of norm
-    zero are set aside and counted as bad images are. Every array is read twice, once for the fingerprint of the store,
-    and memory is bounded by one part of the rows, whatever N. Nothing is unpickled. Kill it at any moment: finished
-    parts stay, and the next run gives the bytes that an undisturbed one would have given.
+    Rows are brought to unit norm, said once as a warning if they were not. Image rows that are not
+    finite or of norm zero are set aside and counted as bad images are. Every array is read twice,
+    once for the fingerprint of the store, and memory is bounded by one part of the rows, whatever
+    N. Nothing is unpickled. Kill it at any moment: finished parts stay, and the next run gives the
+    bytes that an undisturbed one would have given.
 
     Args:
         source: An ``.npz`` file, or a folder of ``.npy`` files.
         output: Folder of the store.
-        logit_scale: Multiplier of the cosine (100 for OpenAI's CLIP); None to take it from the array of this name.
-        logit_bias: Added to every logit (0 but for SigLIP); None to take it from the array of this name.
-        keys: What arrays are called in the source, by the names above, where they are called otherwise.
+        logit_scale: Multiplier of the cosine (100 for OpenAI's CLIP); None to take it from the
+            array of this name.
+        logit_bias: Added to every logit (0 but for SigLIP); None to take it from the array of this
+            name.
+        keys: What arrays are called in the source, by the names above, where they are called
+            otherwise.
         class_names: K names, in place of the array.
-        outside: Names of classes, or values of ``target`` beyond them, that are none of the classes: such rows become
-            ``vilu.OUTSIDE``, and classes of such names are left out.
-        model: Name of the model that made the embeddings, where it is known; stores of other models are not mixed.
+        outside: Names of classes, or values of ``target`` beyond them, that are none of the
+            classes: such rows become ``vilu.OUTSIDE``, and classes of such names are left out.
+        model: Name of the model that made the embeddings, where it is known; stores of other models
+            are not mixed.
         origin: Where the arrays come from, recorded.
         split: Name of the split, recorded.
-        dtype: Number format of what is stored of the rows; by default float16 where ``image`` is, else float32.
+        dtype: Number format of what is stored of the rows; by default float16 where ``image`` is,
+            else float32.
         part_size: Rows per part: what a kill can cost, and what is in memory.
-        max_error_rate: Largest share of rows that may be unusable; above it the store is not sealed, and nothing lost.
+        max_error_rate: Largest share of rows that may be unusable; above it the store is not
+            sealed, and nothing lost.
         overwrite: Replace the store that is there.
 
     Raises:
-        UsageError: If an argument cannot be, the scale or the bias is neither given nor in the source, or ``output``
-            holds something else than a store.
+        UsageError: If an argument cannot be, the scale or the bias is neither given nor in the
+            source, or ``output`` holds something else than a store.
         ProvenanceError: If ``output`` holds a store of other inputs, which the message names.
         DataError: If an array is missing, damaged, of Python objects, or does not fit the others.
         StorageError: If the file system refuses; finished parts are intact.
@@ -105,8 +113,15 @@ def import_arrays(  # noqa: PLR0913 - one keyword per flag of the command
     Examples:
         >>> import numpy as np, tempfile, vilu
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     np.savez(f"{folder}/a.npz", image=np.eye(3), text=np.eye(3), class_names=["cat", "dog", "cup"])
-        ...     store = vilu.import_arrays(f"{folder}/a.npz", f"{folder}/store", logit_scale=100, logit_bias=0)
+        ...     np.savez(
+        ...         f"{folder}/a.npz",
+        ...         image=np.eye(3),
+        ...         text=np.eye(3),
+        ...         class_names=["cat", "dog", "cup"],
+        ...     )
+        ...     store = vilu.import_arrays(
+        ...         f"{folder}/a.npz", f"{folder}/store", logit_scale=100, logit_bias=0
+        ...     )
         ...     print(len(store), store.n_candidates, store.space.anonymous)
         3 3 True
     """
@@ -120,7 +135,11 @@ def import_arrays(  # noqa: PLR0913 - one keyword per flag of the command
         given = _read(arrays, dict(keys or {}), class_names, tuple(dict.fromkeys(outside)))
         scale = given.number("logit_scale", logit_scale)
         bias = given.number("logit_bias", logit_bias)
-        shapes = {name: one.shape[1:] for name in get_args(ImageColumn) if (one := given.arrays.get(name)) is not None}
+        shapes = {
+            name: one.shape[1:]
+            for name in get_args(ImageColumn)
+            if (one := given.arrays.get(name)) is not None
+        }
         run = _describe(
             given,
             EmbeddingSpace(given.width, scale, bias, backbone=model),
@@ -174,7 +193,9 @@ class Given:
         if stored is None:
             return float(cast("float", given))
         if stored.dtype.kind not in "fiu" or np.prod(stored.shape) != 1:
-            raise DataError(f"{stored.place} must be one number. Got {stored.dtype} of shape {stored.shape} instead.")
+            raise DataError(
+                f"{stored.place} must be one number. Got {stored.dtype} of shape {stored.shape} instead."
+            )
         value = float(stored.whole().reshape(-1)[0])
         if given is not None and value != given:
             logger.warning("%s is %g, as was said; the arrays say %g", name, given, value)
@@ -182,9 +203,17 @@ class Given:
 
     def fingerprint(self) -> str:
         """Hash of all arrays but the scale and the bias, which are in the space."""
-        used = {name: one for name, one in self.arrays.items() if name not in {"logit_scale", "logit_bias"}}
-        with track("Reading arrays", sum(one.n_bytes for one in used.values()) / 2**20, "MiB") as task:
-            return digest({name: one.hash(lambda n: task.advance(n / 2**20)) for name, one in used.items()})
+        used = {
+            name: one
+            for name, one in self.arrays.items()
+            if name not in {"logit_scale", "logit_bias"}
+        }
+        with track(
+            "Reading arrays", sum(one.n_bytes for one in used.values()) / 2**20, "MiB"
+        ) as task:
+            return digest(
+                {name: one.hash(lambda n: task.advance(n / 2**20)) for name, one in used.items()}
+            )
 
     def rows(self, part: Part) -> PartRows:
         """What becomes of the rows of a part."""
@@ -198,12 +227,16 @@ class Given:
         ids, ends = self.arrays.get("ids"), (part.start, part.stop)
         keys = list(map(str, range(*ends))) if ids is None else texts_of(ids.read(*ends), ids.place)
         labels = self.target[part.start : part.stop].tolist()
-        for position, key, label, code in zip(range(part.start, part.stop), keys, labels, status, strict=True):
+        for position, key, label, code in zip(
+            range(part.start, part.stop), keys, labels, status, strict=True
+        ):
             if code == VALID:
                 content.rows.append(LabelledRow(position, key, None if label == UNKNOWN else label))
             else:
                 told = "the row has no direction, or numbers that are not finite"
-                content.errors.append(ErrorRow(key, position, "import", STATUS[code], None, told, None))
+                content.errors.append(
+                    ErrorRow(key, position, "import", STATUS[code], None, told, None)
+                )
         good = torch.from_numpy(status == VALID)
         content.arrays = {name: [rows[good]] for name, rows in kept.items()}
         return content
@@ -219,7 +252,12 @@ def _usable(name: str, block: NDArray[Any]) -> tuple[Tensor, NDArray[np.uint8], 
     return rows.view(block.shape), status.reshape(len(block), -1).max(axis=1, initial=VALID), norms
 
 
-def _read(arrays: Arrays, keys: dict[str, str], class_names: Sequence[str] | None, outside: tuple[str, ...]) -> Given:
+def _read(
+    arrays: Arrays,
+    keys: dict[str, str],
+    class_names: Sequence[str] | None,
+    outside: tuple[str, ...],
+) -> Given:
     """What the source holds; everything that can be wrong with it, but for the numbers of its rows, is told here."""
     found = _open(arrays, keys)
     image = found["image"]
@@ -251,10 +289,14 @@ def _read(arrays: Arrays, keys: dict[str, str], class_names: Sequence[str] | Non
 def _open(arrays: Arrays, keys: dict[str, str]) -> dict[str, StoredArray]:
     """The arrays that are there, by our names."""
     if unknown := sorted(keys.keys() - set(NAMES)):
-        raise UsageError(f"there is no array {unknown[0]!r} to be called otherwise. Known: {', '.join(NAMES)}.")
+        raise UsageError(
+            f"there is no array {unknown[0]!r} to be called otherwise. Known: {', '.join(NAMES)}."
+        )
     absent = next((name for name in keys.values() if name not in arrays.names), None)
     called = {name: keys.get(name, name) for name in NAMES}
-    lacking = next((called[name] for name in ("image", "text") if called[name] not in arrays.names), absent)
+    lacking = next(
+        (called[name] for name in ("image", "text") if called[name] not in arrays.names), absent
+    )
     if lacking is not None:
         ours = next(name for name, key in called.items() if key == lacking)
         raise DataError(
@@ -263,7 +305,10 @@ def _open(arrays: Arrays, keys: dict[str, str]) -> dict[str, StoredArray]:
         )
     used = {name: key for name, key in called.items() if key in arrays.names}
     if unused := sorted(set(arrays.names) - set(used.values())):
-        logger.info("not imported: %s (those that are, by other names too: --key NAME=KEY)", ", ".join(unused))
+        logger.info(
+            "not imported: %s (those that are, by other names too: --key NAME=KEY)",
+            ", ".join(unused),
+        )
     for name, key in used.items():
         if name not in {"target", "ids"}:  # which grow with the rows and nothing else
             arrays.require_small(key)
@@ -276,15 +321,22 @@ def _open(arrays: Arrays, keys: dict[str, str]) -> dict[str, StoredArray]:
 
 def _check_columns(found: Mapping[str, StoredArray], width: int) -> None:
     """Refuse what is of another type or number of dimensions, or has none of something."""
-    for name, (n_dims, meaning) in {"text": (2, "(K, D) embeddings of the candidates"), **COLUMNS}.items():
+    for name, (n_dims, meaning) in {
+        "text": (2, "(K, D) embeddings of the candidates"),
+        **COLUMNS,
+    }.items():
         if name not in found:
             continue
         one = found[name]
         sizes = one.shape[1:] if name in IMAGE_COLUMNS else one.shape  # there may be no rows
         if one.dtype.kind not in "fiu" or len(one.shape) != n_dims or not all(sizes):
-            raise DataError(f"{one.place} must be {meaning}. Got {one.dtype} of shape {one.shape} instead.")
+            raise DataError(
+                f"{one.place} must be {meaning}. Got {one.dtype} of shape {one.shape} instead."
+            )
         if name == "views" and one.shape[-1] != width:
-            raise DataError(f"{one.place} must be of the width of the embeddings, {width}. Got {one.shape[-1]}.")
+            raise DataError(
+                f"{one.place} must be of the width of the embeddings, {width}. Got {one.shape[-1]}."
+            )
 
 
 def _class_names(stored: StoredArray | None, given: Sequence[str] | None) -> tuple[str, ...]:
@@ -313,12 +365,17 @@ def _check_ids(stored: StoredArray | None, n: int) -> None:
         return
     _require_names(stored)
     hashes = np.concatenate(
-        [np.empty(0, np.uint64), *(hash_names(texts_of(block, stored.place)) for block in stored.blocks())]
+        [
+            np.empty(0, np.uint64),
+            *(hash_names(texts_of(block, stored.place)) for block in stored.blocks()),
+        ]
     )
     order = np.argsort(hashes, kind="stable")
     for place in np.flatnonzero(hashes[order][1:] == hashes[order][:-1]).tolist():
         first, second = order[place : place + 2].tolist()
-        one, other = (texts_of(stored.read(row, row + 1), stored.place)[0] for row in (first, second))
+        one, other = (
+            texts_of(stored.read(row, row + 1), stored.place)[0] for row in (first, second)
+        )
         if one == other:
             raise DataError(
                 f"{stored.place} must name each of the {n} rows once. Rows {first} and {second} are both {one!r:.80}. "
@@ -346,10 +403,17 @@ def _labels(stored: StoredArray | None, n: int) -> Targets:
             f"{stored.dtype} of shape {stored.shape} instead."
         )
     parts = [
-        np.unique(np.array(texts_of(block, stored.place), np.str_) if named else block, return_inverse=True)
+        np.unique(
+            np.array(texts_of(block, stored.place), np.str_) if named else block,
+            return_inverse=True,
+        )
         for block in stored.blocks()
     ]
-    found = np.unique(np.concatenate([values for values, _ in parts])) if parts else np.empty(0, np.int64)
+    found = (
+        np.unique(np.concatenate([values for values, _ in parts]))
+        if parts
+        else np.empty(0, np.int64)
+    )
     places = [np.searchsorted(found, values)[inverse] for values, inverse in parts]
     return Targets(found, np.concatenate([np.empty(0, np.int64), *places]))
 
@@ -367,7 +431,9 @@ def _classes(
     position = np.full(len(names), OUTSIDE, np.int64)
     position[stay] = np.arange(len(stay))
     if not stay:
-        raise UsageError(f"all of the {len(names)} classes would be outside. At least one must be left.")
+        raise UsageError(
+            f"all of the {len(names)} classes would be outside. At least one must be left."
+        )
     target = _targets(labels, names, outside)
     inside = target >= 0
     target[inside] = position[target[inside]]
@@ -376,17 +442,25 @@ def _classes(
     return target, kept, classes
 
 
-def _targets(labels: Targets, names: tuple[str, ...], outside: tuple[str, ...]) -> NDArray[np.int64]:
+def _targets(
+    labels: Targets, names: tuple[str, ...], outside: tuple[str, ...]
+) -> NDArray[np.int64]:
     """(N,) int64 places among the names, -1 where unknown, -2 where a label that is no class is named as outside."""
     values: list[Any] = labels.found.tolist()
     place_of = {name: place for place, name in reversed(list(enumerate(names)))}
     extra = [name for name in outside if name not in place_of]
-    beyond = [str(value) for value in values if value not in {"", *place_of} and value not in range(len(names))]
+    beyond = [
+        str(value)
+        for value in values
+        if value not in {"", *place_of} and value not in range(len(names))
+    ]
     unknown = next((name for name in extra if name not in beyond), None)
     if unknown is not None:
         there = [*map(repr, names[:10]), *(["..."] if len(names) > 10 else [])]
         more = f"; labels beyond the classes are {', '.join(beyond[:10])}" if beyond else ""
-        raise UsageError(f"there is no class or label {unknown!r} to be outside. Classes are {', '.join(there)}{more}.")
+        raise UsageError(
+            f"there is no class or label {unknown!r} to be outside. Classes are {', '.join(there)}{more}."
+        )
     if labels.found.dtype.kind == "U":
         known = {"": UNKNOWN, **place_of, **dict.fromkeys(extra, OUTSIDE)}
         stray = next((value for value in values if value not in known), None)
@@ -431,7 +505,9 @@ def _describe(given: Given, space: EmbeddingSpace, imported: Imported, **setting
         **settings,
     }
     place = Path(given.image.place.partition(", array ")[0])
-    return describe_run(described, place.name if place.suffix != ".npy" else place.parent.name, pictures=False)
+    return describe_run(
+        described, place.name if place.suffix != ".npy" else place.parent.name, pictures=False
+    )
 
 
 def _drive(root: Path, run: Run, given: Given, budget: Budget, *, overwrite: bool) -> None:

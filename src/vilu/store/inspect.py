@@ -19,7 +19,16 @@ from vilu.files.disk import MANIFEST, RUN
 from vilu.files.documents import read_document
 from vilu.store.documents import CAPTION, IMAGE, Receipt, Run
 from vilu.store.ledger import require_hash
-from vilu.store.parts import ERRORS, Part, StoreLedger, holds_all, map_rows, metadata_schema, read_classes, read_columns
+from vilu.store.parts import (
+    ERRORS,
+    Part,
+    StoreLedger,
+    holds_all,
+    map_rows,
+    metadata_schema,
+    read_classes,
+    read_columns,
+)
 from vilu.store.reader import CaptionStore, EmbeddingStore
 
 CHUNK = 8192  # rows looked at together
@@ -41,10 +50,13 @@ class StoreReport:
     errors: Counter[str] = field(default_factory=Counter)  # the same by kind
     # rows of one of the classes ("inside"), of none ("outside"), and of unknown label
     labels: Counter[str] = field(default_factory=Counter)
-    # what is kept beside the embeddings, with its shape: of one image, of all classes, or of the model
+    # what is kept beside the embeddings, with its shape: of one image, of all classes, or of the
+    # model
     columns: dict[str, tuple[int, ...]] = field(default_factory=dict)
     bytes: int = 0  # size of the parts on disk
-    problems: list[str] = field(default_factory=list)  # what is wrong, one sentence each; empty if nothing is
+    problems: list[str] = field(
+        default_factory=list
+    )  # what is wrong, one sentence each; empty if nothing is
 
     def add(self, receipt: Receipt) -> None:
         """Count a part."""
@@ -67,12 +79,18 @@ class StoreReport:
         run, space = self.run, self.run.space
         kinds = ", ".join(f"{kind} {count}" for kind, count in self.errors.most_common())
         unfound = "none" if self.deep else "none; --deep reads every byte"
-        columns = ", ".join(f"{name} {' x '.join(map(str, shape))}" for name, shape in self.columns.items())
+        columns = ", ".join(
+            f"{name} {' x '.join(map(str, shape))}" for name, shape in self.columns.items()
+        )
         n_in = f" of {run.n_in}" if not run.shards else f" from {run.shards} shards"
         templates = ", ".join(map(repr, run.templates)) or "not known"
         classes = {"classes": f"{len(run.names)}, templates {templates}", "labels": self._labels()}
         model = f"{space.backbone or 'not known'}, {space.precision or 'precision not known'}"
-        origin = {} if run.imported is None else {"imported": run.imported.source or "from where is not known"}
+        origin = (
+            {}
+            if run.imported is None
+            else {"imported": run.imported.source or "from where is not known"}
+        )
         made = "`vilu embed`" if run.imported is None else "`vilu import`"
         facts = {
             "store": f"{self.store}, {'complete' if self.sealed else f'not complete: run {made} again'}",
@@ -90,8 +108,12 @@ class StoreReport:
         return "\n".join(f"{name:<12} {fact}" for name, fact in facts.items())
 
     def _labels(self) -> str:
-        counts = [f"{n} {kind} ({n / self.labels.total():.1%})" for kind, n in self.labels.items() if n]
-        named = f"; outside are {', '.join(map(repr, self.run.outside))}" if self.run.outside else ""
+        counts = [
+            f"{n} {kind} ({n / self.labels.total():.1%})" for kind, n in self.labels.items() if n
+        ]
+        named = (
+            f"; outside are {', '.join(map(repr, self.run.outside))}" if self.run.outside else ""
+        )
         return (", ".join(counts) or "none") + named
 
     def to_dict(self) -> dict[str, object]:
@@ -103,14 +125,19 @@ class StoreReport:
 def inspect(path: str | os.PathLike[str], *, deep: bool = False) -> StoreReport:
     """Describe a store, complete or not; what is wrong with it is reported, not raised.
 
-    ``deep`` also reads every byte: hashes, norms, labels, keys, and that every image is a row or an error.
+    ``deep`` also reads every byte: hashes, norms, labels, keys, and that every image is a row or an
+    error.
     """
     root = Path(path)
     StoreLedger.require_begun(root)
     run = read_document(root / RUN, Run)
     ledger = StoreLedger(root, run)
-    report = StoreReport(root.resolve().name, (root / MANIFEST).exists(), run, len(ledger.parts), deep)
-    report.columns = {name: shape for name, shape in run.arrays.items() if name not in {IMAGE, CAPTION}}
+    report = StoreReport(
+        root.resolve().name, (root / MANIFEST).exists(), run, len(ledger.parts), deep
+    )
+    report.columns = {
+        name: shape for name, shape in run.arrays.items() if name not in {IMAGE, CAPTION}
+    }
     for part in ledger.parts:
         if not report.sealed and not (root / part.receipt).exists():
             continue
@@ -172,6 +199,9 @@ def _array_problems(path: Path, name: str, shape: tuple[int, ...], dtype: str) -
         if name in ANY_NORM:
             good, virtue = torch.isfinite(block), "finite"
         else:
-            good, virtue = (torch.linalg.vector_norm(block, dim=-1) - 1).abs() <= NORM_TOLERANCE, "of unit norm"
+            good, virtue = (
+                (torch.linalg.vector_norm(block, dim=-1) - 1).abs() <= NORM_TOLERANCE,
+                "of unit norm",
+            )
         if bad := int((~good.reshape(len(block), -1).all(dim=1)).sum()):
             yield f"{path} has {bad} rows from {start} to {start + len(block) - 1} that are not {virtue}."

@@ -59,7 +59,9 @@ class Marks:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with suppress(StorageError):  # a mark too many costs a retry; the exception under way says more
+        with suppress(
+            StorageError
+        ):  # a mark too many costs a retry; the exception under way says more
             for part in tuple(self._left):
                 self.end(part)
 
@@ -83,21 +85,29 @@ class Marks:
 def give_up(run: Run, part: Part, dataset: ImageDataset, *, listing: bool) -> PartRows:
     """A part without rows: an error row of kind "crash" for every image, of which nothing but the listing is read.
 
-    Without ``listing``, which was tried already and killed the process, it is a row for every position, or for every
-    shard, of kind "bad_shard": how many images that costs is unknown.
+    Without ``listing``, which was tried already and killed the process, it is a row for every
+    position, or for every shard, of kind "bad_shard": how many images that costs is unknown.
     """
     kind = "bad_shard" if run.shards else "crash"
     places = positions(run, part)[:: SHARD if run.shards else 1]
-    found = [(place, f"shard {place // SHARD}" if run.shards else f"image {place}") for place in places]
+    found = [
+        (place, f"shard {place // SHARD}" if run.shards else f"image {place}") for place in places
+    ]
     if listing:
         try:
-            found = [(position, record.key) for position, record in place_records(run, part, dataset)]
+            found = [
+                (position, record.key) for position, record in place_records(run, part, dataset)
+            ]
             kind = "crash"
-        # these images have killed workers, so their listing may raise anything of a foreign reader; it is logged, every
-        # row is recorded as a crash, and the other parts go on
+        # these images have killed workers, so their listing may raise anything of a foreign reader;
+        # it is logged, every row is recorded as a crash, and the other parts go on
         except Exception as error:  # noqa: BLE001
-            logger.warning("part %d cannot be listed either: %s: %s", part.number, type(error).__name__, error)
-    return PartRows(errors=[ErrorRow(key, at, "process", kind, None, MESSAGE, None) for at, key in found])
+            logger.warning(
+                "part %d cannot be listed either: %s: %s", part.number, type(error).__name__, error
+            )
+    return PartRows(
+        errors=[ErrorRow(key, at, "process", kind, None, MESSAGE, None) for at, key in found]
+    )
 
 
 logger = logging.getLogger(__name__)
@@ -119,15 +129,17 @@ class BackboneSpec:
 
 @cache
 def _load(spec: BackboneSpec) -> Backbone:
-    return load_backbone(spec.name, device=spec.device, precision=spec.precision, models=spec.models)
+    return load_backbone(
+        spec.name, device=spec.device, precision=spec.precision, models=spec.models
+    )
 
 
 @dataclass(frozen=True)
 class EmbedJob:
     """All that a process needs to embed any part of a run (``embed`` says what it is made of).
 
-    It can be pickled, if its data set and model can. ``threads`` are those of one tensor operation in the process; None
-    leaves them as they are.
+    It can be pickled, if its data set and model can. ``threads`` are those of one tensor operation
+    in the process; None leaves them as they are.
     """
 
     root: Path
@@ -148,8 +160,9 @@ class EmbedJob:
     def process(self, part: int) -> Receipt:
         """Embed a part and write it; if it is there already, nothing is computed.
 
-        Its bytes depend on its own images, the model and the batch size alone, so any process may do it, at any time,
-        and more than once. A part in which ``MAX_ATTEMPTS`` processes died is given up: its images become error rows.
+        Its bytes depend on its own images, the model and the batch size alone, so any process may
+        do it, at any time, and more than once. A part in which ``MAX_ATTEMPTS`` processes died is
+        given up: its images become error rows.
         """
         (receipt,) = self.process_all([part])
         return receipt
@@ -167,7 +180,9 @@ class EmbedJob:
             yield from self._embed(fresh, progress)
             fresh = []
             if 0 < deaths < MAX_ATTEMPTS:
-                yield from self._embed([part], progress)  # alone: a death in it must not be laid at another's door
+                yield from self._embed(
+                    [part], progress
+                )  # alone: a death in it must not be laid at another's door
                 continue
             receipt = found if isinstance(found, Receipt) else self._give_up(part, deaths)
             progress.advance(receipt.n_in)
@@ -179,22 +194,40 @@ class EmbedJob:
             return
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        backbone = self.backbone.load() if isinstance(self.backbone, BackboneSpec) else self.backbone
-        self.run.space.require_match(backbone.space, mine=str(self.root / RUN), theirs="the model of this process")
-        encoder = Encoder(backbone, self.batch_size, self.strict, progress, self.run.arrays, self.run.dtype)
-        decoder = Decoder(backbone.preprocess, self.limits, len(self.run.names), self.run.views, self.run.captions)
+        backbone = (
+            self.backbone.load() if isinstance(self.backbone, BackboneSpec) else self.backbone
+        )
+        self.run.space.require_match(
+            backbone.space, mine=str(self.root / RUN), theirs="the model of this process"
+        )
+        encoder = Encoder(
+            backbone, self.batch_size, self.strict, progress, self.run.arrays, self.run.dtype
+        )
+        decoder = Decoder(
+            backbone.preprocess, self.limits, len(self.run.names), self.run.views, self.run.captions
+        )
         workers = self.workers or default_workers()
         sources: dict[int, str] = {}
         with (
             Marks(self.root) as marks,
-            in_threads(decoder, self._items(parts, marks, sources), workers, self.batch_size + workers) as outcomes,
+            in_threads(
+                decoder, self._items(parts, marks, sources), workers, self.batch_size + workers
+            ) as outcomes,
         ):
             for part in parts:
                 content = encoder.part(outcomes)
-                receipt = self.ledger.write_rows(part, content, self.batch_size, sources[part.number])
+                receipt = self.ledger.write_rows(
+                    part, content, self.batch_size, sources[part.number]
+                )
                 marks.end(part)
                 seconds = round(time.monotonic() - content.started, 3)
-                log(self.root, part=part.number, rows=receipt.n_ok, errors=receipt.n_error, seconds=seconds)
+                log(
+                    self.root,
+                    part=part.number,
+                    rows=receipt.n_ok,
+                    errors=receipt.n_error,
+                    seconds=seconds,
+                )
                 counts = receipt.n_ok, receipt.n_error, seconds
                 logger.info("part %d: %d rows, %d errors, %.1f s", part.number, *counts)
                 yield receipt
@@ -230,8 +263,9 @@ class EmbedJob:
 class Executor(Protocol):
     """Decides where and when the parts of a job are done; what becomes of them is the job's own matter.
 
-    ``EmbedJob.process`` is deterministic and idempotent, and sets aside a part that keeps killing its process. So an
-    executor may do a part twice, at the same time even, and has nothing to do but to try again after a worker's death.
+    ``EmbedJob.process`` is deterministic and idempotent, and sets aside a part that keeps killing
+    its process. So an executor may do a part twice, at the same time even, and has nothing to do
+    but to try again after a worker's death.
     """
 
     name: str

@@ -56,11 +56,16 @@ class Shard:
         shapes = {path: map_matrix(path).shape for path in (self.image, self.text)}
         counts = {path: shape[0] for path, shape in shapes.items()}
         if self.metadata is not None:
-            with or_damaged(self.metadata, "Fetch it again."), pq.ParquetFile(self.metadata) as file:
+            with (
+                or_damaged(self.metadata, "Fetch it again."),
+                pq.ParquetFile(self.metadata) as file,
+            ):
                 counts[self.metadata] = file.metadata.num_rows
         if len(set(counts.values())) > 1:
             found = ", ".join(f"{path} has {count}" for path, count in counts.items())
-            raise ProvenanceError(f"partners must have the same number of rows. {found}. Embed or fetch them again.")
+            raise ProvenanceError(
+                f"partners must have the same number of rows. {found}. Embed or fetch them again."
+            )
         if shapes[self.image][1] != shapes[self.text][1]:
             raise ProvenanceError(
                 f"{self.image} has width {shapes[self.image][1]} and {self.text} {shapes[self.text][1]}: "
@@ -72,14 +77,23 @@ class Shard:
 def map_matrix(path: Path) -> NDArray[np.floating]:
     """The matrix in a ``.npy`` file, memory-mapped; float16 or float32 of any byte order."""
     rows, n_bytes = open_npy(path, "Fetch or write it again.")
-    if rows.dtype.kind != "f" or rows.dtype.itemsize not in (2, 4) or rows.ndim != 2 or not rows.shape[1]:
+    if (
+        rows.dtype.kind != "f"
+        or rows.dtype.itemsize not in (2, 4)
+        or rows.ndim != 2
+        or not rows.shape[1]
+    ):
         raise DataError(
             f"{path} must be a matrix (rows, width) of float16 or float32. Got {rows.dtype} of shape {rows.shape}."
         )
     if not rows.flags.c_contiguous:
-        raise DataError(f"{path} is in Fortran order, so its rows cannot be read one by one. Save it in C order.")
+        raise DataError(
+            f"{path} is in Fortran order, so its rows cannot be read one by one. Save it in C order."
+        )
     if n_bytes != rows.nbytes:
-        raise StorageError(f"{path} has {n_bytes} bytes of data, its header says {rows.nbytes}. Fetch it again.")
+        raise StorageError(
+            f"{path} has {n_bytes} bytes of data, its header says {rows.nbytes}. Fetch it again."
+        )
     return rows
 
 
@@ -99,7 +113,9 @@ def find_shards(root: Path) -> list[Shard]:
         missing = next((number for number in every if number not in files), None)
         if missing is not None:
             partner = next(files[missing] for files in folders.values() if missing in files)
-            raise DataError(f"{home / folder} has no file with number {missing}, the partner of {partner}. Fetch it.")
+            raise DataError(
+                f"{home / folder} has no file with number {missing}, the partner of {partner}. Fetch it."
+            )
     metadata = folders.get(METADATA, {})
     return [Shard(folders[image][i], folders[text][i], metadata.get(i)) for i in every]
 
@@ -107,13 +123,22 @@ def find_shards(root: Path) -> list[Shard]:
 def _home(root: Path) -> tuple[Path, tuple[str, str]]:
     """The folder that has one of the pairs of folders, and which: this one, or the only split in it."""
     found = _entries(root)
-    homes = [(home, names) for home in (root, *found) for names in FOLDERS if all((home / x).is_dir() for x in names)]
+    homes = [
+        (home, names)
+        for home in (root, *found)
+        for names in FOLDERS
+        if all((home / x).is_dir() for x in names)
+    ]
     if homes and (homes[0][0] == root or len(homes) == 1):
         return homes[0]
     if homes:
-        raise DataError(f"{root} has several splits. Give one of them: {', '.join(str(home) for home, _ in homes)}.")
+        raise DataError(
+            f"{root} has several splits. Give one of them: {', '.join(str(home) for home, _ in homes)}."
+        )
     names = ", ".join(path.name for path in found[:8]) or "nothing"
-    raise DataError(f"{root} holds no embeddings that vilu knows. Found {names}. Expected a store, or {LAYOUTS}.")
+    raise DataError(
+        f"{root} holds no embeddings that vilu knows. Found {names}. Expected a store, or {LAYOUTS}."
+    )
 
 
 def _numbered(folder: Path, suffix: str) -> dict[int, Path]:
@@ -124,10 +149,14 @@ def _numbered(folder: Path, suffix: str) -> dict[int, Path]:
             continue
         digits = re.search(r"[0-9]+$", path.stem)
         if digits is None or not path.is_file():
-            raise DataError(f"{path} must be a file with a number at the end of its name, which says its partner.")
+            raise DataError(
+                f"{path} must be a file with a number at the end of its name, which says its partner."
+            )
         other = found.setdefault(int(digits[0]), path)
         if other != path:
-            raise DataError(f"{other} and {path} have the same number, so their partners are not known. Remove one.")
+            raise DataError(
+                f"{other} and {path} have the same number, so their partners are not known. Remove one."
+            )
     return found
 
 
@@ -138,8 +167,13 @@ def _entries(folder: Path) -> list[Path]:
         return sorted(folder.iterdir())
 
 
-CAPTIONS = ("caption", "TEXT")  # columns of the metadata that may hold the captions: clip-retrieval's name, and LAION's
-SCAN_CELLS = 2**20  # numbers looked at together when rows are checked; 4 MiB in float32 stay in the cache
+CAPTIONS = (
+    "caption",
+    "TEXT",
+)  # columns of the metadata that may hold the captions: clip-retrieval's name, and LAION's
+SCAN_CELLS = (
+    2**20
+)  # numbers looked at together when rows are checked; 4 MiB in float32 stay in the cache
 
 
 class LaionPairs(Reopened, MappedPairs):
@@ -152,21 +186,24 @@ class LaionPairs(Reopened, MappedPairs):
         train/images/0.npy + train/texts/0.npy
         images.npy + texts.npy, or img_emb.npy + text_emb.npy
 
-    Opening reads headers only. Which rows are usable is known from one pass over all rows, made in blocks when it is
-    first asked for (about as long as reading the files) and kept in memory, one byte a row: nothing is written into
-    the folder. Rows that are not of unit norm are normalised whenever they are read, and that pass says how many.
+    Opening reads headers only. Which rows are usable is known from one pass over all rows, made in
+    blocks when it is first asked for (about as long as reading the files) and kept in memory, one
+    byte a row: nothing is written into the folder. Rows that are not of unit norm are normalised
+    whenever they are read, and that pass says how many.
 
-    Rows are recognised by their embeddings: keys of published metadata repeat from one data set to the next.
-    ``ids`` are their numbers over all shards.
+    Rows are recognised by their embeddings: keys of published metadata repeat from one data set to
+    the next. ``ids`` are their numbers over all shards.
 
-    Nothing vouches for these files as receipts do for a store's: other numbers in them are not seen. Pickled, it is its
-    path, as a store is; a shard of another size or time of modification is a change.
+    Nothing vouches for these files as receipts do for a store's: other numbers in them are not
+    seen. Pickled, it is its path, as a store is; a shard of another size or time of modification is
+    a change.
 
-    Arguments are as of ``CaptionStore``; ``logit_scale`` multiplies the cosine (100 for OpenAI's CLIP), ``logit_bias``
-    is added to every logit, and a fold takes metadata with captions.
+    Arguments are as of ``CaptionStore``; ``logit_scale`` multiplies the cosine (100 for OpenAI's
+    CLIP), ``logit_bias`` is added to every logit, and a fold takes metadata with captions.
 
     Raises:
-        DataError: If the folder has another layout, a file has no partner or does not hold a matrix of floats.
+        DataError: If the folder has another layout, a file has no partner or does not hold a matrix
+            of floats.
         StorageError: If a file is damaged.
         ProvenanceError: If partners differ in their number of rows or their width.
         UsageError: If there are no captions to make folds of.
@@ -195,9 +232,16 @@ class LaionPairs(Reopened, MappedPairs):
         starts = np.cumsum([0, *(shard.shape[0] for shard in shards)], dtype=np.int64)
         space = EmbeddingSpace(width, float(logit_scale), float(logit_bias))
         self.seal = _listing(root, shards)
-        self.options = {"pools": pools, "logit_scale": logit_scale, "logit_bias": logit_bias, "fold": fold}
+        self.options = {
+            "pools": pools,
+            "logit_scale": logit_scale,
+            "logit_bias": logit_bias,
+            "fold": fold,
+        }
         chosen = None if fold is None else _rows_of_fold(root, shards, fold)
-        rows = MappedParts(starts, {"image": (width,), "text": (width,)}, lambda name, i: _open(shards[i], name))
+        rows = MappedParts(
+            starts, {"image": (width,), "text": (width,)}, lambda name, i: _open(shards[i], name)
+        )
         super().__init__(root, rows, ("image", "text"), space, pools or Pools(), chosen)
         self._all_unit = False  # until the pass over all rows says so
         self.ids = RowNumbers(len(rows)) if chosen is None else ChosenNumbers(chosen)
@@ -237,7 +281,9 @@ class LaionPairs(Reopened, MappedPairs):
         size = max(SCAN_CELLS // self.space.embed_dim, 1)
         for number, first in enumerate(self._rows.starts[:-1].tolist()):
             for name in self._arrays:
-                part = self._rows.open_part(name, number)  # a mapping of its own, whose pages go with it
+                part = self._rows.open_part(
+                    name, number
+                )  # a mapping of its own, whose pages go with it
                 for start in range(0, len(part), size):
                     yield first + start, part[start : start + size]
 
@@ -251,7 +297,12 @@ def _check(block: tuple[int, NDArray[np.floating]]) -> tuple[int, NDArray[np.uin
 def _listing(root: Path, shards: list[Shard]) -> str:
     """Hash of names, sizes and times of modification."""
     listing = ListingHash()
-    for path in (path for shard in shards for path in (shard.image, shard.text, shard.metadata) if path is not None):
+    for path in (
+        path
+        for shard in shards
+        for path in (shard.image, shard.text, shard.metadata)
+        if path is not None
+    ):
         with or_refuse(f"read {path}"):
             listing.add(path.relative_to(root).as_posix(), MISSING, path.stat())
     return listing.hexdigest()
@@ -261,12 +312,16 @@ def _open(shard: Shard, name: str) -> NDArray[np.floating]:
     path = shard.image if name == "image" else shard.text
     rows = map_matrix(path)
     if rows.shape != shard.shape:
-        raise StorageError(f"{path} changed while it was read: it had shape {shard.shape}, now it has {rows.shape}.")
+        raise StorageError(
+            f"{path} changed while it was read: it had shape {shard.shape}, now it has {rows.shape}."
+        )
     return rows
 
 
 def _rows_of_fold(root: Path, shards: list[Shard], fold: Fold) -> NDArray[np.int64]:
     files = [(shard.metadata, shard.shape[0]) for shard in shards if shard.metadata is not None]
     if len(files) < len(shards):
-        raise UsageError(f"folds are made by caption, and {root} has no metadata with captions. Leave fold out.")
+        raise UsageError(
+            f"folds are made by caption, and {root} has no metadata with captions. Leave fold out."
+        )
     return rows_of_fold(files, CAPTIONS, fold, sum(n for _, n in files))

@@ -1,8 +1,9 @@
 """A folder that a run fills part by part: who may write, what is there, and what vouches for it.
 
-``run.json`` says what is made and comes first; the files of a part come before its receipt, so the part exists if and
-only if its receipt does and the sizes agree; ``manifest.json`` seals the whole and comes last. Every file is written
-atomically, so a kill at any moment costs no more than the part under way.
+``run.json`` says what is made and comes first; the files of a part come before its receipt, so the
+part exists if and only if its receipt does and the sizes agree; ``manifest.json`` seals the whole
+and comes last. Every file is written atomically, so a kill at any moment costs no more than the
+part under way.
 """
 
 from __future__ import annotations
@@ -22,7 +23,17 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Generic, Protocol, TypeVa
 from pydantic import Field
 
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, ViLUError
-from vilu.files.disk import LOG, MANIFEST, RUN, TEMPORARY, file_hash, is_leftover, locked, or_refuse, write_bytes
+from vilu.files.disk import (
+    LOG,
+    MANIFEST,
+    RUN,
+    TEMPORARY,
+    file_hash,
+    is_leftover,
+    locked,
+    or_refuse,
+    write_bytes,
+)
 from vilu.files.documents import Document, Model, digest, parse_json, read_bounded, read_document
 from vilu.files.places import claim_folder, entries, require_no_others
 from vilu.progress import Silence, track
@@ -76,7 +87,9 @@ R = TypeVar("R", bound=AnyReceipt)
 class Ledger(ABC, Generic[P, R]):
     """What a run has to do in its folder, and what is done."""
 
-    what: ClassVar[str]  # what the folder is, what makes it, and what a process that holds it does: for messages
+    what: ClassVar[
+        str
+    ]  # what the folder is, what makes it, and what a process that holds it does: for messages
     command: ClassVar[str]
     doing: ClassVar[str]
     kind: ClassVar[str | None] = None  # what its run.json calls it
@@ -99,10 +112,14 @@ class Ledger(ABC, Generic[P, R]):
     @classmethod
     def check_place(cls, root: Path, *, overwrite: bool = False) -> None:
         """Refuse a folder with anything but a run of this kind; to be overwritten, also one with more than that."""
-        is_new = not root.is_dir() or not entries(root)  # seen before its run.json: another process may begin just now
+        is_new = not root.is_dir() or not entries(
+            root
+        )  # seen before its run.json: another process may begin just now
         begun = is_new or cls.has_begun(root)
         if not begun and (root / RUN).is_file():
-            raise UsageError(f"{root / RUN} is of no {cls.what}, so nothing there is touched. Give a new folder.")
+            raise UsageError(
+                f"{root / RUN} is of no {cls.what}, so nothing there is touched. Give a new folder."
+            )
         claim_folder(root, cls.what, lambda _: False, same=begun)
         if overwrite and root.is_dir():
             require_no_others(root, cls.what, cls._others(root))
@@ -113,7 +130,10 @@ class Ledger(ABC, Generic[P, R]):
         if not (root / RUN).is_file():
             return False
         try:
-            return parse_json(read_bounded(root / RUN, "Give another folder", DataError)).get("kind") == cls.kind
+            return (
+                parse_json(read_bounded(root / RUN, "Give another folder", DataError)).get("kind")
+                == cls.kind
+            )
         except (ValueError, RecursionError):
             return True  # who reads it says what is wrong with it
 
@@ -130,7 +150,9 @@ class Ledger(ABC, Generic[P, R]):
     def require_begun(cls, root: Path) -> None:
         """Refuse a folder of something else."""
         if not (root / RUN).is_file():
-            raise DataError(f"{root} is no {cls.what} (it has no {RUN}). Make one with `{cls.command}`.")
+            raise DataError(
+                f"{root} is no {cls.what} (it has no {RUN}). Make one with `{cls.command}`."
+            )
 
     @classmethod
     def require_sealed(cls, root: Path) -> None:
@@ -138,7 +160,9 @@ class Ledger(ABC, Generic[P, R]):
         cls.require_begun(root)
         if not (root / MANIFEST).is_file():
             made = cls.made_by(root)
-            raise DataError(f"{root} is not complete. Run the same `{made}` again: it goes on where it stopped.")
+            raise DataError(
+                f"{root} is not complete. Run the same `{made}` again: it goes on where it stopped."
+            )
 
     @classmethod
     def made_by(cls, root: Path) -> str:  # noqa: ARG003 - where several commands make such folders, it is asked
@@ -199,7 +223,9 @@ class Ledger(ABC, Generic[P, R]):
         said, expected = self.said(part, receipt)
         found, expected = (*said, tuple(receipt.files)), (*expected, part.files)
         if found != expected:
-            raise StorageError(f"{path} is damaged: it describes {found}, expected {expected}. {again}.")
+            raise StorageError(
+                f"{path} is damaged: it describes {found}, expected {expected}. {again}."
+            )
         for name, info in receipt.files.items():
             size = (self.root / name).stat().st_size if (self.root / name).is_file() else None
             if size != info.bytes:
@@ -226,7 +252,11 @@ class Ledger(ABC, Generic[P, R]):
         """Parts to do, and the receipts of the others."""
         missing, receipts = [], []
         reads = deep and any((self.root / part.receipt).exists() for part in self.parts)
-        with track("Checking parts", len(self.parts), "parts") if reads else nullcontext(Silence()) as task:
+        with (
+            track("Checking parts", len(self.parts), "parts")
+            if reads
+            else nullcontext(Silence()) as task
+        ):
             for part in self.parts:
                 found = self.look_up(part, deep=deep)
                 task.advance(1)
@@ -248,9 +278,13 @@ class Ledger(ABC, Generic[P, R]):
         """Those of all parts, each of which must be there in full."""
         return [self.receipt(part) for part in self.parts]
 
-    def write(self, part: P, payloads: Mapping[str, bytes], receipt_of: Callable[[dict[str, FileInfo]], R]) -> R:
+    def write(
+        self, part: P, payloads: Mapping[str, bytes], receipt_of: Callable[[dict[str, FileInfo]], R]
+    ) -> R:
         """Write the files of a part and then its receipt, each atomically; a kill in between leaves no part."""
-        receipt = receipt_of({name: write_hashed(self.root / name, payloads[name]) for name in part.files})
+        receipt = receipt_of(
+            {name: write_hashed(self.root / name, payloads[name]) for name in part.files}
+        )
         receipt.write(self.root / part.receipt)
         return receipt
 
@@ -264,7 +298,9 @@ def write_hashed(path: Path, payload: bytes) -> FileInfo:
 def require_hash(path: Path, sha256: str, again: str, voucher: str = "its receipt") -> None:
     """Refuse a file with other bytes than those that its voucher names."""
     if file_hash(path) != sha256:
-        raise StorageError(f"{path} is damaged: it does not hold the bytes that {voucher} vouches for. {again}.")
+        raise StorageError(
+            f"{path} is damaged: it does not hold the bytes that {voucher} vouches for. {again}."
+        )
 
 
 _verified: set[tuple[int | str, ...]] = set()
@@ -288,8 +324,9 @@ def alone() -> Lock:
 def require_hash_once(path: Path, sha256: str, again: str, voucher: str = "its receipt") -> Path:
     """The path of a file, which ``require_hash`` has let pass in this process.
 
-    The bytes are read again only if the system says that the file is another one or was written to since (device,
-    inode, size, times). What happens to a file after it was opened is not seen. Threads may ask at the same time.
+    The bytes are read again only if the system says that the file is another one or was written to
+    since (device, inode, size, times). What happens to a file after it was opened is not seen.
+    Threads may ask at the same time.
     """
     with or_refuse(f"read {path}"):
         found = path.stat()
@@ -306,7 +343,9 @@ class Vouched:
 
     def __init__(self, root: Path, receipts: Sequence[AnyReceipt]) -> None:
         self._root, self._again = root, receipts[0].again if receipts else ""
-        self._sha256 = {name: info.sha256 for receipt in receipts for name, info in receipt.files.items()}
+        self._sha256 = {
+            name: info.sha256 for receipt in receipts for name, info in receipt.files.items()
+        }
 
     def __call__(self, name: str) -> Path:
         """The path of one; StorageError if it is damaged."""
@@ -326,13 +365,21 @@ class Reopened:
     seal: str
     options: Mapping[str, object] = {}
 
-    def __reduce__(self) -> tuple[Callable[..., Reopened], tuple[object, ...], dict[str, object] | None]:
+    def __reduce__(
+        self,
+    ) -> tuple[Callable[..., Reopened], tuple[object, ...], dict[str, object] | None]:
         # what ``without`` has set is in no file
-        own = {name: vars(self)[name] for name in ("_left", "usable_rows", "status")} if "_left" in vars(self) else None
+        own = (
+            {name: vars(self)[name] for name in ("_left", "usable_rows", "status")}
+            if "_left" in vars(self)
+            else None
+        )
         return reopen, (type(self), self.path.absolute(), dict(self.options), self.seal), own
 
 
-def reopen(kind: Callable[..., Reopened], path: Path, options: Mapping[str, object], seal: str) -> Reopened:
+def reopen(
+    kind: Callable[..., Reopened], path: Path, options: Mapping[str, object], seal: str
+) -> Reopened:
     """What was pickled, from its folder; ProvenanceError if that is another one now."""
     found = kind(path, **options)
     if found.seal != seal:

@@ -29,12 +29,16 @@ R = TypeVar("R")
 
 
 @contextmanager
-def in_threads(function: Callable[[T], R], items: Iterable[T], workers: int, ahead: int) -> Iterator[Iterator[R]]:
+def in_threads(
+    function: Callable[[T], R], items: Iterable[T], workers: int, ahead: int
+) -> Iterator[Iterator[R]]:
     """Results of ``function`` in the order of ``items``, worked out by threads, at most ``ahead`` of them in advance.
 
     On leaving the block, also by an exception, nothing more is begun.
     """
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="vilu-decode", initializer=_stay_on_one_core)
+    pool = ThreadPoolExecutor(
+        workers, thread_name_prefix="vilu-decode", initializer=_stay_on_one_core
+    )
 
     def results() -> Iterator[R]:
         pending: deque[Future[R]] = deque()
@@ -54,7 +58,8 @@ def in_threads(function: Callable[[T], R], items: Iterable[T], workers: int, ahe
 def _stay_on_one_core() -> None:
     """Otherwise every decoding thread has a team of threads for its tensors, and they all fight with the model's.
 
-    ``torch.set_num_threads`` would change the whole process, the limit of OpenMP is this thread's own.
+    ``torch.set_num_threads`` would change the whole process, the limit of OpenMP is this thread's
+    own.
     """
     torch.get_num_threads()  # at its first use in a thread torch sets the limit itself
     threadpool_limits(1, user_api="openmp")
@@ -70,17 +75,21 @@ def default_workers() -> int:
     return min(cores(), 16)
 
 
-OPEN_PARTS = 320  # parts of a source that are mapped at a time, each with a file descriptor; a process often has 1024
+# parts of a source that are mapped at a time, each with a file descriptor; a process often has 1024
+OPEN_PARTS = 320
 
 PAGE, MAX_RESIDENT = 4096, 2**28
 """Bytes that come with every row that is read, at least, and that may stay in memory of all that were."""
 
-BLOCK_ROWS = 2**17  # rows that a pass of training reads together; 128 MiB in float16 at a width of 512
+BLOCK_ROWS = (
+    2**17
+)  # rows that a pass of training reads together; 128 MiB in float16 at a width of 512
 GROUP_BLOCKS = 8  # blocks whose rows are mixed; so many are read from at a time
 
 READERS, AHEAD = 2, 2
 """Threads that read batches ahead, and how many: the disk works while a batch is used. Each computes on one core, since
-the work on a batch is too small to be shared out."""
+the work on a batch is too small to be shared out.
+"""
 
 
 class MappedParts:
@@ -109,11 +118,15 @@ class MappedParts:
         """(B, ...) float32 rows ``index`` (int64) of an array."""
         wanted = index.numpy()
         if wanted.size and not (wanted.min() >= 0 and wanted.max() < len(self)):
-            raise IndexError(f"rows must be from 0 to {len(self) - 1}. Got {wanted.min()} to {wanted.max()}.")
+            raise IndexError(
+                f"rows must be from 0 to {len(self) - 1}. Got {wanted.min()} to {wanted.max()}."
+            )
         order = np.argsort(wanted, kind="stable")
         bounds = np.searchsorted(wanted, self.starts, sorter=order)
         rows = np.empty((len(wanted), *self.shapes[name]), self._widest)
-        for number in np.flatnonzero(np.diff(bounds)):  # one part at a time: all of them may be too many to hold open
+        for number in np.flatnonzero(
+            np.diff(bounds)
+        ):  # one part at a time: all of them may be too many to hold open
             part, places = self._part(name, int(number)), order[bounds[number] : bounds[number + 1]]
             if part.dtype.itemsize > rows.itemsize:
                 self._widest = part.dtype.newbyteorder("=")
@@ -149,24 +162,30 @@ class MappedSource(EmbeddingSource):
     def shuffled(self, rows: Tensor, generator: torch.Generator) -> Tensor:
         """The rows in a random order for one pass of training.
 
-        More than ``GROUP_BLOCKS`` blocks of ``BLOCK_ROWS`` are shuffled in two levels: the rows, in the order of the
-        disk, are cut into equal blocks, the blocks come in random order, and the rows of each ``GROUP_BLOCKS`` of them
-        (at least half as many) are mixed. So a pass reads few blocks at a time, and each of them once.
+        More than ``GROUP_BLOCKS`` blocks of ``BLOCK_ROWS`` are shuffled in two levels: the rows, in
+        the order of the disk, are cut into equal blocks, the blocks come in random order, and the
+        rows of each ``GROUP_BLOCKS`` of them (at least half as many) are mixed. So a pass reads few
+        blocks at a time, and each of them once.
         """
         n_blocks = -(-len(rows) // BLOCK_ROWS)
         if n_blocks <= GROUP_BLOCKS:
             return super().shuffled(rows, generator)
         blocks = rows.sort().values.tensor_split(n_blocks)
-        order = torch.randperm(n_blocks, generator=generator).tensor_split(-(-n_blocks // GROUP_BLOCKS))
+        order = torch.randperm(n_blocks, generator=generator).tensor_split(
+            -(-n_blocks // GROUP_BLOCKS)
+        )
         groups = (torch.cat([blocks[int(number)] for number in group]) for group in order)
-        return torch.cat([group[torch.randperm(len(group), generator=generator)] for group in groups])
+        return torch.cat(
+            [group[torch.randperm(len(group), generator=generator)] for group in groups]
+        )
 
 
 class MappedPairs(PairSource, MappedSource):
     """Pairs in memory-mapped parts: nothing of the vectors is in memory but what a batch or a block needs.
 
-    Per row there are its place in the order of the pools and in the fold (8 bytes each) and its status (1 byte). Rows
-    that fill no last pool have the status "short_pool". Hard pools are made of blocks of rows (``PairSource``).
+    Per row there are its place in the order of the pools and in the fold (8 bytes each) and its
+    status (1 byte). Rows that fill no last pool have the status "short_pool". Hard pools are made
+    of blocks of rows (``PairSource``).
     """
 
     def __init__(
@@ -202,7 +221,11 @@ class MappedPairs(PairSource, MappedSource):
     @property
     def pair_rows(self) -> Tensor:
         """(M,) positions of the usable rows, ascending."""
-        return torch.from_numpy(np.flatnonzero(self._row_status == VALID)) if self._left is None else self._left
+        return (
+            torch.from_numpy(np.flatnonzero(self._row_status == VALID))
+            if self._left is None
+            else self._left
+        )
 
     @cached_property
     def status(self) -> NDArray[np.uint8]:
@@ -240,7 +263,10 @@ class PartStrings(Identifiers):
     """A string for every row, read part by part when asked for."""
 
     def __init__(
-        self, starts: NDArray[np.int64], read: Callable[[int], pa.Array], rows: NDArray[np.int64] | None = None
+        self,
+        starts: NDArray[np.int64],
+        read: Callable[[int], pa.Array],
+        rows: NDArray[np.int64] | None = None,
     ) -> None:
         super().__init__(int(starts[-1]) if rows is None else len(rows))
         self._starts, self._rows = starts, rows
@@ -255,7 +281,9 @@ class PartStrings(Identifiers):
         return str(self._read(part)[row - int(self._starts[part])].as_py())
 
     def __iter__(self) -> Iterator[str]:
-        for number, (start, stop) in enumerate(zip(self._starts[:-1], self._starts[1:], strict=True)):
+        for number, (start, stop) in enumerate(
+            zip(self._starts[:-1], self._starts[1:], strict=True)
+        ):
             strings = self._read(number)
             if self._rows is not None:
                 first, last = np.searchsorted(self._rows, [start, stop])

@@ -92,12 +92,17 @@ def plan(run: Run) -> list[Part]:
     """All parts of a run; they depend on nothing but the number of images (or shards) and the part size."""
     starts = range(0, run.extent, run.part_size)
     arrays = tuple(run.arrays)
-    return [Part(i, start, min(start + run.part_size, run.extent), arrays) for i, start in enumerate(starts)]
+    return [
+        Part(i, start, min(start + run.part_size, run.extent), arrays)
+        for i, start in enumerate(starts)
+    ]
 
 
 def positions(run: Run, part: Part) -> range:
     """Where the positions of a part's images are; of shards not all of them are taken."""
-    return range(part.start * SHARD, part.stop * SHARD) if run.shards else range(part.start, part.stop)
+    return (
+        range(part.start * SHARD, part.stop * SHARD) if run.shards else range(part.start, part.stop)
+    )
 
 
 def holds_all(run: Run, part: Part, found: NDArray[np.int64], n_in: int) -> bool:
@@ -106,8 +111,14 @@ def holds_all(run: Run, part: Part, found: NDArray[np.int64], n_in: int) -> bool
     if not run.shards:
         return np.array_equal(found, np.arange(places.start, places.stop))
     number = found % SHARD
-    inside = len(found) == 0 or (found[0] >= places.start and found[-1] < places.stop and number[0] == 0)
-    return len(found) == n_in and bool(inside) and bool(np.all((np.diff(found) == 1) | (number[1:] == 0)))
+    inside = len(found) == 0 or (
+        found[0] >= places.start and found[-1] < places.stop and number[0] == 0
+    )
+    return (
+        len(found) == n_in
+        and bool(inside)
+        and bool(np.all((np.diff(found) == 1) | (number[1:] == 0)))
+    )
 
 
 class StoreLedger(Ledger[Part, Receipt]):
@@ -130,7 +141,12 @@ class StoreLedger(Ledger[Part, Receipt]):
     def said(self, part: Part, receipt: Receipt) -> tuple[tuple[object, ...], tuple[object, ...]]:
         """Number, bounds and images; how many images shards hold, only the receipt knows."""
         n_in = receipt.n_in if self.run.shards else len(part)
-        return (receipt.part, receipt.start, receipt.stop, receipt.n_in), (part.number, part.start, part.stop, n_in)
+        return (receipt.part, receipt.start, receipt.stop, receipt.n_in), (
+            part.number,
+            part.start,
+            part.stop,
+            n_in,
+        )
 
     def look_up(self, part: Part, *, deep: bool = True) -> Receipt | str:
         """The receipt of a part that is there in full, and of shards as they are now; or else what it lacks."""
@@ -140,13 +156,19 @@ class StoreLedger(Ledger[Part, Receipt]):
 
     def source(self, part: Part) -> str:
         """Fingerprint of the shards of a part as they are now; empty where parts are made of images."""
-        return cast("ShardedDataset", self.data).shard_fingerprint(part.start, part.stop) if self.run.shards else ""
+        return (
+            cast("ShardedDataset", self.data).shard_fingerprint(part.start, part.stop)
+            if self.run.shards
+            else ""
+        )
 
     def write_rows(self, part: Part, content: PartRows, batch_size: int, source: str) -> Receipt:
         """Write what became of the images of a part, with the fingerprint of the shards that they were read from."""
         run, n_ok, n_error = self.run, len(content.rows), len(content.errors)
         payloads = {
-            part.array(name): _npy(_rows(name, content.arrays.get(name, []), (n_ok, *shape), run.dtype))
+            part.array(name): _npy(
+                _rows(name, content.arrays.get(name, []), (n_ok, *shape), run.dtype)
+            )
             for name, shape in run.arrays.items()
         }
         payloads[part.metadata] = _parquet(content.rows, metadata_schema(run))
@@ -175,17 +197,30 @@ OPTIONAL = {"label", "exif_orientation", "exception", "bytes"}
 
 
 def _schema(kinds: Mapping[str, pa.DataType]) -> pa.Schema:
-    return pa.schema([pa.field(name, kind, nullable=name in OPTIONAL) for name, kind in kinds.items()])
+    return pa.schema(
+        [pa.field(name, kind, nullable=name in OPTIONAL) for name, kind in kinds.items()]
+    )
 
 
 METADATA = _schema(
-    {"position": INT64, "key": STRING, "label": INT32, "width": INT32, "height": INT32, "n_frames": INT32}
+    {
+        "position": INT64,
+        "key": STRING,
+        "label": INT32,
+        "width": INT32,
+        "height": INT32,
+        "n_frames": INT32,
+    }
     | {"exif_orientation": INT8, "flags": INT32}
 )
 """Of each row. ``position`` is that of the image in the data set, not the number of the row: the latter depends on how
-many images fail in earlier parts, which a part that is written alone cannot know. The reader counts rows."""
+many images fail in earlier parts, which a part that is written alone cannot know. The reader counts
+rows.
+"""
 
-CAPTION_FIELD = pa.field("caption", STRING, nullable=False)  # of each row too where images have captions
+CAPTION_FIELD = pa.field(
+    "caption", STRING, nullable=False
+)  # of each row too where images have captions
 PICTURE_BYTES = 16
 PICTURE_FIELD = pa.field("picture", pa.binary(PICTURE_BYTES), nullable=False)
 """Of each row too but of old stores: the first half of the SHA-256 of the picture's bytes (``ImageRecord.content``)."""
@@ -198,7 +233,15 @@ ERRORS = _schema(
 
 REDO = "Run `vilu embed` (or `vilu import`) again to redo the part."
 
-UNREADABLE_NPY = (OSError, ValueError, OverflowError, SyntaxError, TokenError, RecursionError, MemoryError)
+UNREADABLE_NPY = (
+    OSError,
+    ValueError,
+    OverflowError,
+    SyntaxError,
+    TokenError,
+    RecursionError,
+    MemoryError,
+)
 """What numpy raises on a damaged or hostile file (the last four from parsing its header as a Python literal)."""
 
 UNREADABLE_PARQUET = (pa.ArrowException, OSError, ValueError)
@@ -231,7 +274,11 @@ def or_damaged(
         raise
     except kinds as error:
         if isinstance(error, OSError) and error.errno in NOT_THE_FILE:
-            more = " Raise the limit on open files: ulimit -n 4096." if error.errno == errno.EMFILE else ""
+            more = (
+                " Raise the limit on open files: ulimit -n 4096."
+                if error.errno == errno.EMFILE
+                else ""
+            )
             raise StorageError(f"cannot read {path}: {os.strerror(error.errno)}.{more}") from error
         raise fault(f"{path} is {said}: {error}. {hint}") from error
 
@@ -261,14 +308,18 @@ def read_columns(path: Path, schema: pa.Schema, names: Sequence[str], n_rows: in
     """Some columns of a parquet file; StorageError if it has other rows, or its columns are not those of the schema."""
     with or_damaged(path, REDO), pq.ParquetFile(path) as file:
         if file.metadata.num_rows != n_rows:
-            raise StorageError(f"{path} has {file.metadata.num_rows} rows, expected {n_rows}. {REDO}")
+            raise StorageError(
+                f"{path} has {file.metadata.num_rows} rows, expected {n_rows}. {REDO}"
+            )
         table = file.read(columns=list(names))
         table.validate(full=True)  # strings are UTF-8, offsets are within their buffers
     if len(table) != n_rows:
         raise StorageError(f"{path} has {len(table)} rows, expected {n_rows}. {REDO}")
     found, expected = table.schema, pa.schema([schema.field(name) for name in names])
     if not found.equals(expected):
-        raise StorageError(f"{path} has columns {found.to_string()!r}, expected {expected.to_string()!r}. {REDO}")
+        raise StorageError(
+            f"{path} has columns {found.to_string()!r}, expected {expected.to_string()!r}. {REDO}"
+        )
     return table
 
 
@@ -276,12 +327,16 @@ def read_classes(root: Path, run: Run) -> tuple[StoredClasses, Tensor]:
     """The class table of a run and its (K, D) float32 text embeddings."""
     table = read_document(root / CLASSES, StoredClasses)
     if any(getattr(run, name) != getattr(table, name) for name in SHARED):
-        raise ProvenanceError(f"{root / CLASSES} holds other classes, templates or columns than {root / RUN}.")
+        raise ProvenanceError(
+            f"{root / CLASSES} holds other classes, templates or columns than {root / RUN}."
+        )
     rows = map_rows(root / TEXT, (len(run.names), run.space.embed_dim), "float32")
     files = {root / TEXT: table.text_file.sha256}
     for name, info in table.columns.items():
         if len(info.shape) != COLUMNS[name][0] or not has_shape(run, name, info.shape):
-            raise StorageError(f"{root / CLASSES} is damaged: it says that {name} is of shape {info.shape}.")
+            raise StorageError(
+                f"{root / CLASSES} is damaged: it says that {name} is of shape {info.shape}."
+            )
         map_rows(column_path(root, name), info.shape, "float32")
         files[column_path(root, name)] = info.sha256
     for path, sha256 in files.items():
@@ -357,7 +412,9 @@ class PartRows:
     started: float = field(default_factory=time.monotonic)
 
 
-def write_classes(root: Path, run: Run, text: Tensor, columns: Mapping[ClassColumn, Tensor]) -> None:
+def write_classes(
+    root: Path, run: Run, text: Tensor, columns: Mapping[ClassColumn, Tensor]
+) -> None:
     """Write the (K, D) float32 text embeddings and the columns, then the class table that vouches for them."""
     info = write_hashed(root / TEXT, _npy(text.numpy().astype("<f4")))
     files: dict[ClassColumn, ArrayInfo] = {}
@@ -369,13 +426,17 @@ def write_classes(root: Path, run: Run, text: Tensor, columns: Mapping[ClassColu
     StoredClasses.of(run, info, files).write(root / CLASSES)
 
 
-def _rows(name: str, blocks: Sequence[Tensor], shape: tuple[int, ...], dtype: str) -> NDArray[np.floating]:
+def _rows(
+    name: str, blocks: Sequence[Tensor], shape: tuple[int, ...], dtype: str
+) -> NDArray[np.floating]:
     """Blocks of rows as one array, little-endian."""
     rows = np.zeros(shape, dtype=np.dtype(dtype).newbyteorder("<"))
     if blocks:
         np.concatenate([block.numpy() for block in blocks], out=rows)
     if not np.isfinite(rows).all():
-        raise DataError(f"{name} has numbers beyond the range of {dtype}. Make the store again with --dtype float32.")
+        raise DataError(
+            f"{name} has numbers beyond the range of {dtype}. Make the store again with --dtype float32."
+        )
     return rows
 
 

@@ -27,7 +27,8 @@ from vilu.store.parts import MESSAGE_LENGTH, PICTURE_BYTES, ErrorRow, Part, Part
 TEXT_TRUNCATED: Final = 1 << 16
 """Flag of a row whose caption is longer than the model reads; the flags below are ``ImageFlag``."""
 
-END: Final = None  # stands in the stream of records, and of what becomes of them, after the last one of each part
+# stands in the stream of records, and of what becomes of them, after the last one of each part
+END: Final = None
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,18 @@ class Decoder:
     captions: bool = False
 
     def __call__(self, item: tuple[int, ImageRecord] | None) -> Decoded | ErrorRow | None:
-        """The outcome for the image at a position; of ``END`` itself. DataError if its label is no class."""
+        """The outcome for the image at a position; of ``END`` itself.
+
+        DataError if its label is no class.
+        """
         return END if item is END else self._decode(*item)
 
     def _decode(self, position: int, record: ImageRecord) -> Decoded | ErrorRow:
         label, known = record.label, range(self.n_classes)
         if not self.captions and label is not None and label not in known and label != OUTSIDE:
-            raise DataError(f"{record.key} has label {label}, expected 0 to {self.n_classes - 1}, -2 or none.")
+            raise DataError(
+                f"{record.key} has label {label}, expected 0 to {self.n_classes - 1}, -2 or none."
+            )
         sizes: list[int] = []
         pictures: list[bytes] = []
 
@@ -73,7 +79,15 @@ class Decoder:
             caption = read_caption(record) if self.captions else None
         except BadImage as error:
             cause, size = type(error.__cause__ or error).__name__, sizes[0] if sizes else None
-            return ErrorRow(record.key, position, error.stage, error.kind, cause, str(error)[:MESSAGE_LENGTH], size)
+            return ErrorRow(
+                record.key,
+                position,
+                error.stage,
+                error.kind,
+                cause,
+                str(error)[:MESSAGE_LENGTH],
+                size,
+            )
         facts = image.width, image.height, image.n_frames, image.exif_orientation, int(image.flags)
         row = Row(position, record.key, record.label, *facts, caption, pictures[0])
         views = [] if self.views is None else self.views.of(image.image, record.key)
@@ -103,8 +117,9 @@ def place_records(run: Run, part: Part, dataset: ImageDataset) -> Iterator[tuple
 class Encoder:
     """Runs the model over decoded images, and keeps the bad ones apart, or raises on the first where it is ``strict``.
 
-    A batch never reaches over the end of a part and a bad image leaves its place empty, so that a part redone alone
-    meets the same batches and gives the same bytes. What is too large for ``dtype`` becomes infinite.
+    A batch never reaches over the end of a part and a bad image leaves its place empty, so that a
+    part redone alone meets the same batches and gives the same bytes. What is too large for
+    ``dtype`` becomes infinite.
     """
 
     backbone: Backbone
@@ -137,7 +152,11 @@ class Encoder:
                     content.rows.append(row)
                 else:
                     told = "the model gave an embedding that has no direction"
-                    bad.append(ErrorRow(row.key, row.position, "encode", STATUS[code], None, told, image.bytes))
+                    bad.append(
+                        ErrorRow(
+                            row.key, row.position, "encode", STATUS[code], None, told, image.bytes
+                        )
+                    )
         if bad and self.strict:
             first = min(bad, key=lambda error: error.position)
             raise DataError(
@@ -154,7 +173,10 @@ class Encoder:
         if CAPTION not in self.arrays:
             return rows
         cut = self.backbone.truncates([row.caption or "" for row in rows])
-        return [replace(row, flags=row.flags | TEXT_TRUNCATED * long) for row, long in zip(rows, cut, strict=True)]
+        return [
+            replace(row, flags=row.flags | TEXT_TRUNCATED * long)
+            for row, long in zip(rows, cut, strict=True)
+        ]
 
     def _run_model(self, batch: Sequence[Decoded]) -> tuple[dict[str, Tensor], NDArray[np.uint8]]:
         """What to keep of some images, by name, and the worst status (``checks.STATUS``) of each."""
@@ -185,9 +207,13 @@ class Encoder:
             arrays[IMAGE] = model.encode_images(pixels)
         if CAPTION in self.arrays:
             arrays[CAPTION] = model.encode_texts([image.row.caption or "" for image in batch])
-        if "views" in self.arrays:  # one of every image at a time: no forward pass is larger than that of the images
+        if (
+            "views" in self.arrays
+        ):  # one of every image at a time: no forward pass is larger than that of the images
             views = zip(*(image.views for image in batch), strict=True)
-            arrays["views"] = torch.stack([model.encode_images(_stacked(view)) for view in views], dim=1)
+            arrays["views"] = torch.stack(
+                [model.encode_images(_stacked(view)) for view in views], dim=1
+            )
         return arrays
 
 

@@ -18,7 +18,15 @@ from vilu.embeddings.checks import HASH_BYTES, Identity, hash_names, hash_of_eac
 from vilu.embeddings.columns import TEXT_COLUMNS, check_columns
 from vilu.embeddings.pairs import Pools
 from vilu.embeddings.source import EmbeddingSource
-from vilu.errors import OUTSIDE, UNKNOWN, DataError, ProvenanceError, StorageError, UsageError, checked
+from vilu.errors import (
+    OUTSIDE,
+    UNKNOWN,
+    DataError,
+    ProvenanceError,
+    StorageError,
+    UsageError,
+    checked,
+)
 from vilu.files.disk import MANIFEST, RUN
 from vilu.files.documents import digest, read_document
 from vilu.store.documents import CAPTION, IMAGE, ClassColumn, Manifest, Run, StoredClasses
@@ -57,18 +65,28 @@ def open_source(
         logit_scale: Multiplier of the cosine, where the folder does not know it.
 
     Raises:
-        UsageError: If an argument is given that the data do not take, or the logit scale is missing.
+        UsageError: If an argument is given that the data do not take, or the logit scale is
+            missing.
         DataError: If the folder is none of these, or not complete.
         StorageError: If a file is missing or damaged; the message names it.
         ProvenanceError: If files do not belong together.
 
     Examples:
         >>> import numpy as np, tempfile, vilu
-        >>> arrays = {"image": np.eye(3), "text": np.eye(3), "target": [0, 1, 1], "class_names": ["cat", "dog", "cup"]}
+        >>> arrays = {
+        ...     "image": np.eye(3),
+        ...     "text": np.eye(3),
+        ...     "target": [0, 1, 1],
+        ...     "class_names": ["cat", "dog", "cup"],
+        ... }
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     np.savez(f"{folder}/a.npz", **arrays)
-        ...     _ = vilu.import_arrays(f"{folder}/a.npz", f"{folder}/store", logit_scale=100, logit_bias=0)
-        ...     source = vilu.open_source(f"{folder}/store")  # of classes, of captions, or what another tool wrote
+        ...     _ = vilu.import_arrays(
+        ...         f"{folder}/a.npz", f"{folder}/store", logit_scale=100, logit_bias=0
+        ...     )
+        ...     source = vilu.open_source(
+        ...         f"{folder}/store"
+        ...     )  # of classes, of captions, or what another tool wrote
         ...     print(source.class_names, vilu.score(vilu.MCM(), source).failure.tolist())
         ('cat', 'dog', 'cup') [0, 0, 1]
     """
@@ -82,11 +100,15 @@ def open_source(
             )
         return LaionPairs(root, pools, logit_scale=logit_scale, fold=fold)
     if logit_scale is not None:
-        raise UsageError(f"{root} is a store, which knows the logit scale of its model. Leave logit_scale out.")
+        raise UsageError(
+            f"{root} is a store, which knows the logit scale of its model. Leave logit_scale out."
+        )
     if read_document(root / RUN, Run).captions:
         return CaptionStore(root, pools, fold)
     if pools is not None or fold is not None:
-        raise UsageError(f"{root} is a store of classes: there are no captions for pools or folds. Leave them out.")
+        raise UsageError(
+            f"{root} is a store of classes: there are no captions for pools or folds. Leave them out."
+        )
     return EmbeddingStore(root)
 
 
@@ -104,10 +126,18 @@ class Sealed(Reopened):
         self.parts, receipts = ledger.parts, ledger.receipts()
         self.require_seal(content_hash(receipts) == self.manifest.content)
         for count in ("n_in", "n_ok", "n_error"):
-            self.require_seal(sum(getattr(receipt, count) for receipt in receipts) == getattr(self.manifest, count))
-        self.files, self.n_errors = Vouched(path, receipts), [receipt.n_error for receipt in receipts]
+            self.require_seal(
+                sum(getattr(receipt, count) for receipt in receipts)
+                == getattr(self.manifest, count)
+            )
+        self.files, self.n_errors = (
+            Vouched(path, receipts),
+            [receipt.n_error for receipt in receipts],
+        )
         starts = np.cumsum([0, *(receipt.n_ok for receipt in receipts)], dtype=np.int64)
-        self.rows = MappedParts(starts, self.manifest.arrays, partial(_map_part, ledger, starts, self.files))
+        self.rows = MappedParts(
+            starts, self.manifest.arrays, partial(_map_part, ledger, starts, self.files)
+        )
         for part in self.parts:
             for name in part.arrays:
                 _map_part(ledger, starts, path.joinpath, name, part.number)
@@ -141,7 +171,9 @@ class Sealed(Reopened):
         found = np.empty(len(rows), np.uint64)
         for number in np.flatnonzero(np.diff(bounds)).tolist():
             places = order[bounds[number] : bounds[number + 1]]
-            found[places] = self._hashes(by, number, pa.array(rows[places] - self.rows.starts[number]))
+            found[places] = self._hashes(
+                by, number, pa.array(rows[places] - self.rows.starts[number])
+            )
         return found
 
     def _hashes(self, by: Identity, number: int, rows: pa.Array) -> NDArray[np.uint64]:
@@ -149,13 +181,21 @@ class Sealed(Reopened):
             return hash_names(self.metadata("key", number).take(rows).to_pylist())
         pictures: list[bytes] = self.metadata("picture", number).take(rows).to_pylist()
         if not self.manifest.captions:
-            return np.frombuffer(b"".join(picture[:HASH_BYTES] for picture in pictures), "<u8").astype(np.uint64)
+            return np.frombuffer(
+                b"".join(picture[:HASH_BYTES] for picture in pictures), "<u8"
+            ).astype(np.uint64)
         captions: list[str] = self.metadata("caption", number).take(rows).to_pylist()
-        return hash_of_each(picture + caption.encode() for picture, caption in zip(pictures, captions, strict=True))
+        return hash_of_each(
+            picture + caption.encode() for picture, caption in zip(pictures, captions, strict=True)
+        )
 
 
 def _map_part(
-    ledger: StoreLedger, starts: NDArray[np.int64], find: Callable[[str], Path], name: str, number: int
+    ledger: StoreLedger,
+    starts: NDArray[np.int64],
+    find: Callable[[str], Path],
+    name: str,
+    number: int,
 ) -> NDArray[np.floating]:
     shape = (int(starts[number + 1] - starts[number]), *ledger.run.arrays[name])
     return map_rows(find(ledger.parts[number].array(name)), shape, ledger.run.dtype)
@@ -179,16 +219,19 @@ class StoredRows(EmbeddingSource):
         if by == "embeddings":
             return super().identities(by, rows)
         index = np.arange(len(self)) if rows is None else rows
-        return self._sealed.identities(by, index if self._chosen is None else self._chosen.numpy()[index])
+        return self._sealed.identities(
+            by, index if self._chosen is None else self._chosen.numpy()[index]
+        )
 
 
 class EmbeddingStore(Reopened, StoredRows, MappedSource):
     """A sealed store, the same to every predictor as ``Embeddings`` in memory.
 
-    Everything but the bytes of the vectors is checked on opening: documents, sizes, shapes, numbers of rows, labels.
-    The bytes of a part are compared with the SHA-256 in its receipt when a row of it is first read in this process.
-    What happens to a file after that, while it is open, is not seen. Pickled, a store is its path: it is opened again
-    where it arrives, and refused there (ProvenanceError) if it has changed.
+    Everything but the bytes of the vectors is checked on opening: documents, sizes, shapes, numbers
+    of rows, labels. The bytes of a part are compared with the SHA-256 in its receipt when a row of
+    it is first read in this process. What happens to a file after that, while it is open, is not
+    seen. Pickled, a store is its path: it is opened again where it arrives, and refused there
+    (ProvenanceError) if it has changed.
 
     Args:
         path: The folder that ``vilu embed`` wrote.
@@ -196,7 +239,8 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
     Attributes:
         path: The folder.
         manifest: What made it.
-        text: (K, D) float32 unit-norm texts of the candidates; classes with equal texts are one (``Embeddings``).
+        text: (K, D) float32 unit-norm texts of the candidates; classes with equal texts are one
+            (``Embeddings``).
 
     Raises:
         DataError: If the folder is no store, one that is not complete, or one of captions.
@@ -206,12 +250,21 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
     Examples:
         >>> import numpy as np, tempfile, torch, vilu
         >>> image = np.vstack([np.eye(2), np.zeros((1, 2))])  # the last row says nothing
-        >>> arrays = {"image": image, "text": np.eye(2), "class_names": ["cat", "dog"], "ids": ["a", "b", "c"]}
+        >>> arrays = {
+        ...     "image": image,
+        ...     "text": np.eye(2),
+        ...     "class_names": ["cat", "dog"],
+        ...     "ids": ["a", "b", "c"],
+        ... }
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     np.savez(f"{folder}/a.npz", **arrays, logit_scale=100.0, logit_bias=0.0)
         ...     _ = vilu.import_arrays(f"{folder}/a.npz", f"{folder}/store", max_error_rate=0.5)
         ...     store = vilu.EmbeddingStore(f"{folder}/store")
-        ...     print(list(store.ids), store.image_rows(torch.tensor([1])).tolist(), list(store.bad_images()))
+        ...     print(
+        ...         list(store.ids),
+        ...         store.image_rows(torch.tensor([1])).tolist(),
+        ...         list(store.bad_images()),
+        ...     )
         ['a', 'b'] [[0.0, 1.0]] [('c', 'zero_norm')]
     """
 
@@ -222,7 +275,9 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
         self._sealed = Sealed(self.path)
         self.manifest, self.seal = self._sealed.manifest, self._sealed.seal
         if self.manifest.captions:
-            raise DataError(f"{path} has captions and no classes. Open it with vilu.open_source, which takes both.")
+            raise DataError(
+                f"{path} has captions and no classes. Open it with vilu.open_source, which takes both."
+            )
         self.space, self.class_names = self.manifest.space, self.manifest.names
         self._classes, self.text = read_classes(self.path, self.manifest)
         self._sealed.require_seal(self._classes.hash == self.manifest.classes)
@@ -251,7 +306,9 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
         """Key of every image that has no row, and what was wrong with it ("truncated", "bomb", ...)."""
         for part, n_error in zip(self._sealed.parts, self._sealed.n_errors, strict=True):
             if n_error:
-                table = read_columns(self._sealed.files(part.errors), ERRORS, ["key", "kind"], n_error)
+                table = read_columns(
+                    self._sealed.files(part.errors), ERRORS, ["key", "kind"], n_error
+                )
                 yield from zip(table["key"].to_pylist(), table["kind"].to_pylist(), strict=True)
 
     def _read_targets(self, part: Part) -> NDArray[np.int64]:
@@ -273,8 +330,8 @@ def _read_class_column(root: Path, classes: StoredClasses, name: ClassColumn) ->
 class CaptionStore(Reopened, StoredRows, MappedPairs):
     """The sealed store of images with captions, the same to every predictor as ``PairEmbeddings`` in memory.
 
-    What is checked when, what a pickled one is, and the errors are as of ``EmbeddingStore``; here a DataError is one of
-    classes.
+    What is checked when, what a pickled one is, and the errors are as of ``EmbeddingStore``; here a
+    DataError is one of classes.
 
     Args:
         path: The folder that ``vilu embed`` wrote.
@@ -284,16 +341,33 @@ class CaptionStore(Reopened, StoredRows, MappedPairs):
 
     @checked
     @as_usual()
-    def __init__(self, path: str | os.PathLike[str], pools: Pools | None = None, fold: Fold | None = None) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], pools: Pools | None = None, fold: Fold | None = None
+    ) -> None:
         sealed = Sealed(Path(path))
-        self.manifest, self.seal, self.options = sealed.manifest, sealed.seal, {"pools": pools, "fold": fold}
+        self.manifest, self.seal, self.options = (
+            sealed.manifest,
+            sealed.seal,
+            {"pools": pools, "fold": fold},
+        )
         if not self.manifest.captions:
-            raise DataError(f"{path} has classes and no captions. Open it with vilu.EmbeddingStore.")
+            raise DataError(
+                f"{path} has classes and no captions. Open it with vilu.EmbeddingStore."
+            )
         sealed.require_seal(not self.manifest.classes)
         counts = np.diff(sealed.rows.starts).tolist()
-        files = ((sealed.files(part.metadata), n) for part, n in zip(sealed.parts, counts, strict=True))
+        files = (
+            (sealed.files(part.metadata), n) for part, n in zip(sealed.parts, counts, strict=True)
+        )
         chosen = None if fold is None else rows_of_fold(files, ("caption",), fold, len(sealed.rows))
-        super().__init__(sealed.path, sealed.rows, (IMAGE, CAPTION), self.manifest.space, pools or Pools(), chosen)
+        super().__init__(
+            sealed.path,
+            sealed.rows,
+            (IMAGE, CAPTION),
+            self.manifest.space,
+            pools or Pools(),
+            chosen,
+        )
         # of the pictures: to a caption that asks for its picture they would tell which one it is
         kept = frozenset(self.manifest.arrays) - {IMAGE, CAPTION}
         self.columns = kept if self.pools.direction == "image_to_text" else frozenset()

@@ -31,9 +31,27 @@ from vilu.predictors.storage import load
 from vilu.store.reader import EmbeddingStore
 from vilu.triage.choose import to_teach
 from vilu.triage.guard import RunnersUp
-from vilu.triage.labels import SKIPPED, Entry, LabelBook, Stream, check_names, columns_of, match_photos, read_labels
+from vilu.triage.labels import (
+    SKIPPED,
+    Entry,
+    LabelBook,
+    Stream,
+    check_names,
+    columns_of,
+    match_photos,
+    read_labels,
+)
 from vilu.triage.photos import Photos
-from vilu.triage.promise import ORDER, PLANNED, Mask, PromiseProgress, Sides, Trial, keep_promise, stand
+from vilu.triage.promise import (
+    ORDER,
+    PLANNED,
+    Mask,
+    PromiseProgress,
+    Sides,
+    Trial,
+    keep_promise,
+    stand,
+)
 
 LABELLED, REVIEW = "labelled", "review"
 """Decisions beside "accept": the label is known; a person has to look."""
@@ -57,14 +75,25 @@ class Decision:
 def decision_of(outcomes: Outcomes, row: int, label: str | None, near: RunnersUp) -> Decision:
     """What is said of a row, whose label is known or not."""
     path = "" if outcomes.ids is None else outcomes.ids[row]
-    names, said = outcomes.class_names or (), UNKNOWN if outcomes.prediction is None else int(outcomes.prediction[row])
-    probability = outcomes.uncertainty if outcomes.failure_probability is None else outcomes.failure_probability
+    names, said = (
+        outcomes.class_names or (),
+        UNKNOWN if outcomes.prediction is None else int(outcomes.prediction[row]),
+    )
+    probability = (
+        outcomes.uncertainty
+        if outcomes.failure_probability is None
+        else outcomes.failure_probability
+    )
     p = None if np.isnan(probability[row]) else float(probability[row])
     second = near[0] if near else (None, None)
     if label is not None:
-        return Decision(path, label, None, LABELLED, None)  # whatever the model answers, and how likely that is wrong
+        return Decision(
+            path, label, None, LABELLED, None
+        )  # whatever the model answers, and how likely that is wrong
     if p is None:
-        return Decision(path, None, None, REVIEW, None if outcomes.reason is None else outcomes.reason[row])
+        return Decision(
+            path, None, None, REVIEW, None if outcomes.reason is None else outcomes.reason[row]
+        )
     decided = ABSTAIN if outcomes.decision is None else outcomes.decision[row]
     reason = "no_promise" if outcomes.decision_reason is None else outcomes.decision_reason[row]
     return Decision(path, names[said], p, ACCEPT if decided == ACCEPT else REVIEW, reason, *second)
@@ -90,7 +119,9 @@ def asked_before(path: Path, keys: Sequence[str]) -> dict[str, Entry]:
     known, asked = set(keys), dict[str, Entry]()
     for row in (row for row in rows if row["path"] in known):
         stream: Stream = "promise" if row["stream"] == "promise" else "fit"
-        asked[row["path"]] = Entry(row["path"], row["label"] or None, stream, predictor=row["predictor"])
+        asked[row["path"]] = Entry(
+            row["path"], row["label"] or None, stream, predictor=row["predictor"]
+        )
     return asked
 
 
@@ -102,13 +133,18 @@ def labelled(store: EmbeddingStore, files: Sequence[Path]) -> tuple[Photos, Labe
     """
     photos, book = Photos([(store, np.arange(len(store)))], {}), LabelBook()
     names = store.class_names or tuple(map(str, range(store.n_candidates)))
-    known = {path: names[place] for path, place in zip(photos.ids, store.target.tolist(), strict=True) if place >= 0}
+    known = {
+        path: names[place]
+        for path, place in zip(photos.ids, store.target.tolist(), strict=True)
+        if place >= 0
+    }
     book.answer(known)
     for file in files:
         if asked := asked_before(file, photos.ids):
             before = {one.path: one.label for one in book}  # which no empty cell takes back
             book.entries |= {
-                path: dataclasses.replace(one, label=one.label or before.get(path)) for path, one in asked.items()
+                path: dataclasses.replace(one, label=one.label or before.get(path))
+                for path, one in asked.items()
             }
             continue
         labels, streams = read_labels(file)
@@ -117,7 +153,12 @@ def labelled(store: EmbeddingStore, files: Sequence[Path]) -> tuple[Photos, Labe
             {path: labels[name] for name, path in place.items()},
             {path: streams[name] for name, path in place.items() if name in streams},
         )
-    check_names(book.labels, tuple(photos.class_places()), (OUTSIDE_NAME,), files[0] if files else store.path)
+    check_names(
+        book.labels,
+        tuple(photos.class_places()),
+        (OUTSIDE_NAME,),
+        files[0] if files else store.path,
+    )
     photos.label(book.labels, (OUTSIDE_NAME,))
     return photos, book
 
@@ -139,7 +180,9 @@ def picked(store: EmbeddingStore, files: Sequence[Path]) -> EmbeddingSource:
     wanted = book.labels.keys() - chosen
     rows = [row for row, path in enumerate(photos.ids) if path in wanted]
     if not rows:
-        raise DataError(f"no label is of a row that was picked at random: all {len(chosen)} were asked for to teach.")
+        raise DataError(
+            f"no label is of a row that was picked at random: all {len(chosen)} were asked for to teach."
+        )
     if skipped := sum(one.label == SKIPPED and one.stream == "given" for one in book):
         say_once(
             f"{skipped} of {skipped + len(rows)} picked rows have the label {SKIPPED} and are left out: what is "
@@ -157,7 +200,8 @@ def name_of(predictor: FailurePredictor) -> str:
 class Standpoint:
     """What is known of a store's rows where a predictor of failure is to be promised something of.
 
-    ``draws`` are rows that vouch, of all or by class of the answer (small ones together), from scores alone.
+    ``draws`` are rows that vouch, of all or by class of the answer (small ones together), from
+    scores alone.
     """
 
     name: str  # of the predictor
@@ -178,13 +222,25 @@ class Standpoint:
         *,
         per_class: bool,
     ) -> Standpoint:
-        """Of a store and tables that were asked for. What the fit has seen vouches for nothing, or is refused."""
+        """Of a store and tables that were asked for.
+
+        What the fit has seen vouches for nothing, or is refused.
+        """
         photos, book = labelled(store, files)
-        outcomes = score_rows(Decider(predictor), photos, {"is_probability": predictor.is_probability})
+        outcomes = score_rows(
+            Decider(predictor), photos, {"is_probability": predictor.is_probability}
+        )
         sides = Sides.of(photos, book, seed)
-        fresh = ~seen.shared if (seen := predictor.seen(photos)).whole else predictor.unseen(photos, "vouching")
+        fresh = (
+            ~seen.shared
+            if (seen := predictor.seen(photos)).whole
+            else predictor.unseen(photos, "vouching")
+        )
         sides = dataclasses.replace(sides, vouches=sides.vouches & fresh)
-        rows, delta = np.flatnonzero(sides.voucher if predictor.is_probability else []), 1 - CONFIDENCE
+        rows, delta = (
+            np.flatnonzero(sides.voucher if predictor.is_probability else []),
+            1 - CONFIDENCE,
+        )
         names = np.array(group_names(outcomes), dtype=object)[rows].tolist() if per_class else None
         groups, draws = members_of(names, len(rows), delta, partial(flawless_labels, max_risk)), {}
         for group, places in groups.items() if len(rows) else ():
@@ -199,28 +255,43 @@ class Standpoint:
             region = rows[self.outcomes.uncertainty[rows] <= trial.limit]
             waiting = region[~asked[region]]
             ordered = waiting[np.argsort(self.sides.place[waiting])][:n].tolist()
-            later, before = (found[group].certified is not None, not trial.likely), len(region) - len(waiting)
+            later, before = (
+                (found[group].certified is not None, not trial.likely),
+                len(region) - len(waiting),
+            )
             queue += [(*later, before + more, group, row) for more, row in enumerate(ordered)]
         chosen = sorted(queue)[:n]
-        return [np.array([row for *_, of, row in chosen if of == group], np.int64) for group in self.draws]
+        return [
+            np.array([row for *_, of, row in chosen if of == group], np.int64)
+            for group in self.draws
+        ]
 
     def standings(self, max_risk: float, delta: float) -> dict[str, PromiseProgress]:
         """How far the promise of each draw is; they share the level."""
         drawn = {one.path: one.predictor for one in self.book if one.stream == "promise"}
-        mine, found = np.array([drawn.get(path) == self.name for path in self.photos.ids], np.bool_), {}
+        mine, found = (
+            np.array([drawn.get(path) == self.name for path in self.photos.ids], np.bool_),
+            {},
+        )
         for group, (rows, trial) in self.draws.items():
-            sides = dataclasses.replace(self.sides, usable=np.bincount(rows, minlength=len(mine)) > 0)
+            sides = dataclasses.replace(
+                self.sides, usable=np.bincount(rows, minlength=len(mine)) > 0
+            )
             up_to = int(sides.place[rows[mine[rows]]].max(initial=-1)) + 1
             risk, others = (max_risk, delta / len(self.draws)), {*drawn.values()} - {self.name}
             found[group] = stand(trial, self.outcomes, sides, risk, up_to, len(others))
         return found
 
-    def rule(self, found: Mapping[str, PromiseProgress], max_risk: float, confidence: float) -> Selector:
+    def rule(
+        self, found: Mapping[str, PromiseProgress], max_risk: float, confidence: float
+    ) -> Selector:
         """The promise of all draws."""
         rules = {group: one.rule(max_risk, confidence) for group, one in found.items()}
         grouped = None if ALL in rules else "prediction"
         certificates = {group: one.certificates[ALL] for group, one in rules.items()}
-        return rules[next(iter(rules))].model_copy(update={"grouped_by": grouped, "certificates": certificates})
+        return rules[next(iter(rules))].model_copy(
+            update={"grouped_by": grouped, "certificates": certificates}
+        )
 
 
 def next_of_store(
@@ -235,8 +306,9 @@ def next_of_store(
 ) -> tuple[list[Entry], list[Decision]]:
     """What to label next of a store: photos that teach, then as many that vouch; and what is said of each.
 
-    ``files`` are what was asked for before. Rows that the predictor was fitted on vouch for nothing. ``per_class``: for
-    a promise about every class of answers, first of those that lack labels.
+    ``files`` are what was asked for before. Rows that the predictor was fitted on vouch for
+    nothing. ``per_class``: for a promise about every class of answers, first of those that lack
+    labels.
     """
     at = Standpoint.of(store, predictor, files, seed, max_risk, per_class=per_class)
     keys, vouchers = at.photos.ids, list[int]()
@@ -244,7 +316,9 @@ def next_of_store(
     free = np.flatnonzero(at.sides.teacher & ~asked)
     for drawn in at.lacking_first(n // 2, asked, max_risk):
         share = (at.sides.place[drawn].max(initial=-1) + 1) / ORDER
-        at.book.ask([keys[row] for row in drawn], "promise", predictor=at.name, probability=float(share))
+        at.book.ask(
+            [keys[row] for row in drawn], "promise", predictor=at.name, probability=float(share)
+        )
         vouchers += drawn.tolist()
     teachers = to_teach(at.photos, free, at.outcomes.uncertainty, n - len(vouchers), seed)
     at.book.ask([keys[row] for row in teachers], "fit", predictor=at.name)
@@ -267,46 +341,70 @@ def calibrate_by_labels(
 ) -> Record:
     """A promise from the labels that `vilu next` asked for, which may be looked at as often as one likes.
 
-    Counted are labels of the draw up to the last place that was asked for with this predictor, all of them, and those
-    of rows picked at random ("given"). Of predictors for which labels were asked before, each has its share of the
-    level (``level_of``), so all such tables are to be given.
+    Counted are labels of the draw up to the last place that was asked for with this predictor, all
+    of them, and those of rows picked at random ("given"). Of predictors for which labels were asked
+    before, each has its share of the level (``level_of``), so all such tables are to be given.
 
     Raises:
         UsageError: If the predictor gives no probability, or was calibrated for another goal.
-        DataError: If labels that were asked for are missing, or a fit on these rows was too large to know them all.
-        InfeasibleError: If nothing is certified yet; nothing is written then. But a promise that is there, and rests
-            on labels which are others now, is gone.
+        DataError: If labels that were asked for are missing, or a fit on these rows was too large
+            to know them all.
+        InfeasibleError: If nothing is certified yet; nothing is written then. But a promise that is
+            there, and rests on labels which are others now, is gone.
     """
-    with locked(folder, "calibrating", who="calibration"):  # what is there is looked at by one at a time
+    with locked(
+        folder, "calibrating", who="calibration"
+    ):  # what is there is looked at by one at a time
         predictor = load(folder)
         predictor.calibrator_ = None
         if not predictor.is_probability:
-            raise UsageError(f"labels that vouch are asked for by a probability of failure; {predictor.name} has none.")
+            raise UsageError(
+                f"labels that vouch are asked for by a probability of failure; {predictor.name} has none."
+            )
         at = Standpoint.of(store, predictor, files, seed, max_risk, per_class=per_class)
         if not at.draws:
-            raise DataError(f"the predictor in {folder} has seen all rows of {store.path} that could vouch for it.")
+            raise DataError(
+                f"the predictor in {folder} has seen all rows of {store.path} that could vouch for it."
+            )
         before = record.load(folder).rule if record.has_record(folder) and not overwrite else None
         goal = "anytime", max_risk, confidence, set(at.draws)
         if before is not None and not (
             isinstance(before, Selector)
-            and (before.method, before.max_risk, before.confidence, set(before.certificates)) == goal
+            and (before.method, before.max_risk, before.confidence, set(before.certificates))
+            == goal
         ):
-            raise UsageError(f"{folder} is calibrated already ({before}). --overwrite replaces that calibration.")
+            raise UsageError(
+                f"{folder} is calibrated already ({before}). --overwrite replaces that calibration."
+            )
         found = at.standings(max_risk, 1 - confidence)
-        if missing := [at.photos.ids[row] for one in found.values() for row in one.missing.tolist()]:
+        if missing := [
+            at.photos.ids[row] for one in found.values() for row in one.missing.tolist()
+        ]:
             raise DataError(
                 f"{len(missing)} of the labels that were asked for are missing, the first that of {missing[0]}. The "
                 f"promise rests on all of them: fill them in, or write {SKIPPED} where nobody can say."
             )
-        rule, u, names = at.rule(found, max_risk, confidence), at.outcomes.uncertainty, group_names(at.outcomes)
+        rule, u, names = (
+            at.rule(found, max_risk, confidence),
+            at.outcomes.uncertainty,
+            group_names(at.outcomes),
+        )
         for one in found.values():
-            at.outcomes.failure[one.rows] = one.outcomes.failure  # of one that nobody could name, too
+            at.outcomes.failure[one.rows] = (
+                one.outcomes.failure
+            )  # of one that nobody could name, too
         holds = before is not None and not _outlived(folder, at.outcomes)
-        if before is not None and holds and before.accept(u, names).sum() >= rule.accept(u, names).sum():
+        if (
+            before is not None
+            and holds
+            and before.accept(u, names).sum() >= rule.accept(u, names).sum()
+        ):
             return record.load(folder)  # certified once is certified for ever
         if not rule.feasible:
             _outlived(folder, at.outcomes)  # with overwrite; else it was asked before
-            why = "; ".join(f"{group}: {one.why}".removeprefix(": ") for group, one in rule.certificates.items())
+            why = "; ".join(
+                f"{group}: {one.why}".removeprefix(": ") for group, one in rule.certificates.items()
+            )
             raise InfeasibleError(f"a risk of at most {max_risk:.2%} is not shown: {why}.")
         rows = at.outcomes.take(np.sort(np.concatenate([one.rows for one in found.values()])))
         return keep_promise(folder, predictor, at.photos, rows, rule, store.path.name)
@@ -318,5 +416,10 @@ def _outlived(folder: Path, outcomes: Outcomes) -> bool:
     if found is None or not isinstance(found.rule, Selector) or found.rule.method != "anytime":
         return False  # another one may be of the rows of another store
     rows = record.load_rows(folder, found)
-    was, now = (dict(zip(one.ids or (), one.failure.tolist(), strict=True)) for one in (rows, outcomes))
-    return take_back(folder, {key for key, failure in was.items() if now.get(key, UNKNOWN) not in {UNKNOWN, failure}})
+    was, now = (
+        dict(zip(one.ids or (), one.failure.tolist(), strict=True)) for one in (rows, outcomes)
+    )
+    return take_back(
+        folder,
+        {key for key, failure in was.items() if now.get(key, UNKNOWN) not in {UNKNOWN, failure}},
+    )

@@ -1,12 +1,14 @@
 """What to label next: photos that teach, and, apart from them, photos that vouch.
 
-*Teach*: doubtful and different from one another. k-means on the embeddings, every photo weighted by its uncertainty,
-and of each of k clusters the photo next to its centre (Prabhu et al., Active Domain Adaptation via Clustering
-Uncertainty-weighted Embeddings, ICCV 2021, with our probability of failure for the entropy).
+*Teach*: doubtful and different from one another. k-means on the embeddings, every photo weighted by
+its uncertainty, and of each of k clusters the photo next to its centre (Prabhu et al., Active
+Domain Adaptation via Clustering Uncertainty-weighted Embeddings, ICCV 2021, with our probability of
+failure for the entropy).
 
-*Vouch*: a draw from what may be accepted, u <= limit. Given acceptance the labels are independent, so every threshold
-up to the limit can be tested on them, and none is spent on photos that would be abstained from anyway. The limit is
-chosen from scores alone: the laxest one at which so many labels are expected to show the risk.
+*Vouch*: a draw from what may be accepted, u <= limit. Given acceptance the labels are independent,
+so every threshold up to the limit can be tested on them, and none is spent on photos that would be
+abstained from anyway. The limit is chosen from scores alone: the laxest one at which so many labels
+are expected to show the risk.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ def to_teach(source: EmbeddingSource, rows: Ints, uncertainty: Floats, n: int, s
     image = source.image_rows(torch.from_numpy(rows)).numpy()
     weight = uncertainty[rows] - np.nanmin(uncertainty)
     weight = weight / max(float(weight.max()), 1e-12) + 1e-3
-    centres = KMeans(n, n_init=1, max_iter=ITERATIONS, random_state=seed).fit(image, sample_weight=weight)
+    centres = KMeans(n, n_init=1, max_iter=ITERATIONS, random_state=seed).fit(
+        image, sample_weight=weight
+    )
     distance = centres.transform(image)
     chosen, free = np.empty(n, dtype=np.int64), np.ones(len(rows), dtype=np.bool_)
     for cluster in range(n):
@@ -70,7 +74,9 @@ def choose_limit(uncertainty: Floats, n: int, max_risk: float, delta: float) -> 
     if not len(ordered):
         return -math.inf, False
     risk = np.cumsum(ordered) / np.arange(1, len(ordered) + 1)
-    shown = np.flatnonzero(log_evidence(np.round(risk * n), np.full(len(risk), n), max_risk) >= -math.log(delta))
+    shown = np.flatnonzero(
+        log_evidence(np.round(risk * n), np.full(len(risk), n), max_risk) >= -math.log(delta)
+    )
     least = min(max(math.ceil(SHARE * len(ordered)), FEWEST), len(ordered)) - 1
     last = int(shown[-1]) if len(shown) else -1
     return float(ordered[max(last, least)]), last >= least

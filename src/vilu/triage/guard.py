@@ -52,17 +52,19 @@ class Answer:
     Attributes:
         key: Its path, or its place among the images as text.
         label: The model's answer; None where the image could not be read.
-        failure_probability: How likely that is wrong; of a predictor whose scores are no probabilities, and which is
-            not calibrated, None.
+        failure_probability: How likely that is wrong; of a predictor whose scores are no
+            probabilities, and which is not calibrated, None.
         uncertainty: The score of the predictor, higher = more likely wrong; None without an answer.
         decision: "accept" or "abstain"; None where the predictor carries no rule.
-        reason: Why it is not accepted ("above_threshold", "outside", "not_certified", or what is wrong with the
-            image: "truncated", "bomb", "read_error", ...); None where it is.
+        reason: Why it is not accepted ("above_threshold", "outside", "not_certified", or what is
+            wrong with the image: "truncated", "bomb", "read_error", ...); None where it is.
         runners_up: The next answers with their zero-shot probabilities, the most likely first.
 
     Examples:
         >>> import vilu
-        >>> answer = vilu.Answer("a.jpg", "cat", 0.03, 0.2, "accept", None, runners_up=(("dog", 0.02), ("cup", 0.01)))
+        >>> answer = vilu.Answer(
+        ...     "a.jpg", "cat", 0.03, 0.2, "accept", None, runners_up=(("dog", 0.02), ("cup", 0.01))
+        ... )
         >>> f"{answer.label}, wrong with {answer.failure_probability:.0%}; else a {answer.runners_up[0][0]}"
         'cat, wrong with 3%; else a dog'
     """
@@ -79,8 +81,14 @@ class Answer:
 class Arrived(EmbeddingSource):
     """Embeddings of images that have just been read, against the candidates of a predictor."""
 
-    def __init__(self, vocabulary: Vocabulary, arrays: Mapping[str, Tensor], keys: Sequence[str]) -> None:
-        self.space, self.text, self.class_names = vocabulary.space, vocabulary.text, vocabulary.names
+    def __init__(
+        self, vocabulary: Vocabulary, arrays: Mapping[str, Tensor], keys: Sequence[str]
+    ) -> None:
+        self.space, self.text, self.class_names = (
+            vocabulary.space,
+            vocabulary.text,
+            vocabulary.names,
+        )
         self.image, self.ids = arrays[IMAGE], list(keys)
         images = {name: rows for name, rows in arrays.items() if name in IMAGE_COLUMNS}
         self._columns = {**vocabulary.columns, **images}
@@ -95,7 +103,8 @@ class Arrived(EmbeddingSource):
 class Judge:
     """What a predictor says of embeddings that have just been made: answers, decisions, scores.
 
-    The folder holds the predictor and what its answers are chosen from. Any number of threads may ask at once.
+    The folder holds the predictor and what its answers are chosen from. Any number of threads may
+    ask at once.
 
     Raises:
         DataError: If the folder holds no predictor, or not its candidates.
@@ -123,24 +132,43 @@ class Judge:
         self.arrays: tuple[str, ...] = (IMAGE, *sorted(wanted))
 
     @as_usual()
-    def judge(self, arrays: Mapping[str, Tensor], keys: Sequence[str]) -> tuple[list[Answer], Outcomes]:
+    def judge(
+        self, arrays: Mapping[str, Tensor], keys: Sequence[str]
+    ) -> tuple[list[Answer], Outcomes]:
         """Answers about embeddings (B, D) with what else the predictor needs of an image, and the scores in columns."""
-        source = Arrived(self.vocabulary, {name: arrays[name].float() for name in self.arrays}, keys)
-        facts = {"is_probability": self.predictor.is_probability, "provenance": self.decider.provenance}
+        source = Arrived(
+            self.vocabulary, {name: arrays[name].float() for name in self.arrays}, keys
+        )
+        facts = {
+            "is_probability": self.predictor.is_probability,
+            "provenance": self.decider.provenance,
+        }
         outcomes = score_rows(self.decider, source, facts, task=Silence())
         names = self.vocabulary.names
         near = [row for batch in source.batches(len(keys)) for row in runners_up_of(batch, names)]
-        return [self._answer(key, outcomes, row, near[row]) for row, key in enumerate(keys)], outcomes
+        return [
+            self._answer(key, outcomes, row, near[row]) for row, key in enumerate(keys)
+        ], outcomes
 
     def _answer(self, key: str, outcomes: Outcomes, row: int, runners_up: RunnersUp) -> Answer:
         u = float(outcomes.uncertainty[row])
         if math.isnan(u):
             return self.refused(key, None if outcomes.reason is None else outcomes.reason[row])
         probability = outcomes.failure_probability
-        p = float(probability[row]) if probability is not None else u if outcomes.is_probability else None
+        p = (
+            float(probability[row])
+            if probability is not None
+            else u
+            if outcomes.is_probability
+            else None
+        )
         decision = None if outcomes.decision is None else outcomes.decision[row]
         reason = None if outcomes.decision_reason is None else outcomes.decision_reason[row]
-        label = self.vocabulary.names[int(outcomes.prediction[row])] if outcomes.prediction is not None else None
+        label = (
+            self.vocabulary.names[int(outcomes.prediction[row])]
+            if outcomes.prediction is not None
+            else None
+        )
         return Answer(key, label, p, u, decision, reason, runners_up)
 
     def refused(self, key: str, reason: str | None) -> Answer:
@@ -152,12 +180,14 @@ class Judge:
 class Guard:
     """Answers for images with the probability that they are wrong, and whether to accept them.
 
-    The folder holds a predictor and what its answers are chosen from, as ``vilu triage`` and ``vilu calibrate`` leave
-    it. The model is the one that the predictor was fitted on: weights, preprocessing and prompts are compared by their
-    fingerprints. Images are decoded in threads and embedded in batches, in memory that does not grow with their number;
-    their numbers are those of ``vilu embed`` and ``vilu score``, but for the order of sums in batches of another size.
-    A bad image is an answer with a reason. Where a rule judges whole batches (``--method selection``) there is no
-    decision about one image, so that is refused. Any number of threads may ask one guard at once.
+    The folder holds a predictor and what its answers are chosen from, as ``vilu triage`` and ``vilu
+    calibrate`` leave it. The model is the one that the predictor was fitted on: weights,
+    preprocessing and prompts are compared by their fingerprints. Images are decoded in threads and
+    embedded in batches, in memory that does not grow with their number; their numbers are those of
+    ``vilu embed`` and ``vilu score``, but for the order of sums in batches of another size. A bad
+    image is an answer with a reason. Where a rule judges whole batches (``--method selection``)
+    there is no decision about one image, so that is refused. Any number of threads may ask one
+    guard at once.
 
     Args:
         predictor: The folder.
@@ -166,7 +196,8 @@ class Guard:
         batch_size: Images per forward pass.
         workers: Decoding threads; by default one per core.
         limits: What an image may be.
-        backbone: A model that is loaded already, or one by another name or path with the same weights.
+        backbone: A model that is loaded already, or one by another name or path with the same
+            weights.
 
     Raises:
         DataError: If the folder holds no predictor, or not its candidates.
@@ -180,20 +211,30 @@ class Guard:
         >>> from vilu.backbones.base import DualEncoder
         >>> from vilu.predictors.vocabulary import Vocabulary
         >>> space = vilu.EmbeddingSpace(3, logit_scale=10.0)
-        >>> model = DualEncoder(  # a model of your own: it compares the mean colour with three colours
-        ...     space,
-        ...     torch.device("cpu"),
-        ...     transform=lambda image: torch.tensor(np.array(image.convert("RGB")) / 255).permute(2, 0, 1).float(),
-        ...     image_tower=lambda pixels: pixels.mean(dim=(2, 3)),
-        ...     text_tower=lambda texts: torch.eye(3),
-        ...     truncates=lambda texts: [False] * len(texts),
+        >>> model = (
+        ...     DualEncoder(  # a model of your own: it compares the mean colour with three colours
+        ...         space,
+        ...         torch.device("cpu"),
+        ...         transform=lambda image: (
+        ...             torch.tensor(np.array(image.convert("RGB")) / 255).permute(2, 0, 1).float()
+        ...         ),
+        ...         image_tower=lambda pixels: pixels.mean(dim=(2, 3)),
+        ...         text_tower=lambda texts: torch.eye(3),
+        ...         truncates=lambda texts: [False] * len(texts),
+        ...     )
         ... )
-        >>> with tempfile.TemporaryDirectory() as folder:  # `vilu triage` and `vilu calibrate` leave such a one
+        >>> with (
+        ...     tempfile.TemporaryDirectory() as folder
+        ... ):  # `vilu triage` and `vilu calibrate` leave such a one
         ...     _ = vilu.MCM().save(folder)
-        ...     Vocabulary(("red", "green", "blue"), torch.eye(3), space, "float32", {}).save(pathlib.Path(folder))
+        ...     Vocabulary(("red", "green", "blue"), torch.eye(3), space, "float32", {}).save(
+        ...         pathlib.Path(folder)
+        ...     )
         ...     guard = vilu.Guard(folder, backbone=model, workers=1)
         ...     answers = guard([Image.new("RGB", (8, 8), colour) for colour in ("red", "yellow")])
-        >>> [(one.label, round(one.failure_probability, 2)) for one in answers]  # yellow is red as much as green
+        >>> [
+        ...     (one.label, round(one.failure_probability, 2)) for one in answers
+        ... ]  # yellow is red as much as green
         [('red', 0.0), ('red', 0.5)]
         >>> next(guard.stream([b"no image"])).reason
         'unidentified'
@@ -201,7 +242,9 @@ class Guard:
         ['blue']
     """
 
-    config: ClassVar[SimpleNamespace] = SimpleNamespace(_commit_hash=None)  # asked for by `transformers.pipeline`
+    config: ClassVar[SimpleNamespace] = SimpleNamespace(
+        _commit_hash=None
+    )  # asked for by `transformers.pipeline`
 
     @checked
     @as_usual()
@@ -219,19 +262,29 @@ class Guard:
         require_at_least("batch_size", batch_size, 1)
         require_at_least("workers", 1 if workers is None else workers, 1)
         if not isinstance(backbone, Backbone | None):
-            raise UsageError(f"backbone must be a model as vilu.load_backbone gives it. Got {backbone!r:.60} instead.")
+            raise UsageError(
+                f"backbone must be a model as vilu.load_backbone gives it. Got {backbone!r:.60} instead."
+            )
         self.judge = Judge(Path(predictor))
-        self.predictor, self.decider, self.vocabulary = self.judge.predictor, self.judge.decider, self.judge.vocabulary
+        self.predictor, self.decider, self.vocabulary = (
+            self.judge.predictor,
+            self.judge.decider,
+            self.judge.vocabulary,
+        )
         self.backbone = backbone or self._load(models, device)
         self.vocabulary.space.require_match(
-            self.backbone.space, mine=str(predictor), theirs=f"the model {self.backbone.space.backbone}"
+            self.backbone.space,
+            mine=str(predictor),
+            theirs=f"the model {self.backbone.space.backbone}",
         )
         self.batch_size, self.workers = batch_size, workers or default_workers()
         widths = {IMAGE: self.vocabulary.space.embed_dim, "features": self.backbone.feature_dim}
         self.widths = {name: widths[name] for name in self.judge.arrays}
         arrays = {name: (width,) for name, width in self.widths.items()}
         dtype = self.vocabulary.dtype
-        self._encoder = Encoder(self.backbone, batch_size, strict=False, task=Silence(), arrays=arrays, dtype=dtype)
+        self._encoder = Encoder(
+            self.backbone, batch_size, strict=False, task=Silence(), arrays=arrays, dtype=dtype
+        )
         self.decode = Decoder(self.backbone.preprocess, limits, len(self.vocabulary.names))
 
     def _load(self, models: str | os.PathLike[str] | None, device: str) -> Backbone:
@@ -253,7 +306,8 @@ class Guard:
     def columns(self, images: Iterable[ImageLike]) -> dict[str, list[Any]]:
         """The answers as columns, as ``datasets.Dataset.map`` takes them.
 
-        ``dataset.map(lambda rows: guard.columns(rows["image"]), batched=True)`` adds what ``Answer`` has, but its key.
+        ``dataset.map(lambda rows: guard.columns(rows["image"]), batched=True)`` adds what
+        ``Answer`` has, but its key.
         """
         answers = self(images)
         names = [one.name for one in fields(Answer) if one.name != "key"]
@@ -262,13 +316,17 @@ class Guard:
     def stream(self, images: Iterable[ImageLike]) -> Iterator[Answer]:
         """The same for any number of images, one answer after another, as batches are done."""
         records = enumerate(map(record_of, count(), images))
-        with in_threads(self.decode, records, self.workers, self.batch_size + self.workers) as decoded:
+        with in_threads(
+            self.decode, records, self.workers, self.batch_size + self.workers
+        ) as decoded:
             while batch := list(islice(decoded, self.batch_size)):
                 yield from self._judge(batch)
 
     def _judge(self, batch: Sequence[Decoded | ErrorRow | None]) -> list[Answer]:
         content = self.embed(batch)
-        answers = {error.position: self.judge.refused(error.key, error.kind) for error in content.errors}
+        answers = {
+            error.position: self.judge.refused(error.key, error.kind) for error in content.errors
+        }
         if content.rows:
             told, _ = self.judge.judge(arrays_of(content), [row.key for row in content.rows])
             answers |= zip((row.position for row in content.rows), told, strict=True)
@@ -315,6 +373,12 @@ def record_of(place: int, image: ImageLike) -> ImageRecord:
 
 def _encoded(image: Image.Image) -> bytes:
     content = io.BytesIO()
-    plain = image if image.mode in {"1", "L", "LA", "P", "RGB", "RGBA", "I;16"} else image.convert("RGB")
-    plain.save(content, "PNG", compress_level=0)  # it goes the way that all images go, and is judged as they are
+    plain = (
+        image
+        if image.mode in {"1", "L", "LA", "P", "RGB", "RGBA", "I;16"}
+        else image.convert("RGB")
+    )
+    plain.save(
+        content, "PNG", compress_level=0
+    )  # it goes the way that all images go, and is judged as they are
     return content.getvalue()

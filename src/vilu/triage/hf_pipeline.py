@@ -39,13 +39,15 @@ def register() -> None:
 class SelectivePipeline:
     """A guard's answers in the shape of the task "zero-shot-image-classification".
 
-    An image gives a list with one entry, the model's answer; a list of images gives a list of these, and any other
-    iterable, as a data set, an iterator over them in bounded memory. An entry has ``label``, ``score`` (how likely the
-    label is right, 1 - ``failure_probability``), ``failure_probability``, ``decision`` and ``reason`` as in
-    ``vilu.Answer``, and ``runners_up``: the next answers, each with ``label`` and its zero-shot probability as
-    ``score``. What is not known is None: a bad image has a reason and no label.
+    An image gives a list with one entry, the model's answer; a list of images gives a list of
+    these, and any other iterable, as a data set, an iterator over them in bounded memory. An entry
+    has ``label``, ``score`` (how likely the label is right, 1 - ``failure_probability``),
+    ``failure_probability``, ``decision`` and ``reason`` as in ``vilu.Answer``, and ``runners_up``:
+    the next answers, each with ``label`` and its zero-shot probability as ``score``. What is not
+    known is None: a bad image has a reason and no label.
 
-    It is no ``transformers.Pipeline``: that moves a network and its processors about, which a guard keeps together.
+    It is no ``transformers.Pipeline``: that moves a network and its processors about, which a guard
+    keeps together.
 
     Args:
         model: The guard, which knows classes, prompts, device and batch size.
@@ -53,15 +55,20 @@ class SelectivePipeline:
         settings: What ``transformers.pipeline`` adds: a ``dtype`` of "auto", and nothing else.
 
     Raises:
-        UsageError: If ``model`` is no guard, there are other settings, or an image is no path, bytes or Pillow picture.
+        UsageError: If ``model`` is no guard, there are other settings, or an image is no path,
+            bytes or Pillow picture.
     """
 
     # what ``transformers.pipeline`` would load beside the model
-    _load_processor = _load_image_processor = _load_video_processor = _load_feature_extractor = _load_tokenizer = False
+    _load_processor = _load_image_processor = _load_video_processor = _load_feature_extractor = (
+        _load_tokenizer
+    ) = False
 
     def __init__(self, model: Guard, task: str = TASK, **settings: object) -> None:
         if not isinstance(model, Guard):
-            raise UsageError(f"give the predictor as a guard: model=vilu.Guard(folder). Got {model!r:.60} instead.")
+            raise UsageError(
+                f"give the predictor as a guard: model=vilu.Guard(folder). Got {model!r:.60} instead."
+            )
         self.model, self.task = model, task
         _refuse({name for name, value in settings.items() if (name, value) != ("dtype", "auto")})
 

@@ -18,7 +18,16 @@ from vilu.files.documents import plain_json
 from vilu.files.places import claim_file, inputs_of
 from vilu.predictors.base import NotExportable
 from vilu.predictors.nn.attention import FEATURES
-from vilu.predictors.onnx import SAID, Trial, largest_difference, metadata, reference, runner, score_graph, write_graph
+from vilu.predictors.onnx import (
+    SAID,
+    Trial,
+    largest_difference,
+    metadata,
+    reference,
+    runner,
+    score_graph,
+    write_graph,
+)
 from vilu.predictors.record import PREDICTOR, VOCABULARY, read_record
 from vilu.triage.guard import Guard
 
@@ -34,12 +43,19 @@ class ImageGraph(nn.Module):
     def __init__(self, guard: Guard) -> None:
         super().__init__()
         self.score, self.backbone = score_graph(guard.predictor), guard.backbone
-        self.text, self.dtype = nn.Buffer(guard.vocabulary.text), getattr(torch, guard.vocabulary.dtype)
-        self.arrays = ("image", FEATURES) if FEATURES in guard.predictor.columns_to_score else ("image",)
+        self.text, self.dtype = (
+            nn.Buffer(guard.vocabulary.text),
+            getattr(torch, guard.vocabulary.dtype),
+        )
+        self.arrays = (
+            ("image", FEATURES) if FEATURES in guard.predictor.columns_to_score else ("image",)
+        )
         rule, names = rule_of(guard), guard.vocabulary.names
         groups = names if rule is not None and rule.grouped_by == "prediction" else None
         ends = None if rule is None else torch.from_numpy(np.stack(rule.limits(len(names), groups)))
-        self.ends = None if ends is None else nn.Buffer(ends)  # (2, K) floor and threshold of every answer
+        self.ends = (
+            None if ends is None else nn.Buffer(ends)
+        )  # (2, K) floor and threshold of every answer
         self.outputs = (*SAID, *(() if rule is None else (ACCEPT,)), *self.arrays)
 
     def embed(self, pixels: Tensor) -> tuple[Tensor, ...]:
@@ -55,7 +71,13 @@ class ImageGraph(nn.Module):
         if self.ends is None:
             return uncertainty, answer, image, *features
         floor, threshold = self.ends[0][answer], self.ends[1][answer]
-        return uncertainty, answer, (uncertainty > floor) & (uncertainty <= threshold), image, *features
+        return (
+            uncertainty,
+            answer,
+            (uncertainty > floor) & (uncertainty <= threshold),
+            image,
+            *features,
+        )
 
     def inputs(self, arrays: tuple[Tensor, ...]) -> Trial:
         """What the score of such rows is a function of."""
@@ -74,20 +96,25 @@ def fingerprint_of(folder: str | Path) -> str:
 
 
 def export_image_graph(
-    folder: str | Path, path: str | Path, *, models: str | Path | None = None, backbone: Backbone | None = None
+    folder: str | Path,
+    path: str | Path,
+    *,
+    models: str | Path | None = None,
+    backbone: Backbone | None = None,
 ) -> float:
     """Write backbone, classes, predictor and rule of a folder as one ONNX file; returns its largest difference.
 
-    Input is ``pixels`` (N, 3, H, W) float32, N >= 1 open, as the backbone's ``preprocess`` makes them of an image:
-    decoding, resizing and scaling stay outside. Outputs are ``uncertainty`` (N,) float64; ``prediction`` (N,) int64, a
-    place in the classes, which the metadata name (``vilu.classes``, JSON); ``accept`` (N,) bool where the folder has a
-    rule; ``image`` (N, D) float32, the embeddings, of unit norm and rounded as ``vilu.Guard`` rounds them; and
+    Input is ``pixels`` (N, 3, H, W) float32, N >= 1 open, as the backbone's ``preprocess`` makes
+    them of an image: decoding, resizing and scaling stay outside. Outputs are ``uncertainty`` (N,)
+    float64; ``prediction`` (N,) int64, a place in the classes, which the metadata name
+    (``vilu.classes``, JSON); ``accept`` (N,) bool where the folder has a rule; ``image`` (N, D)
+    float32, the embeddings, of unit norm and rounded as ``vilu.Guard`` rounds them; and
     ``features`` (N, F) where the predictor looks at them.
 
-    onnxruntime runs the file on random pictures, and it is written only where embeddings are torch's but for one step
-    of their number format, uncertainties and answers are the predictor's of these embeddings, as near as
-    ``export_onnx`` demands, and decisions are the rule's. What is returned is the difference of uncertainties between
-    the two from the pixels on.
+    onnxruntime runs the file on random pictures, and it is written only where embeddings are
+    torch's but for one step of their number format, uncertainties and answers are the predictor's
+    of these embeddings, as near as ``export_onnx`` demands, and decisions are the rule's. What is
+    returned is the difference of uncertainties between the two from the pixels on.
 
     Args:
         folder: A predictor with its classes, as ``vilu triage`` and ``vilu calibrate`` leave it.
@@ -96,10 +123,10 @@ def export_image_graph(
         backbone: As of ``vilu.Guard``; on the CPU.
 
     Raises:
-        NotExportable: If the predictor has no graph, the image tower cannot be written as ONNX or runs in bfloat16, or
-            there is one class alone.
-        UsageError: If ``path`` holds something else, the rule needs more than an image and its answer, or the predictor
-            looks at several views.
+        NotExportable: If the predictor has no graph, the image tower cannot be written as ONNX or
+            runs in bfloat16, or there is one class alone.
+        UsageError: If ``path`` holds something else, the rule needs more than an image and its
+            answer, or the predictor looks at several views.
         DataError: If the file gives something else than torch.
 
     Example::
@@ -116,12 +143,18 @@ def export_image_graph(
     _require_graph(guard)
     graph = ImageGraph(guard).eval()
     # torch first: a tower may be loaded on its first use, which must not be in the export
-    trials = [(pixels, graph.embed(pixels)) for pixels in (_pictures(n, guard.backbone) for n in BATCHES)]
+    trials = [
+        (pixels, graph.embed(pixels)) for pixels in (_pictures(n, guard.backbone) for n in BATCHES)
+    ]
     try:
-        content = write_graph(graph, {PIXELS: trials[-1][0]}, graph.outputs, _metadata(guard, Path(folder)))
+        content = write_graph(
+            graph, {PIXELS: trials[-1][0]}, graph.outputs, _metadata(guard, Path(folder))
+        )
     except (torch.onnx.OnnxExporterError, NotExportable) as error:
         why = str(error.__cause__ or error).strip().split("\n")[0]
-        raise NotExportable(f"{guard.backbone.space.backbone} cannot be written as ONNX: {why} {ALONE}") from error
+        raise NotExportable(
+            f"{guard.backbone.space.backbone} cannot be written as ONNX: {why} {ALONE}"
+        ) from error
     worst = _check(guard, graph, content, trials)
     write_bytes(path, content)
     return worst
@@ -136,7 +169,9 @@ def _require_graph(guard: Guard) -> None:
             f"--precision fp32. {ALONE}"
         )
     if len(guard.vocabulary.text) < 2:
-        raise NotExportable("with one class there is no other answer, so nothing to decide. Give more classes.")
+        raise NotExportable(
+            "with one class there is no other answer, so nothing to decide. Give more classes."
+        )
 
 
 def _metadata(guard: Guard, folder: Path) -> dict[str, str]:
@@ -155,11 +190,20 @@ def _pictures(n: int, backbone: Backbone) -> Tensor:
     """(n, 3, H, W) pixels of random pictures, from large patches to fine grain."""
     random = np.random.default_rng(n)
     sides = [2 ** (1 + place % 7) for place in range(n)]
-    grains = [Image.fromarray(random.integers(0, 256, (side, side, 3), dtype=np.uint8)) for side in sides]
-    return torch.stack([backbone.preprocess(grain.resize((256, 256), Image.Resampling.BICUBIC)) for grain in grains])
+    grains = [
+        Image.fromarray(random.integers(0, 256, (side, side, 3), dtype=np.uint8)) for side in sides
+    ]
+    return torch.stack(
+        [
+            backbone.preprocess(grain.resize((256, 256), Image.Resampling.BICUBIC))
+            for grain in grains
+        ]
+    )
 
 
-def _check(guard: Guard, graph: ImageGraph, content: bytes, trials: list[tuple[Tensor, tuple[Tensor, ...]]]) -> float:
+def _check(
+    guard: Guard, graph: ImageGraph, content: bytes, trials: list[tuple[Tensor, tuple[Tensor, ...]]]
+) -> float:
     """The largest difference of a file's uncertainties from torch's; DataError where it says something else."""
     run, answered, worst, rule = runner(content), [], 0.0, rule_of(guard)
     for pixels, expected in trials:
@@ -169,8 +213,13 @@ def _check(guard: Guard, graph: ImageGraph, content: bytes, trials: list[tuple[T
         for name, mine, theirs in zip(graph.arrays, arrays, expected, strict=True):
             _require_same(name, mine, theirs, torch.finfo(graph.dtype).eps)
         names = [guard.vocabulary.names[place] for place in answer.tolist()]
-        if ACCEPT in found and (found[ACCEPT] != (rule is not None and rule.accept(uncertainty, names))).any():
-            raise DataError("the exported graph decides otherwise than the rule. Nothing was written.")
+        if (
+            ACCEPT in found
+            and (found[ACCEPT] != (rule is not None and rule.accept(uncertainty, names))).any()
+        ):
+            raise DataError(
+                "the exported graph decides otherwise than the rule. Nothing was written."
+            )
         answered.append((graph.inputs(arrays), uncertainty, answer))
         by_torch, _, clear = reference(guard.predictor, graph.inputs(expected))
         worst = max(worst, float(np.abs(uncertainty - by_torch)[clear].max(initial=0.0)))
@@ -182,4 +231,6 @@ def _require_same(name: str, found: Tensor, expected: Tensor, step: float) -> No
     """Refuse rows that are farther apart than a step of their number format, and the order of sums, explain."""
     gap, size = (found - expected).abs(), expected.abs()
     if not bool((gap <= step * size + ROUNDING * size.amax(dim=1, keepdim=True)).all()):
-        raise DataError(f"the exported tower gives other {name} rows, by {float(gap.max()):.2g}. Nothing was written.")
+        raise DataError(
+            f"the exported tower gives other {name} rows, by {float(gap.max()):.2g}. Nothing was written."
+        )

@@ -45,7 +45,8 @@ class LabelErrors:
         keys: Their names.
         label: What they are labelled.
         suggested: What the posterior makes most likely.
-        quality: (N,) cleanlab's label score in [0, 1]: the lower, the more likely the label is wrong.
+        quality: (N,) cleanlab's label score in [0, 1]: the lower, the more likely the label is
+            wrong.
         is_error: (N,) which labels cleanlab takes for wrong.
     """
 
@@ -71,13 +72,15 @@ def find_label_errors(
 ) -> LabelErrors:
     """The labels of a source in the order of how little they fit, by cleanlab's confident learning.
 
-    The posterior of a row comes from a predictor that has not seen its label: the given one, which must not be fitted
-    on these rows, or ``vilu_plus`` fitted on the other four fifths of them. Classes of which no row has a label are
-    left out of it: nobody can say how often they are taken for another.
+    The posterior of a row comes from a predictor that has not seen its label: the given one, which
+    must not be fitted on these rows, or ``vilu_plus`` fitted on the other four fifths of them.
+    Classes of which no row has a label are left out of it: nobody can say how often they are taken
+    for another.
 
     Args:
         source: Rows with labels; those of none of the classes are left out.
-        predictor: Whose posterior is taken; by default cross-fitted. A few rows that it was fitted on are left out.
+        predictor: Whose posterior is taken; by default cross-fitted. A few rows that it was fitted
+            on are left out.
         seed: Of the folds and the fits.
 
     Raises:
@@ -93,15 +96,25 @@ def find_label_errors(
     logging.getLogger("cleanlab").setLevel(logging.ERROR)
     rows = source.usable_rows.numpy()
     rows = rows[source.target.numpy()[rows] != UNKNOWN]
-    if predictor is not None:  # one that has learned these very labels is refused, a few of them are left out
+    if (
+        predictor is not None
+    ):  # one that has learned these very labels is refused, a few of them are left out
         rows = rows[predictor.unseen(source.take(rows), "audited")]
     target = source.target.numpy()[rows]
     present = np.unique(target)
     if len(present) < 2:
-        raise DataError(f"labels of two classes at least are needed to tell wrong ones. These have {len(present)}.")
-    posterior = _cross_fitted(source, rows, seed) if predictor is None else posterior_of(predictor, source, rows)
+        raise DataError(
+            f"labels of two classes at least are needed to tell wrong ones. These have {len(present)}."
+        )
+    posterior = (
+        _cross_fitted(source, rows, seed)
+        if predictor is None
+        else posterior_of(predictor, source, rows)
+    )
     shown = posterior[:, present] / posterior[:, present].sum(axis=1, keepdims=True)
-    lab = datalab(data={"label": np.searchsorted(present, target).tolist()}, label_name="label", verbosity=0)
+    lab = datalab(
+        data={"label": np.searchsorted(present, target).tolist()}, label_name="label", verbosity=0
+    )
     lab.find_issues(pred_probs=shown, issue_types={"label": {}})
     found = lab.get_issues("label")
     quality = found["label_score"].to_numpy(dtype=np.float64)
@@ -109,7 +122,9 @@ def find_label_errors(
     names = source.class_names or tuple(f"class {i}" for i in range(source.n_candidates))
     suggested = present[shown.argmax(axis=1)]
     return LabelErrors(
-        keys=list(TakenIds(source.ids, torch.from_numpy(rows[order]))),  # a store reads them part by part
+        keys=list(
+            TakenIds(source.ids, torch.from_numpy(rows[order]))
+        ),  # a store reads them part by part
         label=[names[i] for i in target[order].tolist()],
         suggested=[names[i] for i in suggested[order].tolist()],
         quality=quality[order],
@@ -130,11 +145,18 @@ def _cross_fitted(source: EmbeddingSource, rows: NDArray[np.int64], seed: int) -
     return found
 
 
-def posterior_of(predictor: FailurePredictor, source: EmbeddingSource, rows: NDArray[np.int64]) -> Floats:
+def posterior_of(
+    predictor: FailurePredictor, source: EmbeddingSource, rows: NDArray[np.int64]
+) -> Floats:
     """(N, K) the predictor's posterior, or the zero-shot one where it has none."""
-    batches = source.batches(SCORING_BATCH, rows=torch.from_numpy(rows), columns=predictor.columns_to_score)
+    batches = source.batches(
+        SCORING_BATCH, rows=torch.from_numpy(rows), columns=predictor.columns_to_score
+    )
     with torch.no_grad():
-        found = [predictor.log_posterior(one.to(predictor.device_)).exp().numpy(force=True) for one in batches]
+        found = [
+            predictor.log_posterior(one.to(predictor.device_)).exp().numpy(force=True)
+            for one in batches
+        ]
     return np.concatenate([np.empty((0, source.n_candidates)), *found])
 
 
@@ -145,12 +167,18 @@ def contact_sheet(found: LabelErrors, images: ImageDataset, path: Path) -> None:
         DataError: If the images are not those of the labels.
     """
     n = min(SHOWN, len(found.keys) // 2)
-    places = {found.keys[at]: at for at in (*range(n), *range(len(found.keys) - n, len(found.keys)))}
+    places = {
+        found.keys[at]: at for at in (*range(n), *range(len(found.keys) - n, len(found.keys)))
+    }
     photos: dict[int, Photo] = {}
     for record in find_pictures(images, places):
         at = places[record.key]
         with suppress(BadImage):  # its place stays empty
             image = read_image(record).image
-            photos[at] = Photo(image, found.suggested[at], found.label[at], 1 - float(found.quality[at]))
-    best, worst = ([photos[at] for at in sorted(photos) if (at >= n) == fits] for fits in (True, False))
+            photos[at] = Photo(
+                image, found.suggested[at], found.label[at], 1 - float(found.quality[at])
+            )
+    best, worst = (
+        [photos[at] for at in sorted(photos) if (at >= n) == fits] for fits in (True, False)
+    )
     style.save(figures.contact_sheet(best, worst), path)

@@ -1,14 +1,16 @@
 """The book of labels: what was asked and answered of every photo, and which answers a promise may rest on.
 
-A photo is on one of two sides for ever, by the hash of its picture: labels of one side teach, those of the other side
-vouch. No predictor ever sees a label of the second side, whoever asked for it and why.
+A photo is on one of two sides for ever, by the hash of its picture: labels of one side teach, those
+of the other side vouch. No predictor ever sees a label of the second side, whoever asked for it and
+why.
 
-The same hash puts the photos that vouch into one random order. Of those that a rule may accept, the labels of all up to
-a place in that order count, and it is fixed before they are asked for: an independent draw, whatever the rule, in which
-doubt had no say. A label from further on counts for nothing, one that is missing holds everything up, and a photo that
-is skipped counts as answered wrong. Labels that came unasked count as well: the user says that they were picked at
-random ("given"). So a label of a photo that was chosen for being doubtful can vouch for nothing, unless the draw has
-met that photo as well.
+The same hash puts the photos that vouch into one random order. Of those that a rule may accept, the
+labels of all up to a place in that order count, and it is fixed before they are asked for: an
+independent draw, whatever the rule, in which doubt had no say. A label from further on counts for
+nothing, one that is missing holds everything up, and a photo that is skipped counts as answered
+wrong. Labels that came unasked count as well: the user says that they were picked at random
+("given"). So a label of a photo that was chosen for being doubtful can vouch for nothing, unless
+the draw has met that photo as well.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ class Entry:
     path: str
     label: str | None  # None: asked and not answered
     stream: Stream  # why it was asked: "given" if it was not
-    probability: float = math.nan  # with which the draw takes a photo that vouches; NaN where none did
+    probability: float = (
+        math.nan
+    )  # with which the draw takes a photo that vouches; NaN where none did
     predictor: str = ""  # fingerprint of the predictor in force when it was asked
     asked: int = 0  # seconds since 1970; 0 where it was not
     answered: int = 0  # the same of the label
@@ -57,7 +61,16 @@ class Entry:
         return self.picture not in {"", picture.hex()}
 
 
-COLUMNS: Final = ("path", "label", "stream", "predictor", "picture", "probability", "asked", "answered")
+COLUMNS: Final = (
+    "path",
+    "label",
+    "stream",
+    "predictor",
+    "picture",
+    "probability",
+    "asked",
+    "answered",
+)
 NUMBERS: Final = {
     **dict.fromkeys(("probability", "failure_probability"), pa.float64()),
     **dict.fromkeys(("asked", "answered"), pa.int64()),
@@ -69,7 +82,9 @@ def columns_of(rows: Iterable[object], names: Iterable[str]) -> dict[str, pa.Arr
     """Attributes of rows as the columns of a table; NaN is an empty cell."""
     found = list(rows)
     return {
-        name: pa.array([getattr(one, name) for one in found], NUMBERS.get(name, pa.string()), from_pandas=True)
+        name: pa.array(
+            [getattr(one, name) for one in found], NUMBERS.get(name, pa.string()), from_pandas=True
+        )
         for name in names
     }
 
@@ -101,20 +116,31 @@ class LabelBook:
     @property
     def labels(self) -> dict[str, str]:
         """Path to label, of those that have one."""
-        return {one.path: one.label for one in self if one.label is not None and one.label != SKIPPED}
+        return {
+            one.path: one.label for one in self if one.label is not None and one.label != SKIPPED
+        }
 
-    def ask(self, paths: Sequence[str], stream: Stream, *, predictor: str, probability: float = math.nan) -> None:
+    def ask(
+        self, paths: Sequence[str], stream: Stream, *, predictor: str, probability: float = math.nan
+    ) -> None:
         """Note what is asked for, of photos that have no label yet."""
         now = int(time.time())
-        self.entries |= {path: Entry(path, None, stream, probability, predictor, now) for path in paths}
+        self.entries |= {
+            path: Entry(path, None, stream, probability, predictor, now) for path in paths
+        }
 
     def answer(self, labels: Mapping[str, str], streams: Mapping[str, str] | None = None) -> int:
-        """Note labels; how many are new or other than before. ``streams``: of those that were not asked here."""
+        """Note labels; how many are new or other than before.
+
+        ``streams``: of those that were not asked here.
+        """
         now, changed = int(time.time()), 0
         for path, label in labels.items():
             old = self.entries.get(path)
             if old is None:
-                old = Entry(path, None, "given" if (streams or {}).get(path, "given") == "given" else "fit")
+                old = Entry(
+                    path, None, "given" if (streams or {}).get(path, "given") == "given" else "fit"
+                )
             if old.label != label:
                 self.entries[path] = replace(old, label=label, answered=now, picture="")
                 changed += 1
@@ -128,7 +154,11 @@ class LabelBook:
 
     def forget(self, which: Callable[[Entry], bool]) -> None:
         """Ask no more for some of what is waiting."""
-        self.entries = {path: one for path, one in self.entries.items() if one.label is not None or not which(one)}
+        self.entries = {
+            path: one
+            for path, one in self.entries.items()
+            if one.label is not None or not which(one)
+        }
 
     def waiting(self, stream: Stream | None = None) -> list[Entry]:
         """What was asked and has no answer."""
@@ -149,16 +179,22 @@ class LabelBook:
             return cls()
         table, said = read_table(path, ())
         if said.get("kind") != "labels" or {*table.column_names, "picture"} != {*COLUMNS}:
-            raise DataError(f"{path} is no book of labels of vilu. Give the folder that `vilu triage` made.")
+            raise DataError(
+                f"{path} is no book of labels of vilu. Give the folder that `vilu triage` made."
+            )
         numbers = {"probability": math.nan}
-        rows = [{k: v for k, v in row.items() if v is not None or k == "label"} for row in table.to_pylist()]
+        rows = [
+            {k: v for k, v in row.items() if v is not None or k == "label"}
+            for row in table.to_pylist()
+        ]
         return cls({row["path"]: Entry(**{**numbers, **row}) for row in rows})
 
 
 def side_of(pictures: Iterable[bytes], seed: int) -> tuple[NDArray[np.bool_], NDArray[np.uint64]]:
     """(N,) bool, whether a picture vouches (else it teaches), and (N,) uint64, its place in the random order.
 
-    Both from SHA-256 of the seed and the picture's digest: equal pictures are on one side, whatever they are called.
+    Both from SHA-256 of the seed and the picture's digest: equal pictures are on one side, whatever
+    they are called.
     """
     hashes = [hashlib.sha256(b"vilu.side:%d:" % seed + picture).digest() for picture in pictures]
     order = np.frombuffer(b"".join(one[:8] for one in hashes), "<u8")
@@ -182,7 +218,9 @@ def read_labels(path: Path) -> tuple[dict[str, str], dict[str, str]]:
             f"{path} must have the columns path (or {', '.join(KEYS[1:])}) and label. It has "
             f"{', '.join(columns) or 'none'}."
         )
-    exact = str if "stream" in columns else str.strip  # tables of ours: " a.jpg" and "a.jpg" are two photos
+    exact = (
+        str if "stream" in columns else str.strip
+    )  # tables of ours: " a.jpg" and "a.jpg" are two photos
     labels: dict[str, str] = {}
     streams: dict[str, str] = {}
     for number, row in enumerate(rows, start=2):
@@ -192,13 +230,17 @@ def read_labels(path: Path) -> tuple[dict[str, str], dict[str, str]]:
         if not label:
             continue
         if labels.setdefault(name, label) != label:
-            raise DataError(f"{path} line {number}: {name!r} has the labels {labels[name]!r} and {label!r}.")
+            raise DataError(
+                f"{path} line {number}: {name!r} has the labels {labels[name]!r} and {label!r}."
+            )
         if row.get("stream"):
             streams[name] = row["stream"]
     return labels, streams
 
 
-def match_photos(labels: Mapping[str, str], photos: Sequence[str], root: Path, source: Path) -> dict[str, str]:
+def match_photos(
+    labels: Mapping[str, str], photos: Sequence[str], root: Path, source: Path
+) -> dict[str, str]:
     """Name in a file of labels to photo: by its path below the folder, its full path, or a name that only one has.
 
     Raises:
@@ -213,7 +255,9 @@ def match_photos(labels: Mapping[str, str], photos: Sequence[str], root: Path, s
         if match is None:
             missing.append(name)
         elif (label := labels[first.setdefault(match, name)]) != labels[name]:
-            raise DataError(f"{source}: {match!r} has the labels {label!r} and, as {name!r}, {labels[name]!r}.")
+            raise DataError(
+                f"{source}: {match!r} has the labels {label!r} and, as {name!r}, {labels[name]!r}."
+            )
         else:
             found[name] = match
     if missing and not found:
@@ -231,21 +275,29 @@ def match_photos(labels: Mapping[str, str], photos: Sequence[str], root: Path, s
     return found
 
 
-def _match(name: str, known: set[str], by_name: Mapping[str, list[str]], roots: Iterable[Path]) -> str | None:
+def _match(
+    name: str, known: set[str], by_name: Mapping[str, list[str]], roots: Iterable[Path]
+) -> str | None:
     plain = name.removeprefix("./")
     if plain in known:
         return plain
     path = Path(name)
-    if root := next((one for one in roots if path.is_relative_to(one)), None):  # a link to it, and where it leads
+    if root := next(
+        (one for one in roots if path.is_relative_to(one)), None
+    ):  # a link to it, and where it leads
         below = path.relative_to(root).as_posix()
         return below if below in known else None
     same = by_name.get(plain, ())
     if len(same) > 1:
-        raise UsageError(f"{name!r} is the name of {len(same)} photos: {', '.join(same[:SHOWN])}. Give their paths.")
+        raise UsageError(
+            f"{name!r} is the name of {len(same)} photos: {', '.join(same[:SHOWN])}. Give their paths."
+        )
     return same[0] if same else None
 
 
-def check_names(labels: Mapping[str, str], names: Sequence[str], outside: Sequence[str], source: Path) -> None:
+def check_names(
+    labels: Mapping[str, str], names: Sequence[str], outside: Sequence[str], source: Path
+) -> None:
     """Refuse labels that are neither a class, nor one of those that are outside, nor a skipped photo."""
     known = {*names, *outside, SKIPPED}
     if unknown := sorted({label for label in labels.values() if label not in known}):

@@ -30,7 +30,14 @@ from vilu.report.page.build import find_template, render
 from vilu.report.page.gallery import thumbnails
 from vilu.triage.ask import LABELLED, REVIEW, Decision, decision_of, write_next
 from vilu.triage.guard import RunnersUp, runners_up_of
-from vilu.triage.labels import SKIPPED, LabelBook, check_names, columns_of, match_photos, read_labels
+from vilu.triage.labels import (
+    SKIPPED,
+    LabelBook,
+    check_names,
+    columns_of,
+    match_photos,
+    read_labels,
+)
 from vilu.triage.photos import PhotoFolder
 from vilu.triage.triage import BOOK, DECISIONS, MOVED, NEXT, REPORT, SORTED, Job, Triage, Workshop
 
@@ -51,7 +58,10 @@ def decisions_of(found: Triage) -> list[Decision]:
     """One for every photo that was listed: scored, labelled or unreadable."""
     outcomes, labels = found.outcomes, found.book.labels
     near = runners_up(found.photos)
-    rows = [decision_of(outcomes, row, labels.get(path), near[row]) for row, path in enumerate(found.photos.ids)]
+    rows = [
+        decision_of(outcomes, row, labels.get(path), near[row])
+        for row, path in enumerate(found.photos.ids)
+    ]
     rows += [Decision(path, None, None, REVIEW, kind) for path, kind in found.photos.bad.items()]
     return sorted(rows, key=lambda one: one.path)
 
@@ -60,7 +70,9 @@ def runners_up(photos: EmbeddingSource) -> list[RunnersUp]:
     """Per row the next answers; none of rows that cannot be scored."""
     found: list[RunnersUp] = [()] * len(photos)
     for batch in photos.batches(SCORING_BATCH):
-        for row, near in zip(batch.index.tolist(), runners_up_of(batch, photos.class_names or ()), strict=True):
+        for row, near in zip(
+            batch.index.tolist(), runners_up_of(batch, photos.class_names or ()), strict=True
+        ):
             found[row] = near
     return found
 
@@ -72,24 +84,34 @@ def write_decisions(root: Path, found: Triage, rows: Sequence[Decision]) -> None
     found.outcomes.save(root / f"{DECISIONS}.parquet")
 
 
-def sort_photos(root: Path, listing: PhotoFolder, rows: Sequence[Decision], job: Job, how: str) -> None:
+def sort_photos(
+    root: Path, listing: PhotoFolder, rows: Sequence[Decision], job: Job, how: str
+) -> None:
     """``sorted/accepted/CLASS``, ``sorted/outside`` and ``sorted/review``.
 
-    A photo that is moved is noted with its new place before it goes, after the place where it is, so that later runs
-    find it; nothing is ever overwritten, and of what lies in ``sorted`` only links are removed. Where another file has
-    the place of a photo, the photo stays where it is, and so does one that is a link itself.
+    A photo that is moved is noted with its new place before it goes, after the place where it is,
+    so that later runs find it; nothing is ever overwritten, and of what lies in ``sorted`` only
+    links are removed. Where another file has the place of a photo, the photo stays where it is, and
+    so does one that is a link itself.
     """
     home, moved = root / SORTED, listing.moved
-    sources = {portable_name(path): moved.get(path, listing.root / path) for path, _ in listing.listing}
+    sources = {
+        portable_name(path): moved.get(path, listing.root / path) for path, _ in listing.listing
+    }
     flat = Counter(_flat(one.path) for one in rows)
-    places = {one.path: home / _place(one, job) / _flat(one.path, told_apart=flat[_flat(one.path)] > 1) for one in rows}
+    places = {
+        one.path: home / _place(one, job) / _flat(one.path, told_apart=flat[_flat(one.path)] > 1)
+        for one in rows
+    }
     with or_refuse(f"sort photos into {home}"):
         for old in home.rglob("*"):
             if old.is_symlink():
                 old.unlink()
         places = {path: target for path, target in places.items() if not target.exists()}
         if how == "move":
-            places = {path: target for path, target in places.items() if not sources[path].is_symlink()}
+            places = {
+                path: target for path, target in places.items() if not sources[path].is_symlink()
+            }
             _note(root, [*moved.items(), *places.items()])
         for path, target in places.items():
             make_folder(target.parent)
@@ -114,8 +136,15 @@ def _flat(path: str, *, told_apart: bool = False) -> str:
 
 
 def _note(root: Path, places: Sequence[tuple[str, Path]]) -> None:
-    names = {"path": [path for path, _ in places], "place": [one.relative_to(root).as_posix() for _, one in places]}
-    write_table(root / MOVED, {name: pa.array(found, pa.string()) for name, found in names.items()}, {"kind": "moved"})
+    names = {
+        "path": [path for path, _ in places],
+        "place": [one.relative_to(root).as_posix() for _, one in places],
+    }
+    write_table(
+        root / MOVED,
+        {name: pa.array(found, pa.string()) for name, found in names.items()},
+        {"kind": "moved"},
+    )
 
 
 def _place(one: Decision, job: Job) -> str:
@@ -152,9 +181,14 @@ def levels_of(found: Triage) -> list[Level]:
         shown = wrong == 0
     else:
         grid = standing.looks.grid
-        wrong, accepted = standing.looks.counts(standing.outcomes.uncertainty, standing.outcomes.failure)
-        # what is promised of all up to the threshold in force need not be so of the most trusted alone
-        shown = log_evidence(wrong, accepted, standing.looks.max_risk) >= -math.log(standing.looks.delta)
+        wrong, accepted = standing.looks.counts(
+            standing.outcomes.uncertainty, standing.outcomes.failure
+        )
+        # what is promised of all up to the threshold in force need not be so of the most trusted
+        # alone
+        shown = log_evidence(wrong, accepted, standing.looks.max_risk) >= -math.log(
+            standing.looks.delta
+        )
     kept = None if rule is None or found.has_candidate else rule.threshold
     certified = -math.inf if kept is None else kept
     return [
@@ -177,7 +211,9 @@ def least_risk(wrong: int, accepted: int, delta: float) -> float | None:
     """The least risk, in steps of 0.001, that so many labels show at one threshold, at whatever moment one looks."""
     if not accepted:
         return None
-    shown = np.array([float(log_evidence(wrong, accepted, risk)) for risk in RISKS]) >= -np.log(delta)
+    shown = np.array([float(log_evidence(wrong, accepted, risk)) for risk in RISKS]) >= -np.log(
+        delta
+    )
     return float(RISKS[int(np.argmax(shown))]) if shown.any() else None
 
 
@@ -212,7 +248,9 @@ def promise_in_words(found: Triage, max_risk: float, confidence: float) -> str:
             f"Nothing is promised ({goal}): there are {few} labels that could teach or vouch. The photos are ranked by "
             "what the model alone makes likely."
         )
-    wrong, accepted = standing.looks.counts(standing.outcomes.uncertainty, standing.outcomes.failure)
+    wrong, accepted = standing.looks.counts(
+        standing.outcomes.uncertainty, standing.outcomes.failure
+    )
     if len(standing.missing):
         return (
             f"Not promised yet ({goal}): {len(standing.missing):,} of the labels that were asked for are missing. The "
@@ -230,7 +268,9 @@ def scenes_in_words(found: Triage) -> str:
     standing, rule, once = found.standing, found.rule, found.scenes
     if standing is None or rule is None or once is None or (~once).sum() <= SELDOM * len(once):
         return ""
-    shown = standing.looks.certified(standing.outcomes.uncertainty[once], standing.outcomes.failure[once])
+    shown = standing.looks.certified(
+        standing.outcomes.uncertainty[once], standing.outcomes.failure[once]
+    )
     threshold = -math.inf if shown is None else float(standing.looks.grid[shown])
     share = float((found.in_play.uncertainty <= threshold).mean())
     less = "nothing" if shown is None else f"it for {share:.0%} of the photos"
@@ -242,20 +282,27 @@ def scenes_in_words(found: Triage) -> str:
     )
 
 
-def write_page(root: Path, listing: PhotoFolder, found: Triage, rows: Sequence[Decision], job: Job) -> None:
+def write_page(
+    root: Path, listing: PhotoFolder, found: Triage, rows: Sequence[Decision], job: Job
+) -> None:
     """``report.html``: what was decided, what is promised, and photos worth a look."""
     template = find_template(PAGE)
     place = {path: row for row, path in enumerate(found.photos.ids)}
     doubt = [one for one in rows if one.decision == REVIEW and one.failure_probability is not None]
     doubt.sort(key=lambda one: -(one.failure_probability or 0.0))
-    trusted = sorted((one for one in rows if one.decision == ACCEPT), key=lambda one: -(one.failure_probability or 0.0))
+    trusted = sorted(
+        (one for one in rows if one.decision == ACCEPT),
+        key=lambda one: -(one.failure_probability or 0.0),
+    )
     asked = {one.path for one in found.asked}
     sections = {
         "Label these next": [one for one in rows if one.path in asked][:SHOWN],
         "To review, the most doubtful first": doubt[:SHOWN],
         "Accepted, the least trusted first": trusted[:SHOWN],
     }
-    wanted = sorted({place[one.path] for shown in sections.values() for one in shown if one.path in place})
+    wanted = sorted(
+        {place[one.path] for shown in sections.values() for one in shown if one.path in place}
+    )
     paths = {found.photos.ids[row] for row in wanted}
     drawn = thumbnails(found.outcomes, wanted, listing.some(paths)) if wanted else {}
     page = render(
@@ -265,7 +312,8 @@ def write_page(root: Path, listing: PhotoFolder, found: Triage, rows: Sequence[D
         promise=promise_in_words(found, job.max_risk, job.confidence),
         levels=levels_of(found),
         sections={
-            heading: [(one, drawn.get(place.get(one.path, -1))) for one in shown] for heading, shown in sections.items()
+            heading: [(one, drawn.get(place.get(one.path, -1))) for one in shown]
+            for heading, shown in sections.items()
         },
         bad=sorted(found.photos.bad.items())[:SHOWN],
         n_bad=len(found.photos.bad),
@@ -302,11 +350,12 @@ def triage_photos(
         output: New, empty, or the folder of an earlier run of the same job.
         labels: Files of labels (``labels.read_labels``).
         sort: Also sort the photos, or links to them.
-        overwrite: Begin anew, whatever was there, labels included; photos that were moved stay where they are.
+        overwrite: Begin anew, whatever was there, labels included; photos that were moved stay
+            where they are.
 
     Raises:
-        UsageError: If a setting cannot be, or is another than in earlier runs; or if ``next_labels.csv`` holds answers
-            that are not given, which would be lost.
+        UsageError: If a setting cannot be, or is another than in earlier runs; or if
+            ``next_labels.csv`` holds answers that are not given, which would be lost.
         DataError: If there is no photo, a label is no class, or a file of labels cannot be read.
         BusyError: If another process works in the folder.
         StorageError: If the file system refuses; run again, what is done stays done.
@@ -324,7 +373,9 @@ def triage_photos(
         answers |= {place[name]: label for name, label in found.items() if name in place}
         streams |= {place[name]: stream for name, stream in said.items() if name in place}
     if (output / NEXT).is_file() and not overwrite:
-        _require_answers(output, {*answers, *(name for found, _ in read.values() for name in found)})
+        _require_answers(
+            output, {*answers, *(name for found, _ in read.values() for name in found)}
+        )
     with locked(make_folder(output), "sorting into", who="triage"):
         # as the folder is now: another run may have ended since
         result = Workshop(output, job, overwrite=overwrite).run(answers, streams, listing)
@@ -355,16 +406,32 @@ def check_job(job: Job) -> None:
     require_between("confidence", job.confidence)
     names = job.how.names
     if len(set(names)) < 2:
-        raise UsageError(f"there must be two classes at least to choose from. Got {len(names)}: {', '.join(names)}.")
+        raise UsageError(
+            f"there must be two classes at least to choose from. Got {len(names)}: {', '.join(names)}."
+        )
     if both := sorted({*job.of_no_class, SKIPPED} & {*names}):
-        raise UsageError(f"{both[0]!r} is one of the classes, and as a label says that a photo has none. Rename one.")
+        raise UsageError(
+            f"{both[0]!r} is one of the classes, and as a label says that a photo has none. Rename one."
+        )
 
 
 def _lines(found: Triage, rows: Sequence[Decision], job: Job) -> list[str]:
     n = counts_of(rows)
-    parts = [f"{n[name]:,} {word}" for name, word in COUNTED.items() if n[name] or name in {"accepted", "review"}]
+    parts = [
+        f"{n[name]:,} {word}"
+        for name, word in COUNTED.items()
+        if n[name] or name in {"accepted", "review"}
+    ]
     new = f" ({found.n_new:,} of them new)" if found.n_new else ""
-    return [f"{n['photos']:,} photos{new}: {', '.join(parts)}", promise_in_words(found, job.max_risk, job.confidence)]
+    return [
+        f"{n['photos']:,} photos{new}: {', '.join(parts)}",
+        promise_in_words(found, job.max_risk, job.confidence),
+    ]
 
 
-COUNTED: Final = {"accepted": "accepted", "review": "to review", "labelled": "labelled", "unreadable": "unreadable"}
+COUNTED: Final = {
+    "accepted": "accepted",
+    "review": "to review",
+    "labelled": "labelled",
+    "unreadable": "unreadable",
+}

@@ -93,7 +93,9 @@ class PhotoStores:
         """The files of a store."""
         table, said = read_table(self._list(number), ())
         if said.get("kind") != "photos":
-            raise DataError(f"{self._list(number)} is no list of photos of vilu. Remove the folder {self.root}.")
+            raise DataError(
+                f"{self._list(number)} is no list of photos of vilu. Remove the folder {self.root}."
+            )
         columns = (table[name].to_pylist() for name in ("path", "size", "time"))
         return {path: (size, time) for path, size, time in zip(*columns, strict=True)}
 
@@ -107,7 +109,9 @@ class PhotoStores:
             if (self.store(number) / MANIFEST).is_file():
                 done |= listed
                 bad = EmbeddingStore(self.store(number)).bad_images()
-                unread = (unread - listed.keys()) | {path for path, kind in bad if kind == "read_error"}
+                unread = (unread - listed.keys()) | {
+                    path for path, kind in bad if kind == "read_error"
+                }
             elif all(now.get(path) == version for path, version in listed.items()):
                 begun = number  # interrupted: it goes on, with the same photos
             else:
@@ -130,11 +134,17 @@ class PhotoStores:
             self._embed(number, photos, new, how)
         return len(new)
 
-    def _embed(self, number: int, photos: PhotoFolder, chosen: Collection[str], how: Embedding) -> None:
+    def _embed(
+        self, number: int, photos: PhotoFolder, chosen: Collection[str], how: Embedding
+    ) -> None:
         model = how.backbone.load()
-        for done in [self.store(one) for one in self.numbers() if (self.store(one) / MANIFEST).is_file()][:1]:
+        for done in [
+            self.store(one) for one in self.numbers() if (self.store(one) / MANIFEST).is_file()
+        ][:1]:
             # a store of another model, once made, would be in the way of all later runs
-            EmbeddingStore(done).space.require_match(model.space, mine=str(done), theirs="the model of this run")
+            EmbeddingStore(done).space.require_match(
+                model.space, mine=str(done), theirs="the model of this run"
+            )
         embed(
             photos.some(chosen, how.names),
             model,
@@ -148,7 +158,9 @@ class PhotoStores:
         )
 
     def _remove(self, number: int) -> None:
-        logger.info("%s was begun with photos that have changed: it is begun anew", self.store(number))
+        logger.info(
+            "%s was begun with photos that have changed: it is begun anew", self.store(number)
+        )
         with or_refuse(f"remove {self.store(number)}"):
             if self.store(number).exists():
                 shutil.rmtree(self.store(number))
@@ -159,7 +171,11 @@ class PhotoStores:
         now = {portable_name(path): version_of(status) for path, status in photos}
         newest: dict[str, int] = {}
         for number in self.numbers():
-            newest |= {path: number for path, version in self.listed(number).items() if now.get(path) == version}
+            newest |= {
+                path: number
+                for path, version in self.listed(number).items()
+                if now.get(path) == version
+            }
         stores = [EmbeddingStore(self.store(number)) for number in self.numbers()]
         parts, bad = [], dict[str, str]()
         for number, store in zip(self.numbers(), stores, strict=True):
@@ -177,7 +193,9 @@ class Photos(EmbeddingSource):
         pictures: Per row the digest of the picture.
     """
 
-    def __init__(self, parts: Sequence[tuple[EmbeddingStore, NDArray[np.int64]]], bad: Mapping[str, str]) -> None:
+    def __init__(
+        self, parts: Sequence[tuple[EmbeddingStore, NDArray[np.int64]]], bad: Mapping[str, str]
+    ) -> None:
         first = parts[0][0]
         for store, _ in parts[1:]:
             first.space.require_match(store.space, mine=str(first.path), theirs=str(store.path))
@@ -223,7 +241,9 @@ class Photos(EmbeddingSource):
         """A column of the classes or of the model; photos carry none of their own."""
         return self.first.column(name, index)
 
-    def _split(self, places: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
+    def _split(
+        self, places: NDArray[np.int64]
+    ) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
         """Store, positions among the places, and rows in the store."""
         owner = np.searchsorted(self._starts, places, side="right") - 1
         for part in np.unique(owner).tolist():
@@ -241,4 +261,7 @@ class Photos(EmbeddingSource):
     def class_places(self) -> dict[str, int]:
         """Name of every class that was given to its candidate; classes of one text are one candidate."""
         names, merged = self.first.manifest.names, self.first.candidate_of
-        return {name: place if merged is None else int(merged[place]) for place, name in enumerate(names)}
+        return {
+            name: place if merged is None else int(merged[place])
+            for place, name in enumerate(names)
+        }

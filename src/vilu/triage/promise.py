@@ -34,7 +34,9 @@ PLANNED: Final = 200
 
 ALIKE: Final = 0.98
 """Cosine from which on two photos are taken for one scene: a burst, frames of a film. Of 3,000 photos that were taken
-one by one 0 to 1 % have so near a neighbour by real CLIP (Oxford pets, food), of frames of 101 actions 4 %."""
+one by one 0 to 1 % have so near a neighbour by real CLIP (Oxford pets, food), of frames of 101
+actions 4 %.
+"""
 
 ORDER: Final = 2**63
 """Places in the random order."""
@@ -61,7 +63,8 @@ class Sides:
     def of(cls, photos: Photos, book: LabelBook, seed: int) -> Sides:
         """Of photos whose labels were set; of equal pictures the first one counts.
 
-        One that has changed since its label was given, and may have changed sides with that, vouches for nothing.
+        One that has changed since its label was given, and may have changed sides with that,
+        vouches for nothing.
         """
         pictures = photos.pictures
         vouches, order = side_of(pictures, seed)
@@ -69,8 +72,13 @@ class Sides:
         usable[photos.usable_rows.numpy()] = True
         first[np.unique(order, return_index=True)[1]] = True
         entries = [book.entries.get(path) for path in photos.ids]
-        other = [one is not None and one.is_of_another(now) for one, now in zip(entries, pictures, strict=True)]
-        answered = np.array([one is not None and one.label is not None for one in entries], np.bool_)
+        other = [
+            one is not None and one.is_of_another(now)
+            for one, now in zip(entries, pictures, strict=True)
+        ]
+        answered = np.array(
+            [one is not None and one.label is not None for one in entries], np.bool_
+        )
         skipped = np.array([one is not None and one.label == SKIPPED for one in entries], np.bool_)
         given = np.array([one is not None and one.stream == "given" for one in entries], np.bool_)
         place = (order >> np.uint64(1)).astype(np.int64)
@@ -102,13 +110,18 @@ class Trial(Model):
     grid: tuple[float, ...]  # thresholds, ascending
     limit: float  # only photos up to this uncertainty have labels that speak for it
     likely: bool  # whether its own probabilities let one hope for a promise there
-    attempt: int = Field(default=0, ge=0)  # its number among those of which labels could certify something; 0: not yet
+    attempt: int = Field(
+        default=0, ge=0
+    )  # its number among those of which labels could certify something; 0: not yet
 
     @classmethod
-    def plan(cls, n_fit: int, scores: Floats, n: int, risk: tuple[float, float], least: float = 0.0) -> Trial:
+    def plan(
+        cls, n_fit: int, scores: Floats, n: int, risk: tuple[float, float], least: float = 0.0
+    ) -> Trial:
         """A new one: from the scores (M,) of photos that vouch, and how many of their labels there may be.
 
-        ``risk`` is the error rate and its level; at least a share ``least`` of the photos lies below the limit.
+        ``risk`` is the error rate and its level; at least a share ``least`` of the photos lies
+        below the limit.
         """
         limit, likely = choose_limit(scores, min(n, len(scores)), *risk)
         lowest = float(np.quantile(scores, least, method="higher"))
@@ -154,22 +167,35 @@ class PromiseProgress:
                 if self.more is None
                 else f"about {self.more:,} more labels of the kind that vouches are needed, if errors go on as so far"
             )
-            one = Certificate(threshold=None, n=n, n_accepted=0, n_wrong=0, risk_bound=None, why=why)
+            one = Certificate(
+                threshold=None, n=n, n_accepted=0, n_wrong=0, risk_bound=None, why=why
+            )
         else:
             k, m = int(wrong[at]), int(accepted[at])
-            one = Certificate(threshold=self.threshold, n=n, n_accepted=m, n_wrong=k, risk_bound=max_risk)
+            one = Certificate(
+                threshold=self.threshold, n=n, n_accepted=m, n_wrong=k, risk_bound=max_risk
+            )
         return Selector(
-            method="anytime", max_risk=max_risk, min_coverage=None, confidence=confidence, certificates={ALL: one}
+            method="anytime",
+            max_risk=max_risk,
+            min_coverage=None,
+            confidence=confidence,
+            certificates={ALL: one},
         )
 
 
 def stand(
-    trial: Trial, outcomes: Outcomes, sides: Sides, risk: tuple[float, float], up_to: int, tried: int
+    trial: Trial,
+    outcomes: Outcomes,
+    sides: Sides,
+    risk: tuple[float, float],
+    up_to: int,
+    tried: int,
 ) -> PromiseProgress:
     """What the labels of photos up to a place in the order say of a predictor, as soon as all of them are there.
 
-    ``outcomes`` are of all photos by that predictor, ``risk`` the error rate and the level, ``tried`` the number of
-    predictors that were tried before it.
+    ``outcomes`` are of all photos by that predictor, ``risk`` the error rate and the level,
+    ``tried`` the number of predictors that were tried before it.
     """
     u = outcomes.uncertainty
     region = sides.voucher & (u <= trial.limit)
@@ -177,21 +203,34 @@ def stand(
     missing = np.flatnonzero(drawn & ~sides.answered)
     rows = np.flatnonzero((drawn | (region & sides.given)) & (len(missing) == 0))
     max_risk, delta = risk
-    looks = Looks(np.array(trial.grid), max_risk, level_of(trial.attempt or tried + 1, delta), trial.limit)
+    looks = Looks(
+        np.array(trial.grid), max_risk, level_of(trial.attempt or tried + 1, delta), trial.limit
+    )
     taken = outcomes.take(rows)
     taken = dataclasses.replace(taken, failure=np.where(sides.skipped[rows], 1, taken.failure))
     certified = looks.certified(taken.uncertainty, taken.failure)
     more = looks.more_needed(taken.uncertainty, taken.failure)
-    return PromiseProgress(looks, rows, taken, missing[np.argsort(sides.place[missing])], certified, more)
+    return PromiseProgress(
+        looks, rows, taken, missing[np.argsort(sides.place[missing])], certified, more
+    )
 
 
 def keep_promise(
-    folder: Path, predictor: FailurePredictor, photos: Photos, rows: Outcomes, rule: Selector, dataset: str
+    folder: Path,
+    predictor: FailurePredictor,
+    photos: Photos,
+    rows: Outcomes,
+    rule: Selector,
+    dataset: str,
 ) -> Record:
     """Leave a rule, and the labelled ``rows`` that it rests on, beside the predictor, as ``vilu calibrate`` does."""
     wrong = int((rows.failure == 1).sum())
     # it is a probability as it is; labels below the limit alone would bend it
-    predictor.calibrator_ = Logistic(form="temperature", weights=(1.0,), intercept=0.0, n=len(rows), n_failures=wrong)
-    made = keep_record(folder, predictor, rows, photos, rule, (dataset, None), dtype=photos.first.manifest.dtype)
+    predictor.calibrator_ = Logistic(
+        form="temperature", weights=(1.0,), intercept=0.0, n=len(rows), n_failures=wrong
+    )
+    made = keep_record(
+        folder, predictor, rows, photos, rule, (dataset, None), dtype=photos.first.manifest.dtype
+    )
     write_card(folder)
     return made

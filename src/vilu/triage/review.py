@@ -1,7 +1,8 @@
 """Photos for people to look at: out to the tools that they use, and back as labels.
 
-Formats as the tools define them: Label Studio's tasks with predictions (JSON) and its labelling configuration (XML);
-FiftyOne's data set on disk (``metadata.json`` and ``samples.json``); a CSV for everything else.
+Formats as the tools define them: Label Studio's tasks with predictions (JSON) and its labelling
+configuration (XML); FiftyOne's data set on disk (``metadata.json`` and ``samples.json``); a CSV for
+everything else.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ class ReviewTask:
     answer: str | None  # the model's
     failure_probability: float | None
     runner_up: str | None = None
-    # why it was asked for; a photo that people look at for any other reason was chosen, so that it can teach alone
+    # why it was asked for; a photo that people look at for any other reason was chosen, so that it
+    # can teach alone
     stream: str = CHOSEN
 
 
@@ -94,19 +96,29 @@ def _of_triage(folder: Path, which: Which) -> Review:
     names = (*_texts(settings, "classes"), *outside, OUTSIDE_NAME)
     rows = csv_rows(folder / f"{DECISIONS}.csv")[1]
     streams = {row["path"]: row["stream"] for row in csv_rows(folder / NEXT)[1]}
-    tasks = [_task(row, streams.get(row["path"], CHOSEN)) for row in rows if _is_wanted(row, streams, which)]
+    tasks = [
+        _task(row, streams.get(row["path"], CHOSEN))
+        for row in rows
+        if _is_wanted(row, streams, which)
+    ]
     place = {path: number for number, path in enumerate(streams)}
     tasks.sort(key=lambda one: (place.get(one.path, len(place)), -(one.failure_probability or 0.0)))
     return Review(tasks, names, Path(state.photos), "vilu triage")
 
 
 def _is_wanted(row: Mapping[str, str], streams: Mapping[str, str], which: Which) -> bool:
-    return row["path"] in streams if which == "asked" else which == "all" or row["decision"] == "review"
+    return (
+        row["path"] in streams
+        if which == "asked"
+        else which == "all" or row["decision"] == "review"
+    )
 
 
 def _task(row: Mapping[str, str], stream: str) -> ReviewTask:
     probability = float(row["failure_probability"]) if row["failure_probability"] else None
-    return ReviewTask(row["path"], row["answer"] or None, probability, row["runner_up"] or None, stream)
+    return ReviewTask(
+        row["path"], row["answer"] or None, probability, row["runner_up"] or None, stream
+    )
 
 
 def _texts(settings: Mapping[str, object], name: str) -> list[str]:
@@ -118,10 +130,18 @@ def _of_scores(path: Path, which: Which) -> Review:
     outcomes = Outcomes.load(path)
     names, said, ids = outcomes.class_names, outcomes.prediction, outcomes.ids
     if names is None or said is None or ids is None:
-        raise DataError(f"{path} does not say which images and classes it is of. Give scores that `vilu score` wrote.")
-    probability = outcomes.uncertainty if outcomes.failure_probability is None else outcomes.failure_probability
+        raise DataError(
+            f"{path} does not say which images and classes it is of. Give scores that `vilu score` wrote."
+        )
+    probability = (
+        outcomes.uncertainty
+        if outcomes.failure_probability is None
+        else outcomes.failure_probability
+    )
     known = outcomes.is_probability or outcomes.failure_probability is not None
-    doubtful = np.argsort(-np.where(np.isnan(outcomes.uncertainty), np.inf, outcomes.uncertainty), kind="stable")
+    doubtful = np.argsort(
+        -np.where(np.isnan(outcomes.uncertainty), np.inf, outcomes.uncertainty), kind="stable"
+    )
     tasks = [
         ReviewTask(
             ids[row],
@@ -141,7 +161,8 @@ def write_review(review: Review, tool: Tool, output: Path, *, prefix: str = "") 
         review: What to look at.
         tool: For whom.
         output: File, .json or .csv; for FiftyOne a folder.
-        prefix: What stands before the path of a photo for Label Studio, such as "/data/local-files/?d=photos/".
+        prefix: What stands before the path of a photo for Label Studio, such as
+            "/data/local-files/?d=photos/".
     """
     return WRITERS[tool](review, output, prefix)
 
@@ -149,7 +170,12 @@ def write_review(review: Review, tool: Tool, output: Path, *, prefix: str = "") 
 def _write_label_studio(review: Review, output: Path, prefix: str) -> list[Path]:
     _require_suffix(output, ".json")
     config = output.with_suffix(".xml")
-    write_new(output, json.dumps([_label_studio(one, review.model, prefix) for one in review.tasks], indent=1).encode())
+    write_new(
+        output,
+        json.dumps(
+            [_label_studio(one, review.model, prefix) for one in review.tasks], indent=1
+        ).encode(),
+    )
     write_new(config, label_config(review.names).encode())
     return [output, config]
 
@@ -176,7 +202,9 @@ def label_config(names: Sequence[str]) -> str:
     """Label Studio's labelling configuration for one choice among names."""
     view = ElementTree.Element("View")
     ElementTree.SubElement(view, "Image", name=IMAGE, value=f"${IMAGE}")
-    choices = ElementTree.SubElement(view, "Choices", name=CHOICE, toName=IMAGE, choice="single", showInLine="true")
+    choices = ElementTree.SubElement(
+        view, "Choices", name=CHOICE, toName=IMAGE, choice="single", showInLine="true"
+    )
     for name in (*names, SKIPPED):
         ElementTree.SubElement(choices, "Choice", value=name)
     ElementTree.indent(view)
@@ -185,7 +213,9 @@ def label_config(names: Sequence[str]) -> str:
 
 def _write_csv(review: Review, output: Path, _prefix: str) -> list[Path]:
     _require_suffix(output, ".csv")
-    columns = columns_of(review.tasks, ("path",)) | {"label": pa.nulls(len(review.tasks), pa.string())}
+    columns = columns_of(review.tasks, ("path",)) | {
+        "label": pa.nulls(len(review.tasks), pa.string())
+    }
     columns |= columns_of(review.tasks, ("answer", "failure_probability", "runner_up", "stream"))
     write_new(output, csv_bytes(columns))
     return [output]
@@ -279,7 +309,9 @@ def write_new(path: Path, content: bytes) -> None:
     """
     with or_refuse(f"read {path}"):
         if path.exists() and (not path.is_file() or path.read_bytes() != bytes(content)):
-            raise UsageError(f"{path} is there and holds something else, so it is left alone. Give another file.")
+            raise UsageError(
+                f"{path} is there and holds something else, so it is left alone. Give another file."
+            )
     write_bytes(path, content)
 
 
@@ -301,7 +333,9 @@ def read_done(path: Path) -> tuple[dict[str, str], dict[str, str]]:
     if isinstance(content, dict) and "samples" in content:
         return _of_samples(content, path)
     if not isinstance(content, list):
-        raise DataError(f"{path} is no list of tasks. Export them from Label Studio as JSON or JSON-MIN.")
+        raise DataError(
+            f"{path} is no list of tasks. Export them from Label Studio as JSON or JSON-MIN."
+        )
     found, streams = dict[str, str](), dict[str, str]()
     for task in content:
         name, label = _done(task, path)
@@ -315,7 +349,9 @@ def read_done(path: Path) -> tuple[dict[str, str], dict[str, str]]:
 def _json(path: Path) -> Any:  # noqa: ANN401 - whatever is in the file
     with or_refuse(f"read {path}"):
         if path.stat().st_size > DATABASE_LIMIT:
-            raise DataError(f"{path} is larger than {DATABASE_LIMIT:,} bytes. Export fewer tasks at a time.")
+            raise DataError(
+                f"{path} is larger than {DATABASE_LIMIT:,} bytes. Export fewer tasks at a time."
+            )
         content = path.read_bytes()
     try:
         return json.loads(content)
@@ -354,7 +390,9 @@ def _one_choice(chosen: object, path: str, source: Path) -> str | None:
         return None
     names = chosen if isinstance(chosen, list) else [chosen]
     if len(names) != 1 or not isinstance(names[0], str):
-        raise DataError(f"{source}: {path!r} has the choices {names!r:.100}, where one name is expected.")
+        raise DataError(
+            f"{source}: {path!r} has the choices {names!r:.100}, where one name is expected."
+        )
     return names[0]
 
 
@@ -369,7 +407,9 @@ def _of_samples(content: Any, source: Path) -> tuple[dict[str, str], dict[str, s
         if label is not None:
             name = str(sample.get("path") or sample.get("filepath"))
             _add(found, source, name, str(label))
-            streams[name] = next((str(tag) for tag in sample.get("tags") or () if tag in STREAMS), CHOSEN)
+            streams[name] = next(
+                (str(tag) for tag in sample.get("tags") or () if tag in STREAMS), CHOSEN
+            )
     return found, streams
 
 
@@ -381,19 +421,27 @@ def _add(found: dict[str, str], source: Path, path: str, label: str | None) -> N
 def label_columns(labels: Mapping[str, str], streams: Mapping[str, str]) -> dict[str, pa.Array]:
     """Photos with their labels and streams."""
     names = sorted(labels)
-    said = {"path": names, "label": [labels[name] for name in names], "stream": [streams.get(name) for name in names]}
+    said = {
+        "path": names,
+        "label": [labels[name] for name in names],
+        "stream": [streams.get(name) for name in names],
+    }
     return {name: pa.array(values, pa.string()) for name, values in said.items()}
 
 
 def write_labels(
-    labels: Mapping[str, str], output: Path, scores: Path | None = None, streams: Mapping[str, str] | None = None
+    labels: Mapping[str, str],
+    output: Path,
+    scores: Path | None = None,
+    streams: Mapping[str, str] | None = None,
 ) -> int:
     """Labels as a CSV; with ``scores`` as those scores with their failures, for ``vilu monitor --late-labels``.
 
     Returns how many labels that is.
 
     Raises:
-        UsageError: If the output is of another kind, or is there already, but for a CSV of the same labels.
+        UsageError: If the output is of another kind, or is there already, but for a CSV of the same
+            labels.
         DataError: If no label is of a row of the scores, or one is no class of theirs.
     """
     if scores is None:
@@ -401,19 +449,30 @@ def write_labels(
         write_new(output, csv_bytes(label_columns(labels, streams or {})))
         return len(labels)
     if output.exists():
-        raise UsageError(f"{output} is there, so it is left alone. Give another file, or remove it.")
+        raise UsageError(
+            f"{output} is there, so it is left alone. Give another file, or remove it."
+        )
     outcomes = Outcomes.load(scores)
     ids, names_, said = outcomes.ids, outcomes.class_names, outcomes.prediction
     if ids is None or names_ is None or said is None:
-        raise DataError(f"{scores} does not say which images and classes it is of, so labels cannot be put to it.")
+        raise DataError(
+            f"{scores} does not say which images and classes it is of, so labels cannot be put to it."
+        )
     places = [row for row, key in enumerate(ids) if labels.get(key, SKIPPED) != SKIPPED]
     if not places:
-        raise DataError(f"none of the {len(labels)} labels is of a row of {scores}. Its keys are such as {ids[0]!r}.")
+        raise DataError(
+            f"none of the {len(labels)} labels is of a row of {scores}. Its keys are such as {ids[0]!r}."
+        )
     place = {name: number for number, name in enumerate(names_)}
-    targets = [place.get(labels[ids[row]], OUTSIDE if labels[ids[row]] == OUTSIDE_NAME else UNKNOWN) for row in places]
+    targets = [
+        place.get(labels[ids[row]], OUTSIDE if labels[ids[row]] == OUTSIDE_NAME else UNKNOWN)
+        for row in places
+    ]
     if UNKNOWN in targets:
         bad = labels[ids[places[targets.index(UNKNOWN)]]]
-        raise DataError(f"{bad!r} is no class of {scores}. Its classes: {', '.join(map(str, names_))[:200]}.")
+        raise DataError(
+            f"{bad!r} is no class of {scores}. Its classes: {', '.join(map(str, names_))[:200]}."
+        )
     taken = outcomes.take(np.array(places))
     target = np.array(targets)
     failure = (np.array(said)[places] != target).astype(np.int64)

@@ -55,7 +55,9 @@ class ReviewSession:
 
     def __post_init__(self) -> None:
         if self.review.photos is None:
-            raise UsageError("to show photos the folder is needed that their paths are relative to. Give --photos DIR.")
+            raise UsageError(
+                "to show photos the folder is needed that their paths are relative to. Give --photos DIR."
+            )
         if not self.review.tasks:
             raise UsageError("there is no photo to look at.")
         self.bounds = Bounds(self.review.photos)
@@ -80,7 +82,9 @@ class ReviewSession:
             self._save()
 
     def _save(self) -> None:
-        streams = self.streams | {one.path: one.stream for one in self.review.tasks}  # also of what is not shown now
+        streams = self.streams | {
+            one.path: one.stream for one in self.review.tasks
+        }  # also of what is not shown now
         write_table(self.output, label_columns(self.answers, streams), {})
 
     def picture(self, place: int) -> bytes:
@@ -162,7 +166,9 @@ class PageHandler(BaseHTTPRequestHandler):
             return
         length = self.headers.get("Content-Length", "")
         if not length.isdigit() or int(length) > MAX_BODY:
-            self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"an answer has at most {MAX_BODY} bytes")
+            self._refuse(
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"an answer has at most {MAX_BODY} bytes"
+            )
             return
         try:
             given = json.loads(self.rfile.read(int(length)))
@@ -176,11 +182,16 @@ class PageHandler(BaseHTTPRequestHandler):
         key = parse_qs(urlsplit(self.path).query).get("key", [""])[0]
         port = self.connection.getsockname()[1]
         host = self.headers.get("Host", "")
-        if host not in {f"{LOOPBACK}:{port}", f"localhost:{port}"}:  # a page of elsewhere that points its name here
+        if host not in {
+            f"{LOOPBACK}:{port}",
+            f"localhost:{port}",
+        }:  # a page of elsewhere that points its name here
             self._refuse(HTTPStatus.MISDIRECTED_REQUEST, "this page is for this machine alone")
             return False
         if not hmac.compare_digest(key.encode(), self.token.encode()):
-            self._refuse(HTTPStatus.FORBIDDEN, "the address must hold the key that the command printed")
+            self._refuse(
+                HTTPStatus.FORBIDDEN, "the address must hold the key that the command printed"
+            )
             return False
         return True
 
@@ -196,7 +207,9 @@ class PageHandler(BaseHTTPRequestHandler):
             return
         self._send(HTTPStatus.OK, content, "image/webp")
 
-    def _send(self, status: HTTPStatus, content: bytes, kind: str, policy: str = "default-src 'none'") -> None:
+    def _send(
+        self, status: HTTPStatus, content: bytes, kind: str, policy: str = "default-src 'none'"
+    ) -> None:
         self.send_response(status)
         for name, value in (
             ("Content-Type", kind),
@@ -212,7 +225,11 @@ class PageHandler(BaseHTTPRequestHandler):
 
     def _refuse(self, status: HTTPStatus, why: str) -> None:
         self.close_connection = True
-        self._send(status, json.dumps({"status": int(status), "detail": why}).encode(), "application/problem+json")
+        self._send(
+            status,
+            json.dumps({"status": int(status), "detail": why}).encode(),
+            "application/problem+json",
+        )
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - http.server's name
         """Nothing: the terminal is for what the command says."""

@@ -35,9 +35,24 @@ from vilu.predictors.vocabulary import Vocabulary
 from vilu.triage.choose import to_teach
 from vilu.triage.labels import Entry, LabelBook
 from vilu.triage.photos import FOLDER, Embedding, PhotoFolder, Photos, PhotoStores
-from vilu.triage.promise import ORDER, PLANNED, Mask, PromiseProgress, Sides, Trial, first_of_scene, keep_promise, stand
+from vilu.triage.promise import (
+    ORDER,
+    PLANNED,
+    Mask,
+    PromiseProgress,
+    Sides,
+    Trial,
+    first_of_scene,
+    keep_promise,
+    stand,
+)
 
-STATE, BOOK, PREDICTOR_FOLDER, CANDIDATE_FOLDER = "triage.json", "labels.parquet", "predictor", "candidate"
+STATE, BOOK, PREDICTOR_FOLDER, CANDIDATE_FOLDER = (
+    "triage.json",
+    "labels.parquet",
+    "predictor",
+    "candidate",
+)
 DECISIONS, NEXT, REPORT = "decisions", "next_labels.csv", "report.html"
 SORTED, MOVED = "sorted", "moved.parquet"
 MADE: Final = (
@@ -61,7 +76,8 @@ FURTHER: Final = 8
 
 THIRD: Final = 3
 """Of the labels that are asked for where a promise holds, the third part vouches: drawn from what may be accepted, they
-are worth more each than those that teach."""
+are worth more each than those that teach.
+"""
 
 ANYHOW: Final = 3
 """So many times as many labels that teach are worth a trial, whatever a predictor thinks of itself."""
@@ -71,7 +87,9 @@ MORE: Final = 1.1
 
 GROWN, SOON = 1.5, 1.25
 """A predictor of which labels were looked at is fitted anew when those that teach are so many times as many; one that
-may accept more than the present one is looked for when they are so many times as many as the last time."""
+may accept more than the present one is looked for when they are so many times as many as the last
+time.
+"""
 
 logger = logging.getLogger(__name__)
 
@@ -132,11 +150,19 @@ class TriageState(Document):
     photos: str = ""  # the folder of photos, when they were last looked at
     method: str = ""
     trial: Trial | None = None  # of the present predictor; None where it learns from no labels
-    candidate: Trial | None = None  # of a predictor that is tried beside one that something is promised of
+    candidate: Trial | None = (
+        None  # of a predictor that is tried beside one that something is promised of
+    )
     tried: int = Field(default=0, ge=0)  # predictors of which labels could certify something
-    n_tried: int = Field(default=0, ge=0)  # labels that taught the last one that was fitted to be tried
-    reach: int = Field(default=0, ge=0)  # labels of photos up to this place in the random order are asked for
-    counted: int = Field(default=0, ge=0)  # up to this one all of them were there when they were last looked at
+    n_tried: int = Field(
+        default=0, ge=0
+    )  # labels that taught the last one that was fitted to be tried
+    reach: int = Field(
+        default=0, ge=0
+    )  # labels of photos up to this place in the random order are asked for
+    counted: int = Field(
+        default=0, ge=0
+    )  # up to this one all of them were there when they were last looked at
 
 
 @dataclass(frozen=True)
@@ -151,7 +177,8 @@ class Triage:
         rule: The promise, where one was certified, now or before.
         in_play: What the predictor says that labels are to speak for now.
         has_candidate: Whether that is another one than decides, tried beside it.
-        scenes: (M,) which of the photos whose labels count are nearly like no other one with a label before them.
+        scenes: (M,) which of the photos whose labels count are nearly like no other one with a
+            label before them.
         asked: Photos whose labels are asked for.
         n_new: Photos that were embedded in this run.
         n_fit: Labels that the predictor was fitted on.
@@ -181,12 +208,18 @@ class Workshop:
 
     def __init__(self, root: Path, job: Job, *, overwrite: bool = False) -> None:
         self.root, self.job = root, job
-        found = read_document(root / STATE, TriageState) if (root / STATE).is_file() and not overwrite else None
+        found = (
+            read_document(root / STATE, TriageState)
+            if (root / STATE).is_file() and not overwrite
+            else None
+        )
         before = job.settings if found is None else found.settings
         if apart := [name for name, value in job.settings.items() if before.get(name) != value]:
             raise UsageError(
                 f"{root} was begun with other settings: "
-                + "; ".join(f"{name} {before.get(name)!r}, now {job.settings[name]!r}" for name in apart)
+                + "; ".join(
+                    f"{name} {before.get(name)!r}, now {job.settings[name]!r}" for name in apart
+                )
                 + ". A promise is stated before its labels are looked at, and goes for one question. Give a new "
                 "folder, or --overwrite to begin anew, labels included."
             )
@@ -214,7 +247,11 @@ class Workshop:
         photos += [(path, place.stat()) for path, place in moved.items()]
         root, home = self.root.resolve(), self.job.photos.resolve()
         if root.is_relative_to(home):
-            photos = [one for one in photos if not one[0].startswith(f"{root.relative_to(home).as_posix()}/")]
+            photos = [
+                one
+                for one in photos
+                if not one[0].startswith(f"{root.relative_to(home).as_posix()}/")
+            ]
         return PhotoFolder(self.job.photos, photos, moved)
 
     def run(self, labels: dict[str, str], streams: dict[str, str], listing: PhotoFolder) -> Triage:
@@ -229,17 +266,26 @@ class Workshop:
         n_new = self.stores.update(listing, self.job.how)
         photos = self.stores.open(listing.listing)
         if not len(photos):
-            kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(photos.bad.values()).most_common())
-            raise DataError(f"none of the {len(photos.bad)} photos in {self.job.photos} can be read: {kinds}.")
+            kinds = ", ".join(
+                f"{n} {kind}" for kind, n in Counter(photos.bad.values()).most_common()
+            )
+            raise DataError(
+                f"none of the {len(photos.bad)} photos in {self.job.photos} can be read: {kinds}."
+            )
         book = LabelBook.load(self.root / BOOK)
         given = [book.entries[path] for path in labels if path in book.entries]
         # before the book is saved, so that no kill leaves a promise too much
-        take_back(self.folder, {one.path for one in given if one.label not in {None, labels[one.path]}})
+        take_back(
+            self.folder, {one.path for one in given if one.label not in {None, labels[one.path]}}
+        )
         if changed := book.answer(labels, streams):
             logger.info("%d labels are new, of %d in all", changed, len(book.labels))
             book.save(self.root / BOOK)
         if n := book.note_pictures(dict(zip(photos.ids, photos.pictures, strict=True))):
-            logger.warning("%d photos have changed since their labels were given, which vouch for nothing now", n)
+            logger.warning(
+                "%d photos have changed since their labels were given, which vouch for nothing now",
+                n,
+            )
         return self.decide(photos, book, n_new)
 
     def decide(self, photos: Photos, book: LabelBook, n_new: int) -> Triage:
@@ -271,7 +317,9 @@ class Workshop:
             n_fit=0 if self.state.trial is None else self.state.trial.n_fit,
         )
 
-    def _scores(self, predictor: FailurePredictor, photos: Photos, decider: Decider | None = None) -> Outcomes:
+    def _scores(
+        self, predictor: FailurePredictor, photos: Photos, decider: Decider | None = None
+    ) -> Outcomes:
         decider = decider or Decider(predictor)
         return score_rows(
             decider,
@@ -293,17 +341,25 @@ class Workshop:
     def _in_play(self, photos: Photos, sides: Sides, teach: Ints) -> FailurePredictor:
         """The predictor that labels are to speak for now, fitted anew where there is so much more to learn from.
 
-        One that something is promised of goes on deciding; another is tried beside it, and takes its place as soon as
-        it is certified to accept more.
+        One that something is promised of goes on deciding; another is tried beside it, and takes
+        its place as soon as it is certified to accept more.
         """
         state, n = self.state, len(teach)
-        method = "vilu_plus" if int((photos.target.numpy()[teach] >= 0).sum()) >= LEAST_TO_FIT else "vilu_zero"
+        method = (
+            "vilu_plus"
+            if int((photos.target.numpy()[teach] >= 0).sum()) >= LEAST_TO_FIT
+            else "vilu_zero"
+        )
         trial, promised = state.candidate or state.trial, self._promised() is not None
         there = self.candidate if state.candidate is not None else self.folder
         looked = state.candidate is not None or not promised
         fitted = max(0 if trial is None else trial.n_fit, 0 if looked else state.n_tried, 1)
         grown = n >= (GROWN if looked else SOON) * fitted
-        if state.method == method and (there / PREDICTOR).is_file() and (method == "vilu_zero" or not grown):
+        if (
+            state.method == method
+            and (there / PREDICTOR).is_file()
+            and (method == "vilu_zero" or not grown)
+        ):
             return self._loaded(there)
         if promised and not sides.voucher.any():  # no photo can tell which one accepts more
             return self._loaded(there)
@@ -332,13 +388,19 @@ class Workshop:
         rule = self._promised()
         if rule is None or rule.threshold is None:
             return 0.0
-        return float((load(self.folder).predict_uncertainty(photos)[voucher] <= rule.threshold).mean())
+        return float(
+            (load(self.folder).predict_uncertainty(photos)[voucher] <= rule.threshold).mean()
+        )
 
     def _fitted(self, photos: Photos, teach: Ints, method: str) -> FailurePredictor:
         settings = {"seed": self.job.seed} if method == "vilu_plus" else {}
         predictor: FailurePredictor = find_method(method)(**settings)
         predictor.fit(photos.take(teach) if method == "vilu_plus" else photos)
-        on = f"{len(teach):,} labels" if method == "vilu_plus" else f"{len(photos):,} photos, without labels"
+        on = (
+            f"{len(teach):,} labels"
+            if method == "vilu_plus"
+            else f"{len(photos):,} photos, without labels"
+        )
         logger.info("%s is fitted on %s", method, on)
         return predictor
 
@@ -346,7 +408,9 @@ class Workshop:
         """From now on this predictor decides."""
         predictor.save(self.folder)
         Vocabulary.of(photos, photos.first.manifest.dtype).save(self.folder)
-        self.state = self.state.model_copy(update={"method": predictor.name, "trial": trial, "candidate": None})
+        self.state = self.state.model_copy(
+            update={"method": predictor.name, "trial": trial, "candidate": None}
+        )
 
     def _plan(self, outcomes: Outcomes, sides: Sides, n_teach: int, least: float = 0.0) -> Trial:
         """A trial of a predictor that is to accept a share ``least`` of the photos, if anything."""
@@ -364,10 +428,14 @@ class Workshop:
         trial = state.candidate or state.trial or self._plan(outcomes, sides, n_teach)
         found = self._stand(trial, outcomes, sides, state.reach)
         if len(found.missing):
-            found = dataclasses.replace(self._stand(trial, outcomes, sides, state.counted), missing=found.missing)
+            found = dataclasses.replace(
+                self._stand(trial, outcomes, sides, state.counted), missing=found.missing
+            )
         else:
             self.state = self.state.model_copy(update={"counted": state.reach})
-        if not trial.attempt and found.looks.can_certify(found.outcomes.uncertainty):  # with fewer a look is none
+        if not trial.attempt and found.looks.can_certify(
+            found.outcomes.uncertainty
+        ):  # with fewer a look is none
             self.state = self.state.model_copy(update={"tried": self.state.tried + 1})
             trial = trial.model_copy(update={"attempt": self.state.tried})
         self._try(trial)
@@ -379,7 +447,12 @@ class Workshop:
         self.state = self.state.model_copy(update={place: trial})
 
     def _settle(
-        self, predictor: FailurePredictor, photos: Photos, outcomes: Outcomes, standing: PromiseProgress, sides: Sides
+        self,
+        predictor: FailurePredictor,
+        photos: Photos,
+        outcomes: Outcomes,
+        standing: PromiseProgress,
+        sides: Sides,
     ) -> None:
         """Keep what was certified; a predictor that was tried beside the present one takes its place if it is more."""
         candidate = self.state.candidate
@@ -389,18 +462,30 @@ class Workshop:
             if share <= before:
                 return
             logger.info(
-                "a predictor that more labels taught accepts %.1f %%, before %.1f %%", 100 * share, 100 * before
+                "a predictor that more labels taught accepts %.1f %%, before %.1f %%",
+                100 * share,
+                100 * before,
             )
             self._adopt(predictor, photos, candidate)
             self.state.write(self.root / STATE)  # before what it names goes
             shutil.rmtree(self.candidate)
         kept = self._promised()
-        # what was certified once is certified for ever, so a rule is replaced by one that accepts more alone
+        # what was certified once is certified for ever, so a rule is replaced by one that accepts
+        # more alone
         if len(standing.rows) and (kept is None or standing.threshold > (kept.threshold or 0.0)):
             rule = standing.rule(self.job.max_risk, self.job.confidence)
-            keep_promise(self.folder, predictor, photos, standing.outcomes, rule, self.job.photos.name)
+            keep_promise(
+                self.folder, predictor, photos, standing.outcomes, rule, self.job.photos.name
+            )
 
-    def _ask(self, photos: Photos, book: LabelBook, standing: PromiseProgress | None, u: Floats, sides: Sides) -> None:
+    def _ask(
+        self,
+        photos: Photos,
+        book: LabelBook,
+        standing: PromiseProgress | None,
+        u: Floats,
+        sides: Sides,
+    ) -> None:
         """Ask for what is missing; else for labels that vouch, or teach; for both where a promise holds."""
         there = self.folder if self.state.candidate is None else self.candidate
         name, n = str(read_record(there / PREDICTOR)["weights_sha256"])[:16], self.job.n_next
@@ -417,7 +502,11 @@ class Workshop:
         if left > 0 and not (standing is not None and len(standing.missing)):
             asked = np.array([path in book.entries for path in photos.ids], dtype=np.bool_)
             teachers = to_teach(
-                photos, np.flatnonzero(sides.teacher & ~sides.answered & ~asked), u, left, self.job.seed
+                photos,
+                np.flatnonzero(sides.teacher & ~sides.answered & ~asked),
+                u,
+                left,
+                self.job.seed,
             )
             book.ask([photos.ids[row] for row in teachers], "fit", predictor=name)
 
@@ -427,7 +516,9 @@ class Workshop:
             return 0
         if self._promised() is not None:
             return n // THIRD
-        return n if n_teach >= LEAST and self.state.trial.likely and standing.more is not None else 0
+        return (
+            n if n_teach >= LEAST and self.state.trial.likely and standing.more is not None else 0
+        )
 
     def _draw_on(self, standing: PromiseProgress, u: Floats, sides: Sides, n: int) -> list[int]:
         """The next photos in the random order, or where all up to the limit is certified, those a little beyond it."""
@@ -436,7 +527,9 @@ class Workshop:
             return []
         last = standing.looks.last
         if standing.certified == last:
-            trial = trial.model_copy(update={"limit": trial.grid[min(last + FURTHER, len(trial.grid) - 1)]})
+            trial = trial.model_copy(
+                update={"limit": trial.grid[min(last + FURTHER, len(trial.grid) - 1)]}
+            )
         region = np.flatnonzero(sides.voucher & (u <= trial.limit) & ~sides.answered)
         region = region[np.argsort(sides.place[region])]
         before = region[sides.place[region] < reach]

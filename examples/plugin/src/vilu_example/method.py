@@ -15,14 +15,15 @@ from vilu.predictors.base import own_graph
 class QuadraticEntropy(vilu.FailurePredictor):
     """Rao's quadratic entropy of the zero-shot posterior: u = sum_ij p_i p_j (1 - t_i · t_j), in [0, 1].
 
-    It is the mean distance of two answers drawn from the posterior. To hesitate between two names of one thing is no
-    doubt, and between two things is; Shannon's entropy does not tell them apart. Texts have unit norm, so that it is
-    1 - |sum_j p_j t_j|², which takes K D steps and not K² D.
+    It is the mean distance of two answers drawn from the posterior. To hesitate between two names
+    of one thing is no doubt, and between two things is; Shannon's entropy does not tell them apart.
+    Texts have unit norm, so that it is 1 - |sum_j p_j t_j|², which takes K D steps and not K² D.
 
     Source: Rao, "Diversity and dissimilarity coefficients", Theoretical Population Biology, 1982.
 
     Examples:
-        The first image lies between two texts at right angles, the second between two that are almost one.
+        The first image lies between two texts at right angles, the second between two that are
+        almost one.
 
         >>> import torch, vilu
         >>> text = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.96, 0.28]])

@@ -9,8 +9,8 @@ from vilu.metrics.counts import Floats, TieCounts, ratio
 def youden_kernel(counts: TieCounts) -> Floats:
     """Youden's J = max over thresholds of TPR - FPR, of accepted right and of accepted wrong answers.
 
-    Counts are (..., G) for G distinct scores, from the most to the least trusted; the value is (...), undefined where
-    no answer is wrong, or none right.
+    Counts are (..., G) for G distinct scores, from the most to the least trusted; the value is
+    (...), undefined where no answer is wrong, or none right.
 
     Source: Youden, "Index for rating diagnostic tests", Cancer, 1950.
 
@@ -29,5 +29,9 @@ def youden_kernel(counts: TieCounts) -> Floats:
 
 
 YOUDEN = Metric(
-    "Youden's J", youden_kernel, "best threshold of TPR - FPR, no guarantee", higher_is_better=True, name="youden"
+    "Youden's J",
+    youden_kernel,
+    "best threshold of TPR - FPR, no guarantee",
+    higher_is_better=True,
+    name="youden",
 )

@@ -17,16 +17,30 @@ from vilu.files.documents import fill
 from vilu.progress import track
 from vilu.registry import ADDERS, Catalogue, toml_tables
 
-__all__ = ["KNOWN", "KnownDataset", "Presence", "add_dataset", "add_datasets", "check", "find_known", "open_known"]
+__all__ = [
+    "KNOWN",
+    "KnownDataset",
+    "Presence",
+    "add_dataset",
+    "add_datasets",
+    "check",
+    "find_known",
+    "open_known",
+]
 
-KNOWN: Final = Catalogue[KnownDataset]("data set", "vilu.datasets")  # in the order of the paper, then as added
+KNOWN: Final = Catalogue[KnownDataset](
+    "data set", "vilu.datasets"
+)  # in the order of the paper, then as added
 
 
 def find_known(name: str) -> KnownDataset:
     """The entry of a data set; where there is none, the message names the nearest."""
     if name in KNOWN:
         return KNOWN[name]
-    hint = nearest(name.lower().replace("-", "_"), KNOWN, cutoff=0.5) or f" There are: {', '.join(KNOWN)}."
+    hint = (
+        nearest(name.lower().replace("-", "_"), KNOWN, cutoff=0.5)
+        or f" There are: {', '.join(KNOWN)}."
+    )
     raise UsageError(f"there is no data set {name!r}.{hint}")
 
 
@@ -42,8 +56,12 @@ def open_known(
     """Open a data set of the catalogue. ``source`` says which list of splits is in use."""
     entry = find_known(name)
     if raw_names and classes is not None:
-        raise UsageError("raw names and a classes file both name the classes. Give --raw-names or --classes.")
-    return entry.reader.open(require_place(entry, Path(root)), Request(split, raw_names, classes, outside))
+        raise UsageError(
+            "raw names and a classes file both name the classes. Give --raw-names or --classes."
+        )
+    return entry.reader.open(
+        require_place(entry, Path(root)), Request(split, raw_names, classes, outside)
+    )
 
 
 def add_dataset(entry: KnownDataset) -> KnownDataset:
@@ -53,7 +71,9 @@ def add_dataset(entry: KnownDataset) -> KnownDataset:
         UsageError: If another data set has its name.
     """
     if KNOWN.here.setdefault(entry.name, entry) != entry:
-        raise UsageError(f"there is another data set {entry.name!r} already. Give this one another name.")
+        raise UsageError(
+            f"there is another data set {entry.name!r} already. Give this one another name."
+        )
     return entry
 
 
@@ -61,7 +81,8 @@ def add_datasets(source: Path | str) -> list[KnownDataset]:
     """Add the data sets of a TOML file, or of TOML text: a table for each, laid out as ``assets/datasets.toml``.
 
     Raises:
-        UsageError: If it cannot be read, a key is missing, unknown or of another type, or a name is taken.
+        UsageError: If it cannot be read, a key is missing, unknown or of another type, or a name is
+            taken.
     """
     return add_tables(toml_tables(source))
 
@@ -86,7 +107,9 @@ def _entry(name: str, facts: dict[str, object]) -> KnownDataset:
     reader = make_reader(facts.pop("layout", None), where)
     entry = fill(KnownDataset, {"name": name, **facts, "reader": reader}, where)
     if entry.captioned != isinstance(reader, ShardReader):
-        raise UsageError(f"{where} must have n_classes where it has classes; tars have captions, and no n_classes.")
+        raise UsageError(
+            f"{where} must have n_classes where it has classes; tars have captions, and no n_classes."
+        )
     return entry
 
 
@@ -106,10 +129,12 @@ class Presence:
     folder: Path | None  # where it is; None where it is not
     origin: str = ""  # which list of splits is in use; "" where it is not there
     splits: Mapping[str, Count] = field(default_factory=dict)  # what there is of each split
-    # archives and files with published checksums that were seen: present, or if checked right or wrong
+    # archives and files with published checksums that were seen: present, or if checked right or
+    # wrong
     archives: Mapping[str, ArchiveState] = field(default_factory=dict)
     problem: str | None = None  # why nothing more can be said; None where nothing is wrong
-    # "complete"; "present" where nothing is wrong, and nothing lists what there should be; "incomplete"; "absent"
+    # "complete"; "present" where nothing is wrong, and nothing lists what there should be;
+    # "incomplete"; "absent"
     state: State = "absent"
     advice: str = ""  # what to do
 
@@ -118,11 +143,13 @@ class Presence:
         return {**asdict(self), "folder": None if self.folder is None else str(self.folder)}
 
 
-def check(root: Path | str, names: list[str] | None = None, *, deep: bool = False) -> list[Presence]:
+def check(
+    root: Path | str, names: list[str] | None = None, *, deep: bool = False
+) -> list[Presence]:
     """What is present of which data sets, what is missing, and how to get it.
 
-    ``root`` holds all data sets, or is one's own. ``deep`` also compares archives with their published checksums, and
-    lists the members of tars.
+    ``root`` holds all data sets, or is one's own. ``deep`` also compares archives with their
+    published checksums, and lists the members of tars.
     """
     entries = list(KNOWN.values()) if names is None else [find_known(name) for name in names]
     return [check_entry(entry, Path(root), named=names is not None, deep=deep) for entry in entries]
@@ -133,7 +160,9 @@ def check_entry(entry: KnownDataset, root: Path, *, named: bool, deep: bool) -> 
     place = find_place(entry, root, named=named)
     seen = dict(_archives(entry, root, place))
     archives = {name: _verify(entry, path, deep) for name, path in seen.items()}
-    absent = Presence(entry.name, entry.title, None, archives=archives, advice=_how(entry, archives))
+    absent = Presence(
+        entry.name, entry.title, None, archives=archives, advice=_how(entry, archives)
+    )
     if place is None:
         return absent
     there = replace(absent, folder=place.folder, state="incomplete")
@@ -141,16 +170,26 @@ def check_entry(entry: KnownDataset, root: Path, *, named: bool, deep: bool) -> 
         survey = entry.reader.survey(place, deep=deep)
     except (DataError, UsageError, StorageError) as error:
         return replace(there, problem=str(error))
-    counts, expected = survey.counts, entry.expected(survey.counts)  # sums of splits where only those are published
+    counts, expected = (
+        survey.counts,
+        entry.expected(survey.counts),
+    )  # sums of splits where only those are published
     splits = {
-        key: Count.sum((counts[name] for name in key.split("+")), expected.get(key)) for key in expected or counts
+        key: Count.sum((counts[name] for name in key.split("+")), expected.get(key))
+        for key in expected or counts
     }
-    damaged = [name for name, path in seen.items() if archives[name] == "wrong" and path.parent == place.folder]
+    damaged = [
+        name
+        for name, path in seen.items()
+        if archives[name] == "wrong" and path.parent == place.folder
+    ]
     problem = f"wrong checksum: {', '.join(damaged)}" if damaged else None
     there = replace(there, origin=survey.origin, splits=splits, problem=problem)
     if damaged or not all(split.is_complete(binding=survey.binding) for split in splits.values()):
         return there
-    state: State = "present" if any(split.listed is None for split in splits.values()) else "complete"
+    state: State = (
+        "present" if any(split.listed is None for split in splits.values()) else "complete"
+    )
     return replace(there, state=state, advice=f"vilu embed {root} --dataset {entry.name} -o STORE")
 
 
@@ -169,12 +208,17 @@ def _verify(entry: KnownDataset, path: Path, deep: bool) -> ArchiveState:
         return "present"
     digest = hashlib.md5(usedforsecurity=False)  # what torchvision publishes
     try:
-        with path.open("rb") as file, track(f"hashing {path.name}", path.stat().st_size / MEBIBYTE, "MiB") as task:
+        with (
+            path.open("rb") as file,
+            track(f"hashing {path.name}", path.stat().st_size / MEBIBYTE, "MiB") as task,
+        ):
             while chunk := file.read(CHUNK):
                 digest.update(chunk)
                 task.advance(len(chunk) / MEBIBYTE)
     except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror or error}. Mend its permissions.") from error
+        raise StorageError(
+            f"cannot read {path}: {error.strerror or error}. Mend its permissions."
+        ) from error
     return "right" if digest.hexdigest() == entry.archives[path.name] else "wrong"
 
 
@@ -182,9 +226,15 @@ def _how(entry: KnownDataset, archives: Mapping[str, ArchiveState]) -> str:
     here = [name for name, state in archives.items() if state != "wrong" and name.endswith(PACKED)]
     wrong = [name for name, state in archives.items() if state == "wrong"]
     said = f"{', '.join(here)} {'is' if len(here) == 1 else 'are'} here: unpack. " if here else ""
-    said += f"{', '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} damaged: download again. " if wrong else ""
+    said += (
+        f"{', '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} damaged: download again. "
+        if wrong
+        else ""
+    )
     return f"{said}{entry.how} ({entry.url})"
 
 
-add_datasets(resources.files("vilu").joinpath("assets", "datasets.toml").read_text(encoding="utf-8"))
+add_datasets(
+    resources.files("vilu").joinpath("assets", "datasets.toml").read_text(encoding="utf-8")
+)
 SHIPPED: Final = frozenset(KNOWN.here)

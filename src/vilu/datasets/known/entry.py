@@ -22,7 +22,9 @@ class Count:
 
     found: int | None  # files that are there; None where they were not counted
     listed: int | None  # files that should be, by the list in use; None where nothing lists them
-    expected: int | None = None  # files that should be, as published; None where that is not known of this list
+    expected: int | None = (
+        None  # files that should be, as published; None where that is not known of this list
+    )
     missing: tuple[str, ...] = ()  # the first of those that are not there
     problem: str | None = None  # why nothing can be said; None where something can
 
@@ -43,7 +45,9 @@ class Count:
         if self.problem is not None or self.missing:
             return False
         all_found = self.listed is None or self.found == self.listed
-        return all_found and (not binding or self.expected is None or (self.listed or 0) >= self.expected)
+        return all_found and (
+            not binding or self.expected is None or (self.listed or 0) >= self.expected
+        )
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,8 @@ class Survey:
 
     origin: str  # which list of splits is in use, for people
     counts: Mapping[str, Count]  # by split
-    # whether the published sizes must be met; not where the list is the user's own, or links have died
+    # whether the published sizes must be met; not where the list is the user's own, or links have
+    # died
     binding: bool = True
 
 
@@ -71,11 +76,16 @@ class Request:
     split: str | None = None  # names of splits joined by ``+``; None for all
     raw_names: bool = False  # whether class names stay as the data have them
     classes: Path | None = None  # a classes file; None where the data name their classes
-    outside: tuple[str, ...] = ()  # names of classes that will be taken out: the file may leave them out
+    outside: tuple[
+        str, ...
+    ] = ()  # names of classes that will be taken out: the file may leave them out
 
     def unfit(self) -> list[str]:
         """Names of the options that only data with classes and splits have."""
-        given: dict[str, object] = {"--split": self.split is not None, "--raw-names": self.raw_names}
+        given: dict[str, object] = {
+            "--split": self.split is not None,
+            "--raw-names": self.raw_names,
+        }
         given |= {"--classes": self.classes, "--outside": self.outside}
         return [name for name, value in given.items() if value]
 
@@ -98,10 +108,12 @@ class KnownDataset:
     Attributes:
         name: Its key in the catalogue.
         title: Its name for people.
-        sizes: Number of images by split (or by splits joined by ``+``, where only their sum is known).
+        sizes: Number of images by split (or by splits joined by ``+``, where only their sum is
+            known).
         url: Where it comes from.
         how: How to get and unpack it.
-        folders: Where it lies below a folder that holds all data sets, by torchvision's and CoOp's conventions.
+        folders: Where it lies below a folder that holds all data sets, by torchvision's and CoOp's
+            conventions.
         reader: What reads it; in TOML a ``layout``.
         n_classes: Number of classes; None where there are captions.
         marks: Patterns of which one must match in its folder.
@@ -150,7 +162,8 @@ class Place:
 
     entry: KnownDataset  # which data set
     folder: Path  # its folder; keys are paths below it
-    # where else lists of its splits may lie: the folders above it in its layout, and the one that was given
+    # where else lists of its splits may lie: the folders above it in its layout, and the one that
+    # was given
     around: tuple[Path, ...]
 
     def find(self, *names: str) -> Path | None:
@@ -176,15 +189,24 @@ class Place:
 def find_place(entry: KnownDataset, root: Path, *, named: bool) -> Place | None:
     """Where a data set lies: below ``root``, or in ``root`` itself; None where it does not.
 
-    ``named`` says that ``root`` can be its own folder because the user says so; else the folder's name must.
+    ``named`` says that ``root`` can be its own folder because the user says so; else the folder's
+    name must.
     """
     if not root.is_dir():
-        raise UsageError(f"{root} is no folder. Give the folder that holds the data sets, or a data set's own.")
+        raise UsageError(
+            f"{root} is no folder. Give the folder that holds the data sets, or a data set's own."
+        )
     with or_refuse(f"look into {root}", "Mend its permissions."):
         for parts in _candidates(entry, root, named):
             folder = root.joinpath(*parts)
-            if folder.is_dir() and any(next(folder.glob(mark), None) is not None for mark in entry.marks):
-                return Place(entry, folder, tuple(root.joinpath(*parts[:n]) for n in reversed(range(len(parts)))))
+            if folder.is_dir() and any(
+                next(folder.glob(mark), None) is not None for mark in entry.marks
+            ):
+                return Place(
+                    entry,
+                    folder,
+                    tuple(root.joinpath(*parts[:n]) for n in reversed(range(len(parts)))),
+                )
     return None
 
 

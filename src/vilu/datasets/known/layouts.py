@@ -19,7 +19,15 @@ from typing import Final
 from vilu.datasets.cifar import CIFAR10, CIFAR100, CifarDataset, Layout
 from vilu.datasets.files import portable_name, subfolders, walk_images
 from vilu.datasets.known.entry import SHOWN, Count, Place, Reader, Request, Survey
-from vilu.datasets.known.read import CoopListing, Entry, Listing, ListReader, fgvc_aircraft, food101, sun397
+from vilu.datasets.known.read import (
+    CoopListing,
+    Entry,
+    Listing,
+    ListReader,
+    fgvc_aircraft,
+    food101,
+    sun397,
+)
 from vilu.datasets.tar import CAPTION, MAX_SHARDS, TarShards, find_shards, list_samples
 from vilu.errors import DataError, UsageError
 from vilu.files.documents import fill
@@ -30,7 +38,8 @@ Files = Sequence[tuple[str, stat_result | None]]
 
 RENAMED: Final = {744: "projectile", 836: "sunglass"}
 """CLIP names classes 657 and 744 "missile", 836 and 837 "sunglasses"; of equal prompts one can never be the answer.
-These are the first words of WordNet's synsets n04008634 and n04355933."""
+These are the first words of WordNet's synsets n04008634 and n04355933.
+"""
 
 UNPACK: Final = "Unpack the archive of each class into a folder of its name."
 SORT: Final = (
@@ -71,7 +80,11 @@ class ClassFolders:
             )
         if not names:
             flat = next(walk_images(folder, Counter()), None)
-            found = "nothing" if flat is None else f"images without class folders ({portable_name(flat[0])}, ...)"
+            found = (
+                "nothing"
+                if flat is None
+                else f"images without class folders ({portable_name(flat[0])}, ...)"
+            )
             raise DataError(f"{folder} holds {found}; expected a folder per class. {self.flat}")
         return sorted(names, key=self.labels.__getitem__)
 
@@ -90,7 +103,9 @@ class SplitFolders:
         found = {name for folder in folders if folder.is_dir() for name in subfolders(folder)}
         names = tuple(sorted(found, key=os.fsencode))
         if not names:
-            raise DataError(f"{place.folder} has no folder of a class in {' or '.join(map(str, folders))}. {UNPACK}")
+            raise DataError(
+                f"{place.folder} has no folder of a class in {' or '.join(map(str, folders))}. {UNPACK}"
+            )
         labels = {name: label for label, name in enumerate(names)}
         splits = {split: ClassFolders(place.folder, part, labels) for split, part in parts.items()}
         return Listing(names, splits, "a folder per class")
@@ -119,10 +134,14 @@ def imagenet_sketch(place: Place) -> Listing:
 def half(name: str, files: Files, *, first: bool) -> Files:
     """The images of a class that come first, or last, by the hash of their path; of an odd number more are last.
 
-    Which images the paper's few shots were is not known. The hash is BLAKE2b (8 bytes) of ``class/path``, so that no
-    half depends on the order of files, on the machine, or on what other classes hold.
+    Which images the paper's few shots were is not known. The hash is BLAKE2b (8 bytes) of
+    ``class/path``, so that no half depends on the order of files, on the machine, or on what other
+    classes hold.
     """
-    keys = [blake2b(f"{name}/{path}".encode("utf-8", "surrogateescape"), digest_size=8).digest() for path, _ in files]
+    keys = [
+        blake2b(f"{name}/{path}".encode("utf-8", "surrogateescape"), digest_size=8).digest()
+        for path, _ in files
+    ]
     order = sorted(range(len(files)), key=keys.__getitem__)
     middle = len(files) // 2
     return [files[number] for number in sorted(order[:middle] if first else order[middle:])]
@@ -179,7 +198,9 @@ class CifarReader:
 
     def survey(self, place: Place, *, deep: bool) -> Survey:  # noqa: ARG002 - its files are small: always read
         """Pictures in each file that is there."""
-        return Survey("official split", {split: self._count(place, split) for split in self.layout.splits})
+        return Survey(
+            "official split", {split: self._count(place, split) for split in self.layout.splits}
+        )
 
     def _count(self, place: Place, split: str) -> Count:
         expected = place.entry.sizes[split]
@@ -200,7 +221,9 @@ class ShardReader:
         """All pairs; folds go by the hash of the caption, later."""
         unfit = request.unfit()
         if unfit:
-            raise UsageError(f"{place.entry.title} has captions, no classes and no splits. Leave {unfit[0]} out.")
+            raise UsageError(
+                f"{place.entry.title} has captions, no classes and no splits. Leave {unfit[0]} out."
+            )
         return TarShards(f"{place.folder} (all pairs)", find_known_shards(place.folder))
 
     def survey(self, place: Place, *, deep: bool) -> Survey:
@@ -213,9 +236,13 @@ class ShardReader:
 
 def find_known_shards(folder: Path) -> list[Path]:
     """The tars in a folder, else those in the folders below it (train, validation), in the order of their names."""
-    shards = find_shards(folder) or [tar for name in subfolders(folder) for tar in find_shards(folder / name) or ()]
+    shards = find_shards(folder) or [
+        tar for name in subfolders(folder) for tar in find_shards(folder / name) or ()
+    ]
     if not shards:
-        raise DataError(f"{folder} holds no tar files. Expected 00000.tar, 00001.tar, ... as img2dataset writes them.")
+        raise DataError(
+            f"{folder} holds no tar files. Expected 00000.tar, 00001.tar, ... as img2dataset writes them."
+        )
     return shards
 
 
@@ -243,7 +270,9 @@ def _count_pairs(place: Place, shards: list[Path]) -> tuple[int, str | None]:
             samples, trouble = list_samples(shard, CAPTION)
             found += sum(sample.is_whole(CAPTION) for sample in samples)
             if trouble is not None and problem is None:
-                problem = f"{shard.relative_to(place.folder)}: {trouble}. Download this shard again."
+                problem = (
+                    f"{shard.relative_to(place.folder)}: {trouble}. Download this shard again."
+                )
             task.advance(1)
     return found, problem
 

@@ -33,7 +33,8 @@ class Listing:
     """What a data set says of itself."""
 
     classes: tuple[str, ...]  # what its files or lists call the classes, in label order
-    # the images by split; iterating may list folders, and raises DataError where a split cannot be listed
+    # the images by split; iterating may list folders, and raises DataError where a split cannot be
+    # listed
     splits: Mapping[str, Iterable[Entry]]
     origin: str  # where the splits come from, for people
     # names for prompts, cleaned; None for ``classes`` with underscores turned into spaces
@@ -55,7 +56,9 @@ class ListReader:
     def survey(self, place: Place, *, deep: bool) -> Survey:  # noqa: ARG002 - deep is for archives and tars
         """Files listed and files found."""
         listing = self.read(place)
-        with track(f"checking {place.entry.name}", sum(place.entry.sizes.values()), "images") as task:
+        with track(
+            f"checking {place.entry.name}", sum(place.entry.sizes.values()), "images"
+        ) as task:
             counts = {name: _count(entries, task) for name, entries in listing.splits.items()}
         return Survey(listing.origin, counts, listing.binding)
 
@@ -78,7 +81,8 @@ class PathList:
 class ListedDataset(ListedFiles):
     """Images that a data set lists; a listed file that is missing is the read error of its row.
 
-    Keys are paths below the data set's folder; labels follow its one class table, whatever the splits.
+    Keys are paths below the data set's folder; labels follow its one class table, whatever the
+    splits.
     """
 
     def __init__(self, place: Place, listing: Listing, request: Request) -> None:
@@ -87,16 +91,22 @@ class ListedDataset(ListedFiles):
         self.captioned = False
         names = (listing.raw or listing.classes) if request.raw_names else listing.names
         asked = request.classes
-        self.classes = class_table(listing.classes, asked, by_position=True, names=names, outside=request.outside)
+        self.classes = class_table(
+            listing.classes, asked, by_position=True, names=names, outside=request.outside
+        )
         self.class_names: tuple[str, ...] | None = self.classes.names
         splits = tuple(listing.splits)
-        splits = splits if request.split is None else parse_split(request.split, splits, self.source)
+        splits = (
+            splits if request.split is None else parse_split(request.split, splits, self.source)
+        )
         hashed = ListingHash(*listing.classes, *splits)
         with track(f"listing {place.entry.name}", None, "images") as task:
             counts = {split: self._add_all(listing.splits[split], hashed, task) for split in splits}
         empty = [split for split, count in counts.items() if count == 0]
         if not self._paths or (request.split is not None and empty):
-            raise DataError(f"split {empty[0]!r} of {self.source} has no image. Choose another, or mend its list.")
+            raise DataError(
+                f"split {empty[0]!r} of {self.source} has no image. Choose another, or mend its list."
+            )
         self.fingerprint = hashed.hexdigest()
 
     def _add_all(self, entries: Iterable[Entry], hashed: ListingHash, task: Task) -> int:
@@ -132,14 +142,18 @@ def _showing(entries: Iterable[Entry], task: Task) -> Iterator[Entry]:
 
 MAX_PATH: Final = 1024
 T = TypeVar("T")
-Parse = Callable[[T], tuple[str, int]]  # from an entry of a list to path and label; ValueError where it is none
+Parse = Callable[
+    [T], tuple[str, int]
+]  # from an entry of a list to path and label; ValueError where it is none
 
 
 @dataclass
 class SplitLists:
     """Paths and labels by split, no image twice; labels are 0 ... K-1 and each has one name."""
 
-    splits: dict[str, list[tuple[str, int]]] = field(default_factory=dict)  # pairs of path and label, by split
+    splits: dict[str, list[tuple[str, int]]] = field(
+        default_factory=dict
+    )  # pairs of path and label, by split
     _names: dict[int, str] = field(default_factory=dict)
     _labels: dict[str, int] = field(default_factory=dict)
     _seen: set[str] = field(default_factory=set)
@@ -148,7 +162,9 @@ class SplitLists:
         """One image; ValueError where its path is none that can be kept, or was added before."""
         plain = len(path) <= MAX_PATH and path.isprintable() and "\\" not in path
         if not (plain and stays_below(path) and str(PurePosixPath(path)) == path):
-            raise ValueError(f"the path {path[:80]!r} must be relative, plain, and stay below its folder")
+            raise ValueError(
+                f"the path {path[:80]!r} must be relative, plain, and stay below its folder"
+            )
         if path in self._seen:
             raise ValueError(f"{path!r} is listed more than once")
         self._seen.add(path)
@@ -187,7 +203,9 @@ class SplitLists:
         if self._names.setdefault(label, name) != name:
             raise ValueError(f"label {label} is {name!r} here and {self._names[label]!r} before")
         if self._labels.setdefault(name, label) != label:
-            raise ValueError(f"{name!r} is label {label} here and label {self._labels[name]} before")
+            raise ValueError(
+                f"{name!r} is label {label} here and label {self._labels[name]} before"
+            )
 
     def names(self) -> tuple[str, ...]:
         """Names in label order; ValueError where there is none, or labels leave a number out."""
@@ -195,7 +213,9 @@ class SplitLists:
             raise ValueError("it names no class")
         gap = next((label for label in range(len(self._names)) if label not in self._names), None)
         if gap is not None:
-            raise ValueError(f"labels must be 0 to K - 1, each with images; {gap} has none. Number them again")
+            raise ValueError(
+                f"labels must be 0 to K - 1, each with images; {gap} has none. Number them again"
+            )
         return tuple(self._names[label] for label in range(len(self._names)))
 
     def listing(self, folder: Path, images: str, origin: str, *, binding: bool) -> Listing:
@@ -267,7 +287,10 @@ def read_split_file(file: Path) -> SplitLists:
 
     for key, entries in read_json_object(file).items():
         if key not in KEYS or not isinstance(entries, list):
-            refuse(file, f"expected lists named train, val and test; found {key[:20]!r}: {type(entries).__name__}")
+            refuse(
+                file,
+                f"expected lists named train, val and test; found {key[:20]!r}: {type(entries).__name__}",
+            )
         lists.fill(KEYS[key], file, entries, named)
     return lists
 
@@ -276,8 +299,9 @@ def read_split_file(file: Path) -> SplitLists:
 def shipped_list(dataset: str) -> SplitLists | None:
     """CoOp's list of a data set, by our name of it; None where none ships. Made by ``tools/make_split_asset.py``.
 
-    The asset has per data set a line with its name and its number of classes; per class a line with its name, a line
-    with a letter (t, v, e: train, validation, test) for each of its images, and the images' paths, a line each.
+    The asset has per data set a line with its name and its number of classes; per class a line with
+    its name, a line with a letter (t, v, e: train, validation, test) for each of its images, and
+    the images' paths, a line each.
     """
     data = resources.files("vilu").joinpath("assets", ASSET).read_bytes()
     lines = iter(lzma.decompress(data).decode().splitlines())
@@ -301,7 +325,9 @@ class CoopListing:
     """Listing of a data set by CoOp's list: the user's own where there is one, else the shipped one."""
 
     file: str  # name of the user's list
-    images: str = ""  # folder of the images; "" where paths in the list begin at the data set's folder
+    images: str = (
+        ""  # folder of the images; "" where paths in the list begin at the data set's folder
+    )
 
     def __call__(self, place: Place) -> Listing:
         """What the list says."""
@@ -325,7 +351,13 @@ def fgvc_aircraft(place: Place) -> Listing:
         number, _, variant = line.partition(" ")
         return f"{number}.jpg", lists.label_of(variant)
 
-    return _official(place, lists, "images", {file: (split, read_lines(file)) for split, file in files.items()}, parse)
+    return _official(
+        place,
+        lists,
+        "images",
+        {file: (split, read_lines(file)) for split, file in files.items()},
+        parse,
+    )
 
 
 def food101(place: Place) -> Listing:
@@ -360,14 +392,24 @@ def sun397(place: Place) -> Listing:
     def parse(line: str) -> tuple[str, int]:
         return line.removeprefix("/"), lists.label_of(line.rpartition("/")[0])
 
-    found = _official(place, lists, "", {file: (split, read_lines(file)) for split, file in files.items()}, parse)
+    found = _official(
+        place, lists, "", {file: (split, read_lines(file)) for split, file in files.items()}, parse
+    )
     below_letter = [name.split("/")[2:] for name in found.classes]  # /a/apartment_building/outdoor
     raw = tuple("/".join(parts) for parts in below_letter)
-    return replace(found, classes=raw, names=tuple(clean_name(" ".join(reversed(parts))) for parts in below_letter))
+    return replace(
+        found,
+        classes=raw,
+        names=tuple(clean_name(" ".join(reversed(parts))) for parts in below_letter),
+    )
 
 
 def _official(
-    place: Place, lists: SplitLists, images: str, entries: Mapping[Path, tuple[str, Iterable[T]]], parse: Parse[T]
+    place: Place,
+    lists: SplitLists,
+    images: str,
+    entries: Mapping[Path, tuple[str, Iterable[T]]],
+    parse: Parse[T],
 ) -> Listing:
     """The listing by files of the authors, each with its split and what stands in it."""
     for file, (split, lines) in entries.items():
@@ -378,5 +420,7 @@ def _official(
 def _flat(content: dict[str, object], file: Path) -> Iterator[tuple[str, object]]:
     for name, paths in content.items():
         if not isinstance(paths, list):
-            raise DataError(f"{file}: expected a list of paths per class; {name[:80]!r} has {type(paths).__name__}.")
+            raise DataError(
+                f"{file}: expected a list of paths per class; {name[:80]!r} has {type(paths).__name__}."
+            )
         yield from ((name, path) for path in paths)

@@ -26,7 +26,9 @@ class ClosedSet(FailurePredictor):
     """A method that learns what it knows class by class, and scores those classes only."""
 
     closed_set: ClassVar[bool] = True
-    no_captions: ClassVar[str | None] = "it compares images of one class, and captions have no classes"
+    no_captions: ClassVar[str | None] = (
+        "it compares images of one class, and captions have no classes"
+    )
 
     seed: int = 0
     device: str = "auto"
@@ -36,7 +38,11 @@ class ClosedSet(FailurePredictor):
         cosine, match = nearest(text, self.tensor(CLASSES, text.device))
         unknown, twice = int((cosine < SAME_TEXT).sum()), len(match) - len(match.unique())
         if unknown or twice:
-            why = f"{unknown} are others" if unknown else f"{twice} are nearest to one that is there already"
+            why = (
+                f"{unknown} are others"
+                if unknown
+                else f"{twice} are nearest to one that is there already"
+            )
             raise ProvenanceError(
                 f"{self.name} scores the {len(self.learned_[CLASSES])} classes that it was fitted on. Of the "
                 f"{len(text)} candidates here {why}. Fit it on these classes, or take a method that works on any (see "
@@ -53,29 +59,38 @@ class ClosedSet(FailurePredictor):
 class LinearProbe(ClosedSet):
     """Logistic regression of the classes on image embeddings: u = 1 - P(t̂ | z), P its softmax.
 
-    u is computed as sigmoid(log sum_{c != t̂} exp l_c - l_t̂) in float64, so that confident images do not tie. A class
-    without training images has P = 0, hence u = 1; with images of one class only, P of that class is 1.
+    u is computed as sigmoid(log sum_{c != t̂} exp l_c - l_t̂) in float64, so that confident images
+    do not tie. A class without training images has P = 0, hence u = 1; with images of one class
+    only, P of that class is 1.
 
     Args:
         C: Inverse strength of the L2 penalty, as in scikit-learn.
         max_iter: Most steps of L-BFGS; scikit-learn warns where they do not suffice.
         max_bank: Most training images to fit on; of more, so many are drawn with ``seed``.
 
-    Source: the linear probe of Radford et al., ICML 2021, read at the class that the VLM predicts. The regression runs
-    in float32 on centred embeddings: with its free intercept that has the same optimum, reached in fewer steps. Its
-    time grows with the number of images times that of classes.
+    Source: the linear probe of Radford et al., ICML 2021, read at the class that the VLM predicts.
+    The regression runs in float32 on centred embeddings: with its free intercept that has the same
+    optimum, reached in fewer steps. Its time grows with the number of images times that of classes.
 
     Examples:
         >>> import numpy as np, vilu
-        >>> angle = np.linspace(0, np.pi / 2, 100)  # the answer is class 0 up to 45 degrees, the truth up to 63
-        >>> train = vilu.Embeddings(np.c_[np.cos(angle), np.sin(angle)], np.eye(2), np.repeat([0, 1], [70, 30]))
-        >>> new = vilu.Embeddings([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], np.eye(2))  # at 0, 53 and 90 degrees
+        >>> angle = np.linspace(
+        ...     0, np.pi / 2, 100
+        ... )  # the answer is class 0 up to 45 degrees, the truth up to 63
+        >>> train = vilu.Embeddings(
+        ...     np.c_[np.cos(angle), np.sin(angle)], np.eye(2), np.repeat([0, 1], [70, 30])
+        ... )
+        >>> new = vilu.Embeddings(
+        ...     [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], np.eye(2)
+        ... )  # at 0, 53 and 90 degrees
         >>> vilu.PREDICTORS["linear_probe"]().fit(train).predict_uncertainty(new).round()
         array([0., 1., 0.])
     """
 
     name: ClassVar[str] = "linear_probe"
-    summary: ClassVar[str] = "logistic regression on image embeddings, at the predicted class (Radford et al. 2021)"
+    summary: ClassVar[str] = (
+        "logistic regression on image embeddings, at the predicted class (Radford et al. 2021)"
+    )
     reference: ClassVar[str] = "Radford et al., ICML 2021"
     cost: ClassVar[str] = "fit: logistic regression; score: one product with K weights"
     is_probability: ClassVar[bool] = True
@@ -90,7 +105,9 @@ class LinearProbe(ClosedSet):
 
         kept, _ = draw_rows(train, self.max_bank, self.seed)
         label = labels(kept)
-        weight = torch.zeros(train.source.n_candidates, train.source.space.embed_dim, dtype=torch.float64)
+        weight = torch.zeros(
+            train.source.n_candidates, train.source.space.embed_dim, dtype=torch.float64
+        )
         bias = torch.full((len(weight),), -math.inf, dtype=torch.float64)
         known = label.unique()
         bias[known] = 0.0
@@ -101,46 +118,62 @@ class LinearProbe(ClosedSet):
             centre = image.mean(dim=0)
             model = LogisticRegression(C=self.C, max_iter=self.max_iter)
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="The number of unique classes")  # few images a class are fine
+                warnings.filterwarnings(
+                    "ignore", message="The number of unique classes"
+                )  # few images a class are fine
                 model.fit((image - centre).numpy(), label.numpy())
             weight[fitted] = torch.from_numpy(model.coef_).double()
-            bias[fitted] = torch.from_numpy(model.intercept_).double() - weight[fitted] @ centre.double()
+            bias[fitted] = (
+                torch.from_numpy(model.intercept_).double() - weight[fitted] @ centre.double()
+            )
         return Learnt({"weight": weight, "bias": bias, CLASSES: class_texts(train)})
 
     def _score(self, batch: Batch) -> Tensor:
         classes = self.classes_of(batch.text)
         image = float64(batch.image)
-        weight, bias = (self.tensor(name, image.device)[classes.to(image.device)] for name in ("weight", "bias"))
-        unknown = bias[batch.prediction.to(bias.device)] == -math.inf  # where all are, their softmax is 0 / 0
-        return torch.sigmoid(failure_log_odds(image @ weight.T + bias, batch)).masked_fill(unknown, 1.0)
+        weight, bias = (
+            self.tensor(name, image.device)[classes.to(image.device)] for name in ("weight", "bias")
+        )
+        unknown = (
+            bias[batch.prediction.to(bias.device)] == -math.inf
+        )  # where all are, their softmax is 0 / 0
+        return torch.sigmoid(failure_log_odds(image @ weight.T + bias, batch)).masked_fill(
+            unknown, 1.0
+        )
 
 
 @dataclasses.dataclass
 class TrustVLM(ClosedSet):
     """TrustVLM: zero-shot probability plus similarity to the predicted class's images in a second encoder.
 
-    u = (1 - p_max) + weight * (1 - cos(f, P_t̂)), f the image's features in a second encoder (column ``features``; the
-    VLM's own features make another method) and P_c the mean of the features of up to ``shots`` training images
-    of class c, drawn with ``seed``. A class without training images has the prototype 0, hence the cosine 0.
+    u = (1 - p_max) + weight * (1 - cos(f, P_t̂)), f the image's features in a second encoder
+    (column ``features``; the VLM's own features make another method) and P_c the mean of the
+    features of up to ``shots`` training images of class c, drawn with ``seed``. A class without
+    training images has the prototype 0, hence the cosine 0.
 
     Args:
         weight: Of the similarity.
         shots: Most training images per class.
 
-    Source: TrustVLM, arXiv:2505.23745, and its code (weight 1, 0.1 on Oxford Pets; 16 shots; DINOv2 features averaged
-    over tokens). Its starred variant answers anew, and is no score of the VLM's own answer.
+    Source: TrustVLM, arXiv:2505.23745, and its code (weight 1, 0.1 on Oxford Pets; 16 shots; DINOv2
+    features averaged over tokens). Its starred variant answers anew, and is no score of the VLM's
+    own answer.
 
     Examples:
         >>> import numpy as np, vilu
         >>> features = {"features": [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]}  # a second encoder's
         >>> data = vilu.Embeddings(np.eye(2)[[0, 0, 1]], np.eye(2), [0, 0, 1], columns=features)
-        >>> new = vilu.Embeddings(np.eye(2)[[0, 0]], np.eye(2), columns={"features": [[1.0, 0.0], [0.0, 1.0]]})
+        >>> new = vilu.Embeddings(
+        ...     np.eye(2)[[0, 0]], np.eye(2), columns={"features": [[1.0, 0.0], [0.0, 1.0]]}
+        ... )
         >>> vilu.PREDICTORS["trustvlm"]().fit(data).predict_uncertainty(new).round(2)
         array([0.11, 0.55])
     """
 
     name: ClassVar[str] = "trustvlm"
-    summary: ClassVar[str] = "zero-shot probability plus similarity to class prototypes of a second encoder (TrustVLM)"
+    summary: ClassVar[str] = (
+        "zero-shot probability plus similarity to class prototypes of a second encoder (TrustVLM)"
+    )
     reference: ClassVar[str] = "TrustVLM, arXiv 2505.23745"
     cost: ClassVar[str] = "fit: 16 images a class; score: one product with K prototypes"
     columns: ClassVar[tuple[str, ...]] = ("features",)

@@ -29,7 +29,9 @@ FLOOR = 1e-9
 LEAST = 1e-11  # ridge, as a share of the largest mean variance: a smaller one is lost by rounding
 
 
-def class_means(train: Rows, label: Tensor, n_classes: int, blocks: Blocks = image_blocks) -> tuple[Tensor, Tensor]:
+def class_means(
+    train: Rows, label: Tensor, n_classes: int, blocks: Blocks = image_blocks
+) -> tuple[Tensor, Tensor]:
     """Mean (K, D) and number (K,) of the images of each class; where there is none, the mean of all images."""
     total = torch.zeros(n_classes, train.source.space.embed_dim, dtype=torch.float64)
     for block, image in blocks(train):
@@ -40,7 +42,9 @@ def class_means(train: Rows, label: Tensor, n_classes: int, blocks: Blocks = ima
     return mean, count
 
 
-def scatter(train: Rows, label: Tensor, mean: Tensor, blocks: Blocks = image_blocks) -> tuple[Tensor, float]:
+def scatter(
+    train: Rows, label: Tensor, mean: Tensor, blocks: Blocks = image_blocks
+) -> tuple[Tensor, float]:
     """Sum (D, D) of x x^T and sum of |x|^4, over x = image - mean of its class."""
     matrix, fourth = torch.zeros(mean.shape[1], mean.shape[1], dtype=torch.float64), 0.0
     for block, image in blocks(train):
@@ -53,8 +57,8 @@ def scatter(train: Rows, label: Tensor, mean: Tensor, blocks: Blocks = image_blo
 def shared_covariance(train: Rows, label: Tensor, mean: Tensor) -> Tensor | None:
     """Covariance (D, D) of the images around the mean (K, D) of their class, shrunk; None where there is no spread.
 
-    Ledoit and Wolf's estimate, scaled by M / (M - number of classes with images) for the means that were fitted. There
-    is no spread when no class has two different images.
+    Ledoit and Wolf's estimate, scaled by M / (M - number of classes with images) for the means that
+    were fitted. There is no spread when no class has two different images.
     """
     matrix, fourth = scatter(train, label, mean)
     n, n_means = len(label), len(label.unique())
@@ -75,7 +79,8 @@ def spherical_covariance(train: Rows) -> Tensor:
 def ledoit_wolf(matrix: Tensor, fourth: float, n: int) -> Tensor:
     """Covariance (D, D) shrunk towards a multiple of the identity, from sums over n centred rows, of x x^T and |x|^4.
 
-    The sum of all entries of sum_i (x_i^2) (x_i^2)^T is sum_i |x_i|^4, so one pass over the rows is enough.
+    The sum of all entries of sum_i (x_i^2) (x_i^2)^T is sum_i |x_i|^4, so one pass over the rows is
+    enough.
 
     Source: Ledoit and Wolf, Journal of Multivariate Analysis 2004.
     """
@@ -106,17 +111,19 @@ def squared_distances(whitened: Tensor, means: Tensor) -> Tensor:
 class Mahalanobis(ClosedSet):
     """Squared Mahalanobis distance to the mean of the predicted class, under a covariance that all classes share.
 
-    u = (z - mu_t̂)^T S^-1 (z - mu_t̂) [- (z - mu)^T S_0^-1 (z - mu) with ``relative``], mu and S_0 being the mean and
-    covariance of all training images. S and S_0 are Ledoit-Wolf estimates, so that fewer images than coordinates do.
-    Where no class has two different images there is no S: distances are then Euclidean ones, in units of the mean
-    variance of a coordinate. For a class without training images mu stands in.
+    u = (z - mu_t̂)^T S^-1 (z - mu_t̂) [- (z - mu)^T S_0^-1 (z - mu) with ``relative``], mu and S_0
+    being the mean and covariance of all training images. S and S_0 are Ledoit-Wolf estimates, so
+    that fewer images than coordinates do. Where no class has two different images there is no S:
+    distances are then Euclidean ones, in units of the mean variance of a coordinate. For a class
+    without training images mu stands in.
 
     Args:
-        relative: Whether to subtract the distance to all training images, which tells how unusual an image is.
+        relative: Whether to subtract the distance to all training images, which tells how unusual
+            an image is.
 
-    Source: Lee et al., NeurIPS 2018; relative: Ren et al., 2021. There the distance to the nearest class; here to the
-    predicted one, whose failure is asked for. The usual plain covariance is singular with fewer images than
-    coordinates.
+    Source: Lee et al., NeurIPS 2018; relative: Ren et al., 2021. There the distance to the nearest
+    class; here to the predicted one, whose failure is asked for. The usual plain covariance is
+    singular with fewer images than coordinates.
 
     Examples:
         >>> import numpy as np, vilu
@@ -153,7 +160,9 @@ class Mahalanobis(ClosedSet):
         score = ((image - means) @ self.tensor("whitener", image.device)).square().sum(dim=1)
         if self.relative:
             centred = image - self.tensor("global_mean", image.device)
-            score = score - (centred @ self.tensor("global_whitener", image.device)).square().sum(dim=1)
+            score = score - (centred @ self.tensor("global_whitener", image.device)).square().sum(
+                dim=1
+            )
         return score
 
 
@@ -171,7 +180,9 @@ class RelativeMahalanobis(Mahalanobis):
     """
 
     name: ClassVar[str] = "relative_mahalanobis"
-    summary: ClassVar[str] = "Mahalanobis distance to the predicted class less that to all images (Ren et al. 2021)"
+    summary: ClassVar[str] = (
+        "Mahalanobis distance to the predicted class less that to all images (Ren et al. 2021)"
+    )
     reference: ClassVar[str] = "Ren et al., ICML workshop on uncertainty 2021"
 
     relative: bool = True
@@ -181,12 +192,18 @@ def gaussian(train: Rows, label: Tensor, n_classes: int) -> dict[str, Tensor]:
     """Class means (K, D), and the whitening (D, D) of the covariance around them."""
     means, _ = class_means(train, label, n_classes)
     covariance = shared_covariance(train, label, means)
-    return {"means": means, "whitener": whitener(spherical_covariance(train) if covariance is None else covariance)}
+    return {
+        "means": means,
+        "whitener": whitener(spherical_covariance(train) if covariance is None else covariance),
+    }
 
 
 Ridge = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
-ABSENT, POOLED = 0, 1  # covariances that are no class's own: that of all images, and the mean one within classes
+ABSENT, POOLED = (
+    0,
+    1,
+)  # covariances that are no class's own: that of all images, and the mean one within classes
 
 
 @dataclasses.dataclass
@@ -194,10 +211,17 @@ class ClassDensity(ClosedSet):
     """A method with one Gaussian N_c per class, of images centred and projected on their principal components."""
 
     cost: ClassVar[str] = "fit: four passes, a covariance a class; score: K x 128^2 a row"
-    _forms: ClassVar[str] = "centre:dD projection:dDR means:dKR whiteners:dGRR log_dets:dG groups:iK<G classes:fKD"
+    _forms: ClassVar[str] = (
+        "centre:dD projection:dDR means:dKR whiteners:dGRR log_dets:dG groups:iK<G classes:fKD"
+    )
 
     def _densities(
-        self, train: Rows, most: int, ridge: float, blocks: Blocks = image_blocks, floor: float = FLOOR
+        self,
+        train: Rows,
+        most: int,
+        ridge: float,
+        blocks: Blocks = image_blocks,
+        floor: float = FLOOR,
     ) -> dict[str, Tensor]:
         """The Gaussians in at most so many components, with a ridge on the diagonal of every covariance."""
         label = labels(train)
@@ -228,14 +252,20 @@ class ClassDensity(ClosedSet):
         groups = self.tensor("groups", image.device)[classes.to(image.device)]
         density = self._log_density(image, classes, groups)
         mine = density.gather(1, answer).squeeze(1)
-        others = density.masked_fill(groups == ABSENT, -math.inf).scatter(1, answer, -math.inf).logsumexp(dim=1)
+        others = (
+            density.masked_fill(groups == ABSENT, -math.inf)
+            .scatter(1, answer, -math.inf)
+            .logsumexp(dim=1)
+        )
         return others.masked_fill(others == -math.inf, 0.0) - mine
 
     def _log_density(self, image: Tensor, classes: Tensor, groups: Tensor) -> Tensor:
         """(B, K) float64 log N_c up to a constant, class by class of equal covariance."""
         z = (image - self.tensor("centre", image.device)) @ self.tensor("projection", image.device)
         means = self.tensor("means", image.device)[classes.to(image.device)]
-        whiteners, log_dets = (self.tensor(name, image.device) for name in ("whiteners", "log_dets"))
+        whiteners, log_dets = (
+            self.tensor(name, image.device) for name in ("whiteners", "log_dets")
+        )
         density = z.new_empty(len(z), len(groups))
         for group in groups.unique().tolist():
             member = groups == group
@@ -253,23 +283,25 @@ def mean_of_both(batch: Batch, odds: Tensor) -> Tensor:
 class ClassGaussians(ClassDensity):
     """Zero-shot probability and class-conditional density of the image, averaged; or the density's log-odds alone.
 
-    s_d = N_t̂(z) / sum_c N_c(z), with one Gaussian N_c per class, fitted on unit-norm image embeddings that are centred
-    and projected on their first principal components: the class mean, and the class covariance plus ``ridge``. With
-    score="probability" u = 1 - (p_max + s_d) / 2. s_d is often 0 or 1 to many digits; with score="log_odds"
-    u = -log(s_d / (1 - s_d)), computed as log sum_{c != t̂} N_c - log N_t̂, which does not saturate (p_max is left out).
+    s_d = N_t̂(z) / sum_c N_c(z), with one Gaussian N_c per class, fitted on unit-norm image
+    embeddings that are centred and projected on their first principal components: the class mean,
+    and the class covariance plus ``ridge``. With score="probability" u = 1 - (p_max + s_d) / 2. s_d
+    is often 0 or 1 to many digits; with score="log_odds" u = -log(s_d / (1 - s_d)), computed as log
+    sum_{c != t̂} N_c - log N_t̂, which does not saturate (p_max is left out).
 
-    A class of one image takes the mean covariance within classes, or, where no class has two different images, the
-    mean variance of a coordinate. A class without images is in no sum; where it is the prediction, its density is that
-    of all training images. Where no other class has images, log sum = 0.
+    A class of one image takes the mean covariance within classes, or, where no class has two
+    different images, the mean variance of a coordinate. A class without images is in no sum; where
+    it is the prediction, its density is that of all training images. Where no other class has
+    images, log sum = 0.
 
     Args:
         score: "probability" or "log_odds".
         components: Most principal components; fewer where there are fewer images.
         ridge: Added to the diagonal of every covariance.
 
-    Source: the idea of ICPE (``icpe``), as implemented in sgchr273/TRINE: unit norm and a ridge that is not small
-    beside the variances. Differs from it: classes of one image count. Until ``icpe`` was the released method this one
-    had its name; what was saved then is read as this.
+    Source: the idea of ICPE (``icpe``), as implemented in sgchr273/TRINE: unit norm and a ridge
+    that is not small beside the variances. Differs from it: classes of one image count. Until
+    ``icpe`` was the released method this one had its name; what was saved then is read as this.
 
     Examples:
         >>> import numpy as np, vilu
@@ -281,7 +313,9 @@ class ClassGaussians(ClassDensity):
     """
 
     name: ClassVar[str] = "class_gaussians"
-    summary: ClassVar[str] = "zero-shot probability averaged with the density of the predicted class, regularised"
+    summary: ClassVar[str] = (
+        "zero-shot probability averaged with the density of the predicted class, regularised"
+    )
     reference: ClassVar[str] = "after ICPE, WACV 2026"
 
     score: Literal["probability", "log_odds"] = "probability"
@@ -300,23 +334,26 @@ class ClassGaussians(ClassDensity):
 class ICPE(ClassDensity):
     """ICPE as released: zero-shot probability averaged with the share that the answer's Gaussian has of the density.
 
-    u = 1 - (p_max + softmax_c(log N_c(x))_t̂) / 2, N_c the Gaussian of class c: mean and sample covariance (divisor
-    n_c - 1) plus ``ridge`` of the training images of the class, in the first principal components of all of them. x is
-    what the image encoder puts out *before* it is brought to unit norm, P phi of the columns ``features`` and
-    ``image_projection``. Where the data do not carry both, x is the unit-norm embedding: that is another method, and
-    the label of the results says so.
+    u = 1 - (p_max + softmax_c(log N_c(x))_t̂) / 2, N_c the Gaussian of class c: mean and sample
+    covariance (divisor n_c - 1) plus ``ridge`` of the training images of the class, in the first
+    principal components of all of them. x is what the image encoder puts out *before* it is brought
+    to unit norm, P phi of the columns ``features`` and ``image_projection``. Where the data do not
+    carry both, x is the unit-norm embedding: that is another method, and the label of the results
+    says so.
 
     Args:
         features: Use the two columns where the data carry them.
         components: Most principal components; fewer where there are fewer images.
-        ridge: Added to the diagonal of every covariance; at least 1e-11 of the largest mean variance.
+        ridge: Added to the diagonal of every covariance; at least 1e-11 of the largest mean
+            variance.
 
-    Source: "ICPE", WACV 2026, and its notebook (zhenxianglin/ICPE): PCA with 128 components, 1e-8, float64 densities.
-    Differs from it where it is not defined: with fewer images than components there are fewer of these; a class of one
-    image takes the mean covariance within classes; one without images is in no sum, and where it is the prediction, its
-    density is that of all training images. FPR95 is there at the vertex whose rate is nearest to 0.95
-    (``vilu.metrics``). With fewer images in a class than components the covariance is singular up to 1e-8, so that
-    s_d is 0 or 1 nearly everywhere: it wants hundreds of images a class.
+    Source: "ICPE", WACV 2026, and its notebook (zhenxianglin/ICPE): PCA with 128 components, 1e-8,
+    float64 densities. Differs from it where it is not defined: with fewer images than components
+    there are fewer of these; a class of one image takes the mean covariance within classes; one
+    without images is in no sum, and where it is the prediction, its density is that of all training
+    images. FPR95 is there at the vertex whose rate is nearest to 0.95 (``vilu.metrics``). With
+    fewer images in a class than components the covariance is singular up to 1e-8, so that s_d is 0
+    or 1 nearly everywhere: it wants hundreds of images a class.
 
     Examples:
         >>> import numpy as np, vilu
@@ -328,7 +365,9 @@ class ICPE(ClassDensity):
     """
 
     name: ClassVar[str] = "icpe"
-    summary: ClassVar[str] = "zero-shot probability averaged with the density of the predicted class (ICPE, WACV 2026)"
+    summary: ClassVar[str] = (
+        "zero-shot probability averaged with the density of the predicted class (ICPE, WACV 2026)"
+    )
     reference: ClassVar[str] = "ICPE, WACV 2026"
     optional_columns: ClassVar[tuple[str, ...]] = ("features", "image_projection")
     _forms: ClassVar[str] = f"{ClassDensity._forms} on_features:?"
@@ -340,11 +379,17 @@ class ICPE(ClassDensity):
     @property
     def label(self) -> str:
         """The name, and which embeddings were fitted on, once there is a fit."""
-        return self.name if self.columns_to_score or not self.learned_ else f"{self.name} (unit norm)"
+        return (
+            self.name if self.columns_to_score or not self.learned_ else f"{self.name} (unit norm)"
+        )
 
     def columns_to_fit(self, train: EmbeddingSource) -> tuple[str, ...]:
         """Both columns, where wanted and there."""
-        return self.optional_columns if self.features and train.columns.issuperset(self.optional_columns) else ()
+        return (
+            self.optional_columns
+            if self.features and train.columns.issuperset(self.optional_columns)
+            else ()
+        )
 
     @property
     def columns_to_score(self) -> tuple[str, ...]:
@@ -353,7 +398,9 @@ class ICPE(ClassDensity):
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
         on_features = set(self.optional_columns) <= set(train.columns)
-        found = self._densities(train, self.components, self.ridge, encoded if on_features else image_blocks, floor=0.0)
+        found = self._densities(
+            train, self.components, self.ridge, encoded if on_features else image_blocks, floor=0.0
+        )
         return Learnt(found | {"on_features": torch.tensor(on_features)})
 
     def _score(self, batch: Batch) -> Tensor:
@@ -383,7 +430,11 @@ def principal_components(train: Rows, most: int, blocks: Blocks) -> tuple[Tensor
     n = len(everything)
     rank = max(min(most, len(matrix), n - 1), 1)
     variance, components = torch.linalg.eigh(matrix / max(n - 1, 1))
-    return mean[0], components.flip(1)[:, :rank].contiguous(), variance.flip(0)[:rank].clamp(min=0).contiguous()
+    return (
+        mean[0],
+        components.flip(1)[:, :rank].contiguous(),
+        variance.flip(0)[:rank].clamp(min=0).contiguous(),
+    )
 
 
 def class_scatters(

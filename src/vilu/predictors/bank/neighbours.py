@@ -19,7 +19,8 @@ from vilu.predictors.labelled import class_texts
 from vilu.predictors.nn.train import Rows
 
 FARTHEST = 2.0  # largest distance of two unit vectors
-TINY = 1e-6  # so much is added to distances, and 1 + cos is at least so much, so that no ratio is 0 / 0
+# so much is added to distances, and 1 + cos is at least so much, so that no ratio is 0 / 0
+TINY = 1e-6
 
 
 @dataclasses.dataclass
@@ -34,7 +35,9 @@ class LabelledBank(ClosedSet):
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
         drawn, _ = draw_rows(train, self.max_bank, self.seed)
         bank, label = self._kept(gather(drawn), labels(drawn))
-        return Learnt({"bank": bank, "labels": label, CLASSES: class_texts(train)}, {"n_bank": len(bank)})
+        return Learnt(
+            {"bank": bank, "labels": label, CLASSES: class_texts(train)}, {"n_bank": len(bank)}
+        )
 
     def _kept(self, bank: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         """Those of the images (N, D) that are worth keeping, and their classes; all of them by default."""
@@ -45,17 +48,17 @@ class LabelledBank(ClosedSet):
 class KNNVote(LabelledBank):
     """Share of the k nearest training images that are not of the predicted class.
 
-    u = 1 - sum_{i <= k, y_i = t̂} w_i / sum_{i <= k} w_i, with w_i = 1 or (1 + cos(z, z_i)) / 2, 1 + cos at least 1e-6.
-    A predicted class without training images gets u = 1. With fewer than k training images all of them vote: a uniform
-    vote is then the share of the class in the bank, the same for every image, and says nothing. Uniform votes take
-    k + 1 values, so many images tie.
+    u = 1 - sum_{i <= k, y_i = t̂} w_i / sum_{i <= k} w_i, with w_i = 1 or (1 + cos(z, z_i)) / 2, 1
+    + cos at least 1e-6. A predicted class without training images gets u = 1. With fewer than k
+    training images all of them vote: a uniform vote is then the share of the class in the bank, the
+    same for every image, and says nothing. Uniform votes take k + 1 values, so many images tie.
 
     Args:
         k: Number of neighbours.
         weighting: "uniform", or "similarity" for votes weighted by cosine.
 
-    Source: the confidence of a k-nearest-neighbour classifier (Cover and Hart, IEEE Trans. Inf. Theory 1967) in the
-    class that the VLM predicts.
+    Source: the confidence of a k-nearest-neighbour classifier (Cover and Hart, IEEE Trans. Inf.
+    Theory 1967) in the class that the VLM predicts.
 
     Examples:
         >>> import numpy as np, vilu
@@ -76,7 +79,11 @@ class KNNVote(LabelledBank):
     def _score(self, batch: Batch) -> Tensor:
         similarity, index = nearest(batch.image, self.learned_["bank"], self.k)
         other = self.tensor("labels", index.device)[index] != self.answer_of(batch)[:, None]
-        weight = torch.ones_like(similarity) if self.weighting == "uniform" else (1 + similarity).clamp(min=TINY) / 2
+        weight = (
+            torch.ones_like(similarity)
+            if self.weighting == "uniform"
+            else (1 + similarity).clamp(min=TINY) / 2
+        )
         return (weight * other).sum(dim=1) / weight.sum(dim=1)
 
 
@@ -84,14 +91,15 @@ class KNNVote(LabelledBank):
 class KNNDistance(FailurePredictor):
     """Distance to the k-th nearest training image: u = ||z - z_(k)||, z of unit norm.
 
-    It says how unusual an image is, whatever the candidates are and whatever was answered: it uses no class labels and
-    works on captions. With fewer than k training images it is the distance to the farthest of them.
+    It says how unusual an image is, whatever the candidates are and whatever was answered: it uses
+    no class labels and works on captions. With fewer than k training images it is the distance to
+    the farthest of them.
 
     Args:
         k: Which neighbour.
 
-    Source: Sun et al., ICML 2022. Failure-prediction benchmarks search only the first 1,000 training images; here all
-    of them, up to ``max_bank``.
+    Source: Sun et al., ICML 2022. Failure-prediction benchmarks search only the first 1,000
+    training images; here all of them, up to ``max_bank``.
 
     Examples:
         >>> import numpy as np, vilu
@@ -127,18 +135,18 @@ class KNNDistance(FailurePredictor):
 class TRINE(LabelledBank):
     """TRINE: margin of the support that the nearest training images and the texts give the predicted class.
 
-    Neighbour r = 0 ... k-1 of class y_r has the weight
-    w_r = exp(-decay r) * (1 + cos(z, z_r)) / 2 * (1 + cos(z_t̂, z_{t_{y_r}})) / 2,
-    a class the support S_c = sum_{r: y_r = c} w_r / sum_r w_r, and u = 1 - (S_t̂ - max_{c != t̂} S_c), in [0, 2].
-    A class without training images has no support, so that a prediction of it gets u > 1. With fewer than k training
-    images all of them count. 1 + cos is taken as 1e-6 at least, so that opposite texts are no 0 / 0.
+    Neighbour r = 0 ... k-1 of class y_r has the weight w_r = exp(-decay r) * (1 + cos(z, z_r)) / 2
+    * (1 + cos(z_t̂, z_{t_{y_r}})) / 2, a class the support S_c = sum_{r: y_r = c} w_r / sum_r w_r,
+    and u = 1 - (S_t̂ - max_{c != t̂} S_c), in [0, 2]. A class without training images has no
+    support, so that a prediction of it gets u > 1. With fewer than k training images all of them
+    count. 1 + cos is taken as 1e-6 at least, so that opposite texts are no 0 / 0.
 
     Args:
         k: Number of neighbours.
         decay: How fast a neighbour's weight falls with its rank.
 
-    Source: the repository sgchr273/TRINE (2026), its support margin. Differs from it: a bank smaller than k is used
-    whole instead of refused.
+    Source: the repository sgchr273/TRINE (2026), its support margin. Differs from it: a bank
+    smaller than k is used whole instead of refused.
 
     Examples:
         >>> import numpy as np, vilu
@@ -150,7 +158,9 @@ class TRINE(LabelledBank):
     """
 
     name: ClassVar[str] = "trine"
-    summary: ClassVar[str] = "margin of rank-weighted neighbours of the predicted class, with their texts (TRINE)"
+    summary: ClassVar[str] = (
+        "margin of rank-weighted neighbours of the predicted class, with their texts (TRINE)"
+    )
     reference: ClassVar[str] = "sgchr273/TRINE, 2026"
 
     k: Count = 20
@@ -178,16 +188,19 @@ class TRINE(LabelledBank):
 class TrustScore(LabelledBank):
     """Inverse trust score: distance to the predicted class over distance to the nearest other class.
 
-    u = (d(z, H_t̂) + 1e-6) / (min_{c != t̂} d(z, H_c) + 1e-6), d the Euclidean distance of unit vectors to the nearest
-    of a set, and H_c the training images of class c without the share ``alpha`` whose k-th nearest image of their class
-    (they count themselves first) is farthest. The distance to a class without images is 2, the largest there is.
+    u = (d(z, H_t̂) + 1e-6) / (min_{c != t̂} d(z, H_c) + 1e-6), d the Euclidean distance of unit
+    vectors to the nearest of a set, and H_c the training images of class c without the share
+    ``alpha`` whose k-th nearest image of their class (they count themselves first) is farthest. The
+    distance to a class without images is 2, the largest there is.
 
     Args:
         alpha: Share of each class left out as its sparsest; 0 keeps all.
-        k: Neighbour whose distance tells how sparse the surroundings of an image are; at most the size of the class.
+        k: Neighbour whose distance tells how sparse the surroundings of an image are; at most the
+            size of the class.
 
-    Source: Jiang et al., NeurIPS 2018, algorithms 1 and 2 (alpha = 0 and k = 10 as in its released code). Differs from
-    that code: distances are to the nearest image, as in the paper; the code takes the second nearest.
+    Source: Jiang et al., NeurIPS 2018, algorithms 1 and 2 (alpha = 0 and k = 10 as in its released
+    code). Differs from that code: distances are to the nearest image, as in the paper; the code
+    takes the second nearest.
 
     Examples:
         >>> import numpy as np, vilu
@@ -199,7 +212,9 @@ class TrustScore(LabelledBank):
     """
 
     name: ClassVar[str] = "trust_score"
-    summary: ClassVar[str] = "distance to the predicted class over that to the nearest other (Jiang et al. 2018)"
+    summary: ClassVar[str] = (
+        "distance to the predicted class over that to the nearest other (Jiang et al. 2018)"
+    )
     reference: ClassVar[str] = "Jiang et al., NeurIPS 2018"
     cost: ClassVar[str] = "fit: copies the images; score: two products with the bank"
 
@@ -220,13 +235,19 @@ class TrustScore(LabelledBank):
     def _score(self, batch: Batch) -> Tensor:
         answer = self.answer_of(batch)
         label = self.tensor("labels", answer.device)
-        mine = self._distance(batch.image, lambda queries, rows: answer[queries, None] == label[rows])
-        rival = self._distance(batch.image, lambda queries, rows: answer[queries, None] != label[rows])
+        mine = self._distance(
+            batch.image, lambda queries, rows: answer[queries, None] == label[rows]
+        )
+        rival = self._distance(
+            batch.image, lambda queries, rows: answer[queries, None] != label[rows]
+        )
         return (mine + TINY) / (rival + TINY)
 
     def _distance(self, image: Tensor, allowed: Allowed) -> Tensor:
         """(B,) distance to the nearest image that counts."""
-        similarity, index = (found[:, 0] for found in nearest(image, self.learned_["bank"], 1, allowed))
+        similarity, index = (
+            found[:, 0] for found in nearest(image, self.learned_["bank"], 1, allowed)
+        )
         closest = self.learned_["bank"][index.cpu()].to(image.device)
         # From the coordinates: 2 - 2 cos has no digits left for near duplicates.
         found = torch.linalg.vector_norm(normalize(image, dim=1) - closest, dim=1)

@@ -19,7 +19,9 @@ from torch.nn.functional import normalize
 from vilu.predictors.nn.train import SCORING_BATCH, Rows
 
 Count = Annotated[int, Field(ge=1)]
-Allowed = Callable[[slice, slice], Tensor]  # (some queries, some bank rows) -> (b, n) bool: which pairs count
+Allowed = Callable[
+    [slice, slice], Tensor
+]  # (some queries, some bank rows) -> (b, n) bool: which pairs count
 
 QUERY_ROWS = 1_024
 BANK_ROWS = 8_192  # with QUERY_ROWS, 32 MiB of similarities at a time
@@ -31,7 +33,8 @@ def draw_rows(train: Rows, most: int, seed: int) -> tuple[Rows, Tensor]:
     if n <= most:
         return train, torch.arange(n)
     warnings.warn(
-        f"{most} of {n} training rows are kept, drawn with seed {seed}. Raise max_bank for more.", stacklevel=2
+        f"{most} of {n} training rows are kept, drawn with seed {seed}. Raise max_bank for more.",
+        stacklevel=2,
     )
     kept = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:most].sort().values
     return dataclasses.replace(train, index=train.index[kept]), kept
@@ -45,7 +48,8 @@ def labels(train: Rows) -> Tensor:
 def image_blocks(train: Rows) -> Iterator[tuple[slice, Tensor]]:
     """Positions and unit-norm image embeddings (b, D) float32, block by block.
 
-    Embeddings rounded to float16 are off unit norm by up to 1e-3, which a distance of near neighbours would show.
+    Embeddings rounded to float16 are off unit norm by up to 1e-3, which a distance of near
+    neighbours would show.
     """
     for start in range(0, len(train.index), SCORING_BATCH):
         index = train.index[start : start + SCORING_BATCH]
@@ -60,15 +64,20 @@ def gather(train: Rows) -> Tensor:
     return bank
 
 
-def nearest(query: Tensor, bank: Tensor, k: int, allowed: Allowed | None = None) -> tuple[Tensor, Tensor]:
+def nearest(
+    query: Tensor, bank: Tensor, k: int, allowed: Allowed | None = None
+) -> tuple[Tensor, Tensor]:
     """Cosines (B, k) float32, falling, and indices (B, k) of the bank rows (N, D) most similar to each query (B, D).
 
-    Exact, on the device of the queries, with one block of similarities in memory at a time. Of equal cosines the lowest
-    index comes first (those of equal rows may differ in the last bit, at the edge of a block of a product); at most N
-    come back, and of pairs that are not allowed the cosine is minus infinity.
+    Exact, on the device of the queries, with one block of similarities in memory at a time. Of
+    equal cosines the lowest index comes first (those of equal rows may differ in the last bit, at
+    the edge of a block of a product); at most N come back, and of pairs that are not allowed the
+    cosine is minus infinity.
     """
     starts = range(0, len(query), QUERY_ROWS)
-    parts = [_nearest(query[start : start + QUERY_ROWS], bank, k, allowed, start) for start in starts]
+    parts = [
+        _nearest(query[start : start + QUERY_ROWS], bank, k, allowed, start) for start in starts
+    ]
     similarity, index = zip(*parts, strict=True)
     return torch.cat(similarity), torch.cat(index)
 
@@ -83,7 +92,9 @@ def squared_distance(similarity: Tensor) -> Tensor:
     return (2 - 2 * similarity).clamp(min=0)
 
 
-def _nearest(query: Tensor, bank: Tensor, k: int, allowed: Allowed | None, first: int) -> tuple[Tensor, Tensor]:
+def _nearest(
+    query: Tensor, bank: Tensor, k: int, allowed: Allowed | None, first: int
+) -> tuple[Tensor, Tensor]:
     """``nearest`` for one block of queries, the first of which is number ``first``."""
     query = normalize(query, dim=1)
     best = query.new_empty(len(query), 0)
@@ -105,7 +116,8 @@ def _nearest(query: Tensor, bank: Tensor, k: int, allowed: Allowed | None, first
 def leaders(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of every row (B, M), falling, and their indices; of equal ones the lowest index comes first.
 
-    ``topk`` leaves open which of equal values it takes, so rows with a tie at the last place are sorted in full.
+    ``topk`` leaves open which of equal values it takes, so rows with a tie at the last place are
+    sorted in full.
     """
     if k >= values.shape[1]:
         best, where = values.sort(dim=1, descending=True, stable=True)

@@ -37,22 +37,24 @@ Widths = Annotated[tuple[Count, ...], Field(max_length=100)]
 class HeadPredictor(FailurePredictor):
     """A predictor whose uncertainty is sigmoid(g), g the output of a trained ``FailureHead``.
 
-    Its training can be shared by several processes (``vilu.predictors.nn.processes``), leave checkpoints
-    (``vilu.predictors.nn.checkpoint``), and begin from fitted weights (``vilu.predictors.init``); the learning rate
-    depends on none of these.
+    Its training can be shared by several processes (``vilu.predictors.nn.processes``), leave
+    checkpoints (``vilu.predictors.nn.checkpoint``), and begin from fitted weights
+    (``vilu.predictors.init``); the learning rate depends on none of these.
 
     Args:
-        validation_fraction: Share of the training rows held out for selection when ``fit`` gets no validation set.
+        validation_fraction: Share of the training rows held out for selection when ``fit`` gets no
+            validation set.
         hidden: Hidden widths of the MLP; depth is ``len(hidden) + 1``.
-        epochs: Passes over the training rows; None: 35, or as many as make 1,400 steps of few rows, or 6,000 steps of
-            many, but between 10 and 300.
+        epochs: Passes over the training rows; None: 35, or as many as make 1,400 steps of few rows,
+            or 6,000 steps of many, but between 10 and 300.
         batch_size: Rows per step; None: a fortieth of the training rows, between 32 and 128.
         learning_rate: Peak; linear warm-up, then a cosine to zero.
         momentum: Of SGD.
         weight_decay: Of SGD.
         warmup_epochs: Length of the warm-up, at most a tenth of the run.
-        freeze_epochs: Epochs before the attention starts to learn; None: one (the paper), or as many as make 1,000
-            steps where that is longer (the released code), but at most half of them.
+        freeze_epochs: Epochs before the attention starts to learn; None: one (the paper), or as
+            many as make 1,000 steps where that is longer (the released code), but at most half of
+            them.
         patience: Stop after so many epochs clearly below the best validation AUROC; None: never.
         weighting: Weight of failures in the loss (see ``vilu.predictors.nn.losses.FailureWeight``).
         static_weight: The weight of mode "static".
@@ -79,7 +81,9 @@ class HeadPredictor(FailurePredictor):
     precision: Literal["fp32", "bf16"] = "fp32"
     device: str = "auto"
 
-    start_: HeadPredictor | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
+    start_: HeadPredictor | None = dataclasses.field(
+        default=None, init=False, repr=False, compare=False
+    )
 
     @property
     @abstractmethod
@@ -90,7 +94,9 @@ class HeadPredictor(FailurePredictor):
         """From the weights of another fit where there are some to start from."""
         start, space = self.start_, train.source.space
         if start is not None and start.space_ is not None:
-            start.space_.require_match(space, mine=f"the fitted {self.name} to start from", theirs="the data")
+            start.space_.require_match(
+                space, mine=f"the fitted {self.name} to start from", theirs="the data"
+            )
         super()._fit_rows(train, validation)
         if start is not None:
             self.seen_ = join(self.seen_, start.seen_)
@@ -106,7 +112,9 @@ class HeadPredictor(FailurePredictor):
         head = self._first_head(train.source.space)
         weight = FailureWeight(self.weighting, error_rate, self.static_weight)
         keeper = current_session().keeper(lambda: self._binding(head, train, validation))
-        trainer = HeadTrainer(head, LOSSES[self.loss](weight), self._settings(TrainConfig), keeper, [weight])
+        trainer = HeadTrainer(
+            head, LOSSES[self.loss](weight), self._settings(TrainConfig), keeper, [weight]
+        )
         history = trainer.run(train, validation)
         weights = {name: tensor.cpu() for name, tensor in head.state_dict().items()}
         return Learnt(weights, {**self._start_notes(), "history": dataclasses.asdict(history)})
@@ -119,7 +127,9 @@ class HeadPredictor(FailurePredictor):
             with_weights(head, self.start_.state(), self.name)
         return head
 
-    def _binding(self, head: FailureHead, train: Rows, validation: Rows | None) -> dict[str, object]:
+    def _binding(
+        self, head: FailureHead, train: Rows, validation: Rows | None
+    ) -> dict[str, object]:
         """What must be the same when training begins again from a checkpoint."""
         values = {name: getattr(self, name) for name in parameters(self) if name != "device"}
         return {
@@ -128,12 +138,18 @@ class HeadPredictor(FailurePredictor):
             "weights at the start": weights_digest(head.state_dict()),
             "training rows": data_fingerprint(train.source, train.index),
             "validation rows": validation and data_fingerprint(validation.source, validation.index),
-            "texts": [text_fingerprint(part.source, part.index) for part in (train, validation) if part],
+            "texts": [
+                text_fingerprint(part.source, part.index) for part in (train, validation) if part
+            ],
         }
 
     def _start_notes(self) -> dict[str, object]:
         start = self.start_
-        return {} if start is None else {"start": {"weights": weights_digest(start.state()), **start.notes_}}
+        return (
+            {}
+            if start is None
+            else {"start": {"weights": weights_digest(start.state()), **start.notes_}}
+        )
 
     @property
     def heads(self) -> list[FailureHead]:
@@ -153,7 +169,9 @@ class HeadPredictor(FailurePredictor):
             return 0.0  # a converted checkpoint does not say what it was trained on
         rate = torch.tensor(n_failures / n)
         weight = FailureWeight(self.weighting, float(rate), self.static_weight)
-        return math.log(float(adaptive_weight(rate) if weight.constant is None else weight.constant))
+        return math.log(
+            float(adaptive_weight(rate) if weight.constant is None else weight.constant)
+        )
 
 
 class HeadGraph(nn.Module):
@@ -182,4 +200,6 @@ def head_game(predictor: HeadPredictor) -> Game:
 
 def weights_digest(state: dict[str, Tensor]) -> str:
     """SHA-256 of tensors in the order of their names."""
-    return hashlib.sha256(b"".join(state[name].cpu().numpy().tobytes() for name in sorted(state))).hexdigest()
+    return hashlib.sha256(
+        b"".join(state[name].cpu().numpy().tobytes() for name in sorted(state))
+    ).hexdigest()

@@ -62,7 +62,9 @@ class NetworkPredictor(FailurePredictor):
 
 def perceptron(widths: list[int]) -> nn.Sequential:
     """Linear layers of these widths with leaky ReLUs between them."""
-    layers = [layer for pair in itertools.pairwise(widths) for layer in (nn.Linear(*pair), nn.LeakyReLU())]
+    layers = [
+        layer for pair in itertools.pairwise(widths) for layer in (nn.Linear(*pair), nn.LeakyReLU())
+    ]
     return nn.Sequential(*layers[:-1])
 
 
@@ -74,31 +76,41 @@ FLOOR = 1e-6
 class PVU(NetworkPredictor):
     """Pretrained visual uncertainties: u = softplus(g(z_v)) + 1e-6, trained on the VLM's own loss L = -log p_target.
 
-    g is an MLP D -> 512 -> 512 -> 1 with leaky ReLUs on the image embedding alone. With loss="ranking" it learns only
-    the order of the losses: over consecutive pairs of a shuffled batch the mean of
-    max(0, -sign(L_1 - L_2) (u_1 - u_2) + 0.1); an odd last row is left out. With loss="mse" it learns the values, the
-    mean of (u - L)^2. Labels are needed, failures are not. Captions: the loss is that of the pool drawn.
+    g is an MLP D -> 512 -> 512 -> 1 with leaky ReLUs on the image embedding alone. With
+    loss="ranking" it learns only the order of the losses: over consecutive pairs of a shuffled
+    batch the mean of max(0, -sign(L_1 - L_2) (u_1 - u_2) + 0.1); an odd last row is left out. With
+    loss="mse" it learns the values, the mean of (u - L)^2. Labels are needed, failures are not.
+    Captions: the loss is that of the pool drawn.
 
     Args:
         hidden: Hidden widths of the MLP.
         loss: "ranking" or "mse".
 
-    Source: Kirchhof et al., "Pretrained Visual Uncertainties", 2024. Pretrained there on ImageNet-21k, here fitted to
-    the rows at hand: for 1,400 to 6,000 steps, not 32 passes over 200,000 images, with the same AdamW (learning rate
-    1e-3, betas 0.8 and 0.95, decay 1e-4) and cosine. Embeddings have unit norm and go in times sqrt(D), so that their
-    coordinates have the size of features. The losses are float64, which keeps sure rows apart.
+    Source: Kirchhof et al., "Pretrained Visual Uncertainties", 2024. Pretrained there on
+    ImageNet-21k, here fitted to the rows at hand: for 1,400 to 6,000 steps, not 32 passes over
+    200,000 images, with the same AdamW (learning rate 1e-3, betas 0.8 and 0.95, decay 1e-4) and
+    cosine. Embeddings have unit norm and go in times sqrt(D), so that their coordinates have the
+    size of features. The losses are float64, which keeps sure rows apart.
 
     Examples:
         >>> import numpy as np, vilu
-        >>> angle = np.linspace(0, np.pi / 2, 100)  # the answer is class 0 up to 45 degrees, the truth up to 63
-        >>> train = vilu.Embeddings(np.c_[np.cos(angle), np.sin(angle)], np.eye(2), np.repeat([0, 1], [70, 30]))
-        >>> new = vilu.Embeddings([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], np.eye(2))  # at 0, 53 and 90 degrees
+        >>> angle = np.linspace(
+        ...     0, np.pi / 2, 100
+        ... )  # the answer is class 0 up to 45 degrees, the truth up to 63
+        >>> train = vilu.Embeddings(
+        ...     np.c_[np.cos(angle), np.sin(angle)], np.eye(2), np.repeat([0, 1], [70, 30])
+        ... )
+        >>> new = vilu.Embeddings(
+        ...     [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], np.eye(2)
+        ... )  # at 0, 53 and 90 degrees
         >>> vilu.PREDICTORS["pvu"](epochs=10).fit(train).predict_uncertainty(new).argsort()
         array([0, 2, 1])
     """
 
     name: ClassVar[str] = "pvu"
-    summary: ClassVar[str] = "image-only head that ranks the VLM's own losses (Pretrained Visual Uncertainties)"
+    summary: ClassVar[str] = (
+        "image-only head that ranks the VLM's own losses (Pretrained Visual Uncertainties)"
+    )
     reference: ClassVar[str] = "Kirchhof et al., 2024"
     cost: ClassVar[str] = "fit: 1,400 to 6,000 steps of an MLP; score: 1 MFLOP a row"
     looks_at: ClassVar[frozenset[str]] = frozenset({"image"})
@@ -142,7 +154,9 @@ class ImageNetwork(nn.Module):
 def ranking_loss(uncertainty: Tensor, backbone: Tensor) -> Tensor:
     """Mean hinge of the consecutive pairs of (B,) uncertainties, against the order of the backbone's losses (B,)."""
     pairs = len(backbone) // 2
-    (u_1, u_2), (loss_1, loss_2) = (part[: 2 * pairs].view(pairs, 2).unbind(dim=1) for part in (uncertainty, backbone))
+    (u_1, u_2), (loss_1, loss_2) = (
+        part[: 2 * pairs].view(pairs, 2).unbind(dim=1) for part in (uncertainty, backbone)
+    )
     sign = torch.sign(loss_1 - loss_2).to(uncertainty.dtype)
     return functional.relu(MARGIN - sign * (u_1 - u_2)).sum() / max(pairs, 1)
 
@@ -152,7 +166,10 @@ def regression_loss(uncertainty: Tensor, backbone: Tensor) -> Tensor:
     return functional.mse_loss(uncertainty, backbone.to(uncertainty.dtype))
 
 
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ranking": ranking_loss, "mse": regression_loss}
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "ranking": ranking_loss,
+    "mse": regression_loss,
+}
 """Of uncertainties and the backbone's losses, by name."""
 
 
@@ -167,13 +184,14 @@ FAR = 20.0
 class LMN(NetworkPredictor):
     """Lightweight meta-network: u = 1 - max_j softmax_j(l / T(x)), T(x) > 0 learned per row; the answer never changes.
 
-    log T is an MLP with 16 hidden units (about 17,000 parameters at D = 512) on (gaps of the next logits to the
-    largest, z_v, z_t̂). With s = max_j p_j after scaling, and psi the sigmoid (s - 1/2) / steepness brought to
-    psi(0) = 0 and psi(1) = 1, its loss is
-    balance * [1 - psi(s) - log s] where the answer is right, (1 - balance) * [psi(s) + KL(uniform || p)] where it is
-    wrong, averaged over the batch: right but unsure is sharpened, wrong but sure is flattened.
+    log T is an MLP with 16 hidden units (about 17,000 parameters at D = 512) on (gaps of the next
+    logits to the largest, z_v, z_t̂). With s = max_j p_j after scaling, and psi the sigmoid (s -
+    1/2) / steepness brought to psi(0) = 0 and psi(1) = 1, its loss is balance * [1 - psi(s) - log
+    s] where the answer is right, (1 - balance) * [psi(s) + KL(uniform || p)] where it is wrong,
+    averaged over the batch: right but unsure is sharpened, wrong but sure is flattened.
 
-    A training set without failures, or without successes, has one of the two forces only; that is said as a warning.
+    A training set without failures, or without successes, has one of the two forces only; that is
+    said as a warning.
 
     Args:
         hidden: Hidden widths of the MLP.
@@ -181,25 +199,32 @@ class LMN(NetworkPredictor):
         balance: Weight beta of the right answers.
         steepness: lambda of psi; a large one gives the diagonal of ordinary calibration.
 
-    Source: Huang et al., "Revisiting Confidence Calibration for Misclassification Detection in VLMs", ICLR 2026. There
-    all K logits are inputs in the order of the classes, which fixes K and that order; here the sorted gaps of the
-    ``n_logits`` largest, cut at 20 nats, where an absent candidate counts as that far away. The last layer starts at
-    zero, so that the scores start as MCM's, and |log T| is bounded by log 10.
+    Source: Huang et al., "Revisiting Confidence Calibration for Misclassification Detection in
+    VLMs", ICLR 2026. There all K logits are inputs in the order of the classes, which fixes K and
+    that order; here the sorted gaps of the ``n_logits`` largest, cut at 20 nats, where an absent
+    candidate counts as that far away. The last layer starts at zero, so that the scores start as
+    MCM's, and |log T| is bounded by log 10.
 
     Examples:
         >>> import numpy as np, vilu
-        >>> angle = np.linspace(0, np.pi / 2, 100)  # the answer is class 0 up to 45 degrees, the truth up to 63
+        >>> angle = np.linspace(
+        ...     0, np.pi / 2, 100
+        ... )  # the answer is class 0 up to 45 degrees, the truth up to 63
         >>> image = np.c_[np.cos(angle), np.sin(angle)]
         >>> train = vilu.Embeddings(image, np.eye(2), np.repeat([0, 1], [70, 30]), logit_scale=10.0)
         >>> new = vilu.Embeddings([[0.8, 0.6], [0.6, 0.8]], np.eye(2), logit_scale=10.0)
         >>> vilu.MCM().predict_uncertainty(new).round(2)
         array([0.12, 0.12])
-        >>> vilu.PREDICTORS["lmn"](epochs=20, learning_rate=0.01).fit(train).predict_uncertainty(new).round(1)
+        >>> vilu.PREDICTORS["lmn"](epochs=20, learning_rate=0.01).fit(train).predict_uncertainty(
+        ...     new
+        ... ).round(1)
         array([0. , 0.3])
     """
 
     name: ClassVar[str] = "lmn"
-    summary: ClassVar[str] = "MCM at a temperature that a small network gives each image (LMN, ICLR 2026)"
+    summary: ClassVar[str] = (
+        "MCM at a temperature that a small network gives each image (LMN, ICLR 2026)"
+    )
     reference: ClassVar[str] = "Huang et al., ICLR 2026"
     cost: ClassVar[str] = "fit: 1,400 to 6,000 steps of a small MLP; score: 40 kFLOP a row"
 
@@ -213,7 +238,10 @@ class LMN(NetworkPredictor):
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:
         if len(failure.unique()) < 2:
             what = "successes" if failure.any() else "failures"
-            warnings.warn(f"only 0 {what} among {len(failure)} training rows: one-sided temperatures.", stacklevel=7)
+            warnings.warn(
+                f"only 0 {what} among {len(failure)} training rows: one-sided temperatures.",
+                stacklevel=7,
+            )
         return super()._learn(train, failure, validation)
 
     def module(self, tensors: dict[str, Tensor], space: EmbeddingSpace) -> nn.Module:  # noqa: ARG002
@@ -248,7 +276,11 @@ class MetaNetwork(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """(B,) float32."""
         answer = batch.text[batch.prediction]
-        inputs = [logit_gaps(batch.logits, self.n_logits), batch.image * self.scale, answer * self.scale]
+        inputs = [
+            logit_gaps(batch.logits, self.n_logits),
+            batch.image * self.scale,
+            answer * self.scale,
+        ]
         output: Tensor = self.layers(torch.cat(inputs, dim=1)).squeeze(-1)
         return LIMIT * torch.tanh(output / LIMIT)
 
@@ -266,6 +298,9 @@ def logit_gaps(logits: Tensor, n: int) -> Tensor:
 def target_curve(confidence: Tensor, steepness: float) -> Tensor:
     """psi: the sigmoid of (confidence - 1/2) / steepness, brought to 0 at 0 and 1 at 1.
 
-    It is formed as (1 + tanh((s - 1/2) / (2 lambda)) / tanh(1 / (4 lambda))) / 2, which no lambda makes overflow.
+    It is formed as (1 + tanh((s - 1/2) / (2 lambda)) / tanh(1 / (4 lambda))) / 2, which no lambda
+    makes overflow.
     """
-    return (1 + torch.tanh((confidence - 0.5) / (2 * steepness)) / math.tanh(1 / (4 * steepness))) / 2
+    return (
+        1 + torch.tanh((confidence - 0.5) / (2 * steepness)) / math.tanh(1 / (4 * steepness))
+    ) / 2

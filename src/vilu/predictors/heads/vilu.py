@@ -24,30 +24,40 @@ from vilu.predictors.parameters import parameters
 class LVU(HeadPredictor):
     """Learned visual uncertainty: ViLU's MLP on the image embedding alone, u = sigmoid(g).
 
-    With p_y the zero-shot probability of the true class, the losses are
-    "mse": squared error of sigmoid(g) to 1 - p_y (1 for a picture of none of the classes), as the released code does;
-    "loss": squared error of softplus(g) to the backbone's loss -log p_y, as the supplement says; over the mean square
-    of a batch's losses where that exceeds one, so that a step does not grow with the VLM's logit scale;
-    "bce": ViLU's own loss, which the released checkpoints seem to be trained with.
+    With p_y the zero-shot probability of the true class, the losses are "mse": squared error of
+    sigmoid(g) to 1 - p_y (1 for a picture of none of the classes), as the released code does;
+    "loss": squared error of softplus(g) to the backbone's loss -log p_y, as the supplement says;
+    over the mean square of a batch's losses where that exceeds one, so that a step does not grow
+    with the VLM's logit scale; "bce": ViLU's own loss, which the released checkpoints seem to be
+    trained with.
 
-    A predicted loss softplus(g) = -log p_y means p_y = 1 - sigmoid(g), so sigmoid(g) has one meaning in both
-    regressions: the probability that the VLM withholds from the truth, which stands in for the probability of failure.
-    The mean of -log p_y is ruled by its largest values, so "loss" errs upwards (by Jensen's inequality the best "loss"
-    is never below the best "mse"); only "bce" learns the failure itself.
+    A predicted loss softplus(g) = -log p_y means p_y = 1 - sigmoid(g), so sigmoid(g) has one
+    meaning in both regressions: the probability that the VLM withholds from the truth, which stands
+    in for the probability of failure. The mean of -log p_y is ruled by its largest values, so
+    "loss" errs upwards (by Jensen's inequality the best "loss" is never below the best "mse"); only
+    "bce" learns the failure itself.
 
     Source: ViLU, supplement A.3, after ConfidNet (Corbière et al., NeurIPS 2019).
 
     Examples:
         >>> import numpy as np, vilu
-        >>> angle = np.linspace(0, np.pi / 2, 100)  # the answer is class 0 up to 45 degrees, the truth up to 63
-        >>> train = vilu.Embeddings(np.c_[np.cos(angle), np.sin(angle)], np.eye(2), np.repeat([0, 1], [70, 30]))
-        >>> new = vilu.Embeddings([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], np.eye(2))  # at 0, 53 and 90 degrees
+        >>> angle = np.linspace(
+        ...     0, np.pi / 2, 100
+        ... )  # the answer is class 0 up to 45 degrees, the truth up to 63
+        >>> train = vilu.Embeddings(
+        ...     np.c_[np.cos(angle), np.sin(angle)], np.eye(2), np.repeat([0, 1], [70, 30])
+        ... )
+        >>> new = vilu.Embeddings(
+        ...     [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], np.eye(2)
+        ... )  # at 0, 53 and 90 degrees
         >>> vilu.LVU(loss="bce", epochs=10).fit(train).predict_uncertainty(new).round()
         array([0., 1., 0.])
     """
 
     name: ClassVar[str] = "lvu"
-    summary: ClassVar[str] = "image-only head: regression of the true-class probability or the loss, or BCE"
+    summary: ClassVar[str] = (
+        "image-only head: regression of the true-class probability or the loss, or BCE"
+    )
     reference: ClassVar[str] = "Corbière et al., NeurIPS 2019"
     cost: ClassVar[str] = "fit: 1,400 to 6,000 steps of an MLP; score: 1 MFLOP a row"
 
@@ -70,31 +80,41 @@ class LVU(HeadPredictor):
 class ViLU(HeadPredictor):
     """ViLU: cross-attention over all candidates + the predicted caption + the image, an MLP, weighted BCE.
 
-    u = sigmoid(g(z_v, sum_j alpha_j W z_tj, z_t̂)), g an MLP [512, 256, 128, 1] with ReLU; L = weighted BCE on the
-    failure of the zero-shot answer, with weight log(1 + N_s / N_f) on failures.
+    u = sigmoid(g(z_v, sum_j alpha_j W z_tj, z_t̂)), g an MLP [512, 256, 128, 1] with ReLU; L =
+    weighted BCE on the failure of the zero-shot answer, with weight log(1 + N_s / N_f) on failures.
 
     Args:
-        attention: "official" (released code: identity start, shared key/value, logit scale), "paper" (W_Q, W_K, W_V,
-            1/sqrt(d)), or None.
+        attention: "official" (released code: identity start, shared key/value, logit scale),
+            "paper" (W_Q, W_K, W_V, 1/sqrt(d)), or None.
         predicted_caption: Whether the embedding of the zero-shot answer is an input.
-        mcm_input: Whether max_j p_j is an input (supplement, B.2: used for all transfer experiments).
-        loss: "bce", or the regression "mse" of the true class's probability (the paper's ablation; as ``LVU``).
+        mcm_input: Whether max_j p_j is an input (supplement, B.2: used for all transfer
+            experiments).
+        loss: "bce", or the regression "mse" of the true class's probability (the paper's ablation;
+            as ``LVU``).
 
-    Source: ViLU, ICCV 2025. Differs from the released code: labels, similarities and losses are in float32; the frozen
-    attention really is frozen; the weight is bounded; selection never sees the test set; the output is the failure, not
-    the confidence.
+    Source: ViLU, ICCV 2025. Differs from the released code: labels, similarities and losses are in
+    float32; the frozen attention really is frozen; the weight is bounded; selection never sees the
+    test set; the output is the failure, not the confidence.
 
     Examples:
         >>> import numpy as np, vilu
-        >>> angle = np.linspace(0, np.pi / 2, 100)  # the answer is class 0 up to 45 degrees, the truth up to 63
-        >>> train = vilu.Embeddings(np.c_[np.cos(angle), np.sin(angle)], np.eye(2), np.repeat([0, 1], [70, 30]))
-        >>> new = vilu.Embeddings([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], np.eye(2))  # at 0, 53 and 90 degrees
+        >>> angle = np.linspace(
+        ...     0, np.pi / 2, 100
+        ... )  # the answer is class 0 up to 45 degrees, the truth up to 63
+        >>> train = vilu.Embeddings(
+        ...     np.c_[np.cos(angle), np.sin(angle)], np.eye(2), np.repeat([0, 1], [70, 30])
+        ... )
+        >>> new = vilu.Embeddings(
+        ...     [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], np.eye(2)
+        ... )  # at 0, 53 and 90 degrees
         >>> vilu.ViLU(epochs=10).fit(train).predict_uncertainty(new).round()
         array([0., 1., 0.])
     """
 
     name: ClassVar[str] = "vilu"
-    summary: ClassVar[str] = "cross-attention over all texts + predicted caption + image (ViLU, ICCV 2025)"
+    summary: ClassVar[str] = (
+        "cross-attention over all texts + predicted caption + image (ViLU, ICCV 2025)"
+    )
     reference: ClassVar[str] = "Lafon et al., ICCV 2025"
     cost: ClassVar[str] = "fit: 1,400 to 6,000 steps of an MLP; score: 1 MFLOP a row"
 
@@ -125,8 +145,8 @@ class ViLU(HeadPredictor):
 class DeepEnsemble(ViLU):
     """M ViLU heads that differ in their start and in the order of the rows: u = 1/M sum_m sigmoid(g_m(z)).
 
-    Member m has the seed ``seed * M + m``, so that ensembles of different seeds share no member. All members are
-    selected on the same rows.
+    Member m has the seed ``seed * M + m``, so that ensembles of different seeds share no member.
+    All members are selected on the same rows.
 
     Args:
         members: M.
@@ -135,10 +155,18 @@ class DeepEnsemble(ViLU):
 
     Examples:
         >>> import numpy as np, vilu
-        >>> angle = np.linspace(0, np.pi / 2, 100)  # the answer is class 0 up to 45 degrees, the truth up to 63
-        >>> train = vilu.Embeddings(np.c_[np.cos(angle), np.sin(angle)], np.eye(2), np.repeat([0, 1], [70, 30]))
-        >>> new = vilu.Embeddings([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], np.eye(2))  # at 0, 53 and 90 degrees
-        >>> vilu.PREDICTORS["deep_ensemble"](members=2, epochs=10).fit(train).predict_uncertainty(new).round()
+        >>> angle = np.linspace(
+        ...     0, np.pi / 2, 100
+        ... )  # the answer is class 0 up to 45 degrees, the truth up to 63
+        >>> train = vilu.Embeddings(
+        ...     np.c_[np.cos(angle), np.sin(angle)], np.eye(2), np.repeat([0, 1], [70, 30])
+        ... )
+        >>> new = vilu.Embeddings(
+        ...     [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], np.eye(2)
+        ... )  # at 0, 53 and 90 degrees
+        >>> vilu.PREDICTORS["deep_ensemble"](members=2, epochs=10).fit(train).predict_uncertainty(
+        ...     new
+        ... ).round()
         array([0., 1., 0.])
     """
 
@@ -147,13 +175,19 @@ class DeepEnsemble(ViLU):
     reference: ClassVar[str] = "Lakshminarayanan et al., NeurIPS 2017"
     cost: ClassVar[str] = "M times that of vilu"
 
-    members: Annotated[Count, Field(le=1_000)] = 5  # so that no predictor from elsewhere loads without end
+    members: Annotated[Count, Field(le=1_000)] = (
+        5  # so that no predictor from elsewhere loads without end
+    )
 
     graph = head_graph
 
     def game(self) -> Game:
         """Of the mean probability."""
-        return HeadGame(self.heads, torch.sigmoid, "uncertainty, mean over the members' probabilities of failure")
+        return HeadGame(
+            self.heads,
+            torch.sigmoid,
+            "uncertainty, mean over the members' probabilities of failure",
+        )
 
     def module(self, tensors: dict[str, Tensor], space: EmbeddingSpace) -> nn.Module:  # noqa: ARG002
         """The heads, by their number."""
@@ -174,7 +208,9 @@ class DeepEnsemble(ViLU):
 
     def _new_members(self) -> list[ViLU]:
         values = {name: getattr(self, name) for name in parameters(ViLU)}
-        return [ViLU(**values | {"seed": self.seed * self.members + m}) for m in range(self.members)]
+        return [
+            ViLU(**values | {"seed": self.seed * self.members + m}) for m in range(self.members)
+        ]
 
     def _start_notes(self) -> dict[str, object]:
         return {}  # each member has its own
@@ -184,8 +220,9 @@ class DeepEnsemble(ViLU):
 class MCDropout(ViLU):
     """ViLU's head with dropout, which stays on at scoring: u = 1/M sum_m sigmoid(g_m(z)), g_m the head under mask m.
 
-    Dropout follows every hidden activation of the MLP. The M masks are drawn from the seed and are the same for every
-    row, that is M thinned heads: a row has the same score in any company. Selection sees the head without dropout.
+    Dropout follows every hidden activation of the MLP. The M masks are drawn from the seed and are
+    the same for every row, that is M thinned heads: a row has the same score in any company.
+    Selection sees the head without dropout.
 
     Args:
         dropout: Share of units that is dropped.
@@ -195,9 +232,15 @@ class MCDropout(ViLU):
 
     Examples:
         >>> import numpy as np, vilu
-        >>> angle = np.linspace(0, np.pi / 2, 100)  # the answer is class 0 up to 45 degrees, the truth up to 63
-        >>> train = vilu.Embeddings(np.c_[np.cos(angle), np.sin(angle)], np.eye(2), np.repeat([0, 1], [70, 30]))
-        >>> new = vilu.Embeddings([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], np.eye(2))  # at 0, 53 and 90 degrees
+        >>> angle = np.linspace(
+        ...     0, np.pi / 2, 100
+        ... )  # the answer is class 0 up to 45 degrees, the truth up to 63
+        >>> train = vilu.Embeddings(
+        ...     np.c_[np.cos(angle), np.sin(angle)], np.eye(2), np.repeat([0, 1], [70, 30])
+        ... )
+        >>> new = vilu.Embeddings(
+        ...     [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], np.eye(2)
+        ... )  # at 0, 53 and 90 degrees
         >>> vilu.PREDICTORS["mc_dropout"](epochs=10).fit(train).predict_uncertainty(new).round()
         array([0., 1., 0.])
     """
@@ -212,7 +255,9 @@ class MCDropout(ViLU):
 
     def game(self) -> Game:
         """None."""
-        raise NoAttribution("the score of mc_dropout is a mean over thinned heads, for which no game is defined")
+        raise NoAttribution(
+            "the score of mc_dropout is a mean over thinned heads, for which no game is defined"
+        )
 
     def module(self, tensors: dict[str, Tensor], space: EmbeddingSpace) -> nn.Module:  # noqa: ARG002
         """The head, with dropout in training."""

@@ -23,9 +23,22 @@ from vilu.predictors.games import Game, PoolGame
 from vilu.predictors.heads.head import Count, NonNegative, Positive
 from vilu.predictors.heads.vilu_zero import Classes, ViLUZero, learn_classes
 from vilu.predictors.labelled import class_texts, cross_fitting, failure_log_odds, with_outside
-from vilu.predictors.nn.attention import FEATURES, ImageInputs, Start, SupervisedAttention, fit_attention
+from vilu.predictors.nn.attention import (
+    FEATURES,
+    ImageInputs,
+    Start,
+    SupervisedAttention,
+    fit_attention,
+)
 from vilu.predictors.nn.experts import Adapter, Experts, Memory, pool
-from vilu.predictors.nn.train import SCORING_BATCH, AdamWConfig, Rows, default_batch, few_epochs, train_adamw
+from vilu.predictors.nn.train import (
+    SCORING_BATCH,
+    AdamWConfig,
+    Rows,
+    default_batch,
+    few_epochs,
+    train_adamw,
+)
 from vilu.predictors.outside import NEGATIVES, Outside, SeesOutside, learn_outside
 
 POOL_SD = 0.2
@@ -47,7 +60,9 @@ def fit_pool(log_p: NDArray[np.float64], target: NDArray[np.int64]) -> NDArray[n
         value = -log_q[rows, target].sum() + (distance**2).sum() / (2 * POOL_SD**2)
         return float(value), slope + distance / POOL_SD**2
 
-    return np.asarray(minimize(objective, prior, jac=True, method="L-BFGS-B", bounds=[(0, None)] * len(prior)).x)
+    return np.asarray(
+        minimize(objective, prior, jac=True, method="L-BFGS-B", bounds=[(0, None)] * len(prior)).x
+    )
 
 
 MEMORY_ROWS = 4_096
@@ -69,28 +84,34 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 class ViLUPlus(SeesOutside, FailurePredictor):
     """u = P(failure) = 1 - q_t̂, q a log-linear pool of experts on which candidate is true.
 
-    log q_j = sum_m w_m log p_mj - const. The experts: the supervised cross-attention (``SupervisedAttention``, the
-    zero-shot logits at a fitted temperature plus a ridge-regularised bilinear form: convex), a small network of the
-    image (``Adapter``) and, up to 4,096 rows, attention over the labelled images (``Memory``). They learn from class
-    labels, so no failure is needed. w comes from rows that they were not fitted on (cross-fitted, or ``validation``),
-    with a prior at the attention alone, which makes q a calibrated probability. With fewer than ten labels a class
-    there is the attention alone, and the fewer they are the nearer it stays to the zero-shot posterior. Candidates that
-    are not all training classes are scored by the attention alone; captions have no other expert. With rows without
-    labels the start is not the zero-shot posterior but that of ``ViLUZero``.
+    log q_j = sum_m w_m log p_mj - const. The experts: the supervised cross-attention
+    (``SupervisedAttention``, the zero-shot logits at a fitted temperature plus a ridge-regularised
+    bilinear form: convex), a small network of the image (``Adapter``) and, up to 4,096 rows,
+    attention over the labelled images (``Memory``). They learn from class labels, so no failure is
+    needed. w comes from rows that they were not fitted on (cross-fitted, or ``validation``), with a
+    prior at the attention alone, which makes q a calibrated probability. With fewer than ten labels
+    a class there is the attention alone, and the fewer they are the nearer it stays to the
+    zero-shot posterior. Candidates that are not all training classes are scored by the attention
+    alone; captions have no other expert. With rows without labels the start is not the zero-shot
+    posterior but that of ``ViLUZero``.
 
-    With examples of images of none of the classes, or with everyday words (the column "negatives"), there is one more
-    outcome, "outside": u = 1 - (1 - P(outside)) q_t̂ (``vilu.predictors.outside``). Rows without labels, with words, say
-    how many there are of them and what they have in common.
+    With examples of images of none of the classes, or with everyday words (the column "negatives"),
+    there is one more outcome, "outside": u = 1 - (1 - P(outside)) q_t̂
+    (``vilu.predictors.outside``). Rows without labels, with words, say how many there are of them
+    and what they have in common.
 
     Args:
-        features: Look at the column "features" (the image encoder's output before its projection, or a second
-            encoder's) beside the embedding where the data carry it; the label of the results says so.
-        variance: Prior variance of what the attention adds to the logits, in units of that of the tempered zero-shot
-            logits.
-        sharing: Share rho of it that classes have in common, which is all that unseen candidates benefit from.
+        features: Look at the column "features" (the image encoder's output before its projection,
+            or a second encoder's) beside the embedding where the data carry it; the label of the
+            results says so.
+        variance: Prior variance of what the attention adds to the logits, in units of that of the
+            tempered zero-shot logits.
+        sharing: Share rho of it that classes have in common, which is all that unseen candidates
+            benefit from.
         width: Hidden width of the network.
         dropout: Of the network.
-        epochs: Passes over the rows in training the network; None: 20, or as many as make 300 steps.
+        epochs: Passes over the rows in training the network; None: 20, or as many as make 300
+            steps.
         batch_size: Of the network; None: a twentieth of the rows, between 64 and 256.
         learning_rate: Of the network (AdamW, cosine).
         weight_decay: Of the network.
@@ -99,17 +120,27 @@ class ViLUPlus(SeesOutside, FailurePredictor):
 
     Examples:
         >>> import numpy as np, vilu
-        >>> angle = np.linspace(0, np.pi / 2, 100)  # the answer is class 0 up to 45 degrees, the truth up to 63
-        >>> train = vilu.Embeddings(np.c_[np.cos(angle), np.sin(angle)], np.eye(2), np.repeat([0, 1], [70, 30]))
-        >>> new = vilu.Embeddings([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], np.eye(2))  # at 0, 53 and 90 degrees
+        >>> angle = np.linspace(
+        ...     0, np.pi / 2, 100
+        ... )  # the answer is class 0 up to 45 degrees, the truth up to 63
+        >>> train = vilu.Embeddings(
+        ...     np.c_[np.cos(angle), np.sin(angle)], np.eye(2), np.repeat([0, 1], [70, 30])
+        ... )
+        >>> new = vilu.Embeddings(
+        ...     [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], np.eye(2)
+        ... )  # at 0, 53 and 90 degrees
         >>> vilu.ViLUPlus(width=32, epochs=1).fit(train).predict_uncertainty(new).round()
         array([0., 1., 0.])
     """
 
     name: ClassVar[str] = "vilu_plus"
-    summary: ClassVar[str] = "supervised cross-attention, network and memory, pooled by likelihood; calibrated"
+    summary: ClassVar[str] = (
+        "supervised cross-attention, network and memory, pooled by likelihood; calibrated"
+    )
     reference: ClassVar[str] = "this project, 2026"
-    cost: ClassVar[str] = "fit: convex + 300 steps or 20 epochs, cross-fitted; score: 0.8 MFLOP a row"
+    cost: ClassVar[str] = (
+        "fit: convex + 300 steps or 20 epochs, cross-fitted; score: 0.8 MFLOP a row"
+    )
     optional_columns: ClassVar[tuple[str, ...]] = (FEATURES, NEGATIVES)
     is_probability: ClassVar[bool] = True
     uses_unlabelled: ClassVar[bool] = True
@@ -137,7 +168,9 @@ class ViLUPlus(SeesOutside, FailurePredictor):
     def columns_to_fit(self, train: EmbeddingSource) -> tuple[str, ...]:
         """The features and the words, where wanted and there; of captions no words."""
         wanted = {FEATURES: self.features, NEGATIVES: train.pool_size is None}
-        return tuple(name for name in self.optional_columns if wanted[name] and name in train.columns)
+        return tuple(
+            name for name in self.optional_columns if wanted[name] and name in train.columns
+        )
 
     @property
     def columns_to_score(self) -> tuple[str, ...]:
@@ -155,7 +188,11 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         if kinds and validation is not None:
             require_known_classes(validation, class_texts(train))
         classes = self._classes(train)
-        start = None if classes is None else classes.start(class_texts(train), train.source.space.logit_scale)
+        start = (
+            None
+            if classes is None
+            else classes.start(class_texts(train), train.source.space.logit_scale)
+        )
         experts, rows = None, None
         if kinds:
             folds, parts = cross_fitting(train, failure, validation, self.seed), []
@@ -164,11 +201,17 @@ class ViLUPlus(SeesOutside, FailurePredictor):
                 parts.extend(log_posteriors(experts, held_out, self.device_))
             log_p, target = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
             weights = torch.from_numpy(fit_pool(log_p, target))
-        if experts is None or rows is not train:  # with a validation set they are fitted to all rows
+        if (
+            experts is None or rows is not train
+        ):  # with a validation set they are fitted to all rows
             experts = self._fit_experts(train, kinds, weights, start, experts)
         state = experts.state_dict()
         outside = learn_outside(train)
-        tensors = {**{n: t.cpu() for n, t in state.items()}, POOL: weights, **(outside.tensors() if outside else {})}
+        tensors = {
+            **{n: t.cpu() for n, t in state.items()},
+            POOL: weights,
+            **(outside.tensors() if outside else {}),
+        }
         seen = {} if classes is None else {"unlabelled": classes.notes}
         return Learnt(tensors, {"pool": weights.tolist(), **seen, **outside.notes})
 
@@ -177,7 +220,9 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         source = train.unlabelled
         if source is None:
             return None
-        return learn_classes(Rows(source, source.usable_rows), ViLUZero.share, self.seed, self.device_)
+        return learn_classes(
+            Rows(source, source.usable_rows), ViLUZero.share, self.seed, self.device_
+        )
 
     def _kinds(self, train: Rows) -> tuple[str, ...]:
         """The companions that the training set is large enough, and small enough, for."""
@@ -187,10 +232,17 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         return ("adapter", "memory") if n <= MEMORY_ROWS else ("adapter",)
 
     def _fit_experts(
-        self, rows: Rows, kinds: tuple[str, ...], weights: Tensor, start: Start | None, near: Experts | None
+        self,
+        rows: Rows,
+        kinds: tuple[str, ...],
+        weights: Tensor,
+        start: Start | None,
+        near: Experts | None,
     ) -> Experts:
         n_classes = 0 if rows.source.pool_size else rows.source.n_candidates
-        feature_dim = rows.source.column(FEATURES, rows.index[:1]).shape[1] if FEATURES in rows.columns else 0
+        feature_dim = (
+            rows.source.column(FEATURES, rows.index[:1]).shape[1] if FEATURES in rows.columns else 0
+        )
         inputs = ImageInputs(rows.source.space.embed_dim, feature_dim)
         inputs.fit(rows)
         attention = fit_attention(
@@ -215,7 +267,9 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         size = self.batch_size or 2 * default_batch(len(rows.index))
         with seeded(self.seed):
             adapter = Adapter(attention.inputs, len(attention.classes), self.width, self.dropout)
-            train_adamw(adapter, loss, rows, self._settings(AdamWConfig, batch_size=size), few_epochs)
+            train_adamw(
+                adapter, loss, rows, self._settings(AdamWConfig, batch_size=size), few_epochs
+            )
         return adapter.eval()
 
     def _score(self, batch: Batch) -> Tensor:
@@ -247,12 +301,16 @@ class ViLUPlus(SeesOutside, FailurePredictor):
     def game(self) -> Game:
         """Of the parts of the pooled logits."""
         outside = self.outcome_of if self.outcome else None
-        return PoolGame(lambda batch: self.experts.to(batch.image.device).pooled_parts(batch), outside)
+        return PoolGame(
+            lambda batch: self.experts.to(batch.image.device).pooled_parts(batch), outside
+        )
 
     def module(self, tensors: dict[str, Tensor], space: EmbeddingSpace) -> Experts:
         """The experts, as large as their tensors say."""
         if not tensors.keys() >= {CLASSES, FEATURE_MEAN, POOL}:
-            raise DataError(f"a {self.name} holds experts and a pool. The file has {', '.join(sorted(tensors)[:8])}.")
+            raise DataError(
+                f"a {self.name} holds experts and a pool. The file has {', '.join(sorted(tensors)[:8])}."
+            )
         n_classes, dim = len(tensors[CLASSES]), space.embed_dim
         inputs = ImageInputs(dim, len(tensors[FEATURE_MEAN]))
         companions: dict[str, nn.Module] = {}
@@ -262,8 +320,12 @@ class ViLUPlus(SeesOutside, FailurePredictor):
             companions["memory"] = Memory(inputs, len(tensors[BANK]), n_classes)
         n, n_weights = 1 + len(companions), len(tensors[POOL])
         if n_weights != n:
-            raise DataError(f"{POOL} of {self.name} must have a weight for each of {n} experts. Got {n_weights}.")
-        return Experts(SupervisedAttention(inputs, dim, n_classes, self.sharing), companions, tensors[POOL])
+            raise DataError(
+                f"{POOL} of {self.name} must have a weight for each of {n} experts. Got {n_weights}."
+            )
+        return Experts(
+            SupervisedAttention(inputs, dim, n_classes, self.sharing), companions, tensors[POOL]
+        )
 
 
 class PlusGraph(nn.Module):
@@ -272,7 +334,10 @@ class PlusGraph(nn.Module):
     def __init__(self, experts: Experts) -> None:
         super().__init__()
         self.experts, attention = experts, experts.attention
-        self.classes, self.widths = attention.classes, {FEATURES: len(attention.inputs.features.mean)}
+        self.classes, self.widths = (
+            attention.classes,
+            {FEATURES: len(attention.inputs.features.mean)},
+        )
         self.pool = nn.Buffer(experts.weights)
         self.alone = nn.Buffer(torch.eye(len(self.pool), dtype=self.pool.dtype)[0])
 
@@ -284,13 +349,19 @@ class PlusGraph(nn.Module):
         weights: Tensor = self.alone
         if match is not None and len(self.pool) > 1:
             weights = torch.where(match.known.all(), self.pool, self.alone)
-        return torch.sigmoid(failure_log_odds(pool(float64(logits).log_softmax(dim=-1), weights), batch))
+        return torch.sigmoid(
+            failure_log_odds(pool(float64(logits).log_softmax(dim=-1), weights), batch)
+        )
 
 
 def require_known_classes(validation: EmbeddingSource, classes: Tensor) -> None:
     """Refuse validation rows that not all experts can say something of: they know the classes (K, D) of training."""
     text = None if validation.pool_size else validation.candidates(torch.arange(0)).text
-    others = validation.n_candidates if text is None else int((nearest(text, classes)[0] < SAME_TEXT).sum())
+    others = (
+        validation.n_candidates
+        if text is None
+        else int((nearest(text, classes)[0] < SAME_TEXT).sum())
+    )
     if others:
         raise DataError(
             f"what knows the {len(classes)} training classes is weighed on the validation rows, and {others} of the "
@@ -298,7 +369,12 @@ def require_known_classes(validation: EmbeddingSource, classes: Tensor) -> None:
         )
 
 
-def log_posteriors(experts: Experts, rows: Rows, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+def log_posteriors(
+    experts: Experts, rows: Rows, device: torch.device
+) -> list[tuple[Tensor, Tensor]]:
     """(B, M, K) float64 log probabilities of all experts, and the targets (B,), batch by batch."""
     with torch.no_grad():
-        return [(experts.log_posteriors(one.to(device)).cpu(), one.target) for one in rows.batches(SCORING_BATCH)]
+        return [
+            (experts.log_posteriors(one.to(device)).cpu(), one.target)
+            for one in rows.batches(SCORING_BATCH)
+        ]

@@ -1,6 +1,7 @@
 """What unlabelled images of the deployment say about the zero-shot posterior: which classes occur, where each one lies.
 
-Shapes: N rows to learn from, B rows to score, K classes, D embedding width. A class count is a sum of posteriors.
+Shapes: N rows to learn from, B rows to score, K classes, D embedding width. A class count is a sum
+of posteriors.
 """
 
 from __future__ import annotations
@@ -54,36 +55,46 @@ TRUSTS = (0.0, *(0.01 * 1.3**i for i in range(24)))
 class ViLUZero(SeesOutside, ClosedSet):
     """The zero-shot posterior, pooled with image prototypes that unlabelled rows teach, over the classes that occur.
 
-    u = 1 - (1 - P_outside) q, where q is the mass that softmax(l') gives to the zero-shot answer and P_outside = 0;
-    l'_c = (1 - share) l_c + share tau g_c(z) + o_c, with zero-shot logits l. The answer stays the zero-shot one.
+    u = 1 - (1 - P_outside) q, where q is the mass that softmax(l') gives to the zero-shot answer
+    and P_outside = 0; l'_c = (1 - share) l_c + share tau g_c(z) + o_c, with zero-shot logits l. The
+    answer stays the zero-shot one.
 
-    *Which classes occur* (o, (K,), at most 0): EM finds the class frequencies pi under which the rows are most likely,
-    p(c | z) ~ pi_c exp(l_c). Their counts n_c = N pi_c are taken for a mixture of two exponentials, mean 1/2 of absent
-    classes, N / (K (1 - rho)) of the others, and o_c = lambda log P(c occurs | n_c). Each half of the rows judges what
-    the other found: lambda in [0, 1] is where log sum_c exp(l_c + o_c) / sum_c exp(o_c) is largest on average.
+    *Which classes occur* (o, (K,), at most 0): EM finds the class frequencies pi under which the
+    rows are most likely, p(c | z) ~ pi_c exp(l_c). Their counts n_c = N pi_c are taken for a
+    mixture of two exponentials, mean 1/2 of absent classes, N / (K (1 - rho)) of the others, and
+    o_c = lambda log P(c occurs | n_c). Each half of the rows judges what the other found: lambda in
+    [0, 1] is where log sum_c exp(l_c + o_c) / sum_c exp(o_c) is largest on average.
 
-    *Where they lie* (g, linear in z): discriminants of Gaussians with one covariance, whose soft members are the rows
-    by their posterior. Means start from where texts lead to, m + a (t_c - t), and move towards the members by
-    n_c / (n_c + kappa); kappa, a, and the covariance come from the rows. ``tau`` is how well prototypes of one half
-    predict the posterior of the other (least cross-entropy): 0 where they cannot. The weight in the pool is ``share``
-    times 1 - 2 K' / N, K' = K (1 - rho) being the classes that occur (0 up to two rows a class: prototypes of so few
-    rows do harm), times the square of how far the means lie apart, in units of ``APART``, where that is below one.
+    *Where they lie* (g, linear in z): discriminants of Gaussians with one covariance, whose soft
+    members are the rows by their posterior. Means start from where texts lead to, m + a (t_c - t),
+    and move towards the members by n_c / (n_c + kappa); kappa, a, and the covariance come from the
+    rows. ``tau`` is how well prototypes of one half predict the posterior of the other (least
+    cross-entropy): 0 where they cannot. The weight in the pool is ``share`` times 1 - 2 K' / N, K'
+    = K (1 - rho) being the classes that occur (0 up to two rows a class: prototypes of so few rows
+    do harm), times the square of how far the means lie apart, in units of ``APART``, where that is
+    below one.
 
-    *Which images are of none of the classes* (P_outside): where the data carry everyday words, the column
-    ``negatives``, a mixture of two says how far an image is on their side (``vilu.predictors.outside``); else zero.
+    *Which images are of none of the classes* (P_outside): where the data carry everyday words, the
+    column ``negatives``, a mixture of two says how far an image is on their side
+    (``vilu.predictors.outside``); else zero.
 
-    Fitted on rows without labels (``needs_labels``); targets are not looked at. The candidates are part of the fit.
+    Fitted on rows without labels (``needs_labels``); targets are not looked at. The candidates are
+    part of the fit.
 
     Args:
         share: Largest weight of the prototypes in the pool.
         max_bank: Most images to learn from; of more, so many are drawn with ``seed``.
 
-    Source: this project. EM for class frequencies: Saerens et al., Neural Computation 2002; soft members and text
-    anchors: the setting of transductive CLIP (Martin et al., 2024; Zanella et al., 2024), here for later rows.
+    Source: this project. EM for class frequencies: Saerens et al., Neural Computation 2002; soft
+    members and text
+    anchors: the setting of transductive CLIP (Martin et al., 2024; Zanella et al., 2024), here for
+    later rows.
 
     Examples:
         >>> import numpy as np, vilu
-        >>> data = vilu.Embeddings(np.eye(8)[np.arange(400) % 4], np.eye(8), logit_scale=2.0)  # of classes 0 to 3
+        >>> data = vilu.Embeddings(
+        ...     np.eye(8)[np.arange(400) % 4], np.eye(8), logit_scale=2.0
+        ... )  # of classes 0 to 3
         >>> new = vilu.Embeddings(np.eye(8)[[0, 7]], np.eye(8), logit_scale=2.0)
         >>> vilu.MCM().predict_uncertainty(new).round(1)
         array([0.5, 0.5])
@@ -92,10 +103,16 @@ class ViLUZero(SeesOutside, ClosedSet):
     """
 
     name: ClassVar[str] = "vilu_zero"
-    summary: ClassVar[str] = "zero-shot posterior pooled with prototypes and class frequencies of unlabelled images"
+    summary: ClassVar[str] = (
+        "zero-shot posterior pooled with prototypes and class frequencies of unlabelled images"
+    )
     reference: ClassVar[str] = "this project, 2026"
-    cost: ClassVar[str] = "fit: about 150 passes over 20,000 rows; score: two products with K vectors"
-    no_captions: ClassVar[str | None] = "it learns which classes occur, and captions have no classes"
+    cost: ClassVar[str] = (
+        "fit: about 150 passes over 20,000 rows; score: two products with K vectors"
+    )
+    no_captions: ClassVar[str | None] = (
+        "it learns which classes occur, and captions have no classes"
+    )
     is_probability: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = False
     optional_columns: ClassVar[tuple[str, ...]] = (NEGATIVES,)
@@ -169,13 +186,20 @@ class Classes(NamedTuple):
     def start(self, text: Tensor, logit_scale: float) -> Start:
         """The same about the zero-shot logits themselves, of texts (K, D)."""
         less = self.share * logit_scale * float64(text).cpu()
-        return Start(self.centre, self.weight - less, self.bias - less @ self.centre, self.occurrence)
+        return Start(
+            self.centre, self.weight - less, self.bias - less @ self.centre, self.occurrence
+        )
 
 
 def learn_classes(rows: Rows, most: float, seed: int, device: torch.device) -> Classes:
     """Which classes occur among rows, and where they lie; ``most`` is the largest share in the pool."""
     text = class_texts(rows)
-    share, trust, known, occurrence = 0.0, 0.0, Classifier.nothing(text), torch.zeros(len(text)).double()
+    share, trust, known, occurrence = (
+        0.0,
+        0.0,
+        Classifier.nothing(text),
+        torch.zeros(len(text)).double(),
+    )
     notes: dict[str, Any] = {}
     if len(rows.index) >= FEW:  # else nothing can be judged on a half, and the score is MCM's
         pool = Pool(rows, seed, device)
@@ -185,13 +209,16 @@ def learn_classes(rows: Rows, most: float, seed: int, device: torch.device) -> C
         shown = {"trust": trust, "slope": known.slope, "anchor": known.anchor, "apart": known.apart}
         notes = {"absent": absent, "share": share, **shown}
     weighed = share * trust
-    return Classes(share, known.centre, weighed * known.weight, weighed * known.bias, occurrence, notes)
+    return Classes(
+        share, known.centre, weighed * known.weight, weighed * known.bias, occurrence, notes
+    )
 
 
 class SoftMembers(NamedTuple):
     """Sums over the soft members of every class, (2, ...) of two halves or of one set.
 
-    ``members`` (K,) counts, ``squares`` (K,) of squared posteriors, ``total`` (K, D), and ``second`` (D, D) of x x^T.
+    ``members`` (K,) counts, ``squares`` (K,) of squared posteriors, ``total`` (K, D), and
+    ``second`` (D, D) of x x^T.
     """
 
     members: Tensor
@@ -240,10 +267,11 @@ class Classifier(NamedTuple):
 def discriminants(moments: SoftMembers, text: Tensor) -> Classifier:
     """Discriminants of Gaussians of one covariance, whose means are anchored at texts (K, D).
 
-    With members' means m_c, of n_c rows, and m_c - m - a (t_c - t) of covariance (1/n_c + 1/kappa) W, moments give
-    1/kappa (kappa is ``MOST_ANCHOR`` at most), and a is the weighted least-squares slope, both in the metric of the
-    covariance W within classes; likewise how far the means lie ``apart``, with a = 0. W is divided by N less the rows
-    that the means have used up, sum_c sum_i p_ic^2 / n_c.
+    With members' means m_c, of n_c rows, and m_c - m - a (t_c - t) of covariance (1/n_c + 1/kappa)
+    W, moments give 1/kappa (kappa is ``MOST_ANCHOR`` at most), and a is the weighted least-squares
+    slope, both in the metric of the covariance W within classes; likewise how far the means lie
+    ``apart``, with a = 0. W is divided by N less the rows that the means have used up, sum_c sum_i
+    p_ic^2 / n_c.
     """
     count = moments.members.clamp(min=1e-9)
     n = float(moments.members.sum())
@@ -260,17 +288,26 @@ def discriminants(moments: SoftMembers, text: Tensor) -> Classifier:
     leads = text - (moments.members @ text) / n
     towards = leads @ precision
     weighted = moments.members[:, None] * towards
-    slope = float(((weighted * centred).sum() / (weighted * leads).sum().clamp(min=1e-12)).clamp(min=0))
+    slope = float(
+        ((weighted * centred).sum() / (weighted * leads).sum().clamp(min=1e-12)).clamp(min=0)
+    )
     own = float((precision * within).sum())
 
     def variance_of(rows: Tensor) -> float:
         """Weighted mean square of rows (K, D) in units of W, without what comes from the n_c members being few."""
-        return float((moments.members * ((rows @ precision) * rows).sum(1)).sum()) / (own * n) - len(count) / n
+        return (
+            float((moments.members * ((rows @ precision) * rows).sum(1)).sum()) / (own * n)
+            - len(count) / n
+        )
 
     anchor = 1 / max(variance_of(centred - slope * leads), 1 / MOST_ANCHOR)
-    means = (moments.members[:, None] * centred + anchor * slope * leads) / (moments.members + anchor)[:, None]
+    means = (moments.members[:, None] * centred + anchor * slope * leads) / (
+        moments.members + anchor
+    )[:, None]
     weight = means @ precision
-    return Classifier(mean, weight, -(weight * means).sum(1) / 2, slope, anchor, variance_of(centred))
+    return Classifier(
+        mean, weight, -(weight * means).sum(1) / 2, slope, anchor, variance_of(centred)
+    )
 
 
 class Pool:
@@ -298,7 +335,8 @@ class Pool:
             prior = count.clamp(min=1e-12).log().float().to(self.device)
             blocks = (logits for half in halves for _, logits in self.blocks(half, EM_ROWS // 2))
             count = sum(
-                ((logits + prior).softmax(1).sum(0).double().cpu() for logits in blocks), torch.zeros_like(count)
+                ((logits + prior).softmax(1).sum(0).double().cpu() for logits in blocks),
+                torch.zeros_like(count),
             )
         return count
 
@@ -320,13 +358,20 @@ class Pool:
         total = torch.zeros(len(offsets), dtype=torch.float64)
         for _, logits in self.blocks(half, EM_ROWS // 2):
             for place, offset in enumerate(offsets):
-                total[place] += (logits + offset.float().to(self.device)).logsumexp(1).double().sum().cpu()
+                total[place] += (
+                    (logits + offset.float().to(self.device)).logsumexp(1).double().sum().cpu()
+                )
         return total
 
     def prototypes(self, occurrence: Tensor, most: float) -> tuple[float, float, Classifier]:
         """The share in the pool, at most ``most``, tau, and the prototypes."""
         text = float64(self.text).cpu()
-        share, trust, crossed, whole = 0.0, 0.0, [Classifier.nothing(text)] * 2, Classifier.nothing(text)
+        share, trust, crossed, whole = (
+            0.0,
+            0.0,
+            [Classifier.nothing(text)] * 2,
+            Classifier.nothing(text),
+        )
         for _ in range(ROUNDS):
             moments = self._moments(occurrence, crossed, trust, share)
             crossed = [discriminants(moments.part(1 - half), text) for half in (0, 1)]
@@ -335,7 +380,9 @@ class Pool:
             share = most * min(max(whole.apart / APART, 0.0), 1.0) ** 2 if trust else 0.0
         return share, trust, whole
 
-    def _moments(self, occurrence: Tensor, crossed: list[Classifier], trust: float, share: float) -> SoftMembers:
+    def _moments(
+        self, occurrence: Tensor, crossed: list[Classifier], trust: float, share: float
+    ) -> SoftMembers:
         """Of both halves, by the posterior that is pooled with the prototypes of the other half as far as trusted."""
         moments = SoftMembers.nothing(*self.text.shape)
         for half in (0, 1):
@@ -367,9 +414,10 @@ def sufficiency(n_rows: int, n_classes: float) -> float:
 def presence(count: Tensor) -> tuple[Tensor, float]:
     """(K,) log P(c occurs | n_c) of class counts (K,), and the share rho of absent classes; see ``ViLUZero``.
 
-    n_c has the density rho f(s) + (1 - rho) (0.9 f(m) + 0.1 f(s)), f(m) = exp(-n_c / m) / m, with s = ``ABSENT_SCALE``
-    and m = N / (K (1 - rho)): of the classes that occur a tenth (``LOST``) is not seen, its rows taken for others.
-    rho is found by EM, as if ``DOUBT`` more classes were known to occur. Where m would be below s, all do.
+    n_c has the density rho f(s) + (1 - rho) (0.9 f(m) + 0.1 f(s)), f(m) = exp(-n_c / m) / m, with s
+    = ``ABSENT_SCALE`` and m = N / (K (1 - rho)): of the classes that occur a tenth (``LOST``) is
+    not seen, its rows taken for others. rho is found by EM, as if ``DOUBT`` more classes were known
+    to occur. Where m would be below s, all do.
     """
     n, k, absent = float(count.sum()), len(count), 0.5
     gone, low = torch.zeros_like(count), torch.exp(-count / ABSENT_SCALE) / ABSENT_SCALE

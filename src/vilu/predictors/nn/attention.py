@@ -62,7 +62,9 @@ class Standard(nn.Module):
         mean = moments.total / moments.n
         variance = (moments.squares / moments.n - mean.square().sum()).clamp_min(0)
         self.mean.copy_(mean)
-        self.norm.copy_(variance.sqrt() if variance > TINY else torch.ones(()))  # one row, or all alike
+        self.norm.copy_(
+            variance.sqrt() if variance > TINY else torch.ones(())
+        )  # one row, or all alike
 
     def forward(self, rows: Tensor) -> Tensor:
         """(N, D) to (N, D)."""
@@ -97,9 +99,9 @@ class ImageInputs(nn.Module):
 class Match(NamedTuple):
     """What candidates have to do with the training classes, each (K,).
 
-    ``row`` is the class of each, where it is one, ``known`` whether it is one, and ``reach`` 1 for a class, else the
-    squared cosine of the standardised text with the nearest class's (0 where it is negative): the share of its variance
-    that the two have in common.
+    ``row`` is the class of each, where it is one, ``known`` whether it is one, and ``reach`` 1 for
+    a class, else the squared cosine of the standardised text with the nearest class's (0 where it
+    is negative): the share of its variance that the two have in common.
     """
 
     row: Tensor
@@ -110,8 +112,8 @@ class Match(NamedTuple):
 class Start(NamedTuple):
     """What is known of K classes before labels: logits l_c + (z - centre) weight_c + bias_c of unit images z.
 
-    ``centre`` (D,), ``weight`` (K, D) and ``bias`` (K,) are float64, and ``occurrence`` (K,), at most 0, is the log
-    probability that a class occurs at all.
+    ``centre`` (D,), ``weight`` (K, D) and ``bias`` (K,) are float64, and ``occurrence`` (K,), at
+    most 0, is the log probability that a class occurs at all.
     """
 
     centre: Tensor
@@ -123,11 +125,12 @@ class Start(NamedTuple):
 class SupervisedAttention(nn.Module):
     """Logits of K candidates: the zero-shot logits, tempered, plus a bilinear form in image and text.
 
-    l_j = a l0_j + (x, 1) . (sqrt(rho) A t_j + sqrt(1 - rho) v_j), l0 the zero-shot logits, x the ``ImageInputs``, t
-    standardised texts. v_j belongs to class j of the training set and is zero for every other candidate, so any
-    candidates can be scored; A is what they have in common. It and the temperature count for other candidates as much
-    as their texts are like those of classes (``Match.reach``), so that foreign ones have their zero-shot logits. Starts
-    at the tempered zero-shot logits (A = v = 0), or at what images without labels say (``start_from``).
+    l_j = a l0_j + (x, 1) . (sqrt(rho) A t_j + sqrt(1 - rho) v_j), l0 the zero-shot logits, x the
+    ``ImageInputs``, t standardised texts. v_j belongs to class j of the training set and is zero
+    for every other candidate, so any candidates can be scored; A is what they have in common. It
+    and the temperature count for other candidates as much as their texts are like those of classes
+    (``Match.reach``), so that foreign ones have their zero-shot logits. Starts at the tempered
+    zero-shot logits (A = v = 0), or at what images without labels say (``start_from``).
 
     Args:
         inputs: Fitted.
@@ -149,7 +152,9 @@ class SupervisedAttention(nn.Module):
         """Take the logits of a ``Start`` as those of the classes."""
         image, dim = self.inputs.image, self.text.mean.shape[0]
         own = torch.zeros(self.own.shape, dtype=torch.float64)
-        own[:, :dim] = start.weight * float(image.norm) * (math.sqrt(2) if self.inputs.on_features else 1)
+        own[:, :dim] = (
+            start.weight * float(image.norm) * (math.sqrt(2) if self.inputs.on_features else 1)
+        )
         own[:, -1] = start.bias + (image.mean.double() - start.centre) @ start.weight.T
         self.own.data.copy_(own / math.sqrt(1 - self.sharing))
 
@@ -187,7 +192,9 @@ class SupervisedAttention(nn.Module):
             return Match(nobody, nobody.bool(), torch.ones_like(text[:, 0]))
         cosine, index = nearest(text, self.classes)
         known = cosine >= SAME_TEXT
-        candidates, classes = (functional.normalize(self.text(rows), dim=1) for rows in (text, self.classes))
+        candidates, classes = (
+            functional.normalize(self.text(rows), dim=1) for rows in (text, self.classes)
+        )
         near = nearest(candidates, classes)[0].clamp(0, 1).square()
         return Match(index, known, torch.where(known, 1.0, near))
 
@@ -221,11 +228,12 @@ def fit_attention(  # noqa: PLR0913 - what it is fitted on, its prior, and where
 ) -> SupervisedAttention:
     """The attention of largest posterior for labelled rows, drawn towards its start as far as they do not hold.
 
-    The start is tempered: zero-shot logits, or those of ``start``. A convex problem. With C = ``variance`` x
-    ``zero_shot_variance`` the prior of what is learned is N(0, C) for the weights of x and N(0, C / 50) for a class's
-    bias, about ``class_log_prior``, or ``start.occurrence`` where that is less. Of what n rows say n / (n + 8) is kept,
-    and where they are few (``is_few``) the share of it that ``held_out_share`` finds. A fit to most of the rows that is
-    ``near`` saves steps.
+    The start is tempered: zero-shot logits, or those of ``start``. A convex problem. With C =
+    ``variance`` x ``zero_shot_variance`` the prior of what is learned is N(0, C) for the weights of
+    x and N(0, C / 50) for a class's bias, about ``class_log_prior``, or ``start.occurrence`` where
+    that is less. Of what n rows say n / (n + 8) is kept, and where they are few (``is_few``) the
+    share of it that ``held_out_share`` finds. A fit to most of the rows that is ``near`` saves
+    steps.
     """
     attention = SupervisedAttention(inputs, rows.source.space.embed_dim, n_classes, sharing)
     _take_texts(attention, rows)
@@ -253,7 +261,8 @@ class Block(NamedTuple):
 
     Attributes:
         batch: The rows.
-        image: (B, P) inputs times their prior standard deviations, so that A and V are N(0, 1) and N(0, 1 - rho).
+        image: (B, P) inputs times their prior standard deviations, so that A and V are N(0, 1) and
+            N(0, 1 - rho).
         text: (K, Q) sqrt(rho) times the standardised texts.
         before: (K, P) keys when nothing is learned.
     """
@@ -287,9 +296,10 @@ class Solution(NamedTuple):
 class Problem:
     """The attention's convex problem: of rows that are streamed, or, where one batch holds them, in their own span.
 
-    Classes without labels learn what is shared alone: labels of others would else make them ever rarer, beyond
-    ``class_log_prior``. The optimum is a sum over rows and over texts, so with fewer rows than coordinates an
-    orthonormal basis of the rows says as much as all coordinates do, and so for the texts.
+    Classes without labels learn what is shared alone: labels of others would else make them ever
+    rarer, beyond ``class_log_prior``. The optimum is a sum over rows and over texts, so with fewer
+    rows than coordinates an orthonormal basis of the rows says as much as all coordinates do, and
+    so for the texts.
 
     Attributes:
         held: All rows in one block, in the bases; None where they are streamed.
@@ -318,12 +328,16 @@ class Problem:
             moved = batch.to(self.device)
             with torch.no_grad():
                 image = attention.queries(moved) * self.scale
-                if last is None or not len(attention.classes):  # classes are the same in every batch
+                if last is None or not len(
+                    attention.classes
+                ):  # classes are the same in every batch
                     text = math.sqrt(attention.sharing) * attention.text(moved.text)
                     last = text, attention.begin_keys(moved) / self.scale
             yield Block(moved, image, *last)
 
-    def solve(self, weight: Tensor | None = None, near: SupervisedAttention | None = None) -> Solution:
+    def solve(
+        self, weight: Tensor | None = None, near: SupervisedAttention | None = None
+    ) -> Solution:
         """The solution of largest posterior; ``weight`` (N,) is how often each of the rows held counts.
 
         Streamed rows begin where an attention that is fitted to most of them ended (``near``).
@@ -351,7 +365,9 @@ class Problem:
         """The loss of a row with its share of the penalty; its gradient is left with the two."""
         total = torch.stack([part.square().sum() for part in (shared, own)]).sum() / (2 * self.n)
         of_shared, of_own = shared / self.n, own / self.n
-        texts: list[tuple[Tensor, Tensor, Tensor]] = []  # the last ones, their keys, and the slope of these
+        texts: list[
+            tuple[Tensor, Tensor, Tensor]
+        ] = []  # the last ones, their keys, and the slope of these
 
         def pass_on() -> None:
             """From the keys to what they are made of: once for classes, in every pool."""
@@ -367,7 +383,11 @@ class Problem:
                 keys = block.before + self.keys(block, shared, own)
                 texts.append((block.text, keys, torch.zeros_like(keys)))
             _, keys, slope = texts[0]
-            share = torch.full_like(block.image[:, 0], 1 / self.n) if weight is None else weight / self.n
+            share = (
+                torch.full_like(block.image[:, 0], 1 / self.n)
+                if weight is None
+                else weight / self.n
+            )
             logits = block.image @ keys.T
             total += (block.losses(logits) * share).sum()
             slope.addmm_((block.slopes(logits) * share[:, None]).T, block.image)
@@ -406,8 +426,9 @@ SHARE_SD = 0.2
 def held_out_share(problem: Problem) -> float:
     """How much of what is learned holds for rows that it was not learned from: the most probable w in [0, 1].
 
-    Their labels are drawn from softmax(offset + w R), R learned without them; w ~ N(1, 0.2^2). Neighbours in the order
-    of classes are held out apart, so that classes lose as few rows as they can.
+    Their labels are drawn from softmax(offset + w R), R learned without them; w ~ N(1, 0.2^2).
+    Neighbours in the order of classes are held out apart, so that classes lose as few rows as they
+    can.
     """
     from scipy.optimize import minimize_scalar
 
@@ -434,10 +455,11 @@ def held_out_share(problem: Problem) -> float:
 def class_log_prior(target: Tensor, n_classes: int) -> Tensor:
     """(K,) log of how often a class occurs, next to classes with labels: 0 for these, below it for those without.
 
-    Of n labels, f of which are the only one of their class, Good and Turing estimate the share of images of classes
-    without labels by s = f / n (here at least 1 / n). Spread over all K - m of them, and the rest over the m others, it
-    makes one of them s m / ((1 - s) (K - m)) times as frequent, which counts where it is below one. Where all m classes
-    have one label, they were drawn so, and s = 0.1.
+    Of n labels, f of which are the only one of their class, Good and Turing estimate the share of
+    images of classes without labels by s = f / n (here at least 1 / n). Spread over all K - m of
+    them, and the rest over the m others, it makes one of them s m / ((1 - s) (K - m)) times as
+    frequent, which counts where it is below one. Where all m classes have one label, they were
+    drawn so, and s = 0.1.
 
     Source: Good, Biometrika 1953.
     """
@@ -494,7 +516,11 @@ def fit_temperature(attention: SupervisedAttention, rows: Rows, device: torch.de
         for batch in few.batches(SCORING_BATCH):
             moved = batch.to(device)
             with torch.no_grad():
-                total -= float(moved.log_probability(math.exp(log_a) * attention.begin(moved), moved.target).sum())
+                total -= float(
+                    moved.log_probability(
+                        math.exp(log_a) * attention.begin(moved), moved.target
+                    ).sum()
+                )
         return log_a**2 / (2 * TEMPERATURE_SD**2) + total * len(rows.index) / len(few.index)
 
     return math.exp(float(minimize_scalar(objective, bounds=(-3, 3), method="bounded").x))

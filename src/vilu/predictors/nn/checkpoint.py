@@ -112,7 +112,9 @@ class FolderKeeper(Keeper):
 
     def _prune(self, kept: set[str]) -> None:
         with or_refuse(f"remove a checkpoint in {self.folder}"):
-            for path in sorted(self.folder.iterdir()):  # of a name the record goes before its tensors
+            for path in sorted(
+                self.folder.iterdir()
+            ):  # of a name the record goes before its tensors
                 if is_ours(path.name) and path.stem not in kept:
                     path.unlink()
 
@@ -134,7 +136,10 @@ class FolderKeeper(Keeper):
         return b"", b""
 
     def _require_same(self, found: dict[str, object]) -> None:
-        found = {"texts": self.binding.get("texts"), **found}  # checkpoints of earlier code do not say
+        found = {
+            "texts": self.binding.get("texts"),
+            **found,
+        }  # checkpoints of earlier code do not say
         differences = [
             f"{key}: {found.get(key)!r} there, {self.binding.get(key)!r} here"
             for key in sorted(found.keys() | self.binding.keys())
@@ -159,7 +164,9 @@ def read_checked(path: Path) -> tuple[dict[str, Any], bytes]:
     if not isinstance(record.get("schema"), int):
         raise DataError(f"{path} does not describe a checkpoint.")
     if record["schema"] > SCHEMA:
-        raise ProvenanceError(f"{path} has schema {record['schema']}; this vilu reads up to {SCHEMA}. Update vilu.")
+        raise ProvenanceError(
+            f"{path} has schema {record['schema']}; this vilu reads up to {SCHEMA}. Update vilu."
+        )
     if not all(isinstance(record.get(name), dict) for name in ("binding", "position")):
         raise DataError(f"{path} is damaged: it lacks a binding and a position. {AGAIN}.")
     beside = path.with_suffix(".safetensors")
@@ -189,12 +196,20 @@ class FolderSession(Session):
     """Runs that are kept in the sub-folders of a folder."""
 
     def __init__(self, folder: Path, every: float, world: World) -> None:
-        self.folder, self.every, self.world, self.n_runs, self.removed = folder, every, world, 0, False
+        self.folder, self.every, self.world, self.n_runs, self.removed = (
+            folder,
+            every,
+            world,
+            0,
+            False,
+        )
 
     def keeper(self, binding: Callable[[], Binding]) -> Keeper:
         """One that keeps."""
         self.n_runs += 1
-        return FolderKeeper(self.folder / f"run_{self.n_runs - 1}", binding(), self.every, self.world)
+        return FolderKeeper(
+            self.folder / f"run_{self.n_runs - 1}", binding(), self.every, self.world
+        )
 
     def name_fit(self, inputs: str) -> None:
         """Leave what the checkpoints are of, for ``named``."""
@@ -229,10 +244,13 @@ def current_session() -> Session:
 
 
 @contextmanager
-def checkpointing(folder: str | Path, every: float = 10.0, *, resume: bool = False) -> Iterator[FolderSession]:
+def checkpointing(
+    folder: str | Path, every: float = 10.0, *, resume: bool = False
+) -> Iterator[FolderSession]:
     """Keep checkpoints of the training in a ``with`` block: at the end of every epoch, and within long ones.
 
-    Where several processes train together, this block stands inside theirs (``vilu.predictors.nn.processes.world``).
+    Where several processes train together, this block stands inside theirs
+    (``vilu.predictors.nn.processes.world``).
 
     Args:
         folder: Where; made where it is missing.
@@ -247,9 +265,15 @@ def checkpointing(folder: str | Path, every: float = 10.0, *, resume: bool = Fal
     if not every >= 0:
         raise UsageError(f"minutes between checkpoints must not be negative. Got {every} instead.")
     session = FolderSession(make_folder(folder), every, current_world())
-    with locked(session.folder, "training with the checkpoints in") if session.world.leads else nullcontext():
+    with (
+        locked(session.folder, "training with the checkpoints in")
+        if session.world.leads
+        else nullcontext()
+    ):
         if session.world.leads and session.runs() and not resume:
-            raise UsageError(f"{folder} holds checkpoints of an earlier run. Resume it, or give another folder.")
+            raise UsageError(
+                f"{folder} holds checkpoints of an earlier run. Resume it, or give another folder."
+            )
         token = _session.set(session)
         try:
             yield session
@@ -268,7 +292,9 @@ def data_fingerprint(source: EmbeddingSource, rows: Tensor) -> str:
     for numbers in (rows, source.target[rows], source.image_rows(spread(rows, SAMPLED_ROWS))):
         hashed.update(numbers.numpy().tobytes())
     ids = [source.ids[row] for row in spread(rows, SAMPLED_IDS).tolist()]
-    return digest([source.space.fingerprint, source.n_candidates, source.pool_size, ids, hashed.hexdigest()])
+    return digest(
+        [source.space.fingerprint, source.n_candidates, source.pool_size, ids, hashed.hexdigest()]
+    )
 
 
 def text_fingerprint(source: EmbeddingSource, rows: Tensor) -> str:
@@ -279,7 +305,11 @@ def text_fingerprint(source: EmbeddingSource, rows: Tensor) -> str:
 
 def spread(rows: Tensor, n: int) -> Tensor:
     """At most ``n`` of the rows (M,), evenly spaced."""
-    return rows[torch.linspace(0, len(rows) - 1, min(n, len(rows)), dtype=torch.float64).long()] if len(rows) else rows
+    return (
+        rows[torch.linspace(0, len(rows) - 1, min(n, len(rows)), dtype=torch.float64).long()]
+        if len(rows)
+        else rows
+    )
 
 
 class Stateful(Protocol):
@@ -305,8 +335,9 @@ class History:
 class Position:
     """How far a training run is.
 
-    ``order`` is the state of the shuffling at the start of the epoch, ``total`` the sum of its losses so far, ``step``
-    its finished steps, and ``kept`` the weights of the epoch that validation chose.
+    ``order`` is the state of the shuffling at the start of the epoch, ``total`` the sum of its
+    losses so far, ``step`` its finished steps, and ``kept`` the weights of the epoch that
+    validation chose.
     """
 
     order: Tensor
@@ -317,7 +348,9 @@ class Position:
     history: History = field(default_factory=History)
 
 
-def pack(at: Position, head: nn.Module, momenta: Mapping[Tensor, Tensor], stateful: Sequence[Stateful]) -> Checkpoint:
+def pack(
+    at: Position, head: nn.Module, momenta: Mapping[Tensor, Tensor], stateful: Sequence[Stateful]
+) -> Checkpoint:
     """Everything that the rest of a training run depends on; ``momenta`` of each parameter that learns, in order."""
     parts = {
         "head": head.state_dict(),
@@ -327,12 +360,19 @@ def pack(at: Position, head: nn.Module, momenta: Mapping[Tensor, Tensor], statef
         "loop": {"order": at.order, "total": at.total},
         **{f"memory{i}": each.state() for i, each in enumerate(stateful)},
     }
-    tensors = {f"{part}.{name}": tensor for part, found in parts.items() for name, tensor in found.items()}
-    return Checkpoint({"epoch": at.epoch, "step": at.step, "history": dataclasses.asdict(at.history)}, tensors)
+    tensors = {
+        f"{part}.{name}": tensor for part, found in parts.items() for name, tensor in found.items()
+    }
+    return Checkpoint(
+        {"epoch": at.epoch, "step": at.step, "history": dataclasses.asdict(at.history)}, tensors
+    )
 
 
 def unpack(
-    checkpoint: Checkpoint, head: nn.Module, momenta: Mapping[Tensor, Tensor], stateful: Sequence[Stateful]
+    checkpoint: Checkpoint,
+    head: nn.Module,
+    momenta: Mapping[Tensor, Tensor],
+    stateful: Sequence[Stateful],
 ) -> Position:
     """The inverse of ``pack``: fill head, momenta and memories, and say where to go on."""
     parts: dict[str, dict[str, Tensor]] = {}
@@ -343,12 +383,18 @@ def unpack(
     load("weights", parts.get("head", {}), weights)
     kept = parts.get("kept", {})
     if kept:
-        load("kept weights", kept, {name: torch.empty_like(tensor) for name, tensor in weights.items()})
+        load(
+            "kept weights",
+            kept,
+            {name: torch.empty_like(tensor) for name, tensor in weights.items()},
+        )
     device = next(iter(weights.values())).device
     known = {str(i): momentum for i, momentum in enumerate(momenta.values())}
     for name, momentum in parts.get("momentum", {}).items():
         if name not in known or momentum.shape != known[name].shape:
-            raise DataError(f"a checkpoint has momentum {name!r} of shape {tuple(momentum.shape)} for no weight here.")
+            raise DataError(
+                f"a checkpoint has momentum {name!r} of shape {tuple(momentum.shape)} for no weight here."
+            )
         known[name].copy_(momentum)
     masks = {str(i): generator.get_state() for i, generator in enumerate(generators_of(head))}
     load("states of masks", parts.get("masks", {}), masks)
@@ -369,10 +415,17 @@ def generators_of(head: nn.Module) -> list[torch.Generator]:
 
 def load(what: str, found: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
     """Copy tensors into those of the same names."""
-    kinds = [{name: (tuple(t.shape), t.dtype) for name, t in tensors.items()} for tensors in (found, into)]
+    kinds = [
+        {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+        for tensors in (found, into)
+    ]
     if kinds[0] != kinds[1]:
-        differing = sorted(kinds[0].keys() ^ kinds[1].keys()) or [n for n in kinds[0] if kinds[0][n] != kinds[1][n]]
-        raise DataError(f"the {what} of a checkpoint do not fit; they differ in {', '.join(differing[:4])}.")
+        differing = sorted(kinds[0].keys() ^ kinds[1].keys()) or [
+            n for n in kinds[0] if kinds[0][n] != kinds[1][n]
+        ]
+        raise DataError(
+            f"the {what} of a checkpoint do not fit; they differ in {', '.join(differing[:4])}."
+        )
     with torch.no_grad():
         for name, tensor in into.items():
             tensor.copy_(found[name])

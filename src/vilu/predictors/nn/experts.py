@@ -35,15 +35,18 @@ class Adapter(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """(B, K) for the training classes in their order."""
-        rows = self.inputs(batch) * math.sqrt(self.inputs.width)  # coordinates of variance one on average
+        rows = self.inputs(batch) * math.sqrt(
+            self.inputs.width
+        )  # coordinates of variance one on average
         return cast("Tensor", self.last(self.dropout(functional.gelu(self.first(rows)))))
 
 
 class Memory(nn.Module):
     """Attention over M labelled images: kernel ridge regression on what the zero-shot posterior gets wrong.
 
-    8 k(x) (K + 0.1 I)^-1 (Y - P), with k the Gaussian kernel exp(-|x - x'|^2 / 2) of ``ImageInputs``, Y the labels
-    and P the tempered zero-shot posterior of the training images; to be added to the tempered zero-shot logits.
+    8 k(x) (K + 0.1 I)^-1 (Y - P), with k the Gaussian kernel exp(-|x - x'|^2 / 2) of
+    ``ImageInputs``, Y the labels and P the tempered zero-shot posterior of the training images; to
+    be added to the tempered zero-shot logits.
     """
 
     def __init__(self, inputs: ImageInputs, n_rows: int, n_classes: int) -> None:
@@ -56,7 +59,8 @@ class Memory(nn.Module):
     def kernel(rows: Tensor, bank: Tensor) -> Tensor:
         """(N, M) exp of the products of what ``apart`` makes of inputs (N, D + F) and of a bank (M, D + F).
 
-        Values of both signs and a size of ten cancel to what the rows are told apart by: in float32 an error of 1e-4.
+        Values of both signs and a size of ten cancel to what the rows are told apart by: in float32
+        an error of 1e-4.
         """
         return (rows @ bank.T).exp_()
 
@@ -71,12 +75,20 @@ class Memory(nn.Module):
     def of(cls, attention: SupervisedAttention, rows: Rows) -> Memory:
         """Remember labelled rows, all at once: there are few of them."""
         (batch,) = (batch.to(attention.classes.device) for batch in rows.steps(len(rows.index)))
-        memory = cls(attention.inputs, len(batch.index), len(batch.text)).to(attention.classes.device)
+        memory = cls(attention.inputs, len(batch.index), len(batch.text)).to(
+            attention.classes.device
+        )
         memory.bank.copy_(attention.inputs(batch))
-        missing = functional.one_hot(batch.target, len(batch.text)) - attention.offset(batch).softmax(dim=-1)
-        gram = memory.kernel(*(cls.apart(memory.bank.cpu(), is_bank=is_bank) for is_bank in (False, True)))
+        missing = functional.one_hot(batch.target, len(batch.text)) - attention.offset(
+            batch
+        ).softmax(dim=-1)
+        gram = memory.kernel(
+            *(cls.apart(memory.bank.cpu(), is_bank=is_bank) for is_bank in (False, True))
+        )
         gram.diagonal().add_(RIDGE)
-        memory.values.copy_(GAIN * torch.cholesky_solve(missing.cpu().double(), torch.linalg.cholesky(gram)))
+        memory.values.copy_(
+            GAIN * torch.cholesky_solve(missing.cpu().double(), torch.linalg.cholesky(gram))
+        )
         return memory
 
     def forward(self, batch: Batch) -> Tensor:
@@ -100,8 +112,9 @@ class Memory(nn.Module):
 class Pooled(NamedTuple):
     """Three float64 parts whose sum is sum_m w_m l_m, the pooled logits, up to a constant of every row.
 
-    ``zero_shot`` (B, K) are tempered zero-shot logits, times sum_m w_m; ``texts`` (1, K) the residual of the experts at
-    the mean training image; ``image`` (B, K) what the image adds to that residual.
+    ``zero_shot`` (B, K) are tempered zero-shot logits, times sum_m w_m; ``texts`` (1, K) the
+    residual of the experts at the mean training image; ``image`` (B, K) what the image adds to that
+    residual.
     """
 
     zero_shot: Tensor
@@ -120,7 +133,9 @@ class Experts(nn.Module):
     ``weights`` (M,) float64 are those of a log-linear pool of all; the attention alone counts one.
     """
 
-    def __init__(self, attention: SupervisedAttention, companions: Mapping[str, nn.Module], weights: Tensor) -> None:
+    def __init__(
+        self, attention: SupervisedAttention, companions: Mapping[str, nn.Module], weights: Tensor
+    ) -> None:
         super().__init__()
         self.attention, self.companions = attention, nn.ModuleDict(companions)
         self.weights = weights  # no buffer: some devices have no float64
@@ -141,7 +156,9 @@ class Experts(nn.Module):
         if all_known:
             keys = keys + sum(weights) * attention.offset_keys(batch)
         in_order = len(match.row) == len(attention.classes) and bool((match.row.diff() == 1).all())
-        ready = [one.ready() if isinstance(one, Memory) else one for one in self.companions.values()]
+        ready = [
+            one.ready() if isinstance(one, Memory) else one for one in self.companions.values()
+        ]
         for part in row_blocks(len(batch.image), len(batch.text), cached_rows(len(batch.text))):
             rows = batch.rows(part)
             logits = attention.queries(rows) @ keys.T
@@ -160,22 +177,28 @@ class Experts(nn.Module):
     def logits(self, batch: Batch) -> Tensor:
         """(B, M, K) logits: of all experts where every candidate is a training class, else of the attention (M = 1)."""
         match = self.attention.match(batch.text)
-        return self.all_logits(batch, match) if bool(match.known.all()) else self.attention(batch, match)[:, None]
+        return (
+            self.all_logits(batch, match)
+            if bool(match.known.all())
+            else self.attention(batch, match)[:, None]
+        )
 
     def all_logits(self, batch: Batch, match: Match | None) -> Tensor:
         """(B, M, K) logits of all experts, those of the companions wrong for other candidates than training classes."""
         logits = [self.attention(batch, match)]
         if match is not None and len(self.companions):
             offset = self.attention.offset(batch)
-            logits += [offset + companion(batch)[:, match.row] for companion in self.companions.values()]
+            logits += [
+                offset + companion(batch)[:, match.row] for companion in self.companions.values()
+            ]
         return torch.stack(logits, dim=1)
 
     def pooled_parts(self, batch: Batch) -> Pooled:
         """The pooled logits of a batch in their parts.
 
-        l_m = a l0 + r_m(x) for every expert m: l0 the zero-shot logits, a their temperature, r_m the expert's residual,
-        x the standardised image, which is zero at the training mean. So sum_m w_m l_m = (sum_m w_m) a l0 + R(0) +
-        (R(x) - R(0)) with R = sum_m w_m r_m.
+        l_m = a l0 + r_m(x) for every expert m: l0 the zero-shot logits, a their temperature, r_m
+        the expert's residual, x the standardised image, which is zero at the training mean. So
+        sum_m w_m l_m = (sum_m w_m) a l0 + R(0) + (R(x) - R(0)) with R = sum_m w_m r_m.
         """
         offset, logits = self._of(batch)
         mean_offset, mean_logits = self._of(self._mean_image(batch))
@@ -191,7 +214,9 @@ class Experts(nn.Module):
     def _mean_image(self, batch: Batch) -> Batch:
         """One row, the mean training image, against the candidates of a batch."""
         inputs = self.attention.inputs
-        columns = dict(batch.columns) | ({FEATURES: inputs.features.mean[None]} if inputs.on_features else {})
+        columns = dict(batch.columns) | (
+            {FEATURES: inputs.features.mean[None]} if inputs.on_features else {}
+        )
         one = batch.rows(slice(0, 1))
         return dataclasses.replace(one, image=inputs.image.mean[None], columns=columns)
 

@@ -22,9 +22,10 @@ from vilu.predictors.nn.processes import current_world
 class Dropout(nn.Module):
     """In training, a unit is zero with probability ``rate``, else multiplied by 1 / (1 - rate); otherwise nothing.
 
-    Masks are drawn on the CPU from a generator of its own: a seed gives the same ones on every device, and the global
-    generators are left alone. One instance may serve several layers. Where several processes train together, each draws
-    the masks of all their rows and takes its own, so that their number does not matter (Srivastava et al., JMLR 2014).
+    Masks are drawn on the CPU from a generator of its own: a seed gives the same ones on every
+    device, and the global generators are left alone. One instance may serve several layers. Where
+    several processes train together, each draws the masks of all their rows and takes its own, so
+    that their number does not matter (Srivastava et al., JMLR 2014).
     """
 
     def __init__(self, rate: float, seed: int) -> None:
@@ -50,8 +51,8 @@ class Dropout(nn.Module):
 def texts_first(n_rows: int, n_texts: int, dim: int) -> bool:
     """Whether attention and its gradient take fewer operations when texts are projected before they are averaged.
 
-    By the products of a step: 8 of K x D x D and 5 of B x K x D, against 4 of B x K x D, with the cheaper of 11 of
-    B x D x D, or 6 of D x D x D and 5 of B x D x D.
+    By the products of a step: 8 of K x D x D and 5 of B x K x D, against 4 of B x K x D, with the
+    cheaper of 11 of B x D x D, or 6 of D x D x D and 5 of B x D x D.
     """
     averaged_first = 4 * n_rows * n_texts + dim * min(11 * n_rows, 6 * dim + 5 * n_rows)
     return n_texts * (8 * dim + 5 * n_rows) < averaged_first
@@ -75,17 +76,19 @@ class CrossAttention(nn.Module, ABC):
     ) -> tuple[Tensor, Tensor]:
         """Two matrices whose product is ``forward``. The weights alpha are computed in float32.
 
-        Up to ``TILE_CELLS`` weights are kept for the gradient. Few texts are projected one by one, keys and values
-        together where they have one matrix, so that nothing of size (B, D) is projected; of more the average is. More
-        weights are never there together, so that a pool of N pairs takes no N x N matrix: the average is ``attend``,
-        which computes the weights again for the gradient.
+        Up to ``TILE_CELLS`` weights are kept for the gradient. Few texts are projected one by one,
+        keys and values together where they have one matrix, so that nothing of size (B, D) is
+        projected; of more the average is. More weights are never there together, so that a pool of
+        N pairs takes no N x N matrix: the average is ``attend``, which computes the weights again
+        for the gradient.
 
         Args:
             image: (B, D) unit-norm embeddings.
             text: (K, D) unit-norm embeddings, without gradient.
             logit_scale: The VLM's own multiplier of the cosine.
             after: (H, D) matrix that is applied to the attended text.
-            made: (K, D) products of the texts with the matrices of keys and values, where they are known.
+            made: (K, D) products of the texts with the matrices of keys and values, where they are
+                known.
         """
         with torch.autocast(image.device.type, enabled=False):
             query, key, value, scale = self.projections(logit_scale)
@@ -118,9 +121,11 @@ def attend(query: Tensor, text: Tensor, scale: float) -> Tensor:
 class _Attend(torch.autograd.Function):
     """Forward torch's ``scaled_dot_product_attention``, backward three products of B x K x D operations, not its five.
 
-    Its backward would compute gradients of keys and values too, and the encoders are frozen. The query's alone is
+    Its backward would compute gradients of keys and values too, and the encoders are frozen. The
+    query's alone is
 
-        P = softmax(scale * query @ text.T), dP = gradient @ text.T, d query = scale * P (dP - (P * dP).sum) @ text,
+        P = softmax(scale * query @ text.T), dP = gradient @ text.T, d query = scale * P (dP - (P *
+        dP).sum) @ text,
 
     made here in tiles of ``TILE_CELLS`` weights.
     """
@@ -131,7 +136,9 @@ class _Attend(torch.autograd.Function):
         # heads and batches of one: the fused kernels want four dimensions
         keys = text[None, None]
         parts = [query[None, None, part] for part in row_blocks(len(query), len(text), len(query))]
-        attended = [functional.scaled_dot_product_attention(part, keys, keys, scale=scale) for part in parts]
+        attended = [
+            functional.scaled_dot_product_attention(part, keys, keys, scale=scale) for part in parts
+        ]
         result = torch.cat(attended, dim=2)[0, 0]
         ctx.save_for_backward(query, text, result)
         ctx.scale = scale
@@ -163,13 +170,15 @@ class _Attend(torch.autograd.Function):
 class OfficialAttention(CrossAttention):
     """As in the released code: identity-initialised projections, one matrix for keys and values, scale s.
 
-    alpha = softmax_j(s (W_v z_v) . (W_t z_tj)), attended text = sum_j alpha_j W_t z_tj. At initialisation alpha is
-    the zero-shot posterior.
+    alpha = softmax_j(s (W_v z_v) . (W_t z_tj)), attended text = sum_j alpha_j W_t z_tj. At
+    initialisation alpha is the zero-shot posterior.
     """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.image, self.text = (nn.Parameter(torch.zeros(dim, dim).fill_diagonal_(1)) for _ in range(2))
+        self.image, self.text = (
+            nn.Parameter(torch.zeros(dim, dim).fill_diagonal_(1)) for _ in range(2)
+        )
 
     def projections(self, logit_scale: float) -> tuple[Tensor, Tensor, Tensor, float]:
         """W_v, W_t for keys and values, and the VLM's logit scale."""
@@ -179,8 +188,8 @@ class OfficialAttention(CrossAttention):
 class PaperAttention(CrossAttention):
     """As written in the paper: W_Q, W_K, W_V and the temperature 1/sqrt(d).
 
-    alpha = softmax_j((W_Q z_v) . (W_K z_tj) / sqrt(d)), attended text = sum_j alpha_j W_V z_tj. The paper states no
-    initialisation; Xavier-uniform is what torch's own attention uses.
+    alpha = softmax_j((W_Q z_v) . (W_K z_tj) / sqrt(d)), attended text = sum_j alpha_j W_V z_tj. The
+    paper states no initialisation; Xavier-uniform is what torch's own attention uses.
     """
 
     def __init__(self, dim: int) -> None:
@@ -197,8 +206,8 @@ class PaperAttention(CrossAttention):
 class FoldedAttention(nn.Module):
     """A fitted attention, and the matrix after it, multiplied out in one order whatever the sizes: for a graph.
 
-    scale (image W_Q') (text W_K')' is image Q text' with Q (D, D), and what follows the average of the texts is one
-    matrix V (H, D); both products are made in float64.
+    scale (image W_Q') (text W_K')' is image Q text' with Q (D, D), and what follows the average of
+    the texts is one matrix V (H, D); both products are made in float64.
     """
 
     def __init__(self, attention: CrossAttention, after: Tensor, logit_scale: float) -> None:
@@ -207,7 +216,13 @@ class FoldedAttention(nn.Module):
         self.query = nn.Buffer((scale * (query.double().T @ key.double())).detach().float())
         self.value = nn.Buffer((after.double() @ value.double()).detach().float())
 
-    def factors(self, image: Tensor, text: Tensor, logit_scale: float, *_: object) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+    def factors(
+        self,
+        image: Tensor,
+        text: Tensor,
+        logit_scale: float,  # noqa: ARG002
+        *_: object,
+    ) -> tuple[Tensor, Tensor]:
         """As of ``CrossAttention``; scale and matrix are those that it was made with."""
         return torch.softmax(image @ self.query @ text.T, dim=-1) @ text, self.value.T
 
@@ -232,8 +247,8 @@ def normal(n_rows: int, n_columns: int, std: float) -> nn.Parameter:
 class FailureHead(nn.Module):
     """Failure logit g of the joint embedding z = (z_v, attended text, z_t̂, MCM), each part but z_v optional.
 
-    g(z) = MLP(z) with ReLU; the probability of failure is sigmoid(g). With every optional part left out this is the
-    visual-only head (LVU).
+    g(z) = MLP(z) with ReLU; the probability of failure is sigmoid(g). With every optional part left
+    out this is the visual-only head (LVU).
 
     Args:
         dim: Embedding width D.
@@ -243,8 +258,8 @@ class FailureHead(nn.Module):
         mcm: Whether max_j p_j of the zero-shot posterior is an input (supplement, B.2).
         dropout: Applied to every hidden activation; None for none, as published.
 
-    The order of the parts is that of the released code, not of the paper, so that its weights fit. Its output is a
-    confidence; ours is its negative.
+    The order of the parts is that of the released code, not of the paper, so that its weights fit.
+    Its output is a confidence; ours is its negative.
 
     Source: ViLU (ICCV 2025), Sec. 4 and supplement A.2, B.1, B.2.
     """
@@ -260,22 +275,36 @@ class FailureHead(nn.Module):
         dropout: Dropout | None = None,
     ) -> None:
         super().__init__()
-        used = {"image": True, "attended": attention is not None, "caption": predicted_caption, "mcm": mcm}
+        used = {
+            "image": True,
+            "attended": attention is not None,
+            "caption": predicted_caption,
+            "mcm": mcm,
+        }
         widths = {part: 1 if part == "mcm" else dim for part, is_used in used.items() if is_used}
         outputs = [*hidden, 1]
-        # He initialisation for inputs of unit norm, whose coordinates have a second moment of 1/D, not of one: torch's
-        # default start makes the first activations so small that a run spends most of its steps on growing them.
+        # He initialisation for inputs of unit norm, whose coordinates have a second moment of 1/D,
+        # not of one: torch's default start makes the first activations so small that a run spends
+        # most of its steps on growing them.
         std = math.sqrt(2 * dim / sum(widths.values()))
-        self.first = nn.ParameterDict({part: normal(outputs[0], width, std) for part, width in widths.items()})
+        self.first = nn.ParameterDict(
+            {part: normal(outputs[0], width, std) for part, width in widths.items()}
+        )
         self.first_bias = nn.Parameter(torch.zeros(outputs[0]))
         linears = [nn.Linear(*pair) for pair in itertools.pairwise(outputs)]
         for linear in linears:
-            linear.weight = normal(linear.out_features, linear.in_features, math.sqrt(2 / linear.in_features))
+            linear.weight = normal(
+                linear.out_features, linear.in_features, math.sqrt(2 / linear.in_features)
+            )
             nn.init.zeros_(linear.bias)
         between = [] if dropout is None else [dropout]
-        self.rest = nn.Sequential(*(layer for linear in linears for layer in (nn.ReLU(inplace=True), *between, linear)))
+        self.rest = nn.Sequential(
+            *(layer for linear in linears for layer in (nn.ReLU(inplace=True), *between, linear))
+        )
         self.attention: CrossAttention | None = ATTENTION[attention](dim) if attention else None
-        self.made: Mapping[Tensor, Tensor] = {}  # what ``text_matrices`` make of texts that stay, in training
+        self.made: Mapping[
+            Tensor, Tensor
+        ] = {}  # what ``text_matrices`` make of texts that stay, in training
 
     def forward(self, batch: Batch) -> Tensor:
         """(B,) failure logits in float32."""
@@ -294,13 +323,19 @@ class FailureHead(nn.Module):
         image, *others = self.factors(batch).values()
         total = torch.addmm(self.first_bias, *image)
         for factors in others:
-            total = total.addmm_(*(factor.to(total.dtype) for factor in factors))  # in place: no memory but its own
+            total = total.addmm_(
+                *(factor.to(total.dtype) for factor in factors)
+            )  # in place: no memory but its own
         return total
 
     def text_matrices(self) -> list[Tensor]:
         """Those that multiply texts and nothing else."""
         found = [self.first["caption"]] if "caption" in self.first else []
-        return found + ([] if self.attention is None else list(dict.fromkeys(self.attention.projections(1.0)[1:3])))
+        return found + (
+            []
+            if self.attention is None
+            else list(dict.fromkeys(self.attention.projections(1.0)[1:3]))
+        )
 
     def parts(self, batch: Batch) -> dict[str, Tensor]:
         """What each part of z adds to the first hidden layer, (B, H) each, in their order; the bias aside."""
@@ -308,12 +343,15 @@ class FailureHead(nn.Module):
 
     def factors(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
         """Two matrices for each part of z, whose product is what it adds to the first hidden layer."""
-        # The first layer is a sum over the parts of z, each with a matrix of its own. Texts are projected before they
-        # are averaged over or picked, where they are few: K rows instead of B.
+        # The first layer is a sum over the parts of z, each with a matrix of its own. Texts are
+        # projected before they are averaged over or picked, where they are few: K rows instead of
+        # B.
         found = {"image": (batch.image, self.first["image"].T)}
         if self.attention is not None:
             after = self.first["attended"]
-            found["attended"] = self.attention.factors(batch.image, batch.text, batch.logit_scale, after, self.made)
+            found["attended"] = self.attention.factors(
+                batch.image, batch.text, batch.logit_scale, after, self.made
+            )
         if "caption" in self.first:
             weight = self.first["caption"]
             found["caption"] = picked(batch.text, batch.prediction, weight, self.made.get(weight))
@@ -322,27 +360,42 @@ class FailureHead(nn.Module):
         return found
 
 
-def picked(text: Tensor, rows: Tensor, weight: Tensor, made: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def picked(
+    text: Tensor, rows: Tensor, weight: Tensor, made: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Two matrices whose product is ``text[rows] @ weight.T``: each of K texts is projected once where that is cheaper.
 
-    They are then picked by a product with one-hot rows, since the gradient of an indexing is many times slower. Where
-    ``text @ weight.T`` is known, it is ``made``.
+    They are then picked by a product with one-hot rows, since the gradient of an indexing is many
+    times slower. Where ``text @ weight.T`` is known, it is ``made``.
     """
     # a graph has one form for all sizes
-    if made is None and (torch.compiler.is_exporting() or len(text) * (1 + len(rows) / text.shape[1]) > len(rows)):
+    if made is None and (
+        torch.compiler.is_exporting() or len(text) * (1 + len(rows) / text.shape[1]) > len(rows)
+    ):
         return text[rows], weight.T
-    return functional.one_hot(rows, len(text)).to(text.dtype), text @ weight.T if made is None else made
+    return functional.one_hot(rows, len(text)).to(
+        text.dtype
+    ), text @ weight.T if made is None else made
 
 
 def with_weights(network: nn.Module, state: dict[str, Tensor], method: str) -> nn.Module:
     """The network with a copy of saved weights, ready to score; refuses those of other names, shapes or types."""
-    kinds = ({name: (*t.shape, t.dtype) for name, t in tensors.items()} for tensors in (network.state_dict(), state))
+    kinds = (
+        {name: (*t.shape, t.dtype) for name, t in tensors.items()}
+        for tensors in (network.state_dict(), state)
+    )
     expected, found = kinds
     if found != expected:
         differing = sorted({*found.items()} ^ {*expected.items()}, key=str)[:4]
-        raise DataError(f"the weights do not fit a {method} with these parameters; they differ in {differing}.")
-    copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
-    network.load_state_dict(copies, assign=True)  # a network on the meta device has no memory to copy into
+        raise DataError(
+            f"the weights do not fit a {method} with these parameters; they differ in {differing}."
+        )
+    copies = {
+        name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()
+    }
+    network.load_state_dict(
+        copies, assign=True
+    )  # a network on the meta device has no memory to copy into
     return network.eval()
 
 

@@ -14,15 +14,17 @@ from vilu.predictors.nn.processes import current_world
 from vilu.predictors.nn.train import Loss
 
 EPSILON = 1e-6
-MIN_WEIGHT = 0.05  # -log(e) tends to 0 as e tends to 1; a batch of failures only must still teach something
+MIN_WEIGHT = (
+    0.05  # -log(e) tends to 0 as e tends to 1; a batch of failures only must still teach something
+)
 EMA_MOMENTUM = 0.99
 
 
 def adaptive_weight(error_rate: Tensor) -> Tensor:
     """ViLU's weight of the failure term, w = log(1 + N_s / N_f) = -log(e), for an error rate e in [0, 1].
 
-    Bounded to [0.05, -log(1e-6)]: the published formula is infinite in a batch without failures and zero in a batch
-    of failures only.
+    Bounded to [0.05, -log(1e-6)]: the published formula is infinite in a batch without failures and
+    zero in a batch of failures only.
 
     Source: ViLU, Eq. 9.
     """
@@ -32,14 +34,17 @@ def adaptive_weight(error_rate: Tensor) -> Tensor:
 class FailureWeight:
     """Weight w of the failure term, from the failures of a batch and of the training set.
 
-    A batch is the whole step: where several processes train together, e is counted over all of them.
+    A batch is the whole step: where several processes train together, e is counted over all of
+    them.
 
     Modes:
         batch: -log(e) of the mini-batch, as published.
         dataset: -log(e) of the whole training set.
-        ema: -log(e) of an exponential moving average of the batch error rates that starts at the training set's.
+        ema: -log(e) of an exponential moving average of the batch error rates that starts at the
+        training set's.
         static: a constant.
-        balanced: (1 - e) / e of the training set, which gives failures and successes the same total weight.
+        balanced: (1 - e) / e of the training set, which gives failures and successes the same total
+        weight.
 
     Args:
         mode: One of the above.
@@ -51,7 +56,9 @@ class FailureWeight:
 
     def __init__(self, mode: str, error_rate: float, static: float = 1.0) -> None:
         if mode not in self.MODES:
-            raise UsageError(f"weighting must be one of {', '.join(self.MODES)}. Got {mode!r} instead.")
+            raise UsageError(
+                f"weighting must be one of {', '.join(self.MODES)}. Got {mode!r} instead."
+            )
         if not static > 0:
             raise UsageError(f"static_weight must be positive. Got {static} instead.")
         self.mode = mode
@@ -75,17 +82,25 @@ class FailureWeight:
     def restore(self, state: dict[str, Tensor]) -> None:
         """The inverse of ``state``."""
         if state.keys() != {"rate"} or state["rate"].shape != self.rate.shape:
-            raise DataError(f"a failure weight holds one rate. Found {', '.join(sorted(state)) or 'nothing'} instead.")
+            raise DataError(
+                f"a failure weight holds one rate. Found {', '.join(sorted(state)) or 'nothing'} instead."
+            )
         self.rate = state["rate"]
 
 
 def weighted_bce(logit: Tensor, failure: Tensor, weight: Tensor) -> Tensor:
     """Mean over the batch of -[w y log sigmoid(g) + (1 - y) log(1 - sigmoid(g))], logits g (B,), failures y (B,)."""
-    return functional.binary_cross_entropy_with_logits(logit.float(), failure.float(), pos_weight=weight)
+    return functional.binary_cross_entropy_with_logits(
+        logit.float(), failure.float(), pos_weight=weight
+    )
 
 
 def weighted_mse(
-    logit: Tensor, target: Tensor, failure: Tensor, weight: Tensor, link: Callable[[Tensor], Tensor] = torch.sigmoid
+    logit: Tensor,
+    target: Tensor,
+    failure: Tensor,
+    weight: Tensor,
+    link: Callable[[Tensor], Tensor] = torch.sigmoid,
 ) -> Tensor:
     """Mean over the batch of w_i (link(g_i) - target_i)^2, with w_i = w on failures and 1 elsewhere.
 
@@ -100,7 +115,9 @@ def bce_loss(weight: FailureWeight) -> Loss:
     return lambda batch, logit: weighted_bce(logit, batch.failure, weight(batch.failure))
 
 
-def regression(target: Callable[[Batch], Tensor], link: Callable[[Tensor], Tensor]) -> Callable[[FailureWeight], Loss]:
+def regression(
+    target: Callable[[Batch], Tensor], link: Callable[[Tensor], Tensor]
+) -> Callable[[FailureWeight], Loss]:
     """Weighted squared error of ``link(g)`` to a target, over the mean squared target where that exceeds one."""
 
     def weighted(weight: FailureWeight) -> Loss:

@@ -66,12 +66,16 @@ class Group(World):
         """One sum of all of them in a row: many small ones would cost a trip each."""
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         dist.all_reduce(flat)
-        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        for tensor, part in zip(
+            tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True
+        ):
             tensor.copy_(part.view_as(tensor))
 
     def mean(self, values: Tensor) -> Tensor:
         """Sum over all processes, over their number of values."""
-        sums = torch.stack([values.detach().float().sum(), values.new_tensor(len(values), dtype=torch.float32)])
+        sums = torch.stack(
+            [values.detach().float().sum(), values.new_tensor(len(values), dtype=torch.float32)]
+        )
         dist.all_reduce(sums)
         return sums[0] / sums[1]
 
@@ -106,10 +110,13 @@ def current_world() -> World:
 
 
 @contextmanager
-def world(device: str = "auto", environment: Mapping[str, str] = os.environ, timeout: float = 1800) -> Iterator[World]:
+def world(
+    device: str = "auto", environment: Mapping[str, str] = os.environ, timeout: float = 1800
+) -> Iterator[World]:
     """Join the processes that torchrun started, for the length of a ``with`` block; without torchrun there is one.
 
-    Tensors on the CPU travel by gloo, tensors on a GPU by NCCL; each process takes the GPU of its LOCAL_RANK.
+    Tensors on the CPU travel by gloo, tensors on a GPU by NCCL; each process takes the GPU of its
+    LOCAL_RANK.
 
     Args:
         device: Where heads are trained, as for ``resolve_device``.
@@ -117,8 +124,8 @@ def world(device: str = "auto", environment: Mapping[str, str] = os.environ, tim
         timeout: Seconds after which a process that does not answer is an error.
 
     Raises:
-        UsageError: If the variables contradict each other, there are fewer GPUs than processes on this machine, or the
-            other processes cannot be reached.
+        UsageError: If the variables contradict each other, there are fewer GPUs than processes on
+            this machine, or the other processes cannot be reached.
     """
     rank, size, local = read_environment(environment)
     chosen = resolve_device(device)
@@ -149,22 +156,34 @@ def read_environment(environment: Mapping[str, str]) -> tuple[int, int, int]:
             "start all processes with torchrun, which sets them all, or unset RANK and WORLD_SIZE."
         )
     values = {name: environment[name] for name in VARIABLES if name != "MASTER_ADDR"}
-    wrong = [f"{name}={value!r}" for name, value in values.items() if not (value.isascii() and value.isdigit())]
+    wrong = [
+        f"{name}={value!r}"
+        for name, value in values.items()
+        if not (value.isascii() and value.isdigit())
+    ]
     if wrong:
         raise UsageError(f"{', '.join(wrong)} must be whole numbers, as torchrun sets them.")
     rank, size, local = (int(values[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if rank >= size or local > rank:
-        raise UsageError(f"RANK={rank} must be below WORLD_SIZE={size}, and LOCAL_RANK={local} not above RANK.")
+        raise UsageError(
+            f"RANK={rank} must be below WORLD_SIZE={size}, and LOCAL_RANK={local} not above RANK."
+        )
     return rank, size, local
 
 
-def _join(rank: int, size: int, device: torch.device, environment: Mapping[str, str], timeout: float) -> Group:
+def _join(
+    rank: int, size: int, device: torch.device, environment: Mapping[str, str], timeout: float
+) -> Group:
     host, port = environment["MASTER_ADDR"], environment["MASTER_PORT"]
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
         dist.init_process_group(
-            backend, f"tcp://{address}", rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
+            backend,
+            f"tcp://{address}",
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=timeout),
         )
     except (dist.DistError, ValueError, RuntimeError) as error:
         raise UsageError(

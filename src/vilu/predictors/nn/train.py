@@ -63,17 +63,24 @@ class Plan:
     frozen: int
 
     @classmethod
-    def of(cls, steps: int, epochs: int | None, warmup_epochs: float, freeze_epochs: int | None) -> Plan:
+    def of(
+        cls, steps: int, epochs: int | None, warmup_epochs: float, freeze_epochs: int | None
+    ) -> Plan:
         """What the settings of ``TrainConfig`` mean for epochs of so many steps."""
         epochs = epochs or default_epochs(steps)
-        by_default = min(math.ceil(FREEZE_STEPS / steps), max(epochs // 2, 1))  # else a short run never trains it
+        by_default = min(
+            math.ceil(FREEZE_STEPS / steps), max(epochs // 2, 1)
+        )  # else a short run never trains it
         frozen = by_default if freeze_epochs is None else freeze_epochs
         return cls(steps, epochs, min(warmup_epochs, epochs / 10) * steps, frozen)
 
     def rates(self, epoch: int, first: int) -> list[float]:
         """Multipliers of the learning rate in an epoch, from step ``first`` on."""
         done = epoch * self.steps
-        return [schedule(done + i, self.epochs * self.steps, self.warmup) for i in range(first, self.steps)]
+        return [
+            schedule(done + i, self.epochs * self.steps, self.warmup)
+            for i in range(first, self.steps)
+        ]
 
 
 Loss = Callable[[Batch, Tensor], Tensor]
@@ -91,8 +98,10 @@ class Rows:
         index: (M,) int64 positions in it.
         columns: Names of those that batches bring along.
         unlabelled: Rows of the same kind without labels.
-        examples: (E,) int64 positions of rows of none of the classes; None: all in the source that are known to be.
-        answers: (N,) zero-shot answers of all rows of the source, where ``answered`` has computed them of these.
+        examples: (E,) int64 positions of rows of none of the classes; None: all in the source that
+            are known to be.
+        answers: (N,) zero-shot answers of all rows of the source, where ``answered`` has computed
+            them of these.
     """
 
     source: EmbeddingSource
@@ -110,13 +119,19 @@ class Rows:
 
     def batches(self, size: int) -> Iterator[Batch]:
         """The rows in order, in batches whose logits fit into memory (``EmbeddingSource.batches``)."""
-        return map(self._with_answers, self.source.batches(size, rows=self.index, columns=self.columns))
+        return map(
+            self._with_answers, self.source.batches(size, rows=self.index, columns=self.columns)
+        )
 
-    def steps(self, size: int, generator: torch.Generator | None = None, first: int = 0) -> Iterator[Batch]:
+    def steps(
+        self, size: int, generator: torch.Generator | None = None, first: int = 0
+    ) -> Iterator[Batch]:
         """Batches of one training step each, in order or, with a generator, shuffled; from step ``first`` on."""
         order = self.index if generator is None else self.source.shuffled(self.index, generator)
         done = first * (self.source.pool_size or size)
-        return map(self._with_answers, self.source.steps(size, rows=order[done:], columns=self.columns))
+        return map(
+            self._with_answers, self.source.steps(size, rows=order[done:], columns=self.columns)
+        )
 
     def answered(self, device: torch.device) -> Rows:
         """With the answers of shared candidates, which so are computed once a fit; pools have others in every pass."""
@@ -127,12 +142,16 @@ class Rows:
             mine = batch.rows(world.mine(len(batch.index))).to(device).zero_shot
             found.append([world.gather(part).cpu() for part in mine])
         places = (torch.cat(parts) for parts in zip(*found, strict=True))
-        of_all = (part.new_zeros(len(self.source)).index_put((self.index,), part) for part in places)
+        of_all = (
+            part.new_zeros(len(self.source)).index_put((self.index,), part) for part in places
+        )
         return replace(self, answers=ZeroShot(*of_all))
 
     def _with_answers(self, batch: Batch) -> Batch:
         return (
-            batch if self.answers is None else batch.answered(ZeroShot(*(part[batch.index] for part in self.answers)))
+            batch
+            if self.answers is None
+            else batch.answered(ZeroShot(*(part[batch.index] for part in self.answers)))
         )
 
 
@@ -158,7 +177,9 @@ def steps_per_epoch(rows: Rows, batch_size: int) -> int:
     size = rows.source.pool_size or batch_size
     steps = len(rows.index) // size if rows.source.pool_size else math.ceil(len(rows.index) / size)
     if not steps:
-        raise DataError(f"training needs at least one pool of {size} rows. Got {len(rows.index)} rows.")
+        raise DataError(
+            f"training needs at least one pool of {size} rows. Got {len(rows.index)} rows."
+        )
     return steps
 
 
@@ -185,10 +206,11 @@ def auroc_standard_error(value: float, n_failures: int, n_successes: int) -> flo
 class Descent:
     """Stochastic gradient descent with momentum, m <- mu m + dW + lambda W, W <- W - rate m.
 
-    In an epoch whose K texts T stay, a matrix W that multiplies nothing else is not moved itself: of it R = T W' is
-    looked at, (K, D), and with dR the derivatives of the loss in R, those in W are dR' T. All steps are linear, so that
-    (W, m) are A (W, m), as they were when the epoch began, and (C, n)' T: A is a 2 x 2 matrix, and steps on C are such
-    as if dR were its gradient, with n for its momentum. W and m are written when the epoch ends.
+    In an epoch whose K texts T stay, a matrix W that multiplies nothing else is not moved itself:
+    of it R = T W' is looked at, (K, D), and with dR the derivatives of the loss in R, those in W
+    are dR' T. All steps are linear, so that (W, m) are A (W, m), as they were when the epoch began,
+    and (C, n)' T: A is a 2 x 2 matrix, and steps on C are such as if dR were its gradient, with n
+    for its momentum. W and m are written when the epoch ends.
 
     Attributes:
         momenta: m of each parameter that learns.
@@ -198,19 +220,30 @@ class Descent:
 
     def __init__(self, momentum: float, weight_decay: float) -> None:
         self.momentum, self.weight_decay = momentum, weight_decay
-        self.momenta, self.made, self.found = dict[Tensor, Tensor](), dict[Tensor, Tensor](), dict[str, Tensor]()
+        self.momenta, self.made, self.found = (
+            dict[Tensor, Tensor](),
+            dict[Tensor, Tensor](),
+            dict[str, Tensor](),
+        )
 
     def learn(self, parameters: Iterable[Tensor]) -> None:
         """Move these, too, from the next epoch on."""
-        self.momenta |= {new: torch.zeros_like(new) for new in parameters if new not in self.momenta}
+        self.momenta |= {
+            new: torch.zeros_like(new) for new in parameters if new not in self.momenta
+        }
 
     @torch.no_grad()
     def begin(self, text: Tensor, matrices: Sequence[Tensor]) -> None:
         """An epoch, or the rest of one that was restored; ``matrices`` are those of the texts."""
         self.text, self.gram, self.decay = text, text @ text.T, torch.eye(2, dtype=torch.float64)
-        self.made = {matrix: (text @ matrix.T).requires_grad_(matrix in self.momenta) for matrix in matrices}
+        self.made = {
+            matrix: (text @ matrix.T).requires_grad_(matrix in self.momenta) for matrix in matrices
+        }
         learned = [matrix for matrix in matrices if matrix in self.momenta]
-        self.start = {matrix: torch.stack([self.made[matrix], text @ self.momenta[matrix].T]) for matrix in learned}
+        self.start = {
+            matrix: torch.stack([self.made[matrix], text @ self.momenta[matrix].T])
+            for matrix in learned
+        }
         self.gained = {matrix: torch.zeros_like(start) for matrix, start in self.start.items()}
         if self.found:
             load("steps of an epoch", self.found, self.state())
@@ -236,7 +269,10 @@ class Descent:
         )
         for leaf, _, _ in self.moving:
             leaf.grad = None
-        without = [[1 - rate * self.weight_decay, -rate * self.momentum], [self.weight_decay, self.momentum]]
+        without = [
+            [1 - rate * self.weight_decay, -rate * self.momentum],
+            [self.weight_decay, self.momentum],
+        ]
         self.decay.copy_(torch.tensor(without, dtype=torch.float64) @ self.decay)
         self._make()
 
@@ -271,8 +307,9 @@ class HeadTrainer:
     """Trains one head in place, alone or as one of several processes, which all do the same steps.
 
     Each process computes its share of the rows of a step; the gradients are summed. Not by
-    ``DistributedDataParallel``: that fixes at its start which parameters have gradients, and the attention has none
-    before it thaws; and it averages over processes, where shares of rows are unequal.
+    ``DistributedDataParallel``: that fixes at its start which parameters have gradients, and the
+    attention has none before it thaws; and it averages over processes, where shares of rows are
+    unequal.
     """
 
     def __init__(
@@ -285,8 +322,14 @@ class HeadTrainer:
     ) -> None:
         self.head, self.loss, self.config = head.to(config.device), loss, config
         self.keeper, self.stateful, self.world = keeper or Keeper(), stateful, current_world()
-        if (config.precision, config.device.type, torch.backends.cpu.get_cpu_capability()) == ("bf16", "cpu", "AVX2"):
-            logger.warning("this processor has no products of bfloat16: training takes many times as long as with fp32")
+        if (config.precision, config.device.type, torch.backends.cpu.get_cpu_capability()) == (
+            "bf16",
+            "cpu",
+            "AVX2",
+        ):
+            logger.warning(
+                "this processor has no products of bfloat16: training takes many times as long as with fp32"
+            )
         self.attention = [] if head.attention is None else list(head.attention.parameters())
         for parameter in self.attention:
             parameter.requires_grad_(False)
@@ -297,12 +340,16 @@ class HeadTrainer:
     def run(self, train: Rows, validation: Rows | None) -> History:
         """Train, and leave the head with the weights of the epoch that validation chooses (the last, without one).
 
-        Kept is the latest epoch whose validation AUROC is within one standard error of the best so far: a few hundred
-        validation rows cannot tell such epochs apart, and the cosine schedule makes later ones better.
+        Kept is the latest epoch whose validation AUROC is within one standard error of the best so
+        far: a few hundred validation rows cannot tell such epochs apart, and the cosine schedule
+        makes later ones better.
         """
         config, size = self.config, self.config.batch_size or default_batch(len(train.index))
         require_shares(train.source.pool_size or size, self.world)
-        train, validation = train.answered(config.device), validation and validation.answered(config.device)
+        train, validation = (
+            train.answered(config.device),
+            validation and validation.answered(config.device),
+        )
         steps = steps_per_epoch(train, size)
         plan = Plan.of(steps, config.epochs, config.warmup_epochs, config.freeze_epochs)
         at, patience = self._begin(plan), math.inf if config.patience is None else config.patience
@@ -335,7 +382,9 @@ class HeadTrainer:
         return unpack(found, self.head, self.descent.momenta, [*self.stateful, self.descent])
 
     def _save(self, at: Position) -> None:
-        self.keeper.save(lambda: pack(at, self.head, self.descent.momenta, [*self.stateful, self.descent]))
+        self.keeper.save(
+            lambda: pack(at, self.head, self.descent.momenta, [*self.stateful, self.descent])
+        )
 
     def _epoch(self, train: Rows, size: int, plan: Plan, at: Position, task: Task) -> None:
         """The rest of one pass."""
@@ -354,7 +403,9 @@ class HeadTrainer:
     def begin_steps(self, train: Rows, size: int) -> None:
         """Those of an epoch; where all see a few texts, what matrices make of them is trained."""
         source = train.source
-        few = source.pool_size is None and size * len(source.text) <= TILE_CELLS  # of more the attention takes tiles
+        few = (
+            source.pool_size is None and size * len(source.text) <= TILE_CELLS
+        )  # of more the attention takes tiles
         stay = few and texts_first(size, *source.text.shape)
         text = source.text.to(self.config.device) if stay else torch.empty(0, 0)
         self.descent.begin(text, self.head.text_matrices() if stay else [])
@@ -364,10 +415,14 @@ class HeadTrainer:
         """One step on all rows of a batch, this process's and the others'; returns their mean loss."""
         part = batch.rows(self.world.mine(len(batch.index)))
         moved, share = part.to(self.config.device), len(part.index) / len(batch.index)
-        with torch.autocast(self.config.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+        with torch.autocast(
+            self.config.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"
+        ):
             logit = self.head(moved)
         mean = self.loss(moved, logit)  # also without rows: it may count over all processes
-        loss = mean * share if share else logit.sum()  # a sum of nothing, so that gradients are there, and zero
+        loss = (
+            mean * share if share else logit.sum()
+        )  # a sum of nothing, so that gradients are there, and zero
         loss.backward()
         value = loss.detach()
         self.world.sum_([*(cast("Tensor", leaf.grad) for leaf, _, _ in self.descent.moving), value])
@@ -392,10 +447,14 @@ class HeadTrainer:
             for batch in validation.batches(SCORING_BATCH):
                 part = batch.rows(self.world.mine(len(batch.index))).to(self.config.device)
                 scored.append((self.head(part), part.failure))
-        logit, failure = (self.world.gather(torch.cat(part)).cpu().numpy() for part in zip(*scored, strict=True))
+        logit, failure = (
+            self.world.gather(torch.cat(part)).cpu().numpy() for part in zip(*scored, strict=True)
+        )
         history.validation_auroc.append(float(auroc(logit.astype(np.float64), failure)))
         best, n_failures = max(history.validation_auroc), int(failure.sum())
-        return history.validation_auroc[-1] >= best - auroc_standard_error(best, n_failures, len(failure) - n_failures)
+        return history.validation_auroc[-1] >= best - auroc_standard_error(
+            best, n_failures, len(failure) - n_failures
+        )
 
 
 def require_shares(n_rows: int, world: World) -> None:
@@ -423,7 +482,11 @@ class AdamWConfig:
 
 
 def train_adamw(
-    network: nn.Module, loss: Loss, rows: Rows, config: AdamWConfig, length: Callable[[int], int] = default_epochs
+    network: nn.Module,
+    loss: Loss,
+    rows: Rows,
+    config: AdamWConfig,
+    length: Callable[[int], int] = default_epochs,
 ) -> list[float]:
     """Train a network of a batch to (B,) in place; mean losses of all epochs, by default ``length`` of their steps."""
     size = config.batch_size or default_batch(len(rows.index))
@@ -432,9 +495,15 @@ def train_adamw(
     generator = torch.Generator().manual_seed(config.seed)
     parameters = network.to(config.device).parameters()
     optimizer = torch.optim.AdamW(
-        parameters, lr=config.learning_rate, betas=BETAS, weight_decay=config.weight_decay, fused=True
+        parameters,
+        lr=config.learning_rate,
+        betas=BETAS,
+        weight_decay=config.weight_decay,
+        fused=True,
     )
-    cosine = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, epochs * steps, 0))
+    cosine = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: schedule(step, epochs * steps, 0)
+    )
     history = []
     with track("train", epochs * steps, "steps") as task:
         for _ in range(epochs):

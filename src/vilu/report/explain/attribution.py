@@ -17,11 +17,12 @@ from vilu.report.explain.rows import draw_rows, scored_rows
 def shapley(values: Tensor) -> Tensor:
     """(G, B) Shapley values phi_g = sum_S |S|! (G - |S| - 1)! / G! [v(S + g) - v(S)], over the coalitions S without g.
 
-    They add up to v(all) - v(nobody); a player that changes no value gets zero, and two that are interchangeable get
-    the same (Shapley 1953).
+    They add up to v(all) - v(nobody); a player that changes no value gets zero, and two that are
+    interchangeable get the same (Shapley 1953).
 
     Args:
-        values: (2^G, B) float64: v(S) at the row whose bits are the members of S, player g being bit g.
+        values: (2^G, B) float64: v(S) at the row whose bits are the members of S, player g being
+            bit g.
 
     Examples:
         >>> import torch
@@ -54,7 +55,9 @@ class Attribution:
 def game_of(predictor: FailurePredictor) -> Game:
     """The game that a method's own class defines, or the default of what it looks at."""
     if predictor.constant_ is not None:
-        raise NoAttribution(f"this {predictor.name} is a constant, fitted where there was nothing to learn")
+        raise NoAttribution(
+            f"this {predictor.name} is a constant, fitted where there was nothing to learn"
+        )
     return predictor.game() if "game" in vars(type(predictor)) else FailurePredictor.game(predictor)
 
 
@@ -62,7 +65,12 @@ class Attributor:
     """Attributions of one predictor against ``n`` drawn background rows; raises ``NoAttribution`` where it has none."""
 
     def __init__(
-        self, predictor: FailurePredictor, background: EmbeddingSource, n: int, seed: int, leave_out: Tensor
+        self,
+        predictor: FailurePredictor,
+        background: EmbeddingSource,
+        n: int,
+        seed: int,
+        leave_out: Tensor,
     ) -> None:
         self.game = game_of(predictor)
         rows = draw_rows(background, n, seed, leave_out)
@@ -75,5 +83,7 @@ class Attributor:
         parts = shapley(values)
         return [
             Attribution(score, baseline, dict(zip(self.game.players, row, strict=True)))
-            for score, baseline, row in zip(values[-1].tolist(), values[0].tolist(), parts.T.tolist(), strict=True)
+            for score, baseline, row in zip(
+                values[-1].tolist(), values[0].tolist(), parts.T.tolist(), strict=True
+            )
         ]

@@ -34,13 +34,21 @@ class Weights(NamedTuple):
 def weights_of(predictor: FailurePredictor) -> Weights:
     """The weights that a method has for candidates.
 
-    Methods with a trained attention: alpha_j = softmax_j(scale (W_Q z_v) . (W_K z_tj)), averaged over the members of an
-    ensemble. ``vilu_plus``: the posterior q of its pooled experts. All others: the zero-shot posterior p.
+    Methods with a trained attention: alpha_j = softmax_j(scale (W_Q z_v) . (W_K z_tj)), averaged
+    over the members of an ensemble. ``vilu_plus``: the posterior q of its pooled experts. All
+    others: the zero-shot posterior p.
     """
-    heads = predictor.heads if isinstance(predictor, HeadPredictor) and predictor.constant_ is None else []
+    heads = (
+        predictor.heads
+        if isinstance(predictor, HeadPredictor) and predictor.constant_ is None
+        else []
+    )
     if attentions := [head.attention for head in heads if head.attention is not None]:
         members = f", mean of {len(attentions)} members" if len(attentions) > 1 else ""
-        return Weights(f"weights of the trained attention{members}", lambda batch: _attention(attentions, batch))
+        return Weights(
+            f"weights of the trained attention{members}",
+            lambda batch: _attention(attentions, batch),
+        )
     if isinstance(predictor, ViLUPlus):
         return Weights("posterior of the pooled experts", lambda batch: _pooled(predictor, batch))
     return Weights("zero-shot posterior", lambda batch: log_posterior(batch).exp())
@@ -57,14 +65,18 @@ def _attention(attentions: list[CrossAttention], batch: Batch) -> Tensor:
     with torch.no_grad(), torch.autocast(batch.image.device.type, enabled=False):
         for attention in attentions:
             query, key, _, scale = attention.to(batch.image.device).projections(batch.logit_scale)
-            total += torch.softmax(scale * torch.linalg.multi_dot([batch.image, query.T, key, batch.text.T]), dim=-1)
+            total += torch.softmax(
+                scale * torch.linalg.multi_dot([batch.image, query.T, key, batch.text.T]), dim=-1
+            )
     return total / len(attentions)
 
 
 def strongest_competitor(predictor: FailurePredictor, data: EmbeddingSource) -> NDArray[np.int64]:
     """(N,) candidate of the largest weight beside the zero-shot answer, -1 for rows that cannot be scored."""
     if data.pool_size is not None:
-        raise UsageError("captions have no classes, so an answer's competitors have no common name. Give class data.")
+        raise UsageError(
+            "captions have no classes, so an answer's competitors have no common name. Give class data."
+        )
     weights = weights_of(predictor)
     found = np.full(len(data), UNKNOWN, dtype=np.int64)
     with torch.no_grad():
@@ -100,17 +112,24 @@ class TrainingRows:
         rows, failure = trainable_rows(train, "training", "failure")
         self.failures, self.successes = rows[failure == 1], rows[failure == 0]
 
-    def near(self, image: Tensor, own: Own | None, n: int) -> list[tuple[list[Neighbour], list[Neighbour]]]:
+    def near(
+        self, image: Tensor, own: Own | None, n: int
+    ) -> list[tuple[list[Neighbour], list[Neighbour]]]:
         """For every image (B, D) the ``n`` nearest failures and successes, the nearest first; none is its own row."""
         found = [self._search(image, own, rows, n) for rows in (self.failures, self.successes)]
         answers = self._answers({row for kind in found for of in kind for row, _ in of})
         failures, successes = (
-            [[Neighbour(self.train.ids[row], cosine, *answers[row]) for row, cosine in of] for of in kind]
+            [
+                [Neighbour(self.train.ids[row], cosine, *answers[row]) for row, cosine in of]
+                for of in kind
+            ]
             for kind in found
         )
         return list(zip(failures, successes, strict=True))
 
-    def _search(self, image: Tensor, own: Own | None, rows: Tensor, n: int, more: int = 1) -> list[list[Near]]:
+    def _search(
+        self, image: Tensor, own: Own | None, rows: Tensor, n: int, more: int = 1
+    ) -> list[list[Near]]:
         """Training rows and cosines, per image; so many ``more`` are looked at: they may be the image itself."""
         cosine, place = nearest_rows(image, Rows(self.train, rows), n + more)
         found = rows[place]
@@ -119,7 +138,10 @@ class TrainingRows:
             there = self.train.identities(own[0], found.flatten().numpy()).reshape(found.shape)
             other = torch.from_numpy(there != own[1][:, None])
         columns = (found.tolist(), cosine.tolist(), other.tolist())
-        near = [[(r, c) for r, c, kept in zip(*of, strict=True) if kept][:n] for of in zip(*columns, strict=True)]
+        near = [
+            [(r, c) for r, c, kept in zip(*of, strict=True) if kept][:n]
+            for of in zip(*columns, strict=True)
+        ]
         short = n + more < len(rows) and any(len(of) < n for of in near)
         return self._search(image, own, rows, n, 8 * more) if short else near
 

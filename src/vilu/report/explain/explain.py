@@ -34,7 +34,9 @@ SHOWN = 15  # lines of a table; the rest is counted
 def require_json(path: str | Path) -> None:
     """Refuse a file of another format."""
     if Path(path).suffix.lower() != ".json":
-        raise UsageError(f"explanations are nested, so they go to a .json file. Got {Path(path).name!r} instead.")
+        raise UsageError(
+            f"explanations are nested, so they go to a .json file. Got {Path(path).name!r} instead."
+        )
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class Findings:
         """Write ``.json`` atomically; other explanations that lie there are replaced, and no other file.
 
         Raises:
-            UsageError: If the suffix is not ``.json``, or something else than an explanation lies there.
+            UsageError: If the suffix is not ``.json``, or something else than an explanation lies
+                there.
             StorageError: If the file system refuses.
         """
         require_json(path)
@@ -82,7 +85,9 @@ class Explanation:
     answer: str  # the zero-shot answer
     posterior: float  # its zero-shot probability
     uncertainty: float  # of the method, higher = more likely wrong
-    truth: str | None  # the right answer, None where unknown; "none of the classes" where there is none
+    truth: (
+        str | None
+    )  # the right answer, None where unknown; "none of the classes" where there is none
     wrong: bool | None  # whether the answer is wrong, None where unknown
     competitors: tuple[Competitor, ...]  # candidates of the largest weights, falling
     # the training rows most like it whose answers are wrong; None where no training rows were given
@@ -97,7 +102,9 @@ class Explanations(Findings):
 
     kind: ClassVar[str] = "explanations"
 
-    rows: tuple[Explanation, ...]  # one explanation each, the most uncertain first where nobody chose
+    rows: tuple[
+        Explanation, ...
+    ]  # one explanation each, the most uncertain first where nobody chose
     method: str  # label of the predictor
     is_probability: bool  # whether the uncertainty is a probability of failure
     weights: str  # what the weights of the competitors are
@@ -113,7 +120,11 @@ class Explanations(Findings):
         return iter(self.rows)
 
     def __str__(self) -> str:
-        kind = "probability of failure" if self.is_probability else "a score, higher = more likely wrong"
+        kind = (
+            "probability of failure"
+            if self.is_probability
+            else "a score, higher = more likely wrong"
+        )
         head = (
             f"method        {self.method}; uncertainty: {kind}\n"
             f"competitors   {self.weights}\n"
@@ -130,14 +141,20 @@ def _row_text(row: Explanation, unit: str | None) -> str:
     lines = [
         f"row {row.row}  {shown(row.key)}",
         f"  answer      {shown(row.answer)} ({row.posterior:.1%})   uncertainty {row.uncertainty:.4g}{truth}",
-        "  competes    " + "   ".join(f"{shown(one.name)} {one.weight:.3f}" for one in row.competitors),
+        "  competes    "
+        + "   ".join(f"{shown(one.name)} {one.weight:.3f}" for one in row.competitors),
     ]
     if row.attribution is not None:
         parts = "".join(f" {value:+.2f} {name}" for name, value in row.attribution.parts.items())
-        lines.append(f"  {unit}  {row.attribution.score:.2f} = {row.attribution.baseline:.2f} mean{parts}")
+        lines.append(
+            f"  {unit}  {row.attribution.score:.2f} = {row.attribution.baseline:.2f} mean{parts}"
+        )
     for kind, neighbours in (("failures", row.failures), ("successes", row.successes)):
         if neighbours is not None:
-            lines += [f"  {'nearest' if neighbours else 'no'} training {kind}", *map(_neighbour_text, neighbours)]
+            lines += [
+                f"  {'nearest' if neighbours else 'no'} training {kind}",
+                *map(_neighbour_text, neighbours),
+            ]
     return "\n".join(lines)
 
 
@@ -174,14 +191,16 @@ def explain(
     Args:
         predictor: Ready to score.
         data: The rows' source.
-        train: Labelled training rows, for the neighbours. Where ``data`` have too few rows that are not explained, the
-            attribution's background is drawn from them, too, although they were scored in the fit.
+        train: Labelled training rows, for the neighbours. Where ``data`` have too few rows that are
+            not explained, the attribution's background is drawn from them, too, although they were
+            scored in the fit.
         rows: Row numbers, or keys; None for the ``n`` most uncertain rows.
         n: How many rows where none are chosen.
         depth: How much is said of each.
 
     Warns:
-        UserWarning: If explained rows were used to fit the predictor: their scores say little about new images.
+        UserWarning: If explained rows were used to fit the predictor: their scores say little about
+        new images.
 
     Raises:
         UsageError: If a number is not positive.
@@ -192,16 +211,22 @@ def explain(
     Examples:
         >>> import numpy as np, vilu
         >>> image = [[1.0, 0.0, 0.0], [0.6, 0.8, 0.0], [0.0, 0.6, 0.8]]
-        >>> data = vilu.Embeddings(image, np.eye(3), [0, 0, 2], logit_scale=10.0, class_names=["cat", "dog", "cup"])
+        >>> data = vilu.Embeddings(
+        ...     image, np.eye(3), [0, 0, 2], logit_scale=10.0, class_names=["cat", "dog", "cup"]
+        ... )
         >>> (found,) = vilu.explain(vilu.MCM(), data, n=1)  # the most uncertain row
         >>> found.row, found.answer, found.truth, [one.name for one in found.competitors]
         (1, 'dog', 'cat', ['dog', 'cat', 'cup'])
     """
     if min(n, *depth[:3]) < 1:
-        raise UsageError(f"n, candidates, neighbours and background must be positive. Got {n}, {tuple(depth[:3])}.")
+        raise UsageError(
+            f"n, candidates, neighbours and background must be positive. Got {n}, {tuple(depth[:3])}."
+        )
     predictor.require_fitted()
     if data.n_candidates < 2:
-        raise DataError("with one candidate no other answer was possible, so there is nothing to explain.")
+        raise DataError(
+            "with one candidate no other answer was possible, so there is nothing to explain."
+        )
     chosen = most_uncertain(predictor, data, n) if rows is None else find_rows(data, rows)
     if train is not None:
         data.space.require_match(train.space, mine="the data to explain", theirs="the training set")
@@ -214,13 +239,19 @@ def explain(
         weights=weights_of(predictor).meaning,
         unit=None if attributor is None else attributor.game.unit,
         attribution=why,
-        neighbours="left out: no training rows given" if train is None else f"of {len(train)} training rows",
+        neighbours="left out: no training rows given"
+        if train is None
+        else f"of {len(train)} training rows",
         n_seen=_seen(predictor, data, chosen),
     )
 
 
 def _attributor(
-    predictor: FailurePredictor, data: EmbeddingSource, train: EmbeddingSource | None, chosen: Tensor, depth: Depth
+    predictor: FailurePredictor,
+    data: EmbeddingSource,
+    train: EmbeddingSource | None,
+    chosen: Tensor,
+    depth: Depth,
 ) -> tuple[Attributor | None, str]:
     """What attributes, where the method allows it, and a sentence on how, or why not."""
     from_train = train is not None and len(data.usable_rows) - len(chosen) < depth.background
@@ -243,7 +274,11 @@ def most_uncertain(predictor: FailurePredictor, data: EmbeddingSource, n: int) -
 
 
 def _explained(
-    predictor: FailurePredictor, data: EmbeddingSource, rows: Tensor, depth: Depth, attributor: Attributor | None
+    predictor: FailurePredictor,
+    data: EmbeddingSource,
+    rows: Tensor,
+    depth: Depth,
+    attributor: Attributor | None,
 ) -> list[tuple[Explanation, Tensor]]:
     """An explanation per row, in their order and without neighbours, with its image (D,)."""
     found: dict[int, tuple[Explanation, Tensor]] = {}
@@ -264,8 +299,13 @@ def _of_batch(
     weight, leader = leaders(weights.of(batch).cpu(), min(depth.candidates, len(batch.text)))
     attributions, truth = None if attributor is None else attributor.of(scored), truths(batch)
     for place, row in enumerate(batch.index.tolist()):
-        answer, target, failure = (int(column[place]) for column in (batch.prediction, truth, batch.failure))
-        p, leading = posterior[place], zip(weight[place].tolist(), leader[place].tolist(), strict=True)
+        answer, target, failure = (
+            int(column[place]) for column in (batch.prediction, truth, batch.failure)
+        )
+        p, leading = (
+            posterior[place],
+            zip(weight[place].tolist(), leader[place].tolist(), strict=True),
+        )
         explanation = Explanation(
             row=row,
             key=names.data.ids[row],
@@ -274,7 +314,9 @@ def _of_batch(
             uncertainty=float(scores[place]),
             truth=None if target == UNKNOWN else names.of(row, target),
             wrong=None if failure == UNKNOWN else bool(failure),
-            competitors=tuple(Competitor(names.of(row, j), given, float(p[j])) for given, j in leading),
+            competitors=tuple(
+                Competitor(names.of(row, j), given, float(p[j])) for given, j in leading
+            ),
             failures=None,
             successes=None,
             attribution=None if attributions is None else attributions[place],
@@ -283,14 +325,22 @@ def _of_batch(
 
 
 def _with_neighbours(
-    explained: list[tuple[Explanation, Tensor]], data: EmbeddingSource, train: EmbeddingSource | None, depth: Depth
+    explained: list[tuple[Explanation, Tensor]],
+    data: EmbeddingSource,
+    train: EmbeddingSource | None,
+    depth: Depth,
 ) -> list[Explanation]:
     """The explanations with their neighbours, from one pass over the training rows."""
     explanations = [explanation for explanation, _ in explained]
     if train is None or not explained:
         return explanations
-    images, rows = torch.stack([image for _, image in explained]), np.array([e.row for e in explanations])
-    by = common_identity(train.identified_by, data.identified_by, ("the training set", "the explained rows"))
+    images, rows = (
+        torch.stack([image for _, image in explained]),
+        np.array([e.row for e in explanations]),
+    )
+    by = common_identity(
+        train.identified_by, data.identified_by, ("the training set", "the explained rows")
+    )
     own = None if by is None else (by, data.identities(by, rows))
     near = TrainingRows(train).near(images, own, depth.neighbours)
     return [

@@ -45,7 +45,12 @@ class PromptGain:
     def cells(self) -> tuple[str, ...]:
         """What a table says of it."""
         counts = (f"{count:,}" for count in (self.n, self.failures, self.saved, self.lost))
-        return self.name, *counts, f"{100 * self.gain:+.2f}", f"{100 * self.low:+.2f} to {100 * self.high:+.2f}"
+        return (
+            self.name,
+            *counts,
+            f"{100 * self.gain:+.2f}",
+            f"{100 * self.low:+.2f} to {100 * self.high:+.2f}",
+        )
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,9 @@ class PromptGains(Findings):
             f"its\nimages ({self.folds} folds, measured on rows not fitted on; an upper range for what wording can do):"
         )
         heading = ("class", "rows", "failures", "saved", "lost", "accuracy", "95 % interval")
-        return "\n".join([head, "", *first_lines(heading, [row.cells() for row in self.rows], "classes")])
+        return "\n".join(
+            [head, "", *first_lines(heading, [row.cells() for row in self.rows], "classes")]
+        )
 
 
 @checked
@@ -73,19 +80,21 @@ class PromptGains(Findings):
 def prompt_gains(data: EmbeddingSource, *, folds: int = FOLDS, seed: int = 0) -> PromptGains:
     """How many failures a better text for each class would save, from labelled images, by cross-validation.
 
-    The text t_c of one class at a time is replaced by t_c + m (delta_c + kappa mu), of unit norm, with mu_c the mean of
-    the class's images, mu the mean of these means, and delta_c = mu_c - mu. With kappa = 1 that is a step towards mu_c;
-    but mu is what all images have in common and no text has, and a text that has much of it draws images of every
-    class, so kappa is 0 or 0.1, and m 0.5, 1, 2, 4, 8, or the text stays. Then the rows that become right and wrong are
-    counted.
+    The text t_c of one class at a time is replaced by t_c + m (delta_c + kappa mu), of unit norm,
+    with mu_c the mean of the class's images, mu the mean of these means, and delta_c = mu_c - mu.
+    With kappa = 1 that is a step towards mu_c; but mu is what all images have in common and no text
+    has, and a text that has much of it draws images of every class, so kappa is 0 or 0.1, and m
+    0.5, 1, 2, 4, 8, or the text stays. Then the rows that become right and wrong are counted.
 
-    Nothing is measured on rows that it was fitted on: a fold is measured with means from the other folds, and with the
-    (m, kappa) of largest gain on those, each of them measured with means without it and without the first fold.
-    The interval is Agresti and Min's for a difference of paired proportions (Statistics in Medicine 2005, half a row
-    added to each cell); it is of the rows measured on and leaves out that other rows would have given other means.
+    Nothing is measured on rows that it was fitted on: a fold is measured with means from the other
+    folds, and with the (m, kappa) of largest gain on those, each of them measured with means
+    without it and without the first fold. The interval is Agresti and Min's for a difference of
+    paired proportions (Statistics in Medicine 2005, half a row added to each cell); it is of the
+    rows measured on and leaves out that other rows would have given other means.
 
-    What it says is a bound for work on prompts rather than a promise: these texts are made from images, and no wording
-    need reach them. That the gain of a class is small does say that its text is not what is wrong.
+    What it says is a bound for work on prompts rather than a promise: these texts are made from
+    images, and no wording need reach them. That the gain of a class is small does say that its text
+    is not what is wrong.
 
     Raises:
         UsageError: If the data are image-caption pairs, or there are less than 3 folds.
@@ -96,8 +105,12 @@ def prompt_gains(data: EmbeddingSource, *, folds: int = FOLDS, seed: int = 0) ->
         >>> target = np.arange(60) % 3
         >>> image = np.eye(4)[target] + 0.05 * np.random.default_rng(0).normal(size=(60, 4))
         >>> image /= np.linalg.norm(image, axis=1, keepdims=True)
-        >>> text = np.array([[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]])  # the last text is off
-        >>> gains = vilu.prompt_gains(vilu.Embeddings(image, text, target, class_names=["cat", "dog", "cup"]))
+        >>> text = np.array(
+        ...     [[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]]
+        ... )  # the last text is off
+        >>> gains = vilu.prompt_gains(
+        ...     vilu.Embeddings(image, text, target, class_names=["cat", "dog", "cup"])
+        ... )
         >>> best = gains.rows[0]
         >>> best.name, best.failures, best.saved, round(gains.accuracy, 2), round(best.gain, 2)
         ('cup', 14, 14, 0.77, 0.23)
@@ -127,7 +140,9 @@ def _labelled(data: EmbeddingSource, folds: int) -> tuple[Tensor, Tensor, Tensor
         raise DataError("with one candidate every answer is the same, so no text can be better.")
     rows = data.usable_rows[data.target[data.usable_rows] != UNKNOWN]
     if len(rows) < folds:
-        raise DataError(f"better texts are estimated from labelled rows in {folds} folds. Got {len(rows)} such rows.")
+        raise DataError(
+            f"better texts are estimated from labelled rows in {folds} folds. Got {len(rows)} such rows."
+        )
     n, failures = torch.zeros(2, data.n_candidates, dtype=torch.int64)
     for batch in data.batches(ROWS, rows=rows):
         n += batch.target.bincount(minlength=data.n_candidates)
@@ -156,13 +171,17 @@ class _Means:
         mean = self.total[kept].sum(dim=0) / n.clamp(min=1)[:, None]
         shared = mean[there].mean(dim=0)
         moved = [text.double() + step * (mean - shared + share * shared) for step, share in MIXES]
-        return normalize(torch.where(there[:, None], torch.stack(moved), text.double()), dim=-1).float()
+        return normalize(
+            torch.where(there[:, None], torch.stack(moved), text.double()), dim=-1
+        ).float()
 
 
 class Rivals(NamedTuple):
     """What a class has to beat to be the answer when its text is replaced: the strongest of the others."""
 
-    place: Tensor  # (B, K) the strongest candidate beside each: the answer, or for the answer the next
+    place: (
+        Tensor  # (B, K) the strongest candidate beside each: the answer, or for the answer the next
+    )
     logit: Tensor  # (B, K) its logit
     right: Tensor  # (B, 1) whether the answer is right now
 
@@ -181,7 +200,9 @@ class Rivals(NamedTuple):
         """(2, K) rows that become right, and wrong, when the text of one class at a time is replaced by ``better``."""
         classes = torch.arange(len(better))
         logits = (batch.image @ better.T) * batch.logit_scale + batch.logit_bias
-        wins = (logits > self.logit) | ((logits == self.logit) & (classes < self.place))  # the lowest index wins ties
+        wins = (logits > self.logit) | (
+            (logits == self.logit) & (classes < self.place)
+        )  # the lowest index wins ties
         right = torch.where(wins, classes, self.place) == batch.target[:, None]
         return torch.stack([(right & ~self.right).sum(dim=0), (self.right & ~right).sum(dim=0)])
 
@@ -200,23 +221,30 @@ def _changes(data: EmbeddingSource, rows: Tensor, better: Sequence[Tensor], task
 def _at_the_chosen(changes: Tensor) -> tuple[Tensor, Tensor]:
     """(K,) rows saved and lost with the mix that was chosen per fold and class; none where no mix gains anything.
 
-    Of ``changes`` (folds, folds, mixes, 2, K), those in fold f with texts made without folds f and g, what is at f = g
-    is measured, and what the other folds f say of the texts without g chooses for g.
+    Of ``changes`` (folds, folds, mixes, 2, K), those in fold f with texts made without folds f and
+    g, what is at f = g is measured, and what the other folds f say of the texts without g chooses
+    for g.
     """
     measured = changes.diagonal().movedim(-1, 0)
     elsewhere = changes.sum(dim=0) - measured
     gain, mix = (elsewhere[:, :, 0] - elsewhere[:, :, 1]).max(dim=1, keepdim=True)
-    saved, lost = (measured.take_along_dim(mix[:, :, None], dim=1) * (gain > 0)[:, :, None]).sum(dim=(0, 1))
+    saved, lost = (measured.take_along_dim(mix[:, :, None], dim=1) * (gain > 0)[:, :, None]).sum(
+        dim=(0, 1)
+    )
     return saved, lost
 
 
-def _ranked(data: EmbeddingSource, n: Tensor, failures: Tensor, saved: Tensor, lost: Tensor) -> Iterator[PromptGain]:
+def _ranked(
+    data: EmbeddingSource, n: Tensor, failures: Tensor, saved: Tensor, lost: Tensor
+) -> Iterator[PromptGain]:
     total = int(n.sum())
     for c in (saved - lost).argsort(descending=True, stable=True).tolist():
         plus, minus = int(saved[c]), int(lost[c])
         name = class_name(data.class_names, c)
         low, high = paired_interval(plus, minus, total)
-        yield PromptGain(name, int(n[c]), int(failures[c]), plus, minus, (plus - minus) / total, low, high)
+        yield PromptGain(
+            name, int(n[c]), int(failures[c]), plus, minus, (plus - minus) / total, low, high
+        )
 
 
 def paired_interval(saved: int, lost: int, n: int) -> tuple[float, float]:

@@ -22,14 +22,17 @@ class Confusion:
     """Answers of one kind that are wrong in one way."""
 
     answer: str  # what was answered
-    # what was true, or that the pictures were of none of the classes; without labels the strongest competitor
+    # what was true, or that the pictures were of none of the classes; without labels the strongest
+    # competitor
     instead: str
     failures: float  # how many; without labels the sum of the probabilities of failure
     share: float  # of all failures
     uncertainty: float  # mean of their uncertainties, each row counting as much as it is a failure
-    # how many of them are among the accepted answers; of tied rows at the threshold the expected number
+    # how many of them are among the accepted answers; of tied rows at the threshold the expected
+    # number
     accepted: float
-    risk: float  # ``accepted`` over the number of accepted answers: what they add to the selective risk
+    # ``accepted`` over the number of accepted answers: what they add to the selective risk
+    risk: float
 
     def cells(self) -> tuple[str, ...]:
         """What a table says of it."""
@@ -49,29 +52,47 @@ class RiskMap(Findings):
     n: int  # rows counted
     failures: float  # of all of them: their number, or the sum of the probabilities
     risk: float  # selective risk at that coverage: the sum of ``risk`` over all confusions
-    labelled: bool  # whether failures were counted; else they are expected ones, and as good as the probabilities
+    # whether failures were counted; else they are expected ones, and as good as the probabilities
+    labelled: bool
     n_left_out: int  # rows without score, or without label where others have one
 
     def __str__(self) -> str:
-        kind, are = ("failures", "are") if self.labelled else ("expected failures", "are expected to be")
-        left_out = f"; {self.n_left_out:,} rows without score or label left out" if self.n_left_out else ""
+        kind, are = (
+            ("failures", "are") if self.labelled else ("expected failures", "are expected to be")
+        )
+        left_out = (
+            f"; {self.n_left_out:,} rows without score or label left out" if self.n_left_out else ""
+        )
         head = (
             f"{self.failures:,.1f} {kind} in {self.n:,} answers{left_out}. Of the {self.coverage:.0%} most trusted "
             f"(uncertainty up to {self.threshold:.4g}) {self.risk:.2%} {are} wrong."
         )
         other = "true" if self.labelled else "competitor"
-        heading = ("answered", other, kind, "of all", "mean uncertainty", "accepted", "accepted risk")
-        return "\n".join([head, "", *first_lines(heading, [row.cells() for row in self.rows], "confusions")])
+        heading = (
+            "answered",
+            other,
+            kind,
+            "of all",
+            "mean uncertainty",
+            "accepted",
+            "accepted risk",
+        )
+        return "\n".join(
+            [head, "", *first_lines(heading, [row.cells() for row in self.rows], "confusions")]
+        )
 
 
 @checked
-def risk_map(outcomes: Outcomes, competitor: ArrayLike | None = None, *, coverage: float = 0.8) -> RiskMap:
+def risk_map(
+    outcomes: Outcomes, competitor: ArrayLike | None = None, *, coverage: float = 0.8
+) -> RiskMap:
     """Confusions that cost the most accepted risk.
 
-    The ceil(coverage N) answers of least uncertainty are accepted, as in ``vilu.metrics.risk_at_coverage``. With w_i
-    the failure of row i, a_i whether (of ties: with what share) it is accepted and A = sum_i a_i, the confusion of
-    answer j with truth k costs sum_i w_i a_i / A over its rows, and these add up to the selective risk. Where no row
-    has a label, w_i is the probability of failure and the truth is replaced by ``competitor``.
+    The ceil(coverage N) answers of least uncertainty are accepted, as in
+    ``vilu.metrics.risk_at_coverage``. With w_i the failure of row i, a_i whether (of ties: with
+    what share) it is accepted and A = sum_i a_i, the confusion of answer j with truth k costs sum_i
+    w_i a_i / A over its rows, and these add up to the selective risk. Where no row has a label, w_i
+    is the probability of failure and the truth is replaced by ``competitor``.
 
     Args:
         outcomes: As from ``vilu.score``, with predictions and shared candidates.
@@ -80,25 +101,32 @@ def risk_map(outcomes: Outcomes, competitor: ArrayLike | None = None, *, coverag
         coverage: Share of answers to accept.
 
     Raises:
-        UsageError: If the outcomes are of captions, which have no classes; if ``coverage`` is not in (0, 1]; if there
-            are no labels and the uncertainty is no probability, or no competitors are given.
+        UsageError: If the outcomes are of captions, which have no classes; if ``coverage`` is not
+            in (0, 1]; if there are no labels and the uncertainty is no probability, or no
+            competitors are given.
         DataError: If no row has a score and an answer.
 
     Examples:
         >>> import vilu
         >>> uncertainty, failure = [0.1, 0.2, 0.3, 0.4, 0.9], [0, 1, 0, 0, 1]
         >>> answers = {"prediction": [0, 0, 1, 1, 2], "target": [0, 1, 1, 1, 0]}
-        >>> outcomes = vilu.Outcomes(uncertainty, failure, **answers, class_names=["cat", "dog", "cup"])
+        >>> outcomes = vilu.Outcomes(
+        ...     uncertainty, failure, **answers, class_names=["cat", "dog", "cup"]
+        ... )
         >>> for one in vilu.risk_map(outcomes, coverage=0.8).rows:  # four of five are accepted
         ...     print(one.answer, "instead of", one.instead, one.accepted, one.risk)
         cat instead of dog 1.0 0.25
         cup instead of cat 0.0 0.0
     """
     if outcomes.provenance.get("pool_size") is not None:
-        raise UsageError("captions have no classes to confuse, so there is no risk map of them. Give class data.")
+        raise UsageError(
+            "captions have no classes to confuse, so there is no risk map of them. Give class data."
+        )
     require_between("coverage", coverage, "(0, 1]")
     if outcomes.prediction is None:
-        raise DataError("a risk map needs the answers, and these outcomes have none. Score again with vilu score.")
+        raise DataError(
+            "a risk map needs the answers, and these outcomes have none. Score again with vilu score."
+        )
     scored = np.isfinite(outcomes.uncertainty) & (outcomes.prediction != UNKNOWN)
     known = scored & (outcomes.failure != UNKNOWN)
     labelled = bool(known.any())
@@ -138,23 +166,32 @@ def _instead(outcomes: Outcomes, competitor: ArrayLike | None, *, labelled: bool
     """(N,) what else each row may be."""
     if labelled:
         if outcomes.target is None:
-            raise DataError("a risk map needs the right answers, and these outcomes have failures but no targets.")
+            raise DataError(
+                "a risk map needs the right answers, and these outcomes have failures but no targets."
+            )
         return np.where(outcomes.outside, OUTSIDE, outcomes.target)
     _probability(outcomes)
     if competitor is None:
-        raise UsageError("without labels a risk map needs the strongest competitor of every answer.")
+        raise UsageError(
+            "without labels a risk map needs the strongest competitor of every answer."
+        )
     found = np.asarray(competitor, dtype=np.int64)
     if found.shape != outcomes.uncertainty.shape:
-        raise DataError(f"competitor must have one entry per row ({len(outcomes)}). Got shape {found.shape} instead.")
+        raise DataError(
+            f"competitor must have one entry per row ({len(outcomes)}). Got shape {found.shape} instead."
+        )
     return found
 
 
 def acceptance(uncertainty: Floats, coverage: float) -> tuple[Floats, float]:
     """(N,) share of each row that is accepted, and the threshold.
 
-    A share is 1 below the threshold and 0 above; tied rows at the threshold share what is left of ceil(coverage N).
+    A share is 1 below the threshold and 0 above; tied rows at the threshold share what is left of
+    ceil(coverage N).
     """
-    n = int(np.ceil(np.round(len(uncertainty) * coverage, 9)))  # rounding first: 0.07 · 100 is a little more than 7
+    n = int(
+        np.ceil(np.round(len(uncertainty) * coverage, 9))
+    )  # rounding first: 0.07 · 100 is a little more than 7
     threshold = float(np.partition(uncertainty, n - 1)[n - 1])
     accepted = (uncertainty < threshold).astype(np.float64)
     tied = uncertainty == threshold
@@ -163,12 +200,18 @@ def acceptance(uncertainty: Floats, coverage: float) -> tuple[Floats, float]:
 
 
 def _confusions(
-    pairs: tuple[Ints, Ints], uncertainty: Floats, weight: Floats, accepted: Floats, names: Sequence[str] | None
+    pairs: tuple[Ints, Ints],
+    uncertainty: Floats,
+    weight: Floats,
+    accepted: Floats,
+    names: Sequence[str] | None,
 ) -> list[Confusion]:
     """One entry per pair of answer and truth that has a failure in it."""
     found, group = np.unique(np.stack(pairs, axis=1), axis=0, return_inverse=True)
     values = weight, weight * uncertainty, weight * accepted
-    sums = np.stack([np.bincount(group.ravel(), weights=one, minlength=len(found)) for one in values], axis=1)
+    sums = np.stack(
+        [np.bincount(group.ravel(), weights=one, minlength=len(found)) for one in values], axis=1
+    )
     return [
         Confusion(
             answer=class_name(names, answer),
@@ -179,6 +222,8 @@ def _confusions(
             accepted=cost,
             risk=float(cost / accepted.sum()),
         )
-        for (answer, other), (failures, mean, cost) in zip(found.tolist(), sums.tolist(), strict=True)
+        for (answer, other), (failures, mean, cost) in zip(
+            found.tolist(), sums.tolist(), strict=True
+        )
         if failures > 0
     ]

@@ -28,9 +28,9 @@ def scored_rows(
 ) -> Iterator[tuple[Batch, NDArray[np.float64]]]:
     """Batches of the wanted rows, each with its uncertainty (B,) float64, in the order of the source (or of its pools).
 
-    A matrix product rounds by the shape of its block. So whole blocks of ``vilu.score`` are scored, whatever is wanted
-    of them: uncertainty and answer are the very numbers that it gives. With step 1, where the uncertainties are not
-    looked at, no other rows are scored.
+    A matrix product rounds by the shape of its block. So whole blocks of ``vilu.score`` are scored,
+    whatever is wanted of them: uncertainty and answer are the very numbers that it gives. With step
+    1, where the uncertainties are not looked at, no other rows are scored.
     """
     for batch, scores in predictor.scored(data, whole_steps(data, rows, step)):
         for part, pool in batch.by_pool():
@@ -86,22 +86,32 @@ def find_rows(data: EmbeddingSource, wanted: Sequence[int | str]) -> Tensor:
     for row, key in enumerate(data.ids if places else ()):
         if key in places:
             places[key].append(row)
-    rows = [row for name in wanted for row in (places[name] if isinstance(name, str) else [int(name)])]
+    rows = [
+        row for name in wanted for row in (places[name] if isinstance(name, str) else [int(name)])
+    ]
     missing = next((key for key, found in places.items() if not found), None)
     if missing is not None:
-        raise DataError(f"no row has the key {missing!r}. Keys look like {data.ids[0] if len(data) else None!r}.")
+        raise DataError(
+            f"no row has the key {missing!r}. Keys look like {data.ids[0] if len(data) else None!r}."
+        )
     outside = next((row for row in rows if not 0 <= row < len(data)), None)
     if outside is not None:
         raise DataError(f"there is no row {outside}: the data have {len(data)}, numbered from 0.")
     for row in rows:
         if data.status[row] != VALID:
-            raise DataError(f"row {row} has no score to explain: {unusable(int(data.status[row]))}.")
+            raise DataError(
+                f"row {row} has no score to explain: {unusable(int(data.status[row]))}."
+            )
     return torch.tensor(list(dict.fromkeys(rows)), dtype=torch.int64)
 
 
 def unusable(status: int) -> str:
     """Why a row is not scored, in words."""
-    return "its pool is not full" if status == SHORT_POOL else f"its embedding is of status {STATUS[status]!r}"
+    return (
+        "its pool is not full"
+        if status == SHORT_POOL
+        else f"its embedding is of status {STATUS[status]!r}"
+    )
 
 
 def class_name(names: Sequence[str] | None, candidate: int) -> str:
@@ -113,7 +123,9 @@ def class_name(names: Sequence[str] | None, candidate: int) -> str:
 
 def truths(batch: Batch) -> Tensor:
     """(B,) int64 targets, with ``OUTSIDE`` where the picture is of none of the classes."""
-    return batch.target if batch.outside is None else batch.target.masked_fill(batch.outside, OUTSIDE)
+    return (
+        batch.target if batch.outside is None else batch.target.masked_fill(batch.outside, OUTSIDE)
+    )
 
 
 class Names:
@@ -137,6 +149,8 @@ class Names:
             pool = _pool(self.data, place // (self.data.pool_size or 1))
             members = self.data.candidates(pool).members
             if members is None:
-                raise DataError("these captions do not say which rows they belong to, so they have no names.")
+                raise DataError(
+                    "these captions do not say which rows they belong to, so they have no names."
+                )
             self._pool, self._members = frozenset(pool.tolist()), members
         return self._members

@@ -58,7 +58,10 @@ TABLES = {
         "ece", "ece_mass", "brier", "log_loss",
     ),
 }  # fmt: skip
-"""Metrics in tables that fit on a sheet of paper, as far as there are some; ``ADDED`` takes those of others, too."""
+"""Metrics in tables that fit on a sheet of paper, as far as there are some;
+
+``ADDED`` takes those of others, too.
+"""
 
 MAX_RISK = 0.05  # error rate that is aimed at where no rule was calibrated
 MAX_POINTS = 500  # operating points in a page at most, however many rows there are
@@ -79,15 +82,18 @@ def report_page(
 ) -> str:
     """One HTML page about one or several methods on the same rows; it loads nothing and works offline and in print.
 
-    It says how often the model is wrong and how well that is foreseen, shows the curves with an operating point that
-    a reader can move, the classes, and pictures of answers worth a look. The same input gives the same bytes.
+    It says how often the model is wrong and how well that is foreseen, shows the curves with an
+    operating point that a reader can move, the classes, and pictures of answers worth a look. The
+    same input gives the same bytes.
 
     Args:
-        outcomes: Scores of every method, each with a name of its own, of rows of which some have a known failure.
-        main: Name of the method that the page is about; by default the calibrated one, or else ViLU+, ViLU, the first.
+        outcomes: Scores of every method, each with a name of its own, of rows of which some have a
+            known failure.
+        main: Name of the method that the page is about; by default the calibrated one, or else
+            ViLU+, ViLU, the first.
         calibrated: The rule that accepts or abstains (``vilu.report.page.choice.read_calibrated``).
-        max_risk: Without a rule: error rate among the accepted, for a threshold found on these rows, which promises
-            nothing.
+        max_risk: Without a rule: error rate among the accepted, for a threshold found on these
+            rows, which promises nothing.
         images: The data set whose record keys are the ids of the outcomes, for thumbnails.
         embeddings: What was scored, for the classes that compete with an answer.
         title: Of the page.
@@ -95,12 +101,15 @@ def report_page(
     Raises:
         UsageError: If a name or a setting cannot be.
         DataError: If no row can be evaluated, or the images are not those of the scores.
-        ProvenanceError: If the outcomes, the rule or the embeddings are not of the same rows and method.
+        ProvenanceError: If the outcomes, the rule or the embeddings are not of the same rows and
+            method.
         MissingModelError: If the extra ``report`` is not installed.
 
     Examples:
         >>> import vilu
-        >>> outcomes = vilu.Outcomes([0.1, 0.2, 0.3, 0.4] * 30, [0, 0, 0, 1] * 30, method="mine", dataset="pets")
+        >>> outcomes = vilu.Outcomes(
+        ...     [0.1, 0.2, 0.3, 0.4] * 30, [0, 0, 0, 1] * 30, method="mine", dataset="pets"
+        ... )
         >>> page = vilu.report_page([outcomes], title="Pets")
         >>> (
         ...     page.count("<svg"),
@@ -110,7 +119,9 @@ def report_page(
         (3, False, False)
     """
     template = find_template("page.html.jinja")
-    about = choose_main(outcomes, main if main is not None or calibrated is None else calibrated.method)
+    about = choose_main(
+        outcomes, main if main is not None or calibrated is None else calibrated.method
+    )
     methods = [about, *(one for one in outcomes if one is not about)]
     table = evaluate(methods)  # refuses rows without labels before anything else needs them
     choice = by_hindsight(about, max_risk) if calibrated is None else by_rule(about, calibrated)
@@ -125,7 +136,11 @@ def report_page(
         looks=charts.line_looks(len(methods)),
         choice=choice,
         numbers=_numbers(about, choice, max_risk),
-        curves=[one for one in (charts.risk_coverage(methods, choice), charts.roc(methods, choice)) if one],
+        curves=[
+            one
+            for one in (charts.risk_coverage(methods, choice), charts.roc(methods, choice))
+            if one
+        ],
         histograms=[
             charts.histogram(one, points.threshold[points.start] if i == 0 else None, i)
             for i, one in enumerate(methods)
@@ -136,7 +151,9 @@ def report_page(
         classes=class_rows(about, choice),
         gallery=_gallery(about, choice, images, embeddings),
         with_pictures=images is not None,
-        data=_script_data(about, points, exact=choice.threshold is not None or not choice.accepted.any()),
+        data=_script_data(
+            about, points, exact=choice.threshold is not None or not choice.accepted.any()
+        ),
         provenance=[_provenance(one) for one in methods],
         facts=list(flat(choice.facts)),
     )
@@ -166,7 +183,9 @@ def find_template(name: str) -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(short=shortened, tip=partial(shortened, most=TOLD), pct=percent, bound=bound)
+    environment.filters.update(
+        short=shortened, tip=partial(shortened, most=TOLD), pct=percent, bound=bound
+    )
     environment.filters.update(count="{:,}".format, score=score, goal=goal)
     template: Template = environment.get_template(name)
     return template
@@ -174,11 +193,16 @@ def find_template(name: str) -> Template:
 
 def asset(name: str) -> str:
     """The text of a style or a script."""
-    return resources.files("vilu.report.page").joinpath("templates", name).read_text(encoding="utf-8")
+    return (
+        resources.files("vilu.report.page").joinpath("templates", name).read_text(encoding="utf-8")
+    )
 
 
 def _title(outcomes: Outcomes) -> str:
-    return " · ".join(name for name in (outcomes.dataset, outcomes.split) if name) or "Which answers to trust"
+    return (
+        " · ".join(name for name in (outcomes.dataset, outcomes.split) if name)
+        or "Which answers to trust"
+    )
 
 
 def _numbers(outcomes: Outcomes, choice: Choice, max_risk: float) -> dict[str, Any]:
@@ -206,13 +230,18 @@ def _tables(methods: Sequence[Outcomes], table: ResultTable) -> list[dict[str, A
     found = {(row.method, row.metric): row for row in table}
     present = dict.fromkeys(row.metric for row in table)
     groups = dict(TABLES)
-    groups[ADDED] += tuple(name for name in present if not any(name in names for names in TABLES.values()))
+    groups[ADDED] += tuple(
+        name for name in present if not any(name in names for names in TABLES.values())
+    )
     return [
         {
             "caption": caption,
             "but_for": but_for(METRICS[name] for name in names if name in present),
             "metrics": [name for name in names if name in present],
-            "rows": [[found.get((one.method, name)) for name in names if name in present] for one in methods],
+            "rows": [
+                [found.get((one.method, name)) for name in names if name in present]
+                for one in methods
+            ],
         }
         for caption, names in groups.items()
         if not present.keys().isdisjoint(names)
@@ -220,29 +249,45 @@ def _tables(methods: Sequence[Outcomes], table: ResultTable) -> list[dict[str, A
 
 
 def _gallery(
-    outcomes: Outcomes, choice: Choice, images: ImageDataset | None, embeddings: EmbeddingSource | None
+    outcomes: Outcomes,
+    choice: Choice,
+    images: ImageDataset | None,
+    embeddings: EmbeddingSource | None,
 ) -> dict[str, list[Card]]:
     sections = pick_rows(outcomes, choice)
-    rows = list(dict.fromkeys(chain.from_iterable(section.tolist() for section in sections.values())))
+    rows = list(
+        dict.fromkeys(chain.from_iterable(section.tolist() for section in sections.values()))
+    )
     pictures = {} if images is None else thumbnails(outcomes, rows, images)
     others = {} if embeddings is None else competitors(outcomes, rows, embeddings)
-    cards = {row: make_card(outcomes, choice, row, pictures.get(row), others.get(row, ())) for row in rows}
+    cards = {
+        row: make_card(outcomes, choice, row, pictures.get(row), others.get(row, ()))
+        for row in rows
+    }
     return {name: [cards[row] for row in section.tolist()] for name, section in sections.items()}
 
 
-def competitors(outcomes: Outcomes, rows: Iterable[int], source: EmbeddingSource) -> dict[int, list[tuple[str, float]]]:
+def competitors(
+    outcomes: Outcomes, rows: Iterable[int], source: EmbeddingSource
+) -> dict[int, list[tuple[str, float]]]:
     """The likeliest classes of some rows, with softmax probabilities of the zero-shot logits; of rows that it has."""
     names, ids, said = outcomes.class_names, outcomes.ids, outcomes.prediction
     if source.class_names is None or names is None or ids is None or said is None:
-        raise UsageError("competitors need classes with names, in the scores and in the embeddings. Leave --store out.")
+        raise UsageError(
+            "competitors need classes with names, in the scores and in the embeddings. Leave --store out."
+        )
     if tuple(source.class_names) != tuple(names):
-        raise ProvenanceError("the store has other classes than the scores. Give the store that was scored.")
+        raise ProvenanceError(
+            "the store has other classes than the scores. Give the store that was scored."
+        )
     place = {key: position for position, key in enumerate(source.ids)}
     wanted = {place[ids[row]]: row for row in map(int, rows) if ids[row] in place}
     found: dict[int, list[tuple[str, float]]] = {}
     for batch in source.batches(256, rows=torch.tensor(sorted(wanted), dtype=torch.int64)):
         probability = batch.logits.double().softmax(dim=1).numpy()
-        for position, answer, p in zip(batch.index.tolist(), batch.prediction.tolist(), probability, strict=True):
+        for position, answer, p in zip(
+            batch.index.tolist(), batch.prediction.tolist(), probability, strict=True
+        ):
             row = wanted[position]
             if said[row] not in {UNKNOWN, answer}:
                 raise ProvenanceError(
@@ -268,11 +313,16 @@ class Points:
 
 
 def operating_points(
-    uncertainty: ArrayLike, failure: ArrayLike, chosen: float | None, n_accepted: int, limit: int = MAX_POINTS
+    uncertainty: ArrayLike,
+    failure: ArrayLike,
+    chosen: float | None,
+    n_accepted: int,
+    limit: int = MAX_POINTS,
 ) -> Points:
     """Thresholds that accept about evenly growing numbers of rows, the chosen one exactly among them.
 
-    Where what is accepted is not said by a threshold, the slider stands where about ``n_accepted`` rows are.
+    Where what is accepted is not said by a threshold, the slider stands where about ``n_accepted``
+    rows are.
     """
     scores, wrong = check_pair(uncertainty, failure)
     order = np.argsort(scores, kind="stable")
@@ -281,9 +331,15 @@ def operating_points(
     if len(distinct) > limit - 2:
         rows = np.round(np.linspace(0, len(scores) - 1, limit - 2)).astype(np.int64)
         distinct = np.unique(scores[rows])
-    threshold = np.concatenate([[-np.inf], distinct if chosen is None else np.union1d(distinct, [chosen])])
+    threshold = np.concatenate(
+        [[-np.inf], distinct if chosen is None else np.union1d(distinct, [chosen])]
+    )
     accepted = np.searchsorted(scores, threshold, side="right")
-    nearest = np.argmin(np.abs(accepted - n_accepted)) if chosen is None else np.searchsorted(threshold, chosen)
+    nearest = (
+        np.argmin(np.abs(accepted - n_accepted))
+        if chosen is None
+        else np.searchsorted(threshold, chosen)
+    )
     return Points(threshold, accepted, wrong_below[accepted], int(nearest))
 
 
@@ -303,18 +359,26 @@ def _script_data(outcomes: Outcomes, points: Points, *, exact: bool) -> dict[str
 
 def _provenance(outcomes: Outcomes) -> dict[str, Any]:
     """Where scores come from, and a fingerprint of the numbers themselves."""
-    content = hashlib.sha256(outcomes.uncertainty.tobytes() + outcomes.failure.tobytes()).hexdigest()
-    said = {name: getattr(outcomes, name) for name in ("dataset", "split", "seed", "is_probability")}
+    content = hashlib.sha256(
+        outcomes.uncertainty.tobytes() + outcomes.failure.tobytes()
+    ).hexdigest()
+    said = {
+        name: getattr(outcomes, name) for name in ("dataset", "split", "seed", "is_probability")
+    }
     return {
         "method": outcomes.method,
-        "facts": [*flat({**said, **outcomes.provenance}), ("sha256 of scores and failures", content[:32])],
+        "facts": [
+            *flat({**said, **outcomes.provenance}),
+            ("sha256 of scores and failures", content[:32]),
+        ],
     }
 
 
 def harmless(text: str) -> str:
     """The text with controls and marks of direction spelled out."""
     return "".join(
-        f"\\u{ord(c):04x}" if c in BIDI or unicodedata.category(c) in HARMFUL else c for c in text[: TOLD + 1]
+        f"\\u{ord(c):04x}" if c in BIDI or unicodedata.category(c) in HARMFUL else c
+        for c in text[: TOLD + 1]
     )
 
 

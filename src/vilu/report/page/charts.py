@@ -80,7 +80,10 @@ class Chart:
 
     def points(self, line: Line) -> str:
         """The places of a line, for ``<polyline points>``."""
-        return " ".join(f"{self.px(x)},{self.py(y)}" for x, y in zip(line.x.tolist(), line.y.tolist(), strict=True))
+        return " ".join(
+            f"{self.px(x)},{self.py(y)}"
+            for x, y in zip(line.x.tolist(), line.y.tolist(), strict=True)
+        )
 
     def area(self, line: Line) -> str:
         """The same, closed along the horizontal axis."""
@@ -156,7 +159,8 @@ class ClassRow:
 def class_rows(outcomes: Outcomes, choice: Choice) -> tuple[list[ClassRow], int]:
     """The classes that are answered, most wrong answers first, and how many more there are than are listed.
 
-    Rows without a known failure or an uncertainty are left out, as in every metric; none where there are no classes.
+    Rows without a known failure or an uncertainty are left out, as in every metric; none where
+    there are no classes.
     """
     names, said = outcomes.class_names, outcomes.prediction
     if names is None or said is None:
@@ -167,7 +171,10 @@ def class_rows(outcomes: Outcomes, choice: Choice) -> tuple[list[ClassRow], int]
     kinds = rows, wrong, choice.accepted, choice.accepted & wrong
     n, k, m, j = (np.bincount(said[rows & kind], minlength=len(names)).tolist() for kind in kinds)
     answered = sorted(np.flatnonzero(n).tolist(), key=lambda c: (-k[c], -n[c], c))
-    found = [ClassRow(names[c], Rate(k[c], n[c]), Rate(m[c], n[c]), Rate(j[c], m[c])) for c in answered[:MAX_CLASSES]]
+    found = [
+        ClassRow(names[c], Rate(k[c], n[c]), Rate(m[c], n[c]), Rate(j[c], m[c]))
+        for c in answered[:MAX_CLASSES]
+    ]
     return found, len(answered) - len(found)
 
 
@@ -180,11 +187,18 @@ DASHES = {"-": "", "--": "7 4", "-.": "8 3 2 3", ":": "2 3"}
 
 def line_looks(n: int) -> list[dict[str, str]]:
     """Colour and SVG dash pattern of so many methods, the main one first."""
-    return [{"colour": one["color"], "dash": _dash(one["linestyle"])} for one in itertools.islice(looks(), n)]
+    return [
+        {"colour": one["color"], "dash": _dash(one["linestyle"])}
+        for one in itertools.islice(looks(), n)
+    ]
 
 
 def _dash(style: Any) -> str:  # noqa: ANN401 - a name, or matplotlib's (offset, lengths)
-    return DASHES[style] if isinstance(style, str) else " ".join(str(2 * length) for length in style[1])
+    return (
+        DASHES[style]
+        if isinstance(style, str)
+        else " ".join(str(2 * length) for length in style[1])
+    )
 
 
 def risk_coverage(methods: Sequence[Outcomes], choice: Choice) -> Chart:
@@ -232,14 +246,26 @@ def histogram(outcomes: Outcomes, threshold: float | None, number: int) -> Chart
     Those for pictures of none of the classes are a kind of their own.
     """
     uncertainty, failure = known(outcomes)
-    kind_of = np.where(outcomes.outside[outcomes.evaluable], OUTSIDE_LOOK, np.where(failure, WRONG_LOOK, RIGHT_LOOK))
-    low, high = (0.0, 1.0) if outcomes.is_probability else (float(uncertainty.min()), float(uncertainty.max()))
+    kind_of = np.where(
+        outcomes.outside[outcomes.evaluable],
+        OUTSIDE_LOOK,
+        np.where(failure, WRONG_LOOK, RIGHT_LOOK),
+    )
+    low, high = (
+        (0.0, 1.0)
+        if outcomes.is_probability
+        else (float(uncertainty.min()), float(uncertainty.max()))
+    )
     if low == high:
         low, high = low - 0.5, high + 0.5
     edges = np.linspace(low, high, BINS + 1)
     kinds = {RIGHT_LOOK: "right answers", WRONG_LOOK: "wrong answers"}
     if (kind_of == OUTSIDE_LOOK).any():
-        kinds = {**kinds, WRONG_LOOK: "wrong within the classes", OUTSIDE_LOOK: "of none of the classes"}
+        kinds = {
+            **kinds,
+            WRONG_LOOK: "wrong within the classes",
+            OUTSIDE_LOOK: "of none of the classes",
+        }
     counts = {kind: np.histogram(uncertainty[kind_of == kind], edges)[0] for kind in kinds}
     shares = {kind: of_kind / max(of_kind.sum(), 1) for kind, of_kind in counts.items()}
     x = np.repeat(edges, 2)[1:-1]
@@ -282,7 +308,9 @@ def _reliability_line(outcomes: Outcomes, stated: Floats, look: int) -> Line:
     """The bins of the ECE, right-closed; empty ones have no point."""
     rows = outcomes.evaluable
     counts = tie_counts(stated[rows], outcomes.failure[rows])
-    of_score = np.searchsorted(np.arange(1, RELIABILITY_BINS) / RELIABILITY_BINS, counts.value, side="left")
+    of_score = np.searchsorted(
+        np.arange(1, RELIABILITY_BINS) / RELIABILITY_BINS, counts.value, side="left"
+    )
     n, wrong, total = (
         np.bincount(of_score, weights, RELIABILITY_BINS)
         for weights in (counts.size, counts.wrong, counts.value * counts.size)
@@ -291,16 +319,24 @@ def _reliability_line(outcomes: Outcomes, stated: Floats, look: int) -> Line:
     rates = [Rate(int(k), int(m)) for k, m in zip(wrong[there], n[there], strict=True)]
     low, high = (np.array([getattr(rate, end) for rate in rates]) for end in ("low", "high"))
     ends = (low, high) if look == 0 else (None, None)
-    return Line(outcomes.method or "", total[there] / n[there], wrong[there] / n[there], look, False, *ends)
+    return Line(
+        outcomes.method or "", total[there] / n[there], wrong[there] / n[there], look, False, *ends
+    )
 
 
-def _thin_lines(methods: Sequence[Outcomes], curves: Sequence[tuple[Floats, Floats]]) -> tuple[Line, ...]:
+def _thin_lines(
+    methods: Sequence[Outcomes], curves: Sequence[tuple[Floats, Floats]]
+) -> tuple[Line, ...]:
     """A line per method, the main one last, which is on top."""
     limit = int(np.clip(TOTAL_POINTS // len(methods), 40, 250))
     each = enumerate(zip(methods, curves, strict=True))
-    return tuple(Line(one.method or "", *thin(*curve, limit), look) for look, (one, curve) in each)[::-1]
+    return tuple(Line(one.method or "", *thin(*curve, limit), look) for look, (one, curve) in each)[
+        ::-1
+    ]
 
 
 def _ceiling(value: float) -> float:
     """A round end of an axis, at least as large and at most 1."""
-    return next((top for top in (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8) if value <= top), 1.0)
+    return next(
+        (top for top in (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8) if value <= top), 1.0
+    )

@@ -31,7 +31,9 @@ class Calibrated:
     """What ``vilu calibrate`` left beside a predictor."""
 
     rule: Rule  # what accepts
-    method: str | None = None  # name of the predictor that it belongs to; None where that is not known
+    method: str | None = (
+        None  # name of the predictor that it belongs to; None where that is not known
+    )
     # fingerprint of the record, which scores carry that it decided; None where there is no record
     risk: str | None = None
     # what is recorded of the calibration: fingerprints, data set, version
@@ -43,16 +45,22 @@ class Choice:
     """The operating point of a page."""
 
     accepted: NDArray[np.bool_] = field(repr=False)  # (N,) whether each row is accepted
-    # accept where the uncertainty is at most this; None: by another rule than one threshold, or nothing
+    # accept where the uncertainty is at most this; None: by another rule than one threshold, or
+    # nothing
     threshold: float | None
     max_risk: float | None  # error rate that was aimed at; None where another thing was
     promise: str | None = None  # what is promised of later answers, in words; None where nothing is
-    certificates: Mapping[str, Certificate] = field(default_factory=dict)  # per group, if the rule has them
+    certificates: Mapping[str, Certificate] = field(
+        default_factory=dict
+    )  # per group, if the rule has them
     facts: Mapping[str, Any] = field(default_factory=dict)  # what is recorded of the calibration
 
 
 def by_hindsight(outcomes: Outcomes, max_risk: float) -> Choice:
-    """The largest t with (wrong with u <= t) / (all with u <= t) <= max_risk on these rows. Promises nothing."""
+    """The largest t with (wrong with u <= t) / (all with u <= t) <= max_risk on these rows.
+
+    Promises nothing.
+    """
     require_between("max_risk", max_risk)
     counts = tie_counts(*known(outcomes))
     meets = np.flatnonzero(counts.accepted_wrong <= max_risk * counts.accepted)
@@ -66,14 +74,18 @@ def by_rule(outcomes: Outcomes, calibrated: Calibrated) -> Choice:
     _require_match(outcomes, calibrated)
     rule = calibrated.rule
     if rule.grouped_by == "groups":
-        raise UsageError("this rule has a threshold per group that its caller named; scores do not tell the groups.")
+        raise UsageError(
+            "this rule has a threshold per group that its caller named; scores do not tell the groups."
+        )
     groups = group_names(outcomes) if rule.grouped_by == "prediction" else None
     accepted = rule.accept(outcomes.uncertainty, groups)
     promise: str | None = str(rule).splitlines()[0]
     if isinstance(rule, Selector):
         promise = promise if rule.feasible else None
         threshold = rule.threshold if rule.grouped_by is None and rule.floor is None else None
-        return Choice(accepted, threshold, rule.max_risk, promise, rule.certificates, calibrated.facts)
+        return Choice(
+            accepted, threshold, rule.max_risk, promise, rule.certificates, calibrated.facts
+        )
     # of one batch, conformal selection accepts what one threshold does, too
     threshold = float(outcomes.uncertainty[accepted].max()) if accepted.any() else None
     return Choice(accepted, threshold, rule.max_risk, promise, facts=calibrated.facts)
@@ -104,7 +116,10 @@ def read_calibrated(folder: str | Path) -> Calibrated:
     return Calibrated(found.rule, method, digest(found.model_dump(mode="json")), document)
 
 
-PREFERRED = ("vilu_plus", "vilu")  # methods that a page is about if none is chosen, by how their names begin
+PREFERRED = (
+    "vilu_plus",
+    "vilu",
+)  # methods that a page is about if none is chosen, by how their names begin
 
 
 def read_scores(path: str | Path) -> list[Outcomes]:
@@ -151,7 +166,9 @@ def choose_main(outcomes: Sequence[Outcomes], main: str | None) -> Outcomes:
     if main is not None:
         if main not in names:
             hint = nearest(main, names)
-            raise UsageError(f"no method here is called {main!r}.{hint} There are: {', '.join(names):.500}.")
+            raise UsageError(
+                f"no method here is called {main!r}.{hint} There are: {', '.join(names):.500}."
+            )
         return outcomes[names.index(main)]
     preferred = (i for start in PREFERRED for i, name in enumerate(names) if name.startswith(start))
     return outcomes[next(preferred, 0)]

@@ -50,10 +50,12 @@ class Card:
 def pick_rows(outcomes: Outcomes, choice: Choice) -> dict[str, Ints]:
     """Rows of every section, at most 24 each; rows without an uncertainty are in none.
 
-    "suspicious": largest uncertainty. "confident": wrong answers of smallest uncertainty. "nearest": the least
-    uncertain of those that are not accepted.
+    "suspicious": largest uncertainty. "confident": wrong answers of smallest uncertainty.
+    "nearest": the least uncertain of those that are not accepted.
     """
-    order = np.argsort(outcomes.uncertainty, kind="stable")[: np.count_nonzero(np.isfinite(outcomes.uncertainty))]
+    order = np.argsort(outcomes.uncertainty, kind="stable")[
+        : np.count_nonzero(np.isfinite(outcomes.uncertainty))
+    ]
     return {
         "suspicious": np.argsort(-outcomes.uncertainty, kind="stable")[: len(order)][:PER_SECTION],
         "confident": order[outcomes.failure[order] == 1][:PER_SECTION],
@@ -62,7 +64,11 @@ def pick_rows(outcomes: Outcomes, choice: Choice) -> dict[str, Ints]:
 
 
 def make_card(
-    outcomes: Outcomes, choice: Choice, row: int, picture: Thumbnail | None, competitors: Sequence[tuple[str, float]]
+    outcomes: Outcomes,
+    choice: Choice,
+    row: int,
+    picture: Thumbnail | None,
+    competitors: Sequence[tuple[str, float]],
 ) -> Card:
     """The card of a row."""
     return Card(
@@ -83,11 +89,18 @@ def _class_name(outcomes: Outcomes, codes: Ints | None, row: int) -> str | None:
     return str(outcomes.class_names[codes[row]])
 
 
-def thumbnails(outcomes: Outcomes, rows: Iterable[int], images: ImageDataset) -> dict[int, Thumbnail]:
+def thumbnails(
+    outcomes: Outcomes, rows: Iterable[int], images: ImageDataset
+) -> dict[int, Thumbnail]:
     """Small pictures of some rows; the ids of outcomes are the keys of the data set."""
     if outcomes.ids is None:
-        raise DataError("these scores do not say which images they are about (they have no keys). Leave --images out.")
-    wanted, missing = {outcomes.ids[row]: row for row in map(int, rows)}, Thumbnail(why="not in the data set")
+        raise DataError(
+            "these scores do not say which images they are about (they have no keys). Leave --images out."
+        )
+    wanted, missing = (
+        {outcomes.ids[row]: row for row in map(int, rows)},
+        Thumbnail(why="not in the data set"),
+    )
     found = {record.key: thumbnail(record) for record in find_pictures(images, wanted)}
     return {row: found.get(key, missing) for key, row in wanted.items()}
 
@@ -119,4 +132,6 @@ def thumbnail(record: ImageRecord) -> Thumbnail:
     image.thumbnail((SIDE, SIDE))
     buffer = BytesIO()
     image.save(buffer, "WEBP", quality=QUALITY, method=4)
-    return Thumbnail(f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}", *image.size)
+    return Thumbnail(
+        f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}", *image.size
+    )

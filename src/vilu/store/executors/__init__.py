@@ -18,8 +18,8 @@ __all__ = ["EXECUTORS", "make_executor"]
 def make_executor(name: str, processes: int | None = None) -> Executor:
     """The executor of a name: "local" (processes of this machine), "ray", "spark", or "rank".
 
-    "rank": this is one of several processes that torchrun or Slurm started. By default there is a worker per core of
-    this machine, or as many as the cluster has room for.
+    "rank": this is one of several processes that torchrun or Slurm started. By default there is a
+    worker per core of this machine, or as many as the cluster has room for.
     """
     require_one_of("executor", name, EXECUTORS)
     if name in {"ray", "spark"}:
@@ -29,5 +29,7 @@ def make_executor(name: str, processes: int | None = None) -> Executor:
     from vilu.store.executors.local import LocalExecutor, RankExecutor
 
     if name == "rank" and processes is not None:
-        raise UsageError("the rank executor takes no number of processes: whoever starts the ranks says how many.")
+        raise UsageError(
+            "the rank executor takes no number of processes: whoever starts the ranks says how many."
+        )
     return RankExecutor() if name == "rank" else LocalExecutor(processes)

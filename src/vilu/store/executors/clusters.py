@@ -20,22 +20,34 @@ import numpy as np
 from vilu.errors import MissingModelError, StorageError
 from vilu.extras import import_extra, quiet, setting
 from vilu.store.documents import Receipt
-from vilu.store.executors.local import Worker, check_processes, pack_job, receipt_of, take_gpu, threads_per_process
+from vilu.store.executors.local import (
+    Worker,
+    check_processes,
+    pack_job,
+    receipt_of,
+    take_gpu,
+    threads_per_process,
+)
 from vilu.store.job import EmbedJob
 from vilu.store.mapped import cores
 
 STORE_BYTES = 2**28
-"""Shared memory of a Ray of our own: only part numbers, receipts and the job go through it; Ray spills the rest."""
+"""Shared memory of a Ray of our own: only part numbers, receipts and the job go through it;
+
+Ray spills the rest.
+"""
 
 
 class RayExecutor:
     """Ray Data over part numbers: each actor holds the job, so the model is loaded once per actor.
 
-    A Ray that runs already, in this process or at ``RAY_ADDRESS``, is used and left running; otherwise one is started
-    on this machine and shut down at the end. Exactly-once comes from the parts' files, not from Ray: an actor that dies
-    is restarted and its part done again. Nothing here counts deaths, the job sets aside a part that keeps crashing.
+    A Ray that runs already, in this process or at ``RAY_ADDRESS``, is used and left running;
+    otherwise one is started on this machine and shut down at the end. Exactly-once comes from the
+    parts' files, not from Ray: an actor that dies is restarted and its part done again. Nothing
+    here counts deaths, the job sets aside a part that keeps crashing.
 
-    By default there is one actor per core of this machine, or on a cluster one per GPU, or per core where it has none.
+    By default there is one actor per core of this machine, or on a cluster one per GPU, or per core
+    where it has none.
     """
 
     name = "ray"
@@ -50,7 +62,11 @@ class RayExecutor:
         """The receipts, as parts are done."""
         if not parts:
             return
-        with self._cluster() as actors, self._settings(), closing(self._rows(job, parts, actors)) as rows:
+        with (
+            self._cluster() as actors,
+            self._settings(),
+            closing(self._rows(job, parts, actors)) as rows,
+        ):
             while True:
                 with quiet():  # not around the yield: the driver has things to say
                     row = next(rows, None)
@@ -58,8 +74,13 @@ class RayExecutor:
                     return
                 yield receipt_of(row["outcome"])
 
-    def _rows(self, job: EmbedJob, parts: Sequence[int], actors: _Actors) -> Generator[dict[str, Any], None, None]:
-        """A row per part, as Ray hands them out. Closing it ends Ray's threads, which must not outlive a shutdown."""
+    def _rows(
+        self, job: EmbedJob, parts: Sequence[int], actors: _Actors
+    ) -> Generator[dict[str, Any], None, None]:
+        """A row per part, as Ray hands them out.
+
+        Closing it ends Ray's threads, which must not outlive a shutdown.
+        """
         items = [{"part": part} for part in parts]
         done = self._data.from_items(items, override_num_blocks=len(items)).map_batches(
             _Actor,
@@ -80,12 +101,20 @@ class RayExecutor:
             yield self._actors()
             return
         address, processes = os.environ.get("RAY_ADDRESS"), self.processes or cores()
-        here = {"num_cpus": max(processes, cores()), "include_dashboard": False, "object_store_memory": STORE_BYTES}
+        here = {
+            "num_cpus": max(processes, cores()),
+            "include_dashboard": False,
+            "object_store_memory": STORE_BYTES,
+        }
         start = {"address": address} if address else {"address": "local", **here}
         with quiet():
             self._ray.init(**start, log_to_driver=False, logging_level=logging.ERROR)
         try:
-            own = None if address else _Actors(processes, threads_per_process(processes), self._gpus(processes))
+            own = (
+                None
+                if address
+                else _Actors(processes, threads_per_process(processes), self._gpus(processes))
+            )
             yield own or self._actors()
         finally:
             self._ray.shutdown()
@@ -97,7 +126,9 @@ class RayExecutor:
         machines = [machine for machine in machines if machine.get(kind)]
         number = self.processes or max(1, int(sum(machine[kind] for machine in machines)))
         each = math.ceil(number / max(1, len(machines)))
-        threads = max(1, int(min((machine.get("CPU", 1) for machine in machines), default=1)) // each)
+        threads = max(
+            1, int(min((machine.get("CPU", 1) for machine in machines), default=1)) // each
+        )
         return _Actors(number, threads, self._gpus(number))
 
     def _gpus(self, actors: int) -> float | None:
@@ -112,7 +143,9 @@ class RayExecutor:
             context = self._data.DataContext.get_current()
         patience = {"execution_no_progress_timeout_s": -1, "max_consecutive_actor_init_deaths": 5}
         ours = {"enable_progress_bars": False, **patience}
-        with setting(context, **{name: value for name, value in ours.items() if hasattr(context, name)}):
+        with setting(
+            context, **{name: value for name, value in ours.items() if hasattr(context, name)}
+        ):
             yield
 
 
@@ -137,7 +170,9 @@ class _Actor:
         return {"outcome": np.array([self._worker.outcome(int(part))], dtype=object)}
 
 
-MAX_FAILURES = 6  # attempts at a part in a Spark of our own; a job sets a crashing part aside before that
+MAX_FAILURES = (
+    6  # attempts at a part in a Spark of our own; a job sets a crashing part aside before that
+)
 SUBMITTED = "PYSPARK_GATEWAY_PORT"  # set by ``spark-submit``, which brings its own settings
 POLL = 0.05  # seconds between looks at what has arrived
 _held: dict[str, Worker] = {}  # what this Python worker works on, by the hash of the job
@@ -146,9 +181,10 @@ _held: dict[str, Worker] = {}  # what this Python worker works on, by the hash o
 class SparkExecutor:
     """One Spark task per part; each Python worker holds the job, so the model is loaded once in each.
 
-    An active ``SparkContext``, or that of ``spark-submit``, is used and left running; otherwise one of our own runs
-    here and is stopped at the end. Exactly-once comes from the parts' files, so retries and speculation do no harm.
-    Receipts come back through an accumulator, which Spark updates as tasks succeed, once per part.
+    An active ``SparkContext``, or that of ``spark-submit``, is used and left running; otherwise one
+    of our own runs here and is stopped at the end. Exactly-once comes from the parts' files, so
+    retries and speculation do no harm. Receipts come back through an accumulator, which Spark
+    updates as tasks succeed, once per part.
     """
 
     name = "spark"
@@ -166,7 +202,9 @@ class SparkExecutor:
             held = context.broadcast(payload)
             arrived = context.accumulator([], _Outcomes())
             task = partial(_run, held, hashlib.sha256(payload).hexdigest(), arrived)
-            action = _Action(self._spark, context, context.parallelize(list(parts), len(parts)).map(task))
+            action = _Action(
+                self._spark, context, context.parallelize(list(parts), len(parts)).map(task)
+            )
             try:
                 n = 0
                 while action.goes_on() or n < len(arrived.value):
@@ -197,9 +235,13 @@ class SparkExecutor:
             "spark.driver.host": "127.0.0.1",
         }
         try:
-            context = self._spark.SparkContext(conf=self._spark.SparkConf().setAll(list(settings.items())))
+            context = self._spark.SparkContext(
+                conf=self._spark.SparkConf().setAll(list(settings.items()))
+            )
         except self._spark.errors.PySparkRuntimeError as error:
-            raise MissingModelError(f"Spark did not start; it needs Java 17 or later on the path ({error}).") from error
+            raise MissingModelError(
+                f"Spark did not start; it needs Java 17 or later on the path ({error})."
+            ) from error
         context.pythonExec = sys.executable  # workers of this very environment
         try:
             yield context, threads_per_process(self.processes)
@@ -222,7 +264,8 @@ class _Action:
         try:
             self._context.setJobGroup(self._group, "vilu")
             self._tasks.collect()
-        # not swallowed: an exception ends with its thread unless it is handed over; check() raises it in the driver's
+        # not swallowed: an exception ends with its thread unless it is handed over; check() raises
+        # it in the driver's
         except Exception as error:  # noqa: BLE001
             self._error = error
 
@@ -235,10 +278,14 @@ class _Action:
         """Make sure that all is well at the end."""
         if self._error is not None:
             lines = str(self._error).strip().splitlines() or [type(self._error).__name__]
-            reason = next((line for line in lines if "SparkException" in line), lines[0])  # of a long stack trace
+            reason = next(
+                (line for line in lines if "SparkException" in line), lines[0]
+            )  # of a long stack trace
             raise StorageError(f"Spark gave up: {reason} Finished parts are kept.") from self._error
         if arrived != expected:
-            raise StorageError(f"Spark ended with {arrived} receipts for {expected} parts. Finished parts are kept.")
+            raise StorageError(
+                f"Spark ended with {arrived} receipts for {expected} parts. Finished parts are kept."
+            )
 
     def cancel(self) -> None:
         """Stop what is still at work."""
@@ -271,5 +318,6 @@ def _run(held: Any, key: str, arrived: Any, part: int) -> None:  # noqa: ANN401 
             take_gpu(int(gpu.addresses[0]))
         _held.clear()
         _held[key] = Worker(held.value)
-        gc.freeze()  # PySpark collects garbage after every task, which takes 0.2 s where torch is imported
+        # PySpark collects garbage after every task, which takes 0.2 s where torch is imported
+        gc.freeze()
     arrived.add([_held[key].outcome(part)])

@@ -38,7 +38,8 @@ class Worker:
                 self._job = pickle.loads(self._payload)  # noqa: S301 - from our own driver
                 self._payload = b""
             return pickle.dumps(self._job.process(part))
-        # not swallowed: this is the end of a worker, and whatever it is travels as bytes to the driver, which raises it
+        # not swallowed: this is the end of a worker, and whatever it is travels as bytes to the
+        # driver, which raises it
         except Exception as error:  # noqa: BLE001
             return _pack(error)
 
@@ -56,7 +57,9 @@ def receipt_of(packed: bytes) -> Receipt:
 def pack_job(job: EmbedJob, threads: int) -> bytes:
     """The job, pickled, with this share of threads for tensors and for decoding where it does not say itself."""
     try:
-        return pickle.dumps(replace(job, threads=job.threads or threads, workers=job.workers or threads))
+        return pickle.dumps(
+            replace(job, threads=job.threads or threads, workers=job.workers or threads)
+        )
     except (pickle.PicklingError, TypeError, AttributeError) as error:
         raise UsageError(
             f"this job cannot go to other processes: {error}. Give the model by name (BackboneSpec), and a data set "
@@ -71,8 +74,8 @@ def _pack(error: Exception) -> bytes:
     try:
         packed = pickle.dumps(error)
         pickle.loads(packed)  # noqa: S301 - our own bytes; classes with other arguments than a message fail here
-    # pickling runs the __reduce__ and __init__ of a foreign class, which may raise anything; what the part itself
-    # raised is what counts, and still reaches the driver, as text
+    # pickling runs the __reduce__ and __init__ of a foreign class, which may raise anything; what
+    # the part itself raised is what counts, and still reaches the driver, as text
     except Exception:  # noqa: BLE001
         packed = pickle.dumps(RuntimeError("".join(traceback.format_exception(error))))
     return packed
@@ -96,7 +99,8 @@ def take_gpu(number: int) -> None:
 
 
 MAX_DEATHS = 5  # of processes over one part; a job sets a crashing part aside before that
-READY = b""  # what a worker says when it is up, and what the driver hears from a dead one: nothing to hand on
+# what a worker says when it is up, and what the driver hears from a dead one: nothing to hand on
+READY = b""
 GRACE = 5.0  # seconds that a worker has to die when told to
 
 logger = logging.getLogger(__name__)
@@ -105,8 +109,9 @@ logger = logging.getLogger(__name__)
 class LocalExecutor:
     """N processes, begun afresh ("spawn", so no thread or lock is lost in a fork), each with a pipe of its own.
 
-    Only part numbers and receipts travel. No lock is shared, so killing a worker harms nothing but the part under way,
-    which another process does again. When the driver dies, however it dies, its workers end at once.
+    Only part numbers and receipts travel. No lock is shared, so killing a worker harms nothing but
+    the part under way, which another process does again. When the driver dies, however it dies, its
+    workers end at once.
     """
 
     name = "local"
@@ -132,7 +137,9 @@ class _Process:
         self.part: int | None = None
         self.ready = False
         self.pipe, theirs = context.Pipe()
-        self.process: SpawnProcess = context.Process(target=_serve, args=(theirs, number), daemon=True)
+        self.process: SpawnProcess = context.Process(
+            target=_serve, args=(theirs, number), daemon=True
+        )
         try:
             self.process.start()
         finally:
@@ -190,7 +197,9 @@ class _Pool:
 
     def _assign(self) -> None:
         """Give parts to those who have none."""
-        for worker in [worker for worker in self.workers.values() if worker.ready and worker.part is None]:
+        for worker in [
+            worker for worker in self.workers.values() if worker.ready and worker.part is None
+        ]:
             if not self.waiting:
                 return
             worker.part = self.waiting.popleft()
@@ -220,7 +229,11 @@ class _Pool:
         if part is not None:
             self.waiting.appendleft(part)
         what = "before its first part" if part is None else f"in part {part}"
-        how = f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
+        how = (
+            f"signal {signal.Signals(-code).name}"
+            if code is not None and code < 0
+            else f"exit code {code}"
+        )
         logger.warning("worker %d ended %s with %s; another one goes on", worker.number, what, how)
         if self.deaths[part] >= MAX_DEATHS:
             hint = (
@@ -233,8 +246,12 @@ class _Pool:
 
 def _serve(pipe: Connection, number: int) -> None:
     """A worker: parts from the pipe, outcomes into it, until the driver closes it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the driver says what becomes of us
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # temporary files are removed on the way out
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C goes to the whole group; the driver says what becomes of us
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(1)
+    )  # temporary files are removed on the way out
     threading.Thread(target=end_with_driver, daemon=True).start()
     take_gpu(number)
     try:
@@ -268,14 +285,17 @@ class Rank:
     def __post_init__(self) -> None:
         rank, world = self.rank, self.world
         if not 0 <= rank < world:
-            raise UsageError(f"the rank must be from 0 to {world - 1} in a world of {world}. Got {rank}.")
+            raise UsageError(
+                f"the rank must be from 0 to {world - 1} in a world of {world}. Got {rank}."
+            )
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> Rank:
         """The rank that the environment tells.
 
-        ``RANK`` of ``WORLD_SIZE`` (torchrun) goes first. In Slurm, task ``SLURM_PROCID`` of ``SLURM_NTASKS`` in each
-        of the jobs of an array has the rank (number of its job) * ntasks + procid.
+        ``RANK`` of ``WORLD_SIZE`` (torchrun) goes first. In Slurm, task ``SLURM_PROCID`` of
+        ``SLURM_NTASKS`` in each of the jobs of an array has the rank (number of its job) * ntasks +
+        procid.
         """
         torchrun, task = (_pair(environment, *names) for names in PAIRS)
         if torchrun is not None:
@@ -294,7 +314,8 @@ class Rank:
 class RankExecutor:
     """Does the parts of this process's rank, here: those whose number leaves the remainder ``rank`` by ``world``.
 
-    Processes that see different parts missing, because one began later, so still never leave a gap between them.
+    Processes that see different parts missing, because one began later, so still never leave a gap
+    between them.
     """
 
     name = "rank"
@@ -331,11 +352,15 @@ def _array(environment: Mapping[str, str]) -> Rank | None:
     number, count, least = (_number(name, environment[name]) for name in ARRAY)
     step = _number("SLURM_ARRAY_TASK_STEP", environment.get("SLURM_ARRAY_TASK_STEP", "1"))
     if step < 1 or (number - least) % step:
-        raise UsageError(f"array task {number} is not in steps of {step} from {least}. Give the array as 0-N.")
+        raise UsageError(
+            f"array task {number} is not in steps of {step} from {least}. Give the array as 0-N."
+        )
     try:
         return Rank((number - least) // step, count)
     except UsageError as error:
-        raise UsageError(f"array task {number} is not among {count} from {least} on. Give the array as 0-N.") from error
+        raise UsageError(
+            f"array task {number} is not among {count} from {least} on. Give the array as 0-N."
+        ) from error
 
 
 def _number(name: str, text: str) -> int:
