@@ -22,10 +22,11 @@ from torch.nn import functional
 from benchmarks.floor import per_step, products
 from benchmarks.memory import peak_mb
 from vilu.embeddings.memory import PairEmbeddings
+from vilu.embeddings.rows import Rows
 from vilu.embeddings.similarity import TILE_CELLS, TILE_ROWS
 from vilu.predictors.nn.head import HIDDEN, FailureHead, attend
 from vilu.predictors.nn.losses import FailureWeight, bce_loss, weighted_bce
-from vilu.predictors.nn.train import HeadTrainer, Rows, TrainConfig
+from vilu.predictors.nn.train import HeadTrainer, TrainConfig
 
 D, SCALE, REPEATS = 512, 100.0, 5
 LARGE, LABELS, TIMED = 32_768, 8_192, 4_096

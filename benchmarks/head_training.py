@@ -20,9 +20,11 @@ import torch
 from benchmarks.contrast import Dense
 from benchmarks.floor import Shape, per_step, products
 from vilu.embeddings.memory import Embeddings
+from vilu.embeddings.rows import Rows
 from vilu.predictors.nn.head import HIDDEN, FailureHead, texts_first
 from vilu.predictors.nn.losses import FailureWeight, bce_loss, weighted_bce
-from vilu.predictors.nn.train import HeadTrainer, Rows, TrainConfig
+from vilu.predictors.nn.processes import World
+from vilu.predictors.nn.train import HeadTrainer, TrainConfig, with_answers
 
 D, N, REPEATS = 512, 8_192, 5
 
@@ -71,10 +73,8 @@ def training(data: Embeddings, b: int, precision: str, device: str = "cpu") -> C
     torch.manual_seed(0)
     trainer = HeadTrainer(FailureHead(D), bce_loss(FailureWeight("batch", 0.9)), config)
     trainer.thaw()
-    rows, generator = (
-        Rows(data, torch.arange(N)).answered(config.device),
-        torch.Generator().manual_seed(0),
-    )
+    rows = with_answers(Rows(data, torch.arange(N)), config.device, World())
+    generator = torch.Generator().manual_seed(0)
 
     trainer.begin_steps(rows, b)
 

@@ -23,9 +23,10 @@ from benchmarks.encode_rates import IMAGES, named, seconds
 from vilu.backbones.catalog import NAMED
 from vilu.datasets.known import KNOWN
 from vilu.embeddings.memory import Embeddings
+from vilu.embeddings.rows import Rows
 from vilu.predictors.nn.head import FailureHead
 from vilu.predictors.nn.losses import FailureWeight, bce_loss
-from vilu.predictors.nn.train import HeadTrainer, Rows, TrainConfig
+from vilu.predictors.nn.train import HeadTrainer, TrainConfig
 
 D, BATCH, EPOCHS, REPEATS = 512, 1024, 300, 3
 BACKBONE = "clip-vit-b32"

@@ -21,11 +21,11 @@ from vilu.benchmark.run import run_all
 from vilu.benchmark.stores import find_stores
 from vilu.embeddings.checks import hash_names
 from vilu.embeddings.pairs import Pools, PseudoCaptions
+from vilu.embeddings.rows import Rows
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.errors import UsageError
 from vilu.predictors.base import FailurePredictor, Learnt
 from vilu.predictors.init import initialise
-from vilu.predictors.nn.train import Rows
 from vilu.store.embed import embed
 from vilu.store.reader import open_source
 

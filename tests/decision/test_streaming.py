@@ -23,6 +23,7 @@ from vilu.decision.score import Decider, predictor_fingerprint, score_parts, sou
 from vilu.decision.score_folder import Counts, ScoreFolder, ScorePart, ScoreRun
 from vilu.embeddings.memory import Embeddings, PairEmbeddings
 from vilu.embeddings.pairs import Pools
+from vilu.embeddings.rows import SCORING_BATCH
 from vilu.errors import (
     BusyError,
     DataError,
@@ -36,7 +37,6 @@ from vilu.files.documents import read_document, write_json
 from vilu.metrics import METRICS, histogram
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors import PREDICTORS
-from vilu.predictors.nn.train import SCORING_BATCH
 from vilu.predictors.storage import load
 from vilu.progress import Silence, reporting
 from vilu.store.embed import embed

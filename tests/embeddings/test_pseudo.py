@@ -12,6 +12,7 @@ from tests.conftest import toy_embeddings, toy_pairs, variant
 from vilu import PREDICTORS
 from vilu.embeddings.memory import Embeddings, PairEmbeddings
 from vilu.embeddings.pairs import Pools, PseudoCaptions
+from vilu.embeddings.rows import Rows
 from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.metrics import auroc
 from vilu.predictors.labelled import (
@@ -21,7 +22,6 @@ from vilu.predictors.labelled import (
     whole_groups,
     with_failures,
 )
-from vilu.predictors.nn.train import Rows
 
 
 def animals(

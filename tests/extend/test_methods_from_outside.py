@@ -21,12 +21,12 @@ from tests.builders.bench_fakes import benchmark, config, make_stores
 from tests.contract import test_predictors as contract
 from vilu import registry
 from vilu.embeddings.memory import Embeddings
+from vilu.embeddings.rows import Rows
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.errors import DataError, UsageError
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors import FailurePredictor
 from vilu.predictors.base import Learnt, own_graph
-from vilu.predictors.nn.train import Rows
 from vilu.predictors.onnx import export_onnx
 from vilu.report.page.build import report_page
 

@@ -17,6 +17,7 @@ from tests.conftest import toy_embeddings, toy_pairs
 from tests.e2e.ddp_worker import QUICK, Brake, Stop, stop
 from vilu.embeddings.memory import PairEmbeddings
 from vilu.embeddings.pairs import Pools
+from vilu.embeddings.rows import Rows
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import BusyError, DataError, ProvenanceError, UsageError
 from vilu.files.documents import write_json
@@ -32,7 +33,7 @@ from vilu.predictors.nn.checkpoint import (
     unpack,
 )
 from vilu.predictors.nn.processes import Group, World
-from vilu.predictors.nn.train import HeadTrainer, Rows, TrainConfig
+from vilu.predictors.nn.train import HeadTrainer, TrainConfig
 from vilu.progress import reporting
 
 ROOT = Path(__file__).resolve().parents[2]

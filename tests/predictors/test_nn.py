@@ -14,6 +14,7 @@ from torch.nn import functional
 
 import vilu
 from tests.conftest import toy_embeddings, toy_pairs
+from vilu.embeddings.rows import Rows
 from vilu.embeddings.similarity import TILE_CELLS, ZeroShot, zero_shot
 from vilu.embeddings.source import Batch
 from vilu.errors import DataError, UsageError
@@ -25,17 +26,18 @@ from vilu.predictors.nn.losses import (
     weighted_bce,
     weighted_mse,
 )
+from vilu.predictors.nn.processes import World
 from vilu.predictors.nn.train import (
     Descent,
     HeadTrainer,
     Plan,
-    Rows,
     TrainConfig,
     auroc_standard_error,
     default_batch,
     default_epochs,
     few_epochs,
     schedule,
+    with_answers,
 )
 
 CONFIG = TrainConfig(
@@ -387,7 +389,7 @@ def test_answers_of_fixed_classes_are_computed_once_a_fit(
 
 def test_answers_computed_once_are_those_of_the_rows() -> None:
     data, device = toy_embeddings(), torch.device("cpu")
-    rows = Rows(data, torch.arange(500, 20, -3)).answered(device)
+    rows = with_answers(Rows(data, torch.arange(500, 20, -3)), device, World())
     for batch in rows.steps(32, torch.Generator().manual_seed(0)):
         known, again = (
             batch.rows(slice(3, 9)).to(device).zero_shot,
@@ -398,7 +400,7 @@ def test_answers_computed_once_are_those_of_the_rows() -> None:
                 ours, fresh, atol=1e-5
             )  # float32 sums of 16 products up to 20, in another block
     assert (
-        Rows(toy_pairs(), torch.arange(64)).answered(device).answers is None
+        with_answers(Rows(toy_pairs(), torch.arange(64)), device, World()).answers is None
     )  # another pool, another answer
 
 

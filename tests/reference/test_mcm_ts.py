@@ -13,10 +13,10 @@ import vilu
 from tests.builders.logit_rows import batch_of
 from tests.conftest import toy_embeddings, toy_pairs, variant
 from vilu.embeddings.memory import Embeddings
+from vilu.embeddings.rows import Rows
 from vilu.embeddings.source import EmbeddingSource
 from vilu.predictors import fitted
 from vilu.predictors.fitted import MCMTS, calibration_errors, golden_section, likelihood_terms
-from vilu.predictors.nn.train import Rows
 
 CPU = torch.device("cpu")
 

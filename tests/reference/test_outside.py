@@ -12,12 +12,12 @@ from sklearn.linear_model import LogisticRegression, Ridge
 import vilu
 from tests.conftest import toy_embeddings, toy_pairs, variant
 from vilu import OUTSIDE, PREDICTORS, Embeddings, ViLUPlus
+from vilu.embeddings.rows import Rows
 from vilu.embeddings.source import Batch
 from vilu.errors import DataError, UsageError
 from vilu.metrics import auroc
 from vilu.predictors.base import NotExportable
 from vilu.predictors.labelled import with_outside
-from vilu.predictors.nn.train import Rows
 from vilu.predictors.outside import (
     Margins,
     Outside,

@@ -13,11 +13,12 @@ from torch import nn
 
 from tests.conftest import toy_embeddings, toy_pairs
 from vilu.embeddings.memory import PairEmbeddings
+from vilu.embeddings.rows import Rows
 from vilu.embeddings.source import Batch
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError
 from vilu.predictors.heads.networks import PVU, ImageNetwork, ranking_loss
-from vilu.predictors.nn.train import AdamWConfig, Rows, default_epochs, few_epochs, train_adamw
+from vilu.predictors.nn.train import AdamWConfig, default_epochs, few_epochs, train_adamw
 
 CONFIG = AdamWConfig(
     epochs=3,

@@ -12,9 +12,9 @@ import vilu
 from tests.conftest import toy_embeddings
 from vilu import PREDICTORS
 from vilu.embeddings.memory import Embeddings
+from vilu.embeddings.rows import Rows
 from vilu.errors import DataError, UsageError
 from vilu.predictors import labelled as folds
-from vilu.predictors.nn.train import Rows
 from vilu.predictors.stacking import Stacking
 
 MEMBERS = ("mcm", "max_logit", "knn_vote", "linear_probe", "mahalanobis")

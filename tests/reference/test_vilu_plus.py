@@ -18,6 +18,7 @@ import vilu
 from tests.conftest import toy_embeddings, toy_pairs, variant
 from vilu.benchmark.data import without_labels
 from vilu.embeddings.memory import Embeddings
+from vilu.embeddings.rows import Rows
 from vilu.errors import DataError
 from vilu.predictors.heads.vilu_plus import POOL_SD, ViLUPlus, fit_pool
 from vilu.predictors.nn.attention import (
@@ -35,7 +36,6 @@ from vilu.predictors.nn.attention import (
     held_out_share,
 )
 from vilu.predictors.nn.experts import Memory
-from vilu.predictors.nn.train import Rows
 
 CPU = torch.device("cpu")
 VARIANCE, SHARING = 10.0, 0.5

@@ -14,6 +14,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 import vilu
 from tests.conftest import toy_embeddings, variant, without_words
 from vilu.embeddings.memory import Embeddings
+from vilu.embeddings.rows import Rows
 from vilu.errors import ProvenanceError
 from vilu.metrics import auroc
 from vilu.predictors.heads.vilu_zero import (
@@ -26,7 +27,6 @@ from vilu.predictors.heads.vilu_zero import (
     presence,
     sufficiency,
 )
-from vilu.predictors.nn.train import Rows
 
 CPU = torch.device("cpu")
 

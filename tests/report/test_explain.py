@@ -14,9 +14,9 @@ import vilu
 from tests.conftest import toy_embeddings, toy_pairs, without_words
 from vilu.embeddings.memory import Embeddings
 from vilu.embeddings.pairs import Pools
+from vilu.embeddings.rows import SCORING_BATCH
 from vilu.errors import DataError, NotFittedError, ProvenanceError, UsageError
 from vilu.predictors.bank import search
-from vilu.predictors.nn.train import SCORING_BATCH
 from vilu.report.explain.competitors import strongest_competitor
 from vilu.report.explain.explain import Depth
 

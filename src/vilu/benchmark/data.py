@@ -31,12 +31,12 @@ from vilu.benchmark.stores import Part, evenly_spaced
 from vilu.decision.score import source_fingerprint
 from vilu.embeddings.checks import STATUS, VALID
 from vilu.embeddings.pairs import Pools, PseudoCaptions
+from vilu.embeddings.rows import SCORING_BATCH
 from vilu.embeddings.source import EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.embeddings.two_models import TwoModels
 from vilu.errors import UNKNOWN, DataError, ProvenanceError
 from vilu.files.documents import digest
-from vilu.predictors.nn.train import SCORING_BATCH
 from vilu.predictors.rows import overlap
 from vilu.store.reader import CaptionStore, EmbeddingStore, open_source
 

@@ -24,6 +24,7 @@ from vilu.decision.score_folder import ScoreFolder, ScoreLedger, ScoreManifest, 
 from vilu.device import as_usual
 from vilu.embeddings.checks import STATUS, VALID
 from vilu.embeddings.pairs import PairSource
+from vilu.embeddings.rows import SCORING_BATCH
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.embeddings.two_models import TwoModels
 from vilu.errors import UNKNOWN, DataError, UsageError, checked, require_at_least
@@ -31,7 +32,6 @@ from vilu.files.documents import digest
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.base import FailurePredictor
-from vilu.predictors.nn.train import SCORING_BATCH
 from vilu.predictors.outside import SeesOutside
 from vilu.predictors.record import describe, seen_tensors
 from vilu.predictors.rows import candidates_of, counted, same_candidates, scored_of

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vilu.device import as_usual, each_as_usual, resolve_device
 from vilu.embeddings.columns import HOW, SECOND
+from vilu.embeddings.rows import SCORING_BATCH, Rows
 from vilu.embeddings.similarity import cached_rows
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.embeddings.source import log_posterior as zero_shot_log_posterior
@@ -34,7 +35,7 @@ from vilu.predictors.labelled import (
     warn_few,
 )
 from vilu.predictors.nn.head import Graph, with_weights
-from vilu.predictors.nn.train import SCORING_BATCH, AdamWConfig, Rows, TrainConfig
+from vilu.predictors.nn.train import AdamWConfig, TrainConfig
 from vilu.predictors.parameters import (
     check_parameters,
     get_params,

@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vilu.embeddings.columns import SECOND
+from vilu.embeddings.rows import SCORING_BATCH, Rows
 from vilu.embeddings.similarity import Others, float64
 from vilu.embeddings.source import Batch, EmbeddingSource, log_posterior
 from vilu.embeddings.space import EmbeddingSpace
@@ -23,7 +24,6 @@ from vilu.errors import UsageError
 from vilu.predictors.bank.classes import ClosedSet
 from vilu.predictors.base import CLASSES, FailurePredictor, Learnt, own_graph
 from vilu.predictors.labelled import Needs, class_texts, failure_log_odds
-from vilu.predictors.nn.train import SCORING_BATCH, Rows
 
 LIMIT = math.log(100.0)  # largest |log m|; an optimum outside is one that any data set would doubt
 BINS = 15

@@ -10,12 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vilu.embeddings.rows import SCORING_BATCH
 from vilu.embeddings.similarity import TILE_CELLS
 from vilu.embeddings.source import Batch
 from vilu.predictors.labelled import failure_log_odds, with_outside
 from vilu.predictors.nn.experts import Pooled
 from vilu.predictors.nn.head import FailureHead
-from vilu.predictors.nn.train import SCORING_BATCH
 
 
 class NoAttribution(Exception):  # noqa: N818 - an answer, not an error

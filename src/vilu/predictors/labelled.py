@@ -14,11 +14,11 @@ from torch.nn import functional
 
 from vilu.embeddings.checks import SHORT_POOL
 from vilu.embeddings.pairs import PairSource
+from vilu.embeddings.rows import SCORING_BATCH, Rows
 from vilu.embeddings.similarity import Others, float64
 from vilu.embeddings.source import SAME_TEXT, Batch, EmbeddingSource
 from vilu.errors import UNKNOWN, DataError
 from vilu.predictors.nn.processes import current_world
-from vilu.predictors.nn.train import SCORING_BATCH, Rows
 from vilu.predictors.rows import overlap
 
 MAX_UNUSABLE = 0.01

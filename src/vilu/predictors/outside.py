@@ -19,10 +19,10 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
+from vilu.embeddings.rows import SCORING_BATCH, Rows
 from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch
 from vilu.predictors.base import FailurePredictor
-from vilu.predictors.nn.train import SCORING_BATCH, Rows
 
 NEGATIVES = "negatives"  # the column of everyday words
 

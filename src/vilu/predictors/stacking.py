@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from vilu.embeddings.rows import SCORING_BATCH, Rows
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, UsageError
@@ -16,7 +17,6 @@ from vilu.predictors.base import CONSTANT, FailurePredictor, Learnt
 from vilu.predictors.catalogue import find_method
 from vilu.predictors.fitted import WithSecondModel
 from vilu.predictors.labelled import cross_fitting
-from vilu.predictors.nn.train import SCORING_BATCH, Rows
 from vilu.predictors.parameters import parameters
 
 FREE = (

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from vilu.datasets.base import ImageDataset
 from vilu.datasets.images import BadImage, read_image
 from vilu.device import as_usual
+from vilu.embeddings.rows import SCORING_BATCH
 from vilu.embeddings.source import EmbeddingSource, TakenIds
 from vilu.errors import UNKNOWN, DataError, UsageError, checked
 from vilu.extras import import_extra
@@ -24,7 +25,6 @@ from vilu.files.tables import write_table
 from vilu.metrics.counts import Floats
 from vilu.predictors import ViLUPlus
 from vilu.predictors.base import FailurePredictor
-from vilu.predictors.nn.train import SCORING_BATCH
 from vilu.progress import track
 from vilu.report import figures, style
 from vilu.report.figures import Photo

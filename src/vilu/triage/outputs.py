@@ -21,11 +21,11 @@ from vilu.decision.anytime import log_evidence
 from vilu.decision.score import ACCEPT, OUTSIDE_REASON
 from vilu.decision.thresholds import exactly, percent
 from vilu.device import as_usual
+from vilu.embeddings.rows import SCORING_BATCH
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import UsageError, checked, require_between
 from vilu.files.disk import atomic_write, locked, make_folder, or_refuse, write_text
 from vilu.files.tables import write_table
-from vilu.predictors.nn.train import SCORING_BATCH
 from vilu.report.page.build import find_template, render
 from vilu.report.page.gallery import thumbnails
 from vilu.triage.ask import LABELLED, REVIEW, Decision, decision_of, write_next

@@ -12,13 +12,13 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from vilu.embeddings.rows import Rows
 from vilu.embeddings.similarity import float64, nearest
 from vilu.embeddings.source import SAME_TEXT, Batch, EmbeddingSource
 from vilu.errors import ProvenanceError
 from vilu.predictors.bank.search import Count, draw_rows, gather, labels
 from vilu.predictors.base import CLASSES, FailurePredictor, Learnt
 from vilu.predictors.labelled import class_texts, failure_log_odds
-from vilu.predictors.nn.train import Rows
 
 
 @dataclasses.dataclass

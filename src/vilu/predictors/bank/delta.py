@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from vilu.embeddings.rows import Rows
 from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.predictors.bank.classes import ClosedSet
@@ -23,7 +24,6 @@ from vilu.predictors.bank.gaussians import (
 from vilu.predictors.bank.search import Count, draw_rows, gather, labels, nearest, squared_distance
 from vilu.predictors.base import CLASSES, Learnt
 from vilu.predictors.labelled import Needs, class_texts
-from vilu.predictors.nn.train import Rows
 
 MarginWeight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 NO_CAPTIONS = "it compares images answered rightly and wrongly, and other captions would make other ones wrong"

@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from vilu.embeddings.rows import SCORING_BATCH, Rows
 from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.predictors.bank.classes import ClosedSet
@@ -18,7 +19,6 @@ from vilu.predictors.bank.search import Count, image_blocks, labels
 from vilu.predictors.base import CLASSES, Learnt
 from vilu.predictors.bayesvlm import last_layer
 from vilu.predictors.labelled import class_texts
-from vilu.predictors.nn.train import SCORING_BATCH, Rows
 
 Blocks = Callable[[Rows], Iterator[tuple[slice, Tensor]]]
 """Rows -> positions and images (b, D), block by block; ``image_blocks``: those of unit norm."""

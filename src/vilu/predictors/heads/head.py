@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from vilu.device import as_usual, seeded
+from vilu.embeddings.rows import Rows
 from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
@@ -22,7 +23,7 @@ from vilu.predictors.labelled import fit_and_selection
 from vilu.predictors.nn.checkpoint import current_session, data_fingerprint, text_fingerprint
 from vilu.predictors.nn.head import HIDDEN, FailureHead, with_weights
 from vilu.predictors.nn.losses import LOSSES, FailureWeight, adaptive_weight
-from vilu.predictors.nn.train import HeadTrainer, Rows, TrainConfig
+from vilu.predictors.nn.train import HeadTrainer, TrainConfig
 from vilu.predictors.parameters import parameters
 from vilu.predictors.rows import join
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vilu.device import seeded
+from vilu.embeddings.rows import Rows
 from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource, log_posterior
 from vilu.embeddings.space import EmbeddingSpace
@@ -23,7 +24,7 @@ from vilu.predictors.base import FailurePredictor, Learnt, own_graph
 from vilu.predictors.heads.head import Count, NonNegative, Positive, Widths
 from vilu.predictors.labelled import Needs
 from vilu.predictors.nn.head import Graph
-from vilu.predictors.nn.train import AdamWConfig, Rows, default_epochs, train_adamw
+from vilu.predictors.nn.train import AdamWConfig, default_epochs, train_adamw
 
 
 @dataclasses.dataclass

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from vilu.embeddings.rows import Rows
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.predictors.base import Learnt
@@ -16,7 +17,6 @@ from vilu.predictors.games import Game, HeadGame, NoAttribution
 from vilu.predictors.heads.head import Count, HeadPredictor, head_game, head_graph
 from vilu.predictors.labelled import Needs, fit_and_selection
 from vilu.predictors.nn.head import Dropout, FailureHead
-from vilu.predictors.nn.train import Rows
 from vilu.predictors.parameters import parameters
 
 

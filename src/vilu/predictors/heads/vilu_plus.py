@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vilu.device import seeded
+from vilu.embeddings.rows import SCORING_BATCH, Rows
 from vilu.embeddings.similarity import float64, nearest
 from vilu.embeddings.source import SAME_TEXT, Batch, EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
@@ -31,14 +32,7 @@ from vilu.predictors.nn.attention import (
     fit_attention,
 )
 from vilu.predictors.nn.experts import Adapter, Experts, Memory, pool
-from vilu.predictors.nn.train import (
-    SCORING_BATCH,
-    AdamWConfig,
-    Rows,
-    default_batch,
-    few_epochs,
-    train_adamw,
-)
+from vilu.predictors.nn.train import AdamWConfig, default_batch, few_epochs, train_adamw
 from vilu.predictors.outside import NEGATIVES, Outside, SeesOutside, learn_outside
 
 POOL_SD = 0.2

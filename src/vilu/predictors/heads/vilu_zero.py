@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from vilu.embeddings.rows import SCORING_BATCH, Rows
 from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.predictors.bank.classes import ClosedSet
@@ -24,7 +25,6 @@ from vilu.predictors.games import Game, PoolGame
 from vilu.predictors.labelled import FEW, class_texts, failure_log_odds, with_outside
 from vilu.predictors.nn.attention import Start
 from vilu.predictors.nn.experts import Pooled
-from vilu.predictors.nn.train import SCORING_BATCH, Rows
 from vilu.predictors.outside import NEGATIVES, Outside, SeesOutside, from_words
 
 EM_ROWS = 20_000

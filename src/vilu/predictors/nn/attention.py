@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vilu.embeddings.rows import SCORING_BATCH, Rows
 from vilu.embeddings.similarity import MAX_CELLS, nearest
 from vilu.embeddings.source import SAME_TEXT, Batch
-from vilu.predictors.nn.train import SCORING_BATCH, Rows
 
 TEMPERATURE_SD = 0.5
 """Prior standard deviation of the log of the zero-shot temperature, around zero."""

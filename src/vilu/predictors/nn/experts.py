@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vilu.embeddings.rows import Rows
 from vilu.embeddings.similarity import CACHED_CELLS, cached_rows, float64, row_blocks
 from vilu.embeddings.source import Batch
 from vilu.predictors.nn.attention import FEATURES, ImageInputs, Match, SupervisedAttention
-from vilu.predictors.nn.train import Rows
 
 RIDGE = 0.1
 GAIN = 8.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
+from vilu.embeddings.rows import SCORING_BATCH, Rows
 from vilu.embeddings.similarity import TILE_CELLS, ZeroShot
-from vilu.embeddings.source import Batch, EmbeddingSource
+from vilu.embeddings.source import Batch
 from vilu.errors import DataError, UsageError
 from vilu.metrics import auroc
 from vilu.predictors.nn.checkpoint import History, Keeper, Position, Stateful, load, pack, unpack
@@ -86,73 +87,22 @@ class Plan:
 Loss = Callable[[Batch, Tensor], Tensor]
 """(batch, failure logits (B,)) -> scalar, a mean over the batch."""
 
-SCORING_BATCH = 4_096
 
-
-@dataclass(frozen=True)
-class Rows:
-    """Some rows of a source, and what else a fit may look at.
-
-    Attributes:
-        source: That they are of.
-        index: (M,) int64 positions in it.
-        columns: Names of those that batches bring along.
-        unlabelled: Rows of the same kind without labels.
-        examples: (E,) int64 positions of rows of none of the classes; None: all in the source that
-            are known to be.
-        answers: (N,) zero-shot answers of all rows of the source, where ``answered`` has computed
-            them of these.
-    """
-
-    source: EmbeddingSource
-    index: Tensor
-    columns: tuple[str, ...] = ()
-    unlabelled: EmbeddingSource | None = None
-    examples: Tensor | None = None
-    answers: ZeroShot | None = None
-
-    @property
-    def outside(self) -> Tensor:
-        """(E,) int64 ``examples``, the usable ones."""
-        usable = self.source.usable_rows
-        return usable[self.source.outside[usable]] if self.examples is None else self.examples
-
-    def batches(self, size: int) -> Iterator[Batch]:
-        """The rows in order, in batches whose logits fit into memory (``EmbeddingSource.batches``)."""
-        return map(
-            self._with_answers, self.source.batches(size, rows=self.index, columns=self.columns)
-        )
-
-    def steps(
-        self, size: int, generator: torch.Generator | None = None, first: int = 0
-    ) -> Iterator[Batch]:
-        """Batches of one training step each, in order or, with a generator, shuffled; from step ``first`` on."""
-        order = self.index if generator is None else self.source.shuffled(self.index, generator)
-        done = first * (self.source.pool_size or size)
-        return map(
-            self._with_answers, self.source.steps(size, rows=order[done:], columns=self.columns)
-        )
-
-    def answered(self, device: torch.device) -> Rows:
-        """With the answers of shared candidates, which so are computed once a fit; pools have others in every pass."""
-        if self.source.pool_size is not None or self.answers is not None:
-            return self
-        world, found = current_world(), []
-        for batch in self.batches(SCORING_BATCH):
-            mine = batch.rows(world.mine(len(batch.index))).to(device).zero_shot
-            found.append([world.gather(part).cpu() for part in mine])
-        places = (torch.cat(parts) for parts in zip(*found, strict=True))
-        of_all = (
-            part.new_zeros(len(self.source)).index_put((self.index,), part) for part in places
-        )
-        return replace(self, answers=ZeroShot(*of_all))
-
-    def _with_answers(self, batch: Batch) -> Batch:
-        return (
-            batch
-            if self.answers is None
-            else batch.answered(ZeroShot(*(part[batch.index] for part in self.answers)))
-        )
+def with_answers(rows: Rows, device: torch.device, world: World) -> Rows:
+    """The rows with the answers of shared candidates, computed once a fit; pools have others in every pass."""
+    if rows.source.pool_size is not None or rows.answers is not None:
+        return rows
+    parts = []
+    for batch in rows.batches(SCORING_BATCH):
+        share = batch.rows(world.mine(len(batch.index)))
+        zero_shot = share.to(device).zero_shot
+        parts.append([world.gather(values).cpu() for values in zero_shot])
+    fields = []
+    for blocks in zip(*parts, strict=True):
+        values = torch.cat(blocks)
+        of_all = values.new_zeros(len(rows.source))
+        fields.append(of_all.index_put((rows.index,), values))
+    return replace(rows, answers=ZeroShot(*fields))
 
 
 @dataclass(frozen=True)
@@ -347,8 +297,8 @@ class HeadTrainer:
         config, size = self.config, self.config.batch_size or default_batch(len(train.index))
         require_shares(train.source.pool_size or size, self.world)
         train, validation = (
-            train.answered(config.device),
-            validation and validation.answered(config.device),
+            with_answers(train, config.device, self.world),
+            validation and with_answers(validation, config.device, self.world),
         )
         steps = steps_per_epoch(train, size)
         plan = Plan.of(steps, config.epochs, config.warmup_epochs, config.freeze_epochs)

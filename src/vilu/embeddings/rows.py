@@ -1,0 +1,67 @@
+"""Some rows of a source, and how many of them are scored together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vilu.embeddings.similarity import ZeroShot
+from vilu.embeddings.source import Batch, EmbeddingSource
+
+SCORING_BATCH = 4_096
+"""Rows that are scored together."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a source, and what else a fit may look at.
+
+    Attributes:
+        source: That they are of.
+        index: (M,) int64 positions in it.
+        columns: Names of those that batches bring along.
+        unlabelled: Rows of the same kind without labels.
+        examples: (E,) int64 positions of rows of none of the classes; None: all in the source that
+            are known to be.
+        answers: (N,) zero-shot answers of all rows of the source, where they were computed before
+            (``vilu.predictors.nn.train.with_answers``).
+    """
+
+    source: EmbeddingSource
+    index: Tensor
+    columns: tuple[str, ...] = ()
+    unlabelled: EmbeddingSource | None = None
+    examples: Tensor | None = None
+    answers: ZeroShot | None = None
+
+    @property
+    def outside(self) -> Tensor:
+        """(E,) int64 ``examples``, the usable ones."""
+        usable = self.source.usable_rows
+        return usable[self.source.outside[usable]] if self.examples is None else self.examples
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """The rows in order, in batches whose logits fit into memory (``EmbeddingSource.batches``)."""
+        return map(
+            self._with_answers, self.source.batches(size, rows=self.index, columns=self.columns)
+        )
+
+    def steps(
+        self, size: int, generator: torch.Generator | None = None, first: int = 0
+    ) -> Iterator[Batch]:
+        """Batches of one training step each, in order or, with a generator, shuffled; from step ``first`` on."""
+        order = self.index if generator is None else self.source.shuffled(self.index, generator)
+        done = first * (self.source.pool_size or size)
+        return map(
+            self._with_answers, self.source.steps(size, rows=order[done:], columns=self.columns)
+        )
+
+    def _with_answers(self, batch: Batch) -> Batch:
+        return (
+            batch
+            if self.answers is None
+            else batch.answered(ZeroShot(*(part[batch.index] for part in self.answers)))
+        )
