@@ -18,8 +18,8 @@ import numpy as np
 from scipy import special
 
 from vilu.metrics.bootstrap import bootstrap_interval
-from vilu.metrics.calibration import BinnedError, Binning, ece_kernel
 from vilu.metrics.counts import Floats, TieCounts, tie_counts
+from vilu.metrics.reliability import BinnedError, Binning, ece_kernel
 
 SIZES = (60, 180, 1000, 10_000)
 MANY = 1_000_000

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import vilu
-from vilu.decision.selection import select
+from vilu.calibration.selection import select
 from vilu.metrics import coverage_at_risk
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes

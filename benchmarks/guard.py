@@ -22,10 +22,10 @@ from vilu.backbones.zeroshot import class_texts
 from vilu.cli.demo import PROMPT_NAMES
 from vilu.datasets.images import decode_image
 from vilu.embeddings.memory import Embeddings
+from vilu.guard.guard import Guard
 from vilu.predictors import ViLUPlus
 from vilu.predictors.vocabulary import Vocabulary
 from vilu.store.job import BackboneSpec
-from vilu.triage.guard import Guard
 
 TURNS = 5
 

@@ -46,8 +46,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from vilu.decision.anytime import BETS, Looks, grid_of, level_of
-from vilu.decision.calibrate import calibrate
+from vilu.calibration.anytime import BETS, Looks, grid_of, level_of
+from vilu.calibration.rules import calibrate
 from vilu.embeddings.source import EmbeddingSource
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes

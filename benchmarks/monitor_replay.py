@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import vilu
-from vilu.decision.monitor_mapie import MapieMonitor
+from vilu.calibration.monitor.monitor_mapie import MapieMonitor
 from vilu.metrics.counts import Ints
 
 N_CALIBRATION, N_BEFORE, N_AFTER = 3000, 1500, 1500

@@ -225,7 +225,7 @@ def main() -> None:
     paths = sorted(path for path in given.images.rglob("*") if path.is_file())[: given.n]
     images = [path.read_bytes() for path in paths]
     os.sched_setaffinity(0, {0})
-    from vilu.triage.guard import Guard
+    from vilu.guard.guard import Guard
 
     guard, rates = Guard(given.predictor, workers=1), list[float]()
     for _ in range(3):

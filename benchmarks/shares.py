@@ -27,8 +27,8 @@ import numpy as np
 
 import vilu
 from benchmarks.thresholds import PREDICTORS, Rate
-from vilu.decision.calibrate import Selector, interval
-from vilu.decision.thresholds import METHODS, lower_bound, upper_bound
+from vilu.calibration.rules import Selector, interval
+from vilu.calibration.thresholds import METHODS, lower_bound, upper_bound
 from vilu.metrics.counts import Floats, Ints, tie_counts
 from vilu.outcomes.outcomes import Outcomes
 

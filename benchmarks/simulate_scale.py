@@ -26,8 +26,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from vilu.files.disk import LOG
-from vilu.files.documents import read_log
+from vilu.artifacts.disk import LOG
+from vilu.artifacts.documents import read_log
 
 ATTEMPTS = 3
 """Deaths in a part before it is set aside (``vilu.store.job.MAX_ATTEMPTS``)."""

@@ -73,8 +73,8 @@ class AnonymousPeak(threading.Thread):
 def child(data: str, small: str, out: str, method: str) -> None:
     """Fit on a few rows, note the memory, score and evaluate all, and print figures as JSON."""
     import vilu
-    from vilu.decision.score import score_parts
     from vilu.embeddings.pairs import Pools
+    from vilu.scoring.score import score_parts
     from vilu.store.reader import open_source
 
     pools = Pools(POOL, seed=None)
@@ -116,10 +116,10 @@ def child(data: str, small: str, out: str, method: str) -> None:
 
 def errors(out: Path) -> dict[str, float]:
     """Histogram against all rows at once."""
-    from vilu.decision.score_folder import ScoreFolder
-    from vilu.files.tables import read_table
+    from vilu.artifacts.tables import read_table
     from vilu.metrics import METRICS as KNOWN
     from vilu.metrics.counts import tie_counts
+    from vilu.scoring.score_folder import ScoreFolder
 
     folder = ScoreFolder(out / "all")
     tables = [read_table(out / "all" / part.scores, ())[0] for part in folder.run.parts]

@@ -4,7 +4,7 @@ Mean coverage of the certified threshold over 150 calibrations of seven simulate
 several beginnings (shares of the calibration rows, with their shares of delta). One list of
 beginnings has to do for all: predictors whose most trusted answers hold some wrong ones, those that
 reach the target at a small coverage only, and models that are good enough as a whole.
-``vilu.decision.thresholds.STARTS`` and ``WHOLE`` are in use.
+``vilu.calibration.thresholds.STARTS`` and ``WHOLE`` are in use.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from unittest import mock
 import numpy as np
 from scipy import special
 
-from vilu.decision import thresholds
+from vilu.calibration import thresholds
 from vilu.metrics.counts import Floats, tie_counts
 
 DRAWS, DELTA = 150, 0.05

@@ -13,7 +13,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "vilu"
 
-BASE = {"errors", "files", "text", "progress", "device", "extras", "registry"}
+BASE = {"errors", "artifacts", "text", "progress", "device", "extras", "registry"}
+GROUND = BASE | {"embeddings", "metrics"}
+SOURCES = GROUND | {"datasets", "backbones", "store"}
+DECIDING = SOURCES | {"outcomes", "predictors", "scoring", "calibration"}
 MAY_IMPORT = {
     **dict.fromkeys(BASE - {"registry"}, BASE),
     "registry": BASE,
@@ -23,23 +26,13 @@ MAY_IMPORT = {
     "backbones": BASE | {"embeddings"},
     "store": BASE | {"embeddings", "datasets", "backbones"},
     "outcomes": BASE | {"metrics"},
-    "predictors": BASE | {"embeddings", "metrics", "backbones"},
-    "decision": BASE | {"embeddings", "metrics", "store", "outcomes", "predictors"},
-    "report": BASE | {"embeddings", "metrics", "datasets", "outcomes", "predictors", "decision"},
-    "triage": BASE
-    | {
-        "embeddings",
-        "metrics",
-        "datasets",
-        "backbones",
-        "store",
-        "outcomes",
-        "predictors",
-        "decision",
-        "report",
-    },
-    "service": BASE
-    | {"embeddings", "store", "datasets", "outcomes", "predictors", "decision", "triage"},
+    "predictors": GROUND | {"backbones"},
+    "scoring": GROUND | {"store", "outcomes", "predictors", "calibration"},
+    "calibration": GROUND | {"store", "outcomes", "predictors", "scoring"},
+    "report": DECIDING - {"store", "backbones"},
+    "guard": DECIDING,
+    "triage": DECIDING | {"report", "guard"},
+    "service": DECIDING | {"guard"},
     "benchmark": None,
     "cli": None,
 }

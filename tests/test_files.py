@@ -13,8 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from vilu.errors import DataError, StorageError, ViLUError
-from vilu.files.disk import (
+from vilu.artifacts.disk import (
     STALE,
     TEMPORARY,
     atomic_write,
@@ -23,9 +22,10 @@ from vilu.files.disk import (
     or_refuse,
     write_bytes,
 )
-from vilu.files.documents import digest, log, read_json, read_log, write_json
-from vilu.files.places import content_of
-from vilu.files.tables import read_table, table_digest, write_table
+from vilu.artifacts.documents import digest, log, read_json, read_log, write_json
+from vilu.artifacts.paths import content_of
+from vilu.artifacts.tables import read_table, table_digest, write_table
+from vilu.errors import DataError, StorageError, ViLUError
 
 
 def test_a_file_appears_whole_and_nothing_else_stays(tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_json_that_cannot_be_read(
     content, message, fault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if message.startswith("larger"):
-        monkeypatch.setattr("vilu.files.documents.MAX_DOCUMENT_BYTES", 100)
+        monkeypatch.setattr("vilu.artifacts.documents.MAX_DOCUMENT_BYTES", 100)
     if content is not None:
         (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(fault, match=rf"a\.json .*{message}"):

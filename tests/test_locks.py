@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 
+from vilu.artifacts.disk import LOCK, locked
 from vilu.errors import BusyError
-from vilu.files.disk import LOCK, locked
 
 HOLDER = f"{LOCK}-holder"
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from vilu.files.disk import locked
+from vilu.artifacts.disk import locked
 with locked(Path(sys.argv[1]), "scoring into"):
     print("held", flush=True)
     time.sleep(60)

@@ -12,13 +12,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vilu import metrics as metrics
     from vilu.backbones.catalog import load_backbone as load_backbone
+    from vilu.calibration.monitor.monitor import Monitor as Monitor
+    from vilu.calibration.rules import Selector as Selector
+    from vilu.calibration.rules import calibrate as calibrate
     from vilu.datasets.catalog import open_dataset as open_dataset
-    from vilu.decision.calibrate import Selector as Selector
-    from vilu.decision.calibrate import calibrate as calibrate
-    from vilu.decision.monitor import Monitor as Monitor
-    from vilu.decision.score import score as score
-    from vilu.decision.score import score_parts as score_parts
-    from vilu.decision.score_folder import ScoreFolder as ScoreFolder
     from vilu.embeddings.memory import Embeddings as Embeddings
     from vilu.embeddings.memory import PairEmbeddings as PairEmbeddings
     from vilu.embeddings.pairs import Pools as Pools
@@ -28,6 +25,8 @@ if TYPE_CHECKING:
     from vilu.embeddings.space import EmbeddingSpace as EmbeddingSpace
     from vilu.embeddings.two_models import TwoModels as TwoModels
     from vilu.errors import OUTSIDE as OUTSIDE
+    from vilu.guard.guard import Answer as Answer
+    from vilu.guard.guard import Guard as Guard
     from vilu.outcomes.evaluate import compare as compare
     from vilu.outcomes.evaluate import evaluate as evaluate
     from vilu.outcomes.outcomes import Outcomes as Outcomes
@@ -49,12 +48,13 @@ if TYPE_CHECKING:
     from vilu.report.explain.prompts import prompt_gains as prompt_gains
     from vilu.report.explain.risk import risk_map as risk_map
     from vilu.report.page.build import report_page as report_page
+    from vilu.scoring.score import score as score
+    from vilu.scoring.score import score_parts as score_parts
+    from vilu.scoring.score_folder import ScoreFolder as ScoreFolder
     from vilu.store.embed import embed as embed
     from vilu.store.importing import import_arrays as import_arrays
     from vilu.store.reader import EmbeddingStore as EmbeddingStore
     from vilu.store.reader import open_source as open_source
-    from vilu.triage.guard import Answer as Answer
-    from vilu.triage.guard import Guard as Guard
 
     __version__: str
 
@@ -66,10 +66,10 @@ if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
 _NAMES = {
     "vilu.backbones.catalog": "load_backbone",
     "vilu.datasets.catalog": "open_dataset",
-    "vilu.decision.calibrate": "Selector calibrate",
-    "vilu.decision.monitor": "Monitor",
-    "vilu.decision.score": "score score_parts",
-    "vilu.decision.score_folder": "ScoreFolder",
+    "vilu.calibration.rules": "Selector calibrate",
+    "vilu.calibration.monitor.monitor": "Monitor",
+    "vilu.scoring.score": "score score_parts",
+    "vilu.scoring.score_folder": "ScoreFolder",
     "vilu.embeddings.memory": "Embeddings PairEmbeddings",
     "vilu.embeddings.two_models": "TwoModels",
     "vilu.embeddings.pairs": "Pools PseudoCaptions",
@@ -90,7 +90,7 @@ _NAMES = {
     "vilu.store.embed": "embed",
     "vilu.store.importing": "import_arrays",
     "vilu.store.reader": "EmbeddingStore open_source",
-    "vilu.triage.guard": "Answer Guard",
+    "vilu.guard.guard": "Answer Guard",
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 

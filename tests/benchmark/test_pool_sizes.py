@@ -9,12 +9,12 @@ import pytest
 
 from tests.conftest import toy_pairs
 from vilu.benchmark.pool_sizes import over_pool_sizes, size_table
-from vilu.decision.score import score
 from vilu.embeddings.memory import PairEmbeddings
 from vilu.embeddings.pairs import Pools
 from vilu.errors import DataError, UsageError
 from vilu.metrics import auroc
 from vilu.predictors import MCM, PREDICTORS, Margin
+from vilu.scoring.score import score
 
 DATA = toy_pairs(n=256)
 

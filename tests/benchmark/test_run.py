@@ -19,6 +19,8 @@ from filelock import FileLock
 import vilu
 from tests.builders.bench_fakes import Report, benchmark, config, make_stores
 from tests.conftest import toy_embeddings
+from vilu.artifacts.disk import host_hash
+from vilu.artifacts.documents import read_log
 from vilu.benchmark import facts
 from vilu.benchmark.cells import Cell, needed_parts, plan
 from vilu.benchmark.config import Config
@@ -28,8 +30,6 @@ from vilu.benchmark.stores import find_stores
 from vilu.benchmark.study import render_studies
 from vilu.embeddings.source import Batch
 from vilu.errors import BusyError, ProvenanceError, StorageError, UsageError
-from vilu.files.disk import host_hash
-from vilu.files.documents import read_log
 from vilu.outcomes.results import ResultTable
 from vilu.predictors import PREDICTORS
 from vilu.predictors.zero_shot import MCM

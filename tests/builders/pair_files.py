@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vilu.artifacts.disk import file_hash
+from vilu.artifacts.documents import digest, read_document, write_json
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.files.disk import file_hash
-from vilu.files.documents import digest, read_document, write_json
 from vilu.store.documents import Inputs, Manifest, Receipt, Run
 from vilu.store.ledger import FileInfo, content_hash
 from vilu.store.parts import CAPTION_FIELD, METADATA, plan

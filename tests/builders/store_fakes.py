@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vilu.artifacts.documents import digest
 from vilu.datasets.base import ImageRecord
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.files.documents import digest
 
 NAMES = ("cat", "dog", "car")
 DIM = 16

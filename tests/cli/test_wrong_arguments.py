@@ -16,8 +16,8 @@ from tests.command import command_line, run
 from tests.conftest import toy_embeddings
 from vilu.cli.app import app, told
 from vilu.cli.console import STORE, WANTED, kind_of
-from vilu.decision.score import score
 from vilu.predictors import MCM
+from vilu.scoring.score import score
 
 VALUES = ("", "\udcff\n\x1b[2J", "x" * 5000, "/", str(-(2**70)))
 COMMANDS = typer.main.get_command(app).commands

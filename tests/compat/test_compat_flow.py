@@ -45,9 +45,9 @@ from tests.compat.flow import (
     watch,
 )
 from tests.compat.tiny import D, Tiny, embed_captions, embed_classes, embed_tars
+from vilu.artifacts.paths import MARK
+from vilu.artifacts.tables import read_table
 from vilu.embeddings.source import say_once
-from vilu.files.places import MARK
-from vilu.files.tables import read_table
 
 Open = Callable[[str], Path]
 

@@ -20,12 +20,12 @@ from safetensors import torch as safetensors_torch
 import vilu
 from tests.conftest import toy_embeddings, toy_pairs, variant
 from vilu import PREDICTORS
+from vilu.artifacts.documents import write_json
 from vilu.embeddings.columns import HOW, TEXT_COLUMNS
 from vilu.embeddings.memory import Embeddings
 from vilu.embeddings.source import EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, NotFittedError, ProvenanceError, UsageError
-from vilu.files.documents import write_json
 from vilu.metrics import auroc
 from vilu.predictors.heads.vilu import DeepEnsemble
 from vilu.predictors.parameters import build, parameters

@@ -23,12 +23,10 @@ from tests.command import command_line
 from tests.conftest import toy_embeddings
 from tests.e2e.ddp_worker import Brake, Stop, stop
 from vilu.benchmark.study import render_studies, run_studies
+from vilu.calibration import record
+from vilu.calibration.monitor.monitor import Monitor
+from vilu.calibration.procedure import Target, calibrate_predictor
 from vilu.cli.artefacts import check
-from vilu.decision import record
-from vilu.decision.calibration import Target, calibrate_predictor
-from vilu.decision.monitor import Monitor
-from vilu.decision.score import Decider
-from vilu.decision.score_folder import ScoreFolder
 from vilu.embeddings.memory import Embeddings
 from vilu.embeddings.pairs import Pools
 from vilu.outcomes.outcomes import Outcomes
@@ -37,6 +35,8 @@ from vilu.predictors.heads.vilu import ViLU
 from vilu.predictors.nn.checkpoint import checkpointing
 from vilu.predictors.storage import load, write_card
 from vilu.progress import reporting
+from vilu.scoring.score import Decider
+from vilu.scoring.score_folder import ScoreFolder
 from vilu.store.embed import embed
 from vilu.store.importing import import_arrays
 from vilu.store.inspect import inspect

@@ -21,9 +21,9 @@ import pytest
 
 from tests.corruption.bed import Artefact, Refused, build, in_time
 from tests.corruption.damage import KINDS, damage, edited
+from vilu.artifacts.documents import digest
+from vilu.artifacts.tables import METADATA_KEY, table_digest
 from vilu.errors import ViLUError
-from vilu.files.documents import digest
-from vilu.files.tables import METADATA_KEY, table_digest
 
 SEED = int(os.environ.get("SEED", "0"))
 N_DAMAGES = int(os.environ.get("DAMAGES", "100"))

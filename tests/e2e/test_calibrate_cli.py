@@ -15,12 +15,12 @@ import pytest
 import vilu
 from tests.builders.store_fakes import NAMES, FakeBackbone, dataset
 from tests.command import run
-from vilu.decision.score import Decider
+from vilu.artifacts.documents import write_json
 from vilu.embeddings.memory import Embeddings
 from vilu.errors import ProvenanceError
-from vilu.files.documents import write_json
 from vilu.outcomes.outcomes import Outcomes
 from vilu.report.page.choice import read_calibrated
+from vilu.scoring.score import Decider
 from vilu.store.embed import embed
 
 PHOTOS = Path(str(resources.files("vilu").joinpath("assets", "clothing.parquet")))

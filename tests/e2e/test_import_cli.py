@@ -20,7 +20,7 @@ from tests.command import command, run
 from tests.conftest import few
 from tests.faults.bed import FRAME, plugged
 from tests.store.test_importing import files
-from vilu.files.disk import locked
+from vilu.artifacts.disk import locked
 
 GIVEN = ("--logit-scale", "50", "--logit-bias", "0")
 

@@ -14,10 +14,10 @@ import vilu
 from tests.command import run
 from tests.compat.bed import tree
 from tests.compat.conftest import kept as unpacked
+from vilu.artifacts import documents
+from vilu.artifacts.documents import read_json, vouched
+from vilu.artifacts.tables import read_table
 from vilu.errors import DataError
-from vilu.files import documents
-from vilu.files.documents import read_json, vouched
-from vilu.files.tables import read_table
 
 kept = unpacked
 KINDS = {

@@ -23,10 +23,10 @@ from tests.command import command as command_of
 from tests.command import run
 from tests.conftest import toy_embeddings
 from vilu.backbones.zeroshot import class_texts
+from vilu.calibration.procedure import Target, calibrate_predictor
 from vilu.cli.app import app
-from vilu.decision.calibration import Target, calibrate_predictor
-from vilu.decision.score import Decider
 from vilu.errors import DataError, MissingModelError, ProvenanceError, UsageError
+from vilu.scoring.score import Decider
 from vilu.store.embed import embed
 
 
@@ -259,7 +259,7 @@ def test_the_commands_of_the_readme_end_without_a_false_alarm(
 HOLD = """
 import sys, time
 from pathlib import Path
-from vilu.files.disk import locked
+from vilu.artifacts.disk import locked
 with locked(Path(sys.argv[1]), "at work in"):
     print("held", flush=True)
     sys.stdin.read()

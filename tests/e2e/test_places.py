@@ -20,10 +20,10 @@ from tests.builders.bench_fakes import make_store
 from tests.builders.store_fakes import NAMES, FakeBackbone, FakeDataset, dataset, picture
 from tests.command import run
 from tests.predictors.test_convert import checkpoint
+from vilu.artifacts.paths import HEADERS
+from vilu.calibration.procedure import Target, calibrate_predictor
 from vilu.cli.demo import claim as claim_demo
-from vilu.decision.calibration import Target, calibrate_predictor
 from vilu.errors import UsageError
-from vilu.files.places import HEADERS
 from vilu.outcomes.results import ResultTable
 from vilu.store.embed import embed
 from vilu.store.job import BackboneSpec

@@ -9,9 +9,9 @@ import torch
 import vilu
 from tests.builders.bank_data import unit
 from vilu import OUTSIDE, TwoModels
-from vilu.decision.score import source_fingerprint
 from vilu.embeddings.memory import Embeddings
 from vilu.errors import DataError, UsageError
+from vilu.scoring.score import source_fingerprint
 
 NAMES = ("cat", "dog", "cup", "sea")
 

@@ -8,8 +8,8 @@ import time
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from vilu.artifacts.disk import atomic_write
 from vilu.errors import DataError
-from vilu.files.disk import atomic_write
 from vilu.store.documents import Receipt
 
 ATTEMPTS = 3

@@ -7,7 +7,7 @@ import math
 import pytest
 from benchmarks.simulate_scale import ATTEMPTS, Plan, Replay, main, parse, summary
 
-from vilu.files.documents import log
+from vilu.artifacts.documents import log
 from vilu.store.job import MAX_ATTEMPTS
 
 

@@ -23,8 +23,8 @@ from tests.builders.bench_fakes import make_store
 from tests.builders.store_fakes import picture
 from tests.command import run
 from tests.faults.saboteur import FAULTS, FILLER, MS_BIND, MS_REMOUNT, SIGNALS, mount_flags
+from vilu.artifacts.disk import host_hash
 from vilu.backbones.catalog import BACKBONES
-from vilu.files.disk import host_hash
 from vilu.registry import PLUGINS
 
 HERE = Path(__file__).parent

@@ -61,7 +61,7 @@ def import_all() -> None:
         facts.code_digest(
             *PREDICTORS[method]().modules
         )  # of the study in ``bed``; code does not change between trials
-    from vilu.decision import score
+    from vilu.scoring import score
 
     defaults = inspect.unwrap(score.score_parts).__kwdefaults__
     score.SCORING_BATCH = defaults["rows_per_part"] = 64  # several parts of few rows

@@ -38,10 +38,10 @@ from tests.faults.bed import (
     summary,
 )
 from tests.faults.saboteur import FAULTS
-from vilu.decision.monitor import _read_state
-from vilu.decision.score import Decider
+from vilu.calibration.monitor.monitor import _read_state
 from vilu.errors import BusyError, ProvenanceError, UsageError, ViLUError
 from vilu.predictors.nn.checkpoint import FolderSession
+from vilu.scoring.score import Decider
 from vilu.store.reader import EmbeddingStore
 
 SEED = int(os.environ.get("SEED", "0"))

@@ -34,17 +34,17 @@ from tests.builders import array_files, image_files, page_data, tar_files
 from tests.builders.bench_fakes import make_store, tables
 from tests.command import run
 from tests.conftest import toy_embeddings
+from vilu.artifacts.documents import digest
 from vilu.benchmark.load import load_config
+from vilu.calibration import record
+from vilu.calibration.monitor.monitor import Monitor
+from vilu.calibration.procedure import Target, calibrate_predictor
 from vilu.datasets.catalog import open_dataset
 from vilu.datasets.cifar import read_pickle
 from vilu.datasets.classes import read_classes
 from vilu.datasets.images import BadImage, ImageLimits, decode_caption, decode_image, read_image
-from vilu.decision import record
-from vilu.decision.calibration import Target, calibrate_predictor
-from vilu.decision.monitor import Monitor
 from vilu.embeddings.pairs import Pools
 from vilu.errors import ViLUError
-from vilu.files.documents import digest
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.convert import convert_official
 from vilu.predictors.storage import load

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 import vilu
 from vilu.metrics import METRICS, bootstrap_interval, ece, paired_bootstrap
-from vilu.metrics.calibration import BinnedError
 from vilu.metrics.counts import tie_counts
 from vilu.metrics.histogram import Histogram
+from vilu.metrics.reliability import BinnedError
 
 STREAMS = 200
 

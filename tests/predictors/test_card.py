@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from tests.conftest import toy_embeddings, variant
+from vilu.artifacts.documents import write_json
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError
-from vilu.files.documents import write_json
 from vilu.predictors import LVU, MCM, KNNVote, record, storage
 from vilu.predictors.card import GUARANTEE, code, hub_id, model_card
 

@@ -15,12 +15,12 @@ from filelock import FileLock
 
 from tests.conftest import toy_embeddings, toy_pairs
 from tests.e2e.ddp_worker import QUICK, Brake, Stop, stop
+from vilu.artifacts.documents import write_json
 from vilu.embeddings.memory import PairEmbeddings
 from vilu.embeddings.pairs import Pools
 from vilu.embeddings.rows import Rows
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import BusyError, DataError, ProvenanceError, UsageError
-from vilu.files.documents import write_json
 from vilu.predictors.heads.head import HeadPredictor
 from vilu.predictors.heads.vilu import DeepEnsemble, MCDropout, ViLU
 from vilu.predictors.nn.checkpoint import (

@@ -16,11 +16,11 @@ from typer.testing import CliRunner
 import vilu
 from tests.builders.fake_hub import TOKEN, Hub, serve
 from tests.conftest import toy_embeddings
+from vilu.artifacts.disk import host_hash
+from vilu.artifacts.documents import digest
+from vilu.calibration.procedure import Target, calibrate_predictor
 from vilu.cli.app import app
-from vilu.decision.calibration import Target, calibrate_predictor
 from vilu.errors import DataError, MissingModelError, UsageError
-from vilu.files.disk import host_hash
-from vilu.files.documents import digest
 from vilu.predictors import MCM, KNNVote
 from vilu.predictors import hub as folders
 from vilu.predictors.hub import pull, push

@@ -17,9 +17,9 @@ from sklearn.linear_model import LogisticRegression
 
 import vilu
 from tests.conftest import toy_embeddings
+from vilu.artifacts.documents import write_json
 from vilu.embeddings.memory import Embeddings
 from vilu.errors import DataError, UsageError
-from vilu.files.documents import write_json
 from vilu.metrics import brier, ece
 from vilu.predictors import probability
 from vilu.predictors.probability import Isotonic, Logistic, _fit, fit_calibrator, read_calibrator

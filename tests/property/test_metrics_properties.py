@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from vilu import metrics
 from vilu.errors import DataError
 from vilu.metrics.bootstrap import SortedScores
-from vilu.metrics.calibration import ece_kernel
 from vilu.metrics.catalog import METRICS
 from vilu.metrics.counts import TieCounts, check_pair, tie_counts
+from vilu.metrics.reliability import ece_kernel
 
 CLOSE = 1e-9
 RANKING = [name for name, metric in METRICS.items() if not metric.of_probability]

@@ -15,11 +15,11 @@ import vilu
 from tests.builders.bank_data import unit
 from tests.conftest import toy_embeddings, toy_pairs, variant
 from vilu import OUTSIDE
+from vilu.artifacts.documents import write_json
 from vilu.embeddings.memory import Embeddings
 from vilu.embeddings.source import EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, ProvenanceError
-from vilu.files.documents import write_json
 from vilu.predictors import fitted
 from vilu.predictors.fitted import MCMTS, Duo, duo_terms
 from vilu.predictors.stacking import Stacking

@@ -9,7 +9,7 @@ import pytest
 from scipy import special, stats
 
 import vilu
-from vilu.decision.thresholds import METHODS, conformal_risk_control, coverage_first
+from vilu.calibration.thresholds import METHODS, conformal_risk_control, coverage_first
 from vilu.metrics.counts import tie_counts
 from vilu.outcomes.outcomes import Outcomes
 

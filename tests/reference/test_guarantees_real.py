@@ -2,7 +2,7 @@
 
 ``tests/data/clothing_scores.npz`` holds what three methods say of the demo's 1,135 test photos, and
 ``cifar_shift_scores.npz`` what ViLU says of CIFAR-10's test images (see
-``tests/decision/test_monitor_replay.py``). All rows of a file stand for the population that the
+``tests/calibration/test_monitor_replay.py``). All rows of a file stand for the population that the
 promise is about.
 """
 

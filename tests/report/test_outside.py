@@ -13,7 +13,7 @@ import vilu
 from tests.builders.page_data import outcomes_of
 from tests.conftest import variant
 from tests.contract.test_outside_rows import N_OUTSIDE, strangers
-from vilu.decision.label_sets import fit_label_sets
+from vilu.calibration.label_sets import fit_label_sets
 from vilu.embeddings.memory import Embeddings
 from vilu.errors import OUTSIDE, DataError
 from vilu.outcomes.outcomes import Outcomes

@@ -15,9 +15,9 @@ import scipy.stats
 from tests.builders.page_data import NAMES, outcomes_of, write_pictures
 from tests.conftest import toy_embeddings
 from vilu import MCM, calibrate, load, open_dataset, report_page, score
-from vilu.decision.calibrate import Selector
-from vilu.decision.calibration import Target, calibrate_predictor
-from vilu.decision.selection import select
+from vilu.calibration.procedure import Target, calibrate_predictor
+from vilu.calibration.rules import Selector
+from vilu.calibration.selection import select
 from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.report.page import build
 from vilu.report.page.build import operating_points

@@ -23,13 +23,13 @@ from tests.builders.photo_folders import KINDS, truth_of
 from tests.builders.store_fakes import FakeBackbone
 from tests.command import command_line
 from tests.service.conftest import Running, hosted
-from vilu.decision.monitor import Monitor
+from vilu.calibration.monitor.monitor import Monitor
 from vilu.errors import DataError, StorageError, UsageError
+from vilu.guard.guard import Guard
 from vilu.service.journal import Journal
 from vilu.service.keeper import Bookkeeper
 from vilu.service.limits import read_keys
 from vilu.store.pipeline import Decoder
-from vilu.triage.guard import Guard
 
 Photos = Callable[[int], list[bytes]]
 

@@ -19,11 +19,11 @@ from tests.builders.photo_folders import photo
 from tests.builders.store_fakes import FakeBackbone
 from tests.service.conftest import Running, served
 from vilu.errors import UsageError
+from vilu.guard.guard import Guard
 from vilu.service import ray_serve
 from vilu.service.limits import ClientLimits
 from vilu.service.ray_serve import replicas_of
 from vilu.service.server import Setup
-from vilu.triage.guard import Guard
 
 ROOT = Path(__file__).resolve().parents[2]
 RECOVERS = 30.0

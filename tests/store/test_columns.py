@@ -20,11 +20,11 @@ from torch.nn.functional import normalize
 
 from tests.builders.store_fakes import DIM, NAMES, FakeBackbone, dataset, tree
 from tests.conftest import in_memory
+from vilu.artifacts.disk import host_hash
+from vilu.artifacts.documents import read_document, write_json
 from vilu.datasets.images import decode_image
 from vilu.embeddings.columns import COLUMNS, SECOND
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, ViLUError
-from vilu.files.disk import host_hash
-from vilu.files.documents import read_document, write_json
 from vilu.store.documents import StoredClasses, Views
 from vilu.store.embed import embed
 from vilu.store.inspect import inspect

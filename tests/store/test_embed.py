@@ -17,11 +17,11 @@ import pytest
 import torch
 
 from tests.builders.store_fakes import DIM, NAMES, FakeBackbone, FakeDataset, dataset, picture, tree
+from vilu.artifacts.disk import host_hash
+from vilu.artifacts.documents import write_json
+from vilu.artifacts.paths import entries
 from vilu.datasets.images import ImageLimits, decode_image
 from vilu.errors import BusyError, DataError, ProvenanceError, StorageError, UsageError
-from vilu.files.disk import host_hash
-from vilu.files.documents import write_json
-from vilu.files.places import entries
 from vilu.progress import reporting
 from vilu.store import ledger
 from vilu.store.embed import embed

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vilu.artifacts.documents import digest, read_document
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import ProvenanceError, StorageError, ViLUError
-from vilu.files.documents import digest, read_document
 from vilu.store.documents import MAX_PARTS, Inputs, Manifest, Receipt, Run, StoredClasses
 from vilu.store.ledger import FileInfo
 from vilu.store.parts import plan, positions
@@ -190,7 +190,7 @@ def test_another_schema_is_named(tmp_path):
 
 
 def test_a_huge_document_is_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("vilu.files.documents.MAX_DOCUMENT_BYTES", 100)
+    monkeypatch.setattr("vilu.artifacts.documents.MAX_DOCUMENT_BYTES", 100)
     (tmp_path / "run.json").write_text(altered())
     with pytest.raises(StorageError, match="larger than 100 bytes"):
         read_document(tmp_path / "run.json", Run)

@@ -16,11 +16,11 @@ import vilu
 from tests.builders.pair_files import DIM, SPACE, reseal, unit_pairs, write_shards, write_store
 from tests.builders.store_fakes import NAMES, FakeBackbone, dataset
 from tests.conftest import in_memory
-from vilu.decision.score import score
 from vilu.embeddings.checks import SHORT_POOL
 from vilu.embeddings.memory import PairEmbeddings
 from vilu.embeddings.pairs import Pools
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError
+from vilu.scoring.score import score
 from vilu.store.embed import embed
 from vilu.store.folds import fold_of, read_captions
 from vilu.store.laion import LaionPairs

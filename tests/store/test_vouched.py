@@ -19,9 +19,9 @@ import torch
 import vilu
 from tests.builders.pair_files import unit_pairs, write_store
 from tests.builders.store_fakes import NAMES, FakeBackbone, dataset, tree
+from vilu.artifacts.documents import write_json
 from vilu.embeddings.pairs import Pools
 from vilu.errors import ProvenanceError, StorageError
-from vilu.files.documents import write_json
 from vilu.report.explain.explain import explain
 from vilu.store import ledger
 from vilu.store.embed import embed

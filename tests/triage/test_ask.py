@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from vilu.decision.calibrate import group_names, members_of
+from vilu.calibration.rules import group_names, members_of
 from vilu.outcomes.outcomes import Outcomes
 from vilu.triage.ask import Standpoint
 from vilu.triage.labels import LabelBook

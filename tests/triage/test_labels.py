@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from vilu.artifacts.tables import csv_bytes, write_table
 from vilu.errors import DataError, UsageError
-from vilu.files.tables import csv_bytes, write_table
 from vilu.triage.labels import SKIPPED, LabelBook, check_names, match_photos, read_labels, side_of
 from vilu.triage.review import label_columns
 

@@ -24,14 +24,14 @@ import torch
 from tests.builders.photo_folders import photo, write_photos
 from tests.builders.store_fakes import FakeBackbone
 from tests.triage.conftest import Folder, fill_in, job_on, rows
+from vilu.artifacts.documents import read_document
+from vilu.artifacts.tables import write_table
+from vilu.calibration import record
+from vilu.calibration.anytime import Looks
+from vilu.calibration.shares import OUTSIDE_NAME
 from vilu.datasets.files import Bounds
-from vilu.decision import record
-from vilu.decision.anytime import Looks
-from vilu.decision.shares import OUTSIDE_NAME
 from vilu.embeddings.memory import Embeddings
 from vilu.errors import DataError, MissingModelError, ProvenanceError, UsageError
-from vilu.files.documents import read_document
-from vilu.files.tables import write_table
 from vilu.outcomes.outcomes import Outcomes
 from vilu.report.page.build import find_template
 from vilu.store.job import BackboneSpec

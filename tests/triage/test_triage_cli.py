@@ -17,9 +17,9 @@ from tests.builders.store_fakes import NAMES, FakeBackbone, dataset
 from tests.command import command_line, run
 from tests.conftest import toy_embeddings
 from tests.triage.conftest import Folder, fill_in, give_labels, rows
+from vilu.calibration import record
+from vilu.calibration.rules import Selector
 from vilu.datasets.folder import PhotoFiles, list_photos
-from vilu.decision import record
-from vilu.decision.calibrate import Selector
 from vilu.errors import DataError, UsageError
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors import PREDICTORS

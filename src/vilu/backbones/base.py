@@ -16,9 +16,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vilu.artifacts.disk import cache_folder, make_folder, write_bytes
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import StorageError
-from vilu.files.disk import cache_folder, make_folder, write_bytes
 from vilu.progress import Silence, track
 
 logger = logging.getLogger(__name__)

@@ -13,6 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vilu.artifacts.documents import fill
 from vilu.errors import (
     MissingModelError,
     ProvenanceError,
@@ -21,7 +22,6 @@ from vilu.errors import (
     nearest,
     require_one_of,
 )
-from vilu.files.documents import fill
 from vilu.progress import track
 from vilu.registry import load_plugins, toml_tables
 

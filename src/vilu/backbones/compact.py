@@ -26,11 +26,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vilu.artifacts.disk import file_hash
 from vilu.backbones.base import DualEncoder, encode_in_batches, kept
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import ProvenanceError, UsageError
 from vilu.extras import import_extra, quiet
-from vilu.files.disk import file_hash
 from vilu.progress import track
 
 EMBED_DIM = 768

@@ -17,9 +17,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from vilu.artifacts.documents import digest
 from vilu.errors import MissingModelError, ProvenanceError, StorageError, UsageError, ViLUError
 from vilu.extras import hub_reachable, quiet, setting
-from vilu.files.documents import digest
 
 UNREADABLE = (
     RuntimeError,

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vilu.artifacts.documents import digest
 from vilu.benchmark.cells import (
     Cell,
     Origin,
@@ -28,7 +29,6 @@ from vilu.benchmark.cells import (
 from vilu.benchmark.config import Config, Unseen
 from vilu.benchmark.parts import ROLES, Role
 from vilu.benchmark.stores import Part, evenly_spaced
-from vilu.decision.score import source_fingerprint
 from vilu.embeddings.checks import STATUS, VALID
 from vilu.embeddings.pairs import Pools, PseudoCaptions
 from vilu.embeddings.rows import SCORING_BATCH
@@ -36,8 +36,8 @@ from vilu.embeddings.source import EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.embeddings.two_models import TwoModels
 from vilu.errors import UNKNOWN, DataError, ProvenanceError
-from vilu.files.documents import digest
 from vilu.predictors.rows import overlap
+from vilu.scoring.score import source_fingerprint
 from vilu.store.reader import CaptionStore, EmbeddingStore, open_source
 
 DRAW, HALVES, DIVISION = (

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from vilu.artifacts.disk import MANIFEST
+from vilu.artifacts.documents import read_document
 from vilu.backbones.catalog import NAMED
 from vilu.benchmark.cells import needed_parts, origin_of, own_results, plan, sharing_a_fit
 from vilu.benchmark.config import Config
@@ -19,8 +21,6 @@ from vilu.datasets.base import ShardedDataset
 from vilu.datasets.known import KNOWN, find_known
 from vilu.datasets.known.entry import find_place
 from vilu.errors import DataError, StorageError, UsageError
-from vilu.files.disk import MANIFEST
-from vilu.files.documents import read_document
 from vilu.store.documents import Manifest
 from vilu.text import aligned
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vilu.artifacts.documents import vouched
 from vilu.benchmark.board import Board, Mean
 from vilu.benchmark.pivot import (
     Key,
@@ -30,7 +31,6 @@ from vilu.benchmark.views import (
     TableView,
 )
 from vilu.errors import DataError
-from vilu.files.documents import vouched
 from vilu.metrics.catalog import METRICS
 from vilu.outcomes.outcomes import Outcomes
 

@@ -8,12 +8,12 @@ from functools import cache, partial
 from importlib.util import resolve_name
 from pathlib import Path
 
+from vilu.artifacts.documents import digest
 from vilu.benchmark.cells import Cell, Origin, origin_of, scored_set_of, selects
 from vilu.benchmark.config import MAX_EPOCHS, Config
 from vilu.benchmark.data import Workbench
 from vilu.benchmark.fit import predictor_of
 from vilu.errors import UsageError
-from vilu.files.documents import digest
 from vilu.metrics.catalog import METRICS
 from vilu.predictors.parameters import parameters
 

@@ -6,7 +6,6 @@ import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 
-from vilu.decision.score import score
 from vilu.embeddings.pairs import Pools
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import DataError, require_at_least
@@ -14,6 +13,7 @@ from vilu.outcomes.evaluate import evaluate
 from vilu.outcomes.results import ResultRow, ResultTable
 from vilu.predictors.base import FailurePredictor
 from vilu.progress import track
+from vilu.scoring.score import score
 from vilu.text import aligned
 
 logger = logging.getLogger(__name__)

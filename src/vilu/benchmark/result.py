@@ -11,12 +11,12 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, ValidationError, field_serializer
 
+from vilu.artifacts.disk import atomic_write, file_hash, make_folder, or_refuse
+from vilu.artifacts.documents import explain, read_json, read_log, write_json
+from vilu.artifacts.tables import write_table
 from vilu.benchmark.cells import Cell
 from vilu.benchmark.parts import RANKED_BY, Name, Section
 from vilu.errors import DataError
-from vilu.files.disk import atomic_write, file_hash, make_folder, or_refuse
-from vilu.files.documents import explain, read_json, read_log, write_json
-from vilu.files.tables import write_table
 from vilu.metrics.bootstrap import SortedScores, resampled
 from vilu.metrics.catalog import METRICS
 from vilu.metrics.counts import Floats, Ints

@@ -18,6 +18,8 @@ from typing import Self
 
 import torch
 
+from vilu.artifacts.disk import LOCK, is_leftover, locked, make_folder, or_refuse
+from vilu.artifacts.documents import digest, log
 from vilu.benchmark.board import Board
 from vilu.benchmark.cells import (
     Cell,
@@ -44,8 +46,6 @@ from vilu.benchmark.stores import Part, find_seconds, make_stores, require_store
 from vilu.embeddings.similarity import nearest
 from vilu.embeddings.source import SAME_TEXT
 from vilu.errors import ProvenanceError, UsageError, require_at_least
-from vilu.files.disk import LOCK, is_leftover, locked, make_folder, or_refuse
-from vilu.files.documents import digest, log
 from vilu.outcomes.evaluate import evaluate
 from vilu.outcomes.outcomes import Outcomes
 from vilu.progress import Silence, reporting, track

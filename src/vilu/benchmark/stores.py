@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from vilu.artifacts.disk import MANIFEST
+from vilu.artifacts.documents import digest, read_document
 from vilu.backbones.base import Backbone
 from vilu.backbones.catalog import load_backbone
 from vilu.backbones.zeroshot import everyday_words, named_templates
@@ -20,8 +22,6 @@ from vilu.datasets.base import Chosen, ImageDataset, ShardedDataset
 from vilu.datasets.catalog import open_dataset
 from vilu.datasets.shift import ShiftedImages
 from vilu.errors import UsageError
-from vilu.files.disk import MANIFEST
-from vilu.files.documents import digest, read_document
 from vilu.store.documents import Manifest
 from vilu.store.embed import embed
 

@@ -12,6 +12,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from vilu.artifacts.disk import LOG, make_folder, write_bytes, write_text
+from vilu.artifacts.documents import explain, read_json, write_json
+from vilu.artifacts.paths import claim_file, claim_folder, inputs_of, made, mark
 from vilu.benchmark.board import Board
 from vilu.benchmark.cells import own_results, plan
 from vilu.benchmark.claims import Verdict, decide
@@ -27,9 +30,6 @@ from vilu.benchmark.sheet import Sheet, to_csv, to_latex, to_markdown, to_text
 from vilu.benchmark.submit import take_in
 from vilu.benchmark.views import CurveView, GridView, HistogramView, RankingView, ScatterView
 from vilu.errors import DataError
-from vilu.files.disk import LOG, make_folder, write_bytes, write_text
-from vilu.files.documents import explain, read_json, write_json
-from vilu.files.places import claim_file, claim_folder, inputs_of, made, mark
 from vilu.report.style import require_matplotlib, save
 from vilu.text import in_markdown, markdown_rows
 

@@ -13,15 +13,15 @@ from typing import Annotated, Literal, NamedTuple
 import numpy as np
 from pydantic import Field, ValidationError
 
+from vilu.artifacts.disk import make_folder
+from vilu.artifacts.documents import digest, explain
+from vilu.artifacts.tables import read_table
 from vilu.benchmark.board import Board
 from vilu.benchmark.cells import Cell
 from vilu.benchmark.fit import collected_warnings
 from vilu.benchmark.parts import Section
 from vilu.benchmark.result import SCORES, CellResult, load_bootstrap, resampled_metrics
 from vilu.errors import DataError, UsageError
-from vilu.files.disk import make_folder
-from vilu.files.documents import digest, explain
-from vilu.files.tables import read_table
 from vilu.metrics.counts import Floats
 from vilu.outcomes.evaluate import evaluate
 from vilu.outcomes.outcomes import TEXT_COLUMNS, Outcomes, facts_of

@@ -9,19 +9,19 @@ from typing import NamedTuple
 
 from pydantic import ValidationError
 
+from vilu.artifacts.disk import MANIFEST, RUN, locked
+from vilu.artifacts.documents import explain, read_json, seal_document
+from vilu.artifacts.tables import read_table, seal_table
 from vilu.benchmark.result import AGAIN, CellResult, load_result
 from vilu.benchmark.study import STUDIES, load_studies
-from vilu.decision import record
-from vilu.decision.score_folder import ScoreFolder
-from vilu.decision.watch import State
+from vilu.calibration import record
+from vilu.calibration.monitor.watch import State
 from vilu.errors import DataError, StorageError
-from vilu.files.disk import MANIFEST, RUN, locked
-from vilu.files.documents import explain, read_json, seal_document
-from vilu.files.tables import read_table, seal_table
 from vilu.outcomes.outcomes import Outcomes
 from vilu.outcomes.results import ResultTable
 from vilu.predictors.record import PREDICTOR, RISK
 from vilu.predictors.storage import load
+from vilu.scoring.score_folder import ScoreFolder
 from vilu.store.inspect import inspect as inspect_store
 
 CELLS = "cells"

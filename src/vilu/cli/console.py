@@ -28,9 +28,9 @@ from vilu.text import aligned, printable
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from vilu.artifacts.paths import Kind
     from vilu.embeddings.pairs import Pools
     from vilu.embeddings.source import EmbeddingSource
-    from vilu.files.places import Kind
 
 LOG = logging.getLogger("vilu")
 LOG_EVERY = 10.0  # seconds between progress lines where there is no terminal
@@ -251,7 +251,10 @@ def keeping(
     """Claim the file for a copy of what a command prints, if one is asked for, and give what has it written."""
     if output is None:
         return lambda _: None
-    from vilu.files.places import claim_file, inputs_of  # late: `vilu --help` does without pydantic
+    from vilu.artifacts.paths import (  # late: `vilu --help` does without pydantic
+        claim_file,
+        inputs_of,
+    )
 
     inputs = inputs_of(*read, **settings)
     if claim_file(output, kind, inputs, overwrite=overwrite):

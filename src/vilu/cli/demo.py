@@ -11,14 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
+from vilu.artifacts.disk import file_hash, make_folder, write_bytes, write_text
+from vilu.artifacts.documents import digest
+from vilu.artifacts.paths import claim_folder, made
 from vilu.backbones.catalog import load_backbone
 from vilu.datasets.catalog import open_dataset
 from vilu.datasets.images import decode_image
-from vilu.decision.score import score
 from vilu.errors import DataError, MissingModelError
-from vilu.files.disk import file_hash, make_folder, write_bytes, write_text
-from vilu.files.documents import digest
-from vilu.files.places import claim_folder, made
 from vilu.metrics import risk_at_coverage
 from vilu.metrics.counts import Ints
 from vilu.outcomes.evaluate import compare, evaluate
@@ -29,6 +28,7 @@ from vilu.predictors.storage import load
 from vilu.report import figures, style
 from vilu.report.figures import Photo
 from vilu.report.page.build import report_page
+from vilu.scoring.score import score
 from vilu.store.embed import embed
 from vilu.store.reader import EmbeddingStore
 

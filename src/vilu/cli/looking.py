@@ -26,7 +26,7 @@ from vilu.errors import DataError, ProvenanceError, UsageError, require_between
 from vilu.text import printable
 
 if TYPE_CHECKING:
-    from vilu.decision.monitor import Monitor
+    from vilu.calibration.monitor.monitor import Monitor
     from vilu.embeddings.source import EmbeddingSource
     from vilu.outcomes.outcomes import Outcomes
     from vilu.predictors.base import FailurePredictor
@@ -79,7 +79,7 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
     overwrite: Overwrite = False,
 ) -> None:
     """Why answers are suspicious, from embeddings alone: competitors, training rows alike, what moved the score."""
-    from vilu.files.places import write_said
+    from vilu.artifacts.paths import write_said
     from vilu.predictors.storage import load
     from vilu.report.explain.explain import Depth, require_json
     from vilu.report.explain.explain import explain as explain_rows
@@ -137,11 +137,11 @@ def _summary(
     predictor: FailurePredictor, data: EmbeddingSource, coverage: float, seed: int
 ) -> tuple[RiskMap, PromptGains | None]:
     """The risk map and, where there are labels, what better texts would gain."""
-    from vilu.decision.score import score
     from vilu.errors import UNKNOWN
     from vilu.report.explain.competitors import strongest_competitor
     from vilu.report.explain.prompts import prompt_gains
     from vilu.report.explain.risk import risk_map
+    from vilu.scoring.score import score
 
     outcomes, labelled = score(predictor, data), bool((data.target != UNKNOWN).any())
     known = (
@@ -211,8 +211,8 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
     audited; they must be a random sample of the accepted ones, or of all. Rows and labels that were
     given before are left out.
     """
-    from vilu.files.disk import locked
-    from vilu.files.places import claim_file, inputs_of
+    from vilu.artifacts.disk import locked
+    from vilu.artifacts.paths import claim_file, inputs_of
     from vilu.progress import track
 
     new, late = scores or [], late_labels or []
@@ -266,8 +266,8 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
 def _write_report(output: Path, document: dict[str, Any], inputs: str, *, there: bool) -> None:
     """Write it, unless what is there says the same but for what its call took in, as that of the same command does."""
-    from vilu.files.documents import read_json
-    from vilu.files.places import write_said
+    from vilu.artifacts.documents import read_json
+    from vilu.artifacts.paths import write_said
 
     found = read_json(output, "Run `vilu monitor` again") if there else {}
     if there and all(
@@ -282,8 +282,8 @@ def _open(
     predictor: Path, backend: str, state: Path | None, false_alarm: float, seed: int
 ) -> Monitor:
     """The monitor of a folder whose calibration belongs to its predictor, where the last call left it."""
-    from vilu.decision.monitor import Monitor
-    from vilu.decision.monitor_mapie import MapieMonitor
+    from vilu.calibration.monitor.monitor import Monitor
+    from vilu.calibration.monitor.monitor_mapie import MapieMonitor
 
     if state is not None and not state.parent.is_dir():
         raise UsageError(
@@ -328,8 +328,8 @@ def _take_in(
 
 
 def _scores(path: Path) -> Outcomes:
-    from vilu.decision.score_folder import ScoreFolder
     from vilu.outcomes.outcomes import Outcomes
+    from vilu.scoring.score_folder import ScoreFolder
 
     return ScoreFolder(path).outcomes() if path.is_dir() else Outcomes.load(path)
 
@@ -375,9 +375,9 @@ def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
     Needs no network. Prints the file.
     """
+    from vilu.artifacts.disk import write_text
+    from vilu.artifacts.paths import claim_file, inputs_of, mark
     from vilu.datasets.catalog import open_dataset
-    from vilu.files.disk import write_text
-    from vilu.files.places import claim_file, inputs_of, mark
     from vilu.report.page.build import report_page
     from vilu.report.page.choice import read_calibrated, read_scores
     from vilu.store.reader import open_source

@@ -29,7 +29,7 @@ from vilu.cli.images import Models
 from vilu.errors import UsageError
 
 if TYPE_CHECKING:
-    from vilu.decision.record import Record
+    from vilu.calibration.record import Record
     from vilu.embeddings.source import EmbeddingSource
     from vilu.predictors.base import FailurePredictor
     from vilu.predictors.nn.checkpoint import FolderSession
@@ -265,9 +265,9 @@ def score(
     abstain with the reason, and label sets. A folder is written part by part in bounded memory;
     interrupted, the same command does what is missing.
     """
-    from vilu.decision.score import Decider, score_parts
-    from vilu.decision.score import score as score_rows
     from vilu.predictors.storage import load
+    from vilu.scoring.score import Decider, score_parts
+    from vilu.scoring.score import score as score_rows
 
     a_file = output.suffix.lower() in {".parquet", ".csv"} and not output.is_dir()
     if output.suffix and not (a_file or output.is_dir()):
@@ -317,9 +317,9 @@ def evaluate(
     seed: Annotated[int, Option(min=0, max=MOST_SEED, help="Of the bootstrap.")] = 0,
 ) -> None:
     """Failure-prediction metrics with bootstrap intervals, one line per file."""
-    from vilu.decision.score_folder import ScoreFolder
     from vilu.outcomes.evaluate import evaluate as evaluate_outcomes
     from vilu.outcomes.outcomes import Outcomes
+    from vilu.scoring.score_folder import ScoreFolder
 
     keep = console.keeping(
         output, "results", scores, overwrite=overwrite, resamples=resamples, seed=seed
@@ -350,7 +350,7 @@ def convert(
 
     Prints the predictor's folder.
     """
-    from vilu.files.places import inputs_of
+    from vilu.artifacts.paths import inputs_of
     from vilu.predictors import storage
     from vilu.predictors.convert import convert_official
 
@@ -445,8 +445,8 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     rows were; `vilu monitor` watches it. Exit code 4: the target is out of reach; the message says
     what is missing.
     """
-    from vilu.decision.calibration import Target, calibrate_predictor
-    from vilu.decision.shares import read_shares
+    from vilu.calibration.procedure import Target, calibrate_predictor
+    from vilu.calibration.shares import read_shares
     from vilu.predictors.storage import load
     from vilu.triage.ask import calibrate_by_labels, picked
 
@@ -514,7 +514,7 @@ def _store_with_classes(data: EmbeddingSource) -> EmbeddingStore:
 
 
 def _summary(record: Record, calibrator: Calibrator | None) -> str:
-    from vilu.decision.thresholds import percent
+    from vilu.calibration.thresholds import percent
 
     lines = []
     if calibrator is not None:
@@ -550,10 +550,10 @@ def export(
     With the backbone the input is pixels (N, 3, H, W) as the model's preprocessing makes them, and
     accept (N,) is an output, too.
     """
-    from vilu.files.places import claim_file
+    from vilu.artifacts.paths import claim_file
+    from vilu.guard.image_graph import export_image_graph, fingerprint_of
     from vilu.predictors.onnx import export_onnx
     from vilu.predictors.record import PREDICTOR, read_record
-    from vilu.triage.image_graph import export_image_graph, fingerprint_of
 
     if not onnx and output.suffix.lower() != ".onnx":
         raise UsageError(

@@ -143,7 +143,7 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
         raise UsageError(
             f"{output} is one of --labels, and its answers would be lost. Give another file."
         )
-    from vilu.files.places import claim_file, inputs_of
+    from vilu.artifacts.paths import claim_file, inputs_of
     from vilu.predictors.storage import load
     from vilu.store.reader import EmbeddingStore
     from vilu.triage.ask import next_of_store, write_next
@@ -303,8 +303,8 @@ def audit_labels(
         raise UsageError(
             f"--sheet must be a new .png, .svg or .webp in a folder that is there. Got {sheet} instead."
         )
+    from vilu.artifacts.paths import claim_file
     from vilu.datasets.catalog import open_dataset
-    from vilu.files.places import claim_file
     from vilu.predictors.storage import load
     from vilu.store.reader import EmbeddingStore
     from vilu.triage.label_errors import contact_sheet, find_label_errors

@@ -16,10 +16,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from vilu.artifacts.documents import digest
 from vilu.datasets.classes import ClassTable
 from vilu.datasets.files import Bounds, OutsideError
 from vilu.errors import OUTSIDE, DataError, StorageError, UsageError, nearest
-from vilu.files.documents import digest
 
 log = logging.getLogger(__name__)
 

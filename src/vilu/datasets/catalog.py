@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+from vilu.artifacts.disk import or_refuse
 from vilu.datasets.base import (
     CAPTIONS_OR_CLASSES,
     Chosen,
@@ -21,7 +22,6 @@ from vilu.datasets.known import open_known
 from vilu.datasets.table import open_table
 from vilu.datasets.tar import SUFFIX, TarShards, find_shards
 from vilu.errors import DataError, StorageError, UsageError, checked, require_at_least
-from vilu.files.disk import or_refuse
 
 DATASETS: Final[dict[str, str]] = {
     "folder": "DIR/CLASS/**/IMAGE, or DIR/SPLIT/CLASS/**/IMAGE with --split; a flat folder is unlabelled",

@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path, PureWindowsPath
 from typing import Final
 
-from vilu.files.disk import or_refuse
+from vilu.artifacts.disk import or_refuse
 
 MAX_FILE_BYTES: Final = 64 * 2**20  # larger files are not read at all
 

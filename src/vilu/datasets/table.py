@@ -21,6 +21,8 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from vilu.artifacts.documents import digest
+from vilu.artifacts.tables import as_written, csv_names, require_width
 from vilu.datasets.base import (
     CAPTIONS_OR_CLASSES,
     Faults,
@@ -35,8 +37,6 @@ from vilu.datasets.classes import ClassTable, class_table, refuse_numbers
 from vilu.datasets.files import Bounds, ListingHash
 from vilu.datasets.images import caption_readers
 from vilu.errors import NO_NAME, OUTSIDE, UNKNOWN, DataError, StorageError, UsageError
-from vilu.files.documents import digest
-from vilu.files.tables import as_written, csv_names, require_width
 from vilu.progress import track
 
 PATH: Final = ("path", "file", "filename", "image_path", "filepath")

@@ -15,6 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import Final, Literal, NoReturn
 
+from vilu.artifacts.disk import or_refuse
 from vilu.datasets.base import SHARD, ImageRecord
 from vilu.datasets.classes import class_table
 from vilu.datasets.files import (
@@ -29,7 +30,6 @@ from vilu.datasets.files import (
 from vilu.datasets.images import MAX_CAPTION_BYTES, BadImage, Kind, Stage, decode_caption
 from vilu.datasets.tar_members import Member, members
 from vilu.errors import OUTSIDE, DataError, UsageError
-from vilu.files.disk import or_refuse
 
 IMAGES: Final = frozenset(suffix.removeprefix(".") for suffix in SUFFIXES)
 CAPTION: Final = "txt"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 
+from vilu.artifacts.documents import digest
 from vilu.errors import ProvenanceError, UsageError, checked_fields, require_at_least
-from vilu.files.documents import digest
 
 PROVENANCE = ("backbone", "weights", "preprocess", "tokenizer", "precision")
 

@@ -5,9 +5,9 @@ A metric that is undefined (one class only) is NaN; input that cannot be is a ``
 """
 
 from vilu.metrics.bootstrap import Difference, Interval, bootstrap_interval, paired_bootstrap
-from vilu.metrics.calibration import brier, ece, log_loss
 from vilu.metrics.catalog import DEFAULT_METRICS, METRICS, Metric
 from vilu.metrics.ranking import aupr_failure, aupr_success, auroc, fpr_at_tpr, roc_curve_points
+from vilu.metrics.reliability import brier, ece, log_loss
 from vilu.metrics.selective import (
     augrc,
     aurc,

@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from vilu.errors import UsageError, checked, require_at_least, require_between
-from vilu.metrics.calibration import probability_counts
 from vilu.metrics.catalog import Kernel, get_metric
 from vilu.metrics.counts import Floats, Ints, TieCounts, check_pair, tie_counts
+from vilu.metrics.reliability import probability_counts
 from vilu.progress import track
 
 MAX_RESAMPLES = 1_000_000  # more do not change an interval

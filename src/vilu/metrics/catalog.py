@@ -10,9 +10,9 @@ from typing import Literal
 import numpy as np
 
 from vilu.errors import UsageError, nearest
-from vilu.metrics.calibration import BinnedError, brier_kernel, log_loss_kernel
 from vilu.metrics.counts import Floats, TieCounts
 from vilu.metrics.ranking import aupr_kernel, auroc_kernel, fpr_at_tpr_kernel
+from vilu.metrics.reliability import BinnedError, brier_kernel, log_loss_kernel
 from vilu.metrics.selective import (
     augrc_kernel,
     aurc_kernel,

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from vilu.artifacts.documents import plain_json
+from vilu.artifacts.paths import claim_file, said_of
+from vilu.artifacts.tables import read_column, read_table, write_table
 from vilu.errors import OUTSIDE, UNKNOWN, DataError, checked, require_mask
-from vilu.files.documents import plain_json
-from vilu.files.places import claim_file, said_of
-from vilu.files.tables import read_column, read_table, write_table
 from vilu.metrics.bootstrap import ScoredRows
 from vilu.metrics.catalog import Metric
 from vilu.metrics.counts import check_codes, real_vector
@@ -372,7 +372,7 @@ class Outcomes:
 
         Other scores that lie there are replaced, and no other file. In a CSV, text that a
         spreadsheet would run as a formula gets an apostrophe in front. ``inputs`` is the digest of
-        what the scores were made from (``vilu.files.places``).
+        what the scores were made from (``vilu.artifacts.paths``).
 
         Raises:
             UsageError: If the suffix is another, or something else than scores lies there.

@@ -11,10 +11,10 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, Self
 
+from vilu.artifacts.documents import SCHEMA_VERSION, read_json, write_json
+from vilu.artifacts.paths import claim_file, said_of
+from vilu.artifacts.tables import read_column, read_table, require_schema, write_table
 from vilu.errors import DataError, StorageError, UsageError, checked, found
-from vilu.files.documents import SCHEMA_VERSION, read_json, write_json
-from vilu.files.places import claim_file, said_of
-from vilu.files.tables import read_column, read_table, require_schema, write_table
 from vilu.metrics.bootstrap import OwnInterval
 from vilu.metrics.catalog import (
     DEFAULT_METRICS,
@@ -279,7 +279,7 @@ class ResultTable:
         """Write ``.json``, ``.parquet`` or ``.csv`` atomically; what is undefined is null.
 
         Other results that lie there are replaced, and no other file. ``inputs`` is the digest of
-        what they were made from (``vilu.files.places``).
+        what they were made from (``vilu.artifacts.paths``).
 
         Raises:
             UsageError: If the suffix is another, or something else than results lies there.

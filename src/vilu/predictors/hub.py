@@ -14,6 +14,16 @@ from pathlib import Path
 from types import ModuleType
 from urllib.parse import unquote, urlsplit
 
+from vilu.artifacts.disk import (
+    file_hash,
+    host_hash,
+    is_leftover,
+    make_folder,
+    or_refuse,
+    unfinished,
+)
+from vilu.artifacts.documents import MAX_DOCUMENT_BYTES, read_json
+from vilu.artifacts.paths import claim_folder
 from vilu.errors import (
     DataError,
     MissingModelError,
@@ -23,9 +33,6 @@ from vilu.errors import (
     ViLUError,
 )
 from vilu.extras import hub_reachable, import_extra, quiet
-from vilu.files.disk import file_hash, host_hash, is_leftover, make_folder, or_refuse, unfinished
-from vilu.files.documents import MAX_DOCUMENT_BYTES, read_json
-from vilu.files.places import claim_folder
 from vilu.predictors.card import HUB_ID
 from vilu.predictors.record import (
     CARD,

@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vilu.artifacts.disk import write_bytes
+from vilu.artifacts.paths import claim_file
 from vilu.embeddings.memory import Embeddings
 from vilu.embeddings.similarity import ZeroShot
 from vilu.embeddings.source import Batch
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import UNKNOWN, DataError, UsageError
 from vilu.extras import import_extra, quiet
-from vilu.files.disk import write_bytes
-from vilu.files.places import claim_file
 from vilu.predictors.base import FailurePredictor, NotExportable
 from vilu.predictors.catalogue import PREDICTORS
 from vilu.predictors.nn.attention import FEATURES

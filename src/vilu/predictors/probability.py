@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, TypeAdapter, ValidationError
 
+from vilu.artifacts.documents import Model
 from vilu.errors import DataError
-from vilu.files.documents import Model
 from vilu.metrics.counts import Floats
 
 FOLDS = 10

@@ -15,11 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import torch as safetensors_torch
 from torch import Tensor
 
-from vilu.embeddings.checks import Identity
-from vilu.embeddings.space import EmbeddingSpace
-from vilu.errors import DataError, ProvenanceError, UsageError
-from vilu.files.disk import make_folder, or_refuse, write_bytes, write_text
-from vilu.files.documents import (
+from vilu.artifacts.disk import make_folder, or_refuse, write_bytes, write_text
+from vilu.artifacts.documents import (
     MAX_DOCUMENT_BYTES,
     digest,
     explain,
@@ -28,7 +25,10 @@ from vilu.files.documents import (
     read_json,
     write_json,
 )
-from vilu.files.places import claim_folder, made
+from vilu.artifacts.paths import claim_folder, made
+from vilu.embeddings.checks import Identity
+from vilu.embeddings.space import EmbeddingSpace
+from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.predictors.card import Described, model_card
 from vilu.predictors.parameters import Parametrised, parameters
 from vilu.predictors.probability import Calibrator

@@ -13,10 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vilu.artifacts.documents import digest
 from vilu.embeddings.checks import SHORT_POOL, VALID, Identity
 from vilu.embeddings.source import EmbeddingSource, say_once
 from vilu.errors import UNKNOWN, DataError, UsageError, require_at_least
-from vilu.files.documents import digest
 
 
 def shots(source: EmbeddingSource, n: int, seed: int = 0) -> Tensor:

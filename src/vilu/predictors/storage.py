@@ -12,12 +12,12 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors_torch
 from torch import Tensor
 
+from vilu.artifacts.disk import or_refuse
+from vilu.artifacts.documents import read_json
+from vilu.artifacts.paths import claim_folder, inputs_of
 from vilu.device import as_usual
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, ViLUError, checked
-from vilu.files.disk import or_refuse
-from vilu.files.documents import read_json
-from vilu.files.places import claim_folder, inputs_of
 from vilu.predictors import record
 from vilu.predictors.base import FailurePredictor
 from vilu.predictors.catalogue import find_method, method_names

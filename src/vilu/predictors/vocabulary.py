@@ -13,13 +13,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors import torch as safetensors_torch
 from torch import Tensor
 
+from vilu.artifacts.disk import or_refuse, write_bytes
+from vilu.artifacts.documents import digest, parse_json, plain_json
 from vilu.embeddings.checks import check_class_names, require_usable
 from vilu.embeddings.columns import IMAGE_COLUMNS, check_columns
 from vilu.embeddings.source import EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError
-from vilu.files.disk import or_refuse, write_bytes
-from vilu.files.documents import digest, parse_json, plain_json
 from vilu.predictors.record import RECALIBRATE, VOCABULARY, VOCABULARY_KEY
 
 

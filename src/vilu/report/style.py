@@ -12,8 +12,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vilu.artifacts.disk import write_bytes
 from vilu.extras import import_extra
-from vilu.files.disk import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Figure  # noqa: PLC0414 - others take it from here

@@ -20,10 +20,10 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
+from vilu.artifacts.disk import make_folder, write_bytes
+from vilu.artifacts.documents import plain_json
 from vilu.datasets.images import sniff
 from vilu.errors import DataError, UsageError
-from vilu.files.disk import make_folder, write_bytes
-from vilu.files.documents import plain_json
 from vilu.service.limits import PROBLEM, WORK, ClientLimits, Gate, Refused, Room, problem
 from vilu.service.measures import Measures
 from vilu.text import csp_hash, page_of

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vilu.embeddings.checks import STATUS, VALID, normalised
 from vilu.errors import UNKNOWN, DataError, UsageError
+from vilu.guard.guard import Answer, Guard, Judge, arrays_of, record_of
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.record import fit_fingerprint
 from vilu.service.journal import PromiseState, row_id
@@ -25,7 +26,6 @@ from vilu.service.keeper import NAMES, Keeps, Kept, Scores
 from vilu.store.documents import IMAGE
 from vilu.store.parts import ErrorRow
 from vilu.store.pipeline import Decoded
-from vilu.triage.guard import Answer, Guard, Judge, arrays_of, record_of
 
 logger = logging.getLogger(__name__)
 

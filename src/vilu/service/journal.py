@@ -18,10 +18,10 @@ from typing import Final, Literal
 
 import numpy as np
 
-from vilu.decision.monitor import Monitor
-from vilu.decision.shares import OUTSIDE_NAME
+from vilu.artifacts.disk import make_folder
+from vilu.calibration.monitor.monitor import Monitor
+from vilu.calibration.shares import OUTSIDE_NAME
 from vilu.errors import OUTSIDE, UNKNOWN, DataError, StorageError, ViLUError
-from vilu.files.disk import make_folder
 from vilu.outcomes.outcomes import Outcomes
 
 logger = logging.getLogger(__name__)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
-from vilu.decision.record import has_record
-from vilu.decision.record import load as load_record
-from vilu.decision.status import Status
+from vilu.artifacts.disk import make_folder
+from vilu.artifacts.documents import Document, digest, read_document
+from vilu.calibration.monitor.status import Status
+from vilu.calibration.record import has_record
+from vilu.calibration.record import load as load_record
 from vilu.errors import DataError, UsageError
-from vilu.files.disk import make_folder
-from vilu.files.documents import Document, digest, read_document
 from vilu.predictors.record import fit_fingerprint
 from vilu.service.journal import Journal, PromiseState
 

@@ -17,8 +17,8 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final
 
+from vilu.artifacts.documents import read_bounded
 from vilu.errors import UsageError
-from vilu.files.documents import read_bounded
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]

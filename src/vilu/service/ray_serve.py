@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final, cast
 
-from vilu.decision.status import Status
+from vilu.artifacts.disk import locked, make_folder
+from vilu.calibration.monitor.status import Status
 from vilu.errors import UsageError, ViLUError
 from vilu.extras import import_extra
-from vilu.files.disk import locked, make_folder
 from vilu.service.app import Service
 from vilu.service.keeper import Bookkeeper, Kept, Scores
 from vilu.service.limits import Gate, log_access

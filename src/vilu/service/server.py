@@ -18,8 +18,8 @@ import uvicorn
 from PIL import Image
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from vilu.artifacts.disk import locked, make_folder
 from vilu.errors import StorageError, UsageError
-from vilu.files.disk import locked, make_folder
 from vilu.service.app import Service
 from vilu.service.limits import PROBLEM, ClientLimits, problem
 
@@ -199,11 +199,11 @@ def load_engine(setup: Setup, keeper: Keeps | None = None) -> Engine:
 
     The keeper comes first: what does not verify is known before the model is loaded.
     """
+    from vilu.guard.guard import Guard
     from vilu.service.engine import (
         Engine,
     )  # what they import takes seconds, in which the service is alive
     from vilu.service.keeper import Bookkeeper
-    from vilu.triage.guard import Guard
 
     keeper = keeper or Bookkeeper(setup.state, setup.predictors)
     guard = Guard(

@@ -14,12 +14,12 @@ from PIL import Image
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from vilu.artifacts.documents import Document, Model, digest
 from vilu.backbones.base import Backbone
 from vilu.backbones.zeroshot import fill_templates, mean_texts, prompt_texts
 from vilu.embeddings.checks import require_usable
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import ProvenanceError
-from vilu.files.documents import Document, Model, digest
 from vilu.store.ledger import AnyReceipt, Count, FileInfo
 
 

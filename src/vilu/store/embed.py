@@ -19,6 +19,8 @@ import numpy as np
 from pydantic import ValidationError
 from torch import Tensor
 
+from vilu.artifacts.disk import RUN
+from vilu.artifacts.documents import digest, explain, read_document
 from vilu.backbones.base import Backbone
 from vilu.backbones.zeroshot import TEMPLATES, class_texts
 from vilu.datasets.base import ImageDataset, ShardedDataset, require_files
@@ -27,8 +29,6 @@ from vilu.device import as_usual
 from vilu.embeddings.checks import check_class_names, require_usable
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, StorageError, UsageError, ViLUError, checked, require_at_least
-from vilu.files.disk import RUN
-from vilu.files.documents import digest, explain, read_document
 from vilu.progress import track
 from vilu.store.documents import CLASSES, ClassColumn, Inputs, Manifest, Receipt, Run, class_columns
 from vilu.store.job import BackboneSpec, EmbedJob, Executor, forget_attempts

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vilu.artifacts.documents import digest
 from vilu.device import as_usual
 from vilu.embeddings.checks import (
     NONFINITE,
@@ -31,7 +32,6 @@ from vilu.embeddings.columns import ANY_NORM, COLUMNS, IMAGE_COLUMNS, TEXT_COLUM
 from vilu.embeddings.source import first_same
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import OUTSIDE, UNKNOWN, DataError, UsageError, checked
-from vilu.files.documents import digest
 from vilu.progress import track
 from vilu.store.arrays import MAX_TEXT, Arrays, StoredArray, texts_of
 from vilu.store.documents import IMAGE, ClassColumn, ImageColumn, Imported, Run

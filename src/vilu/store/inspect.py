@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from vilu.artifacts.disk import MANIFEST, RUN
+from vilu.artifacts.documents import read_document
 from vilu.embeddings.checks import NORM_TOLERANCE
 from vilu.embeddings.columns import ANY_NORM
 from vilu.errors import OUTSIDE, UNKNOWN, ViLUError
-from vilu.files.disk import MANIFEST, RUN
-from vilu.files.documents import read_document
 from vilu.store.documents import CAPTION, IMAGE, Receipt, Run
 from vilu.store.ledger import require_hash
 from vilu.store.parts import (

@@ -13,13 +13,13 @@ from typing import Protocol
 
 import torch
 
+from vilu.artifacts.disk import RUN, or_refuse
+from vilu.artifacts.documents import log
 from vilu.backbones.base import Backbone
 from vilu.backbones.catalog import load_backbone
 from vilu.datasets.base import SHARD, ImageDataset, ImageRecord
 from vilu.datasets.images import DEFAULT_LIMITS, ImageLimits
 from vilu.errors import StorageError
-from vilu.files.disk import RUN, or_refuse
-from vilu.files.documents import log
 from vilu.progress import Silence, Task
 from vilu.store.documents import Receipt, Run
 from vilu.store.mapped import default_workers, in_threads

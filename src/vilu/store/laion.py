@@ -16,13 +16,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vilu.artifacts.disk import or_refuse
 from vilu.datasets.files import MISSING, ListingHash
 from vilu.device import as_usual
 from vilu.embeddings.checks import NORM_TOLERANCE, VALID, RowNumbers, normalised, row_status
 from vilu.embeddings.pairs import Pools
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, checked
-from vilu.files.disk import or_refuse
 from vilu.progress import track
 from vilu.store.folds import Fold, rows_of_fold
 from vilu.store.ledger import Reopened

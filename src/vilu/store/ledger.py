@@ -22,8 +22,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Generic, Protocol, TypeVa
 
 from pydantic import Field
 
-from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, ViLUError
-from vilu.files.disk import (
+from vilu.artifacts.disk import (
     LOG,
     MANIFEST,
     RUN,
@@ -34,8 +33,16 @@ from vilu.files.disk import (
     or_refuse,
     write_bytes,
 )
-from vilu.files.documents import Document, Model, digest, parse_json, read_bounded, read_document
-from vilu.files.places import claim_folder, entries, require_no_others
+from vilu.artifacts.documents import (
+    Document,
+    Model,
+    digest,
+    parse_json,
+    read_bounded,
+    read_document,
+)
+from vilu.artifacts.paths import claim_folder, entries, require_no_others
+from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, ViLUError
 from vilu.progress import Silence, track
 
 OURS = re.compile(r"run\.json|classes\.json|manifest\.json|\w+\.npy|\w+\.parquet|\d+(\.json)?")

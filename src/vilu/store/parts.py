@@ -21,12 +21,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vilu.artifacts.disk import RUN, make_folder
+from vilu.artifacts.documents import read_document
 from vilu.datasets.base import SHARD, ImageDataset, ShardedDataset
 from vilu.embeddings.checks import require_usable
 from vilu.embeddings.columns import COLUMNS
 from vilu.errors import DataError, ProvenanceError, StorageError, ViLUError
-from vilu.files.disk import RUN, make_folder
-from vilu.files.documents import read_document
 from vilu.store.documents import (
     CLASSES,
     IMAGE,

@@ -13,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vilu.artifacts.disk import MANIFEST, RUN
+from vilu.artifacts.documents import digest, read_document
 from vilu.device import as_usual
 from vilu.embeddings.checks import HASH_BYTES, Identity, hash_names, hash_of_each
 from vilu.embeddings.columns import TEXT_COLUMNS, check_columns
@@ -27,8 +29,6 @@ from vilu.errors import (
     UsageError,
     checked,
 )
-from vilu.files.disk import MANIFEST, RUN
-from vilu.files.documents import digest, read_document
 from vilu.store.documents import CAPTION, IMAGE, ClassColumn, Manifest, Run, StoredClasses
 from vilu.store.folds import Fold, rows_of_fold
 from vilu.store.laion import LaionPairs, find_shards

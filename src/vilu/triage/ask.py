@@ -11,26 +11,26 @@ from typing import Final
 
 import numpy as np
 
-from vilu.decision import record
-from vilu.decision.anytime import flawless_labels
-from vilu.decision.calibrate import ALL, Selector, group_names, members_of
-from vilu.decision.calibration import take_back
-from vilu.decision.record import Record
-from vilu.decision.score import ABSTAIN, ACCEPT, Decider, score_rows
-from vilu.decision.shares import OUTSIDE_NAME
+from vilu.artifacts.disk import locked
+from vilu.artifacts.documents import digest
+from vilu.artifacts.tables import csv_rows, write_table
+from vilu.calibration import record
+from vilu.calibration.anytime import flawless_labels
+from vilu.calibration.procedure import take_back
+from vilu.calibration.record import Record
+from vilu.calibration.rules import ALL, Selector, group_names, members_of
+from vilu.calibration.shares import OUTSIDE_NAME
 from vilu.device import as_usual
 from vilu.embeddings.source import EmbeddingSource, say_once
 from vilu.errors import UNKNOWN, DataError, InfeasibleError, UsageError, checked
-from vilu.files.disk import locked
-from vilu.files.documents import digest
-from vilu.files.tables import csv_rows, write_table
+from vilu.guard.guard import RunnersUp
 from vilu.metrics.counts import Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.base import FailurePredictor
 from vilu.predictors.storage import load
+from vilu.scoring.score import ABSTAIN, ACCEPT, Decider, score_rows
 from vilu.store.reader import EmbeddingStore
 from vilu.triage.choose import to_teach
-from vilu.triage.guard import RunnersUp
 from vilu.triage.labels import (
     SKIPPED,
     Entry,

@@ -19,7 +19,7 @@ from typing import Final
 import numpy as np
 import torch
 
-from vilu.decision.anytime import log_evidence
+from vilu.calibration.anytime import log_evidence
 from vilu.embeddings.source import EmbeddingSource
 from vilu.metrics.counts import Floats, Ints
 

@@ -13,6 +13,8 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
+from vilu.artifacts.paths import claim_file
+from vilu.artifacts.tables import write_table
 from vilu.datasets.base import ImageDataset
 from vilu.datasets.images import BadImage, read_image
 from vilu.device import as_usual
@@ -20,8 +22,6 @@ from vilu.embeddings.rows import SCORING_BATCH
 from vilu.embeddings.source import EmbeddingSource, TakenIds
 from vilu.errors import UNKNOWN, DataError, UsageError, checked
 from vilu.extras import import_extra
-from vilu.files.places import claim_file
-from vilu.files.tables import write_table
 from vilu.metrics.counts import Floats
 from vilu.predictors import ViLUPlus
 from vilu.predictors.base import FailurePredictor

@@ -27,9 +27,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from vilu.artifacts.tables import csv_rows, read_table, write_table
 from vilu.embeddings.source import say_once
 from vilu.errors import NO_NAME, DataError, UsageError, nearest
-from vilu.files.tables import csv_rows, read_table, write_table
 
 Stream = Literal["given", "fit", "promise"]
 STREAMS: Final = get_args(Stream)

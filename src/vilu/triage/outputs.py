@@ -16,20 +16,20 @@ from typing import Final, Literal
 import numpy as np
 import pyarrow as pa
 
+from vilu.artifacts.disk import atomic_write, locked, make_folder, or_refuse, write_text
+from vilu.artifacts.tables import write_table
+from vilu.calibration.anytime import log_evidence
+from vilu.calibration.thresholds import exactly, percent
 from vilu.datasets.files import portable_name
-from vilu.decision.anytime import log_evidence
-from vilu.decision.score import ACCEPT, OUTSIDE_REASON
-from vilu.decision.thresholds import exactly, percent
 from vilu.device import as_usual
 from vilu.embeddings.rows import SCORING_BATCH
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import UsageError, checked, require_between
-from vilu.files.disk import atomic_write, locked, make_folder, or_refuse, write_text
-from vilu.files.tables import write_table
+from vilu.guard.guard import RunnersUp, runners_up_of
 from vilu.report.page.build import find_template, render
 from vilu.report.page.gallery import thumbnails
+from vilu.scoring.score import ACCEPT, OUTSIDE_REASON
 from vilu.triage.ask import LABELLED, REVIEW, Decision, decision_of, write_next
-from vilu.triage.guard import RunnersUp, runners_up_of
 from vilu.triage.labels import (
     SKIPPED,
     LabelBook,

@@ -18,13 +18,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vilu.artifacts.disk import MANIFEST, make_folder, or_refuse
+from vilu.artifacts.tables import read_table, write_table
 from vilu.datasets.files import portable_name
 from vilu.datasets.folder import Listed, PhotoFiles
 from vilu.embeddings.checks import Identity
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import UNKNOWN, DataError
-from vilu.files.disk import MANIFEST, make_folder, or_refuse
-from vilu.files.tables import read_table, write_table
 from vilu.store.embed import embed
 from vilu.store.job import BackboneSpec
 from vilu.store.reader import EmbeddingStore

@@ -13,13 +13,13 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
-from vilu.decision.anytime import Looks, grid_of, level_of
-from vilu.decision.calibrate import ALL, Certificate, Selector
-from vilu.decision.calibration import keep_record
-from vilu.decision.record import Record
+from vilu.artifacts.documents import Model
+from vilu.calibration.anytime import Looks, grid_of, level_of
+from vilu.calibration.procedure import keep_record
+from vilu.calibration.record import Record
+from vilu.calibration.rules import ALL, Certificate, Selector
 from vilu.embeddings.pairs import first_alike
 from vilu.embeddings.source import EmbeddingSource
-from vilu.files.documents import Model
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.base import FailurePredictor

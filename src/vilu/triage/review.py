@@ -20,13 +20,13 @@ from xml.etree import ElementTree
 import numpy as np
 import pyarrow as pa
 
-from vilu.decision.score import ACCEPT
-from vilu.decision.shares import OUTSIDE_NAME
+from vilu.artifacts.disk import make_folder, or_refuse, write_bytes
+from vilu.artifacts.documents import plain_json, read_document
+from vilu.artifacts.tables import csv_bytes, csv_rows
+from vilu.calibration.shares import OUTSIDE_NAME
 from vilu.errors import OUTSIDE, UNKNOWN, DataError, UsageError
-from vilu.files.disk import make_folder, or_refuse, write_bytes
-from vilu.files.documents import plain_json, read_document
-from vilu.files.tables import csv_bytes, csv_rows
 from vilu.outcomes.outcomes import Outcomes
+from vilu.scoring.score import ACCEPT
 from vilu.triage.labels import SKIPPED, STREAMS, columns_of, read_labels
 from vilu.triage.triage import DECISIONS, NEXT, STATE, TriageState
 

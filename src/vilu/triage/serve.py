@@ -18,10 +18,10 @@ from socket import socket
 from typing import Any, Final
 from urllib.parse import parse_qs, urlsplit
 
+from vilu.artifacts.tables import write_table
 from vilu.datasets.files import Bounds
 from vilu.datasets.images import BadImage, decode_image
 from vilu.errors import DataError, UsageError
-from vilu.files.tables import write_table
 from vilu.text import page_of
 from vilu.triage.labels import SKIPPED, read_labels
 from vilu.triage.review import Review, label_columns

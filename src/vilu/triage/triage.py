@@ -13,18 +13,17 @@ from typing import Final, Literal
 import numpy as np
 from pydantic import Field
 
+from vilu.artifacts.documents import Document, read_document
+from vilu.artifacts.paths import claim_folder
+from vilu.artifacts.tables import read_table
+from vilu.calibration import record
+from vilu.calibration.anytime import level_of
+from vilu.calibration.procedure import take_back
+from vilu.calibration.rules import Selector
+from vilu.calibration.shares import OUTSIDE_NAME
 from vilu.datasets.files import portable_name
 from vilu.datasets.folder import list_photos
-from vilu.decision import record
-from vilu.decision.anytime import level_of
-from vilu.decision.calibrate import Selector
-from vilu.decision.calibration import take_back
-from vilu.decision.score import Decider, score_rows
-from vilu.decision.shares import OUTSIDE_NAME
 from vilu.errors import DataError, UsageError
-from vilu.files.documents import Document, read_document
-from vilu.files.places import claim_folder
-from vilu.files.tables import read_table
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.base import FailurePredictor
@@ -32,6 +31,7 @@ from vilu.predictors.catalogue import find_method
 from vilu.predictors.record import PREDICTOR, read_record
 from vilu.predictors.storage import load
 from vilu.predictors.vocabulary import Vocabulary
+from vilu.scoring.score import Decider, score_rows
 from vilu.triage.choose import to_teach
 from vilu.triage.labels import Entry, LabelBook
 from vilu.triage.photos import FOLDER, Embedding, PhotoFolder, Photos, PhotoStores

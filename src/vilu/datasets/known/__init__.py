@@ -9,11 +9,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from vilu.artifacts.documents import fill
 from vilu.datasets.base import ImageDataset
 from vilu.datasets.known.entry import Count, KnownDataset, Place, Request, find_place, require_place
 from vilu.datasets.known.layouts import ShardReader, make_reader
 from vilu.errors import DataError, StorageError, UsageError, nearest
-from vilu.files.documents import fill
 from vilu.progress import track
 from vilu.registry import ADDERS, Catalogue, toml_tables
 

@@ -9,9 +9,9 @@ from typing import Annotated, Final, Protocol, runtime_checkable
 
 from pydantic import Field, InstanceOf, PositiveInt
 
+from vilu.artifacts.disk import or_refuse
 from vilu.datasets.base import ImageDataset
 from vilu.errors import DataError, UsageError
-from vilu.files.disk import or_refuse
 
 SHOWN: Final = 5  # missing files that are named
 

@@ -16,6 +16,7 @@ from os import stat_result
 from pathlib import Path
 from typing import Final
 
+from vilu.artifacts.documents import fill
 from vilu.datasets.cifar import CIFAR10, CIFAR100, CifarDataset, Layout
 from vilu.datasets.files import portable_name, subfolders, walk_images
 from vilu.datasets.known.entry import SHOWN, Count, Place, Reader, Request, Survey
@@ -30,7 +31,6 @@ from vilu.datasets.known.read import (
 )
 from vilu.datasets.tar import CAPTION, MAX_SHARDS, TarShards, find_shards, list_samples
 from vilu.errors import DataError, UsageError
-from vilu.files.documents import fill
 from vilu.progress import track
 
 Files = Sequence[tuple[str, stat_result | None]]

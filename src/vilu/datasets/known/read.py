@@ -13,13 +13,13 @@ from pathlib import Path, PurePosixPath
 from stat import S_ISREG
 from typing import Final, NoReturn, TypeVar
 
+from vilu.artifacts.documents import each_once
 from vilu.datasets.base import parse_split
 from vilu.datasets.classes import class_table, clean_name
 from vilu.datasets.files import ListingHash, portable_name, read_file, status_below, stays_below
 from vilu.datasets.folder import ListedFiles
 from vilu.datasets.known.entry import SHOWN, Count, Place, Request, Survey
 from vilu.errors import DataError
-from vilu.files.documents import each_once
 from vilu.progress import Task, track
 
 Entry = tuple[str, int, stat_result | None]

@@ -21,10 +21,18 @@ import torch
 from safetensors import torch as safetensors_torch
 from torch import Tensor, nn
 
+from vilu.artifacts.disk import (
+    LOCK,
+    TEMPORARY,
+    locked,
+    make_folder,
+    or_refuse,
+    write_bytes,
+    write_text,
+)
+from vilu.artifacts.documents import digest, read_json, write_json
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import DataError, ProvenanceError, UsageError
-from vilu.files.disk import LOCK, TEMPORARY, locked, make_folder, or_refuse, write_bytes, write_text
-from vilu.files.documents import digest, read_json, write_json
 from vilu.predictors.nn.head import Dropout
 from vilu.predictors.nn.processes import World, current_world
 

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vilu.artifacts.documents import SCHEMA_VERSION, write_json
+from vilu.artifacts.paths import claim_file
 from vilu.device import as_usual
 from vilu.embeddings.source import EmbeddingSource, log_posterior
 from vilu.errors import UNKNOWN, DataError, UsageError, checked
-from vilu.files.documents import SCHEMA_VERSION, write_json
-from vilu.files.places import claim_file
 from vilu.predictors.bank.search import leaders
 from vilu.predictors.base import FailurePredictor
 from vilu.predictors.games import NoAttribution, Scored

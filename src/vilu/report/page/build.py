@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
+from vilu.calibration.thresholds import percent as bound
 from vilu.datasets.base import ImageDataset
-from vilu.decision.thresholds import percent as bound
 from vilu.device import as_usual
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import UNKNOWN, ProvenanceError, UsageError, checked

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from vilu.decision.thresholds import lower_bound, upper_bound
+from vilu.calibration.thresholds import lower_bound, upper_bound
 from vilu.metrics import risk_coverage_curve, roc_curve_points
 from vilu.metrics.counts import Floats, tie_counts
 from vilu.outcomes.outcomes import Outcomes

@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vilu.decision import record
-from vilu.decision.calibrate import Certificate, Selector, group_names
-from vilu.decision.record import Rule
-from vilu.decision.score_folder import ScoreFolder
+from vilu.artifacts.disk import RUN
+from vilu.artifacts.documents import digest
+from vilu.calibration import record
+from vilu.calibration.record import Rule
+from vilu.calibration.rules import Certificate, Selector, group_names
 from vilu.errors import DataError, ProvenanceError, UsageError, nearest, require_between
-from vilu.files.disk import RUN
-from vilu.files.documents import digest
 from vilu.metrics.counts import tie_counts
 from vilu.outcomes.evaluate import require_same_rows
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.record import PREDICTOR
 from vilu.report.figures import known
+from vilu.scoring.score_folder import ScoreFolder
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""What is written, hashed and sealed, and what is believed when it is read."""

@@ -1,0 +1,277 @@
+"""JSON documents of ours: sealed with a digest of what they say, checked as any file from elsewhere."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NoReturn, TypeVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    TypeAdapter,
+    ValidationError,
+    model_serializer,
+)
+
+from vilu.artifacts.disk import LOG, or_refuse, write_bytes
+from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, ViLUError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+
+def digest(value: object) -> str:
+    """Short stable hash (blake2b, 16 bytes, hex) of anything that JSON can write."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    content = text.encode("utf-8", "surrogatepass")  # names of files may be no UTF-8
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+logger = logging.getLogger("vilu")
+
+SEAL: Final = "digest"  # last key of a document of ours: ``digest`` of all that stands before it
+SCHEMA_VERSION: Final = 1
+MAX_DOCUMENT_BYTES = 64 * 2**20  # no document of ours comes near; a larger one is not read
+
+
+class Model(BaseModel):
+    """Immutable, refuses unknown fields, NaN and infinity.
+
+    Attributes:
+        later: Fields that came after the first such files. Unused they are not written, so that
+            documents, and the hashes over them, are what they were before.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    later: ClassVar[frozenset[str]] = frozenset()
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        later = {name: type(self).model_fields[name].default for name in self.later}
+        # a number that is no default says something even where it is zero
+        said = {
+            name for name, value in fields.items() if value or (value == 0 and later.get(name) != 0)
+        }
+        return {name: value for name, value in fields.items() if name in said or name not in later}
+
+
+class Document(Model):
+    """A JSON file of ours."""
+
+    again: ClassVar[str]  # how it is made again, for messages
+    fault: ClassVar[type[ViLUError]] = StorageError  # error where it is missing or damaged
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+
+    def write(self, path: Path) -> None:
+        """Write it atomically."""
+        write_json(path, self.model_dump(mode="json"))
+
+
+D = TypeVar("D", bound=Document)
+
+
+class _Version(BaseModel):
+    schema_version: int
+
+
+def read_document(path: Path, kind: type[D], of: Path | None = None) -> D:
+    """A document of ours, checked as any file from elsewhere; ``of`` as for ``read_json``, by default its folder."""
+    content = read_json(path, kind.again, kind.fault, of=of or path.parent)
+    try:
+        version = _Version.model_validate(content).schema_version
+        if version != SCHEMA_VERSION:
+            raise ProvenanceError(
+                f"{path} has schema version {version}, this vilu reads {SCHEMA_VERSION}. "
+                f"{kind.again}, or use the vilu that wrote it."
+            )
+        return kind.model_validate_json(json.dumps(content))
+    except ValidationError as error:
+        raise kind.fault(
+            f"{path} is damaged: {explain(error)}. {kind.again} to repair it."
+        ) from error
+
+
+def read_json(
+    path: Path,
+    again: str,
+    fault: type[ViLUError] = DataError,
+    *,
+    seal: str = SEAL,
+    always: bool = False,
+    of: Path | None = None,
+) -> dict[str, Any]:
+    """What a JSON document of ours says, without its seal; nothing of it is believed before the seal is.
+
+    ``again`` says how it is made again, ``fault`` is what is raised where it is missing or damaged.
+    ``seal`` is the key of the digest; that of ``predictor.json`` is the predictor's fingerprint.
+    ``always``: every vilu sealed such documents, so one without a seal is damaged; else a line says
+    so of the artefact that it is ``of``.
+    """
+    content = read_bounded(path, again, fault)
+    try:
+        found = parse_json(content)
+        right = digest({key: value for key, value in found.items() if key != seal})
+    except (ValueError, RecursionError) as error:
+        raise fault(
+            f"{path} is damaged: it is not JSON of ours ({error}). {again} to repair it."
+        ) from error
+    if seal not in found and not always:
+        say_unsealed(of or path)
+    elif found.pop(seal, None) != right:
+        raise fault(
+            f"{path} is damaged: its content is not what its {seal} says. {again} to repair it."
+        )
+    return found
+
+
+def parse_json(content: bytes) -> dict[str, Any]:
+    """A JSON object; a ValueError where it is none, a key stands twice, or a number is none or infinite."""
+    found = json.loads(
+        content.decode(),
+        object_pairs_hook=each_once,
+        parse_float=_finite,
+        parse_constant=_no_number,
+    )
+    if (
+        b"\\ud" in content.lower()
+    ):  # an escaped half of a character would be no text that can be written again
+        json.dumps(found, ensure_ascii=False).encode()
+    if not isinstance(found, dict):
+        raise ValueError(f"it holds no object, but {type(found).__name__}")  # noqa: TRY004 - as json's own
+    return found
+
+
+def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, for ``json.loads``; ValueError where it names something twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key stands twice in an object")
+    return found
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _no_number(text)
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no finite number")
+
+
+def seal_document(path: Path) -> bool:
+    """Give a document of ours a digest, unless it has one; whether it had none."""
+    content = parse_json(read_bounded(path, "Make it again", DataError))
+    if SEAL in content:
+        return False
+    write_json(path, content)
+    return True
+
+
+_SAID: set[str] = set()
+_vouched: ContextVar[bool] = ContextVar("vouched", default=False)
+
+
+@contextmanager
+def vouched() -> Iterator[None]:
+    """A block that reads files for which a hash elsewhere vouches, so that they need no digest of their own."""
+    token = _vouched.set(True)
+    try:
+        yield
+    finally:
+        _vouched.reset(token)
+
+
+def say_unsealed(path: str | os.PathLike[str]) -> None:
+    """One line, once per file and process, that nothing vouches for an artefact of an earlier vilu."""
+    if not _vouched.get() and os.path.abspath(path) not in _SAID:  # noqa: PTH100 - Path has no form that keeps links
+        _SAID.add(os.path.abspath(path))  # noqa: PTH100
+        logger.warning(
+            "%s carries no digest: damage to it would not be seen; `vilu inspect --seal` adds one.",
+            os.fspath(path),
+        )
+
+
+def read_bounded(path: Path, again: str, fault: type[ViLUError], limit: int | None = None) -> bytes:
+    """The content of a file, of which no more than ``limit`` bytes (by default ``MAX_DOCUMENT_BYTES``) are read."""
+    limit = MAX_DOCUMENT_BYTES if limit is None else limit
+    with or_refuse(f"read {path}"):
+        if not path.is_file():
+            raise fault(f"{path} is missing. {again} to complete the folder.")
+        with path.open("rb") as handle:
+            content = handle.read(limit + 1)
+    if len(content) > limit:
+        raise fault(f"{path} is larger than {limit} bytes, so it is no file of vilu.")
+    return content
+
+
+def explain(error: ValidationError) -> str:
+    """First finding of pydantic, on one line."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    where = ".".join(str(step) for step in first["loc"])
+    return (
+        f"{where or 'document'}: {first['msg']} (got {json.dumps(first['input'], default=str):.80})"
+    )
+
+
+def write_json(path: str | os.PathLike[str], value: Mapping[str, object], seal: str = SEAL) -> str:
+    """Write plain JSON (UTF-8, indented, keys in their order, sealed) atomically; returns its digest."""
+    what = f"cannot write {path}: its content"
+    plain = json.loads(plain_json({key: part for key, part in value.items() if key != seal}, what))
+    plain[seal] = digest(plain)
+    write_bytes(path, plain_json(plain, what, indent=2) + b"\n")
+    return str(plain[seal])
+
+
+def log(folder: Path, **facts: object) -> None:
+    """Add a line to the log of a folder, at once, so that lines of several processes stay whole."""
+    line = plain_json(facts, "a line of the log") + b"\n"
+    with or_refuse(f"write to {folder / LOG}"), (folder / LOG).open("ab", buffering=0) as handle:
+        handle.write(line)
+
+
+def read_log(folder: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a folder's log, if it has one; a line that a crash has cut is left out."""
+    path = folder / LOG
+    with or_refuse(f"read {path}"):
+        lines = path.read_bytes().splitlines() if path.is_file() else []
+    for line in lines:
+        with suppress(ValueError, RecursionError):
+            found = json.loads(line)
+            if isinstance(found, dict):
+                yield found
+
+
+def plain_json(value: object, what: str = "metadata", indent: int | None = None) -> bytes:
+    """UTF-8 JSON; DataError if ``value`` is not plain JSON, which NaN and infinity are not."""
+    try:
+        return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{what} must be plain JSON, but {error}.") from error
+
+
+Entry = TypeVar("Entry", bound="DataclassInstance")
+
+
+def fill(kind: type[Entry], facts: Mapping[str, object], where: str) -> Entry:
+    """A dataclass from facts by name, whose names and types are checked; ``where`` is for messages."""
+    known = [field.name for field in fields(kind)]
+    unknown = next((name for name in facts if name not in known), None)
+    if unknown is not None:
+        raise UsageError(f"{where} has no {unknown!r}; it has {', '.join(known)}.")
+    try:
+        return TypeAdapter(kind).validate_python(facts)
+    except ValidationError as error:
+        raise UsageError(f"{where}, {explain(error)}.") from error

@@ -1,0 +1,344 @@
+"""Tables with metadata: Parquet, sealed with a digest of what it says, and CSV that a spreadsheet may open."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import re
+from collections.abc import Collection, Iterator, Mapping
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from vilu.artifacts.disk import or_refuse, write_bytes
+from vilu.artifacts.documents import (
+    SCHEMA_VERSION,
+    SEAL,
+    digest,
+    parse_json,
+    plain_json,
+    say_unsealed,
+)
+from vilu.errors import DataError, ProvenanceError, StorageError, UsageError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+METADATA_KEY = b"vilu"
+MARK = b"vilu.sealed"
+"""Stands in the footer of a table with a digest, so that it is missed where a flipped bit has hidden the metadata."""
+
+MAX_COLUMNS, MAX_HEADER = 10_000, 2**20
+"""Columns of a table, and characters of the heading of a CSV file; with a million of them reading takes minutes."""
+
+# A spreadsheet runs a cell that starts with one of these. An apostrophe before it makes it text;
+# apostrophes that are already there get one more, so that reading can take exactly one away.
+_FORMULA = r"^('*[=+\-@\t\r])"
+_DEFUSED = r"^'('*[=+\-@\t\r])"
+
+
+def write_table(
+    path: str | Path, columns: Mapping[str, pa.Array], metadata: Mapping[str, object]
+) -> None:
+    """Write columns of one length atomically, as Parquet (with the metadata in its schema) or CSV (without)."""
+    is_parquet = table_suffix(path) == ".parquet"
+    write_bytes(path, parquet_bytes(columns, metadata) if is_parquet else csv_bytes(columns))
+
+
+def csv_bytes(columns: Mapping[str, pa.Array]) -> bytes:
+    """Columns of one length as a CSV that a spreadsheet may open: no cell is a formula."""
+    import pyarrow as pa
+    import pyarrow.csv
+
+    table, content = _replaced(pa.table(dict(columns)), None, _FORMULA, r"'\1"), BytesIO()
+    content.write((",".join(table.column_names) + "\n").encode())
+    pyarrow.csv.write_csv(
+        table, content, pyarrow.csv.WriteOptions(include_header=False, quoting_style="needed")
+    )
+    return content.getvalue()
+
+
+def parquet_bytes(columns: Mapping[str, pa.Array], metadata: Mapping[str, object]) -> bytes:
+    """Columns of one length, with the metadata (plain JSON) in their schema, as the content of a Parquet file.
+
+    Every page has a checksum, and the metadata a digest of all that a reader gets to see: a
+    checksum covers neither the footer nor the headers of pages.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    table, said = (
+        pa.table(dict(columns)),
+        parse_json(plain_json({"schema_version": SCHEMA_VERSION, **metadata})),
+    )
+    said[SEAL] = table_digest(table, said)
+    buffer = BytesIO()
+    sealed = table.replace_schema_metadata({METADATA_KEY: plain_json(said), MARK: b""})
+    repeating = [name for name in table.column_names if _repeats(table[name])]
+    pyarrow.parquet.write_table(sealed, buffer, write_page_checksum=True, use_dictionary=repeating)
+    return buffer.getvalue()
+
+
+SAMPLED = 1_024
+
+
+def _repeats(column: pa.ChunkedArray) -> bool:
+    """Whether values come again, by the first ones: only then a dictionary of them saves time and room."""
+    import pyarrow.compute as pc
+
+    first = column[:SAMPLED]
+    return bool(pc.count_distinct(first).as_py() <= len(first) / 2)
+
+
+def table_digest(table: pa.Table, metadata: Mapping[str, object]) -> str:
+    """Digest of names, types, nulls and values of the columns, and of the metadata; however the rows are chunked."""
+    columns = [
+        [name, str(table[name].type), len(table), _column_hash(table[name])]
+        for name in table.column_names
+    ]
+    return digest([dict(metadata), columns])
+
+
+def _column_hash(column: pa.ChunkedArray) -> str:
+    """SHA-256 of where a column is null, and of its values."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    content, text = hashlib.sha256(), pa.types.is_string(column.type)
+    if pa.types.is_boolean(column.type):
+        column = column.cast(pa.int8())
+    if column.null_count:
+        for chunk in column.chunks:
+            content.update(chunk.is_null().cast(pa.int8()).to_numpy())
+        column = pc.fill_null(column, "" if text else pa.scalar(0).cast(column.type))
+    if text:
+        for chunk in column.chunks:
+            content.update(pc.binary_length(chunk).to_numpy())
+    for chunk in column.chunks:
+        content.update(_text_bytes(chunk) if text else chunk.to_numpy())
+    return content.hexdigest()
+
+
+def _text_bytes(chunk: pa.Array) -> memoryview:
+    """The UTF-8 of all strings of an array."""
+    import numpy as np
+
+    _, offsets, content = chunk.buffers()
+    if not len(chunk) or content is None:
+        return memoryview(b"")
+    ends = np.frombuffer(offsets, np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
+    return memoryview(content)[ends[0] : ends[-1]]
+
+
+def _replaced(
+    table: pa.Table, names: Collection[str] | None, pattern: str, replacement: str
+) -> pa.Table:
+    """The table with a pattern replaced in its columns of text, by default all of them."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    for index, column in enumerate(table.schema):
+        if pa.types.is_string(column.type) if names is None else column.name in names:
+            text = pc.replace_substring_regex(
+                table.column(index), pattern=pattern, replacement=replacement
+            )
+            table = table.set_column(index, column.name, text)
+    return table
+
+
+def as_written(table: pa.Table, names: Collection[str]) -> pa.Table:
+    """The table without the apostrophes that ``csv_bytes`` has put before texts in these columns."""
+    return _replaced(table, names, _DEFUSED, r"\1")
+
+
+def read_table(
+    path: str | Path, text_columns: Collection[str]
+) -> tuple[pa.Table, dict[str, object]]:
+    """A Parquet or CSV table and its metadata (empty for CSV and for tables of other programs).
+
+    Args:
+        path: The file.
+        text_columns: Columns that hold text, whatever their content looks like.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    suffix = table_suffix(path)
+    try:
+        source = pa.OSFile(str(path))
+    except FileNotFoundError as error:
+        raise StorageError(f"{path} does not exist.") from error
+    except OSError as error:
+        raise StorageError(f"cannot open {path}: {error}") from error
+    with source:
+        try:
+            parquet = suffix == ".parquet"
+            if not parquet:
+                csv_names(path)
+            table = _read_parquet(source) if parquet else _parse_csv(source, text_columns)
+            names, marked = table.column_names, parquet and MARK in _footer(source)
+        except DataError:
+            raise
+        except (pa.ArrowException, csv.Error, OSError, ValueError) as error:
+            raise DataError(f"{path} is not a readable {suffix[1:]} table: {error}") from error
+    require_width(path, len(names))
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise DataError(
+            f"{path} must have distinct columns. Repeated: {', '.join(sorted(repeated))}."
+        )
+    return table, _metadata(path, table, marked=marked)
+
+
+def _read_parquet(source: pa.NativeFile) -> pa.Table:
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.ParquetFile(source, page_checksum_verification=True).read()
+    table.validate(full=True)  # strings are UTF-8, offsets are within their buffers
+    return table
+
+
+def _footer(source: pa.NativeFile) -> bytes:
+    """The bytes of the footer of a Parquet file, whatever can be parsed of them."""
+    end = source.size() - 8
+    source.seek(end)
+    start = max(end - int.from_bytes(source.read(4), "little"), 0)
+    source.seek(start)
+    return bytes(source.read(end - start))
+
+
+def seal_table(path: Path) -> bool:
+    """Give a Parquet table of ours a digest, unless it has one or is of another program; whether it has now."""
+    import pyarrow.parquet
+
+    table, metadata = read_table(path, ())
+    said = (pyarrow.parquet.read_schema(path).metadata or {}).get(METADATA_KEY)
+    if said is None or SEAL in parse_json(said):
+        return False
+    write_table(path, {name: table[name] for name in table.column_names}, metadata)
+    return True
+
+
+def read_column(path: str | Path, table: pa.Table, name: str, kind: str) -> pa.ChunkedArray:
+    """A column as Arrow type ``kind`` ("float64", "int64", "string", ...); all null if the table lacks it."""
+    import pyarrow as pa
+
+    if name not in table.column_names:
+        return pa.chunked_array([pa.nulls(len(table), pa.type_for_alias(kind))])
+    try:
+        return table[name].cast(pa.type_for_alias(kind))
+    except pa.ArrowException as error:
+        raise DataError(f"column {name!r} of {path} must hold {kind} values: {error}") from error
+
+
+def csv_rows(path: Path, delimiter: str = ",") -> tuple[list[str], list[dict[str, str]]]:
+    """The columns of a CSV file that people fill in, and its rows as text.
+
+    Raises:
+        DataError: If it is no CSV in UTF-8.
+        StorageError: If it cannot be read.
+    """
+    with or_refuse(f"read {path}"), path.open(encoding="utf-8-sig", newline="") as file:
+        try:
+            table = csv.DictReader(
+                file, delimiter=delimiter, strict=True
+            )  # else an open quote takes all that follows
+            rows = [
+                {
+                    name: re.sub(_DEFUSED, r"\1", cell) if isinstance(cell, str) else cell
+                    for name, cell in row.items()
+                }
+                for row in table
+            ]
+            return list(table.fieldnames or ()), rows
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise DataError(
+                f"{path} is no CSV file in UTF-8 whose quotes are all closed: {error}."
+            ) from error
+
+
+def csv_names(path: str | Path, delimiter: str = ",") -> list[str]:
+    """The names of the columns of a CSV file, of which no more than a bounded beginning is read."""
+    with Path(path).open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        # not strict: a text that is not UTF-8 is the error of its row, and the first block is
+        # decoded with the names
+        names = next(csv.reader(_short_lines(file, path), delimiter=delimiter), [])
+    "".join(names).encode()
+    require_width(path, len(names))
+    return names
+
+
+def _short_lines(file: TextIO, path: str | Path) -> Iterator[str]:
+    while line := file.readline(MAX_HEADER):
+        if len(line) == MAX_HEADER and line[-1] not in "\r\n":
+            raise DataError(
+                f"{path} has a line of more than {MAX_HEADER:,} characters where the names of columns are."
+            )
+        yield line
+
+
+def require_width(path: str | Path, n_columns: int) -> None:
+    """Refuse a table of too many columns."""
+    if n_columns > MAX_COLUMNS:
+        raise DataError(
+            f"{path} has {n_columns:,} columns; at most {MAX_COLUMNS:,} are read. Keep those that are needed."
+        )
+
+
+def table_suffix(path: str | Path) -> str:
+    """``.parquet`` or ``.csv``; UsageError if it is neither."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in {".parquet", ".csv"}:
+        raise UsageError(f"a table is a .parquet or a .csv file. Got {Path(path).name!r} instead.")
+    return suffix
+
+
+def _parse_csv(source: pa.NativeFile, text_columns: Collection[str]) -> pa.Table:
+    import pyarrow as pa
+    import pyarrow.csv
+
+    table = pyarrow.csv.read_csv(
+        source,
+        parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
+        convert_options=pyarrow.csv.ConvertOptions(
+            column_types=dict.fromkeys(text_columns, pa.string()),
+            null_values=[""],
+            strings_can_be_null=True,
+            quoted_strings_can_be_null=False,
+        ),
+    )
+    return as_written(table, text_columns)
+
+
+def _metadata(path: str | Path, table: pa.Table, *, marked: bool) -> dict[str, object]:
+    """The metadata of a table of ours, which are believed, as its rows are, when the digest is right."""
+    content = (table.schema.metadata or {}).get(METADATA_KEY)
+    if content is None and not marked:
+        return {}
+    try:
+        metadata = parse_json(content or b"")
+        seal = metadata.pop(SEAL, None)
+        right = not marked if seal is None else seal == table_digest(table, metadata)
+    # pyarrow raises NotImplementedError on types of columns that a flipped bit has made: raised
+    # again, as damage
+    except (ValueError, NotImplementedError, RecursionError) as error:
+        raise DataError(
+            f"{path} is damaged: its metadata are not JSON of ours ({error}). Make it again."
+        ) from error
+    if not right:
+        raise DataError(
+            f"{path} is damaged, or was changed by another program: its rows are not what its digest says. "
+            "Make it again."
+        )
+    if seal is None:
+        say_unsealed(path)
+    require_schema(path, metadata.pop("schema_version", None))
+    return metadata
+
+
+def require_schema(path: str | Path, version: object) -> None:
+    """Refuse what another version of vilu wrote."""
+    if version != SCHEMA_VERSION:
+        raise ProvenanceError(
+            f"{path} has schema version {version!r}, this vilu reads version {SCHEMA_VERSION}. "
+            "Install the vilu that wrote it."
+        )

@@ -1,0 +1,153 @@
+"""Split-conformal label sets: instead of one answer the few that hold the right one, more of them in doubt.
+
+The sets are built on a posterior that knows of failures: with f the probability of failure of the
+answer a and p the predictor's own posterior over the candidates, or else the zero-shot one,
+
+    q_a = 1 - f,    q_j = f p_j / (1 - p_a) for the other candidates,
+
+so that a trusted answer stands alone and a doubted one brings company, in the order of p.
+Shapes: B rows, K candidates.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from itertools import compress
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from vilu.artifacts.documents import Model
+from vilu.calibration.thresholds import rows_for_mean
+from vilu.embeddings.source import Batch, EmbeddingSource
+from vilu.errors import UNKNOWN, DataError, InfeasibleError, UsageError, require_between
+from vilu.metrics.counts import Floats
+from vilu.predictors.base import FailurePredictor
+
+Kind = Literal["lac", "aps"]
+
+
+class LabelSets(Model):
+    """Sets that hold the right label with probability at least 1 - max_miss, over calibration rows and the new row.
+
+    That is of pictures of the classes. One of none of them has no right label, so no set can hold
+    it: such calibration rows are left out, aloud, and about such pictures nothing is promised.
+
+    With n calibration scores s_i = s(x_i, y_i) of the true labels, the set of x is {j: s(x, j) <=
+    c}, c the ceil((n + 1)(1 - max_miss))-th smallest s_i. "lac": s = 1 - q_j, the smallest sets on
+    average. "aps": s = the mass of all candidates more probable than j, whose coverage is more even
+    over easy and hard rows. Ties only make sets larger. A set can be empty under "lac" (nothing is
+    probable enough), never under "aps". f is taken as it was before ``calibrate``: the rows that
+    set the limit must not have shaped the score.
+
+    Source: Sadinle et al. (2019), least ambiguous sets; Romano et al. (2020), adaptive sets, whose
+    last label is here always in and not by chance, so that a set is a function of the row. The
+    posterior q is ours.
+    """
+
+    method: Kind  # "lac" or "aps"
+    max_miss: float = Field(gt=0, lt=1)  # largest share of sets without the right label
+    limit: float = Field(ge=0, le=2)  # c, in [0, 1]
+    n: int = Field(ge=1)  # calibration rows
+    mean_size: float = Field(ge=0)  # mean size of their sets
+    empirical_miss: float = Field(ge=0, le=1)  # share of their sets without the right label
+
+    def of(self, predictor: FailurePredictor, batch: Batch, uncertainty: Floats) -> Tensor:
+        """(B, K) bool, the sets of a batch with uncertainties (B,) of the predictor."""
+        return nonconformity(predictor, batch, uncertainty, self.method) <= self.limit
+
+
+def failure_aware_posterior(batch: Batch, log_p: Tensor, failure_probability: Tensor) -> Tensor:
+    """(B, K) float64 q of the module's docstring, on the CPU; with two candidates q = (1 - f, f)."""
+    answer = batch.prediction.cpu()[:, None]
+    f = failure_probability.double()[:, None]
+    # the others' share among themselves: a softmax without the answer, which stays exact where p_a
+    # rounds to one
+    others = log_p.scatter(1, answer, -torch.inf).softmax(dim=1)
+    return (f * others).scatter(1, answer, 1 - f)
+
+
+def nonconformity(
+    predictor: FailurePredictor, batch: Batch, uncertainty: Floats, method: Kind
+) -> Tensor:
+    """(B, K) float64 s(x, j) of every candidate."""
+    f = torch.from_numpy(predictor.raw_failure_probability(uncertainty))
+    with torch.no_grad():
+        q = failure_aware_posterior(batch, predictor.log_posterior(batch).cpu(), f)
+    if method == "lac":
+        return 1 - q
+    ordered, place = q.sort(dim=1, descending=True, stable=True)
+    before = ordered.cumsum(dim=1) - ordered
+    first = torch.searchsorted(
+        -ordered, -ordered
+    )  # equal candidates share what is before the first of them
+    return torch.empty_like(q).scatter_(1, place, before.gather(1, first))
+
+
+def fit_label_sets(
+    predictor: FailurePredictor, data: EmbeddingSource, *, max_miss: float, method: Kind
+) -> LabelSets:
+    """Label sets from those calibration rows that the predictor's ``fit`` has not seen."""
+    check_label_sets(predictor, data, max_miss)
+    data = data.without(~predictor.unseen(data, "calibration"))
+    if n_outside := int(data.outside.sum()):
+        warnings.warn(
+            f"label sets leave out {n_outside} of {len(data)} calibration rows, which are of none of the classes: no "
+            "set holds their label, so the sets promise something of pictures of the classes only.",
+            stacklevel=2,
+        )
+    true = [
+        scores.gather(1, target[:, None]).squeeze(1)
+        for scores, target in _labelled(predictor, data, method)
+    ]
+    scores = torch.cat(true) if true else torch.empty(0)
+    if not len(scores):
+        raise DataError(f"none of the {len(data)} calibration rows has a label.")
+    rank = math.ceil(
+        round((len(scores) + 1) * (1 - max_miss), 9)
+    )  # (1 - 0.1) * 10 is a little more than 9
+    if rank > len(scores):
+        raise InfeasibleError(
+            f"sets that miss at most {max_miss:.2%} need at least {rows_for_mean(max_miss)} calibration rows. "
+            f"Got {len(scores)}."
+        )
+    limit = float(scores.sort().values[rank - 1])
+    sizes = [(scores <= limit).sum(dim=1) for scores, _ in _labelled(predictor, data, method)]
+    return LabelSets(
+        method=method,
+        max_miss=max_miss,
+        limit=limit,
+        n=len(scores),
+        mean_size=float(torch.cat(sizes).double().mean()),
+        empirical_miss=float((scores > limit).double().mean()),
+    )
+
+
+def check_label_sets(predictor: FailurePredictor, data: EmbeddingSource, max_miss: float) -> None:
+    """Refuse what no sets can be made of."""
+    require_between("max_miss", max_miss)
+    if data.pool_size is not None:
+        raise UsageError(
+            "label sets need classes; these are image-caption pairs, each with candidates of its own pool."
+        )
+    predictor.raw_failure_probability([])
+
+
+def _labelled(
+    predictor: FailurePredictor, data: EmbeddingSource, method: Kind
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of the rows with a label: s(x, j) (B, K), and their targets (B,)."""
+    for batch, uncertainty in predictor.scored(data):
+        known = batch.target.cpu() != UNKNOWN
+        yield nonconformity(predictor, batch, uncertainty, method)[known], batch.target.cpu()[known]
+
+
+def named_sets(members: Tensor, class_names: Sequence[str] | None) -> list[str]:
+    """Sets (B, K) as JSON lists of names, in the order of the candidates."""
+    names = [str(j) for j in range(members.shape[1])] if class_names is None else class_names
+    return [json.dumps(list(compress(names, row)), ensure_ascii=False) for row in members.tolist()]

@@ -1,0 +1,1 @@
+"""Does the guarantee still hold for the rows that come in."""

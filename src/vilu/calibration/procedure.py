@@ -1,0 +1,277 @@
+"""From a fitted predictor and labelled rows that it has not seen to probabilities and a rule with a stated risk."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from vilu.artifacts.disk import locked
+from vilu.artifacts.documents import digest
+from vilu.calibration import record
+from vilu.calibration.label_sets import Kind, LabelSets, check_label_sets, fit_label_sets
+from vilu.calibration.record import Record, Rule
+from vilu.calibration.rules import Selector, calibrate, check_stated, check_target
+from vilu.calibration.selection import select
+from vilu.calibration.thresholds import exactly, percent
+from vilu.embeddings.source import EmbeddingSource
+from vilu.errors import InfeasibleError, UsageError, ViLUError
+from vilu.outcomes.outcomes import Outcomes
+from vilu.predictors.base import FailurePredictor
+from vilu.predictors.record import RISK, VOCABULARY, claim, fit_fingerprint
+from vilu.predictors.rows import candidates_of
+from vilu.predictors.storage import load, write_card
+from vilu.predictors.vocabulary import Vocabulary
+from vilu.scoring.score import predictor_fingerprint, score_fresh, source_fingerprint
+from vilu.store.reader import EmbeddingStore
+
+SAID = 3  # groups of which a message says why nothing is accepted
+
+logger = logging.getLogger(__name__)
+
+Method = Literal["ltt", "sgr", "crc", "selection"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What is to be promised."""
+
+    # largest error rate among accepted answers; None for probabilities alone, or for a coverage
+    max_risk: float | None = None
+    min_coverage: float | None = None  # least share to accept; None for any
+    confidence: float = 0.95  # 1 - delta
+    # "ltt", "sgr", "crc" (``vilu.calibrate``) or "selection" (``vilu.calibration.selection``)
+    method: Method = "ltt"
+    per_class: bool = False  # a threshold for every predicted class with enough rows
+    label_sets: Kind | None = None  # "lac" or "aps"; None for none
+    max_miss: float = 0.1  # largest share of label sets without the right label
+    # share of pictures of none of the classes to be expected; None: as among the calibration rows
+    outside_share: float | None = None
+    # shares of the classes among the others to be expected, by name; None: as there
+    class_shares: Mapping[str, float] | None = None
+
+    def facts(self) -> dict[str, object]:
+        """All that was asked for; shares where they are stated, as records of older code know of none."""
+        stated = {"outside_share", "class_shares"}
+        return {
+            name: value
+            for name, value in dataclasses.asdict(self).items()
+            if value is not None or name not in stated
+        }
+
+    def check(self, predictor: FailurePredictor, data: EmbeddingSource) -> None:
+        """Refuse what cannot be promised, before anything is computed."""
+        if self.max_risk is None and self.min_coverage is None:
+            if self.per_class or self.method != "ltt":
+                raise UsageError(
+                    "without max_risk or min_coverage there is no decision: leave method and per_class out."
+                )
+        elif self.method != "selection":
+            check_target(self.max_risk, self.min_coverage, self.confidence, self.method)
+        elif self.max_risk is None or self.min_coverage is not None or self.per_class:
+            raise UsageError(
+                "selection takes a max_risk, and neither a min_coverage nor a threshold per class."
+            )
+        check_stated(
+            self.outside_share,
+            self.class_shares,
+            self.max_risk,
+            self.method,
+            grouped=self.per_class,
+        )
+        if self.per_class and data.pool_size is not None:
+            raise UsageError(
+                "captions have no classes, so there are no thresholds per class. Leave per_class out."
+            )
+        if self.label_sets is not None:
+            check_label_sets(predictor, data, self.max_miss)
+        elif self.max_miss != Target.max_miss:
+            raise UsageError(
+                f"max_miss ({self.max_miss}) is for label sets. Ask for label_sets too, or leave it out."
+            )
+
+    def rule(self, rows: Outcomes) -> Rule | None:
+        """The rule that calibration rows support."""
+        if self.max_risk is None and self.min_coverage is None:
+            return None
+        if self.method == "selection":
+            return select(rows, max_risk=self.max_risk or 0.0)
+        selector = calibrate(
+            rows,
+            max_risk=self.max_risk,
+            min_coverage=self.min_coverage,
+            confidence=self.confidence,
+            method=self.method,
+            groups="prediction" if self.per_class else None,
+            outside_share=self.outside_share,
+            class_shares=self.class_shares,
+        )
+        if not selector.feasible:
+            raise InfeasibleError(_infeasible(selector))
+        return selector
+
+
+def calibrate_predictor(
+    folder: str | Path,
+    data: EmbeddingSource,
+    target: Target,
+    *,
+    dataset: str | None = None,
+    split: str | None = None,
+    overwrite: bool = True,
+) -> Record:
+    """Calibrate a saved predictor on labelled rows and leave the result in its folder.
+
+    ``predictor.json`` gets the calibrator of probabilities, ``calibration.parquet`` the rows,
+    ``risk.json`` the rule and what it was made from; that comes last, so that a crash leaves a
+    folder with the old rule, which is then refused, or without a rule. Where the target is out of
+    reach nothing is written. Without ``overwrite`` a calibration of the same rows and target that
+    is there stays as it is, and one of others is refused.
+
+    Warns:
+        UserWarning: If some rows were used to fit; they are left out.
+    """
+    target.check(load(folder), data)  # what is refused leaves no lock behind
+    claim(folder, same=True)
+    with locked(Path(folder), "calibrating", who="calibration"):
+        return _calibrate(Path(folder), data, target, (dataset, split), overwrite=overwrite)
+
+
+def _calibrate(
+    folder: Path,
+    data: EmbeddingSource,
+    target: Target,
+    names: tuple[str | None, str | None],
+    *,
+    overwrite: bool,
+) -> Record:
+    predictor = load(folder)
+    predictor.calibrator_ = None
+    made_from = predictor_fingerprint(predictor), source_fingerprint(data), *names, target.facts()
+    inputs = earlier = digest(made_from)
+    dtype = data.manifest.dtype if isinstance(data, EmbeddingStore) else None
+    if dtype is None:  # only a store has a hash of all its rows; earlier code did without
+        inputs = digest(
+            [made_from, [data.identities(by).tolist() for by in data.identified_by[:1]]]
+        )
+    found = None if overwrite else _calibrated(folder, {inputs, earlier})
+    if found is None:
+        fresh = predictor.unseen(data, "calibration")
+        rows = score_fresh(predictor, data, fresh, dataset=names[0], split=names[1])
+        predictor.calibrate_scores(rows.uncertainty, rows.failure)
+        rule = target.rule(rows)
+        sets: LabelSets | None = None
+        if target.label_sets is not None:
+            sets = fit_label_sets(
+                predictor, data.without(~fresh), max_miss=target.max_miss, method=target.label_sets
+            )
+        found = keep_record(
+            folder, predictor, rows, data, rule, names, dtype=dtype, label_sets=sets, inputs=inputs
+        )
+    elif (
+        dtype is not None and not (folder / VOCABULARY).exists()
+    ):  # older code may have left it out
+        Vocabulary.of(data, dtype).save(folder)
+    write_card(folder)  # the last file of a calibration
+    return found
+
+
+def keep_record(  # noqa: PLR0913 - all that a record is made of
+    folder: Path,
+    predictor: FailurePredictor,
+    rows: Outcomes,
+    data: EmbeddingSource,
+    rule: Rule | None,
+    names: tuple[str | None, str | None],
+    *,
+    dtype: str | None,
+    label_sets: LabelSets | None = None,
+    inputs: str | None = None,
+) -> Record:
+    """Write a calibrated predictor, the rows of ``data`` (a set and a split) it was calibrated on, last the result."""
+    rows = dataclasses.replace(
+        rows, failure_probability=predictor.failure_probability(rows.uncertainty)
+    )
+    predictor.save(folder)
+    if (
+        dtype is not None
+    ):  # of a store, which keeps embeddings so: what a new image needs (``vilu.Guard``)
+        Vocabulary.of(data, dtype).save(folder)
+    return record.save(
+        folder,
+        rows,
+        predictor=fit_fingerprint(folder),
+        **record.problem(data),
+        texts=candidates_of(data).get("texts"),
+        source=source_fingerprint(data),
+        dataset=names[0],
+        split=names[1],
+        n=int(rows.evaluable.sum()),
+        promise=None if rule is None else str(rule),
+        rule=rule,
+        label_sets=label_sets,
+        inputs=inputs,
+    )
+
+
+def take_back(folder: Path, changed: set[str]) -> bool:
+    """Whether a promise rests on labels, by the keys of their rows, that are others now; it is gone then."""
+    found = record.load(folder) if changed and record.has_record(folder) else None
+    if wrong := changed & {*(() if found is None else record.load_rows(folder, found).ids or ())}:
+        (folder / RISK).unlink()
+        write_card(folder)
+        logger.warning(
+            "%d labels that the promise rests on have changed: it has to be shown again", len(wrong)
+        )
+    return bool(wrong)
+
+
+def _calibrated(folder: Path, inputs: set[str]) -> Record | None:
+    """What the same inputs made of a predictor before; refuses what others made.
+
+    What cannot be used is in no way.
+    """
+    if not record.has_record(folder):
+        return None
+    try:
+        found = record.load(folder)
+    except ViLUError as error:
+        logger.warning("the calibration in %s is made again: %s", folder, error)
+        return None
+    if found.inputs in inputs:
+        logger.info("%s is calibrated so already: there is nothing to do", folder)
+        return found
+    raise UsageError(
+        f"{folder} is calibrated already, on {found.n:,} rows of {found.dataset} ({found.promise or 'no rule'}). "
+        "--overwrite replaces that calibration; monitors of it then begin anew."
+    )
+
+
+def _infeasible(selector: Selector) -> str:
+    """Why nothing can be accepted, and what it would take."""
+    reasons, few = [], list(selector.certificates.items())[:SAID]
+    for name, one in few:
+        needed = (
+            ""
+            if one.n_needed is None
+            else f" At least {one.n_needed:,} calibration rows are needed."
+        )
+        reasons.append(f"{name + ': ' if name else ''}{one.why}.{needed}")
+    more = (
+        f" And {len(selector.certificates) - SAID} more groups."
+        if len(selector.certificates) > SAID
+        else ""
+    )
+    goal = "" if selector.max_risk is None else f"a risk of at most {percent(selector.max_risk)} "
+    goal += (
+        ""
+        if selector.min_coverage is None
+        else f"at a coverage of at least {selector.min_coverage:.1%} "
+    )
+    return (
+        f"{goal}cannot be promised with confidence {exactly(selector.confidence)}: {' '.join(reasons)}{more} Nothing "
+        "was written. Add calibration rows, ask for less (a larger --max-risk, a lower --confidence or "
+        "--min-coverage), or take a predictor that ranks better."
+    )

@@ -1,0 +1,296 @@
+"""Promises for a population of stated shares: of strangers, or of classes, others than the calibration rows have."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vilu.artifacts.tables import csv_rows
+from vilu.calibration.thresholds import FLOOR_SHARE, FLOORS, Point, percent, some_enough
+from vilu.errors import DataError, UsageError, require_between
+from vilu.metrics.counts import Floats, Ints
+from vilu.outcomes.outcomes import Outcomes
+
+OUTSIDE_NAME: Final = "(outside)"
+"""Name of the stratum of the rows that are of none of the classes."""
+
+INSIDE_NAME: Final = "(inside)"
+"""Name of the stratum of all other rows, where no shares of classes are stated."""
+
+BETS: Final = (0.95, 0.8, 0.65, 0.5, 0.35, 0.2, 0.1, 0.05)
+"""Bets, as shares of the largest that leaves something of the wealth after the worst row."""
+
+SAID: Final = 3
+"""Strata of which a message says how many rows they lack."""
+
+SUM_TOLERANCE: Final = 1e-3
+"""By which stated shares may miss 1, as rounded numbers do; they are divided by their sum."""
+
+
+def read_shares(path: str | Path) -> dict[str, float]:
+    """Shares of classes from a CSV file with the columns ``class`` and ``share``.
+
+    Raises:
+        DataError: If it is no CSV in UTF-8, has other columns, a class twice, or a share that is no
+            number.
+        StorageError: If it cannot be read.
+    """
+    columns, rows = csv_rows(Path(path))
+    if not {"class", "share"} <= set(columns):
+        raise DataError(
+            f"{path} must have the columns class and share. It has {', '.join(columns) or 'none'}."
+        )
+    found: dict[str, float] = {}
+    for row in rows:
+        name, share = row["class"], row["share"]
+        if name in found:
+            raise DataError(f"{path} states the share of {name!r} twice.")
+        try:
+            found[name] = float(share)
+        except (TypeError, ValueError) as error:
+            raise DataError(
+                f"{path}: the share of {name!r} must be a number. Got {share!r} instead."
+            ) from error
+    return found
+
+
+def check_shares(outside_share: float | None, class_shares: Mapping[str, float] | None) -> None:
+    """Refuse shares that cannot be."""
+    if outside_share is not None:
+        require_between("outside_share", outside_share, "[0, 1)")
+    if class_shares is not None:
+        for name, share in dict[str, Any](class_shares).items():
+            if not isinstance(share, int | float | np.number) or not 0 <= share <= 1:
+                raise UsageError(
+                    f"the share of {name!r} must be a number in [0, 1]. Got {share!r} instead."
+                )
+        total = sum(class_shares.values())
+        if abs(total - 1) > SUM_TOLERANCE:
+            raise UsageError(
+                f"the shares of the classes are of the rows within the classes, and must add up to 1. They add up to "
+                f"{total:g}."
+            )
+
+
+def require_every_class(rows: Outcomes, class_shares: Mapping[str, float] | None) -> None:
+    """Refuse stated shares that leave a class of the rows out: a share of 0 is to be stated, too."""
+    names = () if class_shares is None else rows.class_names or ()
+    if missing := [name for name in names if class_shares is not None and name not in class_shares]:
+        raise UsageError(
+            f"no share is stated of {len(missing)} of the {len(names)} classes: {', '.join(map(repr, missing))}. State "
+            "the share of every class, 0 where none of its pictures is to be expected."
+        )
+
+
+class Strata:
+    """Calibration rows in strata of stated shares.
+
+    Args:
+        rows: N rows with an uncertainty and a known failure.
+        outside_share: Share of strangers that is to be expected; None: none is stated.
+        class_shares: Share of each class among the rows within the classes; None: those of the
+            calibration rows.
+
+    Attributes:
+        names: Of the S strata.
+        share: (S,) stated share of each.
+        stratum: (N,) position of every row's stratum.
+        n: (S,) rows of each.
+
+    Raises:
+        UsageError: If a class is not one of the rows', or strangers are there and their share is
+            not stated.
+        DataError: If shares of classes are stated and the class of a row is not known.
+    """
+
+    def __init__(
+        self, rows: Outcomes, outside_share: float | None, class_shares: Mapping[str, float] | None
+    ) -> None:
+        check_shares(outside_share, class_shares)
+        if outside_share is None and rows.outside.any():
+            raise UsageError(
+                f"{np.count_nonzero(rows.outside)} of these rows are of none of the classes. State the share of such "
+                "pictures that is to be expected, too (--outside-share)."
+            )
+        strangers = outside_share or 0.0
+        if class_shares is None:
+            inside, place = {INSIDE_NAME: 1.0}, np.zeros(len(rows), dtype=np.int64)
+        else:
+            inside, place = _by_class(rows, class_shares)
+        total = sum(inside.values())
+        self.names = [*inside, OUTSIDE_NAME]
+        self.share = np.array(
+            [*((1 - strangers) * share / total for share in inside.values()), strangers]
+        )
+        self.stratum = np.where(rows.outside, len(inside), place)
+        self.n = np.bincount(self.stratum, minlength=len(self.names))
+
+    @property
+    def weight(self) -> Floats:
+        """(N,) weight v = share n / n_s of every row; their mean is 1 where every stratum with a share has rows."""
+        per_stratum = self.share * len(self.stratum) / np.maximum(self.n, 1)
+        return per_stratum[self.stratum]
+
+    def lacking(self, max_risk: float, delta: float) -> list[tuple[str, int, int | None]]:
+        """Strata with too few rows for any promise: name, rows, and how many it takes at least."""
+        found = []
+        for name, n, share in zip(self.names, self.n.tolist(), self.share.tolist(), strict=True):
+            needed = (
+                fewest_rows(share, max_risk, main_level(delta), wrong=name == OUTSIDE_NAME)
+                if share
+                else 0
+            )
+            if needed is None or n < needed:
+                found.append((name, n, needed))
+        return found
+
+
+def _by_class(rows: Outcomes, class_shares: Mapping[str, float]) -> tuple[dict[str, float], Ints]:
+    """Stated share of every class, 0 where none is, and (N,) position of each row's class; outside rows are at 0."""
+    if rows.class_names is None or rows.target is None:
+        raise DataError(
+            "shares of classes need rows that say of which class they are. These do not."
+        )
+    names = list(rows.class_names)
+    unknown = next((name for name in class_shares if name not in names), None)
+    if unknown is not None:
+        raise UsageError(
+            f"a share is stated of {unknown!r}, which is none of the {len(names)} classes of these rows."
+        )
+    if len(set(names)) < len(names):
+        raise UsageError("two classes have one name, so shares by name do not tell them apart.")
+    missing = np.flatnonzero((rows.target < 0) & ~rows.outside)
+    if len(missing):
+        raise DataError(
+            f"shares of classes need the class of every row. That of row {missing[0]} is not known."
+        )
+    return {name: class_shares.get(name, 0.0) for name in names}, np.maximum(rows.target, 0)
+
+
+def main_level(delta: float) -> float:
+    """Level of the thresholds without a floor."""
+    return delta * (1 - FLOOR_SHARE * len(FLOORS))
+
+
+def weighted_learn_then_test(
+    uncertainty: Floats, wrong: NDArray[np.bool_], weight: Floats, max_risk: float, delta: float
+) -> tuple[Floats, Point | None]:
+    """The certified interval of scores that accepts most of the reweighted rows, and (G,) the distinct scores.
+
+    Row i has Z_i(t) = v_i 1{u_i <= t} (wrong_i - max_risk), whose mean over rows is positive where
+    the reweighted error rate R(t) is above max_risk. For a fixed bet b in [0, 1 / ((1 - max_risk)
+    max v)]
+
+        E(t) = prod_i (1 - b Z_i(t)),    E[E(t)] <= exp(-b sum_i E[Z_i(t)]) <= 1    where R(t) >= max_risk,
+
+    and so is the mean over eight bets: P[E(t) >= 1 / delta] <= delta (Markov). All t are looked at
+    together, and the laxest is taken: with compensation exp(b sum E[Z_i(t)]), which is at least 1
+    wherever R(t) >= max_risk, E is a martingale in t where the numbers of rows are Poisson's, so
+    that sup E over all such t keeps the bound, too (Ville). For fixed numbers every single t is
+    proved, and all of them together are simulated (``benchmarks.shares``): what is certified
+    wrongly stays below delta, since the product is conservative. As in ``learn_then_test``
+    thresholds above floors have 0.01 of delta each. Takes no stratum's bound by itself, hence no
+    union over strata.
+
+    Source: Angelopoulos et al., Learn then Test (2021), for the frame; Waudby-Smith & Ramdas,
+    Estimating means of bounded random variables by betting (2023), for the product.
+    """
+    order = np.argsort(uncertainty, kind="stable")
+    value, starts = np.unique(uncertainty[order], return_index=True)
+    last = np.append(starts[1:], len(order)) - 1
+    wrong, weight = wrong[order], weight[order]
+    accepted, ranks = np.cumsum(weight)[last], last + 1
+    evidence = cumulated_evidence(wrong, weight, max_risk, float(weight.max()))[:, last]
+    found: list[tuple[float, Point]] = []
+    places = [int(np.searchsorted(ranks, math.ceil(len(order) * at))) for at in FLOORS]
+    for floor, level in [
+        (-1, main_level(delta)),
+        *((place, delta * FLOOR_SHARE) for place in places),
+    ]:
+        below = evidence[:, floor : floor + 1] if floor >= 0 else 0.0
+        enough = np.flatnonzero(log_mean(evidence[:, floor + 1 :] - below) >= -math.log(level))
+        if len(enough):
+            index = floor + 1 + int(enough[-1])
+            n = accepted[index] - (accepted[floor] if floor >= 0 else 0.0)
+            found.append((float(n), Point(index, max_risk, floor)))
+    return value, max(found, key=lambda one: one[0], default=(0.0, None))[1]
+
+
+def cumulated_evidence(
+    wrong: NDArray[np.bool_], weight: Floats, max_risk: float, largest: float
+) -> Floats:
+    """(B, N) log of the product over the first rows, for each bet; ``largest``: weight of all rows."""
+    bets = np.array(BETS)[:, None] / ((1 - max_risk) * largest)
+    return np.log1p(-bets * weight * (wrong - max_risk)).cumsum(axis=1)
+
+
+def log_mean(evidence: Floats) -> Floats:
+    """(G,) log of the mean over bets (B, G)."""
+    found: Floats = np.logaddexp.reduce(evidence, axis=0) - math.log(len(BETS))
+    return found
+
+
+def fewest_rows(share: float, max_risk: float, level: float, *, wrong: bool) -> int | None:
+    """So many rows a stratum of this share needs at least: with rows without end in all others, and every answer right.
+
+    ``wrong``: whether none of its rows can be right, so that at best none of them is accepted.
+    """
+    bets = np.array(BETS)
+    # b sum Z of the others, at the largest bet that a row of this stratum allows; their weights are
+    # small beside its
+    others = bets * max_risk / (1 - max_risk) * (1 - share) / share
+    own = np.zeros(len(bets)) if wrong else np.log1p(bets * max_risk / (1 - max_risk))
+
+    def enough(n: int) -> bool:
+        grown: Floats = n * (others + own)
+        return bool(np.logaddexp.reduce(grown) - math.log(len(bets)) >= -math.log(level))
+
+    return some_enough(enough, 1)
+
+
+def why_nothing(strata: Strata, max_risk: float, delta: float) -> tuple[str, int | None]:
+    """Which strata lack how many rows; else that the scores do not single enough out."""
+    lacking = strata.lacking(max_risk, delta)
+    if not lacking:
+        return (
+            f"no threshold shows a risk of {max_risk:.2%} at the stated shares: too few rows, or scores that do not "
+            "single out answers with so low an error rate"
+        ), None
+    told = ", ".join(_lack(*one) for one in lacking[:SAID])
+    more = f" and {len(lacking) - SAID} more" if len(lacking) > SAID else ""
+    return f"too few rows for the stated shares: {told}{more}", None
+
+
+def _lack(name: str, n: int, needed: int | None) -> str:
+    return f"{name} has {n:,} and needs {'more than can be' if needed is None else f'{needed:,} at least'}"
+
+
+def in_words(outside_share: float | None, class_shares: Mapping[str, float] | None) -> str:
+    """For which shares a promise holds."""
+    told = []
+    if outside_share is not None:
+        told.append(
+            f"for up to {percent(outside_share, 1, math.floor)} of strangers like those shown"
+        )
+    if class_shares is not None:
+        told.append(f"at the stated shares of {len(class_shares)} classes")
+    return " and ".join(told)
+
+
+def bears_out(
+    rows: Outcomes, strata: Strata, ends: tuple[float, float], max_risk: float, delta: float
+) -> bool:
+    """Whether the evidence of the rows between two ends shows the risk, with all of delta: necessary."""
+    inside = (rows.uncertainty > ends[0]) & (rows.uncertainty <= ends[1])
+    weight = np.where(inside, strata.weight, 0.0)
+    evidence = cumulated_evidence(
+        rows.failure == 1, weight, max_risk, strata.weight.max(initial=0.0)
+    )[:, -1:]
+    return not strata.lacking(max_risk, delta) and bool(
+        log_mean(evidence)[0] >= -math.log(delta) - 1e-9
+    )

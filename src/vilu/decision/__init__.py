@@ -1,1 +1,0 @@
-"""From scores to decisions: accept or abstain with a stated risk, label sets, and whether the promise still holds."""

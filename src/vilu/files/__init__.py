@@ -1,1 +1,0 @@
-"""Files: what is written, and what is believed when it is read."""

@@ -1,0 +1,384 @@
+"""Images in, decisions out: a predictor with its model behind one call."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import count, islice
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar, Final
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vilu.backbones.base import Backbone
+from vilu.datasets.base import ImageRecord
+from vilu.datasets.files import read_file
+from vilu.datasets.images import DEFAULT_LIMITS, ImageLimits
+from vilu.device import as_usual
+from vilu.embeddings.columns import IMAGE_COLUMNS
+from vilu.embeddings.source import Batch, EmbeddingSource, log_posterior
+from vilu.errors import UNKNOWN, ProvenanceError, UsageError, checked, require_at_least
+from vilu.outcomes.outcomes import Outcomes
+from vilu.predictors.storage import load
+from vilu.predictors.vocabulary import Vocabulary
+from vilu.progress import Silence
+from vilu.scoring.score import ABSTAIN, Decider, score_rows
+from vilu.store.documents import IMAGE
+from vilu.store.job import BackboneSpec
+from vilu.store.mapped import default_workers, in_threads
+from vilu.store.parts import ErrorRow, PartRows
+from vilu.store.pipeline import END, Decoded, Decoder, Encoder
+
+RUNNERS_UP: Final = 2
+"""Answers that are named beside the first."""
+
+RunnersUp = tuple[tuple[str, float], ...]
+"""Names with their zero-shot probabilities."""
+
+ImageLike = str | os.PathLike[str] | bytes | Image.Image
+"""A path, encoded bytes, or a picture of Pillow."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What is said of one image.
+
+    Attributes:
+        key: Its path, or its place among the images as text.
+        label: The model's answer; None where the image could not be read.
+        failure_probability: How likely that is wrong; of a predictor whose scores are no
+            probabilities, and which is not calibrated, None.
+        uncertainty: The score of the predictor, higher = more likely wrong; None without an answer.
+        decision: "accept" or "abstain"; None where the predictor carries no rule.
+        reason: Why it is not accepted ("above_threshold", "outside", "not_certified", or what is
+            wrong with the image: "truncated", "bomb", "read_error", ...); None where it is.
+        runners_up: The next answers with their zero-shot probabilities, the most likely first.
+
+    Examples:
+        >>> import vilu
+        >>> answer = vilu.Answer(
+        ...     "a.jpg", "cat", 0.03, 0.2, "accept", None, runners_up=(("dog", 0.02), ("cup", 0.01))
+        ... )
+        >>> f"{answer.label}, wrong with {answer.failure_probability:.0%}; else a {answer.runners_up[0][0]}"
+        'cat, wrong with 3%; else a dog'
+    """
+
+    key: str
+    label: str | None
+    failure_probability: float | None
+    uncertainty: float | None
+    decision: str | None
+    reason: str | None
+    runners_up: RunnersUp = ()
+
+
+class Arrived(EmbeddingSource):
+    """Embeddings of images that have just been read, against the candidates of a predictor."""
+
+    def __init__(
+        self, vocabulary: Vocabulary, arrays: Mapping[str, Tensor], keys: Sequence[str]
+    ) -> None:
+        self.space, self.text, self.class_names = (
+            vocabulary.space,
+            vocabulary.text,
+            vocabulary.names,
+        )
+        self.image, self.ids = arrays[IMAGE], list(keys)
+        images = {name: rows for name, rows in arrays.items() if name in IMAGE_COLUMNS}
+        self._columns = {**vocabulary.columns, **images}
+        self.columns = frozenset(self._columns)
+        self.target = torch.full((len(self.image),), UNKNOWN)
+
+    def image_rows(self, index: Tensor) -> Tensor:
+        """(B, D) rows."""
+        return self.image[index]
+
+
+class Judge:
+    """What a predictor says of embeddings that have just been made: answers, decisions, scores.
+
+    The folder holds the predictor and what its answers are chosen from. Any number of threads may
+    ask at once.
+
+    Raises:
+        DataError: If the folder holds no predictor, or not its candidates.
+        UsageError: If its rule needs all images at once, or it looks at several views of an image.
+        ProvenanceError: If the candidates are another predictor's.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.predictor = folder, load(folder)
+        self.decider = Decider.of_folder(self.predictor, folder)
+        self.decider.require_streaming()
+        self.vocabulary = Vocabulary.load(folder)
+        if self.decider.record is not None:
+            nothing = {IMAGE: torch.empty(0, self.vocabulary.space.embed_dim)}
+            self.decider.record.require_candidates(Arrived(self.vocabulary, nothing, []))
+        fitted, here = self.predictor.space_, self.vocabulary.space
+        if fitted is not None:
+            fitted.require_match(here, mine=f"the predictor in {folder}", theirs="its candidates")
+        wanted = set(self.predictor.columns_to_score) & IMAGE_COLUMNS.keys()
+        if wanted - {"features"}:
+            raise UsageError(
+                f"this {self.predictor.name} looks at {', '.join(sorted(wanted - {'features'}))}, which no image alone "
+                "gives. Embed and score with `vilu embed` and `vilu score`."
+            )
+        self.arrays: tuple[str, ...] = (IMAGE, *sorted(wanted))
+
+    @as_usual()
+    def judge(
+        self, arrays: Mapping[str, Tensor], keys: Sequence[str]
+    ) -> tuple[list[Answer], Outcomes]:
+        """Answers about embeddings (B, D) with what else the predictor needs of an image, and the scores in columns."""
+        source = Arrived(
+            self.vocabulary, {name: arrays[name].float() for name in self.arrays}, keys
+        )
+        facts = {
+            "is_probability": self.predictor.is_probability,
+            "provenance": self.decider.provenance,
+        }
+        outcomes = score_rows(self.decider, source, facts, task=Silence())
+        names = self.vocabulary.names
+        near = [row for batch in source.batches(len(keys)) for row in runners_up_of(batch, names)]
+        return [
+            self._answer(key, outcomes, row, near[row]) for row, key in enumerate(keys)
+        ], outcomes
+
+    def _answer(self, key: str, outcomes: Outcomes, row: int, runners_up: RunnersUp) -> Answer:
+        u = float(outcomes.uncertainty[row])
+        if math.isnan(u):
+            return self.refused(key, None if outcomes.reason is None else outcomes.reason[row])
+        probability = outcomes.failure_probability
+        p = (
+            float(probability[row])
+            if probability is not None
+            else u
+            if outcomes.is_probability
+            else None
+        )
+        decision = None if outcomes.decision is None else outcomes.decision[row]
+        reason = None if outcomes.decision_reason is None else outcomes.decision_reason[row]
+        label = (
+            self.vocabulary.names[int(outcomes.prediction[row])]
+            if outcomes.prediction is not None
+            else None
+        )
+        return Answer(key, label, p, u, decision, reason, runners_up)
+
+    def refused(self, key: str, reason: str | None) -> Answer:
+        """What is said of an image without a score."""
+        has_rule = self.decider.record is not None and self.decider.record.rule is not None
+        return Answer(key, None, None, None, ABSTAIN if has_rule else None, reason)
+
+
+class Guard:
+    """Answers for images with the probability that they are wrong, and whether to accept them.
+
+    The folder holds a predictor and what its answers are chosen from, as ``vilu triage`` and ``vilu
+    calibrate`` leave it. The model is the one that the predictor was fitted on: weights,
+    preprocessing and prompts are compared by their fingerprints. Images are decoded in threads and
+    embedded in batches, in memory that does not grow with their number; their numbers are those of
+    ``vilu embed`` and ``vilu score``, but for the order of sums in batches of another size. A bad
+    image is an answer with a reason. Where a rule judges whole batches (``--method selection``)
+    there is no decision about one image, so that is refused. Any number of threads may ask one
+    guard at once.
+
+    Args:
+        predictor: The folder.
+        models: Folder with a sub-folder for each named backbone, in place of the model hub.
+        device: "auto", "cpu", "cuda", "cuda:N" or "mps".
+        batch_size: Images per forward pass.
+        workers: Decoding threads; by default one per core.
+        limits: What an image may be.
+        backbone: A model that is loaded already, or one by another name or path with the same
+            weights.
+
+    Raises:
+        DataError: If the folder holds no predictor, or not its candidates.
+        UsageError: If its rule needs all images at once, or it looks at several views of an image.
+        ProvenanceError: If the model is another than the predictor's.
+        MissingModelError: If the model is not on this machine.
+
+    Examples:
+        >>> import numpy as np, pathlib, tempfile, torch, vilu
+        >>> from PIL import Image
+        >>> from vilu.backbones.base import DualEncoder
+        >>> from vilu.predictors.vocabulary import Vocabulary
+        >>> space = vilu.EmbeddingSpace(3, logit_scale=10.0)
+        >>> model = (
+        ...     DualEncoder(  # a model of your own: it compares the mean colour with three colours
+        ...         space,
+        ...         torch.device("cpu"),
+        ...         transform=lambda image: (
+        ...             torch.tensor(np.array(image.convert("RGB")) / 255).permute(2, 0, 1).float()
+        ...         ),
+        ...         image_tower=lambda pixels: pixels.mean(dim=(2, 3)),
+        ...         text_tower=lambda texts: torch.eye(3),
+        ...         truncates=lambda texts: [False] * len(texts),
+        ...     )
+        ... )
+        >>> with (
+        ...     tempfile.TemporaryDirectory() as folder
+        ... ):  # `vilu triage` and `vilu calibrate` leave such a one
+        ...     _ = vilu.MCM().save(folder)
+        ...     Vocabulary(("red", "green", "blue"), torch.eye(3), space, "float32", {}).save(
+        ...         pathlib.Path(folder)
+        ...     )
+        ...     guard = vilu.Guard(folder, backbone=model, workers=1)
+        ...     answers = guard([Image.new("RGB", (8, 8), colour) for colour in ("red", "yellow")])
+        >>> [
+        ...     (one.label, round(one.failure_probability, 2)) for one in answers
+        ... ]  # yellow is red as much as green
+        [('red', 0.0), ('red', 0.5)]
+        >>> next(guard.stream([b"no image"])).reason
+        'unidentified'
+        >>> guard.columns([Image.new("RGB", (8, 8), "blue")])["label"]
+        ['blue']
+    """
+
+    config: ClassVar[SimpleNamespace] = SimpleNamespace(
+        _commit_hash=None
+    )  # asked for by `transformers.pipeline`
+
+    @checked
+    @as_usual()
+    def __init__(
+        self,
+        predictor: str | os.PathLike[str],
+        *,
+        models: str | os.PathLike[str] | None = None,
+        device: str = "auto",
+        batch_size: int = 32,
+        workers: int | None = None,
+        limits: ImageLimits = DEFAULT_LIMITS,
+        backbone: Backbone | None = None,
+    ) -> None:
+        require_at_least("batch_size", batch_size, 1)
+        require_at_least("workers", 1 if workers is None else workers, 1)
+        if not isinstance(backbone, Backbone | None):
+            raise UsageError(
+                f"backbone must be a model as vilu.load_backbone gives it. Got {backbone!r:.60} instead."
+            )
+        self.judge = Judge(Path(predictor))
+        self.predictor, self.decider, self.vocabulary = (
+            self.judge.predictor,
+            self.judge.decider,
+            self.judge.vocabulary,
+        )
+        self.backbone = backbone or self._load(models, device)
+        self.vocabulary.space.require_match(
+            self.backbone.space,
+            mine=str(predictor),
+            theirs=f"the model {self.backbone.space.backbone}",
+        )
+        self.batch_size, self.workers = batch_size, workers or default_workers()
+        widths = {IMAGE: self.vocabulary.space.embed_dim, "features": self.backbone.feature_dim}
+        self.widths = {name: widths[name] for name in self.judge.arrays}
+        arrays = {name: (width,) for name, width in self.widths.items()}
+        dtype = self.vocabulary.dtype
+        self._encoder = Encoder(
+            self.backbone, batch_size, strict=False, task=Silence(), arrays=arrays, dtype=dtype
+        )
+        self.decode = Decoder(self.backbone.preprocess, limits, len(self.vocabulary.names))
+
+    def _load(self, models: str | os.PathLike[str] | None, device: str) -> Backbone:
+        space = self.vocabulary.space
+        if space.backbone is None:
+            raise ProvenanceError(
+                "this predictor was fitted on arrays of a model that is not named, so no image can be embedded for it. "
+                "Give the model: vilu.Guard(folder, backbone=...)."
+            )
+        at = None if models is None else Path(models).absolute()
+        return BackboneSpec(space.backbone, device, space.precision or "fp32", at).load()
+
+    def __call__(self, images: Iterable[ImageLike]) -> list[Answer]:
+        """The answers for some images, in their order."""
+        if isinstance(images, str | bytes | os.PathLike | Image.Image):
+            raise UsageError("give a list of images, also of a single one: guard([image]).")
+        return list(self.stream(images))
+
+    def columns(self, images: Iterable[ImageLike]) -> dict[str, list[Any]]:
+        """The answers as columns, as ``datasets.Dataset.map`` takes them.
+
+        ``dataset.map(lambda rows: guard.columns(rows["image"]), batched=True)`` adds what
+        ``Answer`` has, but its key.
+        """
+        answers = self(images)
+        names = [one.name for one in fields(Answer) if one.name != "key"]
+        return {name: [getattr(answer, name) for answer in answers] for name in names}
+
+    def stream(self, images: Iterable[ImageLike]) -> Iterator[Answer]:
+        """The same for any number of images, one answer after another, as batches are done."""
+        records = enumerate(map(record_of, count(), images))
+        with in_threads(
+            self.decode, records, self.workers, self.batch_size + self.workers
+        ) as decoded:
+            while batch := list(islice(decoded, self.batch_size)):
+                yield from self._judge(batch)
+
+    def _judge(self, batch: Sequence[Decoded | ErrorRow | None]) -> list[Answer]:
+        content = self.embed(batch)
+        answers = {
+            error.position: self.judge.refused(error.key, error.kind) for error in content.errors
+        }
+        if content.rows:
+            told, _ = self.judge.judge(arrays_of(content), [row.key for row in content.rows])
+            answers |= zip((row.position for row in content.rows), told, strict=True)
+        return [answers[position] for position in sorted(answers)]
+
+    def embed(self, batch: Sequence[Decoded | ErrorRow | None]) -> PartRows:
+        """What the model makes of decoded images, bad ones apart."""
+        return self._encoder.part(iter([*batch, END]))
+
+    def __repr__(self) -> str:
+        rule = None if self.decider.record is None else self.decider.record.promise
+        return f"Guard({self.predictor!r}, {self.vocabulary.space.backbone}, {rule or 'no rule'})"
+
+
+def arrays_of(content: PartRows) -> dict[str, Tensor]:
+    """The embeddings of images, and what else was kept of them, each as one array."""
+    return {name: torch.cat(blocks) for name, blocks in content.arrays.items()}
+
+
+def runners_up_of(batch: Batch, names: Sequence[str]) -> list[RunnersUp]:
+    """Per row the next answers after the first, with their zero-shot probabilities."""
+    if len(batch.text) < 2 or not len(batch.index):
+        return [()] * len(batch.index)
+    posterior = log_posterior(batch).exp()
+    answer = batch.prediction.to(posterior.device)[:, None]
+    found = posterior.scatter(1, answer, -1.0).topk(min(RUNNERS_UP, posterior.shape[1] - 1), dim=1)
+    pairs = zip(found.indices.tolist(), found.values.tolist(), strict=True)
+    return [tuple((names[i], p) for i, p in zip(*row, strict=True)) for row in pairs]
+
+
+def record_of(place: int, image: ImageLike) -> ImageRecord:
+    """An image as data sets give it; its key is its path, or its place."""
+    if isinstance(image, str | os.PathLike):
+        path = Path(image)
+        return ImageRecord(str(path), None, lambda: read_file(path))
+    if isinstance(image, bytes):
+        return ImageRecord(str(place), None, lambda: image)
+    if isinstance(image, Image.Image):
+        return ImageRecord(str(place), None, lambda: _encoded(image))
+    raise UsageError(
+        f"an image is a path, encoded bytes or a picture of Pillow. Got {type(image).__name__} at place {place}."
+    )
+
+
+def _encoded(image: Image.Image) -> bytes:
+    content = io.BytesIO()
+    plain = (
+        image
+        if image.mode in {"1", "L", "LA", "P", "RGB", "RGBA", "I;16"}
+        else image.convert("RGB")
+    )
+    plain.save(
+        content, "PNG", compress_level=0
+    )  # it goes the way that all images go, and is judged as they are
+    return content.getvalue()

@@ -1,0 +1,1 @@
+"""Predictor and embeddings to scores, in memory or part by part."""

@@ -1,0 +1,492 @@
+"""Predictor and embeddings to outcomes, in memory or part by part, and what its calibration says of them."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import warnings
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vilu.artifacts.documents import digest
+from vilu.calibration import record
+from vilu.calibration.label_sets import named_sets
+from vilu.calibration.record import Record
+from vilu.calibration.rules import group_names
+from vilu.device import as_usual
+from vilu.embeddings.checks import STATUS, VALID
+from vilu.embeddings.pairs import PairSource
+from vilu.embeddings.rows import SCORING_BATCH
+from vilu.embeddings.source import Batch, EmbeddingSource
+from vilu.embeddings.two_models import TwoModels
+from vilu.errors import UNKNOWN, DataError, UsageError, checked, require_at_least
+from vilu.metrics.counts import Floats, Ints
+from vilu.outcomes.outcomes import Outcomes
+from vilu.predictors.base import FailurePredictor
+from vilu.predictors.outside import SeesOutside
+from vilu.predictors.record import describe, seen_tensors
+from vilu.predictors.rows import candidates_of, counted, same_candidates, scored_of
+from vilu.progress import Task, track
+from vilu.scoring.score_folder import ScoreFolder, ScoreLedger, ScoreManifest, ScoreRun
+from vilu.store.reader import CaptionStore, EmbeddingStore
+
+ROWS_PER_PART = 2**17
+ACCEPT, ABSTAIN = "accept", "abstain"
+
+ABOVE, OUTSIDE_REASON = "above_threshold", "outside"
+"""Why an answer is not accepted: its uncertainty; and where the picture is rather of none of the classes, that."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Decider:
+    """A predictor, and what was promised of it where it is calibrated."""
+
+    predictor: FailurePredictor
+    record: Record | None = None
+
+    @classmethod
+    def of_folder(cls, predictor: FailurePredictor, folder: Path) -> Decider:
+        """The calibration beside a predictor that was loaded from a folder, if there is one."""
+        return cls(predictor, record.load(folder) if record.has_record(folder) else None)
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        """What binds decisions to their calibration; empty without."""
+        return {} if self.record is None else {"risk": digest(self.record.model_dump(mode="json"))}
+
+    def require_streaming(self) -> None:
+        """Refuse a rule that needs all rows at once."""
+        if (
+            self.record is not None
+            and self.record.rule is not None
+            and self.record.rule.needs_batch
+        ):
+            raise UsageError(
+                "conformal selection judges all rows of a batch together: there is no decision about one image, nor in "
+                "a folder of scores, written part by part. Score into a file, or calibrate with --method ltt."
+            )
+
+    def label_sets(
+        self, batch: Batch, uncertainty: Floats, class_names: tuple[str, ...] | None
+    ) -> list[str] | None:
+        """The label sets of a batch; None where there are none, or no uncertainty (one candidate)."""
+        if self.record is None or self.record.label_sets is None or len(batch.text) < 2:
+            return None
+        return named_sets(
+            self.record.label_sets.of(self.predictor, batch, uncertainty), class_names
+        )
+
+    def strangers(self, batch: Batch, uncertainty: Floats) -> NDArray[np.bool_]:
+        """(B,) rows that are rather strangers than answered wrongly: P(outside) is more than half of P(failure)."""
+        found = None
+        if (
+            self.record is not None
+            and self.record.rule is not None
+            and isinstance(self.predictor, SeesOutside)
+        ):
+            found = self.predictor.outside_probability(batch)
+        return (
+            np.zeros(len(uncertainty), np.bool_)
+            if found is None
+            else found.numpy(force=True) > uncertainty / 2
+        )
+
+    def decide(self, outcomes: Outcomes, strangers: NDArray[np.bool_] | None = None) -> Outcomes:
+        """The outcomes with what there is to say of them; of ``strangers`` (N,) that are abstained from, "outside"."""
+        if self.predictor.calibrator_ is None:
+            return outcomes
+        probability = self.predictor.failure_probability(outcomes.uncertainty)
+        outcomes = replace(outcomes, failure_probability=probability)
+        rule = None if self.record is None else self.record.rule
+        if rule is None:
+            return outcomes
+        groups = group_names(outcomes) if rule.grouped_by == "prediction" else None
+        reasons = rule.reasons(outcomes.uncertainty, groups)
+        for row in [] if strangers is None else np.flatnonzero(strangers).tolist():
+            reasons[row] = OUTSIDE_REASON if reasons[row] == ABOVE else reasons[row]
+        missing = np.isnan(outcomes.uncertainty)
+        for row in np.flatnonzero(missing).tolist():
+            reasons[row] = None if outcomes.reason is None else outcomes.reason[row]
+        accepted = np.array([reason is None for reason in reasons]) & ~missing
+        decision = [ACCEPT if yes else ABSTAIN for yes in accepted.tolist()]
+        return replace(outcomes, decision=decision, decision_reason=reasons)
+
+
+@checked
+@as_usual()
+def score(
+    predictor: FailurePredictor,
+    data: EmbeddingSource,
+    *,
+    dataset: str | None = None,
+    split: str | None = None,
+    decider: Decider | None = None,
+) -> Outcomes:
+    """Uncertainty, zero-shot answer and (where labels are known) failure of every row.
+
+    Rows that cannot be scored keep their place, with a NaN uncertainty and a reason: "nonfinite" or
+    "zero_norm" embedding, "k<2" (one candidate), or "short_pool" (pairs that fill no last pool). Of
+    a calibrated predictor the probability of failure is there, too, and with a ``decider`` (what
+    ``vilu calibrate`` has left beside the predictor) whether to accept each answer.
+
+    Warns:
+        UserWarning: If rows of ``data`` were used to fit the predictor: metrics on them say
+        nothing.
+
+    Raises:
+        DataError: If there is no row.
+        NotFittedError: If the predictor needs ``fit`` first.
+        ProvenanceError: If the data come from another embedding space, or have other candidates
+            than the rows that the ``decider`` was calibrated on.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> image = [[1.0, 0.0], [0.6, 0.8], [np.nan, 0.0]]
+        >>> data = vilu.Embeddings(
+        ...     image, np.eye(2), [0, 0, 1], logit_scale=10.0, class_names=["cat", "dog"]
+        ... )
+        >>> outcomes = vilu.score(
+        ...     vilu.MCM(), data
+        ... )  # 1 - the largest probability: exp(-10), exp(-2) against 1
+        >>> outcomes.uncertainty.round(4).tolist(), outcomes.failure.tolist(), outcomes.reason[2]
+        ([0.0, 0.1192, nan], [0, 1, -1], 'nonfinite')
+    """
+    decider = _checked(decider or Decider(predictor), data)
+    seen = predictor.seen(data)
+    _warn_seen(seen.said(), predictor, len(seen))
+    return score_rows(
+        decider, data, _facts(decider, data, (dataset, split), n_seen_in_fit=len(seen))
+    )
+
+
+def score_fresh(
+    predictor: FailurePredictor,
+    data: EmbeddingSource,
+    fresh: NDArray[np.bool_],
+    *,
+    dataset: str | None = None,
+    split: str | None = None,
+) -> Outcomes:
+    """As ``score``, of the rows ``fresh`` (N,) that ``fit`` has not seen; captions keep the pools of all rows."""
+    decider = _checked(Decider(predictor), data)
+    facts = _facts(decider, data, (dataset, split), n_seen_in_fit=0)
+    return score_rows(decider, data, facts, scored=scored_of(data, fresh)).take(fresh)
+
+
+def score_rows(
+    decider: Decider,
+    source: EmbeddingSource,
+    facts: dict[str, Any],
+    rows: Ints | None = None,
+    scored: Tensor | None = None,
+    task: Task | None = None,
+) -> Outcomes:
+    """What is said of some rows, in one pass over those of them that can be scored.
+
+    ``rows`` (M,) are their places, each once, by default all of the source; ``scored`` (S,) those
+    that get a score, in their order, by default all usable ones. ``facts`` is what the outcomes say
+    of themselves, ``task`` the bar.
+    """
+    places = np.arange(len(source)) if rows is None else rows
+    order = np.argsort(places, kind="stable")
+    uncertainty, target = np.full(len(places), np.nan), source.target.numpy()[places]
+    prediction, failure = (np.full(len(places), UNKNOWN) for _ in range(2))
+    strangers, alone = np.zeros((2, len(places)), np.bool_)
+    sets: list[str | None] = [None] * len(places)
+    n = len(source.usable_rows if scored is None else scored)
+    with track("score", n, "rows") if task is None else nullcontext(task) as shown:
+        for batch, scores in decider.predictor.scored(source, scored):
+            at = order[np.searchsorted(places, batch.index.numpy(force=True), sorter=order)]
+            uncertainty[at], target[at] = scores, batch.target.numpy(force=True)
+            prediction[at], failure[at] = (
+                batch.prediction.numpy(force=True),
+                batch.failure.numpy(force=True),
+            )
+            strangers[at], alone[at] = decider.strangers(batch, scores), batch.text.shape[-2] < 2
+            named = decider.label_sets(batch, scores, source.class_names) or ()
+            for row, found in zip(at.tolist(), named, strict=False):
+                sets[row] = found
+            shown.advance(len(at))
+    reasons = _reasons(source, places, uncertainty, alone)
+    outcomes = Outcomes(
+        uncertainty=uncertainty,
+        failure=failure,
+        prediction=prediction,
+        target=target,
+        outside=source.outside.numpy()[places],
+        ids=source.ids if rows is None else _keys(source, rows, order),
+        class_names=source.class_names,
+        reason=reasons
+        if rows is None or any(reasons)
+        else None,  # a part on disk says nothing where all have a score
+        label_set=sets if any(sets) else None,
+        **facts,
+    )
+    return decider.decide(outcomes, strangers)
+
+
+def _checked(decider: Decider, data: EmbeddingSource) -> Decider:
+    """What decides, if there are rows, with the candidates that it knows."""
+    if not len(data):
+        raise DataError("there is nothing to score: the set has no rows.")
+    predictor = decider.predictor
+    if decider.record is not None:
+        decider.record.require_candidates(data)
+    elif predictor.needs_fit and predictor.is_probability and predictor.calibrator_ is None:
+        known, here = predictor.notes_, candidates_of(data)
+        if known.keys() & here.keys() & {"n_candidates"} and not same_candidates(known, here):
+            warnings.warn(
+                f"this {predictor.name} was fitted on other candidates (classes or prompts) than these. Its "
+                "uncertainties still rank the answers, but as probabilities of failure they are not calibrated here: "
+                "run `vilu calibrate` on labelled rows with these candidates.",
+                stacklevel=3,
+            )
+    return decider
+
+
+def _facts(
+    decider: Decider, source: EmbeddingSource, names: tuple[str | None, str | None], **more: object
+) -> dict[str, Any]:
+    """What made the scores, of the data set and split of these ``names``."""
+    predictor = decider.predictor
+    return {
+        "method": predictor.label,
+        "dataset": names[0],
+        "split": names[1],
+        "seed": getattr(predictor, "seed", None),
+        "is_probability": predictor.is_probability,
+        "provenance": {
+            "space": source.space.fingerprint,
+            "predictor_space": None if predictor.space_ is None else predictor.space_.fingerprint,
+            "n_candidates": source.n_candidates,
+            "pool_size": source.pool_size,
+            **more,
+            **decider.provenance,
+        },
+    }
+
+
+def _warn_seen(said: str, predictor: FailurePredictor, n_seen: int) -> None:
+    if n_seen:
+        warnings.warn(f"{said} were used to fit this {predictor.name}.", stacklevel=5)
+
+
+def _reasons(
+    source: EmbeddingSource, rows: Ints, uncertainty: Floats, alone: NDArray[np.bool_]
+) -> list[str | None]:
+    """Per row why it has no score, or None; ``alone`` are those with one candidate."""
+    missing = np.isnan(uncertainty)
+    if not missing.any():
+        return [None] * len(rows)
+    if source.n_candidates < 2:
+        return ["k<2"] * len(rows)
+    codes = zip(source.status[rows].tolist(), alone.tolist(), missing.tolist(), strict=True)
+    return [
+        None if not gone else "k<2" if one else "short_pool" if code == VALID else STATUS[code]
+        for code, one, gone in codes
+    ]
+
+
+def _keys(source: EmbeddingSource, rows: Ints, order: Ints) -> list[str]:
+    """Identifiers of rows, looked up in ascending ``order``: a store reads them part by part."""
+    ascending = rows[order]
+    first, last = (int(ascending[0]), int(ascending[-1])) if len(rows) else (0, -1)
+    if last - first + 1 == len(rows):  # as a rule the rows of a part follow one another
+        found = list(source.ids[first : last + 1])
+        return (
+            found
+            if np.array_equal(rows, ascending)
+            else [found[row - first] for row in rows.tolist()]
+        )
+    keys = {row: source.ids[row] for row in ascending.tolist()}
+    return [keys[row] for row in rows.tolist()]
+
+
+@checked
+@as_usual()
+def score_parts(
+    predictor: FailurePredictor,
+    source: EmbeddingSource,
+    folder: str | Path,
+    *,
+    rows_per_part: int = ROWS_PER_PART,
+    dataset: str | None = None,
+    split: str | None = None,
+    overwrite: bool = False,
+    decider: Decider | None = None,
+) -> ScoreFolder:
+    """Score embeddings of any size into a folder; the same values as ``vilu.score`` on the same machine.
+
+    A part is a Parquet file of the rows (``Outcomes.load`` reads it; ``row_id`` is the place in the
+    source), the counts from which the whole is evaluated, and last a receipt, each written
+    atomically. Run again after a kill it does the missing parts, and the folder ends with the same
+    bytes. Rows are in the order in which they are scored (``source.usable_rows``, whose pools are
+    the problem). Those that cannot be scored come after them, in parts of their own: null, with the
+    reason "nonfinite", "zero_norm", or "short_pool" (they fill no last pool); with one candidate
+    every row has the reason "k<2".
+
+    Args:
+        predictor: What scores.
+        source: What is scored.
+        folder: New, empty, or of the same run.
+        rows_per_part: Rows of a part. Rounded to whole pools, or up to whole batches of scoring, so
+            that no value depends on it.
+        dataset: Name of the data set.
+        split: Name of its part.
+        overwrite: Remove the scores of another run.
+        decider: What ``vilu calibrate`` has left beside the predictor; by default its calibrator
+            alone.
+
+    Warns:
+        UserWarning: If rows of ``source`` were used to fit the predictor.
+
+    Raises:
+        DataError: If there is no row.
+        NotFittedError: If the predictor needs ``fit`` first.
+        ProvenanceError: If the data come from another embedding space, or the folder holds the
+            scores of another run.
+        UsageError: If the folder holds something else, or ``rows_per_part`` is less than 1, or the
+            rule needs all rows at once.
+        BusyError: If another process scores into it.
+        StorageError: If the file system refuses.
+
+    Examples:
+        >>> import numpy as np, tempfile, vilu
+        >>> angle = np.linspace(0, np.pi / 2, 200)
+        >>> image = np.stack([np.cos(angle), np.sin(angle)], axis=1)
+        >>> data = vilu.Embeddings(
+        ...     image, np.eye(2), np.digitize(angle, [1.1])
+        ... )  # the model parts them at pi / 4
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     scores = vilu.score_parts(vilu.MCM(), data, folder)
+        ...     print(scores.counts.n_scored, scores.counts.n_failures)
+        ...     print(
+        ...         round(vilu.evaluate(scores, metrics=["auroc"], n_resamples=0).value("auroc"), 2)
+        ...     )
+        200 40
+        0.88
+    """
+    ScoreLedger.check_place(Path(folder), overwrite=overwrite)
+    decider = _checked(decider or Decider(predictor), source)
+    predictor.require_fitted()
+    decider.require_streaming()
+    (usable, rest), facts = _in_order(source), _facts(decider, source, (dataset, split))
+    n = len(usable)
+    run = ScoreRun(
+        predictor=predictor_fingerprint(predictor),
+        source=source_fingerprint(source),
+        n_in=len(source),
+        n_candidate=n,
+        rows_per_part=_whole(rows_per_part, source.pool_size),
+        **facts,
+    )
+    ledger = ScoreLedger(Path(folder), run)
+    with ledger.claim(ledger.root):
+        ledger.resume(overwrite=overwrite)
+        missing, _ = ledger.survey()
+        if missing:
+            ledger.unseal()
+            seen = predictor.seen(source).shared
+        else:
+            logger.info("%s is complete: there is nothing to do", folder)
+        with track("score", sum(map(len, missing)), "rows") as task:
+            for part in missing:
+                scored = usable[part.start : part.stop]  # all rows of the part, or none
+                rows = scored.numpy() if len(scored) else rest[part.start - n : part.stop - n]
+                outcomes = score_rows(decider, source, facts, rows, scored, task)
+                ledger.write_rows(part, rows, outcomes, int(seen[rows].sum()))
+                task.advance(len(part) - len(scored))
+        ledger.seal(ScoreManifest.of(run, ledger.receipts()))
+    done = ScoreFolder(ledger.root)
+    whole = all(sketch.whole for sketch in predictor.seen_.values())
+    _warn_seen(
+        counted(done.counts.n_seen, len(source), "rows", whole=whole), predictor, done.counts.n_seen
+    )
+    return done
+
+
+def _whole(rows_per_part: int, pool_size: int | None) -> int:
+    """Rows of a part: whole pools, at least one, or as many more as fill the last batch of scoring."""
+    require_at_least("rows_per_part", rows_per_part, 1)
+    if pool_size:
+        return max(rows_per_part // pool_size, 1) * pool_size
+    return -(-rows_per_part // SCORING_BATCH) * SCORING_BATCH
+
+
+def _in_order(source: EmbeddingSource) -> tuple[Tensor, Ints]:
+    """Places of the rows that are scored, in the order of scoring, and of the others, which come after them."""
+    scored = source.usable_rows
+    if source.pool_size:
+        scored = scored[: len(scored) // source.pool_size * source.pool_size]
+    left_out = np.ones(len(source), dtype=np.bool_)
+    left_out[scored.numpy()] = False
+    return scored, np.flatnonzero(left_out)
+
+
+SAMPLED = 256  # rows whose embeddings are part of the fingerprint of a source
+
+
+def predictor_fingerprint(predictor: FailurePredictor) -> str:
+    """Hash of everything that ``save`` would write, without a copy of the weights."""
+    tensors = predictor.state() | seen_tensors(predictor)
+    weights = {name: [str(t.dtype), list(t.shape), _hash(t)] for name, t in tensors.items()}
+    return digest({**describe(predictor), "weights": weights})
+
+
+def source_fingerprint(source: EmbeddingSource) -> str:
+    """Hash of a source: the seal of a store, its shape, its labels, the order of its rows, and a sample of them.
+
+    Hashing every embedding would read all data twice. The sample is 256 rows, evenly spaced over
+    the usable ones, with the candidates of the first of them (of the first pool) and two
+    identifiers.
+    """
+    rows, stored = source.usable_rows, source.first if isinstance(source, TwoModels) else source
+    places = np.linspace(0, len(rows) - 1, min(SAMPLED, len(rows))).round().astype(np.int64)
+    sample = rows[torch.from_numpy(places)]
+    pool = rows[: source.pool_size or 1]
+    whole = source.n_candidates > 0 and len(pool) >= (source.pool_size or 1)
+    return digest(
+        {
+            "content": stored.manifest.content
+            if isinstance(stored, EmbeddingStore | CaptionStore)
+            else None,
+            **({} if source.second is None else {"second": source_fingerprint(source.second)}),
+            "space": source.space.fingerprint,
+            "n": len(source),
+            "n_candidates": source.n_candidates,
+            "class_names": source.class_names,
+            "pool_size": source.pool_size,
+            "pools": asdict(source.pools) if isinstance(source, PairSource) else None,
+            "columns": sorted(source.columns),
+            "target": _hash(source.target),
+            **({"outside": _hash(source.outside)} if source.outside.any() else {}),
+            "status": _hash(torch.from_numpy(np.asarray(source.status))),
+            "order": _hash(rows),
+            "ids": [source.ids[int(row)] for row in (sample[:1], sample[-1:]) if len(row)],
+            "images": _hash(source.image_rows(sample)),
+            "texts": _hash(source.candidates(pool).text) if whole else None,
+        }
+    )
+
+
+def _hash(tensor: Tensor) -> str:
+    """Of the numbers, block by block: what repeats one number for all rows is never written out."""
+    found = hashlib.blake2b(digest_size=16)
+    for block in (
+        tensor.detach()
+        .cpu()
+        .reshape(len(tensor) if tensor.ndim else 1, math.prod(tensor.shape[1:]))
+        .split(2**20)
+    ):
+        found.update(block.contiguous().view(torch.uint8).numpy().data)
+    return found.hexdigest()

@@ -1,0 +1,133 @@
+"""Evidence that is valid at any time: by hand, by brute force, and in calibrations looked at again and again."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vilu.calibration.anytime import BETS, STARTS, STEPS, Looks, grid_of, level_of, log_evidence
+from vilu.errors import DataError, UsageError
+
+RISK, DELTA = 0.05, 0.05
+
+
+@given(st.lists(st.booleans(), max_size=60), st.floats(0.01, 0.5))
+def test_evidence_is_the_mean_of_products_of_bets(outcomes: list[bool], risk: float) -> None:
+    wealth = np.array([share for _, share in BETS])
+    for wrong in outcomes:
+        wealth = wealth * [1 - bet * (wrong - risk) / (1 - risk) for bet, _ in BETS]
+    found = math.exp(log_evidence(sum(outcomes), len(outcomes), risk))
+    assert found == pytest.approx(wealth.sum(), rel=1e-10)
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.08, 0.3])
+def test_the_mean_of_the_evidence_is_at_most_one_where_the_risk_is_not_kept(rate: float) -> None:
+    n, k = 40, np.arange(41)
+    log_p = [
+        math.log(math.comb(n, i)) + i * math.log(rate) + (n - i) * math.log1p(-rate) for i in k
+    ]
+    mean = float(np.exp(np.array(log_p) + log_evidence(k, n, RISK)).sum())
+    assert mean <= 1 + 1e-12
+    assert (mean == pytest.approx(1, abs=1e-12)) == (rate == RISK)
+
+
+def test_levels_and_starts_share_the_whole() -> None:
+    assert sum(level_of(k, DELTA) for k in range(1, 10_000)) == pytest.approx(DELTA, rel=2e-4)
+    assert sum(share for _, share in STARTS) == pytest.approx(1)
+    assert sum(share for _, share in BETS) == pytest.approx(1)
+    assert STARTS[-1][0] == STEPS
+
+
+def test_a_grid_comes_from_scores_alone_and_ends_with_all() -> None:
+    u = np.random.default_rng(0).permutation(np.arange(1, 1001) / 1000)
+    grid = grid_of(u, 0.32)
+    assert grid[STEPS - 1] == 0.32
+    assert grid[STEPS // 2 - 1] == 0.16
+    assert grid[-1] == 1.0
+    assert (np.diff(grid) > 0).all()
+    with pytest.raises(DataError, match=r"no score is at most 1e-05"):
+        grid_of(u, 1e-5)
+
+
+def test_ties_share_a_threshold() -> None:
+    grid = grid_of(np.repeat([0.1, 0.5], 50), 0.1)
+    assert set(grid.tolist()) == {0.1, 0.5}
+    looks = Looks(grid, RISK, DELTA, limit=0.1)
+    assert looks.last == int((grid == 0.1).sum()) - 1
+    assert looks.certified(np.full(150, 0.1), np.zeros(150, np.int64)) == looks.last
+
+
+def test_nothing_beyond_the_limit_is_tested() -> None:
+    u = np.linspace(0, 1, 400)
+    grid = grid_of(u, 0.5)
+    wrong = np.zeros(400, np.int64)
+    at = Looks(grid, RISK, DELTA, limit=0.5).certified(u, wrong)
+    assert at is not None
+    assert grid[at] <= 0.5
+    everything = Looks(grid, RISK, DELTA).certified(u, wrong)
+    assert everything == len(grid) - 1
+
+
+def test_what_more_would_do_does() -> None:
+    grid = grid_of(np.linspace(0, 1, 200), 1.0)
+    looks, u = Looks(grid, RISK, DELTA), np.linspace(0, 1, 30)
+    more = looks.more_needed(u, np.zeros(30, np.int64))
+    assert more is not None
+    longer = np.linspace(
+        0, 1, 30 + more + STEPS
+    )  # shares of whole labels are rounded down, one for each threshold
+    assert looks.certified(longer, np.zeros(len(longer), np.int64)) is not None
+    assert looks.certified(u, np.zeros(30, np.int64)) is None
+    assert not looks.can_certify(u)
+    assert looks.can_certify(longer)
+    assert looks.more_needed(np.linspace(0, 1, 60), np.arange(60) % 3 == 0) is None
+
+
+@pytest.mark.parametrize("bad", [{"max_risk": 0.0}, {"delta": 1.0}])
+def test_settings_that_cannot_be(bad: dict[str, float]) -> None:
+    with pytest.raises(UsageError, match=next(iter(bad))):
+        Looks(np.linspace(0, 1, STEPS), **{"max_risk": RISK, "delta": DELTA, **bad})
+    with pytest.raises(DataError, match="ascending"):
+        Looks(np.linspace(1, 0, STEPS), RISK, DELTA)
+
+
+RATES = {
+    "just above": lambda u: np.full_like(u, 0.052),
+    "rising": lambda u: 0.02 + 0.07 * u,
+    "wrong at the top": lambda u: np.where(u < 0.03, 0.4, 0.045),
+}
+"""Failure rate at the quantile u; each has thresholds whose error rate is above the promise."""
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_the_promise_holds_however_often_one_looks(name: str) -> None:
+    """The user looks after every ten labels and stops at the first certificate: the worst that looking can do."""
+    rate, rng, calibrations, broken = RATES[name], np.random.default_rng(5), 2_000, 0
+    dense = np.linspace(0, 1, 20_001)
+    risk_up_to = np.cumsum(rate(dense)) / np.arange(1, len(dense) + 1)
+    for _ in range(calibrations):
+        looks = Looks(grid_of(rng.random(400), 0.5), RISK, DELTA)
+        u = rng.random(400)
+        wrong = (rng.random(400) < rate(u)).astype(np.int64)
+        for n in range(60, 401, 34):
+            at = looks.certified(u[:n], wrong[:n])
+            if at is not None:
+                broken += risk_up_to[int(looks.grid[at] * 20_000)] > RISK
+                break
+    assert broken / calibrations <= DELTA + 3 * math.sqrt(DELTA * (1 - DELTA) / calibrations)
+
+
+def test_an_exact_test_repeated_at_every_look_breaks_it() -> None:
+    """What this is for: the same looks with the binomial test at the full level certify far too often."""
+    from vilu.calibration.thresholds import tail
+
+    rng, broken = np.random.default_rng(7), 0
+    for _ in range(500):
+        wrong = np.cumsum(rng.random(2_000) < 0.052)
+        n = np.arange(60, 2_001, 10)
+        broken += bool((tail(wrong[n - 1], n, RISK) <= DELTA).any())
+    assert broken / 500 > 2 * DELTA

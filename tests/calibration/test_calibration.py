@@ -1,0 +1,189 @@
+"""What ``calibrate_predictor`` refuses before it computes anything, and captions from end to end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import vilu
+from tests.builders.bench_fakes import make_store
+from tests.conftest import toy_embeddings, toy_pairs
+from vilu.artifacts.documents import digest
+from vilu.calibration.procedure import Target, calibrate_predictor
+from vilu.calibration.record import load
+from vilu.embeddings.source import Batch
+from vilu.errors import DataError, ProvenanceError, UsageError
+from vilu.predictors.outside import SeesOutside
+from vilu.predictors.record import RISK, VOCABULARY
+from vilu.predictors.vocabulary import Vocabulary
+from vilu.scoring.score import Decider, predictor_fingerprint, source_fingerprint
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (Target(per_class=True), "leave method and per_class out"),
+        (Target(method="sgr"), "leave method and per_class out"),
+        (Target(max_risk=0.1, method="selection", per_class=True), "selection takes a max_risk"),
+        (Target(min_coverage=0.5, method="selection"), "selection takes a max_risk"),
+        (Target(max_risk=2.0), "max_risk must be in"),
+        (Target(max_risk=0.1, label_sets="lac", max_miss=1.0), "max_miss must be in"),
+        (Target(max_risk=0.1, max_miss=0.05), r"max_miss \(0.05\) is for label sets"),
+    ],
+)
+def test_targets_are_checked_first(target: Target, message: str, tmp_path: Path) -> None:
+    vilu.MCM().save(tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(UsageError, match=message):
+        calibrate_predictor(
+            tmp_path, toy_embeddings(n=5), target
+        )  # far too few rows for anything else
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("at", ["Vocabulary.save", "record.save"])
+def test_a_calibration_that_was_cut_off_is_made_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, at: str
+) -> None:
+    """There is no record before all that belongs to it: else the next run would find nothing to do."""
+
+    def cut(*arguments: object, **named: object) -> None:
+        raise KeyboardInterrupt
+
+    store, folder = vilu.open_source(make_store(tmp_path / "store", 120, 0)), tmp_path / "predictor"
+    vilu.MCM().save(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"vilu.calibration.procedure.{at}", cut)
+        with pytest.raises(KeyboardInterrupt):
+            calibrate_predictor(folder, store, Target(max_risk=0.9), overwrite=False)
+    assert not (folder / RISK).exists()
+    for _ in range(2):  # older code could leave a record without it
+        calibrate_predictor(folder, store, Target(max_risk=0.9), overwrite=False)
+        assert Vocabulary.load(folder).names == store.class_names
+        (folder / VOCABULARY).unlink()
+
+
+def test_one_other_row_makes_another_calibration_and_one_of_earlier_code_stays(
+    tmp_path: Path,
+) -> None:
+    """Rows that are in no store, as those that labels were given for are not, are all looked at."""
+    data, target = toy_embeddings(n=700), Target(max_risk=0.4)
+    vilu.MCM().save(tmp_path)
+    taken = data.take(np.arange(690))
+    found = calibrate_predictor(tmp_path, taken, target)
+    assert calibrate_predictor(tmp_path, taken, target, overwrite=False) == found
+    for row in (1, 500):
+        data.image[row] = -data.image[row]
+        with pytest.raises(UsageError, match="is calibrated already, on 690 rows"):
+            calibrate_predictor(tmp_path, taken, target, overwrite=False)
+        data.image[row] = -data.image[row]
+    predictor = vilu.load(tmp_path)
+    predictor.calibrator_ = None
+    then = digest(
+        (predictor_fingerprint(predictor), source_fingerprint(taken), None, None, target.facts())
+    )
+    assert found.inputs != then
+    (tmp_path / RISK).unlink()
+    earlier = found.model_copy(update={"inputs": then})
+    earlier.write(tmp_path / RISK)
+    assert calibrate_predictor(tmp_path, taken, target, overwrite=False) == earlier
+
+
+def test_captions(tmp_path: Path) -> None:
+    pairs, new = toy_pairs(n=512, pool=32), toy_pairs(n=128, pool=32, seed=1)
+    vilu.MCM().save(tmp_path)
+    for target, message in (
+        (Target(max_risk=0.4, per_class=True), "no thresholds per class"),
+        (Target(max_risk=0.4, label_sets="aps"), "label sets need classes"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            calibrate_predictor(tmp_path, pairs, target)
+    record = calibrate_predictor(tmp_path, pairs, Target(max_risk=0.4))
+    assert (record.n, record.pool_size, record.n_candidates) == (512, 32, None)
+    predictor = vilu.load(tmp_path)
+    decider = Decider.of_folder(predictor, tmp_path)
+    outcomes = vilu.score(predictor, new, decider=decider)
+    accepted = outcomes.uncertainty <= record.rule.threshold
+    assert outcomes.decision == tuple(np.where(accepted, "accept", "abstain"))
+    with pytest.raises(ProvenanceError, match="pools of 32, and these have pools of 16"):
+        vilu.score(predictor, toy_pairs(n=128, pool=16), decider=decider)
+
+
+def test_a_row_without_a_score_is_not_accepted_and_says_why(tmp_path: Path) -> None:
+    data = toy_embeddings(n=300, k=2, ids_from=None)
+    vilu.MCM().save(tmp_path)
+    calibrate_predictor(tmp_path, data, Target(max_risk=0.5, label_sets="lac"))
+    predictor = vilu.load(tmp_path)
+    decider = Decider.of_folder(predictor, tmp_path)
+    broken = toy_embeddings(n=20, k=2, ids_from=None)
+    broken.image[4] = np.nan
+    holes = vilu.Embeddings(
+        broken.image, broken.text, logit_scale=20.0, class_names=broken.class_names
+    )
+    outcomes = vilu.score(predictor, holes, decider=decider)
+    assert (outcomes.decision[4], outcomes.decision_reason[4], outcomes.label_set[4]) == (
+        "abstain",
+        "nonfinite",
+        None,
+    )
+    assert np.isnan(outcomes.failure_probability[4])
+    assert {text for row, text in enumerate(outcomes.decision) if row != 4} <= {"accept", "abstain"}
+
+
+def with_strangers(n: int, seed: int) -> vilu.Embeddings:
+    """Toy images, a fifth of them of none of the classes: anywhere, and so with low similarities."""
+    data, rng = toy_embeddings(n, seed=seed, ids_from=1000 * seed), np.random.default_rng(seed)
+    image, target = data.image.numpy().copy(), data.target.numpy().copy()
+    strangers = rng.random(n) < 0.2
+    image[strangers] = rng.normal(size=(strangers.sum(), image.shape[1]))
+    target[strangers] = -2
+    image /= np.linalg.norm(image, axis=1, keepdims=True)
+    return vilu.Embeddings(
+        image, data.text, target, 20.0, class_names=data.class_names, ids=data.ids
+    )
+
+
+class Seeing(SeesOutside, vilu.MCM):
+    """MCM that takes an image for a stranger where no text is near."""
+
+    name = "seeing"
+
+    def outcome_of(self, batch: Batch) -> Tensor:
+        return torch.where(batch.logits.amax(dim=1) < 7, torch.inf, -torch.inf).double()
+
+    def outside_probability(self, batch: Batch) -> Tensor:
+        return torch.sigmoid(self.outcome_of(batch))
+
+
+def test_stated_shares_are_kept_and_strangers_named(tmp_path: Path) -> None:
+    vilu.MCM().save(tmp_path)
+    stated = Target(max_risk=0.15, outside_share=0.1)
+    record = calibrate_predictor(tmp_path, with_strangers(1500, 1), stated)
+    assert record.rule is not None
+    assert "for up to 10.0% of strangers" in str(record.promise)
+    assert load(tmp_path) == record
+    assert calibrate_predictor(tmp_path, with_strangers(1500, 1), stated, overwrite=False) == record
+    new = with_strangers(400, 2)
+    scores = vilu.score(vilu.load(tmp_path), new, decider=Decider(vilu.load(tmp_path), record))
+    assert set(scores.decision_reason or ()) == {None, "above_threshold"}
+    seeing = Seeing()
+    seeing.calibrator_ = vilu.load(tmp_path).calibrator_
+    seen = vilu.score(seeing, new, decider=Decider(seeing, record))
+    named = np.array([reason == "outside" for reason in seen.decision_reason or ()])
+    abstained = np.array([decision == "abstain" for decision in scores.decision or ()])
+    assert seen.decision == scores.decision
+    assert 0 < named.sum() < abstained.sum()
+    assert np.array_equal(
+        named, abstained & ((20 * new.image @ new.text.T).amax(dim=1) < 7).numpy()
+    )
+    edited = json.loads((tmp_path / "risk.json").read_text())
+    edited["rule"]["outside_share"] = 0.6
+    edited.pop("digest")
+    (tmp_path / "risk.json").write_text(json.dumps(edited))
+    with pytest.raises(DataError, match="does not bear out"):
+        load(tmp_path)

@@ -1,0 +1,200 @@
+"""Images in, decisions out: the same as embedding and scoring them, whatever they come as."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.builders.photo_folders import photo
+from tests.builders.store_fakes import NAMES, FakeBackbone
+from tests.triage.conftest import Folder, rows
+from vilu.datasets.folder import PhotoFiles, list_photos
+from vilu.embeddings.memory import Embeddings
+from vilu.errors import DataError, ProvenanceError, UsageError
+from vilu.guard.guard import Guard
+from vilu.outcomes.outcomes import Outcomes
+from vilu.predictors import MCM
+from vilu.predictors.record import VOCABULARY
+from vilu.predictors.storage import load
+from vilu.predictors.vocabulary import Vocabulary
+from vilu.scoring.score import Decider, score, score_rows
+from vilu.store.embed import embed
+
+HALF = 2.0**-10
+"""One step of float16 below 2."""
+
+
+@pytest.fixture
+def predictor(begun: Folder) -> Path:
+    return begun[0] / "out" / "predictor"
+
+
+def test_decisions_are_those_of_the_triage(begun: Folder, predictor: Path) -> None:
+    """Batches of another size may sum in another order: probabilities are equal but for rounding, so are decisions."""
+    photos, decided = begun[0] / "photos", rows(begun[0] / "out" / "decisions.csv")
+    free = [row for row in decided if row["decision"] != "labelled"]
+    guard = Guard(predictor, batch_size=17)
+    answers = guard([photos / row["path"] for row in free])
+    assert [answer.label for answer in answers] == [row["answer"] for row in free]
+    p = np.array([answer.failure_probability for answer in answers])
+    expected = np.array([float(row["failure_probability"]) for row in free])
+    assert p == pytest.approx(expected, abs=1e-5)
+    rule = guard.decider.record and guard.decider.record.rule
+    assert rule is not None
+    near = np.abs(expected - (rule.threshold or 0.0)) < 1e-5
+    said = np.array([answer.decision == "accept" for answer in answers])
+    assert (said == np.array([row["decision"] == "accept" for row in free]))[~near].all()
+    assert near.sum() <= 1
+    assert [answer.runners_up[0][0] for answer in answers] == [row["runner_up"] for row in free]
+    assert all(p >= 0 for answer in answers for _, p in answer.runners_up)
+
+
+def test_in_batches_of_one_size_the_bits_are_those_of_embed_and_score(
+    begun: Folder, predictor: Path, tmp_path: Path, fake_model: FakeBackbone
+) -> None:
+    photos = begun[0] / "photos"
+    free = {
+        row["path"]
+        for row in rows(begun[0] / "out" / "decisions.csv")
+        if row["decision"] != "labelled"
+    }
+    listing = [one for one in list_photos(photos) if one[0] in free][:64]
+    embed(
+        PhotoFiles(photos, listing, NAMES),
+        fake_model,
+        tmp_path / "store",
+        names=NAMES,
+        batch_size=32,
+    )
+    import vilu
+
+    fitted, store = load(predictor), vilu.open_source(tmp_path / "store")
+    guard = Guard(predictor, batch_size=32)
+    answers = guard([photos / path for path, _ in listing])
+    for start in (0, 32):
+        part = score(
+            fitted,
+            store.take(np.arange(start, start + 32)),
+            decider=Decider.of_folder(fitted, predictor),
+        )
+        mine = answers[start : start + 32]
+        assert [answer.uncertainty for answer in mine] == part.uncertainty.tolist()
+        assert tuple(answer.decision for answer in mine) == part.decision
+
+
+def test_a_path_bytes_and_a_picture_are_one_image(predictor: Path, tmp_path: Path) -> None:
+    content = photo(3, 12345)
+    (tmp_path / "a.png").write_bytes(content)
+    image = Image.open(io.BytesIO(content))
+    first, *others = Guard(predictor)([tmp_path / "a.png", str(tmp_path / "a.png"), content, image])
+    for one in others:  # a row further down may be summed in another order
+        assert (one.label, one.decision) == (first.label, first.decision)
+        assert one.uncertainty == pytest.approx(first.uncertainty, rel=1e-5)
+    assert [one.key for one in others[1:]] == ["2", "3"]
+
+
+def test_a_bad_image_is_an_answer_with_a_reason(predictor: Path, tmp_path: Path) -> None:
+    (tmp_path / "cut.png").write_bytes(photo(1, 1)[:60])
+    images = [b"no picture", tmp_path / "gone.png", photo(1, 1), tmp_path / "cut.png", b""]
+    answers = Guard(predictor)(images)
+    assert [answer.reason for answer in answers if answer.label is None] == [
+        *("unidentified", "read_error"),
+        *("truncated", "empty"),
+    ]
+    assert answers[2].label is not None
+    assert {answer.decision for answer in answers if answer.label is None} == {"abstain"}
+
+
+def test_who_asks_in_the_midst_of_another_changes_no_answer(predictor: Path, monkeypatch) -> None:
+    """What another thread does between two lines of the first one."""
+    guard, photos = Guard(predictor, workers=1), [photo(n, n) for n in range(5)]
+    expected, others = guard(photos[:3]), iter([photos[3:]])
+
+    def interrupted(*args, **kwargs) -> Outcomes:
+        for images in others:
+            guard(images)
+        return score_rows(*args, **kwargs)
+
+    monkeypatch.setattr("vilu.guard.guard.score_rows", interrupted)
+    assert guard(photos[:3]) == expected
+    assert next(others, None) is None
+
+
+def test_a_stream_is_answered_as_it_comes(predictor: Path) -> None:
+    """Bounded memory: what is asked of the stream is at most the batches that are decoded ahead."""
+    taken = 0
+
+    def endless() -> Iterator[bytes]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield photo(taken % 5, taken)
+
+    guard = Guard(predictor, batch_size=8, workers=2)
+    stream = guard.stream(endless())
+    keys = [next(stream).key for _ in range(20)]
+    assert keys == [str(place) for place in range(20)]
+    assert taken <= 24 + 8 + 2 + 1
+    stream.close()  # type: ignore[attr-defined]
+
+
+def test_what_does_not_belong_together_is_refused(
+    predictor: Path, tmp_path: Path, test: Embeddings
+) -> None:
+    with pytest.raises(ProvenanceError, match=r"weights: 'w0' .* against 'w1'"):
+        Guard(predictor, backbone=FakeBackbone(weights="w1"))
+    bare = Path(shutil.copytree(predictor, tmp_path / "bare"))
+    (bare / VOCABULARY).unlink()
+    with pytest.raises(DataError, match="does not say what its answers are chosen from"):
+        Guard(bare)
+    content = bytearray((predictor / VOCABULARY).read_bytes())
+    content[-3] ^= 1
+    (bare / VOCABULARY).write_bytes(bytes(content))
+    with pytest.raises(DataError, match="is damaged"):
+        Guard(bare)
+    Vocabulary.of(test, "float16").save(bare)
+    with pytest.raises(ProvenanceError):
+        Guard(bare)
+    with pytest.raises(UsageError, match="give a list of images"):
+        Guard(predictor)(b"one image")
+    with pytest.raises(UsageError, match=r"a picture of Pillow\. Got int at place 0"):
+        Guard(predictor)([7])  # type: ignore[list-item]
+
+
+def test_without_a_rule_there_is_a_probability_and_no_decision(
+    tmp_path: Path, fake_model: FakeBackbone, begun: Folder
+) -> None:
+    listing = list_photos(begun[0] / "photos")[:9]
+    embed(
+        PhotoFiles(begun[0] / "photos", listing, NAMES), fake_model, tmp_path / "store", names=NAMES
+    )
+    import vilu
+
+    store = vilu.open_source(tmp_path / "store")
+    MCM().fit(store).save(tmp_path / "mcm")
+    Vocabulary.of(store, "float16").save(tmp_path / "mcm")
+    answers = Guard(tmp_path / "mcm")([photo(0, 1)])
+    assert answers[0].decision is None
+    assert answers[0].failure_probability is not None
+    assert isinstance(Outcomes.load(begun[0] / "out" / "decisions.parquet"), Outcomes)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_data_set_of_the_hub_is_mapped(predictor: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    pictures = [Image.open(io.BytesIO(photo(kind, 1))) for kind in range(5)]
+    guard = Guard(predictor)
+    mapped = datasets.Dataset.from_dict({"image": pictures}).map(
+        lambda rows: guard.columns(rows["image"]), batched=True, batch_size=2
+    )
+    assert mapped["label"] == [answer.label for answer in guard(pictures)]
+    assert mapped.column_names[1:] == [
+        *("label", "failure_probability", "uncertainty", "decision", "reason", "runners_up")
+    ]

@@ -1,0 +1,232 @@
+"""Pixels in, decisions out by onnxruntime, against what the guard says of the same images."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+
+import vilu
+from tests.builders.photo_folders import photo, truth_of
+from tests.builders.store_fakes import NAMES, FakeBackbone, FakeDataset
+from tests.triage.conftest import Folder
+from vilu.artifacts.paths import claim_file
+from vilu.backbones.base import Backbone
+from vilu.backbones.catalog import load_backbone
+from vilu.calibration.procedure import Target, calibrate_predictor
+from vilu.errors import DataError, UsageError
+from vilu.guard import image_graph
+from vilu.guard.guard import Answer, Guard
+from vilu.guard.image_graph import ImageGraph, export_image_graph, fingerprint_of
+from vilu.predictors.record import VOCABULARY
+from vilu.predictors.vocabulary import Vocabulary
+from vilu.store.embed import embed
+
+IMAGES = [photo(kind, 1000 + kind) for kind in range(9)] * 3
+
+
+class Traceable(FakeBackbone):
+    """One that does not look at how many images there are."""
+
+    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.normalize(pixels.flatten(1) @ self.projection, dim=1)
+
+
+class Untraceable(FakeBackbone):
+    """One that leaves torch."""
+
+    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        rows = np.array(pixels.flatten(1).tolist(), np.float32) @ self.projection.numpy()
+        return torch.from_numpy(rows / np.linalg.norm(rows, axis=1, keepdims=True))
+
+
+def answers(
+    path: Path, guard: Guard, images: list[bytes]
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """What onnxruntime makes of some images, by output, and what the file says of itself."""
+    session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+    pixels = torch.stack(
+        [guard.backbone.preprocess(Image.open(io.BytesIO(image))) for image in images]
+    ).numpy()
+    found = session.run(None, {"pixels": pixels})
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, found, strict=True)), session.get_modelmeta().custom_metadata_map
+
+
+def require_same(
+    path: Path, guard: Guard, images: list[bytes] = IMAGES, *, within: float = 1e-5
+) -> set[str]:
+    """The file says what the guard says, of one image and of many; returned are the decisions."""
+    expected: list[Answer] = guard(images)
+    for n in (1, len(images)):
+        found, said = answers(path, guard, images[:n])
+        names = json.loads(said["vilu.classes"])
+        assert [names[place] for place in found["prediction"]] == [
+            one.label for one in expected[:n]
+        ]
+        gap = found["uncertainty"] - np.array([one.uncertainty for one in expected[:n]])
+        assert np.abs(gap).max() <= within
+        if "accept" in found:
+            decided = ["accept" if yes else "abstain" for yes in found["accept"]]
+            assert decided == [one.decision for one in expected[:n]]
+    return {str(one.decision) for one in expected}
+
+
+def made(
+    folder: Path, model: Backbone, predictor: vilu.FailurePredictor, target: Target | None
+) -> Path:
+    """A predictor that was fitted, and perhaps calibrated, on photos that a model has embedded."""
+    for part, first in (("train", 0), ("calibration", 90)):
+        blobs = [photo(number % 9, number) for number in range(first, first + 90)]
+        labels = [NAMES.index(truth_of(number % 9)) for number in range(90)]
+        embed(FakeDataset(blobs, labels), model, folder / part, names=NAMES, features=True)
+    predictor.fit(vilu.open_source(folder / "train")).save(folder / "predictor")
+    if target is None:
+        Vocabulary.of(vilu.open_source(folder / "train"), "float16").save(folder / "predictor")
+    else:
+        calibrate_predictor(folder / "predictor", vilu.open_source(folder / "calibration"), target)
+    return folder / "predictor"
+
+
+def test_onnxruntime_decides_as_the_guard(begun: Folder, tmp_path: Path) -> None:
+    folder, path = begun[0] / "out" / "predictor", tmp_path / "guard.onnx"
+    assert export_image_graph(folder, path, backbone=Traceable()) <= 1e-5
+    guard = Guard(folder)
+    assert require_same(path, guard) == {"accept", "abstain"}
+    found, said = answers(path, guard, IMAGES)
+    assert {name: (rows.dtype, rows.shape) for name, rows in found.items()} == {
+        "uncertainty": (np.float64, (27,)),
+        "prediction": (np.int64, (27,)),
+        "accept": (np.bool_, (27,)),
+        "image": (np.float32, (27, 16)),
+    }
+    assert np.array_equal(found["image"], found["image"].astype(np.float16))
+    assert (said["vilu.preprocess"], json.loads(said["vilu.classes"])) == ("8x8", list(NAMES))
+    assert (
+        said["vilu.predictor"] == json.loads((folder / "predictor.json").read_text())["fingerprint"]
+    )
+    assert said["vilu.decision"].startswith("accepts ")
+    assert claim_file(path, "ONNX export", fingerprint_of(folder))
+    with pytest.raises(UsageError, match="of other inputs"):
+        claim_file(path, "ONNX export", said["vilu.predictor"])
+
+
+@pytest.mark.slow  # every export takes torch seconds
+@pytest.mark.parametrize(
+    ("predictor", "target"),
+    [
+        (vilu.ViLUPlus(width=8, epochs=2), Target(min_coverage=0.5, per_class=True)),
+        (vilu.MaxLogit(), Target(min_coverage=0.5)),
+        (vilu.MCM(), None),
+    ],
+    ids=["features, a limit per class", "score", "no rule"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_of_every_kind_of_predictor_and_rule(
+    predictor: vilu.FailurePredictor, target: Target | None, tmp_path: Path
+) -> None:
+    folder, path = made(tmp_path, Traceable(), predictor, target), tmp_path / "guard.onnx"
+    export_image_graph(folder, path, backbone=Traceable())
+    guard = Guard(folder)
+    assert require_same(path, guard) == ({"accept", "abstain"} if target else {"None"})
+    found, said = answers(path, guard, IMAGES)
+    assert ("accept" in found) == bool(said["vilu.decision"]) == (target is not None)
+    assert (
+        ("features" in found)
+        == ("features" in guard.predictor.columns_to_score)
+        == (predictor.name == "vilu_plus")
+    )
+    record = guard.decider.record
+    if predictor.name == "vilu_plus":
+        assert record is not None
+        assert record.rule.grouped_by == "prediction"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("model", ["open_clip clip", "open_clip siglip", "hf clip", "hf siglip"])
+def test_with_the_image_towers_of_real_architectures(model: str, tmp_path: Path) -> None:
+    from tests.builders.tiny_models import write_tiny
+
+    library, kind = model.split()
+    write_tiny(tmp_path / "tiny", kind, library)
+    backbone = load_backbone(f"{library}:{tmp_path / 'tiny'}", device="cpu")
+    folder = made(tmp_path, backbone, vilu.MCM(), Target(min_coverage=0.5))
+    export_image_graph(folder, tmp_path / "guard.onnx", backbone=backbone)
+    # a step of float16 in some of the coordinates, at the logit scale of the model
+    require_same(tmp_path / "guard.onnx", Guard(folder, backbone=backbone), within=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (FakeBackbone, "one number of pixels alone"),
+        pytest.param(Untraceable, "", marks=pytest.mark.slow),
+    ],
+)
+def test_a_tower_that_cannot_be_written_is_told(
+    model: type[FakeBackbone], why: str, begun: Folder, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        UsageError, match=rf"fake cannot be written as ONNX: .*{why}.* Without --with-backbone"
+    ):
+        export_image_graph(
+            begun[0] / "out" / "predictor", tmp_path / "guard.onnx", backbone=model()
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_no_file_can_say_is_told(begun: Folder, tmp_path: Path) -> None:
+    half = Traceable()
+    half.space = replace(half.space, precision="bf16")
+    folder = made(tmp_path, half, vilu.MCM(), None)
+    with pytest.raises(UsageError, match=r"runs in bfloat16.* Without --with-backbone"):
+        export_image_graph(folder, tmp_path / "guard.onnx", backbone=half)
+    shutil.copytree(begun[0] / "out" / "predictor", tmp_path / "bare")
+    (tmp_path / "bare" / VOCABULARY).unlink()
+    with pytest.raises(DataError, match="does not say what its answers are chosen from"):
+        export_image_graph(tmp_path / "bare", tmp_path / "guard.onnx", backbone=Traceable())
+    assert not (tmp_path / "guard.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("output", "change", "message"),
+    [
+        (0, lambda uncertainty: uncertainty + 1e-3, "differs by 0.001 from the predictor"),
+        (1, lambda answer: (answer + 1) % 3, "other zero-shot answers"),
+        (2, lambda accept: ~accept, "decides otherwise than the rule"),
+        (3, lambda image: -image, "gives other image rows"),
+    ],
+)
+def test_a_graph_that_says_something_else_is_not_written(
+    output: int,
+    change: Callable[[np.ndarray], np.ndarray],
+    message: str,
+    begun: Folder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torch in place of onnxruntime, with one output changed."""
+    graphs: list[ImageGraph] = []
+
+    def answer(trial: dict[str, torch.Tensor]) -> list[np.ndarray]:
+        with torch.no_grad():
+            outputs = [rows.numpy() for rows in graphs[0](trial["pixels"])]
+        return [change(rows) if place == output else rows for place, rows in enumerate(outputs)]
+
+    monkeypatch.setattr(image_graph, "write_graph", lambda graph, *_: graphs.append(graph) or b"")
+    monkeypatch.setattr(image_graph, "runner", lambda _: answer)
+    with pytest.raises(DataError, match=message):
+        export_image_graph(
+            begun[0] / "out" / "predictor", tmp_path / "guard.onnx", backbone=Traceable()
+        )
+    assert not list(tmp_path.iterdir())
