@@ -33,7 +33,6 @@ MAY_IMPORT = {
     "guard": DECIDING,
     "triage": DECIDING | {"report", "guard"},
     "service": DECIDING | {"guard"},
-    "benchmark": None,
     "cli": None,
 }
 """From the ground up: a room may import those of its row, and no two rooms each other."""
@@ -87,6 +86,15 @@ def test_rooms_import_only_what_the_map_allows() -> None:
         if allowed is not None and used - allowed - {room}:
             found[name_of(path)] = used - allowed - {room}
     assert found == {}
+
+
+def test_the_core_knows_nothing_of_the_bench() -> None:
+    using = []
+    for path in FILES:
+        modules = imported(ast.parse(path.read_text()))
+        if any(module.partition(".")[0] == "vilu_bench" for module in modules):
+            using.append(name_of(path))
+    assert using == []
 
 
 def test_model_libraries_stay_in_their_rooms() -> None:

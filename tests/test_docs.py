@@ -10,9 +10,9 @@ import pytest
 
 import vilu
 from tests.command import run
-from vilu.benchmark.dry_run import describe, estimate
-from vilu.benchmark.load import load_config
 from vilu.report.style import DARK
+from vilu_bench.studies.dry_run import describe, estimate
+from vilu_bench.studies.load import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])

@@ -1,10 +1,10 @@
-"""Makes src/vilu/assets/coop_splits.txt.xz, CoOp's train/validation/test lists of seven data sets.
+"""Makes src/vilu_bench/assets/coop_splits.txt.xz, CoOp's train/validation/test lists of seven data sets.
 
     python tools/make_split_asset.py PATH/TO/splits
 
 Input: the folder of CoOp's split_zhou_*.json, lists of [path, class index, class name]. Output: the
 same facts as text, sorted by class and path (the order of the lists decides nothing here),
-compressed; how it is laid out says ``vilu/datasets/known/read.py``. The same input gives the same
+compressed; how it is laid out says ``vilu_bench/known_datasets/read.py``. The same input gives the same
 text, and the same liblzma the same bytes.
 """
 

@@ -25,11 +25,14 @@ ADDERS: dict[str, Callable[[object], bool]] = {}
 False where it is of another kind. Each room puts its own here.
 """
 
-SECTIONS = {"datasets": "vilu.datasets.known", "backbones": "vilu.backbones.catalog"}
-"""Section of a TOML file -> the module whose ``add_tables`` takes its tables."""
+SECTIONS = {"backbones": "vilu.backbones.catalog:add_tables"}
+"""Section of a TOML file -> the function that takes its tables; others come by entry points."""
+
+SECTION_GROUP = "vilu.sections"
+"""Entry points of other distributions: NAME = "module:function" of a section [NAME.…]."""
 
 PLUGINS = "VILU_PLUGINS"
-"""Environment variable: modules that ``load_plugin`` has imported, separated by commas; child processes inherit it."""
+"""Environment variable: the imported modules, with commas between; child processes inherit it."""
 
 
 def register(thing: Added) -> Added:
@@ -37,7 +40,8 @@ def register(thing: Added) -> Added:
 
     As a decorator it gives its argument back. For all processes (commands, workers) ``--plugin
     MODULE`` imports the module that calls this, or an entry point of a distribution, named as the
-    thing, leads to it; the groups are "vilu.predictors", "vilu.metrics" and "vilu.datasets".
+    thing, leads to it; the groups are "vilu.predictors", "vilu.metrics", "vilu.datasets",
+    "vilu.layouts", "vilu.backbones" and "vilu.commands".
 
     Args:
         thing: A subclass of ``FailurePredictor``; a ``vilu.metrics.catalog.Metric`` with a name; a
@@ -69,13 +73,17 @@ def register(thing: Added) -> Added:
 
 
 def _register_file(path: Path) -> None:
-    sections = toml_tables(path)
-    unknown = next((name for name in sections if name not in SECTIONS), None)
-    if unknown is not None:
-        known = ", ".join(f"[{name}.NAME]" for name in SECTIONS)
-        raise UsageError(f"{path} has a section [{unknown}]; there are {known}.")
-    for name, tables in sections.items():
-        importlib.import_module(SECTIONS[name]).add_tables(tables)
+    tables_by_section = toml_tables(path)
+    takers = dict(SECTIONS)
+    for entry in entry_points(SECTION_GROUP):
+        takers[entry.name] = entry.value
+    for name in tables_by_section:
+        if name not in takers:
+            known = ", ".join(f"[{section}.NAME]" for section in sorted(takers, reverse=True))
+            raise UsageError(f"{path} has a section [{name}]; there are {known}.")
+    for name, tables in tables_by_section.items():
+        module, _, function = takers[name].partition(":")
+        getattr(importlib.import_module(module), function)(tables)
 
 
 def toml_tables(source: Path | str) -> dict[str, dict[str, Any]]:
@@ -149,9 +157,7 @@ class Catalogue(MutableMapping[str, Added]):
         return sum(1 for _ in self)
 
     def _entries(self) -> list[EntryPoint]:
-        from importlib import metadata  # late: `vilu --help` does without
-
-        return list(metadata.entry_points(group=self.group))
+        return entry_points(self.group)
 
     def _take(self, entry: EntryPoint) -> None:
         """Import what an entry point leads to, and register it."""
@@ -167,6 +173,13 @@ class Catalogue(MutableMapping[str, Added]):
         is_file = isinstance(found, str | os.PathLike)  # of tables, which have names of their own
         if entry.name not in self.here or not (is_file or self.here[entry.name] == found):
             raise UsageError(f"{who} has another name than its entry point.")
+
+
+def entry_points(group: str) -> list[EntryPoint]:
+    """What the distributions of this environment offer for a group."""
+    from importlib import metadata  # late: `import vilu` does without
+
+    return list(metadata.entry_points(group=group))
 
 
 def load_plugin(module: str) -> None:

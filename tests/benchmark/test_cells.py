@@ -9,13 +9,19 @@ import torch
 
 from tests.builders.bench_fakes import config, make_store, make_stores
 from tests.conftest import toy_embeddings
-from vilu.benchmark.cells import Cell, origin_of, plan, scored_set_of, sharing_a_fit
-from vilu.benchmark.data import Workbench, across_preprocessing, class_halves, draw_rows, of_classes
-from vilu.benchmark.stores import Part
 from vilu.embeddings.columns import TEXT_COLUMNS
 from vilu.embeddings.source import EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, ProvenanceError
+from vilu_bench.studies.cells import Cell, origin_of, plan, scored_set_of, sharing_a_fit
+from vilu_bench.studies.data import (
+    Workbench,
+    across_preprocessing,
+    class_halves,
+    draw_rows,
+    of_classes,
+)
+from vilu_bench.studies.stores import Part
 
 
 @pytest.fixture(scope="module")

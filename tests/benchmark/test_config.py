@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from tests.builders.bench_fakes import config, tables
-from vilu.benchmark.config import Config, Labels, Transfer, Unseen
-from vilu.benchmark.load import load_config, parse_config, shrink
 from vilu.embeddings.memory import Embeddings
 from vilu.errors import UsageError
 from vilu.predictors import PREDICTORS
 from vilu.predictors.parameters import parameters
+from vilu_bench.studies.config import Config, Labels, Transfer, Unseen
+from vilu_bench.studies.load import load_config, parse_config, shrink
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -9,9 +9,9 @@ import pytest
 
 from tests.builders.bench_fakes import config, make_stores
 from tests.builders.known_trees import make_tree
-from vilu.benchmark.config import Config
-from vilu.benchmark.dry_run import describe, estimate
 from vilu.errors import UsageError
+from vilu_bench.studies.config import Config
+from vilu_bench.studies.dry_run import describe, estimate
 
 ALL = {"all": {"kind": "labels"}}
 

@@ -8,13 +8,13 @@ import pytest
 
 from tests.builders.known_trees import TREES
 from vilu.backbones.catalog import NAMED
-from vilu.benchmark.config import Config
-from vilu.benchmark.load import load_config, load_configs
-from vilu.benchmark.run import Share
-from vilu.benchmark.views import Better, find_published, published_tables
 from vilu.errors import UsageError
 from vilu.metrics.catalog import METRICS
 from vilu.predictors.catalogue import method_names
+from vilu_bench.studies.config import Config
+from vilu_bench.studies.load import load_config, load_configs
+from vilu_bench.studies.run import Share
+from vilu_bench.studies.views import Better, find_published, published_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDIES = sorted(ROOT.glob("configs/*/*.toml"))

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from tests.conftest import toy_pairs
-from vilu.benchmark.pool_sizes import over_pool_sizes, size_table
 from vilu.embeddings.memory import PairEmbeddings
 from vilu.embeddings.pairs import Pools
 from vilu.errors import DataError, UsageError
 from vilu.metrics import auroc
 from vilu.predictors import MCM, PREDICTORS, Margin
 from vilu.scoring.score import score
+from vilu_bench.studies.pool_sizes import over_pool_sizes, size_table
 
 DATA = toy_pairs(n=256)
 

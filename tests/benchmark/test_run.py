@@ -21,19 +21,19 @@ from tests.builders.bench_fakes import Report, benchmark, config, make_stores
 from tests.conftest import toy_embeddings
 from vilu.artifacts.disk import host_hash
 from vilu.artifacts.documents import read_log
-from vilu.benchmark import facts
-from vilu.benchmark.cells import Cell, needed_parts, plan
-from vilu.benchmark.config import Config
-from vilu.benchmark.data import Workbench
-from vilu.benchmark.result import load_result
-from vilu.benchmark.stores import find_stores
-from vilu.benchmark.study import render_studies
 from vilu.embeddings.source import Batch
 from vilu.errors import BusyError, ProvenanceError, StorageError, UsageError
 from vilu.outcomes.results import ResultTable
 from vilu.predictors import PREDICTORS
 from vilu.predictors.zero_shot import MCM
 from vilu.store.importing import import_arrays
+from vilu_bench.studies import facts
+from vilu_bench.studies.cells import Cell, needed_parts, plan
+from vilu_bench.studies.config import Config
+from vilu_bench.studies.data import Workbench
+from vilu_bench.studies.result import load_result
+from vilu_bench.studies.stores import find_stores
+from vilu_bench.studies.study import render_studies
 
 
 @pytest.fixture(scope="module")
@@ -370,7 +370,7 @@ def test_what_changes_meanwhile_is_said(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when somebody edits a method while worker processes start: their cells are of other code than ours."""
-    monkeypatch.setattr("vilu.benchmark.run.run_cells", lambda *_: None)
+    monkeypatch.setattr("vilu_bench.studies.run.run_cells", lambda *_: None)
     with pytest.raises(
         ProvenanceError, match=r"31 cells were made from other code or data.* Start it again"
     ):

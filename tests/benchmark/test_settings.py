@@ -13,12 +13,6 @@ import torch
 import vilu
 from tests.builders.bench_fakes import WORDS, benchmark, config, make_store, make_stores
 from tests.builders.store_fakes import FakeBackbone, FakeDataset, picture
-from vilu.benchmark.cells import Cell, needed_parts, origin_of, plan, sharing_a_fit
-from vilu.benchmark.config import Config
-from vilu.benchmark.data import Workbench, divided, draw_share, held_out
-from vilu.benchmark.facts import decided_by
-from vilu.benchmark.run import run_all
-from vilu.benchmark.stores import find_stores
 from vilu.embeddings.checks import hash_names
 from vilu.embeddings.pairs import Pools, PseudoCaptions
 from vilu.embeddings.rows import Rows
@@ -28,6 +22,12 @@ from vilu.predictors.base import FailurePredictor, Learnt
 from vilu.predictors.init import initialise
 from vilu.store.embed import embed
 from vilu.store.reader import open_source
+from vilu_bench.studies.cells import Cell, needed_parts, origin_of, plan, sharing_a_fit
+from vilu_bench.studies.config import Config
+from vilu_bench.studies.data import Workbench, divided, draw_share, held_out
+from vilu_bench.studies.facts import decided_by
+from vilu_bench.studies.run import run_all
+from vilu_bench.studies.stores import find_stores
 
 ALL = {"all": {"kind": "labels"}}
 SMALL = {"epochs": 2, "hidden": [8]}

@@ -10,14 +10,14 @@ import torch
 from tests.builders.bench_fakes import config
 from tests.builders.store_fakes import DIM, FakeBackbone, dataset, picture
 from tests.builders.tar_files import pair, tar_bytes, write_shard
-from vilu.benchmark import stores
-from vilu.benchmark.load import shrink
-from vilu.benchmark.parts import Data
-from vilu.benchmark.stores import make_stores, open_images, thinned
 from vilu.datasets.base import ShardedDataset
 from vilu.datasets.catalog import open_dataset
 from vilu.errors import ProvenanceError, UsageError
 from vilu.store.reader import EmbeddingStore
+from vilu_bench.studies import stores
+from vilu_bench.studies.load import shrink
+from vilu_bench.studies.parts import Data
+from vilu_bench.studies.stores import make_stores, open_images, thinned
 
 
 def test_evenly_spaced_images() -> None:

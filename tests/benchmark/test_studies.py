@@ -14,21 +14,21 @@ import numpy as np
 import pytest
 
 from tests.builders.bench_fakes import config, make_stores
-from vilu.benchmark.board import Board
-from vilu.benchmark.cells import Cell, plan
-from vilu.benchmark.claims import decide
-from vilu.benchmark.config import Config
-from vilu.benchmark.exhibits import exhibit
-from vilu.benchmark.parts import RANKED_BY
-from vilu.benchmark.pivot import table_sheet
-from vilu.benchmark.ranking import times_table
-from vilu.benchmark.result import CellResult, Refusal, Timing, load_times
-from vilu.benchmark.sheet import to_csv, to_latex, to_markdown, to_text
-from vilu.benchmark.study import claims_table, load_studies, render, render_studies, run_studies
-from vilu.benchmark.views import Better, Steeper, TableView, Trend
 from vilu.errors import DataError, UsageError
 from vilu.metrics import METRICS
 from vilu.outcomes.results import ResultRow
+from vilu_bench.studies.board import Board
+from vilu_bench.studies.cells import Cell, plan
+from vilu_bench.studies.claims import decide
+from vilu_bench.studies.config import Config
+from vilu_bench.studies.exhibits import exhibit
+from vilu_bench.studies.parts import RANKED_BY
+from vilu_bench.studies.pivot import table_sheet
+from vilu_bench.studies.ranking import times_table
+from vilu_bench.studies.result import CellResult, Refusal, Timing, load_times
+from vilu_bench.studies.sheet import to_csv, to_latex, to_markdown, to_text
+from vilu_bench.studies.study import claims_table, load_studies, render, render_studies, run_studies
+from vilu_bench.studies.views import Better, Steeper, TableView, Trend
 
 B = 400
 VALUES = {

@@ -17,11 +17,11 @@ from tests.builders.bench_fakes import config, make_store
 from tests.command import run
 from vilu.artifacts.documents import digest
 from vilu.artifacts.tables import read_table, write_table
-from vilu.benchmark.load import load_config
-from vilu.benchmark.study import load_studies, run_studies
-from vilu.benchmark.submit import KEY, take_in
 from vilu.errors import DataError
 from vilu.outcomes.outcomes import Outcomes
+from vilu_bench.studies.load import load_config
+from vilu_bench.studies.study import load_studies, run_studies
+from vilu_bench.studies.submit import KEY, take_in
 
 OURS: dict[str, Any] = {"mcm": {}, "knn_distance": {"deterministic": True}}
 THEIRS = {

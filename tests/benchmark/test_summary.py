@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 from tests.builders.bench_fakes import config
-from vilu.benchmark.board import Board
-from vilu.benchmark.cells import Cell
-from vilu.benchmark.parts import RANKED_BY
-from vilu.benchmark.ranking import Standing, layout, standings, summarise
-from vilu.benchmark.result import CellResult, Refusal, Timing, resampled_metrics
 from vilu.metrics import METRICS, Interval, auroc, bootstrap_interval, paired_bootstrap
 from vilu.metrics.bootstrap import Quantity
 from vilu.metrics.counts import Floats
 from vilu.outcomes.results import ResultRow
+from vilu_bench.studies.board import Board
+from vilu_bench.studies.cells import Cell
+from vilu_bench.studies.parts import RANKED_BY
+from vilu_bench.studies.ranking import Standing, layout, standings, summarise
+from vilu_bench.studies.result import CellResult, Refusal, Timing, resampled_metrics
 
 ROWS = "00c0ffee" * 4
 """A name of test rows; its number seeds the resamples."""

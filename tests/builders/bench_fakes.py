@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from tests.builders.store_fakes import FakeBackbone, FakeDataset, picture
-from vilu.benchmark.config import Config
-from vilu.benchmark.load import parse_config
-from vilu.benchmark.ranking import Summary, summarise
-from vilu.benchmark.study import run_studies
 from vilu.store.embed import embed
+from vilu_bench.studies.config import Config
+from vilu_bench.studies.load import parse_config
+from vilu_bench.studies.ranking import Summary, summarise
+from vilu_bench.studies.study import run_studies
 
 WORDS = ("cat", "dog", "car", "cup", "hat", "sea")
 

@@ -27,8 +27,8 @@ from vilu.embeddings.source import EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, NotFittedError, ProvenanceError, UsageError
 from vilu.metrics import auroc
-from vilu.predictors.heads.vilu import DeepEnsemble
 from vilu.predictors.parameters import build, parameters
+from vilu_bench.methods.ensembles import DeepEnsemble
 
 QUICK = {"hidden": (16, 8), "epochs": 6, "batch_size": 64, "width": 16}
 LABELLED = [name for name, cls in PREDICTORS.items() if cls.needs_fit]

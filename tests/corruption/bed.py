@@ -22,7 +22,6 @@ from tests.builders.store_fakes import NAMES, FakeBackbone, dataset
 from tests.command import command_line
 from tests.conftest import toy_embeddings
 from tests.e2e.ddp_worker import Brake, Stop, stop
-from vilu.benchmark.study import render_studies, run_studies
 from vilu.calibration import record
 from vilu.calibration.monitor.monitor import Monitor
 from vilu.calibration.procedure import Target, calibrate_predictor
@@ -40,6 +39,7 @@ from vilu.scoring.score_folder import ScoreFolder
 from vilu.store.embed import embed
 from vilu.store.importing import import_arrays
 from vilu.store.inspect import inspect
+from vilu_bench.studies.study import render_studies, run_studies
 
 FINE = {0, 8}
 """Exit codes of commands that have done what they were asked:

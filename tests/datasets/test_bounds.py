@@ -13,12 +13,12 @@ import pytest
 
 from tests.builders.image_files import encode, picture
 from tests.command import run
+from vilu.artifacts.tables import MAX_COLUMNS, read_table
 from vilu.datasets.base import ImageDataset, require_files
 from vilu.datasets.catalog import open_dataset
 from vilu.datasets.files import OutsideError
 from vilu.datasets.images import BadImage, decode_image
 from vilu.errors import DataError, StorageError, UsageError
-from vilu.files.tables import MAX_COLUMNS, read_table
 
 PNG = encode(picture(), "PNG")
 

@@ -16,9 +16,9 @@ from tests.builders.image_files import (
 )
 from tests.builders.pickle_files import python2_pickle
 from vilu.datasets.catalog import open_dataset
-from vilu.datasets.cifar import read_pickle
 from vilu.datasets.images import decode_image, read_image
 from vilu.errors import DataError, UsageError
+from vilu_bench.known_datasets.cifar import read_pickle
 
 # CIFAR
 

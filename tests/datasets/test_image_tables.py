@@ -11,11 +11,11 @@ from tests.builders.image_files import (
     listed,
     picture,
 )
+from vilu.artifacts.tables import csv_bytes
 from vilu.datasets.base import FINE, MISSING
 from vilu.datasets.catalog import open_dataset
 from vilu.datasets.images import BadImage, read_image
 from vilu.errors import DataError, UsageError
-from vilu.files.tables import csv_bytes
 
 
 def png(i: int) -> bytes:

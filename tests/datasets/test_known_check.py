@@ -15,8 +15,8 @@ from tests.builders.known_images import Row, save
 from tests.builders.known_trees import CIFAR10, TREES, make_tree, make_trees
 from tests.builders.tar_files import pair, tar_bytes, write_shard
 from vilu.datasets.known import KNOWN, check, check_entry
-from vilu.datasets.known.layouts import missing_numbers
 from vilu.errors import StorageError, UsageError
+from vilu_bench.known_datasets.layouts import missing_numbers
 
 COOP = {"eurosat", "stanford_cars", "oxford_pets", "flowers102", "caltech101", "dtd", "ucf101"}
 CAPTIONED = {"cc3m", "cc12m", "laion400m"}

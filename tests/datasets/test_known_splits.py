@@ -16,9 +16,9 @@ from tests.builders.image_files import listed
 from tests.builders.known_images import Row, save
 from tests.builders.known_trees import make_tree, wnids
 from vilu.datasets.known import KNOWN, open_known
-from vilu.datasets.known.layouts import clip_names
-from vilu.datasets.known.read import shipped_list
 from vilu.errors import DataError
+from vilu_bench.known_datasets.layouts import clip_names
+from vilu_bench.known_datasets.read import shipped_list
 
 FILES = {
     "eurosat": "EuroSAT",

@@ -10,8 +10,8 @@ from PIL import Image
 
 from tests.builders.store_fakes import FakeDataset
 from vilu.datasets.images import decode_image
-from vilu.datasets.shift import KINDS, ShiftedImages
 from vilu.errors import UsageError
+from vilu_bench.known_datasets.shift import KINDS, ShiftedImages
 
 
 def smooth(seed: int, side: int = 32) -> Image.Image:

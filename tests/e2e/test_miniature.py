@@ -22,9 +22,9 @@ from tests.builders.tiny_models import write_tiny
 from tests.command import run, run_process
 from vilu.backbones.catalog import load_backbone
 from vilu.backbones.zeroshot import class_texts
-from vilu.benchmark.load import load_config
 from vilu.datasets.images import decode_image
 from vilu.datasets.known import KNOWN, open_known
+from vilu_bench.studies.load import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs" / "paper").glob("*.toml"))

@@ -16,9 +16,9 @@ from pathlib import Path
 from tests.conftest import toy_embeddings
 from tests.e2e.ddp_worker import QUICK, Brake
 from tests.e2e.embed_killer import die, die_in_sync
-from vilu.predictors.heads.vilu import MCDropout
 from vilu.predictors.nn.checkpoint import checkpointing
 from vilu.progress import reporting
+from vilu_bench.methods.ensembles import MCDropout
 
 
 def main(folder: Path, points: list[str]) -> None:

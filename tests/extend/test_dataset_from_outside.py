@@ -26,8 +26,8 @@ from vilu.backbones.catalog import (
 )
 from vilu.cli.app import app
 from vilu.datasets.known import KNOWN, Presence, add_datasets, check, open_known
-from vilu.datasets.known.layouts import LAYOUTS
 from vilu.errors import DataError, UsageError, ViLUError
+from vilu_bench.known_datasets.layouts import LAYOUTS
 
 ENTRIES = """
 [ponds]

@@ -13,8 +13,6 @@ import pytest
 import vilu
 from tests.builders.bench_fakes import benchmark, config, make_stores
 from tests.command import run
-from vilu.benchmark import facts
-from vilu.benchmark.study import run_studies
 from vilu.errors import UsageError
 from vilu.metrics import METRICS, Metric
 from vilu.metrics.counts import Floats, TieCounts, ratio
@@ -22,6 +20,8 @@ from vilu.outcomes.evaluate import compare, evaluate
 from vilu.outcomes.outcomes import Outcomes
 from vilu.outcomes.results import ResultTable
 from vilu.report.page.build import report_page
+from vilu_bench.studies import facts
+from vilu_bench.studies.study import run_studies
 
 
 def odds_of_half(counts: TieCounts) -> Floats:

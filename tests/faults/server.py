@@ -25,8 +25,8 @@ import vilu
 import vilu.cli
 from tests.faults import plugin  # noqa: F401 - what the plug-in needs is imported once
 from tests.faults.saboteur import Saboteur
-from vilu.benchmark import facts
 from vilu.predictors import PREDICTORS
+from vilu_bench.studies import facts
 
 ALSO = (
     *(

@@ -35,12 +35,10 @@ from tests.builders.bench_fakes import make_store, tables
 from tests.command import run
 from tests.conftest import toy_embeddings
 from vilu.artifacts.documents import digest
-from vilu.benchmark.load import load_config
 from vilu.calibration import record
 from vilu.calibration.monitor.monitor import Monitor
 from vilu.calibration.procedure import Target, calibrate_predictor
 from vilu.datasets.catalog import open_dataset
-from vilu.datasets.cifar import read_pickle
 from vilu.datasets.classes import read_classes
 from vilu.datasets.images import BadImage, ImageLimits, decode_caption, decode_image, read_image
 from vilu.embeddings.pairs import Pools
@@ -51,6 +49,8 @@ from vilu.predictors.storage import load
 from vilu.report.page.build import report_page
 from vilu.store.importing import import_arrays
 from vilu.store.reader import open_source
+from vilu_bench.known_datasets.cifar import read_pickle
+from vilu_bench.studies.load import load_config
 
 LIMITS = ImageLimits(max_pixels=1_000_000)
 

@@ -22,7 +22,7 @@ from vilu.embeddings.rows import Rows
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import BusyError, DataError, ProvenanceError, UsageError
 from vilu.predictors.heads.head import HeadPredictor
-from vilu.predictors.heads.vilu import DeepEnsemble, MCDropout, ViLU
+from vilu.predictors.heads.vilu import ViLU
 from vilu.predictors.nn.checkpoint import (
     Checkpoint,
     FolderKeeper,
@@ -35,6 +35,7 @@ from vilu.predictors.nn.checkpoint import (
 from vilu.predictors.nn.processes import Group, World
 from vilu.predictors.nn.train import HeadTrainer, TrainConfig
 from vilu.progress import reporting
+from vilu_bench.methods.ensembles import DeepEnsemble, MCDropout
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 5  # 297 of 330 rows, in batches of 64

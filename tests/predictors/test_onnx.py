@@ -23,10 +23,10 @@ from vilu.predictors import (
     ViLUPlus,
     onnx,
 )
-from vilu.predictors.heads.vilu import MCDropout
 from vilu.predictors.nn.head import Graph
 from vilu.predictors.onnx import GraphBatch, export_onnx, reference, trials
 from vilu.predictors.parameters import parameters
+from vilu_bench.methods.ensembles import MCDropout
 
 HEAD = {"hidden": (32, 16), "epochs": 4}
 PLUS = {"width": 8, "epochs": 2}

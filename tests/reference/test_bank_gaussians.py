@@ -15,16 +15,10 @@ from tests.conftest import in_memory
 from vilu import PREDICTORS
 from vilu.embeddings.memory import Embeddings
 from vilu.errors import DataError
-from vilu.predictors.bank.delta import DeltaMDS, DeltaMDSMargin
-from vilu.predictors.bank.gaussians import (
-    ICPE,
-    ClassGaussians,
-    Mahalanobis,
-    RelativeMahalanobis,
-    ledoit_wolf,
-    squared_distances,
-    whitener,
-)
+from vilu.predictors.class_gaussians import ClassGaussians, squared_distances, whitener
+from vilu_bench.methods.delta import DeltaMDS, DeltaMDSMargin
+from vilu_bench.methods.icpe import ICPE
+from vilu_bench.methods.mahalanobis import Mahalanobis, RelativeMahalanobis, ledoit_wolf
 
 TRAIN, TEST = clusters(80), clusters(50, seed=1)
 # Both sides start from the same float32 unit vectors and go on in float64; an inverted covariance

@@ -10,8 +10,8 @@ from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
 from tests.builders.bank_data import answers, clusters, images, unit, with_targets
 from vilu.embeddings.memory import Embeddings
-from vilu.predictors.bank.delta import DeltaKNN, DeltaKNNMargin
-from vilu.predictors.bank.neighbours import TRINE, KNNDistance, KNNVote, TrustScore
+from vilu_bench.methods.delta import DeltaKNN, DeltaKNNMargin
+from vilu_bench.methods.neighbours import TRINE, KNNDistance, KNNVote, TrustScore
 
 # Cosines are float32 sums of six products: off by less than 6 * 2^-24 < 4e-7. Nothing below divides
 # by less than 0.1.

@@ -13,7 +13,7 @@ import vilu
 from tests.conftest import toy_embeddings, toy_pairs, variant
 from vilu.embeddings.memory import Embeddings, PairEmbeddings
 from vilu.errors import UsageError
-from vilu.predictors.views import TTA, PromptDisagreement, improbability
+from vilu_bench.methods.views import TTA, PromptDisagreement, improbability
 
 METHODS = {"views": TTA, "prompts": PromptDisagreement}
 

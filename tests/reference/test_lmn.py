@@ -14,7 +14,7 @@ from tests.builders.logit_rows import batch_of
 from tests.conftest import toy_embeddings
 from vilu.embeddings.memory import Embeddings
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.predictors.heads.networks import LIMIT, LMN, logit_gaps, target_curve
+from vilu_bench.methods.networks import LIMIT, LMN, logit_gaps, target_curve
 
 
 @pytest.mark.parametrize("steepness", [0.05, 0.3, 2.0])

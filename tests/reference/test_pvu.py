@@ -17,8 +17,8 @@ from vilu.embeddings.rows import Rows
 from vilu.embeddings.source import Batch
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError
-from vilu.predictors.heads.networks import PVU, ImageNetwork, ranking_loss
 from vilu.predictors.nn.train import AdamWConfig, default_epochs, few_epochs, train_adamw
+from vilu_bench.methods.networks import PVU, ImageNetwork, ranking_loss
 
 CONFIG = AdamWConfig(
     epochs=3,

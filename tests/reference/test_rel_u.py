@@ -14,7 +14,7 @@ from tests.builders.logit_rows import batch_of
 from tests.conftest import toy_embeddings, variant
 from vilu.embeddings.memory import Embeddings
 from vilu.predictors import fitted
-from vilu.predictors.fitted import RelU, best_penalty
+from vilu_bench.methods.rel_u import RelU, best_penalty
 
 
 def posterior(data: Embeddings, temperature: float) -> tuple[np.ndarray, np.ndarray]:

@@ -16,8 +16,8 @@ from tests.conftest import toy_embeddings, variant
 from vilu.embeddings.memory import Embeddings
 from vilu.embeddings.source import log_posterior
 from vilu.errors import UsageError
-from vilu.predictors.fitted import DOUBT, SIRC
 from vilu.predictors.storage import load
+from vilu_bench.methods.sirc import DOUBT, SIRC
 
 CONFIDENCES = {
     "msp": lambda p: 1 - p.max(axis=1),

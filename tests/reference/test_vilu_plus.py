@@ -16,7 +16,6 @@ from sklearn.kernel_ridge import KernelRidge
 
 import vilu
 from tests.conftest import toy_embeddings, toy_pairs, variant
-from vilu.benchmark.data import without_labels
 from vilu.embeddings.memory import Embeddings
 from vilu.embeddings.rows import Rows
 from vilu.errors import DataError
@@ -36,6 +35,7 @@ from vilu.predictors.nn.attention import (
     held_out_share,
 )
 from vilu.predictors.nn.experts import Memory
+from vilu_bench.studies.data import without_labels
 
 CPU = torch.device("cpu")
 VARIANCE, SHARING = 10.0, 0.5

@@ -17,8 +17,8 @@ from tests.builders.store_fakes import FakeBackbone, picture
 from tests.datasets.test_cifar import cifar
 from vilu.datasets.base import ImageDataset
 from vilu.datasets.catalog import open_dataset
-from vilu.datasets.shift import ShiftedImages
 from vilu.store.embed import embed
+from vilu_bench.known_datasets.shift import ShiftedImages
 
 BLOBS = [picture(seed) for seed in range(4)]
 EXPECTED = [sha256(blob).digest()[:16] for blob in BLOBS]

@@ -11,16 +11,22 @@ import typer
 from typer import Option
 
 from vilu.cli.catalogues import datasets, list_catalogue
-from vilu.cli.console import TERMINATED, complain, make_reporter, require_kinds, set_verbosity
+from vilu.cli.console import (
+    TERMINATED,
+    WANTED,
+    complain,
+    make_reporter,
+    require_kinds,
+    set_verbosity,
+)
 from vilu.cli.images import embed
-from vilu.cli.looking import explain, monitor, report
+from vilu.cli.looking import demo, explain, monitor, report
 from vilu.cli.predictors import calibrate, convert, evaluate, export, fit, pull, push, score
 from vilu.cli.serving import serve
 from vilu.cli.stores import import_, inspect
-from vilu.cli.studies import benchmark, demo, pools, render, submit
 from vilu.cli.triage import audit_labels, labels, next_, review, triage
 from vilu.progress import reporting
-from vilu.registry import load_plugin
+from vilu.registry import entry_points, load_plugin
 
 app = typer.Typer(
     name="vilu",
@@ -81,12 +87,13 @@ def told(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def run(**values: Any) -> None:  # noqa: ANN401 - what the command takes
-        require_kinds(name_of(command), values)
+        name = name_of(command)
+        require_kinds(name, values, getattr(command, "wanted", WANTED.get(name, {})))
         try:
             command(**values)
         except (KeyboardInterrupt, SystemExit) as stop:
             if isinstance(stop, KeyboardInterrupt) or stop.code == TERMINATED:
-                complain("stopped", _afterwards(name_of(command), values))
+                complain("stopped", _afterwards(command, values))
             raise
 
     return run
@@ -97,12 +104,12 @@ def name_of(command: Callable[..., None]) -> str:
     return command.__name__.removesuffix("_").replace("_", "-")
 
 
-def _afterwards(name: str, values: dict[str, Any]) -> str:
+def _afterwards(command: Callable[..., None], values: dict[str, Any]) -> str:
     """What of the work of a stopped command is kept."""
+    name = name_of(command)
     output: Path | None = values.get("output")
-    if name in {"embed", "import", "benchmark", "demo", "triage"} or (
-        name == "score" and output and not output.suffix
-    ):
+    into_folder = name == "score" and output and not output.suffix
+    if getattr(command, "goes_on", False) or into_folder:
         return f"what is finished is in {output}; the same command goes on with the rest."
     if name == "serve":
         return "what was taken on is answered, and the state is saved; the same command goes on with it."
@@ -125,9 +132,8 @@ ON_DATA = (
         report,
         explain,
         monitor,
-        pools,
     ),
-    *(benchmark, render, submit, next_, review, labels, audit_labels),
+    *(next_, review, labels, audit_labels),
 )
 for command in ON_DATA:
     app.command(name_of(command))(told(command))
@@ -135,3 +141,5 @@ app.command("list")(list_catalogue)
 for command in (serve, convert, export, push, pull):
     app.command()(told(command))
 app.add_typer(datasets, name="datasets")
+for entry in entry_points("vilu.commands"):
+    app.command(entry.name)(told(entry.load()))

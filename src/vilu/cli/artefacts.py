@@ -12,8 +12,6 @@ from pydantic import ValidationError
 from vilu.artifacts.disk import MANIFEST, RUN, locked
 from vilu.artifacts.documents import explain, read_json, seal_document
 from vilu.artifacts.tables import read_table, seal_table
-from vilu.benchmark.result import AGAIN, CellResult, load_result
-from vilu.benchmark.study import STUDIES, load_studies
 from vilu.calibration import record
 from vilu.calibration.monitor.watch import State
 from vilu.errors import DataError, StorageError
@@ -21,10 +19,9 @@ from vilu.outcomes.outcomes import Outcomes
 from vilu.outcomes.results import ResultTable
 from vilu.predictors.record import PREDICTOR, RISK
 from vilu.predictors.storage import load
+from vilu.registry import entry_points
 from vilu.scoring.score_folder import ScoreFolder
 from vilu.store.inspect import inspect as inspect_store
-
-CELLS = "cells"
 
 
 class Artefact(NamedTuple):
@@ -54,20 +51,29 @@ def check(path: Path) -> Iterator[Artefact]:
     if not path.exists():
         raise StorageError(f"{path} does not exist.")
     if path.is_file():
-        yield _file(path)
+        yield check_file(path)
     elif (path / PREDICTOR).is_file():
         yield _predictor(path)
     elif (path / RUN).is_file():
         yield _store(path) if is_store(path) else _scores(path)
-    elif (path / CELLS).is_dir() or (path / STUDIES).is_dir():
-        yield _benchmark(path)
+    elif (of_others := _of_others(path)) is not None:
+        yield of_others
     else:
         files = sorted(file for file in path.iterdir() if file.suffix in {".json", ".parquet"})
         if not files:
             raise DataError(
                 f"{path} is none of ours: no store, predictor, scores, results, or run of a benchmark."
             )
-        yield from map(_file, files)
+        yield from map(check_file, files)
+
+
+def _of_others(path: Path) -> Artefact | None:
+    """What another package takes for an artefact of its own; None where none does."""
+    for entry in entry_points("vilu.artefacts"):
+        artefact: Artefact | None = entry.load()(path)
+        if artefact is not None:
+            return artefact
+    return None
 
 
 def is_store(path: Path) -> bool:
@@ -77,7 +83,8 @@ def is_store(path: Path) -> bool:
     ).get("kind") != "scores"
 
 
-def _file(path: Path) -> Artefact:
+def check_file(path: Path) -> Artefact:
+    """A file of ours, checked as by those who read it."""
     if path.suffix == ".json":
         kind = read_json(path, "Make it again").get("kind", "document")
         found: Sized = ResultTable.load(path) if kind == "results" else ()
@@ -130,24 +137,3 @@ def _of_run(path: Path, *others: str) -> list[Path]:
         *(file for file in named if file.is_file()),
         *sorted((path / "receipts").glob("*.json")),
     ]
-
-
-def _benchmark(path: Path) -> Artefact:
-    boards = load_studies(path) if (path / STUDIES).is_dir() else []
-    cells = sorted((path / CELLS).rglob("*.json"))
-    for file in cells:
-        try:
-            said = CellResult.model_validate(read_json(file, AGAIN, of=path))
-        except ValidationError as error:
-            raise DataError(f"{file} is damaged: {explain(error)}. {AGAIN}.") from error
-        if path / said.cell.path != file or load_result(path, said.cell, said.fingerprint) is None:
-            raise DataError(
-                f"{file} is not the document of its cell, or the files beside it are not its. {AGAIN}."
-            )
-    documents = sorted(path.glob(f"{STUDIES}/*/*.json"))
-    tables = sorted(path.glob(f"{STUDIES}/*/*.parquet"))
-    for file in (*documents, *tables):
-        _file(file)
-    return Artefact(
-        path, f"benchmark, {len(boards)} studies, {len(cells)} cells", [*cells, *documents, *tables]
-    )

@@ -172,7 +172,7 @@ def list_catalogue(
     else:
         typer.echo(columns(rows, below=("what it is",) if what == "backbones" else ()))
     if what == "datasets":
-        next_step("these are layouts; ImageNet, CIFAR, DTD and others by name: vilu datasets list")
+        next_step("more of the data sets that have a name: vilu datasets list")
 
 
 def _predictors() -> list[dict[str, Any]]:
@@ -254,13 +254,14 @@ def _backbones() -> list[dict[str, Any]]:
 
 
 def _datasets() -> list[dict[str, Any]]:
-    """Layouts, and data sets by name that did not come with vilu."""
+    """Layouts, and data sets by name."""
     from vilu.datasets.catalog import DATASETS
-    from vilu.datasets.known import KNOWN, SHIPPED
+    from vilu.datasets.known import KNOWN
+    from vilu.datasets.layouts import LAYOUTS
 
-    added = {
-        name: f"{entry.title}, by --dataset {name}"
-        for name, entry in KNOWN.items()
-        if name not in SHIPPED
-    }
-    return [{"name": name, "what it is": text} for name, text in {**DATASETS, **added}.items()]
+    descriptions = dict(DATASETS)
+    for name, layout in LAYOUTS.items():
+        descriptions[name] = layout.description
+    for name, entry in KNOWN.items():
+        descriptions.setdefault(name, f"{entry.title}, by --dataset {name}")
+    return [{"name": name, "what it is": text} for name, text in descriptions.items()]

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from functools import wraps
 from inspect import Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, TypeVar, cast
 
 import typer
 from typer import Option
@@ -300,11 +300,26 @@ WANTED: dict[str, dict[str, str]] = {
     "report": {"run": SCORES, **PAIR},
     "export": {"predictor": PREDICTOR},
     "push": {"predictor": PREDICTOR},
-    "pools": {"store": STORE},
-    "render": {"run": STUDIES},
-    "submit": {"run": STUDIES},
 }
-"""What lies at the paths that a command reads, by the names of its parameters; arguments first, in their order."""
+"""What lies at the paths that a command reads, by the names of its parameters; arguments first."""
+
+Command = TypeVar("Command", bound=Callable[..., None])
+
+
+def wants(**kinds: str) -> Callable[[Command], Command]:
+    """Says of a command of another package what ``WANTED`` says of ours."""
+
+    def mark(command: Command) -> Command:
+        command.wanted = kinds  # type: ignore[attr-defined]
+        return command
+
+    return mark
+
+
+def goes_on(command: Command) -> Command:
+    """Says of a command that, stopped and given again, it does the rest of its work."""
+    command.goes_on = True  # type: ignore[attr-defined]
+    return command
 
 
 def kind_of(path: Path) -> str | None:
@@ -322,7 +337,7 @@ def _paths(given: Any) -> list[Path]:  # noqa: ANN401 - one path, several, or No
     )
 
 
-def require_kinds(command: str, values: Mapping[str, Any]) -> None:
+def require_kinds(command: str, values: Mapping[str, Any], wanted_kinds: Mapping[str, str]) -> None:
     """Refuse an empty path, and one with another kind of thing than the command reads there."""
     if "" in sys.argv and (Path() in values.values() or values.get("source") == ""):
         raise UsageError(
@@ -330,7 +345,7 @@ def require_kinds(command: str, values: Mapping[str, Any]) -> None:
         )
     wrong = [
         f"{path} is {found}, where {wanted} should be"
-        for name, wanted in WANTED.get(command, {}).items()
+        for name, wanted in wanted_kinds.items()
         for path in _paths(values.get(name))
         if (found := kind_of(path)) not in {None, wanted}
     ]

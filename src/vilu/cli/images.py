@@ -119,6 +119,7 @@ Processes = Annotated[
 ]
 
 
+@console.goes_on
 def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
     source: Source,
     output: Annotated[

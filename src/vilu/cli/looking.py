@@ -1,4 +1,4 @@
-"""Commands that look at scores: explain, monitor, report."""
+"""Commands that look at scores: explain, monitor, report; and the demo."""
 
 from __future__ import annotations
 
@@ -414,3 +414,23 @@ def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
     write_text(output, page + mark("page", inputs))
     typer.echo(output)
     next_step(f"{len(page) / 1000:,.0f} kB in one file; open it in a browser, or print it")
+
+
+@console.goes_on
+def demo(
+    output: Annotated[
+        Path, Option("--output", "-o", help="Folder for the table, the figures and the cache.")
+    ] = Path("demo-output"),
+    seed: Annotated[int, Option(min=0, max=MOST_SEED, help="Of everything random.")] = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Real photos, end to end: embed 10 kinds of clothes with a small model, and see which answers to distrust.
+
+    Takes minutes the first time on two cores, and seconds the second time. Prints a table; figures
+    are saved.
+    """
+    from vilu.cli.demo import run
+
+    result = run(output, seed=seed, overwrite=overwrite)
+    typer.echo(result.text)
+    next_step(f"figures and tables are in {output}; your own images: vilu embed FOLDER -o emb")

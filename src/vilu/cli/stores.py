@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 from typer import Option
 
-from vilu.cli.console import Overwrite, next_step, pairs_of, path_argument, path_option
+from vilu.cli.console import Overwrite, goes_on, next_step, pairs_of, path_argument, path_option
 from vilu.cli.images import Outside, embedded
 from vilu.errors import UsageError
 from vilu.text import printable
@@ -37,6 +37,7 @@ Dtype = Annotated[
 ]
 
 
+@goes_on
 def import_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     source: Arrays,
     output: Annotated[

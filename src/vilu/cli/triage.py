@@ -40,6 +40,7 @@ HowMany = Annotated[
 ]
 
 
+@console.goes_on
 def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
     photos: Annotated[Path, path_argument("Folder of photos, in sub-folders of any kind.")],
     classes: Names,

@@ -16,9 +16,9 @@ from vilu.datasets.base import (
     ShardedDataset,
     WithOutside,
 )
-from vilu.datasets.cifar import CifarDataset, find_layout
 from vilu.datasets.folder import FolderDataset
 from vilu.datasets.known import open_known
+from vilu.datasets.layouts import find_opener
 from vilu.datasets.table import open_table
 from vilu.datasets.tar import SUFFIX, TarShards, find_shards
 from vilu.errors import DataError, StorageError, UsageError, checked, require_at_least
@@ -28,12 +28,10 @@ DATASETS: Final[dict[str, str]] = {
     "csv": "FILE.csv or .tsv: path (or file, filename, image_path, filepath), optionally label or caption, split, key",
     "parquet": "FILE.parquet: image (encoded bytes, or struct of bytes and path) or path, and the rest as for csv",
     "tar": "DIR/*.tar, FILE.tar, or 'DIR/{000..099}.tar' (webdataset): image and .txt; with --classes image and .cls",
-    "cifar10": "cifar-10-batches-py, or the folder it is in, as torchvision unpacks it; --split train or test",
-    "cifar100": "cifar-100-python, or the folder it is in, as torchvision unpacks it; --split train or test",
 }
-"""What ``open_dataset`` accepts without a name, for people;
+"""What ``open_dataset`` accepts without a name, for people, beside the layouts of ``LAYOUTS``.
 
-``vilu.datasets.known`` has the sets with one.
+``vilu.datasets.known`` has the sets with a name.
 """
 
 TABLES: Final = frozenset({".csv", ".tsv", ".parquet", ".pq"})
@@ -135,13 +133,13 @@ def _open(source: Path | str, selection: Selection) -> ImageDataset:
     if os.path.isfile(path) and path.suffix.lower() in TABLES:  # noqa: PTH113
         return open_table(path, selection)
     is_folder = os.path.isdir(path)  # noqa: PTH112
-    layout = find_layout(path) if is_folder else None
-    shards = None if layout else find_shards(source)
+    opener = find_opener(path) if is_folder else None
+    shards = None if opener else find_shards(source)
     if not shards and not is_folder:
         raise _no_source(path)
     if selection.where:
         raise UsageError(f"--where chooses rows of a CSV or Parquet file. {source} is none.")
-    if selection.root is not None and (shards or layout):
+    if selection.root is not None and (shards or opener):
         raise UsageError(f"--root is of a table or a folder of images. {source} is none.")
     if shards:
         return _open_shards(str(source), shards, selection)
@@ -149,14 +147,8 @@ def _open(source: Path | str, selection: Selection) -> ImageDataset:
         raise UsageError(
             f"{source} has no captions: tables and tar files have. Leave --captions out."
         )
-    if layout:
-        return CifarDataset(
-            layout[1],
-            layout[0],
-            split=selection.split,
-            classes=selection.classes,
-            outside=selection.outside,
-        )
+    if opener:
+        return opener(selection)
     return FolderDataset(
         path,
         split=selection.split,

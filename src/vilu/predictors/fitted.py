@@ -7,23 +7,20 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
 from torch import Tensor
 
 from vilu.embeddings.columns import SECOND
 from vilu.embeddings.rows import SCORING_BATCH, Rows
 from vilu.embeddings.similarity import Others, float64
-from vilu.embeddings.source import Batch, EmbeddingSource, log_posterior
+from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.errors import UsageError
-from vilu.predictors.bank.classes import ClosedSet
-from vilu.predictors.base import CLASSES, FailurePredictor, Learnt, own_graph
-from vilu.predictors.labelled import Needs, class_texts, failure_log_odds
+from vilu.predictors.base import FailurePredictor, Learnt, own_graph
+from vilu.predictors.labelled import Needs, failure_log_odds
 
 LIMIT = math.log(100.0)  # largest |log m|; an optimum outside is one that any data set would doubt
 BINS = 15
@@ -343,214 +340,3 @@ def best_multipliers(train: Rows, n: int, device: torch.device) -> list[float]:
 def duo_terms(batch: Batch, multipliers: Sequence[float]) -> Tensor:
     """(3,) ``pooled_terms`` of the two models at T_L and T_S."""
     return pooled_terms(batch, two_logits(batch), multipliers)
-
-
-MAX_CLASSES = 10_000  # of Rel-U: pairs of so many take 800 MB in float64
-
-
-@dataclass
-class RelU(ClosedSet):
-    """Relative uncertainty: u = p D p^T, p = softmax(l / T), D (K, K) the penalty of confusing two classes.
-
-    D maximises trade_off * E[p D p^T over failures] - (1 - trade_off) * E[p D p^T over successes]
-    over symmetric matrices without negative entries, with zero diagonal and Frobenius norm at most
-    1. That objective is <M, D> with M = trade_off * E[p^T p over failures] - (1 - trade_off) *
-    E[p^T p over successes], so D is the positive part of M off the diagonal, over its norm. M is
-    summed batch by batch as one product (K, B) x (B, K); nothing is N x K^2.
-
-    Where no entry of M is positive (always so without failures) nothing can be gained, and D is
-    constant off the diagonal: the Gini impurity, ordered as ``doctor`` at this temperature. Without
-    successes M is the failures' part alone.
-
-    Args:
-        trade_off: Weight lambda of the failures; the successes have 1 - lambda.
-        temperature: T, beside the VLM's own logit scale.
-
-    Source: Dadalto et al., "A Data-Driven Measure of Relative Uncertainty for Misclassification
-    Detection", ICLR 2024; defaults of ViLU, supplement A.3. Its code drops the last class whenever
-    K is odd, keeps p^T p of every row, and scores through an N x N matrix; none of that is done
-    here. The columns of D follow the classes' texts, so candidates may come in any order, and some
-    of them may be missing.
-
-    Examples:
-        >>> import numpy as np, vilu
-        >>> image = [
-        ...     [0.8, 0.6, 0.0],
-        ...     [0.8, 0.0, 0.6],
-        ... ]  # both are answered 0; the first is wrong, with class 1 near
-        >>> data = vilu.Embeddings(image, np.eye(3), [1, 0], logit_scale=5.0)
-        >>> vilu.PREDICTORS["rel_u"]().fit(data).predict_uncertainty(data).round(2)
-        array([0.15, 0.  ])
-    """
-
-    name: ClassVar[str] = "rel_u"
-    summary: ClassVar[str] = (
-        "posterior under a learned penalty of confusing two classes (Rel-U, ICLR 2024)"
-    )
-    reference: ClassVar[str] = "Dadalto et al., ICLR 2024"
-    cost: ClassVar[str] = "fit: one pass; score: K^2 products a row"
-    looks_at: ClassVar[frozenset[str]] = frozenset({"logits"})
-    _forms: ClassVar[str] = "penalty:dKK classes:fKD"
-    no_captions: ClassVar[str | None] = (
-        "its penalty is one of confusing two classes, and captions have no classes"
-    )
-
-    needs: ClassVar[Needs] = "failure"
-
-    trade_off: Annotated[float, Field(ge=0, le=1)] = 0.15
-    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.5
-
-    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
-        if train.source.n_candidates > MAX_CLASSES:
-            raise UsageError(
-                f"{self.name} keeps a penalty for every pair of classes, so it takes at most {MAX_CLASSES:,} of them. "
-                f"Got {train.source.n_candidates:,}. Take another method (see `vilu list predictors`)."
-            )
-        n_failures = int(failure.sum())
-        gain = self.trade_off / max(n_failures, 1)
-        cost = (1 - self.trade_off) / max(len(failure) - n_failures, 1)
-        moment = torch.zeros(())
-        for batch in train.batches(SCORING_BATCH):
-            moved = batch.to(self.device_)
-            p = log_posterior(moved, self.temperature).exp()
-            weight = torch.where(moved.failure == 1, gain, -cost).to(p)
-            moment = moment.to(p) + p.T @ (weight[:, None] * p)
-        return Learnt({"penalty": best_penalty(moment).cpu(), CLASSES: class_texts(train)})
-
-    def _score(self, batch: Batch) -> Tensor:
-        p = log_posterior(batch, self.temperature).exp()
-        order = self.classes_of(batch.text).to(p.device)
-        return (p @ self.tensor("penalty", p.device)[order][:, order] * p).sum(dim=-1)
-
-
-def best_penalty(moment: Tensor) -> Tensor:
-    """(K, K) maximiser of <moment, D>; constant off the diagonal where nothing is to be gained."""
-    positive = (moment + moment.T).relu().fill_diagonal_(0)
-    if not positive.any():
-        positive = torch.ones_like(moment).fill_diagonal_(0)
-    penalty: Tensor = positive / torch.linalg.matrix_norm(positive)
-    return penalty
-
-
-# least standard deviation of the typicality: what float32 leaves of the norm of a unit vector
-MIN_DEVIATION = 1e-6
-
-
-@dataclass
-class SIRC(FailurePredictor):
-    """Softmax information retaining combination: u = log(S1_max - S1) + log(1 + exp(-b (S2 - a))).
-
-    S1 is a confidence of the posterior and S2 a typicality of the image, a = mean(S2) - 3 sd(S2)
-    and b = 1 / sd(S2) over the training rows (sd at least 1e-6). While S2 is typical the second
-    term is nearly constant and S1 decides; an image far below a is uncertain whatever S1 says. This
-    is the logarithm of the published product, so that nothing underflows; S1_max - S1 is formed
-    without cancellation.
-
-    The labels are not used. The rows are those of every fitted method, usable and labelled.
-
-    Args:
-        confidence: S1: "msp", max_j p_j; "entropy", -H(p); "doctor", sum_j p_j^2.
-        typicality: S2: "norm1", ||z_v||_1; "residual", minus the norm of the part of z_v outside
-            the principal subspace of the training embeddings (of their second moment, uncentred).
-        components: Dimension of that subspace; None: half of D, or of the number of rows if that is
-            less.
-
-    Source: Xia and Bouganis, ACCV 2022. There S2 is of the features before the classifier; here z_v
-    has unit 2-norm, so its 1-norm says how evenly it spreads over the coordinates. The published
-    code takes 512 components, which leaves no residual of an embedding that narrow, and moves the
-    origin by the classifier's bias, which a VLM has not.
-
-    Examples:
-        >>> import vilu
-        >>> text = [[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]]
-        >>> train = vilu.Embeddings(
-        ...     [[0.5, 0.5, 0.5, 0.5], [0.1, 0.7, 0.5, 0.5]], text, [0, 1], logit_scale=10.0
-        ... )
-        >>> new = vilu.Embeddings(
-        ...     [[0.7, 0.1, 0.5, 0.5], [0.6, 0.0, 0.8, 0.0]], text, logit_scale=10.0
-        ... )  # p alike
-        >>> vilu.PREDICTORS["sirc"]().fit(train).predict_uncertainty(new).round(2)
-        array([-5.88, -3.88])
-    """
-
-    name: ClassVar[str] = "sirc"
-    summary: ClassVar[str] = (
-        "zero-shot confidence, overruled where the image is untypical (SIRC, ACCV 2022)"
-    )
-    reference: ClassVar[str] = "Xia and Bouganis, ACCV 2022"
-    cost: ClassVar[str] = (
-        "fit: two passes over the images; score: as mcm, with residual D^2 / 2 more"
-    )
-    _forms: ClassVar[str] = "shift:d slope:d complement:dDC"
-
-    seed: int = 0
-    device: str = "auto"
-    confidence: Literal["msp", "entropy", "doctor"] = "msp"
-    typicality: Literal["norm1", "residual"] = "norm1"
-    components: Annotated[int, Field(ge=1)] | None = None
-
-    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
-        learned = (
-            {"complement": self._complement(train, len(failure))}
-            if self.typicality == "residual"
-            else {}
-        )
-        parts = [
-            self._typicality(batch.to(self.device_), learned).cpu()
-            for batch in train.batches(SCORING_BATCH)
-        ]
-        typicality = torch.cat(parts)
-        deviation = typicality.std(correction=0).clamp(min=MIN_DEVIATION)
-        return Learnt(
-            learned | {"shift": typicality.mean() - 3 * deviation, "slope": 1 / deviation}
-        )
-
-    def _complement(self, train: Rows, n: int) -> Tensor:
-        """(D, D - components) orthonormal directions in which the second moment of the ``n`` images is least."""
-        dim = train.source.space.embed_dim
-        components = self.components or max(min(dim, n) // 2, 1)
-        if components >= dim:
-            raise UsageError(
-                f"components must be less than the embedding width {dim}. Got {components} instead."
-            )
-        moment = torch.zeros(dim, dim, dtype=torch.float64)
-        for batch in train.batches(SCORING_BATCH):
-            image = float64(batch.to(self.device_).image)
-            moment = moment.to(image.device) + image.T @ image
-        vectors: Tensor = torch.linalg.eigh(moment).eigenvectors
-        return vectors[:, : dim - components].cpu().clone()
-
-    def tensor_names(self) -> tuple[str, ...]:
-        """The directions only where they are looked at."""
-        return self.tensors if self.typicality == "residual" else self.tensors[:2]
-
-    def _typicality(self, batch: Batch, learned: dict[str, Tensor]) -> Tensor:
-        """(B,) float64 S2."""
-        image = float64(batch.image)
-        if self.typicality == "norm1":
-            return image.abs().sum(dim=-1)
-        outside: Tensor = torch.linalg.vector_norm(
-            image @ learned["complement"].to(image.device), dim=-1
-        )
-        return -outside
-
-    graph = own_graph
-
-    def _score(self, batch: Batch) -> Tensor:
-        doubt = DOUBT[self.confidence](log_posterior(batch))
-        shift, slope = (self.tensor(name, doubt.device) for name in self.tensors[:2])
-        untypical = slope * (shift - self._typicality(batch, self.learned_))
-        return doubt + torch.logaddexp(untypical, torch.zeros_like(untypical))
-
-
-DOUBT: dict[str, Callable[[Tensor], Tensor]] = {
-    # log(1 - max_j p_j), the sum of the other probabilities
-    "msp": lambda log_p: torch.logsumexp(
-        log_p.scatter(1, log_p.argmax(dim=-1, keepdim=True), -torch.inf), dim=-1
-    ),
-    "entropy": lambda log_p: torch.logsumexp(log_p + torch.log(-log_p), dim=-1),  # log H(p)
-    "doctor": lambda log_p: torch.logsumexp(
-        log_p + torch.log(-torch.expm1(log_p)), dim=-1
-    ),  # log sum_j p_j (1 - p_j)
-}
-"""log(S1_max - S1) of (B, K) log p, by the name of the confidence."""

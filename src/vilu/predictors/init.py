@@ -10,8 +10,6 @@ from vilu.predictors.base import FailurePredictor
 from vilu.predictors.heads.head import HeadPredictor
 from vilu.predictors.parameters import build, parameters
 
-WITH_A_HEAD = [name for name, cls in PREDICTORS.items() if issubclass(cls, HeadPredictor)]
-
 FINE_TUNING = {"epochs": None, "learning_rate": 1e-3, "freeze_epochs": 0}
 """What a fine-tuning has unless it is said otherwise.
 
@@ -33,8 +31,9 @@ def initialise(
     ``values``, which may be strings (``--set key=value``).
     """
     if not issubclass(cls, HeadPredictor):
+        with_a_head = [name for name, kind in PREDICTORS.items() if issubclass(kind, HeadPredictor)]
         raise UsageError(
-            f"{cls.name} does not begin from another fit; methods with a failure head do: {', '.join(WITH_A_HEAD)}. "
+            f"{cls.name} does not begin from another fit; methods with a failure head do: {', '.join(with_a_head)}. "
             "(vilu_plus needs no start: it is solved from the labels, and where they are few it stays near zero-shot.)"
         )
     if not isinstance(fitted, HeadPredictor) or type(fitted) is not cls:

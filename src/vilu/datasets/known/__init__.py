@@ -1,36 +1,30 @@
-"""Data sets that have a name: the paper's, from an asset, and whatever is added; opening and checking them."""
+"""Data sets that have a name, by what registers them; opening and checking them."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from importlib import resources
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
-from vilu.artifacts.documents import fill
 from vilu.datasets.base import ImageDataset
 from vilu.datasets.known.entry import Count, KnownDataset, Place, Request, find_place, require_place
-from vilu.datasets.known.layouts import ShardReader, make_reader
 from vilu.errors import DataError, StorageError, UsageError, nearest
 from vilu.progress import track
-from vilu.registry import ADDERS, Catalogue, toml_tables
+from vilu.registry import ADDERS, Catalogue
 
 __all__ = [
     "KNOWN",
     "KnownDataset",
     "Presence",
     "add_dataset",
-    "add_datasets",
     "check",
     "find_known",
     "open_known",
 ]
 
-KNOWN: Final = Catalogue[KnownDataset](
-    "data set", "vilu.datasets"
-)  # in the order of the paper, then as added
+KNOWN: Final = Catalogue[KnownDataset]("data set", "vilu.datasets")
 
 
 def find_known(name: str) -> KnownDataset:
@@ -77,22 +71,6 @@ def add_dataset(entry: KnownDataset) -> KnownDataset:
     return entry
 
 
-def add_datasets(source: Path | str) -> list[KnownDataset]:
-    """Add the data sets of a TOML file, or of TOML text: a table for each, laid out as ``assets/datasets.toml``.
-
-    Raises:
-        UsageError: If it cannot be read, a key is missing, unknown or of another type, or a name is
-            taken.
-    """
-    return add_tables(toml_tables(source))
-
-
-def add_tables(tables: Mapping[str, dict[str, Any]]) -> list[KnownDataset]:
-    """``add_datasets`` of tables by name: all of them, or none."""
-    entries = [_entry(name, facts) for name, facts in tables.items()]
-    return [add_dataset(entry) for entry in entries]
-
-
 def _add(thing: object) -> bool:
     if isinstance(thing, KnownDataset):
         add_dataset(thing)
@@ -100,17 +78,6 @@ def _add(thing: object) -> bool:
 
 
 ADDERS["a vilu.datasets.known.KnownDataset"] = _add
-
-
-def _entry(name: str, facts: dict[str, object]) -> KnownDataset:
-    where = f"data set {name!r}"
-    reader = make_reader(facts.pop("layout", None), where)
-    entry = fill(KnownDataset, {"name": name, **facts, "reader": reader}, where)
-    if entry.captioned != isinstance(reader, ShardReader):
-        raise UsageError(
-            f"{where} must have n_classes where it has classes; tars have captions, and no n_classes."
-        )
-    return entry
 
 
 ArchiveState = Literal["present", "right", "wrong"]
@@ -232,9 +199,3 @@ def _how(entry: KnownDataset, archives: Mapping[str, ArchiveState]) -> str:
         else ""
     )
     return f"{said}{entry.how} ({entry.url})"
-
-
-add_datasets(
-    resources.files("vilu").joinpath("assets", "datasets.toml").read_text(encoding="utf-8")
-)
-SHIPPED: Final = frozenset(KNOWN.here)

@@ -18,14 +18,14 @@ from torch.nn.functional import normalize
 from vilu.embeddings.rows import SCORING_BATCH, Rows
 from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource
-from vilu.predictors.bank.classes import ClosedSet
-from vilu.predictors.bank.search import Count, draw_rows
 from vilu.predictors.base import Learnt
+from vilu.predictors.closed_set import ClosedSet
 from vilu.predictors.games import Game, PoolGame
 from vilu.predictors.labelled import FEW, class_texts, failure_log_odds, with_outside
 from vilu.predictors.nn.attention import Start
 from vilu.predictors.nn.experts import Pooled
 from vilu.predictors.outside import NEGATIVES, Outside, SeesOutside, from_words
+from vilu.predictors.search import Count, draw_rows
 
 EM_ROWS = 20_000
 """Rows that the class counts are estimated on; of more, so many are drawn."""

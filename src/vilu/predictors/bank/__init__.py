@@ -1,1 +1,0 @@
-"""Predictors that compare an image with labelled training images."""

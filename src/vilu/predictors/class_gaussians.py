@@ -1,0 +1,230 @@
+"""Gaussians of classes: distances and densities of the predicted one."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from vilu.embeddings.rows import Rows
+from vilu.embeddings.similarity import float64
+from vilu.embeddings.source import Batch, EmbeddingSource
+from vilu.predictors.base import CLASSES, Learnt
+from vilu.predictors.closed_set import ClosedSet
+from vilu.predictors.labelled import class_texts
+from vilu.predictors.search import Count, image_blocks, labels
+
+Blocks = Callable[[Rows], Iterator[tuple[slice, Tensor]]]
+"""Rows -> positions and images (b, D), block by block; ``image_blocks``: those of unit norm."""
+
+NO_SPREAD = 1e-12  # variance of unit vectors up to which they are the same image, up to rounding
+FLOOR = 1e-9
+"""Added to a covariance before it is inverted, as a share of its mean variance: embeddings may span a subspace only."""
+LEAST = 1e-11  # ridge, as a share of the largest mean variance: a smaller one is lost by rounding
+
+
+def class_means(
+    train: Rows, label: Tensor, n_classes: int, blocks: Blocks = image_blocks
+) -> tuple[Tensor, Tensor]:
+    """Mean (K, D) and number (K,) of the images of each class; where there is none, the mean of all images."""
+    total = torch.zeros(n_classes, train.source.space.embed_dim, dtype=torch.float64)
+    for block, image in blocks(train):
+        total.index_add_(0, label[block], image.double())
+    count = torch.bincount(label, minlength=n_classes)
+    mean = total / count.clamp(min=1)[:, None]
+    mean[count == 0] = total.sum(dim=0) / max(len(label), 1)
+    return mean, count
+
+
+def scatter(
+    train: Rows, label: Tensor, mean: Tensor, blocks: Blocks = image_blocks
+) -> tuple[Tensor, float]:
+    """Sum (D, D) of x x^T and sum of |x|^4, over x = image - mean of its class."""
+    matrix, fourth = torch.zeros(mean.shape[1], mean.shape[1], dtype=torch.float64), 0.0
+    for block, image in blocks(train):
+        x = image.double() - mean[label[block]]
+        matrix += x.T @ x
+        fourth += float(x.square().sum(dim=1).square().sum())
+    return matrix, fourth
+
+
+def whitener(covariance: Tensor, floor: float = FLOOR) -> Tensor:
+    """W (D, D) with |x W|^2 = x^T covariance^-1 x, up to the floor, a share of the mean variance."""
+    identity = torch.eye(len(covariance), dtype=covariance.dtype)
+    lower = torch.linalg.cholesky(covariance + floor * covariance.diagonal().mean() * identity)
+    inverse: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
+    return inverse.T.contiguous()
+
+
+Ridge = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+ABSENT, POOLED = (
+    0,
+    1,
+)  # covariances that are no class's own: that of all images, and the mean one within classes
+
+
+@dataclasses.dataclass
+class ClassDensity(ClosedSet):
+    """A method with one Gaussian N_c per class, of images centred and projected on their principal components."""
+
+    cost: ClassVar[str] = "fit: four passes, a covariance a class; score: K x 128^2 a row"
+    _forms: ClassVar[str] = (
+        "centre:dD projection:dDR means:dKR whiteners:dGRR log_dets:dG groups:iK<G classes:fKD"
+    )
+
+    def _densities(
+        self,
+        train: Rows,
+        most: int,
+        ridge: float,
+        blocks: Blocks = image_blocks,
+        floor: float = FLOOR,
+    ) -> dict[str, Tensor]:
+        """The Gaussians in at most so many components, with a ridge on the diagonal of every covariance."""
+        label = labels(train)
+        means, count = class_means(train, label, train.source.n_candidates, blocks)
+        centre, projection, variance = principal_components(train, most, blocks)
+        covariances, groups = class_scatters(train, label, means, count, projection, blocks)
+        pooled = covariances.sum(dim=0) / max(len(label) - int((count > 0).sum()), 1)
+        if float(pooled.trace()) <= NO_SPREAD:
+            pooled = torch.eye(len(variance), dtype=torch.float64) * variance.mean()
+        own = covariances / (count[groups > POOLED] - 1)[:, None, None]
+        everything = torch.stack([variance.diag(), pooled, *own])
+        ridge = max(ridge, LEAST * float(everything.diagonal(dim1=1, dim2=2).mean(dim=1).amax()))
+        everything += ridge * torch.eye(len(variance), dtype=torch.float64)
+        return {
+            "centre": centre,
+            "projection": projection,
+            "means": (means - centre) @ projection,
+            "whiteners": torch.stack([whitener(covariance, floor) for covariance in everything]),
+            "log_dets": torch.linalg.slogdet(everything).logabsdet,
+            "groups": groups,
+            CLASSES: class_texts(train),
+        }
+
+    def _log_odds(self, batch: Batch, image: Tensor) -> Tensor:
+        """(B,) float64 log sum_{c != t̂} N_c - log N_t̂ of the images (B, D)."""
+        classes = self.classes_of(batch.text)
+        answer = batch.prediction.to(image.device)[:, None]
+        groups = self.tensor("groups", image.device)[classes.to(image.device)]
+        density = self._log_density(image, classes, groups)
+        mine = density.gather(1, answer).squeeze(1)
+        others = (
+            density.masked_fill(groups == ABSENT, -math.inf)
+            .scatter(1, answer, -math.inf)
+            .logsumexp(dim=1)
+        )
+        return others.masked_fill(others == -math.inf, 0.0) - mine
+
+    def _log_density(self, image: Tensor, classes: Tensor, groups: Tensor) -> Tensor:
+        """(B, K) float64 log N_c up to a constant, class by class of equal covariance."""
+        z = (image - self.tensor("centre", image.device)) @ self.tensor("projection", image.device)
+        means = self.tensor("means", image.device)[classes.to(image.device)]
+        whiteners, log_dets = (
+            self.tensor(name, image.device) for name in ("whiteners", "log_dets")
+        )
+        density = z.new_empty(len(z), len(groups))
+        for group in groups.unique().tolist():
+            member = groups == group
+            squares = squared_distances(z @ whiteners[group], means[member] @ whiteners[group])
+            density[:, member] = -(squares + log_dets[group]) / 2
+        return density
+
+
+def mean_of_both(batch: Batch, odds: Tensor) -> Tensor:
+    """(B,) float64 1 - (p_max + s_d) / 2, s_d the share of the answer's density, from its log-odds (B,)."""
+    return (batch.others.doubt.to(odds.device) + torch.sigmoid(odds)) / 2
+
+
+@dataclasses.dataclass
+class ClassGaussians(ClassDensity):
+    """Zero-shot probability and class-conditional density of the image, averaged; or the density's log-odds alone.
+
+    s_d = N_t̂(z) / sum_c N_c(z), with one Gaussian N_c per class, fitted on unit-norm image
+    embeddings that are centred and projected on their first principal components: the class mean,
+    and the class covariance plus ``ridge``. With score="probability" u = 1 - (p_max + s_d) / 2. s_d
+    is often 0 or 1 to many digits; with score="log_odds" u = -log(s_d / (1 - s_d)), computed as log
+    sum_{c != t̂} N_c - log N_t̂, which does not saturate (p_max is left out).
+
+    A class of one image takes the mean covariance within classes, or, where no class has two
+    different images, the mean variance of a coordinate. A class without images is in no sum; where
+    it is the prediction, its density is that of all training images. Where no other class has
+    images, log sum = 0.
+
+    Args:
+        score: "probability" or "log_odds".
+        components: Most principal components; fewer where there are fewer images.
+        ridge: Added to the diagonal of every covariance.
+
+    Source: the idea of ICPE (``icpe``), as implemented in sgchr273/TRINE: unit norm and a ridge
+    that is not small beside the variances. Differs from it: classes of one image count. Until
+    ``icpe`` was the released method this one had its name; what was saved then is read as this.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
+        >>> train = vilu.Embeddings(image, np.eye(2), [0, 1, 1, 1])
+        >>> new = vilu.Embeddings([[0.96, 0.28], [0.8, 0.6]], np.eye(2))  # at 16 and 37 degrees
+        >>> vilu.PREDICTORS["class_gaussians"]().fit(train).predict_uncertainty(new).round(3)
+        array([0.017, 0.5  ])
+    """
+
+    name: ClassVar[str] = "class_gaussians"
+    summary: ClassVar[str] = (
+        "zero-shot probability averaged with the density of the predicted class, regularised"
+    )
+    reference: ClassVar[str] = "after ICPE, WACV 2026"
+
+    score: Literal["probability", "log_odds"] = "probability"
+    components: Count = 128
+    ridge: Ridge = 1e-4
+
+    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
+        return Learnt(self._densities(train, self.components, self.ridge))
+
+    def _score(self, batch: Batch) -> Tensor:
+        odds = self._log_odds(batch, float64(batch.image))
+        return odds if self.score == "log_odds" else mean_of_both(batch, odds)
+
+
+def class_scatters(
+    train: Rows, label: Tensor, means: Tensor, count: Tensor, basis: Tensor, blocks: Blocks
+) -> tuple[Tensor, Tensor]:
+    """Projected scatter (G, R, R) of each class of two images or more, and the covariance (K,) of every class."""
+    several = (count > 1).nonzero().squeeze(1)
+    groups = torch.where(count > 0, POOLED, ABSENT)
+    groups[several] = torch.arange(len(several)) + POOLED + 1
+    members = label.argsort(stable=True).split(count.tolist())
+    found = basis.new_zeros(len(several), basis.shape[1], basis.shape[1])
+    for total, c in zip(found, several.tolist(), strict=True):
+        for _, image in blocks(dataclasses.replace(train, index=train.index[members[c]])):
+            projected = (image.double() - means[c]) @ basis
+            total.add_(projected.T @ projected)
+    return found, groups
+
+
+def squared_distances(whitened: Tensor, means: Tensor) -> Tensor:
+    """(B, K) squared Euclidean distances of whitened queries (B, D) and whitened means (K, D)."""
+    squares = whitened.square().sum(dim=1)[:, None] + means.square().sum(dim=1)
+    return (squares - 2 * whitened @ means.T).clamp(min=0)
+
+
+def principal_components(train: Rows, most: int, blocks: Blocks) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean (D,), the first components (D, R) and their variances (R,); as many as there are images less one, or one."""
+    everything = torch.zeros_like(train.index)
+    mean, _ = class_means(train, everything, 1, blocks)
+    matrix, _ = scatter(train, everything, mean, blocks)
+    n = len(everything)
+    rank = max(min(most, len(matrix), n - 1), 1)
+    variance, components = torch.linalg.eigh(matrix / max(n - 1, 1))
+    return (
+        mean[0],
+        components.flip(1)[:, :rank].contiguous(),
+        variance.flip(0)[:rank].clamp(min=0).contiguous(),
+    )

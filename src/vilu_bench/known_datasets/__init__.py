@@ -1,0 +1,52 @@
+"""Data sets of the paper by name, and how TOML tables describe others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vilu.artifacts.documents import fill
+from vilu.datasets.known import KnownDataset, add_dataset
+from vilu.errors import UsageError
+from vilu.registry import toml_tables
+from vilu_bench import asset
+from vilu_bench.known_datasets.layouts import ShardReader, make_reader
+
+__all__ = ["add_datasets", "add_tables"]
+
+
+def add_datasets(source: Path | str) -> list[KnownDataset]:
+    """Add the data sets of a TOML file, or of TOML text: a table for each, laid out as ``assets/datasets.toml``.
+
+    Raises:
+        UsageError: If it cannot be read, a key is missing, unknown or of another type, or a name is
+            taken.
+    """
+    return add_tables(toml_tables(source))
+
+
+def add_tables(tables: Mapping[str, dict[str, Any]]) -> list[KnownDataset]:
+    """``add_datasets`` of tables by name: all of them, or none."""
+    entries = [_entry(name, facts) for name, facts in tables.items()]
+    return [add_dataset(entry) for entry in entries]
+
+
+def _entry(name: str, facts: dict[str, object]) -> KnownDataset:
+    where = f"data set {name!r}"
+    reader = make_reader(facts.pop("layout", None), where)
+    entry = fill(KnownDataset, {"name": name, **facts, "reader": reader}, where)
+    if entry.captioned != isinstance(reader, ShardReader):
+        raise UsageError(
+            f"{where} must have n_classes where it has classes; tars have captions, and no n_classes."
+        )
+    return entry
+
+
+def paper_datasets() -> list[KnownDataset]:
+    """Those of the paper, in its order: ``assets/datasets.toml``."""
+    return [_entry(name, facts) for name, facts in toml_tables(asset("datasets.toml")).items()]
+
+
+for _dataset in paper_datasets():
+    globals()[_dataset.name] = _dataset  # what the entry points of pyproject.toml lead to

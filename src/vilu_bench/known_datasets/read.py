@@ -1,0 +1,426 @@
+"""From the lists of a known data set to its rows."""
+
+from __future__ import annotations
+
+import json
+import lzma
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
+from importlib import resources
+from os import stat_result
+from pathlib import Path, PurePosixPath
+from stat import S_ISREG
+from typing import Final, NoReturn, TypeVar
+
+from vilu.artifacts.documents import each_once
+from vilu.datasets.base import parse_split
+from vilu.datasets.classes import class_table, clean_name
+from vilu.datasets.files import ListingHash, portable_name, read_file, status_below, stays_below
+from vilu.datasets.folder import ListedFiles
+from vilu.datasets.known.entry import SHOWN, Count, Place, Request, Survey
+from vilu.errors import DataError
+from vilu.progress import Task, track
+
+Entry = tuple[str, int, stat_result | None]
+"""Path below the data set's folder, label, and status; None where the file is missing."""
+
+STEP: Final = 1000  # images between two signs of life
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a data set says of itself."""
+
+    classes: tuple[str, ...]  # what its files or lists call the classes, in label order
+    # the images by split; iterating may list folders, and raises DataError where a split cannot be
+    # listed
+    splits: Mapping[str, Iterable[Entry]]
+    origin: str  # where the splits come from, for people
+    # names for prompts, cleaned; None for ``classes`` with underscores turned into spaces
+    names: tuple[str, ...] | None = None
+    raw: tuple[str, ...] | None = None  # names as the data have them; None for ``classes``
+    binding: bool = True  # whether the published sizes must be met
+
+
+@dataclass(frozen=True)
+class ListReader:
+    """A reader that needs only to be told how a data set lists itself."""
+
+    read: Callable[[Place], Listing]
+
+    def open(self, place: Place, request: Request) -> ListedDataset:
+        """The images of the splits asked for."""
+        return ListedDataset(place, self.read(place), request)
+
+    def survey(self, place: Place, *, deep: bool) -> Survey:  # noqa: ARG002 - deep is for archives and tars
+        """Files listed and files found."""
+        listing = self.read(place)
+        with track(
+            f"checking {place.entry.name}", sum(place.entry.sizes.values()), "images"
+        ) as task:
+            counts = {name: _count(entries, task) for name, entries in listing.splits.items()}
+        return Survey(listing.origin, counts, listing.binding)
+
+
+@dataclass(frozen=True)
+class PathList:
+    """Images of a list, in the byte order of their paths, so that one list in any order is one data set.
+
+    Iterating costs one stat per image.
+    """
+
+    folder: Path
+    entries: Iterable[tuple[str, int]]
+
+    def __iter__(self) -> Iterator[Entry]:
+        for path, label in sorted(self.entries):
+            yield path, label, status_below(self.folder, path)
+
+
+class ListedDataset(ListedFiles):
+    """Images that a data set lists; a listed file that is missing is the read error of its row.
+
+    Keys are paths below the data set's folder; labels follow its one class table, whatever the
+    splits.
+    """
+
+    def __init__(self, place: Place, listing: Listing, request: Request) -> None:
+        super().__init__(place.folder)
+        self.source = f"{place.folder} ({listing.origin})"
+        self.captioned = False
+        names = (listing.raw or listing.classes) if request.raw_names else listing.names
+        asked = request.classes
+        self.classes = class_table(
+            listing.classes, asked, by_position=True, names=names, outside=request.outside
+        )
+        self.class_names: tuple[str, ...] | None = self.classes.names
+        splits = tuple(listing.splits)
+        splits = (
+            splits if request.split is None else parse_split(request.split, splits, self.source)
+        )
+        hashed = ListingHash(*listing.classes, *splits)
+        with track(f"listing {place.entry.name}", None, "images") as task:
+            counts = {split: self._add_all(listing.splits[split], hashed, task) for split in splits}
+        empty = [split for split, count in counts.items() if count == 0]
+        if not self._paths or (request.split is not None and empty):
+            raise DataError(
+                f"split {empty[0]!r} of {self.source} has no image. Choose another, or mend its list."
+            )
+        self.fingerprint = hashed.hexdigest()
+
+    def _add_all(self, entries: Iterable[Entry], hashed: ListingHash, task: Task) -> int:
+        before = len(self)
+        for path, label, status in _showing(entries, task):
+            self._add(path, label, status, hashed)
+        return len(self) - before
+
+
+def _count(entries: Iterable[Entry], task: Task) -> Count:
+    found, listed = 0, 0
+    missing: list[str] = []
+    try:
+        for path, _, status in _showing(entries, task):
+            listed += 1
+            if status is not None and S_ISREG(status.st_mode):
+                found += 1
+            elif len(missing) < SHOWN:
+                missing.append(portable_name(path))
+    except DataError as error:  # told with the split, so that the others are counted too
+        return Count(found, None, problem=str(error))
+    return Count(found, listed, missing=tuple(missing))
+
+
+def _showing(entries: Iterable[Entry], task: Task) -> Iterator[Entry]:
+    number = 0
+    for number, entry in enumerate(entries, start=1):
+        yield entry
+        if number % STEP == 0:
+            task.advance(STEP)
+    task.advance(number % STEP)
+
+
+MAX_PATH: Final = 1024
+T = TypeVar("T")
+Parse = Callable[
+    [T], tuple[str, int]
+]  # from an entry of a list to path and label; ValueError where it is none
+
+
+@dataclass
+class SplitLists:
+    """Paths and labels by split, no image twice; labels are 0 ... K-1 and each has one name."""
+
+    splits: dict[str, list[tuple[str, int]]] = field(
+        default_factory=dict
+    )  # pairs of path and label, by split
+    _names: dict[int, str] = field(default_factory=dict)
+    _labels: dict[str, int] = field(default_factory=dict)
+    _seen: set[str] = field(default_factory=set)
+
+    def add(self, split: str, path: str, label: int) -> None:
+        """One image; ValueError where its path is none that can be kept, or was added before."""
+        plain = len(path) <= MAX_PATH and path.isprintable() and "\\" not in path
+        if not (plain and stays_below(path) and str(PurePosixPath(path)) == path):
+            raise ValueError(
+                f"the path {path[:80]!r} must be relative, plain, and stay below its folder"
+            )
+        if path in self._seen:
+            raise ValueError(f"{path!r} is listed more than once")
+        self._seen.add(path)
+        self.splits[split].append((path, label))
+
+    def fill(self, split: str, file: Path, entries: Iterable[T], parse: Parse[T]) -> None:
+        """All entries of a file; ``parse`` gives path and label of one, or ValueError."""
+        for number, entry in enumerate(entries, start=1):
+            try:
+                self.add(split, *parse(entry))
+            except ValueError as error:
+                refuse(f"{file}, {split} entry {number} (counting from 1)", error)
+
+    @classmethod
+    def of(cls, splits: Iterable[str], names: Iterable[str], file: Path) -> SplitLists:
+        """Empty lists of these splits and classes, which ``file`` names."""
+        lists = cls({split: [] for split in splits})
+        try:
+            for label, name in enumerate(names):
+                lists.name(label, name)
+            lists.names()
+        except ValueError as error:
+            refuse(file, error)
+        return lists
+
+    def label_of(self, name: str) -> int:
+        """The label of a class; ValueError where there is none."""
+        if name not in self._labels:
+            raise ValueError(f"{name[:80]!r} is none of the {len(self._labels)} classes")
+        return self._labels[name]
+
+    def name(self, label: int, name: str) -> None:
+        """The name of a class; ValueError where it is no text, or one of the two has been said otherwise."""
+        if not name.strip() or not name.isprintable():
+            raise ValueError(f"the class name {name[:80]!r} must be text")
+        if self._names.setdefault(label, name) != name:
+            raise ValueError(f"label {label} is {name!r} here and {self._names[label]!r} before")
+        if self._labels.setdefault(name, label) != label:
+            raise ValueError(
+                f"{name!r} is label {label} here and label {self._labels[name]} before"
+            )
+
+    def names(self) -> tuple[str, ...]:
+        """Names in label order; ValueError where there is none, or labels leave a number out."""
+        if not self._names:
+            raise ValueError("it names no class")
+        gap = next((label for label in range(len(self._names)) if label not in self._names), None)
+        if gap is not None:
+            raise ValueError(
+                f"labels must be 0 to K - 1, each with images; {gap} has none. Number them again"
+            )
+        return tuple(self._names[label] for label in range(len(self._names)))
+
+    def listing(self, folder: Path, images: str, origin: str, *, binding: bool) -> Listing:
+        """The listing of a data set whose images lie in the folder ``images`` of its folder."""
+        names = self.names()
+        prefix = f"{images}/" if images else ""
+        splits = {
+            split: PathList(folder, [(prefix + path, label) for path, label in entries])
+            for split, entries in self.splits.items()
+        }
+        return Listing(names, splits, origin, binding=binding)
+
+
+def read_json_object(file: Path) -> dict[str, object]:
+    """The object in a JSON file, which names nothing twice."""
+    try:
+        content = json.loads(read_file(file), object_pairs_hook=each_once)
+    except (OSError, ValueError, RecursionError) as error:
+        refuse(file, f"cannot be read as JSON: {error}")
+    if not isinstance(content, dict):
+        refuse(file, f"expected an object of lists; found {type(content).__name__}")
+    return content
+
+
+def read_lines(file: Path) -> Iterator[str]:
+    """The lines of a text file, without those that are blank."""
+    try:
+        text = read_file(file).decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        refuse(file, error)
+    return (line.strip() for line in text.splitlines() if line.strip())
+
+
+def refuse(where: object, why: object) -> NoReturn:
+    """Say what is wrong with a list."""
+    raise DataError(f"{where}: {why}. Mend it or get it again.")
+
+
+ASSET: Final = "coop_splits.txt.xz"
+SPLITS: Final = ("train", "validation", "test")
+KEYS: Final = {"train": "train", "val": "validation", "test": "test"}
+"""Keys of a ``split_zhou_*.json``, and our names of splits."""
+
+LETTERS: Final = {"t": "train", "v": "validation", "e": "test"}
+
+
+def user_list(place: Place, file: str, images: str) -> Listing | None:
+    """The listing by the user's own ``split_zhou_*.json``; None where there is none."""
+    path = place.find(file)
+    if path is None:
+        return None
+    lists = read_split_file(path)
+    try:
+        return lists.listing(place.folder, images, f"{file} of the user", binding=False)
+    except ValueError as error:
+        refuse(path, error)
+
+
+def read_split_file(file: Path) -> SplitLists:
+    """A ``split_zhou_*.json``: ``{"train": [[path, label, class name], ...], "val": ..., "test": ...}``."""
+    lists = SplitLists({split: [] for split in SPLITS})
+
+    def named(entry: object) -> tuple[str, int]:
+        match entry:
+            case [str(path), int(label), str(name)] if not isinstance(label, bool) and label >= 0:
+                lists.name(label, name)
+                return path, label
+        raise ValueError(f"expected [relative path, class index, class name]; found {entry!r:.80}")
+
+    for key, entries in read_json_object(file).items():
+        if key not in KEYS or not isinstance(entries, list):
+            refuse(
+                file,
+                f"expected lists named train, val and test; found {key[:20]!r}: {type(entries).__name__}",
+            )
+        lists.fill(KEYS[key], file, entries, named)
+    return lists
+
+
+@cache
+def shipped_list(dataset: str) -> SplitLists | None:
+    """CoOp's list of a data set, by our name of it; None where none ships. Made by ``tools/make_split_asset.py``.
+
+    The asset has per data set a line with its name and its number of classes; per class a line with
+    its name, a line with a letter (t, v, e: train, validation, test) for each of its images, and
+    the images' paths, a line each.
+    """
+    data = resources.files("vilu_bench").joinpath("assets", ASSET).read_bytes()
+    lines = iter(lzma.decompress(data).decode().splitlines())
+    for head in lines:
+        name, n_classes = head.split("\t")
+        lists = SplitLists({split: [] for split in SPLITS})
+        for label in range(int(n_classes)):
+            class_name, letters = next(lines), next(lines)
+            images = list(zip(letters, lines, strict=False))  # strict would take a line more
+            if name == dataset:
+                lists.name(label, class_name)
+                for letter, path in images:
+                    lists.add(LETTERS[letter], path, label)
+        if name == dataset:
+            return lists
+    return None
+
+
+@dataclass(frozen=True)
+class CoopListing:
+    """Listing of a data set by CoOp's list: the user's own where there is one, else the shipped one."""
+
+    file: str  # name of the user's list
+    images: str = (
+        ""  # folder of the images; "" where paths in the list begin at the data set's folder
+    )
+
+    def __call__(self, place: Place) -> Listing:
+        """What the list says."""
+        own = user_list(place, self.file, self.images)
+        if own is not None:
+            return own
+        lists = shipped_list(place.entry.name)
+        if lists is None:
+            raise place.lacks(self.file)
+        return lists.listing(place.folder, self.images, "CoOp list shipped with vilu", binding=True)
+
+
+def fgvc_aircraft(place: Place) -> Listing:
+    """100 variants; the official training, validation and test images."""
+    variants = place.require("variants.txt")
+    keys = {"train": "train", "validation": "val", "test": "test"}
+    files = {split: place.require(f"images_variant_{key}.txt") for split, key in keys.items()}
+    lists = SplitLists.of(files, read_lines(variants), variants)
+
+    def parse(line: str) -> tuple[str, int]:
+        number, _, variant = line.partition(" ")
+        return f"{number}.jpg", lists.label_of(variant)
+
+    return _official(
+        place,
+        lists,
+        "images",
+        {file: (split, read_lines(file)) for split, file in files.items()},
+        parse,
+    )
+
+
+def food101(place: Place) -> Listing:
+    """101 dishes; the user's CoOp list, else the official split, which has no validation images."""
+    own = user_list(place, "split_zhou_Food101.json", "images")
+    if own is not None:
+        return own
+    files = {split: place.require(f"meta/{split}.json") for split in ("train", "test")}
+    content = {split: read_json_object(file) for split, file in files.items()}
+    lists = SplitLists.of(files, sorted(set().union(*content.values())), files["train"])
+
+    def parse(entry: tuple[str, object]) -> tuple[str, int]:
+        name, path = entry
+        if not isinstance(path, str):
+            raise ValueError(f"expected a path below images/; found {path!r:.80}")  # noqa: TRY004 - told with the entry
+        return f"{path}.jpg", lists.label_of(name)
+
+    entries = {file: (split, _flat(content[split], file)) for split, file in files.items()}
+    return _official(place, lists, "images", entries, parse)
+
+
+def sun397(place: Place) -> Listing:
+    """397 scenes; the user's CoOp list, else the first official partition, which has no validation images."""
+    own = user_list(place, "split_zhou_SUN397.json", "")
+    if own is not None:
+        return own
+    wanted = {"train": "Training_01.txt", "test": "Testing_01.txt"}
+    files = {split: place.require(name, f"Partitions/{name}") for split, name in wanted.items()}
+    scenes = place.require("ClassName.txt", "Partitions/ClassName.txt")
+    lists = SplitLists.of(files, read_lines(scenes), scenes)
+
+    def parse(line: str) -> tuple[str, int]:
+        return line.removeprefix("/"), lists.label_of(line.rpartition("/")[0])
+
+    found = _official(
+        place, lists, "", {file: (split, read_lines(file)) for split, file in files.items()}, parse
+    )
+    below_letter = [name.split("/")[2:] for name in found.classes]  # /a/apartment_building/outdoor
+    raw = tuple("/".join(parts) for parts in below_letter)
+    return replace(
+        found,
+        classes=raw,
+        names=tuple(clean_name(" ".join(reversed(parts))) for parts in below_letter),
+    )
+
+
+def _official(
+    place: Place,
+    lists: SplitLists,
+    images: str,
+    entries: Mapping[Path, tuple[str, Iterable[T]]],
+    parse: Parse[T],
+) -> Listing:
+    """The listing by files of the authors, each with its split and what stands in it."""
+    for file, (split, lines) in entries.items():
+        lists.fill(split, file, lines, parse)
+    return lists.listing(place.folder, images, "official split", binding=True)
+
+
+def _flat(content: dict[str, object], file: Path) -> Iterator[tuple[str, object]]:
+    for name, paths in content.items():
+        if not isinstance(paths, list):
+            raise DataError(
+                f"{file}: expected a list of paths per class; {name[:80]!r} has {type(paths).__name__}."
+            )
+        yield from ((name, path) for path in paths)

@@ -1,0 +1,158 @@
+"""Several passes of ViLU: networks of several seeds, and of several dropout masks."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from vilu.embeddings.rows import Rows
+from vilu.embeddings.source import Batch, EmbeddingSource
+from vilu.embeddings.space import EmbeddingSpace
+from vilu.predictors.base import Learnt
+from vilu.predictors.games import Game, HeadGame, NoAttribution
+from vilu.predictors.heads.head import Count, head_graph
+from vilu.predictors.heads.vilu import ViLU
+from vilu.predictors.labelled import fit_and_selection
+from vilu.predictors.nn.head import Dropout
+from vilu.predictors.parameters import parameters
+
+
+@dataclasses.dataclass
+class DeepEnsemble(ViLU):
+    """M ViLU heads that differ in their start and in the order of the rows: u = 1/M sum_m sigmoid(g_m(z)).
+
+    Member m has the seed ``seed * M + m``, so that ensembles of different seeds share no member.
+    All members are selected on the same rows.
+
+    Args:
+        members: M.
+
+    Source: Lakshminarayanan et al., NeurIPS 2017, without adversarial training.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> angle = np.linspace(
+        ...     0, np.pi / 2, 100
+        ... )  # the answer is class 0 up to 45 degrees, the truth up to 63
+        >>> train = vilu.Embeddings(
+        ...     np.c_[np.cos(angle), np.sin(angle)], np.eye(2), np.repeat([0, 1], [70, 30])
+        ... )
+        >>> new = vilu.Embeddings(
+        ...     [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], np.eye(2)
+        ... )  # at 0, 53 and 90 degrees
+        >>> vilu.PREDICTORS["deep_ensemble"](members=2, epochs=10).fit(train).predict_uncertainty(
+        ...     new
+        ... ).round()
+        array([0., 1., 0.])
+    """
+
+    name: ClassVar[str] = "deep_ensemble"
+    summary: ClassVar[str] = "mean over ViLU heads of different seeds"
+    reference: ClassVar[str] = "Lakshminarayanan et al., NeurIPS 2017"
+    cost: ClassVar[str] = "M times that of vilu"
+
+    members: Annotated[Count, Field(le=1_000)] = (
+        5  # so that no predictor from elsewhere loads without end
+    )
+
+    graph = head_graph
+
+    def game(self) -> Game:
+        """Of the mean probability."""
+        return HeadGame(
+            self.heads,
+            torch.sigmoid,
+            "uncertainty, mean over the members' probabilities of failure",
+        )
+
+    def module(self, tensors: dict[str, Tensor], space: EmbeddingSpace) -> nn.Module:  # noqa: ARG002
+        """The heads, by their number."""
+        return nn.ModuleList(self._head(space) for _ in range(self.members))
+
+    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:
+        parts = fit_and_selection(train, failure, validation, self.validation_fraction, self.seed)
+        tensors: dict[str, Tensor] = {}
+        notes = {}
+        for m, member in enumerate(self._new_members()):
+            if isinstance(self.start_, DeepEnsemble):
+                member.start_ = self.start_._new_members()[m]
+                member.start_.network_ = self.start_.heads[m]
+            found = member.train_head(*parts, float(failure.double().mean()))
+            tensors |= {f"{m}.{name}": tensor for name, tensor in found.tensors.items()}
+            notes[f"member_{m}"] = found.notes
+        return Learnt(tensors, notes)
+
+    def _new_members(self) -> list[ViLU]:
+        values = {name: getattr(self, name) for name in parameters(ViLU)}
+        return [
+            ViLU(**values | {"seed": self.seed * self.members + m}) for m in range(self.members)
+        ]
+
+    def _start_notes(self) -> dict[str, object]:
+        return {}  # each member has its own
+
+
+@dataclasses.dataclass
+class MCDropout(ViLU):
+    """ViLU's head with dropout, which stays on at scoring: u = 1/M sum_m sigmoid(g_m(z)), g_m the head under mask m.
+
+    Dropout follows every hidden activation of the MLP. The M masks are drawn from the seed and are
+    the same for every row, that is M thinned heads: a row has the same score in any company.
+    Selection sees the head without dropout.
+
+    Args:
+        dropout: Share of units that is dropped.
+        passes: M.
+
+    Source: Gal and Ghahramani, ICML 2016, Eq. 6, where every input meets masks of its own.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> angle = np.linspace(
+        ...     0, np.pi / 2, 100
+        ... )  # the answer is class 0 up to 45 degrees, the truth up to 63
+        >>> train = vilu.Embeddings(
+        ...     np.c_[np.cos(angle), np.sin(angle)], np.eye(2), np.repeat([0, 1], [70, 30])
+        ... )
+        >>> new = vilu.Embeddings(
+        ...     [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], np.eye(2)
+        ... )  # at 0, 53 and 90 degrees
+        >>> vilu.PREDICTORS["mc_dropout"](epochs=10).fit(train).predict_uncertainty(new).round()
+        array([0., 1., 0.])
+    """
+
+    name: ClassVar[str] = "mc_dropout"
+    summary: ClassVar[str] = "ViLU with dropout, mean over thinned heads"
+    reference: ClassVar[str] = "Gal and Ghahramani, ICML 2016"
+    cost: ClassVar[str] = "fit: as vilu; score: M passes of the MLP"
+
+    dropout: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    passes: Annotated[Count, Field(le=10_000)] = 20
+
+    def game(self) -> Game:
+        """None."""
+        raise NoAttribution(
+            "the score of mc_dropout is a mean over thinned heads, for which no game is defined"
+        )
+
+    def module(self, tensors: dict[str, Tensor], space: EmbeddingSpace) -> nn.Module:  # noqa: ARG002
+        """The head, with dropout in training."""
+        return self._head(space, Dropout(self.dropout, self.seed))
+
+    def _score(self, batch: Batch) -> Tensor:
+        (head,) = self.heads
+        first, generator = head.first_layer(batch), torch.Generator().manual_seed(self.seed)
+        total = torch.zeros(len(first), dtype=torch.float64)
+        for _ in range(self.passes):
+            hidden = first
+            for layer in head.rest:
+                if isinstance(layer, Dropout):
+                    hidden = hidden * layer.mask(hidden.shape[1:], generator).to(hidden.device)
+                else:
+                    hidden = layer(hidden)
+            total += torch.sigmoid(hidden.squeeze(-1).cpu().double())
+        return total / self.passes

@@ -1,0 +1,148 @@
+"""Mahalanobis distances to the predicted class."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vilu.embeddings.rows import Rows
+from vilu.embeddings.similarity import float64
+from vilu.embeddings.source import Batch, EmbeddingSource
+from vilu.predictors.base import CLASSES, Learnt
+from vilu.predictors.class_gaussians import NO_SPREAD, class_means, scatter, whitener
+from vilu.predictors.closed_set import ClosedSet
+from vilu.predictors.labelled import class_texts
+from vilu.predictors.search import labels
+
+
+def shared_covariance(train: Rows, label: Tensor, mean: Tensor) -> Tensor | None:
+    """Covariance (D, D) of the images around the mean (K, D) of their class, shrunk; None where there is no spread.
+
+    Ledoit and Wolf's estimate, scaled by M / (M - number of classes with images) for the means that
+    were fitted. There is no spread when no class has two different images.
+    """
+    matrix, fourth = scatter(train, label, mean)
+    n, n_means = len(label), len(label.unique())
+    if n == n_means or float(matrix.trace()) <= NO_SPREAD * n:
+        return None
+    return ledoit_wolf(matrix, fourth, n) * (n / (n - n_means))
+
+
+def spherical_covariance(train: Rows) -> Tensor:
+    """The mean variance per coordinate of all images, times the identity; the identity itself where it is zero."""
+    everything = torch.zeros_like(train.index)
+    mean, _ = class_means(train, everything, 1)
+    matrix, _ = scatter(train, everything, mean)
+    variance = float(matrix.trace()) / (max(len(everything) - 1, 1) * len(matrix))
+    return torch.eye(len(matrix), dtype=torch.float64) * (variance if variance > NO_SPREAD else 1.0)
+
+
+def ledoit_wolf(matrix: Tensor, fourth: float, n: int) -> Tensor:
+    """Covariance (D, D) shrunk towards a multiple of the identity, from sums over n centred rows, of x x^T and |x|^4.
+
+    The sum of all entries of sum_i (x_i^2) (x_i^2)^T is sum_i |x_i|^4, so one pass over the rows is
+    enough.
+
+    Source: Ledoit and Wolf, Journal of Multivariate Analysis 2004.
+    """
+    covariance, d = matrix / n, len(matrix)
+    variance = covariance.trace() / d
+    squares = covariance.square().sum()
+    dispersion = squares - d * variance**2
+    error = (fourth / n - squares) / n
+    shrinkage = (error / dispersion).clamp(0, 1) if float(dispersion) > 0 else torch.ones(())
+    return (1 - shrinkage) * covariance + shrinkage * variance * torch.eye(d, dtype=torch.float64)
+
+
+@dataclasses.dataclass
+class Mahalanobis(ClosedSet):
+    """Squared Mahalanobis distance to the mean of the predicted class, under a covariance that all classes share.
+
+    u = (z - mu_t̂)^T S^-1 (z - mu_t̂) [- (z - mu)^T S_0^-1 (z - mu) with ``relative``], mu and S_0
+    being the mean and covariance of all training images. S and S_0 are Ledoit-Wolf estimates, so
+    that fewer images than coordinates do. Where no class has two different images there is no S:
+    distances are then Euclidean ones, in units of the mean variance of a coordinate. For a class
+    without training images mu stands in.
+
+    Args:
+        relative: Whether to subtract the distance to all training images, which tells how unusual
+            an image is.
+
+    Source: Lee et al., NeurIPS 2018; relative: Ren et al., 2021. There the distance to the nearest
+    class; here to the predicted one, whose failure is asked for. The usual plain covariance is
+    singular with fewer images than coordinates.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
+        >>> train = vilu.Embeddings(image, np.eye(2), [0, 1, 1, 1])
+        >>> new = vilu.Embeddings([[0.96, 0.28], [0.28, 0.96]], np.eye(2))  # at 16 and 74 degrees
+        >>> vilu.PREDICTORS["mahalanobis"]().fit(train).predict_uncertainty(new).round(2)
+        array([1.14, 0.43])
+    """
+
+    name: ClassVar[str] = "mahalanobis"
+    summary: ClassVar[str] = "Mahalanobis distance to the predicted class (Lee et al. 2018)"
+    reference: ClassVar[str] = "Lee et al., NeurIPS 2018"
+    cost: ClassVar[str] = "fit: two passes, D x D; score: D^2 a row"
+    _forms: ClassVar[str] = "means:dKD whitener:dDD classes:fKD global_mean:d1D global_whitener:dDD"
+
+    relative: bool = False
+
+    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
+        label = labels(train)
+        learned = gaussian(train, label, train.source.n_candidates)
+        if self.relative:
+            mean, everything = gaussian(train, torch.zeros_like(label), 1).values()
+            learned |= {"global_mean": mean, "global_whitener": everything}
+        return Learnt(learned | {CLASSES: class_texts(train)})
+
+    def tensor_names(self) -> tuple[str, ...]:
+        """The global ones only where they are subtracted."""
+        return self.tensors if self.relative else self.tensors[:3]
+
+    def _score(self, batch: Batch) -> Tensor:
+        image = float64(batch.image)
+        means = self.tensor("means", image.device)[self.answer_of(batch).to(image.device)]
+        score = ((image - means) @ self.tensor("whitener", image.device)).square().sum(dim=1)
+        if self.relative:
+            centred = image - self.tensor("global_mean", image.device)
+            score = score - (centred @ self.tensor("global_whitener", image.device)).square().sum(
+                dim=1
+            )
+        return score
+
+
+@dataclasses.dataclass
+class RelativeMahalanobis(Mahalanobis):
+    """``Mahalanobis`` with ``relative``: how much better all training images explain an image than its class does.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
+        >>> train = vilu.Embeddings(image, np.eye(2), [0, 1, 1, 1])
+        >>> new = vilu.Embeddings([[0.96, 0.28], [0.28, 0.96]], np.eye(2))  # at 16 and 74 degrees
+        >>> vilu.PREDICTORS["relative_mahalanobis"]().fit(train).predict_uncertainty(new).round(2)
+        array([ 0.22, -0.49])
+    """
+
+    name: ClassVar[str] = "relative_mahalanobis"
+    summary: ClassVar[str] = (
+        "Mahalanobis distance to the predicted class less that to all images (Ren et al. 2021)"
+    )
+    reference: ClassVar[str] = "Ren et al., ICML workshop on uncertainty 2021"
+
+    relative: bool = True
+
+
+def gaussian(train: Rows, label: Tensor, n_classes: int) -> dict[str, Tensor]:
+    """Class means (K, D), and the whitening (D, D) of the covariance around them."""
+    means, _ = class_means(train, label, n_classes)
+    covariance = shared_covariance(train, label, means)
+    return {
+        "means": means,
+        "whitener": whitener(spherical_covariance(train) if covariance is None else covariance),
+    }

@@ -1,0 +1,254 @@
+"""Comparisons with the nearest labelled images."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from vilu.embeddings.rows import Rows
+from vilu.embeddings.source import Batch, EmbeddingSource
+from vilu.predictors.base import CLASSES, FailurePredictor, Learnt
+from vilu.predictors.closed_set import ClosedSet
+from vilu.predictors.labelled import class_texts
+from vilu.predictors.search import Allowed, Count, distance, draw_rows, gather, labels, nearest
+
+FARTHEST = 2.0  # largest distance of two unit vectors
+# so much is added to distances, and 1 + cos is at least so much, so that no ratio is 0 / 0
+TINY = 1e-6
+
+
+@dataclasses.dataclass
+class LabelledBank(ClosedSet):
+    """A method that keeps training images with their classes."""
+
+    cost: ClassVar[str] = "fit: copies the images; score: one product with the bank"
+    _forms: ClassVar[str] = "bank:fND classes:fKD labels:iN<K"
+
+    max_bank: Count = 100_000
+
+    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
+        drawn, _ = draw_rows(train, self.max_bank, self.seed)
+        bank, label = self._kept(gather(drawn), labels(drawn))
+        return Learnt(
+            {"bank": bank, "labels": label, CLASSES: class_texts(train)}, {"n_bank": len(bank)}
+        )
+
+    def _kept(self, bank: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of the images (N, D) that are worth keeping, and their classes; all of them by default."""
+        return bank, label
+
+
+@dataclasses.dataclass
+class KNNVote(LabelledBank):
+    """Share of the k nearest training images that are not of the predicted class.
+
+    u = 1 - sum_{i <= k, y_i = t̂} w_i / sum_{i <= k} w_i, with w_i = 1 or (1 + cos(z, z_i)) / 2, 1
+    + cos at least 1e-6. A predicted class without training images gets u = 1. With fewer than k
+    training images all of them vote: a uniform vote is then the share of the class in the bank, the
+    same for every image, and says nothing. Uniform votes take k + 1 values, so many images tie.
+
+    Args:
+        k: Number of neighbours.
+        weighting: "uniform", or "similarity" for votes weighted by cosine.
+
+    Source: the confidence of a k-nearest-neighbour classifier (Cover and Hart, IEEE Trans. Inf.
+    Theory 1967) in the class that the VLM predicts.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
+        >>> train = vilu.Embeddings(image, np.eye(2), [0, 1, 1, 1])
+        >>> new = vilu.Embeddings([[0.96, 0.28], [0.28, 0.96]], np.eye(2))  # at 16 and 74 degrees
+        >>> vilu.PREDICTORS["knn_vote"](k=2).fit(train).predict_uncertainty(new).round(2)
+        array([0.5, 0. ])
+    """
+
+    name: ClassVar[str] = "knn_vote"
+    summary: ClassVar[str] = "share of the nearest training images not of the predicted class"
+    reference: ClassVar[str] = "Cover and Hart, IEEE Trans. Inf. Theory 1967"
+
+    k: Count = 20
+    weighting: Literal["uniform", "similarity"] = "uniform"
+
+    def _score(self, batch: Batch) -> Tensor:
+        similarity, index = nearest(batch.image, self.learned_["bank"], self.k)
+        other = self.tensor("labels", index.device)[index] != self.answer_of(batch)[:, None]
+        weight = (
+            torch.ones_like(similarity)
+            if self.weighting == "uniform"
+            else (1 + similarity).clamp(min=TINY) / 2
+        )
+        return (weight * other).sum(dim=1) / weight.sum(dim=1)
+
+
+@dataclasses.dataclass
+class KNNDistance(FailurePredictor):
+    """Distance to the k-th nearest training image: u = ||z - z_(k)||, z of unit norm.
+
+    It says how unusual an image is, whatever the candidates are and whatever was answered: it uses
+    no class labels and works on captions. With fewer than k training images it is the distance to
+    the farthest of them.
+
+    Args:
+        k: Which neighbour.
+
+    Source: Sun et al., ICML 2022. Failure-prediction benchmarks search only the first 1,000
+    training images; here all of them, up to ``max_bank``.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
+        >>> train = vilu.Embeddings(image, np.eye(2), [0, 1, 1, 1])
+        >>> new = vilu.Embeddings([[0.96, 0.28], [0.0, 1.0]], np.eye(2))  # at 16 and 90 degrees
+        >>> vilu.PREDICTORS["knn_distance"](k=1).fit(train).predict_uncertainty(new).round(2)
+        array([0.28, 0.  ])
+    """
+
+    name: ClassVar[str] = "knn_distance"
+    summary: ClassVar[str] = "distance to the k-th nearest training image (Sun et al. 2022)"
+    reference: ClassVar[str] = "Sun et al., ICML 2022"
+    cost: ClassVar[str] = "fit: copies the images; score: one product with the bank"
+    looks_at: ClassVar[frozenset[str]] = frozenset({"image"})
+    _forms: ClassVar[str] = "bank:fND"
+
+    seed: int = 0
+    device: str = "auto"
+    max_bank: Count = 100_000
+    k: Count = 50
+
+    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
+        bank = gather(draw_rows(train, self.max_bank, self.seed)[0])
+        return Learnt({"bank": bank}, {"n_bank": len(bank)})
+
+    def _score(self, batch: Batch) -> Tensor:
+        similarity, _ = nearest(batch.image, self.learned_["bank"], self.k)
+        return distance(similarity[:, -1])
+
+
+@dataclasses.dataclass
+class TRINE(LabelledBank):
+    """TRINE: margin of the support that the nearest training images and the texts give the predicted class.
+
+    Neighbour r = 0 ... k-1 of class y_r has the weight w_r = exp(-decay r) * (1 + cos(z, z_r)) / 2
+    * (1 + cos(z_t̂, z_{t_{y_r}})) / 2, a class the support S_c = sum_{r: y_r = c} w_r / sum_r w_r,
+    and u = 1 - (S_t̂ - max_{c != t̂} S_c), in [0, 2]. A class without training images has no
+    support, so that a prediction of it gets u > 1. With fewer than k training images all of them
+    count. 1 + cos is taken as 1e-6 at least, so that opposite texts are no 0 / 0.
+
+    Args:
+        k: Number of neighbours.
+        decay: How fast a neighbour's weight falls with its rank.
+
+    Source: the repository sgchr273/TRINE (2026), its support margin. Differs from it: a bank
+    smaller than k is used whole instead of refused.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
+        >>> train = vilu.Embeddings(image, np.eye(2), [0, 1, 1, 1])
+        >>> new = vilu.Embeddings([[0.96, 0.28], [0.28, 0.96]], np.eye(2))  # at 16 and 74 degrees
+        >>> vilu.PREDICTORS["trine"](k=2).fit(train).predict_uncertainty(new).round(2)
+        array([0.62, 0.  ])
+    """
+
+    name: ClassVar[str] = "trine"
+    summary: ClassVar[str] = (
+        "margin of rank-weighted neighbours of the predicted class, with their texts (TRINE)"
+    )
+    reference: ClassVar[str] = "sgchr273/TRINE, 2026"
+
+    k: Count = 20
+    decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
+
+    def _score(self, batch: Batch) -> Tensor:
+        answer = self.answer_of(batch)
+        similarity, index = nearest(batch.image, self.learned_["bank"], self.k)
+        label = self.tensor("labels", index.device)[index]
+        text = self.tensor("classes", index.device)
+        text_similarity = (text[answer] @ text.T).gather(1, label)
+        rank = torch.arange(similarity.shape[1], device=index.device)
+        near, texts = ((1 + cosine).clamp(min=TINY) for cosine in (similarity, text_similarity))
+        weight = torch.exp(-self.decay * rank) * near / 2 * texts / 2
+        support = text.new_zeros(len(label), len(text))
+        for one in range(label.shape[1]):  # one neighbour a time: sums in one order on every device
+            support.scatter_add_(1, label[:, one : one + 1], weight[:, one : one + 1])
+        support = support / weight.sum(dim=1, keepdim=True)
+        mine = support.gather(1, answer[:, None]).squeeze(1)
+        rival = support.scatter(1, answer[:, None], -1.0).amax(dim=1)
+        return 1 - (mine - rival)
+
+
+@dataclasses.dataclass
+class TrustScore(LabelledBank):
+    """Inverse trust score: distance to the predicted class over distance to the nearest other class.
+
+    u = (d(z, H_t̂) + 1e-6) / (min_{c != t̂} d(z, H_c) + 1e-6), d the Euclidean distance of unit
+    vectors to the nearest of a set, and H_c the training images of class c without the share
+    ``alpha`` whose k-th nearest image of their class (they count themselves first) is farthest. The
+    distance to a class without images is 2, the largest there is.
+
+    Args:
+        alpha: Share of each class left out as its sparsest; 0 keeps all.
+        k: Neighbour whose distance tells how sparse the surroundings of an image are; at most the
+            size of the class.
+
+    Source: Jiang et al., NeurIPS 2018, algorithms 1 and 2 (alpha = 0 and k = 10 as in its released
+    code). Differs from that code: distances are to the nearest image, as in the paper; the code
+    takes the second nearest.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
+        >>> train = vilu.Embeddings(image, np.eye(2), [0, 1, 1, 1])
+        >>> new = vilu.Embeddings([[0.96, 0.28], [0.28, 0.96]], np.eye(2))  # at 16 and 74 degrees
+        >>> vilu.PREDICTORS["trust_score"]().fit(train).predict_uncertainty(new).round(2)
+        array([0.79, 0.24])
+    """
+
+    name: ClassVar[str] = "trust_score"
+    summary: ClassVar[str] = (
+        "distance to the predicted class over that to the nearest other (Jiang et al. 2018)"
+    )
+    reference: ClassVar[str] = "Jiang et al., NeurIPS 2018"
+    cost: ClassVar[str] = "fit: copies the images; score: two products with the bank"
+
+    alpha: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    k: Count = 10
+
+    def _kept(self, bank: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        if self.alpha == 0:
+            return bank, label
+        kept = []
+        for c in label.unique():
+            members = (label == c).nonzero().squeeze(1)
+            radius = distance(nearest(bank[members], bank[members], self.k)[0][:, -1]).double()
+            kept.append(members[radius <= radius.quantile(1 - self.alpha)])
+        dense = torch.cat(kept).sort().values
+        return bank[dense], label[dense]
+
+    def _score(self, batch: Batch) -> Tensor:
+        answer = self.answer_of(batch)
+        label = self.tensor("labels", answer.device)
+        mine = self._distance(
+            batch.image, lambda queries, rows: answer[queries, None] == label[rows]
+        )
+        rival = self._distance(
+            batch.image, lambda queries, rows: answer[queries, None] != label[rows]
+        )
+        return (mine + TINY) / (rival + TINY)
+
+    def _distance(self, image: Tensor, allowed: Allowed) -> Tensor:
+        """(B,) distance to the nearest image that counts."""
+        similarity, index = (
+            found[:, 0] for found in nearest(image, self.learned_["bank"], 1, allowed)
+        )
+        closest = self.learned_["bank"][index.cpu()].to(image.device)
+        # From the coordinates: 2 - 2 cos has no digits left for near duplicates.
+        found = torch.linalg.vector_norm(normalize(image, dim=1) - closest, dim=1)
+        return torch.where(similarity == -math.inf, FARTHEST, found)

@@ -1,0 +1,103 @@
+"""Rel-U: a learned penalty of confusing two classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from vilu.embeddings.rows import SCORING_BATCH, Rows
+from vilu.embeddings.source import Batch, EmbeddingSource, log_posterior
+from vilu.errors import UsageError
+from vilu.predictors.base import CLASSES, Learnt
+from vilu.predictors.closed_set import ClosedSet
+from vilu.predictors.labelled import Needs, class_texts
+
+MAX_CLASSES = 10_000  # of Rel-U: pairs of so many take 800 MB in float64
+
+
+@dataclass
+class RelU(ClosedSet):
+    """Relative uncertainty: u = p D p^T, p = softmax(l / T), D (K, K) the penalty of confusing two classes.
+
+    D maximises trade_off * E[p D p^T over failures] - (1 - trade_off) * E[p D p^T over successes]
+    over symmetric matrices without negative entries, with zero diagonal and Frobenius norm at most
+    1. That objective is <M, D> with M = trade_off * E[p^T p over failures] - (1 - trade_off) *
+    E[p^T p over successes], so D is the positive part of M off the diagonal, over its norm. M is
+    summed batch by batch as one product (K, B) x (B, K); nothing is N x K^2.
+
+    Where no entry of M is positive (always so without failures) nothing can be gained, and D is
+    constant off the diagonal: the Gini impurity, ordered as ``doctor`` at this temperature. Without
+    successes M is the failures' part alone.
+
+    Args:
+        trade_off: Weight lambda of the failures; the successes have 1 - lambda.
+        temperature: T, beside the VLM's own logit scale.
+
+    Source: Dadalto et al., "A Data-Driven Measure of Relative Uncertainty for Misclassification
+    Detection", ICLR 2024; defaults of ViLU, supplement A.3. Its code drops the last class whenever
+    K is odd, keeps p^T p of every row, and scores through an N x N matrix; none of that is done
+    here. The columns of D follow the classes' texts, so candidates may come in any order, and some
+    of them may be missing.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> image = [
+        ...     [0.8, 0.6, 0.0],
+        ...     [0.8, 0.0, 0.6],
+        ... ]  # both are answered 0; the first is wrong, with class 1 near
+        >>> data = vilu.Embeddings(image, np.eye(3), [1, 0], logit_scale=5.0)
+        >>> vilu.PREDICTORS["rel_u"]().fit(data).predict_uncertainty(data).round(2)
+        array([0.15, 0.  ])
+    """
+
+    name: ClassVar[str] = "rel_u"
+    summary: ClassVar[str] = (
+        "posterior under a learned penalty of confusing two classes (Rel-U, ICLR 2024)"
+    )
+    reference: ClassVar[str] = "Dadalto et al., ICLR 2024"
+    cost: ClassVar[str] = "fit: one pass; score: K^2 products a row"
+    looks_at: ClassVar[frozenset[str]] = frozenset({"logits"})
+    _forms: ClassVar[str] = "penalty:dKK classes:fKD"
+    no_captions: ClassVar[str | None] = (
+        "its penalty is one of confusing two classes, and captions have no classes"
+    )
+
+    needs: ClassVar[Needs] = "failure"
+
+    trade_off: Annotated[float, Field(ge=0, le=1)] = 0.15
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.5
+
+    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
+        if train.source.n_candidates > MAX_CLASSES:
+            raise UsageError(
+                f"{self.name} keeps a penalty for every pair of classes, so it takes at most {MAX_CLASSES:,} of them. "
+                f"Got {train.source.n_candidates:,}. Take another method (see `vilu list predictors`)."
+            )
+        n_failures = int(failure.sum())
+        gain = self.trade_off / max(n_failures, 1)
+        cost = (1 - self.trade_off) / max(len(failure) - n_failures, 1)
+        moment = torch.zeros(())
+        for batch in train.batches(SCORING_BATCH):
+            moved = batch.to(self.device_)
+            p = log_posterior(moved, self.temperature).exp()
+            weight = torch.where(moved.failure == 1, gain, -cost).to(p)
+            moment = moment.to(p) + p.T @ (weight[:, None] * p)
+        return Learnt({"penalty": best_penalty(moment).cpu(), CLASSES: class_texts(train)})
+
+    def _score(self, batch: Batch) -> Tensor:
+        p = log_posterior(batch, self.temperature).exp()
+        order = self.classes_of(batch.text).to(p.device)
+        return (p @ self.tensor("penalty", p.device)[order][:, order] * p).sum(dim=-1)
+
+
+def best_penalty(moment: Tensor) -> Tensor:
+    """(K, K) maximiser of <moment, D>; constant off the diagonal where nothing is to be gained."""
+    positive = (moment + moment.T).relu().fill_diagonal_(0)
+    if not positive.any():
+        positive = torch.ones_like(moment).fill_diagonal_(0)
+    penalty: Tensor = positive / torch.linalg.matrix_norm(positive)
+    return penalty

@@ -1,0 +1,90 @@
+"""TrustVLM: prototypes of the classes in a second encoder."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from vilu.embeddings.rows import Rows
+from vilu.embeddings.similarity import float64
+from vilu.embeddings.source import Batch, EmbeddingSource
+from vilu.errors import ProvenanceError
+from vilu.predictors.base import CLASSES, Learnt
+from vilu.predictors.closed_set import ClosedSet
+from vilu.predictors.labelled import class_texts
+from vilu.predictors.search import Count, labels
+
+
+@dataclasses.dataclass
+class TrustVLM(ClosedSet):
+    """TrustVLM: zero-shot probability plus similarity to the predicted class's images in a second encoder.
+
+    u = (1 - p_max) + weight * (1 - cos(f, P_t̂)), f the image's features in a second encoder
+    (column ``features``; the VLM's own features make another method) and P_c the mean of the
+    features of up to ``shots`` training images of class c, drawn with ``seed``. A class without
+    training images has the prototype 0, hence the cosine 0.
+
+    Args:
+        weight: Of the similarity.
+        shots: Most training images per class.
+
+    Source: TrustVLM, arXiv:2505.23745, and its code (weight 1, 0.1 on Oxford Pets; 16 shots; DINOv2
+    features averaged over tokens). Its starred variant answers anew, and is no score of the VLM's
+    own answer.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> features = {"features": [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]}  # a second encoder's
+        >>> data = vilu.Embeddings(np.eye(2)[[0, 0, 1]], np.eye(2), [0, 0, 1], columns=features)
+        >>> new = vilu.Embeddings(
+        ...     np.eye(2)[[0, 0]], np.eye(2), columns={"features": [[1.0, 0.0], [0.0, 1.0]]}
+        ... )
+        >>> vilu.PREDICTORS["trustvlm"]().fit(data).predict_uncertainty(new).round(2)
+        array([0.11, 0.55])
+    """
+
+    name: ClassVar[str] = "trustvlm"
+    summary: ClassVar[str] = (
+        "zero-shot probability plus similarity to class prototypes of a second encoder (TrustVLM)"
+    )
+    reference: ClassVar[str] = "TrustVLM, arXiv 2505.23745"
+    cost: ClassVar[str] = "fit: 16 images a class; score: one product with K prototypes"
+    columns: ClassVar[tuple[str, ...]] = ("features",)
+    _forms: ClassVar[str] = "prototypes:fKF classes:fKD"
+
+    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    shots: Count = 16
+
+    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
+        label = labels(train)
+        kept = few_per_class(label, self.shots, self.seed)
+        features = train.source.column("features", train.index[kept])
+        total = features.new_zeros(train.source.n_candidates, features.shape[1])
+        prototypes = normalize(total.index_add_(0, label[kept], features), dim=1)
+        return Learnt({"prototypes": prototypes, CLASSES: class_texts(train)})
+
+    def _score(self, batch: Batch) -> Tensor:
+        answer = self.answer_of(batch)
+        features = normalize(batch.columns["features"], dim=1)
+        prototypes = self.tensor("prototypes", features.device)
+        if features.shape[1] != prototypes.shape[1]:
+            raise ProvenanceError(
+                f"{self.name} was fitted on features of width {prototypes.shape[1]}, and those to score have "
+                f"{features.shape[1]}. Embed both with the same second encoder."
+            )
+        similarity = (features * prototypes[answer]).sum(dim=1)
+        return batch.others.doubt + self.weight * (1 - float64(similarity))
+
+
+def few_per_class(label: Tensor, most: int, seed: int) -> Tensor:
+    """Sorted positions of at most so many rows of each class, drawn at random."""
+    order = torch.randperm(len(label), generator=torch.Generator().manual_seed(seed))
+    order = order[label[order].argsort(stable=True)]
+    first = torch.bincount(label).cumsum(0) - torch.bincount(label)
+    rank = torch.arange(len(label)) - first[label[order]]
+    return order[rank < most].sort().values

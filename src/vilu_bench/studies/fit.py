@@ -1,0 +1,109 @@
+"""One fit of a cell."""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from vilu.embeddings.source import EmbeddingSource
+from vilu.errors import DataError, ProvenanceError, UsageError
+from vilu.predictors.base import FailurePredictor
+from vilu.predictors.init import initialise
+from vilu.predictors.nn.train import default_batch
+from vilu.predictors.parameters import parameters
+from vilu_bench.studies.cells import Cell, Origin
+from vilu_bench.studies.config import Config
+from vilu_bench.studies.data import Workbench, differs_in_preprocessing
+from vilu_bench.studies.result import Refusal
+
+REFUSALS = (UsageError, DataError, ProvenanceError)
+"""How a method says that it does not work on what it is given; anything else is a fault."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A fit, or its refusal, with what it said."""
+
+    predictor: FailurePredictor  # ready to score, unless refused
+    refused: Refusal | None = None  # why there was no fit
+    n_train: int | None = None  # rows in the training set; None where nothing is fitted
+    seconds: float | None = None  # of fitting, without the fit that it began from
+    warnings: tuple[str, ...] = ()  # of fitting
+
+
+def predictor_of(config: Config, cell: Cell) -> FailurePredictor:
+    """The unfitted predictor of a cell; one that does not depend on the seed has seed 0."""
+    return config.predictor(cell.method, cell.seed if config.depends_on_seed(cell.method) else 0)
+
+
+def fit(bench: Workbench, cell: Cell, origin: Origin, fits: dict[Origin, Fitted]) -> Fitted:
+    """The predictor of a cell, fitted on ``origin`` where it needs that; taken from ``fits``, and put there."""
+    if not origin.train:
+        return Fitted(predictor_of(bench.config, cell))
+    if origin not in fits:
+        start = None if origin.start is None else fit(bench, cell, origin.start, fits)
+        fits[origin] = (
+            start
+            if start is not None and start.refused is not None
+            else _fit(bench, cell, origin, start)
+        )
+    return fits[origin]
+
+
+def _fit(bench: Workbench, cell: Cell, origin: Origin, start: Fitted | None) -> Fitted:
+    predictor = predictor_of(bench.config, cell)
+    columns = (*predictor.columns, *predictor.optional_columns)
+    refused, n_train, begun = None, None, time.perf_counter()
+    with collected_warnings() as said:
+        try:
+            train, validation = bench.train_set(origin, columns), bench.validation_set(origin)
+            n_train, begun = len(train), time.perf_counter()
+            if start is not None:
+                fitted = start.predictor
+                if origin.across_preprocessing and differs_in_preprocessing(
+                    fitted.space_, train.space
+                ):
+                    fitted = copy.copy(fitted)  # a fit at another picture size
+                    fitted.space_ = train.space
+                predictor = initialise(type(fitted), fitted)
+            else:
+                predictor = _trained_for(bench.config, cell.method, predictor, train)
+            predictor.fit(train, validation, unlabelled=bench.unlabelled_set(origin))
+        except REFUSALS as error:
+            refused = refusal(error)
+    return Fitted(predictor, refused, n_train, time.perf_counter() - begun, tuple(said))
+
+
+def _trained_for(
+    config: Config, label: str, predictor: FailurePredictor, train: EmbeddingSource
+) -> FailurePredictor:
+    """The predictor with the number of epochs that ``steps`` means on these rows."""
+    if config.entries[label].steps is None:
+        return predictor
+    values: dict[str, Any] = {name: getattr(predictor, name) for name in parameters(predictor)}
+    epochs = config.epochs_for(
+        label, train.pool_size or values["batch_size"] or default_batch(len(train)), len(train)
+    )
+    return type(predictor)(**values | {"epochs": epochs})
+
+
+def refusal(error: Exception) -> Refusal:
+    """A refusal as it is kept."""
+    return Refusal(error=type(error).__name__, reason=str(error))
+
+
+@contextmanager
+def collected_warnings() -> Iterator[list[str]]:
+    """Distinct texts of the warnings of a block, which are not shown; complete when the block ends."""
+    texts: list[str] = []
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            yield texts
+        finally:
+            texts += dict.fromkeys(str(warning.message) for warning in said)

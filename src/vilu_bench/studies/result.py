@@ -1,0 +1,156 @@
+"""The result of a cell as files: a JSON document, its scores, and its bootstrap values."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field, ValidationError, field_serializer
+
+from vilu.artifacts.disk import atomic_write, file_hash, make_folder, or_refuse
+from vilu.artifacts.documents import explain, read_json, read_log, write_json
+from vilu.artifacts.tables import write_table
+from vilu.errors import DataError
+from vilu.metrics.bootstrap import SortedScores, resampled
+from vilu.metrics.catalog import METRICS
+from vilu.metrics.counts import Floats, Ints
+from vilu.outcomes.outcomes import Outcomes
+from vilu.outcomes.results import ResultRow, ResultTable
+from vilu_bench.studies.cells import Cell
+from vilu_bench.studies.parts import RANKED_BY, Name, Section
+
+logger = logging.getLogger(__name__)
+
+AGAIN = "Run its `vilu benchmark` again"
+Suffix = Literal[".parquet", ".npy"]
+SCORES: Suffix = ".parquet"
+BOOTSTRAP: Suffix = ".npy"
+
+
+class Refusal(Section):
+    """Why a method does not run in a cell."""
+
+    error: str  # name of the exception
+    reason: str
+
+
+class Timing(Section):
+    """Wall time on one core: in ``log.jsonl`` of the run folder, by the path of the cell."""
+
+    fit_seconds: float | None  # of fitting; None where there was none
+    score_seconds: float  # of scoring the test set
+    rows_per_second: float  # of scoring
+
+
+class CellResult(Section):
+    """What came of a cell."""
+
+    schema_version: Literal[1] = 1
+    kind: Literal["benchmark cell"] = "benchmark cell"
+    fingerprint: str  # hash of ``decided_by``
+    decided_by: dict[str, Any]  # everything that decides the result
+    method: Name
+    data: Name
+    setting: Name
+    seed: int
+    variant: str = ""  # what the method adds to its name after the fit, where it has several kinds
+    test_rows: str  # names the rows that were tested on
+    n_train: int | None = None  # rows in the training set; None where nothing was fitted
+    results: tuple[ResultRow, ...] = ()  # A row per metric; ``split`` is the setting
+    refused: Refusal | None = None  # why there are none
+    warnings: tuple[str, ...] = ()  # what the method warned of
+    timing: Timing | None = Field(
+        default=None, exclude=True
+    )  # in cells of earlier vilu; now it is in the log
+    files: dict[Suffix, str] = Field(
+        default_factory=dict
+    )  # SHA-256 of the files beside this one, by suffix
+
+    @field_serializer("results")
+    def _plain(self, results: tuple[ResultRow, ...]) -> list[dict[str, Any]]:
+        return ResultTable(results).to_dicts()
+
+    def value(self, metric: str) -> float | None:
+        """A metric; None where it is undefined, or the cell was refused."""
+        return next((row.value for row in self.results if row.metric == metric), None)
+
+    def save(
+        self, root: Path, outcomes: Outcomes | None = None, bootstrap: Floats | None = None
+    ) -> None:
+        """Write everything, this document last: the cell is finished if and only if it is there."""
+        path = root / self.cell.path
+        make_folder(path.parent)
+        files: dict[Suffix, str] = {}
+        if outcomes is not None and bootstrap is not None:
+            write_table(path.with_suffix(SCORES), *outcomes.table())
+            with atomic_write(path.with_suffix(BOOTSTRAP)) as handle:
+                np.save(handle, bootstrap, allow_pickle=False)
+            files = {suffix: file_hash(path.with_suffix(suffix)) for suffix in (SCORES, BOOTSTRAP)}
+        write_json(path, self.model_copy(update={"files": files}).model_dump(mode="json"))
+
+    @property
+    def cell(self) -> Cell:
+        """What it is the result of."""
+        return Cell(self.method, self.data, self.setting, self.seed)
+
+
+def load_result(root: Path, cell: Cell, fingerprint: str) -> CellResult | None:
+    """The result of a cell, if it is there, whole, and made from what the fingerprint names."""
+    path = root / cell.path
+    if not path.is_file():
+        return None
+    try:
+        result = CellResult.model_validate(read_json(path, AGAIN, of=root))
+    except (DataError, ValidationError) as error:
+        what = (
+            str(error) if isinstance(error, DataError) else f"{path} is damaged: {explain(error)}."
+        )
+        logger.warning("%s %s is run again.", what, cell)
+        return None
+    if result.fingerprint != fingerprint:
+        return None
+    for suffix, sha256 in result.files.items():
+        beside = path.with_suffix(suffix)
+        if not beside.exists() or file_hash(beside) != sha256:
+            what = "not the file of its cell" if beside.exists() else "gone"
+            logger.warning("%s is %s: %s is run again", beside, what, cell)
+            return None
+    return result
+
+
+def load_times(root: Path, cells: Iterable[Cell]) -> dict[Cell, Timing]:
+    """How long cells took, from the log of the run folder: of a cell the last line."""
+    found: dict[Cell, Timing] = {}
+    paths = {cell.path.as_posix(): cell for cell in cells}
+    for line in read_log(root):
+        cell = paths.get(str(line.pop("cell", None)))
+        if cell is not None:
+            with suppress(ValidationError):  # a log may say anything; nothing else is read from it
+                found[cell] = Timing.model_validate(line)
+    return found
+
+
+def load_bootstrap(root: Path, cell: Cell) -> Floats:
+    """(M, B) bootstrap values of a finished cell."""
+    path = (root / cell.path).with_suffix(BOOTSTRAP)
+    with or_refuse(f"read {path}"):
+        values: Floats = np.load(path, allow_pickle=False)
+    return values
+
+
+def resampled_metrics(uncertainty: Floats, failure: Ints, n_resamples: int, rows: str) -> Floats:
+    """(M, B) values of the metrics ``RANKED_BY`` on B resamples of the rows that ``rows`` names.
+
+    The seed is that name. Cells with the same rows therefore share their resamples, whatever the
+    method or the seed of its training: differences between methods are paired, and the average over
+    seeds that share a test set keeps the variance of its rows.
+    """
+    scores = SortedScores(uncertainty, failure == 1)
+    values = resampled(
+        {name: METRICS[name].kernel for name in RANKED_BY}, scores, n_resamples, int(rows, 16)
+    )
+    return np.stack([values[name] for name in RANKED_BY])

@@ -1,0 +1,377 @@
+"""Running the cells of a study, in this process or in several."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import logging
+import multiprocessing
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+from pathlib import Path
+from typing import Self
+
+import torch
+
+from vilu.artifacts.disk import LOCK, is_leftover, locked, make_folder, or_refuse
+from vilu.artifacts.documents import digest, log
+from vilu.embeddings.similarity import nearest
+from vilu.embeddings.source import SAME_TEXT
+from vilu.errors import ProvenanceError, UsageError, require_at_least
+from vilu.outcomes.evaluate import evaluate
+from vilu.outcomes.outcomes import Outcomes
+from vilu.progress import Silence, reporting, track
+from vilu.store.executors.local import end_with_driver
+from vilu_bench.studies.board import Board
+from vilu_bench.studies.cells import (
+    Cell,
+    Origin,
+    needed_parts,
+    origin_of,
+    own_results,
+    plan,
+    sharing_a_fit,
+)
+from vilu_bench.studies.config import Config
+from vilu_bench.studies.data import Truth, Workbench
+from vilu_bench.studies.facts import decided_by
+from vilu_bench.studies.fit import REFUSALS, Fitted, collected_warnings, fit, predictor_of, refusal
+from vilu_bench.studies.result import (
+    CellResult,
+    Refusal,
+    Timing,
+    load_bootstrap,
+    load_result,
+    resampled_metrics,
+)
+from vilu_bench.studies.stores import Part, find_seconds, make_stores, require_stores
+
+logger = logging.getLogger(__name__)
+
+
+def run_group(bench: Workbench, cells: Sequence[Cell], root: Path) -> Iterator[Cell]:
+    """Score, evaluate and write each of the cells that share a fit, fitting once; a refusal is a result, too."""
+    fits: dict[Origin, Fitted] = {}
+    for cell in cells:
+        with naming(cell), one_thread(), reporting(Silence()):
+            refused, origin = refuse_other_classes(bench, cell), origin_of(bench.config, cell)
+            refusing = (
+                None if refused is None else Fitted(predictor_of(bench.config, cell), refused)
+            )
+            write(bench, cell, refusing or fit(bench, cell, origin, fits), root)
+        yield cell
+
+
+def refuse_other_classes(bench: Workbench, cell: Cell) -> Refusal | None:
+    """What a closed-set method would say after its fit, before the time for that is spent."""
+    candidates = bench.candidates(cell) if bench.config.class_of(cell.method).closed_set else None
+    if candidates is None:
+        return None
+    known, asked = candidates
+    if known.shape[1] != asked.shape[1]:
+        reason = f"it is fitted on embeddings of width {known.shape[1]}, and these have {asked.shape[1]}."
+        return refusal(ProvenanceError(reason))
+    others = int((nearest(asked, known)[0] < SAME_TEXT).sum())
+    reason = (
+        f"it scores the {len(known)} classes that it is fitted on, and {others} of the {len(asked)} candidates here "
+        "are others."
+    )
+    return refusal(ProvenanceError(reason)) if others else None
+
+
+def write(bench: Workbench, cell: Cell, fitted: Fitted, root: Path) -> None:
+    """Score, evaluate and write a cell."""
+    facts, truth = decided_by(bench, cell), bench.truth(cell)
+    result = CellResult(
+        fingerprint=digest(facts),
+        decided_by=facts,
+        method=cell.method,
+        data=cell.data,
+        setting=cell.setting,
+        seed=cell.seed,
+        test_rows=truth.rows,
+        n_train=fitted.n_train,
+        refused=fitted.refused,
+        warnings=fitted.warnings,
+    )
+    if result.refused is not None:
+        result.save(root)
+        return
+    with collected_warnings() as said:
+        try:
+            outcomes, timing = measure(bench, cell, fitted, truth)
+            rows = evaluate(outcomes, metrics=bench.config.metrics, n_resamples=0).rows
+        except REFUSALS as error:
+            result.model_copy(update={"refused": refusal(error)}).save(root)
+            return
+    scored = outcomes.evaluable
+    bootstrap = resampled_metrics(
+        outcomes.uncertainty[scored], outcomes.failure[scored], bench.config.resamples, truth.rows
+    )
+    variant = fitted.predictor.label.removeprefix(fitted.predictor.name)
+    found = {"results": rows, "variant": variant, "warnings": (*fitted.warnings, *said)}
+    log(root, cell=cell.path.as_posix(), **timing.model_dump())
+    result.model_copy(update=found).save(root, outcomes, bootstrap)
+
+
+def measure(bench: Workbench, cell: Cell, fitted: Fitted, truth: Truth) -> tuple[Outcomes, Timing]:
+    """Scores of a cell's test rows, and how long they took."""
+    predictor = fitted.predictor
+    test = bench.test_set(cell, (*predictor.columns, *predictor.optional_columns))
+    begun = time.perf_counter()
+    uncertainty = predictor.predict_uncertainty(test)
+    seconds = time.perf_counter() - begun
+    outcomes = Outcomes(
+        uncertainty=uncertainty,
+        failure=truth.failure,
+        outside=truth.outside,
+        method=cell.method,
+        dataset=cell.data,
+        split=cell.setting,
+        seed=cell.seed,
+        reason=truth.reason,
+        is_probability=predictor.is_probability,
+    )
+    return outcomes, Timing(
+        fit_seconds=fitted.seconds,
+        score_seconds=seconds,
+        rows_per_second=len(test) / max(seconds, 1e-9),
+    )
+
+
+@contextmanager
+def naming(cell: Cell) -> Iterator[None]:
+    """Adds the cell to whatever exception leaves the block, and to the log."""
+    try:
+        yield
+    except Exception as error:  # nothing is caught for good: it is raised again, with its place
+        error.add_note(f"in the cell: {cell}")
+        logger.error("the benchmark stops at %s", cell)  # noqa: TRY400 - whoever catches it shows the traceback
+        raise
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread for torch, BLAS and OpenMP, so that results do not depend on the number of cores or jobs."""
+    import sklearn.linear_model  # noqa: F401 - brings the libraries that are to be limited
+    from threadpoolctl import threadpool_limits
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(1):
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+Opening = tuple[Config, Mapping[Part, Path], Mapping[Part, Path]]
+"""What a workbench is made of."""
+
+
+class Crew:
+    """What runs the cells of several benchmarks, one benchmark after the other: this process, or so many others.
+
+    The others start with the first cell, stay for all benchmarks, and are ended at once where the
+    block is left early.
+    """
+
+    def __init__(self, benches: Sequence[Workbench], jobs: int) -> None:
+        self._benches, self._pool = benches, None
+        self._others = set(multiprocessing.active_children())
+        if jobs > 1:
+            context = multiprocessing.get_context(
+                "spawn"
+            )  # a fork would copy the locks of torch's threads
+            benchmarks: list[Opening] = [
+                (one.config, dict(one.folders), dict(one.seconds)) for one in benches
+            ]
+            self._pool = concurrent.futures.ProcessPoolExecutor(
+                jobs, context, _start_worker, (benchmarks,)
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._pool is None:
+            return
+        self._pool.shutdown(wait=kind is None, cancel_futures=True)
+        for worker in () if kind is None else set(multiprocessing.active_children()) - self._others:
+            worker.terminate()
+            worker.join()
+
+    def run(self, number: int, groups: Sequence[Sequence[Cell]], root: Path) -> Iterator[Cell]:
+        """Cells of a benchmark in groups that share a fit, each when its file is written."""
+        if self._pool is None:
+            for cells in groups:
+                yield from run_group(self._benches[number], cells, root)
+            return
+        running = [self._pool.submit(_run_in_worker, number, cells, root) for cells in groups]
+        for future in concurrent.futures.as_completed(running):
+            yield from future.result()
+
+
+def run_cells(
+    crew: Crew, number: int, groups: Sequence[Sequence[Cell]], root: Path, n_done: int
+) -> None:
+    """Run cells and write their files, showing progress; those that are finished stay when it is interrupted."""
+    started, n_cells = time.monotonic(), sum(map(len, groups))
+    with track("benchmark", n_done + n_cells, "cells") as task:
+        task.advance(n_done)
+        for done, cell in enumerate(crew.run(number, groups, root), start=1):
+            pace = (time.monotonic() - started) / done
+            left = timedelta(seconds=round(pace * (n_cells - done)))
+            task.advance(1, f"{60 / pace:.0f} a minute, {left} left; {cell}")
+
+
+_benchmarks: list[Opening] = []  # what a worker process may be asked for
+_open: dict[int, Workbench] = {}  # the one that it has open, by its number
+
+
+def _start_worker(benchmarks: list[Opening]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
+    threading.Thread(target=end_with_driver, daemon=True).start()
+    _benchmarks[:] = benchmarks
+
+
+def _run_in_worker(number: int, cells: Sequence[Cell], root: Path) -> list[Cell]:
+    if number not in _open:
+        _open.clear()  # benchmarks follow one another
+        _open[number] = Workbench(*_benchmarks[number])
+    return list(run_group(_open[number], cells, root))
+
+
+@dataclass(frozen=True)
+class Share:
+    """One of several shares of the work, for one of several machines."""
+
+    number: int = 0  # which, from 0
+    of: int = 1  # how many there are
+
+    @classmethod
+    def parse(cls, text: str) -> Share:
+        """``I/N`` with I from 1 to N."""
+        number, slash, of = text.partition("/")
+        if not (slash and number.isascii() and number.isdigit() and of.isascii() and of.isdigit()):
+            raise UsageError(f"--shard takes I/N, such as 1/4. Got {text!r} instead.")
+        if not 1 <= int(number) <= int(of):
+            raise UsageError(f"--shard takes I/N with I from 1 to N. Got {text!r} instead.")
+        return cls(int(number) - 1, int(of))
+
+    @property
+    def lock(self) -> str:
+        """Name of the lock: shares of one number of shares go on beside each other."""
+        return LOCK if self.of == 1 else f"{LOCK}-{self.number + 1}-of-{self.of}"
+
+
+def run_all(
+    configs: Sequence[Config],
+    data: Path,
+    output: Path,
+    *,
+    jobs: int = 1,
+    models: Path | None = None,
+    share: Share | None = None,
+    embed_only: bool = False,
+) -> list[Board]:
+    """Run every cell of some benchmarks that has no result yet; those that several have are run once.
+
+    Interrupt it at any moment: finished cells stay, and the next run does the others. A cell whose
+    method, data, parameters or code have changed is run again. Progress is shown through
+    ``vilu.progress``.
+    """
+    require_at_least("jobs", jobs, 1)
+    share = share or Share()
+    with locked(make_folder(output), "at work in", name=share.lock, who="benchmark"):
+        remove_leftovers(output)
+        works = [
+            _Work.begin(config, data, output, models, make=share.of == 1) for config in configs
+        ]
+        if embed_only:
+            return []
+        for work in works:
+            work.bench.check()
+        refuse_contradictions(works)
+        with Crew([work.bench for work in works], jobs) as crew:
+            for number, work in enumerate(works):
+                work.run(crew, number, output, share)
+        return [] if share.of > 1 else [work.board(output) for work in works]
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A benchmark under way."""
+
+    cells: tuple[Cell, ...]
+    bench: Workbench
+
+    @classmethod
+    def begin(
+        cls, config: Config, data: Path, output: Path, models: Path | None, *, make: bool
+    ) -> _Work:
+        cells = plan(config)
+        where = config, needed_parts(config, cells), data, output
+        folders = make_stores(*where, models=models) if make else require_stores(*where)
+        return cls(cells, Workbench(config, folders, find_seconds(config, folders, data)))
+
+    def run(self, crew: Crew, number: int, output: Path, share: Share) -> None:
+        """Run the cells that are missing of a share, the benchmark being the crew's of that number."""
+        groups = sharing_a_fit(self.bench.config, own_results(self.cells))
+        mine = [cell for group in groups[share.number :: share.of] for cell in group]
+        found = finished(self.bench, mine, output)
+        missing = [cell for cell in mine if cell not in found]
+        if not missing:
+            logger.info("%s: all cells are there: there is nothing to do", self.bench.config.name)
+        if stale := sum((output / cell.path).is_file() for cell in missing):
+            name = self.bench.config.name
+            logger.info(
+                "%s: %d cells are of older code, or other data or parameters: again", name, stale
+            )
+        run_cells(crew, number, sharing_a_fit(self.bench.config, missing), output, len(found))
+
+    def board(self, output: Path) -> Board:
+        """All results."""
+        runs = own_results(self.cells)
+        results = finished(self.bench, runs, output)
+        if len(results) < len(runs):
+            raise ProvenanceError(
+                f"{len(runs) - len(results)} cells were made from other code or data than this process has read: "
+                "something changed meanwhile. Start it again: they are run again, and nothing else."
+            )
+        return Board(
+            self.bench.config, self.cells, results, cache(lambda cell: load_bootstrap(output, cell))
+        )
+
+
+def refuse_contradictions(works: Sequence[_Work]) -> None:
+    """Refuse benchmarks that share an output and would undo each other's cells."""
+    known: dict[Cell, tuple[str, dict[str, object]]] = {}
+    for work in works:
+        for cell in own_results(work.cells):
+            facts = decided_by(work.bench, cell)
+            other, before = known.setdefault(cell, (work.bench.config.name, facts))
+            if differing := [key for key in before | facts if before.get(key) != facts.get(key)]:
+                raise UsageError(
+                    f"{other} and {work.bench.config.name} both have {cell}, and mean different things by it: they "
+                    f"differ in {', '.join(differing)}. Give one of them another name, or each an output of its own."
+                )
+
+
+def remove_leftovers(root: Path) -> None:
+    """Remove what a killed process left half-written; other machines may be writing."""
+    with or_refuse(f"clean {root / 'cells'}"):
+        for path in (root / "cells").rglob(".*.tmp"):
+            if is_leftover(path):
+                path.unlink(missing_ok=True)
+
+
+def finished(bench: Workbench, runs: Sequence[Cell], root: Path) -> dict[Cell, CellResult]:
+    """Results that are there and hold, of cells that have one of their own."""
+    results = {cell: load_result(root, cell, digest(decided_by(bench, cell))) for cell in runs}
+    return {cell: result for cell, result in results.items() if result is not None}

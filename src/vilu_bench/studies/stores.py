@@ -1,0 +1,206 @@
+"""Stores of a study: made once, thinned and shared by its cells."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+from vilu.artifacts.disk import MANIFEST
+from vilu.artifacts.documents import digest, read_document
+from vilu.backbones.base import Backbone
+from vilu.backbones.catalog import load_backbone
+from vilu.backbones.zeroshot import everyday_words, named_templates
+from vilu.datasets.base import Chosen, ImageDataset, ShardedDataset
+from vilu.datasets.catalog import open_dataset
+from vilu.errors import UsageError
+from vilu.store.documents import Manifest
+from vilu.store.embed import embed
+from vilu_bench.known_datasets.shift import ShiftedImages
+from vilu_bench.studies.config import Config
+from vilu_bench.studies.parts import Data, Role, StorePaths
+
+
+def thinned(images: ImageDataset, limit: int | None, shards: int | None) -> ImageDataset:
+    """At most ``limit`` images; of tar files, whose images are not counted before, the first ``shards``."""
+    if isinstance(images, ShardedDataset):
+        if shards is None and limit is not None:
+            raise UsageError(
+                f"{images.source} is in tar files, and only reading them tells how many images they hold: limit cannot "
+                "be had. Say shards = N for the first N of them."
+            )
+        if shards is None or shards >= len(images):
+            return images
+        return Chosen(images, range(shards), {"first_shards": shards})
+    if limit is None or limit >= len(images):
+        return images
+    # sorted by class, so that the first ones would be no sample
+    return Chosen(images, evenly_spaced(len(images), limit).tolist(), {"evenly_spaced": limit})
+
+
+def evenly_spaced(n: int, number: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """``number`` positions of 0 ... n - 1, in order."""
+    return np.arange(number, dtype=np.int64) * n // number
+
+
+PACKAGE = "package:"
+Part = tuple[str, Role]  # a data set by name, and one of its parts
+
+
+def find_stores(
+    config: Config, parts: Iterable[Part], data: Path, output: Path
+) -> dict[Part, Path]:
+    """The folder where each part is, or is to be; nothing is embedded."""
+    return {part: store_of(part, config.data[part[0]], data, output) for part in parts}
+
+
+def make_stores(
+    config: Config, parts: Iterable[Part], data: Path, output: Path, *, models: Path | None = None
+) -> dict[Part, Path]:
+    """The same, with whatever is missing embedded; an interrupted run goes on where it stopped."""
+    found = find_stores(config, parts, data, output)
+    load = functools.cache(functools.partial(load_backbone, models=models))
+    for (name, role), folder in found.items():
+        entry = config.data[name]
+        if entry.stores is not None:
+            continue
+        if not is_complete(folder):
+            _embed(entry, role, data, folder, load(entry.backbone))
+        elif models is not None:
+            theirs = read_document(folder / MANIFEST, Manifest).space
+            load(entry.backbone).space.require_match(
+                theirs, mine=f"the model in {models}", theirs=f"{folder}"
+            )
+    return found
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a store is there and sealed."""
+    return (folder / MANIFEST).is_file()
+
+
+def require_stores(
+    config: Config, parts: Iterable[Part], data: Path, output: Path
+) -> dict[Part, Path]:
+    """The same; refuses to go on where embeddings are missing."""
+    folders = find_stores(config, parts, data, output)
+    if missing := [
+        f"{name} ({role})" for (name, role), folder in folders.items() if not is_complete(folder)
+    ]:
+        raise UsageError(
+            f"a share of the cells needs embeddings that are there; {len(missing)} sets are not, the first is "
+            f"{missing[0]}. Make them all with --embed-only, once."
+        )
+    return folders
+
+
+def store_of(part: Part, entry: Data, data: Path, output: Path) -> Path:
+    """The folder of a part; errors as ``find_stores``."""
+    name, role = part
+    if entry.stores is not None:
+        return _named(name, "stores", entry.stores, role, data)
+    with open_images(entry, role, data) as images:
+        recipe = [
+            images.fingerprint,
+            entry.backbone,
+            _names(entry, images),
+            _columns(entry, role),
+            *_words(entry),
+        ]
+    hashed = digest([importlib.metadata.version("vilu"), *recipe])[:8]
+    stem = (
+        entry.dataset or Path(str(entry.source).removeprefix(PACKAGE)).stem
+    )  # so that entries of one recipe share it
+    return output / "stores" / f"{stem}-{'pairs' if entry.captions else role}-{hashed}"
+
+
+def find_seconds(config: Config, parts: Iterable[Part], data: Path) -> dict[Part, Path]:
+    """The folders of the parts by a second model, where there is one."""
+    seconds = {(name, role): config.data[name].second for name, role in parts}
+    return {
+        part: _named(part[0], "second", of, part[1], data)
+        for part, of in seconds.items()
+        if of is not None
+    }
+
+
+def _named(name: str, key: str, paths: StorePaths, role: Role, data: Path) -> Path:
+    folder = getattr(paths, role)
+    if folder is None:
+        raise UsageError(
+            f"data.{name} has no store of its {role} rows. Name it, as {key}.{role} = ...."
+        )
+    return data / str(folder)
+
+
+def _embed(entry: Data, role: Role, data: Path, folder: Path, backbone: Backbone) -> None:
+    with open_images(entry, role, data) as images:
+        features, views, prompts = _columns(entry, role)
+        embed(
+            images,
+            backbone,
+            folder,
+            names=_names(entry, images),
+            features=features,
+            views=views,
+            prompts=() if entry.captions else prompts,
+            negatives=[word for words in _words(entry) for word in words],
+            split=None if entry.captions else getattr(entry, role),
+        )
+
+
+def _columns(entry: Data, role: Role) -> tuple[bool, int, tuple[str, ...]]:
+    """Features, views and prompts to store beside the embeddings."""
+    views = (
+        entry.views if role == "test" and not entry.captions else 0
+    )  # of training images they would be all the time
+    return entry.features, views, tuple(named_templates(entry.prompts))
+
+
+def _words(entry: Data) -> list[tuple[str, ...]]:
+    """Everyday words to keep, if any are wanted."""
+    return [everyday_words()] if entry.negatives else []
+
+
+def _names(entry: Data, images: ImageDataset) -> tuple[str, ...]:
+    if entry.captions:
+        return ()
+    names = entry.classes or images.class_names
+    if names is None:
+        raise UsageError(
+            f"{images.source} names no classes. List them in the benchmark file, as classes = [...]."
+        )
+    return names
+
+
+@contextmanager
+def open_images(entry: Data, role: Role, data: Path) -> Iterator[ImageDataset]:
+    """The pictures of a part: those of its split, or of captions all of them; thinned, then shifted."""
+    source = entry.source or "."
+    asset = resources.files("vilu").joinpath("assets", source.removeprefix(PACKAGE))
+    with (
+        resources.as_file(asset)
+        if source.startswith(PACKAGE)
+        else nullcontext(data / source) as path
+    ):
+        images = open_dataset(
+            path,
+            split=None if entry.captions else getattr(entry, role),
+            captions=entry.captions and entry.dataset is None,  # a known one has nothing else
+            where=entry.where,
+            dataset=entry.dataset,
+            raw_names=entry.raw_names,
+        )
+        images = thinned(images, entry.limit_of(role), entry.shards)
+        if entry.shift is not None:
+            if isinstance(images, ShardedDataset):
+                raise UsageError(
+                    f"{images.source} is in tar files, whose images cannot be shifted. Leave out shift."
+                )
+            images = ShiftedImages(images, entry.shift.kinds, entry.shift.severity)
+        yield images
