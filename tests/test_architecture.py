@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "vilu"
 
-BASE = {"errors", "artifacts", "text", "progress", "device", "extras", "registry"}
+BASE = {"errors", "validation", "artifacts", "text", "progress", "device", "extras", "registry"}
 GROUND = BASE | {"embeddings", "metrics"}
 SOURCES = GROUND | {"datasets", "backbones", "store"}
 DECIDING = SOURCES | {"outcomes", "predictors", "scoring", "calibration"}

@@ -14,16 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vilu.artifacts.documents import fill
-from vilu.errors import (
-    MissingModelError,
-    ProvenanceError,
-    UsageError,
-    checked,
-    nearest,
-    require_one_of,
-)
+from vilu.errors import MissingModelError, ProvenanceError, UsageError, nearest
 from vilu.progress import track
 from vilu.registry import load_plugins, toml_tables
+from vilu.validation import checked, require_one_of
 
 log = logging.getLogger(__name__)
 

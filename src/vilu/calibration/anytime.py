@@ -22,8 +22,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from vilu.calibration.thresholds import some_enough
-from vilu.errors import DataError, require_between
+from vilu.errors import DataError
 from vilu.metrics.counts import Floats, Ints
+from vilu.validation import require_between
 
 BETS: Final = ((0.95, 0.4), (0.8, 0.25), (0.6, 0.2), (0.35, 0.15))
 """Bets b with their shares of the first wealth:

@@ -32,9 +32,10 @@ from vilu.calibration.thresholds import (
     sgr_steps,
     tail,
 )
-from vilu.errors import DataError, UsageError, checked, require_between, require_one_of
+from vilu.errors import DataError, UsageError
 from vilu.metrics.counts import Floats, Ints, TieCounts, real_vector, tie_counts
 from vilu.outcomes.outcomes import Outcomes, check_texts
+from vilu.validation import checked, require_between, require_one_of
 
 ALL, OTHER = "", "(other)"
 """Names of the group of all rows, and of the group of what has too few calibration rows for a group of its own."""

@@ -12,9 +12,10 @@ from pydantic import Field
 from vilu.artifacts.documents import Model
 from vilu.calibration.rules import evaluable
 from vilu.calibration.thresholds import percent, rows_for_mean
-from vilu.errors import InfeasibleError, require_between
+from vilu.errors import InfeasibleError
 from vilu.metrics.counts import Floats, Ints, real_vector
 from vilu.outcomes.outcomes import Outcomes
+from vilu.validation import require_between
 
 MAX_ROWS = (
     10**6

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from vilu.artifacts.tables import csv_rows
 from vilu.calibration.thresholds import FLOOR_SHARE, FLOORS, Point, percent, some_enough
-from vilu.errors import DataError, UsageError, require_between
+from vilu.errors import DataError, UsageError
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
+from vilu.validation import require_between
 
 OUTSIDE_NAME: Final = "(outside)"
 """Name of the stratum of the rows that are of none of the classes."""

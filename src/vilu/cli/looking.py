@@ -22,8 +22,9 @@ from vilu.cli.console import (
     next_step,
     reads,
 )
-from vilu.errors import DataError, ProvenanceError, UsageError, require_between
+from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.text import printable
+from vilu.validation import require_between
 
 if TYPE_CHECKING:
     from vilu.calibration.monitor.monitor import Monitor

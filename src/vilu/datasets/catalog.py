@@ -21,7 +21,8 @@ from vilu.datasets.known import open_known
 from vilu.datasets.layouts import find_opener
 from vilu.datasets.table import open_table
 from vilu.datasets.tar import SUFFIX, TarShards, find_shards
-from vilu.errors import DataError, StorageError, UsageError, checked, require_at_least
+from vilu.errors import DataError, StorageError, UsageError
+from vilu.validation import checked, require_at_least
 
 DATASETS: Final[dict[str, str]] = {
     "folder": "DIR/CLASS/**/IMAGE, or DIR/SPLIT/CLASS/**/IMAGE with --split; a flat folder is unlabelled",

@@ -15,7 +15,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from vilu.errors import DataError, refuse_masked
+from vilu.errors import DataError
+from vilu.validation import refuse_masked
 
 VALID, NONFINITE, ZERO_NORM, SHORT_POOL = 0, 1, 2, 3
 STATUS = ("valid", "nonfinite", "zero_norm", "short_pool")

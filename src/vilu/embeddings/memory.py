@@ -24,7 +24,8 @@ from vilu.embeddings.pairs import PairSource, Pools
 from vilu.embeddings.similarity import rows_at
 from vilu.embeddings.source import EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.errors import DataError, checked
+from vilu.errors import DataError
+from vilu.validation import checked
 
 
 class Embeddings(EmbeddingSource):

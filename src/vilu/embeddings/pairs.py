@@ -19,15 +19,8 @@ from vilu.device import as_usual
 from vilu.embeddings.checks import SHORT_POOL, VALID, Identifiers, Identity, RowNumbers
 from vilu.embeddings.similarity import first_equal, row_keys
 from vilu.embeddings.source import Batch, Candidates, EmbeddingSource, PooledBatch
-from vilu.errors import (
-    UNKNOWN,
-    DataError,
-    UsageError,
-    checked,
-    checked_fields,
-    require_at_least,
-    require_mask,
-)
+from vilu.errors import UNKNOWN, DataError, UsageError
+from vilu.validation import checked, checked_fields, require_at_least, require_mask
 
 Direction = Literal["image_to_text", "text_to_image"]
 

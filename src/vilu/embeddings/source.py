@@ -27,7 +27,8 @@ from vilu.embeddings.checks import (
 from vilu.embeddings.columns import HOW, IMAGE_COLUMNS, TEXT_COLUMNS
 from vilu.embeddings.similarity import Others, ZeroShot, first_equal, float64, row_blocks, zero_shot
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.errors import UNKNOWN, DataError, UsageError, checked, require_mask
+from vilu.errors import UNKNOWN, DataError, UsageError
+from vilu.validation import checked, require_mask
 
 HASHED_ROWS = 2**14  # rows whose embeddings are hashed together
 # cosine from which on two texts are the same class; rounding to float16 moves it by less than 1e-6

@@ -6,7 +6,8 @@ import math
 from dataclasses import asdict, dataclass
 
 from vilu.artifacts.documents import digest
-from vilu.errors import ProvenanceError, UsageError, checked_fields, require_at_least
+from vilu.errors import ProvenanceError, UsageError
+from vilu.validation import checked_fields, require_at_least
 
 PROVENANCE = ("backbone", "weights", "preprocess", "tokenizer", "precision")
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from vilu.embeddings.checks import VALID, Identity
 from vilu.embeddings.columns import SECOND
 from vilu.embeddings.source import EmbeddingSource, Taken
-from vilu.errors import DataError, UsageError, checked
+from vilu.errors import DataError, UsageError
+from vilu.validation import checked
 
 TELLING: tuple[Identity, ...] = ("pictures", "names")
 """What a row can be recognised by, whichever model embedded it; the best first."""

@@ -23,7 +23,7 @@ from vilu.datasets.images import DEFAULT_LIMITS, ImageLimits
 from vilu.device import as_usual
 from vilu.embeddings.columns import IMAGE_COLUMNS
 from vilu.embeddings.source import Batch, EmbeddingSource, log_posterior
-from vilu.errors import UNKNOWN, ProvenanceError, UsageError, checked, require_at_least
+from vilu.errors import UNKNOWN, ProvenanceError, UsageError
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.storage import load
 from vilu.predictors.vocabulary import Vocabulary
@@ -34,6 +34,7 @@ from vilu.store.job import BackboneSpec
 from vilu.store.mapped import default_workers, in_threads
 from vilu.store.parts import ErrorRow, PartRows
 from vilu.store.pipeline import END, Decoded, Decoder, Encoder
+from vilu.validation import checked, require_at_least
 
 RUNNERS_UP: Final = 2
 """Answers that are named beside the first."""

@@ -16,11 +16,12 @@ from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from vilu.errors import UsageError, checked, require_at_least, require_between
+from vilu.errors import UsageError
 from vilu.metrics.catalog import Kernel, get_metric
 from vilu.metrics.counts import Floats, Ints, TieCounts, check_pair, tie_counts
 from vilu.metrics.reliability import probability_counts
 from vilu.progress import track
+from vilu.validation import checked, require_at_least, require_between
 
 MAX_RESAMPLES = 1_000_000  # more do not change an interval
 RESAMPLED_GROUPS = (

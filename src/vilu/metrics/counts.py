@@ -9,7 +9,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from vilu.errors import OUTSIDE, UNKNOWN, DataError, refuse_masked
+from vilu.errors import OUTSIDE, UNKNOWN, DataError
+from vilu.validation import refuse_masked
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

@@ -11,8 +11,9 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from vilu.errors import UsageError, checked, require_one_of
+from vilu.errors import UsageError
 from vilu.metrics.counts import Floats, Ints, Positive, TieCounts, ratio, tie_counts
+from vilu.validation import checked, require_one_of
 
 Rule = Literal["interpolate", "first", "nearest"]
 

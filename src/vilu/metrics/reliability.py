@@ -11,8 +11,9 @@ from typing import ClassVar, Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike
 
-from vilu.errors import DataError, UsageError, checked, require_at_least, require_one_of
+from vilu.errors import DataError, UsageError
 from vilu.metrics.counts import Floats, TieCounts, ratio, tie_counts
+from vilu.validation import checked, require_at_least, require_one_of
 
 Binning = Literal["width", "mass"]
 

@@ -13,8 +13,8 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike
 
-from vilu.errors import checked, require_between, require_one_of
 from vilu.metrics.counts import Floats, Ints, TieCounts, ratio, tie_counts
+from vilu.validation import checked, require_between, require_one_of
 
 Convention = Literal["mean", "trapezoid"]
 

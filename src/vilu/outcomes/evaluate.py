@@ -11,20 +11,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from vilu.errors import (
-    UNKNOWN,
-    DataError,
-    ProvenanceError,
-    UsageError,
-    checked,
-    found,
-    require_at_least,
-)
+from vilu.errors import UNKNOWN, DataError, ProvenanceError, UsageError
 from vilu.metrics.bootstrap import Interval, OwnInterval, paired_bootstrap
 from vilu.metrics.catalog import Kernel, Metric, Question, evaluated_metrics, get_metric
 from vilu.metrics.counts import tie_counts
 from vilu.outcomes.outcomes import Outcomes, Scores, Tallied, Tally, facts_of
 from vilu.outcomes.results import ResultRow, ResultTable
+from vilu.validation import checked, describe_value, require_at_least
 
 FEW = 30  # with fewer wrong (or right) answers an interval says little
 
@@ -108,7 +101,7 @@ def _tallies(outcomes: Tallied | Iterable[object]) -> list[Tally]:
     tallies = []
     for one in [outcomes] if isinstance(outcomes, Tallied) else outcomes:
         if not isinstance(one, Tallied):
-            what = found(outcomes if hasattr(outcomes, "shape") else one)
+            what = describe_value(outcomes if hasattr(outcomes, "shape") else one)
             raise UsageError(
                 f"evaluate takes vilu.Outcomes, which vilu.score gives, or a list of them. Got {what}."
             )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 from vilu.artifacts.documents import SCHEMA_VERSION, read_json, write_json
 from vilu.artifacts.paths import claim_file, said_of
 from vilu.artifacts.tables import read_column, read_table, require_schema, write_table
-from vilu.errors import DataError, StorageError, UsageError, checked, found
+from vilu.errors import DataError, StorageError, UsageError
 from vilu.metrics.bootstrap import OwnInterval
 from vilu.metrics.catalog import (
     DEFAULT_METRICS,
@@ -25,6 +25,7 @@ from vilu.metrics.catalog import (
     get_metric,
 )
 from vilu.text import aligned, in_markdown, markdown_rows, printable, span
+from vilu.validation import checked, describe_value
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -136,7 +137,7 @@ class ResultTable:
         for name, want in fields.items():
             if not isinstance(want, str | Real | None):  # numpy's, too
                 raise UsageError(
-                    f"{name} must be a text, a number or None. Got {found(want)} instead."
+                    f"{name} must be a text, a number or None. Got {describe_value(want)} instead."
                 )
         fits = (
             row

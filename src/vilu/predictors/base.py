@@ -22,7 +22,7 @@ from vilu.embeddings.similarity import cached_rows
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.embeddings.source import log_posterior as zero_shot_log_posterior
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.errors import UNKNOWN, DataError, NotFittedError, UsageError, checked
+from vilu.errors import UNKNOWN, DataError, NotFittedError, UsageError
 from vilu.metrics.counts import check_codes, real_vector, require_same_length
 from vilu.predictors import record
 from vilu.predictors.games import PLAYER_OF_LOOK, Game, NoAttribution, SingleGame
@@ -55,6 +55,7 @@ from vilu.predictors.rows import (
     sketch,
     warn_of_other_space,
 )
+from vilu.validation import checked
 
 # probabilities nearer to 0 or 1 count as this far away, so that their log-odds are finite
 CERTAIN = 1e-15

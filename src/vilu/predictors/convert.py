@@ -15,10 +15,11 @@ from torch import Tensor
 from vilu.backbones.loading import UNREADABLE, why_refused
 from vilu.device import as_usual
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.errors import DataError, StorageError, ViLUError, checked
+from vilu.errors import DataError, StorageError, ViLUError
 from vilu.extras import quiet
 from vilu.predictors.heads.head import HeadPredictor
 from vilu.predictors.heads.vilu import LVU, ViLU
+from vilu.validation import checked
 
 
 @checked

@@ -10,7 +10,8 @@ from typing import Annotated, Any, ClassVar, Protocol, TypeVar, cast, get_type_h
 import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 
-from vilu.errors import LARGEST_SEED, UsageError, nearest
+from vilu.errors import UsageError, nearest
+from vilu.validation import LARGEST_SEED
 
 
 class Parametrised(Protocol):

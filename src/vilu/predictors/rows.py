@@ -16,7 +16,8 @@ from torch import Tensor
 from vilu.artifacts.documents import digest
 from vilu.embeddings.checks import SHORT_POOL, VALID, Identity
 from vilu.embeddings.source import EmbeddingSource, say_once
-from vilu.errors import UNKNOWN, DataError, UsageError, require_at_least
+from vilu.errors import UNKNOWN, DataError, UsageError
+from vilu.validation import require_at_least
 
 
 def shots(source: EmbeddingSource, n: int, seed: int = 0) -> Tensor:

@@ -17,7 +17,7 @@ from vilu.artifacts.documents import read_json
 from vilu.artifacts.paths import claim_folder, inputs_of
 from vilu.device import as_usual
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.errors import DataError, ViLUError, checked
+from vilu.errors import DataError, ViLUError
 from vilu.predictors import record
 from vilu.predictors.base import FailurePredictor
 from vilu.predictors.catalogue import find_method, method_names
@@ -32,6 +32,7 @@ from vilu.predictors.record import (
     read_record,
     take_seen,
 )
+from vilu.validation import checked
 
 logger = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from vilu.embeddings.pairs import PairSource
 from vilu.embeddings.rows import SCORING_BATCH
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.embeddings.two_models import TwoModels
-from vilu.errors import UNKNOWN, DataError, UsageError, checked, require_at_least
+from vilu.errors import UNKNOWN, DataError, UsageError
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.base import FailurePredictor
@@ -37,6 +37,7 @@ from vilu.predictors.rows import candidates_of, counted, same_candidates, scored
 from vilu.progress import Task, track
 from vilu.scoring.score_folder import ScoreFolder, ScoreLedger, ScoreManifest, ScoreRun
 from vilu.store.reader import CaptionStore, EmbeddingStore
+from vilu.validation import checked, require_at_least
 
 ROWS_PER_PART = 2**17
 ACCEPT, ABSTAIN = "accept", "abstain"

@@ -18,11 +18,12 @@ from pydantic import Field, model_validator
 from vilu.artifacts.disk import MANIFEST, RUN
 from vilu.artifacts.documents import Document, Model, digest, read_document, read_json, vouched
 from vilu.artifacts.tables import parquet_bytes, read_column, read_table
-from vilu.errors import DataError, ProvenanceError, StorageError, checked
+from vilu.errors import DataError, ProvenanceError, StorageError
 from vilu.metrics.counts import Ints
 from vilu.metrics.histogram import MAX_BINS, Histogram, codes
 from vilu.outcomes.outcomes import MISSING, OPTIONAL, Outcomes, Tally, facts_of
 from vilu.store.ledger import AnyReceipt, Count, FileInfo, Ledger, Reopened, Vouched, content_hash
+from vilu.validation import checked
 
 AGAIN = "Run the same `vilu score` again"
 

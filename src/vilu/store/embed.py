@@ -28,13 +28,14 @@ from vilu.datasets.images import DEFAULT_LIMITS, ImageLimits, OfShard
 from vilu.device import as_usual
 from vilu.embeddings.checks import check_class_names, require_usable
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.errors import DataError, StorageError, UsageError, ViLUError, checked, require_at_least
+from vilu.errors import DataError, StorageError, UsageError, ViLUError
 from vilu.progress import track
 from vilu.store.documents import CLASSES, ClassColumn, Inputs, Manifest, Receipt, Run, class_columns
 from vilu.store.job import BackboneSpec, EmbedJob, Executor, forget_attempts
 from vilu.store.ledger import Vouched, content_hash
 from vilu.store.parts import ERRORS, Part, StoreLedger, read_classes, read_columns, write_classes
 from vilu.store.reader import CaptionStore, EmbeddingStore
+from vilu.validation import checked, require_at_least
 
 PART_IMAGES, PART_SHARDS = 4096, 10  # images or shards per part, unless somebody says otherwise
 OVERHEAD = 1.05  # of metadata and receipts over the vectors

@@ -31,13 +31,14 @@ from vilu.embeddings.checks import (
 from vilu.embeddings.columns import ANY_NORM, COLUMNS, IMAGE_COLUMNS, TEXT_COLUMNS, check_columns
 from vilu.embeddings.source import first_same
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.errors import OUTSIDE, UNKNOWN, DataError, UsageError, checked
+from vilu.errors import OUTSIDE, UNKNOWN, DataError, UsageError
 from vilu.progress import track
 from vilu.store.arrays import MAX_TEXT, Arrays, StoredArray, texts_of
 from vilu.store.documents import IMAGE, ClassColumn, ImageColumn, Imported, Run
 from vilu.store.embed import Budget, begin, describe_run, require_room, seal
 from vilu.store.parts import ErrorRow, LabelledRow, Part, PartRows, StoreLedger, has_shape
 from vilu.store.reader import EmbeddingStore
+from vilu.validation import checked
 
 PART_ROWS = 16_384  # rows per part, unless somebody says otherwise
 

@@ -22,12 +22,13 @@ from vilu.device import as_usual
 from vilu.embeddings.checks import NORM_TOLERANCE, VALID, RowNumbers, normalised, row_status
 from vilu.embeddings.pairs import Pools
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, checked
+from vilu.errors import DataError, ProvenanceError, StorageError, UsageError
 from vilu.progress import track
 from vilu.store.folds import Fold, rows_of_fold
 from vilu.store.ledger import Reopened
 from vilu.store.mapped import ChosenNumbers, MappedPairs, MappedParts, default_workers, in_threads
 from vilu.store.parts import open_npy, or_damaged
+from vilu.validation import checked
 
 FOLDERS = (("img_emb", "text_emb"), ("images", "texts"))
 """Folders of image and caption embeddings, as clip-retrieval and LAION name them."""

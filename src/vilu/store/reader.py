@@ -20,15 +20,7 @@ from vilu.embeddings.checks import HASH_BYTES, Identity, hash_names, hash_of_eac
 from vilu.embeddings.columns import TEXT_COLUMNS, check_columns
 from vilu.embeddings.pairs import Pools
 from vilu.embeddings.source import EmbeddingSource
-from vilu.errors import (
-    OUTSIDE,
-    UNKNOWN,
-    DataError,
-    ProvenanceError,
-    StorageError,
-    UsageError,
-    checked,
-)
+from vilu.errors import OUTSIDE, UNKNOWN, DataError, ProvenanceError, StorageError, UsageError
 from vilu.store.documents import CAPTION, IMAGE, ClassColumn, Manifest, Run, StoredClasses
 from vilu.store.folds import Fold, rows_of_fold
 from vilu.store.laion import LaionPairs, find_shards
@@ -45,6 +37,7 @@ from vilu.store.parts import (
     read_classes,
     read_columns,
 )
+from vilu.validation import checked
 
 
 @checked

@@ -22,7 +22,7 @@ from vilu.calibration.rules import ALL, Selector, group_names, members_of
 from vilu.calibration.shares import OUTSIDE_NAME
 from vilu.device import as_usual
 from vilu.embeddings.source import EmbeddingSource, say_once
-from vilu.errors import UNKNOWN, DataError, InfeasibleError, UsageError, checked
+from vilu.errors import UNKNOWN, DataError, InfeasibleError, UsageError
 from vilu.guard.guard import RunnersUp
 from vilu.metrics.counts import Ints
 from vilu.outcomes.outcomes import Outcomes
@@ -52,6 +52,7 @@ from vilu.triage.promise import (
     keep_promise,
     stand,
 )
+from vilu.validation import checked
 
 LABELLED, REVIEW = "labelled", "review"
 """Decisions beside "accept": the label is known; a person has to look."""

@@ -20,7 +20,7 @@ from vilu.datasets.images import BadImage, read_image
 from vilu.device import as_usual
 from vilu.embeddings.rows import SCORING_BATCH
 from vilu.embeddings.source import EmbeddingSource, TakenIds
-from vilu.errors import UNKNOWN, DataError, UsageError, checked
+from vilu.errors import UNKNOWN, DataError, UsageError
 from vilu.extras import import_extra
 from vilu.metrics.counts import Floats
 from vilu.predictors import ViLUPlus
@@ -29,6 +29,7 @@ from vilu.progress import track
 from vilu.report import figures, style
 from vilu.report.figures import Photo
 from vilu.report.page.gallery import find_pictures
+from vilu.validation import checked
 
 FOLDS: Final = 5
 SHOWN: Final = 8

@@ -24,7 +24,7 @@ from vilu.datasets.files import portable_name
 from vilu.device import as_usual
 from vilu.embeddings.rows import SCORING_BATCH
 from vilu.embeddings.source import EmbeddingSource
-from vilu.errors import UsageError, checked, require_between
+from vilu.errors import UsageError
 from vilu.guard.guard import RunnersUp, runners_up_of
 from vilu.report.page.build import find_template, render
 from vilu.report.page.gallery import thumbnails
@@ -40,6 +40,7 @@ from vilu.triage.labels import (
 )
 from vilu.triage.photos import PhotoFolder
 from vilu.triage.triage import BOOK, DECISIONS, MOVED, NEXT, REPORT, SORTED, Job, Triage, Workshop
+from vilu.validation import checked, require_between
 
 PAGE: Final = "triage.html.jinja"
 SHOWN, LINES = 24, 20

@@ -8,13 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 
 from vilu.embeddings.pairs import Pools
 from vilu.embeddings.source import EmbeddingSource
-from vilu.errors import DataError, require_at_least
+from vilu.errors import DataError
 from vilu.outcomes.evaluate import evaluate
 from vilu.outcomes.results import ResultRow, ResultTable
 from vilu.predictors.base import FailurePredictor
 from vilu.progress import track
 from vilu.scoring.score import score
 from vilu.text import aligned
+from vilu.validation import require_at_least
 
 logger = logging.getLogger(__name__)
 

@@ -22,11 +22,12 @@ from vilu.artifacts.disk import LOCK, is_leftover, locked, make_folder, or_refus
 from vilu.artifacts.documents import digest, log
 from vilu.embeddings.similarity import nearest
 from vilu.embeddings.source import SAME_TEXT
-from vilu.errors import ProvenanceError, UsageError, require_at_least
+from vilu.errors import ProvenanceError, UsageError
 from vilu.outcomes.evaluate import evaluate
 from vilu.outcomes.outcomes import Outcomes
 from vilu.progress import Silence, reporting, track
 from vilu.store.executors.local import end_with_driver
+from vilu.validation import require_at_least
 from vilu_bench.studies.board import Board
 from vilu_bench.studies.cells import (
     Cell,

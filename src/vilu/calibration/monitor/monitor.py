@@ -25,17 +25,10 @@ from vilu.calibration.monitor.watch import PARTS, State, Watch, Wealth
 from vilu.calibration.record import Rule
 from vilu.calibration.rules import Selector, group_names
 from vilu.calibration.shares import Strata
-from vilu.errors import (
-    UNKNOWN,
-    DataError,
-    ProvenanceError,
-    UsageError,
-    checked,
-    require_at_least,
-    require_between,
-)
+from vilu.errors import UNKNOWN, DataError, ProvenanceError, UsageError
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
+from vilu.validation import checked, require_at_least, require_between
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -17,7 +17,7 @@ from vilu.artifacts.documents import SCHEMA_VERSION, write_json
 from vilu.artifacts.paths import claim_file
 from vilu.device import as_usual
 from vilu.embeddings.source import EmbeddingSource, log_posterior
-from vilu.errors import UNKNOWN, DataError, UsageError, checked
+from vilu.errors import UNKNOWN, DataError, UsageError
 from vilu.predictors.base import FailurePredictor
 from vilu.predictors.games import NoAttribution, Scored
 from vilu.predictors.rows import common_identity
@@ -27,6 +27,7 @@ from vilu.report.explain.attribution import Attribution, Attributor
 from vilu.report.explain.competitors import Neighbour, TrainingRows, Weights, weights_of
 from vilu.report.explain.rows import Names, find_rows, scored_rows, truths
 from vilu.text import aligned, rest, shown
+from vilu.validation import checked
 
 SHOWN = 15  # lines of a table; the rest is counted
 

@@ -14,11 +14,12 @@ from torch.nn.functional import normalize
 
 from vilu.device import as_usual
 from vilu.embeddings.source import Batch, EmbeddingSource
-from vilu.errors import UNKNOWN, DataError, UsageError, checked, require_at_least
+from vilu.errors import UNKNOWN, DataError, UsageError
 from vilu.predictors.search import leaders
 from vilu.progress import Task, track
 from vilu.report.explain.explain import Findings, first_lines
 from vilu.report.explain.rows import ROWS, class_name
+from vilu.validation import checked, require_at_least
 
 STEPS, SHARED = (0.5, 1.0, 2.0, 4.0, 8.0), (0.0, 0.1)
 MIXES = tuple(itertools.product(STEPS, SHARED))

@@ -9,12 +9,13 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import ArrayLike
 
-from vilu.errors import OUTSIDE, UNKNOWN, DataError, UsageError, checked, require_between
+from vilu.errors import OUTSIDE, UNKNOWN, DataError, UsageError
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.report.explain.explain import Findings, first_lines
 from vilu.report.explain.rows import class_name
 from vilu.report.figures import probability
+from vilu.validation import checked, require_between
 
 
 @dataclass(frozen=True)

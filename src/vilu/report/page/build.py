@@ -20,7 +20,7 @@ from vilu.calibration.thresholds import percent as bound
 from vilu.datasets.base import ImageDataset
 from vilu.device import as_usual
 from vilu.embeddings.source import EmbeddingSource
-from vilu.errors import UNKNOWN, ProvenanceError, UsageError, checked
+from vilu.errors import UNKNOWN, ProvenanceError, UsageError
 from vilu.extras import import_extra
 from vilu.metrics.catalog import METRICS, but_for
 from vilu.metrics.counts import Floats, Ints, check_pair
@@ -33,6 +33,7 @@ from vilu.report.page.charts import Rate, class_rows, goal
 from vilu.report.page.choice import Calibrated, Choice, by_hindsight, by_rule, choose_main
 from vilu.report.page.gallery import Card, make_card, pick_rows, thumbnails
 from vilu.text import csp_hash
+from vilu.validation import checked
 
 if TYPE_CHECKING:
     from jinja2 import Template

@@ -17,13 +17,14 @@ from vilu.artifacts.documents import digest
 from vilu.calibration import record
 from vilu.calibration.record import Rule
 from vilu.calibration.rules import Certificate, Selector, group_names
-from vilu.errors import DataError, ProvenanceError, UsageError, nearest, require_between
+from vilu.errors import DataError, ProvenanceError, UsageError, nearest
 from vilu.metrics.counts import tie_counts
 from vilu.outcomes.evaluate import require_same_rows
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.record import PREDICTOR
 from vilu.report.figures import known
 from vilu.scoring.score_folder import ScoreFolder
+from vilu.validation import require_between
 
 
 @dataclass(frozen=True)

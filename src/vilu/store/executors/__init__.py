@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vilu.errors import UsageError, require_one_of
+from vilu.errors import UsageError
+from vilu.validation import require_one_of
 
 if TYPE_CHECKING:
     from vilu.store.job import Executor

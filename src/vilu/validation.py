@@ -1,0 +1,271 @@
+"""Checks of arguments: numbers in their range, words of a list, and values of their annotated types."""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import cache, wraps
+from numbers import Integral, Real
+from types import NoneType, SimpleNamespace, UnionType
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
+
+from vilu.errors import DataError, UsageError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+C = TypeVar("C", bound=type)
+
+LARGEST_SEED = 2**63 - 1
+"""What every generator of random numbers takes."""
+
+CHECKED_ELEMENTS = 100
+"""Elements of a list whose types are looked at."""
+
+MANY = 2
+"""Choices beyond which a message says "one of"."""
+
+
+def require_at_least(name: str, value: int, least: int) -> None:
+    """Refuse a smaller number."""
+    if value < least:
+        raise UsageError(f"{name} must be at least {least}. Got {value} instead.")
+
+
+def require_between(name: str, value: float, interval: str = "(0, 1)") -> None:
+    """Refuse a number that is not between 0 and 1; the brackets say whether these are allowed."""
+    if 0 < value < 1:
+        return
+    if value == 0 and interval.startswith("["):
+        return
+    if value == 1 and interval.endswith("]"):
+        return
+    raise UsageError(f"{name} must be in {interval}. Got {value} instead.")
+
+
+def require_one_of(name: str, value: str, choices: Iterable[str]) -> None:
+    """Refuse another word."""
+    if value not in choices:
+        raise UsageError(f"{name} must be one of {', '.join(choices)}. Got {value!r} instead.")
+
+
+def refuse_masked(values: Any, name: str) -> None:  # noqa: ANN401 - any argument
+    """Refuse an array of numpy with masked numbers: what lies below the mask would be used."""
+    is_masked = type(values).__name__ == "MaskedArray"  # told without numpy
+    if is_masked and values.mask.any():
+        raise DataError(
+            f"{name} has {values.mask.sum()} numbers that are masked. "
+            "Leave those rows out, or fill them."
+        )
+
+
+def require_mask(name: str, mask: Any, n: int) -> Any:  # noqa: ANN401 - arrays, without numpy
+    """The array (N,), if it is Boolean."""
+    if mask.dtype != bool or mask.shape != (n,):
+        raise DataError(
+            f"{name} must have one Boolean per row ({n}). Got {mask.dtype} {mask.shape} instead."
+        )
+    return mask
+
+
+def checked(function: Callable[P, R]) -> Callable[P, R]:
+    """The same function, which first refuses arguments of other types than its annotations say.
+
+    Numbers may be numpy's, or of an array of no dimension, and come as Python's; True is no number
+    and "1" is none; arrays are the function's own to check.
+
+    Raises:
+        UsageError: With what was found and what was expected; of a number of arguments that cannot
+            be, TypeError.
+    """
+    shape = inspect.signature(function)
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        bound = shape.bind(*args, **kwargs)
+        arguments = bound.arguments
+        for name, hint in _hints(function).items():
+            if name in arguments:
+                arguments[name] = _as_python(arguments[name], hint)
+                _check(name, arguments[name], hint, arguments)
+        return function(*bound.args, **bound.kwargs)
+
+    return call
+
+
+def checked_fields(cls: C) -> C:
+    """A dataclass whose constructor is ``checked``."""
+    # mypy has no type for the constructor of any class. This one is replaced on purpose, as
+    # dataclass does.
+    cls.__init__ = checked(cls.__init__)  # type: ignore[misc]
+    return cls
+
+
+def describe_value(value: object) -> str:
+    """A value in a few words."""
+    if value is None or isinstance(value, str | bytes | Real):
+        return f"{value!r:.80}"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    kind = f"a {type(value).__name__}"
+    shape = getattr(value, "shape", None)
+    if isinstance(shape, tuple):
+        return f"{kind} of shape {tuple(shape)}"
+    return kind
+
+
+@cache
+def _hints(function: Callable[..., object]) -> dict[str, Any]:
+    """Types of the parameters that have one name and one value."""
+    annotations = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind in {parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD}:
+            continue
+        if parameter.kind is parameter.POSITIONAL_ONLY:
+            continue
+        if parameter.annotation is not parameter.empty:
+            annotations[name] = parameter.annotation
+    # get_type_hints resolves the names of annotations in the module that wrote them
+    annotated = SimpleNamespace(__annotations__=annotations)
+    names = inspect.unwrap(function).__globals__
+    return typing.get_type_hints(annotated, names, include_extras=True)
+
+
+def _check(name: str, value: Any, hint: object, arguments: Mapping[str, object]) -> None:  # noqa: ANN401 - any argument
+    if not _fits(value, hint):
+        swapped = _fitting_argument(name, hint, arguments)
+        question = f" {swapped} is one: are they swapped?" if swapped else ""
+        raise UsageError(
+            f"{name} must be {_expected(hint)}. Got {describe_value(value)} instead.{question}"
+        )
+    if name == "seed" and value is not None and not 0 <= value <= LARGEST_SEED:
+        raise UsageError(f"seed must be from 0 to 2^63 - 1. Got {value} instead.")
+
+
+def _fitting_argument(name: str, hint: object, arguments: Mapping[str, object]) -> str | None:
+    """Another argument that is what this one should be; only asked of types that say how."""
+    if not hasattr(hint, "how"):
+        return None
+    for candidate, value in arguments.items():
+        if candidate != name and _fits(value, hint):
+            return candidate
+    return None
+
+
+def _is_bool(value: object) -> bool:
+    return type(value).__name__ in {"bool", "bool_"}  # numpy's, too, without numpy
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not _is_bool(value)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not _is_bool(value)
+
+
+def _as_python(value: Any, hint: object) -> Any:  # noqa: ANN401 - any argument
+    """A number or text of numpy's or torch's as Python's: it is written to JSON, or hashed.
+
+    Also of an array of no dimension, which is how a model holds its logit scale.
+    """
+    plain_is_asked_for = bool({int, float, bool, str} & {hint, *get_args(hint)})
+    has_no_dimension = getattr(value, "shape", None) == ()
+    if not (plain_is_asked_for and has_no_dimension):
+        return value
+    if hasattr(value, "detach"):
+        value = value.detach()
+    return value.item()
+
+
+def _fits(value: object, hint: object) -> bool:
+    """Whether a value is of an annotated type, as far as that shows without reading it all."""
+    kind = get_origin(hint) or hint
+    inner = get_args(hint)
+    if kind in RULES:
+        fits, _ = RULES[kind]
+        return fits(value, inner)
+    return _is_instance(value, kind, inner)
+
+
+def _is_instance(value: object, kind: object, inner: tuple[object, ...]) -> bool:
+    """Whether a value is an instance; of what cannot be tested it counts as one."""
+    if not isinstance(kind, type):
+        return True
+    if getattr(kind, "_is_protocol", False) and not getattr(kind, "_is_runtime_protocol", False):
+        return True
+    is_array_type = hasattr(kind, "dtype")
+    has_element_type = bool(inner) and issubclass(kind, Collection)
+    if is_array_type or not has_element_type or issubclass(kind, Mapping):
+        return isinstance(value, kind)
+    return _has_elements(value, kind, inner[0])
+
+
+def _has_elements(value: Any, kind: type, element: object) -> bool:  # noqa: ANN401 - any argument
+    """Whether a value is a collection whose first elements are of a type."""
+    if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__len__"):
+        return False
+    if isinstance(value, list | tuple):
+        return all(_fits(item, element) for item in value[:CHECKED_ELEMENTS])
+    if hasattr(value, "dtype"):
+        is_vector = type(value).__module__ == "numpy" and value.ndim == 1
+        return is_vector and all(_fits(item, element) for item in value[:CHECKED_ELEMENTS])
+    return isinstance(value, kind) or hasattr(value, "__getitem__")
+
+
+def _expected(hint: object) -> str:
+    """A type in words."""
+    kind = get_origin(hint) or hint
+    inner = get_args(hint)
+    if kind in RULES:
+        _, in_words = RULES[kind]
+        return in_words(inner)
+    if isinstance(kind, type) and inner and issubclass(kind, Sequence):
+        return f"a list, each {_expected(inner[0])}"
+    name = getattr(kind, "__name__", str(kind))
+    article = "an" if name[0] in "AEIO" else "a"
+    return str(getattr(kind, "how", f"{article} {name}"))
+
+
+def _is_any_of(value: object, types: tuple[object, ...]) -> bool:
+    """Whether one type fits; where arrays are among them the function looks itself."""
+    for hint in types:
+        module = getattr(get_origin(hint) or hint, "__module__", None) or ""
+        if module.startswith("numpy._"):
+            return True
+    return any(_fits(value, hint) for hint in types)
+
+
+def _any_in_words(types: tuple[object, ...]) -> str:
+    names = [_expected(hint) for hint in types]
+    return " or ".join(dict.fromkeys(names))
+
+
+def _is_choice(value: object, choices: tuple[object, ...]) -> bool:
+    """Whether a value is one of the choices, and of its type: True is not 1."""
+    return any(type(value) is type(choice) and value == choice for choice in choices)
+
+
+def _choices_in_words(choices: tuple[object, ...]) -> str:
+    names = [repr(choice) for choice in choices]
+    if len(names) > MANY:
+        return f"one of {', '.join(names)}"
+    return " or ".join(names)
+
+
+Fits = Callable[[object, Any], bool]
+InWords = Callable[[Any], str]
+
+RULES: dict[object, tuple[Fits, InWords]] = {
+    Any: (lambda _, __: True, lambda _: "anything"),
+    Union: (_is_any_of, _any_in_words),
+    UnionType: (_is_any_of, _any_in_words),
+    Annotated: (lambda value, inner: _fits(value, inner[0]), lambda inner: _expected(inner[0])),
+    Literal: (_is_choice, _choices_in_words),
+    int: (lambda value, _: _is_whole(value), lambda _: "a whole number"),
+    float: (lambda value, _: _is_number(value), lambda _: "a number"),
+    bool: (lambda value, _: _is_bool(value), lambda _: "True or False"),
+    str: (lambda value, _: isinstance(value, str), lambda _: "a text"),
+    NoneType: (lambda value, _: value is None, lambda _: "None"),
+}
+"""Of a type: whether a value fits, given the type's arguments, and how the type is called."""
