@@ -17,7 +17,7 @@ import torch
 import vilu
 from benchmarks import contrast, head_training, plus_speed
 from benchmarks.floor import products
-from vilu.predictors.parameters import build
+from vilu.predictors.contract.parameters import build
 
 REPEATS = 5
 

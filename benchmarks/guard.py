@@ -23,8 +23,8 @@ from vilu.cli.demo import PROMPT_NAMES
 from vilu.datasets.images import decode_image
 from vilu.embeddings.memory import Embeddings
 from vilu.guard.guard import Guard
-from vilu.predictors import ViLUPlus
-from vilu.predictors.vocabulary import Vocabulary
+from vilu.predictors.persistence.vocabulary import Vocabulary
+from vilu.predictors.plus.vilu_plus import ViLUPlus
 from vilu.store.job import BackboneSpec
 
 TURNS = 5

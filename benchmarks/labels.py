@@ -51,7 +51,7 @@ from vilu.calibration.rules import calibrate
 from vilu.embeddings.source import EmbeddingSource
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
-from vilu.predictors import ViLUPlus
+from vilu.predictors.plus.vilu_plus import ViLUPlus
 from vilu.store.job import BackboneSpec
 from vilu.store.reader import EmbeddingStore
 from vilu.triage.labels import LabelBook

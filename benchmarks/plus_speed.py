@@ -17,7 +17,7 @@ import torch
 
 import vilu
 from vilu.embeddings.memory import Embeddings
-from vilu.predictors.parameters import build
+from vilu.predictors.contract.parameters import build
 
 D, HIDDEN, MEMORY, REPEATS = 512, 512, 4_000, 5
 FITS = (12_500, 25_000, 50_000)

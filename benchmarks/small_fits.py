@@ -15,7 +15,7 @@ import torch
 
 import vilu
 from vilu.embeddings.memory import Embeddings
-from vilu.predictors.parameters import build
+from vilu.predictors.contract.parameters import build
 
 N, K, D = 1_430, 123, 512
 BEFORE = {"epochs": 300, "batch_size": 128}

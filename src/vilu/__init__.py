@@ -31,18 +31,18 @@ if TYPE_CHECKING:
     from vilu.outcomes.evaluate import evaluate as evaluate
     from vilu.outcomes.outcomes import Outcomes as Outcomes
     from vilu.outcomes.results import ResultTable as ResultTable
-    from vilu.predictors import LVU as LVU
-    from vilu.predictors import MCM as MCM
     from vilu.predictors import PREDICTORS as PREDICTORS
-    from vilu.predictors import Doctor as Doctor
-    from vilu.predictors import Entropy as Entropy
-    from vilu.predictors import FailurePredictor as FailurePredictor
-    from vilu.predictors import Margin as Margin
-    from vilu.predictors import MaxLogit as MaxLogit
-    from vilu.predictors import ViLU as ViLU
-    from vilu.predictors import ViLUPlus as ViLUPlus
-    from vilu.predictors.convert import convert_official as convert_official
-    from vilu.predictors.storage import load as load
+    from vilu.predictors.contract.predictor import FailurePredictor as FailurePredictor
+    from vilu.predictors.persistence.convert import convert_official as convert_official
+    from vilu.predictors.persistence.storage import load as load
+    from vilu.predictors.plus.vilu_plus import ViLUPlus as ViLUPlus
+    from vilu.predictors.vilu.vilu import LVU as LVU
+    from vilu.predictors.vilu.vilu import ViLU as ViLU
+    from vilu.predictors.zero_shot import MCM as MCM
+    from vilu.predictors.zero_shot import Doctor as Doctor
+    from vilu.predictors.zero_shot import Entropy as Entropy
+    from vilu.predictors.zero_shot import Margin as Margin
+    from vilu.predictors.zero_shot import MaxLogit as MaxLogit
     from vilu.registry import register as register
     from vilu.report.explain.explain import explain as explain
     from vilu.report.explain.prompts import prompt_gains as prompt_gains
@@ -79,9 +79,13 @@ _NAMES = {
     "vilu.outcomes.evaluate": "compare evaluate",
     "vilu.outcomes.outcomes": "Outcomes",
     "vilu.outcomes.results": "ResultTable",
-    "vilu.predictors": "LVU MCM PREDICTORS Doctor Entropy FailurePredictor Margin MaxLogit ViLU ViLUPlus",
-    "vilu.predictors.convert": "convert_official",
-    "vilu.predictors.storage": "load",
+    "vilu.predictors": "PREDICTORS",
+    "vilu.predictors.contract.predictor": "FailurePredictor",
+    "vilu.predictors.plus.vilu_plus": "ViLUPlus",
+    "vilu.predictors.vilu.vilu": "LVU ViLU",
+    "vilu.predictors.zero_shot": "MCM Doctor Entropy Margin MaxLogit",
+    "vilu.predictors.persistence.convert": "convert_official",
+    "vilu.predictors.persistence.storage": "load",
     "vilu.registry": "register",
     "vilu.report.explain.explain": "explain",
     "vilu.report.explain.prompts": "prompt_gains",

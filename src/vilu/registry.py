@@ -6,7 +6,7 @@ import importlib
 import logging
 import os
 import tomllib
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -119,21 +119,28 @@ class Catalogue(MutableMapping[str, Added]):
     def __init__(self, what: str, group: str) -> None:
         self.what, self.group = what, group
         self.here: dict[str, Added] = {}  # what needs no import
-        self._entries_taken = False
+        self.offered: dict[
+            str, str
+        ] = {}  # name -> "module:object" of ours, imported when asked for
+        self._all_taken = False
 
     def names(self) -> list[str]:
         """All of them, without an import of an entry point."""
         load_plugins()
-        return list(dict.fromkeys([*self.here, *(entry.name for entry in self._entries())]))
+        of_others = [entry.name for entry in self._entries()]
+        return list(dict.fromkeys([*self.offered, *self.here, *of_others]))
+
+    def offer(self, places: Mapping[str, str]) -> None:
+        """Name things of this package by "module:object", without an import of them."""
+        self.offered.update(places)
 
     def __getitem__(self, name: str) -> Added:
+        if name not in self.here and name in self.offered:
+            self._take_offered(name)
         if name not in self.here:
             load_plugins()
         if name not in self.here:
-            for entry in self._entries():
-                if entry.name == name:
-                    self._take(entry)
-                    break
+            self._take_entry(name)
         return self.here[name]
 
     def __setitem__(self, name: str, thing: Added) -> None:
@@ -144,14 +151,38 @@ class Catalogue(MutableMapping[str, Added]):
 
     def __iter__(self) -> Iterator[str]:
         load_plugins()
-        if not self._entries_taken:
-            self._entries_taken = True
-            for entry in self._entries():
-                try:
-                    self._take(entry)
-                except UsageError as error:
-                    logger.warning("left out: %s", error)
+        if not self._all_taken:
+            self._all_taken = True
+            self._take_all()
         return iter(self.here)
+
+    def _take_all(self) -> None:
+        """Import everything: ours in the order of the offer, then what was registered, then others'."""
+        registered = {
+            name: self.here.pop(name) for name in [*self.here] if name not in self.offered
+        }
+        for name in self.offered:
+            thing = self.here.pop(name, None)
+            if thing is None:
+                self._take_offered(name)
+            else:
+                self.here[name] = thing  # its place is that of the offer
+        self.here.update(registered)
+        for entry in self._entries():
+            try:
+                self._take(entry)
+            except UsageError as error:
+                logger.warning("left out: %s", error)
+
+    def _take_offered(self, name: str) -> None:
+        module, _, attribute = self.offered[name].partition(":")
+        register(getattr(importlib.import_module(module), attribute))
+
+    def _take_entry(self, name: str) -> None:
+        for entry in self._entries():
+            if entry.name == name:
+                self._take(entry)
+                return
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

@@ -33,7 +33,7 @@ from vilu.cli.console import (
 from vilu.errors import UsageError
 
 if TYPE_CHECKING:
-    from vilu.predictors.base import FailurePredictor
+    from vilu.predictors.contract.predictor import FailurePredictor
     from vilu_bench.studies.study import Rendered
 
 
@@ -239,8 +239,8 @@ def pools(  # noqa: PLR0913 - one parameter per flag
 
 def _predictor(name: str) -> FailurePredictor:
     """A saved predictor, or a method by its name."""
-    from vilu.predictors import find_method
-    from vilu.predictors.storage import load
+    from vilu.predictors.contract.catalogue import find_method
+    from vilu.predictors.persistence.storage import load
 
     if _is_folder(name):
         return load(existing(Path(name)))

@@ -10,7 +10,7 @@ from tests.builders.bench_fakes import config, tables
 from vilu.embeddings.memory import Embeddings
 from vilu.errors import UsageError
 from vilu.predictors import PREDICTORS
-from vilu.predictors.parameters import parameters
+from vilu.predictors.contract.parameters import parameters
 from vilu_bench.studies.config import Config, Labels, Transfer, Unseen
 from vilu_bench.studies.load import load_config, parse_config, shrink
 

@@ -10,7 +10,7 @@ from tests.builders.known_trees import TREES
 from vilu.backbones.catalog import NAMED
 from vilu.errors import UsageError
 from vilu.metrics.catalog import METRICS
-from vilu.predictors.catalogue import method_names
+from vilu.predictors.contract.catalogue import method_names
 from vilu_bench.studies.config import Config
 from vilu_bench.studies.load import load_config, load_configs
 from vilu_bench.studies.run import Share

@@ -12,7 +12,8 @@ from vilu.embeddings.memory import PairEmbeddings
 from vilu.embeddings.pairs import Pools
 from vilu.errors import DataError, UsageError
 from vilu.metrics import auroc
-from vilu.predictors import MCM, PREDICTORS, Margin
+from vilu.predictors import PREDICTORS
+from vilu.predictors.zero_shot import MCM, Margin
 from vilu.scoring.score import score
 from vilu_bench.studies.pool_sizes import over_pool_sizes, size_table
 

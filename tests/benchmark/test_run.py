@@ -200,7 +200,7 @@ def test_a_changed_method_runs_again(tmp_path: Path, monkeypatch: pytest.MonkeyP
     facts._read.cache_clear()
     facts.code_digest.cache_clear()
     assert facts.code_digest("vilu.predictors.zero_shot") != facts.code_digest(
-        "vilu.predictors.heads.vilu"
+        "vilu.predictors.vilu.vilu"
     )
 
 
@@ -442,7 +442,11 @@ def test_what_else_decides_a_fit_is_in_its_fingerprint(
     for setting in settings:
         facts.decided_by(bench, Cell("lvu", "two", setting, 0))
     lvu = type(PREDICTORS["lvu"]()).__module__
-    assert asked == [(lvu,), (lvu, "vilu.predictors.init"), (lvu, "vilu.embeddings.pairs")]
+    assert asked == [
+        (lvu,),
+        (lvu, "vilu.predictors.vilu.fine_tuning"),
+        (lvu, "vilu.embeddings.pairs"),
+    ]
 
 
 def imported(folder: Path, n: int, seed: int, n_outside: int) -> None:

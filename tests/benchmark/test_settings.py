@@ -18,8 +18,8 @@ from vilu.embeddings.pairs import Pools, PseudoCaptions
 from vilu.embeddings.rows import Rows
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.errors import UsageError
-from vilu.predictors.base import FailurePredictor, Learnt
-from vilu.predictors.init import initialise
+from vilu.predictors.contract.predictor import FailurePredictor, Learnt
+from vilu.predictors.vilu.fine_tuning import initialise
 from vilu.store.embed import embed
 from vilu.store.reader import open_source
 from vilu_bench.studies.cells import Cell, needed_parts, origin_of, plan, sharing_a_fit

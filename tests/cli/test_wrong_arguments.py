@@ -16,7 +16,7 @@ from tests.command import command_line, run
 from tests.conftest import toy_embeddings
 from vilu.cli.app import app, told
 from vilu.cli.console import STORE, WANTED, kind_of
-from vilu.predictors import MCM
+from vilu.predictors.zero_shot import MCM
 from vilu.scoring.score import score
 
 VALUES = ("", "\udcff\n\x1b[2J", "x" * 5000, "/", str(-(2**70)))

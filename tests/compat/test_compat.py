@@ -17,7 +17,7 @@ from safetensors import torch as safetensors_torch
 
 import vilu
 from tests.compat.bed import answers, arrays, classes, pairs, require_same, tree
-from vilu.predictors.parameters import parameters
+from vilu.predictors.contract.parameters import parameters
 
 Open = Callable[[str], Path]
 

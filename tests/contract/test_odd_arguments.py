@@ -18,8 +18,8 @@ import vilu
 from tests.builders.store_fakes import FakeBackbone
 from tests.conftest import toy_embeddings, toy_pairs
 from vilu.errors import DataError, UsageError, ViLUError
-from vilu.predictors.parameters import check_parameters, parameters
-from vilu.predictors.vocabulary import Vocabulary
+from vilu.predictors.contract.parameters import check_parameters, parameters
+from vilu.predictors.persistence.vocabulary import Vocabulary
 
 Call = tuple[Callable[..., object], dict[str, Any]]
 STEP = 3

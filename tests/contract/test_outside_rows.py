@@ -18,8 +18,8 @@ from vilu.embeddings.columns import IMAGE_COLUMNS
 from vilu.embeddings.memory import Embeddings
 from vilu.errors import DataError
 from vilu.metrics import auroc
-from vilu.predictors.parameters import parameters
-from vilu.predictors.rows import shots
+from vilu.predictors.contract.parameters import parameters
+from vilu.predictors.contract.seen import shots
 
 N_OUTSIDE = 60
 FITTED = [name for name, cls in PREDICTORS.items() if cls.needs_fit]

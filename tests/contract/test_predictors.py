@@ -27,7 +27,7 @@ from vilu.embeddings.source import EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, NotFittedError, ProvenanceError, UsageError
 from vilu.metrics import auroc
-from vilu.predictors.parameters import build, parameters
+from vilu.predictors.contract.parameters import build, parameters
 from vilu_bench.methods.ensembles import DeepEnsemble
 
 QUICK = {"hidden": (16, 8), "epochs": 6, "batch_size": 64, "width": 16}
@@ -744,7 +744,7 @@ def test_neither_threads_nor_batches_nor_order_change_a_score(
                 gaps[f"{threads} threads"] = predictor.predict_uncertainty(test) - expected
             torch.set_num_threads(1)
             with monkeypatch.context() as patch:
-                patch.setattr("vilu.predictors.base.SCORING_BATCH", 7)
+                patch.setattr("vilu.predictors.contract.predictor.SCORING_BATCH", 7)
                 gaps["blocks"] = predictor.predict_uncertainty(test) - expected
             # a score that counts neighbours may jump where rounding decides: in one row of a
             # hundred at most

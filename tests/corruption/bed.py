@@ -30,9 +30,9 @@ from vilu.embeddings.memory import Embeddings
 from vilu.embeddings.pairs import Pools
 from vilu.outcomes.outcomes import Outcomes
 from vilu.outcomes.results import ResultTable
-from vilu.predictors.heads.vilu import ViLU
 from vilu.predictors.nn.checkpoint import checkpointing
-from vilu.predictors.storage import load, write_card
+from vilu.predictors.persistence.storage import load, write_card
+from vilu.predictors.vilu.vilu import ViLU
 from vilu.progress import reporting
 from vilu.scoring.score import Decider
 from vilu.scoring.score_folder import ScoreFolder

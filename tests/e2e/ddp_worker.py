@@ -18,13 +18,13 @@ from tests.conftest import toy_embeddings, toy_pairs
 from vilu.embeddings.memory import PairEmbeddings
 from vilu.embeddings.pairs import Pools
 from vilu.embeddings.rows import Rows
-from vilu.predictors.heads.head import HeadPredictor
-from vilu.predictors.heads.vilu import LVU, ViLU
 from vilu.predictors.nn.checkpoint import checkpointing
 from vilu.predictors.nn.head import FailureHead
 from vilu.predictors.nn.losses import FailureWeight, bce_loss
 from vilu.predictors.nn.processes import World, world
 from vilu.predictors.nn.train import HeadTrainer, TrainConfig
+from vilu.predictors.vilu.head import HeadPredictor
+from vilu.predictors.vilu.vilu import LVU, ViLU
 from vilu.progress import Task, reporting
 from vilu_bench.methods.ensembles import MCDropout
 

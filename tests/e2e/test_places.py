@@ -155,7 +155,7 @@ def work() -> Iterator[Path]:
 def here(work: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(work)
     monkeypatch.setattr(BackboneSpec, "load", lambda _: FakeBackbone())
-    monkeypatch.setattr("vilu.predictors.onnx.largest_difference", lambda *_: 0.0)
+    monkeypatch.setattr("vilu.predictors.persistence.onnx.largest_difference", lambda *_: 0.0)
     return work
 
 

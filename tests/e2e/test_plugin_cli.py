@@ -20,7 +20,7 @@ METHOD = """
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vilu.predictors.base import FailurePredictor
+from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.registry import register
 
 
@@ -43,7 +43,7 @@ from typing import ClassVar
 
 import torch
 
-from vilu.predictors.base import FailurePredictor, Learnt
+from vilu.predictors.contract.predictor import FailurePredictor, Learnt
 from vilu.registry import register
 
 

@@ -15,7 +15,7 @@ from vilu.embeddings.pairs import Pools, PseudoCaptions
 from vilu.embeddings.rows import Rows
 from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.metrics import auroc
-from vilu.predictors.labelled import (
+from vilu.predictors.contract.labelled import (
     caption_groups,
     fit_and_selection,
     hold_out,
@@ -193,7 +193,7 @@ def test_a_zero_has_no_sign_and_blocks_do_not_matter(monkeypatch: pytest.MonkeyP
     text = torch.eye(4).repeat(3, 1)
     text[4:8][text[4:8] == 0] = -0.0
     pairs = PairEmbeddings(torch.eye(4).repeat(3, 1), text, 4)
-    monkeypatch.setattr("vilu.predictors.labelled.GROUP_BLOCK", 5)
+    monkeypatch.setattr("vilu.predictors.contract.labelled.GROUP_BLOCK", 5)
     groups = caption_groups(pairs, torch.arange(12))
     assert groups.tolist() == groups[:4].tolist() * 3
     assert len(groups.unique()) == 4

@@ -25,9 +25,8 @@ from vilu.embeddings.rows import Rows
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.errors import DataError, UsageError
 from vilu.outcomes.outcomes import Outcomes
-from vilu.predictors import FailurePredictor
-from vilu.predictors.base import Learnt, own_graph
-from vilu.predictors.onnx import export_onnx
+from vilu.predictors.contract.predictor import FailurePredictor, Learnt, own_graph
+from vilu.predictors.persistence.onnx import export_onnx
 from vilu.report.page.build import report_page
 
 SOURCE = '''
@@ -41,7 +40,7 @@ from pydantic import Field
 from torch.nn.functional import pad
 
 import vilu
-from vilu.predictors.base import Learnt, own_graph
+from vilu.predictors.contract.predictor import Learnt, own_graph
 
 
 @vilu.register
@@ -296,8 +295,8 @@ def test_a_distribution_brings_them_by_entry_points(folder: Path, train, tmp_pat
         "[vilu.predictors]\nridge = stranger:Ridge\nbroken = nowhere:Else\n"
     )
     code = (
-        "import sys, json; from vilu.predictors.catalogue import find_method, method_names;"
-        "from vilu.errors import UsageError; from vilu.predictors.record import home_of\n"
+        "import sys, json; from vilu.predictors.contract.catalogue import find_method, method_names;"
+        "from vilu.errors import UsageError; from vilu.predictors.persistence.record import home_of\n"
         "assert method_names()[-2:] == ['ridge', 'broken'] and 'stranger' not in sys.modules\n"
         "print(json.dumps(home_of(find_method('ridge'))))\n"
         "try: find_method('broken')\n"
@@ -377,7 +376,7 @@ def test_a_learned_tensor_may_have_any_name(train: Embeddings, test: Embeddings)
 
 
 def test_a_learned_tensor_that_is_not_declared_is_told(train: Embeddings) -> None:
-    ridge = importlib.import_module("vilu.predictors.fitted").SIRC
+    ridge = importlib.import_module("vilu.predictors.temperature").SIRC
     body = {
         "name": "odd",
         "summary": "s",

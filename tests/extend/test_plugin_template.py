@@ -20,7 +20,7 @@ from tests.command import run, run_process
 from vilu.datasets.known import KNOWN
 from vilu.errors import UsageError
 from vilu.metrics import METRICS
-from vilu.predictors import find_method
+from vilu.predictors.contract.catalogue import find_method
 
 TEMPLATE = Path(__file__).resolve().parents[2] / "examples" / "plugin"
 PROJECT = tomllib.loads((TEMPLATE / "pyproject.toml").read_text())["project"]

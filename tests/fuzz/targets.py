@@ -44,8 +44,8 @@ from vilu.datasets.images import BadImage, ImageLimits, decode_caption, decode_i
 from vilu.embeddings.pairs import Pools
 from vilu.errors import ViLUError
 from vilu.outcomes.outcomes import Outcomes
-from vilu.predictors.convert import convert_official
-from vilu.predictors.storage import load
+from vilu.predictors.persistence.convert import convert_official
+from vilu.predictors.persistence.storage import load
 from vilu.report.page.build import report_page
 from vilu.store.importing import import_arrays
 from vilu.store.reader import open_source

@@ -19,10 +19,10 @@ from vilu.embeddings.memory import Embeddings
 from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.guard.guard import Guard
 from vilu.outcomes.outcomes import Outcomes
-from vilu.predictors import MCM
-from vilu.predictors.record import VOCABULARY
-from vilu.predictors.storage import load
-from vilu.predictors.vocabulary import Vocabulary
+from vilu.predictors.persistence.record import VOCABULARY
+from vilu.predictors.persistence.storage import load
+from vilu.predictors.persistence.vocabulary import Vocabulary
+from vilu.predictors.zero_shot import MCM
 from vilu.scoring.score import Decider, score, score_rows
 from vilu.store.embed import embed
 

@@ -27,8 +27,8 @@ from vilu.errors import DataError, UsageError
 from vilu.guard import image_graph
 from vilu.guard.guard import Answer, Guard
 from vilu.guard.image_graph import ImageGraph, export_image_graph, fingerprint_of
-from vilu.predictors.record import VOCABULARY
-from vilu.predictors.vocabulary import Vocabulary
+from vilu.predictors.persistence.record import VOCABULARY
+from vilu.predictors.persistence.vocabulary import Vocabulary
 from vilu.store.embed import embed
 
 IMAGES = [photo(kind, 1000 + kind) for kind in range(9)] * 3

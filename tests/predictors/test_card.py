@@ -14,8 +14,11 @@ from tests.conftest import toy_embeddings, variant
 from vilu.artifacts.documents import write_json
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError
-from vilu.predictors import LVU, MCM, KNNVote, record, storage
-from vilu.predictors.card import GUARANTEE, code, hub_id, model_card
+from vilu.predictors.persistence import record, storage
+from vilu.predictors.persistence.card import GUARANTEE, code, hub_id, model_card
+from vilu.predictors.vilu.vilu import LVU
+from vilu.predictors.zero_shot import MCM
+from vilu_bench.methods.neighbours import KNNVote
 
 EVIL = 'x`` ---\n# owned\n<script>alert(1)</script> | `` \x1b[31m {{ "a": *b }} 🦊'
 

@@ -21,8 +21,6 @@ from vilu.embeddings.pairs import Pools
 from vilu.embeddings.rows import Rows
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import BusyError, DataError, ProvenanceError, UsageError
-from vilu.predictors.heads.head import HeadPredictor
-from vilu.predictors.heads.vilu import ViLU
 from vilu.predictors.nn.checkpoint import (
     Checkpoint,
     FolderKeeper,
@@ -34,6 +32,8 @@ from vilu.predictors.nn.checkpoint import (
 )
 from vilu.predictors.nn.processes import Group, World
 from vilu.predictors.nn.train import HeadTrainer, TrainConfig
+from vilu.predictors.vilu.head import HeadPredictor
+from vilu.predictors.vilu.vilu import ViLU
 from vilu.progress import reporting
 from vilu_bench.methods.ensembles import DeepEnsemble, MCDropout
 

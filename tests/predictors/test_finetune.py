@@ -12,9 +12,9 @@ import vilu
 from tests.conftest import toy_embeddings, toy_pairs
 from vilu import PREDICTORS
 from vilu.errors import DataError, NotFittedError, ProvenanceError, UsageError
-from vilu.predictors.heads.head import HeadPredictor
-from vilu.predictors.init import FINE_TUNING, WITH_A_HEAD, initialise
-from vilu.predictors.rows import shots
+from vilu.predictors.contract.seen import shots
+from vilu.predictors.vilu.fine_tuning import FINE_TUNING, WITH_A_HEAD, initialise
+from vilu.predictors.vilu.head import HeadPredictor
 
 QUICK = {"hidden": (16, 8), "epochs": 4, "batch_size": 64, "device": "cpu"}
 

@@ -21,9 +21,10 @@ from vilu.artifacts.documents import digest
 from vilu.calibration.procedure import Target, calibrate_predictor
 from vilu.cli.app import app
 from vilu.errors import DataError, MissingModelError, UsageError
-from vilu.predictors import MCM, KNNVote
-from vilu.predictors import hub as folders
-from vilu.predictors.hub import pull, push
+from vilu.predictors.persistence import hub as folders
+from vilu.predictors.persistence.hub import pull, push
+from vilu.predictors.zero_shot import MCM
+from vilu_bench.methods.neighbours import KNNVote
 
 OURS = {"README.md", "predictor.json", "weights.safetensors"}
 WAITING = 120

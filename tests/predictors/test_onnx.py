@@ -14,19 +14,16 @@ import vilu
 from tests.conftest import few, toy_embeddings, toy_pairs, without_words
 from vilu.embeddings.memory import Embeddings
 from vilu.errors import DataError, UsageError
-from vilu.predictors import (
-    MCM,
-    FailurePredictor,
-    KNNVote,
-    MaxLogit,
-    ViLU,
-    ViLUPlus,
-    onnx,
-)
+from vilu.predictors import onnx
+from vilu.predictors.contract.parameters import parameters
+from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.nn.head import Graph
-from vilu.predictors.onnx import GraphBatch, export_onnx, reference, trials
-from vilu.predictors.parameters import parameters
+from vilu.predictors.persistence.onnx import GraphBatch, export_onnx, reference, trials
+from vilu.predictors.plus.vilu_plus import ViLUPlus
+from vilu.predictors.vilu.vilu import ViLU
+from vilu.predictors.zero_shot import MCM, MaxLogit
 from vilu_bench.methods.ensembles import MCDropout
+from vilu_bench.methods.neighbours import KNNVote
 
 HEAD = {"hidden": (32, 16), "epochs": 4}
 PLUS = {"width": 8, "epochs": 2}

@@ -21,8 +21,14 @@ from vilu.artifacts.documents import write_json
 from vilu.embeddings.memory import Embeddings
 from vilu.errors import DataError, UsageError
 from vilu.metrics import brier, ece
-from vilu.predictors import probability
-from vilu.predictors.probability import Isotonic, Logistic, _fit, fit_calibrator, read_calibrator
+from vilu.predictors.contract import probability
+from vilu.predictors.contract.probability import (
+    Isotonic,
+    Logistic,
+    _fit,
+    fit_calibrator,
+    read_calibrator,
+)
 
 
 def sample(n: int, truth, seed: int = 0):

@@ -19,8 +19,8 @@ from vilu.embeddings.memory import Embeddings, PairEmbeddings
 from vilu.embeddings.pairs import Pools, PseudoCaptions
 from vilu.embeddings.source import say_once
 from vilu.errors import DataError
-from vilu.predictors.base import FailurePredictor
-from vilu.predictors.rows import SIZE, RowSketch, sketch
+from vilu.predictors.contract.predictor import FailurePredictor
+from vilu.predictors.contract.seen import SIZE, RowSketch, sketch
 from vilu.store import embed as embedding
 from vilu.store.reader import CaptionStore
 

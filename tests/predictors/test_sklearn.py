@@ -14,7 +14,7 @@ import vilu
 from tests.conftest import toy_embeddings
 from tests.contract.test_predictors import everything_set
 from vilu.errors import NotFittedError, UsageError
-from vilu.predictors.parameters import parameters
+from vilu.predictors.contract.parameters import parameters
 
 
 def test_parameters_and_clones_of_every_method() -> None:

@@ -15,7 +15,7 @@ from tests.conftest import in_memory
 from vilu import PREDICTORS
 from vilu.embeddings.memory import Embeddings
 from vilu.errors import ProvenanceError
-from vilu.predictors.linear_probe import LinearProbe
+from vilu.predictors.bank.linear_probe import LinearProbe
 from vilu_bench.methods.trustvlm import TrustVLM, few_per_class
 
 TRAIN, TEST = clusters(80), clusters(50, seed=1)

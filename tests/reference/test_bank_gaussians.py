@@ -15,7 +15,7 @@ from tests.conftest import in_memory
 from vilu import PREDICTORS
 from vilu.embeddings.memory import Embeddings
 from vilu.errors import DataError
-from vilu.predictors.class_gaussians import ClassGaussians, squared_distances, whitener
+from vilu.predictors.bank.class_gaussians import ClassGaussians, squared_distances, whitener
 from vilu_bench.methods.delta import DeltaMDS, DeltaMDSMargin
 from vilu_bench.methods.icpe import ICPE
 from vilu_bench.methods.mahalanobis import Mahalanobis, RelativeMahalanobis, ledoit_wolf

@@ -11,8 +11,8 @@ from sklearn.neighbors import NearestNeighbors
 
 from tests.builders.bank_data import clusters
 from vilu.embeddings.rows import Rows
-from vilu.predictors import search
-from vilu.predictors.search import draw_rows, leaders, nearest
+from vilu.predictors.bank import search
+from vilu.predictors.bank.search import draw_rows, leaders, nearest
 from vilu_bench.methods.neighbours import KNNDistance
 
 

@@ -14,9 +14,9 @@ from tests.conftest import in_memory, toy_embeddings, toy_pairs, variant
 from vilu.embeddings.memory import Embeddings, PairEmbeddings
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError
-from vilu.predictors import BayesVLM
 from vilu_bench.methods import bayesvlm
 from vilu_bench.methods.bayesvlm import (
+    BayesVLM,
     Factors,
     Layer,
     Posterior,

@@ -20,9 +20,9 @@ from vilu.embeddings.memory import Embeddings
 from vilu.embeddings.source import EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, ProvenanceError
-from vilu.predictors import fitted
-from vilu.predictors.fitted import MCMTS, Duo, duo_terms
+from vilu.predictors import temperature as fitted
 from vilu.predictors.stacking import Stacking
+from vilu.predictors.temperature import MCMTS, Duo, duo_terms
 
 COLUMNS = ("second_image", "second_text")
 

@@ -12,7 +12,7 @@ import torch
 import vilu
 from tests.conftest import toy_embeddings, toy_pairs, without_words
 from vilu.embeddings.memory import Embeddings
-from vilu.predictors.games import NoAttribution
+from vilu.predictors.contract.games import NoAttribution
 from vilu.report.explain.attribution import game_of, shapley
 from vilu.report.explain.explain import Depth
 from vilu.report.explain.rows import draw_rows

@@ -13,8 +13,8 @@ from vilu.embeddings.memory import Embeddings
 from vilu.embeddings.source import Batch
 from vilu.errors import DataError, UsageError
 from vilu.metrics import auroc
-from vilu.predictors.heads.vilu import ViLU
 from vilu.predictors.nn.head import Dropout, FailureHead
+from vilu.predictors.vilu.vilu import ViLU
 from vilu_bench.methods.ensembles import DeepEnsemble, MCDropout
 
 QUICK = {"hidden": (16, 8), "epochs": 4, "batch_size": 64, "device": "cpu"}

@@ -10,8 +10,8 @@ from scipy import special
 import vilu
 from tests.conftest import toy_embeddings
 from vilu.metrics import auroc
-from vilu.predictors.heads.vilu import LVU
 from vilu.predictors.nn.losses import LOSSES, FailureWeight
+from vilu.predictors.vilu.vilu import LVU
 
 STATIC = FailureWeight("static", 0.3)
 

@@ -15,8 +15,8 @@ from tests.conftest import toy_embeddings, toy_pairs, variant
 from vilu.embeddings.memory import Embeddings
 from vilu.embeddings.rows import Rows
 from vilu.embeddings.source import EmbeddingSource
-from vilu.predictors import fitted
-from vilu.predictors.fitted import MCMTS, calibration_errors, golden_section, likelihood_terms
+from vilu.predictors import temperature as fitted
+from vilu.predictors.temperature import MCMTS, calibration_errors, golden_section, likelihood_terms
 
 CPU = torch.device("cpu")
 

@@ -16,9 +16,9 @@ from vilu.embeddings.rows import Rows
 from vilu.embeddings.source import Batch
 from vilu.errors import DataError, UsageError
 from vilu.metrics import auroc
-from vilu.predictors.base import NotExportable
-from vilu.predictors.labelled import with_outside
-from vilu.predictors.outside import (
+from vilu.predictors.contract.labelled import with_outside
+from vilu.predictors.contract.predictor import NotExportable
+from vilu.predictors.plus.ood import (
     Margins,
     Outside,
     far_words,

@@ -14,9 +14,13 @@ from tests.conftest import toy_embeddings, toy_pairs
 from vilu.embeddings.memory import Embeddings
 from vilu.embeddings.source import Batch
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.predictors import ProbVLM
 from vilu_bench.methods import probvlm
-from vilu_bench.methods.probvlm import GeneralisedGaussian, ProbabilisticAdapter, dropout_masks
+from vilu_bench.methods.probvlm import (
+    GeneralisedGaussian,
+    ProbabilisticAdapter,
+    ProbVLM,
+    dropout_masks,
+)
 
 SHAPES = [(0.5, 0.3), (1.0, 2.0), (2.0, 1.0), (4.5, 0.05)]
 QUICK = {"epochs": 3, "width": 8, "batch_size": 64}

@@ -13,7 +13,7 @@ from scipy import special
 from tests.builders.logit_rows import batch_of
 from tests.conftest import toy_embeddings, variant
 from vilu.embeddings.memory import Embeddings
-from vilu.predictors import fitted
+from vilu.predictors import temperature as fitted
 from vilu_bench.methods.rel_u import RelU, best_penalty
 
 

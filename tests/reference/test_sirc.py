@@ -16,7 +16,7 @@ from tests.conftest import toy_embeddings, variant
 from vilu.embeddings.memory import Embeddings
 from vilu.embeddings.source import log_posterior
 from vilu.errors import UsageError
-from vilu.predictors.storage import load
+from vilu.predictors.persistence.storage import load
 from vilu_bench.methods.sirc import DOUBT, SIRC
 
 CONFIDENCES = {

@@ -14,7 +14,7 @@ from vilu import PREDICTORS
 from vilu.embeddings.memory import Embeddings
 from vilu.embeddings.rows import Rows
 from vilu.errors import DataError, UsageError
-from vilu.predictors import labelled as folds
+from vilu.predictors.contract import labelled as folds
 from vilu.predictors.stacking import Stacking
 
 MEMBERS = ("mcm", "max_logit", "knn_vote", "linear_probe", "mahalanobis")

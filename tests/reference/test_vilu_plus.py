@@ -19,7 +19,6 @@ from tests.conftest import toy_embeddings, toy_pairs, variant
 from vilu.embeddings.memory import Embeddings
 from vilu.embeddings.rows import Rows
 from vilu.errors import DataError
-from vilu.predictors.heads.vilu_plus import POOL_SD, ViLUPlus, fit_pool
 from vilu.predictors.nn.attention import (
     BIAS_SHARE,
     CAUTION,
@@ -35,6 +34,7 @@ from vilu.predictors.nn.attention import (
     held_out_share,
 )
 from vilu.predictors.nn.experts import Memory
+from vilu.predictors.plus.vilu_plus import POOL_SD, ViLUPlus, fit_pool
 from vilu_bench.studies.data import without_labels
 
 CPU = torch.device("cpu")

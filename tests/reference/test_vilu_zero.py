@@ -17,7 +17,7 @@ from vilu.embeddings.memory import Embeddings
 from vilu.embeddings.rows import Rows
 from vilu.errors import ProvenanceError
 from vilu.metrics import auroc
-from vilu.predictors.heads.vilu_zero import (
+from vilu.predictors.plus.vilu_zero import (
     ABSENT_SCALE,
     EM_PASSES,
     Pool,

@@ -16,7 +16,7 @@ from vilu.embeddings.memory import Embeddings
 from vilu.embeddings.pairs import Pools
 from vilu.embeddings.rows import SCORING_BATCH
 from vilu.errors import DataError, NotFittedError, ProvenanceError, UsageError
-from vilu.predictors import search
+from vilu.predictors.bank import search
 from vilu.report.explain.competitors import strongest_competitor
 from vilu.report.explain.explain import Depth
 

@@ -35,7 +35,7 @@ from vilu.errors import (
 from vilu.metrics import METRICS, histogram
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors import PREDICTORS
-from vilu.predictors.storage import load
+from vilu.predictors.persistence.storage import load
 from vilu.progress import Silence, reporting
 from vilu.scoring.score import Decider, predictor_fingerprint, score_parts, source_fingerprint
 from vilu.scoring.score_folder import Counts, ScoreFolder, ScorePart, ScoreRun

@@ -114,7 +114,7 @@ def test_no_label_that_vouches_ever_teaches_whoever_asked_for_it(
         "path,label,stream\n" + "".join(f"{path},{name},fit\n" for path, name in truth.items())
     )
     triage_photos(job, output, [labels])
-    from vilu.predictors.storage import load
+    from vilu.predictors.persistence.storage import load
 
     stores = PhotoStores(output / "embeddings")
     photos = stores.open([(path, (folder[0] / path).stat()) for path in sorted(truth)])

@@ -320,7 +320,7 @@ def test_a_fit_of_which_a_sample_of_the_rows_is_known_is_not_vouched_for_by_the_
     PREDICTORS["mcm_ts"]().fit(store).save(tmp_path / "whole")
     with pytest.raises(DataError, match="has seen all rows of"):
         calibrate_by_labels(tmp_path / "whole", store, [], max_risk=0.9)
-    monkeypatch.setattr("vilu.predictors.rows.SIZE", 10)
+    monkeypatch.setattr("vilu.predictors.contract.seen.SIZE", 10)
     PREDICTORS["mcm_ts"]().fit(store).save(tmp_path / "sample")
     with pytest.raises(
         DataError, match=r"vouching rows .* were used to fit this mcm_ts .*, more than 1%"

@@ -27,7 +27,7 @@ from vilu.calibration.thresholds import rows_for_mean
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.errors import UNKNOWN, DataError, InfeasibleError, UsageError
 from vilu.metrics.counts import Floats
-from vilu.predictors.base import FailurePredictor
+from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.validation import require_between
 
 Kind = Literal["lac", "aps"]

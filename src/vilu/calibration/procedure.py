@@ -19,11 +19,11 @@ from vilu.calibration.thresholds import exactly, percent
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import InfeasibleError, UsageError, ViLUError
 from vilu.outcomes.outcomes import Outcomes
-from vilu.predictors.base import FailurePredictor
-from vilu.predictors.record import RISK, VOCABULARY, claim, fit_fingerprint
-from vilu.predictors.rows import candidates_of
-from vilu.predictors.storage import load, write_card
-from vilu.predictors.vocabulary import Vocabulary
+from vilu.predictors.contract.predictor import FailurePredictor
+from vilu.predictors.contract.seen import candidates_of
+from vilu.predictors.persistence.record import RISK, VOCABULARY, claim, fit_fingerprint
+from vilu.predictors.persistence.storage import load, write_card
+from vilu.predictors.persistence.vocabulary import Vocabulary
 from vilu.scoring.score import predictor_fingerprint, score_fresh, source_fingerprint
 from vilu.store.reader import EmbeddingStore
 

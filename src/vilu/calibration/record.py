@@ -31,8 +31,8 @@ from vilu.calibration.thresholds import tail
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import DataError, ProvenanceError
 from vilu.outcomes.outcomes import Outcomes
-from vilu.predictors.record import RECALIBRATE, RISK, ROWS, fit_fingerprint
-from vilu.predictors.rows import candidates_of, same_candidates
+from vilu.predictors.contract.seen import candidates_of, same_candidates
+from vilu.predictors.persistence.record import RECALIBRATE, RISK, ROWS, fit_fingerprint
 
 Rule = Selector | BatchSelector
 

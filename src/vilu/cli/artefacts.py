@@ -17,8 +17,8 @@ from vilu.calibration.monitor.watch import State
 from vilu.errors import DataError, StorageError
 from vilu.outcomes.outcomes import Outcomes
 from vilu.outcomes.results import ResultTable
-from vilu.predictors.record import PREDICTOR, RISK
-from vilu.predictors.storage import load
+from vilu.predictors.persistence.record import PREDICTOR, RISK
+from vilu.predictors.persistence.storage import load
 from vilu.registry import entry_points
 from vilu.scoring.score_folder import ScoreFolder
 from vilu.store.inspect import inspect as inspect_store

@@ -378,7 +378,7 @@ def columns(rows: list[dict[str, str]], below: Sequence[str] = ()) -> str:
 
 def complete_methods(incomplete: str) -> list[str]:
     """Names of methods, for the shell."""
-    from vilu.predictors.catalogue import method_names
+    from vilu.predictors.contract.catalogue import method_names
 
     return [name for name in method_names() if name.startswith(incomplete)]
 

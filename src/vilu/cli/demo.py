@@ -24,7 +24,7 @@ from vilu.outcomes.evaluate import compare, evaluate
 from vilu.outcomes.outcomes import Outcomes
 from vilu.outcomes.results import ResultTable
 from vilu.predictors import PREDICTORS
-from vilu.predictors.storage import load
+from vilu.predictors.persistence.storage import load
 from vilu.report import figures, style
 from vilu.report.figures import Photo
 from vilu.report.page.build import report_page

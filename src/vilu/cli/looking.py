@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from vilu.calibration.monitor.monitor import Monitor
     from vilu.embeddings.source import EmbeddingSource
     from vilu.outcomes.outcomes import Outcomes
-    from vilu.predictors.base import FailurePredictor
+    from vilu.predictors.contract.predictor import FailurePredictor
     from vilu.report.explain.prompts import PromptGains
     from vilu.report.explain.risk import RiskMap
 
@@ -81,7 +81,7 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
 ) -> None:
     """Why answers are suspicious, from embeddings alone: competitors, training rows alike, what moved the score."""
     from vilu.artifacts.paths import write_said
-    from vilu.predictors.storage import load
+    from vilu.predictors.persistence.storage import load
     from vilu.report.explain.explain import Depth, require_json
     from vilu.report.explain.explain import explain as explain_rows
 

@@ -31,9 +31,9 @@ from vilu.errors import UsageError
 if TYPE_CHECKING:
     from vilu.calibration.record import Record
     from vilu.embeddings.source import EmbeddingSource
-    from vilu.predictors.base import FailurePredictor
+    from vilu.predictors.contract.predictor import FailurePredictor
+    from vilu.predictors.contract.probability import Calibrator
     from vilu.predictors.nn.checkpoint import FolderSession
-    from vilu.predictors.probability import Calibrator
     from vilu.store.reader import EmbeddingStore
 
 Output = Annotated[Path, Option("--output", "-o", help="Folder of the predictor.")]
@@ -100,9 +100,10 @@ def fit(  # noqa: PLR0913 - one parameter per flag
     last checkpoint (beside OUTPUT) was. Under torchrun heads are trained by all processes together;
     the result does not depend on how many there are.
     """
-    from vilu.predictors import find_method, storage
+    from vilu.predictors.contract.catalogue import find_method
+    from vilu.predictors.contract.seen import candidates_of
     from vilu.predictors.nn.processes import world
-    from vilu.predictors.rows import candidates_of
+    from vilu.predictors.persistence import storage
 
     with ExitStack() as stack:
         team = stack.enter_context(world(device))
@@ -160,9 +161,9 @@ def _to_score(predictor: Path) -> str:
 def _new_predictor(
     cls: type[FailurePredictor], defaults: dict[str, object], settings: list[str], init: Path | None
 ) -> FailurePredictor:
-    from vilu.predictors.init import initialise
-    from vilu.predictors.parameters import build, parameters, parse_settings
-    from vilu.predictors.storage import load
+    from vilu.predictors.contract.parameters import build, parameters, parse_settings
+    from vilu.predictors.persistence.storage import load
+    from vilu.predictors.vilu.fine_tuning import initialise
 
     values = {
         key: value for key, value in defaults.items() if key in parameters(cls)
@@ -199,7 +200,7 @@ def _training_set(
 ) -> EmbeddingSource:
     """The rows to learn from; ``few`` is the number of rows per class, and a seed."""
     from vilu.embeddings.pairs import Pools, PseudoCaptions
-    from vilu.predictors.rows import shots
+    from vilu.predictors.contract.seen import shots
 
     n_shots, seed = few
     if not pseudo and len(stores) > 1:
@@ -227,8 +228,8 @@ def _checkpoints(
     stack: ExitStack, predictor: FailurePredictor, output: Path, minutes: float = 10.0
 ) -> FolderSession | None:
     """Checkpoints beside the output of what is trained step by step."""
-    from vilu.predictors.heads.head import HeadPredictor
     from vilu.predictors.nn.checkpoint import checkpointing
+    from vilu.predictors.vilu.head import HeadPredictor
 
     if not isinstance(predictor, HeadPredictor):
         return None
@@ -265,7 +266,7 @@ def score(
     abstain with the reason, and label sets. A folder is written part by part in bounded memory;
     interrupted, the same command does what is missing.
     """
-    from vilu.predictors.storage import load
+    from vilu.predictors.persistence.storage import load
     from vilu.scoring.score import Decider, score_parts
     from vilu.scoring.score import score as score_rows
 
@@ -351,8 +352,8 @@ def convert(
     Prints the predictor's folder.
     """
     from vilu.artifacts.paths import inputs_of
-    from vilu.predictors import storage
-    from vilu.predictors.convert import convert_official
+    from vilu.predictors.persistence import storage
+    from vilu.predictors.persistence.convert import convert_official
 
     inputs = inputs_of(checkpoint, logit_scale=logit_scale, embed_dim=embed_dim)
     if storage.claim(output, inputs, overwrite=overwrite):
@@ -447,7 +448,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     """
     from vilu.calibration.procedure import Target, calibrate_predictor
     from vilu.calibration.shares import read_shares
-    from vilu.predictors.storage import load
+    from vilu.predictors.persistence.storage import load
     from vilu.triage.ask import calibrate_by_labels, picked
 
     data = reading.open_both(store)
@@ -552,8 +553,8 @@ def export(
     """
     from vilu.artifacts.paths import claim_file
     from vilu.guard.image_graph import export_image_graph, fingerprint_of
-    from vilu.predictors.onnx import export_onnx
-    from vilu.predictors.record import PREDICTOR, read_record
+    from vilu.predictors.persistence.onnx import export_onnx
+    from vilu.predictors.persistence.record import PREDICTOR, read_record
 
     if not onnx and output.suffix.lower() != ".onnx":
         raise UsageError(
@@ -597,7 +598,7 @@ def push(
 
     Prints where it is.
     """
-    from vilu.predictors.hub import push as push_predictor
+    from vilu.predictors.persistence.hub import push as push_predictor
 
     place = push_predictor(
         predictor, repository, private=private, revision=revision, overwrite=overwrite
@@ -613,7 +614,7 @@ def pull(
 
     Prints the folder of the predictor.
     """
-    from vilu.predictors.hub import pull as pull_predictor
+    from vilu.predictors.persistence.hub import pull as pull_predictor
 
     typer.echo(pull_predictor(repository, output, revision=revision, overwrite=overwrite))
     next_step(_to_score(output))

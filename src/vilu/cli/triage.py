@@ -145,7 +145,7 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
             f"{output} is one of --labels, and its answers would be lost. Give another file."
         )
     from vilu.artifacts.paths import claim_file, inputs_of
-    from vilu.predictors.storage import load
+    from vilu.predictors.persistence.storage import load
     from vilu.store.reader import EmbeddingStore
     from vilu.triage.ask import next_of_store, write_next
 
@@ -306,7 +306,7 @@ def audit_labels(
         )
     from vilu.artifacts.paths import claim_file
     from vilu.datasets.catalog import open_dataset
-    from vilu.predictors.storage import load
+    from vilu.predictors.persistence.storage import load
     from vilu.store.reader import EmbeddingStore
     from vilu.triage.label_errors import contact_sheet, find_label_errors
 

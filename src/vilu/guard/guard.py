@@ -25,8 +25,8 @@ from vilu.embeddings.columns import IMAGE_COLUMNS
 from vilu.embeddings.source import Batch, EmbeddingSource, log_posterior
 from vilu.errors import UNKNOWN, ProvenanceError, UsageError
 from vilu.outcomes.outcomes import Outcomes
-from vilu.predictors.storage import load
-from vilu.predictors.vocabulary import Vocabulary
+from vilu.predictors.persistence.storage import load
+from vilu.predictors.persistence.vocabulary import Vocabulary
 from vilu.progress import Silence
 from vilu.scoring.score import ABSTAIN, Decider, score_rows
 from vilu.store.documents import IMAGE
@@ -210,7 +210,7 @@ class Guard:
         >>> import numpy as np, pathlib, tempfile, torch, vilu
         >>> from PIL import Image
         >>> from vilu.backbones.base import DualEncoder
-        >>> from vilu.predictors.vocabulary import Vocabulary
+        >>> from vilu.predictors.persistence.vocabulary import Vocabulary
         >>> space = vilu.EmbeddingSpace(3, logit_scale=10.0)
         >>> model = (
         ...     DualEncoder(  # a model of your own: it compares the mean colour with three colours

@@ -17,9 +17,9 @@ from vilu.calibration.rules import Selector
 from vilu.errors import DataError
 from vilu.extras import import_extra
 from vilu.guard.guard import Guard
-from vilu.predictors.base import NotExportable
+from vilu.predictors.contract.predictor import NotExportable
 from vilu.predictors.nn.attention import FEATURES
-from vilu.predictors.onnx import (
+from vilu.predictors.persistence.onnx import (
     SAID,
     Trial,
     largest_difference,
@@ -29,7 +29,7 @@ from vilu.predictors.onnx import (
     score_graph,
     write_graph,
 )
-from vilu.predictors.record import PREDICTOR, VOCABULARY, read_record
+from vilu.predictors.persistence.record import PREDICTOR, VOCABULARY, read_record
 
 PIXELS, ACCEPT = "pixels", "accept"
 ALONE = "Without --with-backbone the head alone is exported; it takes embeddings."

@@ -1,66 +1,34 @@
-"""The methods of this package; what each of them is stands in its own class."""
+"""The methods of this package by name; each is imported when it is asked for."""
 
 from __future__ import annotations
 
-from vilu.predictors.base import FailurePredictor
-from vilu.predictors.catalogue import PREDICTORS, add_predictor, find_method
-from vilu.predictors.class_gaussians import ClassGaussians
-from vilu.predictors.fitted import MCMTS, Duo
-from vilu.predictors.heads.vilu import LVU, ViLU
-from vilu.predictors.heads.vilu_plus import ViLUPlus
-from vilu.predictors.heads.vilu_zero import ViLUZero
-from vilu.predictors.linear_probe import LinearProbe
-from vilu.predictors.outside import NegLabel
-from vilu.predictors.stacking import Stacking
-from vilu.predictors.zero_shot import (
-    GEN,
-    MCM,
-    Doctor,
-    Energy,
-    Entropy,
-    KLUniform,
-    Margin,
-    MaxLogit,
-    ProbMargin,
-)
+from vilu.predictors.contract.catalogue import PREDICTORS
 
-METHODS: tuple[type[FailurePredictor], ...] = (
-    ViLUPlus,
-    ViLUZero,
-    ViLU,
-    LVU,
-    MCM,
-    Entropy,
-    Doctor,
-    MaxLogit,
-    Margin,
-    ProbMargin,
-    Energy,
-    GEN,
-    KLUniform,
-    NegLabel,
-    MCMTS,
-    Duo,
-    Stacking,
-    ClassGaussians,
-    LinearProbe,
-)
+ZERO_SHOT = "vilu.predictors.zero_shot"
+
+METHODS = {
+    "vilu_plus": "vilu.predictors.plus.vilu_plus:ViLUPlus",
+    "vilu_zero": "vilu.predictors.plus.vilu_zero:ViLUZero",
+    "vilu": "vilu.predictors.vilu.vilu:ViLU",
+    "lvu": "vilu.predictors.vilu.vilu:LVU",
+    "mcm": f"{ZERO_SHOT}:MCM",
+    "entropy": f"{ZERO_SHOT}:Entropy",
+    "doctor": f"{ZERO_SHOT}:Doctor",
+    "max_logit": f"{ZERO_SHOT}:MaxLogit",
+    "margin": f"{ZERO_SHOT}:Margin",
+    "prob_margin": f"{ZERO_SHOT}:ProbMargin",
+    "energy": f"{ZERO_SHOT}:Energy",
+    "gen": f"{ZERO_SHOT}:GEN",
+    "kl_uniform": f"{ZERO_SHOT}:KLUniform",
+    "neglabel": "vilu.predictors.plus.ood:NegLabel",
+    "mcm_ts": "vilu.predictors.temperature:MCMTS",
+    "duo": "vilu.predictors.temperature:Duo",
+    "stacking": "vilu.predictors.stacking:Stacking",
+    "class_gaussians": "vilu.predictors.bank.class_gaussians:ClassGaussians",
+    "linear_probe": "vilu.predictors.bank.linear_probe:LinearProbe",
+}
 """Ours, in the order in which they are listed; those of ``vilu_bench`` come by entry points."""
 
-for _method in METHODS:
-    add_predictor(_method)
+PREDICTORS.offer(METHODS)
 
-__all__ = [
-    "LVU",
-    "MCM",
-    "PREDICTORS",
-    "Doctor",
-    "Entropy",
-    "FailurePredictor",
-    "Margin",
-    "MaxLogit",
-    "ViLU",
-    "ViLUPlus",
-    "find_method",
-]
-"""What others name; every method is in ``PREDICTORS``."""
+__all__ = ["METHODS", "PREDICTORS"]

@@ -13,11 +13,11 @@ from vilu.embeddings.rows import SCORING_BATCH, Rows
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, UsageError
-from vilu.predictors.base import CONSTANT, FailurePredictor, Learnt
-from vilu.predictors.catalogue import find_method
-from vilu.predictors.fitted import WithSecondModel
-from vilu.predictors.labelled import cross_fitting
-from vilu.predictors.parameters import parameters
+from vilu.predictors.contract.catalogue import find_method
+from vilu.predictors.contract.labelled import cross_fitting
+from vilu.predictors.contract.parameters import parameters
+from vilu.predictors.contract.predictor import CONSTANT, FailurePredictor, Learnt
+from vilu.predictors.temperature import WithSecondModel
 
 FREE = (
     "mcm",

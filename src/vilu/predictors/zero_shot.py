@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vilu.embeddings.similarity import Others, float64
 from vilu.embeddings.source import Batch, log_posterior
-from vilu.predictors.base import FailurePredictor, own_graph
+from vilu.predictors.contract.predictor import FailurePredictor, own_graph
 
 LOGITS = frozenset({"logits"})
 

@@ -30,10 +30,10 @@ from vilu.embeddings.two_models import TwoModels
 from vilu.errors import UNKNOWN, DataError, UsageError
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
-from vilu.predictors.base import FailurePredictor
-from vilu.predictors.outside import SeesOutside
-from vilu.predictors.record import describe, seen_tensors
-from vilu.predictors.rows import candidates_of, counted, same_candidates, scored_of
+from vilu.predictors.contract.predictor import FailurePredictor
+from vilu.predictors.contract.seen import candidates_of, counted, same_candidates, scored_of
+from vilu.predictors.persistence.record import describe, seen_tensors
+from vilu.predictors.plus.ood import SeesOutside
 from vilu.progress import Task, track
 from vilu.scoring.score_folder import ScoreFolder, ScoreLedger, ScoreManifest, ScoreRun
 from vilu.store.reader import CaptionStore, EmbeddingStore

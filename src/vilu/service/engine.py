@@ -20,7 +20,7 @@ from vilu.embeddings.checks import STATUS, VALID, normalised
 from vilu.errors import UNKNOWN, DataError, UsageError
 from vilu.guard.guard import Answer, Guard, Judge, arrays_of, record_of
 from vilu.outcomes.outcomes import Outcomes
-from vilu.predictors.record import fit_fingerprint
+from vilu.predictors.persistence.record import fit_fingerprint
 from vilu.service.journal import PromiseState, row_id
 from vilu.service.keeper import NAMES, Keeps, Kept, Scores
 from vilu.store.documents import IMAGE

@@ -14,7 +14,7 @@ from vilu.calibration.monitor.status import Status
 from vilu.calibration.record import has_record
 from vilu.calibration.record import load as load_record
 from vilu.errors import DataError, UsageError
-from vilu.predictors.record import fit_fingerprint
+from vilu.predictors.persistence.record import fit_fingerprint
 from vilu.service.journal import Journal, PromiseState
 
 SERVING: Final = "serving.json"

@@ -26,8 +26,8 @@ from vilu.errors import UNKNOWN, DataError, InfeasibleError, UsageError
 from vilu.guard.guard import RunnersUp
 from vilu.metrics.counts import Ints
 from vilu.outcomes.outcomes import Outcomes
-from vilu.predictors.base import FailurePredictor
-from vilu.predictors.storage import load
+from vilu.predictors.contract.predictor import FailurePredictor
+from vilu.predictors.persistence.storage import load
 from vilu.scoring.score import ABSTAIN, ACCEPT, Decider, score_rows
 from vilu.store.reader import EmbeddingStore
 from vilu.triage.choose import to_teach

@@ -23,8 +23,8 @@ from vilu.embeddings.source import EmbeddingSource, TakenIds
 from vilu.errors import UNKNOWN, DataError, UsageError
 from vilu.extras import import_extra
 from vilu.metrics.counts import Floats
-from vilu.predictors import ViLUPlus
-from vilu.predictors.base import FailurePredictor
+from vilu.predictors.contract.predictor import FailurePredictor
+from vilu.predictors.plus.vilu_plus import ViLUPlus
 from vilu.progress import track
 from vilu.report import figures, style
 from vilu.report.figures import Photo

@@ -22,9 +22,9 @@ from vilu.embeddings.pairs import first_alike
 from vilu.embeddings.source import EmbeddingSource
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
-from vilu.predictors.base import FailurePredictor
-from vilu.predictors.probability import Logistic
-from vilu.predictors.storage import write_card
+from vilu.predictors.contract.predictor import FailurePredictor
+from vilu.predictors.contract.probability import Logistic
+from vilu.predictors.persistence.storage import write_card
 from vilu.triage.choose import choose_limit
 from vilu.triage.labels import SKIPPED, LabelBook, side_of
 from vilu.triage.photos import Photos

@@ -26,11 +26,11 @@ from vilu.datasets.folder import list_photos
 from vilu.errors import DataError, UsageError
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
-from vilu.predictors.base import FailurePredictor
-from vilu.predictors.catalogue import find_method
-from vilu.predictors.record import PREDICTOR, read_record
-from vilu.predictors.storage import load
-from vilu.predictors.vocabulary import Vocabulary
+from vilu.predictors.contract.catalogue import find_method
+from vilu.predictors.contract.predictor import FailurePredictor
+from vilu.predictors.persistence.record import PREDICTOR, read_record
+from vilu.predictors.persistence.storage import load
+from vilu.predictors.persistence.vocabulary import Vocabulary
 from vilu.scoring.score import Decider, score_rows
 from vilu.triage.choose import to_teach
 from vilu.triage.labels import Entry, LabelBook

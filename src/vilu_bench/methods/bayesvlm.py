@@ -16,10 +16,10 @@ from vilu.embeddings.rows import Rows
 from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.errors import DataError
-from vilu.predictors.base import FailurePredictor, Learnt
-from vilu.predictors.heads.head import Count, Positive
-from vilu.predictors.labelled import failure_log_odds
+from vilu.predictors.contract.labelled import failure_log_odds
+from vilu.predictors.contract.predictor import FailurePredictor, Learnt
 from vilu.predictors.nn.train import steps_per_epoch
+from vilu.predictors.vilu.head import Count, Positive
 from vilu.progress import track
 
 ROWS = 1_024  # rows against all candidates at a time

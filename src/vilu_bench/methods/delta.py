@@ -13,11 +13,11 @@ from torch import Tensor
 from vilu.embeddings.rows import Rows
 from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource
-from vilu.predictors.base import CLASSES, Learnt
-from vilu.predictors.class_gaussians import class_means, squared_distances, whitener
-from vilu.predictors.closed_set import ClosedSet
-from vilu.predictors.labelled import Needs, class_texts
-from vilu.predictors.search import Count, draw_rows, gather, labels, nearest, squared_distance
+from vilu.predictors.bank.class_gaussians import class_means, squared_distances, whitener
+from vilu.predictors.bank.closed_set import ClosedSet
+from vilu.predictors.bank.search import Count, draw_rows, gather, labels, nearest, squared_distance
+from vilu.predictors.contract.labelled import Needs, class_texts
+from vilu.predictors.contract.predictor import CLASSES, Learnt
 from vilu_bench.methods.mahalanobis import gaussian, shared_covariance
 
 MarginWeight = Annotated[float, Field(ge=0, allow_inf_nan=False)]

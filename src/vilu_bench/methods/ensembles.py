@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from vilu.embeddings.rows import Rows
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.predictors.base import Learnt
-from vilu.predictors.games import Game, HeadGame, NoAttribution
-from vilu.predictors.heads.head import Count, head_graph
-from vilu.predictors.heads.vilu import ViLU
-from vilu.predictors.labelled import fit_and_selection
+from vilu.predictors.contract.games import Game, HeadGame, NoAttribution
+from vilu.predictors.contract.labelled import fit_and_selection
+from vilu.predictors.contract.parameters import parameters
+from vilu.predictors.contract.predictor import Learnt
 from vilu.predictors.nn.head import Dropout
-from vilu.predictors.parameters import parameters
+from vilu.predictors.vilu.head import Count, head_graph
+from vilu.predictors.vilu.vilu import ViLU
 
 
 @dataclasses.dataclass

@@ -12,13 +12,13 @@ from torch import Tensor
 from vilu.embeddings.rows import SCORING_BATCH, Rows
 from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource
-from vilu.predictors.base import Learnt
-from vilu.predictors.class_gaussians import (
+from vilu.predictors.bank.class_gaussians import (
     ClassDensity,
     Ridge,
     mean_of_both,
 )
-from vilu.predictors.search import Count, image_blocks
+from vilu.predictors.bank.search import Count, image_blocks
+from vilu.predictors.contract.predictor import Learnt
 from vilu_bench.methods.bayesvlm import last_layer
 
 

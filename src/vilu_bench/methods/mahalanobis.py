@@ -11,11 +11,11 @@ from torch import Tensor
 from vilu.embeddings.rows import Rows
 from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource
-from vilu.predictors.base import CLASSES, Learnt
-from vilu.predictors.class_gaussians import NO_SPREAD, class_means, scatter, whitener
-from vilu.predictors.closed_set import ClosedSet
-from vilu.predictors.labelled import class_texts
-from vilu.predictors.search import labels
+from vilu.predictors.bank.class_gaussians import NO_SPREAD, class_means, scatter, whitener
+from vilu.predictors.bank.closed_set import ClosedSet
+from vilu.predictors.bank.search import labels
+from vilu.predictors.contract.labelled import class_texts
+from vilu.predictors.contract.predictor import CLASSES, Learnt
 
 
 def shared_covariance(train: Rows, label: Tensor, mean: Tensor) -> Tensor | None:

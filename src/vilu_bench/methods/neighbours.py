@@ -13,10 +13,10 @@ from torch.nn.functional import normalize
 
 from vilu.embeddings.rows import Rows
 from vilu.embeddings.source import Batch, EmbeddingSource
-from vilu.predictors.base import CLASSES, FailurePredictor, Learnt
-from vilu.predictors.closed_set import ClosedSet
-from vilu.predictors.labelled import class_texts
-from vilu.predictors.search import Allowed, Count, distance, draw_rows, gather, labels, nearest
+from vilu.predictors.bank.closed_set import ClosedSet
+from vilu.predictors.bank.search import Allowed, Count, distance, draw_rows, gather, labels, nearest
+from vilu.predictors.contract.labelled import class_texts
+from vilu.predictors.contract.predictor import CLASSES, FailurePredictor, Learnt
 
 FARTHEST = 2.0  # largest distance of two unit vectors
 # so much is added to distances, and 1 + cos is at least so much, so that no ratio is 0 / 0

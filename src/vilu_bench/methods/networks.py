@@ -20,11 +20,11 @@ from vilu.embeddings.rows import Rows
 from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource, log_posterior
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.predictors.base import FailurePredictor, Learnt, own_graph
-from vilu.predictors.heads.head import Count, NonNegative, Positive, Widths
-from vilu.predictors.labelled import Needs
+from vilu.predictors.contract.labelled import Needs
+from vilu.predictors.contract.predictor import FailurePredictor, Learnt, own_graph
 from vilu.predictors.nn.head import Graph
 from vilu.predictors.nn.train import AdamWConfig, default_epochs, train_adamw
+from vilu.predictors.vilu.head import Count, NonNegative, Positive, Widths
 
 
 @dataclasses.dataclass

@@ -14,9 +14,9 @@ from torch.nn import functional
 
 from vilu.embeddings.source import Batch
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.predictors.heads.head import Count, NonNegative
-from vilu.predictors.labelled import failure_log_odds
+from vilu.predictors.contract.labelled import failure_log_odds
 from vilu.predictors.nn.train import few_epochs
+from vilu.predictors.vilu.head import Count, NonNegative
 from vilu_bench.methods.networks import NetworkPredictor
 
 # for a shape below one the density has a cusp, and its slope no bound, where the deviation is zero

@@ -12,9 +12,9 @@ from torch import Tensor
 from vilu.embeddings.rows import SCORING_BATCH, Rows
 from vilu.embeddings.source import Batch, EmbeddingSource, log_posterior
 from vilu.errors import UsageError
-from vilu.predictors.base import CLASSES, Learnt
-from vilu.predictors.closed_set import ClosedSet
-from vilu.predictors.labelled import Needs, class_texts
+from vilu.predictors.bank.closed_set import ClosedSet
+from vilu.predictors.contract.labelled import Needs, class_texts
+from vilu.predictors.contract.predictor import CLASSES, Learnt
 
 MAX_CLASSES = 10_000  # of Rel-U: pairs of so many take 800 MB in float64
 

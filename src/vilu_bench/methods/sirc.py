@@ -14,7 +14,7 @@ from vilu.embeddings.rows import SCORING_BATCH, Rows
 from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource, log_posterior
 from vilu.errors import UsageError
-from vilu.predictors.base import FailurePredictor, Learnt, own_graph
+from vilu.predictors.contract.predictor import FailurePredictor, Learnt, own_graph
 
 # least standard deviation of the typicality: what float32 leaves of the norm of a unit vector
 MIN_DEVIATION = 1e-6

@@ -14,10 +14,10 @@ from vilu.embeddings.rows import Rows
 from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.errors import ProvenanceError
-from vilu.predictors.base import CLASSES, Learnt
-from vilu.predictors.closed_set import ClosedSet
-from vilu.predictors.labelled import class_texts
-from vilu.predictors.search import Count, labels
+from vilu.predictors.bank.closed_set import ClosedSet
+from vilu.predictors.bank.search import Count, labels
+from vilu.predictors.contract.labelled import class_texts
+from vilu.predictors.contract.predictor import CLASSES, Learnt
 
 
 @dataclasses.dataclass

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch
-from vilu.predictors.base import FailurePredictor
+from vilu.predictors.contract.predictor import FailurePredictor
 
 Statistic = Literal["mean", "vote"]
 

@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from vilu.metrics.catalog import METRICS
-from vilu.predictors import PREDICTORS, find_method
-from vilu.predictors.base import FailurePredictor
-from vilu.predictors.catalogue import method_names
-from vilu.predictors.parameters import build, check_parameters, parameters
+from vilu.predictors import PREDICTORS
+from vilu.predictors.contract.catalogue import find_method, method_names
+from vilu.predictors.contract.parameters import build, check_parameters, parameters
+from vilu.predictors.contract.predictor import FailurePredictor
 from vilu_bench.studies.parts import RANKED_BY, Count, Data, Name, Names, Section, require_known
 from vilu_bench.studies.views import AnyClaim, AnyView, Study
 

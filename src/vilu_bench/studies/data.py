@@ -23,7 +23,7 @@ from vilu.embeddings.source import EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.embeddings.two_models import TwoModels
 from vilu.errors import UNKNOWN, DataError, ProvenanceError
-from vilu.predictors.rows import overlap
+from vilu.predictors.contract.seen import overlap
 from vilu.scoring.score import source_fingerprint
 from vilu.store.reader import CaptionStore, EmbeddingStore, open_source
 from vilu_bench.studies.cells import (

@@ -11,7 +11,7 @@ from pathlib import Path
 from vilu.artifacts.documents import digest
 from vilu.errors import UsageError
 from vilu.metrics.catalog import METRICS
-from vilu.predictors.parameters import parameters
+from vilu.predictors.contract.parameters import parameters
 from vilu_bench.studies.cells import Cell, Origin, origin_of, scored_set_of, selects
 from vilu_bench.studies.config import MAX_EPOCHS, Config
 from vilu_bench.studies.data import Workbench
@@ -118,7 +118,10 @@ def decided_by(bench: Workbench, cell: Cell) -> dict[str, object]:
 def code_of(config: Config, cell: Cell) -> str:
     """Hash of the code that decides the result of a cell; one of another hash is of older code."""
     origin, predictor = origin_of(config, cell), predictor_of(config, cell)
-    sources = {"vilu.predictors.init": origin.start, "vilu.embeddings.pairs": origin.pool_size}
+    sources = {
+        "vilu.predictors.vilu.fine_tuning": origin.start,
+        "vilu.embeddings.pairs": origin.pool_size,
+    }
     others = [module for module, wanted in sources.items() if wanted is not None]
     kernels = [METRICS[name].kernel for name in config.metrics]
     modules = (

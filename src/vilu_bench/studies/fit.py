@@ -12,10 +12,10 @@ from typing import Any
 
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import DataError, ProvenanceError, UsageError
-from vilu.predictors.base import FailurePredictor
-from vilu.predictors.init import initialise
+from vilu.predictors.contract.parameters import parameters
+from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.nn.train import default_batch
-from vilu.predictors.parameters import parameters
+from vilu.predictors.vilu.fine_tuning import initialise
 from vilu_bench.studies.cells import Cell, Origin
 from vilu_bench.studies.config import Config
 from vilu_bench.studies.data import Workbench, differs_in_preprocessing

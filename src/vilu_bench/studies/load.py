@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from vilu.backbones.zeroshot import named_templates
 from vilu.errors import StorageError, UsageError, nearest
-from vilu.predictors.parameters import parameters
+from vilu.predictors.contract.parameters import parameters
 from vilu_bench.studies.config import AnySetting, Config, Method, Union
 from vilu_bench.studies.parts import ROLES, Data
 

@@ -11,7 +11,7 @@ from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import DataError
 from vilu.outcomes.evaluate import evaluate
 from vilu.outcomes.results import ResultRow, ResultTable
-from vilu.predictors.base import FailurePredictor
+from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.progress import track
 from vilu.scoring.score import score
 from vilu.text import aligned

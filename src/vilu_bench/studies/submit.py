@@ -20,7 +20,7 @@ from vilu.errors import DataError, UsageError
 from vilu.metrics.counts import Floats
 from vilu.outcomes.evaluate import evaluate
 from vilu.outcomes.outcomes import TEXT_COLUMNS, Outcomes, facts_of
-from vilu.predictors.record import home_of
+from vilu.predictors.persistence.record import home_of
 from vilu_bench.studies.board import Board
 from vilu_bench.studies.cells import Cell
 from vilu_bench.studies.fit import collected_warnings

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 import vilu
-from vilu.predictors.base import own_graph
+from vilu.predictors.contract.predictor import own_graph
 
 
 @dataclass

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from vilu.embeddings.source import EmbeddingSource
-from vilu.predictors.base import FailurePredictor
-from vilu.predictors.games import Game, NoAttribution, Scored
+from vilu.predictors.contract.games import Game, NoAttribution, Scored
+from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.report.explain.rows import draw_rows, scored_rows
 
 

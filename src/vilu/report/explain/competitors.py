@@ -15,12 +15,12 @@ from vilu.embeddings.checks import Identity
 from vilu.embeddings.rows import Rows
 from vilu.embeddings.source import Batch, EmbeddingSource, log_posterior
 from vilu.errors import UNKNOWN, UsageError
-from vilu.predictors.base import FailurePredictor
-from vilu.predictors.heads.head import HeadPredictor
-from vilu.predictors.heads.vilu_plus import ViLUPlus
-from vilu.predictors.labelled import trainable_rows
+from vilu.predictors.bank.search import image_blocks, nearest
+from vilu.predictors.contract.labelled import trainable_rows
+from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.nn.head import CrossAttention
-from vilu.predictors.search import image_blocks, nearest
+from vilu.predictors.plus.vilu_plus import ViLUPlus
+from vilu.predictors.vilu.head import HeadPredictor
 from vilu.report.explain.rows import Names, plain_rows, truths
 
 

@@ -18,10 +18,10 @@ from vilu.artifacts.paths import claim_file
 from vilu.device import as_usual
 from vilu.embeddings.source import EmbeddingSource, log_posterior
 from vilu.errors import UNKNOWN, DataError, UsageError
-from vilu.predictors.base import FailurePredictor
-from vilu.predictors.games import NoAttribution, Scored
-from vilu.predictors.rows import common_identity
-from vilu.predictors.search import leaders
+from vilu.predictors.bank.search import leaders
+from vilu.predictors.contract.games import NoAttribution, Scored
+from vilu.predictors.contract.predictor import FailurePredictor
+from vilu.predictors.contract.seen import common_identity
 from vilu.progress import track
 from vilu.report.explain.attribution import Attribution, Attributor
 from vilu.report.explain.competitors import Neighbour, TrainingRows, Weights, weights_of

@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 from vilu.device import as_usual
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.errors import UNKNOWN, DataError, UsageError
-from vilu.predictors.search import leaders
+from vilu.predictors.bank.search import leaders
 from vilu.progress import Task, track
 from vilu.report.explain.explain import Findings, first_lines
 from vilu.report.explain.rows import ROWS, class_name

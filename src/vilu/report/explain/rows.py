@@ -16,8 +16,8 @@ from vilu.embeddings.checks import SHORT_POOL, STATUS, VALID
 from vilu.embeddings.rows import SCORING_BATCH
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.errors import OUTSIDE, UNKNOWN, DataError
-from vilu.predictors.base import FailurePredictor
-from vilu.predictors.games import NONE
+from vilu.predictors.contract.games import NONE
+from vilu.predictors.contract.predictor import FailurePredictor
 
 ROWS = 1_024  # rows looked at together, at most
 MAX_POOLS = 8  # pools that rows are drawn from, at most, where candidates come in pools

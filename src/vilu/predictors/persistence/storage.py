@@ -18,12 +18,12 @@ from vilu.artifacts.paths import claim_folder, inputs_of
 from vilu.device import as_usual
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, ViLUError
-from vilu.predictors import record
-from vilu.predictors.base import FailurePredictor
-from vilu.predictors.catalogue import find_method, method_names
-from vilu.predictors.parameters import build
-from vilu.predictors.probability import read_calibrator
-from vilu.predictors.record import (
+from vilu.predictors.contract.catalogue import find_method, method_names
+from vilu.predictors.contract.parameters import build
+from vilu.predictors.contract.predictor import FailurePredictor
+from vilu.predictors.contract.probability import read_calibrator
+from vilu.predictors.persistence import record
+from vilu.predictors.persistence.record import (
     PREDICTOR,
     RECALIBRATE,
     REFIT,

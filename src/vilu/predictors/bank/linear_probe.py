@@ -14,10 +14,10 @@ from torch import Tensor
 from vilu.embeddings.rows import Rows
 from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource
-from vilu.predictors.base import CLASSES, Learnt
-from vilu.predictors.closed_set import ClosedSet
-from vilu.predictors.labelled import class_texts, failure_log_odds
-from vilu.predictors.search import Count, draw_rows, gather, labels
+from vilu.predictors.bank.closed_set import ClosedSet
+from vilu.predictors.bank.search import Count, draw_rows, gather, labels
+from vilu.predictors.contract.labelled import class_texts, failure_log_odds
+from vilu.predictors.contract.predictor import CLASSES, Learnt
 
 
 @dataclasses.dataclass

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.predictors import PREDICTORS
-from vilu.predictors.base import FailurePredictor
-from vilu.predictors.heads.head import HeadPredictor
-from vilu.predictors.parameters import build, parameters
+from vilu.predictors.contract.parameters import build, parameters
+from vilu.predictors.contract.predictor import FailurePredictor
+from vilu.predictors.vilu.head import HeadPredictor
 
 FINE_TUNING = {"epochs": None, "learning_rate": 1e-3, "freeze_epochs": 0}
 """What a fine-tuning has unless it is said otherwise.

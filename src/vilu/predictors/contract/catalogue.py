@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 
 from vilu.errors import UsageError, nearest
-from vilu.predictors.base import FailurePredictor
+from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.registry import ADDERS, Catalogue
 
 PREDICTORS = Catalogue[type[FailurePredictor]](
@@ -57,8 +57,8 @@ def find_method(name: str) -> type[FailurePredictor]:
     """The class of a method; one of an entry point is imported now.
 
     Examples:
-        >>> import vilu.predictors
-        >>> vilu.predictors.find_method("mcm") is vilu.MCM
+        >>> from vilu.predictors.contract.catalogue import find_method
+        >>> find_method("mcm") is vilu.MCM
         True
     """
     if name not in PREDICTORS:

@@ -19,11 +19,14 @@ from vilu.embeddings.similarity import float64, nearest
 from vilu.embeddings.source import SAME_TEXT, Batch, EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError
-from vilu.predictors.base import FailurePredictor, Learnt, NotExportable
-from vilu.predictors.games import Game, PoolGame
-from vilu.predictors.heads.head import Count, NonNegative, Positive
-from vilu.predictors.heads.vilu_zero import Classes, ViLUZero, learn_classes
-from vilu.predictors.labelled import class_texts, cross_fitting, failure_log_odds, with_outside
+from vilu.predictors.contract.games import Game, PoolGame
+from vilu.predictors.contract.labelled import (
+    class_texts,
+    cross_fitting,
+    failure_log_odds,
+    with_outside,
+)
+from vilu.predictors.contract.predictor import FailurePredictor, Learnt, NotExportable
 from vilu.predictors.nn.attention import (
     FEATURES,
     ImageInputs,
@@ -33,7 +36,9 @@ from vilu.predictors.nn.attention import (
 )
 from vilu.predictors.nn.experts import Adapter, Experts, Memory, pool
 from vilu.predictors.nn.train import AdamWConfig, default_batch, few_epochs, train_adamw
-from vilu.predictors.outside import NEGATIVES, Outside, SeesOutside, learn_outside
+from vilu.predictors.plus.ood import NEGATIVES, Outside, SeesOutside, learn_outside
+from vilu.predictors.plus.vilu_zero import Classes, ViLUZero, learn_classes
+from vilu.predictors.vilu.head import Count, NonNegative, Positive
 
 POOL_SD = 0.2
 """Prior standard deviation of the weights, around the first expert alone."""
@@ -91,7 +96,7 @@ class ViLUPlus(SeesOutside, FailurePredictor):
 
     With examples of images of none of the classes, or with everyday words (the column "negatives"),
     there is one more outcome, "outside": u = 1 - (1 - P(outside)) q_t̂
-    (``vilu.predictors.outside``). Rows without labels, with words, say how many there are of them
+    (``vilu.predictors.plus.ood``). Rows without labels, with words, say how many there are of them
     and what they have in common.
 
     Args:

@@ -18,8 +18,8 @@ from vilu.embeddings.rows import SCORING_BATCH, Rows
 from vilu.embeddings.similarity import Others, float64
 from vilu.embeddings.source import SAME_TEXT, Batch, EmbeddingSource
 from vilu.errors import UNKNOWN, DataError
+from vilu.predictors.contract.seen import overlap
 from vilu.predictors.nn.processes import current_world
-from vilu.predictors.rows import overlap
 
 MAX_UNUSABLE = 0.01
 FEW = 20

@@ -13,7 +13,7 @@ from torch import Tensor
 from vilu.embeddings.rows import SCORING_BATCH
 from vilu.embeddings.similarity import TILE_CELLS
 from vilu.embeddings.source import Batch
-from vilu.predictors.labelled import failure_log_odds, with_outside
+from vilu.predictors.contract.labelled import failure_log_odds, with_outside
 from vilu.predictors.nn.experts import Pooled
 from vilu.predictors.nn.head import FailureHead
 

@@ -29,16 +29,16 @@ from vilu.artifacts.paths import claim_folder, made
 from vilu.embeddings.checks import Identity
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, ProvenanceError, UsageError
-from vilu.predictors.card import Described, model_card
-from vilu.predictors.parameters import Parametrised, parameters
-from vilu.predictors.probability import Calibrator
-from vilu.predictors.rows import RowSketch, Sketches
+from vilu.predictors.contract.parameters import Parametrised, parameters
+from vilu.predictors.contract.probability import Calibrator
+from vilu.predictors.contract.seen import RowSketch, Sketches
+from vilu.predictors.persistence.card import Described, model_card
 
 SCHEMA = 1
 PREDICTOR, WEIGHTS, CARD, RISK = "predictor.json", "weights.safetensors", "README.md", "risk.json"
 ROWS = "calibration.parquet"
 VOCABULARY, VOCABULARY_KEY = "vocabulary.safetensors", "vilu.vocabulary"
-"""What answers are chosen from (``vilu.predictors.vocabulary``), and the key of what the file says of itself."""
+"""What answers are chosen from (``Vocabulary``), and the key of what the file says of itself."""
 
 NOT_SAVED = {"device"}  # belongs to the machine, not to the predictor
 SEEN_BY: dict[Identity, str] = {

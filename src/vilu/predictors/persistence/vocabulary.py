@@ -20,7 +20,7 @@ from vilu.embeddings.columns import IMAGE_COLUMNS, check_columns
 from vilu.embeddings.source import EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError
-from vilu.predictors.record import RECALIBRATE, VOCABULARY, VOCABULARY_KEY
+from vilu.predictors.persistence.record import RECALIBRATE, VOCABULARY, VOCABULARY_KEY
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,8 +19,8 @@ from vilu.embeddings.rows import SCORING_BATCH, Rows
 from vilu.embeddings.similarity import Others, float64
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.predictors.base import FailurePredictor, Learnt, own_graph
-from vilu.predictors.labelled import Needs, failure_log_odds
+from vilu.predictors.contract.labelled import Needs, failure_log_odds
+from vilu.predictors.contract.predictor import FailurePredictor, Learnt, own_graph
 
 LIMIT = math.log(100.0)  # largest |log m|; an optimum outside is one that any data set would doubt
 BINS = 15

@@ -100,7 +100,7 @@ def fit_calibrator(score: Floats, failure: NDArray[np.int64], *, is_log_odds: bo
 
     Examples:
         >>> import numpy as np
-        >>> from vilu.predictors.probability import fit_calibrator
+        >>> from vilu.predictors.contract.probability import fit_calibrator
         >>> calibrator = fit_calibrator(
         ...     np.array([-1.0, 0.0, 1.0]), np.array([0, 0, 1]), is_log_odds=True
         ... )

@@ -8,9 +8,9 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.predictors.heads.head import HeadPredictor, head_game, head_graph
-from vilu.predictors.labelled import Needs
+from vilu.predictors.contract.labelled import Needs
 from vilu.predictors.nn.head import Dropout, FailureHead
+from vilu.predictors.vilu.head import HeadPredictor, head_game, head_graph
 
 
 @dataclasses.dataclass

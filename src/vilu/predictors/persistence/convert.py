@@ -17,8 +17,8 @@ from vilu.device import as_usual
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, StorageError, ViLUError
 from vilu.extras import quiet
-from vilu.predictors.heads.head import HeadPredictor
-from vilu.predictors.heads.vilu import LVU, ViLU
+from vilu.predictors.vilu.head import HeadPredictor
+from vilu.predictors.vilu.vilu import LVU, ViLU
 from vilu.validation import checked
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from vilu.embeddings.similarity import nearest
 from vilu.embeddings.source import SAME_TEXT, Batch
 from vilu.errors import ProvenanceError
-from vilu.predictors.base import CLASSES, FailurePredictor
+from vilu.predictors.contract.predictor import CLASSES, FailurePredictor
 
 
 @dataclasses.dataclass

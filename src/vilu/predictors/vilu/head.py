@@ -17,15 +17,15 @@ from vilu.embeddings.rows import Rows
 from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.predictors.base import FailurePredictor, Learnt
-from vilu.predictors.games import LOG_ODDS, Game, HeadGame
-from vilu.predictors.labelled import fit_and_selection
+from vilu.predictors.contract.games import LOG_ODDS, Game, HeadGame
+from vilu.predictors.contract.labelled import fit_and_selection
+from vilu.predictors.contract.parameters import parameters
+from vilu.predictors.contract.predictor import FailurePredictor, Learnt
+from vilu.predictors.contract.seen import join
 from vilu.predictors.nn.checkpoint import current_session, data_fingerprint, text_fingerprint
 from vilu.predictors.nn.head import HIDDEN, FailureHead, with_weights
 from vilu.predictors.nn.losses import LOSSES, FailureWeight, adaptive_weight
 from vilu.predictors.nn.train import HeadTrainer, TrainConfig
-from vilu.predictors.parameters import parameters
-from vilu.predictors.rows import join
 
 Weighting = Literal["batch", "dataset", "ema", "static", "balanced"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -40,7 +40,7 @@ class HeadPredictor(FailurePredictor):
 
     Its training can be shared by several processes (``vilu.predictors.nn.processes``), leave
     checkpoints (``vilu.predictors.nn.checkpoint``), and begin from fitted weights
-    (``vilu.predictors.init``); the learning rate depends on none of these.
+    (``vilu.predictors.vilu.fine_tuning``); the learning rate depends on none of these.
 
     Args:
         validation_fraction: Share of the training rows held out for selection when ``fit`` gets no

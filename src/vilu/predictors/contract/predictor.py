@@ -24,9 +24,8 @@ from vilu.embeddings.source import log_posterior as zero_shot_log_posterior
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import UNKNOWN, DataError, NotFittedError, UsageError
 from vilu.metrics.counts import check_codes, real_vector, require_same_length
-from vilu.predictors import record
-from vilu.predictors.games import PLAYER_OF_LOOK, Game, NoAttribution, SingleGame
-from vilu.predictors.labelled import (
+from vilu.predictors.contract.games import PLAYER_OF_LOOK, Game, NoAttribution, SingleGame
+from vilu.predictors.contract.labelled import (
     Needs,
     degenerate_rate,
     disjoint,
@@ -34,17 +33,15 @@ from vilu.predictors.labelled import (
     trainable_rows,
     warn_few,
 )
-from vilu.predictors.nn.head import Graph, with_weights
-from vilu.predictors.nn.train import AdamWConfig, TrainConfig
-from vilu.predictors.parameters import (
+from vilu.predictors.contract.parameters import (
     check_parameters,
     get_params,
     is_no_estimator,
     set_params,
     shown,
 )
-from vilu.predictors.probability import Calibrator, expit, fit_calibrator
-from vilu.predictors.rows import (
+from vilu.predictors.contract.probability import Calibrator, expit, fit_calibrator
+from vilu.predictors.contract.seen import (
     Overlap,
     Sketches,
     candidates_of,
@@ -55,6 +52,9 @@ from vilu.predictors.rows import (
     sketch,
     warn_of_other_space,
 )
+from vilu.predictors.nn.head import Graph, with_weights
+from vilu.predictors.nn.train import AdamWConfig, TrainConfig
+from vilu.predictors.persistence import record
 from vilu.validation import checked
 
 # probabilities nearer to 0 or 1 count as this far away, so that their log-odds are finite

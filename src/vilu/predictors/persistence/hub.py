@@ -33,8 +33,8 @@ from vilu.errors import (
     ViLUError,
 )
 from vilu.extras import hub_reachable, import_extra, quiet
-from vilu.predictors.card import HUB_ID
-from vilu.predictors.record import (
+from vilu.predictors.persistence.card import HUB_ID
+from vilu.predictors.persistence.record import (
     CARD,
     FINGERPRINT,
     PREDICTOR,
@@ -47,7 +47,7 @@ from vilu.predictors.record import (
     is_ours,
     read_record,
 )
-from vilu.predictors.storage import load
+from vilu.predictors.persistence.storage import load
 
 logger = logging.getLogger(__name__)
 

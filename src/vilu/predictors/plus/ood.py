@@ -22,7 +22,7 @@ from torch.nn import functional
 from vilu.embeddings.rows import SCORING_BATCH, Rows
 from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch
-from vilu.predictors.base import FailurePredictor
+from vilu.predictors.contract.predictor import FailurePredictor
 
 NEGATIVES = "negatives"  # the column of everyday words
 

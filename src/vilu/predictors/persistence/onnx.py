@@ -25,12 +25,12 @@ from vilu.embeddings.source import Batch
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import UNKNOWN, DataError, UsageError
 from vilu.extras import import_extra, quiet
-from vilu.predictors.base import FailurePredictor, NotExportable
-from vilu.predictors.catalogue import PREDICTORS
+from vilu.predictors.contract.catalogue import PREDICTORS
+from vilu.predictors.contract.predictor import FailurePredictor, NotExportable
 from vilu.predictors.nn.attention import FEATURES
 from vilu.predictors.nn.head import Graph
-from vilu.predictors.record import read_record
-from vilu.predictors.storage import load
+from vilu.predictors.persistence.record import read_record
+from vilu.predictors.persistence.storage import load
 
 
 class GraphBatch(Batch):

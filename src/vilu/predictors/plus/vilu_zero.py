@@ -18,14 +18,14 @@ from torch.nn.functional import normalize
 from vilu.embeddings.rows import SCORING_BATCH, Rows
 from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource
-from vilu.predictors.base import Learnt
-from vilu.predictors.closed_set import ClosedSet
-from vilu.predictors.games import Game, PoolGame
-from vilu.predictors.labelled import FEW, class_texts, failure_log_odds, with_outside
+from vilu.predictors.bank.closed_set import ClosedSet
+from vilu.predictors.bank.search import Count, draw_rows
+from vilu.predictors.contract.games import Game, PoolGame
+from vilu.predictors.contract.labelled import FEW, class_texts, failure_log_odds, with_outside
+from vilu.predictors.contract.predictor import Learnt
 from vilu.predictors.nn.attention import Start
 from vilu.predictors.nn.experts import Pooled
-from vilu.predictors.outside import NEGATIVES, Outside, SeesOutside, from_words
-from vilu.predictors.search import Count, draw_rows
+from vilu.predictors.plus.ood import NEGATIVES, Outside, SeesOutside, from_words
 
 EM_ROWS = 20_000
 """Rows that the class counts are estimated on; of more, so many are drawn."""
@@ -76,7 +76,7 @@ class ViLUZero(SeesOutside, ClosedSet):
 
     *Which images are of none of the classes* (P_outside): where the data carry everyday words, the
     column ``negatives``, a mixture of two says how far an image is on their side
-    (``vilu.predictors.outside``); else zero.
+    (``vilu.predictors.plus.ood``); else zero.
 
     Fitted on rows without labels (``needs_labels``); targets are not looked at. The candidates are
     part of the fit.

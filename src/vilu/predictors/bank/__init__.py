@@ -1,0 +1,1 @@
+"""Methods that know their classes from labelled images."""

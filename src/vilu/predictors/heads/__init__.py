@@ -1,1 +1,0 @@
-"""Predictors that train a small network on failures."""

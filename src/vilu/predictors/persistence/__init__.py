@@ -1,0 +1,1 @@
+"""How predictors are saved, loaded, shared and exported."""

@@ -1,0 +1,1 @@
+"""Failure heads: ViLU and LVU, new or begun from another fit."""
