@@ -26,7 +26,7 @@ FILES = {
 }
 LETTERS = {"train": "t", "val": "v", "test": "e"}
 LIMIT = 300_000
-TARGET = Path(__file__).parents[1] / "src" / "vilu" / "assets" / "coop_splits.txt.xz"
+TARGET = Path(__file__).parents[1] / "src" / "vilu_bench" / "assets" / "coop_splits.txt.xz"
 
 
 def lines_of(name: str, file: Path) -> list[str]:

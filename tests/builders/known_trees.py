@@ -144,7 +144,9 @@ def spread(n_classes: int = CLASSES) -> list[int]:
 
 
 def wnids() -> list[str]:
-    return resources.files("vilu").joinpath("assets", "imagenet_wnids.txt").read_text().split()
+    return (
+        resources.files("vilu_bench").joinpath("assets", "imagenet_wnids.txt").read_text().split()
+    )
 
 
 def imagenet(home: Path, n: int) -> None:

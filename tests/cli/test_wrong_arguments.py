@@ -124,6 +124,8 @@ def interrupted(
         raise stop
 
     command.__name__ = name
+    real = COMMANDS[name.removesuffix("_")].callback
+    command.goes_on = getattr(real, "goes_on", False)
     with pytest.raises(type(stop)):
         told(command)(**values)
     return capsys.readouterr().err

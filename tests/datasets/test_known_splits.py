@@ -48,7 +48,7 @@ def test_shipped_lists_have_the_published_sizes() -> None:
 
 
 def test_the_asset_is_the_one_that_was_made() -> None:
-    data = resources.files("vilu").joinpath("assets", "coop_splits.txt.xz").read_bytes()
+    data = resources.files("vilu_bench").joinpath("assets", "coop_splits.txt.xz").read_bytes()
     assert len(data) < 300_000
     digest = hashlib.sha256(lzma.decompress(data)).hexdigest()
     assert digest == "ec864e62f34147873421a2e4daff436d7cdca4f4ca900c33eb29e78b7d2ffee2"

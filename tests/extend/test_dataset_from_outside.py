@@ -25,8 +25,9 @@ from vilu.backbones.catalog import (
     find_named,
 )
 from vilu.cli.app import app
-from vilu.datasets.known import KNOWN, Presence, add_datasets, check, open_known
+from vilu.datasets.known import KNOWN, Presence, check, open_known
 from vilu.errors import DataError, UsageError, ViLUError
+from vilu_bench.known_datasets import add_datasets
 from vilu_bench.known_datasets.layouts import LAYOUTS
 
 ENTRIES = """

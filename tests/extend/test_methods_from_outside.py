@@ -297,7 +297,7 @@ def test_a_distribution_brings_them_by_entry_points(folder: Path, train, tmp_pat
     code = (
         "import sys, json; from vilu.predictors.contract.catalogue import find_method, method_names;"
         "from vilu.errors import UsageError; from vilu.predictors.persistence.record import home_of\n"
-        "assert method_names()[-2:] == ['ridge', 'broken'] and 'stranger' not in sys.modules\n"
+        "assert {'ridge', 'broken'} <= set(method_names()) and 'stranger' not in sys.modules\n"
         "print(json.dumps(home_of(find_method('ridge'))))\n"
         "try: find_method('broken')\n"
         "except UsageError as error: print(error)"
@@ -376,7 +376,7 @@ def test_a_learned_tensor_may_have_any_name(train: Embeddings, test: Embeddings)
 
 
 def test_a_learned_tensor_that_is_not_declared_is_told(train: Embeddings) -> None:
-    ridge = importlib.import_module("vilu.predictors.temperature").SIRC
+    ridge = importlib.import_module("vilu_bench.methods.sirc").SIRC
     body = {
         "name": "odd",
         "summary": "s",

@@ -51,7 +51,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.syspath_prepend(tmp_path / "site")
     for catalogue in CATALOGUES:
         monkeypatch.setattr(catalogue, "here", dict(catalogue.here))
-        monkeypatch.setattr(catalogue, "_entries_taken", False)
+        monkeypatch.setattr(catalogue, "_all_taken", False)
     yield tmp_path / "site"
     for name in [name for name in sys.modules if name.partition(".")[0] == "vilu_example"]:
         del sys.modules[name]
@@ -92,7 +92,7 @@ def check_flow(command, tmp_path: Path) -> None:
     """Listed, fitted, scored, evaluated, checked, with one of the ways to run a command."""
     for name, words in LISTS.items():
         found = {row["name"]: row for row in json.loads(command(*words.split(), "--json").stdout)}
-        assert list(found)[-1] == name
+        assert name in found
     command("import", store(tmp_path), "-o", tmp_path / "store")
     command("fit", tmp_path / "store", "--method", "quadratic_entropy", "-o", tmp_path / "fit")
     saved = json.loads((tmp_path / "fit/predictor.json").read_text())
@@ -156,7 +156,7 @@ def test_a_broken_one_is_named_and_stops_nothing_else(
 
 def test_nothing_is_imported_before_its_name_is_asked_for(site: Path) -> None:
     put(site, PROJECT["entry-points"])
-    assert vilu.PREDICTORS.names()[-1] == "quadratic_entropy"
+    assert "quadratic_entropy" in vilu.PREDICTORS.names()
     assert METRICS["auroc"].name == "auroc"
     assert "vilu_example" not in sys.modules
     assert METRICS["youden"].title == "Youden's J"

@@ -13,7 +13,7 @@ from tests.conftest import toy_embeddings, toy_pairs
 from vilu import PREDICTORS
 from vilu.errors import DataError, NotFittedError, ProvenanceError, UsageError
 from vilu.predictors.contract.seen import shots
-from vilu.predictors.vilu.fine_tuning import FINE_TUNING, WITH_A_HEAD, initialise
+from vilu.predictors.vilu.fine_tuning import FINE_TUNING, initialise
 from vilu.predictors.vilu.head import HeadPredictor
 
 QUICK = {"hidden": (16, 8), "epochs": 4, "batch_size": 64, "device": "cpu"}
@@ -29,6 +29,9 @@ def fitted(method: str = "vilu", **more: object) -> HeadPredictor:
 @pytest.fixture
 def few():
     return toy_embeddings(n=60, seed=4, ids_from=5000)
+
+
+WITH_A_HEAD = [name for name, cls in vilu.PREDICTORS.items() if issubclass(cls, HeadPredictor)]
 
 
 @pytest.mark.parametrize("method", WITH_A_HEAD)

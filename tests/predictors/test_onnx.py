@@ -14,10 +14,10 @@ import vilu
 from tests.conftest import few, toy_embeddings, toy_pairs, without_words
 from vilu.embeddings.memory import Embeddings
 from vilu.errors import DataError, UsageError
-from vilu.predictors import onnx
 from vilu.predictors.contract.parameters import parameters
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.nn.head import Graph
+from vilu.predictors.persistence import onnx
 from vilu.predictors.persistence.onnx import GraphBatch, export_onnx, reference, trials
 from vilu.predictors.plus.vilu_plus import ViLUPlus
 from vilu.predictors.vilu.vilu import ViLU

@@ -17,7 +17,7 @@ from vilu_bench.studies.config import MAX_EPOCHS, Config
 from vilu_bench.studies.data import Workbench
 from vilu_bench.studies.fit import predictor_of
 
-PACKAGE = Path(__file__).parents[1]
+SOURCES = Path(__file__).parents[2]
 LISTS = frozenset({"vilu.predictors", "vilu.registry"})
 """They name every method; what a method takes from them is in its own modules."""
 
@@ -86,10 +86,10 @@ def _is_text(step: ast.stmt) -> bool:
 def _file(module: str) -> Path | None:
     """The source of a module of vilu, or of one outside that is loaded; None where the name is no module."""
     top, *steps = module.split(".")
-    if top != "vilu":
+    if top not in {"vilu", "vilu_bench"}:
         source = getattr(sys.modules.get(module), "__file__", None)
         return None if source is None else Path(source)
-    place = PACKAGE.joinpath(*steps)
+    place = SOURCES.joinpath(top, *steps)
     return next(
         (path for path in (place.with_suffix(".py"), place / "__init__.py") if path.is_file()), None
     )
