@@ -119,9 +119,8 @@ class Catalogue(MutableMapping[str, Added]):
     def __init__(self, what: str, group: str) -> None:
         self.what, self.group = what, group
         self.here: dict[str, Added] = {}  # what needs no import
-        self.offered: dict[
-            str, str
-        ] = {}  # name -> "module:object" of ours, imported when asked for
+        # name -> "module:object" of ours, imported when asked for
+        self.offered: dict[str, str] = {}
         self._all_taken = False
 
     def names(self) -> list[str]:
@@ -158,21 +157,19 @@ class Catalogue(MutableMapping[str, Added]):
 
     def _take_all(self) -> None:
         """Import everything: ours in the order of the offer, then what was registered, then others'."""
-        registered = {
-            name: self.here.pop(name) for name in [*self.here] if name not in self.offered
-        }
         for name in self.offered:
-            thing = self.here.pop(name, None)
-            if thing is None:
+            if name not in self.here:
                 self._take_offered(name)
-            else:
-                self.here[name] = thing  # its place is that of the offer
-        self.here.update(registered)
+        in_order = {name: self.here[name] for name in self.offered}
+        self.here = in_order | self.here
+        reasons = []
         for entry in self._entries():
             try:
                 self._take(entry)
             except UsageError as error:
-                logger.warning("left out: %s", error)
+                reasons.append(str(error))
+        for reason in dict.fromkeys(reasons):
+            logger.warning("left out: %s", reason)
 
     def _take_offered(self, name: str) -> None:
         module, _, attribute = self.offered[name].partition(":")
@@ -192,18 +189,12 @@ class Catalogue(MutableMapping[str, Added]):
 
     def _take(self, entry: EntryPoint) -> None:
         """Import what an entry point leads to, and register it."""
-        who = f"the {self.what} {entry.name!r} of {entry.dist.name if entry.dist else '?'} ({entry.value})"
-        try:
-            found = register(entry.load())
-        # importing runs a stranger's code, which may raise anything: it is raised again, naming who
-        # installed it
-        except Exception as error:
+        loaded = register_entry(entry, self.what)
+        is_file = isinstance(loaded, str | os.PathLike)  # of tables, which have names of their own
+        if entry.name not in self.here or not (is_file or self.here[entry.name] == loaded):
             raise UsageError(
-                f"{who} cannot be imported: {type(error).__name__}: {error}"
-            ) from error
-        is_file = isinstance(found, str | os.PathLike)  # of tables, which have names of their own
-        if entry.name not in self.here or not (is_file or self.here[entry.name] == found):
-            raise UsageError(f"{who} has another name than its entry point.")
+                f"{_in_words(entry, self.what)} has another name than its entry point."
+            )
 
 
 def entry_points(group: str) -> list[EntryPoint]:
@@ -211,6 +202,48 @@ def entry_points(group: str) -> list[EntryPoint]:
     from importlib import metadata  # late: `import vilu` does without
 
     return list(metadata.entry_points(group=group))
+
+
+def load_entry(entry: EntryPoint, what: str) -> Any:  # noqa: ANN401 - whatever it leads to
+    """What an entry point leads to.
+
+    Raises:
+        UsageError: If it cannot be imported; a package that is missing is named.
+    """
+    package = entry.value.partition(":")[0].partition(".")[0]
+    try:
+        return entry.load()
+    except ModuleNotFoundError as error:
+        if error.name == package:
+            raise UsageError(
+                f"the {what} {entry.name!r} is of the package {package}, which is not installed. "
+                f"Install {package.replace('_', '-')}."
+            ) from error
+        raise _not_imported(entry, what, error) from error
+    # importing runs a stranger's code, which may raise anything: it is raised again, naming who
+    # installed it
+    except Exception as error:
+        raise _not_imported(entry, what, error) from error
+
+
+def register_entry(entry: EntryPoint, what: str) -> Any:  # noqa: ANN401 - whatever it leads to
+    """Register what an entry point leads to; errors are those of ``load_entry``."""
+    loaded = load_entry(entry, what)
+    try:
+        return register(loaded)
+    except UsageError as error:
+        raise _not_imported(entry, what, error) from error
+
+
+def _not_imported(entry: EntryPoint, what: str, error: Exception) -> UsageError:
+    return UsageError(
+        f"{_in_words(entry, what)} cannot be imported: {type(error).__name__}: {error}"
+    )
+
+
+def _in_words(entry: EntryPoint, what: str) -> str:
+    distribution = entry.dist.name if entry.dist else "?"
+    return f"the {what} {entry.name!r} of {distribution} ({entry.value})"
 
 
 def load_plugin(module: str) -> None:

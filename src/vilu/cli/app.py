@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,8 +26,9 @@ from vilu.cli.predictors import calibrate, convert, evaluate, export, fit, pull,
 from vilu.cli.serving import serve
 from vilu.cli.stores import import_, inspect
 from vilu.cli.triage import audit_labels, labels, next_, review, triage
+from vilu.errors import UsageError
 from vilu.progress import reporting
-from vilu.registry import entry_points, load_plugin
+from vilu.registry import entry_points, load_entry, load_plugin
 
 app = typer.Typer(
     name="vilu",
@@ -141,5 +143,26 @@ app.command("list")(list_catalogue)
 for command in (serve, convert, export, push, pull):
     app.command()(told(command))
 app.add_typer(datasets, name="datasets")
+
+
+def refusing(error: UsageError) -> Callable[[], None]:
+    """A command whose package is not here: it says so, whatever it is given."""
+
+    def command() -> None:
+        raise error
+
+    command.__doc__ = str(error)
+    return command
+
+
+def add_command_of(entry: EntryPoint) -> None:
+    """Add the command of another package."""
+    try:
+        app.command(entry.name)(told(load_entry(entry, "command")))
+    except UsageError as error:
+        settings = {"ignore_unknown_options": True, "allow_extra_args": True}
+        app.command(entry.name, context_settings=settings)(refusing(error))
+
+
 for entry in entry_points("vilu.commands"):
-    app.command(entry.name)(told(entry.load()))
+    add_command_of(entry)

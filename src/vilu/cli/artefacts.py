@@ -19,7 +19,7 @@ from vilu.outcomes.outcomes import Outcomes
 from vilu.outcomes.results import ResultTable
 from vilu.predictors.persistence.record import PREDICTOR, RISK
 from vilu.predictors.persistence.storage import load
-from vilu.registry import entry_points
+from vilu.registry import entry_points, load_entry
 from vilu.scoring.score_folder import ScoreFolder
 from vilu.store.inspect import inspect as inspect_store
 
@@ -70,7 +70,7 @@ def check(path: Path) -> Iterator[Artefact]:
 def _of_others(path: Path) -> Artefact | None:
     """What another package takes for an artefact of its own; None where none does."""
     for entry in entry_points("vilu.artefacts"):
-        artefact: Artefact | None = entry.load()(path)
+        artefact: Artefact | None = load_entry(entry, "artefact")(path)
         if artefact is not None:
             return artefact
     return None
