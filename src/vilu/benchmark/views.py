@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 
 from vilu.benchmark.parts import RANKED_BY, Name, Names, Section, require_known
 from vilu.errors import DataError
+from vilu.files.tables import parse_csv
 
 Axis = Literal["method", "data", "setting"]
 AXES = {
@@ -345,7 +345,7 @@ def published_tables() -> dict[str, dict[PublishedKey, tuple[Published, ...]]]:
     """Every published table by name: numbers by data set, setting, method and metric, one for each backbone."""
     tables: dict[str, dict[PublishedKey, tuple[Published, ...]]] = {}
     text = resources.files("vilu").joinpath("assets", "published.csv").read_text(encoding="utf-8")
-    for row in csv.DictReader(text.splitlines()):
+    for row in parse_csv(text.splitlines(), "published.csv")[1]:
         key = row["dataset"], row["setting"], row["method"], row["metric"]
         cells = tables.setdefault(row["table"], {})
         number = Published(

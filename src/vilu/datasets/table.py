@@ -17,7 +17,6 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -36,7 +35,7 @@ from vilu.datasets.files import Bounds, ListingHash
 from vilu.datasets.images import caption_readers
 from vilu.errors import NO_NAME, OUTSIDE, UNKNOWN, DataError, StorageError, UsageError
 from vilu.files.documents import digest
-from vilu.files.tables import as_written, csv_names, require_width
+from vilu.files.tables import as_written, csv_names, read_columns, require_width
 from vilu.progress import track
 
 PATH: Final = ("path", "file", "filename", "image_path", "filepath")
@@ -489,11 +488,7 @@ def _read_csv(source: Path, selection: Selection) -> pa.Table:
     caption = caption_column(names, {}, selection)
     if caption is not None:
         types[caption] = pa.binary()
-    table = pyarrow.csv.read_csv(
-        source,
-        parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-        convert_options=pyarrow.csv.ConvertOptions(column_types=types, include_columns=wanted),
-    )
+    table = read_columns(source, types, delimiter, include_columns=wanted)
     table = as_written(table, [name for name in wanted if name != caption])
     label = find_column(wanted, LABEL)
     if label is None or caption is not None:

@@ -223,15 +223,16 @@ def read_labels(path: Path) -> tuple[dict[str, str], dict[str, str]]:
     )  # tables of ours: " a.jpg" and "a.jpg" are two photos
     labels: dict[str, str] = {}
     streams: dict[str, str] = {}
-    for number, row in enumerate(rows, start=2):
-        name, label = exact(row[key] or ""), (row["label"] or "").strip()
+    for row in rows:
+        name = exact(row[key])
+        label = row["label"].strip()
         if not name:
-            raise DataError(f"{path} line {number}: it names no photo in the column {key!r}.")
+            raise DataError(f"{path} line {row.line}: it names no photo in the column {key!r}.")
         if not label:
             continue
         if labels.setdefault(name, label) != label:
             raise DataError(
-                f"{path} line {number}: {name!r} has the labels {labels[name]!r} and {label!r}."
+                f"{path} line {row.line}: {name!r} has the labels {labels[name]!r} and {label!r}."
             )
         if row.get("stream"):
             streams[name] = row["stream"]
