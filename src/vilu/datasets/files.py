@@ -157,12 +157,13 @@ def subfolders(folder: str | Path) -> list[str]:
 
 def walk_images(
     folder: str | Path, ignored: Counter[str], bounds: Bounds | None = None
-) -> Iterator[tuple[str, os.stat_result | None]]:
+) -> Iterator[tuple[str, os.stat_result | OSError]]:
     """Path below ``folder`` and status of every image file, in the byte order of the paths; one stat per file.
 
-    Links to files are followed (there is no status of one that leads out of ``bounds``), links to
-    folders never: no loop, and no image listed twice. What is passed over is counted in ``ignored``
-    under "hidden", "linked_folder", "not_image" (by its suffix) or "not_a_file".
+    Links to files are followed, links to folders never: no loop, and no image listed twice. In
+    place of the status stands the error of a link that leads to itself or out of ``bounds``. What
+    is passed over is counted in ``ignored`` under "hidden", "linked_folder", "not_image" (by its
+    suffix) or "not_a_file".
     """
     skip = len(os.path.join(folder, ""))  # noqa: PTH118  length of the prefix of every entry's path
     pending = _entries(folder)[::-1]
@@ -171,21 +172,48 @@ def walk_images(
         reason = _reason_to_ignore(entry)
         if reason:
             ignored[reason] += 1
-        elif entry.is_dir():
+        elif _is_folder(entry):
             pending.extend(_entries(entry.path)[::-1])
         else:
-            out = bounds is not None and entry.is_symlink() and bounds.leads_out(entry.path)
-            yield entry.path[skip:].replace(os.sep, "/"), None if out else entry.stat()
+            yield entry.path[skip:].replace(os.sep, "/"), _status_of(entry, bounds)
 
 
 def _reason_to_ignore(entry: os.DirEntry[str]) -> str | None:
     if _hidden(entry):
         return "hidden"
-    if entry.is_dir():
+    if _is_folder(entry):
         return "linked_folder" if entry.is_symlink() else None
     if not entry.name.lower().endswith(SUFFIXES):
         return "not_image"
-    return None if entry.is_file() else "not_a_file"
+    try:
+        return None if entry.is_file() else "not_a_file"
+    except OSError:  # it is listed, and its row says why it cannot be read
+        return None
+
+
+def is_file(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a file, or a link to one; a link that leads to itself is none."""
+    try:
+        return entry.is_file()
+    except OSError:
+        return False
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder, or a link to one; a link that leads to itself is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def _status_of(entry: os.DirEntry[str], bounds: Bounds | None) -> os.stat_result | OSError:
+    if bounds is not None and entry.is_symlink() and bounds.leads_out(entry.path):
+        return OutsideError(errno.EACCES, "the link leads out of its folder", entry.path)
+    try:
+        return entry.stat()
+    except OSError as error:
+        return error.with_traceback(None)
 
 
 def _hidden(entry: os.DirEntry[str]) -> bool:

@@ -135,8 +135,7 @@ class FolderDataset(ListedFiles):
                 self.ignored["outside_class"] += 1
                 continue
             path = f"{part}/{below}" if part else below
-            found = OutsideError(OUT_OF_FOLDER) if status is None else status
-            self._add(path, labels[first] if slash else UNKNOWN, found, listing)
+            self._add(path, labels[first] if slash else UNKNOWN, status, listing)
             task.advance(1)
 
 
@@ -158,7 +157,7 @@ def list_photos(root: Path, *, least: int = 1) -> list[Listed]:
     with track(f"listing {root.name}", None, "images") as task:
         found: list[Listed] = []
         for path, status in walk_images(root, ignored, Bounds(root)):
-            found.append((path, OutsideError(OUT_OF_FOLDER) if status is None else status))
+            found.append((path, status))
             task.advance(1)
     _tell_of(ignored, root, None if len(found) >= least else "photos, in folders of any kind")
     return found

@@ -116,7 +116,9 @@ def sort_photos(
         for path, target in places.items():
             make_folder(target.parent)
             if how == "link":
-                target.symlink_to(os.path.relpath(sources[path].resolve(), target.parent.resolve()))
+                # a link that leads to itself is no error of realpath, but of Path.resolve
+                source = os.path.realpath(sources[path])
+                target.symlink_to(os.path.relpath(source, target.parent.resolve()))
             elif sources[path].exists() and not target.exists():
                 shutil.move(sources[path], target, _copy)
 
