@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import stat
 import struct
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path, PureWindowsPath
 from typing import Final
@@ -141,9 +142,76 @@ def stays_below(path: str) -> bool:
     return bool(path) and "\0" not in path and not parsed.anchor and ".." not in parsed.parts
 
 
+_UNREADABLE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\N{ARABIC LETTER MARK}\u200e\u200f\u2028-\u202e\u2066-\u2069]"
+)
+"""Characters that a terminal obeys: controls, line ends, and marks of direction."""
+
+_ESCAPE = re.compile(rb"\\x([0-9a-f]{2})")
+
+
 def portable_name(path: str) -> str:
-    """The path as text that UTF-8 can hold: other bytes become a backslash, x and two hexadecimal digits."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    r"""The path as text for tables and screens; no two paths have one text.
+
+    Bytes that are not UTF-8, and those of characters that a terminal obeys, become ``\xNN``: a
+    backslash, x and two hexadecimal digits. A backslash that would look like the beginning of such
+    an escape becomes ``\x5c``. All else stays as it is. ``path_of`` gives the path back.
+
+    Examples:
+        >>> import os
+        >>> from vilu.datasets.files import portable_name
+        >>> for name in (b"day 1/caf\xe9.jpg", b"caf\\xe9.jpg", b"\x1b[2J.jpg", b"a\\b.jpg"):
+        ...     print(portable_name(os.fsdecode(name)))
+        day 1/caf\xe9.jpg
+        caf\x5cxe9.jpg
+        \x1b[2J.jpg
+        a\b.jpg
+    """
+    if path.isascii() and path.isprintable() and "\\x" not in path:
+        return path
+    marked = _ESCAPE.sub(rb"\\x5cx\1", _encoded(path))
+    text = marked.decode("utf-8", "backslashreplace")
+    return _UNREADABLE.sub(lambda match: _escaped(match[0]), text)
+
+
+def _encoded(path: str) -> bytes:
+    try:
+        return os.fsencode(path)
+    except UnicodeEncodeError:  # half a character, as JSON may hold: no file is called so
+        return path.encode("utf-8", "surrogatepass")
+
+
+def _escaped(character: str) -> str:
+    return "".join(f"\\x{byte:02x}" for byte in character.encode())
+
+
+def path_of(text: str) -> str:
+    r"""The path that ``portable_name`` has made a text of; any other text is a path itself.
+
+    Examples:
+        >>> import os
+        >>> from vilu.datasets.files import path_of
+        >>> os.fsencode(path_of(r"caf\xe9.jpg")), path_of(r"caf\x5cxe9.jpg")
+        (b'caf\xe9.jpg', 'caf\\xe9.jpg')
+    """
+    if "\\x" not in text:
+        return text
+    content = _ESCAPE.sub(lambda match: bytes.fromhex(match[1].decode()), _encoded(text))
+    path = os.fsdecode(content)
+    return path if portable_name(path) == text else text
+
+
+def text_among(name: str, texts: Collection[str]) -> str | None:
+    """The text that a name in somebody's table means: itself, or that of the path so called."""
+    if name in texts:
+        return name
+    text = portable_name(name)
+    return text if text in texts else None
+
+
+def former_text(text: str) -> str:
+    """What code before 0.2 made of the path of this text; two paths could have one such text."""
+    return os.fsencode(path_of(text)).decode("utf-8", "backslashreplace")
 
 
 def subfolders(folder: str | Path) -> list[str]:

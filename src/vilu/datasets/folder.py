@@ -174,7 +174,10 @@ def _tell_of(ignored: Counter[str], root: Path, expected: str | None) -> None:
 
 
 class PhotoFiles(ListedFiles):
-    """Some photos of a folder, none of which has a label; those that lie ``elsewhere`` by now are read there."""
+    """Some photos of a folder, none of which has a label.
+
+    Those that lie ``elsewhere`` by now are read there: a place by the text of the path.
+    """
 
     def __init__(
         self,
@@ -194,7 +197,7 @@ class PhotoFiles(ListedFiles):
         self.fingerprint = listing.hexdigest()
 
     def _reader(self, path: str) -> Callable[[], bytes]:
-        place = self._elsewhere.get(path)
+        place = self._elsewhere.get(portable_name(path))
         return partial(self._bounds.read, path) if place is None else partial(read_file, place)
 
 

@@ -31,7 +31,7 @@ from vilu.datasets.base import (
     is_binary,
 )
 from vilu.datasets.classes import ClassTable, class_table, refuse_numbers
-from vilu.datasets.files import Bounds, ListingHash
+from vilu.datasets.files import Bounds, ListingHash, portable_name
 from vilu.datasets.images import caption_readers
 from vilu.errors import NO_NAME, OUTSIDE, UNKNOWN, DataError, StorageError, UsageError
 from vilu.files.documents import digest
@@ -248,7 +248,15 @@ def _keys(table: pa.Table, name: str, source: str) -> pa.Array:
         raise DataError(
             f"{source}: column {name!r} must tell rows apart. {first!r} occurs more than once."
         )
-    return keys
+    return _as_names(keys)
+
+
+def _as_names(keys: pa.Array) -> pa.Array:
+    """Keys as the texts of names, as in a folder: no terminal obeys them, and no two are one."""
+    odd = pc.match_substring_regex(keys, r"[^ -~]|\\x")
+    if not pc.any(odd).as_py():
+        return keys
+    return pa.array([portable_name(key) for key in keys.to_pylist()], keys.type)
 
 
 IMAGE: Final = "image"

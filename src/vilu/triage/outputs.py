@@ -96,7 +96,8 @@ def sort_photos(
     """
     home, moved = root / SORTED, listing.moved
     sources = {
-        portable_name(path): moved.get(path, listing.root / path) for path, _ in listing.listing
+        text: moved.get(text, listing.root / path)
+        for text, path in ((portable_name(path), path) for path, _ in listing.listing)
     }
     flat = Counter(_flat(one.path) for one in rows)
     places = {
@@ -131,10 +132,21 @@ def _copy(source: str | Path, target: str | Path) -> None:
         shutil.copystat(source, copy.name)
 
 
+LONGEST_NAME, HASH_DIGITS = 255, 16
+"""Bytes that file systems take of a name, and digits of a hash in front of it."""
+
+
 def _flat(path: str, *, told_apart: bool = False) -> str:
-    """Name of a photo where all lie in one folder: ``a/b.jpg`` and ``a__b.jpg`` are told apart by a hash."""
+    """Name of a photo where all lie in one folder.
+
+    A hash tells apart ``a/b.jpg`` and ``a__b.jpg``, and names that are cut.
+    """
     name = path.replace("/", "__")
-    return f"{hashlib.sha256(path.encode()).hexdigest()[:16]}__{name}" if told_apart else name
+    content = name.encode()
+    if len(content) <= LONGEST_NAME and not told_apart:
+        return name
+    start = f"{hashlib.sha256(path.encode()).hexdigest()[:HASH_DIGITS]}__"
+    return start + content[len(start) - LONGEST_NAME :].decode(errors="ignore")
 
 
 def _note(root: Path, places: Sequence[tuple[str, Path]]) -> None:

@@ -18,7 +18,7 @@ from socket import socket
 from typing import Any, Final
 from urllib.parse import parse_qs, urlsplit
 
-from vilu.datasets.files import Bounds
+from vilu.datasets.files import Bounds, path_of
 from vilu.datasets.images import BadImage, decode_image
 from vilu.errors import DataError, UsageError
 from vilu.files.tables import write_table
@@ -89,7 +89,8 @@ class ReviewSession:
 
     def picture(self, place: int) -> bytes:
         """A photo as WebP, decoded with all that is done against hostile files; BadImage or OSError where it is bad."""
-        image = decode_image(self.bounds.read(self.review.tasks[place].path)).image
+        path = path_of(self.review.tasks[place].path)
+        image = decode_image(self.bounds.read(path)).image
         image.thumbnail((SIDE, SIDE))
         content = BytesIO()
         image.save(content, "WEBP", quality=85, method=2)
