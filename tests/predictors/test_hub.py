@@ -273,7 +273,8 @@ def test_links_are_refused_both_ways(
     secret.write_text("sesame")
     (predictor / name).unlink(missing_ok=True)
     (predictor / name).symlink_to(f"../{secret.name}" if relative else secret)
-    pulled, pushed = tmp_path / "pulled", tmp_path / "hub"
+    pulled = tmp_path / "pulled"
+    pushed = tmp_path / "hub"
     for command in (["push", predictor, pushed], ["pull", predictor, "-o", pulled]):
         done = CliRunner().invoke(app, [*map(str, command)])
         assert isinstance(done.exception, UsageError)
@@ -305,7 +306,8 @@ def test_a_link_that_is_put_there_during_the_copy_is_not_followed(
     other = tmp_path / "other"
     other.mkdir()
     (other / "README.md").write_text("sesame")
-    card, opened = (predictor / "README.md").read_bytes(), os.open
+    card = (predictor / "README.md").read_bytes()
+    opened = os.open
 
     def open_late(path: str | Path, *more: int, **where: int | None) -> int:
         if Path(path).name == "README.md" and not (tmp_path / "before").exists():

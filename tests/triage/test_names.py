@@ -21,13 +21,23 @@ from tests.command import run
 from tests.triage.conftest import rows
 from vilu.datasets.catalog import open_dataset
 from vilu.datasets.files import former_text, path_of, portable_name
+from vilu.errors import DataError
 from vilu.files.tables import csv_bytes
+from vilu.outcomes.outcomes import Outcomes
 from vilu.triage.labels import Entry, LabelBook
-from vilu.triage.review import label_columns, open_review, read_done, write_review
+from vilu.triage.review import (
+    label_columns,
+    open_review,
+    read_done,
+    write_labels,
+    write_review,
+)
 from vilu.triage.serve import ReviewSession
 
-BYTE, LITERAL = os.fsdecode(b"byte\xff.png"), r"byte\xff.png"
-ESCAPE, BIDI = "red\x1b[31m\n.png", "\u202egnp.exe.png"
+BYTE = os.fsdecode(b"byte\xff.png")
+LITERAL = r"byte\xff.png"
+ESCAPE = "red\x1b[31m\n.png"
+BIDI = "\u202egnp.exe.png"
 TEXTS = {
     BYTE: r"byte\xff.png",
     LITERAL: r"byte\x5cxff.png",
@@ -148,6 +158,24 @@ def test_the_page_and_the_tools_find_the_photo_of_every_name(work: Path) -> None
     paths = {one["path"]: one["filepath"] for one in json.loads(samples.read_text())["samples"]}
     for name, text in TEXTS.items():
         assert paths[text] == (text if name == BYTE else name)
+
+
+def test_labels_for_scores_are_matched_by_text_or_name(work: Path) -> None:
+    run(*TRIAGE, cwd=work)
+    scores = work / "out" / "decisions.parquet"
+    labels = {BIDI: "cat", TEXTS[LITERAL]: "dog", TEXTS[BYTE]: "car"}
+    assert write_labels(labels, work / "late.parquet", scores) == 3
+    late = Outcomes.load(work / "late.parquet")
+    assert late.ids is not None
+    assert late.target is not None
+    assert dict(zip(late.ids, late.target.tolist(), strict=True)) == {
+        TEXTS[BIDI]: NAMES.index("cat"),
+        TEXTS[LITERAL]: NAMES.index("dog"),
+        TEXTS[BYTE]: NAMES.index("car"),
+    }
+    labels = {BIDI: "cat", TEXTS[BIDI]: "dog"}
+    with pytest.raises(DataError, match="has the labels 'cat' and 'dog'"):
+        write_labels(labels, work / "both.parquet", scores)
 
 
 def test_keys_of_a_table_are_texts_of_its_paths(work: Path) -> None:

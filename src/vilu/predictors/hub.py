@@ -124,15 +124,17 @@ def _entered(folder: Path) -> Iterator[_Entered]:
         os.close(descriptor)
 
 
-# where there are such flags: a link is not followed, a pipe is not waited for, bytes are bytes
-_AS_IT_IS = os.O_RDONLY
-for _flag in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"):
-    _AS_IT_IS |= getattr(os, _flag, 0)
+# A link is not followed, a pipe is not waited for, and bytes are bytes: systems lack one or another
+_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
+_NO_WAIT = getattr(os, "O_NONBLOCK", 0)
+_BINARY = getattr(os, "O_BINARY", 0)
+_AS_IT_IS = os.O_RDONLY | _NO_FOLLOW | _NO_WAIT | _BINARY
 
 
 def _open_file(folder: _Entered, name: str, cache: Path | None) -> int | None:
     """Descriptor of a file of a folder, if there is one; it is no link but within the cache."""
-    path, place = folder.path / name, folder.place(name)
+    path = folder.path / name
+    place = folder.place(name)
     try:
         status = os.stat(place, dir_fd=folder.descriptor, follow_symlinks=False)
     except FileNotFoundError:

@@ -132,8 +132,11 @@ def _copy(source: str | Path, target: str | Path) -> None:
         shutil.copystat(source, copy.name)
 
 
-LONGEST_NAME, HASH_DIGITS = 255, 16
-"""Bytes that file systems take of a name, and digits of a hash in front of it."""
+LONGEST_NAME: Final = 255
+"""Bytes that file systems take of a name."""
+
+HASH_DIGITS: Final = 16
+"""Digits of a hash in front of a name that is cut, or that another photo has."""
 
 
 def _flat(path: str, *, told_apart: bool = False) -> str:

@@ -471,19 +471,21 @@ def write_labels(
             f"{scores} does not say which images and classes it is of, so labels cannot be put to it."
         )
     known = set(ids)
-    labels = {text_among(name, known) or name: label for name, label in labels.items()}
-    places = [row for row, key in enumerate(ids) if labels.get(key, SKIPPED) != SKIPPED]
+    of_rows: dict[str, str] = {}
+    for name, label in labels.items():
+        _add(of_rows, scores, text_among(name, known) or name, label)
+    places = [row for row, key in enumerate(ids) if of_rows.get(key, SKIPPED) != SKIPPED]
     if not places:
         raise DataError(
             f"none of the {len(labels)} labels is of a row of {scores}. Its keys are such as {ids[0]!r}."
         )
     place = {name: number for number, name in enumerate(names_)}
     targets = [
-        place.get(labels[ids[row]], OUTSIDE if labels[ids[row]] == OUTSIDE_NAME else UNKNOWN)
+        place.get(of_rows[ids[row]], OUTSIDE if of_rows[ids[row]] == OUTSIDE_NAME else UNKNOWN)
         for row in places
     ]
     if UNKNOWN in targets:
-        bad = labels[ids[places[targets.index(UNKNOWN)]]]
+        bad = of_rows[ids[places[targets.index(UNKNOWN)]]]
         raise DataError(
             f"{bad!r} is no class of {scores}. Its classes: {', '.join(map(str, names_))[:200]}."
         )
