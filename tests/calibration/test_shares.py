@@ -273,6 +273,7 @@ def test_shares_are_read(tmp_path: Path) -> None:
         ("name,share\ncat,1\n", "must have the columns"),
         ("class,share\ncat,1\ncat,1\n", "twice"),
         ("class,share\ncat,many\n", "must be a number"),
+        ("class,share\ncat,0,25\n", "line 2: '25' after '0' is in none of the columns"),
         ("class,share\ncaf\xe9,1\n", "no CSV file in UTF-8"),
         (f"class,share\n{'x' * 200_000},1\n", "no CSV file in UTF-8"),
     ):

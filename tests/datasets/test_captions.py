@@ -334,7 +334,7 @@ def test_where_in_csv(tmp_path):
     ):
         open_dataset(csv, where={"vendor": "google"})
     csv.write_bytes(b"path\ta\ta\n0.png\t1\t2\n")
-    with pytest.raises(DataError, match="'a' occurs 2 times"):
+    with pytest.raises(DataError, match=r"Repeated: a. The first row has '1' and '2'"):
         open_dataset(csv, where={"a": "1"})
 
 

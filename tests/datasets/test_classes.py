@@ -78,7 +78,7 @@ def test_plain_names_are_matched_with_the_folders(tmp_path):
         ("n01\t \nant\tx\nred_fox\ty\n", "line 1: blank name"),
         ("n01\n\nant\nred_fox\n", "line 2: blank name"),
         ("n01\tx\nant\n", "line 2: 1 columns"),
-        ("n01\tx\ty\nant\tx\ty\n", "line 1: 3 columns"),
+        ("n01\tx\ty\nant\tx\ty\n", "line 1: 3 columns, 'n01' and 'x' and 'y'"),
         ("", "line 1: blank name"),
         (b"caf\xe9\n", "must be UTF-8"),
     ],

@@ -107,6 +107,29 @@ def test_what_is_passed_over_is_counted_and_what_may_be_missed_is_told(tmp_path,
     assert caplog.text.endswith("Put folders in place of links.\n")
 
 
+def test_links_in_a_circle_are_listed_and_cannot_be_read(tmp_path, caplog):
+    root = tree(tmp_path, "a/1.png", "b/2.png")
+    (root / "a/loop.png").symlink_to("loop.png")
+    (root / "a/there.png").symlink_to("back.png")
+    (root / "a/back.png").symlink_to("there.png")
+    (root / "a/circle").symlink_to("circle")
+    dataset = FolderDataset(root)
+    records = list(dataset.records(0, len(dataset)))
+    assert [record.key for record in records] == [
+        "a/1.png",
+        "a/back.png",
+        "a/loop.png",
+        "a/there.png",
+        "b/2.png",
+    ]
+    for record in records[1:4]:
+        with pytest.raises(OSError, match="symbolic links") as caught:
+            record.read()
+        assert caught.value.errno == errno.ELOOP
+    assert dataset.ignored == {"not_image": 1}
+    assert dataset.faults.kinds.astype(bool).tolist() == [False, True, True, True, False]
+
+
 def test_formats_that_are_not_decoded_are_listed_so_that_they_count_as_errors(tmp_path):
     dataset = open_dataset(tree(tmp_path, "a/1.heic", "a/2.AVIF"))
     assert [key for key, _ in listed(dataset)] == ["a/1.heic", "a/2.AVIF"]

@@ -26,7 +26,10 @@ HOSTILE = {
     ),
     "half header": (b"uncertainty,correct\n0.5,1\n", "Missing: failure"),
     "semicolons": (b"uncertainty;failure\n0.5;1\n", "it has uncertainty;failure"),
-    "repeated": (b"uncertainty,failure,failure\n0.5,1,1\n", "distinct columns. Repeated: failure"),
+    "repeated": (
+        b"uncertainty,failure,failure\n0.5,1,1\n",
+        "line 1: distinct columns are needed. Repeated: failure",
+    ),
     "text score": (b"uncertainty,failure\nhigh,1\n", "column 'uncertainty' .* must hold float64"),
     "date score": (b"uncertainty,failure\n2020-01-01,1\n", "column 'uncertainty'"),
     "comma decimals": (b'uncertainty,failure\n"0,5",1\n', "column 'uncertainty'"),

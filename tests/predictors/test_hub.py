@@ -265,12 +265,110 @@ def test_what_kills_left_of_a_copy_goes_with_the_next_one_that_ends_well(
     assert names(tmp_path / "there") == {"mine", others.name}
 
 
-def test_links_do_not_leave(predictor: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["README.md", "predictor.json", "calibration.parquet"])
+@pytest.mark.parametrize("relative", [True, False])
+def test_links_are_refused_both_ways(
+    predictor: Path, tmp_path: Path, name: str, relative: bool
+) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("sesame")
+    (predictor / name).unlink(missing_ok=True)
+    (predictor / name).symlink_to(f"../{secret.name}" if relative else secret)
+    pulled = tmp_path / "pulled"
+    pushed = tmp_path / "hub"
+    for command in (["push", predictor, pushed], ["pull", predictor, "-o", pulled]):
+        done = CliRunner().invoke(app, [*map(str, command)])
+        assert isinstance(done.exception, UsageError)
+        assert f"{predictor / name} is a symbolic link" in str(done.exception)
+    assert names(tmp_path) == {"predictor", "secret"}
+
+
+def test_a_folder_that_is_a_link_is_refused_both_ways(predictor: Path, tmp_path: Path) -> None:
+    shelf = tmp_path / "shelf"
+    shelf.mkdir()
+    (shelf / "knn").symlink_to(predictor)
+    for repository in (str(shelf / "knn"), f"{shelf / 'knn'}/", (shelf / "knn").as_uri()):
+        with pytest.raises(UsageError, match=r"knn is a symbolic link.* Give the folder"):
+            pull(repository, tmp_path / "here")
+    with pytest.raises(UsageError, match=r"knn is a symbolic link.* Give the folder"):
+        push(shelf / "knn", str(tmp_path / "hub"))
+    assert names(tmp_path) == {"predictor", "shelf"}
+    (tmp_path / "mine").symlink_to(shelf)  # a link on the way there is the user's own
+    (shelf / "knn").unlink()
+    predictor.rename(shelf / "knn")
+    assert pull(str(tmp_path / "mine" / "knn"), tmp_path / "here").is_dir()
+
+
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_a_link_that_is_put_there_during_the_copy_is_not_followed(
+    what: str, predictor: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the card is looked at it is a file; when it is opened a link has its place."""
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "README.md").write_text("sesame")
+    card = (predictor / "README.md").read_bytes()
+    opened = os.open
+
+    def open_late(path: str | Path, *more: int, **where: int | None) -> int:
+        if Path(path).name == "README.md" and not (tmp_path / "before").exists():
+            place = predictor / "README.md" if what == "file" else predictor
+            place.rename(tmp_path / "before")
+            place.symlink_to(other / "README.md" if what == "file" else other)
+        return opened(path, *more, **where)
+
+    monkeypatch.setattr(os, "open", open_late)
+    if what == "file":
+        with pytest.raises(vilu.errors.StorageError, match="symbolic links"):
+            pull(str(predictor), tmp_path / "here")
+        assert not (tmp_path / "here").exists()
+    else:
+        pull(str(predictor), tmp_path / "here")
+        assert (tmp_path / "here" / "README.md").read_bytes() == card
+
+
+def test_a_pipe_is_no_file_of_a_predictor(predictor: Path, tmp_path: Path) -> None:
     (predictor / "README.md").unlink()
-    (predictor / "README.md").symlink_to(predictor / "secrets.txt")
-    with pytest.raises(UsageError, match="symbolic link"):
-        push(predictor, str(tmp_path / "hub"))
-    assert not (tmp_path / "hub").exists()
+    os.mkfifo(predictor / "README.md")
+    with pytest.raises(DataError, match=r"README\.md is no regular file"):
+        pull(str(predictor), tmp_path / "here")
+
+
+def test_links_of_the_cache_are_followed_within_it_alone(
+    hub: Hub,
+    client: dict[str, str],
+    predictor: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from huggingface_hub import constants
+
+    hub.create("lab/knn")
+    hub.commit("lab/knn", "main", {name: (predictor / name).read_bytes() for name in OURS})
+    run("pull", "lab/knn", "-o", tmp_path / "here", **client)
+    (snapshot,) = (tmp_path / "cache" / "models--lab--knn" / "snapshots").iterdir()
+    card = snapshot / "README.md"
+    assert card.is_symlink()
+    assert (tmp_path / "here" / "README.md").read_bytes() == card.read_bytes()
+
+    (tmp_path / "secret").write_text("sesame")
+    (tmp_path / "cache" / "models--lab--other").mkdir()
+    (tmp_path / "cache" / "models--lab--other" / "README.md").write_text("sesame")
+    (snapshot.parents[1] / "blobs" / "out").symlink_to(tmp_path / "secret")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for target in (
+        tmp_path / "secret",
+        "../../../../secret",
+        "../../../models--lab--other/README.md",
+        "../../blobs/out",
+    ):
+        card.unlink()
+        card.symlink_to(target)
+        with pytest.raises(UsageError, match="leads out of the cache of the hub"):
+            pull("lab/knn", tmp_path / "again")
+    with pytest.raises(AssertionError, match="leads out of the cache of the hub"):
+        run("pull", "lab/knn", "-o", tmp_path / "again", **client)  # online as well
+    assert not (tmp_path / "again").exists()
 
 
 @pytest.mark.parametrize(

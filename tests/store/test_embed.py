@@ -20,6 +20,7 @@ from tests.builders.store_fakes import DIM, NAMES, FakeBackbone, FakeDataset, da
 from vilu.artifacts.disk import host_hash
 from vilu.artifacts.documents import write_json
 from vilu.artifacts.paths import entries
+from vilu.datasets.catalog import open_dataset
 from vilu.datasets.images import ImageLimits, decode_image
 from vilu.errors import BusyError, DataError, ProvenanceError, StorageError, UsageError
 from vilu.progress import reporting
@@ -483,6 +484,16 @@ def test_order_is_kept_when_later_images_are_ready_first(tmp_path):
     slow = run(data, tmp_path / "b", workers=4)
     assert list(slow.ids) == data.keys
     assert torch.equal(plain.image_rows(torch.arange(23)), slow.image_rows(torch.arange(23)))
+
+
+def test_a_link_to_itself_is_one_bad_row(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for number in range(3):
+        (tmp_path / f"photos/{number}.png").write_bytes(picture(number))
+    (tmp_path / "photos/loop.png").symlink_to("loop.png")
+    store = run(open_dataset(tmp_path / "photos"), tmp_path / "s", max_error_rate=0.5)
+    assert list(store.bad_images()) == [("loop.png", "read_error")]
+    assert len(store) == 3
 
 
 def test_an_empty_data_set_is_a_valid_store(tmp_path):

@@ -109,11 +109,48 @@ def test_names_that_a_spreadsheet_would_compute_with_come_back(tmp_path: Path, n
         (["path,label", "a,cat", "a,dog"], "line 3: 'a' has the labels 'cat' and 'dog'"),
         (["path,label", ",cat"], "line 2: it names no photo"),
         (["path,label", "a,cat", '"b,dog', "c,cat"], "whose quotes are all closed"),
+        (
+            ["path,label,label", "a,cat,dog", "b,cat,dog"],
+            "line 1: distinct columns .* Repeated: label. The first row has 'cat' and 'dog'",
+        ),
+        (
+            ["path,path,label", "a,b,cat"],
+            "line 1: distinct columns .* Repeated: path. The first row has 'a' and 'b'",
+        ),
+        (["path,label,label"], "line 1: distinct columns are needed. Repeated: label"),
+        (
+            ["path,label", '"a', 'b",cat', "", "c,cat,dog"],
+            "line 5: 'dog' after 'cat' is in none of the columns path, label",
+        ),
+        (["path,label,", "a,cat,", "b,cat,dog"], "line 3: 'dog' after 'cat' is in none of"),
+        (["path;label", "a;cat"], "must have the columns path .* It has path;label"),
     ],
 )
 def test_files_that_cannot_be(tmp_path: Path, lines: list[str], message: str) -> None:
     with pytest.raises(DataError, match=message):
         read_labels(write(tmp_path / "l.csv", *lines))
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_what_a_spreadsheet_adds_to_a_table_is_passed_over(tmp_path: Path, end: str) -> None:
+    """A byte order mark, lines without a cell, columns without a name, cells that are not there."""
+    lines = [
+        "\ufeffpath,label,,",
+        "a.jpg,cat,,",
+        "",
+        '"b, c.jpg","big',
+        'dog",,,,',
+        "d.jpg",
+        "",
+        "",
+    ]
+    (tmp_path / "l.csv").write_bytes(end.join(lines).encode())
+    assert read_labels(tmp_path / "l.csv")[0] == {"a.jpg": "cat", "b, c.jpg": f"big{end}dog"}
+    indexed = write(tmp_path / "pandas.csv", ",path,label", "0,a.jpg,cat")
+    assert read_labels(indexed)[0] == {"a.jpg": "cat"}
+    assert read_labels(write(tmp_path / "l.tsv", "path\tlabel", "a, b.jpg\tcat"))[0] == {
+        "a, b.jpg": "cat"
+    }
 
 
 def test_photos_are_found_by_path_by_full_path_and_by_a_name_that_is_unique(tmp_path: Path) -> None:

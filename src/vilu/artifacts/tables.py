@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import hashlib
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -182,10 +183,7 @@ def read_table(
         except (pa.ArrowException, csv.Error, OSError, ValueError) as error:
             raise DataError(f"{path} is not a readable {suffix[1:]} table: {error}") from error
     require_width(path, len(names))
-    if repeated := {name for name in names if names.count(name) > 1}:
-        raise DataError(
-            f"{path} must have distinct columns. Repeated: {', '.join(sorted(repeated))}."
-        )
+    require_distinct(str(path), names)
     return table, _metadata(path, table, marked=marked)
 
 
@@ -230,30 +228,92 @@ def read_column(path: str | Path, table: pa.Table, name: str, kind: str) -> pa.C
         raise DataError(f"column {name!r} of {path} must hold {kind} values: {error}") from error
 
 
-def csv_rows(path: Path, delimiter: str = ",") -> tuple[list[str], list[dict[str, str]]]:
+class CsvRow(dict[str, str]):
+    """The cells of a row as text, by column; of a row that ends early the last ones are empty.
+
+    Attributes:
+        line: Of the file on which the row begins, counted from 1.
+    """
+
+    def __init__(self, cells: Mapping[str, str], line: int) -> None:
+        super().__init__(cells)
+        self.line = line
+
+
+def csv_rows(path: Path, delimiter: str = ",") -> tuple[list[str], list[CsvRow]]:
     """The columns of a CSV file that people fill in, and its rows as text.
 
+    What a spreadsheet adds is passed over: a byte order mark, lines without a cell, and empty cells
+    beyond the named columns.
+
     Raises:
-        DataError: If it is no CSV in UTF-8.
+        DataError: If it is no CSV in UTF-8, names a column twice, or has a text beyond the last
+            column that has a name.
         StorageError: If it cannot be read.
     """
     with or_refuse(f"read {path}"), path.open(encoding="utf-8-sig", newline="") as file:
-        try:
-            table = csv.DictReader(
-                file, delimiter=delimiter, strict=True
-            )  # else an open quote takes all that follows
-            rows = [
-                {
-                    name: re.sub(_DEFUSED, r"\1", cell) if isinstance(cell, str) else cell
-                    for name, cell in row.items()
-                }
-                for row in table
-            ]
-            return list(table.fieldnames or ()), rows
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise DataError(
-                f"{path} is no CSV file in UTF-8 whose quotes are all closed: {error}."
-            ) from error
+        return parse_csv(file, str(path), delimiter)
+
+
+def parse_csv(
+    lines: Iterable[str], source: str, delimiter: str = ","
+) -> tuple[list[str], list[CsvRow]]:
+    """As ``csv_rows``, of lines that were read already; messages call them ``source``."""
+    # strict: else an open quote takes all that follows
+    table = csv.reader(lines, delimiter=delimiter, strict=True)
+    rows: list[CsvRow] = []
+    try:
+        names = next(table, [])
+        end = table.line_num
+        for cells in table:
+            line = end + 1
+            end = table.line_num
+            if not rows:
+                require_distinct(f"{source} line 1", names, cells)
+            _require_named(f"{source} line {line}", names, cells)
+            texts = [re.sub(_DEFUSED, r"\1", cell) for cell in cells]
+            if cells:
+                missing = [""] * (len(names) - len(cells))
+                rows.append(CsvRow(dict(zip(names, texts + missing, strict=False)), line))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(
+            f"{source} is no CSV file in UTF-8 whose quotes are all closed: {error}."
+        ) from error
+    require_distinct(f"{source} line 1", names)
+    return names, rows
+
+
+def require_distinct(where: str, names: Sequence[str], cells: Sequence[str] = ()) -> None:
+    """Refuse a table that names a column twice: nobody can say which one is meant.
+
+    ``cells`` are those of its first row, for the message. Columns without a name are no columns: a
+    spreadsheet adds empty ones, and pandas its index.
+    """
+    counts = Counter(name for name in names if name.strip())
+    repeated = sorted(name for name, count in counts.items() if count > 1)
+    if not repeated:
+        return
+    values = [repr(cell) for name, cell in zip(names, cells, strict=False) if name == repeated[0]]
+    example = f" The first row has {' and '.join(values)} there." if values else ""
+    raise DataError(
+        f"{where}: distinct columns are needed. Repeated: {', '.join(repeated)}.{example} "
+        "Rename or remove all but one."
+    )
+
+
+def _require_named(where: str, names: Sequence[str], cells: Sequence[str]) -> None:
+    """Refuse a row with a text beyond the last column that has a name."""
+    width = len(names)
+    while width and not names[width - 1].strip():
+        width -= 1
+    for place in range(width, len(cells)):
+        if not cells[place].strip():
+            continue
+        before = f" after {cells[place - 1]!r}" if place else ""
+        raise DataError(
+            f"{where}: {cells[place]!r}{before} is in none of the columns {', '.join(names)}. Put "
+            "a text that holds a comma into quotes, or name the column."
+        )
 
 
 def csv_names(path: str | Path, delimiter: str = ",") -> list[str]:
@@ -261,10 +321,29 @@ def csv_names(path: str | Path, delimiter: str = ",") -> list[str]:
     with Path(path).open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         # not strict: a text that is not UTF-8 is the error of its row, and the first block is
         # decoded with the names
-        names = next(csv.reader(_short_lines(file, path), delimiter=delimiter), [])
+        table = csv.reader(_short_lines(file, path), delimiter=delimiter)
+        names = next(table, [])
+        require_width(path, len(names))
+        if len(set(names)) < len(names):
+            require_distinct(f"{path} line 1", names, next(table, []))
     "".join(names).encode()
-    require_width(path, len(names))
     return names
+
+
+def read_columns(
+    source: str | Path | pa.NativeFile,
+    types: Mapping[str, pa.DataType],
+    delimiter: str = ",",
+    **convert: object,
+) -> pa.Table:
+    """The columns of a CSV file as Arrow arrays of these types; a row of more cells is refused."""
+    import pyarrow.csv
+
+    return pyarrow.csv.read_csv(
+        source,
+        parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+        convert_options=pyarrow.csv.ConvertOptions(column_types=types, **convert),
+    )
 
 
 def _short_lines(file: TextIO, path: str | Path) -> Iterator[str]:
@@ -294,17 +373,13 @@ def table_suffix(path: str | Path) -> str:
 
 def _parse_csv(source: pa.NativeFile, text_columns: Collection[str]) -> pa.Table:
     import pyarrow as pa
-    import pyarrow.csv
 
-    table = pyarrow.csv.read_csv(
+    table = read_columns(
         source,
-        parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
-        convert_options=pyarrow.csv.ConvertOptions(
-            column_types=dict.fromkeys(text_columns, pa.string()),
-            null_values=[""],
-            strings_can_be_null=True,
-            quoted_strings_can_be_null=False,
-        ),
+        dict.fromkeys(text_columns, pa.string()),
+        null_values=[""],
+        strings_can_be_null=True,
+        quoted_strings_can_be_null=False,
     )
     return as_written(table, text_columns)
 

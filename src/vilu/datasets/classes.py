@@ -128,8 +128,10 @@ def read_classes(file: Path) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
                 f"{file} line {number}: blank name. Every line is a name, or folder<TAB>name."
             )
         if len(row) > 2 or len(row) != len(rows[0]):
+            cells = " and ".join(map(repr, row))
             raise DataError(
-                f"{file} line {number}: {len(row)} columns. All lines are a name, or all folder<TAB>name."
+                f"{file} line {number}: {len(row)} columns, {cells}. All lines are a name, or all "
+                "folder<TAB>name."
             )
     columns = [tuple(cell.strip() for cell in column) for column in zip(*rows, strict=True)]
     return (columns[0] if len(columns) == 2 else None), columns[-1]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import stat
 import struct
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path, PureWindowsPath
 from typing import Final
@@ -141,9 +142,76 @@ def stays_below(path: str) -> bool:
     return bool(path) and "\0" not in path and not parsed.anchor and ".." not in parsed.parts
 
 
+_UNREADABLE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\N{ARABIC LETTER MARK}\u200e\u200f\u2028-\u202e\u2066-\u2069]"
+)
+"""Characters that a terminal obeys: controls, line ends, and marks of direction."""
+
+_ESCAPE = re.compile(rb"\\x([0-9a-f]{2})")
+
+
 def portable_name(path: str) -> str:
-    """The path as text that UTF-8 can hold: other bytes become a backslash, x and two hexadecimal digits."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    r"""The path as text for tables and screens; no two paths have one text.
+
+    Bytes that are not UTF-8, and those of characters that a terminal obeys, become ``\xNN``: a
+    backslash, x and two hexadecimal digits. A backslash that would look like the beginning of such
+    an escape becomes ``\x5c``. All else stays as it is. ``path_of`` gives the path back.
+
+    Examples:
+        >>> import os
+        >>> from vilu.datasets.files import portable_name
+        >>> for name in (b"day 1/caf\xe9.jpg", b"caf\\xe9.jpg", b"\x1b[2J.jpg", b"a\\b.jpg"):
+        ...     print(portable_name(os.fsdecode(name)))
+        day 1/caf\xe9.jpg
+        caf\x5cxe9.jpg
+        \x1b[2J.jpg
+        a\b.jpg
+    """
+    if path.isascii() and path.isprintable() and "\\x" not in path:
+        return path
+    marked = _ESCAPE.sub(rb"\\x5cx\1", _encoded(path))
+    text = marked.decode("utf-8", "backslashreplace")
+    return _UNREADABLE.sub(lambda match: _escaped(match[0]), text)
+
+
+def _encoded(path: str) -> bytes:
+    try:
+        return os.fsencode(path)
+    except UnicodeEncodeError:  # half a character, as JSON may hold: no file is called so
+        return path.encode("utf-8", "surrogatepass")
+
+
+def _escaped(character: str) -> str:
+    return "".join(f"\\x{byte:02x}" for byte in character.encode())
+
+
+def path_of(text: str) -> str:
+    r"""The path that ``portable_name`` has made a text of; any other text is a path itself.
+
+    Examples:
+        >>> import os
+        >>> from vilu.datasets.files import path_of
+        >>> os.fsencode(path_of(r"caf\xe9.jpg")), path_of(r"caf\x5cxe9.jpg")
+        (b'caf\xe9.jpg', 'caf\\xe9.jpg')
+    """
+    if "\\x" not in text:
+        return text
+    content = _ESCAPE.sub(lambda match: bytes.fromhex(match[1].decode()), _encoded(text))
+    path = os.fsdecode(content)
+    return path if portable_name(path) == text else text
+
+
+def text_among(name: str, texts: Collection[str]) -> str | None:
+    """The text that a name in somebody's table means: itself, or that of the path so called."""
+    if name in texts:
+        return name
+    text = portable_name(name)
+    return text if text in texts else None
+
+
+def former_text(text: str) -> str:
+    """What code before 0.2 made of the path of this text; two paths could have one such text."""
+    return os.fsencode(path_of(text)).decode("utf-8", "backslashreplace")
 
 
 def subfolders(folder: str | Path) -> list[str]:
@@ -157,12 +225,13 @@ def subfolders(folder: str | Path) -> list[str]:
 
 def walk_images(
     folder: str | Path, ignored: Counter[str], bounds: Bounds | None = None
-) -> Iterator[tuple[str, os.stat_result | None]]:
+) -> Iterator[tuple[str, os.stat_result | OSError]]:
     """Path below ``folder`` and status of every image file, in the byte order of the paths; one stat per file.
 
-    Links to files are followed (there is no status of one that leads out of ``bounds``), links to
-    folders never: no loop, and no image listed twice. What is passed over is counted in ``ignored``
-    under "hidden", "linked_folder", "not_image" (by its suffix) or "not_a_file".
+    Links to files are followed, links to folders never: no loop, and no image listed twice. In
+    place of the status stands the error of a link that leads to itself or out of ``bounds``. What
+    is passed over is counted in ``ignored`` under "hidden", "linked_folder", "not_image" (by its
+    suffix) or "not_a_file".
     """
     skip = len(os.path.join(folder, ""))  # noqa: PTH118  length of the prefix of every entry's path
     pending = _entries(folder)[::-1]
@@ -171,21 +240,48 @@ def walk_images(
         reason = _reason_to_ignore(entry)
         if reason:
             ignored[reason] += 1
-        elif entry.is_dir():
+        elif _is_folder(entry):
             pending.extend(_entries(entry.path)[::-1])
         else:
-            out = bounds is not None and entry.is_symlink() and bounds.leads_out(entry.path)
-            yield entry.path[skip:].replace(os.sep, "/"), None if out else entry.stat()
+            yield entry.path[skip:].replace(os.sep, "/"), _status_of(entry, bounds)
 
 
 def _reason_to_ignore(entry: os.DirEntry[str]) -> str | None:
     if _hidden(entry):
         return "hidden"
-    if entry.is_dir():
+    if _is_folder(entry):
         return "linked_folder" if entry.is_symlink() else None
     if not entry.name.lower().endswith(SUFFIXES):
         return "not_image"
-    return None if entry.is_file() else "not_a_file"
+    try:
+        return None if entry.is_file() else "not_a_file"
+    except OSError:  # it is listed, and its row says why it cannot be read
+        return None
+
+
+def is_file(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a file, or a link to one; a link that leads to itself is none."""
+    try:
+        return entry.is_file()
+    except OSError:
+        return False
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder, or a link to one; a link that leads to itself is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def _status_of(entry: os.DirEntry[str], bounds: Bounds | None) -> os.stat_result | OSError:
+    if bounds is not None and entry.is_symlink() and bounds.leads_out(entry.path):
+        return OutsideError(errno.EACCES, "the link leads out of its folder", entry.path)
+    try:
+        return entry.stat()
+    except OSError as error:
+        return error.with_traceback(None)
 
 
 def _hidden(entry: os.DirEntry[str]) -> bool:

@@ -135,8 +135,7 @@ class FolderDataset(ListedFiles):
                 self.ignored["outside_class"] += 1
                 continue
             path = f"{part}/{below}" if part else below
-            found = OutsideError(OUT_OF_FOLDER) if status is None else status
-            self._add(path, labels[first] if slash else UNKNOWN, found, listing)
+            self._add(path, labels[first] if slash else UNKNOWN, status, listing)
             task.advance(1)
 
 
@@ -158,7 +157,7 @@ def list_photos(root: Path, *, least: int = 1) -> list[Listed]:
     with track(f"listing {root.name}", None, "images") as task:
         found: list[Listed] = []
         for path, status in walk_images(root, ignored, Bounds(root)):
-            found.append((path, OutsideError(OUT_OF_FOLDER) if status is None else status))
+            found.append((path, status))
             task.advance(1)
     _tell_of(ignored, root, None if len(found) >= least else "photos, in folders of any kind")
     return found
@@ -175,7 +174,10 @@ def _tell_of(ignored: Counter[str], root: Path, expected: str | None) -> None:
 
 
 class PhotoFiles(ListedFiles):
-    """Some photos of a folder, none of which has a label; those that lie ``elsewhere`` by now are read there."""
+    """Some photos of a folder, none of which has a label.
+
+    Those that lie ``elsewhere`` by now are read there: a place by the text of the path.
+    """
 
     def __init__(
         self,
@@ -195,7 +197,7 @@ class PhotoFiles(ListedFiles):
         self.fingerprint = listing.hexdigest()
 
     def _reader(self, path: str) -> Callable[[], bytes]:
-        place = self._elsewhere.get(path)
+        place = self._elsewhere.get(portable_name(path))
         return partial(self._bounds.read, path) if place is None else partial(read_file, place)
 
 

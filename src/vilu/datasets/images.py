@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import errno
 import struct
 import unicodedata
@@ -30,6 +29,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
+from vilu.artifacts.tables import parse_csv
 from vilu.datasets.base import ImageRecord
 from vilu.datasets.files import MAX_FILE_BYTES
 from vilu.errors import DataError, UsageError
@@ -114,7 +114,7 @@ _TABLE = (
 )
 _SIGNATURES = [
     (int(row["offset"]), bytes.fromhex(row["bytes"]), row["format"])
-    for row in csv.DictReader(_TABLE.splitlines())
+    for row in parse_csv(_TABLE.splitlines(), "image_signatures.csv")[1]
 ]
 """Where in a file which bytes stand, by format."""
 

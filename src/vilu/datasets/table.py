@@ -17,12 +17,11 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from vilu.artifacts.documents import digest
-from vilu.artifacts.tables import as_written, csv_names, require_width
+from vilu.artifacts.tables import as_written, csv_names, read_columns, require_width
 from vilu.datasets.base import (
     CAPTIONS_OR_CLASSES,
     Faults,
@@ -34,7 +33,7 @@ from vilu.datasets.base import (
     is_binary,
 )
 from vilu.datasets.classes import ClassTable, class_table, refuse_numbers
-from vilu.datasets.files import Bounds, ListingHash
+from vilu.datasets.files import Bounds, ListingHash, portable_name
 from vilu.datasets.images import caption_readers
 from vilu.errors import NO_NAME, OUTSIDE, UNKNOWN, DataError, StorageError, UsageError
 from vilu.progress import track
@@ -249,7 +248,15 @@ def _keys(table: pa.Table, name: str, source: str) -> pa.Array:
         raise DataError(
             f"{source}: column {name!r} must tell rows apart. {first!r} occurs more than once."
         )
-    return keys
+    return _as_names(keys)
+
+
+def _as_names(keys: pa.Array) -> pa.Array:
+    """Keys as the texts of names, as in a folder: no terminal obeys them, and no two are one."""
+    odd = pc.match_substring_regex(keys, r"[^ -~]|\\x")
+    if not pc.any(odd).as_py():
+        return keys
+    return pa.array([portable_name(key) for key in keys.to_pylist()], keys.type)
 
 
 IMAGE: Final = "image"
@@ -489,11 +496,7 @@ def _read_csv(source: Path, selection: Selection) -> pa.Table:
     caption = caption_column(names, {}, selection)
     if caption is not None:
         types[caption] = pa.binary()
-    table = pyarrow.csv.read_csv(
-        source,
-        parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-        convert_options=pyarrow.csv.ConvertOptions(column_types=types, include_columns=wanted),
-    )
+    table = read_columns(source, types, delimiter, include_columns=wanted)
     table = as_written(table, [name for name in wanted if name != caption])
     label = find_column(wanted, LABEL)
     if label is None or caption is not None:

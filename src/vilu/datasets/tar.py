@@ -23,6 +23,7 @@ from vilu.datasets.files import (
     MISSING,
     SUFFIXES,
     ListingHash,
+    is_file,
     portable_name,
     stays_below,
     subfolders,
@@ -402,9 +403,7 @@ def _in_folder(folder: Path) -> list[Path] | None:
         or_refuse(f"list the folder {folder}", "Mend its permissions."),
         os.scandir(folder) as entries,
     ):
-        names = [
-            entry.name for entry in entries if not entry.name.startswith(".") and entry.is_file()
-        ]
+        names = [entry.name for entry in entries if entry.name[0] != "." and is_file(entry)]
     shards = sorted((name for name in names if name.lower().endswith(SUFFIX)), key=os.fsencode)
     images = next((name for name in names if name.lower().endswith(SUFFIXES)), None)
     others = [] if not shards else subfolders(folder) if images is None else [images]

@@ -28,6 +28,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from vilu.artifacts.tables import csv_rows, read_table, write_table
+from vilu.datasets.files import portable_name, text_among
 from vilu.embeddings.source import say_once
 from vilu.errors import NO_NAME, DataError, UsageError, nearest
 
@@ -160,6 +161,14 @@ class LabelBook:
             if one.label is not None or not which(one)
         }
 
+    def rename(self, former: Callable[[str], str], paths: Iterable[str]) -> None:
+        """Give entries of photos whose paths older code wrote in another way the names of today."""
+        present = set(paths)
+        for path in present - self.entries.keys():
+            before = former(path)
+            if before in self.entries and before not in present:
+                self.entries[path] = replace(self.entries.pop(before), path=path)
+
     def waiting(self, stream: Stream | None = None) -> list[Entry]:
         """What was asked and has no answer."""
         return [one for one in self if one.label is None and stream in {None, one.stream}]
@@ -223,15 +232,16 @@ def read_labels(path: Path) -> tuple[dict[str, str], dict[str, str]]:
     )  # tables of ours: " a.jpg" and "a.jpg" are two photos
     labels: dict[str, str] = {}
     streams: dict[str, str] = {}
-    for number, row in enumerate(rows, start=2):
-        name, label = exact(row[key] or ""), (row["label"] or "").strip()
+    for row in rows:
+        name = exact(row[key])
+        label = row["label"].strip()
         if not name:
-            raise DataError(f"{path} line {number}: it names no photo in the column {key!r}.")
+            raise DataError(f"{path} line {row.line}: it names no photo in the column {key!r}.")
         if not label:
             continue
         if labels.setdefault(name, label) != label:
             raise DataError(
-                f"{path} line {number}: {name!r} has the labels {labels[name]!r} and {label!r}."
+                f"{path} line {row.line}: {name!r} has the labels {labels[name]!r} and {label!r}."
             )
         if row.get("stream"):
             streams[name] = row["stream"]
@@ -260,6 +270,12 @@ def match_photos(
             )
         else:
             found[name] = match
+        literal = portable_name(name)
+        if literal != name and {name, literal} <= known:
+            say_once(
+                f"{source}: {name!r} is taken for the photo with this text in decisions.csv. The "
+                f"photo with a backslash in its name is {literal!r} there"
+            )
     if missing and not found:
         question = nearest(missing[0], photos)
         raise DataError(
@@ -279,15 +295,15 @@ def _match(
     name: str, known: set[str], by_name: Mapping[str, list[str]], roots: Iterable[Path]
 ) -> str | None:
     plain = name.removeprefix("./")
-    if plain in known:
-        return plain
+    text = text_among(plain, known)
+    if text is not None:
+        return text
     path = Path(name)
     if root := next(
         (one for one in roots if path.is_relative_to(one)), None
     ):  # a link to it, and where it leads
-        below = path.relative_to(root).as_posix()
-        return below if below in known else None
-    same = by_name.get(plain, ())
+        return text_among(path.relative_to(root).as_posix(), known)
+    same = by_name.get(text_among(plain, by_name) or "", ())
     if len(same) > 1:
         raise UsageError(
             f"{name!r} is the name of {len(same)} photos: {', '.join(same[:SHOWN])}. Give their paths."

@@ -97,7 +97,8 @@ def sort_photos(
     """
     home, moved = root / SORTED, listing.moved
     sources = {
-        portable_name(path): moved.get(path, listing.root / path) for path, _ in listing.listing
+        text: moved.get(text, listing.root / path)
+        for text, path in ((portable_name(path), path) for path, _ in listing.listing)
     }
     flat = Counter(_flat(one.path) for one in rows)
     places = {
@@ -117,7 +118,9 @@ def sort_photos(
         for path, target in places.items():
             make_folder(target.parent)
             if how == "link":
-                target.symlink_to(os.path.relpath(sources[path].resolve(), target.parent.resolve()))
+                # a link that leads to itself is no error of realpath, but of Path.resolve
+                source = os.path.realpath(sources[path])
+                target.symlink_to(os.path.relpath(source, target.parent.resolve()))
             elif sources[path].exists() and not target.exists():
                 shutil.move(sources[path], target, _copy)
 
@@ -130,10 +133,24 @@ def _copy(source: str | Path, target: str | Path) -> None:
         shutil.copystat(source, copy.name)
 
 
+LONGEST_NAME: Final = 255
+"""Bytes that file systems take of a name."""
+
+HASH_DIGITS: Final = 16
+"""Digits of a hash in front of a name that is cut, or that another photo has."""
+
+
 def _flat(path: str, *, told_apart: bool = False) -> str:
-    """Name of a photo where all lie in one folder: ``a/b.jpg`` and ``a__b.jpg`` are told apart by a hash."""
+    """Name of a photo where all lie in one folder.
+
+    A hash tells apart ``a/b.jpg`` and ``a__b.jpg``, and names that are cut.
+    """
     name = path.replace("/", "__")
-    return f"{hashlib.sha256(path.encode()).hexdigest()[:16]}__{name}" if told_apart else name
+    content = name.encode()
+    if len(content) <= LONGEST_NAME and not told_apart:
+        return name
+    start = f"{hashlib.sha256(path.encode()).hexdigest()[:HASH_DIGITS]}__"
+    return start + content[len(start) - LONGEST_NAME :].decode(errors="ignore")
 
 
 def _note(root: Path, places: Sequence[tuple[str, Path]]) -> None:

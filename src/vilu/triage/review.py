@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from vilu.artifacts.disk import make_folder, or_refuse, write_bytes
 from vilu.artifacts.documents import plain_json, read_document
 from vilu.artifacts.tables import csv_bytes, csv_rows
 from vilu.calibration.shares import OUTSIDE_NAME
+from vilu.datasets.files import path_of, portable_name, text_among
 from vilu.errors import OUTSIDE, UNKNOWN, DataError, UsageError
 from vilu.outcomes.outcomes import Outcomes
 from vilu.scoring.score import ACCEPT
@@ -183,7 +185,7 @@ def _write_label_studio(review: Review, output: Path, prefix: str) -> list[Path]
 def _label_studio(task: ReviewTask, model: str, prefix: str) -> dict[str, Any]:
     found: dict[str, Any] = {
         "data": {
-            IMAGE: prefix + quote(task.path),
+            IMAGE: prefix + quote(os.fsencode(path_of(task.path))),
             "path": task.path,
             "vilu_uncertainty": task.failure_probability,
             "vilu_runner_up": task.runner_up,
@@ -271,7 +273,7 @@ def _sample(task: ReviewTask) -> dict[str, Any]:
     }
     return {
         "_id": _object_id(task.path),
-        "filepath": task.path,
+        "filepath": _in_json(path_of(task.path), task.path),
         "tags": [task.stream] if task.stream else [],
         "metadata": None,
         "_media_type": "image",
@@ -282,6 +284,15 @@ def _sample(task: ReviewTask) -> dict[str, Any]:
         "decision": "review",
         "path": task.path,
     }
+
+
+def _in_json(path: str, text: str) -> str:
+    """A path, or where it is no UTF-8, which JSON has to be, its text."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return text
+    return path
 
 
 def _object_id(of: str) -> dict[str, str]:
@@ -366,7 +377,8 @@ def _done(task: object, source: Path) -> tuple[str, str | None]:
     data = task.get("data", task)
     path = data.get("path") if isinstance(data, dict) else None
     if path is None and isinstance(data, dict) and isinstance(data.get(IMAGE), str):
-        path = unquote(str(data[IMAGE]).rpartition("?d=")[2])
+        address = str(data[IMAGE]).rpartition("?d=")[2]
+        path = portable_name(unquote(address, errors="surrogateescape"))
     if not isinstance(path, str):
         raise DataError(f"{source}: a task does not say which photo it is about: {task!r:.100}.")
     if "annotations" not in task:  # JSON-MIN
@@ -458,18 +470,22 @@ def write_labels(
         raise DataError(
             f"{scores} does not say which images and classes it is of, so labels cannot be put to it."
         )
-    places = [row for row, key in enumerate(ids) if labels.get(key, SKIPPED) != SKIPPED]
+    known = set(ids)
+    of_rows: dict[str, str] = {}
+    for name, label in labels.items():
+        _add(of_rows, scores, text_among(name, known) or name, label)
+    places = [row for row, key in enumerate(ids) if of_rows.get(key, SKIPPED) != SKIPPED]
     if not places:
         raise DataError(
             f"none of the {len(labels)} labels is of a row of {scores}. Its keys are such as {ids[0]!r}."
         )
     place = {name: number for number, name in enumerate(names_)}
     targets = [
-        place.get(labels[ids[row]], OUTSIDE if labels[ids[row]] == OUTSIDE_NAME else UNKNOWN)
+        place.get(of_rows[ids[row]], OUTSIDE if of_rows[ids[row]] == OUTSIDE_NAME else UNKNOWN)
         for row in places
     ]
     if UNKNOWN in targets:
-        bad = labels[ids[places[targets.index(UNKNOWN)]]]
+        bad = of_rows[ids[places[targets.index(UNKNOWN)]]]
         raise DataError(
             f"{bad!r} is no class of {scores}. Its classes: {', '.join(map(str, names_))[:200]}."
         )

@@ -19,7 +19,7 @@ from typing import Any, Final
 from urllib.parse import parse_qs, urlsplit
 
 from vilu.artifacts.tables import write_table
-from vilu.datasets.files import Bounds
+from vilu.datasets.files import Bounds, path_of
 from vilu.datasets.images import BadImage, decode_image
 from vilu.errors import DataError, UsageError
 from vilu.text import page_of
@@ -89,7 +89,8 @@ class ReviewSession:
 
     def picture(self, place: int) -> bytes:
         """A photo as WebP, decoded with all that is done against hostile files; BadImage or OSError where it is bad."""
-        image = decode_image(self.bounds.read(self.review.tasks[place].path)).image
+        path = path_of(self.review.tasks[place].path)
+        image = decode_image(self.bounds.read(path)).image
         image.thumbnail((SIDE, SIDE))
         content = BytesIO()
         image.save(content, "WEBP", quality=85, method=2)

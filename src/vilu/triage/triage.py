@@ -21,7 +21,7 @@ from vilu.calibration.anytime import level_of
 from vilu.calibration.procedure import take_back
 from vilu.calibration.rules import Selector
 from vilu.calibration.shares import OUTSIDE_NAME
-from vilu.datasets.files import portable_name
+from vilu.datasets.files import former_text, path_of, portable_name
 from vilu.datasets.folder import list_photos
 from vilu.errors import DataError, UsageError
 from vilu.metrics.counts import Floats, Ints
@@ -244,7 +244,7 @@ class Workshop:
                 f"{min(both)!r} was moved to {moved[min(both)]} and is in {self.job.photos} again. "
                 "Rename the new photo; if they are one and the same, remove the one that was moved."
             )
-        photos += [(path, place.stat()) for path, place in moved.items()]
+        photos += [(path_of(path), place.stat()) for path, place in moved.items()]
         root, home = self.root.resolve(), self.job.photos.resolve()
         if root.is_relative_to(home):
             photos = [
@@ -273,6 +273,7 @@ class Workshop:
                 f"none of the {len(photos.bad)} photos in {self.job.photos} can be read: {kinds}."
             )
         book = LabelBook.load(self.root / BOOK)
+        book.rename(former_text, [portable_name(path) for path, _ in listing.listing])
         given = [book.entries[path] for path in labels if path in book.entries]
         # before the book is saved, so that no kill leaves a promise too much
         take_back(
@@ -547,6 +548,9 @@ def moved_photos(root: Path) -> dict[str, Path]:
     if not (root / MOVED).exists():
         return {}
     table, _ = read_table(root / MOVED, ())
-    places = [root / place for place in table["place"].to_pylist()]
-    found = zip(table["path"].to_pylist(), places, strict=True)
-    return {path: place for path, place in found if place.is_file() and not place.is_symlink()}
+    moved = {}
+    for name, below in zip(table["path"].to_pylist(), table["place"].to_pylist(), strict=True):
+        place = root / below
+        if place.is_file() and not place.is_symlink():
+            moved[portable_name(path_of(name))] = place
+    return moved

@@ -34,8 +34,8 @@ from vilu_bench.known_datasets.read import (
     sun397,
 )
 
-Files = Sequence[tuple[str, stat_result | None]]
-"""Paths of one class's images below the class's folder, and their status."""
+Files = Sequence[tuple[str, stat_result | OSError]]
+"""Paths of one class's images below the class's folder, and their status, or why there is none."""
 
 RENAMED: Final = {744: "projectile", 836: "sunglass"}
 """CLIP names classes 657 and 744 "missile", 836 and 837 "sunglasses"; of equal prompts one can never be the answer.

@@ -22,8 +22,8 @@ from vilu.datasets.known.entry import SHOWN, Count, Place, Request, Survey
 from vilu.errors import DataError
 from vilu.progress import Task, track
 
-Entry = tuple[str, int, stat_result | None]
-"""Path below the data set's folder, label, and status; None where the file is missing."""
+Entry = tuple[str, int, stat_result | OSError | None]
+"""Path below the data set's folder, label, and status, or why there is none (None: missing)."""
 
 STEP: Final = 1000  # images between two signs of life
 
@@ -122,7 +122,7 @@ def _count(entries: Iterable[Entry], task: Task) -> Count:
     try:
         for path, _, status in _showing(entries, task):
             listed += 1
-            if status is not None and S_ISREG(status.st_mode):
+            if isinstance(status, stat_result) and S_ISREG(status.st_mode):
                 found += 1
             elif len(missing) < SHOWN:
                 missing.append(portable_name(path))

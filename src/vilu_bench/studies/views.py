@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Annotated, ClassVar, Literal, Protocol, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from vilu.artifacts.tables import parse_csv
 from vilu.errors import DataError
 from vilu_bench import asset
 from vilu_bench.studies.parts import RANKED_BY, Name, Names, Section, require_known
@@ -345,7 +345,7 @@ def published_tables() -> dict[str, dict[PublishedKey, tuple[Published, ...]]]:
     """Every published table by name: numbers by data set, setting, method and metric, one for each backbone."""
     tables: dict[str, dict[PublishedKey, tuple[Published, ...]]] = {}
     text = asset("published.csv")
-    for row in csv.DictReader(text.splitlines()):
+    for row in parse_csv(text.splitlines(), "published.csv")[1]:
         key = row["dataset"], row["setting"], row["method"], row["metric"]
         cells = tables.setdefault(row["table"], {})
         number = Published(

@@ -7,11 +7,13 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from vilu.artifacts.disk import (
@@ -78,26 +80,95 @@ def beside(target: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def copy_files(source: Path, destination: Path, *, links: bool) -> str:
-    """Copy what ``FILES`` names into an empty folder, load it once, and return its fingerprint; links for caches."""
+def copy_files(source: Path, destination: Path, *, cache: Path | None = None) -> str:
+    """Copy what ``FILES`` names into an empty folder, load it once, and return its fingerprint.
+
+    No link is followed, but for those in the hub's ``cache`` that lead to a file of that folder.
+    """
     if not source.exists():
         raise UsageError(f"{source} does not exist.")
     if not source.is_dir():
         raise DataError(f"no predictor here: {source} is no folder. Make one with `vilu fit`.")
-    with or_refuse(f"copy {source} to {destination}"):
+    if source.is_symlink():
+        raise UsageError(
+            f"{source} is a symbolic link, so it could be anything on this machine. Give the "
+            "folder that it leads to."
+        )
+    with or_refuse(f"copy {source} to {destination}"), _entered(source) as folder:
         for name, limit in FILES.items():
-            path = source / name
-            if path.is_symlink() and not links:
-                raise UsageError(
-                    f"{path} is a symbolic link, so it could be anything on this machine. Copy the file."
-                )
-            if path.is_file():
-                require_size(str(path), path.stat().st_size, limit)
-                with path.open("rb") as given, (destination / name).open("xb") as copy:
-                    shutil.copyfileobj(given, copy)
-                    copy.flush()
-                    os.fsync(copy.fileno())
+            descriptor = _open_file(folder, name, cache)
+            if descriptor is None:
+                continue
+            copied = destination / name
+            with os.fdopen(descriptor, "rb") as content, copied.open("xb") as copy:
+                require_size(str(source / name), os.fstat(descriptor).st_size, limit)
+                shutil.copyfileobj(content, copy)
+                copy.flush()
+                os.fsync(copy.fileno())
     return check(destination, source)
+
+
+class _Entered(NamedTuple):
+    """A folder that stays the same one, whatever takes its place during the copy."""
+
+    path: Path
+    descriptor: int | None  # None on Windows, which opens no file below one
+
+    def place(self, name: str) -> str:
+        """What ``os`` calls an entry, beside the descriptor."""
+        return str(self.path / name) if self.descriptor is None else name
+
+
+@contextmanager
+def _entered(folder: Path) -> Iterator[_Entered]:
+    if os.name == "nt":
+        yield _Entered(folder, None)
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        yield _Entered(folder, descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# A link is not followed, a pipe is not waited for, and bytes are bytes: systems lack one or another
+_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
+_NO_WAIT = getattr(os, "O_NONBLOCK", 0)
+_BINARY = getattr(os, "O_BINARY", 0)
+_AS_IT_IS = os.O_RDONLY | _NO_FOLLOW | _NO_WAIT | _BINARY
+
+
+def _open_file(folder: _Entered, name: str, cache: Path | None) -> int | None:
+    """Descriptor of a file of a folder, if there is one; it is no link but within the cache."""
+    path = folder.path / name
+    place = folder.place(name)
+    try:
+        status = os.stat(place, dir_fd=folder.descriptor, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+    if stat.S_ISLNK(status.st_mode):
+        descriptor = os.open(_inside(path, cache), _AS_IT_IS)
+    else:
+        descriptor = os.open(place, _AS_IT_IS, dir_fd=folder.descriptor)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise DataError(f"{path} is no regular file. Remove it, or put the file there.")
+    return descriptor
+
+
+def _inside(link: Path, cache: Path | None) -> str:
+    """Where a link of the hub's cache leads; UsageError if that is not in the cache."""
+    if cache is None:
+        raise UsageError(
+            f"{link} is a symbolic link, so it could be anything on this machine. Copy the file."
+        )
+    file = Path(os.path.realpath(link))
+    if not file.is_relative_to(os.path.realpath(cache)):
+        raise UsageError(
+            f"{link} is a symbolic link that leads out of the cache of the hub, {cache}. Remove "
+            "that folder, and pull again."
+        )
+    return str(file)
 
 
 def require_size(name: str, size: int, limit: int) -> None:
@@ -168,7 +239,7 @@ def push(
     """Copy a saved predictor to a repository of the model hub, or to a folder; returns where it is.
 
     Only the files of ``FILES`` go, as they are; those of an earlier push that this one lacks are
-    removed.
+    removed. Symbolic links are refused.
 
     Args:
         folder: A saved predictor, which is loaded once before anything leaves.
@@ -181,9 +252,9 @@ def push(
     """
     local = local_folder(repository, revision)
     if local is not None:
-        return str(_place_copy(Path(folder), local, links=False, overwrite=overwrite))
+        return str(_place_copy(Path(folder), local, overwrite=overwrite))
     with tempfile.TemporaryDirectory() as staged:
-        copy_files(Path(folder), Path(staged), links=False)
+        copy_files(Path(folder), Path(staged))
         return _upload(Path(staged), repository, private, revision)
 
 
@@ -193,7 +264,7 @@ def pull(
     """Copy a predictor from a repository of the model hub, or from a folder; returns where it is.
 
     Only the files of ``FILES`` come. They are loaded once beside ``folder`` and then take its place
-    together.
+    together. Symbolic links are refused, but for those in which the hub's own cache is made.
 
     Args:
         repository: ORG/NAME, or a folder, as for ``push``.
@@ -202,8 +273,13 @@ def pull(
         overwrite: Replace another predictor in ``folder``.
     """
     claim_folder(folder, "predictor", is_ours, overwrite=True)
-    source = local_folder(repository, revision) or _download(repository, revision)
-    return _place_copy(source, Path(folder), links=True, overwrite=overwrite)
+    local = local_folder(repository, revision)
+    if local is not None:
+        return _place_copy(local, Path(folder), overwrite=overwrite)
+    snapshot = _download(repository, revision)
+    # snapshots/REVISION holds links to ../../blobs
+    cache = snapshot.parents[1]
+    return _place_copy(snapshot, Path(folder), overwrite=overwrite, cache=cache)
 
 
 def local_folder(repository: str, revision: str | None) -> Path | None:
@@ -224,11 +300,11 @@ def local_folder(repository: str, revision: str | None) -> Path | None:
     return Path(unquote(url.path)) if url else Path(repository).expanduser()
 
 
-def _place_copy(source: Path, target: Path, *, links: bool, overwrite: bool) -> Path:
+def _place_copy(source: Path, target: Path, *, overwrite: bool, cache: Path | None = None) -> Path:
     claim_folder(target, "predictor", is_ours, overwrite=True)
     place_at = target.resolve()
     with beside(place_at) as staged:
-        copy_files(source, staged, links=links)
+        copy_files(source, staged, cache=cache)
         same = all(_hash(staged / name) == _hash(place_at / name) for name in FILES)
         if claim_folder(target, "predictor", is_ours, same=same, overwrite=overwrite):
             logger.info("%s holds that predictor already: there is nothing to do", target)
