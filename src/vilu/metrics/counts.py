@@ -184,3 +184,19 @@ def ratio(
     quotient: Floats = np.full(shape, empty)
     np.divide(numerator, denominator, out=quotient, where=np.asarray(denominator) != 0)
     return quotient
+
+
+def first_rows(picture: Ints) -> Ints:
+    """(N,) place of the first row that shows the picture of every row; its own where that is unknown, -1.
+
+    Examples:
+        >>> import numpy as np
+        >>> from vilu.metrics.counts import first_rows
+        >>> first_rows(np.array([7, -1, 3, 7, -1])).tolist()
+        [0, 1, 2, 0, 4]
+    """
+    first = np.arange(len(picture))
+    known = np.flatnonzero(picture != UNKNOWN)
+    _, at, place = np.unique(picture[known], return_index=True, return_inverse=True)
+    first[known] = known[at[place]]
+    return first
