@@ -61,6 +61,7 @@ def calls_of(folder: Path) -> dict[str, Call]:
         "positive": "correct",
         "rule": "interpolate",
         "failure": [0, 1, 0],
+        "picture": [4, -1, 4],
     }
     scores = ("uncertainty", "uncertainty_a", "uncertainty_b", "probability")
     metric |= {name: [0.1, 0.3, 0.4] for name in scores} | bootstrap

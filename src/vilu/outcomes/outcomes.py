@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from vilu.errors import OUTSIDE, UNKNOWN, DataError, checked, found, require_mask
+from vilu.errors import OUTSIDE, UNKNOWN, DataError, checked, require_mask
 from vilu.files.documents import plain_json
 from vilu.files.places import claim_file, said_of
 from vilu.files.tables import read_column, read_table, write_table
 from vilu.metrics.bootstrap import ScoredRows
 from vilu.metrics.catalog import Metric
-from vilu.metrics.counts import check_codes, real_vector
+from vilu.metrics.counts import check_codes, check_pictures, real_vector, repeated_pictures
 from vilu.metrics.histogram import Histogram
 
 if TYPE_CHECKING:
@@ -70,25 +70,6 @@ def check_probabilities(values: ArrayLike | None, name: str) -> NDArray[np.float
     if not bool((((numbers >= 0) & (numbers <= 1)) | np.isnan(numbers)).all()):
         raise DataError(f"{name} must be in [0, 1], or NaN where there is none.")
     return numbers
-
-
-def check_pictures(values: ArrayLike | None) -> NDArray[np.int64] | None:
-    """Identities (N,) of pictures as int64, a copy: whole numbers from 0 on, or -1 where unknown."""
-    if values is None:
-        return None
-    numbers = np.asarray(values)
-    if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
-        raise DataError(
-            "picture must be a vector of whole numbers, -1 where the picture is not known. "
-            f"Got {found(values)} instead."
-        )
-    largest = np.iinfo(np.int64).max
-    if numbers.size and (numbers.min() < UNKNOWN or numbers.max() > largest):
-        raise DataError(
-            f"picture must be from 0 to {largest}, or -1 where the picture is not known. "
-            f"Got {numbers.min()} to {numbers.max()} instead."
-        )
-    return numbers.astype(np.int64)
 
 
 def plain_values(column: pa.ChunkedArray, kind: str) -> Any:  # noqa: ANN401 - by its kind
@@ -255,7 +236,7 @@ class Outcomes:
             "failure_probability": check_probabilities(
                 self.failure_probability, "failure_probability"
             ),
-            "picture": check_pictures(self.picture),
+            "picture": check_pictures(self.picture, len(uncertainty)),
             **{name: check_texts(getattr(self, name), name, optional=True) for name in DECISION},
         }
         for name, column in checked.items():
@@ -374,16 +355,18 @@ class Outcomes:
             (2, 1, 1)
         """
         rows, scored = self.evaluable, np.isfinite(self.uncertainty)
-        scores = ScoredRows(self.uncertainty[rows], self.failure[rows])
+        shown = None if self.picture is None else repeated_pictures(self.picture[rows])
+        scores = ScoredRows(self.uncertainty[rows], self.failure[rows], picture=shown)
         probability, calibrated = scores if self.is_probability else None, self.failure_probability
         if calibrated is not None:
-            probability = ScoredRows(
-                calibrated[rows], self.failure[rows], "of the calibrated failure_probability"
-            )
+            note = "of the calibrated failure_probability"
+            probability = ScoredRows(calibrated[rows], self.failure[rows], note, shown)
         return Tally(
             scores=scores,
             within=scores.take(~self.outside[rows]) if self.outside.any() else scores,
-            outside=ScoredRows(scores.uncertainty, self.outside[rows].astype(np.int64)),
+            outside=ScoredRows(
+                scores.uncertainty, self.outside[rows].astype(np.int64), picture=shown
+            ),
             probability=probability,
             n_unlabelled=int(np.count_nonzero((self.failure == UNKNOWN) & scored)),
             n_unusable=int(np.count_nonzero(~scored)),
