@@ -61,6 +61,7 @@ def calls_of(folder: Path) -> dict[str, Call]:
         "positive": "correct",
         "rule": "interpolate",
         "failure": [0, 1, 0],
+        "picture": [4, -1, 4],
     }
     scores = ("uncertainty", "uncertainty_a", "uncertainty_b", "probability")
     metric |= {name: [0.1, 0.3, 0.4] for name in scores} | bootstrap
@@ -80,6 +81,7 @@ def calls_of(folder: Path) -> dict[str, Call]:
         "class_names": ["x", "y"], "method": "m", "dataset": "d", "split": "s", "seed": 0, "reason": None,
         "provenance": {}, "is_probability": True, "failure_probability": [0.1, 0.2], "label_set": None,
         "decision": ["accept", "abstain"], "decision_reason": [None, "a"],
+        "picture": [3, -1],
     }  # fmt: skip
     return {
         **{name: (f, {a: metric[a] for a in inspect.signature(f).parameters}) for name, f in functions.items()},

@@ -53,6 +53,7 @@ from vilu.predictors.rows import (
     similarity_range,
     sketch,
     warn_of_other_space,
+    warn_of_repeats,
 )
 
 # probabilities nearer to 0 or 1 count as this far away, so that their log-odds are finite
@@ -326,6 +327,9 @@ class FailurePredictor(ABC):
             unlabelled: More rows against the same candidates, no label of which is looked at
                 (``uses_unlabelled``).
 
+        Warns:
+            UserWarning: If training rows are left out, or more than 1 % of them are repeats.
+
         Raises:
             UsageError: If a hyper-parameter is out of range, the method does not work on
                 image-caption pairs, or it cannot use unlabelled rows.
@@ -365,11 +369,12 @@ class FailurePredictor(ABC):
             None if validation is None else disjoint(train.source, validation),
         )
         rows, failure = trainable_rows(source, "training", self.needs)
+        own = sketch(source)
+        warn_of_repeats(source, own)
         found = self.learn(dataclasses.replace(train, index=rows), failure, validation)
         self.take(found.tensors, source.space)
-        self.seen_ = reduce(
-            join, [sketch(one) for one in (source, validation, train.unlabelled) if one is not None]
-        )
+        more = [sketch(one) for one in (validation, train.unlabelled) if one is not None]
+        self.seen_ = reduce(join, more, own)
         self.similarity_ = similarity_range(source)
         counts = {"n_train": len(failure), "n_failures": int((failure == 1).sum())}
         self.notes_ = {**counts, **candidates_of(source), **found.notes}

@@ -83,6 +83,14 @@ class RowSketch:
         """Whether it knows every row of the set, and not a sample."""
         return self.n_rows <= SIZE or len(self.hashes) < SIZE
 
+    @property
+    def n_distinct(self) -> int:
+        """How many rows differ; of more than 16,384 estimated, with a standard error of 1 %."""
+        if self.whole:
+            return len(self.hashes)
+        share = self.hashes[-1].item() / np.iinfo(np.int64).max
+        return min(round((SIZE - 1) / share), self.n_rows)
+
     def __or__(self, other: RowSketch) -> RowSketch:
         hashes = torch.cat([self.hashes, other.hashes]).unique()
         return RowSketch(hashes[:SIZE], self.n_rows + other.n_rows)
@@ -167,6 +175,34 @@ Sketches = Mapping[
 def sketch(source: EmbeddingSource) -> Sketches:
     """Sketches of all that the rows of a source can be recognised by."""
     return {by: RowSketch.of(source, by) for by in source.identified_by}
+
+
+FEWER = 0.05
+"""Share of rows that has to be repeated before an estimate tells it from its own error, five of them."""
+
+
+def warn_of_repeats(source: EmbeddingSource, sketches: Sketches) -> None:
+    """Say how many pictures, or image-caption pairs, training rows are, where more than 1 % of them are repeats."""
+    by = source.identified_by[0]
+    if by == "names":
+        return
+    known = sketches[by]
+    n_rows, n_distinct = known.n_rows, known.n_distinct
+    if (
+        by == "embeddings" and not _marked(source, by).all()
+    ):  # all that are not usable have one hash
+        n_rows = int(_marked(source, by).sum())
+        n_distinct -= 1
+    few = MAX_SHARED if known.whole else FEWER
+    if n_distinct >= (1 - few) * n_rows:
+        return
+    what = "pictures" if source.pool_size is None else "image-caption pairs"
+    about = "" if known.whole else "about "
+    warnings.warn(
+        f"the {n_rows} training rows are {about}{n_distinct} {what}: the others stand more than once. Each "
+        "counts as often as it stands. Leave out the repeats, unless they are meant as weights.",
+        stacklevel=6,
+    )
 
 
 def join(first: Sketches, second: Sketches) -> Sketches:

@@ -18,6 +18,7 @@ from vilu.embeddings.similarity import TILE_CELLS, ZeroShot
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.errors import DataError, UsageError
 from vilu.metrics import auroc
+from vilu.metrics.counts import first_rows
 from vilu.predictors.nn.checkpoint import History, Keeper, Position, Stateful, load, pack, unpack
 from vilu.predictors.nn.head import FailureHead, texts_first
 from vilu.predictors.nn.processes import World, current_world
@@ -116,6 +117,12 @@ class Rows:
         """(E,) int64 ``examples``, the usable ones."""
         usable = self.source.usable_rows
         return usable[self.source.outside[usable]] if self.examples is None else self.examples
+
+    def pictures(self) -> tuple[Tensor, Tensor]:
+        """(P,) place of the first row of every picture, ascending, and (M,) number of the picture of every row."""
+        identities = self.source.picture_identities(self.index.numpy(force=True))
+        first, picture = np.unique(first_rows(identities), return_inverse=True)
+        return torch.from_numpy(first), torch.from_numpy(picture)
 
     def batches(self, size: int) -> Iterator[Batch]:
         """The rows in order, in batches whose logits fit into memory (``EmbeddingSource.batches``)."""
