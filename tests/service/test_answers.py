@@ -148,9 +148,6 @@ def test_a_void_promise_is_void_after_a_kill_in_whatever_order_labels_came(
     assert journal.status.raised_at == 399
     again = Journal(tmp_path / "j", predictors[0])  # beside one that never got to save
     assert (again.promise, again.status) == ("void", journal.status)
-    with closing(sqlite3.connect(tmp_path / "j" / "rows.sqlite")) as table:
-        table.execute("DROP TABLE labels")  # as older code leaves a journal
-    assert Journal(tmp_path / "j", predictors[0]).status.audit == journal.status.audit
 
 
 def test_labels_of_a_request_are_taken_in_together(
