@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import logging.handlers
+import queue
 import shutil
 import signal
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -37,6 +39,7 @@ from vilu.predictors.heads.vilu import ViLU
 from vilu.predictors.nn.checkpoint import checkpointing
 from vilu.predictors.storage import load, write_card
 from vilu.progress import reporting
+from vilu.service.keeper import Bookkeeper
 from vilu.store.embed import embed
 from vilu.store.importing import import_arrays
 from vilu.store.inspect import inspect
@@ -164,6 +167,7 @@ def build(root: Path) -> list[Artefact]:
         _scores(root, do),
         _score_folder(root, do),
         _state(root, do),
+        *_journals(root),
         *(_results(root / f"results.{suffix}", do) for suffix in ("json", "parquet")),
         Artefact(
             root / "why.json",
@@ -298,6 +302,46 @@ def _state(root: Path, do: Do) -> Artefact:
         uses,
         lambda: Monitor.of_folder(root / "head").resume(path).status.model_dump(mode="json"),
     )
+
+
+def _journals(root: Path) -> list[Artefact]:
+    """What `vilu serve` keeps, of a service that was killed, and of one that was stopped."""
+    stopped = root / "serving"
+    killed = root / "serving-killed"
+    scores = Outcomes.load(root / "scores.parquet")
+    ids = list(scores.ids or ())
+    answers = np.asarray(scores.prediction).tolist()
+    keeper = Bookkeeper(stopped, {"first": root / "head"})
+    keeper.switch("first")
+    for first in range(0, len(ids), 10):
+        rows = slice(first, first + 10)
+        keeper.record(ids[rows], {"first": (answers[rows], scores.uncertainty.tolist()[rows])})
+    keeper.label({key: NAMES[answers[place]] for place, key in enumerate(ids[:20])})
+    shutil.copytree(stopped, killed, ignore=shutil.ignore_patterns("*-shm"))
+    keeper.close()
+    labels = dict.fromkeys(ids[:20], NAMES[0])
+    artefacts: list[Artefact] = []
+    for path in (stopped, killed):
+        use = partial(_start_keeper, path, root / "head", labels)
+        artefacts.append(Artefact(path, {"start": use}, use))
+    return artefacts
+
+
+def _start_keeper(state: Path, predictor: Path, labels: dict[str, str]) -> object:
+    """What the monitor says at the start; Refused where the log says that files were set aside."""
+    messages = queue.SimpleQueue[logging.LogRecord]()
+    handler = logging.handlers.QueueHandler(messages)
+    logger = logging.getLogger("vilu.service")
+    logger.addHandler(handler)
+    try:
+        with closing(Bookkeeper(state, {"first": predictor})) as keeper:
+            statuses = keeper.statuses()["first"].model_dump(mode="json")
+            known = keeper.label(labels)  # each has its label already
+    finally:
+        logger.removeHandler(handler)
+    if not messages.empty():
+        raise Refused(messages.get().getMessage())
+    return statuses, known
 
 
 def _results(path: Path, do: Do) -> Artefact:
