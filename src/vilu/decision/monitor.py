@@ -153,7 +153,7 @@ class Monitor:
         monitor = cls(
             record.load_rows(folder, found), found.rule, false_alarm=false_alarm, seed=seed
         )
-        monitor.risk = digest(found.model_dump(mode="json"))
+        monitor.risk = found.fingerprint
         return monitor
 
     @checked

@@ -13,7 +13,7 @@ from vilu.decision.record import load as load_record
 from vilu.decision.status import Status
 from vilu.errors import DataError, UsageError
 from vilu.files.disk import make_folder
-from vilu.files.documents import Document, digest, read_document
+from vilu.files.documents import Document, read_document
 from vilu.predictors.record import fit_fingerprint
 from vilu.service.journal import Journal, PromiseState
 
@@ -86,7 +86,7 @@ class Bookkeeper:
         self._journals = dict[str, Journal]()
         for name, folder in predictors.items():
             if has_record(folder):
-                risk = digest(load_record(folder).model_dump(mode="json"))
+                risk = load_record(folder).fingerprint
                 self._journals[name] = Journal(
                     state / f"{self.fingerprints[name]}-{risk[:16]}", folder
                 )
