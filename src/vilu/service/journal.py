@@ -67,7 +67,8 @@ class Journal:
     them.
 
     Raises:
-        DataError: If the predictor is not calibrated, or the file is damaged.
+        InfeasibleError: If nothing is promised of the predictor.
+        DataError: If the file is damaged.
         StorageError: If the file cannot be written.
     """
 
@@ -97,9 +98,6 @@ class Journal:
     @property
     def promise(self) -> PromiseState:
         """Whether what the rule promises can be relied on, as far as the rows that were answered show."""
-        rule = self.monitor.rule
-        if rule is None or not rule.feasible:
-            return "none"
         return "void" if self.status.alarm else "holds"
 
     def record(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
-from vilu.decision.record import has_record
+from vilu.decision.record import has_guarantee
 from vilu.decision.record import load as load_record
 from vilu.decision.status import Status
 from vilu.errors import DataError, UsageError
@@ -66,7 +66,7 @@ class Keeps(Protocol):
 
 
 class Bookkeeper:
-    """The journals of the predictors in some folders, by name; of one without a calibration there is none.
+    """The journals of the predictors in some folders, by name; without a promise there is none.
 
     Raises:
         UsageError: If a predictor is there twice, or the one that is to answer is not there.
@@ -85,7 +85,7 @@ class Bookkeeper:
             )
         self._journals = dict[str, Journal]()
         for name, folder in predictors.items():
-            if has_record(folder):
+            if has_guarantee(folder):
                 risk = load_record(folder).fingerprint
                 self._journals[name] = Journal(
                     state / f"{self.fingerprints[name]}-{risk[:16]}", folder
