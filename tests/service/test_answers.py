@@ -23,8 +23,10 @@ from PIL import Image
 
 from tests.builders.photo_folders import KINDS, truth_of
 from tests.builders.store_fakes import FakeBackbone
-from tests.command import command_line
+from tests.command import command_line, run
 from tests.service.conftest import Running, hosted
+from vilu.decision import record
+from vilu.decision.calibrate import calibrate
 from vilu.decision.monitor import Monitor
 from vilu.errors import DataError, StorageError, UsageError
 from vilu.service.journal import Journal
@@ -695,3 +697,42 @@ def test_nothing_is_answered_where_the_journal_is_gone(
         assert running.get("/healthz").status_code == 200
         assert "vilu_ready 0.0" in running.get("/metrics").text
         assert rows_counted(running) == 3
+
+
+def accept_nothing(predictor: Path) -> None:
+    """Give a calibrated predictor a rule that accepts nothing, as a triage leaves it at first."""
+    before = record.load(predictor)
+    rows = record.load_rows(predictor, before)
+    rule = calibrate(rows, max_risk=0.001)
+    assert not rule.feasible
+    fields = before.model_dump(exclude={"rows_sha256"})
+    record.save(predictor, rows, **fields | {"rule": rule, "promise": str(rule)})
+
+
+def test_the_page_says_what_is_promised_in_every_state(
+    predictors: tuple[Path, Path], tmp_path: Path, photos: Photos
+) -> None:
+    """No rule, a rule that accepts nothing, a promise that holds, one that is void."""
+    home = predictors[0].parent
+    for name in ("no rule", "nothing"):
+        shutil.copytree(predictors[0], tmp_path / name)
+    run("calibrate", tmp_path / "no rule", home / "cal", "--overwrite")
+    accept_nothing(tmp_path / "nothing")
+    expected = {
+        "no rule": ("none", "Nothing is promised: this predictor has no rule"),
+        "nothing": ("none", "Nothing is promised: no threshold was certified"),
+        "holds": ("holds", "The promise holds, as far as what was answered shows. Promised: the rule accepts"),
+        "void": ("void", "The promise is void: what comes in is not like the calibration"),
+    }  # fmt: skip
+    for name, (state, words) in expected.items():
+        folder = tmp_path / name if state == "none" else predictors[0]
+        with hosted(folder, tmp_path / f"{name} state") as running:
+            if name == "void":
+                for _ in range(8):
+                    running.post("/v1/answers", files=as_files(photos(1) * 30))
+            (now,) = running.get("/v1/predictors").json()["predictors"]
+            page = running.get("/").text
+        assert now["promise"] == state
+        assert now["in_words"].startswith(words)
+        assert "it nothing" not in now["in_words"]
+        assert 'by("promise").textContent = now.in_words' in page

@@ -346,7 +346,8 @@ class Service:
                 "method": one.judge.predictor.label,
                 "answers": name == kept.answering,
                 "promise": kept.promises[name],
-                "promised": one.said,
+                "promised": one.promised,
+                "in_words": one.in_words(kept.promises[name]),
             }
             for name, one in engine.served.items()
         ]

@@ -73,7 +73,22 @@ class Served:
     def __init__(self, judge: Judge) -> None:
         self.judge = judge
         self.fingerprint = fit_fingerprint(judge.folder)[:16]
-        self.said = judge.decider.record.promise if judge.decider.record is not None else None
+        record = judge.decider.record
+        self.rule = None if record is None else record.rule
+        self.promised = None if record is None else record.promise
+
+    def in_words(self, state: PromiseState) -> str:
+        """What there is to rely on in this state, for people."""
+        if self.rule is None:
+            return "Nothing is promised: this predictor has no rule that accepts answers."
+        if state == "none":
+            return "Nothing is promised: no threshold was certified, so the rule accepts no answer."
+        states = {
+            "holds": "The promise holds, as far as what was answered shows.",
+            "void": "The promise is void: what comes in is not like the calibration, "
+            "or labels show too many errors.",
+        }
+        return f"{states[state]} Promised: the rule {self.promised}."
 
 
 class Engine:
