@@ -37,10 +37,11 @@ class ServingState(Document):
 
 @dataclass(frozen=True)
 class Kept:
-    """Which predictor answers, and the state of every promise, by name."""
+    """Which predictor answers, the state of every promise, and whether a journal was lost."""
 
     answering: str
     promises: dict[str, PromiseState]
+    lost: bool = False
 
 
 class Keeps(Protocol):
@@ -118,6 +119,7 @@ class Bookkeeper:
         return Kept(
             self._answering,
             promises | {name: journal.promise for name, journal in self._journals.items()},
+            any(journal.lost for journal in self._journals.values()),
         )
 
     def label(self, labels: Mapping[str, str]) -> dict[str, tuple[int, list[str]]]:
