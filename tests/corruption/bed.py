@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import logging
+import logging.handlers
+import queue
 import shutil
 import signal
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -113,19 +114,6 @@ def in_time() -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-@contextmanager
-def warned() -> Iterator[list[str]]:
-    """What vilu warns of in its log during the block."""
-    messages: list[str] = []
-    handler, logger = logging.Handler(logging.WARNING), logging.getLogger("vilu")
-    handler.emit = lambda entry: messages.append(entry.getMessage())  # type: ignore[method-assign]
-    logger.addHandler(handler)
-    try:
-        yield messages
-    finally:
-        logger.removeHandler(handler)
-
-
 def tree(path: Path) -> dict[str, str]:
     """Hash of every file that holds numbers."""
     paths = sorted(path.rglob("*")) if path.is_dir() else [path]
@@ -186,7 +174,6 @@ def build(root: Path) -> list[Artefact]:
     do("pools", "pairs", "mcm", "--sizes", "4,8", "-o", "sizes.json", "--resamples", 10)
     do("audit-labels", "new", "--predictor", "mcm", "-o", "wrong.parquet")
     begin_triage(root, do)
-    begin_service(root)
     benchmark(root)
     resume(root / "checkpoints", stop_after=5)
     found = [
@@ -199,7 +186,7 @@ def build(root: Path) -> list[Artefact]:
         _monitor_report(root, do),
         _label_errors(root, do),
         *_triage(root, do),
-        _service(root),
+        *_journals(root),
         Artefact(
             root / "why.json",
             {"inspect": lambda: do("inspect", "why.json")},
@@ -335,6 +322,46 @@ def _state(root: Path, do: Do) -> Artefact:
     )
 
 
+def _journals(root: Path) -> list[Artefact]:
+    """What `vilu serve` keeps, of a service that was killed, and of one that was stopped."""
+    stopped = root / "serving"
+    killed = root / "serving-killed"
+    scores = Outcomes.load(root / "scores.parquet")
+    ids = list(scores.ids or ())
+    answers = np.asarray(scores.prediction).tolist()
+    keeper = Bookkeeper(stopped, {"first": root / "head"})
+    keeper.switch("first")
+    for first in range(0, len(ids), 10):
+        rows = slice(first, first + 10)
+        keeper.record(ids[rows], {"first": (answers[rows], scores.uncertainty.tolist()[rows])})
+    keeper.label({key: NAMES[answers[place]] for place, key in enumerate(ids[:20])})
+    shutil.copytree(stopped, killed, ignore=shutil.ignore_patterns("*-shm"))
+    keeper.close()
+    labels = dict.fromkeys(ids[:20], NAMES[0])
+    artefacts: list[Artefact] = []
+    for path in (stopped, killed):
+        use = partial(_start_keeper, path, root / "head", labels)
+        artefacts.append(Artefact(path, {"start": use}, use))
+    return artefacts
+
+
+def _start_keeper(state: Path, predictor: Path, labels: dict[str, str]) -> object:
+    """What the monitor says at the start; Refused where the log says that files were set aside."""
+    messages = queue.SimpleQueue[logging.LogRecord]()
+    handler = logging.handlers.QueueHandler(messages)
+    logger = logging.getLogger("vilu.service")
+    logger.addHandler(handler)
+    try:
+        with closing(Bookkeeper(state, {"first": predictor})) as keeper:
+            statuses = keeper.statuses()["first"].model_dump(mode="json")
+            known = keeper.label(labels)  # each has its label already
+    finally:
+        logger.removeHandler(handler)
+    if not messages.empty():
+        raise Refused(messages.get().getMessage())
+    return statuses, known
+
+
 def _results(path: Path, do: Do) -> Artefact:
     uses: dict[str, Use] = {
         "load": lambda: str(ResultTable.load(path)),
@@ -403,36 +430,6 @@ def _triage(root: Path, do: Do) -> list[Artefact]:
         Artefact(path, uses, read, suffixes=sealed),
         Artefact(path, {"again": again}, again, suffixes=for_people),
     ]
-
-
-def begin_service(root: Path) -> None:
-    """The state of a service that has answered the new rows, of which some have a label by now."""
-    scores = Outcomes.load(root / "scores.parquet")
-    keeper = Bookkeeper(root / "service", {"first": root / "head"})
-    said = scores.prediction.tolist(), scores.uncertainty.tolist()
-    keeper.record(list(scores.ids), {"first": said})
-    keeper.label({key: NAMES[place % 3] for place, key in enumerate(scores.ids[:20])})
-    keeper.switch("first")
-    keeper.close()
-
-
-def _service(root: Path) -> Artefact:
-    path = root / "service"
-
-    def start() -> object:
-        """What the monitors say; what is damaged is set aside with a warning, and so refused."""
-        with warned() as warnings_of:
-            keeper = Bookkeeper(path, {"first": root / "head"})
-            try:
-                statuses = {name: str(status) for name, status in keeper.statuses().items()}
-                promises = keeper.kept().promises
-            finally:
-                keeper.close()
-        if warnings_of:
-            raise Refused(" ".join(warnings_of))
-        return statuses, promises
-
-    return Artefact(path, {"start": start}, start)
 
 
 def benchmark(root: Path) -> object:

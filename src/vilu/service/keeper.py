@@ -84,6 +84,7 @@ class Bookkeeper:
             raise UsageError(
                 f"{folders} are one predictor, which answers already. Give another one to --second."
             )
+        self._answering = self._remembered()
         self._journals = dict[str, Journal]()
         for name, folder in predictors.items():
             if has_guarantee(folder):
@@ -91,7 +92,6 @@ class Bookkeeper:
                 self._journals[name] = Journal(
                     state / f"{self.fingerprints[name]}-{risk[:16]}", folder
                 )
-        self._answering = self._remembered()
 
     def _remembered(self) -> str:
         path = self.state / SERVING
