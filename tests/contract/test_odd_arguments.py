@@ -412,10 +412,10 @@ def test_numbers_of_numpy_are_numbers(number: Callable[[int], Any], tmp_path: Pa
         number(4), torch.nn.Parameter(torch.tensor(8.0))
     )  # as a model holds it
     assert space.fingerprint == vilu.EmbeddingSpace(4, 8.0).fingerprint
-    vilu.Monitor(scores, false_alarm=np.float32(0.05), seed=number(3)).save(
-        tmp_path / "state.parquet"
-    )
-    assert vilu.calibrate(scores, max_risk=np.array(0.5)).max_risk == 0.5
+    rule = vilu.calibrate(scores, max_risk=np.array(0.7))
+    assert rule.max_risk == 0.7
+    monitor = vilu.Monitor(scores, rule, false_alarm=np.float32(0.05), seed=number(3))
+    monitor.save(tmp_path / "state.parquet")
     table = vilu.evaluate(
         replace(scores, is_probability=np.bool_(True)), metrics=["brier"], n_resamples=number(0)
     )

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import vilu
@@ -24,6 +25,7 @@ from vilu.files.documents import digest
 from vilu.predictors import MCM, KNNVote
 from vilu.predictors import hub as folders
 from vilu.predictors.hub import pull, push
+from vilu.predictors.vocabulary import Vocabulary
 
 OURS = {"README.md", "predictor.json", "weights.safetensors"}
 WAITING = 120
@@ -215,6 +217,18 @@ def test_a_damaged_predictor_is_not_placed(
     with pytest.raises(DataError, match=message):
         push(predictor, str(tmp_path / "hub"))
     assert names(tmp_path) == {"predictor", "here"}
+
+
+def test_damaged_candidates_are_not_placed(predictor: Path, tmp_path: Path) -> None:
+    space = vilu.EmbeddingSpace(2, logit_scale=10.0)
+    Vocabulary(("cat", "dog"), torch.eye(2), space, "float32", {}).save(predictor)
+    path = predictor / "vocabulary.safetensors"
+    path.write_bytes(path.read_bytes().replace(b"cat", b"cot"))
+    with pytest.raises(DataError, match=f"{path} is damaged"):
+        pull(str(predictor), tmp_path / "here")
+    with pytest.raises(DataError, match=r"vocabulary\.safetensors is damaged"):
+        push(predictor, str(tmp_path / "hub"))
+    assert names(tmp_path) == {"predictor"}
 
 
 @pytest.mark.parametrize("interrupted", [None, 1, 2])

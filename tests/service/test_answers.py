@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import shutil
 import socket
 import sqlite3
@@ -87,6 +88,26 @@ def test_embeddings_are_scored_as_their_images(
     assert u == pytest.approx(
         np.array([one.uncertainty for one in expected]), abs=2e-3
     )  # a step of float16
+
+
+def test_what_was_never_promised_is_not_said_to_hold(
+    predictors: tuple[Path, Path], tmp_path: Path, photos: Photos
+) -> None:
+    """Probabilities alone: in the answer, in the monitor, and in what Prometheus reads."""
+    folder = tmp_path / "predictor"
+    shutil.copytree(predictors[0], folder)
+    run("calibrate", folder, predictors[0].parent / "cal", "--overwrite")
+    with hosted(folder, tmp_path / "s") as running:
+        told = running.post("/v1/answers", files=as_files(photos(9))).json()
+        assert told["promise"] == "none"
+        assert told["answers"][0]["failure_probability"] is not None
+        (said,) = running.get("/v1/monitor").json()["monitors"]
+        assert "status" not in said
+        measured = running.get("/metrics").text
+    for state in ("holds", "void"):
+        assert re.search(rf"^vilu_promise_{state}\{{.*\}} 0.0$", measured, re.MULTILINE)
+    assert "holds" not in json.dumps([told, said])
+    assert "vilu_monitor_rows{" not in measured
 
 
 def test_every_row_is_counted_once(

@@ -50,6 +50,28 @@ def test_a_triage_says_what_it_asks_for_and_what_is_to_be_reviewed(
     assert doubts == sorted(doubts, reverse=True)
 
 
+@pytest.mark.parametrize(
+    ("name", "before", "after", "message"),
+    [
+        ("next_labels.csv", "stream", "strexm", "no column 'stream'"),
+        ("decisions.csv", "path,", "qath,", "no column 'path'"),
+        ("decisions.csv", ",0.", ",0.x", " has no failure_probability, but '0.x"),
+        ("decisions.csv", "\n", "\nonly-a-path.png\n", "row 2 is not complete"),
+    ],
+)
+def test_a_damaged_table_of_a_triage_is_named(
+    half: Path, tmp_path: Path, name: str, before: str, after: str, message: str
+) -> None:
+    shutil.copytree(half, tmp_path / "out")
+    path = tmp_path / "out" / name
+    path.write_text(path.read_text().replace(before, after, 1))
+    done = run("review", tmp_path / "out", "-o", tmp_path / "tasks.csv", code=3)
+    assert name in done.stderr
+    assert message in done.stderr
+    assert "Run `vilu triage` again" in done.stderr
+    assert not (tmp_path / "tasks.csv").exists()
+
+
 def test_label_studio_there_and_back(half: Path, tmp_path: Path) -> None:
     review = open_review(half, n=4)
     files = write_review(

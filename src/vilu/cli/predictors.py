@@ -552,7 +552,7 @@ def export(
     """
     from vilu.files.places import claim_file
     from vilu.predictors.onnx import export_onnx
-    from vilu.predictors.record import PREDICTOR, read_record
+    from vilu.predictors.record import fit_fingerprint
     from vilu.triage.image_graph import export_image_graph, fingerprint_of
 
     if not onnx and output.suffix.lower() != ".onnx":
@@ -563,11 +563,7 @@ def export(
         raise UsageError(
             "--models says where the backbone is, and only --with-backbone needs it. Leave --models out."
         )
-    made_from = (
-        fingerprint_of(predictor)
-        if with_backbone
-        else read_record(predictor / PREDICTOR)["fingerprint"]
-    )
+    made_from = fingerprint_of(predictor) if with_backbone else fit_fingerprint(predictor)
     if claim_file(output, "ONNX export", made_from, overwrite=overwrite):
         typer.echo(output)
         console.nothing_to_do(output)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,7 +29,7 @@ from vilu.decision.thresholds import tail
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import DataError, ProvenanceError
 from vilu.files.disk import file_hash, write_bytes
-from vilu.files.documents import Document, digest, read_document, vouched
+from vilu.files.documents import Document, digest, identity, read_document, vouched
 from vilu.files.tables import parquet_bytes
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.record import RECALIBRATE, RISK, ROWS, fit_fingerprint
@@ -45,7 +46,7 @@ class Record(Document):
     later = frozenset({"inputs", "texts"})
 
     kind: Literal["risk"] = "risk"
-    vilu: str = version("vilu")  # version that made it
+    vilu: str = Field(default_factory=partial(version, "vilu"))  # version that made it
     predictor: (
         str  # hash of the predictor, its weights and its calibrator; not of the vilu that loads it
     )
@@ -67,6 +68,20 @@ class Record(Document):
     # sketch of the candidates' texts (``candidates_of``); None for pools, and in records of older
     # code
     texts: tuple[float, ...] | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what was promised of which predictor on which data; scores and monitors carry it.
+
+        Not of the version of vilu, nor of the bytes of the rows' file, in which pyarrow's stands.
+        """
+        return identity(self.model_dump(mode="json"), "rows_sha256")
+
+    @property
+    def guarantee(self) -> Rule | LabelSets | None:
+        """What is promised of accepted answers, else of label sets; None where nothing is."""
+        promise = self.label_sets if self.rule is None else self.rule
+        return promise if promises(promise) else None
 
     def require_candidates(self, data: EmbeddingSource) -> None:
         """Refuse rows with other candidates: another problem, of which nothing was promised."""
@@ -109,9 +124,19 @@ def save(folder: Path, rows: Outcomes, **fields: object) -> Record:
     return record
 
 
+def promises(rule: Rule | LabelSets | None) -> bool:
+    """Whether a rule promises anything: one that accepts nothing does not."""
+    return rule is not None and (not isinstance(rule, Selector) or rule.feasible)
+
+
 def has_record(folder: Path) -> bool:
     """Whether a predictor's folder holds a calibration."""
     return (folder / RISK).is_file()
+
+
+def has_guarantee(folder: Path) -> bool:
+    """Whether anything is promised of the predictor in a folder; errors as ``load``."""
+    return has_record(folder) and load(folder).guarantee is not None
 
 
 def load(folder: str | Path) -> Record:

@@ -27,7 +27,7 @@ from vilu.embeddings.pairs import PairSource
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.embeddings.two_models import TwoModels
 from vilu.errors import UNKNOWN, DataError, UsageError, checked, require_at_least
-from vilu.files.documents import digest
+from vilu.files.documents import digest, identity
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.base import FailurePredictor
@@ -62,7 +62,7 @@ class Decider:
     @property
     def provenance(self) -> dict[str, str]:
         """What binds decisions to their calibration; empty without."""
-        return {} if self.record is None else {"risk": digest(self.record.model_dump(mode="json"))}
+        return {} if self.record is None else {"risk": self.record.fingerprint}
 
     def require_streaming(self) -> None:
         """Refuse a rule that needs all rows at once."""
@@ -438,10 +438,10 @@ SAMPLED = 256  # rows whose embeddings are part of the fingerprint of a source
 
 
 def predictor_fingerprint(predictor: FailurePredictor) -> str:
-    """Hash of everything that ``save`` would write, without a copy of the weights."""
+    """Hash of a predictor and its weights, whichever vilu made it."""
     tensors = predictor.state() | seen_tensors(predictor)
     weights = {name: [str(t.dtype), list(t.shape), _hash(t)] for name, t in tensors.items()}
-    return digest({**describe(predictor), "weights": weights})
+    return identity({**describe(predictor), "weights": weights})
 
 
 def source_fingerprint(source: EmbeddingSource) -> str:

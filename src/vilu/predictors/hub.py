@@ -26,9 +26,9 @@ from vilu.errors import (
 )
 from vilu.extras import hub_reachable, import_extra, quiet
 from vilu.files.disk import file_hash, host_hash, is_leftover, make_folder, or_refuse, unfinished
-from vilu.files.documents import MAX_DOCUMENT_BYTES, read_json
+from vilu.files.documents import MAX_DOCUMENT_BYTES, SEAL, read_json, without_version
 from vilu.files.places import claim_folder
-from vilu.predictors.card import HUB_ID
+from vilu.predictors.card import HUB_ID, without_made_with
 from vilu.predictors.record import (
     CARD,
     FINGERPRINT,
@@ -43,6 +43,7 @@ from vilu.predictors.record import (
     read_record,
 )
 from vilu.predictors.storage import load
+from vilu.predictors.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -173,11 +174,13 @@ def require_size(name: str, size: int, limit: int) -> None:
 
 
 def check(folder: Path, name: Path) -> str:
-    """Load the copy of a predictor, and what vouches for its calibration; returns its fingerprint."""
+    """Load the copy of a predictor, its rule and its candidates; returns its fingerprint."""
     try:
         load(folder)
         if (folder / RISK).is_file():
             _check_calibration(folder, name)
+        if (folder / VOCABULARY).is_file():
+            Vocabulary.load(folder)
         return str(read_record(folder / PREDICTOR)[FINGERPRINT])
     except ViLUError as error:
         raise type(error)(str(error).replace(str(folder), str(name))) from error
@@ -194,8 +197,19 @@ def _check_calibration(folder: Path, name: Path) -> None:
         raise DataError(f"{folder / ROWS} does not hold the rows that {RISK} names. {RECALIBRATE}.")
 
 
-def _hash(path: Path) -> str | None:
-    return file_hash(path) if path.is_file() else None
+def _content(path: Path) -> object:
+    """What copies of a file have in common, whichever vilu wrote them; None without a file."""
+    if not path.is_file():
+        return None
+    if path.name == CARD:
+        return without_made_with(path.read_bytes())
+    if path.suffix != ".json":
+        return file_hash(path)
+    try:
+        document = read_record(path) if path.name == PREDICTOR else read_json(path, RECALIBRATE)
+    except ViLUError:  # a damaged one is like no other, so that it is replaced
+        return file_hash(path)
+    return without_version(document, FINGERPRINT, SEAL)
 
 
 def place(staged: Path, target: Path) -> None:
@@ -298,7 +312,7 @@ def _place_copy(source: Path, target: Path, *, overwrite: bool, cache: Path | No
     place_at = target.resolve()
     with beside(place_at) as staged:
         copy_files(source, staged, cache=cache)
-        same = all(_hash(staged / name) == _hash(place_at / name) for name in FILES)
+        same = all(_content(staged / name) == _content(place_at / name) for name in FILES)
         if claim_folder(target, "predictor", is_ours, same=same, overwrite=overwrite):
             logger.info("%s holds that predictor already: there is nothing to do", target)
         else:

@@ -10,7 +10,6 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from vilu.embeddings.checks import SHORT_POOL
 from vilu.embeddings.pairs import PairSource
@@ -289,7 +288,8 @@ def with_outside(log_odds: Tensor, outside: Tensor) -> Tensor:
     u / (1 - u) = (1 - q) / q + P(outside) / P(inside) / q, so that no u rounds to one before it has
     to.
     """
-    return torch.logaddexp(log_odds, outside.to(log_odds.device) + functional.softplus(log_odds))
+    either = torch.logaddexp(log_odds, torch.zeros_like(log_odds))  # of 1 / q, the log
+    return torch.logaddexp(log_odds, outside.to(log_odds.device) + either)
 
 
 # up to so many rows are cross-fitted; of more, one fifth is held out, and so many rows at most

@@ -20,12 +20,14 @@ from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.files.disk import make_folder, or_refuse, write_bytes, write_text
 from vilu.files.documents import (
+    MADE_WITH,
     MAX_DOCUMENT_BYTES,
-    digest,
     explain,
+    identity,
     parse_json,
     plain_json,
     read_json,
+    without_version,
     write_json,
 )
 from vilu.files.places import claim_folder, made
@@ -47,7 +49,7 @@ SEEN_BY: dict[Identity, str] = {
     "names": "seen",
 }
 """Tensors of the hashes of rows; older predictors know names alone."""
-FINGERPRINT = "fingerprint"  # the key of the digest of ``predictor.json``
+FINGERPRINT = "fingerprint"  # the key of the digest of ``predictor.json``, and of the fingerprint
 REFIT, RECALIBRATE = "Run `vilu fit` again", "Run `vilu calibrate` again"
 
 logger = logging.getLogger(__name__)
@@ -101,8 +103,10 @@ def save(predictor: Saved, folder: str | Path) -> str:
     if not (same and "calibrator" in record):
         _drop_calibration(path)
     write_bytes(path / WEIGHTS, weights)
-    write_card(path, {**record, FINGERPRINT: digest(record)}, predictor, None)
-    return write_json(path / PREDICTOR, record, seal=FINGERPRINT)
+    fingerprint = identity(record)
+    write_card(path, {**record, FINGERPRINT: fingerprint}, predictor, None)
+    write_json(path / PREDICTOR, record, seal=FINGERPRINT)
+    return fingerprint
 
 
 def claim(folder: str | Path, *, same: bool = False) -> None:
@@ -133,11 +137,7 @@ def _drop_calibration(path: Path) -> None:
 
 
 def _fit(record: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: value
-        for key, value in record.items()
-        if key not in {"calibrator", FINGERPRINT, "vilu"}
-    }
+    return without_version(record, "calibrator", FINGERPRINT)
 
 
 def fit_of(path: Path) -> dict[str, Any] | None:
@@ -200,7 +200,7 @@ def describe(predictor: Saved) -> dict[str, Any]:
     }
     return {
         "schema": SCHEMA,
-        "vilu": metadata.version("vilu"),
+        MADE_WITH: metadata.version("vilu"),
         "method": predictor.name,
         "parameters": values,
         "space": None if predictor.space_ is None else dataclasses.asdict(predictor.space_),
@@ -267,8 +267,7 @@ def require_forms(method: str, tensors: dict[str, Tensor], forms: str, width: in
 
 def fit_fingerprint(folder: str | Path) -> str:
     """Hash of a saved fit with its weights and its calibrator, whichever vilu wrote it."""
-    record = read_record(Path(folder) / PREDICTOR)
-    return digest({key: value for key, value in record.items() if key not in {FINGERPRINT, "vilu"}})
+    return str(read_record(Path(folder) / PREDICTOR)[FINGERPRINT])
 
 
 def write_card(
@@ -309,7 +308,10 @@ class _Said(BaseModel):
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """``predictor.json``: its fingerprint, which is its digest, its schema, and the types of what it says."""
+    """``predictor.json`` with its digest, its schema and the types of its values checked.
+
+    In place of the digest, its key holds the fingerprint: the same without the version of vilu.
+    """
     if not path.is_file():
         raise DataError(f"no predictor here: {path} does not exist. Make one with `vilu fit`.")
     record = read_json(path, REFIT, seal=FINGERPRINT, always=True)
@@ -323,7 +325,7 @@ def read_record(path: Path) -> dict[str, Any]:
         _Said.model_validate(record)
     except ValidationError as error:
         raise DataError(f"{path} is damaged: {explain(error)}. {REFIT}.") from error
-    return {**record, FINGERPRINT: digest(record)}
+    return {**record, FINGERPRINT: identity(record, FINGERPRINT)}
 
 
 def home_of(cls: type) -> dict[str, Any]:

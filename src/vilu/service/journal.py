@@ -46,7 +46,7 @@ class Journal:
     them. What is damaged is set aside when the journal is opened, with a warning.
 
     Raises:
-        DataError: If the predictor is not calibrated.
+        InfeasibleError: If nothing is promised of the predictor.
         ProvenanceError: If an older vilu wrote the journal, or its state is of another monitor.
         StorageError: If the file cannot be written.
     """
@@ -69,9 +69,6 @@ class Journal:
     @property
     def promise(self) -> PromiseState:
         """Whether what the rule promises can be relied on, as far as the rows that were answered show."""
-        rule = self.monitor.rule
-        if rule is None or not rule.feasible:
-            return "none"
         return "void" if self.status.alarm else "holds"
 
     def record(

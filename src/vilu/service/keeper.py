@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
-from vilu.decision.record import has_record
+from vilu.decision.record import has_guarantee
 from vilu.decision.record import load as load_record
 from vilu.decision.status import Status
 from vilu.errors import DataError, UsageError
 from vilu.files.disk import make_folder
-from vilu.files.documents import Document, digest, read_document
+from vilu.files.documents import Document, read_document
 from vilu.predictors.record import fit_fingerprint
 from vilu.service.journal import Journal, PromiseState
 
@@ -67,7 +67,7 @@ class Keeps(Protocol):
 
 
 class Bookkeeper:
-    """The journals of the predictors in some folders, by name; of one without a calibration there is none.
+    """The journals of the predictors in some folders, by name; without a promise there is none.
 
     Raises:
         UsageError: If a predictor is there twice, or the one that is to answer is not there.
@@ -87,8 +87,8 @@ class Bookkeeper:
         self._answering = self._remembered()
         self._journals = dict[str, Journal]()
         for name, folder in predictors.items():
-            if has_record(folder):
-                risk = digest(load_record(folder).model_dump(mode="json"))
+            if has_guarantee(folder):
+                risk = load_record(folder).fingerprint
                 self._journals[name] = Journal(
                     state / f"{self.fingerprints[name]}-{risk[:16]}", folder
                 )

@@ -18,7 +18,7 @@ from vilu.embeddings.similarity import float64, nearest
 from vilu.embeddings.source import SAME_TEXT, Batch, EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError
-from vilu.predictors.base import FailurePredictor, Learnt, NotExportable
+from vilu.predictors.base import FailurePredictor, Learnt
 from vilu.predictors.games import Game, PoolGame
 from vilu.predictors.heads.head import Count, NonNegative, Positive
 from vilu.predictors.heads.vilu_zero import Classes, ViLUZero, learn_classes
@@ -39,7 +39,13 @@ from vilu.predictors.nn.train import (
     few_epochs,
     train_adamw,
 )
-from vilu.predictors.outside import NEGATIVES, Outside, SeesOutside, learn_outside
+from vilu.predictors.outside import (
+    NEGATIVES,
+    Outside,
+    OutsideGraph,
+    SeesOutside,
+    learn_outside,
+)
 
 POOL_SD = 0.2
 """Prior standard deviation of the weights, around the first expert alone."""
@@ -290,13 +296,8 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         return float64(self.experts.to(batch.image.device)(batch)).log_softmax(dim=-1)
 
     def graph(self) -> nn.Module:
-        """The experts and their pool."""
-        if self.outcome:
-            raise NotExportable(
-                f'{self.name} has no graph with the outcome "outside". Fit it on data without '
-                "the column 'negatives' and without rows of none of the classes"
-            )
-        return PlusGraph(self.experts)
+        """The experts, their pool, and the outcome "outside" where there is one."""
+        return PlusGraph(self.experts, self.outcome)
 
     def game(self) -> Game:
         """Of the parts of the pooled logits."""
@@ -331,8 +332,9 @@ class ViLUPlus(SeesOutside, FailurePredictor):
 class PlusGraph(nn.Module):
     """``ViLUPlus`` with all experts: whether all candidates are training classes is a number, not a branch."""
 
-    def __init__(self, experts: Experts) -> None:
+    def __init__(self, experts: Experts, outcome: Outside) -> None:
         super().__init__()
+        self.outside = OutsideGraph(outcome) if outcome else None
         self.experts, attention = experts, experts.attention
         self.classes, self.widths = (
             attention.classes,
@@ -349,9 +351,12 @@ class PlusGraph(nn.Module):
         weights: Tensor = self.alone
         if match is not None and len(self.pool) > 1:
             weights = torch.where(match.known.all(), self.pool, self.alone)
-        return torch.sigmoid(
-            failure_log_odds(pool(float64(logits).log_softmax(dim=-1), weights), batch)
-        )
+        pooled = pool(float64(logits).log_softmax(dim=-1), weights)
+        log_odds = failure_log_odds(pooled, batch)
+        if self.outside is not None:
+            classes = None if match is None else torch.where(match.known, match.row, -1)
+            log_odds = with_outside(log_odds, self.outside(batch, classes))
+        return torch.sigmoid(log_odds)
 
 
 def require_known_classes(validation: EmbeddingSource, classes: Tensor) -> None:

@@ -18,7 +18,6 @@ from vilu.decision.record import Rule
 from vilu.decision.score_folder import ScoreFolder
 from vilu.errors import DataError, ProvenanceError, UsageError, nearest, require_between
 from vilu.files.disk import RUN
-from vilu.files.documents import digest
 from vilu.metrics.counts import tie_counts
 from vilu.outcomes.evaluate import require_same_rows
 from vilu.outcomes.outcomes import Outcomes
@@ -113,7 +112,7 @@ def read_calibrated(folder: str | Path) -> Calibrated:
         )
     document = found.model_dump(mode="json", exclude={"rule", "label_sets"})
     method = record.load_rows(folder, found).method
-    return Calibrated(found.rule, method, digest(found.model_dump(mode="json")), document)
+    return Calibrated(found.rule, method, found.fingerprint, document)
 
 
 PREFERRED = (
