@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
 import torch
@@ -431,6 +431,13 @@ def class_captions(
             own if source.class_names is None else map(first.setdefault, source.class_names, own)
         )
     return torch.cat(texts), torch.tensor(class_of)[torch.cat(captions)]
+
+
+ALIKE: Final = 0.98
+"""Cosine from which on two pictures are near copies: a burst, frames of a film, one saved anew. Of
+3,000 photos that were taken one by one 0 to 1 % have so near a neighbour by real CLIP (Oxford pets,
+food), of frames of 101 actions 4 %.
+"""
 
 
 def first_alike(rows: Tensor, cosine: float | None = None) -> Tensor:

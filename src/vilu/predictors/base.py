@@ -24,6 +24,7 @@ from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import UNKNOWN, DataError, NotFittedError, UsageError, checked
 from vilu.metrics.counts import check_codes, real_vector, require_same_length
 from vilu.predictors import record
+from vilu.predictors.fit_sample import FitSample
 from vilu.predictors.games import PLAYER_OF_LOOK, Game, NoAttribution, SingleGame
 from vilu.predictors.labelled import (
     Needs,
@@ -44,6 +45,7 @@ from vilu.predictors.parameters import (
 )
 from vilu.predictors.probability import Calibrator, expit, fit_calibrator
 from vilu.predictors.rows import (
+    LEARNED_FROM,
     Overlap,
     Sketches,
     candidates_of,
@@ -116,6 +118,8 @@ class FailurePredictor(ABC):
         similarity_: Mean and standard deviation of the largest cosine of training rows; None when
             never fitted.
         calibrator_: From uncertainty to P(failure), learned on calibration rows; None without.
+        sample_: Image vectors of random rows of the fit, at most 2 MB, by which near copies of them
+            are told; None where none is kept.
 
     Examples:
         >>> import dataclasses, numpy as np, vilu
@@ -166,6 +170,9 @@ class FailurePredictor(ABC):
         default_factory=dict, init=False, repr=False, compare=False
     )
     calibrator_: Calibrator | None = dataclasses.field(
+        default=None, init=False, repr=False, compare=False
+    )
+    sample_: FitSample | None = dataclasses.field(
         default=None, init=False, repr=False, compare=False
     )
 
@@ -367,9 +374,9 @@ class FailurePredictor(ABC):
         rows, failure = trainable_rows(source, "training", self.needs)
         found = self.learn(dataclasses.replace(train, index=rows), failure, validation)
         self.take(found.tensors, source.space)
-        self.seen_ = reduce(
-            join, [sketch(one) for one in (source, validation, train.unlabelled) if one is not None]
-        )
+        used = [one for one in (source, validation, train.unlabelled) if one is not None]
+        self.seen_ = reduce(join, [sketch(one) for one in used])
+        self.sample_ = FitSample.draw(used, getattr(self, "seed", 0))
         self.similarity_ = similarity_range(source)
         counts = {"n_train": len(failure), "n_failures": int((failure == 1).sum())}
         self.notes_ = {**counts, **candidates_of(source), **found.notes}
@@ -621,7 +628,7 @@ class FailurePredictor(ABC):
 
     def unseen(self, data: EmbeddingSource, role: str) -> NDArray[np.bool_]:
         """(N,) the rows that were not used to fit; warns of those that were, a DataError above 1 %."""
-        remedy = "It learned from them, so nothing measured on them holds for others. Take rows that it has not seen."
+        remedy = f"{LEARNED_FROM} Take rows that it has not seen."
         return self.seen(data).others(
             data, f"{role} rows", f"were used to fit this {self.name}", remedy
         )

@@ -27,6 +27,7 @@ from vilu.files.disk import file_hash, host_hash, is_leftover, make_folder, or_r
 from vilu.files.documents import MAX_DOCUMENT_BYTES, read_json
 from vilu.files.places import claim_folder
 from vilu.predictors.card import HUB_ID
+from vilu.predictors.fit_sample import MAX_FILE_BYTES, SAMPLE
 from vilu.predictors.record import (
     CARD,
     FINGERPRINT,
@@ -51,6 +52,7 @@ FILES = {
     RISK: MAX_DOCUMENT_BYTES,
     ROWS: 1 << 30,
     VOCABULARY: 1 << 30,
+    SAMPLE: MAX_FILE_BYTES,
 }
 """All that is shared of a predictor's folder, with the most bytes of each; no pickle, no code."""
 
@@ -71,7 +73,9 @@ def beside(target: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def copy_files(source: Path, destination: Path, *, links: bool) -> str:
+def copy_files(
+    source: Path, destination: Path, *, links: bool, without: frozenset[str] = frozenset()
+) -> str:
     """Copy what ``FILES`` names into an empty folder, load it once, and return its fingerprint; links for caches."""
     if not source.exists():
         raise UsageError(f"{source} does not exist.")
@@ -79,6 +83,8 @@ def copy_files(source: Path, destination: Path, *, links: bool) -> str:
         raise DataError(f"no predictor here: {source} is no folder. Make one with `vilu fit`.")
     with or_refuse(f"copy {source} to {destination}"):
         for name, limit in FILES.items():
+            if name in without:
+                continue
             path = source / name
             if path.is_symlink() and not links:
                 raise UsageError(
@@ -156,12 +162,12 @@ A_FOLDER = re.compile(r"(\.{1,2}|~)([/\\]|$)|[/\\]|[A-Za-z]:[/\\]")
 
 def push(
     folder: str | Path, repository: str, *, private: bool | None = None, revision: str | None = None,
-    overwrite: bool = False,
+    overwrite: bool = False, with_sample: bool = False,
 ) -> str:  # fmt: skip
     """Copy a saved predictor to a repository of the model hub, or to a folder; returns where it is.
 
-    Only the files of ``FILES`` go, as they are; those of an earlier push that this one lacks are
-    removed.
+    Only the files of ``FILES`` go, as they are, the sample only ``with_sample``. Those of an
+    earlier push that this one lacks are removed.
 
     Args:
         folder: A saved predictor, which is loaded once before anything leaves.
@@ -171,12 +177,17 @@ def push(
             owner's settings say.
         revision: Branch of the repository; by default main.
         overwrite: Replace another predictor in a folder; the hub keeps what was there.
+        with_sample: Also copy the sample of the images of the fit; without it nobody who has the
+            copy can be told that calibration rows are copies of fitted ones.
     """
     local = local_folder(repository, revision)
+    without = frozenset() if with_sample else frozenset({SAMPLE})
     if local is not None:
-        return str(_place_copy(Path(folder), local, links=False, overwrite=overwrite))
+        return str(
+            _place_copy(Path(folder), local, links=False, overwrite=overwrite, without=without)
+        )
     with tempfile.TemporaryDirectory() as staged:
-        copy_files(Path(folder), Path(staged), links=False)
+        copy_files(Path(folder), Path(staged), links=False, without=without)
         return _upload(Path(staged), repository, private, revision)
 
 
@@ -217,11 +228,18 @@ def local_folder(repository: str, revision: str | None) -> Path | None:
     return Path(unquote(url.path)) if url else Path(repository).expanduser()
 
 
-def _place_copy(source: Path, target: Path, *, links: bool, overwrite: bool) -> Path:
+def _place_copy(
+    source: Path,
+    target: Path,
+    *,
+    links: bool,
+    overwrite: bool,
+    without: frozenset[str] = frozenset(),
+) -> Path:
     claim_folder(target, "predictor", is_ours, overwrite=True)
     place_at = target.resolve()
     with beside(place_at) as staged:
-        copy_files(source, staged, links=links)
+        copy_files(source, staged, links=links, without=without)
         same = all(_hash(staged / name) == _hash(place_at / name) for name in FILES)
         if claim_folder(target, "predictor", is_ours, same=same, overwrite=overwrite):
             logger.info("%s holds that predictor already: there is nothing to do", target)

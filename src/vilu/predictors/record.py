@@ -30,6 +30,7 @@ from vilu.files.documents import (
 )
 from vilu.files.places import claim_folder, made
 from vilu.predictors.card import Described, model_card
+from vilu.predictors.fit_sample import SAMPLE, SAMPLE_KEY, FitSample
 from vilu.predictors.parameters import Parametrised, parameters
 from vilu.predictors.probability import Calibrator
 from vilu.predictors.rows import RowSketch, Sketches
@@ -61,6 +62,7 @@ class Saved(Parametrised, Described, Protocol):
     seen_: Sketches
     notes_: dict[str, Any]
     calibrator_: Calibrator | None
+    sample_: FitSample | None
 
     def state(self) -> dict[str, Tensor]:
         """Everything learned."""
@@ -101,13 +103,23 @@ def save(predictor: Saved, folder: str | Path) -> str:
     if not (same and "calibrator" in record):
         _drop_calibration(path)
     write_bytes(path / WEIGHTS, weights)
+    _write_sample(path, predictor.sample_, record["weights_sha256"])
     write_card(path, {**record, FINGERPRINT: digest(record)}, predictor, None)
     return write_json(path / PREDICTOR, record, seal=FINGERPRINT)
 
 
+def _write_sample(path: Path, sample: FitSample | None, weights_sha256: str) -> None:
+    """Put the sample of this fit there, or take away that of another one."""
+    if sample is not None:
+        sample.save(path, weights_sha256)
+        return
+    with or_refuse(f"remove the old sample in {path}"):
+        (path / SAMPLE).unlink(missing_ok=True)
+
+
 def claim(folder: str | Path, *, same: bool = False) -> None:
     """Refuse a folder with anything but a predictor; where the ``same`` fit lies, only what stands in the way."""
-    names = {PREDICTOR, WEIGHTS, CARD, RISK, ROWS, VOCABULARY}
+    names = {PREDICTOR, WEIGHTS, CARD, RISK, ROWS, VOCABULARY, SAMPLE}
     claim_folder(
         folder,
         "predictor",
@@ -159,14 +171,15 @@ def is_ours(path: Path) -> bool:
         path.with_name(name) for name in (PREDICTOR, WEIGHTS) if path.with_name(name).is_file()
     )
     return _says_ours(path) or (
-        path.name in {PREDICTOR, WEIGHTS, RISK, ROWS, VOCABULARY} and any(map(_says_ours, beside))
+        path.name in {PREDICTOR, WEIGHTS, RISK, ROWS, VOCABULARY, SAMPLE}
+        and any(map(_says_ours, beside))
     )
 
 
 def _says_ours(path: Path) -> bool:
     try:
         with or_refuse(f"read {path}"), path.open("rb") as handle:
-            if path.name in {VOCABULARY, WEIGHTS}:
+            if path.name in {VOCABULARY, WEIGHTS, SAMPLE}:
                 header = parse_json(
                     handle.read(min(int.from_bytes(handle.read(8), "little"), MAX_DOCUMENT_BYTES))
                 )
@@ -186,8 +199,9 @@ def _says_ours(path: Path) -> bool:
 
 def _holds_ours(name: str, header: dict[str, Any]) -> bool:
     """Whether a file of tensors is one of ours, by its header."""
-    if name == VOCABULARY:
-        return VOCABULARY_KEY in dict(header.get("__metadata__") or {})
+    keys = {VOCABULARY: VOCABULARY_KEY, SAMPLE: SAMPLE_KEY}
+    if name in keys:
+        return keys[name] in dict(header.get("__metadata__") or {})
     return all(
         key in {*SEEN_BY.values(), "__metadata__"} or key.startswith("state.") for key in header
     )

@@ -62,6 +62,9 @@ MAX_SHARED = 0.01
 
 SHOWN = 3
 
+LEARNED_FROM = "It learned from them, so nothing measured on them holds for others."
+"""Why rows of a fit are refused."""
+
 
 @dataclass(frozen=True)
 class RowSketch:

@@ -17,7 +17,7 @@ from vilu.decision.anytime import Looks, grid_of, level_of
 from vilu.decision.calibrate import ALL, Certificate, Selector
 from vilu.decision.calibration import keep_record
 from vilu.decision.record import Record
-from vilu.embeddings.pairs import first_alike
+from vilu.embeddings.pairs import ALIKE, first_alike
 from vilu.embeddings.source import EmbeddingSource
 from vilu.files.documents import Model
 from vilu.metrics.counts import Floats, Ints
@@ -31,12 +31,6 @@ from vilu.triage.photos import Photos
 
 PLANNED: Final = 200
 """Labels that vouch, for which the limit is chosen: with so many a risk of 1 % shows that it is below 5 %."""
-
-ALIKE: Final = 0.98
-"""Cosine from which on two photos are taken for one scene: a burst, frames of a film. Of 3,000 photos that were taken
-one by one 0 to 1 % have so near a neighbour by real CLIP (Oxford pets, food), of frames of 101
-actions 4 %.
-"""
 
 ORDER: Final = 2**63
 """Places in the random order."""
