@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Literal, NamedTuple
@@ -35,6 +36,7 @@ from vilu.errors import DataError, UsageError, checked, require_between, require
 from vilu.files.documents import Model
 from vilu.metrics.counts import Floats, Ints, TieCounts, real_vector, tie_counts
 from vilu.outcomes.outcomes import Outcomes, check_texts
+from vilu.predictors.rows import LEARNED_FROM, MAX_SHARED
 
 ALL, OTHER = "", "(other)"
 """Names of the group of all rows, and of the group of what has too few calibration rows for a group of its own."""
@@ -331,7 +333,8 @@ def calibrate(
 
     Raises:
         UsageError: If neither target is given or one is out of range.
-        DataError: If no row can be used, or there is not one group per row.
+        DataError: If no row can be used, more than 1 % of the rows were used to fit the predictor
+            (as ``vilu.score`` has counted), or there is not one group per row.
 
     Examples:
         >>> import numpy as np, vilu
@@ -403,7 +406,8 @@ def check_stated(
 
 
 def evaluable(outcomes: Outcomes) -> NDArray[np.bool_]:
-    """(N,) rows that can be calibrated on; refuses to have none."""
+    """(N,) rows that can be calibrated on; refuses to have none, and rows of the fit."""
+    refuse_fitted(outcomes)
     keep = outcomes.evaluable
     if not keep.any():
         raise DataError(
@@ -411,6 +415,27 @@ def evaluable(outcomes: Outcomes) -> NDArray[np.bool_]:
             f"None of the {len(outcomes)} rows has both."
         )
     return keep
+
+
+def refuse_fitted(outcomes: Outcomes) -> None:
+    """Refuse outcomes of which more than 1 % are of rows of the predictor's fit; warn of fewer."""
+    provenance = outcomes.provenance
+    n_seen = provenance.get("n_seen_in_fit")
+    if not isinstance(n_seen, int) or n_seen == 0:
+        return
+    n_told = provenance.get("n_compared_with_fit")
+    if not isinstance(n_told, int):
+        n_told = len(outcomes)
+    found = f"at least {n_seen} of these rows were used to fit the predictor"
+    remedy = (
+        "Score rows that it has not seen: data.take(np.flatnonzero(~predictor.seen(data).shared))"
+    )
+    if n_seen > MAX_SHARED * n_told:
+        raise DataError(
+            f"{found}, more than {MAX_SHARED:.0%} of the {n_told} that can be told. "
+            f"{LEARNED_FROM} {remedy}."
+        )
+    warnings.warn(f"{found}. {LEARNED_FROM} {remedy}.", stacklevel=5)
 
 
 def group_names(outcomes: Outcomes) -> list[str]:

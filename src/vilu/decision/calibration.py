@@ -8,8 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from vilu.decision import record
 from vilu.decision.calibrate import Selector, calibrate, check_stated, check_target
+from vilu.decision.copies import check_copies
 from vilu.decision.label_sets import Kind, LabelSets, check_label_sets, fit_label_sets
 from vilu.decision.record import Record, Rule
 from vilu.decision.score import predictor_fingerprint, score_fresh, source_fingerprint
@@ -132,6 +135,9 @@ def calibrate_predictor(
 
     Warns:
         UserWarning: If some rows were used to fit; they are left out.
+
+    Raises:
+        DataError: If more than 1 % of the rows were used to fit, or are near copies of such rows.
     """
     target.check(load(folder), data)  # what is refused leaves no lock behind
     claim(folder, same=True)
@@ -159,6 +165,7 @@ def _calibrate(
     found = None if overwrite else _calibrated(folder, {inputs, earlier})
     if found is None:
         fresh = predictor.unseen(data, "calibration")
+        check_copies(predictor, data, np.flatnonzero(fresh))
         rows = score_fresh(predictor, data, fresh, dataset=names[0], split=names[1])
         predictor.calibrate_scores(rows.uncertainty, rows.failure)
         rule = target.rule(rows)
