@@ -80,6 +80,7 @@ def calls_of(folder: Path) -> dict[str, Call]:
         "class_names": ["x", "y"], "method": "m", "dataset": "d", "split": "s", "seed": 0, "reason": None,
         "provenance": {}, "is_probability": True, "failure_probability": [0.1, 0.2], "label_set": None,
         "decision": ["accept", "abstain"], "decision_reason": [None, "a"],
+        "picture": [3, -1],
     }  # fmt: skip
     return {
         **{name: (f, {a: metric[a] for a in inspect.signature(f).parameters}) for name, f in functions.items()},

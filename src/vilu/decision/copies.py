@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vilu.decision.thresholds import lower_bound, tail
-from vilu.embeddings.pairs import ALIKE
+from vilu.embeddings.copies import NEAR_COPY
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import DataError
 from vilu.metrics.counts import Floats, Ints
@@ -106,7 +106,7 @@ def check_copies(predictor: FailurePredictor, data: EmbeddingSource, rows: Ints)
     if not len(usable):
         return
     nearest = sample.nearest(data, torch.from_numpy(usable))
-    near = _copies(nearest, ALIKE, sample)
+    near = _copies(nearest, NEAR_COPY, sample)
     if not near.n_seen:
         return
     same = _copies(nearest, SAME, sample)
@@ -116,9 +116,8 @@ def check_copies(predictor: FailurePredictor, data: EmbeddingSource, rows: Ints)
             f"among themselves. What is measured on copies of fitted rows holds for no others. "
             f"Calibrate on pictures that the fit has not seen."
         )
-    logger.warning(
-        "%s. What is measured on copies of fitted rows holds for no others", near.in_words(ALIKE)
-    )
+    words = near.in_words(NEAR_COPY)
+    logger.warning("%s. What is measured on copies of fitted rows holds for no others", words)
 
 
 def _copies(nearest: Tensor, cosine: float, sample: FitSample) -> Copies:

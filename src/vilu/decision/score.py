@@ -227,6 +227,7 @@ def score_rows(
         outside=source.outside.numpy()[places],
         ids=source.ids if rows is None else _keys(source, rows, order),
         class_names=source.class_names,
+        picture=source.picture_identities(places),
         reason=reasons
         if rows is None or any(reasons)
         else None,  # a part on disk says nothing where all have a score

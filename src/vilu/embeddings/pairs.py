@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from vilu.device import as_usual
 from vilu.embeddings.checks import SHORT_POOL, VALID, Identifiers, Identity, RowNumbers
 from vilu.embeddings.similarity import first_equal, row_keys
-from vilu.embeddings.source import Batch, Candidates, EmbeddingSource, PooledBatch
+from vilu.embeddings.source import Batch, Candidates, EmbeddingSource, PooledBatch, hashed
 from vilu.errors import (
     UNKNOWN,
     DataError,
@@ -130,6 +130,9 @@ class PairSource(EmbeddingSource):
             if self.pools.direction == "image_to_text"
             else self.caption_rows(index)
         )
+
+    def _picture_hashes(self, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
+        return hashed(torch.from_numpy(rows), self.picture_rows)
 
     def _content(self, index: Tensor) -> Tensor:
         return torch.cat([self.picture_rows(index), self.caption_rows(index)], dim=1)
@@ -353,6 +356,13 @@ class PseudoCaptions(PairSource):
             found[here.numpy()] = source.identities(by, own.numpy())
         return found
 
+    def _picture_hashes(self, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
+        hashes = np.empty(len(rows), np.uint64)
+        for number, source in enumerate(self.sources):
+            here, own = self._of_source(number, torch.from_numpy(rows))
+            hashes[here.numpy()] = source._picture_hashes(own.numpy())
+        return hashes
+
     def of_classes(self, index: Tensor) -> Tensor:
         """(B,) bool: those whose source has no captions of its own.
 
@@ -431,13 +441,6 @@ def class_captions(
             own if source.class_names is None else map(first.setdefault, source.class_names, own)
         )
     return torch.cat(texts), torch.tensor(class_of)[torch.cat(captions)]
-
-
-ALIKE: Final = 0.98
-"""Cosine from which on two pictures are near copies: a burst, frames of a film, one saved anew. Of
-3,000 photos that were taken one by one 0 to 1 % have so near a neighbour by real CLIP (Oxford pets,
-food), of frames of 101 actions 4 %.
-"""
 
 
 def first_alike(rows: Tensor, cosine: float | None = None) -> Tensor:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from vilu.errors import OUTSIDE, UNKNOWN, DataError, checked, require_mask
+from vilu.errors import OUTSIDE, UNKNOWN, DataError, checked, found, require_mask
 from vilu.files.documents import plain_json
 from vilu.files.places import claim_file, said_of
 from vilu.files.tables import read_column, read_table, write_table
@@ -72,6 +72,25 @@ def check_probabilities(values: ArrayLike | None, name: str) -> NDArray[np.float
     return numbers
 
 
+def check_pictures(values: ArrayLike | None) -> NDArray[np.int64] | None:
+    """Identities (N,) of pictures as int64, a copy: whole numbers from 0 on, or -1 where unknown."""
+    if values is None:
+        return None
+    numbers = np.asarray(values)
+    if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
+        raise DataError(
+            "picture must be a vector of whole numbers, -1 where the picture is not known. "
+            f"Got {found(values)} instead."
+        )
+    largest = np.iinfo(np.int64).max
+    if numbers.size and (numbers.min() < UNKNOWN or numbers.max() > largest):
+        raise DataError(
+            f"picture must be from 0 to {largest}, or -1 where the picture is not known. "
+            f"Got {numbers.min()} to {numbers.max()} instead."
+        )
+    return numbers.astype(np.int64)
+
+
 def plain_values(column: pa.ChunkedArray, kind: str) -> Any:  # noqa: ANN401 - by its kind
     """Whole numbers with -1 for null, numbers with NaN, or texts with None."""
     return column.to_pylist() if kind == "string" else column.fill_null(MISSING[kind]).to_numpy()
@@ -128,6 +147,7 @@ OPTIONAL = {
     "ids": "string",
     "reason": "string",
     "failure_probability": "float64",
+    "picture": "int64",
     **dict.fromkeys(DECISION, "string"),
 }
 """What need not be there, and the type of its column."""
@@ -161,6 +181,8 @@ class Outcomes:
             given, -2 is outside.
         outside: (N,) bool, which rows are of none of the classes, so that any answer is wrong;
             given, empty is none.
+        picture: (N,) int64 identity of the picture of every row, -1 where it is not known: rows of
+            one picture have one number. None where nothing is known of pictures.
         ids: N row identifiers.
         class_names: Names of the candidates, which predictions and targets count.
         method: Name of the predictor.
@@ -213,6 +235,7 @@ class Outcomes:
     decision_reason: Sequence[str | None] | None = field(default=None, repr=False)
     label_set: Sequence[str | None] | None = field(default=None, repr=False)
     outside: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_), repr=False)
+    picture: NDArray[np.int64] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         uncertainty = real_vector(self.uncertainty, "uncertainty")
@@ -232,6 +255,7 @@ class Outcomes:
             "failure_probability": check_probabilities(
                 self.failure_probability, "failure_probability"
             ),
+            "picture": check_pictures(self.picture),
             **{name: check_texts(getattr(self, name), name, optional=True) for name in DECISION},
         }
         for name, column in checked.items():
@@ -401,7 +425,7 @@ class Outcomes:
 
         Columns: row_id, key, pred, pred_name, label, label_name, uncertainty, failure, reason,
         score_name; and where there are some: failure_probability, decision, decision_reason,
-        label_set.
+        label_set, picture_id.
 
         Args:
             row_id: (N,) positions of the rows in their data set, by default 0 ... N-1.
@@ -446,6 +470,9 @@ class Outcomes:
                     for name in more
                 },
             }
+            if self.picture is not None:
+                unknown = self.picture == UNKNOWN
+                columns["picture_id"] = pa.array(self.picture, pa.int64(), mask=unknown)
         except UnicodeError as error:
             raise DataError(
                 f"ids, class_names and reason must be valid Unicode: {error}"
@@ -492,7 +519,7 @@ class Outcomes:
                 f"it has {', '.join(table.column_names):.200}."
             )
         read = partial(read_column, path, table)
-        stored = {"prediction": "pred", "target": "label", "ids": "key"}
+        stored = {"prediction": "pred", "target": "label", "ids": "key", "picture": "picture_id"}
         columns = {name: read(stored.get(name, name), kind) for name, kind in OPTIONAL.items()}
         filled = [name for name, column in columns.items() if column.null_count < len(table)]
         present = metadata.get("present")

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors import torch as safetensors_torch
 from torch import Tensor
 
+from vilu.embeddings.copies import picture_vectors
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import DataError
 from vilu.files.disk import or_refuse, write_bytes
@@ -57,7 +58,7 @@ class FitSample:
         for source, n, end in zip(sources, sizes, ends.tolist(), strict=True):
             inside = places[(places >= end - n) & (places < end)] - (end - n)
             rows = source.usable_rows.sort().values[torch.from_numpy(inside)]
-            blocks.append(source.image_rows(rows).cpu())
+            blocks.append(picture_vectors(source, rows).cpu())
         return cls(torch.cat(blocks).to(torch.float16), n_rows)
 
     @property
@@ -68,9 +69,10 @@ class FitSample:
     def nearest(self, source: EmbeddingSource, rows: Tensor) -> Tensor:
         """(M,) the largest cosine of each of the ``rows`` with a row of the sample."""
         mine = self.image.float().T
-        blocks = [
-            (source.image_rows(block).cpu() @ mine).amax(dim=1) for block in rows.split(BLOCK)
-        ]
+        blocks = []
+        for block in rows.split(BLOCK):
+            image = picture_vectors(source, block).cpu()
+            blocks.append((image @ mine).amax(dim=1))
         return torch.cat(blocks)
 
     def nearest_within(self) -> Tensor:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
@@ -17,7 +16,7 @@ from vilu.decision.anytime import Looks, grid_of, level_of
 from vilu.decision.calibrate import ALL, Certificate, Selector
 from vilu.decision.calibration import keep_record
 from vilu.decision.record import Record
-from vilu.embeddings.pairs import ALIKE, first_alike
+from vilu.embeddings.copies import near_copies
 from vilu.embeddings.source import EmbeddingSource
 from vilu.files.documents import Model
 from vilu.metrics.counts import Floats, Ints
@@ -92,8 +91,8 @@ class Sides:
 
 def first_of_scene(photos: EmbeddingSource, known: Ints, rows: Ints) -> Mask:
     """(M,) which of the rows are nearly like no known one, and like none of the rows before them."""
-    image = photos.image_rows(torch.from_numpy(np.concatenate([known, rows])))
-    first: Mask = first_alike(image, ALIKE).numpy() == np.arange(len(image))
+    every = np.concatenate([known, rows])
+    first: Mask = near_copies(photos, every) == np.arange(len(every))
     return first[len(known) :]
 
 
