@@ -32,6 +32,7 @@ from vilu.decision.thresholds import (
     sgr_steps,
     tail,
 )
+from vilu.decision.units import CountedRows, count_once
 from vilu.errors import DataError, UsageError, checked, require_between, require_one_of
 from vilu.files.documents import Model
 from vilu.metrics.counts import Floats, Ints, TieCounts, real_vector, tie_counts
@@ -86,6 +87,8 @@ class Selector(Model):
             that of the calibration rows.
         class_shares: Shares of the classes, among the others, at which it holds; None: those of the
             calibration rows.
+        counted: How many files and pictures the calibration rows are; None where every file shows
+            another picture, or nothing is known of pictures.
 
     Examples:
         >>> import numpy as np, vilu
@@ -101,7 +104,7 @@ class Selector(Model):
         [None, 'above_threshold']
     """
 
-    later = frozenset({"outside_share", "class_shares"})
+    later = frozenset({"outside_share", "class_shares", "counted"})
 
     kind: Literal["threshold"] = "threshold"
     needs_batch: ClassVar[bool] = False
@@ -114,6 +117,7 @@ class Selector(Model):
     certificates: dict[str, Certificate]
     outside_share: float | None = Field(default=None, ge=0, lt=1)
     class_shares: dict[str, float] | None = None
+    counted: CountedRows | None = None
 
     @property
     def reweighted(self) -> bool:
@@ -269,6 +273,7 @@ class Selector(Model):
         )
         found = f"{self.n_wrong} wrong of {self.n_accepted} accepted, of {self.n} calibration rows"
         found += ", whose shares are others" if self.reweighted else ""
+        found += f": {self.counted}" if self.counted is not None else ""
         found += ", at whatever moment one looks" if self.method == "anytime" else ""
         floors = any(one.floor is not None for one in self.certificates.values())
         but = ", and abstains from the most trusted, which are too often wrong" if floors else ""
@@ -308,9 +313,10 @@ def calibrate(
 
     "ltt" and "sgr" promise it with probability ``confidence`` over the draw of the calibration
     rows; "crc" promises the mean of another risk, the share of *all* answers that is accepted and
-    wrong. All need calibration rows that are drawn as the later ones are and were not used to fit;
-    nothing is promised when the data shift. A target that cannot be met is an answer: ``feasible``
-    is False, and the certificate says what is missing.
+    wrong. Rows of one ``picture`` count once, as wrong where any of them is. All need calibration
+    rows that are drawn as the later ones are and were not used to fit; nothing is promised when the
+    data shift. A target that cannot be met is an answer: ``feasible`` is False, and the certificate
+    says what is missing.
 
     Args:
         outcomes: Calibration rows; those without uncertainty or known failure are left out.
@@ -353,7 +359,7 @@ def calibrate(
     """
     check_target(max_risk, min_coverage, confidence, method)
     check_stated(outside_share, class_shares, max_risk, method, grouped=groups is not None)
-    keep = evaluable(outcomes)
+    keep, counted = count_once(outcomes, evaluable(outcomes))
     goal, shares = (
         _Goal(max_risk, min_coverage, method),
         None if class_shares is None else dict(class_shares),
@@ -386,6 +392,7 @@ def calibrate(
         certificates=certificates,
         outside_share=outside_share,
         class_shares=shares,
+        counted=counted,
     )
 
 
@@ -450,10 +457,8 @@ def group_names(outcomes: Outcomes) -> list[str]:
     ]
 
 
-def _names(
-    outcomes: Outcomes, groups: Sequence[str] | None, keep: NDArray[np.bool_]
-) -> list[str] | None:
-    """Group of every row that is kept."""
+def _names(outcomes: Outcomes, groups: Sequence[str] | None, keep: Ints) -> list[str] | None:
+    """Group of every row that is kept (M,)."""
     if groups is None:
         return None
     names = (
@@ -463,7 +468,7 @@ def _names(
         raise DataError(
             f"groups must name one group per row ({len(outcomes)}). Got {len(names)} instead."
         )
-    return [name for name, kept in zip(names, keep.tolist(), strict=True) if kept]
+    return [names[row] for row in keep.tolist()]
 
 
 def check_target(

@@ -51,6 +51,7 @@ from vilu.predictors.rows import (
     candidates_of,
     common_identity,
     join,
+    one_per_picture,
     scored_of,
     similarity_range,
     sketch,
@@ -718,6 +719,8 @@ class FailurePredictor(ABC):
     def calibrate(self, calibration: EmbeddingSource) -> Self:
         """Learn the probability of failure on labelled rows; those used to fit are left out, with a warning.
 
+        Rows of one picture count once, as wrong where any of them is.
+
         Raises:
             DataError: If more than 1 % were used to fit, or none has an uncertainty and a known
                 failure.
@@ -735,7 +738,13 @@ class FailurePredictor(ABC):
         for batch, scores in self.scored(calibration, scored_of(calibration, fresh)):
             rows = batch.index.numpy(force=True)
             uncertainty[rows], failure[rows] = scores, batch.failure.numpy(force=True)
-        return self.calibrate_scores(uncertainty[fresh], failure[fresh])
+        known = np.flatnonzero(fresh & np.isfinite(uncertainty) & (failure != UNKNOWN))
+        picture = calibration.picture_identities(known)
+        wrong = failure[known] if calibration.pool_size is None else np.zeros_like(known)
+        rows = known[one_per_picture(picture, wrong)]
+        counted = np.full(len(calibration), UNKNOWN)
+        counted[rows] = failure[rows]
+        return self.calibrate_scores(uncertainty[fresh], counted[fresh])
 
     def calibrate_scores(self, uncertainty: ArrayLike, failure: ArrayLike) -> Self:
         """As ``calibrate``, from uncertainties (N,) of this predictor and failures (N,); unknown ones are left out.
