@@ -535,7 +535,7 @@ def _summary(record: Record, calibrator: Calibrator | None) -> str:
             + (f" (log-loss in cross-validation: {tried})" if tried else "")
         )
     if record.rule is not None:
-        lines.append(f"decision: {record.rule}")
+        lines.append(f"decision: {record.promise}")
     if (sets := record.label_sets) is not None:
         lines.append(
             f"label sets: {sets.method}, on average {sets.mean_size:.2f} labels; at most "

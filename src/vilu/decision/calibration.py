@@ -21,6 +21,7 @@ from vilu.decision.calibrate import (
 )
 from vilu.decision.copies import check_copies
 from vilu.decision.label_sets import Kind, LabelSets, check_label_sets, fit_label_sets
+from vilu.decision.looks import in_words, note_look
 from vilu.decision.record import Record, Rule
 from vilu.decision.score import predictor_fingerprint, score_fresh, source_fingerprint
 from vilu.decision.selection import select
@@ -76,7 +77,7 @@ class Target:
 
     def check(self, predictor: FailurePredictor, data: EmbeddingSource) -> None:
         """Refuse what cannot be promised, before anything is computed."""
-        if self.max_risk is None and self.min_coverage is None:
+        if not self.has_rule:
             if self.per_class or self.method != "ltt":
                 raise UsageError(
                     "without max_risk or min_coverage there is no decision: leave method and per_class out."
@@ -105,9 +106,14 @@ class Target:
                 f"max_miss ({self.max_miss}) is for label sets. Ask for label_sets too, or leave it out."
             )
 
+    @property
+    def has_rule(self) -> bool:
+        """Whether more is asked for than probabilities and label sets."""
+        return self.max_risk is not None or self.min_coverage is not None
+
     def rule(self, rows: Outcomes) -> Rule | None:
         """The rule that calibration rows support."""
-        if self.max_risk is None and self.min_coverage is None:
+        if not self.has_rule:
             return None
         if self.method == "selection":
             return select(rows, max_risk=self.max_risk or 0.0)
@@ -177,6 +183,9 @@ def _calibrate(
         fresh = predictor.unseen(data, "calibration")
         check_copies(predictor, data, np.flatnonzero(fresh))
         rows = score_fresh(predictor, data, fresh, dataset=names[0], split=names[1])
+        n_looks = 1
+        if rows.picture is not None and target.has_rule:
+            n_looks = note_look(folder, rows.picture[rows.evaluable], target.facts())
         rule, counts, near = _rule_of_units(target, rows, data, np.flatnonzero(fresh))
         rows = rows.take(counts)
         predictor.calibrate_scores(rows.uncertainty, rows.failure)
@@ -201,6 +210,7 @@ def _calibrate(
             label_sets=sets,
             inputs=inputs,
             near_copies=tuple(near.tolist()),
+            n_looks=n_looks,
         )
     elif (
         dtype is not None and not (folder / VOCABULARY).exists()
@@ -277,6 +287,7 @@ def keep_record(  # noqa: PLR0913 - all that a record is made of
     label_sets: LabelSets | None = None,
     inputs: str | None = None,
     near_copies: tuple[int, ...] = (),
+    n_looks: int = 1,
 ) -> Record:
     """Write a calibrated predictor, the rows of ``data`` (a set and a split) it was calibrated on, last the result."""
     rows = dataclasses.replace(
@@ -297,11 +308,12 @@ def keep_record(  # noqa: PLR0913 - all that a record is made of
         dataset=names[0],
         split=names[1],
         n=int(rows.evaluable.sum()),
-        promise=None if rule is None else str(rule),
+        promise=None if rule is None else f"{rule}{in_words(n_looks)}",
         rule=rule,
         label_sets=label_sets,
         inputs=inputs,
         near_copies=near_copies,
+        looks=n_looks,
     )
 
 
@@ -363,6 +375,7 @@ def _infeasible(selector: Selector) -> str:
     return (
         f"{goal}cannot be promised with confidence {exactly(selector.confidence)}: "
         f"{' '.join(reasons)}{more}{counted} Nothing "
-        "was written. Add calibration rows, ask for less (a larger --max-risk, a lower --confidence or "
-        "--min-coverage), or take a predictor that ranks better."
+        "was written but that these rows were looked at. Add calibration rows, ask for less (a "
+        "larger --max-risk, a lower --confidence or --min-coverage), or take a predictor that "
+        "ranks better."
     )

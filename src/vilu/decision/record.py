@@ -42,7 +42,7 @@ class Record(Document):
 
     again = RECALIBRATE
     fault = DataError
-    later = frozenset({"inputs", "texts", "near_copies"})
+    later = frozenset({"inputs", "texts", "near_copies", "looks"})
 
     kind: Literal["risk"] = "risk"
     vilu: str = version("vilu")  # version that made it
@@ -69,6 +69,7 @@ class Record(Document):
     texts: tuple[float, ...] | None = None
     # places of calibration rows that the rule leaves out, as they are near copies of others
     near_copies: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    looks: int = Field(default=1, ge=1)  # for so many targets these rows were looked at
 
     def require_candidates(self, data: EmbeddingSource) -> None:
         """Refuse rows with other candidates: another problem, of which nothing was promised."""

@@ -31,6 +31,7 @@ from vilu.predictors.fit_sample import MAX_FILE_BYTES, SAMPLE
 from vilu.predictors.record import (
     CARD,
     FINGERPRINT,
+    LOOKS,
     PREDICTOR,
     RECALIBRATE,
     RISK,
@@ -51,6 +52,7 @@ FILES = {
     CARD: 1 << 20,
     RISK: MAX_DOCUMENT_BYTES,
     ROWS: 1 << 30,
+    LOOKS: MAX_DOCUMENT_BYTES,
     VOCABULARY: 1 << 30,
     SAMPLE: MAX_FILE_BYTES,
 }

@@ -37,7 +37,7 @@ from vilu.predictors.rows import RowSketch, Sketches
 
 SCHEMA = 1
 PREDICTOR, WEIGHTS, CARD, RISK = "predictor.json", "weights.safetensors", "README.md", "risk.json"
-ROWS = "calibration.parquet"
+ROWS, LOOKS = "calibration.parquet", "looks.json"
 VOCABULARY, VOCABULARY_KEY = "vocabulary.safetensors", "vilu.vocabulary"
 """What answers are chosen from (``vilu.predictors.vocabulary``), and the key of what the file says of itself."""
 
@@ -119,7 +119,7 @@ def _write_sample(path: Path, sample: FitSample | None, weights_sha256: str) -> 
 
 def claim(folder: str | Path, *, same: bool = False) -> None:
     """Refuse a folder with anything but a predictor; where the ``same`` fit lies, only what stands in the way."""
-    names = {PREDICTOR, WEIGHTS, CARD, RISK, ROWS, VOCABULARY, SAMPLE}
+    names = {PREDICTOR, WEIGHTS, CARD, RISK, ROWS, LOOKS, VOCABULARY, SAMPLE}
     claim_folder(
         folder,
         "predictor",
@@ -130,13 +130,11 @@ def claim(folder: str | Path, *, same: bool = False) -> None:
 
 def _drop_calibration(path: Path) -> None:
     """Take away, and say so, what vouches for another predictor than the one that is to lie here."""
-    stale = [path / name for name in (RISK, ROWS, VOCABULARY) if (path / name).exists()]
-    if not stale:
-        return
+    stale = [path / name for name in (RISK, ROWS, LOOKS, VOCABULARY) if (path / name).exists()]
     with or_refuse(f"remove the old calibration in {path}"):
         for file in stale:
             file.unlink()
-    if stale == [path / VOCABULARY]:
+    if not {path / RISK, path / ROWS} & set(stale):
         return
     logger.warning(
         "%s: the calibration of the predictor that lay here is gone with it: calibrate the new one",
@@ -171,7 +169,7 @@ def is_ours(path: Path) -> bool:
         path.with_name(name) for name in (PREDICTOR, WEIGHTS) if path.with_name(name).is_file()
     )
     return _says_ours(path) or (
-        path.name in {PREDICTOR, WEIGHTS, RISK, ROWS, VOCABULARY, SAMPLE}
+        path.name in {PREDICTOR, WEIGHTS, RISK, ROWS, LOOKS, VOCABULARY, SAMPLE}
         and any(map(_says_ours, beside))
     )
 
@@ -190,8 +188,10 @@ def _says_ours(path: Path) -> bool:
                 return {"method", "weights_sha256"} <= parse_json(
                     handle.read(MAX_DOCUMENT_BYTES)
                 ).keys()
-            if path.name == RISK:
-                return parse_json(handle.read(MAX_DOCUMENT_BYTES)).get("kind") == "risk"
+            kinds = {RISK: "risk", LOOKS: "looks"}
+            if path.name in kinds:
+                content = parse_json(handle.read(MAX_DOCUMENT_BYTES))
+                return bool(content.get("kind") == kinds[path.name])
     except (ValueError, RecursionError):
         return False
     return path.name == ROWS and (made(path) or [""])[0] == "scores"
