@@ -313,7 +313,7 @@ def keep_record(  # noqa: PLR0913 - all that a record is made of
         label_sets=label_sets,
         inputs=inputs,
         near_copies=near_copies,
-        looks=n_looks,
+        looks=n_looks if n_looks > 1 else None,
     )
 
 

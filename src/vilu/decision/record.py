@@ -69,7 +69,8 @@ class Record(Document):
     texts: tuple[float, ...] | None = None
     # places of calibration rows that the rule leaves out, as they are near copies of others
     near_copies: tuple[Annotated[int, Field(ge=0)], ...] = ()
-    looks: int = Field(default=1, ge=1)  # for so many targets these rows were looked at
+    # for so many targets these rows were looked at; None: for this one alone
+    looks: int | None = Field(default=None, ge=2)
 
     def require_candidates(self, data: EmbeddingSource) -> None:
         """Refuse rows with other candidates: another problem, of which nothing was promised."""
