@@ -85,9 +85,9 @@ def test_out_of_reach_changes_nothing(work: Path, predictor: Path) -> None:
     )
     assert "At least 2,996 calibration rows are needed" in done.stderr
     assert done.stdout == ""
-    assert {
-        path.name: path.read_bytes() for path in predictor.iterdir() if path.name != ".lock"
-    } == before
+    after = {path.name: path.read_bytes() for path in predictor.iterdir() if path.name != ".lock"}
+    after.pop("looks.json")  # that these rows were looked at is not forgotten
+    assert after == before
 
 
 def test_training_rows_are_refused(work: Path, predictor: Path) -> None:

@@ -333,12 +333,10 @@ def test_labels_of_a_random_pick_calibrate_a_store_without_any(
     ]
     skipped = next(path for path in truth if path not in book and path not in labels)
     (tmp_path / "some.csv").write_text("".join([*fresh, f"{skipped},{SKIPPED}\n"]))
-    done = run(*calibrate, "--max-risk", 0.2, "--overwrite")
+    done = run(*calibrate, "--overwrite")  # three colours are three scenes: too few for a promise
     assert f"1 of {len(fresh)} picked rows have the label {SKIPPED} and are left out" in done.stderr
     found = record.load(tmp_path / "predictor")
     assert found.n == len(fresh) - 1
-    assert found.rule is not None
-    assert found.rule.n_wrong <= 0.2 * found.rule.n_accepted
 
 
 def test_a_fit_of_which_a_sample_of_the_rows_is_known_is_not_vouched_for_by_the_others(

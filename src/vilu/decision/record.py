@@ -43,7 +43,7 @@ class Record(Document):
 
     again = RECALIBRATE
     fault = DataError
-    later = frozenset({"inputs", "texts"})
+    later = frozenset({"inputs", "texts", "near_copies", "looks"})
 
     kind: Literal["risk"] = "risk"
     vilu: str = Field(default_factory=partial(version, "vilu"))  # version that made it
@@ -68,6 +68,10 @@ class Record(Document):
     # sketch of the candidates' texts (``candidates_of``); None for pools, and in records of older
     # code
     texts: tuple[float, ...] | None = None
+    # places of calibration rows that the rule leaves out, as they are near copies of others
+    near_copies: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    # for so many targets these rows were looked at; None: for this one alone
+    looks: int | None = Field(default=None, ge=2)
 
     @property
     def fingerprint(self) -> str:
@@ -155,7 +159,12 @@ def load(folder: str | Path) -> Record:
         f"it counts {found.n} calibration rows" if found.n != int(rows.evaluable.sum()) else None
     )
     if wrong is None and found.rule is not None:
-        wrong = contradiction(found.rule, rows)
+        standing = np.ones(len(rows), np.bool_)
+        inside = [row for row in found.near_copies if row < len(rows)]
+        standing[inside] = False
+        wrong = contradiction(found.rule, rows.take(standing))
+        if len(inside) < len(found.near_copies):
+            wrong = "it leaves out rows that are not there"
     if wrong is not None:
         raise DataError(
             f"{path} is damaged: {wrong}, which {ROWS} does not bear out. {RECALIBRATE}."

@@ -164,9 +164,10 @@ def score(
     decider = _checked(decider or Decider(predictor), data)
     seen = predictor.seen(data)
     _warn_seen(seen.said(), predictor, len(seen))
-    return score_rows(
-        decider, data, _facts(decider, data, (dataset, split), n_seen_in_fit=len(seen))
-    )
+    told = {"n_seen_in_fit": len(seen)}
+    if len(seen):
+        told["n_compared_with_fit"] = seen.n_told
+    return score_rows(decider, data, _facts(decider, data, (dataset, split), **told))
 
 
 def score_fresh(

@@ -7,6 +7,7 @@ from typing import Final
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from vilu.embeddings.pairs import PairSource, first_alike
 from vilu.embeddings.source import EmbeddingSource
@@ -37,9 +38,12 @@ def near_copies(source: EmbeddingSource, rows: NDArray[np.int64]) -> NDArray[np.
         >>> near_copies(data, np.arange(4)).tolist()
         [0, 1, 0, 1]
     """
-    index = torch.from_numpy(np.ascontiguousarray(rows))
-    if isinstance(source, PairSource):
-        image = source.picture_rows(index)
-    else:
-        image = source.image_rows(index)
+    image = picture_vectors(source, torch.from_numpy(np.ascontiguousarray(rows)))
     return first_alike(image, NEAR_COPY).numpy()
+
+
+def picture_vectors(source: EmbeddingSource, index: Tensor) -> Tensor:
+    """(B, D) embeddings of the pictures of the rows ``index``: of a pair its image."""
+    if isinstance(source, PairSource):
+        return source.picture_rows(index)
+    return source.image_rows(index)

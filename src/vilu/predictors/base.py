@@ -24,6 +24,7 @@ from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import UNKNOWN, DataError, NotFittedError, UsageError, checked
 from vilu.metrics.counts import check_codes, real_vector, require_same_length
 from vilu.predictors import record
+from vilu.predictors.fit_sample import FitSample
 from vilu.predictors.games import PLAYER_OF_LOOK, Game, NoAttribution, SingleGame
 from vilu.predictors.labelled import (
     Needs,
@@ -44,11 +45,13 @@ from vilu.predictors.parameters import (
 )
 from vilu.predictors.probability import Calibrator, expit, fit_calibrator
 from vilu.predictors.rows import (
+    LEARNED_FROM,
     Overlap,
     Sketches,
     candidates_of,
     common_identity,
     join,
+    one_per_picture,
     scored_of,
     similarity_range,
     sketch,
@@ -117,6 +120,8 @@ class FailurePredictor(ABC):
         similarity_: Mean and standard deviation of the largest cosine of training rows; None when
             never fitted.
         calibrator_: From uncertainty to P(failure), learned on calibration rows; None without.
+        sample_: Image vectors of random rows of the fit, at most 2 MB, by which near copies of them
+            are told; None where none is kept.
 
     Examples:
         >>> import dataclasses, numpy as np, vilu
@@ -167,6 +172,9 @@ class FailurePredictor(ABC):
         default_factory=dict, init=False, repr=False, compare=False
     )
     calibrator_: Calibrator | None = dataclasses.field(
+        default=None, init=False, repr=False, compare=False
+    )
+    sample_: FitSample | None = dataclasses.field(
         default=None, init=False, repr=False, compare=False
     )
 
@@ -373,8 +381,9 @@ class FailurePredictor(ABC):
         warn_of_repeats(source, own)
         found = self.learn(dataclasses.replace(train, index=rows), failure, validation)
         self.take(found.tensors, source.space)
-        more = [sketch(one) for one in (validation, train.unlabelled) if one is not None]
-        self.seen_ = reduce(join, more, own)
+        more = [rows_of for rows_of in (validation, train.unlabelled) if rows_of is not None]
+        self.seen_ = reduce(join, [sketch(rows_of) for rows_of in more], own)
+        self.sample_ = FitSample.draw([source, *more], getattr(self, "seed", 0))
         self.similarity_ = similarity_range(source)
         counts = {"n_train": len(failure), "n_failures": int((failure == 1).sum())}
         self.notes_ = {**counts, **candidates_of(source), **found.notes}
@@ -626,7 +635,7 @@ class FailurePredictor(ABC):
 
     def unseen(self, data: EmbeddingSource, role: str) -> NDArray[np.bool_]:
         """(N,) the rows that were not used to fit; warns of those that were, a DataError above 1 %."""
-        remedy = "It learned from them, so nothing measured on them holds for others. Take rows that it has not seen."
+        remedy = f"{LEARNED_FROM} Take rows that it has not seen."
         return self.seen(data).others(
             data, f"{role} rows", f"were used to fit this {self.name}", remedy
         )
@@ -716,6 +725,8 @@ class FailurePredictor(ABC):
     def calibrate(self, calibration: EmbeddingSource) -> Self:
         """Learn the probability of failure on labelled rows; those used to fit are left out, with a warning.
 
+        Rows of one picture count once, as wrong where any of them is.
+
         Raises:
             DataError: If more than 1 % were used to fit, or none has an uncertainty and a known
                 failure.
@@ -733,7 +744,13 @@ class FailurePredictor(ABC):
         for batch, scores in self.scored(calibration, scored_of(calibration, fresh)):
             rows = batch.index.numpy(force=True)
             uncertainty[rows], failure[rows] = scores, batch.failure.numpy(force=True)
-        return self.calibrate_scores(uncertainty[fresh], failure[fresh])
+        known = np.flatnonzero(fresh & np.isfinite(uncertainty) & (failure != UNKNOWN))
+        picture = calibration.picture_identities(known)
+        wrong = failure[known] if calibration.pool_size is None else np.zeros_like(known)
+        rows = known[one_per_picture(picture, wrong)]
+        counted = np.full(len(calibration), UNKNOWN)
+        counted[rows] = failure[rows]
+        return self.calibrate_scores(uncertainty[fresh], counted[fresh])
 
     def calibrate_scores(self, uncertainty: ArrayLike, failure: ArrayLike) -> Self:
         """As ``calibrate``, from uncertainties (N,) of this predictor and failures (N,); unknown ones are left out.

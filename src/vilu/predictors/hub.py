@@ -29,9 +29,11 @@ from vilu.files.disk import file_hash, host_hash, is_leftover, make_folder, or_r
 from vilu.files.documents import MAX_DOCUMENT_BYTES, SEAL, read_json, without_version
 from vilu.files.places import claim_folder
 from vilu.predictors.card import HUB_ID, without_made_with
+from vilu.predictors.fit_sample import MAX_FILE_BYTES, SAMPLE
 from vilu.predictors.record import (
     CARD,
     FINGERPRINT,
+    LOOKS,
     PREDICTOR,
     RECALIBRATE,
     RISK,
@@ -53,7 +55,9 @@ FILES = {
     CARD: 1 << 20,
     RISK: MAX_DOCUMENT_BYTES,
     ROWS: 1 << 30,
+    LOOKS: MAX_DOCUMENT_BYTES,
     VOCABULARY: 1 << 30,
+    SAMPLE: MAX_FILE_BYTES,
 }
 """All that is shared of a predictor's folder, with the most bytes of each; no pickle, no code."""
 
@@ -74,7 +78,13 @@ def beside(target: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def copy_files(source: Path, destination: Path, *, cache: Path | None = None) -> str:
+def copy_files(
+    source: Path,
+    destination: Path,
+    *,
+    cache: Path | None = None,
+    without: frozenset[str] = frozenset(),
+) -> str:
     """Copy what ``FILES`` names into an empty folder, load it once, and return its fingerprint.
 
     No link is followed, but for those in the hub's ``cache`` that lead to a file of that folder.
@@ -90,6 +100,8 @@ def copy_files(source: Path, destination: Path, *, cache: Path | None = None) ->
         )
     with or_refuse(f"copy {source} to {destination}"), _entered(source) as folder:
         for name, limit in FILES.items():
+            if name in without:
+                continue
             descriptor = _open_file(folder, name, cache)
             if descriptor is None:
                 continue
@@ -241,12 +253,12 @@ A_FOLDER = re.compile(r"(\.{1,2}|~)([/\\]|$)|[/\\]|[A-Za-z]:[/\\]")
 
 def push(
     folder: str | Path, repository: str, *, private: bool | None = None, revision: str | None = None,
-    overwrite: bool = False,
+    overwrite: bool = False, with_sample: bool = False,
 ) -> str:  # fmt: skip
     """Copy a saved predictor to a repository of the model hub, or to a folder; returns where it is.
 
-    Only the files of ``FILES`` go, as they are; those of an earlier push that this one lacks are
-    removed. Symbolic links are refused.
+    Only the files of ``FILES`` go, as they are, the sample only ``with_sample``. Those of an
+    earlier push that this one lacks are removed. Symbolic links are refused.
 
     Args:
         folder: A saved predictor, which is loaded once before anything leaves.
@@ -256,12 +268,15 @@ def push(
             owner's settings say.
         revision: Branch of the repository; by default main.
         overwrite: Replace another predictor in a folder; the hub keeps what was there.
+        with_sample: Also copy the sample of the images of the fit; without it nobody who has the
+            copy can be told that calibration rows are copies of fitted ones.
     """
     local = local_folder(repository, revision)
+    without = frozenset() if with_sample else frozenset({SAMPLE})
     if local is not None:
-        return str(_place_copy(Path(folder), local, overwrite=overwrite))
+        return str(_place_copy(Path(folder), local, overwrite=overwrite, without=without))
     with tempfile.TemporaryDirectory() as staged:
-        copy_files(Path(folder), Path(staged))
+        copy_files(Path(folder), Path(staged), without=without)
         return _upload(Path(staged), repository, private, revision)
 
 
@@ -307,11 +322,18 @@ def local_folder(repository: str, revision: str | None) -> Path | None:
     return Path(unquote(url.path)) if url else Path(repository).expanduser()
 
 
-def _place_copy(source: Path, target: Path, *, overwrite: bool, cache: Path | None = None) -> Path:
+def _place_copy(
+    source: Path,
+    target: Path,
+    *,
+    overwrite: bool,
+    cache: Path | None = None,
+    without: frozenset[str] = frozenset(),
+) -> Path:
     claim_folder(target, "predictor", is_ours, overwrite=True)
     place_at = target.resolve()
     with beside(place_at) as staged:
-        copy_files(source, staged, cache=cache)
+        copy_files(source, staged, cache=cache, without=without)
         same = all(_content(staged / name) == _content(place_at / name) for name in FILES)
         if claim_folder(target, "predictor", is_ours, same=same, overwrite=overwrite):
             logger.info("%s holds that predictor already: there is nothing to do", target)

@@ -32,13 +32,14 @@ from vilu.files.documents import (
 )
 from vilu.files.places import claim_folder, made
 from vilu.predictors.card import Described, model_card
+from vilu.predictors.fit_sample import SAMPLE, SAMPLE_KEY, FitSample
 from vilu.predictors.parameters import Parametrised, parameters
 from vilu.predictors.probability import Calibrator
 from vilu.predictors.rows import RowSketch, Sketches
 
 SCHEMA = 1
 PREDICTOR, WEIGHTS, CARD, RISK = "predictor.json", "weights.safetensors", "README.md", "risk.json"
-ROWS = "calibration.parquet"
+ROWS, LOOKS = "calibration.parquet", "looks.json"
 VOCABULARY, VOCABULARY_KEY = "vocabulary.safetensors", "vilu.vocabulary"
 """What answers are chosen from (``vilu.predictors.vocabulary``), and the key of what the file says of itself."""
 
@@ -63,6 +64,7 @@ class Saved(Parametrised, Described, Protocol):
     seen_: Sketches
     notes_: dict[str, Any]
     calibrator_: Calibrator | None
+    sample_: FitSample | None
 
     def state(self) -> dict[str, Tensor]:
         """Everything learned."""
@@ -103,15 +105,25 @@ def save(predictor: Saved, folder: str | Path) -> str:
     if not (same and "calibrator" in record):
         _drop_calibration(path)
     write_bytes(path / WEIGHTS, weights)
+    _write_sample(path, predictor.sample_, record["weights_sha256"])
     fingerprint = identity(record)
     write_card(path, {**record, FINGERPRINT: fingerprint}, predictor, None)
     write_json(path / PREDICTOR, record, seal=FINGERPRINT)
     return fingerprint
 
 
+def _write_sample(path: Path, sample: FitSample | None, weights_sha256: str) -> None:
+    """Put the sample of this fit there, or take away that of another one."""
+    if sample is not None:
+        sample.save(path, weights_sha256)
+        return
+    with or_refuse(f"remove the old sample in {path}"):
+        (path / SAMPLE).unlink(missing_ok=True)
+
+
 def claim(folder: str | Path, *, same: bool = False) -> None:
     """Refuse a folder with anything but a predictor; where the ``same`` fit lies, only what stands in the way."""
-    names = {PREDICTOR, WEIGHTS, CARD, RISK, ROWS, VOCABULARY}
+    names = {PREDICTOR, WEIGHTS, CARD, RISK, ROWS, LOOKS, VOCABULARY, SAMPLE}
     claim_folder(
         folder,
         "predictor",
@@ -122,13 +134,11 @@ def claim(folder: str | Path, *, same: bool = False) -> None:
 
 def _drop_calibration(path: Path) -> None:
     """Take away, and say so, what vouches for another predictor than the one that is to lie here."""
-    stale = [path / name for name in (RISK, ROWS, VOCABULARY) if (path / name).exists()]
-    if not stale:
-        return
+    stale = [path / name for name in (RISK, ROWS, LOOKS, VOCABULARY) if (path / name).exists()]
     with or_refuse(f"remove the old calibration in {path}"):
         for file in stale:
             file.unlink()
-    if stale == [path / VOCABULARY]:
+    if not {path / RISK, path / ROWS} & set(stale):
         return
     logger.warning(
         "%s: the calibration of the predictor that lay here is gone with it: calibrate the new one",
@@ -159,14 +169,15 @@ def is_ours(path: Path) -> bool:
         path.with_name(name) for name in (PREDICTOR, WEIGHTS) if path.with_name(name).is_file()
     )
     return _says_ours(path) or (
-        path.name in {PREDICTOR, WEIGHTS, RISK, ROWS, VOCABULARY} and any(map(_says_ours, beside))
+        path.name in {PREDICTOR, WEIGHTS, RISK, ROWS, LOOKS, VOCABULARY, SAMPLE}
+        and any(map(_says_ours, beside))
     )
 
 
 def _says_ours(path: Path) -> bool:
     try:
         with or_refuse(f"read {path}"), path.open("rb") as handle:
-            if path.name in {VOCABULARY, WEIGHTS}:
+            if path.name in {VOCABULARY, WEIGHTS, SAMPLE}:
                 header = parse_json(
                     handle.read(min(int.from_bytes(handle.read(8), "little"), MAX_DOCUMENT_BYTES))
                 )
@@ -177,8 +188,10 @@ def _says_ours(path: Path) -> bool:
                 return {"method", "weights_sha256"} <= parse_json(
                     handle.read(MAX_DOCUMENT_BYTES)
                 ).keys()
-            if path.name == RISK:
-                return parse_json(handle.read(MAX_DOCUMENT_BYTES)).get("kind") == "risk"
+            kinds = {RISK: "risk", LOOKS: "looks"}
+            if path.name in kinds:
+                content = parse_json(handle.read(MAX_DOCUMENT_BYTES))
+                return bool(content.get("kind") == kinds[path.name])
     except (ValueError, RecursionError):
         return False
     return path.name == ROWS and (made(path) or [""])[0] == "scores"
@@ -186,8 +199,9 @@ def _says_ours(path: Path) -> bool:
 
 def _holds_ours(name: str, header: dict[str, Any]) -> bool:
     """Whether a file of tensors is one of ours, by its header."""
-    if name == VOCABULARY:
-        return VOCABULARY_KEY in dict(header.get("__metadata__") or {})
+    keys = {VOCABULARY: VOCABULARY_KEY, SAMPLE: SAMPLE_KEY}
+    if name in keys:
+        return keys[name] in dict(header.get("__metadata__") or {})
     return all(
         key in {*SEEN_BY.values(), "__metadata__"} or key.startswith("state.") for key in header
     )

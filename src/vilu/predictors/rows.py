@@ -62,6 +62,9 @@ MAX_SHARED = 0.01
 
 SHOWN = 3
 
+LEARNED_FROM = "It learned from them, so nothing measured on them holds for others."
+"""Why rows of a fit are refused."""
+
 
 @dataclass(frozen=True)
 class RowSketch:
@@ -249,6 +252,19 @@ def overlap(
     return Overlap(
         np.isin(second.identities(by), first.identities(by)) & _marked(second, by), len(second)
     )
+
+
+def one_per_picture(picture: NDArray[np.int64], failure: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Places (M,), ascending, of one row of every picture (N,): a wrong one where there is one.
+
+    Rows whose picture is not known (-1) are pictures of their own.
+    """
+    places = np.arange(len(picture))
+    alone = places[picture == UNKNOWN]
+    known = places[picture != UNKNOWN]
+    order = known[np.lexsort((known, failure[known] != 1, picture[known]))]
+    _, first = np.unique(picture[order], return_index=True)
+    return np.sort(np.concatenate([alone, order[first]]))
 
 
 SIMILARITY_ROWS = 100

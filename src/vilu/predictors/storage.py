@@ -21,6 +21,7 @@ from vilu.files.places import claim_folder, inputs_of
 from vilu.predictors import record
 from vilu.predictors.base import FailurePredictor
 from vilu.predictors.catalogue import find_method, method_names
+from vilu.predictors.fit_sample import FitSample
 from vilu.predictors.parameters import build
 from vilu.predictors.probability import read_calibrator
 from vilu.predictors.record import (
@@ -64,8 +65,9 @@ def load(folder: str | Path) -> FailurePredictor:
             f"{path / WEIGHTS} is damaged: it is not the file that {PREDICTOR} names. {REFIT}."
         )
     method = method_of(found, path / PREDICTOR)
+    sample = FitSample.load(path, found["weights_sha256"])
     try:
-        return _assembled(method, found, safetensors_torch.load(weights), path / PREDICTOR)
+        predictor = _assembled(method, found, safetensors_torch.load(weights), path / PREDICTOR)
     # whatever foreign tensors and settings lead a method to
     except (
         AttributeError,
@@ -83,6 +85,8 @@ def load(folder: str | Path) -> FailurePredictor:
         raise DataError(
             f"{path / PREDICTOR} is damaged, or {WEIGHTS} beside it: {what}. {REFIT}."
         ) from error
+    predictor.sample_ = sample
+    return predictor
 
 
 def _assembled(

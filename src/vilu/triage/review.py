@@ -27,7 +27,7 @@ from vilu.decision.shares import OUTSIDE_NAME
 from vilu.errors import OUTSIDE, UNKNOWN, DataError, UsageError
 from vilu.files.disk import make_folder, or_refuse, write_bytes
 from vilu.files.documents import plain_json, read_document
-from vilu.files.tables import csv_bytes, csv_rows
+from vilu.files.tables import CsvRow, csv_bytes, csv_rows
 from vilu.outcomes.outcomes import Outcomes
 from vilu.triage.labels import SKIPPED, STREAMS, columns_of, read_labels
 from vilu.triage.triage import DECISIONS, NEXT, STATE, TriageState
@@ -113,14 +113,14 @@ ASKED = ("path", "stream")
 """Columns of a triage's tables that are looked at."""
 
 
-def _written_rows(path: Path, wanted: Sequence[str]) -> list[dict[str, str]]:
+def _written_rows(path: Path, wanted: Sequence[str]) -> list[CsvRow]:
     """The rows of a table that a triage has written; DataError where it is damaged."""
     columns, rows = csv_rows(path)
     again = "Run `vilu triage` again, which writes it."
     if missing := [name for name in wanted if name not in columns]:
         raise DataError(f"{path} has no column {missing[0]!r}. {again}")
     for number, row in enumerate(rows, start=2):
-        if any(row[name] is None for name in wanted):
+        if row.ends_early:
             raise DataError(f"{path}: row {number} is not complete. {again}")
         if "failure_probability" in wanted and not _is_probability(row["failure_probability"]):
             said = f"{row['failure_probability']!r:.40}"
