@@ -20,7 +20,7 @@ DECIDING = SOURCES | {"outcomes", "predictors", "scoring", "calibration"}
 MAY_IMPORT = {
     **dict.fromkeys(BASE - {"registry"}, BASE),
     "registry": BASE,
-    "embeddings": BASE,
+    "embeddings": BASE | {"metrics"},
     "metrics": BASE,
     "datasets": BASE | {"embeddings"},
     "backbones": BASE | {"embeddings"},

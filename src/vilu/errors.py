@@ -45,7 +45,10 @@ class DataError(ViLUError, ValueError):
 
 
 class InfeasibleError(ViLUError):
-    """A promise that these calibration rows cannot support; the message says how many would be needed."""
+    """A promise that these calibration rows cannot support, or that nobody has made.
+
+    The message says how many rows would be needed, or how it is made.
+    """
 
     exit_code = 4
 

@@ -10,6 +10,7 @@ import torch
 from tests.builders.bench_fakes import config
 from tests.builders.store_fakes import DIM, FakeBackbone, dataset, picture
 from tests.builders.tar_files import pair, tar_bytes, write_shard
+from tests.builders.versions import raise_version
 from vilu.datasets.base import ShardedDataset
 from vilu.datasets.catalog import open_dataset
 from vilu.errors import ProvenanceError, UsageError
@@ -17,7 +18,7 @@ from vilu.store.reader import EmbeddingStore
 from vilu_bench.studies import stores
 from vilu_bench.studies.load import shrink
 from vilu_bench.studies.parts import Data
-from vilu_bench.studies.stores import make_stores, open_images, thinned
+from vilu_bench.studies.stores import find_stores, make_stores, open_images, thinned
 
 
 def test_evenly_spaced_images() -> None:
@@ -44,6 +45,17 @@ def test_tar_files_are_limited_by_number(tmp_path: Path) -> None:
     assert some.fingerprint not in {images.fingerprint, thinned(images, None, 1).fingerprint}
     with pytest.raises(UsageError, match=r"limit cannot be had. Say shards = N"):
         thinned(images, 1, None)
+
+
+def test_a_newer_version_finds_the_stores_of_an_older_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_shard(tmp_path / "data", tar_bytes(*pair("a")), "0.tar")
+    entry = {"source": "data", "captions": True}
+    chosen = config(data={"one": entry}, settings={"all": {"kind": "labels"}})
+    before = find_stores(chosen, [("one", "train")], tmp_path, tmp_path)
+    raise_version(monkeypatch)
+    assert find_stores(chosen, [("one", "train")], tmp_path, tmp_path) == before
 
 
 def test_a_small_run_reads_one_tar_file(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from tests.conftest import few
 from vilu.artifacts.tables import read_table, write_table
 from vilu.calibration.monitor.monitor_mapie import MapieMonitor
 from vilu.calibration.selection import select
-from vilu.errors import DataError, ProvenanceError, StorageError, UsageError
+from vilu.errors import DataError, InfeasibleError, ProvenanceError, StorageError, UsageError
 
 NAMES = ("a", "b", "c")
 
@@ -108,7 +108,8 @@ def test_other_changes_of_the_scores_are_seen(calibration: vilu.Outcomes, change
     shapes = {"lower": (1, 1.7), "narrower": (2, 2), "wider": (0.6, 0.6)}
     new = vilu.Outcomes(rng.beta(*shapes[change], 600), np.full(600, -1))
     scores = dataclasses.replace(calibration, class_names=None, method=None)
-    assert vilu.Monitor(scores).update(new).verdict == "shifted: guarantee void"
+    rule = vilu.calibrate(scores, max_risk=0.1)
+    assert vilu.Monitor(scores, rule).update(new).verdict == "shifted: guarantee void"
 
 
 def test_acceptance_and_answers_are_seen_alone(calibration: vilu.Outcomes) -> None:
@@ -116,10 +117,14 @@ def test_acceptance_and_answers_are_seen_alone(calibration: vilu.Outcomes) -> No
     rng = np.random.default_rng(2)
     flat = dataclasses.replace(calibration, uncertainty=np.full(len(calibration), 0.5))
     new = draw(rng, 800, shift=0.4, audited=0)
-    status = vilu.Monitor(flat).update(dataclasses.replace(new, uncertainty=np.full(800, 0.5)))
+    rule = vilu.calibrate(flat, min_coverage=0.5)
+    monitor = vilu.Monitor(flat, rule)
+    status = monitor.update(dataclasses.replace(new, uncertainty=np.full(800, 0.5)))
     assert {t.name: t.raised_at is not None for t in status.tests} == {
         "scores": False,
+        "acceptance": False,
         "answers": True,
+        "audit": False,
     }
     per_class = vilu.calibrate(calibration, max_risk=0.1, groups="prediction")
     assert per_class.grouped_by == "prediction"
@@ -337,7 +342,15 @@ def test_what_does_not_fit_is_refused(calibration: vilu.Outcomes, rule: vilu.Sel
     with pytest.raises(UsageError, match="seed"):
         vilu.Monitor(calibration, rule, seed=-1)
     with pytest.raises(DataError, match="none of the 1 calibration rows"):
-        vilu.Monitor(vilu.Outcomes([np.nan], [0], reason=["nonfinite"]))
+        vilu.Monitor(vilu.Outcomes([np.nan], [0], reason=["nonfinite"]), rule)
+
+
+def test_rows_of_which_nothing_is_promised_are_not_watched(calibration: vilu.Outcomes) -> None:
+    out_of_reach = vilu.calibrate(calibration, max_risk=1e-6)
+    assert not out_of_reach.feasible
+    for rule in (None, out_of_reach):
+        with pytest.raises(InfeasibleError, match="no guarantee to watch"):
+            vilu.Monitor(calibration, rule)
 
 
 def test_a_csv_that_does_not_name_its_classes_is_read_with_those_of_the_calibration(
@@ -369,20 +382,13 @@ def test_calibration_rows_in_the_stream_are_told(
 def test_without_a_rule_for_single_rows_there_is_nothing_to_audit(
     calibration: vilu.Outcomes,
 ) -> None:
-    nothing = vilu.calibrate(part(calibration, slice(0, 20)), max_risk=0.01)
-    assert not nothing.feasible
-    for rule, names in (
-        (None, ["scores", "answers"]),
-        (select(calibration, max_risk=0.1), ["scores", "answers"]),
-        (nothing, ["scores", "acceptance", "answers"]),
-    ):
-        monitor = vilu.Monitor(calibration, rule)
-        status = monitor.update(draw(np.random.default_rng(12), 100))
-        assert [test.name for test in status.tests] == names
-        assert sum(test.level for test in status.tests) == pytest.approx(0.05)
-        assert status.audit is None
-        with pytest.raises(UsageError, match="no promise to audit"):
-            monitor.audit(draw(np.random.default_rng(12), 1))
+    monitor = vilu.Monitor(calibration, select(calibration, max_risk=0.1))
+    status = monitor.update(draw(np.random.default_rng(12), 100))
+    assert [test.name for test in status.tests] == ["scores", "answers"]
+    assert sum(test.level for test in status.tests) == pytest.approx(0.05)
+    assert status.audit is None
+    with pytest.raises(UsageError, match="no promise to audit"):
+        monitor.audit(draw(np.random.default_rng(12), 1))
 
 
 def test_groups_that_the_caller_gave(calibration: vilu.Outcomes) -> None:

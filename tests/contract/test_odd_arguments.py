@@ -61,6 +61,7 @@ def calls_of(folder: Path) -> dict[str, Call]:
         "positive": "correct",
         "rule": "interpolate",
         "failure": [0, 1, 0],
+        "picture": [4, -1, 4],
     }
     scores = ("uncertainty", "uncertainty_a", "uncertainty_b", "probability")
     metric |= {name: [0.1, 0.3, 0.4] for name in scores} | bootstrap
@@ -80,6 +81,7 @@ def calls_of(folder: Path) -> dict[str, Call]:
         "class_names": ["x", "y"], "method": "m", "dataset": "d", "split": "s", "seed": 0, "reason": None,
         "provenance": {}, "is_probability": True, "failure_probability": [0.1, 0.2], "label_set": None,
         "decision": ["accept", "abstain"], "decision_reason": [None, "a"],
+        "picture": [3, -1],
     }  # fmt: skip
     return {
         **{name: (f, {a: metric[a] for a in inspect.signature(f).parameters}) for name, f in functions.items()},
@@ -410,10 +412,10 @@ def test_numbers_of_numpy_are_numbers(number: Callable[[int], Any], tmp_path: Pa
         number(4), torch.nn.Parameter(torch.tensor(8.0))
     )  # as a model holds it
     assert space.fingerprint == vilu.EmbeddingSpace(4, 8.0).fingerprint
-    vilu.Monitor(scores, false_alarm=np.float32(0.05), seed=number(3)).save(
-        tmp_path / "state.parquet"
-    )
-    assert vilu.calibrate(scores, max_risk=np.array(0.5)).max_risk == 0.5
+    rule = vilu.calibrate(scores, max_risk=np.array(0.7))
+    assert rule.max_risk == 0.7
+    monitor = vilu.Monitor(scores, rule, false_alarm=np.float32(0.05), seed=number(3))
+    monitor.save(tmp_path / "state.parquet")
     table = vilu.evaluate(
         replace(scores, is_probability=np.bool_(True)), metrics=["brier"], n_resamples=number(0)
     )

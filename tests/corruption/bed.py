@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import logging.handlers
+import queue
 import shutil
 import signal
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -18,6 +21,7 @@ import torch
 import vilu
 from tests.builders.array_files import arrays, save
 from tests.builders.bench_fakes import config, make_store
+from tests.builders.photo_folders import KINDS, photo, write_photos
 from tests.builders.store_fakes import NAMES, FakeBackbone, dataset
 from tests.command import command_line
 from tests.conftest import toy_embeddings
@@ -28,6 +32,7 @@ from vilu.calibration.procedure import Target, calibrate_predictor
 from vilu.cli.artefacts import check
 from vilu.embeddings.memory import Embeddings
 from vilu.embeddings.pairs import Pools
+from vilu.guard.guard import Guard
 from vilu.outcomes.outcomes import Outcomes
 from vilu.outcomes.results import ResultTable
 from vilu.predictors.nn.checkpoint import checkpointing
@@ -36,9 +41,11 @@ from vilu.predictors.vilu.vilu import ViLU
 from vilu.progress import reporting
 from vilu.scoring.score import Decider
 from vilu.scoring.score_folder import ScoreFolder
+from vilu.service.keeper import Bookkeeper
 from vilu.store.embed import embed
 from vilu.store.importing import import_arrays
 from vilu.store.inspect import inspect
+from vilu.store.job import BackboneSpec
 from vilu_bench.studies.study import render_studies, run_studies
 
 FINE = {0, 8}
@@ -66,10 +73,17 @@ class Artefact:
     uses: dict[str, Use]
     read: Use
     pristine: dict[Path, bytes] = field(default_factory=dict)
+    suffixes: frozenset[str] = frozenset()
+    """Of its files, where it has not all in the folder."""
 
     def files(self) -> list[Path]:
         found = sorted(self.path.rglob("*")) if self.path.is_dir() else [self.path]
-        return [path for path in found if path.is_file() and path.name not in UNSAID]
+        return [path for path in found if self.holds(path)]
+
+    def holds(self, path: Path) -> bool:
+        if not path.is_file() or path.name in UNSAID:
+            return False
+        return not self.suffixes or path.suffix in self.suffixes
 
     def keep(self) -> None:
         self.pristine = {path: path.read_bytes() for path in self.files()}
@@ -156,6 +170,10 @@ def build(root: Path) -> list[Artefact]:
     for suffix in ("json", "parquet"):
         do("evaluate", "scores.parquet", "-o", f"results.{suffix}", "--resamples", 10)
     do("explain", "head", "new", "-n", 3, "-o", "why.json")
+    do("monitor", "head", "scores.parquet", "-o", "monitored.json")
+    do("pools", "pairs", "mcm", "--sizes", "4,8", "-o", "sizes.json", "--resamples", 10)
+    do("audit-labels", "new", "--predictor", "mcm", "-o", "wrong.parquet")
+    begin_triage(root, do)
     benchmark(root)
     resume(root / "checkpoints", stop_after=5)
     found = [
@@ -164,7 +182,11 @@ def build(root: Path) -> list[Artefact]:
         _scores(root, do),
         _score_folder(root, do),
         _state(root, do),
-        *(_results(root / f"results.{suffix}", do) for suffix in ("json", "parquet")),
+        *(_results(root / name, do) for name in ("results.json", "results.parquet", "sizes.json")),
+        _monitor_report(root, do),
+        _label_errors(root, do),
+        *_triage(root, do),
+        *_journals(root),
         Artefact(
             root / "why.json",
             {"inspect": lambda: do("inspect", "why.json")},
@@ -300,12 +322,114 @@ def _state(root: Path, do: Do) -> Artefact:
     )
 
 
+def _journals(root: Path) -> list[Artefact]:
+    """What `vilu serve` keeps, of a service that was killed, and of one that was stopped."""
+    stopped = root / "serving"
+    killed = root / "serving-killed"
+    scores = Outcomes.load(root / "scores.parquet")
+    ids = list(scores.ids or ())
+    answers = np.asarray(scores.prediction).tolist()
+    keeper = Bookkeeper(stopped, {"first": root / "head"})
+    keeper.switch("first")
+    for first in range(0, len(ids), 10):
+        rows = slice(first, first + 10)
+        keeper.record(ids[rows], {"first": (answers[rows], scores.uncertainty.tolist()[rows])})
+    keeper.label({key: NAMES[answers[place]] for place, key in enumerate(ids[:20])})
+    shutil.copytree(stopped, killed, ignore=shutil.ignore_patterns("*-shm"))
+    keeper.close()
+    labels = dict.fromkeys(ids[:20], NAMES[0])
+    artefacts: list[Artefact] = []
+    for path in (stopped, killed):
+        use = partial(_start_keeper, path, root / "head", labels)
+        artefacts.append(Artefact(path, {"start": use}, use))
+    return artefacts
+
+
+def _start_keeper(state: Path, predictor: Path, labels: dict[str, str]) -> object:
+    """What the monitor says at the start; Refused where the log says that files were set aside."""
+    messages = queue.SimpleQueue[logging.LogRecord]()
+    handler = logging.handlers.QueueHandler(messages)
+    logger = logging.getLogger("vilu.service")
+    logger.addHandler(handler)
+    try:
+        with closing(Bookkeeper(state, {"first": predictor})) as keeper:
+            statuses = keeper.statuses()["first"].model_dump(mode="json")
+            known = keeper.label(labels)  # each has its label already
+    finally:
+        logger.removeHandler(handler)
+    if not messages.empty():
+        raise Refused(messages.get().getMessage())
+    return statuses, known
+
+
 def _results(path: Path, do: Do) -> Artefact:
     uses: dict[str, Use] = {
         "load": lambda: str(ResultTable.load(path)),
         "inspect": lambda: do("inspect", path),
     }
     return Artefact(path, uses, lambda: str(ResultTable.load(path)))
+
+
+def _monitor_report(root: Path, do: Do) -> Artefact:
+    path = root / "monitored.json"
+    uses: dict[str, Use] = {
+        "again": lambda: [do("monitor", "head", "scores.parquet", "-o", path), tree(path)],
+        "inspect": lambda: do("inspect", path),
+    }
+    return Artefact(path, uses, lambda: do("inspect", path))
+
+
+def _label_errors(root: Path, do: Do) -> Artefact:
+    path = root / "wrong.parquet"
+    uses: dict[str, Use] = {
+        "again": lambda: [
+            do("audit-labels", "new", "--predictor", "mcm", "-o", path),
+            tree(path),
+        ],
+        "inspect": lambda: do("inspect", path),
+    }
+    return Artefact(path, uses, lambda: do("inspect", path))
+
+
+def begin_triage(root: Path, do: Do) -> None:
+    """A triage of 45 photos, of which 36 have a label, so that its predictor learns from them."""
+    truth = write_photos(root / "photos", 45)
+    (root / "names.txt").write_text("\n".join(NAMES))
+    lines = [f"{path},{label}" for path, label in list(truth.items())[:36]]
+    (root / "known.csv").write_text("\n".join(["path,label", *lines]))
+    triage(root, do, "--labels", "known.csv")
+    triage(root, do)
+
+
+def triage(root: Path, do: Do, *more: object) -> object:
+    """What the command says, and what it has written; embeddings are read, not written."""
+    arguments = ("photos", "--classes", "names.txt", "-o", "triage", "-n", 6)
+    with patch.object(BackboneSpec, "load", lambda _: FakeBackbone()):
+        said = do("triage", *arguments, *more)
+    written = tree(root / "triage")
+    return said, {name: of for name, of in written.items() if not name.startswith("embeddings/")}
+
+
+def _triage(root: Path, do: Do) -> list[Artefact]:
+    path, tasks = root / "triage", root / "tasks.json"
+    images = [photo(kind, 1_000 + kind) for kind in range(KINDS)]
+
+    def read() -> object:
+        return list(map(str, Guard(path / "predictor", backbone=FakeBackbone())(images)))
+
+    again: Use = partial(triage, root, do)
+    uses: dict[str, Use] = {
+        "again": again,
+        "review": lambda: do("review", path, "-o", tasks, "--to", "label-studio", out=tasks),
+        "guard": read,
+        "inspect": lambda: do("inspect", path / "predictor"),
+    }
+    sealed = frozenset({".json", ".parquet", ".safetensors", ".npy"})
+    for_people = frozenset({".csv", ".html"})  # without a digest: they are written anew
+    return [
+        Artefact(path, uses, read, suffixes=sealed),
+        Artefact(path, {"again": again}, again, suffixes=for_people),
+    ]
 
 
 def benchmark(root: Path) -> object:

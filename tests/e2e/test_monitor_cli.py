@@ -25,7 +25,13 @@ from tests.conftest import toy_embeddings
 from vilu.backbones.zeroshot import class_texts
 from vilu.calibration.procedure import Target, calibrate_predictor
 from vilu.cli.app import app
-from vilu.errors import DataError, MissingModelError, ProvenanceError, UsageError
+from vilu.errors import (
+    DataError,
+    InfeasibleError,
+    MissingModelError,
+    ProvenanceError,
+    UsageError,
+)
 from vilu.scoring.score import Decider
 from vilu.store.embed import embed
 
@@ -59,6 +65,36 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         provenance=rows.provenance,
     ).save(folder / "hard.parquet")
     return folder
+
+
+@pytest.mark.parametrize("calibrated", [False, True], ids=["not calibrated", "probabilities"])
+def test_without_a_guarantee_there_is_nothing_to_watch(tmp_path: Path, calibrated: bool) -> None:
+    """It is said before any row is read: the scores are no scores at all."""
+    predictor, scores = tmp_path / "mcm", tmp_path / "scores.parquet"
+    vilu.MCM().fit(toy_embeddings()).save(predictor)
+    if calibrated:
+        calibrate_predictor(predictor, toy_embeddings(300, seed=1, ids_from=10_000), Target())
+    scores.write_bytes(b"nothing that can be read")
+    overwrite = " --overwrite" if calibrated else ""
+    advice = f"run `vilu calibrate {predictor} STORE --max-risk 0.05{overwrite}`"
+    output, state = tmp_path / "report.json", tmp_path / "state.parquet"
+    for option in (("-o", output), ("--state", state), ("--late-labels", scores)):
+        done = run("monitor", predictor, scores, *option, code=4)
+        assert "there is no guarantee to watch" in done.stderr
+        assert advice in done.stderr
+        assert done.stdout == ""
+    assert not output.exists()
+    assert not state.exists()
+    with pytest.raises(InfeasibleError, match="no guarantee to watch"):
+        vilu.Monitor.of_folder(predictor)
+
+
+def test_label_sets_alone_are_a_guarantee(tmp_path: Path) -> None:
+    predictor = tmp_path / "mcm"
+    vilu.MCM().fit(toy_embeddings()).save(predictor)
+    rows = toy_embeddings(300, seed=1, ids_from=10_000)
+    calibrate_predictor(predictor, rows, Target(label_sets="aps", max_miss=0.2))
+    assert vilu.Monitor.of_folder(predictor).status.verdict == "holds"
 
 
 def test_a_monitor_goes_on_from_its_state(work: Path, tmp_path: Path) -> None:

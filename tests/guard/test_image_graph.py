@@ -23,11 +23,11 @@ from vilu.artifacts.paths import claim_file
 from vilu.backbones.base import Backbone
 from vilu.backbones.catalog import load_backbone
 from vilu.calibration.procedure import Target, calibrate_predictor
-from vilu.errors import DataError, UsageError
+from vilu.errors import OUTSIDE, DataError, UsageError
 from vilu.guard import image_graph
 from vilu.guard.guard import Answer, Guard
 from vilu.guard.image_graph import ImageGraph, export_image_graph, fingerprint_of
-from vilu.predictors.persistence.record import VOCABULARY
+from vilu.predictors.persistence.record import VOCABULARY, fit_fingerprint
 from vilu.predictors.persistence.vocabulary import Vocabulary
 from vilu.store.embed import embed
 
@@ -82,13 +82,24 @@ def require_same(
 
 
 def made(
-    folder: Path, model: Backbone, predictor: vilu.FailurePredictor, target: Target | None
+    folder: Path,
+    model: Backbone,
+    predictor: vilu.FailurePredictor,
+    target: Target | None,
+    words: tuple[str, ...] = (),
 ) -> Path:
-    """A predictor that was fitted, and perhaps calibrated, on photos that a model has embedded."""
+    """A predictor that was fitted, and perhaps calibrated, on photos that a model has embedded.
+
+    With everyday words the last kind of photos is of none of the classes.
+    """
+    truths = [NAMES.index(truth_of(kind)) for kind in range(9)]
+    if words:
+        truths[-1] = OUTSIDE
+    columns = {"features": True, "negatives": words}
     for part, first in (("train", 0), ("calibration", 90)):
         blobs = [photo(number % 9, number) for number in range(first, first + 90)]
-        labels = [NAMES.index(truth_of(number % 9)) for number in range(90)]
-        embed(FakeDataset(blobs, labels), model, folder / part, names=NAMES, features=True)
+        labels = [truths[number % 9] for number in range(90)]
+        embed(FakeDataset(blobs, labels), model, folder / part, names=NAMES, **columns)
     predictor.fit(vilu.open_source(folder / "train")).save(folder / "predictor")
     if target is None:
         Vocabulary.of(vilu.open_source(folder / "train"), "float16").save(folder / "predictor")
@@ -111,9 +122,7 @@ def test_onnxruntime_decides_as_the_guard(begun: Folder, tmp_path: Path) -> None
     }
     assert np.array_equal(found["image"], found["image"].astype(np.float16))
     assert (said["vilu.preprocess"], json.loads(said["vilu.classes"])) == ("8x8", list(NAMES))
-    assert (
-        said["vilu.predictor"] == json.loads((folder / "predictor.json").read_text())["fingerprint"]
-    )
+    assert said["vilu.predictor"] == fit_fingerprint(folder)
     assert said["vilu.decision"].startswith("accepts ")
     assert claim_file(path, "ONNX export", fingerprint_of(folder))
     with pytest.raises(UsageError, match="of other inputs"):
@@ -149,6 +158,17 @@ def test_of_every_kind_of_predictor_and_rule(
     if predictor.name == "vilu_plus":
         assert record is not None
         assert record.rule.grouped_by == "prediction"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_outcome_outside_is_part_of_the_file(tmp_path: Path) -> None:
+    words = tuple(f"word {number}" for number in range(50))
+    target, predictor = Target(min_coverage=0.5), vilu.ViLUPlus(width=8, epochs=2)
+    folder, path = made(tmp_path, Traceable(), predictor, target, words), tmp_path / "guard.onnx"
+    export_image_graph(folder, path, backbone=Traceable())
+    guard = Guard(folder)
+    assert guard.predictor.outcome.columns == ("negatives",)
+    assert require_same(path, guard) == {"accept", "abstain"}
 
 
 @pytest.mark.slow

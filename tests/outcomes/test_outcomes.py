@@ -110,6 +110,11 @@ def test_repr_does_not_spell_out_the_rows() -> None:
         ({"provenance": {"a": object()}}, "plain JSON"),
         ({"provenance": {"a": math.nan}}, "plain JSON"),
         ({"is_probability": 1}, "is_probability must be .*. Got 1"),
+        ({"picture": [1, 2, 3]}, r"picture must have one entry per uncertainty \(4\). Got 3"),
+        ({"picture": [0.0, 1, 2, 3]}, "picture must hold whole numbers.* Got dtype float64"),
+        ({"picture": ["a", "b", "c", "d"]}, "picture must hold real numbers"),
+        ({"picture": [0, 1, 2, -2]}, "picture must be from 0 to .* Got -2 to 2 instead"),
+        ({"picture": np.uint64([0, 1, 2, 2**63])}, f"Got 0 to {2**63} instead"),
     ],
 )
 def test_what_cannot_be_is_refused(change: dict[str, object], message: str) -> None:
@@ -360,3 +365,27 @@ def test_rows_are_taken_by_places_or_a_mask_and_nothing_else() -> None:
             DataError, match="rows must be a list of places from 0 to 3, or 4 Booleans"
         ):
             full().take(rows)
+
+
+LARGE = 2**63 - 1  # float64 cannot tell it from the number before it
+
+
+def pictured() -> Outcomes:
+    return replace(full(), picture=[LARGE, LARGE - 1, -1, LARGE])
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.csv"])
+def test_pictures_of_rows_are_kept_to_the_last_bit(tmp_path: Path, name: str) -> None:
+    pictured().save(tmp_path / name)
+    picture = Outcomes.load(tmp_path / name).picture
+    assert picture is not None
+    assert picture.dtype == np.int64
+    assert picture.tolist() == [LARGE, LARGE - 1, -1, LARGE]
+    full().save(tmp_path / name)
+    assert Outcomes.load(tmp_path / name).picture is None
+
+
+def test_pictures_are_taken_with_their_rows() -> None:
+    taken = pictured().take([3, 1])
+    assert taken.picture is not None
+    assert taken.picture.tolist() == [LARGE, LARGE - 1]

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError
-from vilu.outcomes.results import COLUMNS, ResultRow, ResultTable
+from vilu.outcomes.results import COLUMNS, SELDOM, ResultRow, ResultTable
 
 ROW = ResultRow(
     method="vilu",
@@ -91,7 +91,7 @@ def test_json_says_null_and_why(tmp_path: Path) -> None:
     last = content["rows"][-1]
     assert last["value"] is None
     assert last["why"] == "none of 100 answers is wrong"
-    assert tuple(last) == tuple(name for name in COLUMNS if name != "n_outside")
+    assert tuple(last) == tuple(name for name in COLUMNS if name not in SELDOM)
 
 
 def test_csv_and_parquet_say_null(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_csv_and_parquet_say_null(tmp_path: Path) -> None:
     table().save(tmp_path / "a.parquet")
     with (tmp_path / "a.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert tuple(rows[0]) == tuple(name for name in COLUMNS if name != "n_outside")
+    assert tuple(rows[0]) == tuple(name for name in COLUMNS if name not in SELDOM)
     assert rows[-1]["value"] == ""
     assert rows[-1]["method"] == "'=mcm"
     assert rows[1]["value"] == repr(1 / 3)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import vilu
@@ -23,6 +24,7 @@ from vilu.cli.app import app
 from vilu.errors import DataError, MissingModelError, UsageError
 from vilu.predictors.persistence import hub as folders
 from vilu.predictors.persistence.hub import pull, push
+from vilu.predictors.persistence.vocabulary import Vocabulary
 from vilu.predictors.zero_shot import MCM
 from vilu_bench.methods.neighbours import KNNVote
 
@@ -106,7 +108,7 @@ def test_a_predictor_goes_up_and_comes_down(
     assert (
         made["visibility"] == "private" if "visibility" in made else made["private"]
     )  # as new or old clients say it
-    calibrated = OURS | {"risk.json", "calibration.parquet"}
+    calibrated = OURS | {"risk.json", "calibration.parquet", "looks.json"}
     assert set(files) == calibrated | {"notes.txt", "evil.pkl"}
     assert all(files[name] == (predictor / name).read_bytes() for name in OURS)
 
@@ -216,6 +218,18 @@ def test_a_damaged_predictor_is_not_placed(
     with pytest.raises(DataError, match=message):
         push(predictor, str(tmp_path / "hub"))
     assert names(tmp_path) == {"predictor", "here"}
+
+
+def test_damaged_candidates_are_not_placed(predictor: Path, tmp_path: Path) -> None:
+    space = vilu.EmbeddingSpace(2, logit_scale=10.0)
+    Vocabulary(("cat", "dog"), torch.eye(2), space, "float32", {}).save(predictor)
+    path = predictor / "vocabulary.safetensors"
+    path.write_bytes(path.read_bytes().replace(b"cat", b"cot"))
+    with pytest.raises(DataError, match=f"{path} is damaged"):
+        pull(str(predictor), tmp_path / "here")
+    with pytest.raises(DataError, match=r"vocabulary\.safetensors is damaged"):
+        push(predictor, str(tmp_path / "hub"))
+    assert names(tmp_path) == {"predictor"}
 
 
 @pytest.mark.parametrize("interrupted", [None, 1, 2])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import vilu
-from tests.conftest import few, toy_embeddings, toy_pairs, without_words
+from tests.conftest import few, toy_embeddings, toy_pairs, variant, without_words
 from vilu.embeddings.memory import Embeddings
 from vilu.errors import DataError, UsageError
 from vilu.predictors.contract.parameters import parameters
@@ -106,6 +106,41 @@ def test_onnxruntime_says_what_the_predictor_says(
     assert found["vilu.embeddings.space"] == predictor.space_.fingerprint
     assert (found["vilu.method"], found["vilu.logit_scale"]) == (predictor.name, "20.0")
     assert found["vilu.version"] == vilu.__version__
+
+
+@pytest.mark.parametrize("examples", few([False, True], 1), ids=["words", "examples"])
+@pytest.mark.filterwarnings("ignore")
+def test_the_outcome_outside_is_part_of_the_graph(
+    examples: bool, tmp_path: Path, test: Embeddings
+) -> None:
+    """Learned from everyday words, and from images of no class; scored with any number of words."""
+    data = toy_embeddings()
+    if examples:
+        data = variant(data, target=data.target.clone().index_fill(0, torch.arange(0, 600, 6), -2))
+    predictor = ViLUPlus(**PLUS).fit(data)
+    assert predictor.outcome
+    predictor.save(tmp_path / "p")
+    allowed = max(export_onnx(tmp_path / "p", tmp_path / "head.onnx"), 1e-5)
+    session = onnxruntime.InferenceSession((tmp_path / "head.onnx").read_bytes())
+    features, words = (test.column(name, torch.arange(len(test))) for name in WORDS_TOO)
+    without = ViLUPlus(**PLUS).fit(without_words(toy_embeddings()))
+    for text in candidates(test).values():
+        for n_words in (2, 6, 10, len(words)):  # a quarter of six and of ten is rounded to even
+            columns = {"features": features, "negatives": words[:n_words]}
+            new = Embeddings(test.image, text, space=predictor.space_, columns=columns)
+            expected = predictor.predict_uncertainty(new)
+            every = {"image": new.image, "text": new.text, **columns}
+            feed = {entry.name: every[entry.name].numpy() for entry in session.get_inputs()}
+            uncertainty, _ = session.run(["uncertainty", "prediction"], feed)
+            assert np.abs(uncertainty - expected).max() <= allowed
+    known = Embeddings(
+        test.image, test.text, space=predictor.space_, columns={"features": features}
+    )
+    seen = predictor.predict_uncertainty(test) - without.predict_uncertainty(known)
+    assert np.abs(seen).max() > 0.01  # the outcome says something
+
+
+WORDS_TOO = ("features", "negatives")
 
 
 def test_equal_texts_have_the_place_of_the_first() -> None:

@@ -349,3 +349,46 @@ def test_sketches_of_both_sets_have_what_both_are_recognised_by(
     assert set(sketch(store("new", range(9)))) == {"pictures", "names"}
     found = quick().fit(train, toy_embeddings(seed=1, ids_from=None))
     assert set(found.seen_) == {"embeddings"}
+
+
+# Pictures of scored rows.
+
+
+def test_rows_of_one_file_are_scored_as_one_picture(store: Store, tmp_path: Path) -> None:
+    seeds = [0, 1, 0, 2, 1, 0]
+    outcomes = vilu.score(vilu.MCM(), store("a", seeds))
+    expected = [int.from_bytes(sha256(picture(seed)).digest()[:8], "little") for seed in seeds]
+    assert outcomes.picture is not None
+    assert outcomes.picture.tolist() == [number & (2**63 - 1) for number in expected]
+    old = vilu.score(vilu.MCM(), store("old", seeds, old=True))  # it knows embeddings alone
+    assert old.picture is not None
+    first = [old.picture.tolist().index(number) for number in old.picture.tolist()]
+    assert first == [0, 1, 0, 3, 1, 0]
+    parts = vilu.score_parts(vilu.MCM(), vilu.EmbeddingStore(tmp_path / "a"), tmp_path / "scores")
+    assert np.array_equal(parts.outcomes().picture, outcomes.picture)
+
+
+def test_a_row_without_embedding_has_no_known_picture() -> None:
+    image = np.array([[1.0, 0.0], [0.0, 0.0], [np.nan, 0.0], [0.0, 0.0]])
+    outcomes = vilu.score(vilu.MCM(), Embeddings(image, np.eye(2), [0, 1, 0, 1]))
+    assert outcomes.picture is not None
+    assert (outcomes.picture == -1).tolist() == [False, True, True, True]
+
+
+@pytest.mark.parametrize("direction", ["image_to_text", "text_to_image"])
+def test_the_picture_of_a_pair_is_its_image(store: Store, direction: str) -> None:
+    seeds = list(range(64)) * 2
+    pools = Pools(16, direction=direction)
+    stored = CaptionStore(store("a", seeds, captions=True, part_size=50).path, pools)
+    image, caption = np.eye(8)[[0, 0, 1, 1]], np.eye(8)[:4]
+    memory = PairEmbeddings(image, caption, Pools(2, direction=direction))
+    union = PseudoCaptions([memory, Embeddings(np.eye(8)[:2], np.eye(8), [0, 1])], 2)
+    for data, same in (
+        (stored, [(row, row + 64) for row in range(64)]),
+        (memory, [(0, 1), (2, 3)]),
+        (union, [(0, 1), (1, 4), (2, 3), (3, 5)]),
+    ):
+        picture = vilu.score(vilu.MCM(), data).picture
+        assert picture is not None
+        assert all(picture[first] == picture[second] for first, second in same)
+        assert len(np.unique(picture)) == len(data) - len(same)

@@ -131,7 +131,7 @@ def test_a_resample_is_counted_as_its_rows(rows: list[tuple[float, int]], seed: 
     rng = np.random.default_rng(seed)
     correct, wrong = (
         rng.choice(of, (3, len(of))) if len(of) else np.empty((3, 0), dtype=np.int64)
-        for of in (sorted_scores.correct_rows, sorted_scores.wrong_rows)
+        for of in sorted_scores.strata
     )
     counts = sorted_scores.counts(correct, wrong)
     for resample in range(3):

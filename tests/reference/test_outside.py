@@ -17,7 +17,6 @@ from vilu.embeddings.source import Batch
 from vilu.errors import DataError, UsageError
 from vilu.metrics import auroc
 from vilu.predictors.contract.labelled import with_outside
-from vilu.predictors.contract.predictor import NotExportable
 from vilu.predictors.plus.ood import (
     Margins,
     Outside,
@@ -384,7 +383,7 @@ def test_rows_without_labels_count_as_seen(examples: int) -> None:
 @pytest.mark.filterwarnings(
     "ignore:.*rows are left out", "ignore:only .* failures", "ignore:.*were used to fit"
 )
-def test_the_outcome_is_explained_and_not_exported(tmp_path) -> None:
+def test_the_outcome_is_explained() -> None:
     data = strangers(16, 90, 30)
     fitted = plus(data)
     u = fitted.predict_uncertainty(data)
@@ -394,8 +393,6 @@ def test_the_outcome_is_explained_and_not_exported(tmp_path) -> None:
         assert row.attribution.score == pytest.approx(odds, abs=1e-4)
         assert sum(parts.values()) == pytest.approx(odds - row.attribution.baseline, abs=1e-6)
         assert (parts["none of the classes"] > 0) == (row.row >= 90)
-    with pytest.raises(NotExportable, match="no graph with the outcome"):
-        fitted.graph()
 
 
 def test_words_refuse_nothing_that_few_rows_hold() -> None:

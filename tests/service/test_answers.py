@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import shutil
 import socket
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
@@ -15,15 +17,18 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.builders.photo_folders import KINDS, truth_of
 from tests.builders.store_fakes import FakeBackbone
-from tests.command import command_line
+from tests.command import command_line, run
 from tests.service.conftest import Running, hosted
+from vilu.calibration import record
 from vilu.calibration.monitor.monitor import Monitor
+from vilu.calibration.rules import calibrate
 from vilu.errors import DataError, StorageError, UsageError
 from vilu.guard.guard import Guard
 from vilu.service.journal import Journal
@@ -83,6 +88,26 @@ def test_embeddings_are_scored_as_their_images(
     assert u == pytest.approx(
         np.array([one.uncertainty for one in expected]), abs=2e-3
     )  # a step of float16
+
+
+def test_what_was_never_promised_is_not_said_to_hold(
+    predictors: tuple[Path, Path], tmp_path: Path, photos: Photos
+) -> None:
+    """Probabilities alone: in the answer, in the monitor, and in what Prometheus reads."""
+    folder = tmp_path / "predictor"
+    shutil.copytree(predictors[0], folder)
+    run("calibrate", folder, predictors[0].parent / "cal", "--overwrite")
+    with hosted(folder, tmp_path / "s") as running:
+        told = running.post("/v1/answers", files=as_files(photos(9))).json()
+        assert told["promise"] == "none"
+        assert told["answers"][0]["failure_probability"] is not None
+        (said,) = running.get("/v1/monitor").json()["monitors"]
+        assert "status" not in said
+        measured = running.get("/metrics").text
+    for state in ("holds", "void"):
+        assert re.search(rf"^vilu_promise_{state}\{{.*\}} 0.0$", measured, re.MULTILINE)
+    assert "holds" not in json.dumps([told, said])
+    assert "vilu_monitor_rows{" not in measured
 
 
 def test_every_row_is_counted_once(
@@ -148,9 +173,6 @@ def test_a_void_promise_is_void_after_a_kill_in_whatever_order_labels_came(
     assert journal.status.raised_at == 399
     again = Journal(tmp_path / "j", predictors[0])  # beside one that never got to save
     assert (again.promise, again.status) == ("void", journal.status)
-    with closing(sqlite3.connect(tmp_path / "j" / "rows.sqlite")) as table:
-        table.execute("DROP TABLE labels")  # as older code leaves a journal
-    assert Journal(tmp_path / "j", predictors[0]).status.audit == journal.status.audit
 
 
 def test_labels_of_a_request_are_taken_in_together(
@@ -571,3 +593,167 @@ def test_images_that_nobody_waits_for_any_more_are_not_decoded(
         gate.set()
         assert running.post("/v1/answers", files=files[:1]).status_code == 200
     assert len(begun) == 2 + 1  # one in each of two decoders, and the last
+
+
+def blocked(
+    monkeypatch: pytest.MonkeyPatch, picture: bytes
+) -> tuple[threading.Event, threading.Event]:
+    """Decoders that wait at this picture: whether one waits, and what lets all of them go on."""
+    decode = Decoder.__call__
+    waits = threading.Event()
+    gate = threading.Event()
+
+    def slow(decoder: Decoder, image: Any) -> Any:
+        if image[1].read() == picture:
+            waits.set()
+            assert gate.wait(30)
+        return decode(decoder, image)
+
+    monkeypatch.setattr(Decoder, "__call__", slow)
+    return waits, gate
+
+
+def rows_counted(running: Running) -> int:
+    (monitor,) = running.get("/v1/monitor").json()["monitors"]
+    return int(monitor["status"]["rows"])
+
+
+def rows_stored(state: Path) -> int:
+    (file,) = state.glob("*/rows.sqlite")
+    with closing(sqlite3.connect(file)) as table:
+        (n,) = table.execute("SELECT count(*) FROM rows").fetchone()
+    return int(n)
+
+
+@pytest.mark.parametrize("headers", [{}, {"X-Request-Id": "again"}])
+def test_rows_of_an_answer_that_was_given_up_do_not_count(
+    predictors: tuple[Path, Path],
+    tmp_path: Path,
+    photos: Photos,
+    monkeypatch: pytest.MonkeyPatch,
+    headers: dict[str, str],
+) -> None:
+    """Seven of the eight pictures were judged when the time was up; the retry counts all once."""
+    images = photos(8)
+    with hosted(predictors[0], tmp_path / "s", answer=2.0, batch_size=2) as running:
+        _, gate = blocked(monkeypatch, images[-1])
+        late = running.post("/v1/answers", files=as_files(images), headers=headers)
+        assert late.status_code == 503
+        assert (rows_counted(running), rows_stored(tmp_path / "s")) == (0, 0)
+        gate.set()
+        again = running.post("/v1/answers", files=as_files(images), headers=headers)
+        assert again.status_code == 200
+        assert (rows_counted(running), rows_stored(tmp_path / "s")) == (8, 8)
+
+
+def test_rows_of_an_answer_that_failed_do_not_count(
+    predictors: tuple[Path, Path],
+    tmp_path: Path,
+    photos: Photos,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The last of several batches fails."""
+    with hosted(predictors[0], tmp_path / "s", batch_size=2) as running:
+        with monkeypatch.context() as patch:
+            embed = Guard.embed
+            batches: list[int] = []
+
+            def fails(guard: Guard, batch: Any) -> Any:
+                batches.append(len(batch))
+                if sum(batches) >= 8:
+                    raise RuntimeError("no memory")
+                return embed(guard, batch)
+
+            patch.setattr(Guard, "embed", fails)
+            reply = running.post("/v1/answers", files=as_files(photos(8)))
+            assert reply.status_code == 500
+            assert len(batches) > 1
+        assert (rows_counted(running), rows_stored(tmp_path / "s")) == (0, 0)
+
+
+def test_rows_of_a_client_that_has_gone_do_not_count(
+    predictors: tuple[Path, Path],
+    tmp_path: Path,
+    photos: Photos,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    images = photos(2)
+    with hosted(predictors[0], tmp_path / "s") as running:
+        waits, gate = blocked(monkeypatch, images[-1])
+        with (
+            running.client() as client,
+            pytest.raises(httpx.ReadTimeout),
+        ):
+            client.post("/v1/answers", files=as_files(images), timeout=1.0)
+        assert waits.wait(10)
+        gate.set()
+        while "vilu_images_under_way 0.0" not in running.get("/metrics").text:
+            time.sleep(0.05)
+        assert (rows_counted(running), rows_stored(tmp_path / "s")) == (0, 0)
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_nothing_is_answered_where_the_journal_is_gone(
+    predictors: tuple[Path, Path], tmp_path: Path, photos: Photos, *, is_replaced: bool
+) -> None:
+    """Removed, or replaced by an older copy, while the service runs."""
+    with hosted(predictors[0], tmp_path / "s") as running:
+        first = running.post("/v1/answers", files=as_files(photos(3)))
+        (file,) = (tmp_path / "s").glob("*/rows.sqlite")
+        if is_replaced:
+            copy = shutil.copy(file, tmp_path / "copy")
+            Path(copy).replace(file)
+        else:
+            for path in file.parent.glob("rows.sqlite*"):
+                path.unlink()
+        row = first.json()["answers"][0]["row"]
+        label = {"labels": {row: truth_of(0)}}
+        for reply in (
+            running.post("/v1/answers", files=as_files(photos(2))),
+            running.post("/v1/labels", json=label),
+            running.get("/readyz"),
+        ):
+            assert reply.status_code == 503
+            assert "the journal was removed or replaced" in reply.json()["detail"]
+        assert running.get("/healthz").status_code == 200
+        assert "vilu_ready 0.0" in running.get("/metrics").text
+        assert rows_counted(running) == 3
+
+
+def accept_nothing(predictor: Path) -> None:
+    """Give a calibrated predictor a rule that accepts nothing, as a triage leaves it at first."""
+    before = record.load(predictor)
+    rows = record.load_rows(predictor, before)
+    rule = calibrate(rows, max_risk=0.001)
+    assert not rule.feasible
+    fields = before.model_dump(exclude={"rows_sha256"})
+    record.save(predictor, rows, **fields | {"rule": rule, "promise": str(rule)})
+
+
+def test_the_page_says_what_is_promised_in_every_state(
+    predictors: tuple[Path, Path], tmp_path: Path, photos: Photos
+) -> None:
+    """No rule, a rule that accepts nothing, a promise that holds, one that is void."""
+    home = predictors[0].parent
+    for name in ("no rule", "nothing"):
+        shutil.copytree(predictors[0], tmp_path / name)
+    run("calibrate", tmp_path / "no rule", home / "cal", "--overwrite")
+    accept_nothing(tmp_path / "nothing")
+    expected = {
+        "no rule": ("none", "Nothing is promised: this predictor has no rule"),
+        "nothing": ("none", "Nothing is promised: no threshold was certified"),
+        "holds": ("holds", "The promise holds, as far as what was answered shows. Promised: the rule accepts"),
+        "void": ("void", "The promise is void: what comes in is not like the calibration"),
+    }  # fmt: skip
+    for name, (state, words) in expected.items():
+        folder = tmp_path / name if state == "none" else predictors[0]
+        with hosted(folder, tmp_path / f"{name} state") as running:
+            if name == "void":
+                for _ in range(8):
+                    running.post("/v1/answers", files=as_files(photos(1) * 30))
+            (now,) = running.get("/v1/predictors").json()["predictors"]
+            page = running.get("/").text
+        assert now["promise"] == state
+        assert now["in_words"].startswith(words)
+        assert "it nothing" not in now["in_words"]
+        assert 'by("promise").textContent = now.in_words' in page

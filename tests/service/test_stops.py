@@ -109,3 +109,4 @@ def test_under_load(
         (monitor,) = again.get("/v1/monitor").json()["monitors"]
         assert monitor["status"]["rows"] == len(there)  # each once, the repeated request too
     assert "Traceback" not in "\n".join(running.said)
+    assert not list((tmp_path / "s").glob("*/*.aside-*"))  # a kill is no damage

@@ -5,15 +5,19 @@ from __future__ import annotations
 import http.client
 import json
 import shutil
+import signal
+import socket
+import subprocess
 import threading
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 from xml.etree import ElementTree
 
 import pytest
 
-from tests.command import run
+from tests.command import command, command_line, run
 from tests.conftest import few
 from tests.triage.conftest import Folder, rows
 from vilu.errors import DataError, UsageError
@@ -44,6 +48,28 @@ def test_a_triage_says_what_it_asks_for_and_what_is_to_be_reviewed(
     of_scores = open_review(half / "decisions.parquet", n=3)
     doubts = [one.failure_probability or 0 for one in of_scores.tasks]
     assert doubts == sorted(doubts, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after", "message"),
+    [
+        ("next_labels.csv", "stream", "strexm", "no column 'stream'"),
+        ("decisions.csv", "path,", "qath,", "no column 'path'"),
+        ("decisions.csv", ",0.", ",0.x", " has no failure_probability, but '0.x"),
+        ("decisions.csv", "\n", "\nonly-a-path.png\n", "row 2 is not complete"),
+    ],
+)
+def test_a_damaged_table_of_a_triage_is_named(
+    half: Path, tmp_path: Path, name: str, before: str, after: str, message: str
+) -> None:
+    shutil.copytree(half, tmp_path / "out")
+    path = tmp_path / "out" / name
+    path.write_text(path.read_text().replace(before, after, 1))
+    done = run("review", tmp_path / "out", "-o", tmp_path / "tasks.csv", code=3)
+    assert name in done.stderr
+    assert message in done.stderr
+    assert "Run `vilu triage` again" in done.stderr
+    assert not (tmp_path / "tasks.csv").exists()
 
 
 def test_label_studio_there_and_back(half: Path, tmp_path: Path) -> None:
@@ -382,3 +408,96 @@ def test_photos_by_keyboard(begun: Folder, tmp_path: Path, n: int) -> None:
     label = {row["path"]: row["label"] for row in kept}
     assert [label[one.path] for one in review.tasks[:3]] == ["(outside)", SKIPPED, "cat"]
     assert all(label[one.path] == one.answer for one in review.tasks[3:])
+
+
+@contextmanager
+def reviewing(folder: Path, output: Path) -> Iterator[tuple[Client, subprocess.Popen[str]]]:
+    """``vilu review --serve`` in a process of its own, until the block ends."""
+    words = command("review", folder, "--serve", "-o", output)
+    with subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        try:
+            yield Client(process.stdout.readline().strip()), process
+        finally:
+            process.kill()
+
+
+def test_a_second_reviewer_of_a_file_is_refused(half: Path, tmp_path: Path) -> None:
+    """Each would overwrite the answers of the other with every one of its own."""
+    output = tmp_path / "labels.csv"
+    with reviewing(half, output) as (client, process):
+        words = command("review", half, "--serve", "-o", output)
+        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
+        assert done.returncode == 75
+        assert f"another review (process {process.pid} of" in done.stderr
+        assert "labelling into labels.csv" in done.stderr
+        assert client.ask("/answer", {"place": 0, "label": "dog"})[0] == 200
+    assert [row["label"] for row in rows(output)] == ["dog"]
+
+
+def test_what_another_program_wrote_is_not_overwritten(
+    page: tuple[Client, ReviewSession, Path],
+) -> None:
+    client, session, output = page
+    assert client.ask("/answer", {"place": 0, "label": "dog"})[0] == 200
+    edited = output.read_bytes().replace(b"dog", b"cat")
+    output.write_bytes(edited)
+    status, content = client.ask("/answer", {"place": 1, "label": "car"})
+    assert status == 409
+    assert "was changed by another program, and stays as it is" in json.loads(content)["detail"]
+    assert output.read_bytes() == edited
+    assert set(session.answers.values()) == {
+        "dog"
+    }  # the page shows no answer that is not on the disk
+    again = ReviewSession(session.review, output)
+    again.answer(1, "car")
+    assert sorted(row["label"] for row in rows(output)) == ["car", "cat"]
+
+
+def test_an_answer_that_cannot_be_written_is_refused(
+    page: tuple[Client, ReviewSession, Path],
+) -> None:
+    client, session, output = page
+    output.mkdir()
+    status, content = client.ask("/answer", {"place": 0, "label": "dog"})
+    assert status == 507
+    assert "labels.csv" in json.loads(content)["detail"]
+    assert session.answers == {}
+
+
+def test_a_port_that_is_taken_is_one_sentence(half: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = command_line(
+            "review", half, "--serve", "-o", tmp_path / "labels.csv", "--port", port
+        )
+    assert done.returncode == 2
+    assert f"cannot listen at 127.0.0.1, port {port}: Address already in use" in done.stderr
+    assert "Give another --port, or none" in done.stderr
+    assert "open this address" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "words"),
+    [
+        (signal.SIGTERM, 143, "stopped: every answer is in"),
+        (signal.SIGINT, 0, "1 answers are in"),
+    ],
+)
+def test_a_stopped_review_goes_on_and_says_so(
+    half: Path, tmp_path: Path, number: signal.Signals, code: int, words: str
+) -> None:
+    output = tmp_path / "labels.csv"
+    with reviewing(half, output) as (client, process):
+        assert client.ask("/answer", {"place": 2, "label": "dog"})[0] == 200
+        process.send_signal(number)
+        assert process.stderr is not None
+        message = process.stderr.read()
+        assert process.wait(30) == code
+    assert words in message
+    assert "the same command goes on with the rest" in message
+    with reviewing(half, output) as (client, _):
+        tasks = json.loads(client.ask("/tasks")[1])["tasks"]
+    assert [task["label"] for task in tasks[:4]] == [None, None, "dog", None]

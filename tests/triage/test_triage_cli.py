@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
 import numpy as np
 import pytest
+import torch
 
 from tests.builders.photo_folders import write_photos
 from tests.builders.store_fakes import NAMES, FakeBackbone, dataset
@@ -19,10 +21,12 @@ from tests.conftest import toy_embeddings
 from tests.triage.conftest import Folder, fill_in, give_labels, rows
 from vilu.calibration import record
 from vilu.calibration.rules import Selector
+from vilu.calibration.shares import OUTSIDE_NAME
 from vilu.datasets.folder import PhotoFiles, list_photos
 from vilu.errors import DataError, UsageError
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors import PREDICTORS
+from vilu.predictors.persistence.storage import load
 from vilu.store.embed import embed
 from vilu.store.reader import EmbeddingStore, Sealed
 from vilu.triage import label_errors
@@ -60,6 +64,31 @@ def test_the_loop_by_hand(work: Path) -> None:
     assert sum(
         row["decision"] == "labelled" for row in rows(work / "out" / "decisions.csv")
     ) == 12 + len(tasks)
+
+
+@pytest.mark.parametrize("more", [(), ("--with-backbone",)], ids=["head", "from pixels"])
+def test_the_predictor_of_a_triage_is_exported(
+    work: Path, more: tuple[str, ...], fake_model: FakeBackbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    truth = write_photos(work / "again", 60)
+    last_kind = set(list(truth)[8::9])
+    lines = [
+        f"{path},{OUTSIDE_NAME if path in last_kind else label}" for path, label in truth.items()
+    ]
+    (work / "known.csv").write_text("\n".join(["path,label", *lines]))
+    arguments = ("triage", "photos", "--classes", "names.txt", "-o", "out")
+    run(*arguments, "--labels", "known.csv", cwd=work)
+    predictor = load(work / "out" / "predictor")
+    assert (predictor.name, predictor.outcome.columns) == ("vilu_plus", ("negatives",))
+    # the fake tower checks how many images there are, which no graph can
+    monkeypatch.setattr(fake_model, "encode_images", partial(encode, fake_model))
+    done = run("export", "out/predictor", "--onnx", "-o", "head.onnx", *more, cwd=work)
+    assert done.stdout == "head.onnx\n"
+    assert "onnxruntime gives the predictor's uncertainties" in done.stderr
+
+
+def encode(model: FakeBackbone, pixels: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.normalize(pixels.flatten(1) @ model.projection, dim=1)
 
 
 @pytest.mark.parametrize(
@@ -304,12 +333,10 @@ def test_labels_of_a_random_pick_calibrate_a_store_without_any(
     ]
     skipped = next(path for path in truth if path not in book and path not in labels)
     (tmp_path / "some.csv").write_text("".join([*fresh, f"{skipped},{SKIPPED}\n"]))
-    done = run(*calibrate, "--max-risk", 0.2, "--overwrite")
+    done = run(*calibrate, "--overwrite")  # three colours are three scenes: too few for a promise
     assert f"1 of {len(fresh)} picked rows have the label {SKIPPED} and are left out" in done.stderr
     found = record.load(tmp_path / "predictor")
     assert found.n == len(fresh) - 1
-    assert found.rule is not None
-    assert found.rule.n_wrong <= 0.2 * found.rule.n_accepted
 
 
 def test_a_fit_of_which_a_sample_of_the_rows_is_known_is_not_vouched_for_by_the_others(

@@ -37,7 +37,20 @@ def digest(value: object) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
+def identity(content: Mapping[str, object], *left_out: str) -> str:
+    """Digest of a document's content, whichever vilu made it, without the keys left out."""
+    return digest(without_version(content, *left_out))
+
+
+def without_version(content: Mapping[str, object], *left_out: str) -> dict[str, object]:
+    """A document's content without the version of vilu, and without the keys left out."""
+    return {key: value for key, value in content.items() if key not in {MADE_WITH, *left_out}}
+
+
 logger = logging.getLogger("vilu")
+
+MADE_WITH: Final = "vilu"
+"""Key of the version of vilu that made something: for people, and no part of any comparison."""
 
 SEAL: Final = "digest"  # last key of a document of ours: ``digest`` of all that stands before it
 SCHEMA_VERSION: Final = 1

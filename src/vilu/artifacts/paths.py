@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vilu.artifacts.disk import MANIFEST, RUN, file_hash, or_refuse
-from vilu.artifacts.documents import SEAL, digest, parse_json, read_bounded, read_json, write_json
+from vilu.artifacts.documents import (
+    MADE_WITH,
+    SEAL,
+    digest,
+    parse_json,
+    read_bounded,
+    read_json,
+    without_version,
+    write_json,
+)
 from vilu.artifacts.tables import METADATA_KEY, read_table
 from vilu.errors import DataError, StorageError, UsageError, ViLUError
 
@@ -198,7 +207,12 @@ def inputs_of(*paths: Path, **settings: object) -> str:
 
 
 def content_of(path: Path) -> object:
-    """Hash of a file, of a table of ours its digest; of a folder what vouches for it, else its listing."""
+    """Hash of a file; of a table of ours its digest; of a document with a version all else in it.
+
+    Of a folder what vouches for it, else its listing.
+    """
+    if path.suffix.lower() == ".json" and MADE_WITH in (_content(path) or {}):
+        return _said(path)
     if path.is_file():
         with or_refuse(f"read {path}"):
             said = _metadata(path) if path.suffix.lower() == ".parquet" else None
@@ -219,7 +233,7 @@ def _said(path: Path) -> object:
     found = _content(path)
     if found is None:
         return file_hash(path)
-    return {key: value for key, value in found.items() if key not in {"vilu", "fingerprint", SEAL}}
+    return without_version(found, "fingerprint", SEAL)
 
 
 def _content(path: Path) -> dict[str, Any] | None:

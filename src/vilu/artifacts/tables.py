@@ -233,11 +233,13 @@ class CsvRow(dict[str, str]):
 
     Attributes:
         line: Of the file on which the row begins, counted from 1.
+        ends_early: Whether the row has fewer cells than there are columns.
     """
 
-    def __init__(self, cells: Mapping[str, str], line: int) -> None:
+    def __init__(self, cells: Mapping[str, str], line: int, *, ends_early: bool) -> None:
         super().__init__(cells)
         self.line = line
+        self.ends_early = ends_early
 
 
 def csv_rows(path: Path, delimiter: str = ",") -> tuple[list[str], list[CsvRow]]:
@@ -274,7 +276,8 @@ def parse_csv(
             texts = [re.sub(_DEFUSED, r"\1", cell) for cell in cells]
             if cells:
                 missing = [""] * (len(names) - len(cells))
-                rows.append(CsvRow(dict(zip(names, texts + missing, strict=False)), line))
+                by_column = dict(zip(names, texts + missing, strict=False))
+                rows.append(CsvRow(by_column, line, ends_early=bool(missing)))
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(
             f"{source} is no CSV file in UTF-8 whose quotes are all closed: {error}."

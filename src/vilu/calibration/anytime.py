@@ -40,6 +40,7 @@ GROWTH: Final = 1.02
 """Beyond these every threshold lets so many times as many rows in as the one before, up to all of them."""
 
 
+@np.errstate(under="ignore")  # what is small beside the others is 0
 def log_evidence(wrong: ArrayLike, accepted: ArrayLike, max_risk: float) -> Floats:
     """(...) log E against "the error rate is above ``max_risk``" after ``wrong`` of ``accepted`` labels.
 

@@ -8,16 +8,30 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from vilu.artifacts.disk import locked
 from vilu.artifacts.documents import digest
 from vilu.calibration import record
+from vilu.calibration.copies import check_copies
 from vilu.calibration.label_sets import Kind, LabelSets, check_label_sets, fit_label_sets
+from vilu.calibration.looks import in_words, note_look
 from vilu.calibration.record import Record, Rule
-from vilu.calibration.rules import Selector, calibrate, check_stated, check_target
+from vilu.calibration.rules import (
+    Selector,
+    calibrate,
+    check_stated,
+    check_target,
+    evaluable,
+    group_names,
+)
 from vilu.calibration.selection import select
 from vilu.calibration.thresholds import exactly, percent
+from vilu.calibration.units import MOST_COMPARED, CountedRows, count_once, first_of_scenes
+from vilu.embeddings.copies import NEAR_COPY
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import InfeasibleError, UsageError, ViLUError
+from vilu.metrics.counts import Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.contract.seen import candidates_of
@@ -63,7 +77,7 @@ class Target:
 
     def check(self, predictor: FailurePredictor, data: EmbeddingSource) -> None:
         """Refuse what cannot be promised, before anything is computed."""
-        if self.max_risk is None and self.min_coverage is None:
+        if not self.has_rule:
             if self.per_class or self.method != "ltt":
                 raise UsageError(
                     "without max_risk or min_coverage there is no decision: leave method and per_class out."
@@ -92,9 +106,14 @@ class Target:
                 f"max_miss ({self.max_miss}) is for label sets. Ask for label_sets too, or leave it out."
             )
 
+    @property
+    def has_rule(self) -> bool:
+        """Whether more is asked for than probabilities and label sets."""
+        return self.max_risk is not None or self.min_coverage is not None
+
     def rule(self, rows: Outcomes) -> Rule | None:
         """The rule that calibration rows support."""
-        if self.max_risk is None and self.min_coverage is None:
+        if not self.has_rule:
             return None
         if self.method == "selection":
             return select(rows, max_risk=self.max_risk or 0.0)
@@ -132,6 +151,9 @@ def calibrate_predictor(
 
     Warns:
         UserWarning: If some rows were used to fit; they are left out.
+
+    Raises:
+        DataError: If more than 1 % of the rows were used to fit, or are near copies of such rows.
     """
     target.check(load(folder), data)  # what is refused leaves no lock behind
     claim(folder, same=True)
@@ -159,16 +181,36 @@ def _calibrate(
     found = None if overwrite else _calibrated(folder, {inputs, earlier})
     if found is None:
         fresh = predictor.unseen(data, "calibration")
+        check_copies(predictor, data, np.flatnonzero(fresh))
         rows = score_fresh(predictor, data, fresh, dataset=names[0], split=names[1])
+        n_looks = 1
+        if rows.picture is not None and target.has_rule:
+            n_looks = note_look(folder, rows.picture[rows.evaluable], target.facts())
+        rule, counts, near = _rule_of_units(target, rows, data, np.flatnonzero(fresh))
+        rows = rows.take(counts)
         predictor.calibrate_scores(rows.uncertainty, rows.failure)
-        rule = target.rule(rows)
         sets: LabelSets | None = None
         if target.label_sets is not None:
+            left_out = np.ones(len(data), np.bool_)
+            left_out[np.flatnonzero(fresh)[counts]] = False
             sets = fit_label_sets(
-                predictor, data.without(~fresh), max_miss=target.max_miss, method=target.label_sets
+                predictor,
+                data.without(left_out),
+                max_miss=target.max_miss,
+                method=target.label_sets,
             )
         found = keep_record(
-            folder, predictor, rows, data, rule, names, dtype=dtype, label_sets=sets, inputs=inputs
+            folder,
+            predictor,
+            rows,
+            data,
+            rule,
+            names,
+            dtype=dtype,
+            label_sets=sets,
+            inputs=inputs,
+            near_copies=tuple(near.tolist()),
+            n_looks=n_looks,
         )
     elif (
         dtype is not None and not (folder / VOCABULARY).exists()
@@ -176,6 +218,61 @@ def _calibrate(
         Vocabulary.of(data, dtype).save(folder)
     write_card(folder)  # the last file of a calibration
     return found
+
+
+def _rule_of_units(
+    target: Target, rows: Outcomes, data: EmbeddingSource, places: Ints
+) -> tuple[Rule | None, Ints, Ints]:
+    """The rule of calibration rows (N,) at ``places`` (N,) of a source; which of them (M,) count.
+
+    And the places among these M of near copies of others, which the rule leaves out.
+
+    Those of one picture count once. Where some pictures are near copies of others there is a second
+    rule, of one of them each, and the rule that accepts less is taken. Rows that nobody has
+    labelled stay.
+    """
+    labelled = evaluable(rows)
+    chosen, counted = count_once(rows, labelled)
+    rule = target.rule(rows)
+    first = first_of_scenes(data, places[chosen])
+    if first is None:
+        logger.warning(
+            "near copies are looked for among at most %s pictures, and these are %s: where some "
+            "are near copies of others, the promise is too sharp",
+            f"{MOST_COMPARED:,}",
+            f"{len(chosen):,}",
+        )
+        first = np.ones(len(chosen), np.bool_)
+    left_out = chosen[:0]
+    if not first.all():
+        scenes = chosen[first]
+        n_files = len(chosen) if counted is None else counted.files
+        counted = CountedRows(files=n_files, pictures=len(chosen), scenes=len(scenes))
+        logger.warning(
+            "near copies among the calibration rows (cosine at least %s): %s. They are no "
+            "independent answers, so they do not count as such",
+            NEAR_COPY,
+            counted,
+        )
+        of_scenes = target.rule(rows.take(scenes))
+        if _accepts_less(of_scenes, rule, rows.take(chosen)):
+            rule = of_scenes
+            left_out = chosen[~first]
+    if rule is not None:
+        rule = rule.model_copy(update={"counted": counted})
+    counts = ~labelled
+    counts[chosen] = True
+    counting = np.flatnonzero(counts)
+    return rule, counting, np.flatnonzero(np.isin(counting, left_out))
+
+
+def _accepts_less(rule: Rule | None, than: Rule | None, pictures: Outcomes) -> bool:
+    """Whether a rule accepts fewer of some pictures than another one."""
+    if rule is None or than is None:
+        return False
+    groups = group_names(pictures) if rule.grouped_by == "prediction" else None
+    mine = int(rule.accept(pictures.uncertainty, groups).sum())
+    return mine < int(than.accept(pictures.uncertainty, groups).sum())
 
 
 def keep_record(  # noqa: PLR0913 - all that a record is made of
@@ -189,6 +286,8 @@ def keep_record(  # noqa: PLR0913 - all that a record is made of
     dtype: str | None,
     label_sets: LabelSets | None = None,
     inputs: str | None = None,
+    near_copies: tuple[int, ...] = (),
+    n_looks: int = 1,
 ) -> Record:
     """Write a calibrated predictor, the rows of ``data`` (a set and a split) it was calibrated on, last the result."""
     rows = dataclasses.replace(
@@ -209,10 +308,12 @@ def keep_record(  # noqa: PLR0913 - all that a record is made of
         dataset=names[0],
         split=names[1],
         n=int(rows.evaluable.sum()),
-        promise=None if rule is None else str(rule),
+        promise=None if rule is None else f"{rule}{in_words(n_looks)}",
         rule=rule,
         label_sets=label_sets,
         inputs=inputs,
+        near_copies=near_copies,
+        looks=n_looks if n_looks > 1 else None,
     )
 
 
@@ -264,6 +365,7 @@ def _infeasible(selector: Selector) -> str:
         if len(selector.certificates) > SAID
         else ""
     )
+    counted = "" if selector.counted is None else f" The {selector.counted}."
     goal = "" if selector.max_risk is None else f"a risk of at most {percent(selector.max_risk)} "
     goal += (
         ""
@@ -271,7 +373,9 @@ def _infeasible(selector: Selector) -> str:
         else f"at a coverage of at least {selector.min_coverage:.1%} "
     )
     return (
-        f"{goal}cannot be promised with confidence {exactly(selector.confidence)}: {' '.join(reasons)}{more} Nothing "
-        "was written. Add calibration rows, ask for less (a larger --max-risk, a lower --confidence or "
-        "--min-coverage), or take a predictor that ranks better."
+        f"{goal}cannot be promised with confidence {exactly(selector.confidence)}: "
+        f"{' '.join(reasons)}{more}{counted} Nothing "
+        "was written but that these rows were looked at. Add calibration rows, ask for less (a "
+        "larger --max-risk, a lower --confidence or --min-coverage), or take a predictor that "
+        "ranks better."
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,7 +13,7 @@ import numpy as np
 from pydantic import Field
 
 from vilu.artifacts.disk import file_hash, write_bytes
-from vilu.artifacts.documents import Document, digest, read_document, vouched
+from vilu.artifacts.documents import Document, digest, identity, read_document, vouched
 from vilu.artifacts.tables import parquet_bytes
 from vilu.calibration.anytime import log_evidence
 from vilu.calibration.label_sets import LabelSets
@@ -42,10 +43,10 @@ class Record(Document):
 
     again = RECALIBRATE
     fault = DataError
-    later = frozenset({"inputs", "texts"})
+    later = frozenset({"inputs", "texts", "near_copies", "looks"})
 
     kind: Literal["risk"] = "risk"
-    vilu: str = version("vilu")  # version that made it
+    vilu: str = Field(default_factory=partial(version, "vilu"))  # version that made it
     predictor: (
         str  # hash of the predictor, its weights and its calibrator; not of the vilu that loads it
     )
@@ -67,6 +68,24 @@ class Record(Document):
     # sketch of the candidates' texts (``candidates_of``); None for pools, and in records of older
     # code
     texts: tuple[float, ...] | None = None
+    # places of calibration rows that the rule leaves out, as they are near copies of others
+    near_copies: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    # for so many targets these rows were looked at; None: for this one alone
+    looks: int | None = Field(default=None, ge=2)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what was promised of which predictor on which data; scores and monitors carry it.
+
+        Not of the version of vilu, nor of the bytes of the rows' file, in which pyarrow's stands.
+        """
+        return identity(self.model_dump(mode="json"), "rows_sha256")
+
+    @property
+    def guarantee(self) -> Rule | LabelSets | None:
+        """What is promised of accepted answers, else of label sets; None where nothing is."""
+        promise = self.label_sets if self.rule is None else self.rule
+        return promise if promises(promise) else None
 
     def require_candidates(self, data: EmbeddingSource) -> None:
         """Refuse rows with other candidates: another problem, of which nothing was promised."""
@@ -109,9 +128,19 @@ def save(folder: Path, rows: Outcomes, **fields: object) -> Record:
     return record
 
 
+def promises(rule: Rule | LabelSets | None) -> bool:
+    """Whether a rule promises anything: one that accepts nothing does not."""
+    return rule is not None and (not isinstance(rule, Selector) or rule.feasible)
+
+
 def has_record(folder: Path) -> bool:
     """Whether a predictor's folder holds a calibration."""
     return (folder / RISK).is_file()
+
+
+def has_guarantee(folder: Path) -> bool:
+    """Whether anything is promised of the predictor in a folder; errors as ``load``."""
+    return has_record(folder) and load(folder).guarantee is not None
 
 
 def load(folder: str | Path) -> Record:
@@ -130,7 +159,12 @@ def load(folder: str | Path) -> Record:
         f"it counts {found.n} calibration rows" if found.n != int(rows.evaluable.sum()) else None
     )
     if wrong is None and found.rule is not None:
-        wrong = contradiction(found.rule, rows)
+        standing = np.ones(len(rows), np.bool_)
+        inside = [row for row in found.near_copies if row < len(rows)]
+        standing[inside] = False
+        wrong = contradiction(found.rule, rows.take(standing))
+        if len(inside) < len(found.near_copies):
+            wrong = "it leaves out rows that are not there"
     if wrong is not None:
         raise DataError(
             f"{path} is damaged: {wrong}, which {ROWS} does not bear out. {RECALIBRATE}."

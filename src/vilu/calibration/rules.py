@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Literal, NamedTuple
@@ -32,9 +33,11 @@ from vilu.calibration.thresholds import (
     sgr_steps,
     tail,
 )
+from vilu.calibration.units import CountedRows, count_once
 from vilu.errors import DataError, UsageError
 from vilu.metrics.counts import Floats, Ints, TieCounts, real_vector, tie_counts
 from vilu.outcomes.outcomes import Outcomes, check_texts
+from vilu.predictors.contract.seen import LEARNED_FROM, MAX_SHARED
 from vilu.validation import checked, require_between, require_one_of
 
 ALL, OTHER = "", "(other)"
@@ -85,6 +88,8 @@ class Selector(Model):
             that of the calibration rows.
         class_shares: Shares of the classes, among the others, at which it holds; None: those of the
             calibration rows.
+        counted: How many files and pictures the calibration rows are; None where every file shows
+            another picture, or nothing is known of pictures.
 
     Examples:
         >>> import numpy as np, vilu
@@ -100,7 +105,7 @@ class Selector(Model):
         [None, 'above_threshold']
     """
 
-    later = frozenset({"outside_share", "class_shares"})
+    later = frozenset({"outside_share", "class_shares", "counted"})
 
     kind: Literal["threshold"] = "threshold"
     needs_batch: ClassVar[bool] = False
@@ -113,6 +118,7 @@ class Selector(Model):
     certificates: dict[str, Certificate]
     outside_share: float | None = Field(default=None, ge=0, lt=1)
     class_shares: dict[str, float] | None = None
+    counted: CountedRows | None = None
 
     @property
     def reweighted(self) -> bool:
@@ -268,6 +274,7 @@ class Selector(Model):
         )
         found = f"{self.n_wrong} wrong of {self.n_accepted} accepted, of {self.n} calibration rows"
         found += ", whose shares are others" if self.reweighted else ""
+        found += f": {self.counted}" if self.counted is not None else ""
         found += ", at whatever moment one looks" if self.method == "anytime" else ""
         floors = any(one.floor is not None for one in self.certificates.values())
         but = ", and abstains from the most trusted, which are too often wrong" if floors else ""
@@ -307,9 +314,10 @@ def calibrate(
 
     "ltt" and "sgr" promise it with probability ``confidence`` over the draw of the calibration
     rows; "crc" promises the mean of another risk, the share of *all* answers that is accepted and
-    wrong. All need calibration rows that are drawn as the later ones are and were not used to fit;
-    nothing is promised when the data shift. A target that cannot be met is an answer: ``feasible``
-    is False, and the certificate says what is missing.
+    wrong. Rows of one ``picture`` count once, as wrong where any of them is. All need calibration
+    rows that are drawn as the later ones are and were not used to fit; nothing is promised when the
+    data shift. A target that cannot be met is an answer: ``feasible`` is False, and the certificate
+    says what is missing.
 
     Args:
         outcomes: Calibration rows; those without uncertainty or known failure are left out.
@@ -332,7 +340,8 @@ def calibrate(
 
     Raises:
         UsageError: If neither target is given or one is out of range.
-        DataError: If no row can be used, or there is not one group per row.
+        DataError: If no row can be used, more than 1 % of the rows were used to fit the predictor
+            (as ``vilu.score`` has counted), or there is not one group per row.
 
     Examples:
         >>> import numpy as np, vilu
@@ -351,7 +360,7 @@ def calibrate(
     """
     check_target(max_risk, min_coverage, confidence, method)
     check_stated(outside_share, class_shares, max_risk, method, grouped=groups is not None)
-    keep = evaluable(outcomes)
+    keep, counted = count_once(outcomes, evaluable(outcomes))
     goal, shares = (
         _Goal(max_risk, min_coverage, method),
         None if class_shares is None else dict(class_shares),
@@ -384,6 +393,7 @@ def calibrate(
         certificates=certificates,
         outside_share=outside_share,
         class_shares=shares,
+        counted=counted,
     )
 
 
@@ -404,7 +414,8 @@ def check_stated(
 
 
 def evaluable(outcomes: Outcomes) -> NDArray[np.bool_]:
-    """(N,) rows that can be calibrated on; refuses to have none."""
+    """(N,) rows that can be calibrated on; refuses to have none, and rows of the fit."""
+    refuse_fitted(outcomes)
     keep = outcomes.evaluable
     if not keep.any():
         raise DataError(
@@ -412,6 +423,27 @@ def evaluable(outcomes: Outcomes) -> NDArray[np.bool_]:
             f"None of the {len(outcomes)} rows has both."
         )
     return keep
+
+
+def refuse_fitted(outcomes: Outcomes) -> None:
+    """Refuse outcomes of which more than 1 % are of rows of the predictor's fit; warn of fewer."""
+    provenance = outcomes.provenance
+    n_seen = provenance.get("n_seen_in_fit")
+    if not isinstance(n_seen, int) or n_seen == 0:
+        return
+    n_told = provenance.get("n_compared_with_fit")
+    if not isinstance(n_told, int):
+        n_told = len(outcomes)
+    found = f"at least {n_seen} of these rows were used to fit the predictor"
+    remedy = (
+        "Score rows that it has not seen: data.take(np.flatnonzero(~predictor.seen(data).shared))"
+    )
+    if n_seen > MAX_SHARED * n_told:
+        raise DataError(
+            f"{found}, more than {MAX_SHARED:.0%} of the {n_told} that can be told. "
+            f"{LEARNED_FROM} {remedy}."
+        )
+    warnings.warn(f"{found}. {LEARNED_FROM} {remedy}.", stacklevel=5)
 
 
 def group_names(outcomes: Outcomes) -> list[str]:
@@ -426,10 +458,8 @@ def group_names(outcomes: Outcomes) -> list[str]:
     ]
 
 
-def _names(
-    outcomes: Outcomes, groups: Sequence[str] | None, keep: NDArray[np.bool_]
-) -> list[str] | None:
-    """Group of every row that is kept."""
+def _names(outcomes: Outcomes, groups: Sequence[str] | None, keep: Ints) -> list[str] | None:
+    """Group of every row that is kept (M,)."""
     if groups is None:
         return None
     names = (
@@ -439,7 +469,7 @@ def _names(
         raise DataError(
             f"groups must name one group per row ({len(outcomes)}). Got {len(names)} instead."
         )
-    return [name for name, kept in zip(names, keep.tolist(), strict=True) if kept]
+    return [names[row] for row in keep.tolist()]
 
 
 def check_target(

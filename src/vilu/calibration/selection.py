@@ -12,6 +12,7 @@ from pydantic import Field
 from vilu.artifacts.documents import Model
 from vilu.calibration.rules import evaluable
 from vilu.calibration.thresholds import percent, rows_for_mean
+from vilu.calibration.units import CountedRows, count_once
 from vilu.errors import InfeasibleError
 from vilu.metrics.counts import Floats, Ints, real_vector
 from vilu.outcomes.outcomes import Outcomes
@@ -36,6 +37,8 @@ class BatchSelector(Model):
     bound is max_risk times the share of wrong answers, and less is accepted.
     """
 
+    later = frozenset({"counted"})
+
     kind: Literal["selection"] = "selection"
     needs_batch: ClassVar[bool] = True
     grouped_by: ClassVar[None] = None
@@ -43,6 +46,8 @@ class BatchSelector(Model):
     max_risk: float = Field(gt=0, lt=1)  # level of the false discovery rate
     n: int = Field(ge=1)  # calibration rows
     wrong: tuple[float, ...]  # uncertainties of the wrong ones, ascending
+    # how many files and pictures they are; None where every file shows another picture
+    counted: CountedRows | None = None
 
     def p_values(self, uncertainty: ArrayLike) -> Floats:
         """(N,) conformal p-values; NaN where there is no uncertainty."""
@@ -73,9 +78,10 @@ class BatchSelector(Model):
         ]
 
     def __str__(self) -> str:
+        counted = "" if self.counted is None else f": {self.counted}"
         return (
             f"accepts what it can of a batch, of which on average at most {percent(self.max_risk)} are wrong "
-            f"({len(self.wrong)} wrong of {self.n} calibration rows)"
+            f"({len(self.wrong)} wrong of {self.n} calibration rows{counted})"
         )
 
 
@@ -87,9 +93,12 @@ def drawn(n: int) -> Ints:
 
 
 def select(outcomes: Outcomes, *, max_risk: float) -> BatchSelector:
-    """Conformal selection from calibration outcomes, at most a million of them; see ``BatchSelector``."""
+    """Conformal selection from at most a million calibration outcomes; see ``BatchSelector``.
+
+    Rows of one ``picture`` count once, as wrong where any of them is.
+    """
     require_between("max_risk", max_risk)
-    rows = np.flatnonzero(evaluable(outcomes))
+    rows, counted = count_once(outcomes, evaluable(outcomes))
     rows = rows[drawn(len(rows))]
     fewest = rows_for_mean(max_risk)
     if len(rows) < fewest:
@@ -98,4 +107,6 @@ def select(outcomes: Outcomes, *, max_risk: float) -> BatchSelector:
             f"is below 1 / {len(rows) + 1}. At least {fewest} rows are needed."
         )
     wrong = np.sort(outcomes.uncertainty[rows][outcomes.failure[rows] == 1])
-    return BatchSelector(max_risk=max_risk, n=len(rows), wrong=tuple(wrong.tolist()))
+    return BatchSelector(
+        max_risk=max_risk, n=len(rows), wrong=tuple(wrong.tolist()), counted=counted
+    )

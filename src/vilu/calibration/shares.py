@@ -230,6 +230,7 @@ def cumulated_evidence(
     return np.log1p(-bets * weight * (wrong - max_risk)).cumsum(axis=1)
 
 
+@np.errstate(under="ignore")  # what is small beside the others is 0
 def log_mean(evidence: Floats) -> Floats:
     """(G,) log of the mean over bets (B, G)."""
     found: Floats = np.logaddexp.reduce(evidence, axis=0) - math.log(len(BETS))
@@ -247,6 +248,7 @@ def fewest_rows(share: float, max_risk: float, level: float, *, wrong: bool) -> 
     others = bets * max_risk / (1 - max_risk) * (1 - share) / share
     own = np.zeros(len(bets)) if wrong else np.log1p(bets * max_risk / (1 - max_risk))
 
+    @np.errstate(under="ignore")  # what is small beside the others is 0
     def enough(n: int) -> bool:
         grown: Floats = n * (others + own)
         return bool(np.logaddexp.reduce(grown) - math.log(len(bets)) >= -math.log(level))

@@ -30,7 +30,7 @@ def tail(wrong: Ints, accepted: Ints, risk: float) -> Floats:
     return np.where(inside, found, 1.0)
 
 
-def upper_bound(wrong: int, accepted: int, delta: float) -> float:
+def upper_bound(wrong: float, accepted: float, delta: float) -> float:
     """Clopper-Pearson bound b, P[Bin(m, b) <= k] = delta: the error rate is below it with confidence 1 - delta."""
     from scipy import special
 
@@ -41,7 +41,7 @@ def upper_bound(wrong: int, accepted: int, delta: float) -> float:
     )
 
 
-def lower_bound(hits: int, n: int, delta: float) -> float:
+def lower_bound(hits: float, n: float, delta: float) -> float:
     """Clopper-Pearson bound from below, P[Bin(n, b) >= k] = delta."""
     from scipy import special
 

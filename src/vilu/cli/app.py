@@ -115,6 +115,8 @@ def _afterwards(command: Callable[..., None], values: dict[str, Any]) -> str:
         return f"what is finished is in {output}; the same command goes on with the rest."
     if name == "serve":
         return "what was taken on is answered, and the state is saved; the same command goes on with it."
+    if name == "review" and values.get("serve"):
+        return f"every answer is in {output}; the same command goes on with the rest."
     if name == "fit" and (kept := Path(f"{output}.checkpoints")).is_dir():
         return f"the same command goes on from the last checkpoint in {kept}."
     return "no file is half written; the same command begins anew."

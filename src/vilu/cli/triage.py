@@ -215,6 +215,8 @@ def review(  # noqa: PLR0913, PLR0917 - one parameter per flag
     """Hand photos to people: as tasks for a tool, or on a page of our own. Prints what was written, or the address.
 
     On the page every answer is kept at once in OUTPUT; the same command goes on where it stopped.
+    One command at a time labels into a file (exit code 75), and what another program has changed
+    in it is never overwritten.
     Finished tasks of a tool come back by `vilu labels`.
     """
     import dataclasses
@@ -232,16 +234,26 @@ def review(  # noqa: PLR0913, PLR0917 - one parameter per flag
             f"{len(found.tasks):,} tasks; afterwards: {console.shell('vilu', 'labels', 'DONE', '-o', 'labels.csv')}"
         )
         return
+    from vilu.artifacts.disk import locked, make_folder
     from vilu.triage.serve import ReviewSession, serve_page
 
     if output.suffix.lower() != ".csv":
         raise UsageError(f"labels are kept in a file that ends in .csv. Got {output} instead.")
-    session = ReviewSession(found, output)
+
+    def tell(address: str) -> None:
+        next_step(
+            f"{len(found.tasks):,} photos; open this address, and stop with Ctrl-C when you are done"
+        )
+        typer.echo(address)
+
+    doing = f"labelling into {output.name} in"
+    lock = f".{output.name}.lock"
+    with locked(make_folder(output.parent), doing, name=lock, who="review"):
+        session = ReviewSession(found, output)
+        serve_page(session, port, tell)
     next_step(
-        f"{len(found.tasks):,} photos; open this address, and stop with Ctrl-C when you are done"
+        f"{len(session.answers):,} answers are in {output}; the same command goes on with the rest"
     )
-    serve_page(session, port, typer.echo)
-    next_step(f"{len(session.answers):,} answers are in {output}")
 
 
 def labels(

@@ -18,7 +18,7 @@ from torch import Tensor
 from vilu.device import as_usual
 from vilu.embeddings.checks import SHORT_POOL, VALID, Identifiers, Identity, RowNumbers
 from vilu.embeddings.similarity import first_equal, row_keys
-from vilu.embeddings.source import Batch, Candidates, EmbeddingSource, PooledBatch
+from vilu.embeddings.source import Batch, Candidates, EmbeddingSource, PooledBatch, hashed
 from vilu.errors import UNKNOWN, DataError, UsageError
 from vilu.validation import checked, checked_fields, require_at_least, require_mask
 
@@ -123,6 +123,9 @@ class PairSource(EmbeddingSource):
             if self.pools.direction == "image_to_text"
             else self.caption_rows(index)
         )
+
+    def _picture_hashes(self, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
+        return hashed(torch.from_numpy(rows), self.picture_rows)
 
     def _content(self, index: Tensor) -> Tensor:
         return torch.cat([self.picture_rows(index), self.caption_rows(index)], dim=1)
@@ -345,6 +348,13 @@ class PseudoCaptions(PairSource):
             here, own = self._of_source(i, index)
             found[here.numpy()] = source.identities(by, own.numpy())
         return found
+
+    def _picture_hashes(self, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
+        hashes = np.empty(len(rows), np.uint64)
+        for number, source in enumerate(self.sources):
+            here, own = self._of_source(number, torch.from_numpy(rows))
+            hashes[here.numpy()] = source._picture_hashes(own.numpy())
+        return hashes
 
     def of_classes(self, index: Tensor) -> Tensor:
         """(B,) bool: those whose source has no captions of its own.

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vilu.embeddings.similarity import ZeroShot
 from vilu.embeddings.source import Batch, EmbeddingSource
+from vilu.metrics.counts import first_rows
 
 SCORING_BATCH = 4_096
 """Rows that are scored together."""
@@ -42,6 +44,16 @@ class Rows:
         """(E,) int64 ``examples``, the usable ones."""
         usable = self.source.usable_rows
         return usable[self.source.outside[usable]] if self.examples is None else self.examples
+
+    def pictures(self) -> tuple[Tensor, Tensor]:
+        """Places and numbers of pictures.
+
+        (P,) place of the first row of every picture, ascending, and (M,) number of the picture of
+        every row.
+        """
+        identities = self.source.picture_identities(self.index.numpy(force=True))
+        first, picture = np.unique(first_rows(identities), return_inverse=True)
+        return torch.from_numpy(first), torch.from_numpy(picture)
 
     def batches(self, size: int) -> Iterator[Batch]:
         """The rows in order, in batches whose logits fit into memory (``EmbeddingSource.batches``)."""

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vilu.embeddings.checks import (
+    SHORT_POOL,
     VALID,
     Identifiers,
     Identity,
@@ -432,8 +433,31 @@ class EmbeddingSource(ABC):
                 self.ids if rows is None else (self.ids[row] for row in rows.tolist())
             )
         index = torch.arange(len(self), device="cpu") if rows is None else torch.from_numpy(rows)
-        return np.concatenate(
-            [hash_rows(self._content(block)) for block in index.split(HASHED_ROWS)]
+        return hashed(index, self._content)
+
+    def picture_identities(self, rows: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
+        """(M,) identities of the pictures of the ``rows`` (M,), by default all: equal ones mean the same picture.
+
+        A picture is known by its encoded bytes, and by its embedding where these are not known. That
+        of an image-caption pair is its image, whatever its caption and the direction. Where the
+        embedding is not usable it is -1; all others are from 0 to 2^63 - 1.
+
+        Examples:
+            >>> import numpy as np, vilu
+            >>> data = vilu.Embeddings.pairs(np.eye(2)[[0, 0, 1, 1]], np.eye(4)[:, :2], pool_size=2)
+            >>> first, second, third, _ = data.picture_identities().tolist()
+            >>> first == second, second == third  # two captions of one image
+            (True, False)
+        """
+        places = np.arange(len(self)) if rows is None else rows
+        hashes = self._picture_hashes(places) & np.uint64(np.iinfo(np.int64).max)
+        known = np.isin(self.status[places], (VALID, SHORT_POOL))
+        return np.where(known, hashes.astype(np.int64), UNKNOWN)
+
+    def _picture_hashes(self, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
+        """(M,) hashes of the pictures of rows."""
+        return self.identities(
+            "pictures" if "pictures" in self.identified_by else "embeddings", rows
         )
 
     def _content(self, index: Tensor) -> Tensor:
@@ -563,6 +587,11 @@ class EmbeddingSource(ABC):
         return Batch(image, found.text, found.target, index, scale, bias, more, found.same, outside)
 
 
+def hashed(index: Tensor, content: Callable[[Tensor], Tensor]) -> NDArray[np.uint64]:
+    """(M,) hashes of what the rows ``index`` (M,) hold, block by block."""
+    return np.concatenate([hash_rows(content(block)) for block in index.split(HASHED_ROWS)])
+
+
 @cache
 def say_once(message: str) -> None:
     """Warn, once a process: stores are opened again and again."""
@@ -628,6 +657,10 @@ class Taken(EmbeddingSource):
         """Of the whole, at the rows taken."""
         taken = self._rows.numpy()
         return self._source.identities(by, taken if rows is None else taken[rows])
+
+    def _picture_hashes(self, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
+        """Of the whole, at the rows taken."""
+        return self._source._picture_hashes(self._rows.numpy()[rows])
 
     def column(self, name: str, index: Tensor) -> Tensor:
         """Column ``name`` of the whole, at the rows or candidates taken."""

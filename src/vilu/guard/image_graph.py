@@ -29,7 +29,8 @@ from vilu.predictors.persistence.onnx import (
     score_graph,
     write_graph,
 )
-from vilu.predictors.persistence.record import PREDICTOR, VOCABULARY, read_record
+from vilu.predictors.persistence.record import VOCABULARY, fit_fingerprint
+from vilu.predictors.plus.ood import NEGATIVES
 
 PIXELS, ACCEPT = "pixels", "accept"
 ALONE = "Without --with-backbone the head alone is exported; it takes embeddings."
@@ -43,13 +44,10 @@ class ImageGraph(nn.Module):
     def __init__(self, guard: Guard) -> None:
         super().__init__()
         self.score, self.backbone = score_graph(guard.predictor), guard.backbone
-        self.text, self.dtype = (
-            nn.Buffer(guard.vocabulary.text),
-            getattr(torch, guard.vocabulary.dtype),
-        )
-        self.arrays = (
-            ("image", FEATURES) if FEATURES in guard.predictor.columns_to_score else ("image",)
-        )
+        wanted, vocabulary = guard.predictor.columns_to_score, guard.vocabulary
+        self.text, self.dtype = nn.Buffer(vocabulary.text), getattr(torch, vocabulary.dtype)
+        self.words = nn.Buffer(vocabulary.columns[NEGATIVES]) if NEGATIVES in wanted else None
+        self.arrays = ("image", FEATURES) if FEATURES in wanted else ("image",)
         rule, names = rule_of(guard), guard.vocabulary.names
         groups = names if rule is not None and rule.grouped_by == "prediction" else None
         ends = None if rule is None else torch.from_numpy(np.stack(rule.limits(len(names), groups)))
@@ -67,7 +65,7 @@ class ImageGraph(nn.Module):
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """Uncertainty, answer, whether it is accepted where there is a rule, and ``embed``."""
         image, *features = self.embed(pixels)
-        uncertainty, answer = self.score(image, self.text, *features)
+        uncertainty, answer = self.score(**self.inputs((image, *features)))
         if self.ends is None:
             return uncertainty, answer, image, *features
         floor, threshold = self.ends[0][answer], self.ends[1][answer]
@@ -81,7 +79,10 @@ class ImageGraph(nn.Module):
 
     def inputs(self, arrays: tuple[Tensor, ...]) -> Trial:
         """What the score of such rows is a function of."""
-        return {**dict(zip(self.arrays, arrays, strict=True)), "text": self.text}
+        trial = {**dict(zip(self.arrays, arrays, strict=True)), "text": self.text}
+        if self.words is not None:
+            trial[NEGATIVES] = self.words
+        return trial
 
 
 def rule_of(guard: Guard) -> Selector | None:
@@ -181,7 +182,7 @@ def _metadata(guard: Guard, folder: Path) -> dict[str, str]:
         "vilu.classes": plain_json(list(guard.vocabulary.names)).decode(),
         "vilu.decision": (record and rule_of(guard) and record.promise) or "",
         "vilu.preprocess": space.preprocess or "",
-        "vilu.predictor": read_record(folder / PREDICTOR)["fingerprint"],
+        "vilu.predictor": fit_fingerprint(folder),
         **metadata(guard.predictor, space, fingerprint_of(folder)),
     }
 

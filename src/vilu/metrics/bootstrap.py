@@ -5,6 +5,10 @@ sample, so no metric becomes undefined. The intervals are conditional on the acc
 model, which is not what is compared. The rows are sorted once; a resample is a vector of counts
 over the sorted scores, and a metric takes a block of them at a time. Of many distinct scores,
 neighbours are resampled in groups, so that time is of order resamples · groups.
+
+Rows of one picture are no independent answers. Where some are known, pictures are resampled with
+all their rows, in three strata: all right, all wrong, or both. A set that stands several times
+gives the interval of the set.
 """
 
 from __future__ import annotations
@@ -18,7 +22,16 @@ from numpy.typing import ArrayLike, NDArray
 
 from vilu.errors import UsageError
 from vilu.metrics.catalog import Kernel, get_metric
-from vilu.metrics.counts import Floats, Ints, TieCounts, check_pair, tie_counts
+from vilu.metrics.counts import (
+    Floats,
+    Ints,
+    TieCounts,
+    check_pair,
+    check_pictures,
+    repeated_pictures,
+    tie_counts,
+)
+from vilu.metrics.pictures import PictureScores, independent, rows_per_independent
 from vilu.metrics.reliability import probability_counts
 from vilu.progress import track
 from vilu.validation import checked, require_at_least, require_between
@@ -136,17 +149,23 @@ class SortedScores:
 
     def __init__(self, uncertainty: Floats, failure: NDArray[np.bool_]) -> None:
         self.value, self.group = np.unique(uncertainty, return_inverse=True)
-        self.correct_rows, self.wrong_rows = np.flatnonzero(~failure), np.flatnonzero(failure)
+        self.strata = np.flatnonzero(~failure), np.flatnonzero(failure)
 
-    def counts(self, correct_rows: Ints, wrong_rows: Ints) -> TieCounts:
-        """Counts (B, G) of rows (B, ·) chosen with repetition."""
+    @property
+    def width(self) -> int:
+        """Numbers that a resample takes."""
+        return len(self.group)
+
+    def counts(self, *drawn: Ints) -> TieCounts:
+        """Counts (B, G) of rows (B, ·) chosen with repetition, right ones and wrong ones."""
+        correct_rows, wrong_rows = drawn
         return TieCounts(
             self.value, correct=self._tally(correct_rows), wrong=self._tally(wrong_rows)
         )
 
     def observed(self) -> TieCounts:
         """Counts (1, G) of every row once."""
-        return self.counts(self.correct_rows[None], self.wrong_rows[None])
+        return self.counts(*(rows[None] for rows in self.strata))
 
     def _tally(self, rows: Ints) -> Ints:
         n_resamples, n_scores = len(rows), len(self.value)
@@ -156,13 +175,27 @@ class SortedScores:
         )
 
 
-def resampled_rows(
-    scores: SortedScores, n_resamples: int, seed: int
-) -> Iterator[tuple[Ints, Ints]]:
-    """Blocks of resamples: rows (B, N_correct) and rows (B, N_wrong), drawn with repetition within each class."""
+AnyScores = SortedScores | PictureScores
+
+
+def sorted_scores(
+    uncertainty: Floats, failure: NDArray[np.bool_], picture: Ints | None
+) -> AnyScores:
+    """What is resampled: rows, or pictures where some have several (``repeated_pictures``)."""
+    if picture is None:
+        return SortedScores(uncertainty, failure)
+    value, group = np.unique(uncertainty, return_inverse=True)
+    return PictureScores.of(value, group, failure, picture)
+
+
+def resampled_rows(scores: AnyScores, n_resamples: int, seed: int) -> Iterator[tuple[Ints, ...]]:
+    """Blocks of resamples: of every stratum of N rows or pictures (B, N), drawn with repetition within it.
+
+    Of rows these are the right ones and the wrong ones.
+    """
     rng = np.random.default_rng(seed)
-    for size in block_sizes(n_resamples, CELLS // len(scores.group)):
-        yield _draw(rng, scores.correct_rows, size), _draw(rng, scores.wrong_rows, size)
+    for size in block_sizes(n_resamples, CELLS // scores.width):
+        yield tuple([_draw(rng, stratum, size) for stratum in scores.strata])
 
 
 def block_sizes(n_resamples: int, most: int) -> list[int]:
@@ -182,16 +215,21 @@ def bootstrap_intervals(
     n_resamples: int = 1000,
     confidence: float = 0.95,
     seed: int = 0,
+    picture: ArrayLike | None = None,
 ) -> dict[str, Interval]:
     """Intervals of several metrics from the same resamples; see ``bootstrap_interval``."""
     check_settings(n_resamples, confidence)
     counts = tie_counts(uncertainty, failure)
-    if (
-        counts.n > RESAMPLED_GROUPS
-    ):  # the same distribution, in a time that does not grow with the rows
-        return counted_intervals(kernels, counts, n_resamples, confidence, seed)
-    scores = SortedScores(*check_pair(uncertainty, failure))
-    own, others = own_intervals(kernels, counts, n_resamples, confidence, seed)
+    pair = check_pair(uncertainty, failure)
+    shown = repeated_pictures(check_pictures(picture, len(pair[0])))
+    n_units = counts.n if shown is None else shown.max() + 1
+    if n_units > RESAMPLED_GROUPS:
+        # the same distribution, in a time that does not grow with the rows
+        if shown is None:
+            return counted_intervals(kernels, counts, n_resamples, confidence, seed)
+        return _picture_intervals(kernels, pair, shown, n_resamples, confidence, seed)
+    scores = sorted_scores(*pair, shown)
+    own, others = own_intervals(kernels, counts, n_resamples, confidence, seed, shown)
     observed, draws = (
         scores.observed(),
         resampled(others, scores, n_resamples, seed) if others else {},
@@ -213,13 +251,48 @@ def counted_intervals(
     ends move by what that does to the metric, in its range.
     """
     group = grouped(counts)
-    intervals, kernels = own_intervals(kernels, counts, n_resamples, confidence, seed)
+    own, others = own_intervals(kernels, counts, n_resamples, confidence, seed)
     rng, sizes = np.random.default_rng(seed), block_sizes(n_resamples, CELLS // len(group.value))
     blocks = (
         TieCounts(group.value, *(_drawn(rng, n, size) for n in (group.correct, group.wrong)))
         for size in sizes
     )
+    return own | _intervals_around(others, counts, group, blocks, n_resamples, confidence)
+
+
+def _picture_intervals(
+    kernels: Mapping[str, Kernel],
+    pair: tuple[Floats, NDArray[np.bool_]],
+    picture: Ints,
+    n_resamples: int,
+    confidence: float,
+    seed: int,
+) -> dict[str, Interval]:
+    """As ``counted_intervals``, of pictures (N,) of which some have several rows, by multinomials over those alike."""
+    uncertainty, failure = pair
+    counts = tie_counts(uncertainty, failure)
+    own, others = own_intervals(kernels, counts, n_resamples, confidence, seed, picture)
+    group = grouped(counts)
+    place = group_places(counts)[np.searchsorted(counts.value, uncertainty)]
+    scores = PictureScores.of(group.value, place, failure, picture).merged()
+    # right and wrong rows of one score are two entries, and as many counts as for rows
+    width = max(len(group.value), scores.width // 2)
+    sizes = block_sizes(n_resamples, CELLS // width)
+    blocks = scores.drawn(np.random.default_rng(seed), sizes)
+    return own | _intervals_around(others, counts, group, blocks, n_resamples, confidence)
+
+
+def _intervals_around(
+    kernels: Mapping[str, Kernel],
+    counts: TieCounts,
+    group: TieCounts,
+    blocks: Iterable[TieCounts],
+    n_resamples: int,
+    confidence: float,
+) -> dict[str, Interval]:
+    """Intervals of metrics of counts (G,) from resamples of their groups."""
     draws = values_of(kernels, blocks, n_resamples) if kernels else {}
+    intervals = {}
     for name, kernel in kernels.items():
         value, drawn = float(kernel(counts)), draws[name]
         can_be = (
@@ -236,12 +309,19 @@ def grouped(counts: TieCounts) -> TieCounts:
     """Counts (G,) in at most ``RESAMPLED_GROUPS`` groups of neighbouring scores, each with their mean."""
     if len(counts.value) <= RESAMPLED_GROUPS:
         return counts
-    group = (counts.accepted - counts.size) * RESAMPLED_GROUPS // counts.n
-    starts = np.flatnonzero(np.diff(group, prepend=-1))
+    starts = np.flatnonzero(np.diff(group_places(counts), prepend=-1))
     size, correct, wrong = (
         np.add.reduceat(x, starts) for x in (counts.size, counts.correct, counts.wrong)
     )
     return TieCounts(np.add.reduceat(counts.value * counts.size, starts) / size, correct, wrong)
+
+
+def group_places(counts: TieCounts) -> Ints:
+    """(G,) place of the group of every score, from 0 on."""
+    if len(counts.value) <= RESAMPLED_GROUPS:
+        return np.arange(len(counts.value))
+    group = (counts.accepted - counts.size) * RESAMPLED_GROUPS // counts.n
+    return np.cumsum(np.diff(group, prepend=group[0]) > 0)
 
 
 def _drawn(rng: np.random.Generator, counts: Ints, n_resamples: int) -> Ints:
@@ -255,21 +335,31 @@ def _drawn(rng: np.random.Generator, counts: Ints, n_resamples: int) -> Ints:
 
 
 def own_intervals(
-    kernels: Mapping[str, Kernel], counts: TieCounts, n_resamples: int, confidence: float, seed: int
+    kernels: Mapping[str, Kernel],
+    counts: TieCounts,
+    n_resamples: int,
+    confidence: float,
+    seed: int,
+    picture: Ints | None = None,
 ) -> tuple[dict[str, Interval], dict[str, Kernel]]:
-    """Intervals of the kernels that make them themselves, from counts (G,), and the other kernels."""
+    """Intervals of the kernels that make them themselves, from counts (G,), and the other kernels.
+
+    Of pictures of which some have several rows the counts are those of ``independent`` rows.
+    """
     own = {name: kernel for name, kernel in kernels.items() if isinstance(kernel, OwnInterval)}
-    found = {
-        name: Interval(
-            float(kernel(counts)), *kernel.interval(counts, n_resamples, confidence, seed)
-        )
-        for name, kernel in own.items()
-    }
+    seen = counts if picture is None else independent(counts, picture)
+    found = {}
+    for name, kernel in own.items():
+        value = float(kernel(counts))
+        low, high = kernel.interval(seen, n_resamples, confidence, seed)
+        if picture is not None:  # rounding may have moved it
+            low, high = min(low, value), max(high, value)
+        found[name] = Interval(value, low, high)
     return found, {name: kernel for name, kernel in kernels.items() if name not in own}
 
 
 def resampled(
-    kernels: Mapping[str, Kernel], scores: SortedScores, n_resamples: int, seed: int
+    kernels: Mapping[str, Kernel], scores: AnyScores, n_resamples: int, seed: int
 ) -> dict[str, Floats]:
     """Values (B,) of several metrics on the same resamples; NaN where there is no wrong or no right answer."""
     blocks = (scores.counts(*rows) for rows in resampled_rows(scores, n_resamples, seed))
@@ -295,6 +385,8 @@ class ScoredRows:
     uncertainty: Floats  # (N,) scores
     failure: Ints  # (N,) 0 or 1
     note: str | None = None  # what to say beside metrics of these rows
+    # (N,) numbers of their pictures from 0 on; None where every row has one of its own
+    picture: Ints | None = None
 
     @property
     def n(self) -> int:
@@ -302,13 +394,30 @@ class ScoredRows:
         return len(self.failure)
 
     @property
+    def n_pictures(self) -> int:
+        """How many pictures the rows show."""
+        return self.n if self.picture is None else int(self.picture.max()) + 1
+
+    @property
     def n_failures(self) -> int:
         """How many rows are wrong."""
         return int(self.failure.sum())
 
+    @property
+    def rows_per_independent(self) -> float:
+        """How many rows say as much as an independent one."""
+        return rows_per_independent(self.picture)
+
+    def n_independent(self) -> tuple[int, int]:
+        """How many pictures have a wrong answer, and how many a right one."""
+        picture = np.arange(self.n) if self.picture is None else self.picture
+        is_wrong = self.failure == 1
+        return len(np.unique(picture[is_wrong])), len(np.unique(picture[~is_wrong]))
+
     def take(self, rows: NDArray[np.bool_]) -> ScoredRows:
         """Those of a mask (N,)."""
-        return ScoredRows(self.uncertainty[rows], self.failure[rows], self.note)
+        picture = None if self.picture is None else repeated_pictures(self.picture[rows])
+        return ScoredRows(self.uncertainty[rows], self.failure[rows], self.note, picture)
 
     def counts(self) -> TieCounts:
         """What every metric is computed from."""
@@ -325,6 +434,7 @@ class ScoredRows:
             n_resamples=n_resamples,
             confidence=confidence,
             seed=seed,
+            picture=self.picture,
         )
 
 
@@ -337,6 +447,7 @@ def bootstrap_interval(
     n_resamples: int = 1000,
     confidence: float = 0.95,
     seed: int = 0,
+    picture: ArrayLike | None = None,
 ) -> Interval:
     """A metric with its stratified percentile bootstrap interval.
 
@@ -347,6 +458,8 @@ def bootstrap_interval(
         n_resamples: Number of resamples.
         confidence: Coverage of the interval, in (0, 1).
         seed: Seed of the resampling.
+        picture: (N,) whole numbers, equal for rows of one picture, -1 where it is not known. Where
+            some are equal, pictures are resampled with all their rows.
 
     Returns:
         Value, lower and upper end; all NaN where the metric is undefined.
@@ -372,7 +485,13 @@ def bootstrap_interval(
     """
     kernels = {"metric": _kernel(metric, failure, uncertainty)}
     return bootstrap_intervals(
-        kernels, uncertainty, failure, n_resamples=n_resamples, confidence=confidence, seed=seed
+        kernels,
+        uncertainty,
+        failure,
+        n_resamples=n_resamples,
+        confidence=confidence,
+        seed=seed,
+        picture=picture,
     )["metric"]
 
 
@@ -386,6 +505,7 @@ def paired_bootstrap(
     n_resamples: int = 1000,
     confidence: float = 0.95,
     seed: int = 0,
+    picture: ArrayLike | None = None,
 ) -> Difference:
     """Difference of a metric between two uncertainties of the same answers, both computed on the same resampled rows.
 
@@ -407,13 +527,16 @@ def paired_bootstrap(
     """
     check_settings(n_resamples, confidence)
     kernel = _kernel(metric, failure, uncertainty_a, uncertainty_b)
-    a, b = (SortedScores(*check_pair(scores, failure)) for scores in (uncertainty_a, uncertainty_b))
+    pairs = [check_pair(scores, failure) for scores in (uncertainty_a, uncertainty_b)]
+    shown = repeated_pictures(check_pictures(picture, len(pairs[0][0])))
+    a, b = (sorted_scores(*pair, shown) for pair in pairs)
     observed = float((kernel(a.observed()) - kernel(b.observed()))[0])
     if np.isnan(observed):
         return Difference(observed, observed, observed, observed)
     found = []
     with track("bootstrap", n_resamples, "resamples") as task:
-        for rows in resampled_rows(a, n_resamples, seed):
+        # both have the same strata; the wider one says how many resamples are held at a time
+        for rows in resampled_rows(max(a, b, key=lambda one: one.width), n_resamples, seed):
             found.append(kernel(a.counts(*rows)) - kernel(b.counts(*rows)))
             task.advance(len(found[-1]))
     differences = np.concatenate(found)

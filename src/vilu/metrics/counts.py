@@ -185,3 +185,57 @@ def ratio(
     quotient: Floats = np.full(shape, empty)
     np.divide(numerator, denominator, out=quotient, where=np.asarray(denominator) != 0)
     return quotient
+
+
+def check_pictures(values: ArrayLike | None, n: int) -> Ints | None:
+    """Identities (N,) of pictures as int64, a copy: whole numbers from 0 on, or -1 where unknown."""
+    if values is None:
+        return None
+    numbers = _real(values, "picture")
+    if numbers.size and numbers.dtype.kind not in "iu":
+        raise DataError(
+            "picture must hold whole numbers, -1 where the picture is not known. "
+            f"Got dtype {numbers.dtype} instead."
+        )
+    if len(numbers) != n:
+        raise DataError(
+            f"picture must have one entry per uncertainty ({n}). Got {len(numbers)} instead."
+        )
+    largest = np.iinfo(np.int64).max
+    if numbers.size and (numbers.min() < UNKNOWN or numbers.max() > largest):
+        raise DataError(
+            f"picture must be from 0 to {largest}, or -1 where the picture is not known. "
+            f"Got {numbers.min()} to {numbers.max()} instead."
+        )
+    return numbers.astype(np.int64)
+
+
+def first_rows(picture: Ints) -> Ints:
+    """(N,) place of the first row that shows the picture of every row; its own where that is unknown, -1.
+
+    Examples:
+        >>> import numpy as np
+        >>> from vilu.metrics.counts import first_rows
+        >>> first_rows(np.array([7, -1, 3, 7, -1])).tolist()
+        [0, 1, 2, 0, 4]
+    """
+    first = np.arange(len(picture))
+    known = np.flatnonzero(picture != UNKNOWN)
+    _, at, place = np.unique(picture[known], return_index=True, return_inverse=True)
+    first[known] = known[at[place]]
+    return first
+
+
+def repeated_pictures(picture: Ints | None) -> Ints | None:
+    """(N,) numbers of the pictures of rows, from 0 on in the order of their first rows; None where none has two rows.
+
+    Examples:
+        >>> import numpy as np
+        >>> from vilu.metrics.counts import repeated_pictures
+        >>> repeated_pictures(np.array([7, 3, 7, -1])).tolist()
+        [0, 1, 0, 2]
+    """
+    if picture is None:
+        return None
+    first, number = np.unique(first_rows(picture), return_inverse=True)
+    return None if len(first) == len(picture) else number

@@ -133,6 +133,20 @@ class Histogram:
         return self.n_failures + int(self.correct.sum())
 
     @property
+    def n_pictures(self) -> int:
+        """Number of pictures: every row has its own."""
+        return self.n
+
+    @property
+    def rows_per_independent(self) -> float:
+        """How many rows say as much as an independent one: every row is independent."""
+        return 1.0
+
+    def n_independent(self) -> tuple[int, int]:
+        """How many pictures have a wrong answer, and how many a right one."""
+        return self.n_failures, self.n - self.n_failures
+
+    @property
     def n_failures(self) -> int:
         """Number of wrong answers."""
         return int(self.wrong.sum())

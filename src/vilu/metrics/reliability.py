@@ -109,9 +109,8 @@ def _per_bin(counts: TieCounts, bins: int, binning: Binning, *values: Floats) ->
             np.searchsorted(inner_edges, counts.value, side="left"), counts.size.shape
         )
     else:
-        of_score = np.minimum(
-            (counts.accepted - counts.size) * bins // counts.n[..., None], bins - 1
-        )
+        place = (counts.accepted - counts.size) * bins // counts.n[..., None]
+        of_score = np.minimum(place, bins - 1).astype(np.int64)
     resamples = counts.size.shape[:-1]
     n_resamples = int(np.prod(resamples))
     index = (of_score.reshape(n_resamples, -1) + bins * np.arange(n_resamples)[:, None]).ravel()

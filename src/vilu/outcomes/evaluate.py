@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from vilu.errors import UNKNOWN, DataError, ProvenanceError, UsageError
 from vilu.metrics.bootstrap import Interval, OwnInterval, paired_bootstrap
 from vilu.metrics.catalog import Kernel, Metric, Question, evaluated_metrics, get_metric
-from vilu.metrics.counts import tie_counts
+from vilu.metrics.counts import repeated_pictures, tie_counts
 from vilu.outcomes.outcomes import Outcomes, Scores, Tallied, Tally, facts_of
 from vilu.outcomes.results import ResultRow, ResultTable
 from vilu.validation import checked, describe_value, require_at_least
 
+MANY_REPEATS = 0.01  # share of rows whose picture another row shows: real data hold a few
 FEW = 30  # with fewer wrong (or right) answers an interval says little
 
 
@@ -47,6 +48,13 @@ def evaluate(
     Returns:
         One row per outcomes and metric. A metric that is undefined is None with the reason.
 
+    Where rows show one picture (``Outcomes.picture``) their number and that of the pictures are
+    told, and intervals are of the pictures: a set that stands twice has the interval of the set.
+
+    Warns:
+        UserWarning: If fewer than 30 answers are wrong, or right, or if more than 1 % of the rows
+            show the picture of another one.
+
     Raises:
         DataError: If some outcomes have no row to evaluate.
         UsageError: If a metric is unknown or a setting cannot be.
@@ -74,6 +82,7 @@ def evaluate(
     require_at_least("n_resamples", n_resamples, 0)
     rows: list[ResultRow] = []
     scarce: list[str] = []
+    repeated: list[str] = []
     for one in several:
         chosen = {
             name: get_metric(name) for name in (evaluated_metrics() if metrics is None else metrics)
@@ -82,11 +91,23 @@ def evaluate(
             chosen = {name: metric for name, metric in chosen.items() if _has_meaning(metric, one)}
         rows += _rows(one, chosen, Resampling(n_resamples, confidence, seed))
         scarce += _scarce(one)
+        repeated += _repeated(one)
     if scarce:
-        told = list(dict.fromkeys(scarce))
-        more = f"; and {len(told) - 3} more like these" if len(told) > 3 else ""
-        warnings.warn(f"intervals are wide: {'; '.join(told[:3])}{more}.", stacklevel=3)
+        warnings.warn(f"intervals are wide: {_listed(scarce)}.", stacklevel=3)
+    if repeated:
+        warnings.warn(
+            f"rows of one picture are no independent answers: {_listed(repeated)}. "
+            "Intervals are of the pictures.",
+            stacklevel=3,
+        )
     return ResultTable(tuple(rows))
+
+
+def _listed(sentences: list[str]) -> str:
+    """The first three of them that differ, and how many more there are."""
+    different = list(dict.fromkeys(sentences))
+    more = f"; and {len(different) - 3} more like these" if len(different) > 3 else ""
+    return "; ".join(different[:3]) + more
 
 
 def _has_meaning(metric: Metric, tally: Tally) -> bool:
@@ -126,6 +147,7 @@ class Comparison:
     n_failures: int  # how many of them are wrong; of the question "outside", of none of the classes
     convention: str  # what was chosen where the literature differs
     why: str | None = None  # why the metric is undefined, if it is
+    n_pictures: int | None = None  # how many pictures the rows show; None where as many as rows
 
     def __str__(self) -> str:
         metric = get_metric(self.metric)
@@ -133,10 +155,11 @@ class Comparison:
         names = f"{metric.title}, {self.method_a or 'a'} against {self.method_b or 'b'}"
         if self.why is not None:
             return f"{names}: undefined, {self.why}"
+        pictures = "" if self.n_pictures is None else f" for {self.n_pictures} pictures"
         return (
             f"{names}: {metric.show(self.value_a)} against {metric.show(self.value_b)}{unit}, "
             f"difference {metric.show(self.difference, '+')} {metric.brackets(self.ci_low, self.ci_high, '+')}, "
-            f"p = {self.p_value:.3g} ({self.n} answers, {self.n_failures} {ASKED[metric.question]})"
+            f"p = {self.p_value:.3g} ({self.n} answers{pictures}, {self.n_failures} {ASKED[metric.question]})"
         )
 
     def to_dict(self) -> dict[str, object]:
@@ -159,7 +182,8 @@ def compare(
 ) -> Comparison:
     """Difference of a metric between two methods on the same rows, by paired bootstrap.
 
-    Rows that either method could not score are left out for both.
+    Rows that either method could not score are left out for both. Rows of one picture are resampled
+    together.
 
     Args:
         a: Outcomes of one method.
@@ -192,15 +216,44 @@ def compare(
     (u_a, failure), (u_b, _) = _evaluable(a, rows), _evaluable(b, rows)
     if chosen.question == "outside":
         failure = a.outside[rows].astype(np.int64)
+    picture = _pictures(a, b, rows)
     result = paired_bootstrap(
-        metric, u_a, u_b, failure, n_resamples=n_resamples, confidence=confidence, seed=seed
+        metric,
+        u_a,
+        u_b,
+        failure,
+        n_resamples=n_resamples,
+        confidence=confidence,
+        seed=seed,
+        picture=picture,
     )
     value_a, value_b = (float(chosen.kernel(tie_counts(scores, failure))) for scores in (u_a, u_b))
     n, n_failures = len(failure), int(failure.sum())
     why = _why(n, n_failures, chosen.question) if math.isnan(result.difference) else None
+    n_pictures = None if picture is None else int(picture.max()) + 1
     return Comparison(
-        metric, a.method, b.method, value_a, value_b, *result, n, n_failures, chosen.convention, why
+        metric,
+        a.method,
+        b.method,
+        value_a,
+        value_b,
+        *result,
+        n,
+        n_failures,
+        chosen.convention,
+        why,
+        n_pictures,
     )
+
+
+def _pictures(a: Outcomes, b: Outcomes, rows: NDArray[np.bool_]) -> NDArray[np.int64] | None:
+    """Numbers of the pictures of some rows, as either of two methods knows them; None where none has two rows."""
+    for outcomes in (a, b):
+        if outcomes.picture is not None:
+            picture = repeated_pictures(outcomes.picture[rows])
+            if picture is not None:
+                return picture
+    return None
 
 
 def _as_probability(outcomes: Outcomes, metric: str) -> Outcomes:
@@ -221,11 +274,12 @@ class Resampling(NamedTuple):
     confidence: float
     seed: int
 
-    def describe(self, kernel: Kernel) -> str:
-        """How the interval of a metric came about."""
+    def describe(self, kernel: Kernel, source: Scores) -> str:
+        """How the interval of a metric of these rows came about."""
+        of = "" if source.n_pictures == source.n else " of pictures"
         if isinstance(kernel, OwnInterval):
-            return f"{100 * self.confidence:g} %, {kernel.interval_note}, {self.n} draws"
-        return f"{100 * self.confidence:g} % stratified bootstrap, {self.n} resamples"
+            return f"{100 * self.confidence:g} %, {kernel.interval_note}, {self.n} draws{of}"
+        return f"{100 * self.confidence:g} % stratified bootstrap, {self.n} resamples{of}"
 
 
 UNDEFINED = Interval(math.nan, math.nan, math.nan)
@@ -247,6 +301,8 @@ def _rows(tally: Tally, metrics: Mapping[str, Metric], how: Resampling) -> list[
     facts = facts_of(tally) | {"n_unlabelled": tally.n_unlabelled, "n_unusable": tally.n_unusable}
     facts |= {"n": n, "n_failures": n_failures, "accuracy": 1 - n_failures / n}
     facts |= {"n_outside": tally.outside.n_failures}
+    n_pictures = tally.scores.n_pictures
+    facts |= {"n_pictures": None if n_pictures == n else n_pictures}
     rows = []
     for name, metric in metrics.items():
         value, low, high = map(_null, measured.get(name, UNDEFINED))
@@ -261,7 +317,7 @@ def _rows(tally: Tally, metrics: Mapping[str, Metric], how: Resampling) -> list[
                 ci_low=low,
                 ci_high=high,
                 convention="; ".join(filter(None, (metric.convention, (of or tally.scores).note))),
-                interval=None if low is None else how.describe(metric.kernel),
+                interval=None if low is None else how.describe(metric.kernel, of or tally.scores),
                 why=why if value is None else None,
             )
         )
@@ -325,12 +381,24 @@ def require_same_rows(a: Outcomes, b: Outcomes) -> None:
             )
 
 
+def _repeated(tally: Tally) -> list[str]:
+    """What to warn of: more than ``MANY_REPEATS`` of the rows show the picture of another one."""
+    scores = tally.scores
+    if scores.n_pictures >= (1 - MANY_REPEATS) * scores.n:
+        return []
+    return [f"the {scores.n} rows of {_name(tally)} show {scores.n_pictures} pictures"]
+
+
 def _scarce(tally: Tally) -> list[str]:
-    """What to warn of: fewer than ``FEW`` wrong or right answers, or pictures of none of the classes."""
-    n_failures, n_outside = tally.scores.n_failures, tally.outside.n_failures
-    kinds = {"wrong answers": n_failures, "right answers": tally.scores.n - n_failures}
+    """What to warn of: fewer than ``FEW`` wrong or right answers, or pictures of none of the classes.
+
+    Answers for one picture count once.
+    """
+    n_wrong, n_right = tally.scores.n_independent()
+    kinds = {"wrong answers": n_wrong, "right answers": n_right}
+    n_outside, _ = tally.outside.n_independent()
     if n_outside:
-        kinds |= {"wrong answers within the classes": n_failures - n_outside}
+        kinds |= {"wrong answers within the classes": tally.within.n_independent()[0]}
         kinds |= {"pictures of none of the classes": n_outside}
     return [f"{_name(tally)} has only {k} {kind}" for kind, k in kinds.items() if k < FEW]
 

@@ -17,7 +17,7 @@ from vilu.artifacts.tables import read_column, read_table, write_table
 from vilu.errors import OUTSIDE, UNKNOWN, DataError
 from vilu.metrics.bootstrap import ScoredRows
 from vilu.metrics.catalog import Metric
-from vilu.metrics.counts import check_codes, real_vector
+from vilu.metrics.counts import check_codes, check_pictures, real_vector, repeated_pictures
 from vilu.metrics.histogram import Histogram
 from vilu.validation import checked, require_mask
 
@@ -129,6 +129,7 @@ OPTIONAL = {
     "ids": "string",
     "reason": "string",
     "failure_probability": "float64",
+    "picture": "int64",
     **dict.fromkeys(DECISION, "string"),
 }
 """What need not be there, and the type of its column."""
@@ -162,6 +163,8 @@ class Outcomes:
             given, -2 is outside.
         outside: (N,) bool, which rows are of none of the classes, so that any answer is wrong;
             given, empty is none.
+        picture: (N,) int64 identity of the picture of every row, -1 where it is not known: rows of
+            one picture have one number. None where nothing is known of pictures.
         ids: N row identifiers.
         class_names: Names of the candidates, which predictions and targets count.
         method: Name of the predictor.
@@ -214,6 +217,7 @@ class Outcomes:
     decision_reason: Sequence[str | None] | None = field(default=None, repr=False)
     label_set: Sequence[str | None] | None = field(default=None, repr=False)
     outside: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_), repr=False)
+    picture: NDArray[np.int64] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         uncertainty = real_vector(self.uncertainty, "uncertainty")
@@ -233,6 +237,7 @@ class Outcomes:
             "failure_probability": check_probabilities(
                 self.failure_probability, "failure_probability"
             ),
+            "picture": check_pictures(self.picture, len(uncertainty)),
             **{name: check_texts(getattr(self, name), name, optional=True) for name in DECISION},
         }
         for name, column in checked.items():
@@ -351,16 +356,18 @@ class Outcomes:
             (2, 1, 1)
         """
         rows, scored = self.evaluable, np.isfinite(self.uncertainty)
-        scores = ScoredRows(self.uncertainty[rows], self.failure[rows])
+        shown = None if self.picture is None else repeated_pictures(self.picture[rows])
+        scores = ScoredRows(self.uncertainty[rows], self.failure[rows], picture=shown)
         probability, calibrated = scores if self.is_probability else None, self.failure_probability
         if calibrated is not None:
-            probability = ScoredRows(
-                calibrated[rows], self.failure[rows], "of the calibrated failure_probability"
-            )
+            note = "of the calibrated failure_probability"
+            probability = ScoredRows(calibrated[rows], self.failure[rows], note, shown)
         return Tally(
             scores=scores,
             within=scores.take(~self.outside[rows]) if self.outside.any() else scores,
-            outside=ScoredRows(scores.uncertainty, self.outside[rows].astype(np.int64)),
+            outside=ScoredRows(
+                scores.uncertainty, self.outside[rows].astype(np.int64), picture=shown
+            ),
             probability=probability,
             n_unlabelled=int(np.count_nonzero((self.failure == UNKNOWN) & scored)),
             n_unusable=int(np.count_nonzero(~scored)),
@@ -402,7 +409,7 @@ class Outcomes:
 
         Columns: row_id, key, pred, pred_name, label, label_name, uncertainty, failure, reason,
         score_name; and where there are some: failure_probability, decision, decision_reason,
-        label_set.
+        label_set, picture_id.
 
         Args:
             row_id: (N,) positions of the rows in their data set, by default 0 ... N-1.
@@ -447,6 +454,9 @@ class Outcomes:
                     for name in more
                 },
             }
+            if self.picture is not None:
+                unknown = self.picture == UNKNOWN
+                columns["picture_id"] = pa.array(self.picture, pa.int64(), mask=unknown)
         except UnicodeError as error:
             raise DataError(
                 f"ids, class_names and reason must be valid Unicode: {error}"
@@ -493,7 +503,7 @@ class Outcomes:
                 f"it has {', '.join(table.column_names):.200}."
             )
         read = partial(read_column, path, table)
-        stored = {"prediction": "pred", "target": "label", "ids": "key"}
+        stored = {"prediction": "pred", "target": "label", "ids": "key", "picture": "picture_id"}
         columns = {name: read(stored.get(name, name), kind) for name, kind in OPTIONAL.items()}
         filled = [name for name, column in columns.items() if column.null_count < len(table)]
         present = metadata.get("present")

@@ -57,6 +57,7 @@ class ResultRow:
     interval: str | None = None  # how the interval was made, None where there is none
     why: str | None = None  # why ``value`` is None
     n_outside: int = 0  # how many of the wrong ones are answers for pictures of none of the classes
+    n_pictures: int | None = None  # how many pictures the n rows show; None where as many as rows
 
     def __post_init__(self) -> None:
         for name in ("value", "ci_low", "ci_high", "accuracy"):
@@ -65,7 +66,7 @@ class ResultRow:
                 raise DataError(
                     f"{name} of {self.metric} must be finite, or None where it is undefined. Got {number}."
                 )
-        for name in (*COUNTS, "seed"):
+        for name in (*COUNTS, "n_pictures", "seed"):
             if not -(2**63) <= (getattr(self, name) or 0) < 2**63:
                 raise DataError(
                     f"{name} of {self.metric} must be a 64-bit integer. Got {getattr(self, name)}."
@@ -77,6 +78,7 @@ TYPES = {field.name: ARROW[str(field.type).removesuffix(" | None")] for field in
 COLUMNS = tuple(TYPES)
 REQUIRED_COUNTS = ("n", "n_failures", "n_unlabelled", "n_unusable")
 COUNTS = (*REQUIRED_COUNTS, "n_outside")
+SELDOM = ("n_outside", "n_pictures")
 REQUIRED = ("metric", *REQUIRED_COUNTS, "accuracy", "convention")
 
 
@@ -196,7 +198,7 @@ class ResultTable:
         return ResultTable(tuple(_mean(list(seeds.values())) for seeds in groups.values()))
 
     def to_dicts(self) -> list[dict[str, Any]]:
-        """The rows as plain dictionaries, with ``n_outside`` where some have one.
+        """The rows as plain dictionaries, with ``n_outside`` and ``n_pictures`` where some have one.
 
         Examples:
             >>> import vilu
@@ -218,11 +220,8 @@ class ResultTable:
     @property
     def _columns(self) -> tuple[str, ...]:
         """What is written: a column that says nothing of any row is none."""
-        return (
-            COLUMNS
-            if any(row.n_outside for row in self.rows)
-            else tuple(c for c in COLUMNS if c != "n_outside")
-        )
+        silent = {name for name in SELDOM if not any(getattr(row, name) for row in self.rows)}
+        return tuple(name for name in COLUMNS if name not in silent)
 
     @checked
     def table(self, metrics: Sequence[str] | None = None) -> str:
@@ -393,12 +392,20 @@ def _mean(rows: Sequence[ResultRow]) -> ResultRow:
         ci_low=None if mean is None else mean - spread,
         ci_high=None if mean is None else mean + spread,
         accuracy=fmean(row.accuracy for row in rows),
+        n_pictures=_mean_pictures(rows),
         interval=None if mean is None else f"mean of {len(rows)} seeds, one standard deviation",
         why=None
         if undefined is None
         else f"seed {undefined.seed} of {len(rows)} seeds: {undefined.why}",
         **counts,
     )
+
+
+def _mean_pictures(rows: Sequence[ResultRow]) -> int | None:
+    """Of all seeds; None where every seed has as many pictures as rows."""
+    if all(row.n_pictures is None for row in rows):
+        return None
+    return round(fmean(row.n if row.n_pictures is None else row.n_pictures for row in rows))
 
 
 UNDEFINED = "undefined"
@@ -470,7 +477,7 @@ def _cell(row: ResultRow | None) -> str:
 
 def _title(rows: Sequence[ResultRow]) -> str:
     counts = [
-        f"{span(row.n for row in rows)} answers",
+        f"{span(row.n for row in rows)} answers{_pictures(rows)}",
         f"{span(row.n_failures for row in rows)} wrong{_shares(rows)}",
         f"accuracy {span(f'{100 * row.accuracy:.1f}' for row in rows)} %",
     ]
@@ -479,6 +486,14 @@ def _title(rows: Sequence[ResultRow]) -> str:
     if any(row.n_unusable for row in rows):
         counts.append(f"{span(row.n_unusable for row in rows)} without a score left out")
     return f"{_where(rows[0])}: {', '.join(counts)}"
+
+
+def _pictures(rows: Sequence[ResultRow]) -> str:
+    """How many pictures they are for, where some answers are for one picture."""
+    if all(row.n_pictures is None for row in rows):
+        return ""
+    pictures = span(row.n if row.n_pictures is None else row.n_pictures for row in rows)
+    return f" for {pictures} pictures"
 
 
 def _shares(rows: Sequence[ResultRow]) -> str:

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vilu.artifacts.documents import digest
+from vilu.artifacts.documents import digest, identity
 from vilu.calibration import record
 from vilu.calibration.label_sets import named_sets
 from vilu.calibration.record import Record
@@ -63,7 +63,7 @@ class Decider:
     @property
     def provenance(self) -> dict[str, str]:
         """What binds decisions to their calibration; empty without."""
-        return {} if self.record is None else {"risk": digest(self.record.model_dump(mode="json"))}
+        return {} if self.record is None else {"risk": self.record.fingerprint}
 
     def require_streaming(self) -> None:
         """Refuse a rule that needs all rows at once."""
@@ -165,9 +165,10 @@ def score(
     decider = _checked(decider or Decider(predictor), data)
     seen = predictor.seen(data)
     _warn_seen(seen.said(), predictor, len(seen))
-    return score_rows(
-        decider, data, _facts(decider, data, (dataset, split), n_seen_in_fit=len(seen))
-    )
+    told = {"n_seen_in_fit": len(seen)}
+    if len(seen):
+        told["n_compared_with_fit"] = seen.n_told
+    return score_rows(decider, data, _facts(decider, data, (dataset, split), **told))
 
 
 def score_fresh(
@@ -227,6 +228,7 @@ def score_rows(
         outside=source.outside.numpy()[places],
         ids=source.ids if rows is None else _keys(source, rows, order),
         class_names=source.class_names,
+        picture=source.picture_identities(places),
         reason=reasons
         if rows is None or any(reasons)
         else None,  # a part on disk says nothing where all have a score
@@ -438,10 +440,10 @@ SAMPLED = 256  # rows whose embeddings are part of the fingerprint of a source
 
 
 def predictor_fingerprint(predictor: FailurePredictor) -> str:
-    """Hash of everything that ``save`` would write, without a copy of the weights."""
+    """Hash of a predictor and its weights, whichever vilu made it."""
     tensors = predictor.state() | seen_tensors(predictor)
     weights = {name: [str(t.dtype), list(t.shape), _hash(t)] for name, t in tensors.items()}
-    return digest({**describe(predictor), "weights": weights})
+    return identity({**describe(predictor), "weights": weights})
 
 
 def source_fingerprint(source: EmbeddingSource) -> str:

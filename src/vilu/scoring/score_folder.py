@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -18,8 +19,8 @@ from pydantic import Field, model_validator
 from vilu.artifacts.disk import MANIFEST, RUN
 from vilu.artifacts.documents import Document, Model, digest, read_document, read_json, vouched
 from vilu.artifacts.tables import parquet_bytes, read_column, read_table
-from vilu.errors import DataError, ProvenanceError, StorageError
-from vilu.metrics.counts import Ints
+from vilu.errors import UNKNOWN, DataError, ProvenanceError, StorageError
+from vilu.metrics.counts import Floats, Ints, repeated_pictures
 from vilu.metrics.histogram import MAX_BINS, Histogram, codes
 from vilu.outcomes.outcomes import MISSING, OPTIONAL, Outcomes, Tally, facts_of
 from vilu.store.ledger import AnyReceipt, Count, FileInfo, Ledger, Reopened, Vouched, content_hash
@@ -308,6 +309,17 @@ def _damaged(path: Path, what: str) -> StorageError:
     return StorageError(f"{path} is no histogram: {what}. {AGAIN} into a new folder.")
 
 
+EvaluableRows = tuple[Floats, Ints, NDArray[np.bool_], Ints | None]
+"""Uncertainty, failure, whether it is of none of the classes, and picture, where that is known."""
+
+COMPARED = 2**24
+"""Identities of pictures that are compared at a time, 128 MB."""
+
+
+def _or_unknown(picture: Ints | None, n: int) -> Ints:
+    return np.full(n, UNKNOWN) if picture is None else picture
+
+
 class ScoreFolder(Reopened):
     """What ``score_parts`` wrote; ``vilu.evaluate`` takes it like ``Outcomes``, whatever its size.
 
@@ -378,7 +390,13 @@ class ScoreFolder(Reopened):
         return Histogram.total(parts()), outside[0]
 
     def tally(self) -> Tally:
-        """What ``vilu.evaluate`` needs."""
+        """What ``vilu.evaluate`` needs: histograms, or the rows in memory where some show one picture.
+
+        To know that, the identities of the pictures are read, at most ``COMPARED`` of them at a
+        time. Rows take about 33 bytes each.
+        """
+        if self._has_repeats():
+            return self._tally_of_rows()
         scores, outside = self._histograms
         return Tally(
             scores=scores,
@@ -389,6 +407,52 @@ class ScoreFolder(Reopened):
             n_unusable=self.counts.n_unscored,
             **facts_of(self.run),
         )
+
+    def _has_repeats(self) -> bool:
+        """Whether some rows with a score and a known failure show one picture."""
+        n_passes = -(-self.counts.n_scored // COMPARED)
+        for number in range(n_passes):
+            pictures = [
+                picture[picture % n_passes == number]
+                for *_, picture in self._evaluable_parts()
+                if picture is not None
+            ]
+            compared = np.concatenate([np.empty(0, np.int64), *pictures])
+            if repeated_pictures(compared) is not None:
+                return True
+        return False
+
+    def _tally_of_rows(self) -> Tally:
+        """The counts of rows (N,), which know their pictures."""
+        columns = [
+            (u, failure, outside, _or_unknown(picture, len(u)))
+            for u, failure, outside, picture in self._evaluable_parts()
+        ]
+        uncertainty, failure, outside, picture = map(np.concatenate, zip(*columns, strict=True))
+        rows = Outcomes(
+            uncertainty,
+            failure,
+            outside=outside,
+            picture=picture,
+            is_probability=self.run.is_probability,
+            **facts_of(self.run),
+        )
+        return replace(
+            rows.tally(),
+            n_unlabelled=self.counts.n_unlabelled,
+            n_unusable=self.counts.n_unscored,
+        )
+
+    def _evaluable_parts(self) -> Iterator[EvaluableRows]:
+        """The rows of every part that have a score and a known failure."""
+        files = Vouched(self.path, self._receipts)
+        for receipt in self._receipts:
+            path = files(receipt.part.scores)
+            with vouched():
+                part = Outcomes.load(path)
+            known = part.evaluable
+            picture = None if part.picture is None else part.picture[known]
+            yield part.uncertainty[known], part.failure[known], part.outside[known], picture
 
     def outcomes(self) -> Outcomes:
         """Every row in memory, in the order of the data: for data that fit, what ``vilu.score`` gives.

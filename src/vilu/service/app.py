@@ -23,13 +23,13 @@ from starlette.requests import ClientDisconnect
 from vilu.artifacts.disk import make_folder, write_bytes
 from vilu.artifacts.documents import plain_json
 from vilu.datasets.images import sniff
-from vilu.errors import DataError, UsageError
+from vilu.errors import DataError, StorageError, UsageError
 from vilu.service.limits import PROBLEM, WORK, ClientLimits, Gate, Refused, Room, problem
 from vilu.service.measures import Measures
 from vilu.text import csp_hash, page_of
 
 if TYPE_CHECKING:
-    from vilu.service.engine import Engine, Reply
+    from vilu.service.engine import Engine, Judgement, Reply
 
 logger = logging.getLogger(__name__)
 
@@ -168,6 +168,7 @@ class Service:
         api.add_exception_handler(Refused, _refused)
         api.add_exception_handler(HTTPException, _http)
         api.add_exception_handler(ClientDisconnect, _gone)
+        api.add_exception_handler(StorageError, self._cannot_write)
         api.add_exception_handler(Exception, _fault)
         for method, path, route, body in (
             (
@@ -250,29 +251,33 @@ class Service:
         self,
         request: Request,
         n: int,
-        begin: Callable[[str], Sequence[Future[Reply]]],
+        begin: Callable[[str], Sequence[Future[Judgement]]],
         images: Sequence[bytes] = (),
     ) -> Response:
+        """The answers, whose rows are in the journal by then; of a request that is given up none is."""
+        engine = self.ready
         name = str(request.state.request_id)
         with self.room.of(n):
-            replies = begin(name)
+            awaited = begin(name)
             try:
                 async with asyncio.timeout(self.limits.answer):
-                    # a fault of one is told when all are done: what nobody hears of must not be
-                    # recorded afterwards
-                    await asyncio.gather(*map(asyncio.wrap_future, replies), return_exceptions=True)
-                    found = [reply.result() for reply in replies]
-            except TimeoutError:  # which has cancelled the replies
+                    # a fault of one image is told when all are done
+                    await asyncio.gather(*map(asyncio.wrap_future, awaited), return_exceptions=True)
+                    judged = [judgement.result() for judgement in awaited]
+            except TimeoutError:  # which has cancelled what nobody waits for any more
                 told = f"there was no answer within {self.limits.answer:g} seconds. The same request may be repeated."
                 raise Refused(
                     HTTPStatus.SERVICE_UNAVAILABLE, told, **{"Retry-After": "1"}
                 ) from None
+            if await request.is_disconnected():
+                raise ClientDisconnect
+            if self.keep is not None:
+                await asyncio.to_thread(_keep, self.keep, images, judged)
+            replies = await asyncio.wrap_future(engine.record(judged))
         request.scope["state"]["images"] = n
-        if self.keep is not None:
-            await asyncio.to_thread(_keep, self.keep, images, found)
-        self.measures.answered(found)
-        promise: str = "void" if any(one.promise == "void" for one in found) else found[0].promise
-        answers = [_out(one) for one in found]
+        self.measures.answered(replies)
+        promise = replies[0].promise  # of all alike: they were written together
+        answers = [_out(reply) for reply in replies]
         said = AnswersOut(request_id=name, promise=promise, answers=answers)
         return Response(
             said.model_dump_json(), media_type="application/json", headers={"Promise": promise}
@@ -341,7 +346,8 @@ class Service:
                 "method": one.judge.predictor.label,
                 "answers": name == kept.answering,
                 "promise": kept.promises[name],
-                "promised": one.said,
+                "promised": one.promised,
+                "in_words": one.in_words(kept.promises[name]),
             }
             for name, one in engine.served.items()
         ]
@@ -351,8 +357,10 @@ class Service:
         return _json({"alive": True})
 
     async def is_ready(self) -> Response:
-        """Whether the model is loaded, and has answered about a picture of ours."""
+        """Whether the model is loaded and has answered about a picture, and rows can be kept."""
         kept = await asyncio.to_thread(self.ready.keeper.kept)
+        if kept.lost:
+            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, LOST)
         return _json({"ready": True, "answers": self.ready.served[kept.answering].fingerprint})
 
     async def metrics(self) -> Response:
@@ -360,11 +368,30 @@ class Service:
         content, kind = await asyncio.to_thread(self.measures.exposed)
         return Response(content, media_type=kind)
 
+    async def _cannot_write(self, _: Request, error: Exception) -> Response:
+        """What is not in the journal is not answered; the log alone names the file."""
+        logger.error("a request could not be written to the journal: %s", error)
+        state = await asyncio.to_thread(self.ready.keeper.kept)
+        return _problem(
+            HTTPStatus.SERVICE_UNAVAILABLE,
+            LOST if state.lost else NOT_WRITTEN,
+            {"Retry-After": "1"},
+        )
+
     def _at_most(self, n: int, what: str) -> None:
         if n > self.limits.images:
             told = f"a request may have {self.limits.images:,} {what}. Found {n:,}; send several requests."
             raise Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, told)
 
+
+LOST: Final = (
+    "the journal was removed or replaced while the service ran, so no row can be kept and nothing "
+    "is answered. Stop the service, restore the journal, and start again."
+)
+NOT_WRITTEN: Final = (
+    "the rows could not be written to the journal, so nothing is answered; the log of the service "
+    "says why. The same request may be repeated."
+)
 
 FORM: Final = {
     "type": "object",
@@ -392,7 +419,7 @@ def _statuses(
         401: "no key",
         403: "a page of another site",
         421: "an unknown host",
-        503: "loading, or too slow",
+        503: "loading, too slow, or without a journal",
     }
     if takes_body:
         told |= {
@@ -470,12 +497,12 @@ def _out(reply: Reply) -> AnswerOut:
     return AnswerOut(row=reply.row, predictor=reply.predictor, runners_up=near, **told)
 
 
-def _keep(folder: Path, images: Sequence[bytes], replies: Sequence[Reply]) -> None:
+def _keep(folder: Path, images: Sequence[bytes], judged: Sequence[Judgement]) -> None:
     """Keep images under the rows that they are known by; what cannot be decoded is not kept."""
-    for content, reply in zip(images, replies, strict=True):
-        if reply.answer.label is not None:
+    for content, judgement in zip(images, judged, strict=True):
+        if judgement.scores:
             suffix = (sniff(content) or "bin").lower()
-            write_bytes(folder / f"{reply.row}.{suffix}", content)
+            write_bytes(folder / f"{judgement.row}.{suffix}", content)
 
 
 def _json(value: object) -> Response:
@@ -500,7 +527,7 @@ async def _http(_: Request, error: Exception) -> Response:
 
 
 async def _gone(_: Request, error: Exception) -> Response:  # noqa: ARG001 - the log has a line, and nobody listens
-    return _problem(HTTPStatus.BAD_REQUEST, "the connection ended before the body was there.")
+    return _problem(HTTPStatus.BAD_REQUEST, "the connection ended before there was an answer.")
 
 
 async def _fault(_: Request, error: Exception) -> Response:

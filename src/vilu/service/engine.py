@@ -6,7 +6,7 @@ import hashlib
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import compress, count
@@ -41,13 +41,30 @@ class Reply:
 
 
 @dataclass(frozen=True)
+class Judgement:
+    """What every predictor says of one image, by its name; no scores where it cannot be read."""
+
+    row: str
+    answers: Mapping[str, Answer]
+    scores: Mapping[str, tuple[int, float]]  # answer and uncertainty
+
+
+@dataclass(frozen=True)
+class Unwritten:
+    """The judgements of one request, which wait for the journal."""
+
+    judgements: Sequence[Judgement]
+    replies: Future[list[Reply]]
+
+
+@dataclass(frozen=True)
 class Waiting:
     """A decoded image that waits for the model."""
 
     row: str
     position: int  # among all images of this service
     item: Decoded | ErrorRow
-    reply: Future[Reply]
+    reply: Future[Judgement]
 
 
 class Served:
@@ -56,7 +73,22 @@ class Served:
     def __init__(self, judge: Judge) -> None:
         self.judge = judge
         self.fingerprint = fit_fingerprint(judge.folder)[:16]
-        self.said = judge.decider.record.promise if judge.decider.record is not None else None
+        record = judge.decider.record
+        self.rule = None if record is None else record.rule
+        self.promised = None if record is None else record.promise
+
+    def in_words(self, state: PromiseState) -> str:
+        """What there is to rely on in this state, for people."""
+        if self.rule is None:
+            return "Nothing is promised: this predictor has no rule that accepts answers."
+        if state == "none":
+            return "Nothing is promised: no threshold was certified, so the rule accepts no answer."
+        states = {
+            "holds": "The promise holds, as far as what was answered shows.",
+            "void": "The promise is void: what comes in is not like the calibration, "
+            "or labels show too many errors.",
+        }
+        return f"{states[state]} Promised: the rule {self.promised}."
 
 
 class Engine:
@@ -64,7 +96,9 @@ class Engine:
 
     Images are decoded by threads as they come. One thread alone runs the model: over all that is
     decoded by then, at most ``guard.batch_size`` images at a time, so batches grow with the load
-    and nobody waits for one to fill.
+    and nobody waits for one to fill. A row goes to the journal when all of its request is judged,
+    so that none is counted whose answer was given up; requests that are judged by then are written
+    together.
 
     Args:
         guard: The model with the first predictor.
@@ -87,6 +121,8 @@ class Engine:
         self._scheduled, self._lock = False, threading.Lock()
         self._decoders = ThreadPoolExecutor(guard.workers, thread_name_prefix="vilu-decode")
         self._model = ThreadPoolExecutor(1, thread_name_prefix="vilu-model")
+        self._unwritten: deque[Unwritten] = deque()
+        self._journal = ThreadPoolExecutor(1, thread_name_prefix="vilu-journal")
 
     def _beside(self, folder: Path) -> Judge:
         judge = Judge(folder)
@@ -105,9 +141,9 @@ class Engine:
             )
         return judge
 
-    def images(self, request: str, images: Sequence[bytes]) -> list[Future[Reply]]:
-        """Replies to come, one per image, in their order."""
-        replies: list[Future[Reply]] = [Future() for _ in images]
+    def images(self, request: str, images: Sequence[bytes]) -> list[Future[Judgement]]:
+        """Judgements to come, one per image, in their order."""
+        replies: list[Future[Judgement]] = [Future() for _ in images]
         for place, (content, reply) in enumerate(zip(images, replies, strict=True)):
             self._decoders.submit(self._decode, (request, place), content, reply)
         return replies
@@ -137,15 +173,15 @@ class Engine:
             found[name] = array.to(getattr(torch, self.guard.vocabulary.dtype))
         return found
 
-    def rows(self, request: str, arrays: dict[str, Tensor]) -> list[Future[Reply]]:
-        """Replies to come, one per row of embeddings (B, D)."""
+    def rows(self, request: str, arrays: dict[str, Tensor]) -> list[Future[Judgement]]:
+        """Judgements to come, one per row of embeddings (B, D)."""
         blocks = [row.tobytes() for row in torch.cat([*arrays.values()], dim=1).numpy()]
         ids = [row_id(request, place, block) for place, block in enumerate(blocks)]
-        replies: list[Future[Reply]] = [Future() for _ in ids]
+        replies: list[Future[Judgement]] = [Future() for _ in ids]
         self._model.submit(self._settle, replies, lambda: self._judged(arrays, ids))
         return replies
 
-    def _decode(self, asked: tuple[str, int], content: bytes, reply: Future[Reply]) -> None:
+    def _decode(self, asked: tuple[str, int], content: bytes, reply: Future[Judgement]) -> None:
         """Decode an image, and have a batch run if none is about to; nothing where nobody waits any more."""
         if reply.cancelled():
             return
@@ -170,14 +206,14 @@ class Engine:
             batch = [self._waiting.popleft() for _ in range(n)]
         self.on_batch(n)
         alive = [one for one in batch if not one.reply.cancelled()]
-        self._settle([one.reply for one in alive], lambda: self._replies(alive))
+        self._settle([one.reply for one in alive], lambda: self._judgements(alive))
         with self._lock:
             self._scheduled = bool(self._waiting)
             if self._scheduled:
                 self._model.submit(self._batch)
 
     def _settle(
-        self, replies: Sequence[Future[Reply]], work: Callable[[], Sequence[Reply]]
+        self, replies: Sequence[Future[Judgement]], work: Callable[[], Sequence[Judgement]]
     ) -> None:
         """Give what work leads to to those who still wait for it."""
         waits = [reply.set_running_or_notify_cancel() for reply in replies]
@@ -195,33 +231,83 @@ class Engine:
         for reply, said in compress(zip(replies, found, strict=True), waits):
             reply.set_result(said)
 
-    def _replies(self, batch: Sequence[Waiting]) -> list[Reply]:
-        content, rows = (
-            self.guard.embed([one.item for one in batch]),
-            {one.position: one.row for one in batch},
-        )
-        bad = [error.position for error in content.errors]
-        good = [row.position for row in content.rows]
-        said = self._judged(arrays_of(content), [rows[place] for place in good]) if good else []
-        if bad:
-            kept = self.keeper.kept()
-            judge = self.served[kept.answering].judge
-            refused = [judge.refused(rows[error.position], error.kind) for error in content.errors]
-            said = self._heard(kept, [rows[place] for place in bad], refused) + said
-        replies = dict(zip(bad + good, said, strict=True))
-        return [replies[one.position] for one in batch]
+    def _judgements(self, batch: Sequence[Waiting]) -> list[Judgement]:
+        content = self.guard.embed([waiting.item for waiting in batch])
+        rows = {waiting.position: waiting.row for waiting in batch}
+        judged: dict[int, Judgement] = {}
+        for error in content.errors:
+            row = rows[error.position]
+            refusals = {
+                name: served.judge.refused(row, error.kind) for name, served in self.served.items()
+            }
+            judged[error.position] = Judgement(row, refusals, {})
+        places = [row.position for row in content.rows]
+        if places:
+            scored = self._judged(arrays_of(content), [rows[place] for place in places])
+            judged |= zip(places, scored, strict=True)
+        return [judged[waiting.position] for waiting in batch]
 
-    def _judged(self, arrays: dict[str, Tensor], ids: Sequence[str]) -> list[Reply]:
-        """What every predictor says is in its journal before the one that answers is heard."""
-        told = {name: one.judge.judge(arrays, ids) for name, one in self.served.items()}
-        kept = self.keeper.record(
-            ids, {name: _scores(outcomes) for name, (_, outcomes) in told.items()}
-        )
-        return self._heard(kept, ids, told[kept.answering][0])
+    def _judged(self, arrays: dict[str, Tensor], ids: Sequence[str]) -> list[Judgement]:
+        """What every predictor says of rows of embeddings."""
+        answers: dict[str, list[Answer]] = {}
+        scores: dict[str, list[tuple[int, float]]] = {}
+        for name, served in self.served.items():
+            answers[name], outcomes = served.judge.judge(arrays, ids)
+            scores[name] = _scores(outcomes)
+        return [
+            Judgement(
+                row,
+                {name: answers[name][place] for name in self.served},
+                {name: scores[name][place] for name in self.served},
+            )
+            for place, row in enumerate(ids)
+        ]
 
-    def _heard(self, kept: Kept, ids: Sequence[str], answers: Sequence[Answer]) -> list[Reply]:
-        who, promise = self.served[kept.answering].fingerprint, kept.promises[kept.answering]
-        return [Reply(row, answer, who, promise) for row, answer in zip(ids, answers, strict=True)]
+    def record(self, judgements: Sequence[Judgement]) -> Future[list[Reply]]:
+        """Replies to come, as soon as the rows of a request are in every journal."""
+        request = Unwritten(judgements, Future())
+        with self._lock:
+            self._unwritten.append(request)
+        self._journal.submit(self._write)
+        return request.replies
+
+    def _write(self) -> None:
+        """Write the rows of all requests that wait; none where an earlier turn has done so."""
+        with self._lock:
+            waiting = list(self._unwritten)
+            self._unwritten.clear()
+        requests = [item for item in waiting if item.replies.set_running_or_notify_cancel()]
+        if not requests:
+            return
+        try:
+            state = self._recorded([row for request in requests for row in request.judgements])
+        # not swallowed: as in ``_settle``
+        except BaseException as error:
+            logger.exception("the rows of %d requests could not be written", len(requests))
+            for request in requests:
+                request.replies.set_exception(error)
+            return
+        for request in requests:
+            request.replies.set_result([self._reply(state, row) for row in request.judgements])
+
+    def _recorded(self, judgements: Sequence[Judgement]) -> Kept:
+        """Write rows, but for images that cannot be read; the state after it."""
+        scored = [judgement for judgement in judgements if judgement.scores]
+        scores: dict[str, Scores] = {}
+        for name in self.served:
+            answers = [judgement.scores[name][0] for judgement in scored]
+            uncertainty = [judgement.scores[name][1] for judgement in scored]
+            scores[name] = answers, uncertainty
+        return self.keeper.record([judgement.row for judgement in scored], scores)
+
+    def _reply(self, state: Kept, judgement: Judgement) -> Reply:
+        name = state.answering
+        return Reply(
+            judgement.row,
+            judgement.answers[name],
+            self.served[name].fingerprint,
+            state.promises[name],
+        )
 
     def close(self) -> None:
         """Answer what waits."""
@@ -229,10 +315,12 @@ class Engine:
         while self._scheduled:
             self._model.submit(lambda: None).result()
         self._model.shutdown(wait=True)
+        self._journal.shutdown(wait=True)
 
 
-def _scores(outcomes: Outcomes) -> Scores:
-    answers = (
-        [UNKNOWN] * len(outcomes) if outcomes.prediction is None else outcomes.prediction.tolist()
-    )
-    return answers, outcomes.uncertainty.tolist()
+def _scores(outcomes: Outcomes) -> list[tuple[int, float]]:
+    """Answer and uncertainty of every row."""
+    answers = [UNKNOWN] * len(outcomes)
+    if outcomes.prediction is not None:
+        answers = outcomes.prediction.tolist()
+    return list(zip(answers, outcomes.uncertainty.tolist(), strict=True))

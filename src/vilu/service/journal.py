@@ -6,13 +6,10 @@ import copy
 import hashlib
 import logging
 import math
-import sqlite3
 import threading
-import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, Literal
 
@@ -21,36 +18,18 @@ import numpy as np
 from vilu.artifacts.disk import make_folder
 from vilu.calibration.monitor.monitor import Monitor
 from vilu.calibration.shares import OUTSIDE_NAME
-from vilu.errors import OUTSIDE, UNKNOWN, DataError, StorageError, ViLUError
+from vilu.errors import OUTSIDE, UNKNOWN, DataError, ViLUError
 from vilu.outcomes.outcomes import Outcomes
+from vilu.service.rows import ROWS, RowFile, set_aside
 
 logger = logging.getLogger(__name__)
 
-ROWS, STATE = "rows.sqlite", "monitor.parquet"
-BLOCK: Final = 50_000
-"""Rows that are read and taken in together."""
-
+STATE = "monitor.parquet"
 SAVE_EVERY: Final = 20_000
 """Rows after which the monitor's state is saved: about what a start reads again at most, after a kill."""
 
-PATIENCE: Final = 30.0
-"""Seconds that another process may hold the file."""
-
 PromiseState = Literal["holds", "void", "none"]
 """Of a promise: no alarm so far, an alarm was raised, or nothing was promised."""
-
-SCHEMA: Final = """
-PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;
-CREATE TABLE IF NOT EXISTS rows (
-    n INTEGER PRIMARY KEY,
-    id TEXT NOT NULL UNIQUE,
-    time REAL NOT NULL,
-    answer INTEGER NOT NULL,
-    uncertainty REAL NOT NULL,
-    label INTEGER
-) STRICT;
-CREATE TABLE IF NOT EXISTS labels (came INTEGER PRIMARY KEY, n INTEGER NOT NULL UNIQUE) STRICT
-"""  # the second: the order in which labels came, by the number of their row; evidence rests on it
 
 
 def row_id(request: str, place: int, content: bytes) -> str:
@@ -64,55 +43,45 @@ class Journal:
     A row is written, and the disk has it, before anybody is told its answer; a row that is there
     already is left as it is. The monitor takes rows and labels in from the file alone, each in the
     order in which they came, so that after any death it has each of them once, and says the same of
-    them.
+    them. What is damaged is set aside when the journal is opened, with a warning.
 
     Raises:
-        DataError: If the predictor is not calibrated, or the file is damaged.
+        InfeasibleError: If nothing is promised of the predictor.
+        ProvenanceError: If an older vilu wrote the journal, or its state is of another monitor.
         StorageError: If the file cannot be written.
     """
 
     def __init__(self, folder: Path, predictor: Path, *, false_alarm: float = 0.05) -> None:
         self.folder = make_folder(folder)
-        self.monitor = Monitor.of_folder(predictor, false_alarm=false_alarm)
-        self._lock, self._writer = (
-            threading.Lock(),
-            ThreadPoolExecutor(1, thread_name_prefix="vilu-save"),
-        )
+        self._lock = threading.Lock()
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="vilu-save")
         self._saving: Future[None] = self._writer.submit(lambda: None)
-        with self._judged():
-            self._rows = sqlite3.connect(
-                folder / ROWS, timeout=PATIENCE, check_same_thread=False, isolation_level=None
-            )
-            self._rows.executescript(SCHEMA)
+        self.monitor = self._resumed(lambda: Monitor.of_folder(predictor, false_alarm=false_alarm))
+        self._rows = RowFile(folder, self.monitor.fingerprint)
+        self._compare_sizes()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of rows and labels that the saved state has already
-            if (folder / STATE).exists():
-                self.monitor.resume(folder / STATE)
-            with self._lock, self._judged():
-                self._last, self._saved = self._nth(self.monitor.rows), self.monitor.rows
-                self._catch_up()
-                self._audit("label IS NOT NULL", ())
+            self._last = self._saved = self.monitor.rows
+            self._catch_up()
+            self._audit(0)
         self.status = self.monitor.status
 
     @property
     def promise(self) -> PromiseState:
         """Whether what the rule promises can be relied on, as far as the rows that were answered show."""
-        rule = self.monitor.rule
-        if rule is None or not rule.feasible:
-            return "none"
         return "void" if self.status.alarm else "holds"
 
     def record(
         self, ids: Sequence[str], answers: Sequence[int], uncertainty: Sequence[float]
     ) -> None:
         """Write rows, and let the monitor see those that are new; one without a score (NaN) is none."""
-        now = time.time()
-        columns = zip(ids, answers, uncertainty, strict=True)
-        rows = [(key, answer, u, now) for key, answer, u in columns if math.isfinite(u)]
-        with self._lock, self._judged():
-            one = "INSERT OR IGNORE INTO rows (id, answer, uncertainty, time) VALUES (?, ?, ?, ?)"
-            with self._transaction():
-                self._rows.executemany(one, rows)
+        scored = [place for place, value in enumerate(uncertainty) if math.isfinite(value)]
+        with self._lock:
+            self._rows.add(
+                [ids[place] for place in scored],
+                [answers[place] for place in scored],
+                [uncertainty[place] for place in scored],
+            )
             self._catch_up()
             self._tell()
 
@@ -129,24 +98,26 @@ class Journal:
         if strange := sorted(set(labels.values()) - names.keys()):
             named = f"{', '.join(strange[:5])!r:.200}"
             raise DataError(f"{len(strange)} labels are no class and not {OUTSIDE_NAME}: {named}.")
-        with self._lock, self._judged():
-            one = "SELECT label FROM rows WHERE id = ?"
-            found = {key: self._rows.execute(one, (key,)).fetchone() for key in labels}
-            fresh = [key for key, row in found.items() if row == (None,)]
-            (before,) = self._rows.execute("SELECT COALESCE(MAX(came), 0) FROM labels").fetchone()
-            with self._transaction():
-                told = [(names[labels[key]], key) for key in fresh]
-                self._rows.executemany("UPDATE rows SET label = ? WHERE id = ?", told)
-                self._rows.executemany(
-                    "INSERT INTO labels (n) SELECT n FROM rows WHERE id = ?", zip(fresh)
-                )
-            self._audit("came > ?", (before,))
+        with self._lock:
+            numbers = {key: self._rows.number(key) for key in labels}
+            fresh: dict[int, int] = {}
+            for key, number in numbers.items():
+                if number is not None and not self._rows.has_label(number):
+                    fresh[number] = names[labels[key]]
+            before = self._rows.ends.came
+            self._rows.add_labels(fresh)
+            self._audit(before)
             self._tell()
-        return len(fresh), [key for key, row in found.items() if row is None]
+        return len(fresh), [key for key, number in numbers.items() if number is None]
+
+    @property
+    def lost(self) -> bool:
+        """Whether the file of rows was removed or replaced; no row can be kept then."""
+        return self._rows.lost
 
     def close(self) -> None:
         """Save the monitor, and let go of the file."""
-        with self._lock, self._judged():
+        with self._lock:
             self._writer.shutdown()
             self.monitor.save(self.folder / STATE)
             self._rows.close()
@@ -175,39 +146,44 @@ class Journal:
                 "%s Until the monitor's state can be saved, a start reads more rows again.", error
             )
 
-    def _nth(self, n: int) -> int:
-        """Number of the n-th row in the order of arrival."""
-        found = (
-            self._rows.execute(
-                "SELECT n FROM rows ORDER BY n LIMIT 1 OFFSET ?", (n - 1,)
-            ).fetchone()
-            if n
-            else (0,)
-        )
-        if found is None:
-            raise DataError(
-                f"{self.folder / STATE} has seen {n} rows, more than {ROWS} beside it holds. Restore both."
+    def _resumed(self, begin: Callable[[], Monitor]) -> Monitor:
+        """A monitor that goes on from its saved state; a damaged state is set aside."""
+        path = self.folder / STATE
+        monitor = begin()
+        if not path.exists():
+            return monitor
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of rows of which older code kept no record
+                return monitor.resume(path)
+        except DataError as error:
+            (aside,) = set_aside(self.folder, (STATE,))
+            logger.warning("%s It is set aside as %s, and every row is read again.", error, aside)
+        return begin()
+
+    def _compare_sizes(self) -> None:
+        """Number rows on from what the monitor has seen; where it has seen more than there is, say so."""
+        seen = self.monitor.rows
+        stored = self._rows.ends.n
+        self._rows.number_above(seen)
+        if seen > stored:
+            logger.warning(
+                "%s has seen %s rows, and %s beside it ends at row %s. The monitor goes on from "
+                "what it has seen; rows that are missing can get no label.",
+                *(self.folder / STATE, f"{seen:,}", ROWS, f"{stored:,}"),
             )
-        return int(found[0])
 
     def _catch_up(self) -> None:
         """Let the monitor see the rows after the last one that it saw."""
-        while rows := self._rows.execute(
-            "SELECT n, id, answer, uncertainty, NULL FROM rows WHERE n > ? ORDER BY n LIMIT ?",
-            (self._last, BLOCK),
-        ).fetchall():
-            self.monitor.update(self._outcomes(rows), in_order=True)
-            self._last = int(rows[-1][0])
+        while rows := self._rows.rows_after(self._last):
+            self.monitor.update(self._outcomes([(*row, None) for row in rows]), in_order=True)
+            self._last = rows[-1][0]
 
-    def _audit(self, which: str, values: tuple[int, ...]) -> None:
-        """Let the monitor see labels, in the order in which they came (first those of older code, which kept none)."""
+    def _audit(self, came: int) -> None:
+        """Let the monitor see the labels after one, in the order in which they came."""
         if self.monitor.audited is None:
             return
-        rows = self._rows.execute(
-            "SELECT n, id, answer, uncertainty, label "  # noqa: S608 - ours
-            f"FROM rows LEFT JOIN labels USING (n) WHERE {which} ORDER BY came, n",
-            values,
-        ).fetchall()
+        rows = self._rows.labels_after(came)
         if rows:
             self.monitor.audit(self._outcomes(rows), in_order=True)
 
@@ -224,19 +200,3 @@ class Journal:
             class_names=calibration.class_names,
             method=calibration.method,
         )
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        with self._rows:  # commits, or rolls back what an exception ends
-            self._rows.execute("BEGIN IMMEDIATE")
-            yield
-
-    @contextmanager
-    def _judged(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.OperationalError as error:
-            raise StorageError(f"cannot use {self.folder / ROWS}: {error}.") from error
-        except sqlite3.DatabaseError as error:
-            advice = "Restore it, or serve with a new --state."
-            raise DataError(f"{self.folder / ROWS} is damaged ({error}). {advice}") from error

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from vilu.artifacts.disk import make_folder
-from vilu.artifacts.documents import Document, digest, read_document
+from vilu.artifacts.documents import Document, read_document
 from vilu.calibration.monitor.status import Status
-from vilu.calibration.record import has_record
+from vilu.calibration.record import has_guarantee
 from vilu.calibration.record import load as load_record
 from vilu.errors import DataError, UsageError
 from vilu.predictors.persistence.record import fit_fingerprint
@@ -37,10 +37,11 @@ class ServingState(Document):
 
 @dataclass(frozen=True)
 class Kept:
-    """Which predictor answers, and the state of every promise, by name."""
+    """Which predictor answers, the state of every promise, and whether a journal was lost."""
 
     answering: str
     promises: dict[str, PromiseState]
+    lost: bool = False
 
 
 class Keeps(Protocol):
@@ -66,7 +67,7 @@ class Keeps(Protocol):
 
 
 class Bookkeeper:
-    """The journals of the predictors in some folders, by name; of one without a calibration there is none.
+    """The journals of the predictors in some folders, by name; without a promise there is none.
 
     Raises:
         UsageError: If a predictor is there twice, or the one that is to answer is not there.
@@ -83,14 +84,14 @@ class Bookkeeper:
             raise UsageError(
                 f"{folders} are one predictor, which answers already. Give another one to --second."
             )
+        self._answering = self._remembered()
         self._journals = dict[str, Journal]()
         for name, folder in predictors.items():
-            if has_record(folder):
-                risk = digest(load_record(folder).model_dump(mode="json"))
+            if has_guarantee(folder):
+                risk = load_record(folder).fingerprint
                 self._journals[name] = Journal(
                     state / f"{self.fingerprints[name]}-{risk[:16]}", folder
                 )
-        self._answering = self._remembered()
 
     def _remembered(self) -> str:
         path = self.state / SERVING
@@ -118,6 +119,7 @@ class Bookkeeper:
         return Kept(
             self._answering,
             promises | {name: journal.promise for name, journal in self._journals.items()},
+            any(journal.lost for journal in self._journals.values()),
         )
 
     def label(self, labels: Mapping[str, str]) -> dict[str, tuple[int, list[str]]]:

@@ -83,12 +83,12 @@ class _Promises(Collector):
         yield GaugeMetricFamily(
             "vilu_images_under_way_limit", "More are sent away with 429.", room.most
         )
-        yield GaugeMetricFamily(
-            "vilu_ready", "1 as soon as the model is loaded.", float(engine is not None)
-        )
+        ready = "vilu_ready", "1 while the model is loaded and rows can be kept."
         if engine is None:
+            yield GaugeMetricFamily(*ready, 0.0)
             return
         kept, statuses, served = engine.keeper.kept(), engine.keeper.statuses(), engine.served
+        yield GaugeMetricFamily(*ready, float(not kept.lost))
         who = {name: one.fingerprint for name, one in served.items()}
         now = ((who[name], name == kept.answering) for name in served)
         yield _gauge("answers_now", "1 of the predictor that answers.", now)

@@ -157,29 +157,32 @@ class Sealed(Reopened):
         """Keys of some rows, ascending, by default of all."""
         return PartStrings(self.rows.starts, partial(self.metadata, "key"), rows)
 
-    def identities(self, by: Identity, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
+    def identities(
+        self, by: Identity, rows: NDArray[np.int64], *, captions: bool = True
+    ) -> NDArray[np.uint64]:
         """(M,) hashes of keys, or of pictures (and captions), each part of the rows read once."""
         order = np.argsort(rows, kind="stable")
         bounds = np.searchsorted(rows, self.rows.starts, sorter=order)
         found = np.empty(len(rows), np.uint64)
         for number in np.flatnonzero(np.diff(bounds)).tolist():
             places = order[bounds[number] : bounds[number + 1]]
-            found[places] = self._hashes(
-                by, number, pa.array(rows[places] - self.rows.starts[number])
-            )
+            inside = pa.array(rows[places] - self.rows.starts[number])
+            found[places] = self._hashes(by, number, inside, captions=captions)
         return found
 
-    def _hashes(self, by: Identity, number: int, rows: pa.Array) -> NDArray[np.uint64]:
+    def _hashes(
+        self, by: Identity, number: int, rows: pa.Array, *, captions: bool
+    ) -> NDArray[np.uint64]:
         if by == "names":
             return hash_names(self.metadata("key", number).take(rows).to_pylist())
         pictures: list[bytes] = self.metadata("picture", number).take(rows).to_pylist()
-        if not self.manifest.captions:
+        if not self.manifest.captions or not captions:
             return np.frombuffer(
                 b"".join(picture[:HASH_BYTES] for picture in pictures), "<u8"
             ).astype(np.uint64)
-        captions: list[str] = self.metadata("caption", number).take(rows).to_pylist()
+        texts: list[str] = self.metadata("caption", number).take(rows).to_pylist()
         return hash_of_each(
-            picture + caption.encode() for picture, caption in zip(pictures, captions, strict=True)
+            picture + text.encode() for picture, text in zip(pictures, texts, strict=True)
         )
 
 
@@ -212,9 +215,16 @@ class StoredRows(EmbeddingSource):
         if by == "embeddings":
             return super().identities(by, rows)
         index = np.arange(len(self)) if rows is None else rows
-        return self._sealed.identities(
-            by, index if self._chosen is None else self._chosen.numpy()[index]
-        )
+        return self._sealed.identities(by, self._stored(index))
+
+    def _picture_hashes(self, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
+        if "pictures" not in self.identified_by:
+            return super()._picture_hashes(rows)
+        return self._sealed.identities("pictures", self._stored(rows), captions=False)
+
+    def _stored(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(M,) places in the store of the rows (M,)."""
+        return rows if self._chosen is None else self._chosen.numpy()[rows]
 
 
 class EmbeddingStore(Reopened, StoredRows, MappedSource):

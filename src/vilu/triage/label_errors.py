@@ -18,6 +18,7 @@ from vilu.artifacts.tables import write_table
 from vilu.datasets.base import ImageDataset
 from vilu.datasets.images import BadImage, read_image
 from vilu.device import as_usual
+from vilu.embeddings.copies import NEAR_COPY, near_copies
 from vilu.embeddings.rows import SCORING_BATCH
 from vilu.embeddings.source import EmbeddingSource, TakenIds
 from vilu.errors import UNKNOWN, DataError, UsageError
@@ -74,7 +75,8 @@ def find_label_errors(
     """The labels of a source in the order of how little they fit, by cleanlab's confident learning.
 
     The posterior of a row comes from a predictor that has not seen its label: the given one, which
-    must not be fitted on these rows, or ``vilu_plus`` fitted on the other four fifths of them.
+    must not be fitted on these rows, or ``vilu_plus`` fitted on the other four fifths of them. The
+    fifths are of pictures: near copies (``near_copies``) are in one of them.
     Classes of which no row has a label are left out of it: nobody can say how often they are taken
     for another.
 
@@ -134,16 +136,38 @@ def find_label_errors(
 
 
 def _cross_fitted(source: EmbeddingSource, rows: NDArray[np.int64], seed: int) -> Floats:
-    """(N, K) posterior of rows by predictors that were fitted on the others."""
-    fold = np.random.default_rng(seed).permutation(np.arange(len(rows)) % FOLDS)
+    """(N, K) posterior of rows by predictors that were fitted on the others, and on no near copy of them."""
+    fold = _folds(source, rows, seed)
     found = np.empty((len(rows), source.n_candidates))
     with track("fit without a fifth of the labels", FOLDS, "fits") as task:
         for number in range(FOLDS):
             held_out = fold == number
+            if not held_out.any():
+                continue
             predictor = ViLUPlus(seed=seed).fit(source.take(rows[~held_out]))
             found[held_out] = posterior_of(predictor, source, rows[held_out])
             task.advance(1)
     return found
+
+
+def _folds(source: EmbeddingSource, rows: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
+    """(N,) fold of every row: near copies are in one, since a copy would tell the label that is judged."""
+    first = near_copies(source, rows)
+    _, picture = np.unique(first, return_inverse=True)
+    n_pictures = int(picture.max()) + 1
+    if n_pictures < 2:
+        raise DataError(
+            f"all {len(rows)} labelled rows are near copies of one picture (cosine of at least "
+            f"{NEAR_COPY}), so no label can be judged by others. Give labels of other pictures."
+        )
+    if n_pictures < len(rows):
+        logger.info(
+            "%d labelled rows are %d pictures and their near copies, which are judged together",
+            len(rows),
+            n_pictures,
+        )
+    fold_of_picture = np.random.default_rng(seed).permutation(np.arange(n_pictures) % FOLDS)
+    return fold_of_picture[picture]
 
 
 def posterior_of(

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
@@ -18,7 +17,7 @@ from vilu.calibration.anytime import Looks, grid_of, level_of
 from vilu.calibration.procedure import keep_record
 from vilu.calibration.record import Record
 from vilu.calibration.rules import ALL, Certificate, Selector
-from vilu.embeddings.pairs import first_alike
+from vilu.embeddings.copies import near_copies
 from vilu.embeddings.source import EmbeddingSource
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
@@ -31,12 +30,6 @@ from vilu.triage.photos import Photos
 
 PLANNED: Final = 200
 """Labels that vouch, for which the limit is chosen: with so many a risk of 1 % shows that it is below 5 %."""
-
-ALIKE: Final = 0.98
-"""Cosine from which on two photos are taken for one scene: a burst, frames of a film. Of 3,000 photos that were taken
-one by one 0 to 1 % have so near a neighbour by real CLIP (Oxford pets, food), of frames of 101
-actions 4 %.
-"""
 
 ORDER: Final = 2**63
 """Places in the random order."""
@@ -98,8 +91,8 @@ class Sides:
 
 def first_of_scene(photos: EmbeddingSource, known: Ints, rows: Ints) -> Mask:
     """(M,) which of the rows are nearly like no known one, and like none of the rows before them."""
-    image = photos.image_rows(torch.from_numpy(np.concatenate([known, rows])))
-    first: Mask = first_alike(image, ALIKE).numpy() == np.arange(len(image))
+    every = np.concatenate([known, rows])
+    first: Mask = near_copies(photos, every) == np.arange(len(every))
     return first[len(known) :]
 
 

@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from vilu.artifacts.disk import make_folder, or_refuse, write_bytes
 from vilu.artifacts.documents import plain_json, read_document
-from vilu.artifacts.tables import csv_bytes, csv_rows
+from vilu.artifacts.tables import CsvRow, csv_bytes, csv_rows
 from vilu.calibration.shares import OUTSIDE_NAME
 from vilu.datasets.files import path_of, portable_name, text_among
 from vilu.errors import OUTSIDE, UNKNOWN, DataError, UsageError
@@ -96,8 +96,8 @@ def _of_triage(folder: Path, which: Which) -> Review:
     settings = state.settings
     outside = [name for name in _texts(settings, "outside") if name != OUTSIDE_NAME]
     names = (*_texts(settings, "classes"), *outside, OUTSIDE_NAME)
-    rows = csv_rows(folder / f"{DECISIONS}.csv")[1]
-    streams = {row["path"]: row["stream"] for row in csv_rows(folder / NEXT)[1]}
+    rows = _written_rows(folder / f"{DECISIONS}.csv", DECIDED)
+    streams = {row["path"]: row["stream"] for row in _written_rows(folder / NEXT, ASKED)}
     tasks = [
         _task(row, streams.get(row["path"], CHOSEN))
         for row in rows
@@ -106,6 +106,34 @@ def _of_triage(folder: Path, which: Which) -> Review:
     place = {path: number for number, path in enumerate(streams)}
     tasks.sort(key=lambda one: (place.get(one.path, len(place)), -(one.failure_probability or 0.0)))
     return Review(tasks, names, Path(state.photos), "vilu triage")
+
+
+DECIDED = ("path", "decision", "answer", "failure_probability", "runner_up")
+ASKED = ("path", "stream")
+"""Columns of a triage's tables that are looked at."""
+
+
+def _written_rows(path: Path, wanted: Sequence[str]) -> list[CsvRow]:
+    """The rows of a table that a triage has written; DataError where it is damaged."""
+    columns, rows = csv_rows(path)
+    again = "Run `vilu triage` again, which writes it."
+    if missing := [name for name in wanted if name not in columns]:
+        raise DataError(f"{path} has no column {missing[0]!r}. {again}")
+    for number, row in enumerate(rows, start=2):
+        if row.ends_early:
+            raise DataError(f"{path}: row {number} is not complete. {again}")
+        if "failure_probability" in wanted and not _is_probability(row["failure_probability"]):
+            said = f"{row['failure_probability']!r:.40}"
+            raise DataError(f"{path}: row {number} has no failure_probability, but {said}. {again}")
+    return rows
+
+
+def _is_probability(cell: str) -> bool:
+    """Whether a cell is empty, or a number from 0 to 1."""
+    try:
+        return not cell or 0 <= float(cell) <= 1
+    except ValueError:
+        return False
 
 
 def _is_wanted(row: Mapping[str, str], streams: Mapping[str, str], which: Which) -> bool:

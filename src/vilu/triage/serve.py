@@ -18,10 +18,11 @@ from socket import socket
 from typing import Any, Final
 from urllib.parse import parse_qs, urlsplit
 
-from vilu.artifacts.tables import write_table
+from vilu.artifacts.disk import or_refuse, write_bytes
+from vilu.artifacts.tables import csv_bytes
 from vilu.datasets.files import Bounds, path_of
 from vilu.datasets.images import BadImage, decode_image
-from vilu.errors import DataError, UsageError
+from vilu.errors import BusyError, DataError, StorageError, UsageError
 from vilu.text import page_of
 from vilu.triage.labels import SKIPPED, read_labels
 from vilu.triage.review import Review, label_columns
@@ -42,6 +43,9 @@ class ReviewSession:
         review: What to look at; its folder of photos must be known.
         output: CSV of labels; one that is there is gone on with.
 
+    Attributes:
+        written: What the file held when it was read or written last; None where there was none.
+
     Raises:
         UsageError: If there is nothing to look at, or the folder of photos is not known.
         DataError: If the file of labels cannot be read, or is of other photos.
@@ -51,6 +55,7 @@ class ReviewSession:
     output: Path
     answers: dict[str, str] = field(default_factory=dict)
     streams: dict[str, str] = field(default_factory=dict)
+    written: bytes | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
@@ -61,31 +66,53 @@ class ReviewSession:
         if not self.review.tasks:
             raise UsageError("there is no photo to look at.")
         self.bounds = Bounds(self.review.photos)
-        if self.output.exists():
+        self.written = self._on_disk()
+        if self.written is not None:
             self.answers, self.streams = read_labels(self.output)
             known = {one.path for one in self.review.tasks}
             if self.answers and not known & self.answers.keys():
                 raise DataError(f"{self.output} holds labels of other photos. Give another file.")
 
     def answer(self, place: object, label: object) -> None:
-        """Set the label of a photo, or take it back (None), and keep all of them; DataError where they cannot be."""
+        """Set the label of a photo, or take it back (None), and keep all of them.
+
+        Raises:
+            DataError: If there is no such photo or label.
+            BusyError: If another program has changed the file meanwhile; it stays as it is.
+            StorageError: If the file cannot be written.
+        """
         if type(place) is not int or not 0 <= place < len(self.review.tasks):
             raise DataError(f"there is no photo number {place!r}.")
         if label is not None and label not in {*self.review.names, SKIPPED}:
             raise DataError(f"{label!r} is none of the names to choose from.")
         path = self.review.tasks[place].path
         with self.lock:
+            answers = dict(self.answers)
             if label is None:
-                self.answers.pop(path, None)
+                answers.pop(path, None)
             else:
-                self.answers[path] = str(label)
-            self._save()
+                answers[path] = str(label)
+            self._save(answers)
+            self.answers = answers
 
-    def _save(self) -> None:
+    def _save(self, answers: dict[str, str]) -> None:
+        """Write answers, unless the file holds what was not written here."""
+        if self._on_disk() not in {None, self.written}:
+            raise BusyError(
+                f"{self.output} was changed by another program, and stays as it is. Stop this command "
+                "and start it again: it goes on with what the file holds now."
+            )
         streams = self.streams | {
             one.path: one.stream for one in self.review.tasks
         }  # also of what is not shown now
-        write_table(self.output, label_columns(self.answers, streams), {})
+        content = csv_bytes(label_columns(answers, streams))
+        write_bytes(self.output, content)
+        self.written = content
+
+    def _on_disk(self) -> bytes | None:
+        """What the file holds; None where there is none."""
+        with or_refuse(f"read {self.output}"):
+            return self.output.read_bytes() if self.output.exists() else None
 
     def picture(self, place: int) -> bytes:
         """A photo as WebP, decoded with all that is done against hostile files; BadImage or OSError where it is bad."""
@@ -115,14 +142,25 @@ class ReviewSession:
 
 
 def serve_page(session: ReviewSession, port: int = 0, ready: Callable[[str], None] = print) -> None:
-    """Serve the page on this machine alone until interrupted; ``ready`` gets its address, which holds a key."""
+    """Serve the page on this machine alone until interrupted; ``ready`` gets its address, which holds a key.
+
+    Raises:
+        UsageError: If the port is taken.
+    """
     key = secrets.token_urlsafe(16)
 
     class Handler(PageHandler):
         of = session
         token = key
 
-    with PageServer((LOOPBACK, port), Handler) as server:
+    try:
+        server = PageServer((LOOPBACK, port), Handler)
+    except OSError as error:
+        raise UsageError(
+            f"cannot listen at {LOOPBACK}, port {port}: {error.strerror}. Give another --port, or "
+            "none: then a free one is taken."
+        ) from error
+    with server:
         ready(f"http://{LOOPBACK}:{server.server_port}/?key={key}")
         with suppress(KeyboardInterrupt):
             server.serve_forever(poll_interval=0.2)
@@ -176,6 +214,12 @@ class PageHandler(BaseHTTPRequestHandler):
             self.of.answer(given["place"], given["label"])
         except (DataError, KeyError, RecursionError, TypeError, ValueError) as error:
             self._refuse(HTTPStatus.BAD_REQUEST, str(error))
+            return
+        except BusyError as error:
+            self._refuse(HTTPStatus.CONFLICT, str(error))
+            return
+        except StorageError as error:
+            self._refuse(HTTPStatus.INSUFFICIENT_STORAGE, str(error))
             return
         self._send(HTTPStatus.OK, b"{}", "application/json")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from importlib import resources
@@ -112,7 +111,7 @@ def store_of(part: Part, entry: Data, data: Path, output: Path) -> Path:
             _columns(entry, role),
             *_words(entry),
         ]
-    hashed = digest([importlib.metadata.version("vilu"), *recipe])[:8]
+    hashed = digest(recipe)[:8]
     stem = (
         entry.dataset or Path(str(entry.source).removeprefix(PACKAGE)).stem
     )  # so that entries of one recipe share it

@@ -48,8 +48,7 @@ SAME_FIT = (
 class Submission(Section):
     """What a file says beside its rows, which are scores as ``vilu score`` writes them."""
 
-    schema_version: Literal[1] = 1
-    vilu: str  # version that made it
+    schema_version: Literal[2] = 2
     made_by: Annotated[
         str, Field(pattern=r"^[\w.+ -]{0,99}$")
     ]  # distribution and version of a method from outside
@@ -88,7 +87,6 @@ def _write(
 ) -> Path:
     name = home_of(board.config.class_of(cell.method)).get("home", {}).get("distribution")
     said = Submission(
-        vilu=importlib.metadata.version("vilu"),
         made_by=f"{name} {importlib.metadata.version(name)}" if name else "",
         result=board.results[cell].model_copy(update={"files": {}}),
         stands_for=tuple(dict.fromkeys(places)),

@@ -39,12 +39,13 @@ def log_wealth(wrong: Ints, n: Ints, rate: float, prior: Prior) -> Floats:
     """(...) log M(rate) after ``wrong`` of ``n`` audited answers were wrong; ``rate`` in (0, 1)."""
     a, b = prior
     right = n - wrong
-    with np.errstate(divide="ignore"):  # no mass on one side of the rate
+    # there may be no mass on one side of the rate, and what is small beside the other rounds to 0
+    with np.errstate(divide="ignore", under="ignore"):
         above = np.log(special.betaincc(a + wrong, b + right, rate))
         below = np.log(special.betainc(a, b, rate))
-    ratio = special.betaln(a + wrong, b + right) - special.betaln(a, b) + above
-    ratio = ratio - wrong * math.log(rate) - right * math.log1p(-rate)
-    found: Floats = np.logaddexp(ratio, below)
+        ratio = special.betaln(a + wrong, b + right) - special.betaln(a, b) + above
+        ratio = ratio - wrong * math.log(rate) - right * math.log1p(-rate)
+        found: Floats = np.logaddexp(ratio, below)
     return found
 
 

@@ -42,6 +42,7 @@ def beta_bets(p: Floats) -> Floats:
     return found
 
 
+@np.errstate(under="ignore")  # what is small beside the others is 0
 def histogram_bets(p: Floats, counts: Floats, weight: float) -> tuple[Floats, Floats]:
     """A bet that learns: the density of the last few hundred p-values in m equal cells, drawn towards the uniform one.
 
@@ -88,6 +89,7 @@ class Martingale:
         blocks = [self._update(p[start : start + BLOCK]) for start in range(0, len(p), BLOCK)]
         return np.concatenate(blocks) if blocks else np.empty(0)
 
+    @np.errstate(under="ignore")  # what is small beside the others is 0
     def _update(self, p: Floats) -> Floats:
         p = np.clip(p, EPS, 1 - EPS)  # the ends have probability 0, but not in float64
         growth = np.cumsum(np.concatenate([self.growth[None], self._bets(p)]), axis=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,17 +18,19 @@ from vilu.artifacts.documents import digest, explain
 from vilu.artifacts.paths import claim_file
 from vilu.artifacts.tables import read_column, read_table, table_suffix, write_table
 from vilu.calibration import record
+from vilu.calibration.label_sets import LabelSets
 from vilu.calibration.monitor.arrivals import Seen, admit, refuse_sorted
 from vilu.calibration.monitor.audit import Audit, TestName, rates_of, strangers_in_words
 from vilu.calibration.monitor.martingale import Reference
 from vilu.calibration.monitor.status import Acceptance, Audited, Status, Test, conclude
 from vilu.calibration.monitor.watch import PARTS, State, Watch, Wealth
-from vilu.calibration.record import Rule
+from vilu.calibration.record import Record, Rule
 from vilu.calibration.rules import Selector, group_names
 from vilu.calibration.shares import Strata
-from vilu.errors import UNKNOWN, DataError, ProvenanceError, UsageError
+from vilu.errors import UNKNOWN, DataError, InfeasibleError, ProvenanceError, UsageError
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
+from vilu.predictors.persistence.record import PREDICTOR, read_record
 from vilu.validation import checked, require_at_least, require_between
 
 if TYPE_CHECKING:
@@ -39,8 +42,8 @@ class Monitor:
 
     Args:
         calibration: The calibration rows; those without an uncertainty are left out.
-        rule: What ``calibrate`` gave. Without one, or with one that judges whole batches, there is
-            nothing to audit.
+        rule: What ``calibrate`` gave, or label sets. Of one that judges whole batches, and of label
+            sets, there is nothing to audit.
         groups: N names of groups of the calibration rows, for a rule that was given its groups.
         false_alarm: Probability that any test ever raises an alarm without cause, in (0, 1).
         seed: Of the random numbers that break ties, at least 0; to be fixed before the first row.
@@ -58,6 +61,8 @@ class Monitor:
     Raises:
         UsageError: If ``false_alarm`` or ``seed`` is out of range.
         DataError: If no calibration row has an uncertainty.
+        InfeasibleError: Without a rule, and of one that accepts nothing: there is no guarantee to
+            watch.
 
     Examples:
         >>> import numpy as np, vilu
@@ -74,7 +79,7 @@ class Monitor:
     def __init__(
         self,
         calibration: Outcomes,
-        rule: Rule | None = None,
+        rule: Rule | LabelSets | None = None,
         *,
         groups: Sequence[str] | None = None,
         false_alarm: float = 0.05,
@@ -82,6 +87,11 @@ class Monitor:
     ) -> None:
         require_between("false_alarm", false_alarm)
         require_at_least("seed", seed, 0)
+        if not record.promises(rule):
+            raise InfeasibleError(
+                "there is no guarantee to watch, because nothing was promised of these rows: give "
+                "the rule that vilu.calibrate(outcomes, max_risk=0.05) makes of them."
+            )
         if not np.isfinite(calibration.uncertainty).any():
             raise DataError(
                 f"none of the {len(calibration)} calibration rows has an uncertainty. Calibrate again."
@@ -124,7 +134,9 @@ class Monitor:
         """A monitor of the calibration that ``vilu calibrate`` left in the folder of a predictor.
 
         Raises:
-            DataError: If there is none, or it is damaged.
+            InfeasibleError: If nothing was promised of the predictor, so that there is no guarantee
+                to watch.
+            DataError: If the folder holds no predictor, or its calibration is damaged.
             ProvenanceError: If a newer vilu wrote it.
 
         Examples:
@@ -142,11 +154,10 @@ class Monitor:
             >>> len(monitor.calibration), monitor.rule.max_risk
             (200, 0.05)
         """
-        found = record.load(folder)
-        monitor = cls(
-            record.load_rows(folder, found), found.rule, false_alarm=false_alarm, seed=seed
-        )
-        monitor.risk = digest(found.model_dump(mode="json"))
+        found, guarantee = _guaranteed(Path(folder))
+        rows = record.load_rows(folder, found)
+        monitor = cls(rows, guarantee, false_alarm=false_alarm, seed=seed)
+        monitor.risk = found.fingerprint
         return monitor
 
     @checked
@@ -176,7 +187,8 @@ class Monitor:
         Examples:
             >>> import numpy as np, vilu
             >>> rng = np.random.default_rng(0)
-            >>> monitor = vilu.Monitor(vilu.Outcomes(rng.random(500), np.zeros(500)))
+            >>> calibration = vilu.Outcomes(rng.random(500), np.zeros(500))
+            >>> monitor = vilu.Monitor(calibration, vilu.calibrate(calibration, max_risk=0.05))
             >>> status = monitor.update(
             ...     vilu.Outcomes(rng.random(300), np.full(300, -1))
             ... )  # labels are not needed
@@ -259,11 +271,12 @@ class Monitor:
             >>> import numpy as np, tempfile, vilu
             >>> rng = np.random.default_rng(0)
             >>> calibration = vilu.Outcomes(rng.random(500), np.zeros(500))
-            >>> monitor = vilu.Monitor(calibration)
+            >>> rule = vilu.calibrate(calibration, max_risk=0.05)
+            >>> monitor = vilu.Monitor(calibration, rule)
             >>> _ = monitor.update(vilu.Outcomes(rng.random(300), np.full(300, -1)))
             >>> with tempfile.TemporaryDirectory() as folder:
             ...     monitor.save(f"{folder}/state.parquet")
-            ...     tomorrow = vilu.Monitor(calibration).resume(f"{folder}/state.parquet")
+            ...     tomorrow = vilu.Monitor(calibration, rule).resume(f"{folder}/state.parquet")
             >>> tomorrow.update(vilu.Outcomes(rng.random(200), np.full(200, -1))).rows
             500
         """
@@ -299,11 +312,12 @@ class Monitor:
         Examples:
             >>> import numpy as np, tempfile, vilu
             >>> calibration = vilu.Outcomes(np.linspace(0, 1, 200), np.zeros(200))
+            >>> rule = vilu.calibrate(calibration, max_risk=0.05)
             >>> with tempfile.TemporaryDirectory() as folder:
-            ...     monitor = vilu.Monitor(calibration)
+            ...     monitor = vilu.Monitor(calibration, rule)
             ...     _ = monitor.update(vilu.Outcomes([0.2, 0.7, 0.4], [-1, -1, -1]))
             ...     monitor.save(f"{folder}/state.parquet")
-            ...     vilu.Monitor(calibration).resume(f"{folder}/state.parquet").rows
+            ...     vilu.Monitor(calibration, rule).resume(f"{folder}/state.parquet").rows
             3
         """
         import pyarrow as pa
@@ -347,7 +361,8 @@ class Monitor:
 
         Examples:
             >>> import numpy as np, vilu
-            >>> monitor = vilu.Monitor(vilu.Outcomes(np.linspace(0, 1, 200), np.zeros(200)))
+            >>> calibration = vilu.Outcomes(np.linspace(0, 1, 200), np.zeros(200))
+            >>> monitor = vilu.Monitor(calibration, vilu.calibrate(calibration, max_risk=0.05))
             >>> _ = monitor.update(
             ...     vilu.Outcomes(
             ...         [0.2, np.nan, 0.4], [-1, -1, -1], reason=[None, "zero_norm", None]
@@ -558,6 +573,22 @@ class Monitor:
             )
         rule = None if self.rule is None else self.rule.model_dump(mode="json")
         return digest([content.hexdigest(), rule, self.false_alarm, self.seed, list(self.watches)])
+
+
+def _guaranteed(folder: Path) -> tuple[Record, Rule | LabelSets]:
+    """The calibration of a predictor, and what it promises; refused where that is nothing."""
+    calibrate = f"vilu calibrate {shlex.quote(str(folder))} STORE --max-risk 0.05"
+    if record.has_record(folder):
+        found = record.load(folder)
+        if found.guarantee is not None:
+            return found, found.guarantee
+        calibrate = f"{calibrate} --overwrite"
+    else:
+        read_record(folder / PREDICTOR)  # a folder without a predictor is another mistake
+    raise InfeasibleError(
+        f"there is no guarantee to watch, because nothing was promised of {folder}: "
+        f"run `{calibrate}` with labelled rows first."
+    )
 
 
 KINDS = ("rows seen", "labels seen")

@@ -10,7 +10,6 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from vilu.embeddings.checks import SHORT_POOL
 from vilu.embeddings.pairs import PairSource
@@ -168,9 +167,10 @@ def fit_and_selection(
         chosen = Rows(validation, held_out, columns)
     else:
         generator = torch.Generator().manual_seed(seed)
-        groups = (
-            caption_groups(train.source, rows) if isinstance(train.source, PairSource) else None
-        )
+        if isinstance(train.source, PairSource):
+            groups = caption_groups(train.source, rows)
+        else:
+            _, groups = train.pictures()
         part = hold_out(failure, fraction, train.source.pool_size, generator, groups)
         chosen = Rows(train.source, rows[part], columns)
         _, held_failure = with_failures(
@@ -200,8 +200,8 @@ def hold_out(
     """Sorted positions (H,) of a random part of rows with failures (M,): stratified by failure, or whole pools.
 
     With in-batch candidates the part is rounded to whole pools, and empty when there are fewer than
-    two. Rows of one number in ``groups`` (M,) stay together, unless there are fewer groups than a
-    pool has rows: such groups recur in every pool, as classes do.
+    two. Rows of one number in ``groups`` (M,) stay together. In pools they do not where there are
+    fewer groups than a pool has rows: such groups recur in every pool, as classes do.
     """
     n = len(failure)
     if pool_size is not None:
@@ -216,12 +216,14 @@ def hold_out(
             else order[whole_groups(groups[order], room)]
         )
         return chosen[: len(chosen) if len(chosen) >= pool_size else 0].sort().values
-    kinds = [(failure == value).nonzero().squeeze(1) for value in (0, 1)]
+    groups = torch.arange(n) if groups is None else groups
+    first = torch.from_numpy(np.unique(groups.numpy(), return_index=True)[1])
+    kinds = [first[failure[first] == value] for value in (0, 1)]
     parts = [
         kind[torch.randperm(len(kind), generator=generator)[: round(len(kind) * fraction)]]
         for kind in kinds
     ]
-    return torch.cat(parts).sort().values
+    return torch.isin(groups, groups[torch.cat(parts)]).nonzero().squeeze(1)
 
 
 def whole_groups(groups: Tensor, room: int) -> Tensor:
@@ -286,7 +288,8 @@ def with_outside(log_odds: Tensor, outside: Tensor) -> Tensor:
     u / (1 - u) = (1 - q) / q + P(outside) / P(inside) / q, so that no u rounds to one before it has
     to.
     """
-    return torch.logaddexp(log_odds, outside.to(log_odds.device) + functional.softplus(log_odds))
+    either = torch.logaddexp(log_odds, torch.zeros_like(log_odds))  # of 1 / q, the log
+    return torch.logaddexp(log_odds, outside.to(log_odds.device) + either)
 
 
 # up to so many rows are cross-fitted; of more, one fifth is held out, and so many rows at most
@@ -301,18 +304,23 @@ def cross_fitting(
     seed: int,
     needs: Needs = "class",
 ) -> list[tuple[Rows, Rows]]:
-    """Pairs of rows to fit on and rows held out from it: the validation set, or folds stratified by failure (M,)."""
+    """Pairs of rows to fit on and rows held out from it: the validation set, or folds stratified by failure (M,).
+
+    Rows of one picture are in one fold; it counts as a failure where its first row is one.
+    """
     if validation is not None:
         rows, _ = trainable_rows(validation, "validation", needs)
         return [(train, Rows(validation, rows, train.columns))]
     n = len(failure)
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(n, generator=generator)
+    first, picture = train.pictures()
+    order = torch.randperm(len(first), generator=generator)
     order = order[
-        failure[order].argsort(stable=True)
+        failure[first][order].argsort(stable=True)
     ]  # neighbours in this order go to different folds
-    fold = torch.empty(n, dtype=torch.long)
-    fold[order] = torch.arange(n) % FOLDS
+    fold_of_picture = torch.empty(len(first), dtype=torch.long)
+    fold_of_picture[order] = torch.arange(len(first)) % FOLDS
+    fold = fold_of_picture[picture]
     parts = [train.index[fold == k] for k in range(FOLDS if n <= FOLDED_ROWS else 1)]
     pairs = []
     for k, part in enumerate(parts):

@@ -42,19 +42,23 @@ from vilu.predictors.contract.parameters import (
 )
 from vilu.predictors.contract.probability import Calibrator, expit, fit_calibrator
 from vilu.predictors.contract.seen import (
+    LEARNED_FROM,
     Overlap,
     Sketches,
     candidates_of,
     common_identity,
     join,
+    one_per_picture,
     scored_of,
     similarity_range,
     sketch,
     warn_of_other_space,
+    warn_of_repeats,
 )
 from vilu.predictors.nn.head import Graph, with_weights
 from vilu.predictors.nn.train import AdamWConfig, TrainConfig
 from vilu.predictors.persistence import record
+from vilu.predictors.persistence.fit_sample import FitSample
 from vilu.validation import checked
 
 # probabilities nearer to 0 or 1 count as this far away, so that their log-odds are finite
@@ -118,6 +122,8 @@ class FailurePredictor(ABC):
         similarity_: Mean and standard deviation of the largest cosine of training rows; None when
             never fitted.
         calibrator_: From uncertainty to P(failure), learned on calibration rows; None without.
+        sample_: Image vectors of random rows of the fit, at most 2 MB, by which near copies of them
+            are told; None where none is kept.
 
     Examples:
         >>> import dataclasses, numpy as np, vilu
@@ -168,6 +174,9 @@ class FailurePredictor(ABC):
         default_factory=dict, init=False, repr=False, compare=False
     )
     calibrator_: Calibrator | None = dataclasses.field(
+        default=None, init=False, repr=False, compare=False
+    )
+    sample_: FitSample | None = dataclasses.field(
         default=None, init=False, repr=False, compare=False
     )
 
@@ -328,6 +337,9 @@ class FailurePredictor(ABC):
             unlabelled: More rows against the same candidates, no label of which is looked at
                 (``uses_unlabelled``).
 
+        Warns:
+            UserWarning: If training rows are left out, or more than 1 % of them are repeats.
+
         Raises:
             UsageError: If a hyper-parameter is out of range, the method does not work on
                 image-caption pairs, or it cannot use unlabelled rows.
@@ -367,11 +379,13 @@ class FailurePredictor(ABC):
             None if validation is None else disjoint(train.source, validation),
         )
         rows, failure = trainable_rows(source, "training", self.needs)
+        own = sketch(source)
+        warn_of_repeats(source, own)
         found = self.learn(dataclasses.replace(train, index=rows), failure, validation)
         self.take(found.tensors, source.space)
-        self.seen_ = reduce(
-            join, [sketch(one) for one in (source, validation, train.unlabelled) if one is not None]
-        )
+        more = [rows_of for rows_of in (validation, train.unlabelled) if rows_of is not None]
+        self.seen_ = reduce(join, [sketch(rows_of) for rows_of in more], own)
+        self.sample_ = FitSample.draw([source, *more], getattr(self, "seed", 0))
         self.similarity_ = similarity_range(source)
         counts = {"n_train": len(failure), "n_failures": int((failure == 1).sum())}
         self.notes_ = {**counts, **candidates_of(source), **found.notes}
@@ -623,7 +637,7 @@ class FailurePredictor(ABC):
 
     def unseen(self, data: EmbeddingSource, role: str) -> NDArray[np.bool_]:
         """(N,) the rows that were not used to fit; warns of those that were, a DataError above 1 %."""
-        remedy = "It learned from them, so nothing measured on them holds for others. Take rows that it has not seen."
+        remedy = f"{LEARNED_FROM} Take rows that it has not seen."
         return self.seen(data).others(
             data, f"{role} rows", f"were used to fit this {self.name}", remedy
         )
@@ -713,6 +727,8 @@ class FailurePredictor(ABC):
     def calibrate(self, calibration: EmbeddingSource) -> Self:
         """Learn the probability of failure on labelled rows; those used to fit are left out, with a warning.
 
+        Rows of one picture count once, as wrong where any of them is.
+
         Raises:
             DataError: If more than 1 % were used to fit, or none has an uncertainty and a known
                 failure.
@@ -730,7 +746,13 @@ class FailurePredictor(ABC):
         for batch, scores in self.scored(calibration, scored_of(calibration, fresh)):
             rows = batch.index.numpy(force=True)
             uncertainty[rows], failure[rows] = scores, batch.failure.numpy(force=True)
-        return self.calibrate_scores(uncertainty[fresh], failure[fresh])
+        known = np.flatnonzero(fresh & np.isfinite(uncertainty) & (failure != UNKNOWN))
+        picture = calibration.picture_identities(known)
+        wrong = failure[known] if calibration.pool_size is None else np.zeros_like(known)
+        rows = known[one_per_picture(picture, wrong)]
+        counted = np.full(len(calibration), UNKNOWN)
+        counted[rows] = failure[rows]
+        return self.calibrate_scores(uncertainty[fresh], counted[fresh])
 
     def calibrate_scores(self, uncertainty: ArrayLike, failure: ArrayLike) -> Self:
         """As ``calibrate``, from uncertainties (N,) of this predictor and failures (N,); unknown ones are left out.

@@ -29,6 +29,7 @@ class Form(NamedTuple):
     of_probability: bool
 
 
+@np.errstate(under="ignore")  # what is small beside the others is 0
 def expit(log_odds: Floats) -> Floats:
     """1 / (1 + exp(-x)), without rounding near zero or one; SciPy's takes half a second to import."""
     small = np.exp(-np.abs(log_odds))
@@ -36,6 +37,7 @@ def expit(log_odds: Floats) -> Floats:
     return found
 
 
+@np.errstate(under="ignore")  # what is small beside the others is 0
 def _logarithms(score: Floats) -> Floats:
     """The two logarithms ln p and -ln(1 - p) of log-odds."""
     return np.stack([-np.logaddexp(0, -score), np.logaddexp(0, score)], axis=1)
@@ -67,6 +69,7 @@ class Logistic(_Fitted):
     weights: tuple[float, ...] = Field(min_length=1, max_length=2)
     intercept: float
 
+    @np.errstate(under="ignore")  # what is small beside the others is 0
     def __call__(self, score: Floats) -> Floats:
         """(N,) probabilities of scores (N,)."""
         return expit(FORMS[self.form].features(score) @ np.array(self.weights) + self.intercept)
@@ -196,6 +199,7 @@ def _fit(form: Any, score: Floats, failure: NDArray[np.int64]) -> Calibrator:  #
     return Logistic(form=form, weights=tuple(weights), intercept=intercept, **counts)
 
 
+@np.errstate(under="ignore")  # what is small beside the others is 0
 def _least_log_loss(
     features: Floats, failure: NDArray[np.int64], *, intercept: bool
 ) -> tuple[list[float], float]:

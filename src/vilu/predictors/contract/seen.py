@@ -63,6 +63,9 @@ MAX_SHARED = 0.01
 
 SHOWN = 3
 
+LEARNED_FROM = "It learned from them, so nothing measured on them holds for others."
+"""Why rows of a fit are refused."""
+
 
 @dataclass(frozen=True)
 class RowSketch:
@@ -83,6 +86,14 @@ class RowSketch:
     def whole(self) -> bool:
         """Whether it knows every row of the set, and not a sample."""
         return self.n_rows <= SIZE or len(self.hashes) < SIZE
+
+    @property
+    def n_distinct(self) -> int:
+        """How many rows differ; of more than 16,384 estimated, with a standard error of 1 %."""
+        if self.whole:
+            return len(self.hashes)
+        share = self.hashes[-1].item() / np.iinfo(np.int64).max
+        return min(round((SIZE - 1) / share), self.n_rows)
 
     def __or__(self, other: RowSketch) -> RowSketch:
         hashes = torch.cat([self.hashes, other.hashes]).unique()
@@ -170,6 +181,34 @@ def sketch(source: EmbeddingSource) -> Sketches:
     return {by: RowSketch.of(source, by) for by in source.identified_by}
 
 
+FEWER = 0.05
+"""Share of rows that has to be repeated before an estimate tells it from its own error, five of them."""
+
+
+def warn_of_repeats(source: EmbeddingSource, sketches: Sketches) -> None:
+    """Say how many pictures, or image-caption pairs, training rows are, where more than 1 % of them are repeats."""
+    by = source.identified_by[0]
+    if by == "names":
+        return
+    known = sketches[by]
+    n_rows, n_distinct = known.n_rows, known.n_distinct
+    if (
+        by == "embeddings" and not _marked(source, by).all()
+    ):  # all that are not usable have one hash
+        n_rows = int(_marked(source, by).sum())
+        n_distinct -= 1
+    few = MAX_SHARED if known.whole else FEWER
+    if n_distinct >= (1 - few) * n_rows:
+        return
+    what = "pictures" if source.pool_size is None else "image-caption pairs"
+    about = "" if known.whole else "about "
+    warnings.warn(
+        f"the {n_rows} training rows are {about}{n_distinct} {what}: the others stand more than once. Each "
+        "counts as often as it stands. Leave out the repeats, unless they are meant as weights.",
+        stacklevel=6,
+    )
+
+
 def join(first: Sketches, second: Sketches) -> Sketches:
     """Sketches of two sets together: by what both are recognised by, or else by what one of them is."""
     common = first.keys() & second.keys()
@@ -214,6 +253,19 @@ def overlap(
     return Overlap(
         np.isin(second.identities(by), first.identities(by)) & _marked(second, by), len(second)
     )
+
+
+def one_per_picture(picture: NDArray[np.int64], failure: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Places (M,), ascending, of one row of every picture (N,): a wrong one where there is one.
+
+    Rows whose picture is not known (-1) are pictures of their own.
+    """
+    places = np.arange(len(picture))
+    alone = places[picture == UNKNOWN]
+    known = places[picture != UNKNOWN]
+    order = known[np.lexsort((known, failure[known] != 1, picture[known]))]
+    _, first = np.unique(picture[order], return_index=True)
+    return np.sort(np.concatenate([alone, order[first]]))
 
 
 SIMILARITY_ROWS = 100

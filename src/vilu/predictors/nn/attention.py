@@ -428,7 +428,7 @@ def held_out_share(problem: Problem) -> float:
 
     Their labels are drawn from softmax(offset + w R), R learned without them; w ~ N(1, 0.2^2).
     Neighbours in the order of classes are held out apart, so that classes lose as few rows as they
-    can.
+    can. Rows of one picture are held out together.
     """
     from scipy.optimize import minimize_scalar
 
@@ -436,8 +436,11 @@ def held_out_share(problem: Problem) -> float:
     if n == 1:
         return 1.0
     before = block.image @ block.before.T
-    fold = torch.empty(n, dtype=torch.long, device=problem.device)
-    fold[block.batch.target.argsort(stable=True)] = torch.arange(n, device=problem.device) % FOLDS
+    first, picture = (places.to(problem.device) for places in problem.rows.pictures())
+    fold_of_picture = torch.empty_like(first)
+    by_class = block.batch.target[first].argsort(stable=True)
+    fold_of_picture[by_class] = torch.arange(len(first), device=problem.device) % FOLDS
+    fold = fold_of_picture[picture]
     n_folds = min(math.ceil(FOLDS * HELD_OUT / n), FOLDS, n)
     learned = torch.zeros_like(before)
     for k in range(n_folds):

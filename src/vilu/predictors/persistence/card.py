@@ -18,6 +18,7 @@ TAGS = (
     "vision-language-model",
 )
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", re.ASCII)
+MADE_WITH = "Made with vilu "  # before the version, which two cards of one predictor need not share
 MAX_VALUE = 500  # characters of a value that a card shows
 
 SPACE = {
@@ -67,7 +68,7 @@ def model_card(
         header(space.get("backbone"), name),
         f"# {name}, a failure predictor",
         "For every image it says how likely the zero-shot answer of the frozen model below is wrong (higher = more "
-        f"likely wrong), from the embeddings alone. Made with vilu {code(record['vilu'])}.",
+        f"likely wrong), from the embeddings alone. {MADE_WITH}{code(record['vilu'])}.",
         f"**Method.** {code(name)}: {plain(method.summary)}. Reference: {plain(method.reference)}.",
         section(
             "Embedding space", facts(space, SPACE) or ["- unknown: it was made from bare arrays"]
@@ -195,6 +196,11 @@ def facts(values: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
         for key, name in names.items()
         if values.get(key) is not None
     ]
+
+
+def without_made_with(card: bytes) -> bytes:
+    """A card without the version of vilu that made the predictor."""
+    return re.sub(MADE_WITH.encode() + rb"`[^`\n]*`", b"", card, count=1)
 
 
 def code(value: object) -> str:

@@ -24,7 +24,7 @@ from vilu.artifacts.disk import (
     or_refuse,
     unfinished,
 )
-from vilu.artifacts.documents import MAX_DOCUMENT_BYTES, read_json
+from vilu.artifacts.documents import MAX_DOCUMENT_BYTES, SEAL, read_json, without_version
 from vilu.artifacts.paths import claim_folder
 from vilu.errors import (
     DataError,
@@ -35,10 +35,12 @@ from vilu.errors import (
     ViLUError,
 )
 from vilu.extras import hub_reachable, import_extra, quiet
-from vilu.predictors.persistence.card import HUB_ID
+from vilu.predictors.persistence.card import HUB_ID, without_made_with
+from vilu.predictors.persistence.fit_sample import MAX_FILE_BYTES, SAMPLE
 from vilu.predictors.persistence.record import (
     CARD,
     FINGERPRINT,
+    LOOKS,
     PREDICTOR,
     RECALIBRATE,
     RISK,
@@ -50,6 +52,7 @@ from vilu.predictors.persistence.record import (
     read_record,
 )
 from vilu.predictors.persistence.storage import load
+from vilu.predictors.persistence.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +62,9 @@ FILES = {
     CARD: 1 << 20,
     RISK: MAX_DOCUMENT_BYTES,
     ROWS: 1 << 30,
+    LOOKS: MAX_DOCUMENT_BYTES,
     VOCABULARY: 1 << 30,
+    SAMPLE: MAX_FILE_BYTES,
 }
 """All that is shared of a predictor's folder, with the most bytes of each; no pickle, no code."""
 
@@ -80,7 +85,13 @@ def beside(target: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def copy_files(source: Path, destination: Path, *, cache: Path | None = None) -> str:
+def copy_files(
+    source: Path,
+    destination: Path,
+    *,
+    cache: Path | None = None,
+    without: frozenset[str] = frozenset(),
+) -> str:
     """Copy what ``FILES`` names into an empty folder, load it once, and return its fingerprint.
 
     No link is followed, but for those in the hub's ``cache`` that lead to a file of that folder.
@@ -96,6 +107,8 @@ def copy_files(source: Path, destination: Path, *, cache: Path | None = None) ->
         )
     with or_refuse(f"copy {source} to {destination}"), _entered(source) as folder:
         for name, limit in FILES.items():
+            if name in without:
+                continue
             descriptor = _open_file(folder, name, cache)
             if descriptor is None:
                 continue
@@ -180,11 +193,13 @@ def require_size(name: str, size: int, limit: int) -> None:
 
 
 def check(folder: Path, name: Path) -> str:
-    """Load the copy of a predictor, and what vouches for its calibration; returns its fingerprint."""
+    """Load the copy of a predictor, its rule and its candidates; returns its fingerprint."""
     try:
         load(folder)
         if (folder / RISK).is_file():
             _check_calibration(folder, name)
+        if (folder / VOCABULARY).is_file():
+            Vocabulary.load(folder)
         return str(read_record(folder / PREDICTOR)[FINGERPRINT])
     except ViLUError as error:
         raise type(error)(str(error).replace(str(folder), str(name))) from error
@@ -201,8 +216,19 @@ def _check_calibration(folder: Path, name: Path) -> None:
         raise DataError(f"{folder / ROWS} does not hold the rows that {RISK} names. {RECALIBRATE}.")
 
 
-def _hash(path: Path) -> str | None:
-    return file_hash(path) if path.is_file() else None
+def _content(path: Path) -> object:
+    """What copies of a file have in common, whichever vilu wrote them; None without a file."""
+    if not path.is_file():
+        return None
+    if path.name == CARD:
+        return without_made_with(path.read_bytes())
+    if path.suffix != ".json":
+        return file_hash(path)
+    try:
+        document = read_record(path) if path.name == PREDICTOR else read_json(path, RECALIBRATE)
+    except ViLUError:  # a damaged one is like no other, so that it is replaced
+        return file_hash(path)
+    return without_version(document, FINGERPRINT, SEAL)
 
 
 def place(staged: Path, target: Path) -> None:
@@ -234,12 +260,12 @@ A_FOLDER = re.compile(r"(\.{1,2}|~)([/\\]|$)|[/\\]|[A-Za-z]:[/\\]")
 
 def push(
     folder: str | Path, repository: str, *, private: bool | None = None, revision: str | None = None,
-    overwrite: bool = False,
+    overwrite: bool = False, with_sample: bool = False,
 ) -> str:  # fmt: skip
     """Copy a saved predictor to a repository of the model hub, or to a folder; returns where it is.
 
-    Only the files of ``FILES`` go, as they are; those of an earlier push that this one lacks are
-    removed. Symbolic links are refused.
+    Only the files of ``FILES`` go, as they are, the sample only ``with_sample``. Those of an
+    earlier push that this one lacks are removed. Symbolic links are refused.
 
     Args:
         folder: A saved predictor, which is loaded once before anything leaves.
@@ -249,12 +275,15 @@ def push(
             owner's settings say.
         revision: Branch of the repository; by default main.
         overwrite: Replace another predictor in a folder; the hub keeps what was there.
+        with_sample: Also copy the sample of the images of the fit; without it nobody who has the
+            copy can be told that calibration rows are copies of fitted ones.
     """
     local = local_folder(repository, revision)
+    without = frozenset() if with_sample else frozenset({SAMPLE})
     if local is not None:
-        return str(_place_copy(Path(folder), local, overwrite=overwrite))
+        return str(_place_copy(Path(folder), local, overwrite=overwrite, without=without))
     with tempfile.TemporaryDirectory() as staged:
-        copy_files(Path(folder), Path(staged))
+        copy_files(Path(folder), Path(staged), without=without)
         return _upload(Path(staged), repository, private, revision)
 
 
@@ -300,12 +329,19 @@ def local_folder(repository: str, revision: str | None) -> Path | None:
     return Path(unquote(url.path)) if url else Path(repository).expanduser()
 
 
-def _place_copy(source: Path, target: Path, *, overwrite: bool, cache: Path | None = None) -> Path:
+def _place_copy(
+    source: Path,
+    target: Path,
+    *,
+    overwrite: bool,
+    cache: Path | None = None,
+    without: frozenset[str] = frozenset(),
+) -> Path:
     claim_folder(target, "predictor", is_ours, overwrite=True)
     place_at = target.resolve()
     with beside(place_at) as staged:
-        copy_files(source, staged, cache=cache)
-        same = all(_hash(staged / name) == _hash(place_at / name) for name in FILES)
+        copy_files(source, staged, cache=cache, without=without)
+        same = all(_content(staged / name) == _content(place_at / name) for name in FILES)
         if claim_folder(target, "predictor", is_ours, same=same, overwrite=overwrite):
             logger.info("%s holds that predictor already: there is nothing to do", target)
         else:

@@ -29,8 +29,9 @@ from vilu.predictors.contract.catalogue import PREDICTORS
 from vilu.predictors.contract.predictor import FailurePredictor, NotExportable
 from vilu.predictors.nn.attention import FEATURES
 from vilu.predictors.nn.head import Graph
-from vilu.predictors.persistence.record import read_record
+from vilu.predictors.persistence.record import fit_fingerprint
 from vilu.predictors.persistence.storage import load
+from vilu.predictors.plus.ood import NEGATIVES
 
 
 class GraphBatch(Batch):
@@ -73,7 +74,7 @@ def positions(rows: Tensor) -> Tensor:
 
 
 class ScoreGraph(nn.Module):
-    """Image and text, and features where the score looks at them, to uncertainty and zero-shot answer in one space."""
+    """Image, text and what else is looked at, to uncertainty and zero-shot answer in one space."""
 
     batch: type[GraphBatch] = GraphBatch
 
@@ -82,10 +83,15 @@ class ScoreGraph(nn.Module):
         self.score, self.space = score, space
 
     def forward(
-        self, image: Tensor, text: Tensor, features: Tensor | None = None
+        self,
+        image: Tensor,
+        text: Tensor,
+        features: Tensor | None = None,
+        negatives: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(N,) float64 and (N,) int64."""
         rows = positions(image)
+        columns = {FEATURES: features, NEGATIVES: negatives}
         batch = self.batch(
             image=image,
             text=text,
@@ -93,7 +99,7 @@ class ScoreGraph(nn.Module):
             index=rows,
             logit_scale=self.space.logit_scale,
             logit_bias=self.space.logit_bias,
-            columns={} if features is None else {FEATURES: features},
+            columns={name: values for name, values in columns.items() if values is not None},
         )
         return cast("Tensor", self.score(batch)).double(), batch.prediction
 
@@ -125,13 +131,16 @@ TIE = 1e-4
 SIZES = ((1, 2), (2, 3), (7, 40), (64, 1_000), (300, 17))
 """Numbers of images and of candidates that an export is tried with."""
 
+TRIED_WORDS = 40
+"""Everyday words that an export is tried with."""
+
 MAX_ONNX_BYTES = 2**31 - 1  # a protocol buffer holds no more
 
 
 Trial = dict[str, Tensor]
 """Inputs of a graph in their order:
 
-``image`` (N, D), ``text`` (K, D), and perhaps ``features`` (N, F).
+``image`` (N, D), ``text`` (K, D), and perhaps ``features`` (N, F) and ``negatives`` (M, D).
 """
 
 SAID = ("uncertainty", "prediction")
@@ -142,8 +151,10 @@ def export_onnx(folder: str | Path, path: str | Path) -> float:
     """Write the score of a saved predictor as an ONNX file; returns its largest difference from the predictor.
 
     Inputs are ``image`` (N, D) and ``text`` (K, D), float32 rows of unit norm, and ``features`` (N,
-    F) where the predictor was fitted on them; N >= 1 and K >= 2 are open, and no two texts are
-    equal (``vilu.Embeddings`` makes one candidate of those). Outputs are ``uncertainty`` (N,)
+    F) where the predictor was fitted on them. Where it looks at everyday words for the outcome
+    "outside", these are an input, too: ``negatives`` (M, D), the store's column of that name. N >=
+    1, K >= 2 and M >= 2 are open, and no two texts are equal (``vilu.Embeddings`` makes one
+    candidate of those). Outputs are ``uncertainty`` (N,)
     float64 and ``prediction`` (N,) int64. Logit scale and bias are constants. The file is run by
     onnxruntime on random rows of several numbers, and is written only where every answer is the
     same, and every uncertainty within ``TOLERANCE`` or, where the formula itself rounds more than
@@ -157,7 +168,7 @@ def export_onnx(folder: str | Path, path: str | Path) -> float:
         import_extra(module, "onnx")
     claim_file(path, "ONNX export", overwrite=True)
     predictor = load(folder)
-    content = to_onnx(predictor, read_record(Path(folder) / "predictor.json")["fingerprint"])
+    content = to_onnx(predictor, fit_fingerprint(folder))
     run = runner(content)
     found = ((trial, *run(trial)) for trial in trials(predictor, SIZES))
     worst = largest_difference(predictor, found)
@@ -175,17 +186,21 @@ def to_onnx(predictor: FailurePredictor, fingerprint: str) -> bytes:
 def write_graph(
     graph: nn.Module, example: Trial, outputs: Sequence[str], said: dict[str, str]
 ) -> bytes:
-    """A module as ONNX, with metadata; of its inputs the number of texts is open, K, and that of all others, N."""
-    rows, texts = torch.export.Dim("N"), torch.export.Dim("K", min=2)
+    """A module as ONNX, with metadata.
+
+    Of its inputs the first size is open: K of texts, M of everyday words, N of images.
+    """
+    rows = torch.export.Dim("N")
+    others = {"text": torch.export.Dim("K", min=2), NEGATIVES: torch.export.Dim("M", min=2)}
     with quiet(), redirect_stdout(StringIO()):  # where onnxscript before 0.7 says how it went
         exported = torch.onnx.export(
             graph,
-            tuple(example.values()),
+            kwargs=example,
             dynamo=True,
             verbose=False,
             input_names=list(example),
             output_names=outputs,
-            dynamic_shapes=tuple({0: texts if name == "text" else rows} for name in example),
+            dynamic_shapes={name: {0: others.get(name, rows)} for name in example},
         )
     program = cast("torch.onnx.ONNXProgram", exported)  # dynamo=True always gives one
     inputs = program.model.graph.inputs
@@ -302,7 +317,8 @@ def trials(predictor: FailurePredictor, sizes: tuple[tuple[int, int], ...]) -> I
     space, graph = predictor.fitted_space, score_graph(predictor).score
     generator = torch.Generator().manual_seed(0)
     classes = cast("Tensor", getattr(graph, "classes", torch.empty(0, 0))).cpu()
-    widths = {name: getattr(graph, "widths", {})[name] for name in predictor.columns_to_score}
+    known = {NEGATIVES: space.embed_dim, **getattr(graph, "widths", {})}
+    widths = {name: known[name] for name in predictor.columns_to_score}
     groups = [random_rows(k, space.embed_dim, generator) for _, k in sizes]
     for (n, _), text in zip(sizes, groups, strict=True):
         yield trial_of(widths, n, text, generator)
@@ -317,8 +333,13 @@ def trial_of(widths: dict[str, int], n: int, text: Tensor, generator: torch.Gene
     image = random_rows(n, text.shape[1], generator)
     near = text[torch.randint(len(text), (n,), generator=generator)]
     image[::2] = functional.normalize(near + image / 2, dim=1)[::2]
-    columns = {name: torch.randn(n, width, generator=generator) for name, width in widths.items()}
-    return {"image": image, "text": text, **columns}
+    trial = {"image": image, "text": text}
+    for name, width in widths.items():
+        if name == NEGATIVES:
+            trial[name] = random_rows(TRIED_WORDS, width, generator)
+        else:
+            trial[name] = torch.randn(n, width, generator=generator)
+    return trial
 
 
 def random_rows(n: int, dim: int, generator: torch.Generator) -> Tensor:

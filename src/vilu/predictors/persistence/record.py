@@ -17,12 +17,14 @@ from torch import Tensor
 
 from vilu.artifacts.disk import make_folder, or_refuse, write_bytes, write_text
 from vilu.artifacts.documents import (
+    MADE_WITH,
     MAX_DOCUMENT_BYTES,
-    digest,
     explain,
+    identity,
     parse_json,
     plain_json,
     read_json,
+    without_version,
     write_json,
 )
 from vilu.artifacts.paths import claim_folder, made
@@ -33,10 +35,11 @@ from vilu.predictors.contract.parameters import Parametrised, parameters
 from vilu.predictors.contract.probability import Calibrator
 from vilu.predictors.contract.seen import RowSketch, Sketches
 from vilu.predictors.persistence.card import Described, model_card
+from vilu.predictors.persistence.fit_sample import SAMPLE, SAMPLE_KEY, FitSample
 
 SCHEMA = 1
 PREDICTOR, WEIGHTS, CARD, RISK = "predictor.json", "weights.safetensors", "README.md", "risk.json"
-ROWS = "calibration.parquet"
+ROWS, LOOKS = "calibration.parquet", "looks.json"
 VOCABULARY, VOCABULARY_KEY = "vocabulary.safetensors", "vilu.vocabulary"
 """What answers are chosen from (``Vocabulary``), and the key of what the file says of itself."""
 
@@ -47,7 +50,7 @@ SEEN_BY: dict[Identity, str] = {
     "names": "seen",
 }
 """Tensors of the hashes of rows; older predictors know names alone."""
-FINGERPRINT = "fingerprint"  # the key of the digest of ``predictor.json``
+FINGERPRINT = "fingerprint"  # the key of the digest of ``predictor.json``, and of the fingerprint
 REFIT, RECALIBRATE = "Run `vilu fit` again", "Run `vilu calibrate` again"
 
 logger = logging.getLogger(__name__)
@@ -61,6 +64,7 @@ class Saved(Parametrised, Described, Protocol):
     seen_: Sketches
     notes_: dict[str, Any]
     calibrator_: Calibrator | None
+    sample_: FitSample | None
 
     def state(self) -> dict[str, Tensor]:
         """Everything learned."""
@@ -101,13 +105,25 @@ def save(predictor: Saved, folder: str | Path) -> str:
     if not (same and "calibrator" in record):
         _drop_calibration(path)
     write_bytes(path / WEIGHTS, weights)
-    write_card(path, {**record, FINGERPRINT: digest(record)}, predictor, None)
-    return write_json(path / PREDICTOR, record, seal=FINGERPRINT)
+    _write_sample(path, predictor.sample_, record["weights_sha256"])
+    fingerprint = identity(record)
+    write_card(path, {**record, FINGERPRINT: fingerprint}, predictor, None)
+    write_json(path / PREDICTOR, record, seal=FINGERPRINT)
+    return fingerprint
+
+
+def _write_sample(path: Path, sample: FitSample | None, weights_sha256: str) -> None:
+    """Put the sample of this fit there, or take away that of another one."""
+    if sample is not None:
+        sample.save(path, weights_sha256)
+        return
+    with or_refuse(f"remove the old sample in {path}"):
+        (path / SAMPLE).unlink(missing_ok=True)
 
 
 def claim(folder: str | Path, *, same: bool = False) -> None:
     """Refuse a folder with anything but a predictor; where the ``same`` fit lies, only what stands in the way."""
-    names = {PREDICTOR, WEIGHTS, CARD, RISK, ROWS, VOCABULARY}
+    names = {PREDICTOR, WEIGHTS, CARD, RISK, ROWS, LOOKS, VOCABULARY, SAMPLE}
     claim_folder(
         folder,
         "predictor",
@@ -118,13 +134,11 @@ def claim(folder: str | Path, *, same: bool = False) -> None:
 
 def _drop_calibration(path: Path) -> None:
     """Take away, and say so, what vouches for another predictor than the one that is to lie here."""
-    stale = [path / name for name in (RISK, ROWS, VOCABULARY) if (path / name).exists()]
-    if not stale:
-        return
+    stale = [path / name for name in (RISK, ROWS, LOOKS, VOCABULARY) if (path / name).exists()]
     with or_refuse(f"remove the old calibration in {path}"):
         for file in stale:
             file.unlink()
-    if stale == [path / VOCABULARY]:
+    if not {path / RISK, path / ROWS} & set(stale):
         return
     logger.warning(
         "%s: the calibration of the predictor that lay here is gone with it: calibrate the new one",
@@ -133,11 +147,7 @@ def _drop_calibration(path: Path) -> None:
 
 
 def _fit(record: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: value
-        for key, value in record.items()
-        if key not in {"calibrator", FINGERPRINT, "vilu"}
-    }
+    return without_version(record, "calibrator", FINGERPRINT)
 
 
 def fit_of(path: Path) -> dict[str, Any] | None:
@@ -159,14 +169,15 @@ def is_ours(path: Path) -> bool:
         path.with_name(name) for name in (PREDICTOR, WEIGHTS) if path.with_name(name).is_file()
     )
     return _says_ours(path) or (
-        path.name in {PREDICTOR, WEIGHTS, RISK, ROWS, VOCABULARY} and any(map(_says_ours, beside))
+        path.name in {PREDICTOR, WEIGHTS, RISK, ROWS, LOOKS, VOCABULARY, SAMPLE}
+        and any(map(_says_ours, beside))
     )
 
 
 def _says_ours(path: Path) -> bool:
     try:
         with or_refuse(f"read {path}"), path.open("rb") as handle:
-            if path.name in {VOCABULARY, WEIGHTS}:
+            if path.name in {VOCABULARY, WEIGHTS, SAMPLE}:
                 header = parse_json(
                     handle.read(min(int.from_bytes(handle.read(8), "little"), MAX_DOCUMENT_BYTES))
                 )
@@ -177,8 +188,10 @@ def _says_ours(path: Path) -> bool:
                 return {"method", "weights_sha256"} <= parse_json(
                     handle.read(MAX_DOCUMENT_BYTES)
                 ).keys()
-            if path.name == RISK:
-                return parse_json(handle.read(MAX_DOCUMENT_BYTES)).get("kind") == "risk"
+            kinds = {RISK: "risk", LOOKS: "looks"}
+            if path.name in kinds:
+                content = parse_json(handle.read(MAX_DOCUMENT_BYTES))
+                return bool(content.get("kind") == kinds[path.name])
     except (ValueError, RecursionError):
         return False
     return path.name == ROWS and (made(path) or [""])[0] == "scores"
@@ -186,8 +199,9 @@ def _says_ours(path: Path) -> bool:
 
 def _holds_ours(name: str, header: dict[str, Any]) -> bool:
     """Whether a file of tensors is one of ours, by its header."""
-    if name == VOCABULARY:
-        return VOCABULARY_KEY in dict(header.get("__metadata__") or {})
+    keys = {VOCABULARY: VOCABULARY_KEY, SAMPLE: SAMPLE_KEY}
+    if name in keys:
+        return keys[name] in dict(header.get("__metadata__") or {})
     return all(
         key in {*SEEN_BY.values(), "__metadata__"} or key.startswith("state.") for key in header
     )
@@ -200,7 +214,7 @@ def describe(predictor: Saved) -> dict[str, Any]:
     }
     return {
         "schema": SCHEMA,
-        "vilu": metadata.version("vilu"),
+        MADE_WITH: metadata.version("vilu"),
         "method": predictor.name,
         "parameters": values,
         "space": None if predictor.space_ is None else dataclasses.asdict(predictor.space_),
@@ -267,8 +281,7 @@ def require_forms(method: str, tensors: dict[str, Tensor], forms: str, width: in
 
 def fit_fingerprint(folder: str | Path) -> str:
     """Hash of a saved fit with its weights and its calibrator, whichever vilu wrote it."""
-    record = read_record(Path(folder) / PREDICTOR)
-    return digest({key: value for key, value in record.items() if key not in {FINGERPRINT, "vilu"}})
+    return str(read_record(Path(folder) / PREDICTOR)[FINGERPRINT])
 
 
 def write_card(
@@ -309,7 +322,10 @@ class _Said(BaseModel):
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """``predictor.json``: its fingerprint, which is its digest, its schema, and the types of what it says."""
+    """``predictor.json`` with its digest, its schema and the types of its values checked.
+
+    In place of the digest, its key holds the fingerprint: the same without the version of vilu.
+    """
     if not path.is_file():
         raise DataError(f"no predictor here: {path} does not exist. Make one with `vilu fit`.")
     record = read_json(path, REFIT, seal=FINGERPRINT, always=True)
@@ -323,7 +339,7 @@ def read_record(path: Path) -> dict[str, Any]:
         _Said.model_validate(record)
     except ValidationError as error:
         raise DataError(f"{path} is damaged: {explain(error)}. {REFIT}.") from error
-    return {**record, FINGERPRINT: digest(record)}
+    return {**record, FINGERPRINT: identity(record, FINGERPRINT)}
 
 
 def home_of(cls: type) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from vilu.predictors.contract.parameters import build
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.contract.probability import read_calibrator
 from vilu.predictors.persistence import record
+from vilu.predictors.persistence.fit_sample import FitSample
 from vilu.predictors.persistence.record import (
     PREDICTOR,
     RECALIBRATE,
@@ -65,8 +66,9 @@ def load(folder: str | Path) -> FailurePredictor:
             f"{path / WEIGHTS} is damaged: it is not the file that {PREDICTOR} names. {REFIT}."
         )
     method = method_of(found, path / PREDICTOR)
+    sample = FitSample.load(path, found["weights_sha256"])
     try:
-        return _assembled(method, found, safetensors_torch.load(weights), path / PREDICTOR)
+        predictor = _assembled(method, found, safetensors_torch.load(weights), path / PREDICTOR)
     # whatever foreign tensors and settings lead a method to
     except (
         AttributeError,
@@ -84,6 +86,8 @@ def load(folder: str | Path) -> FailurePredictor:
         raise DataError(
             f"{path / PREDICTOR} is damaged, or {WEIGHTS} beside it: {what}. {REFIT}."
         ) from error
+    predictor.sample_ = sample
+    return predictor
 
 
 def _assembled(

@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from vilu.embeddings.rows import SCORING_BATCH, Rows
@@ -223,6 +223,46 @@ class Outside:
             return slope[-1] * found + offset[-1]
         answer = classes.to(image.device)[batch.prediction.to(image.device)]
         return slope[answer] * found + offset[answer]
+
+
+class OutsideGraph(nn.Module):
+    """``Outside.log_odds`` for a graph, in which the number of everyday words is open.
+
+    ``far_words`` chooses rows; here all M words stay, and those that do not count have no mass.
+    """
+
+    def __init__(self, outcome: Outside) -> None:
+        super().__init__()
+        self.looks_at_words, self.is_per_class = bool(outcome.columns), len(outcome.slope) > 1
+        self.weight, self.bias = nn.Buffer(outcome.weight), nn.Buffer(outcome.bias)
+        self.words = nn.Buffer(outcome.words)
+        self.slope, self.offset = nn.Buffer(outcome.slope), nn.Buffer(outcome.offset)
+
+    def forward(self, batch: Batch, classes: Tensor | None) -> Tensor:
+        """(B,) float64; ``classes`` as of ``Outside.log_odds``."""
+        log_odds = float64(batch.image) @ self.weight + self.bias
+        if self.looks_at_words:
+            log_odds = log_odds + self.words * self.margin(batch)
+        if classes is None or not self.is_per_class:
+            return self.slope[-1] * log_odds + self.offset[-1]
+        others = len(self.slope) - 1  # their place; a runtime need not count from the end
+        answer = classes[batch.prediction]
+        place = torch.where(answer < 0, others, answer)
+        return self.slope[place] * log_odds + self.offset[place]
+
+    def margin(self, batch: Batch) -> Tensor:
+        """(B,) float64 m(x), as the function ``margin``."""
+        words = batch.columns[NEGATIVES]
+        nearness = (words @ batch.text.T).amax(dim=1)
+        order = nearness.argsort()  # equal ones are equal words; ONNX takes the first one first
+        rank = torch.empty_like(order).scatter(
+            0, order, torch.arange(words.shape[0], device=words.device)
+        )
+        n_words = torch.ones_like(nearness, dtype=torch.float64).sum()
+        n_far = (WORDS * n_words).round().clamp_min(1)
+        on_words = replace(batch, text=words, logit_bias=0.0).logits
+        far = float64(on_words).masked_fill(rank >= n_far, -torch.inf)
+        return far.logsumexp(dim=1) - float64(batch.logits - batch.logit_bias).logsumexp(dim=1)
 
 
 class SeesOutside(ABC):

@@ -26,7 +26,7 @@ from vilu.predictors.contract.labelled import (
     failure_log_odds,
     with_outside,
 )
-from vilu.predictors.contract.predictor import FailurePredictor, Learnt, NotExportable
+from vilu.predictors.contract.predictor import FailurePredictor, Learnt
 from vilu.predictors.nn.attention import (
     FEATURES,
     ImageInputs,
@@ -36,7 +36,13 @@ from vilu.predictors.nn.attention import (
 )
 from vilu.predictors.nn.experts import Adapter, Experts, Memory, pool
 from vilu.predictors.nn.train import AdamWConfig, default_batch, few_epochs, train_adamw
-from vilu.predictors.plus.ood import NEGATIVES, Outside, SeesOutside, learn_outside
+from vilu.predictors.plus.ood import (
+    NEGATIVES,
+    Outside,
+    OutsideGraph,
+    SeesOutside,
+    learn_outside,
+)
 from vilu.predictors.plus.vilu_zero import Classes, ViLUZero, learn_classes
 from vilu.predictors.vilu.head import Count, NonNegative, Positive
 
@@ -289,13 +295,8 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         return float64(self.experts.to(batch.image.device)(batch)).log_softmax(dim=-1)
 
     def graph(self) -> nn.Module:
-        """The experts and their pool."""
-        if self.outcome:
-            raise NotExportable(
-                f'{self.name} has no graph with the outcome "outside". Fit it on data without '
-                "the column 'negatives' and without rows of none of the classes"
-            )
-        return PlusGraph(self.experts)
+        """The experts, their pool, and the outcome "outside" where there is one."""
+        return PlusGraph(self.experts, self.outcome)
 
     def game(self) -> Game:
         """Of the parts of the pooled logits."""
@@ -330,8 +331,9 @@ class ViLUPlus(SeesOutside, FailurePredictor):
 class PlusGraph(nn.Module):
     """``ViLUPlus`` with all experts: whether all candidates are training classes is a number, not a branch."""
 
-    def __init__(self, experts: Experts) -> None:
+    def __init__(self, experts: Experts, outcome: Outside) -> None:
         super().__init__()
+        self.outside = OutsideGraph(outcome) if outcome else None
         self.experts, attention = experts, experts.attention
         self.classes, self.widths = (
             attention.classes,
@@ -348,9 +350,12 @@ class PlusGraph(nn.Module):
         weights: Tensor = self.alone
         if match is not None and len(self.pool) > 1:
             weights = torch.where(match.known.all(), self.pool, self.alone)
-        return torch.sigmoid(
-            failure_log_odds(pool(float64(logits).log_softmax(dim=-1), weights), batch)
-        )
+        pooled = pool(float64(logits).log_softmax(dim=-1), weights)
+        log_odds = failure_log_odds(pooled, batch)
+        if self.outside is not None:
+            classes = None if match is None else torch.where(match.known, match.row, -1)
+            log_odds = with_outside(log_odds, self.outside(batch, classes))
+        return torch.sigmoid(log_odds)
 
 
 def require_known_classes(validation: EmbeddingSource, classes: Tensor) -> None:

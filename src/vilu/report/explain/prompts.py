@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from vilu.device import as_usual
+from vilu.embeddings.rows import Rows
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.errors import UNKNOWN, DataError, UsageError
 from vilu.predictors.bank.search import leaders
@@ -87,9 +88,9 @@ def prompt_gains(data: EmbeddingSource, *, folds: int = FOLDS, seed: int = 0) ->
     has, and a text that has much of it draws images of every class, so kappa is 0 or 0.1, and m
     0.5, 1, 2, 4, 8, or the text stays. Then the rows that become right and wrong are counted.
 
-    Nothing is measured on rows that it was fitted on: a fold is measured with means from the other
-    folds, and with the (m, kappa) of largest gain on those, each of them measured with means
-    without it and without the first fold. The interval is Agresti and Min's for a difference of
+    Nothing is measured on rows that it was fitted on, nor on their pictures: a fold is measured
+    with means from the other folds, and with the (m, kappa) of largest gain on those, each of them
+    measured with means without it and without the first fold. The interval is Agresti and Min's for a difference of
     paired proportions (Statistics in Medicine 2005, half a row added to each cell); it is of the
     rows measured on and leaves out that other rows would have given other means.
 
@@ -119,8 +120,11 @@ def prompt_gains(data: EmbeddingSource, *, folds: int = FOLDS, seed: int = 0) ->
     rows, n, failures = _labelled(data, folds)
     text = data.candidates(rows[:0]).text
     fold = torch.empty(len(data), dtype=torch.int64)
-    shuffled = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(int(seed)))]
-    fold[shuffled] = torch.arange(len(rows)) % folds
+    first, picture = Rows(data, rows).pictures()
+    order = torch.randperm(len(first), generator=torch.Generator().manual_seed(int(seed)))
+    fold_of_picture = torch.empty_like(first)
+    fold_of_picture[order] = torch.arange(len(first)) % folds
+    fold[rows] = fold_of_picture[picture]
     means = _Means(data, rows, fold, folds)
     changes = []
     with track("better texts", len(rows), "rows") as task:

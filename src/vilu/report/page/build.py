@@ -212,13 +212,16 @@ def _numbers(outcomes: Outcomes, choice: Choice, max_risk: float) -> dict[str, A
     failure, accepted = outcomes.failure[rows], choice.accepted[rows]
     target = max_risk if choice.max_risk is None else choice.max_risk
     foreseen = by_hindsight(outcomes, target)
+    scores = outcomes.tally().scores
+    several = scores.rows_per_independent
     return {
         "n": len(failure),
+        "n_pictures": scores.n_pictures,
         "n_rows": len(outcomes),
-        "failures": Rate(int(failure.sum()), len(failure)),
-        "outside": Rate(int(np.count_nonzero(outcomes.outside[rows])), len(failure)),
-        "accepted": Rate(int(accepted.sum()), len(failure)),
-        "wrong": Rate(int(failure[accepted].sum()), int(accepted.sum())),
+        "failures": Rate(int(failure.sum()), len(failure), several),
+        "outside": Rate(int(np.count_nonzero(outcomes.outside[rows])), len(failure), several),
+        "accepted": Rate(int(accepted.sum()), len(failure), several),
+        "wrong": Rate(int(failure[accepted].sum()), int(accepted.sum()), several),
         "target": target,
         "reachable": float(foreseen.accepted[rows].mean()),
         "n_unlabelled": int(np.count_nonzero(~rows & np.isfinite(outcomes.uncertainty))),

@@ -129,6 +129,7 @@ class Rate:
 
     k: int
     n: int
+    several: float = 1.0  # how many rows say as much as an independent one
 
     @property
     def value(self) -> float | None:
@@ -138,12 +139,12 @@ class Rate:
     @property
     def low(self) -> float:
         """Lower end, P[Bin(n, low) >= k] = 0.025."""
-        return lower_bound(self.k, self.n, DELTA)
+        return lower_bound(self.k / self.several, self.n / self.several, DELTA)
 
     @property
     def high(self) -> float:
         """Upper end, P[Bin(n, high) <= k] = 0.025."""
-        return upper_bound(self.k, self.n, DELTA)
+        return upper_bound(self.k / self.several, self.n / self.several, DELTA)
 
 
 @dataclass(frozen=True)
@@ -170,9 +171,15 @@ def class_rows(outcomes: Outcomes, choice: Choice) -> tuple[list[ClassRow], int]
     wrong = outcomes.failure == 1
     kinds = rows, wrong, choice.accepted, choice.accepted & wrong
     n, k, m, j = (np.bincount(said[rows & kind], minlength=len(names)).tolist() for kind in kinds)
+    several = outcomes.tally().scores.rows_per_independent
     answered = sorted(np.flatnonzero(n).tolist(), key=lambda c: (-k[c], -n[c], c))
     found = [
-        ClassRow(names[c], Rate(k[c], n[c]), Rate(m[c], n[c]), Rate(j[c], m[c]))
+        ClassRow(
+            names[c],
+            failures=Rate(k[c], n[c], several),
+            accepted=Rate(m[c], n[c], several),
+            accepted_failures=Rate(j[c], m[c], several),
+        )
         for c in answered[:MAX_CLASSES]
     ]
     return found, len(answered) - len(found)
@@ -316,7 +323,8 @@ def _reliability_line(outcomes: Outcomes, stated: Floats, look: int) -> Line:
         for weights in (counts.size, counts.wrong, counts.value * counts.size)
     )
     there = n > 0
-    rates = [Rate(int(k), int(m)) for k, m in zip(wrong[there], n[there], strict=True)]
+    several = outcomes.tally().scores.rows_per_independent
+    rates = [Rate(int(k), int(m), several) for k, m in zip(wrong[there], n[there], strict=True)]
     low, high = (np.array([getattr(rate, end) for rate in rates]) for end in ("low", "high"))
     ends = (low, high) if look == 0 else (None, None)
     return Line(

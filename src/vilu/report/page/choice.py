@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vilu.artifacts.disk import RUN
-from vilu.artifacts.documents import digest
 from vilu.calibration import record
 from vilu.calibration.record import Rule
 from vilu.calibration.rules import Certificate, Selector, group_names
@@ -114,7 +113,7 @@ def read_calibrated(folder: str | Path) -> Calibrated:
         )
     document = found.model_dump(mode="json", exclude={"rule", "label_sets"})
     method = record.load_rows(folder, found).method
-    return Calibrated(found.rule, method, digest(found.model_dump(mode="json")), document)
+    return Calibrated(found.rule, method, found.fingerprint, document)
 
 
 PREFERRED = (

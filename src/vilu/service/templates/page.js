@@ -7,11 +7,6 @@ const reasons = {
   outside: "The picture rather shows none of the classes.",
   not_certified: "Nothing was promised for answers of this kind.",
 };
-const states = {
-  holds: "The promise holds, as far as what was answered shows.",
-  void: "The promise is void: what comes in is no longer like what was calibrated on.",
-  none: "Nothing was promised of this predictor.",
-};
 let turn = 0;
 
 const headers = () => (by("key").value ? { Authorization: "Bearer " + by("key").value } : {});
@@ -22,11 +17,6 @@ async function ask(path, options) {
   by("key-row").hidden = reply.status !== 401 && !by("key").value;
   if (!reply.ok) throw new Error(told.detail);
   return told;
-}
-
-function promise(state, said) {
-  by("promise").className = state;
-  by("promise").textContent = states[state] + (said ? " Promised: it " + said + "." : "");
 }
 
 function show(one) {
@@ -76,7 +66,8 @@ async function about() {
   try {
     const told = await ask("/v1/predictors", {});
     const now = told.predictors.find((one) => one.answers);
-    promise(now.promise, now.promised);
+    by("promise").className = now.promise;
+    by("promise").textContent = now.in_words;
   } catch (error) {
     by("promise").textContent = error.message;
   }

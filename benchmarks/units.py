@@ -1,0 +1,222 @@
+"""Do promises hold when calibration rows are copies? ``python -m benchmarks.units [SET.npz ...]``.
+
+Copies of one another: 40 rows ten times over are 40 answers. Four hundred rows are drawn from a
+made-up world, alone or as copies, equal or with noise; 200 draws each. Copies of fitted rows: a
+predictor is fitted on 300 rows and calibrated on near copies of them. "Counted as files" is what a
+calibration does that looks at scores alone. "Broken": a rule is made, and the error rate of what it
+accepts of 40,000 other rows is above 5 %. Intervals are exact ones of 95 %.
+
+Sets (arrays ``image``, ``text``, ``target``) are halved twenty times at random. Nothing of them may
+be refused, and what is accepted should stay nearly the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+import vilu
+from vilu.calibration.procedure import Target, calibrate_predictor
+from vilu.calibration.thresholds import lower_bound, upper_bound
+from vilu.errors import DataError, InfeasibleError
+from vilu.metrics.counts import Floats
+from vilu.outcomes.outcomes import Outcomes
+from vilu.predictors.contract.predictor import FailurePredictor
+from vilu_bench.methods.neighbours import KNNVote
+
+WIDTH, CLASSES, SCALE = 128, 10, 20.0
+WORLD = 40_000
+MAX_RISK = 0.05
+DRAWS, HALVES = 200, 20
+NOISE = 0.006
+"""In each of 128 coordinates: as far as 0.003 in 512, a cosine of 0.995 between two copies."""
+
+NOTHING, REFUSED = "nothing accepted", "refused"
+
+
+def unit(rows: Floats) -> Floats:
+    """Rows of unit norm."""
+    scaled: Floats = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return scaled
+
+
+class World:
+    """Images of ten classes, some blurred, so that the doubtful answers are more often wrong."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = np.random.default_rng(seed)
+        text = self.random.normal(size=(CLASSES, WIDTH))
+        self.text = unit(text)
+
+    def rows(self, n: int) -> tuple[Floats, NDArray[np.int64]]:
+        """Unit images (N, D), and their classes."""
+        target = self.random.integers(CLASSES, size=n)
+        blur = self.random.uniform(0.4, 3.2, size=(n, 1)) / np.sqrt(WIDTH) * 2
+        image = self.text[target] + blur * self.random.normal(size=(n, WIDTH))
+        return unit(image), target
+
+    def near(self, image: Floats, noise: float) -> Floats:
+        """Copies with noise in every coordinate."""
+        moved: Floats = image + noise * self.random.normal(size=image.shape)
+        return unit(moved)
+
+    def embeddings(self, image: Floats, target: NDArray[np.int64]) -> vilu.Embeddings:
+        """As a source."""
+        return vilu.Embeddings(image, self.text, target, logit_scale=SCALE)
+
+
+def verdict(rule: object, everything: Outcomes) -> str:
+    """What became of a promise."""
+    accepted = rule.accept(everything.uncertainty)  # type: ignore[attr-defined]
+    if not accepted.any():
+        return NOTHING
+    risk = everything.failure[accepted].mean()
+    return "broken" if risk > MAX_RISK else "kept"
+
+
+def as_files(predictor: FailurePredictor, data: vilu.Embeddings, everything: Outcomes) -> str:
+    """The verdict of a calibration that looks at scores alone."""
+    rows = vilu.score(predictor, data)
+    rule = vilu.calibrate(Outcomes(rows.uncertainty, rows.failure), max_risk=MAX_RISK)
+    return verdict(rule, everything)
+
+
+def as_pictures(predictor: FailurePredictor, data: vilu.Embeddings, everything: Outcomes) -> str:
+    """That of the calibration of today."""
+    with tempfile.TemporaryDirectory() as folder:
+        predictor.save(folder)
+        try:
+            record = calibrate_predictor(folder, data, Target(max_risk=MAX_RISK))
+        except InfeasibleError:
+            return NOTHING
+        except DataError:
+            return REFUSED
+    return verdict(record.rule, everything)
+
+
+WAYS: dict[str, Callable[[FailurePredictor, vilu.Embeddings, Outcomes], str]] = {
+    "counted as files": as_files,
+    "today": as_pictures,
+}
+
+SETTINGS = {
+    "400 rows": (400, 1, 0.0),
+    "40 rows x 10, equal": (40, 10, 0.0),
+    "40 rows x 10, noise": (40, 10, NOISE),
+    "60 rows x 5, equal": (60, 5, 0.0),
+    "60 rows x 5, noise": (60, 5, NOISE),
+    "200 rows x 2, noise": (200, 2, NOISE),
+}
+"""Rows, copies of each, and noise."""
+
+
+def copies_of_one_another(seed: int, draws: int) -> Iterator[str]:
+    """A line per setting and way."""
+    world = World(seed)
+    predictor = vilu.MCM()
+    everything = vilu.score(predictor, world.embeddings(*world.rows(WORLD)))
+    yield f"error rate of all answers: {everything.failure.mean():.1%}"
+    for name, (n, times, noise) in SETTINGS.items():
+        verdicts: dict[str, list[str]] = {way: [] for way in WAYS}
+        for _ in range(draws):
+            image, target = world.rows(n)
+            repeated = np.repeat(image, times, axis=0)
+            if noise:
+                repeated = world.near(repeated, noise)
+            data = world.embeddings(repeated, np.repeat(target, times))
+            for way, run in WAYS.items():
+                verdicts[way].append(run(predictor, data, everything))
+        for way, reached in verdicts.items():
+            yield line(f"{name}, {way}", reached)
+
+
+def copies_of_fitted_rows(seed: int, draws: int) -> Iterator[str]:
+    """The same for a predictor that remembers its rows."""
+    world = World(seed)
+    image, target = world.rows(300)
+    predictor = KNNVote(k=1).fit(world.embeddings(image, target))
+    everything = vilu.score(predictor, world.embeddings(*world.rows(WORLD)))
+    for share in (0.0, 0.02, 0.5, 1.0):
+        verdicts: dict[str, list[str]] = {way: [] for way in WAYS}
+        for _ in range(draws):
+            n_copies = round(300 * share)
+            copied = world.random.permutation(300)[:n_copies]
+            fresh, labels = world.rows(300 - n_copies)
+            rows = np.concatenate([fresh, world.near(image[copied], NOISE / 2)])
+            data = world.embeddings(rows, np.concatenate([labels, target[copied]]))
+            for way, run in WAYS.items():
+                verdicts[way].append(run(predictor, data, everything))
+        for way, reached in verdicts.items():
+            yield line(f"{share:.0%} near copies of fitted rows, {way}", reached)
+
+
+def line(name: str, verdicts: list[str]) -> str:
+    """How often a promise was broken, with its interval, and how often there was none."""
+    n, broken = len(verdicts), verdicts.count("broken")
+    low, high = lower_bound(broken, n, 0.025), upper_bound(broken, n, 0.025)
+    return (
+        f"{name}: broken {broken / n:.1%} ({low:.1%} to {high:.1%}), "
+        f"{NOTHING} {verdicts.count(NOTHING) / n:.1%}, {REFUSED} {verdicts.count(REFUSED) / n:.1%}"
+    )
+
+
+def halves(path: Path, seed: int) -> str:
+    """What a set of real images loses: refusals, and the accepted share of the second half."""
+    arrays = np.load(path, allow_pickle=False)
+    random = np.random.default_rng(seed)
+    image = arrays["image"].astype(np.float32)
+    refused, before, after = 0, [], []
+    for _ in range(HALVES):
+        order = random.permutation(len(image))
+        parts = []
+        for places in np.array_split(order, 2):
+            target = arrays["target"][places]
+            parts.append(vilu.Embeddings(image[places], arrays["text"], target, logit_scale=100.0))
+        train, rest = parts
+        predictor = KNNVote(k=10).fit(train)
+        outcomes = vilu.score(predictor, rest)
+        as_before = vilu.calibrate(
+            Outcomes(outcomes.uncertainty, outcomes.failure), max_risk=MAX_RISK
+        )
+        before.append(as_before.accept(outcomes.uncertainty).mean())
+        with tempfile.TemporaryDirectory() as folder:
+            predictor.save(folder)
+            try:
+                rule = calibrate_predictor(folder, rest, Target(max_risk=MAX_RISK)).rule
+                after.append(rule.accept(outcomes.uncertainty).mean())  # type: ignore[union-attr]
+            except InfeasibleError:
+                after.append(0.0)
+            except DataError:
+                refused += 1
+    return (
+        f"{path.stem}: {refused} of {HALVES} halves refused, "
+        f"accepted {np.mean(before):.2%} counted as files, {np.mean(after):.2%} today"
+    )
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description="Whether promises hold on copies.")
+    parser.add_argument("sets", nargs="*", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--draws", type=int, default=DRAWS)
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    for words in copies_of_one_another(options.seed, options.draws):
+        print(words, flush=True)
+    for words in copies_of_fitted_rows(options.seed, options.draws):
+        print(words, flush=True)
+    for path in options.sets:
+        print(halves(path, options.seed), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""Pictures that are nearly the same: a burst, frames of a film, one photo saved twice."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vilu.embeddings.pairs import PairSource, first_alike
+from vilu.embeddings.source import EmbeddingSource
+
+NEAR_COPY: Final = 0.98
+"""Cosine from which on two photos are taken for one scene: a burst, frames of a film. Of 3,000 photos that were taken
+one by one 0 to 1 % have so near a neighbour by real CLIP (Oxford pets, food), of frames of 101
+actions 4 %.
+"""
+
+
+def near_copies(source: EmbeddingSource, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(M,) for every row the place among the ``rows`` (M,) of the first that it is a near copy of, or its own.
+
+    So rows of one number are one group, and ``len(np.unique(...))`` counts the groups. A row
+    belongs to the first group whose first row it is like, so likeness does not chain
+    (``first_alike``). Of a pair its image counts. Cosines are looked at block by block; the M
+    embeddings are in memory.
+
+    Args:
+        source: What the rows are of.
+        rows: Places of usable rows, in the order in which they may be the first of a group.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> from vilu.embeddings.copies import near_copies
+        >>> data = vilu.Embeddings([[1.0, 0.0], [0.0, 1.0], [1.0, 0.1], [0.0, 1.0]], np.eye(2))
+        >>> near_copies(data, np.arange(4)).tolist()
+        [0, 1, 0, 1]
+    """
+    image = picture_vectors(source, torch.from_numpy(np.ascontiguousarray(rows)))
+    return first_alike(image, NEAR_COPY).numpy()
+
+
+def picture_vectors(source: EmbeddingSource, index: Tensor) -> Tensor:
+    """(B, D) embeddings of the pictures of the rows ``index``: of a pair its image."""
+    if isinstance(source, PairSource):
+        return source.picture_rows(index)
+    return source.image_rows(index)

@@ -1,0 +1,139 @@
+"""A sample of the images of a fit, beside the predictor, by which near copies of them are told."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors import torch as safetensors_torch
+from torch import Tensor
+
+from vilu.artifacts.disk import or_refuse, write_bytes
+from vilu.artifacts.documents import digest, parse_json, plain_json
+from vilu.embeddings.copies import picture_vectors
+from vilu.embeddings.source import EmbeddingSource
+from vilu.errors import DataError
+
+SAMPLE: Final = "sample.safetensors"
+SAMPLE_KEY: Final = "vilu.sample"
+"""Name of the file, and the key of what it says of itself."""
+
+MAX_SAMPLE_BYTES: Final = 2_000_000
+"""Of the vectors of a sample: 1,953 rows of width 512."""
+
+MAX_FILE_BYTES: Final = MAX_SAMPLE_BYTES + 2**16
+"""Of the file, with what it says of itself."""
+
+STREAM: Final = 0x5A
+"""Set beside the seed, so that drawing a sample changes no other draw of the fit."""
+
+BLOCK: Final = 4096
+"""Rows whose cosines with the sample are in memory together."""
+
+
+@dataclass(frozen=True)
+class FitSample:
+    """Unit image vectors (S, D) float16 of random rows of a fit, and of how many rows they are."""
+
+    image: Tensor
+    n_rows: int
+
+    @classmethod
+    def draw(cls, sources: Sequence[EmbeddingSource], seed: int) -> FitSample:
+        """Rows of all sources together, each as likely as any other."""
+        sizes = [len(source.usable_rows) for source in sources]
+        n_rows = sum(sizes)
+        width = sources[0].space.embed_dim
+        size = min(n_rows, MAX_SAMPLE_BYTES // (2 * width))
+        generator = np.random.default_rng([STREAM, seed])
+        places = np.sort(generator.choice(n_rows, size, replace=False))
+        ends = np.cumsum(sizes)
+        blocks = []
+        for source, n, end in zip(sources, sizes, ends.tolist(), strict=True):
+            inside = places[(places >= end - n) & (places < end)] - (end - n)
+            rows = source.usable_rows.sort().values[torch.from_numpy(inside)]
+            blocks.append(picture_vectors(source, rows).cpu())
+        return cls(torch.cat(blocks).to(torch.float16), n_rows)
+
+    @property
+    def share(self) -> float:
+        """Share of the rows of the fit that the sample holds."""
+        return len(self.image) / self.n_rows
+
+    def nearest(self, source: EmbeddingSource, rows: Tensor) -> Tensor:
+        """(M,) the largest cosine of each of the ``rows`` with a row of the sample."""
+        mine = self.image.float().T
+        blocks = []
+        for block in rows.split(BLOCK):
+            image = picture_vectors(source, block).cpu()
+            blocks.append((image @ mine).amax(dim=1))
+        return torch.cat(blocks)
+
+    def nearest_within(self) -> Tensor:
+        """(S,) the largest cosine of each row of the sample with another one of it."""
+        image = self.image.float()
+        blocks = []
+        for start in range(0, len(image), BLOCK):
+            cosine = image[start : start + BLOCK] @ image.T
+            own = torch.arange(len(cosine))
+            cosine[own, start + own] = -torch.inf
+            blocks.append(cosine.amax(dim=1))
+        return torch.cat(blocks)
+
+    def save(self, folder: Path, weights_sha256: str) -> None:
+        """Write it, bound to the weights of its fit, with a digest of all of it."""
+        says = {
+            "n_rows": self.n_rows,
+            "weights_sha256": weights_sha256,
+            "image_sha256": _hash(self.image),
+        }
+        metadata = {SAMPLE_KEY: plain_json(says | {"digest": digest(says)}).decode()}
+        write_bytes(folder / SAMPLE, safetensors_torch.save({"image": self.image}, metadata))
+
+    @classmethod
+    def load(cls, folder: Path, weights_sha256: str) -> FitSample | None:
+        """Read it back; None where there is none.
+
+        Raises:
+            DataError: If it is damaged, or of another fit.
+        """
+        path = folder / SAMPLE
+        if not path.exists():
+            return None
+        remedy = "Run `vilu fit` again, or remove the file: then copies are not looked for"
+        size = path.stat().st_size
+        if size > MAX_FILE_BYTES:
+            raise DataError(
+                f"{path} has {size:,} bytes, and a sample at most {MAX_FILE_BYTES:,}. {remedy}."
+            )
+        try:
+            with or_refuse(f"read {path}"), safe_open(path, "pt") as file:
+                says = parse_json((file.metadata() or {})[SAMPLE_KEY].encode())
+                image = file.get_tensor("image")
+            sample = cls._checked(says, image)
+        except (KeyError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+            raise DataError(f"{path} is damaged ({error}). {remedy}.") from error
+        if says["weights_sha256"] != weights_sha256:
+            raise DataError(f"{path} is of another fit than the weights beside it. {remedy}.")
+        return sample
+
+    @classmethod
+    def _checked(cls, says: dict[str, Any], image: Tensor) -> FitSample:
+        """The sample, if it is what its metadata say."""
+        seal = says.pop("digest", None)
+        if seal != digest(says) or says["image_sha256"] != _hash(image):
+            raise ValueError("its content is not what its digest says")
+        if image.dtype != torch.float16 or image.ndim != 2 or not 0 < len(image) <= says["n_rows"]:
+            raise ValueError(f"it holds {image.dtype} of shape {tuple(image.shape)}")
+        return cls(image, says["n_rows"])
+
+
+def _hash(tensor: Tensor) -> str:
+    content = tensor.contiguous().numpy().tobytes()
+    return hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode() + content).hexdigest()

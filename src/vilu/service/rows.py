@@ -1,0 +1,467 @@
+"""The file of the rows that were answered, and of their labels; damage is found when it is opened.
+
+Rows and labels are only ever added. Each holds a digest of itself and of the one before, so an edit
+or a deletion breaks the chain. The first digest is that of the monitor, so rows of another monitor
+do not fit. A small file beside notes where the chains end, so that rows are missed at the end, too.
+Whoever may write both files can forge them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import sqlite3
+import struct
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
+from typing import Final
+from urllib.parse import quote
+
+from vilu.artifacts.disk import or_refuse
+from vilu.errors import ProvenanceError, StorageError
+
+logger = logging.getLogger(__name__)
+
+ROWS, ENDS = "rows.sqlite", "rows.ends"
+WAL: Final = f"{ROWS}-wal"
+"""Rows that SQLite has not put into the file yet."""
+
+BLOCK: Final = 50_000
+"""Rows that are read together."""
+
+PATIENCE: Final = 30.0
+"""Seconds that another process may hold the file."""
+
+VERSION: Final = 2
+"""Of the tables; those of the first had no digests."""
+
+TABLES: Final = f"""
+BEGIN IMMEDIATE;
+CREATE TABLE IF NOT EXISTS rows (
+    n INTEGER PRIMARY KEY,
+    id TEXT NOT NULL UNIQUE,
+    time REAL NOT NULL,
+    answer INTEGER NOT NULL,
+    uncertainty REAL NOT NULL,
+    digest BLOB NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS labels (
+    came INTEGER PRIMARY KEY,
+    n INTEGER NOT NULL UNIQUE,
+    label INTEGER NOT NULL,
+    digest BLOB NOT NULL
+) STRICT;
+PRAGMA user_version = {VERSION};
+COMMIT
+"""  # n and came: the order in which rows and labels came; evidence rests on it
+
+DIGEST: Final = 16
+"""Bytes of a digest."""
+
+ENDS_LINE: Final = re.compile(rb"(\d{20}) ([0-9a-f]{32}) (\d{20}) ([0-9a-f]{32})\n")
+ROW_NUMBERS, LABEL_NUMBERS = struct.Struct("<qdqd"), struct.Struct("<qqq")
+
+NO_DAMAGE: Final = {
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_INTERRUPT,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_NOMEM,
+    sqlite3.SQLITE_PERM,
+    sqlite3.SQLITE_PROTOCOL,
+    sqlite3.SQLITE_READONLY,
+}
+"""Errors of SQLite that say nothing of the content of the file."""
+
+StoredRow = tuple[int, bytes, float, int, float, bytes]
+"""Number, id, time, answer, uncertainty, digest."""
+
+StoredLabel = tuple[int, int, int, bytes]
+"""Place among the labels, number of the row, label, digest."""
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Number and digest of the last row, place and digest of the last label."""
+
+    n: int
+    row: bytes
+    came: int
+    label: bytes
+
+    def line(self) -> bytes:
+        """What is noted; always of one length, so that one write replaces it."""
+        text = f"{self.n:020d} {self.row.hex()} {self.came:020d} {self.label.hex()}\n"
+        return text.encode()
+
+    @classmethod
+    def parse(cls, line: bytes) -> Ends | None:
+        """What a line says; None where it is damaged."""
+        match = ENDS_LINE.fullmatch(line)
+        if match is None:
+            return None
+        row = bytes.fromhex(match[2].decode())
+        label = bytes.fromhex(match[4].decode())
+        return cls(int(match[1]), row, int(match[3]), label)
+
+
+class RowFile:
+    """The file, open for one thread at a time; what does not follow was set aside, with a warning.
+
+    Args:
+        folder: Where it lies, or is to lie.
+        monitor: Fingerprint of the monitor whose rows these are.
+
+    Raises:
+        ProvenanceError: If an older or a newer vilu wrote it.
+        StorageError: If the file system refuses.
+    """
+
+    def __init__(self, folder: Path, monitor: str) -> None:
+        self.path = folder / ROWS
+        self._ends_path = folder / ENDS
+        first = hashlib.blake2b(monitor.encode(), digest_size=DIGEST).digest()
+        self._nothing = Ends(0, first, 0, first)
+        self.ends = self._verified()
+        self._last = self.ends.n
+        with or_refuse(f"write {self._ends_path}"):  # before the first row: rows need their ends
+            self._ends_file = os.open(self._ends_path, os.O_RDWR | os.O_CREAT, 0o666)
+        self._note_ends()
+        os.fsync(self._ends_file)
+        with self._judged():
+            self._table = sqlite3.connect(
+                self.path, timeout=PATIENCE, check_same_thread=False, isolation_level=None
+            )
+            self._table.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;")
+            self._table.executescript(TABLES)
+        paths = (self.path, folder / WAL)
+        self._identities = {path: _identity(path) for path in paths}
+
+    def number_above(self, n: int) -> None:
+        """Give the next row a number above n: so many a monitor has seen, also where they are lost."""
+        self._last = max(self._last, n)
+
+    @property
+    def lost(self) -> bool:
+        """Whether the file was removed or replaced while open: what is written now is nowhere."""
+        return any(_identity(path) != file for path, file in self._identities.items())
+
+    def add(self, ids: Sequence[str], answers: Sequence[int], uncertainty: Sequence[float]) -> None:
+        """Write the rows whose ids are not there yet; the disk has them afterwards.
+
+        Raises:
+            StorageError: If they cannot be written, or the file is not in its place any more.
+        """
+        self._require_in_place()
+        ends = self.ends
+        last = self._last
+        now = time.time()
+        with self._judged(), self._transaction():
+            for key, answer, value in zip(ids, answers, uncertainty, strict=True):
+                if self.number(key) is not None:
+                    continue
+                last += 1
+                digest = _row_digest(ends.row, last, key.encode(), now, answer, value)
+                row = (last, key, now, answer, value, digest)
+                self._table.execute("INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?)", row)
+                ends = replace(ends, n=last, row=digest)
+        self._end_at(ends)
+
+    def add_labels(self, labels: Mapping[int, int]) -> None:
+        """Write labels by the numbers of rows that have none yet. StorageError as ``add``."""
+        self._require_in_place()
+        with self._judged(), self._transaction():
+            ends = _insert_labels(self._table, labels.items(), self.ends)
+        self._end_at(ends)
+
+    def number(self, key: str) -> int | None:
+        """The number of the row with this id."""
+        with self._judged():
+            row = self._table.execute("SELECT n FROM rows WHERE id = ?", (key,)).fetchone()
+        return None if row is None else int(row[0])
+
+    def has_label(self, n: int) -> bool:
+        """Whether the row with this number has a label."""
+        with self._judged():
+            row = self._table.execute("SELECT 1 FROM labels WHERE n = ?", (n,)).fetchone()
+        return row is not None
+
+    def rows_after(self, n: int) -> list[tuple[int, str, int, float]]:
+        """Number, id, answer and uncertainty of rows above a number, the first ``BLOCK`` of them."""
+        asked = "SELECT n, id, answer, uncertainty FROM rows WHERE n > ? ORDER BY n LIMIT ?"
+        with self._judged():
+            return self._table.execute(asked, (n, BLOCK)).fetchall()
+
+    def labels_after(self, came: int) -> list[tuple[int, str, int, float, int]]:
+        """The same of rows whose labels came after another one, with the labels, in their order."""
+        asked = (
+            "SELECT n, id, answer, uncertainty, label FROM labels JOIN rows USING (n) "
+            "WHERE came > ? ORDER BY came"
+        )
+        with self._judged():
+            return self._table.execute(asked, (came,)).fetchall()
+
+    def close(self) -> None:
+        """Let go of the files."""
+        with self._judged():
+            self._table.close()
+        os.close(self._ends_file)
+
+    def _require_in_place(self) -> None:
+        if self.lost:
+            raise StorageError(
+                f"{self.path} was removed or replaced while it was in use, so no row can be kept. "
+                "Stop the service, restore the file, and start again."
+            )
+
+    def _end_at(self, ends: Ends) -> None:
+        """Note where the chains end, which the disk has by now."""
+        self._require_in_place()
+        self.ends = ends
+        self._last = max(self._last, ends.n)
+        self._note_ends()
+
+    def _note_ends(self) -> None:
+        """Write a line at once, which no kill cuts in two; after a power cut it may be behind."""
+        with or_refuse(f"write {self._ends_path}"):
+            os.pwrite(self._ends_file, self.ends.line(), 0)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with self._table:  # commits, or rolls back what an exception ends
+            self._table.execute("BEGIN IMMEDIATE")
+            yield
+
+    @contextmanager
+    def _judged(self) -> Iterator[None]:
+        """A block in which errors of SQLite become ours."""
+        try:
+            yield
+        except sqlite3.DatabaseError as error:
+            advice = ""
+            if _is_damage(error):
+                advice = " It is damaged. Start again: what follows in it stays."
+            raise StorageError(f"cannot use {self.path}: {error}.{advice}") from error
+
+    def _verified(self) -> Ends:
+        """Where the chains end; what does not follow is set aside before."""
+        noted = self._noted_ends()
+        if not self.path.exists():
+            if noted in {None, self._nothing}:
+                return self._nothing
+            return self._repaired(noted)
+        self._require_version()
+        ends, is_whole = self._survey(noted or self._nothing)
+        if is_whole and (noted is not None or ends == self._nothing):
+            return ends
+        return self._repaired(noted)
+
+    def _noted_ends(self) -> Ends | None:
+        """None where nothing is noted, or the note is damaged."""
+        with or_refuse(f"read {self._ends_path}"):
+            if not self._ends_path.exists():
+                return None
+            return Ends.parse(self._ends_path.read_bytes())
+
+    def _require_version(self) -> None:
+        """Refuse tables of another version of vilu; damage is found later."""
+        version, tables = VERSION, list[str]()
+        with self._until_damage(), closing(_opened_to_read(self.path)) as table:
+            (version,) = table.execute("PRAGMA user_version").fetchone()
+            tables = _schema_of(table)
+        if version > VERSION:
+            raise ProvenanceError(f"{self.path} was written by a newer vilu. Update vilu.")
+        if version < VERSION and tables:
+            raise ProvenanceError(
+                f"{self.path} was written by an older vilu, whose rows have no digests. "
+                "Serve with a new --state."
+            )
+
+    def _survey(self, noted: Ends) -> tuple[Ends, bool]:
+        """Where the chains that follow end, and whether all that was noted or is there follows."""
+        n = came = n_rows = n_labels = 0
+        row_digest = self._nothing.row
+        label_digest = self._nothing.label
+        has_noted_row = noted.n == 0
+        has_noted_label = noted.came == 0
+        is_sound = False
+        with self._until_damage(), closing(_opened_to_read(self.path)) as table:
+            if not _schema_of(table):  # killed before its tables were made
+                return self._nothing, noted == self._nothing
+            for row in _rows_that_follow(table, row_digest):
+                n = row[0]
+                row_digest = row[-1]
+                n_rows += 1
+                if n == noted.n:
+                    has_noted_row = row_digest == noted.row
+            for label in _labels_that_follow(table, label_digest):
+                came = label[0]
+                label_digest = label[-1]
+                n_labels += 1
+                if came == noted.came:
+                    has_noted_label = label_digest == noted.label
+            is_sound = _is_sound(table) and _sizes(table) == (n_rows, n_labels)
+        ends = Ends(n, row_digest, came, label_digest)
+        return ends, is_sound and has_noted_row and has_noted_label
+
+    @contextmanager
+    def _until_damage(self) -> Iterator[None]:
+        """A block that ends where the file is damaged; what the disk refuses is an error."""
+        try:
+            yield
+        except sqlite3.DatabaseError as error:
+            if not _is_damage(error):
+                raise StorageError(f"cannot use {self.path}: {error}.") from error
+
+    def _repaired(self, noted: Ends | None) -> Ends:
+        """Copy what follows into a new file; what there was is set aside for it."""
+        new = self.path.with_name(f"{ROWS}.new")
+        with or_refuse(f"write {new}"):
+            new.unlink(missing_ok=True)
+        ends, n_rows = self._copied_to(new)
+        aside = set_aside(self.path.parent, (WAL, f"{ROWS}-shm", ROWS, ENDS))
+        with or_refuse(f"write {self.path}"):
+            new.replace(self.path)
+        expected = "an unknown number of" if noted is None else f"{noted.n:,}"
+        logger.warning(
+            "%s is damaged or has lost rows (of %s, %s and %s): %s rows were noted, and %s follow "
+            "one another from the first on. Those stay, with %s labels. What there was is set "
+            "aside as %s.",
+            *(self.path, ROWS, WAL, ENDS, expected, f"{n_rows:,}", f"{ends.came:,}"),
+            ", ".join(aside),
+        )
+        return ends
+
+    def _copied_to(self, new: Path) -> tuple[Ends, int]:
+        """Where the chains of the copy end, and how many rows it has."""
+        ends, n_rows = self._nothing, 0
+        with self._judged(), closing(sqlite3.connect(new, isolation_level=None)) as target:
+            target.executescript(TABLES)
+            if not self.path.exists():
+                return ends, n_rows
+            target.execute("BEGIN")
+            with self._until_damage(), closing(_opened_to_read(self.path)) as table:
+                for n, key, *numbers, digest in _rows_that_follow(table, ends.row):
+                    row = (n, key.decode(), *numbers, digest)
+                    target.execute("INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?)", row)
+                    ends = replace(ends, n=n, row=digest)
+                    n_rows += 1
+            with self._until_damage(), closing(_opened_to_read(self.path)) as table:
+                for _, n, label, _ in _labels_that_follow(table, ends.label):
+                    if target.execute("SELECT 1 FROM rows WHERE n = ?", (n,)).fetchone():
+                        ends = _insert_labels(target, [(n, label)], ends)
+            target.execute("COMMIT")
+        return ends, n_rows
+
+
+def set_aside(folder: Path, names: Iterable[str]) -> list[str]:
+    """Rename files of a folder, those that are there, so that nothing is lost; their new names."""
+    present = [name for name in names if (folder / name).exists()]
+    renamed: list[str] = []
+    for number in count(1):
+        renamed = [f"{name}.aside-{number}" for name in present]
+        if not any((folder / name).exists() for name in renamed):
+            break
+    with or_refuse(f"rename files in {folder}"):
+        for name, aside in zip(present, renamed, strict=True):
+            (folder / name).rename(folder / aside)
+    return renamed
+
+
+def _insert_labels(
+    table: sqlite3.Connection, labels: Iterable[tuple[int, int]], ends: Ends
+) -> Ends:
+    """Add labels, by the numbers of their rows, to a chain; where it ends then."""
+    for n, label in labels:
+        came = ends.came + 1
+        digest = _label_digest(ends.label, came, n, label)
+        table.execute("INSERT INTO labels VALUES (?, ?, ?, ?)", (came, n, label, digest))
+        ends = replace(ends, came=came, label=digest)
+    return ends
+
+
+def _row_digest(
+    before: bytes, n: int, key: bytes, when: float, answer: int, uncertainty: float
+) -> bytes:
+    content = before + ROW_NUMBERS.pack(n, when, answer, uncertainty) + key
+    return hashlib.blake2b(content, digest_size=DIGEST).digest()
+
+
+def _label_digest(before: bytes, came: int, n: int, label: int) -> bytes:
+    content = before + LABEL_NUMBERS.pack(came, n, label)
+    return hashlib.blake2b(content, digest_size=DIGEST).digest()
+
+
+def _rows_that_follow(table: sqlite3.Connection, before: bytes) -> Iterator[StoredRow]:
+    """Rows in their order, up to the first that does not follow from the one before."""
+    asked = "SELECT n, CAST(id AS BLOB), time, answer, uncertainty, digest FROM rows ORDER BY n"
+    with suppress(struct.error, TypeError):  # values of other types, which only damage leaves
+        for row in table.execute(asked):
+            n, key, when, answer, uncertainty, digest = row
+            if digest != _row_digest(before, n, key, when, answer, uncertainty):
+                return
+            yield row
+            before = digest
+
+
+def _labels_that_follow(table: sqlite3.Connection, before: bytes) -> Iterator[StoredLabel]:
+    """The same of labels."""
+    with suppress(struct.error, TypeError):
+        for label in table.execute("SELECT came, n, label, digest FROM labels ORDER BY came"):
+            came, n, value, digest = label
+            if digest != _label_digest(before, came, n, value):
+                return
+            yield label
+            before = digest
+
+
+def _is_sound(table: sqlite3.Connection) -> bool:
+    """Whether the tables are ours, and their indices agree with them."""
+    with closing(sqlite3.connect(":memory:", isolation_level=None)) as ours:
+        ours.executescript(TABLES)
+        if _schema_of(table) != _schema_of(ours):
+            return False
+    (verdict,) = table.execute("PRAGMA integrity_check(1)").fetchone()
+    return bool(verdict == "ok")
+
+
+def _schema_of(table: sqlite3.Connection) -> list[str]:
+    """What tables, indices and triggers there are, in words of SQL."""
+    asked = "SELECT coalesce(sql, name) FROM sqlite_schema ORDER BY name"
+    return [text for (text,) in table.execute(asked)]
+
+
+def _sizes(table: sqlite3.Connection) -> tuple[int, int]:
+    """Numbers of rows and of labels."""
+    asked = "SELECT (SELECT count(*) FROM rows), (SELECT count(*) FROM labels)"
+    n_rows, n_labels = table.execute(asked).fetchone()
+    return int(n_rows), int(n_labels)
+
+
+def _opened_to_read(path: Path) -> sqlite3.Connection:
+    """A connection that changes nothing, so that a damaged file stays as it is."""
+    address = f"file:{quote(str(path.absolute()))}?mode=ro"
+    return sqlite3.connect(address, uri=True, timeout=PATIENCE, isolation_level=None)
+
+
+def _is_damage(error: sqlite3.DatabaseError) -> bool:
+    """Whether an error is about the content; the first eight bits of the code are of its kind."""
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)
+    return code & 0xFF not in NO_DAMAGE
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Device and inode; None where there is no file."""
+    try:
+        facts = path.stat()
+    except FileNotFoundError:
+        return None
+    return facts.st_dev, facts.st_ino

@@ -1,0 +1,48 @@
+"""Pictures that are nearly the same."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import vilu
+from vilu.embeddings import pairs
+from vilu.embeddings.copies import near_copies
+
+
+def rows_with_copies(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """600 rows, 200 of which have two copies with a little noise, and which row every one is of."""
+    rng = np.random.default_rng(seed)
+    scene = rng.normal(size=(200, 32))
+    scene /= np.linalg.norm(scene, axis=1, keepdims=True)
+    rows = np.tile(scene, (3, 1))
+    rows[200:] += 0.01 * rng.normal(size=(400, 32))
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    order = rng.permutation(600)
+    return rows[order], np.tile(np.arange(200), 3)[order]
+
+
+def test_copies_are_groups_whatever_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    image, scene = rows_with_copies()
+    data = vilu.Embeddings(image, np.eye(32))
+    _, first, place = np.unique(scene, return_index=True, return_inverse=True)
+    for size in (1024, 7):
+        monkeypatch.setattr(pairs, "NEAR_ROWS", size)
+        assert np.array_equal(near_copies(data, np.arange(600)), first[place])
+
+
+def test_copies_are_told_by_the_place_among_the_rows() -> None:
+    image, scene = rows_with_copies()
+    data = vilu.Embeddings(image, np.eye(32))
+    rows = np.arange(600)[::-1]
+    found = near_copies(data, rows)
+    assert np.array_equal(scene[rows][found], scene[rows])
+    assert len(np.unique(found)) == 200
+
+
+def test_a_pair_is_a_copy_of_another_by_its_image() -> None:
+    image, caption = np.eye(8)[[0, 0, 1, 1]], np.eye(8)[:4]
+    for direction in ("image_to_text", "text_to_image"):
+        pools = vilu.Pools(2, direction=direction)
+        data = vilu.Embeddings.pairs(image, caption, pools)
+        assert near_copies(data, np.arange(4)).tolist() == [0, 0, 2, 2]

@@ -1,0 +1,168 @@
+"""Rows that show one picture: told, and resampled together, in memory, in folders, in reports and in comparisons."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import vilu
+from tests.builders.page_data import outcomes_of
+from tests.command import run
+from tests.conftest import toy_embeddings, variant
+from vilu.embeddings.memory import Embeddings
+from vilu.predictors.contract.seen import SIZE
+from vilu.scoring import score_folder
+
+SAID = "rows of one picture are no independent answers: the {} rows of {} show {} pictures"
+METRICS = ["auroc", "fpr95", "augrc", "brier", "ece"]
+
+
+def repeated(data: Embeddings, times: int) -> Embeddings:
+    rows = torch.arange(len(data)).repeat(times)
+    ids = [f"row {row}" for row in range(len(rows))]
+    return variant(data, image=data.image[rows], target=data.target[rows], columns={}, ids=ids)
+
+
+def ends(table: vilu.ResultTable) -> np.ndarray:
+    return np.array([[row.value, row.ci_low, row.ci_high] for row in table], dtype=np.float64)
+
+
+def test_repeats_are_told_and_do_not_narrow_an_interval(tmp_path: Path) -> None:
+    data, predictor = toy_embeddings(n=400), vilu.MCM()
+    once = vilu.evaluate(vilu.score(predictor, data), metrics=METRICS, n_resamples=200)
+    for times in (2, 20):
+        scores = vilu.score(predictor, repeated(data, times))
+        with pytest.warns(UserWarning, match=SAID.format(400 * times, "mcm", 400)):
+            table = vilu.evaluate(scores, metrics=METRICS, n_resamples=200)
+        # equal but for the order in which products are summed in blocks of another size
+        assert ends(table) == pytest.approx(ends(once), abs=1e-6)
+        row = table.rows[0]
+        assert (row.n, row.n_pictures) == (400 * times, 400)
+        assert row.interval == "95 % stratified bootstrap, 200 resamples of pictures"
+        assert f"{400 * times} answers for 400 pictures, " in str(table)
+        for name in ("a.json", "a.parquet", "a.csv"):
+            table.save(tmp_path / name)
+            assert vilu.ResultTable.load(tmp_path / name) == table
+    assert once.rows[0].n_pictures is None
+    assert "n_pictures" not in once.to_dicts()[0]
+
+
+def test_seeds_of_repeated_rows_have_a_mean(tmp_path: Path) -> None:
+    outcomes = [
+        vilu.Outcomes(np.arange(80.0), [0, 1] * 40, seed=seed, picture=np.arange(80) // (seed + 1))
+        for seed in (0, 1)
+    ]
+    with pytest.warns(UserWarning, match="the 80 rows of the scores show 40 pictures"):
+        table = vilu.evaluate(outcomes, metrics=["auroc"], n_resamples=10)
+    (mean,) = table.mean_over_seeds()
+    assert (mean.n, mean.n_pictures) == (80, 60)
+
+
+def test_a_few_repeats_are_counted_without_a_warning() -> None:
+    picture = np.arange(4000)
+    picture[:20] = picture[20:40]
+    outcomes = vilu.Outcomes(np.arange(4000.0) % 7, np.arange(4000) % 2, picture=picture)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        table = vilu.evaluate(outcomes, metrics=["auroc"], n_resamples=10)
+    assert table.rows[0].n_pictures == 3980
+
+
+@pytest.mark.filterwarnings("ignore:rows of one picture")
+def test_few_pictures_are_few_however_often_they_stand() -> None:
+    uncertainty, failure = np.tile(np.arange(40.0), 50), np.tile(np.arange(40) % 4 == 0, 50)
+    outcomes = vilu.Outcomes(uncertainty, failure, picture=np.tile(np.arange(40), 50))
+    with pytest.warns(UserWarning, match="intervals are wide: the scores has only 10 wrong"):
+        vilu.evaluate(outcomes, metrics=["auroc"], n_resamples=10)
+
+
+def test_a_comparison_of_repeats_is_that_of_the_pictures() -> None:
+    data = toy_embeddings(n=400)
+    methods = vilu.MCM(), vilu.PREDICTORS["margin"]()
+    once = vilu.compare(*(vilu.score(method, data) for method in methods), n_resamples=200)
+    a, b = (vilu.score(method, repeated(data, 5)) for method in methods)
+    for pair in ((a, b), (replace(a, picture=None), b), (a, replace(b, picture=None))):
+        several = vilu.compare(*pair, n_resamples=200)
+        assert (several.n, several.n_pictures) == (2000, 400)
+        assert several.ci_low == pytest.approx(once.ci_low, abs=1e-6)
+        assert several.ci_high == pytest.approx(once.ci_high, abs=1e-6)
+        assert "(2000 answers for 400 pictures, " in str(several)
+
+
+@pytest.mark.parametrize("compared", [2**24, 100])
+def test_a_folder_of_parts_knows_repeats(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compared: int
+) -> None:
+    monkeypatch.setattr(score_folder, "COMPARED", compared)
+    data = toy_embeddings(n=4000)
+    data.target[::10] = -1
+    rows = repeated(data, 3)
+    folder = vilu.score_parts(vilu.MCM(), rows, tmp_path / "scores", rows_per_part=1)
+    assert folder.run.parts[2].stop == len(rows)  # in three parts
+    with pytest.warns(UserWarning, match=SAID.format(10_800, "mcm", 3600)):
+        table = vilu.evaluate(folder, metrics=METRICS, n_resamples=100)
+    with pytest.warns(UserWarning, match=SAID.format(10_800, "mcm", 3600)):
+        assert vilu.evaluate(folder.outcomes(), metrics=METRICS, n_resamples=100) == table
+    assert (table.rows[0].n_pictures, table.rows[0].n_unlabelled) == (3600, 1200)
+    whole = vilu.score_parts(vilu.MCM(), data, tmp_path / "once")
+    assert isinstance(whole.tally().scores, vilu.metrics.histogram.Histogram)
+
+
+def test_the_command_tells_repeats_of_a_file_and_of_a_folder(tmp_path: Path) -> None:
+    rows = repeated(toy_embeddings(n=400), 2)
+    vilu.score(vilu.MCM(), rows).save(tmp_path / "file.parquet")
+    vilu.score_parts(vilu.MCM(), rows, tmp_path / "folder")
+    for name in ("file.parquet", "folder"):
+        done = run("evaluate", tmp_path / name, "--json", "--resamples", 50)
+        assert {row["n_pictures"] for row in json.loads(done.stdout)} == {400}
+        assert SAID.format(800, "mcm", 400) in done.stderr
+
+
+@pytest.mark.filterwarnings("ignore:rows of one picture")
+def test_a_page_counts_pictures() -> None:
+    once = outcomes_of()
+    rows = np.tile(np.arange(400), 5)
+    several = replace(once.take(rows), picture=rows)
+    pages = [vilu.report_page([one]) for one in (once, several)]
+    assert "These 2,000 rows show 400 pictures." in pages[1]
+    assert "rows show" not in pages[0]
+    intervals = [re.findall('<span class="interval">[^<]*</span>', page) for page in pages]
+    # the last are of failures of four classes, and of failures among what is accepted of them
+    assert intervals[1][-8:] == intervals[0][-8:]
+
+
+def test_a_fit_tells_repeated_rows(train: Embeddings) -> None:
+    def fit(data: vilu.EmbeddingSource) -> None:
+        vilu.PREDICTORS["knn_distance"]().fit(data)
+
+    with pytest.warns(UserWarning, match="the 1200 training rows are 600 pictures: the others"):
+        fit(repeated(train, 2))
+    few = Embeddings(
+        torch.cat([train.image, train.image[:5]]),
+        train.text,
+        torch.cat([train.target, train.target[:5]]),
+        20.0,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(few)
+
+
+def test_a_large_fit_tells_repeated_rows_from_a_sample() -> None:
+    n = 2 * SIZE
+    data = toy_embeddings(n=n, k=2, d=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vilu.PREDICTORS["mcm_ts"]().fit(data)
+    with pytest.warns(UserWarning, match=f"the {2 * n} training rows are about ") as caught:
+        vilu.PREDICTORS["mcm_ts"]().fit(repeated(data, 2))
+    (told,) = re.findall(r"about (\d+) pictures", str(caught[0].message))
+    # the estimate of a bottom-k sketch has a standard error of 1 / sqrt(k)
+    assert int(told) == pytest.approx(n, rel=5 / SIZE**0.5)

@@ -1,0 +1,262 @@
+"""The journal on the disk: damage and loss are told, a kill is neither, nothing is thrown away."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vilu.errors import ProvenanceError, StorageError
+from vilu.service.journal import Journal
+from vilu.service.rows import RowFile
+
+N = 60
+"""Rows of the journal that is damaged."""
+
+
+def fill(journal: Journal, first: int, last: int) -> None:
+    """Record rows as they come from the calibration, in requests of ten."""
+    calibration = journal.monitor.calibration
+    answers = np.asarray(calibration.prediction)
+    for start in range(first, last, 10):
+        rows = slice(start, min(start + 10, last))
+        ids = [f"r{number}" for number in range(last)][rows]
+        journal.record(ids, answers[rows].tolist(), calibration.uncertainty[rows].tolist())
+
+
+def right_labels(journal: Journal, numbers: range) -> dict[str, str]:
+    calibration = journal.monitor.calibration
+    names = calibration.class_names or ()
+    answers = np.asarray(calibration.prediction)
+    return {f"r{number}": names[answers[number]] for number in numbers}
+
+
+def sql(*statements: str) -> Callable[[Path], None]:
+    """An edit of the file of rows by another program."""
+
+    def edit(folder: Path) -> None:
+        with closing(sqlite3.connect(folder / "rows.sqlite")) as table:
+            for statement in statements:
+                table.execute(statement)
+            table.commit()
+
+    return edit
+
+
+def emptied(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_bytes(b"")
+
+
+def removed(*names: str) -> Callable[[Path], None]:
+    def remove(folder: Path) -> None:
+        for name in names:
+            (folder / name).unlink()
+
+    return remove
+
+
+def flipped(name: str, place: int) -> Callable[[Path], None]:
+    def flip(folder: Path) -> None:
+        content = bytearray((folder / name).read_bytes())
+        content[place] ^= 4
+        (folder / name).write_bytes(content)
+
+    return flip
+
+
+# how, which file is named, rows that follow, labels that follow
+DAMAGES: dict[str, tuple[Callable[[Path], None], str, int, int]] = {
+    "a row edited": (sql("UPDATE rows SET answer = answer + 1 WHERE n = 41"), "rows.sqlite", 40, 20),
+    "rows deleted": (sql("DELETE FROM rows WHERE n BETWEEN 40 AND 45"), "rows.sqlite", 39, 20),
+    "the last rows deleted": (sql("DELETE FROM rows WHERE n > 50"), "rows.sqlite", 50, 20),
+    "the first rows deleted": (sql("DELETE FROM rows WHERE n < 9"), "rows.sqlite", 0, 0),
+    "two rows exchanged": (
+        sql("UPDATE rows SET n = 99 WHERE n = 30", "UPDATE rows SET n = 30 WHERE n = 31"),
+        "rows.sqlite",
+        29,
+        20,
+    ),
+    "the table of rows dropped": (sql("DROP TABLE rows"), "rows.sqlite", 0, 0),
+    "the table of labels dropped": (sql("DROP TABLE labels"), "rows.sqlite", N, 0),
+    "a label edited": (sql("UPDATE labels SET label = 1 - label WHERE came = 11"), "rows.sqlite", N, 10),
+    "labels deleted": (sql("DELETE FROM labels WHERE came > 15"), "rows.sqlite", N, 15),
+    "no file of rows": (removed("rows.sqlite"), "rows.sqlite", 0, 0),
+    "an empty file of rows": (emptied("rows.sqlite"), "rows.sqlite", 0, 0),
+    "a damaged head": (flipped("rows.sqlite", 3), "rows.sqlite", 0, 0),
+    "no ends": (removed("rows.ends"), "rows.ends", N, 20),
+    "damaged ends": (flipped("rows.ends", 30), "rows.ends", N, 20),
+    "a damaged state": (flipped("monitor.parquet", 300), "monitor.parquet", N, 20),
+    "neither rows nor ends": (removed("rows.sqlite", "rows.ends"), "rows.sqlite", 0, 0),
+}  # fmt: skip
+
+
+@pytest.fixture
+def whole(predictors: tuple[Path, Path], tmp_path: Path) -> Path:
+    """A journal of ``N`` rows with 20 labels, of a service that was stopped."""
+    journal = Journal(tmp_path / "whole", predictors[0])
+    fill(journal, 0, N)
+    journal.label(right_labels(journal, range(20)))
+    journal.close()
+    return tmp_path / "whole"
+
+
+@pytest.mark.parametrize("saved", [True, False])
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damage_is_told_and_what_follows_stays(
+    whole: Path,
+    predictors: tuple[Path, Path],
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    saved: bool,
+) -> None:
+    """With the state that was saved the monitor knows all rows; without it, those that follow."""
+    damage, file, n_rows, n_labels = DAMAGES[name]
+    damage(whole)
+    before = {path.name: path.read_bytes() for path in whole.iterdir()}
+    n_seen = n_rows if name == "a damaged state" else N
+    if not saved:
+        (whole / "monitor.parquet").unlink()
+        n_seen = n_rows
+    if not saved and name in {"a damaged state", "neither rows nor ends"}:
+        pytest.skip("nothing is left that could tell")
+    journal = Journal(whole, predictors[0])
+    assert file in caplog.text
+    assert journal.status.rows == n_seen
+    assert len(journal._rows.labels_after(0)) == n_labels
+    there = {path.read_bytes() for path in whole.iterdir()}
+    damaged = {key for key in before if key.startswith("rows")} - {"rows.sqlite-shm"}
+    if name != "a damaged state":
+        assert all(before[key] in there for key in damaged)  # set aside
+    caplog.clear()
+    fill(journal, N, N + 20)  # and it goes on
+    journal.close()
+    again = Journal(whole, predictors[0])
+    assert again.status.rows == n_seen + 20
+    assert caplog.text == ""
+
+
+def test_another_monitors_rows_do_not_fit(
+    whole: Path, predictors: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    (whole / "monitor.parquet").unlink()
+    journal = Journal(whole, predictors[1])
+    assert "rows.sqlite is damaged or has lost rows" in caplog.text
+    assert journal.status.rows == 0
+
+
+def test_a_journal_of_an_older_vilu_is_refused(
+    predictors: tuple[Path, Path], tmp_path: Path
+) -> None:
+    with closing(sqlite3.connect(tmp_path / "rows.sqlite")) as table:
+        table.execute("CREATE TABLE rows (n INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE)")
+    before = (tmp_path / "rows.sqlite").read_bytes()
+    with pytest.raises(ProvenanceError, match=r"older vilu.*Serve with a new --state"):
+        Journal(tmp_path, predictors[0])
+    assert (tmp_path / "rows.sqlite").read_bytes() == before
+
+
+def test_a_kill_between_two_writes_is_no_damage(
+    predictors: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The folder as it is before and after every statement and every write beside it."""
+    monkeypatch.setattr("vilu.service.journal.SAVE_EVERY", 20)
+    folder = tmp_path / "j"
+    copies: list[Path] = []
+    connect = sqlite3.connect
+    write = os.pwrite
+
+    def copy(*_: object) -> None:
+        in_the_making = shutil.ignore_patterns("*.tmp")  # by the thread that saves the state
+        place = tmp_path / f"copy-{len(copies)}"
+        copies.append(place)
+        shutil.copytree(folder, place, ignore=in_the_making)
+
+    def traced(*args: Any, **settings: Any) -> sqlite3.Connection:
+        table = connect(*args, **settings)
+        if "check_same_thread" in settings:
+            table.set_trace_callback(copy)
+        return table
+
+    def copied(*args: Any) -> int:
+        copy()
+        done = write(*args)
+        copy()
+        return done
+
+    monkeypatch.setattr(sqlite3, "connect", traced)
+    monkeypatch.setattr(os, "pwrite", copied)
+    journal = Journal(folder, predictors[0])
+    fill(journal, 0, 30)
+    journal.label(right_labels(journal, range(3)))
+    journal.close()
+    copy()
+    monkeypatch.undo()
+    assert len(copies) > 60
+    seen: list[int] = []
+    for number, place in enumerate(copies):
+        if number % 2:
+            (place / "rows.sqlite-shm").unlink(missing_ok=True)  # as after a start of the machine
+        left = Journal(place, predictors[0])
+        seen.append(left.status.rows)
+        left.close()
+    assert caplog.text == ""
+    assert seen == sorted(seen)
+    assert (seen[0], seen[-1]) == (0, 30)
+
+
+def test_rows_that_a_lost_log_of_sqlite_held_are_missed(
+    predictors: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After a kill, rows may lie there alone: a file without it looks whole."""
+    journal = Journal(tmp_path / "j", predictors[0])
+    fill(journal, 0, N)
+    killed = shutil.copytree(tmp_path / "j", tmp_path / "killed")
+    assert (killed / "rows.sqlite-wal").stat().st_size > 0
+    (killed / "rows.sqlite-wal").unlink()
+    again = Journal(killed, predictors[0])
+    assert again.status.rows == 0
+    assert "60 rows were noted, and 0 follow" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "names", [("rows.sqlite",), ("rows.sqlite-wal",), ("rows.sqlite", "rows.sqlite-wal")]
+)
+def test_no_row_is_kept_where_the_file_is_gone(
+    predictors: tuple[Path, Path], tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    journal = Journal(tmp_path, predictors[0])
+    fill(journal, 0, 10)
+    assert not journal.lost
+    for name in names:
+        (tmp_path / name).unlink()
+    assert journal.lost
+    with pytest.raises(StorageError, match="was removed or replaced while it was in use"):
+        fill(journal, 10, 20)
+    assert journal.status.rows == 10
+
+
+def test_no_row_is_kept_where_the_file_goes_while_it_is_written(
+    predictors: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = Journal(tmp_path, predictors[0])
+    number = RowFile.number
+
+    def replaced(file: RowFile, key: str) -> int | None:
+        shutil.copy(tmp_path / "rows.sqlite", tmp_path / "copy")
+        (tmp_path / "copy").replace(tmp_path / "rows.sqlite")
+        return number(file, key)
+
+    monkeypatch.setattr(RowFile, "number", replaced)
+    with pytest.raises(StorageError, match="was removed or replaced"):
+        fill(journal, 0, 10)
+    assert journal.status.rows == 0
