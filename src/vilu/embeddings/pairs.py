@@ -169,7 +169,7 @@ class PairSource(EmbeddingSource):
         whole = rows[: self._in_whole_pools(len(rows))]
         if not len(whole):
             return
-        for batches in self._made(self._pooled, whole.split(n)):
+        for batches in self._map_parts(self._pooled, whole.split(n)):
             yield from batches
 
     def _in_whole_pools(self, n_rows: int) -> int:

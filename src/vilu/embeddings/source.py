@@ -35,7 +35,7 @@ HASHED_ROWS = 2**14  # rows whose embeddings are hashed together
 SAME_TEXT = 0.999
 
 logger = logging.getLogger(__name__)
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -578,7 +578,7 @@ class EmbeddingSource(ABC):
         if self.pool_size is not None:
             size = self.pool_size
             rows = rows[: len(rows) // size * size]  # rows that do not fill a last pool go
-        yield from self._made(partial(self._batch, columns=columns), rows.split(size))
+        yield from self._map_parts(partial(self._batch, columns=columns), rows.split(size))
 
     def many(
         self, size: int, *, rows: Tensor | None = None, columns: Sequence[str] = ()
@@ -597,7 +597,9 @@ class EmbeddingSource(ABC):
         """
         return self.batches(size, rows=rows, columns=columns)
 
-    def _made(self, make: Callable[[Tensor], Made], parts: Sequence[Tensor]) -> Iterator[Made]:
+    def _map_parts(
+        self, make: Callable[[Tensor], Result], parts: Sequence[Tensor]
+    ) -> Iterator[Result]:
         """What is made of each part of the rows, in order."""
         return map(make, parts)
 
