@@ -1,4 +1,4 @@
-"""JSON documents of ours: sealed with a digest of what they say, checked as any file from elsewhere."""
+"""JSON documents of ours: sealed with a digest, checked as any file from elsewhere."""
 
 from __future__ import annotations
 
@@ -72,12 +72,17 @@ class Model(BaseModel):
     @model_serializer(mode="wrap")
     def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = handler(self)
-        later = {name: type(self).model_fields[name].default for name in self.later}
-        # a number that is no default says something even where it is zero
-        said = {
-            name for name, value in fields.items() if value or (value == 0 and later.get(name) != 0)
-        }
-        return {name: value for name, value in fields.items() if name in said or name not in later}
+        written = {}
+        for name, value in fields.items():
+            if name not in self.later or self._is_used(name, value):
+                written[name] = value
+        return written
+
+    def _is_used(self, name: str, value: object) -> bool:
+        """Whether a field that came later says something."""
+        if value == 0:  # a number that is no default says something even where it is zero
+            return bool(type(self).model_fields[name].default != 0)
+        return bool(value)
 
 
 class Document(Model):
@@ -101,7 +106,10 @@ class _Version(BaseModel):
 
 
 def read_document(path: Path, kind: type[D], of: Path | None = None) -> D:
-    """A document of ours, checked as any file from elsewhere; ``of`` as for ``read_json``, by default its folder."""
+    """A document of ours, checked as any file from elsewhere.
+
+    ``of`` is as for ``read_json``, by default its folder.
+    """
     content = read_json(path, kind.again, kind.fault, of=of or path.parent)
     try:
         version = _Version.model_validate(content).schema_version
@@ -126,7 +134,9 @@ def read_json(
     always: bool = False,
     of: Path | None = None,
 ) -> dict[str, Any]:
-    """What a JSON document of ours says, without its seal; nothing of it is believed before the seal is.
+    """What a JSON document of ours says, without its seal.
+
+    Nothing of it is believed before the seal is.
 
     ``again`` says how it is made again, ``fault`` is what is raised where it is missing or damaged.
     ``seal`` is the key of the digest; that of ``predictor.json`` is the predictor's fingerprint.
@@ -135,49 +145,55 @@ def read_json(
     """
     content = read_bounded(path, again, fault)
     try:
-        found = parse_json(content)
-        right = digest({key: value for key, value in found.items() if key != seal})
+        document = parse_json(content)
+        expected = digest({key: value for key, value in document.items() if key != seal})
     except (ValueError, RecursionError) as error:
         raise fault(
             f"{path} is damaged: it is not JSON of ours ({error}). {again} to repair it."
         ) from error
-    if seal not in found and not always:
+    if seal not in document and not always:
         say_unsealed(of or path)
-    elif found.pop(seal, None) != right:
+    elif document.pop(seal, None) != expected:
         raise fault(
             f"{path} is damaged: its content is not what its {seal} says. {again} to repair it."
         )
-    return found
+    return document
 
 
 def parse_json(content: bytes) -> dict[str, Any]:
-    """A JSON object; a ValueError where it is none, a key stands twice, or a number is none or infinite."""
-    found = json.loads(
+    """A JSON object.
+
+    Raises:
+        ValueError: If it is none, a key stands twice, or a number is none or infinite.
+    """
+    document = json.loads(
         content.decode(),
         object_pairs_hook=each_once,
         parse_float=_finite,
         parse_constant=_no_number,
     )
-    if (
-        b"\\ud" in content.lower()
-    ):  # an escaped half of a character would be no text that can be written again
-        json.dumps(found, ensure_ascii=False).encode()
-    if not isinstance(found, dict):
-        raise ValueError(f"it holds no object, but {type(found).__name__}")  # noqa: TRY004 - as json's own
-    return found
+    # an escaped half of a character would be no text that can be written again
+    if b"\\ud" in content.lower():
+        json.dumps(document, ensure_ascii=False).encode()
+    if not isinstance(document, dict):
+        actual = type(document).__name__
+        raise ValueError(f"it holds no object, but {actual}")  # noqa: TRY004 - as json's own
+    return document
 
 
 def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of JSON, for ``json.loads``; ValueError where it names something twice."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    document = dict(pairs)
+    if len(document) < len(pairs):
         raise ValueError("a key stands twice in an object")
-    return found
+    return document
 
 
 def _finite(text: str) -> float:
     value = float(text)
-    return value if math.isfinite(value) else _no_number(text)
+    if not math.isfinite(value):
+        _no_number(text)
+    return value
 
 
 def _no_number(text: str) -> NoReturn:
@@ -199,7 +215,7 @@ _vouched: ContextVar[bool] = ContextVar("vouched", default=False)
 
 @contextmanager
 def vouched() -> Iterator[None]:
-    """A block that reads files for which a hash elsewhere vouches, so that they need no digest of their own."""
+    """A block that reads files for which a hash elsewhere vouches: they need no own digest."""
     token = _vouched.set(True)
     try:
         yield
@@ -208,18 +224,26 @@ def vouched() -> Iterator[None]:
 
 
 def say_unsealed(path: str | os.PathLike[str]) -> None:
-    """One line, once per file and process, that nothing vouches for an artefact of an earlier vilu."""
-    if not _vouched.get() and os.path.abspath(path) not in _SAID:  # noqa: PTH100 - Path has no form that keeps links
-        _SAID.add(os.path.abspath(path))  # noqa: PTH100
-        logger.warning(
-            "%s carries no digest: damage to it would not be seen; `vilu inspect --seal` adds one.",
-            os.fspath(path),
-        )
+    """Warn, once per file and process, that nothing vouches for an artefact of an earlier vilu."""
+    if _vouched.get():
+        return
+    place = os.path.abspath(path)  # noqa: PTH100 - Path has no form that keeps links
+    if place in _SAID:
+        return
+    _SAID.add(place)
+    logger.warning(
+        "%s carries no digest: damage to it would not be seen; `vilu inspect --seal` adds one.",
+        os.fspath(path),
+    )
 
 
 def read_bounded(path: Path, again: str, fault: type[ViLUError], limit: int | None = None) -> bytes:
-    """The content of a file, of which no more than ``limit`` bytes (by default ``MAX_DOCUMENT_BYTES``) are read."""
-    limit = MAX_DOCUMENT_BYTES if limit is None else limit
+    """The content of a file of at most ``limit`` bytes, by default ``MAX_DOCUMENT_BYTES``.
+
+    Of a larger file no more is read.
+    """
+    if limit is None:
+        limit = MAX_DOCUMENT_BYTES
     with or_refuse(f"read {path}"):
         if not path.is_file():
             raise fault(f"{path} is missing. {again} to complete the folder.")
@@ -233,16 +257,19 @@ def read_bounded(path: Path, again: str, fault: type[ViLUError], limit: int | No
 def explain(error: ValidationError) -> str:
     """First finding of pydantic, on one line."""
     first = error.errors(include_url=False, include_context=False)[0]
-    where = ".".join(str(step) for step in first["loc"])
-    return (
-        f"{where or 'document'}: {first['msg']} (got {json.dumps(first['input'], default=str):.80})"
-    )
+    where = ".".join(str(step) for step in first["loc"]) or "document"
+    value = json.dumps(first["input"], default=str)
+    return f"{where}: {first['msg']} (got {value:.80})"
 
 
 def write_json(path: str | os.PathLike[str], value: Mapping[str, object], seal: str = SEAL) -> str:
-    """Write plain JSON (UTF-8, indented, keys in their order, sealed) atomically; returns its digest."""
+    """Write plain JSON (UTF-8, indented, keys in their order, sealed) atomically.
+
+    Returns its digest.
+    """
     what = f"cannot write {path}: its content"
-    plain = json.loads(plain_json({key: part for key, part in value.items() if key != seal}, what))
+    content = {key: part for key, part in value.items() if key != seal}
+    plain = json.loads(plain_json(content, what))
     plain[seal] = digest(plain)
     write_bytes(path, plain_json(plain, what, indent=2) + b"\n")
     return str(plain[seal])
@@ -258,13 +285,15 @@ def log(folder: Path, **facts: object) -> None:
 def read_log(folder: Path) -> Iterator[dict[str, Any]]:
     """The lines of a folder's log, if it has one; a line that a crash has cut is left out."""
     path = folder / LOG
+    lines: list[bytes] = []
     with or_refuse(f"read {path}"):
-        lines = path.read_bytes().splitlines() if path.is_file() else []
+        if path.is_file():
+            lines = path.read_bytes().splitlines()
     for line in lines:
         with suppress(ValueError, RecursionError):
-            found = json.loads(line)
-            if isinstance(found, dict):
-                yield found
+            facts = json.loads(line)
+            if isinstance(facts, dict):
+                yield facts
 
 
 def plain_json(value: object, what: str = "metadata", indent: int | None = None) -> bytes:
@@ -279,11 +308,11 @@ Entry = TypeVar("Entry", bound="DataclassInstance")
 
 
 def fill(kind: type[Entry], facts: Mapping[str, object], where: str) -> Entry:
-    """A dataclass from facts by name, whose names and types are checked; ``where`` is for messages."""
+    """A dataclass from facts by name; names and types are checked, ``where`` is for messages."""
     known = [field.name for field in fields(kind)]
-    unknown = next((name for name in facts if name not in known), None)
-    if unknown is not None:
-        raise UsageError(f"{where} has no {unknown!r}; it has {', '.join(known)}.")
+    for name in facts:
+        if name not in known:
+            raise UsageError(f"{where} has no {name!r}; it has {', '.join(known)}.")
     try:
         return TypeAdapter(kind).validate_python(facts)
     except ValidationError as error:

@@ -1,4 +1,6 @@
-"""Where may be written: a place that is new, empty, or holds what the same inputs made. Anything else is refused.
+"""Where may be written: a place that is new, empty, or holds what the same inputs made.
+
+Any other place is refused.
 
 ``--overwrite``, and the library, make anew what vilu has made; files that it does not know as its
 own stay as they are.
@@ -67,16 +69,17 @@ SUFFIXES: dict[Kind, tuple[str, ...]] = {
 
 INPUTS = "inputs"  # key of the digest of what a file was made from
 TEXTS: dict[bytes, Kind] = {b"page": "page", b"study": "study", b"results": "results"}
-MARK = re.compile(
-    rb"<!-- made by vilu: (page|study|results) ([0-9a-f]*) -->\n\Z"
-)  # last line of a text of ours
+# last line of a text of ours
+MARK = re.compile(rb"<!-- made by vilu: (page|study|results) ([0-9a-f]*) -->\n\Z")
 ONNX_MARK = re.compile(rb"vilu\.fingerprint\x12.([0-9a-f]{32})", re.DOTALL)
 TAIL = 4096  # bytes at either end of a file in which a mark is looked for
 
 
 def said_of(inputs: str | None) -> dict[str, str]:
     """What a document or a table says of its inputs."""
-    return {INPUTS: inputs} if inputs else {}
+    if not inputs:
+        return {}
+    return {INPUTS: inputs}
 
 
 def write_said(path: Path, content: dict[str, object], inputs: str) -> None:
@@ -84,13 +87,11 @@ def write_said(path: Path, content: dict[str, object], inputs: str) -> None:
     write_json(path, {**content, **said_of(inputs)})
 
 
-PASSING = re.compile(
-    r"\.tmp\Z|\.lock"
-)  # in the names, after a dot, of files in the making and of locks
+# in the names, after a dot, of files in the making and of locks
+PASSING = re.compile(r"\.tmp\Z|\.lock")
 
-Made = tuple[
-    Kind, str
-]  # kind of a file of ours, and the digest of its inputs; empty where it does not say
+# kind of a file of ours, and the digest of its inputs; empty where it does not say
+Made = tuple[Kind, str]
 
 
 def mark(kind: str, inputs: str) -> str:
@@ -101,7 +102,9 @@ def mark(kind: str, inputs: str) -> str:
 def claim_file(
     path: str | os.PathLike[str], kind: Kind, inputs: str | None = None, *, overwrite: bool = False
 ) -> bool:
-    """Whether a file is there that was made from the same inputs; refuses any other, before the work begins.
+    """Whether a file is there that was made from the same inputs.
+
+    Any other file is refused, before the work begins.
 
     Without ``inputs`` (their digest) nobody compares; with ``overwrite`` any file of its kind is
     made anew.
@@ -112,26 +115,42 @@ def claim_file(
         StorageError: If the folder cannot be written to, or the file not be read.
     """
     target = Path(path)
-    if target.suffix.lower() not in (suffixes := SUFFIXES.get(kind, (target.suffix.lower(),))):
-        raise UsageError(
-            f"vilu keeps {kind} in a {' or '.join(suffixes)} file. Got {target.name!r} instead."
-        )
+    _require_suffix(target, kind)
     if os.path.lexists(target):
-        found = made(target)
-        if found is None or found[0] != kind:
-            raise UsageError(
-                f"{target} is there and holds no {kind} of vilu, so it is left alone. Give another file, or remove it."
-            )
-        same = bool(inputs) and found[1] == inputs
-        if same and not overwrite and _is_whole(target):
+        its_inputs = _require_kind(target, kind)
+        is_same = bool(inputs) and its_inputs == inputs
+        if is_same and not overwrite and _is_whole(target):
             return True
-        if not (same or overwrite):
+        if not is_same and not overwrite:
+            source = "inputs that it does not name"
+            if its_inputs:
+                source = "other inputs"
             raise UsageError(
-                f"{target} holds the {kind} of {'other inputs' if found[1] else 'inputs that it does not name'}. "
+                f"{target} holds the {kind} of {source}. "
                 "Give another file, or --overwrite to replace it."
             )
     _require_room(target)
     return False
+
+
+def _require_suffix(target: Path, kind: Kind) -> None:
+    """Refuse a name that does not end as those of a kind of files."""
+    suffixes = SUFFIXES.get(kind)
+    if suffixes is not None and target.suffix.lower() not in suffixes:
+        raise UsageError(
+            f"vilu keeps {kind} in a {' or '.join(suffixes)} file. Got {target.name!r} instead."
+        )
+
+
+def _require_kind(target: Path, kind: Kind) -> str:
+    """The digest of the inputs of a file of this kind; refuses any other file."""
+    ours = made(target)
+    if ours is None or ours[0] != kind:
+        raise UsageError(
+            f"{target} is there and holds no {kind} of vilu, so it is left alone. "
+            "Give another file, or remove it."
+        )
+    return ours[1]
 
 
 def claim_folder(
@@ -142,7 +161,9 @@ def claim_folder(
     same: bool = False,
     overwrite: bool = False,
 ) -> bool:
-    """Whether a folder holds what the same inputs made; refuses one with anything else, before the work begins.
+    """Whether a folder holds what the same inputs made.
+
+    A folder with anything else is refused, before the work begins.
 
     ``ours`` tells whether a path in it is of ``what``; files in the making and locks are not asked
     about. ``same`` says that the same inputs made what is there; with ``overwrite`` it is made anew
@@ -155,11 +176,13 @@ def claim_folder(
     root = Path(path)
     if os.path.lexists(root) and not root.is_dir():
         raise UsageError(f"{root} is a file, so no {what} can be put there. Give a new folder.")
-    found = entries(root) if root.exists() else []
-    if found and same and not overwrite:
+    present: list[Path] = []
+    if root.exists():
+        present = entries(root)
+    if present and same and not overwrite:
         return True
-    require_no_others(root, what, (entry for entry in found if not ours(entry)))
-    if found and not overwrite:
+    require_no_others(root, what, (entry for entry in present if not ours(entry)))
+    if present and not overwrite:
         raise UsageError(
             f"{root} holds another {what}. Give a new folder, or --overwrite to replace it."
         )
@@ -170,21 +193,21 @@ def claim_folder(
 def entries(root: Path) -> list[Path]:
     """What lies in a folder, but for locks and files in the making."""
     with or_refuse(f"read {root}"):
-        found = [
-            path
-            for path in root.iterdir()
-            if not path.name.startswith(".") or not PASSING.search(path.name)
-        ]
-    return sorted(found)
+        return sorted(path for path in root.iterdir() if not _is_passing(path.name))
 
 
-def require_no_others(root: Path, what: str, others: Iterable[Path]) -> None:
+def _is_passing(name: str) -> bool:
+    """Whether a file is a lock, or still being written."""
+    return name.startswith(".") and PASSING.search(name) is not None
+
+
+def require_no_others(root: Path, what: str, foreign: Iterable[Path]) -> None:
     """Refuse a folder with files that are not ours."""
-    first = min(others, default=None)
+    first = min(foreign, default=None)
     if first is not None:
         raise UsageError(
-            f"{root} holds {str(first.relative_to(root))!r}, which is no part of vilu's {what}, so nothing there is "
-            "touched. Give a new folder."
+            f"{root} holds {str(first.relative_to(root))!r}, which is no part of vilu's {what}, "
+            "so nothing there is touched. Give a new folder."
         )
 
 
@@ -194,11 +217,18 @@ def made(path: Path) -> Made | None:
         return None
     with or_refuse(f"read {path}"):
         suffix = path.suffix.lower()
-        if suffix not in {".json", ".parquet"}:
+        if suffix == ".parquet":
+            facts = _metadata(path)
+        elif suffix == ".json":
+            facts = _content(path)
+        else:
             return _made_of_ends(path)
-        said = _metadata(path) if suffix == ".parquet" else _content(path)
-    kind = KINDS.get(str((said or {}).get("kind")))
-    return None if said is None or kind is None else (kind, str(said.get(INPUTS) or ""))
+    if facts is None:
+        return None
+    kind = KINDS.get(str(facts.get("kind")))
+    if kind is None:
+        return None
+    return kind, str(facts.get(INPUTS) or "")
 
 
 def inputs_of(*paths: Path, **settings: object) -> str:
@@ -209,31 +239,41 @@ def inputs_of(*paths: Path, **settings: object) -> str:
 def content_of(path: Path) -> object:
     """Hash of a file; of a table of ours its digest; of a document with a version all else in it.
 
-    Of a folder what vouches for it, else its listing.
+    Of a folder it is what vouches for it; of one without such documents its listing.
     """
-    if path.suffix.lower() == ".json" and MADE_WITH in (_content(path) or {}):
-        return _said(path)
+    is_document = path.suffix.lower() == ".json"
+    if is_document and MADE_WITH in (_content(path) or {}):
+        return _facts_of(path)
     if path.is_file():
-        with or_refuse(f"read {path}"):
-            said = _metadata(path) if path.suffix.lower() == ".parquet" else None
-        return (said or {}).get(SEAL) or file_hash(path)
-    documents = ["predictor.json", "risk.json", RUN, MANIFEST]
-    if found := [[name, _said(path / name)] for name in documents if (path / name).is_file()]:
-        return found
+        return _file_digest(path)
+    names = ["predictor.json", "risk.json", RUN, MANIFEST]
+    documents = [[name, _facts_of(path / name)] for name in names if (path / name).is_file()]
+    if documents:
+        return documents
+    listing: list[object] = []
     with or_refuse(f"read {path}"):
-        files = sorted(file for file in path.rglob("*") if file.is_file())
-        return [
-            [str(file.relative_to(path)), (at := file.stat()).st_size, at.st_mtime_ns]
-            for file in files
-        ]
+        for file in sorted(file for file in path.rglob("*") if file.is_file()):
+            status = file.stat()
+            listing.append([str(file.relative_to(path)), status.st_size, status.st_mtime_ns])
+    return listing
 
 
-def _said(path: Path) -> object:
+def _file_digest(path: Path) -> object:
+    """The digest that a table of ours carries; of any other file the hash."""
+    if path.suffix.lower() == ".parquet":
+        with or_refuse(f"read {path}"):
+            metadata = _metadata(path) or {}
+        if metadata.get(SEAL):
+            return metadata[SEAL]
+    return file_hash(path)
+
+
+def _facts_of(path: Path) -> object:
     """What a document says, whichever vilu wrote and sealed it; of a damaged one the hash."""
-    found = _content(path)
-    if found is None:
+    facts = _content(path)
+    if facts is None:
         return file_hash(path)
-    return without_version(found, "fingerprint", SEAL)
+    return without_version(facts, "fingerprint", SEAL)
 
 
 def _content(path: Path) -> dict[str, Any] | None:
@@ -250,8 +290,10 @@ def _metadata(path: Path) -> dict[str, Any] | None:
     import pyarrow.parquet
 
     try:
-        said = (pyarrow.parquet.read_metadata(path).metadata or {}).get(METADATA_KEY)
-        return None if said is None else parse_json(said)
+        content = (pyarrow.parquet.read_metadata(path).metadata or {}).get(METADATA_KEY)
+        if content is None:
+            return None
+        return parse_json(content)
     except (pa.ArrowException, ValueError, RecursionError):
         return None
 
@@ -265,11 +307,16 @@ def _made_of_ends(path: Path) -> Made | None:
     for header, kind in HEADERS.items():
         if start.startswith(header):
             return kind, ""
-    if exported := ONNX_MARK.search(end):
+    exported = ONNX_MARK.search(end)
+    if exported:
         return "ONNX export", exported[1].decode()
-    if written := MARK.search(end):
-        return TEXTS[written[1]], written[2].decode()
-    return ("page", "") if b"Made by vilu " in end and end.rstrip().endswith(b"</html>") else None
+    text = MARK.search(end)
+    if text:
+        return TEXTS[text[1]], text[2].decode()
+    # a page that names no inputs
+    if b"Made by vilu " in end and end.rstrip().endswith(b"</html>"):
+        return "page", ""
+    return None
 
 
 def _is_whole(path: Path) -> bool:
@@ -286,19 +333,30 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
-def _require_room(target: Path, *, parents: bool = False) -> None:
-    """Refuse a place whose folder is not there (``parents``: cannot be made), or cannot be written to."""
-    folder = target.parent
-    while parents and not folder.exists() and folder != folder.parent:
+def _first_existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there; at last the root."""
+    while not folder.exists() and folder != folder.parent:
         folder = folder.parent
+    return folder
+
+
+def _require_room(target: Path, *, parents: bool = False) -> None:
+    """Refuse a place whose folder is not there, or cannot be written to.
+
+    With ``parents`` it is enough that the folder can be made.
+    """
+    folder = target.parent
+    if parents:
+        folder = _first_existing(folder)
     if not folder.is_dir():
-        what = "is no folder" if folder.exists() else "does not exist"
+        fault = "does not exist"
+        if folder.exists():
+            fault = "is no folder"
         raise UsageError(
-            f"cannot write {target}: the folder {folder} {what}. Make it, or give another place."
+            f"cannot write {target}: the folder {folder} {fault}. Make it, or give another place."
         )
-    if not os.access(
-        folder, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids
-    ):
+    as_effective_user = os.access in os.supports_effective_ids
+    if not os.access(folder, os.W_OK | os.X_OK, effective_ids=as_effective_user):
         raise StorageError(
             f"cannot write {target}: {folder} is not writable. Give a folder that is."
         )

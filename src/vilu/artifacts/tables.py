@@ -1,4 +1,4 @@
-"""Tables with metadata: Parquet, sealed with a digest of what it says, and CSV that a spreadsheet may open."""
+"""Tables with metadata: sealed Parquet, and CSV that a spreadsheet may open."""
 
 from __future__ import annotations
 
@@ -27,10 +27,16 @@ if TYPE_CHECKING:
 
 METADATA_KEY = b"vilu"
 MARK = b"vilu.sealed"
-"""Stands in the footer of a table with a digest, so that it is missed where a flipped bit has hidden the metadata."""
+"""Stands in the footer of a table with a digest.
 
-MAX_COLUMNS, MAX_HEADER = 10_000, 2**20
-"""Columns of a table, and characters of the heading of a CSV file; with a million of them reading takes minutes."""
+So the digest is missed where a flipped bit has hidden the metadata.
+"""
+
+# with a million columns reading takes minutes
+MAX_COLUMNS = 10_000
+"""Columns of a table."""
+MAX_HEADER = 2**20
+"""Characters of the heading of a CSV file."""
 
 # A spreadsheet runs a cell that starts with one of these. An apostrophe before it makes it text;
 # apostrophes that are already there get one more, so that reading can take exactly one away.
@@ -41,9 +47,15 @@ _DEFUSED = r"^'('*[=+\-@\t\r])"
 def write_table(
     path: str | Path, columns: Mapping[str, pa.Array], metadata: Mapping[str, object]
 ) -> None:
-    """Write columns of one length atomically, as Parquet (with the metadata in its schema) or CSV (without)."""
-    is_parquet = table_suffix(path) == ".parquet"
-    write_bytes(path, parquet_bytes(columns, metadata) if is_parquet else csv_bytes(columns))
+    """Write columns of one length atomically, as Parquet or CSV.
+
+    The metadata are in the schema of Parquet; CSV has none.
+    """
+    if table_suffix(path) == ".parquet":
+        content = parquet_bytes(columns, metadata)
+    else:
+        content = csv_bytes(columns)
+    write_bytes(path, content)
 
 
 def csv_bytes(columns: Mapping[str, pa.Array]) -> bytes:
@@ -51,16 +63,21 @@ def csv_bytes(columns: Mapping[str, pa.Array]) -> bytes:
     import pyarrow as pa
     import pyarrow.csv
 
-    table, content = _replaced(pa.table(dict(columns)), None, _FORMULA, r"'\1"), BytesIO()
-    content.write((",".join(table.column_names) + "\n").encode())
-    pyarrow.csv.write_csv(
-        table, content, pyarrow.csv.WriteOptions(include_header=False, quoting_style="needed")
-    )
-    return content.getvalue()
+    table = pa.table(dict(columns))
+    texts = [column.name for column in table.schema if pa.types.is_string(column.type)]
+    table = _replaced(table, texts, _FORMULA, r"'\1")
+    buffer = BytesIO()
+    heading = ",".join(table.column_names) + "\n"
+    buffer.write(heading.encode())
+    options = pyarrow.csv.WriteOptions(include_header=False, quoting_style="needed")
+    pyarrow.csv.write_csv(table, buffer, options)
+    return buffer.getvalue()
 
 
 def parquet_bytes(columns: Mapping[str, pa.Array], metadata: Mapping[str, object]) -> bytes:
-    """Columns of one length, with the metadata (plain JSON) in their schema, as the content of a Parquet file.
+    """Columns of one length as the content of a Parquet file, with metadata in its schema.
+
+    The metadata are plain JSON.
 
     Every page has a checksum, and the metadata a digest of all that a reader gets to see: a
     checksum covers neither the footer nor the headers of pages.
@@ -68,23 +85,25 @@ def parquet_bytes(columns: Mapping[str, pa.Array], metadata: Mapping[str, object
     import pyarrow as pa
     import pyarrow.parquet
 
-    table, said = (
-        pa.table(dict(columns)),
-        parse_json(plain_json({"schema_version": SCHEMA_VERSION, **metadata})),
-    )
-    said[SEAL] = table_digest(table, said)
+    table = pa.table(dict(columns))
+    # the metadata as a reader gets them, since the digest is of what is read
+    document = parse_json(plain_json({"schema_version": SCHEMA_VERSION, **metadata}))
+    document[SEAL] = table_digest(table, document)
+    sealed = table.replace_schema_metadata({METADATA_KEY: plain_json(document), MARK: b""})
     buffer = BytesIO()
-    sealed = table.replace_schema_metadata({METADATA_KEY: plain_json(said), MARK: b""})
     repeating = [name for name in table.column_names if _repeats(table[name])]
     pyarrow.parquet.write_table(sealed, buffer, write_page_checksum=True, use_dictionary=repeating)
     return buffer.getvalue()
 
 
-SAMPLED = 1_024
+SAMPLED = 1_024  # values of a column by which ``_repeats`` judges
 
 
 def _repeats(column: pa.ChunkedArray) -> bool:
-    """Whether values come again, by the first ones: only then a dictionary of them saves time and room."""
+    """Whether values come again, by the first of them.
+
+    Only then a dictionary of the values saves time and room.
+    """
     import pyarrow.compute as pc
 
     first = column[:SAMPLED]
@@ -92,7 +111,10 @@ def _repeats(column: pa.ChunkedArray) -> bool:
 
 
 def table_digest(table: pa.Table, metadata: Mapping[str, object]) -> str:
-    """Digest of names, types, nulls and values of the columns, and of the metadata; however the rows are chunked."""
+    """Digest of names, types, nulls and values of the columns, and of the metadata.
+
+    It is the same however the rows are chunked.
+    """
     columns = [
         [name, str(table[name].type), len(table), _column_hash(table[name])]
         for name in table.column_names
@@ -105,19 +127,26 @@ def _column_hash(column: pa.ChunkedArray) -> str:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    content, text = hashlib.sha256(), pa.types.is_string(column.type)
+    sha256 = hashlib.sha256()
+    is_text = pa.types.is_string(column.type)
     if pa.types.is_boolean(column.type):
         column = column.cast(pa.int8())
     if column.null_count:
         for chunk in column.chunks:
-            content.update(chunk.is_null().cast(pa.int8()).to_numpy())
-        column = pc.fill_null(column, "" if text else pa.scalar(0).cast(column.type))
-    if text:
+            sha256.update(chunk.is_null().cast(pa.int8()).to_numpy())
+        # what stands under a null is undefined: it is set, so that it hashes alike
+        blank = "" if is_text else pa.scalar(0).cast(column.type)
+        column = pc.fill_null(column, blank)
+    if not is_text:
         for chunk in column.chunks:
-            content.update(pc.binary_length(chunk).to_numpy())
+            sha256.update(chunk.to_numpy())
+        return sha256.hexdigest()
+    # the lengths of texts go first: they say where in the bytes of all texts each begins
     for chunk in column.chunks:
-        content.update(_text_bytes(chunk) if text else chunk.to_numpy())
-    return content.hexdigest()
+        sha256.update(pc.binary_length(chunk).to_numpy())
+    for chunk in column.chunks:
+        sha256.update(_text_bytes(chunk))
+    return sha256.hexdigest()
 
 
 def _text_bytes(chunk: pa.Array) -> memoryview:
@@ -131,15 +160,12 @@ def _text_bytes(chunk: pa.Array) -> memoryview:
     return memoryview(content)[ends[0] : ends[-1]]
 
 
-def _replaced(
-    table: pa.Table, names: Collection[str] | None, pattern: str, replacement: str
-) -> pa.Table:
-    """The table with a pattern replaced in its columns of text, by default all of them."""
-    import pyarrow as pa
+def _replaced(table: pa.Table, names: Collection[str], pattern: str, replacement: str) -> pa.Table:
+    """The table with a pattern replaced in these columns of text."""
     import pyarrow.compute as pc
 
     for index, column in enumerate(table.schema):
-        if pa.types.is_string(column.type) if names is None else column.name in names:
+        if column.name in names:
             text = pc.replace_substring_regex(
                 table.column(index), pattern=pattern, replacement=replacement
             )
@@ -148,7 +174,7 @@ def _replaced(
 
 
 def as_written(table: pa.Table, names: Collection[str]) -> pa.Table:
-    """The table without the apostrophes that ``csv_bytes`` has put before texts in these columns."""
+    """The table without the apostrophes that ``csv_bytes`` puts before texts in these columns."""
     return _replaced(table, names, _DEFUSED, r"\1")
 
 
@@ -173,18 +199,21 @@ def read_table(
         raise StorageError(f"cannot open {path}: {error}") from error
     with source:
         try:
-            parquet = suffix == ".parquet"
-            if not parquet:
-                csv_names(path)
-            table = _read_parquet(source) if parquet else _parse_csv(source, text_columns)
-            names, marked = table.column_names, parquet and MARK in _footer(source)
+            if suffix == ".parquet":
+                table = _read_parquet(source)
+                is_marked = MARK in _footer(source)
+            else:
+                csv_names(path)  # refuses headings that would take minutes
+                table = _parse_csv(source, text_columns)
+                is_marked = False
+            names = table.column_names
         except DataError:
             raise
         except (pa.ArrowException, csv.Error, OSError, ValueError) as error:
             raise DataError(f"{path} is not a readable {suffix[1:]} table: {error}") from error
     require_width(path, len(names))
     require_distinct(str(path), names)
-    return table, _metadata(path, table, marked=marked)
+    return table, _metadata(path, table, marked=is_marked)
 
 
 def _read_parquet(source: pa.NativeFile) -> pa.Table:
@@ -205,25 +234,33 @@ def _footer(source: pa.NativeFile) -> bytes:
 
 
 def seal_table(path: Path) -> bool:
-    """Give a Parquet table of ours a digest, unless it has one or is of another program; whether it has now."""
+    """Give a Parquet table of ours a digest, and say whether it got one.
+
+    A table that has one, or is of another program, stays as it is.
+    """
     import pyarrow.parquet
 
     table, metadata = read_table(path, ())
-    said = (pyarrow.parquet.read_schema(path).metadata or {}).get(METADATA_KEY)
-    if said is None or SEAL in parse_json(said):
+    content = (pyarrow.parquet.read_schema(path).metadata or {}).get(METADATA_KEY)
+    if content is None or SEAL in parse_json(content):
         return False
-    write_table(path, {name: table[name] for name in table.column_names}, metadata)
+    columns = {name: table[name] for name in table.column_names}
+    write_table(path, columns, metadata)
     return True
 
 
 def read_column(path: str | Path, table: pa.Table, name: str, kind: str) -> pa.ChunkedArray:
-    """A column as Arrow type ``kind`` ("float64", "int64", "string", ...); all null if the table lacks it."""
+    """A column as Arrow type ``kind`` ("float64", "int64", "string", ...).
+
+    It is all null if the table lacks it.
+    """
     import pyarrow as pa
 
+    arrow_type = pa.type_for_alias(kind)
     if name not in table.column_names:
-        return pa.chunked_array([pa.nulls(len(table), pa.type_for_alias(kind))])
+        return pa.chunked_array([pa.nulls(len(table), arrow_type)])
     try:
-        return table[name].cast(pa.type_for_alias(kind))
+        return table[name].cast(arrow_type)
     except pa.ArrowException as error:
         raise DataError(f"column {name!r} of {path} must hold {kind} values: {error}") from error
 
@@ -266,18 +303,19 @@ def parse_csv(
     rows: list[CsvRow] = []
     try:
         names = next(table, [])
-        end = table.line_num
+        last_line = table.line_num  # a cell may hold line ends, so a row several lines
         for cells in table:
-            line = end + 1
-            end = table.line_num
+            line = last_line + 1
+            last_line = table.line_num
             if not rows:
                 require_distinct(f"{source} line 1", names, cells)
             _require_named(f"{source} line {line}", names, cells)
+            if not cells:
+                continue
             texts = [re.sub(_DEFUSED, r"\1", cell) for cell in cells]
-            if cells:
-                missing = [""] * (len(names) - len(cells))
-                by_column = dict(zip(names, texts + missing, strict=False))
-                rows.append(CsvRow(by_column, line, ends_early=bool(missing)))
+            missing = [""] * (len(names) - len(cells))
+            by_column = dict(zip(names, texts + missing, strict=False))
+            rows.append(CsvRow(by_column, line, ends_early=bool(missing)))
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(
             f"{source} is no CSV file in UTF-8 whose quotes are all closed: {error}."
@@ -297,7 +335,9 @@ def require_distinct(where: str, names: Sequence[str], cells: Sequence[str] = ()
     if not repeated:
         return
     values = [repr(cell) for name, cell in zip(names, cells, strict=False) if name == repeated[0]]
-    example = f" The first row has {' and '.join(values)} there." if values else ""
+    example = ""
+    if values:
+        example = f" The first row has {' and '.join(values)} there."
     raise DataError(
         f"{where}: distinct columns are needed. Repeated: {', '.join(repeated)}.{example} "
         "Rename or remove all but one."
@@ -312,7 +352,9 @@ def _require_named(where: str, names: Sequence[str], cells: Sequence[str]) -> No
     for place in range(width, len(cells)):
         if not cells[place].strip():
             continue
-        before = f" after {cells[place - 1]!r}" if place else ""
+        before = ""
+        if place:
+            before = f" after {cells[place - 1]!r}"
         raise DataError(
             f"{where}: {cells[place]!r}{before} is in none of the columns {', '.join(names)}. Put "
             "a text that holds a comma into quotes, or name the column."
@@ -320,7 +362,7 @@ def _require_named(where: str, names: Sequence[str], cells: Sequence[str]) -> No
 
 
 def csv_names(path: str | Path, delimiter: str = ",") -> list[str]:
-    """The names of the columns of a CSV file, of which no more than a bounded beginning is read."""
+    """The names of the columns of a CSV file; no more than a bounded beginning of it is read."""
     with Path(path).open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         # not strict: a text that is not UTF-8 is the error of its row, and the first block is
         # decoded with the names
@@ -329,7 +371,7 @@ def csv_names(path: str | Path, delimiter: str = ",") -> list[str]:
         require_width(path, len(names))
         if len(set(names)) < len(names):
             require_distinct(f"{path} line 1", names, next(table, []))
-    "".join(names).encode()
+    "".join(names).encode()  # names that are not UTF-8 raise a ValueError here
     return names
 
 
@@ -350,19 +392,24 @@ def read_columns(
 
 
 def _short_lines(file: TextIO, path: str | Path) -> Iterator[str]:
-    while line := file.readline(MAX_HEADER):
+    """The lines of a file; DataError at one that is too long."""
+    line = file.readline(MAX_HEADER)
+    while line:
         if len(line) == MAX_HEADER and line[-1] not in "\r\n":
             raise DataError(
-                f"{path} has a line of more than {MAX_HEADER:,} characters where the names of columns are."
+                f"{path} has a line of more than {MAX_HEADER:,} characters where the names of "
+                "columns are."
             )
         yield line
+        line = file.readline(MAX_HEADER)
 
 
 def require_width(path: str | Path, n_columns: int) -> None:
     """Refuse a table of too many columns."""
     if n_columns > MAX_COLUMNS:
         raise DataError(
-            f"{path} has {n_columns:,} columns; at most {MAX_COLUMNS:,} are read. Keep those that are needed."
+            f"{path} has {n_columns:,} columns; at most {MAX_COLUMNS:,} are read. "
+            "Keep those that are needed."
         )
 
 
@@ -388,24 +435,31 @@ def _parse_csv(source: pa.NativeFile, text_columns: Collection[str]) -> pa.Table
 
 
 def _metadata(path: str | Path, table: pa.Table, *, marked: bool) -> dict[str, object]:
-    """The metadata of a table of ours, which are believed, as its rows are, when the digest is right."""
+    """The metadata of a table of ours.
+
+    They are believed, as its rows are, when the digest is right. ``marked``: the footer says that
+    there is a digest.
+    """
     content = (table.schema.metadata or {}).get(METADATA_KEY)
     if content is None and not marked:
         return {}
     try:
         metadata = parse_json(content or b"")
         seal = metadata.pop(SEAL, None)
-        right = not marked if seal is None else seal == table_digest(table, metadata)
+        if seal is None:
+            is_whole = not marked
+        else:
+            is_whole = seal == table_digest(table, metadata)
     # pyarrow raises NotImplementedError on types of columns that a flipped bit has made: raised
     # again, as damage
     except (ValueError, NotImplementedError, RecursionError) as error:
         raise DataError(
             f"{path} is damaged: its metadata are not JSON of ours ({error}). Make it again."
         ) from error
-    if not right:
+    if not is_whole:
         raise DataError(
-            f"{path} is damaged, or was changed by another program: its rows are not what its digest says. "
-            "Make it again."
+            f"{path} is damaged, or was changed by another program: its rows are not what its "
+            "digest says. Make it again."
         )
     if seal is None:
         say_unsealed(path)

@@ -1,4 +1,4 @@
-"""The class table of a data set: the names that its files or labels use, and the names that prompts use."""
+"""The class table of a data set: the names in its files or labels, and the names in prompts."""
 
 from __future__ import annotations
 
@@ -17,15 +17,12 @@ from vilu.errors import DataError, StorageError, UsageError, nearest
 class ClassTable:
     """K classes in label order."""
 
-    folders: tuple[
-        str, ...
-    ]  # raw names: class folders, label strings, or names in the file's own table
-    names: tuple[
-        str, ...
-    ]  # names for prompts. Classes of one name are one answer wherever their texts are compared
-    cleaned: bool = (
-        False  # whether ``names`` were derived from ``folders`` by turning underscores into spaces
-    )
+    # raw names: class folders, label strings, or names in the file's own table
+    folders: tuple[str, ...]
+    # names for prompts. Classes of one name are one answer wherever their texts are compared
+    names: tuple[str, ...]
+    # whether ``names`` were derived from ``folders`` by turning underscores into spaces
+    cleaned: bool = False
 
     def __post_init__(self) -> None:
         if not self.folders or len(self.folders) != len(self.names):
@@ -33,20 +30,30 @@ class ClassTable:
                 f"a class table needs one prompt name per class. Got {len(self.folders)} classes, "
                 f"{len(self.names)} names."
             )
-        for what, names in (("class", self.folders), ("prompt", self.names)):
-            if blank := [i for i, name in enumerate(names) if not name.strip()]:
-                raise DataError(
-                    f"{what} names must not be blank. Class {blank[0]} (counting from 0) is."
-                )
-            if not_text := [portable_name(name) for name in names if not _is_text(name)]:
-                raise DataError(f"{what} names must be UTF-8 text. Rename: {_listed(not_text)}.")
-        counts = Counter(
-            self.folders if self.folders != self.names else ()
-        )  # else they are of labels that count
-        if repeated := [name for name, count in counts.items() if count > 1]:
+        _require_texts("class", self.folders)
+        _require_texts("prompt", self.names)
+        if self.folders == self.names:
+            return  # labels are numbers, which tell classes of one name apart
+        repeated = _repeated(Counter(self.folders))
+        if repeated:
             raise DataError(
-                f"class names must be distinct. Repeated: {_listed(repeated)}. Merge or rename them."
+                f"class names must be distinct. Repeated: {_listed(repeated)}. "
+                "Merge or rename them."
             )
+
+
+def _require_texts(kind: str, names: Sequence[str]) -> None:
+    """Refuse names that are blank, or that UTF-8 cannot write."""
+    for number, name in enumerate(names):
+        if not name.strip():
+            raise DataError(f"{kind} names must not be blank. Class {number} (counting from 0) is.")
+    not_text = [portable_name(name) for name in names if not _is_text(name)]
+    if not_text:
+        raise DataError(f"{kind} names must be UTF-8 text. Rename: {_listed(not_text)}.")
+
+
+def _repeated(counts: Counter[str]) -> list[str]:
+    return [name for name, count in counts.items() if count > 1]
 
 
 @overload
@@ -86,55 +93,87 @@ def class_table(
     if file is None and names is not None:
         return ClassTable(tuple(raw or ()), tuple(names))
     if file is None:
-        return None if raw is None else _default(raw)
+        if raw is None:
+            return None
+        return _default(raw)
     keys, prompts = read_classes(file)
-    if raw is None and by_position and keys and all(map(str.isdecimal, keys)):
-        raw = tuple(map(str, range(len(keys))))
-        if sorted(raw) != sorted(keys):
-            raise DataError(
-                f"{file}: numbers before names must be the labels 0 to {len(keys) - 1}, each once."
-            )
+    if raw is None and keys is not None and by_position:
+        raw = _labels_of(keys, file)
     if raw is None:
         return ClassTable(keys or prompts, prompts)
-    if keys is None and by_position:
+    if keys is not None:
+        return _named_by_keys(raw, keys, prompts, file, outside)
+    if by_position:
         _require_same_order(raw, prompts, file)
         return ClassTable(tuple(raw), prompts)
-    if keys is None:
-        known = {**{clean_name(name): name for name in raw}, **{name: name for name in raw}}
-        _match(raw, known, prompts, file, outside)
-        return _default(raw)
-    given = dict(zip(keys, prompts, strict=True))
+    name_of = {clean_name(name): name for name in raw}
+    name_of |= {name: name for name in raw}  # a name as it is goes before a cleaned one
+    _match(raw, name_of, prompts, file, outside)
+    return _default(raw)
+
+
+def _labels_of(keys: Sequence[str], file: Path) -> tuple[str, ...] | None:
+    """The labels 0, 1, ... in order where all keys are numbers, which must be these; else None."""
+    if not all(key.isdecimal() for key in keys):
+        return None
+    labels = tuple(str(label) for label in range(len(keys)))
+    if sorted(labels) != sorted(keys):
+        raise DataError(
+            f"{file}: numbers before names must be the labels 0 to {len(keys) - 1}, each once."
+        )
+    return labels
+
+
+def _named_by_keys(
+    raw: Sequence[str],
+    keys: Sequence[str],
+    prompts: Sequence[str],
+    file: Path,
+    outside: Collection[str],
+) -> ClassTable:
+    """The classes with the prompts of their lines; classes outside may have no line."""
     _match(raw, {name: name for name in raw}, keys, file, outside)
-    return ClassTable(tuple(raw), tuple(given.get(name, clean_name(name)) for name in raw))
+    prompt_of = dict(zip(keys, prompts, strict=True))
+    names = [prompt_of.get(name, clean_name(name)) for name in raw]
+    return ClassTable(tuple(raw), tuple(names))
 
 
 def read_classes(file: Path) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
-    """Left and right columns of a classes file; no left column (None) where it has one name per line.
+    """Left and right columns of a classes file; the left one is None where lines are single names.
 
     A byte order mark, line ends of any system (CRLF, CR) and blank lines at the end are tolerated.
     """
+    text = _read_text(file)
+    rows = [line.split("\t") for line in re.split(r"\r\n?|\n", text.rstrip())]
+    width = len(rows[0])
+    for number, row in enumerate(rows, start=1):
+        if not all(cell.strip() for cell in row):
+            raise DataError(
+                f"{file} line {number}: blank name. Every line is a name, or folder<TAB>name."
+            )
+        if len(row) > 2 or len(row) != width:
+            cells = " and ".join(map(repr, row))
+            raise DataError(
+                f"{file} line {number}: {len(row)} columns, {cells}. All lines are a name, or all "
+                "folder<TAB>name."
+            )
+    names = tuple(row[-1].strip() for row in rows)
+    if width == 1:
+        return None, names
+    keys = tuple(row[0].strip() for row in rows)
+    return keys, names
+
+
+def _read_text(file: Path) -> str:
+    """The text of a classes file, without its byte order mark."""
     try:
-        text = read_file(file).decode("utf-8-sig")
+        return read_file(file).decode("utf-8-sig")
     except PermissionError as error:
         raise StorageError(f"cannot read {file}: {error.strerror}.") from error
     except OSError as error:
         raise UsageError(f"cannot read the classes file: {error}. Check --classes.") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{file} must be UTF-8 text: {error}. Save it as UTF-8.") from error
-    rows = [line.split("\t") for line in re.split(r"\r\n?|\n", text.rstrip())]
-    for number, row in enumerate(rows, start=1):
-        if not all(cell.strip() for cell in row):
-            raise DataError(
-                f"{file} line {number}: blank name. Every line is a name, or folder<TAB>name."
-            )
-        if len(row) > 2 or len(row) != len(rows[0]):
-            cells = " and ".join(map(repr, row))
-            raise DataError(
-                f"{file} line {number}: {len(row)} columns, {cells}. All lines are a name, or all "
-                "folder<TAB>name."
-            )
-    columns = [tuple(cell.strip() for cell in column) for column in zip(*rows, strict=True)]
-    return (columns[0] if len(columns) == 2 else None), columns[-1]
 
 
 def _default(raw: Sequence[str]) -> ClassTable:
@@ -148,60 +187,74 @@ def clean_name(name: str) -> str:
 
 def _match(
     raw: Sequence[str],
-    known: dict[str, str],
-    given: Sequence[str],
+    name_of: dict[str, str],
+    lines: Sequence[str],
     file: Path,
     outside: Collection[str],
 ) -> None:
-    """Refuse a file whose names are not exactly those of the data, each written once; but for those outside."""
-    if unknown := [name for name in given if name not in known]:
-        question = nearest(unknown[0], known)
-        hint = question and f"{question[:-1]} for {unknown[0]!r}?"
+    """Refuse a file that does not write each name of the data once; those outside may be missing.
+
+    ``name_of`` is the class that a line of the file may mean.
+    """
+    unknown = [line for line in lines if line not in name_of]
+    if unknown:
+        hint = nearest(unknown[0], name_of)
+        if hint:
+            hint = f"{hint[:-1]} for {unknown[0]!r}?"
         raise DataError(
-            f"{file} names classes that the data does not have: {_listed(unknown)}.{hint} Leave them "
-            "out; or, if they are classes without an image here, make an empty sub-folder for each, or in a table make "
-            "the labels numbers: places in this file, from 0."
+            f"{file} names classes that the data does not have: {_listed(unknown)}.{hint} "
+            "Leave them out; or, if they are classes without an image here, make an empty "
+            "sub-folder for each, or in a table make the labels numbers: places in this file, "
+            "from 0."
         )
-    counts = Counter(known[name] for name in given)
-    if repeated := [name for name, count in counts.items() if count > 1]:
+    counts = Counter(name_of[line] for line in lines)
+    repeated = _repeated(counts)
+    if repeated:
         raise DataError(f"{file} names classes more than once: {_listed(repeated)}.")
-    missing = [
-        name for name in raw if name not in counts and {name, clean_name(name)}.isdisjoint(outside)
-    ]
+    missing = []
+    for name in raw:
+        is_outside = name in outside or clean_name(name) in outside
+        if name not in counts and not is_outside:
+            missing.append(name)
     if missing:
         raise DataError(
-            f"{file} leaves out classes of the data: {_listed(missing)}. Add a line for each, or say with --outside "
-            "which are none of the classes."
+            f"{file} leaves out classes of the data: {_listed(missing)}. Add a line for each, or "
+            "say with --outside which are none of the classes."
         )
 
 
 def _require_same_order(raw: Sequence[str], names: Sequence[str], file: Path) -> None:
+    """Refuse a file with fewer or more names than classes, or the same names in another order."""
     if len(raw) != len(names):
         raise DataError(
-            f"{file} must have one name per class of the data ({len(raw)}). Got {len(names)} instead."
+            f"{file} must have one name per class of the data ({len(raw)}). "
+            f"Got {len(names)} instead."
         )
-    if list(raw) != list(names) and sorted(raw) == sorted(names):
-        first = next(
-            i for i, (mine, theirs) in enumerate(zip(raw, names, strict=True)) if mine != theirs
-        )
-        raise DataError(
-            f"{file} has the data's class names in another order (class {first} is {raw[first]!r} in the data). "
-            "Names for whole-number labels go in label order."
-        )
+    if sorted(raw) != sorted(names):
+        return
+    for label, name in enumerate(raw):
+        if name != names[label]:
+            raise DataError(
+                f"{file} has the data's class names in another order (class {label} is {name!r} "
+                "in the data). Names for whole-number labels go in label order."
+            )
 
 
 def refuse_numbers(classes: ClassTable, source: str) -> None:
-    """Refuse classes whose names are numbers, others than their places, where labels are: these could be either."""
+    """Refuse numbers as names that are not their places, where labels are numbers, too.
+
+    A label could be either of the two.
+    """
     names = classes.names
-    if (
-        classes.folders == names
-        and all(map(str.isdecimal, names))
-        and [*map(int, names)] != [*range(len(names))]
-    ):
-        raise DataError(
-            f"{source}: labels are numbers, and so are the classes ({_listed(names)}). Is a label a name, or a line of "
-            "the classes file, counted from 0? Make the labels such places, and write number<TAB>name in that file."
-        )
+    if classes.folders != names or not all(map(str.isdecimal, names)):
+        return
+    if [int(name) for name in names] == list(range(len(names))):
+        return
+    raise DataError(
+        f"{source}: labels are numbers, and so are the classes ({_listed(names)}). Is a label a "
+        "name, or a line of the classes file, counted from 0? Make the labels such places, and "
+        "write number<TAB>name in that file."
+    )
 
 
 def _is_text(name: str) -> bool:
@@ -209,6 +262,7 @@ def _is_text(name: str) -> bool:
 
 
 def _listed(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:5])) + (
-        f" and {len(names) - 5} more" if len(names) > 5 else ""
-    )
+    listed = ", ".join(map(repr, names[:5]))
+    if len(names) > 5:
+        return f"{listed} and {len(names) - 5} more"
+    return listed

@@ -1,4 +1,4 @@
-"""Files of images: listing folders of any size, reading with a cap, hashing a listing as it goes by."""
+"""Files of images: folders of any size are listed, files read with a cap, listings hashed."""
 
 from __future__ import annotations
 
@@ -18,38 +18,29 @@ from vilu.artifacts.disk import or_refuse
 
 MAX_FILE_BYTES: Final = 64 * 2**20  # larger files are not read at all
 
-SUFFIXES = (
-    *(
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".jfif",
-        ".png",
-        ".apng",
-        ".webp",
-        ".gif",
-        ".bmp",
-        ".dib",
-        ".tif",
-        ".tiff",
-    ),
-    *(".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
-    *(".avif", ".heic", ".heif", ".jp2", ".jxl", ".svg", ".psd"),
-)
-"""File name endings that mean an image; those of the last line so that it is reported as unsupported, not missed."""
+_PHOTOS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif")
+_BITMAPS = (".bmp", ".dib", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm")
+_UNSUPPORTED = (".avif", ".heic", ".heif", ".jp2", ".jxl", ".svg", ".psd")
+SUFFIXES = _PHOTOS + _BITMAPS + _UNSUPPORTED
+"""File name endings that mean an image.
+
+An image that is not supported is listed, too, so that it is reported and not missed.
+"""
 
 MISSING: Final = -1
 
 
 def read_file(path: str | Path) -> bytes:
-    """The bytes of a regular file (a pipe would block) of at most ``MAX_FILE_BYTES``; else OSError."""
-    found = os.stat(path)  # noqa: PTH116  a million calls: os.stat takes the string as it is
-    if not stat.S_ISREG(found.st_mode):
+    """The bytes of a regular file of at most ``MAX_FILE_BYTES``; else OSError.
+
+    A pipe would block.
+    """
+    status = os.stat(path)  # noqa: PTH116  a million calls: os.stat takes the string as it is
+    if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "not a regular file", str(path))
-    if found.st_size > MAX_FILE_BYTES:
-        raise OSError(
-            errno.EFBIG, f"{found.st_size} bytes; at most {MAX_FILE_BYTES} are read", str(path)
-        )
+    if status.st_size > MAX_FILE_BYTES:
+        reason = f"{status.st_size} bytes; at most {MAX_FILE_BYTES} are read"
+        raise OSError(errno.EFBIG, reason, str(path))
     with open(path, "rb") as file:  # noqa: PTH123  as above
         return file.read(MAX_FILE_BYTES)
 
@@ -60,7 +51,10 @@ def read_below(folder: Path, path: str) -> bytes:
 
 
 def status_below(folder: Path, path: str) -> os.stat_result | None:
-    """The status of a file below a folder; None where it is missing or out of bounds, which reading it tells again."""
+    """The status of a file below a folder; None where it is missing or out of bounds.
+
+    Reading the file says again which of the two it is.
+    """
     try:
         return os.stat(resolve_below(folder, path))  # noqa: PTH116  called once per row
     except OSError:
@@ -73,7 +67,7 @@ def resolve_below(folder: Path, path: str) -> str:
         raise OutsideError(
             errno.EACCES, "the path must be relative and stay below its folder", path
         )
-    return os.path.join(folder, path)  # noqa: PTH118  called once per row
+    return os.path.join(folder, path)  # noqa: PTH118  once per row
 
 
 class OutsideError(OSError):
@@ -94,25 +88,35 @@ class Bounds:
         self, folder: Path, *, home: Path | None = None, beside: Path | None = None
     ) -> None:
         self.folder = folder
-        self._home = None if home is None else os.path.realpath(home)
-        folders = (folder,) if beside is None else (folder, beside)
-        self._inside = tuple(os.path.join(os.path.realpath(one), "") for one in folders)  # noqa: PTH118 with its slash
+        self._home: str | None = None
+        if home is not None:
+            self._home = os.path.realpath(home)
+        self._inside: tuple[str, ...] = (_real_prefix(folder),)
+        if beside is not None:
+            self._inside += (_real_prefix(beside),)
 
     def resolve(self, path: str) -> str:
-        """The path of a file; OutsideError where that, or what a link on the way leads to, is out of bounds."""
-        if self._home is None or stays_below(path) or not path or "\0" in path:
-            full = resolve_below(self.folder, path)
-        else:
-            full = os.path.normpath(os.path.join(self._home, path))  # noqa: PTH118  called once per row
-        if not _lies_in(os.path.dirname(full), self._inside) or self.leads_out(full):  # noqa: PTH120  as above
-            raise OutsideError(
-                errno.EACCES, f"the file must lie below {self._inside[-1]}, links included", path
-            )
+        """The path of a file; OutsideError where it, or a link on the way, leads out of bounds."""
+        full = self._full(path)
+        folder = os.path.dirname(full)  # noqa: PTH120  called once per row
+        if not _lies_in(folder, self._inside) or self.leads_out(full):
+            reason = f"the file must lie below {self._inside[-1]}, links included"
+            raise OutsideError(errno.EACCES, reason, path)
         return full
+
+    def _full(self, path: str) -> str:
+        """The path of a file from the folder; from home where it is absolute or climbs."""
+        if self._home is None or stays_below(path):
+            return resolve_below(self.folder, path)
+        if not _can_be_path(path):
+            return resolve_below(self.folder, path)  # this refuses it
+        return os.path.normpath(os.path.join(self._home, path))  # noqa: PTH118  once per row
 
     def leads_out(self, full: str) -> bool:
         """Whether a file is a link to one that is out of bounds."""
-        return os.path.islink(full) and not os.path.realpath(full).startswith(self._inside)  # noqa: PTH114
+        if not os.path.islink(full):  # noqa: PTH114  called once per row
+            return False
+        return not os.path.realpath(full).startswith(self._inside)
 
     def status(self, path: str) -> os.stat_result | OSError:
         """The status of a file, or why it has none."""
@@ -123,23 +127,38 @@ class Bounds:
 
     def real(self, path: str) -> str:
         """Where a path leads, in bounds or not."""
-        return os.path.realpath(os.path.join(self._home or self.folder, path.replace("\0", "")))  # noqa: PTH118
+        start = self._home or self.folder
+        without_nul = path.replace("\0", "")
+        return os.path.realpath(os.path.join(start, without_nul))  # noqa: PTH118  once per row
 
     def read(self, path: str) -> bytes:
         """The bytes of a file."""
         return read_file(self.resolve(path))
 
 
+def _real_prefix(folder: str | Path) -> str:
+    """The real path of a folder with a slash: what lies in it, and nothing else, begins so."""
+    return os.path.join(os.path.realpath(folder), "")  # noqa: PTH118  a Path drops the slash
+
+
 @lru_cache(4096)
 def _lies_in(folder: str, inside: tuple[str, ...]) -> bool:
-    """Whether a folder is, or is below, one of these, which end in a slash."""
-    return os.path.join(os.path.realpath(folder), "").startswith(inside)  # noqa: PTH118
+    """Whether a folder is, or is below, one of the folders with these prefixes."""
+    return _real_prefix(folder).startswith(inside)
+
+
+def _can_be_path(path: str) -> bool:
+    """Whether a file can have this path: no system takes an empty one, or one with NUL in it."""
+    return bool(path) and "\0" not in path
 
 
 def stays_below(path: str) -> bool:
     """Whether a path is relative and does not climb out, by the rules of POSIX and of Windows."""
+    if not _can_be_path(path):
+        return False
     parsed = PureWindowsPath(path)  # knows both separators, drives and shares
-    return bool(path) and "\0" not in path and not parsed.anchor and ".." not in parsed.parts
+    climbs = ".." in parsed.parts
+    return not parsed.anchor and not climbs
 
 
 _UNREADABLE = re.compile(
@@ -167,11 +186,12 @@ def portable_name(path: str) -> str:
         \x1b[2J.jpg
         a\b.jpg
     """
-    if path.isascii() and path.isprintable() and "\\x" not in path:
+    is_plain = path.isascii() and path.isprintable()
+    if is_plain and "\\x" not in path:
         return path
     marked = _ESCAPE.sub(rb"\\x5cx\1", _encoded(path))
     text = marked.decode("utf-8", "backslashreplace")
-    return _UNREADABLE.sub(lambda match: _escaped(match[0]), text)
+    return _UNREADABLE.sub(_escaped, text)
 
 
 def _encoded(path: str) -> bytes:
@@ -181,8 +201,15 @@ def _encoded(path: str) -> bytes:
         return path.encode("utf-8", "surrogatepass")
 
 
-def _escaped(character: str) -> str:
-    return "".join(f"\\x{byte:02x}" for byte in character.encode())
+def _escaped(match: re.Match[str]) -> str:
+    """The escapes of the bytes of a character."""
+    return "".join(f"\\x{byte:02x}" for byte in match[0].encode())
+
+
+def _unescaped(match: re.Match[bytes]) -> bytes:
+    """The byte that an escape means."""
+    digits = match[1].decode()
+    return bytes.fromhex(digits)
 
 
 def path_of(text: str) -> str:
@@ -196,9 +223,11 @@ def path_of(text: str) -> str:
     """
     if "\\x" not in text:
         return text
-    content = _ESCAPE.sub(lambda match: bytes.fromhex(match[1].decode()), _encoded(text))
+    content = _ESCAPE.sub(_unescaped, _encoded(text))
     path = os.fsdecode(content)
-    return path if portable_name(path) == text else text
+    if portable_name(path) != text:
+        return text
+    return path
 
 
 def text_among(name: str, texts: Collection[str]) -> str | None:
@@ -206,7 +235,9 @@ def text_among(name: str, texts: Collection[str]) -> str | None:
     if name in texts:
         return name
     text = portable_name(name)
-    return text if text in texts else None
+    if text not in texts:
+        return None
+    return text
 
 
 def former_text(text: str) -> str:
@@ -216,22 +247,23 @@ def former_text(text: str) -> str:
 
 def subfolders(folder: str | Path) -> list[str]:
     """Names of the real (not linked), visible folders in a folder, sorted by bytes."""
-    return [
-        entry.name
-        for entry in _entries(folder)
-        if entry.is_dir(follow_symlinks=False) and not _hidden(entry)
-    ]
+    names = []
+    for entry in _entries(folder):
+        is_real_folder = entry.is_dir(follow_symlinks=False)
+        if is_real_folder and not _hidden(entry):
+            names.append(entry.name)
+    return names
 
 
 def walk_images(
     folder: str | Path, ignored: Counter[str], bounds: Bounds | None = None
 ) -> Iterator[tuple[str, os.stat_result | OSError]]:
-    """Path below ``folder`` and status of every image file, in the byte order of the paths; one stat per file.
+    """Path below ``folder`` and status of every image file, in the byte order of the paths.
 
-    Links to files are followed, links to folders never: no loop, and no image listed twice. In
-    place of the status stands the error of a link that leads to itself or out of ``bounds``. What
-    is passed over is counted in ``ignored`` under "hidden", "linked_folder", "not_image" (by its
-    suffix) or "not_a_file".
+    Each file costs one stat. Links to files are followed, links to folders never: no loop, and no
+    image listed twice. In place of the status stands the error of a link that leads to itself or
+    out of ``bounds``. What is passed over is counted in ``ignored`` under "hidden",
+    "linked_folder", "not_image" (by its suffix) or "not_a_file".
     """
     skip = len(os.path.join(folder, ""))  # noqa: PTH118  length of the prefix of every entry's path
     pending = _entries(folder)[::-1]
@@ -250,13 +282,17 @@ def _reason_to_ignore(entry: os.DirEntry[str]) -> str | None:
     if _hidden(entry):
         return "hidden"
     if _is_folder(entry):
-        return "linked_folder" if entry.is_symlink() else None
+        if entry.is_symlink():
+            return "linked_folder"
+        return None
     if not entry.name.lower().endswith(SUFFIXES):
         return "not_image"
     try:
-        return None if entry.is_file() else "not_a_file"
+        if not entry.is_file():
+            return "not_a_file"
     except OSError:  # it is listed, and its row says why it cannot be read
         return None
+    return None
 
 
 def is_file(entry: os.DirEntry[str]) -> bool:
@@ -276,8 +312,9 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _status_of(entry: os.DirEntry[str], bounds: Bounds | None) -> os.stat_result | OSError:
-    if bounds is not None and entry.is_symlink() and bounds.leads_out(entry.path):
-        return OutsideError(errno.EACCES, "the link leads out of its folder", entry.path)
+    if bounds is not None and entry.is_symlink():
+        if bounds.leads_out(entry.path):
+            return OutsideError(errno.EACCES, "the link leads out of its folder", entry.path)
     try:
         return entry.stat()
     except OSError as error:
@@ -289,13 +326,18 @@ def _hidden(entry: os.DirEntry[str]) -> bool:
 
 
 def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
-    """Entries of a folder; a folder's name sorts with its slash, so that a walk is in byte order of whole paths."""
+    """Entries of a folder, in the order of a walk."""
     hint = "Mend its permissions or leave it out."
     with or_refuse(f"list the folder {folder}", hint), os.scandir(folder) as entries:
-        return sorted(
-            entries,
-            key=lambda e: os.fsencode(e.name) + (b"/" if e.is_dir(follow_symlinks=False) else b""),
-        )
+        return sorted(entries, key=_place_in_walk)
+
+
+def _place_in_walk(entry: os.DirEntry[str]) -> bytes:
+    """Folders sort with their slash, so that a walk is in the byte order of whole paths."""
+    name = os.fsencode(entry.name)
+    if entry.is_dir(follow_symlinks=False):
+        return name + b"/"
+    return name
 
 
 class ListingHash:
@@ -313,17 +355,20 @@ class ListingHash:
     def add(self, key: str, label: int, status: os.stat_result | OSError | None) -> None:
         """One file; without a status where it is missing."""
         name = key.encode("utf-8", "surrogateescape")
-        size, time = MISSING, MISSING
+        size = MISSING
+        time = MISSING
         if isinstance(status, os.stat_result):
-            size, time = status.st_size, status.st_mtime_ns
+            size = status.st_size
+            time = status.st_mtime_ns
         self._hash.update(struct.pack("<Qqqq", len(name), label, size, time) + name)
 
     def add_texts(self, texts: Iterable[bytes | None]) -> None:
         """Texts of files, in order; None where there is none."""
         for text in texts:
-            self._hash.update(
-                struct.pack("<q", MISSING if text is None else len(text)) + (text or b"")
-            )
+            if text is None:
+                self._hash.update(struct.pack("<q", MISSING))
+            else:
+                self._hash.update(struct.pack("<q", len(text)) + text)
 
     def hexdigest(self) -> str:
         """32 hexadecimal digits."""

@@ -10,8 +10,10 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vilu.datasets.base import Faults, ImageRecord, fault_of, parse_split
 from vilu.datasets.classes import ClassTable, class_table
@@ -37,7 +39,10 @@ OUT_OF_FOLDER = (
 
 
 class ListedFiles:
-    """Files below a folder with their labels, in the order in which they are added; keys are their paths there."""
+    """Files below a folder with their labels, in the order in which they are added.
+
+    Keys are their paths there.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -48,18 +53,21 @@ class ListedFiles:
     @property
     def faults(self) -> Faults:
         """What cannot be read."""
-        kinds = np.frombuffer(self._kinds, dtype=np.uint8) if self._kinds else np.empty(0, np.uint8)
-        return Faults(kinds, self._folder, self._paths.__getitem__, lambda _: OUT_OF_FOLDER)
+        kinds = np.empty(0, np.uint8)
+        if self._kinds:  # NumPy refuses an empty buffer
+            kinds = np.frombuffer(self._kinds, dtype=np.uint8)
+        return Faults(kinds, self._folder, self._paths.__getitem__, _rule)
 
     def __len__(self) -> int:
         return len(self._paths)
 
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
         """The images at positions start ... stop - 1."""
-        for path, label in zip(self._paths[start:stop], self._labels[start:stop], strict=True):
-            yield ImageRecord(
-                portable_name(path), None if label == UNKNOWN else label, self._reader(path)
-            )
+        for path, number in zip(self._paths[start:stop], self._labels[start:stop], strict=True):
+            label: int | None = number
+            if number == UNKNOWN:
+                label = None
+            yield ImageRecord(portable_name(path), label, self._reader(path))
 
     def _reader(self, path: str) -> Callable[[], bytes]:
         return partial(read_below, self._folder, path)
@@ -73,8 +81,15 @@ class ListedFiles:
         listing.add(path, label, status)
 
 
+def _rule(_rows: NDArray[np.int64]) -> str:
+    """Where files of a folder must lie, whichever rows break this."""
+    return OUT_OF_FOLDER
+
+
 class FolderDataset(ListedFiles):
-    """Images below a folder: ``class/**/image``, ``split/class/**/image``, or ``image`` alone (unlabelled).
+    """Images below a folder: ``class/**/image``, ``split/class/**/image``, or ``image`` alone.
+
+    Images alone have no labels.
 
     Labels follow the class folders sorted by bytes, over all splits; images are in the byte order
     of their paths. The listing costs one stat and about a hundred bytes per image.
@@ -100,32 +115,34 @@ class FolderDataset(ListedFiles):
         self.captioned = False
         self.ignored: Counter[str] = Counter()
         parts, siblings = _split_folders(root, split)
-        folders = {name for sibling in siblings for name in subfolders(root / sibling)}
-        raw = sorted(folders, key=lambda name: name.encode("utf-8", "surrogateescape")) or None
+        folders = _class_folders(root, siblings)
+        raw = folders or None
         self.classes: ClassTable | None = class_table(raw, classes, outside=outside)
-        self.class_names = self.classes.names if self.classes else None
-        listing = ListingHash(*(raw or ()))
+        self.class_names: tuple[str, ...] | None = None
+        if self.classes is not None:
+            self.class_names = self.classes.names
+        listing = ListingHash(*folders)
+        label_of = {name: label for label, name in enumerate(folders)}
         with track(f"listing {root.name}", None, "images") as task:
             for part in parts:
-                self._list_part(
-                    part, {name: label for label, name in enumerate(raw or [])}, listing, task
-                )
+                self._list_part(part, label_of, listing, task)
         self.fingerprint = listing.hexdigest()
-        _tell_of(
-            self.ignored, root, None if self._paths else "images, or one folder of images per class"
-        )
+        if not self._paths:
+            _refuse_empty(self.ignored, root, "images, or one folder of images per class")
+        _warn_of_left_out(self.ignored, root)
 
     def _reader(self, path: str) -> Callable[[], bytes]:
         return partial(self._read, path)
 
     def _read(self, path: str) -> bytes:
-        full = os.path.join(self._folder, path)  # noqa: PTH118 as it was found, whatever Windows would make of its name
+        # the name as it was listed, whatever Windows would make of it
+        full = os.path.join(self._folder, path)  # noqa: PTH118
         if self._bounds.leads_out(full):
             raise OutsideError(errno.EACCES, OUT_OF_FOLDER, path)
         return read_file(full)
 
     def _list_part(
-        self, part: str, labels: dict[str, int], listing: ListingHash, task: Task
+        self, part: str, label_of: dict[str, int], listing: ListingHash, task: Task
     ) -> None:
         folder = self._folder / part
         flat = not subfolders(folder)
@@ -134,8 +151,13 @@ class FolderDataset(ListedFiles):
             if not slash and not flat:
                 self.ignored["outside_class"] += 1
                 continue
-            path = f"{part}/{below}" if part else below
-            self._add(path, labels[first] if slash else UNKNOWN, status, listing)
+            path = below
+            if part:
+                path = f"{part}/{below}"
+            label = UNKNOWN
+            if slash:
+                label = label_of[first]
+            self._add(path, label, status, listing)
             task.advance(1)
 
 
@@ -144,7 +166,9 @@ Listed = tuple[str, os.stat_result | OSError]
 
 
 def list_photos(root: Path, *, least: int = 1) -> list[Listed]:
-    """All images below a folder, at any depth, in the byte order of their paths, whatever its folders are called.
+    """All images below a folder, at any depth, in the byte order of their paths.
+
+    Names of folders mean nothing here.
 
     Raises:
         UsageError: If it is no folder.
@@ -155,22 +179,36 @@ def list_photos(root: Path, *, least: int = 1) -> list[Listed]:
         raise UsageError(f"{root} is no folder. Give the folder that the photos are in.")
     ignored: Counter[str] = Counter()
     with track(f"listing {root.name}", None, "images") as task:
-        found: list[Listed] = []
+        photos: list[Listed] = []
         for path, status in walk_images(root, ignored, Bounds(root)):
-            found.append((path, status))
+            photos.append((path, status))
             task.advance(1)
-    _tell_of(ignored, root, None if len(found) >= least else "photos, in folders of any kind")
-    return found
+    if len(photos) < least:
+        _refuse_empty(ignored, root, "photos, in folders of any kind")
+    _warn_of_left_out(ignored, root)
+    return photos
 
 
-def _tell_of(ignored: Counter[str], root: Path, expected: str | None) -> None:
-    """Refuse a folder without what was expected; else warn of what was passed over and may be missed."""
-    found = ", ".join(f"{count} {reason}" for reason, count in ignored.items()) or "nothing"
-    if expected is not None:
-        raise DataError(f"no image in {root}. Found: {found}. Expected {expected}.")
-    if ignored.keys() - {"hidden", "not_image"}:
-        more = ", images into class folders" if ignored["outside_class"] else ""
-        logger.warning("%s: left out %s. Put folders in place of links%s.", root, found, more)
+def _refuse_empty(ignored: Counter[str], root: Path, expected: str) -> NoReturn:
+    """Refuse a folder without what was expected, with what lies there instead."""
+    contents = _counted(ignored) or "nothing"
+    raise DataError(f"no image in {root}. Found: {contents}. Expected {expected}.")
+
+
+def _warn_of_left_out(ignored: Counter[str], root: Path) -> None:
+    """Warn of what was passed over and may be missed."""
+    missed = ignored.keys() - {"hidden", "not_image"}
+    if not missed:
+        return
+    remedy = "Put folders in place of links"
+    if ignored["outside_class"]:
+        remedy += ", images into class folders"
+    logger.warning("%s: left out %s. %s.", root, _counted(ignored), remedy)
+
+
+def _counted(ignored: Counter[str]) -> str:
+    """How many entries were passed over for each reason."""
+    return ", ".join(f"{count} {reason}" for reason, count in ignored.items())
 
 
 class PhotoFiles(ListedFiles):
@@ -189,7 +227,8 @@ class PhotoFiles(ListedFiles):
         super().__init__(root)
         self._elsewhere = elsewhere or {}
         self._bounds = Bounds(root)
-        self.source, self.captioned = str(root), False
+        self.source = str(root)
+        self.captioned = False
         self.class_names: tuple[str, ...] | None = tuple(names)
         listing = ListingHash()
         for path, status in photos:
@@ -198,18 +237,40 @@ class PhotoFiles(ListedFiles):
 
     def _reader(self, path: str) -> Callable[[], bytes]:
         place = self._elsewhere.get(portable_name(path))
-        return partial(self._bounds.read, path) if place is None else partial(read_file, place)
+        if place is None:
+            return partial(self._bounds.read, path)
+        return partial(read_file, place)
+
+
+def _class_folders(root: Path, siblings: Sequence[str]) -> list[str]:
+    """Names of the class folders of all splits, sorted by bytes."""
+    names: set[str] = set()
+    for sibling in siblings:
+        names.update(subfolders(root / sibling))
+    return sorted(names, key=_as_bytes)
+
+
+def _as_bytes(name: str) -> bytes:
+    return name.encode("utf-8", "surrogateescape")
 
 
 def _split_folders(root: Path, split: str | None) -> tuple[Sequence[str], Sequence[str]]:
     """The folders to list, and all those that share their classes; "" is the root itself."""
     folders = subfolders(root)
     if split is None:
-        if folders and SPLIT_FOLDERS.issuperset(folders):
-            raise UsageError(
-                f"{root} holds splits, not classes: {', '.join(folders)}. Say which: --split {folders[0]}"
-                + (f", or --split {'+'.join(folders)}." if len(folders) > 1 else ".")
-            )
+        _require_no_splits(root, folders)
         return [""], [""]
     parts = parse_split(split, folders, str(root))
     return parts, sorted(SPLIT_FOLDERS.intersection(folders).union(parts))
+
+
+def _require_no_splits(root: Path, folders: Sequence[str]) -> None:
+    """Refuse a folder of splits of which none was chosen."""
+    if not folders or not SPLIT_FOLDERS.issuperset(folders):
+        return
+    options = f"--split {folders[0]}"
+    if len(folders) > 1:
+        options += f", or --split {'+'.join(folders)}"
+    raise UsageError(
+        f"{root} holds splits, not classes: {', '.join(folders)}. Say which: {options}."
+    )

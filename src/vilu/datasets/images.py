@@ -1,4 +1,4 @@
-"""Encoded images and captions, hostile until decoded: formats, sizes, orientation, pixels; text by one rule."""
+"""Encoded images and captions, hostile until decoded: formats, sizes, orientation, pixels, text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from functools import partial
 from importlib import resources
 from io import BytesIO
 from itertools import repeat
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 import numpy as np
 from PIL import (
@@ -38,56 +38,85 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 ORIENTATION: Final = 0x0112
-_INTEGERS: Final = {
-    1: "B",
-    3: "H",
-    4: "I",
-}  # type codes BYTE, SHORT, LONG; the norm says SHORT, cameras write others
+# type codes BYTE, SHORT, LONG; the norm says SHORT, cameras write others
+_INTEGERS: Final = {1: "B", 3: "H", 4: "I"}
 BYTE_ORDER: Final = {b"II*\0": "<", b"MM\0*": ">", b"II+\0": "<", b"MM\0+": ">"}
 
 
 def orientation(block: bytes) -> int | None:
-    """The orientation, 1 to 8, of a TIFF file or EXIF block (EXIF 3.0, tag 0x0112), or None; ValueError if damaged."""
+    """The orientation of a TIFF file or EXIF block (EXIF 3.0, tag 0x0112), 1 to 8, or None.
+
+    Raises:
+        ValueError: If the block is damaged.
+    """
     block = block.removeprefix(b"Exif\0\0")
     try:
-        order, count, entry, pointer = _layout(block)
-        (offset,) = struct.unpack_from(order + pointer, block, 8 if pointer == "Q" else 4)
-        (entries,) = struct.unpack_from(order + count, block, offset)
-        for position in range(offset + struct.calcsize(count), len(block), entry)[:entries]:
-            tag, kind = struct.unpack_from(order + "HH", block, position)
-            if tag == ORIENTATION:
-                (value,) = struct.unpack_from(
-                    order + _INTEGERS[kind], block, position + 4 + struct.calcsize(pointer)
-                )
-                break
-        else:
-            return None
+        value = _orientation_tag(block)
     except (struct.error, KeyError, OverflowError) as error:
         raise ValueError(f"damaged EXIF block: {error!r}") from error
+    if value is None:
+        return None
     if not 0 <= value <= 8:
         raise ValueError(f"EXIF orientation must be 1 to 8. Got {value} instead.")
-    return int(value) or None  # 0 is written for "unknown"
+    return value or None  # 0 is written for "unknown"
+
+
+def _orientation_tag(block: bytes) -> int | None:
+    """The number under the orientation tag of the first directory; None where it has none."""
+    layout = _layout(block)
+    directory = layout.read(layout.offset_code, block, layout.first_offset)
+    n_entries = layout.read(layout.count_code, block, directory)
+    begin = directory + struct.calcsize(layout.count_code)
+    # a hostile count may promise more entries than the block has room for
+    for entry in range(begin, len(block), layout.entry_bytes)[:n_entries]:
+        tag, kind = struct.unpack_from(layout.order + "HH", block, entry)
+        if tag == ORIENTATION:
+            # tag and type take four bytes, then comes the number of values, as wide as an offset
+            value_at = entry + 4 + struct.calcsize(layout.offset_code)
+            return layout.read(_INTEGERS[kind], block, value_at)
+    return None
 
 
 def count_directories(data: bytes, limit: int) -> int:
-    """Number of pages of a TIFF file; counting stops at ``limit``, at a loop, and where the chain leaves the file."""
+    """Number of pages of a TIFF file.
+
+    Counting stops at ``limit``, at a loop, and where the chain leaves the file.
+    """
     seen: set[int] = set()
     with suppress(struct.error, OverflowError):
-        order, count, entry, pointer = _layout(data)
-        (offset,) = struct.unpack_from(order + pointer, data, 8 if pointer == "Q" else 4)
-        while offset and offset not in seen and len(seen) < limit:
-            (entries,) = struct.unpack_from(order + count, data, offset)
-            seen.add(offset)
-            (offset,) = struct.unpack_from(
-                order + pointer, data, offset + struct.calcsize(count) + entries * entry
-            )
+        layout = _layout(data)
+        directory = layout.read(layout.offset_code, data, layout.first_offset)
+        while directory and directory not in seen and len(seen) < limit:
+            n_entries = layout.read(layout.count_code, data, directory)
+            seen.add(directory)
+            # the offset of the next directory stands behind the entries of this one
+            first_entry = directory + struct.calcsize(layout.count_code)
+            next_at = first_entry + n_entries * layout.entry_bytes
+            directory = layout.read(layout.offset_code, data, next_at)
     return len(seen)
 
 
-def _layout(block: bytes) -> tuple[str, str, int, str]:
-    """Byte order, code of the entry count, bytes per entry, code of an offset; classic TIFF or BigTIFF."""
+class _Layout(NamedTuple):
+    """How numbers stand in a TIFF file, with codes of ``struct``."""
+
+    order: str  # byte order
+    count_code: str  # of the number of entries of a directory
+    offset_code: str  # of a place in the file
+    entry_bytes: int
+    first_offset: int  # where the place of the first directory stands
+
+    def read(self, code: str, block: bytes, place: int) -> int:
+        """The number of this code at a place."""
+        (number,) = struct.unpack_from(self.order + code, block, place)
+        return int(number)
+
+
+def _layout(block: bytes) -> _Layout:
+    """The layout of classic TIFF or, with a plus sign in its first bytes, of BigTIFF."""
     order = BYTE_ORDER[block[:4]]
-    return (order, "Q", 20, "Q") if b"+" in block[:4] else (order, "H", 12, "I")
+    if b"+" in block[:4]:
+        return _Layout(order, count_code="Q", offset_code="Q", entry_bytes=20, first_offset=8)
+    return _Layout(order, count_code="H", offset_code="I", entry_bytes=12, first_offset=4)
 
 
 class _JpegFile(JpegImagePlugin.JpegImageFile):
@@ -120,16 +149,24 @@ _SIGNATURES = [
 
 
 def sniff(data: bytes) -> str | None:
-    """Name of the format (a key of ``OPENERS``, or one that is not decoded); None if it looks like no image."""
+    """Name of the format: a key of ``OPENERS``, or one that is not decoded.
+
+    None if the data look like no image.
+    """
     for offset, magic, name in _SIGNATURES:
         if data.startswith(magic, offset):
             return name
+    if _looks_like_svg(data):
+        return "SVG"
+    return None
+
+
+def _looks_like_svg(data: bytes) -> bool:
+    """Whether the text begins with an SVG element; a heading of XML or a comment may precede it."""
     head = data[:1024].lstrip(b"\xef\xbb\xbf \t\r\n")
-    return (
-        "SVG"
-        if head.startswith(b"<svg") or (head.startswith((b"<?xml", b"<!--")) and b"<svg" in head)
-        else None
-    )
+    if head.startswith((b"<?xml", b"<!--")):
+        return b"<svg" in head
+    return head.startswith(b"<svg")
 
 
 def count_frames(name: str, data: bytes, image: ImageFile.ImageFile) -> int:
@@ -145,23 +182,34 @@ def count_frames(name: str, data: bytes, image: ImageFile.ImageFile) -> int:
     return min(getattr(image, "n_frames", 1), MAX_FRAMES)
 
 
-def _count_gif_frames(data: bytes) -> int:
-    def colour_table(flags: int) -> int:
-        return 3 << (flags & 7) + 1 if flags & 0x80 else 0
+GIF_IMAGE: Final = 0x2C  # first byte of a frame
+GIF_EXTENSION: Final = 0x21  # first byte of a block that is no frame
+GIF_BLOCKS: Final = frozenset({GIF_IMAGE, GIF_EXTENSION})
 
+
+def _count_gif_frames(data: bytes) -> int:
     frames = 0
     with suppress(IndexError):  # no trailer: what came before it counts
-        position = 13 + colour_table(data[10])
-        while frames < MAX_FRAMES and data[position] in b"\x2c\x21":
-            if data[position] == 0x2C:
+        position = 13 + _colour_table_bytes(data[10])
+        while frames < MAX_FRAMES and data[position] in GIF_BLOCKS:
+            if data[position] == GIF_IMAGE:
                 frames += 1
-                position += 11 + colour_table(data[position + 9])
+                position += 11 + _colour_table_bytes(data[position + 9])
             else:
                 position += 2
+            # the data follow in chunks, each behind its length; a length of zero ends them
             while data[position]:
                 position += data[position] + 1
             position += 1
     return max(frames, 1)
+
+
+def _colour_table_bytes(flags: int) -> int:
+    """Bytes of the colour table that the flags of a GIF announce: 2^(n + 1) colours of three."""
+    has_table = flags & 0x80
+    if not has_table:
+        return 0
+    return 3 << (flags & 7) + 1
 
 
 DEEP_MODES: Final = frozenset({"I;16", "I;16L", "I;16B", "I;16N", "I", "F"})
@@ -180,35 +228,46 @@ class ImageFlag(IntFlag):
 
 
 def to_rgb(image: Image.Image) -> tuple[Image.Image, ImageFlag]:
-    """RGB pixels of a loaded image of one of ``MODES``, and what was done to them; raises what is in ``CORRUPT``."""
+    """RGB pixels of a loaded image of one of ``MODES``, and what was done to them.
+
+    It raises what is in ``CORRUPT``.
+    """
     if image.mode in DEEP_MODES:
         gray, flags = _deep_to_gray(image)
         return gray.convert("RGB"), flags
     if image.has_transparency_data:
         pixels = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", pixels.size, "white"), pixels).convert(
-            "RGB"
-        ), ImageFlag.ALPHA
+        white = Image.new("RGBA", pixels.size, "white")
+        composite = Image.alpha_composite(white, pixels)
+        return composite.convert("RGB"), ImageFlag.ALPHA
     return image.convert("RGB"), ImageFlag(0)
 
 
 def _deep_to_gray(image: Image.Image) -> tuple[Image.Image, ImageFlag]:
-    """8-bit grey of whole numbers 0 ... 65535 (value / 257, rounded) or floats 0 ... 1; other ranges are stretched.
+    """8-bit grey of whole numbers 0 ... 65535 (value / 257, rounded) or of floats 0 ... 1.
 
-    Pillow's own conversion saturates: nearly all of a 16-bit photo turns white.
+    Other ranges are stretched. Pillow's own conversion saturates: nearly all of a 16-bit photo
+    turns white.
     """
-    values = np.asarray(
-        image.copy()
-    )  # until then, a TIFF gives the size that it would have when turned
-    low, high = float(values.min()), float(values.max())
+    # before it is copied, a TIFF gives the size that it would have when turned
+    values = np.asarray(image.copy())
+    low = float(values.min())
+    high = float(values.max())
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ValueError("pixel values that are not finite")
-    start, span, flags = 0.0, 1.0 if values.dtype.kind == "f" else 65535.0, ImageFlag.DEEP
+    black = 0.0
+    span = 65535.0
+    if values.dtype.kind == "f":
+        span = 1.0
+    flags = ImageFlag.DEEP
     if low < 0 or high > span:
-        start, span, flags = low, high - low or 1.0, flags | ImageFlag.STRETCHED
-    scaled = np.subtract(values, start, dtype=np.float64)
+        black = low
+        span = high - low or 1.0  # an image of one value has no range
+        flags |= ImageFlag.STRETCHED
+    scaled = np.subtract(values, black, dtype=np.float64)
     scaled *= 255 / span
-    return Image.fromarray(np.rint(scaled, out=scaled).astype(np.uint8)), flags
+    grey = np.rint(scaled, out=scaled).astype(np.uint8)
+    return Image.fromarray(grey), flags
 
 
 Stage = Literal["open", "decode", "geometry", "text"]
@@ -239,8 +298,10 @@ CORRUPT: Final = (
     AssertionError,  # Pillow states its own expectations of a file in this way
     Warning,  # raised under `-W error` only: Pillow warns of damaged TIFF tags
 )
-"""What Pillow raises on damaged files: of 200,000 mutated ones all that failed did so with the first three or the last
-(Pillow 13); its source lets the others through in one version or another.
+"""What Pillow raises on damaged files.
+
+Of 200,000 mutated files all that failed did so with the first three or the last (Pillow 13); its
+source lets the others through in one version or another.
 """
 
 
@@ -280,15 +341,18 @@ class ImageLimits:
     max_bytes: int = MAX_FILE_BYTES
 
     def __post_init__(self) -> None:
-        for name, ceiling in (("max_pixels", 89_478_485), ("max_bytes", MAX_FILE_BYTES)):
-            if not 1 <= getattr(self, name) <= ceiling:
-                raise UsageError(
-                    f"{name} must be from 1 to {ceiling}. Got {getattr(self, name)} instead."
-                )
+        _require_limit("max_pixels", self.max_pixels, 89_478_485)
+        _require_limit("max_bytes", self.max_bytes, MAX_FILE_BYTES)
         if self.min_side < 1 or self.max_aspect < 1:
             raise UsageError(
-                f"min_side and max_aspect must be at least 1. Got {self.min_side} and {self.max_aspect} instead."
+                f"min_side and max_aspect must be at least 1. Got {self.min_side} and "
+                f"{self.max_aspect} instead."
             )
+
+
+def _require_limit(name: str, limit: int, ceiling: int) -> None:
+    if not 1 <= limit <= ceiling:
+        raise UsageError(f"{name} must be from 1 to {ceiling}. Got {limit} instead.")
 
 
 @dataclass(frozen=True)
@@ -301,9 +365,8 @@ class DecodedImage:
     width: int  # width in the file
     height: int  # height in the file
     n_frames: int  # number of frames (counting stops at ``MAX_FRAMES``)
-    exif_orientation: (
-        int | None
-    )  # the EXIF (or TIFF) orientation tag, 1 to 8; None where there is none
+    # the EXIF (or TIFF) orientation tag, 1 to 8; None where there is none
+    exif_orientation: int | None
     flags: ImageFlag  # what was done to the pixels, or noticed
 
 
@@ -315,13 +378,17 @@ def read_image(record: ImageRecord, limits: ImageLimits = DEFAULT_LIMITS) -> Dec
     try:
         data = record.read()
     except OSError as error:
-        kind: Kind = "too_large" if error.errno == errno.EFBIG else "read_error"
+        kind: Kind = "read_error"
+        if error.errno == errno.EFBIG:
+            kind = "too_large"
         raise BadImage("open", kind, f"cannot read the file: {error}") from error
     return decode_image(data, limits)
 
 
 def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> DecodedImage:
-    """Decode the first frame of an encoded image to 8-bit RGB. Thread-safe; warning filters are left alone.
+    """Decode the first frame of an encoded image to 8-bit RGB.
+
+    Thread-safe; warning filters are left alone.
 
     Grey, palette, CMYK and YCbCr are converted; transparency is composited on white; 16-bit grey is
     divided by 257 (Pillow's own conversion saturates it); 32-bit integers and floats that fit no
@@ -345,7 +412,10 @@ def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> DecodedIm
             if name == "TIFF":  # Pillow would turn the pixels by the tag on loading
                 opened.getexif().pop(ORIENTATION, None)
             opened.load()
-        exif_orientation, flags = _orientation(data if name == "TIFF" else opened.info.get("exif"))
+        exif = opened.info.get("exif")
+        if name == "TIFF":  # the file is its own EXIF block
+            exif = data
+        exif_orientation, flags = _orientation(exif)
         n_frames = count_frames(name, data, opened)
         if n_frames > 1:
             flags |= ImageFlag.ANIMATED
@@ -387,10 +457,11 @@ def _damage(stage: Stage, what: str) -> Iterator[None]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadImage(stage, "bomb", str(error)) from error
     except CORRUPT as error:
-        kind: Kind = "truncated" if "truncated" in str(error).lower() else "decode_error"
-        raise BadImage(
-            stage, kind, f"{what}: " + f"{type(error).__name__}: {error}"[:200]
-        ) from error
+        kind: Kind = "decode_error"
+        if "truncated" in str(error).lower():
+            kind = "truncated"
+        reason = f"{type(error).__name__}: {error}"[:200]
+        raise BadImage(stage, kind, f"{what}: {reason}") from error
 
 
 def _require_geometry(width: int, height: int, limits: ImageLimits) -> None:
@@ -405,7 +476,8 @@ def _require_geometry(width: int, height: int, limits: ImageLimits) -> None:
         raise BadImage(
             "geometry",
             "bad_geometry",
-            f"{width} x {height} pixels; sides must be at least {limits.min_side} and of ratio {limits.max_aspect:g}",
+            f"{width} x {height} pixels; sides must be at least {limits.min_side} and of ratio "
+            f"{limits.max_aspect:g}",
         )
 
 
@@ -430,14 +502,16 @@ Not Cn: signs newer than this Python's tables.
 
 def read_caption(record: ImageRecord) -> str:
     """The caption of a record."""
+    if record.caption is None:
+        return decode_caption(None)
     try:
-        return decode_caption(None) if record.caption is None else record.caption()
+        return record.caption()
     except OSError as error:
         raise BadImage("text", "read_error", f"cannot read the caption: {error}") from error
 
 
 def decode_caption(data: bytes | None) -> str:
-    r"""Text of a caption without outer white space; otherwise as written (no Unicode normalisation).
+    r"""Text of a caption without outer white space; else as written (no Unicode normalisation).
 
     A byte order mark at the beginning is no part of the text.
 
@@ -473,7 +547,10 @@ def decode_caption(data: bytes | None) -> str:
 def caption_readers(
     captions: pa.Array | None, start: int, stop: int
 ) -> Iterator[Callable[[], str] | None]:
-    """``ImageRecord.caption`` of rows start ... stop - 1 of a column of bytes; None for each where there is none."""
+    """``ImageRecord.caption`` of rows start ... stop - 1 of a column of bytes.
+
+    Without a column it is None for each row.
+    """
     if captions is None:
         return repeat(None, max(stop - start, 0))
     return (partial(decode_caption, cell.as_py()) for cell in captions[start:stop])

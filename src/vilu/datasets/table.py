@@ -51,55 +51,55 @@ class TableRows:
     """The rows of a table that were asked for, in order."""
 
     rows: NDArray[np.int64]  # (N,) int64 positions in the file
-    labels: NDArray[
-        np.int32
-    ]  # (N,) int32 labels, -1 where unknown, -2 where they are of none of the classes
+    # (N,) int32 labels, -1 where unknown, -2 where they are of none of the classes
+    labels: NDArray[np.int32]
     keys: pa.Array  # (N,) keys; the numbers of the rows where there is no key column
     classes: ClassTable | None  # class table of the whole file; None when unlabelled or captioned
     # (N,) bytes of the captions, null where there is none; None where captions are not asked for
     captions: pa.Array | None
-    strays: frozenset[str] = (
-        frozenset()
-    )  # labels beyond the classes that are said to be of none of them
+    # labels beyond the classes that are said to be of none of them
+    strays: frozenset[str] = frozenset()
 
 
 def find_column(names: Sequence[str], aliases: Sequence[str]) -> str | None:
     """The column under the first alias that is there (case and outer blanks do not count)."""
     for alias in aliases:
-        found = [name for name in names if name.strip().lower() == alias]
-        if len(found) > 1:
-            raise DataError(f"column {alias!r} occurs {len(found)} times. Rename all but one.")
-        if found:
-            return found[0]
+        matching = [name for name in names if name.strip().lower() == alias]
+        if len(matching) > 1:
+            raise DataError(f"column {alias!r} occurs {len(matching)} times. Rename all but one.")
+        if matching:
+            return matching[0]
     return None
 
 
 def caption_column(
     names: Sequence[str], metadata: Mapping[bytes, bytes], selection: Selection
 ) -> str | None:
-    """The column of captions: where they are asked for, or where there is nothing else (no label, no class names)."""
+    """The column of captions: where they are asked for, or where there are no classes."""
     name = find_column(names, CAPTION)
     if not selection.captions:
-        return (
-            None
-            if selection.classes or find_column(names, LABEL) or CLASS_NAMES in metadata
-            else name
-        )
+        has_labels = find_column(names, LABEL) is not None
+        if selection.classes or has_labels or CLASS_NAMES in metadata:
+            return None
+        return name
     if selection.classes is not None:
         raise UsageError(CAPTIONS_OR_CLASSES)
     if name is None:
         raise UsageError(
-            f"no column of captions: expected one of {', '.join(CAPTION)}. Found: {', '.join(names)}."
+            f"no column of captions: expected one of {', '.join(CAPTION)}. "
+            f"Found: {', '.join(names)}."
         )
     return name
 
 
 def listing_columns(schema: pa.Schema, selection: Selection, source: str) -> list[str]:
     """The columns that ``table_rows`` reads, as far as they are there."""
-    names, metadata = schema.names, schema.metadata or {}
+    names = schema.names
     known = [find_column(names, aliases) for aliases in (KEY, LABEL, SPLIT)]
-    found = [*known, caption_column(names, metadata, selection), *selection.columns(names, source)]
-    return list(dict.fromkeys(name for name in found if name is not None))
+    known.append(caption_column(names, schema.metadata or {}, selection))
+    present = [name for name in known if name is not None]
+    present += selection.columns(names, source)
+    return list(dict.fromkeys(present))  # each once, in order
 
 
 def table_rows(
@@ -107,17 +107,23 @@ def table_rows(
 ) -> TableRows:
     """Check the columns of a whole table, then choose the rows."""
     caption = caption_column(table.column_names, table.schema.metadata or {}, selection)
-    captions = (
-        None if caption is None else bytes_of(table[caption], f"{source}, column {caption!r}")
-    )
-    (table if caption is None else table.drop_columns([caption])).validate(full=True)
-    unknown = np.full(len(table), UNKNOWN, dtype=np.int32)
-    listed = _labels(table, source, selection) if caption is None else _Labels(unknown, None)
+    captions: pa.Array | None = None
+    if caption is None:
+        table.validate(full=True)
+        listed = _labels(table, source, selection)
+    else:
+        captions = bytes_of(table[caption], f"{source}, column {caption!r}")
+        # captions are checked one by one as they are read: a bad one is the error of its row
+        table.drop_columns([caption]).validate(full=True)
+        listed = _unlabelled(table)
     rows = selection.rows(table, source, find_column(table.column_names, SPLIT))
     chosen = pa.array(rows)
-    name = find_column(table.column_names, KEY) or default_key
-    keys = chosen.cast(pa.string()) if name is None else _keys(table, name, source).take(chosen)
-    captions = None if captions is None else captions.take(chosen)
+    if captions is not None:
+        captions = captions.take(chosen)
+    key = find_column(table.column_names, KEY) or default_key
+    keys = chosen.cast(pa.string())
+    if key is not None:
+        keys = _keys(table, key, source).take(chosen)
     return TableRows(rows, listed.labels[rows], keys, listed.classes, captions, listed.strays)
 
 
@@ -129,49 +135,69 @@ class _Labels(NamedTuple):
     strays: frozenset[str] = frozenset()
 
 
+def _unlabelled(table: pa.Table) -> _Labels:
+    return _Labels(np.full(len(table), UNKNOWN, dtype=np.int32), None)
+
+
 def _labels(table: pa.Table, source: str, selection: Selection) -> _Labels:
-    classes, outside = selection.classes, selection.outside
+    """The labels of all rows: names of classes, or numbers of names that are given elsewhere."""
     name = find_column(table.column_names, LABEL)
     raw = _names_in_schema(table.schema, name, source)
-    column = pa.nulls(len(table)) if name is None else table[name].combine_chunks()
+    column = pa.nulls(len(table))
+    if name is not None:
+        column = table[name].combine_chunks()
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    types = pa.types
-    if any(
-        is_kind(column.type)
-        for is_kind in (types.is_string, types.is_large_string, types.is_string_view)
-    ):
+    if _is_text(column.type):
         labels, raw = _encode(column)
-        return _Labels(labels, class_table(raw or None, classes, outside=outside))
+        classes = class_table(raw or None, selection.classes, outside=selection.outside)
+        return _Labels(labels, classes)
     numbers = _whole_numbers(column, f"{source}, column {name!r}")
-    table_of_classes = class_table(raw, classes, by_position=True, outside=outside)
-    if table_of_classes is None and numbers.null_count == len(numbers):
-        return _Labels(np.full(len(table), UNKNOWN, dtype=np.int32), None)
-    if table_of_classes is None:
+    has_labels = numbers.null_count < len(numbers)
+    classes = class_table(raw, selection.classes, by_position=True, outside=selection.outside)
+    if classes is None:
+        if not has_labels:
+            return _unlabelled(table)
         raise DataError(
             f"{source}: column {name!r} holds numbers, and nothing says which classes they mean. "
-            "Give the names in label order with --classes FILE, or store them in the schema metadata."
+            "Give the names in label order with --classes FILE, or store them in the schema "
+            "metadata."
         )
-    if raw is None and numbers.null_count < len(numbers):
-        refuse_numbers(table_of_classes, source)
-    numbers, strays = _without_strays(numbers, len(table_of_classes.names), outside)
-    _require_in_range(numbers, len(table_of_classes.names), source)
+    if raw is None and has_labels:
+        refuse_numbers(classes, source)
+    return _numbered(numbers, classes, source, selection.outside)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return True
+    return bool(pa.types.is_string_view(kind))
+
+
+def _numbered(
+    numbers: pa.Array, classes: ClassTable, source: str, outside: Sequence[str]
+) -> _Labels:
+    """Labels that are numbers; those beyond the classes must be named as outside."""
+    n_classes = len(classes.names)
+    numbers, strays = _without_strays(numbers, n_classes, outside)
+    _require_in_range(numbers, n_classes, source)
     labels = pc.fill_null(numbers, UNKNOWN).to_numpy(zero_copy_only=False).astype(np.int32)
-    return _Labels(labels, table_of_classes, strays)
+    return _Labels(labels, classes, strays)
 
 
 def _without_strays(
     numbers: pa.Array, n_classes: int, outside: Sequence[str]
 ) -> tuple[pa.Array, frozenset[str]]:
-    """The labels with -2 for those beyond the classes that are named as outside, and which of them there are."""
-    there = [
-        label
-        for label in pc.unique(numbers).to_pylist()
-        if label is not None and str(label) in outside
-    ]
-    strays = [label for label in there if not 0 <= label < n_classes]
-    apart = pc.fill_null(pc.is_in(numbers, value_set=pa.array(strays, numbers.type)), False)
-    return pc.if_else(apart, pa.scalar(OUTSIDE, numbers.type), numbers), frozenset(map(str, strays))
+    """The labels with -2 for strays, and the strays: beyond the classes, and named as outside."""
+    strays = []
+    for label in pc.drop_null(pc.unique(numbers)).to_pylist():
+        is_class = 0 <= label < n_classes
+        if not is_class and str(label) in outside:
+            strays.append(label)
+    is_stray = pc.is_in(numbers, value_set=pa.array(strays, numbers.type))
+    is_stray = pc.fill_null(is_stray, False)
+    labels = pc.if_else(is_stray, pa.scalar(OUTSIDE, numbers.type), numbers)
+    return labels, frozenset(map(str, strays))
 
 
 def _encode(column: pa.Array) -> tuple[NDArray[np.int32], list[str]]:
@@ -181,17 +207,17 @@ def _encode(column: pa.Array) -> tuple[NDArray[np.int32], list[str]]:
     order = sorted(range(len(names)), key=names.__getitem__)
     rank = np.empty(len(names) + 1, dtype=np.int32)
     rank[order] = np.arange(len(names))
-    rank[-1] = UNKNOWN
-    return rank[pc.fill_null(encoded.indices, -1).to_numpy(zero_copy_only=False)], [
-        names[i] for i in order
-    ]
+    rank[-1] = UNKNOWN  # where the -1 of a missing label points
+    indices = pc.fill_null(encoded.indices, -1).to_numpy(zero_copy_only=False)
+    return rank[indices], [names[i] for i in order]
 
 
 def _whole_numbers(column: pa.Array, where: str) -> pa.Array:
     kind = column.type
-    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)):
+    is_floating = pa.types.is_floating(kind)
+    if not (is_floating or pa.types.is_integer(kind) or pa.types.is_null(kind)):
         raise DataError(f"{where}: labels must be whole numbers or strings. Found {kind}.")
-    if pa.types.is_floating(kind):  # whole numbers with gaps, as pandas writes them
+    if is_floating:  # whole numbers with gaps, as pandas writes them
         column = pc.if_else(pc.is_nan(column), pa.scalar(None, kind), column)
     try:
         return column.cast(pa.int64())
@@ -206,9 +232,10 @@ def _require_in_range(numbers: pa.Array, n_classes: int, source: str) -> None:
     row = pc.index(pc.and_(beyond, pc.not_equal(numbers, OUTSIDE)), True).as_py()
     if row >= 0:
         raise DataError(
-            f"{source} row {row} (counting from 0) has label {numbers[row]}; the class table has {n_classes} names, so "
-            f"labels are 0 to {n_classes - 1}, -2 for none of the classes, or null where unknown. Say with --outside "
-            "which other numbers mean none of the classes."
+            f"{source} row {row} (counting from 0) has label {numbers[row]}; the class table has "
+            f"{n_classes} names, so labels are 0 to {n_classes - 1}, -2 for none of the classes, "
+            "or null where unknown. Say with --outside which other numbers mean none of the "
+            "classes."
         )
 
 
@@ -218,21 +245,22 @@ def _names_in_schema(schema: pa.Schema, label: str | None, source: str) -> list[
     try:
         if CLASS_NAMES in metadata:
             return [name.strip() for name in metadata[CLASS_NAMES].decode().split(",")]
-        features: Any = (
-            json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-        )
+        described: Any = json.loads(metadata.get(b"huggingface", b"{}"))
+        features: Any = described.get("info", {}).get("features", {})
         names = features.get(label, {}).get("names")
     except (ValueError, AttributeError) as error:
         raise DataError(
             f"{source}: damaged class names in the schema metadata: {error}."
         ) from error
-    if names is not None and not (
-        isinstance(names, list) and all(isinstance(name, str) for name in names)
-    ):
+    if names is None:
+        return None
+    is_list_of_texts = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not is_list_of_texts:
         raise DataError(
-            f"{source}: the names of a ClassLabel must be a list of strings. Got {names!r:.80} instead."
+            f"{source}: the names of a ClassLabel must be a list of strings. "
+            f"Got {names!r:.80} instead."
         )
-    return names
+    return list(names)
 
 
 def _keys(table: pa.Table, name: str, source: str) -> pa.Array:
@@ -261,10 +289,8 @@ def _as_names(keys: pa.Array) -> pa.Array:
 
 IMAGE: Final = "image"
 BATCH_ROWS: Final = 32  # rows in memory at a time
-STREAMED: Final = {
-    "pre_buffer": False,
-    "buffer_size": 2**20,
-}  # else a row group's column is read whole
+# else a row group's column is read whole
+STREAMED: Final = {"pre_buffer": False, "buffer_size": 2**20}
 
 
 def is_image_column(schema: pa.Schema) -> bool:
@@ -283,10 +309,14 @@ class _RowsOfTable:
     def __init__(self, source: Path, listing: TableRows) -> None:
         self.source = str(source)
         self.classes = listing.classes
-        self.class_names = self.classes.names if self.classes else None
+        self.class_names: tuple[str, ...] | None = None
+        if listing.classes is not None:
+            self.class_names = listing.classes.names
         self.captioned = listing.captions is not None
         self.strays = listing.strays
-        self._labels, self._keys, self._captions = listing.labels, listing.keys, listing.captions
+        self._labels = listing.labels
+        self._keys = listing.keys
+        self._captions = listing.captions
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -295,11 +325,14 @@ class _RowsOfTable:
         self, start: int, n: int, readers: Iterable[Callable[[], bytes]]
     ) -> Iterator[ImageRecord]:
         """``n`` rows from ``start`` on, each with the next of ``readers``."""
-        rows, captions = slice(start, start + n), caption_readers(self._captions, start, start + n)
-        for key, label, read, caption in zip(
-            self._keys[rows], self._labels[rows], readers, captions, strict=True
-        ):
-            yield ImageRecord(key.as_py(), None if label == UNKNOWN else int(label), read, caption)
+        rows = slice(start, start + n)
+        captions = caption_readers(self._captions, start, start + n)
+        listed = zip(self._keys[rows], self._labels[rows], readers, captions, strict=True)
+        for key, number, read, caption in listed:
+            label: int | None = int(number)
+            if label == UNKNOWN:
+                label = None
+            yield ImageRecord(key.as_py(), label, read, caption)
 
 
 class ParquetDataset(_RowsOfTable):
@@ -323,20 +356,22 @@ class ParquetDataset(_RowsOfTable):
         listing = table_rows(table, str(source), selection)
         status = source.stat()
         super().__init__(source, listing)
-        self.fingerprint = digest(
-            {
-                "bytes": status.st_size,
-                "mtime_ns": status.st_mtime_ns,
-                "schema": schema.to_string(show_schema_metadata=True, truncate_metadata=False),
-                "split": selection.split,
-                "rows": len(listing.rows),
-                **selection.fingerprint(),
-                **({"captions": True} if self.captioned else {}),
-            }
-        )
-        self._path, self._bounds = source, selection.bounds(source)
+        facts = {
+            "bytes": status.st_size,
+            "mtime_ns": status.st_mtime_ns,
+            "schema": schema.to_string(show_schema_metadata=True, truncate_metadata=False),
+            "split": selection.split,
+            "rows": len(listing.rows),
+            **selection.fingerprint(),
+        }
+        if self.captioned:
+            facts["captions"] = True
+        self.fingerprint = digest(facts)
+        self._path = source
+        self._bounds = selection.bounds(source)
         self._rows = listing.rows
         sizes = [self._metadata.row_group(i).num_rows for i in range(self._metadata.num_row_groups)]
+        # by the position to go on from, the cells that are still to be read
         self._resume: dict[int, Iterator[pa.Scalar]] = {}
         self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
 
@@ -344,9 +379,8 @@ class ParquetDataset(_RowsOfTable):
         """The images at positions start ... stop - 1."""
         n = len(self._labels[start:stop])
         images = self._resume.pop(start, None) or self._images(start)
-        yield from self._records(
-            start, n, (partial(_read_cell, image, self._bounds) for image in islice(images, n))
-        )
+        readers = (partial(_read_cell, image, self._bounds) for image in islice(images, n))
+        yield from self._records(start, n, readers)
         self._resume = {start + n: images}
 
     def __getstate__(self) -> dict[str, object]:
@@ -356,9 +390,10 @@ class ParquetDataset(_RowsOfTable):
     def _images(self, first: int) -> Iterator[pa.Scalar]:
         """The cells from position ``first`` to the end."""
         rows = self._rows[first:]
+        bounds_of_groups = pairwise(np.searchsorted(rows, self._starts))
         try:
             with pq.ParquetFile(self._path, metadata=self._metadata, **STREAMED) as file:
-                for group, (begin, end) in enumerate(pairwise(np.searchsorted(rows, self._starts))):
+                for group, (begin, end) in enumerate(bounds_of_groups):
                     if begin < end:
                         yield from _cells(file, group, rows[begin:end] - self._starts[group])
         except (pa.ArrowException, OSError) as error:
@@ -380,10 +415,13 @@ def _cells(file: pq.ParquetFile, group: int, wanted: NDArray[np.int64]) -> Itera
 def _read_cell(cell: pa.Scalar, bounds: Bounds) -> bytes:
     """The bytes in a cell, or those of the file that it names."""
     value = cell.as_py()
-    data: bytes | None = value["bytes"] if isinstance(value, dict) else value
-    if data is not None:
-        return data
-    path = value.get("path") if isinstance(value, dict) else None
+    content: bytes | None = value
+    path: str | None = None
+    if isinstance(value, dict):
+        content = value["bytes"]
+        path = value.get("path")
+    if content is not None:
+        return content
     if path is None:
         raise OSError(errno.ENODATA, "the row has no image")
     return bounds.read(path)
@@ -433,15 +471,17 @@ class PathTable(_RowsOfTable):
         paths = table[column].cast(pa.large_string()).combine_chunks()
         self._paths = pc.fill_null(paths, "").take(pa.array(listing.rows))
         self._bounds = selection.bounds(source)
-        hashed = ListingHash(*(self.classes.folders if self.classes else ()))
+        hashed = ListingHash()
+        if self.classes is not None:
+            hashed = ListingHash(*self.classes.folders)
         kinds = np.zeros(len(self), dtype=np.uint8)
         with track(f"listing {source.name}", len(self), "images") as task:
-            for row, (key, label, path) in enumerate(
-                zip(self._keys, self._labels, self._paths, strict=True)
-            ):
-                status = self._bounds.status(path.as_py())
+            listed = zip(self._keys, self._labels, self._paths, strict=True)
+            for row, (key, label, cell) in enumerate(listed):
+                path = cell.as_py()
+                status = self._bounds.status(path)
                 hashed.add(key.as_py(), int(label), status)
-                kinds[row] = fault_of(status, partial(self._bounds.resolve, path.as_py()))
+                kinds[row] = fault_of(status, partial(self._bounds.resolve, path))
                 task.advance(1)
         self.faults = Faults(kinds, self._bounds.folder, self._path, self._rule)
         if self._captions is not None:
@@ -451,24 +491,23 @@ class PathTable(_RowsOfTable):
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
         """The images at positions start ... stop - 1."""
         paths = self._paths[start:stop]
-        return self._records(
-            start, len(paths), (partial(self._bounds.read, path.as_py()) for path in paths)
-        )
+        readers = (partial(self._bounds.read, path.as_py()) for path in paths)
+        return self._records(start, len(paths), readers)
 
     def _path(self, row: int) -> str:
         return str(self._paths[row].as_py())
 
     def _rule(self, outside: NDArray[np.int64]) -> str:
         """Where files must lie, and which folder would hold those that do not."""
-        held = os.path.commonpath(
-            [os.path.dirname(self._bounds.real(self._path(row))) for row in outside]  # noqa: PTH120
-        )
-        hint = (
-            "" if Path(held).parent == Path(held) else f" --root {shlex.quote(held)} holds these."
-        )
+        files = [self._bounds.real(self._path(row)) for row in outside]
+        common = os.path.commonpath([os.path.dirname(file) for file in files])  # noqa: PTH120
+        hint = ""
+        is_root = Path(common).parent == Path(common)
+        if not is_root:
+            hint = f" --root {shlex.quote(common)} holds these."
         return (
-            "Paths are relative to the table's folder, or to --root DIR, and none may lead out of it, nor may links; "
-            f"with --root absolute paths below it are fine, too.{hint}"
+            "Paths are relative to the table's folder, or to --root DIR, and none may lead out of "
+            "it, nor may links; with --root absolute paths below it are fine, too." + hint
         )
 
 
@@ -476,22 +515,21 @@ def _path_column(source: Path, names: Sequence[str]) -> str:
     column = find_column(names, PATH)
     if column is None:
         raise DataError(
-            f"{source} has no column of images: expected one of {', '.join(PATH)}, or in Parquet 'image' with encoded "
-            f"bytes. Found: {', '.join(names) or 'no columns'}."
+            f"{source} has no column of images: expected one of {', '.join(PATH)}, or in Parquet "
+            f"'image' with encoded bytes. Found: {', '.join(names) or 'no columns'}."
         )
     return column
 
 
 def _read_csv(source: Path, selection: Selection) -> pa.Table:
-    """The columns in use, all as strings, except that labels which are all numbers are numbers, and captions bytes."""
-    delimiter = "\t" if source.suffix.lower() == ".tsv" else ","
+    """The columns in use, as strings; captions are bytes, labels numbers where all of them are."""
+    delimiter = ","
+    if source.suffix.lower() == ".tsv":
+        delimiter = "\t"
     names = csv_names(source, delimiter)
     schema = pa.schema([(name, pa.string()) for name in names])
-    wanted = list(
-        dict.fromkeys(
-            [_path_column(source, names), *listing_columns(schema, selection, str(source))]
-        )
-    )
+    columns = [_path_column(source, names), *listing_columns(schema, selection, str(source))]
+    wanted = list(dict.fromkeys(columns))  # each once, in order
     types = dict.fromkeys(wanted, pa.string())
     caption = caption_column(names, {}, selection)
     if caption is not None:
@@ -515,10 +553,7 @@ def _numbers_if_all(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _known(column: pa.Array | pa.ChunkedArray) -> Any:  # noqa: ANN401 - the same kind of array
-    """Labels without outer blanks; null where there is none, or where nobody could name the picture."""
+    """Labels without outer blanks; null where there is none, or nobody could name the picture."""
     text = pc.utf8_trim_whitespace(column)
-    return pc.if_else(
-        pc.is_in(text, value_set=pa.array(["", NO_NAME], text.type)),
-        pa.scalar(None, text.type),
-        text,
-    )
+    is_unknown = pc.is_in(text, value_set=pa.array(["", NO_NAME], text.type))
+    return pc.if_else(is_unknown, pa.scalar(None, text.type), text)

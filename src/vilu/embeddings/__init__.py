@@ -1,1 +1,1 @@
-"""What predictors see: rows in memory, pairs in pools, some rows of a source, the space they live in."""
+"""What predictors see: rows in memory, pairs in pools, rows of a source, and their space."""

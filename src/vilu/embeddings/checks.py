@@ -1,4 +1,4 @@
-"""Checks on arrays that come from outside, each a DataError that names what was found; names of rows, and hashes."""
+"""Checks on arrays from outside, each a DataError that says what is wrong; names and hashes."""
 
 from __future__ import annotations
 
@@ -18,60 +18,51 @@ from torch import Tensor
 from vilu.errors import DataError
 from vilu.validation import refuse_masked
 
-VALID, NONFINITE, ZERO_NORM, SHORT_POOL = 0, 1, 2, 3
+VALID = 0
+NONFINITE = 1
+ZERO_NORM = 2
+SHORT_POOL = 3
 STATUS = ("valid", "nonfinite", "zero_norm", "short_pool")
-"""Meaning of the status codes of rows; "short_pool": a good embedding, but not one of a full pool."""
+"""Meaning of the status codes of rows.
+
+"short_pool": a good embedding, but not one of a full pool.
+"""
 
 NORM_TOLERANCE = 1e-3  # rounding to float16 moves a unit norm by less than this
-SAFE_NORMS = (
-    1e-15,
-    1e15,
-)  # between these no square of a float32 number is lost in a sum of squares in float32
-SAFE_VALUES = (
-    1e-30,
-    1e30,
-)  # between these the largest number of a row keeps its direction in float32
+# between these no square of a float32 number is lost in a sum of squares in float32
+SAFE_NORMS = (1e-15, 1e15)
+# between these the largest number of a row keeps its direction in float32
+SAFE_VALUES = (1e-30, 1e30)
+
+_FLOATS = {torch.float64, torch.float32, torch.float16, torch.complex64, torch.complex128}
+_SIGNED = {torch.int64, torch.int32, torch.int16, torch.int8}
+_UNSIGNED = {torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.bool}
+NUMPY_TYPES = _FLOATS | _SIGNED | _UNSIGNED
+"""Types of torch that numpy has."""
 
 
 def as_array(values: ArrayLike | Tensor, name: str) -> NDArray[np.generic]:
-    """An array on the CPU, of what numpy takes or torch holds; of types that numpy lacks as float32."""
+    """An array on the CPU, of what numpy takes or torch holds.
+
+    Types that numpy lacks become float32.
+    """
     refuse_masked(values, name)
     try:
         if not isinstance(values, Tensor):
             return np.asarray(values)
-        values = values.detach().cpu()
-        return values.numpy() if values.dtype in NUMPYS else values.float().numpy()
-    except (
-        TypeError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # ragged lists; what is sparse or quantised
+        tensor = values.detach().cpu()
+        if tensor.dtype not in NUMPY_TYPES:
+            tensor = tensor.float()
+        return tensor.numpy()
+    # ragged lists; what is sparse or quantised
+    except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"{name} must be an array of numbers: {error}.") from error
 
 
-NUMPYS = {
-    torch.float64,
-    torch.float32,
-    torch.float16,
-    torch.complex64,
-    torch.complex128,
-    torch.bool,
-    torch.int64,
-}
-NUMPYS |= {
-    torch.int32,
-    torch.int16,
-    torch.int8,
-    torch.uint8,
-    torch.uint16,
-    torch.uint32,
-    torch.uint64,
-}
-"""Types of torch that numpy has."""
-
-
 def as_matrix(values: ArrayLike | Tensor, name: str, *, scaled: bool = True) -> Tensor:
-    """(N, D) float32 on the CPU, of any float or integer type, byte order and memory layout; D is at least 1. A copy.
+    """(N, D) float32 on the CPU, D at least 1: a copy.
+
+    The values may be of any float or integer type, byte order and memory layout.
 
     Rows whose numbers float32 has not are ``scaled`` where only their direction counts; else these
     become infinite.
@@ -81,38 +72,44 @@ def as_matrix(values: ArrayLike | Tensor, name: str, *, scaled: bool = True) -> 
         raise DataError(f"{name} must hold real numbers. Got dtype {array.dtype} instead.")
     if array.ndim != 2 or array.shape[1] == 0:
         raise DataError(f"{name} must be a matrix (rows, width). Got shape {array.shape} instead.")
-    if scaled and array.dtype.kind == "f" and array.dtype.itemsize > 4:
+    is_wide = array.dtype.kind == "f" and array.dtype.itemsize > 4
+    if scaled and is_wide:
         array = _within_float32(array, name)
     with np.errstate(over="ignore"):
         return torch.from_numpy(array.astype(np.float32, order="C"))
 
 
 def _within_float32(array: NDArray[Any], name: str) -> NDArray[Any]:
-    """Rows of float64 whose numbers float32 cannot hold, times a power of two, which keeps their direction."""
+    """Rows (N, D), those whose numbers float32 cannot hold scaled, which keeps their direction."""
     largest = np.maximum(array.max(axis=1, initial=0), -array.min(axis=1, initial=0))
-    beyond = (
-        np.isfinite(largest)
-        & (largest > 0)
-        & ~((largest > SAFE_VALUES[0]) & (largest < SAFE_VALUES[1]))
-    )
-    if not beyond.any():
+    is_safe = (largest > SAFE_VALUES[0]) & (largest < SAFE_VALUES[1])
+    is_beyond = np.isfinite(largest) & (largest > 0) & ~is_safe
+    if not is_beyond.any():
         return array
-    low, high = largest[beyond].min(), largest[beyond].max()
+    low = largest[is_beyond].min()
+    high = largest[is_beyond].max()
     warnings.warn(
-        f"{np.count_nonzero(beyond)} of {len(array)} {name} rows hold numbers that float32 has not "
-        f"(largest ones {low:.3g} to {high:.3g}); they were scaled, which changes no cosine.",
+        f"{np.count_nonzero(is_beyond)} of {len(array)} {name} rows hold numbers that float32 has "
+        f"not (largest ones {low:.3g} to {high:.3g}); they were scaled, which changes no cosine.",
         stacklevel=7,
     )
+    # by the power of two that brings a row's largest number into [1/2, 1): no digit is rounded
+    _, exponents = np.frexp(largest[is_beyond])
     array = array.copy()
-    array[beyond] = np.ldexp(array[beyond], -np.frexp(largest[beyond])[1][:, None])
+    array[is_beyond] = np.ldexp(array[is_beyond], -exponents[:, None])
     return array
 
 
 def row_status(rows: Tensor) -> tuple[NDArray[np.uint8], Tensor]:
-    """Status code (N,) of every row of an (N, D) float32 matrix, and its Euclidean norms (N,), right for all rows."""
+    """Status codes (N,) of the rows of an (N, D) float32 matrix, and their norms (N,).
+
+    A norm is right for all rows, tiny and huge ones included.
+    """
     norms = torch.linalg.vector_norm(rows, dim=1)
-    unsafe = ~((norms > SAFE_NORMS[0]) & (norms < SAFE_NORMS[1]))
+    is_safe = (norms > SAFE_NORMS[0]) & (norms < SAFE_NORMS[1])
+    unsafe = ~is_safe  # rows with NaN, too
     if bool(unsafe.any()):
+        # a square of float32 may have vanished or become infinite; in float64 it does not
         norms = norms.double()
         norms[unsafe] = torch.linalg.vector_norm(rows[unsafe].double(), dim=1)
     status = np.full(len(rows), VALID, dtype=np.uint8)
@@ -122,7 +119,10 @@ def row_status(rows: Tensor) -> tuple[NDArray[np.uint8], Tensor]:
 
 
 def unit_rows(values: ArrayLike | Tensor, name: str) -> tuple[Tensor, NDArray[np.uint8]]:
-    """Rows (N, D) float32 of unit norm and their status; rows already of unit norm are left bit for bit."""
+    """Rows (N, D) float32 of unit norm and their status.
+
+    Rows that are of unit norm already are left bit for bit.
+    """
     rows, status, norms = normalised(as_matrix(values, name))
     norms.warn(name, stacklevel=6)
     return rows, status
@@ -138,8 +138,12 @@ class Norms:
     high: float = 0.0
 
     def __add__(self, other: Norms) -> Norms:
-        n_rows, n_changed = self.n_rows + other.n_rows, self.n_changed + other.n_changed
-        return Norms(n_rows, n_changed, min(self.low, other.low), max(self.high, other.high))
+        return Norms(
+            self.n_rows + other.n_rows,
+            self.n_changed + other.n_changed,
+            min(self.low, other.low),
+            max(self.high, other.high),
+        )
 
     def warn(self, name: str, stacklevel: int) -> None:
         """Say that rows were changed, if some were."""
@@ -158,8 +162,12 @@ def normalised(rows: Tensor) -> tuple[Tensor, NDArray[np.uint8], Norms]:
     off = usable & ((norms - 1).abs() > NORM_TOLERANCE)
     if not bool(off.any()):
         return rows, status, Norms(len(rows))
-    found = Norms(len(rows), int(off.sum()), norms[usable].min().item(), norms[usable].max().item())
-    return torch.where(off[:, None], (rows / norms[:, None]).float(), rows), status, found
+    low = norms[usable].min().item()
+    high = norms[usable].max().item()
+    unit = (rows / norms[:, None]).float()
+    # rows that are of unit norm already stay bit for bit
+    unit = torch.where(off[:, None], unit, rows)
+    return unit, status, Norms(len(rows), int(off.sum()), low, high)
 
 
 def require_usable(values: ArrayLike | Tensor, name: str) -> Tensor:
@@ -171,7 +179,8 @@ def require_usable(values: ArrayLike | Tensor, name: str) -> Tensor:
         first = int(np.flatnonzero(status)[0])
         raise DataError(
             f"every {name} row must be finite and of non-zero norm. "
-            f"Got {np.count_nonzero(status)} bad rows of {len(rows)}, first row {first} ({STATUS[status[first]]})."
+            f"Got {np.count_nonzero(status)} bad rows of {len(rows)}, "
+            f"first row {first} ({STATUS[status[first]]})."
         )
     return rows
 
@@ -179,12 +188,13 @@ def require_usable(values: ArrayLike | Tensor, name: str) -> Tensor:
 def check_targets(
     values: ArrayLike | Tensor | None, n_rows: int, n_candidates: int
 ) -> tuple[Tensor, Tensor]:
-    """(N,) int64 targets in -1 ...
+    """(N,) int64 targets from -1 to K - 1, and (N,) bool, which were -2: none of the classes.
 
-    K-1, and (N,) bool which were -2, none of the classes; None: nothing is known.
+    ``values`` are None where nothing is known.
     """
     if values is None:
-        return torch.full((n_rows,), -1, dtype=torch.int64), torch.zeros(n_rows, dtype=torch.bool)
+        unknown = torch.full((n_rows,), -1, dtype=torch.int64)
+        return unknown, torch.zeros(n_rows, dtype=torch.bool)
     array = as_array(values, "target")
     if array.shape != (n_rows,):
         raise DataError(
@@ -196,8 +206,8 @@ def check_targets(
         )
     if array.size and (array.min() < -2 or array.max() >= n_candidates):
         raise DataError(
-            f"target must be a row of text, 0 to {n_candidates - 1}, -1 where unknown, or -2 for none of them. "
-            f"Got values from {array.min()} to {array.max()} instead."
+            f"target must be a row of text, 0 to {n_candidates - 1}, -1 where unknown, or -2 for "
+            f"none of them. Got values from {array.min()} to {array.max()} instead."
         )
     target = torch.from_numpy(array.astype(np.int64))
     return target.clamp(min=-1), target == -2
@@ -206,11 +216,13 @@ def check_targets(
 def check_places(values: ArrayLike | Tensor, n: int, name: str) -> Tensor:
     """(M,) int64 whole numbers from 0 to n - 1."""
     array = as_array(values, name)
-    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+    is_whole = array.dtype.kind in "iu" or array.size == 0  # an empty list is one of floats
+    if array.ndim != 1 or not is_whole:
         raise DataError(
-            f"{name} must be a vector of whole numbers. Got {array.dtype} of shape {array.shape} instead."
+            f"{name} must be a vector of whole numbers. "
+            f"Got {array.dtype} of shape {array.shape} instead."
         )
-    if array.size and not (array.min() >= 0 and array.max() < n):
+    if array.size and (array.min() < 0 or array.max() >= n):
         raise DataError(
             f"{name} must be from 0 to {n - 1}. Got {array.min()} to {array.max()} instead."
         )
@@ -218,16 +230,21 @@ def check_places(values: ArrayLike | Tensor, n: int, name: str) -> Tensor:
 
 
 def check_class_names(names: Sequence[str] | None, n_candidates: int) -> tuple[str, ...] | None:
-    """The K names as a tuple, none blank; names may repeat where the texts do (``source.first_same``)."""
+    """The K names as a tuple, none blank.
+
+    Names may repeat where the texts do (``source.first_same``).
+    """
     if names is None:
         return None
     names = tuple(str(name) for name in names)
     if len(names) != n_candidates:
         raise DataError(
-            f"class_names must have one name per text row ({n_candidates}). Got {len(names)} instead."
+            f"class_names must have one name per text row ({n_candidates}). "
+            f"Got {len(names)} instead."
         )
-    if blank := [i for i, name in enumerate(names) if not name.strip()]:
-        raise DataError(f"class names must not be blank. Name {blank[0]} is.")
+    for number, name in enumerate(names):
+        if not name.strip():
+            raise DataError(f"class names must not be blank. Name {number} is.")
     return names
 
 
@@ -239,7 +256,9 @@ def check_ids(ids: Sequence[str] | None, n_rows: int) -> Sequence[str]:
         raise DataError(
             f"ids must have one entry per image row ({n_rows}). Got {len(ids)} instead."
         )
-    return tuple(ids) if isinstance(ids, list | np.ndarray) else ids
+    if isinstance(ids, list | np.ndarray):
+        return tuple(ids)
+    return ids
 
 
 class Identifiers(Sequence[str]):
@@ -250,7 +269,11 @@ class Identifiers(Sequence[str]):
 
     @abstractmethod
     def _of(self, row: int) -> str:
-        """The identifier of a row; a method, since a bound one kept here would hold files open until a collection."""
+        """The identifier of a row.
+
+        A method of each class: a bound one kept as an attribute would make a cycle, which holds
+        files open until it is collected.
+        """
 
     def __len__(self) -> int:
         return self._n_rows
@@ -261,14 +284,19 @@ class Identifiers(Sequence[str]):
     def __getitem__(self, index: slice) -> list[str]: ...
     def __getitem__(self, index: int | slice) -> str | list[str]:
         rows = range(len(self))[index]
-        return self._several(rows) if isinstance(rows, range) else self._of(rows)
+        if isinstance(rows, range):
+            return self._several(rows)
+        return self._of(rows)
 
     def _several(self, rows: range) -> list[str]:
         return [self._of(row) for row in rows]
 
 
 class RowNumbers(Identifiers):
-    """Identifiers of rows that came without any: "0", "1", ...; they identify nothing outside their own array."""
+    """Identifiers of rows that came without any: "0", "1", ...
+
+    They identify nothing outside their own array.
+    """
 
     def _of(self, row: int) -> str:
         return str(row)
@@ -278,8 +306,10 @@ class RowNumbers(Identifiers):
 
 
 Identity = Literal["pictures", "embeddings", "names"]
-"""What tells whether two rows are the same: the encoded bytes of the pictures; embeddings, where nothing is known of
-pictures; or identifiers, in what older versions wrote. To a pair its caption belongs, too.
+"""What tells whether two rows are the same.
+
+It is the encoded bytes of the pictures; embeddings, where nothing is known of pictures; or
+identifiers, in what older versions wrote. The caption of a pair belongs to it, too.
 """
 
 HASH_BYTES = 8
@@ -297,7 +327,8 @@ def hash_names(names: Iterable[str]) -> NDArray[np.uint64]:
 
 
 def hash_rows(rows: Tensor) -> NDArray[np.uint64]:
-    """(N,) hashes of float rows (N, D), rounded to float16: the same whichever float type an array was kept in."""
-    content = memoryview((rows.half() + 0).numpy().astype("<f2").tobytes())  # + 0 makes -0 a 0
+    """(N,) hashes of float rows (N, D), whichever float type they were kept in."""
+    rounded = rows.half() + 0  # + 0 makes -0 a 0
+    content = memoryview(rounded.numpy().astype("<f2").tobytes())
     width = 2 * rows.shape[1]
     return hash_of_each(content[start : start + width] for start in range(0, len(content), width))

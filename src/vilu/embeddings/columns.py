@@ -14,7 +14,8 @@ from vilu.errors import DataError, UsageError
 IMAGE_COLUMNS = {
     "features": (
         2,
-        "(N, F) output of an image encoder: the VLM's own before its projection, or a second encoder's",
+        "(N, F) output of an image encoder: the VLM's own before its projection, or a second "
+        "encoder's",
     ),
     "views": (3, "(N, V, D) unit-norm embeddings of V augmented views of each image"),
     "second_image": (
@@ -48,9 +49,8 @@ MODEL_COLUMNS = {
 
 COLUMNS = IMAGE_COLUMNS | TEXT_COLUMNS | MODEL_COLUMNS
 
-UNIT_NORM = frozenset(
-    {"views", "prompts", "negatives"}
-)  # those that are compared with the embeddings
+# those that are compared with the embeddings
+UNIT_NORM = frozenset({"views", "prompts", "negatives"})
 
 SECOND = frozenset({"second_image", "second_text"})
 """Those that a second source of the same rows brings (``vilu.embeddings.two_models``)."""
@@ -69,40 +69,58 @@ HOW = {
 
 
 def check_columns(
-    given: Mapping[str, ArrayLike | Tensor] | None,
+    columns: Mapping[str, ArrayLike | Tensor] | None,
     n_rows: int,
     n_texts: int,
     width: int | None = None,
 ) -> dict[str, Tensor]:
-    """Columns as float32 tensors: known by name, of the right shape, all finite, of unit norm where they are to be."""
+    """Columns as float32 tensors: known by name, of the right shape, finite, of the right norm."""
     checked = {}
-    for name, values in (given or {}).items():
+    for name, values in (columns or {}).items():
         if name not in COLUMNS:
             raise UsageError(f"there is no column {name!r}. Known: {', '.join(COLUMNS)}.")
         array = as_array(values, f"column {name!r}")
-        n_dims, meaning = COLUMNS[name]
-        expected = (
-            n_rows if name in IMAGE_COLUMNS else n_texts if name in TEXT_COLUMNS else "one or more"
-        )
-        fits = array.ndim == n_dims and all(array.shape[1:])
-        if not fits or (len(array) != expected if name not in MODEL_COLUMNS else not len(array)):
-            raise DataError(
-                f"column {name!r} must be {meaning}, with {expected} entries. Got shape {array.shape} instead."
-            )
+        _require_shape(name, array.shape, n_rows, n_texts)
         rows = array.reshape(-1, array.shape[-1])
         if name not in UNIT_NORM:
             tensor = as_matrix(rows, name, scaled=False)
-        elif array.shape[-1] == (width or array.shape[-1]):
-            tensor = (
-                unit_rows(rows, name)[0] if name in IMAGE_COLUMNS else require_usable(rows, name)
-            )
         else:
-            raise DataError(
-                f"column {name!r} must be of the width of the embeddings, {width}. Got {array.shape[-1]}."
-            )
+            _require_width(name, rows.shape[1], width)
+            if name in IMAGE_COLUMNS:  # an image may be unusable, a candidate may not
+                tensor, _ = unit_rows(rows, name)
+            else:
+                tensor = require_usable(rows, name)
         if not bool(torch.isfinite(tensor).all()):
             raise DataError(
                 f"column {name!r} has numbers that are not finite, or beyond float32 (3.4e38)."
             )
         checked[name] = tensor.view(array.shape)
     return checked
+
+
+def _require_shape(name: str, shape: tuple[int, ...], n_rows: int, n_texts: int) -> None:
+    """Refuse a column of other dimensions than its meaning has, or with other entries than rows."""
+    n_dims, meaning = COLUMNS[name]
+    expected: int | str = "one or more"
+    if name in IMAGE_COLUMNS:
+        expected = n_rows
+    elif name in TEXT_COLUMNS:
+        expected = n_texts
+    fits = len(shape) == n_dims and all(shape[1:])
+    if fits and name in MODEL_COLUMNS:
+        fits = shape[0] > 0
+    elif fits:
+        fits = shape[0] == expected
+    if not fits:
+        raise DataError(
+            f"column {name!r} must be {meaning}, with {expected} entries. "
+            f"Got shape {shape} instead."
+        )
+
+
+def _require_width(name: str, actual: int, width: int | None) -> None:
+    """Refuse another width than that of the embeddings, where this is known."""
+    if width and actual != width:
+        raise DataError(
+            f"column {name!r} must be of the width of the embeddings, {width}. Got {actual}."
+        )

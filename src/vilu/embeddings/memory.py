@@ -91,18 +91,19 @@ class Embeddings(EmbeddingSource):
         for name, rows in (("image", self.image), ("text", self.text)):
             if rows.shape[1] != self.space.embed_dim:
                 raise DataError(
-                    f"image and text must share one width. Got {self.space.embed_dim}, but {name} has {rows.shape[1]}."
+                    f"image and text must share one width. Got {self.space.embed_dim}, "
+                    f"but {name} has {rows.shape[1]}."
                 )
         self.target, self.outside = check_targets(target, len(self.image), len(self.text))
         self.class_names = check_class_names(class_names, len(self.text))
         self.ids = check_ids(ids, len(self.image))
         self._columns = check_columns(columns, len(self.image), len(self.text), self.image.shape[1])
         self.columns = frozenset(self._columns)
-        kept = self._merge_same()
-        if kept is not None:
-            self._columns |= {
-                name: self._columns[name][kept] for name in TEXT_COLUMNS if name in self._columns
-            }
+        distinct = self._merge_same()
+        if distinct is not None:
+            for name in TEXT_COLUMNS:
+                if name in self._columns:
+                    self._columns[name] = self._columns[name][distinct]
 
     def image_rows(self, index: Tensor) -> Tensor:
         """(B, D) rows of ``image``.
@@ -122,7 +123,9 @@ class Embeddings(EmbeddingSource):
         pool_size: int | Pools = 1024,
         logit_scale: float = 100.0,
     ) -> PairEmbeddings:
-        """Image-caption pairs: row i of ``image`` belongs to row i of ``text`` (see ``PairEmbeddings``).
+        """Image-caption pairs: row i of ``image`` belongs to row i of ``text``.
+
+        See ``PairEmbeddings``.
 
         Examples:
             >>> import numpy as np, vilu
@@ -178,17 +181,21 @@ class PairEmbeddings(PairSource):
         space: EmbeddingSpace | None = None,
         columns: Mapping[str, ArrayLike | Tensor] | None = None,
     ) -> None:
-        self.image, self.text = require_usable(image, "image"), require_usable(text, "text")
+        self.image = require_usable(image, "image")
+        self.text = require_usable(text, "text")
         if self.image.shape != self.text.shape:
             shapes = f"{tuple(self.image.shape)} and {tuple(self.text.shape)}"
             raise DataError(f"image and text must be pairs of one shape. Got {shapes} instead.")
-        self.pools = Pools(pool_size, seed=None) if isinstance(pool_size, int) else pool_size
+        if isinstance(pool_size, int):
+            pool_size = Pools(pool_size, seed=None)
+        self.pools = pool_size
         self.pool_size = self.pools.size
-        if len(self.image) % self.pool_size:
+        surplus = len(self.image) % self.pool_size
+        if surplus:
             raise DataError(
-                f"the number of pairs must be a multiple of pool_size={self.pool_size}, since a short last pool has "
-                f"fewer distractors. Got {len(self.image)}: leave out {len(self.image) % self.pool_size} or change "
-                "pool_size."
+                f"the number of pairs must be a multiple of pool_size={self.pool_size}, since a "
+                f"short last pool has fewer distractors. Got {len(self.image)}: leave out "
+                f"{surplus} or change pool_size."
             )
         self.space = space or EmbeddingSpace(
             self.image.shape[1], float(logit_scale), float(logit_bias)

@@ -25,7 +25,10 @@ from vilu.validation import checked, checked_fields, require_at_least, require_m
 Direction = Literal["image_to_text", "text_to_image"]
 
 HARD_ROWS = 2**17
-"""Rows among which hard pools are sought; their captions are in memory together, 256 MiB at a width of 512."""
+"""Rows among which hard pools are sought.
+
+Their captions are in memory together, 256 MiB at a width of 512.
+"""
 
 NEAR_ROWS = 1024  # rows whose likeness with as many others is looked at together
 
@@ -33,7 +36,9 @@ NEAR_ROWS = 1024  # rows whose likeness with as many others is looked at togethe
 @checked_fields
 @dataclass(frozen=True)
 class Pools:
-    """What image-caption pairs are matched against; part of the problem, so fixed and recorded, whatever loads it.
+    """What image-caption pairs are matched against.
+
+    It is part of the problem, so it is fixed and recorded, whatever loads the pairs.
 
     Attributes:
         size: Rows of a pool: their captions (or images) are the candidates of each of them.
@@ -85,9 +90,8 @@ class PairSource(EmbeddingSource):
 
     class_names = None
     pools: Pools
-    _left: Tensor | None = (
-        None  # (M,) pairs that ``without`` has left, ascending; None: nothing was left out
-    )
+    # (M,) pairs that ``without`` has left, ascending; None: nothing was left out
+    _left: Tensor | None = None
 
     @cached_property
     def usable_rows(self) -> Tensor:
@@ -97,7 +101,9 @@ class PairSource(EmbeddingSource):
     @property
     def pair_rows(self) -> Tensor:
         """(M,) int64 positions of the usable pairs, ascending, whether or not they fill a pool."""
-        return torch.arange(len(self), device="cpu") if self._left is None else self._left
+        if self._left is not None:
+            return self._left
+        return torch.arange(len(self), device="cpu")
 
     @abstractmethod
     def picture_rows(self, index: Tensor) -> Tensor:
@@ -108,7 +114,7 @@ class PairSource(EmbeddingSource):
         """(B, D) float32 unit-norm caption embeddings."""
 
     def of_classes(self, index: Tensor) -> Tensor:
-        """(B,) bool: whether a caption is the text of a class, which many images have, and not of an image alone."""
+        """(B,) bool: whether a caption is the text of a class, which many images have."""
         return torch.zeros(len(index), dtype=torch.bool, device="cpu")
 
     @property
@@ -118,11 +124,9 @@ class PairSource(EmbeddingSource):
 
     def image_rows(self, index: Tensor) -> Tensor:
         """(B, D) what asks: images, or captions where the direction is text to image."""
-        return (
-            self.picture_rows(index)
-            if self.pools.direction == "image_to_text"
-            else self.caption_rows(index)
-        )
+        if self.pools.direction == "image_to_text":
+            return self.picture_rows(index)
+        return self.caption_rows(index)
 
     def _picture_hashes(self, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
         return hashed(torch.from_numpy(rows), self.picture_rows)
@@ -143,14 +147,13 @@ class PairSource(EmbeddingSource):
         """
         caption = self.caption_rows(index)
         first = first_alike(caption, self.pools.near_duplicates)
-        everyone = torch.arange(len(index))
-        different = torch.equal(first, everyone)
+        own = torch.arange(len(index))
+        all_differ = torch.equal(first, own)
         if self.pools.direction == "text_to_image":
-            return Candidates(
-                self.picture_rows(index), everyone, None if different else first, index
-            )
-        if different:
-            return Candidates(caption, everyone, None, index)
+            same = None if all_differ else first
+            return Candidates(self.picture_rows(index), own, same, index)
+        if all_differ:
+            return Candidates(caption, own, None, index)
         distinct, target = torch.unique(first, return_inverse=True)
         return Candidates(caption[distinct], target, None, index[distinct])
 
@@ -158,43 +161,67 @@ class PairSource(EmbeddingSource):
         self, size: int, *, rows: Tensor | None = None, columns: Sequence[str] = ()
     ) -> Iterator[Batch]:
         """As every source's; a pool in which rows may be equal comes alone."""
-        n = size // self.pools.size * self.pools.size
-        if n <= self.pools.size or columns or self.pools.near_duplicates is not None:
+        pool = self.pools.size
+        n = self._in_whole_pools(size)
+        has_near_duplicates = self.pools.near_duplicates is not None
+        if n <= pool or columns or has_near_duplicates:
             yield from self.batches(size, rows=rows, columns=columns)
             return
-        rows = self.usable_rows if rows is None else rows
-        whole = rows[: len(rows) // self.pools.size * self.pools.size]
-        yield from itertools.chain.from_iterable(
-            self._made(self._pooled, whole.split(n) if len(whole) else ())
-        )
+        if rows is None:
+            rows = self.usable_rows
+        whole = rows[: self._in_whole_pools(len(rows))]
+        if not len(whole):
+            return
+        for batches in self._map_parts(self._pooled, whole.split(n)):
+            yield from batches
+
+    def _in_whole_pools(self, n_rows: int) -> int:
+        """How many of so many rows fill pools."""
+        return n_rows // self.pools.size * self.pools.size
 
     @as_usual()
     def _pooled(self, index: Tensor) -> list[Batch]:
         """Batches of pools that follow one another, of those whose rows differ."""
-        shape = (-1, self.pools.size)
-        both = [self.picture_rows(index), self.caption_rows(index)]
-        compared = both[1:] if self.pools.direction == "image_to_text" else both
-        keys = [row_keys(rows).view(shape).sort(dim=1).values for rows in compared]
-        alike = torch.stack([(key[:, 1:] == key[:, :-1]).any(dim=1) for key in keys]).any(dim=0)
-        image, text = both if self.pools.direction == "image_to_text" else both[::-1]
-        found: list[Batch] = []
-        for first, last, is_alike in runs(alike.tolist()):
-            part = slice(first * self.pools.size, last * self.pools.size)
-            mine = index[part]
+        size = self.pools.size
+        picture = self.picture_rows(index)
+        caption = self.caption_rows(index)
+        has_repeats = self._have_repeats(caption)
+        image = picture
+        text = caption
+        if self.pools.direction == "text_to_image":
+            has_repeats |= self._have_repeats(picture)
+            image = caption
+            text = picture
+        batches: list[Batch] = []
+        for first, last, is_alike in runs(has_repeats.tolist()):
+            part = slice(first * size, last * size)
+            rows = index[part]
             if is_alike:
-                found += [self._batch(pool, ()) for pool in mine.split(self.pools.size)]
+                batches += [self._batch(pool, ()) for pool in rows.split(size)]
                 continue
-            target = torch.arange(self.pools.size).repeat(last - first)
-            pools = text[part].view(last - first, *shape[1:], -1)
-            scale = self.space.logit_scale, self.space.logit_bias
-            found.append(
-                PooledBatch(image[part], pools, target, mine, *scale, outside=self.outside[mine])
+            n_pools = last - first
+            batch = PooledBatch(
+                image=image[part],
+                text=text[part].view(n_pools, size, -1),
+                target=torch.arange(size).repeat(n_pools),
+                index=rows,
+                logit_scale=self.space.logit_scale,
+                logit_bias=self.space.logit_bias,
+                outside=self.outside[rows],
             )
-        return found
+            batches.append(batch)
+        return batches
+
+    def _have_repeats(self, rows: Tensor) -> Tensor:
+        """(P,) bool: the pools in which rows (P * size, D) may be equal, by their keys."""
+        keys = row_keys(rows).view(-1, self.pools.size).sort(dim=1).values
+        return (keys[:, 1:] == keys[:, :-1]).any(dim=1)
 
     @as_usual()
     def without(self, rows: NDArray[np.bool_]) -> PairSource:
-        """The source with pools of the other rows; what is left out, or fills no last pool, is "short_pool".
+        """The source with pools of the rows that are left.
+
+        The status of rows that are left out, or fill no last pool, is "short_pool".
 
         Raises:
             DataError: If ``rows`` is no mask (N,), or what is left fills no pool.
@@ -203,44 +230,51 @@ class PairSource(EmbeddingSource):
             >>> import numpy as np, vilu
             >>> data = vilu.Embeddings.pairs(np.eye(6), np.eye(6), pool_size=2)
             >>> fewer = data.without(np.arange(6) == 1)
-            >>> [
-            ...     batch.index.tolist() for batch in fewer.batches(2)
-            ... ]  # pools are whole, so one more row has to go
+            >>> # pools are whole, so one more row has to go
+            >>> [batch.index.tolist() for batch in fewer.batches(2)]
             [[0, 2], [3, 4]]
         """
         gone = require_mask("rows", np.asarray(rows), len(self))
         if not gone.any():
             return self
-        kept = self.pair_rows[torch.from_numpy(~gone)[self.pair_rows]]
-        require_full_pools(len(kept), self.pools.size, "what is left")
-        found, status = copy.copy(self), np.full(len(self), SHORT_POOL, np.uint8)
-        found._left, found.usable_rows = kept, self._order(kept)
-        status[found.usable_rows.numpy()] = VALID
-        found.status = np.where(np.isin(self.status, (VALID, SHORT_POOL)), status, self.status)
-        return found
+        stays = torch.from_numpy(~gone)
+        left = self.pair_rows[stays[self.pair_rows]]
+        require_full_pools(len(left), self.pools.size, "what is left")
+        fewer = copy.copy(self)
+        fewer._left = left
+        fewer.usable_rows = self._order(left)
+        status = np.full(len(self), SHORT_POOL, np.uint8)
+        status[fewer.usable_rows.numpy()] = VALID
+        is_good = np.isin(self.status, (VALID, SHORT_POOL))
+        fewer.status = np.where(is_good, status, self.status)
+        return fewer
 
     def shuffled(self, rows: Tensor, generator: torch.Generator) -> Tensor:
         """Rows in new pools for one pass of training."""
         rows = super().shuffled(rows, generator)
-        return self._alike(rows, generator) if self.pools.hard else rows
+        if self.pools.hard:
+            return self._alike(rows, generator)
+        return rows
 
     def _order(self, rows: Tensor) -> Tensor:
         """The rows in the order of their pools in scoring; without those that fill no last pool."""
         generator = torch.Generator().manual_seed(self.pools.seed or 0)
         if self.pools.seed is not None:
             rows = super().shuffled(rows, generator)
-        rows = rows[: len(rows) // self.pools.size * self.pools.size]
-        return self._alike(rows, generator) if self.pools.hard else rows
+        rows = rows[: self._in_whole_pools(len(rows))]
+        if self.pools.hard:
+            return self._alike(rows, generator)
+        return rows
 
     @as_usual()
     def _alike(self, rows: Tensor, generator: torch.Generator) -> Tensor:
-        blocks = rows.split(max(HARD_ROWS // self.pools.size, 1) * self.pools.size)
-        return torch.cat(
-            [
-                block[hard_order(self.caption_rows(block), self.pools.size, generator)]
-                for block in blocks
-            ]
-        )
+        """The rows in hard pools, block by block; a block is of whole pools, and one at least."""
+        n = max(self._in_whole_pools(HARD_ROWS), self.pools.size)
+        parts = []
+        for block in rows.split(n):
+            order = hard_order(self.caption_rows(block), self.pools.size, generator)
+            parts.append(block[order])
+        return torch.cat(parts)
 
 
 def runs(values: Sequence[bool]) -> Iterator[tuple[int, int, bool]]:
@@ -253,7 +287,9 @@ def runs(values: Sequence[bool]) -> Iterator[tuple[int, int, bool]]:
 
 
 class PseudoCaptions(PairSource):
-    """The labelled usable images of several sources, each with the text of its class ("a photo of a ...") as caption.
+    """The labelled usable images of several sources, each with the text of its class as caption.
+
+    The text is such as "a photo of a ...".
 
     Sources that have captions bring their own. Images of all sources are in one order, which the
     seed of ``pools`` mixes, so that a pool holds captions of all of them. A class that several
@@ -282,10 +318,8 @@ class PseudoCaptions(PairSource):
         >>> data = vilu.PseudoCaptions(
         ...     [pets, food], vilu.Pools(4, seed=None), names=["pets", "food"]
         ... )
-        >>> (
-        ...     data.n_candidates,
-        ...     data.origin(3),
-        ... )  # an image of food is matched with the texts of pets, too
+        >>> # an image of food is matched with the texts of pets, too
+        >>> data.n_candidates, data.origin(3)
         (4, (1, 1))
     """
 
@@ -297,57 +331,67 @@ class PseudoCaptions(PairSource):
         pools: int | Pools = 1024,
         names: Sequence[str] | None = None,
     ) -> None:
-        names = [str(i) for i in range(len(sources))] if names is None else list(names)
+        if names is None:
+            names = [str(i) for i in range(len(sources))]
         check_sources(sources, names)
         self.sources = tuple(sources)
-        self.pools = Pools(pools) if isinstance(pools, int) else pools
-        self.pool_size, self.space = self.pools.size, sources[0].space
+        if isinstance(pools, int):
+            pools = Pools(pools)
+        self.pools = pools
+        self.pool_size = self.pools.size
+        self.space = sources[0].space
         chosen = [labelled_rows(source) for source in sources]
         self._row = torch.cat(chosen)
         self._source = torch.repeat_interleave(torch.tensor([len(rows) for rows in chosen]))
         require_full_pools(len(self._row), self.pool_size, "the union of the labelled rows")
         self._text, self._caption = class_captions(sources, chosen)
         self.target = torch.arange(len(self._row)) % self.pool_size
-        n, anonymous = len(self._row), any(isinstance(source.ids, RowNumbers) for source in sources)
-        self.ids = RowNumbers(n) if anonymous else PrefixedIds(self, names)
+        if any(isinstance(source.ids, RowNumbers) for source in sources):
+            self.ids = RowNumbers(len(self._row))
+        else:
+            self.ids = PrefixedIds(self, names)
 
     def picture_rows(self, index: Tensor) -> Tensor:
         """(B, D) image embeddings, from the sources."""
-        found = self._text.new_empty(len(index), self.space.embed_dim)
+        pictures = self._text.new_empty(len(index), self.space.embed_dim)
         for i, source in enumerate(self.sources):
             here, rows = self._of_source(i, index)
-            found[here] = (
-                source.picture_rows(rows)
-                if isinstance(source, PairSource)
-                else source.image_rows(rows)
-            )
-        return found
+            if isinstance(source, PairSource):
+                pictures[here] = source.picture_rows(rows)
+            else:
+                pictures[here] = source.image_rows(rows)
+        return pictures
 
     def caption_rows(self, index: Tensor) -> Tensor:
         """(B, D) texts of the classes, and captions where the source has some."""
-        found = self._text[self._caption[index]]
+        captions = self._text[self._caption[index]]
         for i, source in enumerate(self.sources):
             if isinstance(source, PairSource):
                 here, rows = self._of_source(i, index)
-                found[here] = source.caption_rows(rows)
-        return found
+                captions[here] = source.caption_rows(rows)
+        return captions
 
     @property
     def identified_by(self) -> tuple[Identity, ...]:
         """What all of its sources know."""
-        first, *others = (source.identified_by for source in self.sources)
-        return tuple(by for by in first if all(by in other for other in others))
+        common = self.sources[0].identified_by
+        for source in self.sources[1:]:
+            common = tuple(by for by in common if by in source.identified_by)
+        return common
 
     def identities(self, by: Identity, rows: NDArray[np.int64] | None = None) -> NDArray[np.uint64]:
-        """Those of the sources; a picture of a class is recognised without its caption, which others share."""
+        """Those of the sources.
+
+        A picture of a class is recognised without its caption, which the class shares.
+        """
         if by == "names":
             return super().identities(by, rows)
-        index = torch.arange(len(self), device="cpu") if rows is None else torch.from_numpy(rows)
-        found = np.empty(len(index), np.uint64)
+        index = self._positions(rows)
+        identities = np.empty(len(index), np.uint64)
         for i, source in enumerate(self.sources):
             here, own = self._of_source(i, index)
-            found[here.numpy()] = source.identities(by, own.numpy())
-        return found
+            identities[here.numpy()] = source.identities(by, own.numpy())
+        return identities
 
     def _picture_hashes(self, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
         hashes = np.empty(len(rows), np.uint64)
@@ -385,7 +429,8 @@ class PrefixedIds(Identifiers):
 
     def __init__(self, rows: PseudoCaptions, names: Sequence[str]) -> None:
         super().__init__(len(rows))
-        self._rows, self._names = rows, names
+        self._rows = rows
+        self._names = names
 
     def _of(self, row: int) -> str:
         source, original = self._rows.origin(row)
@@ -419,89 +464,118 @@ def labelled_rows(source: EmbeddingSource) -> Tensor:
 def class_captions(
     sources: Sequence[EmbeddingSource], chosen: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Texts (sum of K, D) of all classes, and for every chosen row which is its caption; 0 for rows of pairs."""
-    first: dict[str, int] = {}  # by name, the first class that has it
-    class_of = [0]
-    texts, captions = [torch.zeros(1, sources[0].space.embed_dim)], []
+    """Texts (1 + sum of K, D) of all classes, and for every chosen row which is its caption.
+
+    The first text is of none of them: it is that of rows of pairs, which have their own captions.
+    """
+    first_of_name: dict[str, int] = {}
+    text_of_class = [0]  # of every class the row of its text, that of the first of its name
+    texts = [torch.zeros(1, sources[0].space.embed_dim)]
+    classes = []  # of every chosen row the number of its class, from 1 over all sources
     for source, rows in zip(sources, chosen, strict=True):
         if isinstance(source, PairSource):
-            captions.append(torch.zeros(len(rows), dtype=torch.int64))
+            classes.append(torch.zeros(len(rows), dtype=torch.int64))
             continue
-        captions.append(source.target[rows] + len(class_of))
+        n_before = len(text_of_class)
+        classes.append(source.target[rows] + n_before)
         texts.append(source.candidates(rows[:0]).text)
-        own = range(len(class_of), len(class_of) + source.n_candidates)
-        class_of += (
-            own if source.class_names is None else map(first.setdefault, source.class_names, own)
-        )
-    return torch.cat(texts), torch.tensor(class_of)[torch.cat(captions)]
+        numbers = range(n_before, n_before + source.n_candidates)
+        if source.class_names is None:
+            text_of_class += numbers
+            continue
+        for name, number in zip(source.class_names, numbers, strict=True):
+            text_of_class.append(first_of_name.setdefault(name, number))
+    return torch.cat(texts), torch.tensor(text_of_class)[torch.cat(classes)]
 
 
 def first_alike(rows: Tensor, cosine: float | None = None) -> Tensor:
-    """(N,) int64: for every unit-norm row the first that is alike: equal, or of at least that cosine to a first one.
+    """(N,) int64: for every unit-norm row the first that is alike.
 
-    With a cosine rows are taken in order, and one that is near none of the firsts before it is a
-    first itself, so that likeness does not chain. Memory: N times the number of firsts, in blocks.
+    Alike are equal rows or, with a cosine, those of at least that cosine to a first one. With a
+    cosine rows are taken in order, and one that is near none of the firsts before it is a first
+    itself, so that likeness does not chain. Memory: N times the number of firsts, in blocks.
     """
     first = first_equal(rows)
     if cosine is None:
         return first
-    leaders = first.unique()
-    leader_of, kept = torch.arange(len(rows)), leaders[:0]
-    for block in leaders.split(NEAR_ROWS):
-        found = torch.full_like(block, -1)
-        for start in range(0, len(kept), NEAR_ROWS):
-            tile = kept[start : start + NEAR_ROWS]
-            near = (rows[block] @ rows[tile].T >= cosine) & (found < 0)[:, None]
-            found = torch.where(near.any(dim=1), tile[near.byte().argmax(dim=1)], found)
-        old, new = block[found >= 0], block[found < 0]
-        leader_of[old] = found[found >= 0]
+    distinct = first.unique()
+    leader_of = torch.arange(len(rows))
+    leaders = distinct[:0]
+    for block in distinct.split(NEAR_ROWS):
+        leader = _first_near(rows, block, leaders, cosine)
+        is_led = leader >= 0
+        leader_of[block[is_led]] = leader[is_led]
+        # those near no leader so far: the block's own leaders are among them
+        new = block[~is_led]
         leader_of[new] = new[_greedy(rows[new] @ rows[new].T >= cosine)]
-        kept = torch.cat([kept, leader_of[new].unique()])
+        leaders = torch.cat([leaders, leader_of[new].unique()])
     return leader_of[first]
 
 
+def _first_near(rows: Tensor, block: Tensor, leaders: Tensor, cosine: float) -> Tensor:
+    """(B,) the first leader that each row of a block is near; -1 where it is near none."""
+    leader = torch.full_like(block, -1)
+    for start in range(0, len(leaders), NEAR_ROWS):
+        tile = leaders[start : start + NEAR_ROWS]
+        is_open = (leader < 0)[:, None]
+        near = (rows[block] @ rows[tile].T >= cosine) & is_open
+        first_in_tile = tile[near.byte().argmax(dim=1)]  # of equal numbers argmax takes the first
+        leader = torch.where(near.any(dim=1), first_in_tile, leader)
+    return leader
+
+
 def _greedy(near: Tensor) -> Tensor:
-    """(N,) int64: for every row of a symmetric relation (N, N) the first leader it is near, else itself, a leader."""
+    """(N,) int64: for every row of a symmetric relation (N, N) the first leader it is near.
+
+    A row that is near no leader before it is one itself.
+    """
     relation = near.numpy()
     if not len(relation):
         return torch.arange(0)
     np.fill_diagonal(relation, val=True)
-    leader = np.ones(len(relation), dtype=bool)
+    is_leader = np.ones(len(relation), dtype=bool)
     # most rows are near no row before them, and need no look
-    for row in np.flatnonzero(relation.argmax(axis=1) < np.arange(len(relation))):
-        leader[row] = not (relation[row, :row] & leader[:row]).any()
-    relation &= leader
+    first_near = relation.argmax(axis=1)
+    for row in np.flatnonzero(first_near < np.arange(len(relation))):
+        is_led = (relation[row, :row] & is_leader[:row]).any()
+        is_leader[row] = not is_led
+    relation &= is_leader  # of each row the leaders are left, so that the first is one
     return torch.from_numpy(relation.argmax(axis=1))
 
 
 def hard_order(rows: Tensor, pool_size: int, generator: torch.Generator) -> Tensor:
-    """(N,) an order in which each ``pool_size`` consecutive rows are alike: hard negatives of one another.
+    """(N,) an order in which each ``pool_size`` consecutive rows are alike: hard negatives.
 
     The rows are halved, at a multiple of the pool size, by their projection on the direction
     between two of them that are far apart, and the halves again: N D log(N / pool_size) operations,
     no matrix of similarities. N is a multiple of the pool size, else the last pool is short; the
     generator chooses the row that a direction starts from.
     """
-    pending, done = [torch.arange(len(rows))], []
+    pending = [torch.arange(len(rows))]
+    pools = []
     while pending:
         part = pending.pop()
         if len(part) <= pool_size:
-            done.append(part)
+            pools.append(part)
             continue
         block = rows[part]
         start = int(torch.randint(len(part), (1,), generator=generator))
+        # the row farthest from any row, and the one farthest from that, are far apart
         far = int((block @ block[start]).argmin())
         farther = int((block @ block[far]).argmin())
         along = (block @ (block[far] - block[farther])).argsort(stable=True)
-        middle = max(len(part) // pool_size // 2, 1) * pool_size
-        pending += [part[along[middle:]], part[along[:middle]]]
-    return torch.cat(done)
+        n_pools = len(part) // pool_size
+        middle = max(n_pools // 2, 1) * pool_size
+        # the last of the list is taken next: the first half
+        pending.append(part[along[middle:]])
+        pending.append(part[along[:middle]])
+    return torch.cat(pools)
 
 
 def require_full_pools(n_rows: int, pool_size: int, what: str) -> None:
     """Refuse pairs that do not fill one pool."""
     if n_rows < pool_size:
         raise DataError(
-            f"{what} has {n_rows} usable pairs, and a pool has {pool_size}: its size is the number of candidates, "
-            "so it is never cut short. Give more pairs or a smaller --pool-size."
+            f"{what} has {n_rows} usable pairs, and a pool has {pool_size}: its size is the number "
+            "of candidates, so it is never cut short. Give more pairs or a smaller --pool-size."
         )

@@ -42,8 +42,10 @@ class Rows:
     @property
     def outside(self) -> Tensor:
         """(E,) int64 ``examples``, the usable ones."""
+        if self.examples is not None:
+            return self.examples
         usable = self.source.usable_rows
-        return usable[self.source.outside[usable]] if self.examples is None else self.examples
+        return usable[self.source.outside[usable]]
 
     def pictures(self) -> tuple[Tensor, Tensor]:
         """Places and numbers of pictures.
@@ -56,24 +58,28 @@ class Rows:
         return torch.from_numpy(first), torch.from_numpy(picture)
 
     def batches(self, size: int) -> Iterator[Batch]:
-        """The rows in order, in batches whose logits fit into memory (``EmbeddingSource.batches``)."""
-        return map(
-            self._with_answers, self.source.batches(size, rows=self.index, columns=self.columns)
-        )
+        """The rows in order, in batches whose logits fit into memory.
+
+        See ``EmbeddingSource.batches``.
+        """
+        batches = self.source.batches(size, rows=self.index, columns=self.columns)
+        return map(self._with_answers, batches)
 
     def steps(
         self, size: int, generator: torch.Generator | None = None, first: int = 0
     ) -> Iterator[Batch]:
-        """Batches of one training step each, in order or, with a generator, shuffled; from step ``first`` on."""
-        order = self.index if generator is None else self.source.shuffled(self.index, generator)
-        done = first * (self.source.pool_size or size)
-        return map(
-            self._with_answers, self.source.steps(size, rows=order[done:], columns=self.columns)
-        )
+        """Batches of one training step each, from step ``first`` on.
+
+        They are in order; with a generator they are shuffled.
+        """
+        order = self.index
+        if generator is not None:
+            order = self.source.shuffled(self.index, generator)
+        n_done = first * (self.source.pool_size or size)
+        steps = self.source.steps(size, rows=order[n_done:], columns=self.columns)
+        return map(self._with_answers, steps)
 
     def _with_answers(self, batch: Batch) -> Batch:
-        return (
-            batch
-            if self.answers is None
-            else batch.answered(ZeroShot(*(part[batch.index] for part in self.answers)))
-        )
+        if self.answers is None:
+            return batch
+        return batch.answered(self.answers.at(batch.index))

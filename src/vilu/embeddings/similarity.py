@@ -1,4 +1,4 @@
-"""Zero-shot answers without the matrix of all similarities: tiles in float32 with a running maximum.
+"""Zero-shot answers without the matrix of all similarities: float32 tiles with a running maximum.
 
 Shapes: B images, K candidate texts, D embedding width.
 """
@@ -15,27 +15,31 @@ import torch
 from torch import Tensor
 
 MAX_CELLS = 2**24
-"""Logits that a batch may have:
+"""Logits that a batch may have.
 
-64 MiB in float32, and methods that look at them need several times that in float64.
+They take 64 MiB in float32, and methods that look at them several times that in float64.
 """
 
 TILE_CELLS = 2**22
-"""Similarities held at a time where nobody asked for them:
+"""Similarities held at a time where nobody asked for them.
 
-16 MiB, and what is read twice is still in the cache.
+They take 16 MiB, and what is read twice is still in the cache.
 """
 
 TILE_ROWS = 1_024
-"""Rows of a tile of many candidates: a product of a nearly square tile is half as fast again as one of a long one."""
+"""Rows of a tile of many candidates.
+
+The product of a nearly square tile is half as fast again as that of a long one.
+"""
 
 CACHED_CELLS = 2**20
-"""Logits of a batch of which nothing else is looked at:
+"""Logits of a batch of which nothing else is looked at.
 
-4 MiB, and what is made of them stays near the processor.
+They take 4 MiB, and what is made of them stays near the processor.
 """
 
 KEY_COLUMNS = 8
+"""Columns of a row that its key is made of."""
 
 
 class ZeroShot(NamedTuple):
@@ -50,11 +54,23 @@ class ZeroShot(NamedTuple):
         """(B,) max_j p_j of the zero-shot posterior (MCM's confidence)."""
         return (self.max_logit - self.log_norm).exp()
 
+    def at(self, rows: slice | Tensor) -> ZeroShot:
+        """The same of some rows, by a slice or their places."""
+        return ZeroShot(self.prediction[rows], self.max_logit[rows], self.log_norm[rows])
+
+    def to(self, device: torch.device | str) -> ZeroShot:
+        """The same on another device."""
+        return ZeroShot(
+            self.prediction.to(device), self.max_logit.to(device), self.log_norm.to(device)
+        )
+
 
 def zero_shot(
     image: Tensor, text: Tensor, first: Tensor, logit_scale: float, logit_bias: float = 0.0
 ) -> ZeroShot:
-    """Answer, largest logit and log-normaliser of logit_scale * image . text + logit_bias, tile by tile, in float32.
+    """Answer, largest logit and log-normaliser of logit_scale * image . text + logit_bias.
+
+    They are computed tile by tile, in float32.
 
     Memory above the input (B, D), (K, D) and the result is a tile of ``TILE_CELLS`` numbers at
     most. ``first`` (K,) is of ``first_equal``: a matrix product may round the same sum differently
@@ -63,11 +79,13 @@ def zero_shot(
     """
     if not len(text):
         raise ValueError("there is no candidate")
-    rows = min(max(cached_rows(len(text)), min(TILE_ROWS, len(text) // 4)), TILE_CELLS)
+    square_rows = min(TILE_ROWS, len(text) // 4)  # with few candidates a tile is no square
+    rows = min(max(cached_rows(len(text)), square_rows), TILE_CELLS)
     columns = min(len(text), TILE_CELLS // rows)
     with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
         parts = [
-            _rows(block, text, logit_scale, logit_bias, columns) for block in image.split(rows)
+            _over_tiles(block, text, logit_scale, logit_bias, columns)
+            for block in image.split(rows)
         ]
     place, largest, norm = (torch.cat(part) for part in zip(*parts, strict=True))
     return ZeroShot(first[place], largest, norm)
@@ -83,7 +101,7 @@ class Others:
     """
 
     logits: Tensor  # (B, K)
-    given: Tensor | None  # (B, 1) int64 answers; None: the first of the largest logits
+    chosen: Tensor | None  # (B, 1) int64 answers; None: the first of the largest logits
     own: Tensor  # (B,) the answer's logit
     reference: Tensor  # (B, 1) r
     weight: Tensor  # (B, K) e_j; of the answer 0
@@ -93,57 +111,37 @@ class Others:
     @classmethod
     def of(cls, logits: Tensor, answer: Tensor | None = None, temperature: float = 1.0) -> Others:
         """Those beside the answers (B, 1), by default the first of the largest logits."""
-
-        def weights(logits: Tensor, reference: Tensor) -> Tensor:
-            weight = logits - reference
-            return weight.exp_() if temperature == 1 else weight.div_(temperature).exp_()
-
-        def beside(logits: Tensor, place: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-            weight = weights(logits, reference).scatter_(1, place, 0.0)
-            return weight, weight.sum(dim=1)
-
-        def second(logits: Tensor, place: Tensor) -> Tensor:
-            return logits.scatter(1, place, NEGLIGIBLE).amax(dim=1, keepdim=True)
-
-        def places(logits: Tensor, answer: Tensor | None) -> Tensor:
-            return first_largest(logits)[0] if answer is None else answer
-
         largest = logits.amax(dim=1, keepdim=True)
-        own = (largest if answer is None else logits.gather(1, answer)).squeeze(1)
-        if torch.compiler.is_exporting():
-            place = places(logits, answer)
-            reference = second(logits, place)
-            return cls(
-                logits, answer, own, reference, *beside(logits, place, reference), temperature
-            )
-        if answer is None and not logits.requires_grad and logits.shape[1] <= CACHED_CELLS // 16:
-            # the largest weighs 1 and has no fraction, so that its place need not be known
-            weight = weights(logits, largest)
-            whole = weight.sum(dim=1)
-            total = weight.frac_().sum(dim=1)
-            unsure = (total < VANISHING) | (whole - total > TIED)
-        else:
-            weight, total = beside(logits, places(logits, answer), largest)
-            unsure = total < VANISHING
-        rows = unsure.nonzero().squeeze(1)
+        own = largest.squeeze(1)
+        if answer is not None:
+            own = logits.gather(1, answer).squeeze(1)
+        if torch.compiler.is_exporting():  # a graph cannot choose rows by their values
+            place = _places(logits, answer)
+            reference = _largest_beside(logits, place)
+            weight, total = _beside(logits, place, reference, temperature)
+            return cls(logits, answer, own, reference, weight, total, temperature)
+        weight, total, unsure = _under_largest(logits, answer, largest, temperature)
         reference = largest
+        rows = unsure.nonzero().squeeze(1)
         if len(rows):  # row by row: what a row is worth does not depend on those beside it
-            few, among = logits[rows], largest[rows]
-            place = places(few, None if answer is None else answer[rows])
-            vanishing = beside(few, place, among)[1] < VANISHING
-            among = torch.where(vanishing[:, None], second(few, place), among)
-            few_weights, few_totals = beside(few, place, among)
-            reference = largest.index_copy(0, rows, among)
-            weight, total = (
-                weight.index_copy_(0, rows, few_weights),
-                total.index_copy_(0, rows, few_totals),
-            )
+            few = logits[rows]
+            few_largest = largest[rows]
+            place = _places(few, None if answer is None else answer[rows])
+            _, few_totals = _beside(few, place, few_largest, temperature)
+            # where the sum vanishes under the largest logit, it is taken under the second
+            vanishes = few_totals < VANISHING
+            second = _largest_beside(few, place)
+            few_references = torch.where(vanishes[:, None], second, few_largest)
+            few_weights, few_totals = _beside(few, place, few_references, temperature)
+            reference = largest.index_copy(0, rows, few_references)
+            weight.index_copy_(0, rows, few_weights)
+            total.index_copy_(0, rows, few_totals)
         return cls(logits, answer, own, reference, weight, total, temperature)
 
     @cached_property
     def answer(self) -> Tensor:
         """(B, 1) int64 places of the answers."""
-        return first_largest(self.logits)[0] if self.given is None else self.given
+        return _places(self.logits, self.chosen)
 
     @cached_property
     def gap(self) -> Tensor:
@@ -166,9 +164,63 @@ class Others:
         return self.odds / (1 + self.odds)
 
     def zero_shot(self, first: Tensor) -> ZeroShot:
-        """What the logits say, where the answers are the largest; ``first`` as from ``first_equal``."""
+        """What the logits say, where the answers are the largest.
+
+        ``first`` is as from ``first_equal``.
+        """
+        # log sum_j exp(l_j) = l_answer + log(1 + odds of the others): no small odds are lost
         log_norm = self.own + torch.log1p(self.odds).to(self.own)
         return ZeroShot(first[self.answer.squeeze(1)], self.own, log_norm)
+
+
+def _under_largest(
+    logits: Tensor, answer: Tensor | None, largest: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights (B, K) and sums (B,) with the largest logit as reference; (B,) bool where they fail.
+
+    They fail where the sum vanishes, or another logit may be as large.
+    """
+    is_cached = logits.shape[1] <= CACHED_CELLS // 16
+    if answer is None and is_cached and not logits.requires_grad:
+        # The largest logit weighs exactly 1, all below it a fraction: the fractions alone are the
+        # weights of the others, and the place of the largest need not be known. A second one as
+        # large has no fraction either; it shows in the sum of all weights.
+        weight = _weights(logits, largest, temperature)
+        whole = weight.sum(dim=1)
+        total = weight.frac_().sum(dim=1)
+        has_tie = whole - total > TIED
+        return weight, total, (total < VANISHING) | has_tie
+    weight, total = _beside(logits, _places(logits, answer), largest, temperature)
+    return weight, total, total < VANISHING
+
+
+def _places(logits: Tensor, answer: Tensor | None) -> Tensor:
+    """(B, 1) the answers, by default the first of the largest logits."""
+    if answer is not None:
+        return answer
+    place, _ = first_largest(logits)
+    return place
+
+
+def _largest_beside(logits: Tensor, place: Tensor) -> Tensor:
+    """(B, 1) the largest logit beside the answers."""
+    return logits.scatter(1, place, NEGLIGIBLE).amax(dim=1, keepdim=True)
+
+
+def _weights(logits: Tensor, reference: Tensor, temperature: float) -> Tensor:
+    """(B, K) exp((l - r) / temperature), in one tensor."""
+    weight = logits - reference
+    if temperature != 1:
+        weight = weight.div_(temperature)
+    return weight.exp_()
+
+
+def _beside(
+    logits: Tensor, place: Tensor, reference: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Weights (B, K), of the answers 0, and their sums (B,)."""
+    weight = _weights(logits, reference, temperature).scatter_(1, place, 0.0)
+    return weight, weight.sum(dim=1)
 
 
 def first_largest(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,68 +229,84 @@ def first_largest(logits: Tensor) -> tuple[Tensor, Tensor]:
     Where it is there once, its place is the product of what equals it, zeros and ones, with 0 ... K
     - 1, exact in float32; of long rows near the processor that takes half the time of ``argmax``.
     """
-    n = logits.shape[1]
-    plain = (logits.dtype, logits.device.type, logits.requires_grad) == (
-        torch.float32,
-        "cpu",
-        False,
-    )
-    if (
-        plain
-        and n >= SHORT
-        and logits.numel() <= 2 * CACHED_CELLS
-        and not torch.compiler.is_exporting()
-    ):
+    if _has_fast_place(logits):
+        n = logits.shape[1]
         largest = logits.amax(dim=1, keepdim=True)
         equal = torch.eq(logits, largest, out=torch.empty_like(logits))
         place = (equal @ torch.arange(n, dtype=torch.float32)).long().clamp_(0, n - 1)[:, None]
-        # the second: products may have been allowed fewer bits
-        if bool((equal.sum(dim=1) == 1).all()) and bool(equal.gather(1, place).all()):
+        # with two largest the product is the sum of their places
+        is_single = bool((equal.sum(dim=1) == 1).all())
+        # and a product that was allowed fewer bits may miss the place
+        if is_single and bool(equal.gather(1, place).all()):
             return place, largest
     # not torch.max(dim): of equal values it documents no order
     first = logits.argmax(dim=1, keepdim=True)
     return first, logits.gather(1, first)
 
 
+def _has_fast_place(logits: Tensor) -> bool:
+    """Whether a product finds the place of the largest faster: in long rows near the processor."""
+    if torch.compiler.is_exporting() or logits.requires_grad:
+        return False
+    is_plain = logits.dtype == torch.float32 and logits.device.type == "cpu"
+    is_cached = logits.numel() <= 2 * CACHED_CELLS
+    return is_plain and is_cached and logits.shape[1] >= SHORT
+
+
 SHORT = 64
+"""Candidates from which on ``first_largest`` takes a product."""
 
 TIED = 1.5
 """The largest weighs 1 of all weights; so much more is another one that weighs 1."""
 
 VANISHING = 1e-14
-"""Below it all others are more than 32 under the reference, where a float32 difference is off by 2e-6 and more."""
+"""Below it all others are more than 32 under the reference.
+
+There a float32 difference is off by 2e-6 and more.
+"""
 
 NEGLIGIBLE = torch.finfo(torch.float32).min / 2
 """A logit below all others."""
 
 
 def first_equal(rows: Tensor) -> Tensor:
-    """(N,) int64: for every row (N, D) float32 the first that equals it; as by ``torch.unique``, but fast."""
-    # only rows of equal keys are compared in full
+    """(N,) int64: for every row (N, D) float32 the first that equals it.
+
+    It is what ``torch.unique`` of the rows finds, but fast: a sort of whole rows costs most, so
+    only rows whose keys meet are sorted.
+    """
     _, group, count = torch.unique(row_keys(rows), return_inverse=True, return_counts=True)
     unsure = (count[group] > 1).nonzero().squeeze(1)
     first = torch.arange(len(rows), device=rows.device)
     if len(unsure):
         _, same = torch.unique(rows[unsure], dim=0, return_inverse=True)
-        first[unsure] = torch.full_like(unsure, len(rows)).scatter_reduce(0, same, unsure, "amin")[
-            same
-        ]
+        # the lowest position of each group of equal rows, then back to each row of the group
+        beyond = torch.full_like(unsure, len(rows))
+        lowest = beyond.scatter_reduce(0, same, unsure, "amin")
+        first[unsure] = lowest[same]
     return first
 
 
 def row_keys(rows: Tensor) -> Tensor:
     """(N,) int64 made of a few columns of (N, D) float32: equal rows have equal ones."""
-    bits = (rows[:, :KEY_COLUMNS] + 0.0).contiguous().view(torch.int32).long()  # + 0: -0 equals 0
-    return (bits * 31 ** torch.arange(bits.shape[1], device=rows.device)).sum(dim=1)
+    columns = (rows[:, :KEY_COLUMNS] + 0.0).contiguous()  # + 0: -0 equals 0
+    bits = columns.view(torch.int32).long()
+    # a polynomial in 31: equal numbers at other places make another key
+    powers = 31 ** torch.arange(bits.shape[1], device=rows.device)
+    return (bits * powers).sum(dim=1)
 
 
 def rows_at(rows: Tensor, index: Tensor) -> Tensor:
-    """The rows (B, ...) at the positions ``index`` (B,) of rows (N, ...): a view where they follow one another."""
+    """The rows (B, ...) at the positions ``index`` (B,) of rows (N, ...).
+
+    Where they follow one another it is a view.
+    """
     n = len(index)
     if not n or int(index.min()) < 0:
         return rows[index]
     start = int(index[0])
-    if int(index[-1]) - start == n - 1 and bool((index.diff() == 1).all()):
+    spans_n = int(index[-1]) - start == n - 1  # seen at once, before all are looked at
+    if spans_n and bool((index.diff() == 1).all()):
         return rows[start : start + n]
     return rows.index_select(0, index)  # takes a third of the time of rows[index]
 
@@ -249,28 +317,33 @@ def cached_rows(n_candidates: int) -> int:
 
 
 def row_blocks(n_rows: int, n_candidates: int, size: int) -> Iterator[slice]:
-    """Slices of at most ``size`` rows whose similarities with all candidates fit into ``MAX_CELLS``."""
+    """Slices of at most ``size`` rows whose logits of all candidates fit into ``MAX_CELLS``."""
     step = max(min(size, MAX_CELLS // max(n_candidates, 1)), 1)
     for start in range(0, n_rows, step):
         yield slice(start, min(start + step, n_rows))
 
 
 def nearest(rows: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest cosine (N,) of every row (N, D) with the known ones (M, D), and which it is (N,), in bounded memory."""
+    """Largest cosine (N,) of every row (N, D) with the known ones (M, D), and which it is (N,).
+
+    Memory is bounded.
+    """
     if torch.compiler.is_exporting():  # a graph's numbers of rows are open
         cosine, place = (rows @ known.T).max(dim=1)
         return cosine, place
     if torch.equal(rows, known):  # as a rule: the candidates of the fit
         return torch.ones_like(rows[:, 0]), torch.arange(len(rows), device=rows.device)
-    blocks = [
-        (rows[block] @ known.T).max(dim=1) for block in row_blocks(len(rows), len(known), len(rows))
-    ]
-    return torch.cat([block.values for block in blocks]), torch.cat(
-        [block.indices for block in blocks]
-    )
+    cosines = []
+    places = []
+    for block in row_blocks(len(rows), len(known), len(rows)):
+        cosine, place = (rows[block] @ known.T).max(dim=1)
+        cosines.append(cosine)
+        places.append(place)
+    return torch.cat(cosines), torch.cat(places)
 
 
-def _rows(image: Tensor, text: Tensor, scale: float, bias: float, columns: int) -> ZeroShot:
+def _over_tiles(image: Tensor, text: Tensor, scale: float, bias: float, columns: int) -> ZeroShot:
+    """Of some rows and all candidates, of which a tile takes so many ``columns``."""
     tiles = (
         _of_tile((image @ part.T).mul_(scale).add_(bias), number * columns)
         for number, part in enumerate(text.split(columns))
@@ -281,8 +354,10 @@ def _rows(image: Tensor, text: Tensor, scale: float, bias: float, columns: int) 
 def _of_tile(logits: Tensor, first: int) -> ZeroShot:
     """Of the candidates ``first`` and following, in the memory of their logits."""
     place, largest = first_largest(logits)
-    norm = logits.sub_(largest).exp_().sum(dim=1).log_()
-    return ZeroShot(place.squeeze(1) + first, largest.squeeze(1), norm + largest.squeeze(1))
+    # less the largest, no exponential overflows and one of them is 1
+    log_sum = logits.sub_(largest).exp_().sum(dim=1).log_()
+    largest = largest.squeeze(1)
+    return ZeroShot(place.squeeze(1) + first, largest, log_sum + largest)
 
 
 def _merge(left: ZeroShot, right: ZeroShot) -> ZeroShot:
@@ -297,4 +372,6 @@ def _merge(left: ZeroShot, right: ZeroShot) -> ZeroShot:
 
 def float64(tensor: Tensor) -> Tensor:
     """The tensor in float64, on the CPU where its device has none."""
-    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+    if tensor.device.type == "mps":
+        tensor = tensor.cpu()
+    return tensor.double()

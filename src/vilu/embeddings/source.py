@@ -6,7 +6,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from itertools import compress
 from typing import ClassVar, NoReturn, TypeVar
 
@@ -36,7 +36,7 @@ HASHED_ROWS = 2**14  # rows whose embeddings are hashed together
 SAME_TEXT = 0.999
 
 logger = logging.getLogger(__name__)
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -94,10 +94,12 @@ class Batch:
 
     @cached_property
     def logits(self) -> Tensor:
-        """(B, K) float32 zero-shot logits: logit_scale * cosine + logit_bias, never under autocast."""
+        """(B, K) float32 logits: logit_scale * cosine + logit_bias, never under autocast."""
         with torch.autocast(self.image.device.type, enabled=False):
-            scaled = (self.image @ self.text.T).mul_(self.logit_scale)
-            return scaled.add_(self.logit_bias) if self.logit_bias else scaled
+            logits = (self.image @ self.text.T).mul_(self.logit_scale)
+            if self.logit_bias:
+                logits.add_(self.logit_bias)
+            return logits
 
     @cached_property
     def zero_shot(self) -> ZeroShot:
@@ -123,37 +125,46 @@ class Batch:
 
     @cached_property
     def failure(self) -> Tensor:
-        """(B,) int64: 1 where the answer is wrong, 0 where it is right, -1 where that is unknown."""
-        answer, right = self.prediction, self.target.clamp(min=0)
+        """(B,) int64: 1 where the answer is wrong, 0 where it is right, -1 where it is unknown."""
+        answer = self.prediction
+        right = self.target.clamp(min=0)
         if self.same is not None:
-            answer, right = self.same[answer], self.same[right]
+            answer = self.same[answer]
+            right = self.same[right]
         failure = torch.where(self.target != UNKNOWN, (answer != right).long(), UNKNOWN)
-        return failure if self.outside is None else failure.masked_fill(self.outside, 1)
+        if self.outside is None:
+            return failure
+        return failure.masked_fill(self.outside, 1)
 
     @property
     def target_log_probability(self) -> Tensor:
-        """(B,) float32 log p_y of the target under the zero-shot posterior; -inf where it is none of the candidates.
+        """(B,) float32 log p_y of the target under the zero-shot posterior.
 
-        Of a row whose target is not known it is that of candidate 0.
+        It is -inf where the row is of none of the candidates, and that of candidate 0 where the
+        target is not known.
         """
-        known = self._target_log_probability()
-        return known if self.outside is None else known.masked_fill(self.outside, -torch.inf)
+        log_probability = self._target_log_probability()
+        if self.outside is None:
+            return log_probability
+        return log_probability.masked_fill(self.outside, -torch.inf)
 
     def _target_log_probability(self) -> Tensor:
         target = self.target.clamp(min=0)
         with torch.autocast(self.image.device.type, enabled=False):
             if self.same is not None:
-                parts = [
-                    self.rows(part) for part in row_blocks(len(target), len(self.text), len(target))
-                ]
-                return torch.cat(
-                    [part.log_probability(part.logits, part.target.clamp(min=0)) for part in parts]
-                )
+                parts = []
+                for block in row_blocks(len(target), len(self.text), len(target)):
+                    part = self.rows(block)
+                    parts.append(part.log_probability(part.logits, target[block]))
+                return torch.cat(parts)
+            # each target is one candidate: one product a row, and no matrix of logits
             cosine = (self.image * self.text[target]).sum(dim=1)
             return cosine * self.logit_scale + self.logit_bias - self.zero_shot.log_norm
 
     def log_probability(self, logits: Tensor, answer: Tensor) -> Tensor:
-        """(B,) log of the mass that softmax(logits (B, K)) gives to the answer (B,): to all that are the same.
+        """(B,) log of the mass that softmax(logits (B, K)) gives to the answer (B,).
+
+        It is the mass of all candidates that are the same answer.
 
         Examples:
             >>> import torch, vilu
@@ -161,17 +172,15 @@ class Batch:
             >>> batch = vilu.Batch(
             ...     image, text, torch.tensor([0]), torch.arange(1), logit_scale=10.0
             ... )
-            >>> round(
-            ...     batch.log_probability(batch.logits, batch.prediction).exp().item(), 4
-            ... )  # 1 / (1 + exp(6 - 8))
+            >>> mass = batch.log_probability(batch.logits, batch.prediction).exp()
+            >>> round(mass.item(), 4)  # 1 / (1 + exp(6 - 8))
             0.8808
         """
         answer = answer.to(logits.device)
         if self.same is None:
             return logits.gather(1, answer[:, None]).squeeze(1) - logits.logsumexp(dim=1)
-        return logits.masked_fill(~self.alike(answer), -torch.inf).logsumexp(
-            dim=1
-        ) - logits.logsumexp(dim=1)
+        alike = logits.masked_fill(~self.alike(answer), -torch.inf)
+        return alike.logsumexp(dim=1) - logits.logsumexp(dim=1)
 
     def alike(self, answer: Tensor) -> Tensor:
         """(B, K) bool, which candidates are the same answer as the candidate ``answer`` (B,).
@@ -185,38 +194,44 @@ class Batch:
             >>> batch.alike(torch.tensor([1, 2])).int().tolist()
             [[1, 1, 0], [0, 0, 1]]
         """
-        same = (
-            torch.arange(len(self.text), device=answer.device)
-            if self.same is None
-            else self.same.to(answer.device)
-        )
+        if self.same is None:
+            same = torch.arange(len(self.text), device=answer.device)
+        else:
+            same = self.same.to(answer.device)
         return same == same[answer][:, None]
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         if self.image.device == torch.device(device):
             return self
-        tensors = {
-            name: getattr(self, name)
-            for name in ("image", "text", "target", "index", "same", "outside")
-        }
-        moved = {name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None}
+        moved = {}
+        for name in ("image", "text", "target", "index", "same", "outside"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                moved[name] = tensor.to(device)
         columns = {name: tensor.to(device) for name, tensor in self.columns.items()}
-        return self._taken(
-            replace(self, **moved, columns=columns), lambda answers: answers.to(device)
-        )
+        batch = replace(self, **moved, columns=columns)
+        if self._has_answers:
+            batch.answered(self.zero_shot.to(device))
+        return batch
 
     def rows(self, part: slice | Tensor) -> Batch:
         """Some of the rows, by a slice or their places, against all candidates."""
-        columns = {
-            name: rows[part] if name in IMAGE_COLUMNS else rows
-            for name, rows in self.columns.items()
-        }
-        own = {name: getattr(self, name)[part] for name in ("image", "target", "index")}
-        outside = None if self.outside is None else self.outside[part]
-        return self._taken(
-            replace(self, **own, columns=columns, outside=outside), lambda answers: answers[part]
+        columns = dict(self.columns)
+        for name in columns:
+            if name in IMAGE_COLUMNS:
+                columns[name] = columns[name][part]
+        batch = replace(
+            self,
+            image=self.image[part],
+            target=self.target[part],
+            index=self.index[part],
+            columns=columns,
+            outside=None if self.outside is None else self.outside[part],
         )
+        if self._has_answers:
+            batch.answered(self.zero_shot.at(part))
+        return batch
 
     def by_pool(self) -> Iterator[tuple[slice, Batch]]:
         """Its rows by the candidates that they have in common: all of them."""
@@ -227,18 +242,19 @@ class Batch:
         self.__dict__["zero_shot"] = answers
         return self
 
-    def _taken(self, taken: Batch, take: Callable[[Tensor], Tensor]) -> Batch:
-        """What was taken of this batch, with its answers, where they were computed."""
-        computed = "zero_shot" in self.__dict__
-        return taken.answered(ZeroShot(*map(take, self.zero_shot))) if computed else taken
+    @property
+    def _has_answers(self) -> bool:
+        """Whether the zero-shot answers were computed already."""
+        return "zero_shot" in self.__dict__
 
 
 @dataclass(frozen=True)
 class PooledBatch(Batch):
-    """Several pools of one size, one after another: ``text`` is (P, K, D), and a target counts those of its own pool.
+    """Several pools of one size, one after another.
 
-    For those who look at logits alone, which are bit by bit those of the pools one at a time. No
-    two candidates of a pool are equal.
+    ``text`` is (P, K, D), and a target counts the candidates of its own pool. For those who look at
+    logits alone, which are bit by bit those of the pools one at a time. No two candidates of a pool
+    are equal.
     """
 
     @cached_property
@@ -246,13 +262,15 @@ class PooledBatch(Batch):
         """(B, K) float32 zero-shot logits, of every row with its own pool."""
         size = self.text.shape[1]
         with torch.autocast(self.image.device.type, enabled=False):
-            found = self.image.new_empty(len(self.image), size)
-            for image, text, out in zip(
-                self.image.split(size), self.text, found.split(size), strict=True
-            ):
+            logits = self.image.new_empty(len(self.image), size)
+            pools = zip(self.image.split(size), self.text, logits.split(size), strict=True)
+            # one product a pool: a batched one may round otherwise than a pool by itself
+            for image, text, out in pools:
                 torch.mm(image, text.T, out=out)
-            found.mul_(self.logit_scale)
-            return found.add_(self.logit_bias) if self.logit_bias else found
+            logits.mul_(self.logit_scale)
+            if self.logit_bias:
+                logits.add_(self.logit_bias)
+            return logits
 
     @cached_property
     def zero_shot(self) -> ZeroShot:
@@ -260,27 +278,26 @@ class PooledBatch(Batch):
         return self.others.zero_shot(torch.arange(self.text.shape[1], device=self.text.device))
 
     def _target_log_probability(self) -> Tensor:
-        return (
-            self.logits.gather(1, self.target.clamp(min=0)[:, None]).squeeze(1)
-            - self.zero_shot.log_norm
-        )
+        target = self.target.clamp(min=0)
+        target_logit = self.logits.gather(1, target[:, None]).squeeze(1)
+        return target_logit - self.zero_shot.log_norm
 
     def by_pool(self) -> Iterator[tuple[slice, Batch]]:
         """The pools, with their answers."""
         size = self.text.shape[1]
         for number, text in enumerate(self.text):
             part = slice(number * size, (number + 1) * size)
-            own = {name: getattr(self, name)[part] for name in ("image", "target", "index")}
-            outside = None if self.outside is None else self.outside[part]
             pool = Batch(
-                **own,
+                image=self.image[part],
                 text=text,
+                target=self.target[part],
+                index=self.index[part],
                 logit_scale=self.logit_scale,
                 logit_bias=self.logit_bias,
-                outside=outside,
+                outside=None if self.outside is None else self.outside[part],
             )
-            if "zero_shot" in self.__dict__:
-                pool = pool.answered(ZeroShot(*(answers[part] for answers in self.zero_shot)))
+            if self._has_answers:
+                pool.answered(self.zero_shot.at(part))
             yield part, pool
 
 
@@ -314,7 +331,8 @@ class EmbeddingSource(ABC):
     """
 
     how: ClassVar[str] = (
-        "embeddings (vilu.Embeddings(image, text, target) of arrays, vilu.open_source(path) of a store)"
+        "embeddings (vilu.Embeddings(image, text, target) of arrays, "
+        "vilu.open_source(path) of a store)"
     )
 
     space: EmbeddingSpace
@@ -329,34 +347,31 @@ class EmbeddingSource(ABC):
     _columns: Mapping[str, Tensor] = {}  # those in memory
 
     def _merge_same(self) -> Tensor | None:
-        """Make one candidate of classes with the same text; (K,) int64 given classes that stay, None for all."""
-        kept: Tensor
-        kept, candidate = first_same(self.text, self.class_names).unique(return_inverse=True)
-        if len(kept) == len(candidate):
+        """Make one candidate of classes with the same text.
+
+        Returns (K,) int64, the classes that stay; None if all do.
+        """
+        first = first_same(self.text, self.class_names)
+        distinct: Tensor
+        distinct, candidate = first.unique(return_inverse=True)
+        if len(distinct) == len(candidate):
             return None
-        gone = torch.ones_like(candidate).index_fill(0, kept, 0).nonzero().squeeze(1).tolist()
         names = self.class_names or tuple(f"class {i}" for i in range(len(candidate)))
-        pairs = [
-            f"{names[i]!r} ({i}) is {names[kept[candidate[i]]]!r} ({int(kept[candidate[i]])})"
-            for i in gone[:5]
-        ]
-        more = f" and {len(gone) - 5} more" if len(gone) > 5 else ""
-        say_once(
-            f"{len(gone)} of {len(candidate)} classes have the text of an earlier one: {', '.join(pairs)}{more}. Equal "
-            f"candidates are one answer, so there are {len(kept)}, numbered anew."
-        )
-        self.candidate_of, self.text = candidate, self.text[kept]
+        say_once(_merge_message(names, first.tolist()))
+        self.candidate_of = candidate
+        self.text = self.text[distinct]
         self.target = torch.where(self.target == UNKNOWN, UNKNOWN, candidate[self.target])
-        self.class_names = self.class_names and tuple(names[i] for i in kept.tolist())
-        return kept
+        if self.class_names:
+            self.class_names = tuple(names[i] for i in distinct.tolist())
+        return distinct
 
     def __len__(self) -> int:
         return len(self.target)
 
     def __array__(self, *_: object, **_more: object) -> NoReturn:
         raise UsageError(
-            "a source of embeddings is no array, so what takes arrays, as scikit-learn's cross-validation does, cannot "
-            "take it. Take rows of it: data.take(rows)."
+            "a source of embeddings is no array, so what takes arrays, as scikit-learn's "
+            "cross-validation does, cannot take it. Take rows of it: data.take(rows)."
         )
 
     @property
@@ -369,50 +384,65 @@ class EmbeddingSource(ABC):
         """(B, D) float32 image embeddings of the rows ``index`` (int64)."""
 
     def candidates(self, index: Tensor) -> Candidates:
-        """Candidates of the rows ``index``: the same for all; with in-batch candidates these rows are the pool."""
+        """Candidates of the rows ``index``: the same for all, or in a pool those of these rows."""
         return Candidates(self.text, self.target[index])
 
     def column(self, name: str, index: Tensor) -> Tensor:
-        """Float32 column ``name`` of the rows ``index``: of their images, of candidates, or of the model.
+        """Float32 column ``name`` of the rows ``index``, of candidates, or of the model.
 
         Examples:
             >>> import numpy as np, torch, vilu
-            >>> views = np.stack(
-            ...     [np.eye(2), np.eye(2)[::-1]], axis=1
-            ... )  # two augmented views of each image
+            >>> # two augmented views of each image
+            >>> views = np.stack([np.eye(2), np.eye(2)[::-1]], axis=1)
             >>> data = vilu.Embeddings(np.eye(2), np.eye(2), columns={"views": views})
             >>> data.column("views", torch.tensor([1])).tolist()
             [[[0.0, 1.0], [1.0, 0.0]]]
         """
         if name not in self._columns:
-            raise DataError(
-                f"these embeddings have no column {name!r}. Make it with `{HOW.get(name, 'vilu embed')}`."
-            )
-        of_rows = IMAGE_COLUMNS if self.pool_size is None else IMAGE_COLUMNS | TEXT_COLUMNS
-        return self._columns[name][index] if name in of_rows else self._columns[name]
+            command = HOW.get(name, "vilu embed")
+            raise DataError(f"these embeddings have no column {name!r}. Make it with `{command}`.")
+        is_of_rows = name in IMAGE_COLUMNS
+        if self.pool_size is not None:  # candidates are rows, too
+            is_of_rows = is_of_rows or name in TEXT_COLUMNS
+        if is_of_rows:
+            return self._columns[name][index]
+        return self._columns[name]
 
     @cached_property
     def status(self) -> NDArray[np.uint8]:
-        """(N,) 0 where the embedding is usable, as all are by default, else a position in ``validate.STATUS``."""
+        """(N,) 0 where the embedding is usable, else a position in ``validate.STATUS``.
+
+        By default all are usable.
+        """
         return np.full(len(self), VALID, dtype=np.uint8)
 
     @cached_property
     def outside(self) -> Tensor:
-        """(N,) bool, which rows are known to be of none of the candidates; their target is -1, their answer wrong."""
+        """(N,) bool, which rows are known to be of none of the candidates.
+
+        Their target is -1, and their answer is wrong.
+        """
         return torch.zeros(1, dtype=torch.bool, device="cpu").expand(len(self))
 
     @cached_property
     def usable_rows(self) -> Tensor:
-        """(M,) int64 positions of the usable rows, in the order in which they are scored (and make pools)."""
+        """(M,) int64 positions of the usable rows, in the order in which they are scored.
+
+        It is also the order in which they make pools.
+        """
         return torch.from_numpy(np.flatnonzero(self.status == VALID))
 
     @property
     def identified_by(self) -> tuple[Identity, ...]:
         """What its rows can be recognised by in another source, the best first."""
-        return ("embeddings",) if isinstance(self.ids, RowNumbers) else ("embeddings", "names")
+        if isinstance(self.ids, RowNumbers):
+            return ("embeddings",)
+        return ("embeddings", "names")
 
     def identities(self, by: Identity, rows: NDArray[np.int64] | None = None) -> NDArray[np.uint64]:
-        """(M,) hashes of what the ``rows`` (M,), by default all, are recognised by; equal ones mean the same row.
+        """(M,) hashes of what the ``rows`` (M,), by default all, are recognised by.
+
+        Equal hashes mean the same row.
 
         Args:
             by: One of ``identified_by``. Those of "embeddings" mean nothing where the embedding is
@@ -423,20 +453,24 @@ class EmbeddingSource(ABC):
             >>> import numpy as np, vilu
             >>> train = vilu.Embeddings(np.eye(3)[:2], np.eye(3))
             >>> test = vilu.Embeddings(np.eye(3)[1:], np.eye(3))
-            >>> np.isin(
-            ...     test.identities("embeddings"), train.identities("embeddings")
-            ... ).tolist()  # one row is in both
+            >>> # one row is in both
+            >>> np.isin(test.identities("embeddings"), train.identities("embeddings")).tolist()
             [True, False]
         """
         if by == "names":
-            return hash_names(
-                self.ids if rows is None else (self.ids[row] for row in rows.tolist())
-            )
-        index = torch.arange(len(self), device="cpu") if rows is None else torch.from_numpy(rows)
-        return hashed(index, self._content)
+            if rows is None:
+                return hash_names(self.ids)
+            return hash_names(self.ids[row] for row in rows.tolist())
+        return hashed(self._positions(rows), self._content)
+
+    def _positions(self, rows: NDArray[np.int64] | None) -> Tensor:
+        """(M,) int64 the positions, by default of all rows."""
+        if rows is not None:
+            return torch.from_numpy(rows)
+        return torch.arange(len(self), device="cpu")
 
     def picture_identities(self, rows: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
-        """(M,) identities of the pictures of the ``rows`` (M,), by default all: equal ones mean the same picture.
+        """(M,) identities of the pictures of rows (M,), by default all: equal ones are one picture.
 
         A picture is known by its encoded bytes, and by its embedding where these are not known. That
         of an image-caption pair is its image, whatever its caption and the direction. Where the
@@ -444,21 +478,25 @@ class EmbeddingSource(ABC):
 
         Examples:
             >>> import numpy as np, vilu
-            >>> data = vilu.Embeddings.pairs(np.eye(2)[[0, 0, 1, 1]], np.eye(4)[:, :2], pool_size=2)
+            >>> image = np.eye(4)[[0, 0, 1, 1]]
+            >>> data = vilu.Embeddings.pairs(image, np.eye(4), pool_size=2)
             >>> first, second, third, _ = data.picture_identities().tolist()
             >>> first == second, second == third  # two captions of one image
             (True, False)
         """
-        places = np.arange(len(self)) if rows is None else rows
-        hashes = self._picture_hashes(places) & np.uint64(np.iinfo(np.int64).max)
-        known = np.isin(self.status[places], (VALID, SHORT_POOL))
+        positions = rows
+        if positions is None:
+            positions = np.arange(len(self))
+        hashes = self._picture_hashes(positions) & np.uint64(np.iinfo(np.int64).max)
+        known = np.isin(self.status[positions], (VALID, SHORT_POOL))
         return np.where(known, hashes.astype(np.int64), UNKNOWN)
 
     def _picture_hashes(self, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
         """(M,) hashes of the pictures of rows."""
-        return self.identities(
-            "pictures" if "pictures" in self.identified_by else "embeddings", rows
-        )
+        by: Identity = "embeddings"
+        if "pictures" in self.identified_by:
+            by = "pictures"
+        return self.identities(by, rows)
 
     def _content(self, index: Tensor) -> Tensor:
         """(B, ...) what tells rows apart."""
@@ -471,7 +509,9 @@ class EmbeddingSource(ABC):
         classes: Sequence[int] | Tensor | NDArray[np.int64] | None = None,
         columns: Collection[str] | None = None,
     ) -> EmbeddingSource:
-        """Some rows of a source with shared candidates, as a source; they stay where they are until asked for.
+        """Some rows of a source with shared candidates, as a source.
+
+        The rows stay where they are until they are asked for.
 
         Args:
             rows: (M,) int64 positions, in the order to have them in.
@@ -496,13 +536,18 @@ class EmbeddingSource(ABC):
             raise UsageError(
                 "image-caption pairs are matched in pools, so some of them are another problem."
             )
-        kept = self.columns if columns is None else self.columns.intersection(columns)
-        chosen = None if classes is None else check_places(classes, self.n_candidates, "classes")
-        if chosen is not None and len(chosen.unique()) < len(chosen):
-            raise DataError(
-                f"classes must name each class once. Got {chosen.tolist()!s:.80}. Leave out the repeats."
-            )
-        return Taken(self, check_places(rows, len(self), "rows"), chosen, kept)
+        names = self.columns
+        if columns is not None:
+            names = names.intersection(columns)
+        chosen: Tensor | None = None
+        if classes is not None:
+            chosen = check_places(classes, self.n_candidates, "classes")
+            if len(chosen.unique()) < len(chosen):
+                raise DataError(
+                    f"classes must name each class once. Got {chosen.tolist()!s:.80}. "
+                    "Leave out the repeats."
+                )
+        return Taken(self, check_places(rows, len(self), "rows"), chosen, names)
 
     def without(self, rows: NDArray[np.bool_]) -> EmbeddingSource:
         """The source without some rows (N,) bool.
@@ -511,7 +556,9 @@ class EmbeddingSource(ABC):
             DataError: If ``rows`` is no such mask.
         """
         gone = require_mask("rows", np.asarray(rows), len(self))
-        return self.take(np.flatnonzero(~gone)) if gone.any() else self
+        if not gone.any():
+            return self
+        return self.take(np.flatnonzero(~gone))
 
     def shuffled(self, rows: Tensor, generator: torch.Generator) -> Tensor:
         """The rows in a random order for one pass of training.
@@ -528,7 +575,9 @@ class EmbeddingSource(ABC):
     def batches(
         self, size: int, *, rows: Tensor | None = None, columns: Sequence[str] = ()
     ) -> Iterator[Batch]:
-        """Batches of at most ``size`` of the ``rows`` (by default all usable ones), in order, with named ``columns``.
+        """Batches of at most ``size`` of the ``rows``, in order, with named ``columns``.
+
+        By default the rows are all usable ones.
 
         A batch is small enough for a method to look at all its logits (``similarity.MAX_CELLS``).
         With in-batch candidates consecutive ``rows`` make a pool: its rows may come in several
@@ -550,41 +599,59 @@ class EmbeddingSource(ABC):
     def steps(
         self, size: int, *, rows: Tensor | None = None, columns: Sequence[str] = ()
     ) -> Iterator[Batch]:
-        """Batches as a step of training takes them: ``size`` rows, or with in-batch candidates whole pools."""
-        rows = self.usable_rows if rows is None else rows
-        size = self.pool_size or size
-        parts = rows[: len(rows) // size * size if self.pool_size else len(rows)].split(size)
-        yield from self._made(lambda part: self._batch(part, columns), parts if len(rows) else ())
+        """Batches as a step of training takes them: ``size`` rows, or whole pools."""
+        if rows is None:
+            rows = self.usable_rows
+        if not len(rows):
+            return
+        if self.pool_size is not None:
+            size = self.pool_size
+            rows = rows[: len(rows) // size * size]  # rows that do not fill a last pool go
+        yield from self._map_parts(partial(self._batch, columns=columns), rows.split(size))
 
     def many(
         self, size: int, *, rows: Tensor | None = None, columns: Sequence[str] = ()
     ) -> Iterator[Batch]:
-        """As ``batches``, for those who look at logits alone: small pools come several at a time (``PooledBatch``).
+        """As ``batches``, for those who look at logits alone.
+
+        Small pools come several at a time (``PooledBatch``).
 
         Examples:
             >>> import numpy as np, vilu
             >>> data = vilu.Embeddings.pairs(np.eye(6), np.eye(6), pool_size=2)
-            >>> (
-            ...     [tuple(batch.text.shape) for batch in data.many(4)],
-            ...     [tuple(batch.text.shape) for batch in data.batches(4)],
-            ... )
-            ([(2, 2, 6), (1, 2, 6)], [(2, 6), (2, 6), (2, 6)])
+            >>> [tuple(batch.text.shape) for batch in data.batches(4)]
+            [(2, 6), (2, 6), (2, 6)]
+            >>> [tuple(batch.text.shape) for batch in data.many(4)]
+            [(2, 2, 6), (1, 2, 6)]
         """
         return self.batches(size, rows=rows, columns=columns)
 
-    def _made(self, make: Callable[[Tensor], Made], parts: Sequence[Tensor]) -> Iterator[Made]:
+    def _map_parts(
+        self, make: Callable[[Tensor], Result], parts: Sequence[Tensor]
+    ) -> Iterator[Result]:
         """What is made of each part of the rows, in order."""
         return map(make, parts)
 
     def _batch(self, index: Tensor, columns: Sequence[str]) -> Batch:
-        found = self.candidates(index)
-        members = index if found.members is None else found.members
-        more = {
-            name: self.column(name, index if name in IMAGE_COLUMNS else members) for name in columns
-        }
-        scale, bias = self.space.logit_scale, self.space.logit_bias
-        image, outside = self.image_rows(index), self.outside[index]
-        return Batch(image, found.text, found.target, index, scale, bias, more, found.same, outside)
+        candidates = self.candidates(index)
+        members = index
+        if candidates.members is not None:
+            members = candidates.members
+        tensors = {}
+        for name in columns:
+            of_images = name in IMAGE_COLUMNS
+            tensors[name] = self.column(name, index if of_images else members)
+        return Batch(
+            image=self.image_rows(index),
+            text=candidates.text,
+            target=candidates.target,
+            index=index,
+            logit_scale=self.space.logit_scale,
+            logit_bias=self.space.logit_bias,
+            columns=tensors,
+            same=candidates.same,
+            outside=self.outside[index],
+        )
 
 
 def hashed(index: Tensor, content: Callable[[Tensor], Tensor]) -> NDArray[np.uint64]:
@@ -598,51 +665,78 @@ def say_once(message: str) -> None:
     logger.warning(message)
 
 
+def _merge_message(names: Sequence[str], first: Sequence[int]) -> str:
+    """Which classes have the text of an earlier one, whose numbers are ``first``."""
+    gone = [place for place, earlier in enumerate(first) if earlier != place]
+    examples = [f"{names[i]!r} ({i}) is {names[first[i]]!r} ({first[i]})" for i in gone[:5]]
+    listed = ", ".join(examples)
+    if len(gone) > 5:
+        listed += f" and {len(gone) - 5} more"
+    return (
+        f"{len(gone)} of {len(first)} classes have the text of an earlier one: {listed}. Equal "
+        f"candidates are one answer, so there are {len(first) - len(gone)}, numbered anew."
+    )
+
+
 def first_same(text: Tensor, names: Sequence[str] | None) -> Tensor:
-    """(K,) int64: for every candidate (K, D) the first that is the same answer: of an equal text, or an equal name."""
+    """(K,) int64: for every candidate (K, D) the first that is the same answer.
+
+    Candidates are the same answer if their texts are equal, or their names.
+    """
     first = first_equal(text)
     if names is None or len(set(names)) == len(names):
         return first
-    places: dict[str, int] = {}
-    place = torch.tensor([places.setdefault(name, i) for i, name in enumerate(names)])
-    cosine = (text * text[place]).sum(dim=1)
-    if wrong := sorted({names[i] for i in (cosine < SAME_TEXT).nonzero().squeeze(1).tolist()}):
-        listed = ", ".join(map(repr, wrong))
+    place_of: dict[str, int] = {}
+    places = [place_of.setdefault(name, i) for i, name in enumerate(names)]
+    first_of_name = torch.tensor(places)
+    cosine = (text * text[first_of_name]).sum(dim=1)
+    differing = (cosine < SAME_TEXT).nonzero().squeeze(1).tolist()
+    if differing:
+        listed = ", ".join(map(repr, sorted({names[i] for i in differing})))
         raise DataError(
-            f"classes of one name must have one text. Different texts: {listed:.200}. Rename them, or give both the "
-            "same row of text."
+            f"classes of one name must have one text. Different texts: {listed:.200}. "
+            "Rename them, or give both the same row of text."
         )
-    first = first[place]
-    while not torch.equal(first, first[first]):  # one name, another's text
+    # A candidate may lead by its name to one that leads on by its text: followed to the end.
+    first = first[first_of_name]
+    while not torch.equal(first, first[first]):
         first = first[first]
     return first
 
 
 class Taken(EmbeddingSource):
-    """What ``EmbeddingSource.take`` gives: a view, so no row is in memory before it is asked for."""
+    """What ``EmbeddingSource.take`` gives: a view, so rows are in memory only when asked for."""
 
     def __init__(
         self, source: EmbeddingSource, rows: Tensor, classes: Tensor | None, columns: frozenset[str]
     ) -> None:
-        self._source, self._rows, self._classes = source, rows, classes
-        self.space, self.class_names, self.columns = source.space, source.class_names, columns
-        self.target, self.status = source.target[rows], source.status[rows.numpy()]
-        self.second, self.outside = source.second, source.outside[rows]
+        self._source = source
+        self._rows = rows
+        self._classes = classes
+        self.space = source.space
+        self.columns = columns
+        self.second = source.second
+        self.target = source.target[rows]
+        self.status = source.status[rows.numpy()]
+        self.outside = source.outside[rows]
+        if isinstance(source.ids, RowNumbers):
+            self.ids = RowNumbers(len(rows))
+        else:
+            self.ids = TakenIds(source.ids, rows)
         self.text = source.candidates(rows[:0]).text
-        self.ids = (
-            RowNumbers(len(rows))
-            if isinstance(source.ids, RowNumbers)
-            else TakenIds(source.ids, rows)
-        )
+        self.class_names = source.class_names
         if classes is not None:
-            position = classes.new_full((len(self.text) + 1,), UNKNOWN)
-            position[classes] = torch.arange(
-                len(classes), device="cpu"
-            )  # the last entry stays: it is where -1 points
-            self.target, self.text = position[self.target], self.text[classes]
-            self.class_names = self.class_names and tuple(
-                self.class_names[i] for i in classes.tolist()
-            )
+            self._take_classes(classes)
+
+    def _take_classes(self, classes: Tensor) -> None:
+        """Keep some candidates, in their new order; rows of others have an unknown target."""
+        position = classes.new_full((len(self.text) + 1,), UNKNOWN)
+        # the last entry stays: it is where -1 points
+        position[classes] = torch.arange(len(classes), device="cpu")
+        self.target = position[self.target]
+        self.text = self.text[classes]
+        if self.class_names:
+            self.class_names = tuple(self.class_names[i] for i in classes.tolist())
 
     def image_rows(self, index: Tensor) -> Tensor:
         """(B, D) rows of the whole."""
@@ -656,7 +750,9 @@ class Taken(EmbeddingSource):
     def identities(self, by: Identity, rows: NDArray[np.int64] | None = None) -> NDArray[np.uint64]:
         """Of the whole, at the rows taken."""
         taken = self._rows.numpy()
-        return self._source.identities(by, taken if rows is None else taken[rows])
+        if rows is not None:
+            taken = taken[rows]
+        return self._source.identities(by, taken)
 
     def _picture_hashes(self, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
         """Of the whole, at the rows taken."""
@@ -666,10 +762,12 @@ class Taken(EmbeddingSource):
         """Column ``name`` of the whole, at the rows or candidates taken."""
         if name not in self.columns:
             return super().column(name, index)
-        values = self._source.column(name, self._rows[index] if name in IMAGE_COLUMNS else index)
-        return (
-            values if self._classes is None or name not in TEXT_COLUMNS else values[self._classes]
-        )
+        if name in IMAGE_COLUMNS:
+            return self._source.column(name, self._rows[index])
+        values = self._source.column(name, index)
+        if self._classes is not None and name in TEXT_COLUMNS:
+            return values[self._classes]
+        return values
 
 
 class TakenIds(Identifiers):
@@ -677,7 +775,8 @@ class TakenIds(Identifiers):
 
     def __init__(self, ids: Sequence[str], rows: Tensor) -> None:
         super().__init__(len(rows))
-        self._ids, self._rows = ids, rows
+        self._ids = ids
+        self._rows = rows
 
     def _of(self, row: int) -> str:
         return self._ids[int(self._rows[row])]
@@ -685,10 +784,10 @@ class TakenIds(Identifiers):
     def __iter__(self) -> Iterator[str]:
         chosen = np.zeros(len(self._ids), dtype=bool)
         chosen[self._rows] = True
-        distinct = list(
-            compress(self._ids, chosen)
-        )  # one pass: identifiers on disk are read part by part
-        return (distinct[i] for i in self._rows.unique(return_inverse=True)[1].tolist())
+        # one pass: identifiers on disk are read part by part
+        distinct = list(compress(self._ids, chosen))
+        _, place = self._rows.unique(return_inverse=True)
+        return (distinct[i] for i in place.tolist())
 
 
 def log_posterior(batch: Batch, temperature: float | Tensor = 1.0) -> Tensor:
@@ -701,5 +800,5 @@ def log_posterior(batch: Batch, temperature: float | Tensor = 1.0) -> Tensor:
     logits = float64(batch.logits)
     answer = batch.prediction[:, None].to(logits.device)
     below = (logits - logits.gather(1, answer)) / temperature
-    others = below.exp().scatter(1, answer, 0.0).sum(dim=-1, keepdim=True)
-    return below - torch.log1p(others)
+    beside = below.exp().scatter(1, answer, 0.0).sum(dim=-1, keepdim=True)
+    return below - torch.log1p(beside)

@@ -34,14 +34,12 @@ class EmbeddingSpace:
     Examples:
         >>> import vilu
         >>> clip = vilu.EmbeddingSpace(embed_dim=512, logit_scale=100.0, backbone="clip-vit-b32")
-        >>> bare = vilu.EmbeddingSpace(
-        ...     embed_dim=512, logit_scale=100.0
-        ... )  # arrays of which no more is known
+        >>> # arrays of which no more is known
+        >>> bare = vilu.EmbeddingSpace(embed_dim=512, logit_scale=100.0)
         >>> clip.anonymous, bare.anonymous
         (False, True)
-        >>> clip.require_match(
-        ...     bare, mine="the predictor", theirs="the arrays"
-        ... )  # fits, as far as is known
+        >>> # fits, as far as is known
+        >>> clip.require_match(bare, mine="the predictor", theirs="the arrays")
     """
 
     embed_dim: int
@@ -88,20 +86,23 @@ class EmbeddingSpace:
             >>> try:
             ...     clip.require_match(siglip, mine="store", theirs="query")
             ... except ProvenanceError as error:
-            ...     print(str(error).partition(";")[0])
-            store and query come from different embedding spaces: logit_scale: 100.0 (store) against 112.0 (query)
+            ...     print(str(error).partition(": ")[2].partition(";")[0])
+            logit_scale: 100.0 (store) against 112.0 (query)
         """
         fields = ["embed_dim", "logit_scale", "logit_bias"]
         if not (self.anonymous or other.anonymous):
             fields += PROVENANCE
-        sides = {field: (getattr(self, field), getattr(other, field)) for field in fields}
-        differences = [
-            f"{field}: {here!r} ({mine}) against {there!r} ({theirs})"
-            for field, (here, there) in sides.items()
-            if here != there and None not in {here, there}
-        ]
+        differences = []
+        for field in fields:
+            here = getattr(self, field)
+            there = getattr(other, field)
+            if here is None or there is None:
+                continue  # nothing is known on one side
+            if here != there:
+                differences.append(f"{field}: {here!r} ({mine}) against {there!r} ({theirs})")
         if differences:
             raise ProvenanceError(
-                f"{mine} and {theirs} come from different embedding spaces: {'; '.join(differences)}. "
+                f"{mine} and {theirs} come from different embedding spaces: "
+                f"{'; '.join(differences)}. "
                 "Embed both with the same backbone, weights and preprocessing."
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import zip_longest
 
 import numpy as np
@@ -20,7 +21,7 @@ TELLING: tuple[Identity, ...] = ("pictures", "names")
 
 
 class TwoModels(Taken):
-    """The rows of one source, with what a second model makes of the same pictures and the same candidates.
+    """The rows of one source, with what a second model makes of the same pictures and candidates.
 
     Everything is the first source's but for two columns: ``second_image`` (N, E), embeddings by the
     second model, and ``second_text`` (K, E), its embeddings of the candidates times its logit
@@ -46,9 +47,8 @@ class TwoModels(Taken):
         >>> import numpy as np, torch, vilu
         >>> large = vilu.Embeddings(np.eye(3), np.eye(3), ids=["a", "b", "c"])
         >>> rows = [[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]
-        >>> small = vilu.Embeddings(
-        ...     rows, rows, logit_scale=1.0, ids=["c", "b", "a"]
-        ... )  # of another width, in another order
+        >>> # of another width, in another order
+        >>> small = vilu.Embeddings(rows, rows, logit_scale=1.0, ids=["c", "b", "a"])
         >>> vilu.TwoModels(large, small).column("second_image", torch.tensor([1, 2])).tolist()
         [[0.0, 1.0], [1.0, 0.0]]
     """
@@ -60,21 +60,19 @@ class TwoModels(Taken):
     def __init__(self, first: EmbeddingSource, second: EmbeddingSource) -> None:
         if first.pool_size is not None or second.pool_size is not None:
             raise UsageError(
-                "a second model is for classes: image-caption pairs are matched in pools of one model."
+                "a second model is for classes: image-caption pairs are matched in pools of one "
+                "model."
             )
         _require_same_candidates(first, second)
-        super().__init__(
-            first, torch.arange(len(first), device="cpu"), None, first.columns | SECOND
-        )
-        self.first, self.second, self._place = (
-            first,
-            second,
-            torch.from_numpy(places(first, second)),
-        )
-        self.ids, self.candidate_of = first.ids, first.candidate_of
-        self.status = np.where(
-            first.status == VALID, second.status[self._place.numpy()], first.status
-        )
+        all_rows = torch.arange(len(first), device="cpu")
+        super().__init__(first, all_rows, None, first.columns | SECOND)
+        place = places(first, second)
+        self.first = first
+        self.second = second
+        self._place = torch.from_numpy(place)
+        self.ids = first.ids
+        self.candidate_of = first.candidate_of
+        self.status = np.where(first.status == VALID, second.status[place], first.status)
 
     def column(self, name: str, index: Tensor) -> Tensor:
         """A column of the first source, or what the second model says."""
@@ -87,50 +85,63 @@ class TwoModels(Taken):
 
 def places(first: EmbeddingSource, second: EmbeddingSource) -> NDArray[np.int64]:
     """(N,) positions in the second source of the rows of the first."""
-    by = next(
-        (by for by in TELLING if by in first.identified_by and by in second.identified_by), None
-    )
-    if by is None:
-        raise DataError(
-            "nothing tells which rows of the two sources are the same: both need pictures (`vilu embed`), or names "
-            "(ids). Embed both with `vilu embed`, or give both the ids of their rows."
-        )
-    mine, theirs = first.identities(by), second.identities(by)
-    order = np.argsort(theirs, kind="stable")
-    ordered = theirs[order]
-    if (
-        by == "names"
-        and len(ordered)
-        and (twice := np.flatnonzero(ordered[1:] == ordered[:-1])).size
-    ):
-        raise DataError(
-            f"rows are told by their names, and the second source has {second.ids[int(order[twice[0]])]!r} twice. Give "
-            "every row a name of its own."
-        )
-    found = np.searchsorted(ordered, mine)
-    is_there = found < len(ordered)
-    is_there[is_there] = ordered[found[is_there]] == mine[is_there]
+    by = _common_identity(first, second)
+    sought = first.identities(by)
+    identities = second.identities(by)
+    order = np.argsort(identities, kind="stable")
+    ordered = identities[order]
+    if by == "names":
+        repeated = np.flatnonzero(ordered[1:] == ordered[:-1])
+        if repeated.size:
+            name = second.ids[int(order[repeated[0]])]
+            raise DataError(
+                f"rows are told by their names, and the second source has {name!r} twice. Give "
+                "every row a name of its own."
+            )
+    rank = np.searchsorted(ordered, sought)
+    is_there = rank < len(ordered)
+    is_there[is_there] = ordered[rank[is_there]] == sought[is_there]
     if not is_there.all():
         missing = np.flatnonzero(~is_there)
         raise DataError(
-            f"{len(missing)} of {len(first)} rows are not among the {len(second)} of the second source (told by their "
-            f"{by}), for example {first.ids[int(missing[0])]!r}. Embed the same images with the second model."
+            f"{len(missing)} of {len(first)} rows are not among the {len(second)} of the second "
+            f"source (told by their {by}), for example {first.ids[int(missing[0])]!r}. Embed the "
+            "same images with the second model."
         )
-    return np.asarray(order[found], dtype=np.int64)
+    return np.asarray(order[rank], dtype=np.int64)
+
+
+def _common_identity(first: EmbeddingSource, second: EmbeddingSource) -> Identity:
+    """The best of what tells rows apart in both sources."""
+    for by in TELLING:
+        if by in first.identified_by and by in second.identified_by:
+            return by
+    raise DataError(
+        "nothing tells which rows of the two sources are the same: both need pictures (`vilu "
+        "embed`), or names (ids). Embed both with `vilu embed`, or give both the ids of their rows."
+    )
 
 
 def _require_same_candidates(first: EmbeddingSource, second: EmbeddingSource) -> None:
-    mine, theirs = first.class_names, second.class_names
-    if first.n_candidates == second.n_candidates and mine == theirs:
+    """Refuse sources of other candidates, with the first difference."""
+    first_names = first.class_names
+    second_names = second.class_names
+    if first.n_candidates == second.n_candidates and first_names == second_names:
         return
-    found = f"{first.n_candidates} against {second.n_candidates}"
-    if mine is not None and theirs is not None:
-        place, one, other = next(
-            (i, a, b) for i, (a, b) in enumerate(zip_longest(mine, theirs)) if a != b
-        )
-        found += f"; the first difference is at {place}: {one!r} against {other!r}"
-    elif mine != theirs:
-        found += "; one of them has names of its classes, the other has none"
+    difference = f"{first.n_candidates} against {second.n_candidates}"
+    if first_names is not None and second_names is not None:
+        difference += f"; {_first_difference(first_names, second_names)}"
+    elif first_names != second_names:
+        difference += "; one of them has names of its classes, the other has none"
     raise DataError(
-        f"the two sources must have the same candidates in the same order. Got {found}. Embed both with the same names."
+        f"the two sources must have the same candidates in the same order. Got {difference}. "
+        "Embed both with the same names."
     )
+
+
+def _first_difference(first: Sequence[str], second: Sequence[str]) -> str:
+    """Where two lists of names, which are not equal, differ first."""
+    for place, (name, counterpart) in enumerate(zip_longest(first, second)):
+        if name != counterpart:
+            return f"the first difference is at {place}: {name!r} against {counterpart!r}"
+    raise AssertionError("the names are equal")

@@ -151,7 +151,7 @@ class MappedParts:
 class MappedSource(EmbeddingSource):
     """A source whose rows are in files: what is near by number is near on the disk."""
 
-    def _made(self, make: Callable[[Tensor], R], parts: Sequence[Tensor]) -> Iterator[R]:
+    def _map_parts(self, make: Callable[[Tensor], R], parts: Sequence[Tensor]) -> Iterator[R]:
         """As every source's, but ahead, by threads, at most ``AHEAD`` of them."""
         if len(parts) < 2:
             yield from map(make, parts)

@@ -22,7 +22,9 @@ class NoAttribution(Exception):  # noqa: N818 - an answer, not an error
     """A method has none; the message says why. The rest of an explanation stands without it."""
 
 
-ZERO_SHOT, IMAGE, TEXTS = "zero-shot score", "image", "texts"
+ZERO_SHOT = "zero-shot score"
+IMAGE = "image"
+TEXTS = "texts"
 NONE = "none of the classes"
 PLAYER_OF_LOOK = {"logits": ZERO_SHOT, "image": IMAGE}
 PLAYER_OF_PART = {"image": IMAGE, "attended": TEXTS, "caption": TEXTS, "mcm": ZERO_SHOT}
@@ -35,7 +37,10 @@ Parts = dict[str, Tensor]  # group -> (B, H) what its inputs add to the first hi
 
 
 class Game(ABC):
-    """Values of coalitions of players, the groups of inputs; ``step`` rows are scored with each background row."""
+    """Values of coalitions of players, the groups of inputs.
+
+    ``step`` rows are scored with each background row.
+    """
 
     players: tuple[str, ...]
     unit: str
@@ -48,11 +53,17 @@ class Game(ABC):
 
     @abstractmethod
     def values(self, batch: Batch, scores: NDArray[np.float64]) -> Tensor:
-        """(2^G, B) float64 on the CPU: v(S) at the row whose bits are the members of S."""
+        """(2^G, B) float64 on the CPU: v(S) at the row whose bits are the members of S.
+
+        A game looks at the batch or at its scores, as its values are of either.
+        """
 
 
 class SingleGame(Game):
-    """A score that looks at one group of inputs alone: all of its distance from the background mean is that group's."""
+    """A score that looks at one group of inputs alone.
+
+    All of its distance from the background mean is that group's.
+    """
 
     unit = "uncertainty"
     step = SCORING_BATCH
@@ -64,12 +75,14 @@ class SingleGame(Game):
 
     def see(self, background: list[Scored]) -> None:
         """Take their mean score."""
-        self._mean = float(np.concatenate([scores for _, scores in background]).mean())
+        scores = np.concatenate([scores for _, scores in background])
+        self._mean = float(scores.mean())
 
-    def values(self, batch: Batch, scores: NDArray[np.float64]) -> Tensor:  # noqa: ARG002 - the score says it all
+    def values(self, batch: Batch, scores: NDArray[np.float64]) -> Tensor:  # noqa: ARG002
         """The mean, and the score."""
-        found = torch.from_numpy(scores).double()
-        return torch.stack([torch.full_like(found, self._mean), found])
+        score = torch.from_numpy(scores).double()
+        nobody = torch.full_like(score, self._mean)
+        return torch.stack([nobody, score])
 
 
 class HeadGame(Game):
@@ -88,24 +101,31 @@ class HeadGame(Game):
     def __init__(
         self, heads: list[FailureHead], link: Callable[[Tensor], Tensor], unit: str
     ) -> None:
-        self.heads, self.link, self.unit = heads, link, unit
+        self.heads = heads
+        self.link = link
+        self.unit = unit
         inputs = {PLAYER_OF_PART[part] for part in heads[0].first}
         self.players = tuple(player for player in (ZERO_SHOT, IMAGE, TEXTS) if player in inputs)
-        self.meaning = "inputs that a coalition lacks are taken from background rows, and the score is averaged"
-        self._background: list[Parts] = []
+        self.meaning = (
+            "inputs that a coalition lacks are taken from background rows, and the score is "
+            "averaged"
+        )
+        self._background: list[Parts] = []  # of every head
 
     def see(self, background: list[Scored]) -> None:
         """Keep what their inputs add to the first layer of every head."""
         with torch.no_grad():
-            seen = [
-                [first_layer_parts(head, batch) for batch, _ in background] for head in self.heads
-            ]
-        self._background = [
-            {player: torch.cat([parts[player] for parts in of_head]) for player in self.players}
-            for of_head in seen
-        ]
+            self._background = [self._parts_of(head, background) for head in self.heads]
 
-    def values(self, batch: Batch, scores: NDArray[np.float64]) -> Tensor:  # noqa: ARG002 - of the logits, not of u
+    def _parts_of(self, head: FailureHead, background: list[Scored]) -> Parts:
+        """What the inputs of the background rows add to the first layer of a head."""
+        batches = [first_layer_parts(head, batch) for batch, _ in background]
+        parts: Parts = {}
+        for player in self.players:
+            parts[player] = torch.cat([added[player] for added in batches])
+        return parts
+
+    def values(self, batch: Batch, scores: NDArray[np.float64]) -> Tensor:  # noqa: ARG002
         """Mean over heads and background rows."""
         total = torch.zeros(1 << len(self.players), len(batch.image), dtype=torch.float64)
         with torch.no_grad():
@@ -117,32 +137,46 @@ class HeadGame(Game):
 
     def _value(self, head: FailureHead, own: Parts, background: Parts, coalition: int) -> Tensor:
         """(B,) float64 v(S) of one head."""
-        inside = [player for bit, player in enumerate(self.players) if coalition >> bit & 1]
-        zero = torch.zeros_like(head.first_bias)[None]
+        # The first layer is a sum over players, here in two parts: that of the members, from this
+        # row, and that of the players outside, from the background rows.
+        lacking = torch.zeros_like(head.first_bias)[None]
+        inside = head.first_bias + lacking
+        for bit, player in enumerate(self.players):
+            if coalition >> bit & 1:
+                inside = inside + own[player]
+            else:
+                lacking = lacking + background[player]
         # products of one shape whatever the coalition: they round alike, so a player without effect
         # gets exactly zero
-        mine = sum((own[player] for player in inside), head.first_bias + zero).expand_as(own[IMAGE])
-        others = sum((background[player] for player in self.players if player not in inside), zero)
-        others = others.expand_as(background[IMAGE])
-        step = max(TILE_CELLS // (len(others) * mine.shape[1]), 1)
-        means = [
-            self.link(head.rest(part[:, None] + others).squeeze(-1).cpu().double()).mean(dim=1)
-            for part in mine.split(step)
-        ]
+        inside = inside.expand_as(own[IMAGE])
+        lacking = lacking.expand_as(background[IMAGE])
+        step = max(TILE_CELLS // (len(lacking) * inside.shape[1]), 1)
+        means = []
+        for part in inside.split(step):
+            logits = head.rest(part[:, None] + lacking).squeeze(-1)
+            means.append(self.link(logits.cpu().double()).mean(dim=1))
         return torch.cat(means)
 
 
 def first_layer_parts(head: FailureHead, batch: Batch) -> Parts:
-    """What each group adds to the first hidden layer of a head; with the bias they make ``head.first_layer``."""
-    found: Parts = {}
+    """What each group adds to the first hidden layer of a head.
+
+    With the bias these make ``head.first_layer``.
+    """
+    parts: Parts = {}
     for part, added in head.to(batch.image.device).parts(batch).items():
         player = PLAYER_OF_PART[part]
-        found[player] = found[player] + added if player in found else added
-    return found
+        if player in parts:
+            parts[player] = parts[player] + added
+        else:
+            parts[player] = added
+    return parts
 
 
 class PoolGame(Game):
-    """Parts of the pooled logits of ViLU+ or ViLU0, each in or out, against what they do for the background rows.
+    """Parts of the pooled logits of ViLU+ or ViLU0, each in or out.
+
+    They are set against what they do for the background rows.
 
     The pooled logits are a sum (``Pooled``): tempered zero-shot logits ("zero-shot score"), what
     was learned about the candidates whatever the image ("texts"), and what the image adds ("image":
@@ -158,24 +192,27 @@ class PoolGame(Game):
     """
 
     unit = LOG_ODDS
-    meaning = "parts of the pooled logits are added or left out, less what that does to background rows on average"
+    meaning = (
+        "parts of the pooled logits are added or left out, less what that does to background rows "
+        "on average"
+    )
 
     def __init__(
         self, parts: Callable[[Batch], Pooled], outside: Callable[[Batch], Tensor] | None = None
     ) -> None:
-        self.parts, self.outside = parts, outside
-        self.players = (
-            (ZERO_SHOT, IMAGE, TEXTS) if outside is None else (ZERO_SHOT, IMAGE, TEXTS, NONE)
-        )
+        self.parts = parts
+        self.outside = outside
+        self.players: tuple[str, ...] = (ZERO_SHOT, IMAGE, TEXTS)
+        if outside is not None:
+            self.players = (*self.players, NONE)
         self._mean = torch.zeros(1 << len(self.players), dtype=torch.float64)
 
     def see(self, background: list[Scored]) -> None:
         """Take the mean f of every coalition."""
-        self._mean = torch.cat([self._log_odds(batch) for batch, _ in background], dim=1).mean(
-            dim=1
-        )
+        log_odds = [self._log_odds(batch) for batch, _ in background]
+        self._mean = torch.cat(log_odds, dim=1).mean(dim=1)
 
-    def values(self, batch: Batch, scores: NDArray[np.float64]) -> Tensor:  # noqa: ARG002 - of the log-odds, not of u
+    def values(self, batch: Batch, scores: NDArray[np.float64]) -> Tensor:  # noqa: ARG002
         """F of every coalition, about the background's."""
         return self._log_odds(batch) + (self._mean[-1] - self._mean)[:, None]
 
@@ -183,14 +220,16 @@ class PoolGame(Game):
         """(2^G, B) f(S)."""
         with torch.no_grad():
             parts = self.parts(batch)
-            summands = parts.zero_shot, parts.image, parts.texts  # in the order of the players
-            found = [torch.zeros(len(batch.image), dtype=torch.float64)]
+            summands = [parts.zero_shot, parts.image, parts.texts]  # in the order of the players
+            values = [torch.zeros(len(batch.image), dtype=torch.float64)]  # of nobody
             for coalition in range(1, 1 << len(summands)):
-                inside = [summand for bit, summand in enumerate(summands) if coalition >> bit & 1]
-                found.append(
-                    failure_log_odds(sum(inside, torch.zeros_like(parts.zero_shot)), batch).cpu()
-                )
+                logits = torch.zeros_like(parts.zero_shot)
+                for bit, summand in enumerate(summands):
+                    if coalition >> bit & 1:
+                        logits = logits + summand
+                values.append(failure_log_odds(logits, batch).cpu())
             if self.outside is not None:
+                # the last player is the highest bit: the same coalitions again, now with it
                 outside = self.outside(batch).cpu()
-                found += [with_outside(log_odds, outside) for log_odds in found]
-        return torch.stack(found)
+                values += [with_outside(log_odds, outside) for log_odds in values]
+        return torch.stack(values)

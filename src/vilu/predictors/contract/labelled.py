@@ -26,34 +26,44 @@ GROUP_BLOCK = 16_384
 
 
 def disjoint(train: EmbeddingSource, validation: EmbeddingSource) -> EmbeddingSource:
-    """The validation set without the few rows of the training set; refused from another space, or with many of them."""
+    """The validation set without the few rows of the training set.
+
+    One of another space is refused, and one with many rows of the training set.
+    """
     names = "the training set", "the validation set"
     train.space.require_match(validation.space, mine=names[0], theirs=names[1])
     common = overlap(train, validation, names)
     if common is None:
         return validation
     blind = "Selection on training rows is blind: take them out of one of the two sets."
-    return validation.without(
-        ~common.others(validation, "validation rows", "are in the training set, too", blind)
-    )
+    is_new = common.others(validation, "validation rows", "are in the training set, too", blind)
+    return validation.without(~is_new)
 
 
 def require_comparable(train: EmbeddingSource, unlabelled: EmbeddingSource) -> None:
-    """Refuse unlabelled rows of another space, or against other candidates than the training set's."""
+    """Refuse unlabelled rows of another space, or with other candidates than the training set."""
     train.space.require_match(
         unlabelled.space, mine="the training set", theirs="the unlabelled rows"
     )
-    none = torch.empty(0, train.space.embed_dim)
-    mine, theirs = (
-        none if one.pool_size else one.candidates(torch.arange(0)).text
-        for one in (train, unlabelled)
-    )
-    alike = int(((mine * theirs).sum(dim=1) >= SAME_TEXT).sum()) if len(mine) == len(theirs) else 0
-    if alike < max(len(mine), 1):
+    train_text = _shared_texts(train)
+    unlabelled_text = _shared_texts(unlabelled)
+    n_alike = 0
+    if len(train_text) == len(unlabelled_text):
+        cosine = (train_text * unlabelled_text).sum(dim=1)
+        n_alike = int((cosine >= SAME_TEXT).sum())
+    if n_alike < max(len(train_text), 1):
         raise DataError(
             "unlabelled rows must have the candidates of the training set, in their order. Of its "
-            f"{len(mine)} shared texts, {alike} are at the same place here. Embed both with one list of classes."
+            f"{len(train_text)} shared texts, {n_alike} are at the same place here. Embed both "
+            "with one list of classes."
         )
+
+
+def _shared_texts(source: EmbeddingSource) -> Tensor:
+    """(K, D) the candidates that all rows share; none where each pool has its own."""
+    if source.pool_size is not None:
+        return torch.empty(0, source.space.embed_dim)
+    return source.candidates(torch.arange(0)).text
 
 
 Needs = Literal["failure", "class", "nothing"]
@@ -63,89 +73,119 @@ Needs = Literal["failure", "class", "nothing"]
 def trainable_rows(
     source: EmbeddingSource, role: str, needs: Needs = "class"
 ) -> tuple[Tensor, Tensor]:
-    """Positions (M,) of usable rows of which the needed is known, and their failures (M,), -1 only if that is nothing.
+    """Positions (M,) of usable rows of which the needed is known, and their failures (M,).
 
-    Rows of none of the classes have a failure and no class.
+    A failure is -1 only if nothing is needed. Rows of none of the classes have a failure and no
+    class.
     """
-    short, unusable = _few_unusable(source, role)
+    n_short, n_unusable = _few_unusable(source, role)
     rows, failure = with_failures(source.batches(SCORING_BATCH))
     if needs == "nothing":
-        if unusable:
+        if n_unusable:
             warnings.warn(
-                f"{unusable} of {len(source)} {role} rows are left out (unusable).", stacklevel=6
+                f"{n_unusable} of {len(source)} {role} rows are left out (unusable).", stacklevel=6
             )
         return rows, failure
     outside = source.outside[rows]
-    known = (failure != UNKNOWN) & ~outside if needs == "class" else failure != UNKNOWN
+    known = failure != UNKNOWN
     if outside.any() and not (known & ~outside).any():
         raise DataError(
-            f"the {int(outside.sum())} labelled {role} rows are of none of the classes, all of them, so nothing can be "
-            f"learned of the classes. Add rows of the classes to these {len(source)}."
+            f"the {int(outside.sum())} labelled {role} rows are of none of the classes, all of "
+            "them, so nothing can be learned of the classes. Add rows of the classes to these "
+            f"{len(source)}."
         )
+    n_strangers = 0
+    if needs == "class":
+        known &= ~outside
+        n_strangers = int(outside.sum())
     if not known.any():
         raise DataError(f"none of the {len(source)} {role} rows has a label.")
-    if left_out := len(source) - short - int(known.sum()):
-        strangers = int(outside.sum()) if needs == "class" else 0
-        of_none = f", {strangers} of none of the classes" if strangers else ""
-        what = (
-            "where classes are told apart " if strangers else ""
-        )  # strangers may teach what is outside
-        why = f"({unusable} unusable{of_none}, the rest without label)"
+    n_left_out = len(source) - n_short - int(known.sum())
+    if n_left_out:
         warnings.warn(
-            f"{left_out} of {len(source)} {role} rows are left out {what}{why}.", stacklevel=6
+            f"{n_left_out} of {len(source)} {role} rows are left out "
+            f"{_reasons(n_unusable, n_strangers)}.",
+            stacklevel=6,
         )
     return rows[known], failure[known]
 
 
+def _reasons(n_unusable: int, n_strangers: int) -> str:
+    """Why rows are left out; of strangers also where, since they may teach what is outside."""
+    if not n_strangers:
+        return f"({n_unusable} unusable, the rest without label)"
+    return (
+        f"where classes are told apart ({n_unusable} unusable, {n_strangers} of none of the "
+        "classes, the rest without label)"
+    )
+
+
 def _few_unusable(source: EmbeddingSource, role: str) -> tuple[int, int]:
-    """How many rows are in no whole pool, and how many are not usable; refused where there is nothing to learn."""
+    """How many rows are in no whole pool, and how many are not usable.
+
+    A source from which nothing can be learned is refused.
+    """
     if not len(source):
         raise DataError(f"the {role} set is empty.")
     if source.n_candidates < 2:
         raise DataError(
-            f"the {role} set has one candidate text: it is always the answer, so no failure is defined."
+            f"the {role} set has one candidate text: it is always the answer, so no failure is "
+            "defined."
         )
-    short = int(np.count_nonzero(source.status == SHORT_POOL))
-    unusable = int(np.count_nonzero(source.status)) - short
-    if unusable > MAX_UNUSABLE * len(source):
+    n_short = int(np.count_nonzero(source.status == SHORT_POOL))
+    n_unusable = int(np.count_nonzero(source.status)) - n_short
+    if n_unusable > MAX_UNUSABLE * len(source):
         raise DataError(
-            f"{unusable} of {len(source)} {role} rows are not finite or of zero norm, more than {MAX_UNUSABLE:.0%}. "
-            "Embed them again."
+            f"{n_unusable} of {len(source)} {role} rows are not finite or of zero norm, more than "
+            f"{MAX_UNUSABLE:.0%}. Embed them again."
         )
-    return short, unusable
+    return n_short, n_unusable
 
 
 def with_failures(batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
-    """Positions (M,) of the rows of some batches, and their failures (M,); of several processes each does its share."""
+    """Positions (M,) of the rows of some batches, and their failures (M,).
+
+    Of several processes each computes its share.
+    """
     world = current_world()
-    parts = [(b.index, world.gather(b.rows(world.mine(len(b.index))).failure)) for b in batches]
-    nothing = torch.empty(0, dtype=torch.int64)
-    return torch.cat([nothing, *(rows for rows, _ in parts)]), torch.cat(
-        [nothing, *(failed for _, failed in parts)]
-    )
+    rows = [torch.empty(0, dtype=torch.int64)]
+    failures = [torch.empty(0, dtype=torch.int64)]
+    for batch in batches:
+        share = batch.rows(world.mine(len(batch.index)))
+        rows.append(batch.index)
+        failures.append(world.gather(share.failure))
+    return torch.cat(rows), torch.cat(failures)
 
 
 def degenerate_rate(failure: Tensor, name: str, *, allowed: bool) -> float | None:
-    """The error rate (0 or 1) where failures (M,) are all of one kind, which is refused unless allowed; else None."""
-    n, n_failures = len(failure), int(failure.sum())
-    rare, kind = min((n_failures, "failures"), (n - n_failures, "successes"))
-    if rare == 0 and not allowed:
+    """The error rate (0 or 1) where failures (M,) are all of one kind; else None.
+
+    It is refused that they are, unless ``allowed``.
+    """
+    n = len(failure)
+    n_failures = int(failure.sum())
+    n_rare, kind = min((n_failures, "failures"), (n - n_failures, "successes"))
+    if n_rare == 0 and not allowed:
         raise DataError(
-            f"{name} learns to tell failures from successes. Found {rare} {kind} among {n} training rows; at "
-            f"least {FEW} are needed for a useful fit. Add harder (or easier) images, or set allow_degenerate=true "
-            "for a constant predictor."
+            f"{name} learns to tell failures from successes. Found {n_rare} {kind} among {n} "
+            f"training rows; at least {FEW} are needed for a useful fit. Add harder (or easier) "
+            "images, or set allow_degenerate=true for a constant predictor."
         )
-    if rare < FEW:
+    if n_rare < FEW:
         warnings.warn(
-            f"only {rare} {kind} among {n} training rows: expect an unreliable fit.", stacklevel=7
+            f"only {n_rare} {kind} among {n} training rows: expect an unreliable fit.",
+            stacklevel=7,
         )
-    return n_failures / n if rare == 0 else None
+    if n_rare > 0:
+        return None
+    return n_failures / n
 
 
 def warn_few(failure: Tensor, name: str) -> None:
-    """Warn of a probability of failure that is learned from fewer than ``FEW`` rows (M,), whatever it learns from."""
-    if len(failure) < FEW:
-        n, rows = len(failure), "row" if len(failure) == 1 else "rows"
+    """Warn of a probability of failure that is learned from fewer than ``FEW`` rows (M,)."""
+    n = len(failure)
+    if n < FEW:
+        rows = "row" if n == 1 else "rows"
         warnings.warn(
             f"{name} is fitted on {n} {rows}: with fewer than {FEW} its probabilities say little.",
             stacklevel=3,
@@ -160,11 +200,15 @@ def class_texts(train: Rows) -> Tensor:
 def fit_and_selection(
     train: Rows, failure: Tensor, validation: EmbeddingSource | None, fraction: float, seed: int
 ) -> tuple[Rows, Rows | None]:
-    """Rows to fit on, and to select on, held out where there is no validation set; none are where it would be blind."""
-    rows, columns = train.index, train.columns
+    """Rows to fit on, and rows to select on.
+
+    These are held out where there is no validation set; there are none where selection would be
+    blind, since their failures are all of one kind.
+    """
+    rows = train.index
     if validation is not None:
         held_out, held_failure = trainable_rows(validation, "validation", "failure")
-        chosen = Rows(validation, held_out, columns)
+        selection = Rows(validation, held_out, train.columns)
     else:
         generator = torch.Generator().manual_seed(seed)
         if isinstance(train.source, PairSource):
@@ -172,22 +216,23 @@ def fit_and_selection(
         else:
             _, groups = train.pictures()
         part = hold_out(failure, fraction, train.source.pool_size, generator, groups)
-        chosen = Rows(train.source, rows[part], columns)
-        _, held_failure = with_failures(
-            chosen.batches(SCORING_BATCH)
-        )  # with captions, in pools of their own
-        kept = ~torch.isin(torch.arange(len(rows)), part)
-        rows = rows[kept]
-        kinds = (
-            2 if train.source.pool_size is None else 1
-        )  # pools have other failures in every pass
-        if len(failure[kept].unique()) < kinds:
-            said = f"validation_fraction={fraction} holds out {len(part)} of {len(failure)} training rows, so that no"
-            raise DataError(f"{said} failure or no success is left to learn from. Make it smaller.")
+        selection = Rows(train.source, rows[part], train.columns)
+        # with captions, in pools of their own
+        _, held_failure = with_failures(selection.batches(SCORING_BATCH))
+        stays = ~torch.isin(torch.arange(len(rows)), part)
+        rows = rows[stays]
+        n_kinds = 2
+        if train.source.pool_size is not None:  # pools have other failures in every pass
+            n_kinds = 1
+        if len(failure[stays].unique()) < n_kinds:
+            raise DataError(
+                f"validation_fraction={fraction} holds out {len(part)} of {len(failure)} training "
+                "rows, so that no failure or no success is left to learn from. Make it smaller."
+            )
     is_blind = len(held_failure.unique()) < 2
-    return Rows(
-        train.source, train.index if is_blind else rows, columns
-    ), None if is_blind else chosen
+    if is_blind:
+        return Rows(train.source, train.index, train.columns), None
+    return Rows(train.source, rows, train.columns), selection
 
 
 def hold_out(
@@ -197,54 +242,73 @@ def hold_out(
     generator: torch.Generator,
     groups: Tensor | None = None,
 ) -> Tensor:
-    """Sorted positions (H,) of a random part of rows with failures (M,): stratified by failure, or whole pools.
+    """Sorted positions (H,) of a random part of rows with failures (M,).
+
+    The part is stratified by failure, or of whole pools.
 
     With in-batch candidates the part is rounded to whole pools, and empty when there are fewer than
     two. Rows of one number in ``groups`` (M,) stay together. In pools they do not where there are
     fewer groups than a pool has rows: such groups recur in every pool, as classes do.
     """
-    n = len(failure)
     if pool_size is not None:
-        pools = n // pool_size
-        count = max(round(pools * fraction), 1) if pools > 1 and fraction > 0 else 0
-        order = torch.randperm(n, generator=generator)
-        room = count * pool_size
-        by_themselves = groups is None or len(groups.unique()) < pool_size
-        chosen = (
-            order[:room]
-            if groups is None or by_themselves
-            else order[whole_groups(groups[order], room)]
-        )
-        return chosen[: len(chosen) if len(chosen) >= pool_size else 0].sort().values
-    groups = torch.arange(n) if groups is None else groups
-    first = torch.from_numpy(np.unique(groups.numpy(), return_index=True)[1])
-    kinds = [first[failure[first] == value] for value in (0, 1)]
-    parts = [
-        kind[torch.randperm(len(kind), generator=generator)[: round(len(kind) * fraction)]]
-        for kind in kinds
-    ]
-    return torch.isin(groups, groups[torch.cat(parts)]).nonzero().squeeze(1)
+        return _hold_out_pools(len(failure), fraction, pool_size, generator, groups)
+    if groups is None:
+        groups = torch.arange(len(failure))
+    _, first_places = np.unique(groups.numpy(), return_index=True)
+    first = torch.from_numpy(first_places)  # a group counts as its first row
+    parts = []
+    for value in (0, 1):
+        kind = first[failure[first] == value]
+        order = torch.randperm(len(kind), generator=generator)
+        parts.append(kind[order[: round(len(kind) * fraction)]])
+    held_out = torch.isin(groups, groups[torch.cat(parts)])
+    return held_out.nonzero().squeeze(1)
+
+
+def _hold_out_pools(
+    n: int, fraction: float, pool_size: int, generator: torch.Generator, groups: Tensor | None
+) -> Tensor:
+    """Sorted positions (H,) of rows for whole pools, in whole groups as far as these fit."""
+    n_pools = n // pool_size
+    n_held_out = 0
+    if n_pools > 1 and fraction > 0:
+        n_held_out = max(round(n_pools * fraction), 1)
+    order = torch.randperm(n, generator=generator)
+    room = n_held_out * pool_size
+    if groups is None or len(groups.unique()) < pool_size:
+        chosen = order[:room]
+    else:
+        chosen = order[whole_groups(groups[order], room)]
+    if len(chosen) < pool_size:  # they fill no pool
+        chosen = chosen[:0]
+    return chosen.sort().values
 
 
 def whole_groups(groups: Tensor, room: int) -> Tensor:
-    """Sorted positions of whole groups, by their numbers (M,), that fit into ``room`` rows; the first ones go first."""
+    """Sorted positions of whole groups, by their numbers (M,), that fit into ``room`` rows.
+
+    Groups are taken in the order of their first rows.
+    """
     _, group = torch.unique(groups, return_inverse=True)
-    positions = torch.arange(len(groups))
-    first = torch.full((int(group.max()) + 1,), len(groups)).scatter_reduce(
-        0, group, positions, "amin"
-    )
-    waiting, sizes = first.argsort(), group.bincount()
+    sizes = group.bincount()
+    beyond = torch.full((len(sizes),), len(groups))
+    first = beyond.scatter_reduce(0, group, torch.arange(len(groups)), "amin")
     taken = torch.zeros(len(sizes), dtype=torch.bool)
-    while len(waiting := waiting[sizes[waiting] <= room]):
-        fits = waiting[sizes[waiting].cumsum(0) <= room]  # the first one does
+    waiting = first.argsort()
+    waiting = waiting[sizes[waiting] <= room]
+    while len(waiting):
+        # as many of the next groups as fit together; the first of them does
+        fits = waiting[sizes[waiting].cumsum(0) <= room]
         taken[fits] = True
         room -= int(sizes[fits].sum())
+        # the group behind them is too large now: those small enough are left
         waiting = waiting[len(fits) :]
+        waiting = waiting[sizes[waiting] <= room]
     return taken[group].nonzero().squeeze(1)
 
 
 def caption_groups(source: PairSource, rows: Tensor) -> Tensor:
-    """(M,) int64: equal for rows of equal captions (in float16, as they are stored); read in blocks.
+    """(M,) int64: equal for rows of equal captions (float16, as they are stored); read in blocks.
 
     Rows whose caption is the text of a class are each by themselves: held out together, the class
     would go unlearnt.
@@ -253,21 +317,20 @@ def caption_groups(source: PairSource, rows: Tensor) -> Tensor:
     captions meet by chance with a probability below 2^-48, which does no more harm than that they
     stay together.
     """
-    factors = (
-        np.random.default_rng(0).integers(2**63, size=source.space.embed_dim, dtype=np.uint64) * 2
-        + 1
-    )
-    blocks = (
-        (source.caption_rows(block).half() + 0).numpy() for block in rows.split(GROUP_BLOCK)
-    )  # + 0 makes -0 a 0
-    parts = [block.view(np.uint16).astype(np.uint64) @ factors for block in blocks]
-    return torch.where(
-        source.of_classes(rows), rows, torch.from_numpy(np.concatenate(parts).view(np.int64))
-    )
+    rng = np.random.default_rng(0)
+    factors = rng.integers(2**63, size=source.space.embed_dim, dtype=np.uint64) * 2 + 1
+    sums = []
+    for block in rows.split(GROUP_BLOCK):
+        captions = (source.caption_rows(block).half() + 0).numpy()  # + 0 makes -0 a 0
+        sums.append(captions.view(np.uint16).astype(np.uint64) @ factors)
+    groups = torch.from_numpy(np.concatenate(sums).view(np.int64))
+    return torch.where(source.of_classes(rows), rows, groups)
 
 
 def failure_log_odds(logits: Tensor, batch: Batch) -> Tensor:
-    """(B,) float64 log((1 - p) / p), p the mass of the zero-shot answer under the softmax of any logits (B, K).
+    """(B,) float64 log((1 - p) / p), p the mass of the zero-shot answer.
+
+    The mass is that under the softmax of any logits (B, K).
 
     Without rounding where p is near zero or one; the largest logit may be at another candidate than
     the answer.
@@ -276,14 +339,15 @@ def failure_log_odds(logits: Tensor, batch: Batch) -> Tensor:
         return Others.of(logits, batch.prediction[:, None].to(logits.device)).log_odds
     logits = float64(logits)
     alike = batch.alike(batch.prediction).to(logits.device)
-    others, own = (
-        logits.masked_fill(mask, -torch.inf).logsumexp(dim=-1) for mask in (alike, ~alike)
-    )
-    return others - own
+    log_wrong = logits.masked_fill(alike, -torch.inf).logsumexp(dim=-1)
+    log_right = logits.masked_fill(~alike, -torch.inf).logsumexp(dim=-1)
+    return log_wrong - log_right
 
 
 def with_outside(log_odds: Tensor, outside: Tensor) -> Tensor:
-    """(B,) float64 log-odds of u = 1 - (1 - P(outside)) q, from those of 1 - q against q and of outside against inside.
+    """(B,) float64 log-odds of u = 1 - (1 - P(outside)) q.
+
+    ``log_odds`` are those of 1 - q against q, ``outside`` those of outside against inside.
 
     u / (1 - u) = (1 - q) / q + P(outside) / P(inside) / q, so that no u rounds to one before it has
     to.
@@ -304,9 +368,10 @@ def cross_fitting(
     seed: int,
     needs: Needs = "class",
 ) -> list[tuple[Rows, Rows]]:
-    """Pairs of rows to fit on and rows held out from it: the validation set, or folds stratified by failure (M,).
+    """Pairs of rows to fit on and rows held out: the validation set, or folds.
 
-    Rows of one picture are in one fold; it counts as a failure where its first row is one.
+    Folds are stratified by failure (M,). Rows of one picture are in one fold; it counts as a
+    failure where its first row is one.
     """
     if validation is not None:
         rows, _ = trainable_rows(validation, "validation", needs)
@@ -315,20 +380,21 @@ def cross_fitting(
     generator = torch.Generator().manual_seed(seed)
     first, picture = train.pictures()
     order = torch.randperm(len(first), generator=generator)
-    order = order[
-        failure[first][order].argsort(stable=True)
-    ]  # neighbours in this order go to different folds
+    # successes first, then failures: neighbours in this order go to different folds
+    order = order[failure[first][order].argsort(stable=True)]
     fold_of_picture = torch.empty(len(first), dtype=torch.long)
     fold_of_picture[order] = torch.arange(len(first)) % FOLDS
     fold = fold_of_picture[picture]
-    parts = [train.index[fold == k] for k in range(FOLDS if n <= FOLDED_ROWS else 1)]
+    n_folds = FOLDS
+    if n > FOLDED_ROWS:
+        n_folds = 1
     pairs = []
-    for k, part in enumerate(parts):
-        few = (
-            torch.randperm(len(part), generator=generator)[:FOLDED_ROWS].sort().values
-        )  # rows may come class by class
+    for number in range(n_folds):
+        part = train.index[fold == number]
+        # a random choice, since rows may come class by class
+        few = torch.randperm(len(part), generator=generator)[:FOLDED_ROWS].sort().values
         if len(few):
-            pairs.append(
-                (replace(train, index=train.index[fold != k]), replace(train, index=part[few]))
-            )
+            fitted_on = replace(train, index=train.index[fold != number])
+            held_out = replace(train, index=part[few])
+            pairs.append((fitted_on, held_out))
     return pairs

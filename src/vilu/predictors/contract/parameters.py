@@ -38,7 +38,8 @@ def check_parameters(predictor: Parametrised) -> None:
 def build(cls: type[Made], values: Mapping[str, object]) -> Made:
     """A predictor from parameters that may be strings (``--set key=value``)."""
     require_known(cls, values)
-    return cls(**{name: convert(cls, name, value, strict=False) for name, value in values.items()})
+    converted = {name: convert(cls, name, value, strict=False) for name, value in values.items()}
+    return cls(**converted)
 
 
 def require_known(cls: type[Parametrised], names: Iterable[str]) -> None:
@@ -51,20 +52,15 @@ def require_known(cls: type[Parametrised], names: Iterable[str]) -> None:
 
 
 def convert(cls: type[Parametrised], name: str, value: object, *, strict: bool) -> object:
-    """The value as its annotated type; strict: "3" is no number and True is none, but numpy's numbers are."""
+    """The value as its annotated type.
+
+    Strict: "3" is no number and True is none, but numpy's numbers are.
+    """
     hint, adapter = _checker(cls, name)
     if strict:
-        value = (
-            value.item()
-            if isinstance(value, np.generic)
-            else tuple(value)
-            if isinstance(value, list)
-            else value
-        )
-    if not strict and value in ("none", "None", "null"):
-        value = None
-    if not strict and isinstance(value, str) and "tuple" in str(hint):
-        value = [part for part in value.strip("()[]").split(",") if part.strip()]
+        value = _plain(value)
+    else:
+        value = _parsed(value, is_tuple="tuple" in str(hint))
     try:
         return cast("object", adapter.validate_python(value, strict=strict))
     except ValidationError as error:
@@ -74,13 +70,30 @@ def convert(cls: type[Parametrised], name: str, value: object, *, strict: bool) 
         ) from error
 
 
+def _plain(value: object) -> object:
+    """A number of numpy as one of Python, a list as a tuple; any other value as it is."""
+    if isinstance(value, np.generic):
+        return cast("object", value.item())
+    if isinstance(value, list):
+        return tuple(value)
+    return value
+
+
+def _parsed(value: object, *, is_tuple: bool) -> object:
+    """What a text of the command line says, as far as pydantic does not read it itself."""
+    if value in ("none", "None", "null"):
+        return None
+    if is_tuple and isinstance(value, str):
+        return [part for part in value.strip("()[]").split(",") if part.strip()]
+    return value
+
+
 @cache
 def _checker(cls: type[Parametrised], name: str) -> tuple[Any, TypeAdapter[Any]]:
     """Type of a parameter and what checks it; built once, since that takes as long as some fits."""
     hint = get_type_hints(cls, include_extras=True)[name]
-    if (
-        name == "seed"
-    ):  # one meaning in all methods, so one range: what every generator of random numbers takes
+    # one meaning in all methods, so one range: what every generator of random numbers takes
+    if name == "seed":
         hint = Annotated[hint, Field(ge=0, le=LARGEST_SEED)]
     return hint, TypeAdapter(hint)
 
@@ -90,18 +103,21 @@ def parse_settings(settings: Sequence[str]) -> dict[str, str]:
     values: dict[str, str] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
-        if not equals or not key.strip():
+        key = key.strip()
+        if not equals or not key:
             raise UsageError(
                 f"--set takes KEY=VALUE, as in --set epochs=50. Got {setting!r} instead."
             )
-        if key.strip() in values:
-            raise UsageError(f"--set gives {key.strip()!r} twice.")
-        values[key.strip()] = value.strip()
+        if key in values:
+            raise UsageError(f"--set gives {key!r} twice.")
+        values[key] = value.strip()
     return values
 
 
-def get_params(self: Parametrised, deep: bool = True) -> dict[str, Any]:  # noqa: ARG001 - as in sklearn
-    """The parameters by name, as in scikit-learn; no method holds another one as a parameter, so none is nested.
+def get_params(self: Parametrised, deep: bool = True) -> dict[str, Any]:  # noqa: ARG001
+    """The parameters by name, as in scikit-learn.
+
+    No method holds another one as a parameter, so none is nested.
 
     Examples:
         >>> import vilu
@@ -130,11 +146,12 @@ def set_params(self: Made, **values: object) -> Made:
 
 def shown(self: Parametrised) -> str:
     """The call that makes it, with what is not default."""
-    known = parameters(self)
-    changed = {
-        name: getattr(self, name) for name in known if getattr(self, name) != known[name].default
-    }
-    return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in changed.items())})"
+    changed = []
+    for name, parameter in parameters(self).items():
+        value = getattr(self, name)
+        if value != parameter.default:
+            changed.append(f"{name}={value!r}")
+    return f"{type(self).__name__}({', '.join(changed)})"
 
 
 def is_no_estimator(self: Parametrised) -> object:
@@ -144,6 +161,7 @@ def is_no_estimator(self: Parametrised) -> object:
         UsageError: Always.
     """
     raise UsageError(
-        f"{type(self).__name__} takes sources of embeddings, not arrays of features, so scikit-learn's "
-        "cross-validation, searches and pipelines cannot use it. Take rows of a source: data.take(rows)."
+        f"{type(self).__name__} takes sources of embeddings, not arrays of features, so "
+        "scikit-learn's cross-validation, searches and pipelines cannot use it. Take rows of a "
+        "source: data.take(rows)."
     )

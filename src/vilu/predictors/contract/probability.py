@@ -1,4 +1,7 @@
-"""From a score to a probability of failure, learned on calibration rows: temperature, Platt, beta, isotonic."""
+"""From a score to a probability of failure, learned on calibration rows.
+
+Forms: temperature, Platt, beta, isotonic.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,13 @@ from vilu.metrics.counts import Floats
 
 FOLDS = 10
 STEPS = 100  # of Newton's method, which needs about eight
-FEW_OF_A_KIND = (
-    20  # with fewer failures, or fewer successes, the smoothest form is taken without a choice
-)
+# with fewer failures, or fewer successes, the smoothest form is taken without a choice
+FEW_OF_A_KIND = 20
 FEW_ROWS = 1000  # with fewer rows no isotonic regression, whose steps would follow the noise
 
 
 class Form(NamedTuple):
-    """A logistic form: what the log-odds of failure are linear in, and whether a constant is added."""
+    """A logistic form: what the log-odds of failure are linear in, with a constant or without."""
 
     features: Callable[[Floats], Floats]
     intercept: bool
@@ -31,21 +33,30 @@ class Form(NamedTuple):
 
 @np.errstate(under="ignore")  # what is small beside the others is 0
 def expit(log_odds: Floats) -> Floats:
-    """1 / (1 + exp(-x)), without rounding near zero or one; SciPy's takes half a second to import."""
-    small = np.exp(-np.abs(log_odds))
-    found: Floats = np.where(log_odds < 0, small, 1.0) / (1 + small)
-    return found
+    """1 / (1 + exp(-x)), without rounding near zero or one.
+
+    SciPy's takes half a second to import.
+    """
+    small = np.exp(-np.abs(log_odds))  # of the negative absolute value, so it never overflows
+    probability: Floats = np.where(log_odds < 0, small, 1.0) / (1 + small)
+    return probability
 
 
 @np.errstate(under="ignore")  # what is small beside the others is 0
 def _logarithms(score: Floats) -> Floats:
     """The two logarithms ln p and -ln(1 - p) of log-odds."""
-    return np.stack([-np.logaddexp(0, -score), np.logaddexp(0, score)], axis=1)
+    log_p = -np.logaddexp(0, -score)
+    minus_log_rest = np.logaddexp(0, score)
+    return np.stack([log_p, minus_log_rest], axis=1)
+
+
+def _as_column(score: Floats) -> Floats:
+    return score[:, None]
 
 
 FORMS = {
-    "temperature": Form(lambda score: score[:, None], intercept=False, of_probability=True),
-    "platt": Form(lambda score: score[:, None], intercept=True, of_probability=False),
+    "temperature": Form(_as_column, intercept=False, of_probability=True),
+    "platt": Form(_as_column, intercept=True, of_probability=False),
     "beta": Form(_logarithms, intercept=True, of_probability=True),
 }
 """Smoothest first.
@@ -55,7 +66,7 @@ Temperature and beta start from a probability (Guo et al. 2017; Kull et al. 2017
 
 
 class _Fitted(Model):
-    """What every calibrator tells of its fit: rows, failures among them, and the log-loss of every form tried."""
+    """What every calibrator tells of its fit: rows, failures, and the log-loss of every form."""
 
     n: int = Field(ge=1)
     n_failures: int = Field(ge=0)
@@ -63,7 +74,10 @@ class _Fitted(Model):
 
 
 class Logistic(_Fitted):
-    """p = sigmoid(weights . features(s) + intercept) of a score s (of log-odds s, where the method gives them)."""
+    """p = sigmoid(weights . features(s) + intercept) of a score s.
+
+    The score is of log-odds where the method gives them.
+    """
 
     form: Literal["temperature", "platt", "beta"]
     weights: tuple[float, ...] = Field(min_length=1, max_length=2)
@@ -72,7 +86,8 @@ class Logistic(_Fitted):
     @np.errstate(under="ignore")  # what is small beside the others is 0
     def __call__(self, score: Floats) -> Floats:
         """(N,) probabilities of scores (N,)."""
-        return expit(FORMS[self.form].features(score) @ np.array(self.weights) + self.intercept)
+        features = FORMS[self.form].features(score)
+        return expit(features @ np.array(self.weights) + self.intercept)
 
 
 class Isotonic(_Fitted):
@@ -92,7 +107,9 @@ _READER: TypeAdapter[Calibrator] = TypeAdapter(Annotated[Calibrator, Field(discr
 
 
 def fit_calibrator(score: Floats, failure: NDArray[np.int64], *, is_log_odds: bool) -> Calibrator:
-    """The form with the least log-loss in 10-fold cross-validation, or a smoother one within a standard error of it.
+    """The form with the least log-loss in 10-fold cross-validation, or one nearly as good.
+
+    A smoother form is taken if its loss is within a standard error of the least.
 
     Temperature and beta are tried where the scores are log-odds, isotonic regression with at least
     1,000 rows. With fewer than 20 failures or successes there is nothing to choose by: temperature,
@@ -113,63 +130,90 @@ def fit_calibrator(score: Floats, failure: NDArray[np.int64], *, is_log_odds: bo
     forms = [name for name, form in FORMS.items() if is_log_odds or not form.of_probability]
     if min(failure.sum(), (1 - failure).sum()) < FEW_OF_A_KIND:
         return _fit(forms[0], score, failure)
-    forms += ["isotonic"] if len(score) >= FEW_ROWS else []
+    if len(score) >= FEW_ROWS:
+        forms.append("isotonic")
     losses = {name: _held_out_losses(name, score, failure) for name in forms}
-    best = min(losses.values(), key=np.mean)
-    excess = ((name, losses[name] - best) for name in forms)
-    near = (name for name, more in excess if more.mean() <= more.std(ddof=1) / np.sqrt(len(more)))
-    chosen = _fit(next(near), score, failure)
-    return chosen.model_copy(
-        update={"log_loss": {name: float(loss.mean()) for name, loss in losses.items()}}
-    )
+    chosen = _fit(_smoothest_good(losses), score, failure)
+    log_loss = {name: float(loss.mean()) for name, loss in losses.items()}
+    return chosen.model_copy(update={"log_loss": log_loss})
+
+
+def _smoothest_good(losses: dict[str, Floats]) -> str:
+    """The first form, of the smoothest first, whose log-loss (N,) is near the least.
+
+    Near is within a standard error of the mean difference, row by row: what makes a row hard for
+    all forms alike cancels.
+    """
+    least = min(losses.values(), key=np.mean)
+    for name, loss in losses.items():
+        excess = loss - least
+        standard_error = excess.std(ddof=1) / np.sqrt(len(excess))
+        if excess.mean() <= standard_error:
+            return name
+    raise AssertionError("the form of the least loss has no excess")
 
 
 def read_calibrator(value: object) -> Calibrator:
     """A calibrator from plain JSON."""
     try:
-        found = _READER.validate_python(value)
+        calibrator = _READER.validate_python(value)
     except ValidationError as error:
         raise DataError(
             f"this is no calibrator of probabilities: {error.errors()[0]['msg']}."
         ) from error
-    if isinstance(found, Isotonic) and (
-        len(found.score) != len(found.probability) or bool((np.diff(found.score) <= 0).any())
-    ):
+    if isinstance(calibrator, Isotonic):
+        _require_knots(calibrator)
+    else:
+        _require_weights(calibrator)
+    return calibrator
+
+
+def _require_knots(calibrator: Isotonic) -> None:
+    """Refuse knots without a probability each, or whose scores do not rise."""
+    has_pairs = len(calibrator.score) == len(calibrator.probability)
+    falls = bool((np.diff(calibrator.score) <= 0).any())
+    if not has_pairs or falls:
         raise DataError("this is no calibrator of probabilities: its knots are not in order.")
-    if (
-        isinstance(found, Logistic)
-        and len(found.weights) != FORMS[found.form].features(np.zeros(1)).shape[1]
-    ):
+
+
+def _require_weights(calibrator: Logistic) -> None:
+    """Refuse more or fewer weights than the form has features."""
+    features = FORMS[calibrator.form].features(np.zeros(1))
+    n_weights = len(calibrator.weights)
+    if n_weights != features.shape[1]:
         raise DataError(
-            f"this is no calibrator of probabilities: {found.form} has not {len(found.weights)} weights."
+            f"this is no calibrator of probabilities: {calibrator.form} has not {n_weights} "
+            "weights."
         )
-    return found
 
 
 def _held_out_losses(form: str, score: Floats, failure: NDArray[np.int64]) -> Floats:
     """(N,) log-loss of every row under a fit without its fold; failures are dealt out evenly."""
-    losses, fold, rng = (
-        np.empty(len(score)),
-        np.empty(len(score), np.int64),
-        np.random.default_rng(0),
-    )
+    rng = np.random.default_rng(0)
+    fold = np.empty(len(score), np.int64)
     for kind in (0, 1):
         rows = np.flatnonzero(failure == kind)
         fold[rng.permutation(rows)] = np.arange(len(rows)) % FOLDS
-    for held_out in (fold == number for number in range(FOLDS)):
-        p = _fit(form, score[~held_out], failure[~held_out])(score[held_out])
-        losses[held_out] = -np.log(np.where(failure[held_out] == 1, p, 1 - p).clip(1e-12))
+    losses = np.empty(len(score))
+    for number in range(FOLDS):
+        held_out = fold == number
+        calibrator = _fit(form, score[~held_out], failure[~held_out])
+        p = calibrator(score[held_out])
+        likelihood = np.where(failure[held_out] == 1, p, 1 - p)
+        losses[held_out] = -np.log(likelihood.clip(1e-12))
     return losses
 
 
 def _fit_isotonic(score: Floats, failure: NDArray[np.int64], counts: dict[str, Any]) -> Isotonic:
-    """Isotonic regression, its ends kept 1 / (N + 2) away from certainty; SciPy's takes half a second to import."""
-    value, place, rows = np.unique(score, return_inverse=True, return_counts=True)
-    wrong, pooled = np.bincount(place, failure).astype(np.int64), rows
-    while not (begins := np.append(True, wrong[1:] * pooled[:-1] > wrong[:-1] * pooled[1:])).all():
-        wrong, pooled = (np.add.reduceat(part, np.flatnonzero(begins)) for part in (wrong, pooled))
-    end = 1 / (len(score) + 2)
-    level = np.clip(np.repeat(wrong / pooled, pooled)[np.cumsum(rows) - 1], end, 1 - end)
+    """Isotonic regression, its ends kept 1 / (N + 2) away from certainty.
+
+    SciPy's takes half a second to import.
+    """
+    value, place, n_rows = np.unique(score, return_inverse=True, return_counts=True)
+    n_wrong = np.bincount(place, failure).astype(np.int64)
+    rate = _rising_rates(n_wrong, n_rows)
+    certainty = 1 / (len(score) + 2)
+    level = np.clip(rate, certainty, 1 - certainty)
     rises = np.flatnonzero(np.diff(level))  # of a level stretch its two ends are enough
     knots = np.unique(np.concatenate([[0, len(value) - 1], rises, rises + 1]))
     return Isotonic(
@@ -177,7 +221,34 @@ def _fit_isotonic(score: Floats, failure: NDArray[np.int64], counts: dict[str, A
     )
 
 
-def _fit(form: Any, score: Floats, failure: NDArray[np.int64]) -> Calibrator:  # noqa: ANN401 - a key of FORMS
+def _rising_rates(n_wrong: NDArray[np.int64], n_rows: NDArray[np.int64]) -> Floats:
+    """(V,) error rates at V scores, ascending, pooled with their neighbours until they rise.
+
+    Pool adjacent violators: the least squares fit that never falls. Every pass pools all stretches
+    at once.
+    """
+    wrong = n_wrong
+    pooled = n_rows
+    begins = _begin_pools(wrong, pooled)
+    while not begins.all():
+        first = np.flatnonzero(begins)
+        wrong = np.add.reduceat(wrong, first)
+        pooled = np.add.reduceat(pooled, first)
+        begins = _begin_pools(wrong, pooled)
+    # from pools to rows, and from rows to scores, by the last row of each
+    of_rows = np.repeat(wrong / pooled, pooled)
+    return of_rows[np.cumsum(n_rows) - 1]
+
+
+def _begin_pools(wrong: NDArray[np.int64], pooled: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Where a rate is above the one before it; the first one always is."""
+    # multiplied out, w1 / n1 > w0 / n0 is exact in whole numbers
+    rises = wrong[1:] * pooled[:-1] > wrong[:-1] * pooled[1:]
+    return np.append(True, rises)
+
+
+# ``form`` is a key of FORMS, or "isotonic"
+def _fit(form: Any, score: Floats, failure: NDArray[np.int64]) -> Calibrator:  # noqa: ANN401
     """Isotonic regression, or logistic regression without a penalty.
 
     Targets are (N_f + 1) / (N_f + 2) for failures and 1 / (N_s + 2) for successes, which keeps the
@@ -189,13 +260,12 @@ def _fit(form: Any, score: Floats, failure: NDArray[np.int64]) -> Calibrator:  #
     features = FORMS[form].features(score)
     weights, intercept = _least_log_loss(features, failure, intercept=FORMS[form].intercept)
     falling = np.flatnonzero(np.array(weights) < 0)
-    if form == "beta" and len(
-        falling
-    ):  # the form has no falling parts: without the first one, once more (Kull et al.)
-        kept = [part for part in range(features.shape[1]) if part != falling[0]]
-        left, intercept = _least_log_loss(features[:, kept], failure, intercept=True)
-        weights = [0.0] * features.shape[1]
-        weights[kept[0]] = max(left[0], 0.0)
+    # the beta form has no falling parts: without the first one, once more (Kull et al.)
+    if form == "beta" and len(falling):
+        rising = 1 - int(falling[0])  # the form has two parts
+        refitted, intercept = _least_log_loss(features[:, [rising]], failure, intercept=True)
+        weights = [0.0, 0.0]
+        weights[rising] = max(refitted[0], 0.0)
     return Logistic(form=form, weights=tuple(weights), intercept=intercept, **counts)
 
 
@@ -203,31 +273,59 @@ def _fit(form: Any, score: Floats, failure: NDArray[np.int64]) -> Calibrator:  #
 def _least_log_loss(
     features: Floats, failure: NDArray[np.int64], *, intercept: bool
 ) -> tuple[list[float], float]:
-    """Weights and constant of a logistic regression without a penalty, on smoothed targets, by Newton's method."""
+    """Weights and constant of a logistic regression without a penalty, on smoothed targets."""
+    n_features = features.shape[1]
     scale = np.maximum(np.abs(features).max(axis=0), 1e-12)
-    n_failures = int(failure.sum())
-    target = np.where(
-        failure == 1, (n_failures + 1) / (n_failures + 2), 1 / (len(failure) - n_failures + 2)
-    )
     x = np.column_stack([features / scale, np.ones((len(features), int(intercept)))])
+    weights = _by_newton(x, _smoothed(failure))
+    constant = 0.0
+    if intercept:
+        constant = float(weights[-1])
+    return (weights[:n_features] / scale).tolist(), constant
 
-    def log_loss(weights: Floats) -> float:
-        return float((np.logaddexp(0, x @ weights) - target * (x @ weights)).sum())
 
+def _smoothed(failure: NDArray[np.int64]) -> Floats:
+    """(N,) targets that keep the weights finite, as in ``_fit``."""
+    n_failures = int(failure.sum())
+    n_successes = len(failure) - n_failures
+    of_failure = (n_failures + 1) / (n_failures + 2)
+    of_success = 1 / (n_successes + 2)
+    return np.where(failure == 1, of_failure, of_success)
+
+
+def _by_newton(x: Floats, target: Floats) -> Floats:
+    """(F,) weights of the features x (N, F) with the least log-loss, by Newton's method."""
     weights = np.zeros(x.shape[1])
-    least = log_loss(weights)
+    least = _log_loss(weights, x, target)
     for _ in range(STEPS):
         p = expit(x @ weights)
-        # without a least loss of its own (equal scores) a direction gets no weight
-        step = np.linalg.lstsq(x.T @ (x * (p * (1 - p))[:, None]), x.T @ (p - target), rcond=None)[
-            0
-        ]
-        tried = (
-            (log_loss(weights - step / 2**halvings), weights - step / 2**halvings)
-            for halvings in range(12)
-        )
-        lowest, better = next((one for one in tried if one[0] < least), (least, None))
-        if better is None:
+        gradient = x.T @ (p - target)
+        curvature = x.T @ (x * (p * (1 - p))[:, None])
+        # least squares: a direction without curvature (equal scores) gets no weight
+        step, *_ = np.linalg.lstsq(curvature, gradient, rcond=None)
+        descent = _descend(weights, step, least, x, target)
+        if descent is None:
             break
-        weights, least = better, lowest
-    return (weights[: features.shape[1]] / scale).tolist(), float(weights[-1]) if intercept else 0.0
+        weights, least = descent
+    return weights
+
+
+def _descend(
+    weights: Floats, step: NDArray[np.floating], least: float, x: Floats, target: Floats
+) -> tuple[Floats, float] | None:
+    """The weights after a step, and their log-loss; None where the loss falls no more.
+
+    A whole step may go too far, so it is halved until the loss is below the least.
+    """
+    for halvings in range(12):
+        candidate = weights - step / 2**halvings
+        loss = _log_loss(candidate, x, target)
+        if loss < least:
+            return candidate, loss
+    return None
+
+
+def _log_loss(weights: Floats, x: Floats, target: Floats) -> float:
+    """Log-loss of all rows, from log-odds: ln(1 + exp(s)) - t s, in which no logarithm is of 0."""
+    log_odds = x @ weights
+    return float((np.logaddexp(0, log_odds) - target * log_odds).sum())
