@@ -443,7 +443,8 @@ class EmbeddingSource(ABC):
 
         Examples:
             >>> import numpy as np, vilu
-            >>> data = vilu.Embeddings.pairs(np.eye(2)[[0, 0, 1, 1]], np.eye(4)[:, :2], pool_size=2)
+            >>> image = np.eye(4)[[0, 0, 1, 1]]
+            >>> data = vilu.Embeddings.pairs(image, np.eye(4), pool_size=2)
             >>> first, second, third, _ = data.picture_identities().tolist()
             >>> first == second, second == third  # two captions of one image
             (True, False)
