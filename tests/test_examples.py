@@ -69,10 +69,10 @@ def test_what_is_kept_belongs_to_a_script() -> None:
 
 
 @pytest.mark.parametrize("name", gallery.NAMES)
-def test_is_a_script_of_30_to_80_lines(name: str) -> None:
+def test_is_a_script_of_30_to_100_lines(name: str) -> None:
     text = (FOLDER / f"{name}.py").read_text(encoding="utf-8")
     assert text.endswith('\n\nif __name__ == "__main__":\n    main()\n')
-    assert 30 <= text.count("\n") <= 80
+    assert 30 <= text.count("\n") <= 100
 
 
 def test_the_page_has_every_script_and_its_question() -> None:

@@ -16,7 +16,7 @@ from vilu.backbones.zeroshot import class_texts
 KINDS = 9
 """Kinds of photos; of the last three the model's answer is wrong."""
 
-SEEDS = (0, 1, 18, 13, 4, 5, 6, 7, 8)
+SEEDS = (0, 1, 18, 39, 4, 5, 6, 7, 8)
 """Of the kinds: those of which the model is sure, whatever moves in the photo."""
 
 

@@ -533,6 +533,7 @@ def test_tensors_of_other_shapes_are_refused_when_they_are_read(
     tensors = safetensors_torch.load_file(weights)
     tensors[f"state.{tensor}"] = SHAPES[damage](tensors[f"state.{tensor}"])
     weights.write_bytes(safetensors_torch.save(tensors))
+    (tmp_path / "sample.safetensors").unlink(missing_ok=True)  # it is bound to the weights
     sealed = {**record, "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
     del sealed["fingerprint"]
     write_json(tmp_path / "predictor.json", sealed, seal="fingerprint")

@@ -262,7 +262,7 @@ def test_a_promise_of_every_class_asks_first_where_labels_lack(
         "--method",
         "anytime",
         "--max-risk",
-        0.3,
+        0.5,
     )
     vouching = Counter[str]()
     for number in range(6):
@@ -274,14 +274,16 @@ def test_a_promise_of_every_class_asks_first_where_labels_lack(
             predictor,
             "--per-class",
             "--max-risk",
-            0.3,
+            0.5,
             "-o",
             file,
             *given,
         )
         found = rows(file)
         vouching.update(row["answer"] for row in found if row["stream"] == "promise")
-        assert number or max(vouching.values()) - min(vouching[name] for name in NAMES) <= 1
+        if number == 0:  # classes with photos below the limit have equally many
+            assert len(vouching) >= 2
+            assert max(vouching.values()) - min(vouching.values()) <= 1
         give_labels(file, truth, file)
         given += ["--labels", file]
         done = command_line(*calibrate, "--per-class", *given)

@@ -28,6 +28,14 @@ from vilu.calibration.rules import (
 from vilu.calibration.selection import select
 from vilu.calibration.thresholds import exactly, percent
 from vilu.calibration.units import MOST_COMPARED, CountedRows, count_once, first_of_scenes
+from vilu.decision.copies import SAME, check_copies
+from vilu.decision.label_sets import Kind, LabelSets, check_label_sets, fit_label_sets
+from vilu.decision.looks import in_words, note_look
+from vilu.decision.record import Record, Rule
+from vilu.decision.score import predictor_fingerprint, score_fresh, source_fingerprint
+from vilu.decision.selection import select
+from vilu.decision.thresholds import exactly, percent
+from vilu.decision.units import MOST_COMPARED, CountedRows, count_once, first_of_scenes
 from vilu.embeddings.copies import NEAR_COPY
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import InfeasibleError, UsageError, ViLUError
@@ -225,39 +233,41 @@ def _rule_of_units(
 ) -> tuple[Rule | None, Ints, Ints]:
     """The rule of calibration rows (N,) at ``places`` (N,) of a source; which of them (M,) count.
 
-    And the places among these M of near copies of others, which the rule leaves out.
+    And the places among these M of copies of others, which the rule leaves out.
 
-    Those of one picture count once. Where some pictures are near copies of others there is a second
-    rule, of one of them each, and the rule that accepts less is taken. Rows that nobody has
-    labelled stay.
+    Those of one picture count once. Near copies are counted and said. Where some pictures are
+    copies of others but for noise (``SAME``) there is a second rule, of one of them each, and the
+    rule that accepts less is taken. Rows that nobody has labelled stay.
     """
     labelled = evaluable(rows)
     chosen, counted = count_once(rows, labelled)
     rule = target.rule(rows)
-    first = first_of_scenes(data, places[chosen])
-    if first is None:
+    is_first = np.ones(len(chosen), np.bool_)
+    if len(chosen) > MOST_COMPARED:
         logger.warning(
             "near copies are looked for among at most %s pictures, and these are %s: where some "
             "are near copies of others, the promise is too sharp",
             f"{MOST_COMPARED:,}",
             f"{len(chosen):,}",
         )
-        first = np.ones(len(chosen), np.bool_)
+    else:
+        is_first = first_of_scenes(data, places[chosen], NEAR_COPY)
     left_out = chosen[:0]
-    if not first.all():
-        scenes = chosen[first]
+    if not is_first.all():
         n_files = len(chosen) if counted is None else counted.files
-        counted = CountedRows(files=n_files, pictures=len(chosen), scenes=len(scenes))
+        n_scenes = int(is_first.sum())
+        counted = CountedRows(files=n_files, pictures=len(chosen), scenes=n_scenes)
         logger.warning(
-            "near copies among the calibration rows (cosine at least %s): %s. They are no "
-            "independent answers, so they do not count as such",
+            "near copies among the calibration rows (cosine at least %s): %s. Answers about them "
+            "are not independent: the promise is sharper than the rows allow",
             NEAR_COPY,
             counted,
         )
-        of_scenes = target.rule(rows.take(scenes))
-        if _accepts_less(of_scenes, rule, rows.take(chosen)):
-            rule = of_scenes
-            left_out = chosen[~first]
+        differs = first_of_scenes(data, places[chosen], SAME)
+        of_different = target.rule(rows.take(chosen[differs]))
+        if _accepts_less(of_different, rule, rows.take(chosen)):
+            rule = of_different
+            left_out = chosen[~differs]
     if rule is not None:
         rule = rule.model_copy(update={"counted": counted})
     counts = ~labelled

@@ -54,9 +54,7 @@ def count_once(outcomes: Outcomes, keep: NDArray[np.bool_]) -> tuple[Ints, Count
     return chosen, CountedRows(files=len(rows), pictures=len(chosen))
 
 
-def first_of_scenes(source: EmbeddingSource, rows: Ints) -> NDArray[np.bool_] | None:
-    """(M,) which of the rows are near copies of none before them; None for too many to compare."""
-    if len(rows) > MOST_COMPARED:
-        return None
-    first: NDArray[np.bool_] = near_copies(source, rows) == np.arange(len(rows))
+def first_of_scenes(source: EmbeddingSource, rows: Ints, cosine: float) -> NDArray[np.bool_]:
+    """(M,) which of the rows are near copies of none before them, from a cosine on."""
+    first: NDArray[np.bool_] = near_copies(source, rows, cosine) == np.arange(len(rows))
     return first

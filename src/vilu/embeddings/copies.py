@@ -19,7 +19,9 @@ actions 4 %.
 """
 
 
-def near_copies(source: EmbeddingSource, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+def near_copies(
+    source: EmbeddingSource, rows: NDArray[np.int64], cosine: float = NEAR_COPY
+) -> NDArray[np.int64]:
     """(M,) for every row the place among the ``rows`` (M,) of the first that it is a near copy of, or its own.
 
     So rows of one number are one group, and ``len(np.unique(...))`` counts the groups. A row
@@ -30,16 +32,17 @@ def near_copies(source: EmbeddingSource, rows: NDArray[np.int64]) -> NDArray[np.
     Args:
         source: What the rows are of.
         rows: Places of usable rows, in the order in which they may be the first of a group.
+        cosine: From which on a row is a near copy of another one.
 
     Examples:
         >>> import numpy as np, vilu
         >>> from vilu.embeddings.copies import near_copies
-        >>> data = vilu.Embeddings([[1.0, 0.0], [0.0, 1.0], [1.0, 0.1], [0.0, 1.0]], np.eye(2))
+        >>> data = vilu.Embeddings(np.eye(3)[[0, 1, 0, 2]], np.eye(3))
         >>> near_copies(data, np.arange(4)).tolist()
-        [0, 1, 0, 1]
+        [0, 1, 0, 3]
     """
     image = picture_vectors(source, torch.from_numpy(np.ascontiguousarray(rows)))
-    return first_alike(image, NEAR_COPY).numpy()
+    return first_alike(image, cosine).numpy()
 
 
 def picture_vectors(source: EmbeddingSource, index: Tensor) -> Tensor:

@@ -142,9 +142,9 @@ class Monitor:
         Examples:
             >>> import numpy as np, tempfile, vilu
             >>> from vilu.calibration.procedure import Target, calibrate_predictor
-            >>> rows = np.random.default_rng(0).random((200, 2))
+            >>> rows = np.random.default_rng(0).random((200, 8))
             >>> rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-            >>> data = vilu.Embeddings(rows, np.eye(2), rows.argmax(axis=1))
+            >>> data = vilu.Embeddings(rows, np.eye(8), rows.argmax(axis=1))
             >>> with (
             ...     tempfile.TemporaryDirectory() as folder
             ... ):  # as `vilu fit` and `vilu calibrate` leave one

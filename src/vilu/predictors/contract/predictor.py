@@ -338,7 +338,7 @@ class FailurePredictor(ABC):
                 (``uses_unlabelled``).
 
         Warns:
-            UserWarning: If training rows are left out, or more than 1 % of them are repeats.
+            UserWarning: If training rows are left out.
 
         Raises:
             UsageError: If a hyper-parameter is out of range, the method does not work on
@@ -735,9 +735,9 @@ class FailurePredictor(ABC):
 
         Examples:
             >>> import numpy as np, vilu
-            >>> data = vilu.Embeddings(
-            ...     np.eye(2)[[0] * 40], np.eye(2), [0, 0, 0, 1] * 10
-            ... )  # three of four are right
+            >>> angle = np.arange(40)  # forty pictures, all as far from both texts
+            >>> image = np.c_[np.ones(40), np.zeros(40), np.cos(angle), np.sin(angle)] / 2**0.5
+            >>> data = vilu.Embeddings(image, np.eye(2, 4), [0, 0, 0, 1] * 10)  # 3 of 4 are right
             >>> vilu.MCM().calibrate(data).predict_failure_probability(data)[:2].round(2)
             array([0.25, 0.25])
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Collection, Iterator, Mapping
@@ -18,6 +19,8 @@ from vilu.embeddings.checks import SHORT_POOL, VALID, Identity
 from vilu.embeddings.source import EmbeddingSource, say_once
 from vilu.errors import UNKNOWN, DataError, UsageError
 from vilu.validation import require_at_least
+
+logger = logging.getLogger(__name__)
 
 
 def shots(source: EmbeddingSource, n: int, seed: int = 0) -> Tensor:
@@ -202,10 +205,13 @@ def warn_of_repeats(source: EmbeddingSource, sketches: Sketches) -> None:
         return
     what = "pictures" if source.pool_size is None else "image-caption pairs"
     about = "" if known.whole else "about "
-    warnings.warn(
-        f"the {n_rows} training rows are {about}{n_distinct} {what}: the others stand more than once. Each "
+    logger.warning(
+        "different %s among the %s training rows: %s%s. The others stand more than once, and each "
         "counts as often as it stands. Leave out the repeats, unless they are meant as weights.",
-        stacklevel=6,
+        what,
+        f"{n_rows:,}",
+        about,
+        f"{n_distinct:,}",
     )
 
 
