@@ -136,16 +136,7 @@ def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
     """The compact model for pictures of ``argument`` pixels a side ("" for 224)."""
     size = _parse_size(argument)
     files = _find_files()
-    tokenizer_hash = file_hash(files.text / "tokenizer.json")
-    space = EmbeddingSpace(
-        embed_dim=EMBED_DIM,
-        logit_scale=LOGIT_SCALE,
-        backbone="compact" if size == DEFAULT_SIZE else f"compact:{size}",
-        weights=files.sha256,
-        preprocess=f"RGB, central square, PIL bicubic to {size}, (x - 127) / 128",
-        tokenizer=f"MiniLM WordPiece, {MAX_TOKENS} tokens, sha256 {tokenizer_hash}",
-        precision=precision,
-    )
+    space = _space(files, size, precision)
 
     # Putting the model together takes seconds; a store that is already complete asks for the space
     # alone. So each part is asked for when it is first used.
@@ -173,6 +164,19 @@ def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
         truncates=truncates,
         feature_dim=FEATURE_DIM,
         texts_known_as=space.fingerprint,
+    )
+
+
+def _space(files: Files, size: int, precision: str) -> EmbeddingSpace:
+    tokenizer_hash = file_hash(files.text / "tokenizer.json")
+    return EmbeddingSpace(
+        embed_dim=EMBED_DIM,
+        logit_scale=LOGIT_SCALE,
+        backbone="compact" if size == DEFAULT_SIZE else f"compact:{size}",
+        weights=files.sha256,
+        preprocess=f"RGB, central square, PIL bicubic to {size}, (x - 127) / 128",
+        tokenizer=f"MiniLM WordPiece, {MAX_TOKENS} tokens, sha256 {tokenizer_hash}",
+        precision=precision,
     )
 
 
