@@ -18,22 +18,27 @@ from vilu.errors import UsageError
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device called "auto", "cpu", "cuda", "cuda:N" or "mps"; "auto" is the first of cuda, mps, cpu at hand."""
+    """The device called "auto", "cpu", "cuda", "cuda:N" or "mps".
+
+    "auto" is the first of cuda, mps, cpu at hand.
+    """
     available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
+    here = [kind for kind, is_here in available.items() if is_here]
     if name == "auto":
-        return torch.device(next(kind for kind, here in available.items() if here))
+        return torch.device(here[0])
     kind, colon, number = name.partition(":")
-    if kind not in available or (
-        colon and not (kind == "cuda" and re.fullmatch("[0-9]{1,4}", number))
-    ):
+    is_numbered_gpu = kind == "cuda" and re.fullmatch("[0-9]{1,4}", number) is not None
+    if kind not in available or (colon and not is_numbered_gpu):
         raise UsageError(f"device must be auto, cpu, cuda, cuda:N or mps. Got {name!r} instead.")
-    if not available[kind] or (kind == "cuda" and int(number or 0) >= torch.cuda.device_count()):
-        here = ", ".join(kind for kind, is_here in available.items() if is_here)
-        raise UsageError(f"device {name!r} is not on this machine. Found: {here}.")
+    is_there = available[kind]
+    if is_there and kind == "cuda":
+        is_there = int(number or 0) < torch.cuda.device_count()
+    if not is_there:
+        raise UsageError(f"device {name!r} is not on this machine. Found: {', '.join(here)}.")
     return torch.device(name)
 
 
@@ -46,30 +51,34 @@ KEPT_BY = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_
 
 @functools.cache
 def keep_freed_memory() -> None:
-    """Have glibc keep freed blocks of up to 512 MiB, 1 GiB in all, for those to come; nothing where it is not in use.
+    """Have glibc keep freed blocks of up to 512 MiB, 1 GiB in all, for those to come.
 
     It would give large ones back to the system, which makes every page anew when the next one is
     written to: that was half of the time of an image tower, and a sixth of that of an entropy of
-    1,000 candidates. Whoever has set it by an environment variable is obeyed.
+    1,000 candidates. Whoever has set it by an environment variable is obeyed, and where glibc is
+    not in use nothing is done.
     """
-    if sys.platform == "linux" and not os.environ.keys() & KEPT_BY:
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)  # musl has none
-        mallopt(-3, KEPT_BYTES)  # M_MMAP_THRESHOLD of <malloc.h>
-        mallopt(-1, 2 * KEPT_BYTES)  # M_TRIM_THRESHOLD
+    if sys.platform != "linux" or os.environ.keys() & KEPT_BY:
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:  # musl has none
+        return
+    mallopt(-3, KEPT_BYTES)  # M_MMAP_THRESHOLD of <malloc.h>
+    mallopt(-1, 2 * KEPT_BYTES)  # M_TRIM_THRESHOLD
 
 
-LOCK, BEFORE = (
-    threading.Lock(),
-    list[torch.dtype](),
-)  # the default types that open blocks have found
-SEEDED = dict[
-    int, AbstractContextManager[object]
-]()  # of every process its own: threads that hold one are not forked
+LOCK = threading.Lock()
+BEFORE: list[torch.dtype] = []  # the default types at the begin of the blocks that are open
+
+# of every process its own: threads that hold one are not forked
+SEEDED: dict[int, AbstractContextManager[object]] = {}
 
 
 @contextmanager
 def as_usual() -> Iterator[None]:
-    """A block, or a function, in which torch has gradients, float32, the CPU and no autocast by default.
+    """A block, or a function, in which torch has its defaults.
+
+    These are gradients, float32, the CPU and no autocast.
 
     So a number does not depend on what the caller has set, and what is made here can be used
     anywhere: a tensor that is made in inference mode can never be trained on.
@@ -107,7 +116,10 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def each_as_usual(items: Generator[Item, None, None]) -> Iterator[Item]:
-    """The items of a generator, each made in a block ``as_usual``; between them the caller's settings hold."""
+    """The items of a generator, each made in a block ``as_usual``.
+
+    Between the items the caller's settings hold.
+    """
     with closing(items):
         while True:
             with as_usual():

@@ -30,30 +30,38 @@ def import_extra(module: str, extra: str) -> ModuleType:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings, log lines below ERROR or progress bars while a model loads; all is restored afterwards.
+    """No warnings, log lines below ERROR or progress bars while a model loads.
 
-    What loaders only warn of (weights that are missing or do not fit) vilu checks itself and
-    raises.
+    All is restored afterwards. What loaders only warn of (weights that are missing or do not fit)
+    vilu checks itself and raises.
     """
-    root, disabled = logging.getLogger(), logging.root.manager.disable
-    bars = sys.modules.get("transformers.utils.logging")
-    shown = bars is not None and bars.is_progress_bar_enabled()
-    handler = (
-        logging.NullHandler()
-    )  # on a root without any, open_clip's logging.info() would leave one behind
+    root = logging.getLogger()
+    disabled = logging.root.manager.disable
+    # on a root without any handler, open_clip's logging.info() would leave one behind
+    handler = logging.NullHandler()
     root.addHandler(handler)
     logging.disable(max(disabled, logging.WARNING))
     try:
-        if bars is not None and shown:
-            bars.disable_progress_bar()
-        with warnings.catch_warnings():
+        with _no_bars(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        if bars is not None and shown:
-            bars.enable_progress_bar()
         logging.disable(disabled)
         root.removeHandler(handler)
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """A block without progress bars of transformers, if it has been imported."""
+    bars = sys.modules.get("transformers.utils.logging")
+    if bars is None or not bars.is_progress_bar_enabled():
+        yield
+        return
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        bars.enable_progress_bar()
 
 
 @contextmanager
@@ -70,7 +78,7 @@ def setting(target: object, **values: object) -> Iterator[None]:
 
 
 def hub_reachable() -> bool:
-    """Whether the hub may be asked (HF_HUB_OFFLINE is not set) and accepts a connection within ``REACH_TIMEOUT``."""
+    """Whether the hub may be asked (no HF_HUB_OFFLINE) and accepts a connection in time."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -78,9 +86,10 @@ def hub_reachable() -> bool:
     endpoint = urlsplit(constants.ENDPOINT)
     if {endpoint.scheme, "all"} & urllib.request.getproxies().keys():  # only the proxy knows
         return True
-    port = endpoint.port or (443 if endpoint.scheme == "https" else 80)
+    usual_port = 443 if endpoint.scheme == "https" else 80
+    address = (endpoint.hostname, endpoint.port or usual_port)
     try:
-        with socket.create_connection((endpoint.hostname, port), timeout=REACH_TIMEOUT):
+        with socket.create_connection(address, timeout=REACH_TIMEOUT):
             return True
     except OSError:
         return False

@@ -31,7 +31,7 @@ class Reporter(Protocol):
 class Silence:
     """Shows nothing."""
 
-    def start(self, description: str, total: float | None, unit: str) -> Task:  # noqa: ARG002 - the protocol's names
+    def start(self, description: str, total: float | None, unit: str) -> Task:  # noqa: ARG002
         """Nothing to show."""
         return self
 

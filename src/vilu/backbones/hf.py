@@ -1,8 +1,9 @@
-"""Dual encoders of transformers (CLIP, SigLIP and their kin), from the hub or from a local folder."""
+"""Dual encoders of transformers (CLIP, SigLIP and their kin), from the hub or a local folder."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -28,10 +29,18 @@ MEMBERS = ("get_image_features", "get_text_features", "logit_scale")
 """What a model of transformers must have to be a dual encoder with a temperature of its own."""
 
 PIXEL_SETTINGS = (
-    *("do_", "size", "crop_size", "resample", "rescale_factor"),
-    *("image_mean", "image_std", "image_processor"),
+    "do_",
+    "size",
+    "crop_size",
+    "resample",
+    "rescale_factor",
+    "image_mean",
+    "image_std",
+    "image_processor",
 )
 """How the settings of an image processor begin that change pixels."""
+
+PROBE = Image.new("RGB", (64, 64))
 
 
 @dataclass(frozen=True)
@@ -43,12 +52,13 @@ class Towers:
 
     @property
     def text_length(self) -> int:
-        """Tokens of a text, which is padded to it: SigLIP was trained so, and to CLIP it makes no difference."""
-        lengths = (
-            self.processor.tokenizer.model_max_length,
-            self.model.config.text_config.max_position_embeddings,
-        )
-        return int(min(lengths))
+        """Tokens of a text, which is padded to it.
+
+        SigLIP was trained so, and to CLIP it makes no difference.
+        """
+        of_tokenizer = self.processor.tokenizer.model_max_length
+        of_tower = self.model.config.text_config.max_position_embeddings
+        return int(min(of_tokenizer, of_tower))
 
     def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
         """What the text tower takes; never a mask for SigLIP, which reads its padding."""
@@ -59,19 +69,15 @@ class Towers:
             max_length=self.text_length,
             return_tensors="pt",
         )
-        masked = not self.model.config.model_type.startswith("siglip")
-        return {
-            name: rows
-            for name, rows in tokens.to(self.model.device).items()
-            if masked or name != "attention_mask"
-        }
+        inputs: dict[str, Tensor] = dict(tokens.to(self.model.device).items())
+        if self.model.config.model_type.startswith("siglip"):
+            inputs.pop("attention_mask", None)
+        return inputs
 
     def truncates(self, texts: list[str]) -> list[bool]:
         """Whether texts have more tokens, with the special ones, than the tower reads."""
-        tokens = self.processor.tokenizer(texts, padding=False, truncation=False, verbose=False)[
-            "input_ids"
-        ]
-        return [len(text) > self.text_length for text in tokens]
+        tokens = self.processor.tokenizer(texts, padding=False, truncation=False, verbose=False)
+        return [len(numbers) > self.text_length for numbers in tokens["input_ids"]]
 
     def encode_texts(self, texts: list[str]) -> Tensor:
         """(M, D)."""
@@ -82,39 +88,32 @@ class Towers:
         return self._features("get_image_features", pixel_values=pixels)
 
     def _features(self, tower: str, **inputs: Tensor) -> Tensor:
-        """Embeddings from a tower: it answers with a tensor in transformers 4, with an output object in 5."""
+        """Embeddings from a tower: a tensor in transformers 4, an object with one in 5."""
         output = getattr(self.model, tower)(**inputs)
-        return output if isinstance(output, Tensor) else cast("Tensor", output.pooler_output)
+        if isinstance(output, Tensor):
+            return output
+        return cast("Tensor", output.pooler_output)
 
     def pixels(self, image: Image.Image) -> Tensor:
         """(3, H, W)."""
         return cast("Tensor", self.processor(images=image, return_tensors="pt")["pixel_values"][0])
 
     def pixel_settings(self) -> str:
-        """What decides about pixels, as JSON: the class, which says who resizes, and its settings."""
+        """What decides about pixels, as JSON: the class, which says who resizes, and settings."""
         processor = self.processor.image_processor
-        settings = {
-            key: value
-            for key, value in processor.to_dict().items()
-            if key.startswith(PIXEL_SETTINGS)
-        }
-        return json.dumps({"class": type(processor).__name__, **settings}, sort_keys=True)
+        settings = {"class": type(processor).__name__}
+        for key, value in processor.to_dict().items():
+            if key.startswith(PIXEL_SETTINGS):
+                settings[key] = value
+        return json.dumps(settings, sort_keys=True)
 
 
 def _read(transformers: ModuleType, origin: Path | str, name: str) -> tuple[Towers, str]:
-    """Model, processor and the tokenizer's identity, or an error where transformers would only warn."""
+    """Model, processor and the tokenizer's identity; an error where transformers only warns."""
     model, report = transformers.AutoModel.from_pretrained(
         origin, dtype=torch.float32, output_loading_info=True
     )
-    if unfilled := sorted(map(str, (*report["missing_keys"], *report["mismatched_keys"]))):
-        raise ProvenanceError(
-            f"{name} has no weights for {len(unfilled)} tensors, the first is {unfilled[0]}."
-        )
-    if absent := [member for member in MEMBERS if not hasattr(model, member)]:
-        raise UsageError(
-            f"{name} is a {type(model).__name__}, which has no {', '.join(absent)}; a dual encoder was expected, "
-            "such as CLIP or SigLIP."
-        )
+    _require_dual_encoder(model, report, name)
     processor = transformers.AutoProcessor.from_pretrained(origin)
     # By default transformers resizes with torchvision, which is up to two grey levels off Pillow,
     # with which CLIP was trained and open_clip resizes; transformers 4 knows the other keyword.
@@ -122,13 +121,35 @@ def _read(transformers: ModuleType, origin: Path | str, name: str) -> tuple[Towe
         origin, backend="pil", use_fast=False
     )
     towers = Towers(model, processor)
-    if towers.pixels(Image.new("RGB", (64, 64))).ndim != 3:
+    if towers.pixels(PROBE).ndim != 3:
         raise UsageError(
-            f"{name} cuts pictures into patches of varying number; take a model of fixed resolution."
+            f"{name} cuts pictures into patches of varying number; take a model of fixed "
+            "resolution."
         )
-    return towers, tokenizer_identity(
-        towers.processor.tokenizer, lambda texts: towers.tokenize(texts)["input_ids"]
-    )
+
+    def encode(texts: list[str]) -> Tensor:
+        return towers.tokenize(texts)["input_ids"]
+
+    return towers, tokenizer_identity(processor.tokenizer, encode)
+
+
+def _require_dual_encoder(
+    model: Any,  # noqa: ANN401 - untyped in transformers
+    report: Mapping[str, Iterable[object]],
+    name: str,
+) -> None:
+    """Refuse a model that its weights do not fill, or that has not both towers."""
+    unfilled = sorted(map(str, (*report["missing_keys"], *report["mismatched_keys"])))
+    if unfilled:
+        raise ProvenanceError(
+            f"{name} has no weights for {len(unfilled)} tensors, the first is {unfilled[0]}."
+        )
+    absent = [member for member in MEMBERS if not hasattr(model, member)]
+    if absent:
+        raise UsageError(
+            f"{name} is a {type(model).__name__}, which has no {', '.join(absent)}; a dual encoder "
+            "was expected, such as CLIP or SigLIP."
+        )
 
 
 def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
@@ -140,30 +161,27 @@ def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
         device: Where to put it.
         precision: "fp32" or "bf16" (image tower under autocast).
     """
-    transformers = import_extra("transformers", "hf")
-    folder = Path(argument).expanduser()
-    if argument and folder.is_dir():
-        name = f"hf:{folder.resolve().name}"
-        towers, tokenizer = load_local(lambda: _read(transformers, folder, name), name)
-    else:
-        require_hub_id(argument)
-        name = f"hf:{argument}"
-        towers, tokenizer = load_cached_first(
-            lambda: _read(transformers, argument, name), name, argument
-        )
+    name, towers, tokenizer = _load_towers(argument)
     model = towers.model.eval().requires_grad_(requires_grad=False)
     weights = tensors_sha256(model.state_dict())
     model.to(device)
-    probe = towers.pixels(Image.new("RGB", (64, 64)))[None].to(device)
+    probe = towers.pixels(PROBE)[None].to(device)
+    bias = model.logit_bias.item() if hasattr(model, "logit_bias") else 0.0
     space = EmbeddingSpace(
         embed_dim=towers.encode_texts(["a photo"]).shape[1],
         logit_scale=model.logit_scale.exp().item(),
-        logit_bias=model.logit_bias.item() if hasattr(model, "logit_bias") else 0.0,
+        logit_bias=bias,
         backbone=name,
         weights=weights,
         preprocess=towers.pixel_settings(),
         tokenizer=tokenizer,
         precision=precision,
+    )
+    image_projection = detach_projection(
+        model, ["visual_projection"], lambda: towers.encode_images(probe)
+    )
+    text_projection = detach_projection(
+        model, ["text_projection"], lambda: towers.encode_texts(["a photo"])
     )
     return DualEncoder(
         space,
@@ -172,11 +190,23 @@ def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
         image_tower=towers.encode_images,
         text_tower=towers.encode_texts,
         truncates=towers.truncates,
-        image_projection=detach_projection(
-            model, ["visual_projection"], lambda: towers.encode_images(probe)
-        ),
-        text_projection=detach_projection(
-            model, ["text_projection"], lambda: towers.encode_texts(["a photo"])
-        ),
+        image_projection=image_projection,
+        text_projection=text_projection,
         texts_known_as=space.fingerprint,
     )
+
+
+def _load_towers(argument: str) -> tuple[str, Towers, str]:
+    """Name of the backbone, its towers, and the tokenizer's identity, from a folder or the hub."""
+    transformers = import_extra("transformers", "hf")
+    folder = Path(argument).expanduser()
+    if argument and folder.is_dir():
+        name = f"hf:{folder.resolve().name}"
+        towers, tokenizer = load_local(lambda: _read(transformers, folder, name), name)
+        return name, towers, tokenizer
+    require_hub_id(argument)
+    name = f"hf:{argument}"
+    towers, tokenizer = load_cached_first(
+        lambda: _read(transformers, argument, name), name, argument
+    )
+    return name, towers, tokenizer

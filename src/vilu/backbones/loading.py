@@ -8,7 +8,7 @@ import re
 import struct
 import textwrap
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from pickle import UnpicklingError
 from typing import TypeVar
@@ -34,7 +34,10 @@ UNREADABLE = (
 
 PROBES = ["a photo of a dog.", "MiXed Case, ümläuts & 2,048 signs?!"]
 DISTINCT = 5
-"""Different words and signs in the first probe; special tokens alone (start, unknown, end, padding) make four."""
+"""Different words and signs in the first probe.
+
+Special tokens alone (start, unknown, end, padding) make four.
+"""
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
@@ -53,20 +56,23 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
 
 
 def tokenizer_identity(tokenizer: object, encode: Callable[[list[str]], Tensor]) -> str:
-    """Its class and a hash of the token numbers of two sentences, which tells vocabularies and lengths apart."""
+    """Its class and a hash of the tokens of two sentences, which tells vocabularies apart."""
     tokens = encode(PROBES)
-    if (
-        len(tokens[0].unique()) < DISTINCT
-    ):  # transformers makes up a vocabulary where the tokenizer's files are missing
+    # transformers makes up a vocabulary where the tokenizer's files are missing
+    if len(tokens[0].unique()) < DISTINCT:
         raise ProvenanceError(
-            f"the tokenizer ({type(tokenizer).__name__}) knows none of the words in {PROBES[0]!r}: its vocabulary is "
-            "missing. Put the tokenizer files (tokenizer.json and its kin) beside the weights."
+            f"the tokenizer ({type(tokenizer).__name__}) knows none of the words in {PROBES[0]!r}: "
+            "its vocabulary is missing. Put the tokenizer files (tokenizer.json and its kin) "
+            "beside the weights."
         )
     return f"{type(tokenizer).__name__} {digest(tokens.tolist())}"
 
 
 def require_hub_id(text: str) -> str:
-    """``text``, if it names a repository of the model hub; if not, it is most often a folder that is not there."""
+    """``text``, if it names a repository of the model hub.
+
+    If not, it is most often a folder that is not there.
+    """
     if not HUB_ID.fullmatch(text):
         raise UsageError(
             f"expected a folder that exists, or ORG/NAME on the model hub. Got {text!r} instead."
@@ -87,17 +93,15 @@ def load_local(load: Callable[[], Loaded], name: str) -> Loaded:
 
 
 def load_cached_first(load: Callable[[], Loaded], name: str, repository: str) -> Loaded:
-    """What ``load`` makes of the hub's local cache; if something is not in it, ``load`` may download.
+    """What ``load`` makes of the hub's local cache; where that lacks something, it may download.
 
     So a cached model never waits for a network, and does not change under the user. ``load`` raises
     OSError for what is not there, as the hub, transformers and Python do.
     """
     try:
         return _run(load, name, offline=True)
-    except (
-        _AbsentError,
-        ProvenanceError,
-    ) as error:  # files that do not go together: perhaps one is not cached yet
+    # files that do not go together: perhaps one is not cached yet
+    except (_AbsentError, ProvenanceError) as error:
         first = error
     if hub_reachable():
         log.info("%s is not in the local cache of the model hub; downloading %s", name, repository)
@@ -110,19 +114,17 @@ def load_cached_first(load: Callable[[], Loaded], name: str, repository: str) ->
     else:
         reason = "the hub cannot be reached"
     raise MissingModelError(
-        f"{name} is not in the local cache of the model hub, and {reason}. Run `hf download {repository}` where there "
-        "is a network, bring its cache here (HF_HOME) and set HF_HUB_OFFLINE=1, or name a local folder; the backbone "
-        "'compact' needs no hub."
+        f"{name} is not in the local cache of the model hub, and {reason}. Run `hf download "
+        f"{repository}` where there is a network, bring its cache here (HF_HOME) and set "
+        "HF_HUB_OFFLINE=1, or name a local folder; the backbone 'compact' needs no hub."
     ) from first
 
 
 def _run(load: Callable[[], Loaded], name: str, *, offline: bool) -> Loaded:
     """Load quietly, and turn what can go wrong into our errors."""
     try:
-        client = (
-            import_module("huggingface_hub.constants") if offline else None
-        )  # it reads HF_HUB_OFFLINE only once
-        with quiet(), setting(client, HF_HUB_OFFLINE=True) if client else nullcontext():
+        network = _offline_hub() if offline else nullcontext()
+        with quiet(), network:
             return load()
     except ViLUError:
         raise
@@ -135,7 +137,8 @@ def _run(load: Callable[[], Loaded], name: str, *, offline: bool) -> Loaded:
     except (SafetensorError, UnpicklingError) as error:
         why = why_refused(error) if isinstance(error, UnpicklingError) else _brief(error)
         raise StorageError(
-            f"the weights of {name} are damaged or more than plain tensors: {why}. Download them again."
+            f"the weights of {name} are damaged or more than plain tensors: {why}. Download them "
+            "again."
         ) from error
     except UNREADABLE as error:
         raise ProvenanceError(
@@ -143,13 +146,25 @@ def _run(load: Callable[[], Loaded], name: str, *, offline: bool) -> Loaded:
         ) from error
 
 
+def _offline_hub() -> AbstractContextManager[None]:
+    """A block in which the hub's client asks no network; it reads HF_HUB_OFFLINE only once."""
+    client = import_module("huggingface_hub.constants")
+    return setting(client, HF_HUB_OFFLINE=True)
+
+
 def why_refused(error: Exception) -> str:
-    """Why torch's restricted unpickler would not read a file; its own words tell how to have everything executed."""
+    """Why torch's restricted unpickler would not read a file.
+
+    Its own words tell how to have everything executed, so they are not shown.
+    """
     asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-    found = f"it asks for {asked[1]}" if asked else "it is cut short, damaged or something else"
-    return f"{found}, and tensors alone are read"
+    reason = "it is cut short, damaged or something else"
+    if asked:
+        reason = f"it asks for {asked[1]}"
+    return f"{reason}, and tensors alone are read"
 
 
 def _brief(error: BaseException) -> str:
     """The message on one line, without its end where it is long."""
-    return textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" ...").rstrip(".")
+    message = str(error) or type(error).__name__
+    return textwrap.shorten(message, 300, placeholder=" ...").rstrip(".")

@@ -51,9 +51,8 @@ class Source:
     name: str  # of the backbone, free of local paths
     model: str  # what open_clip calls it, with a schema where there is one
     repository: str | None  # on the hub; None for a local folder
-    fetch: Callable[
-        [], object
-    ]  # makes sure that the weights are on this machine; raises OSError where they are not
+    # makes sure that the weights are on this machine; raises OSError where they are not
+    fetch: Callable[[], object]
     tag: str | None = None  # pretraining tag of a model without schema
     # whether the tag's weights want QuickGELU; open_clip only warns when the model has it not
     quick_gelu: bool = False
@@ -73,22 +72,9 @@ def load(
     """
     open_clip = import_extra("open_clip", "clip")
     source = find_source(open_clip, argument)
-
-    def read() -> tuple[Any, Transform, Tokenizer, str]:
-        source.fetch()
-        network, transform = open_clip.create_model_from_pretrained(
-            source.model, pretrained=source.tag, force_quick_gelu=source.quick_gelu
-        )
-        tokenizer = open_clip.get_tokenizer(source.model)
-        return network, transform, tokenizer, tokenizer_identity(tokenizer, tokenizer)
-
-    if source.repository is None:
-        network, transform, tokenizer, identity = load_local(read, source.name)
-    else:
-        network, transform, tokenizer, identity = load_cached_first(
-            read, source.name, source.repository
-        )
+    network, transform, tokenizer, identity = _load_model(open_clip, source)
     network = network.eval().requires_grad_(requires_grad=False)
+    # before anything is changed: the hash is of the weights as they are on the disk
     weights = tensors_sha256(network.state_dict())
     if tanh_gelu:
         use_tanh_gelu(network, source.name)
@@ -108,6 +94,12 @@ def load(
         tokenizer=identity,
         precision=precision,
     )
+    image_projection = detach_projection(
+        network, IMAGE_PROJECTIONS, lambda: network.encode_image(probe)
+    )
+    text_projection = detach_projection(
+        network, TEXT_PROJECTIONS, lambda: encode_texts(["a photo"])
+    )
     return DualEncoder(
         space,
         device,
@@ -115,25 +107,37 @@ def load(
         image_tower=network.encode_image,
         text_tower=encode_texts,
         truncates=lambda texts: find_truncated(tokenizer, texts),
-        image_projection=detach_projection(
-            network, IMAGE_PROJECTIONS, lambda: network.encode_image(probe)
-        ),
-        text_projection=detach_projection(
-            network, TEXT_PROJECTIONS, lambda: encode_texts(["a photo"])
-        ),
+        image_projection=image_projection,
+        text_projection=text_projection,
         texts_known_as=space.fingerprint,
     )
 
 
+def _load_model(open_clip: ModuleType, source: Source) -> tuple[Any, Transform, Tokenizer, str]:
+    """Network, preprocessing, tokenizer, and the tokenizer's identity."""
+
+    def read() -> tuple[Any, Transform, Tokenizer, str]:
+        source.fetch()
+        network, transform = open_clip.create_model_from_pretrained(
+            source.model, pretrained=source.tag, force_quick_gelu=source.quick_gelu
+        )
+        tokenizer = open_clip.get_tokenizer(source.model)
+        return network, transform, tokenizer, tokenizer_identity(tokenizer, tokenizer)
+
+    if source.repository is None:
+        return load_local(read, source.name)
+    return load_cached_first(read, source.name, source.repository)
+
+
 def use_tanh_gelu(network: nn.Module, name: str) -> None:
     """Turn every GELU of a model into its tanh approximation."""
-    found = [module for module in network.modules() if isinstance(module, nn.GELU)]
-    if not found:
+    activations = [module for module in network.modules() if isinstance(module, nn.GELU)]
+    if not activations:
         raise ProvenanceError(
             f"{name} has no GELU, which a model that was trained with its tanh form has."
         )
-    for module in found:
-        module.approximate = "tanh"
+    for activation in activations:
+        activation.approximate = "tanh"
 
 
 def find_truncated(tokenizer: Tokenizer, texts: list[str]) -> list[bool]:
@@ -144,44 +148,54 @@ def find_truncated(tokenizer: Tokenizer, texts: list[str]) -> list[bool]:
     """
     length = tokenizer.context_length
     with_room = tokenizer(texts, context_length=length + 1)[:, :length]
-    return [bool(differs) for differs in (tokenizer(texts) != with_room).any(dim=1)]
+    differs = (tokenizer(texts) != with_room).any(dim=1)
+    return [bool(is_cut) for is_cut in differs]
 
 
 def find_source(open_clip: ModuleType, argument: str) -> Source:
     """Where the model that ``argument`` names is."""
-    hub = open_clip.pretrained
     if argument.startswith("hf-hub:"):
-        repository = require_hub_id(argument.removeprefix("hf-hub:"))
-
-        def fetch() -> None:
-            hub.download_pretrained_from_hf(repository, filename=CONFIG)
-            hub.download_pretrained_from_hf(repository)
-
-        return Source(f"open_clip:{argument}", argument, repository, fetch)
+        return _hub_source(open_clip, argument)
     folder = Path(argument.removeprefix("local-dir:")).expanduser()
     if argument.startswith("local-dir:") or (argument and folder.is_dir()):
         name = f"open_clip:{folder.resolve().name}"
         return Source(name, f"local-dir:{folder}", None, lambda: _require_weights(folder))
+    return _registry_source(open_clip, argument)
+
+
+def _hub_source(open_clip: ModuleType, argument: str) -> Source:
+    """A model of the hub with its configuration, hf-hub:ORG/NAME."""
+    repository = require_hub_id(argument.removeprefix("hf-hub:"))
+    hub = open_clip.pretrained
+
+    def fetch() -> None:
+        hub.download_pretrained_from_hf(repository, filename=CONFIG)
+        hub.download_pretrained_from_hf(repository)
+
+    return Source(f"open_clip:{argument}", argument, repository, fetch)
+
+
+def _registry_source(open_clip: ModuleType, argument: str) -> Source:
+    """A model of open_clip's registry, NAME/TAG."""
     model, _, tag = argument.partition("/")
     if model not in open_clip.list_models():
         near = difflib.get_close_matches(model, open_clip.list_models(), n=3)
         raise UsageError(
-            f"open_clip has no model {model!r}, and there is no such folder. "
-            f"Expected NAME/TAG, hf-hub:ORG/NAME or a folder. Near names: {', '.join(near) or 'none'}."
+            f"open_clip has no model {model!r}, and there is no such folder. Expected NAME/TAG, "
+            f"hf-hub:ORG/NAME or a folder. Near names: {', '.join(near) or 'none'}."
         )
     pretrained = open_clip.get_pretrained_cfg(model, tag)
     if not pretrained:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"
         raise UsageError(f"{model} of open_clip has no pretraining tag {tag!r}. Its tags: {tags}.")
-    repository = "/".join(pretrained["hf_hub"].split("/")[:2])
-    quick_gelu = bool(pretrained.get("quick_gelu"))
+    hub = open_clip.pretrained
     return Source(
-        f"open_clip:{argument}",
-        model,
-        repository,
-        lambda: hub.download_pretrained(pretrained),
-        tag,
-        quick_gelu,
+        name=f"open_clip:{argument}",
+        model=model,
+        repository="/".join(pretrained["hf_hub"].split("/")[:2]),
+        fetch=lambda: hub.download_pretrained(pretrained),
+        tag=tag,
+        quick_gelu=bool(pretrained.get("quick_gelu")),
     )
 
 
@@ -193,5 +207,6 @@ def _require_weights(folder: Path) -> None:
         )
     if not any(file.suffix in WEIGHTS for file in folder.iterdir()):
         raise MissingModelError(
-            f"the folder {folder} has no weights; expected a file such as open_clip_model.safetensors."
+            f"the folder {folder} has no weights; expected a file such as "
+            "open_clip_model.safetensors."
         )

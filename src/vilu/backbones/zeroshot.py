@@ -37,7 +37,10 @@ BLOCK = 1024
 
 @cache
 def everyday_words() -> tuple[str, ...]:
-    """About 2,200 everyday words of what photos show, to tell images of none of the classes by; ours, MIT."""
+    """About 2,200 everyday words of what photos show, to tell images of none of the classes by.
+
+    They are ours, under MIT.
+    """
     text = (
         resources.files("vilu").joinpath("assets", "everyday_words.txt").read_text(encoding="utf-8")
     )
@@ -47,7 +50,7 @@ def everyday_words() -> tuple[str, ...]:
 def class_texts(
     backbone: Backbone, names: Sequence[str], templates: Sequence[str] = TEMPLATES["default"]
 ) -> Tensor:
-    """(K, D) float32 unit-norm embeddings of K classes: the normalised mean over templates of unit-norm embeddings.
+    """(K, D) float32 unit-norm embeddings of K classes: each the mean over templates, normalised.
 
     Prompt ensembling in embedding space (Radford et al., ICML 2021). Warns of pairs of classes
     whose embeddings nearly coincide.
@@ -64,15 +67,28 @@ def class_texts(
 
 
 def mean_texts(backbone: Backbone, names: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """As ``class_texts``, of words that no image has to choose from, so that it does not matter how near two are."""
+    """As ``class_texts``, of words among which no image chooses, so that two may be near."""
     return functional.normalize(prompt_texts(backbone, names, templates).mean(dim=1), dim=-1)
 
 
 def prompt_texts(backbone: Backbone, names: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """(K, P, D) float32 unit-norm embeddings of K classes in P prompts; arguments and errors as ``class_texts``."""
+    """(K, P, D) float32 unit-norm embeddings of K classes in P prompts, as ``class_texts``."""
     if not names:
         raise DataError("at least one class name is needed. Got none.")
     check_class_names(names, len(names))
+    _check_templates(templates)
+    # each name once: a batch may round equal ones otherwise
+    unique = tuple(dict.fromkeys(names))
+    encode = backbone.encode_prompts if isinstance(backbone, DualEncoder) else backbone.encode_texts
+    prompts = fill_templates(unique, templates)
+    rows = encode(prompts).view(len(unique), len(templates), -1)
+    if len(unique) == len(names):
+        return rows
+    place = {name: i for i, name in enumerate(unique)}
+    return rows[[place[name] for name in names]]
+
+
+def _check_templates(templates: Sequence[str]) -> None:
     if isinstance(templates, str):
         raise UsageError(
             f"templates must be a list of templates. Got the text {templates!r} instead."
@@ -82,37 +98,43 @@ def prompt_texts(backbone: Backbone, names: Sequence[str], templates: Sequence[s
     for template in templates:
         if template.count("{}") != 1:
             raise UsageError(
-                f"a template must have exactly one {{}} for the class name. Got {template!r} instead."
+                "a template must have exactly one {} for the class name. "
+                f"Got {template!r} instead."
             )
-    place = {
-        name: i for i, name in enumerate(dict.fromkeys(names))
-    }  # each once: a batch may round it otherwise
-    encode = backbone.encode_prompts if isinstance(backbone, DualEncoder) else backbone.encode_texts
-    rows = encode(fill_templates(tuple(place), templates)).view(len(place), len(templates), -1)
-    return rows if len(place) == len(names) else rows[[place[name] for name in names]]
 
 
 def fill_templates(names: Sequence[str], templates: Sequence[str]) -> list[str]:
     """Every name in every template, name by name."""
-    return [template.replace("{}", name) for name in names for template in templates]
+    prompts: list[str] = []
+    for name in names:
+        prompts += [template.replace("{}", name) for template in templates]
+    return prompts
 
 
-def named_templates(given: Sequence[str]) -> tuple[str, ...]:
+def named_templates(names: Sequence[str]) -> tuple[str, ...]:
     """Templates, where the names of sets stand for the templates in them."""
-    return tuple(template for name in given for template in TEMPLATES.get(name, (name,)))
+    templates: list[str] = []
+    for name in names:
+        templates += TEMPLATES.get(name, (name,))
+    return tuple(templates)
 
 
 def _warn_of_near_duplicates(text: Tensor, names: Sequence[str]) -> None:
-    pairs = []
+    pairs: list[tuple[str, str]] = []
     for start in range(0, len(text), BLOCK):
         rows = text[start : start + BLOCK]
+        # above the diagonal each pair stands once
         near = (rows @ text[start:].T).triu(diagonal=1) > NEAR_DUPLICATE
-        found = [(start + i, start + j) for i, j in torch.nonzero(near).tolist()]
-        pairs += [(i, j) for i, j in found if names[i] != names[j]]  # equal ones are one answer
+        for i, j in torch.nonzero(near).tolist():
+            first = names[start + i]
+            second = names[start + j]
+            if first != second:  # equal ones are one answer
+                pairs.append((first, second))
     if pairs:
-        first, second = (names[i] for i in pairs[0])
+        first, second = pairs[0]
         warnings.warn(
-            f"{len(pairs)} pairs of classes have nearly the same text embedding (cosine above {NEAR_DUPLICATE}), "
-            f"the first is {first!r} and {second!r}: the model can hardly tell them apart. Reword or merge them.",
+            f"{len(pairs)} pairs of classes have nearly the same text embedding (cosine above "
+            f"{NEAR_DUPLICATE}), the first is {first!r} and {second!r}: the model can hardly tell "
+            "them apart. Reword or merge them.",
             stacklevel=3,
         )

@@ -1,4 +1,7 @@
-"""Arrays of an ``.npz`` file or a folder of ``.npy`` files, hostile until checked, of which rows are read by blocks."""
+"""Arrays of an ``.npz`` file or a folder of ``.npy`` files, hostile until checked.
+
+Rows of them are read by blocks.
+"""
 
 from __future__ import annotations
 
@@ -28,22 +31,29 @@ UNREADABLE_NPZ = (
     EOFError,
     RuntimeError,
 )
-"""What reading a damaged or hostile zip raises, beside what its arrays do (RuntimeError where it is encrypted)."""
+"""What reading a hostile zip raises, beside what its arrays do (RuntimeError: it is encrypted)."""
 
 READ_BYTES = 2**24  # read together where all of an array is looked at
 
-MAX_PACKED, SMALL_BYTES = 100, 2**28
-"""An array larger than the latter that was packed smaller than by the former is a bomb: embeddings hardly pack."""
+SMALL_BYTES = 2**28
+MAX_PACKED = 100
+"""An array of more than ``SMALL_BYTES`` that is packed to less than 1 / ``MAX_PACKED`` is a bomb.
 
-FIRST_SURROGATE, LAST_SURROGATE = 0xD800, 0xDFFF  # codes that no text in UTF-8 has
+Embeddings hardly pack.
+"""
+
+# codes that no text in UTF-8 has
+FIRST_SURROGATE = 0xD800
+LAST_SURROGATE = 0xDFFF
 MAX_TEXT = 2**16  # characters of a name
 
 
 class StoredArray:
-    """An array in a file, known by its header: nothing of it is in memory but the rows that are asked for."""
+    """An array in a file, known by its header: only rows that are asked for are in memory."""
 
     def __init__(self, place: str, handle: IO[bytes], n_bytes: int) -> None:
-        self.place, self._handle = place, handle
+        self.place = place
+        self._handle = handle
         with or_unreadable(place):
             version = np.lib.format.read_magic(handle)
             if version not in READERS:
@@ -54,19 +64,21 @@ class StoredArray:
             self._start = handle.tell()
         if self.dtype.hasobject:
             raise DataError(
-                f"{place} holds Python objects, which only pickle could read, and pickle runs what a file says. Save "
-                "numbers, or texts as numpy.array(names, dtype=str)."
+                f"{place} holds Python objects, which only pickle could read, and pickle runs what "
+                "a file says. Save numbers, or texts as numpy.array(names, dtype=str)."
             )
-        n_items, found = math.prod(self.shape), n_bytes - self._start
-        if (
-            min(self.shape, default=0) < 0
-            or not self.dtype.itemsize
-            or n_items * self.dtype.itemsize != found
-        ):
-            raise DataError(
-                f"{place} is damaged: its header says {self.dtype} of shape {self.shape}, and {found} bytes follow it. "
-                "Write it again."
-            )
+        self._require_content(n_bytes - self._start)
+
+    def _require_content(self, n_there: int) -> None:
+        """Refuse a header that promises another number of bytes than follow it."""
+        is_shape = min(self.shape, default=0) >= 0
+        is_type = self.dtype.itemsize > 0
+        if is_shape and is_type and self.n_bytes == n_there:
+            return
+        raise DataError(
+            f"{self.place} is damaged: its header says {self.dtype} of shape {self.shape}, and "
+            f"{n_there} bytes follow it. Write it again."
+        )
 
     def __len__(self) -> int:
         return self.shape[0] if self.shape else 0
@@ -80,8 +92,8 @@ class StoredArray:
         """Refuse an array whose rows do not lie one after the other."""
         if self._by_columns and len(self.shape) > 1:
             raise DataError(
-                f"{self.place} is in Fortran order, so its rows cannot be read one by one. Save it in C order, as "
-                "numpy.save does of numpy.ascontiguousarray(array)."
+                f"{self.place} is in Fortran order, so its rows cannot be read one by one. Save it "
+                "in C order, as numpy.save does of numpy.ascontiguousarray(array)."
             )
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
@@ -103,9 +115,8 @@ class StoredArray:
 
     def hash(self, advance: Callable[[int], object]) -> str:
         """Hash of its type, shape and content; the bytes of a file in between do not matter."""
-        content = blake2b(
-            repr((self.dtype.str, self.shape, self._by_columns)).encode(), digest_size=16
-        )
+        header = repr((self.dtype.str, self.shape, self._by_columns)).encode()
+        content = blake2b(header, digest_size=16)
         for start in range(0, self.n_bytes, READ_BYTES):
             block = self._bytes(start, min(READ_BYTES, self.n_bytes - start))
             content.update(block)
@@ -118,7 +129,7 @@ class StoredArray:
         return content.hexdigest()
 
     def _bytes(self, start: int, count: int) -> bytearray:
-        """So many bytes of the content; memory is taken as they come, whatever a header has promised."""
+        """So many bytes of the content; memory is taken as they come, whatever a header says."""
         content = bytearray()
         with or_unreadable(self.place):
             if self._handle.tell() != self._start + start:
@@ -133,9 +144,10 @@ class StoredArray:
         return content
 
 
-READERS: Mapping[
-    tuple[int, int], Callable[[IO[bytes]], tuple[tuple[int, ...], bool, np.dtype[Any]]]
-] = {
+Header = tuple[tuple[int, ...], bool, np.dtype[Any]]
+"""Shape, whether the entries lie column by column, and type."""
+
+READERS: Mapping[tuple[int, int], Callable[[IO[bytes]], Header]] = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
 }
@@ -150,15 +162,19 @@ def or_unreadable(place: str) -> AbstractContextManager[None]:
 
 
 class Arrays(ExitStack):
-    """The arrays of a file or a folder by the names that they have there; files are open until it is left."""
+    """The arrays of a file or a folder by their names there; files are open until it is left."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.path = path
+        self._members: Mapping[str, Path | zipfile.ZipInfo]
+        self._zip: zipfile.ZipFile | None = None
         with or_unreadable(str(path)):
-            folder = path.is_dir()
-            self._members = _files(path) if folder else _members(path)
-            self._zip = None if folder else self.enter_context(zipfile.ZipFile(path))
+            if path.is_dir():
+                self._members = _files(path)
+            else:
+                self._members = _members(path)
+                self._zip = self.enter_context(zipfile.ZipFile(path))
 
     @property
     def names(self) -> list[str]:
@@ -168,45 +184,52 @@ class Arrays(ExitStack):
     def open(self, name: str) -> StoredArray:
         """One of the arrays, of which the header is read and checked."""
         member = self._members[name]
-        place = (
-            f"{self.path / f'{name}.npy'}"
-            if isinstance(member, Path)
-            else f"{self.path}, array {name!r}"
-        )
+        if isinstance(member, Path):
+            return self._open_file(member, str(self.path / f"{name}.npy"))
+        return self._open_member(member, f"{self.path}, array {name!r}")
+
+    def _open_file(self, file: Path, place: str) -> StoredArray:
         with or_unreadable(place):
-            if isinstance(member, Path):
-                handle: IO[bytes] = self.enter_context(member.open("rb"))
-                return StoredArray(place, handle, member.stat().st_size)
-            if self._zip is None or member.flag_bits & 1:
-                raise DataError(f"{place} is encrypted. Write it again without a password.")
-            return StoredArray(place, self.enter_context(self._zip.open(member)), member.file_size)
+            handle = self.enter_context(file.open("rb"))
+            return StoredArray(place, handle, file.stat().st_size)
+
+    def _open_member(self, member: zipfile.ZipInfo, place: str) -> StoredArray:
+        is_encrypted = member.flag_bits & 1
+        if self._zip is None or is_encrypted:
+            raise DataError(f"{place} is encrypted. Write it again without a password.")
+        with or_unreadable(place):
+            handle = self.enter_context(self._zip.open(member))
+            return StoredArray(place, handle, member.file_size)
 
     def require_small(self, name: str) -> None:
-        """Refuse an array of embeddings, or of names, that is far too large for the bytes that it was packed into."""
+        """Refuse an array that is far too large for the bytes that it was packed into."""
         member = self._members[name]
-        if isinstance(member, Path) or member.file_size <= max(
-            SMALL_BYTES, MAX_PACKED * member.compress_size
-        ):
+        if isinstance(member, Path):
             return
-        raise DataError(
-            f"{self.path}, array {name!r}: {member.compress_size:,} bytes are said to hold {member.file_size:,}. No "
-            "embeddings pack so well, so nothing of it is read."
-        )
+        most = max(SMALL_BYTES, MAX_PACKED * member.compress_size)
+        if member.file_size > most:
+            raise DataError(
+                f"{self.path}, array {name!r}: {member.compress_size:,} bytes are said to hold "
+                f"{member.file_size:,}. No embeddings pack so well, so nothing of it is read."
+            )
 
 
 def _files(folder: Path) -> dict[str, Path | zipfile.ZipInfo]:
     """The ``.npy`` files of a folder by name."""
-    found = sorted(
-        path for path in folder.iterdir() if path.suffix == ".npy" and not path.name.startswith(".")
-    )
-    for path in found:
+    files: dict[str, Path | zipfile.ZipInfo] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix != ".npy" or path.name.startswith("."):
+            continue
+        # a pipe or a device has no end
         if not stat.S_ISREG(path.stat().st_mode):
             raise DataError(f"{path} is no file.")
-    if not found:
+        files[path.stem] = path
+    if not files:
         raise DataError(
-            f"{folder} holds no .npy file. Give a folder with image.npy, text.npy, ..., or an .npz file."
+            f"{folder} holds no .npy file. Give a folder with image.npy, text.npy, ..., or an .npz "
+            "file."
         )
-    return {path.stem: path for path in found}
+    return files
 
 
 def _members(path: Path) -> dict[str, Path | zipfile.ZipInfo]:
@@ -219,32 +242,37 @@ def _members(path: Path) -> dict[str, Path | zipfile.ZipInfo]:
         raise DataError(
             f"{path} is no .npz file. Give one that numpy.savez wrote, or a folder of .npy files."
         )
-    found: dict[str, Path | zipfile.ZipInfo] = {}
+    members: dict[str, Path | zipfile.ZipInfo] = {}
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
             name = info.filename.removesuffix(".npy")
-            if name in found:
+            if name in members:
                 raise DataError(f"{path} has array {name!r} twice. Write it again.")
-            found[name] = info
-    return found
+            members[name] = info
+    return members
 
 
 def texts_of(values: NDArray[Any], place: str) -> list[str]:
     """Names as text, of an array of texts, of UTF-8 bytes or of whole numbers."""
     if values.dtype.kind not in "iuUS":
         raise DataError(
-            f"{place} must hold texts, as numpy.array(names, dtype=str). Got dtype {values.dtype} instead."
+            f"{place} must hold texts, as numpy.array(names, dtype=str). Got dtype {values.dtype} "
+            "instead."
         )
-    if values.dtype.kind == "U":  # numpy makes strings of any numbers, and Python breaks on those
-        codes = np.frombuffer(values.tobytes(), np.dtype("u4").newbyteorder(values.dtype.byteorder))
-        wrong = codes[
-            (codes > sys.maxunicode) | ((codes >= FIRST_SURROGATE) & (codes <= LAST_SURROGATE))
-        ]
-        if len(wrong):
-            raise DataError(
-                f"{place} must hold text: {wrong[0]:#x} is no character. Write it again."
-            )
+    if values.dtype.kind == "U":
+        _require_characters(values, place)
+    texts: list[str] = []
     with or_unreadable(place):
-        return [
-            value.decode() if isinstance(value, bytes) else str(value) for value in values.tolist()
-        ]
+        for value in values.tolist():
+            texts.append(value.decode() if isinstance(value, bytes) else str(value))
+    return texts
+
+
+def _require_characters(values: NDArray[Any], place: str) -> None:
+    """Refuse codes that are no characters: numpy makes strings of any, Python breaks on them."""
+    code_type = np.dtype("u4").newbyteorder(values.dtype.byteorder)
+    codes = np.frombuffer(values.tobytes(), code_type)
+    is_surrogate = (codes >= FIRST_SURROGATE) & (codes <= LAST_SURROGATE)
+    wrong = codes[(codes > sys.maxunicode) | is_surrogate]
+    if len(wrong):
+        raise DataError(f"{place} must hold text: {wrong[0]:#x} is no character. Write it again.")

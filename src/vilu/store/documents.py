@@ -54,16 +54,21 @@ class Views(Model):
 
 def augment(image: Image.Image, area: float, left: float, top: float, mirror: float) -> Image.Image:
     """A crop, mirrored or not, from four numbers in [0, 1)."""
+    # the side is the root of the share of the area, which is uniform
     side = math.sqrt(SMALLEST + (1 - SMALLEST) * area)
     width, height = (max(round(side * length), 1) for length in image.size)
-    x, y = int(left * (image.width - width + 1)), int(top * (image.height - height + 1))
+    x = int(left * (image.width - width + 1))
+    y = int(top * (image.height - height + 1))
     view = image.crop((x, y, x + width, y + height))
-    return view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirror < 0.5 else view
+    if mirror < 0.5:
+        return view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return view
 
 
 def _uniform(seed: int, number: int, key: str) -> tuple[float, float, float, float]:
     """Four numbers in [0, 1) from a hash, which no version of a library will draw otherwise."""
     words = hashlib.sha256(f"{seed} {number} {key}".encode("utf-8", "surrogatepass")).digest()
+    # a float64 holds 53 bits, so the upper 53 of each 64 are a uniform number without rounding
     area, left, top, mirror = (np.frombuffer(words, "<u8") >> np.uint64(11)) * 2.0**-53
     return float(area), float(left), float(top), float(mirror)
 
@@ -71,11 +76,10 @@ def _uniform(seed: int, number: int, key: str) -> tuple[float, float, float, flo
 CLASSES = "classes.json"
 TEXT: Final = "text_emb/classes.npy"
 IMAGE: Final = "img_emb"
-"""The array of the image embeddings; those of columns have the names of the columns (``vilu.embeddings.columns``)."""
+"""The array of the image embeddings; arrays of columns have the columns' names."""
 
-CAPTION: Final = (
-    "text_emb"  # the array of the embeddings of the images' captions, where they have some
-)
+# the array of the embeddings of the images' captions, where they have some
+CAPTION: Final = "text_emb"
 # more files than a file system likes; also keeps a forged document from asking for endless work
 MAX_PARTS = 1_000_000
 
@@ -117,12 +121,10 @@ class Inputs(StoreDocument):
     n_in: Count
     split: str | None  # name of the split, if any
     space: EmbeddingSpace  # the embedding space, with all that is known about the model
-    names: tuple[
-        str, ...
-    ]  # the K class names as they stand in the prompts; none where captions are the candidates
-    folders: (
-        tuple[str, ...] | None
-    )  # the K class names as the data set has them; None when it is unlabelled
+    # the K class names as they stand in the prompts; none where captions are the candidates
+    names: tuple[str, ...]
+    # the K class names as the data set has them; None when it is unlabelled
+    folders: tuple[str, ...] | None
     templates: tuple[str, ...]  # prompt templates; none where there are no classes
     limits: dict[str, float]  # what an image may be (``ImageLimits``)
     part_size: Annotated[int, Field(ge=1)]  # images per part, or shards
@@ -131,18 +133,14 @@ class Inputs(StoreDocument):
     features: Annotated[int, Field(ge=1)] | None = None
     views: Views | None = None  # augmented views whose embeddings are kept of each image, if any
     prompts: tuple[str, ...] = ()  # templates in which the embedding of every class is kept
-    negatives: tuple[
-        str, ...
-    ] = ()  # words, none of which need be a class, whose embedding is kept in ``templates``
-    captions: bool = (
-        False  # whether each image has a caption, whose embedding is kept, and there are no classes
-    )
-    shards: Count = (
-        0  # number of shards of which the parts are made; 0 where they are made of images
-    )
-    outside: tuple[
-        str, ...
-    ] = ()  # names of folders or labels, as the data have them, that are none of the classes
+    # words, none of which need be a class, whose embedding is kept in ``templates``
+    negatives: tuple[str, ...] = ()
+    # whether each image has a caption, whose embedding is kept, and there are no classes
+    captions: bool = False
+    # number of shards of which the parts are made; 0 where they are made of images
+    shards: Count = 0
+    # names of folders or labels, as the data have them, that are none of the classes
+    outside: tuple[str, ...] = ()
     imported: Imported | None = None  # of embeddings that were imported; None where they were made
 
     @model_validator(mode="after")
@@ -150,7 +148,8 @@ class Inputs(StoreDocument):
         if self.extent > self.part_size * MAX_PARTS:
             unit = "shards" if self.shards else "images"
             raise ValueError(
-                f"part_size={self.part_size} makes more than {MAX_PARTS} parts of {self.extent} {unit}"
+                f"part_size={self.part_size} makes more than {MAX_PARTS} parts of {self.extent} "
+                f"{unit}"
             )
         return self
 
@@ -159,7 +158,8 @@ class Inputs(StoreDocument):
         of_classes = (self.names, self.folders, self.templates, self.prompts, self.negatives)
         if self.captions and any(of_classes):
             raise ValueError(
-                "with captions there are no classes, so no names, templates, prompts or negatives either"
+                "with captions there are no classes, so no names, templates, prompts or negatives "
+                "either"
             )
         return self
 
@@ -172,44 +172,49 @@ class Inputs(StoreDocument):
     def arrays(self) -> dict[str, tuple[int, ...]]:
         """What is kept of an image, by name and shape; the embedding first."""
         dim = self.space.embed_dim
+        shapes: dict[str, tuple[int, ...]] = {IMAGE: (dim,)}
         if self.imported is not None:
-            return {
-                IMAGE: (dim,),
-                **{str(name): shape for name, shape in self.imported.columns.items()},
-            }
-        captions = {CAPTION: (dim,)} if self.captions else {}
-        features = {} if self.features is None else {"features": (self.features,)}
-        return {
-            IMAGE: (dim,),
-            **captions,
-            **features,
-            **({} if self.views is None else {"views": (self.views.n, dim)}),
-        }
+            for name, shape in self.imported.columns.items():
+                shapes[str(name)] = shape
+            return shapes
+        if self.captions:
+            shapes[CAPTION] = (dim,)
+        if self.features is not None:
+            shapes["features"] = (self.features,)
+        if self.views is not None:
+            shapes["views"] = (self.views.n, dim)
+        return shapes
 
     def identity(self) -> dict[str, object]:
         """The fields that are hashed, one level deep (``space.weights``)."""
-        known = set(Inputs.model_fields) - ({"n_in"} if self.shards else set())
+        hashed = set(Inputs.model_fields)
+        if self.shards:
+            # it is known only once all shards have been read, and is 0 until then
+            hashed.remove("n_in")
         flat: dict[str, object] = {}
-        for name, value in self.model_dump(mode="json", include=known).items():
-            flat |= (
-                {f"{name}.{key}": item for key, item in value.items()}
-                if isinstance(value, dict)
-                else {name: value}
-            )
+        for name, value in self.model_dump(mode="json", include=hashed).items():
+            if not isinstance(value, dict):
+                flat[name] = value
+                continue
+            for key, item in value.items():
+                flat[f"{name}.{key}"] = item
         return flat
 
-    def require_match(self, other: Inputs, store: Path) -> None:
+    def require_match(self, inputs: Inputs, store: Path) -> None:
         """Refuse to mix the rows of two different runs."""
-        mine, theirs = self.identity(), other.identity()
-        differences = [
-            f"{name} was {mine.get(name)!r:.120} and is now {theirs.get(name)!r:.120}"
-            for name in mine | theirs
-            if mine.get(name) != theirs.get(name)
-        ]
+        before = self.identity()
+        now = inputs.identity()
+        differences: list[str] = []
+        for name in before | now:
+            was = before.get(name)
+            is_now = now.get(name)
+            if was != is_now:
+                differences.append(f"{name} was {was!r:.120} and is now {is_now!r:.120}")
         if differences:
             raise ProvenanceError(
                 f"{store} was made from other inputs: {'; '.join(differences)}. "
-                "Nothing was changed. Give another output folder, or --overwrite to replace this one."
+                "Nothing was changed. Give another output folder, or --overwrite to replace this "
+                "one."
             )
 
 
@@ -243,9 +248,12 @@ class Counted(StoreDocument):
 
     @model_validator(mode="after")
     def _check_counts(self) -> Self:
-        if self.n_in != self.n_ok + self.n_error or self.n_error != sum(self.errors.values()):
+        all_in = self.n_in == self.n_ok + self.n_error
+        all_kinds = self.n_error == sum(self.errors.values())
+        if not (all_in and all_kinds):
             raise ValueError(
-                f"n_in={self.n_in} is not n_ok={self.n_ok} plus n_error={self.n_error} ({self.errors})"
+                f"n_in={self.n_in} is not n_ok={self.n_ok} plus n_error={self.n_error} "
+                f"({self.errors})"
             )
         return self
 
@@ -257,7 +265,10 @@ class ArrayInfo(FileInfo):
 
 
 class Receipt(AnyReceipt, Counted):
-    """``receipts/00000.json``, written last of a part: the part exists if and only if this does and the sizes agree."""
+    """``receipts/00000.json``, written last of a part.
+
+    The part exists if and only if its receipt does and the sizes agree.
+    """
 
     later: ClassVar[frozenset[str]] = frozenset({"seconds", "source"})
 
@@ -268,9 +279,8 @@ class Receipt(AnyReceipt, Counted):
     files: dict[str, FileInfo]  # its files by name
     batch_size: Annotated[int, Field(ge=1)]  # images per forward pass
     seconds: float = 0.0  # wall time in receipts of earlier vilu; now it is in ``log.jsonl``
-    source: str = (
-        ""  # of shards, ``ShardedDataset.shard_fingerprint`` before they were read; empty of images
-    )
+    # of shards, ``ShardedDataset.shard_fingerprint`` before they were read; empty of images
+    source: str = ""
 
 
 class StoredClasses(StoreDocument):
@@ -302,8 +312,10 @@ class StoredClasses(StoreDocument):
         cls, run: Run, text_file: FileInfo, columns: Mapping[ClassColumn, ArrayInfo] | None = None
     ) -> Self:
         """The table of a run whose text embeddings are in a file, and its columns in others."""
+        shared = {name: getattr(run, name) for name in SHARED}
+        # without validation: it would ask for the hash, which is of all other fields
         draft = cls.model_construct(
-            **{name: getattr(run, name) for name in SHARED},
+            **shared,
             tokenizer=run.space.tokenizer,
             text_file=text_file,
             columns=dict(columns or {}),
@@ -327,22 +339,22 @@ logger = logging.getLogger(__name__)
 
 
 def class_columns(backbone: Backbone, run: Run) -> dict[ClassColumn, Tensor]:
-    """The columns (``vilu.embeddings.columns``) of classes and model that a run asks for, float32."""
+    """The columns (``vilu.embeddings.columns``) of classes and model of a run, float32."""
     columns: dict[ClassColumn, Tensor] = {}
     if run.prompts:
         prompts = prompt_texts(backbone, run.names, run.prompts)
-        columns["prompts"] = require_usable(prompts.flatten(0, 1), "prompt").view(prompts.shape)
+        rows = require_usable(prompts.flatten(0, 1), "prompt")
+        columns["prompts"] = rows.view(prompts.shape)
     if run.negatives:
-        columns["negatives"] = require_usable(
-            mean_texts(backbone, run.negatives, run.templates), "negative"
-        )
+        words = mean_texts(backbone, run.negatives, run.templates)
+        columns["negatives"] = require_usable(words, "negative")
     if run.features is not None:
         columns |= _linear_columns(backbone, run)
     return columns
 
 
 def _linear_columns(backbone: Backbone, run: Run) -> dict[ClassColumn, Tensor]:
-    """Both last maps and what the text's maps, where there are such maps."""
+    """Both last maps and the text features that go into the text's, where there are such maps."""
     if backbone.projections is None:
         logger.info(
             "the last maps of %s are not both linear: of its features the images' are kept",
@@ -351,13 +363,12 @@ def _linear_columns(backbone: Backbone, run: Run) -> dict[ClassColumn, Tensor]:
         return {}
     image, text = backbone.projections
     columns: dict[ClassColumn, Tensor] = {"image_projection": image, "text_projection": text}
-    if len(run.templates) == 1:
-        columns["text_features"] = backbone.encode_text_features(
-            fill_templates(run.names, run.templates)
-        )
-    else:
+    if len(run.templates) != 1:
         logger.info(
             "no text_features: a class text is the mean over %d templates, of no text",
             len(run.templates),
         )
+        return columns
+    prompts = fill_templates(run.names, run.templates)
+    columns["text_features"] = backbone.encode_text_features(prompts)
     return columns

@@ -9,7 +9,6 @@ import shutil
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -37,11 +36,12 @@ from vilu.store.parts import ERRORS, Part, StoreLedger, read_classes, read_colum
 from vilu.store.reader import CaptionStore, EmbeddingStore
 from vilu.validation import checked, require_at_least
 
-PART_IMAGES, PART_SHARDS = 4096, 10  # images or shards per part, unless somebody says otherwise
+PART_IMAGES = 4096  # images per part, unless somebody says otherwise
+PART_SHARDS = 10  # shards per part, likewise
 OVERHEAD = 1.05  # of metadata and receipts over the vectors
 
 PATIENCE = 600.0
-"""Seconds that one of several drivers waits for another one, which may be embedding the texts of many classes."""
+"""Seconds that a driver waits for another one, which may be embedding many classes' texts."""
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
     executor: Executor | None = None,
     shared: bool = False,
 ) -> EmbeddingStore | CaptionStore | None:
-    """Embed all images of a data set, or what is still missing of an earlier run with the same inputs.
+    """Embed all images of a data set, or those still missing of an earlier run of the same inputs.
 
     Where the images have captions, these are the candidates: the embedding of each is stored beside
     its image's, and there are no classes.
@@ -138,7 +138,7 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
         >>> import numpy as np, pathlib, tempfile, torch, vilu
         >>> from PIL import Image
         >>> from vilu.backbones.base import DualEncoder
-        >>> model = DualEncoder(  # a model of your own: it compares the mean colour with the words for colours
+        >>> model = DualEncoder(  # a model of your own: it compares the mean colour with words
         ...     vilu.EmbeddingSpace(3, logit_scale=10.0, backbone="colours"),
         ...     torch.device("cpu"),
         ...     transform=lambda image: (
@@ -161,24 +161,23 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
         ...     print(store.class_names, store.image_rows(torch.arange(3)).tolist())
         ('blue', 'green', 'red') [[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]
     """
-    require_at_least("batch_size", batch_size, 1)
-    require_at_least("workers", 1 if workers is None else workers, 1)
-    if not 0 <= max_error_rate <= 1:
-        raise UsageError(
-            f"max_error_rate must be a share from 0 to 1. Got {max_error_rate} instead."
-        )
+    _check_settings(batch_size, workers, max_error_rate)
     if overwrite and shared:
         raise UsageError(
-            "processes that share a store cannot replace it: each would undo the others' work. Remove it."
+            "processes that share a store cannot replace it: each would undo the others' work. "
+            "Remove it."
         )
-    root, strict = Path(output), on_error == "raise"
+    root = Path(output)
+    strict = on_error == "raise"
+    budget = Budget(0.0 if strict else max_error_rate, allow_bad_shards)
     StoreLedger.check_place(root, overwrite=overwrite)
-    require_files(dataset, 0.0 if strict else max_error_rate)
+    require_files(dataset, budget.error_rate)
     model = backbone.load() if isinstance(backbone, BackboneSpec) else backbone
+    candidates = _check_candidates(dataset, names, templates, prompts, negatives)
     run = describe(
         dataset,
         model.space,
-        **_check_candidates(dataset, names, templates, prompts, negatives),
+        **candidates,
         limits=asdict(limits),
         part_size=part_size,
         dtype=dtype,
@@ -187,81 +186,108 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
         views={"n": views, "seed": seed} if views else None,
     )
     job = EmbedJob(root, run, dataset, backbone, batch_size, workers, strict=strict, limits=limits)
-    budget = Budget(0.0 if strict else max_error_rate, allow_bad_shards)
-    if not _drive(job, model, executor, budget, overwrite=overwrite, shared=shared):
+    if not shared:
+        _drive_alone(job, model, executor, budget, overwrite=overwrite)
+    elif not _drive_shared(job, model, executor, budget):
         return None
     return CaptionStore(root) if run.captions else EmbeddingStore(root)
+
+
+def _check_settings(batch_size: int, workers: int | None, max_error_rate: float) -> None:
+    require_at_least("batch_size", batch_size, 1)
+    if workers is not None:
+        require_at_least("workers", workers, 1)
+    if not 0 <= max_error_rate <= 1:
+        raise UsageError(
+            f"max_error_rate must be a share from 0 to 1. Got {max_error_rate} instead."
+        )
 
 
 @dataclass(frozen=True)
 class Budget:
     """What a store may lack: a share of its images, and what bad shards have lost."""
 
-    error_rate: float
-    bad_shards: bool
+    error_rate: float  # largest share of images that may fail
+    bad_shards: bool  # whether bad shards are accepted
 
 
-def _drive(
-    job: EmbedJob,
-    model: Backbone,
-    executor: Executor | None,
-    budget: Budget,
-    *,
-    overwrite: bool,
-    shared: bool,
-) -> bool:
-    """Do what is missing and seal the store; whether it was sealed: of several processes only the last one does it."""
-    root, patience = job.root, PATIENCE if shared else 0.0
-    with ExitStack() as lock:
-        lock.enter_context(StoreLedger.claim(root, patience))
-        job = replace(
-            job,
-            run=begin(root, job.run, lambda: encode_classes(model, job.run), overwrite=overwrite),
-        )
-        if not shared:
-            forget_attempts(root)
-        missing, receipts = job.ledger.survey(
-            deep=not shared
-        )  # many drivers would each read all of it
-        if missing:
-            job.ledger.unseal()
-            require_room(root, job.run, missing)
-            if not job.run.pictures:
-                logger.warning("%s goes on as it was begun: without digests of its pictures", root)
-        else:
-            logger.info("%s is complete: there is nothing to do", root)
-        if shared:
-            lock.close()
+def _drive_alone(
+    job: EmbedJob, model: Backbone, executor: Executor | None, budget: Budget, *, overwrite: bool
+) -> None:
+    """Do what is missing and seal the store, under one lock from beginning to end."""
+    with StoreLedger.claim(job.root):
+        job = _begin_job(job, model, overwrite=overwrite)
+        forget_attempts(job.root)
+        missing, receipts = job.ledger.survey()
+        _prepare(job, missing)
         _work(job, executor, missing, receipts)
-        if shared:
-            lock.enter_context(StoreLedger.claim(root, patience))
-            missing, _ = job.ledger.survey(deep=False)
-            if missing:
-                logger.info(
-                    "%d parts are still missing; the process that ends last seals %s",
-                    len(missing),
-                    root,
-                )
-                return False
+        job.ledger.clean()
+        seal(job.ledger, budget)
+
+
+def _drive_shared(
+    job: EmbedJob, model: Backbone, executor: Executor | None, budget: Budget
+) -> bool:
+    """Do the parts of this process; whether it sealed the store, which only the last process does.
+
+    The lock is held at both ends and not in between: processes work at the same time, but only one
+    may begin the store, and only one may find that nothing is missing and seal it.
+    """
+    with StoreLedger.claim(job.root, PATIENCE):
+        job = _begin_job(job, model, overwrite=False)
+        # not deep: many drivers would each read all of it
+        missing, receipts = job.ledger.survey(deep=False)
+        _prepare(job, missing)
+    _work(job, executor, missing, receipts)
+    with StoreLedger.claim(job.root, PATIENCE):
+        missing, _ = job.ledger.survey(deep=False)
+        if missing:
+            logger.info(
+                "%d parts are still missing; the process that ends last seals %s",
+                len(missing),
+                job.root,
+            )
+            return False
         job.ledger.clean()
         seal(job.ledger, budget)
     return True
 
 
+def _begin_job(job: EmbedJob, model: Backbone, *, overwrite: bool) -> EmbedJob:
+    """The job with the run that is in its folder, which may be an earlier one."""
+    run = begin(job.root, job.run, lambda: encode_classes(model, job.run), overwrite=overwrite)
+    return replace(job, run=run)
+
+
+def _prepare(job: EmbedJob, missing: Sequence[Part]) -> None:
+    """Make a store ready for the parts that are missing, if any."""
+    if not missing:
+        logger.info("%s is complete: there is nothing to do", job.root)
+        return
+    # before the first part is written: a manifest must never vouch for parts in the making
+    job.ledger.unseal()
+    require_room(job.root, job.run, missing)
+    if not job.run.pictures:
+        logger.warning("%s goes on as it was begun: without digests of its pictures", job.root)
+
+
 def _work(
     job: EmbedJob, executor: Executor | None, missing: Sequence[Part], done: Sequence[Receipt]
 ) -> None:
+    """Do the missing parts, here or by an executor, and show the progress."""
     if done and missing:
         logger.info("%d of %d parts are there already", len(done), len(done) + len(missing))
-    parts = [part.number for part in missing]
-    with track("embed", None if job.run.shards else job.run.n_in, "images") as progress:
+    numbers = [part.number for part in missing]
+    n_images = None if job.run.shards else job.run.n_in
+    with track("embed", n_images, "images") as progress:
         progress.advance(sum(receipt.n_in for receipt in done))
         if executor is None:
-            for _ in job.process_all(parts, progress):
+            # the job itself shows the progress, batch by batch
+            for _ in job.process_all(numbers, progress):
                 pass
             return
         n_errors = 0
-        for receipt in executor.run(job, parts):
+        for receipt in executor.run(job, numbers):
             n_errors += receipt.n_error
             progress.advance(receipt.n_in, f"{n_errors} errors")
 
@@ -274,29 +300,35 @@ def _check_candidates(
     negatives: Sequence[str],
 ) -> dict[str, object]:
     """Names, templates, prompts and negative words of the run."""
-    given = {"names": names, "templates": templates, "prompts": prompts, "negatives": negatives}
-    unfit = [name for name, value in given.items() if value]
-    if dataset.captioned and unfit:
-        raise UsageError(
-            f"{dataset.source} has captions, which are the candidates, so it has no classes. Leave out "
-            f"{', '.join(unfit)}, or open it without captions."
-        )
+    settings = {"names": names, "templates": templates, "prompts": prompts, "negatives": negatives}
     if dataset.captioned:
-        return dict.fromkeys(given, ())
+        _require_no_classes(dataset, settings)
+        return dict.fromkeys(settings, ())
     folders = dataset.class_names
     if folders is not None and len(folders) != len(names):
         raise DataError(
-            f"there must be one name per class of {dataset.source}. Got {len(names)} names for {len(folders)} classes."
+            f"there must be one name per class of {dataset.source}. Got {len(names)} names for "
+            f"{len(folders)} classes."
         )
     if not names:
         raise DataError("names must have at least one class name. Got none.")
-    given["names"] = check_class_names(names, len(names)) or ()
-    words = check_class_names(tuple(dict.fromkeys(negatives)), len(set(negatives))) or ()
+    words = tuple(dict.fromkeys(negatives))
     return {
-        **given,
-        "negatives": words,
+        "names": check_class_names(names, len(names)) or (),
         "templates": TEMPLATES["default"] if templates is None else templates,
+        "prompts": prompts,
+        "negatives": check_class_names(words, len(words)) or (),
     }
+
+
+def _require_no_classes(dataset: ImageDataset, settings: Mapping[str, object]) -> None:
+    """Refuse settings of classes for a data set with captions."""
+    unfit = [name for name, value in settings.items() if value]
+    if unfit:
+        raise UsageError(
+            f"{dataset.source} has captions, which are the candidates, so it has no classes. Leave "
+            f"out {', '.join(unfit)}, or open it without captions."
+        )
 
 
 def describe(
@@ -307,16 +339,21 @@ def describe(
     **settings: object,
 ) -> Run:
     """The run over a data set with a model."""
-    sharded = isinstance(dataset, ShardedDataset)
+    if isinstance(dataset, ShardedDataset):
+        # only reading the shards tells how many images are in them
+        sizes = {"n_in": 0, "shards": len(dataset)}
+        usual_size = PART_SHARDS
+    else:
+        sizes = {"n_in": len(dataset), "shards": 0}
+        usual_size = PART_IMAGES
     inputs = {
         "dataset_fingerprint": dataset.fingerprint,
-        "n_in": 0 if sharded else len(dataset),
-        "shards": len(dataset) if sharded else 0,
+        **sizes,
         "captions": dataset.captioned,
         "folders": dataset.class_names,
         "outside": getattr(dataset, "outside", ()),
         "space": asdict(space),
-        "part_size": (PART_SHARDS if sharded else PART_IMAGES) if part_size is None else part_size,
+        "part_size": usual_size if part_size is None else part_size,
         **settings,
     }
     return describe_run(inputs, Path(dataset.source).name or dataset.source, pictures=True)
@@ -328,13 +365,13 @@ def describe_run(described: Mapping[str, object], dataset: str, *, pictures: boo
         inputs = Inputs.model_validate(described)
     except ValidationError as error:
         raise UsageError(f"cannot make a store with these settings: {explain(error)}.") from error
-    made = {
+    facts = {
         "fingerprint": digest(inputs.identity()),
         "dataset": dataset,
         "vilu": version("vilu"),
         "pictures": pictures,
     }
-    return Run.model_validate({**dict(inputs), **made})
+    return Run.model_validate({**dict(inputs), **facts})
 
 
 Classes = tuple[Tensor, Mapping[ClassColumn, Tensor]]
@@ -342,7 +379,7 @@ Classes = tuple[Tensor, Mapping[ClassColumn, Tensor]]
 
 
 def encode_classes(backbone: Backbone, run: Run) -> Classes:
-    """Those of a run, by the model."""
+    """The texts and columns of a run's classes, by the model."""
     text = require_usable(class_texts(backbone, run.names, run.templates), "class text")
     return text, class_columns(backbone, run)
 
@@ -350,7 +387,7 @@ def encode_classes(backbone: Backbone, run: Run) -> Classes:
 def begin(
     root: Path, run: Run, make_classes: Callable[[], Classes], *, overwrite: bool = False
 ) -> Run:
-    """Go on with the run that is in the folder, or begin this one; the class texts, if any, are there afterwards.
+    """Go on with the run in the folder, or begin this one; class texts, if any, are there after.
 
     Nothing is written or removed before the prompts have been encoded: settings that the model
     refuses leave no store behind, and the old one as it was.
@@ -358,10 +395,12 @@ def begin(
     if (root / RUN).is_file() and not overwrite:
         earlier = read_document(root / RUN, Run)
         earlier.require_match(run, root)
+        # an older store has no digests of pictures, and all of its parts have to be alike
         run = earlier
     classes = None
-    if not run.captions and (overwrite or not _has_classes(root, run)):
-        classes = make_classes()
+    if not run.captions:
+        must_make = overwrite or not _has_classes(root, run)
+        classes = make_classes() if must_make else None
     if overwrite:
         StoreLedger(root, run).clear()
     StoreLedger(root, run).begin(run, {*StoreLedger.always, *run.arrays})
@@ -371,74 +410,102 @@ def begin(
 
 
 def require_room(root: Path, run: Run, missing: Sequence[Part]) -> None:
-    """Refuse to begin where the disk has less free space than the vectors need, with 5 % for the rest."""
+    """Refuse to begin where the disk has less room than the vectors need, with 5 % for the rest."""
     if run.shards:  # how many images are in them, nobody knows
         return
-    n_rows, free = sum(map(len, missing)), shutil.disk_usage(root).free
-    row_bytes = sum(map(math.prod, run.arrays.values())) * np.dtype(run.dtype).itemsize
+    n_rows = sum(map(len, missing))
+    numbers_per_row = sum(map(math.prod, run.arrays.values()))
+    row_bytes = numbers_per_row * np.dtype(run.dtype).itemsize
     needed = int(n_rows * row_bytes * OVERHEAD)
+    free = shutil.disk_usage(root).free
     if needed > free:
         raise StorageError(
-            f"{n_rows} embeddings need {needed / 2**20:.1f} MiB in {root}, where {free / 2**20:.1f} MiB are free. "
-            "Make room, or store float16."
+            f"{n_rows} embeddings need {needed / 2**20:.1f} MiB in {root}, where "
+            f"{free / 2**20:.1f} MiB are free. Make room, or store float16."
         )
+
+
+BAD_SHARD = frozenset(get_args(OfShard))  # kinds of errors that are of a whole shard
+NAMED = 5  # bad shards that a message names
+CALLER = 7  # frames from ``_check_budget`` to whoever called ``embed`` or ``import_arrays``
 
 
 def seal(ledger: StoreLedger, budget: Budget) -> None:
-    """Write the manifest, if every part is there and little enough is lacking; otherwise everything is kept."""
-    root, run, receipts = ledger.root, ledger.run, ledger.receipts()
+    """Write the manifest, if every part is there and little enough is lacking.
+
+    Otherwise everything is kept, and the message says what would seal it.
+    """
+    run = ledger.run
+    receipts = ledger.receipts()
     n_in = sum(receipt.n_in for receipt in receipts)
-    errors = sum((Counter(receipt.errors) for receipt in receipts), Counter[str]())
-    images = Counter({kind: count for kind, count in errors.items() if kind not in BAD_SHARD})
-    n_images = n_in - errors.total() + images.total()
-    lost = _bad_shards(ledger, receipts)
-    if lost and not budget.bad_shards:
-        raise DataError(
-            f"{lost} The other {n_in - errors.total()} images are kept. Write or download them again and repeat the "
-            "command, which does only their parts again; or accept what is lost with --allow-bad-shards."
-        )
-    if n_images and images.total() / n_images > budget.error_rate:
-        raise DataError(_over_budget(root, n_images, images, budget.error_rate))
-    if lost:
-        warnings.warn(f"{lost} That is accepted (--allow-bad-shards).", stacklevel=6)
-    if not n_images:
-        warnings.warn(f"{run.dataset} has no images: {root} is a store without rows.", stacklevel=6)
+    errors: Counter[str] = Counter()
+    for receipt in receipts:
+        errors += Counter(receipt.errors)
+    n_ok = n_in - errors.total()
+    _check_budget(ledger, receipts, errors, n_ok, budget)
+    classes = "" if run.captions else read_classes(ledger.root, run)[0].hash
     ledger.seal(
         Manifest(
             **dict(run) | {"n_in": n_in},
-            n_ok=n_in - errors.total(),
+            n_ok=n_ok,
             n_error=errors.total(),
             errors=dict(sorted(errors.items())),
             parts=len(receipts),
-            classes="" if run.captions else read_classes(root, run)[0].hash,
+            classes=classes,
             content=content_hash(receipts),
         )
     )
 
 
-BAD_SHARD = frozenset(get_args(OfShard))  # kinds of errors that are of a whole shard
-NAMED = 5  # bad shards that a message names
+def _check_budget(
+    ledger: StoreLedger,
+    receipts: Sequence[Receipt],
+    errors: Counter[str],
+    n_ok: int,
+    budget: Budget,
+) -> None:
+    """Refuse more losses than the budget allows; warn of bad shards and of a store without rows.
+
+    A bad shard is an error of its own kind and no image: how many images it has lost is unknown,
+    so no share can be had of it.
+    """
+    images = Counter({kind: count for kind, count in errors.items() if kind not in BAD_SHARD})
+    n_images = n_ok + images.total()
+    lost = _bad_shards(ledger, receipts)
+    if lost and not budget.bad_shards:
+        raise DataError(
+            f"{lost} The other {n_ok} images are kept. Write or download them again and repeat the "
+            "command, which does only their parts again; or accept what is lost with "
+            "--allow-bad-shards."
+        )
+    if n_images and images.total() / n_images > budget.error_rate:
+        raise DataError(_over_budget(ledger.root, n_images, images, budget.error_rate))
+    if lost:
+        warnings.warn(f"{lost} That is accepted (--allow-bad-shards).", stacklevel=CALLER)
+    if not n_images:
+        warnings.warn(
+            f"{ledger.run.dataset} has no images: {ledger.root} is a store without rows.",
+            stacklevel=CALLER,
+        )
 
 
 def _bad_shards(ledger: StoreLedger, receipts: Sequence[Receipt]) -> str:
     """What is wrong with shards, in a sentence; empty where nothing is."""
-    found: list[str] = []
+    shards: list[str] = []
     for part, receipt in zip(ledger.parts, receipts, strict=True):
         if BAD_SHARD.isdisjoint(receipt.errors):
             continue
         path = Vouched(ledger.root, [receipt])(part.errors)
         table = read_columns(path, ERRORS, ["key", "kind", "message"], receipt.n_error)
-        found += [
-            f"{row['key']} ({row['message']})"
-            for row in table.to_pylist()
-            if row["kind"] in BAD_SHARD
-        ]
-    if not found:
+        for row in table.to_pylist():
+            if row["kind"] in BAD_SHARD:
+                shards.append(f"{row['key']} ({row['message']})")
+    if not shards:
         return ""
-    more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
+    more = f" and {len(shards) - NAMED} more" if len(shards) > NAMED else ""
     return (
-        f"{len(found)} of {ledger.run.shards} shards cannot be read to the end, and how many images that costs is "
-        f"unknown: {'; '.join(found[:NAMED])}{more}."
+        f"{len(shards)} of {ledger.run.shards} shards cannot be read to the end, and how many "
+        f"images that costs is unknown: {'; '.join(shards[:NAMED])}{more}."
     )
 
 
@@ -457,8 +524,10 @@ def _over_budget(root: Path, n_in: int, errors: Counter[str], max_error_rate: fl
     n_error = errors.total()
     share = n_error / n_in
     kinds = ", ".join(f"{kind} {count}" for kind, count in errors.most_common())
+    enough = math.ceil(share * 1000) / 1000  # rounded up, so that the command it names succeeds
     return (
-        f"{n_error} of {n_in} images ({share:.2%}) could not be embedded, at most {max_error_rate:.2%} may: "
-        f"{kinds}. They are listed in {root / 'errors'}. The other {n_in - n_error} are kept; to accept that, "
-        f"repeat with --max-error-rate {math.ceil(share * 1000) / 1000:g} (nothing is computed again)."
+        f"{n_error} of {n_in} images ({share:.2%}) could not be embedded, at most "
+        f"{max_error_rate:.2%} may: {kinds}. They are listed in {root / 'errors'}. The other "
+        f"{n_in - n_error} are kept; to accept that, repeat with --max-error-rate {enough:g} "
+        "(nothing is computed again)."
     )

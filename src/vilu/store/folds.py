@@ -1,10 +1,12 @@
-"""Train, validation and test rows by their captions: one caption is in one fold, whatever the data set or the order."""
+"""Train, validation and test rows by their captions.
+
+One caption is in one fold, whatever the data set or the order.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
-from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -19,12 +21,16 @@ from vilu.store.parts import or_damaged
 
 Fold = Literal["train", "validation", "test"]
 
-TRAIN, VALIDATION = 0.6, 0.7  # ends of the folds in [0, 1): 60 % train, 10 % validation, 30 % test
+# ends of the folds in [0, 1): 60 % train, 10 % validation, 30 % test
+TRAIN = 0.6
+VALIDATION = 0.7
 READ_ROWS = 2**16  # captions read at a time
 
 
 def fold_of(caption: str) -> Fold:
-    """Fold of a caption: the first 8 bytes of its BLAKE2b hash, without white space at its ends, as u in [0, 1).
+    """Fold of a caption: the first 8 bytes of its BLAKE2b hash as u in [0, 1).
+
+    White space at the ends of the caption does not count.
 
     Examples:
         >>> from vilu.store.folds import fold_of
@@ -33,43 +39,52 @@ def fold_of(caption: str) -> Fold:
     """
     text = caption.strip().encode(errors="surrogatepass")
     u = int.from_bytes(blake2b(text, digest_size=8).digest(), "big") / 2**64
-    return "train" if u < TRAIN else "validation" if u < VALIDATION else "test"
+    if u < TRAIN:
+        return "train"
+    if u < VALIDATION:
+        return "validation"
+    return "test"
 
 
 def rows_of_fold(
     files: Iterable[tuple[Path, int]], names: tuple[str, ...], fold: Fold, n_rows: int
 ) -> NDArray[np.int64]:
     """(M,) ascending numbers of the rows of a fold, in metadata files of so many rows each."""
-    found, start = [np.empty(0, np.int64)], 0
+    numbers = [np.empty(0, np.int64)]
+    start = 0
     with track("Sorting captions into folds", n_rows, "rows") as task:
-        for block in chain.from_iterable(read_captions(path, names, n) for path, n in files):
-            mine = np.array([fold_of(caption or "") == fold for caption in block], dtype=bool)
-            found.append(np.flatnonzero(mine) + start)
-            start += len(block)
-            task.advance(len(block))
-    return np.concatenate(found)
+        for path, n_file_rows in files:
+            for captions in read_captions(path, names, n_file_rows):
+                in_fold = [fold_of(caption or "") == fold for caption in captions]
+                numbers.append(np.flatnonzero(in_fold) + start)
+                start += len(captions)
+                task.advance(len(captions))
+    return np.concatenate(numbers)
 
 
 def read_captions(path: Path, names: tuple[str, ...], n_rows: int) -> Iterator[list[str | None]]:
-    """The captions of a metadata file of so many rows, in blocks, from the first of the columns that is there."""
-    found, again = 0, "Restore the file, or embed the images again."
+    """The captions of a metadata file of so many rows, in blocks, from the first column there."""
+    again = "Restore the file, or embed the images again."
+    n_read = 0
     with or_damaged(path, again), pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(
-            READ_ROWS, columns=[_caption_column(path, file.schema_arrow, names)]
-        ):
+        column = _caption_column(path, file.schema_arrow, names)
+        for batch in file.iter_batches(READ_ROWS, columns=[column]):
             batch.validate(full=True)  # strings are UTF-8, offsets are within their buffers
-            found += len(batch)
+            n_read += len(batch)
             yield batch.column(0).to_pylist()
-    if found != n_rows:
-        raise StorageError(f"{path} has {found} rows, expected {n_rows}. {again}")
+    if n_read != n_rows:
+        raise StorageError(f"{path} has {n_read} rows, expected {n_rows}. {again}")
 
 
 def _caption_column(path: Path, schema: pa.Schema, names: tuple[str, ...]) -> str:
-    name = next((name for name in names if name in schema.names), None)
-    if name is None:
+    """The first of these columns that a file has."""
+    present = [name for name in names if name in schema.names]
+    if not present:
         raise UsageError(
-            f"folds are made by caption, and {path} has no column {' or '.join(names)}. Leave fold out."
+            f"folds are made by caption, and {path} has no column {' or '.join(names)}. Leave fold "
+            "out."
         )
+    name = present[0]
     kind = schema.field(name).type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         raise DataError(f"column {name} of {path} must hold strings. Got {kind} instead.")

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import OUTSIDE, UNKNOWN, DataError, UsageError
 from vilu.progress import track
 from vilu.store.arrays import MAX_TEXT, Arrays, StoredArray, texts_of
-from vilu.store.documents import IMAGE, ClassColumn, ImageColumn, Imported, Run
+from vilu.store.documents import IMAGE, ClassColumn, ImageColumn, Imported, Receipt, Run
 from vilu.store.embed import Budget, begin, describe_run, require_room, seal
 from vilu.store.parts import ErrorRow, LabelledRow, Part, PartRows, StoreLedger, has_shape
 from vilu.store.reader import EmbeddingStore
@@ -44,6 +44,13 @@ PART_ROWS = 16_384  # rows per part, unless somebody says otherwise
 
 NAMES = ("image", "text", "target", "class_names", "ids", "logit_scale", "logit_bias", *COLUMNS)
 """Of the arrays that are read."""
+
+OF_SPACE = frozenset({"logit_scale", "logit_bias"})  # arrays that are part of the embedding space
+BY_ROW = ("target", "ids", *IMAGE_COLUMNS)  # arrays with one entry per image row
+NUMBERS = "fiu"  # kinds of dtypes that are numbers
+WHOLE = "iu"
+TEXTS = "US"
+MIB = 2**20
 
 logger = logging.getLogger(__name__)
 
@@ -128,40 +135,45 @@ def import_arrays(  # noqa: PLR0913 - one keyword per flag of the command
     """
     if part_size < 1 or not 0 <= max_error_rate <= 1:
         raise UsageError(
-            f"part_size must be at least 1 and max_error_rate from 0 to 1. Got {part_size} and {max_error_rate}."
+            f"part_size must be at least 1 and max_error_rate from 0 to 1. Got {part_size} and "
+            f"{max_error_rate}."
         )
-    root, path = Path(output), Path(source)
+    root = Path(output)
     StoreLedger.check_place(root, overwrite=overwrite)
-    with Arrays(path) as arrays:
-        given = _read(arrays, dict(keys or {}), class_names, tuple(dict.fromkeys(outside)))
-        scale = given.number("logit_scale", logit_scale)
-        bias = given.number("logit_bias", logit_bias)
-        shapes = {
-            name: one.shape[1:]
-            for name in get_args(ImageColumn)
-            if (one := given.arrays.get(name)) is not None
-        }
+    with Arrays(Path(source)) as arrays:
+        content = _read(arrays, dict(keys or {}), class_names, tuple(dict.fromkeys(outside)))
+        scale = content.number("logit_scale", logit_scale)
+        bias = content.number("logit_bias", logit_bias)
+        if dtype is None:
+            dtype = "float16" if content.image.dtype.str[1:] == "f2" else "float32"
         run = _describe(
-            given,
-            EmbeddingSpace(given.width, scale, bias, backbone=model),
-            Imported(columns=shapes, ids="ids" in given.arrays, source=origin),
+            content,
+            EmbeddingSpace(content.width, scale, bias, backbone=model),
+            Imported(columns=content.row_shapes(), ids="ids" in content.arrays, source=origin),
             split=split,
-            dtype=dtype or ("float16" if given.image.dtype.str[1:] == "f2" else "float32"),
+            dtype=dtype,
             part_size=part_size,
         )
-        for name, values in given.class_columns.items():
-            if not has_shape(run, name, tuple(values.shape)):
-                raise DataError(
-                    f"column {name!r} must be {COLUMNS[name][1]}, with K = {len(given.names)} and D = {given.width}. "
-                    f"Got shape {tuple(values.shape)} instead."
-                )
-        _drive(root, run, given, Budget(max_error_rate, bad_shards=False), overwrite=overwrite)
+        _require_shapes(content, run)
+        budget = Budget(max_error_rate, bad_shards=False)
+        _drive(root, run, content, budget, overwrite=overwrite)
     return EmbeddingStore(root)
 
 
+def _require_shapes(content: SourceArrays, run: Run) -> None:
+    """Refuse columns of the classes or of the model that do not fit the classes."""
+    for name, values in content.class_columns.items():
+        shape = tuple(values.shape)
+        if not has_shape(run, name, shape):
+            raise DataError(
+                f"column {name!r} must be {COLUMNS[name][1]}, with K = {len(content.names)} and "
+                f"D = {content.width}. Got shape {shape} instead."
+            )
+
+
 @dataclass
-class Given:
-    """What a source holds, checked: what is of rows by its header, all else read."""
+class SourceArrays:
+    """What a source holds, checked: arrays of rows by their headers, all else read."""
 
     arrays: dict[str, StoredArray]  # all that is used, by our names
     target: NDArray[np.int64]  # (N,) int64 classes of the store, -1 where unknown, -2 of none
@@ -181,76 +193,106 @@ class Given:
         """D."""
         return self.image.shape[1]
 
-    def number(self, name: str, given: float | None) -> float:
-        """The logit scale or bias: what is given counts, then what the source says."""
+    def row_shapes(self) -> dict[ImageColumn, tuple[int, ...]]:
+        """The columns of the images, with the shape of one row."""
+        shapes: dict[ImageColumn, tuple[int, ...]] = {}
+        for name in get_args(ImageColumn):
+            if name in self.arrays:
+                shapes[name] = self.arrays[name].shape[1:]
+        return shapes
+
+    def number(self, name: str, flag: float | None) -> float:
+        """The logit scale or bias: the user's ``flag`` counts, then what the source says."""
         stored = self.arrays.get(name)
-        if stored is None and given is None:
-            raise UsageError(
-                f"the arrays do not say {name}, which makes a cosine a logit and cannot be guessed. Give "
-                f"--{name.replace('_', '-')}: OpenAI's CLIP has --logit-scale 100 --logit-bias 0; of other models the "
-                "scale is the exponential of the learned parameter, and only those of SigLIP's kind have a bias. Or "
-                "save both as arrays of these names."
-            )
         if stored is None:
-            return float(cast("float", given))
-        if stored.dtype.kind not in "fiu" or np.prod(stored.shape) != 1:
+            if flag is None:
+                raise UsageError(
+                    f"the arrays do not say {name}, which makes a cosine a logit and cannot be "
+                    f"guessed. Give --{name.replace('_', '-')}: OpenAI's CLIP has --logit-scale "
+                    "100 --logit-bias 0; of other models the scale is the exponential of the "
+                    "learned parameter, and only those of SigLIP's kind have a bias. Or save both "
+                    "as arrays of these names."
+                )
+            return float(flag)
+        if stored.dtype.kind not in NUMBERS or np.prod(stored.shape) != 1:
             raise DataError(
-                f"{stored.place} must be one number. Got {stored.dtype} of shape {stored.shape} instead."
+                f"{stored.place} must be one number. Got {stored.dtype} of shape {stored.shape} "
+                "instead."
             )
         value = float(stored.whole().reshape(-1)[0])
-        if given is not None and value != given:
-            logger.warning("%s is %g, as was said; the arrays say %g", name, given, value)
-        return value if given is None else float(given)
+        if flag is None:
+            return value
+        if value != flag:
+            logger.warning("%s is %g, as was said; the arrays say %g", name, flag, value)
+        return float(flag)
 
     def fingerprint(self) -> str:
         """Hash of all arrays but the scale and the bias, which are in the space."""
-        used = {
-            name: one
-            for name, one in self.arrays.items()
-            if name not in {"logit_scale", "logit_bias"}
-        }
-        with track(
-            "Reading arrays", sum(one.n_bytes for one in used.values()) / 2**20, "MiB"
-        ) as task:
-            return digest(
-                {name: one.hash(lambda n: task.advance(n / 2**20)) for name, one in used.items()}
-            )
+        hashed = {name: array for name, array in self.arrays.items() if name not in OF_SPACE}
+        n_bytes = sum(array.n_bytes for array in hashed.values())
+        with track("Reading arrays", n_bytes / MIB, "MiB") as task:
+
+            def advance(n_read: int) -> None:
+                task.advance(n_read / MIB)
+
+            return digest({name: array.hash(advance) for name, array in hashed.items()})
 
     def rows(self, part: Part) -> PartRows:
         """What becomes of the rows of a part."""
-        content, status = PartRows(), np.full(len(part), VALID, np.uint8)
-        kept: dict[str, Tensor] = {}
+        content = PartRows()
+        status = np.full(len(part), VALID, np.uint8)
+        blocks: dict[str, Tensor] = {}
         for name in part.arrays:
-            block = (self.image if name == IMAGE else self.arrays[name]).read(part.start, part.stop)
-            kept[name], found, norms = _usable(name, block)
-            status = np.maximum(status, found)
+            stored = self.image if name == IMAGE else self.arrays[name]
+            block = stored.read(part.start, part.stop)
+            blocks[name], worst, norms = _usable(name, block)
+            status = np.maximum(status, worst)
             self.norms += norms
-        ids, ends = self.arrays.get("ids"), (part.start, part.stop)
-        keys = list(map(str, range(*ends))) if ids is None else texts_of(ids.read(*ends), ids.place)
+        keys = self._keys(part)
         labels = self.target[part.start : part.stop].tolist()
-        for position, key, label, code in zip(
-            range(part.start, part.stop), keys, labels, status, strict=True
-        ):
+        places = range(part.start, part.stop)
+        for position, key, label, code in zip(places, keys, labels, status, strict=True):
             if code == VALID:
-                content.rows.append(LabelledRow(position, key, None if label == UNKNOWN else label))
+                known_label = None if label == UNKNOWN else label
+                content.rows.append(LabelledRow(position, key, known_label))
             else:
-                told = "the row has no direction, or numbers that are not finite"
-                content.errors.append(
-                    ErrorRow(key, position, "import", STATUS[code], None, told, None)
-                )
-        good = torch.from_numpy(status == VALID)
-        content.arrays = {name: [rows[good]] for name, rows in kept.items()}
+                content.errors.append(_error_row(position, key, STATUS[code]))
+        usable = torch.from_numpy(status == VALID)
+        for name, rows in blocks.items():
+            content.arrays[name] = [rows[usable]]
         return content
+
+    def _keys(self, part: Part) -> list[str]:
+        """Identifiers of the rows of a part, or their numbers where they have none."""
+        ids = self.arrays.get("ids")
+        if ids is None:
+            return [str(row) for row in range(part.start, part.stop)]
+        return texts_of(ids.read(part.start, part.stop), ids.place)
+
+
+def _error_row(position: int, key: str, kind: str) -> ErrorRow:
+    return ErrorRow(
+        key=key,
+        position=position,
+        stage="import",
+        kind=kind,
+        exception=None,
+        message="the row has no direction, or numbers that are not finite",
+        bytes=None,
+    )
 
 
 def _usable(name: str, block: NDArray[Any]) -> tuple[Tensor, NDArray[np.uint8], Norms]:
-    """Rows as they are stored, the worst status of each, and what the norms were."""
+    """Rows as they are stored, the worst status of each, and the norms before."""
     rows = as_matrix(block.reshape(-1, block.shape[-1]), name, scaled=name not in ANY_NORM)
     if name in ANY_NORM:
         finite = torch.isfinite(rows).all(dim=1).numpy()
-        return rows, np.where(finite, VALID, NONFINITE).astype(np.uint8), Norms()
+        status = np.where(finite, VALID, NONFINITE).astype(np.uint8)
+        return rows, status, Norms()
+    # several views of one image are rows of their own here, and have one status together
     rows, status, norms = normalised(rows)
-    return rows.view(block.shape), status.reshape(len(block), -1).max(axis=1, initial=VALID), norms
+    worst = status.reshape(len(block), -1).max(axis=1, initial=VALID)
+    return rows.view(block.shape), worst, norms
 
 
 def _read(
@@ -258,54 +300,55 @@ def _read(
     keys: dict[str, str],
     class_names: Sequence[str] | None,
     outside: tuple[str, ...],
-) -> Given:
-    """What the source holds; everything that can be wrong with it, but for the numbers of its rows, is told here."""
-    found = _open(arrays, keys)
-    image = found["image"]
-    if image.dtype.kind not in "fiu" or len(image.shape) != 2 or image.shape[1] < 1:
-        raise DataError(
-            f"{image.place} must be a matrix (rows, width) of numbers. Got {image.dtype} of shape {image.shape}."
-        )
-    n = len(image)
-    for name in ("target", "ids", *IMAGE_COLUMNS):
-        if name in found and len(found[name]) != n:
+) -> SourceArrays:
+    """What the source holds, with all that can be wrong but for the numbers of its rows checked."""
+    opened = _open(arrays, keys)
+    image = opened["image"]
+    _require_matrix(image)
+    n_rows, width = image.shape
+    for name in BY_ROW:
+        if name in opened and len(opened[name]) != n_rows:
             raise DataError(
-                f"{found[name].place} must have one entry per image row ({n}). Got shape {found[name].shape} instead."
+                f"{opened[name].place} must have one entry per image row ({n_rows}). Got shape "
+                f"{opened[name].shape} instead."
             )
-    _check_columns(found, image.shape[1])
-    names = _class_names(found.get("class_names"), class_names)
-    labels = _labels(found.get("target"), n)
-    target, kept, classes = _classes(labels, names, outside, found["text"])
-    text = require_usable(found["text"].whole(), "text")[kept]
-    if text.shape[1] != image.shape[1]:
+    _check_columns(opened, width)
+    names = _class_names(opened.get("class_names"), class_names)
+    labels = _labels(opened.get("target"), n_rows)
+    target, text_rows, classes = _classes(labels, names, outside, opened["text"])
+    text = require_usable(opened["text"].whole(), "text")[text_rows]
+    if text.shape[1] != width:
         raise DataError(
-            f"image and text must share one width. Got {image.shape[1]} ({image.place}) and {text.shape[1]} "
-            f"({found['text'].place})."
+            f"image and text must share one width. Got {width} ({image.place}) and "
+            f"{text.shape[1]} ({opened['text'].place})."
         )
     first_same(text, classes)
-    _check_ids(found.get("ids"), n)
-    return Given(found, target, classes, text, _class_columns(found, kept), outside)
+    _check_ids(opened.get("ids"), n_rows)
+    columns = _class_columns(opened, text_rows)
+    return SourceArrays(opened, target, classes, text, columns, outside)
+
+
+def _require_matrix(image: StoredArray) -> None:
+    is_matrix = len(image.shape) == 2 and image.shape[1] >= 1
+    if image.dtype.kind not in NUMBERS or not is_matrix:
+        raise DataError(
+            f"{image.place} must be a matrix (rows, width) of numbers. Got {image.dtype} of shape "
+            f"{image.shape}."
+        )
 
 
 def _open(arrays: Arrays, keys: dict[str, str]) -> dict[str, StoredArray]:
     """The arrays that are there, by our names."""
-    if unknown := sorted(keys.keys() - set(NAMES)):
+    unknown = sorted(keys.keys() - set(NAMES))
+    if unknown:
         raise UsageError(
             f"there is no array {unknown[0]!r} to be called otherwise. Known: {', '.join(NAMES)}."
         )
-    absent = next((name for name in keys.values() if name not in arrays.names), None)
     called = {name: keys.get(name, name) for name in NAMES}
-    lacking = next(
-        (called[name] for name in ("image", "text") if called[name] not in arrays.names), absent
-    )
-    if lacking is not None:
-        ours = next(name for name, key in called.items() if key == lacking)
-        raise DataError(
-            f"{arrays.path} has no array {lacking!r}; it has {', '.join(map(repr, arrays.names[:20])) or 'none'}. If "
-            f"it is there by another name, say so: --key {ours}=NAME."
-        )
+    _require_present(arrays, called, [called["image"], called["text"], *keys.values()])
     used = {name: key for name, key in called.items() if key in arrays.names}
-    if unused := sorted(set(arrays.names) - set(used.values())):
+    unused = sorted(set(arrays.names) - set(used.values()))
+    if unused:
         logger.info(
             "not imported: %s (those that are, by other names too: --key NAME=KEY)",
             ", ".join(unused),
@@ -313,50 +356,68 @@ def _open(arrays: Arrays, keys: dict[str, str]) -> dict[str, StoredArray]:
     for name, key in used.items():
         if name not in {"target", "ids"}:  # which grow with the rows and nothing else
             arrays.require_small(key)
-    found = {name: arrays.open(key) for name, key in used.items()}
+    opened = {name: arrays.open(key) for name, key in used.items()}
     for name in ("image", "target", "ids", "class_names", *IMAGE_COLUMNS):
-        if name in found:
-            found[name].require_rows()
-    return found
+        if name in opened:
+            opened[name].require_rows()
+    return opened
 
 
-def _check_columns(found: Mapping[str, StoredArray], width: int) -> None:
-    """Refuse what is of another type or number of dimensions, or has none of something."""
-    for name, (n_dims, meaning) in {
-        "text": (2, "(K, D) embeddings of the candidates"),
-        **COLUMNS,
-    }.items():
-        if name not in found:
+def _require_present(arrays: Arrays, called: Mapping[str, str], needed: Sequence[str]) -> None:
+    """Refuse a source that lacks one of the arrays ``needed``, by the names that it has there."""
+    lacking = [key for key in needed if key not in arrays.names]
+    if not lacking:
+        return
+    ours = next(name for name, key in called.items() if key == lacking[0])
+    there = ", ".join(map(repr, arrays.names[:20])) or "none"
+    raise DataError(
+        f"{arrays.path} has no array {lacking[0]!r}; it has {there}. If it is there by another "
+        f"name, say so: --key {ours}=NAME."
+    )
+
+
+def _check_columns(opened: Mapping[str, StoredArray], width: int) -> None:
+    """Refuse columns of another type or number of dimensions, or with no entries."""
+    expected = {"text": (2, "(K, D) embeddings of the candidates"), **COLUMNS}
+    for name, (n_dims, meaning) in expected.items():
+        if name not in opened:
             continue
-        one = found[name]
-        sizes = one.shape[1:] if name in IMAGE_COLUMNS else one.shape  # there may be no rows
-        if one.dtype.kind not in "fiu" or len(one.shape) != n_dims or not all(sizes):
+        column = opened[name]
+        sizes = column.shape
+        if name in IMAGE_COLUMNS:  # there may be no rows
+            sizes = column.shape[1:]
+        is_sized = len(column.shape) == n_dims and all(sizes)
+        if column.dtype.kind not in NUMBERS or not is_sized:
             raise DataError(
-                f"{one.place} must be {meaning}. Got {one.dtype} of shape {one.shape} instead."
+                f"{column.place} must be {meaning}. Got {column.dtype} of shape {column.shape} "
+                "instead."
             )
-        if name == "views" and one.shape[-1] != width:
+        if name == "views" and column.shape[-1] != width:
             raise DataError(
-                f"{one.place} must be of the width of the embeddings, {width}. Got {one.shape[-1]}."
+                f"{column.place} must be of the width of the embeddings, {width}. Got "
+                f"{column.shape[-1]}."
             )
 
 
-def _class_names(stored: StoredArray | None, given: Sequence[str] | None) -> tuple[str, ...]:
-    if given is not None:
-        return tuple(given)
+def _class_names(stored: StoredArray | None, names: Sequence[str] | None) -> tuple[str, ...]:
+    """The user's names of the classes, or else the names in the source."""
+    if names is not None:
+        return tuple(names)
     if stored is None:
         raise UsageError(
-            "the arrays do not say what the classes are called. Save class_names beside them, call another array so "
-            "(--key class_names=NAME), or give --classes FILE, one name a line."
+            "the arrays do not say what the classes are called. Save class_names beside them, call "
+            "another array so (--key class_names=NAME), or give --classes FILE, one name a line."
         )
     _require_names(stored)
     return tuple(texts_of(stored.whole(), stored.place))
 
 
 def _require_names(stored: StoredArray) -> None:
+    """Refuse an array that is no vector of short texts."""
     if len(stored.shape) != 1 or stored.dtype.itemsize > 4 * MAX_TEXT:
         raise DataError(
-            f"{stored.place} must be a vector of texts of at most {MAX_TEXT:,} characters. Got {stored.dtype} of shape "
-            f"{stored.shape} instead."
+            f"{stored.place} must be a vector of texts of at most {MAX_TEXT:,} characters. Got "
+            f"{stored.dtype} of shape {stored.shape} instead."
         )
 
 
@@ -365,58 +426,58 @@ def _check_ids(stored: StoredArray | None, n: int) -> None:
     if stored is None:
         return
     _require_names(stored)
-    hashes = np.concatenate(
-        [
-            np.empty(0, np.uint64),
-            *(hash_names(texts_of(block, stored.place)) for block in stored.blocks()),
-        ]
-    )
+    parts = [np.empty(0, np.uint64)]
+    for block in stored.blocks():
+        parts.append(hash_names(texts_of(block, stored.place)))
+    hashes = np.concatenate(parts)
+    # equal identifiers have equal hashes, so they are neighbours; neighbours that differ collide
     order = np.argsort(hashes, kind="stable")
-    for place in np.flatnonzero(hashes[order][1:] == hashes[order][:-1]).tolist():
+    ordered = hashes[order]
+    for place in np.flatnonzero(ordered[1:] == ordered[:-1]).tolist():
         first, second = order[place : place + 2].tolist()
-        one, other = (
-            texts_of(stored.read(row, row + 1), stored.place)[0] for row in (first, second)
-        )
-        if one == other:
+        name = _name_of_row(stored, first)
+        if name == _name_of_row(stored, second):
             raise DataError(
-                f"{stored.place} must name each of the {n} rows once. Rows {first} and {second} are both {one!r:.80}. "
-                "Rename them, or leave the identifiers out."
+                f"{stored.place} must name each of the {n} rows once. Rows {first} and {second} "
+                f"are both {name!r:.80}. Rename them, or leave the identifiers out."
             )
 
 
-class Targets(NamedTuple):
-    """Targets as they are in the source: which whole numbers or names occur, sorted, and (N,) places among them."""
+def _name_of_row(stored: StoredArray, row: int) -> str:
+    (name,) = texts_of(stored.read(row, row + 1), stored.place)
+    return name
 
-    found: NDArray[Any]
-    place: NDArray[np.int64]
+
+class Targets(NamedTuple):
+    """Targets as they are in the source: the whole numbers or names, and the place of each row."""
+
+    values: NDArray[Any]  # those that occur, sorted
+    place: NDArray[np.int64]  # (N,) places among the values
 
 
 def _labels(stored: StoredArray | None, n: int) -> Targets:
-    """Read block by block."""
+    """The targets, read block by block; without an array all of them are unknown."""
     if stored is None:
         return Targets(np.full(min(n, 1), UNKNOWN, np.int64), np.zeros(n, np.int64))
-    named = len(stored.shape) == 1 and stored.dtype.kind in "US"
-    if named:
+    is_vector = len(stored.shape) == 1
+    is_named = is_vector and stored.dtype.kind in TEXTS
+    if is_named:
         _require_names(stored)
-    elif len(stored.shape) != 1 or stored.dtype.kind not in "iu":
+    elif not is_vector or stored.dtype.kind not in WHOLE:
         raise DataError(
-            f"{stored.place} must hold one whole number per row (a row of text), or one name of a class. Got "
-            f"{stored.dtype} of shape {stored.shape} instead."
+            f"{stored.place} must hold one whole number per row (a row of text), or one name of a "
+            f"class. Got {stored.dtype} of shape {stored.shape} instead."
         )
-    parts = [
-        np.unique(
-            np.array(texts_of(block, stored.place), np.str_) if named else block,
-            return_inverse=True,
-        )
-        for block in stored.blocks()
-    ]
-    found = (
-        np.unique(np.concatenate([values for values, _ in parts]))
-        if parts
-        else np.empty(0, np.int64)
-    )
-    places = [np.searchsorted(found, values)[inverse] for values, inverse in parts]
-    return Targets(found, np.concatenate([np.empty(0, np.int64), *places]))
+    parts: list[tuple[NDArray[Any], NDArray[np.int64]]] = []
+    for block in stored.blocks():
+        targets = np.array(texts_of(block, stored.place), np.str_) if is_named else block
+        parts.append(np.unique(targets, return_inverse=True))
+    if not parts:
+        return Targets(np.empty(0, np.int64), np.empty(0, np.int64))
+    # places among the values of a block become places among the values of all
+    values = np.unique(np.concatenate([of_block for of_block, _ in parts]))
+    places = [np.searchsorted(values, of_block)[inverse] for of_block, inverse in parts]
+    return Targets(values, np.concatenate([np.empty(0, np.int64), *places]))
 
 
 def _classes(
@@ -427,97 +488,131 @@ def _classes(
     n_texts = len(text)
     if n_texts not in {len(names), len(stay)}:
         raise DataError(
-            f"there must be one class name per row of text ({n_texts}, {text.place}). Got {len(names)} names instead."
+            f"there must be one class name per row of text ({n_texts}, {text.place}). Got "
+            f"{len(names)} names instead."
         )
-    position = np.full(len(names), OUTSIDE, np.int64)
-    position[stay] = np.arange(len(stay))
     if not stay:
         raise UsageError(
             f"all of the {len(names)} classes would be outside. At least one must be left."
         )
+    # from places among all names to places among those that stay
+    position = np.full(len(names), OUTSIDE, np.int64)
+    position[stay] = np.arange(len(stay))
     target = _targets(labels, names, outside)
     inside = target >= 0
     target[inside] = position[target[inside]]
-    kept = torch.tensor(stay if n_texts == len(names) else range(n_texts))
+    # texts of the classes outside are there, or were left out by whoever made the arrays
+    text_rows = torch.tensor(stay if n_texts == len(names) else range(n_texts))
     classes = check_class_names([names[place] for place in stay], len(stay)) or ()
-    return target, kept, classes
+    return target, text_rows, classes
 
 
 def _targets(
     labels: Targets, names: tuple[str, ...], outside: tuple[str, ...]
 ) -> NDArray[np.int64]:
-    """(N,) int64 places among the names, -1 where unknown, -2 where a label that is no class is named as outside."""
-    values: list[Any] = labels.found.tolist()
-    place_of = {name: place for place, name in reversed(list(enumerate(names)))}
+    """(N,) int64 places among the names, -1 where unknown, -2 where a label is called outside."""
+    place_of: dict[str, int] = {}
+    for place, name in enumerate(names):
+        place_of.setdefault(name, place)
     extra = [name for name in outside if name not in place_of]
-    beyond = [
-        str(value)
-        for value in values
-        if value not in {"", *place_of} and value not in range(len(names))
-    ]
-    unknown = next((name for name in extra if name not in beyond), None)
-    if unknown is not None:
-        there = [*map(repr, names[:10]), *(["..."] if len(names) > 10 else [])]
-        more = f"; labels beyond the classes are {', '.join(beyond[:10])}" if beyond else ""
-        raise UsageError(
-            f"there is no class or label {unknown!r} to be outside. Classes are {', '.join(there)}{more}."
-        )
-    if labels.found.dtype.kind == "U":
-        known = {"": UNKNOWN, **place_of, **dict.fromkeys(extra, OUTSIDE)}
-        stray = next((value for value in values if value not in known), None)
-        if stray is not None:
-            raise DataError(
-                f"target has the label {stray!r:.80}, which is no class. Add it to class_names and text, or say with "
-                "--outside that it is none of the classes."
-            )
-        codes = np.array([known[value] for value in values], dtype=np.int64)
+    _require_labels(labels, names, extra)
+    if labels.values.dtype.kind == "U":
+        codes = _codes_of_names(labels.values.tolist(), place_of, extra)
     else:
-        classes = np.array([str(value) not in extra for value in values], dtype=bool)
-        target, strange = check_targets(labels.found[classes], int(classes.sum()), len(names))
-        codes = np.full(len(values), OUTSIDE, np.int64)
-        codes[classes] = torch.where(strange, OUTSIDE, target).numpy()
+        codes = _codes_of_numbers(labels.values, len(names), extra)
     return codes[labels.place]
 
 
-def _class_columns(found: Mapping[str, StoredArray], kept: Tensor) -> dict[ClassColumn, Tensor]:
-    """The columns of classes and model: all finite, and of unit norm where they are to be."""
-    columns: dict[ClassColumn, Tensor] = {}
-    for name in get_args(ClassColumn):
-        if name not in found:
-            continue
-        columns[name] = check_columns({name: found[name].whole()}, 0, len(found["text"]))[name]
-        if name in TEXT_COLUMNS:
-            columns[name] = columns[name][kept]
-    return columns
-
-
-def _describe(given: Given, space: EmbeddingSpace, imported: Imported, **settings: object) -> Run:
-    """The run over the arrays; they are read once for its fingerprint."""
-    described: dict[str, object] = {
-        "dataset_fingerprint": given.fingerprint(),
-        "n_in": len(given.image),
-        "space": asdict(space),
-        "names": given.names,
-        "folders": given.names if "target" in given.arrays else None,
-        "templates": (),
-        "limits": {},
-        "outside": tuple(sorted(given.outside)),
-        "imported": imported.model_dump(),
-        **settings,
-    }
-    place = Path(given.image.place.partition(", array ")[0])
-    return describe_run(
-        described, place.name if place.suffix != ".npy" else place.parent.name, pictures=False
+def _require_labels(labels: Targets, names: tuple[str, ...], extra: Sequence[str]) -> None:
+    """Refuse names to be outside that are neither classes nor labels."""
+    known = {"", *names}
+    beyond: list[str] = []
+    for value in labels.values.tolist():
+        if value not in known and value not in range(len(names)):
+            beyond.append(str(value))
+    unknown = [name for name in extra if name not in beyond]
+    if not unknown:
+        return
+    there = [repr(name) for name in names[:10]]
+    if len(names) > 10:
+        there.append("...")
+    more = f"; labels beyond the classes are {', '.join(beyond[:10])}" if beyond else ""
+    raise UsageError(
+        f"there is no class or label {unknown[0]!r} to be outside. Classes are "
+        f"{', '.join(there)}{more}."
     )
 
 
-def _drive(root: Path, run: Run, given: Given, budget: Budget, *, overwrite: bool) -> None:
+def _codes_of_names(
+    values: Sequence[str], place_of: Mapping[str, int], extra: Sequence[str]
+) -> NDArray[np.int64]:
+    """Places of labels that are names."""
+    known = {"": UNKNOWN, **place_of, **dict.fromkeys(extra, OUTSIDE)}
+    for value in values:
+        if value not in known:
+            raise DataError(
+                f"target has the label {value!r:.80}, which is no class. Add it to class_names and "
+                "text, or say with --outside that it is none of the classes."
+            )
+    return np.array([known[value] for value in values], dtype=np.int64)
+
+
+def _codes_of_numbers(
+    values: NDArray[Any], n_classes: int, extra: Sequence[str]
+) -> NDArray[np.int64]:
+    """Places of labels that are whole numbers, which may be named as outside too."""
+    of_class = np.array([str(value) not in extra for value in values.tolist()], dtype=bool)
+    target, strange = check_targets(values[of_class], int(of_class.sum()), n_classes)
+    codes = np.full(len(values), OUTSIDE, np.int64)
+    codes[of_class] = torch.where(strange, OUTSIDE, target).numpy()
+    return codes
+
+
+def _class_columns(
+    opened: Mapping[str, StoredArray], text_rows: Tensor
+) -> dict[ClassColumn, Tensor]:
+    """The columns of classes and model: all finite, and of unit norm where they are to be."""
+    n_texts = len(opened["text"])
+    columns: dict[ClassColumn, Tensor] = {}
+    for name in get_args(ClassColumn):
+        if name not in opened:
+            continue
+        values = check_columns({name: opened[name].whole()}, 0, n_texts)[name]
+        columns[name] = values[text_rows] if name in TEXT_COLUMNS else values
+    return columns
+
+
+def _describe(
+    content: SourceArrays, space: EmbeddingSpace, imported: Imported, **settings: object
+) -> Run:
+    """The run over the arrays; they are read once for its fingerprint."""
+    described: dict[str, object] = {
+        "dataset_fingerprint": content.fingerprint(),
+        "n_in": len(content.image),
+        "space": asdict(space),
+        "names": content.names,
+        "folders": content.names if "target" in content.arrays else None,
+        "templates": (),
+        "limits": {},
+        "outside": tuple(sorted(content.outside)),
+        "imported": imported.model_dump(),
+        **settings,
+    }
+    # "FILE.npz, array 'image'", or "FOLDER/image.npy"
+    place = Path(content.image.place.partition(", array ")[0])
+    source = place.parent if place.suffix == ".npy" else place
+    return describe_run(described, source.name, pictures=False)
+
+
+def _drive(root: Path, run: Run, content: SourceArrays, budget: Budget, *, overwrite: bool) -> None:
     """Do what is missing and seal the store."""
     with StoreLedger.claim(root):
-        run = begin(root, run, lambda: (given.text, given.class_columns), overwrite=overwrite)
+        classes = (content.text, content.class_columns)
+        run = begin(root, run, lambda: classes, overwrite=overwrite)
         ledger = StoreLedger(root, run)
         missing, done = ledger.survey()
         if missing:
+            # before the first part is written: a manifest must never vouch for parts in the making
             ledger.unseal()
             require_room(root, run, missing)
         else:
@@ -526,14 +621,17 @@ def _drive(root: Path, run: Run, given: Given, budget: Budget, *, overwrite: boo
             task.advance(sum(receipt.n_in for receipt in done))
             n_errors = 0
             for part in missing:
-                content = given.rows(part)
-                content.arrays = {
-                    name: [block.to(getattr(torch, run.dtype)) for block in blocks]
-                    for name, blocks in content.arrays.items()
-                }
-                receipt = ledger.write_rows(part, content, len(part), "")
+                receipt = _write_part(ledger, part, content)
                 n_errors += receipt.n_error
                 task.advance(len(part), f"{n_errors} errors")
-            given.norms.warn("image", stacklevel=7)
+            content.norms.warn("image", stacklevel=7)
         ledger.clean()
         seal(ledger, budget)
+
+
+def _write_part(ledger: StoreLedger, part: Part, content: SourceArrays) -> Receipt:
+    rows = content.rows(part)
+    number_format = getattr(torch, ledger.run.dtype)
+    for name, blocks in rows.arrays.items():
+        rows.arrays[name] = [block.to(number_format) for block in blocks]
+    return ledger.write_rows(part, rows, len(part), "")

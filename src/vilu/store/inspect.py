@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from vilu.artifacts.disk import MANIFEST, RUN
 from vilu.artifacts.documents import read_document
@@ -54,9 +55,8 @@ class StoreReport:
     # model
     columns: dict[str, tuple[int, ...]] = field(default_factory=dict)
     bytes: int = 0  # size of the parts on disk
-    problems: list[str] = field(
-        default_factory=list
-    )  # what is wrong, one sentence each; empty if nothing is
+    # what is wrong, one sentence each; empty if nothing is
+    problems: list[str] = field(default_factory=list)
 
     def add(self, receipt: Receipt) -> None:
         """Count a part."""
@@ -76,45 +76,66 @@ class StoreReport:
             self.problems.append(str(error))
 
     def __str__(self) -> str:
-        run, space = self.run, self.run.space
-        kinds = ", ".join(f"{kind} {count}" for kind, count in self.errors.most_common())
-        unfound = "none" if self.deep else "none; --deep reads every byte"
-        columns = ", ".join(
-            f"{name} {' x '.join(map(str, shape))}" for name, shape in self.columns.items()
-        )
-        n_in = f" of {run.n_in}" if not run.shards else f" from {run.shards} shards"
-        templates = ", ".join(map(repr, run.templates)) or "not known"
-        classes = {"classes": f"{len(run.names)}, templates {templates}", "labels": self._labels()}
+        run = self.run
+        space = run.space
         model = f"{space.backbone or 'not known'}, {space.precision or 'precision not known'}"
-        origin = (
-            {}
-            if run.imported is None
-            else {"imported": run.imported.source or "from where is not known"}
-        )
-        made = "`vilu embed`" if run.imported is None else "`vilu import`"
         facts = {
-            "store": f"{self.store}, {'complete' if self.sealed else f'not complete: run {made} again'}",
-            "images": f"{self.n_in}{n_in} in {self.parts_done} of {self.parts} parts",
+            "store": f"{self.store}, {self._state()}",
+            "images": self._images(),
             "rows": f"{self.n_ok} x {space.embed_dim} {run.dtype}, {self.bytes / 2**20:.1f} MiB",
-            "errors": f"{self.n_error}" + (f" ({kinds})" if kinds else ""),
+            "errors": self._errors(),
             "data": f"{run.dataset}, split {run.split or 'not named'}",
-            **origin,
-            "model": f"{model}, logit scale {space.logit_scale:g}, bias {space.logit_bias:g}",
-            **({"captions": "one per image"} if run.captions else classes),
-            **({"columns": columns} if columns else {}),
-            "fingerprint": run.fingerprint,
-            "problems": "".join(f"\n  - {problem}" for problem in self.problems) or unfound,
         }
+        if run.imported is not None:
+            facts["imported"] = run.imported.source or "from where is not known"
+        facts["model"] = f"{model}, logit scale {space.logit_scale:g}, bias {space.logit_bias:g}"
+        if run.captions:
+            facts["captions"] = "one per image"
+        else:
+            templates = ", ".join(map(repr, run.templates)) or "not known"
+            facts["classes"] = f"{len(run.names)}, templates {templates}"
+            facts["labels"] = self._labels()
+        if self.columns:
+            facts["columns"] = self._columns()
+        facts["fingerprint"] = run.fingerprint
+        facts["problems"] = self._problems()
         return "\n".join(f"{name:<12} {fact}" for name, fact in facts.items())
 
+    def _state(self) -> str:
+        if self.sealed:
+            return "complete"
+        command = "`vilu embed`" if self.run.imported is None else "`vilu import`"
+        return f"not complete: run {command} again"
+
+    def _images(self) -> str:
+        run = self.run
+        whole = f" from {run.shards} shards" if run.shards else f" of {run.n_in}"
+        return f"{self.n_in}{whole} in {self.parts_done} of {self.parts} parts"
+
+    def _errors(self) -> str:
+        if not self.errors:
+            return f"{self.n_error}"
+        kinds = ", ".join(f"{kind} {count}" for kind, count in self.errors.most_common())
+        return f"{self.n_error} ({kinds})"
+
+    def _columns(self) -> str:
+        columns: list[str] = []
+        for name, shape in self.columns.items():
+            columns.append(f"{name} {' x '.join(map(str, shape))}")
+        return ", ".join(columns)
+
+    def _problems(self) -> str:
+        if self.problems:
+            return "".join(f"\n  - {problem}" for problem in self.problems)
+        return "none" if self.deep else "none; --deep reads every byte"
+
     def _labels(self) -> str:
-        counts = [
-            f"{n} {kind} ({n / self.labels.total():.1%})" for kind, n in self.labels.items() if n
-        ]
-        named = (
-            f"; outside are {', '.join(map(repr, self.run.outside))}" if self.run.outside else ""
-        )
-        return (", ".join(counts) or "none") + named
+        n_rows = self.labels.total()
+        counts = [f"{n} {kind} ({n / n_rows:.1%})" for kind, n in self.labels.items() if n]
+        text = ", ".join(counts) or "none"
+        if self.run.outside:
+            text += f"; outside are {', '.join(map(repr, self.run.outside))}"
+        return text
 
     def to_dict(self) -> dict[str, object]:
         """Plain JSON."""
@@ -132,32 +153,46 @@ def inspect(path: str | os.PathLike[str], *, deep: bool = False) -> StoreReport:
     StoreLedger.require_begun(root)
     run = read_document(root / RUN, Run)
     ledger = StoreLedger(root, run)
-    report = StoreReport(
-        root.resolve().name, (root / MANIFEST).exists(), run, len(ledger.parts), deep
-    )
-    report.columns = {
-        name: shape for name, shape in run.arrays.items() if name not in {IMAGE, CAPTION}
-    }
+    is_sealed = (root / MANIFEST).exists()
+    report = StoreReport(root.resolve().name, is_sealed, run, len(ledger.parts), deep)
+    for name, shape in run.arrays.items():
+        if name not in {IMAGE, CAPTION}:
+            report.columns[name] = shape
     for part in ledger.parts:
-        if not report.sealed and not (root / part.receipt).exists():
-            continue
-        with report.noting():
-            receipt = ledger.receipt(part)
-            report.add(receipt)
-            if deep:
-                for name, info in receipt.files.items():
-                    with report.noting():
-                        require_hash(root / name, info.sha256, receipt.again)
-                report.problems += [*_part_problems(ledger, part, receipt)]
-            if not run.captions:
-                report.labels.update(_label_counts(ledger, part, receipt))
+        # of a store under way, a part without a receipt is not wrong, but not done yet
+        if is_sealed or (root / part.receipt).exists():
+            with report.noting():
+                _inspect_part(ledger, part, report)
     with report.noting():
         if not run.captions:
             table, _ = read_classes(root, run)
-            report.columns |= {name: info.shape for name, info in table.columns.items()}
-        if report.sealed and not report.problems:  # as those do who use it
-            (CaptionStore if run.captions else EmbeddingStore)(root)
+            for name, info in table.columns.items():
+                report.columns[name] = info.shape
+        if is_sealed and not report.problems:
+            _open(root, run)
     return report
+
+
+def _open(root: Path, run: Run) -> None:
+    """Open a store, as those do who use it; what is wrong with it is raised."""
+    if run.captions:
+        CaptionStore(root)
+    else:
+        EmbeddingStore(root)
+
+
+def _inspect_part(ledger: StoreLedger, part: Part, report: StoreReport) -> None:
+    """Add a part to the report; the first thing wrong with its receipt is raised."""
+    receipt = ledger.receipt(part)
+    report.add(receipt)
+    if report.deep:
+        for name, info in receipt.files.items():
+            # each file by itself: one that is damaged says nothing about the rest
+            with report.noting():
+                require_hash(ledger.root / name, info.sha256, receipt.again)
+        report.problems += list(_part_problems(ledger, part, receipt))
+    if not ledger.run.captions:
+        report.labels.update(_label_counts(ledger, part, receipt))
 
 
 def _label_counts(ledger: StoreLedger, part: Part, receipt: Receipt) -> dict[str, int]:
@@ -169,39 +204,53 @@ def _label_counts(ledger: StoreLedger, part: Part, receipt: Receipt) -> dict[str
 
 
 def _part_problems(ledger: StoreLedger, part: Part, receipt: Receipt) -> Iterator[str]:
-    root, run = ledger.root, ledger.run
+    """What is wrong with a part, a sentence each."""
+    root = ledger.root
+    run = ledger.run
     for name, shape in run.arrays.items():
         yield from _array_problems(root / part.array(name), name, (receipt.n_ok, *shape), run.dtype)
-    names = ["position", "key", "label", *(["caption"] if run.captions else [])]
+    names = ["position", "key", "label"]
+    if run.captions:
+        names.append("caption")  # reading it checks that it is text
     good = read_columns(root / part.metadata, metadata_schema(run), names, receipt.n_ok)
     bad = read_columns(root / part.errors, ERRORS, ["position", "kind"], receipt.n_error)
     where = f"part {part.number} ({root / part.metadata}, {root / part.errors})"
-    of_rows, of_errors = good["position"].to_numpy(), bad["position"].to_numpy()
+    of_rows = good["position"].to_numpy()
+    of_errors = bad["position"].to_numpy()
     if not holds_all(run, part, np.union1d(of_rows, of_errors), receipt.n_in):
-        what = "of its shards" if run.shards else f"from {part.start} to {part.stop - 1}"
-        yield f"{where} does not hold every image {what} once."
+        images = "of its shards" if run.shards else f"from {part.start} to {part.stop - 1}"
+        yield f"{where} does not hold every image {images} once."
     elif np.any(np.diff(of_rows) <= 0):
         yield f"{where} is not in the order of the images."
     if Counter(bad["kind"].to_pylist()) != Counter(receipt.errors):
         yield f"{where} has other kinds of errors than its receipt."
-    labels = good["label"].drop_null().to_numpy()
-    known = (labels != UNKNOWN) & (labels >= OUTSIDE) & (labels < len(run.names))
-    if not (run.captions or known.all()):
-        yield f"{where} has labels from {labels.min()} to {labels.max()} for {len(run.names)} classes."
+    if not run.captions:
+        yield from _label_problems(good["label"].drop_null().to_numpy(), len(run.names), where)
     if len(good["key"].unique()) != len(good):
         yield f"{where} has keys more than once."
 
 
+def _label_problems(labels: NDArray[np.int64], n_classes: int, where: str) -> Iterator[str]:
+    """Whether labels, of which unknown ones are absent, are beyond the classes."""
+    is_code = labels >= OUTSIDE
+    is_known = (labels != UNKNOWN) & is_code & (labels < n_classes)
+    if not is_known.all():
+        yield f"{where} has labels from {labels.min()} to {labels.max()} for {n_classes} classes."
+
+
 def _array_problems(path: Path, name: str, shape: tuple[int, ...], dtype: str) -> Iterator[str]:
+    """Blocks of an array with rows that are not as they should be, a sentence each."""
     rows = map_rows(path, shape, dtype)
+    virtue = "finite" if name in ANY_NORM else "of unit norm"
     for start in range(0, len(rows), CHUNK):
         block = torch.from_numpy(rows[start : start + CHUNK].astype(np.float32))
         if name in ANY_NORM:
-            good, virtue = torch.isfinite(block), "finite"
+            good = torch.isfinite(block)
         else:
-            good, virtue = (
-                (torch.linalg.vector_norm(block, dim=-1) - 1).abs() <= NORM_TOLERANCE,
-                "of unit norm",
-            )
-        if bad := int((~good.reshape(len(block), -1).all(dim=1)).sum()):
-            yield f"{path} has {bad} rows from {start} to {start + len(block) - 1} that are not {virtue}."
+            norms = torch.linalg.vector_norm(block, dim=-1)
+            good = (norms - 1).abs() <= NORM_TOLERANCE
+        good_rows = good.reshape(len(block), -1).all(dim=1)
+        n_bad = int((~good_rows).sum())
+        if n_bad:
+            last = start + len(block) - 1
+            yield f"{path} has {n_bad} rows from {start} to {last} that are not {virtue}."

@@ -27,14 +27,18 @@ from vilu.store.parts import ErrorRow, Part, PartRows, StoreLedger, positions
 from vilu.store.pipeline import END, Decoder, Encoder, place_records
 
 MAX_ATTEMPTS = 3  # processes that may die in a part before it is given up
-MESSAGE = f"{MAX_ATTEMPTS} processes died while they worked on the part of this image, so the part was given up"
+MESSAGE = (
+    f"{MAX_ATTEMPTS} processes died while they worked on the part of this image, so the part was "
+    "given up"
+)
 
 
 def attempts(root: Path, part: Part) -> int:
-    """How many processes have begun a part and neither ended it nor failed at it: they died, or are at work."""
+    """How many processes have begun a part and neither ended it nor failed: dead, or at work."""
     path = root / part.attempts
     with or_refuse(f"read {path}"):
         try:
+            # a byte for each: appending one is atomic, so no count is lost between two processes
             return path.stat().st_size
         except FileNotFoundError:
             return 0
@@ -44,12 +48,14 @@ def forget_attempts(root: Path) -> None:
     """Take away all marks: whoever drives a store alone begins anew."""
     folder = root / "attempts"
     with or_refuse(f"clean {folder}"):
-        for path in folder.iterdir() if folder.is_dir() else ():
+        if not folder.is_dir():
+            return
+        for path in folder.iterdir():
             path.unlink(missing_ok=True)
 
 
 class Marks:
-    """The marks of this process, which are gone after a block with it, unless the process dies in it."""
+    """The marks of this process, which are gone after the block, unless the process dies in it."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -59,14 +65,13 @@ class Marks:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with suppress(
-            StorageError
-        ):  # a mark too many costs a retry; the exception under way says more
+        # a mark too many costs a retry; the exception under way says more
+        with suppress(StorageError):
             for part in tuple(self._left):
                 self.end(part)
 
     def begin(self, part: Part) -> None:
-        """Leave one."""
+        """Leave one, before the part is touched: a process that is killed writes nothing after."""
         path = self._root / part.attempts
         with or_refuse(f"write to {path.parent}"):
             path.parent.mkdir(exist_ok=True)
@@ -75,7 +80,7 @@ class Marks:
         self._left.add(part)
 
     def end(self, part: Part) -> None:
-        """Take it away, and with it those of processes that died before this one came through."""
+        """Take it away, and the marks of processes that died before this one came through."""
         path = self._root / part.attempts
         with or_refuse(f"write to {path.parent}"):
             path.unlink(missing_ok=True)
@@ -83,31 +88,32 @@ class Marks:
 
 
 def give_up(run: Run, part: Part, dataset: ImageDataset, *, listing: bool) -> PartRows:
-    """A part without rows: an error row of kind "crash" for every image, of which nothing but the listing is read.
+    """A part without rows: an error row of kind "crash" for every image, from the listing alone.
 
     Without ``listing``, which was tried already and killed the process, it is a row for every
     position, or for every shard, of kind "bad_shard": how many images that costs is unknown.
     """
-    kind = "bad_shard" if run.shards else "crash"
-    places = positions(run, part)[:: SHARD if run.shards else 1]
-    found = [
-        (place, f"shard {place // SHARD}" if run.shards else f"image {place}") for place in places
-    ]
     if listing:
         try:
-            found = [
-                (position, record.key) for position, record in place_records(run, part, dataset)
-            ]
-            kind = "crash"
+            keys = [(at, record.key) for at, record in place_records(run, part, dataset)]
+            return _error_rows("crash", keys)
         # these images have killed workers, so their listing may raise anything of a foreign reader;
         # it is logged, every row is recorded as a crash, and the other parts go on
         except Exception as error:  # noqa: BLE001
             logger.warning(
                 "part %d cannot be listed either: %s: %s", part.number, type(error).__name__, error
             )
-    return PartRows(
-        errors=[ErrorRow(key, at, "process", kind, None, MESSAGE, None) for at, key in found]
-    )
+    places = positions(run, part)
+    if run.shards:
+        first_of_shards = places[::SHARD]
+        return _error_rows("bad_shard", [(at, f"shard {at // SHARD}") for at in first_of_shards])
+    return _error_rows("crash", [(at, f"image {at}") for at in places])
+
+
+def _error_rows(kind: str, keys: Sequence[tuple[int, str]]) -> PartRows:
+    """An error row for every (position, key)."""
+    rows = [ErrorRow(key, at, "process", kind, None, MESSAGE, None) for at, key in keys]
+    return PartRows(errors=rows)
 
 
 logger = logging.getLogger(__name__)
@@ -168,38 +174,39 @@ class EmbedJob:
         return receipt
 
     def process_all(self, parts: Sequence[int], progress: Task | None = None) -> Iterator[Receipt]:
-        """The same of some parts, in order; decoding runs ahead over the ends of batches and parts."""
-        fresh: list[Part] = []
-        progress = progress or Silence()
-        for part in (self.ledger.parts[number] for number in parts):
-            found = self.ledger.look_up(part)
-            deaths = 0 if isinstance(found, Receipt) else attempts(self.root, part)
-            if not isinstance(found, Receipt) and not deaths:
+        """``process`` of some parts, in order; decoding runs ahead over the ends of parts."""
+        if progress is None:
+            progress = Silence()
+        fresh: list[Part] = []  # parts to be embedded together, one after the other
+        for number in parts:
+            part = self.ledger.parts[number]
+            outcome = self.ledger.look_up(part)
+            is_done = isinstance(outcome, Receipt)
+            deaths = 0 if is_done else attempts(self.root, part)
+            if not is_done and deaths == 0:
                 fresh.append(part)
                 continue
             yield from self._embed(fresh, progress)
             fresh = []
-            if 0 < deaths < MAX_ATTEMPTS:
-                yield from self._embed(
-                    [part], progress
-                )  # alone: a death in it must not be laid at another's door
+            if isinstance(outcome, Receipt):
+                receipt = outcome
+            elif deaths < MAX_ATTEMPTS:
+                # alone: a death in it must not be laid at another part's door
+                yield from self._embed([part], progress)
                 continue
-            receipt = found if isinstance(found, Receipt) else self._give_up(part, deaths)
+            else:
+                receipt = self._give_up(part, deaths)
             progress.advance(receipt.n_in)
             yield receipt
         yield from self._embed(fresh, progress)
 
     def _embed(self, parts: Sequence[Part], progress: Task) -> Iterator[Receipt]:
+        """Embed parts that are missing, one after the other, and write each as it ends."""
         if not parts:
             return
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        backbone = (
-            self.backbone.load() if isinstance(self.backbone, BackboneSpec) else self.backbone
-        )
-        self.run.space.require_match(
-            backbone.space, mine=str(self.root / RUN), theirs="the model of this process"
-        )
+        backbone = self._load_backbone()
         encoder = Encoder(
             backbone, self.batch_size, self.strict, progress, self.run.arrays, self.run.dtype
         )
@@ -207,42 +214,62 @@ class EmbedJob:
             backbone.preprocess, self.limits, len(self.run.names), self.run.views, self.run.captions
         )
         workers = self.workers or default_workers()
+        ahead = self.batch_size + workers
         sources: dict[int, str] = {}
         with (
             Marks(self.root) as marks,
-            in_threads(
-                decoder, self._items(parts, marks, sources), workers, self.batch_size + workers
-            ) as outcomes,
+            in_threads(decoder, self._items(parts, marks, sources), workers, ahead) as outcomes,
         ):
             for part in parts:
                 content = encoder.part(outcomes)
-                receipt = self.ledger.write_rows(
-                    part, content, self.batch_size, sources[part.number]
-                )
+                source = sources[part.number]
+                receipt = self.ledger.write_rows(part, content, self.batch_size, source)
+                # after the receipt: a death in between leaves a mark on a part that is done, which
+                # nobody counts; before it, a part that kills at its end would be tried for ever
                 marks.end(part)
-                seconds = round(time.monotonic() - content.started, 3)
-                log(
-                    self.root,
-                    part=part.number,
-                    rows=receipt.n_ok,
-                    errors=receipt.n_error,
-                    seconds=seconds,
-                )
-                counts = receipt.n_ok, receipt.n_error, seconds
-                logger.info("part %d: %d rows, %d errors, %.1f s", part.number, *counts)
+                self._log(part, receipt, content)
                 yield receipt
+
+    def _load_backbone(self) -> Backbone:
+        """The model, which must be the one that the run was begun with."""
+        backbone = self.backbone
+        if isinstance(backbone, BackboneSpec):
+            backbone = backbone.load()
+        self.run.space.require_match(
+            backbone.space, mine=str(self.root / RUN), theirs="the model of this process"
+        )
+        return backbone
+
+    def _log(self, part: Part, receipt: Receipt, content: PartRows) -> None:
+        seconds = round(time.monotonic() - content.started, 3)
+        log(
+            self.root,
+            part=part.number,
+            rows=receipt.n_ok,
+            errors=receipt.n_error,
+            seconds=seconds,
+        )
+        logger.info(
+            "part %d: %d rows, %d errors, %.1f s",
+            part.number,
+            receipt.n_ok,
+            receipt.n_error,
+            seconds,
+        )
 
     def _items(
         self, parts: Sequence[Part], marks: Marks, sources: dict[int, str]
     ) -> Iterator[tuple[int, ImageRecord] | None]:
-        """The records of all parts, each part with ``END`` after it; its fingerprint is taken before it is read."""
+        """The records of all parts, each part with ``END`` after it."""
         for part in parts:
             marks.begin(part)
+            # before the part is read: a shard that changes meanwhile is then seen as changed
             sources[part.number] = self.ledger.source(part)
             yield from place_records(self.run, part, self.dataset)
             yield END
 
     def _give_up(self, part: Part, deaths: int) -> Receipt:
+        """Write a part as errors; one mark more tells whether listing it kills the process too."""
         with Marks(self.root) as marks:
             marks.begin(part)
             source = self.ledger.source(part)
@@ -250,8 +277,8 @@ class EmbedJob:
             receipt = self.ledger.write_rows(part, content, self.batch_size, source)
             marks.end(part)
         logger.warning(
-            "part %d was given up after %d processes had died in it: its %d images are counted as errors. "
-            "To try again, remove %s.",
+            "part %d was given up after %d processes had died in it: its %d images are counted as "
+            "errors. To try again, remove %s.",
             part.number,
             MAX_ATTEMPTS,
             receipt.n_error,
@@ -261,7 +288,7 @@ class EmbedJob:
 
 
 class Executor(Protocol):
-    """Decides where and when the parts of a job are done; what becomes of them is the job's own matter.
+    """Decides where and when the parts of a job are done; their content is the job's own matter.
 
     ``EmbedJob.process`` is deterministic and idempotent, and sets aside a part that keeps killing
     its process. So an executor may do a part twice, at the same time even, and has nothing to do

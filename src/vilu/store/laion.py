@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -45,17 +45,18 @@ LAYOUTS = (
 
 @dataclass(frozen=True)
 class Shard:
-    """Files whose rows belong together: (n, D) image and caption embeddings, and a row of metadata for each, if any."""
+    """Files whose rows belong together."""
 
-    image: Path
-    text: Path
-    metadata: Path | None
+    image: Path  # (n, D) image embeddings
+    text: Path  # (n, D) caption embeddings
+    metadata: Path | None  # a row for each, if any
 
     @cached_property
     def shape(self) -> tuple[int, int]:
-        """(n, D), from the headers of all files; ProvenanceError if they differ in their rows or widths."""
-        shapes = {path: map_matrix(path).shape for path in (self.image, self.text)}
-        counts = {path: shape[0] for path, shape in shapes.items()}
+        """(n, D), from the headers of all files; ProvenanceError if rows or widths differ."""
+        n_images, image_width = map_matrix(self.image).shape
+        n_texts, text_width = map_matrix(self.text).shape
+        counts = {self.image: n_images, self.text: n_texts}
         if self.metadata is not None:
             with (
                 or_damaged(self.metadata, "Fetch it again."),
@@ -63,33 +64,32 @@ class Shard:
             ):
                 counts[self.metadata] = file.metadata.num_rows
         if len(set(counts.values())) > 1:
-            found = ", ".join(f"{path} has {count}" for path, count in counts.items())
+            facts = ", ".join(f"{path} has {count}" for path, count in counts.items())
             raise ProvenanceError(
-                f"partners must have the same number of rows. {found}. Embed or fetch them again."
+                f"partners must have the same number of rows. {facts}. Embed or fetch them again."
             )
-        if shapes[self.image][1] != shapes[self.text][1]:
+        if image_width != text_width:
             raise ProvenanceError(
-                f"{self.image} has width {shapes[self.image][1]} and {self.text} {shapes[self.text][1]}: "
-                "they are not of one model."
+                f"{self.image} has width {image_width} and {self.text} {text_width}: they are not "
+                "of one model."
             )
-        return shapes[self.image][0], shapes[self.image][1]
+        return n_images, image_width
 
 
 def map_matrix(path: Path) -> NDArray[np.floating]:
     """The matrix in a ``.npy`` file, memory-mapped; float16 or float32 of any byte order."""
     rows, n_bytes = open_npy(path, "Fetch or write it again.")
-    if (
-        rows.dtype.kind != "f"
-        or rows.dtype.itemsize not in (2, 4)
-        or rows.ndim != 2
-        or not rows.shape[1]
-    ):
+    is_float = rows.dtype.kind == "f" and rows.dtype.itemsize in (2, 4)
+    is_matrix = rows.ndim == 2 and rows.shape[1] > 0
+    if not (is_float and is_matrix):
         raise DataError(
-            f"{path} must be a matrix (rows, width) of float16 or float32. Got {rows.dtype} of shape {rows.shape}."
+            f"{path} must be a matrix (rows, width) of float16 or float32. Got {rows.dtype} of "
+            f"shape {rows.shape}."
         )
     if not rows.flags.c_contiguous:
         raise DataError(
-            f"{path} is in Fortran order, so its rows cannot be read one by one. Save it in C order."
+            f"{path} is in Fortran order, so its rows cannot be read one by one. Save it in C "
+            "order."
         )
     if n_bytes != rows.nbytes:
         raise StorageError(
@@ -99,66 +99,86 @@ def map_matrix(path: Path) -> NDArray[np.floating]:
 
 
 def find_shards(root: Path) -> list[Shard]:
-    """The shards of a folder, by number; DataError if there are none, or not every file has its partner."""
-    for image, text in FILES:
-        if (root / image).is_file() and (root / text).is_file():
-            return [Shard(root / image, root / text, None)]
+    """The shards of a folder, by number; DataError if there are none, or a partner is missing."""
+    for image_name, text_name in FILES:
+        image_file = root / image_name
+        text_file = root / text_name
+        if image_file.is_file() and text_file.is_file():
+            return [Shard(image_file, text_file, None)]
     home, (image, text) = _home(root)
     folders = {folder: _numbered(home / folder, ".npy") for folder in (image, text)}
-    if (home / METADATA).is_dir() and (metadata := _numbered(home / METADATA, ".parquet")):
+    metadata: dict[int, Path] = {}
+    if (home / METADATA).is_dir():
+        metadata = _numbered(home / METADATA, ".parquet")
+    if metadata:
         folders[METADATA] = metadata
-    every = sorted(set().union(*folders.values()))
-    if not every:
+    numbers: set[int] = set()
+    numbers.update(*folders.values())
+    if not numbers:
         raise DataError(f"{home / image} and {home / text} hold no .npy file.")
+    _require_partners(home, folders, sorted(numbers))
+    shards: list[Shard] = []
+    for number in sorted(numbers):
+        shards.append(Shard(folders[image][number], folders[text][number], metadata.get(number)))
+    return shards
+
+
+def _require_partners(
+    home: Path, folders: Mapping[str, Mapping[int, Path]], numbers: Sequence[int]
+) -> None:
+    """Refuse folders of which one lacks a number that another has."""
     for folder, files in folders.items():
-        missing = next((number for number in every if number not in files), None)
-        if missing is not None:
-            partner = next(files[missing] for files in folders.values() if missing in files)
-            raise DataError(
-                f"{home / folder} has no file with number {missing}, the partner of {partner}. Fetch it."
-            )
-    metadata = folders.get(METADATA, {})
-    return [Shard(folders[image][i], folders[text][i], metadata.get(i)) for i in every]
+        missing = [number for number in numbers if number not in files]
+        if not missing:
+            continue
+        number = missing[0]
+        partner = next(files[number] for files in folders.values() if number in files)
+        raise DataError(
+            f"{home / folder} has no file with number {number}, the partner of {partner}. Fetch it."
+        )
 
 
 def _home(root: Path) -> tuple[Path, tuple[str, str]]:
-    """The folder that has one of the pairs of folders, and which: this one, or the only split in it."""
-    found = _entries(root)
-    homes = [
-        (home, names)
-        for home in (root, *found)
-        for names in FOLDERS
-        if all((home / x).is_dir() for x in names)
-    ]
-    if homes and (homes[0][0] == root or len(homes) == 1):
-        return homes[0]
-    if homes:
+    """The folder with a pair of folders of embeddings, and which pair: root, or its only split."""
+    inside = _entries(root)
+    homes: list[tuple[Path, tuple[str, str]]] = []
+    for home in (root, *inside):
+        for image, text in FOLDERS:
+            if (home / image).is_dir() and (home / text).is_dir():
+                homes.append((home, (image, text)))
+    if not homes:
+        names = ", ".join(path.name for path in inside[:8]) or "nothing"
         raise DataError(
-            f"{root} has several splits. Give one of them: {', '.join(str(home) for home, _ in homes)}."
+            f"{root} holds no embeddings that vilu knows. Found {names}. Expected a store, or "
+            f"{LAYOUTS}."
         )
-    names = ", ".join(path.name for path in found[:8]) or "nothing"
-    raise DataError(
-        f"{root} holds no embeddings that vilu knows. Found {names}. Expected a store, or {LAYOUTS}."
-    )
+    is_root = homes[0][0] == root
+    if not is_root and len(homes) > 1:
+        splits = ", ".join(str(home) for home, _ in homes)
+        raise DataError(f"{root} has several splits. Give one of them: {splits}.")
+    return homes[0]
 
 
 def _numbered(folder: Path, suffix: str) -> dict[int, Path]:
     """Files of a folder by the number at the end of their names, of any width."""
-    found: dict[int, Path] = {}
+    files: dict[int, Path] = {}
     for path in _entries(folder):
         if path.suffix != suffix or path.name.startswith("."):
             continue
         digits = re.search(r"[0-9]+$", path.stem)
         if digits is None or not path.is_file():
             raise DataError(
-                f"{path} must be a file with a number at the end of its name, which says its partner."
+                f"{path} must be a file with a number at the end of its name, which says its "
+                "partner."
             )
-        other = found.setdefault(int(digits[0]), path)
-        if other != path:
+        number = int(digits[0])
+        if number in files:
             raise DataError(
-                f"{other} and {path} have the same number, so their partners are not known. Remove one."
+                f"{files[number]} and {path} have the same number, so their partners are not "
+                "known. Remove one."
             )
-    return found
+        files[number] = path
+    return files
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -168,17 +188,17 @@ def _entries(folder: Path) -> list[Path]:
         return sorted(folder.iterdir())
 
 
-CAPTIONS = (
-    "caption",
-    "TEXT",
-)  # columns of the metadata that may hold the captions: clip-retrieval's name, and LAION's
-SCAN_CELLS = (
-    2**20
-)  # numbers looked at together when rows are checked; 4 MiB in float32 stay in the cache
+CAPTIONS = ("caption", "TEXT")
+"""Columns of the metadata that may hold the captions: clip-retrieval's name, and LAION's."""
+
+# numbers looked at together when rows are checked; 4 MiB in float32 stay in the cache
+SCAN_CELLS = 2**20
 
 
 class LaionPairs(Reopened, MappedPairs):
-    """Image-caption pairs from shards of embeddings; row i of an image file belongs to row i of its text file.
+    """Image-caption pairs from shards of embeddings.
+
+    Row i of an image file belongs to row i of its text file.
 
     Three layouts, with numbers of any width, and a fourth of one shard::
 
@@ -223,14 +243,7 @@ class LaionPairs(Reopened, MappedPairs):
     ) -> None:
         root = Path(path)
         shards = find_shards(root)
-        width = shards[0].shape[1]
-        for shard in shards:
-            if shard.shape[1] != width:
-                raise ProvenanceError(
-                    f"{shards[0].image} has width {width} and {shard.image} {shard.shape[1]}: "
-                    "they are not of one model."
-                )
-        starts = np.cumsum([0, *(shard.shape[0] for shard in shards)], dtype=np.int64)
+        width = _common_width(shards)
         space = EmbeddingSpace(width, float(logit_scale), float(logit_bias))
         self.seal = _listing(root, shards)
         self.options = {
@@ -240,8 +253,11 @@ class LaionPairs(Reopened, MappedPairs):
             "fold": fold,
         }
         chosen = None if fold is None else _rows_of_fold(root, shards, fold)
+        starts = np.cumsum([0, *(shard.shape[0] for shard in shards)], dtype=np.int64)
         rows = MappedParts(
-            starts, {"image": (width,), "text": (width,)}, lambda name, i: _open(shards[i], name)
+            starts,
+            {"image": (width,), "text": (width,)},
+            lambda name, number: _open(shards[number], name),
         )
         super().__init__(root, rows, ("image", "text"), space, pools or Pools(), chosen)
         self._all_unit = False  # until the pass over all rows says so
@@ -254,25 +270,24 @@ class LaionPairs(Reopened, MappedPairs):
     @cached_property
     def _row_status(self) -> NDArray[np.uint8]:
         status = np.full(len(self._rows), VALID, dtype=np.uint8)
-        low, high, n_off = np.inf, 0.0, 0
+        off = _Norms()
         workers = default_workers()
         with (
             track("Checking embeddings", 2 * len(status), "rows") as task,
-            in_threads(_check, self._blocks(), workers, 2 * workers) as checked,
+            in_threads(_check, self._blocks(), workers, 2 * workers) as results,
         ):
-            for start, found, norms in checked:
-                mine = status[start : start + len(found)]
-                np.copyto(mine, found, where=mine == VALID)
-                good = norms[torch.from_numpy(found == VALID)]
-                n_off += int(((good - 1).abs() > NORM_TOLERANCE).sum())
-                if len(good):
-                    low, high = min(low, float(good.min())), max(high, float(good.max()))
-                task.advance(len(found))
-        self._all_unit = not n_off
-        if n_off:
+            for start, of_block, norms in results:
+                # a row is of an image and a caption: the first status that is not valid stands
+                rows = status[start : start + len(of_block)]
+                np.copyto(rows, of_block, where=rows == VALID)
+                off.add(norms[torch.from_numpy(of_block == VALID)])
+                task.advance(len(of_block))
+        self._all_unit = not off.n_off
+        if off.n_off:
             warnings.warn(
-                f"{n_off} of {2 * len(status)} image and caption rows of {self.path} are not of unit norm "
-                f"(norms {low:.3g} to {high:.3g}); they are normalised when they are read.",
+                f"{off.n_off} of {2 * len(status)} image and caption rows of {self.path} are not "
+                f"of unit norm (norms {off.low:.3g} to {off.high:.3g}); they are normalised when "
+                "they are read.",
                 stacklevel=4,
             )
         return status if self._chosen is None else status[self._chosen.numpy()]
@@ -282,30 +297,59 @@ class LaionPairs(Reopened, MappedPairs):
         size = max(SCAN_CELLS // self.space.embed_dim, 1)
         for number, first in enumerate(self._rows.starts[:-1].tolist()):
             for name in self._arrays:
-                part = self._rows.open_part(
-                    name, number
-                )  # a mapping of its own, whose pages go with it
+                # a mapping of its own, whose pages go with it
+                part = self._rows.open_part(name, number)
                 for start in range(0, len(part), size):
                     yield first + start, part[start : start + size]
+
+
+@dataclass
+class _Norms:
+    """Norms of rows: how many are not 1, and the range of all."""
+
+    n_off: int = 0
+    low: float = np.inf
+    high: float = 0.0
+
+    def add(self, norms: Tensor) -> None:
+        """Count the norms of more rows."""
+        if not len(norms):
+            return
+        self.n_off += int(((norms - 1).abs() > NORM_TOLERANCE).sum())
+        self.low = min(self.low, float(norms.min()))
+        self.high = max(self.high, float(norms.max()))
+
+
+def _common_width(shards: Sequence[Shard]) -> int:
+    """The width of all shards; ProvenanceError if they are of several."""
+    first = shards[0]
+    width = first.shape[1]
+    for shard in shards:
+        if shard.shape[1] != width:
+            raise ProvenanceError(
+                f"{first.image} has width {width} and {shard.image} {shard.shape[1]}: they are not "
+                "of one model."
+            )
+    return width
 
 
 def _check(block: tuple[int, NDArray[np.floating]]) -> tuple[int, NDArray[np.uint8], Tensor]:
     """(number of the first row, (b,) status, (b,) norms) of a block."""
     first, rows = block
-    return first, *row_status(torch.from_numpy(rows.astype(rows.dtype.newbyteorder("="))).float())
+    native = rows.astype(rows.dtype.newbyteorder("="))  # torch knows no other byte order
+    status, norms = row_status(torch.from_numpy(native).float())
+    return first, status, norms
 
 
 def _listing(root: Path, shards: list[Shard]) -> str:
     """Hash of names, sizes and times of modification."""
     listing = ListingHash()
-    for path in (
-        path
-        for shard in shards
-        for path in (shard.image, shard.text, shard.metadata)
-        if path is not None
-    ):
-        with or_refuse(f"read {path}"):
-            listing.add(path.relative_to(root).as_posix(), MISSING, path.stat())
+    for shard in shards:
+        for path in (shard.image, shard.text, shard.metadata):
+            if path is None:
+                continue
+            with or_refuse(f"read {path}"):
+                listing.add(path.relative_to(root).as_posix(), MISSING, path.stat())
     return listing.hexdigest()
 
 
@@ -314,7 +358,8 @@ def _open(shard: Shard, name: str) -> NDArray[np.floating]:
     rows = map_matrix(path)
     if rows.shape != shard.shape:
         raise StorageError(
-            f"{path} changed while it was read: it had shape {shard.shape}, now it has {rows.shape}."
+            f"{path} changed while it was read: it had shape {shard.shape}, now it has "
+            f"{rows.shape}."
         )
     return rows
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,7 +33,7 @@ R = TypeVar("R")
 def in_threads(
     function: Callable[[T], R], items: Iterable[T], workers: int, ahead: int
 ) -> Iterator[Iterator[R]]:
-    """Results of ``function`` in the order of ``items``, worked out by threads, at most ``ahead`` of them in advance.
+    """Results of ``function`` in the order of ``items``, by threads, at most ``ahead`` in advance.
 
     On leaving the block, also by an exception, nothing more is begun.
     """
@@ -56,8 +57,9 @@ def in_threads(
 
 
 def _stay_on_one_core() -> None:
-    """Otherwise every decoding thread has a team of threads for its tensors, and they all fight with the model's.
+    """Keep the tensors of a decoding thread on its own core.
 
+    Otherwise every such thread has a team of threads, and they all fight with the model's.
     ``torch.set_num_threads`` would change the whole process, the limit of OpenMP is this thread's
     own.
     """
@@ -67,7 +69,9 @@ def _stay_on_one_core() -> None:
 
 def cores() -> int:
     """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def default_workers() -> int:
@@ -75,25 +79,28 @@ def default_workers() -> int:
     return min(cores(), 16)
 
 
-# parts of a source that are mapped at a time, each with a file descriptor; a process often has 1024
+# parts of a source that are mapped at a time, each with a file descriptor, of which a process
+# often has 1024
 OPEN_PARTS = 320
 
-PAGE, MAX_RESIDENT = 4096, 2**28
-"""Bytes that come with every row that is read, at least, and that may stay in memory of all that were."""
+PAGE = 4096  # bytes that come with every row that is read, at least
+MAX_RESIDENT = 2**28  # bytes of all rows that were read that may stay in memory
 
-BLOCK_ROWS = (
-    2**17
-)  # rows that a pass of training reads together; 128 MiB in float16 at a width of 512
+# rows that a pass of training reads together; 128 MiB in float16 at a width of 512
+BLOCK_ROWS = 2**17
 GROUP_BLOCKS = 8  # blocks whose rows are mixed; so many are read from at a time
 
-READERS, AHEAD = 2, 2
-"""Threads that read batches ahead, and how many: the disk works while a batch is used. Each computes on one core, since
-the work on a batch is too small to be shared out.
+READERS = 2
+"""Threads that read batches ahead: the disk works while a batch is used.
+
+Each computes on one core, since the work on a batch is too small to be shared out.
 """
+
+AHEAD = 2  # batches that they read ahead
 
 
 class MappedParts:
-    """(N, ...) arrays cut into parts along their rows; a part is mapped when a row of it is asked for.
+    """(N, ...) arrays cut into parts along their rows, each mapped when a row of it is asked for.
 
     Args:
         starts: (P + 1,) number of the first row of every part, and N.
@@ -107,9 +114,12 @@ class MappedParts:
         shapes: Mapping[str, tuple[int, ...]],
         open_part: Callable[[str, int], NDArray[np.floating]],
     ) -> None:
-        self.starts, self.shapes, self.open_part = starts, shapes, open_part
+        self.starts = starts
+        self.shapes = shapes
+        self.open_part = open_part
         self._mapped: dict[tuple[str, int], NDArray[np.floating]] = {}
-        self._touched, self._widest = 0, np.dtype(np.float16)
+        self._touched = 0  # bytes of the pages that were read since all parts were let go of
+        self._widest = np.dtype(np.float16)  # type of the parts read so far
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -117,17 +127,16 @@ class MappedParts:
     def take(self, name: str, index: Tensor) -> Tensor:
         """(B, ...) float32 rows ``index`` (int64) of an array."""
         wanted = index.numpy()
-        if wanted.size and not (wanted.min() >= 0 and wanted.max() < len(self)):
-            raise IndexError(
-                f"rows must be from 0 to {len(self) - 1}. Got {wanted.min()} to {wanted.max()}."
-            )
+        if wanted.size:
+            self._require_inside(int(wanted.min()), int(wanted.max()))
+        # sorted by part: places order[bounds[p] : bounds[p + 1]] of ``wanted`` are in part p
         order = np.argsort(wanted, kind="stable")
         bounds = np.searchsorted(wanted, self.starts, sorter=order)
         rows = np.empty((len(wanted), *self.shapes[name]), self._widest)
-        for number in np.flatnonzero(
-            np.diff(bounds)
-        ):  # one part at a time: all of them may be too many to hold open
-            part, places = self._part(name, int(number)), order[bounds[number] : bounds[number + 1]]
+        # one part at a time: all of them may be too many to hold open
+        for number in np.flatnonzero(np.diff(bounds)).tolist():
+            part = self._part(name, number)
+            places = order[bounds[number] : bounds[number + 1]]
             if part.dtype.itemsize > rows.itemsize:
                 self._widest = part.dtype.newbyteorder("=")
                 rows = rows.astype(self._widest)
@@ -135,16 +144,25 @@ class MappedParts:
             self._touched += len(places) * max(PAGE, part[:1].nbytes)
         return torch.from_numpy(rows).float()  # many times faster than numpy's conversion
 
+    def _require_inside(self, least: int, most: int) -> None:
+        if least < 0 or most >= len(self):
+            raise IndexError(f"rows must be from 0 to {len(self) - 1}. Got {least} to {most}.")
+
     def _part(self, name: str, number: int) -> NDArray[np.floating]:
-        """A part, mapped. All are let go of when they are many, or when many of their pages were read.
+        """A part, mapped. All are let go of when they are many, or when many pages were read.
 
         Otherwise the system counts these as ours until it needs the room. Several threads may ask.
         """
         part = self._mapped.get((name, number))
-        if self._touched >= MAX_RESIDENT or (part is None and len(self._mapped) >= OPEN_PARTS):
-            self._mapped, self._touched, part = {}, 0, None
+        is_full = part is None and len(self._mapped) >= OPEN_PARTS
+        if is_full or self._touched >= MAX_RESIDENT:
+            # a new dict, not cleared: another thread may look into the old one just now
+            self._mapped = {}
+            self._touched = 0
+            part = None
         if part is None:
-            part = self._mapped[name, number] = np.asarray(self.open_part(name, number))
+            part = np.asarray(self.open_part(name, number))
+            self._mapped[name, number] = part
         return part
 
 
@@ -156,8 +174,8 @@ class MappedSource(EmbeddingSource):
         if len(parts) < 2:
             yield from map(make, parts)
             return
-        with in_threads(make, parts, READERS, AHEAD) as made:
-            yield from made
+        with in_threads(make, parts, READERS, AHEAD) as results:
+            yield from results
 
     def shuffled(self, rows: Tensor, generator: torch.Generator) -> Tensor:
         """The rows in a random order for one pass of training.
@@ -167,21 +185,21 @@ class MappedSource(EmbeddingSource):
         rows of each ``GROUP_BLOCKS`` of them (at least half as many) are mixed. So a pass reads few
         blocks at a time, and each of them once.
         """
-        n_blocks = -(-len(rows) // BLOCK_ROWS)
+        n_blocks = math.ceil(len(rows) / BLOCK_ROWS)
         if n_blocks <= GROUP_BLOCKS:
             return super().shuffled(rows, generator)
+        n_groups = math.ceil(n_blocks / GROUP_BLOCKS)
         blocks = rows.sort().values.tensor_split(n_blocks)
-        order = torch.randperm(n_blocks, generator=generator).tensor_split(
-            -(-n_blocks // GROUP_BLOCKS)
-        )
-        groups = (torch.cat([blocks[int(number)] for number in group]) for group in order)
-        return torch.cat(
-            [group[torch.randperm(len(group), generator=generator)] for group in groups]
-        )
+        order = torch.randperm(n_blocks, generator=generator)
+        mixed: list[Tensor] = []
+        for group in order.tensor_split(n_groups):
+            members = torch.cat([blocks[number] for number in group.tolist()])
+            mixed.append(members[torch.randperm(len(members), generator=generator)])
+        return torch.cat(mixed)
 
 
 class MappedPairs(PairSource, MappedSource):
-    """Pairs in memory-mapped parts: nothing of the vectors is in memory but what a batch or a block needs.
+    """Pairs in memory-mapped parts: of the vectors only a batch's or a block's are in memory.
 
     Per row there are its place in the order of the pools and in the fold (8 bytes each) and its
     status (1 byte). Rows that fill no last pool have the status "short_pool". Hard pools are made
@@ -197,11 +215,16 @@ class MappedPairs(PairSource, MappedSource):
         pools: Pools,
         chosen: NDArray[np.int64] | None,
     ) -> None:
-        self.path, self.space, self.pools, self.pool_size = path, space, pools, pools.size
-        self._rows, self._arrays = rows, arrays
+        self.path = path
+        self.space = space
+        self.pools = pools
+        self.pool_size = pools.size
+        self._rows = rows
+        self._arrays = arrays
         self._chosen = None if chosen is None else torch.from_numpy(chosen)
+        n_rows = len(rows) if chosen is None else len(chosen)
         # a target is a candidate of a pool, so only batches know it; one number stands for all rows
-        self.target = torch.tensor(UNKNOWN).expand(len(rows if chosen is None else chosen))
+        self.target = torch.tensor(UNKNOWN).expand(n_rows)
 
     def picture_rows(self, index: Tensor) -> Tensor:
         """(B, D) float32 unit-norm image embeddings."""
@@ -221,11 +244,9 @@ class MappedPairs(PairSource, MappedSource):
     @property
     def pair_rows(self) -> Tensor:
         """(M,) positions of the usable rows, ascending."""
-        return (
-            torch.from_numpy(np.flatnonzero(self._row_status == VALID))
-            if self._left is None
-            else self._left
-        )
+        if self._left is not None:
+            return self._left
+        return torch.from_numpy(np.flatnonzero(self._row_status == VALID))
 
     @cached_property
     def status(self) -> NDArray[np.uint8]:
@@ -240,11 +261,12 @@ class MappedPairs(PairSource, MappedSource):
         return np.broadcast_to(np.uint8(VALID), len(self))
 
     def _take(self, name: str, index: Tensor) -> Tensor:
-        return self._rows.take(name, index if self._chosen is None else self._chosen[index])
+        stored = index if self._chosen is None else self._chosen[index]
+        return self._rows.take(name, stored)
 
 
 class ChosenNumbers(RowNumbers):
-    """Numbers of some rows, or as they were before others were set aside."""
+    """Numbers of some rows, or as they were before rows were set aside."""
 
     def __init__(self, numbers: Sequence[str] | NDArray[np.int64]) -> None:
         super().__init__(len(numbers))
@@ -269,21 +291,22 @@ class PartStrings(Identifiers):
         rows: NDArray[np.int64] | None = None,
     ) -> None:
         super().__init__(int(starts[-1]) if rows is None else len(rows))
-        self._starts, self._rows = starts, rows
+        self._starts = starts
+        self._rows = rows
         self._read = lru_cache(16)(read)
 
     def __reduce__(self) -> tuple[type[PartStrings], tuple[object, ...]]:
         return PartStrings, (self._starts, self._read.__wrapped__, self._rows)
 
     def _of(self, row: int) -> str:
-        row = row if self._rows is None else int(self._rows[row])
-        part = int(np.searchsorted(self._starts, row, side="right")) - 1
-        return str(self._read(part)[row - int(self._starts[part])].as_py())
+        stored = row if self._rows is None else int(self._rows[row])
+        part = int(np.searchsorted(self._starts, stored, side="right")) - 1
+        strings = self._read(part)
+        return str(strings[stored - int(self._starts[part])].as_py())
 
     def __iter__(self) -> Iterator[str]:
-        for number, (start, stop) in enumerate(
-            zip(self._starts[:-1], self._starts[1:], strict=True)
-        ):
+        bounds = zip(self._starts[:-1], self._starts[1:], strict=True)
+        for number, (start, stop) in enumerate(bounds):
             strings = self._read(number)
             if self._rows is not None:
                 first, last = np.searchsorted(self._rows, [start, stop])

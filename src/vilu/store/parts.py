@@ -39,12 +39,12 @@ from vilu.store.documents import (
     Run,
     StoredClasses,
 )
-from vilu.store.ledger import Ledger, alone, require_hash_once, write_hashed
+from vilu.store.ledger import FileInfo, Ledger, alone, require_hash_once, write_hashed
 
 
 @dataclass(frozen=True)
 class Part:
-    """Images ``start`` ... ``stop - 1`` of the data set, or the images of so many shards; and what is kept of them.
+    """Images ``start`` ... ``stop - 1`` of the data set, or those shards, and their files.
 
     File names follow LAION's layout, so its tools read the vectors and the metadata as they are.
     """
@@ -80,126 +80,144 @@ class Part:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """What the receipt vouches for, in the order in which it is written."""
-        image, *others = map(self.array, self.arrays)
-        return image, self.metadata, self.errors, *others
+        """The files that the receipt vouches for, in the order in which they are written."""
+        first, *more = map(self.array, self.arrays)
+        return first, self.metadata, self.errors, *more
 
     def __len__(self) -> int:
         return self.stop - self.start
 
 
 def plan(run: Run) -> list[Part]:
-    """All parts of a run; they depend on nothing but the number of images (or shards) and the part size."""
-    starts = range(0, run.extent, run.part_size)
+    """All parts of a run, from nothing but the number of images (or shards) and the part size."""
     arrays = tuple(run.arrays)
-    return [
-        Part(i, start, min(start + run.part_size, run.extent), arrays)
-        for i, start in enumerate(starts)
-    ]
+    parts: list[Part] = []
+    for number, start in enumerate(range(0, run.extent, run.part_size)):
+        stop = min(start + run.part_size, run.extent)
+        parts.append(Part(number, start, stop, arrays))
+    return parts
 
 
 def positions(run: Run, part: Part) -> range:
     """Where the positions of a part's images are; of shards not all of them are taken."""
-    return (
-        range(part.start * SHARD, part.stop * SHARD) if run.shards else range(part.start, part.stop)
-    )
+    if run.shards:
+        return range(part.start * SHARD, part.stop * SHARD)
+    return range(part.start, part.stop)
 
 
-def holds_all(run: Run, part: Part, found: NDArray[np.int64], n_in: int) -> bool:
-    """Whether sorted positions are those of ``n_in`` images of the part: all, or in each shard the first ones."""
+def holds_all(run: Run, part: Part, at: NDArray[np.int64], n_in: int) -> bool:
+    """Whether the sorted positions ``at`` are those of the ``n_in`` images of a part.
+
+    Without shards these are all positions of the part; with shards, the first ones in each shard.
+    """
     places = positions(run, part)
     if not run.shards:
-        return np.array_equal(found, np.arange(places.start, places.stop))
-    number = found % SHARD
-    inside = len(found) == 0 or (
-        found[0] >= places.start and found[-1] < places.stop and number[0] == 0
-    )
-    return (
-        len(found) == n_in
-        and bool(inside)
-        and bool(np.all((np.diff(found) == 1) | (number[1:] == 0)))
-    )
+        return np.array_equal(at, np.arange(places.start, places.stop))
+    if len(at) != n_in:
+        return False
+    if n_in == 0:
+        return True
+    # Positions count within a shard from a multiple of SHARD, so number 0 begins one.
+    number = at % SHARD
+    if at[0] < places.start or at[-1] >= places.stop or number[0] != 0:
+        return False
+    goes_on = np.diff(at) == 1
+    begins_shard = number[1:] == 0
+    return bool(np.all(goes_on | begins_shard))
 
 
 class StoreLedger(Ledger[Part, Receipt]):
-    """What is to be done and done in the folder of a store; ``data`` are the images, for those who embed."""
+    """What is to be done and done in the folder of a store.
 
-    what, command, doing = "embedding store", "vilu embed` or `vilu import", "embedding into"
+    ``data`` are the images, for those who embed.
+    """
+
+    what = "embedding store"
+    command = "vilu embed` or `vilu import"
+    doing = "embedding into"
     documents = (*Ledger.documents, CLASSES)
     always = ("img_emb", "text_emb", "metadata", "errors", "receipts", "attempts")
     folders = (*always, *get_args(ImageColumn), "columns")
 
     def __init__(self, root: Path, run: Run, data: ImageDataset | None = None) -> None:
         super().__init__(root, run.fingerprint, plan(run), Receipt)
-        self.run, self.data = run, data
+        self.run = run
+        self.data = data
 
     @classmethod
     def made_by(cls, root: Path) -> str:
         """The command that has begun the store, as its ``run.json`` says."""
-        return "vilu embed" if read_document(root / RUN, Run).imported is None else "vilu import"
+        run = read_document(root / RUN, Run)
+        return "vilu embed" if run.imported is None else "vilu import"
 
     def said(self, part: Part, receipt: Receipt) -> tuple[tuple[object, ...], tuple[object, ...]]:
         """Number, bounds and images; how many images shards hold, only the receipt knows."""
         n_in = receipt.n_in if self.run.shards else len(part)
-        return (receipt.part, receipt.start, receipt.stop, receipt.n_in), (
-            part.number,
-            part.start,
-            part.stop,
-            n_in,
-        )
+        stated = (receipt.part, receipt.start, receipt.stop, receipt.n_in)
+        planned = (part.number, part.start, part.stop, n_in)
+        return stated, planned
 
     def look_up(self, part: Part, *, deep: bool = True) -> Receipt | str:
-        """The receipt of a part that is there in full, and of shards as they are now; or else what it lacks."""
-        found = super().look_up(part, deep=deep)
-        stale = isinstance(found, Receipt) and found.source != self.source(part)
-        return "its shards have changed" if stale else found
+        """The receipt of a part that is there in full, or else what it lacks.
+
+        Of shards it must be of the shards as they are now.
+        """
+        outcome = super().look_up(part, deep=deep)
+        if isinstance(outcome, Receipt) and outcome.source != self.source(part):
+            return "its shards have changed"
+        return outcome
 
     def source(self, part: Part) -> str:
-        """Fingerprint of the shards of a part as they are now; empty where parts are made of images."""
-        return (
-            cast("ShardedDataset", self.data).shard_fingerprint(part.start, part.stop)
-            if self.run.shards
-            else ""
-        )
+        """Fingerprint of a part's shards as they are now; empty where parts are made of images."""
+        if not self.run.shards:
+            return ""
+        return cast("ShardedDataset", self.data).shard_fingerprint(part.start, part.stop)
 
     def write_rows(self, part: Part, content: PartRows, batch_size: int, source: str) -> Receipt:
-        """Write what became of the images of a part, with the fingerprint of the shards that they were read from."""
-        run, n_ok, n_error = self.run, len(content.rows), len(content.errors)
-        payloads = {
-            part.array(name): _npy(
-                _rows(name, content.arrays.get(name, []), (n_ok, *shape), run.dtype)
-            )
-            for name, shape in run.arrays.items()
-        }
-        payloads[part.metadata] = _parquet(content.rows, metadata_schema(run))
-        payloads[part.errors] = _parquet(content.errors, ERRORS)
-        return self.write(
-            part,
-            payloads,
-            lambda files: Receipt(
-                fingerprint=run.fingerprint,
+        """Write a part's rows and errors; ``source``: fingerprint of the shards of them."""
+        n_ok = len(content.rows)
+        n_error = len(content.errors)
+        kinds = Counter(error.kind for error in content.errors)
+
+        def receipt_of(files: dict[str, FileInfo]) -> Receipt:
+            return Receipt(
+                fingerprint=self.run.fingerprint,
                 part=part.number,
                 start=part.start,
                 stop=part.stop,
                 n_in=n_ok + n_error,
                 n_ok=n_ok,
                 n_error=n_error,
-                errors=dict(sorted(Counter(error.kind for error in content.errors).items())),
+                errors=dict(sorted(kinds.items())),
                 files=files,
                 batch_size=batch_size,
                 source=source,
-            ),
-        )
+            )
+
+        return self.write(part, self._payloads(part, content), receipt_of)
+
+    def _payloads(self, part: Part, content: PartRows) -> dict[str, bytes]:
+        """The bytes of every file of a part, by name."""
+        payloads: dict[str, bytes] = {}
+        for name, shape in self.run.arrays.items():
+            blocks = content.arrays.get(name, [])
+            rows = _rows(name, blocks, (len(content.rows), *shape), self.run.dtype)
+            payloads[part.array(name)] = _npy(rows)
+        payloads[part.metadata] = _parquet(content.rows, metadata_schema(self.run))
+        payloads[part.errors] = _parquet(content.errors, ERRORS)
+        return payloads
 
 
-INT8, INT32, INT64, STRING = pa.int8(), pa.int32(), pa.int64(), pa.string()
+INT8 = pa.int8()
+INT32 = pa.int32()
+INT64 = pa.int64()
+STRING = pa.string()
 OPTIONAL = {"label", "exif_orientation", "exception", "bytes"}
 
 
 def _schema(kinds: Mapping[str, pa.DataType]) -> pa.Schema:
-    return pa.schema(
-        [pa.field(name, kind, nullable=name in OPTIONAL) for name, kind in kinds.items()]
-    )
+    fields = [pa.field(name, kind, nullable=name in OPTIONAL) for name, kind in kinds.items()]
+    return pa.schema(fields)
 
 
 METADATA = _schema(
@@ -213,17 +231,17 @@ METADATA = _schema(
     }
     | {"exif_orientation": INT8, "flags": INT32}
 )
-"""Of each row. ``position`` is that of the image in the data set, not the number of the row: the latter depends on how
-many images fail in earlier parts, which a part that is written alone cannot know. The reader counts
-rows.
+"""Of each row. ``position`` is that of the image in the data set, not the number of the row.
+
+The latter depends on how many images fail in earlier parts, which a part that is written alone
+cannot know. The reader counts rows.
 """
 
-CAPTION_FIELD = pa.field(
-    "caption", STRING, nullable=False
-)  # of each row too where images have captions
+# of each row too where images have captions
+CAPTION_FIELD = pa.field("caption", STRING, nullable=False)
 PICTURE_BYTES = 16
 PICTURE_FIELD = pa.field("picture", pa.binary(PICTURE_BYTES), nullable=False)
-"""Of each row too but of old stores: the first half of the SHA-256 of the picture's bytes (``ImageRecord.content``)."""
+"""Of each row too but of old stores: the first half of the SHA-256 of ``ImageRecord.content``."""
 
 ERRORS = _schema(
     {"key": STRING, "position": INT64, "stage": STRING, "kind": STRING}
@@ -242,7 +260,7 @@ UNREADABLE_NPY = (
     RecursionError,
     MemoryError,
 )
-"""What numpy raises on a damaged or hostile file (the last four from parsing its header as a Python literal)."""
+"""What numpy raises on a damaged file (the last four from parsing its header as Python)."""
 
 UNREADABLE_PARQUET = (pa.ArrowException, OSError, ValueError)
 """What pyarrow raises on one (ValueError also for names that are no text)."""
@@ -255,8 +273,12 @@ def metadata_schema(run: Run) -> pa.Schema:
     """Columns of the metadata; of what was imported no picture is known."""
     if run.imported is not None:
         return pa.schema([METADATA.field(name) for name in ("position", "key", "label")])
-    more = [*([CAPTION_FIELD] if run.captions else []), *([PICTURE_FIELD] if run.pictures else [])]
-    return pa.schema([*METADATA, *more])
+    fields = list(METADATA)
+    if run.captions:
+        fields.append(CAPTION_FIELD)
+    if run.pictures:
+        fields.append(PICTURE_FIELD)
+    return pa.schema(fields)
 
 
 @contextmanager
@@ -265,26 +287,26 @@ def or_damaged(
     hint: str,
     kinds: tuple[type[Exception], ...] = UNREADABLE_PARQUET,
     fault: type[ViLUError] = StorageError,
-    said: str = "damaged",
+    state: str = "damaged",
 ) -> Iterator[None]:
-    """A block in which exceptions of these kinds become a fault that says so of the file."""
+    """A block in which exceptions of these kinds become a fault: the file is in this ``state``."""
     try:
         yield
     except ViLUError:
         raise
     except kinds as error:
+        # Out of descriptors or memory every file is unreadable: it must not be called damaged.
         if isinstance(error, OSError) and error.errno in NOT_THE_FILE:
-            more = (
-                " Raise the limit on open files: ulimit -n 4096."
-                if error.errno == errno.EMFILE
-                else ""
-            )
-            raise StorageError(f"cannot read {path}: {os.strerror(error.errno)}.{more}") from error
-        raise fault(f"{path} is {said}: {error}. {hint}") from error
+            advice = ""
+            if error.errno == errno.EMFILE:
+                advice = " Raise the limit on open files: ulimit -n 4096."
+            reason = os.strerror(error.errno)
+            raise StorageError(f"cannot read {path}: {reason}.{advice}") from error
+        raise fault(f"{path} is {state}: {error}. {hint}") from error
 
 
 def open_npy(path: Path, hint: str) -> tuple[NDArray[np.floating], int]:
-    """A ``.npy`` file, memory-mapped (nothing but the header is read), and how many bytes follow its header."""
+    """A ``.npy`` file, memory-mapped (its header alone is read), and the bytes after its header."""
     # alone: Python 3.11 can fail where two threads read headers (ast.literal_eval, gh-106905)
     with or_damaged(path, hint, UNREADABLE_NPY), alone():
         rows = np.lib.format.open_memmap(path, mode="r")
@@ -292,21 +314,23 @@ def open_npy(path: Path, hint: str) -> tuple[NDArray[np.floating], int]:
 
 
 def map_rows(path: Path, shape: tuple[int, ...], dtype: str) -> NDArray[np.floating]:
-    """The rows of an array of the store; StorageError if it is no C-order array of just this shape and dtype."""
+    """The rows of an array of the store; StorageError if shape, dtype or order is another."""
     rows, n_bytes = open_npy(path, REDO)
-    found = (rows.shape, rows.dtype.str, rows.flags.c_contiguous, n_bytes)
-    expected = (shape, np.dtype(dtype).newbyteorder("<").str, True, rows.nbytes)
-    if found != expected:
+    stored = (rows.shape, rows.dtype.str, rows.flags.c_contiguous, n_bytes)
+    little_endian = np.dtype(dtype).newbyteorder("<").str
+    expected = (shape, little_endian, True, rows.nbytes)
+    if stored != expected:
         raise StorageError(
-            f"{path} has (shape, dtype, C order, bytes of data) {found}, the documents of the store say {expected}. "
-            f"{REDO}"
+            f"{path} has (shape, dtype, C order, bytes of data) {stored}, the documents of the "
+            f"store say {expected}. {REDO}"
         )
     return rows
 
 
 def read_columns(path: Path, schema: pa.Schema, names: Sequence[str], n_rows: int) -> pa.Table:
-    """Some columns of a parquet file; StorageError if it has other rows, or its columns are not those of the schema."""
+    """Some columns of a parquet file; StorageError where rows or types are not as expected."""
     with or_damaged(path, REDO), pq.ParquetFile(path) as file:
+        # before anything is read: a forged file may promise more rows than memory holds
         if file.metadata.num_rows != n_rows:
             raise StorageError(
                 f"{path} has {file.metadata.num_rows} rows, expected {n_rows}. {REDO}"
@@ -315,10 +339,11 @@ def read_columns(path: Path, schema: pa.Schema, names: Sequence[str], n_rows: in
         table.validate(full=True)  # strings are UTF-8, offsets are within their buffers
     if len(table) != n_rows:
         raise StorageError(f"{path} has {len(table)} rows, expected {n_rows}. {REDO}")
-    found, expected = table.schema, pa.schema([schema.field(name) for name in names])
-    if not found.equals(expected):
+    expected = pa.schema([schema.field(name) for name in names])
+    if not table.schema.equals(expected):
         raise StorageError(
-            f"{path} has columns {found.to_string()!r}, expected {expected.to_string()!r}. {REDO}"
+            f"{path} has columns {table.schema.to_string()!r}, expected {expected.to_string()!r}. "
+            f"{REDO}"
         )
     return table
 
@@ -326,22 +351,30 @@ def read_columns(path: Path, schema: pa.Schema, names: Sequence[str], n_rows: in
 def read_classes(root: Path, run: Run) -> tuple[StoredClasses, Tensor]:
     """The class table of a run and its (K, D) float32 text embeddings."""
     table = read_document(root / CLASSES, StoredClasses)
-    if any(getattr(run, name) != getattr(table, name) for name in SHARED):
-        raise ProvenanceError(
-            f"{root / CLASSES} holds other classes, templates or columns than {root / RUN}."
-        )
-    rows = map_rows(root / TEXT, (len(run.names), run.space.embed_dim), "float32")
-    files = {root / TEXT: table.text_file.sha256}
-    for name, info in table.columns.items():
-        if len(info.shape) != COLUMNS[name][0] or not has_shape(run, name, info.shape):
-            raise StorageError(
-                f"{root / CLASSES} is damaged: it says that {name} is of shape {info.shape}."
+    for name in SHARED:
+        if getattr(run, name) != getattr(table, name):
+            raise ProvenanceError(
+                f"{root / CLASSES} holds other classes, templates or columns than {root / RUN}."
             )
-        map_rows(column_path(root, name), info.shape, "float32")
-        files[column_path(root, name)] = info.sha256
-    for path, sha256 in files.items():
+    rows = map_rows(root / TEXT, (len(run.names), run.space.embed_dim), "float32")
+    hashes = {root / TEXT: table.text_file.sha256}
+    for column, info in table.columns.items():
+        if not _is_column_shape(run, column, info.shape):
+            raise StorageError(
+                f"{root / CLASSES} is damaged: it says that {column} is of shape {info.shape}."
+            )
+        map_rows(column_path(root, column), info.shape, "float32")
+        hashes[column_path(root, column)] = info.sha256
+    # last, since it reads all bytes: a wrong shape is told before
+    for path, sha256 in hashes.items():
         require_hash_once(path, sha256, table.again, CLASSES)
     return table, require_usable(torch.from_numpy(np.array(rows)), "class text")
+
+
+def _is_column_shape(run: Run, name: ClassColumn, shape: tuple[int, ...]) -> bool:
+    """Whether a column has as many dimensions as its kind, and sizes that fit the run."""
+    n_dims, _ = COLUMNS[name]
+    return len(shape) == n_dims and has_shape(run, name, shape)
 
 
 def column_path(root: Path, name: ClassColumn) -> Path:
@@ -350,14 +383,18 @@ def column_path(root: Path, name: ClassColumn) -> Path:
 
 
 def has_shape(run: Run, name: ClassColumn, shape: tuple[int, ...]) -> bool:
-    """Whether a column of the classes or of the model may have a shape; what was imported is of texts unknown."""
-    n_classes, dim = len(run.names), run.space.embed_dim
-    n_prompts, n_words = len(run.prompts), len(run.negatives)
-    if run.imported is not None:
-        n_prompts, n_words = shape[1], shape[0]
-    shapes = {
+    """Whether a column of the classes or of the model may have a shape."""
+    n_classes = len(run.names)
+    dim = run.space.embed_dim
+    n_prompts = len(run.prompts)
+    n_words = len(run.negatives)
+    if run.imported is not None:  # of texts unknown, so any number of them fits
+        n_prompts = shape[1]
+        n_words = shape[0]
+    shapes: dict[str, tuple[int, ...]] = {
         "prompts": (n_classes, n_prompts, dim),
-        **dict.fromkeys(("text_features", "second_text"), (n_classes,)),
+        "text_features": (n_classes,),
+        "second_text": (n_classes,),
         "negatives": (n_words, dim),
     }
     fixed = shapes.get(name, (dim,))
@@ -404,7 +441,10 @@ class ErrorRow:
 
 @dataclass
 class PartRows:
-    """What becomes of the images of a part: of the good ones (n, ...) blocks of what is kept, by name, and metadata."""
+    """What becomes of the images of a part: metadata of the good ones, and the bad ones.
+
+    ``arrays`` has (n, ...) blocks of the good ones by the name of the array.
+    """
 
     arrays: dict[str, list[Tensor]] = field(default_factory=dict)
     rows: list[LabelledRow] = field(default_factory=list)
@@ -415,15 +455,17 @@ class PartRows:
 def write_classes(
     root: Path, run: Run, text: Tensor, columns: Mapping[ClassColumn, Tensor]
 ) -> None:
-    """Write the (K, D) float32 text embeddings and the columns, then the class table that vouches for them."""
-    info = write_hashed(root / TEXT, _npy(text.numpy().astype("<f4")))
-    files: dict[ClassColumn, ArrayInfo] = {}
+    """Write the (K, D) float32 text embeddings, the columns, and last their class table."""
+    text_file = write_hashed(root / TEXT, _npy(text.numpy().astype("<f4")))
+    column_files: dict[ClassColumn, ArrayInfo] = {}
     for name, values in columns.items():
         path = column_path(root, name)
         make_folder(path.parent)
-        written = write_hashed(path, _npy(np.ascontiguousarray(values.numpy(), dtype="<f4")))
-        files[name] = ArrayInfo(**dict(written), shape=tuple(values.shape))
-    StoredClasses.of(run, info, files).write(root / CLASSES)
+        rows = np.ascontiguousarray(values.numpy(), dtype="<f4")
+        info = write_hashed(path, _npy(rows))
+        column_files[name] = ArrayInfo(**dict(info), shape=tuple(values.shape))
+    # as a receipt: the table vouches for the files, so it comes after them
+    StoredClasses.of(run, text_file, column_files).write(root / CLASSES)
 
 
 def _rows(
@@ -435,7 +477,8 @@ def _rows(
         np.concatenate([block.numpy() for block in blocks], out=rows)
     if not np.isfinite(rows).all():
         raise DataError(
-            f"{name} has numbers beyond the range of {dtype}. Make the store again with --dtype float32."
+            f"{name} has numbers beyond the range of {dtype}. Make the store again with --dtype "
+            "float32."
         )
     return rows
 
@@ -447,12 +490,16 @@ def _npy(array: NDArray[np.floating]) -> bytes:
 
 
 def _parquet(rows: Sequence[LabelledRow | ErrorRow], schema: pa.Schema) -> bytes:
-    columns = {name: [_storable(getattr(row, name)) for row in rows] for name in schema.names}
+    columns: dict[str, list[int | str | bytes | None]] = {}
+    for name in schema.names:
+        columns[name] = [_storable(getattr(row, name)) for row in rows]
     buffer = BytesIO()
     pq.write_table(pa.table(columns, schema=schema), buffer, compression="zstd")
     return buffer.getvalue()
 
 
 def _storable(value: int | str | bytes | None) -> int | str | bytes | None:
-    """Strings as UTF-8 can hold them: file names that are no text keep their odd bytes as escapes."""
-    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
+    """Strings as UTF-8 can hold them: file names that are no text keep odd bytes as escapes."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    return value

@@ -49,7 +49,7 @@ def open_source(
     fold: Fold | None = None,
     logit_scale: float | None = None,
 ) -> EmbeddingSource:
-    """A store of classes or of captions, or embeddings of image-caption pairs that another tool wrote.
+    """A store of classes or of captions, or another tool's embeddings of image-caption pairs.
 
     Args:
         path: A folder that ``vilu embed`` wrote, or one in a layout of ``LaionPairs``.
@@ -88,8 +88,9 @@ def open_source(
         if logit_scale is None:
             find_shards(root)  # a folder of another kind is told so first
             raise UsageError(
-                f"{root} does not say which model made it. Give logit_scale, the multiplier of its cosines: "
-                "100 for OpenAI's CLIP, for others the exponential of the learned parameter."
+                f"{root} does not say which model made it. Give logit_scale, the multiplier of its "
+                "cosines: 100 for OpenAI's CLIP, for others the exponential of the learned "
+                "parameter."
             )
         return LaionPairs(root, pools, logit_scale=logit_scale, fold=fold)
     if logit_scale is not None:
@@ -100,37 +101,38 @@ def open_source(
         return CaptionStore(root, pools, fold)
     if pools is not None or fold is not None:
         raise UsageError(
-            f"{root} is a store of classes: there are no captions for pools or folds. Leave them out."
+            f"{root} is a store of classes: there are no captions for pools or folds. Leave them "
+            "out."
         )
     return EmbeddingStore(root)
 
 
 class Sealed(Reopened):
-    """Everything of a complete store but its classes; documents, sizes, shapes and numbers of rows are checked.
+    """Everything of a complete store but its classes.
 
-    The bytes of a file are compared with its receipt when it is first read (``files``).
+    Documents, sizes, shapes and numbers of rows are checked. The bytes of a file are compared with
+    its receipt when it is first read (``files``).
     """
 
     def __init__(self, path: Path) -> None:
         StoreLedger.require_sealed(path)
-        self.path, self.manifest = path, read_document(path / MANIFEST, Manifest)
+        self.path = path
+        self.manifest = read_document(path / MANIFEST, Manifest)
         self.seal = digest(self.manifest.model_dump(mode="json"))
         ledger = StoreLedger(path, self.manifest)
-        self.parts, receipts = ledger.parts, ledger.receipts()
+        self.parts = ledger.parts
+        receipts = ledger.receipts()
         self.require_seal(content_hash(receipts) == self.manifest.content)
         for count in ("n_in", "n_ok", "n_error"):
-            self.require_seal(
-                sum(getattr(receipt, count) for receipt in receipts)
-                == getattr(self.manifest, count)
-            )
-        self.files, self.n_errors = (
-            Vouched(path, receipts),
-            [receipt.n_error for receipt in receipts],
-        )
+            of_parts = sum(getattr(receipt, count) for receipt in receipts)
+            self.require_seal(of_parts == getattr(self.manifest, count))
+        self.files = Vouched(path, receipts)
+        self.n_errors = [receipt.n_error for receipt in receipts]
         starts = np.cumsum([0, *(receipt.n_ok for receipt in receipts)], dtype=np.int64)
         self.rows = MappedParts(
             starts, self.manifest.arrays, partial(_map_part, ledger, starts, self.files)
         )
+        # headers alone: no bytes are hashed until a row of the part is asked for
         for part in self.parts:
             for name in part.arrays:
                 _map_part(ledger, starts, path.joinpath, name, part.number)
@@ -144,14 +146,16 @@ class Sealed(Reopened):
         """Refuse what the manifest does not vouch for."""
         if not whole:
             raise ProvenanceError(
-                f"{self.path / MANIFEST} seals other parts or classes than the folder holds. Make it again."
+                f"{self.path / MANIFEST} seals other parts or classes than the folder holds. Make "
+                "it again."
             )
 
     def metadata(self, name: str, number: int) -> pa.Array:
         """A column of the metadata of a part."""
         n_rows = int(self.rows.starts[number + 1] - self.rows.starts[number])
-        schema, path = metadata_schema(self.manifest), self.files(self.parts[number].metadata)
-        return read_columns(path, schema, [name], n_rows)[name].combine_chunks()
+        path = self.files(self.parts[number].metadata)
+        table = read_columns(path, metadata_schema(self.manifest), [name], n_rows)
+        return table[name].combine_chunks()
 
     def keys(self, rows: NDArray[np.int64] | None = None) -> PartStrings:
         """Keys of some rows, ascending, by default of all."""
@@ -198,14 +202,20 @@ def _map_part(
 
 
 class StoredRows(EmbeddingSource):
-    """Rows of a store, which says in its metadata what they are recognised by; those ``_chosen``, by default all."""
+    """Rows of a store, whose metadata say what they are recognised by.
+
+    They are those ``_chosen``, by default all.
+    """
 
     _sealed: Sealed
     _chosen: Tensor | None = None
 
     @property
     def identified_by(self) -> tuple[Identity, ...]:
-        """Pictures (with captions), or of old stores names; of what was imported, embeddings and names, if any."""
+        """Pictures (with captions), or of old stores names; of what was imported, embeddings.
+
+        Imported rows are recognised by names too, if they have any.
+        """
         if self._sealed.manifest.imported is not None:
             return ("embeddings", "names") if self._sealed.named else ("embeddings",)
         return ("pictures", "names") if self._sealed.manifest.pictures else ("names",)
@@ -276,19 +286,24 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._sealed = Sealed(self.path)
-        self.manifest, self.seal = self._sealed.manifest, self._sealed.seal
+        self.manifest = self._sealed.manifest
+        self.seal = self._sealed.seal
         if self.manifest.captions:
             raise DataError(
-                f"{path} has captions and no classes. Open it with vilu.open_source, which takes both."
+                f"{path} has captions and no classes. Open it with vilu.open_source, which takes "
+                "both."
             )
-        self.space, self.class_names = self.manifest.space, self.manifest.names
+        self.space = self.manifest.space
+        self.class_names = self.manifest.names
         self._classes, self.text = read_classes(self.path, self.manifest)
         self._sealed.require_seal(self._classes.hash == self.manifest.classes)
         self._class_column = cache(partial(_read_class_column, self.path, self._classes))
-        self.columns = frozenset(self.manifest.arrays) - {IMAGE} | frozenset(self._classes.columns)
+        of_images = frozenset(self.manifest.arrays) - {IMAGE}
+        self.columns = of_images | frozenset(self._classes.columns)
         targets = map(self._read_targets, self._sealed.parts)
         labels = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *targets]))
-        self.target, self.outside = labels.clamp(min=UNKNOWN), labels == OUTSIDE
+        self.target = labels.clamp(min=UNKNOWN)
+        self.outside = labels == OUTSIDE
         self.ids = self._sealed.keys() if self._sealed.named else ChosenNumbers(self._sealed.keys())
         self._kept = self._merge_same()
 
@@ -303,21 +318,25 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
         if name in self.manifest.arrays:
             return self._sealed.rows.take(name, index)
         values = self._class_column(name)
-        return values if self._kept is None or name not in TEXT_COLUMNS else values[self._kept]
+        if self._kept is None or name not in TEXT_COLUMNS:
+            return values
+        # classes with equal texts are one
+        return values[self._kept]
 
     def bad_images(self) -> Iterator[tuple[str, str]]:
-        """Key of every image that has no row, and what was wrong with it ("truncated", "bomb", ...)."""
+        """Key of every image without a row, and what was wrong with it ("truncated", ...)."""
         for part, n_error in zip(self._sealed.parts, self._sealed.n_errors, strict=True):
             if n_error:
-                table = read_columns(
-                    self._sealed.files(part.errors), ERRORS, ["key", "kind"], n_error
-                )
+                path = self._sealed.files(part.errors)
+                table = read_columns(path, ERRORS, ["key", "kind"], n_error)
                 yield from zip(table["key"].to_pylist(), table["kind"].to_pylist(), strict=True)
 
     def _read_targets(self, part: Part) -> NDArray[np.int64]:
         labels: pa.Array = self._sealed.metadata("label", part.number)
         target = np.asarray(labels.fill_null(UNKNOWN), dtype=np.int64)
-        if len(target) and not (target.min() >= OUTSIDE and target.max() < self.n_candidates):
+        if not len(target):
+            return target
+        if target.min() < OUTSIDE or target.max() >= self.n_candidates:
             raise StorageError(
                 f"{self.path / part.metadata} has labels from {target.min()} to {target.max()}, "
                 f"there are {self.n_candidates} classes. {REDO}"
@@ -331,10 +350,10 @@ def _read_class_column(root: Path, classes: StoredClasses, name: ClassColumn) ->
 
 
 class CaptionStore(Reopened, StoredRows, MappedPairs):
-    """The sealed store of images with captions, the same to every predictor as ``PairEmbeddings`` in memory.
+    """The sealed store of images with captions.
 
-    What is checked when, what a pickled one is, and the errors are as of ``EmbeddingStore``; here a
-    DataError is one of classes.
+    To every predictor it is the same as ``PairEmbeddings`` in memory. What is checked when, what a
+    pickled one is, and the errors are as of ``EmbeddingStore``; here a DataError is one of classes.
 
     Args:
         path: The folder that ``vilu embed`` wrote.
@@ -348,21 +367,15 @@ class CaptionStore(Reopened, StoredRows, MappedPairs):
         self, path: str | os.PathLike[str], pools: Pools | None = None, fold: Fold | None = None
     ) -> None:
         sealed = Sealed(Path(path))
-        self.manifest, self.seal, self.options = (
-            sealed.manifest,
-            sealed.seal,
-            {"pools": pools, "fold": fold},
-        )
+        self.manifest = sealed.manifest
+        self.seal = sealed.seal
+        self.options = {"pools": pools, "fold": fold}
         if not self.manifest.captions:
             raise DataError(
                 f"{path} has classes and no captions. Open it with vilu.EmbeddingStore."
             )
         sealed.require_seal(not self.manifest.classes)
-        counts = np.diff(sealed.rows.starts).tolist()
-        files = (
-            (sealed.files(part.metadata), n) for part, n in zip(sealed.parts, counts, strict=True)
-        )
-        chosen = None if fold is None else rows_of_fold(files, ("caption",), fold, len(sealed.rows))
+        chosen = None if fold is None else _rows_of_fold(sealed, fold)
         super().__init__(
             sealed.path,
             sealed.rows,
@@ -371,11 +384,23 @@ class CaptionStore(Reopened, StoredRows, MappedPairs):
             pools or Pools(),
             chosen,
         )
-        # of the pictures: to a caption that asks for its picture they would tell which one it is
-        kept = frozenset(self.manifest.arrays) - {IMAGE, CAPTION}
-        self.columns = kept if self.pools.direction == "image_to_text" else frozenset()
-        self.ids, self._sealed = sealed.keys(chosen), sealed
+        self.columns = frozenset()
+        if self.pools.direction == "image_to_text":
+            # of the pictures: to a caption that asks for its picture they would tell which it is
+            self.columns = frozenset(self.manifest.arrays) - {IMAGE, CAPTION}
+        self.ids = sealed.keys(chosen)
+        self._sealed = sealed
 
     def column(self, name: str, index: Tensor) -> Tensor:
         """Column ``name`` of the images: rows of it, gathered from the parts."""
-        return self._take(name, index) if name in self.columns else super().column(name, index)
+        if name not in self.columns:
+            return super().column(name, index)
+        return self._take(name, index)
+
+
+def _rows_of_fold(sealed: Sealed, fold: Fold) -> NDArray[np.int64]:
+    """(M,) ascending numbers of the rows whose caption is in a fold."""
+    counts = np.diff(sealed.rows.starts).tolist()
+    parts = zip(sealed.parts, counts, strict=True)
+    files = ((sealed.files(part.metadata), n_rows) for part, n_rows in parts)
+    return rows_of_fold(files, ("caption",), fold, len(sealed.rows))

@@ -1,4 +1,4 @@
-"""Where parts are done: processes here, a Ray or Spark cluster, or ranks that somebody else started."""
+"""Where parts are done: processes here, a Ray or Spark cluster, or ranks that others started."""
 
 from __future__ import annotations
 
@@ -26,11 +26,16 @@ def make_executor(name: str, processes: int | None = None) -> Executor:
     if name in {"ray", "spark"}:
         from vilu.store.executors.clusters import RayExecutor, SparkExecutor
 
-        return RayExecutor(processes) if name == "ray" else SparkExecutor(processes)
+        if name == "ray":
+            return RayExecutor(processes)
+        return SparkExecutor(processes)
     from vilu.store.executors.local import LocalExecutor, RankExecutor
 
-    if name == "rank" and processes is not None:
+    if name == "local":
+        return LocalExecutor(processes)
+    if processes is not None:
         raise UsageError(
-            "the rank executor takes no number of processes: whoever starts the ranks says how many."
+            "the rank executor takes no number of processes: whoever starts the ranks says how "
+            "many."
         )
-    return RankExecutor() if name == "rank" else LocalExecutor(processes)
+    return RankExecutor()

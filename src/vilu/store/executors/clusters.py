@@ -32,9 +32,9 @@ from vilu.store.job import EmbedJob
 from vilu.store.mapped import cores
 
 STORE_BYTES = 2**28
-"""Shared memory of a Ray of our own: only part numbers, receipts and the job go through it;
+"""Shared memory of a Ray of our own.
 
-Ray spills the rest.
+Only part numbers, receipts and the job go through it; Ray spills the rest.
 """
 
 
@@ -100,52 +100,65 @@ class RayExecutor:
         if self._ray.is_initialized():
             yield self._actors()
             return
-        address, processes = os.environ.get("RAY_ADDRESS"), self.processes or cores()
-        here = {
-            "num_cpus": max(processes, cores()),
-            "include_dashboard": False,
-            "object_store_memory": STORE_BYTES,
-        }
-        start = {"address": address} if address else {"address": "local", **here}
+        address = os.environ.get("RAY_ADDRESS")
+        processes = self.processes or cores()
+        if address:
+            start: dict[str, object] = {"address": address}
+        else:
+            start = {
+                "address": "local",
+                "num_cpus": max(processes, cores()),
+                "include_dashboard": False,
+                "object_store_memory": STORE_BYTES,
+            }
         with quiet():
             self._ray.init(**start, log_to_driver=False, logging_level=logging.ERROR)
         try:
-            own = (
-                None
-                if address
-                else _Actors(processes, threads_per_process(processes), self._gpus(processes))
-            )
-            yield own or self._actors()
+            if address:
+                yield self._actors()
+            else:
+                yield _Actors(processes, threads_per_process(processes), self._gpus(processes))
         finally:
             self._ray.shutdown()
 
     def _actors(self) -> _Actors:
-        """As many as fit, each with an equal share of its machine; on the machines with GPUs only, if there are any."""
+        """As many as fit, each with an equal share of its machine.
+
+        Where any machine has GPUs, they are on the machines with GPUs only.
+        """
         machines = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
-        kind = "GPU" if any(machine.get("GPU") for machine in machines) else "CPU"
-        machines = [machine for machine in machines if machine.get(kind)]
-        number = self.processes or max(1, int(sum(machine[kind] for machine in machines)))
-        each = math.ceil(number / max(1, len(machines)))
-        threads = max(
-            1, int(min((machine.get("CPU", 1) for machine in machines), default=1)) // each
-        )
+        with_gpu = [machine for machine in machines if machine.get("GPU")]
+        with_cpu = [machine for machine in machines if machine.get("CPU")]
+        kind = "GPU" if with_gpu else "CPU"
+        usable = with_gpu or with_cpu
+        room = int(sum(machine[kind] for machine in usable))
+        number = self.processes or max(1, room)
+        per_machine = math.ceil(number / max(1, len(usable)))
+        # of unlike machines the smallest counts: an actor must fit on any of them
+        fewest_cores = int(min((machine.get("CPU", 1) for machine in usable), default=1))
+        threads = max(1, fewest_cores // per_machine)
         return _Actors(number, threads, self._gpus(number))
 
     def _gpus(self, actors: int) -> float | None:
-        """GPUs per actor: one; where there are fewer than actors, several share one evenly; None without."""
+        """GPUs per actor: one, or an even share where there are fewer than actors; None without."""
         gpus = int(self._ray.cluster_resources().get("GPU", 0))
-        return 1 / math.ceil(actors / gpus) if gpus else None
+        if gpus == 0:
+            return None
+        return 1 / math.ceil(actors / gpus)
 
     @contextmanager
     def _settings(self) -> Iterator[None]:
         """Quiet, and patient: a part may take hours, and actors may die while a machine starts."""
         with quiet():
             context = self._data.DataContext.get_current()
-        patience = {"execution_no_progress_timeout_s": -1, "max_consecutive_actor_init_deaths": 5}
-        ours = {"enable_progress_bars": False, **patience}
-        with setting(
-            context, **{name: value for name, value in ours.items() if hasattr(context, name)}
-        ):
+        wanted = {
+            "enable_progress_bars": False,
+            "execution_no_progress_timeout_s": -1,
+            "max_consecutive_actor_init_deaths": 5,
+        }
+        # older and newer Rays do not have all of them
+        known = {name: value for name, value in wanted.items() if hasattr(context, name)}
+        with setting(context, **known):
             yield
 
 
@@ -170,16 +183,15 @@ class _Actor:
         return {"outcome": np.array([self._worker.outcome(int(part))], dtype=object)}
 
 
-MAX_FAILURES = (
-    6  # attempts at a part in a Spark of our own; a job sets a crashing part aside before that
-)
+# attempts at a part in a Spark of our own; a job sets a crashing part aside before that
+MAX_FAILURES = 6
 SUBMITTED = "PYSPARK_GATEWAY_PORT"  # set by ``spark-submit``, which brings its own settings
 POLL = 0.05  # seconds between looks at what has arrived
 _held: dict[str, Worker] = {}  # what this Python worker works on, by the hash of the job
 
 
 class SparkExecutor:
-    """One Spark task per part; each Python worker holds the job, so the model is loaded once in each.
+    """One Spark task per part; each Python worker holds the job, so it loads the model once.
 
     An active ``SparkContext``, or that of ``spark-submit``, is used and left running; otherwise one
     of our own runs here and is stopped at the end. Exactly-once comes from the parts' files, so
@@ -202,16 +214,16 @@ class SparkExecutor:
             held = context.broadcast(payload)
             arrived = context.accumulator([], _Outcomes())
             task = partial(_run, held, hashlib.sha256(payload).hexdigest(), arrived)
-            action = _Action(
-                self._spark, context, context.parallelize(list(parts), len(parts)).map(task)
-            )
+            tasks = context.parallelize(list(parts), len(parts)).map(task)
+            action = _Action(self._spark, context, tasks)
             try:
-                n = 0
-                while action.goes_on() or n < len(arrived.value):
-                    for packed in arrived.value[n:]:
-                        n += 1
+                n_taken = 0
+                # the last receipts may arrive in the moment in which the action ends
+                while action.goes_on() or n_taken < len(arrived.value):
+                    for packed in arrived.value[n_taken:]:
+                        n_taken += 1
                         yield receipt_of(packed)
-                action.check(n, len(parts))
+                action.check(n_taken, len(parts))
             finally:
                 action.cancel()
                 held.unpersist()
@@ -225,6 +237,14 @@ class SparkExecutor:
         if active is not None:
             yield active, int(active.getConf().get("spark.task.cpus", "1"))
             return
+        context = self._start()
+        try:
+            yield context, threads_per_process(self.processes)
+        finally:
+            context.stop()
+
+    def _start(self) -> Any:  # noqa: ANN401 - PySpark's
+        """A Spark of our own on this machine."""
         settings = {
             "spark.master": f"local[{self.processes},{MAX_FAILURES}]",
             "spark.app.name": "vilu",
@@ -235,18 +255,14 @@ class SparkExecutor:
             "spark.driver.host": "127.0.0.1",
         }
         try:
-            context = self._spark.SparkContext(
-                conf=self._spark.SparkConf().setAll(list(settings.items()))
-            )
+            conf = self._spark.SparkConf().setAll(list(settings.items()))
+            context = self._spark.SparkContext(conf=conf)
         except self._spark.errors.PySparkRuntimeError as error:
             raise MissingModelError(
                 f"Spark did not start; it needs Java 17 or later on the path ({error})."
             ) from error
         context.pythonExec = sys.executable  # workers of this very environment
-        try:
-            yield context, threads_per_process(self.processes)
-        finally:
-            context.stop()
+        return context
 
 
 class _Action:
@@ -277,14 +293,12 @@ class _Action:
     def check(self, arrived: int, expected: int) -> None:
         """Make sure that all is well at the end."""
         if self._error is not None:
-            lines = str(self._error).strip().splitlines() or [type(self._error).__name__]
-            reason = next(
-                (line for line in lines if "SparkException" in line), lines[0]
-            )  # of a long stack trace
+            reason = _reason(self._error)
             raise StorageError(f"Spark gave up: {reason} Finished parts are kept.") from self._error
         if arrived != expected:
             raise StorageError(
-                f"Spark ended with {arrived} receipts for {expected} parts. Finished parts are kept."
+                f"Spark ended with {arrived} receipts for {expected} parts. Finished parts are "
+                "kept."
             )
 
     def cancel(self) -> None:
@@ -295,16 +309,24 @@ class _Action:
 
 
 class _Outcomes:
-    """How Spark adds up an accumulator: a list of packed outcomes (PySpark's ``AccumulatorParam``)."""
+    """How Spark adds up an accumulator of packed outcomes (PySpark's ``AccumulatorParam``)."""
 
     def zero(self, _: list[bytes]) -> list[bytes]:
         """Of a task."""
         return []
 
-    def addInPlace(self, some: list[bytes], more: list[bytes]) -> list[bytes]:  # noqa: N802 - PySpark's name
-        """Those of one task more."""
-        some += more
-        return some
+    def addInPlace(self, total: list[bytes], more: list[bytes]) -> list[bytes]:  # noqa: N802
+        """The outcomes with those of one task more."""
+        total += more
+        return total
+
+
+def _reason(error: Exception) -> str:
+    """The line of a long stack trace that says what was wrong."""
+    lines = str(error).strip().splitlines()
+    if not lines:
+        return type(error).__name__
+    return next((line for line in lines if "SparkException" in line), lines[0])
 
 
 def _run(held: Any, key: str, arrived: Any, part: int) -> None:  # noqa: ANN401 - PySpark's

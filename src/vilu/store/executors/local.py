@@ -33,7 +33,7 @@ class Worker:
         self._job: EmbedJob | None = None
 
     def outcome(self, part: int) -> bytes:
-        """Do a part; its receipt or what it raised, pickled, so that errors keep their type on the way."""
+        """Do a part; its receipt or its exception, pickled, so that errors keep their type."""
         try:
             if self._job is None:
                 self._job = pickle.loads(self._payload)  # noqa: S301 - from our own driver
@@ -47,44 +47,46 @@ class Worker:
 
 def receipt_of(packed: bytes) -> Receipt:
     """The receipt in an outcome."""
-    found = pickle.loads(packed)  # noqa: S301 - from our own worker
-    if isinstance(found, Exception):
-        raise found
-    if not isinstance(found, Receipt):
-        raise TypeError(f"a part must end with a receipt. Got {found!r:.200} instead.")
-    return found
+    outcome = pickle.loads(packed)  # noqa: S301 - from our own worker
+    if isinstance(outcome, Exception):
+        raise outcome
+    if not isinstance(outcome, Receipt):
+        raise TypeError(f"a part must end with a receipt. Got {outcome!r:.200} instead.")
+    return outcome
 
 
 def pack_job(job: EmbedJob, threads: int) -> bytes:
-    """The job, pickled, with this share of threads for tensors and for decoding where it does not say itself."""
+    """The job, pickled, with so many threads for tensors and for decoding unless it says itself."""
     try:
-        return pickle.dumps(
-            replace(job, threads=job.threads or threads, workers=job.workers or threads)
-        )
+        shared = replace(job, threads=job.threads or threads, workers=job.workers or threads)
+        return pickle.dumps(shared)
     except (pickle.PicklingError, TypeError, AttributeError) as error:
         raise UsageError(
-            f"this job cannot go to other processes: {error}. Give the model by name (BackboneSpec), and a data set "
-            "that can be pickled."
+            f"this job cannot go to other processes: {error}. Give the model by name "
+            "(BackboneSpec), and a data set that can be pickled."
         ) from error
 
 
 def _pack(error: Exception) -> bytes:
-    """An exception for the driver; one of our own as it is, any other with its traceback, which does not travel."""
+    """An exception for the driver; of a foreign one the traceback, which does not travel, too."""
     if not isinstance(error, ViLUError):
         error.add_note("".join(traceback.format_exception(error)))
     try:
         packed = pickle.dumps(error)
-        pickle.loads(packed)  # noqa: S301 - our own bytes; classes with other arguments than a message fail here
+        # read back: classes with other arguments than a message fail only here
+        pickle.loads(packed)  # noqa: S301 - our own bytes
     # pickling runs the __reduce__ and __init__ of a foreign class, which may raise anything; what
     # the part itself raised is what counts, and still reaches the driver, as text
     except Exception:  # noqa: BLE001
-        packed = pickle.dumps(RuntimeError("".join(traceback.format_exception(error))))
+        text = "".join(traceback.format_exception(error))
+        return pickle.dumps(RuntimeError(text))
     return packed
 
 
 def check_processes(processes: int | None) -> int | None:
     """The number of processes, or None for the executor's own choice."""
-    require_at_least("processes", 1 if processes is None else processes, 1)
+    if processes is not None:
+        require_at_least("processes", processes, 1)
     return processes
 
 
@@ -94,7 +96,7 @@ def threads_per_process(processes: int) -> int:
 
 
 def take_gpu(number: int) -> None:
-    """Make "cuda" mean the GPU that is the turn of the process of this number on its machine, where there are any."""
+    """Make "cuda" mean the GPU of the process of this number on its machine, if there are any."""
     if torch.cuda.is_available():
         torch.cuda.set_device(number % torch.cuda.device_count())
 
@@ -108,11 +110,12 @@ logger = logging.getLogger(__name__)
 
 
 class LocalExecutor:
-    """N processes, begun afresh ("spawn", so no thread or lock is lost in a fork), each with a pipe of its own.
+    """N processes, each with a pipe of its own.
 
-    Only part numbers and receipts travel. No lock is shared, so killing a worker harms nothing but
-    the part under way, which another process does again. When the driver dies, however it dies, its
-    workers end at once.
+    They are begun afresh ("spawn"), so no thread or lock is lost in a fork. Only part numbers and
+    receipts travel. No lock is shared, so killing a worker harms nothing but the part under way,
+    which another process does again. When the driver dies, however it dies, its workers end at
+    once.
     """
 
     name = "local"
@@ -137,14 +140,16 @@ class _Process:
         self.number = number
         self.part: int | None = None
         self.ready = False
-        self.pipe, theirs = context.Pipe()
+        self.pipe, far_end = context.Pipe()
         self.process: SpawnProcess = context.Process(
-            target=_serve, args=(theirs, number), daemon=True
+            target=_serve, args=(far_end, number), daemon=True
         )
         try:
             self.process.start()
         finally:
-            theirs.close()  # so that its death is the end of the pipe
+            # Were it open here too, the death of the worker would not be the end of the pipe, and
+            # nobody would hear of it.
+            far_end.close()
 
     def exit_code(self) -> int | None:
         """How it ended; made to end if it does not by itself."""
@@ -171,17 +176,24 @@ class _Pool:
         while self.waiting or self._busy():
             self._hire()
             self._assign()
-            for pipe in connection.wait([worker.pipe for worker in self.workers.values()]):
+            pipes = [worker.pipe for worker in self.workers.values()]
+            for pipe in connection.wait(pipes):
                 worker = self.workers.get(pipe)
-                packed = READY if worker is None else self._hear(worker)
+                if worker is None:  # buried in the meantime
+                    continue
+                packed = self._hear(worker)
                 if packed != READY:
-                    self._assign()  # before the driver does something with the receipt
+                    # before the driver does something with the receipt, which may take a while
+                    self._assign()
                     yield receipt_of(packed)
 
     def stop(self) -> None:
         """End all workers; those in the middle of a part may still remove their temporary files."""
         for worker in self.workers.values():
-            (worker.process.kill if worker.part is None else worker.process.terminate)()
+            if worker.part is None:
+                worker.process.kill()
+            else:
+                worker.process.terminate()
         for worker in self.workers.values():
             worker.exit_code()
         self.workers.clear()
@@ -191,16 +203,21 @@ class _Pool:
 
     def _hire(self) -> None:
         """Keep as many workers as there is work for."""
-        missing = min(self.size, self._busy() + len(self.waiting)) - len(self.workers)
-        free = sorted(set(range(self.size)) - {worker.number for worker in self.workers.values()})
-        for worker in map(_Process, free[: max(0, missing)]):
+        wanted = min(self.size, self._busy() + len(self.waiting))
+        missing = max(0, wanted - len(self.workers))
+        taken = {worker.number for worker in self.workers.values()}
+        # a new worker takes the number of a dead one, and with it the dead one's GPU
+        free = sorted(set(range(self.size)) - taken)
+        for number in free[:missing]:
+            worker = _Process(number)
             self.workers[worker.pipe] = worker
 
     def _assign(self) -> None:
         """Give parts to those who have none."""
-        for worker in [
-            worker for worker in self.workers.values() if worker.ready and worker.part is None
-        ]:
+        # a list of its own: burying one takes it out of the workers
+        for worker in list(self.workers.values()):
+            if not worker.ready or worker.part is not None:
+                continue
             if not self.waiting:
                 return
             worker.part = self.waiting.popleft()
@@ -210,10 +227,11 @@ class _Pool:
                 self._bury(worker)
 
     def _hear(self, worker: _Process) -> bytes:
-        """What a worker says; nothing but ``READY`` if it died."""
+        """The outcome that a worker sends; nothing but ``READY`` if it is up, or died."""
         try:
             packed = worker.pipe.recv_bytes()
             if packed == READY:
+                # the job travels once, and only to a worker that is there to read it
                 worker.pipe.send_bytes(self.payload)
                 worker.ready = True
         except (EOFError, OSError):
@@ -224,35 +242,43 @@ class _Pool:
         return packed
 
     def _bury(self, worker: _Process) -> None:
+        """Take a dead worker out and put its part back, unless that part has killed too many."""
         del self.workers[worker.pipe]
-        part, code = worker.part, worker.exit_code()
+        part = worker.part
         self.deaths[part] += 1
         if part is not None:
             self.waiting.appendleft(part)
-        what = "before its first part" if part is None else f"in part {part}"
-        how = (
-            f"signal {signal.Signals(-code).name}"
-            if code is not None and code < 0
-            else f"exit code {code}"
-        )
-        logger.warning("worker %d ended %s with %s; another one goes on", worker.number, what, how)
-        if self.deaths[part] >= MAX_DEATHS:
+        where = "before its first part" if part is None else f"in part {part}"
+        how = _ending(worker.exit_code())
+        logger.warning("worker %d ended %s with %s; another one goes on", worker.number, where, how)
+        if self.deaths[part] < MAX_DEATHS:
+            return
+        if part is None:
             hint = (
-                "A script that embeds in processes needs its work under `if __name__ == '__main__':`."
-                if part is None
-                else "Finished parts are kept. If memory ran out, take fewer processes or a smaller batch size."
+                "A script that embeds in processes needs its work under "
+                "`if __name__ == '__main__':`."
             )
-            raise StorageError(f"workers ended {MAX_DEATHS} times {what}, last with {how}. {hint}")
+        else:
+            hint = (
+                "Finished parts are kept. If memory ran out, take fewer processes or a smaller "
+                "batch size."
+            )
+        raise StorageError(f"workers ended {MAX_DEATHS} times {where}, last with {how}. {hint}")
+
+
+def _ending(code: int | None) -> str:
+    """How a process ended, from its exit code, which is negative after a signal."""
+    if code is not None and code < 0:
+        return f"signal {signal.Signals(-code).name}"
+    return f"exit code {code}"
 
 
 def _serve(pipe: Connection, number: int) -> None:
     """A worker: parts from the pipe, outcomes into it, until the driver closes it."""
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C goes to the whole group; the driver says what becomes of us
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(1)
-    )  # temporary files are removed on the way out
+    # Ctrl-C goes to the whole group; the driver says what becomes of us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # temporary files are removed on the way out
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     threading.Thread(target=end_with_driver, daemon=True).start()
     take_gpu(number)
     try:
@@ -265,14 +291,18 @@ def _serve(pipe: Connection, number: int) -> None:
 
 
 def end_with_driver() -> None:
-    """End at once when the driver is gone; files appear whole or not at all, so no part is left half-written."""
+    """End at once when the driver is gone, without a word.
+
+    Files appear whole or not at all, so no part is left half-written.
+    """
     driver = parent_process()
     if driver is not None:
         connection.wait([driver.sentinel])
         os._exit(1)
 
 
-PAIRS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
+TORCHRUN = ("RANK", "WORLD_SIZE")
+SLURM_TASK = ("SLURM_PROCID", "SLURM_NTASKS")
 ARRAY = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN")
 
 
@@ -284,10 +314,10 @@ class Rank:
     world: int
 
     def __post_init__(self) -> None:
-        rank, world = self.rank, self.world
-        if not 0 <= rank < world:
+        if not 0 <= self.rank < self.world:
             raise UsageError(
-                f"the rank must be from 0 to {world - 1} in a world of {world}. Got {rank}."
+                f"the rank must be from 0 to {self.world - 1} in a world of {self.world}. Got "
+                f"{self.rank}."
             )
 
     @classmethod
@@ -298,23 +328,28 @@ class Rank:
         ``SLURM_NTASKS`` in each of the jobs of an array has the rank (number of its job) * ntasks +
         procid.
         """
-        torchrun, task = (_pair(environment, *names) for names in PAIRS)
+        torchrun = _pair(environment, *TORCHRUN)
+        task = _pair(environment, *SLURM_TASK)
         if torchrun is not None:
             return torchrun
         array = _array(environment)
         if task is None and array is None:
             raise UsageError(
-                "the rank executor needs to know which process this is: start it with torchrun (RANK, WORLD_SIZE), "
-                "with srun (SLURM_PROCID, SLURM_NTASKS) or as a Slurm job array (SLURM_ARRAY_TASK_ID, _COUNT, _MIN). "
-                "Found none of these variables."
+                "the rank executor needs to know which process this is: start it with torchrun "
+                "(RANK, WORLD_SIZE), with srun (SLURM_PROCID, SLURM_NTASKS) or as a Slurm job "
+                "array (SLURM_ARRAY_TASK_ID, _COUNT, _MIN). Found none of these variables."
             )
-        task, array = task or cls(0, 1), array or cls(0, 1)
+        if task is None:
+            task = cls(0, 1)
+        if array is None:
+            array = cls(0, 1)
         return cls(array.rank * task.world + task.rank, array.world * task.world)
 
 
 class RankExecutor:
-    """Does the parts of this process's rank, here: those whose number leaves the remainder ``rank`` by ``world``.
+    """Does the parts of this process's rank, here.
 
+    These are the parts whose number leaves the remainder ``rank`` when divided by ``world``.
     Processes that see different parts missing, because one began later, so still never leave a gap
     between them.
     """
@@ -335,20 +370,21 @@ class RankExecutor:
 
 
 def _pair(environment: Mapping[str, str], rank: str, world: str) -> Rank | None:
-    found = [name for name in (rank, world) if name in environment]
-    if not found:
+    """The rank in two variables; None where neither is set."""
+    present = [name for name in (rank, world) if name in environment]
+    if not present:
         return None
-    if len(found) == 1:
-        raise UsageError(f"{rank} and {world} must be set together. Found {found[0]} alone.")
+    if len(present) == 1:
+        raise UsageError(f"{rank} and {world} must be set together. Found {present[0]} alone.")
     return Rank(_number(rank, environment[rank]), _number(world, environment[world]))
 
 
 def _array(environment: Mapping[str, str]) -> Rank | None:
-    found = [name for name in ARRAY if name in environment]
-    if not found:
+    """The place of this job in a Slurm job array; None where it is in none."""
+    missing = sorted(set(ARRAY) - environment.keys())
+    if len(missing) == len(ARRAY):
         return None
-    if len(found) < len(ARRAY):
-        missing = sorted(set(ARRAY) - set(found))
+    if missing:
         raise UsageError(f"{', '.join(ARRAY)} must be set together. Missing: {', '.join(missing)}.")
     number, count, least = (_number(name, environment[name]) for name in ARRAY)
     step = _number("SLURM_ARRAY_TASK_STEP", environment.get("SLURM_ARRAY_TASK_STEP", "1"))
