@@ -126,7 +126,7 @@ def in_units(embedding: Tensor) -> Tensor:
 def dropout_masks(
     size: tuple[int, int], rate: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Masks of two layers, each of ``size``: zero with probability ``rate``, else 1 / (1 - rate)."""
+    """Masks of two layers of a ``size``: zero with probability ``rate``, else 1 / (1 - rate)."""
     draws = torch.rand((2, *size), generator=generator)
     first, second = (draws >= rate).float() / (1 - rate)
     return first, second
