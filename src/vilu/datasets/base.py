@@ -1,4 +1,4 @@
-"""What every data set offers, its splits, and some of its rows."""
+"""The protocols of data sets, their splits, and parts of them."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ FAULTS: Final = {
     ELSEWHERE: "paths lead out of {folder}",
     DENIED: "files may not be read: permission denied",
 }
-"""What a listing knows of a file without reading it."""
+"""Faults that a listing sees of files without reading them."""
 
 
 def fault_of(status: os.stat_result | OSError | None, path: Callable[[], str]) -> int:
@@ -123,7 +123,7 @@ def fault_of(status: os.stat_result | OSError | None, path: Callable[[], str]) -
 
 @dataclass(frozen=True)
 class Faults:
-    """Which files of a listing cannot be read, as far as the listing shows it."""
+    """Files of a listing that cannot be read, as far as the listing shows it."""
 
     kinds: NDArray[np.uint8]  # (N,) uint8
     folder: Path  # where they are looked for
@@ -132,7 +132,7 @@ class Faults:
     rule: Callable[[NDArray[np.int64]], str]
 
     def of(self, positions: Sequence[int]) -> Faults:
-        """Those of some positions."""
+        """The faults at some positions."""
         places = np.asarray(positions, dtype=np.int64)
 
         def path_at(position: int) -> str:
@@ -281,7 +281,7 @@ class WithOutside:
 
     @property
     def faults(self) -> Faults | None:
-        """What cannot be read, as far as the whole's listing shows it."""
+        """Files that cannot be read, as far as the listing of all images shows it."""
         faults: Faults | None = getattr(self._images, "faults", None)
         return faults
 
@@ -351,7 +351,7 @@ SHOWN: Final = 10  # values of a column that a message lists
 
 @dataclass(frozen=True)
 class Selection:
-    """What is asked of a table."""
+    """The options of opening a table, a folder or tars."""
 
     split: str | None = None  # names of splits joined by ``+``; None for all rows
     classes: Path | None = None  # a classes file; None where the table names its classes itself

@@ -41,7 +41,7 @@ DATASETS: Final[dict[str, str]] = {
         "image and .txt; with --classes image and .cls"
     ),
 }
-"""What ``open_dataset`` accepts without a name, for people, beside the layouts of ``LAYOUTS``.
+"""Sources that ``open_dataset`` accepts without a name, beside the layouts of ``LAYOUTS``.
 
 ``vilu.datasets.known`` has the sets with a name.
 """
@@ -155,7 +155,7 @@ def _first(images: ImageDataset, limit: int) -> ImageDataset:
 
 
 def _open(source: Path | str, selection: Selection) -> ImageDataset:
-    """What the source holds: a table, tar files, or a folder of a layout or of images."""
+    """The images of a source: a table, tar files, or a folder of a layout or of images."""
     path = Path(source)
     # not by Path: a pattern can be longer than any name, which is an error to it
     if os.path.isfile(path) and path.suffix.lower() in TABLES:  # noqa: PTH113

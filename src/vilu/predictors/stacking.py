@@ -100,14 +100,14 @@ class Stacking(WithSecondModel):
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """Its own, and those of its members."""
+        """Modules of the stack and of its members."""
         modules = list(super().modules)
         for member in self._new_members().values():
             modules += member.modules
         return tuple(dict.fromkeys(modules))
 
     def columns_to_fit(self, train: EmbeddingSource) -> tuple[str, ...]:
-        """Those of its members."""
+        """The columns that its members fit on."""
         columns: list[str] = []
         for member in self._new_members().values():
             columns += member.columns_to_fit(train)
@@ -115,7 +115,7 @@ class Stacking(WithSecondModel):
 
     @property
     def columns_to_score(self) -> tuple[str, ...]:
-        """Those of its members."""
+        """The columns that its members score."""
         columns: list[str] = []
         for member in self.members_.values():
             columns += member.columns_to_score

@@ -61,7 +61,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def house_style() -> AbstractContextManager[None]:
-    """What every figure is drawn and saved under."""
+    """The settings under which every figure is drawn and saved."""
     style: AbstractContextManager[None] = import_extra("matplotlib", "report").rc_context(SETTINGS)
     return style
 

@@ -48,7 +48,7 @@ def _entry(name: str, facts: dict[str, object]) -> KnownDataset:
 
 
 def paper_datasets() -> list[KnownDataset]:
-    """Those of the paper, in its order: ``assets/datasets.toml``."""
+    """The data sets of the paper, in its order: ``assets/datasets.toml``."""
     tables = toml_tables(asset("datasets.toml"))
     return [_entry(name, facts) for name, facts in tables.items()]
 

@@ -140,7 +140,7 @@ def read_pickle(file: Path) -> dict[str, object]:
 
 
 def _unpickled(file: Path) -> object:
-    """What a pickle holds, once its size, its memo and its tuples are known to be harmless."""
+    """The content of a pickle, once its size, its memo and its tuples are known to be harmless."""
     if file.stat().st_size > MAX_BYTES:
         raise DataError(f"{file} is too large: at most {MAX_BYTES} bytes of pickle are read.")
     raw = file.read_bytes()
@@ -317,7 +317,7 @@ def find_folder(source: Path, layout: Layout) -> Path | None:
 
 
 def find_cifar(source: Path, layout: Layout) -> Callable[[Selection], CifarDataset] | None:
-    """What opens a folder of CIFAR; None where it holds none."""
+    """The opener of a folder of CIFAR; None where it holds none."""
     folder = find_folder(source, layout)
     if folder is None:
         return None

@@ -30,7 +30,7 @@ STEP: Final = 1000  # images between two signs of life
 
 @dataclass(frozen=True)
 class Listing:
-    """What a data set says of itself."""
+    """The classes and images that a data set lists."""
 
     classes: tuple[str, ...]  # what its files or lists call the classes, in label order
     # the images by split; iterating may list folders, and raises DataError where a split cannot be

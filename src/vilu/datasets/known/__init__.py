@@ -97,7 +97,7 @@ MEBIBYTE: Final = 2**20
 
 @dataclass(frozen=True)
 class Presence:
-    """What there is of one data set."""
+    """The state of one data set on a disk."""
 
     name: str  # of the data set
     title: str  # for people
@@ -121,10 +121,10 @@ class Presence:
 def check(
     root: Path | str, names: list[str] | None = None, *, deep: bool = False
 ) -> list[Presence]:
-    """What is present of which data sets, what is missing, and how to get it.
+    """The state of data sets on a disk: their files that are there, or how to get them.
 
-    ``root`` holds all data sets, or is one's own. ``deep`` also compares archives with their
-    published checksums, and lists the members of tars.
+    ``root`` holds all data sets, or is the folder of one. ``deep`` also compares archives with
+    their published checksums, and lists the members of tars.
     """
     is_named = names is not None
     if names is None:
@@ -135,7 +135,7 @@ def check(
 
 
 def check_entry(entry: KnownDataset, root: Path, *, named: bool, deep: bool) -> Presence:
-    """What there is of one data set."""
+    """The state of one data set."""
     place = find_place(entry, root, named=named)
     paths = _archives(entry, root, place)
     archives = {name: _verify(entry, path, deep) for name, path in paths.items()}
@@ -231,7 +231,7 @@ def _md5(path: Path) -> str:
 
 
 def _how_to_get(entry: KnownDataset, archives: Mapping[str, ArchiveState]) -> str:
-    """What to do with the archives that are there, and where the data set comes from."""
+    """Advice on the archives that are there, and the source of the data set."""
     packed = []
     wrong = []
     for name, state in archives.items():

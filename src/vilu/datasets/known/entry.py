@@ -1,4 +1,4 @@
-"""What a known data set is, and how much of it is on a disk."""
+"""A known data set, its place on a disk, and counts of its files."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Count:
 
 @dataclass(frozen=True)
 class Survey:
-    """What a reader finds."""
+    """The files that a reader finds."""
 
     origin: str  # which list of splits is in use, for people
     counts: Mapping[str, Count]  # by split
@@ -80,7 +80,7 @@ NAME: Final = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of a data set."""
+    """The options of opening a data set."""
 
     split: str | None = None  # names of splits joined by ``+``; None for all
     raw_names: bool = False  # whether class names stay as the data have them
@@ -110,7 +110,7 @@ class Reader(Protocol):
         """
 
     def survey(self, place: Place, *, deep: bool) -> Survey:
-        """What is there, without decoding images; ``deep`` may read every byte.
+        """The files that are there, without decoding images; ``deep`` may read every byte.
 
         DataError where nothing can be said.
         """
@@ -195,7 +195,7 @@ class Place:
         return None
 
     def require(self, *names: str) -> Path:
-        """The same of a file without which nothing can be listed."""
+        """The first of these files, without which nothing can be listed."""
         path = self.find(*names)
         if path is None:
             raise self.lacks(*names)

@@ -1,4 +1,4 @@
-"""Which part of the input moved the score: Shapley values of small games."""
+"""The parts of the input that moved the score: Shapley values of small games."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ class Neighbour:
 
 
 Own = tuple[Identity, NDArray[np.uint64]]
-"""What rows are recognised by, and the (B,) hashes of those that are explained."""
+"""The kind of identity of rows, and the (B,) hashes of the rows that are explained."""
 Near = tuple[int, float]  # a training row, and its cosine
 
 

@@ -271,7 +271,7 @@ def _attributor(
     chosen: Tensor,
     depth: Depth,
 ) -> tuple[Attributor | None, str]:
-    """What attributes, where the method allows it, and a sentence on how, or why not."""
+    """The attributor, where the method allows one, and a sentence on how, or why not."""
     source = data
     leave_out = chosen
     kind = "other"

@@ -34,7 +34,7 @@ NORMAL_95 = 1.959963984540054
 
 @dataclass(frozen=True)
 class PromptGain:
-    """What a better text for one class would gain, all others staying as they are."""
+    """The gain of a better text for one class, all other texts staying as they are."""
 
     name: str  # of the class
     n: int  # labelled rows of the class

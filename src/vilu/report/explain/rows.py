@@ -169,7 +169,7 @@ class Names:
         return self.data.ids[int(self._pool_members(row)[candidate])]
 
     def _pool_members(self, row: int) -> Tensor:
-        """Which rows the candidates of a row belong to; the last pool is remembered."""
+        """The rows that the candidates of a row belong to; the last pool is remembered."""
         if row not in self._pool:
             place = int((self.data.usable_rows == row).nonzero())
             pool = _pool(self.data, place // (self.data.pool_size or 1))

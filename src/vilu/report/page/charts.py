@@ -92,7 +92,7 @@ class Chart:
         return " ".join(places)
 
     def area(self, line: Line) -> str:
-        """The same, closed along the horizontal axis."""
+        """The places of a line and of the horizontal axis below, for ``<polygon points>``."""
         first = f"{self.px(line.x[0])},{_place(BOTTOM)}"
         last = f"{self.px(line.x[-1])},{_place(BOTTOM)}"
         return f"{first} {self.points(line)} {last}"
