@@ -1,4 +1,4 @@
-"""What every data set offers, its splits, and some of its rows."""
+"""The protocols of data sets, their splits, and parts of them."""
 
 from __future__ import annotations
 
@@ -73,18 +73,21 @@ class ImageDataset(Protocol):
         """Number of images, readable or not; of a ``ShardedDataset``, of shards."""
 
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
-        """The images at positions start ... stop - 1, in order; of a ``ShardedDataset``, those in these shards."""
+        """The images at positions start ... stop - 1, in order.
+
+        Of a ``ShardedDataset``: those in the shards start ... stop - 1.
+        """
 
 
-SHARD: Final = (
-    2**32
-    # positions of each shard: an image's is the number of its shard times this, plus its number there
-)
+SHARD: Final = 2**32
+"""Positions of each shard: an image's is the shard's number times this, plus its number there."""
 
 
 @runtime_checkable
 class ShardedDataset(ImageDataset, Protocol):
-    """Images in shards (tar files), of which only reading tells how many each holds; a part is some whole shards.
+    """Images in shards (tar files), whose number of images is unknown before they are read.
+
+    A part of such a data set is some whole shards.
 
     Every sample is a record with a ``position``: the number of its shard times 2^32 plus its number
     there. A sample that cannot be used is a record whose ``read`` raises ``BadImage``, so that it
@@ -102,27 +105,25 @@ FAULTS: Final = {
     ELSEWHERE: "paths lead out of {folder}",
     DENIED: "files may not be read: permission denied",
 }
-"""What a listing knows of a file without reading it."""
+"""Faults that a listing sees of files without reading them."""
 
 
 def fault_of(status: os.stat_result | OSError | None, path: Callable[[], str]) -> int:
     """The fault of a file at a path whose status is this, or None, or this error."""
-    if isinstance(status, os.stat_result):  # mostly all may read it, and nobody need be asked
-        return FINE if status.st_mode & stat.S_IROTH or os.access(path(), os.R_OK) else DENIED
     if status is None:
         return MISSING
-    return (
-        ELSEWHERE
-        if isinstance(status, OutsideError)
-        else DENIED
-        if status.errno == errno.EACCES
-        else MISSING
-    )
+    if isinstance(status, OutsideError):
+        return ELSEWHERE
+    if isinstance(status, OSError):
+        return DENIED if status.errno == errno.EACCES else MISSING
+    if status.st_mode & stat.S_IROTH:  # everyone may read it: this saves a call for most files
+        return FINE
+    return FINE if os.access(path(), os.R_OK) else DENIED
 
 
 @dataclass(frozen=True)
 class Faults:
-    """Which files of a listing cannot be read, as far as the listing shows it."""
+    """Files of a listing that cannot be read, as far as the listing shows it."""
 
     kinds: NDArray[np.uint8]  # (N,) uint8
     folder: Path  # where they are looked for
@@ -131,40 +132,57 @@ class Faults:
     rule: Callable[[NDArray[np.int64]], str]
 
     def of(self, positions: Sequence[int]) -> Faults:
-        """Those of some positions."""
+        """The faults at some positions."""
         places = np.asarray(positions, dtype=np.int64)
-        path, rule = self.path, self.rule
-        return Faults(
-            self.kinds[places],
-            self.folder,
-            lambda i: path(int(places[i])),
-            lambda rows: rule(places[rows]),
-        )
+
+        def path_at(position: int) -> str:
+            return self.path(int(places[position]))
+
+        def rule_of(rows: NDArray[np.int64]) -> str:
+            return self.rule(places[rows])
+
+        return Faults(self.kinds[places], self.folder, path_at, rule_of)
 
     def require(self, source: str, budget: float) -> None:
-        """DataError (StorageError where rights are lacking) if more than a share cannot be read; a warning if fewer."""
-        bad = np.flatnonzero(self.kinds)
-        if not len(bad):
+        """DataError if more than a share cannot be read, a warning if fewer.
+
+        Where only rights are lacking it is a StorageError.
+        """
+        n_files = len(self.kinds)
+        n_bad = int(np.count_nonzero(self.kinds))
+        if not n_bad:
             return
-        rows = {kind: np.flatnonzero(self.kinds == kind) for kind in FAULTS}
-        found = [
-            f"{len(of_kind):,} {FAULTS[kind].format(folder=self.folder)} (the first: {self.path(int(of_kind[0]))!r})"
-            for kind, of_kind in rows.items()
-            if len(of_kind)
-        ]
-        told = f"{source}: of {len(self.kinds):,} images, {'; '.join(found)}."
-        if len(bad) <= budget * len(self.kinds):
-            log.warning("%s They will be counted as errors", told)
+        summary = f"{source}: of {n_files:,} images, {'; '.join(self._summaries())}."
+        if n_bad <= budget * n_files:
+            log.warning("%s They will be counted as errors", summary)
             return
-        rule = f" {self.rule(rows[ELSEWHERE])}" if len(rows[ELSEWHERE]) else ""
-        error = StorageError if len(rows[DENIED]) == len(bad) else DataError
+        elsewhere = np.flatnonzero(self.kinds == ELSEWHERE)
+        if len(elsewhere):
+            summary += f" {self.rule(elsewhere)}"
+        n_denied = int(np.count_nonzero(self.kinds == DENIED))
+        error = StorageError if n_denied == n_bad else DataError
         raise error(
-            f"{told}{rule} At most {budget:.2%} may be unreadable (--max-error-rate); nothing was begun."
+            f"{summary} At most {budget:.2%} may be unreadable (--max-error-rate); "
+            "nothing was begun."
         )
+
+    def _summaries(self) -> list[str]:
+        """For each fault that occurs, the number of its files and the first of them."""
+        summaries = []
+        for kind, words in FAULTS.items():
+            positions = np.flatnonzero(self.kinds == kind)
+            if len(positions):
+                fault = words.format(folder=self.folder)
+                first = self.path(int(positions[0]))
+                summaries.append(f"{len(positions):,} {fault} (the first: {first!r})")
+        return summaries
 
 
 def require_files(images: ImageDataset, budget: float) -> None:
-    """Refuse a listing of which a larger share than ``budget`` cannot be read, before anything slow is begun."""
+    """Refuse a listing of which a larger share than ``budget`` cannot be read.
+
+    This costs little, so it comes before anything slow.
+    """
     faults: Faults | None = getattr(images, "faults", None)
     if faults is not None:
         faults.require(images.source, budget)
@@ -184,16 +202,22 @@ class Chosen:
         self.class_names = images.class_names
         self.captioned = images.captioned
         self.fingerprint = digest({"dataset": images.fingerprint, **mark})
-        self._images, self._positions = images, positions
-        if isinstance(images, ShardedDataset):  # only then is this one too
+        self._images = images
+        self._positions = positions
+        if isinstance(images, ShardedDataset):  # with this attribute it is a ShardedDataset, too
             self.shard_fingerprint = images.shard_fingerprint
         self.outside: tuple[str, ...] = getattr(images, "outside", ())
 
     @property
     def faults(self) -> Faults | None:
-        """Those of the whole that are of these; made when asked for, since other processes take no functions."""
+        """Faults of these images.
+
+        They are made when asked for: they hold functions, which cannot go to another process.
+        """
         faults: Faults | None = getattr(self._images, "faults", None)
-        return faults and faults.of(self._positions)
+        if faults is None:
+            return None
+        return faults.of(self._positions)
 
     def __len__(self) -> int:
         return len(self._positions)
@@ -203,16 +227,17 @@ class Chosen:
         wanted = self._positions[start:stop]
         if not wanted:
             return
-        passed = self._images.records(wanted[0], wanted[-1] + 1)
-        if wanted[-1] - wanted[0] < len(
-            wanted
-        ):  # no gap, and of shards a position has many records
-            yield from passed
+        first = wanted[0]
+        last = wanted[-1]
+        records = self._images.records(first, last + 1)
+        has_gap = last - first >= len(wanted)
+        if not has_gap:  # always so of shards, where a position has many records
+            yield from records
             return
-        kept = set(wanted)
-        yield from (
-            record for position, record in enumerate(passed, start=wanted[0]) if position in kept
-        )
+        positions = set(wanted)
+        for position, record in enumerate(records, start=first):
+            if position in positions:
+                yield record
 
 
 class WithOutside:
@@ -228,40 +253,35 @@ class WithOutside:
     def __init__(self, images: ImageDataset, outside: Sequence[str]) -> None:
         if images.class_names is None:
             raise UsageError(
-                f"{images.source} has no classes, so nothing can be outside of them. Leave --outside out."
+                f"{images.source} has no classes, so nothing can be outside of them. "
+                "Leave --outside out."
             )
         table: ClassTable | None = getattr(images, "classes", None)
         prompts = images.class_names
-        names = list(zip(prompts if table is None else table.folders, prompts, strict=True))
-        strays: frozenset[str] = getattr(images, "strays", frozenset())
-        there = list(dict.fromkeys([*(name for both in names for name in both), *sorted(strays)]))
-        unknown = next((name for name in outside if name not in there), None)
-        if unknown is not None:
-            hint = nearest(unknown, there, cutoff=0.5)
-            shown = _listed([folder for folder, _ in names])
+        folders = prompts if table is None else table.folders
+        _require_known(outside, folders, prompts, images)
+        labels = _labels_inside(outside, folders, prompts)
+        if not labels:
             raise UsageError(
-                f"{images.source} has no class or label {unknown!r} for --outside; it has {shown}.{hint}"
+                f"--outside leaves none of the {len(prompts)} classes of {images.source}."
             )
-        kept = [label for label, both in enumerate(names) if set(outside).isdisjoint(both)]
-        if not kept:
-            raise UsageError(
-                f"--outside leaves none of the {len(names)} classes of {images.source}."
-            )
-        self.source, self.captioned = images.source, images.captioned
-        self.class_names: tuple[str, ...] | None = tuple(prompts[label] for label in kept)
-        folders = tuple(names[label][0] for label in kept)
-        self.classes = (
-            None if table is None else replace(table, folders=folders, names=self.class_names)
-        )
+        self.source = images.source
+        self.captioned = images.captioned
+        self.class_names: tuple[str, ...] | None = tuple(prompts[label] for label in labels)
+        self.classes: ClassTable | None = None
+        if table is not None:
+            folders_inside = tuple(folders[label] for label in labels)
+            self.classes = replace(table, folders=folders_inside, names=self.class_names)
         self.fingerprint = images.fingerprint
         self.outside = tuple(sorted(set(outside)))
-        self._images, self._label = images, {label: place for place, label in enumerate(kept)}
-        if isinstance(images, ShardedDataset):  # only then is this one too
+        self._images = images
+        self._new_labels = {old: new for new, old in enumerate(labels)}
+        if isinstance(images, ShardedDataset):  # with this attribute it is a ShardedDataset, too
             self.shard_fingerprint = images.shard_fingerprint
 
     @property
     def faults(self) -> Faults | None:
-        """What cannot be read, as far as the whole's listing shows it."""
+        """Files that cannot be read, as far as the listing of all images shows it."""
         faults: Faults | None = getattr(self._images, "faults", None)
         return faults
 
@@ -271,25 +291,55 @@ class WithOutside:
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
         """The images at positions start ... stop - 1."""
         for record in self._images.records(start, stop):
-            label = None if record.label is None else self._label.get(record.label, OUTSIDE)
-            yield replace(record, label=label)
+            if record.label is None:
+                yield record
+            else:
+                yield replace(record, label=self._new_labels.get(record.label, OUTSIDE))
+
+
+def _require_known(
+    outside: Sequence[str], folders: Sequence[str], prompts: Sequence[str], images: ImageDataset
+) -> None:
+    """UsageError where a name of ``outside`` is neither a class nor a stray label of the images."""
+    strays: frozenset[str] = getattr(images, "strays", frozenset())
+    known = {*folders, *prompts, *strays}
+    unknown = [name for name in outside if name not in known]
+    if not unknown:
+        return
+    hint = nearest(unknown[0], sorted(known), cutoff=0.5)
+    raise UsageError(
+        f"{images.source} has no class or label {unknown[0]!r} for --outside; "
+        f"it has {_listed(folders)}.{hint}"
+    )
+
+
+def _labels_inside(
+    outside: Sequence[str], folders: Sequence[str], prompts: Sequence[str]
+) -> list[int]:
+    """Labels of the classes that ``outside`` names neither as the data have them nor as prompts."""
+    labels = []
+    for label, names in enumerate(zip(folders, prompts, strict=True)):
+        if set(outside).isdisjoint(names):
+            labels.append(label)
+    return labels
 
 
 def parse_split(split: str, available: Collection[str], source: str) -> tuple[str, ...]:
     """The names in ``split``, each once and each available."""
     names = tuple(name.strip() for name in split.split("+"))
-    if not all(names) or len(set(names)) < len(names):
+    has_repeated = len(set(names)) < len(names)
+    if "" in names or has_repeated:
         raise UsageError(
             f"--split must name each split once, joined by '+'. Got {split!r} instead."
         )
-    unknown = next((name for name in names if name not in available), None)
-    if unknown is None:
+    unknown = [name for name in names if name not in available]
+    if not unknown:
         return names
     if not available:
         raise UsageError(f"{source} has no splits. Leave --split {split} out.")
-    hint = nearest(unknown, available, cutoff=0.5)
+    hint = nearest(unknown[0], available, cutoff=0.5)
     raise UsageError(
-        f"{source} has no split {unknown!r}; it has {', '.join(sorted(available))}.{hint}"
+        f"{source} has no split {unknown[0]!r}; it has {', '.join(sorted(available))}.{hint}"
     )
 
 
@@ -301,19 +351,17 @@ SHOWN: Final = 10  # values of a column that a message lists
 
 @dataclass(frozen=True)
 class Selection:
-    """What is asked of a table."""
+    """The options of opening a table, a folder or tars."""
 
     split: str | None = None  # names of splits joined by ``+``; None for all rows
     classes: Path | None = None  # a classes file; None where the table names its classes itself
     captions: bool = False  # whether captions are asked for even where there are labels
     # only rows that hold these values, by column; values are compared as text
     where: Mapping[str, str] = field(default_factory=dict)
-    root: Path | None = (
-        None  # folder that paths of images are relative to and stay below; None for the table's own
-    )
-    outside: tuple[
-        str, ...
-    ] = ()  # names of classes, or labels beyond them, whose images are of none of the classes
+    # folder that paths of images are relative to and stay below; None for the table's own
+    root: Path | None = None
+    # names of classes, or labels beyond them, whose images are of none of the classes
+    outside: tuple[str, ...] = ()
 
     def bounds(self, table: Path) -> Bounds:
         """Where the files of a table may be."""
@@ -328,45 +376,45 @@ class Selection:
                 )
             if names.count(name) > 1:
                 raise DataError(
-                    f"{source}: column {name!r} occurs {names.count(name)} times. Rename all but one."
+                    f"{source}: column {name!r} occurs {names.count(name)} times. "
+                    "Rename all but one."
                 )
         return list(self.where)
 
     def fingerprint(self) -> dict[str, object]:
-        """What of it decides which rows there are, beside the split; empty for all rows."""
-        return {"where": sorted(self.where.items())} if self.where else {}
+        """The part, beside the split, that decides which rows there are; empty for all rows."""
+        if not self.where:
+            return {}
+        return {"where": sorted(self.where.items())}
 
     def rows(self, table: pa.Table, source: str, split_column: str | None) -> NDArray[np.int64]:
         """(N,) positions of the rows."""
         chosen = np.ones(len(table), dtype=bool)
         if self.split is not None:
-            column = (
-                pa.array([], pa.string())
-                if split_column is None
-                else table[split_column].cast(pa.string())
-            )
-            wanted = parse_split(
-                self.split, [value for value in column.unique().to_pylist() if value], source
-            )
+            column = pa.array([], pa.string())
+            if split_column is not None:
+                column = table[split_column].cast(pa.string())
+            available = [value for value in column.unique().to_pylist() if value]
+            wanted = parse_split(self.split, available, source)
             chosen &= pc.is_in(column, value_set=pa.array(wanted)).to_numpy()
         for name, value in self.where.items():
             cells = bytes_of(table[name], f"{source}, column {name!r}")
-            kept = chosen & pc.is_in(
-                cells, value_set=pa.array([value.encode()], cells.type)
-            ).to_numpy(False)
-            if not kept.any():
-                present = (
-                    pc.unique(cells.filter(pa.array(chosen)).drop_null())
-                    .slice(0, SHOWN + 1)
-                    .to_pylist()
-                )
-                raise UsageError(
-                    f"{source} has no row with {name}={value}"
-                    f"{' among those chosen so far' if not chosen.all() else ''}; column {name!r} has "
-                    f"{_listed([data.decode('utf-8', 'backslashreplace') for data in present])}."
-                )
-            chosen = kept
+            values = pa.array([value.encode()], cells.type)
+            has_value = pc.is_in(cells, value_set=values).to_numpy(False)
+            narrowed = chosen & has_value
+            if not narrowed.any():
+                raise UsageError(_no_row(source, name, value, cells, chosen))
+            chosen = narrowed
         return np.flatnonzero(chosen).astype(np.int64)
+
+
+def _no_row(source: str, name: str, value: str, cells: pa.Array, chosen: NDArray[np.bool_]) -> str:
+    """The message that none of the chosen rows has this value, and which values they have."""
+    among = "" if chosen.all() else " among those chosen so far"
+    values = pc.unique(cells.filter(pa.array(chosen)).drop_null())
+    first = values.slice(0, SHOWN + 1).to_pylist()
+    present = _listed([data.decode("utf-8", "backslashreplace") for data in first])
+    return f"{source} has no row with {name}={value}{among}; column {name!r} has {present}."
 
 
 def bytes_of(column: pa.ChunkedArray, where: str) -> pa.Array:
@@ -385,13 +433,18 @@ def bytes_of(column: pa.ChunkedArray, where: str) -> pa.Array:
 
 def is_binary(kind: pa.DataType) -> bool:
     """Whether cells are bytes, in any of the three layouts."""
-    return bool(
-        pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
-    )
+    checks = [pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view]
+    return any(check(kind) for check in checks)
 
 
 def _listed(names: Collection[str]) -> str:
-    shown = ", ".join(
-        repr(name) if not name.isprintable() or not name else name for name in list(names)[:SHOWN]
-    )
-    return (shown or "nothing") + (", ..." if len(names) > SHOWN else "")
+    """The first names, quoted where they would not be seen as they are."""
+    if not names:
+        return "nothing"
+    shown = []
+    for name in list(names)[:SHOWN]:
+        is_visible = name != "" and name.isprintable()
+        shown.append(name if is_visible else repr(name))
+    if len(names) > SHOWN:
+        shown.append("...")
+    return ", ".join(shown)

@@ -25,12 +25,23 @@ from vilu.errors import DataError, StorageError, UsageError
 from vilu.validation import checked, require_at_least
 
 DATASETS: Final[dict[str, str]] = {
-    "folder": "DIR/CLASS/**/IMAGE, or DIR/SPLIT/CLASS/**/IMAGE with --split; a flat folder is unlabelled",
-    "csv": "FILE.csv or .tsv: path (or file, filename, image_path, filepath), optionally label or caption, split, key",
-    "parquet": "FILE.parquet: image (encoded bytes, or struct of bytes and path) or path, and the rest as for csv",
-    "tar": "DIR/*.tar, FILE.tar, or 'DIR/{000..099}.tar' (webdataset): image and .txt; with --classes image and .cls",
+    "folder": (
+        "DIR/CLASS/**/IMAGE, or DIR/SPLIT/CLASS/**/IMAGE with --split; a flat folder is unlabelled"
+    ),
+    "csv": (
+        "FILE.csv or .tsv: path (or file, filename, image_path, filepath), "
+        "optionally label or caption, split, key"
+    ),
+    "parquet": (
+        "FILE.parquet: image (encoded bytes, or struct of bytes and path) or path, "
+        "and the rest as for csv"
+    ),
+    "tar": (
+        "DIR/*.tar, FILE.tar, or 'DIR/{000..099}.tar' (webdataset): "
+        "image and .txt; with --classes image and .cls"
+    ),
 }
-"""What ``open_dataset`` accepts without a name, for people, beside the layouts of ``LAYOUTS``.
+"""Sources that ``open_dataset`` accepts without a name, beside the layouts of ``LAYOUTS``.
 
 ``vilu.datasets.known`` has the sets with a name.
 """
@@ -94,21 +105,18 @@ def open_dataset(  # noqa: PLR0913 - one keyword per flag of the command
     if dataset is None:
         if raw_names:
             raise UsageError(
-                "--raw-names is of a data set of the catalogue. Name one with --dataset, or leave it out."
+                "--raw-names is of a data set of the catalogue. "
+                "Name one with --dataset, or leave it out."
             )
-        with or_refuse("look at the folder of the images"):
-            if root is not None and not root.is_dir():
-                raise UsageError(
-                    f"--root must be a folder that holds the images. Got {root} instead."
-                )
-        images = _open(
-            source, Selection(split, classes, captions, dict(where or {}), root, tuple(outside))
-        )
-    elif captions or where or root:
-        raise UsageError(
-            f"--captions, --where and --root are of tables. {dataset} is none: leave them out."
-        )
+        _require_root(root)
+        selection = Selection(split, classes, captions, dict(where or {}), root, tuple(outside))
+        images = _open(source, selection)
     else:
+        is_for_tables = captions or where or root
+        if is_for_tables:
+            raise UsageError(
+                f"--captions, --where and --root are of tables. {dataset} is none: leave them out."
+            )
         images = open_known(
             dataset,
             source,
@@ -117,39 +125,57 @@ def open_dataset(  # noqa: PLR0913 - one keyword per flag of the command
             classes=classes,
             outside=tuple(outside),
         )
-    images = WithOutside(images, outside) if outside else images
-    if limit is None:
-        return images
+    if outside:
+        images = WithOutside(images, outside)
+    if limit is not None:
+        images = _first(images, limit)
+    return images
+
+
+def _require_root(root: Path | None) -> None:
+    """UsageError where --root is no folder."""
+    if root is None:
+        return
+    with or_refuse("look at the folder of the images"):
+        if not root.is_dir():
+            raise UsageError(f"--root must be a folder that holds the images. Got {root} instead.")
+
+
+def _first(images: ImageDataset, limit: int) -> ImageDataset:
+    """The first images, at most ``limit``."""
     require_at_least("--limit", limit, 1)
     if isinstance(images, ShardedDataset):
         raise UsageError(
-            "--limit cannot be had of tar files, whose images are not counted before. Give fewer shards."
+            "--limit cannot be had of tar files, whose images are not counted before. "
+            "Give fewer shards."
         )
-    return Chosen(images, range(limit), {"limit": limit}) if limit < len(images) else images
+    if limit >= len(images):
+        return images
+    return Chosen(images, range(limit), {"limit": limit})
 
 
 def _open(source: Path | str, selection: Selection) -> ImageDataset:
+    """The images of a source: a table, tar files, or a folder of a layout or of images."""
     path = Path(source)
     # not by Path: a pattern can be longer than any name, which is an error to it
     if os.path.isfile(path) and path.suffix.lower() in TABLES:  # noqa: PTH113
         return open_table(path, selection)
     is_folder = os.path.isdir(path)  # noqa: PTH112
     opener = find_opener(path) if is_folder else None
-    shards = None if opener else find_shards(source)
-    if not shards and not is_folder:
-        raise _no_source(path)
-    if selection.where:
-        raise UsageError(f"--where chooses rows of a CSV or Parquet file. {source} is none.")
-    if selection.root is not None and (shards or opener):
-        raise UsageError(f"--root is of a table or a folder of images. {source} is none.")
-    if shards:
-        return _open_shards(str(source), shards, selection)
-    if selection.captions:
-        raise UsageError(
-            f"{source} has no captions: tables and tar files have. Leave --captions out."
-        )
-    if opener:
+    if opener is not None:
+        _refuse_where(source, selection)
+        _refuse_root(source, selection)
+        _refuse_captions(source, selection)
         return opener(selection)
+    shards = find_shards(source)
+    if shards:
+        _refuse_where(source, selection)
+        _refuse_root(source, selection)
+        return _open_shards(str(source), shards, selection)
+    if not is_folder:
+        raise _no_source(path)
+    _refuse_where(source, selection)
+    _refuse_captions(source, selection)
     return FolderDataset(
         path,
         split=selection.split,
@@ -157,6 +183,23 @@ def _open(source: Path | str, selection: Selection) -> ImageDataset:
         beside=selection.root,
         outside=selection.outside,
     )
+
+
+def _refuse_where(source: Path | str, selection: Selection) -> None:
+    if selection.where:
+        raise UsageError(f"--where chooses rows of a CSV or Parquet file. {source} is none.")
+
+
+def _refuse_root(source: Path | str, selection: Selection) -> None:
+    if selection.root is not None:
+        raise UsageError(f"--root is of a table or a folder of images. {source} is none.")
+
+
+def _refuse_captions(source: Path | str, selection: Selection) -> None:
+    if selection.captions:
+        raise UsageError(
+            f"{source} has no captions: tables and tar files have. Leave --captions out."
+        )
 
 
 def _no_source(path: Path) -> UsageError | DataError:
@@ -174,7 +217,8 @@ def _no_source(path: Path) -> UsageError | DataError:
 def _open_shards(source: str, shards: list[Path], selection: Selection) -> TarShards:
     if selection.split is not None:
         raise UsageError(
-            f"{source} has no splits. Leave --split {selection.split} out and name the shards of one."
+            f"{source} has no splits. "
+            f"Leave --split {selection.split} out and name the shards of one."
         )
     if selection.captions and selection.classes is not None:
         raise UsageError(CAPTIONS_OR_CLASSES)

@@ -27,7 +27,7 @@ LAYOUTS: Final = Catalogue[FolderLayout]("layout of folders", "vilu.layouts")
 
 
 def find_opener(folder: Path) -> Opener | None:
-    """What opens a folder that has one of the layouts; None where it has none.
+    """The opener of a folder that has one of the layouts; None where it has none.
 
     Raises:
         DataError: If two layouts take it for theirs.

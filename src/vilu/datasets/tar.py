@@ -42,7 +42,7 @@ FAULTS: Final = {
 
 @dataclass(slots=True)
 class Sample:
-    """Members under one key, by extension; ``fault`` is what is wrong with how they stand in the shard."""
+    """Members under one key, by extension; ``fault`` says how they stand wrongly in the shard."""
 
     key: str
     members: dict[str, Member] = field(default_factory=dict)
@@ -50,27 +50,31 @@ class Sample:
 
     def image(self) -> Member:
         """The member that holds the image."""
-        if unsafe := [
-            member.name for member in self.members.values() if not stays_below(member.name)
-        ]:
-            raise BadImage(
-                "open", "bad_path", f"{unsafe[0]!r}: a name must be relative and must not climb"
-            )
+        for member in self.members.values():
+            if not stays_below(member.name):
+                raise BadImage(
+                    "open",
+                    "bad_path",
+                    f"{member.name!r}: a name must be relative and must not climb",
+                )
         if self.fault is not None:
             raise BadImage("open", self.fault, FAULTS[self.fault])
-        name = next((name for name in self.members if name in IMAGES), None)
-        member = None if name is None else self.companion(name)
-        if member is None:
+        extension = next((name for name in self.members if name in IMAGES), None)
+        image = None
+        if extension is not None:
+            image = self.companion(extension)
+        if image is None:
             raise BadImage(
                 "open",
                 "missing_image",
-                f"the sample has no image; it has {self.listed()} (an extension begins at the name's first dot)",
+                f"the sample has no image; it has {self.listed()} "
+                "(an extension begins at the name's first dot)",
             )
-        if member.size > MAX_FILE_BYTES:
+        if image.size > MAX_FILE_BYTES:
             raise BadImage(
-                "open", "too_large", f"{member.size} bytes; at most {MAX_FILE_BYTES} are read"
+                "open", "too_large", f"{image.size} bytes; at most {MAX_FILE_BYTES} are read"
             )
-        return member
+        return image
 
     def caption(self) -> Member:
         """The member that holds the caption."""
@@ -100,16 +104,22 @@ class Sample:
 
     def is_whole(self, companion: str) -> bool:
         """Whether there is an image and its companion."""
-        return companion in self.members and not IMAGES.isdisjoint(self.members)
+        if companion not in self.members:
+            return False
+        return not IMAGES.isdisjoint(self.members)
 
     def listed(self) -> str:
         """The extensions, for messages."""
-        more = ", ..." if len(self.members) > 5 else ""
-        return ", ".join(f".{name[:20]}" for name in list(self.members)[:5]) + more
+        shown = [f".{name[:20]}" for name in list(self.members)[:5]]
+        if len(self.members) > 5:
+            shown.append("...")
+        return ", ".join(shown)
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """Key and lower-case extension of a member by webdataset's rule; None where it has none (hidden files too).
+    """Key and lower-case extension of a member by webdataset's rule.
+
+    None where it has no extension, or no name before it (hidden files).
 
     Examples:
         >>> from vilu.datasets.tar import split_name
@@ -118,54 +128,57 @@ def split_name(name: str) -> tuple[str, str] | None:
     """
     folder, slash, base = name.rpartition("/")
     stem, dot, extension = base.partition(".")
-    return (folder + slash + stem, extension.lower()) if stem and dot else None
+    if stem == "" or dot == "":
+        return None
+    return folder + slash + stem, extension.lower()
 
 
 def list_samples(path: Path, companion: str) -> tuple[list[Sample], BadImage | None]:
     """The samples of a shard, and what ended the list before its end mark."""
-    found: dict[str, Sample] = {}
+    by_key: dict[str, Sample] = {}
     trouble = None
     try:
         size = _size(path)
         with path.open("rb") as file:
-            _group(members(file, size), found)
+            _group(members(file, size), by_key)
     except BadImage as error:
         trouble = error
     except OSError as error:
         trouble = BadImage("open", "bad_shard", f"cannot read the shard: {error.strerror}")
-    samples = list(found.values())
-    if (
-        trouble is not None
-        and samples
-        and samples[-1].fault is None
-        and not samples[-1].is_whole(companion)
-    ):
+    samples = list(by_key.values())
+    if trouble is None or not samples:
+        return samples, trouble
+    # the shard broke off: a sample that the break cut in two is part of the trouble
+    last = samples[-1]
+    is_cut = last.fault is None and not last.is_whole(companion)
+    if is_cut:
         samples.pop()
     return samples, trouble
 
 
 def _size(path: Path) -> int:
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode):  # a pipe would block
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # a pipe would block
         raise OSError(errno.EINVAL, "not a regular file")
-    return found.st_size
+    return status.st_size
 
 
-def _group(found: Iterable[Member], samples: dict[str, Sample]) -> None:
+def _group(shard: Iterable[Member], samples: dict[str, Sample]) -> None:
+    """Add the members of a shard to the samples of their keys, and note faults of their order."""
     last = None
-    for member in found:
+    for member in shard:
         parts = split_name(member.name)
-        if parts is None and stays_below(member.name):
-            continue
-        key, extension = parts or (
-            member.name,
-            "",
-        )  # no sample, but a name that leads out is never passed over
+        if parts is None:
+            if stays_below(member.name):
+                continue  # it belongs to no sample
+            parts = (member.name, "")  # a name that leads out is never passed over
+        key, extension = parts
         sample = samples.setdefault(key, Sample(key))
-        if sample.members and sample is not last:
+        is_new = not sample.members
+        if not is_new and sample is not last:
             sample.fault = "interleaved"
-        elif extension in sample.members:
-            sample.fault = sample.fault or "duplicate"
+        elif extension in sample.members and sample.fault is None:
+            sample.fault = "duplicate"
         sample.members.setdefault(extension, member)
         last = sample
 
@@ -175,7 +188,9 @@ MAX_LABEL_BYTES: Final = 32
 
 
 class TarShards:
-    """Images in tar files in webdataset's layout, with captions; or with labels, where a classes file is given.
+    """Images in tar files in webdataset's layout, with captions or with labels.
+
+    They have labels where a classes file is given.
 
     Members whose names are alike up to the first dot of the base name are one sample: its image is
     the first with an image's extension, its caption ``.txt``, its label ``.cls`` (a whole number;
@@ -208,30 +223,37 @@ class TarShards:
     ) -> None:
         self.source = source
         self.classes = class_table(None, classes, by_position=True)
-        self.class_names = self.classes.names if self.classes else None
+        self.class_names: tuple[str, ...] | None = None
+        context = ["tar"]
+        if self.classes is not None:
+            self.class_names = self.classes.names
+            context += [*self.classes.folders, *self.classes.names]
         self.captioned = self.classes is None
-        n_classes = len(self.class_names or ())
-        self.strays = frozenset(
-            name for name in outside if name.isdecimal() and int(name) >= n_classes
-        )
+        self.strays = self._labels_beyond(outside)
         self._paths = [path.absolute() for path in paths]
         self._names = _shard_names(self._paths)
-        listing = ListingHash(
-            "tar", *((*self.classes.folders, *self.classes.names) if self.classes else ())
-        )
+        listing = ListingHash(*context)
         for name in self._names:
             listing.add(name, MISSING, None)
         self.fingerprint = listing.hexdigest()
+
+    @property
+    def _n_classes(self) -> int:
+        return len(self.class_names or ())
+
+    def _labels_beyond(self, outside: Sequence[str]) -> frozenset[str]:
+        """The names that are numbers, but of no class."""
+        numbers = [name for name in outside if name.isdecimal()]
+        return frozenset(name for name in numbers if int(name) >= self._n_classes)
 
     def __len__(self) -> int:
         return len(self._paths)
 
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
         """The samples of shards start ... stop - 1, each shard's own trouble after its samples."""
+        companion = CAPTION if self.captioned else LABEL
         for number in range(len(self))[start:stop]:
-            samples, trouble = list_samples(
-                self._paths[number], CAPTION if self.captioned else LABEL
-            )
+            samples, trouble = list_samples(self._paths[number], companion)
             first = number * SHARD
             for position, sample in enumerate(samples, first):
                 yield self._record(number, sample, position)
@@ -249,21 +271,26 @@ class TarShards:
         return listing.hexdigest()
 
     def _record(self, number: int, sample: Sample, position: int) -> ImageRecord:
-        path, key = self._paths[number], f"{self._names[number]}#{sample.key}"
+        """A sample as a record; of one that cannot be used, the record raises why on reading."""
+        path = self._paths[number]
+        key = f"{self._names[number]}#{sample.key}"
+        label = None
+        caption = None
         try:
             image = sample.image()
-            caption = partial(_read_caption, path, sample.caption()) if self.captioned else None
-            label = None if self.captioned else self._label(path, sample.companion(LABEL))
+            if self.captioned:
+                caption = partial(_read_caption, path, sample.caption())
+            else:
+                label = self._label(path, sample.companion(LABEL))
         except BadImage as error:
             return _bad(key, error, position, self.captioned)
-        return ImageRecord(
-            key, label, partial(_read_at, path, image.start, image.size), caption, position
-        )
+        read = partial(_read_at, path, image.start, image.size)
+        return ImageRecord(key, label, read, caption, position)
 
     def _label(self, path: Path, member: Member | None) -> int | None:
+        """The label in the member; None without one, -2 where it is outside of the classes."""
         if member is None:
             return None
-        n_classes = len(self.class_names or ())
         try:
             text = _read_at(path, member.start, min(member.size, MAX_LABEL_BYTES + 1)).strip()
         except OSError as error:
@@ -272,25 +299,26 @@ class TarShards:
             ) from error
         if text.decode("latin-1") in {str(OUTSIDE), *self.strays}:
             return OUTSIDE
-        label = int(text) if text.isdigit() and len(text) <= MAX_LABEL_BYTES else -1
-        if not 0 <= label < n_classes:
+        is_number = text.isdigit() and len(text) <= MAX_LABEL_BYTES
+        if not is_number or int(text) >= self._n_classes:
             raise BadImage(
                 "text",
                 "bad_label",
-                f"the label must be 0 to {n_classes - 1}, or -2. Found {text!r}",
+                f"the label must be 0 to {self._n_classes - 1}, or -2. Found {text!r}",
             )
-        return label
+        return int(text)
 
 
 def _shard_names(paths: Sequence[Path]) -> list[str]:
     """Paths below the folder that all have in common; without the sign that ends them in keys."""
     common = os.path.commonpath({path.parent for path in paths})
-    names = [
-        portable_name(path.relative_to(common).as_posix()).replace("#", "%23") for path in paths
-    ]
-    if len(set(names)) < len(names):
-        twice = next(name for name, count in Counter(names).items() if count > 1)
-        raise UsageError(f"the shard {twice} is named more than once. Name each once.")
+    names = []
+    for path in paths:
+        name = portable_name(path.relative_to(common).as_posix())
+        names.append(name.replace("#", "%23"))
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise UsageError(f"the shard {name} is named more than once. Name each once.")
     return names
 
 
@@ -314,7 +342,8 @@ def _read_caption(path: Path, member: Member) -> str:
 def _bad(key: str, error: BadImage, position: int, captioned: bool) -> ImageRecord:
     """A record that raises the error when it is read."""
     refuse = partial(_refuse, error.stage, error.kind, str(error))
-    return ImageRecord(key, None, refuse, refuse if captioned else None, position)
+    caption = refuse if captioned else None
+    return ImageRecord(key, None, refuse, caption, position)
 
 
 def _refuse(stage: Stage, kind: Kind, message: str) -> NoReturn:
@@ -342,27 +371,39 @@ def find_shards(source: str | Path) -> list[Path] | None:
     braces fastest. URLs, compressed tars, and folders that hold something else to read as well, are
     refused.
     """
-    text, path = os.fspath(source), Path(source)
-    exists = os.path.exists(path)  # noqa: PTH110  Path raises on a pattern that is longer than any name
+    text = os.fspath(source)
+    path = Path(source)
+    # not Path.exists: it raises on a pattern that is longer than any name
+    exists = os.path.exists(path)  # noqa: PTH110
     if exists and path.is_dir():
         return _in_folder(path)
     _refuse_others(text, exists)
-    if exists or "{" not in text:
-        return [path] if exists and path.suffix.lower() == SUFFIX else None
+    if exists:
+        return [path] if path.suffix.lower() == SUFFIX else None
+    if "{" not in text:
+        return None
     paths = [Path(name) for name in expand_braces(text)]
-    if missing := [name for name in paths if not name.exists()]:
-        raise UsageError(
-            f"{text} names {len(paths)} shards; {len(missing)} are not there, the first is {missing[0]}. "
-            "Mend the pattern or download them."
-        )
-    other = next((name for name in paths if name.suffix.lower() != SUFFIX), None)
-    if other is not None:
-        raise UsageError(f"a pattern names shards ending in {SUFFIX}. {text} names {other}.")
+    _require_shards(paths, text)
     return paths
 
 
+def _require_shards(paths: Sequence[Path], pattern: str) -> None:
+    """UsageError where a path of a pattern does not exist or is no tar."""
+    missing = [path for path in paths if not path.exists()]
+    if missing:
+        raise UsageError(
+            f"{pattern} names {len(paths)} shards; {len(missing)} are not there, "
+            f"the first is {missing[0]}. Mend the pattern or download them."
+        )
+    for path in paths:
+        if path.suffix.lower() != SUFFIX:
+            raise UsageError(f"a pattern names shards ending in {SUFFIX}. {pattern} names {path}.")
+
+
 def expand_braces(pattern: str) -> list[str]:
-    """The names that a pattern stands for: ``{a,b}`` lists, ``{00..10}`` numbers (as wide as written), no nesting.
+    """The names that a pattern stands for.
+
+    ``{a,b}`` is a list, ``{00..10}`` are numbers, as wide as written; braces cannot be nested.
 
     Examples:
         >>> from vilu.datasets.tar import expand_braces
@@ -370,12 +411,15 @@ def expand_braces(pattern: str) -> list[str]:
         ['a-08.tar', 'a-09.tar', 'a-10.tar', 'b-08.tar', 'b-09.tar', 'b-10.tar']
     """
     pieces = re.split(r"\{([^{}]*)\}", pattern)
-    if any(mark in piece for piece in pieces for mark in "{}"):
+    if re.search(r"[{}]", "".join(pieces)):
         raise UsageError(f"{pattern}: braces must match and cannot be nested.")
-    ranges = [_alternatives(piece, pattern) if i % 2 else [piece] for i, piece in enumerate(pieces)]
-    if prod(len(names) for names in ranges) > MAX_SHARDS:
+    choices = []
+    for number, piece in enumerate(pieces):
+        is_in_braces = number % 2 == 1  # ``split`` puts them between the pieces outside
+        choices.append(_alternatives(piece, pattern) if is_in_braces else [piece])
+    if prod(map(len, choices)) > MAX_SHARDS:
         raise UsageError(f"{pattern} stands for more than {MAX_SHARDS} names. Name fewer shards.")
-    return ["".join(names) for names in product(*ranges)]
+    return ["".join(names) for names in product(*choices)]
 
 
 def _alternatives(inside: str, pattern: str) -> list[str]:
@@ -386,39 +430,53 @@ def _alternatives(inside: str, pattern: str) -> list[str]:
         raise UsageError(
             f"{pattern}: braces hold a list {{a,b}} or two numbers {{00..10}}. Found {{{inside}}}."
         )
-    first, last = int(match[1]), int(match[2])
+    ends = match.groups()
+    first = int(ends[0])
+    last = int(ends[1])
     if abs(last - first) >= MAX_SHARDS:
         raise UsageError(f"{pattern} stands for more than {MAX_SHARDS} names. Name fewer shards.")
-    width = (
-        max(map(len, match.groups()))
-        if any(len(end) > 1 and end[0] == "0" for end in match.groups())
-        else 0
-    )
+    width = 0
+    for end in ends:
+        has_leading_zero = end != "0" and end.startswith("0")
+        if has_leading_zero:
+            width = max(map(len, ends))
     step = 1 if last >= first else -1
     return [str(number).zfill(width) for number in range(first, last + step, step)]
 
 
 def _in_folder(folder: Path) -> list[Path] | None:
-    with (
-        or_refuse(f"list the folder {folder}", "Mend its permissions."),
-        os.scandir(folder) as entries,
-    ):
-        names = [entry.name for entry in entries if entry.name[0] != "." and is_file(entry)]
-    shards = sorted((name for name in names if name.lower().endswith(SUFFIX)), key=os.fsencode)
-    images = next((name for name in names if name.lower().endswith(SUFFIXES)), None)
-    others = [] if not shards else subfolders(folder) if images is None else [images]
-    if others:
+    """The shards of a folder; None where it holds something else to read."""
+    names = _visible_files(folder)
+    shards = sorted(_ending_in(SUFFIX, names), key=os.fsencode)
+    compressed = _ending_in(COMPRESSED_SUFFIXES, names)
+    if not shards and not compressed:
+        return None
+    readable = _ending_in(SUFFIXES, names) or subfolders(folder)
+    if shards and readable:
         raise UsageError(
-            f"{folder} holds tar files and {others[0]!r}, so what to read is unclear. "
+            f"{folder} holds tar files and {readable[0]!r}, so what to read is unclear. "
             f"Move the tar files out, or name them: '{folder}/{{{shards[0]},...}}'."
         )
-    compressed = next((name for name in names if name.lower().endswith(COMPRESSED_SUFFIXES)), None)
-    if not shards and images is None and compressed is not None and not subfolders(folder):
-        _refuse_compressed(str(folder / compressed))
-    return [folder / name for name in shards] or None
+    if shards:
+        return [folder / name for name in shards]
+    if not readable:
+        _refuse_compressed(str(folder / compressed[0]))
+    return None
+
+
+def _visible_files(folder: Path) -> list[str]:
+    hint = "Mend its permissions."
+    with or_refuse(f"list the folder {folder}", hint), os.scandir(folder) as entries:
+        visible = [entry for entry in entries if not entry.name.startswith(".")]
+        return [entry.name for entry in visible if is_file(entry)]
+
+
+def _ending_in(suffixes: str | tuple[str, ...], names: Sequence[str]) -> list[str]:
+    return [name for name in names if name.lower().endswith(suffixes)]
 
 
 def _refuse_others(text: str, exists: bool) -> None:
+    """Refuse URLs, commands and compressed tars."""
     if not exists and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", text):  # two letters: not a drive
         raise UsageError(
             f"{text} is no file: nothing is downloaded and no command is run. Give files on a disk."
@@ -429,5 +487,6 @@ def _refuse_others(text: str, exists: bool) -> None:
 
 def _refuse_compressed(name: str) -> None:
     raise DataError(
-        f"{name} is compressed, so it cannot be read in parts. Uncompress it (gunzip, unxz, unzstd) to a {SUFFIX} file."
+        f"{name} is compressed, so it cannot be read in parts. "
+        f"Uncompress it (gunzip, unxz, unzstd) to a {SUFFIX} file."
     )

@@ -1,4 +1,7 @@
-"""Members of a tar file, read so that damage is told: where the standard library's reader would stop silently."""
+"""Members of a tar file, read so that damage is reported.
+
+The standard library's reader stops silently at some kinds of damage.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,8 @@ from vilu.datasets.files import portable_name
 from vilu.datasets.images import BadImage
 
 BLOCK: Final = tarfile.BLOCKSIZE
-MAX_HEADER_BYTES: Final = (
-    2**20
-)  # larger extension headers are refused; honest ones hold a name and a few times
+# larger extension headers are refused; honest ones hold a name and a few times
+MAX_HEADER_BYTES: Final = 2**20
 MAX_NAME_BYTES: Final = 1024
 MAX_MEMBERS: Final = 500_000  # the list of one shard is in memory: about 400 bytes a member
 FILES: Final = frozenset({tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE})
@@ -53,13 +55,18 @@ def members(file: BinaryIO, size: int) -> Iterator[Member]:
     (also where only the end mark is missing: nothing else tells that whole members are), else
     "bad_shard".
     """
-    position, count = 0, 0
+    position = 0
+    count = 0
     extended: dict[bytes, bytes] = {}
-    while (header := _read_header(file, position)) is not None:
+    while True:
+        header = _read_header(file, position)
+        if header is None:
+            return
         begin = position
         position = _start_of_data(file, header, begin)
         if header.type in EXTENSIONS:
-            _extend(extended, header.type, _read_body(file, position, header.size, size), begin)
+            body = _read_body(file, position, header.size, size)
+            _extend(extended, header.type, body, begin)
             position += _padded(header.size)
             continue
         member = _member(header, extended, position, begin)
@@ -87,18 +94,11 @@ def _read_header(file: BinaryIO, position: int) -> tarfile.TarInfo | None:
     """The header at a position; None at the end mark."""
     file.seek(position)
     block = file.read(BLOCK)
-    program = (
-        None
-        if position
-        else next((COMPRESSED[magic] for magic in COMPRESSED if block.startswith(magic)), None)
-    )
-    if program is not None:
-        raise BadImage(
-            "open",
-            "bad_shard",
-            f"the shard is compressed, so it cannot be read in parts: {program} it",
-        )
-    if len(block) == BLOCK and not any(block):
+    is_first = position == 0
+    if is_first:
+        _refuse_compressed(block)
+    is_end_mark = block == bytes(BLOCK)
+    if is_end_mark:
         if any(file.read(MAX_HEADER_BYTES)):  # what `cat` puts there, hardly any reader sees
             raise BadImage(
                 "open",
@@ -106,16 +106,30 @@ def _read_header(file: BinaryIO, position: int) -> tarfile.TarInfo | None:
                 "more bytes follow the end mark. Join shards with `tar -A`, not `cat`",
             )
         return None
-    if len(block) < BLOCK and (position or not block):
+    # a short first block is no truncated shard, unless it is empty: it is no tar file at all
+    may_be_truncated = not is_first or block == b""
+    if len(block) < BLOCK and may_be_truncated:
         raise BadImage(
             "open", "truncated_shard", f"the shard ends at byte {position + len(block)}; {_AGAIN}"
         )
     return _parse_header(block, position)
 
 
+def _refuse_compressed(block: bytes) -> None:
+    """BadImage where the first block of a shard is that of a compressed file."""
+    for magic, program in COMPRESSED.items():
+        if block.startswith(magic):
+            raise BadImage(
+                "open",
+                "bad_shard",
+                f"the shard is compressed, so it cannot be read in parts: {program} it",
+            )
+
+
 def _parse_header(block: bytes, position: int) -> tarfile.TarInfo:
-    damaged = f"the header at byte {position} is damaged, and what follows it is lost"
-    where = damaged if position else "this is no tar file"
+    where = "this is no tar file"
+    if position > 0:
+        where = f"the header at byte {position} is damaged, and what follows it is lost"
     try:
         header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
@@ -126,17 +140,29 @@ def _parse_header(block: bytes, position: int) -> tarfile.TarInfo:
 
 
 def _start_of_data(file: BinaryIO, header: tarfile.TarInfo, begin: int) -> int:
-    """Where a member's data begins: behind its header, and behind the maps of an old GNU sparse file."""
-    position, more = begin + BLOCK, header.type == tarfile.GNUTYPE_SPARSE
-    flag = 482  # where a header says whether blocks of the map follow
-    while more:
-        file.seek(position - BLOCK)
-        block = file.read(BLOCK)
-        if len(block) < BLOCK:
-            raise BadImage("open", "truncated_shard", f"the shard ends inside a header; {_AGAIN}")
-        more, flag = bool(block[flag]), 504  # and where they do
-        position += BLOCK * more
+    """Where a member's data begins: behind its header, and the maps of an old GNU sparse file."""
+    position = begin + BLOCK
+    if header.type != tarfile.GNUTYPE_SPARSE:
+        return position
+    flag = SPARSE_FLAG
+    while _flag_of_block(file, position - BLOCK, flag):
+        position += BLOCK
+        flag = SPARSE_MAP_FLAG
     return position
+
+
+SPARSE_FLAG: Final = 482
+"""Place in a header of the byte that says whether a block of the sparse map follows."""
+SPARSE_MAP_FLAG: Final = 504
+"""The same place in a block of the map."""
+
+
+def _flag_of_block(file: BinaryIO, position: int, flag: int) -> bool:
+    file.seek(position)
+    block = file.read(BLOCK)
+    if len(block) < BLOCK:
+        raise BadImage("open", "truncated_shard", f"the shard ends inside a header; {_AGAIN}")
+    return block[flag] != 0
 
 
 def _read_body(file: BinaryIO, position: int, length: int, size: int) -> bytes:
@@ -168,28 +194,39 @@ _PAX_LENGTH: Final = re.compile(rb"([1-9][0-9]{0,6}) ")
 
 
 def _pax_fields(body: bytes, position: int) -> dict[bytes, bytes]:
-    """The fields of a pax header that decide what the member is: records of ``LENGTH KEY=VALUE`` and a line feed."""
-    found, at = {}, 0
-    while at < len(body) and body[at]:
-        match = _PAX_LENGTH.match(body, at)
-        end = at + int(match[1]) if match else 0
-        if match is None or not match.end() < end <= len(body) or body[end - 1] != ord("\n"):
-            raise BadImage(
-                "open",
-                "bad_shard",
-                f"the header at byte {position} is damaged. Write the shard again",
-            )
-        key, _, value = body[match.end() : end - 1].partition(b"=")
+    """The fields of a pax header that decide what the member is.
+
+    The header is a series of records, each ``LENGTH KEY=VALUE`` and a line feed; LENGTH counts the
+    whole record.
+    """
+    fields = {}
+    begin = 0
+    while begin < len(body) and body[begin] != 0:
+        length = _PAX_LENGTH.match(body, begin)
+        if length is None:
+            raise _damaged_header(position)
+        end = begin + int(length[1])
+        is_inside = length.end() < end <= len(body)
+        if not is_inside or body[end - 1] != ord("\n"):
+            raise _damaged_header(position)
+        key, _, value = body[length.end() : end - 1].partition(b"=")
         if key in {b"path", b"size"} or key.startswith(b"GNU.sparse."):
-            found[key] = value
-        at = end
-    return found
+            fields[key] = value
+        begin = end
+    return fields
+
+
+def _damaged_header(position: int) -> BadImage:
+    return BadImage(
+        "open", "bad_shard", f"the header at byte {position} is damaged. Write the shard again"
+    )
 
 
 def _member(
     header: tarfile.TarInfo, extended: dict[bytes, bytes], start: int, position: int
 ) -> Member:
-    sparse = any(key.startswith(b"GNU.sparse.") for key in extended)
+    """The member of a header, with the name and size that the extension headers give it."""
+    is_sparse = any(key.startswith(b"GNU.sparse.") for key in extended)
     raw = extended.get(b"GNU.sparse.name", extended.get(b"path"))
     name = header.name if raw is None else raw.decode("utf-8", "surrogateescape")
     length = extended.get(b"size", b"%d" % header.size)
@@ -203,7 +240,8 @@ def _member(
             "bad_shard",
             f"a name of {len(name)} characters; at most {MAX_NAME_BYTES} are read",
         )
-    return Member(portable_name(name), start, int(length), header.type in FILES and not sparse)
+    is_file = header.type in FILES and not is_sparse
+    return Member(portable_name(name), start, int(length), is_file)
 
 
 def _padded(length: int) -> int:

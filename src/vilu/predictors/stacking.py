@@ -32,15 +32,16 @@ FREE = (
 )
 LABEL_BASED = ("knn_vote", "trine", "class_gaussians", "mahalanobis", "trust_score", "linear_probe")
 CERTAIN = 1e-12  # probabilities are clipped to this distance from zero and one
-FARTHEST = (
-    5.0  # standard deviations to which a score is clipped, so that one wild score cannot decide
-)
+FARTHEST = 5.0
+"""Standard deviations to which a score is clipped, so that one wild score cannot decide."""
 NO_SPREAD = 1e-9  # standard deviation, relative to the largest value, that is rounding
 
 
 @dataclasses.dataclass
 class Stacking(WithSecondModel):
-    """u = P(failure) = sigmoid(b + sum_m w_m x_m), a logistic regression of the failure on the scores of its members.
+    """Logistic regression of the failure on the scores of other methods, the members.
+
+    u = P(failure) = sigmoid(b + sum_m w_m x_m).
 
     x_m is the score of member m (its log-odds where it estimates a probability, clipped at 1e-12),
     standardised and clipped to ±5. Members that learn are scored on rows that they were not fitted
@@ -62,18 +63,14 @@ class Stacking(WithSecondModel):
 
     Examples:
         >>> import numpy as np, vilu
-        >>> angle = np.linspace(
-        ...     0, np.pi / 2, 100
-        ... )  # the answer is class 0 up to 45 degrees, the truth up to 63
-        >>> train = vilu.Embeddings(
-        ...     np.c_[np.cos(angle), np.sin(angle)], np.eye(2), np.repeat([0, 1], [70, 30])
-        ... )
-        >>> new = vilu.Embeddings(
-        ...     [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], np.eye(2)
-        ... )  # at 0, 53 and 90 degrees
-        >>> vilu.PREDICTORS["stacking"](members=("mcm", "knn_vote")).fit(train).predict_uncertainty(
-        ...     new
-        ... ).round()
+        >>> # the answer is class 0 up to 45 degrees, the truth up to 63
+        >>> angle = np.linspace(0, np.pi / 2, 100)
+        >>> image = np.c_[np.cos(angle), np.sin(angle)]
+        >>> train = vilu.Embeddings(image, np.eye(2), np.repeat([0, 1], [70, 30]))
+        >>> new_image = [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]  # at 0, 53 and 90 degrees
+        >>> new = vilu.Embeddings(new_image, np.eye(2))
+        >>> method = vilu.PREDICTORS["stacking"](members=("mcm", "knn_vote"))
+        >>> method.fit(train).predict_uncertainty(new).round()
         array([0., 1., 0.])
     """
 
@@ -103,64 +100,75 @@ class Stacking(WithSecondModel):
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """Its own, and those of its members."""
-        members = (module for member in self._new_members().values() for module in member.modules)
-        return tuple(dict.fromkeys((*super().modules, *members)))
+        """Modules of the stack and of its members."""
+        modules = list(super().modules)
+        for member in self._new_members().values():
+            modules += member.modules
+        return tuple(dict.fromkeys(modules))
 
     def columns_to_fit(self, train: EmbeddingSource) -> tuple[str, ...]:
-        """Those of its members."""
-        members = self._new_members().values()
-        return tuple(
-            dict.fromkeys(column for member in members for column in member.columns_to_fit(train))
-        )
+        """The columns that its members fit on."""
+        columns: list[str] = []
+        for member in self._new_members().values():
+            columns += member.columns_to_fit(train)
+        return tuple(dict.fromkeys(columns))
 
     @property
     def columns_to_score(self) -> tuple[str, ...]:
-        """Those of its members."""
-        members = self.members_.values()
-        return tuple(
-            dict.fromkeys(column for member in members for column in member.columns_to_score)
-        )
+        """The columns that its members score."""
+        columns: list[str] = []
+        for member in self.members_.values():
+            columns += member.columns_to_score
+        return tuple(dict.fromkeys(columns))
 
     def _new_members(self) -> dict[str, FailurePredictor]:
         """The members, not fitted."""
-        if len(set(self.members)) < len(self.members) or self.name in self.members:
+        has_repeated = len(set(self.members)) < len(self.members)
+        if has_repeated or self.name in self.members:
             raise UsageError(
-                f"the members of {self.name} must be different methods, and other ones. Got {', '.join(self.members)}."
+                f"the members of {self.name} must be different methods, and other ones. "
+                f"Got {', '.join(self.members)}."
             )
         shared = {"seed": self.seed, "device": self.device, "allow_degenerate": True}
         classes = {name: find_method(name) for name in self.members}
-        return {
-            name: cls(**{k: v for k, v in shared.items() if k in parameters(cls)})
-            for name, cls in classes.items()
-        }
+        members = {}
+        for name, cls in classes.items():
+            accepted = parameters(cls)
+            values = {key: value for key, value in shared.items() if key in accepted}
+            members[name] = cls(**values)
+        return members
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:
-        scores, failed = [], []
+        scores = []
+        failures = []
         for rows, held_out in cross_fitting(train, failure, validation, self.seed, self.needs):
             members = self._fit_members(rows)
             with torch.no_grad():
                 for batch in held_out.batches(SCORING_BATCH):
                     scores.append(member_scores(members, batch.to(self.device_)))
-                    failed.append(batch.failure)
-        stack = self._regress(torch.cat(scores), torch.cat(failed))
-        notes = {
-            "coefficients": dict(zip(self.members, stack["coefficients"].tolist(), strict=True))
-        }
+                    failures.append(batch.failure)
+        stack = self._regress(torch.cat(scores), torch.cat(failures))
+        coefficients = stack["coefficients"].tolist()
+        notes = {"coefficients": dict(zip(self.members, coefficients, strict=True))}
         self.members_ = self._fit_members(train)
-        return Learnt(
-            stack | member_tensors(self.members_), notes | self.second_notes(train.source)
-        )
+        tensors = stack | member_tensors(self.members_)
+        return Learnt(tensors, notes | self.second_notes(train.source))
 
     def _fit_members(self, rows: Rows) -> dict[str, FailurePredictor]:
+        """The members, fitted on some rows."""
         members = self._new_members()
         failure = torch.cat([batch.failure for batch in rows.batches(SCORING_BATCH)])
-        inside = ~rows.source.outside[rows.index]
+        is_inside = ~rows.source.outside[rows.index]
+        outside = rows.index[~is_inside]
+        everywhere = torch.ones_like(is_inside)
         for member in members.values():
-            mine = inside if member.needs == "class" else slice(None)
-            known = dataclasses.replace(rows, index=rows.index[mine], examples=rows.index[~inside])
-            learnt = member.learn(known, failure[mine]).tensors if member.needs_fit else {}
-            member.take(learnt, rows.source.space)
+            if not member.needs_fit:
+                member.take({}, rows.source.space)
+                continue
+            usable = is_inside if member.needs == "class" else everywhere
+            usable_rows = dataclasses.replace(rows, index=rows.index[usable], examples=outside)
+            learnt = member.learn(usable_rows, failure[usable])
+            member.take(learnt.tensors, rows.source.space)
         return members
 
     def _regress(self, scores: Tensor, failure: Tensor) -> dict[str, Tensor]:
@@ -170,16 +178,21 @@ class Stacking(WithSecondModel):
         if len(failure.unique()) < 2:
             kind = "successes" if failure.any() else "failures"
             raise DataError(
-                f"{self.name} weighs its members on rows held out from their fit, {len(failure)} here. Found 0 {kind} "
-                "among them, and both are needed. Give other validation rows, or more training rows."
+                f"{self.name} weighs its members on rows held out from their fit, "
+                f"{len(failure)} here. Found 0 {kind} among them, and both are needed. "
+                "Give other validation rows, or more training rows."
             )
         deviation = scores.std(dim=0, correction=0)
-        flat = deviation <= NO_SPREAD * scores.abs().amax(dim=0)
-        stack = {"mean": scores.mean(dim=0), "deviation": deviation.masked_fill(flat, torch.inf)}
+        has_no_spread = deviation <= NO_SPREAD * scores.abs().amax(dim=0)
+        stack = {
+            "mean": scores.mean(dim=0),
+            "deviation": deviation.masked_fill(has_no_spread, torch.inf),
+        }
         model = LogisticRegression(C=self.C, max_iter=1_000, tol=1e-6)
         model.fit(standardised(scores, stack).numpy(), failure.numpy())
-        fitted = {"coefficients": model.coef_[0], "intercept": model.intercept_}
-        return stack | {name: torch.from_numpy(values.copy()) for name, values in fitted.items()}
+        stack["coefficients"] = torch.from_numpy(model.coef_[0].copy())
+        stack["intercept"] = torch.from_numpy(model.intercept_.copy())
+        return stack
 
     def _score(self, batch: Batch) -> Tensor:
         x = standardised(member_scores(self.members_, batch), self.learned_)
@@ -187,24 +200,24 @@ class Stacking(WithSecondModel):
 
     def take(self, tensors: dict[str, Tensor], space: EmbeddingSpace | None) -> None:
         """The level-1 model, and the members' tensors by their prefix."""
-        members = {} if tensors.keys() == {CONSTANT} else self._new_members()
-        groups = {
-            name: {key for key in tensors if key.startswith(prefix(name))} for name in members
-        }
-        own = {
-            key: tensor
-            for key, tensor in tensors.items()
-            if key not in set().union(*groups.values())
-        }
+        is_constant = tensors.keys() == {CONSTANT}
+        members = {} if is_constant else self._new_members()
+        own = dict(tensors)
+        of_members: dict[str, dict[str, Tensor]] = {}
+        for name in members:
+            of_members[name] = {}
+            for key, tensor in tensors.items():
+                if key.startswith(prefix(name)):
+                    of_members[name][key.removeprefix(prefix(name))] = tensor
+                    own.pop(key, None)
         n = len(own.get("mean", ()))
         if members and n != len(members):
             raise DataError(
-                f"a {self.name} holds {', '.join(self.tensors)} of {', '.join(members)}. The file has {n}."
+                f"a {self.name} holds {', '.join(self.tensors)} of {', '.join(members)}. "
+                f"The file has {n}."
             )
         for name, member in members.items():
-            member.take(
-                {key.removeprefix(prefix(name)): tensors[key] for key in groups[name]}, space
-            )
+            member.take(of_members[name], space)
         super().take(own, space)
         self.members_ = members
 
@@ -214,25 +227,30 @@ class Stacking(WithSecondModel):
 
 
 def prefix(member: str) -> str:
-    """What the names of a member's tensors begin with."""
+    """The beginning of the names of a member's tensors."""
     return f"members.{member}."
 
 
 def member_tensors(members: dict[str, FailurePredictor]) -> dict[str, Tensor]:
-    """What all members have learned."""
-    return {
-        prefix(name) + key: tensor
-        for name, member in members.items()
-        for key, tensor in member.state().items()
-    }
+    """The tensors that all members have learned."""
+    tensors = {}
+    for name, member in members.items():
+        for key, tensor in member.state().items():
+            tensors[prefix(name) + key] = tensor
+    return tensors
 
 
 def member_scores(members: dict[str, FailurePredictor], batch: Batch) -> Tensor:
-    """(B, M) float64 on the CPU, where the devices of all members meet: scores, or log-odds of probabilities."""
+    """(B, M) float64 scores, or log-odds where a member estimates a probability.
+
+    They are on the CPU, where the devices of all members meet.
+    """
     columns = []
     for member in members.values():
-        score = member.score_batch(batch).cpu().double()
-        columns.append(torch.logit(score, eps=CERTAIN) if member.is_probability else score)
+        column = member.score_batch(batch).cpu().double()
+        if member.is_probability:
+            column = torch.logit(column, eps=CERTAIN)
+        columns.append(column)
     return torch.stack(columns, dim=1)
 
 

@@ -31,7 +31,9 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 
 @dataclass
 class MCMTS(FailurePredictor):
-    """MCM with one fitted temperature: u = 1 - max_j softmax_j(m l), m = exp(v) > 0 a number learned from labels.
+    """MCM with one fitted temperature: u = 1 - max_j softmax_j(m l).
+
+    m = exp(v) > 0 is a number learned from labels.
 
     m multiplies the VLM's own logit scale (1 / m is the temperature of Guo et al.), within a factor
     of 100 either way. With K > 2 it changes the order of the rows, not only their calibration.
@@ -53,9 +55,8 @@ class MCMTS(FailurePredictor):
 
     Examples:
         >>> import numpy as np, vilu
-        >>> data = vilu.Embeddings(
-        ...     np.eye(2)[[0] * 40], np.eye(2), [0, 0, 0, 1] * 10
-        ... )  # three of four are right
+        >>> # three of four answers are right
+        >>> data = vilu.Embeddings(np.eye(2)[[0] * 40], np.eye(2), [0, 0, 0, 1] * 10)
         >>> vilu.PREDICTORS["mcm_ts"]().fit(data).predict_uncertainty(data)[:2].round(2)
         array([0.25, 0.25])
     """
@@ -77,11 +78,16 @@ class MCMTS(FailurePredictor):
         """Of the likelihood the class, of the calibration error the failure."""
         return "class" if self.objective == "nll" else "failure"
 
-    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
-        is_fitted = identify(failure, f"temperature, so {self.name} scores as mcm")
-        log_multiplier = (
-            OBJECTIVES[self.objective](train, len(failure), self.device_) if is_fitted else 0.0
-        )
+    def _learn(
+        self,
+        train: Rows,
+        failure: Tensor,
+        validation: EmbeddingSource | None,  # noqa: ARG002
+    ) -> Learnt:
+        log_multiplier = 0.0
+        if identify(failure, f"temperature, so {self.name} scores as mcm"):
+            best = OBJECTIVES[self.objective]
+            log_multiplier = best(train, len(failure), self.device_)
         tensors = {"log_multiplier": torch.tensor(log_multiplier, dtype=torch.float64)}
         return Learnt(tensors, {"multiplier": math.exp(log_multiplier)})
 
@@ -92,13 +98,14 @@ class MCMTS(FailurePredictor):
 
 
 def identify(failure: Tensor, what: str) -> bool:
-    """Whether there are failures, which a temperature is fitted to; said aloud where there are none."""
-    if not failure.any():
+    """Whether there are failures to fit a temperature to; a warning where there are none."""
+    has_failures = bool(failure.any())
+    if not has_failures:
         warnings.warn(
             f"only 0 failures among {len(failure)} training rows: they identify no {what}.",
             stacklevel=8,
         )
-    return bool(failure.any())
+    return has_failures
 
 
 def uncertainty(batch: Batch, log_multiplier: float) -> Tensor:
@@ -108,13 +115,12 @@ def uncertainty(batch: Batch, log_multiplier: float) -> Tensor:
 
 def best_likelihood(train: Rows, n: int, device: torch.device) -> float:
     """The log m of the least mean negative log-likelihood of ``n`` labelled rows."""
-    return most_likely(
-        lambda batch, at: likelihood_terms(batch.to(device), at[0]),
-        train,
-        n,
-        [0.0],
-        (-LIMIT, LIMIT),
-    )[0]
+
+    def terms(batch: Batch, point: list[float]) -> Tensor:
+        return likelihood_terms(batch.to(device), point[0])
+
+    (log_multiplier,) = most_likely(terms, train, n, [0.0], (-LIMIT, LIMIT))
+    return log_multiplier
 
 
 def most_likely(
@@ -124,19 +130,21 @@ def most_likely(
     start: list[float],
     limits: tuple[float, float],
 ) -> list[float]:
-    """The least mean negative log-likelihood of ``n`` labelled rows, by bounded LBFGS; a batch's terms are sums."""
+    """The point of least mean negative log-likelihood of ``n`` labelled rows, by bounded LBFGS.
+
+    ``terms`` gives the sums over a batch of the loss and of its slopes at a point.
+    """
     from scipy.optimize import minimize
 
     def objective(point: NDArray[np.float64]) -> tuple[float, list[float]]:
-        found = [terms(batch, point.tolist()) for batch in train.batches(SCORING_BATCH)]
-        value, *slopes = (torch.stack(found).sum(dim=0) / n).tolist()
+        sums = [terms(batch, point.tolist()) for batch in train.batches(SCORING_BATCH)]
+        value, *slopes = (torch.stack(sums).sum(dim=0) / n).tolist()
         return value, slopes
 
-    bounds, precision = [limits] * len(start), {"ftol": 1e-15, "gtol": 1e-8}
-    best = minimize(
-        objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options=precision
-    ).x
-    return list(map(float, best))
+    bounds = [limits] * len(start)
+    precision = {"ftol": 1e-15, "gtol": 1e-8}
+    best = minimize(objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options=precision)
+    return list(map(float, best.x))
 
 
 def likelihood_terms(batch: Batch, log_multiplier: float) -> Tensor:
@@ -150,7 +158,9 @@ def likelihood_terms(batch: Batch, log_multiplier: float) -> Tensor:
 
 
 def pooled_terms(batch: Batch, logits: Tensor, factors: Sequence[float]) -> Tensor:
-    """(1 + M,) sums over a batch of -log p_target and of its derivatives in the M ``factors``, on the CPU.
+    """(1 + M,) sums over a batch of -log p_target and of its M derivatives, on the CPU.
+
+    The derivatives are those in the ``factors``.
 
     p is the softmax of the logits (B, K, M), weighed by the factors and added up; p_target is the
     mass of the right candidates (one, as a rule). The derivative in one factor is the mean of its
@@ -165,22 +175,29 @@ def pooled_terms(batch: Batch, logits: Tensor, factors: Sequence[float]) -> Tens
 
 def best_calibration(train: Rows, n: int, device: torch.device) -> float:
     """The log m of the least calibration error of ``n`` labelled rows."""
+
+    def error_at(log_multiplier: float) -> float:
+        (error,) = calibration_errors(train, n, device, [log_multiplier])
+        return error
+
     grid = torch.linspace(-LIMIT, LIMIT, GRID, dtype=torch.float64).tolist()
     errors = calibration_errors(train, n, device, grid)
     best = min(range(GRID), key=errors.__getitem__)
-    low, high = grid[max(best - 1, 0)], grid[min(best + 1, GRID - 1)]
-    found, error = golden_section(
-        lambda point: calibration_errors(train, n, device, [point])[0], low, high
-    )
-    return found if error < errors[best] else grid[best]
+    low = grid[max(best - 1, 0)]
+    high = grid[min(best + 1, GRID - 1)]
+    refined, refined_error = golden_section(error_at, low, high)
+    if refined_error < errors[best]:
+        return refined
+    return float(grid[best])
 
 
 def calibration_errors(
     train: Rows, n: int, device: torch.device, log_multipliers: list[float]
 ) -> list[float]:
-    """Expected calibration error at each multiplier, in one pass: sum over the bins of |failures - sum of u| / n.
+    """Expected calibration error at each multiplier, in one pass.
 
-    A bin of max_j p_j is one of u = 1 - max_j p_j, closed on the right as in ``vilu.metrics.ece``.
+    It is the sum over the bins of |failures - sum of u| / n. A bin of max_j p_j is one of u = 1 -
+    max_j p_j, closed on the right as in ``vilu.metrics.ece``.
     """
     edges = torch.arange(1, BINS, dtype=torch.float64) / BINS
     gaps = torch.zeros(len(log_multipliers), BINS, dtype=torch.float64)
@@ -198,17 +215,22 @@ def golden_section(
     function: Callable[[float], float], low: float, high: float
 ) -> tuple[float, float]:
     """The best point that a golden-section search of [low, high] meets, and its value."""
-    left, right = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
-    seen = {left: function(left), right: function(right)}
+    left = high - GOLDEN * (high - low)
+    right = low + GOLDEN * (high - low)
+    values = {left: function(left), right: function(right)}
     while high - low > TOLERANCE:
-        if seen[left] <= seen[right]:
-            high, right, left = right, left, right - GOLDEN * (right - low)
-            seen[left] = function(left)
-        else:
-            low, left, right = left, right, left + GOLDEN * (high - left)
-            seen[right] = function(right)
-    best = min(seen, key=seen.__getitem__)
-    return best, seen[best]
+        if values[left] <= values[right]:  # the minimum is in [low, right]
+            high = right
+            right = left
+            left = high - GOLDEN * (high - low)
+            values[left] = function(left)
+        else:  # it is in [left, high]
+            low = left
+            left = right
+            right = low + GOLDEN * (high - low)
+            values[right] = function(right)
+    best = min(values, key=values.__getitem__)
+    return best, values[best]
 
 
 OBJECTIVES: dict[str, Callable[[Rows, int, torch.device], float]] = {
@@ -219,16 +241,13 @@ OBJECTIVES: dict[str, Callable[[Rows, int, torch.device], float]] = {
 
 
 class WithSecondModel(FailurePredictor):
-    """A method that may need what a second model says: it remembers which, and refuses another."""
+    """A method that may need a second model: it remembers which, and refuses another."""
 
     def second_notes(self, source: EmbeddingSource) -> dict[str, Any]:
-        """What is remembered of the second model of the training rows, if a score needs one."""
-        needed = source.second is not None and SECOND & set(self.columns_to_score)
-        return (
-            {"second": dataclasses.asdict(source.second.space)}
-            if needed and source.second is not None
-            else {}
-        )
+        """The notes on the second model of the training rows, if a score needs one."""
+        if source.second is None or SECOND.isdisjoint(self.columns_to_score):
+            return {}
+        return {"second": dataclasses.asdict(source.second.space)}
 
     @property
     def second_space_(self) -> EmbeddingSpace | None:
@@ -242,18 +261,20 @@ class WithSecondModel(FailurePredictor):
 
     def _check_ready(self, data: EmbeddingSource) -> None:
         super()._check_ready(data)
-        known = self.second_space_
-        if known is not None and data.second is not None:
-            names = {
-                "mine": f"the second model of the fitted {self.name}",
-                "theirs": "the second model of the data",
-            }
-            known.require_match(data.second.space, **names)
+        space = self.second_space_
+        if space is not None and data.second is not None:
+            space.require_match(
+                data.second.space,
+                mine=f"the second model of the fitted {self.name}",
+                theirs="the second model of the data",
+            )
 
 
 @dataclass
 class Duo(WithSecondModel):
-    """Asymmetric duo: u = 1 - softmax(T_L l + T_S s)_c, l the logits of the VLM, s those of a second model.
+    """Asymmetric duo: u = 1 - softmax(T_L l + T_S s)_c.
+
+    l are the logits of the VLM, s those of a second model.
 
     c is the answer of the VLM alone, the larger model as a rule, so the failures to be predicted
     stay the same. T_L and T_S in [0, 100] multiply the two models' own logit scales. They minimise
@@ -276,10 +297,8 @@ class Duo(WithSecondModel):
     Examples:
         >>> import numpy as np, vilu
         >>> label = np.array([0, 0, 0, 1] * 10)
-        >>> second = {
-        ...     "second_image": np.eye(2)[label],
-        ...     "second_text": np.eye(2),
-        ... }  # this model is always right
+        >>> # the second model is always right
+        >>> second = {"second_image": np.eye(2)[label], "second_text": np.eye(2)}
         >>> data = vilu.Embeddings(np.eye(2)[[0] * 40], np.eye(2), label, columns=second)
         >>> vilu.PREDICTORS["duo"]().fit(data).predict_uncertainty(data)[:4].round(2)
         array([0., 0., 0., 1.])
@@ -299,23 +318,24 @@ class Duo(WithSecondModel):
 
     device: str = "auto"
 
-    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
-        is_fitted = identify(
-            failure, f"temperatures, so {self.name} takes the mean of the two models' logits"
-        )
-        multipliers = (
-            best_multipliers(train, len(failure), self.device_) if is_fitted else [0.5, 0.5]
-        )
+    def _learn(
+        self,
+        train: Rows,
+        failure: Tensor,
+        validation: EmbeddingSource | None,  # noqa: ARG002
+    ) -> Learnt:
+        without_fit = f"temperatures, so {self.name} takes the mean of the two models' logits"
+        multipliers = [0.5, 0.5]
+        if identify(failure, without_fit):
+            multipliers = best_multipliers(train, len(failure), self.device_)
+        large, small = multipliers
         tensors = {"multipliers": torch.tensor(multipliers, dtype=torch.float64)}
-        return Learnt(
-            tensors,
-            {"large": multipliers[0], "small": multipliers[1], **self.second_notes(train.source)},
-        )
+        notes = {"large": large, "small": small, **self.second_notes(train.source)}
+        return Learnt(tensors, notes)
 
     def _score(self, batch: Batch) -> Tensor:
-        both = torch.einsum(
-            "bkm,m->bk", two_logits(batch), self.tensor("multipliers", batch.image.device)
-        )
+        multipliers = self.tensor("multipliers", batch.image.device)
+        both = torch.einsum("bkm,m->bk", two_logits(batch), multipliers)
         return failure_log_odds(both, batch).sigmoid()
 
 
@@ -328,13 +348,11 @@ def two_logits(batch: Batch) -> Tensor:
 
 def best_multipliers(train: Rows, n: int, device: torch.device) -> list[float]:
     """T_L and T_S of the least mean negative log-likelihood of ``n`` labelled rows."""
-    return most_likely(
-        lambda batch, at: duo_terms(batch.to(device), at),
-        train,
-        n,
-        [0.5, 0.5],
-        (0.0, math.exp(LIMIT)),
-    )
+
+    def terms(batch: Batch, point: list[float]) -> Tensor:
+        return duo_terms(batch.to(device), point)
+
+    return most_likely(terms, train, n, [0.5, 0.5], (0.0, math.exp(LIMIT)))
 
 
 def duo_terms(batch: Batch, multipliers: Sequence[float]) -> Tensor:

@@ -94,8 +94,10 @@ class Doctor(FailurePredictor):
     graph = own_graph
 
     def _score(self, batch: Batch) -> Tensor:
-        odds, share = batch.others.odds, batch.others.gap.exp()
-        squares = share.square() * float64(batch.others.weight.square().sum(dim=1))
+        rivals = batch.others
+        odds = rivals.odds
+        share = rivals.gap.exp()
+        squares = share.square() * float64(rivals.weight.square().sum(dim=1))
         return (odds * (2 + odds) - squares) / (1 + squares)
 
 
@@ -107,9 +109,8 @@ class MaxLogit(FailurePredictor):
 
     Examples:
         >>> import numpy as np, vilu
-        >>> data = vilu.Embeddings(
-        ...     [[1.0, 0.0], [0.6, 0.8]], np.eye(2), logit_scale=10.0
-        ... )  # logits 10, 0 and 6, 8
+        >>> image = [[1.0, 0.0], [0.6, 0.8]]  # the logits are 10, 0 and 6, 8
+        >>> data = vilu.Embeddings(image, np.eye(2), logit_scale=10.0)
         >>> vilu.MaxLogit().predict_uncertainty(data).round(2)
         array([-10.,  -8.])
     """
@@ -135,9 +136,8 @@ class Margin(FailurePredictor):
 
     Examples:
         >>> import numpy as np, vilu
-        >>> data = vilu.Embeddings(
-        ...     [[1.0, 0.0], [0.6, 0.8]], np.eye(2), logit_scale=10.0
-        ... )  # logits 10, 0 and 6, 8
+        >>> image = [[1.0, 0.0], [0.6, 0.8]]  # the logits are 10, 0 and 6, 8
+        >>> data = vilu.Embeddings(image, np.eye(2), logit_scale=10.0)
         >>> vilu.Margin().predict_uncertainty(data).round(2)
         array([-10.,  -2.])
     """
@@ -166,9 +166,8 @@ class ProbMargin(FailurePredictor):
     Examples:
         >>> import numpy as np, vilu
         >>> data = vilu.Embeddings(np.eye(4)[[0, 3]], np.eye(4)[:3], logit_scale=np.log(2))
-        >>> vilu.PREDICTORS["prob_margin"]().predict_uncertainty(data).round(
-        ...     2
-        ... )  # of p = 1/2, 1/4, 1/4, and of thirds
+        >>> method = vilu.PREDICTORS["prob_margin"]()
+        >>> method.predict_uncertainty(data).round(2)  # of p = 1/2, 1/4, 1/4, and of thirds
         array([0.75, 1.  ])
     """
 
@@ -180,14 +179,16 @@ class ProbMargin(FailurePredictor):
     graph = own_graph
 
     def _score(self, batch: Batch) -> Tensor:
-        others = batch.others
-        second = others.gap.exp() * float64(others.weight.amax(dim=1))
-        return (second + others.odds) / (1 + others.odds)
+        rivals = batch.others
+        second = rivals.gap.exp() * float64(rivals.weight.amax(dim=1))
+        return (second + rivals.odds) / (1 + rivals.odds)
 
 
 @dataclass
 class Energy(FailurePredictor):
-    """Free energy of the logits: u = -T log sum_j exp(l_j / T), between -max_j l_j - T log K and -max_j l_j.
+    """Free energy of the logits: u = -T log sum_j exp(l_j / T).
+
+    It lies between -max_j l_j - T log K and -max_j l_j.
 
     Args:
         temperature: T, beside the VLM's own logit scale; towards zero the score becomes
@@ -197,9 +198,8 @@ class Energy(FailurePredictor):
 
     Examples:
         >>> import numpy as np, vilu
-        >>> data = vilu.Embeddings(
-        ...     [[1.0, 0.0], [0.6, 0.8]], np.eye(2), logit_scale=10.0
-        ... )  # logits 10, 0 and 6, 8
+        >>> image = [[1.0, 0.0], [0.6, 0.8]]  # the logits are 10, 0 and 6, 8
+        >>> data = vilu.Embeddings(image, np.eye(2), logit_scale=10.0)
         >>> vilu.PREDICTORS["energy"]().predict_uncertainty(data).round(2)
         array([-10.  ,  -8.13])
     """
@@ -214,8 +214,8 @@ class Energy(FailurePredictor):
     graph = own_graph
 
     def _score(self, batch: Batch) -> Tensor:
-        others = Others.of(batch.logits, temperature=self.temperature)
-        return -(float64(others.own) + self.temperature * torch.log1p(others.odds))
+        rivals = Others.of(batch.logits, temperature=self.temperature)
+        return -(float64(rivals.own) + self.temperature * torch.log1p(rivals.odds))
 
 
 @dataclass
@@ -234,9 +234,8 @@ class GEN(FailurePredictor):
     Examples:
         >>> import numpy as np, vilu
         >>> data = vilu.Embeddings(np.eye(4)[[0, 3]], np.eye(4)[:3], logit_scale=np.log(2))
-        >>> vilu.PREDICTORS["gen"](gamma=0.5).predict_uncertainty(data).round(
-        ...     2
-        ... )  # of p = 1/2, 1/4, 1/4, and of thirds
+        >>> method = vilu.PREDICTORS["gen"](gamma=0.5)
+        >>> method.predict_uncertainty(data).round(2)  # of p = 1/2, 1/4, 1/4, and of thirds
         array([1.37, 1.41])
     """
 
@@ -251,26 +250,29 @@ class GEN(FailurePredictor):
     largest: Annotated[int, Field(ge=1)] = 100
 
     def _score(self, batch: Batch) -> Tensor:
-        log_p = log_posterior(batch)
-        log_p = log_p.topk(min(self.largest, log_p.shape[-1]), dim=-1).values
-        return (self.gamma * (log_p + torch.log(-torch.expm1(log_p)))).exp().sum(dim=-1)
+        all_log_p = log_posterior(batch)
+        n_largest = min(self.largest, all_log_p.shape[-1])
+        log_p = all_log_p.topk(n_largest, dim=-1).values
+        log_rest = torch.log(-torch.expm1(log_p))  # log(1 - p)
+        return (self.gamma * (log_p + log_rest)).exp().sum(dim=-1)
 
 
 @dataclass
 class KLUniform(FailurePredictor):
-    """Negative divergence from the uniform distribution: u = -KL(uniform || p) = log K + mean_j log p_j, at most 0.
+    """Negative divergence from the uniform distribution.
 
-    This is the direction that is news: KL(p || uniform) = log K - H(p) orders rows as ``entropy``
-    does. Every candidate counts alike here, so what decides is how far the unlikely ones lie below
+    u = -KL(uniform || p) = log K + mean_j log p_j, at most 0.
+
+    The other direction is nothing new: KL(p || uniform) = log K - H(p) orders rows as ``entropy``
+    does. Every candidate counts alike here, so the unlikely ones decide, by how far they lie below
     the answer.
 
     Source: the confidence loss of Lee et al., ICLR 2018, as a score.
 
     Examples:
         >>> import numpy as np, vilu
-        >>> data = vilu.Embeddings(
-        ...     np.eye(3)[:1], np.eye(3), logit_scale=np.log(2)
-        ... )  # p = 1/2, 1/4, 1/4
+        >>> # p = 1/2, 1/4, 1/4
+        >>> data = vilu.Embeddings(np.eye(3)[:1], np.eye(3), logit_scale=np.log(2))
         >>> vilu.PREDICTORS["kl_uniform"]().predict_uncertainty(data).round(3)
         array([-0.057])
     """
@@ -289,14 +291,15 @@ class KLUniform(FailurePredictor):
 
 
 def entropy(batch: Batch) -> Tensor:
-    """(B,) float64 in nats: log Z + sum_j e_j (l - l_j) / Z with Z = 1 + sum_j e_j; no part is negative.
+    """(B,) float64 entropy in nats: log Z + sum_j e_j (l - l_j) / Z with Z = 1 + sum_j e_j.
 
-    l is the largest logit, e_j = exp(l_j - l), and sums are over all but the answer.
+    l is the largest logit, e_j = exp(l_j - l), and sums are over all but the answer. No part is
+    negative, so nothing cancels.
     """
-    others = batch.others
-    odds = others.odds
-    below = (others.logits - others.reference).mul_(others.weight).sum(dim=1)
-    spread = others.gap.exp() * float64(below) + others.gap * odds
+    rivals = batch.others
+    odds = rivals.odds
+    below = (rivals.logits - rivals.reference).mul_(rivals.weight).sum(dim=1)
+    spread = rivals.gap.exp() * float64(below) + rivals.gap * odds
     return torch.log1p(odds) - spread / (1 + odds)
 
 

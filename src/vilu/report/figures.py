@@ -23,30 +23,18 @@ if TYPE_CHECKING:
 
 
 def score_histograms(outcomes: Mapping[str, Outcomes]) -> Figure:
-    """Uncertainty of correct and of wrong answers, a panel each (as Fig. 9 and 10 of the ViLU supplement).
+    """Uncertainty of correct and of wrong answers, a panel for each method.
 
-    Shares of the correct and of the wrong ones, so that the rarer kind is seen.
+    As Fig. 9 and 10 of the ViLU supplement. Bars are shares of the correct and of the wrong
+    answers, so that the rarer kind is seen.
     """
     with house_style():
         figure, panels = _panels(len(outcomes), 3, 4.0, 2.6)
-        for axes, (title, one) in zip(panels, outcomes.items(), strict=True):
-            uncertainty, failure = known(one)
+        for axes, (title, of_method) in zip(panels, outcomes.items(), strict=True):
+            uncertainty, failure = known(of_method)
             edges = np.histogram_bin_edges(uncertainty, bins=30).tolist()
-            for kind, label, colour, hatch in (
-                (0, "correct", CORRECT, None),
-                (1, "wrong", WRONG, "///"),
-            ):
-                shown = uncertainty[failure == kind]
-                share = np.full(len(shown), 100 / max(len(shown), 1))
-                axes.hist(
-                    shown,
-                    edges,
-                    weights=share,
-                    alpha=0.65,
-                    label=f"answer {label}",
-                    color=colour,
-                    hatch=hatch,
-                )
+            _share_bars(axes, uncertainty[failure == 0], edges, "answer correct", CORRECT, None)
+            _share_bars(axes, uncertainty[failure == 1], edges, "answer wrong", WRONG, "///")
             head = f"{title}: AUROC {auroc(uncertainty, failure):.1%}"
             axes.set(title=head, xlabel="uncertainty", ylabel="% of its kind")
         if panels:
@@ -54,8 +42,19 @@ def score_histograms(outcomes: Mapping[str, Outcomes]) -> Figure:
     return figure
 
 
+def _share_bars(
+    axes: Axes, values: Floats, edges: list[float], label: str, colour: str, hatch: str | None
+) -> None:
+    """A histogram in percent of the values."""
+    percent = np.full(len(values), 100 / max(len(values), 1))
+    axes.hist(values, edges, weights=percent, alpha=0.65, label=label, color=colour, hatch=hatch)
+
+
 def roc_curves(outcomes: Sequence[Outcomes]) -> Figure:
-    """Share of correct answers kept against share of wrong ones kept, at every threshold (positive = correct)."""
+    """Share of correct answers accepted against share of wrong answers accepted.
+
+    A curve has a point for every threshold; positive = correct.
+    """
     figure, axes = _line_per_method(outcomes, roc_curve_points, "FPR95 {:.1%}", fpr_at_tpr)
     axes.axhline(0.95, color="#bbbbbb", linewidth=0.8)
     axes.set(
@@ -84,14 +83,20 @@ def _line_per_method(
     note: str,
     number: Callable[[Floats, Ints], float],
 ) -> tuple[Figure, Axes]:
-    """``note`` shows a number in the legend; solid for ViLU, dashed for others: readable without colour."""
+    """A curve for each method; ``note`` shows a number in the legend.
+
+    Lines are solid for ViLU and dashed for all else, so they can be read without colour.
+    """
     figure = new_figure(5.5, 5)
     axes = figure.add_subplot()
-    for one, colour in zip(outcomes, itertools.cycle(COLOURS), strict=False):
-        pair = known(one)
-        style = "-" if (one.method or "").startswith("vilu") else "--"
-        label = f"{one.method}  ({note.format(number(*pair))})"
-        axes.plot(*curve(*pair), color=colour, linestyle=style, label=label)
+    for of_method, colour in zip(outcomes, itertools.cycle(COLOURS), strict=False):
+        uncertainty, failure = known(of_method)
+        name = of_method.method or ""
+        style = "-" if name.startswith("vilu") else "--"
+        value = number(uncertainty, failure)
+        label = f"{of_method.method}  ({note.format(value)})"
+        x, y = curve(uncertainty, failure)
+        axes.plot(x, y, color=colour, linestyle=style, label=label)
     return figure, axes
 
 
@@ -102,7 +107,10 @@ def known(outcomes: Outcomes) -> tuple[Floats, Ints]:
 
 
 def probability(outcomes: Outcomes) -> Floats | None:
-    """(N,) failure probabilities: the calibrated ones, or else an uncertainty that is one; None without."""
+    """(N,) failure probabilities: the calibrated ones, or an uncertainty that is a probability.
+
+    None where there are neither.
+    """
     if outcomes.failure_probability is not None:
         return outcomes.failure_probability
     return outcomes.uncertainty if outcomes.is_probability else None
@@ -110,11 +118,11 @@ def probability(outcomes: Outcomes) -> Floats | None:
 
 @dataclass(frozen=True)
 class Photo:
-    """A picture of the contact sheet: what the model said, what is true (None if unknown), and its uncertainty."""
+    """A picture of the contact sheet with its answer."""
 
     image: Image.Image
-    prediction: str
-    truth: str | None
+    prediction: str  # the model's answer
+    truth: str | None  # the right answer; None where it is not known
     uncertainty: float
 
 
@@ -123,9 +131,8 @@ def contact_sheet(trusted: Sequence[Photo], doubted: Sequence[Photo]) -> Figure:
     columns = max(len(trusted), len(doubted), 1)
     figure = new_figure(1.7 * columns, 5.2)
     panels = figure.subfigures(2, 1, squeeze=False)[:, 0]
-    for panel, title, photos in zip(
-        panels, ("Most trusted", "Least trusted"), (trusted, doubted), strict=True
-    ):
+    sections = {"Most trusted": trusted, "Least trusted": doubted}
+    for panel, (title, photos) in zip(panels, sections.items(), strict=True):
         panel.suptitle(title, fontsize=11, x=0.01, ha="left")
         for number, photo in enumerate(photos):
             draw_photo(panel.add_subplot(1, columns, number + 1), photo)
@@ -134,23 +141,27 @@ def contact_sheet(trusted: Sequence[Photo], doubted: Sequence[Photo]) -> Figure:
 
 def draw_photo(axes: Axes, photo: Photo) -> None:
     """One picture with its caption, framed by whether the answer is right."""
-    wrong = photo.truth is not None and photo.truth != photo.prediction
-    verdict = "" if photo.truth is None else f"\nwrong: {photo.truth}" if wrong else "\ncorrect"
+    verdict = ""
+    colour = CORRECT
+    linewidth = 1
+    if photo.truth == photo.prediction:
+        verdict = "\ncorrect"
+    elif photo.truth is not None:
+        verdict = f"\nwrong: {photo.truth}"
+        colour = WRONG
+        linewidth = 3
     words = textwrap.shorten(photo.prediction, 24, placeholder="…")
     axes.imshow(photo.image)
-    axes.set_title(
-        f"“{words}”{verdict}\nu = {photo.uncertainty:.3f}",
-        fontsize=8,
-        color=WRONG if wrong else CORRECT,
-    )
+    caption = f"“{words}”{verdict}\nu = {photo.uncertainty:.3f}"
+    axes.set_title(caption, fontsize=8, color=colour)
     axes.set(xticks=[], yticks=[])
     for spine in axes.spines.values():
-        spine.set(edgecolor=WRONG if wrong else CORRECT, linewidth=3 if wrong else 1)
+        spine.set(edgecolor=colour, linewidth=linewidth)
 
 
 @dataclass(frozen=True)
 class Series:
-    """Values along an axis as fractions, the ends of their intervals, and (x, y) that were published."""
+    """Values along an axis as fractions, the ends of their intervals, and published (x, y)."""
 
     label: str
     x: Sequence[float]
@@ -162,7 +173,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes: a title above, what the vertical axis says, and what is drawn."""
+    """One pair of axes with a title, a label of the vertical axis, and the series in it."""
 
     title: str
     y_label: str
@@ -176,21 +187,23 @@ def curves(
     log: bool,
     names: Mapping[str, str] = MappingProxyType({}),
 ) -> Figure:
-    """A line for every series, intervals as bars; one legend for all panels; ``names`` of places instead of numbers."""
+    """A line for every series, with intervals as bars, and one legend for all panels.
+
+    ``names`` are shown at places of the horizontal axis instead of their numbers.
+    """
 
     def draw(axis: Axes, panel: Panel, styles: Mapping[str, dict[str, Any]]) -> None:
+        ticks: set[float] = set()
         for line in panel.lines:
             _bars(axis, line, styles[line.label])
             if line.published:
                 _published(axis, line, styles[line.label])
-        ticks = sorted({x for line in panel.lines for x in line.x})
+            ticks.update(line.x)
         if log:
             axis.set_xscale("log")
-        axis.set_xticks(
-            ticks,
-            [names.get(f"{tick:g}", f"{tick:g}") for tick in ticks],
-            rotation=45 if len(ticks) > 6 else 0,
-        )
+        numbers = [f"{tick:g}" for tick in sorted(ticks)]
+        labels = [names.get(number, number) for number in numbers]
+        axis.set_xticks(sorted(ticks), labels, rotation=45 if len(ticks) > 6 else 0)
         axis.minorticks_off()
 
     return _curve_panels(panels, x_label, draw)
@@ -204,14 +217,10 @@ def scatter(panels: Sequence[Panel], x_label: str) -> Figure:
             style = styles[line.label]
             _bars(axis, line, {**style, "linestyle": "none"})
             if len(set(line.x)) > 1:
-                ends = np.array([min(line.x), max(line.x)])
+                x = np.array([min(line.x), max(line.x)])
                 slope, offset = np.polyfit(line.x, line.y, 1)
-                axis.plot(
-                    100 * ends,
-                    100 * (slope * ends + offset),
-                    color=style["color"],
-                    ls=style["linestyle"],
-                )
+                y = slope * x + offset
+                axis.plot(100 * x, 100 * y, color=style["color"], ls=style["linestyle"])
 
     return _curve_panels(panels, x_label, draw)
 
@@ -231,13 +240,8 @@ def _curve_panels(
     draw: Callable[[Axes, Panel, Mapping[str, dict[str, Any]]], None],
 ) -> Figure:
     """Panels that ``draw`` fills, with one look for a label in all of them, and one legend."""
-    styles = dict(
-        zip(
-            dict.fromkeys(line.label for panel in panels for line in panel.lines),
-            looks(),
-            strict=False,
-        )
-    )
+    labels = dict.fromkeys(line.label for panel in panels for line in panel.lines)
+    styles = dict(zip(labels, looks(), strict=False))
     handles: dict[str, Any] = {}
     with house_style():
         figure, axes = _panels(len(panels), min(2, len(panels)), 4.4, 3.0, below=0.5)
@@ -259,17 +263,18 @@ def _curve_panels(
 
 
 def _bars(axis: Axes, line: Series, style: dict[str, Any]) -> None:
+    """A series with its intervals, from left to right; points without a line have x in percent."""
     order = np.argsort(line.x, kind="stable")
-    x, y, low, high = (
-        np.asarray(values, dtype=np.float64)[order]
-        for values in (line.x, line.y, line.low, line.high)
-    )
-    scaled = x if style["linestyle"] != "none" else 100 * x
-    around = 100 * np.stack([np.maximum(y - low, 0), np.maximum(high - y, 0)])
+    x = _ordered(line.x, order)
+    y = _ordered(line.y, order)
+    below = np.maximum(y - _ordered(line.low, order), 0)
+    above = np.maximum(_ordered(line.high, order) - y, 0)
+    if style["linestyle"] == "none":
+        x = 100 * x
     axis.errorbar(
-        scaled,
+        x,
         100 * y,
-        around,
+        100 * np.stack([below, above]),
         label=line.label,
         linewidth=1.3,
         markersize=4.5,
@@ -279,7 +284,12 @@ def _bars(axis: Axes, line: Series, style: dict[str, Any]) -> None:
     )
 
 
+def _ordered(values: Sequence[float], order: Ints) -> Floats:
+    return np.asarray(values, dtype=np.float64)[order]
+
+
 def _published(axis: Axes, line: Series, style: dict[str, Any]) -> None:
+    """The published points of a series, hollow."""
     x, y = zip(*sorted(line.published), strict=True)
     look = {"color": style["color"], "marker": style["marker"], "linestyle": ":", "linewidth": 0.7}
     axis.plot(
@@ -294,7 +304,10 @@ def _published(axis: Axes, line: Series, style: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Grid:
-    """Fractions by number of row (from the top) and column; what is missing is left white, the chosen pair framed."""
+    """Fractions by number of row (from the top) and column.
+
+    A missing fraction is left white, the chosen pair is framed.
+    """
 
     title: str
     rows: Sequence[str]
@@ -308,25 +321,27 @@ def grids(panels: Sequence[Grid], row_label: str, column_label: str) -> Figure:
     with house_style():
         figure, axes = _panels(len(panels), min(2, len(panels)), 4.2, 2.6)
         for axis, panel in zip(axes, panels, strict=True):
-            field = np.full((len(panel.rows), len(panel.columns)), np.nan)
-            for place, value in panel.values.items():
-                field[place] = value
-            low, high = float(np.nanmin(field)), float(np.nanmax(field))
-            axis.imshow(
-                field,
-                cmap="Greys",
-                vmin=low - (high - low) / 4,
-                vmax=high + (high - low),
-                aspect="auto",
-            )
-            for (row, column), value in panel.values.items():
-                axis.text(column, row, f"{100 * value:.1f}", ha="center", va="center", fontsize=8)
-            if panel.chosen is not None:
-                y, x = panel.chosen
-                left, right, top, bottom = x - 0.48, x + 0.48, y - 0.48, y + 0.48
-                frame = [left, right, right, left, left], [top, top, bottom, bottom, top]
-                axis.plot(*frame, color=WRONG, linewidth=2)
-            axis.set_xticks(range(len(panel.columns)), panel.columns)
-            axis.set_yticks(range(len(panel.rows)), panel.rows)
+            _draw_grid(axis, panel)
             axis.set(title=panel.title, xlabel=column_label, ylabel=row_label)
     return figure
+
+
+def _draw_grid(axis: Axes, panel: Grid) -> None:
+    """The fields of a grid with their numbers, and the frame around the chosen field."""
+    field = np.full((len(panel.rows), len(panel.columns)), np.nan)
+    for place, value in panel.values.items():
+        field[place] = value
+    low = float(np.nanmin(field))
+    high = float(np.nanmax(field))
+    spread = high - low
+    # wider than the values, so that no field is white or too dark for its number
+    axis.imshow(field, cmap="Greys", vmin=low - spread / 4, vmax=high + spread, aspect="auto")
+    for (row, column), value in panel.values.items():
+        axis.text(column, row, f"{100 * value:.1f}", ha="center", va="center", fontsize=8)
+    if panel.chosen is not None:
+        y, x = panel.chosen
+        across = [x - 0.48, x + 0.48, x + 0.48, x - 0.48, x - 0.48]
+        down = [y - 0.48, y - 0.48, y + 0.48, y + 0.48, y - 0.48]
+        axis.plot(across, down, color=WRONG, linewidth=2)
+    axis.set_xticks(range(len(panel.columns)), panel.columns)
+    axis.set_yticks(range(len(panel.rows)), panel.rows)

@@ -18,15 +18,25 @@ from vilu.extras import import_extra
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Figure  # noqa: PLC0414 - others take it from here
 
-CORRECT, WRONG = "#0072B2", "#D55E00"
-"""Of answers, wherever the two stand beside each other."""
+CORRECT = "#0072B2"
+"""The colour of correct answers beside wrong ones."""
+WRONG = "#D55E00"
+"""The colour of wrong answers beside correct ones."""
 
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D55E00", "#999999")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (5, 5)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DPI = 150
-DARK = "@media (prefers-color-scheme: dark) { svg { filter: invert(.9) hue-rotate(180deg) brightness(1.2) } }"
-"""The rule by which an SVG is dark where the page around it is: light and dark change places, hues stay."""
+DARK = (
+    "@media (prefers-color-scheme: dark) "
+    "{ svg { filter: invert(.9) hue-rotate(180deg) brightness(1.2) } }"
+)
+"""The rule by which an SVG is dark where the page around it is.
+
+Light and dark change places, hues stay.
+"""
+METADATA: dict[str, Any] = {".svg": {"Date": None}, ".png": {"Software": None}}
+"""Facts that matplotlib leaves out of a file, by its suffix, so that the bytes do not vary."""
 SETTINGS: Any = {
     "svg.hashsalt": "vilu",  # else identifiers in the file are random
     "font.size": 9,
@@ -51,13 +61,16 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def house_style() -> AbstractContextManager[None]:
-    """What every figure is drawn and saved under."""
+    """The settings under which every figure is drawn and saved."""
     style: AbstractContextManager[None] = import_extra("matplotlib", "report").rc_context(SETTINGS)
     return style
 
 
 def looks() -> Iterator[dict[str, Any]]:
-    """Colour, dashes and marker of one line after the other; they repeat after eight, the markers out of step."""
+    """Colour, dashes and marker of one line after the other.
+
+    They repeat after eight, the markers out of step.
+    """
     for number in itertools.count():
         shift = number // len(COLOURS)
         yield {
@@ -68,13 +81,18 @@ def looks() -> Iterator[dict[str, Any]]:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure atomically, as PNG, WebP or SVG by its suffix; the same figure gives the same bytes."""
-    drawn, metadata = io.BytesIO(), {".svg": {"Date": None}, ".png": {"Software": None}}
+    """Write a figure atomically, as PNG, WebP or SVG by its suffix.
+
+    The same figure gives the same bytes.
+    """
+    file = io.BytesIO()
+    kind = path.suffix.removeprefix(".")
     with house_style():
-        figure.savefig(
-            drawn, format=path.suffix.removeprefix("."), dpi=DPI, metadata=metadata.get(path.suffix)
-        )
-    write_bytes(path, adapting(drawn.getvalue()) if path.suffix == ".svg" else drawn.getvalue())
+        figure.savefig(file, format=kind, dpi=DPI, metadata=METADATA.get(path.suffix))
+    content = file.getvalue()
+    if path.suffix == ".svg":
+        content = adapting(content)
+    write_bytes(path, content)
 
 
 def adapting(svg: bytes) -> bytes:

@@ -17,7 +17,9 @@ __all__ = ["add_datasets", "add_tables"]
 
 
 def add_datasets(source: Path | str) -> list[KnownDataset]:
-    """Add the data sets of a TOML file, or of TOML text: a table for each, laid out as ``assets/datasets.toml``.
+    """Add the data sets of a TOML file, or of TOML text.
+
+    It has a table for each, laid out as in ``assets/datasets.toml``.
 
     Raises:
         UsageError: If it cannot be read, a key is missing, unknown or of another type, or a name is
@@ -33,19 +35,22 @@ def add_tables(tables: Mapping[str, dict[str, Any]]) -> list[KnownDataset]:
 
 
 def _entry(name: str, facts: dict[str, object]) -> KnownDataset:
+    """The data set of one table."""
     where = f"data set {name!r}"
     reader = make_reader(facts.pop("layout", None), where)
     entry = fill(KnownDataset, {"name": name, **facts, "reader": reader}, where)
     if entry.captioned != isinstance(reader, ShardReader):
         raise UsageError(
-            f"{where} must have n_classes where it has classes; tars have captions, and no n_classes."
+            f"{where} must have n_classes where it has classes; "
+            "tars have captions, and no n_classes."
         )
     return entry
 
 
 def paper_datasets() -> list[KnownDataset]:
-    """Those of the paper, in its order: ``assets/datasets.toml``."""
-    return [_entry(name, facts) for name, facts in toml_tables(asset("datasets.toml")).items()]
+    """The data sets of the paper, in its order: ``assets/datasets.toml``."""
+    tables = toml_tables(asset("datasets.toml"))
+    return [_entry(name, facts) for name, facts in tables.items()]
 
 
 for _dataset in paper_datasets():

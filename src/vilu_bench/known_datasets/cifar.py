@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +28,11 @@ MAX_BYTES: Final = 256 * 2**20  # larger pickles are refused; the largest of CIF
 
 
 MAX_TUPLES: Final = 64
-"""More that are no arguments of a call are refused: hashing one in the other, Python would run out of stack."""
+"""More tuples that are no arguments of a call are refused.
+
+An array and its labels need a handful. Tuples could be nested without end, and Python would run out
+of stack when it hashes one in the other.
+"""
 
 TUPLES: Final = frozenset({"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "FROZENSET"})
 MEMO: Final = frozenset({"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"})
@@ -44,22 +48,25 @@ class PickledArray:
 
     def as_bytes(self, width: int) -> NDArray[np.uint8]:
         """The array, (n, width) uint8 with n at least 1; ValueError where it is anything else."""
-        state = self.state[-4:] if isinstance(self.state, tuple) else None
-        match state:  # numpy's (version, shape, dtype, whether in Fortran order, raw bytes)
+        problem = ValueError(f"an array of shape (n, {width}) and type uint8 was expected")
+        if not isinstance(self.state, tuple):
+            raise problem
+        # numpy's state: (version, shape, dtype, whether in Fortran order, raw bytes)
+        match self.state[-4:]:
             case (
                 (int(n), int(columns)),
                 PickledType("u1" | "uint8" | "B"),
                 bool(fortran),
                 bytes() | str() as raw,
             ):
-                content = (
-                    raw.encode("latin-1") if isinstance(raw, str) else raw
-                )  # str: written by Python 2
-                if n > 0 and columns == width and len(content) == n * width:
-                    return np.frombuffer(content, dtype=np.uint8).reshape(
-                        (n, width), order="F" if fortran else "C"
-                    )
-        raise ValueError(f"an array of shape (n, {width}) and type uint8 was expected")
+                # Python 2 wrote bytes as text
+                content = raw.encode("latin-1") if isinstance(raw, str) else raw
+            case _:
+                raise problem
+        if n < 1 or (columns, len(content)) != (width, n * width):
+            raise problem
+        order: Literal["C", "F"] = "F" if fortran else "C"
+        return np.frombuffer(content, dtype=np.uint8).reshape((n, width), order=order)
 
 
 class PickledType:
@@ -101,50 +108,58 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _steps(content: bytes) -> Iterator[str]:
-    """Names of the opcodes, without the memo's; a slot far beyond the objects made so far would cost gigabytes."""
-    for made, (opcode, slot, _) in enumerate(pickletools.genops(content)):
+    """Names of the opcodes, without those that put an object into the memo.
+
+    ValueError for a slot of the memo far beyond the objects made so far: it would cost gigabytes.
+    """
+    for n_before, (opcode, slot, _) in enumerate(pickletools.genops(content)):
         if opcode.name not in MEMO:
             yield opcode.name
-        elif isinstance(slot, int) and slot > made:
-            raise ValueError(f"it keeps an object in slot {slot}, and at most {made} were made")
+        elif isinstance(slot, int) and slot > n_before:
+            raise ValueError(f"it keeps an object in slot {slot}, and at most {n_before} were made")
 
 
 def read_pickle(file: Path) -> dict[str, object]:
-    """The dictionary in a pickle of built-in types and ``PickledArray``; keys of bytes become text."""
+    """The dictionary in a pickle of built-in types and ``PickledArray``.
+
+    Keys of bytes become text.
+    """
     try:
-        if file.stat().st_size > MAX_BYTES:
-            raise DataError(f"{file} is too large: at most {MAX_BYTES} bytes of pickle are read.")
-        raw = file.read_bytes()
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "error"
-            )  # no array's pickle has escapes that Python has to guess at
-            kept = sum(
-                name in TUPLES and later != "REDUCE"
-                for name, later in itertools.pairwise(_steps(raw))
-            )
-            if (
-                kept > MAX_TUPLES
-            ):  # they could be nested without end; an array and its labels have a handful
-                raise ValueError(
-                    f"it holds {kept} tuples, and an array needs no more than {MAX_TUPLES}"
-                )
-            content = _Unpickler(io.BytesIO(raw), encoding="latin1").load()
-    except (
-        pickle.UnpicklingError,
-        *CORRUPT,
-    ) as error:  # refused names and opcodes out of place; what damage brings
+        content = _unpickled(file)
+    # an UnpicklingError is a refused name or an opcode out of place; damage brings the rest
+    except (pickle.UnpicklingError, *CORRUPT) as error:
         raise DataError(
             f"{file} was refused: {error}. Only pickled arrays are read; unpack the archive again."
         ) from error
     if not isinstance(content, dict):
         raise DataError(
-            f"{file} must hold a dictionary. Found {type(content).__name__}. Unpack the archive again."
+            f"{file} must hold a dictionary. Found {type(content).__name__}. "
+            "Unpack the archive again."
         )
-    return {
-        key.decode("latin-1") if isinstance(key, bytes) else str(key): value
-        for key, value in content.items()
-    }
+    return {_text(key): value for key, value in content.items()}
+
+
+def _unpickled(file: Path) -> object:
+    """The content of a pickle, once its size, its memo and its tuples are known to be harmless."""
+    if file.stat().st_size > MAX_BYTES:
+        raise DataError(f"{file} is too large: at most {MAX_BYTES} bytes of pickle are read.")
+    raw = file.read_bytes()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # no array's pickle has escapes that Python has to guess at
+        n_tuples = 0
+        for name, following in itertools.pairwise(_steps(raw)):
+            if name in TUPLES and following != "REDUCE":
+                n_tuples += 1
+        if n_tuples > MAX_TUPLES:
+            raise ValueError(
+                f"it holds {n_tuples} tuples, and an array needs no more than {MAX_TUPLES}"
+            )
+        return _Unpickler(io.BytesIO(raw), encoding="latin1").load()
+
+
+def _text(name: object) -> str:
+    """A key or a class name as text; Python 2 wrote them as bytes."""
+    return name.decode("latin-1") if isinstance(name, bytes) else str(name)
 
 
 PIXELS: Final = 3 * 32 * 32
@@ -152,7 +167,10 @@ PIXELS: Final = 3 * 32 * 32
 
 @dataclass(frozen=True)
 class Layout:
-    """Files and keys of one data set (https://www.cs.toronto.edu/~kriz/cifar.html, python version)."""
+    """Files and keys of one data set, in its python version.
+
+    Source: https://www.cs.toronto.edu/~kriz/cifar.html.
+    """
 
     folder: str
     splits: dict[str, tuple[str, ...]]
@@ -162,11 +180,10 @@ class Layout:
 
     def is_in(self, folder: Path) -> bool:
         """Whether the folder has all of the files."""
-        return all(
-            (folder / name).is_file()
-            for names in (*self.splits.values(), (self.meta,))
-            for name in names
-        )
+        names = [self.meta]
+        for files in self.splits.values():
+            names += files
+        return all((folder / name).is_file() for name in names)
 
 
 CIFAR10: Final = Layout(
@@ -186,7 +203,9 @@ CIFAR100: Final = Layout(
 
 
 class CifarDataset:
-    """32 x 32 pictures out of pickled arrays; keys are ``file/row``; each is handed over as a PNG, which loses nothing.
+    """32 x 32 pictures out of pickled arrays; keys are ``file/row``.
+
+    Each is handed over as a PNG, which loses nothing.
 
     ``split`` is "train", "test", or "train+test"; None for both. A classes file is in label order,
     and may leave out the classes of ``outside``. With ``raw_names`` names for prompts keep their
@@ -203,11 +222,9 @@ class CifarDataset:
         raw_names: bool = False,
         outside: Collection[str] = (),
     ) -> None:
-        splits = (
-            tuple(layout.splits)
-            if split is None
-            else parse_split(split, layout.splits, str(folder))
-        )
+        splits = tuple(layout.splits)
+        if split is not None:
+            splits = parse_split(split, layout.splits, str(folder))
         raw = _class_names(folder / layout.meta, layout.names)
         self.source = str(folder)
         self.captioned = False
@@ -217,12 +234,13 @@ class CifarDataset:
         files = [folder / name for part in splits for name in layout.splits[part]]
         batches = [_Batch.read(file, layout.labels, len(raw)) for file in files]
         listing = ListingHash(*raw, *splits)
+        self._rows: list[tuple[_Batch, int]] = []
         for file, batch in zip(files, batches, strict=True):
             status = file.stat()
             for row, label in enumerate(batch.labels):
-                listing.add(f"{batch.name}/{row}", label, status)
+                listing.add(batch.key(row), label, status)
+                self._rows.append((batch, row))
         self.fingerprint = listing.hexdigest()
-        self._rows = [(batch, row) for batch in batches for row in range(len(batch.labels))]
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -230,11 +248,11 @@ class CifarDataset:
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
         """The images at positions start ... stop - 1."""
         for batch, row in self._rows[start:stop]:
-            pixels = batch.pixels[
-                row
-            ]  # which are the picture: the bytes of a PNG depend on the library that makes it
-            name, label = f"{batch.name}/{row}", batch.labels[row]
-            yield ImageRecord(name, label, partial(_png, pixels), content=pixels.tobytes)
+            pixels = batch.pixels[row]
+            # the picture is recognised by its pixels: a PNG's bytes depend on the library's version
+            yield ImageRecord(
+                batch.key(row), batch.labels[row], partial(_png, pixels), content=pixels.tobytes
+            )
 
 
 @dataclass(frozen=True)
@@ -247,8 +265,10 @@ class _Batch:
 
     @classmethod
     def read(cls, file: Path, label_key: str, n_classes: int) -> _Batch:
+        """The file's arrays, once their sizes and labels are checked."""
         content = read_pickle(file)
-        array, labels = content.get("data"), content.get(label_key)
+        array = content.get("data")
+        labels = content.get(label_key)
         if not isinstance(array, PickledArray) or not isinstance(labels, list):
             raise DataError(
                 f"{file} must hold 'data' and {label_key!r}. Found: {', '.join(content)}."
@@ -259,7 +279,8 @@ class _Batch:
             raise DataError(f"{file}: {error}. Unpack the archive again.") from error
         if len(labels) != len(pixels):
             raise DataError(
-                f"{file} has {len(pixels)} images and {len(labels)} labels. Unpack the archive again."
+                f"{file} has {len(pixels)} images and {len(labels)} labels. "
+                "Unpack the archive again."
             )
         for row, label in enumerate(labels):
             if not isinstance(label, int) or not 0 <= label < n_classes:
@@ -268,12 +289,16 @@ class _Batch:
                 )
         return cls(file.name, pixels, labels)
 
+    def key(self, row: int) -> str:
+        """The key of a picture."""
+        return f"{self.name}/{row}"
+
 
 def _class_names(file: Path, key: str) -> list[str]:
     names = read_pickle(file).get(key)
     if not isinstance(names, list) or not names:
         raise DataError(f"{file} must hold a list {key!r}. Unpack the archive again.")
-    return [name.decode("latin-1") if isinstance(name, bytes) else str(name) for name in names]
+    return [_text(name) for name in names]
 
 
 def _png(pixels: NDArray[np.uint8]) -> bytes:
@@ -292,7 +317,7 @@ def find_folder(source: Path, layout: Layout) -> Path | None:
 
 
 def find_cifar(source: Path, layout: Layout) -> Callable[[Selection], CifarDataset] | None:
-    """What opens a folder of CIFAR; None where it holds none."""
+    """The opener of a folder of CIFAR; None where it holds none."""
     folder = find_folder(source, layout)
     if folder is None:
         return None
@@ -310,6 +335,7 @@ def find_cifar(source: Path, layout: Layout) -> Callable[[Selection], CifarDatas
 
 
 def _layout(name: str, layout: Layout) -> FolderLayout:
+    """CIFAR as a layout of folders."""
     description = (
         f"{layout.folder}, or the folder it is in, as torchvision unpacks it; --split train or test"
     )

@@ -38,8 +38,10 @@ Files = Sequence[tuple[str, stat_result | OSError]]
 """Paths of one class's images below the class's folder, and their status, or why there is none."""
 
 RENAMED: Final = {744: "projectile", 836: "sunglass"}
-"""CLIP names classes 657 and 744 "missile", 836 and 837 "sunglasses"; of equal prompts one can never be the answer.
-These are the first words of WordNet's synsets n04008634 and n04355933.
+"""Our names of two ImageNet classes: the first words of WordNet's synsets n04008634 and n04355933.
+
+CLIP names classes 657 and 744 "missile", 836 and 837 "sunglasses"; of equal prompts one can never
+be the answer.
 """
 
 UNPACK: Final = "Unpack the archive of each class into a folder of its name."
@@ -50,6 +52,11 @@ SORT: Final = (
 )
 
 
+def every_image(_class_name: str, files: Files) -> Files:
+    """The choice of all images of a class."""
+    return files
+
+
 @dataclass(frozen=True)
 class ClassFolders:
     """Images in folders of classes; iterating lists them, class by class."""
@@ -58,14 +65,15 @@ class ClassFolders:
     part: str  # the folder below it that holds the classes; "" for itself
     labels: Mapping[str, int]  # labels by name of class folder
     # which of a class's images are taken, given the class folder and its images
-    choose: Callable[[str, Files], Files] = lambda _, files: files
+    choose: Callable[[str, Files], Files] = every_image
     flat: str = UNPACK  # what to do where the images lie there without class folders
 
     def __iter__(self) -> Iterator[Entry]:
         folder = self.root / self.part
         prefix = f"{self.part}/" if self.part else ""
         for name in self._classes(folder):
-            for path, status in self.choose(name, list(walk_images(folder / name, Counter()))):
+            images = list(walk_images(folder / name, Counter()))
+            for path, status in self.choose(name, images):
                 yield f"{prefix}{name}/{path}", self.labels[name], status
 
     def _classes(self, folder: Path) -> list[str]:
@@ -73,26 +81,31 @@ class ClassFolders:
         if not folder.is_dir():
             raise DataError(f"{folder} is missing. Unpack it there, or choose another split.")
         names = subfolders(folder)
-        unknown = next((name for name in names if name not in self.labels), None)
-        if unknown is not None:
-            raise DataError(
-                f"{folder / portable_name(unknown)} is no class: expected the {len(self.labels)} folders "
-                f"{next(iter(self.labels))}, ... Move it out."
-            )
         if not names:
-            flat = next(walk_images(folder, Counter()), None)
-            found = (
-                "nothing"
-                if flat is None
-                else f"images without class folders ({portable_name(flat[0])}, ...)"
-            )
-            raise DataError(f"{folder} holds {found}; expected a folder per class. {self.flat}")
+            raise self._without_classes(folder)
+        for name in names:
+            if name not in self.labels:
+                raise DataError(
+                    f"{folder / portable_name(name)} is no class: expected the "
+                    f"{len(self.labels)} folders {next(iter(self.labels))}, ... Move it out."
+                )
         return sorted(names, key=self.labels.__getitem__)
+
+    def _without_classes(self, folder: Path) -> DataError:
+        """The error for a folder that has no folder of a class."""
+        content = "nothing"
+        first_image = next(walk_images(folder, Counter()), None)
+        if first_image is not None:
+            content = f"images without class folders ({portable_name(first_image[0])}, ...)"
+        return DataError(f"{folder} holds {content}; expected a folder per class. {self.flat}")
 
 
 @dataclass(frozen=True)
 class SplitFolders:
-    """A folder per split and in it one per class, whose labels follow their names, sorted by bytes, over all splits."""
+    """A folder per split and in it one per class.
+
+    Labels follow the names of the classes in all splits, sorted by bytes.
+    """
 
     # folder by split, "" for the data set's own; empty where splits are called as their folders
     splits: Mapping[str, str] = field(default_factory=dict)
@@ -101,19 +114,24 @@ class SplitFolders:
         """The images of all splits."""
         parts = self.splits or {split: split for split in place.entry.sizes}
         folders = [place.folder / part for part in parts.values()]
-        found = {name for folder in folders if folder.is_dir() for name in subfolders(folder)}
-        names = tuple(sorted(found, key=os.fsencode))
+        classes: set[str] = set()
+        for folder in folders:
+            if folder.is_dir():
+                classes.update(subfolders(folder))
+        names = tuple(sorted(classes, key=os.fsencode))
         if not names:
-            raise DataError(
-                f"{place.folder} has no folder of a class in {' or '.join(map(str, folders))}. {UNPACK}"
-            )
+            places = " or ".join(map(str, folders))
+            raise DataError(f"{place.folder} has no folder of a class in {places}. {UNPACK}")
         labels = {name: label for label, name in enumerate(names)}
         splits = {split: ClassFolders(place.folder, part, labels) for split, part in parts.items()}
         return Listing(names, splits, "a folder per class")
 
 
 def imagenet(place: Place) -> Listing:
-    """Training and validation images by wnid; as in CoOp, the validation images are the test split."""
+    """Training and validation images by wnid.
+
+    As in CoOp, the validation images are the test split.
+    """
     labels = {wnid: label for label, wnid in enumerate(wnids())}
     splits = {
         "train": ClassFolders(place.folder, "train", labels),
@@ -133,19 +151,20 @@ def imagenet_sketch(place: Place) -> Listing:
 
 
 def half(name: str, files: Files, *, first: bool) -> Files:
-    """The images of a class that come first, or last, by the hash of their path; of an odd number more are last.
+    """The images of a class that come first, or last, by the hash of their path.
 
-    Which images the paper's few shots were is not known. The hash is BLAKE2b (8 bytes) of
-    ``class/path``, so that no half depends on the order of files, on the machine, or on what other
-    classes hold.
+    Of an odd number one image more is last. Which images the paper's few shots were is not known.
+    The hash is BLAKE2b (8 bytes) of ``class/path``, so that no half depends on the order of files,
+    on the machine, or on what other classes hold.
     """
-    keys = [
-        blake2b(f"{name}/{path}".encode("utf-8", "surrogateescape"), digest_size=8).digest()
-        for path, _ in files
-    ]
-    order = sorted(range(len(files)), key=keys.__getitem__)
+    hashes = []
+    for path, _ in files:
+        key = f"{name}/{path}".encode("utf-8", "surrogateescape")
+        hashes.append(blake2b(key, digest_size=8).digest())
+    order = sorted(range(len(files)), key=hashes.__getitem__)
     middle = len(files) // 2
-    return [files[number] for number in sorted(order[:middle] if first else order[middle:])]
+    chosen = order[:middle] if first else order[middle:]
+    return [files[number] for number in sorted(chosen)]
 
 
 @cache
@@ -163,15 +182,17 @@ def clip_names() -> tuple[str, ...]:
 
 
 def _halves(place: Place, folders: tuple[str, ...]) -> Listing:
+    """Images without splits: the first half of each class is for shots, the last for the test."""
     labels = {name: label for label, name in enumerate(folders)}
     splits = {
-        split: ClassFolders(place.folder, "", labels, partial(half, first=first))
-        for split, first in (("shots", True), ("test", False))
+        "shots": ClassFolders(place.folder, "", labels, partial(half, first=True)),
+        "test": ClassFolders(place.folder, "", labels, partial(half, first=False)),
     }
     return _listing(folders, splits, "halves of each class by the hash of the path")
 
 
 def _listing(folders: tuple[str, ...], splits: Mapping[str, ClassFolders], origin: str) -> Listing:
+    """The listing of a data set that has ImageNet's classes."""
     return Listing(folders, splits, origin, names=clip_names(), raw=clip_names())
 
 
@@ -194,26 +215,30 @@ class CifarReader:
         dataset.source = f"{place.folder} (official split)"
         return dataset
 
-    def survey(self, place: Place, *, deep: bool) -> Survey:  # noqa: ARG002 - its files are small: always read
-        """Pictures in each file that is there."""
-        return Survey(
-            "official split", {split: self._count(place, split) for split in self.layout.splits}
-        )
+    def survey(self, place: Place, *, deep: bool) -> Survey:  # noqa: ARG002
+        """Pictures in each file that is there; they are small, so they are always read."""
+        counts = {split: self._count(place, split) for split in self.layout.splits}
+        return Survey("official split", counts)
 
     def _count(self, place: Place, split: str) -> Count:
+        """Pictures of one split."""
         expected = place.entry.sizes[split]
         names = (*self.layout.splits[split], self.layout.meta)
-        if missing := tuple(name for name in names if not (place.folder / name).is_file()):
+        missing = tuple(name for name in names if not (place.folder / name).is_file())
+        if missing:
             return Count(0, expected, missing=missing)
         try:
-            found = len(self.open(place, Request(split)))
-        except DataError as error:  # told with the split, so that the other is counted too
+            n_pictures = len(self.open(place, Request(split)))
+        except DataError as error:  # noted for this split, so that the next one is counted too
             return Count(None, expected, problem=str(error))
-        return Count(found, found)
+        return Count(n_pictures, n_pictures)
 
 
 class ShardReader:
-    """Image-caption pairs in tars, in a data set's folder or one below it, as img2dataset writes them."""
+    """Image-caption pairs in tars as img2dataset writes them.
+
+    The tars lie in a data set's folder, or one below it.
+    """
 
     def open(self, place: Place, request: Request) -> TarShards:
         """All pairs; folds go by the hash of the caption, later."""
@@ -225,21 +250,33 @@ class ShardReader:
         return TarShards(f"{place.folder} (all pairs)", find_known_shards(place.folder))
 
     def survey(self, place: Place, *, deep: bool) -> Survey:
-        """Tars and gaps in their numbers; ``deep`` lists their members, so that it counts pairs and finds damage."""
+        """Tars and gaps in their numbers.
+
+        ``deep`` lists their members, so that it counts pairs and finds damage.
+        """
         shards = find_known_shards(place.folder)
-        found, problem = _count_pairs(place, shards) if deep else (None, None)
-        count = Count(found, None, missing=missing_numbers(place.folder, shards), problem=problem)
+        n_pairs = None
+        problem = None
+        if deep:
+            n_pairs, problem = _count_pairs(place, shards)
+        missing = missing_numbers(place.folder, shards)
+        count = Count(n_pairs, None, missing=missing, problem=problem)
         return Survey(f"{len(shards)} tar files", {"all": count}, binding=False)
 
 
 def find_known_shards(folder: Path) -> list[Path]:
-    """The tars in a folder, else those in the folders below it (train, validation), in the order of their names."""
-    shards = find_shards(folder) or [
-        tar for name in subfolders(folder) for tar in find_shards(folder / name) or ()
-    ]
+    """The tars in a folder, in the order of their names.
+
+    Where there are none: those in the folders below it (train, validation).
+    """
+    shards = find_shards(folder) or []
+    if not shards:
+        for name in subfolders(folder):
+            shards += find_shards(folder / name) or []
     if not shards:
         raise DataError(
-            f"{folder} holds no tar files. Expected 00000.tar, 00001.tar, ... as img2dataset writes them."
+            f"{folder} holds no tar files. "
+            "Expected 00000.tar, 00001.tar, ... as img2dataset writes them."
         )
     return shards
 
@@ -251,28 +288,34 @@ def missing_numbers(folder: Path, shards: list[Path]) -> tuple[str, ...]:
         match = re.fullmatch(r"(.*?)([0-9]{1,18})", shard.stem)
         if match is not None:
             numbers[shard.parent, match[1], len(match[2])].add(int(match[2]))
-    gaps = (
-        (parent / f"{prefix}{number:0{width}}.tar").relative_to(folder).as_posix()
-        for (parent, prefix, width), present in numbers.items()
-        for number in range(min(max(present), MAX_SHARDS))
-        if number not in present
-    )
-    return tuple(islice(gaps, SHOWN))
+    missing = []
+    for (parent, prefix, width), present in numbers.items():
+        for number in islice(_gaps(present), SHOWN):
+            path = parent / f"{prefix}{number:0{width}}.tar"
+            missing.append(path.relative_to(folder).as_posix())
+    return tuple(missing[:SHOWN])
+
+
+def _gaps(numbers: set[int]) -> Iterator[int]:
+    """The numbers below the largest that are left out."""
+    for number in range(min(max(numbers), MAX_SHARDS)):
+        if number not in numbers:
+            yield number
 
 
 def _count_pairs(place: Place, shards: list[Path]) -> tuple[int, str | None]:
     """Whole pairs in all shards, and what is wrong with the first damaged one."""
-    found, problem = 0, None
+    n_pairs = 0
+    problem = None
     with track(f"checking {place.entry.name}", len(shards), "shards") as task:
         for shard in shards:
             samples, trouble = list_samples(shard, CAPTION)
-            found += sum(sample.is_whole(CAPTION) for sample in samples)
+            n_pairs += sum(sample.is_whole(CAPTION) for sample in samples)
             if trouble is not None and problem is None:
-                problem = (
-                    f"{shard.relative_to(place.folder)}: {trouble}. Download this shard again."
-                )
+                name = shard.relative_to(place.folder)
+                problem = f"{name}: {trouble}. Download this shard again."
             task.advance(1)
-    return found, problem
+    return n_pairs, problem
 
 
 LAYOUTS: Final[dict[str, Reader | type[CoopListing | SplitFolders]]] = {
@@ -284,21 +327,21 @@ LAYOUTS: Final[dict[str, Reader | type[CoopListing | SplitFolders]]] = {
     **{read.__name__: ListReader(read) for read in (imagenet, imagenet_v2, imagenet_sketch)},
     **{read.__name__: ListReader(read) for read in (fgvc_aircraft, food101, sun397)},
 }
-"""What ``layout = { kind = ... }`` of an entry can name; the options of a class are its attributes."""
+"""Kinds in ``layout = { kind = ... }`` of an entry; the options of a class are its attributes."""
 
 
 def make_reader(layout: object, where: str) -> Reader:
     """The reader of a ``layout``; ``where`` is for messages."""
     options = dict(layout) if isinstance(layout, Mapping) else {}
     kind = options.pop("kind", None)
-    found = LAYOUTS.get(kind) if isinstance(kind, str) else None
-    if found is None:
+    if not isinstance(kind, str) or kind not in LAYOUTS:
         raise UsageError(
-            f"{where} must say how it is laid out, as layout = {{ kind = ... }}; kinds are {', '.join(LAYOUTS)}. "
-            f"Got {layout!r} instead."
+            f"{where} must say how it is laid out, as layout = {{ kind = ... }}; "
+            f"kinds are {', '.join(LAYOUTS)}. Got {layout!r} instead."
         )
-    if isinstance(found, type):
-        return ListReader(fill(found, options, f"{where}, layout {kind}"))
+    reader = LAYOUTS[kind]
+    if isinstance(reader, type):
+        return ListReader(fill(reader, options, f"{where}, layout {kind}"))
     if options:
         raise UsageError(f"{where}, layout {kind} has no options. Leave out {', '.join(options)}.")
-    return found
+    return reader

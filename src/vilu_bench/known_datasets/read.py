@@ -1,4 +1,4 @@
-"""From the lists of a known data set to its rows."""
+"""The rows of a known data set, from its lists."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STEP: Final = 1000  # images between two signs of life
 
 @dataclass(frozen=True)
 class Listing:
-    """What a data set says of itself."""
+    """The classes and images that a data set lists."""
 
     classes: tuple[str, ...]  # what its files or lists call the classes, in label order
     # the images by split; iterating may list folders, and raises DataError where a split cannot be
@@ -45,7 +45,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class ListReader:
-    """A reader that needs only to be told how a data set lists itself."""
+    """A reader of a data set that ``read`` lists."""
 
     read: Callable[[Place], Listing]
 
@@ -53,21 +53,20 @@ class ListReader:
         """The images of the splits asked for."""
         return ListedDataset(place, self.read(place), request)
 
-    def survey(self, place: Place, *, deep: bool) -> Survey:  # noqa: ARG002 - deep is for archives and tars
-        """Files listed and files found."""
+    def survey(self, place: Place, *, deep: bool) -> Survey:  # noqa: ARG002
+        """Files listed and files found; ``deep`` changes nothing, it is for archives and tars."""
         listing = self.read(place)
-        with track(
-            f"checking {place.entry.name}", sum(place.entry.sizes.values()), "images"
-        ) as task:
+        n_images = sum(place.entry.sizes.values())
+        with track(f"checking {place.entry.name}", n_images, "images") as task:
             counts = {name: _count(entries, task) for name, entries in listing.splits.items()}
         return Survey(listing.origin, counts, listing.binding)
 
 
 @dataclass(frozen=True)
 class PathList:
-    """Images of a list, in the byte order of their paths, so that one list in any order is one data set.
+    """Images of a list, in the byte order of their paths.
 
-    Iterating costs one stat per image.
+    So one list in any order is one data set. Iterating costs one stat per image.
     """
 
     folder: Path
@@ -89,27 +88,31 @@ class ListedDataset(ListedFiles):
         super().__init__(place.folder)
         self.source = f"{place.folder} ({listing.origin})"
         self.captioned = False
-        names = (listing.raw or listing.classes) if request.raw_names else listing.names
-        asked = request.classes
+        names = listing.names
+        if request.raw_names:
+            names = listing.raw or listing.classes
         self.classes = class_table(
-            listing.classes, asked, by_position=True, names=names, outside=request.outside
+            listing.classes, request.classes, by_position=True, names=names, outside=request.outside
         )
         self.class_names: tuple[str, ...] | None = self.classes.names
         splits = tuple(listing.splits)
-        splits = (
-            splits if request.split is None else parse_split(request.split, splits, self.source)
-        )
+        if request.split is not None:
+            splits = parse_split(request.split, splits, self.source)
         hashed = ListingHash(*listing.classes, *splits)
         with track(f"listing {place.entry.name}", None, "images") as task:
             counts = {split: self._add_all(listing.splits[split], hashed, task) for split in splits}
         empty = [split for split, count in counts.items() if count == 0]
-        if not self._paths or (request.split is not None and empty):
+        # without a split in the request all are taken, and one without images is no error
+        is_asked_for = request.split is not None
+        if not self._paths or (is_asked_for and empty):
             raise DataError(
-                f"split {empty[0]!r} of {self.source} has no image. Choose another, or mend its list."
+                f"split {empty[0]!r} of {self.source} has no image. "
+                "Choose another, or mend its list."
             )
         self.fingerprint = hashed.hexdigest()
 
     def _add_all(self, entries: Iterable[Entry], hashed: ListingHash, task: Task) -> int:
+        """Add the images of a split, and return their number."""
         before = len(self)
         for path, label, status in _showing(entries, task):
             self._add(path, label, status, hashed)
@@ -117,21 +120,25 @@ class ListedDataset(ListedFiles):
 
 
 def _count(entries: Iterable[Entry], task: Task) -> Count:
-    found, listed = 0, 0
+    """Files of a split: those listed, and those that are there."""
+    n_there = 0
+    n_listed = 0
     missing: list[str] = []
     try:
         for path, _, status in _showing(entries, task):
-            listed += 1
-            if isinstance(status, stat_result) and S_ISREG(status.st_mode):
-                found += 1
+            n_listed += 1
+            is_file = isinstance(status, stat_result) and S_ISREG(status.st_mode)
+            if is_file:
+                n_there += 1
             elif len(missing) < SHOWN:
                 missing.append(portable_name(path))
-    except DataError as error:  # told with the split, so that the others are counted too
-        return Count(found, None, problem=str(error))
-    return Count(found, listed, missing=tuple(missing))
+    except DataError as error:  # noted for this split, so that the next ones are counted too
+        return Count(n_there, None, problem=str(error))
+    return Count(n_there, n_listed, missing=tuple(missing))
 
 
 def _showing(entries: Iterable[Entry], task: Task) -> Iterator[Entry]:
+    """The same entries; the task shows every ``STEP`` of them."""
     number = 0
     for number, entry in enumerate(entries, start=1):
         yield entry
@@ -142,26 +149,23 @@ def _showing(entries: Iterable[Entry], task: Task) -> Iterator[Entry]:
 
 MAX_PATH: Final = 1024
 T = TypeVar("T")
-Parse = Callable[
-    [T], tuple[str, int]
-]  # from an entry of a list to path and label; ValueError where it is none
+Parse = Callable[[T], tuple[str, int]]
+"""From an entry of a list to path and label; ValueError where it is no such entry."""
 
 
 @dataclass
 class SplitLists:
     """Paths and labels by split, no image twice; labels are 0 ... K-1 and each has one name."""
 
-    splits: dict[str, list[tuple[str, int]]] = field(
-        default_factory=dict
-    )  # pairs of path and label, by split
+    # pairs of path and label, by split
+    splits: dict[str, list[tuple[str, int]]] = field(default_factory=dict)
     _names: dict[int, str] = field(default_factory=dict)
     _labels: dict[str, int] = field(default_factory=dict)
     _seen: set[str] = field(default_factory=set)
 
     def add(self, split: str, path: str, label: int) -> None:
-        """One image; ValueError where its path is none that can be kept, or was added before."""
-        plain = len(path) <= MAX_PATH and path.isprintable() and "\\" not in path
-        if not (plain and stays_below(path) and str(PurePosixPath(path)) == path):
+        """Add one image; ValueError where its path cannot be used, or was added before."""
+        if not is_usable(path):
             raise ValueError(
                 f"the path {path[:80]!r} must be relative, plain, and stay below its folder"
             )
@@ -171,7 +175,7 @@ class SplitLists:
         self.splits[split].append((path, label))
 
     def fill(self, split: str, file: Path, entries: Iterable[T], parse: Parse[T]) -> None:
-        """All entries of a file; ``parse`` gives path and label of one, or ValueError."""
+        """Add all entries of a file; ``parse`` gives path and label of an entry, or ValueError."""
         for number, entry in enumerate(entries, start=1):
             try:
                 self.add(split, *parse(entry))
@@ -197,7 +201,7 @@ class SplitLists:
         return self._labels[name]
 
     def name(self, label: int, name: str) -> None:
-        """The name of a class; ValueError where it is no text, or one of the two has been said otherwise."""
+        """Name a class; ValueError where it is no text, or the name or the label is in use."""
         if not name.strip() or not name.isprintable():
             raise ValueError(f"the class name {name[:80]!r} must be text")
         if self._names.setdefault(label, name) != name:
@@ -211,22 +215,33 @@ class SplitLists:
         """Names in label order; ValueError where there is none, or labels leave a number out."""
         if not self._names:
             raise ValueError("it names no class")
-        gap = next((label for label in range(len(self._names)) if label not in self._names), None)
-        if gap is not None:
-            raise ValueError(
-                f"labels must be 0 to K - 1, each with images; {gap} has none. Number them again"
-            )
-        return tuple(self._names[label] for label in range(len(self._names)))
+        names = []
+        for label in range(len(self._names)):
+            if label not in self._names:
+                raise ValueError(
+                    "labels must be 0 to K - 1, each with images; "
+                    f"{label} has none. Number them again"
+                )
+            names.append(self._names[label])
+        return tuple(names)
 
     def listing(self, folder: Path, images: str, origin: str, *, binding: bool) -> Listing:
         """The listing of a data set whose images lie in the folder ``images`` of its folder."""
         names = self.names()
         prefix = f"{images}/" if images else ""
-        splits = {
-            split: PathList(folder, [(prefix + path, label) for path, label in entries])
-            for split, entries in self.splits.items()
-        }
+        splits = {}
+        for split, entries in self.splits.items():
+            paths = [(prefix + path, label) for path, label in entries]
+            splits[split] = PathList(folder, paths)
         return Listing(names, splits, origin, binding=binding)
+
+
+def is_usable(path: str) -> bool:
+    """Whether a path of a list is relative, plain text, normal, and stays below its folder."""
+    if len(path) > MAX_PATH or not path.isprintable() or "\\" in path:
+        return False
+    is_normal = str(PurePosixPath(path)) == path
+    return is_normal and stays_below(path)
 
 
 def read_json_object(file: Path) -> dict[str, object]:
@@ -246,11 +261,12 @@ def read_lines(file: Path) -> Iterator[str]:
         text = read_file(file).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         refuse(file, error)
-    return (line.strip() for line in text.splitlines() if line.strip())
+    lines = [line.strip() for line in text.splitlines()]
+    return (line for line in lines if line)
 
 
 def refuse(where: object, why: object) -> NoReturn:
-    """Say what is wrong with a list."""
+    """Raise what is wrong with a list."""
     raise DataError(f"{where}: {why}. Mend it or get it again.")
 
 
@@ -275,7 +291,10 @@ def user_list(place: Place, file: str, images: str) -> Listing | None:
 
 
 def read_split_file(file: Path) -> SplitLists:
-    """A ``split_zhou_*.json``: ``{"train": [[path, label, class name], ...], "val": ..., "test": ...}``."""
+    """The lists of a ``split_zhou_*.json``.
+
+    It holds ``{"train": [[path, label, class name], ...], "val": ..., "test": ...}``.
+    """
     lists = SplitLists({split: [] for split in SPLITS})
 
     def named(entry: object) -> tuple[str, int]:
@@ -287,21 +306,19 @@ def read_split_file(file: Path) -> SplitLists:
 
     for key, entries in read_json_object(file).items():
         if key not in KEYS or not isinstance(entries, list):
-            refuse(
-                file,
-                f"expected lists named train, val and test; found {key[:20]!r}: {type(entries).__name__}",
-            )
+            kind = type(entries).__name__
+            refuse(file, f"expected lists named train, val and test; found {key[:20]!r}: {kind}")
         lists.fill(KEYS[key], file, entries, named)
     return lists
 
 
 @cache
 def shipped_list(dataset: str) -> SplitLists | None:
-    """CoOp's list of a data set, by our name of it; None where none ships. Made by ``tools/make_split_asset.py``.
+    """CoOp's list of a data set, by our name of it; None where none ships.
 
-    The asset has per data set a line with its name and its number of classes; per class a line with
-    its name, a line with a letter (t, v, e: train, validation, test) for each of its images, and
-    the images' paths, a line each.
+    ``tools/make_split_asset.py`` made the asset. It has per data set a line with its name and its
+    number of classes; per class a line with its name, a line with a letter (t, v, e: train,
+    validation, test) for each of its images, and the images' paths, a line each.
     """
     data = resources.files("vilu_bench").joinpath("assets", ASSET).read_bytes()
     lines = iter(lzma.decompress(data).decode().splitlines())
@@ -309,7 +326,8 @@ def shipped_list(dataset: str) -> SplitLists | None:
         name, n_classes = head.split("\t")
         lists = SplitLists({split: [] for split in SPLITS})
         for label in range(int(n_classes)):
-            class_name, letters = next(lines), next(lines)
+            class_name = next(lines)
+            letters = next(lines)
             images = list(zip(letters, lines, strict=False))  # strict would take a line more
             if name == dataset:
                 lists.name(label, class_name)
@@ -322,15 +340,17 @@ def shipped_list(dataset: str) -> SplitLists | None:
 
 @dataclass(frozen=True)
 class CoopListing:
-    """Listing of a data set by CoOp's list: the user's own where there is one, else the shipped one."""
+    """Listing of a data set by CoOp's list.
+
+    The user's own list is taken where there is one, else the shipped one.
+    """
 
     file: str  # name of the user's list
-    images: str = (
-        ""  # folder of the images; "" where paths in the list begin at the data set's folder
-    )
+    # folder of the images; "" where paths in the list begin at the data set's folder
+    images: str = ""
 
     def __call__(self, place: Place) -> Listing:
-        """What the list says."""
+        """The listing by the list."""
         own = user_list(place, self.file, self.images)
         if own is not None:
             return own
@@ -351,13 +371,8 @@ def fgvc_aircraft(place: Place) -> Listing:
         number, _, variant = line.partition(" ")
         return f"{number}.jpg", lists.label_of(variant)
 
-    return _official(
-        place,
-        lists,
-        "images",
-        {file: (split, read_lines(file)) for split, file in files.items()},
-        parse,
-    )
+    entries = {file: (split, read_lines(file)) for split, file in files.items()}
+    return _official(place, lists, "images", entries, parse)
 
 
 def food101(place: Place) -> Listing:
@@ -367,12 +382,14 @@ def food101(place: Place) -> Listing:
         return own
     files = {split: place.require(f"meta/{split}.json") for split in ("train", "test")}
     content = {split: read_json_object(file) for split, file in files.items()}
-    lists = SplitLists.of(files, sorted(set().union(*content.values())), files["train"])
+    dishes = sorted(set().union(*content.values()))
+    lists = SplitLists.of(files, dishes, files["train"])
 
     def parse(entry: tuple[str, object]) -> tuple[str, int]:
         name, path = entry
         if not isinstance(path, str):
-            raise ValueError(f"expected a path below images/; found {path!r:.80}")  # noqa: TRY004 - told with the entry
+            # a ValueError, which is reported with the number of the entry
+            raise ValueError(f"expected a path below images/; found {path!r:.80}")  # noqa: TRY004
         return f"{path}.jpg", lists.label_of(name)
 
     entries = {file: (split, _flat(content[split], file)) for split, file in files.items()}
@@ -380,7 +397,10 @@ def food101(place: Place) -> Listing:
 
 
 def sun397(place: Place) -> Listing:
-    """397 scenes; the user's CoOp list, else the first official partition, which has no validation images."""
+    """397 scenes; the user's CoOp list, else the first official partition.
+
+    That partition has no validation images.
+    """
     own = user_list(place, "split_zhou_SUN397.json", "")
     if own is not None:
         return own
@@ -392,16 +412,15 @@ def sun397(place: Place) -> Listing:
     def parse(line: str) -> tuple[str, int]:
         return line.removeprefix("/"), lists.label_of(line.rpartition("/")[0])
 
-    found = _official(
-        place, lists, "", {file: (split, read_lines(file)) for split, file in files.items()}, parse
-    )
-    below_letter = [name.split("/")[2:] for name in found.classes]  # /a/apartment_building/outdoor
-    raw = tuple("/".join(parts) for parts in below_letter)
-    return replace(
-        found,
-        classes=raw,
-        names=tuple(clean_name(" ".join(reversed(parts))) for parts in below_letter),
-    )
+    entries = {file: (split, read_lines(file)) for split, file in files.items()}
+    listing = _official(place, lists, "", entries, parse)
+    classes = []
+    names = []
+    for path in listing.classes:  # such as /a/apartment_building/outdoor
+        below_letter = path.split("/")[2:]
+        classes.append("/".join(below_letter))
+        names.append(clean_name(" ".join(reversed(below_letter))))
+    return replace(listing, classes=tuple(classes), names=tuple(names))
 
 
 def _official(
@@ -418,9 +437,12 @@ def _official(
 
 
 def _flat(content: dict[str, object], file: Path) -> Iterator[tuple[str, object]]:
+    """Pairs of class and path, from the lists of paths by class."""
     for name, paths in content.items():
         if not isinstance(paths, list):
             raise DataError(
-                f"{file}: expected a list of paths per class; {name[:80]!r} has {type(paths).__name__}."
+                f"{file}: expected a list of paths per class; "
+                f"{name[:80]!r} has {type(paths).__name__}."
             )
-        yield from ((name, path) for path in paths)
+        for path in paths:
+            yield name, path

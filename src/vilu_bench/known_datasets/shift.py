@@ -1,4 +1,4 @@
-"""Pictures made harder without changing what is in them: noise, blur, and what weather, optics and files do.
+"""Pictures made harder without changing what is in them, such as by noise, blur or compression.
 
 After the corruptions of Hendrycks and Dietterich (ICLR 2019): their ways of damage, our own code
 and strengths, which are relative to the size of the picture where it matters.
@@ -24,56 +24,58 @@ from vilu.errors import UsageError
 SEVERITIES: Final = 5
 REFERENCE_SIDE: Final = 32  # short side of a picture to which strengths in pixels refer
 
-Change = Callable[[Image.Image, float, np.random.Generator], Image.Image]
+Rng = np.random.Generator
+Change = Callable[[Image.Image, float, Rng], Image.Image]
 
 
-def gaussian_noise(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
+def gaussian_noise(image: Image.Image, strength: float, rng: Rng) -> Image.Image:
     """Adds a normal number of standard deviation ``strength`` to every value in [0, 1]."""
     pixels = _pixels(image)
     return _image(pixels + strength * rng.standard_normal(pixels.shape, dtype=np.float32))
 
 
-def shot_noise(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
+def shot_noise(image: Image.Image, strength: float, rng: Rng) -> Image.Image:
     """Counts ``strength`` photons per full value."""
     return _image(rng.poisson(_pixels(image) * strength).astype(np.float32) / strength)
 
 
-def blur(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:  # noqa: ARG001
+def blur(image: Image.Image, strength: float, rng: Rng) -> Image.Image:  # noqa: ARG001
     """A Gaussian of ``strength`` pixels of a picture of ``REFERENCE_SIDE``."""
     return image.filter(ImageFilter.GaussianBlur(strength * min(image.size) / REFERENCE_SIDE))
 
 
-def low_contrast(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:  # noqa: ARG001
+def low_contrast(image: Image.Image, strength: float, rng: Rng) -> Image.Image:  # noqa: ARG001
     """Keeps a share ``strength`` of the distance from the mean colour."""
     pixels = _pixels(image)
     mean = pixels.mean(axis=(0, 1), dtype=np.float64).astype(np.float32)
     return _image(mean + strength * (pixels - mean))
 
 
-def brightness(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:  # noqa: ARG001
+def brightness(image: Image.Image, strength: float, rng: Rng) -> Image.Image:  # noqa: ARG001
     """Adds ``strength`` to every value in [0, 1]."""
     return _image(_pixels(image) + np.float32(strength))
 
 
-def jpeg(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:  # noqa: ARG001
+def jpeg(image: Image.Image, strength: float, rng: Rng) -> Image.Image:  # noqa: ARG001
     """Compresses at quality ``strength``."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=round(strength))
     return Image.open(buffer, formats=["JPEG"]).convert("RGB")
 
 
-def pixelate(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:  # noqa: ARG001
+def pixelate(image: Image.Image, strength: float, rng: Rng) -> Image.Image:  # noqa: ARG001
     """Blocks: averages down to a share ``strength`` of the sides and repeats pixels back."""
-    return image.resize(_scaled(image, strength), Image.Resampling.BOX).resize(
-        image.size, Image.Resampling.NEAREST
-    )
+    small = image.resize(_scaled(image, strength), Image.Resampling.BOX)
+    return small.resize(image.size, Image.Resampling.NEAREST)
 
 
-def low_resolution(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:  # noqa: ARG001
-    """Resizes down to a share ``strength`` of the sides and back, both bicubic: 32 to 16 to 32 at severity 3."""
-    return image.resize(_scaled(image, strength), Image.Resampling.BICUBIC).resize(
-        image.size, Image.Resampling.BICUBIC
-    )
+def low_resolution(image: Image.Image, strength: float, rng: Rng) -> Image.Image:  # noqa: ARG001
+    """Resizes down to a share ``strength`` of the sides and back, both bicubic.
+
+    At severity 3 a side of 32 becomes 16 and again 32.
+    """
+    small = image.resize(_scaled(image, strength), Image.Resampling.BICUBIC)
+    return small.resize(image.size, Image.Resampling.BICUBIC)
 
 
 KINDS: Final[dict[str, tuple[Change, tuple[float, ...]]]] = {
@@ -98,9 +100,8 @@ class ShiftedImages(Chosen):
     def __init__(self, images: ImageDataset, kinds: Sequence[str], severity: int) -> None:
         unknown = [kind for kind in kinds if kind not in KINDS]
         if unknown or not kinds:
-            raise UsageError(
-                f"kinds of shift are {', '.join(KINDS)}. Got {', '.join(unknown) or 'none'} instead."
-            )
+            wrong = ", ".join(unknown) if unknown else "none"
+            raise UsageError(f"kinds of shift are {', '.join(KINDS)}. Got {wrong} instead.")
         if not 1 <= severity <= SEVERITIES:
             raise UsageError(f"severity must be 1 to {SEVERITIES}. Got {severity} instead.")
         self._strengths = {kind: KINDS[kind][1][severity - 1] for kind in kinds}
@@ -110,20 +111,21 @@ class ShiftedImages(Chosen):
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
         """The images at positions start ... stop - 1, damaged when they are read."""
         for record in super().records(start, stop):
-            whole = record.content or record.read
-            yield replace(record, read=partial(_damaged, record, self._strengths), content=whole)
+            read = partial(_damaged, record, self._strengths)
+            undamaged = record.content or record.read
+            yield replace(record, read=read, content=undamaged)
 
 
 def _damaged(record: ImageRecord, strengths: dict[str, float]) -> bytes:
-    rng = np.random.default_rng(
-        int.from_bytes(blake2b(record.key.encode(), digest_size=16).digest(), "big")
-    )
+    """The damaged picture as a PNG; the hash of its key seeds the choice and the noise."""
+    key_hash = blake2b(record.key.encode(), digest_size=16).digest()
+    rng = np.random.default_rng(int.from_bytes(key_hash, "big"))
     kind = list(strengths)[rng.integers(len(strengths))]
     change, _ = KINDS[kind]
+    image = decode_image(record.read()).image
+    damaged = change(image, strengths[kind], rng)
     buffer = io.BytesIO()
-    change(decode_image(record.read()).image, strengths[kind], rng).save(
-        buffer, "PNG", compress_level=1
-    )
+    damaged.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,7 +31,10 @@ def softmax_weights(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sigmoid_weights(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Curvature of SigLIP's loss in the logits (M, K), diag(sigma (1 - sigma)) for each row: no outer product."""
+    """Curvature of SigLIP's loss in the logits (M, K), diag(sigma (1 - sigma)) for each row.
+
+    There is no outer product, so the second vector is zero.
+    """
     p = logits.sigmoid()
     return p * (1 - p), torch.zeros_like(p)
 
@@ -41,16 +43,16 @@ LOSSES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     "infonce": softmax_weights,
     "siglip": sigmoid_weights,
 }
-"""Curvature diag(first) - second second^T of a contrastive loss in its logits, by the name of the loss."""
+"""Curvature diag(a) - b b^T of a contrastive loss in its logits, as (a, b), by the loss's name."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """The last layer of an encoder at M rows: phi (M, F), g = P phi (M, D) of any norm, how often each row occurs."""
+    """The last layer of an encoder at M rows."""
 
-    inputs: Tensor
-    outputs: Tensor
-    count: Tensor
+    inputs: Tensor  # (M, F) phi
+    outputs: Tensor  # (M, D) g = P phi, of any norm
+    count: Tensor  # (M,) how often each row occurs
 
     @property
     def directions(self) -> Tensor:
@@ -60,7 +62,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class Factors:
-    """Kronecker factors of the curvature of a last layer over n pairs, before the root of n divides them."""
+    """Kronecker factors of the curvature of a last layer over n pairs.
+
+    The root of n has not divided them yet.
+    """
 
     inputs: Tensor  # (F, F) sum of phi phi^T
     outputs: Tensor  # (D, D) sum of the Gauss-Newton curvatures of the loss in g
@@ -71,21 +76,20 @@ class Factors:
 
 
 def factors(layer: Layer, candidates: Tensor, scale: float, bias: float, loss: str) -> Factors:
-    """What some rows, each against all of ``candidates`` (K, D), add to the factors of their layer.
+    """The factors that some rows add, each against all of ``candidates`` (K, D).
 
     The logits are scale * cosine + bias. With unit vectors u = g / ‖g‖ and c_j, the curvature in g
     of one row is scale² J (sum_j a_j c_j c_j^T - m m^T) J, where J = (I - u u^T) / ‖g‖ and m =
     sum_j b_j c_j; a and b come from the loss: a = b = p for InfoNCE, a = sigma (1 - sigma) and b =
     0 for SigLIP.
     """
-    outputs = torch.zeros(
-        candidates.shape[1], candidates.shape[1], dtype=candidates.dtype, device=candidates.device
-    )
+    dim = candidates.shape[1]
+    outputs = candidates.new_zeros(dim, dim)
     weights = layer.count * (scale / layer.outputs.norm(dim=-1)).square()
     for unit, weight in zip(layer.directions.split(ROWS), weights.split(ROWS), strict=True):
-        outputs += curvature_sum(
-            unit, weight, candidates, *LOSSES[loss](scale * unit @ candidates.T + bias)
-        )
+        logits = scale * unit @ candidates.T + bias
+        diagonal, outer = LOSSES[loss](logits)
+        outputs += curvature_sum(unit, weight, candidates, diagonal, outer)
     inputs = (layer.inputs * layer.count[:, None]).T @ layer.inputs
     return Factors(inputs, outputs, int(layer.count.sum()))
 
@@ -93,43 +97,49 @@ def factors(layer: Layer, candidates: Tensor, scale: float, bias: float, loss: s
 def curvature_sum(
     unit: Tensor, weight: Tensor, candidates: Tensor, diagonal: Tensor, outer: Tensor
 ) -> Tensor:
-    """(D, D) sum over rows of w (I - u u^T) M (I - u u^T), M = sum_j a_j c_j c_j^T - m m^T, m = sum_j b_j c_j.
+    """(D, D) sum over rows of w (I - u u^T) M (I - u u^T).
+
+    Here M = sum_j a_j c_j c_j^T - m m^T and m = sum_j b_j c_j.
 
     ``unit`` (M, D) are u, ``weight`` (M,) w, ``candidates`` (K, D) c, ``diagonal`` (M, K) a and
     ``outer`` (M, K) b. The projections are multiplied out, so that nothing is larger than (M, K),
     (M, D) or (D, D).
     """
+    # w (I - u u^T) M (I - u u^T) = w M - w u (M u)^T - w (M u) u^T + w (u^T M u) u u^T
     mean = outer @ candidates
-    along = (diagonal * (unit @ candidates.T)) @ candidates - mean * (mean * unit).sum(
-        dim=-1, keepdim=True
-    )  # M u
-    middle = candidates.T @ ((weight @ diagonal)[:, None] * candidates) - mean.T @ (
-        weight[:, None] * mean
-    )
+    mean_along_unit = (mean * unit).sum(dim=-1, keepdim=True)
+    along = (diagonal * (unit @ candidates.T)) @ candidates - mean * mean_along_unit  # M u
+    sum_of_diagonals = candidates.T @ ((weight @ diagonal)[:, None] * candidates)
+    middle = sum_of_diagonals - mean.T @ (weight[:, None] * mean)
     cross = unit.T @ (weight[:, None] * along)
-    twice = unit.T @ ((weight * (along * unit).sum(dim=-1))[:, None] * unit)
+    along_both = (along * unit).sum(dim=-1)  # u^T M u
+    twice = unit.T @ ((weight * along_both)[:, None] * unit)
     return middle - cross - cross.T + twice
 
 
 @dataclass(frozen=True)
 class Posterior:
-    """Diagonal of the Gaussian posterior of a last layer: (phi^T inputs phi) * outputs, inputs (F, F), outputs (D,)."""
+    """Diagonal of the Gaussian posterior of a last layer: (phi^T inputs phi) * outputs."""
 
-    inputs: Tensor
-    outputs: Tensor
+    inputs: Tensor  # (F, F)
+    outputs: Tensor  # (D,)
 
     def variance(self, phi: Tensor) -> Tensor:
         """(M, D) variances of the outputs at inputs (M, F)."""
         return (phi @ self.inputs * phi).sum(dim=-1, keepdim=True) * self.outputs
 
 
-def posterior(found: Factors, squared_norm: float, pseudo_count: float) -> tuple[Posterior, float]:
-    """Posterior of a last layer of squared norm ‖P‖², and the prior precision lambda that the evidence chose."""
-    scale = math.sqrt(
-        pseudo_count / found.n
-    )  # of both, so that the pair of them weighs so many times the data
-    spectra = [torch.linalg.eigh(scale * factor) for factor in (found.inputs, found.outputs)]
-    (a, a_vectors), (b, b_vectors) = ((values.clamp_min(0), vectors) for values, vectors in spectra)
+def posterior(layer: Factors, squared_norm: float, pseudo_count: float) -> tuple[Posterior, float]:
+    """Posterior of a last layer of squared norm ‖P‖², and the prior precision that was chosen.
+
+    The evidence chooses the prior precision lambda.
+    """
+    # of both factors, so that their product weighs ``pseudo_count`` times the data
+    scale = math.sqrt(pseudo_count / layer.n)
+    a, a_vectors = torch.linalg.eigh(scale * layer.inputs)
+    b, b_vectors = torch.linalg.eigh(scale * layer.outputs)
+    a = a.clamp_min(0)
+    b = b.clamp_min(0)
     prior = best_prior_precision(a, b, squared_norm)
     inputs = (a_vectors / (a + math.sqrt(prior))) @ a_vectors.T
     outputs = b_vectors.square() @ (1 / (b + math.sqrt(prior)))
@@ -137,7 +147,9 @@ def posterior(found: Factors, squared_norm: float, pseudo_count: float) -> tuple
 
 
 def log_evidence(log_prior: float, a: Tensor, b: Tensor, squared_norm: float) -> float:
-    """Log marginal likelihood of a Laplace approximation, but for what does not depend on the prior precision lambda.
+    """Log marginal likelihood of a Laplace approximation.
+
+    Terms that do not depend on the prior precision lambda are left out:
 
     (F D log lambda - lambda ‖P‖² - log det(Ã ⊗ B̃)) / 2, with Ã = diag(a) + sqrt(lambda) I in the
     eigenbasis, B̃ likewise, and log det(Ã ⊗ B̃) = D log det Ã + F log det B̃; a (F,) and b (D,) are
@@ -156,25 +168,28 @@ def best_prior_precision(a: Tensor, b: Tensor, squared_norm: float) -> float:
     """
     from scipy.optimize import minimize_scalar
 
+    def loss(log_prior: float) -> float:
+        return -log_evidence(log_prior, a, b, squared_norm)
+
     highest = math.log(len(a) * len(b) / squared_norm)
-    found = minimize_scalar(
-        lambda log_prior: -log_evidence(log_prior, a, b, squared_norm),
-        bounds=(highest - 60, highest),
-        method="bounded",
-        options={"xatol": 1e-6},
+    best = minimize_scalar(
+        loss, bounds=(highest - 60, highest), method="bounded", options={"xatol": 1e-6}
     )
-    return math.exp(found.x)
+    return math.exp(best.x)
 
 
 def cosine_moments(
     g: Tensor, g_variance: Tensor, h: Tensor, h_variance: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Mean and variance (B, K) of the cosine of Gaussian vectors with means (B, D) and (K, D) and diagonal covariances.
+    """Mean and variance (B, K) of the cosine of Gaussian vectors.
+
+    The vectors have means (B, D) and (K, D) and diagonal covariances.
 
     The moments of g · h are exact; the product of the norms counts as the root of its expected
     square.
     """
-    g_second, h_second = g.square() + g_variance, h.square() + h_variance
+    g_second = g.square() + g_variance
+    h_second = h.square() + h_variance
     squared_norms = g_second.sum(dim=-1)[:, None] * h_second.sum(dim=-1)
     mean = g @ h.T / squared_norms.sqrt()
     variance = (g_second @ h_variance.T + g_variance @ h.square().T) / squared_norms
@@ -187,7 +202,9 @@ FARTHEST = 1e-2
 
 @dataclass
 class BayesVLM(FailurePredictor):
-    """Last-layer Laplace: u = 1 - p_t̂, p = softmax of the logits under a posterior over the last linear maps.
+    """Last-layer Laplace: a posterior over the VLM's last linear maps softens its logits.
+
+    u = 1 - p_t̂, p = the softmax of these logits.
 
     With g = P phi and h = Q psi the last layers of the image and the text encoder, P's posterior
     precision is (sqrt(tau) A + sqrt(lambda) I) ⊗ (sqrt(tau) B + sqrt(lambda) I), A = n^(-1/2) sum_i
@@ -227,17 +244,15 @@ class BayesVLM(FailurePredictor):
 
     Examples:
         >>> import numpy as np, vilu
-        >>> angle = np.linspace(
-        ...     0, np.pi / 2, 100
-        ... )  # the answer is class 0 up to 45 degrees, the truth up to 63
+        >>> # the answer is class 0 up to 45 degrees, the truth up to 63
+        >>> angle = np.linspace(0, np.pi / 2, 100)
         >>> image = np.c_[np.cos(angle), np.sin(angle)]
         >>> train = vilu.Embeddings(image, np.eye(2), np.repeat([0, 1], [70, 30]), logit_scale=10.0)
         >>> new = vilu.Embeddings([[0.8, 0.6], [0.6, 0.8]], np.eye(2), logit_scale=10.0)
         >>> vilu.MCM().predict_uncertainty(new).round(2)
         array([0.12, 0.12])
-        >>> vilu.PREDICTORS["bayesvlm"](pseudo_count=1.0).fit(train).predict_uncertainty(new).round(
-        ...     2
-        ... )
+        >>> method = vilu.PREDICTORS["bayesvlm"](pseudo_count=1.0)
+        >>> method.fit(train).predict_uncertainty(new).round(2)
         array([0.17, 0.26])
     """
 
@@ -255,7 +270,8 @@ class BayesVLM(FailurePredictor):
     )
     is_probability: ClassVar[bool] = True
     _forms: ClassVar[str] = (
-        "image_inputs:dEE image_outputs:dD image_prior:d text_inputs:dFF text_outputs:dD text_prior:d on_features:?"
+        "image_inputs:dEE image_outputs:dD image_prior:d "
+        "text_inputs:dFF text_outputs:dD text_prior:d on_features:?"
     )
 
     seed: int = 0
@@ -267,7 +283,7 @@ class BayesVLM(FailurePredictor):
 
     @property
     def label(self) -> str:
-        """The name with the kind of fit, once there is one."""
+        """The name, once fitted with the kind of fit."""
         return self._label(self._on_features) if self.learned_ else self.name
 
     def _label(self, on_features: bool) -> str:
@@ -275,81 +291,102 @@ class BayesVLM(FailurePredictor):
 
     def columns_to_fit(self, train: EmbeddingSource) -> tuple[str, ...]:
         """The four columns in mode "model", or in mode "auto" where they are there; else none."""
-        there = train.columns.issuperset(self.optional_columns)
-        return (
-            self.optional_columns if self.mode == "model" or (self.mode == "auto" and there) else ()
-        )
+        if self.mode == "model":
+            return self.optional_columns
+        has_columns = train.columns.issuperset(self.optional_columns)
+        if self.mode == "auto" and has_columns:
+            return self.optional_columns
+        return ()
 
     @property
     def columns_to_score(self) -> tuple[str, ...]:
-        """What the fit used."""
+        """The columns that the fit used."""
         return self.optional_columns if self.learned_ and self._on_features else ()
 
     @property
     def _on_features(self) -> bool:
         return bool(self.learned_["on_features"])
 
-    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
-        sums = functools.reduce(lambda a, b: (a[0] + b[0], a[1] + b[1]), self._factors(train))
-        tensors = {"on_features": torch.tensor(bool(train.columns))}
-        for side, found in zip(("image", "text"), sums, strict=True):
-            layer = (
-                train.source.column(f"{side}_projection", train.index[:1])
-                if train.columns
-                else None
-            )
-            squared_norm = (
-                train.source.space.embed_dim
-                if layer is None
-                else float(layer.double().square().sum())
-            )
-            learned, prior = posterior(found, squared_norm, self.pseudo_count)
-            tensors |= {
-                f"{side}_inputs": learned.inputs.cpu(),
-                f"{side}_outputs": learned.outputs.cpu(),
-            }
+    def _learn(
+        self,
+        train: Rows,
+        failure: Tensor,  # noqa: ARG002
+        validation: EmbeddingSource | None,  # noqa: ARG002
+    ) -> Learnt:
+        chunks = self._factors(train)
+        image, text = next(chunks)
+        for more_image, more_text in chunks:
+            image = image + more_image
+            text = text + more_text
+        on_features = bool(train.columns)
+        tensors = {"on_features": torch.tensor(on_features)}
+        priors = {}
+        for side, layer in (("image", image), ("text", text)):
+            squared_norm = self._squared_norm(side, train)
+            learned, prior = posterior(layer, squared_norm, self.pseudo_count)
+            tensors[f"{side}_inputs"] = learned.inputs.cpu()
+            tensors[f"{side}_outputs"] = learned.outputs.cpu()
             tensors[f"{side}_prior"] = torch.tensor(prior, dtype=torch.float64)
-        priors = {side: float(tensors[f"{side}_prior"]) for side in ("image", "text")}
-        return Learnt(
-            tensors, {"label": self._label(bool(train.columns)), "prior_precision": priors}
-        )
+            priors[side] = prior
+        return Learnt(tensors, {"label": self._label(on_features), "prior_precision": priors})
+
+    def _squared_norm(self, side: str, train: Rows) -> float:
+        """‖P‖² of a last layer; that of the identity where the embeddings count as its inputs."""
+        if not train.columns:
+            return train.source.space.embed_dim
+        projection = train.source.column(f"{side}_projection", train.index[:1])
+        return float(projection.double().square().sum())
 
     def _factors(self, train: Rows) -> Iterator[tuple[Factors, Factors]]:
-        """What every chunk of pairs adds to the factors of the image and the text layer."""
+        """The factors that every chunk of pairs adds to those of the image and the text layer."""
         # Labelled rows often come class by class, and a text needs images of all classes to compete
         # for it.
         generator = None if train.source.pool_size else torch.Generator().manual_seed(self.seed)
         with track("fit", steps_per_epoch(train, self.chunk), "chunks") as task:
             for batch in train.steps(self.chunk, generator):
-                layers = last_layers(batch.to(self.device_), on_features=bool(train.columns))
-                (phi, g), (psi, h) = (
-                    (float64(inputs), float64(outputs)) for inputs, outputs in layers
-                )
-                image = Layer(phi, g, g.new_ones(len(g)))
-                text = Layer(psi, h, torch.bincount(batch.target, minlength=len(h)).to(h))
-                found = functools.partial(
-                    factors, scale=batch.logit_scale, bias=batch.logit_bias, loss=self.loss
-                )
-                yield found(image, text.directions), found(text, image.directions)
+                yield self._chunk_factors(batch, on_features=bool(train.columns))
                 task.advance(1)
+
+    def _chunk_factors(self, batch: Batch, *, on_features: bool) -> tuple[Factors, Factors]:
+        """Factors of the image and the text layer from one chunk of pairs."""
+        (phi, g), (psi, h) = last_layers(batch.to(self.device_), on_features=on_features)
+        g = float64(g)
+        h = float64(h)
+        image = Layer(float64(phi), g, g.new_ones(len(g)))
+        n_images = torch.bincount(batch.target, minlength=len(h))
+        text = Layer(float64(psi), h, n_images.to(h))
+        scale = batch.logit_scale
+        bias = batch.logit_bias
+        return (
+            factors(image, text.directions, scale, bias, self.loss),
+            factors(text, image.directions, scale, bias, self.loss),
+        )
+
+    def _posterior(self, side: str, like: Tensor) -> Posterior:
+        """The posterior of a last layer, of the device and the type of a tensor."""
+        inputs = self.learned_[f"{side}_inputs"].to(like)
+        outputs = self.learned_[f"{side}_outputs"].to(like)
+        return Posterior(inputs, outputs)
 
     def _score(self, batch: Batch) -> Tensor:
         (phi, g), (psi, h) = last_layers(batch, on_features=self._on_features)
-        image, text = (
-            Posterior(self.learned_[f"{side}_inputs"].to(g), self.learned_[f"{side}_outputs"].to(g))
-            for side in ("image", "text")
-        )
-        mean, variance = cosine_moments(g, image.variance(phi), h, text.variance(psi))
-        scale, bias = batch.logit_scale, batch.logit_bias
+        g_variance = self._posterior("image", g).variance(phi)
+        h_variance = self._posterior("text", g).variance(psi)
+        mean, variance = cosine_moments(g, g_variance, h, h_variance)
+        scale = batch.logit_scale
         # their softmax approximates the expected softmax of Gaussian logits
-        logits = (scale * mean + bias) / (1 + math.pi / 8 * (scale**2 * variance)).sqrt()
+        widened = (1 + math.pi / 8 * (scale**2 * variance)).sqrt()
+        logits = (scale * mean + batch.logit_bias) / widened
         return torch.sigmoid(failure_log_odds(logits, batch))
 
 
 def last_layers(
     batch: Batch, *, on_features: bool
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Inputs and outputs, (B, F) and (B, D), of the image encoder's last layer, and (K, F), (K, D) of the text's."""
+    """Inputs (B, F) and outputs (B, D) of the image encoder's last layer, and the text's.
+
+    Those of the text encoder are (K, F) and (K, D).
+    """
     if not on_features:
         return (batch.image, batch.image), (batch.text, batch.text)
     return (
@@ -362,20 +399,24 @@ def last_layer(
     batch: Batch, features: str, projection: str, embedding: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Inputs phi and outputs P phi of one encoder's last layer."""
-    phi, layer = batch.columns[features], batch.columns[projection]
-    if layer.shape != (embedding.shape[1], phi.shape[1]):
+    phi = batch.columns[features]
+    layer = batch.columns[projection]
+    expected_shape = (embedding.shape[1], phi.shape[1])
+    if layer.shape != expected_shape:
         raise DataError(
             f"the column {projection!r} must map {features!r} to the embeddings, with shape "
-            f"{(embedding.shape[1], phi.shape[1])}. Got {tuple(layer.shape)} instead. Make both with "
-            "`vilu embed --features`."
+            f"{expected_shape}. Got {tuple(layer.shape)} instead. "
+            "Make both with `vilu embed --features`."
         )
     g = phi @ layer.T
     distance = float((functional.normalize(g, dim=-1) - embedding).norm(dim=-1).max())
     if distance > FARTHEST:
         raise DataError(
-            f"{features!r} times {projection!r} must be the embeddings, up to {FARTHEST} after normalisation. An "
-            f"entry is {distance:.2g} away: are these the features of another encoder, or texts averaged over prompts? "
-            "Make the columns with `vilu embed --features`, or leave them out (bayesvlm: mode=embeddings, icpe: "
-            "features=false)."
+            f"{features!r} times {projection!r} must be the embeddings, "
+            f"up to {FARTHEST} after normalisation. "
+            f"An entry is {distance:.2g} away: are these the features of another encoder, "
+            "or texts averaged over prompts? "
+            "Make the columns with `vilu embed --features`, "
+            "or leave them out (bayesvlm: mode=embeddings, icpe: features=false)."
         )
     return phi, g

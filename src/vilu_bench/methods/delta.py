@@ -21,7 +21,10 @@ from vilu.predictors.contract.predictor import CLASSES, Learnt
 from vilu_bench.methods.mahalanobis import gaussian, shared_covariance
 
 MarginWeight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-NO_CAPTIONS = "it compares images answered rightly and wrongly, and other captions would make other ones wrong"
+NO_CAPTIONS = (
+    "it compares images answered rightly and wrongly, "
+    "and other captions would make other ones wrong"
+)
 
 
 def cosine_margin(batch: Batch) -> Tensor:
@@ -35,7 +38,7 @@ SMALLEST = 1e-6  # added to squared distances before the logarithm, as in the re
 
 @dataclasses.dataclass
 class DeltaKNN(ClosedSet):
-    """Delta-KNN: log-distances to training images that the VLM answers rightly, less those to images answered wrongly.
+    """Delta-KNN: log-distance to rightly answered images, less that to wrongly answered ones.
 
     u = mean_{i <= k} log(d_i^2 + 1e-6) - mean_{j <= k} log(e_j^2 + 1e-6) - margin_weight * (cos_(1)
     - cos_(2)), with d_i and e_j the Euclidean distances of unit vectors to the nearest images
@@ -77,21 +80,27 @@ class DeltaKNN(ClosedSet):
     k: Count = 25
     margin_weight: MarginWeight = 0.0
 
-    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
-        kept, positions = draw_rows(train, self.max_bank, self.seed)
-        right_first = failure[positions].argsort(stable=True)
-        bank = gather(dataclasses.replace(kept, index=kept.index[right_first]))
-        n_right = (failure[positions] == 0).sum()
+    def _learn(
+        self,
+        train: Rows,
+        failure: Tensor,
+        validation: EmbeddingSource | None,  # noqa: ARG002
+    ) -> Learnt:
+        drawn, positions = draw_rows(train, self.max_bank, self.seed)
+        drawn_failure = failure[positions]
+        right_first = drawn_failure.argsort(stable=True)
+        bank = gather(dataclasses.replace(drawn, index=drawn.index[right_first]))
+        n_right = (drawn_failure == 0).sum()
         return Learnt(
             {"bank": bank, "n_right": n_right, CLASSES: class_texts(train)}, {"n_bank": len(bank)}
         )
 
     def _score(self, batch: Batch) -> Tensor:
-        self.classes_of(batch.text)  # others would make other images wrong
-        bank, n_right = self.learned_["bank"], int(self.learned_["n_right"])
-        right, wrong = (
-            self._log_distance(batch.image, part) for part in (bank[:n_right], bank[n_right:])
-        )
+        self.classes_of(batch.text)  # refuses other classes: they would make other images wrong
+        bank = self.learned_["bank"]
+        n_right = int(self.learned_["n_right"])
+        right = self._log_distance(batch.image, bank[:n_right])
+        wrong = self._log_distance(batch.image, bank[n_right:])
         return right - wrong - self.margin_weight * cosine_margin(batch)
 
     def _log_distance(self, image: Tensor, bank: Tensor) -> Tensor:
@@ -99,12 +108,15 @@ class DeltaKNN(ClosedSet):
         if not len(bank):
             return float64(torch.zeros(len(image), device=image.device))
         similarity, _ = nearest(image, bank, self.k)
-        return torch.log(squared_distance(float64(similarity)) + SMALLEST).mean(dim=1)
+        squares = squared_distance(float64(similarity))
+        return torch.log(squares + SMALLEST).mean(dim=1)
 
 
 @dataclasses.dataclass
 class DeltaKNNMargin(DeltaKNN):
-    """``DeltaKNN`` plus the margin, the paper's Delta-KNN-RLog; lambda = 10 is its value for CLIP (table 6).
+    """``DeltaKNN`` plus the margin, the paper's Delta-KNN-RLog.
+
+    lambda = 10 is the paper's value for CLIP (table 6).
 
     Examples:
         >>> import numpy as np, vilu
@@ -125,7 +137,9 @@ class DeltaKNNMargin(DeltaKNN):
 
 @dataclasses.dataclass
 class DeltaMDS(ClosedSet):
-    """Delta-MDS: squared Mahalanobis distance to images that the VLM answers rightly, less that to those it does not.
+    """Delta-MDS: distance to rightly answered images, less that to wrongly answered ones.
+
+    The distances are squared Mahalanobis distances.
 
     u = min_c (z - m_c)^T R^-1 (z - m_c) - min_c (z - n_c)^T W^-1 (z - n_c) - margin_weight *
     (cos_(1) - cos_(2)): m_c is the mean of the images of class c answered rightly and R the
@@ -168,53 +182,65 @@ class DeltaMDS(ClosedSet):
 
     margin_weight: MarginWeight = 0.0
 
-    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
-        label, n_classes = labels(train), train.source.n_candidates
-        learned: dict[str, Tensor] = {}
-        for bank, value in (("right", 0), ("wrong", 1)):
-            part = dataclasses.replace(train, index=train.index[failure == value])
-            means, counts = class_means(part, label[failure == value], n_classes)
-            covariance = shared_covariance(part, label[failure == value], means)
-            white = (
-                gaussian(train, label, n_classes)["whitener"]
-                if covariance is None
-                else whitener(covariance)
-            )
-            learned |= {
-                f"{bank}_means": means @ white,
-                f"{bank}_counts": counts,
-                f"{bank}_whitener": white,
-            }
-        return Learnt(learned | {CLASSES: class_texts(train)})
+    def _learn(
+        self,
+        train: Rows,
+        failure: Tensor,
+        validation: EmbeddingSource | None,  # noqa: ARG002
+    ) -> Learnt:
+        label = labels(train)
+        right = self._fit_bank("right", train, label, failure == 0)
+        wrong = self._fit_bank("wrong", train, label, failure == 1)
+        return Learnt(right | wrong | {CLASSES: class_texts(train)})
+
+    def _fit_bank(
+        self, bank: str, train: Rows, label: Tensor, is_member: Tensor
+    ) -> dict[str, Tensor]:
+        """Whitened means, counts and whitening of the images in a bank, by class."""
+        n_classes = train.source.n_candidates
+        members = dataclasses.replace(train, index=train.index[is_member])
+        means, counts = class_means(members, label[is_member], n_classes)
+        covariance = shared_covariance(members, label[is_member], means)
+        if covariance is None:
+            white = gaussian(train, label, n_classes)["whitener"]
+        else:
+            white = whitener(covariance)
+        return {
+            f"{bank}_means": means @ white,
+            f"{bank}_counts": counts,
+            f"{bank}_whitener": white,
+        }
 
     def _score(self, batch: Batch) -> Tensor:
         image = float64(batch.image)
-        known = self.classes_of(batch.text).to(image.device)
-        right, wrong = (self._distance(image, known, bank) for bank in ("right", "wrong"))
+        classes = self.classes_of(batch.text).to(image.device)
+        right = self._distance(image, classes, "right")
+        wrong = self._distance(image, classes, "wrong")
         return right - wrong - self.margin_weight * cosine_margin(batch)
 
     def _distance(self, image: Tensor, classes: Tensor, bank: str) -> Tensor:
-        """(B,) squared distance to the nearest class of a bank."""
-        means, counts = (
-            self.tensor(f"{bank}_{part}", image.device)[classes] for part in ("means", "counts")
-        )
-        squares = squared_distances(image @ self.tensor(f"{bank}_whitener", image.device), means)
-        found = squares.masked_fill(counts == 0, math.inf).amin(dim=1)
-        return torch.where(found == math.inf, 0.0, found)
+        """(B,) squared distance to the nearest class of a bank; zero where the bank is empty."""
+        means = self.tensor(f"{bank}_means", image.device)[classes]
+        counts = self.tensor(f"{bank}_counts", image.device)[classes]
+        whitened = image @ self.tensor(f"{bank}_whitener", image.device)
+        squares = squared_distances(whitened, means)
+        nearest_class = squares.masked_fill(counts == 0, math.inf).amin(dim=1)
+        return torch.where(nearest_class == math.inf, 0.0, nearest_class)
 
 
 @dataclasses.dataclass
 class DeltaMDSMargin(DeltaMDS):
-    """``DeltaMDS`` plus the margin, the paper's Delta-MDS-RLog; lambda = 10,000 is its value for CLIP (table 6).
+    """``DeltaMDS`` plus the margin, the paper's Delta-MDS-RLog.
+
+    lambda = 10,000 is the paper's value for CLIP (table 6).
 
     Examples:
         >>> import numpy as np, vilu
         >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
         >>> train = vilu.Embeddings(image, np.eye(2), [0, 1, 1, 1])
         >>> new = vilu.Embeddings([[0.96, 0.28], [0.28, 0.96]], np.eye(2))  # at 16 and 74 degrees
-        >>> vilu.PREDICTORS["delta_mds_margin"](margin_weight=10.0).fit(train).predict_uncertainty(
-        ...     new
-        ... ).round(2)
+        >>> method = vilu.PREDICTORS["delta_mds_margin"](margin_weight=10.0)
+        >>> method.fit(train).predict_uncertainty(new).round(2)
         array([-6.15, -9.39])
     """
 

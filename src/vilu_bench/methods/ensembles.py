@@ -23,7 +23,9 @@ from vilu.predictors.vilu.vilu import ViLU
 
 @dataclasses.dataclass
 class DeepEnsemble(ViLU):
-    """M ViLU heads that differ in their start and in the order of the rows: u = 1/M sum_m sigmoid(g_m(z)).
+    """M ViLU heads that differ in their start and in the order of the rows.
+
+    u = 1/M sum_m sigmoid(g_m(z)).
 
     Member m has the seed ``seed * M + m``, so that ensembles of different seeds share no member.
     All members are selected on the same rows.
@@ -35,18 +37,14 @@ class DeepEnsemble(ViLU):
 
     Examples:
         >>> import numpy as np, vilu
-        >>> angle = np.linspace(
-        ...     0, np.pi / 2, 100
-        ... )  # the answer is class 0 up to 45 degrees, the truth up to 63
-        >>> train = vilu.Embeddings(
-        ...     np.c_[np.cos(angle), np.sin(angle)], np.eye(2), np.repeat([0, 1], [70, 30])
-        ... )
-        >>> new = vilu.Embeddings(
-        ...     [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], np.eye(2)
-        ... )  # at 0, 53 and 90 degrees
-        >>> vilu.PREDICTORS["deep_ensemble"](members=2, epochs=10).fit(train).predict_uncertainty(
-        ...     new
-        ... ).round()
+        >>> # the answer is class 0 up to 45 degrees, the truth up to 63
+        >>> angle = np.linspace(0, np.pi / 2, 100)
+        >>> image = np.c_[np.cos(angle), np.sin(angle)]
+        >>> train = vilu.Embeddings(image, np.eye(2), np.repeat([0, 1], [70, 30]))
+        >>> new_image = [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]  # at 0, 53 and 90 degrees
+        >>> new = vilu.Embeddings(new_image, np.eye(2))
+        >>> method = vilu.PREDICTORS["deep_ensemble"](members=2, epochs=10)
+        >>> method.fit(train).predict_uncertainty(new).round()
         array([0., 1., 0.])
     """
 
@@ -55,9 +53,8 @@ class DeepEnsemble(ViLU):
     reference: ClassVar[str] = "Lakshminarayanan et al., NeurIPS 2017"
     cost: ClassVar[str] = "M times that of vilu"
 
-    members: Annotated[Count, Field(le=1_000)] = (
-        5  # so that no predictor from elsewhere loads without end
-    )
+    # bounded, so that no predictor from elsewhere loads without end
+    members: Annotated[Count, Field(le=1_000)] = 5
 
     graph = head_graph
 
@@ -69,28 +66,34 @@ class DeepEnsemble(ViLU):
             "uncertainty, mean over the members' probabilities of failure",
         )
 
-    def module(self, tensors: dict[str, Tensor], space: EmbeddingSpace) -> nn.Module:  # noqa: ARG002
+    def module(
+        self,
+        tensors: dict[str, Tensor],  # noqa: ARG002
+        space: EmbeddingSpace,
+    ) -> nn.Module:
         """The heads, by their number."""
         return nn.ModuleList(self._head(space) for _ in range(self.members))
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:
         parts = fit_and_selection(train, failure, validation, self.validation_fraction, self.seed)
+        failure_rate = float(failure.double().mean())
         tensors: dict[str, Tensor] = {}
         notes = {}
         for m, member in enumerate(self._new_members()):
             if isinstance(self.start_, DeepEnsemble):
                 member.start_ = self.start_._new_members()[m]
                 member.start_.network_ = self.start_.heads[m]
-            found = member.train_head(*parts, float(failure.double().mean()))
-            tensors |= {f"{m}.{name}": tensor for name, tensor in found.tensors.items()}
-            notes[f"member_{m}"] = found.notes
+            learnt = member.train_head(*parts, failure_rate)
+            for name, tensor in learnt.tensors.items():
+                tensors[f"{m}.{name}"] = tensor
+            notes[f"member_{m}"] = learnt.notes
         return Learnt(tensors, notes)
 
     def _new_members(self) -> list[ViLU]:
+        """The members, not fitted."""
         values = {name: getattr(self, name) for name in parameters(ViLU)}
-        return [
-            ViLU(**values | {"seed": self.seed * self.members + m}) for m in range(self.members)
-        ]
+        first_seed = self.seed * self.members
+        return [ViLU(**values | {"seed": first_seed + m}) for m in range(self.members)]
 
     def _start_notes(self) -> dict[str, object]:
         return {}  # each member has its own
@@ -98,7 +101,9 @@ class DeepEnsemble(ViLU):
 
 @dataclasses.dataclass
 class MCDropout(ViLU):
-    """ViLU's head with dropout, which stays on at scoring: u = 1/M sum_m sigmoid(g_m(z)), g_m the head under mask m.
+    """ViLU's head with dropout, which stays on at scoring.
+
+    u = 1/M sum_m sigmoid(g_m(z)), g_m the head under mask m.
 
     Dropout follows every hidden activation of the MLP. The M masks are drawn from the seed and are
     the same for every row, that is M thinned heads: a row has the same score in any company.
@@ -112,15 +117,12 @@ class MCDropout(ViLU):
 
     Examples:
         >>> import numpy as np, vilu
-        >>> angle = np.linspace(
-        ...     0, np.pi / 2, 100
-        ... )  # the answer is class 0 up to 45 degrees, the truth up to 63
-        >>> train = vilu.Embeddings(
-        ...     np.c_[np.cos(angle), np.sin(angle)], np.eye(2), np.repeat([0, 1], [70, 30])
-        ... )
-        >>> new = vilu.Embeddings(
-        ...     [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], np.eye(2)
-        ... )  # at 0, 53 and 90 degrees
+        >>> # the answer is class 0 up to 45 degrees, the truth up to 63
+        >>> angle = np.linspace(0, np.pi / 2, 100)
+        >>> image = np.c_[np.cos(angle), np.sin(angle)]
+        >>> train = vilu.Embeddings(image, np.eye(2), np.repeat([0, 1], [70, 30]))
+        >>> new_image = [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]  # at 0, 53 and 90 degrees
+        >>> new = vilu.Embeddings(new_image, np.eye(2))
         >>> vilu.PREDICTORS["mc_dropout"](epochs=10).fit(train).predict_uncertainty(new).round()
         array([0., 1., 0.])
     """
@@ -139,13 +141,18 @@ class MCDropout(ViLU):
             "the score of mc_dropout is a mean over thinned heads, for which no game is defined"
         )
 
-    def module(self, tensors: dict[str, Tensor], space: EmbeddingSpace) -> nn.Module:  # noqa: ARG002
+    def module(
+        self,
+        tensors: dict[str, Tensor],  # noqa: ARG002
+        space: EmbeddingSpace,
+    ) -> nn.Module:
         """The head, with dropout in training."""
         return self._head(space, Dropout(self.dropout, self.seed))
 
     def _score(self, batch: Batch) -> Tensor:
         (head,) = self.heads
-        first, generator = head.first_layer(batch), torch.Generator().manual_seed(self.seed)
+        first = head.first_layer(batch)
+        generator = torch.Generator().manual_seed(self.seed)
         total = torch.zeros(len(first), dtype=torch.float64)
         for _ in range(self.passes):
             hidden = first

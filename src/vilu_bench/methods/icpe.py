@@ -24,7 +24,9 @@ from vilu_bench.methods.bayesvlm import last_layer
 
 @dataclasses.dataclass
 class ICPE(ClassDensity):
-    """ICPE as released: zero-shot probability averaged with the share that the answer's Gaussian has of the density.
+    """ICPE as released: the mean of the zero-shot probability and a share of the image's density.
+
+    The share is that of the answer's Gaussian.
 
     u = 1 - (p_max + softmax_c(log N_c(x))_t̂) / 2, N_c the Gaussian of class c: mean and sample
     covariance (divisor n_c - 1) plus ``ridge`` of the training images of the class, in the first
@@ -70,33 +72,43 @@ class ICPE(ClassDensity):
 
     @property
     def label(self) -> str:
-        """The name, and which embeddings were fitted on, once there is a fit."""
-        return (
-            self.name if self.columns_to_score or not self.learned_ else f"{self.name} (unit norm)"
-        )
+        """The name; once fitted it says whether the fit was on unit-norm embeddings."""
+        if not self.learned_ or self._on_features:
+            return self.name
+        return f"{self.name} (unit norm)"
 
     def columns_to_fit(self, train: EmbeddingSource) -> tuple[str, ...]:
         """Both columns, where wanted and there."""
-        return (
-            self.optional_columns
-            if self.features and train.columns.issuperset(self.optional_columns)
-            else ()
-        )
+        has_columns = train.columns.issuperset(self.optional_columns)
+        if self.features and has_columns:
+            return self.optional_columns
+        return ()
 
     @property
     def columns_to_score(self) -> tuple[str, ...]:
-        """What the fit used."""
-        return self.optional_columns if self.learned_ and bool(self.learned_["on_features"]) else ()
+        """The columns that the fit used."""
+        return self.optional_columns if self._on_features else ()
 
-    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
+    @property
+    def _on_features(self) -> bool:
+        """Whether there is a fit on the two columns."""
+        if not self.learned_:
+            return False
+        return bool(self.learned_["on_features"])
+
+    def _learn(
+        self,
+        train: Rows,
+        failure: Tensor,  # noqa: ARG002
+        validation: EmbeddingSource | None,  # noqa: ARG002
+    ) -> Learnt:
         on_features = set(self.optional_columns) <= set(train.columns)
-        found = self._densities(
-            train, self.components, self.ridge, encoded if on_features else image_blocks, floor=0.0
-        )
-        return Learnt(found | {"on_features": torch.tensor(on_features)})
+        blocks = encoded if on_features else image_blocks
+        densities = self._densities(train, self.components, self.ridge, blocks, floor=0.0)
+        return Learnt(densities | {"on_features": torch.tensor(on_features)})
 
     def _score(self, batch: Batch) -> Tensor:
-        image = before_norm(batch) if self.columns_to_score else float64(batch.image)
+        image = before_norm(batch) if self._on_features else float64(batch.image)
         return mean_of_both(batch, self._log_odds(batch, image))
 
 
@@ -110,5 +122,6 @@ def encoded(train: Rows) -> Iterator[tuple[slice, Tensor]]:
     """Positions and images (b, D) as ``before_norm``, block by block."""
     start = 0
     for batch in train.batches(SCORING_BATCH):
-        yield slice(start, start + len(batch.index)), before_norm(batch).cpu()
-        start += len(batch.index)
+        stop = start + len(batch.index)
+        yield slice(start, stop), before_norm(batch).cpu()
+        start = stop

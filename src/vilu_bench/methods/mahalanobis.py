@@ -19,47 +19,61 @@ from vilu.predictors.contract.predictor import CLASSES, Learnt
 
 
 def shared_covariance(train: Rows, label: Tensor, mean: Tensor) -> Tensor | None:
-    """Covariance (D, D) of the images around the mean (K, D) of their class, shrunk; None where there is no spread.
+    """Shrunk covariance (D, D) of the images around the mean (K, D) of their class.
+
+    It is None where there is no spread.
 
     Ledoit and Wolf's estimate, scaled by M / (M - number of classes with images) for the means that
     were fitted. There is no spread when no class has two different images.
     """
     matrix, fourth = scatter(train, label, mean)
-    n, n_means = len(label), len(label.unique())
+    n = len(label)
+    n_means = len(label.unique())
     if n == n_means or float(matrix.trace()) <= NO_SPREAD * n:
         return None
     return ledoit_wolf(matrix, fourth, n) * (n / (n - n_means))
 
 
 def spherical_covariance(train: Rows) -> Tensor:
-    """The mean variance per coordinate of all images, times the identity; the identity itself where it is zero."""
-    everything = torch.zeros_like(train.index)
-    mean, _ = class_means(train, everything, 1)
-    matrix, _ = scatter(train, everything, mean)
-    variance = float(matrix.trace()) / (max(len(everything) - 1, 1) * len(matrix))
-    return torch.eye(len(matrix), dtype=torch.float64) * (variance if variance > NO_SPREAD else 1.0)
+    """The mean variance per coordinate of all images, times the identity.
+
+    It is the identity itself where that variance is zero.
+    """
+    one_class = torch.zeros_like(train.index)
+    mean, _ = class_means(train, one_class, 1)
+    matrix, _ = scatter(train, one_class, mean)
+    variance = float(matrix.trace()) / (max(len(one_class) - 1, 1) * len(matrix))
+    scale = variance if variance > NO_SPREAD else 1.0
+    return torch.eye(len(matrix), dtype=torch.float64) * scale
 
 
 def ledoit_wolf(matrix: Tensor, fourth: float, n: int) -> Tensor:
-    """Covariance (D, D) shrunk towards a multiple of the identity, from sums over n centred rows, of x x^T and |x|^4.
+    """Covariance (D, D) shrunk towards a multiple of the identity.
+
+    ``matrix`` and ``fourth`` are the sums over n centred rows of x x^T and |x|^4.
 
     The sum of all entries of sum_i (x_i^2) (x_i^2)^T is sum_i |x_i|^4, so one pass over the rows is
     enough.
 
     Source: Ledoit and Wolf, Journal of Multivariate Analysis 2004.
     """
-    covariance, d = matrix / n, len(matrix)
+    covariance = matrix / n
+    d = len(matrix)
     variance = covariance.trace() / d
     squares = covariance.square().sum()
     dispersion = squares - d * variance**2
     error = (fourth / n - squares) / n
-    shrinkage = (error / dispersion).clamp(0, 1) if float(dispersion) > 0 else torch.ones(())
+    shrinkage = torch.ones(())
+    if float(dispersion) > 0:
+        shrinkage = (error / dispersion).clamp(0, 1)
     return (1 - shrinkage) * covariance + shrinkage * variance * torch.eye(d, dtype=torch.float64)
 
 
 @dataclasses.dataclass
 class Mahalanobis(ClosedSet):
-    """Squared Mahalanobis distance to the mean of the predicted class, under a covariance that all classes share.
+    """Squared Mahalanobis distance to the mean of the predicted class.
+
+    All classes share one covariance.
 
     u = (z - mu_t̂)^T S^-1 (z - mu_t̂) [- (z - mu)^T S_0^-1 (z - mu) with ``relative``], mu and S_0
     being the mean and covariance of all training images. S and S_0 are Ledoit-Wolf estimates, so
@@ -92,12 +106,18 @@ class Mahalanobis(ClosedSet):
 
     relative: bool = False
 
-    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
+    def _learn(
+        self,
+        train: Rows,
+        failure: Tensor,  # noqa: ARG002
+        validation: EmbeddingSource | None,  # noqa: ARG002
+    ) -> Learnt:
         label = labels(train)
         learned = gaussian(train, label, train.source.n_candidates)
         if self.relative:
-            mean, everything = gaussian(train, torch.zeros_like(label), 1).values()
-            learned |= {"global_mean": mean, "global_whitener": everything}
+            one_class = gaussian(train, torch.zeros_like(label), 1)
+            learned["global_mean"] = one_class["means"]
+            learned["global_whitener"] = one_class["whitener"]
         return Learnt(learned | {CLASSES: class_texts(train)})
 
     def tensor_names(self) -> tuple[str, ...]:
@@ -106,19 +126,25 @@ class Mahalanobis(ClosedSet):
 
     def _score(self, batch: Batch) -> Tensor:
         image = float64(batch.image)
-        means = self.tensor("means", image.device)[self.answer_of(batch).to(image.device)]
-        score = ((image - means) @ self.tensor("whitener", image.device)).square().sum(dim=1)
-        if self.relative:
-            centred = image - self.tensor("global_mean", image.device)
-            score = score - (centred @ self.tensor("global_whitener", image.device)).square().sum(
-                dim=1
-            )
-        return score
+        answer = self.answer_of(batch).to(image.device)
+        mean = self.tensor("means", image.device)[answer]
+        distance = self._distance(image, mean, "whitener")
+        if not self.relative:
+            return distance
+        global_mean = self.tensor("global_mean", image.device)
+        return distance - self._distance(image, global_mean, "global_whitener")
+
+    def _distance(self, image: Tensor, mean: Tensor, whitener: str) -> Tensor:
+        """(B,) squared distance of images (B, D) from means, after a whitening."""
+        whitened = (image - mean) @ self.tensor(whitener, image.device)
+        return whitened.square().sum(dim=1)
 
 
 @dataclasses.dataclass
 class RelativeMahalanobis(Mahalanobis):
-    """``Mahalanobis`` with ``relative``: how much better all training images explain an image than its class does.
+    """``Mahalanobis`` with ``relative``.
+
+    It tells how much better all training images explain an image than its class does.
 
     Examples:
         >>> import numpy as np, vilu
@@ -142,7 +168,6 @@ def gaussian(train: Rows, label: Tensor, n_classes: int) -> dict[str, Tensor]:
     """Class means (K, D), and the whitening (D, D) of the covariance around them."""
     means, _ = class_means(train, label, n_classes)
     covariance = shared_covariance(train, label, means)
-    return {
-        "means": means,
-        "whitener": whitener(spherical_covariance(train) if covariance is None else covariance),
-    }
+    if covariance is None:
+        covariance = spherical_covariance(train)
+    return {"means": means, "whitener": whitener(covariance)}

@@ -32,15 +32,20 @@ class LabelledBank(ClosedSet):
 
     max_bank: Count = 100_000
 
-    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
+    def _learn(
+        self,
+        train: Rows,
+        failure: Tensor,  # noqa: ARG002
+        validation: EmbeddingSource | None,  # noqa: ARG002
+    ) -> Learnt:
         drawn, _ = draw_rows(train, self.max_bank, self.seed)
-        bank, label = self._kept(gather(drawn), labels(drawn))
+        bank, label = self._choose(gather(drawn), labels(drawn))
         return Learnt(
             {"bank": bank, "labels": label, CLASSES: class_texts(train)}, {"n_bank": len(bank)}
         )
 
-    def _kept(self, bank: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of the images (N, D) that are worth keeping, and their classes; all of them by default."""
+    def _choose(self, bank: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        """The images of (N, D) that make the bank, and their classes; all of them by default."""
         return bank, label
 
 
@@ -78,13 +83,12 @@ class KNNVote(LabelledBank):
 
     def _score(self, batch: Batch) -> Tensor:
         similarity, index = nearest(batch.image, self.learned_["bank"], self.k)
-        other = self.tensor("labels", index.device)[index] != self.answer_of(batch)[:, None]
-        weight = (
-            torch.ones_like(similarity)
-            if self.weighting == "uniform"
-            else (1 + similarity).clamp(min=TINY) / 2
-        )
-        return (weight * other).sum(dim=1) / weight.sum(dim=1)
+        label = self.tensor("labels", index.device)[index]
+        dissents = label != self.answer_of(batch)[:, None]
+        weight = torch.ones_like(similarity)
+        if self.weighting == "similarity":
+            weight = (1 + similarity).clamp(min=TINY) / 2
+        return (weight * dissents).sum(dim=1) / weight.sum(dim=1)
 
 
 @dataclasses.dataclass
@@ -122,8 +126,14 @@ class KNNDistance(FailurePredictor):
     max_bank: Count = 100_000
     k: Count = 50
 
-    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
-        bank = gather(draw_rows(train, self.max_bank, self.seed)[0])
+    def _learn(
+        self,
+        train: Rows,
+        failure: Tensor,  # noqa: ARG002
+        validation: EmbeddingSource | None,  # noqa: ARG002
+    ) -> Learnt:
+        drawn, _ = draw_rows(train, self.max_bank, self.seed)
+        bank = gather(drawn)
         return Learnt({"bank": bank}, {"n_bank": len(bank)})
 
     def _score(self, batch: Batch) -> Tensor:
@@ -133,7 +143,7 @@ class KNNDistance(FailurePredictor):
 
 @dataclasses.dataclass
 class TRINE(LabelledBank):
-    """TRINE: margin of the support that the nearest training images and the texts give the predicted class.
+    """TRINE: margin of the predicted class's support by the nearest training images and the texts.
 
     Neighbour r = 0 ... k-1 of class y_r has the weight w_r = exp(-decay r) * (1 + cos(z, z_r)) / 2
     * (1 + cos(z_t̂, z_{t_{y_r}})) / 2, a class the support S_c = sum_{r: y_r = c} w_r / sum_r w_r,
@@ -173,20 +183,23 @@ class TRINE(LabelledBank):
         text = self.tensor("classes", index.device)
         text_similarity = (text[answer] @ text.T).gather(1, label)
         rank = torch.arange(similarity.shape[1], device=index.device)
-        near, texts = ((1 + cosine).clamp(min=TINY) for cosine in (similarity, text_similarity))
+        near = (1 + similarity).clamp(min=TINY)
+        texts = (1 + text_similarity).clamp(min=TINY)
         weight = torch.exp(-self.decay * rank) * near / 2 * texts / 2
         support = text.new_zeros(len(label), len(text))
-        for one in range(label.shape[1]):  # one neighbour a time: sums in one order on every device
-            support.scatter_add_(1, label[:, one : one + 1], weight[:, one : one + 1])
+        # one neighbour at a time, so that sums have one order on every device
+        for column in range(label.shape[1]):
+            neighbour = slice(column, column + 1)
+            support.scatter_add_(1, label[:, neighbour], weight[:, neighbour])
         support = support / weight.sum(dim=1, keepdim=True)
-        mine = support.gather(1, answer[:, None]).squeeze(1)
-        rival = support.scatter(1, answer[:, None], -1.0).amax(dim=1)
-        return 1 - (mine - rival)
+        of_answer = support.gather(1, answer[:, None]).squeeze(1)
+        of_rival = support.scatter(1, answer[:, None], -1.0).amax(dim=1)
+        return 1 - (of_answer - of_rival)
 
 
 @dataclasses.dataclass
 class TrustScore(LabelledBank):
-    """Inverse trust score: distance to the predicted class over distance to the nearest other class.
+    """Inverse trust score: distance to the predicted class over that to the nearest other class.
 
     u = (d(z, H_t̂) + 1e-6) / (min_{c != t̂} d(z, H_c) + 1e-6), d the Euclidean distance of unit
     vectors to the nearest of a set, and H_c the training images of class c without the share
@@ -221,34 +234,39 @@ class TrustScore(LabelledBank):
     alpha: Annotated[float, Field(ge=0, lt=1)] = 0.0
     k: Count = 10
 
-    def _kept(self, bank: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    def _choose(self, bank: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         if self.alpha == 0:
             return bank, label
-        kept = []
+        dense_members = []
         for c in label.unique():
             members = (label == c).nonzero().squeeze(1)
-            radius = distance(nearest(bank[members], bank[members], self.k)[0][:, -1]).double()
-            kept.append(members[radius <= radius.quantile(1 - self.alpha)])
-        dense = torch.cat(kept).sort().values
+            similarity, _ = nearest(bank[members], bank[members], self.k)
+            radius = distance(similarity[:, -1]).double()
+            is_dense = radius <= radius.quantile(1 - self.alpha)
+            dense_members.append(members[is_dense])
+        dense = torch.cat(dense_members).sort().values
         return bank[dense], label[dense]
 
     def _score(self, batch: Batch) -> Tensor:
         answer = self.answer_of(batch)
         label = self.tensor("labels", answer.device)
-        mine = self._distance(
-            batch.image, lambda queries, rows: answer[queries, None] == label[rows]
-        )
-        rival = self._distance(
-            batch.image, lambda queries, rows: answer[queries, None] != label[rows]
-        )
-        return (mine + TINY) / (rival + TINY)
+
+        def is_of_answer(queries: slice, rows: slice) -> Tensor:
+            return answer[queries, None] == label[rows]
+
+        def is_of_rival(queries: slice, rows: slice) -> Tensor:
+            return answer[queries, None] != label[rows]
+
+        to_answer = self._distance(batch.image, is_of_answer)
+        to_rival = self._distance(batch.image, is_of_rival)
+        return (to_answer + TINY) / (to_rival + TINY)
 
     def _distance(self, image: Tensor, allowed: Allowed) -> Tensor:
-        """(B,) distance to the nearest image that counts."""
-        similarity, index = (
-            found[:, 0] for found in nearest(image, self.learned_["bank"], 1, allowed)
-        )
-        closest = self.learned_["bank"][index.cpu()].to(image.device)
+        """(B,) distance to the nearest image of the bank that is allowed."""
+        bank = self.learned_["bank"]
+        similarity, index = nearest(image, bank, 1, allowed)
+        closest = bank[index[:, 0].cpu()].to(image.device)
         # From the coordinates: 2 - 2 cos has no digits left for near duplicates.
-        found = torch.linalg.vector_norm(normalize(image, dim=1) - closest, dim=1)
-        return torch.where(similarity == -math.inf, FARTHEST, found)
+        distance_to_closest = torch.linalg.vector_norm(normalize(image, dim=1) - closest, dim=1)
+        has_none = similarity[:, 0] == -math.inf
+        return torch.where(has_none, FARTHEST, distance_to_closest)

@@ -29,7 +29,9 @@ from vilu.predictors.vilu.head import Count, NonNegative, Positive, Widths
 
 @dataclasses.dataclass
 class NetworkPredictor(FailurePredictor):
-    """A predictor with a network that gives one number per row, trained by AdamW; the last epoch is kept.
+    """A predictor with a network that gives one number per row, trained by AdamW.
+
+    The weights are those of the last epoch.
 
     Args:
         epochs: Passes over the training rows; None: as many as a head's (``HeadPredictor``).
@@ -53,7 +55,12 @@ class NetworkPredictor(FailurePredictor):
         """How many epochs of ``steps`` steps by default."""
         return default_epochs(steps)
 
-    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
+    def _learn(
+        self,
+        train: Rows,
+        failure: Tensor,  # noqa: ARG002
+        validation: EmbeddingSource | None,  # noqa: ARG002
+    ) -> Learnt:
         with seeded(self.seed):
             network = cast("nn.Module", self.module({}, train.source.space))
         history = train_adamw(network, self._loss, train, self._settings(AdamWConfig), self._length)
@@ -63,9 +70,9 @@ class NetworkPredictor(FailurePredictor):
 
 def perceptron(widths: list[int]) -> nn.Sequential:
     """Linear layers of these widths with leaky ReLUs between them."""
-    layers = [
-        layer for pair in itertools.pairwise(widths) for layer in (nn.Linear(*pair), nn.LeakyReLU())
-    ]
+    layers: list[nn.Module] = []
+    for n_inputs, n_outputs in itertools.pairwise(widths):
+        layers += [nn.Linear(n_inputs, n_outputs), nn.LeakyReLU()]
     return nn.Sequential(*layers[:-1])
 
 
@@ -75,7 +82,9 @@ FLOOR = 1e-6
 
 @dataclasses.dataclass
 class PVU(NetworkPredictor):
-    """Pretrained visual uncertainties: u = softplus(g(z_v)) + 1e-6, trained on the VLM's own loss L = -log p_target.
+    """Pretrained visual uncertainties: an image-only network trained on the VLM's own loss.
+
+    u = softplus(g(z_v)) + 1e-6, and the loss is L = -log p_target.
 
     g is an MLP D -> 512 -> 512 -> 1 with leaky ReLUs on the image embedding alone. With
     loss="ranking" it learns only the order of the losses: over consecutive pairs of a shuffled
@@ -95,15 +104,12 @@ class PVU(NetworkPredictor):
 
     Examples:
         >>> import numpy as np, vilu
-        >>> angle = np.linspace(
-        ...     0, np.pi / 2, 100
-        ... )  # the answer is class 0 up to 45 degrees, the truth up to 63
-        >>> train = vilu.Embeddings(
-        ...     np.c_[np.cos(angle), np.sin(angle)], np.eye(2), np.repeat([0, 1], [70, 30])
-        ... )
-        >>> new = vilu.Embeddings(
-        ...     [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], np.eye(2)
-        ... )  # at 0, 53 and 90 degrees
+        >>> # the answer is class 0 up to 45 degrees, the truth up to 63
+        >>> angle = np.linspace(0, np.pi / 2, 100)
+        >>> image = np.c_[np.cos(angle), np.sin(angle)]
+        >>> train = vilu.Embeddings(image, np.eye(2), np.repeat([0, 1], [70, 30]))
+        >>> new_image = [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]  # at 0, 53 and 90 degrees
+        >>> new = vilu.Embeddings(new_image, np.eye(2))
         >>> vilu.PREDICTORS["pvu"](epochs=10).fit(train).predict_uncertainty(new).argsort()
         array([0, 2, 1])
     """
@@ -119,7 +125,11 @@ class PVU(NetworkPredictor):
     hidden: Widths = (512, 512)
     loss: Literal["ranking", "mse"] = "ranking"
 
-    def module(self, tensors: dict[str, Tensor], space: EmbeddingSpace) -> nn.Module:  # noqa: ARG002
+    def module(
+        self,
+        tensors: dict[str, Tensor],  # noqa: ARG002
+        space: EmbeddingSpace,
+    ) -> nn.Module:
         """The network."""
         return ImageNetwork(space.embed_dim, self.hidden)
 
@@ -133,7 +143,8 @@ class PVU(NetworkPredictor):
 
     def _loss(self, batch: Batch, output: Tensor) -> Tensor:
         backbone = -batch.log_probability(log_posterior(batch), batch.target)
-        return LOSSES[self.loss](functional.softplus(output) + FLOOR, backbone.to(output.device))
+        uncertainty = functional.softplus(output) + FLOOR
+        return LOSSES[self.loss](uncertainty, backbone.to(output.device))
 
     def _score(self, batch: Batch) -> Tensor:
         return functional.softplus(float64(self.network(batch))) + FLOOR
@@ -153,11 +164,13 @@ class ImageNetwork(nn.Module):
 
 
 def ranking_loss(uncertainty: Tensor, backbone: Tensor) -> Tensor:
-    """Mean hinge of the consecutive pairs of (B,) uncertainties, against the order of the backbone's losses (B,)."""
+    """Mean hinge of consecutive pairs of uncertainties (B,).
+
+    They should be in the order of the backbone's losses (B,).
+    """
     pairs = len(backbone) // 2
-    (u_1, u_2), (loss_1, loss_2) = (
-        part[: 2 * pairs].view(pairs, 2).unbind(dim=1) for part in (uncertainty, backbone)
-    )
+    u_1, u_2 = uncertainty[: 2 * pairs].view(pairs, 2).unbind(dim=1)
+    loss_1, loss_2 = backbone[: 2 * pairs].view(pairs, 2).unbind(dim=1)
     sign = torch.sign(loss_1 - loss_2).to(uncertainty.dtype)
     return functional.relu(MARGIN - sign * (u_1 - u_2)).sum() / max(pairs, 1)
 
@@ -183,7 +196,9 @@ FAR = 20.0
 
 @dataclasses.dataclass
 class LMN(NetworkPredictor):
-    """Lightweight meta-network: u = 1 - max_j softmax_j(l / T(x)), T(x) > 0 learned per row; the answer never changes.
+    """Lightweight meta-network: MCM at a temperature T(x) > 0 that is learned per row.
+
+    u = 1 - max_j softmax_j(l / T(x)); the answer never changes.
 
     log T is an MLP with 16 hidden units (about 17,000 parameters at D = 512) on (gaps of the next
     logits to the largest, z_v, z_t̂). With s = max_j p_j after scaling, and psi the sigmoid (s -
@@ -208,17 +223,15 @@ class LMN(NetworkPredictor):
 
     Examples:
         >>> import numpy as np, vilu
-        >>> angle = np.linspace(
-        ...     0, np.pi / 2, 100
-        ... )  # the answer is class 0 up to 45 degrees, the truth up to 63
+        >>> # the answer is class 0 up to 45 degrees, the truth up to 63
+        >>> angle = np.linspace(0, np.pi / 2, 100)
         >>> image = np.c_[np.cos(angle), np.sin(angle)]
         >>> train = vilu.Embeddings(image, np.eye(2), np.repeat([0, 1], [70, 30]), logit_scale=10.0)
         >>> new = vilu.Embeddings([[0.8, 0.6], [0.6, 0.8]], np.eye(2), logit_scale=10.0)
         >>> vilu.MCM().predict_uncertainty(new).round(2)
         array([0.12, 0.12])
-        >>> vilu.PREDICTORS["lmn"](epochs=20, learning_rate=0.01).fit(train).predict_uncertainty(
-        ...     new
-        ... ).round(1)
+        >>> method = vilu.PREDICTORS["lmn"](epochs=20, learning_rate=0.01)
+        >>> method.fit(train).predict_uncertainty(new).round(1)
         array([0. , 0.3])
     """
 
@@ -245,7 +258,11 @@ class LMN(NetworkPredictor):
             )
         return super()._learn(train, failure, validation)
 
-    def module(self, tensors: dict[str, Tensor], space: EmbeddingSpace) -> nn.Module:  # noqa: ARG002
+    def module(
+        self,
+        tensors: dict[str, Tensor],  # noqa: ARG002
+        space: EmbeddingSpace,
+    ) -> nn.Module:
         """The network."""
         return MetaNetwork(space.embed_dim, self.hidden, self.n_logits)
 
@@ -254,13 +271,15 @@ class LMN(NetworkPredictor):
         log_s = log_p.amax(dim=-1)
         psi = target_curve(log_s.exp(), self.steepness)
         flatness = -log_p.mean(dim=-1) - math.log(log_p.shape[-1])
-        right, wrong = self.balance * (1 - psi - log_s), (1 - self.balance) * (psi + flatness)
+        right = self.balance * (1 - psi - log_s)
+        wrong = (1 - self.balance) * (psi + flatness)
         return torch.where(batch.failure == 1, wrong, right).mean()
 
     graph = own_graph
 
     def _score(self, batch: Batch) -> Tensor:
-        log_p = log_posterior(batch, float64(self.network(batch)).exp()[:, None])
+        temperature = float64(self.network(batch)).exp()
+        log_p = log_posterior(batch, temperature[:, None])
         return -torch.expm1(log_p.amax(dim=-1))
 
 
@@ -269,7 +288,8 @@ class MetaNetwork(nn.Module):
 
     def __init__(self, dim: int, hidden: tuple[int, ...], n_logits: int) -> None:
         super().__init__()
-        self.n_logits, self.scale = n_logits, math.sqrt(dim)
+        self.n_logits = n_logits
+        self.scale = math.sqrt(dim)
         self.layers = perceptron([2 * dim + n_logits - 1, *hidden, 1])
         for parameter in self.layers[-1].parameters():
             nn.init.zeros_(parameter)
@@ -287,7 +307,9 @@ class MetaNetwork(nn.Module):
 
 
 def logit_gaps(logits: Tensor, n: int) -> Tensor:
-    """(B, n - 1) sorted gaps of the n largest logits to the very largest, in units of 20 nats, at most one.
+    """(B, n - 1) sorted gaps of the n largest logits to the very largest.
+
+    They are in units of 20 nats, and at most one.
 
     Absent candidates of (B, K) logits with K < n are one unit away.
     """
@@ -302,6 +324,6 @@ def target_curve(confidence: Tensor, steepness: float) -> Tensor:
     It is formed as (1 + tanh((s - 1/2) / (2 lambda)) / tanh(1 / (4 lambda))) / 2, which no lambda
     makes overflow.
     """
-    return (
-        1 + torch.tanh((confidence - 0.5) / (2 * steepness)) / math.tanh(1 / (4 * steepness))
-    ) / 2
+    curve = torch.tanh((confidence - 0.5) / (2 * steepness))
+    largest = math.tanh(1 / (4 * steepness))
+    return (1 + curve / largest) / 2

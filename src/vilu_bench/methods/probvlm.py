@@ -24,7 +24,9 @@ SMALLEST = 1e-6
 
 
 class GeneralisedGaussian(NamedTuple):
-    """Independent generalised Gaussians, density beta / (2 alpha Gamma(1/beta)) exp(-(|x - mean| / alpha)^beta).
+    """Independent generalised Gaussians.
+
+    Their density is beta / (2 alpha Gamma(1/beta)) exp(-(|x - mean| / alpha)^beta).
 
     beta = 1 is the Laplace distribution of scale alpha, beta = 2 the Gaussian of variance alpha² /
     2.
@@ -40,7 +42,9 @@ class GeneralisedGaussian(NamedTuple):
     shape: Tensor
 
     def nll(self, x: Tensor) -> Tensor:
-        """Negative log-density of every entry: (|x - mean| / alpha)^beta - log(beta / (2 alpha)) + log Gamma(1/beta).
+        """Negative log-density of every entry.
+
+        It is (|x - mean| / alpha)^beta - log(beta / (2 alpha)) + log Gamma(1/beta).
 
         Deviations below 1e-6 alpha count as 1e-6 alpha, which keeps the gradient finite.
         """
@@ -59,18 +63,23 @@ class GeneralisedGaussian(NamedTuple):
         )
 
     def at(self, where: slice | tuple[slice | None, ...]) -> GeneralisedGaussian:
-        """Some of the entries, or the same ones with more dimensions, by an index into all three parts."""
+        """The entries at an index into all three parts, which may also add dimensions."""
         return GeneralisedGaussian(self.mean[where], self.inverse_scale[where], self.shape[where])
 
 
-FLATTEST, SHARPEST = 1e-3, 1e3
-"""Range of 1 / alpha, in units in which a coordinate is of order one."""
+FLATTEST = 1e-3
+"""Least 1 / alpha, in units in which a coordinate is of order one."""
+SHARPEST = 1e3
+"""Largest 1 / alpha in these units."""
 
-LOWEST_SHAPE, HIGHEST_SHAPE = 0.1, 5.0
+LOWEST_SHAPE = 0.1
+HIGHEST_SHAPE = 5.0
 
 
 class ProbabilisticAdapter(nn.Module):
-    """ProbVLM's adapter of one modality: x = z sqrt(D), y = x + MLP(x), and heads on y for mean, 1 / alpha and beta.
+    """ProbVLM's adapter of one modality.
+
+    x = z sqrt(D), y = x + MLP(x), and heads on y give mean, 1 / alpha and beta.
 
     A coordinate of a unit vector is of the order of 1 / sqrt(D); x and the distribution are in
     units in which it is of order one, so that the start does not depend on D. The MLP has three
@@ -81,26 +90,32 @@ class ProbabilisticAdapter(nn.Module):
         super().__init__()
         self.hidden = nn.ModuleList([nn.Linear(dim, width), nn.Linear(width, width)])
         self.out = nn.Linear(width, dim)
-        self.mean, self.inverse_scale, self.shape = (
-            nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim)) for _ in range(3)
-        )
+        self.mean = two_layers(dim)
+        self.inverse_scale = two_layers(dim)
+        self.shape = two_layers(dim)
 
     def forward(self, embedding: Tensor, masks: Sequence[Tensor] = ()) -> GeneralisedGaussian:
-        """Distribution over the embeddings (..., D), times sqrt(D), that mean the same as ``embedding`` (..., D).
+        """Distribution over embeddings (..., D), times sqrt(D), of the meaning of ``embedding``.
 
         Args:
-            embedding: Unit-norm rows.
+            embedding: (..., D) unit-norm rows.
             masks: Dropout masks of the two hidden layers, each (..., width); none: no dropout.
         """
         x = in_units(embedding)
         y = x
         for number, layer in enumerate(self.hidden):
             y = torch.relu(layer(y))
-            y = y * masks[number].to(y.device) if masks else y
+            if masks:
+                y = y * masks[number].to(y.device)
         y = x + self.out(y)
         inverse_scale = functional.softplus(self.inverse_scale(y)).clamp(FLATTEST, SHARPEST)
         shape = LOWEST_SHAPE + (HIGHEST_SHAPE - LOWEST_SHAPE) * torch.sigmoid(self.shape(y))
         return GeneralisedGaussian(self.mean(y), inverse_scale, shape)
+
+
+def two_layers(dim: int) -> nn.Sequential:
+    """A head with one output per input."""
+    return nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
 
 
 def in_units(embedding: Tensor) -> Tensor:
@@ -111,7 +126,7 @@ def in_units(embedding: Tensor) -> Tensor:
 def dropout_masks(
     size: tuple[int, int], rate: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Masks of two layers, each of this size: zero with probability ``rate``, else 1 / (1 - rate)."""
+    """Masks of two layers of a ``size``: zero with probability ``rate``, else 1 / (1 - rate)."""
     draws = torch.rand((2, *size), generator=generator)
     first, second = (draws >= rate).float() / (1 - rate)
     return first, second
@@ -123,7 +138,9 @@ BLOCK = 1 << 24
 
 @dataclasses.dataclass
 class ProbVLM(NetworkPredictor):
-    """Two adapters that turn embeddings into distributions: factorised generalised Gaussians over the embedding space.
+    """Two adapters that turn embeddings into distributions.
+
+    These are factorised generalised Gaussians over the embedding space.
 
     The image adapter q_v and the text adapter q_t are trained on pairs (z_v, z_t), the text being
     that of the image's class or its caption, on L = l(z_v | q_v) + l(z_t | q_t) + cross_weight *
@@ -158,15 +175,12 @@ class ProbVLM(NetworkPredictor):
 
     Examples:
         >>> import numpy as np, vilu
-        >>> angle = np.linspace(
-        ...     0, np.pi / 2, 100
-        ... )  # the answer is class 0 up to 45 degrees, the truth up to 63
-        >>> train = vilu.Embeddings(
-        ...     np.c_[np.cos(angle), np.sin(angle)], np.eye(2), np.repeat([0, 1], [70, 30])
-        ... )
-        >>> new = vilu.Embeddings(
-        ...     [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], np.eye(2)
-        ... )  # at 0, 53 and 90 degrees
+        >>> # the answer is class 0 up to 45 degrees, the truth up to 63
+        >>> angle = np.linspace(0, np.pi / 2, 100)
+        >>> image = np.c_[np.cos(angle), np.sin(angle)]
+        >>> train = vilu.Embeddings(image, np.eye(2), np.repeat([0, 1], [70, 30]))
+        >>> new_image = [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]  # at 0, 53 and 90 degrees
+        >>> new = vilu.Embeddings(new_image, np.eye(2))
         >>> settings = {"cross_weight": 1.0, "epochs": 20, "learning_rate": 0.01}
         >>> method = vilu.PREDICTORS["probvlm"](uncertainty="cross_modal", **settings)
         >>> (method.fit(train).predict_uncertainty(new) > 0).tolist()  # log-odds
@@ -190,11 +204,16 @@ class ProbVLM(NetworkPredictor):
     uncertainty: Literal["aleatoric", "epistemic", "cross_modal"] = "aleatoric"
     samples: Annotated[int, Field(ge=2, le=10_000)] = 15
 
-    def module(self, tensors: dict[str, Tensor], space: EmbeddingSpace) -> nn.Module:  # noqa: ARG002
+    def module(
+        self,
+        tensors: dict[str, Tensor],  # noqa: ARG002
+        space: EmbeddingSpace,
+    ) -> nn.Module:
         """The adapters."""
         return PairAdapters(space.embed_dim, self)
 
-    def _loss(self, batch: Batch, output: Tensor) -> Tensor:  # noqa: ARG002 - the network saw the batch
+    def _loss(self, batch: Batch, output: Tensor) -> Tensor:  # noqa: ARG002
+        # the network saw the batch: in training its output is the loss
         return output.mean()
 
     def _length(self, steps: int) -> int:
@@ -206,12 +225,16 @@ class ProbVLM(NetworkPredictor):
 
 
 class PairAdapters(nn.Module):
-    """The adapters of both modalities: losses in training mode, uncertainties in evaluation mode."""
+    """The adapters of both modalities.
+
+    The outputs are losses in training mode and uncertainties in evaluation mode.
+    """
 
     def __init__(self, dim: int, settings: ProbVLM) -> None:
         super().__init__()
         self.settings = settings
-        self.image, self.text = (ProbabilisticAdapter(dim, settings.width) for _ in range(2))
+        self.image = ProbabilisticAdapter(dim, settings.width)
+        self.text = ProbabilisticAdapter(dim, settings.width)
         self.draws = torch.Generator().manual_seed(settings.seed)
 
     def forward(self, batch: Batch) -> Tensor:
@@ -224,12 +247,19 @@ class PairAdapters(nn.Module):
     def alignment_loss(self, batch: Batch) -> Tensor:
         """(B,) L of every pair."""
         pair = torch.stack([batch.image, batch.text[batch.target]])
-        (image, cross), (cross_back, text) = (
-            adapter(own, self._masks(len(own), self.draws)).nll(in_units(pair)).mean(dim=-1)
-            for adapter, own in zip((self.image, self.text), pair, strict=True)
-        )
-        loss: Tensor = image + text + self.settings.cross_weight * (cross + cross_back)
-        return loss
+        own_image, cross_text = self._losses(self.image, pair[0], pair)
+        cross_image, own_text = self._losses(self.text, pair[1], pair)
+        cross = cross_text + cross_image
+        return own_image + own_text + self.settings.cross_weight * cross
+
+    def _losses(
+        self, adapter: ProbabilisticAdapter, embedding: Tensor, pair: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(B,) losses of the images and of the texts under the distribution of an embedding."""
+        masks = self._masks(len(embedding), self.draws)
+        distribution: GeneralisedGaussian = adapter(embedding, masks)
+        image_loss, text_loss = distribution.nll(in_units(pair)).mean(dim=-1)
+        return image_loss, text_loss
 
     def aleatoric(self, batch: Batch) -> Tensor:
         """(B,) mean log-variance of the image's distribution."""
@@ -239,20 +269,26 @@ class PairAdapters(nn.Module):
     def epistemic(self, batch: Batch) -> Tensor:
         """(B,) mean variance of the mean over dropout masks."""
         draws = torch.Generator().manual_seed(self.settings.seed)
-        drawn = zip(*self._masks(self.settings.samples, draws), strict=True)
-        means = torch.stack([self.image(batch.image, masks).mean for masks in drawn])
+        first_masks, second_masks = self._masks(self.settings.samples, draws)
+        samples = zip(first_masks, second_masks, strict=True)
+        means = torch.stack([self.image(batch.image, masks).mean for masks in samples])
         return means.var(dim=0).mean(dim=-1)
 
     def cross_modal(self, batch: Batch) -> Tensor:
-        """(B,) log-odds that the VLM's answer is not the caption, under the softmax of the cross-modal losses."""
-        image, text = self.image(batch.image), self.text(batch.text)
+        """(B,) log-odds that the VLM's answer is not the caption.
+
+        The probabilities are the softmax of the negative cross-modal losses.
+        """
+        image: GeneralisedGaussian = self.image(batch.image)
+        text: GeneralisedGaussian = self.text(batch.text)
         rows, dim = batch.image.shape
         size = max(BLOCK // (rows * dim), 1)
         losses = []
-        for block in (slice(start, start + size) for start in range(0, len(batch.text), size)):
-            forward = image.at((slice(None), None)).nll(in_units(batch.text[block]))
-            back = text.at(block).nll(in_units(batch.image)[:, None])
-            losses.append((forward + back).mean(dim=-1))
+        for start in range(0, len(batch.text), size):
+            block = slice(start, start + size)
+            texts_of_image = image.at((slice(None), None)).nll(in_units(batch.text[block]))
+            images_of_text = text.at(block).nll(in_units(batch.image)[:, None])
+            losses.append((texts_of_image + images_of_text).mean(dim=-1))
         return failure_log_odds(-torch.cat(losses, dim=1), batch)
 
     def _masks(self, n: int, draws: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,9 @@ MAX_CLASSES = 10_000  # of Rel-U: pairs of so many take 800 MB in float64
 
 @dataclass
 class RelU(ClosedSet):
-    """Relative uncertainty: u = p D p^T, p = softmax(l / T), D (K, K) the penalty of confusing two classes.
+    """Relative uncertainty: u = p D p^T, with a learned penalty of confusing two classes.
+
+    p = softmax(l / T), and D (K, K) are the penalties.
 
     D maximises trade_off * E[p D p^T over failures] - (1 - trade_off) * E[p D p^T over successes]
     over symmetric matrices without negative entries, with zero diagonal and Frobenius norm at most
@@ -71,11 +73,18 @@ class RelU(ClosedSet):
     trade_off: Annotated[float, Field(ge=0, le=1)] = 0.15
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.5
 
-    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
+    def _learn(
+        self,
+        train: Rows,
+        failure: Tensor,
+        validation: EmbeddingSource | None,  # noqa: ARG002
+    ) -> Learnt:
         if train.source.n_candidates > MAX_CLASSES:
             raise UsageError(
-                f"{self.name} keeps a penalty for every pair of classes, so it takes at most {MAX_CLASSES:,} of them. "
-                f"Got {train.source.n_candidates:,}. Take another method (see `vilu list predictors`)."
+                f"{self.name} keeps a penalty for every pair of classes, "
+                f"so it takes at most {MAX_CLASSES:,} of them. "
+                f"Got {train.source.n_candidates:,}. "
+                "Take another method (see `vilu list predictors`)."
             )
         n_failures = int(failure.sum())
         gain = self.trade_off / max(n_failures, 1)
@@ -91,7 +100,8 @@ class RelU(ClosedSet):
     def _score(self, batch: Batch) -> Tensor:
         p = log_posterior(batch, self.temperature).exp()
         order = self.classes_of(batch.text).to(p.device)
-        return (p @ self.tensor("penalty", p.device)[order][:, order] * p).sum(dim=-1)
+        penalty = self.tensor("penalty", p.device)[order][:, order]
+        return (p @ penalty * p).sum(dim=-1)
 
 
 def best_penalty(moment: Tensor) -> Tensor:

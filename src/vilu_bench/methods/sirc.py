@@ -73,26 +73,30 @@ class SIRC(FailurePredictor):
     typicality: Literal["norm1", "residual"] = "norm1"
     components: Annotated[int, Field(ge=1)] | None = None
 
-    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
-        learned = (
-            {"complement": self._complement(train, len(failure))}
-            if self.typicality == "residual"
-            else {}
-        )
-        parts = [
-            self._typicality(batch.to(self.device_), learned).cpu()
-            for batch in train.batches(SCORING_BATCH)
-        ]
+    def _learn(
+        self,
+        train: Rows,
+        failure: Tensor,
+        validation: EmbeddingSource | None,  # noqa: ARG002
+    ) -> Learnt:
+        learned: dict[str, Tensor] = {}
+        if self.typicality == "residual":
+            learned["complement"] = self._complement(train, len(failure))
+        parts = []
+        for batch in train.batches(SCORING_BATCH):
+            parts.append(self._typicality(batch.to(self.device_), learned).cpu())
         typicality = torch.cat(parts)
         deviation = typicality.std(correction=0).clamp(min=MIN_DEVIATION)
-        return Learnt(
-            learned | {"shift": typicality.mean() - 3 * deviation, "slope": 1 / deviation}
-        )
+        learned["shift"] = typicality.mean() - 3 * deviation
+        learned["slope"] = 1 / deviation
+        return Learnt(learned)
 
     def _complement(self, train: Rows, n: int) -> Tensor:
-        """(D, D - components) orthonormal directions in which the second moment of the ``n`` images is least."""
+        """(D, D - components) orthonormal directions of least second moment of the ``n`` images."""
         dim = train.source.space.embed_dim
-        components = self.components or max(min(dim, n) // 2, 1)
+        components = self.components
+        if components is None:
+            components = max(min(dim, n) // 2, 1)
         if components >= dim:
             raise UsageError(
                 f"components must be less than the embedding width {dim}. Got {components} instead."
@@ -113,28 +117,39 @@ class SIRC(FailurePredictor):
         image = float64(batch.image)
         if self.typicality == "norm1":
             return image.abs().sum(dim=-1)
-        outside: Tensor = torch.linalg.vector_norm(
-            image @ learned["complement"].to(image.device), dim=-1
-        )
-        return -outside
+        outside = image @ learned["complement"].to(image.device)
+        norm: Tensor = torch.linalg.vector_norm(outside, dim=-1)
+        return -norm
 
     graph = own_graph
 
     def _score(self, batch: Batch) -> Tensor:
         doubt = DOUBT[self.confidence](log_posterior(batch))
-        shift, slope = (self.tensor(name, doubt.device) for name in self.tensors[:2])
+        shift = self.tensor("shift", doubt.device)
+        slope = self.tensor("slope", doubt.device)
         untypical = slope * (shift - self._typicality(batch, self.learned_))
         return doubt + torch.logaddexp(untypical, torch.zeros_like(untypical))
 
 
+def log_rest(log_p: Tensor) -> Tensor:
+    """(B,) log(1 - max_j p_j), as the log of the sum of all but the largest probability."""
+    largest = log_p.argmax(dim=-1, keepdim=True)
+    return torch.logsumexp(log_p.scatter(1, largest, -torch.inf), dim=-1)
+
+
+def log_entropy(log_p: Tensor) -> Tensor:
+    """(B,) log H(p)."""
+    return torch.logsumexp(log_p + torch.log(-log_p), dim=-1)
+
+
+def log_gini(log_p: Tensor) -> Tensor:
+    """(B,) log sum_j p_j (1 - p_j)."""
+    return torch.logsumexp(log_p + torch.log(-torch.expm1(log_p)), dim=-1)
+
+
 DOUBT: dict[str, Callable[[Tensor], Tensor]] = {
-    # log(1 - max_j p_j), the sum of the other probabilities
-    "msp": lambda log_p: torch.logsumexp(
-        log_p.scatter(1, log_p.argmax(dim=-1, keepdim=True), -torch.inf), dim=-1
-    ),
-    "entropy": lambda log_p: torch.logsumexp(log_p + torch.log(-log_p), dim=-1),  # log H(p)
-    "doctor": lambda log_p: torch.logsumexp(
-        log_p + torch.log(-torch.expm1(log_p)), dim=-1
-    ),  # log sum_j p_j (1 - p_j)
+    "msp": log_rest,
+    "entropy": log_entropy,
+    "doctor": log_gini,
 }
 """log(S1_max - S1) of (B, K) log p, by the name of the confidence."""

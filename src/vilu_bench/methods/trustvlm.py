@@ -22,7 +22,9 @@ from vilu.predictors.contract.predictor import CLASSES, Learnt
 
 @dataclasses.dataclass
 class TrustVLM(ClosedSet):
-    """TrustVLM: zero-shot probability plus similarity to the predicted class's images in a second encoder.
+    """TrustVLM: zero-shot probability plus similarity to images in a second encoder.
+
+    The images are those of the predicted class.
 
     u = (1 - p_max) + weight * (1 - cos(f, P_t̂)), f the image's features in a second encoder
     (column ``features``; the VLM's own features make another method) and P_c the mean of the
@@ -60,12 +62,18 @@ class TrustVLM(ClosedSet):
     weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     shots: Count = 16
 
-    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
+    def _learn(
+        self,
+        train: Rows,
+        failure: Tensor,  # noqa: ARG002
+        validation: EmbeddingSource | None,  # noqa: ARG002
+    ) -> Learnt:
         label = labels(train)
-        kept = few_per_class(label, self.shots, self.seed)
-        features = train.source.column("features", train.index[kept])
+        shots = few_per_class(label, self.shots, self.seed)
+        features = train.source.column("features", train.index[shots])
         total = features.new_zeros(train.source.n_candidates, features.shape[1])
-        prototypes = normalize(total.index_add_(0, label[kept], features), dim=1)
+        total.index_add_(0, label[shots], features)
+        prototypes = normalize(total, dim=1)
         return Learnt({"prototypes": prototypes, CLASSES: class_texts(train)})
 
     def _score(self, batch: Batch) -> Tensor:
@@ -74,8 +82,9 @@ class TrustVLM(ClosedSet):
         prototypes = self.tensor("prototypes", features.device)
         if features.shape[1] != prototypes.shape[1]:
             raise ProvenanceError(
-                f"{self.name} was fitted on features of width {prototypes.shape[1]}, and those to score have "
-                f"{features.shape[1]}. Embed both with the same second encoder."
+                f"{self.name} was fitted on features of width {prototypes.shape[1]}, "
+                f"and those to score have {features.shape[1]}. "
+                "Embed both with the same second encoder."
             )
         similarity = (features * prototypes[answer]).sum(dim=1)
         return batch.others.doubt + self.weight * (1 - float64(similarity))
@@ -83,8 +92,9 @@ class TrustVLM(ClosedSet):
 
 def few_per_class(label: Tensor, most: int, seed: int) -> Tensor:
     """Sorted positions of at most so many rows of each class, drawn at random."""
-    order = torch.randperm(len(label), generator=torch.Generator().manual_seed(seed))
-    order = order[label[order].argsort(stable=True)]
-    first = torch.bincount(label).cumsum(0) - torch.bincount(label)
-    rank = torch.arange(len(label)) - first[label[order]]
-    return order[rank < most].sort().values
+    shuffled = torch.randperm(len(label), generator=torch.Generator().manual_seed(seed))
+    by_class = shuffled[label[shuffled].argsort(stable=True)]
+    count = torch.bincount(label)
+    first_of_class = count.cumsum(0) - count
+    rank_in_class = torch.arange(len(label)) - first_of_class[label[by_class]]
+    return by_class[rank_in_class < most].sort().values

@@ -35,26 +35,31 @@ class Disagreement(FailurePredictor):
     """
 
     is_probability: ClassVar[bool] = True
-    varied: ClassVar[str]  # what of a batch the column has other versions of
+    varied: ClassVar[str]  # the part of a batch that the column has other versions of
 
     statistic: Statistic = "mean"
 
     def _score(self, batch: Batch) -> Tensor:
-        doubt, answer = DOUBT[self.statistic], batch.prediction[:, None]
+        doubt = DOUBT[self.statistic]
+        answer = batch.prediction[:, None]
         looks = batch.columns[self.columns[0]].unbind(dim=1)
         total = doubt(batch.logits, answer)
         for look in looks:
-            other: dict[str, Any] = {self.varied: look}
-            total = total + doubt(replace(batch, **other).logits, answer)
+            changes: dict[str, Any] = {self.varied: look}
+            total = total + doubt(replace(batch, **changes).logits, answer)
         return total / (1 + len(looks))
 
 
 def improbability(logits: Tensor, answer: Tensor) -> Tensor:
-    """(B,) float64 one minus the probability of the answer (B, 1), without cancellation where it is nearly one."""
+    """(B,) float64 one minus the probability of the answer (B, 1).
+
+    There is no cancellation where that probability is nearly one.
+    """
     logits = float64(logits)
     answer = answer.to(logits.device)
-    others = (logits - logits.gather(1, answer)).scatter(1, answer, -math.inf)
-    return torch.sigmoid(torch.logsumexp(others, dim=1))
+    over_answer = logits - logits.gather(1, answer)
+    rivals = over_answer.scatter(1, answer, -math.inf)
+    return torch.sigmoid(torch.logsumexp(rivals, dim=1))
 
 
 def dissent(logits: Tensor, answer: Tensor) -> Tensor:
@@ -70,7 +75,9 @@ DOUBT: dict[Statistic, Callable[[Tensor, Tensor], Tensor]] = {
 
 @dataclass
 class TTA(Disagreement):
-    """Test-time augmentation: how much V augmented views of the image doubt the answer on the image itself.
+    """Test-time augmentation: how much V augmented views of the image doubt the answer.
+
+    The answer is that on the image itself.
 
     The looks (see ``Disagreement``) are the logits of the column ``views`` (B, V, D) against the
     same candidates.
@@ -81,9 +88,8 @@ class TTA(Disagreement):
 
     Examples:
         >>> import numpy as np, vilu
-        >>> views = np.eye(2)[
-        ...     [[0, 0, 1], [1, 1, 1]]
-        ... ]  # the last view of the first image is like the other class
+        >>> # the last view of the first image is like the other class
+        >>> views = np.eye(2)[[[0, 0, 1], [1, 1, 1]]]
         >>> data = vilu.Embeddings(np.eye(2), np.eye(2), columns={"views": views})
         >>> vilu.PREDICTORS["tta"](statistic="vote").predict_uncertainty(data)
         array([0.25, 0.  ])
@@ -110,9 +116,8 @@ class PromptDisagreement(Disagreement):
 
     Examples:
         >>> import numpy as np, vilu
-        >>> prompts = np.eye(3)[
-        ...     [[0], [2]]
-        ... ]  # one more wording a class; in that of the second p is 1/2
+        >>> # one more wording a class; in that of the second p is 1/2
+        >>> prompts = np.eye(3)[[[0], [2]]]
         >>> data = vilu.Embeddings(
         ...     np.eye(3)[:2], np.eye(3)[:2], logit_scale=np.log(3), columns={"prompts": prompts}
         ... )

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Final, Literal
 
 from vilu.datasets.base import ImageDataset
-from vilu.datasets.known.entry import Count, KnownDataset, Place, Request, find_place, require_place
+from vilu.datasets.known.entry import (
+    Count,
+    KnownDataset,
+    Place,
+    Request,
+    Survey,
+    find_place,
+    require_place,
+)
 from vilu.errors import DataError, StorageError, UsageError, nearest
 from vilu.progress import track
 from vilu.registry import ADDERS, Catalogue
@@ -31,10 +39,9 @@ def find_known(name: str) -> KnownDataset:
     """The entry of a data set; where there is none, the message names the nearest."""
     if name in KNOWN:
         return KNOWN[name]
-    hint = (
-        nearest(name.lower().replace("-", "_"), KNOWN, cutoff=0.5)
-        or f" There are: {', '.join(KNOWN)}."
-    )
+    hint = nearest(name.lower().replace("-", "_"), KNOWN, cutoff=0.5)
+    if hint == "":
+        hint = f" There are: {', '.join(KNOWN)}."
     raise UsageError(f"there is no data set {name!r}.{hint}")
 
 
@@ -53,9 +60,8 @@ def open_known(
         raise UsageError(
             "raw names and a classes file both name the classes. Give --raw-names or --classes."
         )
-    return entry.reader.open(
-        require_place(entry, Path(root)), Request(split, raw_names, classes, outside)
-    )
+    place = require_place(entry, Path(root))
+    return entry.reader.open(place, Request(split, raw_names, classes, outside))
 
 
 def add_dataset(entry: KnownDataset) -> KnownDataset:
@@ -71,10 +77,12 @@ def add_dataset(entry: KnownDataset) -> KnownDataset:
     return entry
 
 
-def _add(thing: object) -> bool:
-    if isinstance(thing, KnownDataset):
-        add_dataset(thing)
-    return isinstance(thing, KnownDataset)
+def _add(entry: object) -> bool:
+    """Add what is a known data set, and return whether it is one."""
+    if not isinstance(entry, KnownDataset):
+        return False
+    add_dataset(entry)
+    return True
 
 
 ADDERS["a vilu.datasets.known.KnownDataset"] = _add
@@ -89,7 +97,7 @@ MEBIBYTE: Final = 2**20
 
 @dataclass(frozen=True)
 class Presence:
-    """What there is of one data set."""
+    """The state of one data set on a disk."""
 
     name: str  # of the data set
     title: str  # for people
@@ -113,89 +121,132 @@ class Presence:
 def check(
     root: Path | str, names: list[str] | None = None, *, deep: bool = False
 ) -> list[Presence]:
-    """What is present of which data sets, what is missing, and how to get it.
+    """The state of data sets on a disk: their files that are there, or how to get them.
 
-    ``root`` holds all data sets, or is one's own. ``deep`` also compares archives with their
-    published checksums, and lists the members of tars.
+    ``root`` holds all data sets, or is the folder of one. ``deep`` also compares archives with
+    their published checksums, and lists the members of tars.
     """
-    entries = list(KNOWN.values()) if names is None else [find_known(name) for name in names]
-    return [check_entry(entry, Path(root), named=names is not None, deep=deep) for entry in entries]
+    is_named = names is not None
+    if names is None:
+        entries = list(KNOWN.values())
+    else:
+        entries = [find_known(name) for name in names]
+    return [check_entry(entry, Path(root), named=is_named, deep=deep) for entry in entries]
 
 
 def check_entry(entry: KnownDataset, root: Path, *, named: bool, deep: bool) -> Presence:
-    """What there is of one data set."""
+    """The state of one data set."""
     place = find_place(entry, root, named=named)
-    seen = dict(_archives(entry, root, place))
-    archives = {name: _verify(entry, path, deep) for name, path in seen.items()}
-    absent = Presence(
-        entry.name, entry.title, None, archives=archives, advice=_how(entry, archives)
-    )
+    paths = _archives(entry, root, place)
+    archives = {name: _verify(entry, path, deep) for name, path in paths.items()}
+    advice = _how_to_get(entry, archives)
+    presence = Presence(entry.name, entry.title, None, archives=archives, advice=advice)
     if place is None:
-        return absent
-    there = replace(absent, folder=place.folder, state="incomplete")
+        return presence
+    presence = replace(presence, folder=place.folder, state="incomplete")
     try:
         survey = entry.reader.survey(place, deep=deep)
     except (DataError, UsageError, StorageError) as error:
-        return replace(there, problem=str(error))
-    counts, expected = (
-        survey.counts,
-        entry.expected(survey.counts),
-    )  # sums of splits where only those are published
-    splits = {
-        key: Count.sum((counts[name] for name in key.split("+")), expected.get(key))
-        for key in expected or counts
-    }
-    damaged = [
-        name
-        for name, path in seen.items()
-        if archives[name] == "wrong" and path.parent == place.folder
-    ]
-    problem = f"wrong checksum: {', '.join(damaged)}" if damaged else None
-    there = replace(there, origin=survey.origin, splits=splits, problem=problem)
-    if damaged or not all(split.is_complete(binding=survey.binding) for split in splits.values()):
-        return there
-    state: State = (
-        "present" if any(split.listed is None for split in splits.values()) else "complete"
+        return replace(presence, problem=str(error))
+    splits = _published_splits(entry, survey)
+    presence = replace(presence, origin=survey.origin, splits=splits)
+    damaged = _damaged(archives, paths, place)
+    if damaged:
+        return replace(presence, problem=f"wrong checksum: {', '.join(damaged)}")
+    state = _state(splits.values(), survey)
+    if state == "incomplete":
+        return presence
+    return replace(
+        presence, state=state, advice=f"vilu embed {root} --dataset {entry.name} -o STORE"
     )
-    return replace(there, state=state, advice=f"vilu embed {root} --dataset {entry.name} -o STORE")
 
 
-def _archives(entry: KnownDataset, root: Path, place: Place | None) -> Iterator[tuple[str, Path]]:
-    """Files with published checksums, where torchvision and people put them."""
-    folders = [root, *(root / folder.split("/")[0] for folder in entry.folders)]
-    folders = [*([place.folder, *place.around] if place else ()), *folders]
+def _published_splits(entry: KnownDataset, survey: Survey) -> dict[str, Count]:
+    """Counts of the splits; sums of several where only those are published."""
+    expected = entry.expected(survey.counts)
+    splits = {}
+    for key in expected or survey.counts:
+        parts = [survey.counts[name] for name in key.split("+")]
+        splits[key] = Count.sum(parts, expected.get(key))
+    return splits
+
+
+def _damaged(
+    archives: Mapping[str, ArchiveState], paths: Mapping[str, Path], place: Place
+) -> list[str]:
+    """Archives of a wrong checksum in the data set's own folder."""
+    wrong = [name for name, state in archives.items() if state == "wrong"]
+    return [name for name in wrong if paths[name].parent == place.folder]
+
+
+def _state(splits: Collection[Count], survey: Survey) -> State:
+    """Whether all splits are complete, as far as something lists what there should be."""
+    for split in splits:
+        if not split.is_complete(binding=survey.binding):
+            return "incomplete"
+    is_listed = all(split.listed is not None for split in splits)
+    return "complete" if is_listed else "present"
+
+
+def _archives(entry: KnownDataset, root: Path, place: Place | None) -> dict[str, Path]:
+    """Files with published checksums by name, where torchvision and people put them."""
+    folders = [root]
+    for folder in entry.folders:
+        folders.append(root / folder.split("/")[0])
+    if place is not None:
+        folders = [place.folder, *place.around, *folders]
+    archives = {}
     for name in entry.archives:
-        path = next((folder / name for folder in folders if (folder / name).is_file()), None)
-        if path is not None:
-            yield name, path
+        paths = [folder / name for folder in folders]
+        first = next((path for path in paths if path.is_file()), None)
+        if first is not None:
+            archives[name] = first
+    return archives
 
 
 def _verify(entry: KnownDataset, path: Path, deep: bool) -> ArchiveState:
     if not deep:
         return "present"
-    digest = hashlib.md5(usedforsecurity=False)  # what torchvision publishes
     try:
-        with (
-            path.open("rb") as file,
-            track(f"hashing {path.name}", path.stat().st_size / MEBIBYTE, "MiB") as task,
-        ):
-            while chunk := file.read(CHUNK):
-                digest.update(chunk)
-                task.advance(len(chunk) / MEBIBYTE)
+        checksum = _md5(path)
     except OSError as error:
         raise StorageError(
             f"cannot read {path}: {error.strerror or error}. Mend its permissions."
         ) from error
-    return "right" if digest.hexdigest() == entry.archives[path.name] else "wrong"
+    return "right" if checksum == entry.archives[path.name] else "wrong"
 
 
-def _how(entry: KnownDataset, archives: Mapping[str, ArchiveState]) -> str:
-    here = [name for name, state in archives.items() if state != "wrong" and name.endswith(PACKED)]
-    wrong = [name for name, state in archives.items() if state == "wrong"]
-    said = f"{', '.join(here)} {'is' if len(here) == 1 else 'are'} here: unpack. " if here else ""
-    said += (
-        f"{', '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} damaged: download again. "
-        if wrong
-        else ""
-    )
-    return f"{said}{entry.how} ({entry.url})"
+def _md5(path: Path) -> str:
+    """The MD5 checksum of a file, which is what torchvision publishes."""
+    digest = hashlib.md5(usedforsecurity=False)
+    with path.open("rb") as file:
+        size = path.stat().st_size
+        with track(f"hashing {path.name}", size / MEBIBYTE, "MiB") as task:
+            chunk = file.read(CHUNK)
+            while chunk:
+                digest.update(chunk)
+                task.advance(len(chunk) / MEBIBYTE)
+                chunk = file.read(CHUNK)
+    return digest.hexdigest()
+
+
+def _how_to_get(entry: KnownDataset, archives: Mapping[str, ArchiveState]) -> str:
+    """Advice on the archives that are there, and the source of the data set."""
+    packed = []
+    wrong = []
+    for name, state in archives.items():
+        if state == "wrong":
+            wrong.append(name)
+        elif name.endswith(PACKED):
+            packed.append(name)
+    advice = ""
+    if packed:
+        advice += f"{_are(packed)} here: unpack. "
+    if wrong:
+        advice += f"{_are(wrong)} damaged: download again. "
+    return f"{advice}{entry.how} ({entry.url})"
+
+
+def _are(names: Sequence[str]) -> str:
+    verb = "is" if len(names) == 1 else "are"
+    return f"{', '.join(names)} {verb}"

@@ -1,4 +1,4 @@
-"""What a known data set is, and what of it is on a disk."""
+"""A known data set, its place on a disk, and counts of its files."""
 
 from __future__ import annotations
 
@@ -22,37 +22,44 @@ class Count:
 
     found: int | None  # files that are there; None where they were not counted
     listed: int | None  # files that should be, by the list in use; None where nothing lists them
-    expected: int | None = (
-        None  # files that should be, as published; None where that is not known of this list
-    )
+    # files that should be, as published; None where that is not known of this list
+    expected: int | None = None
     missing: tuple[str, ...] = ()  # the first of those that are not there
     problem: str | None = None  # why nothing can be said; None where something can
 
     @classmethod
     def sum(cls, counts: Iterable[Count], expected: int | None) -> Count:
         """Of several splits together."""
-        parts = list(counts)
-        return cls(
-            _sum(part.found for part in parts),
-            _sum(part.listed for part in parts),
-            expected,
-            tuple(name for part in parts for name in part.missing)[:SHOWN],
-            next((part.problem for part in parts if part.problem), None),
-        )
+        n_there: int | None = 0
+        n_listed: int | None = 0
+        missing: list[str] = []
+        problem = None
+        for count in counts:
+            n_there = _sum(n_there, count.found)
+            n_listed = _sum(n_listed, count.listed)
+            missing += count.missing
+            if problem is None:
+                problem = count.problem
+        return cls(n_there, n_listed, expected, tuple(missing[:SHOWN]), problem)
 
     def is_complete(self, *, binding: bool) -> bool:
-        """Whether all listed files are there and, if the published size is ``binding``, so many are listed."""
+        """Whether all listed files are there.
+
+        If the published size is ``binding``, so many must be listed.
+        """
         if self.problem is not None or self.missing:
             return False
-        all_found = self.listed is None or self.found == self.listed
-        return all_found and (
-            not binding or self.expected is None or (self.listed or 0) >= self.expected
-        )
+        if self.listed is not None and self.found != self.listed:
+            return False
+        if not binding or self.expected is None:
+            return True
+        n_listed = self.listed or 0
+        return n_listed >= self.expected
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What a reader finds."""
+    """The files that a reader finds."""
 
     origin: str  # which list of splits is in use, for people
     counts: Mapping[str, Count]  # by split
@@ -61,9 +68,11 @@ class Survey:
     binding: bool = True
 
 
-def _sum(numbers: Iterable[int | None]) -> int | None:
-    known = list(numbers)
-    return None if None in known else sum(number or 0 for number in known)
+def _sum(first: int | None, second: int | None) -> int | None:
+    """The sum, None where one of the two is not known."""
+    if first is None or second is None:
+        return None
+    return first + second
 
 
 NAME: Final = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
@@ -71,23 +80,23 @@ NAME: Final = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of a data set."""
+    """The options of opening a data set."""
 
     split: str | None = None  # names of splits joined by ``+``; None for all
     raw_names: bool = False  # whether class names stay as the data have them
     classes: Path | None = None  # a classes file; None where the data name their classes
-    outside: tuple[
-        str, ...
-    ] = ()  # names of classes that will be taken out: the file may leave them out
+    # names of classes that will be taken out: the file may leave them out
+    outside: tuple[str, ...] = ()
 
     def unfit(self) -> list[str]:
-        """Names of the options that only data with classes and splits have."""
-        given: dict[str, object] = {
+        """Names of the options in use that only data with classes and splits have."""
+        is_used = {
             "--split": self.split is not None,
             "--raw-names": self.raw_names,
+            "--classes": self.classes is not None,
+            "--outside": len(self.outside) > 0,
         }
-        given |= {"--classes": self.classes, "--outside": self.outside}
-        return [name for name, value in given.items() if value]
+        return [name for name, used in is_used.items() if used]
 
 
 @runtime_checkable
@@ -95,10 +104,16 @@ class Reader(Protocol):
     """Reads one data set; most are a ``ListReader`` with a function of some lines."""
 
     def open(self, place: Place, request: Request) -> ImageDataset:
-        """The images; DataError where what is there contradicts itself, UsageError where the request does not fit."""
+        """The images.
+
+        DataError where what is there contradicts itself, UsageError where the request does not fit.
+        """
 
     def survey(self, place: Place, *, deep: bool) -> Survey:
-        """What is there, without decoding images; ``deep`` may read every byte. DataError where nothing can be said."""
+        """The files that are there, without decoding images; ``deep`` may read every byte.
+
+        DataError where nothing can be said.
+        """
 
 
 @dataclass(frozen=True)
@@ -149,9 +164,10 @@ class KnownDataset:
         return self.n_classes is None
 
     def expected(self, splits: Collection[str]) -> Mapping[str, int]:
-        """Published sizes of these splits; empty where they are nobody's."""
+        """Published sizes of these splits; empty where no such splits were published."""
         for sizes in (self.sizes, self.official_sizes):
-            if {name for key in sizes for name in key.split("+")} == set(splits):
+            published = "+".join(sizes).split("+")  # a size may be that of several splits
+            if set(published) == set(splits):
                 return sizes
         return {}
 
@@ -167,22 +183,30 @@ class Place:
     around: tuple[Path, ...]
 
     def find(self, *names: str) -> Path | None:
-        """The first of these files that is there, in ``folder`` or ``around``; links that lead nowhere count."""
-        candidates = (folder / name for folder in (self.folder, *self.around) for name in names)
-        return next((path for path in candidates if path.exists() or path.is_symlink()), None)
+        """The first of these files that is there, in ``folder`` or ``around``.
+
+        Links that lead nowhere count: they are an error of the file, not its absence.
+        """
+        for folder in (self.folder, *self.around):
+            for name in names:
+                path = folder / name
+                if path.exists() or path.is_symlink():
+                    return path
+        return None
 
     def require(self, *names: str) -> Path:
-        """The same of a file without which nothing can be listed."""
+        """The first of these files, without which nothing can be listed."""
         path = self.find(*names)
         if path is None:
             raise self.lacks(*names)
         return path
 
     def lacks(self, *names: str) -> DataError:
-        """What to say where none of these files is there."""
+        """The error for a place where none of these files is there."""
         return DataError(
-            f"{self.entry.title} in {self.folder} has no {' or '.join(names)}, so nothing says which image is in which "
-            f"split. {self.entry.how} ({self.entry.url})"
+            f"{self.entry.title} in {self.folder} has no {' or '.join(names)}, "
+            "so nothing says which image is in which split. "
+            f"{self.entry.how} ({self.entry.url})"
         )
 
 
@@ -199,33 +223,48 @@ def find_place(entry: KnownDataset, root: Path, *, named: bool) -> Place | None:
     with or_refuse(f"look into {root}", "Mend its permissions."):
         for parts in _candidates(entry, root, named):
             folder = root.joinpath(*parts)
-            if folder.is_dir() and any(
-                next(folder.glob(mark), None) is not None for mark in entry.marks
-            ):
-                return Place(
-                    entry,
-                    folder,
-                    tuple(root.joinpath(*parts[:n]) for n in reversed(range(len(parts)))),
-                )
+            if folder.is_dir() and _has_mark(folder, entry.marks):
+                depths = reversed(range(len(parts)))
+                around = tuple(root.joinpath(*parts[:depth]) for depth in depths)
+                return Place(entry, folder, around)
     return None
 
 
+def _has_mark(folder: Path, marks: Iterable[str]) -> bool:
+    """Whether one of the patterns matches in the folder."""
+    for mark in marks:
+        first_match = next(folder.glob(mark), None)
+        if first_match is not None:
+            return True
+    return False
+
+
 def require_place(entry: KnownDataset, root: Path) -> Place:
-    """Where a data set lies that the user named; the message says where it was looked for and how to get it."""
+    """Where a data set lies that the user named.
+
+    The error says where it was looked for and how to get it.
+    """
     place = find_place(entry, root, named=True)
     if place is not None:
         return place
     raise DataError(
-        f"{entry.title} is not in {root}: there is no {' or '.join(entry.folders)} with {' or '.join(entry.marks)} in "
-        f"it, nor is it that folder itself. {entry.how} ({entry.url})"
+        f"{entry.title} is not in {root}: there is no {' or '.join(entry.folders)} "
+        f"with {' or '.join(entry.marks)} in it, nor is it that folder itself. "
+        f"{entry.how} ({entry.url})"
     )
 
 
 def _candidates(entry: KnownDataset, root: Path, named: bool) -> Iterator[tuple[str, ...]]:
-    """Paths below ``root`` to look at; last, those for which ``root`` is itself some way down."""
+    """Paths below ``root`` to look at, as parts.
+
+    First come the folders of the entry. Then ``root`` itself may be the first folder or more of
+    such a path, so the rest of the path is looked at: where the user says so or the names agree.
+    """
     paths = [PurePosixPath(folder).parts for folder in entry.folders]
     yield from paths
+    end_of_root = root.absolute().parts
     for parts in paths:
-        for above in range(1, len(parts) + 1):
-            if named or root.absolute().parts[-above:] == parts[:above]:
-                yield parts[above:]
+        for depth in range(1, len(parts) + 1):
+            has_names = end_of_root[-depth:] == parts[:depth]
+            if named or has_names:
+                yield parts[depth:]

@@ -24,14 +24,20 @@ Blocks = Callable[[Rows], Iterator[tuple[slice, Tensor]]]
 
 NO_SPREAD = 1e-12  # variance of unit vectors up to which they are the same image, up to rounding
 FLOOR = 1e-9
-"""Added to a covariance before it is inverted, as a share of its mean variance: embeddings may span a subspace only."""
+"""Added to a covariance before it is inverted, as a share of its mean variance.
+
+It is needed where embeddings span a subspace only.
+"""
 LEAST = 1e-11  # ridge, as a share of the largest mean variance: a smaller one is lost by rounding
 
 
 def class_means(
     train: Rows, label: Tensor, n_classes: int, blocks: Blocks = image_blocks
 ) -> tuple[Tensor, Tensor]:
-    """Mean (K, D) and number (K,) of the images of each class; where there is none, the mean of all images."""
+    """Mean (K, D) and number (K,) of the images of each class.
+
+    The mean of a class without images is that of all images.
+    """
     total = torch.zeros(n_classes, train.source.space.embed_dim, dtype=torch.float64)
     for block, image in blocks(train):
         total.index_add_(0, label[block], image.double())
@@ -45,7 +51,9 @@ def scatter(
     train: Rows, label: Tensor, mean: Tensor, blocks: Blocks = image_blocks
 ) -> tuple[Tensor, float]:
     """Sum (D, D) of x x^T and sum of |x|^4, over x = image - mean of its class."""
-    matrix, fourth = torch.zeros(mean.shape[1], mean.shape[1], dtype=torch.float64), 0.0
+    dim = mean.shape[1]
+    matrix = torch.zeros(dim, dim, dtype=torch.float64)
+    fourth = 0.0
     for block, image in blocks(train):
         x = image.double() - mean[label[block]]
         matrix += x.T @ x
@@ -54,24 +62,31 @@ def scatter(
 
 
 def whitener(covariance: Tensor, floor: float = FLOOR) -> Tensor:
-    """W (D, D) with |x W|^2 = x^T covariance^-1 x, up to the floor, a share of the mean variance."""
+    """W (D, D) with |x W|^2 = x^T covariance^-1 x, up to ``floor`` times the mean variance."""
     identity = torch.eye(len(covariance), dtype=covariance.dtype)
-    lower = torch.linalg.cholesky(covariance + floor * covariance.diagonal().mean() * identity)
+    raised = covariance + floor * covariance.diagonal().mean() * identity
+    lower = torch.linalg.cholesky(raised)
     inverse: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
     return inverse.T.contiguous()
 
 
 Ridge = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
-ABSENT, POOLED = (
-    0,
-    1,
-)  # covariances that are no class's own: that of all images, and the mean one within classes
+ABSENT = 0
+"""Number of the covariance of all images, for classes without images."""
+POOLED = 1
+"""Number of the mean covariance within classes, for classes of one image.
+
+Classes of more images have covariances of their own, with higher numbers.
+"""
 
 
 @dataclasses.dataclass
 class ClassDensity(ClosedSet):
-    """A method with one Gaussian N_c per class, of images centred and projected on their principal components."""
+    """A method with one Gaussian N_c per class.
+
+    The images are centred and projected on their principal components.
+    """
 
     cost: ClassVar[str] = "fit: four passes, a covariance a class; score: K x 128^2 a row"
     _forms: ClassVar[str] = (
@@ -86,24 +101,27 @@ class ClassDensity(ClosedSet):
         blocks: Blocks = image_blocks,
         floor: float = FLOOR,
     ) -> dict[str, Tensor]:
-        """The Gaussians in at most so many components, with a ridge on the diagonal of every covariance."""
+        """The Gaussians in at most ``most`` components, with a ridge on every diagonal."""
         label = labels(train)
         means, count = class_means(train, label, train.source.n_candidates, blocks)
         centre, projection, variance = principal_components(train, most, blocks)
-        covariances, groups = class_scatters(train, label, means, count, projection, blocks)
-        pooled = covariances.sum(dim=0) / max(len(label) - int((count > 0).sum()), 1)
+        scatters, groups = class_scatters(train, label, means, count, projection, blocks)
+        identity = torch.eye(len(variance), dtype=torch.float64)
+        n_classes_seen = int((count > 0).sum())
+        pooled = scatters.sum(dim=0) / max(len(label) - n_classes_seen, 1)
         if float(pooled.trace()) <= NO_SPREAD:
-            pooled = torch.eye(len(variance), dtype=torch.float64) * variance.mean()
-        own = covariances / (count[groups > POOLED] - 1)[:, None, None]
-        everything = torch.stack([variance.diag(), pooled, *own])
-        ridge = max(ridge, LEAST * float(everything.diagonal(dim1=1, dim2=2).mean(dim=1).amax()))
-        everything += ridge * torch.eye(len(variance), dtype=torch.float64)
+            pooled = identity * variance.mean()
+        own = scatters / (count[groups > POOLED] - 1)[:, None, None]
+        covariances = torch.stack([variance.diag(), pooled, *own])
+        mean_variances = covariances.diagonal(dim1=1, dim2=2).mean(dim=1)
+        ridge = max(ridge, LEAST * float(mean_variances.amax()))
+        covariances += ridge * identity
         return {
             "centre": centre,
             "projection": projection,
             "means": (means - centre) @ projection,
-            "whiteners": torch.stack([whitener(covariance, floor) for covariance in everything]),
-            "log_dets": torch.linalg.slogdet(everything).logabsdet,
+            "whiteners": torch.stack([whitener(covariance, floor) for covariance in covariances]),
+            "log_dets": torch.linalg.slogdet(covariances).logabsdet,
             "groups": groups,
             CLASSES: class_texts(train),
         }
@@ -114,21 +132,19 @@ class ClassDensity(ClosedSet):
         answer = batch.prediction.to(image.device)[:, None]
         groups = self.tensor("groups", image.device)[classes.to(image.device)]
         density = self._log_density(image, classes, groups)
-        mine = density.gather(1, answer).squeeze(1)
-        others = (
-            density.masked_fill(groups == ABSENT, -math.inf)
-            .scatter(1, answer, -math.inf)
-            .logsumexp(dim=1)
-        )
-        return others.masked_fill(others == -math.inf, 0.0) - mine
+        of_answer = density.gather(1, answer).squeeze(1)
+        of_seen = density.masked_fill(groups == ABSENT, -math.inf)
+        of_rivals = of_seen.scatter(1, answer, -math.inf).logsumexp(dim=1)
+        has_no_rival = of_rivals == -math.inf
+        return of_rivals.masked_fill(has_no_rival, 0.0) - of_answer
 
     def _log_density(self, image: Tensor, classes: Tensor, groups: Tensor) -> Tensor:
         """(B, K) float64 log N_c up to a constant, class by class of equal covariance."""
-        z = (image - self.tensor("centre", image.device)) @ self.tensor("projection", image.device)
+        centred = image - self.tensor("centre", image.device)
+        z = centred @ self.tensor("projection", image.device)
         means = self.tensor("means", image.device)[classes.to(image.device)]
-        whiteners, log_dets = (
-            self.tensor(name, image.device) for name in ("whiteners", "log_dets")
-        )
+        whiteners = self.tensor("whiteners", image.device)
+        log_dets = self.tensor("log_dets", image.device)
         density = z.new_empty(len(z), len(groups))
         for group in groups.unique().tolist():
             member = groups == group
@@ -138,13 +154,18 @@ class ClassDensity(ClosedSet):
 
 
 def mean_of_both(batch: Batch, odds: Tensor) -> Tensor:
-    """(B,) float64 1 - (p_max + s_d) / 2, s_d the share of the answer's density, from its log-odds (B,)."""
+    """(B,) float64 1 - (p_max + s_d) / 2 from the log-odds (B,) of the density.
+
+    s_d is the share that the answer has of the density.
+    """
     return (batch.others.doubt.to(odds.device) + torch.sigmoid(odds)) / 2
 
 
 @dataclasses.dataclass
 class ClassGaussians(ClassDensity):
-    """Zero-shot probability and class-conditional density of the image, averaged; or the density's log-odds alone.
+    """Zero-shot probability and class-conditional density of the image, averaged.
+
+    With score="log_odds" it is the density's log-odds alone.
 
     s_d = N_t̂(z) / sum_c N_c(z), with one Gaussian N_c per class, fitted on unit-norm image
     embeddings that are centred and projected on their first principal components: the class mean,
@@ -185,7 +206,12 @@ class ClassGaussians(ClassDensity):
     components: Count = 128
     ridge: Ridge = 1e-4
 
-    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
+    def _learn(
+        self,
+        train: Rows,
+        failure: Tensor,  # noqa: ARG002
+        validation: EmbeddingSource | None,  # noqa: ARG002
+    ) -> Learnt:
         return Learnt(self._densities(train, self.components, self.ridge))
 
     def _score(self, batch: Batch) -> Tensor:
@@ -196,17 +222,21 @@ class ClassGaussians(ClassDensity):
 def class_scatters(
     train: Rows, label: Tensor, means: Tensor, count: Tensor, basis: Tensor, blocks: Blocks
 ) -> tuple[Tensor, Tensor]:
-    """Projected scatter (G, R, R) of each class of two images or more, and the covariance (K,) of every class."""
+    """Projected scatters (G, R, R), and the number (K,) of the covariance of every class.
+
+    There is a scatter for each class of two images or more.
+    """
     several = (count > 1).nonzero().squeeze(1)
     groups = torch.where(count > 0, POOLED, ABSENT)
     groups[several] = torch.arange(len(several)) + POOLED + 1
     members = label.argsort(stable=True).split(count.tolist())
-    found = basis.new_zeros(len(several), basis.shape[1], basis.shape[1])
-    for total, c in zip(found, several.tolist(), strict=True):
-        for _, image in blocks(dataclasses.replace(train, index=train.index[members[c]])):
+    scatters = basis.new_zeros(len(several), basis.shape[1], basis.shape[1])
+    for total, c in zip(scatters, several.tolist(), strict=True):
+        rows_of_class = dataclasses.replace(train, index=train.index[members[c]])
+        for _, image in blocks(rows_of_class):
             projected = (image.double() - means[c]) @ basis
             total.add_(projected.T @ projected)
-    return found, groups
+    return scatters, groups
 
 
 def squared_distances(whitened: Tensor, means: Tensor) -> Tensor:
@@ -216,15 +246,16 @@ def squared_distances(whitened: Tensor, means: Tensor) -> Tensor:
 
 
 def principal_components(train: Rows, most: int, blocks: Blocks) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean (D,), the first components (D, R) and their variances (R,); as many as there are images less one, or one."""
-    everything = torch.zeros_like(train.index)
-    mean, _ = class_means(train, everything, 1, blocks)
-    matrix, _ = scatter(train, everything, mean, blocks)
-    n = len(everything)
+    """Mean (D,), the first components (D, R) and their variances (R,).
+
+    There are at most as many as images less one, and at least one.
+    """
+    one_class = torch.zeros_like(train.index)
+    mean, _ = class_means(train, one_class, 1, blocks)
+    matrix, _ = scatter(train, one_class, mean, blocks)
+    n = len(one_class)
     rank = max(min(most, len(matrix), n - 1), 1)
-    variance, components = torch.linalg.eigh(matrix / max(n - 1, 1))
-    return (
-        mean[0],
-        components.flip(1)[:, :rank].contiguous(),
-        variance.flip(0)[:rank].clamp(min=0).contiguous(),
-    )
+    rising_variances, rising_components = torch.linalg.eigh(matrix / max(n - 1, 1))
+    components = rising_components.flip(1)[:, :rank].contiguous()
+    variances = rising_variances.flip(0)[:rank].clamp(min=0).contiguous()
+    return mean[0], components, variances

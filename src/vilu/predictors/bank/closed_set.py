@@ -1,4 +1,4 @@
-"""What methods share that know their classes from labelled images."""
+"""The common part of methods that know their classes from labelled images."""
 
 from __future__ import annotations
 
@@ -26,21 +26,26 @@ class ClosedSet(FailurePredictor):
     device: str = "auto"
 
     def classes_of(self, text: Tensor) -> Tensor:
-        """(K,) position of every candidate (K, D) among the learned ``classes``, found by the text's embedding."""
+        """(K,) position of every candidate (K, D) among the learned ``classes``.
+
+        A class is recognised by its text's embedding.
+        """
         cosine, match = nearest(text, self.tensor(CLASSES, text.device))
-        unknown, twice = int((cosine < SAME_TEXT).sum()), len(match) - len(match.unique())
-        if unknown or twice:
-            why = (
-                f"{unknown} are others"
-                if unknown
-                else f"{twice} are nearest to one that is there already"
-            )
-            raise ProvenanceError(
-                f"{self.name} scores the {len(self.learned_[CLASSES])} classes that it was fitted on. Of the "
-                f"{len(text)} candidates here {why}. Fit it on these classes, or take a method that works on any (see "
-                "`vilu list predictors`)."
-            )
+        n_unknown = int((cosine < SAME_TEXT).sum())
+        if n_unknown:
+            raise self._misfit(len(text), f"{n_unknown} are others")
+        n_repeated = len(match) - len(match.unique())
+        if n_repeated:
+            raise self._misfit(len(text), f"{n_repeated} are nearest to one that is there already")
         return match
+
+    def _misfit(self, n_candidates: int, why: str) -> ProvenanceError:
+        """The error for candidates that are not the learned classes."""
+        return ProvenanceError(
+            f"{self.name} scores the {len(self.learned_[CLASSES])} classes that it was fitted on. "
+            f"Of the {n_candidates} candidates here {why}. Fit it on these classes, "
+            "or take a method that works on any (see `vilu list predictors`)."
+        )
 
     def answer_of(self, batch: Batch) -> Tensor:
         """(B,) zero-shot answers among the learned classes."""

@@ -39,15 +39,12 @@ class LinearProbe(ClosedSet):
 
     Examples:
         >>> import numpy as np, vilu
-        >>> angle = np.linspace(
-        ...     0, np.pi / 2, 100
-        ... )  # the answer is class 0 up to 45 degrees, the truth up to 63
-        >>> train = vilu.Embeddings(
-        ...     np.c_[np.cos(angle), np.sin(angle)], np.eye(2), np.repeat([0, 1], [70, 30])
-        ... )
-        >>> new = vilu.Embeddings(
-        ...     [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], np.eye(2)
-        ... )  # at 0, 53 and 90 degrees
+        >>> # the answer is class 0 up to 45 degrees, the truth up to 63
+        >>> angle = np.linspace(0, np.pi / 2, 100)
+        >>> image = np.c_[np.cos(angle), np.sin(angle)]
+        >>> train = vilu.Embeddings(image, np.eye(2), np.repeat([0, 1], [70, 30]))
+        >>> new_image = [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]  # at 0, 53 and 90 degrees
+        >>> new = vilu.Embeddings(new_image, np.eye(2))
         >>> vilu.PREDICTORS["linear_probe"]().fit(train).predict_uncertainty(new).round()
         array([0., 1., 0.])
     """
@@ -65,43 +62,42 @@ class LinearProbe(ClosedSet):
     max_iter: Count = 500
     max_bank: Count = 100_000
 
-    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
+    def _learn(
+        self,
+        train: Rows,
+        failure: Tensor,  # noqa: ARG002
+        validation: EmbeddingSource | None,  # noqa: ARG002
+    ) -> Learnt:
         from sklearn.linear_model import LogisticRegression
 
-        kept, _ = draw_rows(train, self.max_bank, self.seed)
-        label = labels(kept)
-        weight = torch.zeros(
-            train.source.n_candidates, train.source.space.embed_dim, dtype=torch.float64
-        )
-        bias = torch.full((len(weight),), -math.inf, dtype=torch.float64)
+        drawn, _ = draw_rows(train, self.max_bank, self.seed)
+        label = labels(drawn)
+        n_classes = train.source.n_candidates
+        weight = torch.zeros(n_classes, train.source.space.embed_dim, dtype=torch.float64)
+        bias = torch.full((n_classes,), -math.inf, dtype=torch.float64)
         known = label.unique()
         bias[known] = 0.0
         if len(known) > 1:
-            # Of two classes scikit-learn gives one logit, that of the second.
-            fitted = known if len(known) > 2 else known[1:]
-            image = gather(kept)
+            image = gather(drawn)
             centre = image.mean(dim=0)
             model = LogisticRegression(C=self.C, max_iter=self.max_iter)
             with warnings.catch_warnings():
-                warnings.filterwarnings(
-                    "ignore", message="The number of unique classes"
-                )  # few images a class are fine
+                # few images a class are fine
+                warnings.filterwarnings("ignore", message="The number of unique classes")
                 model.fit((image - centre).numpy(), label.numpy())
+            # Of two classes scikit-learn gives one logit, that of the second.
+            fitted = known if len(known) > 2 else known[1:]
             weight[fitted] = torch.from_numpy(model.coef_).double()
-            bias[fitted] = (
-                torch.from_numpy(model.intercept_).double() - weight[fitted] @ centre.double()
-            )
+            intercept = torch.from_numpy(model.intercept_).double()
+            bias[fitted] = intercept - weight[fitted] @ centre.double()
         return Learnt({"weight": weight, "bias": bias, CLASSES: class_texts(train)})
 
     def _score(self, batch: Batch) -> Tensor:
-        classes = self.classes_of(batch.text)
         image = float64(batch.image)
-        weight, bias = (
-            self.tensor(name, image.device)[classes.to(image.device)] for name in ("weight", "bias")
-        )
-        unknown = (
-            bias[batch.prediction.to(bias.device)] == -math.inf
-        )  # where all are, their softmax is 0 / 0
-        return torch.sigmoid(failure_log_odds(image @ weight.T + bias, batch)).masked_fill(
-            unknown, 1.0
-        )
+        classes = self.classes_of(batch.text).to(image.device)
+        weight = self.tensor("weight", image.device)[classes]
+        bias = self.tensor("bias", image.device)[classes]
+        log_odds = failure_log_odds(image @ weight.T + bias, batch)
+        # An unknown answer fails; where all classes are unknown their softmax would be 0 / 0.
+        is_unknown = bias[batch.prediction.to(bias.device)] == -math.inf
+        return torch.sigmoid(log_odds).masked_fill(is_unknown, 1.0)

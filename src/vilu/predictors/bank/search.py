@@ -19,16 +19,18 @@ from torch.nn.functional import normalize
 from vilu.embeddings.rows import SCORING_BATCH, Rows
 
 Count = Annotated[int, Field(ge=1)]
-Allowed = Callable[
-    [slice, slice], Tensor
-]  # (some queries, some bank rows) -> (b, n) bool: which pairs count
+Allowed = Callable[[slice, slice], Tensor]
+"""(Some queries, some bank rows) -> (b, n) bool: which pairs count."""
 
 QUERY_ROWS = 1_024
 BANK_ROWS = 8_192  # with QUERY_ROWS, 32 MiB of similarities at a time
 
 
 def draw_rows(train: Rows, most: int, seed: int) -> tuple[Rows, Tensor]:
-    """At most so many of the rows, in order, and their positions (M,) among them; said aloud where some are left."""
+    """At most ``most`` of the rows, in order, and their positions (M,) among them.
+
+    A warning tells where some are left out.
+    """
     n = len(train.index)
     if n <= most:
         return train, torch.arange(n)
@@ -36,8 +38,9 @@ def draw_rows(train: Rows, most: int, seed: int) -> tuple[Rows, Tensor]:
         f"{most} of {n} training rows are kept, drawn with seed {seed}. Raise max_bank for more.",
         stacklevel=2,
     )
-    kept = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:most].sort().values
-    return dataclasses.replace(train, index=train.index[kept]), kept
+    shuffled = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    drawn = shuffled[:most].sort().values
+    return dataclasses.replace(train, index=train.index[drawn]), drawn
 
 
 def labels(train: Rows) -> Tensor:
@@ -67,19 +70,23 @@ def gather(train: Rows) -> Tensor:
 def nearest(
     query: Tensor, bank: Tensor, k: int, allowed: Allowed | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Cosines (B, k) float32, falling, and indices (B, k) of the bank rows (N, D) most similar to each query (B, D).
+    """Cosines (B, k) float32, falling, and indices (B, k) of the most similar rows of a bank.
+
+    The bank is (N, D), the queries are (B, D).
 
     Exact, on the device of the queries, with one block of similarities in memory at a time. Of
     equal cosines the lowest index comes first (those of equal rows may differ in the last bit, at
     the edge of a block of a product); at most N come back, and of pairs that are not allowed the
     cosine is minus infinity.
     """
-    starts = range(0, len(query), QUERY_ROWS)
-    parts = [
-        _nearest(query[start : start + QUERY_ROWS], bank, k, allowed, start) for start in starts
-    ]
-    similarity, index = zip(*parts, strict=True)
-    return torch.cat(similarity), torch.cat(index)
+    similarities = []
+    indices = []
+    for start in range(0, len(query), QUERY_ROWS):
+        block = query[start : start + QUERY_ROWS]
+        similarity, index = _nearest(block, bank, k, allowed, start)
+        similarities.append(similarity)
+        indices.append(index)
+    return torch.cat(similarities), torch.cat(indices)
 
 
 def distance(similarity: Tensor) -> Tensor:
@@ -98,26 +105,27 @@ def _nearest(
     """``nearest`` for one block of queries, the first of which is number ``first``."""
     query = normalize(query, dim=1)
     best = query.new_empty(len(query), 0)
-    where = torch.empty(len(query), 0, dtype=torch.int64, device=query.device)
+    best_index = torch.empty(len(query), 0, dtype=torch.int64, device=query.device)
     for start in range(0, len(bank), BANK_ROWS):
         rows = bank[start : start + BANK_ROWS].to(query.device)
         similarity = query @ rows.T
         if allowed is not None:
             pairs = allowed(slice(first, first + len(query)), slice(start, start + len(rows)))
             similarity = similarity.masked_fill(~pairs, -math.inf)
-        found, index = leaders(similarity, k)
-        # Stable: the rows found so far have lower indices than those of this block.
-        best, order = torch.cat([best, found], dim=1).sort(dim=1, descending=True, stable=True)
-        where = torch.cat([where, index + start], dim=1).gather(1, order)
-        best, where = best[:, :k], where[:, :k]
-    return best, where
+        leading, index = leaders(similarity, k)
+        # Stable: the rows of earlier blocks have lower indices than those of this block.
+        ranked, order = torch.cat([best, leading], dim=1).sort(dim=1, descending=True, stable=True)
+        indices = torch.cat([best_index, index + start], dim=1).gather(1, order)
+        best = ranked[:, :k]
+        best_index = indices[:, :k]
+    return best, best_index
 
 
 def leaders(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of every row (B, M), falling, and their indices; of equal ones the lowest index comes first.
+    """The k largest of every row (B, M), falling, and their indices.
 
-    ``topk`` leaves open which of equal values it takes, so rows with a tie at the last place are
-    sorted in full.
+    Of equal values the lowest index comes first. ``topk`` leaves open which of equal values it
+    takes, so rows with a tie at the last place are sorted in full.
     """
     if k >= values.shape[1]:
         best, where = values.sort(dim=1, descending=True, stable=True)
@@ -129,5 +137,6 @@ def leaders(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     where = where.gather(1, falling)
     if bool(tied.any()):
         full, order = values[tied].sort(dim=1, descending=True, stable=True)
-        best[tied], where[tied] = full[:, :k], order[:, :k]
+        best[tied] = full[:, :k]
+        where[tied] = order[:, :k]
     return best, where

@@ -1,4 +1,4 @@
-"""Which part of the input moved the score: Shapley values of small games."""
+"""The parts of the input that moved the score: Shapley values of small games."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from vilu.report.explain.rows import draw_rows, scored_rows
 
 
 def shapley(values: Tensor) -> Tensor:
-    """(G, B) Shapley values phi_g = sum_S |S|! (G - |S| - 1)! / G! [v(S + g) - v(S)], over the coalitions S without g.
+    """(G, B) Shapley values of the players: what each adds to the coalitions of others.
 
+    phi_g = sum_S |S|! (G - |S| - 1)! / G! [v(S + g) - v(S)], over the coalitions S without g.
     They add up to v(all) - v(nobody); a player that changes no value gets zero, and two that are
     interchangeable get the same (Shapley 1953).
 
@@ -35,17 +36,22 @@ def shapley(values: Tensor) -> Tensor:
         raise ValueError(f"{len(values)} values are not those of all coalitions")
     parts = torch.zeros(n, *values.shape[1:], dtype=values.dtype)
     for player in range(n):
+        bit = 1 << player
         for coalition in range(1 << n):
-            if not coalition >> player & 1:
-                size = coalition.bit_count()
-                weight = 1 / (n * math.comb(n - 1, size))
-                parts[player] += weight * (values[coalition | 1 << player] - values[coalition])
+            if coalition & bit:
+                continue
+            # |S|! (G - |S| - 1)! / G!
+            weight = 1 / (n * math.comb(n - 1, coalition.bit_count()))
+            parts[player] += weight * (values[coalition | bit] - values[coalition])
     return parts
 
 
 @dataclass(frozen=True)
 class Attribution:
-    """Why a score is above or below the mean of the background rows: ``score - baseline`` is the sum of the parts."""
+    """Why a score is above or below the mean of the background rows.
+
+    ``score - baseline`` is the sum of the parts.
+    """
 
     score: float
     baseline: float
@@ -58,11 +64,19 @@ def game_of(predictor: FailurePredictor) -> Game:
         raise NoAttribution(
             f"this {predictor.name} is a constant, fitted where there was nothing to learn"
         )
-    return predictor.game() if "game" in vars(type(predictor)) else FailurePredictor.game(predictor)
+    # a game that the class inherits is not asked for: it may not know what the class changed
+    defines_its_own = "game" in vars(type(predictor))
+    if defines_its_own:
+        return predictor.game()
+    return FailurePredictor.game(predictor)
 
 
 class Attributor:
-    """Attributions of one predictor against ``n`` drawn background rows; raises ``NoAttribution`` where it has none."""
+    """Attributions of one predictor against ``n`` drawn background rows.
+
+    Raises:
+        NoAttribution: If the predictor has none.
+    """
 
     def __init__(
         self,
@@ -80,10 +94,13 @@ class Attributor:
     def of(self, scored: Scored) -> list[Attribution]:
         """One attribution per row of a batch."""
         values = self.game.values(*scored)
-        parts = shapley(values)
-        return [
-            Attribution(score, baseline, dict(zip(self.game.players, row, strict=True)))
-            for score, baseline, row in zip(
-                values[-1].tolist(), values[0].tolist(), parts.T.tolist(), strict=True
-            )
-        ]
+        score_of_nobody = values[0].tolist()
+        score_of_all = values[-1].tolist()
+        parts_of_rows = shapley(values).T.tolist()
+        attributions = []
+        for score, baseline, parts in zip(
+            score_of_all, score_of_nobody, parts_of_rows, strict=True
+        ):
+            part_of_player = dict(zip(self.game.players, parts, strict=True))
+            attributions.append(Attribution(score, baseline, part_of_player))
+        return attributions

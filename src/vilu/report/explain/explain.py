@@ -1,4 +1,4 @@
-"""Why answers are suspicious: one explanation a row, and its text."""
+"""Why answers are suspicious: one explanation for each row, and its text."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.contract.seen import common_identity
 from vilu.progress import track
 from vilu.report.explain.attribution import Attribution, Attributor
-from vilu.report.explain.competitors import Neighbour, TrainingRows, Weights, weights_of
+from vilu.report.explain.competitors import Neighbour, Own, TrainingRows, Weights, weights_of
 from vilu.report.explain.rows import Names, find_rows, scored_rows, truths
 from vilu.text import aligned, rest, shown
 from vilu.validation import checked
@@ -42,7 +42,7 @@ def require_json(path: str | Path) -> None:
 
 @dataclass(frozen=True)
 class Findings:
-    """What can be read as text, and kept as JSON."""
+    """Results that are read as text, and stored as JSON."""
 
     kind: ClassVar[str]
 
@@ -51,7 +51,7 @@ class Findings:
         return {"schema_version": SCHEMA_VERSION, "kind": self.kind, **dataclasses.asdict(self)}
 
     def save(self, path: str | Path) -> None:
-        """Write ``.json`` atomically; other explanations that lie there are replaced, and no other file.
+        """Write ``.json`` atomically; an explanation that lies there is replaced, no other file.
 
         Raises:
             UsageError: If the suffix is not ``.json``, or something else than an explanation lies
@@ -86,9 +86,8 @@ class Explanation:
     answer: str  # the zero-shot answer
     posterior: float  # its zero-shot probability
     uncertainty: float  # of the method, higher = more likely wrong
-    truth: (
-        str | None
-    )  # the right answer, None where unknown; "none of the classes" where there is none
+    # the right answer, None where unknown; "none of the classes" where there is none
+    truth: str | None
     wrong: bool | None  # whether the answer is wrong, None where unknown
     competitors: tuple[Competitor, ...]  # candidates of the largest weights, falling
     # the training rows most like it whose answers are wrong; None where no training rows were given
@@ -103,9 +102,8 @@ class Explanations(Findings):
 
     kind: ClassVar[str] = "explanations"
 
-    rows: tuple[
-        Explanation, ...
-    ]  # one explanation each, the most uncertain first where nobody chose
+    # one explanation each, the most uncertain first where nobody chose
+    rows: tuple[Explanation, ...]
     method: str  # label of the predictor
     is_probability: bool  # whether the uncertainty is a probability of failure
     weights: str  # what the weights of the competitors are
@@ -121,51 +119,63 @@ class Explanations(Findings):
         return iter(self.rows)
 
     def __str__(self) -> str:
-        kind = (
-            "probability of failure"
-            if self.is_probability
-            else "a score, higher = more likely wrong"
-        )
+        kind = "a score, higher = more likely wrong"
+        if self.is_probability:
+            kind = "probability of failure"
         head = (
             f"method        {self.method}; uncertainty: {kind}\n"
             f"competitors   {self.weights}\n"
             f"attribution   {self.attribution}\n"
             f"neighbours    {self.neighbours}"
         )
-        return "\n\n".join([head, *(_row_text(row, self.unit) for row in self)])
+        paragraphs = [_row_text(row, self.unit) for row in self]
+        return "\n\n".join([head, *paragraphs])
 
 
 def _row_text(row: Explanation, unit: str | None) -> str:
     """One paragraph."""
-    verdict = {None: "", True: "  WRONG", False: "  right"}[row.wrong]
-    truth = "" if row.truth is None else f"   truth {shown(row.truth)}{verdict}"
-    lines = [
-        f"row {row.row}  {shown(row.key)}",
-        f"  answer      {shown(row.answer)} ({row.posterior:.1%})   uncertainty {row.uncertainty:.4g}{truth}",
-        "  competes    "
-        + "   ".join(f"{shown(one.name)} {one.weight:.3f}" for one in row.competitors),
-    ]
+    lines = [f"row {row.row}  {shown(row.key)}", _answer_line(row)]
+    competitors = [f"{shown(rival.name)} {rival.weight:.3f}" for rival in row.competitors]
+    lines.append("  competes    " + "   ".join(competitors))
     if row.attribution is not None:
-        parts = "".join(f" {value:+.2f} {name}" for name, value in row.attribution.parts.items())
-        lines.append(
-            f"  {unit}  {row.attribution.score:.2f} = {row.attribution.baseline:.2f} mean{parts}"
-        )
-    for kind, neighbours in (("failures", row.failures), ("successes", row.successes)):
-        if neighbours is not None:
-            lines += [
-                f"  {'nearest' if neighbours else 'no'} training {kind}",
-                *map(_neighbour_text, neighbours),
-            ]
+        lines.append(_attribution_line(row.attribution, unit))
+    lines += _neighbour_lines("failures", row.failures)
+    lines += _neighbour_lines("successes", row.successes)
     return "\n".join(lines)
 
 
+def _answer_line(row: Explanation) -> str:
+    answer = f"{shown(row.answer)} ({row.posterior:.1%})"
+    line = f"  answer      {answer}   uncertainty {row.uncertainty:.4g}"
+    if row.truth is None:
+        return line
+    verdict = {None: "", True: "  WRONG", False: "  right"}[row.wrong]
+    return f"{line}   truth {shown(row.truth)}{verdict}"
+
+
+def _attribution_line(attribution: Attribution, unit: str | None) -> str:
+    parts = [f" {value:+.2f} {name}" for name, value in attribution.parts.items()]
+    total = f"{attribution.score:.2f} = {attribution.baseline:.2f} mean"
+    return f"  {unit}  {total}{''.join(parts)}"
+
+
+def _neighbour_lines(kind: str, neighbours: Sequence[Neighbour] | None) -> list[str]:
+    """A heading and a line for each; nothing where no training rows were given."""
+    if neighbours is None:
+        return []
+    heading = f"  {'nearest' if neighbours else 'no'} training {kind}"
+    return [heading, *map(_neighbour_text, neighbours)]
+
+
 def _neighbour_text(row: Neighbour) -> str:
-    true = "" if row.answer == row.truth else f", true {shown(row.truth)}"
-    return f"    {row.cosine:.3f}  {shown(row.key)}  answered {shown(row.answer)}{true}"
+    text = f"    {row.cosine:.3f}  {shown(row.key)}  answered {shown(row.answer)}"
+    if row.answer != row.truth:
+        text += f", true {shown(row.truth)}"
+    return text
 
 
 class Depth(NamedTuple):
-    """How much is said."""
+    """How much an explanation tells of a row."""
 
     candidates: int = 5  # competitors of an answer
     neighbours: int = 3  # training failures, and successes
@@ -187,7 +197,10 @@ def explain(
     n: int = 10,
     depth: Depth = DEFAULT,
 ) -> Explanations:
-    """Why some answers are suspicious: competitors, training rows that look alike, and what moved the score.
+    """Why some answers are suspicious.
+
+    An explanation names the competitors of an answer, training rows that look alike, and what moved
+    the score.
 
     Args:
         predictor: Ready to score.
@@ -197,7 +210,7 @@ def explain(
             scored in the fit.
         rows: Row numbers, or keys; None for the ``n`` most uncertain rows.
         n: How many rows where none are chosen.
-        depth: How much is said of each.
+        depth: How much is told of each.
 
     Warns:
         UserWarning: If explained rows were used to fit the predictor: their scores say little about
@@ -215,23 +228,29 @@ def explain(
         >>> data = vilu.Embeddings(
         ...     image, np.eye(3), [0, 0, 2], logit_scale=10.0, class_names=["cat", "dog", "cup"]
         ... )
-        >>> (found,) = vilu.explain(vilu.MCM(), data, n=1)  # the most uncertain row
-        >>> found.row, found.answer, found.truth, [one.name for one in found.competitors]
+        >>> (row,) = vilu.explain(vilu.MCM(), data, n=1)  # the most uncertain row
+        >>> row.row, row.answer, row.truth, [rival.name for rival in row.competitors]
         (1, 'dog', 'cat', ['dog', 'cat', 'cup'])
     """
-    if min(n, *depth[:3]) < 1:
+    counts = (depth.candidates, depth.neighbours, depth.background)
+    if min(n, *counts) < 1:
         raise UsageError(
-            f"n, candidates, neighbours and background must be positive. Got {n}, {tuple(depth[:3])}."
+            f"n, candidates, neighbours and background must be positive. Got {n}, {counts}."
         )
     predictor.require_fitted()
     if data.n_candidates < 2:
         raise DataError(
             "with one candidate no other answer was possible, so there is nothing to explain."
         )
-    chosen = most_uncertain(predictor, data, n) if rows is None else find_rows(data, rows)
+    if rows is None:
+        chosen = most_uncertain(predictor, data, n)
+    else:
+        chosen = find_rows(data, rows)
+    neighbours = "left out: no training rows given"
     if train is not None:
         data.space.require_match(train.space, mine="the data to explain", theirs="the training set")
-    attributor, why = _attributor(predictor, data, train, chosen, depth)
+        neighbours = f"of {len(train)} training rows"
+    attributor, attribution = _attributor(predictor, data, train, chosen, depth)
     explained = _explained(predictor, data, chosen, depth, attributor)
     return Explanations(
         rows=tuple(_with_neighbours(explained, data, train, depth)),
@@ -239,10 +258,8 @@ def explain(
         is_probability=predictor.is_probability,
         weights=weights_of(predictor).meaning,
         unit=None if attributor is None else attributor.game.unit,
-        attribution=why,
-        neighbours="left out: no training rows given"
-        if train is None
-        else f"of {len(train)} training rows",
+        attribution=attribution,
+        neighbours=neighbours,
         n_seen=_seen(predictor, data, chosen),
     )
 
@@ -254,24 +271,34 @@ def _attributor(
     chosen: Tensor,
     depth: Depth,
 ) -> tuple[Attributor | None, str]:
-    """What attributes, where the method allows it, and a sentence on how, or why not."""
-    from_train = train is not None and len(data.usable_rows) - len(chosen) < depth.background
-    source, leave_out = (train, chosen[:0]) if train is not None and from_train else (data, chosen)
+    """The attributor, where the method allows one, and a sentence on how, or why not."""
+    source = data
+    leave_out = chosen
+    kind = "other"
+    n_unexplained = len(data.usable_rows) - len(chosen)
+    if train is not None and n_unexplained < depth.background:
+        source = train
+        leave_out = chosen[:0]
+        kind = "training"
     try:
-        found = Attributor(predictor, source, depth.background, depth.seed, leave_out)
+        attributor = Attributor(predictor, source, depth.background, depth.seed, leave_out)
     except NoAttribution as reason:
         return None, f"left out: {reason}"
-    whence = f"{found.n_background} {'training' if from_train else 'other'} rows"
-    return found, f"Shapley values against {whence}: {found.game.meaning}"
+    background = f"{attributor.n_background} {kind} rows"
+    return attributor, f"Shapley values against {background}: {attributor.game.meaning}"
 
 
 def most_uncertain(predictor: FailurePredictor, data: EmbeddingSource, n: int) -> Tensor:
-    """(<= n,) positions of the rows of largest uncertainty, falling; of equal ones the lowest first."""
+    """(<= n,) positions of the rows of largest uncertainty, falling.
+
+    Of rows of equal uncertainty the lowest position comes first.
+    """
     uncertainty = predictor.predict_uncertainty(data)
     scored = np.flatnonzero(np.isfinite(uncertainty))
     if not len(scored):
         raise DataError(f"none of the {len(data)} rows has a score to explain.")
-    return torch.from_numpy(scored[np.argsort(-uncertainty[scored], kind="stable")[:n]])
+    order = np.argsort(-uncertainty[scored], kind="stable")
+    return torch.from_numpy(scored[order[:n]])
 
 
 def _explained(
@@ -282,47 +309,60 @@ def _explained(
     attributor: Attributor | None,
 ) -> list[tuple[Explanation, Tensor]]:
     """An explanation per row, in their order and without neighbours, with its image (D,)."""
-    found: dict[int, tuple[Explanation, Tensor]] = {}
-    names, weights = Names(data), weights_of(predictor)
+    by_row: dict[int, tuple[Explanation, Tensor]] = {}
+    names = Names(data)
+    weights = weights_of(predictor)
     with track("explain", len(rows), "rows") as task, torch.no_grad():
         for scored in scored_rows(predictor, data, rows):
-            for explanation, image in _of_batch(scored, names, weights, depth, attributor):
-                found[explanation.row] = explanation, image
+            batch, _ = scored
+            explanations = _of_batch(scored, names, weights, depth, attributor)
+            for explanation, image in zip(explanations, batch.image, strict=True):
+                by_row[explanation.row] = (explanation, image.cpu())
                 task.advance(1)
-    return [found[row] for row in rows.tolist()]
+    return [by_row[row] for row in rows.tolist()]
 
 
 def _of_batch(
     scored: Scored, names: Names, weights: Weights, depth: Depth, attributor: Attributor | None
-) -> Iterator[tuple[Explanation, Tensor]]:
+) -> Iterator[Explanation]:
+    """The explanations of a batch's rows, in order."""
     batch, scores = scored
     posterior = log_posterior(batch).exp().cpu()
-    weight, leader = leaders(weights.of(batch).cpu(), min(depth.candidates, len(batch.text)))
-    attributions, truth = None if attributor is None else attributor.of(scored), truths(batch)
+    n_leaders = min(depth.candidates, len(batch.text))
+    weight, leader = leaders(weights.of(batch).cpu(), n_leaders)
+    truth = truths(batch).tolist()
+    failure = batch.failure.tolist()
+    attributions: list[Attribution] | None = None
+    if attributor is not None:
+        attributions = attributor.of(scored)
     for place, row in enumerate(batch.index.tolist()):
-        answer, target, failure = (
-            int(column[place]) for column in (batch.prediction, truth, batch.failure)
-        )
-        p, leading = (
-            posterior[place],
-            zip(weight[place].tolist(), leader[place].tolist(), strict=True),
-        )
-        explanation = Explanation(
+        answer = int(batch.prediction[place])
+        is_labelled = truth[place] != UNKNOWN
+        is_judged = failure[place] != UNKNOWN
+        yield Explanation(
             row=row,
             key=names.data.ids[row],
             answer=names.of(row, answer),
-            posterior=float(p[answer]),
+            posterior=float(posterior[place, answer]),
             uncertainty=float(scores[place]),
-            truth=None if target == UNKNOWN else names.of(row, target),
-            wrong=None if failure == UNKNOWN else bool(failure),
-            competitors=tuple(
-                Competitor(names.of(row, j), given, float(p[j])) for given, j in leading
-            ),
+            truth=names.of(row, truth[place]) if is_labelled else None,
+            wrong=bool(failure[place]) if is_judged else None,
+            competitors=_competitors(row, names, leader[place], weight[place], posterior[place]),
             failures=None,
             successes=None,
             attribution=None if attributions is None else attributions[place],
         )
-        yield explanation, batch.image[place].cpu()
+
+
+def _competitors(
+    row: int, names: Names, leader: Tensor, weight: Tensor, posterior: Tensor
+) -> tuple[Competitor, ...]:
+    """The candidates ``leader`` of a row with their weights (both of one length), largest first."""
+    competitors = []
+    for candidate, candidate_weight in zip(leader.tolist(), weight.tolist(), strict=True):
+        name = names.of(row, candidate)
+        competitors.append(Competitor(name, candidate_weight, float(posterior[candidate])))
+    return tuple(competitors)
 
 
 def _with_neighbours(
@@ -335,28 +375,30 @@ def _with_neighbours(
     explanations = [explanation for explanation, _ in explained]
     if train is None or not explained:
         return explanations
-    images, rows = (
-        torch.stack([image for _, image in explained]),
-        np.array([e.row for e in explanations]),
-    )
+    images = torch.stack([image for _, image in explained])
+    rows = np.array([explanation.row for explanation in explanations])
     by = common_identity(
         train.identified_by, data.identified_by, ("the training set", "the explained rows")
     )
-    own = None if by is None else (by, data.identities(by, rows))
+    own: Own | None = None
+    if by is not None:
+        own = (by, data.identities(by, rows))
     near = TrainingRows(train).near(images, own, depth.neighbours)
-    return [
-        replace(explanation, failures=tuple(failures), successes=tuple(successes))
-        for explanation, (failures, successes) in zip(explanations, near, strict=True)
-    ]
+    with_neighbours = []
+    for explanation, (failures, successes) in zip(explanations, near, strict=True):
+        with_neighbours.append(
+            replace(explanation, failures=tuple(failures), successes=tuple(successes))
+        )
+    return with_neighbours
 
 
 def _seen(predictor: FailurePredictor, data: EmbeddingSource, rows: Tensor) -> int:
-    """How many rows were used to fit; said aloud."""
+    """How many rows were used to fit, with a warning where there are any."""
     seen = predictor.seen(data, rows.numpy())
     if len(seen):
         warnings.warn(
-            f"{seen.said('explained rows')} were used to fit this {predictor.name}: their scores say little about new "
-            "images.",
+            f"{seen.said('explained rows')} were used to fit this {predictor.name}: "
+            "their scores say little about new images.",
             stacklevel=5,
         )
     return len(seen)

@@ -22,9 +22,11 @@ from vilu.report.explain.explain import Findings, first_lines
 from vilu.report.explain.rows import ROWS, class_name
 from vilu.validation import checked, require_at_least
 
-STEPS, SHARED = (0.5, 1.0, 2.0, 4.0, 8.0), (0.0, 0.1)
+STEPS = (0.5, 1.0, 2.0, 4.0, 8.0)
+"""How far a text is moved; or it stays as it is."""
+SHARED = (0.0, 0.1)
+"""The share that comes along of the mean that all images have in common."""
 MIXES = tuple(itertools.product(STEPS, SHARED))
-"""How far a text is moved, and how much of what all images share comes along; or it stays as it is."""
 
 FOLDS = 5
 MIN_FOLDS = 3  # one to measure on, one to choose on, and some to take images from
@@ -33,7 +35,7 @@ NORMAL_95 = 1.959963984540054
 
 @dataclass(frozen=True)
 class PromptGain:
-    """What a better text for one class would gain, all others staying as they are."""
+    """The gain of a better text for one class, all other texts staying as they are."""
 
     name: str  # of the class
     n: int  # labelled rows of the class
@@ -45,11 +47,13 @@ class PromptGain:
     high: float  # upper end
 
     def cells(self) -> tuple[str, ...]:
-        """What a table says of it."""
-        counts = (f"{count:,}" for count in (self.n, self.failures, self.saved, self.lost))
+        """Its row of a table."""
         return (
             self.name,
-            *counts,
+            f"{self.n:,}",
+            f"{self.failures:,}",
+            f"{self.saved:,}",
+            f"{self.lost:,}",
             f"{100 * self.gain:+.2f}",
             f"{100 * self.low:+.2f} to {100 * self.high:+.2f}",
         )
@@ -68,19 +72,22 @@ class PromptGains(Findings):
 
     def __str__(self) -> str:
         head = (
-            f"Accuracy is {self.accuracy:.2%} on {self.n:,} labelled rows. With the text of one class moved towards "
-            f"its\nimages ({self.folds} folds, measured on rows not fitted on; an upper range for what wording can do):"
+            f"Accuracy is {self.accuracy:.2%} on {self.n:,} labelled rows. "
+            "With the text of one class moved towards its\n"
+            f"images ({self.folds} folds, measured on rows not fitted on; "
+            "an upper range for what wording can do):"
         )
         heading = ("class", "rows", "failures", "saved", "lost", "accuracy", "95 % interval")
-        return "\n".join(
-            [head, "", *first_lines(heading, [row.cells() for row in self.rows], "classes")]
-        )
+        cells = [row.cells() for row in self.rows]
+        return "\n".join([head, "", *first_lines(heading, cells, "classes")])
 
 
 @checked
 @as_usual()
 def prompt_gains(data: EmbeddingSource, *, folds: int = FOLDS, seed: int = 0) -> PromptGains:
-    """How many failures a better text for each class would save, from labelled images, by cross-validation.
+    """How many failures a better text for each class would save.
+
+    This is estimated from labelled images by cross-validation.
 
     The text t_c of one class at a time is replaced by t_c + m (delta_c + kappa mu), of unit norm,
     with mu_c the mean of the class's images, mu the mean of these means, and delta_c = mu_c - mu.
@@ -128,16 +135,17 @@ def prompt_gains(data: EmbeddingSource, *, folds: int = FOLDS, seed: int = 0) ->
     means = _Means(data, rows, fold, folds)
     changes = []
     with track("better texts", len(rows), "rows") as task:
-        for here in range(folds):
-            better = [means.better_texts(text, {here, left_out}) for left_out in range(folds)]
-            changes.append(_changes(data, rows[fold[rows] == here], better, task))
+        for measured in range(folds):
+            better = [means.better_texts(text, {measured, left_out}) for left_out in range(folds)]
+            measured_rows = rows[fold[rows] == measured]
+            changes.append(_changes(data, measured_rows, better, task))
     saved, lost = _at_the_chosen(torch.stack(changes))
     ranked = tuple(_ranked(data, n, failures, saved, lost))
     return PromptGains(ranked, len(rows), 1 - float(failures.sum() / n.sum()), folds)
 
 
 def _labelled(data: EmbeddingSource, folds: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Usable labelled rows (N,), and per class (K,) how many there are and how many are answered wrong."""
+    """Usable labelled rows (N,), and per class (K,) their number and that of wrong answers."""
     if data.pool_size is not None:
         raise UsageError("captions have no classes whose texts could be improved. Give class data.")
     require_at_least("folds", folds, MIN_FOLDS)
@@ -146,9 +154,11 @@ def _labelled(data: EmbeddingSource, folds: int) -> tuple[Tensor, Tensor, Tensor
     rows = data.usable_rows[data.target[data.usable_rows] != UNKNOWN]
     if len(rows) < folds:
         raise DataError(
-            f"better texts are estimated from labelled rows in {folds} folds. Got {len(rows)} such rows."
+            f"better texts are estimated from labelled rows in {folds} folds. "
+            f"Got {len(rows)} such rows."
         )
-    n, failures = torch.zeros(2, data.n_candidates, dtype=torch.int64)
+    n = torch.zeros(data.n_candidates, dtype=torch.int64)
+    failures = torch.zeros_like(n)
     for batch in data.batches(ROWS, rows=rows):
         n += batch.target.bincount(minlength=data.n_candidates)
         failures += batch.target[batch.failure == 1].bincount(minlength=data.n_candidates)
@@ -160,101 +170,133 @@ class _Means:
 
     def __init__(self, data: EmbeddingSource, rows: Tensor, fold: Tensor, folds: int) -> None:
         k = data.n_candidates
-        self.total = torch.zeros(folds * k, data.space.embed_dim, dtype=torch.float64)
-        self.n = torch.zeros(folds * k, dtype=torch.float64)
+        total = torch.zeros(folds * k, data.space.embed_dim, dtype=torch.float64)
+        n = torch.zeros(folds * k, dtype=torch.float64)
         for batch in data.batches(ROWS, rows=rows):
             cell = fold[batch.index] * k + batch.target
-            self.total.index_add_(0, cell, batch.image.double())
-            self.n += cell.bincount(minlength=folds * k)
-        self.total, self.n = self.total.view(folds, k, -1), self.n.view(folds, k)
+            total.index_add_(0, cell, batch.image.double())
+            n += cell.bincount(minlength=folds * k)
+        self.total = total.view(folds, k, -1)
+        self.n = n.view(folds, k)
 
     def better_texts(self, text: Tensor, without: set[int]) -> Tensor:
-        """(mixes, K, D) float32 unit-norm texts from the images of the other folds; of a class without any the text."""
-        kept = [fold for fold in range(len(self.n)) if fold not in without]
-        n = self.n[kept].sum(dim=0)
-        there = n > 0
-        mean = self.total[kept].sum(dim=0) / n.clamp(min=1)[:, None]
-        shared = mean[there].mean(dim=0)
+        """(mixes, K, D) float32 unit-norm texts from the images of the folds not in ``without``.
+
+        A class without such images has its own text.
+        """
+        folds = [fold for fold in range(len(self.n)) if fold not in without]
+        n = self.n[folds].sum(dim=0)
+        has_images = n > 0
+        mean = self.total[folds].sum(dim=0) / n.clamp(min=1)[:, None]
+        shared = mean[has_images].mean(dim=0)
         moved = [text.double() + step * (mean - shared + share * shared) for step, share in MIXES]
-        return normalize(
-            torch.where(there[:, None], torch.stack(moved), text.double()), dim=-1
-        ).float()
+        better = torch.where(has_images[:, None], torch.stack(moved), text.double())
+        return normalize(better, dim=-1).float()
 
 
 class Rivals(NamedTuple):
-    """What a class has to beat to be the answer when its text is replaced: the strongest of the others."""
+    """The rival that a class has to beat to be the answer when its text is replaced.
 
-    place: (
-        Tensor  # (B, K) the strongest candidate beside each: the answer, or for the answer the next
-    )
+    It is the strongest of the other classes.
+    """
+
+    # (B, K) the strongest candidate beside each: the answer, or for the answer the next
+    place: Tensor
     logit: Tensor  # (B, K) its logit
     right: Tensor  # (B, 1) whether the answer is right now
 
     @classmethod
     def of(cls, batch: Batch) -> Rivals:
         """Rivals of every class for labelled rows with shared candidates."""
-        largest, places = leaders(batch.logits[:, batch.first_equal], 2)  # equal texts tie exactly
-        is_answer = places[:, :1] == torch.arange(len(batch.text))
+        logits = batch.logits[:, batch.first_equal]  # equal texts tie exactly
+        largest, places = leaders(logits, 2)
+        answer = places[:, :1]
+        runner_up = places[:, 1:]
+        is_answer = answer == torch.arange(len(batch.text))
         return cls(
-            torch.where(is_answer, places[:, 1:], places[:, :1]),
+            torch.where(is_answer, runner_up, answer),
             torch.where(is_answer, largest[:, 1:], largest[:, :1]),
-            places[:, :1] == batch.target[:, None],
+            answer == batch.target[:, None],
         )
 
     def changes(self, batch: Batch, better: Tensor) -> Tensor:
-        """(2, K) rows that become right, and wrong, when the text of one class at a time is replaced by ``better``."""
+        """(2, K) rows that become right, and wrong, when one text at a time is replaced.
+
+        ``better`` (K, D) are the texts that replace those of the classes.
+        """
         classes = torch.arange(len(better))
         logits = (batch.image @ better.T) * batch.logit_scale + batch.logit_bias
-        wins = (logits > self.logit) | (
-            (logits == self.logit) & (classes < self.place)
-        )  # the lowest index wins ties
+        # the lowest index wins ties
+        wins_tie = (logits == self.logit) & (classes < self.place)
+        wins = (logits > self.logit) | wins_tie
         right = torch.where(wins, classes, self.place) == batch.target[:, None]
-        return torch.stack([(right & ~self.right).sum(dim=0), (self.right & ~right).sum(dim=0)])
+        saved = (right & ~self.right).sum(dim=0)
+        lost = (self.right & ~right).sum(dim=0)
+        return torch.stack([saved, lost])
 
 
 def _changes(data: EmbeddingSource, rows: Tensor, better: Sequence[Tensor], task: Task) -> Tensor:
-    """(folds, mixes, 2, K) of these rows those that become right, and wrong, with the texts made without each fold."""
-    found = torch.zeros(len(better), len(MIXES), 2, better[0].shape[1], dtype=torch.int64)
+    """(folds, mixes, 2, K) of these rows those that become right, and wrong.
+
+    The first axis says without which fold the texts ``better`` were made.
+    """
+    n_classes = better[0].shape[1]
+    changes = torch.zeros(len(better), len(MIXES), 2, n_classes, dtype=torch.int64)
     for batch in data.batches(ROWS, rows=rows):
         rivals = Rivals.of(batch)
-        for left_out, mix in itertools.product(range(len(better)), range(len(MIXES))):
-            found[left_out, mix] += rivals.changes(batch, better[left_out][mix])
+        for left_out, texts in enumerate(better):
+            for mix, mixed_texts in enumerate(texts):
+                changes[left_out, mix] += rivals.changes(batch, mixed_texts)
         task.advance(len(batch.index))
-    return found
+    return changes
 
 
 def _at_the_chosen(changes: Tensor) -> tuple[Tensor, Tensor]:
-    """(K,) rows saved and lost with the mix that was chosen per fold and class; none where no mix gains anything.
+    """(K,) rows saved and lost with the mix that was chosen per fold and class.
 
-    Of ``changes`` (folds, folds, mixes, 2, K), those in fold f with texts made without folds f and
-    g, what is at f = g is measured, and what the other folds f say of the texts without g chooses
-    for g.
+    There are none where no mix gains anything. ``changes`` (folds, folds, mixes, 2, K) has at
+    [f, g] those of the rows in fold f with texts made without folds f and g. Those at f = g are the
+    measurement for fold g; those of all other folds f choose the mix for fold g.
     """
     measured = changes.diagonal().movedim(-1, 0)
     elsewhere = changes.sum(dim=0) - measured
-    gain, mix = (elsewhere[:, :, 0] - elsewhere[:, :, 1]).max(dim=1, keepdim=True)
-    saved, lost = (measured.take_along_dim(mix[:, :, None], dim=1) * (gain > 0)[:, :, None]).sum(
-        dim=(0, 1)
-    )
+    gains = elsewhere[:, :, 0] - elsewhere[:, :, 1]
+    gain, mix = gains.max(dim=1, keepdim=True)
+    at_mix = measured.take_along_dim(mix[:, :, None], dim=1)
+    is_worth_it = (gain > 0)[:, :, None]
+    saved, lost = (at_mix * is_worth_it).sum(dim=(0, 1))
     return saved, lost
 
 
 def _ranked(
     data: EmbeddingSource, n: Tensor, failures: Tensor, saved: Tensor, lost: Tensor
 ) -> Iterator[PromptGain]:
+    """The gains of all classes, falling."""
     total = int(n.sum())
     for c in (saved - lost).argsort(descending=True, stable=True).tolist():
-        plus, minus = int(saved[c]), int(lost[c])
-        name = class_name(data.class_names, c)
-        low, high = paired_interval(plus, minus, total)
+        n_saved = int(saved[c])
+        n_lost = int(lost[c])
+        low, high = paired_interval(n_saved, n_lost, total)
         yield PromptGain(
-            name, int(n[c]), int(failures[c]), plus, minus, (plus - minus) / total, low, high
+            name=class_name(data.class_names, c),
+            n=int(n[c]),
+            failures=int(failures[c]),
+            saved=n_saved,
+            lost=n_lost,
+            gain=(n_saved - n_lost) / total,
+            low=low,
+            high=high,
         )
 
 
 def paired_interval(saved: int, lost: int, n: int) -> tuple[float, float]:
-    """95 % interval of (saved - lost) / n: Agresti and Min's, half a row added to each cell of the paired table."""
-    b, c, m = saved + 0.5, lost + 0.5, n + 2
+    """95 % interval of (saved - lost) / n.
+
+    It is Agresti and Min's, with half a row added to each cell of the paired table.
+    """
+    b = saved + 0.5
+    c = lost + 0.5
+    m = n + 2
     middle = (b - c) / m
     half = NORMAL_95 * math.sqrt(b + c - (b - c) ** 2 / m) / m
     return middle - half, middle + half

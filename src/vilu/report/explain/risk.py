@@ -1,4 +1,4 @@
-"""Which confusions cost the most: the failures of a data set by what was answered and what was true."""
+"""Confusions that cost the most: the failures of a data set by their answers and their truth."""
 
 from __future__ import annotations
 
@@ -36,9 +36,16 @@ class Confusion:
     risk: float
 
     def cells(self) -> tuple[str, ...]:
-        """What a table says of it."""
-        numbers = f"{self.failures:.1f}", f"{self.share:.1%}", f"{self.uncertainty:.3f}"
-        return self.answer, self.instead, *numbers, f"{self.accepted:.1f}", f"{self.risk:.2%}"
+        """Its row of a table."""
+        return (
+            self.answer,
+            self.instead,
+            f"{self.failures:.1f}",
+            f"{self.share:.1%}",
+            f"{self.uncertainty:.3f}",
+            f"{self.accepted:.1f}",
+            f"{self.risk:.2%}",
+        )
 
 
 @dataclass(frozen=True)
@@ -58,29 +65,26 @@ class RiskMap(Findings):
     n_left_out: int  # rows without score, or without label where others have one
 
     def __str__(self) -> str:
-        kind, are = (
-            ("failures", "are") if self.labelled else ("expected failures", "are expected to be")
-        )
-        left_out = (
-            f"; {self.n_left_out:,} rows without score or label left out" if self.n_left_out else ""
-        )
+        if self.labelled:
+            instead = "true"
+            failures = "failures"
+            are = "are"
+        else:
+            instead = "competitor"
+            failures = "expected failures"
+            are = "are expected to be"
+        left_out = ""
+        if self.n_left_out:
+            left_out = f"; {self.n_left_out:,} rows without score or label left out"
         head = (
-            f"{self.failures:,.1f} {kind} in {self.n:,} answers{left_out}. Of the {self.coverage:.0%} most trusted "
+            f"{self.failures:,.1f} {failures} in {self.n:,} answers{left_out}. "
+            f"Of the {self.coverage:.0%} most trusted "
             f"(uncertainty up to {self.threshold:.4g}) {self.risk:.2%} {are} wrong."
         )
-        other = "true" if self.labelled else "competitor"
-        heading = (
-            "answered",
-            other,
-            kind,
-            "of all",
-            "mean uncertainty",
-            "accepted",
-            "accepted risk",
-        )
-        return "\n".join(
-            [head, "", *first_lines(heading, [row.cells() for row in self.rows], "confusions")]
-        )
+        measures = ("of all", "mean uncertainty", "accepted", "accepted risk")
+        heading = ("answered", instead, failures, *measures)
+        cells = [row.cells() for row in self.rows]
+        return "\n".join([head, "", *first_lines(heading, cells, "confusions")])
 
 
 @checked
@@ -114,8 +118,8 @@ def risk_map(
         >>> outcomes = vilu.Outcomes(
         ...     uncertainty, failure, **answers, class_names=["cat", "dog", "cup"]
         ... )
-        >>> for one in vilu.risk_map(outcomes, coverage=0.8).rows:  # four of five are accepted
-        ...     print(one.answer, "instead of", one.instead, one.accepted, one.risk)
+        >>> for row in vilu.risk_map(outcomes, coverage=0.8).rows:  # four of five are accepted
+        ...     print(row.answer, "instead of", row.instead, row.accepted, row.risk)
         cat instead of dog 1.0 0.25
         cup instead of cat 0.0 0.0
     """
@@ -124,24 +128,24 @@ def risk_map(
             "captions have no classes to confuse, so there is no risk map of them. Give class data."
         )
     require_between("coverage", coverage, "(0, 1]")
-    if outcomes.prediction is None:
-        raise DataError(
-            "a risk map needs the answers, and these outcomes have none. Score again with vilu score."
-        )
-    scored = np.isfinite(outcomes.uncertainty) & (outcomes.prediction != UNKNOWN)
-    known = scored & (outcomes.failure != UNKNOWN)
-    labelled = bool(known.any())
+    prediction = _answers(outcomes)
+    is_counted = np.isfinite(outcomes.uncertainty) & (prediction != UNKNOWN)
+    is_judged = is_counted & (outcomes.failure != UNKNOWN)
+    labelled = bool(is_judged.any())
+    if labelled:
+        is_counted = is_judged
     instead = _instead(outcomes, competitor, labelled=labelled)
-    rows = np.flatnonzero(known if labelled else scored)
+    rows = np.flatnonzero(is_counted)
     if not len(rows):
         raise DataError(f"none of the {len(outcomes)} rows has both a score and an answer.")
     uncertainty = outcomes.uncertainty[rows]
-    weight = outcomes.failure[rows].astype(np.float64) if labelled else _probability(outcomes)[rows]
+    failure = outcomes.failure if labelled else _probability(outcomes)
+    weight = failure[rows].astype(np.float64)
     accepted, threshold = acceptance(uncertainty, coverage)
-    pairs = outcomes.prediction[rows], instead[rows]
+    pairs = (prediction[rows], instead[rows])
     confusions = _confusions(pairs, uncertainty, weight, accepted, outcomes.class_names)
     return RiskMap(
-        rows=tuple(sorted(confusions, key=lambda c: (-c.risk, -c.failures, c.answer, c.instead))),
+        rows=tuple(sorted(confusions, key=_costliest_first)),
         coverage=coverage,
         threshold=threshold,
         n=len(rows),
@@ -152,23 +156,40 @@ def risk_map(
     )
 
 
+def _answers(outcomes: Outcomes) -> Ints:
+    """(N,) the zero-shot answers."""
+    if outcomes.prediction is None:
+        raise DataError(
+            "a risk map needs the answers, and these outcomes have none. "
+            "Score again with vilu score."
+        )
+    return outcomes.prediction
+
+
+def _costliest_first(confusion: Confusion) -> tuple[float, float, str, str]:
+    """The key that sorts confusions; ties go by their names."""
+    return -confusion.risk, -confusion.failures, confusion.answer, confusion.instead
+
+
 def _probability(outcomes: Outcomes) -> Floats:
     """(N,) the calibrated probability of failure, or else an uncertainty that is one."""
-    known = probability(outcomes)
-    if known is None:
+    probabilities = probability(outcomes)
+    if probabilities is None:
         raise UsageError(
-            f"without labels failures are expected from probabilities, and {outcomes.method} gives a score. "
+            "without labels failures are expected from probabilities, "
+            f"and {outcomes.method} gives a score. "
             "Calibrate it (`vilu calibrate`), take vilu_plus, or give labels."
         )
-    return known
+    return probabilities
 
 
 def _instead(outcomes: Outcomes, competitor: ArrayLike | None, *, labelled: bool) -> Ints:
-    """(N,) what else each row may be."""
+    """(N,) the truth of each row; without labels its strongest competitor."""
     if labelled:
         if outcomes.target is None:
             raise DataError(
-                "a risk map needs the right answers, and these outcomes have failures but no targets."
+                "a risk map needs the right answers, "
+                "and these outcomes have failures but no targets."
             )
         return np.where(outcomes.outside, OUTSIDE, outcomes.target)
     _probability(outcomes)
@@ -176,12 +197,13 @@ def _instead(outcomes: Outcomes, competitor: ArrayLike | None, *, labelled: bool
         raise UsageError(
             "without labels a risk map needs the strongest competitor of every answer."
         )
-    found = np.asarray(competitor, dtype=np.int64)
-    if found.shape != outcomes.uncertainty.shape:
+    competitors = np.asarray(competitor, dtype=np.int64)
+    if competitors.shape != outcomes.uncertainty.shape:
         raise DataError(
-            f"competitor must have one entry per row ({len(outcomes)}). Got shape {found.shape} instead."
+            f"competitor must have one entry per row ({len(outcomes)}). "
+            f"Got shape {competitors.shape} instead."
         )
-    return found
+    return competitors
 
 
 def acceptance(uncertainty: Floats, coverage: float) -> tuple[Floats, float]:
@@ -190,9 +212,8 @@ def acceptance(uncertainty: Floats, coverage: float) -> tuple[Floats, float]:
     A share is 1 below the threshold and 0 above; tied rows at the threshold share what is left of
     ceil(coverage N).
     """
-    n = int(
-        np.ceil(np.round(len(uncertainty) * coverage, 9))
-    )  # rounding first: 0.07 · 100 is a little more than 7
+    # rounding first: 0.07 · 100 is a little more than 7
+    n = int(np.ceil(np.round(len(uncertainty) * coverage, 9)))
     threshold = float(np.partition(uncertainty, n - 1)[n - 1])
     accepted = (uncertainty < threshold).astype(np.float64)
     tied = uncertainty == threshold
@@ -208,23 +229,24 @@ def _confusions(
     names: Sequence[str] | None,
 ) -> list[Confusion]:
     """One entry per pair of answer and truth that has a failure in it."""
-    found, group = np.unique(np.stack(pairs, axis=1), axis=0, return_inverse=True)
-    values = weight, weight * uncertainty, weight * accepted
-    sums = np.stack(
-        [np.bincount(group.ravel(), weights=one, minlength=len(found)) for one in values], axis=1
-    )
-    return [
-        Confusion(
-            answer=class_name(names, answer),
-            instead=class_name(names, other),
-            failures=failures,
-            share=float(failures / weight.sum()),
-            uncertainty=mean / failures,
-            accepted=cost,
-            risk=float(cost / accepted.sum()),
-        )
-        for (answer, other), (failures, mean, cost) in zip(
-            found.tolist(), sums.tolist(), strict=True
-        )
-        if failures > 0
-    ]
+    distinct, inverse = np.unique(np.stack(pairs, axis=1), axis=0, return_inverse=True)
+    group = inverse.ravel()
+    n_groups = len(distinct)
+    failures = np.bincount(group, weights=weight, minlength=n_groups).tolist()
+    doubt = np.bincount(group, weights=weight * uncertainty, minlength=n_groups).tolist()
+    cost = np.bincount(group, weights=weight * accepted, minlength=n_groups).tolist()
+    confusions = []
+    for number, (answer, instead) in enumerate(distinct.tolist()):
+        n_failures = failures[number]
+        if n_failures > 0:
+            confusion = Confusion(
+                answer=class_name(names, answer),
+                instead=class_name(names, instead),
+                failures=n_failures,
+                share=float(n_failures / weight.sum()),
+                uncertainty=doubt[number] / n_failures,
+                accepted=cost[number],
+                risk=float(cost[number] / accepted.sum()),
+            )
+            confusions.append(confusion)
+    return confusions

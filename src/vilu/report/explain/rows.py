@@ -1,4 +1,4 @@
-"""Some rows of a source, each among its own candidates, and what candidates are called.
+"""Some rows of a source, each among its own candidates, and the names of candidates.
 
 Captions are matched in pools, so a row of them is looked at with the rest of its pool.
 """
@@ -26,17 +26,20 @@ MAX_POOLS = 8  # pools that rows are drawn from, at most, where candidates come 
 def scored_rows(
     predictor: FailurePredictor, data: EmbeddingSource, rows: Tensor, step: int = SCORING_BATCH
 ) -> Iterator[tuple[Batch, NDArray[np.float64]]]:
-    """Batches of the wanted rows, each with its uncertainty (B,) float64, in the order of the source (or of its pools).
+    """Batches of the wanted rows, each with its uncertainty (B,) float64.
 
-    A matrix product rounds by the shape of its block. So whole blocks of ``vilu.score`` are scored,
-    whatever is wanted of them: uncertainty and answer are the very numbers that it gives. With step
-    1, where the uncertainties are not looked at, no other rows are scored.
+    They come in the order of the source (or of its pools). A matrix product rounds by the shape of
+    its block. So whole blocks of ``vilu.score`` are scored, whichever of their rows are wanted:
+    uncertainty and answer are the very numbers that it gives. With step 1, where the uncertainties
+    are not looked at, no other rows are scored.
     """
     for batch, scores in predictor.scored(data, whole_steps(data, rows, step)):
         for part, pool in batch.by_pool():
-            for places in torch.isin(pool.index.cpu(), rows).nonzero().squeeze(1).split(ROWS):
+            wanted = torch.isin(pool.index.cpu(), rows).nonzero().squeeze(1)
+            for places in wanted.split(ROWS):
                 if len(places):
-                    yield select(pool, places.to(pool.index.device)), scores[part][places.numpy()]
+                    some_rows = select(pool, places.to(pool.index.device))
+                    yield some_rows, scores[part][places.numpy()]
 
 
 def plain_rows(data: EmbeddingSource, rows: Tensor) -> Iterator[Batch]:
@@ -48,55 +51,64 @@ def plain_rows(data: EmbeddingSource, rows: Tensor) -> Iterator[Batch]:
 
 
 def select(batch: Batch, places: Tensor) -> Batch:
-    """The rows at some places of a batch, with their zero-shot answers, against all of its candidates."""
-    _ = batch.zero_shot  # of all its rows, so that those taken keep theirs
+    """The rows at some places of a batch, against all of its candidates.
+
+    Their zero-shot answers are those that they have in the whole batch.
+    """
+    _ = batch.zero_shot  # computed for the whole batch, and carried over by ``rows``
     return batch.rows(places)
 
 
 def whole_steps(data: EmbeddingSource, rows: Tensor, size: int) -> Tensor:
-    """All rows of the steps that the rows are in, in order: a pool each, or ``size`` usable rows."""
+    """All rows of the steps that the rows are in, in order; a step is a pool, or ``size`` rows."""
     step = torch.arange(len(data.usable_rows)) // (data.pool_size or size)
-    return data.usable_rows[torch.isin(step, step[torch.isin(data.usable_rows, rows)])]
+    wanted_steps = step[torch.isin(data.usable_rows, rows)]
+    return data.usable_rows[torch.isin(step, wanted_steps)]
 
 
 def _pool(data: EmbeddingSource, number: int) -> Tensor:
+    """The rows of a pool."""
     size = data.pool_size or 0
     return data.usable_rows[number * size : (number + 1) * size]
 
 
 def draw_rows(data: EmbeddingSource, n: int, seed: int, leave_out: Tensor) -> Tensor:
-    """At most ``n`` usable rows, drawn without repetition, in the order of the source; of captions from few pools."""
+    """At most ``n`` usable rows, drawn without repetition, in the order of the source.
+
+    Captions come from few pools.
+    """
     rng = np.random.default_rng(seed)
     rows = data.usable_rows
     if data.pool_size is not None:
-        pools = rng.permutation(len(rows) // data.pool_size)[:MAX_POOLS]
-        rows = torch.cat([rows[:0], *(_pool(data, int(pool)) for pool in np.sort(pools))])
+        numbers = rng.permutation(len(rows) // data.pool_size)[:MAX_POOLS]
+        pools = [_pool(data, int(number)) for number in np.sort(numbers)]
+        rows = torch.cat([rows[:0], *pools])
     rows = rows[~torch.isin(rows, leave_out)]
     if not len(rows):
         raise DataError(
-            f"an attribution compares with other rows, and all {len(data)} are explained or cannot be used. "
-            "Give training rows (--train), or explain fewer."
+            f"an attribution compares with other rows, and all {len(data)} are explained "
+            "or cannot be used. Give training rows (--train), or explain fewer."
         )
-    return rows[torch.from_numpy(np.sort(rng.choice(len(rows), min(n, len(rows)), replace=False)))]
+    drawn = rng.choice(len(rows), min(n, len(rows)), replace=False)
+    return rows[torch.from_numpy(np.sort(drawn))]
 
 
 def find_rows(data: EmbeddingSource, wanted: Sequence[int | str]) -> Tensor:
     """(M,) distinct positions of the rows with these numbers or keys, in the order asked for."""
-    places: dict[str, list[int]] = {key: [] for key in wanted if isinstance(key, str)}
-    for row, key in enumerate(data.ids if places else ()):
-        if key in places:
-            places[key].append(row)
-    rows = [
-        row for name in wanted for row in (places[name] if isinstance(name, str) else [int(name)])
-    ]
-    missing = next((key for key, found in places.items() if not found), None)
-    if missing is not None:
-        raise DataError(
-            f"no row has the key {missing!r}. Keys look like {data.ids[0] if len(data) else None!r}."
-        )
-    outside = next((row for row in rows if not 0 <= row < len(data)), None)
-    if outside is not None:
-        raise DataError(f"there is no row {outside}: the data have {len(data)}, numbered from 0.")
+    keys = {name for name in wanted if isinstance(name, str)}
+    rows_by_key = _rows_by_key(data, keys)
+    rows: list[int] = []
+    for name in wanted:
+        if not isinstance(name, str):
+            rows.append(int(name))
+        elif name in rows_by_key:
+            rows += rows_by_key[name]
+        else:
+            example = data.ids[0] if len(data) else None
+            raise DataError(f"no row has the key {name!r}. Keys look like {example!r}.")
+    for row in rows:
+        if not 0 <= row < len(data):
+            raise DataError(f"there is no row {row}: the data have {len(data)}, numbered from 0.")
     for row in rows:
         if data.status[row] != VALID:
             raise DataError(
@@ -105,31 +117,45 @@ def find_rows(data: EmbeddingSource, wanted: Sequence[int | str]) -> Tensor:
     return torch.tensor(list(dict.fromkeys(rows)), dtype=torch.int64)
 
 
+def _rows_by_key(data: EmbeddingSource, keys: set[str]) -> dict[str, list[int]]:
+    """The rows that have each of the keys."""
+    rows_by_key: dict[str, list[int]] = {}
+    if not keys:
+        return rows_by_key  # this saves reading all identifiers
+    for row, key in enumerate(data.ids):
+        if key in keys:
+            rows_by_key.setdefault(key, []).append(row)
+    return rows_by_key
+
+
 def unusable(status: int) -> str:
     """Why a row is not scored, in words."""
-    return (
-        "its pool is not full"
-        if status == SHORT_POOL
-        else f"its embedding is of status {STATUS[status]!r}"
-    )
+    if status == SHORT_POOL:
+        return "its pool is not full"
+    return f"its embedding is of status {STATUS[status]!r}"
 
 
 def class_name(names: Sequence[str] | None, candidate: int) -> str:
-    """Of a class, or its number where classes have no names; of what is no class what that means."""
-    if candidate in {OUTSIDE, UNKNOWN}:
-        return NONE if candidate == OUTSIDE else "not known"
+    """The name of a class, or its number where classes have no names.
+
+    A candidate that is no class is named by what that means.
+    """
+    if candidate == OUTSIDE:
+        return NONE
+    if candidate == UNKNOWN:
+        return "not known"
     return f"candidate {candidate}" if names is None else names[candidate]
 
 
 def truths(batch: Batch) -> Tensor:
     """(B,) int64 targets, with ``OUTSIDE`` where the picture is of none of the classes."""
-    return (
-        batch.target if batch.outside is None else batch.target.masked_fill(batch.outside, OUTSIDE)
-    )
+    if batch.outside is None:
+        return batch.target
+    return batch.target.masked_fill(batch.outside, OUTSIDE)
 
 
 class Names:
-    """What the candidates of rows are called: classes by their names, captions by the keys of their pairs."""
+    """Names of the candidates of rows: of classes, or of captions the keys of their pairs."""
 
     def __init__(self, data: EmbeddingSource) -> None:
         self.data = data
@@ -137,13 +163,13 @@ class Names:
         self._members = torch.empty(0, dtype=torch.int64)
 
     def of(self, row: int, candidate: int) -> str:
-        """Name of one candidate of a row, or of what its ``truths`` say."""
+        """Name of one candidate of a row, or of a value of its ``truths``."""
         if self.data.pool_size is None or candidate < 0:
             return class_name(self.data.class_names, candidate)
         return self.data.ids[int(self._pool_members(row)[candidate])]
 
     def _pool_members(self, row: int) -> Tensor:
-        """Which rows the candidates of a row belong to; the last pool is remembered."""
+        """The rows that the candidates of a row belong to; the last pool is remembered."""
         if row not in self._pool:
             place = int((self.data.usable_rows == row).nonzero())
             pool = _pool(self.data, place // (self.data.pool_size or 1))
@@ -152,5 +178,6 @@ class Names:
                 raise DataError(
                     "these captions do not say which rows they belong to, so they have no names."
                 )
-            self._pool, self._members = frozenset(pool.tolist()), members
+            self._pool = frozenset(pool.tolist())
+            self._members = members
         return self._members

@@ -29,7 +29,7 @@ from vilu.outcomes.outcomes import Outcomes
 from vilu.outcomes.results import ResultTable
 from vilu.report.figures import known
 from vilu.report.page import charts
-from vilu.report.page.charts import Rate, class_rows, goal
+from vilu.report.page.charts import Chart, Rate, class_rows, goal
 from vilu.report.page.choice import Calibrated, Choice, by_hindsight, by_rule, choose_main
 from vilu.report.page.gallery import Card, make_card, pick_rows, thumbnails
 from vilu.text import csp_hash
@@ -39,12 +39,19 @@ if TYPE_CHECKING:
     from jinja2 import Template
 
 BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-"""Characters that turn the order of what stands around them; joiners, which scripts and emoji need, are not among."""
+"""Characters that turn the order of the text around them.
+
+Joiners, which scripts and emoji need, are not among them.
+"""
 
 HARMFUL = frozenset({"Cc", "Cs", "Zl", "Zp"})
-"""Categories of characters that a page has no use for: controls, halves of characters, breaks of lines."""
+"""Categories of characters that a page has no use for.
 
-SHOWN, TOLD = 60, 300  # characters of a name that are seen, and that a tooltip tells at most
+They are controls, halves of characters, and breaks of lines.
+"""
+
+SHOWN = 60  # characters of a name that are seen at most
+TOLD = 300  # characters of it that a tooltip tells at most
 NOTHING = "–"
 ADDED = "What a threshold would do, and probabilities"
 TABLES = {
@@ -55,13 +62,14 @@ TABLES = {
         "auroc_within", "fpr95_within", "auroc_outside", "fpr95_outside",
     ),
     ADDED: (
-        "risk_at_coverage_0.8", "coverage_at_risk_0.01", "coverage_at_risk_0.05", "coverage_at_risk_0.1",
+        "risk_at_coverage_0.8",
+        "coverage_at_risk_0.01", "coverage_at_risk_0.05", "coverage_at_risk_0.1",
         "ece", "ece_mass", "brier", "log_loss",
     ),
 }  # fmt: skip
-"""Metrics in tables that fit on a sheet of paper, as far as there are some;
+"""Metrics in tables that fit on a sheet of paper, as far as there are some.
 
-``ADDED`` takes those of others, too.
+``ADDED`` also takes metrics that other packages register.
 """
 
 MAX_RISK = 0.05  # error rate that is aimed at where no rule was calibrated
@@ -81,11 +89,11 @@ def report_page(
     embeddings: EmbeddingSource | None = None,
     title: str | None = None,
 ) -> str:
-    """One HTML page about one or several methods on the same rows; it loads nothing and works offline and in print.
+    """One HTML page about one or several methods on the same rows.
 
     It says how often the model is wrong and how well that is foreseen, shows the curves with an
-    operating point that a reader can move, the classes, and pictures of answers worth a look. The
-    same input gives the same bytes.
+    operating point that a reader can move, the classes, and pictures of answers worth a look. It
+    loads nothing and works offline and in print. The same input gives the same bytes.
 
     Args:
         outcomes: Scores of every method, each with a name of its own, of rows of which some have a
@@ -112,22 +120,21 @@ def report_page(
         ...     [0.1, 0.2, 0.3, 0.4] * 30, [0, 0, 0, 1] * 30, method="mine", dataset="pets"
         ... )
         >>> page = vilu.report_page([outcomes], title="Pets")
-        >>> (
-        ...     page.count("<svg"),
-        ...     "<script src" in page,
-        ...     "<link" in page,
-        ... )  # three figures, and nothing is loaded from elsewhere
-        (3, False, False)
+        >>> page.count("<svg")  # figures
+        3
+        >>> "<script src" in page, "<link" in page  # nothing is loaded from elsewhere
+        (False, False)
     """
     template = find_template("page.html.jinja")
-    about = choose_main(
-        outcomes, main if main is not None or calibrated is None else calibrated.method
-    )
-    methods = [about, *(one for one in outcomes if one is not about)]
+    if main is None and calibrated is not None:
+        main = calibrated.method
+    about = choose_main(outcomes, main)
+    methods = [about, *(of_method for of_method in outcomes if of_method is not about)]
     table = evaluate(methods)  # refuses rows without labels before anything else needs them
     choice = by_hindsight(about, max_risk) if calibrated is None else by_rule(about, calibrated)
+    uncertainty, failure = known(about)
     n_accepted = int(choice.accepted[about.evaluable].sum())
-    points = operating_points(*known(about), choice.threshold, n_accepted)
+    points = operating_points(uncertainty, failure, choice.threshold, n_accepted)
     return render(
         template,
         script=asset("page.js"),
@@ -137,27 +144,36 @@ def report_page(
         looks=charts.line_looks(len(methods)),
         choice=choice,
         numbers=_numbers(about, choice, max_risk),
-        curves=[
-            one
-            for one in (charts.risk_coverage(methods, choice), charts.roc(methods, choice))
-            if one
-        ],
-        histograms=[
-            charts.histogram(one, points.threshold[points.start] if i == 0 else None, i)
-            for i, one in enumerate(methods)
-        ],
+        curves=_curves(methods, choice),
+        histograms=_histograms(methods, points),
         reliability=charts.reliability(methods),
         tables=_tables(methods, table),
         metrics=METRICS,
         classes=class_rows(about, choice),
         gallery=_gallery(about, choice, images, embeddings),
         with_pictures=images is not None,
-        data=_script_data(
-            about, points, exact=choice.threshold is not None or not choice.accepted.any()
-        ),
-        provenance=[_provenance(one) for one in methods],
+        data=_script_data(about, choice, points),
+        provenance=[_provenance(of_method) for of_method in methods],
         facts=list(flat(choice.facts)),
     )
+
+
+def _curves(methods: Sequence[Outcomes], choice: Choice) -> list[Chart]:
+    """The curves that there are of these methods."""
+    curves = [charts.risk_coverage(methods, choice)]
+    roc = charts.roc(methods, choice)
+    if roc is not None:
+        curves.append(roc)
+    return curves
+
+
+def _histograms(methods: Sequence[Outcomes], points: Points) -> list[Chart]:
+    """A histogram of every method; that of the main one, the first, shows the threshold."""
+    threshold = points.threshold[points.start]
+    histograms = [charts.histogram(methods[0], threshold, 0)]
+    for number in range(1, len(methods)):
+        histograms.append(charts.histogram(methods[number], None, number))
+    return histograms
 
 
 def render(template: Template, *, script: str = "", **values: object) -> str:
@@ -184,9 +200,8 @@ def find_template(name: str) -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(
-        short=shortened, tip=partial(shortened, most=TOLD), pct=percent, bound=bound
-    )
+    tip = partial(shortened, most=TOLD)
+    environment.filters.update(short=shortened, tip=tip, pct=percent, bound=bound)
     environment.filters.update(count="{:,}".format, score=score, goal=goal)
     template: Template = environment.get_template(name)
     return template
@@ -194,22 +209,23 @@ def find_template(name: str) -> Template:
 
 def asset(name: str) -> str:
     """The text of a style or a script."""
-    return (
-        resources.files("vilu.report.page").joinpath("templates", name).read_text(encoding="utf-8")
-    )
+    file = resources.files("vilu.report.page").joinpath("templates", name)
+    return file.read_text(encoding="utf-8")
 
 
 def _title(outcomes: Outcomes) -> str:
-    return (
-        " · ".join(name for name in (outcomes.dataset, outcomes.split) if name)
-        or "Which answers to trust"
-    )
+    """The title of a page that its caller gives none."""
+    names = [name for name in (outcomes.dataset, outcomes.split) if name]
+    if not names:
+        return "Which answers to trust"
+    return " · ".join(names)
 
 
 def _numbers(outcomes: Outcomes, choice: Choice, max_risk: float) -> dict[str, Any]:
-    """What the page says in words."""
+    """The numbers in the text of the page."""
     rows = outcomes.evaluable
-    failure, accepted = outcomes.failure[rows], choice.accepted[rows]
+    failure = outcomes.failure[rows]
+    accepted = choice.accepted[rows]
     target = max_risk if choice.max_risk is None else choice.max_risk
     foreseen = by_hindsight(outcomes, target)
     scores = outcomes.tally().scores
@@ -231,25 +247,28 @@ def _numbers(outcomes: Outcomes, choice: Choice, max_risk: float) -> dict[str, A
 
 def _tables(methods: Sequence[Outcomes], table: ResultTable) -> list[dict[str, Any]]:
     """Metrics as rows of cells per method."""
-    found = {(row.method, row.metric): row for row in table}
+    cells = {(row.method, row.metric): row for row in table}
     present = dict.fromkeys(row.metric for row in table)
-    groups = dict(TABLES)
-    groups[ADDED] += tuple(
-        name for name in present if not any(name in names for names in TABLES.values())
-    )
-    return [
-        {
-            "caption": caption,
-            "but_for": but_for(METRICS[name] for name in names if name in present),
-            "metrics": [name for name in names if name in present],
-            "rows": [
-                [found.get((one.method, name)) for name in names if name in present]
-                for one in methods
-            ],
-        }
-        for caption, names in groups.items()
-        if not present.keys().isdisjoint(names)
-    ]
+    listed = set(chain.from_iterable(TABLES.values()))
+    added = tuple(name for name in present if name not in listed)
+    groups = TABLES | {ADDED: TABLES[ADDED] + added}
+    tables = []
+    for caption, names in groups.items():
+        metrics = [name for name in names if name in present]
+        if not metrics:
+            continue
+        rows = []
+        for of_method in methods:
+            rows.append([cells.get((of_method.method, name)) for name in metrics])
+        tables.append(
+            {
+                "caption": caption,
+                "but_for": but_for(METRICS[name] for name in metrics),
+                "metrics": metrics,
+                "rows": rows,
+            }
+        )
+    return tables
 
 
 def _gallery(
@@ -258,62 +277,77 @@ def _gallery(
     images: ImageDataset | None,
     embeddings: EmbeddingSource | None,
 ) -> dict[str, list[Card]]:
-    sections = pick_rows(outcomes, choice)
-    rows = list(
-        dict.fromkeys(chain.from_iterable(section.tolist() for section in sections.values()))
-    )
+    """The cards of every section."""
+    sections = {name: rows.tolist() for name, rows in pick_rows(outcomes, choice).items()}
+    rows = list(dict.fromkeys(chain.from_iterable(sections.values())))
     pictures = {} if images is None else thumbnails(outcomes, rows, images)
-    others = {} if embeddings is None else competitors(outcomes, rows, embeddings)
-    cards = {
-        row: make_card(outcomes, choice, row, pictures.get(row), others.get(row, ()))
-        for row in rows
-    }
-    return {name: [cards[row] for row in section.tolist()] for name, section in sections.items()}
+    rivals = {} if embeddings is None else competitors(outcomes, rows, embeddings)
+    cards = {}
+    for row in rows:
+        cards[row] = make_card(outcomes, choice, row, pictures.get(row), rivals.get(row, ()))
+    gallery = {}
+    for name, section in sections.items():
+        gallery[name] = [cards[row] for row in section]
+    return gallery
 
 
 def competitors(
     outcomes: Outcomes, rows: Iterable[int], source: EmbeddingSource
 ) -> dict[int, list[tuple[str, float]]]:
-    """The likeliest classes of some rows, with softmax probabilities of the zero-shot logits; of rows that it has."""
-    names, ids, said = outcomes.class_names, outcomes.ids, outcomes.prediction
-    if source.class_names is None or names is None or ids is None or said is None:
+    """The likeliest classes of some rows, with softmax probabilities of the zero-shot logits.
+
+    Rows that the source does not have are left out.
+    """
+    names = outcomes.class_names
+    ids = outcomes.ids
+    scored_answer = outcomes.prediction
+    if source.class_names is None or names is None or ids is None or scored_answer is None:
         raise UsageError(
-            "competitors need classes with names, in the scores and in the embeddings. Leave --store out."
+            "competitors need classes with names, in the scores and in the embeddings. "
+            "Leave --store out."
         )
     if tuple(source.class_names) != tuple(names):
         raise ProvenanceError(
             "the store has other classes than the scores. Give the store that was scored."
         )
-    place = {key: position for position, key in enumerate(source.ids)}
-    wanted = {place[ids[row]]: row for row in map(int, rows) if ids[row] in place}
-    found: dict[int, list[tuple[str, float]]] = {}
-    for batch in source.batches(256, rows=torch.tensor(sorted(wanted), dtype=torch.int64)):
+    row_at = _rows_by_position(ids, rows, source)
+    likeliest: dict[int, list[tuple[str, float]]] = {}
+    for batch in source.batches(256, rows=torch.tensor(sorted(row_at), dtype=torch.int64)):
         probability = batch.logits.double().softmax(dim=1).numpy()
-        for position, answer, p in zip(
-            batch.index.tolist(), batch.prediction.tolist(), probability, strict=True
-        ):
-            row = wanted[position]
-            if said[row] not in {UNKNOWN, answer}:
+        columns = (batch.index.tolist(), batch.prediction.tolist(), probability)
+        for position, answer, p in zip(*columns, strict=True):
+            row = row_at[position]
+            if scored_answer[row] not in {UNKNOWN, answer}:
                 raise ProvenanceError(
-                    f"the store answers {names[answer]!r} where the scores say {names[said[row]]!r} ({ids[row]!r}). "
+                    f"the store answers {names[answer]!r} where the scores say "
+                    f"{names[scored_answer[row]]!r} ({ids[row]!r}). "
                     "Give the store that was scored."
                 )
             best = np.argsort(-p, kind="stable")[:COMPETITORS]
-            found[row] = [(names[k], float(p[k])) for k in best]
-    return found
+            likeliest[row] = [(names[k], float(p[k])) for k in best]
+    return likeliest
+
+
+def _rows_by_position(
+    ids: Sequence[str], rows: Iterable[int], source: EmbeddingSource
+) -> dict[int, int]:
+    """Some of the rows by their positions in the source, as far as it has them."""
+    position_of_key = {key: position for position, key in enumerate(source.ids)}
+    row_at = {}
+    for row in map(int, rows):
+        if ids[row] in position_of_key:
+            row_at[position_of_key[ids[row]]] = row
+    return row_at
 
 
 @dataclass(frozen=True, eq=False)
 class Points:
-    """Some thresholds (P,) from -inf on, how many rows they accept, and how many of those are wrong.
+    """Some thresholds and what they accept."""
 
-    ``start`` is the position of the chosen threshold, or of the point nearest to what was chosen.
-    """
-
-    threshold: Floats
-    accepted: Ints
-    wrong: Ints
-    start: int
+    threshold: Floats  # (P,) from -inf on
+    accepted: Ints  # (P,) how many rows each accepts
+    wrong: Ints  # (P,) how many of those are wrong
+    start: int  # position of the chosen threshold, or of the point nearest to the chosen rows
 
 
 def operating_points(
@@ -323,33 +357,35 @@ def operating_points(
     n_accepted: int,
     limit: int = MAX_POINTS,
 ) -> Points:
-    """Thresholds that accept about evenly growing numbers of rows, the chosen one exactly among them.
+    """Thresholds that accept about evenly growing numbers of rows.
 
-    Where what is accepted is not said by a threshold, the slider stands where about ``n_accepted``
-    rows are.
+    The chosen threshold is exactly among them. Where no threshold decides what is accepted, the
+    slider stands where about ``n_accepted`` rows are.
     """
     scores, wrong = check_pair(uncertainty, failure)
     order = np.argsort(scores, kind="stable")
-    scores, wrong_below = scores[order], np.concatenate([[0], np.cumsum(wrong[order])])
-    distinct = np.unique(scores)
+    rising = scores[order]
+    wrong_below = np.concatenate([[0], np.cumsum(wrong[order])])
+    distinct = np.unique(rising)
     if len(distinct) > limit - 2:
-        rows = np.round(np.linspace(0, len(scores) - 1, limit - 2)).astype(np.int64)
-        distinct = np.unique(scores[rows])
-    threshold = np.concatenate(
-        [[-np.inf], distinct if chosen is None else np.union1d(distinct, [chosen])]
-    )
-    accepted = np.searchsorted(scores, threshold, side="right")
-    nearest = (
-        np.argmin(np.abs(accepted - n_accepted))
-        if chosen is None
-        else np.searchsorted(threshold, chosen)
-    )
-    return Points(threshold, accepted, wrong_below[accepted], int(nearest))
+        rows = np.round(np.linspace(0, len(rising) - 1, limit - 2)).astype(np.int64)
+        distinct = np.unique(rising[rows])
+    if chosen is not None:
+        distinct = np.union1d(distinct, [chosen])
+    threshold = np.concatenate([[-np.inf], distinct])
+    accepted = np.searchsorted(rising, threshold, side="right")
+    if chosen is None:
+        start = int(np.argmin(np.abs(accepted - n_accepted)))
+    else:
+        start = int(np.searchsorted(threshold, chosen))
+    return Points(threshold, accepted, wrong_below[accepted], start)
 
 
-def _script_data(outcomes: Outcomes, points: Points, *, exact: bool) -> dict[str, Any]:
-    """What the slider needs; thresholds to the last bit, accepting nothing as null."""
+def _script_data(outcomes: Outcomes, choice: Choice, points: Points) -> dict[str, Any]:
+    """The data of the slider; thresholds to the last bit, accepting nothing as null."""
     failure = outcomes.failure[outcomes.evaluable]
+    accepts_nothing = not choice.accepted.any()
+    exact = choice.threshold is not None or accepts_nothing
     return {
         "threshold": [None, *points.threshold[1:].tolist()],
         "accepted": points.accepted.tolist(),
@@ -363,31 +399,30 @@ def _script_data(outcomes: Outcomes, points: Points, *, exact: bool) -> dict[str
 
 def _provenance(outcomes: Outcomes) -> dict[str, Any]:
     """Where scores come from, and a fingerprint of the numbers themselves."""
-    content = hashlib.sha256(
-        outcomes.uncertainty.tobytes() + outcomes.failure.tobytes()
-    ).hexdigest()
-    said = {
-        name: getattr(outcomes, name) for name in ("dataset", "split", "seed", "is_probability")
+    content = outcomes.uncertainty.tobytes() + outcomes.failure.tobytes()
+    fingerprint = hashlib.sha256(content).hexdigest()
+    origin = {
+        "dataset": outcomes.dataset,
+        "split": outcomes.split,
+        "seed": outcomes.seed,
+        "is_probability": outcomes.is_probability,
     }
-    return {
-        "method": outcomes.method,
-        "facts": [
-            *flat({**said, **outcomes.provenance}),
-            ("sha256 of scores and failures", content[:32]),
-        ],
-    }
+    facts = list(flat({**origin, **outcomes.provenance}))
+    facts.append(("sha256 of scores and failures", fingerprint[:32]))
+    return {"method": outcomes.method, "facts": facts}
 
 
 def harmless(text: str) -> str:
     """The text with controls and marks of direction spelled out."""
-    return "".join(
-        f"\\u{ord(c):04x}" if c in BIDI or unicodedata.category(c) in HARMFUL else c
-        for c in text[: TOLD + 1]
-    )
+    safe = ""
+    for character in text[: TOLD + 1]:
+        is_harmful = character in BIDI or unicodedata.category(character) in HARMFUL
+        safe += f"\\u{ord(character):04x}" if is_harmful else character
+    return safe
 
 
 def shortened(text: str, most: int = SHOWN) -> str:
-    """At most so many characters of it, harmless."""
+    """The text, harmless and of at most ``most`` characters."""
     safe = harmless(text)
     return safe if len(safe) <= most else f"{safe[: most - 1]}…"
 
@@ -401,7 +436,8 @@ def score(value: float) -> str:
     """An uncertainty, to be read; a probability that is not quite 1 does not look like 1."""
     if 0.99995 <= value < 1:
         return "> 0.9999"
-    return f"{value:.4g}" if value == 0 or 1e-3 <= abs(value) < 1e6 else f"{value:.2e}"
+    is_readable = 1e-3 <= abs(value) < 1e6
+    return f"{value:.4g}" if value == 0 or is_readable else f"{value:.2e}"
 
 
 def flat(record: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:

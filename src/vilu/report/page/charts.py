@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,24 +13,28 @@ from numpy.typing import ArrayLike
 
 from vilu.calibration.thresholds import lower_bound, upper_bound
 from vilu.metrics import risk_coverage_curve, roc_curve_points
-from vilu.metrics.counts import Floats, tie_counts
+from vilu.metrics.counts import Floats, Ints, tie_counts
 from vilu.outcomes.outcomes import Outcomes
 from vilu.report.figures import known, probability
 from vilu.report.page.choice import Choice
 from vilu.report.style import looks
 
-LEFT, RIGHT, TOP, BOTTOM = 46.0, 388.0, 30.0, 250.0
+# edges of the area between the axes, in the units of the SVG
+LEFT = 46.0
+RIGHT = 388.0
+TOP = 30.0
+BOTTOM = 250.0
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One direction of a chart: label, shorter name for what is read from it, both ends, and whether in per cent."""
+    """One direction of a chart."""
 
     label: str
-    name: str
+    name: str  # shorter, for a value that is read from it
     low: float
     high: float
-    percent: bool = True
+    percent: bool = True  # whether values are shown in per cent
 
     @property
     def ticks(self) -> list[tuple[float, str]]:
@@ -72,22 +76,26 @@ class Chart:
 
     def px(self, value: float) -> str:
         """Horizontal place of a value."""
-        return _place(LEFT + (RIGHT - LEFT) * (value - self.x.low) / (self.x.high - self.x.low))
+        range_of_values = self.x.high - self.x.low
+        return _place(LEFT + (RIGHT - LEFT) * (value - self.x.low) / range_of_values)
 
     def py(self, value: float) -> str:
         """Vertical place of a value."""
-        return _place(BOTTOM - (BOTTOM - TOP) * (value - self.y.low) / (self.y.high - self.y.low))
+        range_of_values = self.y.high - self.y.low
+        return _place(BOTTOM - (BOTTOM - TOP) * (value - self.y.low) / range_of_values)
 
     def points(self, line: Line) -> str:
         """The places of a line, for ``<polyline points>``."""
-        return " ".join(
-            f"{self.px(x)},{self.py(y)}"
-            for x, y in zip(line.x.tolist(), line.y.tolist(), strict=True)
-        )
+        places = []
+        for x, y in zip(line.x.tolist(), line.y.tolist(), strict=True):
+            places.append(f"{self.px(x)},{self.py(y)}")
+        return " ".join(places)
 
     def area(self, line: Line) -> str:
-        """The same, closed along the horizontal axis."""
-        return f"{self.px(line.x[0])},{_place(BOTTOM)} {self.points(line)} {self.px(line.x[-1])},{_place(BOTTOM)}"
+        """The places of a line and of the horizontal axis below, for ``<polygon points>``."""
+        first = f"{self.px(line.x[0])},{_place(BOTTOM)}"
+        last = f"{self.px(line.x[-1])},{_place(BOTTOM)}"
+        return f"{first} {self.points(line)} {last}"
 
 
 def goal(value: float) -> str:
@@ -104,19 +112,21 @@ def round_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     raw = (high - low) / wanted
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= 0.75 * raw)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
     return [round(number * step, 12) for number in range(first, last + 1)]
 
 
 def thin(x: ArrayLike, y: ArrayLike, limit: int) -> tuple[Floats, Floats]:
     """At most ``limit`` of the points of a line, both ends among them, evenly along its length."""
-    xs, ys = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    xs = np.asarray(x, dtype=np.float64)
+    ys = np.asarray(y, dtype=np.float64)
     if len(xs) <= limit:
         return xs, ys
     length = np.concatenate([[0.0], np.cumsum(np.hypot(np.diff(xs), np.diff(ys)))])
-    kept = np.unique(np.searchsorted(length, np.linspace(0, length[-1], limit)))
-    kept = np.union1d(kept[1:-1], [0, len(xs) - 1])
-    return xs[kept], ys[kept]
+    evenly = np.unique(np.searchsorted(length, np.linspace(0, length[-1], limit)))
+    with_ends = np.union1d(evenly[1:-1], [0, len(xs) - 1])
+    return xs[with_ends], ys[with_ends]
 
 
 MAX_CLASSES = 100  # lines of the table at most
@@ -158,7 +168,7 @@ class ClassRow:
 
 
 def class_rows(outcomes: Outcomes, choice: Choice) -> tuple[list[ClassRow], int]:
-    """The classes that are answered, most wrong answers first, and how many more there are than are listed.
+    """The classes that are answered, most wrong answers first, and how many are not listed.
 
     Rows without a known failure or an uncertainty are left out, as in every metric; none where
     there are no classes.
@@ -188,57 +198,79 @@ def class_rows(outcomes: Outcomes, choice: Choice) -> tuple[list[ClassRow], int]
 BINS = 30
 RELIABILITY_BINS = 15
 TOTAL_POINTS = 2000  # of all lines of a chart; with many methods each has fewer
-RIGHT_LOOK, WRONG_LOOK, OUTSIDE_LOOK = -1, -2, -3  # looks of answers; methods count from 0
+# numbers of the looks of answers; those of methods count from 0
+RIGHT_LOOK = -1
+WRONG_LOOK = -2
+OUTSIDE_LOOK = -3
 DASHES = {"-": "", "--": "7 4", "-.": "8 3 2 3", ":": "2 3"}
 
 
 def line_looks(n: int) -> list[dict[str, str]]:
     """Colour and SVG dash pattern of so many methods, the main one first."""
-    return [
-        {"colour": one["color"], "dash": _dash(one["linestyle"])}
-        for one in itertools.islice(looks(), n)
-    ]
+    line_styles = []
+    for look in itertools.islice(looks(), n):
+        line_styles.append({"colour": look["color"], "dash": _dash(look["linestyle"])})
+    return line_styles
 
 
 def _dash(style: Any) -> str:  # noqa: ANN401 - a name, or matplotlib's (offset, lengths)
-    return (
-        DASHES[style]
-        if isinstance(style, str)
-        else " ".join(str(2 * length) for length in style[1])
-    )
+    """The dash pattern of a line style of matplotlib's."""
+    if isinstance(style, str):
+        return DASHES[style]
+    _, lengths = style
+    return " ".join(str(2 * length) for length in lengths)
 
 
 def risk_coverage(methods: Sequence[Outcomes], choice: Choice) -> Chart:
     """Selective risk over coverage, the main method (the first) on top."""
-    curves = [risk_coverage_curve(*known(one)) for one in methods]
-    top = max(float(risk[(coverage >= 0.05) | (coverage == 1)].max()) for coverage, risk in curves)
+    curves = [risk_coverage_curve(*known(of_method)) for of_method in methods]
+    top = max(_largest_risk(coverage, risk) for coverage, risk in curves)
     _, failure = known(methods[0])
     accepted = choice.accepted[methods[0].evaluable]
-    m = int(accepted.sum())
+    n_accepted = int(accepted.sum())
+    risk_of_choice = float(failure[accepted].mean()) if n_accepted else 0.0
     rate = float(failure.mean())
+    guide = None
+    if rate > 0:
+        guide = ((0.0, rate, 1.0, rate), f"all answers: {100 * rate:.1f} %")
     return Chart(
         key="risk",
         title="Errors among the accepted",
-        says="Error rate among the answers that are accepted, against the share that is accepted; lower is better.",
+        says=(
+            "Error rate among the answers that are accepted, against the share that is accepted; "
+            "lower is better."
+        ),
         x=Axis("accepted, % of all answers", "coverage", 0.0, 1.0),
         y=Axis("wrong, % of the accepted", "errors", 0.0, _ceiling(top)),
         lines=_thin_lines(methods, curves),
-        marker=(m / len(failure), float(failure[accepted].mean()) if m else 0.0),
-        guide=((0.0, rate, 1.0, rate), f"all answers: {100 * rate:.1f} %") if rate else None,
+        marker=(n_accepted / len(failure), risk_of_choice),
+        guide=guide,
     )
 
 
+def _largest_risk(coverage: Floats, risk: Floats) -> float:
+    """The largest risk of a curve, but for its noisy beginning."""
+    is_steady = (coverage >= 0.05) | (coverage == 1)
+    return float(risk[is_steady].max())
+
+
 def roc(methods: Sequence[Outcomes], choice: Choice) -> Chart | None:
-    """Right answers accepted over wrong ones accepted; None where all answers are right, or all wrong."""
+    """Right answers accepted over wrong ones accepted.
+
+    None where all answers are right, or all wrong.
+    """
     _, failure = known(methods[0])
     if not 0 < failure.sum() < len(failure):
         return None
-    curves = [roc_curve_points(*known(one)) for one in methods]
+    curves = [roc_curve_points(*known(of_method)) for of_method in methods]
     accepted = choice.accepted[methods[0].evaluable]
     return Chart(
         key="roc",
         title="Right and wrong answers told apart (ROC)",
-        says="Share of the right answers that is accepted, against the share of the wrong ones; higher is better.",
+        says=(
+            "Share of the right answers that is accepted, against the share of the wrong ones; "
+            "higher is better."
+        ),
         x=Axis("wrong answers accepted, %", "wrong accepted", 0.0, 1.0),
         y=Axis("right answers accepted, %", "right accepted", 0.0, 1.0),
         lines=_thin_lines(methods, curves),
@@ -252,58 +284,77 @@ def histogram(outcomes: Outcomes, threshold: float | None, number: int) -> Chart
 
     Those for pictures of none of the classes are a kind of their own.
     """
-    uncertainty, failure = known(outcomes)
-    kind_of = np.where(
-        outcomes.outside[outcomes.evaluable],
-        OUTSIDE_LOOK,
-        np.where(failure, WRONG_LOOK, RIGHT_LOOK),
-    )
-    low, high = (
-        (0.0, 1.0)
-        if outcomes.is_probability
-        else (float(uncertainty.min()), float(uncertainty.max()))
-    )
-    if low == high:
-        low, high = low - 0.5, high + 0.5
+    uncertainty, _ = known(outcomes)
+    low, high = _ends(outcomes)
     edges = np.linspace(low, high, BINS + 1)
-    kinds = {RIGHT_LOOK: "right answers", WRONG_LOOK: "wrong answers"}
-    if (kind_of == OUTSIDE_LOOK).any():
-        kinds = {
-            **kinds,
-            WRONG_LOOK: "wrong within the classes",
-            OUTSIDE_LOOK: "of none of the classes",
-        }
-    counts = {kind: np.histogram(uncertainty[kind_of == kind], edges)[0] for kind in kinds}
-    shares = {kind: of_kind / max(of_kind.sum(), 1) for kind, of_kind in counts.items()}
+    kind_of = _kinds_of_answers(outcomes)
+    labels = {RIGHT_LOOK: "right answers", WRONG_LOOK: "wrong answers"}
+    if OUTSIDE_LOOK in kind_of:
+        labels[WRONG_LOOK] = "wrong within the classes"
+        labels[OUTSIDE_LOOK] = "of none of the classes"
     x = np.repeat(edges, 2)[1:-1]
+    lines = []
+    for kind, label in labels.items():
+        counts, _ = np.histogram(uncertainty[kind_of == kind], edges)
+        share = counts / max(counts.sum(), 1)
+        lines.append(Line(label, x, np.repeat(share, 2), kind, filled=kind != OUTSIDE_LOOK))
+    top = max(float(line.y.max()) for line in lines)
+    title = "Uncertainty of right and wrong answers"
+    if number > 0:
+        title = outcomes.method or ""
+    marker = None
+    if threshold is not None:
+        marker = (float(np.clip(threshold, low, high)), None)
     return Chart(
         key=f"histogram-{number}",
-        title="Uncertainty of right and wrong answers" if number == 0 else outcomes.method or "",
+        title=title,
         says="Right answers and wrong ones by their uncertainty, each in shares of their kind.",
         x=Axis("uncertainty", "uncertainty", low, high, percent=False),
-        y=Axis("% of its kind", "share", 0.0, _ceiling(float(max(map(np.max, shares.values()))))),
-        lines=tuple(
-            Line(kinds[kind], x, np.repeat(share, 2), kind, filled=kind != OUTSIDE_LOOK)
-            for kind, share in shares.items()
-        ),
-        marker=None if threshold is None else (float(np.clip(threshold, low, high)), None),
+        y=Axis("% of its kind", "share", 0.0, _ceiling(top)),
+        lines=tuple(lines),
+        marker=marker,
     )
+
+
+def _ends(outcomes: Outcomes) -> tuple[float, float]:
+    """Ends of the axis of uncertainties; never the same value."""
+    if outcomes.is_probability:
+        return 0.0, 1.0
+    uncertainty, _ = known(outcomes)
+    low = float(uncertainty.min())
+    high = float(uncertainty.max())
+    if low == high:
+        return low - 0.5, high + 0.5
+    return low, high
+
+
+def _kinds_of_answers(outcomes: Outcomes) -> Ints:
+    """(M,) looks of the rows that have both an uncertainty and a failure."""
+    _, failure = known(outcomes)
+    is_outside = outcomes.outside[outcomes.evaluable]
+    within = np.where(failure, WRONG_LOOK, RIGHT_LOOK)
+    return np.where(is_outside, OUTSIDE_LOOK, within)
 
 
 def reliability(methods: Sequence[Outcomes]) -> Chart | None:
-    """Failure rate over the mean failure probability, in bins of equal width; only methods that give probabilities.
+    """Failure rate over the mean failure probability, in bins of equal width.
 
-    None where the main method does not.
+    Only methods that give probabilities have a line; None where the main method does not.
     """
-    stated = [probability(one) for one in methods]
-    if stated[0] is None:
+    if probability(methods[0]) is None:
         return None
-    each = enumerate(zip(methods, stated, strict=True))
-    lines = [_reliability_line(one, p, look) for look, (one, p) in each if p is not None]
+    lines = []
+    for look, of_method in enumerate(methods):
+        stated = probability(of_method)
+        if stated is not None:
+            lines.append(_reliability_line(of_method, stated, look))
     return Chart(
         key="reliability",
         title="Stated and found failure rates",
-        says="Share of wrong answers against the failure probability that was stated, in bins; bars: 95 % intervals.",
+        says=(
+            "Share of wrong answers against the failure probability that was stated, in bins; "
+            "bars: 95 % intervals."
+        ),
         x=Axis("failure probability stated, %", "stated", 0.0, 1.0),
         y=Axis("answers that are wrong, %", "found", 0.0, 1.0),
         lines=tuple(reversed(lines)),
@@ -315,21 +366,19 @@ def _reliability_line(outcomes: Outcomes, stated: Floats, look: int) -> Line:
     """The bins of the ECE, right-closed; empty ones have no point."""
     rows = outcomes.evaluable
     counts = tie_counts(stated[rows], outcomes.failure[rows])
-    of_score = np.searchsorted(
-        np.arange(1, RELIABILITY_BINS) / RELIABILITY_BINS, counts.value, side="left"
-    )
-    n, wrong, total = (
-        np.bincount(of_score, weights, RELIABILITY_BINS)
-        for weights in (counts.size, counts.wrong, counts.value * counts.size)
-    )
+    edges = np.arange(1, RELIABILITY_BINS) / RELIABILITY_BINS
+    bin_of_score = np.searchsorted(edges, counts.value, side="left")
+    n = np.bincount(bin_of_score, counts.size, RELIABILITY_BINS)
+    wrong = np.bincount(bin_of_score, counts.wrong, RELIABILITY_BINS)
+    total = np.bincount(bin_of_score, counts.value * counts.size, RELIABILITY_BINS)
     there = n > 0
     several = outcomes.tally().scores.rows_per_independent
     rates = [Rate(int(k), int(m), several) for k, m in zip(wrong[there], n[there], strict=True)]
     low, high = (np.array([getattr(rate, end) for rate in rates]) for end in ("low", "high"))
-    ends = (low, high) if look == 0 else (None, None)
-    return Line(
-        outcomes.method or "", total[there] / n[there], wrong[there] / n[there], look, False, *ends
-    )
+    name = outcomes.method or ""
+    line = Line(name, total[there] / n[there], wrong[there] / n[there], look)
+    is_main = look == 0
+    return replace(line, low=low, high=high) if is_main else line
 
 
 def _thin_lines(
@@ -337,14 +386,19 @@ def _thin_lines(
 ) -> tuple[Line, ...]:
     """A line per method, the main one last, which is on top."""
     limit = int(np.clip(TOTAL_POINTS // len(methods), 40, 250))
-    each = enumerate(zip(methods, curves, strict=True))
-    return tuple(Line(one.method or "", *thin(*curve, limit), look) for look, (one, curve) in each)[
-        ::-1
-    ]
+    lines = []
+    for look, (of_method, curve) in enumerate(zip(methods, curves, strict=True)):
+        x, y = thin(*curve, limit)
+        lines.append(Line(of_method.method or "", x, y, look))
+    return tuple(reversed(lines))
+
+
+CEILINGS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
 
 
 def _ceiling(value: float) -> float:
     """A round end of an axis, at least as large and at most 1."""
-    return next(
-        (top for top in (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8) if value <= top), 1.0
-    )
+    for top in CEILINGS:
+        if value <= top:
+            return top
+    return 1.0

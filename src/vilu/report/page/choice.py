@@ -28,12 +28,11 @@ from vilu.validation import require_between
 
 @dataclass(frozen=True)
 class Calibrated:
-    """What ``vilu calibrate`` left beside a predictor."""
+    """A calibration that ``vilu calibrate`` left beside a predictor."""
 
-    rule: Rule  # what accepts
-    method: str | None = (
-        None  # name of the predictor that it belongs to; None where that is not known
-    )
+    rule: Rule  # it accepts or abstains
+    # name of the predictor that it belongs to; None where that is not known
+    method: str | None = None
     # fingerprint of the record, which scores carry that it decided; None where there is no record
     risk: str | None = None
     # what is recorded of the calibration: fingerprints, data set, version
@@ -48,11 +47,10 @@ class Choice:
     # accept where the uncertainty is at most this; None: by another rule than one threshold, or
     # nothing
     threshold: float | None
-    max_risk: float | None  # error rate that was aimed at; None where another thing was
+    max_risk: float | None  # error rate that was aimed at; None where the aim was another
     promise: str | None = None  # what is promised of later answers, in words; None where nothing is
-    certificates: Mapping[str, Certificate] = field(
-        default_factory=dict
-    )  # per group, if the rule has them
+    # per group, if the rule has them
+    certificates: Mapping[str, Certificate] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)  # what is recorded of the calibration
 
 
@@ -62,27 +60,36 @@ def by_hindsight(outcomes: Outcomes, max_risk: float) -> Choice:
     Promises nothing.
     """
     require_between("max_risk", max_risk)
-    counts = tie_counts(*known(outcomes))
+    uncertainty, failure = known(outcomes)
+    counts = tie_counts(uncertainty, failure)
     meets = np.flatnonzero(counts.accepted_wrong <= max_risk * counts.accepted)
-    threshold = float(counts.value[meets[-1]]) if len(meets) else None
-    accepted = outcomes.uncertainty <= (-np.inf if threshold is None else threshold)
-    return Choice(accepted, threshold, max_risk)
+    if not len(meets):
+        return Choice(outcomes.uncertainty <= -np.inf, None, max_risk)
+    threshold = float(counts.value[meets[-1]])
+    return Choice(outcomes.uncertainty <= threshold, threshold, max_risk)
 
 
 def by_rule(outcomes: Outcomes, calibrated: Calibrated) -> Choice:
-    """What a calibrated rule accepts of these rows; they must be of the method that it was calibrated for."""
-    _require_match(outcomes, calibrated)
+    """The rows that a calibrated rule accepts.
+
+    The rows must be of the method that it was calibrated for.
+    """
+    _require_match("calibrated for", calibrated.method, outcomes.method)
+    _require_match("written in the record", calibrated.risk, outcomes.provenance.get("risk"))
     rule = calibrated.rule
     if rule.grouped_by == "groups":
         raise UsageError(
-            "this rule has a threshold per group that its caller named; scores do not tell the groups."
+            "this rule has a threshold per group that its caller named; "
+            "scores do not tell the groups."
         )
     groups = group_names(outcomes) if rule.grouped_by == "prediction" else None
     accepted = rule.accept(outcomes.uncertainty, groups)
     promise: str | None = str(rule).splitlines()[0]
     if isinstance(rule, Selector):
-        promise = promise if rule.feasible else None
-        threshold = rule.threshold if rule.grouped_by is None and rule.floor is None else None
+        if not rule.feasible:
+            promise = None
+        is_one_threshold = rule.grouped_by is None and rule.floor is None
+        threshold = rule.threshold if is_one_threshold else None
         return Choice(
             accepted, threshold, rule.max_risk, promise, rule.certificates, calibrated.facts
         )
@@ -91,78 +98,86 @@ def by_rule(outcomes: Outcomes, calibrated: Calibrated) -> Choice:
     return Choice(accepted, threshold, rule.max_risk, promise, facts=calibrated.facts)
 
 
-def _require_match(outcomes: Outcomes, calibrated: Calibrated) -> None:
-    for what, mine, theirs in (
-        ("calibrated for", calibrated.method, outcomes.method),
-        ("written in the record", calibrated.risk, outcomes.provenance.get("risk")),
-    ):
-        if None not in {mine, theirs} and mine != theirs:
-            raise ProvenanceError(
-                f"the rule was {what} {mine!r}, the scores are of {theirs!r}. "
-                "Give the predictor that made them, or choose its scores with --main."
-            )
+def _require_match(link: str, of_rule: object, of_scores: object) -> None:
+    """Refuse scores whose method or record is known to be another than the rule's."""
+    if of_rule is None or of_scores is None:
+        return
+    if of_rule != of_scores:
+        raise ProvenanceError(
+            f"the rule was {link} {of_rule!r}, the scores are of {of_scores!r}. "
+            "Give the predictor that made them, or choose its scores with --main."
+        )
 
 
 def read_calibrated(folder: str | Path) -> Calibrated:
     """The rule that ``vilu calibrate`` wrote into the folder of a predictor."""
-    found = record.load(folder)
-    if found.rule is None:
+    calibration = record.load(folder)
+    if calibration.rule is None:
         raise DataError(
             f"{folder} has calibrated probabilities and no rule that accepts or abstains. "
             "Run `vilu calibrate` with --max-risk, or leave --predictor out."
         )
-    document = found.model_dump(mode="json", exclude={"rule", "label_sets"})
-    method = record.load_rows(folder, found).method
-    return Calibrated(found.rule, method, found.fingerprint, document)
+    document = calibration.model_dump(mode="json", exclude={"rule", "label_sets"})
+    method = record.load_rows(folder, calibration).method
+    return Calibrated(calibration.rule, method, calibration.fingerprint, document)
 
 
-PREFERRED = (
-    "vilu_plus",
-    "vilu",
-)  # methods that a page is about if none is chosen, by how their names begin
+PREFERRED = ("vilu_plus", "vilu")
+"""Beginnings of names of the methods that a page is about if none is chosen."""
 
 
 def read_scores(path: str | Path) -> list[Outcomes]:
-    """The methods that were scored: every ``*.parquet`` of a folder by name, one file, or one folder of parts.
+    """The methods that were scored.
 
-    A method that has no name, or one that another file has too, is called after its file.
+    They are every ``*.parquet`` of a folder by name, one file, or one folder of parts. A method
+    that has no name, or the name of another file's method, is called after its file.
     """
     root = Path(path)
     if (root / PREDICTOR).is_file():
         raise UsageError(
-            f"{root} is the folder of a predictor: all it holds are calibration rows, on which its rule was chosen. "
+            f"{root} is the folder of a predictor: all it holds are calibration rows, "
+            "on which its rule was chosen. "
             f"Give scores of other rows, and the predictor beside them: --predictor {root}."
         )
     if (root / RUN).is_file():
-        return _named([(root, ScoreFolder(root).outcomes())])
+        return _with_names([(root, ScoreFolder(root).outcomes())])
     files = sorted(root.glob("*.parquet")) if root.is_dir() else [root]
     if not files:
         raise DataError(
-            f"{root} holds no .parquet files. Give a folder with what `vilu score` wrote, a file per method."
+            f"{root} holds no .parquet files. "
+            "Give a folder with what `vilu score` wrote, a file per method."
         )
-    return _named([(file, Outcomes.load(file)) for file in files])
+    return _with_names([(file, Outcomes.load(file)) for file in files])
 
 
-def _named(found: Sequence[tuple[Path, Outcomes]]) -> list[Outcomes]:
-    names = Counter(one.method for _, one in found)
-    called = [f"{one.method} ({path.stem})" if one.method else path.stem for path, one in found]
-    return [
-        one if one.method and names[one.method] == 1 else dataclasses.replace(one, method=name)
-        for (_, one), name in zip(found, called, strict=True)
-    ]
+def _with_names(files: Sequence[tuple[Path, Outcomes]]) -> list[Outcomes]:
+    """The outcomes, each with a method's name of its own."""
+    counts = Counter(outcomes.method for _, outcomes in files)
+    named = []
+    for path, outcomes in files:
+        method = outcomes.method
+        if not method:
+            named.append(dataclasses.replace(outcomes, method=path.stem))
+        elif counts[method] > 1:
+            named.append(dataclasses.replace(outcomes, method=f"{method} ({path.stem})"))
+        else:
+            named.append(outcomes)
+    return named
 
 
 def choose_main(outcomes: Sequence[Outcomes], main: str | None) -> Outcomes:
-    """The method that a page is about: the one called ``main``, or else ViLU+, ViLU, or the first."""
-    names = [one.method or "" for one in outcomes]
+    """The method that a page is about: that called ``main``, or else ViLU+, ViLU, or the first."""
+    names = [of_method.method or "" for of_method in outcomes]
     if not names:
         raise UsageError("a page needs at least one set of outcomes. Got none.")
-    if repeated := [name for name, count in Counter(names).items() if count > 1 or not name]:
-        raise UsageError(
-            f"every method of a page needs a name of its own. Several, or one without, are {repeated[0]!r}."
-        )
-    for one in outcomes[1:]:
-        require_same_rows(outcomes[0], one)
+    for name, count in Counter(names).items():
+        if count > 1 or name == "":
+            raise UsageError(
+                "every method of a page needs a name of its own. "
+                f"Several, or one without, are {name!r}."
+            )
+    for of_method in outcomes[1:]:
+        require_same_rows(outcomes[0], of_method)
     if main is not None:
         if main not in names:
             hint = nearest(main, names)
@@ -170,5 +185,8 @@ def choose_main(outcomes: Sequence[Outcomes], main: str | None) -> Outcomes:
                 f"no method here is called {main!r}.{hint} There are: {', '.join(names):.500}."
             )
         return outcomes[names.index(main)]
-    preferred = (i for start in PREFERRED for i, name in enumerate(names) if name.startswith(start))
-    return outcomes[next(preferred, 0)]
+    for beginning in PREFERRED:
+        for number, name in enumerate(names):
+            if name.startswith(beginning):
+                return outcomes[number]
+    return outcomes[0]

@@ -1,4 +1,4 @@
-"""Pictures worth looking at: which rows, how they look, and what else the model considered."""
+"""Pictures worth looking at: the choice of rows, their thumbnails and their competitors."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class Thumbnail:
 
 @dataclass(frozen=True)
 class Card:
-    """One answer of the model, as the gallery shows it; None for what is not known, or not given."""
+    """One answer of the model, as the gallery shows it; None where something is not known."""
 
     key: str
-    said: str | None
+    answer: str | None
     true: str | None
     wrong: bool | None
     uncertainty: float
@@ -53,13 +53,16 @@ def pick_rows(outcomes: Outcomes, choice: Choice) -> dict[str, Ints]:
     "suspicious": largest uncertainty. "confident": wrong answers of smallest uncertainty.
     "nearest": the least uncertain of those that are not accepted.
     """
-    order = np.argsort(outcomes.uncertainty, kind="stable")[
-        : np.count_nonzero(np.isfinite(outcomes.uncertainty))
-    ]
+    n_scored = np.count_nonzero(np.isfinite(outcomes.uncertainty))
+    # NaN sorts behind all numbers, so the scored rows come first
+    rising = np.argsort(outcomes.uncertainty, kind="stable")[:n_scored]
+    falling = np.argsort(-outcomes.uncertainty, kind="stable")[:n_scored]
+    wrong = rising[outcomes.failure[rising] == 1]
+    not_accepted = rising[~choice.accepted[rising]]
     return {
-        "suspicious": np.argsort(-outcomes.uncertainty, kind="stable")[: len(order)][:PER_SECTION],
-        "confident": order[outcomes.failure[order] == 1][:PER_SECTION],
-        "nearest": order[~choice.accepted[order]][:PER_SECTION],
+        "suspicious": falling[:PER_SECTION],
+        "confident": wrong[:PER_SECTION],
+        "nearest": not_accepted[:PER_SECTION],
     }
 
 
@@ -71,11 +74,15 @@ def make_card(
     competitors: Sequence[tuple[str, float]],
 ) -> Card:
     """The card of a row."""
+    true = _class_name(outcomes, outcomes.target, row)
+    if outcomes.outside[row]:
+        true = NONE
+    failure = outcomes.failure[row]
     return Card(
         key=str(row) if outcomes.ids is None else outcomes.ids[row],
-        said=_class_name(outcomes, outcomes.prediction, row),
-        true=NONE if outcomes.outside[row] else _class_name(outcomes, outcomes.target, row),
-        wrong=None if outcomes.failure[row] == UNKNOWN else bool(outcomes.failure[row]),
+        answer=_class_name(outcomes, outcomes.prediction, row),
+        true=true,
+        wrong=None if failure == UNKNOWN else bool(failure),
         uncertainty=float(outcomes.uncertainty[row]),
         accepted=bool(choice.accepted[row]),
         picture=picture,
@@ -84,7 +91,10 @@ def make_card(
 
 
 def _class_name(outcomes: Outcomes, codes: Ints | None, row: int) -> str | None:
-    if codes is None or outcomes.class_names is None or codes[row] == UNKNOWN:
+    """The name of the class that a row has among the codes; None where there is none."""
+    if codes is None or outcomes.class_names is None:
+        return None
+    if codes[row] == UNKNOWN:
         return None
     return str(outcomes.class_names[codes[row]])
 
@@ -95,14 +105,15 @@ def thumbnails(
     """Small pictures of some rows; the ids of outcomes are the keys of the data set."""
     if outcomes.ids is None:
         raise DataError(
-            "these scores do not say which images they are about (they have no keys). Leave --images out."
+            "these scores do not say which images they are about (they have no keys). "
+            "Leave --images out."
         )
-    wanted, missing = (
-        {outcomes.ids[row]: row for row in map(int, rows)},
-        Thumbnail(why="not in the data set"),
-    )
-    found = {record.key: thumbnail(record) for record in find_pictures(images, wanted)}
-    return {row: found.get(key, missing) for key, row in wanted.items()}
+    row_of_key = {outcomes.ids[row]: row for row in map(int, rows)}
+    missing = Thumbnail(why="not in the data set")
+    pictures = dict.fromkeys(row_of_key.values(), missing)
+    for record in find_pictures(images, row_of_key):
+        pictures[row_of_key[record.key]] = thumbnail(record)
+    return pictures
 
 
 def find_pictures(images: ImageDataset, wanted: Mapping[str, int]) -> Iterator[ImageRecord]:
@@ -118,8 +129,8 @@ def find_pictures(images: ImageDataset, wanted: Mapping[str, int]) -> Iterator[I
                 return
     if left and len(left) == len(wanted):
         raise DataError(
-            f"{images.source} has none of the images that are shown, such as {min(left)!r}. Give the data set "
-            "and the split that were embedded."
+            f"{images.source} has none of the images that are shown, such as {min(left)!r}. "
+            "Give the data set and the split that were embedded."
         )
 
 
@@ -132,6 +143,5 @@ def thumbnail(record: ImageRecord) -> Thumbnail:
     image.thumbnail((SIDE, SIDE))
     buffer = BytesIO()
     image.save(buffer, "WEBP", quality=QUALITY, method=4)
-    return Thumbnail(
-        f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}", *image.size
-    )
+    text = base64.b64encode(buffer.getvalue()).decode()
+    return Thumbnail(f"data:image/webp;base64,{text}", *image.size)
