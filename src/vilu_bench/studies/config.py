@@ -123,7 +123,7 @@ class Adapt(FromOther):
 
 
 class Union(Setting):
-    """Fitted on several data sets at once, whose class texts serve as captions (supplement, C.6)."""
+    """Fitted on several data sets at once; class texts serve as captions (supplement, C.6)."""
 
     kind: Literal["union"]
     budget: Literal["all"] = "all"  # of each data set
