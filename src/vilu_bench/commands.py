@@ -227,11 +227,7 @@ def pools(  # noqa: PLR0913 - one parameter per flag
     """
     from vilu_bench.studies.pool_sizes import over_pool_sizes
 
-    labels = {name: Path(name).name for name in predictors}
-    if len(set(labels.values())) < len(predictors):
-        raise UsageError(
-            f"folders must differ in their last names. Got {', '.join(predictors)}. Rename one."
-        )
+    by_label = _by_label(predictors)
     folders = [Path(name) for name in predictors if _is_folder(name)]
     pool_sizes = _sizes(sizes)
     keep = keeping(
@@ -250,7 +246,7 @@ def pools(  # noqa: PLR0913 - one parameter per flag
         return reading.open_in(pools, store)
 
     table = over_pool_sizes(
-        {label: _predictor(name) for name, label in labels.items()},
+        {label: _predictor(name) for label, name in by_label.items()},
         open_pairs,
         pool_sizes,
         pools=reading.pools,
@@ -260,6 +256,16 @@ def pools(  # noqa: PLR0913 - one parameter per flag
     )
     keep(lambda path, inputs: table.save(path, inputs=inputs))
     _print_sizes(table, draws, as_json=as_json)
+
+
+def _by_label(predictors: list[str]) -> dict[str, str]:
+    """Folders and methods by the last part of their names, which must differ."""
+    by_label = {Path(name).name: name for name in predictors}
+    if len(by_label) < len(predictors):
+        raise UsageError(
+            f"folders must differ in their last names. Got {', '.join(predictors)}. Rename one."
+        )
+    return by_label
 
 
 def _print_sizes(table: ResultTable, draws: int, *, as_json: bool) -> None:

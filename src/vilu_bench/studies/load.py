@@ -67,16 +67,7 @@ def _with_included(content: dict[str, Any], path: Path) -> dict[str, Any]:
         if use:
             raise UsageError(f"{path.name} has [use], and no include to take from.")
         return content
-    if not isinstance(name, str) or not _holds_lists(use):
-        raise UsageError(
-            f"{path.name}: include must be the name of a file, "
-            'and [use] hold lists, as data = ["x"].'
-        )
-    for table in use:
-        if table not in TABLES:
-            raise UsageError(
-                f"{path.name}: [use] can choose {', '.join(TABLES)}. Got {table!r} instead."
-            )
+    _check_include(name, use, path)
     included = _read(path.parent / name)
     merged = included | content
     for table in TABLES:
@@ -87,6 +78,19 @@ def _with_included(content: dict[str, Any], path: Path) -> dict[str, Any]:
         if not merged[table]:
             del merged[table]
     return merged
+
+
+def _check_include(name: object, use: Any, path: Path) -> None:  # noqa: ANN401 - as TOML has it
+    if not isinstance(name, str) or not _holds_lists(use):
+        raise UsageError(
+            f"{path.name}: include must be the name of a file, "
+            'and [use] hold lists, as data = ["x"].'
+        )
+    for table in use:
+        if table not in TABLES:
+            raise UsageError(
+                f"{path.name}: [use] can choose {', '.join(TABLES)}. Got {table!r} instead."
+            )
 
 
 def _holds_lists(use: object) -> bool:

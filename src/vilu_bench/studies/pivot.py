@@ -63,11 +63,11 @@ def _rows_note(board: Board, entrants: Iterable[Entrant]) -> str:
         if entrant.results:
             _, data, setting = entrant.place
             settings_of.setdefault((data, _rows_of(entrant)), {})[setting] = None
-    n_statements = Counter(data for data, _ in settings_of)
+    n_parts = Counter(data for data, _ in settings_of)
     parts = []
     for (data, numbers), settings in settings_of.items():
         where = board.config.data[data].title or data
-        if n_statements[data] > 1:
+        if n_parts[data] > 1:
             where += f" ({', '.join(settings)})"
         parts.append(f"{where} {numbers}")
     return f"Test rows: {'; '.join(parts)}."

@@ -100,7 +100,6 @@ def _load(path: Path, output: Path) -> Board:
     config: Config = parse_config(archive.config, str(path))
     cells = plan(config)
     results = {}
-    n_older = 0
     for cell in own_results(cells):
         result = _archived_result(archive, cell, output)
         if result is None:
@@ -109,6 +108,8 @@ def _load(path: Path, output: Path) -> Board:
                 f"or newer than the study {path.parent.name}. {AGAIN}."
             )
         results[cell] = result
+    n_older = 0
+    for cell, result in results.items():
         if result.decided_by.get("code") != code_of(config, cell):
             n_older += 1
     if n_older:
