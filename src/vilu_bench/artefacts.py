@@ -17,23 +17,32 @@ CELLS = "cells"
 
 def check(path: Path) -> Artefact | None:
     """The run of a benchmark at a path, every document checked; None where there is none."""
-    if not ((path / CELLS).is_dir() or (path / STUDIES).is_dir()):
+    has_studies = (path / STUDIES).is_dir()
+    has_cells = (path / CELLS).is_dir()
+    if not has_studies and not has_cells:
         return None
-    boards = load_studies(path) if (path / STUDIES).is_dir() else []
+    n_studies = 0
+    if has_studies:
+        n_studies = len(load_studies(path))
     cells = sorted((path / CELLS).rglob("*.json"))
     for file in cells:
-        try:
-            said = CellResult.model_validate(read_json(file, AGAIN, of=path))
-        except ValidationError as error:
-            raise DataError(f"{file} is damaged: {explain(error)}. {AGAIN}.") from error
-        if path / said.cell.path != file or load_result(path, said.cell, said.fingerprint) is None:
-            raise DataError(
-                f"{file} is not the document of its cell, or the files beside it are not its. {AGAIN}."
-            )
+        _check_cell(file, path)
     documents = sorted(path.glob(f"{STUDIES}/*/*.json"))
     tables = sorted(path.glob(f"{STUDIES}/*/*.parquet"))
     for file in (*documents, *tables):
         check_file(file)
-    return Artefact(
-        path, f"benchmark, {len(boards)} studies, {len(cells)} cells", [*cells, *documents, *tables]
-    )
+    what = f"benchmark, {n_studies} studies, {len(cells)} cells"
+    return Artefact(path, what, [*cells, *documents, *tables])
+
+
+def _check_cell(file: Path, run: Path) -> None:
+    """Refuse a document that is damaged, or that is not of the cell whose place it has."""
+    try:
+        result = CellResult.model_validate(read_json(file, AGAIN, of=run))
+    except ValidationError as error:
+        raise DataError(f"{file} is damaged: {explain(error)}. {AGAIN}.") from error
+    is_in_place = run / result.cell.path == file
+    if not is_in_place or load_result(run, result.cell, result.fingerprint) is None:
+        raise DataError(
+            f"{file} is not the document of its cell, or the files beside it are not its. {AGAIN}."
+        )

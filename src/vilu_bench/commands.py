@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -33,7 +33,11 @@ from vilu.cli.console import (
 from vilu.errors import UsageError
 
 if TYPE_CHECKING:
+    from vilu.embeddings.pairs import Pools
+    from vilu.embeddings.source import EmbeddingSource
+    from vilu.outcomes.results import ResultTable
     from vilu.predictors.contract.predictor import FailurePredictor
+    from vilu_bench.studies.config import Config
     from vilu_bench.studies.study import Rendered
 
 
@@ -75,31 +79,30 @@ def benchmark(  # noqa: PLR0913, PLR0917 - one parameter per flag
     ] = False,
     as_json: Annotated[bool, Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Compare methods on data sets, over seeds, label budgets, pools, shifts and transfer: the studies of the paper.
+    """Compare methods on data sets, over seeds, label budgets, pools, shifts and transfer.
 
-    Prints tables and writes them, with figures, to OUTPUT/studies. Interrupt it at any moment: the
-    next run does what is missing. Studies in one output share embeddings and cells.
+    These are the studies of the paper. Prints tables and writes them, with figures, to
+    OUTPUT/studies. Interrupt it at any moment: the next run does what is missing. Studies in one
+    output share embeddings and cells.
     """
     from vilu_bench.studies.load import load_configs, shrink
     from vilu_bench.studies.run import Share
     from vilu_bench.studies.study import run_studies
 
-    chosen = load_configs(configs)
+    studies = load_configs(configs)
     if smoke:
-        chosen, output = [shrink(config) for config in chosen], output / "smoke"
+        studies = [shrink(study) for study in studies]
+        output /= "smoke"
     if dry_run:
-        from vilu_bench.studies.dry_run import describe, estimate
-
-        plans = [estimate(config, data, output) for config in chosen]
-        typer.echo(
-            json.dumps([plan.to_dict() for plan in plans], indent=2) if as_json else describe(plans)
-        )
+        _print_plans(studies, data, output, as_json=as_json)
         return
-    share = None if shard is None else Share.parse(shard)
-    studies = run_studies(
-        chosen, data, output, jobs=jobs, models=models, share=share, embed_only=embed_only
+    share = None
+    if shard is not None:
+        share = Share.parse(shard)
+    rendered = run_studies(
+        studies, data, output, jobs=jobs, models=models, share=share, embed_only=embed_only
     )
-    _print(studies, as_json=as_json)
+    _print(rendered, as_json=as_json)
     if embed_only:
         next_step(f"the embeddings are in {output / 'stores'}")
     elif share is not None and share.of > 1:
@@ -110,6 +113,16 @@ def benchmark(  # noqa: PLR0913, PLR0917 - one parameter per flag
         next_step(
             f"tables and figures are in {output / 'studies'}, every cell in {output / 'cells'}"
         )
+
+
+def _print_plans(studies: list[Config], data: Path, output: Path, *, as_json: bool) -> None:
+    from vilu_bench.studies.dry_run import describe, estimate
+
+    plans = [estimate(study, data, output) for study in studies]
+    if as_json:
+        typer.echo(json.dumps([plan.to_dict() for plan in plans], indent=2))
+    else:
+        typer.echo(describe(plans))
 
 
 @wants(run=STUDIES)
@@ -134,10 +147,10 @@ def render(
 
     studies = render_studies(run, document, title, intro, submitted=submitted, overwrite=overwrite)
     _print(studies, as_json=as_json)
-    next_step(
-        f"tables and figures are in {run / 'studies'}"
-        + (f", all of them in {document}" if document else "")
-    )
+    places = f"tables and figures are in {run / 'studies'}"
+    if document is not None:
+        places += f", all of them in {document}"
+    next_step(places)
 
 
 @wants(run=STUDIES)
@@ -162,17 +175,25 @@ def submit(
 
 
 def _print(studies: list[Rendered], *, as_json: bool) -> None:
+    if as_json:
+        _print_json(studies)
+        return
+    parts = []
+    for study in studies:
+        text = study.text
+        if len(studies) > 1:
+            text = f"=== {study.board.config.name} ===\n{text}"
+        parts.append(text)
+        parts.append(study.times)
+    if parts:
+        typer.echo("\n\n".join(part for part in parts if part))
+
+
+def _print_json(studies: list[Rendered]) -> None:
     from vilu_bench.studies.ranking import summarise
 
-    if as_json:
-        found = {study.board.config.name: summarise(study.board).to_dict() for study in studies}
-        typer.echo(json.dumps(found, indent=2))
-    elif studies:
-        heading = "=== {} ===\n" if len(studies) > 1 else ""
-        parts = [
-            (heading.format(study.board.config.name) + study.text, study.times) for study in studies
-        ]
-        typer.echo("\n\n".join(filter(None, chain.from_iterable(parts))))
+    summaries = {study.board.config.name: summarise(study.board).to_dict() for study in studies}
+    typer.echo(json.dumps(summaries, indent=2))
 
 
 PUBLISHED = "128,512,1024,2048,4096,8192,16384,32768"
@@ -199,42 +220,65 @@ def pools(  # noqa: PLR0913 - one parameter per flag
         int, Option(min=0, max=MOST_RESAMPLES, help="Bootstrap resamples of each interval.")
     ] = 1000,
 ) -> None:
-    """Failure prediction on image-caption pairs against the number of captions to choose from: AUROC / FPR95.
+    """Failure prediction on image-caption pairs by the number of captions: AUROC / FPR95.
 
     A method that does not work on pairs is refused with the reason. Sizes that the pairs do not
     fill are left out.
     """
-    from vilu_bench.studies.pool_sizes import over_pool_sizes, size_table
+    from vilu_bench.studies.pool_sizes import over_pool_sizes
 
-    if len({Path(name).name for name in predictors}) < len(predictors):
-        raise UsageError(
-            f"folders must differ in their last names. Got {', '.join(predictors)}. Rename one."
-        )
-    read = [store, *(Path(name) for name in predictors if _is_folder(name))]
-    settings = {
-        "methods": predictors,
-        "sizes": _sizes(sizes),
-        "draws": draws,
-        "resamples": resamples,
-    }
+    by_label = _by_label(predictors)
+    folders = [Path(name) for name in predictors if _is_folder(name)]
+    pool_sizes = _sizes(sizes)
     keep = keeping(
-        output, "results", read, overwrite=overwrite, reading=reading.settings, **settings
+        output,
+        "results",
+        [store, *folders],
+        overwrite=overwrite,
+        reading=reading.settings,
+        methods=predictors,
+        sizes=pool_sizes,
+        draws=draws,
+        resamples=resamples,
     )
-    found = over_pool_sizes(
-        {Path(name).name: _predictor(name) for name in predictors},
-        lambda pools: reading.open_in(pools, store),
-        _sizes(sizes),
+
+    def open_pairs(pools: Pools) -> EmbeddingSource:
+        return reading.open_in(pools, store)
+
+    table = over_pool_sizes(
+        {label: _predictor(name) for label, name in by_label.items()},
+        open_pairs,
+        pool_sizes,
         pools=reading.pools,
         draws=draws,
         dataset=store.name,
         n_resamples=resamples,
     )
-    keep(lambda path, inputs: found.save(path, inputs=inputs))
-    typer.echo(json.dumps(found.to_dicts(), indent=2) if as_json else size_table(found))
-    next_step(
-        "AUROC / FPR95 in percent; positive=correct for FPR95"
-        + (f", ± over {draws} draws" if draws > 1 else "")
-    )
+    keep(lambda path, inputs: table.save(path, inputs=inputs))
+    _print_sizes(table, draws, as_json=as_json)
+
+
+def _by_label(predictors: list[str]) -> dict[str, str]:
+    """Folders and methods by the last part of their names, which must differ."""
+    by_label = {Path(name).name: name for name in predictors}
+    if len(by_label) < len(predictors):
+        raise UsageError(
+            f"folders must differ in their last names. Got {', '.join(predictors)}. Rename one."
+        )
+    return by_label
+
+
+def _print_sizes(table: ResultTable, draws: int, *, as_json: bool) -> None:
+    from vilu_bench.studies.pool_sizes import size_table
+
+    if as_json:
+        typer.echo(json.dumps(table.to_dicts(), indent=2))
+    else:
+        typer.echo(size_table(table))
+    legend = "AUROC / FPR95 in percent; positive=correct for FPR95"
+    if draws > 1:
+        legend += f", ± over {draws} draws"
+    next_step(legend)
 
 
 def _predictor(name: str) -> FailurePredictor:
@@ -247,7 +291,8 @@ def _predictor(name: str) -> FailurePredictor:
     cls = find_method(name)
     if cls.needs_fit:
         raise UsageError(
-            f"{name} must be fitted first: vilu fit STORE -o {name} --method {name}, then give its folder."
+            f"{name} must be fitted first: vilu fit STORE -o {name} --method {name}, "
+            "then give its folder."
         )
     return cls()
 
@@ -257,9 +302,19 @@ def _is_folder(name: str) -> bool:
 
 
 def _sizes(text: str) -> list[int]:
-    words = [word.strip() for word in text.split(",")]
-    if not all(word.isascii() and word.isdigit() and int(word) > 1 for word in words):
-        raise UsageError(
-            f"--sizes must be whole numbers from 2, joined by commas. Got {text!r} instead."
-        )
-    return sorted({int(word) for word in words})
+    sizes = set()
+    for word in text.split(","):
+        size = _whole_number(word.strip())
+        if size is None or size < 2:
+            raise UsageError(
+                f"--sizes must be whole numbers from 2, joined by commas. Got {text!r} instead."
+            )
+        sizes.add(size)
+    return sorted(sizes)
+
+
+def _whole_number(word: str) -> int | None:
+    """The number of ASCII digits; None where there is anything else."""
+    if re.fullmatch("[0-9]+", word) is None:
+        return None
+    return int(word)

@@ -173,8 +173,8 @@ def test_other_embeddings_run_again(output: Path, data: Path, tmp_path: Path) ->
 
 def test_a_changed_method_runs_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own code and what it imports at module level count; comments, docstrings and other methods do not."""
-    predictors = tmp_path / "predictors"
-    predictors.mkdir()
+    predictors = tmp_path / "vilu" / "predictors"
+    predictors.mkdir(parents=True)
 
     def digest_with(method: str, helper: str) -> str:
         (predictors / "mine.py").write_text(
@@ -189,7 +189,7 @@ def test_a_changed_method_runs_again(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return facts.code_digest("vilu.predictors.mine")
 
     with monkeypatch.context() as patch:
-        patch.setattr(facts, "PACKAGE", tmp_path)
+        patch.setattr(facts, "SOURCES", tmp_path)
         first = digest_with("def f():\n    return 1\n", "A = 1\n")
         assert (
             digest_with('"""Says."""\ndef f():\n    """So."""\n    return 1  # one\n', "A = 1\n")

@@ -13,7 +13,7 @@ import numpy as np
 from vilu.artifacts.disk import locked
 from vilu.artifacts.documents import digest
 from vilu.calibration import record
-from vilu.calibration.copies import check_copies
+from vilu.calibration.copies import SAME, check_copies
 from vilu.calibration.label_sets import Kind, LabelSets, check_label_sets, fit_label_sets
 from vilu.calibration.looks import in_words, note_look
 from vilu.calibration.record import Record, Rule
@@ -28,14 +28,6 @@ from vilu.calibration.rules import (
 from vilu.calibration.selection import select
 from vilu.calibration.thresholds import exactly, percent
 from vilu.calibration.units import MOST_COMPARED, CountedRows, count_once, first_of_scenes
-from vilu.decision.copies import SAME, check_copies
-from vilu.decision.label_sets import Kind, LabelSets, check_label_sets, fit_label_sets
-from vilu.decision.looks import in_words, note_look
-from vilu.decision.record import Record, Rule
-from vilu.decision.score import predictor_fingerprint, score_fresh, source_fingerprint
-from vilu.decision.selection import select
-from vilu.decision.thresholds import exactly, percent
-from vilu.decision.units import MOST_COMPARED, CountedRows, count_once, first_of_scenes
 from vilu.embeddings.copies import NEAR_COPY
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import InfeasibleError, UsageError, ViLUError

@@ -28,7 +28,7 @@ class Entrant:
     """A method's results on one data set in one setting, by seed."""
 
     place: Place
-    found: Mapping[int, CellResult]  # results that have a metric, by seed
+    results: Mapping[int, CellResult]  # results that have a metric, by seed
     runs: Mapping[int, Cell]
     refused_seeds: tuple[int, ...]
     reason: str | None  # why; None where all have one
@@ -40,49 +40,71 @@ class Entrant:
         return self.place[0]
 
     @property
+    def data(self) -> str:
+        """The data set that it is tested on."""
+        return self.place[1]
+
+    @property
     def n_runs(self) -> int:
         """Number of different results; 1 where seeds make no difference."""
         return len(set(self.runs.values()))
 
     def mean(self, metric: str) -> float | None:
-        """Over seeds; None where a metric is undefined."""
-        values = [result.value(metric) for result in self.found.values()]
-        known = [value for value in values if value is not None]
-        return fmean(known) if known and len(known) == len(values) else None
+        """Mean of a metric over seeds; None where it is undefined."""
+        return _mean_if_known([result.value(metric) for result in self.results.values()])
 
     def quantity(self, metric: str, seeds: Sequence[int] | None = None) -> Quantity:
         """The mean of one of ``RANKED_BY`` over seeds, by default all that there are."""
-        row, chosen = RANKED_BY.index(metric), list(self.found if seeds is None else seeds)
-        values = np.array([self.found[seed].value(metric) for seed in chosen], dtype=np.float64)
-        return Quantity.over_seeds(
-            values, np.stack([self.bootstrap(self.runs[seed])[row] for seed in chosen])
-        )
+        if seeds is None:
+            seeds = list(self.results)
+        row = RANKED_BY.index(metric)
+        values = []
+        draws = []
+        for seed in seeds:
+            values.append(self.results[seed].value(metric))
+            draws.append(self.bootstrap(self.runs[seed])[row])
+        return Quantity.over_seeds(np.array(values, dtype=np.float64), np.stack(draws))
 
-    def less(self, other: Entrant, metric: str) -> Quantity | None:
-        """This one's less the other's on the seeds that both have; None where there is none."""
-        seeds = sorted(self.found.keys() & other.found.keys())
-        return self.quantity(metric, seeds) - other.quantity(metric, seeds) if seeds else None
+    def less(self, rival: Entrant, metric: str) -> Quantity | None:
+        """This mean less the rival's on the seeds that both have; None without such a seed."""
+        seeds = sorted(self.results.keys() & rival.results.keys())
+        if not seeds:
+            return None
+        return self.quantity(metric, seeds) - rival.quantity(metric, seeds)
 
     @property
     def accuracy(self) -> float:
         """Share of right zero-shot answers, as a mean over seeds."""
-        return fmean(result.results[0].accuracy for result in self.found.values())
+        return fmean(result.results[0].accuracy for result in self.results.values())
+
+
+def _mean_if_known(values: Sequence[float | None]) -> float | None:
+    """The mean of some values; None where one is unknown, or there is none."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return None
+    if not known:
+        return None
+    return fmean(known)
 
 
 def occurring(
     field: Literal["n", "n_failures", "n_outside"], entrants: Iterable[Entrant]
 ) -> tuple[int, ...]:
-    """Numbers of test rows, of wrong answers, or of those for pictures of none of the classes, that occur."""
-    results = (result for entrant in entrants for result in entrant.found.values())
-    return tuple(sorted({getattr(result.results[0], field) for result in results}))
+    """Numbers that occur: of test rows, wrong answers, or pictures of none of the classes."""
+    numbers: set[int] = set()
+    for entrant in entrants:
+        for result in entrant.results.values():
+            numbers.add(getattr(result.results[0], field))
+    return tuple(sorted(numbers))
 
 
 def counted_rows(n: Sequence[int], n_failures: Sequence[int], n_outside: Sequence[int]) -> str:
     """Numbers that occur, in words."""
-    strangers = (
-        f", {span(n_outside)} of them for pictures of none of the classes" if any(n_outside) else ""
-    )
-    return f"{span(n)} answers, {span(n_failures)} wrong{strangers}"
+    text = f"{span(n)} answers, {span(n_failures)} wrong"
+    if any(n_outside):
+        text += f", {span(n_outside)} of them for pictures of none of the classes"
+    return text
 
 
 @dataclass(frozen=True)
@@ -92,25 +114,26 @@ class Mean:
     parts: tuple[Entrant, ...]
 
     def mean(self, metric: str) -> float | None:
-        """Over data sets; None where a metric is undefined on one."""
-        known = [value for value in (part.mean(metric) for part in self.parts) if value is not None]
-        return fmean(known) if len(known) == len(self.parts) else None
+        """Mean of a metric over data sets; None where it is undefined on one."""
+        return _mean_if_known([part.mean(metric) for part in self.parts])
 
     def quantity(self, metric: str) -> Quantity:
         """The mean over data sets of one of ``RANKED_BY``."""
         return Quantity.mean([part.quantity(metric) for part in self.parts])
 
-    def less(self, other: Mean, metric: str) -> Quantity | None:
-        """This one's less the other's, both on the same data sets; None where they have no seed in common."""
-        differences = [
-            mine.less(theirs, metric) for mine, theirs in zip(self.parts, other.parts, strict=True)
-        ]
-        known = [difference for difference in differences if difference is not None]
-        return Quantity.mean(known) if len(known) == len(differences) else None
+    def less(self, rival: Mean, metric: str) -> Quantity | None:
+        """This mean less the rival's on the same data sets; None where no seed is shared."""
+        differences = []
+        for part, rival_part in zip(self.parts, rival.parts, strict=True):
+            difference = part.less(rival_part, metric)
+            if difference is None:
+                return None
+            differences.append(difference)
+        return Quantity.mean(differences)
 
 
 class Board:
-    """All results of a benchmark whose every cell has one, and how their bootstrap values are read."""
+    """All results of a benchmark whose every cell has one, and their bootstrap values."""
 
     def __init__(
         self,
@@ -119,21 +142,23 @@ class Board:
         results: Mapping[Cell, CellResult],
         bootstrap: Bootstrap,
     ) -> None:
-        self.config, self.cells, self.results = config, tuple(cells), results
-        places: dict[Place, list[Cell]] = {}
-        for cell in cells:
-            places.setdefault((cell.method, cell.data, cell.setting), []).append(cell)
-        self.seeds = {
-            place: frozenset(cell.seed for cell in found) for place, found in places.items()
-        }
-        self.entrants = {
-            place: _entrant(place, found, results, bootstrap) for place, found in places.items()
-        }
+        self.config = config
+        self.cells = tuple(cells)
+        self.results = results
+        self.seeds: dict[Place, frozenset[int]] = {}
+        self.entrants: dict[Place, Entrant] = {}
+        for place, at_place in _by_place(cells).items():
+            self.seeds[place] = frozenset(cell.seed for cell in at_place)
+            self.entrants[place] = _entrant(place, at_place, results, bootstrap)
 
     def find(self, method: str, data: str, setting: str) -> Entrant | None:
         """A method that has a result there."""
         entrant = self.entrants.get((method, data, setting))
-        return entrant if entrant is not None and entrant.found else None
+        if entrant is None:
+            return None
+        if not entrant.results:
+            return None
+        return entrant
 
     def blocks(self) -> dict[tuple[str, str], list[Entrant]]:
         """All methods by data set and setting, with a result or without."""
@@ -143,22 +168,38 @@ class Board:
         return groups
 
 
+def _by_place(cells: Sequence[Cell]) -> dict[Place, list[Cell]]:
+    """Cells that differ in nothing but the seed, together."""
+    places: dict[Place, list[Cell]] = {}
+    for cell in cells:
+        places.setdefault((cell.method, cell.data, cell.setting), []).append(cell)
+    return places
+
+
 def _entrant(
     place: Place, cells: Sequence[Cell], results: Mapping[Cell, CellResult], bootstrap: Bootstrap
 ) -> Entrant:
-    found = {
-        cell.seed: results[cell.run] for cell in cells if results[cell.run].value(BEST) is not None
-    }
-    missing = [cell for cell in cells if cell.seed not in found]
-    runs = {cell.seed: cell.run for cell in cells if cell.seed in found}
-    reason = _reason(results[missing[0].run]) if missing else None
-    return Entrant(place, found, runs, tuple(cell.seed for cell in missing), reason, bootstrap)
+    by_seed = {}
+    runs = {}
+    refused_seeds = []
+    reason = None
+    for cell in cells:
+        result = results[cell.run]
+        if result.value(BEST) is not None:
+            by_seed[cell.seed] = result
+            runs[cell.seed] = cell.run
+            continue
+        refused_seeds.append(cell.seed)
+        if reason is None:
+            reason = _reason(result)
+    return Entrant(place, by_seed, runs, tuple(refused_seeds), reason, bootstrap)
 
 
 def _reason(result: CellResult) -> str:
+    """Why a result has no value of the metric that ranks."""
     if result.refused is not None:
         return result.refused.reason
-    return next(
-        (str(row.why) for row in result.results if row.metric == BEST),
-        f"its document has no {BEST}",
-    )
+    for row in result.results:
+        if row.metric == BEST:
+            return str(row.why)
+    return f"its document has no {BEST}"

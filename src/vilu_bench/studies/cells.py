@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -38,7 +38,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Origin:
-    """What decides the rows and candidates that a method is fitted on, beside the data sets themselves."""
+    """What decides the rows and candidates of a fit, beside the data sets themselves."""
 
     # data sets to fit on, several as one with class texts for captions; none: nothing is fitted
     train: tuple[str, ...] = ()
@@ -48,17 +48,15 @@ class Origin:
     # seed that divides sets of rows into those to fit on and those to test on; None where all are
     # two sets
     division_seed: int | None = None
-    halves_seed: int | None = (
-        None  # seed that draws the class halves; None where all classes are taken
-    )
+    # seed that draws the class halves; None where all classes are taken
+    halves_seed: int | None = None
     # whether the parts of a union, or a fit and the one that it begins from, may be of different
     # picture sizes
     across_preprocessing: bool = False
     pool_size: int | None = None  # of a union: captions that an image has to choose from
     unlabelled: bool = False  # whether all rows go with them without labels
-    start: Origin | None = (
-        None  # where the weights come from that the fit begins with; None: from nothing
-    )
+    # where the weights come from that the fit begins with; None: from nothing
+    start: Origin | None = None
 
     @property
     def first(self) -> Origin:
@@ -72,76 +70,85 @@ class ScoredSet:
 
     data: str
     role: Role  # which of its parts
-    pool_size: int | None = (
-        None  # captions that an image has to choose from; None: as the data set says
-    )
-    halves_seed: int | None = (
-        None  # seed that draws the class halves; None where all classes are taken
-    )
+    # captions that an image has to choose from; None: as the data set says
+    pool_size: int | None = None
+    # seed that draws the class halves; None where all classes are taken
+    halves_seed: int | None = None
     division_seed: int | None = None  # as for ``Origin``
-    across_preprocessing: bool = (
-        False  # whether they may be of another picture size than the rows that were fitted on
-    )
+    # whether they may be of another picture size than the rows that were fitted on
+    across_preprocessing: bool = False
 
 
 def origin_of(config: Config, cell: Cell) -> Origin:
     """Where the training rows of a cell come from."""
-    setting, cls = config.settings[cell.setting], config.class_of(cell.method)
-    if not cls.needs_fit:
+    if not config.class_of(cell.method).needs_fit:
         return Origin()
-    budget = setting.budget if cls.needs_labels else "none"
-    few = Origin(
+    setting = config.settings[cell.setting]
+    if isinstance(setting, Union):
+        return Origin(
+            train=setting.of,
+            division_seed=_division_seed(config, setting.of, cell.seed),
+            across_preprocessing=setting.across_preprocessing,
+            pool_size=setting.train_pool_size,
+        )
+    own = _own_origin(config, cell)
+    if isinstance(setting, Adapt):
+        return replace(
+            own,
+            across_preprocessing=setting.across_preprocessing,
+            start=Origin((setting.source,)),
+        )
+    if isinstance(setting, FromOther):
+        seed = _division_seed(config, setting.sources, cell.seed)
+        return replace(own, train=setting.sources, division_seed=seed)
+    return own
+
+
+def _own_origin(config: Config, cell: Cell) -> Origin:
+    """Training rows of the data set that is tested on, within the budget."""
+    setting = config.settings[cell.setting]
+    budget = setting.budget
+    if not config.class_of(cell.method).needs_labels:
+        budget = "none"
+    draws_rows = not isinstance(budget, str)
+    return Origin(
         train=(cell.data,),
         budget=budget,
-        rows_seed=None if isinstance(budget, str) else cell.seed,
-        halves_seed=cell.seed if isinstance(setting, Unseen) else None,
-        division_seed=_division_seed(config, cell),
+        rows_seed=cell.seed if draws_rows else None,
+        halves_seed=_halves_seed(config, cell),
+        division_seed=_division_seed(config, (cell.data,), cell.seed),
         unlabelled=config.entries[cell.method].unlabelled,
     )
-    match setting:
-        case Adapt():
-            return replace(
-                few,
-                across_preprocessing=setting.across_preprocessing,
-                start=Origin((setting.source,)),
-            )
-        case FromOther():
-            return replace(
-                few,
-                train=setting.sources,
-                division_seed=_division_seed(config, cell, setting.source),
-            )
-        case Union():
-            across, pool_size = setting.across_preprocessing, setting.train_pool_size
-            seed = _division_seed(config, cell, *setting.of)
-            return Origin(
-                setting.of, division_seed=seed, across_preprocessing=across, pool_size=pool_size
-            )
-    return few
 
 
 def scored_set_of(config: Config, cell: Cell) -> ScoredSet:
     """What a cell is tested on."""
     setting = config.settings[cell.setting]
-    halves_seed = cell.seed if isinstance(setting, Unseen) else None
-    needs_fit = config.class_of(cell.method).needs_fit
-    across = needs_fit and isinstance(setting, Transfer | Union) and setting.across_preprocessing
+    across_preprocessing = False
+    if isinstance(setting, Transfer | Union) and config.class_of(cell.method).needs_fit:
+        across_preprocessing = setting.across_preprocessing
     return ScoredSet(
-        cell.data,
-        setting.test_on,
-        setting.pool_size,
-        halves_seed,
-        _division_seed(config, cell),
-        across,
+        data=cell.data,
+        role=setting.test_on,
+        pool_size=setting.pool_size,
+        halves_seed=_halves_seed(config, cell),
+        division_seed=_division_seed(config, (cell.data,), cell.seed),
+        across_preprocessing=across_preprocessing,
     )
 
 
-def _division_seed(config: Config, cell: Cell, *data: str) -> int | None:
-    return (
-        None
-        if all(config.data[name].fit_share is None for name in data or [cell.data])
-        else cell.seed
-    )
+def _halves_seed(config: Config, cell: Cell) -> int | None:
+    if isinstance(config.settings[cell.setting], Unseen):
+        return cell.seed
+    return None
+
+
+def _division_seed(config: Config, data: Iterable[str], seed: int) -> int | None:
+    """The seed, where it divides one of some data sets."""
+    for name in data:
+        if config.data[name].fit_share is not None:
+            return seed
+    return None
 
 
 def plan(config: Config) -> tuple[Cell, ...]:
@@ -150,8 +157,11 @@ def plan(config: Config) -> tuple[Cell, ...]:
     cells = []
     for cell in _grid(config):
         key = (*fit_of(config, cell), scored_set_of(config, cell))
-        earlier = first.setdefault(key, cell)
-        cells.append(cell if earlier is cell else replace(cell, same_as=earlier))
+        if key in first:
+            cells.append(replace(cell, same_as=first[key]))
+        else:
+            first[key] = cell
+            cells.append(cell)
     return tuple(cells)
 
 
@@ -161,7 +171,7 @@ def own_results(cells: Iterable[Cell]) -> list[Cell]:
 
 
 def fit_of(config: Config, cell: Cell) -> tuple[str, Origin, int | None]:
-    """What decides the fit of a cell: method, training rows, and the method's own seed where it matters."""
+    """What decides the fit of a cell: method, training rows, and the seed where it matters."""
     seed = cell.seed if config.depends_on_seed(cell.method) else None
     return cell.method, origin_of(config, cell), seed
 
@@ -175,7 +185,10 @@ def sharing_a_fit(config: Config, cells: Iterable[Cell]) -> list[list[Cell]]:
     groups: dict[object, list[Cell]] = {}
     for cell in cells:
         method, origin, seed = fit_of(config, cell)
-        groups.setdefault((method, origin.first, seed) if origin.train else cell, []).append(cell)
+        key: object = cell  # where nothing is fitted, nothing is shared
+        if origin.train:
+            key = (method, origin.first, seed)
+        groups.setdefault(key, []).append(cell)
     return list(groups.values())
 
 
@@ -183,20 +196,23 @@ def needed_parts(config: Config, cells: Iterable[Cell]) -> dict[tuple[str, Role]
     """Data sets and roles that some cells read, in order."""
     needed: dict[tuple[str, Role], None] = {}
     for cell in cells:
-        test, origin = scored_set_of(config, cell), origin_of(config, cell)
+        origin = origin_of(config, cell)
         for step in (origin.first, origin):
-            needed |= dict.fromkeys((data, "train") for data in step.train)
+            for data in step.train:
+                needed[data, "train"] = None
             if selects(step) and isinstance(config.data[step.train[0]].validation, str):
                 needed[step.train[0], "validation"] = None
-        share_of_training = test.role == "validation" and isinstance(
-            config.data[test.data].validation, float
-        )
-        needed[test.data, "train" if share_of_training else test.role] = None
+        scored = scored_set_of(config, cell)
+        validation = config.data[scored.data].validation
+        if scored.role == "validation" and isinstance(validation, float):
+            needed[scored.data, "train"] = None  # it is a share of the training rows
+        else:
+            needed[scored.data, scored.role] = None
     return needed
 
 
 def selects(origin: Origin) -> bool:
-    """Whether a fit may select on the validation rows of its data set: one whole set, so that they are of its kind."""
+    """Whether a fit may select on validation rows: it is of one whole set, as they are."""
     return (
         len(origin.train) == 1
         and origin.budget == "all"
@@ -206,14 +222,23 @@ def selects(origin: Origin) -> bool:
 
 
 def _grid(config: Config) -> list[Cell]:
-    return [
-        Cell(label, data, setting, seed)
-        for seed in range(config.seeds)
-        for data in config.data
-        for setting in config.settings
-        if config.is_tested_on(setting, data)
-        for label, method in config.entries.items()
-        if config.is_run_in(label, setting)
-        if method.data is None or data in method.data
-        if method.seeds is None or seed < method.seeds
-    ]
+    """Every cell that is wanted, seed by seed."""
+    cells: list[Cell] = []
+    for seed in range(config.seeds):
+        for data in config.data:
+            for setting in config.settings:
+                if config.is_tested_on(setting, data):
+                    cells += _cells_in(config, data, setting, seed)
+    return cells
+
+
+def _cells_in(config: Config, data: str, setting: str, seed: int) -> Iterator[Cell]:
+    """The cells of every method that is wanted there."""
+    for label, method in config.entries.items():
+        if not config.is_run_in(label, setting):
+            continue
+        if method.data is not None and data not in method.data:
+            continue
+        if method.seeds is not None and seed >= method.seeds:
+            continue
+        yield Cell(label, data, setting, seed)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -12,9 +12,10 @@ import numpy as np
 from vilu.metrics.bootstrap import Interval, Quantity
 from vilu.metrics.catalog import METRICS
 from vilu_bench.studies.board import Board, Entrant, Mean
-from vilu_bench.studies.views import AnyClaim, Better, Steeper, Trend
+from vilu_bench.studies.views import AnyClaim, Better, Steeper, Subject, Trend
 
 LEAST_POINTS = 3  # of a trend line whose slope is to say something
+NO_SEED = "the methods have no seed in common"
 
 Ruling = Literal["holds", "does not hold", "open", "not tested"]
 
@@ -49,75 +50,101 @@ def decide(board: Board, claim: AnyClaim) -> Verdict:
 
 def _better(board: Board, claim: Better) -> Verdict:
     data = claim.data or tuple(board.config.data)
-    sides = [
-        (side.method, [(name, side.setting) for name in data])
-        for side in (claim.better, claim.than)
-    ]
-    a, b = (_entrants(board, *side) for side in sides)
-    title, sign = METRICS[claim.metric].title, 1 if METRICS[claim.metric].higher_is_better else -1
-    what = (
-        f"{title} of {_name(board, claim.better.method, claim.better.setting)} "
-        f"{'less' if sign > 0 else 'below'} that of {_name(board, claim.than.method, claim.than.setting)}, {_on(data)}"
-    )
-    if a is None or b is None:
+    metric = METRICS[claim.metric]
+    comparative = "less" if metric.higher_is_better else "below"
+    better_name = _name(board, claim.better)
+    than_name = _name(board, claim.than)
+    what = f"{metric.title} of {better_name} {comparative} that of {than_name}, {_on(data)}"
+    better = _entrants(board, claim.better.method, [(name, claim.better.setting) for name in data])
+    than = _entrants(board, claim.than.method, [(name, claim.than.setting) for name in data])
+    if better is None or than is None:
         return _not_tested(claim, what)
-    first, second = Mean(a), Mean(b)
-    difference = first.less(second, claim.metric)
+    difference = Mean(better).less(Mean(than), claim.metric)
     if difference is None:
-        return _not_tested(claim, what, "the methods have no seed in common")
-    what += _on_seeds(first, second)
-    return _rule(board, claim, sign * difference, what)
+        return _not_tested(claim, what, NO_SEED)
+    return _rule(board, claim, _sign(claim) * difference, what + _on_seeds(better, than))
 
 
 def _trend(board: Board, claim: Trend) -> Verdict:
     data = claim.data or tuple(board.config.data)
+    what = (
+        f"change of the {METRICS[claim.metric].title} of {claim.method} per doubling, "
+        f"going {claim.metric_goes}"
+    )
     x = [board.config.settings[name].x for name in claim.settings]
-    what = f"change of the {METRICS[claim.metric].title} of {claim.method} per doubling, going {claim.metric_goes}"
+    doublings = np.log2(np.array(x, dtype=np.float64))
     slopes = []
     for name in data:
         points = _entrants(board, claim.method, [(name, setting) for setting in claim.settings])
         if points is None:
             return _not_tested(claim, what)
-        logs = np.log2(np.array(x, dtype=np.float64))
-        slopes.append(Quantity.slope(logs, [one.quantity(claim.metric) for one in points]))
-    sign = 1 if claim.metric_goes == "up" else -1
+        heights = [point.quantity(claim.metric) for point in points]
+        slopes.append(Quantity.slope(doublings, heights))
     slope = Quantity.mean(slopes)
+    sign = 1 if claim.metric_goes == "up" else -1
     return _rule(board, claim, sign * slope, f"{what}, {_on(data)}")
 
 
 def _steeper(board: Board, claim: Steeper) -> Verdict:
     data = claim.data or tuple(board.config.data)
-    places = [(name, setting) for name in data for setting in claim.settings]
-    sign = 1 if METRICS[claim.metric].higher_is_better else -1
+    places = list(itertools.product(data, claim.settings))
     what = (
-        f"gain in {METRICS[claim.metric].title} per 100 points of zero-shot accuracy, {claim.steeper} less "
-        f"{claim.than}, over {len(places)} places"
+        f"gain in {METRICS[claim.metric].title} per 100 points of zero-shot accuracy, "
+        f"{claim.steeper} less {claim.than}, over {len(places)} places"
     )
-    a, b = (_entrants(board, method, places) for method in (claim.steeper, claim.than))
-    if a is None or b is None:
+    steeper = _entrants(board, claim.steeper, places)
+    than = _entrants(board, claim.than, places)
+    if steeper is None or than is None:
         return _not_tested(claim, what)
     if len(places) < LEAST_POINTS:
         return _not_tested(claim, what, f"a trend line needs {LEAST_POINTS} places")
-    shared = [sorted(one.found.keys() & two.found.keys()) for one, two in zip(a, b, strict=True)]
+    shared = _shared_seeds(steeper, than)
     if not all(shared):
-        return _not_tested(claim, what, "the methods have no seed in common")
-    slopes = []
-    for side in (a, b):
-        points = [
-            replace(one, found={s: one.found[s] for s in seeds})
-            for one, seeds in zip(side, shared, strict=True)
-        ]
-        x = np.array([point.accuracy for point in points])
-        slopes.append(Quantity.slope(x, [point.quantity(claim.metric) for point in points]))
-    return _rule(board, claim, sign * (slopes[0] - slopes[1]), what + _on_seeds(Mean(a), Mean(b)))
+        return _not_tested(claim, what, NO_SEED)
+    slope = _slope_over_accuracy(steeper, shared, claim.metric)
+    than_slope = _slope_over_accuracy(than, shared, claim.metric)
+    difference = _sign(claim) * (slope - than_slope)
+    return _rule(board, claim, difference, what + _on_seeds(steeper, than))
+
+
+def _sign(claim: Better | Steeper) -> int:
+    """What a difference is multiplied by so that a positive one is in favour."""
+    return 1 if METRICS[claim.metric].higher_is_better else -1
+
+
+def _shared_seeds(a: Sequence[Entrant], b: Sequence[Entrant]) -> list[set[int]]:
+    """The seeds that two methods both have, place by place."""
+    return [point.results.keys() & rival.results.keys() for point, rival in zip(a, b, strict=True)]
+
+
+def _slope_over_accuracy(
+    points: Sequence[Entrant], seeds: Sequence[set[int]], metric: str
+) -> Quantity:
+    """Slope of a method's trend line over the zero-shot accuracy, on some seeds at each place."""
+    accuracies = []
+    heights = []
+    for point, point_seeds in zip(points, seeds, strict=True):
+        results = {seed: point.results[seed] for seed in sorted(point_seeds)}
+        on_seeds = replace(point, results=results)
+        accuracies.append(on_seeds.accuracy)
+        heights.append(on_seeds.quantity(metric))
+    return Quantity.slope(np.array(accuracies), heights)
 
 
 def _rule(board: Board, claim: AnyClaim, number: Quantity, what: str) -> Verdict:
     ends = number.interval(board.config.confidence)
-    if not (math.isfinite(ends.ci_low) and math.isfinite(ends.ci_high)):
+    if not np.isfinite([ends.ci_low, ends.ci_high]).all():
         return _not_tested(claim, what, "the number is undefined")
-    ruling: Ruling = "holds" if ends.ci_low > 0 else "does not hold" if ends.ci_high < 0 else "open"
-    return Verdict(claim, ruling, number.value, ends, what)
+    return Verdict(claim, _ruling(ends), number.value, ends, what)
+
+
+def _ruling(ends: Interval) -> Ruling:
+    """What an interval says of a number that is to be above zero."""
+    if ends.ci_low > 0:
+        return "holds"
+    if ends.ci_high < 0:
+        return "does not hold"
+    return "open"
 
 
 def _not_tested(
@@ -126,28 +153,35 @@ def _not_tested(
     return Verdict(claim, "not tested", None, None, what, reason)
 
 
-def _on_seeds(a: Mean, b: Mean) -> str:
-    """Which seeds decide, where a method has others, too, that enter its mean in a table."""
-    sides = [(set(one.found), set(two.found)) for one, two in zip(a.parts, b.parts, strict=True)]
-    if all(one == two for one, two in sides):
+def _on_seeds(a: Sequence[Entrant], b: Sequence[Entrant]) -> str:
+    """Which seeds decide, where a method has further ones that enter its mean in a table."""
+    if all(point.results.keys() == rival.results.keys() for point, rival in zip(a, b, strict=True)):
         return ""
-    common = sorted(set.union(*(one & two for one, two in sides)))
-    return f", on the seeds that both have ({', '.join(map(str, common))})"
+    common = set().union(*_shared_seeds(a, b))
+    return f", on the seeds that both have ({', '.join(map(str, sorted(common)))})"
 
 
 def _entrants(
     board: Board, method: str, places: Iterable[tuple[str, str]]
 ) -> tuple[Entrant, ...] | None:
     """A method's results in all of some places; None where it lacks one."""
-    found = [board.find(method, *place) for place in places]
-    there = tuple(one for one in found if one is not None)
-    return there if len(there) == len(found) else None
+    entrants = []
+    for data, setting in places:
+        entrant = board.find(method, data, setting)
+        if entrant is None:
+            return None
+        entrants.append(entrant)
+    return tuple(entrants)
 
 
-def _name(board: Board, method: str, setting: str) -> str:
+def _name(board: Board, subject: Subject) -> str:
     """The method, and the setting where there are several."""
-    return f"{method} ({setting})" if len(board.config.settings) > 1 else method
+    if len(board.config.settings) == 1:
+        return subject.method
+    return f"{subject.method} ({subject.setting})"
 
 
 def _on(data: tuple[str, ...]) -> str:
-    return data[0] if len(data) == 1 else f"mean of {', '.join(data)}"
+    if len(data) == 1:
+        return data[0]
+    return f"mean of {', '.join(data)}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
@@ -26,9 +26,8 @@ class Setting(Section):
     # but no label
     budget: int | float | Literal["all", "none"] = "all"
     data: Names | None = None  # data sets to test on; by default all that make sense
-    test_on: Literal["validation", "test"] = (
-        "test"  # which rows to test on; "validation" for choosing among methods
-    )
+    # which rows to test on; "validation" for choosing among methods
+    test_on: Literal["validation", "test"] = "test"
     # captions that an image of the test set has to choose from; by default that of the data set
     pool_size: Annotated[int, Field(ge=2)] | None = None
     title: str | None = None  # for tables and figures, instead of the name
@@ -38,14 +37,13 @@ class Setting(Section):
     @field_validator("budget", mode="before")
     @classmethod
     def _check_budget(cls, value: object) -> object:
-        number = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-        if (
-            value not in ("all", "none")
-            and not number
-            and not (isinstance(value, float) and 0 < value < 1)
-        ):
+        is_word = value in ("all", "none")
+        is_share = isinstance(value, float) and 0 < value < 1
+        is_number = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        if not (is_word or is_share or is_number):
             raise ValueError(
-                'must be "all", "none", a number of labels per class, at least 1, or a share of all, below 1'
+                'must be "all", "none", a number of labels per class, at least 1, '
+                "or a share of all, below 1"
             )
         return value
 
@@ -57,19 +55,22 @@ class Setting(Section):
     @property
     def amount(self) -> str:
         """The budget in words."""
-        if isinstance(self.budget, str):
-            return "all labels" if self.budget == "all" else "no label"
-        return (
-            f"{self.budget} labels per class"
-            if isinstance(self.budget, int)
-            else f"{self.budget:.3g} of all labels"
-        )
+        if self.budget == "all":
+            return "all labels"
+        if self.budget == "none":
+            return "no label"
+        if isinstance(self.budget, int):
+            return f"{self.budget} labels per class"
+        return f"{self.budget:.3g} of all labels"
 
     def describe(self, fitted: str = "") -> str:
         """In words: what is fitted on, then what else is not as usual."""
-        on = ", tested on the validation rows" if self.test_on == "validation" else ""
-        pool = f", pools of {self.pool_size}" if self.pool_size else ""
-        return f"{fitted or self.amount}{on}{pool}"
+        text = fitted or self.amount
+        if self.test_on == "validation":
+            text += ", tested on the validation rows"
+        if self.pool_size:
+            text += f", pools of {self.pool_size}"
+        return text
 
     def __str__(self) -> str:
         return self.describe()
@@ -105,7 +106,7 @@ class Transfer(FromOther):
 
 
 class Adapt(FromOther):
-    """Fitted on another data set with all its labels, then from those weights on ``budget`` labels of this one."""
+    """Fitted on another data set with all its labels, then on ``budget`` labels of this."""
 
     kind: Literal["adapt"]
 
@@ -122,14 +123,13 @@ class Adapt(FromOther):
 
 
 class Union(Setting):
-    """Fitted on several data sets at once, whose class texts serve as captions (supplement, C.6)."""
+    """Fitted on several data sets at once; class texts serve as captions (supplement, C.6)."""
 
     kind: Literal["union"]
     budget: Literal["all"] = "all"  # of each data set
     of: Annotated[Names, Field(min_length=1)]  # the data sets to fit on
-    train_pool_size: Annotated[int, Field(ge=2)] = (
-        1024  # captions that an image has to choose from in training
-    )
+    # captions that an image has to choose from in training
+    train_pool_size: Annotated[int, Field(ge=2)] = 1024
     across_preprocessing: bool = False  # as for a transfer
 
     @property
@@ -144,7 +144,7 @@ class Union(Setting):
 
 
 class Unseen(Setting):
-    """Fitted on one half of the classes, tested on rows and candidates of the other; the seed draws the halves."""
+    """Fitted on half of the classes, tested on the other half; the seed draws the halves."""
 
     kind: Literal["unseen"]
 
@@ -162,9 +162,8 @@ class Method(Section):
     """A method and how often it runs."""
 
     method: str | None = None  # name in ``PREDICTORS``; by default the label
-    params: dict[str, Any] = Field(
-        default_factory=dict
-    )  # hyper-parameters that differ from the defaults
+    # hyper-parameters that differ from the defaults
+    params: dict[str, Any] = Field(default_factory=dict)
     settings: Names | None = None
     data: Names | None = None  # only these data sets to test on
     seeds: Count | None = None  # only the first so many seeds
@@ -215,89 +214,103 @@ class Config(Section):
     @model_validator(mode="after")
     def _check_names(self) -> Self:
         require_known("metric", self.metrics, METRICS)
-        if any(name not in self.metrics for name in RANKED_BY):
+        if not set(RANKED_BY) <= set(self.metrics):
             raise ValueError(f"metrics must name {' and '.join(RANKED_BY)}, which rank the methods")
-        for label, method in self.methods.items():
-            require_known(f"method (methods.{label})", [method.method or label], method_names())
-            require_known(f"setting (methods.{label})", method.settings or (), self.settings)
-            require_known(f"data set (methods.{label})", method.data or (), self.data)
-            if method.steps and (
-                "epochs" in method.params or not is_trained(method.method or label)
-            ):
-                raise ValueError(
-                    f"methods.{label}: steps are for a method with epochs, and in place of them"
-                )
-            if method.unlabelled and not find_method(method.method or label).uses_unlabelled:
-                raise ValueError(
-                    f"methods.{label}: {method.method or label} learns nothing from rows without labels"
-                )
+        for label in self.methods:
+            self._check_method(label)
         require_known("setting (trained)", self.trained.settings or (), self.settings)
         require_known("method (deterministic)", self.deterministic, self.entries)
         for name in self.settings:
             self._check_setting(name)
         return self
 
+    def _check_method(self, label: str) -> None:
+        method = self.methods[label]
+        name = method.method or label
+        require_known(f"method (methods.{label})", [name], method_names())
+        require_known(f"setting (methods.{label})", method.settings or (), self.settings)
+        require_known(f"data set (methods.{label})", method.data or (), self.data)
+        if method.steps:
+            takes_steps = is_trained(name) and "epochs" not in method.params
+            if not takes_steps:
+                raise ValueError(
+                    f"methods.{label}: steps are for a method with epochs, and in place of them"
+                )
+        if method.unlabelled and not find_method(name).uses_unlabelled:
+            raise ValueError(f"methods.{label}: {name} learns nothing from rows without labels")
+
     def _check_setting(self, name: str) -> None:
         setting = self.settings[name]
-        require_known(
-            f"data set (settings.{name})", [*setting.sources, *(setting.data or ())], self.data
-        )
+        named = [*setting.sources, *(setting.data or ())]
+        require_known(f"data set (settings.{name})", named, self.data)
         tested = [data for data in self.data if self.is_tested_on(name, data)]
+        if setting.test_on == "validation":
+            self._check_validation(name, tested)
+        if isinstance(setting, Union):
+            self._check_union(name)
+        draws_by_class = isinstance(setting, Unseen | Adapt) or not isinstance(setting.budget, str)
+        if draws_by_class:
+            # rows or classes are drawn of the data sets that are fitted on
+            is_elsewhere = setting.sources and not isinstance(setting, Adapt)
+            self._refuse_captions(name, setting.sources if is_elsewhere else tested)
+
+    def _check_validation(self, setting: str, tested: Iterable[str]) -> None:
         for data in tested:
-            if setting.test_on == "validation" and self.data[data].validation is None:
+            if self.data[data].validation is None:
                 raise ValueError(
-                    f"settings.{name} tests on validation rows, and data.{data} names none"
+                    f"settings.{setting} tests on validation rows, and data.{data} names none"
                 )
-        beside = [
-            label
-            for label, one in self.entries.items()
-            if one.unlabelled and self.is_run_in(label, name)
-        ]
-        if beside and isinstance(setting, Union):
-            raise ValueError(
-                f"methods.{beside[0]}: unlabelled goes with no union. Give its settings without {name}"
-            )
-        by_class = isinstance(setting, Unseen | Adapt) or not isinstance(setting.budget, str)
-        fitted = setting.sources if setting.sources and not isinstance(setting, Adapt) else tested
-        pairs = [data for data in fitted if self.data[data].captions]
-        if pairs and by_class:
-            raise ValueError(
-                f"settings.{name} draws rows or classes, and data.{pairs[0]} has captions"
-            )
+
+    def _check_union(self, setting: str) -> None:
+        for label, method in self.entries.items():
+            if method.unlabelled and self.is_run_in(label, setting):
+                raise ValueError(
+                    f"methods.{label}: unlabelled goes with no union. "
+                    f"Give its settings without {setting}"
+                )
+
+    def _refuse_captions(self, setting: str, fitted: Iterable[str]) -> None:
+        for data in fitted:
+            if self.data[data].captions:
+                raise ValueError(
+                    f"settings.{setting} draws rows or classes, and data.{data} has captions"
+                )
 
     @model_validator(mode="after")
     def _check_presentation(self) -> Self:
-        if twice := [
-            name for name, count in Counter(view.name for view in self.views).items() if count > 1
-        ]:
-            raise ValueError(f"two views are called {twice[0]}, and would be one file")
-        for one in (*self.views, *self.claims):
-            one.check(self)
+        for name, count in Counter(view.name for view in self.views).items():
+            if count > 1:
+                raise ValueError(f"two views are called {name}, and would be one file")
+        for view in self.views:
+            view.check(self)
+        for claim in self.claims:
+            claim.check(self)
         return self
 
     @cached_property
     def entries(self) -> dict[str, Method]:
         """Every method that runs, by label, with all that holds for it."""
-        every = (
-            {name: Method() for name in PREDICTORS} if self.all_methods or not self.methods else {}
-        )
-        return {
-            label: self._complete(label, method) for label, method in (every | self.methods).items()
-        }
+        methods = self.methods
+        if self.all_methods or not methods:
+            methods = {name: Method() for name in PREDICTORS} | methods
+        return {label: self._complete(label, method) for label, method in methods.items()}
 
     def along(self, axis: str) -> Mapping[str, Data | Setting | Method]:
         """Methods by label, data sets or settings by name."""
         if axis == "method":
             return self.entries | self._guests
-        return self.data if axis == "data" else self.settings
+        if axis == "data":
+            return self.data
+        return self.settings
 
     def with_guests(self, made_by: Mapping[str, str]) -> Config:
         """The same with columns for methods that others ran, and for who did."""
-        found = self.model_copy()
-        found._guests = {
-            label: Method(title=f"{label} ({by or 'submitted'})") for label, by in made_by.items()
-        }
-        return found
+        guests = {}
+        for label, maker in made_by.items():
+            guests[label] = Method(title=f"{label} ({maker or 'submitted'})")
+        config = self.model_copy()
+        config._guests = guests
+        return config
 
     @property
     def guests(self) -> Names:
@@ -305,18 +318,18 @@ class Config(Section):
         return tuple(self._guests)
 
     def _complete(self, label: str, method: Method) -> Method:
+        """A method with what holds for it by the tables beside its own."""
         name = method.method or label
-        more: dict[str, Any] = {
-            "method": name,
-            "deterministic": method.deterministic or label in self.deterministic,
-        }
+        complete: dict[str, Any] = {"method": name}
+        if label in self.deterministic:
+            complete["deterministic"] = True
         if is_trained(name):
-            more["seeds"] = method.seeds or self.trained.seeds
-            more["settings"] = self.trained.settings if method.settings is None else method.settings
-            more["steps"] = method.steps or (
-                None if "epochs" in method.params else self.trained.steps
-            )
-        return method.model_copy(update=more)
+            complete["seeds"] = method.seeds or self.trained.seeds
+            if method.settings is None:
+                complete["settings"] = self.trained.settings
+            if method.steps is None and "epochs" not in method.params:
+                complete["steps"] = self.trained.steps
+        return method.model_copy(update=complete)
 
     def complete(self) -> Config:
         """The same with every method named, so that it means the same where there are others."""
@@ -335,31 +348,43 @@ class Config(Section):
 
     def is_run_in(self, label: str, setting: str) -> bool:
         """Whether a method is wanted in a setting: without labels, those alone that need none."""
-        method, cls = self.entries[label], self.class_of(label)
-        able = self.settings[setting].budget != "none" or not (cls.needs_fit and cls.needs_labels)
-        return able and (method.settings is None or setting in method.settings)
+        cls = self.class_of(label)
+        needs_labels = cls.needs_fit and cls.needs_labels
+        if needs_labels and self.settings[setting].budget == "none":
+            return False
+        wanted = self.entries[label].settings
+        return wanted is None or setting in wanted
 
     def depends_on_seed(self, label: str) -> bool:
         """Whether scores can differ between seeds on the same training rows."""
         method = self.entries[label]
-        random = "seed" in parameters(self.class_of(label)) and "seed" not in method.params
-        return random and not method.deterministic
+        if method.deterministic:
+            return False
+        if "seed" in method.params:
+            return False
+        return "seed" in parameters(self.class_of(label))
 
     def predictor(self, label: str, seed: int = 0) -> FailurePredictor:
         """A new predictor for a label."""
         cls = self.class_of(label)
-        given = {"seed": seed, "device": self.device}
-        defaults = {name: value for name, value in given.items() if name in parameters(cls)}
-        predictor = build(cls, {**defaults, **self.entries[label].params})
+        names = parameters(cls)
+        params: dict[str, Any] = {}
+        if "seed" in names:
+            params["seed"] = seed
+        if "device" in names:
+            params["device"] = self.device
+        predictor = build(cls, {**params, **self.entries[label].params})
         check_parameters(predictor)
         return predictor
 
     def epochs_for(self, label: str, step_rows: int, n_train: int) -> int | None:
-        """The number of epochs that ``steps`` of so many rows mean on so many training rows; None without ``steps``."""
+        """Epochs that make about ``steps`` steps of ``step_rows``; None without ``steps``."""
         steps = self.entries[label].steps
         if steps is None:
             return None
-        return min(max(round(steps / math.ceil(n_train / step_rows)), 1), MAX_EPOCHS)
+        steps_per_epoch = math.ceil(n_train / step_rows)
+        epochs = round(steps / steps_per_epoch)
+        return min(max(epochs, 1), MAX_EPOCHS)
 
 
 def is_trained(name: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -40,52 +41,59 @@ from vilu_bench.studies.config import Config, Unseen
 from vilu_bench.studies.parts import ROLES, Role
 from vilu_bench.studies.stores import Part, evenly_spaced
 
-DRAW, HALVES, DIVISION = (
-    1,
-    2,
-    3,
-)  # what a generator is for: two draws of one seed must not go together
+# what a generator is for: two draws of one seed must not go together
+DRAW = 1
+HALVES = 2
+DIVISION = 3
 
 
 def draw_rows(target: NDArray[np.int64], per_class: int, seed: int) -> NDArray[np.int64]:
-    """Sorted positions of ``per_class`` labelled rows of every class, or of all where a class has fewer.
+    """Sorted positions of ``per_class`` labelled rows of every class, or of all that it has.
 
     The rows for a smaller number are among those for a larger one of the same seed.
     """
     rng = np.random.default_rng([DRAW, seed])
     order = rng.permutation(len(target))
-    chosen = [
-        order[target[order] == label][:per_class] for label in np.unique(target[target != UNKNOWN])
-    ]
-    return np.sort(np.concatenate([np.empty(0, np.int64), *chosen]))
+    rows = [np.empty(0, np.int64)]
+    for label in np.unique(target[target != UNKNOWN]):
+        of_label = order[target[order] == label]
+        rows.append(of_label[:per_class])
+    return np.sort(np.concatenate(rows))
 
 
 def draw_share(target: NDArray[np.int64], share: float, seed: int) -> NDArray[np.int64]:
-    """Sorted positions of a share of the labelled rows, at least one; those of a smaller share are among them."""
-    rows = np.random.default_rng([DRAW, seed]).permutation(np.flatnonzero(target != UNKNOWN))
-    return np.sort(rows[: max(round(share * len(rows)), 1)])
+    """Sorted positions of a share of the labelled rows, at least one.
+
+    The rows for a smaller share are among those for a larger one of the same seed.
+    """
+    rng = np.random.default_rng([DRAW, seed])
+    rows = rng.permutation(np.flatnonzero(target != UNKNOWN))
+    n_drawn = max(round(share * len(rows)), 1)
+    return np.sort(rows[:n_drawn])
 
 
 def held_out(identities: NDArray[np.uint64], share: float) -> NDArray[np.bool_]:
-    """(N,) whether a row is held out: where the hash that tells it from others, bytes reversed, is below the share."""
+    """(N,) whether a row is held out: where its identifying hash, reversed, is below the share."""
     return identities.byteswap() < share * 2.0**64
 
 
 def divided(n: int, share: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows of n to fit on, a share of them drawn by the seed, and the others, to test on; each sorted."""
+    """Sorted rows of n to fit on, a share drawn by the seed, and the rest, to test on."""
     order = np.random.default_rng([DIVISION, seed]).permutation(n)
     first = round(share * n)
     return np.sort(order[:first]), np.sort(order[first:])
 
 
 def class_halves(n_classes: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Classes to fit on and classes to test on, each sorted; the second half is the larger one of an odd number."""
+    """Sorted classes to fit on, and to test on; of an odd number the latter are one more."""
     if n_classes < 4:
         raise DataError(
-            f"unseen classes need at least 4 classes, 2 to fit on and 2 to test on. Got {n_classes}."
+            "unseen classes need at least 4 classes, 2 to fit on and 2 to test on. "
+            f"Got {n_classes}."
         )
     order = np.random.default_rng([HALVES, seed]).permutation(n_classes)
-    return np.sort(order[: n_classes // 2]), np.sort(order[n_classes // 2 :])
+    half = n_classes // 2
+    return np.sort(order[:half]), np.sort(order[half:])
 
 
 def of_classes(source: EmbeddingSource, classes: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -106,7 +114,7 @@ class Truth:
 
 
 class Workbench:
-    """Opens each store once and cuts the sets of a cell from it; ``seconds`` are those of a second model."""
+    """Opens each store once and cuts the sets of a cell; ``seconds`` are of a second model."""
 
     def __init__(
         self,
@@ -114,7 +122,9 @@ class Workbench:
         folders: Mapping[Part, Path],
         seconds: Mapping[Part, Path] = MappingProxyType({}),
     ) -> None:
-        self.config, self.folders, self.seconds = config, folders, seconds
+        self.config = config
+        self.folders = folders
+        self.seconds = seconds
         self._open = cache(self._open_part)
         self._truth = cache(self._truth_of)
 
@@ -134,30 +144,30 @@ class Workbench:
             return self._open_store(data, role, pool_size)
         whole, name = self._open_store(data, "train", None)
         # by what rows are recognised by: a picture that is there twice is on one side
-        chosen = held_out(whole.identities(whole.identified_by[0]), share) == (role == "validation")
+        is_validation = held_out(whole.identities(whole.identified_by[0]), share)
+        chosen = is_validation if role == "validation" else ~is_validation
         return whole.take(np.flatnonzero(chosen)), digest([name, role, share])
 
     def _open_store(
         self, data: str, role: Role, pool_size: int | None
     ) -> tuple[EmbeddingSource, str]:
-        entry, folder = self.config.data[data], self.folders[data, role]
-        pools = Pools(pool_size or entry.pool_size) if entry.captions else None
-        source = open_source(folder, pools=pools, fold=role if entry.captions else None)
-        if not isinstance(source, EmbeddingStore | CaptionStore):
-            raise ProvenanceError(
-                f"{folder} was not made by vilu embed, so nothing says what is in it."
-            )
-        manifest, limit = source.manifest, entry.limit_of(role)
-        what = [manifest.fingerprint, manifest.classes, manifest.content]
-        if pools is not None:
-            return source, digest([*what, role, asdict(pools)])
+        """The rows of a part as its store has them, within the limit, and their hash."""
+        entry = self.config.data[data]
+        folder = self.folders[data, role]
+        if entry.captions:
+            pools = Pools(pool_size or entry.pool_size)
+            pairs, content = _open_ours(folder, pools, role)
+            return pairs, digest([*content, role, asdict(pools)])
+        source, content = _open_ours(folder)
         second = self.seconds.get((data, role))
         if second is not None:
-            other = open_source(second)
-            source, what = TwoModels(source, other), [*what, source_fingerprint(other)]
-        cut = limit if limit is not None and limit < len(source) else None
-        name = digest([*what, cut])
-        return (source if cut is None else source.take(evenly_spaced(len(source), cut))), name
+            second_source = open_source(second)
+            source = TwoModels(source, second_source)
+            content.append(source_fingerprint(second_source))
+        limit = entry.limit_of(role)
+        if limit is None or limit >= len(source):
+            return source, digest([*content, None])
+        return source.take(evenly_spaced(len(source), limit)), digest([*content, limit])
 
     def _divided(
         self, data: str, seed: int | None, part: int, source: EmbeddingSource
@@ -166,17 +176,19 @@ class Workbench:
         share = self.config.data[data].fit_share
         if seed is None or share is None:
             return source
-        fit, test = (source.take(rows) for rows in divided(len(source), share, seed))
-        common = (
-            None if part else overlap(test, fit, (f"the test rows of {data}", "its training rows"))
+        fit_rows, test_rows = divided(len(source), share, seed)
+        test = source.take(test_rows)
+        if part == 1:
+            return test
+        fit = source.take(fit_rows)
+        common = overlap(test, fit, (f"the test rows of {data}", "its training rows"))
+        if not common:
+            return fit
+        warnings.warn(
+            f"{common.said('rows to fit on')} of {data} are left out: they are tested on.",
+            stacklevel=2,
         )
-        if common:
-            warnings.warn(
-                f"{common.said('rows to fit on')} of {data} are left out: they are tested on.",
-                stacklevel=2,
-            )
-            return fit.take(np.flatnonzero(~common.shared))
-        return test if part else fit
+        return fit.take(np.flatnonzero(~common.shared))
 
     def check(self) -> None:
         """Refuse data sets whose parts do not belong together."""
@@ -190,42 +202,41 @@ class Workbench:
                     class_halves(self.source(data, "test").n_candidates, 0)
             if self.config.data[data].fit_share is not None:
                 continue  # one set
-            for number, mine in enumerate(roles):
-                for other in roles[:number]:
-                    self._check_pair(data, other, mine)
+            for first_role, second_role in itertools.combinations(roles, 2):
+                self._check_pair(data, first_role, second_role)
 
     def _require_labels(self, data: str) -> None:
         test = self.source(data, "test")
-        if not ((test.target != UNKNOWN) | test.outside).any():
+        is_measurable = (test.target != UNKNOWN) | test.outside
+        if not is_measurable.any():
             raise DataError(
-                f"the test set of {data} has no labels, so nothing can be measured on it. Embed labelled images."
+                f"the test set of {data} has no labels, so nothing can be measured on it. "
+                "Embed labelled images."
             )
 
     def _check_pair(self, data: str, role_a: Role, role_b: Role) -> None:
-        a, b = self.source(data, role_a), self.source(data, role_b)
-        mine, theirs = (
-            f"the {'training' if role == 'train' else role} set of {data}"
-            for role in (role_a, role_b)
-        )
-        a.space.require_match(b.space, mine=mine, theirs=theirs)
+        a = self.source(data, role_a)
+        b = self.source(data, role_b)
+        name_a = _name_of_set(data, role_a)
+        name_b = _name_of_set(data, role_b)
+        a.space.require_match(b.space, mine=name_a, theirs=name_b)
         if a.class_names != b.class_names:
             raise ProvenanceError(
-                f"{mine} has the classes {a.class_names}, {theirs} {b.class_names}. Embed both with the same names in "
-                "the same order."
+                f"{name_a} has the classes {a.class_names}, {name_b} {b.class_names}. "
+                "Embed both with the same names in the same order."
             )
         if self.config.data[data].captions:
             return  # folds of one store: what they have in common is decided by a hash
-        common = overlap(a, b, (mine, theirs))
-        if common is not None:
-            then = (
-                "a fit leaves them out"
-                if role_b == "validation"
-                else "they are scored all the same"
-            )
-            where = f"are in its {role_a} part, too"
-            common.others(
-                b, f"{role_b} rows of {data}", where, "Take them out of one of the two.", then
-            )
+        common = overlap(a, b, (name_a, name_b))
+        if common is None:
+            return
+        then = "they are scored all the same"
+        if role_b == "validation":
+            then = "a fit leaves them out"
+        where = f"are in its {role_a} part, too"
+        common.others(
+            b, f"{role_b} rows of {data}", where, "Take them out of one of the two.", then
+        )
 
     def train_set(self, origin: Origin, columns: tuple[str, ...]) -> EmbeddingSource:
         """What a method is fitted on; ``origin`` names some data set."""
@@ -237,70 +248,76 @@ class Workbench:
         source = self._whole(origin.train[0], origin)
         if origin.halves_seed is not None or not isinstance(origin.budget, str):
             source = self._some_rows(source, origin, columns)
-        return without_labels(source) if origin.budget == "none" else source
+        if origin.budget == "none":
+            return without_labels(source)
+        return source
 
     def _whole(self, data: str, origin: Origin) -> EmbeddingSource:
         return self._divided(data, origin.division_seed, 0, self.source(data, "train"))
 
     def unlabelled_set(self, origin: Origin) -> EmbeddingSource | None:
         """All rows of the training set without labels, where the method is given them beside."""
-        return without_labels(self._whole(origin.train[0], origin)) if origin.unlabelled else None
+        if not origin.unlabelled:
+            return None
+        return without_labels(self._whole(origin.train[0], origin))
 
     def _some_rows(
         self, source: EmbeddingSource, origin: Origin, columns: tuple[str, ...]
     ) -> EmbeddingSource:
         """Of training rows those that the budget and the classes leave."""
-        target = np.where(source.status == VALID, source.target.numpy(), UNKNOWN)
-        of_none = np.flatnonzero(
-            source.outside.numpy() & (source.status == VALID)
-        )  # a budget is of labels a class
+        is_valid = source.status == VALID
+        target = np.where(is_valid, source.target.numpy(), UNKNOWN)
+        # a budget is of labels a class: rows of none of the classes all stay
+        of_none = np.flatnonzero(source.outside.numpy() & is_valid)
         if origin.halves_seed is None:
             return source.take(np.union1d(drawn(target, origin), of_none))
-        classes = class_halves(source.n_candidates, origin.halves_seed)[0]
+        classes, _ = class_halves(source.n_candidates, origin.halves_seed)
         rows = drawn(np.where(np.isin(target, classes), target, UNKNOWN), origin)
         return source.take(np.union1d(rows, of_none), classes, columns)
 
     def validation_set(self, origin: Origin) -> EmbeddingSource | None:
-        """What a method may select on; None where it has to hold out rows of its own (a small share may hold none)."""
-        if not selects(origin) or self.config.data[origin.train[0]].validation is None:
+        """What a method may select on; None where it has to hold out rows of its own."""
+        data = origin.train[0]
+        if not selects(origin):
             return None
-        found = self.source(origin.train[0], "validation")
-        return found if len(found) else None
+        if self.config.data[data].validation is None:
+            return None
+        source = self.source(data, "validation")
+        if len(source) == 0:  # a small share may hold none
+            return None
+        return source
 
     def test_set(self, cell: Cell, columns: tuple[str, ...]) -> EmbeddingSource:
         """What the method of a cell is tested on."""
-        origin, scored = origin_of(self.config, cell), scored_set_of(self.config, cell)
-        found = self._scored(scored, columns)
-        if scored.across_preprocessing:
-            return across_preprocessing(found, self.source(origin.train[0], "train").space)
-        return found
+        scored = scored_set_of(self.config, cell)
+        source = self._scored(scored, columns)
+        if not scored.across_preprocessing:
+            return source
+        origin = origin_of(self.config, cell)
+        fitted_on = self.source(origin.train[0], "train")
+        return across_preprocessing(source, fitted_on.space)
 
     def _scored(self, scored: ScoredSet, columns: tuple[str, ...] = ()) -> EmbeddingSource:
         source = self.source(scored.data, scored.role, scored.pool_size)
         source = self._divided(scored.data, scored.division_seed, 1, source)
         if scored.halves_seed is None:
             return source
-        classes = class_halves(source.n_candidates, scored.halves_seed)[1]
+        _, classes = class_halves(source.n_candidates, scored.halves_seed)
         return source.take(of_classes(source, classes), classes, columns)
 
     def candidates(self, cell: Cell) -> tuple[Tensor, Tensor] | None:
-        """Texts (K, D) of the training set's candidates and of the test set's, without their rows; None of captions."""
-        origin, scored, nothing = (
-            origin_of(self.config, cell),
-            scored_set_of(self.config, cell),
-            torch.arange(0),
-        )
-        train, test = (
-            self.source(origin.train[0], "train"),
-            self.source(scored.data, scored.role, scored.pool_size),
-        )
-        if (
-            train.pool_size is not None
-            or test.pool_size is not None
-            or origin.pool_size is not None
-        ):
+        """Texts (K, D) of the candidates in training and in testing; None of captions."""
+        origin = origin_of(self.config, cell)
+        scored = scored_set_of(self.config, cell)
+        if origin.pool_size is not None:
             return None
-        known, asked = train.candidates(nothing).text, test.candidates(nothing).text
+        train = self.source(origin.train[0], "train")
+        test = self.source(scored.data, scored.role, scored.pool_size)
+        if train.pool_size is not None or test.pool_size is not None:
+            return None
+        no_rows = torch.arange(0)
+        known = train.candidates(no_rows).text
+        asked = test.candidates(no_rows).text
         if scored.halves_seed is None:
             return known, asked
         seen, unseen = class_halves(len(asked), scored.halves_seed)
@@ -311,21 +328,40 @@ class Workbench:
         return self._truth(scored_set_of(self.config, cell))
 
     def _truth_of(self, scored: ScoredSet) -> Truth:
-        what = [self.fingerprint(scored.data, scored.role, scored.pool_size), scored.halves_seed]
+        content = self.fingerprint(scored.data, scored.role, scored.pool_size)
+        decided_by: list[object] = [content, scored.halves_seed]
         share = self.config.data[scored.data].fit_share
-        name = digest(what if share is None else [*what, share, scored.division_seed])
-        return truth_of(self._scored(scored), name)
+        if share is not None:
+            decided_by += [share, scored.division_seed]
+        return truth_of(self._scored(scored), digest(decided_by))
+
+
+def _open_ours(
+    folder: Path, pools: Pools | None = None, fold: Role | None = None
+) -> tuple[EmbeddingSource, list[object]]:
+    """A store that vilu made, and what tells its content."""
+    source = open_source(folder, pools=pools, fold=fold)
+    if not isinstance(source, EmbeddingStore | CaptionStore):
+        raise ProvenanceError(
+            f"{folder} was not made by vilu embed, so nothing says what is in it."
+        )
+    manifest = source.manifest
+    return source, [manifest.fingerprint, manifest.classes, manifest.content]
+
+
+def _name_of_set(data: str, role: Role) -> str:
+    if role == "train":
+        return f"the training set of {data}"
+    return f"the {role} set of {data}"
 
 
 def without_labels(source: EmbeddingSource) -> EmbeddingSource:
-    """All rows of a source, as if nothing were known of them; pairs as they are, which those methods refuse."""
+    """All rows of a source without what is known of them; pairs as they are, which is refused."""
     if source.pool_size is not None:
         return source
     rows = source.take(np.arange(len(source)))
-    rows.target, rows.outside = (
-        torch.full((len(rows),), UNKNOWN),
-        torch.zeros(len(rows), dtype=torch.bool),
-    )
+    rows.target = torch.full((len(rows),), UNKNOWN)
+    rows.outside = torch.zeros(len(rows), dtype=torch.bool)
     return rows
 
 
@@ -348,14 +384,16 @@ def truth_of(source: EmbeddingSource, name: str) -> Truth:
 
 
 def differs_in_preprocessing(a: EmbeddingSpace | None, b: EmbeddingSpace) -> bool:
-    """Whether two spaces are of one model with other preprocessing, such as another picture size."""
-    return (
-        a is not None and a != b and replace(a, backbone=b.backbone, preprocess=b.preprocess) == b
-    )
+    """Whether two spaces are of one model with different preprocessing, such as picture sizes."""
+    if a is None:
+        return False
+    if a == b:
+        return False
+    return replace(a, backbone=b.backbone, preprocess=b.preprocess) == b
 
 
 def across_preprocessing(source: EmbeddingSource, space: EmbeddingSpace) -> EmbeddingSource:
-    """The source as if embedded with the preprocessing of ``space``, where nothing but that differs.
+    """The source as if preprocessed as ``space`` says, where nothing but that differs.
 
     A source of another model is left as it is, and refused by whoever compares the two.
     """

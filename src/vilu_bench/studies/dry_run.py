@@ -19,12 +19,12 @@ from vilu.datasets.known.entry import find_place
 from vilu.errors import DataError, StorageError, UsageError
 from vilu.store.documents import Manifest
 from vilu.text import aligned
-from vilu_bench.studies.cells import needed_parts, origin_of, own_results, plan, sharing_a_fit
+from vilu_bench.studies.cells import Cell, needed_parts, origin_of, own_results, plan, sharing_a_fit
 from vilu_bench.studies.config import Config
 from vilu_bench.studies.parts import Data, Role
 from vilu_bench.studies.stores import PACKAGE, Part, is_complete, open_images, store_of
 
-COMPACT_WIDTHS = 768, 1280  # of the compact model: embeddings and features
+COMPACT_WIDTHS = (768, 1280)  # of the compact model: embeddings and features
 HALF = 2  # bytes of a stored number
 
 
@@ -52,9 +52,8 @@ class StudyPlan:
     cells: int  # how many there are: a method, a data set, a setting, a seed
     runs: int  # those with a result of their own
     fits: int  # different fits behind them
-    listed: tuple[
-        dict[str, object], ...
-    ]  # every cell, with the cell that it shares a result with, if any
+    # every cell, with the cell that it shares a result with, if any
+    listed: tuple[dict[str, object], ...]
 
     def to_dict(self) -> dict[str, object]:
         """Plain JSON."""
@@ -62,46 +61,51 @@ class StudyPlan:
 
 
 def estimate(config: Config, data: Path, output: Path) -> StudyPlan:
-    """What a benchmark would do with the folder of data and the output as they are; embeds and runs nothing."""
+    """What a benchmark would do with the data and the output as they are; nothing is run."""
     cells = plan(config)
-    parts = {
-        part: _part(part, config.data[part[0]], data, output)
-        for part in needed_parts(config, cells)
-    }
     runs = own_results(cells)
-    groups = sharing_a_fit(config, runs)
+    parts = []
+    for part in needed_parts(config, cells):
+        name, _ = part
+        parts.append(_part(part, config.data[name], data, output))
+    n_fits = 0
+    for group in sharing_a_fit(config, runs):
+        if origin_of(config, group[0]).train:
+            n_fits += 1
     return StudyPlan(
         name=config.name,
         title=config.study.title if config.study else "",
-        parts=tuple(dict.fromkeys(parts.values())),
+        parts=tuple(dict.fromkeys(parts)),
         cells=len(cells),
         runs=len(runs),
-        fits=sum(bool(origin_of(config, group[0]).train) for group in groups),
-        listed=tuple(
-            {**asdict(cell), "same_as": None if cell.same_as is None else str(cell.same_as)}
-            for cell in cells
-        ),
+        fits=n_fits,
+        listed=tuple(_listed(cell) for cell in cells),
     )
 
 
+def _listed(cell: Cell) -> dict[str, object]:
+    content = asdict(cell)
+    if cell.same_as is not None:
+        content["same_as"] = str(cell.same_as)
+    return content
+
+
 def _part(part: Part, entry: Data, data: Path, output: Path) -> PartPlan:
+    by_catalogue = _by_catalogue(part, entry)
     if not _is_here(entry, data):
-        return _expected(part, entry, _catalogued(entry, part[1]), "catalogue", "no images here")
+        return replace(by_catalogue, state="no images here")
     try:
         folder = store_of(part, entry, data, output)
         if is_complete(folder):
             return _embedded(part, entry, read_document(folder / MANIFEST, Manifest))
-        with open_images(entry, part[1], data) as images:
+        _, role = part
+        with open_images(entry, role, data) as images:
             if not isinstance(images, ShardedDataset):
-                return _expected(part, entry, len(images), "listing", "to embed")
-        return _expected(part, entry, _catalogued(entry, part[1]), "catalogue", "to embed")
-    except (
-        UsageError,
-        DataError,
-        StorageError,
-    ) as error:  # a plan says all that is wrong, not the first alone
-        found = _expected(part, entry, _catalogued(entry, part[1]), "catalogue", "unreadable")
-        return replace(found, problem=str(error))
+                return _expected(part, entry, len(images), "listing")
+    except (UsageError, DataError, StorageError) as error:
+        # a plan says all that is wrong, not the first alone
+        return replace(by_catalogue, state="unreadable", problem=str(error))
+    return by_catalogue
 
 
 def _is_here(entry: Data, data: Path) -> bool:
@@ -111,89 +115,141 @@ def _is_here(entry: Data, data: Path) -> bool:
         return True
     folder = data / source
     if entry.dataset is None:
-        return folder.exists() or "{" in source  # a pattern of tar files is no name of one
-    return folder.is_dir() and find_place(find_known(entry.dataset), folder, named=True) is not None
+        is_pattern = "{" in source  # a pattern of tar files is no name of one
+        return is_pattern or folder.exists()
+    if not folder.is_dir():
+        return False
+    return find_place(find_known(entry.dataset), folder, named=True) is not None
 
 
 def _embedded(part: Part, entry: Data, manifest: Manifest) -> PartPlan:
-    n_bytes = (
-        manifest.n_ok
-        * sum(map(math.prod, manifest.arrays.values()))
-        * np.dtype(manifest.dtype).itemsize
+    numbers = sum(math.prod(shape) for shape in manifest.arrays.values())  # of an image
+    n_bytes = manifest.n_ok * numbers * np.dtype(manifest.dtype).itemsize
+    return PartPlan(
+        data=part[0],
+        part=_title(part, entry),
+        backbone=str(manifest.space.backbone),
+        images=manifest.n_ok,
+        counted="store",
+        state="embedded",
+        n_bytes=n_bytes,
     )
-    name = str(manifest.space.backbone)
-    return PartPlan(part[0], _title(part, entry), name, manifest.n_ok, "store", "embedded", n_bytes)
 
 
-def _expected(part: Part, entry: Data, images: int | None, counted: str, state: str) -> PartPlan:
-    named, is_compact = NAMED.get(entry.backbone), entry.backbone.partition(":")[0] == "compact"
-    width, features = (
-        (named.embed_dim, named.feature_dim) if named else COMPACT_WIDTHS if is_compact else (0, 0)
+def _by_catalogue(part: Part, entry: Data) -> PartPlan:
+    return _expected(part, entry, _catalogued(entry, part[1]), "catalogue")
+
+
+def _expected(part: Part, entry: Data, images: int | None, counted: str) -> PartPlan:
+    """A part that is to be embedded, with what that will take."""
+    numbers = _numbers_of_an_image(part, entry)
+    return PartPlan(
+        data=part[0],
+        part=_title(part, entry),
+        backbone=entry.backbone,
+        images=images,
+        counted=counted,
+        state="to embed",
+        n_bytes=None if images is None or numbers is None else images * numbers * HALF,
     )
-    views = entry.views if part[1] == "test" and not entry.captions else 0
-    numbers = width * (1 + views + entry.captions) + (features if entry.features else 0)
-    n_bytes = None if images is None or not width else images * numbers * HALF
-    return PartPlan(part[0], _title(part, entry), entry.backbone, images, counted, state, n_bytes)
+
+
+def _numbers_of_an_image(part: Part, entry: Data) -> int | None:
+    """Numbers to store of an image; None where the model's widths are not known."""
+    widths = _widths(entry.backbone)
+    if widths is None:
+        return None
+    embed_width, feature_width = widths
+    n_embeddings = 1
+    if entry.captions:
+        n_embeddings += 1
+    elif part[1] == "test":
+        n_embeddings += entry.views
+    if not entry.features:
+        feature_width = 0
+    return embed_width * n_embeddings + feature_width
+
+
+def _widths(backbone: str) -> tuple[int, int] | None:
+    """Widths of a model's embeddings and features."""
+    named = NAMED.get(backbone)
+    if named is not None:
+        return named.embed_dim, named.feature_dim
+    family, _, _ = backbone.partition(":")
+    if family == "compact":
+        return COMPACT_WIDTHS
+    return None
 
 
 def _title(part: Part, entry: Data) -> str:
     """The part; captions are in one store for all roles."""
-    return "pairs" if entry.captions else part[1]
+    if entry.captions:
+        return "pairs"
+    return part[1]
 
 
 def _catalogued(entry: Data, role: Role) -> int | None:
     """Number of images by the catalogue."""
-    if entry.dataset is None or entry.shards is not None:
+    if entry.dataset is None:
         return None
-    sizes, split = KNOWN[entry.dataset].sizes, str(getattr(entry, role))
+    if entry.shards is not None:
+        return None
+    sizes = KNOWN[entry.dataset].sizes
     if entry.captions:
         return sum(sizes.values())
+    split = str(getattr(entry, role))
     names = [split] if split in sizes else split.split("+")
-    known = [sizes[name] for name in names if name in sizes]
-    total = sum(known) if len(known) == len(names) else None
+    if not sizes.keys() >= set(names):
+        return None
+    total = sum(sizes[name] for name in names)
     limit = entry.limit_of(role)
-    return total if total is None or limit is None else min(total, limit)
+    if limit is None:
+        return total
+    return min(total, limit)
 
 
 def describe(plans: Sequence[StudyPlan]) -> str:
     """The plans as text: a table of embeddings and one of cells for each, then the sums."""
-    parts = {(part.data, part.part, part.backbone): part for one in plans for part in one.parts}
-    n_bytes = sum(part.n_bytes or 0 for part in parts.values())
-    total = [
-        f"together: {len(parts)} sets of embeddings, {n_bytes / 2**30:,.2f} GiB; {sum(one.runs for one in plans):,} "
-        "runs (studies in one output share those that they have in common)",
-        "Numbers of images marked * are the catalogue's.",
-    ]
-    return "\n\n".join([*map(_describe, plans), "\n".join(total)])
+    bytes_of: dict[tuple[str, str, str], int] = {}
+    runs = 0
+    for study in plans:
+        runs += study.runs
+        for part in study.parts:
+            bytes_of[part.data, part.part, part.backbone] = part.n_bytes or 0
+    gib = sum(bytes_of.values()) / 2**30
+    total = (
+        f"together: {len(bytes_of)} sets of embeddings, {gib:,.2f} GiB; {runs:,} runs "
+        "(studies in one output share those that they have in common)\n"
+        "Numbers of images marked * are the catalogue's."
+    )
+    return "\n\n".join([*map(_describe_study, plans), total])
 
 
-def _describe(one: StudyPlan) -> str:
-    rows = [
-        [
-            part.data,
-            part.part,
-            part.backbone,
-            "?"
-            if part.images is None
-            else f"{part.images:,}" + ("*" if part.counted == "catalogue" else ""),
-            part.state,
-            "?" if part.n_bytes is None else f"{part.n_bytes / 1e6:,.1f}",
-        ]
-        for part in one.parts
-    ]
-    counted = Counter((str(cell["data"]), str(cell["setting"])) for cell in one.listed)
-    cells = ", ".join(f"{data}/{setting} {n}" for (data, setting), n in counted.items())
-    problems = [
-        f"{part.data} ({part.part}) cannot be read: {part.problem}"
-        for part in one.parts
-        if part.problem
-    ]
+def _describe_study(study: StudyPlan) -> str:
+    rows = [["data", "part", "backbone", "images", "state", "MB"]]
+    problems = []
+    for part in study.parts:
+        size = "?" if part.n_bytes is None else f"{part.n_bytes / 1e6:,.1f}"
+        rows.append([part.data, part.part, part.backbone, _count(part), part.state, size])
+        if part.problem:
+            problems.append(f"{part.data} ({part.part}) cannot be read: {part.problem}")
+    n_cells = Counter(f"{cell['data']}/{cell['setting']}" for cell in study.listed)
+    cells = ", ".join(f"{place} {n}" for place, n in n_cells.items())
     return "\n".join(
         [
-            f"{one.name}: {one.title}",
-            *aligned([["data", "part", "backbone", "images", "state", "MB"], *rows]),
+            f"{study.name}: {study.title}",
+            *aligned(rows),
             *problems,
-            f"cells: {one.cells} ({cells})",
-            f"runs: {one.runs} results from {one.fits} fits",
+            f"cells: {study.cells} ({cells})",
+            f"runs: {study.runs} results from {study.fits} fits",
         ]
     )
+
+
+def _count(part: PartPlan) -> str:
+    """The number of images; a star marks that of the catalogue."""
+    if part.images is None:
+        return "?"
+    if part.counted == "catalogue":
+        return f"{part.images:,}*"
+    return f"{part.images:,}"

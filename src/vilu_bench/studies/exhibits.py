@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +13,7 @@ from vilu.artifacts.documents import vouched
 from vilu.errors import DataError
 from vilu.metrics.catalog import METRICS
 from vilu.outcomes.outcomes import Outcomes
-from vilu_bench.studies.board import Board, Mean
+from vilu_bench.studies.board import Board, Entrant, Mean
 from vilu_bench.studies.pivot import (
     Key,
     chosen,
@@ -23,7 +25,7 @@ from vilu_bench.studies.pivot import (
     title_of,
 )
 from vilu_bench.studies.ranking import layout, summarise
-from vilu_bench.studies.sheet import Sheet
+from vilu_bench.studies.sheet import Sheet, Shown
 from vilu_bench.studies.views import (
     AnyView,
     CurveView,
@@ -35,7 +37,7 @@ from vilu_bench.studies.views import (
 )
 
 if TYPE_CHECKING:
-    from vilu.report.figures import Panel, Series
+    from vilu.report.figures import Grid, Panel, Series
     from vilu.report.style import Figure
 
 
@@ -74,9 +76,13 @@ def _curves(board: Board, view: CurveView) -> tuple[Sheet, Draw]:
     from vilu.report.figures import curves
 
     places = view.places(board.config, view.x)
-    panels = _panels(board, view, lambda key: places[key.of([view.x])[0]].x, view.panel, view.line)
+
+    def place(key: Key) -> float | None:
+        return places[getattr(key, view.x)].x
+
+    panels = _panels(board, view, place, view.panel, view.line)
     sheet = table_sheet(board, view.as_table((view.panel, view.line), (view.x, "metric")))
-    return sheet, (lambda: curves(panels, view.x_label, log=view.log, names=view.ticks))
+    return sheet, partial(curves, panels, view.x_label, log=view.log, names=view.ticks)
 
 
 def _scatter(board: Board, view: ScatterView) -> tuple[Sheet, Draw]:
@@ -84,11 +90,22 @@ def _scatter(board: Board, view: ScatterView) -> tuple[Sheet, Draw]:
 
     def accuracy(key: Key) -> float | None:
         entrant = board.find(key.method, key.data, key.setting)
-        return None if entrant is None else entrant.accuracy
+        if entrant is None:
+            return None
+        return entrant.accuracy
 
     panels = _panels(board, view, accuracy, "metric", "method")
     sheet = table_sheet(board, view.as_table(("data", "setting"), ("method", "metric")))
-    return sheet, (lambda: scatter(panels, "zero-shot accuracy (%)"))
+    return sheet, partial(scatter, panels, "zero-shot accuracy (%)")
+
+
+@dataclass(frozen=True)
+class _Point:
+    """A number at its place on the axis of a figure."""
+
+    key: Key
+    x: float
+    mean: Mean
 
 
 def _panels(
@@ -98,58 +115,57 @@ def _panels(
     panel: str,
     line: str,
 ) -> list[Panel]:
-    """Panels of a metric each, and of what ``panel`` names; lines of what ``line`` names, at ``place``."""
+    """Panels by what ``panel`` names and by metric, their lines by what ``line`` names."""
     from vilu.report.figures import Panel
 
-    groups: dict[tuple[str, str], dict[str, list[tuple[Key, float, Mean]]]] = {}
-    for key, found in measured_of(board, view).items():
-        if all(part.found for part in found.parts) and (at := place(key)) is not None:
-            series = groups.setdefault((key.of([panel])[0], key.metric), {})
-            series.setdefault(key.of([line])[0], []).append((key, at, found))
+    # points by panel (its label and its metric), then by the label of their line
+    groups: dict[tuple[str, str], dict[str, list[_Point]]] = {}
+    for key, mean in measured_of(board, view).items():
+        x = place(key)
+        if x is None or not all(part.results for part in mean.parts):
+            continue
+        lines = groups.setdefault((getattr(key, panel), key.metric), {})
+        lines.setdefault(getattr(key, line), []).append(_Point(key, x, mean))
     if not groups:
         raise DataError(
             f"the view {view.name} has nothing to show: no result with a place on its axis."
         )
-    made = []
-    for (name, metric), series in groups.items():
-        lines = [
-            _line(board, title_of(board.config, line, label), points)
-            for label, points in series.items()
-        ]
-        made.append(Panel(title_of(board.config, panel, name), METRICS[metric].title, lines))
-    return made
+    panels = []
+    for (label, metric), lines in groups.items():
+        series = []
+        for line_label, points in lines.items():
+            line_title = title_of(board.config, line, line_label)
+            series.append(_line(board, line_title, points))
+        panel_title = title_of(board.config, panel, label)
+        panels.append(Panel(panel_title, METRICS[metric].title, series))
+    return panels
 
 
-def _line(board: Board, label: str, points: list[tuple[Key, float, Mean]]) -> Series:
+def _line(board: Board, label: str, points: list[_Point]) -> Series:
     from vilu.report.figures import Series
 
-    numbers = [found.quantity(key.metric) for key, _, found in points]
-    intervals = [number.interval(board.config.confidence) for number in numbers]
-    published = [(at, published_of(board.config, key, found.parts)) for key, at, found in points]
+    intervals = []
+    published = []
+    for point in points:
+        number = point.mean.quantity(point.key.metric)
+        intervals.append(number.interval(board.config.confidence))
+        published_number = published_of(board.config, point.key, point.mean.parts)
+        if published_number is not None:
+            published.append((point.x, published_number.value))
     return Series(
         label=label,
-        x=[at for _, at, _ in points],
-        y=[number.value for number in numbers],
+        x=[point.x for point in points],
+        y=[ends.value for ends in intervals],
         low=[ends.ci_low for ends in intervals],
         high=[ends.ci_high for ends in intervals],
-        published=[(at, number.value) for at, number in published if number is not None],
+        published=published,
     )
 
 
 def _histograms(board: Board, view: HistogramView, root: Path) -> tuple[Sheet, Draw]:
     from vilu.report.figures import score_histograms
 
-    keys = [
-        key
-        for key, entrant in chosen(board, view).items()
-        if entrant.found and key.metric == view.metrics[0]
-    ]
-    fields = ["data", "method", *(["setting"] if len({key.setting for key in keys}) > 1 else [])]
-    panels: dict[str, Path] = {}
-    for key in keys:
-        runs = board.entrants[key.method, key.data, key.setting].runs
-        title = ", ".join(title_of(board.config, field, key.of([field])[0]) for field in fields)
-        panels[title] = (root / runs[min(runs)].path).with_suffix(".parquet")
+    panels = _score_files(board, view, root)
     if not panels:
         raise DataError(f"the view {view.name} has nothing to show: no method has a result.")
     sheet = table_sheet(board, view.as_table(("data", "method"), ("setting", "metric")))
@@ -161,99 +177,145 @@ def _histograms(board: Board, view: HistogramView, root: Path) -> tuple[Sheet, D
     return sheet, draw
 
 
+def _score_files(board: Board, view: HistogramView, root: Path) -> dict[str, Path]:
+    """The scores of the first seed, by the title of the panel that shows them."""
+    entrants = {}
+    for key, entrant in chosen(board, view).items():
+        if entrant.results and key.metric == view.metrics[0]:
+            entrants[key] = entrant
+    fields = ["data", "method"]
+    if len({key.setting for key in entrants}) > 1:
+        fields.append("setting")
+    files = {}
+    for key, entrant in entrants.items():
+        title = ", ".join(title_of(board.config, field, getattr(key, field)) for field in fields)
+        first_run = entrant.runs[min(entrant.runs)]
+        files[title] = (root / first_run.path).with_suffix(".parquet")
+    return files
+
+
+Pair = tuple[str, str]  # values of the two parameters of a grid
+
+
 @dataclass(frozen=True)
 class _Field:
-    """The methods of a data set by their values of two parameters, the mean of each by setting, and the chosen one."""
+    """The methods of a data set by their values of two parameters, and the chosen values."""
 
     data: str
-    methods: dict[tuple[str, str], str]
-    chosen: tuple[str, str]
+    methods: dict[Pair, str]
+    chosen: Pair
 
 
 def _grid(board: Board, view: GridView) -> tuple[Sheet, Draw]:
     """Data sets without a result are left out; the notes tell why."""
-    config, found = board.config, chosen(board, view)
-    fields = [
-        field
-        for data in dict.fromkeys(key.data for key in found)
-        for field in _fields(board, view, data)
-    ]
+    entrants = chosen(board, view)
+    fields = []
+    for data in dict.fromkeys(key.data for key in entrants):
+        field = _field(board, view, data)
+        if field is not None:
+            fields.append(field)
     if not fields:
-        raise DataError(
-            f"the view {view.name} has nothing to show: no result with {' and '.join(view.parameters)}."
-        )
-    lines = [
-        (field, values, method) for field in fields for values, method in field.methods.items()
-    ]
-    columns = [
-        (setting, metric) for setting in (view.select_on, view.report_on) for metric in view.metrics
-    ]
-    cells = {
-        (row, column): show(config, Key(method, field.data, *place), Mean((entrant,)))
-        for row, (field, _, method) in enumerate(lines)
-        for column, place in enumerate(columns)
-        if (entrant := board.find(method, field.data, place[0])) is not None
-    }
-    selected, best = title_of(config, "setting", view.select_on), METRICS[view.metrics[0]].title
-    sheet = Sheet(
+        parameters = " and ".join(view.parameters)
+        raise DataError(f"the view {view.name} has nothing to show: no result with {parameters}.")
+    sheet = _grid_sheet(board, view, fields, entrants.values())
+    return sheet, partial(_draw, board, view, fields)
+
+
+def _field(board: Board, view: GridView, data: str) -> _Field | None:
+    """The methods of a data set that have both parameters; None where none has a result."""
+    best = view.metrics[0]
+    sign = 1 if METRICS[best].higher_is_better else -1
+    methods: dict[Pair, str] = {}
+    merits: dict[Pair, float] = {}  # the highest is chosen
+    for label in view.places(board.config, "method"):
+        entrant = board.find(label, data, view.select_on)
+        pair = _pair_of(board, view, label)
+        if entrant is not None and pair is not None:
+            methods[pair] = label
+            merits[pair] = sign * entrant.quantity(best).value
+    if not merits:
+        return None
+    return _Field(data, methods, max(merits, key=merits.__getitem__))
+
+
+def _pair_of(board: Board, view: GridView, label: str) -> Pair | None:
+    """A method's values of the two parameters; None where it does not set both."""
+    params = board.config.entries[label].params
+    row_value, column_value = (params.get(name) for name in view.parameters)
+    if row_value is None or column_value is None:
+        return None
+    return str(row_value), str(column_value)
+
+
+def _grid_sheet(
+    board: Board, view: GridView, fields: list[_Field], entrants: Iterable[Entrant]
+) -> Sheet:
+    """A row for every pair of values, marked where it is chosen; columns for both settings."""
+    config = board.config
+    columns = list(itertools.product((view.select_on, view.report_on), view.metrics))
+    rows: list[tuple[str, ...]] = []
+    cells = {}
+    for field in fields:
+        for pair, method in field.methods.items():
+            for column, place in enumerate(columns):
+                shown = _grid_cell(board, field.data, method, place)
+                if shown is not None:
+                    cells[len(rows), column] = shown
+            choice = "chosen" if pair == field.chosen else ""
+            rows.append((title_of(config, "data", field.data), *pair, choice))
+    column_titles = []
+    for setting, metric in columns:
+        column_titles.append((title_of(config, "setting", setting), METRICS[metric].title))
+    best = METRICS[view.metrics[0]].title
+    selected = title_of(config, "setting", view.select_on)
+    rule = f"Chosen: the best {best} in {selected!r}; the other columns had no say."
+    return Sheet(
         name=view.name,
         title=view.title,
         row_fields=("data", *view.parameters, "choice"),
         column_fields=("setting", "metric"),
-        rows=tuple(
-            (
-                title_of(config, "data", field.data),
-                *values,
-                "chosen" if values == field.chosen else "",
-            )
-            for field, values, _ in lines
-        ),
-        columns=tuple(
-            (title_of(config, "setting", setting), METRICS[metric].title)
-            for setting, metric in columns
-        ),
+        rows=tuple(rows),
+        columns=tuple(column_titles),
         cells=cells,
-        notes=(
-            f"Chosen: the best {best} in {selected!r}; the other columns had no say.",
-            *notes_of(board, view, cells.values(), found.values()),
-        ),
+        notes=(rule, *notes_of(board, view, cells.values(), entrants)),
     )
-    return sheet, (lambda: _draw(board, view, fields))
 
 
-def _fields(board: Board, view: GridView, data: str) -> list[_Field]:
-    """What there is of a data set: one field, or none where there is no result."""
-    best = view.metrics[0]
-    sign, methods, found = 1 if METRICS[best].higher_is_better else -1, {}, {}
-    for label in view.places(board.config, "method"):
-        values = [board.config.entries[label].params.get(name) for name in view.parameters]
-        entrant = board.find(label, data, view.select_on)
-        if None not in values and entrant is not None:
-            pair = str(values[0]), str(values[1])
-            methods[pair], found[pair] = label, sign * entrant.quantity(best).value
-    return [_Field(data, methods, max(found, key=found.__getitem__))] if found else []
+def _grid_cell(board: Board, data: str, method: str, place: tuple[str, str]) -> Shown | None:
+    """A method's number in a setting by a metric; None where it has no result."""
+    setting, metric = place
+    entrant = board.find(method, data, setting)
+    if entrant is None:
+        return None
+    return show(board.config, Key(method, data, setting, metric), Mean((entrant,)))
 
 
 def _draw(board: Board, view: GridView, fields: list[_Field]) -> Figure:
-    from vilu.report.figures import Grid, grids
+    from vilu.report.figures import grids
 
-    panels, best = [], view.metrics[0]
+    panels = []
     for field in fields:
-        rows, columns = (
-            [*dict.fromkeys(values[axis] for values in field.methods)] for axis in (0, 1)
-        )
         for setting in (view.select_on, view.report_on):
-            means = {
-                (rows.index(a), columns.index(b)): entrant.quantity(best).value
-                for (a, b), method in field.methods.items()
-                if (entrant := board.find(method, field.data, setting)) is not None
-            }
-            names = (
-                title_of(board.config, "data", field.data),
-                title_of(board.config, "setting", setting),
-            )
-            place = rows.index(field.chosen[0]), columns.index(field.chosen[1])
-            panels.append(
-                Grid(f"{names[0]}, {names[1]}: {METRICS[best].title}", rows, columns, means, place)
-            )
+            panels.append(_grid_panel(board, view, field, setting))
     return grids(panels, *view.parameters)
+
+
+def _grid_panel(board: Board, view: GridView, field: _Field, setting: str) -> Grid:
+    """The means of a data set in one setting, by the two parameters."""
+    from vilu.report.figures import Grid
+
+    best = view.metrics[0]
+    rows = list(dict.fromkeys(row_value for row_value, _ in field.methods))
+    columns = list(dict.fromkeys(column_value for _, column_value in field.methods))
+    means = {}
+    for (row_value, column_value), method in field.methods.items():
+        entrant = board.find(method, field.data, setting)
+        if entrant is not None:
+            place = rows.index(row_value), columns.index(column_value)
+            means[place] = entrant.quantity(best).value
+    row_chosen, column_chosen = field.chosen
+    place_chosen = rows.index(row_chosen), columns.index(column_chosen)
+    data_title = title_of(board.config, "data", field.data)
+    setting_title = title_of(board.config, "setting", setting)
+    title = f"{data_title}, {setting_title}: {METRICS[best].title}"
+    return Grid(title, rows, columns, means, place_chosen)

@@ -38,45 +38,58 @@ class Fitted:
 
 def predictor_of(config: Config, cell: Cell) -> FailurePredictor:
     """The unfitted predictor of a cell; one that does not depend on the seed has seed 0."""
-    return config.predictor(cell.method, cell.seed if config.depends_on_seed(cell.method) else 0)
+    seed = 0
+    if config.depends_on_seed(cell.method):
+        seed = cell.seed
+    return config.predictor(cell.method, seed)
 
 
 def fit(bench: Workbench, cell: Cell, origin: Origin, fits: dict[Origin, Fitted]) -> Fitted:
-    """The predictor of a cell, fitted on ``origin`` where it needs that; taken from ``fits``, and put there."""
+    """The predictor of a cell, fitted where it needs that; ``fits`` holds earlier fits."""
     if not origin.train:
         return Fitted(predictor_of(bench.config, cell))
     if origin not in fits:
-        start = None if origin.start is None else fit(bench, cell, origin.start, fits)
-        fits[origin] = (
-            start
-            if start is not None and start.refused is not None
-            else _fit(bench, cell, origin, start)
-        )
+        start = None
+        if origin.start is not None:
+            start = fit(bench, cell, origin.start, fits)
+        if start is not None and start.refused is not None:
+            fits[origin] = start
+        else:
+            fits[origin] = _fit(bench, cell, origin, start)
     return fits[origin]
 
 
 def _fit(bench: Workbench, cell: Cell, origin: Origin, start: Fitted | None) -> Fitted:
     predictor = predictor_of(bench.config, cell)
     columns = (*predictor.columns, *predictor.optional_columns)
-    refused, n_train, begun = None, None, time.perf_counter()
-    with collected_warnings() as said:
+    refused = None
+    n_train = None
+    begun = time.perf_counter()
+    with collected_warnings() as fit_warnings:
         try:
-            train, validation = bench.train_set(origin, columns), bench.validation_set(origin)
-            n_train, begun = len(train), time.perf_counter()
-            if start is not None:
-                fitted = start.predictor
-                if origin.across_preprocessing and differs_in_preprocessing(
-                    fitted.space_, train.space
-                ):
-                    fitted = copy.copy(fitted)  # a fit at another picture size
-                    fitted.space_ = train.space
-                predictor = initialise(type(fitted), fitted)
-            else:
+            train = bench.train_set(origin, columns)
+            validation = bench.validation_set(origin)
+            n_train = len(train)
+            begun = time.perf_counter()
+            if start is None:
                 predictor = _trained_for(bench.config, cell.method, predictor, train)
+            else:
+                predictor = _continued(start.predictor, origin, train)
             predictor.fit(train, validation, unlabelled=bench.unlabelled_set(origin))
         except REFUSALS as error:
             refused = refusal(error)
-    return Fitted(predictor, refused, n_train, time.perf_counter() - begun, tuple(said))
+    return Fitted(predictor, refused, n_train, time.perf_counter() - begun, tuple(fit_warnings))
+
+
+def _continued(
+    fitted: FailurePredictor, origin: Origin, train: EmbeddingSource
+) -> FailurePredictor:
+    """A predictor that begins with the weights of a fitted one."""
+    moves = origin.across_preprocessing and differs_in_preprocessing(fitted.space_, train.space)
+    if moves:
+        fitted = copy.copy(fitted)  # a fit at another picture size
+        fitted.space_ = train.space
+    return initialise(type(fitted), fitted)
 
 
 def _trained_for(
@@ -86,10 +99,9 @@ def _trained_for(
     if config.entries[label].steps is None:
         return predictor
     values: dict[str, Any] = {name: getattr(predictor, name) for name in parameters(predictor)}
-    epochs = config.epochs_for(
-        label, train.pool_size or values["batch_size"] or default_batch(len(train)), len(train)
-    )
-    return type(predictor)(**values | {"epochs": epochs})
+    step_rows = train.pool_size or values["batch_size"] or default_batch(len(train))
+    values["epochs"] = config.epochs_for(label, step_rows, len(train))
+    return type(predictor)(**values)
 
 
 def refusal(error: Exception) -> Refusal:
@@ -99,11 +111,11 @@ def refusal(error: Exception) -> Refusal:
 
 @contextmanager
 def collected_warnings() -> Iterator[list[str]]:
-    """Distinct texts of the warnings of a block, which are not shown; complete when the block ends."""
+    """Distinct texts of a block's warnings, which are not shown; complete when the block ends."""
     texts: list[str] = []
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             yield texts
         finally:
-            texts += dict.fromkeys(str(warning.message) for warning in said)
+            texts += dict.fromkeys(str(warning.message) for warning in caught)

@@ -27,29 +27,29 @@ def load_config(path: Path) -> Config:
 def load_configs(paths: Sequence[Path]) -> list[Config]:
     """Several files."""
     configs = [load_config(path) for path in paths]
-    if twice := [
-        name for name, count in Counter(config.name for config in configs).items() if count > 1
-    ]:
-        raise UsageError(
-            f"two benchmarks are called {twice[0]!r}. Give one another name, as name = ... in its file."
-        )
+    for name, count in Counter(config.name for config in configs).items():
+        if count > 1:
+            raise UsageError(
+                f"two benchmarks are called {name!r}. "
+                "Give one another name, as name = ... in its file."
+            )
     return configs
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}.") from error
     except OSError as error:
-        kind = (
-            UsageError if isinstance(error, FileNotFoundError | IsADirectoryError) else StorageError
-        )
-        raise kind(f"cannot read {path}: {error.strerror}.") from error
+        raise StorageError(f"cannot read {path}: {error.strerror}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"{path} is not TOML: {error}.") from error
     for table in TABLES:
         if not isinstance(content.get(table, {}), dict):
             raise UsageError(
-                f"{path}: {table} must be a table, as [{table}.NAME]. Got {content[table]!r:.80} instead."
+                f"{path}: {table} must be a table, as [{table}.NAME]. "
+                f"Got {content[table]!r:.80} instead."
             )
     return content
 
@@ -61,34 +61,55 @@ def _with_included(content: dict[str, Any], path: Path) -> dict[str, Any]:
     of its tables (``data``, ``settings``, ``methods``) those entries hold that ``[use]`` lists, or
     all of a table that it does not.
     """
-    name, use = content.pop("include", None), content.pop("use", {})
+    name = content.pop("include", None)
+    use = content.pop("use", {})
     if name is None:
         if use:
             raise UsageError(f"{path.name} has [use], and no include to take from.")
         return content
-    if (
-        not isinstance(name, str)
-        or not isinstance(use, dict)
-        or not all(isinstance(of, list) for of in use.values())
-    ):
-        raise UsageError(
-            f'{path.name}: include must be the name of a file, and [use] hold lists, as data = ["x"].'
-        )
-    if other := [table for table in use if table not in TABLES]:
-        raise UsageError(
-            f"{path.name}: [use] can choose {', '.join(TABLES)}. Got {other[0]!r} instead."
-        )
+    _check_include(name, use, path)
     included = _read(path.parent / name)
     merged = included | content
     for table in TABLES:
-        given = included.get(table, {})
-        chosen = use.get(table, list(given))
-        for entry in chosen:
-            if entry not in list(given):  # it may be a list, which no table has
-                hint = nearest(str(entry), given) or f" It has: {', '.join(given)}"
-                raise UsageError(f"{path.name}: {name} has no {entry!r} in its {table}.{hint}")
-        merged[table] = {entry: given[entry] for entry in chosen} | content.get(table, {})
-    return {key: value for key, value in merged.items() if value or key not in TABLES}
+        entries = included.get(table, {})
+        if table in use:
+            entries = _used(entries, use[table], f"{path.name}: {name}", table)
+        merged[table] = entries | content.get(table, {})
+        if not merged[table]:
+            del merged[table]
+    return merged
+
+
+def _check_include(name: object, use: Any, path: Path) -> None:  # noqa: ANN401 - as TOML has it
+    if not isinstance(name, str) or not _holds_lists(use):
+        raise UsageError(
+            f"{path.name}: include must be the name of a file, "
+            'and [use] hold lists, as data = ["x"].'
+        )
+    for table in use:
+        if table not in TABLES:
+            raise UsageError(
+                f"{path.name}: [use] can choose {', '.join(TABLES)}. Got {table!r} instead."
+            )
+
+
+def _holds_lists(use: object) -> bool:
+    if not isinstance(use, dict):
+        return False
+    return all(isinstance(names, list) for names in use.values())
+
+
+def _used(
+    entries: Mapping[str, Any], names: Sequence[object], where: str, table: str
+) -> dict[str, Any]:
+    """Those entries of an included table that are named."""
+    used = {}
+    for name in names:
+        if not isinstance(name, str) or name not in entries:
+            hint = nearest(str(name), entries) or f" It has: {', '.join(entries)}"
+            raise UsageError(f"{where} has no {name!r} in its {table}.{hint}")
+        used[name] = entries[name]
+    return used
 
 
 def parse_config(content: Mapping[str, Any], name: str = "the benchmark") -> Config:
@@ -111,44 +132,63 @@ def _explain(error: ValidationError) -> str:
     steps = [str(step) for step in first["loc"] if step != "[key]"]
     if steps[:1] in (["settings"], ["views"], ["claims"]):
         del steps[2:3]  # the kind, which is no key on the way
-    where = f", {'.'.join(steps)}" if steps else ""
     reason = first["msg"].removeprefix("Value error, ")
-    return f"{where}: {reason}" + ("" if reason.endswith(("?", ".")) else ".")
+    if not reason.endswith(("?", ".")):
+        reason += "."
+    if not steps:
+        return f": {reason}"
+    return f", {'.'.join(steps)}: {reason}"
 
 
-SEEDS, RESAMPLES, IMAGES, VIEWS, PROMPTS, EPOCHS, POOL = 1, 50, 120, 2, 2, 2, 4
+# the most of each in a benchmark that is shrunk
+SEEDS = 1
+RESAMPLES = 50
+IMAGES = 120
+VIEWS = 2
+PROMPTS = 2
+EPOCHS = 2
+POOL = 4
 
 
 def shrink(config: Config) -> Config:
-    """Few images (or one tar file), prompts, seeds and epochs, small pools; all data, settings and methods stay."""
-    changes: dict[str, Any] = {
-        "seeds": min(config.seeds, SEEDS),
-        "resamples": min(config.resamples, RESAMPLES),
-        "data": {name: _small(entry) for name, entry in config.data.items()},
-        "settings": {name: _shallow(setting) for name, setting in config.settings.items()},
-        "methods": {label: _quick(config, label, entry) for label, entry in config.entries.items()},
-        "all_methods": False,
-    }
-    return Config(**{name: getattr(config, name) for name in Config.model_fields} | changes)
+    """A benchmark of few images, prompts, seeds and epochs; all data, settings and methods stay."""
+    content: dict[str, Any] = {name: getattr(config, name) for name in Config.model_fields}
+    content["seeds"] = min(config.seeds, SEEDS)
+    content["resamples"] = min(config.resamples, RESAMPLES)
+    content["data"] = {name: _small(entry) for name, entry in config.data.items()}
+    content["settings"] = {name: _shallow(setting) for name, setting in config.settings.items()}
+    methods = {}
+    for label, entry in config.entries.items():
+        methods[label] = _quick(config, label, entry)
+    content["methods"] = methods
+    content["all_methods"] = False
+    return Config(**content)
 
 
 def _small(entry: Data) -> Data:
-    """Few images, views and prompts; the compact model sees smaller pictures, any other stays as it is."""
-    backbone = "compact:64" if entry.backbone.partition(":")[0] == "compact" else entry.backbone
-    limit = min([IMAGES, *filter(None, (entry.limit_of(role) for role in ROLES))])
-    pool_size, views = min(entry.pool_size, POOL), min(entry.views, VIEWS)
-    changes = {
-        "limit": limit,
+    """Few images (or one tar file), views and prompts; the compact model sees smaller pictures."""
+    limits = [IMAGES]
+    for role in ROLES:
+        limit = entry.limit_of(role)
+        if limit is not None:
+            limits.append(limit)
+    changes: dict[str, Any] = {
+        "limit": min(limits),
         "shards": 1,
-        "views": views,
-        "backbone": backbone,
-        "pool_size": pool_size,
+        "views": min(entry.views, VIEWS),
+        "pool_size": min(entry.pool_size, POOL),
+        "prompts": named_templates(entry.prompts)[:PROMPTS],
     }
-    return entry.model_copy(update=changes | {"prompts": named_templates(entry.prompts)[:PROMPTS]})
+    family, _, _ = entry.backbone.partition(":")
+    if family == "compact":
+        changes["backbone"] = "compact:64"
+    return entry.model_copy(update=changes)
 
 
 def _shallow(setting: AnySetting) -> AnySetting:
-    changes: dict[str, Any] = {"pool_size": setting.pool_size and min(setting.pool_size, POOL)}
+    changes = {}
+    if setting.pool_size is not None:
+        changes["pool_size"] = min(setting.pool_size, POOL)
     if isinstance(setting, Union):
         changes["train_pool_size"] = min(setting.train_pool_size, POOL)
     return setting.model_copy(update=changes)

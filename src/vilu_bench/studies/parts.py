@@ -43,7 +43,7 @@ class Section(BaseModel):
 
 
 class StorePaths(Section):
-    """Folders that ``vilu embed`` wrote, below the data folder; the same one for all roles where it holds captions."""
+    """Folders that ``vilu embed`` wrote, below the data folder; of captions one for all roles."""
 
     train: str
     test: str
@@ -51,7 +51,7 @@ class StorePaths(Section):
 
 
 class Shift(Section):
-    """What is done to every picture before the model sees it (``vilu_bench.known_datasets.shift``)."""
+    """What is done to every picture before the model sees it (``known_datasets.shift``)."""
 
     # which ways; every picture gets one of them
     kinds: Names = tuple(kind for kind in KINDS if kind != "low_resolution")
@@ -75,26 +75,22 @@ class Limits(Section):
 class Data(Section):
     """A data set: images to embed, or ready-made stores."""
 
-    source: str | None = (
-        None  # file or folder of images below the data folder; ``package:NAME`` ships with vilu
-    )
+    # file or folder of images below the data folder; ``package:NAME`` ships with vilu
+    source: str | None = None
     # A known data set (``vilu datasets list``); ``source`` is then where it lies, by default
     # anywhere in the data folder
     dataset: str | None = None
-    stores: StorePaths | None = (
-        None  # ready-made stores, in place of ``source`` and all that belongs to it
-    )
+    # ready-made stores, in place of ``source`` and all that belongs to it
+    stores: StorePaths | None = None
     # stores of the same images, and of more, by a second model, for methods that take two
     second: StorePaths | None = None
     backbone: str = "compact"
-    classes: Names | None = (
-        None  # names for the prompts, in label order; by default those of the data set
-    )
+    # names for the prompts, in label order; by default those of the data set
+    classes: Names | None = None
     # whether a known data set's names go into the prompts as they are, underscores and all
     raw_names: bool = False
-    where: dict[str, str] = Field(
-        default_factory=dict
-    )  # only rows of a table that hold these values, by column
+    # only rows of a table that hold these values, by column
+    where: dict[str, str] = Field(default_factory=dict)
     # whether images have captions instead of classes. Then there is one store, the roles are folds
     # of its captions ("train", "validation", "test"), and each image is matched against those of
     # its pool
@@ -113,9 +109,8 @@ class Data(Section):
     fit_share: Share | None = None
     features: bool = True  # whether to store features
     views: Annotated[int, Field(ge=0)] = 4  # augmented views per test image; 0 for none
-    prompts: Names = (
-        "ensemble",
-    )  # prompts to keep apart, or named sets of them, as for ``vilu embed --prompts``
+    # prompts to keep apart, or named sets of them, as for ``vilu embed --prompts``
+    prompts: Names = ("ensemble",)
     negatives: bool = False  # whether to keep everyday words, as ``vilu embed --negatives`` does
     limit: Count | Limits | None = None  # only so many images of each split, evenly spaced
     # of images in tar files, which are not counted before: only those in the first so many files
@@ -128,46 +123,51 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _check_origin(self) -> Self:
-        if self.stores is not None and (self.source is not None or self.dataset is not None):
+        has_images = self.source is not None or self.dataset is not None
+        if self.stores is not None and has_images:
             raise ValueError("a data set has either a source or stores")
-        if self.stores is None and self.source is None and self.dataset is None:
+        if self.stores is None and not has_images:
             raise ValueError(
                 "a data set has either a source, or the name of a known dataset, or stores"
             )
-        require_known("known data set", filter(None, [self.dataset]), KNOWN)
-        no_classes = "captions have no classes, and their validation set is the fold of that name"
-        for wrong, message in (
-            (self.classes is not None or isinstance(self.validation, float), no_classes),
-            (
-                self.negatives,
-                "captions have no classes, so no image is of none of them: leave negatives out",
-            ),
-            (self.second is not None, "a second model is for classes, not for captions"),
-            (
-                isinstance(self.limit, Limits),
-                "captions are in one store, so their limit is one number",
-            ),
-            (
-                self.stores and self.limit,
-                "a ready-made store of captions is taken whole, without limit",
-            ),
-        ):
-            if self.captions and wrong:
-                raise ValueError(message)
+        if self.dataset:
+            require_known("known data set", [self.dataset], KNOWN)
+        if self.captions:
+            self._check_captions()
         if self.fit_share is not None and not self._is_one_set():
             raise ValueError(
-                "fit_share divides one set of rows: train and test must be the same store or split, under one limit, "
-                "without captions, and without validation"
+                "fit_share divides one set of rows: train and test must be the same store or "
+                "split, under one limit, without captions, and without validation"
             )
         return self
+
+    def _check_captions(self) -> None:
+        if self.classes is not None or isinstance(self.validation, float):
+            raise ValueError(
+                "captions have no classes, and their validation set is the fold of that name"
+            )
+        if self.negatives:
+            raise ValueError(
+                "captions have no classes, so no image is of none of them: leave negatives out"
+            )
+        if self.second is not None:
+            raise ValueError("a second model is for classes, not for captions")
+        has_several_limits = isinstance(self.limit, Limits)
+        if has_several_limits:
+            raise ValueError("captions are in one store, so their limit is one number")
+        if self.stores and self.limit:
+            raise ValueError("a ready-made store of captions is taken whole, without limit")
 
     def _is_one_set(self) -> bool:
         """Whether training and test rows are the same ones, and nothing else is set aside."""
         where = self if self.stores is None else self.stores
-        is_same = where.train == where.test and self.limit_of("train") == self.limit_of("test")
-        return (
-            is_same and not self.captions and self.validation is None and where.validation is None
-        )
+        if where.train != where.test:
+            return False
+        if self.limit_of("train") != self.limit_of("test"):
+            return False
+        if self.captions:
+            return False
+        return self.validation is None and where.validation is None
 
     @property
     def paper_name(self) -> str | None:
@@ -176,4 +176,7 @@ class Data(Section):
 
     def limit_of(self, role: Role) -> int | None:
         """How many images of a role there are to be; None: all."""
-        return getattr(self.limit, role) if isinstance(self.limit, Limits) else self.limit
+        if isinstance(self.limit, Limits):
+            limit: int | None = getattr(self.limit, role)
+            return limit
+        return self.limit

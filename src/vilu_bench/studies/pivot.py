@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from vilu.metrics.catalog import METRICS, but_for
 from vilu.text import short, span
@@ -22,72 +23,97 @@ def notes_of(
     board: Board, view: View, shown: Iterable[Shown], measured: Iterable[Entrant]
 ) -> tuple[str, ...]:
     """Every note of a table, each once."""
-    values = list(shown)
-    entrants = list({entrant.place: entrant for entrant in measured}.values())
-    confidence = f"{100 * board.config.confidence:g} %"
-    notes = [
-        f"In percent{but_for(METRICS[name] for name in view.metrics)}. Brackets: {confidence} bootstrap interval over "
-        f"test rows (stratified by failure) and seeds, {board.config.resamples} resamples.",
-        _rows_note(board, entrants),
-        _seeds_note(entrants),
-        "; ".join(f"{METRICS[name].title}: {METRICS[name].convention}" for name in view.metrics)
-        + ".",
-    ]
-    if any(name not in RANKED_BY for name in view.metrics):
-        notes.append(
-            f"Intervals and ≈ only for {' and '.join(METRICS[name].title for name in RANKED_BY)}."
-        )
-    return (*filter(None, notes), *_published_notes(board, entrants, values), *_refusals(entrants))
+    by_place = {entrant.place: entrant for entrant in measured}
+    entrants = list(by_place.values())
+    notes = [_interval_note(board.config, view)]
+    if any(entrant.results for entrant in entrants):
+        notes += [_rows_note(board, entrants), _seeds_note(entrants)]
+    notes.append(_conventions_note(view))
+    if not set(view.metrics) <= set(RANKED_BY):
+        titles = [METRICS[name].title for name in RANKED_BY]
+        notes.append(f"Intervals and ≈ only for {' and '.join(titles)}.")
+    notes += _published_notes(board, entrants, shown)
+    notes += _refusals(entrants)
+    return tuple(notes)
+
+
+def _interval_note(config: Config, view: View) -> str:
+    """What the numbers and their brackets are."""
+    exceptions = but_for(METRICS[name] for name in view.metrics)
+    return (
+        f"In percent{exceptions}. Brackets: {100 * config.confidence:g} % bootstrap interval "
+        "over test rows (stratified by failure) and seeds, "
+        f"{config.resamples} resamples."
+    )
+
+
+def _conventions_note(view: View) -> str:
+    """The convention of every metric shown."""
+    conventions = []
+    for name in view.metrics:
+        metric = METRICS[name]
+        conventions.append(f"{metric.title}: {metric.convention}")
+    return "; ".join(conventions) + "."
 
 
 def _rows_note(board: Board, entrants: Iterable[Entrant]) -> str:
     """Rows and accuracy by data set and setting; settings with the same numbers together."""
-    told: dict[tuple[str, str], dict[str, None]] = {}
+    settings_of: dict[tuple[str, str], dict[str, None]] = {}  # by data set and its numbers
     for entrant in entrants:
-        _, data, setting = entrant.place
-        if entrant.found:
-            fact = counted_rows(
-                *(occurring(field, [entrant]) for field in ("n", "n_failures", "n_outside"))
-            )
-            told.setdefault((data, fact), {})[setting] = None
-    counts = Counter(data for data, _ in told)
+        if entrant.results:
+            _, data, setting = entrant.place
+            settings_of.setdefault((data, _rows_of(entrant)), {})[setting] = None
+    n_parts = Counter(data for data, _ in settings_of)
     parts = []
-    for (data, fact), settings in told.items():
-        name = board.config.data[data].title or data
-        parts.append(
-            f"{name} ({', '.join(settings)}) {fact}" if counts[data] > 1 else f"{name} {fact}"
-        )
-    return f"Test rows: {'; '.join(parts)}." if parts else ""
+    for (data, numbers), settings in settings_of.items():
+        where = board.config.data[data].title or data
+        if n_parts[data] > 1:
+            where += f" ({', '.join(settings)})"
+        parts.append(f"{where} {numbers}")
+    return f"Test rows: {'; '.join(parts)}."
+
+
+def _rows_of(entrant: Entrant) -> str:
+    """The numbers of test rows of an entrant, in words."""
+    return counted_rows(
+        occurring("n", [entrant]),
+        occurring("n_failures", [entrant]),
+        occurring("n_outside", [entrant]),
+    )
 
 
 def _seeds_note(entrants: Sequence[Entrant]) -> str:
-    """How many different results are behind the means."""
-    found = [entrant for entrant in entrants if entrant.found]
-    if not found:
-        return ""
-    counts = Counter(entrant.n_runs for entrant in found)
-    most = max(counts, key=lambda n: counts[n])
-    others = {
-        n: [entrant for entrant in found if entrant.n_runs == n]
-        for n in sorted(counts)
-        if n != most
-    }
-    parts = [f"{n} for {_named(some, found)}" for n, some in others.items()]
-    rest = f"{most} for {'the others' if parts else 'all'}"
-    compared = " Methods are compared on the seeds that both have." if parts else ""
-    return f"Seeds (different results behind a mean): {'; '.join([*parts, rest])}.{compared}"
+    """How many different results are behind the means; there is at least one."""
+    by_n_runs: dict[int, list[Entrant]] = {}
+    able = [entrant for entrant in entrants if entrant.results]
+    for entrant in able:
+        by_n_runs.setdefault(entrant.n_runs, []).append(entrant)
+    # the number that most entrants have, the first of several such numbers
+    most = max(by_n_runs, key=lambda n_runs: len(by_n_runs[n_runs]))
+    intro = "Seeds (different results behind a mean):"
+    if len(by_n_runs) == 1:
+        return f"{intro} {most} for all."
+    exceptions = []
+    for n_runs in sorted(by_n_runs):
+        if n_runs != most:
+            exceptions.append(f"{n_runs} for {_named(by_n_runs[n_runs], able)}")
+    parts = "; ".join([*exceptions, f"{most} for the others"])
+    return f"{intro} {parts}. Methods are compared on the seeds that both have."
 
 
-def _named(some: Sequence[Entrant], everywhere: Sequence[Entrant]) -> str:
-    """Their methods, with data set and setting where it is not all that a method has."""
+def _named(entrants: Sequence[Entrant], everywhere: Sequence[Entrant]) -> str:
+    """Methods of some entrants; data sets and settings follow where a method has further ones."""
     places: dict[str, list[str]] = {}
-    for entrant in some:
-        places.setdefault(entrant.method, []).append(" ".join(entrant.place[1:]))
-    counts = Counter(entrant.method for entrant in everywhere)
-    names = (
-        name if len(mine) == counts[name] else f"{name} ({', '.join(mine)})"
-        for name, mine in places.items()
-    )
+    for entrant in entrants:
+        _, data, setting = entrant.place
+        places.setdefault(entrant.method, []).append(f"{data} {setting}")
+    n_everywhere = Counter(entrant.method for entrant in everywhere)
+    names = []
+    for method, method_places in places.items():
+        if len(method_places) == n_everywhere[method]:
+            names.append(method)
+        else:
+            names.append(f"{method} ({', '.join(method_places)})")
     return ", ".join(names)
 
 
@@ -95,50 +121,63 @@ def _published_notes(
     board: Board, entrants: Iterable[Entrant], shown: Iterable[Shown]
 ) -> list[str]:
     """Where published numbers come from, and how far they are comparable."""
-    numbers = [one.published for one in shown if one.published is not None]
+    numbers = [number.published for number in shown if number.published is not None]
     if not numbers:
         return []
+    sources = dict.fromkeys(number.source for number in numbers)
     notes = [
-        "In parentheses: the published number, then ours less it, whose interval is ours shifted by it. Sources: "
-        + "; ".join(dict.fromkeys(number.source for number in numbers))
-        + "."
+        "In parentheses: the published number, then ours less it, whose interval is ours shifted "
+        f"by it. Sources: {'; '.join(sources)}."
     ]
-    data = {entrant.place[1]: board.config.data[entrant.place[1]] for entrant in entrants}
-    theirs = dict.fromkeys(number.backbone for number in numbers)
-    ours = dict.fromkeys(entry.backbone for entry in data.values() if entry.paper_name)
-    other_models = [name for name in ours if name not in theirs]
-    stand_ins = [
-        f"{entry.title or name} for {entry.published}"
-        for name, entry in data.items()
-        if entry.published and entry.published not in {entry.dataset, name}
-    ]
-    if other_models or stand_ins:
-        what = (
-            [f"another model ({', '.join(other_models)} for {', '.join(theirs)})"]
-            if other_models
-            else []
-        )
-        what += [f"other data ({', '.join(stand_ins)})"] if stand_ins else []
+    differences = _differences_of(board.config, entrants, numbers)
+    if differences:
         notes.append(
-            f"Ours are of {' and '.join(what)}, so the differences from the published numbers say nothing of either "
-            "implementation; compare the order of the methods."
+            f"Ours are of {' and '.join(differences)}, so the differences from the published "
+            "numbers say nothing of either implementation; compare the order of the methods."
         )
     return notes
 
 
+def _differences_of(
+    config: Config, entrants: Iterable[Entrant], numbers: Iterable[Published]
+) -> list[str]:
+    """In what our models and data differ from those of the published numbers."""
+    entries = {entrant.data: config.data[entrant.data] for entrant in entrants}
+    published_models = dict.fromkeys(number.backbone for number in numbers)
+    our_models: dict[str, None] = {}
+    stand_ins = []
+    for name, entry in entries.items():
+        if entry.paper_name and entry.backbone not in published_models:
+            our_models[entry.backbone] = None
+        if entry.published and entry.published not in {entry.dataset, name}:
+            stand_ins.append(f"{entry.title or name} for {entry.published}")
+    differences = []
+    if our_models:
+        differences.append(
+            f"another model ({', '.join(our_models)} for {', '.join(published_models)})"
+        )
+    if stand_ins:
+        differences.append(f"other data ({', '.join(stand_ins)})")
+    return differences
+
+
 def _refusals(entrants: Sequence[Entrant]) -> list[str]:
     """Why methods have no result, methods with the same reason together."""
-    reasons: dict[str, list[Entrant]] = {}
+    refused_for: dict[str, list[Entrant]] = {}
     for entrant in entrants:
-        if entrant.reason is not None:
-            seeds = f" (seed {span(entrant.refused_seeds)})" if entrant.found else ""
-            reasons.setdefault(short(entrant.reason, REASON_LENGTH) + seeds, []).append(entrant)
-    return [
-        f"No result of {_named(refused, entrants)}: {reason}" for reason, refused in reasons.items()
-    ]
+        if entrant.reason is None:
+            continue
+        reason = short(entrant.reason, REASON_LENGTH)
+        if entrant.results:
+            reason += f" (seed {span(entrant.refused_seeds)})"
+        refused_for.setdefault(reason, []).append(entrant)
+    notes = []
+    for reason, refused in refused_for.items():
+        notes.append(f"No result of {_named(refused, entrants)}: {reason}")
+    return notes
 
 
-MEAN = "mean"  # what stands for the data set where there is a mean over several
+MEAN = "mean"  # stands for the data set where there is a mean over several
 ALPHA = 0.05  # from this p-value on two methods are not told apart
 
 
@@ -158,16 +197,18 @@ class Key:
 
 def table_sheet(board: Board, view: TableView) -> Sheet:
     """The sheet of a table."""
-    entrants, measured = chosen(board, view), measured_of(board, view)
-    shown = _ranked(
-        {key: show(board.config, key, found) for key, found in measured.items()},
-        measured,
-        view.compete,
-    )
-    rows, columns = (
-        [*dict.fromkeys(key.of(fields) for key in shown)] for fields in (view.rows, view.columns)
-    )
     config = board.config
+    entrants = chosen(board, view)
+    measured = measured_of(board, view)
+    numbers = {key: show(config, key, mean) for key, mean in measured.items()}
+    ranked = _ranked(numbers, measured, view.compete)
+    rows: dict[tuple[str, ...], int] = {}  # numbers of rows by their labels
+    columns: dict[tuple[str, ...], int] = {}
+    cells = {}
+    for key, number in ranked.items():
+        row = rows.setdefault(key.of(view.rows), len(rows))
+        column = columns.setdefault(key.of(view.columns), len(columns))
+        cells[row, column] = number
     return Sheet(
         name=view.name,
         title=view.title,
@@ -175,112 +216,149 @@ def table_sheet(board: Board, view: TableView) -> Sheet:
         column_fields=view.columns,
         rows=tuple(_titles(config, view.rows, labels) for labels in rows),
         columns=tuple(_titles(config, view.columns, labels) for labels in columns),
-        cells={
-            (rows.index(key.of(view.rows)), columns.index(key.of(view.columns))): one
-            for key, one in shown.items()
-        },
-        notes=notes_of(board, view, shown.values(), entrants.values()),
+        cells=cells,
+        notes=notes_of(board, view, ranked.values(), entrants.values()),
     )
 
 
 def measured_of(board: Board, view: View) -> dict[Key, Mean]:
     """What a view shows by its key: every entrant, then the means that it asks for."""
     entrants = chosen(board, view)
-    found = {} if view.means_only else {key: Mean((entrant,)) for key, entrant in entrants.items()}
-    for key in dict.fromkeys(replace(key, data=MEAN) for key in entrants) if view.mean else ():
+    measured = {}
+    if not view.means_only:
+        for key, entrant in entrants.items():
+            measured[key] = Mean((entrant,))
+    if not view.mean:
+        return measured
+    for key in dict.fromkeys(replace(key, data=MEAN) for key in entrants):
         places = [(key.method, data, key.setting) for data in view.mean]
-        parts = [board.entrants[place] for place in places if place in board.entrants]
-        if len(parts) == len(places):
-            found[key] = Mean(tuple(parts))
-    return found
+        if board.entrants.keys() >= set(places):
+            measured[key] = Mean(tuple(board.entrants[place] for place in places))
+    return measured
 
 
 def chosen(board: Board, view: View) -> dict[Key, Entrant]:
     """Every entrant of a view by its key, in the order of the view; also those without result."""
-    axes, found = (view.places(board.config, axis) for axis in ("data", "setting", "method")), {}
-    for name, setting, method, metric in itertools.product(*axes, view.metrics):
-        entrant = board.entrants.get((method, name, setting))
+    config = board.config
+    entrants = {}
+    for data, setting, method, metric in itertools.product(
+        view.places(config, "data"),
+        view.places(config, "setting"),
+        view.places(config, "method"),
+        view.metrics,
+    ):
+        entrant = board.entrants.get((method, data, setting))
         if entrant is not None:
-            found[Key(method, name, setting, metric)] = entrant
-    return found
+            entrants[Key(method, data, setting, metric)] = entrant
+    return entrants
 
 
-def show(config: Config, key: Key, found: Mean) -> Shown:
+def show(config: Config, key: Key, mean: Mean) -> Shown:
     """A number with its interval and the published one."""
-    parts = found.parts
+    parts = mean.parts
     published = published_of(config, key, parts)
-    if not all(part.found for part in parts):
-        reason = next(part.reason for part in parts if not part.found)
-        return Shown(key.metric, None, published=published, why=reason)
-    value = found.mean(key.metric)
-    has_interval = value is not None and key.metric in RANKED_BY
+    for part in parts:
+        if not part.results:
+            return Shown(key.metric, None, published=published, why=part.reason)
+    value = mean.mean(key.metric)
+    interval = None
+    if value is not None and key.metric in RANKED_BY:
+        interval = mean.quantity(key.metric).interval(config.confidence)
     return Shown(
         metric=key.metric,
         value=value,
-        interval=found.quantity(key.metric).interval(config.confidence) if has_interval else None,
+        interval=interval,
         n=occurring("n", parts),
         n_failures=occurring("n_failures", parts),
         n_runs=max(part.n_runs for part in parts),
         published=published,
-        why=None if value is not None else "undefined",
+        why="undefined" if value is None else None,
     )
 
 
 def published_of(config: Config, key: Key, parts: Sequence[Entrant] = ()) -> Published | None:
-    """The published number that belongs beside ours; beside a mean, that over as many data sets of the publication."""
-    if config.study is None or not config.study.published:
+    """The published number beside ours; beside a mean, that over as many published data sets."""
+    if config.study is None:
+        return None
+    if not config.study.published:
         return None
     if key.data == MEAN:
-        theirs = {config.data[part.place[1]].paper_name for part in parts}
-        name = f"mean of {len(parts)}" if None not in theirs and len(theirs) == len(parts) else None
+        entry = config.data[parts[0].data]
+        name = _name_of_mean(config, parts)
     else:
-        name = config.data[key.data].paper_name
+        entry = config.data[key.data]
+        name = entry.paper_name
     if name is None:
         return None
-    entry = config.data[key.data if key.data != MEAN else parts[0].place[1]]
     setting = config.settings[key.setting].published or ""
     method = config.along("method")[key.method].published or key.method
-    return find_published(
-        config.study.published, (name, setting, method, key.metric), entry.backbone
-    )
+    published_key = (name, setting, method, key.metric)
+    return find_published(config.study.published, published_key, entry.backbone)
+
+
+def _name_of_mean(config: Config, parts: Sequence[Entrant]) -> str | None:
+    """The name of a mean among published numbers; None unless its data sets are different ones."""
+    names = {config.data[part.data].paper_name for part in parts}
+    if None in names:
+        return None
+    if len(names) < len(parts):
+        return None
+    return f"mean of {len(parts)}"
 
 
 def _ranked(
     shown: Mapping[Key, Shown], measured: Mapping[Key, Mean], compete: Sequence[str]
 ) -> dict[Key, Shown]:
-    """With the best and the second best of those that differ in ``compete`` alone, and who is as good as the best."""
-    fixed = [field for field in FIELDS if field not in compete]
-    groups: dict[tuple[str, ...], list[Key]] = {}
-    for key, one in shown.items():
-        if one.value is not None:
-            groups.setdefault(key.of(fixed), []).append(key)
+    """The numbers with their ranks among those that differ in the fields of ``compete`` alone."""
     ranked = dict(shown)
-    for keys in groups.values():
-        if len(keys) < 2:
-            continue
-        sign = -1 if METRICS[keys[0].metric].higher_is_better else 1
-        values = {key: sign * (shown[key].value or 0.0) for key in keys}
-        order, best = sorted(set(values.values())), min(keys, key=values.__getitem__)
+    for keys in _contests(shown, compete):
+        metric = keys[0].metric
+        sign = -1 if METRICS[metric].higher_is_better else 1
+        losses = {key: sign * (shown[key].value or 0.0) for key in keys}  # the least is best
+        order = sorted(set(losses.values()))
+        best = min(keys, key=losses.__getitem__)
         for key in keys:
-            place = order.index(values[key])
-            gap = (
-                measured[key].less(measured[best], key.metric)
-                if place and key.metric in RANKED_BY
-                else None
-            )
-            tied = (
-                gap is not None and gap.p_value() >= ALPHA
-            )  # the paired bootstrap cannot tell the two apart
-            ranked[key] = replace(
-                shown[key], rank=("best", "second", None)[min(place, 2)], tied=tied
-            )
+            place = order.index(losses[key])
+            tied = place > 0 and _is_tied(measured[key], measured[best], metric)
+            ranked[key] = replace(shown[key], rank=_rank(place), tied=tied)
     return ranked
 
 
+def _contests(shown: Mapping[Key, Shown], compete: Sequence[str]) -> Iterator[list[Key]]:
+    """Keys of numbers that compete: at least two, that differ in these fields alone."""
+    fixed = [field for field in FIELDS if field not in compete]
+    groups: dict[tuple[str, ...], list[Key]] = {}
+    for key, number in shown.items():
+        if number.value is not None:
+            groups.setdefault(key.of(fixed), []).append(key)
+    for keys in groups.values():
+        if len(keys) > 1:
+            yield keys
+
+
+def _rank(place: int) -> Literal["best", "second"] | None:
+    if place == 0:
+        return "best"
+    if place == 1:
+        return "second"
+    return None
+
+
+def _is_tied(mean: Mean, best: Mean, metric: str) -> bool:
+    """Whether the paired bootstrap cannot tell a number from the best."""
+    if metric not in RANKED_BY:
+        return False
+    gap = mean.less(best, metric)
+    if gap is None:
+        return False
+    return gap.p_value() >= ALPHA
+
+
 def _titles(config: Config, fields: Sequence[str], labels: Sequence[str]) -> tuple[str, ...]:
-    return tuple(
-        title_of(config, field, label) for field, label in zip(fields, labels, strict=True)
-    )
+    titles = []
+    for field, label in zip(fields, labels, strict=True):
+        titles.append(title_of(config, field, label))
+    return tuple(titles)
 
 
 def title_of(config: Config, field: str, label: str) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 
-from vilu.metrics.bootstrap import Difference, Interval
+from vilu.metrics.bootstrap import Difference, Interval, Quantity
 from vilu.metrics.catalog import METRICS, but_for
 from vilu.outcomes.results import ResultRow, ResultTable
 from vilu.text import NOTHING, aligned, short, span
@@ -28,28 +28,31 @@ class Ranked:
     rank: int  # 1 + the number of methods with a higher mean AUROC
     n_runs: int  # Number of different results behind the means; 1 where seeds make no difference
     values: dict[str, float | None]  # mean over seeds of every metric, None where it is undefined
-    intervals: dict[
-        str, Interval
-    ]  # of the metrics ``RANKED_BY``: bootstrap over test rows and seeds
+    # of the metrics ``RANKED_BY``: bootstrap over test rows and seeds
+    intervals: dict[str, Interval]
     against: str | None  # the best other method
     # AUROC less that of ``against``, paired, on the seeds that both have; None where there is none
     gap: Difference | None
-    fit_seconds: (
-        float | None
-    )  # mean, in cells of earlier vilu that say so; None where nothing is fitted
+    # mean, in cells of earlier vilu that say so; None where nothing is fitted
+    fit_seconds: float | None
     rows_per_second: float | None  # mean speed of scoring, in such cells
     refused_seeds: tuple[int, ...]  # seeds on which the method gave no result
 
     def to_dict(self) -> dict[str, object]:
         """Plain JSON."""
-        ends = {
-            name: {"low": found.ci_low, "high": found.ci_high}
-            for name, found in self.intervals.items()
+        content = asdict(self)
+        content["intervals"] = {
+            name: {"low": ends.ci_low, "high": ends.ci_high}
+            for name, ends in self.intervals.items()
         }
-        gap = self.gap and dict(
-            zip(("difference", "low", "high", "p_value"), self.gap, strict=True)
-        )
-        return {**asdict(self), "intervals": ends, "gap": gap}
+        if self.gap is not None:
+            content["gap"] = {
+                "difference": self.gap.difference,
+                "low": self.gap.ci_low,
+                "high": self.gap.ci_high,
+                "p_value": self.gap.p_value,
+            }
+        return content
 
 
 @dataclass(frozen=True)
@@ -63,21 +66,18 @@ class Ranking:
     n_failures: tuple[int, ...]  # Numbers of wrong answers that occur
     lines: tuple[Ranked, ...]  # methods with a result
     refused: dict[str, str]  # reasons of the others, by method
-    contests: dict[
-        int, dict[str, float]
-    ]  # AUROC by method, for every seed that all methods of ``lines`` were to run
-    n_outside: tuple[
-        int, ...
-    ] = ()  # Numbers of wrong answers for pictures of none of the classes that occur
+    # AUROC by method, for every seed that all methods of ``lines`` were to run
+    contests: dict[int, dict[str, float]]
+    # Numbers of wrong answers for pictures of none of the classes that occur
+    n_outside: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, object]:
         """Plain JSON."""
-        said = {
-            name: value
-            for name, value in vars(self).items()
-            if name != "n_outside" or any(self.n_outside)
-        }
-        return {**said, "lines": [line.to_dict() for line in self.lines]}
+        content = dict(vars(self))
+        content["lines"] = [line.to_dict() for line in self.lines]
+        if not any(self.n_outside):
+            del content["n_outside"]
+        return content
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,8 @@ class Standing:
 
     method: str
     wins: float  # contests in which it has the highest AUROC; shared by those that tie
-    mean_rank: (
-        float  # over the contests it took part in; those that tie share the mean of their ranks
-    )
+    # over the contests it took part in; those that tie share the mean of their ranks
+    mean_rank: float
     contests: int  # how many those are
 
 
@@ -103,29 +102,33 @@ class Summary:
 
     def to_dict(self) -> dict[str, object]:
         """Plain JSON, without the single results."""
-        blocks = [block.to_dict() for block in self.blocks]
         return {
-            "blocks": blocks,
-            "standings": [asdict(s) for s in self.standings],
+            "blocks": [block.to_dict() for block in self.blocks],
+            "standings": [asdict(standing) for standing in self.standings],
             "n_contests": self.n_contests,
         }
 
 
 def summarise(board: Board) -> Summary:
     """The summary of a benchmark."""
-    blocks = tuple(_ranking(board, *where, entrants) for where, entrants in board.blocks().items())
-    contests = [contest for block in blocks for contest in block.contests.values()]
-    return Summary(blocks, standings(contests), len(contests), ResultTable(tuple(_rows(board))))
+    blocks = []
+    contests: list[Mapping[str, float]] = []
+    for (data, setting), entrants in board.blocks().items():
+        block = _ranking(board, data, setting, entrants)
+        blocks.append(block)
+        contests += block.contests.values()
+    table = ResultTable(tuple(_rows(board)))
+    return Summary(tuple(blocks), standings(contests), len(contests), table)
 
 
 def _rows(board: Board) -> list[ResultRow]:
     """The rows of every data set and setting, those that several seeds share once."""
+    rows = []
     runs = dict.fromkeys((cell.run, cell.data, cell.setting) for cell in board.cells)
-    return [
-        replace(row, split=setting)
-        for run, _, setting in runs
-        for row in board.results[run].results
-    ]
+    for run, _, setting in runs:
+        for row in board.results[run].results:
+            rows.append(replace(row, split=setting))
+    return rows
 
 
 def standings(contests: Sequence[Mapping[str, float]]) -> tuple[Standing, ...]:
@@ -135,21 +138,34 @@ def standings(contests: Sequence[Mapping[str, float]]) -> tuple[Standing, ...]:
     for contest in contests:
         values = list(contest.values())
         for method, value in contest.items():
-            better, equal = sum(v > value for v in values), values.count(value)
-            ranks.setdefault(method, []).append(1 + better + (equal - 1) / 2)
-            wins[method] = wins.get(method, 0.0) + (0.0 if better else 1 / equal)
-    made = [
+            n_better = sum(rival > value for rival in values)
+            n_equal = values.count(value)  # itself among them
+            mean_rank = 1 + n_better + (n_equal - 1) / 2
+            ranks.setdefault(method, []).append(mean_rank)
+            wins.setdefault(method, 0.0)
+            if n_better == 0:
+                wins[method] += 1 / n_equal
+    ordered = [
         Standing(method, wins[method], fmean(places), len(places))
         for method, places in ranks.items()
     ]
-    return tuple(sorted(made, key=lambda s: (-s.wins, s.mean_rank, s.method)))
+    ordered.sort(key=_most_wins_first)
+    return tuple(ordered)
+
+
+def _most_wins_first(standing: Standing) -> tuple[float, float, str]:
+    return -standing.wins, standing.mean_rank, standing.method
 
 
 def _ranking(board: Board, data: str, setting: str, entrants: Sequence[Entrant]) -> Ranking:
-    able = sorted((entrant for entrant in entrants if entrant.found), key=_order)
-    seeds = (
-        set.intersection(*(set(board.seeds[entrant.place]) for entrant in able)) if able else set()
-    )
+    able = []
+    refused = {}
+    for entrant in entrants:
+        if entrant.results:
+            able.append(entrant)
+        else:
+            refused[entrant.method] = str(entrant.reason)
+    able.sort(key=_best_first)
     return Ranking(
         data=data,
         setting=setting,
@@ -157,91 +173,141 @@ def _ranking(board: Board, data: str, setting: str, entrants: Sequence[Entrant])
         n=occurring("n", able),
         n_failures=occurring("n_failures", able),
         lines=tuple(_ranked(board.config, entrant, able) for entrant in able),
-        refused={entrant.method: str(entrant.reason) for entrant in entrants if not entrant.found},
-        contests={
-            seed: {
-                e.method: float(e.found[seed].value(BEST) or 0.0) for e in able if seed in e.found
-            }
-            for seed in sorted(seeds)
-        },
+        refused=refused,
+        contests=_contests(board, able),
         n_outside=occurring("n_outside", able),
     )
 
 
-def _order(entrant: Entrant) -> tuple[float, float, str]:
-    best, second = (entrant.mean(metric) or 0.0 for metric in RANKED_BY)
-    return -best, second, entrant.method
+def _best_first(entrant: Entrant) -> tuple[float, float, str]:
+    auroc, fpr95 = (entrant.mean(metric) or 0.0 for metric in RANKED_BY)
+    return -auroc, fpr95, entrant.method
+
+
+def _contests(board: Board, able: Sequence[Entrant]) -> dict[int, dict[str, float]]:
+    """AUROC by method, for every seed that all of these methods were to run."""
+    if not able:
+        return {}
+    seeds = frozenset.intersection(*(board.seeds[entrant.place] for entrant in able))
+    contests: dict[int, dict[str, float]] = {}
+    for seed in sorted(seeds):
+        contests[seed] = {}
+        for entrant in able:
+            if seed in entrant.results:
+                auroc = entrant.results[seed].value(BEST) or 0.0
+                contests[seed][entrant.method] = float(auroc)
+    return contests
 
 
 def _ranked(config: Config, entrant: Entrant, able: Sequence[Entrant]) -> Ranked:
     """A method among those with a result, the best first."""
-    mean = entrant.mean(BEST) or 0.0
-    other = next((e for e in able if e is not entrant), None)
-    difference = None if other is None else entrant.less(other, BEST)
-    timings = [result.timing for result in entrant.found.values() if result.timing is not None]
-    fits = [timing.fit_seconds for timing in timings if timing.fit_seconds is not None]
+    rivals = [rival for rival in able if rival is not entrant]
+    against = None
+    gap = None
+    if rivals:
+        against = rivals[0].method
+        gap = _difference(entrant.less(rivals[0], BEST), config.confidence)
+    fit_seconds, rows_per_second = _mean_times(
+        result.timing for result in entrant.results.values() if result.timing is not None
+    )
+    first_result = next(iter(entrant.results.values()))
     return Ranked(
         method=entrant.method,
-        variant=next(iter(entrant.found.values())).variant,
-        rank=1 + sum((e.mean(BEST) or 0.0) > mean for e in able),
+        variant=first_result.variant,
+        rank=1 + _n_better(entrant, rivals),
         n_runs=entrant.n_runs,
         values={metric: entrant.mean(metric) for metric in config.metrics},
         intervals={name: entrant.quantity(name).interval(config.confidence) for name in RANKED_BY},
-        against=None if other is None else other.method,
-        gap=None if difference is None else difference.difference(config.confidence),
-        fit_seconds=fmean(fits) if fits else None,
-        rows_per_second=fmean(timing.rows_per_second for timing in timings) if timings else None,
+        against=against,
+        gap=gap,
+        fit_seconds=fit_seconds,
+        rows_per_second=rows_per_second,
         refused_seeds=entrant.refused_seeds,
     )
+
+
+def _difference(quantity: Quantity | None, confidence: float) -> Difference | None:
+    if quantity is None:
+        return None
+    return quantity.difference(confidence)
+
+
+def _n_better(entrant: Entrant, rivals: Iterable[Entrant]) -> int:
+    """The number of rivals with a higher mean AUROC."""
+    auroc = entrant.mean(BEST) or 0.0
+    return sum((rival.mean(BEST) or 0.0) > auroc for rival in rivals)
+
+
+def _mean_times(timings: Iterable[Timing]) -> tuple[float | None, float | None]:
+    """Mean seconds of a fit and mean rows scored per second; None where no timing tells."""
+    fits = []
+    speeds = []
+    for timing in timings:
+        speeds.append(timing.rows_per_second)
+        if timing.fit_seconds is not None:
+            fits.append(timing.fit_seconds)
+    fit_seconds = fmean(fits) if fits else None
+    rows_per_second = fmean(speeds) if speeds else None
+    return fit_seconds, rows_per_second
 
 
 def times_table(board: Board, times: Mapping[Cell, Timing]) -> str:
     """Mean wall times of fits and speeds of scoring; empty where none is known."""
     if not times:
         return ""
-    rows = []
+    lines = [["data", "setting", "method", "fit s", "rows/s"]]
     for (data, setting), entrants in board.blocks().items():
         for entrant in entrants:
-            known = [times[cell] for cell in entrant.runs.values() if cell in times]
-            fits = [one.fit_seconds for one in known if one.fit_seconds is not None]
-            speed = NOTHING if not known else f"{fmean(one.rows_per_second for one in known):,.0f}"
-            rows.append(
-                [data, setting, entrant.method, f"{fmean(fits):.2f}" if fits else NOTHING, speed]
+            fit_seconds, rows_per_second = _mean_times(
+                times[cell] for cell in entrant.runs.values() if cell in times
             )
-    return "\n".join(
-        [
-            "wall time with one thread:",
-            *aligned([["data", "setting", "method", "fit s", "rows/s"], *rows]),
-        ]
-    )
+            times_shown = _times_shown(fit_seconds, rows_per_second)
+            lines.append([data, setting, entrant.method, *times_shown])
+    return "\n".join(["wall time with one thread:", *aligned(lines)])
+
+
+def _times_shown(fit_seconds: float | None, rows_per_second: float | None) -> list[str]:
+    return [
+        NOTHING if fit_seconds is None else f"{fit_seconds:.2f}",
+        NOTHING if rows_per_second is None else f"{rows_per_second:,.0f}",
+    ]
 
 
 def layout(config: Config, summary: Summary) -> str:
     """Everything, for reading."""
     parts = [_block_text(config, block) for block in summary.blocks]
-    return "\n\n".join([*parts, _standings(summary), "\n".join(_notes(config))])
+    parts.append(_standings(summary))
+    parts.append("\n".join(_notes(config)))
+    return "\n\n".join(parts)
 
 
 def _block_text(config: Config, block: Ranking) -> str:
-    lines = [f"{block.data}, {block.setting} ({block.description})"]
+    title = f"{block.data}, {block.setting} ({block.description})"
+    lines = [title]
     if block.lines:
-        lines[0] += f": {counted_rows(block.n, block.n_failures, block.n_outside)}"
-        percent = f"[{100 * config.confidence:g} %]"
-        metrics = [
-            METRICS[name].title + (f" {percent}" if name in RANKED_BY else "")
-            for name in config.metrics
-        ]
-        heading = ["#", "method", "runs", *metrics, "best other", f"difference {percent}", "p"]
-        heading += ["fit s", "rows/s"] if _has_times(block) else []
-        lines += aligned(
-            [heading, *(_line(config, line, times=_has_times(block)) for line in block.lines)]
-        )
-    reasons: dict[str, list[str]] = {}
+        numbers = counted_rows(block.n, block.n_failures, block.n_outside)
+        lines = [f"{title}: {numbers}", *_block_table(config, block)]
+    methods_of: dict[str, list[str]] = {}  # by the reason why they have no result
     for method, reason in block.refused.items():
-        reasons.setdefault(short(reason, REASON_LENGTH), []).append(method)
-    return "\n".join(
-        [*lines, *(f"no result: {', '.join(of)}: {reason}" for reason, of in reasons.items())]
-    )
+        methods_of.setdefault(short(reason, REASON_LENGTH), []).append(method)
+    for reason, methods in methods_of.items():
+        lines.append(f"no result: {', '.join(methods)}: {reason}")
+    return "\n".join(lines)
+
+
+def _block_table(config: Config, block: Ranking) -> list[str]:
+    """The methods with a result, best first, as aligned lines."""
+    percent = f"[{100 * config.confidence:g} %]"
+    heading = ["#", "method", "runs"]
+    for name in config.metrics:
+        title = METRICS[name].title
+        heading.append(f"{title} {percent}" if name in RANKED_BY else title)
+    heading += ["best other", f"difference {percent}", "p"]
+    times = _has_times(block)
+    if times:
+        heading += ["fit s", "rows/s"]
+    rows = [_line(config, line, times=times) for line in block.lines]
+    return aligned([heading, *rows])
 
 
 def _has_times(block: Ranking) -> bool:
@@ -250,70 +316,70 @@ def _has_times(block: Ranking) -> bool:
 
 
 def _line(config: Config, line: Ranked, *, times: bool) -> list[str]:
-    gap, fit, speed = line.gap, line.fit_seconds, line.rows_per_second
-    return [
-        str(line.rank),
-        line.method + line.variant,
-        str(line.n_runs) + (f" (not {span(line.refused_seeds)})" if line.refused_seeds else ""),
-        *(_value(name, line.values[name], line.intervals.get(name)) for name in config.metrics),
-        line.against or NOTHING,
-        NOTHING
-        if gap is None
-        else f"{100 * gap.difference:+.2f} [{100 * gap.ci_low:+.2f}, {100 * gap.ci_high:+.2f}]",
-        NOTHING if gap is None else f"{gap.p_value:.3g}",
-        *(
-            [
-                NOTHING if fit is None else f"{fit:.2f}",
-                NOTHING if speed is None else f"{speed:,.0f}",
-            ]
-            if times
-            else []
-        ),
-    ]
+    runs = str(line.n_runs)
+    if line.refused_seeds:
+        runs += f" (not {span(line.refused_seeds)})"
+    cells = [str(line.rank), line.method + line.variant, runs]
+    for name in config.metrics:
+        cells.append(_value(name, line.values[name], line.intervals.get(name)))
+    cells.append(line.against or NOTHING)
+    cells += _gap_shown(line.gap)
+    if times:
+        cells += _times_shown(line.fit_seconds, line.rows_per_second)
+    return cells
 
 
-def _value(metric: str, value: float | None, ends: Interval | None = None) -> str:
+def _gap_shown(gap: Difference | None) -> list[str]:
+    """The difference from the best other method in percent, and its p-value."""
+    if gap is None:
+        return [NOTHING, NOTHING]
+    interval = f"[{100 * gap.ci_low:+.2f}, {100 * gap.ci_high:+.2f}]"
+    return [f"{100 * gap.difference:+.2f} {interval}", f"{gap.p_value:.3g}"]
+
+
+def _value(name: str, value: float | None, ends: Interval | None = None) -> str:
     if value is None:
         return NOTHING
-    show = METRICS[metric]
-    return show.show(value) + (
-        "" if ends is None else f" {show.brackets(ends.ci_low, ends.ci_high)}"
-    )
+    metric = METRICS[name]
+    number = metric.show(value)
+    if ends is None:
+        return number
+    return f"{number} {metric.brackets(ends.ci_low, ends.ci_high)}"
 
 
 def _standings(summary: Summary) -> str:
     """Wins and mean ranks, with the mean AUROC of every data set and setting beside them."""
-    blocks = [{line.method: line.values[BEST] for line in block.lines} for block in summary.blocks]
-    heading = [
-        "method",
-        "wins",
-        "mean rank",
-        "contests",
-        *(f"{one.data}/{one.setting}" for one in summary.blocks),
-    ]
-    rows = [
-        [
+    heading = ["method", "wins", "mean rank", "contests"]
+    aurocs = []  # by method, of every block
+    for block in summary.blocks:
+        heading.append(f"{block.data}/{block.setting}")
+        aurocs.append({line.method: line.values[BEST] for line in block.lines})
+    rows = [heading]
+    for standing in summary.standings:
+        row = [
             standing.method,
             f"{standing.wins:g}",
             f"{standing.mean_rank:.1f}",
             f"{standing.contests} of {summary.n_contests}",
-            *(_value(BEST, block.get(standing.method)) for block in blocks),
         ]
-        for standing in summary.standings
-    ]
-    return "\n".join(
-        ["all contests (data set × setting × seed), and mean AUROC:", *aligned([heading, *rows])]
-    )
+        for auroc in aurocs:
+            row.append(_value(BEST, auroc.get(standing.method)))
+        rows.append(row)
+    title = "all contests (data set × setting × seed), and mean AUROC:"
+    return "\n".join([title, *aligned(rows)])
 
 
 def _notes(config: Config) -> list[str]:
-    unit = f"in percent{but_for(METRICS[name] for name in config.metrics)}"
+    metrics = [METRICS[name] for name in config.metrics]
+    unit = f"in percent{but_for(metrics)}"
     return [
-        f"{unit}; brackets: {100 * config.confidence:g} % bootstrap over test rows (stratified by failure) and "
-        f"seeds, {config.resamples} resamples",
-        "runs: different results behind a mean; a method that no seed can change is run once. best other, difference, "
-        "p: mean AUROC less that of the best other method, paired by rows and seeds",
-        "wins: highest AUROC of a contest, shared by ties; a contest is a seed that every method of a table was to run",
-        *(f"{METRICS[name].title}: {METRICS[name].convention}" for name in config.metrics),
+        f"{unit}; brackets: {100 * config.confidence:g} % bootstrap over test rows "
+        f"(stratified by failure) and seeds, {config.resamples} resamples",
+        "runs: different results behind a mean; a method that no seed can change is run once. "
+        "best other, difference, p: mean AUROC less that of the best other method, "
+        "paired by rows and seeds",
+        "wins: highest AUROC of a contest, shared by ties; a contest is a seed that every method "
+        "of a table was to run",
+        *(f"{metric.title}: {metric.convention}" for metric in metrics),
         f"{NOTHING}: undefined, or the method was refused",
     ]

@@ -23,7 +23,7 @@ from vilu.outcomes.results import ResultRow, ResultTable
 from vilu_bench.studies.cells import Cell
 from vilu_bench.studies.parts import RANKED_BY, Name, Section
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("vilu.bench")
 
 AGAIN = "Run its `vilu benchmark` again"
 Suffix = Literal[".parquet", ".npy"]
@@ -63,12 +63,10 @@ class CellResult(Section):
     results: tuple[ResultRow, ...] = ()  # A row per metric; ``split`` is the setting
     refused: Refusal | None = None  # why there are none
     warnings: tuple[str, ...] = ()  # what the method warned of
-    timing: Timing | None = Field(
-        default=None, exclude=True
-    )  # in cells of earlier vilu; now it is in the log
-    files: dict[Suffix, str] = Field(
-        default_factory=dict
-    )  # SHA-256 of the files beside this one, by suffix
+    # in cells of earlier vilu; now it is in the log
+    timing: Timing | None = Field(default=None, exclude=True)
+    # SHA-256 of the files beside this one, by suffix
+    files: dict[Suffix, str] = Field(default_factory=dict)
 
     @field_serializer("results")
     def _plain(self, results: tuple[ResultRow, ...]) -> list[dict[str, Any]]:
@@ -76,7 +74,10 @@ class CellResult(Section):
 
     def value(self, metric: str) -> float | None:
         """A metric; None where it is undefined, or the cell was refused."""
-        return next((row.value for row in self.results if row.metric == metric), None)
+        for row in self.results:
+            if row.metric == metric:
+                return row.value
+        return None
 
     def save(
         self, root: Path, outcomes: Outcomes | None = None, bootstrap: Floats | None = None
@@ -105,33 +106,35 @@ def load_result(root: Path, cell: Cell, fingerprint: str) -> CellResult | None:
         return None
     try:
         result = CellResult.model_validate(read_json(path, AGAIN, of=root))
-    except (DataError, ValidationError) as error:
-        what = (
-            str(error) if isinstance(error, DataError) else f"{path} is damaged: {explain(error)}."
-        )
-        logger.warning("%s %s is run again.", what, cell)
+    except DataError as error:
+        logger.warning("%s %s is run again.", error, cell)
+        return None
+    except ValidationError as error:
+        logger.warning("%s is damaged: %s. %s is run again.", path, explain(error), cell)
         return None
     if result.fingerprint != fingerprint:
         return None
     for suffix, sha256 in result.files.items():
         beside = path.with_suffix(suffix)
-        if not beside.exists() or file_hash(beside) != sha256:
-            what = "not the file of its cell" if beside.exists() else "gone"
-            logger.warning("%s is %s: %s is run again", beside, what, cell)
+        if not beside.exists():
+            logger.warning("%s is gone: %s is run again", beside, cell)
+            return None
+        if file_hash(beside) != sha256:
+            logger.warning("%s is not the file of its cell: %s is run again", beside, cell)
             return None
     return result
 
 
 def load_times(root: Path, cells: Iterable[Cell]) -> dict[Cell, Timing]:
     """How long cells took, from the log of the run folder: of a cell the last line."""
-    found: dict[Cell, Timing] = {}
-    paths = {cell.path.as_posix(): cell for cell in cells}
+    times: dict[Cell, Timing] = {}
+    cell_at = {cell.path.as_posix(): cell for cell in cells}
     for line in read_log(root):
-        cell = paths.get(str(line.pop("cell", None)))
+        cell = cell_at.get(str(line.pop("cell", None)))
         if cell is not None:
             with suppress(ValidationError):  # a log may say anything; nothing else is read from it
-                found[cell] = Timing.model_validate(line)
-    return found
+                times[cell] = Timing.model_validate(line)
+    return times
 
 
 def load_bootstrap(root: Path, cell: Cell) -> Floats:
@@ -150,7 +153,6 @@ def resampled_metrics(uncertainty: Floats, failure: Ints, n_resamples: int, rows
     seeds that share a test set keeps the variance of its rows.
     """
     scores = SortedScores(uncertainty, failure == 1)
-    values = resampled(
-        {name: METRICS[name].kernel for name in RANKED_BY}, scores, n_resamples, int(rows, 16)
-    )
+    kernels = {name: METRICS[name].kernel for name in RANKED_BY}
+    values = resampled(kernels, scores, n_resamples, int(rows, 16))
     return np.stack([values[name] for name in RANKED_BY])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import concurrent.futures
+import itertools
 import logging
 import multiprocessing
+import re
 import signal
 import threading
 import time
@@ -12,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Self
 
@@ -23,6 +25,7 @@ from vilu.artifacts.documents import digest, log
 from vilu.embeddings.similarity import nearest
 from vilu.embeddings.source import SAME_TEXT
 from vilu.errors import ProvenanceError, UsageError
+from vilu.metrics.counts import Floats
 from vilu.outcomes.evaluate import evaluate
 from vilu.outcomes.outcomes import Outcomes
 from vilu.progress import Silence, reporting, track
@@ -52,72 +55,98 @@ from vilu_bench.studies.result import (
 )
 from vilu_bench.studies.stores import Part, find_seconds, make_stores, require_stores
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("vilu.bench")
 
 
 def run_group(bench: Workbench, cells: Sequence[Cell], root: Path) -> Iterator[Cell]:
-    """Score, evaluate and write each of the cells that share a fit, fitting once; a refusal is a result, too."""
+    """Score, evaluate and write cells that share a fit; a refusal is a result, too."""
     fits: dict[Origin, Fitted] = {}
     for cell in cells:
         with naming(cell), one_thread(), reporting(Silence()):
-            refused, origin = refuse_other_classes(bench, cell), origin_of(bench.config, cell)
-            refusing = (
-                None if refused is None else Fitted(predictor_of(bench.config, cell), refused)
-            )
-            write(bench, cell, refusing or fit(bench, cell, origin, fits), root)
+            refused = refuse_other_classes(bench, cell)
+            if refused is not None:
+                fitted = Fitted(predictor_of(bench.config, cell), refused)
+            else:
+                fitted = fit(bench, cell, origin_of(bench.config, cell), fits)
+            write(bench, cell, fitted, root)
         yield cell
 
 
 def refuse_other_classes(bench: Workbench, cell: Cell) -> Refusal | None:
     """What a closed-set method would say after its fit, before the time for that is spent."""
-    candidates = bench.candidates(cell) if bench.config.class_of(cell.method).closed_set else None
+    if not bench.config.class_of(cell.method).closed_set:
+        return None
+    candidates = bench.candidates(cell)
     if candidates is None:
         return None
     known, asked = candidates
-    if known.shape[1] != asked.shape[1]:
-        reason = f"it is fitted on embeddings of width {known.shape[1]}, and these have {asked.shape[1]}."
-        return refusal(ProvenanceError(reason))
-    others = int((nearest(asked, known)[0] < SAME_TEXT).sum())
-    reason = (
-        f"it scores the {len(known)} classes that it is fitted on, and {others} of the {len(asked)} candidates here "
-        "are others."
+    known_width = known.shape[1]
+    asked_width = asked.shape[1]
+    if known_width != asked_width:
+        return refusal(
+            ProvenanceError(
+                f"it is fitted on embeddings of width {known_width}, and these have {asked_width}."
+            )
+        )
+    similarity, _ = nearest(asked, known)
+    n_unknown = int((similarity < SAME_TEXT).sum())
+    if n_unknown == 0:
+        return None
+    return refusal(
+        ProvenanceError(
+            f"it scores the {len(known)} classes that it is fitted on, and {n_unknown} of the "
+            f"{len(asked)} candidates here are others."
+        )
     )
-    return refusal(ProvenanceError(reason)) if others else None
 
 
 def write(bench: Workbench, cell: Cell, fitted: Fitted, root: Path) -> None:
     """Score, evaluate and write a cell."""
-    facts, truth = decided_by(bench, cell), bench.truth(cell)
-    result = CellResult(
-        fingerprint=digest(facts),
-        decided_by=facts,
-        method=cell.method,
-        data=cell.data,
-        setting=cell.setting,
-        seed=cell.seed,
-        test_rows=truth.rows,
-        n_train=fitted.n_train,
-        refused=fitted.refused,
-        warnings=fitted.warnings,
-    )
+    result = _without_metrics(bench, cell, fitted)
     if result.refused is not None:
         result.save(root)
         return
-    with collected_warnings() as said:
+    truth = bench.truth(cell)
+    with collected_warnings() as score_warnings:
         try:
             outcomes, timing = measure(bench, cell, fitted, truth)
             rows = evaluate(outcomes, metrics=bench.config.metrics, n_resamples=0).rows
         except REFUSALS as error:
             result.model_copy(update={"refused": refusal(error)}).save(root)
             return
+    bootstrap = _bootstrap(bench, outcomes, truth)
+    finding = {
+        "results": rows,
+        "variant": fitted.predictor.label.removeprefix(fitted.predictor.name),
+        "warnings": (*fitted.warnings, *score_warnings),
+    }
+    log(root, cell=cell.path.as_posix(), **timing.model_dump())
+    result.model_copy(update=finding).save(root, outcomes, bootstrap)
+
+
+def _without_metrics(bench: Workbench, cell: Cell, fitted: Fitted) -> CellResult:
+    """The result of a cell as far as the fit decides it."""
+    facts = decided_by(bench, cell)
+    return CellResult(
+        fingerprint=digest(facts),
+        decided_by=facts,
+        method=cell.method,
+        data=cell.data,
+        setting=cell.setting,
+        seed=cell.seed,
+        test_rows=bench.truth(cell).rows,
+        n_train=fitted.n_train,
+        refused=fitted.refused,
+        warnings=fitted.warnings,
+    )
+
+
+def _bootstrap(bench: Workbench, outcomes: Outcomes, truth: Truth) -> Floats:
+    """(M, B) bootstrap values over the rows that have both an answer and a score."""
     scored = outcomes.evaluable
-    bootstrap = resampled_metrics(
+    return resampled_metrics(
         outcomes.uncertainty[scored], outcomes.failure[scored], bench.config.resamples, truth.rows
     )
-    variant = fitted.predictor.label.removeprefix(fitted.predictor.name)
-    found = {"results": rows, "variant": variant, "warnings": (*fitted.warnings, *said)}
-    log(root, cell=cell.path.as_posix(), **timing.model_dump())
-    result.model_copy(update=found).save(root, outcomes, bootstrap)
 
 
 def measure(bench: Workbench, cell: Cell, fitted: Fitted, truth: Truth) -> tuple[Outcomes, Timing]:
@@ -152,13 +181,14 @@ def naming(cell: Cell) -> Iterator[None]:
         yield
     except Exception as error:  # nothing is caught for good: it is raised again, with its place
         error.add_note(f"in the cell: {cell}")
-        logger.error("the benchmark stops at %s", cell)  # noqa: TRY400 - whoever catches it shows the traceback
+        # whoever catches it shows the traceback
+        logger.error("the benchmark stops at %s", cell)  # noqa: TRY400
         raise
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """One thread for torch, BLAS and OpenMP, so that results do not depend on the number of cores or jobs."""
+    """One thread for torch, BLAS and OpenMP, so that no result depends on the cores or jobs."""
     import sklearn.linear_model  # noqa: F401 - brings the libraries that are to be limited
     from threadpoolctl import threadpool_limits
 
@@ -176,24 +206,24 @@ Opening = tuple[Config, Mapping[Part, Path], Mapping[Part, Path]]
 
 
 class Crew:
-    """What runs the cells of several benchmarks, one benchmark after the other: this process, or so many others.
+    """Runs the cells of several benchmarks, one after the other: in this process or in several.
 
-    The others start with the first cell, stay for all benchmarks, and are ended at once where the
-    block is left early.
+    Further processes start with the first cell, stay for all benchmarks, and are ended at once
+    where the block is left early.
     """
 
     def __init__(self, benches: Sequence[Workbench], jobs: int) -> None:
-        self._benches, self._pool = benches, None
-        self._others = set(multiprocessing.active_children())
+        self._benches = benches
+        self._pool = None
+        self._children_before = set(multiprocessing.active_children())
         if jobs > 1:
-            context = multiprocessing.get_context(
-                "spawn"
-            )  # a fork would copy the locks of torch's threads
-            benchmarks: list[Opening] = [
-                (one.config, dict(one.folders), dict(one.seconds)) for one in benches
+            # a fork would copy the locks of torch's threads
+            context = multiprocessing.get_context("spawn")
+            openings: list[Opening] = [
+                (bench.config, dict(bench.folders), dict(bench.seconds)) for bench in benches
             ]
             self._pool = concurrent.futures.ProcessPoolExecutor(
-                jobs, context, _start_worker, (benchmarks,)
+                jobs, context, _start_worker, (openings,)
             )
 
     def __enter__(self) -> Self:
@@ -202,10 +232,12 @@ class Crew:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._pool is None:
             return
-        self._pool.shutdown(wait=kind is None, cancel_futures=True)
-        for worker in () if kind is None else set(multiprocessing.active_children()) - self._others:
-            worker.terminate()
-            worker.join()
+        is_early = kind is not None
+        self._pool.shutdown(wait=not is_early, cancel_futures=True)
+        if is_early:
+            for worker in set(multiprocessing.active_children()) - self._children_before:
+                worker.terminate()
+                worker.join()
 
     def run(self, number: int, groups: Sequence[Sequence[Cell]], root: Path) -> Iterator[Cell]:
         """Cells of a benchmark in groups that share a fit, each when its file is written."""
@@ -221,14 +253,15 @@ class Crew:
 def run_cells(
     crew: Crew, number: int, groups: Sequence[Sequence[Cell]], root: Path, n_done: int
 ) -> None:
-    """Run cells and write their files, showing progress; those that are finished stay when it is interrupted."""
-    started, n_cells = time.monotonic(), sum(map(len, groups))
+    """Run cells and write their files, showing progress; finished ones survive an interruption."""
+    started = time.monotonic()
+    n_cells = sum(map(len, groups))
     with track("benchmark", n_done + n_cells, "cells") as task:
         task.advance(n_done)
-        for done, cell in enumerate(crew.run(number, groups, root), start=1):
-            pace = (time.monotonic() - started) / done
-            left = timedelta(seconds=round(pace * (n_cells - done)))
-            task.advance(1, f"{60 / pace:.0f} a minute, {left} left; {cell}")
+        for n_run, cell in enumerate(crew.run(number, groups, root), start=1):
+            seconds_per_cell = (time.monotonic() - started) / n_run
+            left = timedelta(seconds=round(seconds_per_cell * (n_cells - n_run)))
+            task.advance(1, f"{60 / seconds_per_cell:.0f} a minute, {left} left; {cell}")
 
 
 _benchmarks: list[Opening] = []  # what a worker process may be asked for
@@ -258,17 +291,19 @@ class Share:
     @classmethod
     def parse(cls, text: str) -> Share:
         """``I/N`` with I from 1 to N."""
-        number, slash, of = text.partition("/")
-        if not (slash and number.isascii() and number.isdigit() and of.isascii() and of.isdigit()):
+        if re.fullmatch("[0-9]+/[0-9]+", text) is None:
             raise UsageError(f"--shard takes I/N, such as 1/4. Got {text!r} instead.")
+        number, _, of = text.partition("/")
         if not 1 <= int(number) <= int(of):
             raise UsageError(f"--shard takes I/N with I from 1 to N. Got {text!r} instead.")
         return cls(int(number) - 1, int(of))
 
     @property
     def lock(self) -> str:
-        """Name of the lock: shares of one number of shares go on beside each other."""
-        return LOCK if self.of == 1 else f"{LOCK}-{self.number + 1}-of-{self.of}"
+        """Name of the lock: different shares of one number of shares may run at once."""
+        if self.of == 1:
+            return LOCK
+        return f"{LOCK}-{self.number + 1}-of-{self.of}"
 
 
 def run_all(
@@ -281,19 +316,19 @@ def run_all(
     share: Share | None = None,
     embed_only: bool = False,
 ) -> list[Board]:
-    """Run every cell of some benchmarks that has no result yet; those that several have are run once.
+    """Run every cell of some benchmarks that has no result yet, and shared ones once.
 
     Interrupt it at any moment: finished cells stay, and the next run does the others. A cell whose
     method, data, parameters or code have changed is run again. Progress is shown through
     ``vilu.progress``.
     """
     require_at_least("jobs", jobs, 1)
-    share = share or Share()
+    if share is None:
+        share = Share()
+    is_whole = share.of == 1
     with locked(make_folder(output), "at work in", name=share.lock, who="benchmark"):
         remove_leftovers(output)
-        works = [
-            _Work.begin(config, data, output, models, make=share.of == 1) for config in configs
-        ]
+        works = [_Work.begin(config, data, output, models, make=is_whole) for config in configs]
         if embed_only:
             return []
         for work in works:
@@ -302,7 +337,9 @@ def run_all(
         with Crew([work.bench for work in works], jobs) as crew:
             for number, work in enumerate(works):
                 work.run(crew, number, output, share)
-        return [] if share.of > 1 else [work.board(output) for work in works]
+        if not is_whole:
+            return []
+        return [work.board(output) for work in works]
 
 
 @dataclass(frozen=True)
@@ -316,51 +353,63 @@ class _Work:
     def begin(
         cls, config: Config, data: Path, output: Path, models: Path | None, *, make: bool
     ) -> _Work:
+        """Plan the cells and open their stores, making those that are missing where ``make``."""
         cells = plan(config)
-        where = config, needed_parts(config, cells), data, output
-        folders = make_stores(*where, models=models) if make else require_stores(*where)
+        parts = needed_parts(config, cells)
+        if make:
+            folders = make_stores(config, parts, data, output, models=models)
+        else:
+            folders = require_stores(config, parts, data, output)
         return cls(cells, Workbench(config, folders, find_seconds(config, folders, data)))
 
     def run(self, crew: Crew, number: int, output: Path, share: Share) -> None:
-        """Run the cells that are missing of a share, the benchmark being the crew's of that number."""
-        groups = sharing_a_fit(self.bench.config, own_results(self.cells))
-        mine = [cell for group in groups[share.number :: share.of] for cell in group]
-        found = finished(self.bench, mine, output)
-        missing = [cell for cell in mine if cell not in found]
+        """Run the missing cells of a share; ``number`` is that of the benchmark in the crew."""
+        config = self.bench.config
+        groups = sharing_a_fit(config, own_results(self.cells))
+        cells = list(itertools.chain.from_iterable(groups[share.number :: share.of]))
+        done = finished(self.bench, cells, output)
+        missing = [cell for cell in cells if cell not in done]
         if not missing:
-            logger.info("%s: all cells are there: there is nothing to do", self.bench.config.name)
-        if stale := sum((output / cell.path).is_file() for cell in missing):
-            name = self.bench.config.name
+            logger.info("%s: all cells are there: there is nothing to do", config.name)
+        n_stale = sum((output / cell.path).is_file() for cell in missing)
+        if n_stale:
             logger.info(
-                "%s: %d cells are of older code, or other data or parameters: again", name, stale
+                "%s: %d cells are of older code, or other data or parameters: again",
+                config.name,
+                n_stale,
             )
-        run_cells(crew, number, sharing_a_fit(self.bench.config, missing), output, len(found))
+        run_cells(crew, number, sharing_a_fit(config, missing), output, len(done))
 
     def board(self, output: Path) -> Board:
         """All results."""
         runs = own_results(self.cells)
         results = finished(self.bench, runs, output)
-        if len(results) < len(runs):
+        n_missing = len(runs) - len(results)
+        if n_missing:
             raise ProvenanceError(
-                f"{len(runs) - len(results)} cells were made from other code or data than this process has read: "
+                f"{n_missing} cells were made from other code or data than this process has read: "
                 "something changed meanwhile. Start it again: they are run again, and nothing else."
             )
-        return Board(
-            self.bench.config, self.cells, results, cache(lambda cell: load_bootstrap(output, cell))
-        )
+        bootstrap = cache(partial(load_bootstrap, output))
+        return Board(self.bench.config, self.cells, results, bootstrap)
 
 
 def refuse_contradictions(works: Sequence[_Work]) -> None:
     """Refuse benchmarks that share an output and would undo each other's cells."""
-    known: dict[Cell, tuple[str, dict[str, object]]] = {}
+    first: dict[Cell, tuple[str, dict[str, object]]] = {}  # the first benchmark of a cell
     for work in works:
+        name = work.bench.config.name
         for cell in own_results(work.cells):
             facts = decided_by(work.bench, cell)
-            other, before = known.setdefault(cell, (work.bench.config.name, facts))
-            if differing := [key for key in before | facts if before.get(key) != facts.get(key)]:
+            first_name, first_facts = first.setdefault(cell, (name, facts))
+            differing = [
+                key for key in first_facts | facts if first_facts.get(key) != facts.get(key)
+            ]
+            if differing:
                 raise UsageError(
-                    f"{other} and {work.bench.config.name} both have {cell}, and mean different things by it: they "
-                    f"differ in {', '.join(differing)}. Give one of them another name, or each an output of its own."
+                    f"{first_name} and {name} both have {cell}, and mean different things by it: "
+                    f"they differ in {', '.join(differing)}. "
+                    "Give one of them another name, or each an output of its own."
                 )
 
 
@@ -374,5 +423,9 @@ def remove_leftovers(root: Path) -> None:
 
 def finished(bench: Workbench, runs: Sequence[Cell], root: Path) -> dict[Cell, CellResult]:
     """Results that are there and hold, of cells that have one of their own."""
-    results = {cell: load_result(root, cell, digest(decided_by(bench, cell))) for cell in runs}
-    return {cell: result for cell, result in results.items() if result is not None}
+    results = {}
+    for cell in runs:
+        result = load_result(root, cell, digest(decided_by(bench, cell)))
+        if result is not None:
+            results[cell] = result
+    return results

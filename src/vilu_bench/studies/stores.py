@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import resources
 from pathlib import Path
 
@@ -26,12 +27,12 @@ from vilu_bench.studies.parts import Data, Role, StorePaths
 
 
 def thinned(images: ImageDataset, limit: int | None, shards: int | None) -> ImageDataset:
-    """At most ``limit`` images; of tar files, whose images are not counted before, the first ``shards``."""
+    """At most ``limit`` images; of tar files, which are not counted, the first ``shards``."""
     if isinstance(images, ShardedDataset):
         if shards is None and limit is not None:
             raise UsageError(
-                f"{images.source} is in tar files, and only reading them tells how many images they hold: limit cannot "
-                "be had. Say shards = N for the first N of them."
+                f"{images.source} is in tar files, and only reading them tells how many images "
+                "they hold: limit cannot be had. Say shards = N for the first N of them."
             )
         if shards is None or shards >= len(images):
             return images
@@ -62,20 +63,20 @@ def make_stores(
     config: Config, parts: Iterable[Part], data: Path, output: Path, *, models: Path | None = None
 ) -> dict[Part, Path]:
     """The same, with whatever is missing embedded; an interrupted run goes on where it stopped."""
-    found = find_stores(config, parts, data, output)
+    folders = find_stores(config, parts, data, output)
     load = functools.cache(functools.partial(load_backbone, models=models))
-    for (name, role), folder in found.items():
+    for (name, role), folder in folders.items():
         entry = config.data[name]
         if entry.stores is not None:
             continue
         if not is_complete(folder):
             _embed(entry, role, data, folder, load(entry.backbone))
         elif models is not None:
-            theirs = read_document(folder / MANIFEST, Manifest).space
+            stored_space = read_document(folder / MANIFEST, Manifest).space
             load(entry.backbone).space.require_match(
-                theirs, mine=f"the model in {models}", theirs=f"{folder}"
+                stored_space, mine=f"the model in {models}", theirs=f"{folder}"
             )
-    return found
+    return folders
 
 
 def is_complete(folder: Path) -> bool:
@@ -88,12 +89,12 @@ def require_stores(
 ) -> dict[Part, Path]:
     """The same; refuses to go on where embeddings are missing."""
     folders = find_stores(config, parts, data, output)
-    if missing := [
-        f"{name} ({role})" for (name, role), folder in folders.items() if not is_complete(folder)
-    ]:
+    missing = [part for part, folder in folders.items() if not is_complete(folder)]
+    if missing:
+        name, role = missing[0]
         raise UsageError(
-            f"a share of the cells needs embeddings that are there; {len(missing)} sets are not, the first is "
-            f"{missing[0]}. Make them all with --embed-only, once."
+            f"a share of the cells needs embeddings that are there; {len(missing)} sets are not, "
+            f"the first is {name} ({role}). Make them all with --embed-only, once."
         )
     return folders
 
@@ -111,21 +112,20 @@ def store_of(part: Part, entry: Data, data: Path, output: Path) -> Path:
             _columns(entry, role),
             *_words(entry),
         ]
-    hashed = digest(recipe)[:8]
-    stem = (
-        entry.dataset or Path(str(entry.source).removeprefix(PACKAGE)).stem
-    )  # so that entries of one recipe share it
-    return output / "stores" / f"{stem}-{'pairs' if entry.captions else role}-{hashed}"
+    # so that entries of one recipe share it
+    stem = entry.dataset or Path(str(entry.source).removeprefix(PACKAGE)).stem
+    rows = "pairs" if entry.captions else role
+    return output / "stores" / f"{stem}-{rows}-{digest(recipe)[:8]}"
 
 
 def find_seconds(config: Config, parts: Iterable[Part], data: Path) -> dict[Part, Path]:
     """The folders of the parts by a second model, where there is one."""
-    seconds = {(name, role): config.data[name].second for name, role in parts}
-    return {
-        part: _named(part[0], "second", of, part[1], data)
-        for part, of in seconds.items()
-        if of is not None
-    }
+    folders = {}
+    for name, role in parts:
+        second = config.data[name].second
+        if second is not None:
+            folders[name, role] = _named(name, "second", second, role, data)
+    return folders
 
 
 def _named(name: str, key: str, paths: StorePaths, role: Role, data: Path) -> Path:
@@ -148,22 +148,33 @@ def _embed(entry: Data, role: Role, data: Path, folder: Path, backbone: Backbone
             features=features,
             views=views,
             prompts=() if entry.captions else prompts,
-            negatives=[word for words in _words(entry) for word in words],
-            split=None if entry.captions else getattr(entry, role),
+            negatives=list(itertools.chain.from_iterable(_words(entry))),
+            split=_split(entry, role),
         )
 
 
 def _columns(entry: Data, role: Role) -> tuple[bool, int, tuple[str, ...]]:
     """Features, views and prompts to store beside the embeddings."""
-    views = (
-        entry.views if role == "test" and not entry.captions else 0
-    )  # of training images they would be all the time
+    views = 0
+    if role == "test" and not entry.captions:
+        # of training images they would be all the time
+        views = entry.views
     return entry.features, views, tuple(named_templates(entry.prompts))
 
 
 def _words(entry: Data) -> list[tuple[str, ...]]:
     """Everyday words to keep, if any are wanted."""
-    return [everyday_words()] if entry.negatives else []
+    if not entry.negatives:
+        return []
+    return [everyday_words()]
+
+
+def _split(entry: Data, role: Role) -> str | None:
+    """The split of a role; captions are in one for all roles."""
+    if entry.captions:
+        return None
+    split: str | None = getattr(entry, role)
+    return split
 
 
 def _names(entry: Data, images: ImageDataset) -> tuple[str, ...]:
@@ -172,24 +183,19 @@ def _names(entry: Data, images: ImageDataset) -> tuple[str, ...]:
     names = entry.classes or images.class_names
     if names is None:
         raise UsageError(
-            f"{images.source} names no classes. List them in the benchmark file, as classes = [...]."
+            f"{images.source} names no classes. "
+            "List them in the benchmark file, as classes = [...]."
         )
     return names
 
 
 @contextmanager
 def open_images(entry: Data, role: Role, data: Path) -> Iterator[ImageDataset]:
-    """The pictures of a part: those of its split, or of captions all of them; thinned, then shifted."""
-    source = entry.source or "."
-    asset = resources.files("vilu").joinpath("assets", source.removeprefix(PACKAGE))
-    with (
-        resources.as_file(asset)
-        if source.startswith(PACKAGE)
-        else nullcontext(data / source) as path
-    ):
+    """The pictures of a part: of its split, or of captions all; thinned, then shifted."""
+    with _source_path(entry, data) as path:
         images = open_dataset(
             path,
-            split=None if entry.captions else getattr(entry, role),
+            split=_split(entry, role),
             captions=entry.captions and entry.dataset is None,  # a known one has nothing else
             where=entry.where,
             dataset=entry.dataset,
@@ -199,7 +205,17 @@ def open_images(entry: Data, role: Role, data: Path) -> Iterator[ImageDataset]:
         if entry.shift is not None:
             if isinstance(images, ShardedDataset):
                 raise UsageError(
-                    f"{images.source} is in tar files, whose images cannot be shifted. Leave out shift."
+                    f"{images.source} is in tar files, whose images cannot be shifted. "
+                    "Leave out shift."
                 )
             images = ShiftedImages(images, entry.shift.kinds, entry.shift.severity)
         yield images
+
+
+def _source_path(entry: Data, data: Path) -> AbstractContextManager[Path]:
+    """Where the images of an entry lie: below the data folder, or among the files of vilu."""
+    source = entry.source or "."
+    if not source.startswith(PACKAGE):
+        return nullcontext(data / source)
+    asset = resources.files("vilu").joinpath("assets", source.removeprefix(PACKAGE))
+    return resources.as_file(asset)

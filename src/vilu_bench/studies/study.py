@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from vilu.errors import DataError
 from vilu.report.style import require_matplotlib, save
 from vilu.text import in_markdown, markdown_rows
 from vilu_bench.studies.board import Board
-from vilu_bench.studies.cells import own_results, plan
+from vilu_bench.studies.cells import Cell, own_results, plan
 from vilu_bench.studies.claims import Verdict, decide
 from vilu_bench.studies.config import Config
 from vilu_bench.studies.exhibits import Exhibit, exhibit
@@ -27,13 +28,27 @@ from vilu_bench.studies.facts import code_of
 from vilu_bench.studies.load import parse_config
 from vilu_bench.studies.parts import Section
 from vilu_bench.studies.ranking import summarise, times_table
-from vilu_bench.studies.result import AGAIN, SCORES, load_bootstrap, load_result, load_times
+from vilu_bench.studies.result import (
+    AGAIN,
+    SCORES,
+    CellResult,
+    load_bootstrap,
+    load_result,
+    load_times,
+)
 from vilu_bench.studies.run import Share, run_all
 from vilu_bench.studies.sheet import Sheet, to_csv, to_latex, to_markdown, to_text
 from vilu_bench.studies.submit import take_in
-from vilu_bench.studies.views import CurveView, GridView, HistogramView, RankingView, ScatterView
+from vilu_bench.studies.views import (
+    CurveView,
+    GridView,
+    HistogramView,
+    RankingView,
+    ScatterView,
+    Study,
+)
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("vilu.bench")
 
 DOCUMENT = "study.json"
 STUDIES = "studies"
@@ -66,12 +81,13 @@ def save_study(board: Board, output: Path) -> Path:
 
 def load_studies(output: Path) -> list[Board]:
     """The studies of a run folder, by name."""
-    found = sorted((output / STUDIES).glob(f"*/{DOCUMENT}"))
-    if not found:
+    documents = sorted((output / STUDIES).glob(f"*/{DOCUMENT}"))
+    if not documents:
         raise DataError(
-            f"{output} holds no study (no {STUDIES}/NAME/{DOCUMENT}). Make one: vilu benchmark CONFIG.toml."
+            f"{output} holds no study (no {STUDIES}/NAME/{DOCUMENT}). "
+            "Make one: vilu benchmark CONFIG.toml."
         )
-    return [_load(path, output) for path in found]
+    return [_load(path, output) for path in documents]
 
 
 def _load(path: Path, output: Path) -> Board:
@@ -85,19 +101,28 @@ def _load(path: Path, output: Path) -> Board:
     cells = plan(config)
     results = {}
     for cell in own_results(cells):
-        fingerprint = archive.fingerprints.get(cell.path.as_posix())
-        result = None if fingerprint is None else load_result(output, cell, fingerprint)
+        result = _archived_result(archive, cell, output)
         if result is None:
             raise DataError(
-                f"{output / cell.path} is missing, damaged, or newer than the study {path.parent.name}. {AGAIN}."
+                f"{output / cell.path} is missing, damaged, "
+                f"or newer than the study {path.parent.name}. {AGAIN}."
             )
         results[cell] = result
-    older = sum(
-        result.decided_by.get("code") != code_of(config, cell) for cell, result in results.items()
-    )
-    if older:
-        logger.info("%s: %d of %d results are of older code", config.name, older, len(results))
-    return Board(config, cells, results, cache(lambda cell: load_bootstrap(output, cell)))
+    n_older = 0
+    for cell, result in results.items():
+        if result.decided_by.get("code") != code_of(config, cell):
+            n_older += 1
+    if n_older:
+        logger.info("%s: %d of %d results are of older code", config.name, n_older, len(results))
+    return Board(config, cells, results, cache(partial(load_bootstrap, output)))
+
+
+def _archived_result(archive: Archive, cell: Cell, output: Path) -> CellResult | None:
+    """The result of a cell as the study knows it; None where that is not there."""
+    fingerprint = archive.fingerprints.get(cell.path.as_posix())
+    if fingerprint is None:
+        return None
+    return load_result(output, cell, fingerprint)
 
 
 RULINGS = {
@@ -118,63 +143,81 @@ def page(
     """Markdown of a study, to stand below a heading of level one."""
     study = config.study
     parts = [f"## {study.title if study else config.name}"]
-    if study is not None and (study.reproduces or study.protocol):
-        reproduces = f"Reproduces: {study.reproduces}." if study.reproduces else ""
-        parts.append(f"{reproduces} {study.protocol}".strip())
+    if study is not None:
+        parts += _about(study)
     if verdicts:
         parts += ["What the paper says, and what is found here:", claims_table(config, verdicts)]
-    for one in exhibits:
-        if one.draw is not None:
-            parts.append(f"![{in_markdown(one.title)}]({figure(one.name)})")
-        parts.append(
-            f"```\n{one.body}\n```" if isinstance(one.body, str) else to_markdown(one.body).rstrip()
-        )
+    for shown in exhibits:
+        if shown.draw is not None:
+            parts.append(f"![{in_markdown(shown.title)}]({figure(shown.name)})")
+        parts.append(_body_in_markdown(shown))
     return "\n\n".join(parts) + "\n"
+
+
+def _about(study: Study) -> list[str]:
+    """What a study reproduces, and its protocol, as a paragraph; none where it says neither."""
+    sentences = []
+    if study.reproduces:
+        sentences.append(f"Reproduces: {study.reproduces}.")
+    if study.protocol:
+        sentences.append(study.protocol)
+    paragraph = " ".join(sentences).strip()
+    return [paragraph] if sentences else []
+
+
+def _body_in_markdown(shown: Exhibit) -> str:
+    if isinstance(shown.body, str):
+        return f"```\n{shown.body}\n```"
+    return to_markdown(shown.body).rstrip()
 
 
 def all_claims(verdicts: Iterable[Sequence[Verdict]]) -> str:
     """Every claim of several studies under what became of it."""
-    found: dict[str, list[Verdict]] = {ruling: [] for ruling in RULINGS}
-    for verdict in (one for several in verdicts for one in several):
-        found[verdict.ruling].append(verdict)
+    by_ruling: dict[str, list[str]] = {ruling: [] for ruling in RULINGS}
+    for verdict in itertools.chain.from_iterable(verdicts):
+        says = in_markdown(verdict.claim.says)
+        source = in_markdown(verdict.claim.source)
+        by_ruling[verdict.ruling].append(f"- {says} ({source})")
     parts = []
     for ruling, (_, heading) in RULINGS.items():
-        lines = [
-            f"- {in_markdown(one.claim.says)} ({in_markdown(one.claim.source)})"
-            for one in found[ruling]
-        ]
+        lines = by_ruling[ruling]
         if lines:
             parts.append("\n".join([f"{heading} ({len(lines)}):", "", *lines]))
-    return "\n\n".join(["## The paper's claims here", *parts, ""]) if parts else ""
+    if not parts:
+        return ""
+    return "\n\n".join(["## The paper's claims here", *parts, ""])
 
 
 def claims_table(config: Config, verdicts: Sequence[Verdict]) -> str:
     """Claims with what decides them, as Markdown."""
     lines = []
     for verdict in verdicts:
-        ends = verdict.interval
-        number = str(verdict.reason)
-        if verdict.number is not None and ends is not None:
-            number = (
-                f"{in_markdown(verdict.what)}: {100 * verdict.number:+.1f} [{100 * ends.ci_low:+.1f}, "
-                f"{100 * ends.ci_high:+.1f}] points"
-            )
-        lines.append(
-            [
-                in_markdown(verdict.claim.says),
-                RULINGS[verdict.ruling][0],
-                number,
-                in_markdown(verdict.claim.source),
-            ]
-        )
-    note = f"Brackets: {100 * config.confidence:g} % bootstrap interval; a positive number speaks for the claim."
+        says = in_markdown(verdict.claim.says)
+        ruling, _ = RULINGS[verdict.ruling]
+        source = in_markdown(verdict.claim.source)
+        lines.append([says, ruling, _number_of(verdict), source])
     table = markdown_rows(["claim", "here", "by", "source"], lines)
+    note = (
+        f"Brackets: {100 * config.confidence:g} % bootstrap interval; "
+        "a positive number speaks for the claim."
+    )
     return "\n".join([*table, "", f"<sub>{note}</sub>"])
+
+
+def _number_of(verdict: Verdict) -> str:
+    """The number that decides, with its interval; or why there is none."""
+    ends = verdict.interval
+    if verdict.number is None or ends is None:
+        return str(verdict.reason)
+    return (
+        f"{in_markdown(verdict.what)}: {100 * verdict.number:+.1f} "
+        f"[{100 * ends.ci_low:+.1f}, {100 * ends.ci_high:+.1f}] points"
+    )
 
 
 FORMATS = {".md": to_markdown, ".tex": to_latex, ".csv": to_csv, ".txt": to_text}
 FIGURE_SUFFIXES = (".svg", ".png")
-"""In this order one drawing gives the bytes that two would: a PNG before moves the layout of an SVG."""
+"""One drawing in this order gives the bytes of two: a PNG before would move the SVG's layout."""
 
 
 @dataclass(frozen=True)
@@ -195,28 +238,33 @@ def render(board: Board, output: Path) -> Rendered:
     ``table.txt`` (what is printed), ``results.json`` and ``results.parquet`` (every number and the
     configuration), and ``times.txt``, alone with what a clock decides.
     """
-    config, folder = board.config, output / STUDIES / board.config.name
+    config = board.config
+    folder = output / STUDIES / config.name
     exhibits = tuple(exhibit(board, view, output) for view in config.views or [DEFAULT])
     verdicts = tuple(decide(board, claim) for claim in config.claims)
-    text = "\n\n".join(
-        [
-            *(one.body if isinstance(one.body, str) else to_text(one.body) for one in exhibits),
-            *_in_words(verdicts),
-        ]
-    )
-    done = Rendered(
-        board, exhibits, verdicts, text, times_table(board, load_times(output, board.results))
-    )
+    text = _text_of(exhibits, verdicts)
+    times = times_table(board, load_times(output, board.results))
     _write_results(board, folder)
-    for one in exhibits:
-        _write_exhibit(one, folder)
+    for shown in exhibits:
+        _write_exhibit(shown, folder)
     write_text(folder / "table.txt", text + "\n")
-    if done.times:
-        write_text(folder / "times.txt", done.times + "\n")
-    write_text(
-        folder / "README.md", page(config, exhibits, verdicts, lambda name: f"figures/{name}.svg")
-    )
-    return done
+    if times:
+        write_text(folder / "times.txt", times + "\n")
+    write_text(folder / "README.md", page(config, exhibits, verdicts, "figures/{}.svg".format))
+    return Rendered(board, exhibits, verdicts, text, times)
+
+
+def _text_of(exhibits: Iterable[Exhibit], verdicts: Sequence[Verdict]) -> str:
+    """Exhibits and claims for a terminal."""
+    parts = []
+    for shown in exhibits:
+        parts.append(shown.body if isinstance(shown.body, str) else to_text(shown.body))
+    if verdicts:
+        lines = ["claims:"]
+        for verdict in verdicts:
+            lines.append(f"{verdict.ruling.upper()}: {verdict.claim.says} ({verdict.what})")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
 
 
 def write_document(
@@ -227,36 +275,21 @@ def write_document(
     intro: str,
     inputs: str = "",
 ) -> None:
-    """One Markdown file of several studies below ``output``, their figures in a folder of its name beside it."""
+    """One Markdown file of several studies below ``output``, their figures in a folder beside."""
     figures = make_folder(document.with_suffix(""))
-    parts = [
-        f"# {title}",
-        "",
-        *([intro, ""] if intro else []),
-        all_claims([study.verdicts for study in studies]),
-    ]
+    parts = [f"# {title}", ""]
+    if intro:
+        parts += [intro, ""]
+    parts.append(all_claims([study.verdicts for study in studies]))
     for study in studies:
         name = study.board.config.name
-        for one in study.exhibits:
-            if one.draw is not None:
-                drawn = output / STUDIES / name / "figures" / f"{one.name}.svg"
+        for shown in study.exhibits:
+            if shown.draw is not None:
+                drawn = output / STUDIES / name / "figures" / f"{shown.name}.svg"
                 write_bytes(figures / f"{name}-{drawn.name}", drawn.read_bytes())
-        parts.append(
-            page(
-                study.board.config,
-                study.exhibits,
-                study.verdicts,
-                f"{figures.name}/{name}-{{}}.svg".format,
-            )
-        )
+        figure = f"{figures.name}/{name}-{{}}.svg".format
+        parts.append(page(study.board.config, study.exhibits, study.verdicts, figure))
     write_text(document, "\n".join(parts) + "\n" + mark("study", inputs))
-
-
-def _in_words(verdicts: Sequence[Verdict]) -> list[str]:
-    lines = [
-        f"{verdict.ruling.upper()}: {verdict.claim.says} ({verdict.what})" for verdict in verdicts
-    ]
-    return ["\n".join(["claims:", *lines])] if lines else []
 
 
 def _write_results(board: Board, folder: Path) -> None:
@@ -267,16 +300,16 @@ def _write_results(board: Board, folder: Path) -> None:
     summary.results.write(folder / "results.parquet")
 
 
-def _write_exhibit(one: Exhibit, folder: Path) -> None:
-    if isinstance(one.body, Sheet):
+def _write_exhibit(shown: Exhibit, folder: Path) -> None:
+    if isinstance(shown.body, Sheet):
         tables = make_folder(folder / "tables")
         for suffix, written in FORMATS.items():
-            write_text(tables / f"{one.name}{suffix}", written(one.body))
-    if one.draw is not None:
+            write_text(tables / f"{shown.name}{suffix}", written(shown.body))
+    if shown.draw is not None:
         figures = make_folder(folder / "figures")
-        drawn = one.draw()
+        drawn = shown.draw()
         for suffix in FIGURE_SUFFIXES:
-            save(drawn, figures / f"{one.name}{suffix}")
+            save(drawn, figures / f"{shown.name}{suffix}")
 
 
 DEFAULT = RankingView(kind="ranking", name="ranking", title="Every method, best first")
@@ -295,14 +328,10 @@ def run_studies(
     share: Share | None = None,
     embed_only: bool = False,
 ) -> list[Rendered]:
-    """Run some benchmarks and write what they show; arguments and errors as ``vilu_bench.studies.run.run_all``."""
-    begun = any((output / name).is_dir() for name in ("stores", "cells"))
-    if not begun:
-        claim_folder(output, "benchmark", lambda path: path.name in {"smoke", LOG}, overwrite=True)
-    for config in configs:
-        folder = output / STUDIES / config.name
-        claim_folder(folder, "study", lambda _: False, same=(folder / DOCUMENT).is_file())
-    if any(isinstance(view, DRAWN) for config in configs for view in config.views):
+    """Run some benchmarks and write what they show; arguments and errors as ``run_all``."""
+    _claim_folders(configs, output)
+    views = itertools.chain.from_iterable(config.views for config in configs)
+    if any(isinstance(view, DRAWN) for view in views):
         require_matplotlib()
     boards = run_all(
         configs, data, output, jobs=jobs, models=models, share=share, embed_only=embed_only
@@ -310,6 +339,16 @@ def run_studies(
     for board in boards:
         save_study(board, output)
     return [render(board, output) for board in boards]
+
+
+def _claim_folders(configs: Iterable[Config], output: Path) -> None:
+    """Refuse an output, or a folder of a study, that holds something else."""
+    is_begun = (output / "stores").is_dir() or (output / "cells").is_dir()
+    if not is_begun:
+        claim_folder(output, "benchmark", lambda path: path.name in {"smoke", LOG}, overwrite=True)
+    for config in configs:
+        folder = output / STUDIES / config.name
+        claim_folder(folder, "study", lambda _: False, same=(folder / DOCUMENT).is_file())
 
 
 def render_studies(
@@ -321,25 +360,27 @@ def render_studies(
     submitted: Path | None = None,
     overwrite: bool = True,
 ) -> list[Rendered]:
-    """Write everything anew from the cells of a run folder, without data, embeddings or computation.
+    """Write everything anew from the cells of a run folder, without data or embeddings.
 
     A ``document`` is a Markdown file for all studies together, its figures in a folder of its name
     beside it. ``submitted`` is a folder of cells that others ran, to show beside those of the run
     folder.
     """
-    files = [] if submitted is None else sorted(submitted.rglob(f"*{SCORES}"))
-    boards, inputs, there = load_studies(output), "", False
+    boards = load_studies(output)
+    files: list[Path] = []
     if submitted is not None:
+        files = sorted(submitted.rglob(f"*{SCORES}"))
         boards = take_in(boards, output, files)
-    if document is not None:
-        said = [*(output / STUDIES / board.config.name / DOCUMENT for board in boards), *files]
-        inputs = inputs_of(*said, title=title, intro=intro)
-        ours = made(document) is not None
-        there = claim_file(document, "study", inputs, overwrite=overwrite)
-        claim_folder(document.with_suffix(""), "document's figures", lambda _: False, same=ours)
+    if document is None:
+        return [render(board, output) for board in boards]
+    sources = [output / STUDIES / board.config.name / DOCUMENT for board in boards]
+    inputs = inputs_of(*sources, *files, title=title, intro=intro)
+    is_ours = made(document) is not None
+    is_done = claim_file(document, "study", inputs, overwrite=overwrite)
+    claim_folder(document.with_suffix(""), "document's figures", lambda _: False, same=is_ours)
     studies = [render(board, output) for board in boards]
-    if there:
+    if is_done:
         logger.info("%s holds these studies already: there is nothing to do", document)
-    elif document is not None:
+    else:
         write_document(studies, output, document, title, intro, inputs)
     return studies

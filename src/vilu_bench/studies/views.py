@@ -1,4 +1,4 @@
-"""How a study shows what it found: tables, figures, what the paper claims of it, and its numbers to stand beside."""
+"""How a study shows its results: tables, figures, claims of the paper, published numbers."""
 
 from __future__ import annotations
 
@@ -17,11 +17,8 @@ from vilu_bench import asset
 from vilu_bench.studies.parts import RANKED_BY, Name, Names, Section, require_known
 
 Axis = Literal["method", "data", "setting"]
-AXES = {
-    "method": "method",
-    "data": "data set",
-    "setting": "setting",
-}  # what each is called in messages
+# what each axis is called in messages
+AXES = {"method": "method", "data": "data set", "setting": "setting"}
 FIELDS = (*AXES, "metric")
 
 
@@ -64,7 +61,8 @@ class Known(Protocol):
 def require_all(where: str, known: Known, chosen: Mapping[str, Names | None]) -> None:
     """Refuse what is not there with a ValueError."""
     for axis, names in chosen.items():
-        require_known(f"{AXES[axis]} {where}", names or (), known.along(axis))
+        if names is not None:
+            require_known(f"{AXES[axis]} {where}", names, known.along(axis))
 
 
 class View(Section):
@@ -99,23 +97,31 @@ class View(Section):
 
     def check(self, known: Known) -> None:
         """Refuse a view that names what is not there, or could not be shown, with a ValueError."""
-        require_all(self.where, known, {**self.chosen, "data": (*(self.data or ()), *self.mean)})
+        data = (*(self.data or ()), *self.mean)
+        require_all(
+            self.where,
+            known,
+            {"method": self.methods, "data": data, "setting": self.settings},
+        )
         require_known(f"metric {self.where}", self.metrics, known.metrics)
         if self.means_only and not self.mean:
             raise ValueError(f"means_only needs a mean, as mean = [data sets] {self.where}")
         if self.mean and not self.averages:
             raise ValueError(
-                f"means are for tables, and for curves over something else than data sets {self.where}"
+                "means are for tables, and for curves over something else than data sets "
+                f"{self.where}"
             )
         if self.with_intervals:
             require_known(f"metric with an interval {self.where}", self.metrics, RANKED_BY)
 
     def places(self, known: Known, axis: str) -> dict[str, Placed]:
-        """What is shown along an axis; where methods are side by side, those of others go with them."""
+        """What is shown along an axis; guests go with methods that are side by side."""
         there = known.along(axis)
-        names = self.chosen[axis] or there
-        guests = known.guests if axis == "method" and self.with_guests and len(names) > 1 else ()
-        return {name: there[name] for name in (*names, *guests)}
+        names = [*(self.chosen[axis] or there)]
+        takes_guests = axis == "method" and self.with_guests
+        if takes_guests and len(names) > 1:
+            names += known.guests
+        return {name: there[name] for name in names}
 
     def as_table(self, rows: Names, columns: Names) -> TableView:
         """The numbers of a figure as a table."""
@@ -127,9 +133,8 @@ class TableView(View):
     """Values with intervals; the best and the second best of those that compete are marked."""
 
     kind: Literal["table"]
-    rows: Names = (
-        "method",
-    )  # what a row stands for; what neither rows nor columns name must be one and the same
+    # what a row stands for; what neither rows nor columns name must be one and the same
+    rows: Names = ("method",)
     columns: Names = ("data", "metric")  # what a column stands for
     compete: Names = ("method",)  # values that differ in these alone compete
 
@@ -142,30 +147,28 @@ class TableView(View):
     def _check_fields(self) -> Self:
         for names in (self.rows, self.columns, self.compete):
             require_known("field", names, FIELDS)
-        if twice := [
-            name for name, count in Counter((*self.rows, *self.columns)).items() if count > 1
-        ]:
-            raise ValueError(f"{twice[0]} is both in the rows and in the columns")
+        for name, count in Counter((*self.rows, *self.columns)).items():
+            if count > 1:
+                raise ValueError(f"{name} is both in the rows and in the columns")
         return self
 
     def check(self, known: Known) -> None:
         """Also refuse a table in which two numbers would stand in one cell."""
         super().check(known)
-        several = {axis: tuple(self.places(known, axis)) for axis in AXES} | {
-            "metric": self.metrics
-        }
+        shown = {axis: tuple(self.places(known, axis)) for axis in AXES}
+        shown["metric"] = self.metrics
         if self.means_only:
-            several["data"] = ("mean",)
-        for field, names in several.items():
+            shown["data"] = ("mean",)
+        for field, names in shown.items():
             if field not in (*self.rows, *self.columns) and len(names) > 1:
                 raise ValueError(
-                    f"the view {self.name} has several values of {field} ({', '.join(names)}), and neither rows nor "
-                    "columns name it"
+                    f"the view {self.name} has several values of {field} ({', '.join(names)}), "
+                    "and neither rows nor columns name it"
                 )
 
 
 class CurveView(View):
-    """A metric against a number, a line for every method (or data set, or setting), with its interval."""
+    """A metric against a number: a line with intervals for every method, data set or setting."""
 
     with_intervals: ClassVar[bool] = True
     kind: Literal["curve"]
@@ -174,9 +177,8 @@ class CurveView(View):
     panel: Axis = "data"  # what a panel stands for, beside the metric
     x_label: str  # of the axis
     log: bool = False  # whether the axis is logarithmic
-    ticks: dict[str, str] = Field(
-        default_factory=dict
-    )  # what is said at a place of the axis, instead of its number
+    # what is said at a place of the axis, instead of its number
+    ticks: dict[str, str] = Field(default_factory=dict)
 
     @property
     def averages(self) -> bool:
@@ -197,21 +199,21 @@ class CurveView(View):
 
 
 class ScatterView(View):
-    """A metric against the zero-shot accuracy, a point a data set and setting, a trend line a method."""
+    """A metric against the zero-shot accuracy: points by data set and setting, lines by method."""
 
     with_intervals: ClassVar[bool] = True
     kind: Literal["scatter"]
 
 
 class HistogramView(View):
-    """Uncertainties of right and of wrong answers, a panel for every data set and method, of the first seed."""
+    """Uncertainties of right and wrong answers: a panel by data set and method, the first seed."""
 
     with_guests: ClassVar[bool] = False  # it is drawn from the files of a run folder
     kind: Literal["histograms"]
 
 
 class GridView(View):
-    """Two hyper-parameters against each other; the best value in one setting chooses what is reported of another."""
+    """Two hyper-parameters: the best pair in one setting chooses what another setting reports."""
 
     with_guests: ClassVar[bool] = False  # it is of parameters
     kind: Literal["grid"]
@@ -227,7 +229,7 @@ class GridView(View):
 
 
 class RankingView(View):
-    """Every method of every data set and setting, best first, with wins and mean ranks over all of them."""
+    """Every method of every data set and setting, best first, with wins and mean ranks."""
 
     kind: Literal["ranking"]
 
@@ -254,7 +256,7 @@ class Subject(Section):
 
 
 class Claim(Section):
-    """Something that a publication says, in our words, to be decided by a number and its interval."""
+    """What a publication says, in our words; a number and its interval decide it."""
 
     says: str
     source: str  # where it is said
@@ -267,10 +269,11 @@ class Claim(Section):
         """Methods and settings that it is about."""
 
     def check(self, known: Known) -> None:
-        """Refuse a claim that names what is not there, or could not be decided, with a ValueError."""
+        """Refuse a claim on what is not there, or that nothing could decide, with a ValueError."""
         require_all("(claim)", known, {"data": self.data})
         require_known("metric (claim)", [self.metric], RANKED_BY)
-        require_all("(claim)", known, dict(zip(("method", "setting"), self.subjects, strict=True)))
+        methods, settings = self.subjects
+        require_all("(claim)", known, {"method": methods, "setting": settings})
 
 
 class Better(Claim):
@@ -287,7 +290,7 @@ class Better(Claim):
 
 
 class Trend(Claim):
-    """A metric of a method rises or falls along the ``x`` of the settings, by the slope over log2 x."""
+    """A metric of a method rises or falls along the ``x`` of the settings, by its log2 slope."""
 
     kind: Literal["trend"]
     method: str
@@ -303,14 +306,15 @@ class Trend(Claim):
         """Also refuse settings without places on a logarithmic axis."""
         super().check(known)
         x = [known.along("setting")[name].x for name in self.settings]
-        if any(value is None or value <= 0 for value in x) or len(set(x)) < 2:
+        on_axis = [place for place in x if place is not None and place > 0]
+        if len(on_axis) < len(x) or len(set(on_axis)) < 2:
             raise ValueError(
                 f"the trend of {self.method} needs settings with different x above zero"
             )
 
 
 class Steeper(Claim):
-    """A metric depends more on the zero-shot accuracy for one method than for another, by the slopes of trend lines."""
+    """A metric rises more with the zero-shot accuracy for one method than for another."""
 
     kind: Literal["steeper"]
     steeper: str
@@ -342,31 +346,33 @@ class Published:
 
 @cache
 def published_tables() -> dict[str, dict[PublishedKey, tuple[Published, ...]]]:
-    """Every published table by name: numbers by data set, setting, method and metric, one for each backbone."""
+    """Every published table by name: its numbers by key, one for each backbone."""
     tables: dict[str, dict[PublishedKey, tuple[Published, ...]]] = {}
     text = asset("published.csv")
     for row in parse_csv(text.splitlines(), "published.csv")[1]:
         key = row["dataset"], row["setting"], row["method"], row["metric"]
         cells = tables.setdefault(row["table"], {})
-        number = Published(
-            round(float(row["percent"]) / 100, 6), row["backbone"], row["source"], row["doubt"]
-        )
-        if any(other.backbone == number.backbone for other in cells.get(key, ())):
+        value = round(float(row["percent"]) / 100, 6)
+        number = Published(value, row["backbone"], row["source"], row["doubt"])
+        before = cells.get(key, ())
+        if number.backbone in {earlier.backbone for earlier in before}:
             raise DataError(
                 f"published.csv has {row['table']}, {', '.join(key)} twice for {number.backbone}."
             )
-        cells[key] = (*cells.get(key, ()), number)
+        cells[key] = (*before, number)
     return tables
 
 
 def find_published(tables: Sequence[str], key: PublishedKey, backbone: str) -> Published | None:
-    """The number of the first of some tables that has one: of this backbone, or of the only one there is.
+    """The number of the first table that has one of this backbone, or of one backbone alone.
 
     Numbers of several other backbones are none: which of them would be meant, nobody knows.
     """
     for name in tables:
-        found = published_tables()[name].get(key, ())
-        same = [number for number in found if number.backbone == backbone]
-        if same or len(found) == 1:
-            return (same or list(found))[0]
+        numbers = published_tables()[name].get(key, ())
+        for number in numbers:
+            if number.backbone == backbone:
+                return number
+        if len(numbers) == 1:
+            return numbers[0]
     return None
