@@ -13,7 +13,7 @@ from torch import Tensor
 import vilu
 from tests.builders.bench_fakes import make_store
 from tests.conftest import toy_embeddings, toy_pairs
-from vilu.artifacts.documents import digest
+from vilu.artifacts.hashing import digest
 from vilu.calibration.procedure import Target, calibrate_predictor
 from vilu.calibration.record import load
 from vilu.embeddings.source import Batch

@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from tests.builders.pair_files import reseal
 from tests.builders.store_fakes import DIM, NAMES, FakeBackbone, dataset, tree
 from tests.conftest import in_memory
-from vilu.artifacts.disk import file_hash
 from vilu.artifacts.documents import write_json
+from vilu.artifacts.hashing import file_hash
 from vilu.errors import DataError, ProvenanceError, StorageError, ViLUError
 from vilu.store.embed import embed
 from vilu.store.reader import EmbeddingStore
@@ -186,7 +186,8 @@ def test_opening_reads_no_vector(tmp_path):
 
 def forge(root, n):
     """Documents of a store of one part of n images, consistent with the files that are there."""
-    from vilu.artifacts.documents import digest, read_document
+    from vilu.artifacts.documents import read_document
+    from vilu.artifacts.hashing import digest
     from vilu.store.documents import Inputs, Manifest, Receipt, Run
     from vilu.store.ledger import content_hash
     from vilu.store.parts import plan

@@ -1,4 +1,4 @@
-"""Files on the disk: atomic writes, what crashes leave, locks, hashes."""
+"""Files on the disk: atomic writes, what crashes leave, locks."""
 
 from __future__ import annotations
 
@@ -227,12 +227,6 @@ def cache_folder() -> Path:
     return (
         Path(given) if Path(given).is_absolute() else Path(os.path.expanduser("~/.cache"))  # noqa: PTH111
     ) / "vilu"
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file; StorageError if it cannot be read."""
-    with or_refuse(f"read {path}"), path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:

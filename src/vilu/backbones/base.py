@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vilu.artifacts.disk import cache_folder, make_folder, write_bytes
+from vilu.artifacts.hashing import digest, tensor_hash
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import StorageError
 from vilu.progress import Silence, track
@@ -168,11 +167,8 @@ class DualEncoder:
         """As ``encode_texts``, of texts that come again with the next process: the user's cache keeps them."""
         if self._texts_known_as is None:
             return self.encode_texts(texts)
-        of = json.dumps([self._texts_known_as, self.device.type, list(texts)])
-        return kept(
-            f"texts-{hashlib.sha256(of.encode()).hexdigest()[:32]}",
-            lambda: self.encode_texts(texts),
-        )
+        identity = digest([self._texts_known_as, self.device.type, list(texts)])
+        return kept(f"texts-{identity}", lambda: self.encode_texts(texts))
 
     def truncates(self, texts: Sequence[str]) -> list[bool]:
         """Of each text, whether the tokenizer cuts it off."""
@@ -195,7 +191,7 @@ def kept(name: str, make: Callable[[], Tensor]) -> Tensor:
     try:
         with safe_open(path, "pt") as handle:
             found: Tensor = handle.get_tensor("rows")
-            if (handle.metadata() or {}).get("sha256") == _hash(found):
+            if (handle.metadata() or {}).get("sha256") == tensor_hash(found):
                 return found
         logger.warning("%s is damaged, and is made anew", path)
     except (OSError, SafetensorError):
@@ -204,16 +200,10 @@ def kept(name: str, make: Callable[[], Tensor]) -> Tensor:
     if found.numel() <= MOST_KEPT:
         try:
             make_folder(path.parent)
-            write_bytes(path, save({"rows": found}, {"sha256": _hash(found)}))
+            write_bytes(path, save({"rows": found}, {"sha256": tensor_hash(found)}))
         except StorageError as error:
             logger.debug("%s is not kept: %s", path, error)  # the next process makes it again
     return found
-
-
-def _hash(rows: Tensor) -> str:
-    return hashlib.sha256(
-        f"{rows.dtype}{tuple(rows.shape)}".encode() + rows.numpy().tobytes()
-    ).hexdigest()
 
 
 def _linear(projection: Tensor | None) -> Callable[[Tensor], Tensor]:

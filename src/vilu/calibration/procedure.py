@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from vilu.artifacts.disk import locked
-from vilu.artifacts.documents import digest
+from vilu.artifacts.hashing import digest
 from vilu.calibration import record
 from vilu.calibration.copies import check_copies
 from vilu.calibration.label_sets import Kind, LabelSets, check_label_sets, fit_label_sets

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vilu.artifacts.documents import digest
+from vilu.artifacts.hashing import digest
 from vilu.device import as_usual
 from vilu.embeddings.checks import (
     NONFINITE,

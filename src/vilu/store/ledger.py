@@ -8,7 +8,6 @@ part under way.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import re
@@ -27,20 +26,13 @@ from vilu.artifacts.disk import (
     MANIFEST,
     RUN,
     TEMPORARY,
-    file_hash,
     is_leftover,
     locked,
     or_refuse,
     write_bytes,
 )
-from vilu.artifacts.documents import (
-    Document,
-    Model,
-    digest,
-    parse_json,
-    read_bounded,
-    read_document,
-)
+from vilu.artifacts.documents import Document, Model, parse_json, read_bounded, read_document
+from vilu.artifacts.hashing import bytes_hash, digest, file_hash
 from vilu.artifacts.paths import claim_folder, entries, require_no_others
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, ViLUError
 from vilu.progress import Silence, track
@@ -299,7 +291,7 @@ class Ledger(ABC, Generic[P, R]):
 def write_hashed(path: Path, payload: bytes) -> FileInfo:
     """Write a file atomically; its size and hash are of what was meant to be written."""
     write_bytes(path, payload)
-    return FileInfo(bytes=len(payload), sha256=hashlib.sha256(payload).hexdigest())
+    return FileInfo(bytes=len(payload), sha256=bytes_hash(payload))
 
 
 def require_hash(path: Path, sha256: str, again: str, voucher: str = "its receipt") -> None:

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vilu.artifacts.disk import MANIFEST, RUN
-from vilu.artifacts.documents import digest, read_document
+from vilu.artifacts.documents import read_document
+from vilu.artifacts.hashing import digest
 from vilu.device import as_usual
 from vilu.embeddings.checks import HASH_BYTES, Identity, hash_names, hash_of_each
 from vilu.embeddings.columns import TEXT_COLUMNS, check_columns

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from vilu.artifacts.documents import digest, explain
+from vilu.artifacts.documents import explain
+from vilu.artifacts.hashing import digest
 from vilu.artifacts.paths import claim_file
 from vilu.artifacts.tables import read_column, read_table, table_suffix, write_table
 from vilu.calibration import record

@@ -16,15 +16,9 @@ from types import ModuleType
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from vilu.artifacts.disk import (
-    file_hash,
-    host_hash,
-    is_leftover,
-    make_folder,
-    or_refuse,
-    unfinished,
-)
+from vilu.artifacts.disk import host_hash, is_leftover, make_folder, or_refuse, unfinished
 from vilu.artifacts.documents import MAX_DOCUMENT_BYTES, SEAL, read_json, without_version
+from vilu.artifacts.hashing import file_hash
 from vilu.artifacts.paths import claim_folder
 from vilu.errors import (
     DataError,

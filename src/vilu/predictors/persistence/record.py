@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 import re
 from importlib import metadata
@@ -27,6 +26,7 @@ from vilu.artifacts.documents import (
     without_version,
     write_json,
 )
+from vilu.artifacts.hashing import bytes_hash
 from vilu.artifacts.paths import claim_folder, made
 from vilu.embeddings.checks import Identity
 from vilu.embeddings.space import EmbeddingSpace
@@ -95,7 +95,7 @@ def save(predictor: Saved, folder: str | Path) -> str:
     tensors |= seen_tensors(predictor)
     weights = safetensors_torch.save(tensors)
     record = describe(predictor)
-    record["weights_sha256"] = hashlib.sha256(weights).hexdigest()
+    record["weights_sha256"] = bytes_hash(weights)
     path, same = (
         Path(folder),
         fit_of(Path(folder) / PREDICTOR) == _fit(parse_json(plain_json(record))),
