@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import re
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import torch as safetensors_torch
 from torch import Tensor
@@ -244,39 +242,6 @@ def take_seen(tensors: dict[str, Tensor], found: dict[str, Any], path: Path) -> 
             f"{path} is damaged: n_seen must be a number. Got {found['n_seen']!r:.80}. Fit it again."
         )
     return {by: RowSketch(of, found["n_seen"]) for by, of in hashes.items()}
-
-
-FORM = re.compile(r"(\S+):([fdi?])(\w*)<?(\w?)")
-TYPES = {"f": torch.float32, "d": torch.float64, "i": torch.int64, "?": torch.bool}
-
-
-def require_forms(method: str, tensors: dict[str, Tensor], forms: str, width: int) -> None:
-    """Refuse tensors that are not as ``forms`` says, such as "bank:fND classes:fKD labels:iN<K": name, type and sizes.
-
-    A letter is one size, D the ``width`` of the embeddings; small letters may be 0, all of them.
-    <K: from 0 to K - 1.
-    """
-    sizes = {"D": width, "1": 1, "2": 2}
-    there = [found for found in FORM.findall(forms) if found[0] in tensors]
-    nothing = 0 in next(
-        (tensors[name].shape for name, _, letters, _ in there if letters.islower()), ()
-    )
-    for name, kind, letters, bound in there:
-        tensor, shape = tensors[name], tuple(tensors[name].shape)
-        given = zip(letters, shape + (0,) * len(letters), strict=False)
-        expected = tuple(
-            0 if nothing and x.islower() else sizes.setdefault(x.upper(), max(n, 1))
-            for x, n in given
-        )
-        who = f"{name} of {method} must be"
-        if (tensor.dtype, shape) != (TYPES[kind], expected):
-            raise DataError(
-                f"{who} {TYPES[kind]} of shape {expected}. Got {tensor.dtype} of shape {shape} instead."
-            )
-        if bound and not 0 <= int(tensor.min()) <= int(tensor.max()) < sizes[bound]:
-            raise DataError(
-                f"{who} from 0 to {sizes[bound] - 1}. Got {tensor.min()} to {tensor.max()} instead."
-            )
 
 
 def fit_fingerprint(folder: str | Path) -> str:
