@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from vilu.artifacts.hashing import bytes_hash, digest, file_hash, tensor_hash, tensors_hash
+from vilu.artifacts.disk import file_hash
+from vilu.artifacts.hashing import bytes_hash, digest, tensor_hash, tensors_hash
 
 
 def test_hashes_are_those_of_every_version() -> None:

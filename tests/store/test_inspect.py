@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.builders.store_fakes import NAMES, FakeBackbone, dataset
+from vilu.artifacts.disk import file_hash
 from vilu.artifacts.documents import write_json
-from vilu.artifacts.hashing import file_hash
 from vilu.errors import DataError, StorageError
 from vilu.store.embed import embed
 from vilu.store.inspect import inspect

@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from tests.builders.pair_files import reseal
 from tests.builders.store_fakes import DIM, NAMES, FakeBackbone, dataset, tree
 from tests.conftest import in_memory
+from vilu.artifacts.disk import file_hash
 from vilu.artifacts.documents import write_json
-from vilu.artifacts.hashing import file_hash
 from vilu.errors import DataError, ProvenanceError, StorageError, ViLUError
 from vilu.store.embed import embed
 from vilu.store.reader import EmbeddingStore

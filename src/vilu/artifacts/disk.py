@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import logging
 import os
 import re
@@ -16,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
+from vilu.artifacts.hashing import bytes_hash, stream_hash
 from vilu.errors import BusyError, StorageError
 
 logger = logging.getLogger(__name__)
@@ -100,9 +100,8 @@ def or_refuse(doing: str, hint: str = "") -> Iterator[None]:
 
 def host_hash() -> str:
     """Eight hex digits that tell this machine from others that write to the same file system."""
-    return hashlib.blake2b(
-        socket.gethostname().encode("utf-8", "surrogateescape"), digest_size=4
-    ).hexdigest()
+    name = socket.gethostname().encode("utf-8", "surrogateescape")
+    return bytes_hash(name)[:8]
 
 
 def is_leftover(path: Path) -> bool:
@@ -227,6 +226,12 @@ def cache_folder() -> Path:
     return (
         Path(given) if Path(given).is_absolute() else Path(os.path.expanduser("~/.cache"))  # noqa: PTH111
     ) / "vilu"
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file; StorageError if it cannot be read."""
+    with or_refuse(f"read {path}"), path.open("rb") as handle:
+        return stream_hash(handle)
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:

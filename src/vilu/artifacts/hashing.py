@@ -9,10 +9,8 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from io import BufferedReader
 from typing import TYPE_CHECKING
-
-from vilu.artifacts.disk import or_refuse
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,14 +33,13 @@ def digest(value: object) -> str:
 
 
 def bytes_hash(content: bytes) -> str:
-    """SHA-256 of bytes, as ``file_hash`` gives it for a file that holds them."""
+    """SHA-256 of bytes, as ``stream_hash`` gives it for a file that holds them."""
     return hashlib.sha256(content).hexdigest()
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file; StorageError if it cannot be read."""
-    with or_refuse(f"read {path}"), path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+def stream_hash(handle: BufferedReader) -> str:
+    """SHA-256 of all that an open file still holds; ``disk.file_hash`` opens one."""
+    return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def tensor_hash(tensor: Tensor) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from vilu.artifacts.disk import MANIFEST, RUN, or_refuse
+from vilu.artifacts.disk import MANIFEST, RUN, file_hash, or_refuse
 from vilu.artifacts.documents import (
     MADE_WITH,
     SEAL,
@@ -23,7 +23,7 @@ from vilu.artifacts.documents import (
     without_version,
     write_json,
 )
-from vilu.artifacts.hashing import digest, file_hash
+from vilu.artifacts.hashing import digest
 from vilu.artifacts.tables import METADATA_KEY, read_table
 from vilu.errors import DataError, StorageError, UsageError, ViLUError
 

@@ -25,7 +25,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vilu.artifacts.hashing import bytes_hash, file_hash
+from vilu.artifacts.disk import file_hash
+from vilu.artifacts.hashing import bytes_hash
 from vilu.backbones.base import DualEncoder, encode_in_batches, kept
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import ProvenanceError, UsageError

@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from vilu.artifacts.disk import write_bytes
+from vilu.artifacts.disk import file_hash, write_bytes
 from vilu.artifacts.documents import Document, identity, read_document, vouched
-from vilu.artifacts.hashing import digest, file_hash
+from vilu.artifacts.hashing import digest
 from vilu.artifacts.tables import parquet_bytes
 from vilu.calibration.anytime import log_evidence
 from vilu.calibration.label_sets import LabelSets

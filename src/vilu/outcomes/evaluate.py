@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vilu.errors import UNKNOWN, DataError, ProvenanceError, UsageError
-from vilu.metrics.bootstrap import Interval, OwnInterval, paired_bootstrap
+from vilu.metrics.bootstrap import Interval, OwnInterval, intervals_of, paired_bootstrap
 from vilu.metrics.catalog import Kernel, Metric, Question, evaluated_metrics, get_metric
 from vilu.metrics.counts import repeated_pictures, tie_counts
 from vilu.outcomes.outcomes import Outcomes, Scores, Tallied, Tally, facts_of
@@ -329,8 +329,8 @@ def _measured(
 ) -> dict[str, Interval]:
     """Metrics, with intervals but where there is nothing to resample: one class, or none is wanted."""
     if how.n and 0 < source.n_failures < source.n:
-        return source.intervals(
-            kernels, n_resamples=how.n, confidence=how.confidence, seed=how.seed
+        return intervals_of(
+            source, kernels, n_resamples=how.n, confidence=how.confidence, seed=how.seed
         )
     if not source.n:
         return dict.fromkeys(kernels, UNDEFINED)

@@ -15,10 +15,10 @@ from vilu.artifacts.documents import plain_json
 from vilu.artifacts.paths import claim_file, said_of
 from vilu.artifacts.tables import read_column, read_table, write_table
 from vilu.errors import OUTSIDE, UNKNOWN, DataError
-from vilu.metrics.bootstrap import ScoredRows
 from vilu.metrics.catalog import Metric
 from vilu.metrics.counts import check_codes, check_pictures, real_vector, repeated_pictures
 from vilu.metrics.histogram import Histogram
+from vilu.metrics.pictures import ScoredRows
 from vilu.validation import checked, require_mask
 
 if TYPE_CHECKING:

@@ -26,13 +26,14 @@ from vilu.artifacts.disk import (
     MANIFEST,
     RUN,
     TEMPORARY,
+    file_hash,
     is_leftover,
     locked,
     or_refuse,
     write_bytes,
 )
 from vilu.artifacts.documents import Document, Model, parse_json, read_bounded, read_document
-from vilu.artifacts.hashing import bytes_hash, digest, file_hash
+from vilu.artifacts.hashing import bytes_hash, digest
 from vilu.artifacts.paths import claim_folder, entries, require_no_others
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, ViLUError
 from vilu.progress import Silence, track

@@ -11,9 +11,8 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, ValidationError, field_serializer
 
-from vilu.artifacts.disk import atomic_write, make_folder, or_refuse
+from vilu.artifacts.disk import atomic_write, file_hash, make_folder, or_refuse
 from vilu.artifacts.documents import explain, read_json, read_log, write_json
-from vilu.artifacts.hashing import file_hash
 from vilu.artifacts.tables import write_table
 from vilu.errors import DataError
 from vilu.metrics.bootstrap import SortedScores, resampled

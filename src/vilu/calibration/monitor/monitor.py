@@ -21,8 +21,9 @@ from vilu.artifacts.tables import read_column, read_table, table_suffix, write_t
 from vilu.calibration import record
 from vilu.calibration.label_sets import LabelSets
 from vilu.calibration.monitor.arrivals import Seen, admit, refuse_sorted
-from vilu.calibration.monitor.audit import Audit, TestName, rates_of, strangers_in_words
+from vilu.calibration.monitor.audit import Audit, TestName
 from vilu.calibration.monitor.martingale import Reference
+from vilu.calibration.monitor.rates import rates_of, strangers_in_words
 from vilu.calibration.monitor.status import Acceptance, Audited, Status, Test, conclude
 from vilu.calibration.monitor.watch import PARTS, State, Watch, Wealth
 from vilu.calibration.record import Record, Rule

@@ -16,9 +16,15 @@ from types import ModuleType
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from vilu.artifacts.disk import host_hash, is_leftover, make_folder, or_refuse, unfinished
+from vilu.artifacts.disk import (
+    file_hash,
+    host_hash,
+    is_leftover,
+    make_folder,
+    or_refuse,
+    unfinished,
+)
 from vilu.artifacts.documents import MAX_DOCUMENT_BYTES, SEAL, read_json, without_version
-from vilu.artifacts.hashing import file_hash
 from vilu.artifacts.paths import claim_folder
 from vilu.errors import (
     DataError,
@@ -30,7 +36,7 @@ from vilu.errors import (
 )
 from vilu.extras import hub_reachable, import_extra, quiet
 from vilu.predictors.persistence.card import HUB_ID, without_made_with
-from vilu.predictors.persistence.fit_sample import MAX_FILE_BYTES, SAMPLE
+from vilu.predictors.persistence.fit_sample import MAX_FILE_BYTES
 from vilu.predictors.persistence.record import (
     CARD,
     FINGERPRINT,
@@ -39,6 +45,7 @@ from vilu.predictors.persistence.record import (
     RECALIBRATE,
     RISK,
     ROWS,
+    SAMPLE,
     VOCABULARY,
     WEIGHTS,
     fit_fingerprint,
