@@ -12,7 +12,8 @@ from vilu.artifacts.documents import Document, Model, read_document
 from vilu.artifacts.hashing import digest
 from vilu.errors import DataError
 from vilu.metrics.counts import Ints
-from vilu.predictors.persistence.record import LOOKS, PREDICTOR, read_record
+from vilu.predictors.persistence.files import LOOKS, PREDICTOR
+from vilu.predictors.persistence.record import read_record
 
 SKETCH: Final = 64
 """Smallest hashes that rows are recognised by."""

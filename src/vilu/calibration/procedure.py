@@ -35,7 +35,8 @@ from vilu.metrics.counts import Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.contract.seen import candidates_of
-from vilu.predictors.persistence.record import RISK, VOCABULARY, claim, fit_fingerprint
+from vilu.predictors.persistence.files import RISK, VOCABULARY
+from vilu.predictors.persistence.record import claim, fit_fingerprint
 from vilu.predictors.persistence.storage import load, write_card
 from vilu.predictors.persistence.vocabulary import Vocabulary
 from vilu.scoring.score import predictor_fingerprint, score_fresh, source_fingerprint

@@ -34,7 +34,8 @@ from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import DataError, ProvenanceError
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.seen import candidates_of, same_candidates
-from vilu.predictors.persistence.record import RECALIBRATE, RISK, ROWS, fit_fingerprint
+from vilu.predictors.persistence.files import RISK, ROWS
+from vilu.predictors.persistence.record import RECALIBRATE, fit_fingerprint
 
 Rule = Selector | BatchSelector
 

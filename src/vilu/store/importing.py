@@ -28,7 +28,8 @@ from vilu.embeddings.checks import (
     normalised,
     require_usable,
 )
-from vilu.embeddings.columns import ANY_NORM, COLUMNS, IMAGE_COLUMNS, TEXT_COLUMNS, check_columns
+from vilu.embeddings.column_checks import check_columns
+from vilu.embeddings.columns import ANY_NORM, COLUMNS, IMAGE_COLUMNS, TEXT_COLUMNS
 from vilu.embeddings.source import first_same
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import OUTSIDE, UNKNOWN, DataError, UsageError

@@ -32,7 +32,8 @@ from vilu.calibration.shares import Strata
 from vilu.errors import UNKNOWN, DataError, InfeasibleError, ProvenanceError, UsageError
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
-from vilu.predictors.persistence.record import PREDICTOR, read_record
+from vilu.predictors.persistence.files import PREDICTOR
+from vilu.predictors.persistence.record import read_record
 from vilu.validation import checked, require_at_least, require_between
 
 if TYPE_CHECKING:

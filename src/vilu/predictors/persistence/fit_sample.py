@@ -19,7 +19,7 @@ from vilu.artifacts.hashing import digest, tensor_hash
 from vilu.embeddings.copies import picture_vectors
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import DataError
-from vilu.predictors.persistence.record import SAMPLE, SAMPLE_KEY
+from vilu.predictors.persistence.files import SAMPLE, SAMPLE_KEY
 
 MAX_SAMPLE_BYTES: Final = 2_000_000
 """Of the vectors of a sample: 1,953 rows of width 512."""

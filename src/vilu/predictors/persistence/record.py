@@ -33,16 +33,20 @@ from vilu.predictors.contract.parameters import Parametrised, parameters
 from vilu.predictors.contract.probability import Calibrator
 from vilu.predictors.contract.seen import RowSketch, Sketches
 from vilu.predictors.persistence.card import Described, model_card
+from vilu.predictors.persistence.files import (
+    CARD,
+    LOOKS,
+    PREDICTOR,
+    RISK,
+    ROWS,
+    SAMPLE,
+    SAMPLE_KEY,
+    VOCABULARY,
+    VOCABULARY_KEY,
+    WEIGHTS,
+)
 
 SCHEMA = 1
-PREDICTOR, WEIGHTS, CARD, RISK = "predictor.json", "weights.safetensors", "README.md", "risk.json"
-ROWS, LOOKS = "calibration.parquet", "looks.json"
-VOCABULARY, VOCABULARY_KEY = "vocabulary.safetensors", "vilu.vocabulary"
-"""What answers are chosen from (``Vocabulary``), and the key of what the file says of itself."""
-
-SAMPLE, SAMPLE_KEY = "sample.safetensors", "vilu.sample"
-"""A sample of the images of the fit (``FitSample``), and the key of what the file says of itself."""
-
 NOT_SAVED = {"device"}  # belongs to the machine, not to the predictor
 SEEN_BY: dict[Identity, str] = {
     "pictures": "seen.pictures",
@@ -56,7 +60,7 @@ REFIT, RECALIBRATE = "Run `vilu fit` again", "Run `vilu calibrate` again"
 logger = logging.getLogger(__name__)
 
 
-class Sample(Protocol):
+class SavedSample(Protocol):
     """A sample of the images of a fit: see ``FitSample``."""
 
     def save(self, folder: Path, weights_sha256: str) -> None:
@@ -73,7 +77,7 @@ class Saved(Parametrised, Described, Protocol):
     calibrator_: Calibrator | None
 
     @property
-    def sample_(self) -> Sample | None:
+    def sample_(self) -> SavedSample | None:
         """A sample of the images of the fit."""
 
     def state(self) -> dict[str, Tensor]:
@@ -122,7 +126,7 @@ def save(predictor: Saved, folder: str | Path) -> str:
     return fingerprint
 
 
-def _write_sample(path: Path, sample: Sample | None, weights_sha256: str) -> None:
+def _write_sample(path: Path, sample: SavedSample | None, weights_sha256: str) -> None:
     """Put the sample of this fit there, or take away that of another one."""
     if sample is not None:
         sample.save(path, weights_sha256)

@@ -23,16 +23,9 @@ from vilu.predictors.contract.parameters import build
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.contract.probability import read_calibrator
 from vilu.predictors.persistence import record
+from vilu.predictors.persistence.files import PREDICTOR, RISK, WEIGHTS
 from vilu.predictors.persistence.fit_sample import FitSample
-from vilu.predictors.persistence.record import (
-    PREDICTOR,
-    RECALIBRATE,
-    REFIT,
-    RISK,
-    WEIGHTS,
-    read_record,
-    take_seen,
-)
+from vilu.predictors.persistence.record import RECALIBRATE, REFIT, read_record, take_seen
 from vilu.validation import checked
 
 logger = logging.getLogger(__name__)

@@ -16,11 +16,13 @@ from vilu.artifacts.disk import or_refuse, write_bytes
 from vilu.artifacts.documents import parse_json, plain_json
 from vilu.artifacts.hashing import digest, tensor_hash
 from vilu.embeddings.checks import check_class_names, require_usable
-from vilu.embeddings.columns import IMAGE_COLUMNS, check_columns
+from vilu.embeddings.column_checks import check_columns
+from vilu.embeddings.columns import IMAGE_COLUMNS
 from vilu.embeddings.source import EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError
-from vilu.predictors.persistence.record import RECALIBRATE, VOCABULARY, VOCABULARY_KEY
+from vilu.predictors.persistence.files import VOCABULARY, VOCABULARY_KEY
+from vilu.predictors.persistence.record import RECALIBRATE
 
 
 @dataclasses.dataclass(frozen=True)
