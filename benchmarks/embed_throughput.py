@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vilu.artifacts.documents import digest
+from vilu.artifacts.hashing import digest
 from vilu.backbones.base import Backbone
 from vilu.backbones.catalog import load_backbone
 from vilu.datasets.base import ImageRecord

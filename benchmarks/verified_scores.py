@@ -23,7 +23,7 @@ REPEATS = 3
 
 def make(root: Path, n: int) -> None:
     """A store as ``vilu embed`` leaves it, written by its own ledger."""
-    from vilu.artifacts.documents import digest
+    from vilu.artifacts.hashing import digest
     from vilu.embeddings.space import EmbeddingSpace
     from vilu.store.documents import IMAGE, Inputs, Manifest, Run
     from vilu.store.ledger import content_hash

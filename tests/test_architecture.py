@@ -7,8 +7,11 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+
+import vilu
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "vilu"
@@ -193,24 +196,43 @@ def test_heavy_libraries_are_imported_late(code: str, heavy: set[str]) -> None:
     assert done.stderr == "[]"
 
 
-def test_every_public_name_exists() -> None:
-    import vilu
-
-    assert sorted(vilu.__all__) == dir(vilu)
-    for name in vilu.__all__:
-        assert getattr(vilu, name) is not None
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        _ = vilu.nothing
+FEW_MODULES = 20
 
 
-def test_type_checkers_see_every_public_name() -> None:
-    import vilu
-
-    checked = next(
-        node
-        for node in ast.parse((PACKAGE / "__init__.py").read_text()).body
-        if isinstance(node, ast.If)
+def test_a_score_of_the_logits_loads_few_modules() -> None:
+    code = (
+        "import sys, vilu\n"
+        "data = vilu.Embeddings([[1.0, 0.0], [0.6, 0.8]], [[1.0, 0.0], [0.0, 1.0]])\n"
+        "vilu.MCM().predict_uncertainty(data)\n"
+        "for name, module in sys.modules.items():\n"
+        "    if name.startswith('vilu.') and not hasattr(module, '__path__'):\n"
+        "        print(name)\n"
     )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    modules = done.stdout.split()
+    assert "vilu.predictors.zero_shot" in modules
+    assert len(modules) <= FEW_MODULES, modules
+
+
+@pytest.mark.parametrize("package", [vilu, vilu.metrics], ids=["vilu", "metrics"])
+def test_every_public_name_exists(package: ModuleType) -> None:
+    assert sorted(package.__all__) == dir(package)
+    for name in package.__all__:
+        assert getattr(package, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = package.nothing
+
+
+@pytest.mark.parametrize(
+    ("path", "package", "beside"),
+    [("__init__.py", vilu, {"metrics": "vilu"}), ("metrics/__init__.py", vilu.metrics, {})],
+    ids=["vilu", "metrics"],
+)
+def test_type_checkers_see_every_public_name(
+    path: str, package: ModuleType, beside: dict[str, str]
+) -> None:
+    statements = ast.parse((PACKAGE / path).read_text()).body
+    checked = next(node for node in statements if isinstance(node, ast.If))
     imports = [node for node in checked.body if isinstance(node, ast.ImportFrom)]
     seen = {alias.asname: node.module for node in imports for alias in node.names}
-    assert seen == {**vilu._HOME, "metrics": "vilu"}
+    assert seen == {**package._HOME, **beside}

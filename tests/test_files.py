@@ -22,7 +22,8 @@ from vilu.artifacts.disk import (
     or_refuse,
     write_bytes,
 )
-from vilu.artifacts.documents import digest, log, read_json, read_log, write_json
+from vilu.artifacts.documents import log, read_json, read_log, write_json
+from vilu.artifacts.hashing import digest
 from vilu.artifacts.paths import content_of
 from vilu.artifacts.tables import read_table, table_digest, write_table
 from vilu.errors import DataError, StorageError, ViLUError

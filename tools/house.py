@@ -16,6 +16,8 @@ counted:
   ``import_module("...")`` too. That importing ``vilu.a.b`` also runs ``vilu/a/__init__.py`` makes
   no arrow. The facade, ``vilu/__init__.py``, is left aside: a circle through it needs an import of
   it from inside, and these are counted by themselves, one per name.
+- chain: modules of which each imports the next, in functions and for types too, as for circles. Who
+  reads a command down to its last number goes through so many files at most.
 - class names: of all classes, nested ones too, that are defined in two or more files.
 - MRO: the classes from ``vilu`` among the bases of a method in ``vilu.PREDICTORS``, itself and
   mixins included.
@@ -186,6 +188,19 @@ def circles(graph: dict[str, set[str]]) -> list[str]:
     return sorted(", ".join(sorted(circle)) for circle in found if len(circle) > 1)
 
 
+def longest_chain(graph: dict[str, set[str]]) -> list[str]:
+    """The modules of which each imports the next, as many as there are; the graph has no circle."""
+    chains: dict[str, list[str]] = {}
+
+    def chain_from(module: str) -> list[str]:
+        if module not in chains:
+            further = [chain_from(target) for target in sorted(graph[module])]
+            chains[module] = [module, *max(further, key=len, default=[])]
+        return chains[module]
+
+    return max((chain_from(module) for module in sorted(graph)), key=len)
+
+
 def double_names(modules: list[Module]) -> dict[str, list[str]]:
     """Class names that are defined in two or more files, and where."""
     places: dict[str, dict[str, str]] = defaultdict(dict)
@@ -235,6 +250,7 @@ def measure(
         functions(modules),
         ancestries(),
     )
+    chain = [] if loops else longest_chain(graph)
     folders = {module.path.partition("/")[0] for module in modules if "/" in module.path}
     files = {module.path for module in modules if "/" not in module.path} - {
         "__init__.py",
@@ -251,6 +267,7 @@ def measure(
     }
     bars = [
         Bar("import circles", len(loops), 0),
+        Bar("modules in the longest chain of imports", len(chain), 20),
         Bar("imports of the facade from inside", len(facade), 0),
         Bar("class names that mean two things", len(doubles), 3),
         Bar("- of these without a reason, or the reverse", len(doubles.keys() ^ DOUBLE.keys()), 0),
@@ -260,6 +277,7 @@ def measure(
     ]
     lists = {
         "import circles": loops,
+        "longest chain of imports": chain,
         "imports of the facade from inside": facade,
         "class names that mean two things": [
             f"{name}: {', '.join(places)}" for name, places in doubles.items()

@@ -16,9 +16,9 @@ from torch.nn.functional import normalize
 
 from tests.builders.tiny_models import IMAGE_SIZE, LENGTH, ROOM, open_clip, transformers, write_tiny
 from tests.builders.tiny_tokenizers import clip_tokenizer, siglip_ids
+from vilu.artifacts.hashing import tensors_hash
 from vilu.backbones import loading
 from vilu.backbones.catalog import load_backbone
-from vilu.backbones.loading import tensors_sha256
 from vilu.errors import MissingModelError, ProvenanceError, UsageError
 from vilu.extras import quiet
 
@@ -130,7 +130,7 @@ def test_space(clip: tuple[Path, Any], siglip: tuple[Path, Any]) -> None:
     space = load_backbone(f"hf:{clip[0]}", device="cpu").space
     assert (space.embed_dim, space.logit_bias, space.backbone) == (32, 0.0, "hf:tiny-clip")
     assert space.logit_scale == pytest.approx(20.0, rel=1e-6)
-    assert space.weights == tensors_sha256(clip[1].state_dict())
+    assert space.weights == tensors_hash(clip[1].state_dict())
     assert str(clip[0].parent) not in repr(space)
     space = load_backbone(f"hf:{siglip[0]}", device="cpu", precision="bf16").space
     assert (space.embed_dim, space.logit_bias, space.precision) == (64, -7.5, "bf16")
@@ -244,7 +244,7 @@ def test_hub_model_comes_from_the_cache(
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(loading, "hub_reachable", lambda: pytest.fail("the network was asked"))
     space = load_backbone("hf:org/tiny", device="cpu").space
-    assert (space.backbone, space.weights) == ("hf:org/tiny", tensors_sha256(clip[1].state_dict()))
+    assert (space.backbone, space.weights) == ("hf:org/tiny", tensors_hash(clip[1].state_dict()))
 
 
 def test_absent_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,10 +19,11 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+from vilu.artifacts.hashing import tensors_hash
 from vilu.backbones import loading
 from vilu.backbones.base import TEXT_BATCH
 from vilu.backbones.catalog import load_backbone
-from vilu.backbones.loading import load_cached_first, load_local, tensors_sha256, tokenizer_identity
+from vilu.backbones.loading import load_cached_first, load_local, tokenizer_identity
 from vilu.errors import MissingModelError, ProvenanceError, StorageError, UsageError
 from vilu.extras import REACH_TIMEOUT, hub_reachable, import_extra, quiet
 from vilu.progress import reporting
@@ -63,10 +64,10 @@ def test_hash_of_tensors() -> None:
     by_hand.update(bytes.fromhex("0000 803f 0040 4040 8040 a040"))  # 0 1 2 3 4 5 in bfloat16
     by_hand.update(b"b torch.float32 ()\n")
     by_hand.update(bytes.fromhex("00002040"))  # 2.5 in float32, little endian
-    assert tensors_sha256(tensors) == by_hand.hexdigest()
+    assert tensors_hash(tensors) == by_hand.hexdigest()
     transposed = {**tensors, "a": tensors["a"].T.contiguous().T}
-    assert tensors_sha256(transposed) == by_hand.hexdigest()
-    assert tensors_sha256({**tensors, "a": tensors["a"].T}) != by_hand.hexdigest()
+    assert tensors_hash(transposed) == by_hand.hexdigest()
+    assert tensors_hash({**tensors, "a": tensors["a"].T}) != by_hand.hexdigest()
 
 
 def test_tokenizers_are_told_apart() -> None:

@@ -24,9 +24,9 @@ from tests.builders.tiny_models import (
     write_tiny,
 )
 from tests.builders.tiny_tokenizers import siglip_ids
+from vilu.artifacts.hashing import tensors_hash
 from vilu.backbones import loading
 from vilu.backbones.catalog import load_backbone
-from vilu.backbones.loading import tensors_sha256
 from vilu.backbones.open_clip import CONFIG, find_truncated
 from vilu.errors import MissingModelError, ProvenanceError, StorageError, UsageError
 
@@ -163,7 +163,7 @@ def test_space_of_clip(clip: tuple[Path, Any]) -> None:
     assert space.logit_scale == pytest.approx(20.0, rel=1e-6)
     assert space.logit_bias == 0.0
     assert space.backbone == "open_clip:tiny-clip"
-    assert space.weights == tensors_sha256(model.state_dict())
+    assert space.weights == tensors_hash(model.state_dict())
     assert json.loads(space.preprocess or "") == {
         **PIXELS["clip"],
         "size": [32, 32],
@@ -257,7 +257,7 @@ def test_weights_are_not_executed(
     folder = shutil.copytree(siglip[0], tmp_path / "trap")
     (folder / "open_clip_model.safetensors").unlink()
     torch.save(siglip[1].state_dict(), folder / "open_clip_pytorch_model.bin")
-    assert load_backbone(f"open_clip:{folder}", device="cpu").space.weights == tensors_sha256(
+    assert load_backbone(f"open_clip:{folder}", device="cpu").space.weights == tensors_hash(
         siglip[1].state_dict()
     )
     torch.save({"logit_scale": Trap()}, folder / "open_clip_pytorch_model.bin")
@@ -282,7 +282,7 @@ def cache(clip: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_hub_model_comes_from_the_cache(cache: Path, clip: tuple[Path, Any]) -> None:
     space = load_backbone("open_clip:hf-hub:org/tiny", device="cpu").space
     assert space.backbone == "open_clip:hf-hub:org/tiny"
-    assert space.weights == tensors_sha256(clip[1].state_dict())
+    assert space.weights == tensors_hash(clip[1].state_dict())
 
 
 @pytest.mark.parametrize("quick_gelu", [False, True])

@@ -15,7 +15,7 @@ import pytest
 
 from tests.builders.bench_fakes import config, make_store
 from tests.command import run
-from vilu.artifacts.documents import digest
+from vilu.artifacts.hashing import digest
 from vilu.artifacts.tables import read_table, write_table
 from vilu.errors import DataError
 from vilu.outcomes.outcomes import Outcomes

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vilu.artifacts.disk import file_hash
-from vilu.artifacts.documents import digest, read_document, write_json
+from vilu.artifacts.documents import read_document, write_json
+from vilu.artifacts.hashing import digest
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.store.documents import Inputs, Manifest, Receipt, Run
 from vilu.store.ledger import FileInfo, content_hash

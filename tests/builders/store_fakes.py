@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vilu.artifacts.documents import digest
+from vilu.artifacts.hashing import digest
 from vilu.datasets.base import ImageRecord
 from vilu.embeddings.space import EmbeddingSpace
 

@@ -13,12 +13,12 @@ from torch import Tensor
 import vilu
 from tests.builders.bench_fakes import make_store
 from tests.conftest import toy_embeddings, toy_pairs
-from vilu.artifacts.documents import digest
+from vilu.artifacts.hashing import digest
 from vilu.calibration.procedure import Target, calibrate_predictor
 from vilu.calibration.record import load
 from vilu.embeddings.source import Batch
 from vilu.errors import DataError, ProvenanceError, UsageError
-from vilu.predictors.persistence.record import RISK, VOCABULARY
+from vilu.predictors.persistence.files import RISK, VOCABULARY
 from vilu.predictors.persistence.vocabulary import Vocabulary
 from vilu.predictors.plus.ood import SeesOutside
 from vilu.scoring.score import Decider, predictor_fingerprint, source_fingerprint

@@ -21,7 +21,7 @@ import pytest
 
 from tests.corruption.bed import Artefact, Refused, build, in_time
 from tests.corruption.damage import KINDS, damage, edited
-from vilu.artifacts.documents import digest
+from vilu.artifacts.hashing import digest
 from vilu.artifacts.tables import METADATA_KEY, table_digest
 from vilu.errors import ViLUError
 

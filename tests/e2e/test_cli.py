@@ -20,7 +20,7 @@ from sklearn.metrics import roc_auc_score
 
 import vilu
 from tests.command import command, run, run_process
-from vilu.artifacts.documents import digest
+from vilu.artifacts.hashing import digest
 
 PHOTOS = Path(str(resources.files("vilu").joinpath("assets", "clothing.parquet")))
 NAMES = """dress\tdress

@@ -34,7 +34,7 @@ from tests.builders import array_files, image_files, page_data, tar_files
 from tests.builders.bench_fakes import make_store, tables
 from tests.command import run
 from tests.conftest import toy_embeddings
-from vilu.artifacts.documents import digest
+from vilu.artifacts.hashing import digest
 from vilu.calibration import record
 from vilu.calibration.monitor.monitor import Monitor
 from vilu.calibration.procedure import Target, calibrate_predictor

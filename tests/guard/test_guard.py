@@ -19,7 +19,7 @@ from vilu.embeddings.memory import Embeddings
 from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.guard.guard import Guard
 from vilu.outcomes.outcomes import Outcomes
-from vilu.predictors.persistence.record import VOCABULARY
+from vilu.predictors.persistence.files import VOCABULARY
 from vilu.predictors.persistence.storage import load
 from vilu.predictors.persistence.vocabulary import Vocabulary
 from vilu.predictors.zero_shot import MCM

@@ -8,7 +8,13 @@ import pytest
 
 from vilu.errors import DataError, UsageError
 from vilu.metrics import METRICS, auroc, bootstrap_interval, fpr_at_tpr, paired_bootstrap
-from vilu.metrics.bootstrap import CELLS, SortedScores, bootstrap_intervals, resampled_rows
+from vilu.metrics.bootstrap import (
+    CELLS,
+    SortedScores,
+    bootstrap_intervals,
+    intervals_of,
+    resampled_rows,
+)
 from vilu.metrics.counts import check_pair
 from vilu.metrics.histogram import Histogram
 from vilu.metrics.ranking import fpr_at_tpr_kernel
@@ -272,8 +278,12 @@ def test_long_work_says_how_far_it_is() -> None:
     u, f = sample(3000)
     with reporting(Watcher()):
         bootstrap_interval("auroc", u, f, n_resamples=500)
-        Histogram.of(u, f).intervals(
-            {"auroc": METRICS["auroc"].kernel}, n_resamples=500, confidence=0.9, seed=0
+        intervals_of(
+            Histogram.of(u, f),
+            {"auroc": METRICS["auroc"].kernel},
+            n_resamples=500,
+            confidence=0.9,
+            seed=0,
         )
         paired_bootstrap("auroc", u, -u, f, n_resamples=500)
     assert sum(steps) == 1500

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import vilu
 from vilu.metrics import METRICS, bootstrap_interval, ece, paired_bootstrap
+from vilu.metrics.bootstrap import intervals_of
 from vilu.metrics.counts import tie_counts
 from vilu.metrics.histogram import Histogram
 from vilu.metrics.reliability import BinnedError
@@ -61,7 +62,7 @@ def test_rows_in_any_form_give_the_same_interval() -> None:
     assert first.value == ece(p, failure)
     kernels = {"ece": METRICS["ece"].kernel, "auroc": METRICS["auroc"].kernel}
     assert (
-        Histogram.of(p, failure).intervals(kernels, n_resamples=1000, confidence=0.95, seed=0)[
+        intervals_of(Histogram.of(p, failure), kernels, n_resamples=1000, confidence=0.95, seed=0)[
             "ece"
         ]
         == first

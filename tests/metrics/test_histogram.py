@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.conftest import same_histogram
 from vilu.errors import DataError, UsageError
 from vilu.metrics import METRICS, bootstrap, histogram
-from vilu.metrics.bootstrap import bootstrap_intervals
+from vilu.metrics.bootstrap import bootstrap_intervals, intervals_of
 from vilu.metrics.counts import tie_counts
 from vilu.metrics.histogram import Histogram, codes, scores_of
 
@@ -180,7 +180,9 @@ def test_intervals_are_those_of_the_bootstrap_over_rows(kind: str, groups: int) 
     rows = bootstrap_intervals(kernels, u, failure, n_resamples=r, seed=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bootstrap, "RESAMPLED_GROUPS", groups)
-        found = Histogram.of(u, failure).intervals(kernels, n_resamples=r, confidence=0.95, seed=2)
+        found = intervals_of(
+            Histogram.of(u, failure), kernels, n_resamples=r, confidence=0.95, seed=2
+        )
     for name in names:
         assert found[name].value == pytest.approx(rows[name].value, abs=1e-12)
         # The 2.5 % quantile of R normal values has standard error sigma sqrt(.025 * .975 / R) /
@@ -196,9 +198,9 @@ def test_intervals_are_seeded_and_do_not_see_the_order_of_merging() -> None:
     whole = Histogram.of(u, failure)
     merged = Histogram.of(u[2500:], failure[2500:]) + Histogram.of(u[:2500], failure[:2500])
     settings_ = {"n_resamples": 20, "confidence": 0.9}
-    first = whole.intervals({"auroc": KERNELS["auroc"]}, seed=3, **settings_)
-    assert merged.intervals({"auroc": KERNELS["auroc"]}, seed=3, **settings_) == first
-    assert whole.intervals({"auroc": KERNELS["auroc"]}, seed=4, **settings_) != first
+    first = intervals_of(whole, {"auroc": KERNELS["auroc"]}, seed=3, **settings_)
+    assert intervals_of(merged, {"auroc": KERNELS["auroc"]}, seed=3, **settings_) == first
+    assert intervals_of(whole, {"auroc": KERNELS["auroc"]}, seed=4, **settings_) != first
 
 
 def test_resamples_keep_the_numbers_of_both_classes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +212,7 @@ def test_resamples_keep_the_numbers_of_both_classes(monkeypatch: pytest.MonkeyPa
         seen.append(np.stack([np.atleast_1d(counts.n_correct), np.atleast_1d(counts.n_wrong)]))
         return np.zeros(counts.n.shape)
 
-    Histogram.of(u, failure).intervals({"spy": spy}, n_resamples=10, confidence=0.95, seed=0)
+    intervals_of(Histogram.of(u, failure), {"spy": spy}, n_resamples=10, confidence=0.95, seed=0)
     assert [block.shape[1] for block in seen if block.shape[1] > 1] == [4, 4, 2]
     assert {(c, w) for block in seen for c, w in block.T.tolist()} == {
         (1000 - failure.sum(), failure.sum())
@@ -225,7 +227,7 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(DataError, match="one entry per row"):
         Histogram.of([0.1], [])
     with pytest.raises(UsageError, match="n_resamples"):
-        Histogram.of([0.1], [1]).intervals({}, n_resamples=0, confidence=0.95, seed=0)
+        intervals_of(Histogram.of([0.1], [1]), {}, n_resamples=0, confidence=0.95, seed=0)
     assert same_histogram(Histogram.total([]), Histogram.empty())
     assert math.isnan(Histogram.of([0.1], [1]).tied_pairs)
 

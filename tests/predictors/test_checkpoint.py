@@ -299,10 +299,13 @@ def test_nothing_is_kept_outside_a_block(tmp_path: Path) -> None:
     assert not keeper.due()
 
 
-def test_a_newer_schema_is_refused(stopped: Path) -> None:
+@pytest.mark.parametrize(
+    ("schema", "reason"), [(99, "has schema 99"), (2, "made before 0.2.0. Remove it")]
+)
+def test_another_schema_is_refused(stopped: Path, schema: int, reason: str) -> None:
     record = json.loads(newest(stopped).read_bytes())
-    write_json(newest(stopped), {**record, "schema": 99})
-    with pytest.raises(ProvenanceError, match="has schema 99"), checkpointing(stopped, resume=True):
+    write_json(newest(stopped), {**record, "schema": schema})
+    with pytest.raises(ProvenanceError, match=reason), checkpointing(stopped, resume=True):
         ViLU(**QUICK).fit(toy_embeddings(n=330))
 
 

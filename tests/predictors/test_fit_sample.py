@@ -15,7 +15,8 @@ from tests.builders.bench_fakes import make_store
 from tests.conftest import toy_embeddings
 from vilu.cli.app import app
 from vilu.errors import DataError
-from vilu.predictors.persistence.fit_sample import MAX_SAMPLE_BYTES, SAMPLE
+from vilu.predictors.persistence.files import SAMPLE
+from vilu.predictors.persistence.fit_sample import MAX_SAMPLE_BYTES
 from vilu.predictors.persistence.hub import pull, push
 from vilu_bench.methods.neighbours import KNNVote
 

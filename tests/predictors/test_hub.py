@@ -18,7 +18,7 @@ import vilu
 from tests.builders.fake_hub import TOKEN, Hub, serve
 from tests.conftest import toy_embeddings
 from vilu.artifacts.disk import host_hash
-from vilu.artifacts.documents import digest
+from vilu.artifacts.hashing import digest
 from vilu.calibration.procedure import Target, calibrate_predictor
 from vilu.cli.app import app
 from vilu.errors import DataError, MissingModelError, UsageError

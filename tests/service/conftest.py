@@ -22,7 +22,8 @@ from tests.builders.store_fakes import NAMES, FakeBackbone, FakeDataset
 from tests.command import command, run
 from tests.faults.bed import FRAME
 from vilu.service.limits import ClientLimits
-from vilu.service.server import Hosted, Setup
+from vilu.service.server import Hosted
+from vilu.service.setup import Setup
 from vilu.store.embed import embed
 from vilu.store.job import BackboneSpec
 

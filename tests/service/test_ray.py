@@ -23,7 +23,7 @@ from vilu.guard.guard import Guard
 from vilu.service import ray_serve
 from vilu.service.limits import ClientLimits
 from vilu.service.ray_serve import replicas_of
-from vilu.service.server import Setup
+from vilu.service.setup import Setup
 
 ROOT = Path(__file__).resolve().parents[2]
 RECOVERS = 30.0

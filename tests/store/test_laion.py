@@ -28,7 +28,7 @@ from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, Vi
 from vilu.progress import reporting
 from vilu.store.folds import fold_of
 from vilu.store.laion import LaionPairs
-from vilu.store.parts import or_damaged
+from vilu.store.unreadable import or_damaged
 
 N = 60
 IMAGE, TEXT = unit_pairs(N, seed=1)

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vilu.artifacts.documents import digest, read_document
+from vilu.artifacts.documents import read_document
+from vilu.artifacts.hashing import digest
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import ProvenanceError, StorageError, ViLUError
 from vilu.store.documents import MAX_PARTS, Inputs, Manifest, Receipt, Run, StoredClasses

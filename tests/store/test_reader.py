@@ -186,7 +186,8 @@ def test_opening_reads_no_vector(tmp_path):
 
 def forge(root, n):
     """Documents of a store of one part of n images, consistent with the files that are there."""
-    from vilu.artifacts.documents import digest, read_document
+    from vilu.artifacts.documents import read_document
+    from vilu.artifacts.hashing import digest
     from vilu.store.documents import Inputs, Manifest, Receipt, Run
     from vilu.store.ledger import content_hash
     from vilu.store.parts import plan

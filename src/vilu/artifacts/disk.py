@@ -1,9 +1,8 @@
-"""Files on the disk: atomic writes, what crashes leave, locks, hashes."""
+"""Files on the disk: atomic writes, what crashes leave, locks."""
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import logging
 import os
 import re
@@ -16,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
+from vilu.artifacts.hashing import bytes_hash, stream_hash
 from vilu.errors import BusyError, StorageError
 
 logger = logging.getLogger(__name__)
@@ -105,8 +105,8 @@ def or_refuse(doing: str, hint: str = "") -> Iterator[None]:
 
 def host_hash() -> str:
     """Eight hex digits that tell this machine from others that write to the same file system."""
-    host = socket.gethostname().encode("utf-8", "surrogateescape")
-    return hashlib.blake2b(host, digest_size=4).hexdigest()
+    name = socket.gethostname().encode("utf-8", "surrogateescape")
+    return bytes_hash(name)[:8]
 
 
 def is_leftover(path: Path) -> bool:
@@ -252,7 +252,7 @@ def cache_folder() -> Path:
 def file_hash(path: Path) -> str:
     """SHA-256 of a file; StorageError if it cannot be read."""
     with or_refuse(f"read {path}"), path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+        return stream_hash(handle)
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:

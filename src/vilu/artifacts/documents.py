@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -24,17 +23,11 @@ from pydantic import (
 )
 
 from vilu.artifacts.disk import LOG, or_refuse, write_bytes
+from vilu.artifacts.hashing import digest
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, ViLUError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
-
-
-def digest(value: object) -> str:
-    """Short stable hash (blake2b, 16 bytes, hex) of anything that JSON can write."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    content = text.encode("utf-8", "surrogatepass")  # names of files may be no UTF-8
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def identity(content: Mapping[str, object], *left_out: str) -> str:

@@ -19,13 +19,13 @@ from vilu.artifacts.disk import MANIFEST, RUN, file_hash, or_refuse
 from vilu.artifacts.documents import (
     MADE_WITH,
     SEAL,
-    digest,
     parse_json,
     read_bounded,
     read_json,
     without_version,
     write_json,
 )
+from vilu.artifacts.hashing import digest
 from vilu.artifacts.tables import METADATA_KEY, read_table
 from vilu.errors import DataError, StorageError, UsageError, ViLUError
 

@@ -12,14 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from vilu.artifacts.disk import or_refuse, write_bytes
-from vilu.artifacts.documents import (
-    SCHEMA_VERSION,
-    SEAL,
-    digest,
-    parse_json,
-    plain_json,
-    say_unsealed,
-)
+from vilu.artifacts.documents import SCHEMA_VERSION, SEAL, parse_json, plain_json, say_unsealed
+from vilu.artifacts.hashing import digest
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError
 
 if TYPE_CHECKING:

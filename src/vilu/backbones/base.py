@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vilu.artifacts.disk import cache_folder, make_folder, write_bytes
+from vilu.artifacts.hashing import digest, tensor_hash
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import StorageError
 from vilu.progress import Silence, Task, track
@@ -178,9 +177,8 @@ class DualEncoder:
         """As ``encode_texts``, of texts that come again: the user's cache keeps their rows."""
         if self._texts_known_as is None:
             return self.encode_texts(texts)
-        key = json.dumps([self._texts_known_as, self.device.type, list(texts)])
-        name = hashlib.sha256(key.encode()).hexdigest()[:32]
-        return cached_rows(f"texts-{name}", lambda: self.encode_texts(texts))
+        identity = digest([self._texts_known_as, self.device.type, list(texts)])
+        return cached_rows(f"texts-{identity}", lambda: self.encode_texts(texts))
 
     def truncates(self, texts: Sequence[str]) -> list[bool]:
         """Of each text, whether the tokenizer cuts it off."""
@@ -207,7 +205,7 @@ def cached_rows(name: str, make: Callable[[], Tensor]) -> Tensor:
     if rows.numel() <= MOST_KEPT:
         try:
             make_folder(path.parent)
-            write_bytes(path, save({"rows": rows}, {"sha256": _hash(rows)}))
+            write_bytes(path, save({"rows": rows}, {"sha256": tensor_hash(rows)}))
         except StorageError as error:
             logger.debug("%s is not kept: %s", path, error)  # the next process makes it again
     return rows
@@ -222,15 +220,10 @@ def _read_cached(path: Path) -> Tensor | None:
     except (OSError, SafetensorError):
         logger.debug("%s is not there yet, or is unreadable", path)
         return None
-    if metadata.get("sha256") == _hash(rows):
+    if metadata.get("sha256") == tensor_hash(rows):
         return rows
     logger.warning("%s is damaged, and is made anew", path)
     return None
-
-
-def _hash(rows: Tensor) -> str:
-    kind = f"{rows.dtype}{tuple(rows.shape)}".encode()
-    return hashlib.sha256(kind + rows.numpy().tobytes()).hexdigest()
 
 
 def _linear(projection: Tensor | None) -> Callable[[Tensor], Tensor]:

@@ -7,7 +7,6 @@ substitute for CLIP or SigLIP.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vilu.artifacts.disk import file_hash
+from vilu.artifacts.hashing import bytes_hash
 from vilu.backbones.base import DualEncoder, cached_rows, encode_in_batches
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import ProvenanceError, UsageError
@@ -251,7 +251,7 @@ def _find_files() -> Files:
         RIDGE,
         "mean feature from batch norm",
     ]
-    return Files(image, text, hashlib.sha256(json.dumps(recipe).encode()).hexdigest())
+    return Files(image, text, bytes_hash(json.dumps(recipe).encode()))
 
 
 @cache  # takes seconds, and nothing in here changes

@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vilu.artifacts.hashing import tensors_hash
 from vilu.backbones.base import DualEncoder, detach_projection
 from vilu.backbones.loading import (
     load_cached_first,
     load_local,
     require_hub_id,
-    tensors_sha256,
     tokenizer_identity,
 )
 from vilu.embeddings.space import EmbeddingSpace
@@ -163,7 +163,7 @@ def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
     """
     name, towers, tokenizer = _load_towers(argument)
     model = towers.model.eval().requires_grad_(requires_grad=False)
-    weights = tensors_sha256(model.state_dict())
+    weights = tensors_hash(model.state_dict())
     model.to(device)
     probe = towers.pixels(PROBE)[None].to(device)
     bias = model.logit_bias.item() if hasattr(model, "logit_bias") else 0.0

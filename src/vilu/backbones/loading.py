@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 import struct
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from pickle import UnpicklingError
 from typing import TypeVar
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from vilu.artifacts.documents import digest
+from vilu.artifacts.hashing import digest
 from vilu.errors import MissingModelError, ProvenanceError, StorageError, UsageError, ViLUError
 from vilu.extras import hub_reachable, quiet, setting
 
@@ -43,16 +41,6 @@ HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 log = logging.getLogger(__name__)
 Loaded = TypeVar("Loaded")
-
-
-def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bytes, in the order of the names."""
-    total = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return total.hexdigest()
 
 
 def tokenizer_identity(tokenizer: object, encode: Callable[[list[str]], Tensor]) -> str:

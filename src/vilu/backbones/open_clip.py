@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from vilu.artifacts.hashing import tensors_hash
 from vilu.backbones.base import DualEncoder, detach_projection
 from vilu.backbones.loading import (
     load_cached_first,
     load_local,
     require_hub_id,
-    tensors_sha256,
     tokenizer_identity,
 )
 from vilu.embeddings.space import EmbeddingSpace
@@ -75,7 +75,7 @@ def load(
     network, transform, tokenizer, identity = _load_model(open_clip, source)
     network = network.eval().requires_grad_(requires_grad=False)
     # before anything is changed: the hash is of the weights as they are on the disk
-    weights = tensors_sha256(network.state_dict())
+    weights = tensors_hash(network.state_dict())
     if tanh_gelu:
         use_tanh_gelu(network, source.name)
     network = network.to(device)

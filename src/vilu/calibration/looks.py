@@ -8,10 +8,12 @@ from typing import Final, Literal
 import numpy as np
 from pydantic import Field
 
-from vilu.artifacts.documents import Document, Model, digest, read_document
+from vilu.artifacts.documents import Document, Model, read_document
+from vilu.artifacts.hashing import digest
 from vilu.errors import DataError
 from vilu.metrics.counts import Ints
-from vilu.predictors.persistence.record import LOOKS, PREDICTOR, read_record
+from vilu.predictors.persistence.files import LOOKS, PREDICTOR
+from vilu.predictors.persistence.record import read_record
 
 SKETCH: Final = 64
 """Smallest hashes that rows are recognised by."""

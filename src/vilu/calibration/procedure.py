@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from vilu.artifacts.disk import locked
-from vilu.artifacts.documents import digest
+from vilu.artifacts.hashing import digest
 from vilu.calibration import record
 from vilu.calibration.copies import SAME, check_copies
 from vilu.calibration.label_sets import Kind, LabelSets, check_label_sets, fit_label_sets
@@ -35,7 +35,8 @@ from vilu.metrics.counts import Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.contract.seen import candidates_of
-from vilu.predictors.persistence.record import RISK, VOCABULARY, claim, fit_fingerprint
+from vilu.predictors.persistence.files import RISK, VOCABULARY
+from vilu.predictors.persistence.record import claim, fit_fingerprint
 from vilu.predictors.persistence.storage import load, write_card
 from vilu.predictors.persistence.vocabulary import Vocabulary
 from vilu.scoring.score import predictor_fingerprint, score_fresh, source_fingerprint

@@ -13,7 +13,8 @@ import numpy as np
 from pydantic import Field
 
 from vilu.artifacts.disk import file_hash, write_bytes
-from vilu.artifacts.documents import Document, digest, identity, read_document, vouched
+from vilu.artifacts.documents import Document, identity, read_document, vouched
+from vilu.artifacts.hashing import digest
 from vilu.artifacts.tables import parquet_bytes
 from vilu.calibration.anytime import log_evidence
 from vilu.calibration.label_sets import LabelSets
@@ -33,7 +34,8 @@ from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import DataError, ProvenanceError
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.seen import candidates_of, same_candidates
-from vilu.predictors.persistence.record import RECALIBRATE, RISK, ROWS, fit_fingerprint
+from vilu.predictors.persistence.files import RISK, ROWS
+from vilu.predictors.persistence.record import RECALIBRATE, fit_fingerprint
 
 Rule = Selector | BatchSelector
 

@@ -17,7 +17,7 @@ from vilu.calibration.monitor.watch import State
 from vilu.errors import DataError, StorageError
 from vilu.outcomes.outcomes import Outcomes
 from vilu.outcomes.results import ResultTable
-from vilu.predictors.persistence.record import PREDICTOR, RISK
+from vilu.predictors.persistence.files import PREDICTOR, RISK
 from vilu.predictors.persistence.storage import load
 from vilu.registry import entry_points, load_entry
 from vilu.scoring.score_folder import ScoreFolder

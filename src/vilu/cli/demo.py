@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from vilu.artifacts.disk import file_hash, make_folder, write_bytes, write_text
-from vilu.artifacts.documents import digest
+from vilu.artifacts.hashing import digest
 from vilu.artifacts.paths import claim_folder, made
 from vilu.backbones.catalog import load_backbone
 from vilu.datasets.catalog import open_dataset

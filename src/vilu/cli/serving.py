@@ -83,7 +83,8 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per flag
     ):
         import_extra(module, "serve-ray" if executor == "ray" else "serve")
     from vilu.service.limits import LOOPBACK, ClientLimits, log_access, read_keys
-    from vilu.service.server import Hosted, Setup
+    from vilu.service.server import Hosted
+    from vilu.service.setup import Setup
 
     here = host in {"127.0.0.1", "localhost", "::1"}
     if not here and key_file is None:

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from vilu.artifacts.documents import digest
+from vilu.artifacts.hashing import digest
 from vilu.datasets.classes import ClassTable
 from vilu.datasets.files import Bounds, OutsideError
 from vilu.errors import OUTSIDE, DataError, StorageError, UsageError, nearest

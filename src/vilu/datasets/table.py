@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from vilu.artifacts.documents import digest
+from vilu.artifacts.hashing import digest
 from vilu.artifacts.tables import as_written, csv_names, read_columns, require_width
 from vilu.datasets.base import (
     CAPTIONS_OR_CLASSES,

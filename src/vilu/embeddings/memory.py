@@ -19,7 +19,8 @@ from vilu.embeddings.checks import (
     require_usable,
     unit_rows,
 )
-from vilu.embeddings.columns import TEXT_COLUMNS, check_columns
+from vilu.embeddings.column_checks import check_columns
+from vilu.embeddings.columns import TEXT_COLUMNS
 from vilu.embeddings.pairs import PairSource, Pools
 from vilu.embeddings.similarity import rows_at
 from vilu.embeddings.source import EmbeddingSource

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 
-from vilu.artifacts.documents import digest
+from vilu.artifacts.hashing import digest
 from vilu.errors import ProvenanceError, UsageError
 from vilu.validation import checked_fields, require_at_least
 

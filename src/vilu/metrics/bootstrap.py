@@ -31,7 +31,8 @@ from vilu.metrics.counts import (
     repeated_pictures,
     tie_counts,
 )
-from vilu.metrics.pictures import PictureScores, independent, rows_per_independent
+from vilu.metrics.histogram import Histogram
+from vilu.metrics.pictures import PictureScores, ScoredRows, independent
 from vilu.metrics.reliability import probability_counts
 from vilu.progress import track
 from vilu.validation import checked, require_at_least, require_between
@@ -240,6 +241,29 @@ def bootstrap_intervals(
     }
 
 
+def intervals_of(
+    scores: ScoredRows | Histogram,
+    kernels: Mapping[str, Kernel],
+    *,
+    n_resamples: int,
+    confidence: float,
+    seed: int,
+) -> dict[str, Interval]:
+    """Intervals of several metrics of rows, or of counts of them, from the same resamples."""
+    if isinstance(scores, Histogram):
+        check_settings(n_resamples, confidence)
+        return counted_intervals(kernels, scores.counts(), n_resamples, confidence, seed)
+    return bootstrap_intervals(
+        kernels,
+        scores.uncertainty,
+        scores.failure,
+        n_resamples=n_resamples,
+        confidence=confidence,
+        seed=seed,
+        picture=scores.picture,
+    )
+
+
 def counted_intervals(
     kernels: Mapping[str, Kernel], counts: TieCounts, n_resamples: int, confidence: float, seed: int
 ) -> dict[str, Interval]:
@@ -376,66 +400,6 @@ def values_of(
             found.append({name: kernel(counts) for name, kernel in kernels.items()})
             task.advance(len(counts.n))
     return {name: np.concatenate([values[name] for values in found]) for name in kernels}
-
-
-@dataclass(frozen=True, eq=False)
-class ScoredRows:
-    """Rows with known failures."""
-
-    uncertainty: Floats  # (N,) scores
-    failure: Ints  # (N,) 0 or 1
-    note: str | None = None  # what to say beside metrics of these rows
-    # (N,) numbers of their pictures from 0 on; None where every row has one of its own
-    picture: Ints | None = None
-
-    @property
-    def n(self) -> int:
-        """N."""
-        return len(self.failure)
-
-    @property
-    def n_pictures(self) -> int:
-        """How many pictures the rows show."""
-        return self.n if self.picture is None else int(self.picture.max()) + 1
-
-    @property
-    def n_failures(self) -> int:
-        """How many rows are wrong."""
-        return int(self.failure.sum())
-
-    @property
-    def rows_per_independent(self) -> float:
-        """How many rows say as much as an independent one."""
-        return rows_per_independent(self.picture)
-
-    def n_independent(self) -> tuple[int, int]:
-        """How many pictures have a wrong answer, and how many a right one."""
-        picture = np.arange(self.n) if self.picture is None else self.picture
-        is_wrong = self.failure == 1
-        return len(np.unique(picture[is_wrong])), len(np.unique(picture[~is_wrong]))
-
-    def take(self, rows: NDArray[np.bool_]) -> ScoredRows:
-        """Those of a mask (N,)."""
-        picture = None if self.picture is None else repeated_pictures(self.picture[rows])
-        return ScoredRows(self.uncertainty[rows], self.failure[rows], self.note, picture)
-
-    def counts(self) -> TieCounts:
-        """What every metric is computed from."""
-        return tie_counts(self.uncertainty, self.failure)
-
-    def intervals(
-        self, kernels: Mapping[str, Kernel], *, n_resamples: int, confidence: float, seed: int
-    ) -> dict[str, Interval]:
-        """Metrics with their intervals; see ``bootstrap_interval``."""
-        return bootstrap_intervals(
-            kernels,
-            self.uncertainty,
-            self.failure,
-            n_resamples=n_resamples,
-            confidence=confidence,
-            seed=seed,
-            picture=self.picture,
-        )
 
 
 @checked

@@ -9,15 +9,13 @@ that has few enough, so no merge drops a bit too many.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from vilu.errors import DataError
-from vilu.metrics.bootstrap import Interval, check_settings, counted_intervals
-from vilu.metrics.catalog import Kernel
 from vilu.metrics.counts import Floats, Ints, TieCounts, check_pair
 
 MAX_BINS = 2**20  # occupied bins at most: 24 MB
@@ -187,13 +185,6 @@ class Histogram:
         if not len(self.bins):
             raise DataError("a metric needs at least one row. Got none.")
         return TieCounts(self.values, self.correct, self.wrong)
-
-    def intervals(
-        self, kernels: Mapping[str, Kernel], *, n_resamples: int, confidence: float, seed: int
-    ) -> dict[str, Interval]:
-        """Metrics with their intervals; see ``counted_intervals``."""
-        check_settings(n_resamples, confidence)
-        return counted_intervals(kernels, self.counts(), n_resamples, confidence, seed)
 
     @staticmethod
     def _joined(histograms: list[Histogram]) -> Histogram:

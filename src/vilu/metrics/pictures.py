@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vilu.metrics.counts import Floats, Ints, TieCounts
+from vilu.metrics.counts import Floats, Ints, TieCounts, repeated_pictures, tie_counts
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +104,52 @@ class PictureScores:
                 if n:
                     times[:, stratum] = rng.multinomial(n, n_alike / n, size=size)
             yield self.weighed(times)
+
+
+@dataclass(frozen=True, eq=False)
+class ScoredRows:
+    """Rows with known failures."""
+
+    uncertainty: Floats  # (N,) scores
+    failure: Ints  # (N,) 0 or 1
+    note: str | None = None  # what to say beside metrics of these rows
+    # (N,) numbers of their pictures from 0 on; None where every row has one of its own
+    picture: Ints | None = None
+
+    @property
+    def n(self) -> int:
+        """N."""
+        return len(self.failure)
+
+    @property
+    def n_pictures(self) -> int:
+        """How many pictures the rows show."""
+        return self.n if self.picture is None else int(self.picture.max()) + 1
+
+    @property
+    def n_failures(self) -> int:
+        """How many rows are wrong."""
+        return int(self.failure.sum())
+
+    @property
+    def rows_per_independent(self) -> float:
+        """How many rows say as much as an independent one."""
+        return rows_per_independent(self.picture)
+
+    def n_independent(self) -> tuple[int, int]:
+        """How many pictures have a wrong answer, and how many a right one."""
+        picture = np.arange(self.n) if self.picture is None else self.picture
+        is_wrong = self.failure == 1
+        return len(np.unique(picture[is_wrong])), len(np.unique(picture[~is_wrong]))
+
+    def take(self, rows: NDArray[np.bool_]) -> ScoredRows:
+        """Those of a mask (N,)."""
+        picture = None if self.picture is None else repeated_pictures(self.picture[rows])
+        return ScoredRows(self.uncertainty[rows], self.failure[rows], self.note, picture)
+
+    def counts(self) -> TieCounts:
+        """What every metric is computed from."""
+        return tie_counts(self.uncertainty, self.failure)
 
 
 def rows_per_independent(picture: Ints | None) -> float:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vilu.errors import UNKNOWN, DataError, ProvenanceError, UsageError
-from vilu.metrics.bootstrap import Interval, OwnInterval, paired_bootstrap
+from vilu.metrics.bootstrap import Interval, OwnInterval, intervals_of, paired_bootstrap
 from vilu.metrics.catalog import Kernel, Metric, Question, evaluated_metrics, get_metric
 from vilu.metrics.counts import repeated_pictures, tie_counts
 from vilu.outcomes.outcomes import Outcomes, Scores, Tallied, Tally, facts_of
@@ -21,6 +21,7 @@ from vilu.validation import checked, describe_value, require_at_least
 
 MANY_REPEATS = 0.01  # share of rows whose picture another row shows: real data hold a few
 FEW = 30  # with fewer wrong (or right) answers an interval says little
+LISTED = 3  # sentences of a warning
 
 
 @checked
@@ -32,7 +33,7 @@ def evaluate(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> ResultTable:
-    """Metrics of one or several methods, over the rows that have both an uncertainty and a known failure.
+    """Metrics of one or several methods, over rows with both an uncertainty and a known failure.
 
     Args:
         outcomes: What was scored (``Outcomes``, or a ``ScoreFolder`` of any size); several may
@@ -76,22 +77,18 @@ def evaluate(
         AUROC: ties count half
         AUGRC: trapezoids over distinct scores
     """
-    several = _tallies(outcomes)
-    if not several:
+    tallies = _tallies(outcomes)
+    if not tallies:
         raise UsageError("evaluate needs at least one set of outcomes. Got none.")
     require_at_least("n_resamples", n_resamples, 0)
+    resampling = Resampling(n_resamples, confidence, seed)
     rows: list[ResultRow] = []
     scarce: list[str] = []
     repeated: list[str] = []
-    for one in several:
-        chosen = {
-            name: get_metric(name) for name in (evaluated_metrics() if metrics is None else metrics)
-        }
-        if metrics is None:
-            chosen = {name: metric for name, metric in chosen.items() if _has_meaning(metric, one)}
-        rows += _rows(one, chosen, Resampling(n_resamples, confidence, seed))
-        scarce += _scarce(one)
-        repeated += _repeated(one)
+    for tally in tallies:
+        rows += _rows(tally, _chosen_metrics(metrics, tally), resampling)
+        scarce += _scarce(tally)
+        repeated += _repeated(tally)
     if scarce:
         warnings.warn(f"intervals are wide: {_listed(scarce)}.", stacklevel=3)
     if repeated:
@@ -104,10 +101,20 @@ def evaluate(
 
 
 def _listed(sentences: list[str]) -> str:
-    """The first three of them that differ, and how many more there are."""
+    """The first of them that differ, and how many more there are."""
     different = list(dict.fromkeys(sentences))
-    more = f"; and {len(different) - 3} more like these" if len(different) > 3 else ""
-    return "; ".join(different[:3]) + more
+    listed = "; ".join(different[:LISTED])
+    if len(different) <= LISTED:
+        return listed
+    return f"{listed}; and {len(different) - LISTED} more like these"
+
+
+def _chosen_metrics(names: Sequence[str] | None, tally: Tally) -> dict[str, Metric]:
+    """Those asked for; where nobody asked for any, those that say something of these rows."""
+    if names is not None:
+        return {name: get_metric(name) for name in names}
+    metrics = {name: get_metric(name) for name in evaluated_metrics()}
+    return {name: metric for name, metric in metrics.items() if _has_meaning(metric, tally)}
 
 
 def _has_meaning(metric: Metric, tally: Tally) -> bool:
@@ -119,20 +126,27 @@ def _has_meaning(metric: Metric, tally: Tally) -> bool:
 
 def _tallies(outcomes: Tallied | Iterable[object]) -> list[Tally]:
     """What was scored, once or several times."""
+    if isinstance(outcomes, Tallied):
+        return [outcomes.tally()]
     tallies = []
-    for one in [outcomes] if isinstance(outcomes, Tallied) else outcomes:
-        if not isinstance(one, Tallied):
-            what = describe_value(outcomes if hasattr(outcomes, "shape") else one)
+    for item in outcomes:
+        if not isinstance(item, Tallied):
+            is_array = hasattr(outcomes, "shape")
+            unfit = describe_value(outcomes if is_array else item)
             raise UsageError(
-                f"evaluate takes vilu.Outcomes, which vilu.score gives, or a list of them. Got {what}."
+                "evaluate takes vilu.Outcomes, which vilu.score gives, or a list of them. "
+                f"Got {unfit}."
             )
-        tallies.append(one.tally())
+        tallies.append(item.tally())
     return tallies
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A metric of two methods on the same rows, and the paired bootstrap of its difference; NaN where undefined."""
+    """A metric of two methods on the same rows, and the paired bootstrap of its difference.
+
+    What is undefined is NaN.
+    """
 
     metric: str  # name of the metric
     method_a: str | None  # name of one method
@@ -156,18 +170,22 @@ class Comparison:
         if self.why is not None:
             return f"{names}: undefined, {self.why}"
         pictures = "" if self.n_pictures is None else f" for {self.n_pictures} pictures"
+        values = f"{metric.show(self.value_a)} against {metric.show(self.value_b)}{unit}"
+        difference = metric.show(self.difference, "+")
+        interval = metric.brackets(self.ci_low, self.ci_high, "+")
+        answers = f"{self.n} answers{pictures}, {self.n_failures} {ASKED[metric.question]}"
         return (
-            f"{names}: {metric.show(self.value_a)} against {metric.show(self.value_b)}{unit}, "
-            f"difference {metric.show(self.difference, '+')} {metric.brackets(self.ci_low, self.ci_high, '+')}, "
-            f"p = {self.p_value:.3g} ({self.n} answers{pictures}, {self.n_failures} {ASKED[metric.question]})"
+            f"{names}: {values}, difference {difference} {interval}, "
+            f"p = {self.p_value:.3g} ({answers})"
         )
 
     def to_dict(self) -> dict[str, object]:
         """Plain dictionary; None where undefined."""
-        return {
-            name: _null(value) if isinstance(value, float) else value
-            for name, value in asdict(self).items()
-        }
+        facts: dict[str, object] = asdict(self)
+        for name, value in facts.items():
+            if isinstance(value, float):
+                facts[name] = _null(value)
+        return facts
 
 
 @checked
@@ -203,17 +221,22 @@ def compare(
         >>> failure = [0, 1, 0, 1] * 20
         >>> a = vilu.Outcomes([0.1, 0.4, 0.2, 0.3] * 20, failure, method="a")
         >>> b = vilu.Outcomes([0.1, 0.2, 0.3, 0.4] * 20, failure, method="b")
-        >>> print(vilu.compare(a, b, n_resamples=199))
-        AUROC, a against b: 100.0 against 75.0 %, difference +25.0 [+13.8, +35.9], p = 0.01 (80 answers, 40 wrong)
+        >>> names, numbers = str(vilu.compare(a, b, n_resamples=199)).split(", difference ")
+        >>> print(names)
+        AUROC, a against b: 100.0 against 75.0 %
+        >>> print(numbers)
+        +25.0 [+13.8, +35.9], p = 0.01 (80 answers, 40 wrong)
     """
     chosen = get_metric(metric)
     require_same_rows(a, b)
     if chosen.of_probability:
-        a, b = _as_probability(a, metric), _as_probability(b, metric)
+        a = _as_probability(a, metric)
+        b = _as_probability(b, metric)
     rows = a.evaluable & b.evaluable
     if chosen.question == "within":
         rows &= ~a.outside
-    (u_a, failure), (u_b, _) = _evaluable(a, rows), _evaluable(b, rows)
+    u_a, failure = _evaluable(a, rows)
+    u_b, _ = _evaluable(b, rows)
     if chosen.question == "outside":
         failure = a.outside[rows].astype(np.int64)
     picture = _pictures(a, b, rows)
@@ -227,27 +250,32 @@ def compare(
         seed=seed,
         picture=picture,
     )
-    value_a, value_b = (float(chosen.kernel(tie_counts(scores, failure))) for scores in (u_a, u_b))
-    n, n_failures = len(failure), int(failure.sum())
-    why = _why(n, n_failures, chosen.question) if math.isnan(result.difference) else None
-    n_pictures = None if picture is None else int(picture.max()) + 1
+    n = len(failure)
+    n_failures = int(failure.sum())
+    is_undefined = math.isnan(result.difference)
     return Comparison(
         metric,
-        a.method,
-        b.method,
-        value_a,
-        value_b,
-        *result,
-        n,
-        n_failures,
-        chosen.convention,
-        why,
-        n_pictures,
+        method_a=a.method,
+        method_b=b.method,
+        value_a=float(chosen.kernel(tie_counts(u_a, failure))),
+        value_b=float(chosen.kernel(tie_counts(u_b, failure))),
+        difference=result.difference,
+        ci_low=result.ci_low,
+        ci_high=result.ci_high,
+        p_value=result.p_value,
+        n=n,
+        n_failures=n_failures,
+        convention=chosen.convention,
+        why=_why(n, n_failures, chosen.question) if is_undefined else None,
+        n_pictures=None if picture is None else int(picture.max()) + 1,
     )
 
 
 def _pictures(a: Outcomes, b: Outcomes, rows: NDArray[np.bool_]) -> NDArray[np.int64] | None:
-    """Numbers of the pictures of some rows, as either of two methods knows them; None where none has two rows."""
+    """Numbers of the pictures of some rows, as either of two methods knows them.
+
+    None where no picture has two rows.
+    """
     for outcomes in (a, b):
         if outcomes.picture is not None:
             picture = repeated_pictures(outcomes.picture[rows])
@@ -257,7 +285,10 @@ def _pictures(a: Outcomes, b: Outcomes, rows: NDArray[np.bool_]) -> NDArray[np.i
 
 
 def _as_probability(outcomes: Outcomes, metric: str) -> Outcomes:
-    """The outcomes with the probability of failure, calibrated where it is, in place of the uncertainty."""
+    """The outcomes with the probability of failure in place of the uncertainty.
+
+    It is the calibrated one where there is one.
+    """
     if outcomes.failure_probability is not None:
         return replace(outcomes, uncertainty=outcomes.failure_probability)
     if not outcomes.is_probability:
@@ -277,68 +308,92 @@ class Resampling(NamedTuple):
     def describe(self, kernel: Kernel, source: Scores) -> str:
         """How the interval of a metric of these rows came about."""
         of = "" if source.n_pictures == source.n else " of pictures"
+        percent = f"{100 * self.confidence:g} %"
         if isinstance(kernel, OwnInterval):
-            return f"{100 * self.confidence:g} %, {kernel.interval_note}, {self.n} draws{of}"
-        return f"{100 * self.confidence:g} % stratified bootstrap, {self.n} resamples{of}"
+            return f"{percent}, {kernel.interval_note}, {self.n} draws{of}"
+        return f"{percent} stratified bootstrap, {self.n} resamples{of}"
 
 
 UNDEFINED = Interval(math.nan, math.nan, math.nan)
 
 
 def _rows(tally: Tally, metrics: Mapping[str, Metric], how: Resampling) -> list[ResultRow]:
-    """A row per metric, in their order: those of the uncertainty and those of a probability are measured apart."""
-    n, n_failures = tally.scores.n, tally.scores.n_failures
-    if not n:
+    """A row per metric, in their order."""
+    scores = tally.scores
+    if not scores.n:
         raise DataError(
-            f"the outcomes of {_name(tally)} have no row to evaluate: {tally.n_unlabelled} have an unknown failure and "
-            f"{tally.n_unusable} no uncertainty. Give labelled data."
+            f"the outcomes of {_name(tally)} have no row to evaluate: {tally.n_unlabelled} have an "
+            f"unknown failure and {tally.n_unusable} no uncertainty. Give labelled data."
         )
-    sources = {name: tally.asked(metric) for name, metric in metrics.items()}
-    measured: dict[str, Interval] = {}
-    for source in {id(one): one for one in sources.values() if one is not None}.values():
-        kernels = {name: metrics[name].kernel for name, one in sources.items() if one is source}
-        measured |= _measured(source, kernels, how)
-    facts = facts_of(tally) | {"n_unlabelled": tally.n_unlabelled, "n_unusable": tally.n_unusable}
-    facts |= {"n": n, "n_failures": n_failures, "accuracy": 1 - n_failures / n}
-    facts |= {"n_outside": tally.outside.n_failures}
-    n_pictures = tally.scores.n_pictures
-    facts |= {"n_pictures": None if n_pictures == n else n_pictures}
+    intervals = _intervals(tally, metrics, how)
+    facts = {
+        **facts_of(tally),
+        "n": scores.n,
+        "n_failures": scores.n_failures,
+        "accuracy": 1 - scores.n_failures / scores.n,
+        "n_unlabelled": tally.n_unlabelled,
+        "n_unusable": tally.n_unusable,
+        "n_outside": tally.outside.n_failures,
+        "n_pictures": None if scores.n_pictures == scores.n else scores.n_pictures,
+    }
     rows = []
     for name, metric in metrics.items():
-        value, low, high = map(_null, measured.get(name, UNDEFINED))
-        of, why = sources[name], "the uncertainty is not a probability"
-        if of is not None:
-            why = _why(of.n, of.n_failures, metric.question)
-        rows.append(
-            ResultRow(
-                **facts,
-                metric=name,
-                value=value,
-                ci_low=low,
-                ci_high=high,
-                convention="; ".join(filter(None, (metric.convention, (of or tally.scores).note))),
-                interval=None if low is None else how.describe(metric.kernel, of or tally.scores),
-                why=why if value is None else None,
-            )
+        measured = intervals.get(name, UNDEFINED)
+        source = tally.asked(metric) or scores
+        why = None
+        if math.isnan(measured.value):
+            why = _why_undefined(metric, tally)
+        row = ResultRow(
+            **facts,
+            metric=name,
+            value=_null(measured.value),
+            ci_low=_null(measured.ci_low),
+            ci_high=_null(measured.ci_high),
+            convention="; ".join(filter(None, (metric.convention, source.note))),
+            interval=None if math.isnan(measured.ci_low) else how.describe(metric.kernel, source),
+            why=why,
         )
+        rows.append(row)
     return rows
+
+
+def _intervals(tally: Tally, metrics: Mapping[str, Metric], how: Resampling) -> dict[str, Interval]:
+    """Metrics that have rows to be of; those of the same rows share their resamples."""
+    sources: dict[int, Scores] = {}
+    kernels: dict[int, dict[str, Kernel]] = {}
+    for name, metric in metrics.items():
+        source = tally.asked(metric)
+        if source is not None:
+            sources[id(source)] = source
+            kernels.setdefault(id(source), {})[name] = metric.kernel
+    intervals: dict[str, Interval] = {}
+    for key, source in sources.items():
+        intervals |= _measured(source, kernels[key], how)
+    return intervals
+
+
+def _why_undefined(metric: Metric, tally: Tally) -> str:
+    source = tally.asked(metric)
+    if source is None:
+        return "the uncertainty is not a probability"
+    return _why(source.n, source.n_failures, metric.question)
 
 
 def _measured(
     source: Scores, kernels: Mapping[str, Kernel], how: Resampling
 ) -> dict[str, Interval]:
-    """Metrics, with intervals but where there is nothing to resample: one class, or none is wanted."""
+    """Metrics, with intervals unless one class is empty or no resample is wanted."""
     if how.n and 0 < source.n_failures < source.n:
-        return source.intervals(
-            kernels, n_resamples=how.n, confidence=how.confidence, seed=how.seed
+        return intervals_of(
+            source, kernels, n_resamples=how.n, confidence=how.confidence, seed=how.seed
         )
     if not source.n:
         return dict.fromkeys(kernels, UNDEFINED)
     counts = source.counts()
-    return {
-        name: Interval(float(kernel(counts)), math.nan, math.nan)
-        for name, kernel in kernels.items()
-    }
+    measured = {}
+    for name, kernel in kernels.items():
+        measured[name] = Interval(float(kernel(counts)), math.nan, math.nan)
+    return measured
 
 
 def _null(value: float) -> float | None:
@@ -349,10 +404,11 @@ def _evaluable(
     outcomes: Outcomes, rows: NDArray[np.bool_]
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     if not rows.any():
-        known = np.count_nonzero(outcomes.failure != UNKNOWN)
+        n_known = np.count_nonzero(outcomes.failure != UNKNOWN)
+        n_scored = np.count_nonzero(np.isfinite(outcomes.uncertainty))
         raise DataError(
-            f"the outcomes of {_name(outcomes)} have no row to evaluate: of {len(outcomes)}, {known} have a known "
-            f"failure and {np.count_nonzero(np.isfinite(outcomes.uncertainty))} an uncertainty. Give labelled data."
+            f"the outcomes of {_name(outcomes)} have no row to evaluate: of {len(outcomes)}, "
+            f"{n_known} have a known failure and {n_scored} an uncertainty. Give labelled data."
         )
     return outcomes.uncertainty[rows], outcomes.failure[rows]
 
@@ -364,20 +420,22 @@ def require_same_rows(a: Outcomes, b: Outcomes) -> None:
         raise ProvenanceError(
             f"{names} must be of the same rows. Got {len(a)} and {len(b)} rows instead."
         )
-    if a.ids is not None and b.ids is not None and a.ids != b.ids:
-        row = next(i for i, (x, y) in enumerate(zip(a.ids, b.ids, strict=True)) if x != y)
-        raise ProvenanceError(
-            f"{names} must be of the same rows. Row {row} is {a.ids[row]!r} in one and {b.ids[row]!r} in the other."
-        )
-    for what, mine, theirs in (
+    if a.ids is not None and b.ids is not None:
+        for row, (id_a, id_b) in enumerate(zip(a.ids, b.ids, strict=True)):
+            if id_a != id_b:
+                raise ProvenanceError(
+                    f"{names} must be of the same rows. "
+                    f"Row {row} is {id_a!r} in one and {id_b!r} in the other."
+                )
+    for what, values_a, values_b in (
         ("failures", a.failure, b.failure),
         ("marks of none of the classes", a.outside, b.outside),
     ):
-        different = np.flatnonzero(mine != theirs)
+        different = np.flatnonzero(values_a != values_b)
         if len(different):
             raise ProvenanceError(
-                f"{names} must be of the same answers. {len(different)} {what} differ, the first in row "
-                f"{different[0]}; score both on one data set with one backbone."
+                f"{names} must be of the same answers. {len(different)} {what} differ, the first "
+                f"in row {different[0]}; score both on one data set with one backbone."
             )
 
 
@@ -390,7 +448,7 @@ def _repeated(tally: Tally) -> list[str]:
 
 
 def _scarce(tally: Tally) -> list[str]:
-    """What to warn of: fewer than ``FEW`` wrong or right answers, or pictures of none of the classes.
+    """What to warn of: fewer than ``FEW`` wrong, right or outside answers.
 
     Answers for one picture count once.
     """
@@ -398,9 +456,10 @@ def _scarce(tally: Tally) -> list[str]:
     kinds = {"wrong answers": n_wrong, "right answers": n_right}
     n_outside, _ = tally.outside.n_independent()
     if n_outside:
-        kinds |= {"wrong answers within the classes": tally.within.n_independent()[0]}
-        kinds |= {"pictures of none of the classes": n_outside}
-    return [f"{_name(tally)} has only {k} {kind}" for kind, k in kinds.items() if k < FEW]
+        n_wrong_within, _ = tally.within.n_independent()
+        kinds["wrong answers within the classes"] = n_wrong_within
+        kinds["pictures of none of the classes"] = n_outside
+    return [f"{_name(tally)} has only {n} {kind}" for kind, n in kinds.items() if n < FEW]
 
 
 ASKED = {
@@ -412,11 +471,11 @@ ASKED = {
 
 
 def _why(n: int, n_failures: int, question: Question) -> str:
-    what = ASKED[question]
-    return f"none of {n} answers is {what}" if n_failures == 0 else f"all of {n} answers are {what}"
+    if n_failures == 0:
+        return f"none of {n} answers is {ASKED[question]}"
+    return f"all of {n} answers are {ASKED[question]}"
 
 
 def _name(outcomes: Outcomes | Tally) -> str:
-    return (outcomes.method or "the scores") + (
-        f" on {outcomes.dataset}" if outcomes.dataset else ""
-    )
+    method = outcomes.method or "the scores"
+    return f"{method} on {outcomes.dataset}" if outcomes.dataset else method

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 import numpy as np
@@ -15,10 +15,10 @@ from vilu.artifacts.documents import plain_json
 from vilu.artifacts.paths import claim_file, said_of
 from vilu.artifacts.tables import read_column, read_table, write_table
 from vilu.errors import OUTSIDE, UNKNOWN, DataError
-from vilu.metrics.bootstrap import ScoredRows
 from vilu.metrics.catalog import Metric
 from vilu.metrics.counts import check_codes, check_pictures, real_vector, repeated_pictures
 from vilu.metrics.histogram import Histogram
+from vilu.metrics.pictures import ScoredRows
 from vilu.validation import checked, require_mask
 
 if TYPE_CHECKING:
@@ -30,8 +30,9 @@ def check_outside(values: ArrayLike, target: NDArray[np.int64]) -> NDArray[np.bo
     outside: NDArray[np.bool_] = require_mask("outside", np.array(values), len(target))
     both = np.flatnonzero(outside & (target >= 0))
     if len(both):
+        row = both[0]
         raise DataError(
-            f"row {both[0]} cannot be of none of the classes (outside) and of class {target[both[0]]}."
+            f"row {row} cannot be of none of the classes (outside) and of class {target[row]}."
         )
     return outside
 
@@ -42,14 +43,15 @@ def check_texts(
     """Texts, each of which may be None where that is optional."""
     if values is None:
         return None
-    if isinstance(values, str | Set | Mapping) or not isinstance(
-        values, Iterable
-    ):  # a set has no order
+    has_no_order = isinstance(values, str | Set | Mapping)
+    if has_no_order or not isinstance(values, Iterable):
         raise DataError(f"{name} must be a list of texts. Got {type(values).__name__} instead.")
     texts = tuple(values)
-    plain = {str, type(None)} if optional else {str}
-    for row, text in enumerate(() if plain.issuperset(map(type, texts)) else texts):
-        if not (isinstance(text, str) or (optional and text is None)):
+    allowed = (str, NoneType) if optional else (str,)
+    if set(allowed).issuperset(map(type, texts)):  # a million of them in a moment
+        return texts
+    for row, text in enumerate(texts):
+        if not isinstance(text, allowed):
             raise DataError(f"{name} must hold texts. Got {text!r} in row {row} instead.")
     return texts
 
@@ -63,19 +65,31 @@ def nullable_codes(codes: NDArray[np.int64] | None, n: int) -> pa.Array:
     return pa.array(codes, pa.int32(), mask=codes == UNKNOWN)
 
 
+def _texts(values: Sequence[str | None] | None, n: int) -> pa.Array:
+    """Arrow column of texts (N,), null where there is none."""
+    import pyarrow as pa
+
+    if values is None:
+        return pa.nulls(n, pa.string())
+    return pa.array(values, pa.string())
+
+
 def check_probabilities(values: ArrayLike | None, name: str) -> NDArray[np.float64] | None:
     """Numbers (N,) in [0, 1], or NaN where there is none."""
     if values is None:
         return None
     numbers = real_vector(values, name)
-    if not bool((((numbers >= 0) & (numbers <= 1)) | np.isnan(numbers)).all()):
+    fits = ((numbers >= 0) & (numbers <= 1)) | np.isnan(numbers)
+    if not fits.all():
         raise DataError(f"{name} must be in [0, 1], or NaN where there is none.")
     return numbers
 
 
 def plain_values(column: pa.ChunkedArray, kind: str) -> Any:  # noqa: ANN401 - by its kind
     """Whole numbers with -1 for null, numbers with NaN, or texts with None."""
-    return column.to_pylist() if kind == "string" else column.fill_null(MISSING[kind]).to_numpy()
+    if kind == "string":
+        return column.to_pylist()
+    return column.fill_null(MISSING[kind]).to_numpy()
 
 
 Scores = ScoredRows | Histogram
@@ -103,9 +117,8 @@ class Tally:
         """The rows that a metric is of; None where it needs probabilities and there are none."""
         if metric.of_probability:
             return self.probability
-        return {"failure": self.scores, "within": self.within, "outside": self.outside}[
-            metric.question
-        ]
+        rows = {"failure": self.scores, "within": self.within, "outside": self.outside}
+        return rows[metric.question]
 
 
 def facts_of(scores: object) -> dict[str, Any]:
@@ -133,6 +146,9 @@ OPTIONAL = {
     **dict.fromkeys(DECISION, "string"),
 }
 """What need not be there, and the type of its column."""
+
+STORED_AS = {"prediction": "pred", "target": "label", "ids": "key", "picture": "picture_id"}
+"""Names of columns in a table, where they are others."""
 
 MISSING = {"int64": UNKNOWN, "float64": np.nan, "string": None}
 """What stands where there is nothing, by the type of the column."""
@@ -221,29 +237,27 @@ class Outcomes:
 
     def __post_init__(self) -> None:
         uncertainty = real_vector(self.uncertainty, "uncertainty")
+        n = len(uncertainty)
         names = check_texts(self.class_names, "class_names")
         last = None if names is None else len(names) - 1
-        checked = {
+        probability = check_probabilities(self.failure_probability, "failure_probability")
+        columns: dict[str, Any] = {
             "uncertainty": uncertainty,
             "failure": check_codes(self.failure, "failure", 1),
-            "prediction": None
-            if self.prediction is None
-            else check_codes(self.prediction, "prediction", last),
-            "target": None
-            if self.target is None
-            else check_codes(self.target, "target", last, OUTSIDE),
             "ids": check_texts(self.ids, "ids"),
-            "reason": check_texts(self.reason, "reason", optional=True),
-            "failure_probability": check_probabilities(
-                self.failure_probability, "failure_probability"
-            ),
-            "picture": check_pictures(self.picture, len(uncertainty)),
-            **{name: check_texts(getattr(self, name), name, optional=True) for name in DECISION},
+            "failure_probability": probability,
+            "picture": check_pictures(self.picture, n),
         }
-        for name, column in checked.items():
-            if column is not None and len(column) != len(uncertainty):
+        if self.prediction is not None:
+            columns["prediction"] = check_codes(self.prediction, "prediction", last)
+        if self.target is not None:
+            columns["target"] = check_codes(self.target, "target", last, OUTSIDE)
+        for name in ("reason", *DECISION):
+            columns[name] = check_texts(getattr(self, name), name, optional=True)
+        for name, column in columns.items():
+            if column is not None and len(column) != n:
                 raise DataError(
-                    f"{name} must have one entry per uncertainty ({len(uncertainty)}). Got {len(column)} instead."
+                    f"{name} must have one entry per uncertainty ({n}). Got {len(column)} instead."
                 )
             object.__setattr__(self, name, column)
         object.__setattr__(self, "class_names", names)
@@ -253,17 +267,18 @@ class Outcomes:
 
     def _set_outside(self) -> None:
         """Make a Boolean of the targets -2, and see that such answers are wrong."""
-        target = np.full(len(self.uncertainty), UNKNOWN) if self.target is None else self.target
+        target = self.target
+        if target is None:
+            target = np.full(len(self.uncertainty), UNKNOWN)
         outside: NDArray[np.bool_] = target == OUTSIDE
-        if np.any(
-            self.outside
-        ):  # where none is, their number says nothing: rows may have been replaced by fewer
+        # where none is, their number says nothing: rows may have been replaced by fewer
+        if np.any(self.outside):
             outside |= check_outside(self.outside, target)
         bad = np.flatnonzero(outside & np.isfinite(self.uncertainty) & (self.failure != 1))
         if len(bad):
             raise DataError(
-                "an answer for a picture of none of the classes is wrong: failure must be 1 where the target is "
-                f"{OUTSIDE}. Got {self.failure[bad[0]]} in row {bad[0]} instead."
+                "an answer for a picture of none of the classes is wrong: failure must be 1 where "
+                f"the target is {OUTSIDE}. Got {self.failure[bad[0]]} in row {bad[0]} instead."
             )
         if outside.any():
             object.__setattr__(self, "target", np.where(outside, UNKNOWN, target))
@@ -271,9 +286,9 @@ class Outcomes:
 
     def _check_uncertainty(self) -> None:
         missing = np.isnan(self.uncertainty)
-        explained = np.array(
-            [bool(text) for text in self.reason or ()] or [False] * len(missing), dtype=bool
-        )
+        explained = np.zeros(len(missing), np.bool_)
+        if self.reason is not None:
+            explained = np.array([bool(text) for text in self.reason], np.bool_)
         unexplained = np.flatnonzero(missing & ~explained)
         if len(unexplained):
             raise DataError(
@@ -281,23 +296,25 @@ class Outcomes:
                 f"Got {len(unexplained)} rows with neither, the first is row {unexplained[0]}."
             )
         values = self.uncertainty[~missing]
-        if np.isinf(values).any():
-            raise DataError(
-                f"uncertainty must be finite. Got {np.count_nonzero(np.isinf(values))} infinite values."
-            )
-        if self.failure_probability is not None and not np.array_equal(
-            np.isnan(self.failure_probability), missing
-        ):
+        n_infinite = np.count_nonzero(np.isinf(values))
+        if n_infinite:
+            raise DataError(f"uncertainty must be finite. Got {n_infinite} infinite values.")
+        probability = self.failure_probability
+        if probability is not None and not np.array_equal(np.isnan(probability), missing):
             raise DataError("failure_probability must be there exactly where the uncertainty is.")
-        if self.is_probability and len(values) and (values.min() < 0 or values.max() > 1):
-            raise DataError(
-                f"a probability must be in [0, 1]. Got {values.min():.6g} to {values.max():.6g} instead."
-            )
+        if self.is_probability and len(values):
+            least = values.min()
+            most = values.max()
+            if least < 0 or most > 1:
+                raise DataError(
+                    f"a probability must be in [0, 1]. Got {least:.6g} to {most:.6g} instead."
+                )
 
     def _check_labels(self) -> None:
         for name, kind in KINDS.items():
             value = getattr(self, name)
-            value = value.item() if isinstance(value, np.generic) else value
+            if isinstance(value, np.generic):
+                value = value.item()
             if not isinstance(value, kind):
                 raise DataError(f"{name} must be {kind}. Got {value!r:.100} instead.")
             object.__setattr__(self, name, value)
@@ -326,24 +343,24 @@ class Outcomes:
             >>> outcomes.take(outcomes.failure == 1).ids
             ('b.jpg', 'c.jpg')
         """
-        places, n = np.asarray(rows), len(self)
-        wrong = f"rows must be a list of places from 0 to {n - 1}, or {n} Booleans"
+        n = len(self)
+        indices = np.asarray(rows)
+        if not indices.size:  # an empty list is of floats
+            indices = indices.astype(np.int64)
+        expected = f"rows must be a list of places from 0 to {n - 1}, or {n} Booleans"
         try:
-            chosen = np.arange(n)[places if places.size else places.astype(np.int64)]
+            chosen = np.arange(n)[indices]
         except IndexError as error:
-            raise DataError(f"{wrong}: {error}.") from error
-        if (places < 0).any():  # -1 is what is not known, not the last row
-            raise DataError(f"{wrong}. Got {places.min()} instead.")
-        columns = {
-            name: getattr(self, name) for name in ("uncertainty", "failure", "outside", *OPTIONAL)
-        }
-        taken: dict[str, Any] = {
-            name: column[chosen]
-            if isinstance(column, np.ndarray)
-            else [column[row] for row in chosen.tolist()]
-            for name, column in columns.items()
-            if column is not None
-        }
+            raise DataError(f"{expected}: {error}.") from error
+        if (indices < 0).any():  # -1 is what is not known, not the last row
+            raise DataError(f"{expected}. Got {indices.min()} instead.")
+        taken: dict[str, Any] = {}
+        for name in ("uncertainty", "failure", "outside", *OPTIONAL):
+            column = getattr(self, name)
+            if isinstance(column, np.ndarray):
+                taken[name] = column[chosen]
+            elif column is not None:
+                taken[name] = [column[row] for row in chosen.tolist()]
         return replace(self, **taken)
 
     def tally(self) -> Tally:
@@ -355,19 +372,25 @@ class Outcomes:
             >>> tally.scores.n, tally.scores.n_failures, tally.n_unlabelled
             (2, 1, 1)
         """
-        rows, scored = self.evaluable, np.isfinite(self.uncertainty)
-        shown = None if self.picture is None else repeated_pictures(self.picture[rows])
-        scores = ScoredRows(self.uncertainty[rows], self.failure[rows], picture=shown)
-        probability, calibrated = scores if self.is_probability else None, self.failure_probability
-        if calibrated is not None:
+        rows = self.evaluable
+        scored = np.isfinite(self.uncertainty)
+        failure = self.failure[rows]
+        is_outside = self.outside[rows]
+        picture = None
+        if self.picture is not None:
+            picture = repeated_pictures(self.picture[rows])
+        scores = ScoredRows(self.uncertainty[rows], failure, picture=picture)
+        within = scores
+        if self.outside.any():
+            within = scores.take(~is_outside)
+        probability = scores if self.is_probability else None
+        if self.failure_probability is not None:
             note = "of the calibrated failure_probability"
-            probability = ScoredRows(calibrated[rows], self.failure[rows], note, shown)
+            probability = ScoredRows(self.failure_probability[rows], failure, note, picture)
         return Tally(
             scores=scores,
-            within=scores.take(~self.outside[rows]) if self.outside.any() else scores,
-            outside=ScoredRows(
-                scores.uncertainty, self.outside[rows].astype(np.int64), picture=shown
-            ),
+            within=within,
+            outside=ScoredRows(scores.uncertainty, is_outside.astype(np.int64), picture=picture),
             probability=probability,
             n_unlabelled=int(np.count_nonzero((self.failure == UNKNOWN) & scored)),
             n_unusable=int(np.count_nonzero(~scored)),
@@ -405,11 +428,12 @@ class Outcomes:
         write_table(path, columns, {**metadata, **said_of(inputs)})
 
     def table(self, row_id: ArrayLike | None = None) -> tuple[dict[str, pa.Array], dict[str, Any]]:
-        """What ``save`` writes: the columns, null where unknown, the label -2 where ``outside``; and the metadata.
+        """What ``save`` writes: the columns and the metadata.
 
-        Columns: row_id, key, pred, pred_name, label, label_name, uncertainty, failure, reason,
-        score_name; and where there are some: failure_probability, decision, decision_reason,
-        label_set, picture_id.
+        A column is null where it is not known; the label is -2 where ``outside``. There are row_id,
+        key, pred, pred_name, label, label_name, uncertainty, failure, reason and score_name; and,
+        where the outcomes have them, failure_probability, decision, decision_reason, label_set and
+        picture_id.
 
         Args:
             row_id: (N,) positions of the rows in their data set, by default 0 ... N-1.
@@ -419,41 +443,41 @@ class Outcomes:
             >>> columns, metadata = vilu.Outcomes([0.1, 0.9], [0, -1], method="mine").table(
             ...     row_id=[7, 3]
             ... )
-            >>> {
-            ...     name: columns[name].to_pylist()
-            ...     for name in ("row_id", "uncertainty", "failure", "score_name")
-            ... }
-            {'row_id': [7, 3], 'uncertainty': [0.1, 0.9], 'failure': [0, None], 'score_name': ['mine', 'mine']}
+            >>> columns["row_id"].to_pylist(), columns["failure"].to_pylist()
+            ([7, 3], [0, None])
         """
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        n, nothing = len(self), pa.nulls(len(self), pa.string())
-        names = None if self.class_names is None else pa.array(self.class_names, pa.string())
-        pred, named = nullable_codes(self.prediction, n), nullable_codes(self.target, n)
-        label = pc.if_else(pa.array(self.outside), pa.scalar(OUTSIDE, pa.int32()), named)
-        more = [
-            name for name in ("failure_probability", *DECISION) if getattr(self, name) is not None
-        ]
+        n = len(self)
+        numbers = np.arange(n) if row_id is None else np.asarray(row_id, dtype=np.int64)
+        pred = nullable_codes(self.prediction, n)
+        target = nullable_codes(self.target, n)
+        label = pc.if_else(pa.array(self.outside), pa.scalar(OUTSIDE, pa.int32()), target)
+        nothing = pa.nulls(n, pa.string())
+        pred_name = nothing
+        label_name = nothing
         try:
+            if self.class_names is not None:
+                names = pa.array(self.class_names, pa.string())
+                pred_name = names.take(pred)
+                label_name = names.take(target)
             columns = {
-                "row_id": pa.array(
-                    np.arange(n) if row_id is None else np.asarray(row_id, dtype=np.int64)
-                ),
-                "key": nothing if self.ids is None else pa.array(self.ids, pa.string()),
+                "row_id": pa.array(numbers),
+                "key": _texts(self.ids, n),
                 "pred": pred,
-                "pred_name": nothing if names is None else names.take(pred),
+                "pred_name": pred_name,
                 "label": label,
-                "label_name": nothing if names is None else names.take(named),
+                "label_name": label_name,
                 "uncertainty": pa.array(self.uncertainty, mask=np.isnan(self.uncertainty)),
                 "failure": nullable_codes(self.failure, n).cast(pa.int8()),
-                "reason": nothing if self.reason is None else pa.array(self.reason, pa.string()),
+                "reason": _texts(self.reason, n),
                 "score_name": pa.repeat(pa.scalar(self.method, pa.string()), n),
-                **{
-                    name: pa.array(getattr(self, name), OPTIONAL[name], from_pandas=True)
-                    for name in more
-                },
             }
+            for name in ("failure_probability", *DECISION):
+                values = getattr(self, name)
+                if values is not None:
+                    columns[name] = pa.array(values, OPTIONAL[name], from_pandas=True)
             if self.picture is not None:
                 unknown = self.picture == UNKNOWN
                 columns["picture_id"] = pa.array(self.picture, pa.int64(), mask=unknown)
@@ -495,28 +519,28 @@ class Outcomes:
             ([0.1, 0.9], [0, 1])
         """
         table, metadata = read_table(path, TEXT_COLUMNS)
-        if missing := [
-            name for name in ("uncertainty", "failure") if name not in table.column_names
-        ]:
+        needed = ("uncertainty", "failure")
+        missing = [name for name in needed if name not in table.column_names]
+        if missing:
             raise DataError(
-                f"{path} must have the columns uncertainty and failure. Missing: {', '.join(missing)}; "
+                f"{path} must have the columns uncertainty and failure. "
+                f"Missing: {', '.join(missing)}; "
                 f"it has {', '.join(table.column_names):.200}."
             )
-        read = partial(read_column, path, table)
-        stored = {"prediction": "pred", "target": "label", "ids": "key", "picture": "picture_id"}
-        columns = {name: read(stored.get(name, name), kind) for name, kind in OPTIONAL.items()}
-        filled = [name for name, column in columns.items() if column.null_count < len(table)]
+        values: dict[str, Any] = {}
+        for name, kind in (("uncertainty", "float64"), ("failure", "int64")):
+            values[name] = plain_values(read_column(path, table, name, kind), kind)
         present = metadata.get("present")
-        present = present if isinstance(present, list) else filled
-        methods = read("score_name", "string").unique().to_pylist()
-        known: dict[str, Any] = {"method": methods[0] if len(methods) == 1 else None, **metadata}
-        return cls(
-            uncertainty=plain_values(read("uncertainty", "float64"), "float64"),
-            failure=plain_values(read("failure", "int64"), "int64"),
-            **{
-                name: plain_values(columns[name], kind)
-                for name, kind in OPTIONAL.items()
-                if name in present
-            },
-            **{name: known[name] for name in ("class_names", *KINDS) if name in known},
-        )
+        for name, kind in OPTIONAL.items():
+            column = read_column(path, table, STORED_AS.get(name, name), kind)
+            is_present = column.null_count < len(table)
+            if isinstance(present, list):
+                is_present = name in present
+            if is_present:
+                values[name] = plain_values(column, kind)
+        methods = read_column(path, table, "score_name", "string").unique().to_pylist()
+        facts: dict[str, Any] = {"method": methods[0] if len(methods) == 1 else None, **metadata}
+        for name in ("class_names", *KINDS):
+            if name in facts:
+                values[name] = facts[name]
+        return cls(**values)

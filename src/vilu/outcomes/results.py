@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from numbers import Real
 from pathlib import Path
 from statistics import fmean, stdev
@@ -64,16 +64,18 @@ class ResultRow:
             number = getattr(self, name)
             if number is not None and not math.isfinite(number):
                 raise DataError(
-                    f"{name} of {self.metric} must be finite, or None where it is undefined. Got {number}."
+                    f"{name} of {self.metric} must be finite, or None where it is undefined. "
+                    f"Got {number}."
                 )
         for name in (*COUNTS, "n_pictures", "seed"):
-            if not -(2**63) <= (getattr(self, name) or 0) < 2**63:
-                raise DataError(
-                    f"{name} of {self.metric} must be a 64-bit integer. Got {getattr(self, name)}."
-                )
+            count = getattr(self, name)
+            if count is not None and not -(2**63) <= count < 2**63:
+                raise DataError(f"{name} of {self.metric} must be a 64-bit integer. Got {count}.")
 
 
 ARROW = {"str": "string", "int": "int64", "float": "float64"}
+"""The type of a column, by that of the field."""
+
 TYPES = {field.name: ARROW[str(field.type).removesuffix(" | None")] for field in fields(ResultRow)}
 COLUMNS = tuple(TYPES)
 REQUIRED_COUNTS = ("n", "n_failures", "n_unlabelled", "n_unusable")
@@ -132,21 +134,21 @@ class ResultTable:
             ... )
             (12, 6, 1)
         """
-        if unknown := [name for name in fields if name not in COLUMNS]:
-            raise UsageError(
-                f"a result has no field {unknown[0]!r}. There are: {', '.join(COLUMNS)}."
-            )
-        for name, want in fields.items():
-            if not isinstance(want, str | Real | None):  # numpy's, too
+        for name in fields:
+            if name not in COLUMNS:
                 raise UsageError(
-                    f"{name} must be a text, a number or None. Got {describe_value(want)} instead."
+                    f"a result has no field {name!r}. There are: {', '.join(COLUMNS)}."
                 )
-        fits = (
-            row
-            for row in self.rows
-            if all(getattr(row, name) == want for name, want in fields.items())
-        )
-        return ResultTable(tuple(fits))
+        for name, wanted in fields.items():
+            if not isinstance(wanted, str | Real | None):  # numpy's, too
+                raise UsageError(
+                    f"{name} must be a text, a number or None. "
+                    f"Got {describe_value(wanted)} instead."
+                )
+        rows = self.rows
+        for name, wanted in fields.items():
+            rows = tuple(row for row in rows if getattr(row, name) == wanted)
+        return ResultTable(rows)
 
     @checked
     def value(self, metric: str, **fields: object) -> float | None:
@@ -163,20 +165,21 @@ class ResultTable:
             >>> vilu.evaluate(wrong_half, metrics=["auroc", "augrc"], n_resamples=0).value("augrc")
             0.1875
         """
-        found = self.filter(metric=metric, **fields)
-        if len(found) != 1:
+        fitting = self.filter(metric=metric, **fields)
+        if len(fitting) != 1:
             raise UsageError(
-                f"one row must fit metric={metric!r} and {fields}. {len(found)} of {len(self)} do; "
-                "narrow by method, dataset, split or seed."
+                f"one row must fit metric={metric!r} and {fields}. "
+                f"{len(fitting)} of {len(self)} do; narrow by method, dataset, split or seed."
             )
-        return found.rows[0].value
+        return fitting.rows[0].value
 
     def mean_over_seeds(self) -> ResultTable:
-        """One row per method, data set, split and metric: the mean over seeds, how many being told in ``interval``.
+        """One row per method, data set, split and metric: the mean over seeds.
 
-        The ends of the interval are the mean less and plus the standard deviation over seeds. A
-        mean is None where the value of one seed is. What has one seed stays as it is; a row that is
-        there twice counts once, also where the two have other intervals.
+        How many seeds there are stands in ``interval``. The ends of the interval are the mean less
+        and plus the standard deviation over seeds. A mean is None where the value of one seed is.
+        What has one seed stays as it is; a row that is there twice counts once, also where the two
+        have other intervals.
 
         Examples:
             >>> import vilu
@@ -191,14 +194,14 @@ class ResultTable:
         """
         groups: dict[tuple[object, ...], dict[ResultRow, ResultRow]] = {}
         for row in self.rows:
-            seeds = groups.setdefault(
-                (row.method, row.dataset, row.split, row.metric, row.convention), {}
-            )
-            seeds.setdefault(replace(row, ci_low=None, ci_high=None, interval=None), row)
-        return ResultTable(tuple(_mean(list(seeds.values())) for seeds in groups.values()))
+            key = (row.method, row.dataset, row.split, row.metric, row.convention)
+            without_interval = replace(row, ci_low=None, ci_high=None, interval=None)
+            groups.setdefault(key, {}).setdefault(without_interval, row)
+        means = [_mean(list(seeds.values())) for seeds in groups.values()]
+        return ResultTable(tuple(means))
 
     def to_dicts(self) -> list[dict[str, Any]]:
-        """The rows as plain dictionaries, with ``n_outside`` and ``n_pictures`` where some have one.
+        """The rows as plain dictionaries, with ``n_outside`` and ``n_pictures`` where one has them.
 
         Examples:
             >>> import vilu
@@ -206,16 +209,11 @@ class ResultTable:
             ...     [0.1, 0.2, 0.3, 0.4] * 20, [0, 0, 1, 1] * 20, method="mine", dataset="pets"
             ... )
             >>> (row,) = vilu.evaluate(perfect, metrics=["auroc"], n_resamples=0).to_dicts()
-            >>> {
-            ...     name: row[name]
-            ...     for name in ("method", "dataset", "metric", "value", "n", "n_failures")
-            ... }
-            {'method': 'mine', 'dataset': 'pets', 'metric': 'auroc', 'value': 1.0, 'n': 80, 'n_failures': 40}
+            >>> row["method"], row["dataset"], row["metric"], row["value"], row["n"]
+            ('mine', 'pets', 'auroc', 1.0, 80)
         """
-        return [
-            {name: value for name, value in asdict(row).items() if name in self._columns}
-            for row in self.rows
-        ]
+        columns = self._columns
+        return [{name: getattr(row, name) for name in columns} for row in self.rows]
 
     @property
     def _columns(self) -> tuple[str, ...]:
@@ -225,7 +223,9 @@ class ResultTable:
 
     @checked
     def table(self, metrics: Sequence[str] | None = None) -> str:
-        """Aligned text: methods as rows, metrics as columns; by default the main ones of all, or those of a choice.
+        """Aligned text: methods as rows, metrics as columns.
+
+        Those are by default the main ones, or, where rows were made for a choice of metrics, all.
 
         Examples:
             >>> import vilu
@@ -242,8 +242,11 @@ class ResultTable:
             AUGRC: trapezoids over distinct scores
         """
         shown = _shown(self.rows, metrics)
-        parts = ["\n".join([title, *aligned(lines)]) for title, lines in _parts(self.rows, shown)]
-        return "\n\n".join([*parts, "\n".join(_notes(self.rows, shown))])
+        blocks = []
+        for title, lines in _parts(self.rows, shown):
+            blocks.append("\n".join([title, *aligned(lines)]))
+        blocks.append("\n".join(_notes(self.rows, shown)))
+        return "\n\n".join(blocks)
 
     @checked
     def to_markdown(self, metrics: Sequence[str] | None = None) -> str:
@@ -264,15 +267,15 @@ class ResultTable:
             - in percent
             - AUROC: ties count half
         """
-        shown, parts = _shown(self.rows, metrics), []
+        shown = _shown(self.rows, metrics)
+        blocks = []
         for title, lines in _parts(self.rows, shown):
-            heading, *body = ([in_markdown(cell) for cell in line] for line in lines)
-            parts.append(
-                "\n".join([f"**{in_markdown(title)}**", "", *markdown_rows(heading, body)])
-            )
-        return "\n\n".join(
-            [*parts, "\n".join(f"- {in_markdown(note)}" for note in _notes(self.rows, shown))]
-        )
+            heading, *body = [[in_markdown(cell) for cell in line] for line in lines]
+            rows = markdown_rows(heading, body)
+            blocks.append("\n".join([f"**{in_markdown(title)}**", "", *rows]))
+        notes = [f"- {in_markdown(note)}" for note in _notes(self.rows, shown)]
+        blocks.append("\n".join(notes))
+        return "\n\n".join(blocks)
 
     @checked
     def save(self, path: str | Path, *, inputs: str | None = None) -> None:
@@ -301,23 +304,16 @@ class ResultTable:
         """The same without a look at what lies there."""
         import pyarrow as pa
 
-        said = said_of(inputs)
+        facts = {"kind": "results", **said_of(inputs)}
         if Path(path).suffix.lower() == ".json":
-            write_json(
-                path,
-                {
-                    "schema_version": SCHEMA_VERSION,
-                    "kind": "results",
-                    **said,
-                    "rows": self.to_dicts(),
-                },
-            )
+            document = {"schema_version": SCHEMA_VERSION, **facts, "rows": self.to_dicts()}
+            write_json(path, document)
             return
-        columns = {
-            name: pa.array([getattr(r, name) for r in self.rows], TYPES[name])
-            for name in self._columns
-        }
-        write_table(path, columns, {"kind": "results", **said})
+        columns = {}
+        for name in self._columns:
+            values = [getattr(row, name) for row in self.rows]
+            columns[name] = pa.array(values, TYPES[name])
+        write_table(path, columns, facts)
 
     @classmethod
     @checked
@@ -342,17 +338,20 @@ class ResultTable:
         if Path(path).suffix.lower() == ".json":
             table = _table_of_json(path)
         else:
-            table, _ = read_table(path, [name for name, kind in TYPES.items() if kind == "string"])
-        columns = {
-            name: read_column(path, table, name, TYPES[name]).to_pylist() for name in COLUMNS
-        }
+            texts = [name for name, kind in TYPES.items() if kind == "string"]
+            table, _ = read_table(path, texts)
+        columns = {}
+        for name, kind in TYPES.items():
+            columns[name] = read_column(path, table, name, kind).to_pylist()
         columns["n_outside"] = [n or 0 for n in columns["n_outside"]]
         for name in REQUIRED:
             if None in columns[name]:
+                row = columns[name].index(None)
                 raise DataError(
-                    f"{path} is not a table of results: {name!r} is missing in row {columns[name].index(None)}."
+                    f"{path} is not a table of results: {name!r} is missing in row {row}."
                 )
-        return cls(tuple(ResultRow(*values) for values in zip(*columns.values(), strict=True)))
+        rows = [ResultRow(*values) for values in zip(*columns.values(), strict=True)]
+        return cls(tuple(rows))
 
 
 def _table_of_json(path: str | Path) -> pa.Table:
@@ -368,36 +367,44 @@ def _table_of_json(path: str | Path) -> pa.Table:
     require_schema(path, content.get("schema_version"))
     if not all(isinstance(row, dict) for row in content["rows"]):
         raise DataError(f"every entry of 'rows' in {path} must be an object.")
+    schema = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in TYPES.items()])
     try:
-        return pa.Table.from_pylist(
-            content["rows"], pa.schema([(n, pa.type_for_alias(TYPES[n])) for n in COLUMNS])
-        )
+        return pa.Table.from_pylist(content["rows"], schema)
     except (pa.ArrowException, TypeError, OverflowError) as error:
         raise DataError(f"{path} is not a table of results: {error}") from error
 
 
 def _mean(rows: Sequence[ResultRow]) -> ResultRow:
+    """The mean of several seeds; undefined where one of them is."""
     if len(rows) == 1:
         return rows[0]
-    undefined = next((row for row in rows if row.value is None), None)
-    values = [row.value for row in rows if row.value is not None]
-    mean, spread = (None, 0.0) if undefined else (fmean(values), stdev(values))
-    counts: dict[str, Any] = {
-        name: round(fmean(getattr(row, name) for row in rows)) for name in COUNTS
-    }
-    return replace(
+    counts: dict[str, Any] = {}
+    for name in COUNTS:
+        counts[name] = round(fmean(getattr(row, name) for row in rows))
+    mean = replace(
         rows[0],
         seed=None,
-        value=mean,
-        ci_low=None if mean is None else mean - spread,
-        ci_high=None if mean is None else mean + spread,
+        value=None,
+        ci_low=None,
+        ci_high=None,
         accuracy=fmean(row.accuracy for row in rows),
         n_pictures=_mean_pictures(rows),
-        interval=None if mean is None else f"mean of {len(rows)} seeds, one standard deviation",
-        why=None
-        if undefined is None
-        else f"seed {undefined.seed} of {len(rows)} seeds: {undefined.why}",
+        interval=None,
+        why=None,
         **counts,
+    )
+    for row in rows:
+        if row.value is None:
+            return replace(mean, why=f"seed {row.seed} of {len(rows)} seeds: {row.why}")
+    values = [row.value for row in rows if row.value is not None]
+    value = fmean(values)
+    spread = stdev(values)
+    return replace(
+        mean,
+        value=value,
+        ci_low=value - spread,
+        ci_high=value + spread,
+        interval=f"mean of {len(rows)} seeds, one standard deviation",
     )
 
 
@@ -405,7 +412,11 @@ def _mean_pictures(rows: Sequence[ResultRow]) -> int | None:
     """Of all seeds; None where every seed has as many pictures as rows."""
     if all(row.n_pictures is None for row in rows):
         return None
-    return round(fmean(row.n if row.n_pictures is None else row.n_pictures for row in rows))
+    return round(fmean(_n_pictures(row) for row in rows))
+
+
+def _n_pictures(row: ResultRow) -> int:
+    return row.n if row.n_pictures is None else row.n_pictures
 
 
 UNDEFINED = "undefined"
@@ -416,21 +427,26 @@ Titled = tuple[str, list[list[str]]]
 
 
 def _shown(rows: Sequence[ResultRow], metrics: Sequence[str] | None) -> Sequence[str]:
-    """The metrics asked for, here or when the rows were made; of rows for which nobody asked, those always wanted."""
+    """The metrics asked for, here or when the rows were made.
+
+    Of rows for which nobody asked for any, these are the metrics that are always wanted.
+    """
     if metrics is not None:
         return [get_metric(name).name for name in metrics]
     present = list(dict.fromkeys(row.metric for row in rows))
-    always = [METRICS[name] for name in DEFAULT_METRICS]
-    ours = {
-        metric.name
-        for metric in always
-        if not metric.of_probability and metric.question == "failure"
-    }
-    nobody_asked = ours <= set(present) <= set(evaluated_metrics())
-    main = [
-        name for name, metric in METRICS.items() if metric.wanted == "always" and name in present
-    ]
-    return main if nobody_asked else present
+    if not _are_the_usual(set(present)):
+        return present
+    return [name for name in METRICS if METRICS[name].wanted == "always" and name in present]
+
+
+def _are_the_usual(present: set[str]) -> bool:
+    """Whether metrics are those that are computed where nobody asks for any."""
+    needed = set()
+    for name in DEFAULT_METRICS:
+        metric = METRICS[name]
+        if not metric.of_probability and metric.question == "failure":
+            needed.add(metric.name)
+    return needed <= present <= set(evaluated_metrics())
 
 
 def _parts(rows: Sequence[ResultRow], shown: Sequence[str]) -> list[Titled]:
@@ -448,20 +464,23 @@ def _part(rows: Sequence[ResultRow], metrics: Sequence[str]) -> Titled:
         lines.setdefault((row.method, row.seed, repeats[key]), {})[row.metric] = row
         repeats[key] += 1  # a second row of the same name gets a line of its own
     several_seeds = len({row.seed for row in rows}) > 1
-    table = [["method", *(_metric(name).title for name in metrics)]]
+    table = [["method", *[_metric(name).title for name in metrics]]]
     for (method, seed, _), line in lines.items():
-        cells = [_cell(line.get(name)) for name in metrics]
-        table.append([_label(method, seed if several_seeds else None), *cells])
+        label = _label(method, seed) if several_seeds else _label(method, None)
+        table.append([label, *[_cell(line.get(name)) for name in metrics]])
     return _title(rows), table
 
 
 def _metric(name: str) -> Metric:
     """The metric; one that this version does not know is shown by its name."""
-    return METRICS.get(name) or replace(METRICS["auroc"], title=printable(name))
+    if name not in METRICS:
+        return replace(METRICS["auroc"], title=printable(name))
+    return METRICS[name]
 
 
 def _label(method: str | None, seed: int | None) -> str:
-    return printable(method or "unnamed") + ("" if seed is None else f" (seed {seed})")
+    label = printable(method or "unnamed")
+    return label if seed is None else f"{label} (seed {seed})"
 
 
 def _cell(row: ResultRow | None) -> str:
@@ -492,42 +511,58 @@ def _pictures(rows: Sequence[ResultRow]) -> str:
     """How many pictures they are for, where some answers are for one picture."""
     if all(row.n_pictures is None for row in rows):
         return ""
-    pictures = span(row.n if row.n_pictures is None else row.n_pictures for row in rows)
-    return f" for {pictures} pictures"
+    return f" for {span(_n_pictures(row) for row in rows)} pictures"
 
 
 def _shares(rows: Sequence[ResultRow]) -> str:
     """The two kinds of wrong answers, where there are two."""
     if not any(row.n_outside for row in rows):
         return ""
-    within = span(f"{100 * (row.n_failures - row.n_outside) / max(row.n, 1):.1f}" for row in rows)
-    outside = span(f"{100 * row.n_outside / max(row.n, 1):.1f}" for row in rows)
+    within = span(_percent(row.n_failures - row.n_outside, row.n) for row in rows)
+    outside = span(_percent(row.n_outside, row.n) for row in rows)
     return f" ({within} % within the classes, {outside} % of none of the classes)"
 
 
+def _percent(count: int, n: int) -> str:
+    return f"{100 * count / max(n, 1):.1f}"
+
+
 def _where(row: ResultRow) -> str:
-    return printable(" ".join(text for text in (row.dataset, row.split) if text)) or "results"
+    names = [name for name in (row.dataset, row.split) if name]
+    return printable(" ".join(names)) or "results"
 
 
 def _notes(rows: Sequence[ResultRow], shown: Sequence[str]) -> list[str]:
-    """Unit, intervals, conventions, and the reasons for what is undefined, each said once."""
+    """Unit, intervals, conventions, and the reasons for what is undefined, each once."""
     if not rows:
         return ["no results"]
     rows = [row for row in rows if row.metric in shown]
+    unit = f"in percent{but_for(map(_metric, shown))}"
+    intervals = _intervals_in_words(rows)
+    notes = [f"{unit}; in brackets: {intervals}" if intervals else unit]
+    for row in rows:
+        notes.append(f"{_metric(row.metric).title}: {row.convention}{_own_interval(row)}")
+    notes += [f"undefined on {_where(row)}: {row.why}" for row in rows if row.why]
+    return list(dict.fromkeys(printable(note) for note in notes))
+
+
+def _intervals_in_words(rows: Sequence[ResultRow]) -> str:
+    """How intervals were made, and of which methods where they were made in several ways."""
     methods: dict[str, dict[str, None]] = {}
     for row in rows:
-        if row.interval and not isinstance(_metric(row.metric).kernel, OwnInterval):
+        if row.interval and not _is_own_interval(row):
             methods.setdefault(row.interval, {})[_label(row.method, None)] = None
-    several = len(methods) > 1
-    intervals = [how + (f" ({', '.join(of)})" if several else "") for how, of in methods.items()]
-    unit = f"in percent{but_for(map(_metric, shown))}"
-    notes = [unit + (f"; in brackets: {'; '.join(intervals)}" if intervals else "")]
-    notes += [f"{_metric(row.metric).title}: {row.convention}{_own_interval(row)}" for row in rows]
-    notes += [f"undefined on {_where(row)}: {row.why}" for row in rows if row.why]
-    return list(dict.fromkeys(map(printable, notes)))
+    if len(methods) <= 1:
+        return "".join(methods)
+    return "; ".join(f"{how} ({', '.join(names)})" for how, names in methods.items())
+
+
+def _is_own_interval(row: ResultRow) -> bool:
+    return isinstance(_metric(row.metric).kernel, OwnInterval)
 
 
 def _own_interval(row: ResultRow) -> str:
     """How an interval was made that is not made as those of other metrics."""
-    is_own = row.interval and isinstance(_metric(row.metric).kernel, OwnInterval)
-    return f"; in brackets: {row.interval}" if is_own else ""
+    if row.interval and _is_own_interval(row):
+        return f"; in brackets: {row.interval}"
+    return ""

@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vilu.artifacts.documents import digest, identity
+from vilu.artifacts.documents import identity
+from vilu.artifacts.hashing import digest
 from vilu.calibration import record
 from vilu.calibration.label_sets import named_sets
 from vilu.calibration.record import Record

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from vilu.artifacts.disk import MANIFEST, RUN
-from vilu.artifacts.documents import Document, Model, digest, read_document, read_json, vouched
+from vilu.artifacts.documents import Document, Model, read_document, read_json, vouched
+from vilu.artifacts.hashing import digest
 from vilu.artifacts.tables import parquet_bytes, read_column, read_table
 from vilu.errors import UNKNOWN, DataError, ProvenanceError, StorageError
 from vilu.metrics.counts import Floats, Ints, repeated_pictures

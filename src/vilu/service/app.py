@@ -275,7 +275,7 @@ class Service:
                 await asyncio.to_thread(_keep, self.keep, images, judged)
             replies = await asyncio.wrap_future(engine.record(judged))
         request.scope["state"]["images"] = n
-        self.measures.answered(replies)
+        self.measures.answered(reply.answer for reply in replies)
         promise = replies[0].promise  # of all alike: they were written together
         answers = [_out(reply) for reply in replies]
         said = AnswersOut(request_id=name, promise=promise, answers=answers)

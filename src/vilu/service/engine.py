@@ -21,8 +21,7 @@ from vilu.errors import UNKNOWN, DataError, UsageError
 from vilu.guard.guard import Answer, Guard, Judge, arrays_of, record_of
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.persistence.record import fit_fingerprint
-from vilu.service.journal import PromiseState, row_id
-from vilu.service.keeper import NAMES, Keeps, Kept, Scores
+from vilu.service.kept import NAMES, Keeps, Kept, PromiseState, Scores, row_id
 from vilu.store.documents import IMAGE
 from vilu.store.parts import ErrorRow
 from vilu.store.pipeline import Decoded

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
 import math
 import threading
@@ -11,7 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
 
@@ -20,6 +19,7 @@ from vilu.calibration.monitor.monitor import Monitor
 from vilu.calibration.shares import OUTSIDE_NAME
 from vilu.errors import OUTSIDE, UNKNOWN, DataError, ViLUError
 from vilu.outcomes.outcomes import Outcomes
+from vilu.service.kept import PromiseState
 from vilu.service.rows import ROWS, RowFile, set_aside
 
 logger = logging.getLogger(__name__)
@@ -27,14 +27,6 @@ logger = logging.getLogger(__name__)
 STATE = "monitor.parquet"
 SAVE_EVERY: Final = 20_000
 """Rows after which the monitor's state is saved: about what a start reads again at most, after a kill."""
-
-PromiseState = Literal["holds", "void", "none"]
-"""Of a promise: no alarm so far, an alarm was raised, or nothing was promised."""
-
-
-def row_id(request: str, place: int, content: bytes) -> str:
-    """What a row is known by: the same request sent again, with the same image, is the same row."""
-    return hashlib.blake2b(f"{request}\n{place}\n".encode() + content, digest_size=16).hexdigest()
 
 
 class Journal:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 from vilu.artifacts.disk import make_folder
 from vilu.artifacts.documents import Document, read_document
@@ -15,14 +14,10 @@ from vilu.calibration.record import has_guarantee
 from vilu.calibration.record import load as load_record
 from vilu.errors import DataError, UsageError
 from vilu.predictors.persistence.record import fit_fingerprint
-from vilu.service.journal import Journal, PromiseState
+from vilu.service.journal import Journal
+from vilu.service.kept import NAMES, Kept, PromiseState, Scores
 
 SERVING: Final = "serving.json"
-NAMES: Final = ("first", "second")
-"""What the predictors of a service are called: the one that it was started with, and the one beside it."""
-
-Scores = tuple[list[int], list[float]]
-"""Answers and uncertainties of some rows."""
 
 
 class ServingState(Document):
@@ -33,37 +28,6 @@ class ServingState(Document):
 
     kind: str = "serving"
     answers: str
-
-
-@dataclass(frozen=True)
-class Kept:
-    """Which predictor answers, the state of every promise, and whether a journal was lost."""
-
-    answering: str
-    promises: dict[str, PromiseState]
-    lost: bool = False
-
-
-class Keeps(Protocol):
-    """A keeper, here or behind an actor."""
-
-    def record(self, ids: Sequence[str], said: Mapping[str, Scores]) -> Kept:
-        """Write what the predictors said of some rows."""
-
-    def kept(self) -> Kept:
-        """The state."""
-
-    def label(self, labels: Mapping[str, str]) -> dict[str, tuple[int, list[str]]]:
-        """Note what rows really show."""
-
-    def statuses(self) -> dict[str, Status]:
-        """What the monitors say."""
-
-    def switch(self, name: str) -> Kept:
-        """Have another predictor answer."""
-
-    def close(self) -> None:
-        """Save."""
 
 
 class Bookkeeper:

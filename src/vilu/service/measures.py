@@ -2,26 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Final, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, exposition
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from vilu.service.kept import Keeps
 from vilu.service.limits import Room
-
-if TYPE_CHECKING:
-    from vilu.service.engine import Engine, Reply
 
 SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 SIZES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
+class Answered(Protocol):
+    """What is counted of an answer."""
+
+    @property
+    def decision(self) -> str | None:
+        """Accept or abstain."""
+
+    @property
+    def reason(self) -> str | None:
+        """Why it is not accepted."""
+
+
+class Identified(Protocol):
+    """A predictor that is served."""
+
+    fingerprint: str
+
+
+class Measured(Protocol):
+    """What is read of an engine when somebody asks."""
+
+    @property
+    def keeper(self) -> Keeps:
+        """Who knows the promises."""
+
+    @property
+    def served(self) -> Mapping[str, Identified]:
+        """The predictors by name."""
+
+
 class Measures:
     """Counters of one service, in a registry of their own."""
 
-    def __init__(self, room: Room, engine: Callable[[], Engine | None]) -> None:
+    def __init__(self, room: Room, engine: Callable[[], Measured | None]) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(_Promises(room, engine))
         self._requests = Counter(
@@ -52,12 +80,10 @@ class Measures:
         self._requests.labels(path, str(status)).inc()
         self._seconds.labels(path).observe(seconds)
 
-    def answered(self, replies: Iterable[Reply]) -> None:
+    def answered(self, answers: Iterable[Answered]) -> None:
         """Count what was decided."""
-        for reply in replies:
-            self._answers.labels(
-                reply.answer.decision or "none", reply.answer.reason or "none"
-            ).inc()
+        for answer in answers:
+            self._answers.labels(answer.decision or "none", answer.reason or "none").inc()
 
     def exposed(self) -> tuple[bytes, str]:
         """The text, and its content type."""
@@ -67,7 +93,7 @@ class Measures:
 class _Promises(Collector):
     """Gauges that are read when they are asked for."""
 
-    def __init__(self, room: Room, engine: Callable[[], Engine | None]) -> None:
+    def __init__(self, room: Room, engine: Callable[[], Measured | None]) -> None:
         self.room, self.engine = room, engine
 
     def describe(self) -> list[Metric]:

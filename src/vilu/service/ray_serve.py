@@ -15,9 +15,10 @@ from vilu.calibration.monitor.status import Status
 from vilu.errors import UsageError, ViLUError
 from vilu.extras import import_extra
 from vilu.service.app import Service
-from vilu.service.keeper import Bookkeeper, Kept, Scores
+from vilu.service.keeper import Bookkeeper
+from vilu.service.kept import Kept, Scores
 from vilu.service.limits import Gate, log_access
-from vilu.service.server import Setup, load_engine
+from vilu.service.setup import Setup, load_engine
 
 NAME: Final = "vilu"
 """Of the application."""

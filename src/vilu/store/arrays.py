@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vilu.errors import DataError, UsageError
-from vilu.store.parts import UNREADABLE_NPY, or_damaged
+from vilu.store.unreadable import UNREADABLE_NPY, or_damaged
 
 UNREADABLE_NPZ = (
     *UNREADABLE_NPY,

@@ -14,7 +14,8 @@ from PIL import Image
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from vilu.artifacts.documents import Document, Model, digest
+from vilu.artifacts.documents import Document, Model
+from vilu.artifacts.hashing import digest
 from vilu.backbones.base import Backbone
 from vilu.backbones.zeroshot import fill_templates, mean_texts, prompt_texts
 from vilu.embeddings.checks import require_usable

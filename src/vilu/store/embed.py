@@ -19,7 +19,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from vilu.artifacts.disk import RUN
-from vilu.artifacts.documents import digest, explain, read_document
+from vilu.artifacts.documents import explain, read_document
+from vilu.artifacts.hashing import digest
 from vilu.backbones.base import Backbone
 from vilu.backbones.zeroshot import TEMPLATES, class_texts
 from vilu.datasets.base import ImageDataset, ShardedDataset, require_files

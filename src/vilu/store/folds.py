@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from vilu.errors import DataError, StorageError, UsageError
 from vilu.progress import track
-from vilu.store.parts import or_damaged
+from vilu.store.unreadable import or_damaged
 
 Fold = Literal["train", "validation", "test"]
 

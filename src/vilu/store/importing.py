@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vilu.artifacts.documents import digest
+from vilu.artifacts.hashing import digest
 from vilu.device import as_usual
 from vilu.embeddings.checks import (
     NONFINITE,
@@ -28,7 +28,8 @@ from vilu.embeddings.checks import (
     normalised,
     require_usable,
 )
-from vilu.embeddings.columns import ANY_NORM, COLUMNS, IMAGE_COLUMNS, TEXT_COLUMNS, check_columns
+from vilu.embeddings.column_checks import check_columns
+from vilu.embeddings.columns import ANY_NORM, COLUMNS, IMAGE_COLUMNS, TEXT_COLUMNS
 from vilu.embeddings.source import first_same
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import OUTSIDE, UNKNOWN, DataError, UsageError

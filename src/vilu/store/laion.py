@@ -27,7 +27,8 @@ from vilu.progress import track
 from vilu.store.folds import Fold, rows_of_fold
 from vilu.store.ledger import Reopened
 from vilu.store.mapped import ChosenNumbers, MappedPairs, MappedParts, default_workers, in_threads
-from vilu.store.parts import open_npy, or_damaged
+from vilu.store.parts import open_npy
+from vilu.store.unreadable import or_damaged
 from vilu.validation import checked
 
 FOLDERS = (("img_emb", "text_emb"), ("images", "texts"))

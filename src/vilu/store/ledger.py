@@ -8,7 +8,6 @@ part under way.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import re
@@ -33,14 +32,8 @@ from vilu.artifacts.disk import (
     or_refuse,
     write_bytes,
 )
-from vilu.artifacts.documents import (
-    Document,
-    Model,
-    digest,
-    parse_json,
-    read_bounded,
-    read_document,
-)
+from vilu.artifacts.documents import Document, Model, parse_json, read_bounded, read_document
+from vilu.artifacts.hashing import bytes_hash, digest
 from vilu.artifacts.paths import claim_folder, entries, require_no_others
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, ViLUError
 from vilu.progress import Silence, Task, track
@@ -367,7 +360,7 @@ def write_hashed(path: Path, payload: bytes) -> FileInfo:
     """Write a file atomically; its size and hash are of the bytes that were to be written."""
     write_bytes(path, payload)
     # Not read back: a disk that has changed bytes on the way would be vouched for.
-    return FileInfo(bytes=len(payload), sha256=hashlib.sha256(payload).hexdigest())
+    return FileInfo(bytes=len(payload), sha256=bytes_hash(payload))
 
 
 def require_hash(path: Path, sha256: str, again: str, voucher: str = "its receipt") -> None:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from tokenize import TokenError
 from typing import cast, get_args
 
 import numpy as np
@@ -26,7 +22,7 @@ from vilu.artifacts.documents import read_document
 from vilu.datasets.base import SHARD, ImageDataset, ShardedDataset
 from vilu.embeddings.checks import require_usable
 from vilu.embeddings.columns import COLUMNS
-from vilu.errors import DataError, ProvenanceError, StorageError, ViLUError
+from vilu.errors import DataError, ProvenanceError, StorageError
 from vilu.store.documents import (
     CLASSES,
     IMAGE,
@@ -40,6 +36,7 @@ from vilu.store.documents import (
     StoredClasses,
 )
 from vilu.store.ledger import FileInfo, Ledger, alone, require_hash_once, write_hashed
+from vilu.store.unreadable import UNREADABLE_NPY, or_damaged
 
 
 @dataclass(frozen=True)
@@ -251,23 +248,6 @@ ERRORS = _schema(
 
 REDO = "Run `vilu embed` (or `vilu import`) again to redo the part."
 
-UNREADABLE_NPY = (
-    OSError,
-    ValueError,
-    OverflowError,
-    SyntaxError,
-    TokenError,
-    RecursionError,
-    MemoryError,
-)
-"""What numpy raises on a damaged file (the last four from parsing its header as Python)."""
-
-UNREADABLE_PARQUET = (pa.ArrowException, OSError, ValueError)
-"""What pyarrow raises on one (ValueError also for names that are no text)."""
-
-NOT_THE_FILE = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO}
-"""What the system says of itself: it tells nothing about the bytes of a file."""
-
 
 def metadata_schema(run: Run) -> pa.Schema:
     """Columns of the metadata; of what was imported no picture is known."""
@@ -279,30 +259,6 @@ def metadata_schema(run: Run) -> pa.Schema:
     if run.pictures:
         fields.append(PICTURE_FIELD)
     return pa.schema(fields)
-
-
-@contextmanager
-def or_damaged(
-    path: Path | str,
-    hint: str,
-    kinds: tuple[type[Exception], ...] = UNREADABLE_PARQUET,
-    fault: type[ViLUError] = StorageError,
-    state: str = "damaged",
-) -> Iterator[None]:
-    """A block in which exceptions of these kinds become a fault: the file is in this ``state``."""
-    try:
-        yield
-    except ViLUError:
-        raise
-    except kinds as error:
-        # Out of descriptors or memory every file is unreadable: it must not be called damaged.
-        if isinstance(error, OSError) and error.errno in NOT_THE_FILE:
-            advice = ""
-            if error.errno == errno.EMFILE:
-                advice = " Raise the limit on open files: ulimit -n 4096."
-            reason = os.strerror(error.errno)
-            raise StorageError(f"cannot read {path}: {reason}.{advice}") from error
-        raise fault(f"{path} is {state}: {error}. {hint}") from error
 
 
 def open_npy(path: Path, hint: str) -> tuple[NDArray[np.floating], int]:

@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vilu.artifacts.disk import MANIFEST, RUN
-from vilu.artifacts.documents import digest, read_document
+from vilu.artifacts.documents import read_document
+from vilu.artifacts.hashing import digest
 from vilu.device import as_usual
 from vilu.embeddings.checks import HASH_BYTES, Identity, hash_names, hash_of_each
-from vilu.embeddings.columns import TEXT_COLUMNS, check_columns
+from vilu.embeddings.column_checks import check_columns
+from vilu.embeddings.columns import TEXT_COLUMNS
 from vilu.embeddings.pairs import Pools
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import OUTSIDE, UNKNOWN, DataError, ProvenanceError, StorageError, UsageError

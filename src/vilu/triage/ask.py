@@ -12,7 +12,7 @@ from typing import Final
 import numpy as np
 
 from vilu.artifacts.disk import locked
-from vilu.artifacts.documents import digest
+from vilu.artifacts.hashing import digest
 from vilu.artifacts.tables import csv_rows, write_table
 from vilu.calibration import record
 from vilu.calibration.anytime import flawless_labels

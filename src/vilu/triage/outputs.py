@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import re
@@ -17,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from vilu.artifacts.disk import atomic_write, locked, make_folder, or_refuse, write_text
+from vilu.artifacts.hashing import bytes_hash
 from vilu.artifacts.tables import write_table
 from vilu.calibration.anytime import log_evidence
 from vilu.calibration.thresholds import exactly, percent
@@ -149,7 +149,7 @@ def _flat(path: str, *, told_apart: bool = False) -> str:
     content = name.encode()
     if len(content) <= LONGEST_NAME and not told_apart:
         return name
-    start = f"{hashlib.sha256(path.encode()).hexdigest()[:HASH_DIGITS]}__"
+    start = f"{bytes_hash(path.encode())[:HASH_DIGITS]}__"
     return start + content[len(start) - LONGEST_NAME :].decode(errors="ignore")
 
 

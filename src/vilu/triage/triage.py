@@ -28,7 +28,8 @@ from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.catalogue import find_method
 from vilu.predictors.contract.predictor import FailurePredictor
-from vilu.predictors.persistence.record import PREDICTOR, read_record
+from vilu.predictors.persistence.files import PREDICTOR
+from vilu.predictors.persistence.record import read_record
 from vilu.predictors.persistence.storage import load
 from vilu.predictors.persistence.vocabulary import Vocabulary
 from vilu.scoring.score import Decider, score_rows

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vilu.artifacts.documents import digest
+from vilu.artifacts.hashing import digest
 from vilu.embeddings.checks import STATUS, VALID
 from vilu.embeddings.pairs import Pools, PseudoCaptions
 from vilu.embeddings.rows import SCORING_BATCH

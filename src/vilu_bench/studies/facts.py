@@ -9,7 +9,7 @@ from functools import cache, partial
 from importlib.util import resolve_name
 from pathlib import Path
 
-from vilu.artifacts.documents import digest
+from vilu.artifacts.hashing import digest
 from vilu.errors import UsageError
 from vilu.metrics.catalog import METRICS
 from vilu.predictors.contract.parameters import parameters

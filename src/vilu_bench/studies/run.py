@@ -21,7 +21,8 @@ from typing import Self
 import torch
 
 from vilu.artifacts.disk import LOCK, is_leftover, locked, make_folder, or_refuse
-from vilu.artifacts.documents import digest, log
+from vilu.artifacts.documents import log
+from vilu.artifacts.hashing import digest
 from vilu.embeddings.similarity import nearest
 from vilu.embeddings.source import SAME_TEXT
 from vilu.errors import ProvenanceError, UsageError

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from vilu.artifacts.disk import MANIFEST
-from vilu.artifacts.documents import digest, read_document
+from vilu.artifacts.documents import read_document
+from vilu.artifacts.hashing import digest
 from vilu.backbones.base import Backbone
 from vilu.backbones.catalog import load_backbone
 from vilu.backbones.zeroshot import everyday_words, named_templates

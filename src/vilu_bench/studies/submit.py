@@ -14,7 +14,8 @@ import numpy as np
 from pydantic import Field, ValidationError
 
 from vilu.artifacts.disk import make_folder
-from vilu.artifacts.documents import digest, explain
+from vilu.artifacts.documents import explain
+from vilu.artifacts.hashing import digest
 from vilu.artifacts.tables import read_table
 from vilu.errors import DataError, UsageError
 from vilu.metrics.counts import Floats

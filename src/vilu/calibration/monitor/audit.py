@@ -10,8 +10,6 @@ ever reaches 1/delta) is at most delta (Ville 1939), so one may look after every
 below k/m and is at most 1 above, so the rates with M(r) < 1/delta are those above one number: the
 lower bound. Upper bounds are lower bounds of the rate of right answers (method of mixtures: Robbins
 1970; confidence sequences: Howard et al., Annals of Statistics 2021).
-
-The same watches whether the present shares are those that a promise was stated for (``rates_of``).
 """
 
 from __future__ import annotations
@@ -19,16 +17,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Final, Literal
+from typing import Literal
 
 import numpy as np
 from scipy import optimize, special
 
-from vilu.calibration.rules import Selector
-from vilu.calibration.shares import Strata
-from vilu.calibration.thresholds import percent, some_enough, upper_bound
+from vilu.calibration.thresholds import some_enough
 from vilu.metrics.counts import Floats, Ints
-from vilu.outcomes.outcomes import Outcomes
 
 TestName = Literal["scores", "acceptance", "answers", "audit", "outside", "abstained"]
 AuditVerdict = Literal["holds so far", "not enough audited answers", "broken"]
@@ -128,50 +123,3 @@ class Audit:
             return 0
         n = some_enough(tells, max(self.n, 1))
         return None if n is None else n - self.n
-
-
-LEAST: Final = 1e-3
-"""A smaller share of strangers than this is not told from it; a stated share of 0 is watched as this."""
-
-
-def rates_of(rule: Selector | None, calibration: Outcomes, level: float) -> dict[TestName, Audit]:
-    """Rates that must not be exceeded while a promise for stated shares holds; none for other rules.
-
-    "outside": share of strangers among labelled rows, at most the stated one. "abstained": share of
-    rows that the rule abstains from. With d_s the rate in stratum s, strangers at a share p' give
-    (1 - p') d_in + p' d_out, which over all p' up to the stated p is largest at an end; for every
-    d_s stands its Clopper-Pearson bound from above, of which all together take half of the level,
-    and the bets the other half.
-    """
-    if rule is None or not rule.reweighted or not rule.feasible:
-        return {}
-    found: dict[TestName, Audit] = {}
-    if rule.outside_share is not None:
-        found["outside"] = Audit(max(rule.outside_share, LEAST), level)
-    most = _abstained_at_most(rule, calibration.take(calibration.evaluable), level / 2)
-    if most < 1:
-        found["abstained"] = Audit(most, level / 2)
-    return found
-
-
-def _abstained_at_most(rule: Selector, rows: Outcomes, delta: float) -> float:
-    strata = Strata(rows, rule.outside_share, rule.class_shares)
-    abstained = np.bincount(
-        strata.stratum[~rule.accept(rows.uncertainty)], minlength=len(strata.names)
-    )
-    each = delta / int(np.count_nonzero(strata.share))
-    bounds = np.array(
-        [upper_bound(int(k), int(n), each) for k, n in zip(abstained, strata.n, strict=True)]
-    )
-    strangers = float(strata.share[-1])
-    within = float(strata.share[:-1] @ bounds[:-1]) / (1 - strangers)
-    return max(within, (1 - strangers) * within + strangers * float(bounds[-1]))
-
-
-def strangers_in_words(audit: Audit, stated: float) -> str:
-    """The share of strangers among the labelled rows, with bounds that hold at all times together."""
-    return (
-        f"{audit.wrong} of {audit.n} labelled rows are of none of the classes (share "
-        f"{percent(audit.lower, 2, math.floor)} to {percent(audit.upper)}, each bound with confidence "
-        f"{percent(1 - audit.delta, 2, math.floor)}; stated: at most {percent(stated, 2, math.floor)})"
-    )

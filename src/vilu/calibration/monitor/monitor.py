@@ -14,14 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from vilu.artifacts.documents import digest, explain
+from vilu.artifacts.documents import explain
+from vilu.artifacts.hashing import digest
 from vilu.artifacts.paths import claim_file
 from vilu.artifacts.tables import read_column, read_table, table_suffix, write_table
 from vilu.calibration import record
 from vilu.calibration.label_sets import LabelSets
 from vilu.calibration.monitor.arrivals import Seen, admit, refuse_sorted
-from vilu.calibration.monitor.audit import Audit, TestName, rates_of, strangers_in_words
+from vilu.calibration.monitor.audit import Audit, TestName
 from vilu.calibration.monitor.martingale import Reference
+from vilu.calibration.monitor.rates import rates_of, strangers_in_words
 from vilu.calibration.monitor.status import Acceptance, Audited, Status, Test, conclude
 from vilu.calibration.monitor.watch import PARTS, State, Watch, Wealth
 from vilu.calibration.record import Record, Rule
@@ -30,7 +32,8 @@ from vilu.calibration.shares import Strata
 from vilu.errors import UNKNOWN, DataError, InfeasibleError, ProvenanceError, UsageError
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
-from vilu.predictors.persistence.record import PREDICTOR, read_record
+from vilu.predictors.persistence.files import PREDICTOR
+from vilu.predictors.persistence.record import read_record
 from vilu.validation import checked, require_at_least, require_between
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from vilu.embeddings.rows import SCORING_BATCH
 from vilu.embeddings.similarity import TILE_CELLS
 from vilu.embeddings.source import Batch
 from vilu.predictors.contract.labelled import failure_log_odds, with_outside
-from vilu.predictors.nn.experts import Pooled
 from vilu.predictors.nn.head import FailureHead
+from vilu.predictors.nn.pooled import Pooled
 
 
 class NoAttribution(Exception):  # noqa: N818 - an answer, not an error

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
+from inspect import get_annotations
+from types import SimpleNamespace
 from typing import Annotated, Any, ClassVar, Protocol, TypeVar, cast, get_type_hints
 
 import numpy as np
@@ -91,11 +94,22 @@ def _parsed(value: object, *, is_tuple: bool) -> object:
 @cache
 def _checker(cls: type[Parametrised], name: str) -> tuple[Any, TypeAdapter[Any]]:
     """Type of a parameter and what checks it; built once, since that takes as long as some fits."""
-    hint = get_type_hints(cls, include_extras=True)[name]
+    hint = _hint(cls, name)
     # one meaning in all methods, so one range: what every generator of random numbers takes
     if name == "seed":
         hint = Annotated[hint, Field(ge=0, le=LARGEST_SEED)]
     return hint, TypeAdapter(hint)
+
+
+def _hint(cls: type[Parametrised], name: str) -> Any:  # noqa: ANN401 - any type
+    """The type of a parameter, whose names are those of the module that wrote it.
+
+    Types of what a fit learned are not read: only a type checker imports them.
+    """
+    owner = next(base for base in cls.__mro__ if name in get_annotations(base))
+    annotated = SimpleNamespace(__annotations__={name: get_annotations(owner)[name]})
+    names = vars(sys.modules[owner.__module__])
+    return get_type_hints(annotated, names, include_extras=True)[name]
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, str]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from functools import reduce
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypeVar
 
 import numpy as np
 import torch
@@ -22,49 +21,30 @@ from vilu.embeddings.similarity import cached_rows
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.embeddings.source import log_posterior as zero_shot_log_posterior
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.errors import UNKNOWN, DataError, NotFittedError, UsageError
-from vilu.metrics.counts import check_codes, real_vector, require_same_length
-from vilu.predictors.contract.games import PLAYER_OF_LOOK, Game, NoAttribution, SingleGame
-from vilu.predictors.contract.labelled import (
-    Needs,
-    degenerate_rate,
-    disjoint,
-    require_comparable,
-    trainable_rows,
-    warn_few,
-)
-from vilu.predictors.contract.parameters import (
-    check_parameters,
-    get_params,
-    is_no_estimator,
-    set_params,
-    shown,
-)
-from vilu.predictors.contract.probability import Calibrator, expit, fit_calibrator
-from vilu.predictors.contract.seen import (
-    LEARNED_FROM,
-    Overlap,
-    Sketches,
-    candidates_of,
-    common_identity,
-    join,
-    one_per_picture,
-    scored_of,
-    similarity_range,
-    sketch,
-    warn_of_other_space,
-    warn_of_repeats,
-)
-from vilu.predictors.nn.head import Graph, with_weights
-from vilu.predictors.nn.train import AdamWConfig, TrainConfig
-from vilu.predictors.persistence import record
-from vilu.predictors.persistence.fit_sample import FitSample
+from vilu.errors import DataError, NotFittedError, UsageError
+from vilu.predictors.contract import parameters
 from vilu.validation import checked
 
-# probabilities nearer to 0 or 1 count as this far away, so that their log-odds are finite
-CERTAIN = 1e-15
-CONSTANT, CLASSES = "constant", "classes"
-Settings = TypeVar("Settings", TrainConfig, AdamWConfig)
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    from vilu.predictors.contract.games import Game
+    from vilu.predictors.contract.labelled import Needs
+    from vilu.predictors.contract.probability import Calibrator
+    from vilu.predictors.contract.seen import Overlap, Sketches
+    from vilu.predictors.persistence.fit_sample import FitSample
+
+# What only a fit, a file or an explanation needs is imported where it is used: a score of the
+# logits loads a third of the modules.
+
+CONSTANT = "constant"
+CLASSES = "classes"
+"""Names of tensors: the one score of a fit that had nothing to learn; the texts of the classes."""
+
+FEWEST_CANDIDATES = 2
+"""Of fewer the answer is always the same, so that it has no uncertainty."""
+
+Settings = TypeVar("Settings", bound="DataclassInstance")
 
 
 class NotExportable(UsageError):  # noqa: N818 - an answer, not an accident
@@ -72,7 +52,12 @@ class NotExportable(UsageError):  # noqa: N818 - an answer, not an accident
 
 
 class Learnt(NamedTuple):
-    """What a fit found: the tensors that are saved, on the CPU, and notes for people, as plain JSON."""
+    """What a fit learned.
+
+    Attributes:
+        tensors: What is saved, on the CPU.
+        notes: For people, as plain JSON.
+    """
 
     tensors: dict[str, Tensor]
     notes: Mapping[str, Any] = MappingProxyType({})
@@ -155,7 +140,7 @@ class FailurePredictor(ABC):
     needs_fit: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = True
     uses_unlabelled: ClassVar[bool] = False
-    _forms: ClassVar[str] = ""  # of ``tensors``, which follow from it: see ``record.require_forms``
+    _forms: ClassVar[str] = ""  # of ``tensors``, which follow from it: see ``state.require_forms``
 
     learned_: dict[str, Tensor] = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -183,14 +168,15 @@ class FailurePredictor(ABC):
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         cls.needs_fit = cls._learn is not FailurePredictor._learn
-        cls.tensors = (
-            tuple(form.partition(":")[0] for form in vars(cls).get("_forms", "").split())
-            or cls.tensors
-        )
+        forms = vars(cls).get("_forms", "").split()
+        if forms:
+            cls.tensors = tuple(form.partition(":")[0] for form in forms)
         # before the dataclass writes one of its own, and mypy takes no method that is assigned
-        cls.__repr__ = vars(cls).get("__repr__", shown)  # type: ignore[method-assign]
+        cls.__repr__ = vars(cls).get("__repr__", parameters.shown)  # type: ignore[method-assign]
 
-    get_params, set_params, __sklearn_tags__ = get_params, set_params, is_no_estimator
+    get_params = parameters.get_params
+    set_params = parameters.set_params
+    __sklearn_tags__ = parameters.is_no_estimator
 
     # What a method says.
 
@@ -199,7 +185,10 @@ class FailurePredictor(ABC):
         """(B,) uncertainty of a batch, float32 or better, from what was learned; on any device."""
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:
-        """Learn from usable labelled rows and their failures (M,) in {0, 1}, leaving the predictor as it is."""
+        """Learn from usable labelled rows and their failures (M,) in {0, 1}.
+
+        The predictor stays as it is.
+        """
         # only a call past ``fit`` comes here: ``needs_fit`` is whether a class has a ``_learn`` of
         # its own
         raise NotImplementedError(f"{self.name} learns nothing")
@@ -232,7 +221,9 @@ class FailurePredictor(ABC):
         return self.tensors
 
     def graph(self) -> nn.Module:
-        """A module of a batch to its (N,) float64 scores that ONNX export can take (``own_graph`` often is one).
+        """A module of a batch to its (N,) float64 scores that ONNX export can take.
+
+        ``own_graph`` often is one.
 
         Examples:
             >>> import numpy as np, vilu
@@ -247,21 +238,29 @@ class FailurePredictor(ABC):
         raise NotExportable(f"{self.name} defines no graph of image and text")
 
     def game(self) -> Game:
-        """Who plays for the score, and what coalitions are worth; the default knows scores of one kind of input.
+        """Who plays for the score, and what coalitions are worth.
+
+        The default knows scores of one kind of input.
 
         Examples:
             >>> import vilu
             >>> vilu.MCM().game().players, vilu.PREDICTORS["knn_distance"]().game().players
             (('zero-shot score',), ('image',))
         """
+        from vilu.predictors.contract.games import PLAYER_OF_LOOK, NoAttribution, SingleGame
+
         looks_at = vars(type(self)).get("looks_at", frozenset())
         if len(looks_at) != 1:
             raise NoAttribution(f"no attribution is defined for {self.name}")
-        return SingleGame(PLAYER_OF_LOOK[next(iter(looks_at))])
+        (kind_of_input,) = looks_at
+        return SingleGame(PLAYER_OF_LOOK[kind_of_input])
 
     @property
     def label(self) -> str:
-        """What its scores and results are called: the name, and the kind of fit where a method has several."""
+        """What its scores and results are called.
+
+        The name, and the kind of fit where a method has several.
+        """
         return self.name
 
     @property
@@ -272,7 +271,11 @@ class FailurePredictor(ABC):
     @property
     def needs(self) -> Needs:
         """What a fit must know of a row; without it the row is left out."""
-        return "nothing" if not self.needs_labels else "failure" if self.learns_failure else "class"
+        if not self.needs_labels:
+            return "nothing"
+        if self.learns_failure:
+            return "failure"
+        return "class"
 
     def columns_to_fit(self, train: EmbeddingSource) -> tuple[str, ...]:  # noqa: ARG002 - some look at what there is
         """What these data must carry for a fit.
@@ -308,10 +311,11 @@ class FailurePredictor(ABC):
         """
         return zero_shot_log_posterior(batch)
 
-    def _settings(self, kind: type[Settings], **others: object) -> Settings:
-        """The fields of ``kind`` as the parameters of the same names are, but for some others."""
+    def _settings(self, kind: type[Settings], **changed: object) -> Settings:
+        """The fields of ``kind`` as the parameters of the same names are, but for those changed."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(kind)}
-        return kind(**values | {"device": self.device_} | others)
+        values["device"] = self.device_
+        return kind(**values | changed)
 
     def _log_weight(self) -> float:
         """What a weighted loss adds to the log-odds of failure."""
@@ -358,89 +362,92 @@ class FailurePredictor(ABC):
             (4, 1)
         """
         if self.needs_fit:
-            check_parameters(self)
+            parameters.check_parameters(self)
         columns = self.columns_to_fit(train)
         self._check_source(train, columns)
         if unlabelled is not None:
-            if not self.uses_unlabelled:
-                raise UsageError(
-                    f"{self.name} learns nothing from rows without labels. Leave them out."
-                )
-            self._check_source(unlabelled, columns)
-            require_comparable(train, unlabelled)
+            self._check_unlabelled(train, unlabelled, columns)
         if self.needs_fit:
             self._fit_rows(Rows(train, train.usable_rows, columns, unlabelled), validation)
-        self.space_, self.calibrator_ = train.space, None
+        self.space_ = train.space
+        self.calibrator_ = None
         return self
 
+    def _check_unlabelled(
+        self, train: EmbeddingSource, unlabelled: EmbeddingSource, columns: Sequence[str]
+    ) -> None:
+        from vilu.predictors.contract.labelled import require_comparable
+
+        if not self.uses_unlabelled:
+            raise UsageError(
+                f"{self.name} learns nothing from rows without labels. Leave them out."
+            )
+        self._check_source(unlabelled, columns)
+        require_comparable(train, unlabelled)
+
     def _fit_rows(self, train: Rows, validation: EmbeddingSource | None) -> None:
-        source, validation = (
-            train.source,
-            None if validation is None else disjoint(train.source, validation),
-        )
-        rows, failure = trainable_rows(source, "training", self.needs)
-        own = sketch(source)
-        warn_of_repeats(source, own)
-        found = self.learn(dataclasses.replace(train, index=rows), failure, validation)
-        self.take(found.tensors, source.space)
-        more = [rows_of for rows_of in (validation, train.unlabelled) if rows_of is not None]
-        self.seen_ = reduce(join, [sketch(rows_of) for rows_of in more], own)
-        self.sample_ = FitSample.draw([source, *more], getattr(self, "seed", 0))
-        self.similarity_ = similarity_range(source)
+        """Learn from the rows of which enough is known, and remember which they were."""
+        from vilu.predictors.contract import labelled, seen
+        from vilu.predictors.persistence.fit_sample import FitSample
+
+        source = train.source
+        sources = [source]
+        if validation is not None:
+            validation = labelled.disjoint(source, validation)
+            sources.append(validation)
+        if train.unlabelled is not None:
+            sources.append(train.unlabelled)
+        rows, failure = labelled.trainable_rows(source, "training", self.needs)
+        sketches = seen.sketch(source)
+        seen.warn_of_repeats(source, sketches)
+        learnt = self.learn(dataclasses.replace(train, index=rows), failure, validation)
+        self.take(learnt.tensors, source.space)
+        for further in sources[1:]:
+            sketches = seen.join(sketches, seen.sketch(further))
+        self.seen_ = sketches
+        self.sample_ = FitSample.draw(sources, getattr(self, "seed", 0))
+        self.similarity_ = seen.similarity_range(source)
         counts = {"n_train": len(failure), "n_failures": int((failure == 1).sum())}
-        self.notes_ = {**counts, **candidates_of(source), **found.notes}
+        self.notes_ = {**counts, **seen.candidates_of(source), **learnt.notes}
 
     def learn(
         self, train: Rows, failure: Tensor, validation: EmbeddingSource | None = None
     ) -> Learnt:
-        """As ``_learn``, or the constant of a method that learns from failures where there is nothing to learn."""
+        """As ``_learn``, or a constant where a method that learns from failures has none to learn from."""
+        from vilu.predictors.contract.labelled import degenerate_rate, warn_few
+
         if self.learns_failure:
-            rate = degenerate_rate(
-                failure, self.name, allowed=getattr(self, "allow_degenerate", False)
-            )
+            allowed = getattr(self, "allow_degenerate", False)
+            rate = degenerate_rate(failure, self.name, allowed=allowed)
             if rate is not None:
                 return Learnt({CONSTANT: torch.tensor(rate, dtype=torch.float64)})
         elif self.is_probability:
             warn_few(failure, self.name)
         return self._learn(train, failure, validation)
 
+    # What was learned, and where it is kept.
+
     @as_usual()
     def take(self, tensors: dict[str, Tensor], space: EmbeddingSpace | None) -> None:
-        """Hold what was learned."""
-        if tensors and space is None:
-            raise DataError("the saved predictor has weights but no embedding space.")
-        is_constant = self.learns_failure and tensors.keys() == {CONSTANT}
-        names, forms = (
-            ((CONSTANT,), f"{CONSTANT}:d") if is_constant else (self.tensor_names(), self._forms)
-        )
-        network = None
-        if space is not None and not is_constant:
-            with torch.device("meta"):  # no numbers are drawn
-                network = self.module(tensors, space)
-        own = {
-            name: tensor.contiguous() for name, tensor in tensors.items() if name in names
-        }  # laid out as in a file
-        if network is not None:
-            weights = {name: tensor for name, tensor in tensors.items() if name not in names}
-            network = with_weights(network, weights, self.name).requires_grad_(False)
-        elif tensors.keys() != set(names):
-            expected = (
-                f"a {self.name} holds {', '.join(names)}"
-                if names
-                else f"{self.name} has no weights"
-            )
-            raise DataError(f"{expected}. The file has {', '.join(sorted(tensors)[:8])}.")
-        record.require_forms(self.name, own, forms, space.embed_dim if space else 0)
-        self.learned_, self.network_, self.space_ = own, network, space
+        """Hold what was learned; refuses tensors of the wrong names, types or shapes."""
+        from vilu.predictors.persistence.state import StateLayout
+
+        if self._is_constant(tensors):
+            layout = StateLayout(self.name, (CONSTANT,), f"{CONSTANT}:d", None)
+        else:
+            layout = StateLayout(self.name, self.tensor_names(), self._forms, self.module)
+        self.learned_, self.network_ = layout.read(tensors, space)
+        self.space_ = space
+
+    def _is_constant(self, tensors: Mapping[str, Tensor]) -> bool:
+        return self.learns_failure and tensors.keys() == {CONSTANT}
 
     @property
     def constant_(self) -> float | None:
         """The one score of a fit where there was nothing to learn; None for others."""
-        return (
-            float(self.learned_[CONSTANT])
-            if self.learns_failure and self.learned_.keys() == {CONSTANT}
-            else None
-        )
+        if not self._is_constant(self.learned_):
+            return None
+        return float(self.learned_[CONSTANT])
 
     def state(self) -> dict[str, Tensor]:
         """Everything that ``fit`` learned, as tensors on the CPU.
@@ -454,8 +461,10 @@ class FailurePredictor(ABC):
             >>> {name: round(tensor.exp().item(), 2) for name, tensor in state.items()}
             {'log_multiplier': 1.1}
         """
-        weights = {} if self.network_ is None else self.network_.state_dict()
-        return {**{name: tensor.cpu() for name, tensor in weights.items()}, **self.learned_}
+        if self.network_ is None:
+            return dict(self.learned_)
+        weights = {name: tensor.cpu() for name, tensor in self.network_.state_dict().items()}
+        return {**weights, **self.learned_}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """The inverse of ``state``; refuses tensors of the wrong names, types or shapes.
@@ -474,7 +483,10 @@ class FailurePredictor(ABC):
 
     @checked
     def save(self, folder: str | Path) -> str:
-        """Write to a folder and return the fingerprint; a UsageError where parameters were set that do not fit the fit.
+        """Write to a folder and return the fingerprint.
+
+        Raises:
+            UsageError: If parameters were set after the fit that do not fit it.
 
         Examples:
             >>> import tempfile, vilu
@@ -483,8 +495,10 @@ class FailurePredictor(ABC):
             >>> vilu.load(folder)
             MCM()
         """
+        from vilu.predictors.persistence.record import save
+
         self.require_fitted()
-        return record.save(self, folder)
+        return save(self, folder)
 
     def require_fitted(self) -> None:
         """Refuse to go on without ``fit``, where it is needed."""
@@ -531,10 +545,10 @@ class FailurePredictor(ABC):
     def scored(
         self, data: EmbeddingSource, rows: Tensor | None = None
     ) -> Iterator[tuple[Batch, NDArray[np.float64]]]:
-        """Batches of the ``rows`` (by default all usable ones) on ``device_``, each with its uncertainty (B,) float64.
+        """Batches of rows on ``device_``, each with its uncertainty (B,) float64.
 
-        Nothing as large as the data is held, so the data may be of any size. A batch keeps the
-        zero-shot answer that the score has computed.
+        By default these are all usable rows. Nothing as large as the data is held, so the data may
+        be of any size. A batch keeps the zero-shot answer that the score has computed.
 
         Raises:
             DataError: If a score is not finite, or as ``predict_uncertainty``, whose other errors
@@ -556,24 +570,28 @@ class FailurePredictor(ABC):
     ) -> Generator[tuple[Batch, NDArray[np.float64]], None, None]:
         self._check_ready(data)
         device = self.device_
-        only_logits = self.looks_at == {"logits"}
-        take, size = (
-            (data.many, cached_rows(data.n_candidates))
-            if only_logits
-            else (data.batches, SCORING_BATCH)
-        )
-        for found in take(size, rows=rows, columns=self.columns_to_score):
-            batch = found.to(device)
-            if batch.text.shape[-2] < 2:  # also a pool of equal captions
+        take = data.batches
+        size = SCORING_BATCH
+        if self.looks_at == {"logits"}:
+            take = data.many
+            size = cached_rows(data.n_candidates)
+        for block in take(size, rows=rows, columns=self.columns_to_score):
+            batch = block.to(device)
+            if batch.text.shape[-2] < FEWEST_CANDIDATES:  # also a pool of equal captions
                 yield batch, np.full(len(batch.index), np.nan)
                 continue
-            with torch.no_grad():
-                score = self.score_batch(batch).cpu().double().numpy()
-            if broken := int(np.count_nonzero(~np.isfinite(score))):
-                raise DataError(
-                    f"{self.name} gave {broken} scores that are not finite: its weights are damaged. Refit it."
-                )
-            yield batch, score
+            yield batch, self._finite_scores(batch)
+
+    def _finite_scores(self, batch: Batch) -> NDArray[np.float64]:
+        with torch.no_grad():
+            scores = self.score_batch(batch).cpu().double().numpy()
+        n_broken = int(np.count_nonzero(~np.isfinite(scores)))
+        if n_broken:
+            raise DataError(
+                f"{self.name} gave {n_broken} scores that are not finite: "
+                "its weights are damaged. Refit it."
+            )
+        return scores
 
     def score_batch(self, batch: Batch) -> Tensor:
         """(B,) uncertainty: the constant where there is one, else as ``_score``.
@@ -599,8 +617,8 @@ class FailurePredictor(ABC):
         """The embedding space, which is there after a fit."""
         if self.space_ is None:
             raise UsageError(
-                f"this {self.name} knows no embedding space, so the logit scale of its graph is not known. "
-                f"Make it with `vilu fit STORE --method {self.name}`."
+                f"this {self.name} knows no embedding space, so the logit scale of its graph is not "
+                f"known. Make it with `vilu fit STORE --method {self.name}`."
             )
         return self.space_
 
@@ -618,7 +636,9 @@ class FailurePredictor(ABC):
         return self.learned_[name].to(device)
 
     def seen(self, data: EmbeddingSource, rows: NDArray[np.int64] | None = None) -> Overlap:
-        """Which ``rows`` (M,), by default all, were used to fit, as far as known: of more than 16,384 a sample is.
+        """Which ``rows`` (M,), by default all, were used to fit.
+
+        As far as that is known: of a fit of more than 16,384 rows a sample is.
 
         Examples:
             >>> import numpy as np, vilu
@@ -627,20 +647,23 @@ class FailurePredictor(ABC):
             >>> predictor.seen(data).shared
             array([ True,  True, False])
         """
+        from vilu.predictors.contract.seen import Overlap, common_identity
+
         by = common_identity(self.seen_, data.identified_by, ("the fit", "these"))
-        rows = np.arange(len(data)) if rows is None else rows
-        return (
-            Overlap(np.zeros(len(rows), np.bool_), 0)
-            if by is None
-            else self.seen_[by].overlap(data, by, rows)
-        )
+        if rows is None:
+            rows = np.arange(len(data))
+        if by is None:
+            return Overlap(np.zeros(len(rows), np.bool_), 0)
+        return self.seen_[by].overlap(data, by, rows)
 
     def unseen(self, data: EmbeddingSource, role: str) -> NDArray[np.bool_]:
         """(N,) the rows that were not used to fit; warns of those that were, a DataError above 1 %."""
+        from vilu.predictors.contract.seen import LEARNED_FROM
+
         remedy = f"{LEARNED_FROM} Take rows that it has not seen."
-        return self.seen(data).others(
-            data, f"{role} rows", f"were used to fit this {self.name}", remedy
-        )
+        what = f"{role} rows"
+        where = f"were used to fit this {self.name}"
+        return self.seen(data).others(data, what, where, remedy)
 
     def _check_source(self, data: EmbeddingSource, columns: Sequence[str]) -> None:
         if self.no_captions is not None and data.pool_size is not None:
@@ -649,13 +672,14 @@ class FailurePredictor(ABC):
             )
         for column in columns:
             if column not in data.columns:
-                given = "" if column in SECOND else ", or give it to `vilu import`"
+                or_import = "" if column in SECOND else ", or give it to `vilu import`"
                 raise DataError(
-                    f"{self.name} needs the column {column!r}. Make it with `{HOW[column]}`{given}."
+                    f"{self.name} needs the column {column!r}. "
+                    f"Make it with `{HOW[column]}`{or_import}."
                 )
 
     def _check_ready(self, data: EmbeddingSource) -> None:
-        check_parameters(self)
+        parameters.check_parameters(self)
         self._check_source(data, self.columns_to_score)
         self.require_fitted()
         if self.space_ is None:
@@ -663,13 +687,16 @@ class FailurePredictor(ABC):
         self.space_.require_match(
             data.space, mine=f"the fitted {self.name}", theirs="the data to score"
         )
-        if self.similarity_ and (self.space_.anonymous or data.space.anonymous):
+        says_little = self.space_.anonymous or data.space.anonymous
+        if self.similarity_ and says_little:
+            from vilu.predictors.contract.seen import warn_of_other_space
+
             warn_of_other_space(data, *self.similarity_)
 
     # Probabilities.
 
     def predict_failure_probability(self, data: EmbeddingSource) -> NDArray[np.float64]:
-        """P(failure) (N,) float64 of every row; see ``failure_probability``. Else as ``predict_uncertainty``.
+        """P(failure) (N,) float64 of every row: ``failure_probability`` of its uncertainty.
 
         Raises:
             UsageError: If the uncertainty of this method is a score without a scale, and it has not
@@ -701,7 +728,7 @@ class FailurePredictor(ABC):
         """
         if self.calibrator_ is None:
             return self.raw_failure_probability(uncertainty)
-        return self.calibrator_(self._calibration_score(real_vector(uncertainty, "uncertainty")))
+        return self.calibrator_(self._calibration_score(uncertainty))
 
     def raw_failure_probability(self, uncertainty: ArrayLike) -> NDArray[np.float64]:
         """As ``failure_probability`` before ``calibrate``.
@@ -715,19 +742,21 @@ class FailurePredictor(ABC):
             ... )
             (array([0.1]), array([0.25]))
         """
+        from vilu.predictors.contract.probability import expit
+
         if not self.is_probability:
             raise UsageError(
-                f"{self.name} gives a score, not a probability of failure. Calibrate it (`vilu calibrate`), or take "
-                "vilu_plus."
+                f"{self.name} gives a score, not a probability of failure. "
+                "Calibrate it (`vilu calibrate`), or take vilu_plus."
             )
-        return expit(self._calibration_score(real_vector(uncertainty, "uncertainty")))
+        return expit(self._calibration_score(uncertainty))
 
     @checked
     @as_usual()
     def calibrate(self, calibration: EmbeddingSource) -> Self:
-        """Learn the probability of failure on labelled rows; those used to fit are left out, with a warning.
+        """Learn the probability of failure on labelled rows.
 
-        Rows of one picture count once, as wrong where any of them is.
+        Those used to fit are left out, with a warning. Rows of one picture count once, as wrong where any of them is.
 
         Raises:
             DataError: If more than 1 % were used to fit, or none has an uncertainty and a known
@@ -741,21 +770,17 @@ class FailurePredictor(ABC):
             >>> vilu.MCM().calibrate(data).predict_failure_probability(data)[:2].round(2)
             array([0.25, 0.25])
         """
+        from vilu.predictors.contract.calibrating import counted_failures, scores_and_failures
+
         fresh = self.unseen(calibration, "calibration")
-        uncertainty, failure = np.full(len(calibration), np.nan), np.full(len(calibration), UNKNOWN)
-        for batch, scores in self.scored(calibration, scored_of(calibration, fresh)):
-            rows = batch.index.numpy(force=True)
-            uncertainty[rows], failure[rows] = scores, batch.failure.numpy(force=True)
-        known = np.flatnonzero(fresh & np.isfinite(uncertainty) & (failure != UNKNOWN))
-        picture = calibration.picture_identities(known)
-        wrong = failure[known] if calibration.pool_size is None else np.zeros_like(known)
-        rows = known[one_per_picture(picture, wrong)]
-        counted = np.full(len(calibration), UNKNOWN)
-        counted[rows] = failure[rows]
+        uncertainty, failure = scores_and_failures(self, calibration, fresh)
+        counted = counted_failures(calibration, fresh, uncertainty, failure)
         return self.calibrate_scores(uncertainty[fresh], counted[fresh])
 
     def calibrate_scores(self, uncertainty: ArrayLike, failure: ArrayLike) -> Self:
-        """As ``calibrate``, from uncertainties (N,) of this predictor and failures (N,); unknown ones are left out.
+        """As ``calibrate``, from uncertainties (N,) of this predictor and failures (N,).
+
+        Rows without one of the two are left out.
 
         Raises:
             DataError: If no row has both, or a failure is not 1, 0, or -1 where it is unknown.
@@ -768,28 +793,27 @@ class FailurePredictor(ABC):
             >>> margin.failure_probability([-3.0, 0.0]).round(2)
             array([0.  , 0.83])
         """
-        scores, failures = (
-            real_vector(uncertainty, "uncertainty"),
-            check_codes(failure, "failure", 1),
-        )
-        require_same_length(scores, failures)
-        known = np.isfinite(scores) & (failures != UNKNOWN)
-        if not known.any():
-            raise DataError(
-                f"none of the {len(scores)} calibration rows has an uncertainty and a known failure."
-            )
-        score = self._calibration_score(scores[known])
-        self.calibrator_ = fit_calibrator(score, failures[known], is_log_odds=self.is_probability)
+        from vilu.predictors.contract.calibrating import known_pairs
+        from vilu.predictors.contract.probability import fit_calibrator
+
+        known, failures = known_pairs(uncertainty, failure)
+        score = self._calibration_score(known)
+        self.calibrator_ = fit_calibrator(score, failures, is_log_odds=self.is_probability)
         return self
 
-    def _calibration_score(self, uncertainty: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Log-odds without the bias of the loss where the uncertainty is a probability, else the uncertainty itself."""
+    def _calibration_score(self, uncertainty: ArrayLike) -> NDArray[np.float64]:
+        """Log-odds where the uncertainty is a probability, without the bias of the loss; else itself."""
+        from vilu.metrics.counts import real_vector
+        from vilu.predictors.contract.calibrating import log_odds
+
+        scores = real_vector(uncertainty, "uncertainty")
         if not self.is_probability:
-            return uncertainty
-        u = np.clip(uncertainty, CERTAIN, 1 - CERTAIN)
-        return np.log(u) - np.log1p(-u) - self._log_weight()
+            return scores
+        return log_odds(scores) - self._log_weight()
 
 
 def own_graph(predictor: FailurePredictor) -> nn.Module:
     """The ``graph`` of a method whose ``_score`` looks at no values and no sizes."""
+    from vilu.predictors.nn.head import Graph
+
     return Graph(predictor._score, predictor.network_)

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vilu.artifacts.documents import digest
+from vilu.artifacts.hashing import digest
 from vilu.embeddings.checks import SHORT_POOL, VALID, Identity
 from vilu.embeddings.source import EmbeddingSource, say_once
 from vilu.errors import UNKNOWN, DataError, UsageError

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import re
@@ -30,13 +29,14 @@ from vilu.artifacts.disk import (
     write_bytes,
     write_text,
 )
-from vilu.artifacts.documents import digest, read_json, write_json
+from vilu.artifacts.documents import read_json, write_json
+from vilu.artifacts.hashing import bytes_hash, digest, tensor_hash, tensors_hash
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.predictors.nn.head import Dropout
 from vilu.predictors.nn.processes import World, current_world
 
-SCHEMA = 2  # 1: without what the steps of an epoch add up for matrices of fixed texts
+SCHEMA = 3
 RECORD = re.compile(r"(\d{8,})\.json")
 OURS = re.compile(r"\d{8,}\.(json|safetensors)")
 AGAIN = "Remove it, and run the training again"
@@ -108,7 +108,7 @@ class FolderKeeper(Keeper):
             "schema": SCHEMA,
             "binding": self.binding,
             "position": found.position,
-            "tensors_sha256": hashlib.sha256(weights).hexdigest(),
+            "tensors_sha256": bytes_hash(weights),
         }
         write_json(self.folder / f"{name}.json", record)
         self._prune({name, f"{max(serials, default=0):08d}"})
@@ -175,6 +175,10 @@ def read_checked(path: Path) -> tuple[dict[str, Any], bytes]:
         raise ProvenanceError(
             f"{path} has schema {record['schema']}; this vilu reads up to {SCHEMA}. Update vilu."
         )
+    if record["schema"] < SCHEMA:
+        raise ProvenanceError(
+            f"{path} has schema {record['schema']}: it was made before 0.2.0. {AGAIN}."
+        )
     if not all(isinstance(record.get(name), dict) for name in ("binding", "position")):
         raise DataError(f"{path} is damaged: it lacks a binding and a position. {AGAIN}.")
     beside = path.with_suffix(".safetensors")
@@ -182,7 +186,7 @@ def read_checked(path: Path) -> tuple[dict[str, Any], bytes]:
         raise DataError(f"{beside} is missing.")
     with or_refuse(f"read {beside}"):
         weights = beside.read_bytes()
-    if hashlib.sha256(weights).hexdigest() != record.get("tensors_sha256"):
+    if bytes_hash(weights) != record.get("tensors_sha256"):
         raise DataError(f"{beside} is not the file that {path.name} names.")
     return record, weights
 
@@ -296,19 +300,20 @@ def checkpointing(
 
 def data_fingerprint(source: EmbeddingSource, rows: Tensor) -> str:
     """Hash of some rows of a source: which, their targets and space, and a sample of identifiers and embeddings."""
-    hashed = hashlib.blake2b(digest_size=16)
-    for numbers in (rows, source.target[rows], source.image_rows(spread(rows, SAMPLED_ROWS))):
-        hashed.update(numbers.numpy().tobytes())
+    numbers = {
+        "rows": rows,
+        "target": source.target[rows],
+        "image": source.image_rows(spread(rows, SAMPLED_ROWS)),
+    }
     ids = [source.ids[row] for row in spread(rows, SAMPLED_IDS).tolist()]
-    return digest(
-        [source.space.fingerprint, source.n_candidates, source.pool_size, ids, hashed.hexdigest()]
-    )
+    content = tensors_hash(numbers)
+    return digest([source.space.fingerprint, source.n_candidates, source.pool_size, ids, content])
 
 
 def text_fingerprint(source: EmbeddingSource, rows: Tensor) -> str:
     """Hash of what some rows of a source choose from: of all shared candidates, or of a sample of the captions."""
     text = source.candidates(spread(rows, SAMPLED_ROWS)).text
-    return hashlib.blake2b(text.numpy().tobytes(), digest_size=16).hexdigest()
+    return tensor_hash(text)
 
 
 def spread(rows: Tensor, n: int) -> Tensor:

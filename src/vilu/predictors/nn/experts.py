@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from vilu.embeddings.rows import Rows
 from vilu.embeddings.similarity import CACHED_CELLS, cached_rows, float64, row_blocks
 from vilu.embeddings.source import Batch
 from vilu.predictors.nn.attention import FEATURES, ImageInputs, Match, SupervisedAttention
+from vilu.predictors.nn.pooled import Pooled
 
 RIDGE = 0.1
 GAIN = 8.0
@@ -107,24 +108,6 @@ class Memory(nn.Module):
             return torch.cat([self.kernel(block, bank) @ values for block in blocks]).to(self.bank)
 
         return of
-
-
-class Pooled(NamedTuple):
-    """Three float64 parts whose sum is sum_m w_m l_m, the pooled logits, up to a constant of every row.
-
-    ``zero_shot`` (B, K) are tempered zero-shot logits, times sum_m w_m; ``texts`` (1, K) the
-    residual of the experts at the mean training image; ``image`` (B, K) what the image adds to that
-    residual.
-    """
-
-    zero_shot: Tensor
-    texts: Tensor
-    image: Tensor
-
-    @property
-    def logits(self) -> Tensor:
-        """(B, K) their sum."""
-        return self.zero_shot + self.texts + self.image
 
 
 class Experts(nn.Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +14,12 @@ from safetensors import torch as safetensors_torch
 from torch import Tensor
 
 from vilu.artifacts.disk import or_refuse, write_bytes
-from vilu.artifacts.documents import digest, parse_json, plain_json
+from vilu.artifacts.documents import parse_json, plain_json
+from vilu.artifacts.hashing import digest, tensor_hash
 from vilu.embeddings.copies import picture_vectors
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import DataError
-
-SAMPLE: Final = "sample.safetensors"
-SAMPLE_KEY: Final = "vilu.sample"
-"""Name of the file, and the key of what it says of itself."""
+from vilu.predictors.persistence.files import SAMPLE, SAMPLE_KEY
 
 MAX_SAMPLE_BYTES: Final = 2_000_000
 """Of the vectors of a sample: 1,953 rows of width 512."""
@@ -91,7 +88,7 @@ class FitSample:
         says = {
             "n_rows": self.n_rows,
             "weights_sha256": weights_sha256,
-            "image_sha256": _hash(self.image),
+            "image_sha256": tensor_hash(self.image),
         }
         metadata = {SAMPLE_KEY: plain_json(says | {"digest": digest(says)}).decode()}
         write_bytes(folder / SAMPLE, safetensors_torch.save({"image": self.image}, metadata))
@@ -127,13 +124,8 @@ class FitSample:
     def _checked(cls, says: dict[str, Any], image: Tensor) -> FitSample:
         """The sample, if it is what its metadata say."""
         seal = says.pop("digest", None)
-        if seal != digest(says) or says["image_sha256"] != _hash(image):
+        if seal != digest(says) or says["image_sha256"] != tensor_hash(image):
             raise ValueError("its content is not what its digest says")
         if image.dtype != torch.float16 or image.ndim != 2 or not 0 < len(image) <= says["n_rows"]:
             raise ValueError(f"it holds {image.dtype} of shape {tuple(image.shape)}")
         return cls(image, says["n_rows"])
-
-
-def _hash(tensor: Tensor) -> str:
-    content = tensor.contiguous().numpy().tobytes()
-    return hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode() + content).hexdigest()

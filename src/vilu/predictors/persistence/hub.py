@@ -36,17 +36,20 @@ from vilu.errors import (
 )
 from vilu.extras import hub_reachable, import_extra, quiet
 from vilu.predictors.persistence.card import HUB_ID, without_made_with
-from vilu.predictors.persistence.fit_sample import MAX_FILE_BYTES, SAMPLE
-from vilu.predictors.persistence.record import (
+from vilu.predictors.persistence.files import (
     CARD,
-    FINGERPRINT,
     LOOKS,
     PREDICTOR,
-    RECALIBRATE,
     RISK,
     ROWS,
+    SAMPLE,
     VOCABULARY,
     WEIGHTS,
+)
+from vilu.predictors.persistence.fit_sample import MAX_FILE_BYTES
+from vilu.predictors.persistence.record import (
+    FINGERPRINT,
+    RECALIBRATE,
     fit_fingerprint,
     is_ours,
     read_record,

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
-import re
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import torch as safetensors_torch
 from torch import Tensor
@@ -27,6 +24,7 @@ from vilu.artifacts.documents import (
     without_version,
     write_json,
 )
+from vilu.artifacts.hashing import bytes_hash
 from vilu.artifacts.paths import claim_folder, made
 from vilu.embeddings.checks import Identity
 from vilu.embeddings.space import EmbeddingSpace
@@ -35,14 +33,20 @@ from vilu.predictors.contract.parameters import Parametrised, parameters
 from vilu.predictors.contract.probability import Calibrator
 from vilu.predictors.contract.seen import RowSketch, Sketches
 from vilu.predictors.persistence.card import Described, model_card
-from vilu.predictors.persistence.fit_sample import SAMPLE, SAMPLE_KEY, FitSample
+from vilu.predictors.persistence.files import (
+    CARD,
+    LOOKS,
+    PREDICTOR,
+    RISK,
+    ROWS,
+    SAMPLE,
+    SAMPLE_KEY,
+    VOCABULARY,
+    VOCABULARY_KEY,
+    WEIGHTS,
+)
 
 SCHEMA = 1
-PREDICTOR, WEIGHTS, CARD, RISK = "predictor.json", "weights.safetensors", "README.md", "risk.json"
-ROWS, LOOKS = "calibration.parquet", "looks.json"
-VOCABULARY, VOCABULARY_KEY = "vocabulary.safetensors", "vilu.vocabulary"
-"""What answers are chosen from (``Vocabulary``), and the key of what the file says of itself."""
-
 NOT_SAVED = {"device"}  # belongs to the machine, not to the predictor
 SEEN_BY: dict[Identity, str] = {
     "pictures": "seen.pictures",
@@ -56,6 +60,13 @@ REFIT, RECALIBRATE = "Run `vilu fit` again", "Run `vilu calibrate` again"
 logger = logging.getLogger(__name__)
 
 
+class SavedSample(Protocol):
+    """A sample of the images of a fit: see ``FitSample``."""
+
+    def save(self, folder: Path, weights_sha256: str) -> None:
+        """Write it, bound to the weights of its fit."""
+
+
 class Saved(Parametrised, Described, Protocol):
     """What is written of a predictor."""
 
@@ -64,7 +75,10 @@ class Saved(Parametrised, Described, Protocol):
     seen_: Sketches
     notes_: dict[str, Any]
     calibrator_: Calibrator | None
-    sample_: FitSample | None
+
+    @property
+    def sample_(self) -> SavedSample | None:
+        """A sample of the images of the fit."""
 
     def state(self) -> dict[str, Tensor]:
         """Everything learned."""
@@ -95,7 +109,7 @@ def save(predictor: Saved, folder: str | Path) -> str:
     tensors |= seen_tensors(predictor)
     weights = safetensors_torch.save(tensors)
     record = describe(predictor)
-    record["weights_sha256"] = hashlib.sha256(weights).hexdigest()
+    record["weights_sha256"] = bytes_hash(weights)
     path, same = (
         Path(folder),
         fit_of(Path(folder) / PREDICTOR) == _fit(parse_json(plain_json(record))),
@@ -112,7 +126,7 @@ def save(predictor: Saved, folder: str | Path) -> str:
     return fingerprint
 
 
-def _write_sample(path: Path, sample: FitSample | None, weights_sha256: str) -> None:
+def _write_sample(path: Path, sample: SavedSample | None, weights_sha256: str) -> None:
     """Put the sample of this fit there, or take away that of another one."""
     if sample is not None:
         sample.save(path, weights_sha256)
@@ -244,39 +258,6 @@ def take_seen(tensors: dict[str, Tensor], found: dict[str, Any], path: Path) -> 
             f"{path} is damaged: n_seen must be a number. Got {found['n_seen']!r:.80}. Fit it again."
         )
     return {by: RowSketch(of, found["n_seen"]) for by, of in hashes.items()}
-
-
-FORM = re.compile(r"(\S+):([fdi?])(\w*)<?(\w?)")
-TYPES = {"f": torch.float32, "d": torch.float64, "i": torch.int64, "?": torch.bool}
-
-
-def require_forms(method: str, tensors: dict[str, Tensor], forms: str, width: int) -> None:
-    """Refuse tensors that are not as ``forms`` says, such as "bank:fND classes:fKD labels:iN<K": name, type and sizes.
-
-    A letter is one size, D the ``width`` of the embeddings; small letters may be 0, all of them.
-    <K: from 0 to K - 1.
-    """
-    sizes = {"D": width, "1": 1, "2": 2}
-    there = [found for found in FORM.findall(forms) if found[0] in tensors]
-    nothing = 0 in next(
-        (tensors[name].shape for name, _, letters, _ in there if letters.islower()), ()
-    )
-    for name, kind, letters, bound in there:
-        tensor, shape = tensors[name], tuple(tensors[name].shape)
-        given = zip(letters, shape + (0,) * len(letters), strict=False)
-        expected = tuple(
-            0 if nothing and x.islower() else sizes.setdefault(x.upper(), max(n, 1))
-            for x, n in given
-        )
-        who = f"{name} of {method} must be"
-        if (tensor.dtype, shape) != (TYPES[kind], expected):
-            raise DataError(
-                f"{who} {TYPES[kind]} of shape {expected}. Got {tensor.dtype} of shape {shape} instead."
-            )
-        if bound and not 0 <= int(tensor.min()) <= int(tensor.max()) < sizes[bound]:
-            raise DataError(
-                f"{who} from 0 to {sizes[bound] - 1}. Got {tensor.min()} to {tensor.max()} instead."
-            )
 
 
 def fit_fingerprint(folder: str | Path) -> str:

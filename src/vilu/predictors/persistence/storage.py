@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from vilu.artifacts.disk import or_refuse
 from vilu.artifacts.documents import read_json
+from vilu.artifacts.hashing import bytes_hash
 from vilu.artifacts.paths import claim_folder, inputs_of
 from vilu.device import as_usual
 from vilu.embeddings.space import EmbeddingSpace
@@ -23,16 +23,9 @@ from vilu.predictors.contract.parameters import build
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.contract.probability import read_calibrator
 from vilu.predictors.persistence import record
+from vilu.predictors.persistence.files import PREDICTOR, RISK, WEIGHTS
 from vilu.predictors.persistence.fit_sample import FitSample
-from vilu.predictors.persistence.record import (
-    PREDICTOR,
-    RECALIBRATE,
-    REFIT,
-    RISK,
-    WEIGHTS,
-    read_record,
-    take_seen,
-)
+from vilu.predictors.persistence.record import RECALIBRATE, REFIT, read_record, take_seen
 from vilu.validation import checked
 
 logger = logging.getLogger(__name__)
@@ -61,7 +54,7 @@ def load(folder: str | Path) -> FailurePredictor:
         raise DataError(f"the predictor is not complete: {path / WEIGHTS} does not exist. {REFIT}.")
     with or_refuse(f"read {path / WEIGHTS}"):
         weights = (path / WEIGHTS).read_bytes()
-    if hashlib.sha256(weights).hexdigest() != found["weights_sha256"]:
+    if bytes_hash(weights) != found["weights_sha256"]:
         raise DataError(
             f"{path / WEIGHTS} is damaged: it is not the file that {PREDICTOR} names. {REFIT}."
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,16 @@ from safetensors import torch as safetensors_torch
 from torch import Tensor
 
 from vilu.artifacts.disk import or_refuse, write_bytes
-from vilu.artifacts.documents import digest, parse_json, plain_json
+from vilu.artifacts.documents import parse_json, plain_json
+from vilu.artifacts.hashing import digest, tensor_hash
 from vilu.embeddings.checks import check_class_names, require_usable
-from vilu.embeddings.columns import IMAGE_COLUMNS, check_columns
+from vilu.embeddings.column_checks import check_columns
+from vilu.embeddings.columns import IMAGE_COLUMNS
 from vilu.embeddings.source import EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError
-from vilu.predictors.persistence.record import RECALIBRATE, VOCABULARY, VOCABULARY_KEY
+from vilu.predictors.persistence.files import VOCABULARY, VOCABULARY_KEY
+from vilu.predictors.persistence.record import RECALIBRATE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Vocabulary:
             "names": list(self.names),
             "space": dataclasses.asdict(self.space),
             "dtype": self.dtype,
-            "tensors": {name: _hash(tensor) for name, tensor in sorted(tensors.items())},
+            "tensors": {name: tensor_hash(tensor) for name, tensor in sorted(tensors.items())},
         }
         metadata = {VOCABULARY_KEY: plain_json(said | {"digest": digest(said)}).decode()}
         plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -100,7 +102,7 @@ class Vocabulary:
     @classmethod
     def _checked(cls, said: dict[str, Any], tensors: dict[str, Tensor]) -> Vocabulary:
         seal = said.pop("digest", None)
-        hashes = {name: _hash(tensor) for name, tensor in sorted(tensors.items())}
+        hashes = {name: tensor_hash(tensor) for name, tensor in sorted(tensors.items())}
         if seal != digest(said) or hashes != said["tensors"]:
             raise DataError("its content is not what its digest says")
         text = require_usable(tensors.pop("text"), "text")
@@ -108,8 +110,3 @@ class Vocabulary:
         columns = {name.removeprefix("columns."): values for name, values in tensors.items()}
         space = EmbeddingSpace(**said["space"])
         return cls(names, text, space, said["dtype"], check_columns(columns, 0, len(text)))
-
-
-def _hash(tensor: Tensor) -> str:
-    content = tensor.contiguous().numpy().tobytes()
-    return hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode() + content).hexdigest()

@@ -24,7 +24,7 @@ from vilu.predictors.contract.games import Game, PoolGame
 from vilu.predictors.contract.labelled import FEW, class_texts, failure_log_odds, with_outside
 from vilu.predictors.contract.predictor import Learnt
 from vilu.predictors.nn.attention import Start
-from vilu.predictors.nn.experts import Pooled
+from vilu.predictors.nn.pooled import Pooled
 from vilu.predictors.plus.ood import NEGATIVES, Outside, SeesOutside, from_words
 
 EM_ROWS = 20_000

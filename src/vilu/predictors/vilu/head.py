@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from abc import abstractmethod
 from typing import Annotated, ClassVar, Literal, cast
@@ -12,6 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from vilu.artifacts.hashing import tensors_hash
 from vilu.device import as_usual, seeded
 from vilu.embeddings.rows import Rows
 from vilu.embeddings.similarity import float64
@@ -136,7 +136,7 @@ class HeadPredictor(FailurePredictor):
         return {
             "method": self.name,
             **values,
-            "weights at the start": weights_digest(head.state_dict()),
+            "weights at the start": tensors_hash(head.state_dict()),
             "training rows": data_fingerprint(train.source, train.index),
             "validation rows": validation and data_fingerprint(validation.source, validation.index),
             "texts": [
@@ -149,7 +149,7 @@ class HeadPredictor(FailurePredictor):
         return (
             {}
             if start is None
-            else {"start": {"weights": weights_digest(start.state()), **start.notes_}}
+            else {"start": {"weights": tensors_hash(start.state()), **start.notes_}}
         )
 
     @property
@@ -197,10 +197,3 @@ def head_graph(predictor: HeadPredictor) -> nn.Module:
 def head_game(predictor: HeadPredictor) -> Game:
     """The ``game`` of one head."""
     return HeadGame(predictor.heads, lambda logit: logit, LOG_ODDS)
-
-
-def weights_digest(state: dict[str, Tensor]) -> str:
-    """SHA-256 of tensors in the order of their names."""
-    return hashlib.sha256(
-        b"".join(state[name].cpu().numpy().tobytes() for name in sorted(state))
-    ).hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
+from vilu.artifacts.hashing import bytes_hash
 from vilu.calibration.thresholds import percent as bound
 from vilu.datasets.base import ImageDataset
 from vilu.device import as_usual
@@ -400,7 +400,7 @@ def _script_data(outcomes: Outcomes, choice: Choice, points: Points) -> dict[str
 def _provenance(outcomes: Outcomes) -> dict[str, Any]:
     """Where scores come from, and a fingerprint of the numbers themselves."""
     content = outcomes.uncertainty.tobytes() + outcomes.failure.tobytes()
-    fingerprint = hashlib.sha256(content).hexdigest()
+    fingerprint = bytes_hash(content)
     origin = {
         "dataset": outcomes.dataset,
         "split": outcomes.split,

@@ -20,7 +20,7 @@ from vilu.errors import DataError, ProvenanceError, UsageError, nearest
 from vilu.metrics.counts import tie_counts
 from vilu.outcomes.evaluate import require_same_rows
 from vilu.outcomes.outcomes import Outcomes
-from vilu.predictors.persistence.record import PREDICTOR
+from vilu.predictors.persistence.files import PREDICTOR
 from vilu.report.figures import known
 from vilu.scoring.score_folder import ScoreFolder
 from vilu.validation import require_between

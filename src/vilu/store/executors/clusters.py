@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import logging
 import math
 import os
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from vilu.artifacts.hashing import bytes_hash
 from vilu.errors import MissingModelError, StorageError
 from vilu.extras import import_extra, quiet, setting
 from vilu.store.documents import Receipt
@@ -213,7 +213,7 @@ class SparkExecutor:
             payload = pack_job(job, threads)
             held = context.broadcast(payload)
             arrived = context.accumulator([], _Outcomes())
-            task = partial(_run, held, hashlib.sha256(payload).hexdigest(), arrived)
+            task = partial(_run, held, bytes_hash(payload), arrived)
             tasks = context.parallelize(list(parts), len(parts)).map(task)
             action = _Action(self._spark, context, tasks)
             try:

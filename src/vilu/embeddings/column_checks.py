@@ -1,0 +1,77 @@
+"""Columns from outside, checked: what each must look like stands in ``vilu.embeddings.columns``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from vilu.embeddings.checks import as_array, as_matrix, require_usable, unit_rows
+from vilu.embeddings.columns import (
+    COLUMNS,
+    IMAGE_COLUMNS,
+    MODEL_COLUMNS,
+    TEXT_COLUMNS,
+    UNIT_NORM,
+)
+from vilu.errors import DataError, UsageError
+
+
+def check_columns(
+    columns: Mapping[str, ArrayLike | Tensor] | None,
+    n_rows: int,
+    n_texts: int,
+    width: int | None = None,
+) -> dict[str, Tensor]:
+    """Columns as float32 tensors: known by name, of the right shape, finite, of the right norm."""
+    checked = {}
+    for name, values in (columns or {}).items():
+        if name not in COLUMNS:
+            raise UsageError(f"there is no column {name!r}. Known: {', '.join(COLUMNS)}.")
+        array = as_array(values, f"column {name!r}")
+        _require_shape(name, array.shape, n_rows, n_texts)
+        rows = array.reshape(-1, array.shape[-1])
+        if name not in UNIT_NORM:
+            tensor = as_matrix(rows, name, scaled=False)
+        else:
+            _require_width(name, rows.shape[1], width)
+            if name in IMAGE_COLUMNS:  # an image may be unusable, a candidate may not
+                tensor, _ = unit_rows(rows, name)
+            else:
+                tensor = require_usable(rows, name)
+        if not bool(torch.isfinite(tensor).all()):
+            raise DataError(
+                f"column {name!r} has numbers that are not finite, or beyond float32 (3.4e38)."
+            )
+        checked[name] = tensor.view(array.shape)
+    return checked
+
+
+def _require_shape(name: str, shape: tuple[int, ...], n_rows: int, n_texts: int) -> None:
+    """Refuse a column of other dimensions than its meaning has, or with other entries than rows."""
+    n_dims, meaning = COLUMNS[name]
+    expected: int | str = "one or more"
+    if name in IMAGE_COLUMNS:
+        expected = n_rows
+    elif name in TEXT_COLUMNS:
+        expected = n_texts
+    fits = len(shape) == n_dims and all(shape[1:])
+    if fits and name in MODEL_COLUMNS:
+        fits = shape[0] > 0
+    elif fits:
+        fits = shape[0] == expected
+    if not fits:
+        raise DataError(
+            f"column {name!r} must be {meaning}, with {expected} entries. "
+            f"Got shape {shape} instead."
+        )
+
+
+def _require_width(name: str, actual: int, width: int | None) -> None:
+    """Refuse another width than that of the embeddings, where this is known."""
+    if width and actual != width:
+        raise DataError(
+            f"column {name!r} must be of the width of the embeddings, {width}. Got {actual}."
+        )

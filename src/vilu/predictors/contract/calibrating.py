@@ -1,0 +1,80 @@
+"""What a probability of failure is learned from: uncertainties of a predictor, and failures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from vilu.embeddings.source import Batch, EmbeddingSource
+from vilu.errors import UNKNOWN, DataError
+from vilu.metrics.counts import Floats, Ints, check_codes, real_vector, require_same_length
+from vilu.predictors.contract.seen import one_per_picture, scored_of
+
+CERTAIN = 1e-15
+"""Probabilities nearer to 0 or 1 count as this far away, so that their log-odds are finite."""
+
+
+class Scorer(Protocol):
+    """What scores rows: a predictor."""
+
+    def scored(
+        self, data: EmbeddingSource, rows: Tensor | None = None
+    ) -> Iterator[tuple[Batch, Floats]]:
+        """Batches of the rows, each with its uncertainty (B,)."""
+
+
+def log_odds(probability: Floats) -> Floats:
+    """(N,) ln p - ln(1 - p) of probabilities (N,); NaN stays NaN."""
+    inside = np.clip(probability, CERTAIN, 1 - CERTAIN)
+    logarithms: Floats = np.log(inside) - np.log1p(-inside)
+    return logarithms
+
+
+def scores_and_failures(
+    predictor: Scorer, calibration: EmbeddingSource, fresh: NDArray[np.bool_]
+) -> tuple[Floats, Ints]:
+    """(N,) uncertainty, NaN where it is not known, and (N,) failure of the rows that are ``fresh``."""
+    uncertainty = np.full(len(calibration), np.nan)
+    failure = np.full(len(calibration), UNKNOWN)
+    for batch, scores in predictor.scored(calibration, scored_of(calibration, fresh)):
+        rows = batch.index.numpy(force=True)
+        uncertainty[rows] = scores
+        failure[rows] = batch.failure.numpy(force=True)
+    return uncertainty, failure
+
+
+def counted_failures(
+    calibration: EmbeddingSource, fresh: NDArray[np.bool_], uncertainty: Floats, failure: Ints
+) -> Ints:
+    """(N,) failure of one row of every picture, and unknown for the others.
+
+    A picture counts as wrong where any of its rows is. In pools a row is wrong beside some captions
+    and right beside others, so there the first one counts.
+    """
+    is_known = fresh & np.isfinite(uncertainty) & (failure != UNKNOWN)
+    known = np.flatnonzero(is_known)
+    picture = calibration.picture_identities(known)
+    wrong = failure[known]
+    if calibration.pool_size is not None:
+        wrong = np.zeros_like(known)
+    rows = known[one_per_picture(picture, wrong)]
+    counted = np.full(len(calibration), UNKNOWN)
+    counted[rows] = failure[rows]
+    return counted
+
+
+def known_pairs(uncertainty: ArrayLike, failure: ArrayLike) -> tuple[Floats, Ints]:
+    """(M,) uncertainties and (M,) failures of the rows of which both are known."""
+    scores = real_vector(uncertainty, "uncertainty")
+    failures = check_codes(failure, "failure", 1)
+    require_same_length(scores, failures)
+    known = np.isfinite(scores) & (failures != UNKNOWN)
+    if not known.any():
+        raise DataError(
+            f"none of the {len(scores)} calibration rows has an uncertainty and a known failure."
+        )
+    return scores[known], failures[known]
