@@ -30,9 +30,10 @@ from vilu.predictors.persistence.storage import load
 from vilu.store.embed import embed
 from vilu.store.reader import EmbeddingStore, Sealed
 from vilu.triage import label_errors
-from vilu.triage.ask import calibrate_by_labels, labelled
+from vilu.triage.ask import calibrate_by_labels
 from vilu.triage.label_errors import LabelErrors
 from vilu.triage.labels import SKIPPED, LabelBook
+from vilu.triage.store_labels import label_store
 
 
 @pytest.fixture
@@ -169,11 +170,11 @@ def test_an_empty_cell_takes_no_label_back(tmp_path: Path, fake_model: FakeBackb
     )
     (tmp_path / "plain.csv").write_text(f"path,label\n{store.ids[3]},{SKIPPED}\n")
     for files in (("asked.csv", "plain.csv"), ("plain.csv", "asked.csv")):
-        entry = labelled(store, [tmp_path / name for name in files])[1].entries[store.ids[3]]
+        entry = label_store(store, [tmp_path / name for name in files])[1].entries[store.ids[3]]
         assert (entry.label, entry.stream, entry.predictor) == (SKIPPED, "promise", "f00")
 
 
-def test_the_labels_that_next_asks_for_make_a_promise_of_a_store(
+def test_labels_that_next_asks_for_make_a_guarantee_of_a_store(
     begun: Folder, tmp_path: Path, uncalibrated: Path
 ) -> None:
     """Asked, filled in, looked at again and again, until it is shown; what was chosen to teach never counts."""
@@ -251,7 +252,7 @@ def test_the_labels_that_next_asks_for_make_a_promise_of_a_store(
         assert not record.has_record(predictor), "a promise outlives the labels that it rests on"
 
 
-def test_a_promise_of_every_class_asks_first_where_labels_lack(
+def test_a_guarantee_of_every_class_asks_first_where_labels_lack(
     begun: Folder, tmp_path: Path, uncalibrated: Path
 ) -> None:
     truth, predictor, given = begun[1], uncalibrated, list[object]()
@@ -339,7 +340,7 @@ def test_labels_of_a_random_pick_calibrate_a_store_without_any(
     assert found.n == len(fresh) - 1
 
 
-def test_a_fit_of_which_a_sample_of_the_rows_is_known_is_not_vouched_for_by_the_others(
+def test_rows_of_a_fit_that_knows_a_sample_of_them_are_refused(
     tmp_path: Path, fake_model: FakeBackbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     embed(dataset(60), fake_model, tmp_path / "store", names=NAMES)
@@ -350,7 +351,7 @@ def test_a_fit_of_which_a_sample_of_the_rows_is_known_is_not_vouched_for_by_the_
     monkeypatch.setattr("vilu.predictors.contract.seen.SIZE", 10)
     PREDICTORS["mcm_ts"]().fit(store).save(tmp_path / "sample")
     with pytest.raises(
-        DataError, match=r"vouching rows .* were used to fit this mcm_ts .*, more than 1%"
+        DataError, match=r"calibration rows .* were used to fit this mcm_ts .*, more than 1%"
     ):
         calibrate_by_labels(tmp_path / "sample", store, [], max_risk=0.9)
 

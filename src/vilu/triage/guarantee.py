@@ -1,4 +1,4 @@
-"""What labels say of a predictor that something is to be promised of: which ones count, and where it may accept."""
+"""What labels show of a predictor: which of them count, and up to which threshold it may accept."""
 
 from __future__ import annotations
 
@@ -29,110 +29,145 @@ from vilu.triage.labels import SKIPPED, LabelBook, side_of
 from vilu.triage.photos import Photos
 
 PLANNED: Final = 200
-"""Labels that vouch, for which the limit is chosen: with so many a risk of 1 % shows that it is below 5 %."""
+"""Calibration labels for which the limit is chosen: so many show a risk of 1 % to be below 5 %."""
 
-ORDER: Final = 2**63
-"""Places in the random order."""
+POSITIONS: Final = 2**63
+"""Positions in the random order."""
 
 Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class Sides:
-    """Of every photo: whether it can be used, vouches (else teaches), and its place in the random order.
+class PhotoSplit:
+    """Of every photo: its side, its position in the random order, and what is known of its label.
 
-    And what is known of it: whether its label was given or skipped, or is there at all.
+    Attributes:
+        usable: (N,) which photos can be used at all.
+        is_calibration: (N,) which are of the calibration side; the others are of the fit side.
+        position: (N,) in the random order.
+        labelled: (N,) which have a label: a class, or one that is outside.
+        answered: (N,) which have a label or were skipped.
+        skipped: (N,) which were skipped.
+        unasked: (N,) which have a label that came unasked.
     """
 
     usable: Mask
-    vouches: Mask
-    place: Ints
-    labelled: Mask  # a class, or one that is outside
-    answered: Mask  # that, or skipped
+    is_calibration: Mask
+    position: Ints
+    labelled: Mask
+    answered: Mask
     skipped: Mask
-    given: Mask  # unasked
+    unasked: Mask
 
     @classmethod
-    def of(cls, photos: Photos, book: LabelBook, seed: int) -> Sides:
+    def of(cls, photos: Photos, book: LabelBook, seed: int) -> PhotoSplit:
         """Of photos whose labels were set; of equal pictures the first one counts.
 
-        One that has changed since its label was given, and may have changed sides with that,
-        vouches for nothing.
+        One that has changed since its label was given may have changed sides with that, so it never
+        counts as a calibration photo.
         """
         pictures = photos.pictures
-        vouches, order = side_of(pictures, seed)
-        usable, first = np.zeros((2, len(photos)), np.bool_)
+        is_calibration, hashes = side_of(pictures, seed)
+        n = len(photos)
+        is_first = np.zeros(n, np.bool_)
+        is_first[np.unique(hashes, return_index=True)[1]] = True
+        usable = np.zeros(n, np.bool_)
         usable[photos.usable_rows.numpy()] = True
-        first[np.unique(order, return_index=True)[1]] = True
-        entries = [book.entries.get(path) for path in photos.ids]
-        other = [
-            one is not None and one.is_of_another(now)
-            for one, now in zip(entries, pictures, strict=True)
-        ]
-        answered = np.array(
-            [one is not None and one.label is not None for one in entries], np.bool_
+        answered = np.zeros(n, np.bool_)
+        skipped = np.zeros(n, np.bool_)
+        unasked = np.zeros(n, np.bool_)
+        has_changed = np.zeros(n, np.bool_)
+        for row, path in enumerate(photos.ids):
+            entry = book.entries.get(path)
+            if entry is not None:
+                answered[row] = entry.label is not None
+                skipped[row] = entry.label == SKIPPED
+                unasked[row] = entry.stream == "given"
+                has_changed[row] = entry.is_of_another(pictures[row])
+        return cls(
+            usable=usable & is_first & ~(is_calibration & has_changed),
+            is_calibration=is_calibration,
+            position=(hashes >> np.uint64(1)).astype(np.int64),
+            labelled=answered & ~skipped,
+            answered=answered,
+            skipped=skipped,
+            unasked=unasked & answered,
         )
-        skipped = np.array([one is not None and one.label == SKIPPED for one in entries], np.bool_)
-        given = np.array([one is not None and one.stream == "given" for one in entries], np.bool_)
-        place = (order >> np.uint64(1)).astype(np.int64)
-        usable &= first & ~(vouches & np.array(other, np.bool_))
-        return cls(usable, vouches, place, answered & ~skipped, answered, skipped, given & answered)
 
     @property
-    def voucher(self) -> Mask:
-        """(N,) photos whose labels may vouch."""
-        return self.usable & self.vouches
+    def for_calibration(self) -> Mask:
+        """(N,) photos whose labels may count for a guarantee."""
+        return self.usable & self.is_calibration
 
     @property
-    def teacher(self) -> Mask:
-        """(N,) photos whose labels may teach."""
-        return self.usable & ~self.vouches
+    def for_fit(self) -> Mask:
+        """(N,) photos on whose labels a predictor may be fitted."""
+        return self.usable & ~self.is_calibration
+
+    @property
+    def fit_rows(self) -> Ints:
+        """(M,) rows that a predictor may be fitted on now."""
+        return np.flatnonzero(self.for_fit & self.labelled)
 
 
 def first_of_scene(photos: EmbeddingSource, known: Ints, rows: Ints) -> Mask:
-    """(M,) which of the rows are nearly like no known one, and like none of the rows before them."""
-    every = np.concatenate([known, rows])
-    first: Mask = near_copies(photos, every) == np.arange(len(every))
-    return first[len(known) :]
+    """(M,) which rows are nearly like no known row, and like no row before them."""
+    both = np.concatenate([known, rows])
+    is_first: Mask = near_copies(photos, both) == np.arange(len(both))
+    return is_first[len(known) :]
 
 
 class Trial(Model):
-    """A predictor that is tried: the thresholds that it may get, and how far labels may speak for it."""
+    """A predictor that is tested: the thresholds that it may get, and how far its labels reach.
 
-    n_fit: int = Field(ge=0)  # labels that it was fitted on
-    grid: tuple[float, ...]  # thresholds, ascending
-    limit: float  # only photos up to this uncertainty have labels that speak for it
-    likely: bool  # whether its own probabilities let one hope for a promise there
-    attempt: int = Field(
-        default=0, ge=0
-    )  # its number among those of which labels could certify something; 0: not yet
+    Attributes:
+        n_fit: Labels that it was fitted on.
+        grid: Thresholds, ascending.
+        limit: Only labels of photos up to this uncertainty count for it.
+        likely: Whether its own probabilities let one hope for a guarantee there.
+        attempt: Its number among those of which labels could certify something; 0: not yet.
+    """
+
+    n_fit: int = Field(ge=0)
+    grid: tuple[float, ...]
+    limit: float
+    likely: bool
+    attempt: int = Field(default=0, ge=0)
 
     @classmethod
     def plan(
-        cls, n_fit: int, scores: Floats, n: int, risk: tuple[float, float], least: float = 0.0
+        cls,
+        n_fit: int,
+        scores: Floats,
+        n_labels: int,
+        max_risk: float,
+        delta: float,
+        *,
+        least_share: float = 0.0,
     ) -> Trial:
-        """A new one: from the scores (M,) of photos that vouch, and how many of their labels there may be.
+        """A new one, from the scores (M,) of calibration photos and how many labels they may get.
 
-        ``risk`` is the error rate and its level; at least a share ``least`` of the photos lies
-        below the limit.
+        At least the share ``least_share`` of the photos lies below the limit.
         """
-        limit, likely = choose_limit(scores, min(n, len(scores)), *risk)
-        lowest = float(np.quantile(scores, least, method="higher"))
-        limit, likely = max(limit, lowest), likely and limit >= lowest
+        limit, likely = choose_limit(scores, min(n_labels, len(scores)), max_risk, delta)
+        lowest = float(np.quantile(scores, least_share, method="higher"))
+        if limit < lowest:
+            limit = lowest
+            likely = False
         grid = tuple(grid_of(scores, limit).tolist())
         return cls(n_fit=n_fit, grid=grid, limit=limit, likely=likely)
 
 
 @dataclass(frozen=True)
-class PromiseProgress:
-    """How far a promise is.
+class GuaranteeProgress:
+    """How far a guarantee is.
 
     Attributes:
         looks: Thresholds, risk and level.
         rows: Photos whose labels count.
-        outcomes: What is said of them; a photo that nobody could name counts as answered wrong.
+        outcomes: Of these photos; one that nobody could name counts as answered wrong.
         missing: Photos whose labels are lacking before anything more can be said, in their order.
-        certified: Place of the threshold that is certified; None where none is.
+        certified: Index of the threshold that is certified; None where none is.
         more: About how many more labels would certify something; None where none would.
     """
 
@@ -146,69 +181,107 @@ class PromiseProgress:
     @property
     def threshold(self) -> float:
         """What is certified; -inf where nothing is."""
-        return -math.inf if self.certified is None else float(self.looks.grid[self.certified])
+        if self.certified is None:
+            return -math.inf
+        return float(self.looks.grid[self.certified])
 
-    def rule(self, max_risk: float, confidence: float) -> Selector:
-        """The promise, or what it lacks."""
-        wrong, accepted = self.looks.counts(self.outcomes.uncertainty, self.outcomes.failure)
-        n, at = len(self.rows), self.certified
-        if at is None:
-            last = self.looks.last
-            why = (
-                f"of {int(accepted[last])} labels up to the limit {int(wrong[last])} are wrong, and these scores do "
-                f"not single out answers with an error rate below {max_risk:.2%}"
-                if self.more is None
-                else f"about {self.more:,} more labels of the kind that vouches are needed, if errors go on as so far"
+    def counts(self) -> tuple[Ints, Ints]:
+        """(G,) wrong and (G,) accepted labels at every threshold."""
+        return self.looks.counts(self.outcomes.uncertainty, self.outcomes.failure)
+
+    def certificate(self, max_risk: float) -> Certificate:
+        """What is certified, or what it lacks."""
+        wrong, accepted = self.counts()
+        n = len(self.rows)
+        if self.certified is None:
+            return Certificate(
+                threshold=None,
+                n=n,
+                n_accepted=0,
+                n_wrong=0,
+                risk_bound=None,
+                why=self._why_not(wrong, accepted, max_risk),
             )
-            one = Certificate(
-                threshold=None, n=n, n_accepted=0, n_wrong=0, risk_bound=None, why=why
+        return Certificate(
+            threshold=self.threshold,
+            n=n,
+            n_accepted=int(accepted[self.certified]),
+            n_wrong=int(wrong[self.certified]),
+            risk_bound=max_risk,
+        )
+
+    def _why_not(self, wrong: Ints, accepted: Ints, max_risk: float) -> str:
+        if self.more is not None:
+            return (
+                f"about {self.more:,} more labels of the calibration side are needed, if errors "
+                "go on as so far"
             )
-        else:
-            k, m = int(wrong[at]), int(accepted[at])
-            one = Certificate(
-                threshold=self.threshold, n=n, n_accepted=m, n_wrong=k, risk_bound=max_risk
-            )
-        return Selector(
-            method="anytime",
-            max_risk=max_risk,
-            min_coverage=None,
-            confidence=confidence,
-            certificates={ALL: one},
+        last = self.looks.last
+        return (
+            f"of {int(accepted[last])} labels up to the limit {int(wrong[last])} are wrong, and "
+            f"these scores do not single out answers with an error rate below {max_risk:.2%}"
         )
 
 
-def stand(
+def anytime_rule(
+    certificates: dict[str, Certificate], max_risk: float, confidence: float
+) -> Selector:
+    """The guarantee of all answers, or of each class of answers."""
+    return Selector(
+        method="anytime",
+        max_risk=max_risk,
+        min_coverage=None,
+        confidence=confidence,
+        grouped_by=None if ALL in certificates else "prediction",
+        certificates=certificates,
+    )
+
+
+def progress_of(
     trial: Trial,
     outcomes: Outcomes,
-    sides: Sides,
-    risk: tuple[float, float],
+    split: PhotoSplit,
+    *,
+    max_risk: float,
+    delta: float,
     up_to: int,
-    tried: int,
-) -> PromiseProgress:
-    """What the labels of photos up to a place in the order say of a predictor, as soon as all of them are there.
+    n_before: int,
+) -> GuaranteeProgress:
+    """What the labels up to a position in the order show, as soon as all of them are there.
 
-    ``outcomes`` are of all photos by that predictor, ``risk`` the error rate and the level,
-    ``tried`` the number of predictors that were tried before it.
+    Args:
+        trial: Of the predictor that is tested.
+        outcomes: Of all photos, by that predictor.
+        split: Which labels there are.
+        max_risk: The error rate that is to be shown.
+        delta: The level of all predictors together.
+        up_to: The position.
+        n_before: How many predictors were tested before it.
     """
-    u = outcomes.uncertainty
-    region = sides.voucher & (u <= trial.limit)
-    drawn = region & (sides.place < up_to)
-    missing = np.flatnonzero(drawn & ~sides.answered)
-    rows = np.flatnonzero((drawn | (region & sides.given)) & (len(missing) == 0))
-    max_risk, delta = risk
-    looks = Looks(
-        np.array(trial.grid), max_risk, level_of(trial.attempt or tried + 1, delta), trial.limit
-    )
-    taken = outcomes.take(rows)
-    taken = dataclasses.replace(taken, failure=np.where(sides.skipped[rows], 1, taken.failure))
-    certified = looks.certified(taken.uncertainty, taken.failure)
-    more = looks.more_needed(taken.uncertainty, taken.failure)
-    return PromiseProgress(
-        looks, rows, taken, missing[np.argsort(sides.place[missing])], certified, more
+    below_limit = split.for_calibration & (outcomes.uncertainty <= trial.limit)
+    drawn = below_limit & (split.position < up_to)
+    missing = np.flatnonzero(drawn & ~split.answered)
+    missing = missing[np.argsort(split.position[missing])]
+    if len(missing):
+        rows = np.zeros(0, np.int64)
+    else:
+        rows = np.flatnonzero(drawn | (below_limit & split.unasked))
+    level = level_of(trial.attempt or n_before + 1, delta)
+    looks = Looks(np.array(trial.grid), max_risk, level, trial.limit)
+    counted = outcomes.take(rows)
+    failure = np.where(split.skipped[rows], 1, counted.failure)
+    counted = dataclasses.replace(counted, failure=failure)
+    return GuaranteeProgress(
+        looks=looks,
+        rows=rows,
+        outcomes=counted,
+        missing=missing,
+        certified=looks.certified(counted.uncertainty, counted.failure),
+        more=looks.more_needed(counted.uncertainty, counted.failure),
     )
 
 
-def keep_promise(
+def keep_guarantee(
     folder: Path,
     predictor: FailurePredictor,
     photos: Photos,
@@ -216,14 +289,16 @@ def keep_promise(
     rule: Selector,
     dataset: str,
 ) -> Record:
-    """Leave a rule, and the labelled ``rows`` that it rests on, beside the predictor, as ``vilu calibrate`` does."""
-    wrong = int((rows.failure == 1).sum())
+    """Leave a rule beside the predictor, with its labelled ``rows``, as ``vilu calibrate`` does."""
     # it is a probability as it is; labels below the limit alone would bend it
     predictor.calibrator_ = Logistic(
-        form="temperature", weights=(1.0,), intercept=0.0, n=len(rows), n_failures=wrong
+        form="temperature",
+        weights=(1.0,),
+        intercept=0.0,
+        n=len(rows),
+        n_failures=int((rows.failure == 1).sum()),
     )
-    made = keep_record(
-        folder, predictor, rows, photos, rule, (dataset, None), dtype=photos.first.manifest.dtype
-    )
+    dtype = photos.first.manifest.dtype
+    kept_record = keep_record(folder, predictor, rows, photos, rule, (dataset, None), dtype=dtype)
     write_card(folder)
-    return made
+    return kept_record

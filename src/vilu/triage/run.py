@@ -1,4 +1,9 @@
-"""From a folder of photos, and what labels there are, to a decision about each: the whole job, again and again."""
+"""A run of triage: from a folder, its book of labels, its settings and its state to the next state.
+
+``advance`` holds the steps. Each takes the state and returns the next one, which it has written to
+``triage.json`` by then, after the files that the state speaks of. So a run that is killed between
+two steps goes on at the second, and one that is killed inside a step does it again.
+"""
 
 from __future__ import annotations
 
@@ -6,551 +11,565 @@ import dataclasses
 import logging
 import shutil
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
-from pydantic import Field
 
-from vilu.artifacts.documents import Document, read_document
-from vilu.artifacts.paths import claim_folder
-from vilu.artifacts.tables import read_table
 from vilu.calibration import record
 from vilu.calibration.anytime import level_of
 from vilu.calibration.procedure import take_back
-from vilu.calibration.rules import Selector
-from vilu.calibration.shares import OUTSIDE_NAME
-from vilu.datasets.files import former_text, path_of, portable_name
-from vilu.datasets.folder import list_photos
-from vilu.errors import DataError, UsageError
+from vilu.calibration.rules import ALL, Selector
+from vilu.datasets.files import former_text
+from vilu.errors import DataError
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
-from vilu.predictors.contract.catalogue import find_method
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.persistence.record import PREDICTOR, read_record
 from vilu.predictors.persistence.storage import load
 from vilu.predictors.persistence.vocabulary import Vocabulary
 from vilu.scoring.score import Decider, score_rows
-from vilu.triage.choose import to_teach
-from vilu.triage.labels import Entry, LabelBook
-from vilu.triage.photos import FOLDER, Embedding, PhotoFolder, Photos, PhotoStores
-from vilu.triage.promise import (
-    ORDER,
+from vilu.triage.choose import choose_to_fit
+from vilu.triage.fitting import FitCase, fit, fit_case, is_worth_testing, method_for
+from vilu.triage.guarantee import (
     PLANNED,
+    POSITIONS,
+    GuaranteeProgress,
     Mask,
-    PromiseProgress,
-    Sides,
+    PhotoSplit,
     Trial,
+    anytime_rule,
     first_of_scene,
-    keep_promise,
-    stand,
+    keep_guarantee,
+    progress_of,
 )
-
-STATE, BOOK, PREDICTOR_FOLDER, CANDIDATE_FOLDER = (
-    "triage.json",
-    "labels.parquet",
-    "predictor",
-    "candidate",
-)
-DECISIONS, NEXT, REPORT = "decisions", "next_labels.csv", "report.html"
-SORTED, MOVED = "sorted", "moved.parquet"
-MADE: Final = (
-    STATE,
+from vilu.triage.labels import Entry, LabelBook
+from vilu.triage.photos import FOLDER, PhotoFolder, Photos, PhotoStores
+from vilu.triage.state import (
     BOOK,
-    FOLDER,
-    PREDICTOR_FOLDER,
     CANDIDATE_FOLDER,
-    f"{DECISIONS}.csv",
-    f"{DECISIONS}.parquet",
-    NEXT,
-    REPORT,
+    MADE,
+    PREDICTOR_FOLDER,
+    STATE,
+    TriageSettings,
+    TriageState,
+    open_state,
 )
-"""What can be made again; photos that were moved cannot."""
 
-LEAST_TO_FIT, LEAST = 10, 50
-"""Labels that a predictor is fitted on at least, and that teach before photos are drawn that vouch."""
+LEAST_BEFORE_DRAW: Final = 50
+"""Labels of the fit side that come before the first photos of the calibration side are drawn."""
 
 FURTHER: Final = 8
 """Where all thresholds up to the limit are certified, it moves on by so many."""
 
-THIRD: Final = 3
-"""Of the labels that are asked for where a promise holds, the third part vouches: drawn from what may be accepted, they
-are worth more each than those that teach.
+CALIBRATION_PART: Final = 3
+"""With a guarantee, every third label that is asked for is of the calibration side.
+
+These labels are drawn from what may be accepted, so each is worth more than one to fit on.
 """
 
-ANYHOW: Final = 3
-"""So many times as many labels that teach are worth a trial, whatever a predictor thinks of itself."""
-
-MORE: Final = 1.1
-"""A predictor that is tried beside one with a promise is to accept so many times as many photos."""
-
-GROWN, SOON = 1.5, 1.25
-"""A predictor of which labels were looked at is fitted anew when those that teach are so many times as many; one that
-may accept more than the present one is looked for when they are so many times as many as the last
-time.
-"""
+WORTH_MORE: Final = 1.1
+"""A candidate is to accept so many times as many photos as the predictor with a guarantee."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Job:
-    """What is asked for.
+class TriageRun:
+    """What the steps of one run work on.
 
     Attributes:
-        photos: The folder of photos.
-        names: The classes.
-        how: Model, prompts and words.
-        outside: Labels that mean "none of the classes", beside "(outside)".
-        max_risk: Largest error rate among accepted answers, in (0, 1).
-        confidence: With which it is promised, in (0, 1).
-        n_next: How many labels are asked for.
-        seed: Of the sides, the fit and the choice.
+        root: The folder of the triage.
+        settings: What is asked for.
+        photos: The embedded photos, with the labels of the book.
+        book: What was asked and answered.
+        split: Which photos are for fits, and which for a guarantee.
     """
 
-    photos: Path
-    how: Embedding
-    outside: tuple[str, ...] = ()
-    max_risk: float = 0.05
-    confidence: float = 0.95
-    n_next: int = 50
-    seed: int = 0
+    root: Path
+    settings: TriageSettings
+    photos: Photos
+    book: LabelBook
+    split: PhotoSplit
 
     @property
-    def of_no_class(self) -> tuple[str, ...]:
-        """Labels that mean "none of the classes"."""
-        return (*self.outside, OUTSIDE_NAME)
+    def present(self) -> Path:
+        """Folder of the predictor that decides."""
+        return self.root / PREDICTOR_FOLDER
 
     @property
-    def settings(self) -> dict[str, object]:
-        """What may not change from run to run: a promise is stated before anybody looks."""
-        how = self.how
-        return {
-            "classes": list(how.names),
-            "backbone": how.backbone.name,
-            "precision": how.backbone.precision,
-            "templates": None if how.templates is None else list(how.templates),
-            "negatives": len(how.negatives),
-            "outside": sorted(self.outside),
-            "max_risk": self.max_risk,
-            "confidence": self.confidence,
-            "seed": self.seed,
+    def candidate(self) -> Path:
+        """Folder of a predictor that is tested beside it."""
+        return self.root / CANDIDATE_FOLDER
+
+    def tested_folder(self, state: TriageState) -> Path:
+        """Folder of the predictor that labels are asked for."""
+        return self.present if state.candidate is None else self.candidate
+
+    def score(self, decider: Decider) -> Outcomes:
+        """Of all photos, by a predictor, and decided where it is calibrated."""
+        predictor = decider.predictor
+        facts = {
+            "method": predictor.label,
+            "dataset": self.settings.photos.name,
+            "seed": self.settings.seed,
+            "is_probability": predictor.is_probability,
+            "provenance": decider.provenance,
         }
+        return score_rows(decider, self.photos, facts)
 
+    def uncalibrated_scores(self, predictor: FailurePredictor) -> Outcomes:
+        """Of all photos, by a predictor alone."""
+        return self.score(Decider(predictor))
 
-class TriageState(Document):
-    """``triage.json``: what was asked for, the present predictor, and what its promise rests on."""
-
-    again = "Run `vilu triage` into a new folder"
-    fault = DataError
-
-    kind: Literal["triage"] = "triage"
-    settings: dict[str, object]
-    photos: str = ""  # the folder of photos, when they were last looked at
-    method: str = ""
-    trial: Trial | None = None  # of the present predictor; None where it learns from no labels
-    candidate: Trial | None = (
-        None  # of a predictor that is tried beside one that something is promised of
-    )
-    tried: int = Field(default=0, ge=0)  # predictors of which labels could certify something
-    n_tried: int = Field(
-        default=0, ge=0
-    )  # labels that taught the last one that was fitted to be tried
-    reach: int = Field(
-        default=0, ge=0
-    )  # labels of photos up to this place in the random order are asked for
-    counted: int = Field(
-        default=0, ge=0
-    )  # up to this one all of them were there when they were last looked at
+    def written(self, state: TriageState) -> TriageState:
+        """The state, which is on the disk now."""
+        state.write(self.root / STATE)
+        return state
 
 
 @dataclass(frozen=True)
-class Triage:
-    """What a run has found.
+class TriageResult:
+    """What a run shows.
 
     Attributes:
         photos: The embedded photos.
-        outcomes: What is said of each, with decisions.
-        predictor: What says it.
-        standing: How far the promise is; None without labels that teach.
-        rule: The promise, where one was certified, now or before.
-        in_play: What the predictor says that labels are to speak for now.
-        has_candidate: Whether that is another one than decides, tried beside it.
-        scenes: (M,) which of the photos whose labels count are nearly like no other one with a
-            label before them.
+        outcomes: Of all photos, with decisions.
+        predictor: The one that decides.
+        rule: Its guarantee, where one was certified, now or before.
+        progress: How far the guarantee of the tested predictor is; None where it needs no labels.
+        tested_outcomes: Of all photos, by the predictor that labels are asked for.
+        has_candidate: Whether that is another one than decides.
+        is_first_of_scene: (M,) which counted photos are nearly like no other photo with a label
+            before them.
         asked: Photos whose labels are asked for.
-        n_new: Photos that were embedded in this run.
+        book: What was asked and answered.
         n_fit: Labels that the predictor was fitted on.
+        n_new: Photos that were embedded in this run.
     """
 
     photos: Photos
     outcomes: Outcomes
     predictor: FailurePredictor
-    standing: PromiseProgress | None
     rule: Selector | None
-    in_play: Outcomes
+    progress: GuaranteeProgress | None
+    tested_outcomes: Outcomes
     has_candidate: bool
-    scenes: Mask | None
+    is_first_of_scene: Mask | None
     asked: list[Entry]
     book: LabelBook
-    n_new: int
     n_fit: int
+    n_new: int = 0
 
 
-class Workshop:
-    """The folder in which one triage lives, and goes on from run to run.
+def run_triage(
+    root: Path,
+    settings: TriageSettings,
+    listing: PhotoFolder,
+    labels: Mapping[str, str],
+    streams: Mapping[str, str],
+    *,
+    overwrite: bool = False,
+) -> TriageResult:
+    """One run: embed what is new, note the labels, and advance."""
+    state = begin(root, settings, overwrite=overwrite)
+    stores = PhotoStores(root / FOLDER)
+    n_new = stores.update(listing, settings.embedding)
+    photos = stores.open(listing.listing)
+    _require_photos(photos, settings.photos)
+    book = note_labels(root, photos, listing.paths, labels, streams)
+    _, result = advance(root, settings, state, photos, book)
+    return dataclasses.replace(result, n_new=n_new)
 
-    Attributes:
-        folder: Where the predictor is.
-        candidate: Where another one is, which is tried beside it.
-    """
 
-    def __init__(self, root: Path, job: Job, *, overwrite: bool = False) -> None:
-        self.root, self.job = root, job
-        found = (
-            read_document(root / STATE, TriageState)
-            if (root / STATE).is_file() and not overwrite
-            else None
-        )
-        before = job.settings if found is None else found.settings
-        if apart := [name for name, value in job.settings.items() if before.get(name) != value]:
-            raise UsageError(
-                f"{root} was begun with other settings: "
-                + "; ".join(
-                    f"{name} {before.get(name)!r}, now {job.settings[name]!r}" for name in apart
-                )
-                + ". A promise is stated before its labels are looked at, and goes for one question. Give a new "
-                "folder, or --overwrite to begin anew, labels included."
-            )
-        claim_folder(
-            root,
-            "triage",
-            lambda path: path.name in {*MADE, SORTED, MOVED},
-            same=found is not None,
-            overwrite=overwrite,
-        )
-        self.state = found or TriageState(settings=job.settings)
-        self.overwrite = overwrite
-        self.stores = PhotoStores(root / FOLDER)
-        self.folder, self.candidate = root / PREDICTOR_FOLDER, root / CANDIDATE_FOLDER
-
-    def listing(self) -> PhotoFolder:
-        """The photos that are there, but for what this folder itself holds."""
-        moved = moved_photos(self.root)
-        photos = [*list_photos(self.job.photos, least=0 if moved else 1)]
-        if both := moved.keys() & {portable_name(path) for path, _ in photos}:
-            raise DataError(
-                f"{min(both)!r} was moved to {moved[min(both)]} and is in {self.job.photos} again. "
-                "Rename the new photo; if they are one and the same, remove the one that was moved."
-            )
-        photos += [(path_of(path), place.stat()) for path, place in moved.items()]
-        root, home = self.root.resolve(), self.job.photos.resolve()
-        if root.is_relative_to(home):
-            photos = [
-                one
-                for one in photos
-                if not one[0].startswith(f"{root.relative_to(home).as_posix()}/")
-            ]
-        return PhotoFolder(self.job.photos, photos, moved)
-
-    def run(self, labels: dict[str, str], streams: dict[str, str], listing: PhotoFolder) -> Triage:
-        """Embed what is new, learn from what labels there are, decide, and ask for the next labels."""
-        for path in (self.root / name for name in MADE if self.overwrite):
+def begin(root: Path, settings: TriageSettings, *, overwrite: bool) -> TriageState:
+    """The state from which a run goes on; with ``overwrite`` all that was made is removed."""
+    state = open_state(root, settings, overwrite=overwrite)
+    if overwrite:
+        for name in MADE:
+            path = root / name
             if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-        self.state = self.state.model_copy(update={"photos": str(self.job.photos.absolute())})
-        self.state.write(self.root / STATE)
-        n_new = self.stores.update(listing, self.job.how)
-        photos = self.stores.open(listing.listing)
-        if not len(photos):
-            kinds = ", ".join(
-                f"{n} {kind}" for kind, n in Counter(photos.bad.values()).most_common()
-            )
-            raise DataError(
-                f"none of the {len(photos.bad)} photos in {self.job.photos} can be read: {kinds}."
-            )
-        book = LabelBook.load(self.root / BOOK)
-        book.rename(former_text, [portable_name(path) for path, _ in listing.listing])
-        given = [book.entries[path] for path in labels if path in book.entries]
-        # before the book is saved, so that no kill leaves a promise too much
-        take_back(
-            self.folder, {one.path for one in given if one.label not in {None, labels[one.path]}}
+    state = state.model_copy(update={"photos": str(settings.photos.absolute())})
+    state.write(root / STATE)
+    return state
+
+
+def _require_photos(photos: Photos, folder: Path) -> None:
+    if len(photos):
+        return
+    kinds = Counter(photos.bad.values()).most_common()
+    why = ", ".join(f"{n} {kind}" for kind, n in kinds)
+    raise DataError(f"none of the {len(photos.bad)} photos in {folder} can be read: {why}.")
+
+
+def note_labels(
+    root: Path,
+    photos: Photos,
+    paths: list[str],
+    labels: Mapping[str, str],
+    streams: Mapping[str, str],
+) -> LabelBook:
+    """The book with the new labels; a guarantee is gone if a label that it rests on changed."""
+    book = LabelBook.load(root / BOOK)
+    book.rename(former_text, paths)
+    # before the book is saved, so that no kill leaves a guarantee too much
+    take_back(root / PREDICTOR_FOLDER, _changed(book, labels))
+    n_changed = book.answer(labels, streams)
+    if n_changed:
+        logger.info("%d labels are new, of %d in all", n_changed, len(book.labels))
+        book.save(root / BOOK)
+    n_of_another = book.note_pictures(dict(zip(photos.ids, photos.pictures, strict=True)))
+    if n_of_another:
+        logger.warning(
+            "%d photos have changed since their labels were given, so no guarantee rests on them",
+            n_of_another,
         )
-        if changed := book.answer(labels, streams):
-            logger.info("%d labels are new, of %d in all", changed, len(book.labels))
-            book.save(self.root / BOOK)
-        if n := book.note_pictures(dict(zip(photos.ids, photos.pictures, strict=True))):
-            logger.warning(
-                "%d photos have changed since their labels were given, which vouch for nothing now",
-                n,
-            )
-        return self.decide(photos, book, n_new)
+    return book
 
-    def decide(self, photos: Photos, book: LabelBook, n_new: int) -> Triage:
-        """What the labels in the book lead to, for photos that are embedded."""
-        photos.label(book.labels, self.job.of_no_class)
-        sides = Sides.of(photos, book, self.job.seed)
-        teach = np.flatnonzero(sides.teacher & sides.labelled)
-        predictor = self._in_play(photos, sides, teach)
-        outcomes, standing = self._scores(predictor, photos), None
-        if predictor.needs_labels and sides.voucher.any():
-            standing = self._standing(outcomes, sides, len(teach))
-            self._settle(predictor, photos, outcomes, standing, sides)
-        self._ask(photos, book, standing, outcomes.uncertainty, sides)
-        book.save(self.root / BOOK)
-        self.state.write(self.root / STATE)
-        decider = Decider.of_folder(load(self.folder), self.folder)
-        return Triage(
-            photos=photos,
-            outcomes=self._scores(decider.predictor, photos, decider),
-            predictor=decider.predictor,
-            standing=standing,
-            rule=self._promised(),
-            in_play=outcomes,
-            has_candidate=self.state.candidate is not None,
-            scenes=None if standing is None else first_of_scene(photos, teach, standing.rows),
-            asked=book.waiting(),
-            book=book,
-            n_new=n_new,
-            n_fit=0 if self.state.trial is None else self.state.trial.n_fit,
+
+def _changed(book: LabelBook, labels: Mapping[str, str]) -> set[str]:
+    """Photos whose label is replaced by another one."""
+    paths = set()
+    for path, label in labels.items():
+        entry = book.entries.get(path)
+        if entry is not None and entry.label not in {None, label}:
+            paths.add(path)
+    return paths
+
+
+def advance(
+    root: Path, settings: TriageSettings, state: TriageState, photos: Photos, book: LabelBook
+) -> tuple[TriageState, TriageResult]:
+    """The next state, and what it shows: the steps of a run of which the photos are embedded."""
+    photos.label(book.labels, settings.of_no_class)
+    run = TriageRun(root, settings, photos, book, PhotoSplit.of(photos, book, settings.seed))
+    state, predictor = choose_predictor(run, state)
+    tested = run.uncalibrated_scores(predictor)
+    progress = None
+    if predictor.needs_labels and run.split.for_calibration.any():
+        state, progress = count_labels(run, state, tested)
+        state = keep_certified(run, state, predictor, tested, progress)
+    state = ask_for_labels(run, state, tested.uncertainty, progress)
+    return state, _result(run, state, tested, progress)
+
+
+def _result(
+    run: TriageRun, state: TriageState, tested: Outcomes, progress: GuaranteeProgress | None
+) -> TriageResult:
+    decider = Decider.of_folder(load(run.present), run.present)
+    is_first_of_scene = None
+    if progress is not None:
+        is_first_of_scene = first_of_scene(run.photos, run.split.fit_rows, progress.rows)
+    return TriageResult(
+        photos=run.photos,
+        outcomes=run.score(decider),
+        predictor=decider.predictor,
+        rule=rule_in_force(run.present),
+        progress=progress,
+        tested_outcomes=tested,
+        has_candidate=state.candidate is not None,
+        is_first_of_scene=is_first_of_scene,
+        asked=run.book.waiting(),
+        book=run.book,
+        n_fit=0 if state.trial is None else state.trial.n_fit,
+    )
+
+
+def rule_in_force(folder: Path) -> Selector | None:
+    """The guarantee of the predictor in a folder, if it has one."""
+    if not record.has_record(folder):
+        return None
+    rule = record.load(folder).rule
+    if isinstance(rule, Selector) and rule.feasible:
+        return rule
+    return None
+
+
+# The first step: the predictor that labels are asked for.
+
+
+def choose_predictor(run: TriageRun, state: TriageState) -> tuple[TriageState, FailurePredictor]:
+    """The predictor that labels are asked for, fitted anew where its case says so (``FitCase``)."""
+    fit_rows = run.split.fit_rows
+    method = method_for(run.photos, fit_rows)
+    case = fit_case(
+        state,
+        method=method,
+        n_labels=len(fit_rows),
+        is_saved=(run.tested_folder(state) / PREDICTOR).is_file(),
+        is_guaranteed=rule_in_force(run.present) is not None,
+        has_calibration_photos=bool(run.split.for_calibration.any()),
+    )
+    if case.goes_on:
+        return state, _load_uncalibrated(run.tested_folder(state))
+    predictor = fit(method, run.photos, fit_rows, run.settings.seed)
+    if case is FitCase.NO_GUARANTEE:
+        return run.written(_let_decide(run, state, predictor, None)), predictor
+    return _test_beside(run, state, predictor)
+
+
+def _load_uncalibrated(folder: Path) -> FailurePredictor:
+    predictor = load(folder)
+    predictor.calibrator_ = None
+    return predictor
+
+
+def _let_decide(
+    run: TriageRun, state: TriageState, predictor: FailurePredictor, trial: Trial | None
+) -> TriageState:
+    """From now on this predictor decides."""
+    predictor.save(run.present)
+    Vocabulary.of(run.photos, run.photos.first.manifest.dtype).save(run.present)
+    return state.model_copy(update={"method": predictor.name, "trial": trial, "candidate": None})
+
+
+def _test_beside(
+    run: TriageRun, state: TriageState, predictor: FailurePredictor
+) -> tuple[TriageState, FailurePredictor]:
+    """Test a new predictor beside the one with a guarantee, if it is worth it."""
+    n_labels = len(run.split.fit_rows)
+    scores = run.uncalibrated_scores(predictor).uncertainty
+    least_share = min(WORTH_MORE * share_accepted(run), 1.0)
+    candidate = plan_trial(run, state, scores, least_share=least_share)
+    next_state = state.model_copy(update={"n_fit_of_last_candidate": n_labels})
+    if not is_worth_testing(candidate, state, n_labels):
+        return run.written(next_state), _load_uncalibrated(run.tested_folder(state))
+    predictor.save(run.candidate)
+    next_state = next_state.model_copy(update={"candidate": candidate})
+    return run.written(next_state), predictor
+
+
+def plan_trial(
+    run: TriageRun, state: TriageState, scores: Floats, *, least_share: float = 0.0
+) -> Trial:
+    """The trial of a predictor that is to accept at least a share of the photos, if anything."""
+    settings = run.settings
+    for_calibration = run.split.for_calibration
+    n_answered = int((for_calibration & run.split.answered).sum())
+    return Trial.plan(
+        n_fit=len(run.split.fit_rows),
+        scores=scores[for_calibration],
+        n_labels=max(PLANNED, settings.n_next, n_answered),
+        max_risk=settings.max_risk,
+        delta=level_of(state.n_tested + 1, settings.delta),
+        least_share=least_share,
+    )
+
+
+def share_accepted(run: TriageRun) -> float:
+    """Share of the calibration photos that the guarantee in force accepts."""
+    rule = rule_in_force(run.present)
+    if rule is None or rule.threshold is None:
+        return 0.0
+    uncertainty = load(run.present).predict_uncertainty(run.photos)
+    return float((uncertainty[run.split.for_calibration] <= rule.threshold).mean())
+
+
+# The second step: what the labels show.
+
+
+def count_labels(
+    run: TriageRun, state: TriageState, tested: Outcomes
+) -> tuple[TriageState, GuaranteeProgress]:
+    """What all labels that were asked for show; while some are missing, those before them."""
+    trial = state.tested_trial or plan_trial(run, state, tested.uncertainty)
+    progress = _progress(run, state, trial, tested, up_to=state.asked_up_to)
+    if len(progress.missing):
+        missing = progress.missing
+        progress = _progress(run, state, trial, tested, up_to=state.counted_up_to)
+        progress = dataclasses.replace(progress, missing=missing)
+    else:
+        state = state.model_copy(update={"counted_up_to": state.asked_up_to})
+    # with fewer labels than could certify anything a look is none
+    is_first_look = not trial.attempt and progress.looks.can_certify(progress.outcomes.uncertainty)
+    if is_first_look:
+        state = state.model_copy(update={"n_tested": state.n_tested + 1})
+        trial = trial.model_copy(update={"attempt": state.n_tested})
+    return run.written(state.with_trial(trial)), progress
+
+
+def _progress(
+    run: TriageRun, state: TriageState, trial: Trial, tested: Outcomes, *, up_to: int
+) -> GuaranteeProgress:
+    return progress_of(
+        trial,
+        tested,
+        run.split,
+        max_risk=run.settings.max_risk,
+        delta=run.settings.delta,
+        up_to=up_to,
+        n_before=state.n_tested,
+    )
+
+
+# The third step: what was certified is kept.
+
+
+def keep_certified(
+    run: TriageRun,
+    state: TriageState,
+    predictor: FailurePredictor,
+    tested: Outcomes,
+    progress: GuaranteeProgress,
+) -> TriageState:
+    """Keep what was certified; a candidate takes over where it is certified to accept more."""
+    if state.candidate is not None:
+        share = float((tested.uncertainty[run.split.for_calibration] <= progress.threshold).mean())
+        share_before = share_accepted(run)
+        if share <= share_before:
+            return state
+        logger.info(
+            "a predictor that was fitted on more labels accepts %.1f %%, before %.1f %%",
+            100 * share,
+            100 * share_before,
         )
+        state = _let_decide(run, state, predictor, state.candidate)
+        state = run.written(state)  # before the folder that the old state names goes
+        shutil.rmtree(run.candidate)
+    if _accepts_more(progress, rule_in_force(run.present)):
+        settings = run.settings
+        certificates = {ALL: progress.certificate(settings.max_risk)}
+        rule = anytime_rule(certificates, settings.max_risk, settings.confidence)
+        dataset = settings.photos.name
+        keep_guarantee(run.present, predictor, run.photos, progress.outcomes, rule, dataset)
+    return state
 
-    def _scores(
-        self, predictor: FailurePredictor, photos: Photos, decider: Decider | None = None
-    ) -> Outcomes:
-        decider = decider or Decider(predictor)
-        return score_rows(
-            decider,
-            photos,
-            {
-                "method": predictor.label,
-                "dataset": self.job.photos.name,
-                "seed": self.job.seed,
-                "is_probability": predictor.is_probability,
-                "provenance": decider.provenance,
-            },
+
+def _accepts_more(progress: GuaranteeProgress, rule: Selector | None) -> bool:
+    """Whether a rule is replaced: what was certified once is certified for ever."""
+    if not len(progress.rows):
+        return False
+    if rule is None:
+        return True
+    return progress.threshold > (rule.threshold or 0.0)
+
+
+# The last step: which labels are asked for.
+
+
+def ask_for_labels(
+    run: TriageRun, state: TriageState, uncertainty: Floats, progress: GuaranteeProgress | None
+) -> TriageState:
+    """Ask for what is missing; if nothing is, for new labels of both sides."""
+    predictor = str(read_record(run.tested_folder(state) / PREDICTOR)["weights_sha256"])[:16]
+    n = run.settings.n_next
+    missing: list[str] = []
+    if progress is not None:
+        missing = _paths(run, progress.missing)
+    _forget(run, predictor, missing)
+    wanted = missing
+    if progress is not None and not missing:
+        n_drawn = n_to_draw(
+            state,
+            n,
+            is_guaranteed=rule_in_force(run.present) is not None,
+            n_fit_labels=len(run.split.fit_rows),
+            can_be_shown=progress.more is not None,
         )
-
-    def _promised(self) -> Selector | None:
-        """The promise that is in force, if one is."""
-        rule = record.load(self.folder).rule if record.has_record(self.folder) else None
-        return rule if isinstance(rule, Selector) and rule.feasible else None
-
-    def _in_play(self, photos: Photos, sides: Sides, teach: Ints) -> FailurePredictor:
-        """The predictor that labels are to speak for now, fitted anew where there is so much more to learn from.
-
-        One that something is promised of goes on deciding; another is tried beside it, and takes
-        its place as soon as it is certified to accept more.
-        """
-        state, n = self.state, len(teach)
-        method = (
-            "vilu_plus"
-            if int((photos.target.numpy()[teach] >= 0).sum()) >= LEAST_TO_FIT
-            else "vilu_zero"
-        )
-        trial, promised = state.candidate or state.trial, self._promised() is not None
-        there = self.candidate if state.candidate is not None else self.folder
-        looked = state.candidate is not None or not promised
-        fitted = max(0 if trial is None else trial.n_fit, 0 if looked else state.n_tried, 1)
-        grown = n >= (GROWN if looked else SOON) * fitted
-        if (
-            state.method == method
-            and (there / PREDICTOR).is_file()
-            and (method == "vilu_zero" or not grown)
-        ):
-            return self._loaded(there)
-        if promised and not sides.voucher.any():  # no photo can tell which one accepts more
-            return self._loaded(there)
-        predictor = self._fitted(photos, teach, method)
-        if not promised:
-            self._adopt(predictor, photos, None)
-            return predictor
-        voucher = sides.voucher
-        least = min(MORE * self._share(photos, voucher), 1.0)
-        candidate = self._plan(self._scores(predictor, photos), sides, n, least)
-        self.state = state = state.model_copy(update={"n_tried": n})
-        # by its own probabilities: no label was looked at, so that this is no trial
-        if not candidate.likely and n < ANYHOW * max(0 if trial is None else trial.n_fit, 1):
-            return self._loaded(there)
-        predictor.save(self.candidate)
-        self.state = state.model_copy(update={"candidate": candidate})
-        return predictor
-
-    def _loaded(self, folder: Path) -> FailurePredictor:
-        found = load(folder)
-        found.calibrator_ = None
-        return found
-
-    def _share(self, photos: Photos, voucher: Mask) -> float:
-        """Share of the photos that vouch which the promise in force accepts."""
-        rule = self._promised()
-        if rule is None or rule.threshold is None:
-            return 0.0
-        return float(
-            (load(self.folder).predict_uncertainty(photos)[voucher] <= rule.threshold).mean()
-        )
-
-    def _fitted(self, photos: Photos, teach: Ints, method: str) -> FailurePredictor:
-        settings = {"seed": self.job.seed} if method == "vilu_plus" else {}
-        predictor: FailurePredictor = find_method(method)(**settings)
-        predictor.fit(photos.take(teach) if method == "vilu_plus" else photos)
-        on = (
-            f"{len(teach):,} labels"
-            if method == "vilu_plus"
-            else f"{len(photos):,} photos, without labels"
-        )
-        logger.info("%s is fitted on %s", method, on)
-        return predictor
-
-    def _adopt(self, predictor: FailurePredictor, photos: Photos, trial: Trial | None) -> None:
-        """From now on this predictor decides."""
-        predictor.save(self.folder)
-        Vocabulary.of(photos, photos.first.manifest.dtype).save(self.folder)
-        self.state = self.state.model_copy(
-            update={"method": predictor.name, "trial": trial, "candidate": None}
-        )
-
-    def _plan(self, outcomes: Outcomes, sides: Sides, n_teach: int, least: float = 0.0) -> Trial:
-        """A trial of a predictor that is to accept a share ``least`` of the photos, if anything."""
-        n = max(PLANNED, self.job.n_next, int((sides.voucher & sides.answered).sum()))
-        risk = self.job.max_risk, level_of(self.state.tried + 1, 1 - self.job.confidence)
-        return Trial.plan(n_teach, outcomes.uncertainty[sides.voucher], n, risk, least)
-
-    def _stand(self, trial: Trial, outcomes: Outcomes, sides: Sides, up_to: int) -> PromiseProgress:
-        risk = self.job.max_risk, 1 - self.job.confidence
-        return stand(trial, outcomes, sides, risk, up_to, self.state.tried)
-
-    def _standing(self, outcomes: Outcomes, sides: Sides, n_teach: int) -> PromiseProgress:
-        """Of the predictor in play: by all labels that were asked for, or while some lack, by those before."""
-        state = self.state
-        trial = state.candidate or state.trial or self._plan(outcomes, sides, n_teach)
-        found = self._stand(trial, outcomes, sides, state.reach)
-        if len(found.missing):
-            found = dataclasses.replace(
-                self._stand(trial, outcomes, sides, state.counted), missing=found.missing
-            )
-        else:
-            self.state = self.state.model_copy(update={"counted": state.reach})
-        if not trial.attempt and found.looks.can_certify(
-            found.outcomes.uncertainty
-        ):  # with fewer a look is none
-            self.state = self.state.model_copy(update={"tried": self.state.tried + 1})
-            trial = trial.model_copy(update={"attempt": self.state.tried})
-        self._try(trial)
-        return found
-
-    def _try(self, trial: Trial) -> None:
-        """Note how the trial of the predictor in play stands."""
-        place = "trial" if self.state.candidate is None else "candidate"
-        self.state = self.state.model_copy(update={place: trial})
-
-    def _settle(
-        self,
-        predictor: FailurePredictor,
-        photos: Photos,
-        outcomes: Outcomes,
-        standing: PromiseProgress,
-        sides: Sides,
-    ) -> None:
-        """Keep what was certified; a predictor that was tried beside the present one takes its place if it is more."""
-        candidate = self.state.candidate
-        if candidate is not None:
-            share = float((outcomes.uncertainty[sides.voucher] <= standing.threshold).mean())
-            before = self._share(photos, sides.voucher)
-            if share <= before:
-                return
-            logger.info(
-                "a predictor that more labels taught accepts %.1f %%, before %.1f %%",
-                100 * share,
-                100 * before,
-            )
-            self._adopt(predictor, photos, candidate)
-            self.state.write(self.root / STATE)  # before what it names goes
-            shutil.rmtree(self.candidate)
-        kept = self._promised()
-        # what was certified once is certified for ever, so a rule is replaced by one that accepts
-        # more alone
-        if len(standing.rows) and (kept is None or standing.threshold > (kept.threshold or 0.0)):
-            rule = standing.rule(self.job.max_risk, self.job.confidence)
-            keep_promise(
-                self.folder, predictor, photos, standing.outcomes, rule, self.job.photos.name
-            )
-
-    def _ask(
-        self,
-        photos: Photos,
-        book: LabelBook,
-        standing: PromiseProgress | None,
-        u: Floats,
-        sides: Sides,
-    ) -> None:
-        """Ask for what is missing; else for labels that vouch, or teach; for both where a promise holds."""
-        there = self.folder if self.state.candidate is None else self.candidate
-        name, n = str(read_record(there / PREDICTOR)["weights_sha256"])[:16], self.job.n_next
-        lacking = [] if standing is None else [photos.ids[row] for row in standing.missing.tolist()]
-        alone = bool(lacking) and self._promised() is None
-        book.forget(lambda one: one.path not in lacking and (alone or one.predictor != name))
-        if not lacking and standing is not None:
-            n_vouch = self._how_many_vouch(standing, int((sides.teacher & sides.labelled).sum()), n)
-            lacking = [photos.ids[row] for row in self._draw_on(standing, u, sides, n_vouch)]
-        waiting = {one.path for one in book.waiting()}
-        vouch = [path for path in lacking if path not in waiting]
-        book.ask(vouch, "promise", predictor=name, probability=self.state.reach / ORDER)
-        left = n - len(book.waiting())
-        if left > 0 and not (standing is not None and len(standing.missing)):
-            asked = np.array([path in book.entries for path in photos.ids], dtype=np.bool_)
-            teachers = to_teach(
-                photos,
-                np.flatnonzero(sides.teacher & ~sides.answered & ~asked),
-                u,
-                left,
-                self.job.seed,
-            )
-            book.ask([photos.ids[row] for row in teachers], "fit", predictor=name)
-
-    def _how_many_vouch(self, standing: PromiseProgress, n_teach: int, n: int) -> int:
-        """How many of the next labels are to vouch: all until something is promised, if likely; then a third."""
-        if self.state.trial is None:
-            return 0
-        if self._promised() is not None:
-            return n // THIRD
-        return (
-            n if n_teach >= LEAST and self.state.trial.likely and standing.more is not None else 0
-        )
-
-    def _draw_on(self, standing: PromiseProgress, u: Floats, sides: Sides, n: int) -> list[int]:
-        """The next photos in the random order, or where all up to the limit is certified, those a little beyond it."""
-        trial, reach = self.state.candidate or self.state.trial, self.state.reach
-        if trial is None or not n:
-            return []
-        last = standing.looks.last
-        if standing.certified == last:
-            trial = trial.model_copy(
-                update={"limit": trial.grid[min(last + FURTHER, len(trial.grid) - 1)]}
-            )
-        region = np.flatnonzero(sides.voucher & (u <= trial.limit) & ~sides.answered)
-        region = region[np.argsort(sides.place[region])]
-        before = region[sides.place[region] < reach]
-        chosen = before if len(before) else region[:n]
-        if len(chosen):
-            reach = max(reach, int(sides.place[chosen[-1]]) + 1)
-        self._try(trial)
-        self.state = self.state.model_copy(update={"reach": reach})
-        found: list[int] = chosen.tolist()
-        return found
+        if n_drawn and state.tested_trial is not None:
+            trial = further_trial(state.tested_trial, progress)
+            rows = next_of_draw(run.split, uncertainty, trial.limit, n_drawn, state.asked_up_to)
+            wanted = _paths(run, rows)
+            asked_up_to = _position_after(run.split, rows, state.asked_up_to)
+            state = state.with_trial(trial).model_copy(update={"asked_up_to": asked_up_to})
+    waiting = {entry.path for entry in run.book.waiting()}
+    new = [path for path in wanted if path not in waiting]
+    probability = state.asked_up_to / POSITIONS
+    run.book.ask(new, "promise", predictor=predictor, probability=probability)
+    if not missing:
+        _ask_to_fit(run, predictor, uncertainty, n - len(run.book.waiting()))
+    run.book.save(run.root / BOOK)
+    return run.written(state)
 
 
-def moved_photos(root: Path) -> dict[str, Path]:
-    """Path in the folder of photos to where a photo was moved, which is no link; empty where none was."""
-    if not (root / MOVED).exists():
-        return {}
-    table, _ = read_table(root / MOVED, ())
-    moved = {}
-    for name, below in zip(table["path"].to_pylist(), table["place"].to_pylist(), strict=True):
-        place = root / below
-        if place.is_file() and not place.is_symlink():
-            moved[portable_name(path_of(name))] = place
-    return moved
+def _paths(run: TriageRun, rows: Ints) -> list[str]:
+    return [run.photos.ids[row] for row in rows.tolist()]
+
+
+def _forget(run: TriageRun, predictor: str, missing: list[str]) -> None:
+    """Ask no more for what another predictor asked for.
+
+    While labels are missing and nothing is guaranteed, ask for those alone.
+    """
+    everything_waits = bool(missing) and rule_in_force(run.present) is None
+
+    def is_forgotten(entry: Entry) -> bool:
+        if entry.path in missing:
+            return False
+        return everything_waits or entry.predictor != predictor
+
+    run.book.forget(is_forgotten)
+
+
+def n_to_draw(
+    state: TriageState,
+    n: int,
+    *,
+    is_guaranteed: bool,
+    n_fit_labels: int,
+    can_be_shown: bool,
+) -> int:
+    """How many of the next ``n`` labels are of the calibration side.
+
+    All of them until something is guaranteed, if that is likely and there are enough labels to fit
+    on; with a guarantee the third part.
+
+    Args:
+        state: Of the triage.
+        n: Labels that are asked for.
+        is_guaranteed: Whether something is.
+        n_fit_labels: Labels of the fit side.
+        can_be_shown: Whether more labels of this kind would show something.
+    """
+    if state.trial is None:
+        return 0
+    if is_guaranteed:
+        return n // CALIBRATION_PART
+    is_hopeful = state.trial.likely and can_be_shown
+    if is_hopeful and n_fit_labels >= LEAST_BEFORE_DRAW:
+        return n
+    return 0
+
+
+def further_trial(trial: Trial, progress: GuaranteeProgress) -> Trial:
+    """The trial; where all up to its limit is certified, with a limit a little further on."""
+    last = progress.looks.last
+    if progress.certified != last:
+        return trial
+    limit = trial.grid[min(last + FURTHER, len(trial.grid) - 1)]
+    return trial.model_copy(update={"limit": limit})
+
+
+def next_of_draw(
+    split: PhotoSplit, uncertainty: Floats, limit: float, n: int, asked_up_to: int
+) -> Ints:
+    """The next photos below a limit in the random order.
+
+    Those before the position that was reached come first, all of them: the limit has moved.
+    """
+    is_open = split.for_calibration & (uncertainty <= limit) & ~split.answered
+    rows = np.flatnonzero(is_open)
+    rows = rows[np.argsort(split.position[rows])]
+    passed = rows[split.position[rows] < asked_up_to]
+    return passed if len(passed) else rows[:n]
+
+
+def _position_after(split: PhotoSplit, rows: Ints, asked_up_to: int) -> int:
+    if not len(rows):
+        return asked_up_to
+    return max(asked_up_to, int(split.position[rows[-1]]) + 1)
+
+
+def _ask_to_fit(run: TriageRun, predictor: str, uncertainty: Floats, n: int) -> None:
+    """Ask for labels of the fit side."""
+    if n <= 0:
+        return
+    asked = np.array([path in run.book.entries for path in run.photos.ids], dtype=np.bool_)
+    rows = np.flatnonzero(run.split.for_fit & ~run.split.answered & ~asked)
+    chosen = choose_to_fit(run.photos, rows, uncertainty, n, run.settings.seed)
+    run.book.ask(_paths(run, chosen), "fit", predictor=predictor)
