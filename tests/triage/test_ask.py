@@ -12,8 +12,9 @@ import pytest
 from vilu.calibration.rules import group_names, members_of
 from vilu.outcomes.outcomes import Outcomes
 from vilu.triage.ask import StoreDraws
-from vilu.triage.guarantee import POSITIONS, PhotoSplit, Trial
+from vilu.triage.guarantee import POSITIONS, PhotoSplit
 from vilu.triage.labels import LabelBook
+from vilu.triage.trial import Trial
 
 RISK, DELTA, ROWS, RATE = 0.1, 0.05, 900, {"kept": 0.02, "broken": 0.11}
 

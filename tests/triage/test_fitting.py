@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from vilu.triage.fitting import FROM_LABELS, ZERO_SHOT, FitCase, fit_case, is_worth_testing
-from vilu.triage.guarantee import Trial
 from vilu.triage.run import n_to_draw
 from vilu.triage.state import TriageState
+from vilu.triage.trial import Trial
 
 
 def trial(n_fit: int, *, likely: bool = True) -> Trial:

@@ -16,7 +16,7 @@ from vilu.guard.guard import Answer, RunnersUp, runners_up_of
 from vilu.outcomes.outcomes import Outcomes
 from vilu.scoring.score import ACCEPT, OUTSIDE_REASON
 from vilu.triage.labels import Entry, columns_of
-from vilu.triage.run import TriageResult
+from vilu.triage.photos import Photos
 from vilu.triage.state import DECISIONS_CSV, DECISIONS_PARQUET
 
 LABELLED: Final = "labelled"
@@ -27,18 +27,16 @@ NO_GUARANTEE: Final = "no_guarantee"
 """Why nothing is accepted while the predictor has no rule."""
 
 
-def answers_of(result: TriageResult) -> list[Answer]:
+def answers_of(photos: Photos, outcomes: Outcomes, labels: Mapping[str, str]) -> list[Answer]:
     """One for every photo that was listed: scored, labelled or unreadable."""
-    outcomes = result.outcomes
-    labels = result.book.labels
-    runners_up = all_runners_up(result.photos)
+    runners_up = all_runners_up(photos)
     answers = []
-    for row, path in enumerate(result.photos.ids):
+    for row, path in enumerate(photos.ids):
         if path in labels:
             answers.append(_labelled(path, labels[path]))
         else:
             answers.append(answer_of(outcomes, row, runners_up[row]))
-    for path, kind in result.photos.bad.items():
+    for path, kind in photos.bad.items():
         answers.append(_unanswered(path, kind))
     return sorted(answers, key=lambda answer: answer.key)
 
@@ -105,7 +103,7 @@ def count_answers(answers: Sequence[Answer]) -> dict[str, int]:
     return {"photos": len(answers), **counts}
 
 
-def write_decisions(root: Path, result: TriageResult, answers: Sequence[Answer]) -> None:
+def write_decisions(root: Path, outcomes: Outcomes, answers: Sequence[Answer]) -> None:
     """``decisions.csv`` for people; ``decisions.parquet`` as ``vilu score`` writes it."""
     runners_up = [answer.runners_up[0][0] if answer.runners_up else None for answer in answers]
     columns = {
@@ -115,7 +113,7 @@ def write_decisions(root: Path, result: TriageResult, answers: Sequence[Answer])
         "runner_up": pa.array(runners_up, pa.string()),
     }
     write_table(root / DECISIONS_CSV, columns, {})
-    result.outcomes.save(root / DECISIONS_PARQUET)
+    outcomes.save(root / DECISIONS_PARQUET)
 
 
 def write_next(path: Path, asked: Sequence[Entry], answers: Mapping[str, Answer]) -> None:

@@ -30,12 +30,10 @@ from vilu.store.reader import EmbeddingStore
 from vilu.triage.answers import answer_of
 from vilu.triage.choose import choose_to_fit
 from vilu.triage.guarantee import (
-    PLANNED,
     POSITIONS,
     GuaranteeProgress,
     Mask,
     PhotoSplit,
-    Trial,
     anytime_rule,
     keep_guarantee,
     progress_of,
@@ -43,6 +41,7 @@ from vilu.triage.guarantee import (
 from vilu.triage.labels import SKIPPED, Entry, LabelBook
 from vilu.triage.photos import Photos
 from vilu.triage.store_labels import label_store
+from vilu.triage.trial import PLANNED, Trial
 from vilu.validation import checked
 
 CONFIDENCE: Final = 0.95

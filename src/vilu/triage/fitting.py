@@ -11,9 +11,9 @@ import numpy as np
 from vilu.metrics.counts import Ints
 from vilu.predictors.contract.catalogue import find_method
 from vilu.predictors.contract.predictor import FailurePredictor
-from vilu.triage.guarantee import Trial
 from vilu.triage.photos import Photos
 from vilu.triage.state import TriageState
+from vilu.triage.trial import Trial
 
 ZERO_SHOT: Final = "vilu_zero"
 FROM_LABELS: Final = "vilu_plus"

@@ -10,26 +10,21 @@ from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
-from vilu.artifacts.documents import Model
-from vilu.calibration.anytime import Looks, grid_of, level_of
+from vilu.calibration.anytime import Looks, level_of
 from vilu.calibration.procedure import keep_record
 from vilu.calibration.record import Record
 from vilu.calibration.rules import ALL, Certificate, Selector
 from vilu.embeddings.copies import near_copies
 from vilu.embeddings.source import EmbeddingSource
-from vilu.metrics.counts import Floats, Ints
+from vilu.metrics.counts import Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.contract.probability import Logistic
 from vilu.predictors.persistence.storage import write_card
-from vilu.triage.choose import choose_limit
 from vilu.triage.labels import SKIPPED, LabelBook, side_of
 from vilu.triage.photos import Photos
-
-PLANNED: Final = 200
-"""Calibration labels for which the limit is chosen: so many show a risk of 1 % to be below 5 %."""
+from vilu.triage.trial import Trial
 
 POSITIONS: Final = 2**63
 """Positions in the random order."""
@@ -115,47 +110,6 @@ def first_of_scene(photos: EmbeddingSource, known: Ints, rows: Ints) -> Mask:
     both = np.concatenate([known, rows])
     is_first: Mask = near_copies(photos, both) == np.arange(len(both))
     return is_first[len(known) :]
-
-
-class Trial(Model):
-    """A predictor that is tested: the thresholds that it may get, and how far its labels reach.
-
-    Attributes:
-        n_fit: Labels that it was fitted on.
-        grid: Thresholds, ascending.
-        limit: Only labels of photos up to this uncertainty count for it.
-        likely: Whether its own probabilities let one hope for a guarantee there.
-        attempt: Its number among those of which labels could certify something; 0: not yet.
-    """
-
-    n_fit: int = Field(ge=0)
-    grid: tuple[float, ...]
-    limit: float
-    likely: bool
-    attempt: int = Field(default=0, ge=0)
-
-    @classmethod
-    def plan(
-        cls,
-        n_fit: int,
-        scores: Floats,
-        n_labels: int,
-        max_risk: float,
-        delta: float,
-        *,
-        least_share: float = 0.0,
-    ) -> Trial:
-        """A new one, from the scores (M,) of calibration photos and how many labels they may get.
-
-        At least the share ``least_share`` of the photos lies below the limit.
-        """
-        limit, likely = choose_limit(scores, min(n_labels, len(scores)), max_risk, delta)
-        lowest = float(np.quantile(scores, least_share, method="higher"))
-        if limit < lowest:
-            limit = lowest
-            likely = False
-        grid = tuple(grid_of(scores, limit).tolist())
-        return cls(n_fit=n_fit, grid=grid, limit=limit, likely=likely)
 
 
 @dataclass(frozen=True)

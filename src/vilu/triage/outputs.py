@@ -94,8 +94,8 @@ def triage_photos(
     with locked(make_folder(output), "sorting into", who="triage"):
         # the state is read again, since another run may have ended meanwhile
         result = run_triage(output, settings, listing, by_path, streams, overwrite=overwrite)
-        answers = answers_of(result)
-        write_decisions(output, result, answers)
+        answers = answers_of(result.photos, result.outcomes, result.book.labels)
+        write_decisions(output, result.outcomes, answers)
         write_next(output / NEXT, result.asked, {answer.key: answer for answer in answers})
         write_page(output, listing, result, answers, settings)
         if sort is not None:

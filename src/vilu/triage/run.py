@@ -34,12 +34,10 @@ from vilu.scoring.score import Decider, score_rows
 from vilu.triage.choose import choose_to_fit
 from vilu.triage.fitting import FitCase, fit, fit_case, is_worth_testing, method_for
 from vilu.triage.guarantee import (
-    PLANNED,
     POSITIONS,
     GuaranteeProgress,
     Mask,
     PhotoSplit,
-    Trial,
     anytime_rule,
     first_of_scene,
     keep_guarantee,
@@ -57,6 +55,7 @@ from vilu.triage.state import (
     TriageState,
     open_state,
 )
+from vilu.triage.trial import PLANNED, Trial
 
 LEAST_BEFORE_DRAW: Final = 50
 """Labels of the fit side that come before the first photos of the calibration side are drawn."""

@@ -180,8 +180,11 @@ def _copy(source: str | Path, target: str | Path) -> None:
 
 
 def _note_moves(root: Path, moves: Sequence[tuple[str, Path]]) -> None:
-    paths = [path for path, _ in moves]
-    targets = [target.relative_to(root).as_posix() for _, target in moves]
+    paths = []
+    targets = []
+    for path, target in moves:
+        paths.append(path)
+        targets.append(target.relative_to(root).as_posix())
     columns: Mapping[str, pa.Array] = {
         "path": pa.array(paths, pa.string()),
         "place": pa.array(targets, pa.string()),

@@ -13,8 +13,8 @@ from vilu.artifacts.documents import Document, read_document
 from vilu.artifacts.paths import claim_folder
 from vilu.calibration.shares import OUTSIDE_NAME
 from vilu.errors import DataError, UsageError
-from vilu.triage.guarantee import Trial
 from vilu.triage.photos import FOLDER, EmbeddingSettings
+from vilu.triage.trial import Trial
 
 STATE: Final = "triage.json"
 BOOK: Final = "labels.parquet"
@@ -126,8 +126,9 @@ class TriageState(Document):
 
     def with_trial(self, trial: Trial) -> TriageState:
         """The state with another trial of the predictor that labels are asked for."""
-        name = "trial" if self.candidate is None else "candidate"
-        return self.model_copy(update={name: trial})
+        if self.candidate is None:
+            return self.model_copy(update={"trial": trial})
+        return self.model_copy(update={"candidate": trial})
 
 
 def open_state(root: Path, settings: TriageSettings, *, overwrite: bool = False) -> TriageState:
