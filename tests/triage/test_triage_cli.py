@@ -255,6 +255,7 @@ def test_labels_that_next_asks_for_make_a_guarantee_of_a_store(
 def test_a_guarantee_of_every_class_asks_first_where_labels_lack(
     begun: Folder, tmp_path: Path, uncalibrated: Path
 ) -> None:
+    """Half of the answers "cat" are wrong, so that class comes last; the other two take turns."""
     truth, predictor, given = begun[1], uncalibrated, list[object]()
     calibrate = (
         "calibrate",
@@ -263,9 +264,9 @@ def test_a_guarantee_of_every_class_asks_first_where_labels_lack(
         "--method",
         "anytime",
         "--max-risk",
-        0.3,
+        0.4,
     )
-    vouching = Counter[str]()
+    drawn = Counter[str]()
     for number in range(6):
         file = tmp_path / f"{number}.csv"
         run(
@@ -275,25 +276,27 @@ def test_a_guarantee_of_every_class_asks_first_where_labels_lack(
             predictor,
             "--per-class",
             "--max-risk",
-            0.3,
+            0.4,
             "-o",
             file,
             *given,
         )
         found = rows(file)
-        vouching.update(row["answer"] for row in found if row["stream"] == "promise")
-        assert number or max(vouching.values()) - min(vouching[name] for name in NAMES) <= 1
+        drawn.update(row["answer"] for row in found if row["stream"] == "promise")
+        if number == 0:
+            assert drawn["cat"] == 0
+            assert abs(drawn["car"] - drawn["dog"]) <= 1
         give_labels(file, truth, file)
         given += ["--labels", file]
         done = command_line(*calibrate, "--per-class", *given)
         assert done.returncode in {0, 4}
         if done.returncode == 4:
-            assert all(f"{name}: about" in done.stderr for name in NAMES)
+            assert all(f"{name}: about" in done.stderr for name in ("car", "dog"))
     rule = record.load(predictor).rule
     assert isinstance(rule, Selector)
     assert rule.grouped_by == "prediction"
     assert rule.certificates.keys() == set(NAMES)
-    assert all(one.n <= vouching[name] for name, one in rule.certificates.items())
+    assert all(one.n <= drawn[name] for name, one in rule.certificates.items())
     assert sum(one.threshold is not None for one in rule.certificates.values()) >= 2
     assert "is calibrated already" in run(*calibrate, *given, code=2).stderr
     run("score", predictor, tmp_path / "store", "-o", tmp_path / "scores.parquet")
