@@ -352,6 +352,38 @@ def test_a_triage_that_is_killed_while_a_candidate_takes_over_goes_on(
     assert read_document(output / "triage.json", TriageState).candidate is None
 
 
+@pytest.mark.parametrize("is_written", [False, True])
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_a_triage_that_is_killed_between_two_steps_ends_the_same(
+    begun: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, is_written: bool
+) -> None:
+    """Before or after the state is written: at the start, with what labels show, with what is asked."""
+    (home, truth), job = begun, job_on(begun[0] / "photos")
+    output = Path(shutil.copytree(home / "half", tmp_path / "out"))
+    labels = [fill_in(output, truth, tmp_path / "filled.csv")]
+    write = TriageState.write
+    n_writes = 0
+
+    def write_and_stop(self: TriageState, path: Path) -> None:
+        nonlocal n_writes
+        n_writes += 1
+        if n_writes != step or is_written:
+            write(self, path)
+        if n_writes == step:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TriageState, "write", write_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            triage_photos(job, output, labels)
+    assert "Guaranteed: at most 10.0% wrong" in triage_photos(job, output, labels).guarantee
+    undisturbed = home / "out"
+    for name in ("triage.json", "decisions.csv", "predictor/risk.json"):
+        assert (output / name).read_bytes() == (undisturbed / name).read_bytes(), name
+    paths = [row["path"] for row in rows(output / "next_labels.csv")]
+    assert paths == [row["path"] for row in rows(undisturbed / "next_labels.csv")]
+
+
 @pytest.mark.parametrize("is_counted", [True, False])
 def test_a_guarantee_does_not_outlive_the_labels_that_it_rests_on(
     promised: Folder, caplog: pytest.LogCaptureFixture, is_counted: bool

@@ -123,8 +123,8 @@ class TriageRun:
         """Of all photos, by a predictor alone."""
         return self.score(Decider(predictor))
 
-    def written(self, state: TriageState) -> TriageState:
-        """The state, which is on the disk now."""
+    def write(self, state: TriageState) -> TriageState:
+        """Write the state; returns it."""
         state.write(self.root / STATE)
         return state
 
@@ -216,18 +216,19 @@ def note_labels(
     """The book with the new labels; a guarantee is gone if a label that it rests on changed."""
     book = LabelBook.load(root / BOOK)
     book.rename(former_text, paths)
-    # before the book is saved, so that no kill leaves a guarantee too much
+    # before the book is saved, so that no kill leaves a guarantee whose labels have changed
     take_back(root / PREDICTOR_FOLDER, _changed(book, labels))
     n_changed = book.answer(labels, streams)
     if n_changed:
         logger.info("%d labels are new, of %d in all", n_changed, len(book.labels))
-        book.save(root / BOOK)
     n_of_another = book.note_pictures(dict(zip(photos.ids, photos.pictures, strict=True)))
     if n_of_another:
         logger.warning(
             "%d photos have changed since their labels were given, so no guarantee rests on them",
             n_of_another,
         )
+    if n_changed:
+        book.save(root / BOOK)
     return book
 
 
@@ -308,7 +309,7 @@ def choose_predictor(run: TriageRun, state: TriageState) -> tuple[TriageState, F
         return state, _load_uncalibrated(run.tested_folder(state))
     predictor = fit(method, run.photos, fit_rows, run.settings.seed)
     if case is FitCase.NO_GUARANTEE:
-        return run.written(_let_decide(run, state, predictor, None)), predictor
+        return run.write(_let_decide(run, state, predictor, None)), predictor
     return _test_beside(run, state, predictor)
 
 
@@ -337,10 +338,10 @@ def _test_beside(
     candidate = plan_trial(run, state, scores, least_share=least_share)
     next_state = state.model_copy(update={"n_fit_of_last_candidate": n_labels})
     if not is_worth_testing(candidate, state, n_labels):
-        return run.written(next_state), _load_uncalibrated(run.tested_folder(state))
+        return run.write(next_state), _load_uncalibrated(run.tested_folder(state))
     predictor.save(run.candidate)
     next_state = next_state.model_copy(update={"candidate": candidate})
-    return run.written(next_state), predictor
+    return run.write(next_state), predictor
 
 
 def plan_trial(
@@ -389,7 +390,7 @@ def count_labels(
     if is_first_look:
         state = state.model_copy(update={"n_tested": state.n_tested + 1})
         trial = trial.model_copy(update={"attempt": state.n_tested})
-    return run.written(state.with_trial(trial)), progress
+    return run.write(state.with_trial(trial)), progress
 
 
 def _progress(
@@ -428,7 +429,7 @@ def keep_certified(
             100 * share_before,
         )
         state = _let_decide(run, state, predictor, state.candidate)
-        state = run.written(state)  # before the folder that the old state names goes
+        state = run.write(state)  # before the folder that the old state names goes
         shutil.rmtree(run.candidate)
     if _accepts_more(progress, rule_in_force(run.present)):
         settings = run.settings
@@ -483,7 +484,7 @@ def ask_for_labels(
     if not missing:
         _ask_to_fit(run, predictor, uncertainty, n - len(run.book.waiting()))
     run.book.save(run.root / BOOK)
-    return run.written(state)
+    return run.write(state)
 
 
 def _paths(run: TriageRun, rows: Ints) -> list[str]:
