@@ -55,8 +55,9 @@ from vilu.predictors.plus.vilu_plus import ViLUPlus
 from vilu.store.job import BackboneSpec
 from vilu.store.reader import EmbeddingStore
 from vilu.triage.labels import LabelBook
-from vilu.triage.photos import Embedding, Photos
-from vilu.triage.triage import Job, Workshop
+from vilu.triage.photos import EmbeddingSettings, Photos
+from vilu.triage.run import advance
+from vilu.triage.state import TriageSettings, TriageState
 
 SIZES = (200, 300, 400, 600, 800, 1_200, 1_600, 2_000)
 DIVIDED = (400, 800, 2_000)
@@ -170,15 +171,19 @@ def by_triage(
     order = [
         photos.ids[row] for row in np.random.default_rng(seed).permutation(len(photos)).tolist()
     ]
-    how = Embedding(BackboneSpec("none"), tuple(names), None, ())
+    embedding = EmbeddingSettings(BackboneSpec("none"), tuple(names), None, ())
     with tempfile.TemporaryDirectory() as folder:
-        job = Job(Path(folder), how, max_risk=MAX_RISK, n_next=ROUND, seed=seed)
-        workshop, book = Workshop(Path(folder) / "out", job), LabelBook()
-        workshop.root.mkdir()
+        root = Path(folder) / "out"
+        root.mkdir()
+        settings = TriageSettings(
+            Path(folder), embedding, max_risk=MAX_RISK, n_next=ROUND, seed=seed
+        )
+        state = TriageState(settings=settings.fixed)
+        book = LabelBook()
         while True:
             if len(book.labels) >= MANY:
-                workshop.job = replace(job, n_next=LATER)
-            found = workshop.decide(photos, book, 0)
+                settings = replace(settings, n_next=LATER)
+            state, found = advance(root, settings, state, photos, book)
             rule = None if found.rule is None else found.rule.threshold
             yield (
                 len(book.labels),
@@ -186,7 +191,7 @@ def by_triage(
             )
             n = len(book.labels)
             asked = [one.path for one in found.asked]
-            asked = (order[n : n + workshop.job.n_next] if at_random else asked)[: most - n]
+            asked = (order[n : n + settings.n_next] if at_random else asked)[: most - n]
             if not asked:
                 return
             book.answer({path: truth[path] for path in asked})

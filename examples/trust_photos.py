@@ -37,7 +37,7 @@ def main() -> Figure:
     with tempfile.TemporaryDirectory() as place:
         home = Path(place)
         told = triage(home, photos_on_disk(home / "photos", 340))
-        print(next(line for line in told.splitlines() if "promised" in line.lower()))
+        print(next(line for line in told.splitlines() if "guaranteed" in line.lower()))
 
         truth = photos_on_disk(home / "later", 100, skip=340)
         guard = vilu.Guard(home / "out" / "predictor")
@@ -56,7 +56,7 @@ def main() -> Figure:
         f"{wrong:.0%} of {len(right)} answers are wrong; of the {len(accepted)} that are accepted {still_wrong:.0%} are"
     )
 
-    assert "Promised: at most 35.0% wrong" in told
+    assert "Guaranteed: at most 35.0% wrong" in told
     assert Counter(answer.decision for answer in answers).keys() == {"accept", "abstain"}
     assert 15 < len(accepted) < 80
     assert still_wrong < wrong - 0.2

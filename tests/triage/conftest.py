@@ -14,8 +14,8 @@ from tests.builders.photo_folders import write_photos
 from tests.builders.store_fakes import NAMES, FakeBackbone
 from vilu.store.job import BackboneSpec
 from vilu.triage.outputs import triage_photos
-from vilu.triage.photos import Embedding
-from vilu.triage.triage import Job
+from vilu.triage.photos import EmbeddingSettings
+from vilu.triage.state import TriageSettings
 
 Folder = tuple[Path, dict[str, str]]
 
@@ -40,8 +40,10 @@ def fill_in(output: Path, truth: dict[str, str], to: Path) -> Path:
     return give_labels(output / "next_labels.csv", truth, to)
 
 
-def job_on(photos: Path) -> Job:
-    return Job(photos, Embedding(BackboneSpec("fake"), NAMES, None, ()), max_risk=0.1, n_next=60)
+def job_on(photos: Path) -> TriageSettings:
+    return TriageSettings(
+        photos, EmbeddingSettings(BackboneSpec("fake"), NAMES, None, ()), max_risk=0.1, n_next=60
+    )
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -86,11 +88,11 @@ def folder(tmp_path: Path) -> Folder:
 
 
 @pytest.fixture
-def job(folder: Folder) -> Job:
+def job(folder: Folder) -> TriageSettings:
     return job_on(folder[0])
 
 
 @pytest.fixture
-def changed(job: Job) -> Callable[..., Job]:
+def changed(job: TriageSettings) -> Callable[..., TriageSettings]:
     """The same job with other settings."""
     return lambda **settings: replace(job, **settings)

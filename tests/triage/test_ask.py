@@ -11,14 +11,15 @@ import pytest
 
 from vilu.calibration.rules import group_names, members_of
 from vilu.outcomes.outcomes import Outcomes
-from vilu.triage.ask import Standpoint
+from vilu.triage.ask import StoreDraws
+from vilu.triage.guarantee import POSITIONS, PhotoSplit
 from vilu.triage.labels import LabelBook
-from vilu.triage.promise import ORDER, Sides, Trial
+from vilu.triage.trial import Trial
 
 RISK, DELTA, ROWS, RATE = 0.1, 0.05, 900, {"kept": 0.02, "broken": 0.11}
 
 
-def standpoint(rng: np.random.Generator) -> Standpoint:
+def store_draws(rng: np.random.Generator) -> StoreDraws:
     """Two classes of answers, one of which is wrong more often than promised, whatever the uncertainty."""
     said = rng.integers(2, size=ROWS)
     wrong = (rng.random(ROWS) < np.array([*RATE.values()])[said]).astype(np.int64)
@@ -30,31 +31,31 @@ def standpoint(rng: np.random.Generator) -> Standpoint:
         is_probability=True,
     )
     none, every = np.zeros(ROWS, np.bool_), np.ones(ROWS, np.bool_)
-    place = rng.permutation(ROWS) * (ORDER // ROWS)
-    sides = Sides(every, every, place, none.copy(), none.copy(), none.copy(), none.copy())
+    position = rng.permutation(ROWS) * (POSITIONS // ROWS)
+    split = PhotoSplit(every, every, position, none.copy(), none.copy(), none.copy(), none.copy())
     groups = members_of(group_names(outcomes), ROWS, DELTA, lambda _: 1)
     draws = {}
     for name, rows in groups.items():
         draws[name] = (
             rows,
-            Trial.plan(0, outcomes.uncertainty[rows], 200, (RISK, DELTA / len(groups))),
+            Trial.plan(0, outcomes.uncertainty[rows], 200, RISK, DELTA / len(groups)),
         )
     photos = cast("Any", SimpleNamespace(ids=[str(row) for row in range(ROWS)]))
-    return Standpoint("p", photos, LabelBook(), outcomes, sides, draws)
+    return StoreDraws("p", photos, LabelBook(), outcomes, split, draws)
 
 
 @pytest.mark.slow
-def test_no_class_gets_a_promise_that_it_does_not_keep() -> None:
+def test_no_class_gets_a_guarantee_that_does_not_hold() -> None:
     rng, broken, kept, calibrations = np.random.default_rng(11), 0, 0, 2_000
     for _ in range(calibrations):
-        at, found = standpoint(rng), set[str]()
+        at, found = store_draws(rng), set[str]()
         for _ in range(6):
-            for rows in at.lacking_first(40, at.sides.answered, RISK):
+            for rows in at.lacking_first(40, at.split.answered, RISK):
                 keys = [str(row) for row in rows]
                 at.book.ask(keys, "promise", predictor="p")
                 at.book.answer(dict.fromkeys(keys, "any"))
-                at.sides.labelled[rows] = at.sides.answered[rows] = True  # the draws share these
-            standings = at.standings(RISK, DELTA)
+                at.split.labelled[rows] = at.split.answered[rows] = True  # the draws share these
+            standings = at.progress(RISK, DELTA)
             assert not any(len(one.missing) for one in standings.values())
             found |= {name for name, one in standings.items() if one.certified is not None}
         broken, kept = broken + ("broken" in found), kept + ("kept" in found)

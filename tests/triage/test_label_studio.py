@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.triage.conftest import Folder
-from vilu.triage.review import open_review, read_done, write_review
+from vilu.triage.review import open_review
+from vilu.triage.review_files import read_done, write_review
 
 pytestmark = [pytest.mark.label_studio, pytest.mark.filterwarnings("ignore")]
 

@@ -12,8 +12,8 @@ import pytest
 
 from vilu.artifacts.tables import csv_bytes, write_table
 from vilu.errors import DataError, UsageError
+from vilu.triage.label_files import label_columns
 from vilu.triage.labels import SKIPPED, LabelBook, check_names, match_photos, read_labels, side_of
-from vilu.triage.review import label_columns
 
 
 def write(path: Path, *lines: str) -> Path:

@@ -24,14 +24,10 @@ from vilu.datasets.catalog import open_dataset
 from vilu.datasets.files import former_text, path_of, portable_name
 from vilu.errors import DataError
 from vilu.outcomes.outcomes import Outcomes
+from vilu.triage.label_files import label_columns, write_labels
 from vilu.triage.labels import Entry, LabelBook
-from vilu.triage.review import (
-    label_columns,
-    open_review,
-    read_done,
-    write_labels,
-    write_review,
-)
+from vilu.triage.review import open_review
+from vilu.triage.review_files import read_done, write_review
 from vilu.triage.serve import ReviewSession
 
 BYTE = os.fsdecode(b"byte\xff.png")

@@ -22,8 +22,10 @@ from tests.conftest import few
 from tests.triage.conftest import Folder, rows
 from vilu.errors import DataError, UsageError
 from vilu.outcomes.outcomes import Outcomes
+from vilu.triage.label_files import write_labels
 from vilu.triage.labels import SKIPPED, LabelBook, read_labels
-from vilu.triage.review import Tool, open_review, read_done, write_labels, write_review
+from vilu.triage.review import open_review
+from vilu.triage.review_files import Tool, read_done, write_review
 from vilu.triage.serve import ReviewSession, serve_page
 
 
@@ -295,10 +297,10 @@ def test_every_answer_is_on_the_disk_at_once_and_can_be_taken_back(
     status, content = client.ask("/tasks")
     tasks = json.loads(content)["tasks"]
     assert (status, len(tasks)) == (200, len(session.review.tasks))
-    assert client.ask("/answer", {"place": 1, "label": "dog"}) == (200, b"{}")
+    assert client.ask("/answer", {"index": 1, "label": "dog"}) == (200, b"{}")
     assert rows(kept) == [{"path": tasks[1]["path"], "label": "dog", "stream": "promise"}]
-    assert client.ask("/answer", {"place": 0, "label": SKIPPED})[0] == 200
-    assert client.ask("/answer", {"place": 1, "label": None})[0] == 200
+    assert client.ask("/answer", {"index": 0, "label": SKIPPED})[0] == 200
+    assert client.ask("/answer", {"index": 1, "label": None})[0] == 200
     assert [row["label"] for row in rows(kept)] == [SKIPPED]
     again = ReviewSession(open_review(half), kept)  # it goes on where it stopped
     assert again.answers == {tasks[0]["path"]: SKIPPED}
@@ -327,14 +329,14 @@ def test_the_page_is_for_this_machine_and_its_key(page: tuple[Client, ReviewSess
     assert client.ask("/photo/0")[1][8:12] == b"WEBP"
     for path, body, more, expected in (
         ("/", None, {"key": "key=wrong"}, 403),
-        ("/answer", {"place": 0, "label": "cat"}, {"key": ""}, 403),
+        ("/answer", {"index": 0, "label": "cat"}, {"key": ""}, 403),
         ("/tasks", None, {"host": "evil.example"}, 421),
         ("/photo/99999", None, {}, 404),
         ("/photo/..%2f..%2fetc", None, {}, 404),
         ("/secret", None, {}, 404),
-        ("/answer", {"place": 0, "label": "bird"}, {}, 400),
-        ("/answer", {"place": -1, "label": "cat"}, {}, 400),
-        ("/answer", {"place": True, "label": "cat"}, {}, 400),
+        ("/answer", {"index": 0, "label": "bird"}, {}, 400),
+        ("/answer", {"index": -1, "label": "cat"}, {}, 400),
+        ("/answer", {"index": True, "label": "cat"}, {}, 400),
         ("/answer", {"label": "cat"}, {}, 400),
         ("/answer", b"[" * 9000, {}, 400),
         ("/answer", b"x" * 20_000, {}, 413),
@@ -433,7 +435,7 @@ def test_a_second_reviewer_of_a_file_is_refused(half: Path, tmp_path: Path) -> N
         assert done.returncode == 75
         assert f"another review (process {process.pid} of" in done.stderr
         assert "labelling into labels.csv" in done.stderr
-        assert client.ask("/answer", {"place": 0, "label": "dog"})[0] == 200
+        assert client.ask("/answer", {"index": 0, "label": "dog"})[0] == 200
     assert [row["label"] for row in rows(output)] == ["dog"]
 
 
@@ -441,10 +443,10 @@ def test_what_another_program_wrote_is_not_overwritten(
     page: tuple[Client, ReviewSession, Path],
 ) -> None:
     client, session, output = page
-    assert client.ask("/answer", {"place": 0, "label": "dog"})[0] == 200
+    assert client.ask("/answer", {"index": 0, "label": "dog"})[0] == 200
     edited = output.read_bytes().replace(b"dog", b"cat")
     output.write_bytes(edited)
-    status, content = client.ask("/answer", {"place": 1, "label": "car"})
+    status, content = client.ask("/answer", {"index": 1, "label": "car"})
     assert status == 409
     assert "was changed by another program, and stays as it is" in json.loads(content)["detail"]
     assert output.read_bytes() == edited
@@ -461,7 +463,7 @@ def test_an_answer_that_cannot_be_written_is_refused(
 ) -> None:
     client, session, output = page
     output.mkdir()
-    status, content = client.ask("/answer", {"place": 0, "label": "dog"})
+    status, content = client.ask("/answer", {"index": 0, "label": "dog"})
     assert status == 507
     assert "labels.csv" in json.loads(content)["detail"]
     assert session.answers == {}
@@ -491,7 +493,7 @@ def test_a_stopped_review_goes_on_and_says_so(
 ) -> None:
     output = tmp_path / "labels.csv"
     with reviewing(half, output) as (client, process):
-        assert client.ask("/answer", {"place": 2, "label": "dog"})[0] == 200
+        assert client.ask("/answer", {"index": 2, "label": "dog"})[0] == 200
         process.send_signal(number)
         assert process.stderr is not None
         message = process.stderr.read()

@@ -6,13 +6,13 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
+import json
 import os
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -24,7 +24,7 @@ import torch
 from tests.builders.photo_folders import photo, write_photos
 from tests.builders.store_fakes import FakeBackbone
 from tests.triage.conftest import Folder, fill_in, job_on, rows
-from vilu.artifacts.documents import read_document
+from vilu.artifacts.documents import read_document, write_json
 from vilu.artifacts.tables import write_table
 from vilu.calibration import record
 from vilu.calibration.anytime import Looks
@@ -36,14 +36,15 @@ from vilu.outcomes.outcomes import Outcomes
 from vilu.report.page.build import find_template
 from vilu.store.job import BackboneSpec
 from vilu.triage import outputs
+from vilu.triage.guarantee import GuaranteeProgress, first_of_scene
 from vilu.triage.labels import SKIPPED, LabelBook, side_of
 from vilu.triage.outputs import levels_of, triage_photos
 from vilu.triage.photos import PhotoStores
-from vilu.triage.promise import first_of_scene
-from vilu.triage.triage import Job, TriageState, moved_photos
+from vilu.triage.sorting import moved_photos
+from vilu.triage.state import TriageSettings, TriageState
 
 
-def test_from_photos_to_a_promise_that_is_kept(begun: Folder) -> None:
+def test_from_photos_to_a_guarantee_that_holds(begun: Folder) -> None:
     (home, truth), job = begun, job_on(begun[0] / "photos")
     output = home / "out"
     decided = rows(output / "decisions.csv")
@@ -64,11 +65,11 @@ def test_from_photos_to_a_promise_that_is_kept(begun: Folder) -> None:
     assert promise.rule.method == "anytime"
     assert "at whatever moment one looks" in (promise.promise or "")
     page = (output / "report.html").read_text(encoding="utf-8")
-    assert "Promised: at most 10.0% wrong" in page
+    assert "Guaranteed: at most 10.0% wrong" in page
     assert "<script" not in page
 
 
-def test_the_most_trusted_alone_are_promised_only_where_labels_show_it() -> None:
+def test_the_most_trusted_are_guaranteed_only_where_labels_show_it() -> None:
     """Half of the first eighth are wrong, nothing behind: the threshold of all is certified, a stricter one is not."""
     u = (np.arange(640) + 0.5) / 640
     wrong = ((u < 1 / 8) & (np.arange(640) % 16 == 0)).astype(int) + (
@@ -76,16 +77,11 @@ def test_the_most_trusted_alone_are_promised_only_where_labels_show_it() -> None
     )
     looks = Looks(np.arange(1, 65) / 64, 0.05, 0.05)
     assert looks.certified(u, wrong) == 63
-    standing = SimpleNamespace(looks=looks, outcomes=Outcomes(u, wrong))
-    photos, book = SimpleNamespace(ids=[f"{i}" for i in range(640)]), SimpleNamespace(labels={})
-    found = SimpleNamespace(
-        photos=photos, book=book, in_play=standing.outcomes, standing=standing, has_candidate=False
-    )
-    found.rule = SimpleNamespace(threshold=1.0)
-    levels = levels_of(found)
-    assert [one.certified for one in levels] == [
-        one.bound is not None and one.bound <= 0.05 for one in levels
-    ]
+    rows = np.arange(640)
+    progress = GuaranteeProgress(looks, rows, Outcomes(u, wrong), rows[:0], 63, 0)
+    levels = levels_of(u, progress, in_force=1.0)
+    is_shown = [level.bound is not None and level.bound <= 0.05 for level in levels]
+    assert [level.certified for level in levels] == is_shown
     assert [levels[0].certified, levels[-1].certified] == [False, True]
 
 
@@ -101,8 +97,8 @@ def test_of_a_scene_one_label_counts() -> None:
     assert alone([0], []) == []
 
 
-def test_no_label_that_vouches_ever_teaches_whoever_asked_for_it(
-    folder: Folder, job: Job, tmp_path: Path
+def test_no_calibration_label_is_ever_fitted_on_whoever_asked_for_it(
+    folder: Folder, job: TriageSettings, tmp_path: Path
 ) -> None:
     """Every label is given, and as chosen ones at that; the predictor has seen those of one side alone."""
     truth, output = folder[1], tmp_path / "out"
@@ -121,7 +117,7 @@ def test_no_label_that_vouches_ever_teaches_whoever_asked_for_it(
     assert not (seen & vouches).any()
     # and labels that were chosen are none that a promise may rest on, until the draw has met them
     assert not record.has_record(output / "predictor")
-    assert read_document(output / "triage.json", TriageState).reach == 0
+    assert read_document(output / "triage.json", TriageState).asked_up_to == 0
 
 
 def test_labels_of_doubtful_photos_that_lie_further_on_do_not_count(
@@ -159,8 +155,8 @@ def test_what_is_missing_holds_it_up_and_what_is_skipped_counts_as_wrong(
     )
     part = tmp_path / "part.csv"
     part.write_text("".join(lines[:-3]), encoding="utf-8")
-    told = triage_photos(job, output, [part])
-    assert "3 of the labels that were asked for are missing" in " ".join(told)
+    summary = triage_photos(job, output, [part])
+    assert "3 of the labels that were asked for are missing" in summary.guarantee
     assert [row["path"] for row in rows(output / "next_labels.csv")] == [
         row["path"] for row in asked[-3:]
     ]
@@ -203,7 +199,7 @@ def test_answers_that_were_filled_in_and_not_given_are_not_lost(tmp_path: Path) 
 
 def test_run_again_does_only_what_is_new(
     folder: Folder,
-    job: Job,
+    job: TriageSettings,
     tmp_path: Path,
     fake_model: FakeBackbone,
     monkeypatch: pytest.MonkeyPatch,
@@ -212,16 +208,16 @@ def test_run_again_does_only_what_is_new(
     monkeypatch.setattr(
         LabelBook, "labels", property(lambda book: gathered.append(book) or labels_of(book))
     )
-    told = triage_photos(job, output)
+    summary = triage_photos(job, output)
     assert len(gathered) < 20  # not for each photo
-    assert told[0].startswith("200 photos (200 of them new)")
+    assert summary.counts.startswith("200 photos (200 of them new)")
     n = fake_model.n_images
     files = {
         path: path.read_bytes()
         for path in output.rglob("*")
         if path.suffix in {".csv", ".npy", ".safetensors"}
     }
-    assert triage_photos(job, output)[0].startswith("200 photos: ")
+    assert triage_photos(job, output).counts.startswith("200 photos: ")
     assert fake_model.n_images == n
     assert {path: path.read_bytes() for path in files} == files
 
@@ -231,8 +227,8 @@ def test_run_again_does_only_what_is_new(
     changed.write_bytes(photo(0, 7777))
     os.utime(changed, ns=(time.time_ns(), time.time_ns() + 10**9))
     (folder[0] / "broken.jpg").write_bytes(b"\xff\xd8\xff no picture")
-    told = triage_photos(job, output)
-    assert told[0].startswith("209 photos (11 of them new): ")
+    summary = triage_photos(job, output)
+    assert summary.counts.startswith("209 photos (11 of them new): ")
     assert fake_model.n_images == n + 10
     decided = {row["path"]: row for row in rows(output / "decisions.csv")}
     assert "day 0/0000.png" not in decided
@@ -245,7 +241,7 @@ def test_run_again_does_only_what_is_new(
 def test_a_photo_that_could_not_be_read_is_tried_again_once_it_can(
     is_killed: bool,
     folder: Folder,
-    job: Job,
+    job: TriageSettings,
     tmp_path: Path,
     fake_model: FakeBackbone,
     monkeypatch: pytest.MonkeyPatch,
@@ -261,8 +257,8 @@ def test_a_photo_that_could_not_be_read_is_tried_again_once_it_can(
     def stops(_: object) -> torch.Tensor:
         raise KeyboardInterrupt
 
-    def found(told: str) -> tuple[str, str]:
-        assert triage_photos(job, tmp_path / "out")[0].startswith(told)
+    def found(counts: str) -> tuple[str, str]:
+        assert triage_photos(job, tmp_path / "out").counts.startswith(counts)
         row = {row["path"]: row for row in rows(tmp_path / "out" / "decisions.csv")}[
             "day 0/0000.png"
         ]
@@ -286,7 +282,7 @@ def test_a_photo_that_could_not_be_read_is_tried_again_once_it_can(
 
 def test_an_interrupted_run_goes_on(
     folder: Folder,
-    job: Job,
+    job: TriageSettings,
     tmp_path: Path,
     fake_model: FakeBackbone,
     monkeypatch: pytest.MonkeyPatch,
@@ -302,7 +298,7 @@ def test_an_interrupted_run_goes_on(
     monkeypatch.setattr(fake_model, "encode_images", stop_later)
     with pytest.raises(KeyboardInterrupt):
         triage_photos(job, output)
-    assert triage_photos(job, output)[0].startswith("200 photos")
+    assert triage_photos(job, output).counts.startswith("200 photos")
     assert PhotoStores(output / "embeddings").numbers() == [1]
     (folder[0] / "day 0" / "0000.png").unlink()  # between a kill and the next run a photo may go
     other = tmp_path / "other"
@@ -310,7 +306,7 @@ def test_an_interrupted_run_goes_on(
     with pytest.raises(KeyboardInterrupt):
         triage_photos(job, other)
     (folder[0] / "day 0" / "0002.png").unlink()
-    assert triage_photos(job, other)[0].startswith("198 photos")
+    assert triage_photos(job, other).counts.startswith("198 photos")
 
 
 @pytest.mark.parametrize(
@@ -352,36 +348,70 @@ def test_a_triage_that_is_killed_while_a_candidate_takes_over_goes_on(
         patch.setattr(shutil, "rmtree", remove_or_stop)
         with pytest.raises(KeyboardInterrupt):
             triage_photos(job, output, labels)
-    assert "Promised: at most 10.0% wrong" in triage_photos(job, output, labels)[1]
+    assert "Guaranteed: at most 10.0% wrong" in triage_photos(job, output, labels).guarantee
     assert read_document(output / "triage.json", TriageState).candidate is None
 
 
-@pytest.mark.parametrize("vouching", [True, False])
-def test_a_promise_does_not_outlive_the_labels_that_it_rests_on(
-    promised: Folder, caplog: pytest.LogCaptureFixture, vouching: bool
+@pytest.mark.parametrize("is_written", [False, True])
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_a_triage_that_is_killed_between_two_steps_ends_the_same(
+    begun: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, is_written: bool
+) -> None:
+    """Before or after the state is written: at the start, with what labels show, with what is asked."""
+    (home, truth), job = begun, job_on(begun[0] / "photos")
+    output = Path(shutil.copytree(home / "half", tmp_path / "out"))
+    labels = [fill_in(output, truth, tmp_path / "filled.csv")]
+    write = TriageState.write
+    n_writes = 0
+
+    def write_and_stop(self: TriageState, path: Path) -> None:
+        nonlocal n_writes
+        n_writes += 1
+        if n_writes != step or is_written:
+            write(self, path)
+        if n_writes == step:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TriageState, "write", write_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            triage_photos(job, output, labels)
+    assert "Guaranteed: at most 10.0% wrong" in triage_photos(job, output, labels).guarantee
+    undisturbed = home / "out"
+    for name in ("triage.json", "decisions.csv", "predictor/risk.json"):
+        assert (output / name).read_bytes() == (undisturbed / name).read_bytes(), name
+    paths = [row["path"] for row in rows(output / "next_labels.csv")]
+    assert paths == [row["path"] for row in rows(undisturbed / "next_labels.csv")]
+
+
+@pytest.mark.parametrize("is_counted", [True, False])
+def test_a_guarantee_does_not_outlive_the_labels_that_it_rests_on(
+    promised: Folder, caplog: pytest.LogCaptureFixture, is_counted: bool
 ) -> None:
     (home, truth), output = promised, promised[0] / "out"
     ids = set(pq.read_table(output / "predictor" / "calibration.parquet")["key"].to_pylist())
     some = [
         path
         for path in LabelBook.load(output / "labels.parquet").labels
-        if (path in ids) is vouching
+        if (path in ids) is is_counted
     ][:45]
     wrong = {path: "cat" if truth[path] != "cat" else "dog" for path in some}
     (home / "l.csv").write_text(
         "path,label\n" + "".join(f"{path},{name}\n" for path, name in wrong.items())
     )
-    told = triage_photos(job_on(home / "photos"), output, [home / "l.csv"])
-    assert told[1].startswith("Not promised yet" if vouching else "Promised")
-    assert (": 0 accepted" in told[0]) is vouching
-    assert ("45 labels that the promise rests on have changed" in caplog.text) is vouching
+    summary = triage_photos(job_on(home / "photos"), output, [home / "l.csv"])
+    assert summary.guarantee.startswith("Not guaranteed yet" if is_counted else "Guaranteed")
+    assert (": 0 accepted" in summary.counts) is is_counted
+    assert ("45 labels that the promise rests on have changed" in caplog.text) is is_counted
     assert (
         "at whatever moment one looks" in (output / "predictor" / "README.md").read_text("utf-8")
-    ) is not vouching
+    ) is not is_counted
 
 
 @pytest.mark.parametrize("n", [1, None])
-def test_a_promise_holds_for_photos_of_which_none_vouches(promised: Folder, n: int | None) -> None:
+def test_a_guarantee_holds_without_photos_of_the_calibration_side(
+    promised: Folder, n: int | None
+) -> None:
     """One new photo, or whatever is left: to be decided under the promise."""
     (home, _), output = promised, promised[0] / "out"
     if n is not None:
@@ -392,15 +422,15 @@ def test_a_promise_holds_for_photos_of_which_none_vouches(promised: Folder, n: i
     kept = [path for path, may in zip(files, vouches, strict=True) if not may][:n]
     for path in set(files) - set(kept):
         path.unlink()
-    told = triage_photos(job_on(home / "photos"), output)
-    assert told[0].startswith(f"{len(kept)} photos")
-    assert told[1].startswith("Promised: at most 10.0% wrong")
+    summary = triage_photos(job_on(home / "photos"), output)
+    assert summary.counts.startswith(f"{len(kept)} photos")
+    assert summary.guarantee.startswith("Guaranteed: at most 10.0% wrong")
     assert n or sum(row["decision"] == "accept" for row in rows(output / "decisions.csv")) > 20
     assert n or "<td>yes</td></tr>" in (output / "report.html").read_text(encoding="utf-8")
 
 
-def test_the_label_of_a_photo_that_has_changed_never_vouches(
-    folder: Folder, job: Job, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_the_label_of_a_photo_that_has_changed_never_counts(
+    folder: Folder, job: TriageSettings, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Other bytes may put a photo that has taught on the other side, as a tag that is written into it does."""
     (tmp_path / "l.csv").write_text(
@@ -425,7 +455,7 @@ def test_the_label_of_a_photo_that_has_changed_never_vouches(
 
 
 def test_another_model_is_refused_before_it_embeds_and_the_first_one_goes_on(
-    job: Job, folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    job: TriageSettings, folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     triage_photos(job, tmp_path / "out")
     write_photos(folder[0], 3, 200)
@@ -435,11 +465,14 @@ def test_another_model_is_refused_before_it_embeds_and_the_first_one_goes_on(
         with pytest.raises(ProvenanceError, match="the model of this run"):
             triage_photos(job, tmp_path / "out")
     assert not other.batches
-    assert triage_photos(job, tmp_path / "out")[0].startswith("203 photos")
+    assert triage_photos(job, tmp_path / "out").counts.startswith("203 photos")
 
 
 def test_a_run_that_ends_while_another_lists_its_photos_is_not_forgotten(
-    job: Job, changed: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    job: TriageSettings,
+    changed: Callable[..., TriageSettings],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     output, locked = tmp_path / "out", outputs.locked
 
@@ -453,11 +486,11 @@ def test_a_run_that_ends_while_another_lists_its_photos_is_not_forgotten(
     monkeypatch.setattr(outputs, "locked", late)
     with pytest.raises(UsageError, match=r"begun with other settings: max_risk 0.1, now 0.2"):
         triage_photos(changed(max_risk=0.2), output)
-    assert read_document(output / "triage.json", TriageState).settings == job.settings
+    assert read_document(output / "triage.json", TriageState).settings == job.fixed
 
 
-def test_a_promise_is_stated_before_looking(
-    job: Job, changed: Callable[..., Job], tmp_path: Path
+def test_a_guarantee_is_stated_before_looking(
+    job: TriageSettings, changed: Callable[..., TriageSettings], tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
     triage_photos(job, output)
@@ -468,7 +501,26 @@ def test_a_promise_is_stated_before_looking(
     assert read_document(output / "triage.json", TriageState).settings["max_risk"] == 0.2
 
 
-def test_what_is_not_ours_is_never_touched(folder: Folder, job: Job, tmp_path: Path) -> None:
+def test_a_state_of_another_schema_is_refused_and_its_book_goes_on(tmp_path: Path) -> None:
+    truth = write_photos(tmp_path / "photos", 60)
+    job, output = job_on(tmp_path / "photos"), tmp_path / "out"
+    triage_photos(job, output)
+    triage_photos(job, output, [fill_in(output, truth, tmp_path / "filled.csv")])
+    state = json.loads((output / "triage.json").read_text())
+    write_json(output / "triage.json", {**state, "schema_version": 0})
+    with pytest.raises(ProvenanceError, match=r"triage.json .* schema .* --labels labels.parquet"):
+        triage_photos(job, output)
+    book = LabelBook.load(output / "labels.parquet")
+    triage_photos(job, tmp_path / "new", [output / "labels.parquet"])
+    new_book = LabelBook.load(tmp_path / "new" / "labels.parquet")
+    assert new_book.labels == book.labels
+    # what a draw of the other folder met, no draw of this one has met
+    assert {entry.stream for entry in new_book} == {"fit"}
+
+
+def test_what_is_not_ours_is_never_touched(
+    folder: Folder, job: TriageSettings, tmp_path: Path
+) -> None:
     output = tmp_path / "out"
     output.mkdir()
     (output / "thesis.docx").write_text("two years of work")
@@ -478,14 +530,14 @@ def test_what_is_not_ours_is_never_touched(folder: Folder, job: Job, tmp_path: P
                 triage_photos(job, place, overwrite=overwrite)
 
 
-def test_an_output_among_the_photos_is_no_photo(folder: Folder, job: Job) -> None:
+def test_an_output_among_the_photos_is_no_photo(folder: Folder, job: TriageSettings) -> None:
     output = folder[0] / "result"
     triage_photos(job, output, sort="link")
-    assert triage_photos(job, output, sort="link")[0].startswith("200 photos: ")
+    assert triage_photos(job, output, sort="link").counts.startswith("200 photos: ")
 
 
 def test_pictures_of_no_class_are_wrong_answers(
-    folder: Folder, changed: Callable[..., Job], tmp_path: Path
+    folder: Folder, changed: Callable[..., TriageSettings], tmp_path: Path
 ) -> None:
     labels = tmp_path / "l.csv"
     names = list(folder[1])
@@ -527,7 +579,7 @@ def test_links_and_moved_photos(promised: Folder, fake_model: FakeBackbone) -> N
     assert not place.is_symlink()
     assert not (job.photos / accepted).exists()
     for sort in ("move", None):  # they are still the photos of this triage, and nothing is lost
-        assert triage_photos(job, output, sort=sort)[0].startswith("400 photos: ")
+        assert triage_photos(job, output, sort=sort).counts.startswith("400 photos: ")
     assert fake_model.n_images == n
     assert rows(output / "next_labels.csv") == asked  # none of them has a label yet
     assert sorted(path.read_bytes() for path in (output / "sorted").rglob("*.png")) == sorted(
@@ -539,7 +591,7 @@ def test_links_and_moved_photos(promised: Folder, fake_model: FakeBackbone) -> N
     )
 
 
-def sixty_moved(home: Path) -> tuple[Job, Path, dict[str, str]]:
+def sixty_moved(home: Path) -> tuple[TriageSettings, Path, dict[str, str]]:
     """Photos that were moved."""
     truth, job = write_photos(home / "photos", 60), job_on(home / "photos")
     triage_photos(job, home / "out", sort="move")
@@ -571,7 +623,7 @@ def test_no_moved_photo_is_lost_where_the_next_move_is_killed(
         "link",
         None,
     ):  # a link to a photo that was not moved yet is no photo that was moved
-        assert triage_photos(job, output, sort=sort)[0].startswith("60 photos: ")
+        assert triage_photos(job, output, sort=sort).counts.startswith("60 photos: ")
     triage_photos(job, output, sort="move")
     assert len(list((output / "sorted" / "accepted").rglob("*.png"))) == 60
 
@@ -582,7 +634,8 @@ def test_a_class_that_is_called_as_a_word_of_the_labels_is_refused(
 ) -> None:
     """Its labels were taken for those of photos of no class, and a right answer for a wrong one."""
     job = job_on(tmp_path)
-    job = dataclasses.replace(job, how=dataclasses.replace(job.how, names=("cat", word)))
+    embedding = dataclasses.replace(job.embedding, names=("cat", word))
+    job = dataclasses.replace(job, embedding=embedding)
     with pytest.raises(
         UsageError, match="is one of the classes, and as a label says that a photo has none"
     ):
@@ -619,7 +672,7 @@ def test_a_move_to_another_disk_that_is_stopped_goes_on(
         with pytest.raises(KeyboardInterrupt):
             triage_photos(job, output, sort="move")
         assert len([path for path in (output / "sorted").rglob("*") if path.is_file()]) == 2
-        assert triage_photos(job, output, sort="move")[0].startswith("24 photos: ")
+        assert triage_photos(job, output, sort="move").counts.startswith("24 photos: ")
     moved = [
         (path.stat().st_size, path.stat().st_mtime_ns)
         for path in (output / "sorted").rglob("*.png")
@@ -634,7 +687,7 @@ def test_a_new_photo_with_the_name_of_a_moved_one_is_not_passed_over(tmp_path: P
     with pytest.raises(DataError, match=r"'day 0/0000.png' was moved to .* Rename the new photo"):
         triage_photos(job, output)
     again.rename(again.with_name("new.png"))
-    assert triage_photos(job, output)[0].startswith("61 photos (1 of them new): ")
+    assert triage_photos(job, output).counts.startswith("61 photos (1 of them new): ")
 
 
 def test_a_moved_photo_is_not_lost_where_another_file_has_its_next_place(tmp_path: Path) -> None:
@@ -646,7 +699,7 @@ def test_a_moved_photo_is_not_lost_where_another_file_has_its_next_place(tmp_pat
     other.write_bytes(photo(1, 777))
     (tmp_path / "l.csv").write_text(f"path,label\n{path},{truth[path]}\n")
     for labels in ([tmp_path / "l.csv"], []):
-        assert triage_photos(job, output, labels, sort="move")[0].startswith("60 photos: ")
+        assert triage_photos(job, output, labels, sort="move").counts.startswith("60 photos: ")
         assert moved_photos(output)[path] == before
     assert other.read_bytes() == photo(1, 777)
 
@@ -669,7 +722,7 @@ def test_photos_whose_names_are_no_utf8_are_sorted_as_all_others(
         photo(1, 5000)
     ]
     for _ in range(2):
-        assert triage_photos(job, output, sort=sort)[0].startswith("22 photos: ")
+        assert triage_photos(job, output, sort=sort).counts.startswith("22 photos: ")
     assert link.is_symlink(), "a link among the photos is none that may go"
 
 
@@ -686,7 +739,9 @@ def test_photos_whose_flat_names_are_one_are_all_sorted(
             sorted(path.read_bytes() for path in (tmp_path / "out" / "sorted").rglob("*.png"))
             == content
         )
-    assert triage_photos(job_on(tmp_path / "photos"), tmp_path / "out")[0].startswith("31 photos: ")
+    assert triage_photos(job_on(tmp_path / "photos"), tmp_path / "out").counts.startswith(
+        "31 photos: "
+    )
 
 
 def test_two_photos_that_older_code_took_for_one_part_again(tmp_path: Path) -> None:
@@ -711,7 +766,7 @@ def test_two_photos_that_older_code_took_for_one_part_again(tmp_path: Path) -> N
     other.rename(other.with_name("new.png"))
     for _ in range(2):
         triage_photos(job, output, sort="move")
-    assert triage_photos(job, output)[0].startswith("31 photos: ")
+    assert triage_photos(job, output).counts.startswith("31 photos: ")
     assert len({path.read_bytes() for path in (output / "sorted").rglob("*.png")}) == 31
 
 

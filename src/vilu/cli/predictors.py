@@ -460,7 +460,8 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     from vilu.calibration.procedure import Target, calibrate_predictor
     from vilu.calibration.shares import read_shares
     from vilu.predictors.persistence.storage import load
-    from vilu.triage.ask import calibrate_by_labels, picked
+    from vilu.triage.ask import calibrate_by_labels
+    from vilu.triage.store_labels import picked_at_random
 
     data = reading.open_both(store)
     if method == "anytime":
@@ -497,7 +498,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
             outside_share,
             shares,
         )
-        data = data if labels is None else picked(_store_with_classes(data), labels)
+        data = data if labels is None else picked_at_random(_store_with_classes(data), labels)
         record = calibrate_predictor(
             predictor,
             data,

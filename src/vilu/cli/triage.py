@@ -24,8 +24,8 @@ Names = Annotated[Path, path_option("The class names, one a line.", metavar="FIL
 Labels = Annotated[
     list[Path] | None,
     path_option(
-        "CSV with the columns path and label, of photos that were picked at random; or next_labels.csv, filled in. May "
-        "be repeated.",
+        "CSV with the columns path and label, of photos that were picked at random; or next_labels.csv, "
+        "filled in; or labels.parquet of another triage. May be repeated.",
         metavar="FILE",
     ),
 ]
@@ -34,7 +34,7 @@ NotAClass = Annotated[
     Option(metavar="NAME", help="A label for none of the classes. May be repeated."),
 ]
 Risk = Annotated[float, Option(min=0, max=1, help="Largest error rate among accepted answers.")]
-Confidence = Annotated[float, Option(min=0, max=1, help="With which that is promised.")]
+Confidence = Annotated[float, Option(min=0, max=1, help="With which that is guaranteed.")]
 HowMany = Annotated[
     int, Option("-n", "--next", min=0, max=100_000, help="How many labels to ask for.")
 ]
@@ -74,9 +74,9 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
     Prints the folder. It holds decisions.csv, report.html, next_labels.csv (fill in its column
     label, and give it back with --labels) and predictor/ for vilu.Guard. Run again with more photos
-    or labels: only what is new is done. Half of the photos, by a hash of the picture, teach; labels
-    of the other half vouch for the promise, which may be looked at after every label. Labels that
-    do not come from next_labels.csv are taken for a random pick.
+    or labels: only what is new is done. Half of the photos, by a hash of the picture, are for fits;
+    labels of the other half show the guarantee, which may be looked at after every label. Labels
+    that do not come from next_labels.csv are taken for a random pick.
     """
     if link and move:
         raise UsageError("--link and --move exclude one another. Give one of them.")
@@ -84,29 +84,31 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
     from vilu.datasets.classes import read_classes
     from vilu.store.job import BackboneSpec
     from vilu.triage.outputs import triage_photos
-    from vilu.triage.photos import Embedding
-    from vilu.triage.triage import Job
+    from vilu.triage.photos import EmbeddingSettings
+    from vilu.triage.state import TriageSettings
 
     templates = tuple(named_templates(template)) if template else None
     spec = BackboneSpec(backbone, device, precision, models and models.absolute())
-    how = Embedding(
+    embedding = EmbeddingSettings(
         spec, read_classes(classes)[1], templates, everyday_words(), batch_size, workers
     )
-    job = Job(photos, how, tuple(outside or ()), max_risk, confidence, n_next, seed)
-    told = triage_photos(
-        job,
+    settings = TriageSettings(
+        photos, embedding, tuple(outside or ()), max_risk, confidence, n_next, seed
+    )
+    summary = triage_photos(
+        settings,
         output,
         labels or (),
         sort="move" if move else "link" if link else None,
         overwrite=overwrite,
     )
     typer.echo(output)
-    for line in told:
-        next_step(line)
-    if told.n_asked:
+    next_step(summary.counts)
+    next_step(summary.guarantee)
+    if summary.n_asked:
         asked = console.shell(output / "next_labels.csv")
         next_step(
-            f"next: fill in the column label of {asked} ({told.n_asked:,} photos; or label them on a page: "
+            f"next: fill in the column label of {asked} ({summary.n_asked:,} photos; or label them on a page: "
             f"{console.shell('vilu', 'review', output, '--serve', '-o', 'labels.csv')}), then the same command with "
             f"--labels {asked}"
         )
@@ -127,18 +129,18 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     ] = None,
     max_risk: Risk = 0.05,
     seed: Annotated[
-        int, Option(min=0, max=MOST_SEED, help="Of the sides and the order of the draw.")
+        int, Option(min=0, max=MOST_SEED, help="Of the split and the order of the draw.")
     ] = 0,
     per_class: Annotated[
-        bool, Option("--per-class", help="For a promise of each class, where labels lack.")
+        bool, Option("--per-class", help="For a guarantee of each class, where labels lack.")
     ] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Which images to label next: half of them teach, half vouch for a promise. Prints the file.
+    """Which images to label next: half to fit on, half for a guarantee. Prints the file.
 
-    Those that teach are doubtful and different from one another. Those that vouch are drawn from
-    what could be accepted, of the half of the images (by a hash) of which none may teach; a promise
-    rests on all of them together. `vilu triage` does this by itself, and keeps the book.
+    Those to fit on are doubtful and different from one another. Those for the guarantee are drawn
+    from what could be accepted, of the half of the images (by a hash) that no fit may use; a
+    guarantee rests on all of them together. `vilu triage` does this by itself, and keeps the book.
     """
     if output.resolve() in {file.resolve() for file in labels or ()}:
         raise UsageError(
@@ -147,7 +149,8 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     from vilu.artifacts.paths import claim_file, inputs_of
     from vilu.predictors.persistence.storage import load
     from vilu.store.reader import EmbeddingStore
-    from vilu.triage.ask import next_of_store, write_next
+    from vilu.triage.answers import write_next
+    from vilu.triage.ask import next_of_store
 
     chosen = {
         "n": n_next,
@@ -161,7 +164,7 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
         inputs_of(store, predictor, *(labels or ()), **chosen),
         overwrite=overwrite,
     )
-    asked, rows = next_of_store(
+    asked, answers = next_of_store(
         EmbeddingStore(store),
         load(predictor),
         labels or (),
@@ -170,7 +173,7 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
         seed,
         per_class=per_class,
     )
-    write_next(output, asked, rows)
+    write_next(output, asked, answers)
     typer.echo(output)
     none = (
         "every image that could help has a label, or was asked for before" if n_next else "-n is 0"
@@ -221,7 +224,8 @@ def review(  # noqa: PLR0913, PLR0917 - one parameter per flag
     """
     import dataclasses
 
-    from vilu.triage.review import open_review, write_review
+    from vilu.triage.review import open_review
+    from vilu.triage.review_files import write_review
 
     found = open_review(source, which, n_most)
     found = dataclasses.replace(found, photos=photos or found.photos)
@@ -275,7 +279,8 @@ def labels(
 
     Prints the file.
     """
-    from vilu.triage.review import read_done, write_labels
+    from vilu.triage.label_files import write_labels
+    from vilu.triage.review_files import read_done
 
     found, streams = read_done(done)
     n = write_labels(found, output, scores, streams)

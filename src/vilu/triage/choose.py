@@ -1,14 +1,14 @@
-"""What to label next: photos that teach, and, apart from them, photos that vouch.
+"""What to label next: photos to fit on and, apart from them, photos for the guarantee.
 
-*Teach*: doubtful and different from one another. k-means on the embeddings, every photo weighted by
-its uncertainty, and of each of k clusters the photo next to its centre (Prabhu et al., Active
-Domain Adaptation via Clustering Uncertainty-weighted Embeddings, ICCV 2021, with our probability of
-failure for the entropy).
+*To fit on*: doubtful and different from one another. k-means on the embeddings, every photo
+weighted by its uncertainty, and of each of k clusters the photo next to its centre (Prabhu et al.,
+Active Domain Adaptation via Clustering Uncertainty-weighted Embeddings, ICCV 2021, with our
+probability of failure for the entropy).
 
-*Vouch*: a draw from what may be accepted, u <= limit. Given acceptance the labels are independent,
-so every threshold up to the limit can be tested on them, and none is spent on photos that would be
-abstained from anyway. The limit is chosen from scores alone: the laxest one at which so many labels
-are expected to show the risk.
+*For the guarantee*: a draw from what may be accepted, u <= limit. Given acceptance the labels are
+independent, so every threshold up to the limit can be tested on them, and none is spent on photos
+that would be abstained from anyway. The limit is chosen from scores alone: the laxest one at which
+so many labels are expected to show the risk.
 """
 
 from __future__ import annotations
@@ -24,16 +24,19 @@ from vilu.embeddings.source import EmbeddingSource
 from vilu.metrics.counts import Floats, Ints
 
 POOL: Final = 20_000
-"""Of more photos half of so many are looked at, the most doubtful, and a random half of so many of the others."""
+"""Photos that are looked at: of more, half of so many are the most doubtful, half a random part."""
 
 ITERATIONS: Final = 20
 
-SHARE, FEWEST = 1 / 8, 100
-"""Of the most trusted photos, so large a share, and at least so many, lie below any limit."""
+LEAST_SHARE: Final = 1 / 8
+LEAST_PHOTOS: Final = 100
+"""So large a share of the photos, and at least so many, lie below any limit: the most trusted."""
 
 
-def to_teach(source: EmbeddingSource, rows: Ints, uncertainty: Floats, n: int, seed: int) -> Ints:
-    """At most ``n`` of the ``rows`` (M,), by the uncertainties (N,) of all rows; the most doubtful first."""
+def choose_to_fit(
+    source: EmbeddingSource, rows: Ints, uncertainty: Floats, n: int, seed: int
+) -> Ints:
+    """At most ``n`` of the ``rows`` (M,), by the uncertainties (N,) of all; most doubtful first."""
     from sklearn.cluster import KMeans
 
     rows = _pool(rows[np.isfinite(uncertainty[rows])], uncertainty, seed)
@@ -46,10 +49,12 @@ def to_teach(source: EmbeddingSource, rows: Ints, uncertainty: Floats, n: int, s
         image, sample_weight=weight
     )
     distance = centres.transform(image)
-    chosen, free = np.empty(n, dtype=np.int64), np.ones(len(rows), dtype=np.bool_)
+    chosen = np.empty(n, dtype=np.int64)
+    is_free = np.ones(len(rows), dtype=np.bool_)
     for cluster in range(n):
-        place = int(np.where(free, distance[:, cluster], np.inf).argmin())
-        chosen[cluster], free[place] = place, False
+        nearest = int(np.where(is_free, distance[:, cluster], np.inf).argmin())
+        chosen[cluster] = nearest
+        is_free[nearest] = False
     return _doubtful_first(rows[chosen], uncertainty)
 
 
@@ -66,17 +71,18 @@ def _doubtful_first(rows: Ints, uncertainty: Floats) -> Ints:
 
 
 def choose_limit(uncertainty: Floats, n: int, max_risk: float, delta: float) -> tuple[float, bool]:
-    """The laxest u up to which ``n`` labels can be expected to show the risk, by probabilities of failure (N,) alone.
+    """The laxest u up to which ``n`` labels are expected to show the risk.
 
-    And whether there is one; if not, an eighth of the photos (at least 100) lies below the limit.
+    By the probabilities of failure (N,) alone. And whether there is one; if not, an eighth of the
+    photos (at least 100) lies below the limit.
     """
     ordered = np.sort(uncertainty[np.isfinite(uncertainty)])
     if not len(ordered):
         return -math.inf, False
     risk = np.cumsum(ordered) / np.arange(1, len(ordered) + 1)
-    shown = np.flatnonzero(
-        log_evidence(np.round(risk * n), np.full(len(risk), n), max_risk) >= -math.log(delta)
-    )
-    least = min(max(math.ceil(SHARE * len(ordered)), FEWEST), len(ordered)) - 1
-    last = int(shown[-1]) if len(shown) else -1
+    evidence = log_evidence(np.round(risk * n), np.full(len(risk), n), max_risk)
+    expected_to_show = np.flatnonzero(evidence >= -math.log(delta))
+    least = max(math.ceil(LEAST_SHARE * len(ordered)), LEAST_PHOTOS)
+    least = min(least, len(ordered)) - 1
+    last = int(expected_to_show[-1]) if len(expected_to_show) else -1
     return float(ordered[max(last, least)]), last >= least

@@ -1,8 +1,9 @@
-"""Labels that are probably wrong: cleanlab's Datalab on a posterior that has not seen the labels that it judges."""
+"""Labels that are probably wrong: cleanlab's Datalab on a posterior that has not seen them."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,59 +100,58 @@ def find_label_errors(
     logging.getLogger("cleanlab").setLevel(logging.ERROR)
     rows = source.usable_rows.numpy()
     rows = rows[source.target.numpy()[rows] != UNKNOWN]
-    if (
-        predictor is not None
-    ):  # one that has learned these very labels is refused, a few of them are left out
+    if predictor is not None:
+        # one that was fitted on these very labels is refused, a few of them are left out
         rows = rows[predictor.unseen(source.take(rows), "audited")]
     target = source.target.numpy()[rows]
     present = np.unique(target)
     if len(present) < 2:
         raise DataError(
-            f"labels of two classes at least are needed to tell wrong ones. These have {len(present)}."
+            "labels of two classes at least are needed to tell wrong ones. These have "
+            f"{len(present)}."
         )
-    posterior = (
-        _cross_fitted(source, rows, seed)
-        if predictor is None
-        else posterior_of(predictor, source, rows)
-    )
-    shown = posterior[:, present] / posterior[:, present].sum(axis=1, keepdims=True)
+    if predictor is None:
+        posterior = _cross_fitted(source, rows, seed)
+    else:
+        posterior = posterior_of(predictor, source, rows)
+    of_present = posterior[:, present]
+    of_present /= of_present.sum(axis=1, keepdims=True)
     lab = datalab(
         data={"label": np.searchsorted(present, target).tolist()}, label_name="label", verbosity=0
     )
-    lab.find_issues(pred_probs=shown, issue_types={"label": {}})
-    found = lab.get_issues("label")
-    quality = found["label_score"].to_numpy(dtype=np.float64)
+    lab.find_issues(pred_probs=of_present, issue_types={"label": {}})
+    issues = lab.get_issues("label")
+    quality = issues["label_score"].to_numpy(dtype=np.float64)
     order = np.argsort(quality, kind="stable")
     names = source.class_names or tuple(f"class {i}" for i in range(source.n_candidates))
-    suggested = present[shown.argmax(axis=1)]
+    suggested = present[of_present.argmax(axis=1)]
+    keys = TakenIds(source.ids, torch.from_numpy(rows[order]))  # a store reads them part by part
     return LabelErrors(
-        keys=list(
-            TakenIds(source.ids, torch.from_numpy(rows[order]))
-        ),  # a store reads them part by part
+        keys=list(keys),
         label=[names[i] for i in target[order].tolist()],
         suggested=[names[i] for i in suggested[order].tolist()],
         quality=quality[order],
-        is_error=found["is_label_issue"].to_numpy(dtype=np.bool_)[order],
+        is_error=issues["is_label_issue"].to_numpy(dtype=np.bool_)[order],
     )
 
 
 def _cross_fitted(source: EmbeddingSource, rows: NDArray[np.int64], seed: int) -> Floats:
-    """(N, K) posterior of rows by predictors that were fitted on the others, and on no near copy of them."""
+    """(N, K) posterior of rows by predictors fitted on other rows, and on no near copy of them."""
     fold = _folds(source, rows, seed)
-    found = np.empty((len(rows), source.n_candidates))
+    posterior = np.empty((len(rows), source.n_candidates))
     with track("fit without a fifth of the labels", FOLDS, "fits") as task:
         for number in range(FOLDS):
             held_out = fold == number
             if not held_out.any():
                 continue
             predictor = ViLUPlus(seed=seed).fit(source.take(rows[~held_out]))
-            found[held_out] = posterior_of(predictor, source, rows[held_out])
+            posterior[held_out] = posterior_of(predictor, source, rows[held_out])
             task.advance(1)
-    return found
+    return posterior
 
 
 def _folds(source: EmbeddingSource, rows: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
-    """(N,) fold of every row: near copies are in one, since a copy would tell the label that is judged."""
+    """(N,) fold of every row; near copies share one, since a copy would tell the label."""
     first = near_copies(source, rows)
     _, picture = np.unique(first, return_inverse=True)
     n_pictures = int(picture.max()) + 1
@@ -177,33 +177,39 @@ def posterior_of(
     batches = source.batches(
         SCORING_BATCH, rows=torch.from_numpy(rows), columns=predictor.columns_to_score
     )
+    parts = [np.empty((0, source.n_candidates))]
     with torch.no_grad():
-        found = [
-            predictor.log_posterior(one.to(predictor.device_)).exp().numpy(force=True)
-            for one in batches
-        ]
-    return np.concatenate([np.empty((0, source.n_candidates)), *found])
+        for batch in batches:
+            log_posterior = predictor.log_posterior(batch.to(predictor.device_))
+            parts.append(log_posterior.exp().numpy(force=True))
+    return np.concatenate(parts)
 
 
-def contact_sheet(found: LabelErrors, images: ImageDataset, path: Path) -> None:
-    """Pictures of the labels that fit best, and of those that fit least, each with what is suggested and its label.
+def contact_sheet(errors: LabelErrors, images: ImageDataset, path: Path) -> None:
+    """Pictures of the labels that fit best, and of those that fit least, each with both names.
 
     Raises:
         DataError: If the images are not those of the labels.
     """
-    n = min(SHOWN, len(found.keys) // 2)
-    places = {
-        found.keys[at]: at for at in (*range(n), *range(len(found.keys) - n, len(found.keys)))
-    }
-    photos: dict[int, Photo] = {}
-    for record in find_pictures(images, places):
-        at = places[record.key]
-        with suppress(BadImage):  # its place stays empty
-            image = read_image(record).image
-            photos[at] = Photo(
-                image, found.suggested[at], found.label[at], 1 - float(found.quality[at])
-            )
-    best, worst = (
-        [photos[at] for at in sorted(photos) if (at >= n) == fits] for fits in (True, False)
-    )
+    n_rows = len(errors.keys)
+    n = min(SHOWN, n_rows // 2)
+    photos = _photos(errors, [*range(n), *range(n_rows - n, n_rows)], images)
+    worst = [photos[row] for row in photos if row < n]
+    best = [photos[row] for row in photos if row >= n]
     style.save(figures.contact_sheet(best, worst), path)
+
+
+def _photos(errors: LabelErrors, rows: Sequence[int], images: ImageDataset) -> dict[int, Photo]:
+    """Pictures of rows, as far as they can be read, in the order of the rows."""
+    row_of = {errors.keys[row]: row for row in rows}
+    photos = {}
+    for record in find_pictures(images, row_of):
+        row = row_of[record.key]
+        with suppress(BadImage):  # it is left out of the sheet
+            photos[row] = Photo(
+                read_image(record).image,
+                errors.suggested[row],
+                errors.label[row],
+                1 - float(errors.quality[row]),
+            )
+    return {row: photos[row] for row in sorted(photos)}

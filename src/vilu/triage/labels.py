@@ -1,16 +1,16 @@
-"""The book of labels: what was asked and answered of every photo, and which answers a promise may rest on.
+"""The book of labels: what was asked and answered of every photo, and what a guarantee may rest on.
 
-A photo is on one of two sides for ever, by the hash of its picture: labels of one side teach, those
-of the other side vouch. No predictor ever sees a label of the second side, whoever asked for it and
-why.
+A photo is on one of two sides for ever, by the hash of its picture. Predictors are fitted on labels
+of the fit side. Labels of the calibration side show what is guaranteed. No predictor ever sees a
+label of the calibration side, whoever asked for it and why.
 
-The same hash puts the photos that vouch into one random order. Of those that a rule may accept, the
-labels of all up to a place in that order count, and it is fixed before they are asked for: an
-independent draw, whatever the rule, in which doubt had no say. A label from further on counts for
-nothing, one that is missing holds everything up, and a photo that is skipped counts as answered
-wrong. Labels that came unasked count as well: the user says that they were picked at random
-("given"). So a label of a photo that was chosen for being doubtful can vouch for nothing, unless
-the draw has met that photo as well.
+The same hash puts the photos of the calibration side into one random order. Of those that a rule
+may accept, the labels of all up to a position in that order count. The position is fixed before
+they are asked for, so they are an independent draw, whatever the rule, in which doubt had no say. A
+label from further on counts for nothing. One that is missing holds everything up. A photo that is
+skipped counts as answered wrong. Labels that came unasked count as well: the user says that they
+were picked at random ("given"). So a label of a photo that was chosen for being doubtful never
+counts for a guarantee, unless the draw has met that photo as well.
 """
 
 from __future__ import annotations
@@ -39,23 +39,33 @@ SKIPPED: Final = NO_NAME
 KEYS: Final = ("path", "file", "filename", "image", "key")
 """Columns of a file of labels that may name the photo."""
 
-SHOWN: Final = 3  # paths that a message names
+SHOWN: Final = 3
+"""Paths that a message names."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One photo that was asked about, or has a label."""
+    """One photo that was asked about, or has a label.
+
+    Attributes:
+        path: Of the photo, as tables have it.
+        label: None where it was asked for and nobody has answered.
+        stream: Why it was asked for; "given" if it was not.
+        probability: With which the draw takes a photo of the calibration side; else NaN.
+        predictor: Fingerprint of the predictor that it was asked for.
+        asked: When, in seconds since 1970; 0 if it was not.
+        answered: When the label came; 0 without one.
+        picture: Digest of the picture that the label is of; empty where older code noted none.
+    """
 
     path: str
-    label: str | None  # None: asked and not answered
-    stream: Stream  # why it was asked: "given" if it was not
-    probability: float = (
-        math.nan
-    )  # with which the draw takes a photo that vouches; NaN where none did
-    predictor: str = ""  # fingerprint of the predictor in force when it was asked
-    asked: int = 0  # seconds since 1970; 0 where it was not
-    answered: int = 0  # the same of the label
-    picture: str = ""  # digest of the picture that it is of; empty where older code noted none
+    label: str | None
+    stream: Stream
+    probability: float = math.nan
+    predictor: str = ""
+    asked: int = 0
+    answered: int = 0
+    picture: str = ""
 
     def is_of_another(self, picture: bytes) -> bool:
         """Whether the label was given to another picture than this, which has its path now."""
@@ -73,21 +83,21 @@ COLUMNS: Final = (
     "answered",
 )
 NUMBERS: Final = {
-    **dict.fromkeys(("probability", "failure_probability"), pa.float64()),
-    **dict.fromkeys(("asked", "answered"), pa.int64()),
+    "probability": pa.float64(),
+    "failure_probability": pa.float64(),
+    "asked": pa.int64(),
+    "answered": pa.int64(),
 }
 """Columns of tables of photos that hold no text."""
 
 
-def columns_of(rows: Iterable[object], names: Iterable[str]) -> dict[str, pa.Array]:
+def columns_of(rows: Sequence[object], names: Iterable[str]) -> dict[str, pa.Array]:
     """Attributes of rows as the columns of a table; NaN is an empty cell."""
-    found = list(rows)
-    return {
-        name: pa.array(
-            [getattr(one, name) for one in found], NUMBERS.get(name, pa.string()), from_pandas=True
-        )
-        for name in names
-    }
+    columns = {}
+    for name in names:
+        values = [getattr(row, name) for row in rows]
+        columns[name] = pa.array(values, NUMBERS.get(name, pa.string()), from_pandas=True)
+    return columns
 
 
 @dataclass
@@ -100,9 +110,9 @@ class LabelBook:
         >>> book.ask(["a.jpg", "b.jpg"], "promise", probability=0.1, predictor="f00")
         >>> book.answer({"b.jpg": "cat", "c.jpg": "dog"})
         2
-        >>> [(one.path, one.label, one.stream) for one in book]
+        >>> [(entry.path, entry.label, entry.stream) for entry in book]
         [('a.jpg', None, 'promise'), ('b.jpg', 'cat', 'promise'), ('c.jpg', 'dog', 'given')]
-        >>> [one.path for one in book.waiting()]
+        >>> [entry.path for entry in book.waiting()]
         ['a.jpg']
     """
 
@@ -117,49 +127,59 @@ class LabelBook:
     @property
     def labels(self) -> dict[str, str]:
         """Path to label, of those that have one."""
-        return {
-            one.path: one.label for one in self if one.label is not None and one.label != SKIPPED
-        }
+        labels = {}
+        for entry in self:
+            if entry.label is not None and entry.label != SKIPPED:
+                labels[entry.path] = entry.label
+        return labels
 
     def ask(
         self, paths: Sequence[str], stream: Stream, *, predictor: str, probability: float = math.nan
     ) -> None:
         """Note what is asked for, of photos that have no label yet."""
         now = int(time.time())
-        self.entries |= {
-            path: Entry(path, None, stream, probability, predictor, now) for path in paths
-        }
+        for path in paths:
+            self.entries[path] = Entry(path, None, stream, probability, predictor, now)
 
     def answer(self, labels: Mapping[str, str], streams: Mapping[str, str] | None = None) -> int:
-        """Note labels; how many are new or other than before.
+        """Note labels, with the ``streams`` of those that were not asked for here.
 
-        ``streams``: of those that were not asked here.
+        Returns how many are new, or differ from those before.
         """
-        now, changed = int(time.time()), 0
+        now = int(time.time())
+        n_changed = 0
         for path, label in labels.items():
-            old = self.entries.get(path)
-            if old is None:
-                old = Entry(
-                    path, None, "given" if (streams or {}).get(path, "given") == "given" else "fit"
-                )
-            if old.label != label:
-                self.entries[path] = replace(old, label=label, answered=now, picture="")
-                changed += 1
-        return changed
+            entry = self.entries.get(path)
+            if entry is None:
+                entry = Entry(path, None, _unasked_stream(path, streams or {}))
+            if entry.label != label:
+                self.entries[path] = replace(entry, label=label, answered=now, picture="")
+                n_changed += 1
+        return n_changed
 
     def note_pictures(self, pictures: Mapping[str, bytes]) -> int:
-        """Note what new labels, and skips, are of, by path; how many are of another picture than is there now."""
-        for one in [one for one in self if one.label is not None and one.path in pictures]:
-            self.entries[one.path] = replace(one, picture=one.picture or pictures[one.path].hex())
-        return sum(one.is_of_another(pictures[one.path]) for one in self if one.path in pictures)
+        """Note of which pictures, by path, the new labels and skips are.
+
+        Returns how many labels are of another picture than the path has now.
+        """
+        n_of_another = 0
+        for path, picture in pictures.items():
+            entry = self.entries.get(path)
+            if entry is None:
+                continue
+            if entry.label is not None and not entry.picture:
+                entry = replace(entry, picture=picture.hex())
+                self.entries[path] = entry
+            n_of_another += entry.is_of_another(picture)
+        return n_of_another
 
     def forget(self, which: Callable[[Entry], bool]) -> None:
         """Ask no more for some of what is waiting."""
-        self.entries = {
-            path: one
-            for path, one in self.entries.items()
-            if one.label is not None or not which(one)
-        }
+        kept_entries = {}
+        for path, entry in self.entries.items():
+            if entry.label is not None or not which(entry):
+                kept_entries[path] = entry
+        self.entries = kept_entries
 
     def rename(self, former: Callable[[str], str], paths: Iterable[str]) -> None:
         """Give entries of photos whose paths older code wrote in another way the names of today."""
@@ -169,13 +189,13 @@ class LabelBook:
             if before in self.entries and before not in present:
                 self.entries[path] = replace(self.entries.pop(before), path=path)
 
-    def waiting(self, stream: Stream | None = None) -> list[Entry]:
+    def waiting(self) -> list[Entry]:
         """What was asked and has no answer."""
-        return [one for one in self if one.label is None and stream in {None, one.stream}]
+        return [entry for entry in self if entry.label is None]
 
     def save(self, path: Path) -> None:
         """Write the table."""
-        write_table(path, columns_of(self, COLUMNS), {"kind": "labels"})
+        write_table(path, columns_of(list(self), COLUMNS), {"kind": "labels"})
 
     @classmethod
     def load(cls, path: Path) -> LabelBook:
@@ -186,40 +206,50 @@ class LabelBook:
         """
         if not path.exists():
             return cls()
-        table, said = read_table(path, ())
-        if said.get("kind") != "labels" or {*table.column_names, "picture"} != {*COLUMNS}:
+        table, metadata = read_table(path, ())
+        # older code wrote no column "picture"
+        has_columns = {*table.column_names, "picture"} == set(COLUMNS)
+        if metadata.get("kind") != "labels" or not has_columns:
             raise DataError(
                 f"{path} is no book of labels of vilu. Give the folder that `vilu triage` made."
             )
-        numbers = {"probability": math.nan}
-        rows = [
-            {k: v for k, v in row.items() if v is not None or k == "label"}
-            for row in table.to_pylist()
-        ]
-        return cls({row["path"]: Entry(**{**numbers, **row}) for row in rows})
+        entries = {}
+        for row in table.to_pylist():
+            facts = {name: value for name, value in row.items() if value is not None}
+            facts.setdefault("label", None)
+            entries[row["path"]] = Entry(**facts)
+        return cls(entries)
+
+
+def _unasked_stream(path: str, streams: Mapping[str, str]) -> Stream:
+    """Stream of a label that came unasked: a random pick, unless its file says otherwise."""
+    return "given" if streams.get(path, "given") == "given" else "fit"
 
 
 def side_of(pictures: Iterable[bytes], seed: int) -> tuple[NDArray[np.bool_], NDArray[np.uint64]]:
-    """(N,) bool, whether a picture vouches (else it teaches), and (N,) uint64, its place in the random order.
+    """(N,) bool, whether a picture is of the calibration side; (N,) uint64, its random position.
 
     Both from SHA-256 of the seed and the picture's digest: equal pictures are on one side, whatever
     they are called.
     """
     hashes = [hashlib.sha256(b"vilu.side:%d:" % seed + picture).digest() for picture in pictures]
-    order = np.frombuffer(b"".join(one[:8] for one in hashes), "<u8")
-    vouches = np.array([one[8] & 1 for one in hashes], dtype=np.bool_)
-    return vouches, order
+    positions = np.frombuffer(b"".join(digest[:8] for digest in hashes), "<u8")
+    is_calibration = np.array([digest[8] & 1 for digest in hashes], dtype=np.bool_)
+    return is_calibration, positions
 
 
 def read_labels(path: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """Labels by the name that a CSV or TSV file gives the photo, and their streams where it has such a column.
+    """Labels of a CSV or TSV file, by the name that it gives the photo, and its streams.
 
-    A row without a label is left out: it was asked for and has no answer yet.
+    A row without a label is left out: it was asked for and has no answer yet. The book of another
+    triage, a Parquet file, is read as well; what its draw has met was chosen here.
 
     Raises:
         DataError: If it is no such file, or names a photo twice with two labels.
         StorageError: If it cannot be read.
     """
+    if path.suffix.lower() == ".parquet":
+        return _labels_of_book(path)
     columns, rows = csv_rows(path, "\t" if path.suffix.lower() == ".tsv" else ",")
     key = next((name for name in KEYS if name in columns), None)
     if key is None or "label" not in columns:
@@ -227,13 +257,11 @@ def read_labels(path: Path) -> tuple[dict[str, str], dict[str, str]]:
             f"{path} must have the columns path (or {', '.join(KEYS[1:])}) and label. It has "
             f"{', '.join(columns) or 'none'}."
         )
-    exact = (
-        str if "stream" in columns else str.strip
-    )  # tables of ours: " a.jpg" and "a.jpg" are two photos
+    is_ours = "stream" in columns  # there " a.jpg" and "a.jpg" are two photos
     labels: dict[str, str] = {}
     streams: dict[str, str] = {}
     for row in rows:
-        name = exact(row[key])
+        name = row[key] if is_ours else row[key].strip()
         label = row["label"].strip()
         if not name:
             raise DataError(f"{path} line {row.line}: it names no photo in the column {key!r}.")
@@ -248,79 +276,115 @@ def read_labels(path: Path) -> tuple[dict[str, str], dict[str, str]]:
     return labels, streams
 
 
-def match_photos(
-    labels: Mapping[str, str], photos: Sequence[str], root: Path, source: Path
-) -> dict[str, str]:
-    """Name in a file of labels to photo: by its path below the folder, its full path, or a name that only one has.
+def _labels_of_book(path: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """The labels of a book and their streams."""
+    labels: dict[str, str] = {}
+    streams: dict[str, str] = {}
+    for entry in LabelBook.load(path):
+        if entry.label is not None:
+            labels[entry.path] = entry.label
+            streams[entry.path] = entry.stream
+    return labels, streams
 
-    Raises:
-        DataError: If none of them is a photo of the folder, or two with two labels are one photo.
-    """
-    known, by_name = set(photos), dict[str, list[str]]()
-    for photo in photos:
-        by_name.setdefault(photo.rpartition("/")[2], []).append(photo)
-    found, missing, first = {}, [], dict[str, str]()
-    for name in labels:
-        match = _match(name, known, by_name, (root.absolute(), root.resolve()))
-        if match is None:
-            missing.append(name)
-        elif (label := labels[first.setdefault(match, name)]) != labels[name]:
-            raise DataError(
-                f"{source}: {match!r} has the labels {label!r} and, as {name!r}, {labels[name]!r}."
+
+class PhotoNames:
+    """The photos of a folder, found by what a file of labels calls them."""
+
+    def __init__(self, photos: Sequence[str], root: Path) -> None:
+        self.photos = photos
+        self.root = root
+        self.paths = set(photos)
+        self.by_name: dict[str, list[str]] = {}
+        for photo in photos:
+            self.by_name.setdefault(photo.rpartition("/")[2], []).append(photo)
+
+    def find(self, name: str) -> str | None:
+        """The photo of a path below the folder, a full path, or a name that only one photo has."""
+        plain = name.removeprefix("./")
+        photo = text_among(plain, self.paths)
+        if photo is not None:
+            return photo
+        path = Path(name)
+        for root in (self.root.absolute(), self.root.resolve()):  # a link, and where it leads
+            if path.is_relative_to(root):
+                return text_among(path.relative_to(root).as_posix(), self.paths)
+        same_name = self.by_name.get(text_among(plain, self.by_name) or "", [])
+        if not same_name:
+            return None
+        if len(same_name) > 1:
+            raise UsageError(
+                f"{name!r} is the name of {len(same_name)} photos: "
+                f"{', '.join(same_name[:SHOWN])}. Give their paths."
             )
-        else:
-            found[name] = match
+        return same_name[0]
+
+    def warn_of_backslash(self, name: str, source: Path) -> None:
+        """Say so where a name is the text of one photo and the file name of another."""
         literal = portable_name(name)
-        if literal != name and {name, literal} <= known:
+        if literal != name and {name, literal} <= self.paths:
             say_once(
                 f"{source}: {name!r} is taken for the photo with this text in decisions.csv. The "
                 f"photo with a backslash in its name is {literal!r} there"
             )
-    if missing and not found:
-        question = nearest(missing[0], photos)
-        raise DataError(
-            f"{source} names no photo of {root}. The first that is not there: {missing[0]!r}.{question} Paths are "
-            "relative to the folder of photos."
-        )
-    if missing:
+
+    def report_missing(self, missing: Sequence[str], source: Path, *, none_matches: bool) -> None:
+        """Say which names of a file are no photo; DataError where none of them is one."""
+        if not missing:
+            return
+        if none_matches:
+            raise DataError(
+                f"{source} names no photo of {self.root}. The first that is not there: "
+                f"{missing[0]!r}.{nearest(missing[0], self.photos)} Paths are relative to the "
+                "folder of photos."
+            )
         more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
         say_once(
-            f"{source}: {len(missing)} labels are of no photo in {root} and are left out: "
+            f"{source}: {len(missing)} labels are of no photo in {self.root} and are left out: "
             f"{', '.join(missing[:SHOWN])}{more}"
         )
-    return found
 
 
-def _match(
-    name: str, known: set[str], by_name: Mapping[str, list[str]], roots: Iterable[Path]
-) -> str | None:
-    plain = name.removeprefix("./")
-    text = text_among(plain, known)
-    if text is not None:
-        return text
-    path = Path(name)
-    if root := next(
-        (one for one in roots if path.is_relative_to(one)), None
-    ):  # a link to it, and where it leads
-        return text_among(path.relative_to(root).as_posix(), known)
-    same = by_name.get(text_among(plain, by_name) or "", ())
-    if len(same) > 1:
-        raise UsageError(
-            f"{name!r} is the name of {len(same)} photos: {', '.join(same[:SHOWN])}. Give their paths."
-        )
-    return same[0] if same else None
+def match_photos(
+    labels: Mapping[str, str], photos: Sequence[str], root: Path, source: Path
+) -> dict[str, str]:
+    """Photos by their names in the file ``source`` of labels; ``PhotoNames.find`` says how.
+
+    Raises:
+        DataError: If none of them is a photo of the folder, or two with two labels are one photo.
+    """
+    names = PhotoNames(photos, root)
+    matches: dict[str, str] = {}
+    missing = []
+    first_name: dict[str, str] = {}
+    for name, label in labels.items():
+        photo = names.find(name)
+        if photo is None:
+            missing.append(name)
+        else:
+            before = labels[first_name.setdefault(photo, name)]
+            if before != label:
+                raise DataError(
+                    f"{source}: {photo!r} has the labels {before!r} and, as {name!r}, {label!r}."
+                )
+            matches[name] = photo
+        names.warn_of_backslash(name, source)
+    names.report_missing(missing, source, none_matches=not matches)
+    return matches
 
 
 def check_names(
     labels: Mapping[str, str], names: Sequence[str], outside: Sequence[str], source: Path
 ) -> None:
-    """Refuse labels that are neither a class, nor one of those that are outside, nor a skipped photo."""
+    """Refuse labels that are no class, none of those that are outside, and no skipped photo."""
     known = {*names, *outside, SKIPPED}
-    if unknown := sorted({label for label in labels.values() if label not in known}):
-        of = [path for path, label in labels.items() if label == unknown[0]]
-        raise DataError(
-            f"{source}: {unknown[0]!r} (of {of[0]}"
-            f"{f' and {len(of) - 1} more' if len(of) > 1 else ''}) is none of the {len(names)} classes."
-            f"{nearest(unknown[0], known)} If it is none of them on purpose, say --outside {unknown[0]!r}; a photo "
-            f"that nobody can name has the label {SKIPPED}."
-        )
+    unknown = sorted({label for label in labels.values() if label not in known})
+    if not unknown:
+        return
+    label = unknown[0]
+    paths = [path for path in labels if labels[path] == label]
+    more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+    raise DataError(
+        f"{source}: {label!r} (of {paths[0]}{more}) is none of the {len(names)} classes."
+        f"{nearest(label, known)} If it is none of them on purpose, say --outside {label!r}; a "
+        f"photo that nobody can name has the label {SKIPPED}."
+    )

@@ -1,371 +1,71 @@
-"""What a triage leaves for people: decisions, the next labels, a page, and the photos sorted."""
+"""The whole job on a folder of photos, and the page and the sentences that it leaves for people."""
 
 from __future__ import annotations
 
 import math
-import os
-import re
-import shutil
-from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
 import numpy as np
-import pyarrow as pa
 
-from vilu.artifacts.disk import atomic_write, locked, make_folder, or_refuse, write_text
-from vilu.artifacts.hashing import bytes_hash
-from vilu.artifacts.tables import write_table
+from vilu.artifacts.disk import locked, make_folder, write_text
 from vilu.calibration.anytime import log_evidence
 from vilu.calibration.thresholds import exactly, percent
-from vilu.datasets.files import portable_name
 from vilu.device import as_usual
-from vilu.embeddings.rows import SCORING_BATCH
-from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import UsageError
-from vilu.guard.guard import RunnersUp, runners_up_of
+from vilu.guard.guard import Answer
+from vilu.metrics.counts import Floats
 from vilu.report.page.build import find_template, render
 from vilu.report.page.gallery import thumbnails
-from vilu.scoring.score import ACCEPT, OUTSIDE_REASON
-from vilu.triage.ask import LABELLED, REVIEW, Decision, decision_of, write_next
-from vilu.triage.labels import (
-    SKIPPED,
-    LabelBook,
-    check_names,
-    columns_of,
-    match_photos,
-    read_labels,
-)
+from vilu.scoring.score import ACCEPT
+from vilu.triage.answers import REVIEW, answers_of, count_answers, write_decisions, write_next
+from vilu.triage.guarantee import GuaranteeProgress
+from vilu.triage.labels import SKIPPED, LabelBook, check_names, match_photos, read_labels
 from vilu.triage.photos import PhotoFolder
-from vilu.triage.triage import BOOK, DECISIONS, MOVED, NEXT, REPORT, SORTED, Job, Triage, Workshop
+from vilu.triage.run import TriageResult, run_triage
+from vilu.triage.sorting import list_folder, sort_photos
+from vilu.triage.state import BOOK, NEXT, REPORT, TriageSettings, open_state
 from vilu.validation import checked, require_between
 
 PAGE: Final = "triage.html.jinja"
-SHOWN, LINES = 24, 20
-"""Photos in a section of the page, and thresholds in its table."""
+PHOTOS_SHOWN: Final = 24
+"""Photos in a section of the page."""
 
-SELDOM: Final = 0.05
-"""Where a larger share of the labels is of scenes that have another, it is told."""
+LEVELS_SHOWN: Final = 20
+"""Thresholds in the table of the page."""
 
-NO_NAME: Final = re.compile(r"[^\w .()+-]")
-"""What no folder's name should hold."""
+FEW_OF_SCENES: Final = 0.05
+"""Where a larger share of the labels is of scenes that have another label, the page says so."""
 
 RISKS: Final = np.arange(1, 1000) / 1000
 
 
-def decisions_of(found: Triage) -> list[Decision]:
-    """One for every photo that was listed: scored, labelled or unreadable."""
-    outcomes, labels = found.outcomes, found.book.labels
-    near = runners_up(found.photos)
-    rows = [
-        decision_of(outcomes, row, labels.get(path), near[row])
-        for row, path in enumerate(found.photos.ids)
-    ]
-    rows += [Decision(path, None, None, REVIEW, kind) for path, kind in found.photos.bad.items()]
-    return sorted(rows, key=lambda one: one.path)
-
-
-def runners_up(photos: EmbeddingSource) -> list[RunnersUp]:
-    """Per row the next answers; none of rows that cannot be scored."""
-    found: list[RunnersUp] = [()] * len(photos)
-    for batch in photos.batches(SCORING_BATCH):
-        for row, near in zip(
-            batch.index.tolist(), runners_up_of(batch, photos.class_names or ()), strict=True
-        ):
-            found[row] = near
-    return found
-
-
-def write_decisions(root: Path, found: Triage, rows: Sequence[Decision]) -> None:
-    """``decisions.csv`` for people, with the runner-up; ``decisions.parquet`` as ``vilu score`` writes it."""
-    names = ("path", "answer", "failure_probability", "decision", "reason", "runner_up")
-    write_table(root / f"{DECISIONS}.csv", columns_of(rows, names), {})
-    found.outcomes.save(root / f"{DECISIONS}.parquet")
-
-
-def sort_photos(
-    root: Path, listing: PhotoFolder, rows: Sequence[Decision], job: Job, how: str
-) -> None:
-    """``sorted/accepted/CLASS``, ``sorted/outside`` and ``sorted/review``.
-
-    A photo that is moved is noted with its new place before it goes, after the place where it is,
-    so that later runs find it; nothing is ever overwritten, and of what lies in ``sorted`` only
-    links are removed. Where another file has the place of a photo, the photo stays where it is, and
-    so does one that is a link itself.
-    """
-    home, moved = root / SORTED, listing.moved
-    sources = {
-        text: moved.get(text, listing.root / path)
-        for text, path in ((portable_name(path), path) for path, _ in listing.listing)
-    }
-    flat = Counter(_flat(one.path) for one in rows)
-    places = {
-        one.path: home / _place(one, job) / _flat(one.path, told_apart=flat[_flat(one.path)] > 1)
-        for one in rows
-    }
-    with or_refuse(f"sort photos into {home}"):
-        for old in home.rglob("*"):
-            if old.is_symlink():
-                old.unlink()
-        places = {path: target for path, target in places.items() if not target.exists()}
-        if how == "move":
-            places = {
-                path: target for path, target in places.items() if not sources[path].is_symlink()
-            }
-            _note(root, [*moved.items(), *places.items()])
-        for path, target in places.items():
-            make_folder(target.parent)
-            if how == "link":
-                # a link that leads to itself is no error of realpath, but of Path.resolve
-                source = os.path.realpath(sources[path])
-                target.symlink_to(os.path.relpath(source, target.parent.resolve()))
-            elif sources[path].exists() and not target.exists():
-                shutil.move(sources[path], target, _copy)
-
-
-def _copy(source: str | Path, target: str | Path) -> None:
-    """To another disk: no kill leaves half of a photo where it is to lie; by its time it is known as the same one."""
-    with atomic_write(target) as copy:
-        copy.write(Path(source).read_bytes())
-        copy.flush()
-        shutil.copystat(source, copy.name)
-
-
-LONGEST_NAME: Final = 255
-"""Bytes that file systems take of a name."""
-
-HASH_DIGITS: Final = 16
-"""Digits of a hash in front of a name that is cut, or that another photo has."""
-
-
-def _flat(path: str, *, told_apart: bool = False) -> str:
-    """Name of a photo where all lie in one folder.
-
-    A hash tells apart ``a/b.jpg`` and ``a__b.jpg``, and names that are cut.
-    """
-    name = path.replace("/", "__")
-    content = name.encode()
-    if len(content) <= LONGEST_NAME and not told_apart:
-        return name
-    start = f"{bytes_hash(path.encode())[:HASH_DIGITS]}__"
-    return start + content[len(start) - LONGEST_NAME :].decode(errors="ignore")
-
-
-def _note(root: Path, places: Sequence[tuple[str, Path]]) -> None:
-    names = {
-        "path": [path for path, _ in places],
-        "place": [one.relative_to(root).as_posix() for _, one in places],
-    }
-    write_table(
-        root / MOVED,
-        {name: pa.array(found, pa.string()) for name, found in names.items()},
-        {"kind": "moved"},
-    )
-
-
-def _place(one: Decision, job: Job) -> str:
-    if one.reason == OUTSIDE_REASON or one.answer in job.of_no_class:
-        return "outside"
-    if one.decision in {ACCEPT, LABELLED} and one.answer is not None:
-        return f"accepted/{NO_NAME.sub('_', one.answer).strip('. ') or '_'}"
-    return "review"
-
-
 @dataclass(frozen=True)
-class Level:
-    """What labels say of one threshold."""
+class TriageSummary:
+    """What a run has to say: how many photos are what, and how far the guarantee is."""
 
-    coverage: float  # share of the photos without a label
-    threshold: float
-    accepted: int
-    wrong: int
-    bound: float | None  # the least risk that is certified there, by itself; None: none below one
-    expected: float  # mean probability of failure of the photos that it accepts
-    certified: bool
-
-
-def levels_of(found: Triage) -> list[Level]:
-    """Some thresholds of the grid; without one, those of equal parts of the photos, of which no label counts."""
-    known = found.book.labels  # made anew whenever it is asked for
-    free = np.array([path not in known for path in found.photos.ids], dtype=np.bool_)
-    u = found.in_play.uncertainty[free & np.isfinite(found.in_play.uncertainty)]
-    standing, rule = found.standing, found.rule
-    if not len(u):
-        return []
-    if standing is None:
-        grid, wrong, accepted = np.quantile(u, np.arange(1, 11) / 10), *np.zeros((2, 10), np.int64)
-        shown = wrong == 0
-    else:
-        grid = standing.looks.grid
-        wrong, accepted = standing.looks.counts(
-            standing.outcomes.uncertainty, standing.outcomes.failure
-        )
-        # what is promised of all up to the threshold in force need not be so of the most trusted
-        # alone
-        shown = log_evidence(wrong, accepted, standing.looks.max_risk) >= -math.log(
-            standing.looks.delta
-        )
-    kept = None if rule is None or found.has_candidate else rule.threshold
-    certified = -math.inf if kept is None else kept
-    return [
-        Level(
-            coverage=float((u <= grid[place]).mean()),
-            threshold=float(grid[place]),
-            accepted=int(accepted[place]),
-            wrong=int(wrong[place]),
-            bound=None
-            if standing is None
-            else least_risk(int(wrong[place]), int(accepted[place]), standing.looks.delta),
-            expected=float(u[u <= grid[place]].mean()) if (u <= grid[place]).any() else 0.0,
-            certified=bool(grid[place] <= certified and (shown[place] or grid[place] == certified)),
-        )
-        for place in np.unique(np.linspace(0, len(grid) - 1, LINES).round().astype(int)).tolist()
-    ]
-
-
-def least_risk(wrong: int, accepted: int, delta: float) -> float | None:
-    """The least risk, in steps of 0.001, that so many labels show at one threshold, at whatever moment one looks."""
-    if not accepted:
-        return None
-    shown = np.array([float(log_evidence(wrong, accepted, risk)) for risk in RISKS]) >= -np.log(
-        delta
-    )
-    return float(RISKS[int(np.argmax(shown))]) if shown.any() else None
-
-
-def counts_of(rows: Sequence[Decision]) -> dict[str, int]:
-    """How many photos have which decision; of those to review, those that cannot be read, and those of no class."""
-    unread = sum(one.answer is None for one in rows)
-    return {
-        "photos": len(rows),
-        "accepted": sum(one.decision == ACCEPT for one in rows),
-        "labelled": sum(one.decision == LABELLED for one in rows),
-        "outside": sum(one.reason == OUTSIDE_REASON for one in rows),
-        "unreadable": unread,
-        "review": sum(one.decision == REVIEW for one in rows) - unread,
-    }
-
-
-def promise_in_words(found: Triage, max_risk: float, confidence: float) -> str:
-    """Where the promise stands, in a sentence or two."""
-    standing, goal = (
-        found.standing,
-        f"at most {percent(max_risk, 1)} wrong among the accepted, with {exactly(confidence)} confidence",
-    )
-    if found.rule is not None:
-        return (
-            f"Promised: {goal}, at whatever moment one looks. {found.rule.n_wrong} of {found.rule.n_accepted} labels "
-            "up to the threshold are wrong. It is a promise about photos like these, drawn as these were."
-            f"{scenes_in_words(found)}"
-        )
-    if standing is None:
-        few = len(found.book.labels)
-        return (
-            f"Nothing is promised ({goal}): there are {few} labels that could teach or vouch. The photos are ranked by "
-            "what the model alone makes likely."
-        )
-    wrong, accepted = standing.looks.counts(
-        standing.outcomes.uncertainty, standing.outcomes.failure
-    )
-    if len(standing.missing):
-        return (
-            f"Not promised yet ({goal}): {len(standing.missing):,} of the labels that were asked for are missing. The "
-            f"promise rests on all of them; a photo that nobody can name has the label {SKIPPED}."
-        )
-    k, m = int(wrong[standing.looks.last]), int(accepted[standing.looks.last])
-    told = f"Not promised yet ({goal}): {k} of {m} labels that may vouch are wrong."
-    if standing.more is None:
-        return f"{told} With so many wrong ones more labels of this kind would not help: let more of them teach."
-    return f"{told} About {standing.more:,} more would do, if errors go on as so far."
-
-
-def scenes_in_words(found: Triage) -> str:
-    """What is shown of new scenes, where many of the labels are of photos that are nearly alike."""
-    standing, rule, once = found.standing, found.rule, found.scenes
-    if standing is None or rule is None or once is None or (~once).sum() <= SELDOM * len(once):
-        return ""
-    shown = standing.looks.certified(
-        standing.outcomes.uncertainty[once], standing.outcomes.failure[once]
-    )
-    threshold = -math.inf if shown is None else float(standing.looks.grid[shown])
-    share = float((found.in_play.uncertainty <= threshold).mean())
-    less = "nothing" if shown is None else f"it for {share:.0%} of the photos"
-    counted = "the same" if threshold >= (rule.threshold or 0.0) else less
-    return (
-        f" But {(~once).sum():,} of the {len(once):,} labels that count are of photos nearly like another one with a "
-        f"label, as in bursts and films. With one label a scene they show {counted}: for photos of new scenes rely on "
-        "that."
-    )
-
-
-def write_page(
-    root: Path, listing: PhotoFolder, found: Triage, rows: Sequence[Decision], job: Job
-) -> None:
-    """``report.html``: what was decided, what is promised, and photos worth a look."""
-    template = find_template(PAGE)
-    place = {path: row for row, path in enumerate(found.photos.ids)}
-    doubt = [one for one in rows if one.decision == REVIEW and one.failure_probability is not None]
-    doubt.sort(key=lambda one: -(one.failure_probability or 0.0))
-    trusted = sorted(
-        (one for one in rows if one.decision == ACCEPT),
-        key=lambda one: -(one.failure_probability or 0.0),
-    )
-    asked = {one.path for one in found.asked}
-    sections = {
-        "Label these next": [one for one in rows if one.path in asked][:SHOWN],
-        "To review, the most doubtful first": doubt[:SHOWN],
-        "Accepted, the least trusted first": trusted[:SHOWN],
-    }
-    wanted = sorted(
-        {place[one.path] for shown in sections.values() for one in shown if one.path in place}
-    )
-    paths = {found.photos.ids[row] for row in wanted}
-    drawn = thumbnails(found.outcomes, wanted, listing.some(paths)) if wanted else {}
-    page = render(
-        template,
-        title=f"Photos in {job.photos.name}",
-        counts=counts_of(rows),
-        promise=promise_in_words(found, job.max_risk, job.confidence),
-        levels=levels_of(found),
-        sections={
-            heading: [(one, drawn.get(place.get(one.path, -1))) for one in shown]
-            for heading, shown in sections.items()
-        },
-        bad=sorted(found.photos.bad.items())[:SHOWN],
-        n_bad=len(found.photos.bad),
-        method=found.predictor.label,
-        backbone=job.how.backbone.name,
-        n_fit=found.n_fit,
-        has_candidate=found.has_candidate,
-        n_vouch=0 if found.standing is None else len(found.standing.rows),
-        max_risk=job.max_risk,
-    )
-    write_text(root / REPORT, page)
-
-
-class Told(list[str]):
-    """What a run has to tell, line by line."""
-
-    n_asked: int = 0
+    counts: str
+    guarantee: str
+    n_asked: int
 
 
 @checked
 @as_usual()
 def triage_photos(
-    job: Job,
+    settings: TriageSettings,
     output: Path,
     labels: Sequence[Path] = (),
     *,
     sort: Literal["link", "move"] | None = None,
     overwrite: bool = False,
-) -> Told:
-    """Do the whole job, or what of it is new, into a folder; returns what there is to tell.
+) -> TriageSummary:
+    """Do the whole job, or what of it is new, into a folder.
 
     Args:
-        job: What is asked for.
-        output: New, empty, or the folder of an earlier run of the same job.
+        settings: What is asked for.
+        output: New, empty, or the folder of an earlier run with the same settings.
         labels: Files of labels (``labels.read_labels``).
         sort: Also sort the photos, or links to them.
         overwrite: Begin anew, whatever was there, labels included; photos that were moved stay
@@ -378,78 +78,314 @@ def triage_photos(
         BusyError: If another process works in the folder.
         StorageError: If the file system refuses; run again, what is done stays done.
     """
-    check_job(job)
+    check_settings(settings)
     find_template(PAGE)  # what the page needs is missed before anything slow
-    read = {file: read_labels(file) for file in labels}
-    for file, (found, _) in read.items():
-        check_names(found, job.how.names, job.of_no_class, file)
-    listing = Workshop(output, job, overwrite=overwrite).listing()
-    paths = [portable_name(path) for path, _ in listing.listing]
-    answers, streams = dict[str, str](), dict[str, str]()
-    for file, (found, said) in read.items():
-        place = match_photos(found, paths, job.photos, file)
-        answers |= {place[name]: label for name, label in found.items() if name in place}
-        streams |= {place[name]: stream for name, stream in said.items() if name in place}
+    files = {file: read_labels(file) for file in labels}
+    for file, (names, _) in files.items():
+        check_names(names, settings.embedding.names, settings.of_no_class, file)
+    open_state(output, settings, overwrite=overwrite)  # refuses before anything slow, too
+    listing = list_folder(settings.photos, output)
+    by_path, streams = _labels_by_path(files, listing)
     if (output / NEXT).is_file() and not overwrite:
-        _require_answers(
-            output, {*answers, *(name for found, _ in read.values() for name in found)}
-        )
+        names_in_files = set(by_path)
+        for names, _ in files.values():
+            names_in_files |= names.keys()
+        _require_answers(output, names_in_files)
     with locked(make_folder(output), "sorting into", who="triage"):
-        # as the folder is now: another run may have ended since
-        result = Workshop(output, job, overwrite=overwrite).run(answers, streams, listing)
-        rows = decisions_of(result)
-        write_decisions(output, result, rows)
-        write_next(output / NEXT, result.asked, rows)
-        write_page(output, listing, result, rows, job)
+        # the state is read again, since another run may have ended meanwhile
+        result = run_triage(output, settings, listing, by_path, streams, overwrite=overwrite)
+        answers = answers_of(result.photos, result.outcomes, result.book.labels)
+        write_decisions(output, result.outcomes, answers)
+        write_next(output / NEXT, result.asked, {answer.key: answer for answer in answers})
+        write_page(output, listing, result, answers, settings)
         if sort is not None:
-            sort_photos(output, listing, rows, job, sort)
-    told = Told(_lines(result, rows, job))
-    told.n_asked = len(result.asked)
-    return told
+            sort_photos(output, listing, answers, settings, sort)
+    return summary_of(result, answers, settings)
 
 
-def _require_answers(output: Path, given: Collection[str]) -> None:
-    """Refuse to ask anew over answers that were filled in where they were asked for, and not given, by these names."""
-    known = {one.path for one in LabelBook.load(output / BOOK) if one.label is not None}
-    if lost := {*read_labels(output / NEXT)[0]} - {*given} - known:
-        raise UsageError(
-            f"{output / NEXT} holds {len(lost)} answers that were not given, such as that about {min(lost)!r}, and "
-            f"would be lost. Give them: --labels {output / NEXT}."
-        )
-
-
-def check_job(job: Job) -> None:
+def check_settings(settings: TriageSettings) -> None:
     """Refuse what cannot be, before anything slow."""
-    require_between("max_risk", job.max_risk)
-    require_between("confidence", job.confidence)
-    names = job.how.names
+    require_between("max_risk", settings.max_risk)
+    require_between("confidence", settings.confidence)
+    names = settings.embedding.names
     if len(set(names)) < 2:
         raise UsageError(
-            f"there must be two classes at least to choose from. Got {len(names)}: {', '.join(names)}."
+            f"there must be two classes at least to choose from. Got {len(names)}: "
+            f"{', '.join(names)}."
         )
-    if both := sorted({*job.of_no_class, SKIPPED} & {*names}):
+    both = sorted({*settings.of_no_class, SKIPPED} & {*names})
+    if both:
         raise UsageError(
-            f"{both[0]!r} is one of the classes, and as a label says that a photo has none. Rename one."
+            f"{both[0]!r} is one of the classes, and as a label says that a photo has none. "
+            "Rename one."
         )
 
 
-def _lines(found: Triage, rows: Sequence[Decision], job: Job) -> list[str]:
-    n = counts_of(rows)
-    parts = [
-        f"{n[name]:,} {word}"
-        for name, word in COUNTED.items()
-        if n[name] or name in {"accepted", "review"}
-    ]
-    new = f" ({found.n_new:,} of them new)" if found.n_new else ""
-    return [
-        f"{n['photos']:,} photos{new}: {', '.join(parts)}",
-        promise_in_words(found, job.max_risk, job.confidence),
-    ]
+def _labels_by_path(
+    files: Mapping[Path, tuple[dict[str, str], dict[str, str]]], listing: PhotoFolder
+) -> tuple[dict[str, str], dict[str, str]]:
+    """The labels of all files, and their streams, by the path of the photo."""
+    by_path: dict[str, str] = {}
+    streams: dict[str, str] = {}
+    for file, (labels, streams_of_file) in files.items():
+        photo_of = match_photos(labels, listing.paths, listing.root, file)
+        for name, photo in photo_of.items():
+            by_path[photo] = labels[name]
+            if name in streams_of_file:
+                streams[photo] = streams_of_file[name]
+    return by_path, streams
 
 
-COUNTED: Final = {
-    "accepted": "accepted",
-    "review": "to review",
-    "labelled": "labelled",
-    "unreadable": "unreadable",
-}
+def _require_answers(output: Path, names: Collection[str]) -> None:
+    """Refuse to ask anew over answers that were filled in, and neither given now nor before."""
+    in_book = {entry.path for entry in LabelBook.load(output / BOOK) if entry.label is not None}
+    filled_in, _ = read_labels(output / NEXT)
+    lost = filled_in.keys() - set(names) - in_book
+    if lost:
+        raise UsageError(
+            f"{output / NEXT} holds {len(lost)} answers that were not given, such as that about "
+            f"{min(lost)!r}, and would be lost. Give them: --labels {output / NEXT}."
+        )
+
+
+def summary_of(
+    result: TriageResult, answers: Sequence[Answer], settings: TriageSettings
+) -> TriageSummary:
+    """What a run has to say."""
+    counts = count_answers(answers)
+    parts = [f"{counts['accepted']:,} accepted", f"{counts['review']:,} to review"]
+    for name in ("labelled", "unreadable"):
+        if counts[name]:
+            parts.append(f"{counts[name]:,} {name}")
+    new = f" ({result.n_new:,} of them new)" if result.n_new else ""
+    return TriageSummary(
+        counts=f"{counts['photos']:,} photos{new}: {', '.join(parts)}",
+        guarantee=guarantee_in_words(result, settings),
+        n_asked=len(result.asked),
+    )
+
+
+@dataclass(frozen=True)
+class Level:
+    """What labels say of one threshold.
+
+    Attributes:
+        coverage: Share of the photos without a label that it accepts.
+        threshold: The uncertainty.
+        accepted: Labels of photos that it accepts.
+        wrong: How many of these were answered wrong.
+        bound: The least risk that is certified there, by itself; None without labels.
+        expected: Mean probability of failure of the photos that it accepts.
+        certified: Whether the guarantee in force covers it.
+    """
+
+    coverage: float
+    threshold: float
+    accepted: int
+    wrong: int
+    bound: float | None
+    expected: float
+    certified: bool
+
+
+def levels_of(
+    uncertainty: Floats, progress: GuaranteeProgress | None, in_force: float | None
+) -> list[Level]:
+    """Some thresholds of the grid; without one, those of equal parts of the photos.
+
+    Args:
+        uncertainty: (N,) of the photos without a label.
+        progress: Of the predictor that gives it.
+        in_force: Threshold of its guarantee, where it has one.
+    """
+    if not len(uncertainty):
+        return []
+    if progress is None:
+        deciles = np.quantile(uncertainty, np.arange(1, 11) / 10)
+        return [_unlabelled_level(uncertainty, float(decile), in_force) for decile in deciles]
+    grid = progress.looks.grid
+    delta = progress.looks.delta
+    wrong, accepted = progress.counts()
+    evidence = log_evidence(wrong, accepted, progress.looks.max_risk)
+    levels = []
+    for index in np.unique(np.linspace(0, len(grid) - 1, LEVELS_SHOWN).round().astype(int)):
+        threshold = float(grid[index])
+        # what is guaranteed of all up to the threshold in force need not be so of the most
+        # trusted alone
+        is_shown = bool(evidence[index] >= -math.log(delta)) or threshold == in_force
+        is_within = in_force is not None and threshold <= in_force
+        level = Level(
+            coverage=float((uncertainty <= threshold).mean()),
+            threshold=threshold,
+            accepted=int(accepted[index]),
+            wrong=int(wrong[index]),
+            bound=least_risk(int(wrong[index]), int(accepted[index]), delta),
+            expected=_mean_up_to(uncertainty, threshold),
+            certified=is_within and is_shown,
+        )
+        levels.append(level)
+    return levels
+
+
+def _unlabelled_level(uncertainty: Floats, threshold: float, in_force: float | None) -> Level:
+    """A threshold of which no label says anything now."""
+    return Level(
+        coverage=float((uncertainty <= threshold).mean()),
+        threshold=threshold,
+        accepted=0,
+        wrong=0,
+        bound=None,
+        expected=_mean_up_to(uncertainty, threshold),
+        certified=in_force is not None and threshold <= in_force,
+    )
+
+
+def _mean_up_to(uncertainty: Floats, threshold: float) -> float:
+    below = uncertainty[uncertainty <= threshold]
+    return float(below.mean()) if len(below) else 0.0
+
+
+def least_risk(wrong: int, accepted: int, delta: float) -> float | None:
+    """The least risk, in steps of 0.001, that labels show at one threshold, whenever one looks."""
+    if not accepted:
+        return None
+    evidence = np.array([float(log_evidence(wrong, accepted, risk)) for risk in RISKS])
+    shown = np.flatnonzero(evidence >= -np.log(delta))
+    return float(RISKS[shown[0]]) if len(shown) else None
+
+
+def _levels(result: TriageResult) -> list[Level]:
+    """The levels of the predictor that labels are asked for."""
+    labels = result.book.labels
+    has_no_label = np.array([path not in labels for path in result.photos.ids], dtype=np.bool_)
+    uncertainty = result.tested_outcomes.uncertainty
+    uncertainty = uncertainty[has_no_label & np.isfinite(uncertainty)]
+    in_force = None
+    if result.rule is not None and not result.has_candidate:
+        in_force = result.rule.threshold
+    return levels_of(uncertainty, result.progress, in_force)
+
+
+def guarantee_in_words(result: TriageResult, settings: TriageSettings) -> str:
+    """How far the guarantee is, in a sentence or two."""
+    goal = (
+        f"at most {percent(settings.max_risk, 1)} wrong among the accepted, with "
+        f"{exactly(settings.confidence)} confidence"
+    )
+    if result.rule is not None:
+        return (
+            f"Guaranteed: {goal}, at whatever moment one looks. {result.rule.n_wrong} of "
+            f"{result.rule.n_accepted} labels up to the threshold are wrong. The guarantee is "
+            f"about photos like these, drawn as these were.{scenes_in_words(result)}"
+        )
+    if result.progress is None:
+        return (
+            f"Nothing is guaranteed ({goal}): there are {len(result.book.labels)} labels. The "
+            "photos are ranked by what the model alone makes likely."
+        )
+    return f"Not guaranteed yet ({goal}): {_lacking_in_words(result.progress)}"
+
+
+def _lacking_in_words(progress: GuaranteeProgress) -> str:
+    if len(progress.missing):
+        return (
+            f"{len(progress.missing):,} of the labels that were asked for are missing. The "
+            "guarantee rests on all of them; a photo that nobody can name has the label "
+            f"{SKIPPED}."
+        )
+    wrong, accepted = progress.counts()
+    last = progress.looks.last
+    counts = f"{int(wrong[last])} of {int(accepted[last])} labels that count are wrong."
+    if progress.more is None:
+        return (
+            f"{counts} With so many wrong ones more labels of the calibration side would not "
+            "help: give more labels to fit on."
+        )
+    return f"{counts} About {progress.more:,} more would do, if errors go on as so far."
+
+
+def scenes_in_words(result: TriageResult) -> str:
+    """What is shown of new scenes, where many of the labels are of photos that are nearly alike."""
+    progress = result.progress
+    is_first = result.is_first_of_scene
+    if progress is None or result.rule is None or is_first is None:
+        return ""
+    n_repeated = int((~is_first).sum())
+    if n_repeated <= FEW_OF_SCENES * len(is_first):
+        return ""
+    certified = progress.looks.certified(
+        progress.outcomes.uncertainty[is_first], progress.outcomes.failure[is_first]
+    )
+    if certified is None:
+        shown = "nothing"
+    else:
+        threshold = float(progress.looks.grid[certified])
+        share = float((result.tested_outcomes.uncertainty <= threshold).mean())
+        is_the_same = threshold >= (result.rule.threshold or 0.0)
+        shown = "the same" if is_the_same else f"it for {share:.0%} of the photos"
+    return (
+        f" But {n_repeated:,} of the {len(is_first):,} labels that count are of photos nearly like "
+        "another one with a label, as in bursts and films. With one label a scene they show "
+        f"{shown}: for photos of new scenes rely on that."
+    )
+
+
+def write_page(
+    root: Path,
+    listing: PhotoFolder,
+    result: TriageResult,
+    answers: Sequence[Answer],
+    settings: TriageSettings,
+) -> None:
+    """``report.html``: what was decided, what is guaranteed, and photos worth a look."""
+    sections = _sections(answers, {entry.path for entry in result.asked})
+    pictures = _pictures(listing, result, sections)
+    page = render(
+        find_template(PAGE),
+        title=f"Photos in {settings.photos.name}",
+        counts=count_answers(answers),
+        guarantee=guarantee_in_words(result, settings),
+        levels=_levels(result),
+        sections=sections,
+        pictures=pictures,
+        bad=sorted(result.photos.bad.items())[:PHOTOS_SHOWN],
+        n_bad=len(result.photos.bad),
+        method=result.predictor.label,
+        backbone=settings.embedding.backbone.name,
+        n_fit=result.n_fit,
+        has_candidate=result.has_candidate,
+        n_calibration=0 if result.progress is None else len(result.progress.rows),
+        max_risk=settings.max_risk,
+    )
+    write_text(root / REPORT, page)
+
+
+def _sections(answers: Sequence[Answer], asked: Collection[str]) -> dict[str, list[Answer]]:
+    """The photos that are worth a look, under their headings."""
+    doubtful_first = sorted(answers, key=lambda answer: -(answer.failure_probability or 0.0))
+    to_label = [answer for answer in answers if answer.key in asked]
+    accepted = [answer for answer in doubtful_first if answer.decision == ACCEPT]
+    to_review = []
+    for answer in doubtful_first:
+        if answer.decision == REVIEW and answer.failure_probability is not None:
+            to_review.append(answer)
+    return {
+        "Label these next": to_label[:PHOTOS_SHOWN],
+        "To review, the most doubtful first": to_review[:PHOTOS_SHOWN],
+        "Accepted, the least trusted first": accepted[:PHOTOS_SHOWN],
+    }
+
+
+def _pictures(
+    listing: PhotoFolder, result: TriageResult, sections: Mapping[str, Sequence[Answer]]
+) -> dict[str, object]:
+    """Thumbnails of the photos in the sections, by path; unreadable ones have none."""
+    row_of = {path: row for row, path in enumerate(result.photos.ids)}
+    paths = set()
+    for answers in sections.values():
+        paths |= {answer.key for answer in answers if answer.key in row_of}
+    if not paths:
+        return {}
+    rows = sorted(row_of[path] for path in paths)
+    by_row = thumbnails(result.outcomes, rows, listing.files_of(paths))
+    return {path: by_row[row_of[path]] for path in paths}

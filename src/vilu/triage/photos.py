@@ -1,4 +1,4 @@
-"""The photos of a folder, embedded once each: what is new or has changed becomes a store of its own."""
+"""The photos of a folder, embedded once each: what is new or has changed becomes a new store."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from vilu.store.reader import EmbeddingStore
 FOLDER: Final = "embeddings"
 """Name of the folder of stores."""
 
-NEVER_MIND: Final = 1.0
-"""Share of bad photos of one store: people's folders hold what they hold, and every bad one is told of by name."""
+MAX_ERROR_RATE: Final = 1.0
+"""Share of bad photos of one store: folders hold what they hold, and every bad photo is named."""
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +42,19 @@ Version = tuple[int, int]
 
 
 def version_of(status: os.stat_result | OSError) -> Version:
-    """Of a file that cannot be looked at, none that ever was."""
-    return (-1, -1) if isinstance(status, OSError) else (status.st_size, status.st_mtime_ns)
+    """Version of a listed file; of one that cannot be looked at, none that ever was."""
+    if isinstance(status, OSError):
+        return (-1, -1)
+    return (status.st_size, status.st_mtime_ns)
+
+
+def versions_of(photos: Sequence[Listed]) -> dict[str, Version]:
+    """Version of every listed photo, by path as tables have it."""
+    return {portable_name(path): version_of(status) for path, status in photos}
 
 
 @dataclass(frozen=True)
-class Embedding:
+class EmbeddingSettings:
     """How photos are embedded, and against which classes."""
 
     backbone: BackboneSpec
@@ -66,15 +73,35 @@ class PhotoFolder:
     listing: Sequence[Listed]
     moved: Mapping[str, Path] = field(default_factory=dict)
 
-    def some(self, paths: Collection[str], names: Sequence[str] = ()) -> PhotoFiles:
-        """Some of the photos."""
-        chosen = [one for one in self.listing if portable_name(one[0]) in paths]
+    @cached_property
+    def paths(self) -> list[str]:
+        """The paths of all photos, as tables have them."""
+        return [portable_name(path) for path, _ in self.listing]
+
+    def files_of(self, paths: Collection[str], names: Sequence[str] = ()) -> PhotoFiles:
+        """The photos of these paths, as a data set."""
+        chosen = [listed for listed in self.listing if portable_name(listed[0]) in paths]
         return PhotoFiles(self.root, chosen, names, self.moved)
+
+
+@dataclass(frozen=True)
+class _StoredPhotos:
+    """What the stores of a folder hold.
+
+    Attributes:
+        done: Version of every photo that was embedded, or found to be bad.
+        unread: Photos that could not be read.
+        begun: Number of the store that was interrupted; None where none was.
+    """
+
+    done: dict[str, Version]
+    unread: set[str]
+    begun: int | None
 
 
 @dataclass
 class PhotoStores:
-    """The stores of a folder of photos, numbered, each with the list of the files that are in it."""
+    """The numbered stores of a folder of photos, each with the list of its files."""
 
     root: Path
 
@@ -89,72 +116,110 @@ class PhotoStores:
         """Its folder."""
         return self.root / f"{number:03}"
 
+    def is_complete(self, number: int) -> bool:
+        """Whether all of its photos were embedded."""
+        return (self.store(number) / MANIFEST).is_file()
+
     def listed(self, number: int) -> dict[str, Version]:
         """The files of a store."""
-        table, said = read_table(self._list(number), ())
-        if said.get("kind") != "photos":
+        table, metadata = read_table(self._list(number), ())
+        if metadata.get("kind") != "photos":
             raise DataError(
                 f"{self._list(number)} is no list of photos of vilu. Remove the folder {self.root}."
             )
-        columns = (table[name].to_pylist() for name in ("path", "size", "time"))
+        columns = [table[name].to_pylist() for name in ("path", "size", "time")]
         return {path: (size, time) for path, size, time in zip(*columns, strict=True)}
 
-    def update(self, photos: PhotoFolder, how: Embedding) -> int:
-        """Embed what no store has yet, or could not be read and now can; how many photos that was."""
-        now = {portable_name(path): version_of(status) for path, status in photos.listing}
-        done, unread = dict[str, Version](), set[str]()
+    def update(self, photos: PhotoFolder, settings: EmbeddingSettings) -> int:
+        """Embed new photos, and those that can be read now but could not; returns how many."""
+        now = versions_of(photos.listing)
+        stored = self._stored(now)
+        done = stored.done
+        unread = stored.unread
+        if stored.begun is not None:
+            resumed = self.listed(stored.begun)
+            self._embed(stored.begun, photos, resumed, settings)
+            done |= resumed
+            unread -= resumed.keys()
+        for path in self._readable_again(photos, unread):
+            del done[path]
+        new = {path: version for path, version in now.items() if done.get(path) != version}
+        if new:
+            number = max(self.numbers(), default=0) + 1
+            self._write_list(number, new)
+            self._embed(number, photos, new, settings)
+        return len(new)
+
+    def _stored(self, now: Mapping[str, Version]) -> _StoredPhotos:
+        """What the stores hold; one that was begun with photos that are others now is removed."""
+        done: dict[str, Version] = {}
+        unread: set[str] = set()
         begun = None
         for number in self.numbers():
             listed = self.listed(number)
-            if (self.store(number) / MANIFEST).is_file():
+            if self.is_complete(number):
                 done |= listed
-                bad = EmbeddingStore(self.store(number)).bad_images()
-                unread = (unread - listed.keys()) | {
-                    path for path, kind in bad if kind == "read_error"
-                }
+                unread -= listed.keys()
+                unread |= self._unread(number)
             elif all(now.get(path) == version for path, version in listed.items()):
                 begun = number  # interrupted: it goes on, with the same photos
             else:
                 self._remove(number)
-        if begun is not None:
-            self._embed(begun, photos, self.listed(begun), how)
-            done |= self.listed(begun)
-        again = photos.some(unread - (set() if begun is None else self.listed(begun).keys()))
-        for record in again.records(0, len(again)):
+        return _StoredPhotos(done, unread, begun)
+
+    def _unread(self, number: int) -> set[str]:
+        """Photos of a store that could not be read."""
+        bad = EmbeddingStore(self.store(number)).bad_images()
+        return {path for path, kind in bad if kind == "read_error"}
+
+    @staticmethod
+    def _readable_again(photos: PhotoFolder, unread: Collection[str]) -> list[str]:
+        """Which of the photos that could not be read can be read now."""
+        files = photos.files_of(unread)
+        readable = []
+        for record in files.records(0, len(files)):
             with suppress(OSError):
                 record.read()
-                del done[record.key]
-        if new := {path: version for path, version in now.items() if done.get(path) != version}:
-            number = max(self.numbers(), default=0) + 1
-            make_folder(self.root)
-            columns = {"path": pa.array(list(new), pa.string())}
-            for place, name in enumerate(("size", "time")):
-                columns[name] = pa.array([version[place] for version in new.values()], pa.int64())
-            write_table(self._list(number), columns, {"kind": "photos"})
-            self._embed(number, photos, new, how)
-        return len(new)
+                readable.append(record.key)
+        return readable
+
+    def _write_list(self, number: int, versions: Mapping[str, Version]) -> None:
+        """Begin a store: the list of its files."""
+        make_folder(self.root)
+        sizes = [size for size, _ in versions.values()]
+        times = [time for _, time in versions.values()]
+        columns = {
+            "path": pa.array(list(versions), pa.string()),
+            "size": pa.array(sizes, pa.int64()),
+            "time": pa.array(times, pa.int64()),
+        }
+        write_table(self._list(number), columns, {"kind": "photos"})
 
     def _embed(
-        self, number: int, photos: PhotoFolder, chosen: Collection[str], how: Embedding
+        self,
+        number: int,
+        photos: PhotoFolder,
+        chosen: Collection[str],
+        settings: EmbeddingSettings,
     ) -> None:
-        model = how.backbone.load()
-        for done in [
-            self.store(one) for one in self.numbers() if (self.store(one) / MANIFEST).is_file()
-        ][:1]:
+        model = settings.backbone.load()
+        complete = next((store for store in self.numbers() if self.is_complete(store)), None)
+        if complete is not None:
             # a store of another model, once made, would be in the way of all later runs
-            EmbeddingStore(done).space.require_match(
-                model.space, mine=str(done), theirs="the model of this run"
+            store = self.store(complete)
+            EmbeddingStore(store).space.require_match(
+                model.space, mine=str(store), theirs="the model of this run"
             )
         embed(
-            photos.some(chosen, how.names),
+            photos.files_of(chosen, settings.names),
             model,
             self.store(number),
-            names=how.names,
-            templates=how.templates,
-            negatives=how.negatives,
-            batch_size=how.batch_size,
-            workers=how.workers,
-            max_error_rate=NEVER_MIND,
+            names=settings.names,
+            templates=settings.templates,
+            negatives=settings.negatives,
+            batch_size=settings.batch_size,
+            workers=settings.workers,
+            max_error_rate=MAX_ERROR_RATE,
         )
 
     def _remove(self, number: int) -> None:
@@ -168,25 +233,29 @@ class PhotoStores:
 
     def open(self, photos: Sequence[Listed]) -> Photos:
         """All photos that are there now, from the stores that have them."""
-        now = {portable_name(path): version_of(status) for path, status in photos}
+        now = versions_of(photos)
+        numbers = self.numbers()
         newest: dict[str, int] = {}
-        for number in self.numbers():
-            newest |= {
-                path: number
-                for path, version in self.listed(number).items()
-                if now.get(path) == version
-            }
-        stores = [EmbeddingStore(self.store(number)) for number in self.numbers()]
-        parts, bad = [], dict[str, str]()
-        for number, store in zip(self.numbers(), stores, strict=True):
-            rows = [row for row, key in enumerate(store.ids) if newest.get(key) == number]
+        for number in numbers:
+            for path, version in self.listed(number).items():
+                if now.get(path) == version:
+                    newest[path] = number
+        parts = []
+        bad: dict[str, str] = {}
+        for number in numbers:
+            store = EmbeddingStore(self.store(number))
+            rows = [row for row, path in enumerate(store.ids) if newest.get(path) == number]
             parts.append((store, np.array(rows, dtype=np.int64)))
-            bad |= {key: kind for key, kind in store.bad_images() if newest.get(key) == number}
+            for path, kind in store.bad_images():
+                if newest.get(path) == number:
+                    bad[path] = kind
         return Photos(parts, bad)
 
 
 class Photos(EmbeddingSource):
-    """Rows of several stores of one model and the same classes, as one source; labels are given later.
+    """Rows of several stores of one model and the same classes, as one source.
+
+    Labels are set later (``label``).
 
     Attributes:
         bad: Path of every photo that has no embedding, and why.
@@ -201,9 +270,15 @@ class Photos(EmbeddingSource):
             first.space.require_match(store.space, mine=str(first.path), theirs=str(store.path))
         self._parts = [(store, torch.from_numpy(rows)) for store, rows in parts]
         self._starts = np.cumsum([0, *(len(rows) for _, rows in parts)])
-        self.space, self.text, self.class_names = first.space, first.text, first.class_names
-        self.first, self.columns, self.bad = first, first.columns, dict(bad)
-        self.ids = [store.ids[row] for store, rows in parts for row in rows.tolist()]
+        self.space = first.space
+        self.text = first.text
+        self.class_names = first.class_names
+        self.first = first
+        self.columns = first.columns
+        self.bad = dict(bad)
+        self.ids = []
+        for store, rows in parts:
+            self.ids += [store.ids[row] for row in rows.tolist()]
         self.target = torch.full((len(self.ids),), UNKNOWN)
         self.outside = torch.zeros(len(self.ids), dtype=torch.bool)
 
@@ -219,11 +294,12 @@ class Photos(EmbeddingSource):
 
     def identities(self, by: Identity, rows: NDArray[np.int64] | None = None) -> NDArray[np.uint64]:
         """As every source's."""
-        places = np.arange(len(self)) if rows is None else rows
-        found = np.empty(len(places), np.uint64)
-        for part, at, inside in self._split(places):
-            found[at] = self._parts[part][0].identities(by, inside)
-        return found
+        if rows is None:
+            rows = np.arange(len(self))
+        identities = np.empty(len(rows), np.uint64)
+        for part, positions, inside in self._split(rows):
+            identities[positions] = self._parts[part][0].identities(by, inside)
+        return identities
 
     @property
     def pictures(self) -> list[bytes]:
@@ -232,36 +308,42 @@ class Photos(EmbeddingSource):
 
     def image_rows(self, index: Tensor) -> Tensor:
         """(B, D) float32 rows, gathered from the stores."""
-        found = torch.empty(len(index), self.space.embed_dim)
-        for part, at, inside in self._split(index.numpy()):
-            found[torch.from_numpy(at)] = self._parts[part][0].image_rows(torch.from_numpy(inside))
-        return found
+        image = torch.empty(len(index), self.space.embed_dim)
+        for part, positions, inside in self._split(index.numpy()):
+            rows = self._parts[part][0].image_rows(torch.from_numpy(inside))
+            image[torch.from_numpy(positions)] = rows
+        return image
 
     def column(self, name: str, index: Tensor) -> Tensor:
         """A column of the classes or of the model; photos carry none of their own."""
         return self.first.column(name, index)
 
     def _split(
-        self, places: NDArray[np.int64]
+        self, rows: NDArray[np.int64]
     ) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
-        """Store, positions among the places, and rows in the store."""
-        owner = np.searchsorted(self._starts, places, side="right") - 1
+        """Number of a part, the positions of its rows among ``rows`` (M,), and its own rows."""
+        owner = np.searchsorted(self._starts, rows, side="right") - 1
         for part in np.unique(owner).tolist():
-            at = np.flatnonzero(owner == part)
-            yield part, at, self._parts[part][1].numpy()[places[at] - self._starts[part]]
+            positions = np.flatnonzero(owner == part)
+            inside = rows[positions] - self._starts[part]
+            yield part, positions, self._parts[part][1].numpy()[inside]
 
     def label(self, labels: Mapping[str, str], outside: Sequence[str]) -> None:
-        """Say what is known of the photos, by path: a class, one that is outside, or nothing."""
-        place = self.class_places()
+        """Set what is known of the photos, by path: a class, one that is outside, or nothing."""
+        candidate_of = self.candidates_by_name()
         for row, path in enumerate(self.ids):
             label = labels.get(path)
-            self.outside[row] = label in outside
-            self.target[row] = UNKNOWN if label is None or label in outside else place[label]
+            is_outside = label in outside
+            self.outside[row] = is_outside
+            if label is None or is_outside:
+                self.target[row] = UNKNOWN
+            else:
+                self.target[row] = candidate_of[label]
 
-    def class_places(self) -> dict[str, int]:
-        """Name of every class that was given to its candidate; classes of one text are one candidate."""
-        names, merged = self.first.manifest.names, self.first.candidate_of
-        return {
-            name: place if merged is None else int(merged[place])
-            for place, name in enumerate(names)
-        }
+    def candidates_by_name(self) -> dict[str, int]:
+        """Candidate of every class that was given; classes of one text are one candidate."""
+        names = self.first.manifest.names
+        merged = self.first.candidate_of
+        if merged is None:
+            return {name: index for index, name in enumerate(names)}
+        return {name: int(merged[index]) for index, name in enumerate(names)}

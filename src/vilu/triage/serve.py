@@ -1,4 +1,7 @@
-"""A page on which one person goes through photos with the keyboard; an answer is on the disk before the next photo."""
+"""A page on which one person labels photos with the keyboard.
+
+An answer is on the disk before the next photo is shown.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +27,9 @@ from vilu.datasets.files import Bounds, path_of
 from vilu.datasets.images import BadImage, decode_image
 from vilu.errors import BusyError, DataError, StorageError, UsageError
 from vilu.text import page_of
+from vilu.triage.label_files import label_columns
 from vilu.triage.labels import SKIPPED, read_labels
-from vilu.triage.review import Review, label_columns
+from vilu.triage.review import Review
 
 LOOPBACK: Final = "127.0.0.1"
 SIDE: Final = 1600
@@ -61,7 +65,8 @@ class ReviewSession:
     def __post_init__(self) -> None:
         if self.review.photos is None:
             raise UsageError(
-                "to show photos the folder is needed that their paths are relative to. Give --photos DIR."
+                "to show photos the folder is needed that their paths are relative to. Give "
+                "--photos DIR."
             )
         if not self.review.tasks:
             raise UsageError("there is no photo to look at.")
@@ -69,11 +74,11 @@ class ReviewSession:
         self.written = self._on_disk()
         if self.written is not None:
             self.answers, self.streams = read_labels(self.output)
-            known = {one.path for one in self.review.tasks}
+            known = {task.path for task in self.review.tasks}
             if self.answers and not known & self.answers.keys():
                 raise DataError(f"{self.output} holds labels of other photos. Give another file.")
 
-    def answer(self, place: object, label: object) -> None:
+    def answer(self, index: object, label: object) -> None:
         """Set the label of a photo, or take it back (None), and keep all of them.
 
         Raises:
@@ -81,11 +86,11 @@ class ReviewSession:
             BusyError: If another program has changed the file meanwhile; it stays as it is.
             StorageError: If the file cannot be written.
         """
-        if type(place) is not int or not 0 <= place < len(self.review.tasks):
-            raise DataError(f"there is no photo number {place!r}.")
+        if type(index) is not int or not 0 <= index < len(self.review.tasks):
+            raise DataError(f"there is no photo number {index!r}.")
         if label is not None and label not in {*self.review.names, SKIPPED}:
             raise DataError(f"{label!r} is none of the names to choose from.")
-        path = self.review.tasks[place].path
+        path = self.review.tasks[index].path
         with self.lock:
             answers = dict(self.answers)
             if label is None:
@@ -99,12 +104,12 @@ class ReviewSession:
         """Write answers, unless the file holds what was not written here."""
         if self._on_disk() not in {None, self.written}:
             raise BusyError(
-                f"{self.output} was changed by another program, and stays as it is. Stop this command "
-                "and start it again: it goes on with what the file holds now."
+                f"{self.output} was changed by another program, and stays as it is. Stop this "
+                "command and start it again: it goes on with what the file holds now."
             )
-        streams = self.streams | {
-            one.path: one.stream for one in self.review.tasks
-        }  # also of what is not shown now
+        streams = dict(self.streams)  # also of photos that are not shown now
+        for task in self.review.tasks:
+            streams[task.path] = task.stream
         content = csv_bytes(label_columns(answers, streams))
         write_bytes(self.output, content)
         self.written = content
@@ -114,9 +119,14 @@ class ReviewSession:
         with or_refuse(f"read {self.output}"):
             return self.output.read_bytes() if self.output.exists() else None
 
-    def picture(self, place: int) -> bytes:
-        """A photo as WebP, decoded with all that is done against hostile files; BadImage or OSError where it is bad."""
-        path = path_of(self.review.tasks[place].path)
+    def picture(self, index: int) -> bytes:
+        """A photo as WebP, decoded with all that is done against hostile files.
+
+        Raises:
+            BadImage: If it is no picture that can be decoded.
+            OSError: If it cannot be read.
+        """
+        path = path_of(self.review.tasks[index].path)
         image = decode_image(self.bounds.read(path)).image
         image.thumbnail((SIDE, SIDE))
         content = BytesIO()
@@ -125,24 +135,23 @@ class ReviewSession:
 
     def tasks(self) -> dict[str, Any]:
         """What the page shows."""
-        return {
-            "names": list(self.review.names),
-            "skip": SKIPPED,
-            "tasks": [
-                {
-                    "path": one.path,
-                    "answer": one.answer,
-                    "p": one.failure_probability,
-                    "second": one.runner_up,
-                    "label": self.answers.get(one.path),
-                }
-                for one in self.review.tasks
-            ],
-        }
+        tasks = []
+        for task in self.review.tasks:
+            facts = {
+                "path": task.path,
+                "answer": task.answer,
+                "p": task.failure_probability,
+                "second": task.runner_up,
+                "label": self.answers.get(task.path),
+            }
+            tasks.append(facts)
+        return {"names": list(self.review.names), "skip": SKIPPED, "tasks": tasks}
 
 
 def serve_page(session: ReviewSession, port: int = 0, ready: Callable[[str], None] = print) -> None:
-    """Serve the page on this machine alone until interrupted; ``ready`` gets its address, which holds a key.
+    """Serve the page on this machine alone until interrupted.
+
+    ``ready`` gets its address, which holds a key.
 
     Raises:
         UsageError: If the port is taken.
@@ -150,7 +159,7 @@ def serve_page(session: ReviewSession, port: int = 0, ready: Callable[[str], Non
     key = secrets.token_urlsafe(16)
 
     class Handler(PageHandler):
-        of = session
+        page_session = session
         token = key
 
     try:
@@ -180,7 +189,7 @@ class PageServer(ThreadingHTTPServer):
 class PageHandler(BaseHTTPRequestHandler):
     """Answers to the page; to nobody without the key, and to no other name of this machine."""
 
-    of: ReviewSession
+    page_session: ReviewSession
     token: str
     protocol_version = "HTTP/1.1"
     timeout = 30
@@ -193,14 +202,20 @@ class PageHandler(BaseHTTPRequestHandler):
         if not kind:
             self._page()
         elif kind == "tasks":
-            self._send(HTTPStatus.OK, json.dumps(self.of.tasks()).encode(), "application/json")
-        elif kind == "photo" and number.isdigit() and int(number) < len(self.of.review.tasks):
+            self._send(
+                HTTPStatus.OK, json.dumps(self.page_session.tasks()).encode(), "application/json"
+            )
+        elif (
+            kind == "photo"
+            and number.isdigit()
+            and int(number) < len(self.page_session.review.tasks)
+        ):
             self._photo(int(number))
         else:
             self._refuse(HTTPStatus.NOT_FOUND, "there is nothing here")
 
     def do_POST(self) -> None:
-        """An answer: {"place": 3, "label": "cat"}; null takes it back."""
+        """An answer: {"index": 3, "label": "cat"}; null takes it back."""
         if not self._allowed():
             return
         length = self.headers.get("Content-Length", "")
@@ -210,8 +225,8 @@ class PageHandler(BaseHTTPRequestHandler):
             )
             return
         try:
-            given = json.loads(self.rfile.read(int(length)))
-            self.of.answer(given["place"], given["label"])
+            answer = json.loads(self.rfile.read(int(length)))
+            self.page_session.answer(answer["index"], answer["label"])
         except (DataError, KeyError, RecursionError, TypeError, ValueError) as error:
             self._refuse(HTTPStatus.BAD_REQUEST, str(error))
             return
@@ -227,10 +242,8 @@ class PageHandler(BaseHTTPRequestHandler):
         key = parse_qs(urlsplit(self.path).query).get("key", [""])[0]
         port = self.connection.getsockname()[1]
         host = self.headers.get("Host", "")
-        if host not in {
-            f"{LOOPBACK}:{port}",
-            f"localhost:{port}",
-        }:  # a page of elsewhere that points its name here
+        # a page of elsewhere may point its own name at this machine
+        if host not in {f"{LOOPBACK}:{port}", f"localhost:{port}"}:
             self._refuse(HTTPStatus.MISDIRECTED_REQUEST, "this page is for this machine alone")
             return False
         if not hmac.compare_digest(key.encode(), self.token.encode()):
@@ -244,9 +257,9 @@ class PageHandler(BaseHTTPRequestHandler):
         content, policy = page_of("vilu.triage", "review", "'self'")
         self._send(HTTPStatus.OK, content.encode(), "text/html; charset=utf-8", policy)
 
-    def _photo(self, place: int) -> None:
+    def _photo(self, index: int) -> None:
         try:
-            content = self.of.picture(place)
+            content = self.page_session.picture(index)
         except (BadImage, OSError) as error:
             self._refuse(HTTPStatus.UNPROCESSABLE_ENTITY, str(error))
             return

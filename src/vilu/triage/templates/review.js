@@ -1,7 +1,7 @@
 "use strict";
 const key = new URLSearchParams(location.search).get("key") || "";
 const at = (id) => document.getElementById(id);
-const state = { tasks: [], names: [], skip: "", place: 0, past: [] };
+const state = { tasks: [], names: [], skip: "", index: 0, past: [] };
 
 const ask = async (path, body) => {
   const answer = await fetch(`${path}?key=${encodeURIComponent(key)}`, body === undefined ? {} : {
@@ -17,7 +17,7 @@ const percent = (p) => `${(100 * p).toFixed(p < 0.1 ? 1 : 0)} % likely wrong`;
 
 const showClasses = () => {
   const typed = at("filter").value.trim().toLowerCase();
-  const task = state.tasks[state.place];
+  const task = state.tasks[state.index];
   const fitting = state.names.filter((name) => name.toLowerCase().includes(typed));
   fitting.sort((a, b) => b.toLowerCase().startsWith(typed) - a.toLowerCase().startsWith(typed));
   at("classes").replaceChildren(...fitting.slice(0, 200).map((name, i) => {
@@ -33,14 +33,14 @@ const showClasses = () => {
 };
 
 const show = () => {
-  const task = state.tasks[state.place];
+  const task = state.tasks[state.index];
   const answered = state.tasks.filter((one) => one.label !== null).length;
-  at("progress").textContent = `${answered} of ${state.tasks.length} answered; photo ${state.place + 1}`;
+  at("progress").textContent = `${answered} of ${state.tasks.length} answered; photo ${state.index + 1}`;
   at("bar").value = answered / state.tasks.length;
   at("done").hidden = answered < state.tasks.length;
   at("photo").hidden = false;
   at("missing").hidden = true;
-  at("photo").src = `photo/${state.place}?key=${encodeURIComponent(key)}`;
+  at("photo").src = `photo/${state.index}?key=${encodeURIComponent(key)}`;
   at("photo").alt = task.answer === null ? "Photo" : `Photo, which the model calls ${task.answer}`;
   at("path").textContent = task.path;
   at("said").replaceChildren(task.answer === null ? "The model gives no answer." : `The model says: ${task.answer}`);
@@ -58,20 +58,20 @@ const show = () => {
     at(id).setAttribute("aria-pressed", String(label !== null && task.label === label));
   at("filter").value = "";
   showClasses();
-  const next = state.tasks[state.place + 1];
-  if (next) new Image().src = `photo/${state.place + 1}?key=${encodeURIComponent(key)}`;
+  const next = state.tasks[state.index + 1];
+  if (next) new Image().src = `photo/${state.index + 1}?key=${encodeURIComponent(key)}`;
 };
 
-const go = (place) => {
-  state.place = Math.max(0, Math.min(state.tasks.length - 1, place));
+const go = (index) => {
+  state.index = Math.max(0, Math.min(state.tasks.length - 1, index));
   show();
 };
 
 const forward = () => {
   const open = (i) => state.tasks[i].label === null;
   const order = [...state.tasks.keys()];
-  const next = order.slice(state.place + 1).find(open) ?? order.find(open);
-  go(next === undefined ? state.place : next);
+  const next = order.slice(state.index + 1).find(open) ?? order.find(open);
+  go(next === undefined ? state.index : next);
 };
 
 // One answer at a time: the next photo is shown when the answer is on the disk, and until then no key counts, since it
@@ -90,11 +90,11 @@ const inTurn = async (work) => {
 };
 
 const give = (label) => inTurn(async () => {
-  const place = state.place, task = state.tasks[place];
+  const index = state.index, task = state.tasks[index];
   if (label === null) return;
-  await ask("answer", { place, label });
+  await ask("answer", { index, label });
   at("error").textContent = "";
-  state.past.push([place, task.label]);
+  state.past.push([index, task.label]);
   task.label = label;
   forward();
 });
@@ -102,14 +102,14 @@ const give = (label) => inTurn(async () => {
 const undo = () => inTurn(async () => {
   const last = state.past[state.past.length - 1];
   if (last === undefined) return;
-  await ask("answer", { place: last[0], label: last[1] });
+  await ask("answer", { index: last[0], label: last[1] });
   state.past.pop();
   state.tasks[last[0]].label = last[1];
   go(last[0]);
 });
 
-at("accept").addEventListener("click", () => give(state.tasks[state.place].answer));
-at("second").addEventListener("click", () => give(state.tasks[state.place].second));
+at("accept").addEventListener("click", () => give(state.tasks[state.index].answer));
+at("second").addEventListener("click", () => give(state.tasks[state.index].second));
 at("outside").addEventListener("click", () => give(outsideName()));
 at("skip").addEventListener("click", () => give(state.skip));
 at("undo").addEventListener("click", undo);
@@ -122,7 +122,7 @@ at("photo").addEventListener("error", () => {
 
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || !state.tasks.length) return;
-  const task = () => state.tasks[state.place];
+  const task = () => state.tasks[state.index];
   if (event.target === at("filter")) {
     if (event.key === "Enter") {
       const fitting = showClasses();
@@ -139,7 +139,7 @@ document.addEventListener("keydown", (event) => {
   const keys = {
     Enter: () => give(task().answer), a: () => give(task().answer), 2: () => give(task().second),
     o: () => give(outsideName()), s: () => give(state.skip), u: undo, Backspace: undo,
-    ArrowRight: () => inTurn(() => go(state.place + 1)), ArrowLeft: () => inTurn(() => go(state.place - 1)),
+    ArrowRight: () => inTurn(() => go(state.index + 1)), ArrowLeft: () => inTurn(() => go(state.index - 1)),
     "/": () => at("filter").focus(),
   };
   const act = keys[event.key.length === 1 ? event.key.toLowerCase() : event.key];

@@ -1,0 +1,133 @@
+"""What is answered about every photo, and the tables that people read and fill in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import pyarrow as pa
+
+from vilu.artifacts.tables import write_table
+from vilu.embeddings.rows import SCORING_BATCH
+from vilu.embeddings.source import EmbeddingSource
+from vilu.guard.guard import Answer, RunnersUp, runners_up_of
+from vilu.outcomes.outcomes import Outcomes
+from vilu.scoring.score import ACCEPT, OUTSIDE_REASON
+from vilu.triage.labels import Entry, columns_of
+from vilu.triage.photos import Photos
+from vilu.triage.state import DECISIONS_CSV, DECISIONS_PARQUET
+
+LABELLED: Final = "labelled"
+REVIEW: Final = "review"
+"""Decisions beside "accept": the label is known; a person has to look."""
+
+NO_GUARANTEE: Final = "no_guarantee"
+"""Why nothing is accepted while the predictor has no rule."""
+
+
+def answers_of(photos: Photos, outcomes: Outcomes, labels: Mapping[str, str]) -> list[Answer]:
+    """One for every photo that was listed: scored, labelled or unreadable."""
+    runners_up = all_runners_up(photos)
+    answers = []
+    for row, path in enumerate(photos.ids):
+        if path in labels:
+            answers.append(_labelled(path, labels[path]))
+        else:
+            answers.append(answer_of(outcomes, row, runners_up[row]))
+    for path, kind in photos.bad.items():
+        answers.append(_unanswered(path, kind))
+    return sorted(answers, key=lambda answer: answer.key)
+
+
+def answer_of(outcomes: Outcomes, row: int, runners_up: RunnersUp = ()) -> Answer:
+    """The answer of a row whose label is not known."""
+    path = "" if outcomes.ids is None else outcomes.ids[row]
+    probabilities = failure_probabilities(outcomes)
+    if np.isnan(probabilities[row]) or outcomes.prediction is None:
+        return _unanswered(path, None if outcomes.reason is None else outcomes.reason[row])
+    decision = REVIEW
+    if outcomes.decision is not None and outcomes.decision[row] == ACCEPT:
+        decision = ACCEPT
+    reason: str | None = NO_GUARANTEE
+    if outcomes.decision_reason is not None:
+        reason = outcomes.decision_reason[row]
+    names = outcomes.class_names or ()
+    return Answer(
+        key=path,
+        label=names[int(outcomes.prediction[row])],
+        failure_probability=float(probabilities[row]),
+        uncertainty=float(outcomes.uncertainty[row]),
+        decision=decision,
+        reason=reason,
+        runners_up=runners_up,
+    )
+
+
+def failure_probabilities(outcomes: Outcomes) -> np.ndarray:
+    """(N,) the calibrated ones; without a calibration the scores, as far as they are."""
+    if outcomes.failure_probability is None:
+        return outcomes.uncertainty
+    return outcomes.failure_probability
+
+
+def _labelled(path: str, label: str) -> Answer:
+    """The label is the answer, whatever the model says."""
+    return Answer(path, label, None, None, LABELLED, None)
+
+
+def _unanswered(path: str, reason: str | None) -> Answer:
+    return Answer(path, None, None, None, REVIEW, reason)
+
+
+def all_runners_up(photos: EmbeddingSource) -> list[RunnersUp]:
+    """Per row the next answers; none of rows that cannot be scored."""
+    runners_up: list[RunnersUp] = [()] * len(photos)
+    names = photos.class_names or ()
+    for batch in photos.batches(SCORING_BATCH):
+        for row, of_row in zip(batch.index.tolist(), runners_up_of(batch, names), strict=True):
+            runners_up[row] = of_row
+    return runners_up
+
+
+def count_answers(answers: Sequence[Answer]) -> dict[str, int]:
+    """How many photos have which decision; those that cannot be read are not counted as review."""
+    counts = dict.fromkeys(("accepted", "labelled", "outside", "unreadable", "review"), 0)
+    for answer in answers:
+        counts["accepted"] += answer.decision == ACCEPT
+        counts["labelled"] += answer.decision == LABELLED
+        counts["outside"] += answer.reason == OUTSIDE_REASON
+        counts["unreadable"] += answer.label is None
+        counts["review"] += answer.decision == REVIEW and answer.label is not None
+    return {"photos": len(answers), **counts}
+
+
+def write_decisions(root: Path, outcomes: Outcomes, answers: Sequence[Answer]) -> None:
+    """``decisions.csv`` for people; ``decisions.parquet`` as ``vilu score`` writes it."""
+    runners_up = [answer.runners_up[0][0] if answer.runners_up else None for answer in answers]
+    columns = {
+        "path": pa.array([answer.key for answer in answers], pa.string()),
+        **_answer_columns(answers),
+        **columns_of(answers, ("decision", "reason")),
+        "runner_up": pa.array(runners_up, pa.string()),
+    }
+    write_table(root / DECISIONS_CSV, columns, {})
+    outcomes.save(root / DECISIONS_PARQUET)
+
+
+def write_next(path: Path, asked: Sequence[Entry], answers: Mapping[str, Answer]) -> None:
+    """Photos that are asked for, with an empty column to fill in; ``answers`` by path."""
+    of_asked = [answers.get(entry.path, _unanswered(entry.path, None)) for entry in asked]
+    columns = {
+        **columns_of(asked, ("path", "label")),  # none of which has a label
+        **_answer_columns(of_asked),
+        **columns_of(asked, ("stream", "probability", "predictor", "asked")),
+    }
+    write_table(path, columns, {})
+
+
+def _answer_columns(answers: Sequence[Answer]) -> dict[str, pa.Array]:
+    labels = [answer.label for answer in answers]
+    probabilities = columns_of(answers, ("failure_probability",))
+    return {"answer": pa.array(labels, pa.string()), **probabilities}

@@ -1,0 +1,120 @@
+"""Labels as files: a CSV of paths and labels, or scores with their failures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from vilu.artifacts.disk import or_refuse, write_bytes
+from vilu.artifacts.tables import csv_bytes
+from vilu.calibration.shares import OUTSIDE_NAME
+from vilu.datasets.files import text_among
+from vilu.errors import OUTSIDE, DataError, UsageError
+from vilu.outcomes.outcomes import Outcomes
+from vilu.triage.labels import SKIPPED
+
+
+def label_columns(labels: Mapping[str, str], streams: Mapping[str, str]) -> dict[str, pa.Array]:
+    """Photos with their labels and streams."""
+    names = sorted(labels)
+    columns = {
+        "path": names,
+        "label": [labels[name] for name in names],
+        "stream": [streams.get(name) for name in names],
+    }
+    return {name: pa.array(values, pa.string()) for name, values in columns.items()}
+
+
+def write_labels(
+    labels: Mapping[str, str],
+    output: Path,
+    scores: Path | None = None,
+    streams: Mapping[str, str] | None = None,
+) -> int:
+    """Labels as a CSV; with ``scores`` as those scores with their failures.
+
+    The latter is for ``vilu monitor --late-labels``. Returns how many labels that is.
+
+    Raises:
+        UsageError: If the output is of another kind, or is there already, but for a CSV of the same
+            labels.
+        DataError: If no label is of a row of the scores, or one is no class of theirs.
+    """
+    if scores is None:
+        require_suffix(output, ".csv")
+        write_new(output, csv_bytes(label_columns(labels, streams or {})))
+        return len(labels)
+    if output.exists():
+        raise UsageError(
+            f"{output} is there, so it is left alone. Give another file, or remove it."
+        )
+    labelled = _labelled_scores(scores, labels)
+    labelled.save(output)
+    return len(labelled)
+
+
+def _labelled_scores(scores: Path, labels: Mapping[str, str]) -> Outcomes:
+    """The rows of scores that have a label, with their failures."""
+    outcomes = Outcomes.load(scores)
+    if outcomes.ids is None or outcomes.class_names is None or outcomes.prediction is None:
+        raise DataError(
+            f"{scores} does not say which images and classes it is of, so labels cannot be put to "
+            "it."
+        )
+    known = set(outcomes.ids)
+    by_key: dict[str, str] = {}
+    for name, label in labels.items():
+        add_label(by_key, scores, text_among(name, known) or name, label)
+    target_of = {name: index for index, name in enumerate(outcomes.class_names)}
+    target_of.setdefault(OUTSIDE_NAME, OUTSIDE)
+    rows = []
+    targets = []
+    for row, key in enumerate(outcomes.ids):
+        label = by_key.get(key, SKIPPED)
+        if label == SKIPPED:
+            continue
+        if label not in target_of:
+            raise DataError(
+                f"{label!r} is no class of {scores}. Its classes: "
+                f"{', '.join(map(str, outcomes.class_names))[:200]}."
+            )
+        rows.append(row)
+        targets.append(target_of[label])
+    if not rows:
+        raise DataError(
+            f"none of the {len(labels)} labels is of a row of {scores}. Its keys are such as "
+            f"{outcomes.ids[0]!r}."
+        )
+    target = np.array(targets)
+    failure = (np.array(outcomes.prediction)[rows] != target).astype(np.int64)
+    return replace(outcomes.take(np.array(rows)), target=target, failure=failure)
+
+
+def add_label(labels: dict[str, str], source: Path, path: str, label: str | None) -> None:
+    """Add a label, if it is one; DataError where the photo has another one."""
+    if label is not None and labels.setdefault(path, label) != label:
+        raise DataError(f"{source}: {path!r} has the labels {labels[path]!r} and {label!r}.")
+
+
+def require_suffix(output: Path, suffix: str) -> None:
+    """Refuse a file of another kind."""
+    if output.suffix.lower() != suffix:
+        raise UsageError(f"these tasks go to a file that ends in {suffix}. Got {output} instead.")
+
+
+def write_new(path: Path, content: bytes) -> None:
+    """Write a file that is not there yet, or that holds the same already.
+
+    Raises:
+        UsageError: If another file is there: it may be somebody's work.
+    """
+    with or_refuse(f"read {path}"):
+        if path.exists() and (not path.is_file() or path.read_bytes() != bytes(content)):
+            raise UsageError(
+                f"{path} is there and holds something else, so it is left alone. Give another file."
+            )
+    write_bytes(path, content)

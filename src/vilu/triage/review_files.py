@@ -1,0 +1,322 @@
+"""Tasks for the tools in which people label photos, and finished tasks back as labels.
+
+Formats as the tools define them: Label Studio's tasks with predictions (JSON) and its labelling
+configuration (XML); FiftyOne's data set on disk (``metadata.json`` and ``samples.json``); a CSV for
+everything else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, Literal
+from urllib.parse import quote, unquote
+from xml.etree import ElementTree
+
+import pyarrow as pa
+
+from vilu.artifacts.disk import make_folder, or_refuse
+from vilu.artifacts.documents import plain_json
+from vilu.artifacts.tables import csv_bytes
+from vilu.datasets.files import path_of, portable_name
+from vilu.errors import DataError
+from vilu.triage.label_files import add_label, require_suffix, write_new
+from vilu.triage.labels import SKIPPED, STREAMS, columns_of, read_labels
+from vilu.triage.review import CHOSEN, Review, ReviewTask
+
+CHOICE: Final = "label"
+IMAGE: Final = "image"
+"""Names of the two parts of a labelling configuration; a person's choice goes to the first."""
+
+MODEL_FIELD: Final = "vilu"
+TRUTH_FIELD: Final = "ground_truth"
+"""Fields of a FiftyOne sample: the model's answer, and a person's."""
+
+FIFTYONE_VERSION: Final = "1.9.0"
+"""Version whose documents are written; newer ones migrate them."""
+
+DATABASE_LIMIT: Final = 256 * 2**20
+"""Bytes of a file of finished tasks at most."""
+
+Tool = Literal["label-studio", "fiftyone", "csv"]
+
+Labels = tuple[dict[str, str], dict[str, str]]
+"""Labels by path, and their streams where those are known."""
+
+
+def write_review(review: Review, tool: Tool, output: Path, *, prefix: str = "") -> list[Path]:
+    """Write the tasks for a tool; the files that were written.
+
+    Args:
+        review: What to look at.
+        tool: For whom.
+        output: File, .json or .csv; for FiftyOne a folder.
+        prefix: What stands before the path of a photo for Label Studio, such as
+            "/data/local-files/?d=photos/".
+    """
+    if tool == "label-studio":
+        return _write_label_studio(review, output, prefix)
+    if tool == "fiftyone":
+        return _write_fiftyone(review, output)
+    return _write_csv(review, output)
+
+
+def _write_label_studio(review: Review, output: Path, prefix: str) -> list[Path]:
+    require_suffix(output, ".json")
+    config = output.with_suffix(".xml")
+    tasks = [_label_studio_task(task, review.model, prefix) for task in review.tasks]
+    write_new(output, json.dumps(tasks, indent=1).encode())
+    write_new(config, label_config(review.names).encode())
+    return [output, config]
+
+
+def _label_studio_task(task: ReviewTask, model: str, prefix: str) -> dict[str, Any]:
+    data = {
+        IMAGE: prefix + quote(os.fsencode(path_of(task.path))),
+        "path": task.path,
+        "vilu_uncertainty": task.failure_probability,
+        "vilu_runner_up": task.runner_up,
+        "vilu_stream": task.stream,
+    }
+    if task.answer is None:
+        return {"data": data}
+    result = {
+        "from_name": CHOICE,
+        "to_name": IMAGE,
+        "type": "choices",
+        "value": {"choices": [task.answer]},
+    }
+    prediction = {"model_version": model, "score": _confidence(task), "result": [result]}
+    return {"data": data, "predictions": [prediction]}
+
+
+def _confidence(task: ReviewTask) -> float | None:
+    """How likely the answer is right."""
+    return None if task.failure_probability is None else 1 - task.failure_probability
+
+
+def label_config(names: Sequence[str]) -> str:
+    """Label Studio's labelling configuration for one choice among names."""
+    view = ElementTree.Element("View")
+    ElementTree.SubElement(view, "Image", name=IMAGE, value=f"${IMAGE}")
+    choices = ElementTree.SubElement(
+        view, "Choices", name=CHOICE, toName=IMAGE, choice="single", showInLine="true"
+    )
+    for name in (*names, SKIPPED):
+        ElementTree.SubElement(choices, "Choice", value=name)
+    ElementTree.indent(view)
+    return ElementTree.tostring(view, encoding="unicode") + "\n"
+
+
+def _write_csv(review: Review, output: Path) -> list[Path]:
+    require_suffix(output, ".csv")
+    columns = {
+        **columns_of(review.tasks, ("path",)),
+        "label": pa.nulls(len(review.tasks), pa.string()),
+        **columns_of(review.tasks, ("answer", "failure_probability", "runner_up", "stream")),
+    }
+    write_new(output, csv_bytes(columns))
+    return [output]
+
+
+FIELDS: Final = {
+    "id": ("ObjectIdField", None, "_id"),
+    "filepath": ("StringField", None, "filepath"),
+    "tags": ("ListField", None, "tags"),
+    "metadata": ("EmbeddedDocumentField", "fiftyone.core.metadata.ImageMetadata", "metadata"),
+    MODEL_FIELD: ("EmbeddedDocumentField", "fiftyone.core.labels.Classification", MODEL_FIELD),
+    TRUTH_FIELD: ("EmbeddedDocumentField", "fiftyone.core.labels.Classification", TRUTH_FIELD),
+    "uncertainty": ("FloatField", None, "uncertainty"),
+    "decision": ("StringField", None, "decision"),
+    "path": ("StringField", None, "path"),
+}
+"""Fields of a sample: their type, what is embedded in them, and their name in the database."""
+
+
+def _write_fiftyone(review: Review, output: Path) -> list[Path]:
+    make_folder(output)
+    metadata = {
+        "name": "vilu",
+        "version": FIFTYONE_VERSION,
+        "media_type": "image",
+        "default_classes": list(review.names),
+        "sample_fields": [_fiftyone_field(name) for name in FIELDS],
+    }
+    metadata_file = output / "metadata.json"
+    samples_file = output / "samples.json"
+    write_new(metadata_file, plain_json(metadata, indent=1))
+    samples = [_fiftyone_sample(task) for task in review.tasks]
+    write_new(samples_file, plain_json({"samples": samples}, indent=1))
+    return [metadata_file, samples_file]
+
+
+def _fiftyone_field(name: str) -> dict[str, object]:
+    kind, embedded, column = FIELDS[name]
+    return {
+        "name": name,
+        "ftype": f"fiftyone.core.fields.{kind}",
+        "embedded_doc_type": embedded,
+        "subfield": "fiftyone.core.fields.StringField" if kind == "ListField" else None,
+        "db_field": column,
+    }
+
+
+def _fiftyone_sample(task: ReviewTask) -> dict[str, Any]:
+    classification: dict[str, object] | None = None
+    if task.answer is not None:
+        classification = {
+            "_id": _object_id(f"{MODEL_FIELD} {task.path}"),
+            "_cls": "Classification",
+            "tags": [],
+            "label": task.answer,
+            "confidence": _confidence(task),
+        }
+    identifier = _object_id(task.path)
+    return {
+        "_id": identifier,
+        "filepath": _text_of_path(task.path),
+        "tags": [task.stream] if task.stream else [],
+        "metadata": None,
+        "_media_type": "image",
+        "_rand": int(identifier["$oid"][:8], 16) / 2**32,
+        MODEL_FIELD: classification,
+        TRUTH_FIELD: None,
+        "uncertainty": task.failure_probability,
+        "decision": "review",
+        "path": task.path,
+    }
+
+
+def _text_of_path(portable: str) -> str:
+    """The path of the file, or where that is no UTF-8, which JSON has to be, its text."""
+    path = path_of(portable)
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return portable
+    return path
+
+
+def _object_id(of: str) -> dict[str, str]:
+    """An identifier as MongoDB's extended JSON has it; the same of the same."""
+    content = of.encode(errors="surrogatepass")
+    return {"$oid": hashlib.blake2b(content, digest_size=12).hexdigest()}
+
+
+def read_done(path: Path) -> Labels:
+    """Labels of finished tasks by path, and their streams where those are known.
+
+    Of an export of Label Studio, a FiftyOne data set on disk, or a CSV. A task that was skipped has
+    the label "(skip)"; one that nobody has looked at is left out.
+
+    Raises:
+        DataError: If it is none of these, or a photo has two labels.
+    """
+    if path.is_dir():
+        return _of_samples(_read_json(path / "samples.json"), path)
+    if path.suffix.lower() != ".json":
+        return read_labels(path)
+    content = _read_json(path)
+    if isinstance(content, dict) and "samples" in content:
+        return _of_samples(content, path)
+    if not isinstance(content, list):
+        raise DataError(
+            f"{path} is no list of tasks. Export them from Label Studio as JSON or JSON-MIN."
+        )
+    return _of_tasks(content, path)
+
+
+def _read_json(path: Path) -> Any:  # noqa: ANN401 - whatever is in the file
+    with or_refuse(f"read {path}"):
+        if path.stat().st_size > DATABASE_LIMIT:
+            raise DataError(
+                f"{path} is larger than {DATABASE_LIMIT:,} bytes. Export fewer tasks at a time."
+            )
+        content = path.read_bytes()
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON: {error}.") from error
+
+
+def _of_tasks(tasks: list[Any], source: Path) -> Labels:
+    """The labels of Label Studio's tasks."""
+    labels: dict[str, str] = {}
+    streams: dict[str, str] = {}
+    for task in tasks:
+        if not isinstance(task, dict):
+            raise DataError(f"{source} is no list of tasks: it holds {task!r:.60}.")
+        path = _path_of_task(task, source)
+        label = _label_of_task(task, path, source)
+        add_label(labels, source, path, label)
+        stream = task.get("data", task).get("vilu_stream")
+        if label is not None and isinstance(stream, str):
+            streams[path] = stream
+    return labels, streams
+
+
+def _path_of_task(task: Mapping[str, Any], source: Path) -> str:
+    """The path of a task, or what the address of its image says of it."""
+    data = task.get("data", task)
+    path = data.get("path") if isinstance(data, dict) else None
+    if path is None and isinstance(data, dict) and isinstance(data.get(IMAGE), str):
+        address = data[IMAGE].rpartition("?d=")[2]
+        path = portable_name(unquote(address, errors="surrogateescape"))
+    if not isinstance(path, str):
+        raise DataError(f"{source}: a task does not say which photo it is about: {task!r:.100}.")
+    return path
+
+
+def _label_of_task(task: Mapping[str, Any], path: str, source: Path) -> str | None:
+    """The label of a task; None where there is none."""
+    if "annotations" not in task:  # JSON-MIN
+        return _only_choice(task.get(CHOICE), path, source)
+    annotations = [entry for entry in task["annotations"] if isinstance(entry, dict)]
+    if not annotations:
+        return None
+    last = annotations[-1]
+    if last.get("was_cancelled"):
+        return SKIPPED
+    choices = []
+    for result in last.get("result", []):
+        if isinstance(result, dict) and result.get("type") == "choices":
+            choices += result.get("value", {}).get("choices", [])
+    return _only_choice(choices, path, source)
+
+
+def _only_choice(chosen: object, path: str, source: Path) -> str | None:
+    if chosen is None or chosen == []:
+        return None
+    names = chosen if isinstance(chosen, list) else [chosen]
+    if len(names) != 1 or not isinstance(names[0], str):
+        raise DataError(
+            f"{source}: {path!r} has the choices {names!r:.100}, where one name is expected."
+        )
+    return names[0]
+
+
+def _of_samples(content: Any, source: Path) -> Labels:  # noqa: ANN401 - whatever was in the file
+    """The labels of FiftyOne's samples."""
+    samples = content.get("samples") if isinstance(content, dict) else None
+    if not isinstance(samples, list):
+        raise DataError(f"{source} is no FiftyOne data set: samples.json holds no samples.")
+    labels: dict[str, str] = {}
+    streams: dict[str, str] = {}
+    for sample in samples:
+        truth = sample.get(TRUTH_FIELD) if isinstance(sample, dict) else None
+        label = truth.get("label") if isinstance(truth, dict) else None
+        if label is not None:
+            path = str(sample.get("path") or sample.get("filepath"))
+            add_label(labels, source, path, str(label))
+            streams[path] = _stream_of_tags(sample.get("tags") or ())
+    return labels, streams
+
+
+def _stream_of_tags(tags: Sequence[object]) -> str:
+    for tag in tags:
+        if tag in STREAMS:
+            return str(tag)
+    return CHOSEN

@@ -1,0 +1,576 @@
+"""A run of triage: from a folder, its book of labels, its settings and its state to the next state.
+
+``advance`` holds the steps. Each takes the state and returns the next one, which it has written to
+``triage.json`` by then, after the files that the state speaks of. So a run that is killed between
+two steps goes on at the second, and one that is killed inside a step does it again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from vilu.calibration import record
+from vilu.calibration.anytime import level_of
+from vilu.calibration.procedure import take_back
+from vilu.calibration.rules import ALL, Selector
+from vilu.datasets.files import former_text
+from vilu.errors import DataError
+from vilu.metrics.counts import Floats, Ints
+from vilu.outcomes.outcomes import Outcomes
+from vilu.predictors.contract.predictor import FailurePredictor
+from vilu.predictors.persistence.files import PREDICTOR
+from vilu.predictors.persistence.record import read_record
+from vilu.predictors.persistence.storage import load
+from vilu.predictors.persistence.vocabulary import Vocabulary
+from vilu.scoring.score import Decider, score_rows
+from vilu.triage.choose import choose_to_fit
+from vilu.triage.fitting import FitCase, fit, fit_case, is_worth_testing, method_for
+from vilu.triage.guarantee import (
+    POSITIONS,
+    GuaranteeProgress,
+    Mask,
+    PhotoSplit,
+    anytime_rule,
+    first_of_scene,
+    keep_guarantee,
+    progress_of,
+)
+from vilu.triage.labels import Entry, LabelBook
+from vilu.triage.photos import FOLDER, PhotoFolder, Photos, PhotoStores
+from vilu.triage.state import (
+    BOOK,
+    CANDIDATE_FOLDER,
+    MADE,
+    PREDICTOR_FOLDER,
+    STATE,
+    TriageSettings,
+    TriageState,
+    open_state,
+)
+from vilu.triage.trial import PLANNED, Trial
+
+LEAST_BEFORE_DRAW: Final = 50
+"""Labels of the fit side that come before the first photos of the calibration side are drawn."""
+
+FURTHER: Final = 8
+"""Where all thresholds up to the limit are certified, it moves on by so many."""
+
+CALIBRATION_PART: Final = 3
+"""With a guarantee, every third label that is asked for is of the calibration side.
+
+These labels are drawn from what may be accepted, so each is worth more than one to fit on.
+"""
+
+WORTH_MORE: Final = 1.1
+"""A candidate is to accept so many times as many photos as the predictor with a guarantee."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TriageRun:
+    """What the steps of one run work on.
+
+    Attributes:
+        root: The folder of the triage.
+        settings: What is asked for.
+        photos: The embedded photos, with the labels of the book.
+        book: What was asked and answered.
+        split: Which photos are for fits, and which for a guarantee.
+    """
+
+    root: Path
+    settings: TriageSettings
+    photos: Photos
+    book: LabelBook
+    split: PhotoSplit
+
+    @property
+    def present(self) -> Path:
+        """Folder of the predictor that decides."""
+        return self.root / PREDICTOR_FOLDER
+
+    @property
+    def candidate(self) -> Path:
+        """Folder of a predictor that is tested beside it."""
+        return self.root / CANDIDATE_FOLDER
+
+    def tested_folder(self, state: TriageState) -> Path:
+        """Folder of the predictor that labels are asked for."""
+        return self.present if state.candidate is None else self.candidate
+
+    def score(self, decider: Decider) -> Outcomes:
+        """Of all photos, by a predictor, and decided where it is calibrated."""
+        predictor = decider.predictor
+        facts = {
+            "method": predictor.label,
+            "dataset": self.settings.photos.name,
+            "seed": self.settings.seed,
+            "is_probability": predictor.is_probability,
+            "provenance": decider.provenance,
+        }
+        return score_rows(decider, self.photos, facts)
+
+    def uncalibrated_scores(self, predictor: FailurePredictor) -> Outcomes:
+        """Of all photos, by a predictor alone."""
+        return self.score(Decider(predictor))
+
+    def write(self, state: TriageState) -> TriageState:
+        """Write the state; returns it."""
+        state.write(self.root / STATE)
+        return state
+
+
+@dataclass(frozen=True)
+class TriageResult:
+    """What a run shows.
+
+    Attributes:
+        photos: The embedded photos.
+        outcomes: Of all photos, with decisions.
+        predictor: The one that decides.
+        rule: Its guarantee, where one was certified, now or before.
+        progress: How far the guarantee of the tested predictor is; None where it needs no labels.
+        tested_outcomes: Of all photos, by the predictor that labels are asked for.
+        has_candidate: Whether that is another one than decides.
+        is_first_of_scene: (M,) which counted photos are nearly like no other photo with a label
+            before them.
+        asked: Photos whose labels are asked for.
+        book: What was asked and answered.
+        n_fit: Labels that the predictor was fitted on.
+        n_new: Photos that were embedded in this run.
+    """
+
+    photos: Photos
+    outcomes: Outcomes
+    predictor: FailurePredictor
+    rule: Selector | None
+    progress: GuaranteeProgress | None
+    tested_outcomes: Outcomes
+    has_candidate: bool
+    is_first_of_scene: Mask | None
+    asked: list[Entry]
+    book: LabelBook
+    n_fit: int
+    n_new: int = 0
+
+
+def run_triage(
+    root: Path,
+    settings: TriageSettings,
+    listing: PhotoFolder,
+    labels: Mapping[str, str],
+    streams: Mapping[str, str],
+    *,
+    overwrite: bool = False,
+) -> TriageResult:
+    """One run: embed what is new, note the labels, and advance."""
+    state = begin(root, settings, overwrite=overwrite)
+    stores = PhotoStores(root / FOLDER)
+    n_new = stores.update(listing, settings.embedding)
+    photos = stores.open(listing.listing)
+    _require_photos(photos, settings.photos)
+    book = note_labels(root, photos, listing.paths, labels, streams)
+    _, result = advance(root, settings, state, photos, book)
+    return dataclasses.replace(result, n_new=n_new)
+
+
+def begin(root: Path, settings: TriageSettings, *, overwrite: bool) -> TriageState:
+    """The state from which a run goes on; with ``overwrite`` all that was made is removed."""
+    state = open_state(root, settings, overwrite=overwrite)
+    if overwrite:
+        for name in MADE:
+            path = root / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    state = state.model_copy(update={"photos": str(settings.photos.absolute())})
+    state.write(root / STATE)
+    return state
+
+
+def _require_photos(photos: Photos, folder: Path) -> None:
+    if len(photos):
+        return
+    kinds = Counter(photos.bad.values()).most_common()
+    why = ", ".join(f"{n} {kind}" for kind, n in kinds)
+    raise DataError(f"none of the {len(photos.bad)} photos in {folder} can be read: {why}.")
+
+
+def note_labels(
+    root: Path,
+    photos: Photos,
+    paths: list[str],
+    labels: Mapping[str, str],
+    streams: Mapping[str, str],
+) -> LabelBook:
+    """The book with the new labels; a guarantee is gone if a label that it rests on changed."""
+    book = LabelBook.load(root / BOOK)
+    book.rename(former_text, paths)
+    # before the book is saved, so that no kill leaves a guarantee whose labels have changed
+    take_back(root / PREDICTOR_FOLDER, _changed(book, labels))
+    n_changed = book.answer(labels, streams)
+    if n_changed:
+        logger.info("%d labels are new, of %d in all", n_changed, len(book.labels))
+    n_of_another = book.note_pictures(dict(zip(photos.ids, photos.pictures, strict=True)))
+    if n_of_another:
+        logger.warning(
+            "%d photos have changed since their labels were given, so no guarantee rests on them",
+            n_of_another,
+        )
+    if n_changed:
+        book.save(root / BOOK)
+    return book
+
+
+def _changed(book: LabelBook, labels: Mapping[str, str]) -> set[str]:
+    """Photos whose label is replaced by another one."""
+    paths = set()
+    for path, label in labels.items():
+        entry = book.entries.get(path)
+        if entry is not None and entry.label not in {None, label}:
+            paths.add(path)
+    return paths
+
+
+def advance(
+    root: Path, settings: TriageSettings, state: TriageState, photos: Photos, book: LabelBook
+) -> tuple[TriageState, TriageResult]:
+    """The next state, and what it shows: the steps of a run of which the photos are embedded."""
+    photos.label(book.labels, settings.of_no_class)
+    run = TriageRun(root, settings, photos, book, PhotoSplit.of(photos, book, settings.seed))
+    state, predictor = choose_predictor(run, state)
+    tested = run.uncalibrated_scores(predictor)
+    progress = None
+    if predictor.needs_labels and run.split.for_calibration.any():
+        state, progress = count_labels(run, state, tested)
+        state = keep_certified(run, state, predictor, tested, progress)
+    state = ask_for_labels(run, state, tested.uncertainty, progress)
+    return state, _result(run, state, tested, progress)
+
+
+def _result(
+    run: TriageRun, state: TriageState, tested: Outcomes, progress: GuaranteeProgress | None
+) -> TriageResult:
+    decider = Decider.of_folder(load(run.present), run.present)
+    is_first_of_scene = None
+    if progress is not None:
+        is_first_of_scene = first_of_scene(run.photos, run.split.fit_rows, progress.rows)
+    return TriageResult(
+        photos=run.photos,
+        outcomes=run.score(decider),
+        predictor=decider.predictor,
+        rule=rule_in_force(run.present),
+        progress=progress,
+        tested_outcomes=tested,
+        has_candidate=state.candidate is not None,
+        is_first_of_scene=is_first_of_scene,
+        asked=run.book.waiting(),
+        book=run.book,
+        n_fit=0 if state.trial is None else state.trial.n_fit,
+    )
+
+
+def rule_in_force(folder: Path) -> Selector | None:
+    """The guarantee of the predictor in a folder, if it has one."""
+    if not record.has_record(folder):
+        return None
+    rule = record.load(folder).rule
+    if isinstance(rule, Selector) and rule.feasible:
+        return rule
+    return None
+
+
+# The first step: the predictor that labels are asked for.
+
+
+def choose_predictor(run: TriageRun, state: TriageState) -> tuple[TriageState, FailurePredictor]:
+    """The predictor that labels are asked for, fitted anew where its case says so (``FitCase``)."""
+    fit_rows = run.split.fit_rows
+    method = method_for(run.photos, fit_rows)
+    case = fit_case(
+        state,
+        method=method,
+        n_labels=len(fit_rows),
+        is_saved=(run.tested_folder(state) / PREDICTOR).is_file(),
+        is_guaranteed=rule_in_force(run.present) is not None,
+        has_calibration_photos=bool(run.split.for_calibration.any()),
+    )
+    if case.goes_on:
+        return state, _load_uncalibrated(run.tested_folder(state))
+    predictor = fit(method, run.photos, fit_rows, run.settings.seed)
+    if case is FitCase.NO_GUARANTEE:
+        return run.write(_let_decide(run, state, predictor, None)), predictor
+    return _test_beside(run, state, predictor)
+
+
+def _load_uncalibrated(folder: Path) -> FailurePredictor:
+    predictor = load(folder)
+    predictor.calibrator_ = None
+    return predictor
+
+
+def _let_decide(
+    run: TriageRun, state: TriageState, predictor: FailurePredictor, trial: Trial | None
+) -> TriageState:
+    """From now on this predictor decides."""
+    predictor.save(run.present)
+    Vocabulary.of(run.photos, run.photos.first.manifest.dtype).save(run.present)
+    return state.model_copy(update={"method": predictor.name, "trial": trial, "candidate": None})
+
+
+def _test_beside(
+    run: TriageRun, state: TriageState, predictor: FailurePredictor
+) -> tuple[TriageState, FailurePredictor]:
+    """Test a new predictor beside the one with a guarantee, if it is worth it."""
+    n_labels = len(run.split.fit_rows)
+    scores = run.uncalibrated_scores(predictor).uncertainty
+    least_share = min(WORTH_MORE * share_accepted(run), 1.0)
+    candidate = plan_trial(run, state, scores, least_share=least_share)
+    next_state = state.model_copy(update={"n_fit_of_last_candidate": n_labels})
+    if not is_worth_testing(candidate, state, n_labels):
+        return run.write(next_state), _load_uncalibrated(run.tested_folder(state))
+    predictor.save(run.candidate)
+    next_state = next_state.model_copy(update={"candidate": candidate})
+    return run.write(next_state), predictor
+
+
+def plan_trial(
+    run: TriageRun, state: TriageState, scores: Floats, *, least_share: float = 0.0
+) -> Trial:
+    """The trial of a predictor that is to accept at least a share of the photos, if anything."""
+    settings = run.settings
+    for_calibration = run.split.for_calibration
+    n_answered = int((for_calibration & run.split.answered).sum())
+    return Trial.plan(
+        n_fit=len(run.split.fit_rows),
+        scores=scores[for_calibration],
+        n_labels=max(PLANNED, settings.n_next, n_answered),
+        max_risk=settings.max_risk,
+        delta=level_of(state.n_tested + 1, settings.delta),
+        least_share=least_share,
+    )
+
+
+def share_accepted(run: TriageRun) -> float:
+    """Share of the calibration photos that the guarantee in force accepts."""
+    rule = rule_in_force(run.present)
+    if rule is None or rule.threshold is None:
+        return 0.0
+    uncertainty = load(run.present).predict_uncertainty(run.photos)
+    return float((uncertainty[run.split.for_calibration] <= rule.threshold).mean())
+
+
+# The second step: what the labels show.
+
+
+def count_labels(
+    run: TriageRun, state: TriageState, tested: Outcomes
+) -> tuple[TriageState, GuaranteeProgress]:
+    """What all labels that were asked for show; while some are missing, those before them."""
+    trial = state.tested_trial or plan_trial(run, state, tested.uncertainty)
+    progress = _progress(run, state, trial, tested, up_to=state.asked_up_to)
+    if len(progress.missing):
+        missing = progress.missing
+        progress = _progress(run, state, trial, tested, up_to=state.counted_up_to)
+        progress = dataclasses.replace(progress, missing=missing)
+    else:
+        state = state.model_copy(update={"counted_up_to": state.asked_up_to})
+    # with fewer labels than could certify anything a look is none
+    is_first_look = not trial.attempt and progress.looks.can_certify(progress.outcomes.uncertainty)
+    if is_first_look:
+        state = state.model_copy(update={"n_tested": state.n_tested + 1})
+        trial = trial.model_copy(update={"attempt": state.n_tested})
+    return run.write(state.with_trial(trial)), progress
+
+
+def _progress(
+    run: TriageRun, state: TriageState, trial: Trial, tested: Outcomes, *, up_to: int
+) -> GuaranteeProgress:
+    return progress_of(
+        trial,
+        tested,
+        run.split,
+        max_risk=run.settings.max_risk,
+        delta=run.settings.delta,
+        up_to=up_to,
+        n_before=state.n_tested,
+    )
+
+
+# The third step: what was certified is kept.
+
+
+def keep_certified(
+    run: TriageRun,
+    state: TriageState,
+    predictor: FailurePredictor,
+    tested: Outcomes,
+    progress: GuaranteeProgress,
+) -> TriageState:
+    """Keep what was certified; a candidate takes over where it is certified to accept more."""
+    if state.candidate is not None:
+        share = float((tested.uncertainty[run.split.for_calibration] <= progress.threshold).mean())
+        share_before = share_accepted(run)
+        if share <= share_before:
+            return state
+        logger.info(
+            "a predictor that was fitted on more labels accepts %.1f %%, before %.1f %%",
+            100 * share,
+            100 * share_before,
+        )
+        state = _let_decide(run, state, predictor, state.candidate)
+        state = run.write(state)  # before the folder that the old state names goes
+        shutil.rmtree(run.candidate)
+    if _accepts_more(progress, rule_in_force(run.present)):
+        settings = run.settings
+        certificates = {ALL: progress.certificate(settings.max_risk)}
+        rule = anytime_rule(certificates, settings.max_risk, settings.confidence)
+        dataset = settings.photos.name
+        keep_guarantee(run.present, predictor, run.photos, progress.outcomes, rule, dataset)
+    return state
+
+
+def _accepts_more(progress: GuaranteeProgress, rule: Selector | None) -> bool:
+    """Whether a rule is replaced: what was certified once is certified for ever."""
+    if not len(progress.rows):
+        return False
+    if rule is None:
+        return True
+    return progress.threshold > (rule.threshold or 0.0)
+
+
+# The last step: which labels are asked for.
+
+
+def ask_for_labels(
+    run: TriageRun, state: TriageState, uncertainty: Floats, progress: GuaranteeProgress | None
+) -> TriageState:
+    """Ask for what is missing; if nothing is, for new labels of both sides."""
+    predictor = str(read_record(run.tested_folder(state) / PREDICTOR)["weights_sha256"])[:16]
+    n = run.settings.n_next
+    missing: list[str] = []
+    if progress is not None:
+        missing = _paths(run, progress.missing)
+    _forget(run, predictor, missing)
+    wanted = missing
+    if progress is not None and not missing:
+        n_drawn = n_to_draw(
+            state,
+            n,
+            is_guaranteed=rule_in_force(run.present) is not None,
+            n_fit_labels=len(run.split.fit_rows),
+            can_be_shown=progress.more is not None,
+        )
+        if n_drawn and state.tested_trial is not None:
+            trial = further_trial(state.tested_trial, progress)
+            rows = next_of_draw(run.split, uncertainty, trial.limit, n_drawn, state.asked_up_to)
+            wanted = _paths(run, rows)
+            asked_up_to = _position_after(run.split, rows, state.asked_up_to)
+            state = state.with_trial(trial).model_copy(update={"asked_up_to": asked_up_to})
+    waiting = {entry.path for entry in run.book.waiting()}
+    new = [path for path in wanted if path not in waiting]
+    probability = state.asked_up_to / POSITIONS
+    run.book.ask(new, "promise", predictor=predictor, probability=probability)
+    if not missing:
+        _ask_to_fit(run, predictor, uncertainty, n - len(run.book.waiting()))
+    run.book.save(run.root / BOOK)
+    return run.write(state)
+
+
+def _paths(run: TriageRun, rows: Ints) -> list[str]:
+    return [run.photos.ids[row] for row in rows.tolist()]
+
+
+def _forget(run: TriageRun, predictor: str, missing: list[str]) -> None:
+    """Ask no more for what another predictor asked for.
+
+    While labels are missing and nothing is guaranteed, ask for those alone.
+    """
+    everything_waits = bool(missing) and rule_in_force(run.present) is None
+
+    def is_forgotten(entry: Entry) -> bool:
+        if entry.path in missing:
+            return False
+        return everything_waits or entry.predictor != predictor
+
+    run.book.forget(is_forgotten)
+
+
+def n_to_draw(
+    state: TriageState,
+    n: int,
+    *,
+    is_guaranteed: bool,
+    n_fit_labels: int,
+    can_be_shown: bool,
+) -> int:
+    """How many of the next ``n`` labels are of the calibration side.
+
+    All of them until something is guaranteed, if that is likely and there are enough labels to fit
+    on; with a guarantee the third part.
+
+    Args:
+        state: Of the triage.
+        n: Labels that are asked for.
+        is_guaranteed: Whether something is.
+        n_fit_labels: Labels of the fit side.
+        can_be_shown: Whether more labels of this kind would show something.
+    """
+    if state.trial is None:
+        return 0
+    if is_guaranteed:
+        return n // CALIBRATION_PART
+    is_hopeful = state.trial.likely and can_be_shown
+    if is_hopeful and n_fit_labels >= LEAST_BEFORE_DRAW:
+        return n
+    return 0
+
+
+def further_trial(trial: Trial, progress: GuaranteeProgress) -> Trial:
+    """The trial; where all up to its limit is certified, with a limit a little further on."""
+    last = progress.looks.last
+    if progress.certified != last:
+        return trial
+    limit = trial.grid[min(last + FURTHER, len(trial.grid) - 1)]
+    return trial.model_copy(update={"limit": limit})
+
+
+def next_of_draw(
+    split: PhotoSplit, uncertainty: Floats, limit: float, n: int, asked_up_to: int
+) -> Ints:
+    """The next photos below a limit in the random order.
+
+    Those before the position that was reached come first, all of them: the limit has moved.
+    """
+    is_open = split.for_calibration & (uncertainty <= limit) & ~split.answered
+    rows = np.flatnonzero(is_open)
+    rows = rows[np.argsort(split.position[rows])]
+    passed = rows[split.position[rows] < asked_up_to]
+    return passed if len(passed) else rows[:n]
+
+
+def _position_after(split: PhotoSplit, rows: Ints, asked_up_to: int) -> int:
+    if not len(rows):
+        return asked_up_to
+    return max(asked_up_to, int(split.position[rows[-1]]) + 1)
+
+
+def _ask_to_fit(run: TriageRun, predictor: str, uncertainty: Floats, n: int) -> None:
+    """Ask for labels of the fit side."""
+    if n <= 0:
+        return
+    asked = np.array([path in run.book.entries for path in run.photos.ids], dtype=np.bool_)
+    rows = np.flatnonzero(run.split.for_fit & ~run.split.answered & ~asked)
+    chosen = choose_to_fit(run.photos, rows, uncertainty, n, run.settings.seed)
+    run.book.ask(_paths(run, chosen), "fit", predictor=predictor)

@@ -1,0 +1,192 @@
+"""The photos of a folder, wherever they lie by now, and sorted by what was decided about them."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+import pyarrow as pa
+
+from vilu.artifacts.disk import atomic_write, make_folder, or_refuse
+from vilu.artifacts.hashing import bytes_hash
+from vilu.artifacts.tables import read_table, write_table
+from vilu.datasets.files import path_of, portable_name
+from vilu.datasets.folder import Listed, list_photos
+from vilu.errors import DataError
+from vilu.guard.guard import Answer
+from vilu.scoring.score import ACCEPT, OUTSIDE_REASON
+from vilu.triage.answers import LABELLED
+from vilu.triage.photos import PhotoFolder
+from vilu.triage.state import MOVED, SORTED, TriageSettings
+
+NOT_IN_A_NAME: Final = re.compile(r"[^\w .()+-]")
+"""What no folder's name should hold."""
+
+LONGEST_NAME: Final = 255
+"""Bytes that file systems take of a name."""
+
+HASH_DIGITS: Final = 16
+"""Digits of a hash in front of a name that is cut, or that another photo has."""
+
+
+def list_folder(photos: Path, root: Path) -> PhotoFolder:
+    """The photos that are there, but for those below ``root``, with those that were moved there.
+
+    Raises:
+        DataError: If there is no photo, or a new one has the name of one that was moved.
+    """
+    moved = moved_photos(root)
+    listing = list(list_photos(photos, least=0 if moved else 1))
+    names = {portable_name(path) for path, _ in listing}
+    both = sorted(names & moved.keys())
+    if both:
+        name = both[0]
+        raise DataError(
+            f"{name!r} was moved to {moved[name]} and is in {photos} again. Rename the new photo; "
+            "if they are one and the same, remove the one that was moved."
+        )
+    for name, target in moved.items():
+        listing.append((path_of(name), target.stat()))
+    return PhotoFolder(photos, _without_output(listing, photos.resolve(), root.resolve()), moved)
+
+
+def _without_output(listing: list[Listed], photos: Path, root: Path) -> list[Listed]:
+    """Without what the folder of the triage itself holds."""
+    if not root.is_relative_to(photos):
+        return listing
+    below = f"{root.relative_to(photos).as_posix()}/"
+    return [listed for listed in listing if not listed[0].startswith(below)]
+
+
+def moved_photos(root: Path) -> dict[str, Path]:
+    """Where photos are that were moved, by their path in the folder of photos; links are none."""
+    if not (root / MOVED).exists():
+        return {}
+    table, _ = read_table(root / MOVED, ())
+    moved = {}
+    for name, below in zip(table["path"].to_pylist(), table["place"].to_pylist(), strict=True):
+        target = root / below
+        if target.is_file() and not target.is_symlink():
+            moved[portable_name(path_of(name))] = target
+    return moved
+
+
+def sort_photos(
+    root: Path,
+    listing: PhotoFolder,
+    answers: Sequence[Answer],
+    settings: TriageSettings,
+    how: str,
+) -> None:
+    """``sorted/accepted/CLASS``, ``sorted/outside`` and ``sorted/review``.
+
+    A photo that is moved is noted with its new path before it goes, after the path where it is, so
+    that later runs find it. Nothing is ever overwritten, and of what lies in ``sorted`` only links
+    are removed. Where another file has the path that a photo is to get, the photo stays where it
+    is, and so does one that is a link itself.
+    """
+    home = root / SORTED
+    sources = _sources(listing)
+    targets = _targets(home, answers, settings)
+    with or_refuse(f"sort photos into {home}"):
+        _remove_links(home)
+        targets = {path: target for path, target in targets.items() if not target.exists()}
+        if how == "link":
+            for path, target in targets.items():
+                _link(sources[path], target)
+            return
+        targets = {path: to for path, to in targets.items() if not sources[path].is_symlink()}
+        _note_moves(root, [*listing.moved.items(), *targets.items()])
+        for path, target in targets.items():
+            _move(sources[path], target)
+
+
+def _sources(listing: PhotoFolder) -> dict[str, Path]:
+    """Where every photo is, by its path as tables have it."""
+    sources = {}
+    for path, _ in listing.listing:
+        name = portable_name(path)
+        sources[name] = listing.moved.get(name, listing.root / path)
+    return sources
+
+
+def _targets(home: Path, answers: Sequence[Answer], settings: TriageSettings) -> dict[str, Path]:
+    """Where every photo is to go."""
+    times = Counter(flat_name(answer.key) for answer in answers)
+    targets = {}
+    for answer in answers:
+        name = flat_name(answer.key)
+        if times[name] > 1:
+            name = hashed_name(answer.key)
+        targets[answer.key] = home / folder_of(answer, settings.of_no_class) / name
+    return targets
+
+
+def folder_of(answer: Answer, of_no_class: Collection[str]) -> str:
+    """The folder below ``sorted`` that a photo belongs in."""
+    if answer.reason == OUTSIDE_REASON or answer.label in of_no_class:
+        return "outside"
+    if answer.decision in {ACCEPT, LABELLED} and answer.label is not None:
+        name = NOT_IN_A_NAME.sub("_", answer.label).strip(". ")
+        return f"accepted/{name or '_'}"
+    return "review"
+
+
+def flat_name(path: str) -> str:
+    """Name of a photo where all lie in one folder."""
+    name = path.replace("/", "__")
+    if len(name.encode()) <= LONGEST_NAME:
+        return name
+    return hashed_name(path)
+
+
+def hashed_name(path: str) -> str:
+    """The same with a hash before it, which tells apart ``a/b.jpg``, ``a__b.jpg`` and cut names."""
+    start = f"{bytes_hash(path.encode())[:HASH_DIGITS]}__"
+    content = path.replace("/", "__").encode()
+    return start + content[len(start) - LONGEST_NAME :].decode(errors="ignore")
+
+
+def _remove_links(home: Path) -> None:
+    for path in home.rglob("*"):
+        if path.is_symlink():
+            path.unlink()
+
+
+def _link(source: Path, target: Path) -> None:
+    make_folder(target.parent)
+    # a link that leads to itself is no error of realpath, but of Path.resolve
+    real = os.path.realpath(source)
+    target.symlink_to(os.path.relpath(real, target.parent.resolve()))
+
+
+def _move(source: Path, target: Path) -> None:
+    make_folder(target.parent)
+    if source.exists() and not target.exists():
+        shutil.move(source, target, _copy)
+
+
+def _copy(source: str | Path, target: str | Path) -> None:
+    """To another disk: no kill leaves half of a photo, and its time is that of the source."""
+    with atomic_write(target) as copy:
+        copy.write(Path(source).read_bytes())
+        copy.flush()
+        shutil.copystat(source, copy.name)
+
+
+def _note_moves(root: Path, moves: Sequence[tuple[str, Path]]) -> None:
+    paths = []
+    targets = []
+    for path, target in moves:
+        paths.append(path)
+        targets.append(target.relative_to(root).as_posix())
+    columns: Mapping[str, pa.Array] = {
+        "path": pa.array(paths, pa.string()),
+        "place": pa.array(targets, pa.string()),
+    }
+    write_table(root / MOVED, columns, {"kind": "moved"})

@@ -1,0 +1,130 @@
+"""Labels of a store's rows, from the tables that people fill in."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from vilu.artifacts.tables import csv_rows
+from vilu.calibration.shares import OUTSIDE_NAME
+from vilu.embeddings.source import EmbeddingSource, say_once
+from vilu.errors import DataError, UsageError
+from vilu.store.reader import EmbeddingStore
+from vilu.triage.labels import (
+    SKIPPED,
+    Entry,
+    LabelBook,
+    Stream,
+    check_names,
+    match_photos,
+    read_labels,
+)
+from vilu.triage.photos import Photos
+
+
+def label_store(store: EmbeddingStore, files: Sequence[Path]) -> tuple[Photos, LabelBook]:
+    """A store with its own labels and those of tables: of ``vilu next``, or plain path and label.
+
+    Raises:
+        DataError: If a table names no row, or a label is no class.
+    """
+    photos = Photos([(store, np.arange(len(store)))], {})
+    book = LabelBook()
+    book.answer(_own_labels(store, photos.ids))
+    for file in files:
+        asked = asked_before(file, photos.ids)
+        if asked:
+            _add_asked(book, asked)
+        else:
+            _add_labels(book, file, photos.ids, store.path)
+    source = files[0] if files else store.path
+    check_names(book.labels, tuple(photos.candidates_by_name()), (OUTSIDE_NAME,), source)
+    photos.label(book.labels, (OUTSIDE_NAME,))
+    return photos, book
+
+
+def _own_labels(store: EmbeddingStore, paths: Sequence[str]) -> dict[str, str]:
+    """The labels that a store was made with."""
+    names = store.class_names
+    if names is None:
+        names = tuple(str(index) for index in range(store.n_candidates))
+    labels = {}
+    for path, target in zip(paths, store.target.tolist(), strict=True):
+        if target >= 0:
+            labels[path] = names[target]
+    return labels
+
+
+def asked_before(path: Path, keys: Collection[str]) -> dict[str, Entry]:
+    """What a table of ``vilu next`` asked for, of these rows; of another kind of table nothing."""
+    columns, rows = csv_rows(path)
+    if not {"path", "label", "stream", "predictor"} <= set(columns):
+        return {}
+    known = set(keys)
+    asked = {}
+    for row in rows:
+        name = row["path"]
+        if name in known:
+            stream: Stream = "promise" if row["stream"] == "promise" else "fit"
+            asked[name] = Entry(name, row["label"] or None, stream, predictor=row["predictor"])
+    return asked
+
+
+def _add_asked(book: LabelBook, asked: dict[str, Entry]) -> None:
+    """Note what was asked for; an empty cell takes no label back."""
+    for path, entry in asked.items():
+        before = book.entries.get(path)
+        if entry.label is None and before is not None:
+            book.entries[path] = dataclasses.replace(entry, label=before.label)
+        else:
+            book.entries[path] = entry
+
+
+def _add_labels(book: LabelBook, file: Path, paths: Sequence[str], root: Path) -> None:
+    """Note plain labels."""
+    labels, streams = read_labels(file)
+    path_of_name = match_photos(labels, paths, root, file)
+    by_path = {}
+    streams_by_path = {}
+    for name, path in path_of_name.items():
+        by_path[path] = labels[name]
+        if name in streams:
+            streams_by_path[path] = streams[name]
+    book.answer(by_path, streams_by_path)
+
+
+def picked_at_random(store: EmbeddingStore, files: Sequence[Path]) -> EmbeddingSource:
+    """The rows whose labels are of random picks.
+
+    Rows that were chosen to fit on, or skipped, are left out.
+
+    Raises:
+        UsageError: If labels were drawn for a guarantee, which are of what could be accepted alone.
+        DataError: As ``label_store``, or if no row is left.
+    """
+    photos, book = label_store(store, files)
+    if any(entry.stream == "promise" for entry in book):
+        raise UsageError(
+            "these labels hold some that `vilu next` drew from what could be accepted, of which "
+            "`--method anytime` makes a guarantee. The other methods take rows that were picked "
+            "at random from all."
+        )
+    chosen = {entry.path for entry in book if entry.stream == "fit"}
+    wanted = book.labels.keys() - chosen
+    rows = [row for row, path in enumerate(photos.ids) if path in wanted]
+    if not rows:
+        raise DataError(
+            f"no label is of a row that was picked at random: all {len(chosen)} were asked for to "
+            "fit on."
+        )
+    n_skipped = sum(entry.label == SKIPPED and entry.stream == "given" for entry in book)
+    if n_skipped:
+        say_once(
+            f"{n_skipped} of {n_skipped + len(rows)} picked rows have the label {SKIPPED} and are "
+            "left out: the guarantee is about pictures that somebody can name. With "
+            f"{OUTSIDE_NAME} they count as answered wrong."
+        )
+    return photos.take(rows)

@@ -1,0 +1,160 @@
+"""When a predictor is fitted anew, case by case, and which labels are asked for then."""
+
+from __future__ import annotations
+
+import pytest
+
+from vilu.triage.fitting import FROM_LABELS, ZERO_SHOT, FitCase, fit_case, is_worth_testing
+from vilu.triage.run import n_to_draw
+from vilu.triage.state import TriageState
+from vilu.triage.trial import Trial
+
+
+def trial(n_fit: int, *, likely: bool = True) -> Trial:
+    return Trial(n_fit=n_fit, grid=(0.1, 0.2), limit=0.2, likely=likely)
+
+
+NEW = TriageState(settings={})
+WITHOUT_LABELS = TriageState(settings={}, method=ZERO_SHOT)
+FITTED = TriageState(settings={}, method=FROM_LABELS, trial=trial(40))
+"""A predictor fitted on 40 labels."""
+
+TRIED = FITTED.model_copy(update={"n_fit_of_last_candidate": 80})
+"""A candidate was fitted on 80 labels since, and not tested."""
+
+TESTED = FITTED.model_copy(update={"candidate": trial(80)})
+"""A candidate that was fitted on 80 labels is tested."""
+
+GO_ON = FitCase.UP_TO_DATE
+REPLACE = FitCase.NO_GUARANTEE
+COMPARE = FitCase.CANDIDATE
+
+
+@pytest.mark.parametrize(
+    ("state", "n_labels", "is_guaranteed", "expected"),
+    [
+        (NEW, 40, False, REPLACE),
+        (WITHOUT_LABELS, 10, False, REPLACE),
+        # nothing is guaranteed: with half as many labels again it is fitted anew
+        (FITTED, 40, False, GO_ON),
+        (FITTED, 59, False, GO_ON),
+        (FITTED, 60, False, REPLACE),
+        # with a guarantee: with a quarter more labels a candidate is looked for
+        (FITTED, 49, True, GO_ON),
+        (FITTED, 50, True, COMPARE),
+        # and again with a quarter more than the last one had
+        (TRIED, 99, True, GO_ON),
+        (TRIED, 100, True, COMPARE),
+        # labels of a candidate that is tested are looked at: it takes half as many again
+        (TESTED, 119, True, GO_ON),
+        (TESTED, 120, True, COMPARE),
+        # the guarantee was taken back meanwhile
+        (TESTED, 119, False, GO_ON),
+        (TESTED, 120, False, REPLACE),
+        (TRIED, 60, False, REPLACE),
+    ],
+)
+def test_cases_of_a_predictor_that_learns_from_labels(
+    state: TriageState, n_labels: int, is_guaranteed: bool, expected: FitCase
+) -> None:
+    case = fit_case(
+        state,
+        method=FROM_LABELS,
+        n_labels=n_labels,
+        is_saved=True,
+        is_guaranteed=is_guaranteed,
+        has_calibration_photos=True,
+    )
+    assert case is expected
+
+
+@pytest.mark.parametrize("n_labels", [0, 9])
+@pytest.mark.parametrize(
+    ("state", "is_saved", "expected"),
+    [(NEW, False, REPLACE), (WITHOUT_LABELS, True, GO_ON), (WITHOUT_LABELS, False, REPLACE)],
+)
+def test_cases_of_a_predictor_without_labels(
+    state: TriageState, is_saved: bool, expected: FitCase, n_labels: int
+) -> None:
+    case = fit_case(
+        state,
+        method=ZERO_SHOT,
+        n_labels=n_labels,
+        is_saved=is_saved,
+        is_guaranteed=False,
+        has_calibration_photos=True,
+    )
+    assert case is expected
+
+
+@pytest.mark.parametrize(
+    ("n_labels", "is_guaranteed", "expected"),
+    [
+        (40, True, GO_ON),
+        (90, True, FitCase.NOTHING_TO_COMPARE),
+        (90, False, REPLACE),
+    ],
+)
+def test_a_guaranteed_predictor_stays_without_calibration_photos(
+    n_labels: int, is_guaranteed: bool, expected: FitCase
+) -> None:
+    case = fit_case(
+        FITTED,
+        method=FROM_LABELS,
+        n_labels=n_labels,
+        is_saved=True,
+        is_guaranteed=is_guaranteed,
+        has_calibration_photos=False,
+    )
+    assert case is expected
+    assert case.goes_on is (expected is not REPLACE)
+
+
+def test_a_predictor_that_is_gone_is_fitted_anew() -> None:
+    case = fit_case(
+        FITTED,
+        method=FROM_LABELS,
+        n_labels=40,
+        is_saved=False,
+        is_guaranteed=False,
+        has_calibration_photos=True,
+    )
+    assert case is REPLACE
+
+
+@pytest.mark.parametrize(
+    ("likely", "n_labels", "expected"),
+    [(True, 50, True), (False, 50, False), (False, 119, False), (False, 120, True)],
+)
+def test_a_candidate_without_hope_is_tested_with_far_more_labels_only(
+    likely: bool, n_labels: int, expected: bool
+) -> None:
+    assert is_worth_testing(trial(n_labels, likely=likely), FITTED, n_labels) is expected
+
+
+@pytest.mark.parametrize(
+    ("state", "is_guaranteed", "n_fit_labels", "can_be_shown", "expected"),
+    [
+        (WITHOUT_LABELS, False, 60, True, 0),
+        (FITTED, False, 49, True, 0),
+        (FITTED, False, 50, True, 30),
+        (FITTED, False, 50, False, 0),
+        (FITTED.model_copy(update={"trial": trial(40, likely=False)}), False, 50, True, 0),
+        (FITTED, True, 50, False, 10),
+    ],
+)
+def test_how_many_of_the_next_labels_are_for_the_guarantee(
+    state: TriageState,
+    is_guaranteed: bool,
+    n_fit_labels: int,
+    can_be_shown: bool,
+    expected: int,
+) -> None:
+    n = n_to_draw(
+        state,
+        30,
+        is_guaranteed=is_guaranteed,
+        n_fit_labels=n_fit_labels,
+        can_be_shown=can_be_shown,
+    )
+    assert n == expected
