@@ -83,7 +83,7 @@ def main() -> None:
             f"{path.name}: {outcomes.method}, {len(u)} rows, {failure.mean():.1%} wrong, hindsight {best:.1%}"
         )
         for n_calibration in options.calibration or [len(u) // 2]:
-            for method in ("ltt", "sgr", "crc", "selection"):
+            for method in ("ltt", "crc", "selection"):
                 found = replay(u, failure, method, options.max_risk, n_calibration)
                 words = ", ".join(f"{name} {value:.1%}" for name, value in found.items())
                 print(f"  {n_calibration} calibration rows, {method}: {words}")

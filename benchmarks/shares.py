@@ -10,9 +10,9 @@ then mean coverage as a share of that and how often the promise is broken
 - without any stranger among them, as a warning.
 
 And a world at the edge, whose error rate is just above 5 % everywhere, so that every certificate is
-a broken promise; and with ``--compare ltt sgr bonferroni_holm ...`` the worlds without strangers,
+a broken promise; and with ``--compare ltt bonferroni_holm ...`` the worlds without strangers,
 among them one of confident mistakes, by our procedures and by those of MAPIE (``pip install
-'vilu[mapie]'``).
+mapie``).
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from vilu.scoring.score import Decider, predictor_fingerprint, source_fingerprin
     ("target", "message"),
     [
         (Target(per_class=True), "leave method and per_class out"),
-        (Target(method="sgr"), "leave method and per_class out"),
+        (Target(method="crc"), "leave method and per_class out"),
         (Target(max_risk=0.1, method="selection", per_class=True), "selection takes a max_risk"),
         (Target(min_coverage=0.5, method="selection"), "selection takes a max_risk"),
         (Target(max_risk=2.0), "max_risk must be in"),

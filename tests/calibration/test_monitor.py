@@ -12,7 +12,6 @@ import pytest
 import vilu
 from tests.conftest import few
 from vilu.artifacts.tables import read_table, write_table
-from vilu.calibration.monitor.monitor_mapie import MapieMonitor
 from vilu.calibration.selection import select
 from vilu.errors import DataError, InfeasibleError, ProvenanceError, StorageError, UsageError
 
@@ -417,33 +416,6 @@ def test_groups_of_rows_some_of_which_were_monitored_before(calibration: vilu.Ou
         monitor.update(rows, groups[:201])
     with pytest.warns(UserWarning, match="150 of 200 rows were monitored before"):
         assert monitor.update(rows, groups[:200]).rows == 200
-
-
-def test_mapie_agrees_on_clear_cases(
-    calibration: vilu.Outcomes, rule: vilu.Selector, tmp_path: Path
-) -> None:
-    """An independent implementation on the same rows: neither alarms without a change, both soon after a large one."""
-    rng = np.random.default_rng(14)
-    few = part(calibration, slice(0, 800))
-    calm, shifted = draw(rng, 300), draw(rng, 500, shift=1.0, audited=1)
-    ours, theirs = vilu.Monitor(few, rule), MapieMonitor(few, rule)
-    assert ours.update(calm).verdict == theirs.update(calm).verdict == "holds"
-    found, reference = ours.update(shifted), theirs.update(shifted)
-    for name in ("scores", "answers"):
-        rows = [
-            next(t.raised_at for t in status.tests if t.name == name)
-            for status in (found, reference)
-        ]
-        assert all(row is not None and 300 <= row < 800 for row in rows), (name, rows)
-    assert found.audit is not None
-    assert reference.audit is not None
-    assert (found.audit.n, found.audit.wrong) == (reference.audit.n, reference.audit.wrong)
-    assert 0 < reference.audit.lower < found.audit.wrong / found.audit.n
-    assert (
-        found.audit.lower >= reference.audit.lower
-    )  # a bound made for Bernoulli numbers is no looser here
-    with pytest.raises(UsageError, match="keep no state"):
-        theirs.save(tmp_path / "state.parquet")
 
 
 def test_strata_are_part_of_the_fingerprint() -> None:

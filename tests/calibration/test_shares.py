@@ -218,7 +218,7 @@ def test_the_promise_is_for_the_classes_as_they_are_stated() -> None:
     [
         ({"outside_share": 1.0, "max_risk": 0.1}, "outside_share must be in"),
         ({"outside_share": 0.1, "min_coverage": 0.5}, "stated shares take a max_risk"),
-        ({"outside_share": 0.1, "max_risk": 0.1, "method": "sgr"}, "stated shares take a max_risk"),
+        ({"outside_share": 0.1, "max_risk": 0.1, "method": "crc"}, "stated shares take a max_risk"),
         (
             {"outside_share": 0.1, "max_risk": 0.1, "groups": "prediction"},
             "stated shares take a max_risk",

@@ -20,7 +20,6 @@ from vilu.calibration.thresholds import (
     conformal_risk_control,
     coverage_first,
     learn_then_test,
-    selection_with_guaranteed_risk,
 )
 from vilu.errors import DataError, InfeasibleError, UsageError
 from vilu.metrics.counts import tie_counts
@@ -212,8 +211,8 @@ def test_a_promise_in_words_is_the_promise() -> None:
     told = [str(vilu.calibrate(rows, max_risk=risk, confidence=0.999)) for risk in (0.05, 0.001)]
     assert all("with confidence 99.9% at most" in one for one in told)
     assert [one.split("at most ")[1].split()[0] for one in told] == ["5.00%", "0.10%"]
-    sgr = vilu.calibrate(rows, max_risk=0.05, method="sgr", confidence=0.97)
-    assert sgr.risk_bound * 100 <= float(str(sgr).split("at most ")[1].split("%")[0])
+    bound = vilu.calibrate(rows, min_coverage=0.5, confidence=0.97)
+    assert bound.risk_bound * 100 <= float(str(bound).split("at most ")[1].split("%")[0])
 
 
 def test_a_good_model_is_accepted_as_a_whole_whatever_the_order() -> None:
@@ -262,21 +261,6 @@ def test_a_rule_without_a_floor_is_written_as_it_always_was() -> None:
     rule = vilu.calibrate(Outcomes(np.linspace(0, 1, 400), np.zeros(400)), max_risk=0.05)
     assert rule.floor is None
     assert "floor" not in rule.model_dump_json()
-
-
-def test_sgr_takes_the_laxest_it_has_seen() -> None:
-    c = counts([(1, 0)] * 150 + [(0, 1)] * 50)
-    found = selection_with_guaranteed_risk(c, 0.05, 0.05)
-    steps = 8  # ceil(log2(201))
-    assert found.risk_bound == pytest.approx(
-        stats.beta.ppf(
-            1 - 0.05 / steps,
-            c.accepted_wrong[found.index] + 1,
-            c.accepted[found.index] - c.accepted_wrong[found.index],
-        )
-    )
-    assert found.risk_bound <= 0.05
-    assert selection_with_guaranteed_risk(counts([(1, 0)] * 20), 0.05, 0.05) is None
 
 
 def test_conformal_risk_control_by_hand() -> None:
@@ -342,8 +326,6 @@ def test_too_few_rows_say_how_many_must_be_accepted_and_right() -> None:
     assert needed == 300
     assert why([(0, 1)] * 180, 0.01) == (told.replace("the 40", "the 0"), 300)
     assert why([(1, 0)] * 60 + [(0, 1)] * 120, 0.0001)[1] == 29_957
-    # SGR spends delta / ceil(log2(181)) a step: ln(0.05 / 8) / ln 0.99 = 504.97
-    assert why([(1, 0)] * 180, 0.01, "sgr")[1] == 505
 
 
 def test_so_many_rows_are_enough_where_all_are_accepted_and_right() -> None:

@@ -28,7 +28,6 @@ from vilu.cli.app import app
 from vilu.errors import (
     DataError,
     InfeasibleError,
-    MissingModelError,
     ProvenanceError,
     UsageError,
 )
@@ -172,22 +171,9 @@ def test_scores_of_another_calibration_are_refused(work: Path, tmp_path: Path) -
         command("monitor", tmp_path / "mcm", work / "calm.parquet")
 
 
-def test_usage(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_usage(work: Path) -> None:
     with pytest.raises(UsageError, match="nothing to monitor"):
         command("monitor", work / "mcm")
-    with pytest.raises(UsageError, match="keep no state"):
-        command(
-            "monitor",
-            work / "mcm",
-            work / "calm.parquet",
-            "--backend",
-            "mapie",
-            "--state",
-            tmp_path / "s.parquet",
-        )
-    monkeypatch.setitem(sys.modules, "mapie.exchangeability_testing", None)
-    with pytest.raises(MissingModelError, match=r"pip install 'vilu\[mapie\]'"):
-        command("monitor", work / "mcm", work / "calm.parquet", "--backend", "mapie")
 
 
 def test_rows_in_no_order_are_shuffled_on_request(
@@ -223,19 +209,6 @@ def test_rows_in_no_order_are_shuffled_on_request(
     assert json.loads(capsys.readouterr().out)["verdict"] == "holds"
     with pytest.warns(UserWarning, match="3000 of 3000 rows are calibration rows"):
         command("monitor", work / "mcm", work / "mcm" / "calibration.parquet", "--shuffle")
-
-
-def test_mapie_on_the_same_rows(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [
-        "monitor",
-        str(work / "mcm"),
-        str(work / "calm.parquet"),
-        str(work / "hard.parquet"),
-        "--json",
-    ]
-    assert app([*arguments, "--backend", "mapie"], standalone_mode=False) == 8
-    told = json.loads(capsys.readouterr().out)
-    assert [batch["verdict"] for batch in told["batches"]] == ["holds", "shifted: guarantee void"]
 
 
 @pytest.fixture(scope="module")

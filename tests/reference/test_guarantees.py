@@ -132,26 +132,23 @@ def thresholds(world, method, n: int, target: float, seed: int, n_draws: int = N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["ltt", "sgr"])
 @pytest.mark.parametrize("n", [24, 45, 150, 1000])
 @pytest.mark.parametrize("name", list(WORLDS))
-def test_the_promised_risk_holds(name: str, n: int, method: str) -> None:
+def test_the_promised_risk_holds(name: str, n: int) -> None:
     world = WORLDS[name]
-    found, risk, bound = thresholds(world, METHODS[method], n, 0.1, seed=n)
+    found, risk, bound = thresholds(world, METHODS["ltt"], n, 0.1, seed=n)
     violated = np.count_nonzero(risk > bound + 1e-12)
     assert violated / N_DRAWS <= DELTA + 3 * np.sqrt(DELTA * (1 - DELTA) / N_DRAWS)
     if n == 1000:
         assert len(found) > 0.9 * N_DRAWS  # and not by accepting nothing
 
 
-@pytest.mark.parametrize("method", ["ltt", "sgr"])
 @pytest.mark.parametrize("n", [24, 45, 150, 600])
-def test_what_cannot_be_promised_is_rarely_promised(n: int, method: str) -> None:
+def test_what_cannot_be_promised_is_rarely_promised(n: int) -> None:
     """At the edge of the target: every certificate is wrong, and as many as allowed are given."""
-    found, *_ = thresholds(Flat(), METHODS[method], n, 0.1, seed=n)
+    found, *_ = thresholds(Flat(), METHODS["ltt"], n, 0.1, seed=n)
     assert len(found) / N_DRAWS <= DELTA + 3 * np.sqrt(DELTA * (1 - DELTA) / N_DRAWS)
-    if method == "ltt":
-        assert len(found) > 0.02 * N_DRAWS  # so the bound above is a test
+    assert len(found) > 0.02 * N_DRAWS  # so the bound above is a test
 
 
 @pytest.mark.parametrize(("n", "draws", "least"), [(2000, 300, 0.35), (10_000, 60, 0.60)])

@@ -45,7 +45,7 @@ SAID = 3  # groups of which a message says why nothing is accepted
 
 logger = logging.getLogger(__name__)
 
-Method = Literal["ltt", "sgr", "crc", "selection"]
+Method = Literal["ltt", "crc", "selection"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Target:
     max_risk: float | None = None
     min_coverage: float | None = None  # least share to accept; None for any
     confidence: float = 0.95  # 1 - delta
-    # "ltt", "sgr", "crc" (``vilu.calibrate``) or "selection" (``vilu.calibration.selection``)
+    # "ltt", "crc" (``vilu.calibrate``) or "selection" (``vilu.calibration.selection``)
     method: Method = "ltt"
     per_class: bool = False  # a threshold for every predicted class with enough rows
     label_sets: Kind | None = None  # "lac" or "aps"; None for none

@@ -30,7 +30,6 @@ from vilu.calibration.thresholds import (
     rows_for_coverage,
     rows_for_mean,
     rows_without_error,
-    sgr_steps,
     tail,
 )
 from vilu.calibration.units import CountedRows, count_once
@@ -43,7 +42,7 @@ from vilu.validation import checked, require_between, require_one_of
 ALL, OTHER = "", "(other)"
 """Names of the group of all rows, and of the group of what has too few calibration rows for a group of its own."""
 
-Promise = Literal["ltt", "sgr", "crc", "anytime"]
+Promise = Literal["ltt", "crc", "anytime"]
 
 
 class Certificate(Model):
@@ -76,8 +75,7 @@ class Selector(Model):
     And above a floor, where a certificate has one.
 
     Attributes:
-        method: "ltt", "sgr", "crc", or "anytime" (``vilu.calibration.anytime``): looked at again and
-            again.
+        method: "ltt", "crc", or "anytime" (``vilu.calibration.anytime``): looked at again and again.
         max_risk: The target; None where a coverage was asked for alone.
         min_coverage: Least coverage asked for; None for any.
         confidence: 1 - delta; with several groups the promises hold for all of them together with
@@ -312,12 +310,12 @@ def calibrate(
 ) -> Selector:
     """A threshold on the uncertainty such that the error rate among accepted answers is at most ``max_risk``.
 
-    "ltt" and "sgr" promise it with probability ``confidence`` over the draw of the calibration
-    rows; "crc" promises the mean of another risk, the share of *all* answers that is accepted and
-    wrong. Rows of one ``picture`` count once, as wrong where any of them is. All need calibration
-    rows that are drawn as the later ones are and were not used to fit; nothing is promised when the
-    data shift. A target that cannot be met is an answer: ``feasible`` is False, and the certificate
-    says what is missing.
+    "ltt" promises it with probability ``confidence`` over the draw of the calibration rows; "crc"
+    promises the mean of another risk, the share of *all* answers that is accepted and wrong. Rows
+    of one ``picture`` count once, as wrong where any of them is. Both need calibration rows that
+    are drawn as the later ones are and were not used to fit; nothing is promised when the data
+    shift. A target that cannot be met is an answer: ``feasible`` is False, and the certificate says
+    what is missing.
 
     Args:
         outcomes: Calibration rows; those without uncertainty or known failure are left out.
@@ -326,7 +324,7 @@ def calibrate(
         min_coverage: Least share to accept, at the stated shares if there are such. With
             ``max_risk``, a threshold that accepts less counts as infeasible; alone, the strictest
             threshold that accepts so much, with the bound of its risk.
-        method: "ltt", "sgr" or "crc"; see ``vilu.calibration.thresholds``.
+        method: "ltt" or "crc"; see ``vilu.calibration.thresholds``.
         groups: N names, or "prediction" for the zero-shot answer: a threshold for each with enough
             rows, the others together, as "(other)", with a group that is called so; delta is
             divided among them, so that all promises hold at once. A least coverage alone is that of
@@ -628,9 +626,7 @@ class _Goal(NamedTuple):
                 f"{int(counts.accepted_wrong[0])} of the most trusted answers, equal in score, are wrong",
                 None,
             )
-        if self.method == "sgr":
-            delta /= sgr_steps(len(counts.value))
-        flawless = rows_without_error(max_risk, delta) + (self.method == "ltt")
+        flawless = rows_without_error(max_risk, delta) + 1  # the row at the threshold is no trial
         right = int(counts.accepted[counts.accepted_wrong == 0].max(initial=0))
         if n < flawless:
             why = (

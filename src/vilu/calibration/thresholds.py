@@ -276,34 +276,6 @@ def admissible(rows: int, max_risk: float, level: float) -> int:
     )
 
 
-def selection_with_guaranteed_risk(
-    counts: TieCounts, max_risk: float, delta: float
-) -> Point | None:
-    """SGR: bisection over the distinct scores, with a bound at every step: P[R(t) <= risk_bound] >= 1 - delta.
-
-    Of T = ceil(log2 (G + 1)) steps over G thresholds each computes the Clopper-Pearson bound b at
-    level delta / T, and goes to laxer thresholds where b <= max_risk, else to stricter ones; the
-    laxest passed is returned, with its b.
-
-    Source: Geifman & El-Yaniv, Selective Classification for Deep Neural Networks (2017), Algorithm
-    1. There T is ceil(log2 n) of all rows; ties leave G <= n thresholds to search.
-    """
-    steps = sgr_steps(len(counts.value))
-    low, high, best = 0, len(counts.value) - 1, None
-    for _ in range(steps):
-        if low > high:
-            break
-        middle = (low + high) // 2
-        bound = upper_bound(
-            int(counts.accepted_wrong[middle]), int(counts.accepted[middle]), delta / steps
-        )
-        if bound <= max_risk:
-            best, low = Point(middle, bound), middle + 1
-        else:
-            high = middle - 1
-    return best
-
-
 def conformal_risk_control(counts: TieCounts, max_risk: float, delta: float) -> Point | None:  # noqa: ARG001
     """The loosest t with (k_t + 1) / (n + 1) <= max_risk: E[share of all answers that is accepted and wrong] <= it.
 
@@ -339,15 +311,9 @@ def coverage_first(counts: TieCounts, min_coverage: float, delta: float) -> Poin
 
 METHODS: dict[str, Callable[[TieCounts, float, float], Point | None]] = {
     "ltt": learn_then_test,
-    "sgr": selection_with_guaranteed_risk,
     "crc": conformal_risk_control,
 }
 """Thresholds for a maximal risk, by name."""
-
-
-def sgr_steps(n_thresholds: int) -> int:
-    """T of ``selection_with_guaranteed_risk``."""
-    return max(math.ceil(math.log2(n_thresholds + 1)), 1)
 
 
 def rows_for_mean(max_risk: float) -> int:

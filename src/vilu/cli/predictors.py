@@ -399,10 +399,10 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
         Option(min=0, max=1, help="Least share of answers to accept; alone or with --max-risk."),
     ] = None,
     method: Annotated[
-        Literal["ltt", "sgr", "crc", "selection", "anytime"],
+        Literal["ltt", "crc", "selection", "anytime"],
         Option(
-            help="ltt: Learn then Test. sgr: selection with guaranteed risk. crc: bounds the mean share of all answers "
-            "that is accepted and wrong. selection: bounds the mean share of wrong ones among the accepted of a batch. "
+            help="ltt: Learn then Test. crc: bounds the mean share of all answers that is accepted and "
+            "wrong. selection: bounds the mean share of wrong ones among the accepted of a batch. "
             "anytime: of --labels, which may be looked at again and again."
         ),
     ] = "ltt",

@@ -114,7 +114,9 @@ class Monitor:
         names: list[TestName] = [*values, *(("audit",) if promise is not None else ()), *rates]
         parts = sum(PARTS[name] for name in names)
         tests = {name: Test(name=name, level=false_alarm * PARTS[name] / parts) for name in names}
-        self.watches = {name: self._watch(tests[name], column) for name, column in values.items()}
+        self.watches = {
+            name: Watch(tests[name], Reference.of(column)) for name, column in values.items()
+        }
         self.rates = rates_of(self.rule, calibration, false_alarm / max(parts, 1))
         self.rate_tests = {
             name: Test(name=name, level=audit.delta) for name, audit in self.rates.items()
@@ -124,7 +126,7 @@ class Monitor:
             if self.rule is None or self._is_partial
             else float(1 - columns["acceptance"].mean())
         )
-        self.audited = None if promise is None else self._audit(promise, tests["audit"].level)
+        self.audited = None if promise is None else Audit(promise, tests["audit"].level)
         self.audit_test = tests.get("audit")
         self.fingerprint = self._fingerprint()
 
@@ -455,12 +457,6 @@ class Monitor:
             if strangers is None or stated is None
             else strangers_in_words(strangers, stated),
         )
-
-    def _watch(self, test: Test, values: Floats) -> Watch:
-        return Watch(test, Reference.of(values))
-
-    def _audit(self, promise: float, delta: float) -> Audit:
-        return Audit(promise, delta)
 
     def _tests(self) -> list[Test]:
         watched = [watch.test for watch in self.watches.values()]
