@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vilu import metrics as metrics
     from vilu.backbones.catalog import load_backbone as load_backbone
+    from vilu.calibration.calibration import Calibration as Calibration
     from vilu.calibration.monitor.monitor import Monitor as Monitor
+    from vilu.calibration.procedure import Target as Target
+    from vilu.calibration.procedure import calibrate_predictor as calibrate_predictor
     from vilu.calibration.rules import Selector as Selector
     from vilu.calibration.rules import calibrate as calibrate
     from vilu.datasets.catalog import open_dataset as open_dataset
@@ -67,7 +70,9 @@ _NAMES = {
     "vilu.backbones.catalog": "load_backbone",
     "vilu.datasets.catalog": "open_dataset",
     "vilu.calibration.rules": "Selector calibrate",
+    "vilu.calibration.calibration": "Calibration",
     "vilu.calibration.monitor.monitor": "Monitor",
+    "vilu.calibration.procedure": "Target calibrate_predictor",
     "vilu.scoring.score": "score score_parts",
     "vilu.scoring.score_folder": "ScoreFolder",
     "vilu.embeddings.memory": "Embeddings PairEmbeddings",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from vilu.calibration.record import contradiction
+from vilu.calibration.calibration import contradiction
 from vilu.calibration.selection import select
 from vilu.errors import DataError, InfeasibleError, UsageError
 from vilu.outcomes.outcomes import Outcomes

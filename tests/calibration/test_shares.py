@@ -11,7 +11,7 @@ from scipy import stats
 
 import vilu
 from tests.conftest import few
-from vilu.calibration.record import contradiction
+from vilu.calibration.calibration import contradiction
 from vilu.calibration.shares import (
     BETS,
     Strata,

@@ -14,7 +14,7 @@ from scipy import stats
 import vilu
 from tests.conftest import few
 from vilu.calibration import thresholds
-from vilu.calibration.record import contradiction
+from vilu.calibration.calibration import contradiction
 from vilu.calibration.selection import select
 from vilu.calibration.thresholds import (
     conformal_risk_control,

@@ -10,8 +10,8 @@ import pytest
 
 import vilu
 from tests.calibration.test_copies import joined, rows
+from vilu.calibration.calibration import Calibration
 from vilu.calibration.procedure import Target, calibrate_predictor
-from vilu.calibration.record import load, load_rows
 from vilu.calibration.selection import select
 from vilu.errors import DataError, InfeasibleError
 from vilu.outcomes.outcomes import Outcomes
@@ -98,7 +98,7 @@ def test_a_saved_predictor_is_calibrated_on_pictures(tmp_path: Path) -> None:
         vilu.MCM().save(tmp_path / name)
         target = Target(max_risk=0.2, label_sets="lac")
         calibrate_predictor(tmp_path / name, files(200, times), target)
-    once, many = load(tmp_path / "once"), load(tmp_path / "many")
+    once, many = Calibration.load(tmp_path / "once"), Calibration.load(tmp_path / "many")
     assert (many.n, many.rule.n) == (once.n, once.rule.n) == (200, 200)
     assert many.rule.certificates == once.rule.certificates
     assert many.label_sets == once.label_sets
@@ -123,8 +123,8 @@ def test_near_copies_are_said_and_certify_nothing_by_their_number(
         record = calibrate_predictor(tmp_path, files(200, 2, noise=0.003), Target(max_risk=0.2))
     assert "400 pictures, 200 where near copies count once" in caplog.text
     assert "400 pictures, 200 where near copies count once" in record.promise
-    assert load(tmp_path) == record  # what counts is verified when it is read
-    assert (len(load_rows(tmp_path, record)), record.n, record.rule.n) == (400, 400, 200)
+    assert Calibration.load(tmp_path) == record  # what counts is verified when it is read
+    assert (len(record.rows), record.n, record.rule.n) == (400, 400, 200)
 
 
 def test_a_record_that_leaves_out_other_rows_is_damaged(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_a_record_that_leaves_out_other_rows_is_damaged(tmp_path: Path) -> None:
     for places in (record.near_copies[1:], (*record.near_copies, 4000)):
         record.model_copy(update={"near_copies": places}).write(tmp_path / "risk.json")
         with pytest.raises(DataError, match=r"calibration\.parquet does not bear out"):
-            load(tmp_path)
+            Calibration.load(tmp_path)
 
 
 def test_captions_of_one_picture_count_once() -> None:

@@ -20,7 +20,6 @@ from vilu.embeddings.memory import Embeddings
 from vilu.errors import ProvenanceError
 from vilu.outcomes.outcomes import Outcomes
 from vilu.report.page.choice import read_calibrated
-from vilu.scoring.score import Decider
 from vilu.store.embed import embed
 
 PHOTOS = Path(str(resources.files("vilu").joinpath("assets", "clothing.parquet")))
@@ -132,7 +131,7 @@ def test_other_candidates_are_another_problem(work: Path, predictor: Path) -> No
     with pytest.raises(
         ProvenanceError, match=r"with 3 candidates \(names [0-9a-f]+\), and these have 2 candidates"
     ):
-        vilu.score(loaded, fewer, decider=Decider.of_folder(loaded, predictor))
+        vilu.score(loaded, fewer, calibration=vilu.Calibration.load(predictor))
 
 
 def test_selection_label_sets_and_classes(work: Path, predictor: Path) -> None:
@@ -217,7 +216,7 @@ def test_wrong_arguments(work: Path, predictor: Path) -> None:
     run("calibrate", predictor, work / "calibration", "--max-risk", 0.01, "--method", "selection")
     hopeless = ("--max-risk", 0.001, "--method", "selection", "--overwrite")
     run("calibrate", predictor, work / "calibration", *hopeless, code=4)
-    write_json(predictor / "risk.json", {"schema_version": 1, "kind": "risk"})
+    write_json(predictor / "risk.json", {"schema_version": 2, "kind": "risk"})
     done = run("score", predictor, work / "new", "-o", predictor / "x.parquet", code=3)
     assert "risk.json is damaged" in done.stderr
     write_json(predictor / "risk.json", {"schema_version": 7})

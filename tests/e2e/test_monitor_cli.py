@@ -31,7 +31,6 @@ from vilu.errors import (
     ProvenanceError,
     UsageError,
 )
-from vilu.scoring.score import Decider
 from vilu.store.embed import embed
 
 
@@ -43,11 +42,11 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = toy_embeddings(3000, seed=1, ids_from=10_000)
     calibrate_predictor(folder / "mcm", data, Target(max_risk=0.2), dataset="toy", split=None)
     predictor = vilu.load(folder / "mcm")
-    decider = Decider.of_folder(predictor, folder / "mcm")
+    calibration = vilu.Calibration.load(folder / "mcm")
 
     def scored(seed: int) -> vilu.Outcomes:
         return vilu.score(
-            predictor, toy_embeddings(800, seed=seed, ids_from=20_000), decider=decider
+            predictor, toy_embeddings(800, seed=seed, ids_from=20_000), calibration=calibration
         )
 
     calm, rows = scored(2), scored(3)
@@ -337,7 +336,7 @@ def test_two_processes_calibrate_and_monitor_at_once(
     assert set(codes[2:]) <= {0, 75}
     assert 0 in codes[:2]
     assert 0 in codes[2:]
-    Decider.of_folder(vilu.load(tmp_path / "predictor"), tmp_path / "predictor")
+    vilu.Calibration.find(tmp_path / "predictor")
     assert vilu.Monitor.of_folder(work / "mcm").resume(state).rows == 800
     run("monitor", work / "mcm", work / "hard.parquet", "--state", state, code=8)
 

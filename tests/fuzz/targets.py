@@ -35,7 +35,7 @@ from tests.builders.bench_fakes import make_store, tables
 from tests.command import run
 from tests.conftest import toy_embeddings
 from vilu.artifacts.documents import digest
-from vilu.calibration import record
+from vilu.calibration.calibration import Calibration
 from vilu.calibration.monitor.monitor import Monitor
 from vilu.calibration.procedure import Target, calibrate_predictor
 from vilu.datasets.catalog import open_dataset
@@ -490,7 +490,7 @@ def monitor_state(folder: Path, data: bytes) -> object:
 
 def risk(path: Path) -> object:
     return [
-        record.load_rows(path, record.load(path)),
+        Calibration.load(path).rows,
         vilu.score(load(path), open_source(kept() / "store")),
     ]
 

@@ -154,10 +154,10 @@ def test_of_every_kind_of_predictor_and_rule(
         == ("features" in guard.predictor.columns_to_score)
         == (predictor.name == "vilu_plus")
     )
-    record = guard.decider.record
+    calibration = guard.calibration
     if predictor.name == "vilu_plus":
-        assert record is not None
-        assert record.rule.grouped_by == "prediction"
+        assert calibration is not None
+        assert calibration.rule.grouped_by == "prediction"
 
 
 @pytest.mark.filterwarnings("ignore")

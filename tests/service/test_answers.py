@@ -26,7 +26,7 @@ from tests.builders.photo_folders import KINDS, truth_of
 from tests.builders.store_fakes import FakeBackbone
 from tests.command import command_line, run
 from tests.service.conftest import Running, hosted
-from vilu.calibration import record
+from vilu.calibration.calibration import Calibration
 from vilu.calibration.monitor.monitor import Monitor
 from vilu.calibration.rules import calibrate
 from vilu.errors import DataError, StorageError, UsageError
@@ -722,12 +722,11 @@ def test_nothing_is_answered_where_the_journal_is_gone(
 
 def accept_nothing(predictor: Path) -> None:
     """Give a calibrated predictor a rule that accepts nothing, as a triage leaves it at first."""
-    before = record.load(predictor)
-    rows = record.load_rows(predictor, before)
-    rule = calibrate(rows, max_risk=0.001)
+    before = Calibration.load(predictor)
+    rule = calibrate(before.rows, max_risk=0.001)
     assert not rule.feasible
-    fields = before.model_dump(exclude={"rows_sha256"})
-    record.save(predictor, rows, **fields | {"rule": rule, "promise": str(rule)})
+    after = before.model_copy(update={"rule": rule, "promise": str(rule)})
+    after.write(predictor / "risk.json")
 
 
 def test_the_page_says_what_is_promised_in_every_state(

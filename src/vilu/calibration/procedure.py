@@ -12,11 +12,10 @@ import numpy as np
 
 from vilu.artifacts.disk import locked
 from vilu.artifacts.documents import digest
-from vilu.calibration import record
+from vilu.calibration.calibration import Calibration, Rule, save_calibration
 from vilu.calibration.copies import check_copies
 from vilu.calibration.label_sets import Kind, LabelSets, check_label_sets, fit_label_sets
 from vilu.calibration.looks import in_words, note_look
-from vilu.calibration.record import Record, Rule
 from vilu.calibration.rules import (
     Selector,
     calibrate,
@@ -34,12 +33,12 @@ from vilu.errors import InfeasibleError, UsageError, ViLUError
 from vilu.metrics.counts import Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.predictor import FailurePredictor
-from vilu.predictors.contract.seen import candidates_of
-from vilu.predictors.persistence.record import RISK, VOCABULARY, claim, fit_fingerprint
+from vilu.predictors.persistence.record import RISK, claim
 from vilu.predictors.persistence.storage import load, write_card
 from vilu.predictors.persistence.vocabulary import Vocabulary
 from vilu.scoring.score import predictor_fingerprint, score_fresh, source_fingerprint
 from vilu.store.reader import EmbeddingStore
+from vilu.validation import checked, checked_fields
 
 SAID = 3  # groups of which a message says why nothing is accepted
 
@@ -48,32 +47,40 @@ logger = logging.getLogger(__name__)
 Method = Literal["ltt", "crc", "selection"]
 
 
+@checked_fields
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What is to be promised."""
+    """What is asked of a calibration.
 
-    # largest error rate among accepted answers; None for probabilities alone, or for a coverage
+    Attributes:
+        max_risk: Largest error rate among accepted answers; None for probabilities alone, or for a
+            coverage.
+        min_coverage: Least share to accept; None for any.
+        confidence: 1 - delta.
+        method: "ltt", "crc" or "selection", as of ``vilu.calibrate``.
+        per_class: A threshold for every predicted class with enough rows.
+        label_sets: "lac" or "aps" (``vilu.calibration.label_sets``); None for none.
+        max_miss: Largest share of label sets without the right label.
+        outside_share: Share of pictures of none of the classes to be expected; None: as among the
+            calibration rows.
+        class_shares: Shares of the classes among the others to be expected, by name; None: as
+            there.
+
+    Examples:
+        >>> import vilu
+        >>> vilu.Target(max_risk=0.05).confidence
+        0.95
+    """
+
     max_risk: float | None = None
-    min_coverage: float | None = None  # least share to accept; None for any
-    confidence: float = 0.95  # 1 - delta
-    # "ltt", "crc" (``vilu.calibrate``) or "selection" (``vilu.calibration.selection``)
+    min_coverage: float | None = None
+    confidence: float = 0.95
     method: Method = "ltt"
-    per_class: bool = False  # a threshold for every predicted class with enough rows
-    label_sets: Kind | None = None  # "lac" or "aps"; None for none
-    max_miss: float = 0.1  # largest share of label sets without the right label
-    # share of pictures of none of the classes to be expected; None: as among the calibration rows
+    per_class: bool = False
+    label_sets: Kind | None = None
+    max_miss: float = 0.1
     outside_share: float | None = None
-    # shares of the classes among the others to be expected, by name; None: as there
     class_shares: Mapping[str, float] | None = None
-
-    def facts(self) -> dict[str, object]:
-        """All that was asked for; shares where they are stated, as records of older code know of none."""
-        stated = {"outside_share", "class_shares"}
-        return {
-            name: value
-            for name, value in dataclasses.asdict(self).items()
-            if value is not None or name not in stated
-        }
 
     def check(self, predictor: FailurePredictor, data: EmbeddingSource) -> None:
         """Refuse what cannot be promised, before anything is computed."""
@@ -132,6 +139,7 @@ class Target:
         return selector
 
 
+@checked
 def calibrate_predictor(
     folder: str | Path,
     data: EmbeddingSource,
@@ -140,8 +148,8 @@ def calibrate_predictor(
     dataset: str | None = None,
     split: str | None = None,
     overwrite: bool = True,
-) -> Record:
-    """Calibrate a saved predictor on labelled rows and leave the result in its folder.
+) -> Calibration:
+    """Calibrate a saved predictor on labelled rows and leave the result in its folder, as ``vilu calibrate`` does.
 
     ``predictor.json`` gets the calibrator of probabilities, ``calibration.parquet`` the rows,
     ``risk.json`` the rule and what it was made from; that comes last, so that a crash leaves a
@@ -154,6 +162,19 @@ def calibrate_predictor(
 
     Raises:
         DataError: If more than 1 % of the rows were used to fit, or are near copies of such rows.
+        InfeasibleError: If the target is out of reach; the message says what is missing.
+        UsageError: If the target cannot be, or without ``overwrite`` another calibration is there.
+
+    Examples:
+        >>> import numpy as np, tempfile, vilu
+        >>> rows = np.random.default_rng(0).normal(size=(200, 8))
+        >>> rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+        >>> data = vilu.Embeddings(rows, np.eye(8), rows.argmax(axis=1))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = vilu.MCM().save(folder)
+        ...     calibration = vilu.calibrate_predictor(folder, data, vilu.Target(max_risk=0.05))
+        >>> calibration.rule.n_wrong, calibration.rule.n_accepted, calibration.probability.form
+        (0, 200, 'temperature')
     """
     target.check(load(folder), data)  # what is refused leaves no lock behind
     claim(folder, same=True)
@@ -168,56 +189,63 @@ def _calibrate(
     names: tuple[str | None, str | None],
     *,
     overwrite: bool,
-) -> Record:
+) -> Calibration:
     predictor = load(folder)
     predictor.calibrator_ = None
-    made_from = predictor_fingerprint(predictor), source_fingerprint(data), *names, target.facts()
-    inputs = earlier = digest(made_from)
     dtype = data.manifest.dtype if isinstance(data, EmbeddingStore) else None
-    if dtype is None:  # only a store has a hash of all its rows; earlier code did without
-        inputs = digest(
-            [made_from, [data.identities(by).tolist() for by in data.identified_by[:1]]]
+    inputs = _inputs(predictor, data, target, names)
+    if not overwrite:
+        calibration = _made_before(folder, inputs)
+        if calibration is not None:
+            write_card(folder)
+            return calibration
+    fresh = predictor.unseen(data, "calibration")
+    check_copies(predictor, data, np.flatnonzero(fresh))
+    rows = score_fresh(predictor, data, fresh, dataset=names[0], split=names[1])
+    n_looks = 1
+    if rows.picture is not None and target.has_rule:
+        n_looks = note_look(folder, rows.picture[rows.evaluable], dataclasses.asdict(target))
+    rule, counts, near = _rule_of_units(target, rows, data, np.flatnonzero(fresh))
+    rows = rows.take(counts)
+    predictor.calibrate_scores(rows.uncertainty, rows.failure)
+    sets: LabelSets | None = None
+    if target.label_sets is not None:
+        left_out = np.ones(len(data), np.bool_)
+        left_out[np.flatnonzero(fresh)[counts]] = False
+        counted = data.without(left_out)
+        sets = fit_label_sets(
+            predictor, counted, max_miss=target.max_miss, method=target.label_sets
         )
-    found = None if overwrite else _calibrated(folder, {inputs, earlier})
-    if found is None:
-        fresh = predictor.unseen(data, "calibration")
-        check_copies(predictor, data, np.flatnonzero(fresh))
-        rows = score_fresh(predictor, data, fresh, dataset=names[0], split=names[1])
-        n_looks = 1
-        if rows.picture is not None and target.has_rule:
-            n_looks = note_look(folder, rows.picture[rows.evaluable], target.facts())
-        rule, counts, near = _rule_of_units(target, rows, data, np.flatnonzero(fresh))
-        rows = rows.take(counts)
-        predictor.calibrate_scores(rows.uncertainty, rows.failure)
-        sets: LabelSets | None = None
-        if target.label_sets is not None:
-            left_out = np.ones(len(data), np.bool_)
-            left_out[np.flatnonzero(fresh)[counts]] = False
-            sets = fit_label_sets(
-                predictor,
-                data.without(left_out),
-                max_miss=target.max_miss,
-                method=target.label_sets,
-            )
-        found = keep_record(
-            folder,
-            predictor,
-            rows,
-            data,
-            rule,
-            names,
-            dtype=dtype,
-            label_sets=sets,
-            inputs=inputs,
-            near_copies=tuple(near.tolist()),
-            n_looks=n_looks,
-        )
-    elif (
-        dtype is not None and not (folder / VOCABULARY).exists()
-    ):  # older code may have left it out
-        Vocabulary.of(data, dtype).save(folder)
+    calibration = keep_calibration(
+        folder,
+        predictor,
+        rows,
+        data,
+        rule,
+        names,
+        dtype=dtype,
+        label_sets=sets,
+        inputs=inputs,
+        near_copies=tuple(near.tolist()),
+        n_looks=n_looks,
+    )
     write_card(folder)  # the last file of a calibration
-    return found
+    return calibration
+
+
+def _inputs(
+    predictor: FailurePredictor,
+    data: EmbeddingSource,
+    target: Target,
+    names: tuple[str | None, str | None],
+) -> str:
+    """Digest of everything that a calibration is made from."""
+    source = source_fingerprint(data)
+    asked = dataclasses.asdict(target)
+    made_from: list[object] = [predictor_fingerprint(predictor), source, *names, asked]
+    if not isinstance(data, EmbeddingStore):  # only a store has a hash of all its rows
+        made_from.append([data.identities(by).tolist() for by in data.identified_by[:1]])
+    return digest(made_from)
 
 
 def _rule_of_units(
@@ -275,7 +303,7 @@ def _accepts_less(rule: Rule | None, than: Rule | None, pictures: Outcomes) -> b
     return mine < int(than.accept(pictures.uncertainty, groups).sum())
 
 
-def keep_record(  # noqa: PLR0913 - all that a record is made of
+def keep_calibration(  # noqa: PLR0913 - all that a calibration is made of
     folder: Path,
     predictor: FailurePredictor,
     rows: Outcomes,
@@ -288,28 +316,24 @@ def keep_record(  # noqa: PLR0913 - all that a record is made of
     inputs: str | None = None,
     near_copies: tuple[int, ...] = (),
     n_looks: int = 1,
-) -> Record:
+) -> Calibration:
     """Write a calibrated predictor, the rows of ``data`` (a set and a split) it was calibrated on, last the result."""
-    rows = dataclasses.replace(
-        rows, failure_probability=predictor.failure_probability(rows.uncertainty)
-    )
+    probability = predictor.failure_probability(rows.uncertainty)
+    rows = dataclasses.replace(rows, failure_probability=probability)
     predictor.save(folder)
-    if (
-        dtype is not None
-    ):  # of a store, which keeps embeddings so: what a new image needs (``vilu.Guard``)
+    # of a store, which keeps embeddings so: what a new image needs (``vilu.Guard``)
+    if dtype is not None:
         Vocabulary.of(data, dtype).save(folder)
-    return record.save(
+    return save_calibration(
         folder,
         rows,
-        predictor=fit_fingerprint(folder),
-        **record.problem(data),
-        texts=candidates_of(data).get("texts"),
+        data,
         source=source_fingerprint(data),
         dataset=names[0],
         split=names[1],
-        n=int(rows.evaluable.sum()),
         promise=None if rule is None else f"{rule}{in_words(n_looks)}",
         rule=rule,
+        probability=predictor.calibrator_,
         label_sets=label_sets,
         inputs=inputs,
         near_copies=near_copies,
@@ -319,34 +343,39 @@ def keep_record(  # noqa: PLR0913 - all that a record is made of
 
 def take_back(folder: Path, changed: set[str]) -> bool:
     """Whether a promise rests on labels, by the keys of their rows, that are others now; it is gone then."""
-    found = record.load(folder) if changed and record.has_record(folder) else None
-    if wrong := changed & {*(() if found is None else record.load_rows(folder, found).ids or ())}:
-        (folder / RISK).unlink()
-        write_card(folder)
-        logger.warning(
-            "%d labels that the promise rests on have changed: it has to be shown again", len(wrong)
-        )
-    return bool(wrong)
+    calibration = Calibration.find(folder) if changed else None
+    if calibration is None:
+        return False
+    wrong = changed & set(calibration.rows.ids or ())
+    if not wrong:
+        return False
+    (folder / RISK).unlink()
+    write_card(folder)
+    logger.warning(
+        "%d labels that the promise rests on have changed: it has to be shown again", len(wrong)
+    )
+    return True
 
 
-def _calibrated(folder: Path, inputs: set[str]) -> Record | None:
+def _made_before(folder: Path, inputs: str) -> Calibration | None:
     """What the same inputs made of a predictor before; refuses what others made.
 
     What cannot be used is in no way.
     """
-    if not record.has_record(folder):
-        return None
     try:
-        found = record.load(folder)
+        calibration = Calibration.find(folder)
     except ViLUError as error:
         logger.warning("the calibration in %s is made again: %s", folder, error)
         return None
-    if found.inputs in inputs:
+    if calibration is None:
+        return None
+    if calibration.inputs == inputs:
         logger.info("%s is calibrated so already: there is nothing to do", folder)
-        return found
+        return calibration
     raise UsageError(
-        f"{folder} is calibrated already, on {found.n:,} rows of {found.dataset} ({found.promise or 'no rule'}). "
-        "--overwrite replaces that calibration; monitors of it then begin anew."
+        f"{folder} is calibrated already, on {calibration.n:,} rows of {calibration.dataset} "
+        f"({calibration.promise or 'no rule'}). --overwrite replaces that calibration; monitors of "
+        "it then begin anew."
     )
 
 

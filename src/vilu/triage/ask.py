@@ -14,10 +14,9 @@ import numpy as np
 from vilu.artifacts.disk import locked
 from vilu.artifacts.documents import digest
 from vilu.artifacts.tables import csv_rows, write_table
-from vilu.calibration import record
 from vilu.calibration.anytime import flawless_labels
+from vilu.calibration.calibration import Calibration
 from vilu.calibration.procedure import take_back
-from vilu.calibration.record import Record
 from vilu.calibration.rules import ALL, Selector, group_names, members_of
 from vilu.calibration.shares import OUTSIDE_NAME
 from vilu.device import as_usual
@@ -28,7 +27,7 @@ from vilu.metrics.counts import Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.persistence.storage import load
-from vilu.scoring.score import ABSTAIN, ACCEPT, Decider, score_rows
+from vilu.scoring.score import ABSTAIN, ACCEPT, score_rows
 from vilu.store.reader import EmbeddingStore
 from vilu.triage.choose import to_teach
 from vilu.triage.labels import (
@@ -228,9 +227,7 @@ class Standpoint:
         What the fit has seen vouches for nothing, or is refused.
         """
         photos, book = labelled(store, files)
-        outcomes = score_rows(
-            Decider(predictor), photos, {"is_probability": predictor.is_probability}
-        )
+        outcomes = score_rows(predictor, photos, {"is_probability": predictor.is_probability})
         sides = Sides.of(photos, book, seed)
         fresh = (
             ~seen.shared
@@ -339,7 +336,7 @@ def calibrate_by_labels(
     seed: int = 0,
     per_class: bool = False,
     overwrite: bool = False,
-) -> Record:
+) -> Calibration:
     """A promise from the labels that `vilu next` asked for, which may be looked at as often as one likes.
 
     Counted are labels of the draw up to the last place that was asked for with this predictor, all
@@ -367,7 +364,8 @@ def calibrate_by_labels(
             raise DataError(
                 f"the predictor in {folder} has seen all rows of {store.path} that could vouch for it."
             )
-        before = record.load(folder).rule if record.has_record(folder) and not overwrite else None
+        kept = None if overwrite else Calibration.find(folder)
+        before = None if kept is None else kept.rule
         goal = "anytime", max_risk, confidence, set(at.draws)
         if before is not None and not (
             isinstance(before, Selector)
@@ -400,7 +398,7 @@ def calibrate_by_labels(
             and holds
             and before.accept(u, names).sum() >= rule.accept(u, names).sum()
         ):
-            return record.load(folder)  # certified once is certified for ever
+            return Calibration.load(folder)  # certified once is certified for ever
         if not rule.feasible:
             _outlived(folder, at.outcomes)  # with overwrite; else it was asked before
             why = "; ".join(
@@ -413,12 +411,12 @@ def calibrate_by_labels(
 
 def _outlived(folder: Path, outcomes: Outcomes) -> bool:
     """Whether a promise from such labels rests on rows that are other failures now; it is gone then."""
-    found = record.load(folder) if record.has_record(folder) else None
+    found = Calibration.find(folder)
     if found is None or not isinstance(found.rule, Selector) or found.rule.method != "anytime":
         return False  # another one may be of the rows of another store
-    rows = record.load_rows(folder, found)
     was, now = (
-        dict(zip(one.ids or (), one.failure.tolist(), strict=True)) for one in (rows, outcomes)
+        dict(zip(one.ids or (), one.failure.tolist(), strict=True))
+        for one in (found.rows, outcomes)
     )
     return take_back(
         folder,

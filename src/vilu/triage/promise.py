@@ -14,8 +14,8 @@ from pydantic import Field
 
 from vilu.artifacts.documents import Model
 from vilu.calibration.anytime import Looks, grid_of, level_of
-from vilu.calibration.procedure import keep_record
-from vilu.calibration.record import Record
+from vilu.calibration.calibration import Calibration
+from vilu.calibration.procedure import keep_calibration
 from vilu.calibration.rules import ALL, Certificate, Selector
 from vilu.embeddings.copies import near_copies
 from vilu.embeddings.source import EmbeddingSource
@@ -215,14 +215,14 @@ def keep_promise(
     rows: Outcomes,
     rule: Selector,
     dataset: str,
-) -> Record:
+) -> Calibration:
     """Leave a rule, and the labelled ``rows`` that it rests on, beside the predictor, as ``vilu calibrate`` does."""
     wrong = int((rows.failure == 1).sum())
     # it is a probability as it is; labels below the limit alone would bend it
     predictor.calibrator_ = Logistic(
         form="temperature", weights=(1.0,), intercept=0.0, n=len(rows), n_failures=wrong
     )
-    made = keep_record(
+    made = keep_calibration(
         folder, predictor, rows, photos, rule, (dataset, None), dtype=photos.first.manifest.dtype
     )
     write_card(folder)

@@ -16,8 +16,8 @@ from pydantic import Field
 from vilu.artifacts.documents import Document, read_document
 from vilu.artifacts.paths import claim_folder
 from vilu.artifacts.tables import read_table
-from vilu.calibration import record
 from vilu.calibration.anytime import level_of
+from vilu.calibration.calibration import Calibration
 from vilu.calibration.procedure import take_back
 from vilu.calibration.rules import Selector
 from vilu.calibration.shares import OUTSIDE_NAME
@@ -31,7 +31,7 @@ from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.persistence.record import PREDICTOR, read_record
 from vilu.predictors.persistence.storage import load
 from vilu.predictors.persistence.vocabulary import Vocabulary
-from vilu.scoring.score import Decider, score_rows
+from vilu.scoring.score import provenance_of, score_rows
 from vilu.triage.choose import to_teach
 from vilu.triage.labels import Entry, LabelBook
 from vilu.triage.photos import FOLDER, Embedding, PhotoFolder, Photos, PhotoStores
@@ -302,11 +302,12 @@ class Workshop:
         self._ask(photos, book, standing, outcomes.uncertainty, sides)
         book.save(self.root / BOOK)
         self.state.write(self.root / STATE)
-        decider = Decider.of_folder(load(self.folder), self.folder)
+        decides = load(self.folder)
+        calibration = Calibration.find(self.folder)
         return Triage(
             photos=photos,
-            outcomes=self._scores(decider.predictor, photos, decider),
-            predictor=decider.predictor,
+            outcomes=self._scores(decides, photos, calibration),
+            predictor=decides,
             standing=standing,
             rule=self._promised(),
             in_play=outcomes,
@@ -319,24 +320,25 @@ class Workshop:
         )
 
     def _scores(
-        self, predictor: FailurePredictor, photos: Photos, decider: Decider | None = None
+        self, predictor: FailurePredictor, photos: Photos, calibration: Calibration | None = None
     ) -> Outcomes:
-        decider = decider or Decider(predictor)
         return score_rows(
-            decider,
+            predictor,
             photos,
             {
                 "method": predictor.label,
                 "dataset": self.job.photos.name,
                 "seed": self.job.seed,
                 "is_probability": predictor.is_probability,
-                "provenance": decider.provenance,
+                "provenance": provenance_of(calibration),
             },
+            calibration=calibration,
         )
 
     def _promised(self) -> Selector | None:
         """The promise that is in force, if one is."""
-        rule = record.load(self.folder).rule if record.has_record(self.folder) else None
+        calibration = Calibration.find(self.folder)
+        rule = None if calibration is None else calibration.rule
         return rule if isinstance(rule, Selector) and rule.feasible else None
 
     def _in_play(self, photos: Photos, sides: Sides, teach: Ints) -> FailurePredictor:

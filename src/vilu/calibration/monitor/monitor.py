@@ -17,14 +17,13 @@ from pydantic import ValidationError
 from vilu.artifacts.documents import digest, explain
 from vilu.artifacts.paths import claim_file
 from vilu.artifacts.tables import read_column, read_table, table_suffix, write_table
-from vilu.calibration import record
+from vilu.calibration.calibration import Calibration, Rule, promises
 from vilu.calibration.label_sets import LabelSets
 from vilu.calibration.monitor.arrivals import Seen, admit, refuse_sorted
 from vilu.calibration.monitor.audit import Audit, TestName, rates_of, strangers_in_words
 from vilu.calibration.monitor.martingale import Reference
 from vilu.calibration.monitor.status import Acceptance, Audited, Status, Test, conclude
 from vilu.calibration.monitor.watch import PARTS, State, Watch, Wealth
-from vilu.calibration.record import Record, Rule
 from vilu.calibration.rules import Selector, group_names
 from vilu.calibration.shares import Strata
 from vilu.errors import UNKNOWN, DataError, InfeasibleError, ProvenanceError, UsageError
@@ -87,7 +86,7 @@ class Monitor:
     ) -> None:
         require_between("false_alarm", false_alarm)
         require_at_least("seed", seed, 0)
-        if not record.promises(rule):
+        if not promises(rule):
             raise InfeasibleError(
                 "there is no guarantee to watch, because nothing was promised of these rows: give "
                 "the rule that vilu.calibrate(outcomes, max_risk=0.05) makes of them."
@@ -143,23 +142,21 @@ class Monitor:
 
         Examples:
             >>> import numpy as np, tempfile, vilu
-            >>> from vilu.calibration.procedure import Target, calibrate_predictor
-            >>> rows = np.random.default_rng(0).random((200, 2))
+            >>> rows = np.random.default_rng(0).normal(size=(200, 8))
             >>> rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-            >>> data = vilu.Embeddings(rows, np.eye(2), rows.argmax(axis=1))
+            >>> data = vilu.Embeddings(rows, np.eye(8), rows.argmax(axis=1))
             >>> with (
             ...     tempfile.TemporaryDirectory() as folder
             ... ):  # as `vilu fit` and `vilu calibrate` leave one
             ...     _ = vilu.MCM().save(folder)
-            ...     _ = calibrate_predictor(folder, data, Target(max_risk=0.05))
+            ...     _ = vilu.calibrate_predictor(folder, data, vilu.Target(max_risk=0.05))
             ...     monitor = vilu.Monitor.of_folder(folder)
             >>> len(monitor.calibration), monitor.rule.max_risk
             (200, 0.05)
         """
-        found, guarantee = _guaranteed(Path(folder))
-        rows = record.load_rows(folder, found)
-        monitor = cls(rows, guarantee, false_alarm=false_alarm, seed=seed)
-        monitor.risk = found.fingerprint
+        calibration, guarantee = _guaranteed(Path(folder))
+        monitor = cls(calibration.rows, guarantee, false_alarm=false_alarm, seed=seed)
+        monitor.risk = calibration.fingerprint
         return monitor
 
     @checked
@@ -571,19 +568,19 @@ class Monitor:
         return digest([content.hexdigest(), rule, self.false_alarm, self.seed, list(self.watches)])
 
 
-def _guaranteed(folder: Path) -> tuple[Record, Rule | LabelSets]:
+def _guaranteed(folder: Path) -> tuple[Calibration, Rule | LabelSets]:
     """The calibration of a predictor, and what it promises; refused where that is nothing."""
-    calibrate = f"vilu calibrate {shlex.quote(str(folder))} STORE --max-risk 0.05"
-    if record.has_record(folder):
-        found = record.load(folder)
-        if found.guarantee is not None:
-            return found, found.guarantee
-        calibrate = f"{calibrate} --overwrite"
-    else:
+    command = f"vilu calibrate {shlex.quote(str(folder))} STORE --max-risk 0.05"
+    calibration = Calibration.find(folder)
+    if calibration is None:
         read_record(folder / PREDICTOR)  # a folder without a predictor is another mistake
+    elif calibration.guarantee is not None:
+        return calibration, calibration.guarantee
+    else:
+        command = f"{command} --overwrite"
     raise InfeasibleError(
         f"there is no guarantee to watch, because nothing was promised of {folder}: "
-        f"run `{calibrate}` with labelled rows first."
+        f"run `{command}` with labelled rows first."
     )
 
 

@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vilu.artifacts.disk import RUN
-from vilu.calibration import record
-from vilu.calibration.record import Rule
+from vilu.calibration.calibration import Calibration, Rule
 from vilu.calibration.rules import Certificate, Selector, group_names
 from vilu.errors import DataError, ProvenanceError, UsageError, nearest
 from vilu.metrics.counts import tie_counts
@@ -105,15 +104,14 @@ def _require_match(outcomes: Outcomes, calibrated: Calibrated) -> None:
 
 def read_calibrated(folder: str | Path) -> Calibrated:
     """The rule that ``vilu calibrate`` wrote into the folder of a predictor."""
-    found = record.load(folder)
-    if found.rule is None:
+    calibration = Calibration.load(folder)
+    if calibration.rule is None:
         raise DataError(
             f"{folder} has calibrated probabilities and no rule that accepts or abstains. "
             "Run `vilu calibrate` with --max-risk, or leave --predictor out."
         )
-    document = found.model_dump(mode="json", exclude={"rule", "label_sets"})
-    method = record.load_rows(folder, found).method
-    return Calibrated(found.rule, method, found.fingerprint, document)
+    facts = calibration.model_dump(mode="json", exclude={"rule", "probability", "label_sets"})
+    return Calibrated(calibration.rule, calibration.rows.method, calibration.fingerprint, facts)
 
 
 PREFERRED = (
