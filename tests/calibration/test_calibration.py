@@ -14,7 +14,8 @@ import vilu
 from tests.builders.bench_fakes import make_store
 from tests.conftest import toy_embeddings, toy_pairs
 from vilu.calibration.calibration import Calibration
-from vilu.calibration.procedure import Target, calibrate_predictor
+from vilu.calibration.procedure import calibrate_predictor
+from vilu.calibration.target import Target
 from vilu.embeddings.source import Batch
 from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.predictors.persistence.record import RISK

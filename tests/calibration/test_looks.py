@@ -12,7 +12,8 @@ import vilu
 from tests.builders.bench_fakes import make_store
 from tests.conftest import toy_embeddings
 from vilu.calibration.calibration import Calibration
-from vilu.calibration.procedure import Target, calibrate_predictor
+from vilu.calibration.procedure import calibrate_predictor
+from vilu.calibration.target import Target
 from vilu.cli.app import app
 from vilu.errors import DataError, InfeasibleError
 from vilu.predictors.persistence.hub import push

@@ -11,8 +11,8 @@ import pytest
 import vilu
 from tests.calibration.test_copies import joined, rows
 from vilu.calibration.calibration import Calibration
-from vilu.calibration.procedure import Target, calibrate_predictor
-from vilu.calibration.selection import select
+from vilu.calibration.procedure import calibrate_predictor
+from vilu.calibration.target import Target
 from vilu.errors import DataError, InfeasibleError
 from vilu.outcomes.outcomes import Outcomes
 
@@ -29,8 +29,8 @@ def test_forty_rows_ten_times_over_are_forty_rows() -> None:
     many = vilu.calibrate(repeated(40, 10), max_risk=0.05)
     once = vilu.calibrate(repeated(40, 1), max_risk=0.05)
     assert not many.feasible
-    assert many.certificates == once.certificates
-    assert many.certificates[""].n_needed == 60
+    assert many.thresholds == once.thresholds
+    assert many.thresholds[""].n_needed == 60
 
 
 @pytest.mark.parametrize("method", ["ltt", "crc"])
@@ -52,13 +52,13 @@ def test_stated_shares_count_pictures() -> None:
     once = vilu.calibrate(repeated(400, 1, **columns), max_risk=0.1, class_shares=shares)
     columns["target"] = np.repeat(columns["target"], 4)
     many = vilu.calibrate(repeated(400, 4, **columns), max_risk=0.1, class_shares=shares)
-    assert many.certificates == once.certificates
+    assert many.thresholds == once.thresholds
 
 
 def test_groups_count_pictures() -> None:
     groups = np.repeat(["day", "night"] * 100, 3).tolist()
     selector = vilu.calibrate(repeated(200, 3), max_risk=0.1, groups=groups)
-    assert {name: one.n for name, one in selector.certificates.items()} == {
+    assert {name: one.n for name, one in selector.thresholds.items()} == {
         "day": 100,
         "night": 100,
     }
@@ -66,10 +66,12 @@ def test_groups_count_pictures() -> None:
 
 def test_selection_counts_pictures() -> None:
     outcomes = repeated(40, 10)
-    assert select(outcomes, max_risk=0.05).n == 40
-    assert "400 files show 40 pictures" in str(select(outcomes, max_risk=0.05))
+    assert vilu.calibrate(outcomes, max_risk=0.05, method="selection").n == 40
+    assert "400 files show 40 pictures" in str(
+        vilu.calibrate(outcomes, max_risk=0.05, method="selection")
+    )
     with pytest.raises(InfeasibleError, match="with 10 calibration rows"):
-        select(repeated(10, 10), max_risk=0.05)
+        vilu.calibrate(repeated(10, 10), max_risk=0.05, method="selection")
 
 
 def test_a_picture_with_contradictory_labels_is_wrong_once() -> None:
@@ -100,7 +102,7 @@ def test_a_saved_predictor_is_calibrated_on_pictures(tmp_path: Path) -> None:
         calibrate_predictor(tmp_path / name, files(200, times), target)
     once, many = Calibration.load(tmp_path / "once"), Calibration.load(tmp_path / "many")
     assert (many.n, many.rule.n) == (once.n, once.rule.n) == (200, 200)
-    assert many.rule.certificates == once.rule.certificates
+    assert many.rule.thresholds == once.rule.thresholds
     assert many.label_sets == once.label_sets
     assert "800 files show 200 pictures" in many.promise
     calibrators = [vilu.load(tmp_path / name).calibrator_ for name in ("once", "many")]

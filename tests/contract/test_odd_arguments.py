@@ -129,8 +129,8 @@ def calls_of(folder: Path) -> dict[str, Call]:
             {"data": test, "target": vilu.Target(max_risk=0.9), "dataset": "a", "split": "b", "overwrite": True},
         ),
         "Target": (vilu.Target, {"max_risk": 0.05, "confidence": 0.9, "method": "ltt", "per_class": False}),
-        "Selector.accept": (selector.accept, {"uncertainty": [0.1], "groups": None}),
-        "Selector.reasons": (selector.reasons, {"uncertainty": [0.1], "groups": None}),
+        "Rule.accept": (selector.accept, {"uncertainty": [0.1], "groups": None}),
+        "Rule.reasons": (selector.reasons, {"uncertainty": [0.1], "groups": None}),
         "Monitor": (
             vilu.Monitor,
             {"calibration": certain, "rule": selector, "groups": None, "false_alarm": 0.05, "seed": 0},
@@ -316,7 +316,7 @@ NOT_CALLED = {
     ),  # parameters: the test below
     *("Batch", "Answer"),  # made once a batch, or an image, from what has been checked
     # a document: built by ``calibrate`` or read, and pydantic's ValidationError names the field
-    *("Calibration", "Selector"),
+    *("Calibration", "Rule"),
 }
 
 

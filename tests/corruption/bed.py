@@ -28,7 +28,8 @@ from tests.conftest import toy_embeddings
 from tests.e2e.ddp_worker import Brake, Stop, stop
 from vilu.calibration.calibration import Calibration
 from vilu.calibration.monitor.monitor import Monitor
-from vilu.calibration.procedure import Target, calibrate_predictor
+from vilu.calibration.procedure import calibrate_predictor
+from vilu.calibration.target import Target
 from vilu.cli.artefacts import check
 from vilu.embeddings.memory import Embeddings
 from vilu.embeddings.pairs import Pools

@@ -23,7 +23,8 @@ from tests.command import command as command_of
 from tests.command import run
 from tests.conftest import toy_embeddings
 from vilu.backbones.zeroshot import class_texts
-from vilu.calibration.procedure import Target, calibrate_predictor
+from vilu.calibration.procedure import calibrate_predictor
+from vilu.calibration.target import Target
 from vilu.cli.app import app
 from vilu.errors import (
     DataError,

@@ -37,7 +37,8 @@ from tests.conftest import toy_embeddings
 from vilu.artifacts.documents import digest
 from vilu.calibration.calibration import Calibration
 from vilu.calibration.monitor.monitor import Monitor
-from vilu.calibration.procedure import Target, calibrate_predictor
+from vilu.calibration.procedure import calibrate_predictor
+from vilu.calibration.target import Target
 from vilu.datasets.catalog import open_dataset
 from vilu.datasets.classes import read_classes
 from vilu.datasets.images import BadImage, ImageLimits, decode_caption, decode_image, read_image

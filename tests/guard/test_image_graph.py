@@ -22,7 +22,8 @@ from tests.triage.conftest import Folder
 from vilu.artifacts.paths import claim_file
 from vilu.backbones.base import Backbone
 from vilu.backbones.catalog import load_backbone
-from vilu.calibration.procedure import Target, calibrate_predictor
+from vilu.calibration.procedure import calibrate_predictor
+from vilu.calibration.target import Target
 from vilu.errors import OUTSIDE, DataError, UsageError
 from vilu.guard import image_graph
 from vilu.guard.guard import Answer, Guard

@@ -11,7 +11,8 @@ import torch
 
 import vilu
 from tests.conftest import toy_embeddings, toy_pairs, variant
-from vilu.calibration.procedure import Target, calibrate_predictor
+from vilu.calibration.procedure import calibrate_predictor
+from vilu.calibration.target import Target
 from vilu.embeddings.memory import Embeddings
 from vilu.errors import DataError, ProvenanceError
 from vilu.scoring.score import score_parts, source_fingerprint

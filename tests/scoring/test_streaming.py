@@ -20,7 +20,8 @@ from tests.command import run
 from tests.conftest import same_histogram, toy_embeddings, toy_pairs, variant
 from vilu.artifacts.disk import host_hash
 from vilu.artifacts.documents import read_document, write_json
-from vilu.calibration.procedure import Target, calibrate_predictor
+from vilu.calibration.procedure import calibrate_predictor
+from vilu.calibration.target import Target
 from vilu.embeddings.memory import Embeddings, PairEmbeddings
 from vilu.embeddings.pairs import Pools
 from vilu.embeddings.rows import SCORING_BATCH

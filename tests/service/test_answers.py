@@ -480,7 +480,7 @@ def test_more_than_fits_in_is_sent_away(
 def test_what_does_not_verify_is_not_served(predictors: tuple[Path, Path], tmp_path: Path) -> None:
     edited = shutil.copytree(predictors[0], tmp_path / "edited")
     said = json.loads((edited / "risk.json").read_text())
-    said["rule"]["certificates"][""]["threshold"] += 0.1
+    said["rule"]["thresholds"][""]["threshold"] += 0.1
     (edited / "risk.json").write_text(json.dumps(said))
     with pytest.raises(DataError, match=r"risk\.json"), hosted(edited, tmp_path / "s"):
         pass

@@ -20,7 +20,7 @@ from tests.command import command_line, run
 from tests.conftest import toy_embeddings
 from tests.triage.conftest import Folder, fill_in, give_labels, rows
 from vilu.calibration.calibration import Calibration
-from vilu.calibration.rules import Selector
+from vilu.calibration.rules import Rule
 from vilu.calibration.shares import OUTSIDE_NAME
 from vilu.datasets.folder import PhotoFiles, list_photos
 from vilu.errors import DataError, UsageError
@@ -289,15 +289,15 @@ def test_a_promise_of_every_class_asks_first_where_labels_lack(
         if done.returncode == 4:
             assert all(f"{name}: about" in done.stderr for name in NAMES)
     rule = Calibration.load(predictor).rule
-    assert isinstance(rule, Selector)
+    assert isinstance(rule, Rule)
     assert rule.grouped_by == "prediction"
-    assert rule.certificates.keys() == set(NAMES)
-    assert all(one.n <= vouching[name] for name, one in rule.certificates.items())
-    assert sum(one.threshold is not None for one in rule.certificates.values()) >= 2
+    assert rule.thresholds.keys() == set(NAMES)
+    assert all(one.n <= vouching[name] for name, one in rule.thresholds.items())
+    assert sum(one.threshold is not None for one in rule.thresholds.values()) >= 2
     assert "is calibrated already" in run(*calibrate, *given, code=2).stderr
     run("score", predictor, tmp_path / "store", "-o", tmp_path / "scores.parquet")
     scores = Outcomes.load(tmp_path / "scores.parquet")
-    limits = [rule.certificates[NAMES[said]].threshold or -1 for said in scores.prediction.tolist()]
+    limits = [rule.thresholds[NAMES[said]].threshold or -1 for said in scores.prediction.tolist()]
     assert [one == "accept" for one in scores.decision] == (scores.uncertainty <= limits).tolist()
 
 

@@ -17,22 +17,13 @@ from pydantic import Field, PrivateAttr
 from vilu.artifacts.disk import file_hash, write_bytes
 from vilu.artifacts.documents import Document, digest, identity, read_document, vouched
 from vilu.artifacts.tables import parquet_bytes
-from vilu.calibration.anytime import log_evidence
+from vilu.calibration.anytime import Draw, Looks
 from vilu.calibration.label_sets import LabelSets, named_sets
-from vilu.calibration.rules import (
-    ALL,
-    OTHER,
-    Certificate,
-    Selector,
-    describe,
-    group_names,
-    interval,
-)
-from vilu.calibration.selection import MAX_ROWS, BatchSelector, drawn
-from vilu.calibration.shares import Strata, bears_out
-from vilu.calibration.thresholds import tail
+from vilu.calibration.rules import ALL, OTHER, Rule, group_names, rule_at_any_time, rule_of
+from vilu.calibration.target import Target
+from vilu.calibration.thresholds import Threshold
 from vilu.embeddings.source import Batch, EmbeddingSource
-from vilu.errors import DataError, ProvenanceError
+from vilu.errors import DataError, ProvenanceError, ViLUError
 from vilu.metrics.counts import Floats
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.predictor import FailurePredictor
@@ -41,7 +32,8 @@ from vilu.predictors.contract.seen import candidates_of, same_candidates
 from vilu.predictors.persistence.record import RECALIBRATE, RISK, ROWS, fit_fingerprint
 from vilu.scoring.score import ABOVE, ABSTAIN, ACCEPT, OUTSIDE_REASON
 
-Rule = Selector | BatchSelector
+ROUNDING = 1e-9
+"""Bounds are compared up to this: another SciPy may round them otherwise."""
 
 
 class Calibration(Document):
@@ -64,9 +56,11 @@ class Calibration(Document):
         n: Calibration rows with an uncertainty and a known failure.
         rows_sha256: Hash of ``calibration.parquet``, the calibration rows as ``vilu.Outcomes``.
         promise: What the rule promises, in words.
+        target: What was asked for.
         rule: Accepts or abstains; None where only probabilities were calibrated.
         probability: From scores to probabilities of failure.
         label_sets: Sets of labels; None without.
+        draws: Per group what was fixed before labels that came one after another were looked at.
         inputs: Digest of everything that it was made from; None where labels were asked for one
             after another.
         near_copies: Places of calibration rows that the rule leaves out, as they are near copies of
@@ -89,7 +83,7 @@ class Calibration(Document):
 
     again = RECALIBRATE
     fault = DataError
-    later = frozenset({"inputs", "texts", "near_copies", "looks"})
+    later = frozenset({"draws", "inputs", "texts", "near_copies", "looks"})
 
     kind: Literal["risk"] = "risk"
     schema_version: Literal[2] = 2
@@ -104,9 +98,11 @@ class Calibration(Document):
     n: int = Field(ge=0)
     rows_sha256: str
     promise: str | None
-    rule: Annotated[Rule, Field(discriminator="kind")] | None
+    target: Target
+    rule: Rule | None
     probability: Annotated[Calibrator, Field(discriminator="form")]
     label_sets: LabelSets | None = None
+    draws: dict[str, Draw] | None = None
     inputs: str | None = None
     texts: tuple[float, ...] | None = None
     near_copies: tuple[Annotated[int, Field(ge=0)], ...] = ()
@@ -275,17 +271,66 @@ class Calibration(Document):
         return dataclasses.replace(outcomes, decision=decisions, decision_reason=reasons)
 
     def _contradiction(self) -> str | None:
-        """What it says that its rows do not; None where they agree."""
+        """What it says that its rows and its target do not lead to; None where they do."""
         n = int(self.rows.evaluable.sum())
         if self.n != n:
             return f"it counts {self.n} calibration rows"
-        if self.rule is None:
-            return None
         if any(row >= len(self.rows) for row in self.near_copies):
             return "it leaves out rows that are not there"
+        has_rule = self.rule is not None
+        if self.target.has_rule != has_rule:
+            return "its rule is not what was asked for"
+        if self.rule is None:
+            return None
+        try:
+            rule = self._recomputed()
+        except ViLUError as error:
+            return f"it has a rule ({error})"
+        return _difference(self.rule, rule)
+
+    def _recomputed(self) -> Rule:
+        """The rule that the rows which it is made from and the target lead to."""
         standing = np.ones(len(self.rows), np.bool_)
         standing[list(self.near_copies)] = False
-        return contradiction(self.rule, self.rows.take(standing))
+        rows = self.rows.take(standing)
+        if self.target.method != "anytime":
+            return rule_of(rows, self.target, "prediction" if self.target.per_class else None)
+        draws = self.draws or {}
+        max_risk = self.target.max_risk or 0.0
+        if sum(draw.delta for draw in draws.values()) > 1 - self.target.confidence + ROUNDING:
+            raise DataError("its levels are more than the confidence leaves")
+        groups: dict[str, tuple[Looks, Outcomes]] = {}
+        names = group_names(rows) if self.target.per_class else [ALL] * len(rows)
+        name_of = np.array([name if name in draws else OTHER for name in names], dtype=object)
+        for name, draw in draws.items():
+            groups[name] = draw.looks(max_risk), rows.take(name_of == name)
+        return rule_at_any_time(groups, max_risk, self.target.confidence)
+
+
+def _difference(rule: Rule, recomputed: Rule) -> str | None:
+    """What a rule says otherwise than the one that was computed again; None where they are the same."""
+    if rule.thresholds.keys() != recomputed.thresholds.keys():
+        return f"it has thresholds for {', '.join(rule.thresholds) or 'no group'}"
+    for name, threshold in rule.thresholds.items():
+        if not _same(threshold, recomputed.thresholds[name]):
+            of = f" for {name!r}" if name else ""
+            return f"{threshold}{of}"
+    apart = {"thresholds", "counted"}
+    facts = rule.model_dump(exclude=apart)
+    for name, value in recomputed.model_dump(exclude=apart).items():
+        if facts.get(name) != value:
+            return f"its rule has another {name} than its rows and its target lead to"
+    return None
+
+
+def _same(threshold: Threshold, recomputed: Threshold) -> bool:
+    """Whether both accept the same, with the same bound; in whatever words."""
+    words = {"why", "risk_bound"}
+    if threshold.model_dump(exclude=words) != recomputed.model_dump(exclude=words):
+        return False
+    if threshold.risk_bound is None or recomputed.risk_bound is None:
+        return threshold.risk_bound is recomputed.risk_bound
+    return math.isclose(threshold.risk_bound, recomputed.risk_bound, rel_tol=ROUNDING)
 
 
 def _problem(data: EmbeddingSource) -> dict[str, Any]:
@@ -337,86 +382,4 @@ def _read_rows(folder: Path, sha256: str) -> Outcomes:
 
 def promises(rule: Rule | LabelSets | None) -> bool:
     """Whether a rule promises anything: one that accepts nothing does not."""
-    return rule is not None and (not isinstance(rule, Selector) or rule.feasible)
-
-
-def contradiction(rule: Rule, rows: Outcomes) -> str | None:
-    """What a rule says that the rows which it was made from do not; None where they agree."""
-    keep = rows.evaluable
-    uncertainty, wrong = rows.uncertainty[keep], rows.failure[keep] == 1
-    if isinstance(rule, BatchSelector):
-        agree = (  # earlier code took the first ones
-            rule.n == len(wrong[rows])
-            and list(rule.wrong) == np.sort(uncertainty[rows][wrong[rows]]).tolist()
-            for rows in (drawn(len(wrong)), slice(MAX_ROWS))
-        )
-        return (
-            None
-            if any(agree)
-            else f"it has {rule.n} scores, {len(rule.wrong)} of them of wrong answers"
-        )
-    certificates = list(rule.certificates.items())
-    place = {name: index for index, (name, _) in enumerate(certificates)}
-    groups = group_names(rows) if rule.grouped_by else [ALL] * len(rows)
-    group = np.array(
-        [place.get(name, place.get(OTHER, len(place))) for name in groups], dtype=np.int64
-    )[keep]
-    floor, limit = np.array([*(interval(one) for _, one in certificates), (-np.inf, -np.inf)]).T
-    accepted = (uncertainty > floor[group]) & (uncertainty <= limit[group])
-    last, below = np.full((2, len(limit)), -np.inf)
-    np.maximum.at(last, group[accepted], uncertainty[accepted])
-    too_trusted = uncertainty <= floor[group]
-    np.maximum.at(below, group[too_trusted], uncertainty[too_trusted])
-    counted = [
-        np.bincount(group[chosen], minlength=len(limit))
-        for chosen in (group >= 0, accepted, accepted & wrong)
-    ]
-    for index, (name, one) in enumerate(certificates):
-        found, said = (
-            tuple(int(count[index]) for count in counted),
-            (one.n, one.n_accepted, one.n_wrong),
-        )
-        # thresholds of a grid were fixed before the labels, so they need not be the score of one
-        reached = (
-            last[index] <= limit[index] if rule.method == "anytime" else last[index] == limit[index]
-        )
-        ends = reached and below[index] == floor[index]
-        if found != said or not ends or not _is_borne_out(rule, one):
-            of = f" for {name!r}" if name else ""
-            return f"{describe(one)}{of}"
-    if rule.reweighted and not _shares_bear_out(rule, rows.take(keep)):
-        return "the risk at the stated shares"
-    return f"it leaves out {counted[0][-1]} rows" if counted[0][-1] else None
-
-
-def _is_borne_out(rule: Selector, one: Certificate) -> bool:
-    """Whether so few wrong answers can show the bound: necessary for every method, with all of delta."""
-    if one.threshold is None or one.risk_bound is None:
-        return one.threshold is None and one.risk_bound is None
-    if rule.method == "crc" and rule.max_risk is not None:
-        return (one.n_wrong + 1) / (one.n + 1) <= rule.max_risk == one.risk_bound
-    if rule.method == "anytime":
-        enough = -math.log(1 - rule.confidence) - 1e-9
-        shown_by_labels = bool(log_evidence(one.n_wrong, one.n_accepted, one.risk_bound) >= enough)
-        return one.risk_bound == rule.max_risk and shown_by_labels
-    if rule.reweighted:
-        return one.risk_bound == rule.max_risk  # and ``_shares_bear_out``
-    aside = min(
-        one.n_wrong, 1
-    )  # the row at the threshold may be no trial, as in ``coverage_first`` and older code
-    shown = float(
-        tail(np.array(one.n_wrong - aside), np.array(one.n_accepted - aside), one.risk_bound)
-    )
-    delta = (1 - rule.confidence) / len(rule.certificates) * (1 + 1e-6)
-    return one.risk_bound >= 1 or (shown <= delta and one.risk_bound <= (rule.max_risk or 1))
-
-
-def _shares_bear_out(rule: Selector, rows: Outcomes) -> bool:
-    """Whether a rule for stated shares accepts nothing, or what the rows show of them."""
-    one = rule.certificates.get(ALL)
-    if one is None or rule.max_risk is None:
-        return False
-    strata = Strata(rows, rule.outside_share, rule.class_shares)
-    return one.threshold is None or bears_out(
-        rows, strata, interval(one), rule.max_risk, 1 - rule.confidence
-    )
+    return isinstance(rule, LabelSets) or (rule is not None and rule.feasible)

@@ -6,25 +6,18 @@ import dataclasses
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from vilu.artifacts.disk import locked
 from vilu.artifacts.documents import digest
-from vilu.calibration.calibration import Calibration, Rule, save_calibration
+from vilu.calibration.anytime import Draw
+from vilu.calibration.calibration import Calibration, save_calibration
 from vilu.calibration.copies import check_copies
-from vilu.calibration.label_sets import Kind, LabelSets, check_label_sets, fit_label_sets
+from vilu.calibration.label_sets import LabelSets, fit_label_sets
 from vilu.calibration.looks import in_words, note_look
-from vilu.calibration.rules import (
-    Selector,
-    calibrate,
-    check_stated,
-    check_target,
-    evaluable,
-    group_names,
-)
-from vilu.calibration.selection import select
+from vilu.calibration.rules import Rule, evaluable, group_names, rule_of
+from vilu.calibration.target import Target
 from vilu.calibration.thresholds import exactly, percent
 from vilu.calibration.units import MOST_COMPARED, CountedRows, count_once, first_of_scenes
 from vilu.embeddings.copies import NEAR_COPY
@@ -38,105 +31,11 @@ from vilu.predictors.persistence.storage import load, write_card
 from vilu.predictors.persistence.vocabulary import Vocabulary
 from vilu.scoring.score import predictor_fingerprint, score_fresh, source_fingerprint
 from vilu.store.reader import EmbeddingStore
-from vilu.validation import checked, checked_fields
+from vilu.validation import checked
 
 SAID = 3  # groups of which a message says why nothing is accepted
 
 logger = logging.getLogger(__name__)
-
-Method = Literal["ltt", "crc", "selection"]
-
-
-@checked_fields
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """What is asked of a calibration.
-
-    Attributes:
-        max_risk: Largest error rate among accepted answers; None for probabilities alone, or for a
-            coverage.
-        min_coverage: Least share to accept; None for any.
-        confidence: 1 - delta.
-        method: "ltt", "crc" or "selection", as of ``vilu.calibrate``.
-        per_class: A threshold for every predicted class with enough rows.
-        label_sets: "lac" or "aps" (``vilu.calibration.label_sets``); None for none.
-        max_miss: Largest share of label sets without the right label.
-        outside_share: Share of pictures of none of the classes to be expected; None: as among the
-            calibration rows.
-        class_shares: Shares of the classes among the others to be expected, by name; None: as
-            there.
-
-    Examples:
-        >>> import vilu
-        >>> vilu.Target(max_risk=0.05).confidence
-        0.95
-    """
-
-    max_risk: float | None = None
-    min_coverage: float | None = None
-    confidence: float = 0.95
-    method: Method = "ltt"
-    per_class: bool = False
-    label_sets: Kind | None = None
-    max_miss: float = 0.1
-    outside_share: float | None = None
-    class_shares: Mapping[str, float] | None = None
-
-    def check(self, predictor: FailurePredictor, data: EmbeddingSource) -> None:
-        """Refuse what cannot be promised, before anything is computed."""
-        if not self.has_rule:
-            if self.per_class or self.method != "ltt":
-                raise UsageError(
-                    "without max_risk or min_coverage there is no decision: leave method and per_class out."
-                )
-        elif self.method != "selection":
-            check_target(self.max_risk, self.min_coverage, self.confidence, self.method)
-        elif self.max_risk is None or self.min_coverage is not None or self.per_class:
-            raise UsageError(
-                "selection takes a max_risk, and neither a min_coverage nor a threshold per class."
-            )
-        check_stated(
-            self.outside_share,
-            self.class_shares,
-            self.max_risk,
-            self.method,
-            grouped=self.per_class,
-        )
-        if self.per_class and data.pool_size is not None:
-            raise UsageError(
-                "captions have no classes, so there are no thresholds per class. Leave per_class out."
-            )
-        if self.label_sets is not None:
-            check_label_sets(predictor, data, self.max_miss)
-        elif self.max_miss != Target.max_miss:
-            raise UsageError(
-                f"max_miss ({self.max_miss}) is for label sets. Ask for label_sets too, or leave it out."
-            )
-
-    @property
-    def has_rule(self) -> bool:
-        """Whether more is asked for than probabilities and label sets."""
-        return self.max_risk is not None or self.min_coverage is not None
-
-    def rule(self, rows: Outcomes) -> Rule | None:
-        """The rule that calibration rows support."""
-        if not self.has_rule:
-            return None
-        if self.method == "selection":
-            return select(rows, max_risk=self.max_risk or 0.0)
-        selector = calibrate(
-            rows,
-            max_risk=self.max_risk,
-            min_coverage=self.min_coverage,
-            confidence=self.confidence,
-            method=self.method,
-            groups="prediction" if self.per_class else None,
-            outside_share=self.outside_share,
-            class_shares=self.class_shares,
-        )
-        if not selector.feasible:
-            raise InfeasibleError(_infeasible(selector))
-        return selector
 
 
 @checked
@@ -221,6 +120,7 @@ def _calibrate(
         predictor,
         rows,
         data,
+        target,
         rule,
         names,
         dtype=dtype,
@@ -261,7 +161,7 @@ def _rule_of_units(
     """
     labelled = evaluable(rows)
     chosen, counted = count_once(rows, labelled)
-    rule = target.rule(rows)
+    rule = _promised(rows, target)
     first = first_of_scenes(data, places[chosen])
     if first is None:
         logger.warning(
@@ -282,7 +182,7 @@ def _rule_of_units(
             NEAR_COPY,
             counted,
         )
-        of_scenes = target.rule(rows.take(scenes))
+        of_scenes = _promised(rows.take(scenes), target)
         if _accepts_less(of_scenes, rule, rows.take(chosen)):
             rule = of_scenes
             left_out = chosen[~first]
@@ -292,6 +192,16 @@ def _rule_of_units(
     counts[chosen] = True
     counting = np.flatnonzero(counts)
     return rule, counting, np.flatnonzero(np.isin(counting, left_out))
+
+
+def _promised(rows: Outcomes, target: Target) -> Rule | None:
+    """The rule that calibration rows support, if one is asked for; InfeasibleError if it accepts nothing."""
+    if not target.has_rule:
+        return None
+    rule = rule_of(rows, target, "prediction" if target.per_class else None)
+    if not rule.feasible:
+        raise InfeasibleError(_infeasible(rule))
+    return rule
 
 
 def _accepts_less(rule: Rule | None, than: Rule | None, pictures: Outcomes) -> bool:
@@ -308,11 +218,13 @@ def keep_calibration(  # noqa: PLR0913 - all that a calibration is made of
     predictor: FailurePredictor,
     rows: Outcomes,
     data: EmbeddingSource,
+    target: Target,
     rule: Rule | None,
     names: tuple[str | None, str | None],
     *,
     dtype: str | None,
     label_sets: LabelSets | None = None,
+    draws: Mapping[str, Draw] | None = None,
     inputs: str | None = None,
     near_copies: tuple[int, ...] = (),
     n_looks: int = 1,
@@ -332,9 +244,11 @@ def keep_calibration(  # noqa: PLR0913 - all that a calibration is made of
         dataset=names[0],
         split=names[1],
         promise=None if rule is None else f"{rule}{in_words(n_looks)}",
+        target=target,
         rule=rule,
         probability=predictor.calibrator_,
         label_sets=label_sets,
+        draws=draws,
         inputs=inputs,
         near_copies=near_copies,
         looks=n_looks if n_looks > 1 else None,
@@ -379,31 +293,28 @@ def _made_before(folder: Path, inputs: str) -> Calibration | None:
     )
 
 
-def _infeasible(selector: Selector) -> str:
+def _infeasible(rule: Rule) -> str:
     """Why nothing can be accepted, and what it would take."""
-    reasons, few = [], list(selector.certificates.items())[:SAID]
-    for name, one in few:
-        needed = (
-            ""
-            if one.n_needed is None
-            else f" At least {one.n_needed:,} calibration rows are needed."
-        )
-        reasons.append(f"{name + ': ' if name else ''}{one.why}.{needed}")
-    more = (
-        f" And {len(selector.certificates) - SAID} more groups."
-        if len(selector.certificates) > SAID
-        else ""
-    )
-    counted = "" if selector.counted is None else f" The {selector.counted}."
-    goal = "" if selector.max_risk is None else f"a risk of at most {percent(selector.max_risk)} "
-    goal += (
-        ""
-        if selector.min_coverage is None
-        else f"at a coverage of at least {selector.min_coverage:.1%} "
-    )
+    reasons = []
+    for name, threshold in list(rule.thresholds.items())[:SAID]:
+        of = f"{name}: " if name else ""
+        needed = ""
+        if threshold.n_needed is not None:
+            needed = f" At least {threshold.n_needed:,} calibration rows are needed."
+        reasons.append(f"{of}{threshold.why}.{needed}")
+    n_more = len(rule.thresholds) - SAID
+    if n_more > 0:
+        reasons.append(f"And {n_more} more groups.")
+    if rule.counted is not None:
+        reasons.append(f"The {rule.counted}.")
+    goal = ""
+    if rule.max_risk is not None:
+        goal += f"a risk of at most {percent(rule.max_risk)} "
+    if rule.min_coverage is not None:
+        goal += f"at a coverage of at least {rule.min_coverage:.1%} "
     return (
-        f"{goal}cannot be promised with confidence {exactly(selector.confidence)}: "
-        f"{' '.join(reasons)}{more}{counted} Nothing "
+        f"{goal}cannot be promised with confidence {exactly(rule.confidence)}: "
+        f"{' '.join(reasons)} Nothing "
         "was written but that these rows were looked at. Add calibration rows, ask for less (a "
         "larger --max-risk, a lower --confidence or --min-coverage), or take a predictor that "
         "ranks better."

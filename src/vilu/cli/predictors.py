@@ -457,8 +457,9 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     rows were; `vilu monitor` watches it. Exit code 4: the target is out of reach; the message says
     what is missing.
     """
-    from vilu.calibration.procedure import Target, calibrate_predictor
+    from vilu.calibration.procedure import calibrate_predictor
     from vilu.calibration.shares import read_shares
+    from vilu.calibration.target import Target
     from vilu.triage.ask import calibrate_by_labels, picked
 
     data = reading.open_both(store)

@@ -13,7 +13,7 @@ from vilu.artifacts.disk import write_bytes
 from vilu.artifacts.documents import plain_json
 from vilu.artifacts.paths import claim_file, inputs_of
 from vilu.backbones.base import ROUNDING, Backbone
-from vilu.calibration.rules import Selector
+from vilu.calibration.rules import Rule
 from vilu.errors import DataError
 from vilu.extras import import_extra
 from vilu.guard.guard import Guard
@@ -85,10 +85,9 @@ class ImageGraph(nn.Module):
         return trial
 
 
-def rule_of(guard: Guard) -> Selector | None:
+def rule_of(guard: Guard) -> Rule | None:
     """What accepts or abstains; None where nothing does."""
-    rule = None if guard.calibration is None else guard.calibration.rule
-    return rule if isinstance(rule, Selector) and guard.predictor.calibrator_ is not None else None
+    return None if guard.calibration is None else guard.calibration.rule
 
 
 def fingerprint_of(folder: str | Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from vilu.artifacts.tables import csv_rows, write_table
 from vilu.calibration.anytime import flawless_labels
 from vilu.calibration.calibration import Calibration
 from vilu.calibration.procedure import take_back
-from vilu.calibration.rules import ALL, Selector, group_names, members_of
+from vilu.calibration.rules import group_names, members_of
 from vilu.calibration.shares import OUTSIDE_NAME
 from vilu.device import as_usual
 from vilu.embeddings.source import EmbeddingSource, say_once
@@ -49,6 +49,7 @@ from vilu.triage.promise import (
     Sides,
     Trial,
     keep_promise,
+    rule_of_draws,
     stand,
 )
 from vilu.validation import checked
@@ -280,17 +281,6 @@ class Standpoint:
             found[group] = stand(trial, self.outcomes, sides, risk, up_to, len(others))
         return found
 
-    def rule(
-        self, found: Mapping[str, PromiseProgress], max_risk: float, confidence: float
-    ) -> Selector:
-        """The promise of all draws."""
-        rules = {group: one.rule(max_risk, confidence) for group, one in found.items()}
-        grouped = None if ALL in rules else "prediction"
-        certificates = {group: one.certificates[ALL] for group, one in rules.items()}
-        return rules[next(iter(rules))].model_copy(
-            update={"grouped_by": grouped, "certificates": certificates}
-        )
-
 
 def next_of_store(
     store: EmbeddingStore,
@@ -368,9 +358,7 @@ def calibrate_by_labels(
         before = None if kept is None else kept.rule
         goal = "anytime", max_risk, confidence, set(at.draws)
         if before is not None and not (
-            isinstance(before, Selector)
-            and (before.method, before.max_risk, before.confidence, set(before.certificates))
-            == goal
+            (before.method, before.max_risk, before.confidence, set(before.thresholds)) == goal
         ):
             raise UsageError(
                 f"{folder} is calibrated already ({before}). --overwrite replaces that calibration."
@@ -384,7 +372,7 @@ def calibrate_by_labels(
                 f"promise rests on all of them: fill them in, or write {SKIPPED} where nobody can say."
             )
         rule, u, names = (
-            at.rule(found, max_risk, confidence),
+            rule_of_draws(found, max_risk, confidence),
             at.outcomes.uncertainty,
             group_names(at.outcomes),
         )
@@ -402,17 +390,17 @@ def calibrate_by_labels(
         if not rule.feasible:
             _outlived(folder, at.outcomes)  # with overwrite; else it was asked before
             why = "; ".join(
-                f"{group}: {one.why}".removeprefix(": ") for group, one in rule.certificates.items()
+                f"{group}: {one.why}".removeprefix(": ") for group, one in rule.thresholds.items()
             )
             raise InfeasibleError(f"a risk of at most {max_risk:.2%} is not shown: {why}.")
         rows = at.outcomes.take(np.sort(np.concatenate([one.rows for one in found.values()])))
-        return keep_promise(folder, predictor, at.photos, rows, rule, store.path.name)
+        return keep_promise(folder, predictor, at.photos, found, rows, rule, store.path.name)
 
 
 def _outlived(folder: Path, outcomes: Outcomes) -> bool:
     """Whether a promise from such labels rests on rows that are other failures now; it is gone then."""
     found = Calibration.find(folder)
-    if found is None or not isinstance(found.rule, Selector) or found.rule.method != "anytime":
+    if found is None or found.target.method != "anytime":
         return False  # another one may be of the rows of another store
     was, now = (
         dict(zip(one.ids or (), one.failure.tolist(), strict=True))

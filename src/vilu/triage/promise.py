@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -13,10 +14,11 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from vilu.artifacts.documents import Model
-from vilu.calibration.anytime import Looks, grid_of, level_of
+from vilu.calibration.anytime import Draw, Looks, grid_of, level_of
 from vilu.calibration.calibration import Calibration
 from vilu.calibration.procedure import keep_calibration
-from vilu.calibration.rules import ALL, Certificate, Selector
+from vilu.calibration.rules import ALL, Rule, rule_at_any_time
+from vilu.calibration.target import Target
 from vilu.embeddings.copies import near_copies
 from vilu.embeddings.source import EmbeddingSource
 from vilu.metrics.counts import Floats, Ints
@@ -148,34 +150,6 @@ class PromiseProgress:
         """What is certified; -inf where nothing is."""
         return -math.inf if self.certified is None else float(self.looks.grid[self.certified])
 
-    def rule(self, max_risk: float, confidence: float) -> Selector:
-        """The promise, or what it lacks."""
-        wrong, accepted = self.looks.counts(self.outcomes.uncertainty, self.outcomes.failure)
-        n, at = len(self.rows), self.certified
-        if at is None:
-            last = self.looks.last
-            why = (
-                f"of {int(accepted[last])} labels up to the limit {int(wrong[last])} are wrong, and these scores do "
-                f"not single out answers with an error rate below {max_risk:.2%}"
-                if self.more is None
-                else f"about {self.more:,} more labels of the kind that vouches are needed, if errors go on as so far"
-            )
-            one = Certificate(
-                threshold=None, n=n, n_accepted=0, n_wrong=0, risk_bound=None, why=why
-            )
-        else:
-            k, m = int(wrong[at]), int(accepted[at])
-            one = Certificate(
-                threshold=self.threshold, n=n, n_accepted=m, n_wrong=k, risk_bound=max_risk
-            )
-        return Selector(
-            method="anytime",
-            max_risk=max_risk,
-            min_coverage=None,
-            confidence=confidence,
-            certificates={ALL: one},
-        )
-
 
 def stand(
     trial: Trial,
@@ -208,22 +182,46 @@ def stand(
     )
 
 
+def rule_of_draws(draws: Mapping[str, PromiseProgress], max_risk: float, confidence: float) -> Rule:
+    """The promise of all draws, by group, or what it lacks."""
+    groups = {group: (one.looks, one.outcomes) for group, one in draws.items()}
+    return rule_at_any_time(groups, max_risk, confidence)
+
+
 def keep_promise(
     folder: Path,
     predictor: FailurePredictor,
     photos: Photos,
+    draws: Mapping[str, PromiseProgress],
     rows: Outcomes,
-    rule: Selector,
+    rule: Rule,
     dataset: str,
 ) -> Calibration:
-    """Leave a rule, and the labelled ``rows`` that it rests on, beside the predictor, as ``vilu calibrate`` does."""
+    """Leave a rule, and the labelled ``rows`` of the ``draws`` that it rests on, beside the predictor.
+
+    As ``vilu calibrate`` does.
+    """
     wrong = int((rows.failure == 1).sum())
     # it is a probability as it is; labels below the limit alone would bend it
     predictor.calibrator_ = Logistic(
         form="temperature", weights=(1.0,), intercept=0.0, n=len(rows), n_failures=wrong
     )
-    made = keep_calibration(
-        folder, predictor, rows, photos, rule, (dataset, None), dtype=photos.first.manifest.dtype
+    target = Target(
+        max_risk=rule.max_risk,
+        confidence=rule.confidence,
+        method="anytime",
+        per_class=ALL not in draws,
+    )
+    calibration = keep_calibration(
+        folder,
+        predictor,
+        rows,
+        photos,
+        target,
+        rule,
+        (dataset, None),
+        dtype=photos.first.manifest.dtype,
+        draws={group: Draw.of(one.looks) for group, one in draws.items()},
     )
     write_card(folder)
-    return made
+    return calibration

@@ -19,7 +19,7 @@ from vilu.artifacts.tables import read_table
 from vilu.calibration.anytime import level_of
 from vilu.calibration.calibration import Calibration
 from vilu.calibration.procedure import take_back
-from vilu.calibration.rules import Selector
+from vilu.calibration.rules import ALL, Rule
 from vilu.calibration.shares import OUTSIDE_NAME
 from vilu.datasets.files import former_text, path_of, portable_name
 from vilu.datasets.folder import list_photos
@@ -44,6 +44,7 @@ from vilu.triage.promise import (
     Trial,
     first_of_scene,
     keep_promise,
+    rule_of_draws,
     stand,
 )
 
@@ -188,7 +189,7 @@ class Triage:
     outcomes: Outcomes
     predictor: FailurePredictor
     standing: PromiseProgress | None
-    rule: Selector | None
+    rule: Rule | None
     in_play: Outcomes
     has_candidate: bool
     scenes: Mask | None
@@ -335,11 +336,11 @@ class Workshop:
             calibration=calibration,
         )
 
-    def _promised(self) -> Selector | None:
+    def _promised(self) -> Rule | None:
         """The promise that is in force, if one is."""
         calibration = Calibration.find(self.folder)
         rule = None if calibration is None else calibration.rule
-        return rule if isinstance(rule, Selector) and rule.feasible else None
+        return rule if rule is not None and rule.feasible else None
 
     def _in_play(self, photos: Photos, sides: Sides, teach: Ints) -> FailurePredictor:
         """The predictor that labels are to speak for now, fitted anew where there is so much more to learn from.
@@ -476,9 +477,16 @@ class Workshop:
         # what was certified once is certified for ever, so a rule is replaced by one that accepts
         # more alone
         if len(standing.rows) and (kept is None or standing.threshold > (kept.threshold or 0.0)):
-            rule = standing.rule(self.job.max_risk, self.job.confidence)
+            draws = {ALL: standing}
+            rule = rule_of_draws(draws, self.job.max_risk, self.job.confidence)
             keep_promise(
-                self.folder, predictor, photos, standing.outcomes, rule, self.job.photos.name
+                self.folder,
+                predictor,
+                photos,
+                draws,
+                standing.outcomes,
+                rule,
+                self.job.photos.name,
             )
 
     def _ask(

@@ -17,14 +17,14 @@ from pydantic import ValidationError
 from vilu.artifacts.documents import digest, explain
 from vilu.artifacts.paths import claim_file
 from vilu.artifacts.tables import read_column, read_table, table_suffix, write_table
-from vilu.calibration.calibration import Calibration, Rule, promises
+from vilu.calibration.calibration import Calibration, promises
 from vilu.calibration.label_sets import LabelSets
 from vilu.calibration.monitor.arrivals import Seen, admit, refuse_sorted
 from vilu.calibration.monitor.audit import Audit, TestName, rates_of, strangers_in_words
 from vilu.calibration.monitor.martingale import Reference
 from vilu.calibration.monitor.status import Acceptance, Audited, Status, Test, conclude
 from vilu.calibration.monitor.watch import PARTS, State, Watch, Wealth
-from vilu.calibration.rules import Selector, group_names
+from vilu.calibration.rules import Rule, group_names
 from vilu.calibration.shares import Strata
 from vilu.errors import UNKNOWN, DataError, InfeasibleError, ProvenanceError, UsageError
 from vilu.metrics.counts import Floats, Ints
@@ -96,7 +96,7 @@ class Monitor:
                 f"none of the {len(calibration)} calibration rows has an uncertainty. Calibrate again."
             )
         self.calibration, self.false_alarm, self.seed = calibration, false_alarm, int(seed)
-        self.rule = rule if isinstance(rule, Selector) else None
+        self.rule = rule if isinstance(rule, Rule) and not rule.needs_batch else None
         self.risk: str | None = None
         self.rows = self.unscored = self.accepted = self.repeated = self.forgotten = 0
         self.monitored, self.labelled = Seen(), Seen()

@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vilu.artifacts.disk import RUN
-from vilu.calibration.calibration import Calibration, Rule
-from vilu.calibration.rules import Certificate, Selector, group_names
+from vilu.calibration.calibration import Calibration
+from vilu.calibration.rules import Rule, group_names
+from vilu.calibration.thresholds import Threshold
 from vilu.errors import DataError, ProvenanceError, UsageError, nearest
 from vilu.metrics.counts import tie_counts
 from vilu.outcomes.evaluate import require_same_rows
@@ -49,7 +50,7 @@ class Choice:
     threshold: float | None
     max_risk: float | None  # error rate that was aimed at; None where another thing was
     promise: str | None = None  # what is promised of later answers, in words; None where nothing is
-    certificates: Mapping[str, Certificate] = field(
+    thresholds: Mapping[str, Threshold] = field(
         default_factory=dict
     )  # per group, if the rule has them
     facts: Mapping[str, Any] = field(default_factory=dict)  # what is recorded of the calibration
@@ -79,11 +80,11 @@ def by_rule(outcomes: Outcomes, calibrated: Calibrated) -> Choice:
     groups = group_names(outcomes) if rule.grouped_by == "prediction" else None
     accepted = rule.accept(outcomes.uncertainty, groups)
     promise: str | None = str(rule).splitlines()[0]
-    if isinstance(rule, Selector):
+    if not rule.needs_batch:
         promise = promise if rule.feasible else None
         threshold = rule.threshold if rule.grouped_by is None and rule.floor is None else None
         return Choice(
-            accepted, threshold, rule.max_risk, promise, rule.certificates, calibrated.facts
+            accepted, threshold, rule.max_risk, promise, rule.thresholds, calibrated.facts
         )
     # of one batch, conformal selection accepts what one threshold does, too
     threshold = float(outcomes.uncertainty[accepted].max()) if accepted.any() else None
