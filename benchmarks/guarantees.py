@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 import vilu
-from vilu.calibration.selection import select
 from vilu.metrics import coverage_at_risk
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
@@ -27,8 +26,6 @@ SPLITS = 200
 
 def accepted_by(method: str, max_risk: float) -> Callable[[Outcomes, Floats], NDArray[np.bool_]]:
     """Which of some uncertainties are accepted after a calibration."""
-    if method == "selection":
-        return lambda rows, u: select(rows, max_risk=max_risk).accept(u)
     return lambda rows, u: vilu.calibrate(rows, max_risk=max_risk, method=method).accept(u)  # type: ignore[arg-type]
 
 
@@ -83,7 +80,7 @@ def main() -> None:
             f"{path.name}: {outcomes.method}, {len(u)} rows, {failure.mean():.1%} wrong, hindsight {best:.1%}"
         )
         for n_calibration in options.calibration or [len(u) // 2]:
-            for method in ("ltt", "sgr", "crc", "selection"):
+            for method in ("ltt", "crc", "selection"):
                 found = replay(u, failure, method, options.max_risk, n_calibration)
                 words = ", ".join(f"{name} {value:.1%}" for name, value in found.items())
                 print(f"  {n_calibration} calibration rows, {method}: {words}")

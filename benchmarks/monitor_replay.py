@@ -21,7 +21,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 import vilu
-from vilu.calibration.monitor.monitor_mapie import MapieMonitor
 from vilu.metrics.counts import Ints
 
 N_CALIBRATION, N_BEFORE, N_AFTER = 3000, 1500, 1500
@@ -47,7 +46,6 @@ def replay(
     clean: vilu.Outcomes,
     shifted: Sequence[vilu.Outcomes],
     seed: int,
-    kind: type[vilu.Monitor] = vilu.Monitor,
 ) -> list[dict[str, int | None]]:
     """Row of the alarm of every test and of any, counted from the change: undisturbed first, then of every shift."""
     rng = np.random.default_rng(seed)
@@ -58,7 +56,7 @@ def replay(
     others = rng.permutation(np.setdiff1d(np.arange(len(clean)), twins))
     first, undisturbed, calibration = np.split(others, [N_BEFORE, N_BEFORE + N_AFTER])
     rows = part(clean, calibration[:N_CALIBRATION])
-    monitor = kind(rows, vilu.calibrate(rows, max_risk=MAX_RISK), seed=seed)
+    monitor = vilu.Monitor(rows, vilu.calibrate(rows, max_risk=MAX_RISK), seed=seed)
     audited = rng.random(N_BEFORE + N_AFTER) < AUDITED
     monitor.update(part(clean, first, audited[:N_BEFORE]))
     found = []
@@ -98,9 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     parser.add_argument("shifted", type=Path, nargs="+")
     parser.add_argument("--predictor", type=Path, action="append", required=True)
     parser.add_argument("--replays", type=int, default=200)
-    parser.add_argument("--backend", choices=["vilu", "mapie"], default="vilu")
     options = parser.parse_args(arguments)
-    kind = MapieMonitor if options.backend == "mapie" else vilu.Monitor
     figures: dict[str, float] = {}
     for folder in options.predictor:
         predictor = vilu.load(folder)
@@ -109,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
             for path in (options.clean, *options.shifted)
         )
         start = time.perf_counter()
-        alarms = [replay(clean, shifted, seed, kind) for seed in range(options.replays)]
+        alarms = [replay(clean, shifted, seed) for seed in range(options.replays)]
         rows = options.replays * (N_BEFORE + (1 + len(shifted)) * N_AFTER)
         spent = (time.perf_counter() - start) / rows
         print(f"{folder.name}, {options.replays} replays, {1e6 * spent:.0f} microseconds a row:")

@@ -10,9 +10,9 @@ then mean coverage as a share of that and how often the promise is broken
 - without any stranger among them, as a warning.
 
 And a world at the edge, whose error rate is just above 5 % everywhere, so that every certificate is
-a broken promise; and with ``--compare ltt sgr bonferroni_holm ...`` the worlds without strangers,
+a broken promise; and with ``--compare ltt bonferroni_holm ...`` the worlds without strangers,
 among them one of confident mistakes, by our procedures and by those of MAPIE (``pip install
-'vilu[mapie]'``).
+mapie``).
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ import numpy as np
 
 import vilu
 from benchmarks.thresholds import PREDICTORS, Rate
-from vilu.calibration.rules import Selector, interval
-from vilu.calibration.thresholds import METHODS, lower_bound, upper_bound
+from vilu.calibration.rules import Rule
+from vilu.calibration.thresholds import PROCEDURES, lower_bound, upper_bound
 from vilu.metrics.counts import Floats, Ints, tie_counts
 from vilu.outcomes.outcomes import Outcomes
 
@@ -67,9 +67,9 @@ class Pot:
         accepted, wrong = self.rates(np.unique(np.r_[self.u, self.strangers]), share)
         return float(accepted[wrong <= RISK * accepted].max(initial=0.0))
 
-    def of(self, rule: Selector, share: float) -> tuple[float, float]:
+    def of(self, rule: Rule, share: float) -> tuple[float, float]:
         """Coverage and risk of a rule."""
-        accepted, wrong = self.rates(np.array(interval(rule.certificates[""])), share)
+        accepted, wrong = self.rates(np.array(rule.thresholds[""].interval), share)
         coverage = float(accepted[1] - accepted[0])
         return coverage, float(wrong[1] - wrong[0]) / coverage if coverage else 0.0
 
@@ -168,11 +168,13 @@ RATES: dict[str, Rate] = {
 
 def certified(method: str, u: Floats, f: Ints) -> tuple[float, float] | None:
     """The interval that a procedure certifies at 5 % and delta 0.1, ours or one of MAPIE's."""
-    if method in METHODS:
+    if method in PROCEDURES:
         counts = tie_counts(u, f)
-        point = METHODS[method](counts, RISK, 0.1)
-        floor = 0.0 if point is None or point.floor < 0 else float(counts.value[point.floor])
-        return None if point is None else (floor, float(counts.value[point.index]))
+        threshold = PROCEDURES[method](counts, RISK, 0.1)
+        if threshold is None:
+            return None
+        floor, limit = threshold.interval
+        return max(floor, 0.0), limit
     from mapie.risk_control import BinaryClassificationController
 
     controller = BinaryClassificationController(

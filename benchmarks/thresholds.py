@@ -49,12 +49,8 @@ def mean_coverage(rate: Rate, *, tied: bool, n: int, max_risk: float) -> float:
     for _ in range(DRAWS):
         u = rng.random(n)
         counts = tie_counts(np.floor(10 * u) if tied else u, (rng.random(n) < rate(u)).astype(int))
-        point = thresholds.learn_then_test(counts, max_risk, DELTA)
-        found.append(
-            0.0
-            if point is None
-            else float(counts.size[point.floor + 1 : point.index + 1].sum()) / n
-        )
+        threshold = thresholds.learn_then_test(counts, max_risk, DELTA)
+        found.append(0.0 if threshold is None else threshold.coverage)
     return float(np.mean(found))
 
 

@@ -23,7 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 import vilu
-from vilu.calibration.procedure import Target, calibrate_predictor
+from vilu.calibration.procedure import calibrate_predictor
+from vilu.calibration.target import Target
 from vilu.calibration.thresholds import lower_bound, upper_bound
 from vilu.errors import DataError, InfeasibleError
 from vilu.metrics.counts import Floats

@@ -24,10 +24,10 @@ def main() -> None:
     """Before, after, and after that."""
     predictor = vilu.ViLUPlus(seed=0).fit(rows(600, seed=10))
     calibration = vilu.score(predictor, rows(1_000, seed=11))
-    selector = vilu.calibrate(calibration, max_risk=0.05)
-    print(f"promised: {selector}")
+    rule = vilu.calibrate(calibration, max_risk=0.05)
+    print(f"promised: {rule}")
 
-    monitor = vilu.Monitor(calibration, selector)
+    monitor = vilu.Monitor(calibration, rule)
     quiet = monitor.update(vilu.score(predictor, rows(800, seed=12, labelled=False)))
     print(f"after 800 rows: {quiet.verdict}")
     assert quiet.verdict == "holds"
@@ -44,7 +44,7 @@ def main() -> None:
     renewed = vilu.calibrate(after, max_risk=0.05)
     print(f"promised anew: {renewed}")
     assert renewed.feasible
-    assert renewed.coverage < selector.coverage - 0.2  # the same promise now costs more abstentions
+    assert renewed.coverage < rule.coverage - 0.2  # the same promise now costs more abstentions
 
     later = vilu.score(predictor, rows(2_000, seed=15, blurred=0.9))
     wrong = later.failure[renewed.accept(later.uncertainty)].mean()

@@ -23,13 +23,13 @@ def main() -> Figure:
     predictor = vilu.ViLUPlus(seed=0).fit(vilu.Embeddings(image[train], text, label[train], scale))
     calibration = vilu.Embeddings(image[held_out], text, label[held_out], scale)
     predictor.calibrate(calibration)
-    selector = vilu.calibrate(vilu.score(predictor, calibration), max_risk=0.05, confidence=0.95)
-    print(selector)
+    rule = vilu.calibrate(vilu.score(predictor, calibration), max_risk=0.05, confidence=0.95)
+    print(rule)
 
     arriving = vilu.Embeddings(image[new], text, logit_scale=scale)  # nobody knows what they show
     uncertainty = predictor.predict_uncertainty(arriving)
     probability = predictor.predict_failure_probability(arriving)
-    accepted = selector.accept(uncertainty)
+    accepted = rule.accept(uncertainty)
 
     wrong = (image[new] @ text.T).argmax(axis=1) != label[new]  # here we do know
     print(
@@ -49,7 +49,7 @@ def main() -> Figure:
     axes.hist(
         [uncertainty[~wrong], uncertainty[wrong]], bins=25, stacked=True, label=["right", "wrong"]
     )
-    axes.axvline(float(selector.threshold or 0), color="black", linestyle="--", label="threshold")
+    axes.axvline(float(rule.threshold or 0), color="black", linestyle="--", label="threshold")
     axes.set(xlabel="uncertainty", ylabel="answers", yscale="log")
     axes.legend()
     return figure

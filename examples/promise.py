@@ -27,7 +27,7 @@ def labelled(n: int, seed: int) -> vilu.Outcomes:
 def main() -> Figure:
     """From 50 to 20,000 labels, then 300 times 1,000."""
     few = vilu.calibrate(labelled(50, seed=0), max_risk=0.05, confidence=0.95)
-    (certificate,) = few.certificates.values()
+    (certificate,) = few.thresholds.values()
     print(f"50 labels: nothing is promised, {certificate.n_needed} are needed at least")
     assert not few.feasible
     assert certificate.n_needed == 60  # 0.95 ** 59 is below 0.05, and one row sets the threshold

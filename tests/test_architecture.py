@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "store": BASE | {"embeddings", "datasets", "backbones"},
     "outcomes": BASE | {"metrics"},
     "predictors": GROUND | {"backbones"},
-    "scoring": GROUND | {"store", "outcomes", "predictors", "calibration"},
+    "scoring": GROUND | {"store", "outcomes", "predictors"},
     "calibration": GROUND | {"store", "outcomes", "predictors", "scoring"},
     "report": DECIDING - {"store", "backbones"},
     "guard": DECIDING,

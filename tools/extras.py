@@ -37,7 +37,6 @@ NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
     "report": (("jinja2",), "report scores.parquet -o page.html"),
     "hub": (("huggingface_hub",), "push predictor nobody/nothing"),
     "onnx": (("onnxscript",), "export predictor -o head.onnx"),
-    "mapie": (("mapie",), "monitor predictor scores.parquet --shuffle --backend mapie"),
     "labels": (("cleanlab",), "audit-labels rows -o wrong.csv"),
     "serve": (("fastapi-offline",), "serve predictor --host 0.0.0.0"),
     "serve-ray": (("fastapi-offline", "ray"), "serve predictor --executor ray"),

@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vilu import metrics as metrics
     from vilu.backbones.catalog import load_backbone as load_backbone
+    from vilu.calibration.calibration import Calibration as Calibration
     from vilu.calibration.monitor.monitor import Monitor as Monitor
-    from vilu.calibration.rules import Selector as Selector
+    from vilu.calibration.procedure import calibrate_predictor as calibrate_predictor
+    from vilu.calibration.rules import Rule as Rule
     from vilu.calibration.rules import calibrate as calibrate
+    from vilu.calibration.target import Target as Target
     from vilu.datasets.catalog import open_dataset as open_dataset
     from vilu.embeddings.memory import Embeddings as Embeddings
     from vilu.embeddings.memory import PairEmbeddings as PairEmbeddings
@@ -66,8 +69,11 @@ if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
 _NAMES = {
     "vilu.backbones.catalog": "load_backbone",
     "vilu.datasets.catalog": "open_dataset",
-    "vilu.calibration.rules": "Selector calibrate",
+    "vilu.calibration.target": "Target",
+    "vilu.calibration.rules": "Rule calibrate",
+    "vilu.calibration.calibration": "Calibration",
     "vilu.calibration.monitor.monitor": "Monitor",
+    "vilu.calibration.procedure": "calibrate_predictor",
     "vilu.scoring.score": "score score_parts",
     "vilu.scoring.score_folder": "ScoreFolder",
     "vilu.embeddings.memory": "Embeddings PairEmbeddings",

@@ -10,8 +10,8 @@ import pytest
 
 import vilu
 from vilu.calibration.copies import Copies
-from vilu.calibration.procedure import Target, calibrate_predictor
-from vilu.calibration.selection import select
+from vilu.calibration.procedure import calibrate_predictor
+from vilu.calibration.target import Target
 from vilu.errors import DataError
 from vilu_bench.methods.neighbours import KNNVote
 
@@ -91,9 +91,9 @@ def test_outcomes_of_fitted_rows_are_refused() -> None:
     predictor = KNNVote(k=3).fit(train)
     with pytest.warns(UserWarning, match="were used to fit"):
         outcomes = vilu.score(predictor, train)
-    for rule in (vilu.calibrate, select):
+    for method in ("ltt", "selection"):
         with pytest.raises(DataError, match=r"200 of these rows were used to fit .* Score rows"):
-            rule(outcomes, max_risk=0.9)
+            vilu.calibrate(outcomes, max_risk=0.9, method=method)
     assert vilu.calibrate(vilu.score(predictor, fresh), max_risk=0.9).feasible
 
 

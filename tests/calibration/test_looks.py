@@ -11,8 +11,9 @@ from typer.testing import CliRunner
 import vilu
 from tests.builders.bench_fakes import make_store
 from tests.conftest import toy_embeddings
-from vilu.calibration.procedure import Target, calibrate_predictor
-from vilu.calibration.record import load
+from vilu.calibration.calibration import Calibration
+from vilu.calibration.procedure import calibrate_predictor
+from vilu.calibration.target import Target
 from vilu.cli.app import app
 from vilu.errors import DataError, InfeasibleError
 from vilu.predictors.persistence.hub import push
@@ -28,7 +29,7 @@ def test_looks_at_the_same_rows_are_counted(tmp_path: Path) -> None:
     assert "second look at these rows: 2 targets were tried" in records[1].promise
     assert "third look at these rows" in records[2].promise
     assert "third look at these rows" in (tmp_path / "README.md").read_text()
-    assert load(tmp_path) == records[3]
+    assert Calibration.load(tmp_path) == records[3]
 
 
 def test_a_look_that_ended_without_a_promise_counts(tmp_path: Path) -> None:

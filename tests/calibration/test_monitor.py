@@ -12,8 +12,6 @@ import pytest
 import vilu
 from tests.conftest import few
 from vilu.artifacts.tables import read_table, write_table
-from vilu.calibration.monitor.monitor_mapie import MapieMonitor
-from vilu.calibration.selection import select
 from vilu.errors import DataError, InfeasibleError, ProvenanceError, StorageError, UsageError
 
 NAMES = ("a", "b", "c")
@@ -45,7 +43,7 @@ def calibration() -> vilu.Outcomes:
 
 
 @pytest.fixture(scope="module")
-def rule(calibration: vilu.Outcomes) -> vilu.Selector:
+def rule(calibration: vilu.Outcomes) -> vilu.Rule:
     return vilu.calibrate(calibration, max_risk=0.1)
 
 
@@ -83,7 +81,7 @@ def test_false_alarms_are_as_rare_as_stated(digits: int) -> None:
     assert raised["any"] > 0  # the bound is not kept by a test that never speaks
 
 
-def test_a_shift_is_seen_and_said(calibration: vilu.Outcomes, rule: vilu.Selector) -> None:
+def test_a_shift_is_seen_and_said(calibration: vilu.Outcomes, rule: vilu.Rule) -> None:
     rng = np.random.default_rng(0)
     monitor = vilu.Monitor(calibration, rule)
     before = monitor.update(draw(rng, 1500))
@@ -137,7 +135,7 @@ def test_acceptance_and_answers_are_seen_alone(calibration: vilu.Outcomes) -> No
 
 
 def test_a_broken_promise_is_seen_through_labels_alone(
-    calibration: vilu.Outcomes, rule: vilu.Selector
+    calibration: vilu.Outcomes, rule: vilu.Rule
 ) -> None:
     """The same scores, but 30 % of the accepted answers are wrong; first without labels, then with late ones."""
     rng = np.random.default_rng(3)
@@ -182,7 +180,7 @@ def test_late_labels_break_no_kept_promise_whatever_their_order() -> None:
     assert found[0] == found[1] == found[2]
 
 
-def test_a_kept_promise_is_said(calibration: vilu.Outcomes, rule: vilu.Selector) -> None:
+def test_a_kept_promise_is_said(calibration: vilu.Outcomes, rule: vilu.Rule) -> None:
     rng = np.random.default_rng(4)
     rows = dataclasses.replace(draw(rng, 1500), failure=(rng.random(1500) < 0.02).astype(int))
     status = vilu.Monitor(calibration, rule).update(rows)
@@ -203,7 +201,7 @@ def test_a_mean_over_calibrations_is_no_promise_to_audit(calibration: vilu.Outco
 
 
 def test_rows_without_an_uncertainty_are_left_out_and_counted(
-    calibration: vilu.Outcomes, rule: vilu.Selector
+    calibration: vilu.Outcomes, rule: vilu.Rule
 ) -> None:
     rng = np.random.default_rng(6)
     rows = draw(rng, 300)
@@ -227,7 +225,7 @@ def test_rows_without_an_uncertainty_are_left_out_and_counted(
 
 @pytest.mark.parametrize("size", [1, 37, 500])
 def test_neither_batches_nor_a_saved_state_change_the_result(
-    calibration: vilu.Outcomes, rule: vilu.Selector, tmp_path: Path, size: int
+    calibration: vilu.Outcomes, rule: vilu.Rule, tmp_path: Path, size: int
 ) -> None:
     rng = np.random.default_rng(7)
     rows = draw(rng, 500, shift=0.15, digits=2)
@@ -243,7 +241,7 @@ def test_neither_batches_nor_a_saved_state_change_the_result(
 
 
 def test_a_state_of_something_else_is_refused(
-    calibration: vilu.Outcomes, rule: vilu.Selector, tmp_path: Path
+    calibration: vilu.Outcomes, rule: vilu.Rule, tmp_path: Path
 ) -> None:
     path = tmp_path / "state.parquet"
     monitor = vilu.Monitor(calibration, rule)
@@ -272,7 +270,7 @@ def test_a_state_of_something_else_is_refused(
 
 
 def test_a_damaged_state_is_refused(
-    calibration: vilu.Outcomes, rule: vilu.Selector, tmp_path: Path
+    calibration: vilu.Outcomes, rule: vilu.Rule, tmp_path: Path
 ) -> None:
     path = tmp_path / "state.parquet"
     monitor = vilu.Monitor(calibration, rule)
@@ -311,7 +309,7 @@ def test_a_damaged_state_is_refused(
 
 
 def test_a_state_is_a_table_that_others_can_read(
-    calibration: vilu.Outcomes, rule: vilu.Selector, tmp_path: Path
+    calibration: vilu.Outcomes, rule: vilu.Rule, tmp_path: Path
 ) -> None:
     monitor = vilu.Monitor(calibration, rule)
     rows = draw(np.random.default_rng(10), 50)
@@ -327,7 +325,7 @@ def test_a_state_is_a_table_that_others_can_read(
     assert answers == {float(c): int((both == c).sum()) for c in range(3)}
 
 
-def test_what_does_not_fit_is_refused(calibration: vilu.Outcomes, rule: vilu.Selector) -> None:
+def test_what_does_not_fit_is_refused(calibration: vilu.Outcomes, rule: vilu.Rule) -> None:
     rows = draw(np.random.default_rng(11), 10)
     monitor = vilu.Monitor(calibration, rule)
     with pytest.raises(ProvenanceError, match="method"):
@@ -368,7 +366,7 @@ def test_a_csv_that_does_not_name_its_classes_is_read_with_those_of_the_calibrat
 
 
 def test_calibration_rows_in_the_stream_are_told(
-    calibration: vilu.Outcomes, rule: vilu.Selector
+    calibration: vilu.Outcomes, rule: vilu.Rule
 ) -> None:
     rows = dataclasses.replace(calibration, ids=[f"row-{i}" for i in range(len(calibration))])
     monitor = vilu.Monitor(rows, rule)
@@ -382,7 +380,9 @@ def test_calibration_rows_in_the_stream_are_told(
 def test_without_a_rule_for_single_rows_there_is_nothing_to_audit(
     calibration: vilu.Outcomes,
 ) -> None:
-    monitor = vilu.Monitor(calibration, select(calibration, max_risk=0.1))
+    monitor = vilu.Monitor(
+        calibration, vilu.calibrate(calibration, max_risk=0.1, method="selection")
+    )
     status = monitor.update(draw(np.random.default_rng(12), 100))
     assert [test.name for test in status.tests] == ["scores", "answers"]
     assert sum(test.level for test in status.tests) == pytest.approx(0.05)
@@ -417,33 +417,6 @@ def test_groups_of_rows_some_of_which_were_monitored_before(calibration: vilu.Ou
         monitor.update(rows, groups[:201])
     with pytest.warns(UserWarning, match="150 of 200 rows were monitored before"):
         assert monitor.update(rows, groups[:200]).rows == 200
-
-
-def test_mapie_agrees_on_clear_cases(
-    calibration: vilu.Outcomes, rule: vilu.Selector, tmp_path: Path
-) -> None:
-    """An independent implementation on the same rows: neither alarms without a change, both soon after a large one."""
-    rng = np.random.default_rng(14)
-    few = part(calibration, slice(0, 800))
-    calm, shifted = draw(rng, 300), draw(rng, 500, shift=1.0, audited=1)
-    ours, theirs = vilu.Monitor(few, rule), MapieMonitor(few, rule)
-    assert ours.update(calm).verdict == theirs.update(calm).verdict == "holds"
-    found, reference = ours.update(shifted), theirs.update(shifted)
-    for name in ("scores", "answers"):
-        rows = [
-            next(t.raised_at for t in status.tests if t.name == name)
-            for status in (found, reference)
-        ]
-        assert all(row is not None and 300 <= row < 800 for row in rows), (name, rows)
-    assert found.audit is not None
-    assert reference.audit is not None
-    assert (found.audit.n, found.audit.wrong) == (reference.audit.n, reference.audit.wrong)
-    assert 0 < reference.audit.lower < found.audit.wrong / found.audit.n
-    assert (
-        found.audit.lower >= reference.audit.lower
-    )  # a bound made for Bernoulli numbers is no looser here
-    with pytest.raises(UsageError, match="keep no state"):
-        theirs.save(tmp_path / "state.parquet")
 
 
 def test_strata_are_part_of_the_fingerprint() -> None:

@@ -31,7 +31,7 @@ def calibration() -> Outcomes:
 
 
 @pytest.fixture(scope="module")
-def rule(calibration: Outcomes) -> vilu.Selector:
+def rule(calibration: Outcomes) -> vilu.Rule:
     return vilu.calibrate(calibration, max_risk=0.05, outside_share=STATED)
 
 
@@ -49,7 +49,7 @@ def test_up_to_the_stated_share_there_is_no_alarm(share: float) -> None:
     assert raised / streams <= level + 3 * np.sqrt(level * (1 - level) / streams)
 
 
-def test_more_strangers_void_the_promise(calibration: Outcomes, rule: vilu.Selector) -> None:
+def test_more_strangers_void_the_promise(calibration: Outcomes, rule: vilu.Rule) -> None:
     labelled = vilu.Monitor(calibration, rule).update(
         stream(np.random.default_rng(1), 1500, 0.4, labelled=0.3)
     )
@@ -63,7 +63,7 @@ def test_more_strangers_void_the_promise(calibration: Outcomes, rule: vilu.Selec
 
 
 def test_the_rate_of_abstaining_is_bounded_stratum_by_stratum(
-    calibration: Outcomes, rule: vilu.Selector
+    calibration: Outcomes, rule: vilu.Rule
 ) -> None:
     monitor = vilu.Monitor(calibration, rule, false_alarm=0.06)
     abstained = ~rule.accept(calibration.uncertainty)
@@ -84,9 +84,7 @@ def test_a_stated_share_of_none_is_watched_too() -> None:
     assert monitor.update(stream(np.random.default_rng(4), 500, 0.1, labelled=0.5)).alarm
 
 
-def test_counts_go_on_from_a_state(
-    calibration: Outcomes, rule: vilu.Selector, tmp_path: Path
-) -> None:
+def test_counts_go_on_from_a_state(calibration: Outcomes, rule: vilu.Rule, tmp_path: Path) -> None:
     first, second = (
         stream(np.random.default_rng(seed), 400, 0.25, labelled=0.5) for seed in (5, 6)
     )

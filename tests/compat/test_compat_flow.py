@@ -277,13 +277,13 @@ def test_rules_are_calibrated_as_they_were(kept: Open, tmp_path: Path, label: st
     assert list(made) == list(expected)
     if label == "per_class":
         few = [
-            [rule["certificates"].pop(name) for name in ("cat", "dog")]
+            [rule["thresholds"].pop(name) for name in ("cat", "dog")]
             for rule in (made["rule"], expected["rule"])
         ]
         accepted = [[(one["n_accepted"], one["n_wrong"]) for one in pair] for pair in few]
         assert accepted == [[(3, 0), (3, 0)], [(0, 0), (7, 2)]]
     for rule in (made["rule"], expected["rule"]):
-        for group in (rule or {}).get("certificates", {}).values():
+        for group in (rule or {}).get("thresholds", {}).values():
             assert (group.pop("why") is None) == (
                 group["threshold"] is not None
             )  # in words of today

@@ -73,6 +73,9 @@ def calls_of(folder: Path) -> dict[str, Call]:
     def into_new_folder(**arguments: object) -> object:
         return vilu.score_parts(**{"folder": folder / f"new{next(numbers)}", **arguments})
 
+    def calibrate_saved(**arguments: object) -> object:
+        return vilu.calibrate_predictor(**{"folder": folder / "q", **arguments})
+
     def monitored(verb: str) -> Callable[..., object]:
         return getattr(vilu.Monitor(certain, selector), verb)
 
@@ -110,19 +113,24 @@ def calls_of(folder: Path) -> dict[str, Call]:
         "EmbeddingSpace": (vilu.EmbeddingSpace, {"embed_dim": 4, "logit_scale": 1.0, "weights": "a"}),
         "take rows": (test.take, {"rows": np.arange(3)}),
         "take": (test.take, {"rows": torch.arange(3), "classes": torch.arange(2), "columns": ["views"]}),
-        "score": (vilu.score, {"predictor": mcm, "data": test, "dataset": "a", "split": "b", "decider": None}),
+        "score": (vilu.score, {"predictor": mcm, "data": test, "dataset": "a", "split": "b", "calibration": None}),
         "score_parts": (
             into_new_folder,
             {"predictor": mcm, "source": test, "rows_per_part": 100, "dataset": "a", "split": "b", "overwrite": False,
-             "decider": None},
+             "calibration": None},
         ),
         "calibrate": (
             vilu.calibrate,
             {"outcomes": certain, "max_risk": 0.05, "confidence": 0.95, "min_coverage": 0.1, "method": "ltt",
              "groups": None},
         ),
-        "Selector.accept": (selector.accept, {"uncertainty": [0.1], "groups": None}),
-        "Selector.reasons": (selector.reasons, {"uncertainty": [0.1], "groups": None}),
+        "calibrate_predictor": (
+            calibrate_saved,
+            {"data": test, "target": vilu.Target(max_risk=0.9), "dataset": "a", "split": "b", "overwrite": True},
+        ),
+        "Target": (vilu.Target, {"max_risk": 0.05, "confidence": 0.9, "method": "ltt", "per_class": False}),
+        "Rule.accept": (selector.accept, {"uncertainty": [0.1], "groups": None}),
+        "Rule.reasons": (selector.reasons, {"uncertainty": [0.1], "groups": None}),
         "Monitor": (
             vilu.Monitor,
             {"calibration": certain, "rule": selector, "groups": None, "false_alarm": 0.05, "seed": 0},
@@ -308,7 +316,7 @@ NOT_CALLED = {
     ),  # parameters: the test below
     *("Batch", "Answer"),  # made once a batch, or an image, from what has been checked
     # a document: built by ``calibrate`` or read, and pydantic's ValidationError names the field
-    "Selector",
+    *("Calibration", "Rule"),
 }
 
 

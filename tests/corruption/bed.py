@@ -26,9 +26,10 @@ from tests.builders.store_fakes import NAMES, FakeBackbone, dataset
 from tests.command import command_line
 from tests.conftest import toy_embeddings
 from tests.e2e.ddp_worker import Brake, Stop, stop
-from vilu.calibration import record
+from vilu.calibration.calibration import Calibration
 from vilu.calibration.monitor.monitor import Monitor
-from vilu.calibration.procedure import Target, calibrate_predictor
+from vilu.calibration.procedure import calibrate_predictor
+from vilu.calibration.target import Target
 from vilu.cli.artefacts import check
 from vilu.embeddings.memory import Embeddings
 from vilu.embeddings.pairs import Pools
@@ -39,7 +40,6 @@ from vilu.predictors.nn.checkpoint import checkpointing
 from vilu.predictors.persistence.storage import load, write_card
 from vilu.predictors.vilu.vilu import ViLU
 from vilu.progress import reporting
-from vilu.scoring.score import Decider
 from vilu.scoring.score_folder import ScoreFolder
 from vilu.service.keeper import Bookkeeper
 from vilu.store.embed import embed
@@ -246,9 +246,9 @@ def _predictor(root: Path, do: Do) -> Artefact:
     def read() -> object:
         predictor = load(path)
         write_card(path)
-        decider = Decider.of_folder(predictor, path)
-        monitor = Monitor.of_folder(path) if record.has_record(path) else None
-        outcomes = vilu.score(predictor, rows, decider=decider)
+        calibration = Calibration.find(path)
+        monitor = None if calibration is None else Monitor.of_folder(path)
+        outcomes = vilu.score(predictor, rows, calibration=calibration)
         return [
             outcomes.table()[0]["uncertainty"].to_pylist(),
             outcomes.decision,

@@ -20,7 +20,6 @@ from vilu.embeddings.memory import Embeddings
 from vilu.errors import ProvenanceError
 from vilu.outcomes.outcomes import Outcomes
 from vilu.report.page.choice import read_calibrated
-from vilu.scoring.score import Decider
 from vilu.store.embed import embed
 
 PHOTOS = Path(str(resources.files("vilu").joinpath("assets", "clothing.parquet")))
@@ -132,7 +131,7 @@ def test_other_candidates_are_another_problem(work: Path, predictor: Path) -> No
     with pytest.raises(
         ProvenanceError, match=r"with 3 candidates \(names [0-9a-f]+\), and these have 2 candidates"
     ):
-        vilu.score(loaded, fewer, decider=Decider.of_folder(loaded, predictor))
+        vilu.score(loaded, fewer, calibration=vilu.Calibration.load(predictor))
 
 
 def test_selection_label_sets_and_classes(work: Path, predictor: Path) -> None:
@@ -172,11 +171,11 @@ def test_selection_label_sets_and_classes(work: Path, predictor: Path) -> None:
     done = run(*again, "--overwrite")
     rule = json.loads(done.stdout)["rule"]
     assert rule["grouped_by"] == "prediction"
-    assert set(rule["certificates"]) <= {*NAMES, "(other)"}
+    assert set(rule["thresholds"]) <= {*NAMES, "(other)"}
     run("score", predictor, work / "new", "-o", predictor / "scores.parquet", code=2)
     run("score", predictor, work / "new", "-o", predictor / "scores.parquet", "--overwrite")
     scores = Outcomes.load(predictor / "scores.parquet")
-    limits = {name: one["threshold"] for name, one in rule["certificates"].items()}
+    limits = {name: one["threshold"] for name, one in rule["thresholds"].items()}
     for row, code in enumerate(scores.prediction):
         limit = limits.get(NAMES[code], limits.get("(other)"))
         assert (scores.decision[row] == "accept") == (
@@ -217,7 +216,7 @@ def test_wrong_arguments(work: Path, predictor: Path) -> None:
     run("calibrate", predictor, work / "calibration", "--max-risk", 0.01, "--method", "selection")
     hopeless = ("--max-risk", 0.001, "--method", "selection", "--overwrite")
     run("calibrate", predictor, work / "calibration", *hopeless, code=4)
-    write_json(predictor / "risk.json", {"schema_version": 1, "kind": "risk"})
+    write_json(predictor / "risk.json", {"schema_version": 2, "kind": "risk"})
     done = run("score", predictor, work / "new", "-o", predictor / "x.parquet", code=3)
     assert "risk.json is damaged" in done.stderr
     write_json(predictor / "risk.json", {"schema_version": 7})
@@ -279,7 +278,7 @@ def test_a_hundredth_of_the_rows_is_left_out(
         json.loads((predictor / "risk.json").read_text()),
     )
     assert rows.ids == tuple(f"new/{i}.png" for i in range(1, 120))
-    assert (risk["n"], risk["rule"]["certificates"][""]["n"], risk["label_sets"]["n"]) == (
+    assert (risk["n"], risk["rule"]["thresholds"][""]["n"], risk["label_sets"]["n"]) == (
         119,
         119,
         119,
@@ -301,7 +300,7 @@ def test_an_edited_rule_is_refused_by_all_who_use_it(
         ("pull", predictor, "-o", tmp_path / "pulled"),
     )
     record = json.loads((predictor / "risk.json").read_text())
-    record["rule"]["certificates"][""]["threshold"] = 0.99999
+    record["rule"]["thresholds"][""]["threshold"] = 0.99999
     (predictor / "risk.json").write_text(json.dumps(record))
     for user in users:
         assert (

@@ -10,20 +10,17 @@ from pathlib import Path
 
 import pytest
 
-import vilu
 from tests.command import run
 from tests.compat.bed import tree
 from tests.compat.conftest import kept as unpacked
 from vilu.artifacts import documents
 from vilu.artifacts.documents import read_json, vouched
 from vilu.artifacts.tables import read_table
-from vilu.errors import DataError
 
 kept = unpacked
 KINDS = {
     "stores": ("val", "captions", "tars"),
     "scores": ("folder", "coverage.parquet", "aps.parquet"),
-    "rules": ("aps", "coverage", "crc"),
     "monitors": ("calm-state.parquet", "calm.parquet"),
     "study": (".",),
 }
@@ -82,44 +79,6 @@ def test_old_artefacts_are_sealed(
                 )
             assert now.equals(then)
             assert facts == said
-
-
-def test_what_is_damaged_is_not_sealed(kept: Callable[[str], Path], tmp_path: Path) -> None:
-    path = Path(shutil.copytree(kept("rules") / "coverage", tmp_path / "it"))
-    content = json.loads((path / "risk.json").read_text())
-    content["rule"]["certificates"][""]["threshold"] = 0.999
-    (path / "risk.json").write_text(json.dumps(content))
-    before = tree(path)
-    done = run("inspect", path, "--seal", code=3)
-    assert "risk.json is damaged" in done.stderr
-    assert "calibration.parquet does not bear out" in done.stderr
-    assert tree(path) == before
-
-
-@pytest.mark.parametrize(
-    "edit",
-    [
-        lambda rule: rule["certificates"][""].update(threshold=0.99999),
-        lambda rule: rule["certificates"][""].update(
-            n_wrong=rule["certificates"][""]["n_wrong"] + 1
-        ),
-        lambda rule: rule["certificates"][""].update(n_accepted=1),
-        lambda rule: rule["certificates"][""].update(n=7),
-        lambda rule: rule["certificates"][""].update(risk_bound=1e-6),
-        lambda rule: rule.update(confidence=1 - 1e-12),
-        lambda rule: rule.update(max_risk=1e-6),
-    ],
-)
-def test_a_rule_is_held_against_its_rows(
-    edit: Callable[[dict], None], kept: Callable[[str], Path], tmp_path: Path
-) -> None:
-    """Also where nothing is sealed; edits that the rows agree with by chance, such as of words, are not seen there."""
-    path = Path(shutil.copytree(kept("rules") / "sgr", tmp_path / "it"))
-    content = json.loads((path / "risk.json").read_text())
-    edit(content["rule"])
-    (path / "risk.json").write_text(json.dumps(content))
-    with pytest.raises(DataError, match=r"risk\.json is damaged"):
-        vilu.Monitor.of_folder(path)
 
 
 def test_what_is_none_of_ours(tmp_path: Path) -> None:

@@ -23,16 +23,15 @@ from tests.command import command as command_of
 from tests.command import run
 from tests.conftest import toy_embeddings
 from vilu.backbones.zeroshot import class_texts
-from vilu.calibration.procedure import Target, calibrate_predictor
+from vilu.calibration.procedure import calibrate_predictor
+from vilu.calibration.target import Target
 from vilu.cli.app import app
 from vilu.errors import (
     DataError,
     InfeasibleError,
-    MissingModelError,
     ProvenanceError,
     UsageError,
 )
-from vilu.scoring.score import Decider
 from vilu.store.embed import embed
 
 
@@ -44,11 +43,11 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = toy_embeddings(3000, seed=1, ids_from=10_000)
     calibrate_predictor(folder / "mcm", data, Target(max_risk=0.2), dataset="toy", split=None)
     predictor = vilu.load(folder / "mcm")
-    decider = Decider.of_folder(predictor, folder / "mcm")
+    calibration = vilu.Calibration.load(folder / "mcm")
 
     def scored(seed: int) -> vilu.Outcomes:
         return vilu.score(
-            predictor, toy_embeddings(800, seed=seed, ids_from=20_000), decider=decider
+            predictor, toy_embeddings(800, seed=seed, ids_from=20_000), calibration=calibration
         )
 
     calm, rows = scored(2), scored(3)
@@ -172,22 +171,9 @@ def test_scores_of_another_calibration_are_refused(work: Path, tmp_path: Path) -
         command("monitor", tmp_path / "mcm", work / "calm.parquet")
 
 
-def test_usage(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_usage(work: Path) -> None:
     with pytest.raises(UsageError, match="nothing to monitor"):
         command("monitor", work / "mcm")
-    with pytest.raises(UsageError, match="keep no state"):
-        command(
-            "monitor",
-            work / "mcm",
-            work / "calm.parquet",
-            "--backend",
-            "mapie",
-            "--state",
-            tmp_path / "s.parquet",
-        )
-    monkeypatch.setitem(sys.modules, "mapie.exchangeability_testing", None)
-    with pytest.raises(MissingModelError, match=r"pip install 'vilu\[mapie\]'"):
-        command("monitor", work / "mcm", work / "calm.parquet", "--backend", "mapie")
 
 
 def test_rows_in_no_order_are_shuffled_on_request(
@@ -223,19 +209,6 @@ def test_rows_in_no_order_are_shuffled_on_request(
     assert json.loads(capsys.readouterr().out)["verdict"] == "holds"
     with pytest.warns(UserWarning, match="3000 of 3000 rows are calibration rows"):
         command("monitor", work / "mcm", work / "mcm" / "calibration.parquet", "--shuffle")
-
-
-def test_mapie_on_the_same_rows(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [
-        "monitor",
-        str(work / "mcm"),
-        str(work / "calm.parquet"),
-        str(work / "hard.parquet"),
-        "--json",
-    ]
-    assert app([*arguments, "--backend", "mapie"], standalone_mode=False) == 8
-    told = json.loads(capsys.readouterr().out)
-    assert [batch["verdict"] for batch in told["batches"]] == ["holds", "shifted: guarantee void"]
 
 
 @pytest.fixture(scope="module")
@@ -364,7 +337,7 @@ def test_two_processes_calibrate_and_monitor_at_once(
     assert set(codes[2:]) <= {0, 75}
     assert 0 in codes[:2]
     assert 0 in codes[2:]
-    Decider.of_folder(vilu.load(tmp_path / "predictor"), tmp_path / "predictor")
+    vilu.Calibration.find(tmp_path / "predictor")
     assert vilu.Monitor.of_folder(work / "mcm").resume(state).rows == 800
     run("monitor", work / "mcm", work / "hard.parquet", "--state", state, code=8)
 

@@ -18,7 +18,7 @@ from tests.builders.store_fakes import NAMES, FakeBackbone, dataset
 from tests.builders.versions import NEWER, OLDER, raise_version
 from tests.command import command_line
 from vilu.artifacts.documents import SEAL, identity
-from vilu.calibration import record
+from vilu.calibration.calibration import Calibration
 from vilu.cli.demo import key_of
 from vilu.service.keeper import Bookkeeper
 from vilu.store.embed import embed
@@ -145,13 +145,13 @@ def test_what_a_newer_version_makes_again_is_the_same(
     """A predictor that is fitted and calibrated anew, and all that was made from the one before."""
     for arguments in COMMANDS[1:16]:
         do(*arguments, cwd=work)
-    before = record.load(work / "head").fingerprint
+    before = Calibration.load(work / "head").fingerprint
     Bookkeeper(work / "served", {"first": work / "head"}).close()
     served = sorted(path.name for path in (work / "served").iterdir())
     raise_version(newer)
     do(*COMMANDS[4], "--overwrite", cwd=work)
     do(*COMMANDS[5], "--overwrite", cwd=work)
-    again = record.load(work / "head")
+    again = Calibration.load(work / "head")
     assert (again.vilu, again.fingerprint) == (NEWER, before)
     for arguments in COMMANDS[6:16]:
         do(*arguments, cwd=work)

@@ -21,7 +21,8 @@ from tests.builders.store_fakes import NAMES, FakeBackbone, FakeDataset, dataset
 from tests.command import run
 from tests.predictors.test_convert import checkpoint
 from vilu.artifacts.paths import HEADERS
-from vilu.calibration.procedure import Target, calibrate_predictor
+from vilu.calibration.procedure import calibrate_predictor
+from vilu.calibration.target import Target
 from vilu.cli.demo import claim as claim_demo
 from vilu.errors import UsageError
 from vilu.outcomes.results import ResultTable

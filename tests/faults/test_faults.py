@@ -41,7 +41,6 @@ from tests.faults.saboteur import FAULTS
 from vilu.calibration.monitor.monitor import _read_state
 from vilu.errors import BusyError, ProvenanceError, UsageError, ViLUError
 from vilu.predictors.nn.checkpoint import FolderSession
-from vilu.scoring.score import Decider
 from vilu.store.reader import EmbeddingStore
 
 SEED = int(os.environ.get("SEED", "0"))
@@ -272,9 +271,9 @@ def test_two_calibrations_of_one_predictor(bed: Bed) -> None:
     work, codes = together(bed, [first, second])
     assert 0 in codes
     assert set(codes) <= {0, BUSY, UsageError.exit_code, ProvenanceError.exit_code}
-    found = Decider.of_folder(vilu.load(work / "predictor"), work / "predictor")
-    assert found.record.rule.max_risk in {0.9, 0.95}
-    assert found.record.rule.max_risk == (0.9, 0.95)[codes.index(0)] or codes == [0, 0]
+    found = vilu.Calibration.load(work / "predictor")
+    assert found.rule.max_risk in {0.9, 0.95}
+    assert found.rule.max_risk == (0.9, 0.95)[codes.index(0)] or codes == [0, 0]
     shutil.rmtree(work)
 
 
@@ -305,9 +304,9 @@ def _predictor(folder: Path) -> str:
     return repr(None if loaded.calibrator_ is None else loaded.calibrator_.model_dump())
 
 
-def _decider(folder: Path) -> str:
-    found = Decider.of_folder(vilu.load(folder), folder)
-    return repr((_predictor(folder), found.record and found.record.rule))
+def _calibration(folder: Path) -> str:
+    calibration = vilu.Calibration.find(folder)
+    return repr((_predictor(folder), calibration and calibration.rule))
 
 
 def _store(folder: Path) -> str:
@@ -316,7 +315,7 @@ def _store(folder: Path) -> str:
 
 
 READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
-    "calibrate": ("predictor", _decider),
+    "calibrate": ("predictor", _calibration),
     "embed": ("store", _store),
     "import": ("store", _store),
     "monitor": ("state.parquet", lambda path: _read_state(path)[1].rows),

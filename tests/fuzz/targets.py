@@ -35,9 +35,10 @@ from tests.builders.bench_fakes import make_store, tables
 from tests.command import run
 from tests.conftest import toy_embeddings
 from vilu.artifacts.hashing import digest
-from vilu.calibration import record
+from vilu.calibration.calibration import Calibration
 from vilu.calibration.monitor.monitor import Monitor
-from vilu.calibration.procedure import Target, calibrate_predictor
+from vilu.calibration.procedure import calibrate_predictor
+from vilu.calibration.target import Target
 from vilu.datasets.catalog import open_dataset
 from vilu.datasets.classes import read_classes
 from vilu.datasets.images import BadImage, ImageLimits, decode_caption, decode_image, read_image
@@ -490,7 +491,7 @@ def monitor_state(folder: Path, data: bytes) -> object:
 
 def risk(path: Path) -> object:
     return [
-        record.load_rows(path, record.load(path)),
+        Calibration.load(path).rows,
         vilu.score(load(path), open_source(kept() / "store")),
     ]
 

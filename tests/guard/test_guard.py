@@ -23,7 +23,7 @@ from vilu.predictors.persistence.files import VOCABULARY
 from vilu.predictors.persistence.storage import load
 from vilu.predictors.persistence.vocabulary import Vocabulary
 from vilu.predictors.zero_shot import MCM
-from vilu.scoring.score import Decider, score, score_rows
+from vilu.scoring.score import score, score_rows
 from vilu.store.embed import embed
 
 HALF = 2.0**-10
@@ -45,7 +45,7 @@ def test_decisions_are_those_of_the_triage(begun: Folder, predictor: Path) -> No
     p = np.array([answer.failure_probability for answer in answers])
     expected = np.array([float(row["failure_probability"]) for row in free])
     assert p == pytest.approx(expected, abs=1e-5)
-    rule = guard.decider.record and guard.decider.record.rule
+    rule = guard.calibration and guard.calibration.rule
     assert rule is not None
     near = np.abs(expected - (rule.threshold or 0.0)) < 1e-5
     said = np.array([answer.decision == "accept" for answer in answers])
@@ -81,7 +81,7 @@ def test_in_batches_of_one_size_the_bits_are_those_of_embed_and_score(
         part = score(
             fitted,
             store.take(np.arange(start, start + 32)),
-            decider=Decider.of_folder(fitted, predictor),
+            calibration=vilu.Calibration.find(predictor),
         )
         mine = answers[start : start + 32]
         assert [answer.uncertainty for answer in mine] == part.uncertainty.tolist()

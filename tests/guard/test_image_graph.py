@@ -22,7 +22,8 @@ from tests.triage.conftest import Folder
 from vilu.artifacts.paths import claim_file
 from vilu.backbones.base import Backbone
 from vilu.backbones.catalog import load_backbone
-from vilu.calibration.procedure import Target, calibrate_predictor
+from vilu.calibration.procedure import calibrate_predictor
+from vilu.calibration.target import Target
 from vilu.errors import OUTSIDE, DataError, UsageError
 from vilu.guard import image_graph
 from vilu.guard.guard import Answer, Guard
@@ -155,10 +156,10 @@ def test_of_every_kind_of_predictor_and_rule(
         == ("features" in guard.predictor.columns_to_score)
         == (predictor.name == "vilu_plus")
     )
-    record = guard.decider.record
+    calibration = guard.calibration
     if predictor.name == "vilu_plus":
-        assert record is not None
-        assert record.rule.grouped_by == "prediction"
+        assert calibration is not None
+        assert calibration.rule.grouped_by == "prediction"
 
 
 @pytest.mark.filterwarnings("ignore")

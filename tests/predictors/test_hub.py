@@ -19,7 +19,8 @@ from tests.builders.fake_hub import TOKEN, Hub, serve
 from tests.conftest import toy_embeddings
 from vilu.artifacts.disk import host_hash
 from vilu.artifacts.hashing import digest
-from vilu.calibration.procedure import Target, calibrate_predictor
+from vilu.calibration.procedure import calibrate_predictor
+from vilu.calibration.target import Target
 from vilu.cli.app import app
 from vilu.errors import DataError, MissingModelError, UsageError
 from vilu.predictors.persistence import hub as folders

@@ -15,9 +15,9 @@ import scipy.stats
 from tests.builders.page_data import NAMES, outcomes_of, write_pictures
 from tests.conftest import toy_embeddings
 from vilu import MCM, calibrate, load, open_dataset, report_page, score
-from vilu.calibration.procedure import Target, calibrate_predictor
-from vilu.calibration.rules import Selector
-from vilu.calibration.selection import select
+from vilu.calibration.procedure import calibrate_predictor
+from vilu.calibration.rules import Rule
+from vilu.calibration.target import Target
 from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.report.page import build
 from vilu.report.page.build import operating_points
@@ -139,10 +139,10 @@ def test_rules_accept_as_they_say() -> None:
     assert "cafe" in page
     assert data_of(page)["threshold"][data_of(page)["start"]] == rule.threshold
 
-    floored = Selector.model_validate(
+    floored = Rule.model_validate(
         {
             **rule.model_dump(),
-            "certificates": {"": {**rule.certificates[""].model_dump(), "floor": 0.1}},
+            "thresholds": {"": {**rule.thresholds[""].model_dump(), "floor": 0.1}},
         }
     )
     choice = by_rule(one, Calibrated(floored, "vilu_plus"))
@@ -156,7 +156,7 @@ def test_rules_accept_as_they_say() -> None:
     )
 
     grouped = calibrate(outcomes_of(seed=5), max_risk=0.3, groups="prediction")
-    limits = [grouped.certificates[NAMES[k]].threshold for k in one.prediction]
+    limits = [grouped.thresholds[NAMES[k]].threshold for k in one.prediction]
     by_hand = [
         limit is not None and u <= limit for u, limit in zip(one.uncertainty, limits, strict=True)
     ]
@@ -165,7 +165,8 @@ def test_rules_accept_as_they_say() -> None:
     assert choice.threshold is None
     assert not data_of(report_page([one], calibrated=Calibrated(grouped)))["exact"]
 
-    batch = by_rule(one, Calibrated(select(outcomes_of(seed=5), max_risk=0.2)))
+    of_batches = calibrate(outcomes_of(seed=5), max_risk=0.2, method="selection")
+    batch = by_rule(one, Calibrated(of_batches))
     assert batch.accepted.any()
     assert np.array_equal(batch.accepted, one.uncertainty <= batch.threshold)
 
@@ -180,7 +181,7 @@ def test_a_rule_that_certifies_nothing_is_shown_as_such() -> None:
     rule = calibrate(outcomes_of(40, seed=5), max_risk=0.01)
     page = report_page([outcomes_of()], calibrated=Calibrated(rule))
     assert "nothing is accepted" in page
-    assert str(rule.certificates[""].why) in page.replace("&gt;", ">")
+    assert str(rule.thresholds[""].why) in page.replace("&gt;", ">")
     assert data_of(page)["start"] == 0
 
 

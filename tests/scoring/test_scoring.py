@@ -11,10 +11,11 @@ import torch
 
 import vilu
 from tests.conftest import toy_embeddings, toy_pairs, variant
-from vilu.calibration.procedure import Target, calibrate_predictor
+from vilu.calibration.procedure import calibrate_predictor
+from vilu.calibration.target import Target
 from vilu.embeddings.memory import Embeddings
 from vilu.errors import DataError, ProvenanceError
-from vilu.scoring.score import Decider, score_parts, source_fingerprint
+from vilu.scoring.score import score_parts, source_fingerprint
 
 
 def test_outcomes_say_what_was_answered_and_where_from(test: Embeddings) -> None:
@@ -140,8 +141,8 @@ def test_a_promise_is_none_for_the_same_names_in_other_prompts(
     vilu.MCM().fit(test).save(tmp_path)
     calibrate_predictor(tmp_path, toy_embeddings(seed=8, ids_from=40_000), Target(max_risk=0.5))
     predictor = vilu.load(tmp_path)
-    decider = Decider.of_folder(predictor, tmp_path)
-    vilu.score(predictor, test, decider=decider)
+    calibration = vilu.Calibration.load(tmp_path)
+    vilu.score(predictor, test, calibration=calibration)
     prompts = with_texts(
         test,
         test.text + 0.15 * torch.randn(16, generator=torch.Generator().manual_seed(0)),
@@ -150,7 +151,7 @@ def test_a_promise_is_none_for_the_same_names_in_other_prompts(
     with pytest.raises(
         ProvenanceError, match="the same names in other prompts: its thresholds say nothing of them"
     ):
-        vilu.score(predictor, prompts, decider=decider)
+        vilu.score(predictor, prompts, calibration=calibration)
 
 
 def test_a_probability_from_so_few_rows_is_told() -> None:

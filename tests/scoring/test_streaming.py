@@ -20,7 +20,8 @@ from tests.command import run
 from tests.conftest import same_histogram, toy_embeddings, toy_pairs, variant
 from vilu.artifacts.disk import host_hash
 from vilu.artifacts.documents import read_document, write_json
-from vilu.calibration.procedure import Target, calibrate_predictor
+from vilu.calibration.procedure import calibrate_predictor
+from vilu.calibration.target import Target
 from vilu.embeddings.memory import Embeddings, PairEmbeddings
 from vilu.embeddings.pairs import Pools
 from vilu.embeddings.rows import SCORING_BATCH
@@ -37,7 +38,7 @@ from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors import PREDICTORS
 from vilu.predictors.persistence.storage import load
 from vilu.progress import Silence, reporting
-from vilu.scoring.score import Decider, predictor_fingerprint, score_parts, source_fingerprint
+from vilu.scoring.score import predictor_fingerprint, score_parts, source_fingerprint
 from vilu.scoring.score_folder import Counts, ScoreFolder, ScorePart, ScoreRun
 from vilu.store.embed import embed
 
@@ -435,8 +436,8 @@ def test_no_command_believes_a_damaged_part(data: Embeddings, tmp_path: Path) ->
     folder, predictor, page = tmp_path / "scores", tmp_path / "predictor", tmp_path / "page.html"
     vilu.MCM().save(predictor)
     calibrate_predictor(predictor, data, Target(max_risk=0.9))
-    decider = Decider.of_folder(load(predictor), predictor)
-    score_parts(decider.predictor, data, folder, rows_per_part=1, decider=decider)
+    calibration = vilu.Calibration.load(predictor)
+    score_parts(load(predictor), data, folder, rows_per_part=1, calibration=calibration)
     calls = {
         "histograms/histogram_00001.parquet": [("evaluate", folder)],
         "scores/scores_00001.parquet": [

@@ -26,7 +26,7 @@ from tests.builders.photo_folders import KINDS, truth_of
 from tests.builders.store_fakes import FakeBackbone
 from tests.command import command_line, run
 from tests.service.conftest import Running, hosted
-from vilu.calibration import record
+from vilu.calibration.calibration import Calibration
 from vilu.calibration.monitor.monitor import Monitor
 from vilu.calibration.rules import calibrate
 from vilu.errors import DataError, StorageError, UsageError
@@ -480,7 +480,7 @@ def test_more_than_fits_in_is_sent_away(
 def test_what_does_not_verify_is_not_served(predictors: tuple[Path, Path], tmp_path: Path) -> None:
     edited = shutil.copytree(predictors[0], tmp_path / "edited")
     said = json.loads((edited / "risk.json").read_text())
-    said["rule"]["certificates"][""]["threshold"] += 0.1
+    said["rule"]["thresholds"][""]["threshold"] += 0.1
     (edited / "risk.json").write_text(json.dumps(said))
     with pytest.raises(DataError, match=r"risk\.json"), hosted(edited, tmp_path / "s"):
         pass
@@ -722,12 +722,11 @@ def test_nothing_is_answered_where_the_journal_is_gone(
 
 def accept_nothing(predictor: Path) -> None:
     """Give a calibrated predictor a rule that accepts nothing, as a triage leaves it at first."""
-    before = record.load(predictor)
-    rows = record.load_rows(predictor, before)
-    rule = calibrate(rows, max_risk=0.001)
+    before = Calibration.load(predictor)
+    rule = calibrate(before.rows, max_risk=0.001)
     assert not rule.feasible
-    fields = before.model_dump(exclude={"rows_sha256"})
-    record.save(predictor, rows, **fields | {"rule": rule, "promise": str(rule)})
+    after = before.model_copy(update={"rule": rule, "promise": str(rule)})
+    after.write(predictor / "risk.json")
 
 
 def test_the_page_says_what_is_promised_in_every_state(

@@ -26,8 +26,8 @@ from tests.builders.store_fakes import FakeBackbone
 from tests.triage.conftest import Folder, fill_in, job_on, rows
 from vilu.artifacts.documents import read_document, write_json
 from vilu.artifacts.tables import write_table
-from vilu.calibration import record
 from vilu.calibration.anytime import Looks
+from vilu.calibration.calibration import Calibration
 from vilu.calibration.shares import OUTSIDE_NAME
 from vilu.datasets.files import Bounds
 from vilu.embeddings.memory import Embeddings
@@ -60,7 +60,7 @@ def test_from_photos_to_a_guarantee_that_holds(begun: Folder) -> None:
     } == {(True, "")}
     scores = Outcomes.load(output / "decisions.parquet")
     assert scores.decision is not None
-    promise = record.load(output / "predictor")
+    promise = Calibration.load(output / "predictor")
     assert promise.rule is not None
     assert promise.rule.method == "anytime"
     assert "at whatever moment one looks" in (promise.promise or "")
@@ -116,7 +116,7 @@ def test_no_calibration_label_is_ever_fitted_on_whoever_asked_for_it(
     assert seen.sum() == (~vouches).sum()
     assert not (seen & vouches).any()
     # and labels that were chosen are none that a promise may rest on, until the draw has met them
-    assert not record.has_record(output / "predictor")
+    assert Calibration.find(output / "predictor") is None
     assert read_document(output / "triage.json", TriageState).asked_up_to == 0
 
 
@@ -124,7 +124,7 @@ def test_labels_of_doubtful_photos_that_lie_further_on_do_not_count(
     promised: Folder, tmp_path: Path
 ) -> None:
     (home, truth), output = promised, promised[0] / "out"
-    before = record.load(output / "predictor")
+    before = Calibration.load(output / "predictor")
     book = LabelBook.load(output / "labels.parquet")
     chosen = tmp_path / "chosen.csv"
     wrong_on_purpose = {
@@ -138,7 +138,7 @@ def test_labels_of_doubtful_photos_that_lie_further_on_do_not_count(
     triage_photos(job_on(home / "photos"), output, [chosen])
     counted = pq.read_table(output / "predictor" / "calibration.parquet")["key"].to_pylist()
     assert set(counted) <= set(book.entries), "a label that no draw has met would count"
-    assert record.load(output / "predictor").rule == before.rule
+    assert Calibration.load(output / "predictor").rule == before.rule
 
 
 def test_what_is_missing_holds_it_up_and_what_is_skipped_counts_as_wrong(

@@ -19,8 +19,8 @@ from tests.builders.store_fakes import NAMES, FakeBackbone, dataset
 from tests.command import command_line, run
 from tests.conftest import toy_embeddings
 from tests.triage.conftest import Folder, fill_in, give_labels, rows
-from vilu.calibration import record
-from vilu.calibration.rules import Selector
+from vilu.calibration.calibration import Calibration
+from vilu.calibration.rules import Rule
 from vilu.calibration.shares import OUTSIDE_NAME
 from vilu.datasets.folder import PhotoFiles, list_photos
 from vilu.errors import DataError, UsageError
@@ -216,13 +216,13 @@ def test_labels_that_next_asks_for_make_a_guarantee_of_a_store(
         if done.returncode == 0:
             break
         assert "is not shown: about" in done.stderr
-        assert not record.has_record(predictor)
-    found = record.load(predictor)
+        assert Calibration.find(predictor) is None
+    found = Calibration.load(predictor)
     assert found.rule is not None
     assert found.rule.method == "anytime"
     assert found.n == sum(row["stream"] == "promise" for row in asked)
     run(*calibrate, *given)  # once more: nothing changes
-    assert record.load(predictor) == found
+    assert Calibration.load(predictor) == found
     assert "is calibrated already" in run(*calibrate[:-1], 0.2, *given, code=2).stderr
     assert "of the other targets none" in run(*calibrate, "--max-miss", 0.2, *given, code=2).stderr
     run("score", predictor, tmp_path / "store", "-o", tmp_path / "scores.parquet")
@@ -249,7 +249,7 @@ def test_labels_that_next_asks_for_make_a_guarantee_of_a_store(
         shutil.copytree(kept, predictor, dirs_exist_ok=True)
         done = run(*calibrate, *given, *more, code=4)
         assert "labels that the promise rests on have changed" in done.stderr
-        assert not record.has_record(predictor), "a promise outlives the labels that it rests on"
+        assert Calibration.find(predictor) is None, "a promise outlives the labels that it rests on"
 
 
 def test_a_guarantee_of_every_class_asks_first_where_labels_lack(
@@ -292,16 +292,16 @@ def test_a_guarantee_of_every_class_asks_first_where_labels_lack(
         assert done.returncode in {0, 4}
         if done.returncode == 4:
             assert all(f"{name}: about" in done.stderr for name in ("car", "dog"))
-    rule = record.load(predictor).rule
-    assert isinstance(rule, Selector)
+    rule = Calibration.load(predictor).rule
+    assert isinstance(rule, Rule)
     assert rule.grouped_by == "prediction"
-    assert rule.certificates.keys() == set(NAMES)
-    assert all(one.n <= drawn[name] for name, one in rule.certificates.items())
-    assert sum(one.threshold is not None for one in rule.certificates.values()) >= 2
+    assert rule.thresholds.keys() == set(NAMES)
+    assert all(one.n <= drawn[name] for name, one in rule.thresholds.items())
+    assert sum(one.threshold is not None for one in rule.thresholds.values()) >= 2
     assert "is calibrated already" in run(*calibrate, *given, code=2).stderr
     run("score", predictor, tmp_path / "store", "-o", tmp_path / "scores.parquet")
     scores = Outcomes.load(tmp_path / "scores.parquet")
-    limits = [rule.certificates[NAMES[said]].threshold or -1 for said in scores.prediction.tolist()]
+    limits = [rule.thresholds[NAMES[said]].threshold or -1 for said in scores.prediction.tolist()]
     assert [one == "accept" for one in scores.decision] == (scores.uncertainty <= limits).tolist()
 
 
@@ -339,7 +339,7 @@ def test_labels_of_a_random_pick_calibrate_a_store_without_any(
     (tmp_path / "some.csv").write_text("".join([*fresh, f"{skipped},{SKIPPED}\n"]))
     done = run(*calibrate, "--overwrite")  # three colours are three scenes: too few for a promise
     assert f"1 of {len(fresh)} picked rows have the label {SKIPPED} and are left out" in done.stderr
-    found = record.load(tmp_path / "predictor")
+    found = Calibration.load(tmp_path / "predictor")
     assert found.n == len(fresh) - 1
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -84,7 +84,7 @@ class Document(Model):
     again: ClassVar[str]  # how it is made again, for messages
     fault: ClassVar[type[ViLUError]] = StorageError  # error where it is missing or damaged
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: int = SCHEMA_VERSION
 
     def write(self, path: Path) -> None:
         """Write it atomically."""
@@ -106,9 +106,10 @@ def read_document(path: Path, kind: type[D], of: Path | None = None) -> D:
     content = read_json(path, kind.again, kind.fault, of=of or path.parent)
     try:
         version = _Version.model_validate(content).schema_version
-        if version != SCHEMA_VERSION:
+        expected = kind.model_fields["schema_version"].default
+        if version != expected:
             raise ProvenanceError(
-                f"{path} has schema version {version}, this vilu reads {SCHEMA_VERSION}. "
+                f"{path} has schema version {version}, this vilu reads {expected}. "
                 f"{kind.again}, or use the vilu that wrote it."
             )
         return kind.model_validate_json(json.dumps(content))

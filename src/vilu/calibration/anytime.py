@@ -16,11 +16,13 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Self
 
 import numpy as np
 from numpy.typing import ArrayLike
+from pydantic import Field
 
+from vilu.artifacts.documents import Model
 from vilu.calibration.thresholds import some_enough
 from vilu.errors import DataError
 from vilu.metrics.counts import Floats, Ints
@@ -85,6 +87,23 @@ def grid_of(uncertainty: Floats, limit: float) -> Floats:
         counts.append(min(math.ceil(counts[-1] * GROWTH), len(ordered)))
     found: Floats = ordered[np.array(counts) - 1]
     return found
+
+
+class Draw(Model):
+    """What is fixed before the labels of a draw are looked at, as it is saved; ``Looks`` tests it."""
+
+    grid: tuple[float, ...]  # thresholds, ascending
+    delta: float = Field(gt=0, lt=1)  # level
+    limit: float  # labels are of rows up to this uncertainty
+
+    @classmethod
+    def of(cls, looks: Looks) -> Self:
+        """That of looks with a limit."""
+        return cls(grid=tuple(looks.grid.tolist()), delta=looks.delta, limit=looks.limit)
+
+    def looks(self, max_risk: float) -> Looks:
+        """What its labels are asked."""
+        return Looks(np.array(self.grid), max_risk, self.delta, self.limit)
 
 
 @dataclass(frozen=True)

@@ -6,26 +6,18 @@ import dataclasses
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from vilu.artifacts.disk import locked
 from vilu.artifacts.hashing import digest
-from vilu.calibration import record
+from vilu.calibration.anytime import Draw
+from vilu.calibration.calibration import Calibration, save_calibration
 from vilu.calibration.copies import SAME, check_copies
-from vilu.calibration.label_sets import Kind, LabelSets, check_label_sets, fit_label_sets
+from vilu.calibration.label_sets import LabelSets, fit_label_sets
 from vilu.calibration.looks import in_words, note_look
-from vilu.calibration.record import Record, Rule
-from vilu.calibration.rules import (
-    Selector,
-    calibrate,
-    check_stated,
-    check_target,
-    evaluable,
-    group_names,
-)
-from vilu.calibration.selection import select
+from vilu.calibration.rules import Rule, evaluable, group_names, rule_of
+from vilu.calibration.target import Target
 from vilu.calibration.thresholds import exactly, percent
 from vilu.calibration.units import MOST_COMPARED, CountedRows, count_once, first_of_scenes
 from vilu.embeddings.copies import NEAR_COPY
@@ -34,105 +26,20 @@ from vilu.errors import InfeasibleError, UsageError, ViLUError
 from vilu.metrics.counts import Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.predictor import FailurePredictor
-from vilu.predictors.contract.seen import candidates_of
-from vilu.predictors.persistence.files import RISK, VOCABULARY
-from vilu.predictors.persistence.record import claim, fit_fingerprint
+from vilu.predictors.persistence.files import RISK
+from vilu.predictors.persistence.record import claim
 from vilu.predictors.persistence.storage import load, write_card
 from vilu.predictors.persistence.vocabulary import Vocabulary
 from vilu.scoring.score import predictor_fingerprint, score_fresh, source_fingerprint
 from vilu.store.reader import EmbeddingStore
+from vilu.validation import checked
 
 SAID = 3  # groups of which a message says why nothing is accepted
 
 logger = logging.getLogger(__name__)
 
-Method = Literal["ltt", "sgr", "crc", "selection"]
 
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """What is to be promised."""
-
-    # largest error rate among accepted answers; None for probabilities alone, or for a coverage
-    max_risk: float | None = None
-    min_coverage: float | None = None  # least share to accept; None for any
-    confidence: float = 0.95  # 1 - delta
-    # "ltt", "sgr", "crc" (``vilu.calibrate``) or "selection" (``vilu.calibration.selection``)
-    method: Method = "ltt"
-    per_class: bool = False  # a threshold for every predicted class with enough rows
-    label_sets: Kind | None = None  # "lac" or "aps"; None for none
-    max_miss: float = 0.1  # largest share of label sets without the right label
-    # share of pictures of none of the classes to be expected; None: as among the calibration rows
-    outside_share: float | None = None
-    # shares of the classes among the others to be expected, by name; None: as there
-    class_shares: Mapping[str, float] | None = None
-
-    def facts(self) -> dict[str, object]:
-        """All that was asked for; shares where they are stated, as records of older code know of none."""
-        stated = {"outside_share", "class_shares"}
-        return {
-            name: value
-            for name, value in dataclasses.asdict(self).items()
-            if value is not None or name not in stated
-        }
-
-    def check(self, predictor: FailurePredictor, data: EmbeddingSource) -> None:
-        """Refuse what cannot be promised, before anything is computed."""
-        if not self.has_rule:
-            if self.per_class or self.method != "ltt":
-                raise UsageError(
-                    "without max_risk or min_coverage there is no decision: leave method and per_class out."
-                )
-        elif self.method != "selection":
-            check_target(self.max_risk, self.min_coverage, self.confidence, self.method)
-        elif self.max_risk is None or self.min_coverage is not None or self.per_class:
-            raise UsageError(
-                "selection takes a max_risk, and neither a min_coverage nor a threshold per class."
-            )
-        check_stated(
-            self.outside_share,
-            self.class_shares,
-            self.max_risk,
-            self.method,
-            grouped=self.per_class,
-        )
-        if self.per_class and data.pool_size is not None:
-            raise UsageError(
-                "captions have no classes, so there are no thresholds per class. Leave per_class out."
-            )
-        if self.label_sets is not None:
-            check_label_sets(predictor, data, self.max_miss)
-        elif self.max_miss != Target.max_miss:
-            raise UsageError(
-                f"max_miss ({self.max_miss}) is for label sets. Ask for label_sets too, or leave it out."
-            )
-
-    @property
-    def has_rule(self) -> bool:
-        """Whether more is asked for than probabilities and label sets."""
-        return self.max_risk is not None or self.min_coverage is not None
-
-    def rule(self, rows: Outcomes) -> Rule | None:
-        """The rule that calibration rows support."""
-        if not self.has_rule:
-            return None
-        if self.method == "selection":
-            return select(rows, max_risk=self.max_risk or 0.0)
-        selector = calibrate(
-            rows,
-            max_risk=self.max_risk,
-            min_coverage=self.min_coverage,
-            confidence=self.confidence,
-            method=self.method,
-            groups="prediction" if self.per_class else None,
-            outside_share=self.outside_share,
-            class_shares=self.class_shares,
-        )
-        if not selector.feasible:
-            raise InfeasibleError(_infeasible(selector))
-        return selector
-
-
+@checked
 def calibrate_predictor(
     folder: str | Path,
     data: EmbeddingSource,
@@ -141,8 +48,8 @@ def calibrate_predictor(
     dataset: str | None = None,
     split: str | None = None,
     overwrite: bool = True,
-) -> Record:
-    """Calibrate a saved predictor on labelled rows and leave the result in its folder.
+) -> Calibration:
+    """Calibrate a saved predictor on labelled rows and leave the result in its folder, as ``vilu calibrate`` does.
 
     ``predictor.json`` gets the calibrator of probabilities, ``calibration.parquet`` the rows,
     ``risk.json`` the rule and what it was made from; that comes last, so that a crash leaves a
@@ -155,6 +62,19 @@ def calibrate_predictor(
 
     Raises:
         DataError: If more than 1 % of the rows were used to fit, or are near copies of such rows.
+        InfeasibleError: If the target is out of reach; the message says what is missing.
+        UsageError: If the target cannot be, or without ``overwrite`` another calibration is there.
+
+    Examples:
+        >>> import numpy as np, tempfile, vilu
+        >>> rows = np.random.default_rng(0).normal(size=(200, 8))
+        >>> rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+        >>> data = vilu.Embeddings(rows, np.eye(8), rows.argmax(axis=1))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = vilu.MCM().save(folder)
+        ...     calibration = vilu.calibrate_predictor(folder, data, vilu.Target(max_risk=0.05))
+        >>> calibration.rule.n_wrong, calibration.rule.n_accepted, calibration.probability.form
+        (0, 200, 'temperature')
     """
     target.check(load(folder), data)  # what is refused leaves no lock behind
     claim(folder, same=True)
@@ -169,56 +89,64 @@ def _calibrate(
     names: tuple[str | None, str | None],
     *,
     overwrite: bool,
-) -> Record:
+) -> Calibration:
     predictor = load(folder)
     predictor.calibrator_ = None
-    made_from = predictor_fingerprint(predictor), source_fingerprint(data), *names, target.facts()
-    inputs = earlier = digest(made_from)
     dtype = data.manifest.dtype if isinstance(data, EmbeddingStore) else None
-    if dtype is None:  # only a store has a hash of all its rows; earlier code did without
-        inputs = digest(
-            [made_from, [data.identities(by).tolist() for by in data.identified_by[:1]]]
+    inputs = _inputs(predictor, data, target, names)
+    if not overwrite:
+        calibration = _made_before(folder, inputs)
+        if calibration is not None:
+            write_card(folder)
+            return calibration
+    fresh = predictor.unseen(data, "calibration")
+    check_copies(predictor, data, np.flatnonzero(fresh))
+    rows = score_fresh(predictor, data, fresh, dataset=names[0], split=names[1])
+    n_looks = 1
+    if rows.picture is not None and target.has_rule:
+        n_looks = note_look(folder, rows.picture[rows.evaluable], dataclasses.asdict(target))
+    rule, counts, near = _rule_of_units(target, rows, data, np.flatnonzero(fresh))
+    rows = rows.take(counts)
+    predictor.calibrate_scores(rows.uncertainty, rows.failure)
+    sets: LabelSets | None = None
+    if target.label_sets is not None:
+        left_out = np.ones(len(data), np.bool_)
+        left_out[np.flatnonzero(fresh)[counts]] = False
+        counted = data.without(left_out)
+        sets = fit_label_sets(
+            predictor, counted, max_miss=target.max_miss, method=target.label_sets
         )
-    found = None if overwrite else _calibrated(folder, {inputs, earlier})
-    if found is None:
-        fresh = predictor.unseen(data, "calibration")
-        check_copies(predictor, data, np.flatnonzero(fresh))
-        rows = score_fresh(predictor, data, fresh, dataset=names[0], split=names[1])
-        n_looks = 1
-        if rows.picture is not None and target.has_rule:
-            n_looks = note_look(folder, rows.picture[rows.evaluable], target.facts())
-        rule, counts, near = _rule_of_units(target, rows, data, np.flatnonzero(fresh))
-        rows = rows.take(counts)
-        predictor.calibrate_scores(rows.uncertainty, rows.failure)
-        sets: LabelSets | None = None
-        if target.label_sets is not None:
-            left_out = np.ones(len(data), np.bool_)
-            left_out[np.flatnonzero(fresh)[counts]] = False
-            sets = fit_label_sets(
-                predictor,
-                data.without(left_out),
-                max_miss=target.max_miss,
-                method=target.label_sets,
-            )
-        found = keep_record(
-            folder,
-            predictor,
-            rows,
-            data,
-            rule,
-            names,
-            dtype=dtype,
-            label_sets=sets,
-            inputs=inputs,
-            near_copies=tuple(near.tolist()),
-            n_looks=n_looks,
-        )
-    elif (
-        dtype is not None and not (folder / VOCABULARY).exists()
-    ):  # older code may have left it out
-        Vocabulary.of(data, dtype).save(folder)
+    calibration = keep_calibration(
+        folder,
+        predictor,
+        rows,
+        data,
+        target,
+        rule,
+        names,
+        dtype=dtype,
+        label_sets=sets,
+        inputs=inputs,
+        near_copies=tuple(near.tolist()),
+        n_looks=n_looks,
+    )
     write_card(folder)  # the last file of a calibration
-    return found
+    return calibration
+
+
+def _inputs(
+    predictor: FailurePredictor,
+    data: EmbeddingSource,
+    target: Target,
+    names: tuple[str | None, str | None],
+) -> str:
+    """Digest of everything that a calibration is made from."""
+    source = source_fingerprint(data)
+    asked = dataclasses.asdict(target)
+    made_from: list[object] = [predictor_fingerprint(predictor), source, *names, asked]
+    if not isinstance(data, EmbeddingStore):  # only a store has a hash of all its rows
+        made_from.append([data.identities(by).tolist() for by in data.identified_by[:1]])
+    return digest(made_from)
 
 
 def _rule_of_units(
@@ -234,7 +162,7 @@ def _rule_of_units(
     """
     labelled = evaluable(rows)
     chosen, counted = count_once(rows, labelled)
-    rule = target.rule(rows)
+    rule = _promised(rows, target)
     is_first = np.ones(len(chosen), np.bool_)
     if len(chosen) > MOST_COMPARED:
         logger.warning(
@@ -257,7 +185,7 @@ def _rule_of_units(
             counted,
         )
         differs = first_of_scenes(data, places[chosen], SAME)
-        of_different = target.rule(rows.take(chosen[differs]))
+        of_different = _promised(rows.take(chosen[differs]), target)
         if _accepts_less(of_different, rule, rows.take(chosen)):
             rule = of_different
             left_out = chosen[~differs]
@@ -269,6 +197,16 @@ def _rule_of_units(
     return rule, counting, np.flatnonzero(np.isin(counting, left_out))
 
 
+def _promised(rows: Outcomes, target: Target) -> Rule | None:
+    """The rule that calibration rows support, if one is asked for; InfeasibleError if it accepts nothing."""
+    if not target.has_rule:
+        return None
+    rule = rule_of(rows, target, "prediction" if target.per_class else None)
+    if not rule.feasible:
+        raise InfeasibleError(_infeasible(rule))
+    return rule
+
+
 def _accepts_less(rule: Rule | None, than: Rule | None, pictures: Outcomes) -> bool:
     """Whether a rule accepts fewer of some pictures than another one."""
     if rule is None or than is None:
@@ -278,42 +216,42 @@ def _accepts_less(rule: Rule | None, than: Rule | None, pictures: Outcomes) -> b
     return mine < int(than.accept(pictures.uncertainty, groups).sum())
 
 
-def keep_record(  # noqa: PLR0913 - all that a record is made of
+def keep_calibration(  # noqa: PLR0913 - all that a calibration is made of
     folder: Path,
     predictor: FailurePredictor,
     rows: Outcomes,
     data: EmbeddingSource,
+    target: Target,
     rule: Rule | None,
     names: tuple[str | None, str | None],
     *,
     dtype: str | None,
     label_sets: LabelSets | None = None,
+    draws: Mapping[str, Draw] | None = None,
     inputs: str | None = None,
     near_copies: tuple[int, ...] = (),
     n_looks: int = 1,
-) -> Record:
+) -> Calibration:
     """Write a calibrated predictor, the rows of ``data`` (a set and a split) it was calibrated on, last the result."""
-    rows = dataclasses.replace(
-        rows, failure_probability=predictor.failure_probability(rows.uncertainty)
-    )
+    probability = predictor.failure_probability(rows.uncertainty)
+    rows = dataclasses.replace(rows, failure_probability=probability)
     predictor.save(folder)
-    if (
-        dtype is not None
-    ):  # of a store, which keeps embeddings so: what a new image needs (``vilu.Guard``)
+    # of a store, which keeps embeddings so: what a new image needs (``vilu.Guard``)
+    if dtype is not None:
         Vocabulary.of(data, dtype).save(folder)
-    return record.save(
+    return save_calibration(
         folder,
         rows,
-        predictor=fit_fingerprint(folder),
-        **record.problem(data),
-        texts=candidates_of(data).get("texts"),
+        data,
         source=source_fingerprint(data),
         dataset=names[0],
         split=names[1],
-        n=int(rows.evaluable.sum()),
         promise=None if rule is None else f"{rule}{in_words(n_looks)}",
+        target=target,
         rule=rule,
+        probability=predictor.calibrator_,
         label_sets=label_sets,
+        draws=draws,
         inputs=inputs,
         near_copies=near_copies,
         looks=n_looks if n_looks > 1 else None,
@@ -322,62 +260,64 @@ def keep_record(  # noqa: PLR0913 - all that a record is made of
 
 def take_back(folder: Path, changed: set[str]) -> bool:
     """Whether a promise rests on labels, by the keys of their rows, that are others now; it is gone then."""
-    found = record.load(folder) if changed and record.has_record(folder) else None
-    if wrong := changed & {*(() if found is None else record.load_rows(folder, found).ids or ())}:
-        (folder / RISK).unlink()
-        write_card(folder)
-        logger.warning(
-            "%d labels that the promise rests on have changed: it has to be shown again", len(wrong)
-        )
-    return bool(wrong)
+    calibration = Calibration.find(folder) if changed else None
+    if calibration is None:
+        return False
+    wrong = changed & set(calibration.rows.ids or ())
+    if not wrong:
+        return False
+    (folder / RISK).unlink()
+    write_card(folder)
+    logger.warning(
+        "%d labels that the promise rests on have changed: it has to be shown again", len(wrong)
+    )
+    return True
 
 
-def _calibrated(folder: Path, inputs: set[str]) -> Record | None:
+def _made_before(folder: Path, inputs: str) -> Calibration | None:
     """What the same inputs made of a predictor before; refuses what others made.
 
     What cannot be used is in no way.
     """
-    if not record.has_record(folder):
-        return None
     try:
-        found = record.load(folder)
+        calibration = Calibration.find(folder)
     except ViLUError as error:
         logger.warning("the calibration in %s is made again: %s", folder, error)
         return None
-    if found.inputs in inputs:
+    if calibration is None:
+        return None
+    if calibration.inputs == inputs:
         logger.info("%s is calibrated so already: there is nothing to do", folder)
-        return found
+        return calibration
     raise UsageError(
-        f"{folder} is calibrated already, on {found.n:,} rows of {found.dataset} ({found.promise or 'no rule'}). "
-        "--overwrite replaces that calibration; monitors of it then begin anew."
+        f"{folder} is calibrated already, on {calibration.n:,} rows of {calibration.dataset} "
+        f"({calibration.promise or 'no rule'}). --overwrite replaces that calibration; monitors of "
+        "it then begin anew."
     )
 
 
-def _infeasible(selector: Selector) -> str:
+def _infeasible(rule: Rule) -> str:
     """Why nothing can be accepted, and what it would take."""
-    reasons, few = [], list(selector.certificates.items())[:SAID]
-    for name, one in few:
-        needed = (
-            ""
-            if one.n_needed is None
-            else f" At least {one.n_needed:,} calibration rows are needed."
-        )
-        reasons.append(f"{name + ': ' if name else ''}{one.why}.{needed}")
-    more = (
-        f" And {len(selector.certificates) - SAID} more groups."
-        if len(selector.certificates) > SAID
-        else ""
-    )
-    counted = "" if selector.counted is None else f" The {selector.counted}."
-    goal = "" if selector.max_risk is None else f"a risk of at most {percent(selector.max_risk)} "
-    goal += (
-        ""
-        if selector.min_coverage is None
-        else f"at a coverage of at least {selector.min_coverage:.1%} "
-    )
+    reasons = []
+    for name, threshold in list(rule.thresholds.items())[:SAID]:
+        of = f"{name}: " if name else ""
+        needed = ""
+        if threshold.n_needed is not None:
+            needed = f" At least {threshold.n_needed:,} calibration rows are needed."
+        reasons.append(f"{of}{threshold.why}.{needed}")
+    n_more = len(rule.thresholds) - SAID
+    if n_more > 0:
+        reasons.append(f"And {n_more} more groups.")
+    if rule.counted is not None:
+        reasons.append(f"The {rule.counted}.")
+    goal = ""
+    if rule.max_risk is not None:
+        goal += f"a risk of at most {percent(rule.max_risk)} "
+    if rule.min_coverage is not None:
+        goal += f"at a coverage of at least {rule.min_coverage:.1%} "
     return (
-        f"{goal}cannot be promised with confidence {exactly(selector.confidence)}: "
-        f"{' '.join(reasons)}{more}{counted} Nothing "
+        f"{goal}cannot be promised with confidence {exactly(rule.confidence)}: "
+        f"{' '.join(reasons)} Nothing "
         "was written but that these rows were looked at. Add calibration rows, ask for less (a "
         "larger --max-risk, a lower --confidence or --min-coverage), or take a predictor that "
         "ranks better."

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
 from vilu.artifacts.documents import Model
+from vilu.calibration.anytime import Looks
+from vilu.calibration.selection import drawn, p_values, selected
 from vilu.calibration.shares import (
     Strata,
-    check_shares,
     in_words,
     require_every_class,
     weighted_learn_then_test,
     why_nothing,
 )
+from vilu.calibration.target import Method, Target
 from vilu.calibration.thresholds import (
-    METHODS,
-    Point,
+    PROCEDURES,
+    Threshold,
     accepted_needed,
     coverage_first,
     exactly,
@@ -30,60 +33,44 @@ from vilu.calibration.thresholds import (
     rows_for_coverage,
     rows_for_mean,
     rows_without_error,
-    sgr_steps,
     tail,
 )
 from vilu.calibration.units import CountedRows, count_once
-from vilu.errors import DataError, UsageError
+from vilu.errors import DataError, InfeasibleError, UsageError
 from vilu.metrics.counts import Floats, Ints, TieCounts, real_vector, tie_counts
 from vilu.outcomes.outcomes import Outcomes, check_texts
 from vilu.predictors.contract.seen import LEARNED_FROM, MAX_SHARED
-from vilu.validation import checked, require_between, require_one_of
+from vilu.validation import checked
 
-ALL, OTHER = "", "(other)"
-"""Names of the group of all rows, and of the group of what has too few calibration rows for a group of its own."""
+ALL = ""
+"""Name of the group of all rows."""
 
-Promise = Literal["ltt", "sgr", "crc", "anytime"]
+OTHER = "(other)"
+"""Name of the group of what has too few calibration rows for a group of its own."""
 
-
-class Certificate(Model):
-    """A threshold and the calibration rows behind it."""
-
-    later = frozenset({"floor"})
-
-    threshold: float | None  # accept where the uncertainty is at most this; None: accept nothing
-    n: int = Field(ge=0)  # calibration rows
-    n_accepted: int = Field(ge=0)  # how many of them the threshold accepts
-    n_wrong: int = Field(ge=0)  # how many of those are wrong
-    risk_bound: float | None  # what is promised; None where nothing is accepted
-    why: str | None = None  # why nothing is accepted
-    # so many calibration rows are needed at least, where there are fewer; else None. How many would
-    # be enough depends on how many of them are accepted and right
-    n_needed: int | None = None
-    # abstain where the uncertainty is at most this, too: too many of the most trusted answers are
-    # wrong. None: no answer is too trusted
-    floor: float | None = None
-
-    @property
-    def coverage(self) -> float:
-        """Share of the calibration rows that is accepted."""
-        return self.n_accepted / self.n if self.n else 0.0
+ROUNDING = 1e-9
+"""Shares of rows are compared up to this: 55 are not less than 0.55 * 100."""
 
 
-class Selector(Model):
-    """Accepts answers whose uncertainty is at most a threshold, one for all rows or one per group.
+class Rule(Model):
+    """Accepts an answer, or abstains: by a threshold on its uncertainty, or by what a whole batch shows.
 
-    And above a floor, where a certificate has one.
+    There is one threshold for all rows, or one per group, and above it perhaps a floor. Only the
+    method "selection" has none: it judges all rows of a batch together (``needs_batch``,
+    ``vilu.calibration.selection``).
 
     Attributes:
-        method: "ltt", "sgr", "crc", or "anytime" (``vilu.calibration.anytime``): looked at again and
-            again.
+        method: "ltt", "crc", "selection", or "anytime" (``vilu.calibration.anytime``): looked at
+            again and again.
         max_risk: The target; None where a coverage was asked for alone.
         min_coverage: Least coverage asked for; None for any.
         confidence: 1 - delta; with several groups the promises hold for all of them together with
             it.
         grouped_by: "prediction" (the zero-shot answer), "groups" (given by the caller), or None.
-        certificates: Per group; one group "" without groups.
+        thresholds: Per group; one group "" without groups, none where whole batches are judged.
+        n: Calibration rows.
+        wrong: Uncertainties of the wrong calibration answers, ascending, where whole batches are
+            judged.
         outside_share: Share of pictures of none of the classes up to which the promise holds; None:
             that of the calibration rows.
         class_shares: Shares of the classes, among the others, at which it holds; None: those of the
@@ -94,31 +81,33 @@ class Selector(Model):
     Examples:
         >>> import numpy as np, vilu
         >>> uncertainty = np.linspace(0, 1, 101)
-        >>> selector = vilu.calibrate(
-        ...     vilu.Outcomes(uncertainty, uncertainty > 0.795), max_risk=0.05
-        ... )
-        >>> round(selector.threshold, 2), selector.n_wrong, selector.n_accepted
+        >>> rule = vilu.calibrate(vilu.Outcomes(uncertainty, uncertainty > 0.795), max_risk=0.05)
+        >>> round(rule.threshold, 2), rule.n_wrong, rule.n_accepted
         (0.79, 0, 80)
-        >>> selector.accept([0.2, 0.99, np.nan]).tolist()
+        >>> rule.accept([0.2, 0.99, np.nan]).tolist()
         [True, False, False]
-        >>> selector.reasons([0.2, 0.99])
+        >>> rule.reasons([0.2, 0.99])
         [None, 'above_threshold']
     """
 
-    later = frozenset({"outside_share", "class_shares", "counted"})
+    later = frozenset({"wrong", "outside_share", "class_shares", "counted"})
 
-    kind: Literal["threshold"] = "threshold"
-    needs_batch: ClassVar[bool] = False
-
-    method: Promise
+    method: Method
     max_risk: float | None = Field(ge=0, le=1)
-    min_coverage: float | None = Field(gt=0, le=1)
+    min_coverage: float | None = Field(default=None, gt=0, le=1)
     confidence: float = Field(gt=0, lt=1)
     grouped_by: Literal["prediction", "groups"] | None = None
-    certificates: dict[str, Certificate]
+    thresholds: dict[str, Threshold]
+    n: int = Field(ge=0)
+    wrong: tuple[float, ...] = ()
     outside_share: float | None = Field(default=None, ge=0, lt=1)
     class_shares: dict[str, float] | None = None
     counted: CountedRows | None = None
+
+    @property
+    def needs_batch(self) -> bool:
+        """Whether it judges all rows of a batch together."""
+        return self.method == "selection"
 
     @property
     def reweighted(self) -> bool:
@@ -128,22 +117,17 @@ class Selector(Model):
     @property
     def feasible(self) -> bool:
         """Whether anything is accepted."""
-        return self.n_accepted > 0
-
-    @property
-    def n(self) -> int:
-        """Calibration rows."""
-        return sum(one.n for one in self.certificates.values())
+        return self.needs_batch or self.n_accepted > 0
 
     @property
     def n_accepted(self) -> int:
         """Calibration rows that are accepted."""
-        return sum(one.n_accepted for one in self.certificates.values())
+        return sum(threshold.n_accepted for threshold in self.thresholds.values())
 
     @property
     def n_wrong(self) -> int:
         """Accepted calibration rows that are wrong."""
-        return sum(one.n_wrong for one in self.certificates.values())
+        return sum(threshold.n_wrong for threshold in self.thresholds.values())
 
     @property
     def coverage(self) -> float:
@@ -153,17 +137,18 @@ class Selector(Model):
     @property
     def risk_bound(self) -> float | None:
         """What is promised; with groups the largest of their bounds."""
-        bounds = [
-            one.risk_bound for one in self.certificates.values() if one.risk_bound is not None
-        ]
-        return max(bounds) if bounds else None
+        bounds = []
+        for threshold in self.thresholds.values():
+            if threshold.risk_bound is not None:
+                bounds.append(threshold.risk_bound)
+        return max(bounds, default=None)
 
     @property
     def threshold(self) -> float | None:
         """Accept where the uncertainty is at most this; None: accept nothing.
 
         Raises:
-            UsageError: If every group has its own.
+            UsageError: If every group has its own, or whole batches are judged.
         """
         return self._only("threshold").threshold
 
@@ -172,14 +157,16 @@ class Selector(Model):
         """Accept where the uncertainty is above this only; None: no answer is too trusted.
 
         Raises:
-            UsageError: If every group has its own.
+            UsageError: If every group has its own, or whole batches are judged.
         """
         return self._only("floor").floor
 
-    def _only(self, what: str) -> Certificate:
+    def _only(self, what: str) -> Threshold:
+        if self.needs_batch:
+            raise UsageError(f"this rule judges whole batches, so it has no {what} of its own.")
         if self.grouped_by is not None:
-            raise UsageError(f"this selector has a {what} per group: see its certificates.")
-        return self.certificates[ALL]
+            raise UsageError(f"this rule has a {what} per group: see its thresholds.")
+        return self.thresholds[ALL]
 
     def limits(self, n: int, groups: Sequence[str] | None) -> tuple[Floats, Floats]:
         """(N,) floor and (N,) threshold of every row, both -inf where its group accepts nothing.
@@ -187,7 +174,7 @@ class Selector(Model):
         Groups without their own have those of "(other)".
 
         Raises:
-            UsageError: As ``accept``.
+            UsageError: As ``accept``, or if whole batches are judged.
 
         Examples:
             >>> import numpy as np, vilu
@@ -195,22 +182,24 @@ class Selector(Model):
             >>> outcomes = vilu.Outcomes(
             ...     [*day, *night], [*(day > 0.9), *(night > 0.6)]
             ... )  # by night more is wrong
-            >>> selector = vilu.calibrate(
-            ...     outcomes, max_risk=0.1, groups=["day"] * 100 + ["night"] * 100
-            ... )
-            >>> floors, thresholds = selector.limits(2, ["day", "night"])
+            >>> groups = ["day"] * 100 + ["night"] * 100
+            >>> rule = vilu.calibrate(outcomes, max_risk=0.1, groups=groups)
+            >>> floors, thresholds = rule.limits(2, ["day", "night"])
             >>> thresholds.round(2).tolist()
             [0.93, 0.61]
         """
+        if self.needs_batch:
+            raise UsageError("this rule judges whole batches, so no row has a limit of its own.")
         names = [ALL] * n if self.grouped_by is None else check_texts(groups, "groups")
         if names is None or len(names) != n:
             raise UsageError(
-                f"with a threshold per group this selector needs the group of each of {n} rows, as text."
+                f"with a threshold per group this rule needs the group of each of {n} rows, as text."
             )
-        ends = {name: interval(one) for name, one in self.certificates.items()}
-        other = ends.get(OTHER, (-np.inf, -np.inf))
-        found = np.array([ends.get(name, other) for name in names], dtype=np.float64).reshape(n, 2)
-        return found[:, 0], found[:, 1]
+        intervals = {name: threshold.interval for name, threshold in self.thresholds.items()}
+        other = intervals.get(OTHER, (-math.inf, -math.inf))
+        rows = [intervals.get(name, other) for name in names]
+        ends = np.array(rows, dtype=np.float64).reshape(n, 2)
+        return ends[:, 0], ends[:, 1]
 
     def accept(
         self, uncertainty: ArrayLike, groups: Sequence[str] | None = None
@@ -218,8 +207,9 @@ class Selector(Model):
         """(N,) whether each answer is accepted; one without an uncertainty (NaN) is not.
 
         Args:
-            uncertainty: (N,) of the same predictor as the calibration rows.
-            groups: N names of groups, where the selector has them.
+            uncertainty: (N,) of the same predictor as the calibration rows; all of a batch, where
+                the rule judges whole batches.
+            groups: N names of groups, where the rule has them.
 
         Raises:
             UsageError: If groups are needed, and there is not one for every row.
@@ -230,72 +220,91 @@ class Selector(Model):
             >>> calibration = vilu.Outcomes(
             ...     np.linspace(0, 0.5, 100), np.zeros(100)
             ... )  # all are right
-            >>> selector = vilu.calibrate(calibration, max_risk=0.05)
-            >>> selector.accept([0.1, 0.5, 0.6, np.nan]).tolist()
+            >>> rule = vilu.calibrate(calibration, max_risk=0.05)
+            >>> rule.accept([0.1, 0.5, 0.6, np.nan]).tolist()
             [True, True, False, False]
         """
         scores = real_vector(uncertainty, "uncertainty")
+        if self.needs_batch:
+            return selected(self.p_values(scores), self.max_risk or 0.0)
         floors, thresholds = self.limits(len(scores), groups)
         return (scores > floors) & (scores <= thresholds)
+
+    def p_values(self, uncertainty: ArrayLike) -> Floats:
+        """(N,) conformal p-values of a batch, where whole batches are judged; NaN without an uncertainty.
+
+        Examples:
+            >>> import numpy as np, vilu
+            >>> calibration = vilu.Outcomes(np.linspace(0, 1, 19), np.zeros(19))
+            >>> rule = vilu.calibrate(calibration, max_risk=0.05, method="selection")
+            >>> rule.p_values([0.5]).tolist()
+            [0.05]
+        """
+        if not self.needs_batch:
+            raise UsageError(f"the method {self.method} has thresholds, and no p-values.")
+        return p_values(real_vector(uncertainty, "uncertainty"), self.wrong, self.n)
 
     def reasons(
         self, uncertainty: ArrayLike, groups: Sequence[str] | None = None
     ) -> list[str | None]:
         """Per row why it is not accepted, else None.
 
-        "above_threshold", "below_floor" (answers trusted as much are too often wrong), or
-        "not_certified" (its group accepts nothing). Errors are those of ``accept``.
+        "above_threshold", "below_floor" (answers trusted as much are too often wrong),
+        "not_certified" (its group accepts nothing), or "not_selected" (of a batch). Errors are
+        those of ``accept``.
         """
         scores = real_vector(uncertainty, "uncertainty")
-        floors, thresholds = self.limits(len(scores), groups)
-        found = np.full(len(scores), None, dtype=object)
-        found[~(scores <= thresholds)] = "above_threshold"
-        found[scores <= floors] = "below_floor"
-        found[thresholds == -np.inf] = "not_certified"
-        return found.tolist()
+        reasons = np.full(len(scores), None, dtype=object)
+        if self.needs_batch:
+            reasons[~self.accept(scores)] = "not_selected"
+        else:
+            floors, thresholds = self.limits(len(scores), groups)
+            reasons[~(scores <= thresholds)] = "above_threshold"
+            reasons[scores <= floors] = "below_floor"
+            reasons[thresholds == -np.inf] = "not_certified"
+        texts: list[str | None] = reasons.tolist()
+        return texts
 
     def __str__(self) -> str:
+        if self.needs_batch:
+            return self._promise_of_batch()
         lines = [self._promise()]
         if self.grouped_by is not None:
-            lines += [f"  {name}: {describe(one)}" for name, one in self.certificates.items()]
+            lines += [f"  {name}: {threshold}" for name, threshold in self.thresholds.items()]
         return "\n".join(lines)
+
+    def _promise_of_batch(self) -> str:
+        counted = "" if self.counted is None else f": {self.counted}"
+        return (
+            f"accepts what it can of a batch, of which on average at most {percent(self.max_risk or 0.0)} are wrong "
+            f"({len(self.wrong)} wrong of {self.n} calibration rows{counted})"
+        )
 
     def _promise(self) -> str:
         bound = self.risk_bound
         if bound is None:
             return "nothing is accepted"
-        sure = (
-            f"with confidence {exactly(self.confidence)}" if self.method != "crc" else "on average"
-        )
-        what = (
-            "of all answers are accepted and wrong"
-            if self.method == "crc"
-            else "of the accepted answers are wrong"
-        )
-        found = f"{self.n_wrong} wrong of {self.n_accepted} accepted, of {self.n} calibration rows"
-        found += ", whose shares are others" if self.reweighted else ""
-        found += f": {self.counted}" if self.counted is not None else ""
-        found += ", at whatever moment one looks" if self.method == "anytime" else ""
-        floors = any(one.floor is not None for one in self.certificates.values())
-        but = ", and abstains from the most trusted, which are too often wrong" if floors else ""
-        shares = f" {in_words(self.outside_share, self.class_shares)}" if self.reweighted else ""
-        of = " of the calibration rows" if self.reweighted or self.method == "anytime" else ""
-        return f"accepts {self.coverage:.1%}{of}{but}; {sure} at most {percent(bound)} {what}{shares} ({found})"
-
-
-def describe(certificate: Certificate) -> str:
-    """A certificate in words."""
-    if certificate.threshold is None:
-        return f"accepts nothing: {certificate.why}"
-    found = f"{certificate.n_wrong} wrong of {certificate.n_accepted} accepted, of {certificate.n}"
-    floor = "" if certificate.floor is None else f"{certificate.floor:.6g} < "
-    return f"{floor}uncertainty <= {certificate.threshold:.6g} accepts {certificate.coverage:.1%} ({found})"
-
-
-def interval(certificate: Certificate) -> tuple[float, float]:
-    """Accepted are uncertainties above the first number up to the second; both -inf where nothing is."""
-    floor, threshold = certificate.floor, certificate.threshold
-    return -np.inf if floor is None else floor, -np.inf if threshold is None else threshold
+        sure = f"with confidence {exactly(self.confidence)}"
+        what = "of the accepted answers are wrong"
+        if self.method == "crc":
+            sure = "on average"
+            what = "of all answers are accepted and wrong"
+        rows = f"{self.n_wrong} wrong of {self.n_accepted} accepted, of {self.n} calibration rows"
+        share = ""
+        shares = ""
+        if self.reweighted:
+            rows += ", whose shares are others"
+            share = " of the calibration rows"
+            shares = f" {in_words(self.outside_share, self.class_shares)}"
+        if self.counted is not None:
+            rows += f": {self.counted}"
+        if self.method == "anytime":
+            rows += ", at whatever moment one looks"
+            share = " of the calibration rows"
+        but = ""
+        if any(threshold.floor is not None for threshold in self.thresholds.values()):
+            but = ", and abstains from the most trusted, which are too often wrong"
+        return f"accepts {self.coverage:.1%}{share}{but}; {sure} at most {percent(bound)} {what}{shares} ({rows})"
 
 
 @checked
@@ -305,19 +314,19 @@ def calibrate(
     max_risk: float | None = None,
     confidence: float = 0.95,
     min_coverage: float | None = None,
-    method: Promise = "ltt",
+    method: Method = "ltt",
     groups: Sequence[str] | Literal["prediction"] | None = None,
     outside_share: float | None = None,
     class_shares: Mapping[str, float] | None = None,
-) -> Selector:
+) -> Rule:
     """A threshold on the uncertainty such that the error rate among accepted answers is at most ``max_risk``.
 
-    "ltt" and "sgr" promise it with probability ``confidence`` over the draw of the calibration
-    rows; "crc" promises the mean of another risk, the share of *all* answers that is accepted and
-    wrong. Rows of one ``picture`` count once, as wrong where any of them is. All need calibration
-    rows that are drawn as the later ones are and were not used to fit; nothing is promised when the
-    data shift. A target that cannot be met is an answer: ``feasible`` is False, and the certificate
-    says what is missing.
+    "ltt" promises it with probability ``confidence`` over the draw of the calibration rows; "crc"
+    promises the mean of another risk, the share of *all* answers that is accepted and wrong. Rows
+    of one ``picture`` count once, as wrong where any of them is. Both need calibration rows that
+    are drawn as the later ones are and were not used to fit; nothing is promised when the data
+    shift. A target that cannot be met is an answer: ``feasible`` is False, and the threshold says
+    what is missing.
 
     Args:
         outcomes: Calibration rows; those without uncertainty or known failure are left out.
@@ -326,7 +335,9 @@ def calibrate(
         min_coverage: Least share to accept, at the stated shares if there are such. With
             ``max_risk``, a threshold that accepts less counts as infeasible; alone, the strictest
             threshold that accepts so much, with the bound of its risk.
-        method: "ltt", "sgr" or "crc"; see ``vilu.calibration.thresholds``.
+        method: "ltt" or "crc", see ``vilu.calibration.thresholds``; or "selection", which accepts part
+            of a batch such that E[share of wrong ones among the accepted] <= max_risk, see
+            ``vilu.calibration.selection``.
         groups: N names, or "prediction" for the zero-shot answer: a threshold for each with enough
             rows, the others together, as "(other)", with a group that is called so; delta is
             divided among them, so that all promises hold at once. A least coverage alone is that of
@@ -342,75 +353,124 @@ def calibrate(
         UsageError: If neither target is given or one is out of range.
         DataError: If no row can be used, more than 1 % of the rows were used to fit the predictor
             (as ``vilu.score`` has counted), or there is not one group per row.
+        InfeasibleError: If "selection" has fewer rows than can select anything.
 
     Examples:
         >>> import numpy as np, vilu
         >>> rng = np.random.default_rng(0)
         >>> uncertainty = rng.random(1000)
         >>> calibration = vilu.Outcomes(uncertainty, rng.random(1000) < uncertainty**2)
-        >>> selector = vilu.calibrate(calibration, max_risk=0.1)
-        >>> round(selector.threshold, 2), selector.n_accepted, selector.n_wrong
+        >>> rule = vilu.calibrate(calibration, max_risk=0.1)
+        >>> round(rule.threshold, 2), rule.n_accepted, rule.n_wrong
         (0.37, 338, 23)
         >>> few = vilu.calibrate(vilu.Outcomes(np.linspace(0, 1, 50), np.zeros(50)), max_risk=0.05)
         >>> (
         ...     few.feasible,
-        ...     few.certificates[""].n_needed,
+        ...     few.thresholds[""].n_needed,
         ... )  # 0.95**59 < 0.05, and a row for the threshold
         (False, 60)
     """
-    check_target(max_risk, min_coverage, confidence, method)
-    check_stated(outside_share, class_shares, max_risk, method, grouped=groups is not None)
-    keep, counted = count_once(outcomes, evaluable(outcomes))
-    goal, shares = (
-        _Goal(max_risk, min_coverage, method),
-        None if class_shares is None else dict(class_shares),
-    )
-    if outside_share is not None or shares is not None:
-        certificates = {
-            ALL: goal.certify_shares(outcomes.take(keep), outside_share, shares, 1 - confidence)
-        }
-    else:
-        uncertainty, failure = outcomes.uncertainty[keep], outcomes.failure[keep]
-        members = members_of(
-            _names(outcomes, groups, keep), len(failure), 1 - confidence, goal.fewest
-        )
-        delta = (1 - confidence) / len(members)
-        found = {
-            name: goal.certify(tie_counts(uncertainty[at], failure[at]), delta)
-            for name, at in members.items()
-        }
-        certificates = goal.all_or_none(found)
-    return Selector(
-        method=method,
+    target = Target(
         max_risk=max_risk,
         min_coverage=min_coverage,
         confidence=confidence,
-        grouped_by=None
-        if groups is None
-        else "prediction"
-        if isinstance(groups, str)
-        else "groups",
-        certificates=certificates,
+        method=method,
         outside_share=outside_share,
-        class_shares=shares,
+        class_shares=None if class_shares is None else dict(class_shares),
+    )
+    target.check_rule(grouped=groups is not None)
+    return rule_of(outcomes, target, groups)
+
+
+def rule_of(
+    outcomes: Outcomes, target: Target, groups: Sequence[str] | Literal["prediction"] | None = None
+) -> Rule:
+    """The rule that calibration rows support for a target, in which nothing may be accepted; as ``calibrate``."""
+    keep, counted = count_once(outcomes, evaluable(outcomes))
+    rows = outcomes.take(keep)
+    thresholds: dict[str, Threshold] = {}
+    wrong: tuple[float, ...] = ()
+    n = len(rows)
+    if target.method == "selection":
+        n, wrong = _to_select_by(rows, target)
+    elif target.states_shares:
+        thresholds = {ALL: _for_shares(rows, target)}
+    else:
+        names = None if groups is None else _names(outcomes, groups, keep)
+        thresholds = _for_groups(rows, names, target)
+    grouped_by: Literal["prediction", "groups"] | None = None
+    if groups is not None:
+        grouped_by = "prediction" if isinstance(groups, str) else "groups"
+    return Rule(
+        method=target.method,
+        max_risk=target.max_risk,
+        min_coverage=target.min_coverage,
+        confidence=target.confidence,
+        grouped_by=grouped_by,
+        thresholds=thresholds,
+        n=n,
+        wrong=wrong,
+        outside_share=target.outside_share,
+        class_shares=None if target.class_shares is None else dict(target.class_shares),
         counted=counted,
     )
 
 
-def check_stated(
-    outside_share: float | None,
-    class_shares: Mapping[str, float] | None,
-    max_risk: float | None,
-    method: str,
-    *,
-    grouped: bool,
-) -> None:
-    """Refuse shares that cannot be, or with which nothing can be promised."""
-    check_shares(outside_share, class_shares)
-    if (outside_share is not None or class_shares is not None) and (
-        max_risk is None or method != "ltt" or grouped
-    ):
-        raise UsageError("stated shares take a max_risk, the method ltt, and no groups.")
+def _to_select_by(rows: Outcomes, target: Target) -> tuple[int, tuple[float, ...]]:
+    """How many rows batches are compared with, a million at most, and the scores of the wrong ones, ascending."""
+    max_risk = target.max_risk or 0.0
+    fewest = rows_for_mean(max_risk)
+    chosen = drawn(len(rows))
+    n = len(chosen)
+    if n < fewest:
+        raise InfeasibleError(
+            f"with {n} calibration rows no answer can be selected at a risk of {percent(max_risk)}: no p-value "
+            f"is below 1 / {n + 1}. At least {fewest} rows are needed."
+        )
+    is_wrong = rows.failure[chosen] == 1
+    wrong = np.sort(rows.uncertainty[chosen][is_wrong])
+    return n, tuple(wrong.tolist())
+
+
+def rule_at_any_time(
+    groups: Mapping[str, tuple[Looks, Outcomes]], max_risk: float, confidence: float
+) -> Rule:
+    """The rule that labels support which came one after another, of every group by itself (one group: "").
+
+    Of a group there are the thresholds that may be certified, and the rows whose labels count.
+    """
+    thresholds = {name: _by_labels(looks, rows, max_risk) for name, (looks, rows) in groups.items()}
+    return Rule(
+        method="anytime",
+        max_risk=max_risk,
+        confidence=confidence,
+        grouped_by=None if ALL in groups else "prediction",
+        thresholds=thresholds,
+        n=sum(threshold.n for threshold in thresholds.values()),
+    )
+
+
+def _by_labels(looks: Looks, rows: Outcomes, max_risk: float) -> Threshold:
+    """The laxest threshold that labels certify so far, or what they lack."""
+    at = looks.certified(rows.uncertainty, rows.failure)
+    wrong, accepted = looks.counts(rows.uncertainty, rows.failure)
+    if at is not None:
+        return Threshold(
+            threshold=float(looks.grid[at]),
+            n=len(rows),
+            n_accepted=int(accepted[at]),
+            n_wrong=int(wrong[at]),
+            risk_bound=max_risk,
+        )
+    more = looks.more_needed(rows.uncertainty, rows.failure)
+    last = looks.last
+    why = (
+        f"of {int(accepted[last])} labels up to the limit {int(wrong[last])} are wrong, and these scores do "
+        f"not single out answers with an error rate below {max_risk:.2%}"
+    )
+    if more is not None:
+        why = f"about {more:,} more labels of the calibration side are needed, if errors go on as so far"
+    return Threshold.nothing(len(rows), why)
 
 
 def evaluable(outcomes: Outcomes) -> NDArray[np.bool_]:
@@ -443,7 +503,7 @@ def refuse_fitted(outcomes: Outcomes) -> None:
             f"{found}, more than {MAX_SHARED:.0%} of the {n_told} that can be told. "
             f"{LEARNED_FROM} {remedy}."
         )
-    warnings.warn(f"{found}. {LEARNED_FROM} {remedy}.", stacklevel=5)
+    warnings.warn(f"{found}. {LEARNED_FROM} {remedy}.", stacklevel=6)
 
 
 def group_names(outcomes: Outcomes) -> list[str]:
@@ -458,10 +518,8 @@ def group_names(outcomes: Outcomes) -> list[str]:
     ]
 
 
-def _names(outcomes: Outcomes, groups: Sequence[str] | None, keep: Ints) -> list[str] | None:
+def _names(outcomes: Outcomes, groups: Sequence[str], keep: Ints) -> list[str]:
     """Group of every row that is kept (M,)."""
-    if groups is None:
-        return None
     names = (
         group_names(outcomes) if isinstance(groups, str) else check_texts(groups, "groups") or ()
     )
@@ -470,20 +528,6 @@ def _names(outcomes: Outcomes, groups: Sequence[str] | None, keep: Ints) -> list
             f"groups must name one group per row ({len(outcomes)}). Got {len(names)} instead."
         )
     return [names[row] for row in keep.tolist()]
-
-
-def check_target(
-    max_risk: float | None, min_coverage: float | None, confidence: float, method: str
-) -> None:
-    """Refuse what cannot be promised."""
-    if max_risk is None and min_coverage is None:
-        raise UsageError("what is to be promised? Give max_risk, min_coverage or both.")
-    if max_risk is not None:
-        require_between("max_risk", max_risk)
-    if min_coverage is not None:
-        require_between("min_coverage", min_coverage, "(0, 1]")
-    require_between("confidence", confidence)
-    require_one_of("method", method, METHODS)
 
 
 def members_of(
@@ -509,146 +553,128 @@ def members_of(
     return {name: rows for name, rows in found.items() if len(rows)}
 
 
-def _certificate(counts: TieCounts, point: Point) -> Certificate:
-    """What is accepted at a point, of these calibration rows."""
-    inside = slice(point.floor + 1, point.index + 1)
-    return Certificate(
-        threshold=float(counts.value[point.index]),
-        n=int(counts.n),
-        n_accepted=int(counts.size[inside].sum()),
-        n_wrong=int(counts.wrong[inside].sum()),
-        risk_bound=point.risk_bound,
-        floor=float(counts.value[point.floor]) if point.floor >= 0 else None,
-    )
+def _for_groups(rows: Outcomes, names: list[str] | None, target: Target) -> dict[str, Threshold]:
+    """The best threshold of every group; none of them where together they accept less than was asked for."""
+
+    def fewest(delta: float) -> int:
+        return _fewest(target, delta)
+
+    delta = 1 - target.confidence
+    members = members_of(names, len(rows), delta, fewest)
+    each = delta / len(members)
+    thresholds = {}
+    for name, places in members.items():
+        counts = tie_counts(rows.uncertainty[places], rows.failure[places])
+        thresholds[name] = _best(counts, target, each)
+    why = _why_not_all(thresholds, target)
+    if why is None:
+        return thresholds
+    return {name: Threshold.nothing(one.n, why, one.n_needed) for name, one in thresholds.items()}
 
 
-def _nothing(n: int, why: str, n_needed: int | None = None) -> Certificate:
-    return Certificate(
-        threshold=None, n=n, n_accepted=0, n_wrong=0, risk_bound=None, why=why, n_needed=n_needed
-    )
+def _why_not_all(thresholds: Mapping[str, Threshold], target: Target) -> str | None:
+    """Why the groups together fall short of the coverage that was asked for; None where they do not."""
+    if target.min_coverage is None:
+        return None
+    if target.max_risk is None:
+        for threshold in thresholds.values():
+            if threshold.threshold is None:
+                return threshold.why
+        return None
+    n = sum(threshold.n for threshold in thresholds.values())
+    n_accepted = sum(threshold.n_accepted for threshold in thresholds.values())
+    if 0 < n_accepted < (target.min_coverage - ROUNDING) * n:
+        return _too_little(n_accepted / n, target.min_coverage)
+    return None
 
 
 def _too_little(coverage: float, asked: float) -> str:
     return f"the risk is attained at {coverage:.1%} coverage at most, less than the {asked:.1%} asked for"
 
 
-class _Goal(NamedTuple):
-    """What every group is to keep, and the least coverage of all of them together."""
+def _for_shares(rows: Outcomes, target: Target) -> Threshold:
+    """The best threshold for stated shares, or why there is none."""
+    strata = Strata(rows, target.outside_share, target.class_shares)
+    max_risk = target.max_risk or 0.0
+    delta = 1 - target.confidence
+    require_every_class(rows, target.class_shares)
+    best: Threshold | None = None
+    if not strata.lacking(max_risk, delta):
+        is_wrong = rows.failure == 1
+        best = weighted_learn_then_test(rows.uncertainty, is_wrong, strata.weight, max_risk, delta)
+    if best is None:
+        return Threshold.nothing(len(rows), *why_nothing(strata, max_risk, delta))
+    floor, limit = best.interval
+    accepted = (rows.uncertainty > floor) & (rows.uncertainty <= limit)
+    coverage = float(strata.weight[accepted].sum()) / len(rows)
+    if target.min_coverage is not None and coverage < target.min_coverage - ROUNDING:
+        return Threshold.nothing(len(rows), _too_little(coverage, target.min_coverage))
+    return best
 
-    max_risk: float | None
-    min_coverage: float | None
-    method: Promise
 
-    def fewest(self, delta: float) -> int:
-        """Fewest rows of a group for which anything can be promised at level delta."""
-        if self.max_risk is None:
-            return (
-                1
-                if self.min_coverage in {None, 1.0}
-                else rows_for_coverage(self.min_coverage or 1.0, delta)
-            )
-        return (
-            rows_for_mean(self.max_risk)
-            if self.method == "crc"
-            else rows_without_error(self.max_risk, delta) + 1
-        )
+def _best(counts: TieCounts, target: Target, delta: float) -> Threshold:
+    """The best threshold of a group at level delta, or why there is none."""
+    if target.max_risk is None:
+        best = coverage_first(counts, target.min_coverage or 1.0, delta)
+    else:
+        best = PROCEDURES[target.method](counts, target.max_risk, delta)
+    if best is not None:
+        return best
+    why, n_needed = _why_nothing(counts, target, delta)
+    return Threshold.nothing(int(counts.n), why, n_needed)
 
-    def certify(self, counts: TieCounts, delta: float) -> Certificate:
-        """The best threshold, or why there is none."""
-        if self.max_risk is not None:
-            point = METHODS[self.method](counts, self.max_risk, delta)
-        else:
-            point = coverage_first(counts, self.min_coverage or 1.0, delta)
-        return (
-            _certificate(counts, point)
-            if point
-            else _nothing(int(counts.n), *self._why_nothing(counts, delta))
-        )
 
-    def certify_shares(
-        self,
-        rows: Outcomes,
-        outside_share: float | None,
-        class_shares: dict[str, float] | None,
-        delta: float,
-    ) -> Certificate:
-        """The same for stated shares."""
-        strata, max_risk, point = (
-            Strata(rows, outside_share, class_shares),
-            self.max_risk or 0.0,
-            None,
-        )
-        require_every_class(rows, class_shares)
-        if not strata.lacking(max_risk, delta):
-            _, point = weighted_learn_then_test(
-                rows.uncertainty, rows.failure == 1, strata.weight, max_risk, delta
-            )
-        if point is None:
-            return _nothing(len(rows), *why_nothing(strata, max_risk, delta))
-        one = _certificate(tie_counts(rows.uncertainty, rows.failure), point)
-        floor, threshold = interval(one)
-        accepted = (rows.uncertainty > floor) & (rows.uncertainty <= threshold)
-        coverage = float(strata.weight[accepted].sum()) / len(rows)
-        if (
-            self.min_coverage is not None and coverage < self.min_coverage - 1e-9
-        ):  # weights are rounded
-            return _nothing(len(rows), _too_little(coverage, self.min_coverage))
-        return one
+def _fewest(target: Target, delta: float) -> int:
+    """Fewest rows of a group for which anything can be promised at level delta."""
+    if target.max_risk is None:
+        if target.min_coverage in {None, 1.0}:
+            return 1
+        return rows_for_coverage(target.min_coverage or 1.0, delta)
+    if target.method == "crc":
+        return rows_for_mean(target.max_risk)
+    return rows_without_error(target.max_risk, delta) + 1  # the row at the threshold is no trial
 
-    def all_or_none(self, certificates: dict[str, Certificate]) -> dict[str, Certificate]:
-        """The certificates, or none of them where together they fall short of the coverage that was asked for."""
-        if self.min_coverage is None:
-            return certificates
-        n, accepted = (
-            sum(getattr(one, field) for one in certificates.values())
-            for field in ("n", "n_accepted")
-        )
-        why = None
-        if self.max_risk is None:
-            why = next((one.why for one in certificates.values() if one.threshold is None), None)
-        elif 0 < accepted < (self.min_coverage - 1e-9) * n:  # 55 are less than 0.55 * 100
-            why = _too_little(accepted / n, self.min_coverage)
-        if why is None:
-            return certificates
-        return {name: _nothing(one.n, why, one.n_needed) for name, one in certificates.items()}
 
-    def _why_nothing(self, counts: TieCounts, delta: float) -> tuple[str, int | None]:
-        """Why no threshold keeps the promise, and how many calibration rows it takes at least, where they are fewer."""
-        n, max_risk = int(counts.n), self.max_risk
-        if max_risk is None:
-            why = f"{n} rows cannot show that {self.min_coverage:.1%} of all answers are accepted"
-            return why, None if self.min_coverage == 1 else self.fewest(delta)
-        if self.method == "crc":
-            if n < (fewest := self.fewest(delta)):
-                return (
-                    f"{n} rows are fewer than the {fewest} that a mean of {max_risk:.2%} takes",
-                    fewest,
-                )
-            return (
-                f"{int(counts.accepted_wrong[0])} of the most trusted answers, equal in score, are wrong",
-                None,
-            )
-        if self.method == "sgr":
-            delta /= sgr_steps(len(counts.value))
-        flawless = rows_without_error(max_risk, delta) + (self.method == "ltt")
+def _why_nothing(counts: TieCounts, target: Target, delta: float) -> tuple[str, int | None]:
+    """Why no threshold keeps the promise, and how many calibration rows it takes at least, where they are fewer."""
+    n = int(counts.n)
+    max_risk = target.max_risk
+    fewest = _fewest(target, delta)
+    if max_risk is None:
+        why = f"{n} rows cannot show that {target.min_coverage:.1%} of all answers are accepted"
+        return why, None if target.min_coverage == 1 else fewest
+    if target.method == "crc":
+        if n < fewest:
+            why = f"{n} rows are fewer than the {fewest} that a mean of {max_risk:.2%} takes"
+            return why, fewest
+        wrong = int(counts.accepted_wrong[0])
+        return f"{wrong} of the most trusted answers, equal in score, are wrong", None
+    if n < fewest:
         right = int(counts.accepted[counts.accepted_wrong == 0].max(initial=0))
-        if n < flawless:
-            why = (
-                f"{max_risk:.2%} takes {flawless:,} accepted answers, none of them wrong, and there are {n:,} rows, of "
-                f"which the {right:,} most trusted are right"
-            )
-            return why, flawless
-        return self._why_not_enough(counts, delta), None
+        why = (
+            f"{max_risk:.2%} takes {fewest:,} accepted answers, none of them wrong, and there are {n:,} rows, of "
+            f"which the {right:,} most trusted are right"
+        )
+        return why, fewest
+    return _why_not_enough(counts, max_risk, delta), None
 
-    def _why_not_enough(self, counts: TieCounts, delta: float) -> str:
-        """Why no threshold is certified although there are rows enough for one."""
-        max_risk = self.max_risk or 0.0
-        best = int(np.argmin(tail(counts.accepted_wrong, counts.accepted, max_risk)))
-        accepted, wrong = int(counts.accepted[best]), int(counts.accepted_wrong[best])
-        found = f"of the {accepted:,} most trusted answers {wrong:,} {'is' if wrong == 1 else 'are'} wrong"
-        if wrong >= max_risk * accepted:
-            return f"{found}: these scores do not single out answers with an error rate below {max_risk:.2%}"
-        needed = accepted_needed(wrong, max_risk, delta)
-        if needed is not None and needed > accepted:
-            return f"{found}, and with so many wrong {max_risk:.2%} takes at least {needed:,} accepted answers"
-        return f"{found}, which would do if this were the only threshold that is tried"
+
+def _why_not_enough(counts: TieCounts, max_risk: float, delta: float) -> str:
+    """Why no threshold is certified although there are rows enough for one."""
+    best = int(np.argmin(tail(counts.accepted_wrong, counts.accepted, max_risk)))
+    accepted = int(counts.accepted[best])
+    wrong = int(counts.accepted_wrong[best])
+    verb = "is" if wrong == 1 else "are"
+    most_trusted = f"of the {accepted:,} most trusted answers {wrong:,} {verb} wrong"
+    if wrong >= max_risk * accepted:
+        return (
+            f"{most_trusted}: these scores do not single out answers with an error rate below "
+            f"{max_risk:.2%}"
+        )
+    needed = accepted_needed(wrong, max_risk, delta)
+    if needed is not None and needed > accepted:
+        return (
+            f"{most_trusted}, and with so many wrong {max_risk:.2%} takes at least {needed:,} "
+            "accepted answers"
+        )
+    return f"{most_trusted}, which would do if this were the only threshold that is tried"

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vilu.artifacts.tables import csv_rows
-from vilu.calibration.thresholds import FLOOR_SHARE, FLOORS, Point, percent, some_enough
+from vilu.calibration.thresholds import FLOOR_SHARE, FLOORS, Threshold, percent, some_enough
 from vilu.errors import DataError, UsageError
-from vilu.metrics.counts import Floats, Ints
+from vilu.metrics.counts import Floats, Ints, tie_counts
 from vilu.outcomes.outcomes import Outcomes
 from vilu.validation import require_between
 
@@ -180,8 +180,8 @@ def main_level(delta: float) -> float:
 
 def weighted_learn_then_test(
     uncertainty: Floats, wrong: NDArray[np.bool_], weight: Floats, max_risk: float, delta: float
-) -> tuple[Floats, Point | None]:
-    """The certified interval of scores that accepts most of the reweighted rows, and (G,) the distinct scores.
+) -> Threshold | None:
+    """The certified interval of scores that accepts most of the reweighted rows.
 
     Row i has Z_i(t) = v_i 1{u_i <= t} (wrong_i - max_risk), whose mean over rows is positive where
     the reweighted error rate R(t) is above max_risk. For a fixed bet b in [0, 1 / ((1 - max_risk)
@@ -201,25 +201,29 @@ def weighted_learn_then_test(
     Source: Angelopoulos et al., Learn then Test (2021), for the frame; Waudby-Smith & Ramdas,
     Estimating means of bounded random variables by betting (2023), for the product.
     """
+    counts = tie_counts(uncertainty, wrong.astype(np.int64))
     order = np.argsort(uncertainty, kind="stable")
-    value, starts = np.unique(uncertainty[order], return_index=True)
-    last = np.append(starts[1:], len(order)) - 1
-    wrong, weight = wrong[order], weight[order]
-    accepted, ranks = np.cumsum(weight)[last], last + 1
-    evidence = cumulated_evidence(wrong, weight, max_risk, float(weight.max()))[:, last]
-    found: list[tuple[float, Point]] = []
-    places = [int(np.searchsorted(ranks, math.ceil(len(order) * at))) for at in FLOORS]
-    for floor, level in [
-        (-1, main_level(delta)),
-        *((place, delta * FLOOR_SHARE) for place in places),
-    ]:
+    last = counts.accepted - 1  # rows of each distinct score end here
+    accepted = np.cumsum(weight[order])[last]
+    evidence = cumulated_evidence(wrong[order], weight[order], max_risk, float(weight.max()))
+    evidence = evidence[:, last]
+    levels = [(-1, main_level(delta))]
+    for share in FLOORS:
+        floor = int(np.searchsorted(counts.accepted, math.ceil(len(order) * share)))
+        levels.append((floor, delta * FLOOR_SHARE))
+    best: Threshold | None = None
+    most = 0.0
+    for floor, level in levels:
         below = evidence[:, floor : floor + 1] if floor >= 0 else 0.0
         enough = np.flatnonzero(log_mean(evidence[:, floor + 1 :] - below) >= -math.log(level))
-        if len(enough):
-            index = floor + 1 + int(enough[-1])
-            n = accepted[index] - (accepted[floor] if floor >= 0 else 0.0)
-            found.append((float(n), Point(index, max_risk, floor)))
-    return value, max(found, key=lambda one: one[0], default=(0.0, None))[1]
+        if not len(enough):
+            continue
+        index = floor + 1 + int(enough[-1])
+        n_accepted = float(accepted[index] - (accepted[floor] if floor >= 0 else 0.0))
+        if n_accepted > most:
+            most = n_accepted
+            best = Threshold.at(counts, index, max_risk, floor)
+    return best
 
 
 def cumulated_evidence(
@@ -283,17 +287,3 @@ def in_words(outside_share: float | None, class_shares: Mapping[str, float] | No
     if class_shares is not None:
         told.append(f"at the stated shares of {len(class_shares)} classes")
     return " and ".join(told)
-
-
-def bears_out(
-    rows: Outcomes, strata: Strata, ends: tuple[float, float], max_risk: float, delta: float
-) -> bool:
-    """Whether the evidence of the rows between two ends shows the risk, with all of delta: necessary."""
-    inside = (rows.uncertainty > ends[0]) & (rows.uncertainty <= ends[1])
-    weight = np.where(inside, strata.weight, 0.0)
-    evidence = cumulated_evidence(
-        rows.failure == 1, weight, max_risk, strata.weight.max(initial=0.0)
-    )[:, -1:]
-    return not strata.lacking(max_risk, delta) and bool(
-        log_mean(evidence)[0] >= -math.log(delta) - 1e-9
-    )

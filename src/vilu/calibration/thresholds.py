@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from typing import Self
 
 import numpy as np
+from pydantic import Field
 
+from vilu.artifacts.documents import Model
 from vilu.metrics.counts import Floats, Ints, TieCounts
 
 MAX_ROWS = 2**40
@@ -115,22 +117,81 @@ BLOCK = 2**14
 """P-values that are computed together."""
 
 
-@dataclass(frozen=True)
-class Point:
-    """A chosen operating point: positions among the distinct scores, and what is promised of the risk there.
+class Threshold(Model):
+    """What is accepted of some rows: uncertainties above a floor up to a threshold; and what shows that.
 
     Attributes:
-        index: Accept up to this score.
-        risk_bound: Of the risk of what is accepted.
-        floor: Accept above this score only; -1: none is too trusted.
+        threshold: Accept where the uncertainty is at most this; None: accept nothing.
+        n: Calibration rows.
+        n_accepted: How many of them are accepted.
+        n_wrong: How many of those are wrong.
+        risk_bound: What is promised; None where nothing is accepted.
+        why: Why nothing is accepted.
+        n_needed: So many calibration rows are needed at least, where there are fewer; else None. How
+            many would be enough depends on how many of them are accepted and right.
+        floor: Abstain where the uncertainty is at most this, too: too many of the most trusted
+            answers are wrong. None: no answer is too trusted.
     """
 
-    index: int
-    risk_bound: float
-    floor: int = -1
+    later = frozenset({"floor"})
+
+    threshold: float | None
+    n: int = Field(ge=0)
+    n_accepted: int = Field(ge=0)
+    n_wrong: int = Field(ge=0)
+    risk_bound: float | None
+    why: str | None = None
+    n_needed: int | None = None
+    floor: float | None = None
+
+    @classmethod
+    def at(cls, counts: TieCounts, index: int, risk_bound: float, floor: int = -1) -> Self:
+        """Accept the scores after position ``floor`` up to ``index``, of the distinct ones."""
+        inside = slice(floor + 1, index + 1)
+        return cls(
+            threshold=float(counts.value[index]),
+            n=int(counts.n),
+            n_accepted=int(counts.size[inside].sum()),
+            n_wrong=int(counts.wrong[inside].sum()),
+            risk_bound=risk_bound,
+            floor=float(counts.value[floor]) if floor >= 0 else None,
+        )
+
+    @classmethod
+    def nothing(cls, n: int, why: str, n_needed: int | None = None) -> Self:
+        """Accept none of n rows."""
+        return cls(
+            threshold=None,
+            n=n,
+            n_accepted=0,
+            n_wrong=0,
+            risk_bound=None,
+            why=why,
+            n_needed=n_needed,
+        )
+
+    @property
+    def coverage(self) -> float:
+        """Share of the calibration rows that is accepted."""
+        return self.n_accepted / self.n if self.n else 0.0
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Accepted are uncertainties above the first number up to the second; both -inf where nothing is."""
+        floor = -math.inf if self.floor is None else self.floor
+        threshold = -math.inf if self.threshold is None else self.threshold
+        return floor, threshold
+
+    def __str__(self) -> str:
+        if self.threshold is None:
+            return f"accepts nothing: {self.why}"
+        counted = f"{self.n_wrong} wrong of {self.n_accepted} accepted, of {self.n}"
+        floor = "" if self.floor is None else f"{self.floor:.6g} < "
+        accepts = f"{floor}uncertainty <= {self.threshold:.6g} accepts {self.coverage:.1%}"
+        return f"{accepts} ({counted})"
 
 
-def learn_then_test(counts: TieCounts, max_risk: float, delta: float) -> Point | None:
+def learn_then_test(counts: TieCounts, max_risk: float, delta: float) -> Threshold | None:
     """The certified interval of scores that accepts most rows: P[its risk <= max_risk] >= 1 - delta.
 
     H_t: R(t) > max_risk is rejected at level a where P[Bin(m_t, max_risk) <= k_t] <= a. From strict
@@ -172,12 +233,8 @@ def learn_then_test(counts: TieCounts, max_risk: float, delta: float) -> Point |
         for floor in floors
     ]
 
-    def n_accepted(one: Point) -> int:
-        return int(
-            counts.accepted[one.index] - (counts.accepted[one.floor] if one.floor >= 0 else 0)
-        )
-
-    return max((one for one in found if one is not None), key=n_accepted, default=None)
+    certified = [threshold for threshold in found if threshold is not None]
+    return max(certified, key=lambda threshold: threshold.n_accepted, default=None)
 
 
 def _floors(accepted: Ints, max_risk: float, delta: float) -> list[int]:
@@ -197,7 +254,7 @@ def _above(cumulated: Ints, floor: int) -> Ints:
 
 def _fallback(
     counts: TieCounts, floor: int, starts: Starts, whole: float, max_risk: float, delta: float
-) -> Point | None:
+) -> Threshold | None:
     """The laxest t above a floor that the sequences certify."""
     accepted, wrong = _above(counts.accepted, floor), _above(counts.accepted_wrong, floor)
     levels = dict[int, float]()
@@ -223,7 +280,9 @@ def _fallback(
             kept = _first_kept(wrong, accepted, max_risk, level, begin, end)
             best = kept - 1  # before t itself, where that is shown without the row at t alone
         carried = level if kept == end else 0.0
-    return None if best is None else Point(floor + 1 + best, max_risk, floor)
+    if best is None:
+        return None
+    return Threshold.at(counts, floor + 1 + best, max_risk, floor)
 
 
 def _first_kept(
@@ -276,35 +335,7 @@ def admissible(rows: int, max_risk: float, level: float) -> int:
     )
 
 
-def selection_with_guaranteed_risk(
-    counts: TieCounts, max_risk: float, delta: float
-) -> Point | None:
-    """SGR: bisection over the distinct scores, with a bound at every step: P[R(t) <= risk_bound] >= 1 - delta.
-
-    Of T = ceil(log2 (G + 1)) steps over G thresholds each computes the Clopper-Pearson bound b at
-    level delta / T, and goes to laxer thresholds where b <= max_risk, else to stricter ones; the
-    laxest passed is returned, with its b.
-
-    Source: Geifman & El-Yaniv, Selective Classification for Deep Neural Networks (2017), Algorithm
-    1. There T is ceil(log2 n) of all rows; ties leave G <= n thresholds to search.
-    """
-    steps = sgr_steps(len(counts.value))
-    low, high, best = 0, len(counts.value) - 1, None
-    for _ in range(steps):
-        if low > high:
-            break
-        middle = (low + high) // 2
-        bound = upper_bound(
-            int(counts.accepted_wrong[middle]), int(counts.accepted[middle]), delta / steps
-        )
-        if bound <= max_risk:
-            best, low = Point(middle, bound), middle + 1
-        else:
-            high = middle - 1
-    return best
-
-
-def conformal_risk_control(counts: TieCounts, max_risk: float, delta: float) -> Point | None:  # noqa: ARG001
+def conformal_risk_control(counts: TieCounts, max_risk: float, delta: float) -> Threshold | None:  # noqa: ARG001
     """The loosest t with (k_t + 1) / (n + 1) <= max_risk: E[share of all answers that is accepted and wrong] <= it.
 
     The joint risk is monotone in t, as conformal risk control needs; the selective risk is not. The
@@ -314,10 +345,12 @@ def conformal_risk_control(counts: TieCounts, max_risk: float, delta: float) -> 
     """
     joint = (counts.accepted_wrong + 1) / (counts.n + 1)
     inside = int(np.count_nonzero(joint <= max_risk))
-    return Point(inside - 1, max_risk) if inside else None
+    if not inside:
+        return None
+    return Threshold.at(counts, inside - 1, max_risk)
 
 
-def coverage_first(counts: TieCounts, min_coverage: float, delta: float) -> Point | None:
+def coverage_first(counts: TieCounts, min_coverage: float, delta: float) -> Threshold | None:
     """The strictest t that accepts at least ``min_coverage`` of all answers, with a bound on R(t).
 
     Both hold together with probability >= 1 - delta, each with half of it. t is the first score
@@ -334,20 +367,14 @@ def coverage_first(counts: TieCounts, min_coverage: float, delta: float) -> Poin
     if index == len(counts.accepted):
         return None
     wrong, others = int(counts.accepted_wrong[index]), int(counts.accepted[index]) - 1
-    return Point(index, upper_bound(min(wrong, others), others, delta / 2))
+    return Threshold.at(counts, index, upper_bound(min(wrong, others), others, delta / 2))
 
 
-METHODS: dict[str, Callable[[TieCounts, float, float], Point | None]] = {
+PROCEDURES: dict[str, Callable[[TieCounts, float, float], Threshold | None]] = {
     "ltt": learn_then_test,
-    "sgr": selection_with_guaranteed_risk,
     "crc": conformal_risk_control,
 }
 """Thresholds for a maximal risk, by name."""
-
-
-def sgr_steps(n_thresholds: int) -> int:
-    """T of ``selection_with_guaranteed_risk``."""
-    return max(math.ceil(math.log2(n_thresholds + 1)), 1)
 
 
 def rows_for_mean(max_risk: float) -> int:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from vilu.artifacts.disk import MANIFEST, RUN, locked
 from vilu.artifacts.documents import explain, read_json, seal_document
 from vilu.artifacts.tables import read_table, seal_table
-from vilu.calibration import record
+from vilu.calibration.calibration import Calibration
 from vilu.calibration.monitor.watch import State
 from vilu.errors import DataError, StorageError
 from vilu.outcomes.outcomes import Outcomes
@@ -108,10 +108,12 @@ def check_file(path: Path) -> Artefact:
 
 
 def _predictor(path: Path) -> Artefact:
-    predictor, calibrated = load(path), record.has_record(path)
-    promise = record.load(path).promise if calibrated else None
-    what = f"predictor {predictor.label}, {f'calibrated: {promise}' if calibrated else 'not calibrated'}"
-    return Artefact(path, what, [path / RISK] if calibrated else [])
+    predictor = load(path)
+    calibration = Calibration.find(path)
+    if calibration is None:
+        return Artefact(path, f"predictor {predictor.label}, not calibrated", [])
+    what = f"predictor {predictor.label}, calibrated: {calibration.promise}"
+    return Artefact(path, what, [path / RISK])
 
 
 def _store(path: Path) -> Artefact:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Option
@@ -197,9 +197,6 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
         int,
         Option(min=0, max=MOST_SEED, help="Of random numbers that break ties, and of --shuffle."),
     ] = 0,
-    backend: Annotated[
-        Literal["vilu", "mapie"], Option(help="Whose tests: ours, or MAPIE's.")
-    ] = "vilu",
     as_json: Json = False,
     output: JsonFile = None,
     overwrite: Overwrite = False,
@@ -232,9 +229,9 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
             "in_order": in_order,
             "seed": seed,
         }
-        watching = _open(predictor, backend, state, false_alarm, seed)
+        watching = _open(predictor, state, false_alarm, seed)
         # without the state: the same command finds it changed
-        inputs = inputs_of(predictor, *new, *late, n_new=len(new), backend=backend, **settings)
+        inputs = inputs_of(predictor, *new, *late, n_new=len(new), **settings)
         there = output is not None and claim_file(
             output, "monitor report", inputs, overwrite=overwrite
         )
@@ -280,24 +277,18 @@ def _write_report(output: Path, document: dict[str, Any], inputs: str, *, there:
         write_said(output, document, inputs)
 
 
-def _open(
-    predictor: Path, backend: str, state: Path | None, false_alarm: float, seed: int
-) -> Monitor:
+def _open(predictor: Path, state: Path | None, false_alarm: float, seed: int) -> Monitor:
     """The monitor of a folder whose calibration belongs to its predictor, where the last call left it."""
     from vilu.calibration.monitor.monitor import Monitor
-    from vilu.calibration.monitor.monitor_mapie import MapieMonitor
 
     if state is not None and not state.parent.is_dir():
         raise UsageError(
             f"{state.parent}, where the state is to lie, is no folder. Make it, or give another --state."
         )
-    if state is not None and backend == "mapie":
-        raise UsageError(
-            "the tests of MAPIE keep no state. Leave out --state, or take --backend vilu."
-        )
-    kind = MapieMonitor if backend == "mapie" else Monitor
-    found = kind.of_folder(predictor, false_alarm=false_alarm, seed=seed)
-    return found.resume(state) if state is not None and state.exists() else found
+    monitor = Monitor.of_folder(predictor, false_alarm=false_alarm, seed=seed)
+    if state is not None and state.exists():
+        return monitor.resume(state)
+    return monitor
 
 
 def _take_in(

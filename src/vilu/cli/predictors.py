@@ -29,10 +29,9 @@ from vilu.cli.images import Models
 from vilu.errors import UsageError
 
 if TYPE_CHECKING:
-    from vilu.calibration.record import Record
+    from vilu.calibration.calibration import Calibration
     from vilu.embeddings.source import EmbeddingSource
     from vilu.predictors.contract.predictor import FailurePredictor
-    from vilu.predictors.contract.probability import Calibrator
     from vilu.predictors.nn.checkpoint import FolderSession
     from vilu.store.reader import EmbeddingStore
 
@@ -277,9 +276,10 @@ def score(
     abstain with the reason, and label sets. A folder is written part by part in bounded memory;
     interrupted, the same command does what is missing.
     """
+    from vilu.calibration.calibration import Calibration
     from vilu.predictors.persistence.storage import load
-    from vilu.scoring.score import Decider, score_parts
     from vilu.scoring.score import score as score_rows
+    from vilu.scoring.score import score_parts
 
     a_file = output.suffix.lower() in {".parquet", ".csv"} and not output.is_dir()
     if output.suffix and not (a_file or output.is_dir()):
@@ -295,11 +295,11 @@ def score(
     )
     data, fitted = reading.open_both(store), load(predictor)
     split = reading.split_of(data)
-    decider = Decider.of_folder(fitted, predictor)
+    calibration = Calibration.find(predictor)
     if a_file:
         keep(
             lambda path, inputs: score_rows(
-                fitted, data, dataset=store.name, split=split, decider=decider
+                fitted, data, dataset=store.name, split=split, calibration=calibration
             ).save(path, inputs=inputs)
         )
     else:
@@ -310,7 +310,7 @@ def score(
             dataset=store.name,
             split=split,
             overwrite=overwrite,
-            decider=decider,
+            calibration=calibration,
         )
     typer.echo(output)
     next_step(
@@ -399,10 +399,10 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
         Option(min=0, max=1, help="Least share of answers to accept; alone or with --max-risk."),
     ] = None,
     method: Annotated[
-        Literal["ltt", "sgr", "crc", "selection", "anytime"],
+        Literal["ltt", "crc", "selection", "anytime"],
         Option(
-            help="ltt: Learn then Test. sgr: selection with guaranteed risk. crc: bounds the mean share of all answers "
-            "that is accepted and wrong. selection: bounds the mean share of wrong ones among the accepted of a batch. "
+            help="ltt: Learn then Test. crc: bounds the mean share of all answers that is accepted and "
+            "wrong. selection: bounds the mean share of wrong ones among the accepted of a batch. "
             "anytime: of --labels, which may be looked at again and again."
         ),
     ] = "ltt",
@@ -457,9 +457,9 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     rows were; `vilu monitor` watches it. Exit code 4: the target is out of reach; the message says
     what is missing.
     """
-    from vilu.calibration.procedure import Target, calibrate_predictor
+    from vilu.calibration.procedure import calibrate_predictor
     from vilu.calibration.shares import read_shares
-    from vilu.predictors.persistence.storage import load
+    from vilu.calibration.target import Target
     from vilu.triage.ask import calibrate_by_labels
     from vilu.triage.store_labels import picked_at_random
 
@@ -475,7 +475,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
             raise UsageError(
                 "anytime takes --labels and a --max-risk, and of the other targets none."
             )
-        record = calibrate_by_labels(
+        calibration = calibrate_by_labels(
             predictor,
             _store_with_classes(data),
             labels,
@@ -499,7 +499,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
             shares,
         )
         data = data if labels is None else picked_at_random(_store_with_classes(data), labels)
-        record = calibrate_predictor(
+        calibration = calibrate_predictor(
             predictor,
             data,
             target,
@@ -507,13 +507,11 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
             split=reading.split_of(data),
             overwrite=overwrite,
         )
-    calibrator = load(predictor).calibrator_
-    typer.echo(
-        json.dumps(record.model_dump(mode="json"), indent=2)
-        if as_json
-        else _summary(record, calibrator)
-    )
-    next_step(f"calibrated on {record.n:,} rows; {_to_score(predictor)}")
+    if as_json:
+        typer.echo(json.dumps(calibration.model_dump(mode="json"), indent=2))
+    else:
+        typer.echo(_summary(calibration))
+    next_step(f"calibrated on {calibration.n:,} rows; {_to_score(predictor)}")
 
 
 def _store_with_classes(data: EmbeddingSource) -> EmbeddingStore:
@@ -526,19 +524,19 @@ def _store_with_classes(data: EmbeddingSource) -> EmbeddingStore:
     return data
 
 
-def _summary(record: Record, calibrator: Calibrator | None) -> str:
+def _summary(calibration: Calibration) -> str:
     from vilu.calibration.thresholds import percent
 
-    lines = []
-    if calibrator is not None:
-        tried = ", ".join(f"{name} {loss:.4f}" for name, loss in calibrator.log_loss.items())
-        lines.append(
-            f"probability: {calibrator.form}"
-            + (f" (log-loss in cross-validation: {tried})" if tried else "")
-        )
-    if record.rule is not None:
-        lines.append(f"decision: {record.promise}")
-    if (sets := record.label_sets) is not None:
+    probability = calibration.probability
+    line = f"probability: {probability.form}"
+    if probability.log_loss:
+        losses = [f"{name} {loss:.4f}" for name, loss in probability.log_loss.items()]
+        line += f" (log-loss in cross-validation: {', '.join(losses)})"
+    lines = [line]
+    if calibration.rule is not None:
+        lines.append(f"decision: {calibration.promise}")
+    sets = calibration.label_sets
+    if sets is not None:
         lines.append(
             f"label sets: {sets.method}, on average {sets.mean_size:.2f} labels; at most "
             f"{percent(sets.max_miss, 1)} miss the right one ({sets.empirical_miss:.1%} of {sets.n} calibration rows)"

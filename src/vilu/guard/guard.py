@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from vilu.backbones.base import Backbone
+from vilu.calibration.calibration import Calibration
 from vilu.datasets.base import ImageRecord
 from vilu.datasets.files import read_file
 from vilu.datasets.images import DEFAULT_LIMITS, ImageLimits
@@ -28,7 +29,7 @@ from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.persistence.storage import load
 from vilu.predictors.persistence.vocabulary import Vocabulary
 from vilu.progress import Silence
-from vilu.scoring.score import ABSTAIN, Decider, score_rows
+from vilu.scoring.score import ABSTAIN, provenance_of, require_streaming, score_rows
 from vilu.store.documents import IMAGE
 from vilu.store.job import BackboneSpec
 from vilu.store.mapped import default_workers, in_threads
@@ -115,12 +116,12 @@ class Judge:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.predictor = folder, load(folder)
-        self.decider = Decider.of_folder(self.predictor, folder)
-        self.decider.require_streaming()
+        self.calibration = Calibration.find(folder)
+        require_streaming(self.calibration)
         self.vocabulary = Vocabulary.load(folder)
-        if self.decider.record is not None:
+        if self.calibration is not None:
             nothing = {IMAGE: torch.empty(0, self.vocabulary.space.embed_dim)}
-            self.decider.record.require_candidates(Arrived(self.vocabulary, nothing, []))
+            self.calibration.require_match(self.predictor, Arrived(self.vocabulary, nothing, []))
         fitted, here = self.predictor.space_, self.vocabulary.space
         if fitted is not None:
             fitted.require_match(here, mine=f"the predictor in {folder}", theirs="its candidates")
@@ -142,9 +143,11 @@ class Judge:
         )
         facts = {
             "is_probability": self.predictor.is_probability,
-            "provenance": self.decider.provenance,
+            "provenance": provenance_of(self.calibration),
         }
-        outcomes = score_rows(self.decider, source, facts, task=Silence())
+        outcomes = score_rows(
+            self.predictor, source, facts, calibration=self.calibration, task=Silence()
+        )
         names = self.vocabulary.names
         near = [row for batch in source.batches(len(keys)) for row in runners_up_of(batch, names)]
         return [
@@ -174,7 +177,7 @@ class Judge:
 
     def refused(self, key: str, reason: str | None) -> Answer:
         """What is said of an image without a score."""
-        has_rule = self.decider.record is not None and self.decider.record.rule is not None
+        has_rule = self.calibration is not None and self.calibration.has_rule
         return Answer(key, None, None, None, ABSTAIN if has_rule else None, reason)
 
 
@@ -267,11 +270,9 @@ class Guard:
                 f"backbone must be a model as vilu.load_backbone gives it. Got {backbone!r:.60} instead."
             )
         self.judge = Judge(Path(predictor))
-        self.predictor, self.decider, self.vocabulary = (
-            self.judge.predictor,
-            self.judge.decider,
-            self.judge.vocabulary,
-        )
+        self.predictor = self.judge.predictor
+        self.calibration = self.judge.calibration
+        self.vocabulary = self.judge.vocabulary
         self.backbone = backbone or self._load(models, device)
         self.vocabulary.space.require_match(
             self.backbone.space,
@@ -338,7 +339,7 @@ class Guard:
         return self._encoder.part(iter([*batch, END]))
 
     def __repr__(self) -> str:
-        rule = None if self.decider.record is None else self.decider.record.promise
+        rule = None if self.calibration is None else self.calibration.promise
         return f"Guard({self.predictor!r}, {self.vocabulary.space.backbone}, {rule or 'no rule'})"
 
 

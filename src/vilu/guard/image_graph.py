@@ -13,7 +13,7 @@ from vilu.artifacts.disk import write_bytes
 from vilu.artifacts.documents import plain_json
 from vilu.artifacts.paths import claim_file, inputs_of
 from vilu.backbones.base import ROUNDING, Backbone
-from vilu.calibration.rules import Selector
+from vilu.calibration.rules import Rule
 from vilu.errors import DataError
 from vilu.extras import import_extra
 from vilu.guard.guard import Guard
@@ -86,10 +86,9 @@ class ImageGraph(nn.Module):
         return trial
 
 
-def rule_of(guard: Guard) -> Selector | None:
+def rule_of(guard: Guard) -> Rule | None:
     """What accepts or abstains; None where nothing does."""
-    rule = guard.decider.record and guard.decider.record.rule
-    return rule if isinstance(rule, Selector) and guard.predictor.calibrator_ is not None else None
+    return None if guard.calibration is None else guard.calibration.rule
 
 
 def fingerprint_of(folder: str | Path) -> str:
@@ -178,10 +177,11 @@ def _require_graph(guard: Guard) -> None:
 
 def _metadata(guard: Guard, folder: Path) -> dict[str, str]:
     """As of the head's file, which must come last to be found (``places``), and what the head does not know."""
-    space, record = guard.vocabulary.space, guard.decider.record
+    space = guard.vocabulary.space
+    calibration = guard.calibration
     return {
         "vilu.classes": plain_json(list(guard.vocabulary.names)).decode(),
-        "vilu.decision": (record and rule_of(guard) and record.promise) or "",
+        "vilu.decision": (calibration and rule_of(guard) and calibration.promise) or "",
         "vilu.preprocess": space.preprocess or "",
         "vilu.predictor": fit_fingerprint(folder),
         **metadata(guard.predictor, space, fingerprint_of(folder)),

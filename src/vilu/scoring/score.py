@@ -1,4 +1,4 @@
-"""Predictor and embeddings to outcomes, in memory or part by part, and what its calibration says of them."""
+"""Predictor and embeddings to outcomes, in memory or part by part."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import logging
 import math
 import warnings
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -18,10 +18,6 @@ from torch import Tensor
 
 from vilu.artifacts.documents import identity
 from vilu.artifacts.hashing import digest
-from vilu.calibration import record
-from vilu.calibration.label_sets import named_sets
-from vilu.calibration.record import Record
-from vilu.calibration.rules import group_names
 from vilu.device import as_usual
 from vilu.embeddings.checks import STATUS, VALID
 from vilu.embeddings.pairs import PairSource
@@ -49,79 +45,45 @@ ABOVE, OUTSIDE_REASON = "above_threshold", "outside"
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Decider:
-    """A predictor, and what was promised of it where it is calibrated."""
-
-    predictor: FailurePredictor
-    record: Record | None = None
-
-    @classmethod
-    def of_folder(cls, predictor: FailurePredictor, folder: Path) -> Decider:
-        """The calibration beside a predictor that was loaded from a folder, if there is one."""
-        return cls(predictor, record.load(folder) if record.has_record(folder) else None)
+@runtime_checkable
+class CalibrationLike(Protocol):
+    """What scoring asks of a calibration: ``vilu.Calibration`` is one, which builds on scores."""
 
     @property
-    def provenance(self) -> dict[str, str]:
-        """What binds decisions to their calibration; empty without."""
-        return {} if self.record is None else {"risk": self.record.fingerprint}
+    def fingerprint(self) -> str:
+        """Hash of what was promised; scores that it decides carry it."""
 
-    def require_streaming(self) -> None:
-        """Refuse a rule that needs all rows at once."""
-        if (
-            self.record is not None
-            and self.record.rule is not None
-            and self.record.rule.needs_batch
-        ):
-            raise UsageError(
-                "conformal selection judges all rows of a batch together: there is no decision about one image, nor in "
-                "a folder of scores, written part by part. Score into a file, or calibrate with --method ltt."
-            )
+    @property
+    def has_rule(self) -> bool:
+        """Whether it accepts or abstains."""
 
-    def label_sets(
-        self, batch: Batch, uncertainty: Floats, class_names: tuple[str, ...] | None
+    @property
+    def needs_batch(self) -> bool:
+        """Whether its rule judges all rows of a batch together."""
+
+    def require_match(self, predictor: FailurePredictor, data: EmbeddingSource) -> None:
+        """Refuse another predictor, or other candidates."""
+
+    def sets_of(
+        self,
+        predictor: FailurePredictor,
+        batch: Batch,
+        uncertainty: Floats,
+        class_names: tuple[str, ...] | None,
     ) -> list[str] | None:
-        """The label sets of a batch; None where there are none, or no uncertainty (one candidate)."""
-        if self.record is None or self.record.label_sets is None or len(batch.text) < 2:
-            return None
-        return named_sets(
-            self.record.label_sets.of(self.predictor, batch, uncertainty), class_names
-        )
+        """The label sets of a batch, where there are some."""
 
-    def strangers(self, batch: Batch, uncertainty: Floats) -> NDArray[np.bool_]:
-        """(B,) rows that are rather strangers than answered wrongly: P(outside) is more than half of P(failure)."""
-        found = None
-        if (
-            self.record is not None
-            and self.record.rule is not None
-            and isinstance(self.predictor, SeesOutside)
-        ):
-            found = self.predictor.outside_probability(batch)
-        return (
-            np.zeros(len(uncertainty), np.bool_)
-            if found is None
-            else found.numpy(force=True) > uncertainty / 2
-        )
+    def decide(self, outcomes: Outcomes, ood: NDArray[np.bool_] | None) -> Outcomes:
+        """The outcomes with decisions."""
 
-    def decide(self, outcomes: Outcomes, strangers: NDArray[np.bool_] | None = None) -> Outcomes:
-        """The outcomes with what there is to say of them; of ``strangers`` (N,) that are abstained from, "outside"."""
-        if self.predictor.calibrator_ is None:
-            return outcomes
-        probability = self.predictor.failure_probability(outcomes.uncertainty)
-        outcomes = replace(outcomes, failure_probability=probability)
-        rule = None if self.record is None else self.record.rule
-        if rule is None:
-            return outcomes
-        groups = group_names(outcomes) if rule.grouped_by == "prediction" else None
-        reasons = rule.reasons(outcomes.uncertainty, groups)
-        for row in [] if strangers is None else np.flatnonzero(strangers).tolist():
-            reasons[row] = OUTSIDE_REASON if reasons[row] == ABOVE else reasons[row]
-        missing = np.isnan(outcomes.uncertainty)
-        for row in np.flatnonzero(missing).tolist():
-            reasons[row] = None if outcomes.reason is None else outcomes.reason[row]
-        accepted = np.array([reason is None for reason in reasons]) & ~missing
-        decision = [ACCEPT if yes else ABSTAIN for yes in accepted.tolist()]
-        return replace(outcomes, decision=decision, decision_reason=reasons)
+
+def require_streaming(calibration: CalibrationLike | None) -> None:
+    """Refuse a rule that needs all rows at once."""
+    if calibration is not None and calibration.needs_batch:
+        raise UsageError(
+            "conformal selection judges all rows of a batch together: there is no decision about one image, nor in "
+            "a folder of scores, written part by part. Score into a file, or calibrate with --method ltt."
+        )
 
 
 @checked
@@ -132,14 +94,15 @@ def score(
     *,
     dataset: str | None = None,
     split: str | None = None,
-    decider: Decider | None = None,
+    calibration: CalibrationLike | None = None,
 ) -> Outcomes:
     """Uncertainty, zero-shot answer and (where labels are known) failure of every row.
 
     Rows that cannot be scored keep their place, with a NaN uncertainty and a reason: "nonfinite" or
     "zero_norm" embedding, "k<2" (one candidate), or "short_pool" (pairs that fill no last pool). Of
-    a calibrated predictor the probability of failure is there, too, and with a ``decider`` (what
-    ``vilu calibrate`` has left beside the predictor) whether to accept each answer.
+    a calibrated predictor the probability of failure is there, too, and with its ``calibration``
+    (``vilu.Calibration.load`` of the folder that the predictor was loaded from) whether to accept
+    each answer.
 
     Warns:
         UserWarning: If rows of ``data`` were used to fit the predictor: metrics on them say
@@ -149,7 +112,7 @@ def score(
         DataError: If there is no row.
         NotFittedError: If the predictor needs ``fit`` first.
         ProvenanceError: If the data come from another embedding space, or have other candidates
-            than the rows that the ``decider`` was calibrated on.
+            than the rows of the ``calibration``, or that is of another predictor.
 
     Examples:
         >>> import numpy as np, vilu
@@ -163,13 +126,14 @@ def score(
         >>> outcomes.uncertainty.round(4).tolist(), outcomes.failure.tolist(), outcomes.reason[2]
         ([0.0, 0.1192, nan], [0, 1, -1], 'nonfinite')
     """
-    decider = _checked(decider or Decider(predictor), data)
+    _check(predictor, data, calibration)
     seen = predictor.seen(data)
     _warn_seen(seen.said(), predictor, len(seen))
     told = {"n_seen_in_fit": len(seen)}
     if len(seen):
         told["n_compared_with_fit"] = seen.n_told
-    return score_rows(decider, data, _facts(decider, data, (dataset, split), **told))
+    facts = _facts(predictor, data, calibration, (dataset, split), **told)
+    return score_rows(predictor, data, facts, calibration=calibration)
 
 
 def score_fresh(
@@ -181,15 +145,17 @@ def score_fresh(
     split: str | None = None,
 ) -> Outcomes:
     """As ``score``, of the rows ``fresh`` (N,) that ``fit`` has not seen; captions keep the pools of all rows."""
-    decider = _checked(Decider(predictor), data)
-    facts = _facts(decider, data, (dataset, split), n_seen_in_fit=0)
-    return score_rows(decider, data, facts, scored=scored_of(data, fresh)).take(fresh)
+    _check(predictor, data, None)
+    facts = _facts(predictor, data, None, (dataset, split), n_seen_in_fit=0)
+    return score_rows(predictor, data, facts, scored=scored_of(data, fresh)).take(fresh)
 
 
 def score_rows(
-    decider: Decider,
+    predictor: FailurePredictor,
     source: EmbeddingSource,
     facts: dict[str, Any],
+    *,
+    calibration: CalibrationLike | None = None,
     rows: Ints | None = None,
     scored: Tensor | None = None,
     task: Task | None = None,
@@ -202,25 +168,31 @@ def score_rows(
     """
     places = np.arange(len(source)) if rows is None else rows
     order = np.argsort(places, kind="stable")
-    uncertainty, target = np.full(len(places), np.nan), source.target.numpy()[places]
-    prediction, failure = (np.full(len(places), UNKNOWN) for _ in range(2))
-    strangers, alone = np.zeros((2, len(places)), np.bool_)
+    uncertainty = np.full(len(places), np.nan)
+    target = source.target.numpy()[places]
+    prediction = np.full(len(places), UNKNOWN)
+    failure = np.full(len(places), UNKNOWN)
+    ood = np.zeros(len(places), np.bool_)
+    alone = np.zeros(len(places), np.bool_)
     sets: list[str | None] = [None] * len(places)
     n = len(source.usable_rows if scored is None else scored)
     with track("score", n, "rows") if task is None else nullcontext(task) as shown:
-        for batch, scores in decider.predictor.scored(source, scored):
+        for batch, scores in predictor.scored(source, scored):
             at = order[np.searchsorted(places, batch.index.numpy(force=True), sorter=order)]
-            uncertainty[at], target[at] = scores, batch.target.numpy(force=True)
-            prediction[at], failure[at] = (
-                batch.prediction.numpy(force=True),
-                batch.failure.numpy(force=True),
-            )
-            strangers[at], alone[at] = decider.strangers(batch, scores), batch.text.shape[-2] < 2
-            named = decider.label_sets(batch, scores, source.class_names) or ()
-            for row, found in zip(at.tolist(), named, strict=False):
-                sets[row] = found
+            uncertainty[at] = scores
+            target[at] = batch.target.numpy(force=True)
+            prediction[at] = batch.prediction.numpy(force=True)
+            failure[at] = batch.failure.numpy(force=True)
+            alone[at] = batch.text.shape[-2] < 2
+            if calibration is not None:
+                ood[at] = _rather_ood(predictor, calibration, batch, scores)
+                named = calibration.sets_of(predictor, batch, scores, source.class_names) or ()
+                for row, names in zip(at.tolist(), named, strict=False):
+                    sets[row] = names
             shown.advance(len(at))
     reasons = _reasons(source, places, uncertainty, alone)
+    # a part on disk says nothing where all have a score
+    says_why = rows is None or any(reasons)
     outcomes = Outcomes(
         uncertainty=uncertainty,
         failure=failure,
@@ -230,39 +202,62 @@ def score_rows(
         ids=source.ids if rows is None else _keys(source, rows, order),
         class_names=source.class_names,
         picture=source.picture_identities(places),
-        reason=reasons
-        if rows is None or any(reasons)
-        else None,  # a part on disk says nothing where all have a score
+        reason=reasons if says_why else None,
         label_set=sets if any(sets) else None,
         **facts,
     )
-    return decider.decide(outcomes, strangers)
+    if predictor.calibrator_ is not None:
+        probability = predictor.failure_probability(uncertainty)
+        outcomes = replace(outcomes, failure_probability=probability)
+    if calibration is None:
+        return outcomes
+    return calibration.decide(outcomes, ood)
 
 
-def _checked(decider: Decider, data: EmbeddingSource) -> Decider:
-    """What decides, if there are rows, with the candidates that it knows."""
+def _rather_ood(
+    predictor: FailurePredictor, calibration: CalibrationLike, batch: Batch, uncertainty: Floats
+) -> NDArray[np.bool_]:
+    """(B,) rows that are rather of no class than answered wrongly: P(outside) > P(failure) / 2."""
+    if calibration.has_rule and isinstance(predictor, SeesOutside):
+        outside = predictor.outside_probability(batch)
+        if outside is not None:
+            is_ood: NDArray[np.bool_] = outside.numpy(force=True) > uncertainty / 2
+            return is_ood
+    return np.zeros(len(uncertainty), np.bool_)
+
+
+def _check(
+    predictor: FailurePredictor, data: EmbeddingSource, calibration: CalibrationLike | None
+) -> None:
+    """Refuse a set without rows, and what the calibration knows nothing of."""
     if not len(data):
         raise DataError("there is nothing to score: the set has no rows.")
-    predictor = decider.predictor
-    if decider.record is not None:
-        decider.record.require_candidates(data)
-    elif predictor.needs_fit and predictor.is_probability and predictor.calibrator_ is None:
-        known, here = predictor.notes_, candidates_of(data)
-        if known.keys() & here.keys() & {"n_candidates"} and not same_candidates(known, here):
-            warnings.warn(
-                f"this {predictor.name} was fitted on other candidates (classes or prompts) than these. Its "
-                "uncertainties still rank the answers, but as probabilities of failure they are not calibrated here: "
-                "run `vilu calibrate` on labelled rows with these candidates.",
-                stacklevel=3,
-            )
-    return decider
+    if calibration is not None:
+        calibration.require_match(predictor, data)
+        return
+    is_calibrated = predictor.calibrator_ is not None
+    if is_calibrated or not predictor.needs_fit or not predictor.is_probability:
+        return
+    known = predictor.notes_
+    here = candidates_of(data)
+    both_count = "n_candidates" in known and "n_candidates" in here
+    if both_count and not same_candidates(known, here):
+        warnings.warn(
+            f"this {predictor.name} was fitted on other candidates (classes or prompts) than these. Its "
+            "uncertainties still rank the answers, but as probabilities of failure they are not calibrated here: "
+            "run `vilu calibrate` on labelled rows with these candidates.",
+            stacklevel=3,
+        )
 
 
 def _facts(
-    decider: Decider, source: EmbeddingSource, names: tuple[str | None, str | None], **more: object
+    predictor: FailurePredictor,
+    source: EmbeddingSource,
+    calibration: CalibrationLike | None,
+    names: tuple[str | None, str | None],
+    **more: object,
 ) -> dict[str, Any]:
     """What made the scores, of the data set and split of these ``names``."""
-    predictor = decider.predictor
     return {
         "method": predictor.label,
         "dataset": names[0],
@@ -275,9 +270,16 @@ def _facts(
             "n_candidates": source.n_candidates,
             "pool_size": source.pool_size,
             **more,
-            **decider.provenance,
+            **provenance_of(calibration),
         },
     }
+
+
+def provenance_of(calibration: CalibrationLike | None) -> dict[str, str]:
+    """What binds decisions to their calibration; empty without."""
+    if calibration is None:
+        return {}
+    return {"risk": calibration.fingerprint}
 
 
 def _warn_seen(said: str, predictor: FailurePredictor, n_seen: int) -> None:
@@ -327,7 +329,7 @@ def score_parts(
     dataset: str | None = None,
     split: str | None = None,
     overwrite: bool = False,
-    decider: Decider | None = None,
+    calibration: CalibrationLike | None = None,
 ) -> ScoreFolder:
     """Score embeddings of any size into a folder; the same values as ``vilu.score`` on the same machine.
 
@@ -348,8 +350,7 @@ def score_parts(
         dataset: Name of the data set.
         split: Name of its part.
         overwrite: Remove the scores of another run.
-        decider: What ``vilu calibrate`` has left beside the predictor; by default its calibrator
-            alone.
+        calibration: As of ``score``; by default there are probabilities alone.
 
     Warns:
         UserWarning: If rows of ``source`` were used to fit the predictor.
@@ -381,10 +382,11 @@ def score_parts(
         0.88
     """
     ScoreLedger.check_place(Path(folder), overwrite=overwrite)
-    decider = _checked(decider or Decider(predictor), source)
+    _check(predictor, source, calibration)
     predictor.require_fitted()
-    decider.require_streaming()
-    (usable, rest), facts = _in_order(source), _facts(decider, source, (dataset, split))
+    require_streaming(calibration)
+    usable, rest = _in_order(source)
+    facts = _facts(predictor, source, calibration, (dataset, split))
     n = len(usable)
     run = ScoreRun(
         predictor=predictor_fingerprint(predictor),
@@ -407,7 +409,15 @@ def score_parts(
             for part in missing:
                 scored = usable[part.start : part.stop]  # all rows of the part, or none
                 rows = scored.numpy() if len(scored) else rest[part.start - n : part.stop - n]
-                outcomes = score_rows(decider, source, facts, rows, scored, task)
+                outcomes = score_rows(
+                    predictor,
+                    source,
+                    facts,
+                    calibration=calibration,
+                    rows=rows,
+                    scored=scored,
+                    task=task,
+                )
                 ledger.write_rows(part, rows, outcomes, int(seen[rows].sum()))
                 task.advance(len(part) - len(scored))
         ledger.seal(ScoreManifest.of(run, ledger.receipts()))

@@ -72,9 +72,9 @@ class Served:
     def __init__(self, judge: Judge) -> None:
         self.judge = judge
         self.fingerprint = fit_fingerprint(judge.folder)[:16]
-        record = judge.decider.record
-        self.rule = None if record is None else record.rule
-        self.promised = None if record is None else record.promise
+        calibration = judge.calibration
+        self.rule = None if calibration is None else calibration.rule
+        self.promised = None if calibration is None else calibration.promise
 
     def in_words(self, state: PromiseState) -> str:
         """What there is to rely on in this state, for people."""

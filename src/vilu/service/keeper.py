@@ -9,9 +9,8 @@ from typing import Final
 
 from vilu.artifacts.disk import make_folder
 from vilu.artifacts.documents import Document, read_document
+from vilu.calibration.calibration import Calibration
 from vilu.calibration.monitor.status import Status
-from vilu.calibration.record import has_guarantee
-from vilu.calibration.record import load as load_record
 from vilu.errors import DataError, UsageError
 from vilu.predictors.persistence.record import fit_fingerprint
 from vilu.service.journal import Journal
@@ -51,8 +50,9 @@ class Bookkeeper:
         self._answering = self._remembered()
         self._journals = dict[str, Journal]()
         for name, folder in predictors.items():
-            if has_guarantee(folder):
-                risk = load_record(folder).fingerprint
+            calibration = Calibration.find(folder)
+            if calibration is not None and calibration.guarantee is not None:
+                risk = calibration.fingerprint
                 self._journals[name] = Journal(
                     state / f"{self.fingerprints[name]}-{risk[:16]}", folder
                 )

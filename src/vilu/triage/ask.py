@@ -13,11 +13,10 @@ import numpy as np
 
 from vilu.artifacts.disk import locked
 from vilu.artifacts.hashing import digest
-from vilu.calibration import record
 from vilu.calibration.anytime import flawless_labels
+from vilu.calibration.calibration import Calibration
 from vilu.calibration.procedure import take_back
-from vilu.calibration.record import Record
-from vilu.calibration.rules import Selector, group_names, members_of
+from vilu.calibration.rules import Rule, group_names, members_of
 from vilu.device import as_usual
 from vilu.errors import UNKNOWN, DataError, InfeasibleError, UsageError
 from vilu.guard.guard import Answer
@@ -25,7 +24,7 @@ from vilu.metrics.counts import Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.persistence.storage import load
-from vilu.scoring.score import Decider, score_rows
+from vilu.scoring.score import score_rows
 from vilu.store.reader import EmbeddingStore
 from vilu.triage.answers import answer_of
 from vilu.triage.choose import choose_to_fit
@@ -34,9 +33,9 @@ from vilu.triage.guarantee import (
     GuaranteeProgress,
     Mask,
     PhotoSplit,
-    anytime_rule,
     keep_guarantee,
     progress_of,
+    rule_of,
 )
 from vilu.triage.labels import SKIPPED, Entry, LabelBook
 from vilu.triage.photos import Photos
@@ -94,7 +93,7 @@ class StoreDraws:
         """
         photos, book = label_store(store, files)
         facts = {"is_probability": predictor.is_probability}
-        outcomes = score_rows(Decider(predictor), photos, facts)
+        outcomes = score_rows(predictor, photos, facts)
         split = PhotoSplit.of(photos, book, seed)
         is_calibration = split.is_calibration & _unseen(predictor, photos)
         split = dataclasses.replace(split, is_calibration=is_calibration)
@@ -246,7 +245,7 @@ def calibrate_by_labels(
     seed: int = 0,
     per_class: bool = False,
     overwrite: bool = False,
-) -> Record:
+) -> Calibration:
     """A guarantee from the labels that `vilu next` asked for, to be looked at whenever one likes.
 
     Counted are labels of the draw up to the last position that was asked for with this predictor,
@@ -278,29 +277,27 @@ def calibrate_by_labels(
             )
         groups = set(store_draws.draws)
         before = None
-        if record.has_record(folder) and not overwrite:
-            before = _rule_before(folder, max_risk, confidence, groups)
+        calibration = Calibration.find(folder)
+        if calibration is not None and not overwrite:
+            before = _rule_before(folder, calibration, max_risk, confidence, groups)
         all_progress = store_draws.progress(max_risk, 1 - confidence)
         store_draws.require_labels(all_progress)
-        certificates = {}
-        for group, progress in all_progress.items():
-            certificates[group] = progress.certificate(max_risk)
-        rule = anytime_rule(certificates, max_risk, confidence)
+        rule = rule_of(all_progress, max_risk, confidence)
         return _keep_better(
             folder, predictor, store_draws, all_progress, rule, before, max_risk=max_risk
         )
 
 
 def _rule_before(
-    folder: Path, max_risk: float, confidence: float, groups: set[str]
-) -> Selector | None:
+    folder: Path, calibration: Calibration, max_risk: float, confidence: float, groups: set[str]
+) -> Rule | None:
     """The rule that a predictor has; one for another goal is not replaced."""
-    rule = record.load(folder).rule
+    rule = calibration.rule
     if rule is None:
         return None
-    if isinstance(rule, Selector) and rule.method == "anytime":
+    if rule.method == "anytime":
         is_same_goal = (rule.max_risk, rule.confidence) == (max_risk, confidence)
-        if is_same_goal and rule.certificates.keys() == groups:
+        if is_same_goal and rule.thresholds.keys() == groups:
             return rule
     raise UsageError(
         f"{folder} is calibrated already ({rule}). --overwrite replaces that calibration."
@@ -312,11 +309,11 @@ def _keep_better(
     predictor: FailurePredictor,
     store_draws: StoreDraws,
     all_progress: Mapping[str, GuaranteeProgress],
-    rule: Selector,
-    before: Selector | None,
+    rule: Rule,
+    before: Rule | None,
     *,
     max_risk: float,
-) -> Record:
+) -> Calibration:
     """Keep the rule, or the one before where that accepts no less: it is certified for ever."""
     outcomes = store_draws.outcomes
     for progress in all_progress.values():
@@ -326,30 +323,28 @@ def _keep_better(
         names = group_names(outcomes)
         n_before = before.accept(outcomes.uncertainty, names).sum()
         if n_before >= rule.accept(outcomes.uncertainty, names).sum():
-            return record.load(folder)
+            return Calibration.load(folder)
     if not rule.feasible:
         _take_back_if_changed(folder, outcomes)  # with overwrite; else it was looked at above
         reasons = []
-        for group, certificate in rule.certificates.items():
-            reasons.append(f"{group}: {certificate.why}".removeprefix(": "))
+        for group, threshold in rule.thresholds.items():
+            reasons.append(f"{group}: {threshold.why}".removeprefix(": "))
         raise InfeasibleError(
             f"a risk of at most {max_risk:.2%} is not shown: {'; '.join(reasons)}."
         )
     rows = np.sort(np.concatenate([progress.rows for progress in all_progress.values()]))
     dataset = store_draws.photos.first.path.name
     counted = outcomes.take(rows)
-    return keep_guarantee(folder, predictor, store_draws.photos, counted, rule, dataset)
+    photos = store_draws.photos
+    return keep_guarantee(folder, predictor, photos, all_progress, counted, rule, dataset)
 
 
 def _take_back_if_changed(folder: Path, outcomes: Outcomes) -> bool:
     """Take back a guarantee from such labels that rests on rows whose failure has changed."""
-    if not record.has_record(folder):
-        return False
-    kept_record = record.load(folder)
-    rule = kept_record.rule
-    if not isinstance(rule, Selector) or rule.method != "anytime":
+    calibration = Calibration.find(folder)
+    if calibration is None or calibration.target.method != "anytime":
         return False  # another one may be of the rows of another store
-    rows = record.load_rows(folder, kept_record)
+    rows = calibration.rows
     now = dict(zip(outcomes.ids or (), outcomes.failure.tolist(), strict=True))
     changed = set()
     for key, failure in zip(rows.ids or (), rows.failure.tolist(), strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -11,10 +12,11 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from vilu.calibration.anytime import Looks, level_of
-from vilu.calibration.procedure import keep_record
-from vilu.calibration.record import Record
-from vilu.calibration.rules import ALL, Certificate, Selector
+from vilu.calibration.anytime import Draw, Looks, level_of
+from vilu.calibration.calibration import Calibration
+from vilu.calibration.procedure import keep_calibration
+from vilu.calibration.rules import ALL, Rule, rule_at_any_time
+from vilu.calibration.target import Target
 from vilu.embeddings.copies import near_copies
 from vilu.embeddings.source import EmbeddingSource
 from vilu.metrics.counts import Ints
@@ -139,56 +141,15 @@ class GuaranteeProgress:
             return -math.inf
         return float(self.looks.grid[self.certified])
 
-    def counts(self) -> tuple[Ints, Ints]:
-        """(G,) wrong and (G,) accepted labels at every threshold."""
-        return self.looks.counts(self.outcomes.uncertainty, self.outcomes.failure)
 
-    def certificate(self, max_risk: float) -> Certificate:
-        """What is certified, or what it lacks."""
-        wrong, accepted = self.counts()
-        n = len(self.rows)
-        if self.certified is None:
-            return Certificate(
-                threshold=None,
-                n=n,
-                n_accepted=0,
-                n_wrong=0,
-                risk_bound=None,
-                why=self._why_not(wrong, accepted, max_risk),
-            )
-        return Certificate(
-            threshold=self.threshold,
-            n=n,
-            n_accepted=int(accepted[self.certified]),
-            n_wrong=int(wrong[self.certified]),
-            risk_bound=max_risk,
-        )
-
-    def _why_not(self, wrong: Ints, accepted: Ints, max_risk: float) -> str:
-        if self.more is not None:
-            return (
-                f"about {self.more:,} more labels of the calibration side are needed, if errors "
-                "go on as so far"
-            )
-        last = self.looks.last
-        return (
-            f"of {int(accepted[last])} labels up to the limit {int(wrong[last])} are wrong, and "
-            f"these scores do not single out answers with an error rate below {max_risk:.2%}"
-        )
-
-
-def anytime_rule(
-    certificates: dict[str, Certificate], max_risk: float, confidence: float
-) -> Selector:
-    """The guarantee of all answers, or of each class of answers."""
-    return Selector(
-        method="anytime",
-        max_risk=max_risk,
-        min_coverage=None,
-        confidence=confidence,
-        grouped_by=None if ALL in certificates else "prediction",
-        certificates=certificates,
-    )
+def rule_of(
+    all_progress: Mapping[str, GuaranteeProgress], max_risk: float, confidence: float
+) -> Rule:
+    """The guarantee of all answers, or of each class of answers, or what it lacks."""
+    groups = {}
+    for group, progress in all_progress.items():
+        groups[group] = (progress.looks, progress.outcomes)
+    return rule_at_any_time(groups, max_risk, confidence)
 
 
 def progress_of(
@@ -239,10 +200,11 @@ def keep_guarantee(
     folder: Path,
     predictor: FailurePredictor,
     photos: Photos,
+    all_progress: Mapping[str, GuaranteeProgress],
     rows: Outcomes,
-    rule: Selector,
+    rule: Rule,
     dataset: str,
-) -> Record:
+) -> Calibration:
     """Leave a rule beside the predictor, with its labelled ``rows``, as ``vilu calibrate`` does."""
     # it is a probability as it is; labels below the limit alone would bend it
     predictor.calibrator_ = Logistic(
@@ -252,7 +214,23 @@ def keep_guarantee(
         n=len(rows),
         n_failures=int((rows.failure == 1).sum()),
     )
-    dtype = photos.first.manifest.dtype
-    kept_record = keep_record(folder, predictor, rows, photos, rule, (dataset, None), dtype=dtype)
+    target = Target(
+        max_risk=rule.max_risk,
+        confidence=rule.confidence,
+        method="anytime",
+        per_class=ALL not in all_progress,
+    )
+    draws = {group: Draw.of(progress.looks) for group, progress in all_progress.items()}
+    calibration = keep_calibration(
+        folder,
+        predictor,
+        rows,
+        photos,
+        target,
+        rule,
+        (dataset, None),
+        dtype=photos.first.manifest.dtype,
+        draws=draws,
+    )
     write_card(folder)
-    return kept_record
+    return calibration

@@ -205,7 +205,9 @@ def levels_of(
         return [_unlabelled_level(uncertainty, float(decile), in_force) for decile in deciles]
     grid = progress.looks.grid
     delta = progress.looks.delta
-    wrong, accepted = progress.counts()
+    wrong, accepted = progress.looks.counts(
+        progress.outcomes.uncertainty, progress.outcomes.failure
+    )
     evidence = log_evidence(wrong, accepted, progress.looks.max_risk)
     levels = []
     for index in np.unique(np.linspace(0, len(grid) - 1, LEVELS_SHOWN).round().astype(int)):
@@ -293,7 +295,9 @@ def _lacking_in_words(progress: GuaranteeProgress) -> str:
             "guarantee rests on all of them; a photo that nobody can name has the label "
             f"{SKIPPED}."
         )
-    wrong, accepted = progress.counts()
+    wrong, accepted = progress.looks.counts(
+        progress.outcomes.uncertainty, progress.outcomes.failure
+    )
     last = progress.looks.last
     counts = f"{int(wrong[last])} of {int(accepted[last])} labels that count are wrong."
     if progress.more is None:

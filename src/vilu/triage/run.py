@@ -18,10 +18,10 @@ from typing import Final
 
 import numpy as np
 
-from vilu.calibration import record
 from vilu.calibration.anytime import level_of
+from vilu.calibration.calibration import Calibration
 from vilu.calibration.procedure import take_back
-from vilu.calibration.rules import ALL, Selector
+from vilu.calibration.rules import ALL, Rule
 from vilu.datasets.files import former_text
 from vilu.errors import DataError
 from vilu.metrics.counts import Floats, Ints
@@ -31,7 +31,7 @@ from vilu.predictors.persistence.files import PREDICTOR
 from vilu.predictors.persistence.record import read_record
 from vilu.predictors.persistence.storage import load
 from vilu.predictors.persistence.vocabulary import Vocabulary
-from vilu.scoring.score import Decider, score_rows
+from vilu.scoring.score import provenance_of, score_rows
 from vilu.triage.choose import choose_to_fit
 from vilu.triage.fitting import FitCase, fit, fit_case, is_worth_testing, method_for
 from vilu.triage.guarantee import (
@@ -39,10 +39,10 @@ from vilu.triage.guarantee import (
     GuaranteeProgress,
     Mask,
     PhotoSplit,
-    anytime_rule,
     first_of_scene,
     keep_guarantee,
     progress_of,
+    rule_of,
 )
 from vilu.triage.labels import Entry, LabelBook
 from vilu.triage.photos import FOLDER, PhotoFolder, Photos, PhotoStores
@@ -108,21 +108,18 @@ class TriageRun:
         """Folder of the predictor that labels are asked for."""
         return self.present if state.candidate is None else self.candidate
 
-    def score(self, decider: Decider) -> Outcomes:
+    def score(
+        self, predictor: FailurePredictor, calibration: Calibration | None = None
+    ) -> Outcomes:
         """Of all photos, by a predictor, and decided where it is calibrated."""
-        predictor = decider.predictor
         facts = {
             "method": predictor.label,
             "dataset": self.settings.photos.name,
             "seed": self.settings.seed,
             "is_probability": predictor.is_probability,
-            "provenance": decider.provenance,
+            "provenance": provenance_of(calibration),
         }
-        return score_rows(decider, self.photos, facts)
-
-    def uncalibrated_scores(self, predictor: FailurePredictor) -> Outcomes:
-        """Of all photos, by a predictor alone."""
-        return self.score(Decider(predictor))
+        return score_rows(predictor, self.photos, facts, calibration=calibration)
 
     def write(self, state: TriageState) -> TriageState:
         """Write the state; returns it."""
@@ -153,7 +150,7 @@ class TriageResult:
     photos: Photos
     outcomes: Outcomes
     predictor: FailurePredictor
-    rule: Selector | None
+    rule: Rule | None
     progress: GuaranteeProgress | None
     tested_outcomes: Outcomes
     has_candidate: bool
@@ -250,7 +247,7 @@ def advance(
     photos.label(book.labels, settings.of_no_class)
     run = TriageRun(root, settings, photos, book, PhotoSplit.of(photos, book, settings.seed))
     state, predictor = choose_predictor(run, state)
-    tested = run.uncalibrated_scores(predictor)
+    tested = run.score(predictor)
     progress = None
     if predictor.needs_labels and run.split.for_calibration.any():
         state, progress = count_labels(run, state, tested)
@@ -262,14 +259,15 @@ def advance(
 def _result(
     run: TriageRun, state: TriageState, tested: Outcomes, progress: GuaranteeProgress | None
 ) -> TriageResult:
-    decider = Decider.of_folder(load(run.present), run.present)
+    predictor = load(run.present)
+    calibration = Calibration.find(run.present)
     is_first_of_scene = None
     if progress is not None:
         is_first_of_scene = first_of_scene(run.photos, run.split.fit_rows, progress.rows)
     return TriageResult(
         photos=run.photos,
-        outcomes=run.score(decider),
-        predictor=decider.predictor,
+        outcomes=run.score(predictor, calibration),
+        predictor=predictor,
         rule=rule_in_force(run.present),
         progress=progress,
         tested_outcomes=tested,
@@ -281,13 +279,13 @@ def _result(
     )
 
 
-def rule_in_force(folder: Path) -> Selector | None:
+def rule_in_force(folder: Path) -> Rule | None:
     """The guarantee of the predictor in a folder, if it has one."""
-    if not record.has_record(folder):
+    calibration = Calibration.find(folder)
+    if calibration is None or calibration.rule is None:
         return None
-    rule = record.load(folder).rule
-    if isinstance(rule, Selector) and rule.feasible:
-        return rule
+    if calibration.rule.feasible:
+        return calibration.rule
     return None
 
 
@@ -334,7 +332,7 @@ def _test_beside(
 ) -> tuple[TriageState, FailurePredictor]:
     """Test a new predictor beside the one with a guarantee, if it is worth it."""
     n_labels = len(run.split.fit_rows)
-    scores = run.uncalibrated_scores(predictor).uncertainty
+    scores = run.score(predictor).uncertainty
     least_share = min(WORTH_MORE * share_accepted(run), 1.0)
     candidate = plan_trial(run, state, scores, least_share=least_share)
     next_state = state.model_copy(update={"n_fit_of_last_candidate": n_labels})
@@ -434,14 +432,21 @@ def keep_certified(
         shutil.rmtree(run.candidate)
     if _accepts_more(progress, rule_in_force(run.present)):
         settings = run.settings
-        certificates = {ALL: progress.certificate(settings.max_risk)}
-        rule = anytime_rule(certificates, settings.max_risk, settings.confidence)
-        dataset = settings.photos.name
-        keep_guarantee(run.present, predictor, run.photos, progress.outcomes, rule, dataset)
+        all_progress = {ALL: progress}
+        rule = rule_of(all_progress, settings.max_risk, settings.confidence)
+        keep_guarantee(
+            run.present,
+            predictor,
+            run.photos,
+            all_progress,
+            progress.outcomes,
+            rule,
+            settings.photos.name,
+        )
     return state
 
 
-def _accepts_more(progress: GuaranteeProgress, rule: Selector | None) -> bool:
+def _accepts_more(progress: GuaranteeProgress, rule: Rule | None) -> bool:
     """Whether a rule is replaced: what was certified once is certified for ever."""
     if not len(progress.rows):
         return False

@@ -18,7 +18,7 @@ from vilu.artifacts.documents import explain
 from vilu.artifacts.hashing import digest
 from vilu.artifacts.paths import claim_file
 from vilu.artifacts.tables import read_column, read_table, table_suffix, write_table
-from vilu.calibration import record
+from vilu.calibration.calibration import Calibration, promises
 from vilu.calibration.label_sets import LabelSets
 from vilu.calibration.monitor.arrivals import Seen, admit, refuse_sorted
 from vilu.calibration.monitor.audit import Audit, TestName
@@ -26,8 +26,7 @@ from vilu.calibration.monitor.martingale import Reference
 from vilu.calibration.monitor.rates import rates_of, strangers_in_words
 from vilu.calibration.monitor.status import Acceptance, Audited, Status, Test, conclude
 from vilu.calibration.monitor.watch import PARTS, State, Watch, Wealth
-from vilu.calibration.record import Record, Rule
-from vilu.calibration.rules import Selector, group_names
+from vilu.calibration.rules import Rule, group_names
 from vilu.calibration.shares import Strata
 from vilu.errors import UNKNOWN, DataError, InfeasibleError, ProvenanceError, UsageError
 from vilu.metrics.counts import Floats, Ints
@@ -90,7 +89,7 @@ class Monitor:
     ) -> None:
         require_between("false_alarm", false_alarm)
         require_at_least("seed", seed, 0)
-        if not record.promises(rule):
+        if not promises(rule):
             raise InfeasibleError(
                 "there is no guarantee to watch, because nothing was promised of these rows: give "
                 "the rule that vilu.calibrate(outcomes, max_risk=0.05) makes of them."
@@ -100,7 +99,7 @@ class Monitor:
                 f"none of the {len(calibration)} calibration rows has an uncertainty. Calibrate again."
             )
         self.calibration, self.false_alarm, self.seed = calibration, false_alarm, int(seed)
-        self.rule = rule if isinstance(rule, Selector) else None
+        self.rule = rule if isinstance(rule, Rule) and not rule.needs_batch else None
         self.risk: str | None = None
         self.rows = self.unscored = self.accepted = self.repeated = self.forgotten = 0
         self.monitored, self.labelled = Seen(), Seen()
@@ -117,7 +116,9 @@ class Monitor:
         names: list[TestName] = [*values, *(("audit",) if promise is not None else ()), *rates]
         parts = sum(PARTS[name] for name in names)
         tests = {name: Test(name=name, level=false_alarm * PARTS[name] / parts) for name in names}
-        self.watches = {name: self._watch(tests[name], column) for name, column in values.items()}
+        self.watches = {
+            name: Watch(tests[name], Reference.of(column)) for name, column in values.items()
+        }
         self.rates = rates_of(self.rule, calibration, false_alarm / max(parts, 1))
         self.rate_tests = {
             name: Test(name=name, level=audit.delta) for name, audit in self.rates.items()
@@ -127,7 +128,7 @@ class Monitor:
             if self.rule is None or self._is_partial
             else float(1 - columns["acceptance"].mean())
         )
-        self.audited = None if promise is None else self._audit(promise, tests["audit"].level)
+        self.audited = None if promise is None else Audit(promise, tests["audit"].level)
         self.audit_test = tests.get("audit")
         self.fingerprint = self._fingerprint()
 
@@ -144,23 +145,21 @@ class Monitor:
 
         Examples:
             >>> import numpy as np, tempfile, vilu
-            >>> from vilu.calibration.procedure import Target, calibrate_predictor
-            >>> rows = np.random.default_rng(0).random((200, 8))
+            >>> rows = np.random.default_rng(0).normal(size=(200, 8))
             >>> rows /= np.linalg.norm(rows, axis=1, keepdims=True)
             >>> data = vilu.Embeddings(rows, np.eye(8), rows.argmax(axis=1))
             >>> with (
             ...     tempfile.TemporaryDirectory() as folder
             ... ):  # as `vilu fit` and `vilu calibrate` leave one
             ...     _ = vilu.MCM().save(folder)
-            ...     _ = calibrate_predictor(folder, data, Target(max_risk=0.05))
+            ...     _ = vilu.calibrate_predictor(folder, data, vilu.Target(max_risk=0.05))
             ...     monitor = vilu.Monitor.of_folder(folder)
             >>> len(monitor.calibration), monitor.rule.max_risk
             (200, 0.05)
         """
-        found, guarantee = _guaranteed(Path(folder))
-        rows = record.load_rows(folder, found)
-        monitor = cls(rows, guarantee, false_alarm=false_alarm, seed=seed)
-        monitor.risk = found.fingerprint
+        calibration, guarantee = _guaranteed(Path(folder))
+        monitor = cls(calibration.rows, guarantee, false_alarm=false_alarm, seed=seed)
+        monitor.risk = calibration.fingerprint
         return monitor
 
     @checked
@@ -459,12 +458,6 @@ class Monitor:
             else strangers_in_words(strangers, stated),
         )
 
-    def _watch(self, test: Test, values: Floats) -> Watch:
-        return Watch(test, Reference.of(values))
-
-    def _audit(self, promise: float, delta: float) -> Audit:
-        return Audit(promise, delta)
-
     def _tests(self) -> list[Test]:
         watched = [watch.test for watch in self.watches.values()]
         audit = () if self.audit_test is None else (self.audit_test,)
@@ -578,19 +571,19 @@ class Monitor:
         return digest([content.hexdigest(), rule, self.false_alarm, self.seed, list(self.watches)])
 
 
-def _guaranteed(folder: Path) -> tuple[Record, Rule | LabelSets]:
+def _guaranteed(folder: Path) -> tuple[Calibration, Rule | LabelSets]:
     """The calibration of a predictor, and what it promises; refused where that is nothing."""
-    calibrate = f"vilu calibrate {shlex.quote(str(folder))} STORE --max-risk 0.05"
-    if record.has_record(folder):
-        found = record.load(folder)
-        if found.guarantee is not None:
-            return found, found.guarantee
-        calibrate = f"{calibrate} --overwrite"
-    else:
+    command = f"vilu calibrate {shlex.quote(str(folder))} STORE --max-risk 0.05"
+    calibration = Calibration.find(folder)
+    if calibration is None:
         read_record(folder / PREDICTOR)  # a folder without a predictor is another mistake
+    elif calibration.guarantee is not None:
+        return calibration, calibration.guarantee
+    else:
+        command = f"{command} --overwrite"
     raise InfeasibleError(
         f"there is no guarantee to watch, because nothing was promised of {folder}: "
-        f"run `{calibrate}` with labelled rows first."
+        f"run `{command}` with labelled rows first."
     )
 
 

@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 
 from vilu.calibration.monitor.audit import Audit, TestName
-from vilu.calibration.rules import Selector
+from vilu.calibration.rules import Rule
 from vilu.calibration.shares import Strata
 from vilu.calibration.thresholds import percent, upper_bound
 from vilu.outcomes.outcomes import Outcomes
@@ -20,7 +20,7 @@ LEAST: Final = 1e-3
 """A smaller share of strangers than this is not told from it; a stated share of 0 is watched as this."""
 
 
-def rates_of(rule: Selector | None, calibration: Outcomes, level: float) -> dict[TestName, Audit]:
+def rates_of(rule: Rule | None, calibration: Outcomes, level: float) -> dict[TestName, Audit]:
     """Rates that must not be exceeded while a promise for stated shares holds; none for other rules.
 
     "outside": share of strangers among labelled rows, at most the stated one. "abstained": share of
@@ -40,7 +40,7 @@ def rates_of(rule: Selector | None, calibration: Outcomes, level: float) -> dict
     return found
 
 
-def _abstained_at_most(rule: Selector, rows: Outcomes, delta: float) -> float:
+def _abstained_at_most(rule: Rule, rows: Outcomes, delta: float) -> float:
     strata = Strata(rows, rule.outside_share, rule.class_shares)
     abstained = np.bincount(
         strata.stratum[~rule.accept(rows.uncertainty)], minlength=len(strata.names)

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vilu.artifacts.disk import RUN
-from vilu.calibration import record
-from vilu.calibration.record import Rule
-from vilu.calibration.rules import Certificate, Selector, group_names
+from vilu.calibration.calibration import Calibration
+from vilu.calibration.rules import Rule, group_names
+from vilu.calibration.thresholds import Threshold
 from vilu.errors import DataError, ProvenanceError, UsageError, nearest
 from vilu.metrics.counts import tie_counts
 from vilu.outcomes.evaluate import require_same_rows
@@ -50,7 +50,7 @@ class Choice:
     max_risk: float | None  # error rate that was aimed at; None where the aim was another
     promise: str | None = None  # what is promised of later answers, in words; None where nothing is
     # per group, if the rule has them
-    certificates: Mapping[str, Certificate] = field(default_factory=dict)
+    thresholds: Mapping[str, Threshold] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)  # what is recorded of the calibration
 
 
@@ -85,13 +85,13 @@ def by_rule(outcomes: Outcomes, calibrated: Calibrated) -> Choice:
     groups = group_names(outcomes) if rule.grouped_by == "prediction" else None
     accepted = rule.accept(outcomes.uncertainty, groups)
     promise: str | None = str(rule).splitlines()[0]
-    if isinstance(rule, Selector):
+    if not rule.needs_batch:
         if not rule.feasible:
             promise = None
         is_one_threshold = rule.grouped_by is None and rule.floor is None
         threshold = rule.threshold if is_one_threshold else None
         return Choice(
-            accepted, threshold, rule.max_risk, promise, rule.certificates, calibrated.facts
+            accepted, threshold, rule.max_risk, promise, rule.thresholds, calibrated.facts
         )
     # of one batch, conformal selection accepts what one threshold does, too
     threshold = float(outcomes.uncertainty[accepted].max()) if accepted.any() else None
@@ -111,15 +111,14 @@ def _require_match(link: str, of_rule: object, of_scores: object) -> None:
 
 def read_calibrated(folder: str | Path) -> Calibrated:
     """The rule that ``vilu calibrate`` wrote into the folder of a predictor."""
-    calibration = record.load(folder)
+    calibration = Calibration.load(folder)
     if calibration.rule is None:
         raise DataError(
             f"{folder} has calibrated probabilities and no rule that accepts or abstains. "
             "Run `vilu calibrate` with --max-risk, or leave --predictor out."
         )
-    document = calibration.model_dump(mode="json", exclude={"rule", "label_sets"})
-    method = record.load_rows(folder, calibration).method
-    return Calibrated(calibration.rule, method, calibration.fingerprint, document)
+    facts = calibration.model_dump(mode="json", exclude={"rule", "probability", "label_sets"})
+    return Calibrated(calibration.rule, calibration.rows.method, calibration.fingerprint, facts)
 
 
 PREFERRED = ("vilu_plus", "vilu")

@@ -1,0 +1,117 @@
+"""What is asked of a calibration, and whether it can be."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+from pydantic import ConfigDict
+
+from vilu.calibration.label_sets import Kind, check_label_sets
+from vilu.calibration.shares import check_shares
+from vilu.embeddings.source import EmbeddingSource
+from vilu.errors import UsageError
+from vilu.predictors.contract.predictor import FailurePredictor
+from vilu.validation import checked_fields, require_between, require_one_of
+
+Method = Literal["ltt", "crc", "selection", "anytime"]
+
+ROWS_AT_ONCE: tuple[Method, ...] = ("ltt", "crc", "selection")
+"""Methods whose rows are all there before anybody looks; "anytime" is for labels one after another."""
+
+
+@checked_fields
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What is asked of a calibration.
+
+    Attributes:
+        max_risk: Largest error rate among accepted answers; None for probabilities alone, or for a
+            coverage.
+        min_coverage: Least share to accept; None for any.
+        confidence: 1 - delta.
+        method: "ltt", "crc" or "selection", as of ``vilu.calibrate``; "anytime" of labels that
+            ``vilu next`` and ``vilu triage`` ask for.
+        per_class: A threshold for every predicted class with enough rows.
+        label_sets: "lac" or "aps" (``vilu.calibration.label_sets``); None for none.
+        max_miss: Largest share of label sets without the right label.
+        outside_share: Share of pictures of none of the classes to be expected; None: as among the
+            calibration rows.
+        class_shares: Shares of the classes among the others to be expected, by name; None: as
+            there.
+
+    Examples:
+        >>> import vilu
+        >>> vilu.Target(max_risk=0.05).confidence
+        0.95
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    max_risk: float | None = None
+    min_coverage: float | None = None
+    confidence: float = 0.95
+    method: Method = "ltt"
+    per_class: bool = False
+    label_sets: Kind | None = None
+    max_miss: float = 0.1
+    outside_share: float | None = None
+    class_shares: Mapping[str, float] | None = None
+
+    @property
+    def has_rule(self) -> bool:
+        """Whether more is asked for than probabilities and label sets."""
+        return self.max_risk is not None or self.min_coverage is not None
+
+    @property
+    def states_shares(self) -> bool:
+        """Whether the promise is to hold for stated shares, others than those of the calibration rows."""
+        return self.outside_share is not None or self.class_shares is not None
+
+    def check(self, predictor: FailurePredictor, data: EmbeddingSource) -> None:
+        """Refuse what cannot be promised of a predictor and its calibration rows, before anything is computed."""
+        if self.has_rule:
+            self.check_rule(grouped=self.per_class)
+        elif self.per_class or self.method != "ltt":
+            raise UsageError(
+                "without max_risk or min_coverage there is no decision: leave method and per_class out."
+            )
+        elif self.states_shares:
+            self.check_shares(grouped=False)
+        if self.per_class and data.pool_size is not None:
+            raise UsageError(
+                "captions have no classes, so there are no thresholds per class. Leave per_class out."
+            )
+        if self.label_sets is not None:
+            check_label_sets(predictor, data, self.max_miss)
+        elif self.max_miss != Target.max_miss:
+            raise UsageError(
+                f"max_miss ({self.max_miss}) is for label sets. Ask for label_sets too, or leave it out."
+            )
+
+    def check_rule(self, *, grouped: bool) -> None:
+        """Refuse what no rule can promise; ``grouped``: of several groups."""
+        if not self.has_rule:
+            raise UsageError("what is to be promised? Give max_risk, min_coverage or both.")
+        if self.max_risk is not None:
+            require_between("max_risk", self.max_risk)
+        if self.min_coverage is not None:
+            require_between("min_coverage", self.min_coverage, "(0, 1]")
+        require_between("confidence", self.confidence)
+        require_one_of("method", self.method, ROWS_AT_ONCE)
+        if self.method == "selection":
+            is_one_risk = self.max_risk is not None and self.min_coverage is None
+            if grouped or not is_one_risk:
+                raise UsageError(
+                    "selection takes a max_risk, and neither a min_coverage nor a threshold per class."
+                )
+        self.check_shares(grouped=grouped)
+
+    def check_shares(self, *, grouped: bool) -> None:
+        """Refuse shares that cannot be, or with which nothing can be promised."""
+        check_shares(self.outside_share, self.class_shares)
+        if not self.states_shares:
+            return
+        if self.max_risk is None or self.method != "ltt" or grouped:
+            raise UsageError("stated shares take a max_risk, the method ltt, and no groups.")
