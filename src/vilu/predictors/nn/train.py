@@ -170,7 +170,7 @@ class Descent:
 
     def __init__(self, momentum: float, weight_decay: float) -> None:
         self.momentum, self.weight_decay = momentum, weight_decay
-        self.momenta, self.made, self.found = (
+        self.momenta, self.products, self.found = (
             dict[Tensor, Tensor](),
             dict[Tensor, Tensor](),
             dict[str, Tensor](),
@@ -186,12 +186,12 @@ class Descent:
     def begin(self, text: Tensor, matrices: Sequence[Tensor]) -> None:
         """An epoch, or the rest of one that was restored; ``matrices`` are those of the texts."""
         self.text, self.gram, self.decay = text, text @ text.T, torch.eye(2, dtype=torch.float64)
-        self.made = {
+        self.products = {
             matrix: (text @ matrix.T).requires_grad_(matrix in self.momenta) for matrix in matrices
         }
         learned = [matrix for matrix in matrices if matrix in self.momenta]
         self.start = {
-            matrix: torch.stack([self.made[matrix], text @ self.momenta[matrix].T])
+            matrix: torch.stack([self.products[matrix], text @ self.momenta[matrix].T])
             for matrix in learned
         }
         self.gained = {matrix: torch.zeros_like(start) for matrix, start in self.start.items()}
@@ -199,8 +199,8 @@ class Descent:
             load("steps of an epoch", self.found, self.state())
             self._make()
         self.found = {}
-        self.moving = [(p, p, m) for p, m in self.momenta.items() if p not in self.made]
-        self.moving += [(self.made[matrix], *gained) for matrix, gained in self.gained.items()]
+        self.moving = [(p, p, m) for p, m in self.momenta.items() if p not in self.products]
+        self.moving += [(self.products[matrix], *gained) for matrix, gained in self.gained.items()]
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
@@ -231,7 +231,7 @@ class Descent:
         kept, moved = self.decay[0].tolist()
         for matrix, (start, momentum) in self.start.items():
             decayed = torch.add(kept * start, momentum, alpha=moved)
-            torch.addmm(decayed, self.gram, self.gained[matrix][0], out=self.made[matrix])
+            torch.addmm(decayed, self.gram, self.gained[matrix][0], out=self.products[matrix])
 
     @torch.no_grad()
     def end(self) -> None:
@@ -241,7 +241,7 @@ class Descent:
             decayed = torch.tensordot(self.decay.to(matrix), torch.stack(both), 1)
             for into, new in zip(both, decayed + gained.mT @ self.text, strict=True):
                 into.copy_(new)
-        self.made, self.start, self.gained = {}, {}, {}
+        self.products, self.start, self.gained = {}, {}, {}
 
     def state(self) -> dict[str, Tensor]:
         """In the middle of an epoch: what its steps have gained."""
@@ -348,7 +348,7 @@ class HeadTrainer:
             if self.keeper.due():
                 self._save(at)
         self.descent.end()
-        self.head.made = {}
+        self.head.products = {}
 
     def begin_steps(self, train: Rows, size: int) -> None:
         """Those of an epoch; where all see a few texts, what matrices make of them is trained."""
@@ -359,7 +359,7 @@ class HeadTrainer:
         stay = few and texts_first(size, *source.text.shape)
         text = source.text.to(self.config.device) if stay else torch.empty(0, 0)
         self.descent.begin(text, self.head.text_matrices() if stay else [])
-        self.head.made = self.descent.made
+        self.head.products = self.descent.products
 
     def _step(self, batch: Batch, rate: float) -> Tensor:
         """One step on all rows of a batch, this process's and the others'; returns their mean loss."""
