@@ -312,7 +312,7 @@ class HeadTrainer:
                 self._epoch(train, size, plan, at, task)
                 self._end_epoch(validation, plan, at)
                 self._save(at)
-        self.head.load_state_dict(at.kept)
+        self.head.load_state_dict(at.chosen_weights)
         return at.history
 
     def thaw(self) -> None:
@@ -383,7 +383,10 @@ class HeadTrainer:
         """Write down what the epoch gave, and keep its weights if validation says so."""
         at.history.loss.append(finite_mean(float(at.total) / plan.steps, self.config.learning_rate))
         if self._is_kept(validation, at.history):
-            at.history.kept_epoch, at.kept = at.epoch, copy.deepcopy(self.head.state_dict())
+            at.history.kept_epoch, at.chosen_weights = (
+                at.epoch,
+                copy.deepcopy(self.head.state_dict()),
+            )
         at.epoch, at.step = at.epoch + 1, 0
         at.total, at.order = torch.zeros_like(at.total), self.generator.get_state()
 
