@@ -255,7 +255,7 @@ def test_a_matrix_of_texts_that_stay_moves_as_by_its_own_gradient(
         for steps in (6, 3):
             descent.begin(*((text, [matrix]) if is_made else (text[:0], [])))
             for step in range(steps):
-                made = descent.made[matrix] if is_made else text @ matrix.T
+                made = descent.products[matrix] if is_made else text @ matrix.T
                 ((made - goal).square().sum() + (made @ other.T).sin().sum()).backward()
                 descent.step(0.02 / (1 + step))
             descent.end()
@@ -273,7 +273,7 @@ def test_what_matrices_make_of_texts_is_trained_where_no_attention_is_made_in_ti
         (TILE_CELLS, 0),
     ):  # of larger batches the weights would all be there together
         trainer.begin_steps(Rows(toy_embeddings(), torch.arange(600)), size)
-        assert len(trainer.head.made) == n_made
+        assert len(trainer.head.products) == n_made
 
 
 @pytest.mark.parametrize("epochs", [0, 1])

@@ -1,4 +1,9 @@
-"""Checkpoints of training: what is kept, when, and how it is checked."""
+"""Checkpoints of training: their content, when they are written, and how they are checked.
+
+A resumed run ends with the very bits of an undisturbed one. So a checkpoint holds all that later
+steps depend on: weights, momenta, states of the generators, memories of the loss, and the position
+in the epoch.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +14,8 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +47,7 @@ OURS = re.compile(r"\d{8,}\.(json|safetensors)")
 AGAIN = "Remove it, and run the training again"
 
 Binding = Mapping[str, object]
-"""What a run is a run of, as plain JSON: it must be the same when it begins again."""
+"""The inputs of a run, as plain JSON: they must be the same when it goes on."""
 
 
 class Checkpoint(NamedTuple):
@@ -53,17 +58,22 @@ class Checkpoint(NamedTuple):
 
     def numbers(self) -> tuple[int, int]:
         """Finished epochs, and finished steps of the next one."""
-        numbers = self.position.get("epoch"), self.position.get("step")
-        if not all(type(number) is int and number >= 0 for number in numbers):
-            raise DataError(f"a checkpoint says epoch {numbers[0]!r} and step {numbers[1]!r}.")
+        epoch = self.position.get("epoch")
+        step = self.position.get("step")
+        if not (_is_count(epoch) and _is_count(step)):
+            raise DataError(f"a checkpoint says epoch {epoch!r} and step {step!r}.")
         return int(self.position["epoch"]), int(self.position["step"])
+
+
+def _is_count(number: object) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and number >= 0
 
 
 class Keeper:
     """Keeps nothing; the base of those that do."""
 
     def latest(self) -> Checkpoint | None:
-        """Where to go on; None: at the beginning."""
+        """The checkpoint to go on from; None: begin at the beginning."""
         return None
 
     def due(self) -> bool:
@@ -71,63 +81,90 @@ class Keeper:
         return False
 
     def save(self, make: Callable[[], Checkpoint]) -> None:
-        """Keep a state, which is made only where it is written."""
+        """Keep a state; ``make`` is called only where it is written."""
 
 
 class FolderKeeper(Keeper):
-    """Keeps the two newest checkpoints of one run in its folder; of several processes the leading one writes."""
+    """Keeps the two newest checkpoints of one run in its folder.
+
+    Of several processes the leading one writes.
+    """
 
     def __init__(self, folder: Path, binding: Binding, every: float, world: World) -> None:
-        self.folder, self.every, self.world = folder, every, world
+        self.folder = folder
+        self.every = every
+        self.world = world
+        # as it will be read back: tuples are lists there
         self.binding = json.loads(json.dumps(binding))
         self.saved_at = time.monotonic()
 
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint, or if that is damaged the one before it, with a warning."""
-        record, weights = self._newest() if self.world.leads else (b"", b"")
-        record, weights = self.world.broadcast(record), self.world.broadcast(weights)
+        record = b""
+        weights = b""
+        if self.world.leads:
+            record, weights = self._newest()
+        # every process takes the leading one's bytes: their disks may differ
+        record = self.world.broadcast(record)
+        weights = self.world.broadcast(weights)
         if not record:
             return None
         return Checkpoint(json.loads(record)["position"], safetensors_torch.load(weights))
 
     def due(self) -> bool:
-        """Whether ``every`` minutes have passed since the last one."""
-        return self.world.leads and time.monotonic() - self.saved_at >= 60 * self.every
+        """Whether ``every`` minutes have passed since the last checkpoint."""
+        if not self.world.leads:
+            return False
+        return time.monotonic() - self.saved_at >= 60 * self.every
 
     def save(self, make: Callable[[], Checkpoint]) -> None:
         """Write a checkpoint, and remove those that are neither this one nor the one before it."""
         if not self.world.leads:
             return
-        found, serials = make(), self._serials()
-        name = f"{max(serials, default=0) + 1:08d}"
-        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in found.tensors.items()}
+        checkpoint = make()
+        last = max(self._serials(), default=0)
+        name = f"{last + 1:08d}"
+        tensors = {}
+        for key, tensor in checkpoint.tensors.items():
+            tensors[key] = tensor.detach().cpu().contiguous()
         weights = safetensors_torch.save(tensors)
-        make_folder(self.folder)
-        write_bytes(self.folder / f"{name}.safetensors", weights)
         record = {
             "schema": SCHEMA,
             "binding": self.binding,
-            "position": found.position,
+            "position": checkpoint.position,
             "tensors_sha256": bytes_hash(weights),
         }
+        # A process may be killed at any moment. The record is written last, and names the bytes of
+        # its tensors, so that what has a record is whole. Older checkpoints go only after that.
+        make_folder(self.folder)
+        write_bytes(self.folder / f"{name}.safetensors", weights)
         write_json(self.folder / f"{name}.json", record)
-        self._prune({name, f"{max(serials, default=0):08d}"})
+        self._prune({name, f"{last:08d}"})
         self.saved_at = time.monotonic()
 
     def _serials(self) -> list[int]:
-        names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
-        return sorted(int(match[1]) for match in map(RECORD.fullmatch, names) if match)
+        """Numbers of the checkpoints in the folder, ascending."""
+        if not self.folder.is_dir():
+            return []
+        serials = []
+        for path in self.folder.iterdir():
+            match = RECORD.fullmatch(path.name)
+            if match:
+                serials.append(int(match[1]))
+        return sorted(serials)
 
-    def _prune(self, kept: set[str]) -> None:
+    def _prune(self, names_to_keep: set[str]) -> None:
+        """Remove all checkpoints but these."""
         with or_refuse(f"remove a checkpoint in {self.folder}"):
-            for path in sorted(
-                self.folder.iterdir()
-            ):  # of a name the record goes before its tensors
-                if is_ours(path.name) and path.stem not in kept:
+            # sorted: the record of a checkpoint goes before its tensors
+            for path in sorted(self.folder.iterdir()):
+                if is_ours(path.name) and path.stem not in names_to_keep:
                     path.unlink()
 
     def _newest(self) -> tuple[bytes, bytes]:
-        serials, faults = self._serials(), list[str]()
+        """Record and tensors of the newest intact checkpoint; empty where there is none at all."""
+        serials = self._serials()
+        faults = []
         for serial in reversed(serials):
             try:
                 record, weights = read_checked(self.folder / f"{serial:08d}.json")
@@ -139,35 +176,39 @@ class FolderKeeper(Keeper):
             return json.dumps(record).encode(), weights
         if serials:
             raise DataError(
-                f"no checkpoint in {self.folder} is intact. {' '.join(faults)} Remove that folder to begin again."
+                f"no checkpoint in {self.folder} is intact. {' '.join(faults)} "
+                "Remove that folder to begin again."
             )
         return b"", b""
 
-    def _require_same(self, found: dict[str, object]) -> None:
-        found = {
-            "texts": self.binding.get("texts"),
-            **found,
-        }  # checkpoints of earlier code do not say
-        differences = [
-            f"{key}: {found.get(key)!r} there, {self.binding.get(key)!r} here"
-            for key in sorted(found.keys() | self.binding.keys())
-            if found.get(key) != self.binding.get(key)
-        ]
+    def _require_same(self, written: dict[str, object]) -> None:
+        """Refuse the binding of another run."""
+        # checkpoints of earlier code do not say which texts they were trained on
+        there = {"texts": self.binding.get("texts"), **written}
+        here = self.binding
+        differences = []
+        for key in sorted(there.keys() | here.keys()):
+            if there.get(key) != here.get(key):
+                differences.append(f"{key}: {there.get(key)!r} there, {here.get(key)!r} here")
         if differences:
             raise ProvenanceError(
-                f"the checkpoints in {self.folder} are of another training run; {'; '.join(differences)}. "
-                "Go on with what they were made with, drop them (--restart), or give another folder."
+                f"the checkpoints in {self.folder} are of another training run; "
+                f"{'; '.join(differences)}. "
+                "Go on with what they were made with, drop them (--restart), "
+                "or give another folder."
             )
 
 
 def is_ours(name: str) -> bool:
     """Whether a file is of a checkpoint, finished or half-written."""
-    match = TEMPORARY.fullmatch(name)
-    return OURS.fullmatch(match["name"] if match else name) is not None
+    temporary = TEMPORARY.fullmatch(name)
+    if temporary:
+        name = temporary["name"]
+    return OURS.fullmatch(name) is not None
 
 
 def read_checked(path: Path) -> tuple[dict[str, Any], bytes]:
-    """A record and the bytes of its tensors, as they were written."""
+    """A record and the bytes of its tensors, checked to be as they were written."""
     record = read_json(path, AGAIN, always=True)
     if not isinstance(record.get("schema"), int):
         raise DataError(f"{path} does not describe a checkpoint.")
@@ -179,7 +220,9 @@ def read_checked(path: Path) -> tuple[dict[str, Any], bytes]:
         raise ProvenanceError(
             f"{path} has schema {record['schema']}: it was made before 0.2.0. {AGAIN}."
         )
-    if not all(isinstance(record.get(name), dict) for name in ("binding", "position")):
+    has_binding = isinstance(record.get("binding"), dict)
+    has_position = isinstance(record.get("position"), dict)
+    if not (has_binding and has_position):
         raise DataError(f"{path} is damaged: it lacks a binding and a position. {AGAIN}.")
     beside = path.with_suffix(".safetensors")
     if not beside.is_file():
@@ -193,14 +236,15 @@ def read_checked(path: Path) -> tuple[dict[str, Any], bytes]:
 
 RUN = re.compile(r"run_\d+")
 NAMED = "fit.txt"
-SAMPLED_IDS, SAMPLED_ROWS = 1024, 64
+SAMPLED_IDS = 1024
+SAMPLED_ROWS = 64
 
 
 class Session:
     """Hands out keepers, one per training run in their order."""
 
-    def keeper(self, binding: Callable[[], Binding]) -> Keeper:  # noqa: ARG002 - nothing to bind here
-        """Of the next training run; ``binding`` is asked for only where something is kept."""
+    def keeper(self, binding: Callable[[], Binding]) -> Keeper:  # noqa: ARG002
+        """The keeper of the next training run; ``binding`` is called only by one that keeps."""
         return Keeper()
 
 
@@ -208,50 +252,52 @@ class FolderSession(Session):
     """Runs that are kept in the sub-folders of a folder."""
 
     def __init__(self, folder: Path, every: float, world: World) -> None:
-        self.folder, self.every, self.world, self.n_runs, self.removed = (
-            folder,
-            every,
-            world,
-            0,
-            False,
-        )
+        self.folder = folder
+        self.every = every
+        self.world = world
+        self.n_runs = 0
+        self.removed = False
 
     def keeper(self, binding: Callable[[], Binding]) -> Keeper:
-        """One that keeps."""
+        """The keeper of the next training run."""
+        # runs are told apart by their order, which is the same when a fit begins again
+        folder = self.folder / f"run_{self.n_runs}"
         self.n_runs += 1
-        return FolderKeeper(
-            self.folder / f"run_{self.n_runs - 1}", binding(), self.every, self.world
-        )
+        return FolderKeeper(folder, binding(), self.every, self.world)
 
     def name_fit(self, inputs: str) -> None:
-        """Leave what the checkpoints are of, for ``named``."""
+        """Write down the inputs of the fit, for ``named``."""
         if self.world.leads:
             write_text(self.folder / NAMED, inputs)
 
     def named(self) -> str | None:
-        """What the checkpoints are said to be of; None where nothing is said."""
-        with or_refuse(f"read {self.folder / NAMED}"):
-            return (self.folder / NAMED).read_text() if (self.folder / NAMED).is_file() else None
+        """The inputs of the fit, as written down by ``name_fit``; None where nothing is."""
+        path = self.folder / NAMED
+        with or_refuse(f"read {path}"):
+            if not path.is_file():
+                return None
+            return path.read_text()
 
     def runs(self) -> list[Path]:
         """Folders of runs that are there."""
         return sorted(path for path in self.folder.iterdir() if RUN.fullmatch(path.name))
 
     def remove(self) -> None:
-        """Remove the checkpoints: what they led to is saved."""
-        with or_refuse(f"remove the checkpoints in {self.folder}"):
-            for run in self.runs() if self.world.leads else ():
-                shutil.rmtree(run)
-            if self.world.leads:
+        """Remove the checkpoints: the result of the training is saved."""
+        if self.world.leads:
+            with or_refuse(f"remove the checkpoints in {self.folder}"):
+                for run in self.runs():
+                    shutil.rmtree(run)
                 (self.folder / NAMED).unlink(missing_ok=True)
         self.removed = self.world.leads
 
 
-_session: ContextVar[Session] = ContextVar("session", default=Session())  # noqa: B039 - it has no state
+# the default is shared by all contexts, which does no harm: it has no state
+_session: ContextVar[Session] = ContextVar("session", default=Session())  # noqa: B039
 
 
 def current_session() -> Session:
-    """Who keeps the running code's checkpoints; nobody, outside a ``with checkpointing()`` block."""
+    """The session of a ``with checkpointing()`` block; outside one it keeps nothing."""
     return _session.get()
 
 
@@ -259,7 +305,9 @@ def current_session() -> Session:
 def checkpointing(
     folder: str | Path, every: float = 10.0, *, resume: bool = False
 ) -> Iterator[FolderSession]:
-    """Keep checkpoints of the training in a ``with`` block: at the end of every epoch, and within long ones.
+    """Keep checkpoints of the training in a ``with`` block.
+
+    They are written at the end of every epoch, and within long ones.
 
     Where several processes train together, this block stands inside theirs
     (``vilu.predictors.nn.processes.world``).
@@ -277,11 +325,10 @@ def checkpointing(
     if not every >= 0:
         raise UsageError(f"minutes between checkpoints must not be negative. Got {every} instead.")
     session = FolderSession(make_folder(folder), every, current_world())
-    with (
-        locked(session.folder, "training with the checkpoints in")
-        if session.world.leads
-        else nullcontext()
-    ):
+    lock: AbstractContextManager[object] = nullcontext()
+    if session.world.leads:  # the leading process alone touches the folder
+        lock = locked(session.folder, "training with the checkpoints in")
+    with lock:
         if session.world.leads and session.runs() and not resume:
             raise UsageError(
                 f"{folder} holds checkpoints of an earlier run. Resume it, or give another folder."
@@ -292,14 +339,23 @@ def checkpointing(
         finally:
             _session.reset(token)
     if session.removed:
-        with or_refuse(f"remove {session.folder}"):
-            (session.folder / LOCK).unlink(missing_ok=True)
-            if not any(session.folder.iterdir()):
-                session.folder.rmdir()
+        _remove_empty(session.folder)
+
+
+def _remove_empty(folder: Path) -> None:
+    """Remove the lock, and the folder unless somebody has put something else into it."""
+    with or_refuse(f"remove {folder}"):
+        (folder / LOCK).unlink(missing_ok=True)
+        if not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def data_fingerprint(source: EmbeddingSource, rows: Tensor) -> str:
-    """Hash of some rows of a source: which, their targets and space, and a sample of identifiers and embeddings."""
+    """Hash of some rows of a source.
+
+    It covers which rows they are, their targets and space, and a sample of their identifiers and
+    embeddings.
+    """
     numbers = {
         "rows": rows,
         "target": source.target[rows],
@@ -311,33 +367,33 @@ def data_fingerprint(source: EmbeddingSource, rows: Tensor) -> str:
 
 
 def text_fingerprint(source: EmbeddingSource, rows: Tensor) -> str:
-    """Hash of what some rows of a source choose from: of all shared candidates, or of a sample of the captions."""
+    """Hash of the candidates of some rows: of all shared ones, or of a sample of the captions."""
     text = source.candidates(spread(rows, SAMPLED_ROWS)).text
     return tensor_hash(text)
 
 
 def spread(rows: Tensor, n: int) -> Tensor:
     """At most ``n`` of the rows (M,), evenly spaced."""
-    return (
-        rows[torch.linspace(0, len(rows) - 1, min(n, len(rows)), dtype=torch.float64).long()]
-        if len(rows)
-        else rows
-    )
+    if not len(rows):
+        return rows
+    n_places = min(n, len(rows))
+    places = torch.linspace(0, len(rows) - 1, n_places, dtype=torch.float64).long()
+    return rows[places]
 
 
 class Stateful(Protocol):
-    """Something in a loss that remembers earlier batches."""
+    """Something in a training step that remembers earlier batches."""
 
     def state(self) -> dict[str, Tensor]:
-        """What it remembers."""
+        """Its memory."""
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """The inverse; must refuse tensors of the wrong names or shapes."""
+        """Take over a ``state``; must refuse tensors of the wrong names or shapes."""
 
 
 @dataclass
 class History:
-    """What happened, one entry an epoch; ``kept_epoch`` is the one whose weights were kept (0-based)."""
+    """Figures of each epoch; ``kept_epoch`` is the one whose weights were kept (0-based)."""
 
     loss: list[float] = field(default_factory=list)
     validation_auroc: list[float] = field(default_factory=list)
@@ -348,37 +404,45 @@ class History:
 class Position:
     """How far a training run is.
 
-    ``order`` is the state of the shuffling at the start of the epoch, ``total`` the sum of its
-    losses so far, ``step`` its finished steps, and ``kept`` the weights of the epoch that
-    validation chose.
+    Attributes:
+        order: State of the generator of the shuffling at the start of the epoch.
+        total: Sum of the epoch's losses so far.
+        epoch: Finished epochs.
+        step: Finished steps of the next epoch.
+        chosen_weights: Weights of the epoch that validation chose.
+        history: Figures of the finished epochs.
     """
 
     order: Tensor
     total: Tensor
     epoch: int = 0
     step: int = 0
-    kept: dict[str, Tensor] = field(default_factory=dict)
+    chosen_weights: dict[str, Tensor] = field(default_factory=dict)
     history: History = field(default_factory=History)
 
 
 def pack(
     at: Position, head: nn.Module, momenta: Mapping[Tensor, Tensor], stateful: Sequence[Stateful]
 ) -> Checkpoint:
-    """Everything that the rest of a training run depends on; ``momenta`` of each parameter that learns, in order."""
-    parts = {
+    """Everything that the rest of a training run depends on.
+
+    ``momenta`` has one of each parameter that learns, in order.
+    """
+    parts: dict[str, Mapping[str, Tensor]] = {
         "head": head.state_dict(),
-        "kept": at.kept,
-        "momentum": {str(i): momentum for i, momentum in enumerate(momenta.values())},
-        "masks": {str(i): generator.get_state() for i, generator in enumerate(generators_of(head))},
+        "kept": at.chosen_weights,
+        "momentum": _numbered(momenta.values()),
+        "masks": _mask_states(head),
         "loop": {"order": at.order, "total": at.total},
-        **{f"memory{i}": each.state() for i, each in enumerate(stateful)},
     }
-    tensors = {
-        f"{part}.{name}": tensor for part, found in parts.items() for name, tensor in found.items()
-    }
-    return Checkpoint(
-        {"epoch": at.epoch, "step": at.step, "history": dataclasses.asdict(at.history)}, tensors
-    )
+    for i, memory in enumerate(stateful):
+        parts[f"memory{i}"] = memory.state()
+    tensors = {}
+    for part, content in parts.items():
+        for name, tensor in content.items():
+            tensors[f"{part}.{name}"] = tensor
+    history = dataclasses.asdict(at.history)
+    return Checkpoint({"epoch": at.epoch, "step": at.step, "history": history}, tensors)
 
 
 def unpack(
@@ -387,38 +451,60 @@ def unpack(
     momenta: Mapping[Tensor, Tensor],
     stateful: Sequence[Stateful],
 ) -> Position:
-    """The inverse of ``pack``: fill head, momenta and memories, and say where to go on."""
+    """The inverse of ``pack``: fill head, momenta and memories, and return the position."""
+    parts = _parts(checkpoint)
+    weights = head.state_dict()  # shares memory with the head
+    load("weights", parts.get("head", {}), weights)
+    chosen_weights = parts.get("kept", {})
+    if chosen_weights:  # none before the first epoch has ended
+        _require_same_kinds("kept weights", chosen_weights, weights)
+    _load_momenta(parts.get("momentum", {}), momenta)
+    _load_masks(parts.get("masks", {}), head)
+    for i, memory in enumerate(stateful):
+        memory.restore(parts.get(f"memory{i}", {}))
+    order = torch.Generator().get_state()
+    total = torch.zeros(())
+    load("state of the loop", parts.get("loop", {}), {"order": order, "total": total})
+    device = next(iter(weights.values())).device
+    history = _history(checkpoint.position)
+    epoch, step = checkpoint.numbers()
+    return Position(order, total.to(device), epoch, step, chosen_weights, history)
+
+
+def _parts(checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
+    """Tensors of each part, by their names in it."""
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in checkpoint.tensors.items():
-        part, _, rest = name.partition(".")
-        parts.setdefault(part, {})[rest] = tensor
-    weights = head.state_dict()
-    load("weights", parts.get("head", {}), weights)
-    kept = parts.get("kept", {})
-    if kept:
-        load(
-            "kept weights",
-            kept,
-            {name: torch.empty_like(tensor) for name, tensor in weights.items()},
-        )
-    device = next(iter(weights.values())).device
-    known = {str(i): momentum for i, momentum in enumerate(momenta.values())}
-    for name, momentum in parts.get("momentum", {}).items():
+        part, _, name_in_part = name.partition(".")
+        parts.setdefault(part, {})[name_in_part] = tensor
+    return parts
+
+
+def _load_momenta(saved: Mapping[str, Tensor], momenta: Mapping[Tensor, Tensor]) -> None:
+    """Copy saved momenta into those of the same number; without one they stay zero."""
+    known = _numbered(momenta.values())
+    for name, momentum in saved.items():
         if name not in known or momentum.shape != known[name].shape:
             raise DataError(
-                f"a checkpoint has momentum {name!r} of shape {tuple(momentum.shape)} for no weight here."
+                f"a checkpoint has momentum {name!r} of shape {tuple(momentum.shape)} "
+                "for no weight here."
             )
         known[name].copy_(momentum)
-    masks = {str(i): generator.get_state() for i, generator in enumerate(generators_of(head))}
-    load("states of masks", parts.get("masks", {}), masks)
-    for i, generator in enumerate(generators_of(head)):
-        generator.set_state(masks[str(i)])
-    for i, each in enumerate(stateful):
-        each.restore(parts.get(f"memory{i}", {}))
-    loop = {"order": torch.Generator().get_state(), "total": torch.zeros(())}
-    load("state of the loop", parts.get("loop", {}), loop)
-    total, history = loop["total"].to(device), _history(checkpoint.position)
-    return Position(loop["order"], total, *checkpoint.numbers(), kept, history)
+
+
+def _load_masks(saved: Mapping[str, Tensor], head: nn.Module) -> None:
+    states = _mask_states(head)
+    load("states of masks", saved, states)
+    for generator, state in zip(generators_of(head), states.values(), strict=True):
+        generator.set_state(state)
+
+
+def _mask_states(head: nn.Module) -> dict[str, Tensor]:
+    return _numbered([generator.get_state() for generator in generators_of(head)])
+
+
+def _numbered(tensors: Iterable[Tensor]) -> dict[str, Tensor]:
+    return {str(i): tensor for i, tensor in enumerate(tensors)}
 
 
 def generators_of(head: nn.Module) -> list[torch.Generator]:
@@ -426,33 +512,52 @@ def generators_of(head: nn.Module) -> list[torch.Generator]:
     return [module.generator for module in head.modules() if isinstance(module, Dropout)]
 
 
-def load(what: str, found: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
-    """Copy tensors into those of the same names."""
-    kinds = [
-        {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
-        for tensors in (found, into)
-    ]
-    if kinds[0] != kinds[1]:
-        differing = sorted(kinds[0].keys() ^ kinds[1].keys()) or [
-            n for n in kinds[0] if kinds[0][n] != kinds[1][n]
-        ]
-        raise DataError(
-            f"the {what} of a checkpoint do not fit; they differ in {', '.join(differing[:4])}."
-        )
+def load(what: str, saved: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
+    """Copy tensors into those of the same names, shapes and types."""
+    _require_same_kinds(what, saved, into)
     with torch.no_grad():
         for name, tensor in into.items():
-            tensor.copy_(found[name])
+            tensor.copy_(saved[name])
+
+
+def _require_same_kinds(
+    what: str, saved: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> None:
+    """Refuse tensors of other names, shapes or types."""
+    saved_kinds = _kinds(saved)
+    expected_kinds = _kinds(expected)
+    if saved_kinds == expected_kinds:
+        return
+    differing = sorted(saved_kinds.keys() ^ expected_kinds.keys())
+    if not differing:
+        differing = [name for name in saved_kinds if saved_kinds[name] != expected_kinds[name]]
+    raise DataError(
+        f"the {what} of a checkpoint do not fit; they differ in {', '.join(differing[:4])}."
+    )
+
+
+def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and type of each tensor."""
+    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
 
 
 def _history(position: Mapping[str, Any]) -> History:
-    found = position.get("history")
-    if not isinstance(found, dict) or found.keys() != {"loss", "validation_auroc", "kept_epoch"}:
+    """The history in a position, which must be one of numbers."""
+    history = position.get("history")
+    names = {"loss", "validation_auroc", "kept_epoch"}
+    if not isinstance(history, dict) or history.keys() != names:
         raise DataError("a checkpoint has no history.")
-    lists = found["loss"], found["validation_auroc"]
-    numbers = all(isinstance(values, list) and all(map(_is_finite, values)) for values in lists)
-    if not numbers or type(found["kept_epoch"]) is not int:
+    loss = history["loss"]
+    validation_auroc = history["validation_auroc"]
+    kept_epoch = history["kept_epoch"]
+    has_numbers = _is_list_of_numbers(loss) and _is_list_of_numbers(validation_auroc)
+    if not has_numbers or type(kept_epoch) is not int:
         raise DataError("the history of a checkpoint is not of numbers.")
-    return History(list(lists[0]), list(lists[1]), found["kept_epoch"])
+    return History(list(loss), list(validation_auroc), kept_epoch)
+
+
+def _is_list_of_numbers(values: object) -> bool:
+    return isinstance(values, list) and all(map(_is_finite, values))
 
 
 def _is_finite(value: object) -> bool:

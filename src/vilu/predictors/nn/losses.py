@@ -1,4 +1,7 @@
-"""Weighted losses for failure prediction; all in float32, finite for every error rate from 0 to 1."""
+"""Weighted losses for failure prediction.
+
+All are computed in float32, and finite for every error rate from 0 to 1.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +17,19 @@ from vilu.predictors.nn.processes import current_world
 from vilu.predictors.nn.train import Loss
 
 EPSILON = 1e-6
-MIN_WEIGHT = (
-    0.05  # -log(e) tends to 0 as e tends to 1; a batch of failures only must still teach something
-)
+"""Error rates e are kept this far from 0, and in (1 - e) / e also from 1."""
+
+MIN_WEIGHT = 0.05
+"""-log(e) tends to 0 as e tends to 1, but a batch of failures only must still teach something."""
+
 EMA_MOMENTUM = 0.99
 
 
 def adaptive_weight(error_rate: Tensor) -> Tensor:
-    """ViLU's weight of the failure term, w = log(1 + N_s / N_f) = -log(e), for an error rate e in [0, 1].
+    """ViLU's weight of the failure term: w = log(1 + N_s / N_f) = -log(e), e in [0, 1].
 
-    Bounded to [0.05, -log(1e-6)]: the published formula is infinite in a batch without failures and
-    zero in a batch of failures only.
+    It is bounded to [0.05, -log(1e-6)]: the published formula is infinite in a batch without
+    failures and zero in a batch of failures only.
 
     Source: ViLU, Eq. 9.
     """
@@ -63,33 +68,47 @@ class FailureWeight:
             raise UsageError(f"static_weight must be positive. Got {static} instead.")
         self.mode = mode
         self.rate = torch.tensor(float(error_rate))
-        e = self.rate.clamp(EPSILON, 1 - EPSILON)
-        self.constant = {"static": torch.tensor(float(static)), "balanced": (1 - e) / e}.get(mode)
+        self.constant = self._constant(static)
 
     def __call__(self, failure: Tensor) -> Tensor:
         """Scalar w for a batch of failures (B,), each 0 or 1."""
         if self.constant is not None:
             return self.constant.to(failure.device)
+        # every process calls this at every step: the mean is a collective operation
         batch_rate = current_world().mean(failure.float())
+        if self.mode == "batch":
+            return adaptive_weight(batch_rate)
         if self.mode == "ema":
             self.rate = EMA_MOMENTUM * self.rate + (1 - EMA_MOMENTUM) * batch_rate.cpu()
-        return adaptive_weight(batch_rate if self.mode == "batch" else self.rate.to(failure.device))
+        return adaptive_weight(self.rate.to(failure.device))
+
+    def _constant(self, static: float) -> Tensor | None:
+        """The weight in a mode that never looks at a batch."""
+        if self.mode == "static":
+            return torch.tensor(float(static))
+        if self.mode == "balanced":
+            e = self.rate.clamp(EPSILON, 1 - EPSILON)
+            return (1 - e) / e
+        return None
 
     def state(self) -> dict[str, Tensor]:
-        """What a call depends on beside its batch: the moving average."""
+        """The moving average, on which a call depends beside its batch."""
         return {"rate": self.rate}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """The inverse of ``state``."""
-        if state.keys() != {"rate"} or state["rate"].shape != self.rate.shape:
-            raise DataError(
-                f"a failure weight holds one rate. Found {', '.join(sorted(state)) or 'nothing'} instead."
-            )
+        """Take over a ``state``."""
+        is_one_rate = state.keys() == {"rate"} and state["rate"].shape == self.rate.shape
+        if not is_one_rate:
+            names = ", ".join(sorted(state)) or "nothing"
+            raise DataError(f"a failure weight holds one rate. Found {names} instead.")
         self.rate = state["rate"]
 
 
 def weighted_bce(logit: Tensor, failure: Tensor, weight: Tensor) -> Tensor:
-    """Mean over the batch of -[w y log sigmoid(g) + (1 - y) log(1 - sigmoid(g))], logits g (B,), failures y (B,)."""
+    """Mean of -[w y log sigmoid(g) + (1 - y) log(1 - sigmoid(g))].
+
+    The mean is over the batch, of logits g (B,) and failures y (B,).
+    """
     return functional.binary_cross_entropy_with_logits(
         logit.float(), failure.float(), pos_weight=weight
     )
@@ -102,38 +121,58 @@ def weighted_mse(
     weight: Tensor,
     link: Callable[[Tensor], Tensor] = torch.sigmoid,
 ) -> Tensor:
-    """Mean over the batch of w_i (link(g_i) - target_i)^2, with w_i = w on failures and 1 elsewhere.
+    """Mean over the batch of w_i (link(g_i) - target_i)^2; w_i = w on failures, else 1.
 
     The increasing ``link`` takes failure logits (B,) to the range of the targets (B,).
     """
-    squared = (link(logit.float()) - target).square()
-    return (torch.where(failure == 1, weight, 1.0) * squared).mean()
+    squared_error = (link(logit.float()) - target).square()
+    row_weight = torch.where(failure == 1, weight, 1.0)
+    return (row_weight * squared_error).mean()
 
 
 def bce_loss(weight: FailureWeight) -> Loss:
     """Weighted BCE on the failure of the zero-shot answer."""
-    return lambda batch, logit: weighted_bce(logit, batch.failure, weight(batch.failure))
+
+    def loss(batch: Batch, logit: Tensor) -> Tensor:
+        return weighted_bce(logit, batch.failure, weight(batch.failure))
+
+    return loss
 
 
 def regression(
     target: Callable[[Batch], Tensor], link: Callable[[Tensor], Tensor]
 ) -> Callable[[FailureWeight], Loss]:
-    """Weighted squared error of ``link(g)`` to a target, over the mean squared target where that exceeds one."""
+    """Weighted squared error of ``link(g)`` to a target.
+
+    It is divided by the mean squared target where that exceeds one.
+    """
 
     def weighted(weight: FailureWeight) -> Loss:
         def loss(batch: Batch, logit: Tensor) -> Tensor:
-            wanted = target(batch)
-            size = current_world().mean(wanted.square()).clamp(min=1)
-            return weighted_mse(logit, wanted, batch.failure, weight(batch.failure), link) / size
+            goal = target(batch)
+            # a step must not grow with the logit scale of the VLM, on which -log p depends
+            size = current_world().mean(goal.square()).clamp(min=1)
+            failure_weight = weight(batch.failure)
+            return weighted_mse(logit, goal, batch.failure, failure_weight, link) / size
 
         return loss
 
     return weighted
 
 
+def withheld_probability(batch: Batch) -> Tensor:
+    """(B,) 1 - p, p the zero-shot probability of the true class."""
+    return -torch.expm1(batch.target_log_probability)  # no digit of a small 1 - p is lost
+
+
+def zero_shot_loss(batch: Batch) -> Tensor:
+    """(B,) -log p, p the zero-shot probability of the true class."""
+    return -batch.target_log_probability
+
+
 LOSSES: dict[str, Callable[[FailureWeight], Loss]] = {
-    "mse": regression(lambda batch: -torch.expm1(batch.target_log_probability), torch.sigmoid),
-    "loss": regression(lambda batch: -batch.target_log_probability, functional.softplus),
+    "mse": regression(withheld_probability, torch.sigmoid),
+    "loss": regression(zero_shot_loss, functional.softplus),
     "bce": bce_loss,
 }
-"""How a head is trained, by name; the targets are 1 - p and -log p, p the zero-shot probability of the true class."""
+"""How a head is trained, by name."""

@@ -31,11 +31,19 @@ class World:
         return self.rank == 0
 
     def mine(self, n_rows: int) -> slice:
-        """This process's contiguous share of ``n_rows``; shares differ by one row at most and may be empty."""
-        return slice(n_rows * self.rank // self.size, n_rows * (self.rank + 1) // self.size)
+        """This process's contiguous share of ``n_rows``.
+
+        Shares differ by one row at most, and may be empty.
+        """
+        start = n_rows * self.rank // self.size
+        stop = n_rows * (self.rank + 1) // self.size
+        return slice(start, stop)
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Replace every tensor by its sum over the processes; all are of one type and on one device."""
+        """Replace every tensor by its sum over the processes.
+
+        All tensors are of one type and on one device.
+        """
 
     def total(self, n: int) -> int:
         """Sum of a count over the processes."""
@@ -60,38 +68,43 @@ class Group(World):
     """One of several processes of ``torch.distributed``; every call must be made by all of them."""
 
     def __init__(self, rank: int, size: int, device: torch.device) -> None:
-        self.rank, self.size, self.device = rank, size, device
+        self.rank = rank
+        self.size = size
+        self.device = device
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """One sum of all of them in a row: many small ones would cost a trip each."""
+        """Sum all tensors in one flat row: many small sums would cost a trip each."""
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         dist.all_reduce(flat)
-        for tensor, part in zip(
-            tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True
-        ):
-            tensor.copy_(part.view_as(tensor))
+        sizes = [tensor.numel() for tensor in tensors]
+        for tensor, total in zip(tensors, flat.split(sizes), strict=True):
+            tensor.copy_(total.view_as(tensor))
 
     def mean(self, values: Tensor) -> Tensor:
-        """Sum over all processes, over their number of values."""
-        sums = torch.stack(
-            [values.detach().float().sum(), values.new_tensor(len(values), dtype=torch.float32)]
-        )
+        """The sum over all processes, divided by their number of values."""
+        total = values.detach().float().sum()
+        count = values.new_tensor(len(values), dtype=torch.float32)
+        sums = torch.stack([total, count])  # both travel in one trip
         dist.all_reduce(sums)
         return sums[0] / sums[1]
 
     def gather(self, rows: Tensor) -> Tensor:
-        """Padded to one length on the way."""
-        counts = [torch.zeros((), dtype=torch.int64, device=self.device) for _ in range(self.size)]
-        dist.all_gather(counts, torch.tensor(len(rows), device=self.device))
+        """The rows travel padded to one length, since a process must know what size arrives."""
+        n_rows = torch.tensor(len(rows), device=self.device)
+        counts = [torch.zeros_like(n_rows) for _ in range(self.size)]
+        dist.all_gather(counts, n_rows)
         longest = max(int(count) for count in counts)
         padded = rows.new_zeros(longest, *rows.shape[1:])
         padded[: len(rows)] = rows
-        parts = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(parts, padded)
-        return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
+        blocks = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(blocks, padded)
+        shares = []
+        for block, count in zip(blocks, counts, strict=True):
+            shares.append(block[: int(count)])
+        return torch.cat(shares)
 
     def broadcast(self, data: bytes) -> bytes:
-        """First their number, then the bytes."""
+        """The number of bytes travels first, since the receivers do not know it."""
         count = torch.tensor(len(data), device=self.device)
         dist.broadcast(count, 0)
         content = torch.empty(int(count), dtype=torch.uint8, device=self.device)
@@ -101,11 +114,12 @@ class Group(World):
         return content.cpu().numpy().tobytes()
 
 
-_world: ContextVar[World] = ContextVar("world", default=World())  # noqa: B039 - it has no state
+# the default is shared by all contexts, which does no harm: it has no state
+_world: ContextVar[World] = ContextVar("world", default=World())  # noqa: B039
 
 
 def current_world() -> World:
-    """The processes that the running code is one of; one, outside a ``with world()`` block."""
+    """The processes that train together; outside a ``with world()`` block there is one."""
     return _world.get()
 
 
@@ -113,7 +127,9 @@ def current_world() -> World:
 def world(
     device: str = "auto", environment: Mapping[str, str] = os.environ, timeout: float = 1800
 ) -> Iterator[World]:
-    """Join the processes that torchrun started, for the length of a ``with`` block; without torchrun there is one.
+    """Join the processes that torchrun started, for the length of a ``with`` block.
+
+    Without torchrun there is one process.
 
     Tensors on the CPU travel by gloo, tensors on a GPU by NCCL; each process takes the GPU of its
     LOCAL_RANK.
@@ -130,13 +146,10 @@ def world(
     rank, size, local = read_environment(environment)
     chosen = resolve_device(device)
     if chosen.type == "cuda" and size > 1:
-        if local >= torch.cuda.device_count():
-            raise UsageError(
-                f"LOCAL_RANK is {local}, but this machine has {torch.cuda.device_count()} GPUs: one process each. "
-                "Start fewer with torchrun --nproc-per-node, or train with device=cpu."
-            )
-        torch.cuda.set_device(local)  # "cuda" is this one from now on
-    joined = World() if size == 1 else _join(rank, size, chosen, environment, timeout)
+        _take_gpu(local)
+    joined = World()
+    if size > 1:
+        joined = _join(rank, size, chosen, environment, timeout)
     token = _world.set(joined)
     try:
         yield joined
@@ -146,24 +159,26 @@ def world(
             dist.destroy_process_group()
 
 
+def _take_gpu(local: int) -> None:
+    """Let "cuda" be the GPU of this process from now on."""
+    n_gpus = torch.cuda.device_count()
+    if local >= n_gpus:
+        raise UsageError(
+            f"LOCAL_RANK is {local}, but this machine has {n_gpus} GPUs: one process each. "
+            "Start fewer with torchrun --nproc-per-node, or train with device=cpu."
+        )
+    torch.cuda.set_device(local)
+
+
 def read_environment(environment: Mapping[str, str]) -> tuple[int, int, int]:
-    """(rank, number of processes, rank on this machine) from torchrun's variables; (0, 1, 0) where there are none."""
+    """(rank, number of processes, rank on this machine), from torchrun's variables.
+
+    Without these it is (0, 1, 0).
+    """
     if not environment.keys() & {"RANK", "WORLD_SIZE"}:
         return 0, 1, 0
-    if missing := [name for name in VARIABLES if not environment.get(name)]:
-        raise UsageError(
-            f"{', '.join(missing)} not set, but {', '.join(name for name in VARIABLES if environment.get(name))} set: "
-            "start all processes with torchrun, which sets them all, or unset RANK and WORLD_SIZE."
-        )
-    values = {name: environment[name] for name in VARIABLES if name != "MASTER_ADDR"}
-    wrong = [
-        f"{name}={value!r}"
-        for name, value in values.items()
-        if not (value.isascii() and value.isdigit())
-    ]
-    if wrong:
-        raise UsageError(f"{', '.join(wrong)} must be whole numbers, as torchrun sets them.")
-    rank, size, local = (int(values[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    _require_all(environment)
+    rank, size, local = _whole_numbers(environment)
     if rank >= size or local > rank:
         raise UsageError(
             f"RANK={rank} must be below WORLD_SIZE={size}, and LOCAL_RANK={local} not above RANK."
@@ -171,11 +186,39 @@ def read_environment(environment: Mapping[str, str]) -> tuple[int, int, int]:
     return rank, size, local
 
 
+def _require_all(environment: Mapping[str, str]) -> None:
+    """Refuse an environment in which only some of torchrun's variables are set."""
+    missing = [name for name in VARIABLES if not environment.get(name)]
+    if not missing:
+        return
+    present = [name for name in VARIABLES if environment.get(name)]
+    raise UsageError(
+        f"{', '.join(missing)} not set, but {', '.join(present)} set: "
+        "start all processes with torchrun, which sets them all, or unset RANK and WORLD_SIZE."
+    )
+
+
+def _whole_numbers(environment: Mapping[str, str]) -> tuple[int, int, int]:
+    """RANK, WORLD_SIZE and LOCAL_RANK; they and the port must be whole numbers."""
+    wrong = []
+    for name in VARIABLES:
+        value = environment[name]
+        is_whole = value.isascii() and value.isdigit()
+        if name != "MASTER_ADDR" and not is_whole:
+            wrong.append(f"{name}={value!r}")
+    if wrong:
+        raise UsageError(f"{', '.join(wrong)} must be whole numbers, as torchrun sets them.")
+    rank = int(environment["RANK"])
+    size = int(environment["WORLD_SIZE"])
+    local = int(environment["LOCAL_RANK"])
+    return rank, size, local
+
+
 def _join(
     rank: int, size: int, device: torch.device, environment: Mapping[str, str], timeout: float
 ) -> Group:
-    host, port = environment["MASTER_ADDR"], environment["MASTER_PORT"]
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    """Meet the other processes; all of them wait here until the last one has come."""
+    address = _meeting_address(environment)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
         dist.init_process_group(
@@ -191,3 +234,12 @@ def _join(
             "Start all of them with the same torchrun command."
         ) from error
     return Group(rank, size, torch.device("cpu"))
+
+
+def _meeting_address(environment: Mapping[str, str]) -> str:
+    """Host and port of the leading process."""
+    host = environment["MASTER_ADDR"]
+    port = environment["MASTER_PORT"]
+    if ":" in host:  # an IPv6 address stands in brackets before its port
+        return f"[{host}]:{port}"
+    return f"{host}:{port}"

@@ -7,10 +7,11 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
@@ -19,69 +20,88 @@ from vilu.embeddings.similarity import TILE_CELLS, ZeroShot
 from vilu.embeddings.source import Batch
 from vilu.errors import DataError, UsageError
 from vilu.metrics import auroc
-from vilu.predictors.nn.checkpoint import History, Keeper, Position, Stateful, load, pack, unpack
+from vilu.predictors.nn.checkpoint import (
+    Checkpoint,
+    History,
+    Keeper,
+    Position,
+    Stateful,
+    load,
+    pack,
+    unpack,
+)
 from vilu.predictors.nn.head import FailureHead, texts_first
 from vilu.predictors.nn.processes import World, current_world
 from vilu.progress import Task, track
 
 logger = logging.getLogger(__name__)
 
-FEWEST_STEPS, MOST_STEPS = 1_400, 6_000
+FEWEST_STEPS = 1_400
+MOST_STEPS = 6_000
 EPOCHS = 35
 FREEZE_STEPS = 1_000
 
 
 def schedule(step: int, total: int, warmup: float) -> float:
-    """Multiplier of the learning rate: linear from 0.1 to 1 over ``warmup`` steps, then a cosine to 0."""
+    """Multiplier of the learning rate: linear from 0.1 to 1 in the warm-up, then a cosine to 0."""
     if step < warmup:
         return 0.1 + 0.9 * step / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
 
 
 def default_epochs(steps: int) -> int:
-    """Thirty-five, or as many epochs of ``steps`` steps as make 1,400 steps, or 6,000, but between 10 and 300."""
-    fewest, most = (math.ceil(n / steps) for n in (FEWEST_STEPS, MOST_STEPS))
-    return min(max(min(max(EPOCHS, fewest), most), 10), 300)
+    """Thirty-five epochs of ``steps`` steps, or as many as make 1,400 to 6,000 steps in all.
+
+    The number is between 10 and 300.
+    """
+    fewest = math.ceil(FEWEST_STEPS / steps)
+    most = math.ceil(MOST_STEPS / steps)
+    wanted = min(max(EPOCHS, fewest), most)
+    return min(max(wanted, 10), 300)
 
 
 def few_epochs(steps: int) -> int:
-    """Twenty epochs of ``steps`` steps, or as many as make 300 steps, or no more than make 2,000, but ten."""
-    return min(max(20, math.ceil(300 / steps)), max(math.ceil(2_000 / steps), 10))
+    """Twenty epochs of ``steps`` steps, or as many as make 300 to 2,000 steps in all, but ten."""
+    wanted = max(20, math.ceil(300 / steps))
+    most = max(math.ceil(2_000 / steps), 10)
+    return min(wanted, most)
 
 
 def default_batch(n_rows: int) -> int:
-    """A fortieth of the rows, between 32 and 128: of few rows small steps, whose noise finds as good weights sooner."""
+    """A fortieth of the rows, between 32 and 128.
+
+    With few rows the steps are small: their noise finds as good weights sooner.
+    """
     return min(max(n_rows // 40, 32), 128)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Lengths of a training run: steps of an epoch, passes, steps of the warm-up, and epochs without the attention."""
+    """Lengths of a training run."""
 
-    steps: int
+    steps: int  # of an epoch
     epochs: int
-    warmup: float
-    frozen: int
+    warmup: float  # steps
+    frozen: int  # epochs before the attention learns
 
     @classmethod
     def of(
         cls, steps: int, epochs: int | None, warmup_epochs: float, freeze_epochs: int | None
     ) -> Plan:
-        """What the settings of ``TrainConfig`` mean for epochs of so many steps."""
+        """The plan of ``TrainConfig``'s settings, with epochs of so many steps."""
         epochs = epochs or default_epochs(steps)
-        by_default = min(
-            math.ceil(FREEZE_STEPS / steps), max(epochs // 2, 1)
-        )  # else a short run never trains it
-        frozen = by_default if freeze_epochs is None else freeze_epochs
-        return cls(steps, epochs, min(warmup_epochs, epochs / 10) * steps, frozen)
+        frozen = freeze_epochs
+        if frozen is None:
+            most = max(epochs // 2, 1)  # else a short run never trains the attention
+            frozen = min(math.ceil(FREEZE_STEPS / steps), most)
+        warmup = min(warmup_epochs, epochs / 10) * steps
+        return cls(steps, epochs, warmup, frozen)
 
     def rates(self, epoch: int, first: int) -> list[float]:
         """Multipliers of the learning rate in an epoch, from step ``first`` on."""
-        done = epoch * self.steps
-        return [
-            schedule(done + i, self.epochs * self.steps, self.warmup)
-            for i in range(first, self.steps)
-        ]
+        n_done = epoch * self.steps
+        total = self.epochs * self.steps
+        return [schedule(n_done + i, total, self.warmup) for i in range(first, self.steps)]
 
 
 Loss = Callable[[Batch, Tensor], Tensor]
@@ -89,7 +109,10 @@ Loss = Callable[[Batch, Tensor], Tensor]
 
 
 def with_answers(rows: Rows, device: torch.device, world: World) -> Rows:
-    """The rows with the answers of shared candidates, computed once a fit; pools have others in every pass."""
+    """The rows with the answers of shared candidates, which are computed once a fit.
+
+    Rows of pools stay as they are: their candidates change with every pass.
+    """
     if rows.source.pool_size is not None or rows.answers is not None:
         return rows
     parts = []
@@ -124,17 +147,18 @@ class TrainConfig:
 
 def steps_per_epoch(rows: Rows, batch_size: int) -> int:
     """How many batches the rows make."""
-    size = rows.source.pool_size or batch_size
-    steps = len(rows.index) // size if rows.source.pool_size else math.ceil(len(rows.index) / size)
+    n_rows = len(rows.index)
+    pool_size = rows.source.pool_size
+    size = pool_size or batch_size
+    # a pool is never cut: rows that are left over wait for the next epoch
+    steps = n_rows // size if pool_size else math.ceil(n_rows / size)
     if not steps:
-        raise DataError(
-            f"training needs at least one pool of {size} rows. Got {len(rows.index)} rows."
-        )
+        raise DataError(f"training needs at least one pool of {size} rows. Got {n_rows} rows.")
     return steps
 
 
 def finite_mean(mean: float, learning_rate: float) -> float:
-    """The mean loss of an epoch."""
+    """The mean loss of an epoch, which must be finite."""
     if not math.isfinite(mean):
         raise DataError(
             f"training diverged: the mean loss of an epoch is {mean}. "
@@ -148,67 +172,106 @@ def auroc_standard_error(value: float, n_failures: int, n_successes: int) -> flo
 
     Source: Hanley and McNeil, Radiology 1982.
     """
-    q1, q2 = value / (2 - value), 2 * value**2 / (1 + value)
+    # by the paper's formulas for scores of exponential distributions: the probabilities that two
+    # failures score above one success, and that one failure scores above two successes
+    q1 = value / (2 - value)
+    q2 = 2 * value**2 / (1 + value)
     spread = (n_failures - 1) * (q1 - value**2) + (n_successes - 1) * (q2 - value**2)
     return math.sqrt(max(value * (1 - value) + spread, 0.0) / (n_failures * n_successes))
+
+
+class Moving(NamedTuple):
+    """What a step of ``Descent`` needs of one parameter, or of one product in its stead."""
+
+    leaf: Tensor  # has the gradient: W, or R
+    moved: Tensor  # is moved along it: W, or C
+    momentum: Tensor  # m, or n
 
 
 class Descent:
     """Stochastic gradient descent with momentum, m <- mu m + dW + lambda W, W <- W - rate m.
 
-    In an epoch whose K texts T stay, a matrix W that multiplies nothing else is not moved itself:
-    of it R = T W' is looked at, (K, D), and with dR the derivatives of the loss in R, those in W
-    are dR' T. All steps are linear, so that (W, m) are A (W, m), as they were when the epoch began,
-    and (C, n)' T: A is a 2 x 2 matrix, and steps on C are such as if dR were its gradient, with n
-    for its momentum. W and m are written when the epoch ends.
+    In an epoch whose K texts T stay, a matrix W (H, D) that multiplies nothing else is not moved
+    step by step. The loss depends on it through the product R = T W' (K, H) alone. With dR the
+    gradient in R, the gradient in W is dR' T. Steps on R take K x K x H operations, where those on
+    W take twice K x D x H.
+
+    The steps are linear, so at any moment of the epoch
+
+        (W, m) = A (W, m at its beginning) + (C' T, n' T)
+
+    with a 2 x 2 matrix A, the same for all, and C and n of R's size. A step without gradient
+    multiplies A; a step on C with momentum n and gradient dR does the rest. W and m are written
+    when the epoch ends.
 
     Attributes:
         momenta: m of each parameter that learns.
-        made: R of each matrix of texts that stay.
-        moving: What has a gradient (W or R), what steps move by it (W or C), and its momentum.
+        products: R of each matrix of texts that stay.
+        moving: What steps move, and what has its gradient.
     """
 
     def __init__(self, momentum: float, weight_decay: float) -> None:
-        self.momentum, self.weight_decay = momentum, weight_decay
-        self.momenta, self.made, self.found = (
-            dict[Tensor, Tensor](),
-            dict[Tensor, Tensor](),
-            dict[str, Tensor](),
-        )
+        self.momentum = momentum
+        self.weight_decay = weight_decay
+        self.momenta: dict[Tensor, Tensor] = {}
+        self.products: dict[Tensor, Tensor] = {}
+        self.moving: list[Moving] = []
+        self.restored: dict[str, Tensor] = {}
+        # of each matrix of texts: (T W', T m') at the epoch's beginning, and (C, n)
+        self.start: dict[Tensor, Tensor] = {}
+        self.gained: dict[Tensor, Tensor] = {}
 
     def learn(self, parameters: Iterable[Tensor]) -> None:
-        """Move these, too, from the next epoch on."""
-        self.momenta |= {
-            new: torch.zeros_like(new) for new in parameters if new not in self.momenta
-        }
+        """Move these parameters, too, from the next epoch on."""
+        for parameter in parameters:
+            if parameter not in self.momenta:
+                self.momenta[parameter] = torch.zeros_like(parameter)
 
     @torch.no_grad()
     def begin(self, text: Tensor, matrices: Sequence[Tensor]) -> None:
-        """An epoch, or the rest of one that was restored; ``matrices`` are those of the texts."""
-        self.text, self.gram, self.decay = text, text @ text.T, torch.eye(2, dtype=torch.float64)
-        self.made = {
-            matrix: (text @ matrix.T).requires_grad_(matrix in self.momenta) for matrix in matrices
-        }
-        learned = [matrix for matrix in matrices if matrix in self.momenta]
-        self.start = {
-            matrix: torch.stack([self.made[matrix], text @ self.momenta[matrix].T])
-            for matrix in learned
-        }
-        self.gained = {matrix: torch.zeros_like(start) for matrix, start in self.start.items()}
-        if self.found:
-            load("steps of an epoch", self.found, self.state())
-            self._make()
-        self.found = {}
-        self.moving = [(p, p, m) for p, m in self.momenta.items() if p not in self.made]
-        self.moving += [(self.made[matrix], *gained) for matrix, gained in self.gained.items()]
+        """Begin an epoch, or the rest of one that was restored.
+
+        ``matrices`` are those that multiply the texts (K, D) and nothing else.
+        """
+        self.text = text
+        self.gram = text @ text.T
+        self.decay = torch.eye(2, dtype=torch.float64)  # A, a product over all steps
+        self.products = {}
+        self.start = {}
+        self.gained = {}
+        for matrix in matrices:
+            product = text @ matrix.T
+            self.products[matrix] = product.requires_grad_(matrix in self.momenta)
+            if matrix in self.momenta:  # a frozen one has a product, but does not move
+                momentum_product = text @ self.momenta[matrix].T
+                self.start[matrix] = torch.stack([product, momentum_product])
+                self.gained[matrix] = torch.zeros_like(self.start[matrix])
+        if self.restored:
+            # The matrices of a checkpoint are those of the epoch's beginning, since W is written
+            # only at its end: with A, C and n the products are again where they were.
+            load("steps of an epoch", self.restored, self.state())
+            self._update_products()
+        self.restored = {}
+        self.moving = self._all_moving()
+
+    def _all_moving(self) -> list[Moving]:
+        """All parameters that learn, those of the texts through their products."""
+        moving = []
+        for parameter, momentum in self.momenta.items():
+            if parameter not in self.products:
+                moving.append(Moving(parameter, parameter, momentum))
+        for matrix, gained in self.gained.items():
+            coefficient, momentum = gained  # views: steps write into ``gained``
+            moving.append(Moving(self.products[matrix], coefficient, momentum))
+        return moving
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
-        """Along the gradients, which are taken."""
+        """Step along the gradients, and drop them."""
         sgd(
-            [moved for _, moved, _ in self.moving],
-            [cast("Tensor", leaf.grad) for leaf, _, _ in self.moving],
-            [momentum for _, _, momentum in self.moving],
+            [moving.moved for moving in self.moving],
+            [cast("Tensor", moving.leaf.grad) for moving in self.moving],
+            [moving.momentum for moving in self.moving],
             fused=True,
             weight_decay=self.weight_decay,
             momentum=self.momentum,
@@ -217,49 +280,59 @@ class Descent:
             nesterov=False,
             maximize=False,
         )
-        for leaf, _, _ in self.moving:
-            leaf.grad = None
-        without = [
+        for moving in self.moving:
+            moving.leaf.grad = None
+        # the same step without gradient: m <- mu m + lambda W, then W <- W - rate m, as a matrix
+        # that multiplies (W, m)
+        without_gradient = [
             [1 - rate * self.weight_decay, -rate * self.momentum],
             [self.weight_decay, self.momentum],
         ]
-        self.decay.copy_(torch.tensor(without, dtype=torch.float64) @ self.decay)
-        self._make()
+        self.decay.copy_(torch.tensor(without_gradient, dtype=torch.float64) @ self.decay)
+        self._update_products()
 
-    def _make(self) -> None:
-        """R, by what the steps have gained."""
-        kept, moved = self.decay[0].tolist()
-        for matrix, (start, momentum) in self.start.items():
-            decayed = torch.add(kept * start, momentum, alpha=moved)
-            torch.addmm(decayed, self.gram, self.gained[matrix][0], out=self.made[matrix])
+    def _update_products(self) -> None:
+        """R = T W', of W as the steps have moved it: W itself is not needed."""
+        # W = A00 W0 + A01 m0 + C' T, so T W' = A00 T W0' + A01 T m0' + T T' C
+        of_matrix, of_momentum = self.decay[0].tolist()
+        for matrix, (product, momentum_product) in self.start.items():
+            decayed = torch.add(of_matrix * product, momentum_product, alpha=of_momentum)
+            coefficient = self.gained[matrix][0]
+            torch.addmm(decayed, self.gram, coefficient, out=self.products[matrix])
 
     @torch.no_grad()
     def end(self) -> None:
-        """Write what the epoch gained into the matrices and their momenta."""
+        """Write the steps of the epoch into the matrices and their momenta."""
         for matrix, gained in self.gained.items():
-            both = matrix, self.momenta[matrix]
-            decayed = torch.tensordot(self.decay.to(matrix), torch.stack(both), 1)
-            for into, new in zip(both, decayed + gained.mT @ self.text, strict=True):
-                into.copy_(new)
-        self.made, self.start, self.gained = {}, {}, {}
+            momentum = self.momenta[matrix]
+            before = torch.stack([matrix, momentum])
+            decayed = torch.tensordot(self.decay.to(matrix), before, 1)
+            after = decayed + gained.mT @ self.text
+            matrix.copy_(after[0])
+            momentum.copy_(after[1])
+        self.products = {}
+        self.start = {}
+        self.gained = {}
 
     def state(self) -> dict[str, Tensor]:
-        """In the middle of an epoch: what its steps have gained."""
-        gained = {str(i): each for i, each in enumerate(self.gained.values())}
-        return {**gained, "decay": self.decay} if gained else {}
+        """In the middle of an epoch A, and C and n of each matrix; else nothing."""
+        if not self.gained:
+            return {}
+        gained = {str(i): steps for i, steps in enumerate(self.gained.values())}
+        return {**gained, "decay": self.decay}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """The inverse of ``state``, for the next epoch that begins."""
-        self.found = state
+        """Take over a ``state`` when the next epoch begins."""
+        self.restored = state
 
 
 class HeadTrainer:
     """Trains one head in place, alone or as one of several processes, which all do the same steps.
 
-    Each process computes its share of the rows of a step; the gradients are summed. Not by
-    ``DistributedDataParallel``: that fixes at its start which parameters have gradients, and the
-    attention has none before it thaws; and it averages over processes, where shares of rows are
-    unequal.
+    Each process computes its share of the rows of a step; the gradients are summed. This is not
+    done by ``DistributedDataParallel``: that fixes at its start which parameters have gradients,
+    and the attention has none before it thaws. It also averages over processes, where shares of
+    rows are unequal.
     """
 
     def __init__(
@@ -270,16 +343,13 @@ class HeadTrainer:
         keeper: Keeper | None = None,
         stateful: Sequence[Stateful] = (),
     ) -> None:
-        self.head, self.loss, self.config = head.to(config.device), loss, config
-        self.keeper, self.stateful, self.world = keeper or Keeper(), stateful, current_world()
-        if (config.precision, config.device.type, torch.backends.cpu.get_cpu_capability()) == (
-            "bf16",
-            "cpu",
-            "AVX2",
-        ):
-            logger.warning(
-                "this processor has no products of bfloat16: training takes many times as long as with fp32"
-            )
+        self.head = head.to(config.device)
+        self.loss = loss
+        self.config = config
+        self.keeper = keeper or Keeper()
+        self.stateful = stateful
+        self.world = current_world()
+        warn_of_slow_bfloat16(config)
         self.attention = [] if head.attention is None else list(head.attention.parameters())
         for parameter in self.attention:
             parameter.requires_grad_(False)
@@ -288,59 +358,79 @@ class HeadTrainer:
         self.descent.learn([*head.first.values(), head.first_bias, *head.rest.parameters()])
 
     def run(self, train: Rows, validation: Rows | None) -> History:
-        """Train, and leave the head with the weights of the epoch that validation chooses (the last, without one).
+        """Train, and leave the head with the weights of the epoch that validation chooses.
 
-        Kept is the latest epoch whose validation AUROC is within one standard error of the best so
+        It is the latest epoch whose validation AUROC is within one standard error of the best so
         far: a few hundred validation rows cannot tell such epochs apart, and the cosine schedule
-        makes later ones better.
+        makes later ones better. Without validation it is the last epoch.
         """
-        config, size = self.config, self.config.batch_size or default_batch(len(train.index))
+        config = self.config
+        size = config.batch_size or default_batch(len(train.index))
         require_shares(train.source.pool_size or size, self.world)
-        train, validation = (
-            with_answers(train, config.device, self.world),
-            validation and with_answers(validation, config.device, self.world),
-        )
+        train = with_answers(train, config.device, self.world)
+        if validation is not None:
+            validation = with_answers(validation, config.device, self.world)
         steps = steps_per_epoch(train, size)
         plan = Plan.of(steps, config.epochs, config.warmup_epochs, config.freeze_epochs)
-        at, patience = self._begin(plan), math.inf if config.patience is None else config.patience
+        at = self._begin(plan)
         with track("train", plan.epochs * plan.steps, "steps") as task:
             task.advance(at.epoch * plan.steps + at.step)
-            while at.epoch < plan.epochs and at.epoch - 1 - at.history.kept_epoch < patience:
+            while not self._is_over(plan, at):
                 if at.epoch >= plan.frozen:
                     self.thaw()
+                # the epoch's own order, also where it was interrupted: the rows of its finished
+                # steps are then skipped
                 self.generator.set_state(at.order)
                 self._epoch(train, size, plan, at, task)
                 self._end_epoch(validation, plan, at)
                 self._save(at)
-        self.head.load_state_dict(at.kept)
+        self.head.load_state_dict(at.chosen_weights)
         return at.history
 
     def thaw(self) -> None:
-        """Let the attention learn; until then the descent does not know it: no gradient, no decay, no momentum."""
+        """Let the attention learn."""
+        # Not before: a descent that knows a parameter decays it, and moves it by its momentum, also
+        # where the gradient is zero. What it does not know keeps its very bits.
         for parameter in self.attention:
             parameter.requires_grad_(True)
         self.descent.learn(self.attention)
 
+    def _is_over(self, plan: Plan, at: Position) -> bool:
+        """Whether all epochs are done, or too many since the one whose weights were kept."""
+        if at.epoch >= plan.epochs:
+            return True
+        if self.config.patience is None:
+            return False
+        epochs_since = at.epoch - 1 - at.history.kept_epoch
+        return epochs_since >= self.config.patience
+
     def _begin(self, plan: Plan) -> Position:
-        """At the start, or where the newest checkpoint says."""
-        found = self.keeper.latest()
-        if found is None:
-            return Position(self.generator.get_state(), torch.zeros((), device=self.config.device))
-        epoch, step = found.numbers()
-        if epoch > plan.frozen or (epoch == plan.frozen and step):
+        """The start, or the position of the newest checkpoint."""
+        checkpoint = self.keeper.latest()
+        if checkpoint is None:
+            order = self.generator.get_state()
+            return Position(order, torch.zeros((), device=self.config.device))
+        # Momenta are filled by their number, so there must be as many as when they were written: a
+        # checkpoint between two epochs was written before the next one thawed.
+        epoch, step = checkpoint.numbers()
+        was_thawed = epoch > plan.frozen or (epoch == plan.frozen and step > 0)
+        if was_thawed:
             self.thaw()
-        return unpack(found, self.head, self.descent.momenta, [*self.stateful, self.descent])
+        stateful = [*self.stateful, self.descent]
+        return unpack(checkpoint, self.head, self.descent.momenta, stateful)
 
     def _save(self, at: Position) -> None:
-        self.keeper.save(
-            lambda: pack(at, self.head, self.descent.momenta, [*self.stateful, self.descent])
-        )
+        def make() -> Checkpoint:
+            return pack(at, self.head, self.descent.momenta, [*self.stateful, self.descent])
+
+        self.keeper.save(make)
 
     def _epoch(self, train: Rows, size: int, plan: Plan, at: Position, task: Task) -> None:
         """The rest of one pass."""
         self.head.train()
         self.begin_steps(train, size)
-        batches, rates = train.steps(size, self.generator, at.step), plan.rates(at.epoch, at.step)
+        batches = train.steps(size, self.generator, at.step)
+        rates = plan.rates(at.epoch, at.step)
         for batch, rate in zip(batches, rates, strict=True):
             at.total += self._step(batch, self.config.learning_rate * rate)
             at.step += 1
@@ -348,70 +438,108 @@ class HeadTrainer:
             if self.keeper.due():
                 self._save(at)
         self.descent.end()
-        self.head.made = {}
+        self.head.products = {}
 
     def begin_steps(self, train: Rows, size: int) -> None:
-        """Those of an epoch; where all see a few texts, what matrices make of them is trained."""
-        source = train.source
-        few = (
-            source.pool_size is None and size * len(source.text) <= TILE_CELLS
-        )  # of more the attention takes tiles
-        stay = few and texts_first(size, *source.text.shape)
-        text = source.text.to(self.config.device) if stay else torch.empty(0, 0)
-        self.descent.begin(text, self.head.text_matrices() if stay else [])
-        self.head.made = self.descent.made
+        """Begin the steps of an epoch.
+
+        Where all of them see the same few texts, the products of the texts are trained.
+        """
+        if texts_stay(train, size):
+            text = train.source.text.to(self.config.device)
+            self.descent.begin(text, self.head.text_matrices())
+        else:
+            self.descent.begin(torch.empty(0, 0), [])
+        self.head.products = self.descent.products
 
     def _step(self, batch: Batch, rate: float) -> Tensor:
-        """One step on all rows of a batch, this process's and the others'; returns their mean loss."""
+        """One step on the rows of all processes; returns their mean loss."""
+        config = self.config
         part = batch.rows(self.world.mine(len(batch.index)))
-        moved, share = part.to(self.config.device), len(part.index) / len(batch.index)
-        with torch.autocast(
-            self.config.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"
-        ):
-            logit = self.head(moved)
-        mean = self.loss(moved, logit)  # also without rows: it may count over all processes
-        loss = (
-            mean * share if share else logit.sum()
-        )  # a sum of nothing, so that gradients are there, and zero
+        rows = part.to(config.device)
+        is_bf16 = config.precision == "bf16"
+        with torch.autocast(config.device.type, torch.bfloat16, enabled=is_bf16):
+            logit = self.head(rows)
+        mean = self.loss(rows, logit)  # also without rows: it may count over all processes
+        share = len(part.index) / len(batch.index)
+        if share:
+            loss = mean * share  # the sum over the processes is the mean over all rows
+        else:
+            loss = logit.sum()  # a sum of nothing, so that gradients are there, and zero
         loss.backward()
         value = loss.detach()
-        self.world.sum_([*(cast("Tensor", leaf.grad) for leaf, _, _ in self.descent.moving), value])
+        gradients = [cast("Tensor", moving.leaf.grad) for moving in self.descent.moving]
+        self.world.sum_([*gradients, value])
         self.descent.step(rate)
         return value
 
     def _end_epoch(self, validation: Rows | None, plan: Plan, at: Position) -> None:
-        """Write down what the epoch gave, and keep its weights if validation says so."""
-        at.history.loss.append(finite_mean(float(at.total) / plan.steps, self.config.learning_rate))
-        if self._is_kept(validation, at.history):
-            at.history.kept_epoch, at.kept = at.epoch, copy.deepcopy(self.head.state_dict())
-        at.epoch, at.step = at.epoch + 1, 0
-        at.total, at.order = torch.zeros_like(at.total), self.generator.get_state()
+        """Note the epoch's figures, and keep its weights if validation chooses them."""
+        history = at.history
+        mean = float(at.total) / plan.steps
+        history.loss.append(finite_mean(mean, self.config.learning_rate))
+        if self._is_chosen(validation, history):
+            history.kept_epoch = at.epoch
+            at.chosen_weights = copy.deepcopy(self.head.state_dict())
+        at.epoch += 1
+        at.step = 0
+        at.total = torch.zeros_like(at.total)
+        at.order = self.generator.get_state()
 
-    def _is_kept(self, validation: Rows | None, history: History) -> bool:
-        """Whether this epoch takes the place of the one kept so far; its validation AUROC goes into the history."""
+    def _is_chosen(self, validation: Rows | None, history: History) -> bool:
+        """Whether validation chooses this epoch; its AUROC goes into the history."""
         if validation is None:
             return True
+        logit, failure = self._validate(validation)
+        latest = float(auroc(logit.astype(np.float64), failure))
+        history.validation_auroc.append(latest)
+        best = max(history.validation_auroc)
+        n_failures = int(failure.sum())
+        error = auroc_standard_error(best, n_failures, len(failure) - n_failures)
+        return latest >= best - error
+
+    @torch.no_grad()
+    def _validate(self, validation: Rows) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """(N,) failure logits and failures of all processes' shares of the rows."""
         self.head.eval()
-        scored = []
-        with torch.no_grad():
-            for batch in validation.batches(SCORING_BATCH):
-                part = batch.rows(self.world.mine(len(batch.index))).to(self.config.device)
-                scored.append((self.head(part), part.failure))
-        logit, failure = (
-            self.world.gather(torch.cat(part)).cpu().numpy() for part in zip(*scored, strict=True)
+        logits = []
+        failures = []
+        for batch in validation.batches(SCORING_BATCH):
+            part = batch.rows(self.world.mine(len(batch.index))).to(self.config.device)
+            logits.append(self.head(part))
+            failures.append(part.failure)
+        logit = self.world.gather(torch.cat(logits))
+        failure = self.world.gather(torch.cat(failures))
+        return logit.cpu().numpy(), failure.cpu().numpy()
+
+
+def warn_of_slow_bfloat16(config: TrainConfig) -> None:
+    """Warn where the processor would imitate bfloat16."""
+    if config.precision != "bf16" or config.device.type != "cpu":
+        return
+    if torch.backends.cpu.get_cpu_capability() == "AVX2":
+        logger.warning(
+            "this processor has no products of bfloat16: "
+            "training takes many times as long as with fp32"
         )
-        history.validation_auroc.append(float(auroc(logit.astype(np.float64), failure)))
-        best, n_failures = max(history.validation_auroc), int(failure.sum())
-        return history.validation_auroc[-1] >= best - auroc_standard_error(
-            best, n_failures, len(failure) - n_failures
-        )
+
+
+def texts_stay(train: Rows, size: int) -> bool:
+    """Whether all steps see the same texts, so few that their products are the cheaper ones."""
+    source = train.source
+    if source.pool_size is not None:
+        return False
+    if size * len(source.text) > TILE_CELLS:  # of so many weights the attention takes tiles
+        return False
+    return texts_first(size, *source.text.shape)
 
 
 def require_shares(n_rows: int, world: World) -> None:
     """Refuse processes that would have nothing to do."""
     if n_rows < world.size:
         raise UsageError(
-            f"a step of {n_rows} rows cannot be shared by {world.size} processes. Start fewer, or take larger batches."
+            f"a step of {n_rows} rows cannot be shared by {world.size} processes. "
+            "Start fewer, or take larger batches."
         )
 
 
@@ -438,34 +566,45 @@ def train_adamw(
     config: AdamWConfig,
     length: Callable[[int], int] = default_epochs,
 ) -> list[float]:
-    """Train a network of a batch to (B,) in place; mean losses of all epochs, by default ``length`` of their steps."""
+    """Train a network of a batch to (B,) in place; returns the mean losses of all epochs.
+
+    Their number is that of the config, or ``length`` of the steps of one.
+    """
     size = config.batch_size or default_batch(len(rows.index))
     steps = steps_per_epoch(rows, size)
     epochs = config.epochs or length(steps)
+    total_steps = epochs * steps
     generator = torch.Generator().manual_seed(config.seed)
-    parameters = network.to(config.device).parameters()
     optimizer = torch.optim.AdamW(
-        parameters,
+        network.to(config.device).parameters(),
         lr=config.learning_rate,
         betas=BETAS,
         weight_decay=config.weight_decay,
         fused=True,
     )
-    cosine = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: schedule(step, epochs * steps, 0)
-    )
+
+    def rate(step: int) -> float:
+        return schedule(step, total_steps, 0)
+
+    cosine = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     history = []
-    with track("train", epochs * steps, "steps") as task:
+    with track("train", total_steps, "steps") as task:
         for _ in range(epochs):
             total = torch.zeros((), device=config.device)
             for batch in rows.steps(size, generator):
-                moved = batch.to(config.device)
-                value = loss(moved, network(moved))
-                optimizer.zero_grad(set_to_none=True)
-                value.backward()
-                optimizer.step()
+                total += _adamw_step(network, loss, batch.to(config.device), optimizer)
                 cosine.step()
-                total += value.detach()
                 task.advance(1)
             history.append(finite_mean(float(total) / steps, config.learning_rate))
     return history
+
+
+def _adamw_step(
+    network: nn.Module, loss: Loss, batch: Batch, optimizer: torch.optim.AdamW
+) -> Tensor:
+    """One step; returns the loss before it."""
+    value = loss(batch, network(batch))
+    optimizer.zero_grad(set_to_none=True)
+    value.backward()
+    optimizer.step()
+    return value.detach()
