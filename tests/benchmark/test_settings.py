@@ -467,7 +467,7 @@ def test_a_set_that_only_one_of_two_studies_divides_is_refused(data: Path, tmp_p
             run_all(both, data, tmp_path / "run")
 
 
-def test_a_picture_that_is_there_twice_is_not_fitted_on_where_it_is_tested_on(
+def test_a_picture_that_is_there_twice_is_not_in_fit_and_test(
     tmp_path: Path,
 ) -> None:
     pictures, labels = [picture(row % 60) for row in range(90)], [row % 3 for row in range(90)]

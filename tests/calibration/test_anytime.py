@@ -25,7 +25,7 @@ def test_evidence_is_the_mean_of_products_of_bets(outcomes: list[bool], risk: fl
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.08, 0.3])
-def test_the_mean_of_the_evidence_is_at_most_one_where_the_risk_is_not_kept(rate: float) -> None:
+def test_the_mean_evidence_is_at_most_one_where_the_risk_is_above(rate: float) -> None:
     n, k = 40, np.arange(41)
     log_p = [
         math.log(math.comb(n, i)) + i * math.log(rate) + (n - i) * math.log1p(-rate) for i in k

@@ -113,7 +113,7 @@ def test_names_that_come_every_day_are_other_rows_where_scores_are_tied(
             assert monitor.update(known).rows == n
 
 
-def test_a_file_that_has_grown_counts_once_where_every_score_is_that_of_several_rows(
+def test_a_grown_file_counts_once_where_every_score_is_tied(
     calibration: vilu.Outcomes, tmp_path: Path
 ) -> None:
     """Names are unique, so that a row whose name came before is an old one: rows, and labels, also from a state."""
@@ -239,7 +239,7 @@ def test_a_state_that_lost_rows_is_damaged(calibration: vilu.Outcomes, tmp_path:
         monitor_of(calibration).resume(path)
 
 
-def test_a_few_rows_are_looked_up_among_many_calibration_rows_without_a_copy_of_them() -> None:
+def test_a_few_rows_are_looked_up_without_copying_the_calibration() -> None:
     rng, n = np.random.default_rng(0), 30_000
     uncertainty = rng.random(n)
     calibration = vilu.Outcomes(uncertainty, np.zeros(n), ids=[f"photo {i}" for i in range(n)])

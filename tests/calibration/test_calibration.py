@@ -68,7 +68,7 @@ def test_a_calibration_that_was_cut_off_is_made_again(
         (folder / VOCABULARY).unlink()
 
 
-def test_one_other_row_makes_another_calibration_and_one_of_earlier_code_stays(
+def test_a_changed_row_changes_the_calibration_an_older_one_stays(
     tmp_path: Path,
 ) -> None:
     """Rows that are in no store, as those that labels were given for are not, are all looked at."""

@@ -353,7 +353,7 @@ def test_rows_of_which_nothing_is_promised_are_not_watched(calibration: vilu.Out
             vilu.Monitor(calibration, rule)
 
 
-def test_a_csv_that_does_not_name_its_classes_is_read_with_those_of_the_calibration(
+def test_a_csv_without_class_names_is_read_with_the_calibrations(
     calibration: vilu.Outcomes, tmp_path: Path
 ) -> None:
     per_class = vilu.calibrate(calibration, max_risk=0.1, groups="prediction")

@@ -180,9 +180,7 @@ def test_few_rows_have_one_sequence_at_full_level() -> None:
 
 
 @pytest.mark.parametrize(("risk", "n"), [(0.05, 60), (0.01, 300), (0.2, 15), (0.5, 6)])
-def test_a_score_that_many_rows_have_is_not_certified_by_the_only_row_that_has_it_here(
-    risk: float, n: int
-) -> None:
+def test_a_tied_score_is_not_certified_by_its_only_row_here(risk: float, n: int) -> None:
     """Two scores, one right and one wrong, and all rows together just above the target: exact, over all counts."""
     broken = 0.0
     for wrong in range(1, n):

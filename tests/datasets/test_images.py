@@ -57,7 +57,7 @@ def test_bytes_that_are_no_accepted_image(data, kind):
     assert outcome(data) == ("open", kind)
 
 
-def test_formats_that_pillow_can_read_but_the_list_does_not_name_are_unsupported():
+def test_formats_of_pillow_that_are_not_listed_are_unsupported():
     for name in ("ICO", "JPEG2000", "EPS"):
         assert outcome(encode(picture(), name)) == ("open", "unsupported")
 

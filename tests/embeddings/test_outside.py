@@ -47,7 +47,7 @@ def test_a_stranger_has_no_probability_of_the_truth() -> None:
     assert batch.target_log_probability[1].item() == pytest.approx(-100, rel=1e-6)
 
 
-def test_the_released_loss_regresses_on_one_where_the_picture_is_of_no_class() -> None:
+def test_the_released_loss_targets_one_for_pictures_of_no_class() -> None:
     """sigmoid(0) = 1/2 against 1 - p = 0, 1 and 1, failures weighing 2: (1/4 + 2/4 + 2/4) / 3."""
     (batch,) = strangers().take([0, 1, 2]).batches(8)
     loss = LOSSES["mse"](FailureWeight("static", 2 / 3, static=2.0))

@@ -82,9 +82,7 @@ def test_a_contradictory_environment_is_refused(environment, message):
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
-def test_ranks_leave_no_gap_and_no_overlap_even_when_they_see_different_parts_missing(
-    tmp_path, world
-):
+def test_ranks_that_miss_different_parts_leave_no_gap_nor_overlap(tmp_path, world):
     """The second rank begins when some parts of the first one are done already."""
     seen = []
     for rank in range(world):

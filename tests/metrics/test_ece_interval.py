@@ -90,7 +90,7 @@ def test_two_bins_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("p", "failure"), [([0.3], [1]), ([0.5], [0]), ([0.5, 0.5], [1, 1])])
-def test_what_a_calibrated_predictor_often_sees_of_one_or_two_rows_holds_zero(p, failure) -> None:
+def test_the_common_result_for_one_or_two_rows_includes_zero(p, failure) -> None:
     """Rows that are all off by the same amount have no spread of their own; at calibration there is one."""
     assert BinnedError().interval(tie_counts(p, failure), 1000, 0.95, 0)[0] == 0
 

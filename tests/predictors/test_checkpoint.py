@@ -245,7 +245,7 @@ def test_a_checkpoint_of_something_else_is_refused(
 
 
 @pytest.mark.parametrize("case", ["classes", "pools"])
-def test_a_checkpoint_of_other_texts_is_refused_and_one_of_earlier_code_goes_on(
+def test_a_checkpoint_of_other_texts_is_refused_an_older_one_goes_on(
     case: str, tmp_path: Path
 ) -> None:
     """Texts so near that every answer stays as it is; earlier code did not write which they were."""

@@ -266,7 +266,7 @@ def test_a_matrix_of_texts_that_stay_moves_as_by_its_own_gradient(
         assert torch.allclose(direct, by_texts, rtol=0, atol=1e-12)
 
 
-def test_what_matrices_make_of_texts_is_trained_where_no_attention_is_made_in_tiles() -> None:
+def test_projections_of_texts_are_trained_without_tiled_attention() -> None:
     trainer = HeadTrainer(make_head(), bce_loss(FailureWeight("batch", 0.3)), CONFIG)
     for size, n_made in (
         (50, 2),
@@ -291,7 +291,7 @@ def test_a_short_run_trains_the_attention_by_default() -> None:
     ("steps", "epochs", "frozen"),
     [(10_000, 20, 1), (400, 20, 3), (12, 200, 84), (12, 100, 50), (3, 300, 150), (3, 1, 1)],
 )
-def test_the_default_freeze_is_an_epoch_or_a_thousand_steps_within_half_of_the_run(
+def test_the_default_freeze_is_an_epoch_or_a_thousand_steps(
     steps: int, epochs: int, frozen: int
 ) -> None:
     assert Plan.of(steps, epochs, 1.0, None).frozen == frozen

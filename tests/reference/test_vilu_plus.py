@@ -493,7 +493,7 @@ def test_validation_rows_weigh_the_pool(data: Embeddings) -> None:
     ("kind", "found"),
     [("superset", "3 of the 7"), ("disjoint", "3 of the 3"), ("captions", "32 of the 32")],
 )
-def test_validation_rows_of_unknown_classes_are_refused_before_anything_is_fitted(
+def test_validation_rows_of_unknown_classes_are_refused_before_the_fit(
     kind: str, found: str, data: Embeddings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ViLUPlus, "_fit_experts", lambda *_: pytest.fail("it was fitted"))

@@ -104,7 +104,7 @@ def test_thinning_keeps_the_chosen_threshold_and_both_ends(chosen: float) -> Non
     assert np.diff(points.accepted).max() <= 2 * 20_000 / 490  # evenly, up to rounding
 
 
-def test_without_one_threshold_the_slider_stands_where_as_many_are_accepted() -> None:
+def test_without_one_threshold_the_slider_accepts_as_many() -> None:
     points = operating_points([0.1, 0.2, 0.2, 0.4], [0, 0, 1, 1], None, 3)
     assert points.threshold.tolist() == [-np.inf, 0.1, 0.2, 0.4]
     assert points.start == 2
@@ -341,7 +341,7 @@ def test_the_same_scores_give_the_same_small_page(page: str) -> None:
     assert len(report_page(many)) < 300_000
 
 
-def test_uncertainties_that_are_no_probabilities_and_answers_that_are_all_right() -> None:
+def test_raw_uncertainties_and_answers_that_are_all_right() -> None:
     one = dataclasses.replace(outcomes_of(), is_probability=False)
     assert "Stated and found" not in report_page([one])
     calibrated = dataclasses.replace(one, failure_probability=np.clip(one.uncertainty, 0.01, 0.99))

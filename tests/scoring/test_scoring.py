@@ -80,7 +80,7 @@ def head() -> vilu.ViLU:
     return vilu.ViLU(hidden=(8,), epochs=2, seed=0).fit(toy_embeddings())
 
 
-def test_candidates_that_were_not_fitted_on_are_told_where_probabilities_are_stated(
+def test_candidates_without_a_fit_are_named_beside_probabilities(
     head: vilu.ViLU, test: Embeddings, tmp_path: Path
 ) -> None:
     """Other prompts of the same names, other classes, some of the classes; also of a predictor that was saved."""

@@ -248,7 +248,7 @@ def test_rows_do_not_wait_for_the_state_to_be_written_and_do_without(
     assert Journal(tmp_path / "j", predictors[0]).status == journal.status
 
 
-def test_a_fault_of_the_thread_that_saves_is_told_once_and_then_it_saves_again(
+def test_a_fault_while_saving_is_reported_once_and_saving_goes_on(
     predictors: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A moment without memory, and every request after it failed until a restart, though its rows were recorded."""

@@ -71,7 +71,7 @@ def test_what_a_store_holds(tmp_path):
     assert pq.read_table(tmp_path / "s/metadata/metadata_00000.parquet")["label"][4].as_py() is None
 
 
-def test_a_store_that_begins_while_its_place_is_looked_at_is_none_of_others(tmp_path, monkeypatch):
+def test_a_store_begun_during_the_check_belongs_to_this_job(tmp_path, monkeypatch):
     run(dataset(23), tmp_path / "made")
     here = tmp_path / "here"
     here.mkdir()

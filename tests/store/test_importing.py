@@ -462,7 +462,7 @@ def test_names_of_classes_are_read_by_blocks(
     )  # 8 bytes a row, twice while they are put together, the zip's buffers, and a block
 
 
-def test_a_cache_of_few_labels_is_a_store_of_its_splits_and_its_class_means(
+def test_a_few_shot_cache_is_a_store_of_splits_and_class_means(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The files as methods of Tip-Adapter's kind write them: half precision, keys as columns, values one-hot."""

@@ -341,7 +341,7 @@ def test_labels_of_a_random_pick_calibrate_a_store_without_any(
     assert found.n == len(fresh) - 1
 
 
-def test_a_fit_of_which_a_sample_of_the_rows_is_known_is_not_vouched_for_by_the_others(
+def test_a_fit_with_sampled_rows_is_not_calibrated_by_the_rest(
     tmp_path: Path, fake_model: FakeBackbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     embed(dataset(60), fake_model, tmp_path / "store", names=NAMES)
