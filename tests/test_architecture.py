@@ -47,6 +47,8 @@ HEAVY = {
     "sklearn",
     "pyarrow",
 }
+LONGEST_NAME = 70
+"""Characters in the name of a test, which says the behaviour and leaves the details to the test."""
 FILES = sorted(PACKAGE.rglob("*.py"))
 example_lines = runpy.run_path(str(ROOT / "tools" / "house.py"))["example_lines"]
 
@@ -214,3 +216,13 @@ def test_type_checkers_see_every_public_name() -> None:
     imports = [node for node in checked.body if isinstance(node, ast.ImportFrom)]
     seen = {alias.asname: node.module for node in imports for alias in node.names}
     assert seen == {**vilu._HOME, "metrics": "vilu"}
+
+
+def test_names_of_tests_are_short() -> None:
+    long = []
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            if is_function and node.name.startswith("test_") and len(node.name) > LONGEST_NAME:
+                long.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}")
+    assert long == []
