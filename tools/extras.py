@@ -48,7 +48,7 @@ NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
 """Extra -> what is installed where it is, and a command that needs it."""
 STARTS = {"serve-ray", "ray", "spark", "demo"}
 """Whose commands work for minutes where the extra is there, so that they are tried only where it is not."""
-TOOLS = {"dev", "fuzz", "hostile", "engines", "docs", "release"}
+TOOLS = {"dev", "fuzz", "coverage", "hostile", "engines", "docs", "release"}
 """For who works on vilu: no command needs them."""
 
 
