@@ -289,7 +289,9 @@ def columns() -> dict[str, pa.Array]:
 
 
 def test_the_digest_of_a_table_is_of_what_it_says() -> None:
-    """However its rows are chunked or sliced, whatever lies under nulls; and of every value, null, name and type."""
+    """However its rows are chunked or sliced, whatever lies under nulls;
+    and of every value, null, name and type.
+    """
     whole = pa.table(columns())
     right = table_digest(whole, {"a": 1})
     for size in (1, 2, 3):
@@ -397,7 +399,9 @@ def test_any_change_of_what_a_document_says_is_seen(tmp_path: Path) -> None:
 
 
 def test_a_table_is_one_input_while_it_says_the_same(tmp_path: Path) -> None:
-    """A flip in the copy of the metadata that Arrow keeps changes no number, so no output is of other inputs."""
+    """A flip in the copy of the metadata that Arrow keeps changes no number,
+    so no output is of other inputs.
+    """
     path = tmp_path / "a.parquet"
     write_table(path, columns(), {"kind": "outcomes"})
     content, said = path.read_bytes(), content_of(path)

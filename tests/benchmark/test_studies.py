@@ -177,7 +177,9 @@ def test_means_that_cannot_be(kind: dict[str, Any], message: str) -> None:
 
 
 def test_what_the_bootstrap_cannot_tell_from_the_best() -> None:
-    """Noise of 0.01 in one of two methods 0.005 apart: the difference is no larger than its deviation."""
+    """Noise of 0.01 in one of two methods 0.005 apart:
+    the difference is no larger than its deviation.
+    """
     chosen = made(
         methods={"mcm": {}, "lvu": {}, "vilu": {}},
         data={"one": {"stores": {"train": "a", "test": "b"}}},
@@ -430,7 +432,9 @@ def test_claims_of_depending_on_the_accuracy() -> None:
 
 
 def test_slopes_are_compared_on_the_seeds_that_both_have() -> None:
-    """lvu rises by 0.5 an accuracy of 1 on seed 0, whose rows vilu has, too, and falls on seed 1, which it has not."""
+    """lvu rises by 0.5 an accuracy of 1 on seed 0, whose rows vilu has, too, and falls on seed 1,
+    which it has not.
+    """
     accuracy = {
         ("one", 0): 0.3,
         ("two", 0): 0.5,

@@ -58,7 +58,9 @@ def test_one_seed_gives_the_paired_bootstrap_of_the_metrics_room() -> None:
 
 
 def test_resamples_are_those_of_the_rows_whatever_the_scores() -> None:
-    """Each value is the metric of rows drawn by a generator that knows nothing but the name of the rows."""
+    """Each value is the metric of rows drawn by a generator that knows nothing but the name of the
+    rows.
+    """
     uncertainty, failure = sample(40, 2)
     values = resampled_metrics(uncertainty, failure, 25, ROWS)
     rng = np.random.default_rng(int(ROWS, 16))
@@ -98,7 +100,9 @@ def test_mean_over_seeds_resamples_the_seeds() -> None:
 
 
 def test_seeds_that_share_rows_keep_the_variance_of_the_rows() -> None:
-    """Five runs with the same scores are one run: resampling rows apart for each would make the interval too narrow."""
+    """Five runs with the same scores are one run:
+    resampling rows apart for each would make the interval too narrow.
+    """
     uncertainty, failure = sample(150, 3)
     once = resampled_metrics(uncertainty, failure, 400, ROWS)[:1]
     assert interval(np.repeat(once, 5, axis=0), 0.95)[1:] == interval(once, 0.95)[1:]

@@ -63,7 +63,9 @@ def vocabulary_size() -> int:
 
 
 def siglip_ids(texts: list[str], length: int = 64) -> Tensor:
-    """(M, length) numbers of clean texts by SentencePiece itself: pieces, an end, and ends up to the length."""
+    """(M, length) numbers of clean texts by SentencePiece itself:
+    pieces, an end, and ends up to the length.
+    """
     pieces = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model()).encode(texts)
     return torch.tensor(
         [[*row[: length - 1], *[1] * (length - len(row[: length - 1]))] for row in pieces]
@@ -80,7 +82,9 @@ def siglip_tokenizer() -> Any:
 
 
 def t5_tokenizer() -> Any:
-    """What open_clip wraps for SigLIP: the same vocabulary, without the cleaning of texts, which open_clip does."""
+    """What open_clip wraps for SigLIP:
+    the same vocabulary, without the cleaning of texts, which open_clip does.
+    """
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
     proto = ModelProto.FromString(sentencepiece_model())

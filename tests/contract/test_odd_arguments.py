@@ -1,4 +1,6 @@
-"""Whatever is given to the public names, what comes back is a result or a sentence (a ``ViLUError``)."""
+"""Whatever is given to the public names,
+what comes back is a result or a sentence (a ``ViLUError``).
+"""
 
 from __future__ import annotations
 
@@ -401,7 +403,9 @@ def test_a_wrong_number_of_arguments_is_pythons_own_error() -> None:
 
 @pytest.mark.parametrize("number", [np.int64, np.uint8])
 def test_numbers_of_numpy_are_numbers(number: Callable[[int], Any], tmp_path: Path) -> None:
-    """Those of a loop over an array: a pool of np.int64(16) was one of 1, since that is its ``size``."""
+    """Those of a loop over an array:
+    a pool of np.int64(16) was one of 1, since that is its ``size``.
+    """
     image, scores = (
         toy_pairs(n=64).image,
         vilu.Outcomes(np.linspace(0, 1, 100), np.arange(100) % 2, seed=number(3)),

@@ -54,7 +54,9 @@ FINE = {0, 8}
 8 is the answer "the promise is void".
 """
 UNSAID = {".lock", "log.jsonl", "README.md", "times.txt"}
-"""Files that hold no number that is read again: locks, clocks, and cards, which are the user's to edit."""
+"""Files that hold no number that is read again:
+locks, clocks, and cards, which are the user's to edit.
+"""
 LIMIT = 60
 """Seconds that a use may take, on a machine that does a lot besides."""
 
@@ -67,7 +69,9 @@ class Refused(Exception):
 
 @dataclass
 class Artefact:
-    """A folder below the bed, or a file; the commands that use it, some of which mend it; what reads it fast."""
+    """A folder below the bed, or a file; the commands that use it, some of which mend it;
+    what reads it fast.
+    """
 
     path: Path
     uses: dict[str, Use]

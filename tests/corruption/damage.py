@@ -15,7 +15,9 @@ KINDS = ("flip header", "flip data", "flip footer", "cut", "empty", "swap")
 
 
 def damage(kind: str, path: Path, others: list[Path], draw: random.Random) -> list[Path] | None:
-    """Do it; returns the files that are not what they were, None where this cannot be done to this file."""
+    """Do it;
+    returns the files that are not what they were, None where this cannot be done to this file.
+    """
     content = path.read_bytes()
     if kind == "swap":
         alike = [
@@ -59,7 +61,9 @@ STRANGE: list[Any] = [
 
 
 def edited(document: Any, draw: random.Random) -> Any:
-    """A copy with one or two changes: keys and entries deleted, renamed, added, moved, of another type or value."""
+    """A copy with one or two changes:
+    keys and entries deleted, renamed, added, moved, of another type or value.
+    """
     content = json.loads(json.dumps(document))
     for _ in range(draw.choice((1, 1, 1, 2))):
         _edit(content, draw)

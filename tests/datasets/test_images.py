@@ -208,7 +208,9 @@ def test_threads_share_nothing():
 
 
 def damaged(data: bytes, draw: random.Random) -> bytes:
-    """A few bytes changed, cut or put in, most of them in the header; checksums of a PNG mended, to get past them."""
+    """A few bytes changed, cut or put in, most of them in the header;
+    checksums of a PNG mended, to get past them.
+    """
     out = bytearray(data)
     for _ in range(draw.randint(1, 4)):
         position = draw.randrange(min(len(out), 200) if draw.random() < 0.7 else len(out))

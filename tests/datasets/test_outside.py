@@ -1,4 +1,6 @@
-"""Images of none of the classes: named as folders, labels, names for prompts or numbers, in every layout."""
+"""Images of none of the classes:
+named as folders, labels, names for prompts or numbers, in every layout.
+"""
 
 from __future__ import annotations
 

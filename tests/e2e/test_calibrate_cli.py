@@ -1,4 +1,6 @@
-"""``vilu calibrate`` and the decisions of ``vilu score``, through the real command line, on stores of noise."""
+"""``vilu calibrate`` and the decisions of ``vilu score``, through the real command line,
+on stores of noise.
+"""
 
 from __future__ import annotations
 
@@ -228,7 +230,9 @@ def test_wrong_arguments(work: Path, predictor: Path) -> None:
 
 
 def test_a_row_is_its_picture_and_not_its_name(tmp_path: Path) -> None:
-    """Two folders of photos with equal names: one to fit on, one to calibrate on; the first again under other names."""
+    """Two folders of photos with equal names: one to fit on, one to calibrate on;
+    the first again under other names.
+    """
     photos = pq.read_table(PHOTOS, columns=["image"])["image"].to_pylist()
     for name, first, start in (("train", 0, 0), ("calibration", 40, 0), ("renamed", 0, 500)):
         for i in range(40):

@@ -1,4 +1,6 @@
-"""Image-caption pairs through the real command line: tars of photos with captions, from files to numbers."""
+"""Image-caption pairs through the real command line:
+tars of photos with captions, from files to numbers.
+"""
 
 from __future__ import annotations
 

@@ -253,7 +253,9 @@ def test_inspect_shows_and_verifies(work: Path) -> None:
 
 
 def test_columns_for_the_methods_that_need_them(work: Path) -> None:
-    """A store with everything that the compact model can give, and the methods that look more than once."""
+    """A store with everything that the compact model can give,
+    and the methods that look more than once.
+    """
     embed = [
         "embed",
         PHOTOS,
@@ -459,7 +461,9 @@ def test_bad_images_are_set_aside_and_counted(work: Path) -> None:
 def test_interrupted_and_resumed(
     work: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
-    """Ctrl-C or SIGTERM in the middle: a clean exit code, and the second run ends with the bytes of the first store."""
+    """Ctrl-C or SIGTERM in the middle:
+    a clean exit code, and the second run ends with the bytes of the first store.
+    """
     args = [
         "embed",
         PHOTOS,

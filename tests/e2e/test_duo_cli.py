@@ -1,4 +1,6 @@
-"""Two models of the same photos through the real command line: embedded twice, fitted, calibrated and scored."""
+"""Two models of the same photos through the real command line:
+embedded twice, fitted, calibrated and scored.
+"""
 
 from __future__ import annotations
 

@@ -44,7 +44,9 @@ def test_old_artefacts_are_sealed(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Unsealed, they say so once; sealed, they say the same as before, and any change of a document is an error."""
+    """Unsealed, they say so once;
+    sealed, they say the same as before, and any change of a document is an error.
+    """
     source, path = kept(kind) / name, tmp_path / "it"
     shutil.copytree(source, path) if source.is_dir() else shutil.copy(
         source, path := path.with_suffix(source.suffix)
@@ -113,7 +115,9 @@ def test_what_is_damaged_is_not_sealed(kept: Callable[[str], Path], tmp_path: Pa
 def test_a_rule_is_held_against_its_rows(
     edit: Callable[[dict], None], kept: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """Also where nothing is sealed; edits that the rows agree with by chance, such as of words, are not seen there."""
+    """Also where nothing is sealed;
+    edits that the rows agree with by chance, such as of words, are not seen there.
+    """
     path = Path(shutil.copytree(kept("rules") / "sgr", tmp_path / "it"))
     content = json.loads((path / "risk.json").read_text())
     edit(content["rule"])

@@ -1,4 +1,6 @@
-"""``vilu report`` through the command line, and its page in headless Chromium: a reader sees what numpy says."""
+"""``vilu report`` through the command line, and its page in headless Chromium:
+a reader sees what numpy says.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Where commands may write: every one of them against a place that is new, empty, theirs, or somebody else's."""
+"""Where commands may write:
+every one of them against a place that is new, empty, theirs, or somebody else's.
+"""
 
 from __future__ import annotations
 

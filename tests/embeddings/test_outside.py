@@ -41,7 +41,9 @@ def test_no_other_negative_number_is_a_target() -> None:
 
 
 def test_a_stranger_has_no_probability_of_the_truth() -> None:
-    """Two texts at a logit scale of 100: the first image is at one of them, the stranger at neither."""
+    """Two texts at a logit scale of 100:
+    the first image is at one of them, the stranger at neither.
+    """
     (batch,) = strangers().batches(8)
     assert batch.target_log_probability[[0, 2]].tolist() == [pytest.approx(0, abs=1e-6), -math.inf]
     assert batch.target_log_probability[1].item() == pytest.approx(-100, rel=1e-6)

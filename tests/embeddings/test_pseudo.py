@@ -251,7 +251,9 @@ def test_a_caption_too_frequent_to_be_held_out() -> None:
 
 
 def test_selection_that_would_be_blind_is_none() -> None:
-    """Rows that fail in their pools of training need not fail in those of selection, and the other way round."""
+    """Rows that fail in their pools of training need not fail in those of selection,
+    and the other way round.
+    """
     pairs = PairEmbeddings(torch.eye(16), torch.eye(16), 4)
     rows = Rows(pairs, torch.arange(16))
     assert with_failures(rows.batches(4))[1].tolist() == [0] * 16

@@ -1,4 +1,6 @@
-"""Names of executors, ranks from the environment, shares of a cluster, and engines begun for one run."""
+"""Names of executors, ranks from the environment, shares of a cluster,
+and engines begun for one run.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A score of ten lines and a learned method of thirty, from outside: registered, they do all that ours do."""
+"""A score of ten lines and a learned method of thirty, from outside:
+registered, they do all that ours do.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A metric that vilu knows nothing of: written here, added, and shown wherever ours are; nothing else is touched."""
+"""A metric that vilu knows nothing of: written here, added, and shown wherever ours are;
+nothing else is touched.
+"""
 
 from __future__ import annotations
 

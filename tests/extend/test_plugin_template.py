@@ -1,4 +1,6 @@
-"""The repository in examples/plugin: its method, its metric and its data set are found by their entry points alone."""
+"""The repository in examples/plugin:
+its method, its metric and its data set are found by their entry points alone.
+"""
 
 from __future__ import annotations
 

@@ -58,7 +58,9 @@ CODES = {"sigkill": -signal.SIGKILL, "sigterm": 143, "sigint": 130}
 
 @contextmanager
 def plugged() -> Iterator[None]:
-    """What the plug-in of ``FRAME`` registers is gone afterwards, and comes again where it is asked for again."""
+    """What the plug-in of ``FRAME`` registers is gone afterwards,
+    and comes again where it is asked for again.
+    """
     backbones, environment = dict(BACKBONES), os.environ.get(PLUGINS)
     try:
         yield
@@ -395,7 +397,9 @@ class Bed:
             )
 
     def _require_whole(self, work: Path, alone: Undisturbed) -> None:
-        """Whatever lies under its final name is one of the files that the undisturbed run puts there."""
+        """Whatever lies under its final name is one of the files that the undisturbed run puts
+        there.
+        """
         found = {
             (path, content) for path, content in contents(work).items() if "/attempts/" not in path
         }

@@ -112,7 +112,9 @@ def test_members_of_an_ensemble_are_runs_of_their_own(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
-    """SIGKILL between steps, and between the syncs of a checkpoint: tensors (0, 1) and record (2, 3), 18 of them."""
+    """SIGKILL between steps, and between the syncs of a checkpoint:
+    tensors (0, 1) and record (2, 3), 18 of them.
+    """
     points = [
         "step-0",
         "step-8",

@@ -66,7 +66,9 @@ def hub() -> Iterator[Hub]:
 
 @pytest.fixture
 def client(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """What tells the hub's client, in this process and in others, of this hub and of a cache of its own."""
+    """What tells the hub's client, in this process and in others,
+    of this hub and of a cache of its own.
+    """
     from huggingface_hub import constants
 
     settings = {

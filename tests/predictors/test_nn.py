@@ -152,7 +152,9 @@ def test_depth_is_configurable(depth: int) -> None:
 
 
 def test_published_size() -> None:
-    """951,297 parameters in the MLP at D = 512, and 2 D^2 in the projections (counted in the released code)."""
+    """951,297 parameters in the MLP at D = 512,
+    and 2 D^2 in the projections (counted in the released code).
+    """
     head = FailureHead(512)
     attention = sum(p.numel() for p in head.attention.parameters())
     assert attention == 2 * 512**2

@@ -1,4 +1,6 @@
-"""Properties that hold for every input; tolerance 1e-9 is far above rounding (1e-13) and far below any real effect."""
+"""Properties that hold for every input;
+tolerance 1e-9 is far above rounding (1e-13) and far below any real effect.
+"""
 
 from __future__ import annotations
 

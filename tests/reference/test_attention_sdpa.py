@@ -1,4 +1,6 @@
-"""Attention over a pool without its matrix: against the dense form in float64, and torch's own kernel and gradient."""
+"""Attention over a pool without its matrix:
+against the dense form in float64, and torch's own kernel and gradient.
+"""
 
 from __future__ import annotations
 
@@ -120,7 +122,9 @@ class Watch(TorchDispatchMode):
 def test_no_tensor_is_as_large_as_rows_times_candidates(
     monkeypatch: pytest.MonkeyPatch, training: bool, cells: int
 ) -> None:
-    """Forward and backward of the whole head on a pool of 600 pairs; where it fits into one tile, one such tensor."""
+    """Forward and backward of the whole head on a pool of 600 pairs;
+    where it fits into one tile, one such tensor.
+    """
     monkeypatch.setattr(attention, "TILE_CELLS", cells)
     monkeypatch.setattr("vilu.embeddings.similarity.TILE_CELLS", cells)
     torch.manual_seed(0)

@@ -1,4 +1,6 @@
-"""The linear probe against scikit-learn, TrustVLM against loops, and every bank method with one image per class."""
+"""The linear probe against scikit-learn, TrustVLM against loops,
+and every bank method with one image per class.
+"""
 
 from __future__ import annotations
 

@@ -174,7 +174,9 @@ def test_class_gaussians_where_one_class_has_images() -> None:
 def encoded(
     n: int, seed: int, d: int = 6, k: int = 3, scale: float = 1.0
 ) -> tuple[Embeddings, np.ndarray]:
-    """Images (n, d) of norms from 5 to 15 times the scale, and their embeddings with what made these."""
+    """Images (n, d) of norms from 5 to 15 times the scale,
+    and their embeddings with what made these.
+    """
     rng = np.random.default_rng(seed)
     text, projection = (
         unit(np.random.default_rng(7).normal(size=(k, d))),

@@ -93,7 +93,9 @@ def test_posterior_of_presence_is_bayes_rule() -> None:
 
 
 def test_discriminants_of_known_classes_are_linear_discriminant_analysis() -> None:
-    """With hard members, many of them, and no shrinkage left to see: scikit-learn's with equal priors."""
+    """With hard members, many of them, and no shrinkage left to see:
+    scikit-learn's with equal priors.
+    """
     rng = np.random.default_rng(0)
     n, k, dim = 30_000, 4, 5
     target = rng.integers(k, size=n)

@@ -21,7 +21,9 @@ from vilu.report.page.charts import histogram
 
 
 def risky() -> Outcomes:
-    """Ten answers, five of them wrong, two of these for a picture of none of the classes; eight are accepted."""
+    """Ten answers, five of them wrong, two of these for a picture of none of the classes;
+    eight are accepted.
+    """
     return Outcomes(
         [0.1, 0.2, 0.3, 0.3, 0.4, 0.5, 0.6, 0.7, 0.7, 0.9],
         [0, 1, 0, 1, 0, 0, 0, 1, 1, 1],
@@ -67,7 +69,9 @@ def test_better_texts_are_of_the_classes_alone(test: Embeddings) -> None:
 
 
 def with_strangers(**fields: object) -> Outcomes:
-    """A quarter of the wrong answers are for pictures of none of the classes, and a little more uncertain."""
+    """A quarter of the wrong answers are for pictures of none of the classes,
+    and a little more uncertain.
+    """
     plain = outcomes_of(**fields)
     outside = (plain.failure == 1) & (np.arange(len(plain)) % 4 == 0)
     uncertainty = np.where(outside, np.clip(plain.uncertainty + 0.1, 0, 1), plain.uncertainty)

@@ -1,4 +1,6 @@
-"""The page of ``vilu report``: its numbers against numpy's, its choices, and what hostile names may do in it."""
+"""The page of ``vilu report``:
+its numbers against numpy's, its choices, and what hostile names may do in it.
+"""
 
 from __future__ import annotations
 
@@ -405,7 +407,9 @@ def test_ticks_are_round_and_lines_keep_their_ends() -> None:
 
 
 def test_a_predictor_is_no_scores(tmp_path: Path) -> None:
-    """Its calibration rows would make a page, on which its rule keeps what it promises: it was chosen there."""
+    """Its calibration rows would make a page, on which its rule keeps what it promises:
+    it was chosen there.
+    """
     MCM().fit(toy_embeddings()).save(tmp_path)
     calibrate_predictor(tmp_path, toy_embeddings(seed=1, ids_from=10_000), Target(max_risk=0.5))
     with pytest.raises(

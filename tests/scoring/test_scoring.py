@@ -83,7 +83,9 @@ def head() -> vilu.ViLU:
 def test_candidates_without_a_fit_are_named_beside_probabilities(
     head: vilu.ViLU, test: Embeddings, tmp_path: Path
 ) -> None:
-    """Other prompts of the same names, other classes, some of the classes; also of a predictor that was saved."""
+    """Other prompts of the same names, other classes, some of the classes;
+    also of a predictor that was saved.
+    """
     head.save(tmp_path)
     prompt = torch.randn(16, generator=torch.Generator().manual_seed(0)) * 0.15
     others = {
@@ -105,7 +107,9 @@ def test_candidates_without_a_fit_are_named_beside_probabilities(
 
 
 def test_candidates_that_are_the_same_are_not_told(head: vilu.ViLU, test: Embeddings) -> None:
-    """Rounding of another machine, another order, other names for the same texts; warnings are errors here."""
+    """Rounding of another machine, another order, other names for the same texts;
+    warnings are errors here.
+    """
     noise = torch.randn(5, 16, generator=torch.Generator().manual_seed(0)) * 1e-3
     turned = [4, 2, 0, 1, 3]
     vilu.score(head, with_texts(test, test.text + noise))

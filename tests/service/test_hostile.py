@@ -1,4 +1,5 @@
-"""What no honest client sends: no 5xx, no traceback, no growth, nothing written outside; the next request is answered.
+"""What no honest client sends: no 5xx, no traceback, no growth, nothing written outside;
+the next request is answered.
 
 The long form, ``make test-hostile``, draws ``REQUESTS`` requests (10,000) from the service's
 OpenAPI with schemathesis.
@@ -24,7 +25,9 @@ from tests.service.conftest import Running, hosted, served
 
 REQUESTS = int(os.environ.get("REQUESTS", "10000"))
 GROWTH = 60 * 2**20
-"""Bytes that a process may grow by while it meets all this: arenas of the allocator, which are used again."""
+"""Bytes that a process may grow by while it meets all this:
+arenas of the allocator, which are used again.
+"""
 
 
 def png(width: int, height: int) -> bytes:

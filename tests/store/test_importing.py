@@ -1,4 +1,6 @@
-"""Arrays of others as a store: the same numbers, whatever they came in, and nothing believed unchecked."""
+"""Arrays of others as a store:
+the same numbers, whatever they came in, and nothing believed unchecked.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +78,9 @@ def test_a_store_is_the_arrays(tmp_path: Path, name: str, part_size: int) -> Non
 
 
 def test_the_same_arrays_give_the_same_bytes(tmp_path: Path) -> None:
-    """From a file, packed or not, and from a folder; the name of the source is the one thing that differs."""
+    """From a file, packed or not, and from a folder;
+    the name of the source is the one thing that differs.
+    """
     made = []
     for place in ("one/a.npz", "two/a.npz", "three/a.npz"):
         (tmp_path / place).parent.mkdir()
@@ -387,7 +391,9 @@ def test_a_hostile_file(tmp_path: Path) -> None:
 
 
 def test_a_bomb_is_not_unpacked(tmp_path: Path) -> None:
-    """300 MB of zeros in 300 kB: refused by the sizes alone, where as much of numbers would be read."""
+    """300 MB of zeros in 300 kB:
+    refused by the sizes alone, where as much of numbers would be read.
+    """
     with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         for name, values in arrays(image=None).items():
             buffer = io.BytesIO()
@@ -465,7 +471,9 @@ def test_names_of_classes_are_read_by_blocks(
 def test_a_few_shot_cache_is_a_store_of_splits_and_class_means(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The files as methods of Tip-Adapter's kind write them: half precision, keys as columns, values one-hot."""
+    """The files as methods of Tip-Adapter's kind write them:
+    half precision, keys as columns, values one-hot.
+    """
     draw = np.random.default_rng(0)
     unit = lambda rows: torch.nn.functional.normalize(  # noqa: E731
         torch.from_numpy(draw.normal(size=(rows, 8))).half(), dim=1

@@ -1,4 +1,6 @@
-"""The promise of every class of answers, by simulation: asked for where labels lack, and looked at every time."""
+"""The promise of every class of answers, by simulation:
+asked for where labels lack, and looked at every time.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ RISK, DELTA, ROWS, RATE = 0.1, 0.05, 900, {"kept": 0.02, "broken": 0.11}
 
 
 def standpoint(rng: np.random.Generator) -> Standpoint:
-    """Two classes of answers, one of which is wrong more often than promised, whatever the uncertainty."""
+    """Two classes of answers, one of which is wrong more often than promised,
+    whatever the uncertainty.
+    """
     said = rng.integers(2, size=ROWS)
     wrong = (rng.random(ROWS) < np.array([*RATE.values()])[said]).astype(np.int64)
     outcomes = Outcomes(

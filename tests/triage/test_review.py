@@ -127,7 +127,9 @@ def test_label_studio_there_and_back(half: Path, tmp_path: Path) -> None:
 def test_photos_that_were_chosen_for_review_come_back_as_chosen(
     half: Path, tmp_path: Path, tool: Tool
 ) -> None:
-    """The most doubtful ones: taken for a random pick, their labels would make a promise false without a word."""
+    """The most doubtful ones:
+    taken for a random pick, their labels would make a promise false without a word.
+    """
     review = open_review(half, "review")
     asked = {row["path"] for row in rows(half / "next_labels.csv")}
     assert {one.stream for one in review.tasks if one.path not in asked} == {"fit"}

@@ -1,4 +1,6 @@
-"""The whole job on small folders: it goes on, it keeps its promise, and no label counts that must not."""
+"""The whole job on small folders:
+it goes on, it keeps its promise, and no label counts that must not.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,9 @@ def test_from_photos_to_a_promise_that_is_kept(begun: Folder) -> None:
 
 
 def test_the_most_trusted_alone_are_promised_only_where_labels_show_it() -> None:
-    """Half of the first eighth are wrong, nothing behind: the threshold of all is certified, a stricter one is not."""
+    """Half of the first eighth are wrong, nothing behind:
+    the threshold of all is certified, a stricter one is not.
+    """
     u = (np.arange(640) + 0.5) / 640
     wrong = ((u < 1 / 8) & (np.arange(640) % 16 == 0)).astype(int) + (
         (u < 1 / 64) & (np.arange(640) % 2 == 1)
@@ -104,7 +108,9 @@ def test_of_a_scene_one_label_counts() -> None:
 def test_no_label_that_vouches_ever_teaches_whoever_asked_for_it(
     folder: Folder, job: Job, tmp_path: Path
 ) -> None:
-    """Every label is given, and as chosen ones at that; the predictor has seen those of one side alone."""
+    """Every label is given, and as chosen ones at that;
+    the predictor has seen those of one side alone.
+    """
     truth, output = folder[1], tmp_path / "out"
     labels = tmp_path / "all.csv"
     labels.write_text(
@@ -402,7 +408,9 @@ def test_a_promise_holds_for_photos_of_which_none_vouches(promised: Folder, n: i
 def test_the_label_of_a_photo_that_has_changed_never_vouches(
     folder: Folder, job: Job, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Other bytes may put a photo that has taught on the other side, as a tag that is written into it does."""
+    """Other bytes may put a photo that has taught on the other side,
+    as a tag that is written into it does.
+    """
     (tmp_path / "l.csv").write_text(
         "path,label\n" + "".join(f"{path},{name}\n" for path, name in folder[1].items())
     )
