@@ -1,8 +1,8 @@
 """How soon does a monitor see a shift that sets in half-way, and how often does it cry wolf?
 
 ``python -m benchmarks.monitor_replay CLEAN SHIFTED... --predictor FOLDER...``: stores of class
-data, the SHIFTED ones of some of CLEAN's images made harder (``vilu_bench.known_datasets.shift``) and under the
-same keys, and predictors fitted on other images.
+data, the SHIFTED ones of some of CLEAN's images made harder (``vilu_bench.known_datasets.shift``)
+and under the same keys, and predictors fitted on other images.
 
 A replay draws 3,000 calibration rows and 1,500 rows that arrive first, at random; then 1,500 rows
 arrive of CLEAN, or of one of the SHIFTED. No image is there twice, clean and shifted. Every tenth

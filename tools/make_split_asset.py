@@ -4,8 +4,8 @@
 
 Input: the folder of CoOp's split_zhou_*.json, lists of [path, class index, class name]. Output: the
 same facts as text, sorted by class and path (the order of the lists decides nothing here),
-compressed; how it is laid out says ``vilu_bench/known_datasets/read.py``. The same input gives the same
-text, and the same liblzma the same bytes.
+compressed; how it is laid out says ``vilu_bench/known_datasets/read.py``. The same input gives the
+same text, and the same liblzma the same bytes.
 """
 
 from __future__ import annotations
