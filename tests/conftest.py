@@ -1,4 +1,6 @@
-"""Data that many tests share: small, seeded, with failures that can be predicted by construction."""
+"""Data that many tests share:
+small, seeded, with failures that can be predicted by construction.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 def refuse_network() -> None:
-    """From here on this process talks to this machine alone, whoever asks: an attempt is an error."""
+    """From here on this process talks to this machine alone, whoever asks:
+    an attempt is an error.
+    """
     own = {
         address.address.split("%")[0] for link in psutil.net_if_addrs().values() for address in link
     }

@@ -1,4 +1,6 @@
-"""The images behind a benchmark's embeddings: fewer of them, and by the model that was asked for."""
+"""The images behind a benchmark's embeddings:
+fewer of them, and by the model that was asked for.
+"""
 
 from __future__ import annotations
 

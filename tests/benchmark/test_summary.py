@@ -161,7 +161,9 @@ METHODS = {"mcm": {}, "lvu": {}, "vilu": {"seeds": 1}, "margin": {}}
 
 @pytest.fixture
 def made() -> tuple:
-    """Four methods on one block with two seeds: mcm runs once, vilu on one seed, margin is refused."""
+    """Four methods on one block with two seeds:
+    mcm runs once, vilu on one seed, margin is refused.
+    """
     small = config(
         data={"one": {"stores": {"train": "a", "test": "b"}}},
         settings={"all": {"kind": "labels"}},

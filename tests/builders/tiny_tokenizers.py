@@ -39,7 +39,9 @@ def clip_tokenizer() -> Any:
 
 @cache
 def sentencepiece_model() -> bytes:
-    """A vocabulary in the layout of SigLIP's (padding 0, end 1, unknown 2), trained on ``WORDS``."""
+    """A vocabulary in the layout of SigLIP's (padding 0, end 1, unknown 2),
+    trained on ``WORDS``.
+    """
     file = io.BytesIO()
     phrases = [" ".join(WORDS[i : i + 5]) for i in range(len(WORDS))]
     sentencepiece.SentencePieceTrainer.train(

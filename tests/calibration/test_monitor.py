@@ -1,4 +1,6 @@
-"""The monitor as a whole: false alarms and power by simulation, verdicts, refusals, and its state."""
+"""The monitor as a whole:
+false alarms and power by simulation, verdicts, refusals, and its state.
+"""
 
 from __future__ import annotations
 
@@ -413,7 +415,9 @@ def test_groups_that_the_caller_gave(calibration: vilu.Outcomes) -> None:
 
 
 def test_groups_of_rows_some_of_which_were_monitored_before(calibration: vilu.Outcomes) -> None:
-    """In an array, too; and there is one for every row that is given, not for the new ones alone."""
+    """In an array, too;
+    and there is one for every row that is given, not for the new ones alone.
+    """
     groups = np.array(["even" if i % 2 else "odd" for i in range(len(calibration))])
     monitor = vilu.Monitor(
         calibration, vilu.calibrate(calibration, max_risk=0.1, groups=groups), groups=groups
@@ -458,7 +462,9 @@ def test_mapie_agrees_on_clear_cases(
 
 
 def test_strata_are_part_of_the_fingerprint() -> None:
-    """Rules for stated shares that differ only in which rows are strangers watch for other rates."""
+    """Rules for stated shares that differ only in which rows are strangers watch for other
+    rates.
+    """
     u, f = np.linspace(0, 1, 400), np.r_[np.zeros(200, int), np.ones(200, int)]
     found = set()
     for outside in (np.arange(400) >= 300, np.arange(400) % 4 == 3):

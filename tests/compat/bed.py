@@ -57,7 +57,9 @@ def document(name: str) -> Any:
 def classes(
     of: Arrays, name: str, change: Callable[[NDArray[Any]], NDArray[Any]] = np.asarray
 ) -> vilu.Embeddings:
-    """The rows ``name`` of the kept inputs as embeddings with shared candidates and every column."""
+    """The rows ``name`` of the kept inputs as embeddings with shared candidates and every
+    column.
+    """
     columns = {
         key.split("/")[2]: change(value)
         for key, value in of.items()

@@ -293,7 +293,9 @@ def test_a_hundredth_of_the_rows_is_left_out(
 def test_an_edited_rule_is_refused_by_all_who_use_it(
     work: Path, predictor: Path, tmp_path: Path
 ) -> None:
-    """By its digest; and where a digest agrees, or an old file has none, by the calibration rows."""
+    """By its digest;
+    and where a digest agrees, or an old file has none, by the calibration rows.
+    """
     run("score", predictor, work / "new", "-o", tmp_path / "plain.parquet")
     run("calibrate", predictor, work / "calibration", "--max-risk", 0.8, "--confidence", 0.9)
     users = (

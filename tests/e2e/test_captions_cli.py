@@ -33,7 +33,9 @@ def write_tar(path: Path, samples: list[tuple[str, bytes, bytes | None]]) -> Non
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three tars of 32 photos with captions; one photo lacks its caption, one caption is no UTF-8."""
+    """Three tars of 32 photos with captions;
+    one photo lacks its caption, one caption is no UTF-8.
+    """
     folder = tmp_path_factory.mktemp("captions")
     table = pq.read_table(PHOTOS, columns=["image"]).slice(0, N)
     samples = [

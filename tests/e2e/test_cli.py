@@ -1,4 +1,6 @@
-"""The real command line on real photos (those that ship with the package), from images to numbers."""
+"""The real command line on real photos (those that ship with the package),
+from images to numbers.
+"""
 
 from __future__ import annotations
 
@@ -208,7 +210,9 @@ def test_validation_store_and_zero_shot_methods(work: Path) -> None:
 
 
 def test_a_fit_on_images_without_labels(work: Path) -> None:
-    """From a folder of photos that says nothing of them, to probabilities, a promise and reasons."""
+    """From a folder of photos that says nothing of them, to probabilities,
+    a promise and reasons.
+    """
     photos = work / "unsorted"
     photos.mkdir()
     table = pq.read_table(PHOTOS)

@@ -1,4 +1,6 @@
-"""``vilu monitor`` through the real command line: calibrated predictor, scores, state, exit codes."""
+"""``vilu monitor`` through the real command line:
+calibrated predictor, scores, state, exit codes.
+"""
 
 from __future__ import annotations
 

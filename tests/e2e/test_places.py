@@ -46,7 +46,9 @@ kind = "labels"
 
 @dataclass(frozen=True)
 class Command:
-    """A command that writes: its words, those of other inputs, and what it writes; {} is the place."""
+    """A command that writes: its words, those of other inputs, and what it writes;
+    {} is the place.
+    """
 
     words: str
     other: str

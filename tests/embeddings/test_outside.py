@@ -1,4 +1,6 @@
-"""Rows of none of the classes: -2 where data come in, a Boolean inside, wrong whatever the answer."""
+"""Rows of none of the classes:
+-2 where data come in, a Boolean inside, wrong whatever the answer.
+"""
 
 import math
 

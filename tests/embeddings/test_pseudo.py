@@ -149,7 +149,9 @@ def test_what_cannot_be_one_source_is_refused() -> None:
 
 
 def test_a_head_learned_on_several_sets_scores_another() -> None:
-    """Blur is the same everywhere: what the first two sets teach holds for the third, above chance."""
+    """Blur is the same everywhere:
+    what the first two sets teach holds for the third, above chance.
+    """
     learned = [toy_embeddings(n=400, k=5, seed=0), animals_like_toy(seed=1)]
     third = toy_embeddings(n=400, seed=7, ids_from=9000)
     head = PREDICTORS["vilu"](hidden=(16, 8), epochs=15, device="cpu").fit(

@@ -420,7 +420,9 @@ CANNOT = "needs the right to mount (root on Linux)"
 
 @contextmanager
 def mounted(work: Path, fault: str) -> Iterator[None]:
-    """A small disk of its own, or a folder that can be made read-only, where the fault takes one."""
+    """A small disk of its own, or a folder that can be made read-only,
+    where the fault takes one.
+    """
     if fault not in {"nospace", "readonly"}:
         yield
         return

@@ -479,7 +479,9 @@ def command_seeds() -> list[bytes]:
 
 
 def command(folder: Path, data: bytes) -> object:
-    """A command line of which each byte is a word; it ends with a known exit code, whatever it is."""
+    """A command line of which each byte is a word;
+    it ends with a known exit code, whatever it is.
+    """
     for name in ("store", "predictor", "scores.parquet", "scores.csv", "state.parquet"):
         place = kept() / name
         (shutil.copytree if place.is_dir() else shutil.copy)(place, folder / name)

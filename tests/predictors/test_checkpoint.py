@@ -250,7 +250,9 @@ def test_a_checkpoint_of_something_else_is_refused(
 def test_a_checkpoint_of_other_texts_is_refused_an_older_one_goes_on(
     case: str, tmp_path: Path
 ) -> None:
-    """Texts so near that every answer stays as it is; earlier code did not write which they were."""
+    """Texts so near that every answer stays as it is;
+    earlier code did not write which they were.
+    """
     make, data, other = CASES[case][0], CASES[case][1](), CASES[case][1]()
     other.text = torch.nn.functional.normalize(other.text + 1e-5 * torch.eye(16)[3], dim=1)
     interrupted(make(), data, tmp_path, 7)

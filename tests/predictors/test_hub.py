@@ -238,7 +238,9 @@ def test_damaged_candidates_are_not_placed(predictor: Path, tmp_path: Path) -> N
 def test_a_failed_move_brings_the_old_one_back(
     interrupted: int | None, predictor: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The disk refuses the second move, or a Ctrl-C comes when the first or the second one is done."""
+    """The disk refuses the second move,
+    or a Ctrl-C comes when the first or the second one is done.
+    """
     MCM().fit(toy_embeddings(20)).save(tmp_path / "here")
     rename, places = Path.rename, []
 

@@ -100,7 +100,9 @@ def test_attention_is_scaled_dot_product_attention(form: str, k: int) -> None:
 def test_head_is_the_mlp_of_the_concatenation(
     k: int, attention: str | None, caption: bool, mcm: bool
 ) -> None:
-    """The reordered products give what the textbook form gives: concatenate, then Linear and ReLU."""
+    """The reordered products give what the textbook form gives:
+    concatenate, then Linear and ReLU.
+    """
     head, batch = (
         make_head(attention=attention, predicted_caption=caption, mcm=mcm),
         first_batch(k=k),
@@ -407,7 +409,9 @@ def test_answers_computed_once_are_those_of_the_rows() -> None:
 
 
 def test_standard_error_of_an_auroc() -> None:
-    """Against a simulation: binormal scores whose AUROC is 0.8, with 40 failures and 60 successes."""
+    """Against a simulation:
+    binormal scores whose AUROC is 0.8, with 40 failures and 60 successes.
+    """
     rng, shift = np.random.default_rng(0), math.sqrt(2) * 0.8416212
     failure = np.repeat([1, 0], [40, 60])
     draws = [

@@ -31,7 +31,9 @@ def module(request: pytest.FixtureRequest) -> CrossAttention:
 
 
 def matrices(module: CrossAttention) -> tuple[list[Tensor], float]:
-    """Query, key and value matrices in float64, leaves, and the multiplier; from the definitions."""
+    """Query, key and value matrices in float64, leaves, and the multiplier;
+    from the definitions.
+    """
     if isinstance(module, attention.OfficialAttention):
         image, text = module.image, module.text
         query, shared = (m.detach().double().requires_grad_() for m in (image, text))

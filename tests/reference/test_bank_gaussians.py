@@ -195,7 +195,9 @@ def encoded(
 def released(
     train: np.ndarray, target: np.ndarray, test: np.ndarray, answer: np.ndarray, p_max: np.ndarray
 ) -> np.ndarray:
-    """(N,) scores as the notebook defines them, by scikit-learn and SciPy, higher = more certain."""
+    """(N,) scores as the notebook defines them, by scikit-learn and SciPy,
+    higher = more certain.
+    """
     pca = PCA(n_components=4).fit(train)
     z = pca.transform(train)
     classes = [z[target == c] for c in np.unique(target)]

@@ -246,7 +246,9 @@ def plain(phi, g, candidates, scale, bias, siglip):
 
 
 def plain_uncertainty(train, test, *, siglip: bool) -> tuple[np.ndarray, np.ndarray]:
-    """(uncertainty of the VLM's own answer, answer of the posterior) of every test row, in NumPy."""
+    """(uncertainty of the VLM's own answer, answer of the posterior) of every test row,
+    in NumPy.
+    """
     sums = {"image": [], "text": []}
     n = 0
     for batch in train.batches(10_000, columns=FEATURES):

@@ -1,4 +1,6 @@
-"""What is promised, over 2,000 simulated calibrations each, and how much is accepted beside MAPIE."""
+"""What is promised, over 2,000 simulated calibrations each,
+and how much is accepted beside MAPIE.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Rel-U's penalty, against brute-force optimisation of its objective, and its edge cases by hand."""
+"""Rel-U's penalty, against brute-force optimisation of its objective,
+and its edge cases by hand.
+"""
 
 from __future__ import annotations
 

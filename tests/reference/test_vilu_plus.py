@@ -252,7 +252,9 @@ def auroc_of(predictor, data: Embeddings) -> float:
 @pytest.mark.filterwarnings("ignore:vilu_plus is fitted on")
 @pytest.mark.parametrize(("n_classes", "spread"), [(4, 3.0), (40, 1.5), (40, 6.0)])
 def test_more_labels_never_cost_much(n_classes: int, spread: float) -> None:
-    """Also where an image tells next to nothing of its class (spread 6), and of four labels in all."""
+    """Also where an image tells next to nothing of its class (spread 6),
+    and of four labels in all.
+    """
     gains = []
     for seed in range(5):
         whole = simulated(seed, 3_000, n_classes, n_classes, spread)

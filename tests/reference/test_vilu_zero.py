@@ -67,7 +67,9 @@ def test_class_counts_are_the_frequencies_of_largest_likelihood(data: Embeddings
 
 
 def test_presence_by_hand() -> None:
-    """Ninety empty classes of a hundred are absent; of equal counts none is, whatever their size."""
+    """Ninety empty classes of a hundred are absent;
+    of equal counts none is, whatever their size.
+    """
     count = torch.tensor([100.0] * 10 + [0.0] * 90, dtype=torch.float64)
     occurs, absent = presence(count)
     assert 0.8 < absent < 0.9
@@ -236,7 +238,9 @@ def test_the_parts_are_the_score(data: Embeddings) -> None:
 
 @pytest.mark.data
 def test_real_clip_without_a_label(shared: Path) -> None:
-    """Photos of 24 of 123 breeds, which is to be found out; and textures, whose classes all occur."""
+    """Photos of 24 of 123 breeds, which is to be found out;
+    and textures, whose classes all occur.
+    """
     gains = {}
     for name in ("pets_in123_b32", "proto_dtd_b32"):
         file = shared / "data" / "realclip" / f"{name}.npz"

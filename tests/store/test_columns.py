@@ -327,7 +327,9 @@ def test_no_column_leads_out_of_the_store(root):
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_no_damage_ends_in_anything_but_an_error_of_ours(original, tmp_path, data):
-    """Some bytes of one file are replaced: the store is refused in a sentence, or is read in full."""
+    """Some bytes of one file are replaced:
+    the store is refused in a sentence, or is read in full.
+    """
     root = tmp_path / "s"
     if not root.exists():
         shutil.copytree(original, root)

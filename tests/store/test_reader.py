@@ -386,7 +386,9 @@ def test_other_class_texts(root):
 @given(data=st.data())
 @settings(max_examples=200, deadline=None, suppress_health_check=SHARED_FOLDER)
 def test_no_damage_ends_in_anything_but_an_error_of_ours(original, tmp_path, data):
-    """Some bytes of one file are replaced: the store is refused in a sentence, or is read in full."""
+    """Some bytes of one file are replaced:
+    the store is refused in a sentence, or is read in full.
+    """
     root = tmp_path / "s"
     if not root.exists():
         shutil.copytree(original, root)

@@ -349,7 +349,9 @@ def test_the_page_is_for_this_machine_and_its_key(page: tuple[Client, ReviewSess
 
 @pytest.mark.parametrize("n", few([30, 200], 1))
 def test_photos_by_keyboard(begun: Folder, tmp_path: Path, n: int) -> None:
-    """The page in a real browser: accept, another class, none of them, skip, undo, at both widths."""
+    """The page in a real browser:
+    accept, another class, none of them, skip, undo, at both widths.
+    """
     browser = shutil.which("chromium")
     if browser is None:
         pytest.skip("chromium is not installed")
