@@ -361,16 +361,29 @@ def test_a_table_without_a_digest_says_so_once(
         assert read_table(tmp_path / "other.parquet", ())[1] == {}
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.endswith(
-        "old.parquet carries no digest: damage to it would not be seen; `vilu inspect --seal` adds one."
+        "old.parquet carries no digest: damage to it would not be seen; "
+        "`vilu inspect --seal` adds one."
     )
 
 
 @pytest.mark.parametrize(
     "text",
-    ['{"a": 1, "a": 2}',
-     '{"a": {"b": 1, "b": 1}}', '{"a": NaN}', '{"a": -Infinity}', '{"a": 1e999}', '{"a": "\\ud800"}',
-     "[1]", "1", "", "{", "\ufeff{}", '{"a": ' + "[" * 100_000, '{"a": ' + "9" * 5000 + "}"],
-)  # fmt: skip
+    [
+        '{"a": 1, "a": 2}',
+        '{"a": {"b": 1, "b": 1}}',
+        '{"a": NaN}',
+        '{"a": -Infinity}',
+        '{"a": 1e999}',
+        '{"a": "\\ud800"}',
+        "[1]",
+        "1",
+        "",
+        "{",
+        "\ufeff{}",
+        '{"a": ' + "[" * 100_000,
+        '{"a": ' + "9" * 5000 + "}",
+    ],
+)
 def test_what_no_document_of_ours_is(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.json").write_text(text, encoding="utf-8")
     with pytest.raises(

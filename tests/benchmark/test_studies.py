@@ -63,16 +63,38 @@ def result(cell: Cell, values: tuple[float, float] | None, accuracy: float = 0.6
     numbers = {} if values is None else {**dict(zip(RANKED_BY, values, strict=True)), "ece": None}
     rows = tuple(
         ResultRow(
-            cell.method, cell.data, cell.setting, cell.seed, metric, value, None, None, 100, 40, accuracy, 0, 0,
-            METRICS[metric].convention, why=None if value is not None else "not a probability",
+            cell.method,
+            cell.data,
+            cell.setting,
+            cell.seed,
+            metric,
+            value,
+            None,
+            None,
+            100,
+            40,
+            accuracy,
+            0,
+            0,
+            METRICS[metric].convention,
+            why=None if value is not None else "not a probability",
         )
         for metric, value in numbers.items()
-    )  # fmt: skip
+    )
     return CellResult(
-        fingerprint="f", decided_by={}, method=cell.method, data=cell.data, setting=cell.setting, seed=cell.seed,
-        test_rows="r", results=rows, refused=None if rows else Refusal(error="DataError", reason="it needs views"),
-        timing=None if values is None else Timing(fit_seconds=1.0, score_seconds=0.5, rows_per_second=200.0),
-    )  # fmt: skip
+        fingerprint="f",
+        decided_by={},
+        method=cell.method,
+        data=cell.data,
+        setting=cell.setting,
+        seed=cell.seed,
+        test_rows="r",
+        results=rows,
+        refused=None if rows else Refusal(error="DataError", reason="it needs views"),
+        timing=None
+        if values is None
+        else Timing(fit_seconds=1.0, score_seconds=0.5, rows_per_second=200.0),
+    )
 
 
 def board(

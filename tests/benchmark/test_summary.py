@@ -144,16 +144,38 @@ def result(
 ) -> CellResult:
     rows = tuple(
         ResultRow(
-            cell.method, cell.data, cell.setting, cell.seed, metric, value, None, None, 100, 40, 0.6, 0, 0,
-            METRICS[metric].convention, why=None if value is not None else "not a probability",
+            cell.method,
+            cell.data,
+            cell.setting,
+            cell.seed,
+            metric,
+            value,
+            None,
+            None,
+            100,
+            40,
+            0.6,
+            0,
+            0,
+            METRICS[metric].convention,
+            why=None if value is not None else "not a probability",
         )
         for metric, value in values.items()
-    )  # fmt: skip
+    )
     return CellResult(
-        fingerprint="f", decided_by={}, method=cell.method, data=cell.data, setting=cell.setting, seed=cell.seed,
-        test_rows="r", results=() if refused else rows, refused=refused,
-        timing=None if refused else Timing(fit_seconds=1.0, score_seconds=0.5, rows_per_second=200.0),
-    )  # fmt: skip
+        fingerprint="f",
+        decided_by={},
+        method=cell.method,
+        data=cell.data,
+        setting=cell.setting,
+        seed=cell.seed,
+        test_rows="r",
+        results=() if refused else rows,
+        refused=refused,
+        timing=None
+        if refused
+        else Timing(fit_seconds=1.0, score_seconds=0.5, rows_per_second=200.0),
+    )
 
 
 METHODS = {"mcm": {}, "lvu": {}, "vilu": {"seeds": 1}, "margin": {}}

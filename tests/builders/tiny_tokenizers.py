@@ -18,8 +18,10 @@ sentencepiece = pytest.importorskip("sentencepiece")
 transformers = pytest.importorskip("transformers")
 
 TEXT = (
-    "a an the of in is there this what like looks photo picture image showing somebody took snapshot red green blue "
-    "yellow pink grey dog cat house tree car thing number two on by dress hat sweater coat jeans shirt shoe skirt"
+    "a an the of in is there this what like looks photo picture image showing somebody took "
+    "snapshot red green blue "
+    "yellow pink grey dog cat house tree car thing number two on by dress hat sweater coat jeans "
+    "shirt shoe skirt"
 )
 WORDS = TEXT.split()
 """Of which the vocabulary is made; other words are put together from letters and digits."""

@@ -256,7 +256,8 @@ def save(name: str, content: bytes) -> None:
     DATA.mkdir(exist_ok=True)
     if path.exists():
         raise SystemExit(
-            f"{path} is there already: what earlier code wrote is never written again. Add a new file."
+            f"{path} is there already: what earlier code wrote is never written again. "
+            "Add a new file."
         )
     path.write_bytes(content)
     print(f"{len(content):8,} {name}")  # noqa: T201

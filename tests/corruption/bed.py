@@ -264,16 +264,33 @@ def _predictor(root: Path, do: Do) -> Artefact:
         "explain": lambda: do("explain", path, "new", "-n", 2, "--json"),
         "monitor": lambda: do("monitor", path, "scores.parquet", "--json"),
         "report": lambda: do(
-            "report", "scores.parquet", "--predictor", path, "-o", "page.html", out=root / "page.html"
+            "report",
+            "scores.parquet",
+            "--predictor",
+            path,
+            "-o",
+            "page.html",
+            out=root / "page.html",
         ),
         "push": lambda: do("push", path, root / "pushed", out=root / "pushed"),
         "pull": lambda: do("pull", path, "-o", "pulled", out=root / "pulled"),
         "inspect": lambda: do("inspect", path),
         "init": lambda: do(
-            "fit", "train", "-o", "fitted", "--method", "vilu", "--init", path,
-            "--set", "epochs=1", "--set", "hidden=8", out=root / "fitted" / "weights.safetensors",
+            "fit",
+            "train",
+            "-o",
+            "fitted",
+            "--method",
+            "vilu",
+            "--init",
+            path,
+            "--set",
+            "epochs=1",
+            "--set",
+            "hidden=8",
+            out=root / "fitted" / "weights.safetensors",
         ),
-    }  # fmt: skip
+    }
     return Artefact(path, uses, read)
 
 

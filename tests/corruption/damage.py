@@ -54,10 +54,44 @@ def _changed(kind: str, content: bytes, draw: random.Random) -> bytes:
 
 
 STRANGE: list[Any] = [
-    None, True, False, 0, -1, 1, 2**31, 2**63, 10**30, -(10**30), 0.5, -0.5, 1e-320, 1e300, -1e300, "", "x", "0", "-1",
-    "nan", "../../x", "a/b", "/", "\x00", "\u202e", "é" * 300, "{}", "'" * 3, [], {}, [[]], [None], {"": None},
-    [[[[[[[[1]]]]]]]], {"a": {"b": {"c": [1]}}}, float("nan"), float("inf"),
-]  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    2**31,
+    2**63,
+    10**30,
+    -(10**30),
+    0.5,
+    -0.5,
+    1e-320,
+    1e300,
+    -1e300,
+    "",
+    "x",
+    "0",
+    "-1",
+    "nan",
+    "../../x",
+    "a/b",
+    "/",
+    "\x00",
+    "\u202e",
+    "é" * 300,
+    "{}",
+    "'" * 3,
+    [],
+    {},
+    [[]],
+    [None],
+    {"": None},
+    [[[[[[[[1]]]]]]]],
+    {"a": {"b": {"c": [1]}}},
+    float("nan"),
+    float("inf"),
+]
 
 
 def edited(document: Any, draw: random.Random) -> Any:

@@ -145,7 +145,8 @@ def test_cifar(tmp_path: Path) -> None:
     [
         (
             ["mouth"],
-            "no class or label 'mouth' for --outside; it has cat, moth, sea_lion. Did you mean 'moth'",
+            "no class or label 'mouth' for --outside; it has cat, moth, sea_lion. "
+            "Did you mean 'moth'",
         ),
         (["cat", "moth", "sea lion"], "leaves none of the 3 classes"),
         ([""], "no class or label ''"),

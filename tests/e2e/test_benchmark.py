@@ -36,7 +36,9 @@ kind = "unseen"
 PHOTOS = """
 [data.clothing]
 source = "package:clothing.parquet"
-classes = ["dress", "hat", "sweater", "coat", "jeans", "shirt", "shoe", "shorts", "skirt", "t-shirt"]
+classes = [
+  "dress", "hat", "sweater", "coat", "jeans", "shirt", "shoe", "shorts", "skirt", "t-shirt",
+]
 test = "validation+test"
 limit = 20
 views = 1

@@ -95,8 +95,8 @@ def test_out_of_reach_changes_nothing(work: Path, predictor: Path) -> None:
 def test_training_rows_are_refused(work: Path, predictor: Path) -> None:
     done = run("calibrate", predictor, work / "train", "--max-risk", 0.8, code=3)
     assert (
-        "90 of 90 calibration rows were used to fit this vilu ('train/0.png', 'train/1.png', 'train/2.png', ...)"
-        in done.stderr
+        "90 of 90 calibration rows were used to fit this vilu ('train/0.png', 'train/1.png', "
+        "'train/2.png', ...)" in done.stderr
     )
 
 
@@ -270,7 +270,10 @@ def test_a_hundredth_of_the_rows_is_left_out(
     target = ("--max-risk", 0.8, "--confidence", 0.9, "--label-sets", "lac")
     done = run("calibrate", predictor, tmp_path / "mixed", *target, code=0 if n_shared == 1 else 3)
     if n_shared == 2:
-        message = "2 of 120 calibration rows were used to fit this vilu ('new/0.png', 'new/1.png'), more than 1%."
+        message = (
+            "2 of 120 calibration rows were used to fit this vilu ('new/0.png', "
+            "'new/1.png'), more than 1%."
+        )
         assert message in done.stderr
         assert not (predictor / "risk.json").exists()
         return
@@ -331,8 +334,8 @@ def test_an_edited_calibrator_is_refused(work: Path, predictor: Path, tmp_path: 
     (predictor / "risk.json").unlink()
     done = run("score", predictor, work / "new", "-o", tmp_path / "x.parquet", code=3)
     assert (
-        "predictor.json is damaged: its content is not what its fingerprint says. Run `vilu fit` again"
-        in done.stderr
+        "predictor.json is damaged: its content is not what its fingerprint says. "
+        "Run `vilu fit` again" in done.stderr
     )
 
 

@@ -47,9 +47,17 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for shard in range(3):
         write_tar(folder / f"{shard:03d}.tar", samples[32 * shard : 32 * (shard + 1)])
     done = run(
-        "embed", folder / "{000..002}.tar", "-o", folder / "emb", "--backbone", "compact:64", "--part-size", 1,
-        "--max-error-rate", 0.05,
-    )  # fmt: skip
+        "embed",
+        folder / "{000..002}.tar",
+        "-o",
+        folder / "emb",
+        "--backbone",
+        "compact:64",
+        "--part-size",
+        1,
+        "--max-error-rate",
+        0.05,
+    )
     assert done.stdout.strip() == str(folder / "emb")
     return folder
 
@@ -127,8 +135,18 @@ def test_fit_score_evaluate_and_pools(work: Path) -> None:
 
 def test_a_second_run_of_everything_changes_nothing(work: Path) -> None:
     before = {path: path.read_bytes() for path in (work / "emb").rglob("*") if path.is_file()}
-    run("embed", work / "{000..002}.tar", "-o", work / "emb", "--backbone", "compact:64", "--part-size", 1,
-        "--max-error-rate", 0.05)  # fmt: skip
+    run(
+        "embed",
+        work / "{000..002}.tar",
+        "-o",
+        work / "emb",
+        "--backbone",
+        "compact:64",
+        "--part-size",
+        1,
+        "--max-error-rate",
+        0.05,
+    )
     assert {
         path: path.read_bytes() for path in (work / "emb").rglob("*") if path.is_file()
     } == before

@@ -45,9 +45,19 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "names.txt").write_text(NAMES)
     for split, limit in (("train", 240), ("test", 160)):
         done = run(
-            "embed", PHOTOS, "-o", folder / split, "--backbone", "compact:64", "--classes", folder / "names.txt",
-            "--split", split, "--limit", limit,
-        )  # fmt: skip
+            "embed",
+            PHOTOS,
+            "-o",
+            folder / split,
+            "--backbone",
+            "compact:64",
+            "--classes",
+            folder / "names.txt",
+            "--split",
+            split,
+            "--limit",
+            limit,
+        )
         assert done.stdout.strip() == str(folder / split)
     settings = ("--method", "vilu", "--set", "epochs=10", "--set", "hidden=32,16")
     done = run("fit", folder / "train", "-o", folder / "vilu", *settings)

@@ -133,9 +133,18 @@ def test_two_runs_of_the_other_commands(bed: Bed, name: str, tmp_path: Path) -> 
         out.mkdir()
         if name == "render":
             told = bed.server.ask(
-                argv=["benchmark", str(bed.inputs / "bench.toml"), "--data", str(bed.inputs), "-o", str(out / "bench")],
-                work=tmp_path, inputs=bed.inputs, **{key: tmp_path / key for key in ("stdout", "stderr", "answer")},
-            )  # fmt: skip
+                argv=[
+                    "benchmark",
+                    str(bed.inputs / "bench.toml"),
+                    "--data",
+                    str(bed.inputs),
+                    "-o",
+                    str(out / "bench"),
+                ],
+                work=tmp_path,
+                inputs=bed.inputs,
+                **{key: tmp_path / key for key in ("stdout", "stderr", "answer")},
+            )
             assert told["code"] == 0
             for path in (out / "bench/studies").rglob("*.*"):
                 if path.name != "study.json" and path.is_file():

@@ -52,7 +52,8 @@ def test_three_questions_by_hand() -> None:
     assert (row.n, row.n_failures, row.n_outside, row.n_unlabelled) == (6, 3, 2, 1)
     assert row.accuracy == 0.5
     assert str(table).startswith(
-        "results: 6 answers, 3 wrong (16.7 % within the classes, 33.3 % of none of the classes), accuracy 50.0 %, "
+        "results: 6 answers, 3 wrong (16.7 % within the classes, 33.3 % of none of the classes), "
+        "accuracy 50.0 %, "
         "1 unlabelled left out"
     )
 

@@ -201,14 +201,30 @@ def sealed(content: bytes, old: bytes, new: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("weights.safetensors", lambda content: content[:-1] + b"!", "is not the file that predictor.json names"),
+        (
+            "weights.safetensors",
+            lambda content: content[:-1] + b"!",
+            "is not the file that predictor.json names",
+        ),
         ("predictor.json", lambda _: b"[]", "holds no object"),
-        ("predictor.json", lambda content: content.replace(b'"notes": {', b'"no": {'), "not what its fingerprint says"),
-        ("predictor.json", lambda content: sealed(content, b'"embed_dim"', b'"width"'), "is damaged.*'embed_dim'"),
-        ("predictor.json", lambda content: sealed(content, b'"notes": {', b'"no": {'), "notes: Field required"),
+        (
+            "predictor.json",
+            lambda content: content.replace(b'"notes": {', b'"no": {'),
+            "not what its fingerprint says",
+        ),
+        (
+            "predictor.json",
+            lambda content: sealed(content, b'"embed_dim"', b'"width"'),
+            "is damaged.*'embed_dim'",
+        ),
+        (
+            "predictor.json",
+            lambda content: sealed(content, b'"notes": {', b'"no": {'),
+            "notes: Field required",
+        ),
         ("README.md", lambda _: b" " * 2**21, "2,097,152 bytes"),
     ],
-)  # fmt: skip
+)
 def test_a_damaged_predictor_is_not_placed(
     name: str, change, message: str, predictor: Path, tmp_path: Path
 ) -> None:

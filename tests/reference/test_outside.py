@@ -121,7 +121,8 @@ def test_what_neglabel_cannot_do() -> None:
     bare = variant(toy_embeddings(n=20), columns=None)
     with pytest.raises(
         DataError,
-        match=r"neglabel needs .*'negatives'.*`vilu embed --negatives`, or give it to `vilu import`",
+        match=r"neglabel needs .*'negatives'.*`vilu embed --negatives`, "
+        r"or give it to `vilu import`",
     ):
         PREDICTORS["neglabel"]().predict_uncertainty(bare)
     with pytest.raises(UsageError, match="does not work on image-caption pairs: words are chosen"):

@@ -83,7 +83,10 @@ def test_the_page_says_both_shares_and_answers_three_questions() -> None:
     page = vilu.report_page([one])
     n, n_outside, n_wrong = len(one), int(one.outside.sum()), int(one.failure.sum())
     within, outside = (f"{100 * k / n:.1f}" for k in (n_wrong - n_outside, n_outside))
-    sentence = f"are wrong: {within}&nbsp;% within the classes, {outside}&nbsp;% because the picture is of none"
+    sentence = (
+        f"are wrong: {within}&nbsp;% within the classes, "
+        f"{outside}&nbsp;% because the picture is of none"
+    )
     assert sentence in page
     assert "Wrong within the classes, and pictures of none of the classes" in page
     shown = f"{100 * roc_auc_score(one.outside, one.uncertainty):.1f}"

@@ -73,8 +73,8 @@ def test_the_sentence_and_the_figures_are_numpys(page: str) -> None:
     plain = page.replace("&nbsp;", " ")
     assert f"<strong>{100 * one.failure.mean():.1f} %</strong> are wrong" in plain
     assert (
-        f"<strong>{100 * accepted.mean():.1f} %</strong> of the answers can be accepted at 5 % errors"
-        in plain
+        f"<strong>{100 * accepted.mean():.1f} %</strong> of the answers can be accepted at 5 % "
+        "errors" in plain
     )
     assert f"<small>{accepted.sum()} of 400</small>" in plain
     assert f"<dd>{100 * one.failure[accepted].mean():.1f} %" in plain
@@ -218,8 +218,8 @@ def test_metrics_and_their_intervals_stand_in_the_table(page: str) -> None:
 
 def test_the_page_says_of_ece_what_its_interval_is(page: str) -> None:
     assert (
-        "stratified by failure; of ECE: 1,000 draws of the noise of its bins, corrected for their bias."
-        in page
+        "stratified by failure; of ECE: 1,000 draws of the noise of its bins, "
+        "corrected for their bias." in page
     )
     assert "bootstrap intervals" not in page
 

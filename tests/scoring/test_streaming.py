@@ -639,8 +639,8 @@ def test_a_renamed_store_is_the_same_rows_under_another_label(tmp_path: Path) ->
     (tmp_path / "first").rename(tmp_path / "second")
     said = run("score", tmp_path / "p", tmp_path / "second", "-o", tmp_path / "a", code=6).stderr
     assert (
-        f"another run: dataset: 'first' ({tmp_path / 'a'}) against 'second' (now). Give another folder"
-        in said
+        f"another run: dataset: 'first' ({tmp_path / 'a'}) against 'second' (now). "
+        "Give another folder" in said
     )
     run("score", tmp_path / "p", tmp_path / "second", "-o", tmp_path / "b")
     a, b = (ScoreFolder(tmp_path / name) for name in "ab")

@@ -368,7 +368,8 @@ MISTAKES = {
             "POST",
             "/v1/answers",
             {
-                "content": b'--x\r\nContent-Disposition: form-data; name="a"; filename="a"\r\n\r\nabc',
+                "content": b'--x\r\nContent-Disposition: form-data; name="a"; filename="a"\r\n'
+                b"\r\nabc",
                 "headers": {"Content-Type": "multipart/form-data; boundary=x"},
             },
         ),
@@ -752,9 +753,12 @@ def test_the_page_says_what_is_promised_in_every_state(
     expected = {
         "no rule": ("none", "Nothing is promised: this predictor has no rule"),
         "nothing": ("none", "Nothing is promised: no threshold was certified"),
-        "holds": ("holds", "The promise holds, as far as what was answered shows. Promised: the rule accepts"),
+        "holds": (
+            "holds",
+            "The promise holds, as far as what was answered shows. Promised: the rule accepts",
+        ),
         "void": ("void", "The promise is void: what comes in is not like the calibration"),
-    }  # fmt: skip
+    }
     for name, (state, words) in expected.items():
         folder = tmp_path / name if state == "none" else predictors[0]
         with hosted(folder, tmp_path / f"{name} state") as running:

@@ -192,6 +192,7 @@ def meet_all(target: Running) -> None:
             meet()
             sizes.append(process.memory_info().rss)
     print(  # noqa: T201
-        f"{sum(seen.values())} requests, {dict(seen)}; memory {[size // 2**20 for size in sizes]} MiB"
+        f"{sum(seen.values())} requests, {dict(seen)}; memory "
+        f"{[size // 2**20 for size in sizes]} MiB"
     )
     assert sizes[-1] - sizes[0] < GROWTH

@@ -261,18 +261,33 @@ def test_a_label_beyond_the_classes_is_outside(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "settings", "kind", "told"),
     [
-        ({"logit_scale": None}, {}, UsageError, "Give --logit-scale: OpenAI's CLIP has --logit-scale 100 --lo"),
+        (
+            {"logit_scale": None},
+            {},
+            UsageError,
+            "Give --logit-scale: OpenAI's CLIP has --logit-scale 100 --lo",
+        ),
         ({"logit_bias": None}, {}, UsageError, "do not say logit_bias"),
         ({"logit_scale": np.ones(2)}, {}, DataError, "must be one number"),
         ({"logit_scale": np.float32(-3)}, {}, UsageError, "positive"),
         ({"image": None}, {}, DataError, "no array 'image'; it has '"),
         ({"text": None}, {}, DataError, "no array 'text'"),
         ({}, {"keys": {"text": "nothing"}}, DataError, "no array 'nothing'"),
-        ({}, {"keys": {"nothing": "text"}}, UsageError, "no array 'nothing' to be called otherwise"),
+        (
+            {},
+            {"keys": {"nothing": "text"}},
+            UsageError,
+            "no array 'nothing' to be called otherwise",
+        ),
         ({"class_names": None}, {}, UsageError, "--classes FILE"),
         ({"class_names": np.array(NAMES[:3])}, {}, DataError, "one class name per row of text"),
         ({"class_names": np.array(["cat", "dog", " ", "sea"])}, {}, DataError, "blank"),
-        ({"class_names": np.array(["cat", "dog", "cat", "sea"])}, {}, DataError, "one name must have one text"),
+        (
+            {"class_names": np.array(["cat", "dog", "cat", "sea"])},
+            {},
+            DataError,
+            "one name must have one text",
+        ),
         ({"class_names": np.array([*NAMES], dtype=object)}, {}, DataError, "Python objects"),
         ({"class_names": np.arange(4.0)}, {}, DataError, "must hold texts"),
         ({"class_names": np.array([b"\xff", b"a", b"b", b"c"])}, {}, DataError, "damaged"),
@@ -293,19 +308,29 @@ def test_a_label_beyond_the_classes_is_outside(tmp_path: Path) -> None:
         ({"image": np.eye(30, 7)}, {}, DataError, "share one width"),
         ({"text": np.zeros((4, 6))}, {}, DataError, "non-zero norm"),
         ({"text": np.full((4, 6), np.inf)}, {}, DataError, "finite"),
-        ({"text": np.zeros((0, 6)), "class_names": np.array([], "U1")}, {}, DataError, "candidates"),
+        (
+            {"text": np.zeros((0, 6)), "class_names": np.array([], "U1")},
+            {},
+            DataError,
+            "candidates",
+        ),
         ({"negatives": np.eye(3, 5)}, {}, DataError, "negatives"),
         ({"prompts": np.tile(np.eye(6)[:2], (3, 1, 1))}, {}, DataError, "prompts"),
         ({"views": np.tile(np.eye(5)[:2], (30, 1, 1))}, {}, DataError, "width"),
         ({"features": np.zeros((30, 0))}, {}, DataError, "features"),
         ({"text_features": np.full((4, 2), np.nan)}, {}, DataError, "finite"),
-        ({}, {"outside": ["cow"]}, UsageError, "no class or label 'cow' to be outside. Classes are 'cat', 'dog'"),
+        (
+            {},
+            {"outside": ["cow"]},
+            UsageError,
+            "no class or label 'cow' to be outside. Classes are 'cat', 'dog'",
+        ),
         ({}, {"outside": ["2"]}, UsageError, "no class or label '2'"),
         ({}, {"outside": list(NAMES)}, UsageError, "At least one must be left"),
         ({}, {"part_size": 0}, UsageError, "part_size"),
         ({}, {"class_names": ["a", "b"]}, DataError, "one class name per row"),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_is_told_before_anything_is_written(
     tmp_path: Path, changes: dict, settings: dict, kind: type[Exception], told: str
 ) -> None:

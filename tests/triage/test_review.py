@@ -398,7 +398,8 @@ def test_photos_by_keyboard(begun: Folder, tmp_path: Path, n: int) -> None:
         tab.set_viewport_size({"width": 390, "height": 844})
         assert tab.evaluate("document.documentElement.scrollWidth") <= 390
         unlabelled = tab.evaluate(
-            "[...document.querySelectorAll('button, input')].filter(x => !x.textContent && !x.labels.length).length"
+            "[...document.querySelectorAll('button, input')].filter(x => !x.textContent && "
+            "!x.labels.length).length"
         )
         assert unlabelled == 0
         for k in range(4, n + 1):

@@ -208,8 +208,8 @@ def test_the_labels_that_next_asks_for_make_a_promise_of_a_store(
         asked += (found := rows(file))
         empty = run(*calibrate, *given, "--labels", file, code=3)
         assert (
-            f"{sum(row['stream'] == 'promise' for row in found)} of the labels that were asked for are missing"
-            in (empty.stderr)
+            f"{sum(row['stream'] == 'promise' for row in found)} of the labels that were asked for "
+            "are missing" in (empty.stderr)
         )
         give_labels(file, truth, file)
         given += ["--labels", file]
