@@ -49,7 +49,7 @@ def replay(
     seed: int,
     kind: type[vilu.Monitor] = vilu.Monitor,
 ) -> list[dict[str, int | None]]:
-    """Row of the alarm of every test and of any, counted from the change: undisturbed first, then of every shift."""
+    """Row of the alarm of every test and of any, from the change on: undisturbed, then shifted."""
     rng = np.random.default_rng(seed)
     where = {key: row for row, key in enumerate(clean.ids or ())}
     n_shifted = len(shifted[0])
@@ -85,7 +85,8 @@ def report(name: str, alarms: list[dict[str, int | None]]) -> dict[str, float]:
     )
     each = ", ".join(f"{test} {share:.1%}" for test, share in ever.items() if test != "any")
     print(
-        f"  {name}: any alarm {ever['any']:.1%} ({each}); before the change {before:.1%}; of the others within {LIMIT} "
+        f"  {name}: any alarm {ever['any']:.1%} ({each}); before the change {before:.1%}; "
+        f"of the others within {LIMIT} "
         f"rows {within:.1%}; delay 10 / 50 / 90 % {quantiles}"
     )
     return {"ever": ever["any"], "before": before, "soon": soon, "within": within}
