@@ -1,4 +1,4 @@
-"""Makes src/vilu_bench/assets/coop_splits.txt.xz, CoOp's train/validation/test lists of seven data sets.
+"""Makes src/vilu_bench/assets/coop_splits.txt.xz, CoOp's splits of seven data sets.
 
     python tools/make_split_asset.py PATH/TO/splits
 
@@ -30,7 +30,7 @@ TARGET = Path(__file__).parents[1] / "src" / "vilu_bench" / "assets" / "coop_spl
 
 
 def lines_of(name: str, file: Path) -> list[str]:
-    """One data set: its head, then per class its name, a letter per image, and the images' paths."""
+    """One data set: its head, then per class its name, a letter per image, and their paths."""
     images: dict[int, list[tuple[str, str]]] = {}
     names: dict[int, str] = {}
     for split, entries in json.loads(file.read_text(encoding="utf-8")).items():
