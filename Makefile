@@ -4,7 +4,7 @@ BIN := .venv/bin
 UV := build/uv/bin/uv --no-managed-python
 ALL_CORES := -n auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-random test-fuzz fuzz test-corruption test-faults test-offline test-slow test-engines test-label-studio test-hostile test-deploy test-processors test-docs test-lowest test-newest test-types test-extras lint format bench bench-gpu audit docs release clean
+.PHONY: demo test test-random test-fuzz fuzz test-corruption test-faults test-offline test-slow test-engines test-label-studio test-hostile test-deploy test-processors test-docs test-lowest test-newest test-types test-extras test-coverage lint types format bench bench-gpu audit docs release clean
 
 demo: .venv/.demo
 	$(BIN)/vilu demo
@@ -12,6 +12,11 @@ demo: .venv/.demo
 
 test: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ALL_CORES) $(ARGS)
+
+# The same, counting which lines and branches run; the lists are in build/coverage.
+test-coverage: .venv/.coverage
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ALL_CORES) --cov --cov-report=term:skip-covered \
+		--cov-report=xml:build/coverage/coverage.xml --cov-report=html:build/coverage/html $(ARGS)
 
 test-random: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -p randomly -v $(ARGS)
@@ -112,9 +117,11 @@ build/uv/bin/uv:
 lint: .venv/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy
 	$(BIN)/python tools/house.py
 	$(BIN)/python tools/examples.py
+
+types: .venv/.dev
+	$(BIN)/mypy
 
 format: .venv/.dev
 	$(BIN)/ruff check --fix

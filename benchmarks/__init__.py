@@ -1,1 +1,1 @@
-"""Measurements, as ratios of things timed side by side in one run: ``python -m benchmarks [NAME ...]``."""
+"""Measurements, as ratios of things timed side by side: ``python -m benchmarks [NAME ...]``."""

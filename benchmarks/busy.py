@@ -82,7 +82,8 @@ def main() -> dict[str, float]:
             for wait, seconds in times.items():
                 found[f"{wait}, {beside} beside"] = median = statistics.median(seconds)
                 print(
-                    f"{wait}, {beside} beside: {median:.1f} s ({min(seconds):.1f} to {max(seconds):.1f})",
+                    f"{wait}, {beside} beside: {median:.1f} s ({min(seconds):.1f} to "
+                    f"{max(seconds):.1f})",
                     flush=True,
                 )
     return found

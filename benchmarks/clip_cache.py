@@ -1,4 +1,6 @@
-"""A store of a few-shot cache: ``python -m benchmarks.clip_cache FOLDER --classes names.txt -o STORES/proto_dtd``.
+"""A store of a few-shot cache.
+
+    python -m benchmarks.clip_cache FOLDER --classes names.txt -o STORES/proto_dtd
 
 Methods of Tip-Adapter's kind keep the embeddings of a data set as tensors of unit norm, and
 repositories publish them:
@@ -46,7 +48,8 @@ def class_means(folder: Path, shots: int) -> Tensor:
     )
     if keys.ndim != 2 or values.ndim != 2 or keys.shape[1] != len(values):
         raise DataError(
-            f"keys must be (D, S) and values (S, K). Got {tuple(keys.shape)} and {tuple(values.shape)} in {folder}."
+            f"keys must be (D, S) and values (S, K). Got {tuple(keys.shape)} and "
+            f"{tuple(values.shape)} in {folder}."
         )
     return normalize((keys @ values).T, dim=1)
 
@@ -58,7 +61,8 @@ def text_matrix(path: Path, width: int) -> Tensor:
         found.ndim != 2 or list(found.shape).count(width) != 1
     ):  # a square one does not say which side is which
         raise DataError(
-            f"{path} must be ({width}, K) or (K, {width}), K not {width}. Got {tuple(found.shape)} instead."
+            f"{path} must be ({width}, K) or (K, {width}), K not {width}. "
+            f"Got {tuple(found.shape)} instead."
         )
     return found if found.shape[1] == width else found.T
 

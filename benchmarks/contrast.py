@@ -1,7 +1,8 @@
-"""Large pools of captions against the dense computation: memory, time and agreement. D = 512, float32 (Linux only).
+"""Large pools of captions against the dense computation: memory, time and agreement.
 
-Dense is the head as the paper writes it: one matrix of similarities for the answers, one for
-softmax(s q k.T), the concatenation, one linear layer. Ours never has a matrix of pool x pool.
+D = 512, float32 (Linux only). Dense is the head as the paper writes it: one matrix of similarities
+for the answers, one for softmax(s q k.T), the concatenation, one linear layer. Ours never has a
+matrix of pool x pool.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ LIMIT_MB, TOLERANCE = 1_536, 1e-5
 
 
 def pairs(n: int) -> PairEmbeddings:
-    """A pool of random captions and their images, more or less noisy; made in blocks, so that no peak is left."""
+    """A pool of random captions and their images, made in blocks, so that no peak is left."""
     rng = np.random.default_rng(0)
     image, text = np.empty((n, D), np.float32), np.empty((n, D), np.float32)
     for start in range(0, n, 1024):
@@ -120,10 +121,11 @@ def dense(data: PairEmbeddings) -> Callable[[], float]:
 
 
 def child(what: str) -> None:
-    """Make the data, note the resident size, run once, print seconds, peak above the data, and seconds of the products.
+    """Run once; print its seconds, the peak of memory above the data, and seconds of the products.
 
-    Those of a step: similarities for the answers, for the attention, and again for its gradient;
-    averages of texts, gradients of weights, of queries: six of pool x D x pool, here in tiles.
+    The products of a step: similarities for the answers, for the attention, and again for its
+    gradient; averages of texts, gradients of weights, of queries: six of pool x D x pool, here in
+    tiles.
     """
     import vilu
 
@@ -165,7 +167,8 @@ def memory() -> dict[str, float]:
             else f", {floor / seconds:.2f} of its products, {6 * LARGE**2 * D * 2e-12:.1f} TFLOP"
         )
         print(
-            f"  pool {LARGE:,}, {name}: {seconds:.1f} s{share}, {peak:,.0f} MB above the data (at most {LIMIT_MB:,})"
+            f"  pool {LARGE:,}, {name}: {seconds:.1f} s{share}, "
+            f"{peak:,.0f} MB above the data (at most {LIMIT_MB:,})"
         )
         figures[f"contrast_{what}_mb"] = peak
         if what == "step":
@@ -190,14 +193,15 @@ def times() -> dict[str, float]:
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     ratio = statistics.median(o / d for o, d in zip(seconds["ours"], seconds["dense"], strict=True))
     print(
-        f"  pool {TIMED:,}, training step: dense {medians['dense']:.2f} s, ours {medians['ours']:.2f} s, ours / dense "
+        f"  pool {TIMED:,}, training step: dense {medians['dense']:.2f} s, "
+        f"ours {medians['ours']:.2f} s, ours / dense "
         f"{ratio:.2f} (at most 1); first losses {losses['dense']:.7f} and {losses['ours']:.7f}"
     )
     return {"contrast_step_vs_dense": ratio}
 
 
 def agreement() -> dict[str, float]:
-    """Labels that differ from the dense ones, and the largest difference of the attention and of its gradient."""
+    """How many labels differ from dense ones, and the errors of the attention and its gradient."""
     data = pairs(LABELS)
     (batch,) = data.steps(LABELS)
     answer = (SCALE * data.image @ data.text.T).argmax(dim=1)
@@ -213,8 +217,10 @@ def agreement() -> dict[str, float]:
         results[dtype] = attended.detach().double(), gradient.double() / gradient.abs().max()
     errors = [float((a - b).abs().max()) for a, b in zip(*results.values(), strict=True)]
     print(
-        f"  pool {LABELS:,}: {differ} labels differ from dense ones ({int(failure.sum()):,} failures); pool {TIMED:,}: "
-        f"attention within {errors[0]:.1e} of float64, its gradient within {errors[1]:.1e} of the largest "
+        f"  pool {LABELS:,}: {differ} labels differ from dense ones ({int(failure.sum()):,} "
+        f"failures); pool {TIMED:,}: "
+        f"attention within {errors[0]:.1e} of float64, its gradient within {errors[1]:.1e} of the "
+        "largest "
         f"(at most {TOLERANCE})"
     )
     return {

@@ -79,7 +79,8 @@ class Coverage:
 
     def __str__(self) -> str:
         return (
-            f"truth {self.truth:6.2%}, estimate {self.estimate:6.2%}, interval above {self.above:5.1%}, "
+            f"truth {self.truth:6.2%}, estimate {self.estimate:6.2%}, "
+            f"interval above {self.above:5.1%}, "
             f"below {self.below:5.1%}, width {self.width:6.2%}"
         )
 

@@ -1,4 +1,4 @@
-"""What ``embed`` costs beside the model: a bare forward pass against JPEG bytes to a sealed store, in one run.
+"""What ``embed`` costs beside the model: a forward pass against JPEG bytes to a sealed store.
 
 Both see the same pictures in the same batches, by turns, so that what else the machine does falls
 on both.

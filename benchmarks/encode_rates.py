@@ -1,4 +1,4 @@
-"""Images and texts per second of the named backbones and of the compact model: forward passes, side by side.
+"""Images and texts per second of the named backbones and of the compact model, side by side.
 
 Weights are random and of the real size, so nothing is downloaded: what a tower costs does not
 depend on what it has learned. Only the towers run, in float32, on pixels and tokens that are ready.
@@ -87,7 +87,7 @@ def compact(size: int) -> Towers:
 
 
 def gflop(run: Callable[[], object], number: int) -> float:
-    """10^9 floating point operations of one of ``number`` items; a multiplication with its addition counts as two."""
+    """10^9 floating point operations per item; a multiplication with its addition is two."""
     run()  # what is done once only is not counted, and memory is warm
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(
@@ -119,7 +119,8 @@ def main(repeats: int = 6) -> dict[str, float]:
             for _ in range(repeats)
         ]
     print(
-        f"{torch.get_num_threads()} threads, float32, {IMAGES} images or {TEXTS} texts a pass, best of {repeats} passes"
+        f"{torch.get_num_threads()} threads, float32, {IMAGES} images or {TEXTS} texts a pass, "
+        f"best of {repeats} passes"
     )
     row = "{:<16}{:>5}{:>14}{:>14}{:>12}{:>14}{:>11}"
     print(row.format("", "px", "10^6 weights", "GFLOP/image", "images/s", "GFLOP/text", "texts/s"))

@@ -1,8 +1,8 @@
-"""Metrics and intervals: 100,000 rows with 1,000 resamples, ten million rows, and the metrics of others beside ours.
+"""Metrics and intervals of many rows, and the metrics of others beside ours.
 
-Intervals are of all default metrics. Others are scikit-learn, and torch-uncertainty where it is
-installed (it is no dependency of this project); they take the same million rows in turn, and of
-each the least time counts.
+100,000 rows have 1,000 resamples; ten million are counted. Intervals are of all default metrics.
+Others are scikit-learn, and torch-uncertainty where it is installed (it is no dependency of this
+project); they take the same million rows in turn, and of each the least time counts.
 """
 
 from __future__ import annotations
@@ -102,12 +102,14 @@ def main() -> dict[str, float]:
     outcomes = vilu.Outcomes(uncertainty, failure, is_probability=True)
     figures["evaluate_1e5_seconds"] = seconds(lambda: vilu.evaluate(outcomes, n_resamples=1_000))
     print(
-        f"evaluate, 100,000 rows, default metrics, 1,000 resamples: {figures['evaluate_1e5_seconds']:.1f} s"
+        "evaluate, 100,000 rows, default metrics, 1,000 resamples: "
+        f"{figures['evaluate_1e5_seconds']:.1f} s"
     )
     many = Counted(*rows(10**7))
     figures["evaluate_1e7_seconds"] = seconds(lambda: vilu.evaluate(many, n_resamples=1_000))
     print(
-        f"the same of 10,000,000 rows, counted and evaluated: {figures['evaluate_1e7_seconds']:.1f} s"
+        "the same of 10,000,000 rows, counted and evaluated: "
+        f"{figures['evaluate_1e7_seconds']:.1f} s"
     )
     for name, (ours, theirs) in others(*rows(10**6)).items():
         mine, other = seconds(ours, 3), seconds(theirs, 3)

@@ -1,4 +1,4 @@
-"""``make bench-gpu``: what an accelerator makes of it, each beside plain products of the same shapes, and its memory.
+"""``make bench-gpu``: times on an accelerator beside plain products, and its memory.
 
     python -m benchmarks.gpu [DEVICE] [--small]
 
@@ -79,7 +79,7 @@ def heads(device: str) -> dict[str, float]:
 
 
 def plus(device: str, n: int, k: int) -> dict[str, float]:
-    """Scores of ``vilu_plus``, and a fit of it; scores of the logits alone stay on the processor."""
+    """Scores of ``vilu_plus``, and a fit of it; scores of logits alone stay on the processor."""
     test, train = plus_speed.data(k, n, 2), plus_speed.data(k, n // 4, 1)
     start = time.perf_counter()
     predictor = build(vilu.PREDICTORS["vilu_plus"], {"device": device}).fit(train)
@@ -95,7 +95,7 @@ def plus(device: str, n: int, k: int) -> dict[str, float]:
 
 
 def pool(device: str, n: int) -> dict[str, float]:
-    """A step of one pool of captions, beside its six products of pool x pool: of the answers, and of the attention."""
+    """A step of one pool of captions, beside its six products of pool x pool."""
     step = contrast.ours(contrast.pairs(n), device)
     floor = seconds(products([(n, contrast.D, n)] * 6, 1, device), device)
     return {"gpu_pool": say(f"pool of {n:,}, one step", seconds(step, device), floor, device)}

@@ -1,4 +1,6 @@
-"""Whether promised risks hold on real scores: ``python -m benchmarks.guarantees SCORES.parquet ...``.
+"""Whether promised risks hold on real scores.
+
+    python -m benchmarks.guarantees SCORES.parquet ...
 
 The rows of each file (of `vilu score`, with labels; rows that the predictor has not seen) are split
 200 times at random into calibration and test rows. A promise is about the risk of all answers that
@@ -77,7 +79,8 @@ def main() -> None:
         u, failure = outcomes.uncertainty[keep], outcomes.failure[keep]
         best = coverage_at_risk(u, failure, options.max_risk)
         print(
-            f"{path.name}: {outcomes.method}, {len(u)} rows, {failure.mean():.1%} wrong, hindsight {best:.1%}"
+            f"{path.name}: {outcomes.method}, {len(u)} rows, {failure.mean():.1%} wrong, "
+            f"hindsight {best:.1%}"
         )
         for n_calibration in options.calibration or [len(u) // 2]:
             for method in ("ltt", "crc", "selection"):

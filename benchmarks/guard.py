@@ -67,10 +67,12 @@ def main() -> None:
     ratios = [mine / bare for mine, bare in zip(rates["guard"], rates["bare"], strict=True)]
     for name, found in rates.items():
         print(
-            f"{name}: {statistics.median(found):.1f} images/s ({min(found):.1f} to {max(found):.1f})"
+            f"{name}: {statistics.median(found):.1f} images/s ({min(found):.1f} to "
+            f"{max(found):.1f})"
         )
     print(
-        f"guard / bare: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}), n = {len(blobs)}"
+        f"guard / bare: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}), "
+        f"n = {len(blobs)}"
     )
 
 

@@ -162,7 +162,7 @@ def judged(accepted: Any, wrong: Ints) -> tuple[float, float]:  # noqa: ANN401 -
 def by_triage(
     store: EmbeddingStore, wrong: Ints, seed: int, most: int, *, at_random: bool
 ) -> Iterator[tuple[int, float, float]]:
-    """Labels, coverage and error rate after every round of what is asked for, or of as many labels at random."""
+    """Labels, coverage and error rate after every round: asked for, or as many at random."""
     photos = Photos([(store, np.arange(len(store)))], {})
     names = list(store.class_names or ())
     truth = {
@@ -226,7 +226,7 @@ def lines(path: Path, seeds: int, *, divisions: bool) -> Iterator[dict[str, obje
 
 
 def shown(path: Path) -> Iterator[str]:
-    """Tables of results: coverage, mean over seeds with its 95 % interval (t); how many labels half-way takes.
+    """Tables of results: mean coverage with its 95 % interval (t), and labels until half-way.
 
     Below every row of ``next`` the difference to ``random``, seed by seed.
     """

@@ -1,10 +1,11 @@
-"""What ViLU's rows of the 13-set main table cost with cached embeddings, against encoding every image in every epoch.
+"""What ViLU's rows of the 13-set main table cost with cached embeddings.
 
-Measured here: training rows per second of the real loop on random embeddings (D = 512, batches of
-1,024) at several numbers of classes, and images per second of the same backbone (CLIP ViT-B/32,
-random weights of the real size). The table's time is the sum over the 13 sets of rows times 300
-epochs over the rate at the set's number of classes. Decoding and the backward pass through the head
-are left out of the other side, which therefore errs on the small side.
+The other way is to encode every image in every epoch. Measured here: training rows per second of
+the real loop on random embeddings (D = 512, batches of 1,024) at several numbers of classes, and
+images per second of the same backbone (CLIP ViT-B/32, random weights of the real size). The table's
+time is the sum over the 13 sets of rows times 300 epochs over the rate at the set's number of
+classes. Decoding and the backward pass through the head are left out of the other side, which
+therefore errs on the small side.
 
 For a GPU nothing can be measured here: a guess scales the same floating point operations to an
 assumed rate.
@@ -37,7 +38,7 @@ GPU_TFLOPS = 6.0
 """Assumed: a third of an A100's 19.5 TFLOP/s in float32, which small products do not reach."""
 
 GPU_STEP_SECONDS = 3e-3
-"""Assumed: what a step of some hundred small kernels and a few copies takes at least, whatever the arithmetic."""
+"""Assumed: the least time of a step of some hundred small kernels and a few copies."""
 
 A100 = NAMED[BACKBONE].a100_rate or float("nan")
 
@@ -93,7 +94,8 @@ def main() -> dict[str, float]:
     gpu = max(work / (GPU_TFLOPS * 1e12), steps * GPU_STEP_SECONDS)
     total = sum(entry.sizes["train"] for entry in SETS)
     print(
-        f"main table, {len(SETS)} sets, {total:,} training rows, {EPOCHS} epochs, {torch.get_num_threads()} threads"
+        f"main table, {len(SETS)} sets, {total:,} training rows, {EPOCHS} epochs, "
+        f"{torch.get_num_threads()} threads"
     )
     for classes, (rate, flops) in rates.items():
         print(
@@ -101,12 +103,16 @@ def main() -> dict[str, float]:
         )
     print(f"  {BACKBONE}: {images:.1f} images/s")
     print(
-        f"  with cached embeddings {head / 3600:,.1f} h here; encoding every image in every epoch would be "
-        f"{encode / 3600:,.0f} h more: {encode / head:,.0f} times as long (once: {encode / EPOCHS / 3600:,.1f} h)"
+        f"  with cached embeddings {head / 3600:,.1f} h here; "
+        "encoding every image in every epoch would be "
+        f"{encode / 3600:,.0f} h more: {encode / head:,.0f} times as long (once: "
+        f"{encode / EPOCHS / 3600:,.1f} h)"
     )
     print(
-        f"  on a GPU, a guess: {work / 1e12:,.0f} TFLOP in {steps:,.0f} steps are {gpu / 60:.0f} minutes at "
-        f"{GPU_TFLOPS:g} TFLOP/s and at least {1e3 * GPU_STEP_SECONDS:g} ms a step (not measured); encoding in every "
+        f"  on a GPU, a guess: {work / 1e12:,.0f} TFLOP in {steps:,.0f} steps are {gpu / 60:.0f} "
+        "minutes at "
+        f"{GPU_TFLOPS:g} TFLOP/s and at least {1e3 * GPU_STEP_SECONDS:g} ms a step (not measured); "
+        "encoding in every "
         f"epoch {total * EPOCHS / A100 / 3600:,.0f} h on an A100 by its published rate"
     )
     return {

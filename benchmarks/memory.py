@@ -1,4 +1,4 @@
-"""Peak memory of fit and score above the data: 50,000 rows, K = 1,000 candidates, D = 512 (Linux only)."""
+"""Peak memory of fit and score above the data: 50,000 rows, K = 1,000, D = 512 (Linux only)."""
 
 from __future__ import annotations
 

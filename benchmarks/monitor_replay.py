@@ -1,8 +1,8 @@
 """How soon does a monitor see a shift that sets in half-way, and how often does it cry wolf?
 
 ``python -m benchmarks.monitor_replay CLEAN SHIFTED... --predictor FOLDER...``: stores of class
-data, the SHIFTED ones of some of CLEAN's images made harder (``vilu_bench.known_datasets.shift``) and under the
-same keys, and predictors fitted on other images.
+data, the SHIFTED ones of some of CLEAN's images made harder (``vilu_bench.known_datasets.shift``)
+and under the same keys, and predictors fitted on other images.
 
 A replay draws 3,000 calibration rows and 1,500 rows that arrive first, at random; then 1,500 rows
 arrive of CLEAN, or of one of the SHIFTED. No image is there twice, clean and shifted. Every tenth
@@ -47,7 +47,7 @@ def replay(
     shifted: Sequence[vilu.Outcomes],
     seed: int,
 ) -> list[dict[str, int | None]]:
-    """Row of the alarm of every test and of any, counted from the change: undisturbed first, then of every shift."""
+    """Row of the alarm of every test and of any, from the change on: undisturbed, then shifted."""
     rng = np.random.default_rng(seed)
     where = {key: row for row, key in enumerate(clean.ids or ())}
     n_shifted = len(shifted[0])
@@ -83,7 +83,8 @@ def report(name: str, alarms: list[dict[str, int | None]]) -> dict[str, float]:
     )
     each = ", ".join(f"{test} {share:.1%}" for test, share in ever.items() if test != "any")
     print(
-        f"  {name}: any alarm {ever['any']:.1%} ({each}); before the change {before:.1%}; of the others within {LIMIT} "
+        f"  {name}: any alarm {ever['any']:.1%} ({each}); before the change {before:.1%}; "
+        f"of the others within {LIMIT} "
         f"rows {within:.1%}; delay 10 / 50 / 90 % {quantiles}"
     )
     return {"ever": ever["any"], "before": before, "soon": soon, "within": within}

@@ -1,8 +1,9 @@
-"""``vilu_plus`` beside the products that it needs: scores (one thread), and fits of 50,000 rows (all threads).
+"""``vilu_plus`` beside the products that it needs: scores, and fits of 50,000 rows.
 
-Every figure is a ratio of times taken in turn in one run, the least of several for scores. A score
-needs: the zero-shot product (D x K), one product for all that is linear in the image ((D + 1) x K),
-the network's two (D x H, H x K), and with a memory of M rows, in float64, D x M and M x K.
+Scores have one thread, and fits have all. Every figure is a ratio of times taken in turn in one
+run, the least of several for scores. A score needs: the zero-shot product (D x K), one product for
+all that is linear in the image ((D + 1) x K), the network's two (D x H, H x K), and with a memory
+of M rows, in float64, D x M and M x K.
 """
 
 from __future__ import annotations
@@ -88,14 +89,15 @@ def scores() -> dict[str, float]:
         seconds = least({name: partial(run, test) for name, run in work.items()})
         share = figures[f"score_vilu_plus_k{k}"] = seconds["floor"] / seconds["ours"]
         print(
-            f"  scores, K = {k:,}: {8_192 / seconds['ours']:,.0f} rows/s, {share:.2f} of its {floor.__name__}, "
+            f"  scores, K = {k:,}: {8_192 / seconds['ours']:,.0f} rows/s, "
+            f"{share:.2f} of its {floor.__name__}, "
             f"{seconds['softmax'] / seconds['ours']:.3f} of product and softmax"
         )
     return figures
 
 
 def fits() -> dict[str, float]:
-    """Seconds of a fit, all threads, in products of N x D x K timed in the same run, and beside the linear probe."""
+    """Seconds of a fit, in products of N x D x K of the same run, and beside the linear probe."""
     threads = torch.get_num_threads()
     image, text = torch.randn(8_192, D), torch.randn(CLASSES, D)
     product = least({"one": lambda: image @ text.T})["one"] / len(image)
@@ -111,7 +113,8 @@ def fits() -> dict[str, float]:
             figures[f"fit_{method}_{n}_products"] = seconds / (n * product)
             print(
                 f"  {method}, {n:,} x {D}, K = {CLASSES:,}, {threads} threads: {seconds:.0f} s, "
-                f"{seconds / (n * product):,.0f} products of its rows with its texts; AUROC {auroc:.2f}",
+                f"{seconds / (n * product):,.0f} products of its rows with its texts; "
+                f"AUROC {auroc:.2f}",
                 flush=True,
             )
     return figures

@@ -1,4 +1,6 @@
-"""``vilu serve`` under load, beside ``Guard``: ``python -m benchmarks.serve PREDICTOR IMAGES [--seconds 300]``.
+"""``vilu serve`` under load, beside ``Guard``.
+
+    python -m benchmarks.serve PREDICTOR IMAGES [--seconds 300]
 
 The server runs on one core, its clients on another, both on this machine. Printed, one JSON line a
 step:
@@ -35,7 +37,7 @@ import psutil
 
 CLIENTS, OVER = 32, 10
 HALF_STEP = 2e-3
-"""Images in batches of another size differ by rounding; a probability that is further off is another answer."""
+"""How far batches of another size may move a probability; beyond, it is another answer."""
 
 
 def requests_of(images: Sequence[bytes]) -> list[bytes]:
@@ -48,7 +50,8 @@ def requests_of(images: Sequence[bytes]) -> list[bytes]:
             + b"\r\n--x--\r\n"
         )
         head = (
-            "POST /v1/answers HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+            "POST /v1/answers HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; "
+            "boundary=x\r\n"
             f"Content-Length: {len(body)}\r\n\r\n"
         )
         found.append(head.encode() + body)
@@ -63,7 +66,7 @@ class Client:
         self.streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def ask(self, request: bytes) -> tuple[int, bytes]:
-        """Status and body; 0 where nobody listens, -1 where the connection ended before the answer was there."""
+        """Status and body; 0 where nobody listens, -1 where the connection ended before."""
         if self.streams is None:
             try:
                 self.streams = await asyncio.open_connection("127.0.0.1", self.port)
@@ -167,7 +170,7 @@ async def steady(
 async def overload(
     port: int, requests: Sequence[bytes], load: Load, rate: float, seconds: float
 ) -> dict[str, Any]:
-    """Images at ten times the rate, on connections of their own, whoever waits; then single requests until quick."""
+    """Images at ten times the rate, on their own connections; then single ones until quick."""
     tasks, began = set[asyncio.Task[None]](), time.perf_counter()
     for n, place in enumerate(cycle(range(len(requests)))):
         due = began + n / (OVER * rate)
@@ -196,7 +199,7 @@ async def overload(
 async def stop(
     port: int, requests: Sequence[bytes], load: Load, server: subprocess.Popen[str]
 ) -> dict[str, Any]:
-    """SIGTERM while all clients ask, until nobody listens (0); -1 is a connection closed on a request."""
+    """SIGTERM while all clients ask, until nobody listens (0); -1 is a closed connection."""
     places = cycle(range(len(requests)))
 
     async def client() -> None:

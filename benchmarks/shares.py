@@ -1,4 +1,6 @@
-"""Whether promises hold where some pictures are of none of the classes: ``python -m benchmarks.shares [ARRAYS]``.
+"""Whether promises hold where some pictures are of none of the classes.
+
+    python -m benchmarks.shares [ARRAYS]
 
 Calibrations of 2,000 rows at a risk of 5 % and a confidence of 95 %, drawn from worlds whose risk
 is known: simulated, and with ARRAYS (a folder of .npz files with image, text, target) from pots of
@@ -38,7 +40,7 @@ SHARES = (0.0, 0.1, 0.3, 0.5)
 
 @dataclass
 class Pot:
-    """A large pot of rows within the classes, and one of strangers; together they stand for the population."""
+    """A large pot of rows within the classes, and one of strangers: together the population."""
 
     u: Floats
     wrong: Ints
@@ -104,7 +106,7 @@ def edge(share: float, n: int = 400_000) -> Pot:
 
 
 def real(folder: Path, inside: str, outside: str, *, joint: bool) -> Pot:
-    """One minus the largest probability of CLIP, among the classes or among them and everyday words."""
+    """One minus the largest probability of CLIP, among classes, or also among everyday words."""
     with (
         np.load(folder / f"{inside}_b32.npz") as data,
         np.load(folder / f"{outside}_b32.npz") as other,
@@ -139,7 +141,7 @@ def replay(
 
 
 def line(name: str, pot: Pot, share: float, draws: int, seed: int) -> str:
-    """One world at one share; n calibrations, and the Clopper-Pearson bound at 95 % of the broken promises."""
+    """One world at one share: n calibrations, and the 95 % bound of the broken promises."""
     best = pot.best(share)
     cells = [f"{name} | {share:.0%} | {best:.1%}"]
     ways = (
@@ -154,7 +156,7 @@ def line(name: str, pot: Pot, share: float, draws: int, seed: int) -> str:
 
 
 def confident(u: Floats) -> Floats:
-    """Of the 4 % most trusted half are wrong, of the next 60 % one in a hundred, of the others half."""
+    """Half are wrong of the 4 % most trusted, 1 % of the next 60 %, and half of the rest."""
     return np.where(u < 0.04, 0.5, np.where(u < 0.64, 0.01, 0.5))
 
 
@@ -163,7 +165,7 @@ RATES: dict[str, Rate] = {
     "confident mistakes": confident,
     "at the edge": lambda u: np.full_like(u, 0.0501),
 }
-"""Error rates at the quantile of the uncertainty: those of ``benchmarks.thresholds``, and two more."""
+"""Error rates at the quantile of the uncertainty: ``benchmarks.thresholds`` and two more."""
 
 
 def certified(method: str, u: Floats, f: Ints) -> tuple[float, float] | None:
@@ -193,7 +195,7 @@ def certified(method: str, u: Floats, f: Ints) -> tuple[float, float] | None:
 
 
 def compare(draws: int, method: str) -> None:
-    """Print mean coverage and broken promises of a procedure in every world of ``RATES``, at 5 % and delta 0.1."""
+    """Print mean coverage and broken promises in every world of ``RATES``, at 5 % and delta 0.1."""
     grid = (np.arange(1_000_000) + 0.5) / 1_000_000
     for name, rate in RATES.items():
         sums = np.concatenate([[0.0], np.cumsum(rate(grid))]) / len(grid)

@@ -1,4 +1,4 @@
-"""Rows a second that training reads from disk in shuffled order, beside a reader that opens a file for every pair.
+"""Rows a second that training reads in shuffled order, beside a reader of a file per pair.
 
 1.2 million float16 pairs at D = 512 in 12 shards (2.4 GB, in the page cache); both read with the
 threads they have.
@@ -39,7 +39,7 @@ def write_files(root: Path, rng: np.random.Generator) -> None:
 
 
 def shard_pass(root: Path) -> tuple[float, float]:
-    """Rows a second of a pass through ``steps``, with its shuffling; and seconds to check all rows before the first."""
+    """Rows a second of a shuffled pass through ``steps``, and seconds to check all rows before."""
     from vilu.store.laion import LaionPairs
 
     source = LaionPairs(root, logit_scale=100.0)
@@ -58,7 +58,7 @@ def shard_pass(root: Path) -> tuple[float, float]:
 
 
 def file_pass(root: Path) -> float:
-    """Rows a second of a reader that opens a file for every pair, in shuffled order, to the same float32 batches."""
+    """Rows a second of a reader of a file per pair, shuffled, to the same float32 batches."""
 
     def load(number: int) -> NDArray[np.float16]:
         pair: NDArray[np.float16] = np.load(root / f"{number}.npy")
@@ -90,8 +90,10 @@ def main() -> dict[str, float]:
         rate, checked = shard_pass(shards)
         one_by_one = file_pass(files)
     print(
-        f"shuffled reading of pairs, D={D}: {rate:,.0f} rows/s from shards, {one_by_one:,.0f} from a file for each "
-        f"({rate / one_by_one:.0f} x); checking {SHARDS * SHARD_ROWS:,} rows before the first pass {checked:.1f} s"
+        f"shuffled reading of pairs, D={D}: {rate:,.0f} rows/s from shards, "
+        f"{one_by_one:,.0f} from a file for each "
+        f"({rate / one_by_one:.0f} x); checking {SHARDS * SHARD_ROWS:,} rows before the first pass "
+        f"{checked:.1f} s"
     )
     return {
         "shuffle_rows_per_s": rate,

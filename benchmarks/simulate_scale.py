@@ -1,4 +1,4 @@
-"""A plan for a large extraction, replayed event by event: how long, how much work is lost, what it costs.
+"""A plan for a large extraction, replayed event by event: time, lost work and cost.
 
 ``python -m benchmarks.simulate_scale --parts 4146 --workers 8 --seconds 114 --price 1.99`` prints
 medians with 90 % intervals over seeds. ``--receipts STORE`` takes the times of parts from the
@@ -120,7 +120,7 @@ class Replay:
         )
 
     def _begin(self, now: float, part: int, running: list[tuple[float, int, float]]) -> None:
-        """Begin a part: (end, part or -1 if it is done, when the worker is free again) joins those that run."""
+        """Add (end, part or -1 if it is done, when the worker is free again) to those that run."""
         plan, need = self.plan, float(self.need[part])
         if self.tries[part] == ATTEMPTS:
             self.set_aside += 1
@@ -209,7 +209,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         factor, unit = scale.get(name, (1.0, ""))
         low, middle, high = (value * factor for value in values)
         print(
-            f"{name:10} {middle:10.2f}{unit}  (90 % interval {low:.2f} to {high:.2f} over {seeds} seeds)"
+            f"{name:10} {middle:10.2f}{unit}  (90 % interval {low:.2f} to {high:.2f} over {seeds} "
+            "seeds)"
         )
     return {name: values[1] for name, values in found.items()}
 

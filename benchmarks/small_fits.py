@@ -1,8 +1,8 @@
-"""Seconds of a fit of 1,430 rows against 123 classes, D = 512, beside those of as many rows in the lengths of before.
+"""Seconds of small fits, beside those of the same rows in the lengths of before.
 
-Seconds are of the processor, so that other programs matter little; one thread. "Before" are 300
-epochs of 128 rows: a twentieth of them is run, and counts twenty times. Of ``vilu_plus``, whose
-folds were more, there is no such thing.
+1,430 rows against 123 classes, D = 512. Seconds are of the processor, so that other programs matter
+little; one thread. "Before" are 300 epochs of 128 rows: a twentieth of them is run, and counts
+twenty times. Of ``vilu_plus``, whose folds were more, there is no such thing.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def seconds(name: str, data: Embeddings, **values: int) -> float:
 
 
 def main() -> dict[str, float]:
-    """Print a table, return the seconds and, for each method that has epochs, the share of those before."""
+    """Print a table; return the seconds and, where a method has epochs, the share of before."""
     warnings.simplefilter("ignore")  # of unit norm, and of probabilities of degenerate rows
     torch.set_num_threads(1)
     data = rows()

@@ -1,4 +1,4 @@
-"""Seconds of whole processes: ``vilu --help``, imports, and commands on 1,000 rows, beside an empty Python."""
+"""Seconds of processes: ``vilu --help``, imports, commands on 1,000 rows, and an empty Python."""
 
 from __future__ import annotations
 

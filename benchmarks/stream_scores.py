@@ -1,9 +1,9 @@
-"""10 million image-caption pairs on disk, D = 64: scored part by part and evaluated, with the memory it takes (Linux).
+"""10 million image-caption pairs on disk, scored part by part and evaluated, and the memory.
 
-The pairs lie in LAION's layout in float16 (2.6 GB in a temporary folder). Memory is said twice: the
-peak of anonymous memory (what the program holds) and of all resident pages, among them pages of
-mapped files, which the system takes back when it needs room. Both are above what the process had
-after a first small run, with libraries and predictor loaded.
+D = 64; Linux only. The pairs lie in LAION's layout in float16 (2.6 GB in a temporary folder).
+Memory is said twice: the peak of anonymous memory (what the program holds) and of all resident
+pages, among them pages of mapped files, which the system takes back when it needs room. Both are
+above what the process had after a first small run, with libraries and predictor loaded.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ METRICS = ("auroc", "fpr95")
 
 
 def make(root: Path, n: int, seed: int) -> None:
-    """Pairs of which half are blurred to some degree; a blurred image says so in its last coordinate."""
+    """Pairs of which half are blurred; a blurred image says so in its last coordinate."""
     rng = np.random.default_rng(seed)
     for name in ("img_emb", "text_emb"):
         (root / name).mkdir(parents=True)
@@ -135,7 +135,7 @@ def errors(out: Path) -> dict[str, float]:
 
 
 def main(n: int = N) -> dict[str, float]:
-    """Make the pairs, score them with two methods, each in a process of its own, and print the figures."""
+    """Make pairs, score them with two methods, each in its own process, and print the figures."""
     found: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="vilu-stream-") as folder:
         root = Path(folder)
@@ -159,12 +159,16 @@ def main(n: int = N) -> dict[str, float]:
             size = sum(path.stat().st_size for path in (out / "all").rglob("*") if path.is_file())
             print(
                 f"stream scores, {method}, {figures['rows']:,} pairs, D={D}, pools of {POOL}: "
-                f"{figures['score_rows_per_s']:,.0f} rows/s on one thread (before, a check of all rows in "
-                f"{figures['check_s']:.0f} s), evaluated with 1,000 resamples in {figures['evaluate_s']:.1f} s; "
+                f"{figures['score_rows_per_s']:,.0f} rows/s on one thread (before, "
+                "a check of all rows in "
+                f"{figures['check_s']:.0f} s), evaluated with 1,000 resamples in "
+                f"{figures['evaluate_s']:.1f} s; "
                 f"peak above the program: "
-                f"{figures['peak_anonymous_mb']:,.0f} MB anonymous, {figures['peak_resident_mb']:,.0f} MB with mapped "
+                f"{figures['peak_anonymous_mb']:,.0f} MB anonymous, "
+                f"{figures['peak_resident_mb']:,.0f} MB with mapped "
                 f"files; {size / figures['rows']:.0f} bytes a row on disk\n"
-                f"  {figures['bins']:,} bins; accuracy {figures['accuracy']:.4f}, AUROC {figures['auroc']:.6f} "
+                f"  {figures['bins']:,} bins; accuracy {figures['accuracy']:.4f}, "
+                f"AUROC {figures['auroc']:.6f} "
                 f"{figures['auroc_ci']}, FPR95 {figures['fpr95']:.6f}; off the exact values by "
                 f"{error['auroc']:.1e} and {error['fpr95']:.1e}"
             )

@@ -1,4 +1,4 @@
-"""What it costs that a store's bytes are compared with its receipts: ``score`` of 1 GB at K = 1,000, warm.
+"""The cost of comparing a store's bytes with its receipts: ``score`` of 1 GB at K = 1,000, warm.
 
 A million float16 rows at D = 512 in parts of 4,096, in the page cache. Scored with and without the
 comparison, in turn, each time from opening the store; a ratio is of two runs side by side, so that
@@ -71,7 +71,7 @@ def make(root: Path, n: int) -> None:
 
 
 def seconds(root: Path, *, verified: bool) -> tuple[float, float]:
-    """On the clock and of the processor, of opening and scoring, as in a process that has not read the store yet."""
+    """Seconds, of the clock and of the processor, of a first opening and scoring."""
     import vilu
     from vilu.store import ledger
 
@@ -105,7 +105,8 @@ def main(n: int = N, repeats: int = REPEATS) -> dict[str, float]:
         found[f"verified_scores_{what}_s_per_gb"] = statistics.median(costs)
         print(
             f"verified scores, {what}: {n:,} rows, D={D}, K={K}, {gigabytes:.2f} GB, one thread: "
-            f"{statistics.median(plain for _, plain in pairs):.1f} s without the comparison; with it "
+            f"{statistics.median(plain for _, plain in pairs):.1f} s without the comparison; "
+            "with it "
             f"{statistics.median(ratios):.3f} of that ({ratios[0]:.3f} to {ratios[-1]:.3f}), or "
             f"{statistics.median(costs):+.2f} s per GB ({costs[0]:+.2f} to {costs[-1]:+.2f}); "
             f"medians of {repeats} pairs"

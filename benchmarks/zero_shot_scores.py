@@ -1,8 +1,8 @@
-"""Scores of the logits against the product and softmax alone, of normalised embeddings in memory, one thread.
+"""Scores of the logits against the product and softmax alone, on one thread.
 
-Both take the same rows in one run, in turn, and the least time of each counts. The floor is the
-product in blocks whose logits stay in the cache, and a softmax over them. Beside it, the largest
-relative error against float64 of the same float32 logits.
+Embeddings are normalised and in memory. Both take the same rows in one run, in turn, and the least
+time of each counts. The floor is the product in blocks whose logits stay in the cache, and a
+softmax over them. Beside it, the largest relative error against float64 of the same float32 logits.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def floor(image: Tensor, text: Tensor, rows: int) -> Callable[[], None]:
 
 
 def exact(name: str, logits: Tensor) -> Tensor:
-    """A score in float64 of float32 logits (B, K), the largest of a row set apart so that nothing cancels."""
+    """A score in float64 of float32 logits (B, K); the largest apart, so that nothing cancels."""
     rows = logits.double().sort(dim=1, descending=True).values
     below = (rows - rows[:, :1])[:, 1:]
     e = below.exp()
@@ -73,7 +73,8 @@ def measure(k: int, n: int) -> dict[str, float]:
     seconds = least(work)
     floor_seconds = min(value for name, value in seconds.items() if name.startswith("floor"))
     print(
-        f"K = {k:,}, D = {D}, {n:,} rows, one thread; product and softmax: {n / floor_seconds:,.0f} rows/s"
+        f"K = {k:,}, D = {D}, {n:,} rows, one thread; product and softmax: "
+        f"{n / floor_seconds:,.0f} rows/s"
     )
     few = source.image[:2_000]
     logits = (few @ source.text.T).mul_(100.0)

@@ -33,7 +33,8 @@ def main() -> None:
     accuracy = {size: 1 - float(outcomes.failure.mean()) for size, outcomes in honest.items()}
     for size, share in accuracy.items():
         print(
-            f"in a pool of {size:>3} captions the model finds the right one in {share:.0%} of the cases"
+            f"in a pool of {size:>3} captions the model finds the right one in {share:.0%} of the "
+            "cases"
         )
     assert accuracy[16] > accuracy[64] > accuracy[256]
 
@@ -54,7 +55,8 @@ def main() -> None:
         ("contradicted by a model that is sure", suspicious),
     ):
         print(
-            f"{which.sum()} of {len(image)} captions are {what}; of these {swapped[which].mean():.0%} are swapped"
+            f"{which.sum()} of {len(image)} captions are {what}; "
+            f"of these {swapped[which].mean():.0%} are swapped"
         )
     print(f"so {swapped[suspicious].sum()} of {swapped.sum()} swapped captions are found")
     assert swapped[suspicious].mean() > 0.7 > swapped[contradicted].mean()

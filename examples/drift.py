@@ -50,7 +50,8 @@ def main() -> None:
     wrong = later.failure[renewed.accept(later.uncertainty)].mean()
     again = vilu.Monitor(after, renewed).update(later)
     print(
-        f"on later rows {wrong:.1%} of the accepted are wrong, and the new monitor says: {again.verdict}"
+        f"on later rows {wrong:.1%} of the accepted are wrong, and the new monitor says: "
+        f"{again.verdict}"
     )
     assert wrong < 0.06
     assert again.verdict == "holds"

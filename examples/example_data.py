@@ -1,4 +1,4 @@
-"""What the examples work on: photos of clothes that ship with vilu, and embeddings that are simulated.
+"""What the examples work on: photos of clothes that ship with vilu, and simulated embeddings.
 
 No example of its own. The photos are real. The simulated embeddings are those of a model that is
 often wrong about half of its images, as it would be about blurred ones, and can know which half
@@ -19,7 +19,7 @@ NAMES = ("dress", "hat", "sweater", "coat", "jeans", "shirt", "shoe", "shorts", 
 """The classes of the photos, as they stand in prompts."""
 
 SMALL_MODEL = "compact:128"
-"""The model that comes with ``vilu[compact]``, at 128 pixels, where one core embeds about 80 photos a second."""
+"""The model of ``vilu[compact]`` at 128 pixels, where a core embeds about 80 photos a second."""
 
 
 def photos_on_disk(
@@ -53,7 +53,7 @@ class Arrays(NamedTuple):
 def simulated(
     n: int, *, seed: int, blurred: float = 0.5, classes: int = 6, width: int = 24
 ) -> Arrays:
-    """Images of some classes; the share ``blurred`` of them is often missed, and their last coordinate says so.
+    """Images of some classes; the share ``blurred`` is often missed; the last coordinate tells.
 
     Texts say only roughly where the images of a class lie, as those of real models do.
     """

@@ -46,7 +46,8 @@ def main() -> None:
     }
     for stream, numbers in rows.items():
         print(
-            f"{stream}: {len(numbers)} images, the model is wrong about {wrong[numbers].mean():.0%} of them"
+            f"{stream}: {len(numbers)} images, the model is wrong about "
+            f"{wrong[numbers].mean():.0%} of them"
         )
     print(f"of all images it is wrong about {wrong.mean():.0%}")
 

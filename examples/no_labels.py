@@ -1,4 +1,4 @@
-"""I have photos of the deployment and not a single label: can I do better than the model's own confidence?
+"""I have photos and not a single label: can I do better than the model's own confidence?
 
 Shows `vilu_zero`, which learns from photos without labels which of the classes occur, and where
 they lie. Real photos of clothes; the list of classes is the one that such a project begins with,
@@ -13,9 +13,11 @@ from pathlib import Path
 import vilu
 from example_data import SMALL_MODEL, photos_on_disk
 
-ABSENT = """sofa table chair lamp bed curtain carpet cup plate bottle spoon bread apple cheese soup cake dog cat horse
-bird fish cow sheep car bus bicycle train ship airplane road bridge house tower church window door tree flower grass
-mountain""".split()
+ABSENT = """
+sofa table chair lamp bed curtain carpet cup plate bottle spoon bread apple cheese soup cake dog cat
+horse bird fish cow sheep car bus bicycle train ship airplane road bridge house tower church window
+door tree flower grass mountain
+""".split()
 """Names on the list of which there is no photo."""
 
 

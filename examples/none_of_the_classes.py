@@ -15,12 +15,13 @@ import vilu
 from example_data import SMALL_MODEL, photos_on_disk
 
 WORDS = """
-sofa table chair lamp bed curtain carpet cup plate bottle spoon bread apple cheese soup cake dog cat horse
-bird fish cow sheep car bus bicycle train ship airplane road bridge house tower church window door tree flower
-grass mountain river beach sky book newspaper phone computer television camera guitar piano ball toy doll
-pencil clock mirror bag umbrella glasses watch ring belt glove scarf tie sock towel pillow blanket bucket
+sofa table chair lamp bed curtain carpet cup plate bottle spoon bread apple cheese soup cake dog cat
+horse bird fish cow sheep car bus bicycle train ship airplane road bridge house tower church window
+door tree flower grass mountain river beach sky book newspaper phone computer television camera
+guitar piano ball toy doll pencil clock mirror bag umbrella glasses watch ring belt glove scarf tie
+sock towel pillow blanket bucket
 """.split()
-"""`vilu embed --negatives` has about 2,200 of them, which take longer to embed than these photos."""
+"""`vilu embed --negatives` has about 2,200, which take longer to embed than these photos."""
 
 STRANGERS = ("hat", "shoe")
 
@@ -57,7 +58,8 @@ def main() -> None:
         for name, one in found.items()
     }
     print(
-        f"{strangers.mean():.0%} of the photos are strangers; of the 30 % that are trusted most are wrong:",
+        f"{strangers.mean():.0%} of the photos are strangers; "
+        "of the 30 % that are trusted most are wrong:",
         end=" ",
     )
     print(", ".join(f"{share:.0%} by {name}" for name, share in wrong.items()))

@@ -33,7 +33,8 @@ def main() -> Figure:
 
     wrong = (image[new] @ text.T).argmax(axis=1) != label[new]  # here we do know
     print(
-        f"of {len(wrong)} new answers {wrong.mean():.0%} are wrong; predicted were {probability.mean():.0%}"
+        f"of {len(wrong)} new answers {wrong.mean():.0%} are wrong; "
+        f"predicted were {probability.mean():.0%}"
     )
     print(
         f"accepted are {accepted.mean():.0%}, and of these {wrong[accepted].mean():.1%} are wrong"

@@ -1,4 +1,4 @@
-"""At most 5 % of the accepted answers may be wrong: where is the threshold, and how many labels does it take?
+"""At most 5 % of the accepted may be wrong: which threshold, and how many labels does it take?
 
 Shows what `vilu.calibrate` promises, that too few labels promise nothing, what more labels bring,
 and that the promise is kept as often as it says. The scores are simulated, so that the truth is
@@ -39,7 +39,8 @@ def main() -> Figure:
         ]
         mean[n] = float(np.mean([one.coverage for one in found]))
         print(
-            f"{n:>6,} labels: {mean[n]:4.0%} of the answers are accepted, of {BEST:.0%} that could be"
+            f"{n:>6,} labels: {mean[n]:4.0%} of the answers are accepted, "
+            f"of {BEST:.0%} that could be"
         )
     assert mean[100] < mean[500] < mean[2_000] < mean[20_000] < BEST
     assert mean[20_000] > 0.45
@@ -57,7 +58,8 @@ def main() -> Figure:
     asked = vilu.calibrate(labelled(2_000, seed=7), min_coverage=0.8, confidence=0.95)
     assert asked.risk_bound is not None
     print(
-        f"who must accept 80 % has at most {asked.risk_bound:.1%} wrong ones (in truth 12.8 % at 80 %)"
+        f"who must accept 80 % has at most {asked.risk_bound:.1%} wrong ones (in truth 12.8 % at "
+        "80 %)"
     )
     assert 0.128 < asked.risk_bound < 0.2
     return drawn(mean)

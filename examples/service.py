@@ -1,4 +1,4 @@
-"""Other programs should ask for decisions: how do I run this as a service, and is its promise in the answers?
+"""Other programs ask for decisions: how do I run a service, and is its promise in the answers?
 
 Shows `vilu serve`: it gets photos over HTTP, answers with decisions and the state of the promise,
 and takes labels for its audit later. The client needs the standard library alone. Real photos of

@@ -47,7 +47,8 @@ def main() -> Figure:
     unbiased = vilu.score(vilu.MCM(), vilu.Embeddings(image[1200:], text, label[1200:], SCALE))
     assert np.abs(unbiased.uncertainty - mcm.uncertainty).max() < 1e-3
     print(
-        f"the softmax's probability of a right one: {1 - np.median(mcm.uncertainty[right]):.0%} in the middle"
+        f"the softmax's probability of a right one: {1 - np.median(mcm.uncertainty[right]):.0%} in "
+        "the middle"
     )
 
     plus = vilu.ViLUPlus(seed=0).fit(train)

@@ -27,7 +27,10 @@ def triage(home: Path, labels: dict[str, str]) -> str:
     (home / "names.txt").write_text("\n".join(NAMES) + "\n", encoding="utf-8")
     with (home / "labels.csv").open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([("path", "label"), *labels.items()])
-    given = "triage photos --classes names.txt --labels labels.csv --backbone compact:128 --max-risk 0.35 -o out"
+    given = (
+        "triage photos --classes names.txt --labels labels.csv --backbone compact:128 "
+        "--max-risk 0.35 -o out"
+    )
     command = [sys.executable, "-m", "vilu.cli", *given.split()]
     return subprocess.run(command, cwd=home, check=True, capture_output=True, text=True).stderr
 
@@ -53,7 +56,8 @@ def main() -> Figure:
     ]
     wrong, still_wrong = 1 - sum(right) / len(right), 1 - sum(accepted) / len(accepted)
     print(
-        f"{wrong:.0%} of {len(right)} answers are wrong; of the {len(accepted)} that are accepted {still_wrong:.0%} are"
+        f"{wrong:.0%} of {len(right)} answers are wrong; of the {len(accepted)} that are accepted "
+        f"{still_wrong:.0%} are"
     )
 
     assert "Guaranteed: at most 35.0% wrong" in told

@@ -1,4 +1,6 @@
-"""Data that many tests share: small, seeded, with failures that can be predicted by construction."""
+"""Data that many tests share:
+small, seeded, with failures that can be predicted by construction.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 def refuse_network() -> None:
-    """From here on this process talks to this machine alone, whoever asks: an attempt is an error."""
+    """From here on this process talks to this machine alone, whoever asks:
+    an attempt is an error.
+    """
     own = {
         address.address.split("%")[0] for link in psutil.net_if_addrs().values() for address in link
     }
@@ -93,7 +97,9 @@ def browser() -> Iterator[Any]:
 
 
 def few(values: Iterable[object], n: int) -> list[object]:
-    """Parameters of which the first ``n`` are in every run of the tests, and the others in `make test-slow`."""
+    """Parameters of which the first ``n`` are in every run of the tests,
+    and the others in `make test-slow`.
+    """
     return [
         value if i < n else pytest.param(value, marks=pytest.mark.slow)
         for i, value in enumerate(values)
@@ -109,7 +115,9 @@ def toy_embeddings(
     ids_from: int | None = 0,
     scale: float = 20.0,
 ) -> Embeddings:
-    """Images of K classes, half of them blurred; a blurred image says so in its last coordinate and is often missed."""
+    """Images of K classes, half of them blurred;
+    a blurred image says so in its last coordinate and is often missed.
+    """
     rng = np.random.default_rng(seed)
     text = np.random.default_rng(99).normal(size=(k, d))
     text[:, -1] = 0
@@ -131,7 +139,9 @@ def toy_embeddings(
 def toy_columns(
     image: np.ndarray, text: np.ndarray, rng: np.random.Generator
 ) -> dict[str, np.ndarray]:
-    """Every column: features whose projection is the embedding, noisy views, prompts around texts, random words."""
+    """Every column:
+    features whose projection is the embedding, noisy views, prompts around texts, random words.
+    """
     d = image.shape[1]
     projection = np.random.default_rng(98).normal(size=(d, d)) / np.sqrt(d) + np.eye(d)
     views = image[:, None] + rng.normal(size=(len(image), 4, d)) * 0.1
@@ -154,7 +164,9 @@ def toy_columns(
 
 
 def without_words(data: EmbeddingSource) -> EmbeddingSource:
-    """The same rows without the column of everyday words, so that no method has the outcome "outside"."""
+    """The same rows without the column of everyday words,
+    so that no method has the outcome "outside".
+    """
     return data.take(torch.arange(len(data)), columns=data.columns - {"negatives"})
 
 
@@ -203,7 +215,9 @@ def same_histogram(one: Histogram, other: Histogram) -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first, so that none of them is left for the end when several processes share the files."""
+    """Files with slow tests first,
+    so that none of them is left for the end when several processes share the files.
+    """
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
     for item in items:

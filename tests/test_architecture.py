@@ -16,29 +16,6 @@ import vilu
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "vilu"
 
-BASE = {"errors", "validation", "artifacts", "text", "progress", "device", "extras", "registry"}
-GROUND = BASE | {"embeddings", "metrics"}
-SOURCES = GROUND | {"datasets", "backbones", "store"}
-DECIDING = SOURCES | {"outcomes", "predictors", "scoring", "calibration"}
-MAY_IMPORT = {
-    **dict.fromkeys(BASE - {"registry"}, BASE),
-    "registry": BASE,
-    "embeddings": BASE | {"metrics"},
-    "metrics": BASE,
-    "datasets": BASE | {"embeddings"},
-    "backbones": BASE | {"embeddings"},
-    "store": BASE | {"embeddings", "datasets", "backbones"},
-    "outcomes": BASE | {"metrics"},
-    "predictors": GROUND | {"backbones"},
-    "scoring": GROUND | {"store", "outcomes", "predictors"},
-    "calibration": GROUND | {"store", "outcomes", "predictors", "scoring"},
-    "report": DECIDING - {"store", "backbones"},
-    "guard": DECIDING,
-    "triage": DECIDING | {"report", "guard"},
-    "service": DECIDING | {"guard"},
-    "cli": None,
-}
-"""From the ground up: a room may import those of its row, and no two rooms each other."""
 HEAVY = {
     "torch",
     "open_clip",
@@ -50,8 +27,11 @@ HEAVY = {
     "sklearn",
     "pyarrow",
 }
+LONGEST_NAME = 70
+"""Characters in the name of a test, which says the behaviour and leaves the details to the test."""
 FILES = sorted(PACKAGE.rglob("*.py"))
-example_lines = runpy.run_path(str(ROOT / "tools" / "house.py"))["example_lines"]
+HOUSE = runpy.run_path(str(ROOT / "tools" / "house.py"))
+example_lines = HOUSE["example_lines"]
 
 
 def room_of(path: Path) -> str:
@@ -61,13 +41,13 @@ def room_of(path: Path) -> str:
 
 def imported(tree: ast.AST) -> set[str]:
     """Modules named in import statements, wherever they stand."""
-    found: set[str] = set()
+    modules: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return found
+            modules |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return modules
 
 
 def name_of(path: Path) -> str:
@@ -75,20 +55,54 @@ def name_of(path: Path) -> str:
 
 
 def test_rooms_import_only_what_the_map_allows() -> None:
-    rooms = {entry.stem for entry in PACKAGE.iterdir()}
-    found = {}
-    for path in FILES:
-        room = room_of(path)
-        if room == "__init__":
-            continue
-        assert room in MAY_IMPORT, f"{room} is not on the map"
-        allowed = MAY_IMPORT[room]
-        used = {
-            m.split(".")[1] for m in imported(ast.parse(path.read_text())) if m.startswith("vilu.")
-        } & rooms
-        if allowed is not None and used - allowed - {room}:
-            found[name_of(path)] = used - allowed - {room}
-    assert found == {}
+    assert HOUSE["imports_upwards"](HOUSE["read_package"]("vilu")) == []
+
+
+@pytest.mark.parametrize(
+    ("statement", "what"),
+    [
+        ("from vilu.scoring.score import score", ["scoring"]),
+        ("from vilu import scoring", ["scoring"]),
+        ("import vilu.scoring.score", ["scoring"]),
+        ("from vilu_bench.studies import run", ["vilu_bench"]),
+        ("from vilu.text import aligned", []),
+        ("from vilu.store import ledger", []),
+    ],
+)
+def test_an_import_upwards_is_found(statement: str, what: list[str]) -> None:
+    scoring = HOUSE["read_module"](PACKAGE / "scoring" / "score.py")
+    path = "vilu/store/new.py"
+    store = HOUSE["Module"]("vilu", path, "vilu.store.new", statement, ast.parse(statement))
+    text = HOUSE["read_module"](PACKAGE / "text.py")
+    upwards = HOUSE["imports_upwards"]([scoring, text, store])
+    assert [line for line in upwards if line.startswith(path)] == [
+        f"{path}:1 imports {room}" for room in what
+    ]
+
+
+def test_what_the_table_of_the_rooms_counts() -> None:
+    text = (
+        '"""Documentation, and an import, are no statements."""\n'
+        "import math\n"
+        "found, total = 1, 2\n"
+        "small = [x for x in range(9) if x and x > 1]\n"
+        "def one(given: int, *rest: int) -> int:\n"
+        '    """Text."""\n'
+        "    return given if rest else (lambda some: some)(1)\n"
+        "class Pair:\n"
+        "    def joined(self, other: object) -> None: ...\n"
+        "    def __exit__(self, *given: object) -> None: ...\n" + "#" * 101 + "\n"
+    )
+    module = HOUSE["Module"]("vilu", "vilu/x/y.py", "vilu.x.y", text, ast.parse(text))
+    statements = 9  # two assignments, three functions, a class, a return, and two bodies of "..."
+    assert HOUSE["measure"]([module]) == {
+        "statements": statements,
+        "dense": 4 / statements,  # a comprehension, an "and", an "if else", a lambda
+        "pairs": 1000 / statements,
+        "wide": 1,
+        "vague": 4000 / statements,  # found, one, given, some
+        "longest": 3,
+    }
 
 
 def test_the_core_knows_nothing_of_the_bench() -> None:
@@ -236,3 +250,13 @@ def test_type_checkers_see_every_public_name(
     imports = [node for node in checked.body if isinstance(node, ast.ImportFrom)]
     seen = {alias.asname: node.module for node in imports for alias in node.names}
     assert seen == {**package._HOME, **beside}
+
+
+def test_names_of_tests_are_short() -> None:
+    long = []
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            if is_function and node.name.startswith("test_") and len(node.name) > LONGEST_NAME:
+                long.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}")
+    assert long == []

@@ -67,7 +67,9 @@ def test_threads_do_not_spin_for_long(given: dict[str, str], spins: str) -> None
 
 
 def test_threads_leave_the_callers_default_type_as_it_was() -> None:
-    """It is of the whole process: who began last, and found ours, must not give that back; nor who ends first, his."""
+    """It is of the whole process: who began last, and found ours, must not give that back;
+    nor who ends first, his.
+    """
     inside, leave = Event(), Event()
 
     def other() -> torch.dtype:
@@ -91,7 +93,9 @@ def test_threads_leave_the_callers_default_type_as_it_was() -> None:
 
 @pytest.mark.parametrize(("method", "times"), [("lvu", 16), ("pvu", 8), ("vilu_plus", 2)])
 def test_fits_in_threads_are_those_of_the_seed(method: str, times: int) -> None:
-    """torch's own generator is of the whole process: two networks were made of one stream of numbers, half of each."""
+    """torch's own generator is of the whole process:
+    two networks were made of one stream of numbers, half of each.
+    """
     data = toy_embeddings(n=400, k=3)
 
     def fitted(_: int) -> list[float]:

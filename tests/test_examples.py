@@ -1,4 +1,6 @@
-"""Every script of examples/ runs, keeps what it asserts, and prints and draws what is kept for the site."""
+"""Every script of examples/ runs, keeps what it asserts,
+and prints and draws what is kept for the site.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def numbers(text: str) -> list[float]:
 
 
 def tolerances(text: str) -> list[float]:
-    """What another processor may move: a fifth of a number, three rows or points of a percent, some hundredths."""
+    """What another processor may move:
+    a fifth of a number, three rows or points of a percent, some hundredths.
+    """
     decimals = [len(found.partition(".")[2]) for found in NUMBER.findall(text)]
     return [
         max(abs(n) / 5, 3 if d < 2 else 0.05) for n, d in zip(numbers(text), decimals, strict=True)

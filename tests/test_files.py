@@ -290,7 +290,9 @@ def columns() -> dict[str, pa.Array]:
 
 
 def test_the_digest_of_a_table_is_of_what_it_says() -> None:
-    """However its rows are chunked or sliced, whatever lies under nulls; and of every value, null, name and type."""
+    """However its rows are chunked or sliced, whatever lies under nulls;
+    and of every value, null, name and type.
+    """
     whole = pa.table(columns())
     right = table_digest(whole, {"a": 1})
     for size in (1, 2, 3):
@@ -360,16 +362,29 @@ def test_a_table_without_a_digest_says_so_once(
         assert read_table(tmp_path / "other.parquet", ())[1] == {}
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.endswith(
-        "old.parquet carries no digest: damage to it would not be seen; `vilu inspect --seal` adds one."
+        "old.parquet carries no digest: damage to it would not be seen; "
+        "`vilu inspect --seal` adds one."
     )
 
 
 @pytest.mark.parametrize(
     "text",
-    ['{"a": 1, "a": 2}',
-     '{"a": {"b": 1, "b": 1}}', '{"a": NaN}', '{"a": -Infinity}', '{"a": 1e999}', '{"a": "\\ud800"}',
-     "[1]", "1", "", "{", "\ufeff{}", '{"a": ' + "[" * 100_000, '{"a": ' + "9" * 5000 + "}"],
-)  # fmt: skip
+    [
+        '{"a": 1, "a": 2}',
+        '{"a": {"b": 1, "b": 1}}',
+        '{"a": NaN}',
+        '{"a": -Infinity}',
+        '{"a": 1e999}',
+        '{"a": "\\ud800"}',
+        "[1]",
+        "1",
+        "",
+        "{",
+        "\ufeff{}",
+        '{"a": ' + "[" * 100_000,
+        '{"a": ' + "9" * 5000 + "}",
+    ],
+)
 def test_what_no_document_of_ours_is(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.json").write_text(text, encoding="utf-8")
     with pytest.raises(
@@ -398,7 +413,9 @@ def test_any_change_of_what_a_document_says_is_seen(tmp_path: Path) -> None:
 
 
 def test_a_table_is_one_input_while_it_says_the_same(tmp_path: Path) -> None:
-    """A flip in the copy of the metadata that Arrow keeps changes no number, so no output is of other inputs."""
+    """A flip in the copy of the metadata that Arrow keeps changes no number,
+    so no output is of other inputs.
+    """
     path = tmp_path / "a.parquet"
     write_table(path, columns(), {"kind": "outcomes"})
     content, said = path.read_bytes(), content_of(path)

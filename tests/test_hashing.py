@@ -1,4 +1,4 @@
-"""One hash for one content, whatever holds it: a version that gives another one breaks what is saved."""
+"""One hash for one content, whatever holds it: another one would break what is saved."""
 
 from __future__ import annotations
 

@@ -58,7 +58,9 @@ def test_who_comes_second_is_told_of_the_first_whose_death_frees_the_lock(
 def test_the_lock_of_another_machine_is_worth_a_line(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It died there, or is at work where the file system gives one lock to two machines; nobody here can tell."""
+    """It died there, or is at work where the file system gives one lock to two machines;
+    nobody here can tell.
+    """
     (tmp_path / HOLDER).write_text("process 12 of elsewhere")
     with caplog.at_level(logging.WARNING, "vilu"), locked(tmp_path, "scoring into"):
         (said,) = caplog.messages

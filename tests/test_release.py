@@ -11,9 +11,13 @@ import tomllib
 from importlib import metadata
 from pathlib import Path
 
+import pytest
+import yaml
+
 import vilu
 
 ROOT = Path(__file__).resolve().parents[1]
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 REPACK = runpy.run_path(str(ROOT / "tools" / "repack.py"))["repacked"]
 FILES = {"p-1/PKG-INFO": b"Name: p\n", "p-1/run.sh": b"true\n", "p-1/src/p.py": b"x = 1\n"}
 
@@ -68,3 +72,18 @@ def test_every_extra_is_tried_alone() -> None:
     extras = runpy.run_path(str(ROOT / "tools" / "extras.py"))
     named = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert extras["NEEDS"].keys() | extras["TOOLS"] == named.keys()
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.name)
+def test_workflows_run_targets_that_there_are(workflow: Path) -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([\w-]+):", makefile, flags=re.MULTILINE))
+    jobs = yaml.safe_load(workflow.read_text())["jobs"]
+    for job in jobs.values():
+        assert job["timeout-minutes"]
+        in_matrix = job.get("strategy", {}).get("matrix", {}).get("target", [])
+        for step in job["steps"]:
+            name = re.fullmatch(r"(?:sudo )?make ([\w-]+)", step.get("run", ""))
+            if name is not None:
+                assert name[1] in targets
+        assert set(in_matrix) <= targets

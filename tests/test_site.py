@@ -1,4 +1,6 @@
-"""The site that `make docs` has built, in a real browser: at the width of a phone and of a desk, light and dark."""
+"""The site that `make docs` has built, in a real browser:
+at the width of a phone and of a desk, light and dark.
+"""
 
 from __future__ import annotations
 

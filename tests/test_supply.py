@@ -15,8 +15,8 @@ UNPICKLERS = {
     "vilu/backbones/loading.py": {"pickle"},
     "vilu/store/executors/local.py": {"pickle"},
 }
-"""Who may open pickles: the first two with a list of what may be built, the third names torch's error for one, and the
-fourth talks to the worker processes that it has started.
+"""Who may open pickles: the first two with a list of what may be built, the third names torch's
+error for one, and the fourth talks to the worker processes that it has started.
 """
 CODE = {
     "pickle",

@@ -1,4 +1,4 @@
-"""Hooks of MkDocs (mkdocs.yml): what of the site is not a file in docs/ is made here, at each build.
+"""Hooks of MkDocs (mkdocs.yml): make the pages of the site that are no files in docs/.
 
 - The navigation is docs/index.md: its second headings, and the pages that each one lists.
 - A page for every command, from the help that the command line itself gives.
@@ -273,7 +273,7 @@ def plain(text: str) -> str:
 
 
 def api_pages() -> dict[str, str]:
-    """A page per room with public names, by its place, and one of the methods that have no public name."""
+    """A page per room with public names, by its place, and one of methods without such a name."""
     names: dict[str, list[str]] = {}
     for name in vilu.__all__:
         if module := vilu._HOME.get(name):
@@ -308,7 +308,8 @@ def methods_page() -> str:
     """The predictors that are reached by their names alone."""
     parts = [
         "# methods",
-        "More methods, which have no name in `vilu` but one in `vilu.PREDICTORS` (and `vilu fit --method`).",
+        "More methods, which have no name in `vilu` but one in `vilu.PREDICTORS` (and `vilu fit "
+        "--method`).",
     ]
     for name, method in vilu.PREDICTORS.items():
         if method.__name__ not in vilu.__all__:

@@ -1,6 +1,8 @@
 """The wheel in new environments: with no extra, and with each alone.
 
-    python tools/extras.py UV WHEEL [EXTRA ...]     (without extras: none, and every one that the wheel names)
+    python tools/extras.py UV WHEEL [EXTRA ...]
+
+Without extras: none, and every one that the wheel names.
 
 In each, `import vilu` and `vilu --help` work, and every command of ``NEEDS`` whose extra is not
 there ends with exit code 5 and the sentence that names it; one whose extra is there gets beyond
@@ -46,8 +48,8 @@ NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
 }
 """Extra -> what is installed where it is, and a command that needs it."""
 STARTS = {"serve-ray", "ray", "spark", "demo"}
-"""Whose commands work for minutes where the extra is there, so that they are tried only where it is not."""
-TOOLS = {"dev", "fuzz", "hostile", "engines", "docs", "release"}
+"""Whose commands work for minutes where the extra is there: they are tried where it is not."""
+TOOLS = {"dev", "fuzz", "coverage", "hostile", "engines", "docs", "release"}
 """For who works on vilu: no command needs them."""
 
 
@@ -58,7 +60,8 @@ def extras_of(wheel: Path) -> list[str]:
         found: list[str] = message_from_bytes(packed.read(name)).get_all("Provides-Extra", [])
     if set(found) != NEEDS.keys() | TOOLS:
         sys.exit(
-            f"tools/extras.py has not the extras of the wheel: {sorted(set(found) ^ (NEEDS.keys() | TOOLS))}."
+            "tools/extras.py has not the extras of the wheel: "
+            f"{sorted(set(found) ^ (NEEDS.keys() | TOOLS))}."
         )
     return found
 
@@ -103,7 +106,7 @@ def problems(programs: Path) -> list[str]:
 
 
 def look_inside() -> Iterator[str]:
-    """As ``problems``, in the environment itself, whose programs make what the commands are about."""
+    """As ``problems``, in the environment itself, whose programs make what commands work on."""
     write_things()
     for words in (
         "import rows.npz -o rows",
@@ -168,7 +171,7 @@ def is_installed(distribution: str) -> bool:
 
 
 def run(words: str) -> tuple[int, str]:
-    """The exit code of a command in this process, which spares an import of torch, and what it said."""
+    """The exit code of a command in this process, which spares an import of torch, and its text."""
     from vilu.cli import main
 
     said = io.StringIO()

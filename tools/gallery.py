@@ -1,4 +1,6 @@
-"""Record what the examples print and draw, for the gallery of the site: ``python tools/gallery.py [NAME ...]``.
+"""Record what the examples print and draw, for the gallery of the site.
+
+    python tools/gallery.py [NAME ...]
 
 Every script of examples/ (or those named) is run in this process. What it prints goes to
 examples/output/NAME.txt, the figure that its ``main`` returns, if it does, to examples/pictures/.

@@ -1,4 +1,4 @@
-"""Makes src/vilu/assets/clothing.parquet, the photos of `vilu demo`, from the full CC0 clothing set.
+"""Makes src/vilu/assets/clothing.parquet, the photos of `vilu demo`, from the CC0 clothing set.
 
     python tools/make_demo_photos.py PATH/TO/clothing.parquet
 

@@ -1,11 +1,11 @@
-"""Makes src/vilu_bench/assets/coop_splits.txt.xz, CoOp's train/validation/test lists of seven data sets.
+"""Makes src/vilu_bench/assets/coop_splits.txt.xz, CoOp's splits of seven data sets.
 
     python tools/make_split_asset.py PATH/TO/splits
 
 Input: the folder of CoOp's split_zhou_*.json, lists of [path, class index, class name]. Output: the
 same facts as text, sorted by class and path (the order of the lists decides nothing here),
-compressed; how it is laid out says ``vilu_bench/known_datasets/read.py``. The same input gives the same
-text, and the same liblzma the same bytes.
+compressed; how it is laid out says ``vilu_bench/known_datasets/read.py``. The same input gives the
+same text, and the same liblzma the same bytes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TARGET = Path(__file__).parents[1] / "src" / "vilu_bench" / "assets" / "coop_spl
 
 
 def lines_of(name: str, file: Path) -> list[str]:
-    """One data set: its head, then per class its name, a letter per image, and the images' paths."""
+    """One data set: its head, then per class its name, a letter per image, and their paths."""
     images: dict[int, list[tuple[str, str]]] = {}
     names: dict[int, str] = {}
     for split, entries in json.loads(file.read_text(encoding="utf-8")).items():

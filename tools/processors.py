@@ -1,6 +1,8 @@
-"""Run the tests as other processors would round, with other numbers of threads, and in a random order.
+"""Run the tests as other processors and numbers of threads round, and in a random order.
 
-    python tools/processors.py [--only NAME ...] [PYTEST ARGUMENTS]     (without arguments the whole suite)
+    python tools/processors.py [--only NAME ...] [PYTEST ARGUMENTS]
+
+Without arguments the whole suite runs.
 
 Each library has its own switch and obeys no other's: torch's kernels, MKL and oneDNN below them,
 numpy's loops, and OpenBLAS below numpy and scipy. What was in force is asked of the libraries,
@@ -61,10 +63,12 @@ torch.nn.functional.conv2d(torch.ones(8, 16, 64, 64), torch.ones(16, 16, 3, 3))
 print("torch", torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), "threads")
 loops = np.lib.introspect.opt_func_info(func_name="^(add|exp)$", signature="float")
 print("numpy", {name: {of[key]["current"] for key in of} for name, of in loops.items()})
-print("openblas", [x["architecture"] for x in threadpoolctl.threadpool_info() if "architecture" in x])
+pools = threadpoolctl.threadpool_info()
+print("openblas", [pool["architecture"] for pool in pools if "architecture" in pool])
 """
 SAID = re.compile(
-    r"^(?:torch|numpy|openblas) .*|^MKL_VERBOSE oneMKL[^,]*|CNR:.* NThr:\d+$|onednn_verbose,.*isa:.*",
+    r"^(?:torch|numpy|openblas) .*|^MKL_VERBOSE oneMKL[^,]*|CNR:.* NThr:\d+$"
+    r"|onednn_verbose,.*isa:.*",
     re.M,
 )
 

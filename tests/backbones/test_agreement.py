@@ -1,4 +1,6 @@
-"""The same random weights through open_clip and through transformers: the same embeddings, from the same pictures."""
+"""The same random weights through open_clip and through transformers:
+the same embeddings, from the same pictures.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from vilu.backbones.open_clip import use_tanh_gelu
 from vilu.errors import ProvenanceError
 
 AGREE = 1e-5
-"""Of coordinates of unit vectors, which the towers reach by some hundreds of float32 sums in another order."""
+"""Of coordinates of unit vectors,
+which the towers reach by some hundreds of float32 sums in another order.
+"""
 
 KINDS = ("clip", "siglip")
 SIZES = [(32, 32), (60, 40), (40, 61), (20, 16), (200, 65)]
@@ -115,7 +119,9 @@ def test_features_and_last_maps(pair: Pair) -> None:
 
 
 def test_padding_is_part_of_siglip(tmp_path: Path) -> None:
-    """The agreement above is no accident of texts that need no padding: with less of it, the embedding is another."""
+    """The agreement above is no accident of texts that need no padding:
+    with less of it, the embedding is another.
+    """
     model = write_tiny(tmp_path / "siglip", "siglip", "hf", seed=3)
     text = "a photo of a dog"
     backbone = load_backbone(f"hf:{tmp_path / 'siglip'}", device="cpu")
@@ -138,7 +144,9 @@ def test_words_there_is_room_for(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["clip-vit-b32", "siglip-vit-b16"])
 def test_a_named_backbone_is_one_model_by_either_library(name: str, tmp_path: Path) -> None:
-    """Each library with its own configuration: of SigLIP, open_clip's GELU is made the one of training."""
+    """Each library with its own configuration:
+    of SigLIP, open_clip's GELU is made the one of training.
+    """
     for library in ("open_clip", "hf"):
         write_tiny(tmp_path / library / name, name.partition("-")[0], library, seed=3)
     first = load_backbone(name, device="cpu", models=tmp_path / "open_clip")
@@ -158,7 +166,9 @@ class TestKnownDifferences:
     """What the libraries do differently with the published models, and how much it is here."""
 
     def test_gelu_of_siglip(self, tmp_path: Path) -> None:
-        """Unless named: open_clip has the exact GELU, transformers and the training code its tanh approximation."""
+        """Unless named:
+        open_clip has the exact GELU, transformers and the training code its tanh approximation.
+        """
         first, second = make_pair(tmp_path, "siglip", tanh=None)
         for difference in (
             embed(first, 32, 32) - embed(second, 32, 32),
@@ -167,7 +177,9 @@ class TestKnownDifferences:
             assert AGREE < difference.abs().max() < 1e-3
 
     def test_crop_of_clip(self, tmp_path: Path) -> None:
-        """Where the longer side is longer by 3, 7, 11, ... pixels, transformers crops one pixel before open_clip."""
+        """Where the longer side is longer by 3, 7, 11, ... pixels,
+        transformers crops one pixel before open_clip.
+        """
         first, second = make_pair(tmp_path, "clip", tanh=True)
         for longer, moves in ((33, 0), (34, 0), (35, 1), (36, 0), (39, 1)):
             (picture,) = pictures(1, width=32, height=longer)
@@ -176,7 +188,9 @@ class TestKnownDifferences:
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_cleaning_of_texts(self, kind: str, tmp_path: Path) -> None:
-        """open_clip undoes HTML entities and curly quotes first, transformers takes them as they are."""
+        """open_clip undoes HTML entities and curly quotes first,
+        transformers takes them as they are.
+        """
         first, second = make_pair(tmp_path, kind, tanh=True)
         clean, raw = ["cat & dog", "'dog'"], ["cat &amp; dog", "‘dog’"]
         for text, same in zip(raw, clean, strict=True):

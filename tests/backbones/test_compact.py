@@ -187,7 +187,9 @@ def test_a_cache_that_cannot_be_written_is_done_without(
 def test_class_prompts_are_encoded_once_and_captions_leave_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a tower that counts; what would change the embedding is another entry, and damage is noticed."""
+    """By a tower that counts;
+    what would change the embedding is another entry, and damage is noticed.
+    """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     asked: list[str] = []
 

@@ -140,7 +140,9 @@ def test_space(clip: tuple[Path, Any], siglip: tuple[Path, Any]) -> None:
 def test_siglip_reads_its_padding_whatever_its_tokenizer_gives(
     siglip: tuple[Path, Any], tmp_path: Path
 ) -> None:
-    """The tokenizer of transformers gives a mask, unless its settings say otherwise, as those of the hub do."""
+    """The tokenizer of transformers gives a mask, unless its settings say otherwise,
+    as those of the hub do.
+    """
     folder = shutil.copytree(siglip[0], tmp_path / "masking")
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings["model_input_names"] = ["input_ids", "attention_mask"]

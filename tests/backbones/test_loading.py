@@ -38,7 +38,9 @@ def test_missing_extra_says_what_to_install() -> None:
 def test_loading_and_encoding_say_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whatever takes more than two seconds: what is loaded, how long that took, texts with their rate."""
+    """Whatever takes more than two seconds:
+    what is loaded, how long that took, texts with their rate.
+    """
     monkeypatch.setattr("vilu.backbones.catalog.SLOW", 0.0)
     caplog.set_level(logging.INFO, "vilu")
     backbone = load_backbone("compact:64")

@@ -73,7 +73,9 @@ def hub_config(name: str) -> Any:
 
 @pytest.mark.parametrize("name", ON_THE_HUB)
 def test_both_libraries_have_the_same_weights(name: str) -> None:
-    """Every tensor of one at full size has its place in the other: on the meta device, which holds no numbers."""
+    """Every tensor of one at full size has its place in the other:
+    on the meta device, which holds no numbers.
+    """
     model, config = NAMED[name], hub_config(name)
     with torch.device("meta"), quiet():
         first = open_clip.create_model(model.open_clip.partition("/")[0], device="meta")

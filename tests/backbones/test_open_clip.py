@@ -142,7 +142,9 @@ def test_a_text_tower_of_its_own_has_a_map_too(tmp_path: Path) -> None:
 
 
 def test_a_map_with_a_bias_is_not_linear(siglip: tuple[Path, Any]) -> None:
-    """As SigLIP's text tower has one: then the maps are left in the towers, and the features are what comes out."""
+    """As SigLIP's text tower has one:
+    then the maps are left in the towers, and the features are what comes out.
+    """
     folder, model = siglip
     backbone = load_backbone(f"open_clip:{folder}", device="cpu")
     assert (backbone.projections, backbone.feature_dim) == (None, 64)
@@ -289,7 +291,9 @@ def test_hub_model_comes_from_the_cache(cache: Path, clip: tuple[Path, Any]) -> 
 def test_tag_brings_preprocessing_and_activation(
     cache: Path, clip: tuple[Path, Any], quick_gelu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """open_clip itself only warns where the weights of a tag want QuickGELU, and computes other embeddings."""
+    """open_clip itself only warns where the weights of a tag want QuickGELU,
+    and computes other embeddings.
+    """
     tag = {"hf_hub": "org/tiny/", "quick_gelu": quick_gelu, **PIXELS["siglip"]}
     silent = {key: value for key, value in config("clip", cache).items() if key != "quick_gelu"}
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", silent)

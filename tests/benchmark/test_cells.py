@@ -127,7 +127,9 @@ def test_drawn_rows_are_so_many_of_every_class() -> None:
 
 
 def test_drawn_rows_are_a_fair_sample() -> None:
-    """Every row of a class of 10 is drawn in 3 of 10 cases, within five standard errors of 1,000 draws."""
+    """Every row of a class of 10 is drawn in 3 of 10 cases,
+    within five standard errors of 1,000 draws.
+    """
     target = np.repeat([0, 1], [10, 30])
     counts = np.bincount(
         np.concatenate([draw_rows(target, 3, seed) for seed in range(1000)]), minlength=40

@@ -1,4 +1,6 @@
-"""Dry runs: numbers by hand, from stores, listings and the catalogue; nothing is embedded or run."""
+"""Dry runs: numbers by hand, from stores, listings and the catalogue;
+nothing is embedded or run.
+"""
 
 from __future__ import annotations
 

@@ -49,7 +49,10 @@ def test_everything_is_taken_unless_something_is_chosen(tmp_path: Path) -> None:
         ["mcm", "lvu"],
     )
     assert (whole.name, whole.seeds, whole.methods["lvu"].steps) == ("study", 4, 7)
-    chosen = 'include = "common.toml"\nseeds = 2\n[use]\ndata = ["two"]\nmethods = []\n[methods.margin]\n'
+    chosen = (
+        'include = "common.toml"\nseeds = 2\n[use]\ndata = ["two"]\nmethods = []\n'
+        "[methods.margin]\n"
+    )
     some = load_config(write(tmp_path, chosen))
     assert (list(some.data), list(some.methods), some.seeds) == (["two"], ["margin"], 2)
 

@@ -172,7 +172,9 @@ def test_other_embeddings_run_again(output: Path, data: Path, tmp_path: Path) ->
 
 
 def test_a_changed_method_runs_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own code and what it imports at module level count; comments, docstrings and other methods do not."""
+    """Its own code and what it imports at module level count;
+    comments, docstrings and other methods do not.
+    """
     predictors = tmp_path / "vilu" / "predictors"
     predictors.mkdir(parents=True)
 
@@ -292,7 +294,9 @@ def test_refusals_are_results(data: Path, tmp_path: Path) -> None:
 
 
 def test_a_resumed_group_has_what_a_whole_one_has(data: Path, tmp_path: Path) -> None:
-    """Two cells of one fit: when the first is there, the second is made with a fit of its own, warnings and all."""
+    """Two cells of one fit:
+    when the first is there, the second is made with a fit of its own, warnings and all.
+    """
     settings = {
         "few": {"kind": "labels", "budget": 5, "data": ["one"]},
         "moved": {"kind": "transfer", "source": "one", "budget": 5, "across_preprocessing": True},
@@ -309,7 +313,9 @@ def test_a_resumed_group_has_what_a_whole_one_has(data: Path, tmp_path: Path) ->
 
 
 def test_a_draw_without_successes_is_refused_for_its_seed_alone(data: Path, tmp_path: Path) -> None:
-    """Of 5 rows, one a class, with an accuracy near a fifth: a third of the draws has no right answer."""
+    """Of 5 rows, one a class, with an accuracy near a fifth:
+    a third of the draws has no right answer.
+    """
     methods = {"lvu": {"params": {"epochs": 1, "hidden": [4]}}}
     settings = {"tiny": {"kind": "labels", "budget": 1, "data": ["one"]}}
     report = benchmark(config(methods=methods, settings=settings, seeds=8), data, tmp_path)
@@ -369,7 +375,9 @@ def test_finished_cells_survive_an_interrupt(
 def test_what_changes_meanwhile_is_said(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As when somebody edits a method while worker processes start: their cells are of other code than ours."""
+    """As when somebody edits a method while worker processes start:
+    their cells are of other code than ours.
+    """
     monkeypatch.setattr("vilu_bench.studies.run.run_cells", lambda *_: None)
     with pytest.raises(
         ProvenanceError, match=r"31 cells were made from other code or data.* Start it again"
@@ -469,7 +477,9 @@ def imported(folder: Path, n: int, seed: int, n_outside: int) -> None:
 
 
 def test_pictures_of_none_of_the_classes_are_counted(tmp_path: Path) -> None:
-    """Their share is in every result, and their questions are metrics like others; scores say which they are."""
+    """Their share is in every result, and their questions are metrics like others;
+    scores say which they are.
+    """
     data = tmp_path / "stores"
     imported(data / "one-train", 300, 0, 10)
     imported(data / "one-test", 200, 1, 40)

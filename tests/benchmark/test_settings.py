@@ -1,4 +1,6 @@
-"""Settings beyond one data set and its labels: captions, shares, validation rows, adapting, unions."""
+"""Settings beyond one data set and its labels:
+captions, shares, validation rows, adapting, unions.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +91,9 @@ def test_a_share_of_the_rows_is_drawn_at_random_and_nested() -> None:
 
 
 def test_held_out_rows_are_a_matter_of_their_names() -> None:
-    """1,000 names, a quarter held out, within five standard errors; the same ones in any company."""
+    """1,000 names, a quarter held out, within five standard errors;
+    the same ones in any company.
+    """
     names = [f"row {i}" for i in range(1000)]
     mask = held_out(hash_names(names), 0.25)
     assert abs(mask.mean() - 0.25) < 5 * np.sqrt(0.25 * 0.75 / 1000)
@@ -467,7 +471,7 @@ def test_a_set_that_only_one_of_two_studies_divides_is_refused(data: Path, tmp_p
             run_all(both, data, tmp_path / "run")
 
 
-def test_a_picture_that_is_there_twice_is_not_fitted_on_where_it_is_tested_on(
+def test_a_picture_that_is_there_twice_is_not_in_fit_and_test(
     tmp_path: Path,
 ) -> None:
     pictures, labels = [picture(row % 60) for row in range(90)], [row % 3 for row in range(90)]

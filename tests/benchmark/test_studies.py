@@ -63,16 +63,38 @@ def result(cell: Cell, values: tuple[float, float] | None, accuracy: float = 0.6
     numbers = {} if values is None else {**dict(zip(RANKED_BY, values, strict=True)), "ece": None}
     rows = tuple(
         ResultRow(
-            cell.method, cell.data, cell.setting, cell.seed, metric, value, None, None, 100, 40, accuracy, 0, 0,
-            METRICS[metric].convention, why=None if value is not None else "not a probability",
+            cell.method,
+            cell.data,
+            cell.setting,
+            cell.seed,
+            metric,
+            value,
+            None,
+            None,
+            100,
+            40,
+            accuracy,
+            0,
+            0,
+            METRICS[metric].convention,
+            why=None if value is not None else "not a probability",
         )
         for metric, value in numbers.items()
-    )  # fmt: skip
+    )
     return CellResult(
-        fingerprint="f", decided_by={}, method=cell.method, data=cell.data, setting=cell.setting, seed=cell.seed,
-        test_rows="r", results=rows, refused=None if rows else Refusal(error="DataError", reason="it needs views"),
-        timing=None if values is None else Timing(fit_seconds=1.0, score_seconds=0.5, rows_per_second=200.0),
-    )  # fmt: skip
+        fingerprint="f",
+        decided_by={},
+        method=cell.method,
+        data=cell.data,
+        setting=cell.setting,
+        seed=cell.seed,
+        test_rows="r",
+        results=rows,
+        refused=None if rows else Refusal(error="DataError", reason="it needs views"),
+        timing=None
+        if values is None
+        else Timing(fit_seconds=1.0, score_seconds=0.5, rows_per_second=200.0),
+    )
 
 
 def board(
@@ -177,7 +199,9 @@ def test_means_that_cannot_be(kind: dict[str, Any], message: str) -> None:
 
 
 def test_what_the_bootstrap_cannot_tell_from_the_best() -> None:
-    """Noise of 0.01 in one of two methods 0.005 apart: the difference is no larger than its deviation."""
+    """Noise of 0.01 in one of two methods 0.005 apart:
+    the difference is no larger than its deviation.
+    """
     chosen = made(
         methods={"mcm": {}, "lvu": {}, "vilu": {}},
         data={"one": {"stores": {"train": "a", "test": "b"}}},
@@ -430,7 +454,9 @@ def test_claims_of_depending_on_the_accuracy() -> None:
 
 
 def test_slopes_are_compared_on_the_seeds_that_both_have() -> None:
-    """lvu rises by 0.5 an accuracy of 1 on seed 0, whose rows vilu has, too, and falls on seed 1, which it has not."""
+    """lvu rises by 0.5 an accuracy of 1 on seed 0, whose rows vilu has, too, and falls on seed 1,
+    which it has not.
+    """
     accuracy = {
         ("one", 0): 0.3,
         ("two", 0): 0.5,

@@ -1,4 +1,6 @@
-"""Cells that others ran: handed in as files, checked row by row, and shown beside those of a study."""
+"""Cells that others ran:
+handed in as files, checked row by row, and shown beside those of a study.
+"""
 
 from __future__ import annotations
 

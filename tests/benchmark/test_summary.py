@@ -58,7 +58,9 @@ def test_one_seed_gives_the_paired_bootstrap_of_the_metrics_room() -> None:
 
 
 def test_resamples_are_those_of_the_rows_whatever_the_scores() -> None:
-    """Each value is the metric of rows drawn by a generator that knows nothing but the name of the rows."""
+    """Each value is the metric of rows drawn by a generator that knows nothing but the name of the
+    rows.
+    """
     uncertainty, failure = sample(40, 2)
     values = resampled_metrics(uncertainty, failure, 25, ROWS)
     rng = np.random.default_rng(int(ROWS, 16))
@@ -98,7 +100,9 @@ def test_mean_over_seeds_resamples_the_seeds() -> None:
 
 
 def test_seeds_that_share_rows_keep_the_variance_of_the_rows() -> None:
-    """Five runs with the same scores are one run: resampling rows apart for each would make the interval too narrow."""
+    """Five runs with the same scores are one run:
+    resampling rows apart for each would make the interval too narrow.
+    """
     uncertainty, failure = sample(150, 3)
     once = resampled_metrics(uncertainty, failure, 400, ROWS)[:1]
     assert interval(np.repeat(once, 5, axis=0), 0.95)[1:] == interval(once, 0.95)[1:]
@@ -140,16 +144,38 @@ def result(
 ) -> CellResult:
     rows = tuple(
         ResultRow(
-            cell.method, cell.data, cell.setting, cell.seed, metric, value, None, None, 100, 40, 0.6, 0, 0,
-            METRICS[metric].convention, why=None if value is not None else "not a probability",
+            cell.method,
+            cell.data,
+            cell.setting,
+            cell.seed,
+            metric,
+            value,
+            None,
+            None,
+            100,
+            40,
+            0.6,
+            0,
+            0,
+            METRICS[metric].convention,
+            why=None if value is not None else "not a probability",
         )
         for metric, value in values.items()
-    )  # fmt: skip
+    )
     return CellResult(
-        fingerprint="f", decided_by={}, method=cell.method, data=cell.data, setting=cell.setting, seed=cell.seed,
-        test_rows="r", results=() if refused else rows, refused=refused,
-        timing=None if refused else Timing(fit_seconds=1.0, score_seconds=0.5, rows_per_second=200.0),
-    )  # fmt: skip
+        fingerprint="f",
+        decided_by={},
+        method=cell.method,
+        data=cell.data,
+        setting=cell.setting,
+        seed=cell.seed,
+        test_rows="r",
+        results=() if refused else rows,
+        refused=refused,
+        timing=None
+        if refused
+        else Timing(fit_seconds=1.0, score_seconds=0.5, rows_per_second=200.0),
+    )
 
 
 METHODS = {"mcm": {}, "lvu": {}, "vilu": {"seeds": 1}, "margin": {}}
@@ -157,7 +183,9 @@ METHODS = {"mcm": {}, "lvu": {}, "vilu": {"seeds": 1}, "margin": {}}
 
 @pytest.fixture
 def made() -> tuple:
-    """Four methods on one block with two seeds: mcm runs once, vilu on one seed, margin is refused."""
+    """Four methods on one block with two seeds:
+    mcm runs once, vilu on one seed, margin is refused.
+    """
     small = config(
         data={"one": {"stores": {"train": "a", "test": "b"}}},
         settings={"all": {"kind": "labels"}},

@@ -13,7 +13,9 @@ SCALE = 20.0
 def clusters(
     n: int = 80, k: int = 4, d: int = 6, *, seed: int = 0, spread: float = 0.5
 ) -> Embeddings:
-    """Images around K texts; some are nearer to the text of another class, so the VLM fails on them."""
+    """Images around K texts;
+    some are nearer to the text of another class, so the VLM fails on them.
+    """
     rng = np.random.default_rng(seed)
     text = unit(np.random.default_rng(7).normal(size=(k, d)))
     target = rng.integers(k, size=n)

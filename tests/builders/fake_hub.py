@@ -1,4 +1,6 @@
-"""A model hub on this machine that speaks what huggingface_hub asks for: repositories, commits, large files."""
+"""A model hub on this machine that speaks what huggingface_hub asks for:
+repositories, commits, large files.
+"""
 
 from __future__ import annotations
 

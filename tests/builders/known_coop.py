@@ -1,4 +1,6 @@
-"""Tiny trees of the seven data sets whose CoOp lists ship with vilu, each with a list of its own."""
+"""Tiny trees of the seven data sets whose CoOp lists ship with vilu,
+each with a list of its own.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What tiny trees of known data sets have in common: images that show their class, dealt to classes and splits."""
+"""What tiny trees of known data sets have in common:
+images that show their class, dealt to classes and splits.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from tests.builders.image_files import encode
 CLASSES = 12
 THREE = ("train", "test", "train", "test", "validation")
 TWO = ("train", "test")
-"""Splits that the images of a class go to, in turn: with four of them, two are for training and two for testing."""
+"""Splits that the images of a class go to, in turn:
+with four of them, two are for training and two for testing.
+"""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""Tiny trees in the real layout of every data set of the catalogue, with real JPEGs that show their class.
+"""Tiny trees in the real layout of every data set of the catalogue,
+with real JPEGs that show their class.
 
 ``make_tree("dtd", root)`` writes what torchvision would have unpacked below ``root``, its
 annotation files included, and for CoOp's seven sets a ``split_zhou_*.json`` of the user that lists
@@ -75,7 +76,8 @@ PLANES += ("Spitfire", "Yak-42")
 
 
 def make_tree(name: str, root: Path, n: int = 64, *, layout: str = "torchvision") -> Path:
-    """Write a tiny data set of about ``n`` images below the folder ``root`` that holds all; returns its own folder.
+    """Write a tiny data set of about ``n`` images below the folder ``root`` that holds all;
+    returns its own folder.
 
     Args:
         name: Key of ``KNOWN``.

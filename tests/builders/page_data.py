@@ -18,7 +18,9 @@ NAMES = ("ant", "bee", "cat", "dog")
 def outcomes_of(
     n: int = 400, *, seed: int = 0, method: str = "vilu_plus", noise: float = 0.25, **fields
 ) -> Outcomes:
-    """Answers of which about 40 % are wrong, and a noisy probability of it; the failures are those of ``seed`` 0."""
+    """Answers of which about 40 % are wrong, and a noisy probability of it;
+    the failures are those of ``seed`` 0.
+    """
     rng = np.random.default_rng(0)
     failure, prediction = rng.random(n) < 0.4, rng.integers(len(NAMES), size=n)
     target = np.where(failure, (prediction + 1) % len(NAMES), prediction)

@@ -1,4 +1,6 @@
-"""Image-caption pairs on disk, written by hand: a sealed store of captions, and shards as others publish them."""
+"""Image-caption pairs on disk, written by hand:
+a sealed store of captions, and shards as others publish them.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def write_store(
     features: np.ndarray | None = None,
     lost: Sequence[int] = (),
 ) -> list[int]:
-    """The store of a run on n captioned images of which those at ``lost`` failed; returns the images that it holds."""
+    """The store of a run on n captioned images of which those at ``lost`` failed;
+    returns the images that it holds.
+    """
     n = len(image)
     fields = {
         "dataset_fingerprint": "d",

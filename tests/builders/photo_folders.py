@@ -1,4 +1,6 @@
-"""Folders of small photos of a few kinds: of each kind the model of ``store_fakes`` always says the same."""
+"""Folders of small photos of a few kinds:
+of each kind the model of ``store_fakes`` always says the same.
+"""
 
 from __future__ import annotations
 

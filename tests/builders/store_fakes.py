@@ -1,4 +1,6 @@
-"""A tiny deterministic model, tiny pictures and an in-memory data set for the tests of the store."""
+"""A tiny deterministic model,
+tiny pictures and an in-memory data set for the tests of the store.
+"""
 
 from __future__ import annotations
 

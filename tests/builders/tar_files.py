@@ -64,7 +64,9 @@ def write_shard(folder: Path, data: bytes, name: str = "0.tar") -> Path:
 def outcomes(
     dataset: ImageDataset, start: int = 0, stop: int | None = None
 ) -> list[tuple[str, str]]:
-    """Key and caption (or label) of every record that can be used, or stage and kind of what is wrong with it."""
+    """Key and caption (or label) of every record that can be used,
+    or stage and kind of what is wrong with it.
+    """
     found = []
     for record in dataset.records(start, len(dataset) if stop is None else stop):
         try:

@@ -18,8 +18,10 @@ sentencepiece = pytest.importorskip("sentencepiece")
 transformers = pytest.importorskip("transformers")
 
 TEXT = (
-    "a an the of in is there this what like looks photo picture image showing somebody took snapshot red green blue "
-    "yellow pink grey dog cat house tree car thing number two on by dress hat sweater coat jeans shirt shoe skirt"
+    "a an the of in is there this what like looks photo picture image showing somebody took "
+    "snapshot red green blue "
+    "yellow pink grey dog cat house tree car thing number two on by dress hat sweater coat jeans "
+    "shirt shoe skirt"
 )
 WORDS = TEXT.split()
 """Of which the vocabulary is made; other words are put together from letters and digits."""
@@ -39,7 +41,9 @@ def clip_tokenizer() -> Any:
 
 @cache
 def sentencepiece_model() -> bytes:
-    """A vocabulary in the layout of SigLIP's (padding 0, end 1, unknown 2), trained on ``WORDS``."""
+    """A vocabulary in the layout of SigLIP's (padding 0, end 1, unknown 2),
+    trained on ``WORDS``.
+    """
     file = io.BytesIO()
     phrases = [" ".join(WORDS[i : i + 5]) for i in range(len(WORDS))]
     sentencepiece.SentencePieceTrainer.train(
@@ -63,7 +67,9 @@ def vocabulary_size() -> int:
 
 
 def siglip_ids(texts: list[str], length: int = 64) -> Tensor:
-    """(M, length) numbers of clean texts by SentencePiece itself: pieces, an end, and ends up to the length."""
+    """(M, length) numbers of clean texts by SentencePiece itself:
+    pieces, an end, and ends up to the length.
+    """
     pieces = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model()).encode(texts)
     return torch.tensor(
         [[*row[: length - 1], *[1] * (length - len(row[: length - 1]))] for row in pieces]
@@ -80,7 +86,9 @@ def siglip_tokenizer() -> Any:
 
 
 def t5_tokenizer() -> Any:
-    """What open_clip wraps for SigLIP: the same vocabulary, without the cleaning of texts, which open_clip does."""
+    """What open_clip wraps for SigLIP:
+    the same vocabulary, without the cleaning of texts, which open_clip does.
+    """
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
     proto = ModelProto.FromString(sentencepiece_model())

@@ -1,4 +1,6 @@
-"""Random weights of small models, and the names that the same weights have in open_clip and in transformers."""
+"""Random weights of small models,
+and the names that the same weights have in open_clip and in transformers.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,9 @@ TOWERS = {
 
 
 def to_transformers(state: dict[str, Tensor], shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
-    """Weights of CLIP or SigLIP in open_clip under the names and in the shapes that transformers has for them."""
+    """Weights of CLIP or SigLIP in open_clip under the names and in the shapes that transformers
+    has for them.
+    """
     renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
         for new, part in _translate(name, tensor):
@@ -124,7 +128,8 @@ def pictures(n: int, *, seed: int = 0, width: int = 32, height: int = 32) -> lis
 def draw_weights(
     model: nn.Module, tokenize: Callable[[list[str]], Tensor], seed: int
 ) -> dict[str, Tensor]:
-    """Random weights of a model of open_clip, under which pictures and texts have embeddings of their own.
+    """Random weights of a model of open_clip,
+    under which pictures and texts have embeddings of their own.
 
     Random towers give nearly the same vector for everything. So attention has large values, and the
     mean over some pictures and texts is taken out of the last bias of each tower.
@@ -150,7 +155,9 @@ def draw_weights(
 
 
 def _draw(name: str, weight: Tensor, generator: torch.Generator) -> None:
-    """Fill a weight: maps keep the variance of what goes in, and every bias and gain is different from its default."""
+    """Fill a weight:
+    maps keep the variance of what goes in, and every bias and gain is different from its default.
+    """
     weight.normal_(generator=generator)
     if name.endswith(("pos_embed", "positional_embedding", "class_embedding")):
         weight.mul_(0.3)

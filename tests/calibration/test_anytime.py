@@ -1,4 +1,6 @@
-"""Evidence that is valid at any time: by hand, by brute force, and in calibrations looked at again and again."""
+"""Evidence that is valid at any time:
+by hand, by brute force, and in calibrations looked at again and again.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ def test_evidence_is_the_mean_of_products_of_bets(outcomes: list[bool], risk: fl
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.08, 0.3])
-def test_the_mean_of_the_evidence_is_at_most_one_where_the_risk_is_not_kept(rate: float) -> None:
+def test_the_mean_evidence_is_at_most_one_where_the_risk_is_above(rate: float) -> None:
     n, k = 40, np.arange(41)
     log_p = [
         math.log(math.comb(n, i)) + i * math.log(rate) + (n - i) * math.log1p(-rate) for i in k
@@ -105,7 +107,9 @@ RATES = {
 
 @pytest.mark.parametrize("name", RATES)
 def test_the_promise_holds_however_often_one_looks(name: str) -> None:
-    """The user looks after every ten labels and stops at the first certificate: the worst that looking can do."""
+    """The user looks after every ten labels and stops at the first certificate:
+    the worst that looking can do.
+    """
     rate, rng, calibrations, broken = RATES[name], np.random.default_rng(5), 2_000, 0
     dense = np.linspace(0, 1, 20_001)
     risk_up_to = np.cumsum(rate(dense)) / np.arange(1, len(dense) + 1)
@@ -122,7 +126,9 @@ def test_the_promise_holds_however_often_one_looks(name: str) -> None:
 
 
 def test_an_exact_test_repeated_at_every_look_breaks_it() -> None:
-    """What this is for: the same looks with the binomial test at the full level certify far too often."""
+    """What this is for:
+    the same looks with the binomial test at the full level certify far too often.
+    """
     from vilu.calibration.thresholds import tail
 
     rng, broken = np.random.default_rng(7), 0

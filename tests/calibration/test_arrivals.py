@@ -1,4 +1,6 @@
-"""Rows that come again, labels that come again, and rows that lie in an order which is not one of arrival."""
+"""Rows that come again, labels that come again,
+and rows that lie in an order which is not one of arrival.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +91,9 @@ def test_another_score_or_answer_of_the_same_name_is_another_row(
 def test_names_that_come_every_day_are_other_rows_where_scores_are_tied(
     calibration: vilu.Outcomes,
 ) -> None:
-    """Half of the scores are 0: a day's rows and labels all count, and of a file of old and new rows the new ones."""
+    """Half of the scores are 0:
+    a day's rows and labels all count, and of a file of old and new rows the new ones.
+    """
 
     def saturated(rows: vilu.Outcomes, ids: list[str] | None) -> vilu.Outcomes:
         return dataclasses.replace(
@@ -113,10 +117,12 @@ def test_names_that_come_every_day_are_other_rows_where_scores_are_tied(
             assert monitor.update(known).rows == n
 
 
-def test_a_file_that_has_grown_counts_once_where_every_score_is_that_of_several_rows(
+def test_a_grown_file_counts_once_where_every_score_is_tied(
     calibration: vilu.Outcomes, tmp_path: Path
 ) -> None:
-    """Names are unique, so that a row whose name came before is an old one: rows, and labels, also from a state."""
+    """Names are unique, so that a row whose name came before is an old one:
+    rows, and labels, also from a state.
+    """
 
     def rounded(rows: vilu.Outcomes) -> vilu.Outcomes:
         return dataclasses.replace(rows, uncertainty=rows.uncertainty.round(1))
@@ -144,7 +150,9 @@ def joined(one: vilu.Outcomes, other: vilu.Outcomes) -> vilu.Outcomes:
 
 
 def test_what_cannot_be_seen_is_counted(calibration: vilu.Outcomes) -> None:
-    """Without identifiers, as which row numbers count: a part of a file, and scores that chance repeats."""
+    """Without identifiers, as which row numbers count:
+    a part of a file, and scores that chance repeats.
+    """
     monitor = monitor_of(calibration)
     nameless = draw(1, 300, named=False)
     monitor.update(nameless)
@@ -239,7 +247,7 @@ def test_a_state_that_lost_rows_is_damaged(calibration: vilu.Outcomes, tmp_path:
         monitor_of(calibration).resume(path)
 
 
-def test_a_few_rows_are_looked_up_among_many_calibration_rows_without_a_copy_of_them() -> None:
+def test_a_few_rows_are_looked_up_without_copying_the_calibration() -> None:
     rng, n = np.random.default_rng(0), 30_000
     uncertainty = rng.random(n)
     calibration = vilu.Outcomes(uncertainty, np.zeros(n), ids=[f"photo {i}" for i in range(n)])
@@ -310,7 +318,9 @@ def test_rows_sorted_by_their_uncertainty(reverse: int) -> None:
 
 
 def test_a_shift_is_no_order() -> None:
-    """What a monitor is for must come through: a change of everything somewhere in the file, two changes, a drift."""
+    """What a monitor is for must come through:
+    a change of everything somewhere in the file, two changes, a drift.
+    """
     rng = np.random.default_rng(0)
     for at in (30, 250, 500, 750, 990):
         before = np.arange(1000) < at

@@ -34,7 +34,9 @@ def test_wealth_is_the_integral(wrong: int, n: int) -> None:
 
 
 def test_the_wealth_is_a_martingale_at_the_rate_and_shrinks_below_it() -> None:
-    """The mean over the next answer, after any past: exactly M(r) where answers are wrong at the rate r."""
+    """The mean over the next answer, after any past:
+    exactly M(r) where answers are wrong at the rate r.
+    """
     for wrong, n in ((0, 0), (2, 30), (9, 40)):
         now, after_right, after_wrong = (
             float(np.exp(log_wealth(np.asarray(k), np.asarray(m), 0.05, PRIOR)))
@@ -56,7 +58,9 @@ def test_the_lower_bound_is_where_the_wealth_falls_below_its_limit(wrong: int, n
 
 
 def test_bounds_hold_at_all_times_together() -> None:
-    """4,000 streams of 1,000 answers, looked at after each: misses are at most delta + 3 sigma, on either side."""
+    """4,000 streams of 1,000 answers, looked at after each:
+    misses are at most delta + 3 sigma, on either side.
+    """
     delta, rate, n, streams = 0.1, 0.05, 1000, 4000
     rng = np.random.default_rng(0)
     wrong = (rng.random((streams, n)) < rate).cumsum(axis=1)

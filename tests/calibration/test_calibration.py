@@ -1,4 +1,6 @@
-"""What ``calibrate_predictor`` refuses before it computes anything, and captions from end to end."""
+"""What ``calibrate_predictor`` refuses before it computes anything,
+and captions from end to end.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ def test_targets_are_checked_first(target: Target, message: str, tmp_path: Path)
 def test_a_calibration_that_was_cut_off_is_made_again(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, at: str
 ) -> None:
-    """There is no record before all that belongs to it: else the next run would find nothing to do."""
+    """There is no record before all that belongs to it:
+    else the next run would find nothing to do.
+    """
 
     def cut(*arguments: object, **named: object) -> None:
         raise KeyboardInterrupt
@@ -121,7 +125,9 @@ def test_a_row_without_a_score_is_not_accepted_and_says_why(tmp_path: Path) -> N
 
 
 def with_strangers(n: int, seed: int) -> vilu.Embeddings:
-    """Toy images, a fifth of them of none of the classes: anywhere, and so with low similarities."""
+    """Toy images, a fifth of them of none of the classes:
+    anywhere, and so with low similarities.
+    """
     data, rng = toy_embeddings(n, seed=seed, ids_from=1000 * seed), np.random.default_rng(seed)
     image, target = data.image.numpy().copy(), data.target.numpy().copy()
     strangers = rng.random(n) < 0.2

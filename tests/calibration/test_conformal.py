@@ -57,7 +57,9 @@ def test_counts_of_earlier_values(n: int) -> None:
 
 
 def test_sorted_runs_stay_few() -> None:
-    """A thousand additions of one value each leave about log2(1000) runs, so that a look-up stays cheap."""
+    """A thousand additions of one value each leave about log2(1000) runs,
+    so that a look-up stays cheap.
+    """
     reference = Reference()
     for value in np.random.default_rng(0).random(1000):
         reference.p_values(np.array([value]), np.array([0.5]))
@@ -68,7 +70,9 @@ def test_sorted_runs_stay_few() -> None:
 
 
 def test_uniform_and_independent_under_exchangeability_even_with_ties() -> None:
-    """Neighbouring p-values of many short streams: jointly they are two independent uniform numbers."""
+    """Neighbouring p-values of many short streams:
+    jointly they are two independent uniform numbers.
+    """
     rng = np.random.default_rng(1)
     pairs = []
     for _ in range(2000):
@@ -82,7 +86,9 @@ def test_uniform_and_independent_under_exchangeability_even_with_ties() -> None:
 
 
 def test_p_values_against_a_fixed_reference_are_not_independent() -> None:
-    """Why the reference grows: with a fixed one of 6 rows, p-values of one stream agree with each other."""
+    """Why the reference grows:
+    with a fixed one of 6 rows, p-values of one stream agree with each other.
+    """
     rng = np.random.default_rng(2)
     first, second = [], []
     for _ in range(2000):

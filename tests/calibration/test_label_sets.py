@@ -102,7 +102,9 @@ def test_the_limit_is_the_conformal_quantile() -> None:
 
 
 def test_the_calibrator_has_no_say() -> None:
-    """It has seen the calibration rows, so a score made with it would not be exchangeable with new ones."""
+    """It has seen the calibration rows,
+    so a score made with it would not be exchangeable with new ones.
+    """
     data = toy_embeddings(n=300, seed=4, ids_from=None)
     plain = fit_label_sets(vilu.MCM(), data, max_miss=0.1, method="lac")
     assert fit_label_sets(vilu.MCM().calibrate(data), data, max_miss=0.1, method="lac") == plain

@@ -23,7 +23,8 @@ from vilu.calibration.monitor.martingale import (
 
 
 def nodes() -> tuple[np.ndarray, np.ndarray]:
-    """Points and weights of an integral over [0, 1] that is exact up to rounding for what the bets are.
+    """Points and weights of an integral over [0,
+    1] that is exact up to rounding for what the bets are.
 
     They are smooth within the cells of the histograms, with an integrable pole at either end, which
     p = c s^8 takes away.
@@ -57,7 +58,9 @@ def test_every_histogram_bet_integrates_to_one_whatever_it_has_learnt() -> None:
 
 
 def test_a_histogram_learns_after_it_has_bet() -> None:
-    """Three rows by hand, two cells of which the first counts one p-value: weight 2, one count of 1 in cell 0."""
+    """Three rows by hand, two cells of which the first counts one p-value:
+    weight 2, one count of 1 in cell 0.
+    """
     bets, counts = histogram_bets(np.array([0.1, 0.9, 1.0]), np.array([1.0, 0.0]), 2.0)
     a = DECAY + 1  # cell 0 after the first row
     by_hand = [2 * 2 / 3, 2 * 1 / (2 + a), 2 * 2 / (2 + a * DECAY + 1)]
@@ -125,7 +128,9 @@ def test_batches_do_not_matter_and_the_ends_are_finite() -> None:
 
 @pytest.mark.parametrize(("a", "b"), [(1, 1.6), (1.6, 1), (2, 2), (0.5, 0.5)])
 def test_a_late_change_of_any_kind_is_seen_soon(a: float, b: float) -> None:
-    """Shift up, shift down, less spread, more spread after 20,000 uniform p-values: within 300 more."""
+    """Shift up, shift down, less spread, more spread after 20,000 uniform p-values:
+    within 300 more.
+    """
     rng = np.random.default_rng(4)
     p = np.concatenate([rng.random(20_000), rng.beta(a, b, 300)])
     wealth = Martingale().update(p)

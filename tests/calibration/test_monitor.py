@@ -1,4 +1,6 @@
-"""The monitor as a whole: false alarms and power by simulation, verdicts, refusals, and its state."""
+"""The monitor as a whole:
+false alarms and power by simulation, verdicts, refusals, and its state.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ NAMES = ("a", "b", "c")
 def draw(
     rng: np.random.Generator, n: int, shift: float = 0.0, *, digits: int = 16, audited: float = 0.2
 ):
-    """Answers that are wrong with probability u^2 / 2; a shift moves u up, and the answers towards the last class."""
+    """Answers that are wrong with probability u^2 / 2;
+    a shift moves u up, and the answers towards the last class.
+    """
     u = rng.random(n)
     u = (u ** (1 / (1 + shift))).round(digits)
     failure = np.where(rng.random(n) < audited, rng.random(n) < u**2 / 2, -1)
@@ -49,7 +53,8 @@ def rule(calibration: vilu.Outcomes) -> vilu.Rule:
 
 @pytest.mark.parametrize("digits", few([1, 16], 1))
 def test_false_alarms_are_as_rare_as_stated(digits: int) -> None:
-    """300 streams with a calibration and a threshold of their own, with and without ties: each test within its level.
+    """300 streams with a calibration and a threshold of their own, with and without ties:
+    each test within its level.
 
     Audited are answers that keep the promise: rules that do not are the calibration's own share of
     failures.
@@ -111,7 +116,9 @@ def test_other_changes_of_the_scores_are_seen(calibration: vilu.Outcomes, change
 
 
 def test_acceptance_and_answers_are_seen_alone(calibration: vilu.Outcomes) -> None:
-    """Scores that all tie say nothing; the answers, or the shares per class that are accepted, still change."""
+    """Scores that all tie say nothing;
+    the answers, or the shares per class that are accepted, still change.
+    """
     rng = np.random.default_rng(2)
     flat = dataclasses.replace(calibration, uncertainty=np.full(len(calibration), 0.5))
     new = draw(rng, 800, shift=0.4, audited=0)
@@ -137,7 +144,9 @@ def test_acceptance_and_answers_are_seen_alone(calibration: vilu.Outcomes) -> No
 def test_a_broken_promise_is_seen_through_labels_alone(
     calibration: vilu.Outcomes, rule: vilu.Rule
 ) -> None:
-    """The same scores, but 30 % of the accepted answers are wrong; first without labels, then with late ones."""
+    """The same scores, but 30 % of the accepted answers are wrong;
+    first without labels, then with late ones.
+    """
     rng = np.random.default_rng(3)
     rows = draw(rng, 1000, audited=0)
     monitor = vilu.Monitor(calibration, rule)
@@ -156,7 +165,9 @@ def test_a_broken_promise_is_seen_through_labels_alone(
 
 
 def test_late_labels_break_no_kept_promise_whatever_their_order() -> None:
-    """A hard class whose labels come first is no broken promise: an order by class, by errors or none says the same."""
+    """A hard class whose labels come first is no broken promise:
+    an order by class, by errors or none says the same.
+    """
     rng = np.random.default_rng(0)
     target = rng.integers(20, size=3000)
     failure = (rng.random(3000) < np.where(target == 0, 0.3, 0.012)).astype(int)  # 2.6 % of all
@@ -351,7 +362,7 @@ def test_rows_of_which_nothing_is_promised_are_not_watched(calibration: vilu.Out
             vilu.Monitor(calibration, rule)
 
 
-def test_a_csv_that_does_not_name_its_classes_is_read_with_those_of_the_calibration(
+def test_a_csv_without_class_names_is_read_with_the_calibrations(
     calibration: vilu.Outcomes, tmp_path: Path
 ) -> None:
     per_class = vilu.calibrate(calibration, max_risk=0.1, groups="prediction")
@@ -404,7 +415,9 @@ def test_groups_that_the_caller_gave(calibration: vilu.Outcomes) -> None:
 
 
 def test_groups_of_rows_some_of_which_were_monitored_before(calibration: vilu.Outcomes) -> None:
-    """In an array, too; and there is one for every row that is given, not for the new ones alone."""
+    """In an array, too;
+    and there is one for every row that is given, not for the new ones alone.
+    """
     groups = np.array(["even" if i % 2 else "odd" for i in range(len(calibration))])
     monitor = vilu.Monitor(
         calibration, vilu.calibrate(calibration, max_risk=0.1, groups=groups), groups=groups
@@ -420,7 +433,9 @@ def test_groups_of_rows_some_of_which_were_monitored_before(calibration: vilu.Ou
 
 
 def test_strata_are_part_of_the_fingerprint() -> None:
-    """Rules for stated shares that differ only in which rows are strangers watch for other rates."""
+    """Rules for stated shares that differ only in which rows are strangers watch for other
+    rates.
+    """
     u, f = np.linspace(0, 1, 400), np.r_[np.zeros(200, int), np.ones(200, int)]
     found = set()
     for outside in (np.arange(400) >= 300, np.arange(400) % 4 == 3):
@@ -433,7 +448,9 @@ def test_strata_are_part_of_the_fingerprint() -> None:
 
 
 def test_labels_below_a_limit_alone_are_compared_with_rows_below_it(tmp_path: Path) -> None:
-    """The calibration of a triage: a random sample up to a limit, in a stream of all rows; then a real shift there."""
+    """The calibration of a triage: a random sample up to a limit, in a stream of all rows;
+    then a real shift there.
+    """
     level, streams, raised = 0.4, 100, 0
     for seed in range(streams):
         rng = np.random.default_rng(seed)

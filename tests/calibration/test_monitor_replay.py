@@ -1,4 +1,5 @@
-"""Replays of real scores: ViLU on CIFAR-10's test images, of which a fifth is also there corrupted (severity 3).
+"""Replays of real scores:
+ViLU on CIFAR-10's test images, of which a fifth is also there corrupted (severity 3).
 
 ``tests/data/cifar_shift_scores.npz`` holds uncertainty, failure and answer of ViLU (fitted on the
 training images; small offline backbone), and which clean row each corrupted one was. ``python -m
@@ -40,7 +41,9 @@ def scores() -> tuple[vilu.Outcomes, vilu.Outcomes]:
 def test_a_corruption_that_sets_in_is_seen_within_500_images(
     scores: tuple[vilu.Outcomes, vilu.Outcomes], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of 25 replays all; and of 25 undisturbed ones at most 5 % and three standard deviations raise an alarm."""
+    """Of 25 replays all;
+    and of 25 undisturbed ones at most 5 % and three standard deviations raise an alarm.
+    """
     clean, shifted = scores
     alarms = [replay(clean, [shifted], seed) for seed in range(REPLAYS)]
     undisturbed, disturbed = (
@@ -56,7 +59,9 @@ def test_a_corruption_that_sets_in_is_seen_within_500_images(
 def test_the_promise_is_broken_by_the_corruption(
     scores: tuple[vilu.Outcomes, vilu.Outcomes],
 ) -> None:
-    """What the alarm is about: clean rows keep a promise of 20 %, corrupted ones do not, and labels show it."""
+    """What the alarm is about:
+    clean rows keep a promise of 20 %, corrupted ones do not, and labels show it.
+    """
     clean, shifted = scores
     rng = np.random.default_rng(0)
     order = np.setdiff1d(

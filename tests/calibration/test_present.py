@@ -37,7 +37,9 @@ def rule(calibration: Outcomes) -> vilu.Rule:
 
 @pytest.mark.parametrize("share", [0.0, 0.1, STATED])
 def test_up_to_the_stated_share_there_is_no_alarm(share: float) -> None:
-    """120 streams with a calibration of their own; the calibration rows have a quarter of strangers."""
+    """120 streams with a calibration of their own;
+    the calibration rows have a quarter of strangers.
+    """
     raised, streams, level = 0, 120, 0.2
     for seed in range(streams):
         rng = np.random.default_rng([seed, int(100 * share)])

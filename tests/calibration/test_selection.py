@@ -1,4 +1,6 @@
-"""Conformal selection: p-values and Benjamini-Hochberg by hand and by scipy, and the false discoveries it makes."""
+"""Conformal selection:
+p-values and Benjamini-Hochberg by hand and by scipy, and the false discoveries it makes.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,9 @@ def test_false_discoveries_stay_below_the_level() -> None:
 
 
 def test_a_million_of_more_rows_are_drawn_from_all_of_them() -> None:
-    """Rows that lie in the order of their classes, of which the last fifth is often wrong: the first are no sample."""
+    """Rows that lie in the order of their classes, of which the last fifth is often wrong:
+    the first are no sample.
+    """
     n = 1_250_000
     rng = np.random.default_rng(0)
     failure = (rng.random(n) < np.where(np.arange(n) < 0.8 * n, 0.01, 0.3)).astype(int)

@@ -1,4 +1,6 @@
-"""Promises for stated shares of strangers and of classes, against products by hand, and over simulated calibrations."""
+"""Promises for stated shares of strangers and of classes, against products by hand,
+and over simulated calibrations.
+"""
 
 from __future__ import annotations
 
@@ -101,7 +103,9 @@ def test_evidence_is_the_mean_of_products_one_row_at_a_time(seed: int) -> None:
 @pytest.mark.parametrize("share", few([0.3, 0.1, 0.5], 1))
 @pytest.mark.parametrize("drawn", few([0.2, 0.4], 1))
 def test_the_promise_for_a_stated_share_of_strangers_holds(share: float, drawn: float) -> None:
-    """And accepts most of what the best threshold accepts; without rows outside the same calibration breaks it."""
+    """And accepts most of what the best threshold accepts;
+    without rows outside the same calibration breaks it.
+    """
     rng, n = np.random.default_rng(int(100 * share + 10 * drawn)), 2000
     grid = np.linspace(1e-4, 1, 20_000)
     accepted, risk = truth(share, grid)
@@ -124,7 +128,9 @@ def test_the_promise_for_a_stated_share_of_strangers_holds(share: float, drawn: 
 
 @pytest.mark.parametrize("n_outside", few([50, 400], 1))
 def test_at_the_edge_a_stated_share_is_rarely_certified(n_outside: int) -> None:
-    """Scores that say nothing, a reweighted error rate just above the target: every certificate is wrong."""
+    """Scores that say nothing, a reweighted error rate just above the target:
+    every certificate is wrong.
+    """
     rng, share, certified = np.random.default_rng(n_outside), 0.03, 0
     for _ in range(2 * DRAWS):
         u = rng.random(1000 + n_outside)
@@ -247,7 +253,9 @@ def test_strangers_need_a_stated_share_beside_classes() -> None:
 
 
 def test_the_least_coverage_is_that_at_the_stated_shares() -> None:
-    """Half of the rows are strangers, of whom at 30 % a quarter at most may be accepted; inside all answers are."""
+    """Half of the rows are strangers, of whom at 30 % a quarter at most may be accepted;
+    inside all answers are.
+    """
     rng = np.random.default_rng(5)
     u = np.r_[rng.uniform(0, 0.5, 500), rng.uniform(0.5, 1, 500)]
     rows = Outcomes(u, np.r_[np.zeros(500, int), np.ones(500, int)], outside=np.arange(1000) >= 500)

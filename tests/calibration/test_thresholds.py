@@ -77,7 +77,9 @@ def test_rows_for_mean(risk: float, rows: int) -> None:
 def by_hand_beginnings(
     n: int, starts, whole: float, risk: float, level: float
 ) -> list[tuple[int, int, float]]:
-    """Rows with which sequences begin, at least and at best; for enough rows to begin near every place."""
+    """Rows with which sequences begin, at least and at best;
+    for enough rows to begin near every place.
+    """
 
     def most(m: int, at: float) -> int:
         return max((k for k in range(m) if stats.binom.cdf(k, m, risk) <= at), default=-1)
@@ -167,10 +169,10 @@ def test_few_rows_have_one_sequence_at_full_level() -> None:
 
 
 @pytest.mark.parametrize(("risk", "n"), [(0.05, 60), (0.01, 300), (0.2, 15), (0.5, 6)])
-def test_a_score_that_many_rows_have_is_not_certified_by_the_only_row_that_has_it_here(
-    risk: float, n: int
-) -> None:
-    """Two scores, one right and one wrong, and all rows together just above the target: exact, over all counts."""
+def test_a_tied_score_is_not_certified_by_its_only_row_here(risk: float, n: int) -> None:
+    """Two scores, one right and one wrong, and all rows together just above the target:
+    exact, over all counts.
+    """
     broken = 0.0
     for wrong in range(1, n):
         found = learn_then_test(counts([(n - wrong, 0), (0, wrong)]), risk, 0.05)
@@ -216,7 +218,9 @@ def test_an_unlucky_beginning_ends_one_sequence_only() -> None:
 
 
 def test_what_lies_above_confident_mistakes_is_accepted() -> None:
-    """Half of the 80 most trusted of 2,000 are wrong, of the next 1,200 one in a hundred, of the others most."""
+    """Half of the 80 most trusted of 2,000 are wrong, of the next 1,200 one in a hundred,
+    of the others most.
+    """
     c = counts([(1, 1)] * 40 + [(99, 1)] * 12 + [(1, 4)] * 144)
     found = learn_then_test(c, 0.05, 0.1)
     # 1/32 of the rows are 62.5: the floor is the 32nd pair, and (8 + 12) of 1,216 above are wrong
@@ -298,10 +302,13 @@ def why(
 
 
 def test_too_few_rows_say_how_many_must_be_accepted_and_right() -> None:
-    """ln 0.05 / ln 0.99 = 298.07, and one row more since the last is no random one; whatever the scores."""
+    """ln 0.05 / ln 0.99 = 298.07, and one row more since the last is no random one;
+    whatever the scores.
+    """
     told, needed = why([(1, 0)] * 40 + [(0, 1)] * 140, 0.01)
     assert told == (
-        "1.00% takes 300 accepted answers, none of them wrong, and there are 180 rows, of which the 40 most trusted "
+        "1.00% takes 300 accepted answers, none of them wrong, and there are 180 rows, "
+        "of which the 40 most trusted "
         "are right"
     )
     assert needed == 300
@@ -324,15 +331,16 @@ def test_enough_rows_with_too_many_wrong_are_told_so() -> None:
     told, needed = why([(89, 1), *[(0, 1)] * 100], 0.05)
     assert (
         told
-        == "of the 90 most trusted answers 1 is wrong, and with so many wrong 5.00% takes at least 93 accepted answers"
+        == "of the 90 most trusted answers 1 is wrong, and with so many wrong 5.00% takes at least "
+        "93 accepted answers"
     )
     assert needed is None
     # 60 right ones would do at level 0.05; with 1,000 rows it is divided among three thresholds to
     # begin with
     told, needed = why([(60, 0), *[(0, 1)] * 940], 0.05)
     assert (
-        told
-        == "of the 60 most trusted answers 0 are wrong, which would do if this were the only threshold that is tried"
+        told == "of the 60 most trusted answers 0 are wrong, which would do if this were the only "
+        "threshold that is tried"
     )
     assert needed is None
 

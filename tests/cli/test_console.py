@@ -82,7 +82,9 @@ def test_a_table_clips_and_escapes_its_cells() -> None:
 
 
 def test_a_bar_within_a_bar_is_not_drawn(capsys: pytest.CaptureFixture[str]) -> None:
-    """Rich refuses two at a time; a model that embeds captions encodes texts within the task of the images."""
+    """Rich refuses two at a time;
+    a model that embeds captions encodes texts within the task of the images.
+    """
     with reporting(console.Bars()), track("embed", 4, "images") as task:
         with track("encode texts", 2, "texts") as inner:
             inner.advance(2)

@@ -108,7 +108,8 @@ SWALLOWED = """
 import os, signal, sys, time
 import vilu.cli
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # what is begun in the background may have it ignored
+# what is begun in the background may ignore it
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 class Library:
     def __del__(self):

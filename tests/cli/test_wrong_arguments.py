@@ -80,8 +80,12 @@ def test_one_wrong_argument(work: Path, monkeypatch: pytest.MonkeyPatch, name: s
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (["score", "store", "pred", "-o", "y.parquet"], "store is a store of embeddings, where a predictor should be, "
-         "and pred is a predictor, where a store of embeddings should be. They are in the wrong order"),
+        (
+            ["score", "store", "pred", "-o", "y.parquet"],
+            "store is a store of embeddings, where a predictor should be, "
+            "and pred is a predictor, where a store of embeddings should be. "
+            "They are in the wrong order",
+        ),
         (["calibrate", "store", "pred"], "They are in the wrong order"),
         (["explain", "store", "pred"], "They are in the wrong order"),
         (["evaluate", "store"], "store is a store of embeddings, where scores should be"),
@@ -97,7 +101,7 @@ def test_one_wrong_argument(work: Path, monkeypatch: pytest.MonkeyPatch, name: s
         (["pools", "scores", "mcm"], "where a store of embeddings should be"),
         (["score", "", "store", "-o", "y.parquet"], "an argument is empty where a path should be"),
     ],
-)  # fmt: skip
+)
 def test_another_kind_of_thing(tmp_path: Path, line: list[str], message: str) -> None:
     """Known by the names of files alone, before anything slow is imported."""
     for name in (
@@ -134,7 +138,10 @@ def interrupted(
 def test_a_stopped_command_says_what_is_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    goes_on = f"vilu: stopped: what is finished is in {tmp_path}; the same command goes on with the rest.\n"
+    goes_on = (
+        f"vilu: stopped: what is finished is in {tmp_path}; "
+        "the same command goes on with the rest.\n"
+    )
     anew = "vilu: stopped: no file is half written; the same command begins anew.\n"
     for name in ("embed", "import_", "score", "benchmark", "demo"):
         assert interrupted(name, KeyboardInterrupt(), capsys, output=tmp_path) == goes_on
@@ -150,7 +157,7 @@ def test_a_stopped_command_says_what_is_kept(
     (tmp_path / "p.checkpoints").mkdir()
     said = interrupted("fit", KeyboardInterrupt(), capsys, output=tmp_path / "p")
     assert (
-        said
-        == f"vilu: stopped: the same command goes on from the last checkpoint in {tmp_path / 'p.checkpoints'}.\n"
+        said == "vilu: stopped: the same command goes on from the last checkpoint in "
+        f"{tmp_path / 'p.checkpoints'}.\n"
     )
     assert interrupted("monitor", SystemExit(8), capsys) == ""  # its own exit code

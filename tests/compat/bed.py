@@ -1,4 +1,6 @@
-"""What the kept artefacts are asked, by their test and by the script that wrote them; public names alone."""
+"""What the kept artefacts are asked, by their test and by the script that wrote them;
+public names alone.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,14 @@ import vilu
 
 DATA = Path(__file__).parent / "data"
 EXACT = os.environ.get("VILU_COMPAT_EXACT") == "1"
-"""Ask for the same bits of what is computed, too: true on the machine, and with the number of threads, that wrote."""
+"""Ask for the same bits of what is computed, too:
+true on the machine, and with the number of threads, that wrote.
+"""
 
 WRITTEN = 1_764_000_000
-"""When the files of the archives were written, since the fingerprint of a data set is over that, too."""
+"""When the files of the archives were written, since the fingerprint of a data set is over that,
+too.
+"""
 
 EPSILON = float(np.finfo(np.float32).eps)
 
@@ -51,7 +57,9 @@ def document(name: str) -> Any:
 def classes(
     of: Arrays, name: str, change: Callable[[NDArray[Any]], NDArray[Any]] = np.asarray
 ) -> vilu.Embeddings:
-    """The rows ``name`` of the kept inputs as embeddings with shared candidates and every column."""
+    """The rows ``name`` of the kept inputs as embeddings with shared candidates and every
+    column.
+    """
     columns = {
         key.split("/")[2]: change(value)
         for key, value in of.items()
@@ -80,7 +88,9 @@ def pairs(
 
 
 def answers(predictor: vilu.FailurePredictor, data: vilu.EmbeddingSource) -> Arrays:
-    """Everything that a predictor says of rows: uncertainty, log-posterior, and where it has one, the probability."""
+    """Everything that a predictor says of rows:
+    uncertainty, log-posterior, and where it has one, the probability.
+    """
     found: Arrays = {"uncertainty": predictor.predict_uncertainty(data)}
     posterior = np.full((len(data), data.pool_size or data.n_candidates), np.nan)
     for batch, _ in predictor.scored(data):
@@ -92,7 +102,9 @@ def answers(predictor: vilu.FailurePredictor, data: vilu.EmbeddingSource) -> Arr
 
 
 def require_same(found: Arrays, expected: Arrays, tolerance: Arrays, what: str) -> None:
-    """The same numbers: to the bit where asked for, else to the tolerance that the arithmetic leaves to each."""
+    """The same numbers:
+    to the bit where asked for, else to the tolerance that the arithmetic leaves to each.
+    """
     assert found.keys() == expected.keys(), what
     for name, values in expected.items():
         mine = found[name]

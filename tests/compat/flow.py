@@ -1,4 +1,6 @@
-"""What the kept stores, scores, monitors and studies are asked, through public names and commands alone."""
+"""What the kept stores, scores, monitors and studies are asked,
+through public names and commands alone.
+"""
 
 from __future__ import annotations
 
@@ -181,7 +183,9 @@ def evaluated(scores: Path) -> dict[str, Any]:
 
 
 def explained(rules: Path, stores: Path) -> dict[str, Any]:
-    """What ``vilu explain`` says of two answers, and of all together, with three methods of different kinds."""
+    """What ``vilu explain`` says of two answers, and of all together,
+    with three methods of different kinds.
+    """
     found = {}
     for label in ("ltt", "coverage", "lac"):
         asked = ("explain", rules / label, stores / "test", "--json")

@@ -1,4 +1,5 @@
-"""Predictors that vilu 0.1.0 saved, before its code was moved: they load, and give the numbers that they gave then.
+"""Predictors that vilu 0.1.0 saved, before its code was moved:
+they load, and give the numbers that they gave then.
 
 The artefacts in ``data`` (``write.py`` says how they were made) stay for ever and are never written
 again. What is stored must be the same to the bit on every machine. What is computed must be the
@@ -30,7 +31,9 @@ RENAMED = {
     "icpe-log_odds": "class_gaussians",
     "stacking-all": "stacking",
 }
-"""Artefacts of (or with) the method that was called "icpe" then, and what they are now; their numbers stay."""
+"""Artefacts of (or with) the method that was called "icpe" then, and what they are now;
+their numbers stay.
+"""
 
 
 def test_predictors_give_their_numbers(kept: Open) -> None:

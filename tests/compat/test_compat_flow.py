@@ -1,4 +1,5 @@
-"""Stores, scores, rules, monitors and a study that vilu 0.1.0 wrote: read, gone on with and made again.
+"""Stores, scores, rules, monitors and a study that vilu 0.1.0 wrote:
+read, gone on with and made again.
 
 As in ``test_compat.py``: what is stored is the same to the bit, what is computed up to rounding.
 """
@@ -56,7 +57,9 @@ from vilu.errors import ProvenanceError
 Open = Callable[[str], Path]
 
 ROUNDING = 4 * 12.0 * D * EPSILON
-"""Of a probability or an entropy: four times what float32 products of width D leave of a logit (scale 12) at most."""
+"""Of a probability or an entropy:
+four times what float32 products of width D leave of a logit (scale 12) at most.
+"""
 
 
 def part_of(whole: Arrays, name: str) -> Arrays:
@@ -110,7 +113,9 @@ def without_identities(found: Arrays) -> Arrays:
 
 
 def said(path: str, content: bytes) -> object:
-    """What a file says: of a document its content without its digest, which old ones do not have, and wall times."""
+    """What a file says:
+    of a document its content without its digest, which old ones do not have, and wall times.
+    """
     if not path.endswith(".json"):
         unmarked, marks = MARK.subn(
             b"", content
@@ -161,7 +166,9 @@ def test_an_interrupted_store_goes_on(kept: Open, tmp_path: Path) -> None:
 
 
 def test_nothing_is_embedded_twice(kept: Open, tmp_path: Path) -> None:
-    """Data sets and settings have the fingerprints that they had: the model, which gives up at once, is not asked."""
+    """Data sets and settings have the fingerprints that they had:
+    the model, which gives up at once, is not asked.
+    """
     for name, again in (("captions", embed_captions), ("tars", embed_tars)):
         shutil.copytree(kept("stores") / name, tmp_path / name)
         again(kept("pictures"), tmp_path / name, Tiny(fails_after=0))
@@ -251,7 +258,8 @@ def test_rows_of_then_are_recognised_by_their_names(
 
 @pytest.mark.parametrize("label", RULES)
 def test_rules_are_calibrated_as_they_were(kept: Open, tmp_path: Path, label: str) -> None:
-    """``risk.json``, the calibration rows, the calibrator and the card, from the predictor that is in the folder.
+    """``risk.json``, the calibration rows, the calibrator and the card,
+    from the predictor that is in the folder.
 
     But where a sequence begins the row at the threshold is no trial any more. Three cats and three
     dogs below a fourth are right, and at a risk of 60 % and a confidence of 50 % / 4 that is enough
@@ -323,7 +331,9 @@ def test_answers_are_explained_as_they_were(kept: Open) -> None:
 
 
 def test_an_exported_predictor_runs() -> None:
-    """The file of then in another runtime, against the numbers of the predictor that it was made from."""
+    """The file of then in another runtime,
+    against the numbers of the predictor that it was made from.
+    """
     onnxruntime = pytest.importorskip("onnxruntime")
     expected = part_of(arrays("predictors"), EXPORTED)
     session = onnxruntime.InferenceSession(
@@ -374,7 +384,9 @@ def test_monitors_go_on(kept: Open, tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["study", "views"])
 def test_a_study_is_rendered_as_it_was(kept: Open, tmp_path: Path, name: str) -> None:
-    """From cells that older code has made: the same tables, page and document; and the figures of one matplotlib."""
+    """From cells that older code has made: the same tables, page and document;
+    and the figures of one matplotlib.
+    """
     study = tmp_path / "study"
     shutil.copytree(kept(name), study)
     then = tree(study)

@@ -1,4 +1,5 @@
-"""What docs/stability.md promises to keep: names, arguments, results, commands and options go with notice alone.
+"""What docs/stability.md promises to keep:
+names, arguments, results, commands and options go with notice alone.
 
 python -m tests.compat.test_public_names >tests/compat/public_names.txt     (for a release)
 """

@@ -1,4 +1,6 @@
-"""A model for the kept stores, whose numbers are those of any machine: whole numbers, one root and one division."""
+"""A model for the kept stores, whose numbers are those of any machine:
+whole numbers, one root and one division.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""How the artefacts in ``data`` were written: once, by vilu 0.1.0 at commit cfccb89, before the code was moved.
+"""How the artefacts in ``data`` were written:
+once, by vilu 0.1.0 at commit cfccb89, before the code was moved.
 
 They stay for ever, so this is kept to be read and not to be run: it refuses to write over what is
 there, and some names that it takes from inside vilu may not be there any more. New kinds of
@@ -86,7 +87,9 @@ QUICK: dict[str, dict[str, Any]] = {
 
 
 def rows(n: int, seed: int, prefix: str, *, captions: bool = False) -> Arrays:
-    """Inputs (float32): images of K classes or of a caption each, half of them blurred, with every column."""
+    """Inputs (float32):
+    images of K classes or of a caption each, half of them blurred, with every column.
+    """
     rng = np.random.default_rng(seed)
     text = (rng if captions else np.random.default_rng(99)).normal(size=(n if captions else K, D))
     text[:, -1] = 0
@@ -196,7 +199,9 @@ def expect(label: str, predictor: vilu.FailurePredictor, inputs: Arrays) -> Arra
 
 
 def write_checkpoint(root: Path) -> Arrays:
-    """A checkpoint as the reference implementation wrote them, and the predictor that it was converted to."""
+    """A checkpoint as the reference implementation wrote them,
+    and the predictor that it was converted to.
+    """
     with np.load(DATA.parents[1] / "data" / "vilu_head_d24.npz") as z:
         prefix = "attention1_caption1/param/"
         state = {
@@ -251,7 +256,8 @@ def save(name: str, content: bytes) -> None:
     DATA.mkdir(exist_ok=True)
     if path.exists():
         raise SystemExit(
-            f"{path} is there already: what earlier code wrote is never written again. Add a new file."
+            f"{path} is there already: what earlier code wrote is never written again. "
+            "Add a new file."
         )
     path.write_bytes(content)
     print(f"{len(content):8,} {name}")  # noqa: T201

@@ -1,4 +1,6 @@
-"""The artefacts of the flow: pictures, stores, calibrated predictors, scores, monitors, a study; see ``write.py``."""
+"""The artefacts of the flow: pictures, stores, calibrated predictors, scores, monitors, a study;
+see ``write.py``.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ from tests.compat.write import HEAD, pack, save, save_arrays, save_document
 
 
 def write_pictures(root: Path) -> None:
-    """A folder of classes in three parts, a flat one, a table with captions, and two tars with captions."""
+    """A folder of classes in three parts, a flat one, a table with captions,
+    and two tars with captions.
+    """
     for part, n, first in (("train", 48, 0), ("val", 48, 100), ("test", 32, 200)):
         for number in range(n):
             name = NAMES[number % len(NAMES)]
@@ -74,7 +78,9 @@ def save_picture(path: Path, text: str, number: int) -> None:
 
 
 def write_stores() -> None:
-    """A store of each kind, one that was interrupted, shards in LAION's form, and everything that each holds."""
+    """A store of each kind, one that was interrupted, shards in LAION's form,
+    and everything that each holds.
+    """
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_pictures(root / "drawn")
@@ -172,7 +178,9 @@ def write_scores() -> None:
 
 
 def interrupt(whole: Path, left: Path) -> None:
-    """What a kill after two parts leaves of a folder of scores: the files of the third, and no receipt for them."""
+    """What a kill after two parts leaves of a folder of scores:
+    the files of the third, and no receipt for them.
+    """
     shutil.copytree(whole, left)
     for name in ("manifest.json", *(f"receipts/0000{part}.json" for part in (2, 3, 4))):
         (left / name).unlink()
@@ -181,7 +189,9 @@ def interrupt(whole: Path, left: Path) -> None:
 
 
 def write_monitors() -> None:
-    """States of monitors that have seen a few rows like the calibration rows, and many that are not."""
+    """States of monitors that have seen a few rows like the calibration rows,
+    and many that are not.
+    """
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         rules, scores, states = unpack("rules", root), unpack("scores", root), root / "states"

@@ -1,4 +1,6 @@
-"""A caller who has numpy raise for every rounding to zero: that is the caller's, and no error of ours."""
+"""A caller who has numpy raise for every rounding to zero:
+that is the caller's, and no error of ours.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Whatever is given to the public names, what comes back is a result or a sentence (a ``ViLUError``)."""
+"""Whatever is given to the public names,
+what comes back is a result or a sentence (a ``ViLUError``).
+"""
 
 from __future__ import annotations
 
@@ -80,17 +82,36 @@ def calls_of(folder: Path) -> dict[str, Call]:
         return getattr(vilu.Monitor(certain, selector), verb)
 
     columns: dict[str, Any] = {
-        "uncertainty": [0.1, 0.2], "failure": [0, 1], "prediction": [0, 1], "target": [0, 0], "ids": ["a", "b"],
-        "class_names": ["x", "y"], "method": "m", "dataset": "d", "split": "s", "seed": 0, "reason": None,
-        "provenance": {}, "is_probability": True, "failure_probability": [0.1, 0.2], "label_set": None,
-        "decision": ["accept", "abstain"], "decision_reason": [None, "a"],
+        "uncertainty": [0.1, 0.2],
+        "failure": [0, 1],
+        "prediction": [0, 1],
+        "target": [0, 0],
+        "ids": ["a", "b"],
+        "class_names": ["x", "y"],
+        "method": "m",
+        "dataset": "d",
+        "split": "s",
+        "seed": 0,
+        "reason": None,
+        "provenance": {},
+        "is_probability": True,
+        "failure_probability": [0.1, 0.2],
+        "label_set": None,
+        "decision": ["accept", "abstain"],
+        "decision_reason": [None, "a"],
         "picture": [3, -1],
-    }  # fmt: skip
+    }
     return {
-        **{name: (f, {a: metric[a] for a in inspect.signature(f).parameters}) for name, f in functions.items()},
+        **{
+            name: (f, {a: metric[a] for a in inspect.signature(f).parameters})
+            for name, f in functions.items()
+        },
         "Guard": (vilu.Guard, {**guard, "backbone": model}),
         "fit": (mcm.fit, {"train": train, "validation": test}),
-        "fit with labels": (vilu.PREDICTORS["knn_vote"]().fit, {"train": train, "validation": test}),
+        "fit with labels": (
+            vilu.PREDICTORS["knn_vote"]().fit,
+            {"train": train, "validation": test},
+        ),
         "predict_uncertainty": (mcm.predict_uncertainty, {"data": test}),
         "predict_failure_probability": (mcm.predict_failure_probability, {"data": test}),
         "failure_probability": (mcm.failure_probability, {"uncertainty": [0.1]}),
@@ -99,43 +120,106 @@ def calls_of(folder: Path) -> dict[str, Call]:
         "save": (mcm.save, {"folder": folder / "q"}),
         "Embeddings": (
             vilu.Embeddings,
-            {"image": rows, "text": test.text, "target": [0] * 20, "logit_scale": 20.0, "logit_bias": 0.0,
-             "class_names": ["a", "b", "c"], "ids": names, "space": test.space, "columns": {}},
+            {
+                "image": rows,
+                "text": test.text,
+                "target": [0] * 20,
+                "logit_scale": 20.0,
+                "logit_bias": 0.0,
+                "class_names": ["a", "b", "c"],
+                "ids": names,
+                "space": test.space,
+                "columns": {},
+            },
         ),
         "PairEmbeddings": (
             vilu.PairEmbeddings,
-            {"image": rows, "text": rows, "pool_size": 10, "logit_scale": 20.0, "logit_bias": 0.0, "ids": names,
-             "space": test.space, "columns": {}},
+            {
+                "image": rows,
+                "text": rows,
+                "pool_size": 10,
+                "logit_scale": 20.0,
+                "logit_bias": 0.0,
+                "ids": names,
+                "space": test.space,
+                "columns": {},
+            },
         ),
-        "Pools": (vilu.Pools, {"size": 10, "direction": "image_to_text", "hard": False, "near_duplicates": 0.9}),
-        "PseudoCaptions": (vilu.PseudoCaptions, {"sources": [train, pairs], "pools": 10, "names": ["a", "b"]}),
+        "Pools": (
+            vilu.Pools,
+            {"size": 10, "direction": "image_to_text", "hard": False, "near_duplicates": 0.9},
+        ),
+        "PseudoCaptions": (
+            vilu.PseudoCaptions,
+            {"sources": [train, pairs], "pools": 10, "names": ["a", "b"]},
+        ),
         "TwoModels": (vilu.TwoModels, {"first": test, "second": test}),
-        "EmbeddingSpace": (vilu.EmbeddingSpace, {"embed_dim": 4, "logit_scale": 1.0, "weights": "a"}),
+        "EmbeddingSpace": (
+            vilu.EmbeddingSpace,
+            {"embed_dim": 4, "logit_scale": 1.0, "weights": "a"},
+        ),
         "take rows": (test.take, {"rows": np.arange(3)}),
-        "take": (test.take, {"rows": torch.arange(3), "classes": torch.arange(2), "columns": ["views"]}),
-        "score": (vilu.score, {"predictor": mcm, "data": test, "dataset": "a", "split": "b", "calibration": None}),
+        "take": (
+            test.take,
+            {"rows": torch.arange(3), "classes": torch.arange(2), "columns": ["views"]},
+        ),
+        "score": (
+            vilu.score,
+            {"predictor": mcm, "data": test, "dataset": "a", "split": "b", "calibration": None},
+        ),
         "score_parts": (
             into_new_folder,
-            {"predictor": mcm, "source": test, "rows_per_part": 100, "dataset": "a", "split": "b", "overwrite": False,
-             "calibration": None},
+            {
+                "predictor": mcm,
+                "source": test,
+                "rows_per_part": 100,
+                "dataset": "a",
+                "split": "b",
+                "overwrite": False,
+                "calibration": None,
+            },
         ),
         "calibrate": (
             vilu.calibrate,
-            {"outcomes": certain, "max_risk": 0.05, "confidence": 0.95, "min_coverage": 0.1, "method": "ltt",
-             "groups": None},
+            {
+                "outcomes": certain,
+                "max_risk": 0.05,
+                "confidence": 0.95,
+                "min_coverage": 0.1,
+                "method": "ltt",
+                "groups": None,
+            },
         ),
         "calibrate_predictor": (
             calibrate_saved,
-            {"data": test, "target": vilu.Target(max_risk=0.9), "dataset": "a", "split": "b", "overwrite": True},
+            {
+                "data": test,
+                "target": vilu.Target(max_risk=0.9),
+                "dataset": "a",
+                "split": "b",
+                "overwrite": True,
+            },
         ),
-        "Target": (vilu.Target, {"max_risk": 0.05, "confidence": 0.9, "method": "ltt", "per_class": False}),
+        "Target": (
+            vilu.Target,
+            {"max_risk": 0.05, "confidence": 0.9, "method": "ltt", "per_class": False},
+        ),
         "Rule.accept": (selector.accept, {"uncertainty": [0.1], "groups": None}),
         "Rule.reasons": (selector.reasons, {"uncertainty": [0.1], "groups": None}),
         "Monitor": (
             vilu.Monitor,
-            {"calibration": certain, "rule": selector, "groups": None, "false_alarm": 0.05, "seed": 0},
+            {
+                "calibration": certain,
+                "rule": selector,
+                "groups": None,
+                "false_alarm": 0.05,
+                "seed": 0,
+            },
         ),
-        "Monitor.update": (monitored("update"), {"outcomes": certain, "groups": None, "in_order": True}),
+        "Monitor.update": (
+            monitored("update"),
+            {"outcomes": certain, "groups": None, "in_order": True},
+        ),
         "Monitor.audit": (monitored("audit"), {"outcomes": certain, "groups": None}),
         "Monitor.save": (monitored("save"), {"path": folder / "state.parquet"}),
         "evaluate": (vilu.evaluate, {"outcomes": outcomes, "metrics": ["auroc"], **bootstrap}),
@@ -150,15 +234,25 @@ def calls_of(folder: Path) -> dict[str, Call]:
         "ResultTable.save": (table.save, {"path": folder / "u.json"}),
         "ResultTable.load": (vilu.ResultTable.load, {"path": folder / "r.json"}),
         "load": (vilu.load, {"folder": folder / "p"}),
-        "explain": (vilu.explain, {"predictor": mcm, "data": test, "train": train, "rows": [0], "n": 2}),
+        "explain": (
+            vilu.explain,
+            {"predictor": mcm, "data": test, "train": train, "rows": [0], "n": 2},
+        ),
         "prompt_gains": (vilu.prompt_gains, {"data": test, "folds": 3, "seed": 0}),
         "risk_map": (vilu.risk_map, {"outcomes": outcomes, "competitor": None, "coverage": 0.8}),
         "report_page": (
             vilu.report_page,
-            {"outcomes": [outcomes], "main": None, "calibrated": None, "max_risk": 0.05, "images": None,
-             "embeddings": None, "title": "x"},
+            {
+                "outcomes": [outcomes],
+                "main": None,
+                "calibrated": None,
+                "max_risk": 0.05,
+                "images": None,
+                "embeddings": None,
+                "title": "x",
+            },
         ),
-    }  # fmt: skip
+    }
 
 
 def refusing(folder: Path) -> dict[str, Call]:
@@ -409,7 +503,9 @@ def test_a_wrong_number_of_arguments_is_pythons_own_error() -> None:
 
 @pytest.mark.parametrize("number", [np.int64, np.uint8])
 def test_numbers_of_numpy_are_numbers(number: Callable[[int], Any], tmp_path: Path) -> None:
-    """Those of a loop over an array: a pool of np.int64(16) was one of 1, since that is its ``size``."""
+    """Those of a loop over an array:
+    a pool of np.int64(16) was one of 1, since that is its ``size``.
+    """
     image, scores = (
         toy_pairs(n=64).image,
         vilu.Outcomes(np.linspace(0, 1, 100), np.arange(100) % 2, seed=number(3)),

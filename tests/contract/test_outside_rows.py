@@ -1,4 +1,6 @@
-"""Rows of none of the classes in the training and the validation set of every method of the catalogue."""
+"""Rows of none of the classes in the training and the validation set of every method of the
+catalogue.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def left_out_aloud() -> Iterator[None]:
 
 
 def strangers(data: Embeddings, seed: int, target: int = OUTSIDE) -> Embeddings:
-    """The data, and after them sharp pictures of something else: away from every text, in one direction."""
+    """The data, and after them sharp pictures of something else:
+    away from every text, in one direction.
+    """
     rng = np.random.default_rng(seed)
     text = data.text.numpy()
     away = np.linalg.svd(text[:, :-1])[2][len(text)]  # orthogonal to all texts

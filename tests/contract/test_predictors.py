@@ -112,7 +112,9 @@ def test_scores_are_float64_of_one_sign(name: str, fitted: dict, test: Embedding
 
 
 def test_a_fit(name: str, fitted: dict, train: Embeddings, test: Embeddings) -> None:
-    """It leaves the parameters and the global generator alone, and one seed gives the same bytes again and again."""
+    """It leaves the parameters and the global generator alone,
+    and one seed gives the same bytes again and again.
+    """
     predictor = make(name)
     before = {key: getattr(predictor, key) for key in parameters(predictor)}
     torch.manual_seed(7)
@@ -132,7 +134,9 @@ def test_seed_matters(trained: str, fitted: dict, train: Embeddings, test: Embed
 
 
 def test_rows_are_scored_one_by_one(name: str, fitted: dict, test: Embeddings) -> None:
-    """Neither the order of the rows nor which others are there matters, up to float32 sums in another order."""
+    """Neither the order of the rows nor which others are there matters,
+    up to float32 sums in another order.
+    """
     whole = fitted[name].predict_uncertainty(test)
     rows = torch.randperm(len(test), generator=torch.Generator().manual_seed(3))[:37]
     part = test.take(rows)
@@ -216,7 +220,9 @@ def test_one_candidate_has_no_uncertainty(name: str, fitted: dict, test: Embeddi
 
 @pytest.mark.parametrize("k", [2, 1000])
 def test_number_of_candidates(name: str, fitted: dict, k: int) -> None:
-    """Other candidates than in training are scored, or refused by name; fitted on them, every method scores them."""
+    """Other candidates than in training are scored, or refused by name;
+    fitted on them, every method scores them.
+    """
     data = toy_embeddings(n=50, k=k)
     if PREDICTORS[name].closed_set and k > 5:  # the two candidates are among the five of training
         with pytest.raises(ProvenanceError, match=r"scores the 5 classes that it was fitted on"):
@@ -265,7 +271,9 @@ def test_missing_columns_are_named(name: str, fitted: dict, train: Embeddings) -
 @pytest.mark.parametrize("n_failures", [0, 1])
 @pytest.mark.parametrize("name", [name for name in PREDICTORS if name not in LEARNED])
 def test_few_failures(name: str, train: Embeddings, test: Embeddings, n_failures: int) -> None:
-    """Methods that learn from class labels need no failure; those that learn from failures say so (below)."""
+    """Methods that learn from class labels need no failure;
+    those that learn from failures say so (below).
+    """
     failure = failures(train)
     rows = np.concatenate([np.flatnonzero(failure == 0), np.flatnonzero(failure == 1)[:n_failures]])
     scarce = train.take(rows)
@@ -355,7 +363,9 @@ def test_a_few_bad_or_unlabelled_rows_are_left_out_aloud(labelled: str, train: E
 def test_labels_change_nothing_where_none_are_needed(
     name: str, fitted: dict, train: Embeddings, test: Embeddings
 ) -> None:
-    """Neither which they are, nor whether a row is of none of the classes, nor whether there are any."""
+    """Neither which they are, nor whether a row is of none of the classes,
+    nor whether there are any.
+    """
     expected = fitted[name].predict_uncertainty(test)
     for target in (
         None,
@@ -579,7 +589,9 @@ def test_tensors_of_another_width_are_refused_when_they_are_read(name: str, fitt
 
 
 def with_twins(data: Embeddings) -> dict[str, Any]:
-    """Arguments of ``Embeddings``: the classes 1 and 3 a second time, under other names, with half of their rows."""
+    """Arguments of ``Embeddings``:
+    the classes 1 and 3 a second time, under other names, with half of their rows.
+    """
     given = torch.tensor([0, 1, 2, 3, 4, 1, 3])
     target, other = data.target.clone(), torch.arange(len(data)) % 2 == 1
     target[other & (data.target == 1)], target[other & (data.target == 3)] = 5, 6
@@ -605,7 +617,9 @@ def everything_set() -> Iterator[None]:
 def test_neither_equal_texts_nor_settings_of_torch_change_a_number(
     fitted: dict[str, vilu.FailurePredictor], train: Embeddings, test: Embeddings
 ) -> None:
-    """Classes of equal texts are one class to every method; and a fit does not depend on where it is called."""
+    """Classes of equal texts are one class to every method;
+    and a fit does not depend on where it is called.
+    """
     failure = vilu.score(fitted["mcm"], test).failure
     arguments, more = with_twins(train), with_twins(test)
     with everything_set():
@@ -645,7 +659,9 @@ def test_neither_equal_texts_nor_settings_of_torch_change_a_number(
 def test_two_classes_of_one_name_and_text_are_one_answer(
     name: str, train: Embeddings, test: Embeddings
 ) -> None:
-    """ImageNet has "missile" and "sunglasses" twice: whichever copy labels name, they name the same answer."""
+    """ImageNet has "missile" and "sunglasses" twice:
+    whichever copy labels name, they name the same answer.
+    """
     quick = train.take(torch.arange(300))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="only")
@@ -665,7 +681,9 @@ def test_two_classes_of_one_name_and_text_are_one_answer(
 
 
 def labelled_by(data: EmbeddingSource, copy_of: int) -> Embeddings:
-    """The classes 1 and 3 twice, the one before the others, too, the other one behind them; labels name one copy."""
+    """The classes 1 and 3 twice, the one before the others, too, the other one behind them;
+    labels name one copy.
+    """
     given = [3, 0, 1, 2, 3, 4, 1]
     places = {label: [i for i, one in enumerate(given) if one == label] for label in range(5)}
     target = [places[label][copy_of % len(places[label])] for label in data.target.tolist()]
@@ -717,10 +735,14 @@ def test_a_network_learns_in_every_mode_of_gradients(
 
 
 STEEPEST = 10
-"""Change of a score for one of a logit, relative to the largest score: more than that of any method on these rows."""
+"""Change of a score for one of a logit, relative to the largest score:
+more than that of any method on these rows.
+"""
 
 ROUNDING = 2 * 16 * 2.0**-24 * 20
-"""Two float32 sums of D = 16 products of unit vectors, at a logit scale of 20, differ by no more than this."""
+"""Two float32 sums of D = 16 products of unit vectors, at a logit scale of 20,
+differ by no more than this.
+"""
 
 
 def test_neither_threads_nor_batches_nor_order_change_a_score(
@@ -772,7 +794,9 @@ def test_logit_scales_from_one_to_ten_thousand(fitted: dict) -> None:
 
 @pytest.mark.filterwarnings("ignore:only")
 def test_fifty_thousand_candidates_in_bounded_memory() -> None:
-    """The matrix of all pairs of classes, 10 GB in float32, is never there; what needs it refuses in a sentence."""
+    """The matrix of all pairs of classes, 10 GB in float32, is never there;
+    what needs it refuses in a sentence.
+    """
     data = toy_embeddings(n=24, k=50_000)
     for name in ("mcm", "entropy", "gen", "mcm_ts", "vilu", "knn_vote", "mahalanobis", "bayesvlm"):
         assert np.isfinite(make(name).fit(data).predict_uncertainty(data)).all(), name

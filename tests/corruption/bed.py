@@ -54,7 +54,9 @@ FINE = {0, 8}
 8 is the answer "the promise is void".
 """
 UNSAID = {".lock", "log.jsonl", "README.md", "times.txt"}
-"""Files that hold no number that is read again: locks, clocks, and cards, which are the user's to edit."""
+"""Files that hold no number that is read again:
+locks, clocks, and cards, which are the user's to edit.
+"""
 LIMIT = 60
 """Seconds that a use may take, on a machine that does a lot besides."""
 
@@ -67,7 +69,9 @@ class Refused(Exception):
 
 @dataclass
 class Artefact:
-    """A folder below the bed, or a file; the commands that use it, some of which mend it; what reads it fast."""
+    """A folder below the bed, or a file; the commands that use it, some of which mend it;
+    what reads it fast.
+    """
 
     path: Path
     uses: dict[str, Use]
@@ -260,16 +264,33 @@ def _predictor(root: Path, do: Do) -> Artefact:
         "explain": lambda: do("explain", path, "new", "-n", 2, "--json"),
         "monitor": lambda: do("monitor", path, "scores.parquet", "--json"),
         "report": lambda: do(
-            "report", "scores.parquet", "--predictor", path, "-o", "page.html", out=root / "page.html"
+            "report",
+            "scores.parquet",
+            "--predictor",
+            path,
+            "-o",
+            "page.html",
+            out=root / "page.html",
         ),
         "push": lambda: do("push", path, root / "pushed", out=root / "pushed"),
         "pull": lambda: do("pull", path, "-o", "pulled", out=root / "pulled"),
         "inspect": lambda: do("inspect", path),
         "init": lambda: do(
-            "fit", "train", "-o", "fitted", "--method", "vilu", "--init", path,
-            "--set", "epochs=1", "--set", "hidden=8", out=root / "fitted" / "weights.safetensors",
+            "fit",
+            "train",
+            "-o",
+            "fitted",
+            "--method",
+            "vilu",
+            "--init",
+            path,
+            "--set",
+            "epochs=1",
+            "--set",
+            "hidden=8",
+            out=root / "fitted" / "weights.safetensors",
         ),
-    }  # fmt: skip
+    }
     return Artefact(path, uses, read)
 
 

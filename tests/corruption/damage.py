@@ -15,7 +15,9 @@ KINDS = ("flip header", "flip data", "flip footer", "cut", "empty", "swap")
 
 
 def damage(kind: str, path: Path, others: list[Path], draw: random.Random) -> list[Path] | None:
-    """Do it; returns the files that are not what they were, None where this cannot be done to this file."""
+    """Do it;
+    returns the files that are not what they were, None where this cannot be done to this file.
+    """
     content = path.read_bytes()
     if kind == "swap":
         alike = [
@@ -52,14 +54,50 @@ def _changed(kind: str, content: bytes, draw: random.Random) -> bytes:
 
 
 STRANGE: list[Any] = [
-    None, True, False, 0, -1, 1, 2**31, 2**63, 10**30, -(10**30), 0.5, -0.5, 1e-320, 1e300, -1e300, "", "x", "0", "-1",
-    "nan", "../../x", "a/b", "/", "\x00", "\u202e", "é" * 300, "{}", "'" * 3, [], {}, [[]], [None], {"": None},
-    [[[[[[[[1]]]]]]]], {"a": {"b": {"c": [1]}}}, float("nan"), float("inf"),
-]  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    2**31,
+    2**63,
+    10**30,
+    -(10**30),
+    0.5,
+    -0.5,
+    1e-320,
+    1e300,
+    -1e300,
+    "",
+    "x",
+    "0",
+    "-1",
+    "nan",
+    "../../x",
+    "a/b",
+    "/",
+    "\x00",
+    "\u202e",
+    "é" * 300,
+    "{}",
+    "'" * 3,
+    [],
+    {},
+    [[]],
+    [None],
+    {"": None},
+    [[[[[[[[1]]]]]]]],
+    {"a": {"b": {"c": [1]}}},
+    float("nan"),
+    float("inf"),
+]
 
 
 def edited(document: Any, draw: random.Random) -> Any:
-    """A copy with one or two changes: keys and entries deleted, renamed, added, moved, of another type or value."""
+    """A copy with one or two changes:
+    keys and entries deleted, renamed, added, moved, of another type or value.
+    """
     content = json.loads(json.dumps(document))
     for _ in range(draw.choice((1, 1, 1, 2))):
         _edit(content, draw)

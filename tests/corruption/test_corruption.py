@@ -1,4 +1,5 @@
-"""Nothing damaged is believed: after any damage every use names the file or gives the same numbers; and no traceback.
+"""Nothing damaged is believed: after any damage every use names the file or gives the same numbers;
+and no traceback.
 
 ``make test-corruption`` runs more than a thousand damages to all files of all artefacts and a
 thousand edits of every document, as they are and under a digest that agrees; SEED=... draws others.
@@ -161,7 +162,9 @@ def content_of(path: Path) -> Any:
 
 
 def rewrite(path: Path, content: Any, *, sealed: bool) -> None:
-    """Put edited content into a document, or into the metadata of a table, as it is or under a digest that agrees."""
+    """Put edited content into a document, or into the metadata of a table,
+    as it is or under a digest that agrees.
+    """
     seal = "fingerprint" if path.name == "predictor.json" else "digest"
     if path.suffix == ".parquet":
         table = pq.read_table(path)

@@ -1,4 +1,6 @@
-"""Where the files of a data set may lie, what is known of them before anything is read, and how wide a table may be."""
+"""Where the files of a data set may lie, what is known of them before anything is read,
+and how wide a table may be.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ def read_all(images: ImageDataset) -> list[bytes]:
 
 @pytest.mark.parametrize("pattern", ["{photos}/{i}.png", "../photos/{i}.png", "{i}.png"])
 def test_the_folder_of_images_is_named_by_root(photos: Path, pattern: str) -> None:
-    """Absolute, climbing, and relative to somewhere else: refused with the rule, and read with --root."""
+    """Absolute, climbing, and relative to somewhere else:
+    refused with the rule, and read with --root.
+    """
     source = table(photos, pattern)
     kind = "are missing below" if pattern == "{i}.png" else "paths lead out of"
     with pytest.raises(

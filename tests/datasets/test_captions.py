@@ -233,7 +233,9 @@ def test_fingerprint_of_a_table_of_paths_follows_its_captions(tmp_path):
 
 
 def test_captions_stay_in_arrow(tmp_path):
-    """The listing of a million short captions costs their bytes and offsets, not a Python string each."""
+    """The listing of a million short captions costs their bytes and offsets,
+    not a Python string each.
+    """
     n = 20_000
     text = np.random.default_rng(0).bytes(10).hex()
     table = pa.table({"image": pa.array([b"x"] * n), "caption": [f"{text} {i}" for i in range(n)]})

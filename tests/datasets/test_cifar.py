@@ -177,7 +177,9 @@ def test_a_pickle_cannot_ask_for_a_memo_of_gigabytes(tmp_path):
 )
 @pytest.mark.parametrize("action", ["error", "ignore", "always", "default", "once"])
 def test_an_escape_that_python_guesses_at_is_damage(tmp_path, found, action):
-    """Found by hypothesis: pickle warns of it, and what happens then was up to the program's filter."""
+    """Found by hypothesis:
+    pickle warns of it, and what happens then was up to the program's filter.
+    """
     file = tmp_path / "damaged"
     file.write_bytes(found)
     with warnings.catch_warnings(record=True) as said:

@@ -36,7 +36,8 @@ def test_csv_with_string_labels_split_and_key(tmp_path):
         (tmp_path / f"img/{i}.png").write_bytes(png(i))
     source = write_csv(
         tmp_path,
-        "\ufeffimage_path,Class,split,key,more\r\nimg/0.png, red_fox ,train,k0,x\r\nimg/1.png,ant,test,k1,\r\n"
+        "\ufeffimage_path,Class,split,key,more\r\nimg/0.png, red_fox ,train,k0,x\r\n"
+        "img/1.png,ant,test,k1,\r\n"
         'img/2.png,,test,"k,2","two\r\nlines"\r\n',
     )
     whole = open_dataset(source)

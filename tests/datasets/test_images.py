@@ -57,7 +57,7 @@ def test_bytes_that_are_no_accepted_image(data, kind):
     assert outcome(data) == ("open", kind)
 
 
-def test_formats_that_pillow_can_read_but_the_list_does_not_name_are_unsupported():
+def test_formats_of_pillow_that_are_not_listed_are_unsupported():
     for name in ("ICO", "JPEG2000", "EPS"):
         assert outcome(encode(picture(), name)) == ("open", "unsupported")
 
@@ -208,7 +208,9 @@ def test_threads_share_nothing():
 
 
 def damaged(data: bytes, draw: random.Random) -> bytes:
-    """A few bytes changed, cut or put in, most of them in the header; checksums of a PNG mended, to get past them."""
+    """A few bytes changed, cut or put in, most of them in the header;
+    checksums of a PNG mended, to get past them.
+    """
     out = bytearray(data)
     for _ in range(draw.randint(1, 4)):
         position = draw.randrange(min(len(out), 200) if draw.random() < 0.7 else len(out))

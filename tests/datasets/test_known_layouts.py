@@ -1,4 +1,6 @@
-"""Every known data set on a tiny tree in its real layout, against torchvision's own readers where it has one."""
+"""Every known data set on a tiny tree in its real layout,
+against torchvision's own readers where it has one.
+"""
 
 from __future__ import annotations
 

@@ -19,7 +19,10 @@ from vilu.datasets.known import KNOWN, open_known
 from vilu.errors import DataError, UsageError
 
 LISTED = [name for name in TREES if not KNOWN[name].captioned]
-NAMES = "imagenet cifar10 cifar100 sun397 fgvc_aircraft eurosat stanford_cars food101 oxford_pets flowers102 "
+NAMES = (
+    "imagenet cifar10 cifar100 sun397 fgvc_aircraft eurosat stanford_cars food101 oxford_pets "
+    "flowers102 "
+)
 NAMES += "caltech101 dtd ucf101 imagenet_v2 imagenet_sketch cc3m cc12m laion400m"
 
 

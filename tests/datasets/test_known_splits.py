@@ -111,7 +111,9 @@ def test_a_list_in_any_order_is_one_data_set(tmp_path: Path) -> None:
 
 
 def test_labels_are_those_of_the_list_whatever_comes_first(tmp_path: Path) -> None:
-    """The real test list of Stanford Cars begins with class 180: by order of appearance labels would differ."""
+    """The real test list of Stanford Cars begins with class 180:
+    by order of appearance labels would differ.
+    """
     home = make_tree("stanford_cars", tmp_path)
     lists = json.loads((home / "split_zhou_StanfordCars.json").read_text())
     lists["test"].reverse()

@@ -1,4 +1,6 @@
-"""Images of none of the classes: named as folders, labels, names for prompts or numbers, in every layout."""
+"""Images of none of the classes:
+named as folders, labels, names for prompts or numbers, in every layout.
+"""
 
 from __future__ import annotations
 
@@ -143,7 +145,8 @@ def test_cifar(tmp_path: Path) -> None:
     [
         (
             ["mouth"],
-            "no class or label 'mouth' for --outside; it has cat, moth, sea_lion. Did you mean 'moth'",
+            "no class or label 'mouth' for --outside; it has cat, moth, sea_lion. "
+            "Did you mean 'moth'",
         ),
         (["cat", "moth", "sea lion"], "leaves none of the 3 classes"),
         ([""], "no class or label ''"),

@@ -130,7 +130,7 @@ def test_links_in_a_circle_are_listed_and_cannot_be_read(tmp_path, caplog):
     assert dataset.faults.kinds.astype(bool).tolist() == [False, True, True, True, False]
 
 
-def test_formats_that_are_not_decoded_are_listed_so_that_they_count_as_errors(tmp_path):
+def test_formats_that_are_not_decoded_are_listed_as_errors(tmp_path):
     dataset = open_dataset(tree(tmp_path, "a/1.heic", "a/2.AVIF"))
     assert [key for key, _ in listed(dataset)] == ["a/1.heic", "a/2.AVIF"]
 

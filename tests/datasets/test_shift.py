@@ -95,7 +95,9 @@ def test_low_resolution_is_32_to_16_to_32() -> None:
 
 
 def test_noise_has_its_strength() -> None:
-    """Of 40 pictures of 3,072 values each, the deviation is within five standard errors of 0.07 (severity 3)."""
+    """Of 40 pictures of 3,072 values each,
+    the deviation is within five standard errors of 0.07 (severity 3).
+    """
     whole = images(40)
     noise = (pixels(ShiftedImages(whole, ["gaussian_noise"], 3)) - pixels(whole)) / 255
     n = noise.size
@@ -104,7 +106,9 @@ def test_noise_has_its_strength() -> None:
 
 
 def test_blur_goes_with_the_size() -> None:
-    """A picture of twice the side is blurred twice as far: halved, it is what the small one becomes."""
+    """A picture of twice the side is blurred twice as far:
+    halved, it is what the small one becomes.
+    """
     small, large = images(1), images(1, side=64)
     halved = Image.fromarray(pixels(ShiftedImages(large, ["blur"], 5))[0].astype(np.uint8)).reduce(
         2
@@ -118,7 +122,9 @@ def test_blur_goes_with_the_size() -> None:
 
 
 def test_all_kinds_are_used() -> None:
-    """200 pictures, eight kinds: each is drawn 25 times on average, and never fewer than 5 (p < 1e-5)."""
+    """200 pictures, eight kinds:
+    each is drawn 25 times on average, and never fewer than 5 (p < 1e-5).
+    """
     whole = FakeDataset([encoded(smooth(0))] * 200, [0] * 200)
     alone = {
         kind: {r.read() for r in ShiftedImages(whole, [kind], 5).records(0, 200)} for kind in KINDS

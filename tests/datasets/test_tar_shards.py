@@ -84,7 +84,9 @@ def test_the_rule_of_keys(name, expected):
 
 @given(st.text("ab./", max_size=12))
 def test_the_rule_of_keys_is_webdatasets(name):
-    """Its documented rule as a search: the last slash, then the first dot behind it, with something between them."""
+    """Its documented rule as a search:
+    the last slash, then the first dot behind it, with something between them.
+    """
     base = name.rfind("/") + 1
     dot = name.find(".", base)
     expected = (name[:dot], name[dot + 1 :]) if dot > base else None

@@ -1,4 +1,5 @@
-"""Run by ``test_distributed``: one of the processes that train together. Writes what it ends with to OUT/RANK.npz.
+"""Run by ``test_distributed``: one of the processes that train together.
+Writes what it ends with to OUT/RANK.npz.
 
 Also run alone, with no torchrun around it, for what to compare with.
 """
@@ -89,7 +90,9 @@ def stop() -> None:
 
 
 def resumed(folder: Path) -> dict[str, np.ndarray]:
-    """The job "classes", stopped in the third step of its second epoch, and begun again by new objects."""
+    """The job "classes", stopped in the third step of its second epoch,
+    and begun again by new objects.
+    """
     data = toy_embeddings(n=330)
     with suppress(Stop), reporting(Brake(7, stop)), checkpointing(folder, every=0):
         ViLU(**QUICK).fit(data)

@@ -1,4 +1,5 @@
-"""Run by ``test_embed_kill``: embeds once per point of death, each time in a child that kills itself there.
+"""Run by ``test_embed_kill``:
+embeds once per point of death, each time in a child that kills itself there.
 
 A point that ends in "+columns" is one of a run that keeps columns beside the embeddings.
 
@@ -44,7 +45,9 @@ class Mortal(FakeBackbone):
 
 
 def die_in_sync(n: int) -> None:
-    """Die before the n-th sync: even ones are of a file not yet renamed, odd ones of the folder after the renaming."""
+    """Die before the n-th sync:
+    even ones are of a file not yet renamed, odd ones of the folder after the renaming.
+    """
     fsync, calls = os.fsync, iter(range(10**6))
 
     def patched(descriptor: int) -> None:

@@ -1,4 +1,6 @@
-"""``vilu benchmark`` as people run it: on stores that are there, and on the photos that ship with the package."""
+"""``vilu benchmark`` as people run it:
+on stores that are there, and on the photos that ship with the package.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ kind = "unseen"
 PHOTOS = """
 [data.clothing]
 source = "package:clothing.parquet"
-classes = ["dress", "hat", "sweater", "coat", "jeans", "shirt", "shoe", "shorts", "skirt", "t-shirt"]
+classes = [
+  "dress", "hat", "sweater", "coat", "jeans", "shirt", "shoe", "shorts", "skirt", "t-shirt",
+]
 test = "validation+test"
 limit = 20
 views = 1
@@ -94,7 +98,9 @@ def test_tables_and_json(data: Path, tmp_path: Path) -> None:
 
 
 def test_shares_of_the_work_make_the_whole(data: Path, tmp_path: Path) -> None:
-    """Two shares, in any order, then the whole: nothing is run again, and the tables are those of one run."""
+    """Two shares, in any order, then the whole:
+    nothing is run again, and the tables are those of one run.
+    """
     config = write(tmp_path, STORES + "\n[methods.mcm]\n[methods.margin]\n[methods.entropy]\n")
     args = config, "--data", data
     for shard in ("2/2", "1/2"):

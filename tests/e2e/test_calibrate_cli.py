@@ -1,4 +1,6 @@
-"""``vilu calibrate`` and the decisions of ``vilu score``, through the real command line, on stores of noise."""
+"""``vilu calibrate`` and the decisions of ``vilu score``, through the real command line,
+on stores of noise.
+"""
 
 from __future__ import annotations
 
@@ -92,8 +94,8 @@ def test_out_of_reach_changes_nothing(work: Path, predictor: Path) -> None:
 def test_training_rows_are_refused(work: Path, predictor: Path) -> None:
     done = run("calibrate", predictor, work / "train", "--max-risk", 0.8, code=3)
     assert (
-        "90 of 90 calibration rows were used to fit this vilu ('train/0.png', 'train/1.png', 'train/2.png', ...)"
-        in done.stderr
+        "90 of 90 calibration rows were used to fit this vilu ('train/0.png', 'train/1.png', "
+        "'train/2.png', ...)" in done.stderr
     )
 
 
@@ -227,7 +229,9 @@ def test_wrong_arguments(work: Path, predictor: Path) -> None:
 
 
 def test_a_row_is_its_picture_and_not_its_name(tmp_path: Path) -> None:
-    """Two folders of photos with equal names: one to fit on, one to calibrate on; the first again under other names."""
+    """Two folders of photos with equal names: one to fit on, one to calibrate on;
+    the first again under other names.
+    """
     photos = pq.read_table(PHOTOS, columns=["image"])["image"].to_pylist()
     for name, first, start in (("train", 0, 0), ("calibration", 40, 0), ("renamed", 0, 500)):
         for i in range(40):
@@ -265,7 +269,10 @@ def test_a_hundredth_of_the_rows_is_left_out(
     target = ("--max-risk", 0.8, "--confidence", 0.9, "--label-sets", "lac")
     done = run("calibrate", predictor, tmp_path / "mixed", *target, code=0 if n_shared == 1 else 3)
     if n_shared == 2:
-        message = "2 of 120 calibration rows were used to fit this vilu ('new/0.png', 'new/1.png'), more than 1%."
+        message = (
+            "2 of 120 calibration rows were used to fit this vilu ('new/0.png', "
+            "'new/1.png'), more than 1%."
+        )
         assert message in done.stderr
         assert not (predictor / "risk.json").exists()
         return
@@ -288,7 +295,9 @@ def test_a_hundredth_of_the_rows_is_left_out(
 def test_an_edited_rule_is_refused_by_all_who_use_it(
     work: Path, predictor: Path, tmp_path: Path
 ) -> None:
-    """By its digest; and where a digest agrees, or an old file has none, by the calibration rows."""
+    """By its digest;
+    and where a digest agrees, or an old file has none, by the calibration rows.
+    """
     run("score", predictor, work / "new", "-o", tmp_path / "plain.parquet")
     run("calibrate", predictor, work / "calibration", "--max-risk", 0.8, "--confidence", 0.9)
     users = (
@@ -324,8 +333,8 @@ def test_an_edited_calibrator_is_refused(work: Path, predictor: Path, tmp_path: 
     (predictor / "risk.json").unlink()
     done = run("score", predictor, work / "new", "-o", tmp_path / "x.parquet", code=3)
     assert (
-        "predictor.json is damaged: its content is not what its fingerprint says. Run `vilu fit` again"
-        in done.stderr
+        "predictor.json is damaged: its content is not what its fingerprint says. "
+        "Run `vilu fit` again" in done.stderr
     )
 
 

@@ -1,4 +1,6 @@
-"""Image-caption pairs through the real command line: tars of photos with captions, from files to numbers."""
+"""Image-caption pairs through the real command line:
+tars of photos with captions, from files to numbers.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def write_tar(path: Path, samples: list[tuple[str, bytes, bytes | None]]) -> Non
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three tars of 32 photos with captions; one photo lacks its caption, one caption is no UTF-8."""
+    """Three tars of 32 photos with captions;
+    one photo lacks its caption, one caption is no UTF-8.
+    """
     folder = tmp_path_factory.mktemp("captions")
     table = pq.read_table(PHOTOS, columns=["image"]).slice(0, N)
     samples = [
@@ -43,9 +47,17 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for shard in range(3):
         write_tar(folder / f"{shard:03d}.tar", samples[32 * shard : 32 * (shard + 1)])
     done = run(
-        "embed", folder / "{000..002}.tar", "-o", folder / "emb", "--backbone", "compact:64", "--part-size", 1,
-        "--max-error-rate", 0.05,
-    )  # fmt: skip
+        "embed",
+        folder / "{000..002}.tar",
+        "-o",
+        folder / "emb",
+        "--backbone",
+        "compact:64",
+        "--part-size",
+        1,
+        "--max-error-rate",
+        0.05,
+    )
     assert done.stdout.strip() == str(folder / "emb")
     return folder
 
@@ -97,10 +109,8 @@ def test_fit_score_evaluate_and_pools(work: Path) -> None:
     assert {name: row["value"] for name, row in file.items()} == {
         name: row["value"] for name, row in folder.items()
     }
-    assert (
-        "1 rows explained\n"
-        in run("explain", work / "plus", work / "emb", "-n", 1, *options).stderr
-    )  # no --summary
+    explained = run("explain", work / "plus", work / "emb", "-n", 1, *options)
+    assert "1 row explained\n" in explained.stderr  # --summary is not named
     rows = json.loads(
         run(
             "pools",
@@ -125,8 +135,18 @@ def test_fit_score_evaluate_and_pools(work: Path) -> None:
 
 def test_a_second_run_of_everything_changes_nothing(work: Path) -> None:
     before = {path: path.read_bytes() for path in (work / "emb").rglob("*") if path.is_file()}
-    run("embed", work / "{000..002}.tar", "-o", work / "emb", "--backbone", "compact:64", "--part-size", 1,
-        "--max-error-rate", 0.05)  # fmt: skip
+    run(
+        "embed",
+        work / "{000..002}.tar",
+        "-o",
+        work / "emb",
+        "--backbone",
+        "compact:64",
+        "--part-size",
+        1,
+        "--max-error-rate",
+        0.05,
+    )
     assert {
         path: path.read_bytes() for path in (work / "emb").rglob("*") if path.is_file()
     } == before

@@ -1,4 +1,6 @@
-"""The real command line on real photos (those that ship with the package), from images to numbers."""
+"""The real command line on real photos (those that ship with the package),
+from images to numbers.
+"""
 
 from __future__ import annotations
 
@@ -43,9 +45,19 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "names.txt").write_text(NAMES)
     for split, limit in (("train", 240), ("test", 160)):
         done = run(
-            "embed", PHOTOS, "-o", folder / split, "--backbone", "compact:64", "--classes", folder / "names.txt",
-            "--split", split, "--limit", limit,
-        )  # fmt: skip
+            "embed",
+            PHOTOS,
+            "-o",
+            folder / split,
+            "--backbone",
+            "compact:64",
+            "--classes",
+            folder / "names.txt",
+            "--split",
+            split,
+            "--limit",
+            limit,
+        )
         assert done.stdout.strip() == str(folder / split)
     settings = ("--method", "vilu", "--set", "epochs=10", "--set", "hidden=32,16")
     done = run("fit", folder / "train", "-o", folder / "vilu", *settings)
@@ -208,7 +220,9 @@ def test_validation_store_and_zero_shot_methods(work: Path) -> None:
 
 
 def test_a_fit_on_images_without_labels(work: Path) -> None:
-    """From a folder of photos that says nothing of them, to probabilities, a promise and reasons."""
+    """From a folder of photos that says nothing of them, to probabilities,
+    a promise and reasons.
+    """
     photos = work / "unsorted"
     photos.mkdir()
     table = pq.read_table(PHOTOS)
@@ -253,7 +267,9 @@ def test_inspect_shows_and_verifies(work: Path) -> None:
 
 
 def test_columns_for_the_methods_that_need_them(work: Path) -> None:
-    """A store with everything that the compact model can give, and the methods that look more than once."""
+    """A store with everything that the compact model can give,
+    and the methods that look more than once.
+    """
     embed = [
         "embed",
         PHOTOS,
@@ -459,7 +475,9 @@ def test_bad_images_are_set_aside_and_counted(work: Path) -> None:
 def test_interrupted_and_resumed(
     work: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
-    """Ctrl-C or SIGTERM in the middle: a clean exit code, and the second run ends with the bytes of the first store."""
+    """Ctrl-C or SIGTERM in the middle:
+    a clean exit code, and the second run ends with the bytes of the first store.
+    """
     args = [
         "embed",
         PHOTOS,

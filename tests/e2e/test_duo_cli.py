@@ -1,4 +1,6 @@
-"""Two models of the same photos through the real command line: embedded twice, fitted, calibrated and scored."""
+"""Two models of the same photos through the real command line:
+embedded twice, fitted, calibrated and scored.
+"""
 
 from __future__ import annotations
 
@@ -132,8 +134,10 @@ def test_another_second_store_is_another_fit(work: Path) -> None:
 
 
 def test_a_study_takes_both(work: Path) -> None:
-    stores = {key: ", ".join(f'{role} = "{role}{size}"' for role in ("train", "test")) for key, size in
-              (("stores", 96), ("second", 64))}  # fmt: skip
+    stores = {
+        key: ", ".join(f'{role} = "{role}{size}"' for role in ("train", "test"))
+        for key, size in (("stores", 96), ("second", 64))
+    }
     (work / "study.toml").write_text(
         f"""
 seeds = 1

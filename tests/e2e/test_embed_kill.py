@@ -1,4 +1,5 @@
-"""SIGKILL at any moment of ``embed``: the next run gives the bytes of an undisturbed one and does only what is missing.
+"""SIGKILL at any moment of ``embed``:
+the next run gives the bytes of an undisturbed one and does only what is missing.
 
 Also a disk that is really full, and two drivers that really are two processes.
 """

@@ -41,7 +41,9 @@ def test_old_artefacts_are_sealed(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Unsealed, they say so once; sealed, they say the same as before, and any change of a document is an error."""
+    """Unsealed, they say so once;
+    sealed, they say the same as before, and any change of a document is an error.
+    """
     source, path = kept(kind) / name, tmp_path / "it"
     shutil.copytree(source, path) if source.is_dir() else shutil.copy(
         source, path := path.with_suffix(source.suffix)

@@ -39,11 +39,15 @@ SMALL_REASONS = (
     ),
     *("have no row to evaluate", "both are needed"),
 )
-"""How methods refuse what is too small, or not theirs; what random weights get right differs between machines."""
+"""How methods refuse what is too small, or not theirs;
+what random weights get right differs between machines.
+"""
 
 
 def answers(name: str, data: Path, models: Path) -> tuple[list[str], list[int]]:
-    """Keys of all images of a data set, and what a model sees in each: of three images CLIP in two, SigLIP in one."""
+    """Keys of all images of a data set, and what a model sees in each:
+    of three images CLIP in two, SigLIP in one.
+    """
     images = open_known(name, data)
     records = list(images.records(0, len(images)))
     pictures = [decode_image(record.read()).image for record in records]

@@ -1,4 +1,6 @@
-"""A site without a network: named backbones from a folder, through the command line and in other processes."""
+"""A site without a network:
+named backbones from a folder, through the command line and in other processes.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""``vilu monitor`` through the real command line: calibrated predictor, scores, state, exit codes."""
+"""``vilu monitor`` through the real command line:
+calibrated predictor, scores, state, exit codes.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ from vilu.store.embed import embed
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A calibrated predictor, scores of calm rows without labels and of blurred rows, and what the labels say later."""
+    """A calibrated predictor, scores of calm rows without labels and of blurred rows,
+    and what the labels say later.
+    """
     folder = tmp_path_factory.mktemp("monitor")
     vilu.MCM().fit(toy_embeddings()).save(folder / "mcm")
     data = toy_embeddings(3000, seed=1, ids_from=10_000)
@@ -179,7 +183,9 @@ def test_usage(work: Path) -> None:
 def test_rows_in_no_order_are_shuffled_on_request(
     work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A file sorted by uncertainty is no sequence of arrivals; in random order it says what it has to say."""
+    """A file sorted by uncertainty is no sequence of arrivals;
+    in random order it says what it has to say.
+    """
     calm = vilu.Outcomes.load(work / "calm.parquet")
     order = np.argsort(calm.uncertainty)
     columns = {
@@ -213,7 +219,9 @@ def test_rows_in_no_order_are_shuffled_on_request(
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Stores of a folder of classes each, as ``vilu embed`` makes them: sorted by class, eight of ten answers right."""
+    """Stores of a folder of classes each, as ``vilu embed`` makes them:
+    sorted by class, eight of ten answers right.
+    """
     root = tmp_path_factory.mktemp("folders")
     model = FakeBackbone()
     with torch.no_grad():
@@ -237,7 +245,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_commands_of_the_readme_end_without_a_false_alarm(
     folders: Path, tmp_path: Path, labelled: bool
 ) -> None:
-    """Fit, calibrate, score and monitor three folders of classes: no shift is there, and none is told."""
+    """Fit, calibrate, score and monitor three folders of classes:
+    no shift is there, and none is told.
+    """
     predictor, scores, state = (
         tmp_path / "predictor",
         tmp_path / "scores.parquet",
@@ -311,7 +321,9 @@ def test_two_at_once_on_one_state_or_predictor(work: Path, folders: Path, tmp_pa
 def test_two_processes_calibrate_and_monitor_at_once(
     folders: Path, work: Path, tmp_path: Path
 ) -> None:
-    """Whoever comes second either waits its turn or is told: what lies there in the end is that of one run."""
+    """Whoever comes second either waits its turn or is told:
+    what lies there in the end is that of one run.
+    """
     vilu.MCM().fit(vilu.EmbeddingStore(folders / "train")).save(tmp_path / "predictor")
     state = tmp_path / "states" / "state.parquet"
     state.parent.mkdir()

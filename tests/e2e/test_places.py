@@ -1,4 +1,6 @@
-"""Where commands may write: every one of them against a place that is new, empty, theirs, or somebody else's."""
+"""Where commands may write:
+every one of them against a place that is new, empty, theirs, or somebody else's.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ kind = "labels"
 
 @dataclass(frozen=True)
 class Command:
-    """A command that writes: its words, those of other inputs, and what it writes; {} is the place."""
+    """A command that writes: its words, those of other inputs, and what it writes;
+    {} is the place.
+    """
 
     words: str
     other: str

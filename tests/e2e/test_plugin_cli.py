@@ -60,7 +60,8 @@ class Nearer(FailurePredictor):
 
     def _learn(self, train, failure, validation):
         more = train.unlabelled
-        return Learnt({"mean": more.image_rows(torch.arange(len(more))).mean(0)}, {"n_more": len(more)})
+        mean = more.image_rows(torch.arange(len(more))).mean(0)
+        return Learnt({"mean": mean}, {"n_more": len(more)})
 
     def _score(self, batch):
         return (batch.image - self.tensor("mean", batch.image.device)).norm(dim=1)

@@ -17,7 +17,9 @@ RISK = 0.1
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Stores of 1,400 rows, one in seven a stranger that lies between the classes, and a predictor."""
+    """Stores of 1,400 rows, one in seven a stranger that lies between the classes,
+    and a predictor.
+    """
     root = tmp_path_factory.mktemp("shares")
     for name, seed in (("cal", 1), ("new", 2)):
         made, strange = arrays(1400), np.arange(3, 1400, 7)

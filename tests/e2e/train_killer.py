@@ -1,4 +1,5 @@
-"""Run by ``test_checkpoint``: trains once per point of death, each time in a child that kills itself there.
+"""Run by ``test_checkpoint``:
+trains once per point of death, each time in a child that kills itself there.
 
 A point is "step-N" or "sync-N" (before the N-th sync of a file or folder). One process imports
 torch and forks, since importing it once per point would take the time of the whole test; it

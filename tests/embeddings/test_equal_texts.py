@@ -72,7 +72,9 @@ def test_two_equal_classes_are_one_candidate() -> None:
 
 
 def test_a_store_of_two_classes_of_one_name_is_one_of_one_class(tmp_path: Path) -> None:
-    """Each name is encoded once, so that the rows are equal to the last bit; the columns of classes follow."""
+    """Each name is encoded once, so that the rows are equal to the last bit;
+    the columns of classes follow.
+    """
     given = {"part_size": 4, "prompts": ("a {}.", "the {}."), "features": True}
     embed(dataset(9), FakeBackbone(), tmp_path / "s", names=("cat", "dog", "cat"), **given)
     store, rows = EmbeddingStore(tmp_path / "s"), torch.arange(9)

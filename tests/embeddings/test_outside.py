@@ -1,4 +1,6 @@
-"""Rows of none of the classes: -2 where data come in, a Boolean inside, wrong whatever the answer."""
+"""Rows of none of the classes:
+-2 where data come in, a Boolean inside, wrong whatever the answer.
+"""
 
 import math
 
@@ -41,13 +43,15 @@ def test_no_other_negative_number_is_a_target() -> None:
 
 
 def test_a_stranger_has_no_probability_of_the_truth() -> None:
-    """Two texts at a logit scale of 100: the first image is at one of them, the stranger at neither."""
+    """Two texts at a logit scale of 100:
+    the first image is at one of them, the stranger at neither.
+    """
     (batch,) = strangers().batches(8)
     assert batch.target_log_probability[[0, 2]].tolist() == [pytest.approx(0, abs=1e-6), -math.inf]
     assert batch.target_log_probability[1].item() == pytest.approx(-100, rel=1e-6)
 
 
-def test_the_released_loss_regresses_on_one_where_the_picture_is_of_no_class() -> None:
+def test_the_released_loss_targets_one_for_pictures_of_no_class() -> None:
     """sigmoid(0) = 1/2 against 1 - p = 0, 1 and 1, failures weighing 2: (1/4 + 2/4 + 2/4) / 3."""
     (batch,) = strangers().take([0, 1, 2]).batches(8)
     loss = LOSSES["mse"](FailureWeight("static", 2 / 3, static=2.0))

@@ -290,7 +290,9 @@ def test_rows_of_a_batch() -> None:
 def test_every_method_that_takes_captions_scores_pictures_of_equal_ones(
     monkeypatch: pytest.MonkeyPatch, name: str, near: float | None
 ) -> None:
-    """Duplicates in both sets; scores are finite and do not depend on the blocks they are made in."""
+    """Duplicates in both sets;
+    scores are finite and do not depend on the blocks they are made in.
+    """
     made = make(name)
     pools = Pools(32, "text_to_image", near_duplicates=near)
     train, test = pool_of(pools, n=256, distinct=150), pool_of(pools, n=64, distinct=40, seed=5)

@@ -149,7 +149,9 @@ def test_what_cannot_be_one_source_is_refused() -> None:
 
 
 def test_a_head_learned_on_several_sets_scores_another() -> None:
-    """Blur is the same everywhere: what the first two sets teach holds for the third, above chance."""
+    """Blur is the same everywhere:
+    what the first two sets teach holds for the third, above chance.
+    """
     learned = [toy_embeddings(n=400, k=5, seed=0), animals_like_toy(seed=1)]
     third = toy_embeddings(n=400, seed=7, ids_from=9000)
     head = PREDICTORS["vilu"](hidden=(16, 8), epochs=15, device="cpu").fit(
@@ -251,7 +253,9 @@ def test_a_caption_too_frequent_to_be_held_out() -> None:
 
 
 def test_selection_that_would_be_blind_is_none() -> None:
-    """Rows that fail in their pools of training need not fail in those of selection, and the other way round."""
+    """Rows that fail in their pools of training need not fail in those of selection,
+    and the other way round.
+    """
     pairs = PairEmbeddings(torch.eye(16), torch.eye(16), 4)
     rows = Rows(pairs, torch.arange(16))
     assert with_failures(rows.batches(4))[1].tolist() == [0] * 16

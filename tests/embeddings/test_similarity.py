@@ -62,7 +62,9 @@ def test_labels_of_a_large_pool_are_the_dense_ones() -> None:
 @pytest.mark.parametrize("b", [1, 2, 3, 100])
 @pytest.mark.parametrize("k", [2, 5, 7, 11, 37, 101])
 def test_of_equal_candidates_the_first_wins(b: int, k: int) -> None:
-    """Products of equal rows differ in the last bit at the edge of a block, which must not decide."""
+    """Products of equal rows differ in the last bit at the edge of a block,
+    which must not decide.
+    """
     text = unit(1, 512, 0).repeat(k, 1)
     image = unit(b, 512, 1)
     assert zero_shot(image, text, first_equal(text), 100.0).prediction.tolist() == [0] * b
@@ -134,7 +136,9 @@ def test_blocks_of_rows_cover_all_and_stay_small(monkeypatch: pytest.MonkeyPatch
 def test_log_probability_of_the_target(
     monkeypatch: pytest.MonkeyPatch, grouped: bool, cells: int
 ) -> None:
-    """Against a softmax in float64; of an answer that several candidates give, the sum of theirs."""
+    """Against a softmax in float64;
+    of an answer that several candidates give, the sum of theirs.
+    """
     monkeypatch.setattr(similarity, "MAX_CELLS", cells)
     text = unit(20, 16, 0)
     same = torch.tensor([0, 1, 2, 0, 1, *range(5, 20)]) if grouped else None

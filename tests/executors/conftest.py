@@ -21,7 +21,8 @@ IN_EVERY_RUN = {
     "test_a_missing_package_is_named_with_its_command[ray-ray]",
     "test_a_missing_package_is_named_with_its_command[spark-pyspark]",
 }
-"""Of the tests that are about Ray or Spark; all others start them, and are ``make test-engines``."""
+"""Of the tests that are about Ray or Spark; all others start them, and are ``make test-engines``.
+"""
 
 
 @pytest.hookimpl(tryfirst=True)

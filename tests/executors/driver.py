@@ -1,4 +1,5 @@
-"""Drivers that run in a process of their own, since they die: ``python -m tests.executors.driver MODE NAME ROOT LOG``.
+"""Drivers that run in a process of their own, since they die:
+``python -m tests.executors.driver MODE NAME ROOT LOG``.
 
 ``third`` embeds and kills itself after a third of the receipts; ``slowly`` embeds slowly, for
 somebody to stop it; ``ranks`` forks a rank again and again until it ends well, and prints how each

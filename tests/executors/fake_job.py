@@ -17,9 +17,18 @@ ATTEMPTS = 3
 
 def receipt(part: int) -> Receipt:
     return Receipt(
-        fingerprint="f", part=part, start=part, stop=part + 1, n_in=1, n_ok=1, n_error=0, errors={}, files={},
-        batch_size=1, seconds=0.0,
-    )  # fmt: skip
+        fingerprint="f",
+        part=part,
+        start=part,
+        stop=part + 1,
+        n_in=1,
+        n_ok=1,
+        n_error=0,
+        errors={},
+        files={},
+        batch_size=1,
+        seconds=0.0,
+    )
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,6 @@
-"""A model with accidents, and pictures that tell it which part they are of; workers import this module."""
+"""A model with accidents, and pictures that tell it which part they are of;
+workers import this module.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What every executor must keep: the same bytes whoever dies, nothing twice in the store, nothing lost."""
+"""What every executor must keep:
+the same bytes whoever dies, nothing twice in the store, nothing lost.
+"""
 
 from __future__ import annotations
 

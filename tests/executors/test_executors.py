@@ -1,4 +1,6 @@
-"""Names of executors, ranks from the environment, shares of a cluster, and engines begun for one run."""
+"""Names of executors, ranks from the environment, shares of a cluster,
+and engines begun for one run.
+"""
 
 from __future__ import annotations
 
@@ -82,9 +84,7 @@ def test_a_contradictory_environment_is_refused(environment, message):
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
-def test_ranks_leave_no_gap_and_no_overlap_even_when_they_see_different_parts_missing(
-    tmp_path, world
-):
+def test_ranks_that_miss_different_parts_leave_no_gap_nor_overlap(tmp_path, world):
     """The second rank begins when some parts of the first one are done already."""
     seen = []
     for rank in range(world):

@@ -104,7 +104,8 @@ def test_ten_thousand_parts_need_little_memory():
     assert n == 9_999
     assert most - before < 50e6
     sys.stdout.write(
-        f"{1e3 * (time.perf_counter() - started) / n:.2f} ms per part, {(most - before) / 1e6:.1f} MB\n"
+        f"{1e3 * (time.perf_counter() - started) / n:.2f} ms per part, "
+        f"{(most - before) / 1e6:.1f} MB\n"
     )
 
 

@@ -28,7 +28,9 @@ def test_a_poison_part_costs_three_deaths_and_nothing_else():
 
 
 def test_three_deaths_set_any_part_aside():
-    """Each attempt at a part of T survives with probability q = e^(-rT): (1 - q)^3 of the parts are given up."""
+    """Each attempt at a part of T survives with probability q = e^(-rT):
+    (1 - q)^3 of the parts are given up.
+    """
     outcome = Replay(Plan(4000, 1, (3600.0,), death_hours=1.0), 0).run()
     share = (1 - math.exp(-1)) ** 3
     assert outcome.set_aside / 4000 == pytest.approx(

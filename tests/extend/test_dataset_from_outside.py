@@ -1,4 +1,6 @@
-"""A stranger's data sets and backbones: a table of TOML or an object each, and every command knows them."""
+"""A stranger's data sets and backbones:
+a table of TOML or an object each, and every command knows them.
+"""
 
 from __future__ import annotations
 

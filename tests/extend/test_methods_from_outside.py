@@ -1,4 +1,6 @@
-"""A score of ten lines and a learned method of thirty, from outside: registered, they do all that ours do."""
+"""A score of ten lines and a learned method of thirty, from outside:
+registered, they do all that ours do.
+"""
 
 from __future__ import annotations
 
@@ -295,8 +297,10 @@ def test_a_distribution_brings_them_by_entry_points(folder: Path, train, tmp_pat
         "[vilu.predictors]\nridge = stranger:Ridge\nbroken = nowhere:Else\n"
     )
     code = (
-        "import sys, json; from vilu.predictors.contract.catalogue import find_method, method_names;"
-        "from vilu.errors import UsageError; from vilu.predictors.persistence.record import home_of\n"
+        "import sys, json; from vilu.predictors.contract.catalogue import find_method, "
+        "method_names;"
+        "from vilu.errors import UsageError; from vilu.predictors.persistence.record import "
+        "home_of\n"
         "assert {'ridge', 'broken'} <= set(method_names()) and 'stranger' not in sys.modules\n"
         "print(json.dumps(home_of(find_method('ridge'))))\n"
         "try: find_method('broken')\n"

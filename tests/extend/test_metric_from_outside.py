@@ -1,4 +1,6 @@
-"""A metric that vilu knows nothing of: written here, added, and shown wherever ours are; nothing else is touched."""
+"""A metric that vilu knows nothing of: written here, added, and shown wherever ours are;
+nothing else is touched.
+"""
 
 from __future__ import annotations
 
@@ -90,8 +92,8 @@ def test_two_methods_are_compared_by_it() -> None:
     found = compare(one, other, metric="odds_of_half", n_resamples=200)
     assert found.difference == by_hand(one) - by_hand(other)
     assert (
-        f"Odds@50%, mine against chance: {found.value_a:.3g} against {found.value_b:.3g}, difference"
-        in str(found)
+        f"Odds@50%, mine against chance: {found.value_a:.3g} against {found.value_b:.3g}, "
+        "difference" in str(found)
     )
 
 

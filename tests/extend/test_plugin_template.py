@@ -1,4 +1,6 @@
-"""The repository in examples/plugin: its method, its metric and its data set are found by their entry points alone."""
+"""The repository in examples/plugin:
+its method, its metric and its data set are found by their entry points alone.
+"""
 
 from __future__ import annotations
 
@@ -141,9 +143,11 @@ def test_a_broken_one_is_named_and_stops_nothing_else(
     assert said == [  # once each
         f"left out: the method {reason}",
         f"left out: the metric {reason}",
-        "left out: the metric 'faulty' of vilu-example (vilu_example.faulty:METRIC) cannot be imported: "
+        "left out: the metric 'faulty' of vilu-example (vilu_example.faulty:METRIC) cannot be "
+        "imported: "
         "ZeroDivisionError: division by zero",
-        "left out: the metric 'auroc' of vilu-example (vilu_example.metric:YOUDEN) has another name than its entry "
+        "left out: the metric 'auroc' of vilu-example (vilu_example.metric:YOUDEN) has another "
+        "name than its entry "
         "point.",
         f"left out: the data set {reason}",
     ]

@@ -58,7 +58,9 @@ CODES = {"sigkill": -signal.SIGKILL, "sigterm": 143, "sigint": 130}
 
 @contextmanager
 def plugged() -> Iterator[None]:
-    """What the plug-in of ``FRAME`` registers is gone afterwards, and comes again where it is asked for again."""
+    """What the plug-in of ``FRAME`` registers is gone afterwards,
+    and comes again where it is asked for again.
+    """
     backbones, environment = dict(BACKBONES), os.environ.get(PLUGINS)
     try:
         yield
@@ -92,11 +94,27 @@ def fit(method: str, *settings: str, store: str = "train") -> Command:
 QUICK = ("epochs=3", "hidden=8")
 COMMANDS: dict[str, Command] = {
     "embed": Command(
-        (*FRAME, "embed", "{inputs}/photos", "-o", "store", "--backbone", "fake", "--part-size", "6",
-         "--batch-size", "4", "--workers", "1", "--features"),
+        (
+            *FRAME,
+            "embed",
+            "{inputs}/photos",
+            "-o",
+            "store",
+            "--backbone",
+            "fake",
+            "--part-size",
+            "6",
+            "--batch-size",
+            "4",
+            "--workers",
+            "1",
+            "--features",
+        ),
         "store",
     ),
-    "import": Command(("import", "{inputs}/arrays.npz", "-o", "store", "--part-size", "6"), "store"),
+    "import": Command(
+        ("import", "{inputs}/arrays.npz", "-o", "store", "--part-size", "6"), "store"
+    ),
     "fit mcm": fit("mcm"),
     "fit mcm_ts": fit("mcm_ts"),
     "fit knn_distance": fit("knn_distance"),
@@ -105,19 +123,35 @@ COMMANDS: dict[str, Command] = {
     "fit vilu_plus": fit("vilu_plus", "epochs=2", "width=8", "features=false"),
     "fit stacking": fit("stacking", "members=mcm,margin,knn_vote"),
     "fit deep_ensemble": fit("deep_ensemble", *QUICK, "members=2"),
-    "score file": Command(("score", "{inputs}/calibrated", "{inputs}/test", "-o", "scores.parquet"), "scores.parquet"),
-    "score folder": Command(("score", "{inputs}/calibrated", "{inputs}/test", "-o", "scores"), "scores"),
+    "score file": Command(
+        ("score", "{inputs}/calibrated", "{inputs}/test", "-o", "scores.parquet"), "scores.parquet"
+    ),
+    "score folder": Command(
+        ("score", "{inputs}/calibrated", "{inputs}/test", "-o", "scores"), "scores"
+    ),
     "calibrate": Command(
-        ("calibrate", "predictor", "{inputs}/cal", "--max-risk", "0.9"), "predictor", {"predictor": "mcm"}
+        ("calibrate", "predictor", "{inputs}/cal", "--max-risk", "0.9"),
+        "predictor",
+        {"predictor": "mcm"},
     ),
     "monitor": Command(
-        ("monitor", "{inputs}/calibrated", "{inputs}/b.parquet", "--state", "state.parquet", "-o", "told.json"),
+        (
+            "monitor",
+            "{inputs}/calibrated",
+            "{inputs}/b.parquet",
+            "--state",
+            "state.parquet",
+            "-o",
+            "told.json",
+        ),
         "state.parquet",
         {"state.parquet": "state.parquet"},
     ),
-    "benchmark": Command(("benchmark", "{inputs}/bench.toml", "--data", "{inputs}", "-o", "bench"), "bench"),
+    "benchmark": Command(
+        ("benchmark", "{inputs}/bench.toml", "--data", "{inputs}", "-o", "bench"), "bench"
+    ),
     "report": Command(("report", "{inputs}/a.parquet", "-o", "page.html"), "page.html"),
-}  # fmt: skip
+}
 
 
 def make_inputs(folder: Path) -> Path:
@@ -270,7 +304,8 @@ class Bed:
             copy(self.inputs / source, work / name)
         foreign = {
             "notes.txt": "mine",
-            f".{command.output}.{host_hash()}.{os.getpid()}.00000000.tmp": "of a process that lives",
+            f".{command.output}.{host_hash()}.{os.getpid()}.00000000.tmp": "of a process that "
+            "lives",
             f".{command.output}.0123abcd.1.00000000.tmp": "of another machine",
             f".{command.output}~": "of an editor",
         }
@@ -395,7 +430,9 @@ class Bed:
             )
 
     def _require_whole(self, work: Path, alone: Undisturbed) -> None:
-        """Whatever lies under its final name is one of the files that the undisturbed run puts there."""
+        """Whatever lies under its final name is one of the files that the undisturbed run puts
+        there.
+        """
         found = {
             (path, content) for path, content in contents(work).items() if "/attempts/" not in path
         }
@@ -416,7 +453,9 @@ CANNOT = "needs the right to mount (root on Linux)"
 
 @contextmanager
 def mounted(work: Path, fault: str) -> Iterator[None]:
-    """A small disk of its own, or a folder that can be made read-only, where the fault takes one."""
+    """A small disk of its own, or a folder that can be made read-only,
+    where the fault takes one.
+    """
     if fault not in {"nospace", "readonly"}:
         yield
         return

@@ -191,7 +191,9 @@ CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_SETPCAP_VERSION = 1, 2, 0x20080522
 
 
 def obey_rights() -> None:
-    """Give up root's right to read and write whatever the rights of a file say; for others there is nothing to do."""
+    """Give up root's right to read and write whatever the rights of a file say;
+    for others there is nothing to do.
+    """
     if os.geteuid() != 0:
         return
     libc = ctypes.CDLL(None, use_errno=True)

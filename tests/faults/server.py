@@ -111,7 +111,9 @@ def child(request: dict[str, Any]) -> None:
 
 
 def begin(request: dict[str, Any], gate: int) -> int:
-    """A child that waits until the gate is closed, so that several start together; its process id."""
+    """A child that waits until the gate is closed, so that several start together;
+    its process id.
+    """
     Path(request["answer"]).unlink(missing_ok=True)
     pid = os.fork()
     if pid:

@@ -1,4 +1,5 @@
-"""The fault matrix: every command, broken at seeded moments of its work, ends the second time as if nothing had been.
+"""The fault matrix:
+every command, broken at seeded moments of its work, ends the second time as if nothing had been.
 
 And several commands at once: what they leave is whole and right, and who has to wait is told so
 (exit 75).
@@ -131,9 +132,18 @@ def test_two_runs_of_the_other_commands(bed: Bed, name: str, tmp_path: Path) -> 
         out.mkdir()
         if name == "render":
             told = bed.server.ask(
-                argv=["benchmark", str(bed.inputs / "bench.toml"), "--data", str(bed.inputs), "-o", str(out / "bench")],
-                work=tmp_path, inputs=bed.inputs, **{key: tmp_path / key for key in ("stdout", "stderr", "answer")},
-            )  # fmt: skip
+                argv=[
+                    "benchmark",
+                    str(bed.inputs / "bench.toml"),
+                    "--data",
+                    str(bed.inputs),
+                    "-o",
+                    str(out / "bench"),
+                ],
+                work=tmp_path,
+                inputs=bed.inputs,
+                **{key: tmp_path / key for key in ("stdout", "stderr", "answer")},
+            )
             assert told["code"] == 0
             for path in (out / "bench/studies").rglob("*.*"):
                 if path.name != "study.json" and path.is_file():
@@ -150,7 +160,9 @@ def test_two_runs_of_the_other_commands(bed: Bed, name: str, tmp_path: Path) -> 
 def test_a_fit_that_was_killed_after_its_last_file(
     bed: Bed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its checkpoints go when the same fit finds that there is nothing to do; those of another fit stay."""
+    """Its checkpoints go when the same fit finds that there is nothing to do;
+    those of another fit stay.
+    """
     words = (
         "fit",
         bed.inputs / "train",
@@ -265,7 +277,9 @@ def test_eight_writers_on_one_folder(bed: Bed, name: str) -> None:
 
 
 def test_two_calibrations_of_one_predictor(bed: Bed) -> None:
-    """One of them lies there whole; the other was told that it has to wait, or that a calibration is there."""
+    """One of them lies there whole;
+    the other was told that it has to wait, or that a calibration is there.
+    """
     first = COMMANDS["calibrate"]
     second = replace(first, argv=(*first.argv[:-1], "0.95"))
     work, codes = together(bed, [first, second])

@@ -1,4 +1,6 @@
-"""What no input may make a reader do: run a program, ask the network, write or read elsewhere, take long or much."""
+"""What no input may make a reader do:
+run a program, ask the network, write or read elsewhere, take long or much.
+"""
 
 from __future__ import annotations
 
@@ -98,7 +100,9 @@ _hooked = False
 
 @contextmanager
 def guarded(folder: Path, given: Path) -> Iterator[None]:
-    """A block that works in ``folder`` and reads in ``given`` alone, is over in time, and stays below the cap."""
+    """A block that works in ``folder`` and reads in ``given`` alone, is over in time,
+    and stays below the cap.
+    """
     global _hooked  # noqa: PLW0603 - a hook cannot be taken off again
     if not _hooked:
         sys.addaudithook(_hook)

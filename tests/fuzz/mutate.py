@@ -123,5 +123,7 @@ def _change(data: bytearray, seeds: Sequence[bytes], random: Random) -> None:
 
 
 def damages(seeds: Sequence[bytes]) -> st.SearchStrategy[bytes]:
-    """The same for hypothesis: the whole change hangs on one number, which is quick to draw and to repeat."""
+    """The same for hypothesis:
+    the whole change hangs on one number, which is quick to draw and to repeat.
+    """
     return st.integers(0, 2**64 - 1).map(lambda number: damaged(seeds, Random(number)))

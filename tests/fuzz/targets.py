@@ -58,7 +58,9 @@ LIMITS = ImageLimits(max_pixels=1_000_000)
 
 @dataclass(frozen=True)
 class Fuzzed:
-    """A reader, whole files for it, and the share of a full run's cases that it gets: what is slow gets fewer."""
+    """A reader, whole files for it, and the share of a full run's cases that it gets:
+    what is slow gets fewer.
+    """
 
     seeds: Callable[[], list[bytes]]
     read: Callable[[Path, bytes], object]
@@ -85,7 +87,9 @@ def put(path: Path, data: bytes) -> Path:
 
 @cache
 def kept() -> Path:
-    """Whole artefacts, made once: a store, a calibrated predictor, scores, a monitor's state, checkpoints."""
+    """Whole artefacts, made once:
+    a store, a calibrated predictor, scores, a monitor's state, checkpoints.
+    """
     root = Path(mkdtemp(prefix="vilu-fuzz-"))
     store = make_store(root / "store", 60, 0)
     data = open_source(store)
@@ -338,7 +342,9 @@ def checkpoint_seeds() -> list[bytes]:
 
 
 def page(_folder: Path, data: bytes) -> object:
-    """Texts of strangers in a page: none of them becomes a tag, an attribute or a script, and nothing is asked for."""
+    """Texts of strangers in a page:
+    none of them becomes a tag, an attribute or a script, and nothing is asked for.
+    """
     text = data.decode("utf-8", "replace")
     names = [f"{i}{text[i * 7 : i * 7 + 60]}" for i in range(4)]
     outcomes = page_data.outcomes_of(
@@ -381,11 +387,15 @@ def require_harmless(written: str) -> str:
 
 
 HARMLESS = {"bdi", "p", "td", "th", "tr", "li", "span", "small", "b"}
-"""Whether some of these are there depends on the numbers; they have no attribute that asks or runs anything."""
+"""Whether some of these are there depends on the numbers;
+they have no attribute that asks or runs anything.
+"""
 
 
 def _outside(written: str) -> str:
-    """The page without what only looks like markup: texts are escaped, so every ``<`` begins an element."""
+    """The page without what only looks like markup:
+    texts are escaped, so every ``<`` begins an element.
+    """
     return " ".join(re.findall(r"<[^>]*>", written))
 
 
@@ -470,7 +480,9 @@ def command_seeds() -> list[bytes]:
 
 
 def command(folder: Path, data: bytes) -> object:
-    """A command line of which each byte is a word; it ends with a known exit code, whatever it is."""
+    """A command line of which each byte is a word;
+    it ends with a known exit code, whatever it is.
+    """
     for name in ("store", "predictor", "scores.parquet", "scores.csv", "state.parquet"):
         place = kept() / name
         (shutil.copytree if place.is_dir() else shutil.copy)(place, folder / name)

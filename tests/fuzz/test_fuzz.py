@@ -1,4 +1,6 @@
-"""Bytes from outside, damaged: no reader fails otherwise than by an error of ours, or does what it must not."""
+"""Bytes from outside, damaged:
+no reader fails otherwise than by an error of ours, or does what it must not.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def once(target: Fuzzed, data: bytes) -> bool:
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_whole_files_are_taken(name: str) -> None:
-    """Else every change of them would be refused at the door, and the cases below would show nothing."""
+    """Else every change of them would be refused at the door,
+    and the cases below would show nothing.
+    """
     target = TARGETS[name]
     assert True in {once(target, data) for data in target.seeds()}
 

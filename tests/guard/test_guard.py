@@ -36,7 +36,9 @@ def predictor(begun: Folder) -> Path:
 
 
 def test_decisions_are_those_of_the_triage(begun: Folder, predictor: Path) -> None:
-    """Batches of another size may sum in another order: probabilities are equal but for rounding, so are decisions."""
+    """Batches of another size may sum in another order:
+    probabilities are equal but for rounding, so are decisions.
+    """
     photos, decided = begun[0] / "photos", rows(begun[0] / "out" / "decisions.csv")
     free = [row for row in decided if row["decision"] != "labelled"]
     guard = Guard(predictor, batch_size=17)

@@ -106,7 +106,8 @@ def test_what_the_guard_decides_is_not_asked_again(pipe: SelectivePipeline, guar
 @pytest.mark.slow  # a process that imports transformers
 def test_the_task_is_known_only_after_register() -> None:
     code = (
-        "import vilu, sys, vilu.guard.hf_pipeline as ours; assert 'transformers' not in sys.modules; "
+        "import vilu, sys, vilu.guard.hf_pipeline as ours; "
+        "assert 'transformers' not in sys.modules; "
         "from transformers.pipelines import PIPELINE_REGISTRY as known; "
         "assert ours.TASK not in known.supported_tasks; ours.register(); "
         "assert known.supported_tasks[ours.TASK]['impl'] is ours.SelectivePipeline"

@@ -36,7 +36,8 @@ def test_value_and_interval() -> None:
 
 
 def test_the_spread_is_that_of_the_asymptotic_theory() -> None:
-    """The standard error of AUROC by its placement values (DeLong et al. 1988) is an independent estimate.
+    """The standard error of AUROC by its placement values (DeLong et al.
+    1988) is an independent estimate.
 
     A standard deviation from B = 2000 resamples is within 1 / sqrt(2 B) = 1.6 % of its limit, four
     times that is 6 %; the two estimates themselves differ by order 1 / n, below 2 % at n = 400.
@@ -133,7 +134,9 @@ def test_one_class_has_no_interval_where_the_metric_is_undefined(failure: int) -
 
 @pytest.mark.parametrize("best", ["lowest", "highest"])
 def test_intervals_of_many_scores_stay_within_what_a_metric_can_be(best: str) -> None:
-    """A perfect order, and the worst one: every metric named is a share, or an area within a unit square."""
+    """A perfect order, and the worst one:
+    every metric named is a share, or an area within a unit square.
+    """
     failure = np.arange(20_000) >= 19_994
     uncertainty = np.arange(20_000.0) * (1 if best == "highest" else -1)
     names = (
@@ -155,7 +158,9 @@ def test_intervals_of_many_scores_stay_within_what_a_metric_can_be(best: str) ->
 
 
 def test_an_interval_of_many_scores_and_few_failures_reaches_to_both_sides() -> None:
-    """A group of 122 rows holds most of the 200 failures, so that the ends move by more than the resamples spread."""
+    """A group of 122 rows holds most of the 200 failures,
+    so that the ends move by more than the resamples spread.
+    """
     rng = np.random.default_rng(0)
     failure = np.arange(1_000_000) < 200
     uncertainty = rng.normal(size=len(failure)) + 4.5 * failure
@@ -169,7 +174,9 @@ def test_an_interval_of_many_scores_and_few_failures_reaches_to_both_sides() -> 
 def test_many_rows_with_few_distinct_scores_are_not_drawn_one_by_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Their counts are: a time that does not grow with the rows, and the same distribution (test_histogram)."""
+    """Their counts are:
+    a time that does not grow with the rows, and the same distribution (test_histogram).
+    """
     monkeypatch.delattr("vilu.metrics.bootstrap.resampled_rows")
     u, f = sample(10_000)
     value, low, high = bootstrap_interval("auroc", u.round(1), f, n_resamples=50)
@@ -193,7 +200,9 @@ def test_paired_difference_is_antisymmetric() -> None:
 
 
 def test_pairing_narrows_the_interval() -> None:
-    """Two scores that share their noise: the difference varies less than two independent values would."""
+    """Two scores that share their noise:
+    the difference varies less than two independent values would.
+    """
     u, f = sample()
     v = u + 0.1 * np.random.default_rng(5).normal(size=len(u))
     _, low, high, _ = paired_bootstrap("auroc", u, v, f)
@@ -212,7 +221,8 @@ def test_a_clear_difference_has_the_smallest_p_value_there_is() -> None:
 
 
 def test_p_values_without_a_difference_are_rarely_small() -> None:
-    """300 pairs of equally good scores: p < 0.1 in a share of 0.1, within four binomial standard errors (0.07).
+    """300 pairs of equally good scores:
+    p < 0.1 in a share of 0.1, within four binomial standard errors (0.07).
 
     The percentile bootstrap is a little liberal on 150 rows, so the lower side is the looser one.
     """

@@ -1,4 +1,6 @@
-"""The interval of the ECE: it holds the truth as often as it says, its own estimate always, and knows no order."""
+"""The interval of the ECE:
+it holds the truth as often as it says, its own estimate always, and knows no order.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def test_the_truth_is_missed_as_rarely_as_stated(name: str, n: int, binning) -> 
 
 
 def test_percentiles_would_miss_it() -> None:
-    """What is corrected: of a calibrated predictor on 180 rows the truth, 0, is in no percentile interval."""
+    """What is corrected:
+    of a calibrated predictor on 180 rows the truth, 0, is in no percentile interval.
+    """
     found = coverage_of(
         WORLDS["calibrated, mostly low"], "width", 180, 20, draws=100, percentile=True
     )
@@ -73,7 +77,9 @@ def test_rows_in_any_form_give_the_same_interval() -> None:
 
 
 def test_two_bins_by_hand() -> None:
-    """Gaps of .2 and .3 of a mean, each in half of 10,000 rows: normal errors of known size around them."""
+    """Gaps of .2 and .3 of a mean, each in half of 10,000 rows:
+    normal errors of known size around them.
+    """
     p = np.repeat([0.2, 0.7], 5000)
     failure = np.concatenate([np.arange(5000) % 5 < 2, np.arange(5000) % 5 < 2]).astype(
         int
@@ -91,8 +97,10 @@ def test_two_bins_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("p", "failure"), [([0.3], [1]), ([0.5], [0]), ([0.5, 0.5], [1, 1])])
-def test_what_a_calibrated_predictor_often_sees_of_one_or_two_rows_holds_zero(p, failure) -> None:
-    """Rows that are all off by the same amount have no spread of their own; at calibration there is one."""
+def test_the_common_result_for_one_or_two_rows_includes_zero(p, failure) -> None:
+    """Rows that are all off by the same amount have no spread of their own;
+    at calibration there is one.
+    """
     assert BinnedError().interval(tie_counts(p, failure), 1000, 0.95, 0)[0] == 0
 
 

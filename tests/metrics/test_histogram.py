@@ -1,4 +1,6 @@
-"""Histograms of scores: exact while they can be, the same whatever the order of merging, close beyond."""
+"""Histograms of scores:
+exact while they can be, the same whatever the order of merging, close beyond.
+"""
 
 from __future__ import annotations
 

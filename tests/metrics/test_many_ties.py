@@ -1,4 +1,6 @@
-"""A hundred million equal scores: as counts here, as rows with ``python -m tests.metrics.test_many_ties``."""
+"""A hundred million equal scores:
+as counts here, as rows with ``python -m tests.metrics.test_many_ties``.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ EXPECTED["excess_aurc"] = 0.1 - (
 
 
 def test_a_hundred_million_equal_scores_as_counts() -> None:
-    """No product of two counts leaves int64, and every tie is one operating point: the curves are straight."""
+    """No product of two counts leaves int64, and every tie is one operating point:
+    the curves are straight.
+    """
     few, many = (
         TieCounts(np.array([0.3]), *(np.array([n * k]) for k in (9, 1))) for n in (10_000, N // 10)
     )

@@ -162,6 +162,16 @@ def test_few_failures_or_successes_warn_once_per_call() -> None:
     assert warning.filename == __file__
 
 
+def test_without_intervals_no_warning_speaks_of_them() -> None:
+    few = Outcomes(np.arange(40.0) % 20, [1, 0, 0, 0] * 10, picture=np.arange(40) % 20)
+    with pytest.warns(UserWarning, match="wrong answers|independent") as caught:
+        evaluate(few, metrics=["auroc"], n_resamples=0)
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == 2
+    assert messages[0].startswith("numbers rest on few answers: the scores has only ")
+    assert not any("nterval" in message for message in messages)
+
+
 def test_enough_failures_do_not_warn() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

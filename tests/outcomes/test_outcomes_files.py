@@ -1,4 +1,6 @@
-"""Outcomes read from files that other programs, or nobody sane, wrote: a sentence and the right error for each."""
+"""Outcomes read from files that other programs, or nobody sane, wrote:
+a sentence and the right error for each.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Three questions where some pictures are of none of the classes: is it, is the answer wrong within, and either."""
+"""Three questions where some pictures are of none of the classes:
+is it, is the answer wrong within, and either.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ QUESTIONS = ("auroc", "fpr95", "auroc_within", "fpr95_within", "auroc_outside", 
 
 
 def by_hand() -> Outcomes:
-    """Three right answers, one wrong one, two pictures of none of the classes, one that nobody knows."""
+    """Three right answers, one wrong one, two pictures of none of the classes,
+    one that nobody knows.
+    """
     return Outcomes(
         [0.1, 0.2, 0.3, 0.25, 0.4, 0.15, 0.2],
         [0, 0, 0, 1, 1, 1, -1],
@@ -48,13 +52,16 @@ def test_three_questions_by_hand() -> None:
     assert (row.n, row.n_failures, row.n_outside, row.n_unlabelled) == (6, 3, 2, 1)
     assert row.accuracy == 0.5
     assert str(table).startswith(
-        "results: 6 answers, 3 wrong (16.7 % within the classes, 33.3 % of none of the classes), accuracy 50.0 %, "
+        "results: 6 answers, 3 wrong (16.7 % within the classes, 33.3 % of none of the classes), "
+        "accuracy 50.0 %, "
         "1 unlabelled left out"
     )
 
 
 def reference(uncertainty: NDArray[np.float64], positive: NDArray[np.int64]) -> tuple[float, float]:
-    """AUROC of the uncertainty; and, with the others as positives, the share of these at 95 % of those."""
+    """AUROC of the uncertainty;
+    and, with the others as positives, the share of these at 95 % of those.
+    """
     fpr, tpr, _ = roc_curve(1 - positive, -uncertainty, drop_intermediate=False)
     return roc_auc_score(positive, uncertainty), float(np.interp(0.95, tpr, fpr))
 

@@ -1,4 +1,6 @@
-"""Rows that show one picture: told, and resampled together, in memory, in folders, in reports and in comparisons."""
+"""Rows that show one picture:
+told, and resampled together, in memory, in folders, in reports and in comparisons.
+"""
 
 from __future__ import annotations
 

@@ -241,7 +241,8 @@ def test_title_counts_what_was_left_out() -> None:
         (replace(ROW, n_unlabelled=3, n_unusable=2), replace(ROW, method="b", n=90, n_unusable=12))
     )
     assert str(rows).splitlines()[0] == (
-        "pets test: 100/90 answers, 40 wrong, accuracy 60.0 %, 3/0 unlabelled left out, 2/12 without a score left out"
+        "pets test: 100/90 answers, 40 wrong, accuracy 60.0 %, 3/0 unlabelled left out, "
+        "2/12 without a score left out"
     )
 
 

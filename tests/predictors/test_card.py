@@ -1,4 +1,6 @@
-"""Model cards: facts against the data that a predictor was fitted on, and names that try to be more than names."""
+"""Model cards:
+facts against the data that a predictor was fitted on, and names that try to be more than names.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +82,9 @@ def test_names_stay_names(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["plain", "`", "a``b`", "``", " ", "", "`a", "a\nb", "<b>|*_"])
 def test_a_code_span_shows_its_text(text: str) -> None:
-    """By CommonMark 6.1: a span ends at a run of as many backticks; one space goes at both ends, unless all are."""
+    """By CommonMark 6.1: a span ends at a run of as many backticks;
+    one space goes at both ends, unless all are.
+    """
     span = code(text)
     fence = re.match("`+", span).group()
     inside = span[len(fence) : -len(fence)]

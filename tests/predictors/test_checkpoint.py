@@ -112,7 +112,9 @@ def test_members_of_an_ensemble_are_runs_of_their_own(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
-    """SIGKILL between steps, and between the syncs of a checkpoint: tensors (0, 1) and record (2, 3), 18 of them."""
+    """SIGKILL between steps, and between the syncs of a checkpoint:
+    tensors (0, 1) and record (2, 3), 18 of them.
+    """
     points = [
         "step-0",
         "step-8",
@@ -245,10 +247,12 @@ def test_a_checkpoint_of_something_else_is_refused(
 
 
 @pytest.mark.parametrize("case", ["classes", "pools"])
-def test_a_checkpoint_of_other_texts_is_refused_and_one_of_earlier_code_goes_on(
+def test_a_checkpoint_of_other_texts_is_refused_an_older_one_goes_on(
     case: str, tmp_path: Path
 ) -> None:
-    """Texts so near that every answer stays as it is; earlier code did not write which they were."""
+    """Texts so near that every answer stays as it is;
+    earlier code did not write which they were.
+    """
     make, data, other = CASES[case][0], CASES[case][1](), CASES[case][1]()
     other.text = torch.nn.functional.normalize(other.text + 1e-5 * torch.eye(16)[3], dim=1)
     interrupted(make(), data, tmp_path, 7)

@@ -134,7 +134,9 @@ def test_not_a_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.data
 def test_a_released_checkpoint(shared: Path) -> None:
-    """Visual-only, D = 512, hidden (512, 256, 128); its logits equal a plain evaluation of its layers."""
+    """Visual-only, D = 512, hidden (512, 256, 128);
+    its logits equal a plain evaluation of its layers.
+    """
     path = shared / "golden" / "lvu_cifar10.ckpt"
     predictor = vilu.convert_official(path)
     assert (predictor.name, predictor.hidden, predictor.space_.embed_dim) == (

@@ -1,4 +1,6 @@
-"""Training by several processes: the same weights whatever their number, and the same on all of them."""
+"""Training by several processes:
+the same weights whatever their number, and the same on all of them.
+"""
 
 from __future__ import annotations
 

@@ -141,7 +141,9 @@ def test_shots_are_so_many_usable_labelled_rows_of_every_class(n: int) -> None:
 
 
 def test_every_row_of_a_class_is_as_likely_as_any_other() -> None:
-    """10 rows in 2 classes, 2 of 5 each: over 2,000 seeds a row comes 800 times, with a deviation of 22."""
+    """10 rows in 2 classes, 2 of 5 each:
+    over 2,000 seeds a row comes 800 times, with a deviation of 22.
+    """
     data = toy_embeddings(n=10, k=2)
     data.target[:] = torch.arange(10) % 2
     counts = torch.cat([shots(data, 2, seed) for seed in range(2000)]).bincount(minlength=10)

@@ -67,7 +67,9 @@ def hub() -> Iterator[Hub]:
 
 @pytest.fixture
 def client(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """What tells the hub's client, in this process and in others, of this hub and of a cache of its own."""
+    """What tells the hub's client, in this process and in others,
+    of this hub and of a cache of its own.
+    """
     from huggingface_hub import constants
 
     settings = {
@@ -200,14 +202,30 @@ def sealed(content: bytes, old: bytes, new: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("weights.safetensors", lambda content: content[:-1] + b"!", "is not the file that predictor.json names"),
+        (
+            "weights.safetensors",
+            lambda content: content[:-1] + b"!",
+            "is not the file that predictor.json names",
+        ),
         ("predictor.json", lambda _: b"[]", "holds no object"),
-        ("predictor.json", lambda content: content.replace(b'"notes": {', b'"no": {'), "not what its fingerprint says"),
-        ("predictor.json", lambda content: sealed(content, b'"embed_dim"', b'"width"'), "is damaged.*'embed_dim'"),
-        ("predictor.json", lambda content: sealed(content, b'"notes": {', b'"no": {'), "notes: Field required"),
+        (
+            "predictor.json",
+            lambda content: content.replace(b'"notes": {', b'"no": {'),
+            "not what its fingerprint says",
+        ),
+        (
+            "predictor.json",
+            lambda content: sealed(content, b'"embed_dim"', b'"width"'),
+            "is damaged.*'embed_dim'",
+        ),
+        (
+            "predictor.json",
+            lambda content: sealed(content, b'"notes": {', b'"no": {'),
+            "notes: Field required",
+        ),
         ("README.md", lambda _: b" " * 2**21, "2,097,152 bytes"),
     ],
-)  # fmt: skip
+)
 def test_a_damaged_predictor_is_not_placed(
     name: str, change, message: str, predictor: Path, tmp_path: Path
 ) -> None:
@@ -237,7 +255,9 @@ def test_damaged_candidates_are_not_placed(predictor: Path, tmp_path: Path) -> N
 def test_a_failed_move_brings_the_old_one_back(
     interrupted: int | None, predictor: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The disk refuses the second move, or a Ctrl-C comes when the first or the second one is done."""
+    """The disk refuses the second move,
+    or a Ctrl-C comes when the first or the second one is done.
+    """
     MCM().fit(toy_embeddings(20)).save(tmp_path / "here")
     rename, places = Path.rename, []
 

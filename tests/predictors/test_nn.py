@@ -100,7 +100,9 @@ def test_attention_is_scaled_dot_product_attention(form: str, k: int) -> None:
 def test_head_is_the_mlp_of_the_concatenation(
     k: int, attention: str | None, caption: bool, mcm: bool
 ) -> None:
-    """The reordered products give what the textbook form gives: concatenate, then Linear and ReLU."""
+    """The reordered products give what the textbook form gives:
+    concatenate, then Linear and ReLU.
+    """
     head, batch = (
         make_head(attention=attention, predicted_caption=caption, mcm=mcm),
         first_batch(k=k),
@@ -152,7 +154,9 @@ def test_depth_is_configurable(depth: int) -> None:
 
 
 def test_published_size() -> None:
-    """951,297 parameters in the MLP at D = 512, and 2 D^2 in the projections (counted in the released code)."""
+    """951,297 parameters in the MLP at D = 512,
+    and 2 D^2 in the projections (counted in the released code).
+    """
     head = FailureHead(512)
     attention = sum(p.numel() for p in head.attention.parameters())
     assert attention == 2 * 512**2
@@ -266,7 +270,7 @@ def test_a_matrix_of_texts_that_stay_moves_as_by_its_own_gradient(
         assert torch.allclose(direct, by_texts, rtol=0, atol=1e-12)
 
 
-def test_what_matrices_make_of_texts_is_trained_where_no_attention_is_made_in_tiles() -> None:
+def test_projections_of_texts_are_trained_without_tiled_attention() -> None:
     trainer = HeadTrainer(make_head(), bce_loss(FailureWeight("batch", 0.3)), CONFIG)
     for size, n_made in (
         (50, 2),
@@ -291,7 +295,7 @@ def test_a_short_run_trains_the_attention_by_default() -> None:
     ("steps", "epochs", "frozen"),
     [(10_000, 20, 1), (400, 20, 3), (12, 200, 84), (12, 100, 50), (3, 300, 150), (3, 1, 1)],
 )
-def test_the_default_freeze_is_an_epoch_or_a_thousand_steps_within_half_of_the_run(
+def test_the_default_freeze_is_an_epoch_or_a_thousand_steps(
     steps: int, epochs: int, frozen: int
 ) -> None:
     assert Plan.of(steps, epochs, 1.0, None).frozen == frozen
@@ -405,7 +409,9 @@ def test_answers_computed_once_are_those_of_the_rows() -> None:
 
 
 def test_standard_error_of_an_auroc() -> None:
-    """Against a simulation: binormal scores whose AUROC is 0.8, with 40 failures and 60 successes."""
+    """Against a simulation:
+    binormal scores whose AUROC is 0.8, with 40 failures and 60 successes.
+    """
     rng, shift = np.random.default_rng(0), math.sqrt(2) * 0.8416212
     failure = np.repeat([1, 0], [40, 60])
     draws = [

@@ -1,4 +1,6 @@
-"""Exported graphs in onnxruntime against the predictors, on data with failures, ties, and any numbers of rows."""
+"""Exported graphs in onnxruntime against the predictors, on data with failures, ties,
+and any numbers of rows.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Probabilities of failure: every form against scikit-learn or a known truth, and the choice among them."""
+"""Probabilities of failure:
+every form against scikit-learn or a known truth, and the choice among them.
+"""
 
 from __future__ import annotations
 
@@ -98,7 +100,9 @@ def test_beta_recovers_its_own_form() -> None:
 
 
 def test_beta_never_falls() -> None:
-    """A failure rate that falls again at high scores: a part with a negative weight is left out, as Kull et al. do."""
+    """A failure rate that falls again at high scores:
+    a part with a negative weight is left out, as Kull et al. do.
+    """
     score, failure = sample(20_000, lambda s: np.where(s < 2, special.expit(s), 0.1))
     found = _fit("beta", score, failure)
     assert min(found.weights) == 0

@@ -1,4 +1,6 @@
-"""Rows are their pictures: what tells that a row was used to fit, from arrays and stores, new and old."""
+"""Rows are their pictures:
+what tells that a row was used to fit, from arrays and stores, new and old.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What of scikit-learn's habits holds: parameters, clone and repr; and a sentence where it does not."""
+"""What of scikit-learn's habits holds: parameters, clone and repr;
+and a sentence where it does not.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,9 @@ def test_a_fit_that_its_parameters_no_longer_fit_is_not_saved(tmp_path: Path) ->
 
 
 def test_a_fit_is_saved_whatever_is_set_in_torch(tmp_path: Path) -> None:
-    """A network that was made anew in the caller's float64 counted as one that the parameters do not fit."""
+    """A network that was made anew in the caller's float64 counted as one that the parameters do
+    not fit.
+    """
     predictor = vilu.PREDICTORS["pvu"](hidden=(4,), epochs=1).fit(toy_embeddings(n=120, k=3))
     expected = predictor.save(tmp_path / "plain")
     with everything_set():

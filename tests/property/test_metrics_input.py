@@ -62,7 +62,7 @@ def test_failure_may_have_any_number_type(dtype: type) -> None:
     assert metrics.auroc(np.float32([1, 2, 3]), np.array([0, 1, 0], dtype=dtype)) == 0.5
 
 
-def test_tensors_are_taken_and_those_with_gradients_are_refused_with_a_sentence() -> None:
+def test_tensors_are_taken_but_not_those_with_gradients() -> None:
     u, f = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 1, 1])
     assert metrics.auroc(u, f) == 1.0
     with pytest.raises(
@@ -115,7 +115,7 @@ def test_choices_that_do_not_exist(call: Callable[..., object], message: str) ->
         call([0.1, 0.2], [0, 1])
 
 
-def test_risk_at_coverage_rounds_the_number_of_rows_up_but_not_past_a_whole_one() -> None:
+def test_risk_at_coverage_rounds_rows_up_but_keeps_whole_numbers() -> None:
     failure = [0] * 7 + [1] * 93
     assert (
         metrics.risk_at_coverage(range(100), failure, 0.07) == 0

@@ -1,4 +1,6 @@
-"""Properties that hold for every input; tolerance 1e-9 is far above rounding (1e-13) and far below any real effect."""
+"""Properties that hold for every input;
+tolerance 1e-9 is far above rounding (1e-13) and far below any real effect.
+"""
 
 from __future__ import annotations
 
@@ -154,7 +156,7 @@ def test_calibration_error_is_zero_for_the_truth_and_at_least_the_mean_gap(
 
 
 @given(scores)
-def test_the_brier_score_falls_when_probabilities_become_the_observed_rates(
+def test_the_brier_score_falls_where_probabilities_are_observed_rates(
     rows: list[tuple[float, int]],
 ) -> None:
     p, f = columns(rows)

@@ -1,4 +1,6 @@
-"""Attention over a pool without its matrix: against the dense form in float64, and torch's own kernel and gradient."""
+"""Attention over a pool without its matrix:
+against the dense form in float64, and torch's own kernel and gradient.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def module(request: pytest.FixtureRequest) -> CrossAttention:
 
 
 def matrices(module: CrossAttention) -> tuple[list[Tensor], float]:
-    """Query, key and value matrices in float64, leaves, and the multiplier; from the definitions."""
+    """Query, key and value matrices in float64, leaves, and the multiplier;
+    from the definitions.
+    """
     if isinstance(module, attention.OfficialAttention):
         image, text = module.image, module.text
         query, shared = (m.detach().double().requires_grad_() for m in (image, text))
@@ -120,7 +124,9 @@ class Watch(TorchDispatchMode):
 def test_no_tensor_is_as_large_as_rows_times_candidates(
     monkeypatch: pytest.MonkeyPatch, training: bool, cells: int
 ) -> None:
-    """Forward and backward of the whole head on a pool of 600 pairs; where it fits into one tile, one such tensor."""
+    """Forward and backward of the whole head on a pool of 600 pairs;
+    where it fits into one tile, one such tensor.
+    """
     monkeypatch.setattr(attention, "TILE_CELLS", cells)
     monkeypatch.setattr("vilu.embeddings.similarity.TILE_CELLS", cells)
     torch.manual_seed(0)

@@ -1,4 +1,6 @@
-"""The linear probe against scikit-learn, TrustVLM against loops, and every bank method with one image per class."""
+"""The linear probe against scikit-learn, TrustVLM against loops,
+and every bank method with one image per class.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def test_linear_probe(n_known: int, c: float) -> None:
 
 
 def test_linear_probe_stops_near_the_optimum() -> None:
-    """By strong convexity the objective is above its minimum by at most |gradient|^2 / (2 / (C n))."""
+    """By strong convexity the objective is above its minimum by at most |gradient|^2 / (2 / (C
+    n)).
+    """
 
     def objective(weight: np.ndarray, bias: np.ndarray) -> float:
         loss = log_loss(

@@ -174,7 +174,9 @@ def test_class_gaussians_where_one_class_has_images() -> None:
 def encoded(
     n: int, seed: int, d: int = 6, k: int = 3, scale: float = 1.0
 ) -> tuple[Embeddings, np.ndarray]:
-    """Images (n, d) of norms from 5 to 15 times the scale, and their embeddings with what made these."""
+    """Images (n, d) of norms from 5 to 15 times the scale,
+    and their embeddings with what made these.
+    """
     rng = np.random.default_rng(seed)
     text, projection = (
         unit(np.random.default_rng(7).normal(size=(k, d))),
@@ -193,7 +195,9 @@ def encoded(
 def released(
     train: np.ndarray, target: np.ndarray, test: np.ndarray, answer: np.ndarray, p_max: np.ndarray
 ) -> np.ndarray:
-    """(N,) scores as the notebook defines them, by scikit-learn and SciPy, higher = more certain."""
+    """(N,) scores as the notebook defines them, by scikit-learn and SciPy,
+    higher = more certain.
+    """
     pca = PCA(n_components=4).fit(train)
     z = pca.transform(train)
     classes = [z[target == c] for c in np.unique(target)]

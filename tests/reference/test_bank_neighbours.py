@@ -120,7 +120,9 @@ def test_delta_knn_with_one_bank_is_the_density_of_the_other(right: bool) -> Non
 
 
 def square() -> Embeddings:
-    """Two training images along the first axis and one along the second; nothing of the third class."""
+    """Two training images along the first axis and one along the second;
+    nothing of the third class.
+    """
     return Embeddings([[1.0, 0, 0], [1, 0, 0], [0, 1, 0]], np.eye(3), [0, 0, 1], 10.0)
 
 
@@ -152,7 +154,9 @@ def test_one_class_only_by_hand() -> None:
 
 
 def test_opposite_neighbours_do_not_divide_by_zero() -> None:
-    """The nearest images, or the text of their class, are opposite to the image or to the text of its answer."""
+    """The nearest images, or the text of their class,
+    are opposite to the image or to the text of its answer.
+    """
     query = Embeddings([[1.0, 0.0]], [[1.0, 0.0], [-1.0, 0.0]], None, 10.0)  # answered 0
     same = Embeddings([[1.0, 0.0]] * 3, query.text, [1, 1, 1], 10.0)
     opposite = Embeddings([[-1.0, 0.0]] * 3, query.text, [0, 1, 1], 10.0)

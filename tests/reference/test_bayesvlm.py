@@ -1,4 +1,6 @@
-"""BayesVLM against autograd, dense Kronecker products, Monte Carlo, grids and a plain NumPy version of the whole."""
+"""BayesVLM against autograd, dense Kronecker products, Monte Carlo,
+grids and a plain NumPy version of the whole.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +81,9 @@ def test_cosine_moments_against_monte_carlo() -> None:
 
 
 def test_the_expected_norm_stands_in_for_the_norm() -> None:
-    """The second derivatives of a cosine in g are at most 3 / ‖g‖², which bounds the bias of the mean."""
+    """The second derivatives of a cosine in g are at most 3 / ‖g‖²,
+    which bounds the bias of the mean.
+    """
     g, g_variance, h, h_variance, g_draws, h_draws = sampled(0.01)
     cosine = torch.nn.functional.cosine_similarity(g_draws, h_draws)
     bound = 2 * float(g_variance.sum() / g.square().sum() + h_variance.sum() / h.square().sum())
@@ -93,7 +97,7 @@ def test_the_expected_norm_stands_in_for_the_norm() -> None:
 
 
 # --- curvature
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 SCALE, BIAS = 7.0, -2.0
 CANDIDATES = torch.nn.functional.normalize(draw(7, 5, seed=9), dim=1)
@@ -135,7 +139,9 @@ def test_output_factor_against_autograd(name: str, loss, monkeypatch) -> None:
 
 
 def test_output_factor_is_the_fisher_information() -> None:
-    """Expected outer product of the gradient under the model's own answers: a softmax, or K independent coins."""
+    """Expected outer product of the gradient under the model's own answers:
+    a softmax, or K independent coins.
+    """
     g = draw(5, seed=12)
     layer = Layer(g[None], g[None], torch.ones(1).double())
     slope = jacobian(logits_of, g)
@@ -154,7 +160,7 @@ def test_output_factor_is_the_fisher_information() -> None:
 
 
 # --- evidence
-# ----------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("log_prior", [-3.0, 0.5, 4.0])
@@ -216,7 +222,7 @@ def test_variance_shrinks_with_more_data() -> None:
 
 
 # --- the whole
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 def plain(phi, g, candidates, scale, bias, siglip):
@@ -240,7 +246,9 @@ def plain(phi, g, candidates, scale, bias, siglip):
 
 
 def plain_uncertainty(train, test, *, siglip: bool) -> tuple[np.ndarray, np.ndarray]:
-    """(uncertainty of the VLM's own answer, answer of the posterior) of every test row, in NumPy."""
+    """(uncertainty of the VLM's own answer, answer of the posterior) of every test row,
+    in NumPy.
+    """
     sums = {"image": [], "text": []}
     n = 0
     for batch in train.batches(10_000, columns=FEATURES):

@@ -1,4 +1,6 @@
-"""Test-time augmentation and prompt disagreement against their definition in SciPy, numbers by hand, and MCM."""
+"""Test-time augmentation and prompt disagreement against their definition in SciPy,
+numbers by hand, and MCM.
+"""
 
 from __future__ import annotations
 

@@ -124,7 +124,9 @@ def test_a_second_model_that_contradicts_is_not_used(train: Embeddings) -> None:
 
 
 def test_a_second_model_with_other_errors_helps() -> None:
-    """Two views with noise of their own: together they tell more of the first one's failures than it does."""
+    """Two views with noise of their own:
+    together they tell more of the first one's failures than it does.
+    """
     rng = np.random.default_rng(5)
     text = np.eye(6)
 

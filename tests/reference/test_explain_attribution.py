@@ -1,4 +1,6 @@
-"""Attributions against Shapley values over permutations, of coalition values computed one input at a time."""
+"""Attributions against Shapley values over permutations,
+of coalition values computed one input at a time.
+"""
 
 from __future__ import annotations
 
@@ -161,7 +163,9 @@ def test_an_ensemble_shares_out_its_mean_probability(train, test) -> None:
 
 
 def plus_value(predictor, data: Embeddings, row: int, coalition: set[str]) -> float:
-    """Log-odds of failure of the answer under a softmax of the named parts of the pooled logits alone."""
+    """Log-odds of failure of the answer under a softmax of the named parts of the pooled logits
+    alone.
+    """
     experts, w = predictor.experts, predictor.learned_["pool"].numpy()
     attention = experts.attention
     cosine = (data.image[row] @ data.text.T).double().numpy()

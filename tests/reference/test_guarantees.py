@@ -1,4 +1,6 @@
-"""What is promised, over 2,000 simulated calibrations each, and how much is accepted beside MAPIE."""
+"""What is promised, over 2,000 simulated calibrations each,
+and how much is accepted beside MAPIE.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ class Smooth:
 
 
 class Steep:
-    """u uniform, an error rate of 1.5 % up to a cliff at u = 0.6: what a strong predictor looks like."""
+    """u uniform, an error rate of 1.5 % up to a cliff at u = 0.6:
+    what a strong predictor looks like.
+    """
 
     def draw(self, rng: np.random.Generator, n: int):
         u = rng.random(n)
@@ -54,7 +58,9 @@ class Steep:
 
 
 class Tied:
-    """Eleven scores, whose error rates rise, fall and rise: ties, atoms, and a risk that is not monotone."""
+    """Eleven scores, whose error rates rise, fall and rise:
+    ties, atoms, and a risk that is not monotone.
+    """
 
     value = np.arange(11) / 10
     mass = np.array([0.2, 0.15, 0.1, 0.1, 0.1, 0.1, 0.05, 0.05, 0.05, 0.05, 0.05])
@@ -86,7 +92,9 @@ class Flat:
 
 
 class Mistakes:
-    """Half of the 4 % most trusted answers are wrong, one in a hundred of the next 60 %, of the others half."""
+    """Half of the 4 % most trusted answers are wrong, one in a hundred of the next 60 %,
+    of the others half.
+    """
 
     edge = np.array([0.0, 0.04, 0.64, 1.0])
     rate = np.array([0.5, 0.01, 0.5])
@@ -120,7 +128,9 @@ def interval(world, point) -> tuple[float, float]:
 
 
 def thresholds(world, method, n: int, target: float, seed: int, n_draws: int = N_DRAWS):
-    """(3, M) coverage and risk of what is accepted in the draws that accept anything, and the promised bounds."""
+    """(3, M) coverage and risk of what is accepted in the draws that accept anything,
+    and the promised bounds.
+    """
     rng = np.random.default_rng(seed)
     found = []
     for _ in range(n_draws):
@@ -163,7 +173,9 @@ def test_confident_mistakes_do_not_destroy_a_promise(n: int, draws: int, least: 
 
 
 def test_at_the_edge_above_a_floor_little_is_promised() -> None:
-    """Behind 4 % that are all wrong the error rate is just above the target: only floors could certify, wrongly."""
+    """Behind 4 % that are all wrong the error rate is just above the target:
+    only floors could certify, wrongly.
+    """
 
     class Behind(Flat):
         def draw(self, rng: np.random.Generator, n: int):
@@ -177,7 +189,9 @@ def test_at_the_edge_above_a_floor_little_is_promised() -> None:
 
 
 def test_the_promises_of_several_groups_hold_at_once() -> None:
-    """Two groups at the edge and a small rest, with the pooling that calibrate chooses from their sizes."""
+    """Two groups at the edge and a small rest,
+    with the pooling that calibrate chooses from their sizes.
+    """
     rng, broken, given, draws = np.random.default_rng(3), 0, 0, 800
     sizes = {"a": 150, "b": 90, "c": 20, "d": 25}
     groups = np.repeat(list(sizes), list(sizes.values())).tolist()

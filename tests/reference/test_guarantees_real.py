@@ -1,4 +1,5 @@
-"""Promises on real scores: 200 random splits into calibration and other rows, as ``benchmarks.guarantees`` has them.
+"""Promises on real scores:
+200 random splits into calibration and other rows, as ``benchmarks.guarantees`` has them.
 
 ``tests/data/clothing_scores.npz`` holds what three methods say of the demo's 1,135 test photos, and
 ``cifar_shift_scores.npz`` what ViLU says of CIFAR-10's test images (see

@@ -1,4 +1,6 @@
-"""Monte-Carlo dropout and deep ensembles against heads that are thinned, fitted and averaged by hand."""
+"""Monte-Carlo dropout and deep ensembles against heads that are thinned,
+fitted and averaged by hand.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def first_batch(data: Embeddings) -> Batch:
 
 
 def test_passes_are_thinned_heads(data, dropped: MCDropout) -> None:
-    """Dropping a unit is scaling its row of the next matrix: heads with changed weights, in float64."""
+    """Dropping a unit is scaling its row of the next matrix:
+    heads with changed weights, in float64.
+    """
     state = {name: tensor.double() for name, tensor in dropped.state().items()}
     batch = first_batch(data[2])
     hidden = FailureHead(16, (16, 8))

@@ -78,7 +78,9 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 
 def close(ours: torch.Tensor, theirs: np.ndarray) -> None:
-    """Equal to 1e-5 of the largest entry (sums in another order make small entries relatively worse)."""
+    """Equal to 1e-5 of the largest entry (sums in another order make small entries relatively
+    worse).
+    """
     scale = float(np.abs(theirs).max())
     np.testing.assert_allclose(ours.detach().numpy(), theirs, rtol=RTOL, atol=RTOL * scale)
 
@@ -88,7 +90,9 @@ def test_logits(case: Case) -> None:
 
 
 def test_logits_while_the_projections_are_frozen(case: Case) -> None:
-    """The reference passes embeddings through while it freezes; our frozen projections are still the identity."""
+    """The reference passes embeddings through while it freezes;
+    our frozen projections are still the identity.
+    """
     if case.head.attention is not None:
         dim = case.batch.image.shape[1]
         case.head.attention.load_state_dict({"image": torch.eye(dim), "text": torch.eye(dim)})

@@ -25,11 +25,12 @@ from vilu.predictors.zero_shot import (
 )
 
 RTOL = 1e-12
-"""Both sides are float64 functions of the same float32 logits; a few roundings of 1e-16 at K = 40."""
+"""Both sides are float64 functions of the same float32 logits; a few roundings of 1e-16 at K = 40.
+"""
 
 OF_SUMS = 2e-6
-"""Exponentials of the other candidates are of float32 differences, and summed in it: relative errors of 6e-8 times the
-size of what is subtracted, and of the sum.
+"""Exponentials of the other candidates are of float32 differences, and summed in it:
+relative errors of 6e-8 times the size of what is subtracted, and of the sum.
 """
 
 
@@ -61,7 +62,9 @@ def test_prob_margin(batch: Batch, logits: np.ndarray) -> None:
 
 
 def test_prob_margin_keeps_sure_rows_apart() -> None:
-    """With gaps g between two logits 1 - (p_1 - p_2) = 2 / (1 + e^g), while p_1 - p_2 rounds to one from g = 38 on."""
+    """With gaps g between two logits 1 - (p_1 - p_2) = 2 / (1 + e^g),
+    while p_1 - p_2 rounds to one from g = 38 on.
+    """
     gaps = np.array([0.0, 1.0, 40.0, 50.0, 100.0])
     u = score(ProbMargin(), batch_of([[gap, 0.0] for gap in gaps]))
     assert np.allclose(u, 2 * special.expit(-gaps), rtol=RTOL)
@@ -77,7 +80,9 @@ def test_energy(batch: Batch, logits: np.ndarray, temperature: float) -> None:
 @pytest.mark.parametrize("scale", [1.0, 10.0, 100.0])
 @pytest.mark.parametrize(("k", "spread"), [(2, 1.0), (40, 0.3), (1_000, 0.1)])
 def test_scores_that_sum_in_float32(k: int, spread: float, scale: float) -> None:
-    """Against float64 of the same logits, the largest apart so that nothing cancels, and where 1 - p is tiny."""
+    """Against float64 of the same logits, the largest apart so that nothing cancels,
+    and where 1 - p is tiny.
+    """
     logits = torch.randn(300, k, generator=torch.Generator().manual_seed(k)) * spread * scale
     exact = np.sort(logits.double().numpy(), axis=1)[:, ::-1]
     below = exact[:, 1:] - exact[:, :1]
@@ -103,7 +108,9 @@ def test_scores_that_sum_in_float32(k: int, spread: float, scale: float) -> None
 
 @pytest.mark.parametrize("kind", [MCM, Entropy, Doctor, ProbMargin, Energy])
 def test_a_sure_row_changes_no_bit_of_another(kind: type) -> None:
-    """Its sum of float32 exponentials vanishes, so that it is taken about another logit; the others' are not."""
+    """Its sum of float32 exponentials vanishes, so that it is taken about another logit;
+    the others' are not.
+    """
     rows = (torch.randn(50, 40, generator=torch.Generator().manual_seed(0)) * 5).tolist()
     sure = [500.0] + [float(i % 7) for i in range(39)]
     together = score(kind(), batch_of([sure, *rows]))

@@ -33,7 +33,7 @@ def test_regression_by_definition(loss: str) -> None:
 
 
 @pytest.mark.parametrize("loss", ["mse", "loss"])
-def test_the_best_constant_is_the_mean_target_and_reads_as_a_withheld_probability(
+def test_the_best_constant_is_the_mean_target(
     loss: str,
 ) -> None:
     batch = next(toy_embeddings(n=400).batches(400))

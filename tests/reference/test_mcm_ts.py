@@ -1,4 +1,6 @@
-"""The fitted temperature of MCM, against SciPy's scalar search, autograd and data whose temperature is known."""
+"""The fitted temperature of MCM, against SciPy's scalar search,
+autograd and data whose temperature is known.
+"""
 
 from __future__ import annotations
 
@@ -132,7 +134,9 @@ def test_labels_that_contradict_the_logits_end_at_the_bound() -> None:
 
 
 def test_the_temperature_changes_the_order_of_rows() -> None:
-    """One strong rival against many weak ones, whose number counts for more the flatter the posterior."""
+    """One strong rival against many weak ones,
+    whose number counts for more the flatter the posterior.
+    """
     batch = batch_of([[0.0, -0.5, -9, -9, -9, -9], [0.0, -2.0, -2, -2, -2, -2]])
     order = [int(fitted.uncertainty(batch, math.log(m)).argmax()) for m in (2.0, 0.5)]
     # 1 / u - 1 is one over the sum of exp(m l_j) of the rivals: e^-1 + 4 e^-18 > 5 e^-4 and e^-.25

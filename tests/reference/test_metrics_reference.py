@@ -1,4 +1,5 @@
-"""The metrics against independent references: scikit-learn, the reference code's route, brute force, hand-worked ties.
+"""The metrics against independent references:
+scikit-learn, the reference code's route, brute force, hand-worked ties.
 
 Tolerance 1e-12: sums of at most a few thousand terms of at most 1, each rounded to 1e-16, stay
 below 1e-12.

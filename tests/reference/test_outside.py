@@ -1,4 +1,6 @@
-"""Everyday words and the outcome "outside", against plain numpy, cases worked by hand, and worlds of known answer."""
+"""Everyday words and the outcome "outside", against plain numpy, cases worked by hand,
+and worlds of known answer.
+"""
 
 from __future__ import annotations
 
@@ -119,7 +121,8 @@ def test_what_neglabel_cannot_do() -> None:
     bare = variant(toy_embeddings(n=20), columns=None)
     with pytest.raises(
         DataError,
-        match=r"neglabel needs .*'negatives'.*`vilu embed --negatives`, or give it to `vilu import`",
+        match=r"neglabel needs .*'negatives'.*`vilu embed --negatives`, "
+        r"or give it to `vilu import`",
     ):
         PREDICTORS["neglabel"]().predict_uncertainty(bare)
     with pytest.raises(UsageError, match="does not work on image-caption pairs: words are chosen"):
@@ -147,7 +150,9 @@ def test_neglabel_tells_images_of_words_from_images_of_classes() -> None:
 def strangers(
     seed: int, n_inside: int, n_outside: int, k: int = 6, m: int = 80, d: int = 48
 ) -> Embeddings:
-    """Images near class texts, then images near far words, in one space; targets of the first, OUTSIDE of the rest."""
+    """Images near class texts, then images near far words, in one space;
+    targets of the first, OUTSIDE of the rest.
+    """
     fixed, rng = np.random.default_rng(5), np.random.default_rng(seed)
     text, words = rows(fixed, k, d), rows(fixed, m, d)
     far = far_words(torch.from_numpy(words), torch.from_numpy(text), 0.25).numpy()
@@ -197,7 +202,9 @@ def test_the_direction_is_ridge_regression() -> None:
 
 
 def test_the_mixture_finds_what_was_drawn() -> None:
-    """2,000 values about class means, a fifth about 6: estimates within four of their standard errors."""
+    """2,000 values about class means, a fifth about 6:
+    estimates within four of their standard errors.
+    """
     rng = np.random.default_rng(0)
     answer = rng.integers(4, size=2_000)
     outside = rng.random(2_000) < 0.2

@@ -130,7 +130,9 @@ def test_alignment_loss_against_scipy(make) -> None:
 
 
 def test_training_explains_the_embeddings_better(train: Embeddings) -> None:
-    """Than one Gaussian of all coordinates, which takes no look at the embedding, and more so than at the start."""
+    """Than one Gaussian of all coordinates, which takes no look at the embedding,
+    and more so than at the start.
+    """
     predictor = ProbVLM(epochs=15, width=32, learning_rate=1e-2).fit(train)
     _, image = distribution(predictor.network_.image, train.image)
     z = 4 * train.image.double().numpy()

@@ -1,4 +1,6 @@
-"""Pretrained visual uncertainties and the AdamW loop: against torch's own loss, scheduler and optimiser."""
+"""Pretrained visual uncertainties and the AdamW loop:
+against torch's own loss, scheduler and optimiser.
+"""
 
 from __future__ import annotations
 

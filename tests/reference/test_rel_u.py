@@ -1,4 +1,6 @@
-"""Rel-U's penalty, against brute-force optimisation of its objective, and its edge cases by hand."""
+"""Rel-U's penalty, against brute-force optimisation of its objective,
+and its edge cases by hand.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,8 @@ def moment_of(p: np.ndarray, failure: np.ndarray, trade_off: float) -> np.ndarra
 
 
 def ascend(moment: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Projected gradient ascent of <moment, D> over symmetric D >= 0 with zero diagonal in the unit ball.
+    """Projected gradient ascent of <moment,
+    D> over symmetric D >= 0 with zero diagonal in the unit ball.
 
     For a cone, projecting on it and then on the ball is the projection on both.
     """
@@ -95,7 +98,9 @@ def test_properties_of_the_penalty() -> None:
 
 
 def test_two_classes_by_hand() -> None:
-    """K = 2 leaves one penalty, 1 / sqrt 2 twice: u = 2 p_1 p_2 / sqrt 2, whether the data speak for it or not."""
+    """K = 2 leaves one penalty, 1 / sqrt 2 twice:
+    u = 2 p_1 p_2 / sqrt 2, whether the data speak for it or not.
+    """
     for sign in (1.0, -1.0):
         penalty = best_penalty(torch.tensor([[1.0, sign], [sign, 3.0]], dtype=torch.float64))
         assert torch.allclose(

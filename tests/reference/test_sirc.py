@@ -35,7 +35,9 @@ def residual(images: np.ndarray, train: np.ndarray, components: int) -> np.ndarr
 @pytest.mark.parametrize("typicality", ["norm1", "residual"])
 @pytest.mark.parametrize("confidence", list(CONFIDENCES))
 def test_published_form(confidence: str, typicality: str) -> None:
-    """Its score is -(S1_max - S1) (1 + exp(-b (S2 - a))), a confidence; ours is the logarithm of minus that."""
+    """Its score is -(S1_max - S1) (1 + exp(-b (S2 - a))), a confidence;
+    ours is the logarithm of minus that.
+    """
     train, test = toy_embeddings(scale=5.0), toy_embeddings(scale=5.0, seed=1, ids_from=1000)
     images = {data: data.image.double().numpy() for data in (train, test)}
     if typicality == "norm1":

@@ -88,7 +88,9 @@ def test_of_many_rows_one_fifth_is_held_out(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.filterwarnings("ignore:.*its probabilities say little")
 def test_a_handful_of_labels() -> None:
-    """Two rows, of which each fold leaves one; ten rows of ten classes, so that no class is in both parts of a fold."""
+    """Two rows, of which each fold leaves one;
+    ten rows of ten classes, so that no class is in both parts of a fold.
+    """
     many = toy_embeddings(k=10)
     failure, target = failures(many), many.target.numpy()
     wrong = np.flatnonzero(failure)[:2]

@@ -82,7 +82,8 @@ def test_temperature_is_the_most_probable_one(data: Embeddings) -> None:
 
 @pytest.mark.parametrize("n", [200, 12, 3])
 def test_attention_is_the_most_probable_one(data: Embeddings, n: int) -> None:
-    """Its dual view: one weight vector per class, of prior covariance C (rho T T^T + (1 - rho) D) across classes.
+    """Its dual view:
+    one weight vector per class, of prior covariance C (rho T T^T + (1 - rho) D) across classes.
 
     D is one for classes with labels, zero for the others.
     """
@@ -231,7 +232,9 @@ def test_the_share_that_is_kept_is_the_most_probable_one(data: Embeddings, n: in
 
 
 def simulated(seed: int, n: int, n_classes: int, n_occurring: int, spread: float) -> Embeddings:
-    """Images around their class's text, off by what the class has in common (0.6 of it) and by more of their own."""
+    """Images around their class's text,
+    off by what the class has in common (0.6 of it) and by more of their own.
+    """
     rng = np.random.default_rng(seed)
     text = rng.normal(size=(n_classes, 64)) / 8
     common = rng.normal(size=(n_classes, 64)) / 8
@@ -249,7 +252,9 @@ def auroc_of(predictor, data: Embeddings) -> float:
 @pytest.mark.filterwarnings("ignore:vilu_plus is fitted on")
 @pytest.mark.parametrize(("n_classes", "spread"), [(4, 3.0), (40, 1.5), (40, 6.0)])
 def test_more_labels_never_cost_much(n_classes: int, spread: float) -> None:
-    """Also where an image tells next to nothing of its class (spread 6), and of four labels in all."""
+    """Also where an image tells next to nothing of its class (spread 6),
+    and of four labels in all.
+    """
     gains = []
     for seed in range(5):
         whole = simulated(seed, 3_000, n_classes, n_classes, spread)
@@ -275,7 +280,9 @@ def test_one_label_a_class_tells_which_classes_occur() -> None:
 @pytest.mark.filterwarnings("ignore:vilu_plus is fitted on")
 @pytest.mark.parametrize("features", [False, True])
 def test_images_without_labels_are_where_labels_begin(*, features: bool) -> None:
-    """With nothing to learn from labels but the temperature, q is ``ViLUZero``'s posterior, tempered."""
+    """With nothing to learn from labels but the temperature, q is ``ViLUZero``'s posterior,
+    tempered.
+    """
     whole = simulated(3, 1_200, 8, 8, 2.0)
     if features:
         whole = variant(
@@ -312,7 +319,9 @@ def test_images_without_labels_are_where_labels_begin(*, features: bool) -> None
     "kind", ["another order", "two swapped", "one missing", "one other", "captions"]
 )
 def test_images_without_labels_of_other_candidates_are_refused(kind: str, data: Embeddings) -> None:
-    """The mean text of all of them is blind to their order, and of many to one of them; the fit would be wrong."""
+    """The mean text of all of them is blind to their order, and of many to one of them;
+    the fit would be wrong.
+    """
     orders = {"another order": [3, 0, 1, 2], "two swapped": [0, 2, 1, 3], "one missing": [0, 1, 2]}
     text = data.text[orders.get(kind, [0, 1, 2, 3])]
     if kind == "one other":
@@ -493,7 +502,7 @@ def test_validation_rows_weigh_the_pool(data: Embeddings) -> None:
     ("kind", "found"),
     [("superset", "3 of the 7"), ("disjoint", "3 of the 3"), ("captions", "32 of the 32")],
 )
-def test_validation_rows_of_unknown_classes_are_refused_before_anything_is_fitted(
+def test_validation_rows_of_unknown_classes_are_refused_before_the_fit(
     kind: str, found: str, data: Embeddings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ViLUPlus, "_fit_experts", lambda *_: pytest.fail("it was fitted"))

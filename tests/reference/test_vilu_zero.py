@@ -67,7 +67,9 @@ def test_class_counts_are_the_frequencies_of_largest_likelihood(data: Embeddings
 
 
 def test_presence_by_hand() -> None:
-    """Ninety empty classes of a hundred are absent; of equal counts none is, whatever their size."""
+    """Ninety empty classes of a hundred are absent;
+    of equal counts none is, whatever their size.
+    """
     count = torch.tensor([100.0] * 10 + [0.0] * 90, dtype=torch.float64)
     occurs, absent = presence(count)
     assert 0.8 < absent < 0.9
@@ -93,7 +95,9 @@ def test_posterior_of_presence_is_bayes_rule() -> None:
 
 
 def test_discriminants_of_known_classes_are_linear_discriminant_analysis() -> None:
-    """With hard members, many of them, and no shrinkage left to see: scikit-learn's with equal priors."""
+    """With hard members, many of them, and no shrinkage left to see:
+    scikit-learn's with equal priors.
+    """
     rng = np.random.default_rng(0)
     n, k, dim = 30_000, 4, 5
     target = rng.integers(k, size=n)
@@ -234,7 +238,9 @@ def test_the_parts_are_the_score(data: Embeddings) -> None:
 
 @pytest.mark.data
 def test_real_clip_without_a_label(shared: Path) -> None:
-    """Photos of 24 of 123 breeds, which is to be found out; and textures, whose classes all occur."""
+    """Photos of 24 of 123 breeds, which is to be found out;
+    and textures, whose classes all occur.
+    """
     gains = {}
     for name in ("pets_in123_b32", "proto_dtd_b32"):
         file = shared / "data" / "realclip" / f"{name}.npz"

@@ -1,4 +1,6 @@
-"""What an explanation says beside its attribution: answers, competitors, neighbours; and what is refused."""
+"""What an explanation says beside its attribution: answers, competitors, neighbours;
+and what is refused.
+"""
 
 from __future__ import annotations
 
@@ -220,7 +222,9 @@ def test_copies_of_the_explained_picture_do_not_hide_its_neighbours(test: Embedd
 
 
 def test_rows_without_keys_are_the_same_where_their_embeddings_are(test: Embeddings) -> None:
-    """Row 0 of one array is row 1 of the other, and no neighbour of itself; row 0 of the other is another row."""
+    """Row 0 of one array is row 1 of the other, and no neighbour of itself;
+    row 0 of the other is another row.
+    """
     one = Embeddings(test.image[:40], test.text, test.target[:40], 20.0)
     order = torch.tensor([1, 0, *range(2, 40)])
     two = Embeddings(test.image[order], test.text, test.target[order], 20.0)

@@ -119,7 +119,9 @@ def test_a_clean_sheet_has_no_confusions() -> None:
 
 
 def planted(n: int = 400, *, seed: int = 0) -> Embeddings:
-    """Images in a common direction beside that of their class; the text of class 2 points elsewhere."""
+    """Images in a common direction beside that of their class;
+    the text of class 2 points elsewhere.
+    """
     rng = np.random.default_rng(seed)
     d, k = 24, 6
     texts = np.eye(d)[:k] + 0.5 * np.eye(d)[20]
@@ -226,7 +228,9 @@ def test_gains_that_cannot_be_estimated_are_refused() -> None:
 
 
 def test_the_interval_covers() -> None:
-    """Of tables drawn with known shares 95 % of the intervals hold the difference, within three standard errors."""
+    """Of tables drawn with known shares 95 % of the intervals hold the difference,
+    within three standard errors.
+    """
     rng = np.random.default_rng(1)
     for shares, n in (((0.1, 0.02), 200), ((0.01, 0.01), 300), ((0.3, 0.25), 100)):
         tables = rng.multinomial(n, [*shares, 1 - sum(shares)], size=2000)

@@ -21,7 +21,9 @@ from vilu.report.page.charts import histogram
 
 
 def risky() -> Outcomes:
-    """Ten answers, five of them wrong, two of these for a picture of none of the classes; eight are accepted."""
+    """Ten answers, five of them wrong, two of these for a picture of none of the classes;
+    eight are accepted.
+    """
     return Outcomes(
         [0.1, 0.2, 0.3, 0.3, 0.4, 0.5, 0.6, 0.7, 0.7, 0.9],
         [0, 1, 0, 1, 0, 0, 0, 1, 1, 1],
@@ -67,7 +69,9 @@ def test_better_texts_are_of_the_classes_alone(test: Embeddings) -> None:
 
 
 def with_strangers(**fields: object) -> Outcomes:
-    """A quarter of the wrong answers are for pictures of none of the classes, and a little more uncertain."""
+    """A quarter of the wrong answers are for pictures of none of the classes,
+    and a little more uncertain.
+    """
     plain = outcomes_of(**fields)
     outside = (plain.failure == 1) & (np.arange(len(plain)) % 4 == 0)
     uncertainty = np.where(outside, np.clip(plain.uncertainty + 0.1, 0, 1), plain.uncertainty)
@@ -79,7 +83,10 @@ def test_the_page_says_both_shares_and_answers_three_questions() -> None:
     page = vilu.report_page([one])
     n, n_outside, n_wrong = len(one), int(one.outside.sum()), int(one.failure.sum())
     within, outside = (f"{100 * k / n:.1f}" for k in (n_wrong - n_outside, n_outside))
-    sentence = f"are wrong: {within}&nbsp;% within the classes, {outside}&nbsp;% because the picture is of none"
+    sentence = (
+        f"are wrong: {within}&nbsp;% within the classes, "
+        f"{outside}&nbsp;% because the picture is of none"
+    )
     assert sentence in page
     assert "Wrong within the classes, and pictures of none of the classes" in page
     shown = f"{100 * roc_auc_score(one.outside, one.uncertainty):.1f}"

@@ -1,4 +1,6 @@
-"""The page of ``vilu report``: its numbers against numpy's, its choices, and what hostile names may do in it."""
+"""The page of ``vilu report``:
+its numbers against numpy's, its choices, and what hostile names may do in it.
+"""
 
 from __future__ import annotations
 
@@ -71,8 +73,8 @@ def test_the_sentence_and_the_figures_are_numpys(page: str) -> None:
     plain = page.replace("&nbsp;", " ")
     assert f"<strong>{100 * one.failure.mean():.1f} %</strong> are wrong" in plain
     assert (
-        f"<strong>{100 * accepted.mean():.1f} %</strong> of the answers can be accepted at 5 % errors"
-        in plain
+        f"<strong>{100 * accepted.mean():.1f} %</strong> of the answers can be accepted at 5 % "
+        "errors" in plain
     )
     assert f"<small>{accepted.sum()} of 400</small>" in plain
     assert f"<dd>{100 * one.failure[accepted].mean():.1f} %" in plain
@@ -104,7 +106,7 @@ def test_thinning_keeps_the_chosen_threshold_and_both_ends(chosen: float) -> Non
     assert np.diff(points.accepted).max() <= 2 * 20_000 / 490  # evenly, up to rounding
 
 
-def test_without_one_threshold_the_slider_stands_where_as_many_are_accepted() -> None:
+def test_without_one_threshold_the_slider_accepts_as_many() -> None:
     points = operating_points([0.1, 0.2, 0.2, 0.4], [0, 0, 1, 1], None, 3)
     assert points.threshold.tolist() == [-np.inf, 0.1, 0.2, 0.4]
     assert points.start == 2
@@ -217,8 +219,8 @@ def test_metrics_and_their_intervals_stand_in_the_table(page: str) -> None:
 
 def test_the_page_says_of_ece_what_its_interval_is(page: str) -> None:
     assert (
-        "stratified by failure; of ECE: 1,000 draws of the noise of its bins, corrected for their bias."
-        in page
+        "stratified by failure; of ECE: 1,000 draws of the noise of its bins, "
+        "corrected for their bias." in page
     )
     assert "bootstrap intervals" not in page
 
@@ -342,7 +344,7 @@ def test_the_same_scores_give_the_same_small_page(page: str) -> None:
     assert len(report_page(many)) < 300_000
 
 
-def test_uncertainties_that_are_no_probabilities_and_answers_that_are_all_right() -> None:
+def test_raw_uncertainties_and_answers_that_are_all_right() -> None:
     one = dataclasses.replace(outcomes_of(), is_probability=False)
     assert "Stated and found" not in report_page([one])
     calibrated = dataclasses.replace(one, failure_probability=np.clip(one.uncertainty, 0.01, 0.99))
@@ -406,7 +408,9 @@ def test_ticks_are_round_and_lines_keep_their_ends() -> None:
 
 
 def test_a_predictor_is_no_scores(tmp_path: Path) -> None:
-    """Its calibration rows would make a page, on which its rule keeps what it promises: it was chosen there."""
+    """Its calibration rows would make a page, on which its rule keeps what it promises:
+    it was chosen there.
+    """
     MCM().fit(toy_embeddings()).save(tmp_path)
     calibrate_predictor(tmp_path, toy_embeddings(seed=1, ids_from=10_000), Target(max_risk=0.5))
     with pytest.raises(

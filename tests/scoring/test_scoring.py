@@ -81,10 +81,12 @@ def head() -> vilu.ViLU:
     return vilu.ViLU(hidden=(8,), epochs=2, seed=0).fit(toy_embeddings())
 
 
-def test_candidates_that_were_not_fitted_on_are_told_where_probabilities_are_stated(
+def test_candidates_without_a_fit_are_named_beside_probabilities(
     head: vilu.ViLU, test: Embeddings, tmp_path: Path
 ) -> None:
-    """Other prompts of the same names, other classes, some of the classes; also of a predictor that was saved."""
+    """Other prompts of the same names, other classes, some of the classes;
+    also of a predictor that was saved.
+    """
     head.save(tmp_path)
     prompt = torch.randn(16, generator=torch.Generator().manual_seed(0)) * 0.15
     others = {
@@ -106,7 +108,9 @@ def test_candidates_that_were_not_fitted_on_are_told_where_probabilities_are_sta
 
 
 def test_candidates_that_are_the_same_are_not_told(head: vilu.ViLU, test: Embeddings) -> None:
-    """Rounding of another machine, another order, other names for the same texts; warnings are errors here."""
+    """Rounding of another machine, another order, other names for the same texts;
+    warnings are errors here.
+    """
     noise = torch.randn(5, 16, generator=torch.Generator().manual_seed(0)) * 1e-3
     turned = [4, 2, 0, 1, 3]
     vilu.score(head, with_texts(test, test.text + noise))

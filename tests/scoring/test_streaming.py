@@ -91,7 +91,9 @@ def assert_same_outcomes(found: Outcomes, expected: Outcomes) -> None:
 
 
 def short_pairs(n: int = 200, pool: int = 32) -> PairEmbeddings:
-    """Pairs of which some are unusable and others fill no last pool, as a store of captions may hold them."""
+    """Pairs of which some are unusable and others fill no last pool,
+    as a store of captions may hold them.
+    """
     found = toy_pairs(n=256, pool=pool)
     found.status[[3, 40]] = 1, 2
     found.usable_rows = torch.from_numpy(np.flatnonzero(found.status == 0)[:n])
@@ -499,7 +501,9 @@ def test_forged_histograms_are_refused(done: Path, tmp_path: Path) -> None:
 def test_a_folder_counts_what_is_of_none_of_the_classes(
     data: Embeddings, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in memory; in bins, within what ties can do; and where there is nothing to count, nothing is written."""
+    """As in memory; in bins, within what ties can do;
+    and where there is nothing to count, nothing is written.
+    """
     target = data.target.clone()
     target[::7] = vilu.OUTSIDE
     strange = variant(data, target=target, class_names=data.class_names)
@@ -556,7 +560,9 @@ def test_scores_that_are_not_finite_are_refused(
 def test_answers_are_computed_once(
     test: Embeddings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A score that looks at the logits leaves them to the answer: no second product, no second pass."""
+    """A score that looks at the logits leaves them to the answer:
+    no second product, no second pass.
+    """
     from vilu.embeddings import source
 
     def never(*_: object) -> None:
@@ -634,8 +640,8 @@ def test_a_renamed_store_is_the_same_rows_under_another_label(tmp_path: Path) ->
     (tmp_path / "first").rename(tmp_path / "second")
     said = run("score", tmp_path / "p", tmp_path / "second", "-o", tmp_path / "a", code=6).stderr
     assert (
-        f"another run: dataset: 'first' ({tmp_path / 'a'}) against 'second' (now). Give another folder"
-        in said
+        f"another run: dataset: 'first' ({tmp_path / 'a'}) against 'second' (now). "
+        "Give another folder" in said
     )
     run("score", tmp_path / "p", tmp_path / "second", "-o", tmp_path / "b")
     a, b = (ScoreFolder(tmp_path / name) for name in "ab")

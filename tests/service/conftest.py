@@ -1,4 +1,6 @@
-"""A service on a free port of this machine, in a thread or a process of its own, with a model that is there at once."""
+"""A service on a free port of this machine, in a thread or a process of its own,
+with a model that is there at once.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What is answered over HTTP is what ``Guard`` says, each row is counted once, and mistakes are told."""
+"""What is answered over HTTP is what ``Guard`` says, each row is counted once,
+and mistakes are told.
+"""
 
 from __future__ import annotations
 
@@ -113,7 +115,9 @@ def test_what_was_never_promised_is_not_said_to_hold(
 def test_every_row_is_counted_once(
     predictors: tuple[Path, Path], tmp_path: Path, photos: Photos
 ) -> None:
-    """The same request again, and a second predictor beside: each journal has every image once; labels count once."""
+    """The same request again, and a second predictor beside: each journal has every image once;
+    labels count once.
+    """
     with hosted(predictors[0], tmp_path / "s", second=predictors[1]) as running:
         for _ in range(2):
             reply = running.post(
@@ -152,7 +156,9 @@ def test_every_row_is_counted_once(
 def test_a_void_promise_is_void_after_a_kill_in_whatever_order_labels_came(
     predictors: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """Evidence is the largest along the way: the last rows, all wrong, have their labels before the others."""
+    """Evidence is the largest along the way:
+    the last rows, all wrong, have their labels before the others.
+    """
     journal = Journal(tmp_path / "j", predictors[0])
     kept = journal.monitor.calibration
     names, said = kept.class_names or (), np.asarray(kept.prediction)
@@ -210,7 +216,9 @@ def test_rows_do_not_wait_for_the_state_to_be_written_and_do_without(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """It took a second at 500,000 rows; and of a disk without room for it, rows that were recorded were a fault."""
+    """It took a second at 500,000 rows;
+    and of a disk without room for it, rows that were recorded were a fault.
+    """
     monkeypatch.setattr("vilu.service.journal.SAVE_EVERY", 10)
     journal = Journal(tmp_path / "j", predictors[0])
     kept, save, may_write, written = (
@@ -248,10 +256,12 @@ def test_rows_do_not_wait_for_the_state_to_be_written_and_do_without(
     assert Journal(tmp_path / "j", predictors[0]).status == journal.status
 
 
-def test_a_fault_of_the_thread_that_saves_is_told_once_and_then_it_saves_again(
+def test_a_fault_while_saving_is_reported_once_and_saving_goes_on(
     predictors: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A moment without memory, and every request after it failed until a restart, though its rows were recorded."""
+    """A moment without memory, and every request after it failed until a restart,
+    though its rows were recorded.
+    """
     monkeypatch.setattr("vilu.service.journal.SAVE_EVERY", 10)
     journal = Journal(tmp_path / "j", predictors[0])
     kept, save, faults = journal.monitor.calibration, Monitor.save, [MemoryError("one moment")]
@@ -358,7 +368,8 @@ MISTAKES = {
             "POST",
             "/v1/answers",
             {
-                "content": b'--x\r\nContent-Disposition: form-data; name="a"; filename="a"\r\n\r\nabc',
+                "content": b'--x\r\nContent-Disposition: form-data; name="a"; filename="a"\r\n'
+                b"\r\nabc",
                 "headers": {"Content-Type": "multipart/form-data; boundary=x"},
             },
         ),
@@ -741,9 +752,12 @@ def test_the_page_says_what_is_promised_in_every_state(
     expected = {
         "no rule": ("none", "Nothing is promised: this predictor has no rule"),
         "nothing": ("none", "Nothing is promised: no threshold was certified"),
-        "holds": ("holds", "The promise holds, as far as what was answered shows. Promised: the rule accepts"),
+        "holds": (
+            "holds",
+            "The promise holds, as far as what was answered shows. Promised: the rule accepts",
+        ),
         "void": ("void", "The promise is void: what comes in is not like the calibration"),
-    }  # fmt: skip
+    }
     for name, (state, words) in expected.items():
         folder = tmp_path / name if state == "none" else predictors[0]
         with hosted(folder, tmp_path / f"{name} state") as running:

@@ -1,4 +1,5 @@
-"""What no honest client sends: no 5xx, no traceback, no growth, nothing written outside; the next request is answered.
+"""What no honest client sends: no 5xx, no traceback, no growth, nothing written outside;
+the next request is answered.
 
 The long form, ``make test-hostile``, draws ``REQUESTS`` requests (10,000) from the service's
 OpenAPI with schemathesis.
@@ -24,7 +25,9 @@ from tests.service.conftest import Running, hosted, served
 
 REQUESTS = int(os.environ.get("REQUESTS", "10000"))
 GROWTH = 60 * 2**20
-"""Bytes that a process may grow by while it meets all this: arenas of the allocator, which are used again."""
+"""Bytes that a process may grow by while it meets all this:
+arenas of the allocator, which are used again.
+"""
 
 
 def png(width: int, height: int) -> bytes:
@@ -189,6 +192,7 @@ def meet_all(target: Running) -> None:
             meet()
             sizes.append(process.memory_info().rss)
     print(  # noqa: T201
-        f"{sum(seen.values())} requests, {dict(seen)}; memory {[size // 2**20 for size in sizes]} MiB"
+        f"{sum(seen.values())} requests, {dict(seen)}; memory "
+        f"{[size // 2**20 for size in sizes]} MiB"
     )
     assert sizes[-1] - sizes[0] < GROWTH

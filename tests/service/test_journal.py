@@ -73,7 +73,12 @@ def flipped(name: str, place: int) -> Callable[[Path], None]:
 
 # how, which file is named, rows that follow, labels that follow
 DAMAGES: dict[str, tuple[Callable[[Path], None], str, int, int]] = {
-    "a row edited": (sql("UPDATE rows SET answer = answer + 1 WHERE n = 41"), "rows.sqlite", 40, 20),
+    "a row edited": (
+        sql("UPDATE rows SET answer = answer + 1 WHERE n = 41"),
+        "rows.sqlite",
+        40,
+        20,
+    ),
     "rows deleted": (sql("DELETE FROM rows WHERE n BETWEEN 40 AND 45"), "rows.sqlite", 39, 20),
     "the last rows deleted": (sql("DELETE FROM rows WHERE n > 50"), "rows.sqlite", 50, 20),
     "the first rows deleted": (sql("DELETE FROM rows WHERE n < 9"), "rows.sqlite", 0, 0),
@@ -85,7 +90,12 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str, int, int]] = {
     ),
     "the table of rows dropped": (sql("DROP TABLE rows"), "rows.sqlite", 0, 0),
     "the table of labels dropped": (sql("DROP TABLE labels"), "rows.sqlite", N, 0),
-    "a label edited": (sql("UPDATE labels SET label = 1 - label WHERE came = 11"), "rows.sqlite", N, 10),
+    "a label edited": (
+        sql("UPDATE labels SET label = 1 - label WHERE came = 11"),
+        "rows.sqlite",
+        N,
+        10,
+    ),
     "labels deleted": (sql("DELETE FROM labels WHERE came > 15"), "rows.sqlite", N, 15),
     "no file of rows": (removed("rows.sqlite"), "rows.sqlite", 0, 0),
     "an empty file of rows": (emptied("rows.sqlite"), "rows.sqlite", 0, 0),
@@ -94,7 +104,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str, int, int]] = {
     "damaged ends": (flipped("rows.ends", 30), "rows.ends", N, 20),
     "a damaged state": (flipped("monitor.parquet", 300), "monitor.parquet", N, 20),
     "neither rows nor ends": (removed("rows.sqlite", "rows.ends"), "rows.sqlite", 0, 0),
-}  # fmt: skip
+}
 
 
 @pytest.fixture

@@ -1,4 +1,6 @@
-"""The page of the service in a real browser: a photo in, its answer shown, at the width of a phone and of a desk."""
+"""The page of the service in a real browser:
+a photo in, its answer shown, at the width of a phone and of a desk.
+"""
 
 from __future__ import annotations
 

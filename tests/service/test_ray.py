@@ -1,4 +1,6 @@
-"""The service under Ray Serve on this machine: the same answers, one monitor; of a killed replica only what it had."""
+"""The service under Ray Serve on this machine: the same answers, one monitor;
+of a killed replica only what it had.
+"""
 
 from __future__ import annotations
 

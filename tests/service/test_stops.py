@@ -1,4 +1,6 @@
-"""A service that is told to stop, or is killed, under load: nothing taken on is lost, nothing is counted twice."""
+"""A service that is told to stop, or is killed, under load:
+nothing taken on is lost, nothing is counted twice.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ Answered = dict[str, list[str]]
 def ask_until(
     running: Running, ended: threading.Event, photos: list[bytes], who: int
 ) -> tuple[Answered, list[str]]:
-    """Requests one after another on one connection: rows that were answered, and what went wrong otherwise."""
+    """Requests one after another on one connection:
+    rows that were answered, and what went wrong otherwise.
+    """
     answered, failed = Answered(), list[str]()
     with httpx.Client(base_url=running.url, timeout=20) as client:
         for number in range(100_000):

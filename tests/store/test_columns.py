@@ -1,4 +1,6 @@
-"""Columns beside the embeddings: what ``embed`` keeps, and that a store serves and guards it like the embeddings."""
+"""Columns beside the embeddings:
+what ``embed`` keeps, and that a store serves and guards it like the embeddings.
+"""
 
 from __future__ import annotations
 
@@ -325,7 +327,9 @@ def test_no_column_leads_out_of_the_store(root):
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_no_damage_ends_in_anything_but_an_error_of_ours(original, tmp_path, data):
-    """Some bytes of one file are replaced: the store is refused in a sentence, or is read in full."""
+    """Some bytes of one file are replaced:
+    the store is refused in a sentence, or is read in full.
+    """
     root = tmp_path / "s"
     if not root.exists():
         shutil.copytree(original, root)
@@ -366,7 +370,9 @@ def test_an_interrupt_keeps_the_parts(original, tmp_path):
 
 @pytest.mark.parametrize("failing", range(0, 26, 3))
 def test_a_full_disk_keeps_the_finished_parts(original, tmp_path, monkeypatch, failing):
-    """The n-th file cannot be synced: run.json, five arrays of the classes, classes.json, then six files a part."""
+    """The n-th file cannot be synced:
+    run.json, five arrays of the classes, classes.json, then six files a part.
+    """
     fsync, calls, root = os.fsync, iter(range(10**6)), tmp_path / "s"
 
     def full(descriptor):
@@ -422,7 +428,9 @@ def test_features_beyond_the_number_format(tmp_path):
 
 
 class Dark(FakeBackbone):
-    """Gives the second pass of every batch, its first views, one embedding of zeros, and every feature 0 a NaN."""
+    """Gives the second pass of every batch, its first views, one embedding of zeros,
+    and every feature 0 a NaN.
+    """
 
     def encode_images(self, pixels):
         rows = super().encode_images(pixels)

@@ -1,4 +1,6 @@
-"""Shards that are cut short or none, through the command line: named, counted by no one, never taken for whole."""
+"""Shards that are cut short or none, through the command line:
+named, counted by no one, never taken for whole.
+"""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def test_what_a_store_holds(tmp_path):
     assert pq.read_table(tmp_path / "s/metadata/metadata_00000.parquet")["label"][4].as_py() is None
 
 
-def test_a_store_that_begins_while_its_place_is_looked_at_is_none_of_others(tmp_path, monkeypatch):
+def test_a_store_begun_during_the_check_belongs_to_this_job(tmp_path, monkeypatch):
     run(dataset(23), tmp_path / "made")
     here = tmp_path / "here"
     here.mkdir()
@@ -404,7 +404,9 @@ def test_too_little_room_is_said_before_any_work(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("failing", [0, 1, 2, 3, 4, 5, 6, 7, 10, 14, 15])
 def test_a_full_disk_keeps_the_finished_parts(tmp_path, monkeypatch, failing):
-    """The n-th file cannot be synced: run.json, the texts, classes.json, three parts of four files, manifest.json."""
+    """The n-th file cannot be synced:
+    run.json, the texts, classes.json, three parts of four files, manifest.json.
+    """
     root, fsync, calls = tmp_path / "s", os.fsync, iter(range(10**6))
 
     def full(descriptor):
@@ -446,7 +448,9 @@ def test_an_interrupt_stops_the_threads_and_keeps_the_parts(tmp_path):
 
 
 class Counting(FakeBackbone):
-    """Counts preprocessed images alive; its forward pass is slow, so decoding runs as far ahead as it may."""
+    """Counts preprocessed images alive;
+    its forward pass is slow, so decoding runs as far ahead as it may.
+    """
 
     def __init__(self):
         super().__init__()

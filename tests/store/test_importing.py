@@ -1,4 +1,6 @@
-"""Arrays of others as a store: the same numbers, whatever they came in, and nothing believed unchecked."""
+"""Arrays of others as a store:
+the same numbers, whatever they came in, and nothing believed unchecked.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +78,9 @@ def test_a_store_is_the_arrays(tmp_path: Path, name: str, part_size: int) -> Non
 
 
 def test_the_same_arrays_give_the_same_bytes(tmp_path: Path) -> None:
-    """From a file, packed or not, and from a folder; the name of the source is the one thing that differs."""
+    """From a file, packed or not, and from a folder;
+    the name of the source is the one thing that differs.
+    """
     made = []
     for place in ("one/a.npz", "two/a.npz", "three/a.npz"):
         (tmp_path / place).parent.mkdir()
@@ -257,18 +261,33 @@ def test_a_label_beyond_the_classes_is_outside(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "settings", "kind", "told"),
     [
-        ({"logit_scale": None}, {}, UsageError, "Give --logit-scale: OpenAI's CLIP has --logit-scale 100 --lo"),
+        (
+            {"logit_scale": None},
+            {},
+            UsageError,
+            "Give --logit-scale: OpenAI's CLIP has --logit-scale 100 --lo",
+        ),
         ({"logit_bias": None}, {}, UsageError, "do not say logit_bias"),
         ({"logit_scale": np.ones(2)}, {}, DataError, "must be one number"),
         ({"logit_scale": np.float32(-3)}, {}, UsageError, "positive"),
         ({"image": None}, {}, DataError, "no array 'image'; it has '"),
         ({"text": None}, {}, DataError, "no array 'text'"),
         ({}, {"keys": {"text": "nothing"}}, DataError, "no array 'nothing'"),
-        ({}, {"keys": {"nothing": "text"}}, UsageError, "no array 'nothing' to be called otherwise"),
+        (
+            {},
+            {"keys": {"nothing": "text"}},
+            UsageError,
+            "no array 'nothing' to be called otherwise",
+        ),
         ({"class_names": None}, {}, UsageError, "--classes FILE"),
         ({"class_names": np.array(NAMES[:3])}, {}, DataError, "one class name per row of text"),
         ({"class_names": np.array(["cat", "dog", " ", "sea"])}, {}, DataError, "blank"),
-        ({"class_names": np.array(["cat", "dog", "cat", "sea"])}, {}, DataError, "one name must have one text"),
+        (
+            {"class_names": np.array(["cat", "dog", "cat", "sea"])},
+            {},
+            DataError,
+            "one name must have one text",
+        ),
         ({"class_names": np.array([*NAMES], dtype=object)}, {}, DataError, "Python objects"),
         ({"class_names": np.arange(4.0)}, {}, DataError, "must hold texts"),
         ({"class_names": np.array([b"\xff", b"a", b"b", b"c"])}, {}, DataError, "damaged"),
@@ -289,19 +308,29 @@ def test_a_label_beyond_the_classes_is_outside(tmp_path: Path) -> None:
         ({"image": np.eye(30, 7)}, {}, DataError, "share one width"),
         ({"text": np.zeros((4, 6))}, {}, DataError, "non-zero norm"),
         ({"text": np.full((4, 6), np.inf)}, {}, DataError, "finite"),
-        ({"text": np.zeros((0, 6)), "class_names": np.array([], "U1")}, {}, DataError, "candidates"),
+        (
+            {"text": np.zeros((0, 6)), "class_names": np.array([], "U1")},
+            {},
+            DataError,
+            "candidates",
+        ),
         ({"negatives": np.eye(3, 5)}, {}, DataError, "negatives"),
         ({"prompts": np.tile(np.eye(6)[:2], (3, 1, 1))}, {}, DataError, "prompts"),
         ({"views": np.tile(np.eye(5)[:2], (30, 1, 1))}, {}, DataError, "width"),
         ({"features": np.zeros((30, 0))}, {}, DataError, "features"),
         ({"text_features": np.full((4, 2), np.nan)}, {}, DataError, "finite"),
-        ({}, {"outside": ["cow"]}, UsageError, "no class or label 'cow' to be outside. Classes are 'cat', 'dog'"),
+        (
+            {},
+            {"outside": ["cow"]},
+            UsageError,
+            "no class or label 'cow' to be outside. Classes are 'cat', 'dog'",
+        ),
         ({}, {"outside": ["2"]}, UsageError, "no class or label '2'"),
         ({}, {"outside": list(NAMES)}, UsageError, "At least one must be left"),
         ({}, {"part_size": 0}, UsageError, "part_size"),
         ({}, {"class_names": ["a", "b"]}, DataError, "one class name per row"),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_is_told_before_anything_is_written(
     tmp_path: Path, changes: dict, settings: dict, kind: type[Exception], told: str
 ) -> None:
@@ -387,7 +416,9 @@ def test_a_hostile_file(tmp_path: Path) -> None:
 
 
 def test_a_bomb_is_not_unpacked(tmp_path: Path) -> None:
-    """300 MB of zeros in 300 kB: refused by the sizes alone, where as much of numbers would be read."""
+    """300 MB of zeros in 300 kB:
+    refused by the sizes alone, where as much of numbers would be read.
+    """
     with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         for name, values in arrays(image=None).items():
             buffer = io.BytesIO()
@@ -462,10 +493,12 @@ def test_names_of_classes_are_read_by_blocks(
     )  # 8 bytes a row, twice while they are put together, the zip's buffers, and a block
 
 
-def test_a_cache_of_few_labels_is_a_store_of_its_splits_and_its_class_means(
+def test_a_few_shot_cache_is_a_store_of_splits_and_class_means(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The files as methods of Tip-Adapter's kind write them: half precision, keys as columns, values one-hot."""
+    """The files as methods of Tip-Adapter's kind write them:
+    half precision, keys as columns, values one-hot.
+    """
     draw = np.random.default_rng(0)
     unit = lambda rows: torch.nn.functional.normalize(  # noqa: E731
         torch.from_numpy(draw.normal(size=(rows, 8))).half(), dim=1

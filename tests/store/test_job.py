@@ -1,4 +1,6 @@
-"""Parts one by one: the same bytes whoever does them, parts that kill, several processes on one store."""
+"""Parts one by one:
+the same bytes whoever does them, parts that kill, several processes on one store.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,9 @@ def leave_marks(root, part, n):
 
 @dataclass
 class InTurn:
-    """An executor that does all parts here, from the last to the first, each with a job that was pickled."""
+    """An executor that does all parts here, from the last to the first,
+    each with a job that was pickled.
+    """
 
     calls: int = 0
 

@@ -1,4 +1,6 @@
-"""``LaionPairs``: published layouts read as the same pairs in memory; what does not belong together is refused."""
+"""``LaionPairs``: published layouts read as the same pairs in memory;
+what does not belong together is refused.
+"""
 
 from __future__ import annotations
 
@@ -403,7 +405,9 @@ def test_nothing_is_written_into_the_folder(root):
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_no_damage_ends_in_anything_but_an_error_of_ours(tmp_path_factory, root, data):
-    """Some bytes of one file are replaced: the shards are refused in a sentence, or are read in full."""
+    """Some bytes of one file are replaced:
+    the shards are refused in a sentence, or are read in full.
+    """
     path = data.draw(st.sampled_from(sorted(path for path in root.rglob("*") if path.is_file())))
     whole = path.read_bytes()
     content = bytearray(whole)

@@ -49,21 +49,45 @@ CHANGES = [
     {"limits": {"min_side": 9, "max_aspect": 20.0}},
     {"part_size": 11},
     {"dtype": "float32"},
-    *({"space": replace(SPACE, **{name: value})} for name, value in [
-        ("embed_dim", 9), ("logit_scale", 99.0), ("logit_bias", 1.0), ("backbone", "x"), ("weights", "x"),
-        ("preprocess", "x"), ("tokenizer", "x"), ("precision", "bf16"),
-    ]),
-    {"features": 12}, {"features": 13},
-    {"views": {"n": 2}}, {"views": {"n": 3}}, {"views": {"n": 2, "seed": 1}},
-    {"prompts": ("a {}.",)}, {"prompts": ("a {}.", "the {}.")},
-    {"negatives": ("cloud",)}, {"negatives": ("cloud", "sea")},
-    {"captions": True, "names": (), "templates": ()}, {"names": (), "templates": ()},
-    {"shards": 3}, {"shards": 4},
-    {"outside": ("moth",)}, {"outside": ("fly", "moth")},
-    *({"imported": {"ids": False, **change}} for change in [
-        {}, {"ids": True}, {"source": "a page"}, {"columns": {"features": (3,)}}, {"columns": {"views": (2, 8)}},
-    ]),
-]  # fmt: skip
+    *(
+        {"space": replace(SPACE, **{name: value})}
+        for name, value in [
+            ("embed_dim", 9),
+            ("logit_scale", 99.0),
+            ("logit_bias", 1.0),
+            ("backbone", "x"),
+            ("weights", "x"),
+            ("preprocess", "x"),
+            ("tokenizer", "x"),
+            ("precision", "bf16"),
+        ]
+    ),
+    {"features": 12},
+    {"features": 13},
+    {"views": {"n": 2}},
+    {"views": {"n": 3}},
+    {"views": {"n": 2, "seed": 1}},
+    {"prompts": ("a {}.",)},
+    {"prompts": ("a {}.", "the {}.")},
+    {"negatives": ("cloud",)},
+    {"negatives": ("cloud", "sea")},
+    {"captions": True, "names": (), "templates": ()},
+    {"names": (), "templates": ()},
+    {"shards": 3},
+    {"shards": 4},
+    {"outside": ("moth",)},
+    {"outside": ("fly", "moth")},
+    *(
+        {"imported": {"ids": False, **change}}
+        for change in [
+            {},
+            {"ids": True},
+            {"source": "a page"},
+            {"columns": {"features": (3,)}},
+            {"columns": {"views": (2, 8)}},
+        ]
+    ),
+]
 
 
 def test_every_input_changes_the_fingerprint_and_nothing_else_does():

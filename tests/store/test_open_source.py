@@ -1,4 +1,6 @@
-"""``open_source``: every kind of folder as what it is, every argument only where it means something."""
+"""``open_source``:
+every kind of folder as what it is, every argument only where it means something.
+"""
 
 from __future__ import annotations
 

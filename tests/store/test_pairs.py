@@ -1,4 +1,6 @@
-"""``CaptionStore``: the same batches as in memory, folds by caption, and an order that reads few blocks at a time."""
+"""``CaptionStore``:
+the same batches as in memory, folds by caption, and an order that reads few blocks at a time.
+"""
 
 from __future__ import annotations
 

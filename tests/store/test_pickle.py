@@ -1,4 +1,6 @@
-"""Sources on disk in another process: pickled as their path, and refused where they have changed in between."""
+"""Sources on disk in another process:
+pickled as their path, and refused where they have changed in between.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The digest of a picture in the metadata: the same from every kind of data set, whatever the picture is called."""
+"""The digest of a picture in the metadata:
+the same from every kind of data set, whatever the picture is called.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""``EmbeddingStore``: the same rows as in memory, refusing what does not fit, never crashing on damage."""
+"""``EmbeddingStore``:
+the same rows as in memory, refusing what does not fit, never crashing on damage.
+"""
 
 from __future__ import annotations
 
@@ -125,7 +127,9 @@ def test_ids_are_a_sequence(original):
 
 
 def test_files_are_let_go_of_with_the_store(original):
-    """At once, and not when the garbage is collected: the folder may be on a disk that is to be unmounted."""
+    """At once, and not when the garbage is collected:
+    the folder may be on a disk that is to be unmounted.
+    """
     store = EmbeddingStore(original)
     assert len(store.ids[:]) == len(store)
     next(store.batches(4))
@@ -163,7 +167,9 @@ print(len(store), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) 
 
 
 def test_opening_reads_no_vector(tmp_path):
-    """The only part is replaced by one of 1 GiB, sparse on the disk; reading it would show in the peak memory."""
+    """The only part is replaced by one of 1 GiB, sparse on the disk;
+    reading it would show in the peak memory.
+    """
     n, dim = 2**17, 4096
     embed(dataset(5), FakeBackbone(dim=dim), tmp_path, names=NAMES)
     np.lib.format.open_memmap(
@@ -381,7 +387,9 @@ def test_other_class_texts(root):
 @given(data=st.data())
 @settings(max_examples=200, deadline=None, suppress_health_check=SHARED_FOLDER)
 def test_no_damage_ends_in_anything_but_an_error_of_ours(original, tmp_path, data):
-    """Some bytes of one file are replaced: the store is refused in a sentence, or is read in full."""
+    """Some bytes of one file are replaced:
+    the store is refused in a sentence, or is read in full.
+    """
     root = tmp_path / "s"
     if not root.exists():
         shutil.copytree(original, root)

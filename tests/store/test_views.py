@@ -69,7 +69,9 @@ def test_views_depend_on_key_number_and_seed_alone() -> None:
 
 
 def test_numbers_do_not_change_from_version_to_version() -> None:
-    """SHA-256 of "0 0 a", read by hand: eight little-endian bytes a number, of which 53 bits are used."""
+    """SHA-256 of "0 0 a", read by hand:
+    eight little-endian bytes a number, of which 53 bits are used.
+    """
     digest = bytes.fromhex("8679922b67376e1d")
     assert _uniform(0, 0, "a")[0] == int.from_bytes(digest, "little") // 2**11 / 2**53
 

@@ -1,4 +1,6 @@
-"""Bytes that are not those of the receipt: seen at the first reading by whatever reads them, mended by embedding."""
+"""Bytes that are not those of the receipt:
+seen at the first reading by whatever reads them, mended by embedding.
+"""
 
 from __future__ import annotations
 
@@ -313,7 +315,9 @@ def test_embedding_again_mends_a_damaged_part_and_says_so(root, caplog):
 
 
 def test_of_many_drivers_none_reads_all_bytes(root, hashed):
-    """They share a store, so each would read all of it; whoever uses the store still sees the damage."""
+    """They share a store, so each would read all of it;
+    whoever uses the store still sees the damage.
+    """
     flip(root / "img_emb/img_emb_00001.npy", 400)
     del hashed[:]
     store = make(root, shared=True)

@@ -59,7 +59,9 @@ def fake_model() -> Iterator[FakeBackbone]:
 def begun(
     tmp_path_factory: pytest.TempPathFactory, fake_model: FakeBackbone
 ) -> tuple[Path, dict[str, str]]:
-    """A folder with 400 photos and a triage of them that was answered until something was promised."""
+    """A folder with 400 photos and a triage of them that was answered until something was
+    promised.
+    """
     home = tmp_path_factory.mktemp("begun")
     truth, labels = write_photos(home / "photos", 400), list[Path]()
     for _ in range(8):

@@ -1,4 +1,6 @@
-"""The promise of every class of answers, by simulation: asked for where labels lack, and looked at every time."""
+"""The promise of every class of answers, by simulation:
+asked for where labels lack, and looked at every time.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ RISK, DELTA, ROWS, RATE = 0.1, 0.05, 900, {"kept": 0.02, "broken": 0.11}
 
 
 def store_draws(rng: np.random.Generator) -> StoreDraws:
-    """Two classes of answers, one of which is wrong more often than promised, whatever the uncertainty."""
+    """Two classes of answers, one of which is wrong too often, whatever the uncertainty."""
     said = rng.integers(2, size=ROWS)
     wrong = (rng.random(ROWS) < np.array([*RATE.values()])[said]).astype(np.int64)
     outcomes = Outcomes(

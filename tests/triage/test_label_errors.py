@@ -16,7 +16,9 @@ N, WRONG, CLASSES = 300, 24, 6
 
 
 def mislabelled(times: int, noise: float = 0.0) -> tuple[Embeddings, np.ndarray]:
-    """Rows of which 24 in 300 have a wrong label, all of them repeated, and which labels are wrong."""
+    """Rows of which 24 in 300 have a wrong label, all of them repeated,
+    and which labels are wrong.
+    """
     rng = np.random.default_rng(0)
     text = rng.normal(size=(CLASSES, 64))
     text /= np.linalg.norm(text, axis=1, keepdims=True)

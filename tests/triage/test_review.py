@@ -129,7 +129,9 @@ def test_label_studio_there_and_back(half: Path, tmp_path: Path) -> None:
 def test_photos_that_were_chosen_for_review_come_back_as_chosen(
     half: Path, tmp_path: Path, tool: Tool
 ) -> None:
-    """The most doubtful ones: taken for a random pick, their labels would make a promise false without a word."""
+    """The most doubtful ones:
+    taken for a random pick, their labels would make a promise false without a word.
+    """
     review = open_review(half, "review")
     asked = {row["path"] for row in rows(half / "next_labels.csv")}
     assert {one.stream for one in review.tasks if one.path not in asked} == {"fit"}
@@ -349,7 +351,9 @@ def test_the_page_is_for_this_machine_and_its_key(page: tuple[Client, ReviewSess
 
 @pytest.mark.parametrize("n", few([30, 200], 1))
 def test_photos_by_keyboard(begun: Folder, tmp_path: Path, n: int) -> None:
-    """The page in a real browser: accept, another class, none of them, skip, undo, at both widths."""
+    """The page in a real browser:
+    accept, another class, none of them, skip, undo, at both widths.
+    """
     browser = shutil.which("chromium")
     if browser is None:
         pytest.skip("chromium is not installed")
@@ -396,7 +400,8 @@ def test_photos_by_keyboard(begun: Folder, tmp_path: Path, n: int) -> None:
         tab.set_viewport_size({"width": 390, "height": 844})
         assert tab.evaluate("document.documentElement.scrollWidth") <= 390
         unlabelled = tab.evaluate(
-            "[...document.querySelectorAll('button, input')].filter(x => !x.textContent && !x.labels.length).length"
+            "[...document.querySelectorAll('button, input')].filter(x => !x.textContent && "
+            "!x.labels.length).length"
         )
         assert unlabelled == 0
         for k in range(4, n + 1):

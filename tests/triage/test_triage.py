@@ -1,4 +1,6 @@
-"""The whole job on small folders: it goes on, it keeps its promise, and no label counts that must not."""
+"""The whole job on small folders:
+it goes on, it keeps its promise, and no label counts that must not.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,7 @@ def test_from_photos_to_a_guarantee_that_holds(begun: Folder) -> None:
 
 
 def test_the_most_trusted_are_guaranteed_only_where_labels_show_it() -> None:
-    """Half of the first eighth are wrong, nothing behind: the threshold of all is certified, a stricter one is not."""
+    """Half of the first eighth are wrong, nothing behind: only the laxest threshold is certified."""
     u = (np.arange(640) + 0.5) / 640
     wrong = ((u < 1 / 8) & (np.arange(640) % 16 == 0)).astype(int) + (
         (u < 1 / 64) & (np.arange(640) % 2 == 1)
@@ -100,7 +102,9 @@ def test_of_a_scene_one_label_counts() -> None:
 def test_no_calibration_label_is_ever_fitted_on_whoever_asked_for_it(
     folder: Folder, job: TriageSettings, tmp_path: Path
 ) -> None:
-    """Every label is given, and as chosen ones at that; the predictor has seen those of one side alone."""
+    """Every label is given, and as chosen ones at that;
+    the predictor has seen those of one side alone.
+    """
     truth, output = folder[1], tmp_path / "out"
     labels = tmp_path / "all.csv"
     labels.write_text(
@@ -357,7 +361,7 @@ def test_a_triage_that_is_killed_while_a_candidate_takes_over_goes_on(
 def test_a_triage_that_is_killed_between_two_steps_ends_the_same(
     begun: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, is_written: bool
 ) -> None:
-    """Before or after the state is written: at the start, with what labels show, with what is asked."""
+    """Before or after the state is written: at the start, with labels, with what is asked."""
     (home, truth), job = begun, job_on(begun[0] / "photos")
     output = Path(shutil.copytree(home / "half", tmp_path / "out"))
     labels = [fill_in(output, truth, tmp_path / "filled.csv")]
@@ -432,7 +436,9 @@ def test_a_guarantee_holds_without_photos_of_the_calibration_side(
 def test_the_label_of_a_photo_that_has_changed_never_counts(
     folder: Folder, job: TriageSettings, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Other bytes may put a photo that has taught on the other side, as a tag that is written into it does."""
+    """Other bytes may put a photo that has taught on the other side,
+    as a tag that is written into it does.
+    """
     (tmp_path / "l.csv").write_text(
         "path,label\n" + "".join(f"{path},{name}\n" for path, name in folder[1].items())
     )
@@ -454,7 +460,7 @@ def test_the_label_of_a_photo_that_has_changed_never_counts(
     assert book.note_pictures({"day 0/0000.png": b"now"}) == 0
 
 
-def test_another_model_is_refused_before_it_embeds_and_the_first_one_goes_on(
+def test_another_model_is_refused_before_embedding_the_first_goes_on(
     job: TriageSettings, folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     triage_photos(job, tmp_path / "out")

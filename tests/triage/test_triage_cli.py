@@ -177,7 +177,9 @@ def test_an_empty_cell_takes_no_label_back(tmp_path: Path, fake_model: FakeBackb
 def test_labels_that_next_asks_for_make_a_guarantee_of_a_store(
     begun: Folder, tmp_path: Path, uncalibrated: Path
 ) -> None:
-    """Asked, filled in, looked at again and again, until it is shown; what was chosen to teach never counts."""
+    """Asked, filled in, looked at again and again, until it is shown;
+    what was chosen to teach never counts.
+    """
     truth, predictor = begun[1], uncalibrated
     calibrate = (
         "calibrate",
@@ -207,8 +209,8 @@ def test_labels_that_next_asks_for_make_a_guarantee_of_a_store(
         asked += (found := rows(file))
         empty = run(*calibrate, *given, "--labels", file, code=3)
         assert (
-            f"{sum(row['stream'] == 'promise' for row in found)} of the labels that were asked for are missing"
-            in (empty.stderr)
+            f"{sum(row['stream'] == 'promise' for row in found)} of the labels that were asked for "
+            "are missing" in (empty.stderr)
         )
         give_labels(file, truth, file)
         given += ["--labels", file]
@@ -435,7 +437,9 @@ def test_a_label_that_a_predictor_was_fitted_on_is_not_judged_by_it(
 def test_labels_that_are_wrong_are_found(
     tmp_path: Path, fake_model: FakeBackbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of ten labels that were changed on purpose most are among the 15 worst; no part is read for each of its rows."""
+    """Of ten labels that were changed on purpose most are among the 15 worst;
+    no part is read for each of its rows.
+    """
     reads: Counter[str] = Counter()
     read = Sealed.metadata
     monkeypatch.setattr(

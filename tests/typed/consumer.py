@@ -1,4 +1,5 @@
-"""A program of someone else, with types: what it gets from vilu has the types that are asserted here.
+"""A program of someone else, with types:
+what it gets from vilu has the types that are asserted here.
 
 Two checkers read it (`make test-types`), and `make lint` with the rest. Lines that end in an
 ``ignore`` are wrong uses: a checker that does not see one complains about the ``ignore``.

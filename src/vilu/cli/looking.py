@@ -124,7 +124,8 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
             fitted, data, known, [*(key or ()), *(row or ())] or None, n=n, depth=depth
         )
         content, text = found.to_dict(), str(found)
-        following = f"{len(found)} rows explained"
+        noun = "row" if len(found) == 1 else "rows"
+        following = f"{len(found)} {noun} explained"
         if data.pool_size is None:  # of captions there is no summary
             following += f"; where the failures are: {console.shell('vilu', 'explain', predictor, store, '--summary')}"
     keep(lambda path, inputs: write_said(path, content, inputs))

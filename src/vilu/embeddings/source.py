@@ -410,7 +410,7 @@ class EmbeddingSource(ABC):
 
     @cached_property
     def status(self) -> NDArray[np.uint8]:
-        """(N,) 0 where the embedding is usable, else a position in ``validate.STATUS``.
+        """(N,) 0 where the embedding is usable, else a position in ``checks.STATUS``.
 
         By default all are usable.
         """

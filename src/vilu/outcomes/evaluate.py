@@ -90,13 +90,13 @@ def evaluate(
         scarce += _scarce(tally)
         repeated += _repeated(tally)
     if scarce:
-        warnings.warn(f"intervals are wide: {_listed(scarce)}.", stacklevel=3)
+        consequence = "intervals are wide" if n_resamples else "numbers rest on few answers"
+        warnings.warn(f"{consequence}: {_listed(scarce)}.", stacklevel=3)
     if repeated:
-        warnings.warn(
-            f"rows of one picture are no independent answers: {_listed(repeated)}. "
-            "Intervals are of the pictures.",
-            stacklevel=3,
-        )
+        message = f"rows of one picture are no independent answers: {_listed(repeated)}."
+        if n_resamples:
+            message += " Intervals are of the pictures."
+        warnings.warn(message, stacklevel=3)
     return ResultTable(tuple(rows))
 
 

@@ -13,11 +13,12 @@ from vilu.predictors.contract.predictor import own_graph
 
 @dataclass
 class QuadraticEntropy(vilu.FailurePredictor):
-    """Rao's quadratic entropy of the zero-shot posterior: u = sum_ij p_i p_j (1 - t_i · t_j), in [0, 1].
+    """Rao's quadratic entropy of the zero-shot posterior.
 
-    It is the mean distance of two answers drawn from the posterior. To hesitate between two names
-    of one thing is no doubt, and between two things is; Shannon's entropy does not tell them apart.
-    Texts have unit norm, so that it is 1 - |sum_j p_j t_j|², which takes K D steps and not K² D.
+    u = sum_ij p_i p_j (1 - t_i · t_j), in [0, 1]. It is the mean distance of two answers drawn from
+    the posterior. To hesitate between two names of one thing is no doubt, and between two things
+    is; Shannon's entropy does not tell them apart. Texts have unit norm, so that it is 1 - |sum_j
+    p_j t_j|², which takes K D steps and not K² D.
 
     Source: Rao, "Diversity and dissimilarity coefficients", Theoretical Population Biology, 1982.
 

@@ -7,10 +7,11 @@ from vilu.metrics.counts import Floats, TieCounts, ratio
 
 
 def youden_kernel(counts: TieCounts) -> Floats:
-    """Youden's J = max over thresholds of TPR - FPR, of accepted right and of accepted wrong answers.
+    """Youden's J = max over thresholds of TPR - FPR.
 
-    Counts are (..., G) for G distinct scores, from the most to the least trusted; the value is
-    (...), undefined where no answer is wrong, or none right.
+    The rates are those of accepted right and of accepted wrong answers. Counts are (..., G) for G
+    distinct scores, from the most to the least trusted; the value is (...), undefined where no
+    answer is wrong, or none right.
 
     Source: Youden, "Index for rating diagnostic tests", Cancer, 1950.
 
