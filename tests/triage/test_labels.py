@@ -153,7 +153,7 @@ def test_what_a_spreadsheet_adds_to_a_table_is_passed_over(tmp_path: Path, end: 
     }
 
 
-def test_photos_are_found_by_path_by_full_path_and_by_a_name_that_is_unique(tmp_path: Path) -> None:
+def test_photos_are_found_by_path_full_path_or_unique_name(tmp_path: Path) -> None:
     photos = ["x/1.jpg", "y/1.jpg", "y/2.jpg"]
     names = ["x/1.jpg", "./y/1.jpg", str(tmp_path / "y" / "2.jpg"), "2.jpg"]
     assert list(match_photos(dict.fromkeys(names, "cat"), photos, tmp_path, tmp_path).values()) == [

@@ -454,7 +454,7 @@ def test_the_label_of_a_photo_that_has_changed_never_counts(
     assert book.note_pictures({"day 0/0000.png": b"now"}) == 0
 
 
-def test_another_model_is_refused_before_it_embeds_and_the_first_one_goes_on(
+def test_another_model_is_refused_before_it_embeds(
     job: TriageSettings, folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     triage_photos(job, tmp_path / "out")
