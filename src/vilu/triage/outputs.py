@@ -42,6 +42,10 @@ FEW_OF_SCENES: Final = 0.05
 RISKS: Final = np.arange(1, 1000) / 1000
 
 
+LabelFiles = Mapping[Path, tuple[dict[str, str], dict[str, str]]]
+"""Files of labels, with their labels and streams by the names that they give the photos."""
+
+
 @dataclass(frozen=True)
 class TriageSummary:
     """What a run has to say: how many photos are what, and how far the guarantee is."""
@@ -81,16 +85,13 @@ def triage_photos(
     check_settings(settings)
     find_template(PAGE)  # what the page needs is missed before anything slow
     files = {file: read_labels(file) for file in labels}
-    for file, (names, _) in files.items():
-        check_names(names, settings.embedding.names, settings.of_no_class, file)
+    for file, (by_name, _) in files.items():
+        check_names(by_name, settings.embedding.names, settings.of_no_class, file)
     open_state(output, settings, overwrite=overwrite)  # refuses before anything slow, too
     listing = list_folder(settings.photos, output)
     by_path, streams = _labels_by_path(files, listing)
-    if (output / NEXT).is_file() and not overwrite:
-        names_in_files = set(by_path)
-        for names, _ in files.values():
-            names_in_files |= names.keys()
-        _require_answers(output, names_in_files)
+    if not overwrite:
+        _require_answers(output, files, by_path)
     with locked(make_folder(output), "sorting into", who="triage"):
         # the state is read again, since another run may have ended meanwhile
         result = run_triage(output, settings, listing, by_path, streams, overwrite=overwrite)
@@ -122,7 +123,7 @@ def check_settings(settings: TriageSettings) -> None:
 
 
 def _labels_by_path(
-    files: Mapping[Path, tuple[dict[str, str], dict[str, str]]], listing: PhotoFolder
+    files: LabelFiles, listing: PhotoFolder
 ) -> tuple[dict[str, str], dict[str, str]]:
     """The labels of all files, and their streams, by the path of the photo."""
     by_path: dict[str, str] = {}
@@ -136,11 +137,16 @@ def _labels_by_path(
     return by_path, streams
 
 
-def _require_answers(output: Path, names: Collection[str]) -> None:
+def _require_answers(output: Path, files: LabelFiles, by_path: Collection[str]) -> None:
     """Refuse to ask anew over answers that were filled in, and neither given now nor before."""
+    if not (output / NEXT).is_file():
+        return
+    names = set(by_path)
+    for by_name, _ in files.values():
+        names |= by_name.keys()
     in_book = {entry.path for entry in LabelBook.load(output / BOOK) if entry.label is not None}
     filled_in, _ = read_labels(output / NEXT)
-    lost = filled_in.keys() - set(names) - in_book
+    lost = filled_in.keys() - names - in_book
     if lost:
         raise UsageError(
             f"{output / NEXT} holds {len(lost)} answers that were not given, such as that about "

@@ -243,7 +243,7 @@ def _changed(book: LabelBook, labels: Mapping[str, str]) -> set[str]:
 def advance(
     root: Path, settings: TriageSettings, state: TriageState, photos: Photos, book: LabelBook
 ) -> tuple[TriageState, TriageResult]:
-    """The next state, and what it shows: the steps of a run of which the photos are embedded."""
+    """All steps of a run after its photos were embedded: the next state, and what it shows."""
     photos.label(book.labels, settings.of_no_class)
     run = TriageRun(root, settings, photos, book, PhotoSplit.of(photos, book, settings.seed))
     state, predictor = choose_predictor(run, state)
@@ -463,34 +463,42 @@ def ask_for_labels(
 ) -> TriageState:
     """Ask for what is missing; if nothing is, for new labels of both sides."""
     predictor = str(read_record(run.tested_folder(state) / PREDICTOR)["weights_sha256"])[:16]
-    n = run.settings.n_next
     missing: list[str] = []
+    drawn: list[str] = []
     if progress is not None:
         missing = _paths(run, progress.missing)
     _forget(run, predictor, missing)
-    wanted = missing
     if progress is not None and not missing:
-        n_drawn = n_to_draw(
-            state,
-            n,
-            is_guaranteed=rule_in_force(run.present) is not None,
-            n_fit_labels=len(run.split.fit_rows),
-            can_be_shown=progress.more is not None,
-        )
-        if n_drawn and state.tested_trial is not None:
-            trial = further_trial(state.tested_trial, progress)
-            rows = next_of_draw(run.split, uncertainty, trial.limit, n_drawn, state.asked_up_to)
-            wanted = _paths(run, rows)
-            asked_up_to = _position_after(run.split, rows, state.asked_up_to)
-            state = state.with_trial(trial).model_copy(update={"asked_up_to": asked_up_to})
+        state, drawn = _draw(run, state, uncertainty, progress)
     waiting = {entry.path for entry in run.book.waiting()}
-    new = [path for path in wanted if path not in waiting]
+    new = [path for path in (*missing, *drawn) if path not in waiting]
     probability = state.asked_up_to / POSITIONS
     run.book.ask(new, "promise", predictor=predictor, probability=probability)
     if not missing:
-        _ask_to_fit(run, predictor, uncertainty, n - len(run.book.waiting()))
+        n_to_fit = run.settings.n_next - len(run.book.waiting())
+        _ask_to_fit(run, predictor, uncertainty, n_to_fit)
     run.book.save(run.root / BOOK)
     return run.write(state)
+
+
+def _draw(
+    run: TriageRun, state: TriageState, uncertainty: Floats, progress: GuaranteeProgress
+) -> tuple[TriageState, list[str]]:
+    """The next photos of the calibration side, and the state of which they are part."""
+    n_drawn = n_to_draw(
+        state,
+        run.settings.n_next,
+        is_guaranteed=rule_in_force(run.present) is not None,
+        n_fit_labels=len(run.split.fit_rows),
+        can_be_shown=progress.more is not None,
+    )
+    if not n_drawn or state.tested_trial is None:
+        return state, []
+    trial = further_trial(state.tested_trial, progress)
+    rows = next_of_draw(run.split, uncertainty, trial.limit, n_drawn, state.asked_up_to)
+    asked_up_to = _position_after(run.split, rows, state.asked_up_to)
+    state = state.with_trial(trial).model_copy(update={"asked_up_to": asked_up_to})
+    return state, _paths(run, rows)
 
 
 def _paths(run: TriageRun, rows: Ints) -> list[str]:
@@ -523,12 +531,12 @@ def n_to_draw(
     """How many of the next ``n`` labels are of the calibration side.
 
     All of them until something is guaranteed, if that is likely and there are enough labels to fit
-    on; with a guarantee the third part.
+    on. With a guarantee every third.
 
     Args:
         state: Of the triage.
         n: Labels that are asked for.
-        is_guaranteed: Whether something is.
+        is_guaranteed: Whether something is guaranteed.
         n_fit_labels: Labels of the fit side.
         can_be_shown: Whether more labels of this kind would show something.
     """

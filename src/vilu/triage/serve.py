@@ -45,7 +45,7 @@ class ReviewSession:
 
     Args:
         review: What to look at; its folder of photos must be known.
-        output: CSV of labels; one that is there is gone on with.
+        output: CSV of labels; a file that is there is continued.
 
     Attributes:
         written: What the file held when it was read or written last; None where there was none.
