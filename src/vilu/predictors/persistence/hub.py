@@ -74,7 +74,10 @@ FILES = {
 
 @contextmanager
 def beside(target: Path) -> Iterator[Path]:
-    """An empty folder next to ``target``, gone after the block; where all went well with what kills left of others."""
+    """An empty folder next to ``target``, gone after the block.
+
+    Where all went well, what kills left of others is gone, too.
+    """
     folder = make_folder(
         target.with_name(f".{target.name}.{host_hash()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     )
@@ -235,7 +238,10 @@ def _content(path: Path) -> object:
 
 
 def place(staged: Path, target: Path) -> None:
-    """Put a finished folder in the place of ``target``; a reader sees the old one, the new one, or briefly none."""
+    """Put a finished folder in the place of ``target``.
+
+    A reader sees the old one, the new one, or briefly none.
+    """
     with or_refuse(f"put the predictor into {target}"), beside(target) as aside:
         old = aside / "old"
         try:
@@ -315,7 +321,10 @@ def pull(
 
 
 def local_folder(repository: str, revision: str | None) -> Path | None:
-    """The folder that a repository's name means, which has no revisions; None where it is ORG/NAME on the hub."""
+    """The folder that a repository's name means, which has no revisions.
+
+    None where it is ORG/NAME on the hub.
+    """
     url = urlsplit(repository) if repository.startswith("file://") else None
     if url and url.netloc not in {"", "localhost"}:
         raise UsageError(

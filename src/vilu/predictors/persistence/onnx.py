@@ -35,7 +35,10 @@ from vilu.predictors.plus.ood import NEGATIVES
 
 
 class GraphBatch(Batch):
-    """A batch whose properties are made without a look at values or sizes; all (N, K) logits are there at once."""
+    """A batch whose properties are made without a look at values or sizes.
+
+    All (N, K) logits are there at once.
+    """
 
     @cached_property
     def logits(self) -> Tensor:
@@ -80,7 +83,8 @@ class ScoreGraph(nn.Module):
 
     def __init__(self, score: nn.Module, space: EmbeddingSpace) -> None:
         super().__init__()
-        self.score, self.space = score, space
+        self.score = score
+        self.space = space
 
     def forward(
         self,
@@ -112,7 +116,8 @@ def score_graph(predictor: FailurePredictor) -> ScoreGraph:
             f"{predictor.name} cannot be exported as a graph of image and text. These can: {known}."
         )
     predictor.require_fitted()
-    space, constant = predictor.fitted_space, predictor.constant_
+    space = predictor.fitted_space
+    constant = predictor.constant_
     if constant is None:
         return ScoreGraph(predictor.graph(), space).eval()
     same = Graph(lambda batch: torch.full_like(batch.image[:, 0], constant, dtype=torch.float64))
@@ -170,14 +175,17 @@ def export_onnx(folder: str | Path, path: str | Path) -> float:
     predictor = load(folder)
     content = to_onnx(predictor, fit_fingerprint(folder))
     run = runner(content)
-    found = ((trial, *run(trial)) for trial in trials(predictor, SIZES))
-    worst = largest_difference(predictor, found)
+    runs = ((trial, *run(trial)) for trial in trials(predictor, SIZES))
+    worst = largest_difference(predictor, runs)
     write_bytes(path, content)
     return worst
 
 
 def to_onnx(predictor: FailurePredictor, fingerprint: str) -> bytes:
-    """The score of a predictor as ONNX, with what it was made from in its metadata; errors as ``export_onnx``."""
+    """The score of a predictor as ONNX, with what it was made from in its metadata.
+
+    It raises what ``export_onnx`` raises.
+    """
     graph = score_graph(predictor)
     example = next(trials(predictor, ((3, 5),)))
     return write_graph(graph, example, SAID, metadata(predictor, graph.space, fingerprint))
@@ -191,7 +199,7 @@ def write_graph(
     Of its inputs the first size is open: K of texts, M of everyday words, N of images.
     """
     rows = torch.export.Dim("N")
-    others = {"text": torch.export.Dim("K", min=2), NEGATIVES: torch.export.Dim("M", min=2)}
+    open_sizes = {"text": torch.export.Dim("K", min=2), NEGATIVES: torch.export.Dim("M", min=2)}
     with quiet(), redirect_stdout(StringIO()):  # where onnxscript before 0.7 says how it went
         exported = torch.onnx.export(
             graph,
@@ -200,7 +208,7 @@ def write_graph(
             verbose=False,
             input_names=list(example),
             output_names=outputs,
-            dynamic_shapes={name: {0: others.get(name, rows)} for name in example},
+            dynamic_shapes={name: {0: open_sizes.get(name, rows)} for name in example},
         )
     program = cast("torch.onnx.ONNXProgram", exported)  # dynamo=True always gives one
     inputs = program.model.graph.inputs
@@ -250,7 +258,7 @@ def runner(content: bytes) -> Callable[[Trial], Any]:
 
 
 def largest_difference(
-    predictor: FailurePredictor, found: Iterable[tuple[Trial, NDArray[Any], NDArray[Any]]]
+    predictor: FailurePredictor, runs: Iterable[tuple[Trial, NDArray[Any], NDArray[Any]]]
 ) -> float:
     """The largest difference from the predictor of what an ONNX file gives: inputs, uncertainty and answer (N,).
 
@@ -262,8 +270,9 @@ def largest_difference(
     plain = score_graph(predictor)
     exact = copy.deepcopy(plain).double()
     plain.batch = PlainBatch
-    gaps, roundings = [], []
-    for trial, uncertainty, answer in found:
+    gaps = []
+    roundings = []
+    for trial, uncertainty, answer in runs:
         expected, prediction, clear = reference(predictor, trial)
         if (answer != prediction)[clear].any():
             raise DataError(
@@ -276,7 +285,8 @@ def largest_difference(
             )
         gaps.append(largest(uncertainty - expected, clear))
         roundings.append(largest(rounded.numpy(), clear))
-    worst, allowed = float(np.max(gaps)), max(TOLERANCE, ROUNDINGS * max(roundings))
+    worst = float(np.max(gaps))
+    allowed = max(TOLERANCE, ROUNDINGS * max(roundings))
     if not worst <= allowed:
         raise DataError(
             f"the exported {predictor.name} differs by {worst:.2g} from the predictor, and rounding explains "
@@ -294,16 +304,14 @@ def reference(
     predictor: FailurePredictor, trial: Trial
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     """Uncertainty and answer (N,) by the predictor itself, and whether the answer is clear."""
-    image, text, columns = (
-        trial["image"],
-        trial["text"],
-        {name: trial[name] for name in predictor.columns_to_score},
-    )
+    image = trial["image"]
+    text = trial["text"]
+    columns = {name: trial[name] for name in predictor.columns_to_score}
     source = Embeddings(image, text, space=predictor.space_, columns=columns)
     with quiet():  # which may say that random rows are unlike those of the training
-        found = list(predictor.scored(source))
-    uncertainty = np.concatenate([scores for _, scores in found])
-    prediction = np.concatenate([batch.prediction.numpy(force=True) for batch, _ in found])
+        scored = list(predictor.scored(source))
+    uncertainty = np.concatenate([scores for _, scores in scored])
+    prediction = np.concatenate([batch.prediction.numpy(force=True) for batch, _ in scored])
     first, second = (image @ text.unique(dim=0).T).topk(2, dim=1).values.unbind(dim=1)
     return uncertainty, prediction, (first - second > TIE * first.abs()).numpy()
 
@@ -314,7 +322,8 @@ def trials(predictor: FailurePredictor, sizes: tuple[tuple[int, int], ...]) -> I
     A graph that treats some texts unlike others (its ``classes``) also meets those alone, in
     another order, and beside others.
     """
-    space, graph = predictor.fitted_space, score_graph(predictor).score
+    space = predictor.fitted_space
+    graph = score_graph(predictor).score
     generator = torch.Generator().manual_seed(0)
     classes = cast("Tensor", getattr(graph, "classes", torch.empty(0, 0))).cpu()
     known = {NEGATIVES: space.embed_dim, **getattr(graph, "widths", {})}

@@ -135,15 +135,26 @@ class ViLUZero(SeesOutside, ClosedSet):
         """The words, where they told something."""
         return self.outcome.columns
 
-    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
+    def _learn(
+        self,
+        train: Rows,
+        failure: Tensor,  # noqa: ARG002
+        validation: EmbeddingSource | None,  # noqa: ARG002
+    ) -> Learnt:
         few, _ = draw_rows(train, self.max_bank, self.seed)
-        found = learn_classes(few, self.share, self.seed, self.device_)
+        learned_classes = learn_classes(few, self.share, self.seed, self.device_)
         is_judged = few.columns and len(few.index) >= FEW
         outside = from_words(few, known_inside=False) if is_judged else Outside.nothing()
-        scale = torch.tensor(1 - found.share, dtype=torch.float64)
-        parts = scale, found.centre, found.weight, found.bias + found.occurrence, class_texts(train)
+        scale = torch.tensor(1 - learned_classes.share, dtype=torch.float64)
+        parts = (
+            scale,
+            learned_classes.centre,
+            learned_classes.weight,
+            learned_classes.bias + learned_classes.occurrence,
+            class_texts(train),
+        )
         learned = dict(zip(self.tensors, parts, strict=False))
-        return Learnt(learned | outside.tensors(), {**found.notes, **outside.notes})
+        return Learnt(learned | outside.tensors(), {**learned_classes.notes, **outside.notes})
 
     def parts(self, batch: Batch) -> Pooled:
         """The pooled logits l' in their parts; ``texts`` is what is added at the mean image."""
@@ -192,14 +203,15 @@ class Classes(NamedTuple):
 
 
 def learn_classes(rows: Rows, most: float, seed: int, device: torch.device) -> Classes:
-    """Which classes occur among rows, and where they lie; ``most`` is the largest share in the pool."""
+    """Which classes occur among rows, and where they lie.
+
+    ``most`` is the largest share in the pool.
+    """
     text = class_texts(rows)
-    share, trust, known, occurrence = (
-        0.0,
-        0.0,
-        Classifier.nothing(text),
-        torch.zeros(len(text)).double(),
-    )
+    share = 0.0
+    trust = 0.0
+    known = Classifier.nothing(text)
+    occurrence = torch.zeros(len(text)).double()
     notes: dict[str, Any] = {}
     if len(rows.index) >= FEW:  # else nothing can be judged on a half, and the score is MCM's
         pool = Pool(rows, seed, device)
@@ -311,24 +323,31 @@ def discriminants(moments: SoftMembers, text: Tensor) -> Classifier:
 
 
 class Pool:
-    """Unlabelled rows in two random halves, read block by block; each half judges what the other has taught."""
+    """Unlabelled rows in two random halves, read block by block.
+
+    Each half judges what the other has taught.
+    """
 
     def __init__(self, rows: Rows, seed: int, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(rows.index), generator=generator)
         self.halves = [order[half::2].sort().values for half in (0, 1)]
-        self.rows, self.device = rows, device
+        self.rows = rows
+        self.device = device
         self.text = class_texts(rows)
 
     def blocks(self, half: int, most: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Unit images (b, D) and zero-shot logits (b, K), float32, of a half or of its first rows."""
         index = self.rows.index[self.halves[half][:most]]
         for batch in dataclasses.replace(self.rows, index=index).batches(SCORING_BATCH):
-            found = batch.to(self.device)
-            yield normalize(found.image, dim=1), found.logits
+            here = batch.to(self.device)
+            yield normalize(here.image, dim=1), here.logits
 
     def counts(self, halves: tuple[int, ...]) -> Tensor:
-        """(K,) float64 class counts of the rows of some halves, by EM from equal ones; of at most ``EM_ROWS`` rows."""
+        """(K,) float64 class counts of the rows of some halves, by EM from equal ones.
+
+        At most ``EM_ROWS`` rows are counted.
+        """
         n = float(sum(min(len(self.halves[half]), EM_ROWS // 2) for half in halves))
         count = torch.full((len(self.text),), n / len(self.text), dtype=torch.float64)
         for _ in range(EM_PASSES):
@@ -366,12 +385,10 @@ class Pool:
     def prototypes(self, occurrence: Tensor, most: float) -> tuple[float, float, Classifier]:
         """The share in the pool, at most ``most``, tau, and the prototypes."""
         text = float64(self.text).cpu()
-        share, trust, crossed, whole = (
-            0.0,
-            0.0,
-            [Classifier.nothing(text)] * 2,
-            Classifier.nothing(text),
-        )
+        share = 0.0
+        trust = 0.0
+        crossed = [Classifier.nothing(text)] * 2
+        whole = Classifier.nothing(text)
         for _ in range(ROUNDS):
             moments = self._moments(occurrence, crossed, trust, share)
             crossed = [discriminants(moments.part(1 - half), text) for half in (0, 1)]
@@ -399,9 +416,10 @@ class Pool:
         offset = occurrence.float().to(self.device)
         for half in (0, 1):
             for image, logits in self.blocks(half, EM_ROWS // 2):
-                posterior, found = (logits + offset).softmax(1), crossed[half].of(image)
+                posterior = (logits + offset).softmax(1)
+                discriminants = crossed[half].of(image)
                 for place, trust in enumerate(TRUSTS):
-                    predicted = (trust * found + offset).log_softmax(1)
+                    predicted = (trust * discriminants + offset).log_softmax(1)
                     losses[place] -= (posterior * predicted).sum(1).double().sum().cpu()
         return TRUSTS[int(losses.argmin())]
 
@@ -419,13 +437,16 @@ def presence(count: Tensor) -> tuple[Tensor, float]:
     not seen, its rows taken for others. rho is found by EM, as if ``DOUBT`` more classes were known
     to occur. Where m would be below s, all do.
     """
-    n, k, absent = float(count.sum()), len(count), 0.5
-    gone, low = torch.zeros_like(count), torch.exp(-count / ABSENT_SCALE) / ABSENT_SCALE
+    n = float(count.sum())
+    k = len(count)
+    absent = 0.5
+    gone = torch.zeros_like(count)
+    low = torch.exp(-count / ABSENT_SCALE) / ABSENT_SCALE
     for _ in range(200):
         mean = n / (k * (1 - absent))
         if mean <= ABSENT_SCALE:
             return torch.zeros_like(count), 0.0
-        some = (1 - absent) * ((1 - LOST) * torch.exp(-count / mean) / mean + LOST * low)
-        gone = absent * low / (absent * low + some)
+        present = (1 - absent) * ((1 - LOST) * torch.exp(-count / mean) / mean + LOST * low)
+        gone = absent * low / (absent * low + present)
         absent = min(float(gone.sum()) / (k + DOUBT), 0.99)
     return torch.log1p(-gone), absent
