@@ -42,7 +42,10 @@ class GraphBatch(Batch):
 
     @cached_property
     def logits(self) -> Tensor:
-        """(N, K) float32, summed in float64: runtimes add in other orders than torch, at a scale of 100 by 1e-4."""
+        """(N, K) float32, summed in float64.
+
+        Runtimes add in other orders than torch, which at a scale of 100 differs by 1e-4.
+        """
         cosine = self.image.double() @ self.text.double().T
         return (cosine * self.logit_scale + self.logit_bias).to(self.image.dtype)
 
@@ -125,13 +128,22 @@ def score_graph(predictor: FailurePredictor) -> ScoreGraph:
 
 
 TOLERANCE = 1e-5
-"""Largest difference of an uncertainty from torch's that is put down to rounding without a further look."""
+"""Largest difference of an uncertainty from torch's that counts as rounding.
+
+It does so without a further look.
+"""
 
 ROUNDINGS = 4
-"""How many times the rounding of the formula in float32 (its distance from float64, both in torch) is allowed else."""
+"""How many times the rounding of the formula in float32 is allowed else.
+
+The rounding is its distance from float64, both in torch.
+"""
 
 TIE = 1e-4
-"""Gap of the two largest logits, over the logit scale times the largest cosine, below which rounding may decide."""
+"""Gap of the two largest logits below which rounding may decide.
+
+Over the logit scale times the largest cosine.
+"""
 
 SIZES = ((1, 2), (2, 3), (7, 40), (64, 1_000), (300, 17))
 """Numbers of images and of candidates that an export is tried with."""
@@ -153,7 +165,9 @@ SAID = ("uncertainty", "prediction")
 
 
 def export_onnx(folder: str | Path, path: str | Path) -> float:
-    """Write the score of a saved predictor as an ONNX file; returns its largest difference from the predictor.
+    """Write the score of a saved predictor as an ONNX file.
+
+    Returned is its largest difference from the predictor.
 
     Inputs are ``image`` (N, D) and ``text`` (K, D), float32 rows of unit norm, and ``features`` (N,
     F) where the predictor was fitted on them. Where it looks at everyday words for the outcome
@@ -219,8 +233,8 @@ def write_graph(
     ]
     if fixed:
         raise NotExportable(
-            f"the graph would take one number of {', '.join(fixed)} alone, as something in it looks at that number "
-            "(as by len(x), where x.shape[0] leaves it open)."
+            f"the graph would take one number of {', '.join(fixed)} alone, as something in it "
+            "looks at that number (as by len(x), where x.shape[0] leaves it open)."
         )
     program.model.metadata_props.update(said)
     model = program.model_proto
@@ -260,7 +274,9 @@ def runner(content: bytes) -> Callable[[Trial], Any]:
 def largest_difference(
     predictor: FailurePredictor, runs: Iterable[tuple[Trial, NDArray[Any], NDArray[Any]]]
 ) -> float:
-    """The largest difference from the predictor of what an ONNX file gives: inputs, uncertainty and answer (N,).
+    """The largest difference from the predictor of what an ONNX file gives.
+
+    That is inputs, uncertainty and answer (N,).
 
     Rows whose two largest logits are nearly equal are left out: there rounding chooses the answer.
 
@@ -289,8 +305,8 @@ def largest_difference(
     allowed = max(TOLERANCE, ROUNDINGS * max(roundings))
     if not worst <= allowed:
         raise DataError(
-            f"the exported {predictor.name} differs by {worst:.2g} from the predictor, and rounding explains "
-            f"{allowed:.2g} of it. Nothing was written."
+            f"the exported {predictor.name} differs by {worst:.2g} from the predictor, "
+            f"and rounding explains {allowed:.2g} of it. Nothing was written."
         )
     return worst
 

@@ -150,12 +150,12 @@ def method_of(content: dict[str, Any], path: Path) -> type[FailurePredictor]:
     )
 
 
-def todays_name(found: dict[str, Any]) -> str:
+def todays_name(content: dict[str, Any]) -> str:
     """The name of a saved method; an ``icpe`` with a ``score`` is older than the released one."""
     return (
         "class_gaussians"
-        if found["method"] == "icpe" and "score" in found["parameters"]
-        else str(found["method"])
+        if content["method"] == "icpe" and "score" in content["parameters"]
+        else str(content["method"])
     )
 
 
@@ -176,5 +176,5 @@ def write_card(folder: str | Path) -> None:
     """Write the card of a saved predictor again, with the guarantee of ``risk.json``, if any."""
     path = Path(folder)
     risk = read_json(path / RISK, RECALIBRATE) if (path / RISK).exists() else None
-    found = read_record(path / PREDICTOR)
-    record.write_card(path, {**found, "method": todays_name(found)}, load(path), risk)
+    content = read_record(path / PREDICTOR)
+    record.write_card(path, {**content, "method": todays_name(content)}, load(path), risk)

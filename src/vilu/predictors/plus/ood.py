@@ -29,7 +29,9 @@ NEGATIVES = "negatives"  # the column of everyday words
 
 @lru_cache(maxsize=4)  # by identity: every batch has the same words and classes
 def far_words(words: Tensor, text: Tensor, share: float, nearest: float = 0.0) -> Tensor:
-    """(M',) int64, ascending: the ``share`` of words (M, D), at least one, that are farthest from the classes (K, D).
+    """(M',) int64, ascending: words (M, D) that are far from the classes (K, D).
+
+    They are the ``share`` of the words, at least one, that are farthest.
 
     How near a word is to the classes is the 1 - ``nearest`` quantile of its K cosines; among equals
     the first go first.
@@ -39,12 +41,15 @@ def far_words(words: Tensor, text: Tensor, share: float, nearest: float = 0.0) -
         math.ceil(nearest * cosine.shape[1]), 1
     )  # of the largest: a quantile that needs no interpolation
     nearness = cosine.topk(place, dim=1).values[:, -1]
-    kept = max(round(share * len(words)), 1)
-    return nearness.argsort(stable=True)[:kept].sort().values
+    n_far = max(round(share * len(words)), 1)
+    return nearness.argsort(stable=True)[:n_far].sort().values
 
 
 def word_mass(batch: Batch, far: Tensor) -> Tensor:
-    """(B,) float64 log sum over the words ``far`` of exp(logit), without the logit bias that all share."""
+    """(B,) float64 log sum over the words ``far`` of exp(logit).
+
+    The logit bias, which all share, is left out.
+    """
     words = batch.columns[NEGATIVES][far]
     with torch.autocast(batch.image.device.type, enabled=False):
         return float64((batch.image @ words.T).mul_(batch.logit_scale)).logsumexp(dim=1)
@@ -57,7 +62,9 @@ def margin(batch: Batch, far: Tensor) -> Tensor:
 
 @dataclass
 class NegLabel(FailurePredictor):
-    """Everyday words as further candidates: u = 1 - the share of softmax mass on the classes, or on the answer alone.
+    """Everyday words as further candidates.
+
+    u = 1 - the share of softmax mass on the classes, or on the answer alone.
 
     of="classes": u = sum_w exp l_w / (sum_c exp l_c + sum_w exp l_w), which tells images of none of
     the classes. of="answer": u = 1 - exp l_t̂ / (the same), the joint pool, which also sees
@@ -125,7 +132,10 @@ DIRECTION_ROWS = (
 
 DIRECTION_VARIANCE = 0.1
 DIRECTION_WEIGHT = 2.0
-"""Prior variance of the direction that predicts the margin, and its weight beside the margin's one."""
+"""Prior variance of the direction that predicts the margin.
+
+And its weight beside the margin's one.
+"""
 
 CLASS_ROWS = 5.0  # rows that a class's own mean has to be worth against that of all
 BELIEF = 0.05  # rows, as a share of all, that the expected mean of images outside is worth
@@ -149,7 +159,9 @@ LBFGS_STEPS = 200
 
 @dataclass(frozen=True, eq=False)
 class Outside:
-    """The outcome "none of the classes": log-odds that an image is outside, slope_a (w . x + b + g m(x)) + offset_a.
+    """The outcome "none of the classes": log-odds that an image is outside.
+
+    They are slope_a (w . x + b + g m(x)) + offset_a.
 
     a is the zero-shot answer among the classes of the fit, or any other candidate (the last entry
     of ``slope`` and ``offset``). Where g is zero no words are looked at. Empty tensors: nothing is
@@ -272,7 +284,10 @@ class OutsideGraph(nn.Module):
 
 
 class SeesOutside(ABC):
-    """A method with the outcome "outside" beside those of its candidates: u = 1 - (1 - P(outside)) q_t̂."""
+    """A method with the outcome "outside" beside those of its candidates.
+
+    u = 1 - (1 - P(outside)) q_t̂.
+    """
 
     learned_: dict[str, Tensor]
 

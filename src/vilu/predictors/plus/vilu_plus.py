@@ -51,7 +51,10 @@ POOL_SD = 0.2
 
 
 def fit_pool(log_p: NDArray[np.float64], target: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Weights w (M,) >= 0 of a log-linear pool, of largest posterior under the prior N((1, 0, ...), 0.2^2)."""
+    """Weights w (M,) >= 0 of a log-linear pool, of largest posterior.
+
+    The prior is N((1, 0, ...), 0.2^2).
+    """
     from scipy.optimize import minimize
 
     rows = np.arange(len(target))
@@ -80,7 +83,10 @@ FEW_LABELS = 10
 """Per class on average; with fewer, folds lack classes and companions learn nothing that lasts."""
 
 ENOUGH = 250
-"""Held-out rows that suffice for the pool, which has three weights: no more folds are fitted than make so many."""
+"""Held-out rows that suffice for the pool, which has three weights.
+
+No more folds are fitted than make so many.
+"""
 
 POOL = "pool"
 CLASSES = "attention.classes"
@@ -318,7 +324,8 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         """The experts, as large as their tensors say."""
         if not tensors.keys() >= {CLASSES, FEATURE_MEAN, POOL}:
             raise DataError(
-                f"a {self.name} holds experts and a pool. The file has {', '.join(sorted(tensors)[:8])}."
+                f"a {self.name} holds experts and a pool. "
+                f"The file has {', '.join(sorted(tensors)[:8])}."
             )
         n_classes = len(tensors[CLASSES])
         dim = space.embed_dim
@@ -332,7 +339,8 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         n_weights = len(tensors[POOL])
         if n_weights != n:
             raise DataError(
-                f"{POOL} of {self.name} must have a weight for each of {n} experts. Got {n_weights}."
+                f"{POOL} of {self.name} must have a weight for each of {n} experts. "
+                f"Got {n_weights}."
             )
         return Experts(
             SupervisedAttention(inputs, dim, n_classes, self.sharing), companions, tensors[POOL]
@@ -340,7 +348,10 @@ class ViLUPlus(SeesOutside, FailurePredictor):
 
 
 class PlusGraph(nn.Module):
-    """``ViLUPlus`` with all experts: whether all candidates are training classes is a number, not a branch."""
+    """``ViLUPlus`` with all experts.
+
+    Whether all candidates are training classes is a number, not a branch.
+    """
 
     def __init__(self, experts: Experts, outcome: Outside) -> None:
         super().__init__()
@@ -369,7 +380,10 @@ class PlusGraph(nn.Module):
 
 
 def require_known_classes(validation: EmbeddingSource, classes: Tensor) -> None:
-    """Refuse validation rows that not all experts can say something of: they know the classes (K, D) of training."""
+    """Refuse validation rows that not all experts can say something of.
+
+    They know the classes (K, D) of training.
+    """
     n_unknown = validation.n_candidates
     if not validation.pool_size:
         text = validation.candidates(torch.arange(0)).text
