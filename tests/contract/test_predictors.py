@@ -536,10 +536,10 @@ def test_tensors_of_other_shapes_are_refused_when_they_are_read(
 ) -> None:
     """Also where all seals are whole: whoever made the folder could seal it."""
     fitted[method].save(tmp_path)
-    weights, record = (
-        tmp_path / "weights.safetensors",
-        json.loads((tmp_path / "predictor.json").read_text()),
-    )
+    # it is bound to the weights, and would be refused before them
+    (tmp_path / "sample.safetensors").unlink(missing_ok=True)
+    weights = tmp_path / "weights.safetensors"
+    record = json.loads((tmp_path / "predictor.json").read_text())
     tensors = safetensors_torch.load_file(weights)
     tensors[f"state.{tensor}"] = SHAPES[damage](tensors[f"state.{tensor}"])
     weights.write_bytes(safetensors_torch.save(tensors))

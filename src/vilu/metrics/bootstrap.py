@@ -38,9 +38,8 @@ from vilu.progress import track
 from vilu.validation import checked, require_at_least, require_between
 
 MAX_RESAMPLES = 1_000_000  # more do not change an interval
-RESAMPLED_GROUPS = (
-    2**13
-)  # more rows are resampled by counts; of more distinct scores, groups of neighbours are
+# more rows are resampled by counts; of more distinct scores, groups of neighbours are
+RESAMPLED_GROUPS = 2**13
 CELLS = 2**18  # counts held at a time: two megabytes per temporary array, about what a cache holds
 
 
@@ -62,7 +61,9 @@ class Interval(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Metric of a less metric of b, its percentile interval, and the two-sided p-value of no difference.
+    """Metric of a less metric of b, its percentile interval, and the p-value of no difference.
+
+    The p-value is two-sided.
 
     Examples:
         >>> import vilu
@@ -80,7 +81,7 @@ class Difference(NamedTuple):
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number with its bootstrap values, so that whatever is computed from it has an interval, too.
+    """A number with its bootstrap values: whatever is computed from it has an interval, too.
 
     Quantities of the same test rows share their resamples, so a difference of them is paired.
     """
@@ -90,7 +91,10 @@ class Quantity:
 
     @classmethod
     def over_seeds(cls, values: Floats, per_seed: Floats) -> Quantity:
-        """The mean over seeds of values (S,) with bootstrap values (S, B); the seeds are resampled, too."""
+        """The mean over seeds of values (S,) with bootstrap values (S, B).
+
+        The seeds are resampled, too.
+        """
         n_seeds, n_resamples = per_seed.shape
         seeds = np.random.default_rng(n_seeds).integers(n_seeds, size=(n_seeds, n_resamples))
         return cls(float(np.mean(values)), np.take_along_axis(per_seed, seeds, axis=0).mean(axis=0))
@@ -98,15 +102,17 @@ class Quantity:
     @classmethod
     def mean(cls, quantities: Sequence[Quantity]) -> Quantity:
         """The mean of several, such as a method's on several data sets."""
-        draws = np.mean([one.draws for one in quantities], axis=0)
-        return cls(float(np.mean([one.value for one in quantities])), draws)
+        draws = np.mean([quantity.draws for quantity in quantities], axis=0)
+        values = [quantity.value for quantity in quantities]
+        return cls(float(np.mean(values)), draws)
 
     @classmethod
     def slope(cls, x: Floats, quantities: Sequence[Quantity]) -> Quantity:
         """Slope of the least-squares line through points at x (n,)."""
         centred = (x - x.mean()) / np.square(x - x.mean()).sum()
-        values = np.array([one.value for one in quantities])
-        return cls(float(centred @ values), centred @ np.stack([one.draws for one in quantities]))
+        values = np.array([quantity.value for quantity in quantities])
+        draws = np.stack([quantity.draws for quantity in quantities])
+        return cls(float(centred @ values), centred @ draws)
 
     def __sub__(self, other: Quantity) -> Quantity:
         return Quantity(self.value - other.value, self.draws - other.draws)
@@ -115,7 +121,10 @@ class Quantity:
         return Quantity(factor * self.value, factor * self.draws)
 
     def interval(self, confidence: float) -> Interval:
-        """Percentile interval: the middle ``confidence`` of the bootstrap values, and the value in any case."""
+        """Percentile interval: the middle ``confidence`` of the bootstrap values.
+
+        The value is inside in any case.
+        """
         tail = (1 - confidence) / 2
         low, high = np.quantile(self.draws, [tail, 1 - tail])
         return Interval(self.value, float(min(low, self.value)), float(max(high, self.value)))
@@ -132,7 +141,7 @@ class Quantity:
 
 @runtime_checkable
 class OwnInterval(Protocol):
-    """A kernel whose values on resamples say too little: it makes its interval itself, from counts (G,)."""
+    """A kernel whose values on resamples say too little: it makes its interval itself."""
 
     interval_note: ClassVar[str]
 
@@ -169,7 +178,8 @@ class SortedScores:
         return self.counts(*(rows[None] for rows in self.strata))
 
     def _tally(self, rows: Ints) -> Ints:
-        n_resamples, n_scores = len(rows), len(self.value)
+        n_resamples = len(rows)
+        n_scores = len(self.value)
         cells = self.group[rows] + n_scores * np.arange(n_resamples)[:, None]
         return np.bincount(cells.ravel(), minlength=n_resamples * n_scores).reshape(
             n_resamples, n_scores
@@ -190,9 +200,9 @@ def sorted_scores(
 
 
 def resampled_rows(scores: AnyScores, n_resamples: int, seed: int) -> Iterator[tuple[Ints, ...]]:
-    """Blocks of resamples: of every stratum of N rows or pictures (B, N), drawn with repetition within it.
+    """Blocks of resamples: (B, N) of every stratum of N rows or pictures.
 
-    Of rows these are the right ones and the wrong ones.
+    They are drawn with repetition within it. Of rows these are the right ones and the wrong ones.
     """
     rng = np.random.default_rng(seed)
     for size in block_sizes(n_resamples, CELLS // scores.width):
@@ -230,15 +240,15 @@ def bootstrap_intervals(
             return counted_intervals(kernels, counts, n_resamples, confidence, seed)
         return _picture_intervals(kernels, pair, shown, n_resamples, confidence, seed)
     scores = sorted_scores(*pair, shown)
-    own, others = own_intervals(kernels, counts, n_resamples, confidence, seed, shown)
-    observed, draws = (
-        scores.observed(),
-        resampled(others, scores, n_resamples, seed) if others else {},
-    )
-    return own | {
-        name: Quantity(float(kernel(observed)[0]), draws[name]).interval(confidence)
-        for name, kernel in others.items()
-    }
+    intervals, usual = own_intervals(kernels, counts, n_resamples, confidence, seed, shown)
+    if not usual:
+        return intervals
+    observed = scores.observed()
+    draws = resampled(usual, scores, n_resamples, seed)
+    for name, kernel in usual.items():
+        value = float(kernel(observed)[0])
+        intervals[name] = Quantity(value, draws[name]).interval(confidence)
+    return intervals
 
 
 def intervals_of(
@@ -267,7 +277,7 @@ def intervals_of(
 def counted_intervals(
     kernels: Mapping[str, Kernel], counts: TieCounts, n_resamples: int, confidence: float, seed: int
 ) -> dict[str, Interval]:
-    """Metrics with stratified percentile bootstrap intervals, from counts (G,) of any number of rows.
+    """Metrics with stratified percentile bootstrap intervals, from counts (G,).
 
     A resample draws as many correct and as many wrong answers as there are, by multinomials over
     the scores: with as few distinct ones as ``RESAMPLED_GROUPS`` the distribution of the bootstrap
@@ -275,13 +285,18 @@ def counted_intervals(
     ends move by what that does to the metric, in its range.
     """
     group = grouped(counts)
-    own, others = own_intervals(kernels, counts, n_resamples, confidence, seed)
-    rng, sizes = np.random.default_rng(seed), block_sizes(n_resamples, CELLS // len(group.value))
-    blocks = (
-        TieCounts(group.value, *(_drawn(rng, n, size) for n in (group.correct, group.wrong)))
-        for size in sizes
-    )
-    return own | _intervals_around(others, counts, group, blocks, n_resamples, confidence)
+    intervals, usual = own_intervals(kernels, counts, n_resamples, confidence, seed)
+    blocks = _drawn_blocks(group, n_resamples, seed)
+    return intervals | _intervals_around(usual, counts, group, blocks, n_resamples, confidence)
+
+
+def _drawn_blocks(group: TieCounts, n_resamples: int, seed: int) -> Iterator[TieCounts]:
+    """Blocks of resamples (B, G) of counts (G,): right and wrong answers are drawn apart."""
+    rng = np.random.default_rng(seed)
+    for size in block_sizes(n_resamples, CELLS // len(group.value)):
+        correct = _drawn(rng, group.correct, size)
+        wrong = _drawn(rng, group.wrong, size)
+        yield TieCounts(group.value, correct, wrong)
 
 
 def _picture_intervals(
@@ -292,10 +307,13 @@ def _picture_intervals(
     confidence: float,
     seed: int,
 ) -> dict[str, Interval]:
-    """As ``counted_intervals``, of pictures (N,) of which some have several rows, by multinomials over those alike."""
+    """As ``counted_intervals``, of pictures (N,) of which some have several rows.
+
+    Multinomials are over pictures that are alike.
+    """
     uncertainty, failure = pair
     counts = tie_counts(uncertainty, failure)
-    own, others = own_intervals(kernels, counts, n_resamples, confidence, seed, picture)
+    intervals, usual = own_intervals(kernels, counts, n_resamples, confidence, seed, picture)
     group = grouped(counts)
     place = group_places(counts)[np.searchsorted(counts.value, uncertainty)]
     scores = PictureScores.of(group.value, place, failure, picture).merged()
@@ -303,7 +321,7 @@ def _picture_intervals(
     width = max(len(group.value), scores.width // 2)
     sizes = block_sizes(n_resamples, CELLS // width)
     blocks = scores.drawn(np.random.default_rng(seed), sizes)
-    return own | _intervals_around(others, counts, group, blocks, n_resamples, confidence)
+    return intervals | _intervals_around(usual, counts, group, blocks, n_resamples, confidence)
 
 
 def _intervals_around(
@@ -315,28 +333,30 @@ def _intervals_around(
     confidence: float,
 ) -> dict[str, Interval]:
     """Intervals of metrics of counts (G,) from resamples of their groups."""
-    draws = values_of(kernels, blocks, n_resamples) if kernels else {}
+    if not kernels:
+        return {}
+    draws = values_of(kernels, blocks, n_resamples)
     intervals = {}
     for name, kernel in kernels.items():
-        value, drawn = float(kernel(counts)), draws[name]
-        can_be = (
-            min(drawn.min(), value, 0.0),
-            max(drawn.max(), value, 1.0),
-        )  # nearly every metric is within 0 and 1
-        intervals[name] = Quantity(
-            value, np.clip(drawn + value - float(kernel(group)), *can_be)
-        ).interval(confidence)
+        value = float(kernel(counts))
+        drawn = draws[name]
+        # nearly every metric is within 0 and 1
+        least = min(drawn.min(), value, 0.0)
+        most = max(drawn.max(), value, 1.0)
+        moved = drawn + value - float(kernel(group))
+        quantity = Quantity(value, np.clip(moved, least, most))
+        intervals[name] = quantity.interval(confidence)
     return intervals
 
 
 def grouped(counts: TieCounts) -> TieCounts:
-    """Counts (G,) in at most ``RESAMPLED_GROUPS`` groups of neighbouring scores, each with their mean."""
+    """Counts (G,) in at most ``RESAMPLED_GROUPS`` groups of neighbours, each with their mean."""
     if len(counts.value) <= RESAMPLED_GROUPS:
         return counts
     starts = np.flatnonzero(np.diff(group_places(counts), prepend=-1))
-    size, correct, wrong = (
-        np.add.reduceat(x, starts) for x in (counts.size, counts.correct, counts.wrong)
-    )
+    size = np.add.reduceat(counts.size, starts)
+    correct = np.add.reduceat(counts.correct, starts)
+    wrong = np.add.reduceat(counts.wrong, starts)
     return TieCounts(np.add.reduceat(counts.value * counts.size, starts) / size, correct, wrong)
 
 
@@ -370,22 +390,29 @@ def own_intervals(
 
     Of pictures of which some have several rows the counts are those of ``independent`` rows.
     """
-    own = {name: kernel for name, kernel in kernels.items() if isinstance(kernel, OwnInterval)}
-    seen = counts if picture is None else independent(counts, picture)
-    found = {}
-    for name, kernel in own.items():
+    of_rows = counts if picture is None else independent(counts, picture)
+    intervals: dict[str, Interval] = {}
+    usual: dict[str, Kernel] = {}
+    for name, kernel in kernels.items():
+        if not isinstance(kernel, OwnInterval):
+            usual[name] = kernel
+            continue
         value = float(kernel(counts))
-        low, high = kernel.interval(seen, n_resamples, confidence, seed)
+        low, high = kernel.interval(of_rows, n_resamples, confidence, seed)
         if picture is not None:  # rounding may have moved it
-            low, high = min(low, value), max(high, value)
-        found[name] = Interval(value, low, high)
-    return found, {name: kernel for name, kernel in kernels.items() if name not in own}
+            low = min(low, value)
+            high = max(high, value)
+        intervals[name] = Interval(value, low, high)
+    return intervals, usual
 
 
 def resampled(
     kernels: Mapping[str, Kernel], scores: AnyScores, n_resamples: int, seed: int
 ) -> dict[str, Floats]:
-    """Values (B,) of several metrics on the same resamples; NaN where there is no wrong or no right answer."""
+    """Values (B,) of several metrics on the same resamples.
+
+    NaN where there is no wrong or no right answer.
+    """
     blocks = (scores.counts(*rows) for rows in resampled_rows(scores, n_resamples, seed))
     return values_of(kernels, blocks, n_resamples)
 
@@ -394,12 +421,13 @@ def values_of(
     kernels: Mapping[str, Kernel], blocks: Iterable[TieCounts], n_resamples: int
 ) -> dict[str, Floats]:
     """Values (B,) of several metrics on blocks of resamples, of which one is held at a time."""
-    found = []
+    values: dict[str, list[Floats]] = {name: [] for name in kernels}
     with track("bootstrap", n_resamples, "resamples") as task:
         for counts in blocks:
-            found.append({name: kernel(counts) for name, kernel in kernels.items()})
+            for name, kernel in kernels.items():
+                values[name].append(kernel(counts))
             task.advance(len(counts.n))
-    return {name: np.concatenate([values[name] for values in found]) for name in kernels}
+    return {name: np.concatenate(blocks_of_one) for name, blocks_of_one in values.items()}
 
 
 @checked
@@ -471,10 +499,11 @@ def paired_bootstrap(
     seed: int = 0,
     picture: ArrayLike | None = None,
 ) -> Difference:
-    """Difference of a metric between two uncertainties of the same answers, both computed on the same resampled rows.
+    """Difference of a metric between two uncertainties of the same answers.
 
-    The p-value is twice the smaller share of resamples whose difference is not above, or not below,
-    zero, with one added to count and total, so that it is never 0.
+    Both are computed on the same resampled rows. The p-value is twice the smaller share of
+    resamples whose difference is not above, or not below, zero, with one added to count and total,
+    so that it is never 0.
 
     Arguments and errors are as of ``bootstrap_interval``, with two uncertainties (N,). Returned is
     the metric of a less that of b, lower and upper end, and p-value; all NaN where the metric is
@@ -491,22 +520,24 @@ def paired_bootstrap(
     """
     check_settings(n_resamples, confidence)
     kernel = _kernel(metric, failure, uncertainty_a, uncertainty_b)
-    pairs = [check_pair(scores, failure) for scores in (uncertainty_a, uncertainty_b)]
-    shown = repeated_pictures(check_pictures(picture, len(pairs[0][0])))
-    a, b = (sorted_scores(*pair, shown) for pair in pairs)
+    scores_a, failures = check_pair(uncertainty_a, failure)
+    scores_b, _ = check_pair(uncertainty_b, failure)
+    shown = repeated_pictures(check_pictures(picture, len(failures)))
+    a = sorted_scores(scores_a, failures, shown)
+    b = sorted_scores(scores_b, failures, shown)
     observed = float((kernel(a.observed()) - kernel(b.observed()))[0])
     if np.isnan(observed):
         return Difference(observed, observed, observed, observed)
-    found = []
+    blocks = []
+    # both have the same strata; the wider one says how many resamples are held at a time
+    wider = b if b.width > a.width else a
     with track("bootstrap", n_resamples, "resamples") as task:
-        # both have the same strata; the wider one says how many resamples are held at a time
-        for rows in resampled_rows(max(a, b, key=lambda one: one.width), n_resamples, seed):
-            found.append(kernel(a.counts(*rows)) - kernel(b.counts(*rows)))
-            task.advance(len(found[-1]))
-    differences = np.concatenate(found)
-    if isinstance(
-        kernel, OwnInterval
-    ):  # resampling adds its bias once more, to both, but not the same
+        for rows in resampled_rows(wider, n_resamples, seed):
+            blocks.append(kernel(a.counts(*rows)) - kernel(b.counts(*rows)))
+            task.advance(len(blocks[-1]))
+    differences = np.concatenate(blocks)
+    # resampling adds its bias once more, to both, but not the same
+    if isinstance(kernel, OwnInterval):
         differences += observed - differences.mean()
     return Quantity(observed, differences).difference(confidence)
 
@@ -514,9 +545,11 @@ def paired_bootstrap(
 def _kernel(metric: str | Kernel, failure: ArrayLike, *uncertainty: ArrayLike) -> Kernel:
     if not isinstance(metric, str):
         return metric
-    for scores in uncertainty if get_metric(metric).of_probability else ():
-        probability_counts(scores, failure)  # refuses what is no probability
-    return get_metric(metric).kernel
+    chosen = get_metric(metric)
+    if chosen.of_probability:
+        for scores in uncertainty:
+            probability_counts(scores, failure)  # refuses what is no probability
+    return chosen.kernel
 
 
 def check_settings(n_resamples: int, confidence: float) -> None:

@@ -178,8 +178,10 @@ def evaluated_metrics() -> list[str]:
 
 
 DEFAULT_METRICS = tuple(name for name, metric in METRICS.here.items() if metric.wanted != "chosen")
-"""What ``evaluate`` computes of ours; those of a probability only where the uncertainty is one, those of the questions
-"within" and "outside" only where some rows are of none of the classes.
+"""What ``evaluate`` computes of ours.
+
+Those of a probability only where the uncertainty is one, those of the questions "within" and
+"outside" only where some rows are of none of the classes.
 """
 
 
@@ -190,9 +192,8 @@ def get_metric(name: str) -> Metric:
         UsageError: If there is none, naming the nearest.
     """
     if name not in METRICS:
-        raise UsageError(
-            f"no metric is called {name!r}.{nearest(name, METRICS)} There are: {', '.join(METRICS)}."
-        )
+        hint = nearest(name, METRICS)
+        raise UsageError(f"no metric is called {name!r}.{hint} There are: {', '.join(METRICS)}.")
     return METRICS[name]
 
 
@@ -205,22 +206,25 @@ def add_metric(metric: Metric) -> None:
     """
     if not metric.name or METRICS.here.get(metric.name, metric) != metric:
         raise UsageError(
-            f"a metric needs a name of its own, such as Metric(..., name='my_metric'). Got {metric.name!r}; taken are: "
-            f"{', '.join(METRICS)}."
+            "a metric needs a name of its own, such as Metric(..., name='my_metric'). "
+            f"Got {metric.name!r}; taken are: {', '.join(METRICS)}."
         )
     counts = np.array([[2, 1, 0], [1, 1, 1]])  # two resamples of three scores
-    shape = np.shape(metric.kernel(TieCounts(np.array([0.0, 0.5, 1.0]), counts, counts[:, ::-1])))
+    trial = TieCounts(np.array([0.0, 0.5, 1.0]), counts, counts[:, ::-1])
+    shape = np.shape(metric.kernel(trial))
     if shape != (2,):
         raise UsageError(
-            f"the kernel of {metric.name} must give values (B,) for counts (B, G). Got shape {shape}."
+            f"the kernel of {metric.name} must give values (B,) for counts (B, G). "
+            f"Got shape {shape}."
         )
     METRICS[metric.name] = metric
 
 
-def _add(thing: object) -> bool:
-    if isinstance(thing, Metric):
-        add_metric(thing)
-    return isinstance(thing, Metric)
+def _add(candidate: object) -> bool:
+    if not isinstance(candidate, Metric):
+        return False
+    add_metric(candidate)
+    return True
 
 
 ADDERS["a vilu.metrics.catalog.Metric"] = _add

@@ -1,4 +1,4 @@
-"""Checked input of every metric, brought to the form in which all of them are computed: counts per tied score."""
+"""Checked input of every metric, in the form in which all are computed: counts per tied score."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Positive = Literal["correct", "failure"]
 
 @dataclass(frozen=True, eq=False)
 class TieCounts:
-    """How many correct and wrong answers share each score, from the most to the least trusted score.
+    """How many correct and wrong answers share each score, the most trusted score first.
 
     Rows of equal uncertainty are one operating point, so nothing here depends on the order of the
     rows. Leading axes are bootstrap resamples; a score that no resampled row has counts zero and
@@ -67,7 +67,10 @@ class TieCounts:
 
     @cached_property
     def flipped(self) -> TieCounts:
-        """The same problem seen from the other side: least trusted first, wrong answers in the role of correct ones."""
+        """The same problem seen from the other side.
+
+        The least trusted score is first, and wrong answers have the role of correct ones.
+        """
         return TieCounts(
             -self.value[::-1], correct=self.wrong[..., ::-1], wrong=self.correct[..., ::-1]
         )
@@ -79,23 +82,25 @@ class TieCounts:
 
 def check_pair(uncertainty: ArrayLike, failure: ArrayLike) -> tuple[Floats, NDArray[np.bool_]]:
     """Uncertainty (N,) as float64 and failure (N,) as bool."""
-    given = _real(uncertainty, "uncertainty"), _real(failure, "failure")
-    scores, failures = (values.astype(np.float64, copy=False) for values in given)
+    scores: Floats = _real(uncertainty, "uncertainty").astype(np.float64, copy=False)
+    failures: Floats = _real(failure, "failure").astype(np.float64, copy=False)
     require_same_length(scores, failures)
     if not len(scores):
         raise DataError("a metric needs at least one row. Got none.")
     finite = np.isfinite(scores)
     if not finite.all():
         row = int(np.argmin(finite))
+        n_bad = np.count_nonzero(~finite)
         raise DataError(
-            f"uncertainty must be finite. Got {np.count_nonzero(~finite)} bad values of {len(scores)}, the first in "
-            f"row {row} ({scores[row]}). Leave those rows out."
+            f"uncertainty must be finite. Got {n_bad} bad values of {len(scores)}, "
+            f"the first in row {row} ({scores[row]}). Leave those rows out."
         )
     binary = (failures == 0) | (failures == 1)
     if not binary.all():
+        row = int(np.argmin(binary))
         raise DataError(
             "failure must be 0 (the answer is right) or 1 (it is wrong). "
-            f"Got {failures[np.argmin(binary)]:g} in row {np.argmin(binary)} instead."
+            f"Got {failures[row]:g} in row {row} instead."
         )
     return scores, failures == 1
 
@@ -104,7 +109,8 @@ def require_same_length(scores: Floats, failures: NDArray[Any]) -> None:
     """Refuse uncertainties and failures of different numbers of rows."""
     if len(scores) != len(failures):
         raise DataError(
-            f"uncertainty and failure must have one entry per row each. Got {len(scores)} and {len(failures)} instead."
+            "uncertainty and failure must have one entry per row each. "
+            f"Got {len(scores)} and {len(failures)} instead."
         )
 
 
@@ -119,15 +125,15 @@ def check_codes(
     """Whole numbers (N,) from ``first`` to ``last`` (None: no upper bound)."""
     numbers = real_vector(values, name)
     top = np.inf if last is None else last
-    bad = np.flatnonzero(~((numbers >= first) & (numbers <= top) & (numbers == np.rint(numbers))))
+    fits = (numbers >= first) & (numbers <= top) & (numbers == np.rint(numbers))
+    bad = np.flatnonzero(~fits)
     if len(bad):
-        lowest = (
-            f"{UNKNOWN} (unknown)"
-            if first == UNKNOWN
-            else f"{OUTSIDE} (none of the classes), {UNKNOWN} (unknown)"
-        )
+        lowest = f"{UNKNOWN} (unknown)"
+        if first != UNKNOWN:
+            lowest = f"{OUTSIDE} (none of the classes), {lowest}"
         raise DataError(
-            f"{name} must hold whole numbers from {lowest} to {top:g}. Got {numbers[bad[0]]:g} in row {bad[0]} instead."
+            f"{name} must hold whole numbers from {lowest} to {top:g}. "
+            f"Got {numbers[bad[0]]:g} in row {bad[0]} instead."
         )
     return numbers.astype(np.int64)
 
@@ -135,11 +141,8 @@ def check_codes(
 def _real(values: ArrayLike, name: str) -> NDArray[Any]:
     try:
         array = np.asarray(values)
-    except (
-        TypeError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # ragged lists; tensors on a device or with gradients
+    # ragged lists; tensors on a device or with gradients
+    except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"{name} must be a vector of numbers on the CPU: {error}") from error
     if array.ndim != 1:
         raise DataError(f"{name} must be a vector (rows,). Got shape {array.shape} instead.")
@@ -188,7 +191,7 @@ def ratio(
 
 
 def check_pictures(values: ArrayLike | None, n: int) -> Ints | None:
-    """Identities (N,) of pictures as int64, a copy: whole numbers from 0 on, or -1 where unknown."""
+    """Identities (N,) of pictures as int64, a copy: from 0 on, or -1 where unknown."""
     if values is None:
         return None
     numbers = _real(values, "picture")
@@ -211,7 +214,9 @@ def check_pictures(values: ArrayLike | None, n: int) -> Ints | None:
 
 
 def first_rows(picture: Ints) -> Ints:
-    """(N,) place of the first row that shows the picture of every row; its own where that is unknown, -1.
+    """(N,) index of the first row that shows the picture of every row.
+
+    It is the row's own where the picture is not known, -1.
 
     Examples:
         >>> import numpy as np
@@ -227,7 +232,9 @@ def first_rows(picture: Ints) -> Ints:
 
 
 def repeated_pictures(picture: Ints | None) -> Ints | None:
-    """(N,) numbers of the pictures of rows, from 0 on in the order of their first rows; None where none has two rows.
+    """(N,) numbers of the pictures of rows, from 0 on in the order of their first rows.
+
+    None where no picture has two rows.
 
     Examples:
         >>> import numpy as np

@@ -1,9 +1,10 @@
-"""Scores of any number of rows in bounded memory: counts over bins, the same whatever the order in which they came.
+"""Scores of any number of rows in bounded memory: counts over bins.
 
-Every float64 score has a place in one order of int64 codes; a bin is a code without its lowest
-``level`` bits. The level is the smallest at which at most ``MAX_BINS`` bins are occupied. It
-depends on nothing but the scores: a part that has too many bins at a level is never inside a whole
-that has few enough, so no merge drops a bit too many.
+They are the same whatever the order in which the rows came. Every float64 score has a place in one
+order of int64 codes; a bin is a code without its lowest ``level`` bits. The level is the smallest
+at which at most ``MAX_BINS`` bins are occupied. It depends on nothing but the scores: a part that
+has too many bins at a level is never inside a whole that has few enough, so no merge drops a bit
+too many.
 """
 
 from __future__ import annotations
@@ -20,9 +21,8 @@ from vilu.metrics.counts import Floats, Ints, TieCounts, check_pair
 
 MAX_BINS = 2**20  # occupied bins at most: 24 MB
 _TINY = 2.0**-512
-_ZERO = (
-    np.float64(_TINY).view(np.int64).item() - 2**52
-)  # whole octaves, so that 0 and 1 begin a bin at every level
+# whole octaves, so that 0 and 1 begin a bin at every level
+_ZERO = np.float64(_TINY).view(np.int64).item() - 2**52
 _HALF = np.float64(0.5).view(np.int64).item() - _ZERO
 _NEAR = np.float64(2.0**-54).view(np.int64).item()
 _ONE = _HALF + np.float64(0.5).view(np.int64).item() - _NEAR
@@ -30,12 +30,12 @@ _ONE_BITS = np.float64(1.0).view(np.int64).item()
 
 
 def codes(scores: Floats) -> Ints:
-    """Place (N,) of finite scores in their order: equal scores have equal codes, larger ones larger codes.
+    """Place (N,) of finite scores in their order.
 
-    The bits of a float64 are such a code, fine near 0 and coarse near 1 when its low bits are
-    dropped. Probabilities saturate at both ends, so between 1/2 and 1 the code is taken from the
-    bits of 1 - score, which is exact. To make room for this in 64 bits, magnitudes below 2^-512
-    count as zero.
+    Equal scores have equal codes, larger scores larger codes. The bits of a float64 are such a
+    code, fine near 0 and coarse near 1 when its low bits are dropped. Probabilities saturate at
+    both ends, so between 1/2 and 1 the code is taken from the bits of 1 - score, which is exact. To
+    make room for this in 64 bits, magnitudes below 2^-512 count as zero.
     """
     size = np.abs(scores)
     bits = size.view(np.int64)
@@ -58,10 +58,11 @@ def scores_of(code: Ints) -> Floats:
 
 @dataclass(frozen=True, eq=False)
 class Histogram:
-    """Correct and wrong answers per bin of the score; ``+`` joins two, in any order, to the same counts.
+    """Correct and wrong answers per bin of the score.
 
-    Up to ``MAX_BINS`` distinct scores it is exact. Beyond, scores of one bin count as tied: the
-    error of AUROC is at most ``tied_pairs`` / 2, in practice far less.
+    ``+`` joins two, in any order, to the same counts. Up to ``MAX_BINS`` distinct scores it is
+    exact. Beyond, scores of one bin count as tied: the error of AUROC is at most ``tied_pairs`` /
+    2, in practice far less.
     """
 
     bins: Ints  # (G,) int64, ascending: codes without their lowest ``level`` bits
@@ -85,16 +86,17 @@ class Histogram:
         scores, failures = check_pair(uncertainty, failure)
         scores = np.where(np.abs(scores) < _TINY, 0.0, scores)
         wrong = failures.astype(np.int64)
-        one = cls(codes(scores), 1 - wrong, wrong, 0, float(scores.min()), float(scores.max()))
-        return one._collapsed(0)
+        rows = cls(codes(scores), 1 - wrong, wrong, 0, float(scores.min()), float(scores.max()))
+        return rows._collapsed(0)
 
     @classmethod
     def total(cls, histograms: Iterable[Histogram]) -> Histogram:
         """The sum of many, at most some of which are held at a time."""
         held: list[Histogram] = []
-        for one in histograms:
-            held.append(one)
-            if sum(len(h.bins) for h in held) > 2 * MAX_BINS:
+        for histogram in histograms:
+            held.append(histogram)
+            n_bins = sum(len(part.bins) for part in held)
+            if n_bins > 2 * MAX_BINS:
                 held = [cls._joined(held)]
         return cls._joined(held) if held else cls.empty()
 
@@ -112,17 +114,16 @@ class Histogram:
 
     def places(self, part: Histogram) -> Ints:
         """(G,) rows of a part, whose level is never the higher one, in each bin."""
-        found = np.zeros_like(self.wrong)
-        np.add.at(
-            found, np.searchsorted(self.bins, part.bins >> (self.level - part.level)), part.wrong
-        )
-        return found
+        bins = part.bins >> (self.level - part.level)
+        rows = np.zeros_like(self.wrong)
+        np.add.at(rows, np.searchsorted(self.bins, bins), part.wrong)
+        return rows
 
     def counted(self, correct: Ints, wrong: Ints) -> Histogram:
         """Other counts (G,) of the same bins, without those that are empty."""
-        some = correct + wrong > 0
+        filled = correct + wrong > 0
         return Histogram(
-            self.bins[some], correct[some], wrong[some], self.level, self.low, self.high
+            self.bins[filled], correct[filled], wrong[filled], self.level, self.low, self.high
         )
 
     @property
@@ -157,26 +158,31 @@ class Histogram:
     @property
     def note(self) -> str | None:
         """What to say beside metrics that it gives; None where they are exact."""
-        return (
-            None
-            if self.exact
-            else f"histogram of at most {MAX_BINS:,} bins, {52 - self.level} bits of the score"
-        )
+        if self.exact:
+            return None
+        return f"histogram of at most {MAX_BINS:,} bins, {52 - self.level} bits of the score"
 
     @property
     def values(self) -> Floats:
-        """(G,) a score of each bin, ascending: its middle, at most half its width from every score in it."""
+        """(G,) a score of each bin, ascending: its middle.
+
+        It is at most half the width of the bin from every score in it.
+        """
+        if not len(self.bins):
+            return np.empty(0)
         start = self.bins << self.level
-        first, last = codes(np.array([self.low, self.high])) if len(start) else (0, 0)
-        low, high = (
-            scores_of(np.maximum(start, first)),
-            scores_of(np.minimum(start + (1 << self.level) - 1, last)),
-        )
+        end = start + (1 << self.level) - 1
+        first, last = codes(np.array([self.low, self.high]))
+        low = scores_of(np.maximum(start, first))
+        high = scores_of(np.minimum(end, last))
         return low / 2 + high / 2
 
     @property
     def tied_pairs(self) -> float:
-        """Share of the pairs of a wrong and a correct answer that are in one bin; NaN with one class only."""
+        """Share of the pairs of a wrong and a correct answer that are in one bin.
+
+        NaN where all answers are wrong, or all correct.
+        """
         pairs = self.n_failures * (self.n - self.n_failures)
         return float((self.correct * self.wrong).sum()) / pairs if pairs else math.nan
 
@@ -188,24 +194,33 @@ class Histogram:
 
     @staticmethod
     def _joined(histograms: list[Histogram]) -> Histogram:
-        level = max(h.level for h in histograms)
+        level = max(part.level for part in histograms)
         raw = Histogram(
-            np.concatenate([h.bins >> (level - h.level) for h in histograms]),
-            np.concatenate([h.correct for h in histograms]),
-            np.concatenate([h.wrong for h in histograms]),
+            np.concatenate([part.bins >> (level - part.level) for part in histograms]),
+            np.concatenate([part.correct for part in histograms]),
+            np.concatenate([part.wrong for part in histograms]),
             level,
-            min(h.low for h in histograms),
-            max(h.high for h in histograms),
+            min(part.low for part in histograms),
+            max(part.high for part in histograms),
         )
         return raw._collapsed(level)
 
     def _collapsed(self, level: int) -> Histogram:
-        """Each bin once, at the smallest level from ``level`` on that leaves at most ``MAX_BINS`` of them."""
+        """Each bin once, at the smallest level from this one on with at most ``MAX_BINS``."""
+        if not len(self.bins):
+            return Histogram(self.bins, self.correct, self.wrong, level, self.low, self.high)
         order = np.argsort(self.bins, kind="stable")
         bins = self.bins[order]
-        while len(starts := np.flatnonzero(np.diff(bins, prepend=~bins[:1]))) > MAX_BINS:
-            bins, level = bins >> 1, level + 1
-        correct, wrong = (
-            np.add.reduceat(x[order], starts) if len(x) else x for x in (self.correct, self.wrong)
-        )
+        starts = _starts(bins)
+        while len(starts) > MAX_BINS:
+            bins = bins >> 1
+            level += 1
+            starts = _starts(bins)
+        correct = np.add.reduceat(self.correct[order], starts)
+        wrong = np.add.reduceat(self.wrong[order], starts)
         return Histogram(bins[starts], correct, wrong, level, self.low, self.high)
+
+
+def _starts(bins: Ints) -> Ints:
+    """Indices at which another number begins in sorted numbers (N,), the first among them."""
+    return np.flatnonzero(np.diff(bins, prepend=~bins[:1]))

@@ -1,4 +1,7 @@
-"""Scores of rows of which several show one picture: what is resampled is the picture, with all its rows."""
+"""Scores of rows of which several show one picture.
+
+What is resampled is the picture, with all its rows.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,10 @@ from vilu.metrics.counts import Floats, Ints, TieCounts, repeated_pictures, tie_
 
 @dataclass(frozen=True, eq=False)
 class PictureScores:
-    """Rows of pictures, counted: an entry is all rows of one picture that have one score and are right, or wrong."""
+    """Rows of pictures, counted.
+
+    An entry is all rows of one picture that have one score and are right, or wrong.
+    """
 
     value: Floats  # (G,) distinct scores, ascending
     picture: Ints  # (E,) number of the picture of every entry, ascending from 0
@@ -28,7 +34,10 @@ class PictureScores:
     def of(
         cls, value: Floats, group: Ints, failure: NDArray[np.bool_], picture: Ints
     ) -> PictureScores:
-        """Of rows (N,): places of their scores, whether they are wrong, and numbers of their pictures from 0 on."""
+        """Of rows (N,): indices of their scores, whether they are wrong, numbers of their pictures.
+
+        Pictures are numbered from 0 on.
+        """
         key = (picture * len(value) + group) * 2 + failure
         entry, rows = np.unique(key, return_counts=True)
         n_alike = np.ones(int(picture.max()) + 1, np.int64)
@@ -37,11 +46,12 @@ class PictureScores:
 
     @cached_property
     def strata(self) -> tuple[Ints, Ints, Ints]:
-        """Pictures all of whose rows are right, all of whose rows are wrong, and those that have both."""
+        """Pictures whose rows are all right, pictures whose rows are all wrong, and the rest."""
         n_pictures = len(self.n_alike)
         is_wrong = np.bincount(self.picture[self.wrong], minlength=n_pictures) > 0
         is_right = np.bincount(self.picture[~self.wrong], minlength=n_pictures) > 0
-        right, wrong = np.flatnonzero(~is_wrong), np.flatnonzero(~is_right)
+        right = np.flatnonzero(~is_wrong)
+        wrong = np.flatnonzero(~is_right)
         return right, wrong, np.flatnonzero(is_right & is_wrong)
 
     @property
@@ -52,7 +62,8 @@ class PictureScores:
     def counts(self, *drawn: Ints) -> TieCounts:
         """Counts (B, G) of the rows of pictures (B, ·) chosen with repetition."""
         pictures = np.concatenate(drawn, axis=1)
-        n_resamples, n_pictures = len(pictures), len(self.n_alike)
+        n_resamples = len(pictures)
+        n_pictures = len(self.n_alike)
         cells = pictures + n_pictures * np.arange(n_resamples)[:, None]
         times = np.bincount(cells.ravel(), minlength=n_resamples * n_pictures)
         return self.weighed(times.reshape(n_resamples, n_pictures))
@@ -70,7 +81,8 @@ class PictureScores:
         )
 
     def _tally(self, times: Ints, chosen: NDArray[np.bool_]) -> Ints:
-        n_resamples, n_scores = len(times), len(self.value)
+        n_resamples = len(times)
+        n_scores = len(self.value)
         rows = times[:, self.picture[chosen]] * self.rows[chosen]
         cells = self.group[chosen] + n_scores * np.arange(n_resamples)[:, None]
         # sums of whole numbers below 2^53 are exact
@@ -78,8 +90,12 @@ class PictureScores:
         return sums.astype(np.int64).reshape(n_resamples, n_scores)
 
     def merged(self) -> PictureScores:
-        """The same, with one picture for all that are alike: of one entry, and equal to one another in it."""
-        n_scores, n_pictures = len(self.value), len(self.n_alike)
+        """The same, with one picture for all that are alike.
+
+        Alike are pictures of one entry that are equal to one another in it.
+        """
+        n_scores = len(self.value)
+        n_pictures = len(self.n_alike)
         is_single = np.bincount(self.picture, minlength=n_pictures)[self.picture] == 1
         key = (self.rows * n_scores + self.group) * 2 + self.wrong
         kind, n_alike = np.unique(key[is_single], return_counts=True)
@@ -153,10 +169,11 @@ class ScoredRows:
 
 
 def rows_per_independent(picture: Ints | None) -> float:
-    """How many rows say as much as an independent one, if rows of one picture say one and the same (Kish 1965).
+    """How many rows say as much as an independent one (Kish 1965).
 
-    That is sum m^2 / N for N rows of pictures with m rows each: their number where all pictures
-    have as many, and more where some have more. None: every row has a picture of its own.
+    Rows of one picture say one and the same. That is sum m^2 / N for N rows of pictures with m rows
+    each: their number where all pictures have as many, and more where some have more. None: every
+    row has a picture of its own.
 
     Examples:
         >>> import numpy as np

@@ -1,4 +1,6 @@
-"""How well the uncertainty separates wrong answers from correct ones: AUROC, FPR at a TPR, average precision.
+"""How well the uncertainty separates wrong answers from correct ones.
+
+AUROC, FPR at a TPR, and average precision.
 
 Every metric is a kernel over ``TieCounts`` (one value per resample) and a function of
 ``(uncertainty, failure)``.
@@ -19,7 +21,9 @@ Rule = Literal["interpolate", "first", "nearest"]
 
 
 def auroc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
-    """Probability that a wrong answer is more uncertain than a correct one: P(u⁻ > u⁺) + P(u⁻ = u⁺) / 2.
+    """Probability that a wrong answer is more uncertain than a correct one.
+
+    It is P(u⁻ > u⁺) + P(u⁻ = u⁺) / 2.
 
     The same whichever class is called positive. NaN if there is only one class.
 
@@ -48,7 +52,9 @@ def fpr_at_tpr(
     positive: Positive = "correct",
     rule: Rule = "interpolate",
 ) -> float:
-    """False positive rate where the true positive rate reaches ``level`` (FPR95). NaN if there is only one class.
+    """False positive rate where the true positive rate reaches ``level`` (FPR95).
+
+    NaN if there is only one class.
 
     With ``positive="correct"`` it is the share of wrong answers still accepted when ``level`` of
     the correct ones are; with ``"failure"`` the share of correct answers rejected when ``level`` of
@@ -86,7 +92,9 @@ def fpr_at_tpr(
 
 
 def aupr_failure(uncertainty: ArrayLike, failure: ArrayLike) -> float:
-    """Average precision of finding wrong answers, the most uncertain first: Σ_g (recall_g - recall_{g-1}) precision_g.
+    """Average precision of finding wrong answers, the most uncertain first.
+
+    It is Σ_g (recall_g - recall_{g-1}) precision_g.
 
     NaN if no answer is wrong. Its chance level is the failure rate.
 
@@ -120,7 +128,9 @@ def aupr_success(uncertainty: ArrayLike, failure: ArrayLike) -> float:
 def roc_curve_points(
     uncertainty: ArrayLike, failure: ArrayLike, positive: Positive = "correct"
 ) -> tuple[Floats, Floats]:
-    """False and true positive rates (G+1,) from (0, 0) to (1, 1), one point per distinct uncertainty.
+    """False and true positive rates (G+1,) from (0, 0) to (1, 1).
+
+    There is one point per distinct uncertainty.
 
     NaN throughout if there is only one class.
 
@@ -176,7 +186,10 @@ def aupr_kernel(counts: TieCounts, positive: Positive) -> Floats:
 
 
 def _roc(counts: TieCounts) -> tuple[Floats, Floats]:
-    """False and true positive rates (..., G+1), ``counts.correct`` being the positive class; NaN if one is empty."""
+    """False and true positive rates (..., G+1), ``counts.correct`` being the positive class.
+
+    NaN if a class is empty.
+    """
     origin = np.zeros_like(counts.accepted[..., :1])
     one_class = (counts.n_correct * counts.n_wrong == 0)[..., None]
 

@@ -24,7 +24,7 @@ CERTAIN = 1e-12  # how near to 0 or 1 a probability may come in a logarithm
 def ece(
     probability: ArrayLike, failure: ArrayLike, bins: int = 15, binning: Binning = "width"
 ) -> float:
-    """Expected calibration error of a failure probability: Σ_b (n_b / N) |failure rate_b - mean probability_b|.
+    """Expected calibration error: Σ_b (n_b / N) |failure rate_b - mean probability_b|.
 
     This is binary calibration of P(failure), not of the larger of p and 1 - p. Bins are closed on
     the right.
@@ -43,16 +43,15 @@ def ece(
     Examples:
         >>> import vilu
         >>> probability, failure = [0.1, 0.1, 0.9, 0.9], [0, 0, 1, 0]
-        >>> round(
-        ...     vilu.metrics.ece(probability, failure, bins=2), 4
-        ... )  # 1/2 * |0 - 0.1| + 1/2 * |1/2 - 0.9|
+        >>> error = vilu.metrics.ece(probability, failure, bins=2)
+        >>> round(error, 4)  # 1/2 * |0 - 0.1| + 1/2 * |1/2 - 0.9|
         0.25
     """
     return float(ece_kernel(probability_counts(probability, failure), bins, binning))
 
 
 def brier(probability: ArrayLike, failure: ArrayLike) -> float:
-    """Mean squared error of a failure probability, (1/N) Σ (p - failure)²; a constant 1/2 scores 1/4.
+    """Mean squared error, (1/N) Σ (p - failure)²; a constant 1/2 scores 1/4.
 
     Examples:
         >>> import vilu
@@ -63,10 +62,10 @@ def brier(probability: ArrayLike, failure: ArrayLike) -> float:
 
 
 def log_loss(probability: ArrayLike, failure: ArrayLike) -> float:
-    """Mean negative log-likelihood, -(1/N) Σ ln(p of what happened), in nats; a constant 1/2 scores ln 2.
+    """Mean negative log-likelihood, -(1/N) Σ ln(p of what happened), in nats.
 
-    Probabilities nearer to 0 or 1 than 1e-12 count as this far away: a row that was certain and
-    wrong costs 27.6.
+    A constant 1/2 scores ln 2. Probabilities nearer to 0 or 1 than 1e-12 count as this far away: a
+    row that was certain and wrong costs 27.6.
 
     Examples:
         >>> import vilu
@@ -79,7 +78,8 @@ def log_loss(probability: ArrayLike, failure: ArrayLike) -> float:
 def probability_counts(probability: ArrayLike, failure: ArrayLike) -> TieCounts:
     """Counts per distinct probability."""
     counts = tie_counts(probability, failure)
-    low, high = counts.value[0], counts.value[-1]
+    low = counts.value[0]
+    high = counts.value[-1]
     if low < 0 or high > 1:
         raise DataError(
             f"a failure probability must be in [0, 1]. Got values from {low:.6g} to {high:.6g}; "
@@ -105,19 +105,19 @@ def _per_bin(counts: TieCounts, bins: int, binning: Binning, *values: Floats) ->
         raise UsageError(f"bins must be at most {MAX_BINS:,}. Got {bins} instead.")
     if binning == "width":
         inner_edges = np.arange(1, bins) / bins
-        of_score = np.broadcast_to(
-            np.searchsorted(inner_edges, counts.value, side="left"), counts.size.shape
-        )
+        bin_of_value = np.searchsorted(inner_edges, counts.value, side="left")
+        of_score = np.broadcast_to(bin_of_value, counts.size.shape)
     else:
         place = (counts.accepted - counts.size) * bins // counts.n[..., None]
         of_score = np.minimum(place, bins - 1).astype(np.int64)
     resamples = counts.size.shape[:-1]
     n_resamples = int(np.prod(resamples))
     index = (of_score.reshape(n_resamples, -1) + bins * np.arange(n_resamples)[:, None]).ravel()
-    sums: list[Floats] = [
-        np.bincount(index, one.ravel(), bins * n_resamples).astype(np.float64) for one in values
-    ]
-    return [one.reshape(*resamples, bins) for one in sums]
+    sums = []
+    for numbers in values:
+        total = np.bincount(index, numbers.ravel(), bins * n_resamples).astype(np.float64)
+        sums.append(total.reshape(*resamples, bins))
+    return sums
 
 
 CLEAR = 2.0  # standard errors from which on a gap counts as one in the lower end of an interval
@@ -152,23 +152,32 @@ class BinnedError:
     def interval(
         self, counts: TieCounts, n_resamples: int, confidence: float, seed: int
     ) -> tuple[float, float]:
-        """Ends of the interval for counts (G,), from so many draws; they enclose the error itself."""
-        p, n = counts.value, float(counts.n)
+        """Ends of the interval for counts (G,), from so many draws.
+
+        They enclose the error itself.
+        """
+        gap, deviation = self._gaps(counts)
+        noise = deviation * np.random.default_rng(seed).standard_normal((n_resamples, self.bins))
+        error = np.abs(gap).sum()
+        tail = (1 - confidence) / 2
+        clear = np.where(np.abs(gap) < CLEAR * deviation, 0.0, gap)
+        most_bias = np.abs(clear + noise).sum(axis=1) - np.abs(clear).sum()
+        low = error - np.quantile(most_bias, 1 - tail)
+        drawn = np.abs(gap + noise).sum(axis=1)
+        high = np.quantile(drawn, 1 - tail) - (drawn.mean() - error)
+        return float(max(min(low, error), 0.0)), float(min(max(high, error), 1.0))
+
+    def _gaps(self, counts: TieCounts) -> tuple[Floats, Floats]:
+        """(bins,) gap of every bin as a share of all rows, and its standard error."""
+        p = counts.value
+        n = float(counts.n)
         squares = counts.wrong * (1 - p) ** 2 + counts.correct * p**2
         sums = (counts.wrong - p * counts.size, squares, counts.size * p * (1 - p))
-        gap, found, calibrated = (
-            one / n for one in _per_bin(counts, self.bins, self.binning, *sums)
-        )
-        deviation = np.sqrt(
-            np.maximum(np.maximum(found - gap**2, calibrated), 0) / n
-        )  # calibrated, the mean gap is 0
-        noise = deviation * np.random.default_rng(seed).standard_normal((n_resamples, self.bins))
-        error, tail = np.abs(gap).sum(), (1 - confidence) / 2
-        clear = np.where(np.abs(gap) < CLEAR * deviation, 0.0, gap)
-        low = error - np.quantile(np.abs(clear + noise).sum(axis=1) - np.abs(clear).sum(), 1 - tail)
-        seen = np.abs(gap + noise).sum(axis=1)
-        high = np.quantile(seen, 1 - tail) - (seen.mean() - error)
-        return float(max(min(low, error), 0.0)), float(min(max(high, error), 1.0))
+        per_bin = _per_bin(counts, self.bins, self.binning, *sums)
+        gap, square, calibrated = [total / n for total in per_bin]
+        # calibrated, the mean gap is 0, and its square no part of the variance
+        variance = np.maximum(np.maximum(square - gap**2, calibrated), 0)
+        return gap, np.sqrt(variance / n)
 
 
 def brier_kernel(counts: TieCounts) -> Floats:

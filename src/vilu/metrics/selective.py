@@ -1,4 +1,4 @@
-"""Selective prediction: what is wrong among the answers kept when the most uncertain ones are left out.
+"""Selective prediction: what is wrong among answers when the most uncertain are left out.
 
 The coverage is the share of answers kept, the selective risk the share of wrong ones among them.
 Inside a block of equal uncertainties the order is unknown, so the number of wrong answers grows
@@ -84,7 +84,9 @@ def naurc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
 
 
 def augrc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
-    """Area under the generalised risk-coverage curve (Traub et al. 2024), in [0, 1/2]; lower is better.
+    """Area under the generalised risk-coverage curve (Traub et al. 2024), in [0, 1/2].
+
+    Lower is better.
 
     The generalised risk is the share of all N answers that are kept and wrong. With accuracy a it
     is (1 - AUROC) a (1 - a) + (1 - a)² / 2; random order (1 - a) / 2, best order (1 - a)² / 2.
@@ -101,7 +103,9 @@ def augrc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
 
 @checked
 def risk_at_coverage(uncertainty: ArrayLike, failure: ArrayLike, coverage: float = 0.8) -> float:
-    """Selective risk of the ⌈N · coverage⌉ most trusted answers, in expectation over the order of tied rows.
+    """Selective risk of the ⌈N · coverage⌉ most trusted answers.
+
+    It is in expectation over the order of tied rows.
 
     Raises:
         UsageError: If ``coverage`` is not in (0, 1].
@@ -118,7 +122,7 @@ def risk_at_coverage(uncertainty: ArrayLike, failure: ArrayLike, coverage: float
 
 @checked
 def coverage_at_risk(uncertainty: ArrayLike, failure: ArrayLike, risk: float = 0.05) -> float:
-    """Largest coverage that a threshold reaches with selective risk at most ``risk``; 0 if none does.
+    """Largest coverage of a threshold whose selective risk is at most ``risk``; 0 if none is.
 
     A threshold keeps a tied block or leaves it out. This describes the sample at hand; it is not a
     guarantee for new data (see ``vilu.calibrate``).
@@ -137,7 +141,9 @@ def coverage_at_risk(uncertainty: ArrayLike, failure: ArrayLike, risk: float = 0
 
 
 def risk_coverage_curve(uncertainty: ArrayLike, failure: ArrayLike) -> tuple[Floats, Floats]:
-    """Coverage (G,) and selective risk (G,) of every threshold, one per distinct uncertainty, ascending.
+    """Coverage (G,) and selective risk (G,) of every threshold.
+
+    There is one per distinct uncertainty, ascending.
 
     Examples:
         >>> import vilu
@@ -176,9 +182,9 @@ def risk_at_coverage_kernel(counts: TieCounts, coverage: float) -> Floats:
     """Selective risk (...) at one coverage; see ``risk_at_coverage``."""
     require_between("coverage", coverage, "(0, 1]")
     # rounding first: 0.07 · 100 is a little more than 7
-    kept = np.ceil(np.round(counts.n * coverage, 9))[..., None]
-    inside = np.clip(kept - (counts.accepted - counts.size), 0, counts.size)
-    return ratio((inside * ratio(counts.wrong, counts.size, empty=0.0)).sum(-1), kept[..., 0])
+    n_accepted = np.ceil(np.round(counts.n * coverage, 9))[..., None]
+    inside = np.clip(n_accepted - (counts.accepted - counts.size), 0, counts.size)
+    return ratio((inside * ratio(counts.wrong, counts.size, empty=0.0)).sum(-1), n_accepted[..., 0])
 
 
 def coverage_at_risk_kernel(counts: TieCounts, risk: float) -> Floats:
@@ -189,7 +195,10 @@ def coverage_at_risk_kernel(counts: TieCounts, risk: float) -> Floats:
 
 
 def _harmonic(n: Ints) -> Floats:
-    """Harmonic numbers H_n (...); of large n from ln n + γ + 1 / 2n - 1 / 12n², whose next term is below 1e-20."""
+    """Harmonic numbers H_n (...).
+
+    Of large n from ln n + γ + 1 / 2n - 1 / 12n², whose next term is below 1e-20.
+    """
     most = int(n.max(initial=0))
     if most < len(_HARMONIC):
         return _HARMONIC[n]
@@ -200,8 +209,8 @@ def _harmonic(n: Ints) -> Floats:
 
 def _series(n: Ints) -> Floats:
     large = np.maximum(n, len(_HARMONIC)).astype(np.float64)
-    found: Floats = np.log(large) + np.euler_gamma + 1 / (2 * large) - 1 / (12 * large**2)
-    return found
+    series: Floats = np.log(large) + np.euler_gamma + 1 / (2 * large) - 1 / (12 * large**2)
+    return series
 
 
 @cache
@@ -211,7 +220,9 @@ def _large_harmonic() -> Floats:
 
 
 def _mean_risk(counts: TieCounts) -> Floats:
-    """(1/N) Σ_i R_i with R_i = (W + w (i - s) / m) / i inside a block of m rows after s, whose sum has a closed form.
+    """(1/N) Σ_i R_i with R_i = (W + w (i - s) / m) / i inside a block of m rows after s.
+
+    Its sum has a closed form.
 
     Σ_{i=s+1}^{s+m} R_i = w + (W - w s / m) (H_{s+m} - H_s), with w of the block's rows wrong and W
     before it.

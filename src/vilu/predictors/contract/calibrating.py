@@ -37,7 +37,7 @@ def log_odds(probability: Floats) -> Floats:
 def scores_and_failures(
     predictor: Scorer, calibration: EmbeddingSource, fresh: NDArray[np.bool_]
 ) -> tuple[Floats, Ints]:
-    """(N,) uncertainty, NaN where it is not known, and (N,) failure of the rows that are ``fresh``."""
+    """(N,) uncertainty, NaN where it is not known, and (N,) failure of the ``fresh`` rows."""
     uncertainty = np.full(len(calibration), np.nan)
     failure = np.full(len(calibration), UNKNOWN)
     for batch, scores in predictor.scored(calibration, scored_of(calibration, fresh)):

@@ -193,7 +193,11 @@ class FailurePredictor(ABC):
         # its own
         raise NotImplementedError(f"{self.name} learns nothing")
 
-    def module(self, tensors: dict[str, Tensor], space: EmbeddingSpace) -> nn.Module | None:  # noqa: ARG002
+    def module(
+        self,
+        tensors: dict[str, Tensor],  # noqa: ARG002
+        space: EmbeddingSpace,  # noqa: ARG002
+    ) -> nn.Module | None:
         """A new network, whose weights are saved; None where ``tensors`` are all there is.
 
         Args:
@@ -277,7 +281,8 @@ class FailurePredictor(ABC):
             return "failure"
         return "class"
 
-    def columns_to_fit(self, train: EmbeddingSource) -> tuple[str, ...]:  # noqa: ARG002 - some look at what there is
+    # some look at what there is
+    def columns_to_fit(self, train: EmbeddingSource) -> tuple[str, ...]:  # noqa: ARG002
         """What these data must carry for a fit.
 
         Examples:
@@ -299,7 +304,9 @@ class FailurePredictor(ABC):
         return self.columns
 
     def log_posterior(self, batch: Batch) -> Tensor:
-        """(B, K) float64 log probabilities of the candidates: the method's own, where it has some, or zero-shot.
+        """(B, K) float64 log probabilities of the candidates.
+
+        They are the method's own, where it has some, else zero-shot.
 
         Examples:
             >>> import numpy as np, vilu
@@ -330,7 +337,9 @@ class FailurePredictor(ABC):
         *,
         unlabelled: EmbeddingSource | None = None,
     ) -> Self:
-        """Learn from embeddings, labelled ones unless ``needs_labels`` is false; others only remember the space.
+        """Learn from embeddings, labelled ones unless ``needs_labels`` is false.
+
+        A method without a ``_learn`` only remembers the space.
 
         Args:
             train: Rows to learn from; those without what the method ``needs`` to know are left out
@@ -413,7 +422,7 @@ class FailurePredictor(ABC):
     def learn(
         self, train: Rows, failure: Tensor, validation: EmbeddingSource | None = None
     ) -> Learnt:
-        """As ``_learn``, or a constant where a method that learns from failures has none to learn from."""
+        """As ``_learn``, or a constant where failures are to be learned and there are none."""
         from vilu.predictors.contract.labelled import degenerate_rate, warn_few
 
         if self.learns_failure:
@@ -617,8 +626,8 @@ class FailurePredictor(ABC):
         """The embedding space, which is there after a fit."""
         if self.space_ is None:
             raise UsageError(
-                f"this {self.name} knows no embedding space, so the logit scale of its graph is not "
-                f"known. Make it with `vilu fit STORE --method {self.name}`."
+                f"this {self.name} knows no embedding space, so the logit scale of its graph is "
+                f"not known. Make it with `vilu fit STORE --method {self.name}`."
             )
         return self.space_
 
@@ -657,7 +666,10 @@ class FailurePredictor(ABC):
         return self.seen_[by].overlap(data, by, rows)
 
     def unseen(self, data: EmbeddingSource, role: str) -> NDArray[np.bool_]:
-        """(N,) the rows that were not used to fit; warns of those that were, a DataError above 1 %."""
+        """(N,) the rows that were not used to fit.
+
+        It warns of those that were; above 1 % of the rows they are a DataError.
+        """
         from vilu.predictors.contract.seen import LEARNED_FROM
 
         remedy = f"{LEARNED_FROM} Take rows that it has not seen."
@@ -756,7 +768,8 @@ class FailurePredictor(ABC):
     def calibrate(self, calibration: EmbeddingSource) -> Self:
         """Learn the probability of failure on labelled rows.
 
-        Those used to fit are left out, with a warning. Rows of one picture count once, as wrong where any of them is.
+        Those used to fit are left out, with a warning. Rows of one picture count once, as wrong
+        where any of them is.
 
         Raises:
             DataError: If more than 1 % were used to fit, or none has an uncertainty and a known
@@ -802,7 +815,7 @@ class FailurePredictor(ABC):
         return self
 
     def _calibration_score(self, uncertainty: ArrayLike) -> NDArray[np.float64]:
-        """Log-odds where the uncertainty is a probability, without the bias of the loss; else itself."""
+        """The uncertainty; where it is a probability, its log-odds without the bias of the loss."""
         from vilu.metrics.counts import real_vector
         from vilu.predictors.contract.calibrating import log_odds
 

@@ -60,30 +60,40 @@ class Described(Protocol):
 def model_card(
     record: Mapping[str, Any], method: Described, risk: Mapping[str, Any] | None = None
 ) -> str:
-    """The card of a ``predictor.json`` and perhaps a ``risk.json``; whatever names contain, the header is YAML."""
+    """The card of a ``predictor.json`` and perhaps a ``risk.json``.
+
+    Whatever names contain, the header is YAML.
+    """
     space = record["space"] or {}
-    notes, name = record["notes"], record["method"]
-    parameters = {key: value for key, value in record["parameters"].items() if key != "seed"}
+    notes = record["notes"]
+    name = record["method"]
+    space_facts = facts(space, SPACE) or ["- unknown: it was made from bare arrays"]
+    seed = facts(record["parameters"], {"seed": "seed"})
     sections = [
         header(space.get("backbone"), name),
         f"# {name}, a failure predictor",
-        "For every image it says how likely the zero-shot answer of the frozen model below is wrong (higher = more "
-        f"likely wrong), from the embeddings alone. {MADE_WITH}{code(record['vilu'])}.",
+        "For every image it says how likely the zero-shot answer of the frozen model below is "
+        "wrong (higher = more likely wrong), from the embeddings alone. "
+        f"{MADE_WITH}{code(record['vilu'])}.",
         f"**Method.** {code(name)}: {plain(method.summary)}. Reference: {plain(method.reference)}.",
-        section(
-            "Embedding space", facts(space, SPACE) or ["- unknown: it was made from bare arrays"]
-        ),
-        section("Fit", [*fit_facts(notes, method), *facts(record["parameters"], {"seed": "seed"})]),
-        section(
-            "Hyper-parameters",
-            [f"- {code(key)}: {code(parameters[key])}" for key in parameters] or ["- none"],
-        ),
+        section("Embedding space", space_facts),
+        section("Fit", [*fit_facts(notes, method), *seed]),
+        section("Hyper-parameters", parameter_facts(record["parameters"])),
         section("Guarantee", guarantee(risk)),
         section("Use", usage(space, notes, method)),
         section("Limits", limits(notes, method, risk)),
         f"Fingerprint {code(record.get('fingerprint', 'none'))}.",
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def parameter_facts(parameters: Mapping[str, Any]) -> list[str]:
+    """All but the seed, which stands with the fit."""
+    lines = []
+    for name, value in parameters.items():
+        if name != "seed":
+            lines.append(f"- {code(name)}: {code(value)}")
+    return lines or ["- none"]
 
 
 def header(backbone: str | None, method: str) -> str:
@@ -107,9 +117,9 @@ def hub_id(backbone: str | None) -> str | None:
         if spec == f"{name}@hf":
             return model.hf
     for prefix in ("hf:", "open_clip:hf-hub:"):
-        found = spec.removeprefix(prefix)
-        if found != spec and HUB_ID.fullmatch(found):
-            return found
+        name = spec.removeprefix(prefix)
+        if name != spec and HUB_ID.fullmatch(name):
+            return name
     return None
 
 
@@ -117,11 +127,12 @@ def fit_facts(notes: Mapping[str, Any], method: Described) -> list[str]:
     """Rows, failures, candidates."""
     if not method.needs_fit:
         return ["- nothing is learned from labels", *facts(notes, FIT)]
-    found = facts(notes, FIT)
-    n, failures = notes.get("n_train"), notes.get("n_failures")
-    if isinstance(n, int) and isinstance(failures, int) and n:
-        found.append(f"- error rate of the frozen model on these rows: {failures / n:.2%}")
-    return found or ["- training rows: unknown"]
+    lines = facts(notes, FIT)
+    n = notes.get("n_train")
+    n_failures = notes.get("n_failures")
+    if isinstance(n, int) and isinstance(n_failures, int) and n:
+        lines.append(f"- error rate of the frozen model on these rows: {n_failures / n:.2%}")
+    return lines or ["- training rows: unknown"]
 
 
 def guarantee(risk: Mapping[str, Any] | None) -> list[str]:
@@ -162,26 +173,37 @@ def limits(
     notes: Mapping[str, Any], method: Described, risk: Mapping[str, Any] | None
 ) -> list[str]:
     """What it does not say."""
-    estimate = "Its score estimates P(failure) for images like those of the fit. It was " + (
-        "calibrated, see above."
-        if risk
-        else "not calibrated on rows of its own (`vilu calibrate`)."
+    sentences = [
+        "It says nothing about other backbones, weights, preprocessing or logit scales; "
+        "vilu refuses them."
+    ]
+    if not method.is_probability:
+        sentences.append("Its score orders answers; it is no probability.")
+    else:
+        calibrated = "not calibrated on rows of its own (`vilu calibrate`)."
+        if risk:
+            calibrated = "calibrated, see above."
+        sentences.append(
+            f"Its score estimates P(failure) for images like those of the fit. It was {calibrated}"
+        )
+    if method.closed_set:
+        sentences.append("It scores the classes that it was fitted on and no others.")
+    columns = ", ".join(code(name) for name in method.columns_to_score)
+    if columns:
+        sentences.append(f"It looks at {columns} beside the embeddings.")
+    if isinstance(notes.get("pool_size"), int):
+        sentences.append(
+            "Failures depend on the pool size: numbers at another one are not comparable."
+        )
+    if method.needs_fit:
+        sentences.append(
+            "`weights.safetensors` holds hashes of up to 16,384 identifiers of training rows, "
+            "to warn who scores them."
+        )
+    sentences.append(
+        "The licence is for you to state; that of the backbone and of the images may bind it."
     )
-    hashes = "`weights.safetensors` holds hashes of up to 16,384 identifiers of training rows, to warn who scores them."
-    pools = isinstance(notes.get("pool_size"), int)
-    columns = ", ".join(map(code, method.columns_to_score))
-    sentences = {
-        "It says nothing about other backbones, weights, preprocessing or logit scales; vilu refuses them.": True,
-        estimate
-        if method.is_probability
-        else "Its score orders answers; it is no probability.": True,
-        "It scores the classes that it was fitted on and no others.": method.closed_set,
-        f"It looks at {columns} beside the embeddings.": columns,
-        "Failures depend on the pool size: numbers at another one are not comparable.": pools,
-        hashes: method.needs_fit,
-        "The licence is for you to state; that of the backbone and of the images may bind it.": True,
-    }
-    return [f"- {sentence}" for sentence, holds in sentences.items() if holds]
+    return [f"- {sentence}" for sentence in sentences]
 
 
 def section(title: str, lines: Iterable[str]) -> str:
@@ -191,11 +213,11 @@ def section(title: str, lines: Iterable[str]) -> str:
 
 def facts(values: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
     """A line for each of the named values that is known."""
-    return [
-        f"- {name}: {code(values[key])}"
-        for key, name in names.items()
-        if values.get(key) is not None
-    ]
+    lines = []
+    for key, name in names.items():
+        if values.get(key) is not None:
+            lines.append(f"- {name}: {code(values[key])}")
+    return lines
 
 
 def without_made_with(card: bytes) -> bytes:
@@ -206,10 +228,14 @@ def without_made_with(card: bytes) -> bytes:
 def code(value: object) -> str:
     """A code span that shows any text, or other JSON, as it is on one line."""
     text = printable(value if isinstance(value, str) else json.dumps(value))
-    text = text if len(text) <= MAX_VALUE else f"{text[:MAX_VALUE]} ..."
+    if len(text) > MAX_VALUE:
+        text = f"{text[:MAX_VALUE]} ..."
+    # the fence is longer than every run of backticks inside, and kept off them by a space
     fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
-    pad = " " if not text.strip() or text[0] in "` " or text[-1] in "` " else ""
-    return f"{fence}{pad}{text}{pad}{fence}"
+    is_blank = not text.strip()
+    if is_blank or text[0] in "` " or text[-1] in "` ":
+        return f"{fence} {text} {fence}"
+    return f"{fence}{text}{fence}"
 
 
 def plain(text: str) -> str:

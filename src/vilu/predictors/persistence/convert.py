@@ -54,9 +54,8 @@ def convert_official(
         >>> layers |= {"mlp.2.weight": torch.tensor([[3.0, -3.0]]), "mlp.2.bias": torch.zeros(1)}
         >>> torch.save({"state_dict": layers}, path)
         >>> data = vilu.Embeddings(torch.eye(2), torch.eye(2))
-        >>> vilu.convert_official(path).predict_uncertainty(data).round(
-        ...     2
-        ... )  # sigmoid(-3) and sigmoid(3)
+        >>> head = vilu.convert_official(path)
+        >>> head.predict_uncertainty(data).round(2)  # sigmoid(-3) and sigmoid(3)
         array([0.05, 0.95])
     """
     weights = read_checkpoint(Path(path))
@@ -85,21 +84,21 @@ def _head(
     weights: dict[str, Tensor], path: str | Path, logit_scale: float, embed_dim: int | None
 ) -> HeadPredictor:
     """The predictor of these weights."""
-    layers = [
-        name.removesuffix(".weight") for name in weights if re.fullmatch(r"mlp\.\d+\.weight", name)
-    ]
-    if not layers or any(f"{layer}.bias" not in weights for layer in layers):
-        raise DataError(
-            f"{path} holds no multilayer perceptron mlp.0, mlp.2, ... Found: {', '.join(weights)[:200]}."
-        )
+    layers = _layers(weights, path)
     projection = weights.get("in_proj_t.weight")
     width = weights["mlp.0.weight"].shape[1]
-    dim = embed_dim or (width if projection is None else len(projection))
-    possible = ["image", "caption"] if projection is None else ["image", "attended", "caption"]
+    if projection is None:
+        dim = embed_dim or width
+        possible = ["image", "caption"]
+    else:
+        dim = embed_dim or len(projection)
+        possible = ["image", "attended", "caption"]
     parts = possible[: width // dim]
-    if width != dim * len(parts) or (projection is not None and len(parts) == 1):
+    attends_to_nothing = projection is not None and parts == ["image"]
+    if width != dim * len(parts) or attends_to_nothing:
         raise DataError(
-            f"{path} has a head of input width {width}, which is no concatenation of embeddings of {dim}."
+            f"{path} has a head of input width {width}, "
+            f"which is no concatenation of embeddings of {dim}."
         )
     hidden = tuple(len(weights[f"{layer}.bias"]) for layer in layers[:-1])
     predictor: HeadPredictor = LVU(hidden=hidden, loss="bce")
@@ -112,28 +111,46 @@ def _head(
     return predictor
 
 
+def _layers(weights: dict[str, Tensor], path: str | Path) -> list[str]:
+    """Names of the layers of the perceptron, in their order."""
+    layers = []
+    for name in weights:
+        if re.fullmatch(r"mlp\.\d+\.weight", name):
+            layers.append(name.removesuffix(".weight"))
+    if not layers or any(f"{layer}.bias" not in weights for layer in layers):
+        raise DataError(
+            f"{path} holds no multilayer perceptron mlp.0, mlp.2, ... "
+            f"Found: {', '.join(weights)[:200]}."
+        )
+    return layers
+
+
 def renamed(weights: dict[str, Tensor], layers: list[str], parts: list[str]) -> dict[str, Tensor]:
-    """Our names: a matrix per part of the first layer's input, and the sign of the last layer turned."""
+    """Our names: a matrix per part of the first layer's input.
+
+    The sign of the last layer is turned: theirs says how likely the answer is right.
+    """
     signs = [1] * (len(layers) - 1) + [-1]
     blocks = weights[f"{layers[0]}.weight"].float().chunk(len(parts), dim=1)
-    state = {f"first.{part}": signs[0] * block for part, block in zip(parts, blocks, strict=True)}
+    state = {}
+    for part, block in zip(parts, blocks, strict=True):
+        state[f"first.{part}"] = signs[0] * block
     state["first_bias"] = signs[0] * weights[f"{layers[0]}.bias"].float()
     for i, layer in enumerate(layers[1:], start=1):
         for kind in ("weight", "bias"):
             state[f"rest.{2 * i - 1}.{kind}"] = signs[i] * weights[f"{layer}.{kind}"].float()
-    for theirs, ours in (
-        ("in_proj_v.weight", "attention.image"),
-        ("in_proj_t.weight", "attention.text"),
-    ):
-        if theirs in weights:
-            state[ours] = thawed(weights[theirs].float())
+    if "in_proj_v.weight" in weights:
+        state["attention.image"] = thawed(weights["in_proj_v.weight"].float())
+    if "in_proj_t.weight" in weights:
+        state["attention.text"] = thawed(weights["in_proj_t.weight"].float())
     return state
 
 
 def thawed(projection: Tensor) -> Tensor:
-    """The identity for a multiple of it (a projection that was frozen), else the projection itself."""
+    """The identity for a multiple of it (a projection that was frozen), else the projection."""
     identity = torch.eye(len(projection))
-    return identity if torch.equal(projection, identity * projection[0, 0]) else projection
+    was_frozen = torch.equal(projection, identity * projection[0, 0])
+    return identity if was_frozen else projection
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
@@ -145,7 +162,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         (scalar, "numpy.core.multiarray.scalar"),
         (scalar, "numpy._core.multiarray.scalar"),
         np.dtype,
-        *(type(np.dtype(kind)) for kind in ("f8", "f4", "i8")),
+        *[type(np.dtype(kind)) for kind in ("f8", "f4", "i8")],
     ]
     try:
         with quiet(), torch.serialization.safe_globals(allowed):

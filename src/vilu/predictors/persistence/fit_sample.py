@@ -65,11 +65,11 @@ class FitSample:
 
     def nearest(self, source: EmbeddingSource, rows: Tensor) -> Tensor:
         """(M,) the largest cosine of each of the ``rows`` with a row of the sample."""
-        mine = self.image.float().T
+        sample = self.image.float().T
         blocks = []
         for block in rows.split(BLOCK):
             image = picture_vectors(source, block).cpu()
-            blocks.append((image @ mine).amax(dim=1))
+            blocks.append((image @ sample).amax(dim=1))
         return torch.cat(blocks)
 
     def nearest_within(self) -> Tensor:

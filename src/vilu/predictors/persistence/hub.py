@@ -74,7 +74,10 @@ FILES = {
 
 @contextmanager
 def beside(target: Path) -> Iterator[Path]:
-    """An empty folder next to ``target``, gone after the block; where all went well with what kills left of others."""
+    """An empty folder next to ``target``, gone after the block.
+
+    Where all went well, what kills left of others is gone, too.
+    """
     folder = make_folder(
         target.with_name(f".{target.name}.{host_hash()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     )
@@ -191,7 +194,8 @@ def require_size(name: str, size: int, limit: int) -> None:
     """Refuse a file that no predictor has."""
     if size > limit:
         raise DataError(
-            f"{name} has {size:,} bytes; of this file at most {limit:,} are expected in a predictor."
+            f"{name} has {size:,} bytes; of this file at most {limit:,} are expected in a "
+            "predictor."
         )
 
 
@@ -212,7 +216,8 @@ def _check_calibration(folder: Path, name: Path) -> None:
     risk = read_json(folder / RISK, RECALIBRATE, of=name)
     if risk.get("predictor") != fit_fingerprint(folder):
         raise ProvenanceError(
-            f"{folder / RISK} was made for another predictor than lies beside it, so what it promises is not of this "
+            f"{folder / RISK} was made for another predictor than lies beside it, "
+            "so what it promises is not of this "
             f"one. {RECALIBRATE}, or remove the file."
         )
     if not (folder / ROWS).is_file() or file_hash(folder / ROWS) != risk.get("rows_sha256"):
@@ -235,7 +240,10 @@ def _content(path: Path) -> object:
 
 
 def place(staged: Path, target: Path) -> None:
-    """Put a finished folder in the place of ``target``; a reader sees the old one, the new one, or briefly none."""
+    """Put a finished folder in the place of ``target``.
+
+    A reader sees the old one, the new one, or briefly none.
+    """
     with or_refuse(f"put the predictor into {target}"), beside(target) as aside:
         old = aside / "old"
         try:
@@ -249,10 +257,14 @@ def place(staged: Path, target: Path) -> None:
 
 REASONS = {
     "GatedRepoError": "it is gated; ask for access on its page, and set HF_TOKEN",
-    "RepositoryNotFoundError": "the hub has no such name, or it is private and HF_TOKEN is not of one who may see it",
+    "RepositoryNotFoundError": (
+        "the hub has no such name, or it is private and HF_TOKEN is not of one who may see it"
+    ),
     "RevisionNotFoundError": "it has no such revision",
-    "LocalEntryNotFoundError": "it is not complete in the cache of the hub, and the hub is not asked (HF_HUB_OFFLINE) "
-    "or cannot be reached",
+    "LocalEntryNotFoundError": (
+        "it is not complete in the cache of the hub, "
+        "and the hub is not asked (HF_HUB_OFFLINE) or cannot be reached"
+    ),
     "HFValidationError": "that is no name of a repository",
 }
 """What the errors of huggingface_hub mean, by their names."""
@@ -262,9 +274,14 @@ A_FOLDER = re.compile(r"(\.{1,2}|~)([/\\]|$)|[/\\]|[A-Za-z]:[/\\]")
 
 
 def push(
-    folder: str | Path, repository: str, *, private: bool | None = None, revision: str | None = None,
-    overwrite: bool = False, with_sample: bool = False,
-) -> str:  # fmt: skip
+    folder: str | Path,
+    repository: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    overwrite: bool = False,
+    with_sample: bool = False,
+) -> str:
     """Copy a saved predictor to a repository of the model hub, or to a folder; returns where it is.
 
     Only the files of ``FILES`` go, as they are, the sample only ``with_sample``. Those of an
@@ -315,7 +332,10 @@ def pull(
 
 
 def local_folder(repository: str, revision: str | None) -> Path | None:
-    """The folder that a repository's name means, which has no revisions; None where it is ORG/NAME on the hub."""
+    """The folder that a repository's name means, which has no revisions.
+
+    None where it is ORG/NAME on the hub.
+    """
     url = urlsplit(repository) if repository.startswith("file://") else None
     if url and url.netloc not in {"", "localhost"}:
         raise UsageError(
@@ -324,7 +344,8 @@ def local_folder(repository: str, revision: str | None) -> Path | None:
     if url is None and not A_FOLDER.match(repository):
         if not HUB_ID.fullmatch(repository):
             raise UsageError(
-                f"expected ORG/NAME on the model hub, or a folder that begins with ./ or /. Got {repository!r} instead."
+                "expected ORG/NAME on the model hub, or a folder that begins with ./ or /. "
+                f"Got {repository!r} instead."
             )
         return None
     if revision is not None:
@@ -406,8 +427,9 @@ def _client(repository: str, doing: str) -> ModuleType:
         raise MissingModelError(f"{repository} cannot be {doing}: HF_HUB_OFFLINE is set. Unset it.")
     if not hub_reachable():
         raise MissingModelError(
-            f"{repository} cannot be {doing}: {constants.ENDPOINT} cannot be reached. Check the network. What is in "
-            "the cache of the hub is pulled with HF_HUB_OFFLINE=1, and a folder (./DIR) serves as a hub."
+            f"{repository} cannot be {doing}: {constants.ENDPOINT} cannot be reached. "
+            "Check the network. What is in the cache of the hub is pulled with HF_HUB_OFFLINE=1, "
+            "and a folder (./DIR) serves as a hub."
         )
     return hub
 

@@ -35,11 +35,17 @@ from vilu.predictors.plus.ood import NEGATIVES
 
 
 class GraphBatch(Batch):
-    """A batch whose properties are made without a look at values or sizes; all (N, K) logits are there at once."""
+    """A batch whose properties are made without a look at values or sizes.
+
+    All (N, K) logits are there at once.
+    """
 
     @cached_property
     def logits(self) -> Tensor:
-        """(N, K) float32, summed in float64: runtimes add in other orders than torch, at a scale of 100 by 1e-4."""
+        """(N, K) float32, summed in float64.
+
+        Runtimes add in other orders than torch, which at a scale of 100 differs by 1e-4.
+        """
         cosine = self.image.double() @ self.text.double().T
         return (cosine * self.logit_scale + self.logit_bias).to(self.image.dtype)
 
@@ -80,7 +86,8 @@ class ScoreGraph(nn.Module):
 
     def __init__(self, score: nn.Module, space: EmbeddingSpace) -> None:
         super().__init__()
-        self.score, self.space = score, space
+        self.score = score
+        self.space = space
 
     def forward(
         self,
@@ -112,7 +119,8 @@ def score_graph(predictor: FailurePredictor) -> ScoreGraph:
             f"{predictor.name} cannot be exported as a graph of image and text. These can: {known}."
         )
     predictor.require_fitted()
-    space, constant = predictor.fitted_space, predictor.constant_
+    space = predictor.fitted_space
+    constant = predictor.constant_
     if constant is None:
         return ScoreGraph(predictor.graph(), space).eval()
     same = Graph(lambda batch: torch.full_like(batch.image[:, 0], constant, dtype=torch.float64))
@@ -120,13 +128,22 @@ def score_graph(predictor: FailurePredictor) -> ScoreGraph:
 
 
 TOLERANCE = 1e-5
-"""Largest difference of an uncertainty from torch's that is put down to rounding without a further look."""
+"""Largest difference of an uncertainty from torch's that counts as rounding.
+
+It does so without a further look.
+"""
 
 ROUNDINGS = 4
-"""How many times the rounding of the formula in float32 (its distance from float64, both in torch) is allowed else."""
+"""How many times the rounding of the formula in float32 is allowed else.
+
+The rounding is its distance from float64, both in torch.
+"""
 
 TIE = 1e-4
-"""Gap of the two largest logits, over the logit scale times the largest cosine, below which rounding may decide."""
+"""Gap of the two largest logits below which rounding may decide.
+
+Over the logit scale times the largest cosine.
+"""
 
 SIZES = ((1, 2), (2, 3), (7, 40), (64, 1_000), (300, 17))
 """Numbers of images and of candidates that an export is tried with."""
@@ -148,7 +165,9 @@ SAID = ("uncertainty", "prediction")
 
 
 def export_onnx(folder: str | Path, path: str | Path) -> float:
-    """Write the score of a saved predictor as an ONNX file; returns its largest difference from the predictor.
+    """Write the score of a saved predictor as an ONNX file.
+
+    Returned is its largest difference from the predictor.
 
     Inputs are ``image`` (N, D) and ``text`` (K, D), float32 rows of unit norm, and ``features`` (N,
     F) where the predictor was fitted on them. Where it looks at everyday words for the outcome
@@ -170,14 +189,17 @@ def export_onnx(folder: str | Path, path: str | Path) -> float:
     predictor = load(folder)
     content = to_onnx(predictor, fit_fingerprint(folder))
     run = runner(content)
-    found = ((trial, *run(trial)) for trial in trials(predictor, SIZES))
-    worst = largest_difference(predictor, found)
+    runs = ((trial, *run(trial)) for trial in trials(predictor, SIZES))
+    worst = largest_difference(predictor, runs)
     write_bytes(path, content)
     return worst
 
 
 def to_onnx(predictor: FailurePredictor, fingerprint: str) -> bytes:
-    """The score of a predictor as ONNX, with what it was made from in its metadata; errors as ``export_onnx``."""
+    """The score of a predictor as ONNX, with what it was made from in its metadata.
+
+    It raises what ``export_onnx`` raises.
+    """
     graph = score_graph(predictor)
     example = next(trials(predictor, ((3, 5),)))
     return write_graph(graph, example, SAID, metadata(predictor, graph.space, fingerprint))
@@ -191,7 +213,7 @@ def write_graph(
     Of its inputs the first size is open: K of texts, M of everyday words, N of images.
     """
     rows = torch.export.Dim("N")
-    others = {"text": torch.export.Dim("K", min=2), NEGATIVES: torch.export.Dim("M", min=2)}
+    open_sizes = {"text": torch.export.Dim("K", min=2), NEGATIVES: torch.export.Dim("M", min=2)}
     with quiet(), redirect_stdout(StringIO()):  # where onnxscript before 0.7 says how it went
         exported = torch.onnx.export(
             graph,
@@ -200,7 +222,7 @@ def write_graph(
             verbose=False,
             input_names=list(example),
             output_names=outputs,
-            dynamic_shapes={name: {0: others.get(name, rows)} for name in example},
+            dynamic_shapes={name: {0: open_sizes.get(name, rows)} for name in example},
         )
     program = cast("torch.onnx.ONNXProgram", exported)  # dynamo=True always gives one
     inputs = program.model.graph.inputs
@@ -211,8 +233,8 @@ def write_graph(
     ]
     if fixed:
         raise NotExportable(
-            f"the graph would take one number of {', '.join(fixed)} alone, as something in it looks at that number "
-            "(as by len(x), where x.shape[0] leaves it open)."
+            f"the graph would take one number of {', '.join(fixed)} alone, as something in it "
+            "looks at that number (as by len(x), where x.shape[0] leaves it open)."
         )
     program.model.metadata_props.update(said)
     model = program.model_proto
@@ -250,9 +272,11 @@ def runner(content: bytes) -> Callable[[Trial], Any]:
 
 
 def largest_difference(
-    predictor: FailurePredictor, found: Iterable[tuple[Trial, NDArray[Any], NDArray[Any]]]
+    predictor: FailurePredictor, runs: Iterable[tuple[Trial, NDArray[Any], NDArray[Any]]]
 ) -> float:
-    """The largest difference from the predictor of what an ONNX file gives: inputs, uncertainty and answer (N,).
+    """The largest difference from the predictor of what an ONNX file gives.
+
+    That is inputs, uncertainty and answer (N,).
 
     Rows whose two largest logits are nearly equal are left out: there rounding chooses the answer.
 
@@ -262,8 +286,9 @@ def largest_difference(
     plain = score_graph(predictor)
     exact = copy.deepcopy(plain).double()
     plain.batch = PlainBatch
-    gaps, roundings = [], []
-    for trial, uncertainty, answer in found:
+    gaps = []
+    roundings = []
+    for trial, uncertainty, answer in runs:
         expected, prediction, clear = reference(predictor, trial)
         if (answer != prediction)[clear].any():
             raise DataError(
@@ -276,11 +301,12 @@ def largest_difference(
             )
         gaps.append(largest(uncertainty - expected, clear))
         roundings.append(largest(rounded.numpy(), clear))
-    worst, allowed = float(np.max(gaps)), max(TOLERANCE, ROUNDINGS * max(roundings))
+    worst = float(np.max(gaps))
+    allowed = max(TOLERANCE, ROUNDINGS * max(roundings))
     if not worst <= allowed:
         raise DataError(
-            f"the exported {predictor.name} differs by {worst:.2g} from the predictor, and rounding explains "
-            f"{allowed:.2g} of it. Nothing was written."
+            f"the exported {predictor.name} differs by {worst:.2g} from the predictor, "
+            f"and rounding explains {allowed:.2g} of it. Nothing was written."
         )
     return worst
 
@@ -294,16 +320,14 @@ def reference(
     predictor: FailurePredictor, trial: Trial
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     """Uncertainty and answer (N,) by the predictor itself, and whether the answer is clear."""
-    image, text, columns = (
-        trial["image"],
-        trial["text"],
-        {name: trial[name] for name in predictor.columns_to_score},
-    )
+    image = trial["image"]
+    text = trial["text"]
+    columns = {name: trial[name] for name in predictor.columns_to_score}
     source = Embeddings(image, text, space=predictor.space_, columns=columns)
     with quiet():  # which may say that random rows are unlike those of the training
-        found = list(predictor.scored(source))
-    uncertainty = np.concatenate([scores for _, scores in found])
-    prediction = np.concatenate([batch.prediction.numpy(force=True) for batch, _ in found])
+        scored = list(predictor.scored(source))
+    uncertainty = np.concatenate([scores for _, scores in scored])
+    prediction = np.concatenate([batch.prediction.numpy(force=True) for batch, _ in scored])
     first, second = (image @ text.unique(dim=0).T).topk(2, dim=1).values.unbind(dim=1)
     return uncertainty, prediction, (first - second > TIE * first.abs()).numpy()
 
@@ -314,7 +338,8 @@ def trials(predictor: FailurePredictor, sizes: tuple[tuple[int, int], ...]) -> I
     A graph that treats some texts unlike others (its ``classes``) also meets those alone, in
     another order, and beside others.
     """
-    space, graph = predictor.fitted_space, score_graph(predictor).score
+    space = predictor.fitted_space
+    graph = score_graph(predictor).score
     generator = torch.Generator().manual_seed(0)
     classes = cast("Tensor", getattr(graph, "classes", torch.empty(0, 0))).cpu()
     known = {NEGATIVES: space.embed_dim, **getattr(graph, "widths", {})}

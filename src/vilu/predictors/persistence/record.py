@@ -1,4 +1,4 @@
-"""What a saved predictor says of itself: ``predictor.json``, beside its weights and a card; written and checked."""
+"""What a saved predictor says of itself: ``predictor.json``, beside its weights and a card."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ SEEN_BY: dict[Identity, str] = {
 }
 """Tensors of the hashes of rows; older predictors know names alone."""
 FINGERPRINT = "fingerprint"  # the key of the digest of ``predictor.json``, and of the fingerprint
-REFIT, RECALIBRATE = "Run `vilu fit` again", "Run `vilu calibrate` again"
+REFIT = "Run `vilu fit` again"
+RECALIBRATE = "Run `vilu calibrate` again"
 
 logger = logging.getLogger(__name__)
 
@@ -110,10 +111,8 @@ def save(predictor: Saved, folder: str | Path) -> str:
     weights = safetensors_torch.save(tensors)
     record = describe(predictor)
     record["weights_sha256"] = bytes_hash(weights)
-    path, same = (
-        Path(folder),
-        fit_of(Path(folder) / PREDICTOR) == _fit(parse_json(plain_json(record))),
-    )
+    path = Path(folder)
+    same = fit_of(path / PREDICTOR) == _fit(parse_json(plain_json(record)))
     claim(path, same=same)
     make_folder(path)
     if not (same and "calibrator" in record):
@@ -136,7 +135,10 @@ def _write_sample(path: Path, sample: SavedSample | None, weights_sha256: str) -
 
 
 def claim(folder: str | Path, *, same: bool = False) -> None:
-    """Refuse a folder with anything but a predictor; where the ``same`` fit lies, only what stands in the way."""
+    """Refuse a folder with anything but a predictor.
+
+    Where the ``same`` fit lies, only what stands in the way is refused.
+    """
     names = {PREDICTOR, WEIGHTS, CARD, RISK, ROWS, LOOKS, VOCABULARY, SAMPLE}
     claim_folder(
         folder,
@@ -147,12 +149,12 @@ def claim(folder: str | Path, *, same: bool = False) -> None:
 
 
 def _drop_calibration(path: Path) -> None:
-    """Take away, and say so, what vouches for another predictor than the one that is to lie here."""
-    stale = [path / name for name in (RISK, ROWS, LOOKS, VOCABULARY) if (path / name).exists()]
+    """Take away, and say so, what vouches for another predictor than the one to lie here."""
+    stale = [name for name in (RISK, ROWS, LOOKS, VOCABULARY) if (path / name).exists()]
     with or_refuse(f"remove the old calibration in {path}"):
-        for file in stale:
-            file.unlink()
-    if not {path / RISK, path / ROWS} & set(stale):
+        for name in stale:
+            (path / name).unlink()
+    if RISK not in stale and ROWS not in stale:
         return
     logger.warning(
         "%s: the calibration of the predictor that lay here is gone with it: calibrate the new one",
@@ -165,7 +167,10 @@ def _fit(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def fit_of(path: Path) -> dict[str, Any] | None:
-    """What a ``predictor.json`` says but for its calibration; None where it is damaged or absent."""
+    """What a ``predictor.json`` says but for its calibration.
+
+    None where it is damaged or absent.
+    """
     if not path.is_file():
         return None
     try:
@@ -176,32 +181,35 @@ def fit_of(path: Path) -> dict[str, Any] | None:
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a file is one of a predictor's: by its name and what it says, or damaged beside one that says it."""
+    """Whether a file is one of a predictor's: by its name and what it says.
+
+    Or it is damaged, and lies beside one that says it.
+    """
     if not path.is_file():
         return False
-    beside = (
-        path.with_name(name) for name in (PREDICTOR, WEIGHTS) if path.with_name(name).is_file()
-    )
-    return _says_ours(path) or (
-        path.name in {PREDICTOR, WEIGHTS, RISK, ROWS, LOOKS, VOCABULARY, SAMPLE}
-        and any(map(_says_ours, beside))
-    )
+    if _says_ours(path):
+        return True
+    if path.name not in {PREDICTOR, WEIGHTS, RISK, ROWS, LOOKS, VOCABULARY, SAMPLE}:
+        return False
+    for name in (PREDICTOR, WEIGHTS):
+        beside = path.with_name(name)
+        if beside.is_file() and _says_ours(beside):
+            return True
+    return False
 
 
 def _says_ours(path: Path) -> bool:
     try:
         with or_refuse(f"read {path}"), path.open("rb") as handle:
             if path.name in {VOCABULARY, WEIGHTS, SAMPLE}:
-                header = parse_json(
-                    handle.read(min(int.from_bytes(handle.read(8), "little"), MAX_DOCUMENT_BYTES))
-                )
+                size = int.from_bytes(handle.read(8), "little")
+                header = parse_json(handle.read(min(size, MAX_DOCUMENT_BYTES)))
                 return _holds_ours(path.name, header)
             if path.name == CARD:
                 return b'library_name: "vilu"' in handle.read(200)
             if path.name == PREDICTOR:
-                return {"method", "weights_sha256"} <= parse_json(
-                    handle.read(MAX_DOCUMENT_BYTES)
-                ).keys()
+                content = parse_json(handle.read(MAX_DOCUMENT_BYTES))
+                return {"method", "weights_sha256"} <= content.keys()
             kinds = {RISK: "risk", LOOKS: "looks"}
             if path.name in kinds:
                 content = parse_json(handle.read(MAX_DOCUMENT_BYTES))
@@ -216,17 +224,20 @@ def _holds_ours(name: str, header: dict[str, Any]) -> bool:
     keys = {VOCABULARY: VOCABULARY_KEY, SAMPLE: SAMPLE_KEY}
     if name in keys:
         return keys[name] in dict(header.get("__metadata__") or {})
-    return all(
-        key in {*SEEN_BY.values(), "__metadata__"} or key.startswith("state.") for key in header
-    )
+    known = {*SEEN_BY.values(), "__metadata__"}
+    for key in header:
+        if key not in known and not key.startswith("state."):
+            return False
+    return True
 
 
 def describe(predictor: Saved) -> dict[str, Any]:
     """Everything about a predictor but its weights, as plain JSON."""
-    values = {
-        name: getattr(predictor, name) for name in parameters(predictor) if name not in NOT_SAVED
-    }
-    return {
+    values = {}
+    for name in parameters(predictor):
+        if name not in NOT_SAVED:
+            values[name] = getattr(predictor, name)
+    record = {
         "schema": SCHEMA,
         MADE_WITH: metadata.version("vilu"),
         "method": predictor.name,
@@ -234,15 +245,14 @@ def describe(predictor: Saved) -> dict[str, Any]:
         "space": None if predictor.space_ is None else dataclasses.asdict(predictor.space_),
         "similarity": predictor.similarity_,
         "n_seen": max((sketch.n_rows for sketch in predictor.seen_.values()), default=None),
-        **({"seen_by": list(predictor.seen_)} if predictor.seen_.keys() - {"names"} else {}),
         "notes": predictor.notes_,
         **home_of(type(predictor)),
-        **(
-            {}
-            if predictor.calibrator_ is None
-            else {"calibrator": predictor.calibrator_.model_dump(mode="json")}
-        ),
     }
+    if predictor.seen_.keys() - {"names"}:
+        record["seen_by"] = list(predictor.seen_)
+    if predictor.calibrator_ is not None:
+        record["calibrator"] = predictor.calibrator_.model_dump(mode="json")
+    return record
 
 
 def seen_tensors(predictor: Saved) -> dict[str, Tensor]:
@@ -250,14 +260,18 @@ def seen_tensors(predictor: Saved) -> dict[str, Tensor]:
     return {SEEN_BY[by]: sketch.hashes for by, sketch in predictor.seen_.items()}
 
 
-def take_seen(tensors: dict[str, Tensor], found: dict[str, Any], path: Path) -> Sketches:
+def take_seen(tensors: dict[str, Tensor], record: dict[str, Any], path: Path) -> Sketches:
     """The rows of the fit; their hashes are taken out of the saved tensors."""
-    hashes = {by: tensors.pop(name) for by, name in SEEN_BY.items() if name in tensors}
-    if hashes and not isinstance(found["n_seen"], int):
+    n_seen = record["n_seen"]
+    sketches = {}
+    for by, name in SEEN_BY.items():
+        if name in tensors:
+            sketches[by] = RowSketch(tensors.pop(name), n_seen)
+    if sketches and not isinstance(n_seen, int):
         raise DataError(
-            f"{path} is damaged: n_seen must be a number. Got {found['n_seen']!r:.80}. Fit it again."
+            f"{path} is damaged: n_seen must be a number. Got {n_seen!r:.80}. Fit it again."
         )
-    return {by: RowSketch(of, found["n_seen"]) for by, of in hashes.items()}
+    return sketches
 
 
 def fit_fingerprint(folder: str | Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -58,33 +58,56 @@ class StateLayout(NamedTuple):
 
 
 FORM = re.compile(r"(\S+):([fdi?])(\w*)<?(\w?)")
+"""Name, type, letters of the sizes, and the letter of what the numbers are below."""
+
 TYPES = {"f": torch.float32, "d": torch.float64, "i": torch.int64, "?": torch.bool}
 
 
 def require_forms(method: str, tensors: dict[str, Tensor], forms: str, width: int) -> None:
-    """Refuse tensors that are not as ``forms`` says, such as "bank:fND classes:fKD labels:iN<K": name, type and sizes.
+    """Refuse tensors of other types or sizes than ``forms`` says.
 
-    A letter is one size, D the ``width`` of the embeddings; small letters may be 0, all of them.
-    <K: from 0 to K - 1.
+    Such as "bank:fND classes:fKD labels:iN<K": name, type and sizes. A letter is one size, the same
+    wherever it stands, D the ``width`` of the embeddings; sizes in small letters may be 0, but then
+    all of them are. <K: from 0 to K - 1.
     """
     sizes = {"D": width, "1": 1, "2": 2}
-    there = [found for found in FORM.findall(forms) if found[0] in tensors]
-    nothing = 0 in next(
-        (tensors[name].shape for name, _, letters, _ in there if letters.islower()), ()
-    )
-    for name, kind, letters, bound in there:
-        tensor, shape = tensors[name], tuple(tensors[name].shape)
-        given = zip(letters, shape + (0,) * len(letters), strict=False)
-        expected = tuple(
-            0 if nothing and x.islower() else sizes.setdefault(x.upper(), max(n, 1))
-            for x, n in given
-        )
+    expected_forms = [form for form in FORM.findall(forms) if form[0] in tensors]
+    is_empty = _has_small_sizes_of_zero(tensors, expected_forms)
+    for name, kind, letters, bound in expected_forms:
+        tensor = tensors[name]
+        shape = tuple(tensor.shape)
+        expected = _expected_shape(letters, shape, sizes, is_empty=is_empty)
         who = f"{name} of {method} must be"
-        if (tensor.dtype, shape) != (TYPES[kind], expected):
+        if tensor.dtype != TYPES[kind] or shape != expected:
             raise DataError(
-                f"{who} {TYPES[kind]} of shape {expected}. Got {tensor.dtype} of shape {shape} instead."
+                f"{who} {TYPES[kind]} of shape {expected}. "
+                f"Got {tensor.dtype} of shape {shape} instead."
             )
         if bound and not 0 <= int(tensor.min()) <= int(tensor.max()) < sizes[bound]:
             raise DataError(
                 f"{who} from 0 to {sizes[bound] - 1}. Got {tensor.min()} to {tensor.max()} instead."
             )
+
+
+def _has_small_sizes_of_zero(
+    tensors: Mapping[str, Tensor], forms: Sequence[tuple[str, str, str, str]]
+) -> bool:
+    """Whether the first tensor whose sizes are all in small letters has none of something."""
+    for name, _, letters, _ in forms:
+        if letters.islower():
+            return 0 in tensors[name].shape
+    return False
+
+
+def _expected_shape(
+    letters: str, shape: tuple[int, ...], sizes: dict[str, int], *, is_empty: bool
+) -> tuple[int, ...]:
+    """The sizes of some letters; one that is not known yet is the tensor's own, at least 1."""
+    own_sizes = shape + (0,) * len(letters)
+    expected = []
+    for letter, own in zip(letters, own_sizes, strict=False):
+        if is_empty and letter.islower():
+            expected.append(0)
+        else:
+            expected.append(sizes.setdefault(letter.upper(), max(own, 1)))
+    return tuple(expected)

@@ -1,4 +1,7 @@
-"""Saved predictors read back: a folder of ``weights.safetensors`` and ``predictor.json``, nothing that can execute."""
+"""Saved predictors read back.
+
+They are folders of ``weights.safetensors`` and ``predictor.json``; nothing in them can execute.
+"""
 
 from __future__ import annotations
 
@@ -49,65 +52,72 @@ def load(folder: str | Path) -> FailurePredictor:
         array([0.25, 0.25])
     """
     path = Path(folder)
-    found = read_record(path / PREDICTOR)
+    content = read_record(path / PREDICTOR)
     if not (path / WEIGHTS).is_file():
         raise DataError(f"the predictor is not complete: {path / WEIGHTS} does not exist. {REFIT}.")
     with or_refuse(f"read {path / WEIGHTS}"):
         weights = (path / WEIGHTS).read_bytes()
-    if bytes_hash(weights) != found["weights_sha256"]:
+    if bytes_hash(weights) != content["weights_sha256"]:
         raise DataError(
             f"{path / WEIGHTS} is damaged: it is not the file that {PREDICTOR} names. {REFIT}."
         )
-    method = method_of(found, path / PREDICTOR)
-    sample = FitSample.load(path, found["weights_sha256"])
+    method = method_of(content, path / PREDICTOR)
+    sample = FitSample.load(path, content["weights_sha256"])
     try:
-        predictor = _assembled(method, found, safetensors_torch.load(weights), path / PREDICTOR)
-    # whatever foreign tensors and settings lead a method to
-    except (
-        AttributeError,
-        LookupError,
-        RuntimeError,
-        SafetensorError,
-        TypeError,
-        ValueError,
-    ) as error:
-        what = (
-            str(error).rstrip(".")
-            if isinstance(error, ViLUError)
-            else f"{type(error).__name__}: {error}"
-        )
+        tensors = safetensors_torch.load(weights)
+        predictor = _assembled(method, content, tensors, path / PREDICTOR)
+    except FOREIGN_FAULTS as error:
+        reason = f"{type(error).__name__}: {error}"
+        if isinstance(error, ViLUError):
+            reason = str(error).rstrip(".")
         raise DataError(
-            f"{path / PREDICTOR} is damaged, or {WEIGHTS} beside it: {what}. {REFIT}."
+            f"{path / PREDICTOR} is damaged, or {WEIGHTS} beside it: {reason}. {REFIT}."
         ) from error
     predictor.sample_ = sample
     return predictor
 
 
+FOREIGN_FAULTS = (
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    SafetensorError,
+    TypeError,
+    ValueError,
+)
+"""What foreign tensors and settings lead a method to."""
+
+
 def _assembled(
-    method: type[FailurePredictor], found: dict[str, Any], tensors: dict[str, Tensor], path: Path
+    method: type[FailurePredictor], content: dict[str, Any], tensors: dict[str, Tensor], path: Path
 ) -> FailurePredictor:
     """A predictor as a record and its tensors describe it."""
-    parameters, tensors = with_todays_members(found["parameters"], tensors)
+    parameters, tensors = with_todays_members(content["parameters"], tensors)
     predictor = build(method, parameters)
-    predictor.space_ = EmbeddingSpace(**found["space"]) if found["space"] else None
-    predictor.similarity_ = tuple(found["similarity"]) if found["similarity"] else None
-    predictor.seen_ = take_seen(tensors, found, path)
-    predictor.notes_ = found["notes"]
-    predictor.calibrator_ = (
-        read_calibrator(found["calibrator"]) if found.get("calibrator") else None
-    )
-    predictor.restore({name.removeprefix("state."): tensor for name, tensor in tensors.items()})
+    if content["space"]:
+        predictor.space_ = EmbeddingSpace(**content["space"])
+    if content["similarity"]:
+        predictor.similarity_ = tuple(content["similarity"])
+    predictor.seen_ = take_seen(tensors, content, path)
+    predictor.notes_ = content["notes"]
+    if content.get("calibrator"):
+        predictor.calibrator_ = read_calibrator(content["calibrator"])
+    state = {name.removeprefix("state."): tensor for name, tensor in tensors.items()}
+    predictor.restore(state)
     return predictor
 
 
 def inputs_of_fit(predictor: FailurePredictor, read: Sequence[Path], **flags: object) -> str:
     """Digest of everything that decides what a fit leads to: what it reads, and the settings."""
-    said = record.describe(predictor)
-    return inputs_of(*read, method=said["method"], parameters=said["parameters"], **flags)
+    content = record.describe(predictor)
+    return inputs_of(*read, method=content["method"], parameters=content["parameters"], **flags)
 
 
 def claim(folder: Path, inputs: str, *, overwrite: bool) -> bool:
-    """Whether a predictor of the same inputs is there; a damaged one of theirs is made again, others are refused."""
+    """Whether a predictor of the same inputs is there.
+
+    A damaged one of these inputs is made again; others are refused.
+    """
     notes = (record.fit_of(folder / PREDICTOR) or {}).get("notes")
     same = isinstance(notes, dict) and notes.get("inputs") == inputs
     if same and not overwrite:
@@ -115,40 +125,44 @@ def claim(folder: Path, inputs: str, *, overwrite: bool) -> bool:
             load(folder)
         except ViLUError as error:
             logger.warning("%s is made again: %s", folder, error)
-            same, overwrite = False, True
-    torn = not (
-        folder / PREDICTOR
-    ).exists()  # of a save that was interrupted there is no record yet
+            same = False
+            overwrite = True
+    # of a save that was interrupted there is no record yet
+    torn = not (folder / PREDICTOR).exists()
     return claim_folder(folder, "predictor", record.is_ours, same=same, overwrite=overwrite or torn)
 
 
-def method_of(found: dict[str, Any], path: Path) -> type[FailurePredictor]:
+def method_of(content: dict[str, Any], path: Path) -> type[FailurePredictor]:
     """The class of a saved predictor; where one from outside is missing, what to do is said."""
-    name, home = todays_name(found), found.get("home")
+    name = todays_name(content)
+    home = content.get("home")
     if name in method_names():
         return find_method(name)
     if not isinstance(home, dict):
         raise DataError(f"{path} is for the method {name!r}. Known: {', '.join(method_names())}.")
-    install = f"Install {home['distribution']}, or give" if home.get("distribution") else "Give"
+    give = "Give"
+    if home.get("distribution"):
+        give = f"Install {home['distribution']}, or give"
     module = home.get("module")
     raise DataError(
-        f"{path} is for the method {name!r} of {module}, which is not here. {install} --plugin {module}."
+        f"{path} is for the method {name!r} of {module}, which is not here. "
+        f"{give} --plugin {module}."
     )
 
 
-def todays_name(found: dict[str, Any]) -> str:
-    """The name of a saved method; an ``icpe`` with a ``score`` is older than the released method, which has none."""
+def todays_name(content: dict[str, Any]) -> str:
+    """The name of a saved method; an ``icpe`` with a ``score`` is older than the released one."""
     return (
         "class_gaussians"
-        if found["method"] == "icpe" and "score" in found["parameters"]
-        else str(found["method"])
+        if content["method"] == "icpe" and "score" in content["parameters"]
+        else str(content["method"])
     )
 
 
 def with_todays_members(
     parameters: dict[str, Any], tensors: dict[str, Tensor]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Of a saved predictor; a stack's ``icpe`` without ``on_features`` is older, as in ``todays_name``."""
+    """Of a saved predictor; a stack's ``icpe`` without ``on_features`` is older, too."""
     old, new = (f"state.members.{name}." for name in ("icpe", "class_gaussians"))
     if f"{old}centre" not in tensors or f"{old}on_features" in tensors:
         return parameters, tensors
@@ -159,8 +173,8 @@ def with_todays_members(
 
 
 def write_card(folder: str | Path) -> None:
-    """Write the card of a saved predictor again, with the guarantee of ``risk.json`` where that lies beside it."""
+    """Write the card of a saved predictor again, with the guarantee of ``risk.json``, if any."""
     path = Path(folder)
     risk = read_json(path / RISK, RECALIBRATE) if (path / RISK).exists() else None
-    found = read_record(path / PREDICTOR)
-    record.write_card(path, {**found, "method": todays_name(found)}, load(path), risk)
+    content = read_record(path / PREDICTOR)
+    record.write_card(path, {**content, "method": todays_name(content)}, load(path), risk)

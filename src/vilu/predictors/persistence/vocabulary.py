@@ -1,4 +1,7 @@
-"""What the answers of a predictor are chosen from, kept beside it: with the model, all that a new image needs."""
+"""What the answers of a predictor are chosen from, kept beside it.
+
+With the model it is all that a new image needs.
+"""
 
 from __future__ import annotations
 
@@ -48,27 +51,23 @@ class Vocabulary:
     def of(cls, source: EmbeddingSource, dtype: str) -> Vocabulary:
         """Those of a source with shared candidates."""
         nothing = torch.empty(0, dtype=torch.int64)
-        columns = {
-            name: source.column(name, nothing)
-            for name in sorted(source.columns - IMAGE_COLUMNS.keys())
-        }
+        names = sorted(source.columns - IMAGE_COLUMNS.keys())
+        columns = {name: source.column(name, nothing) for name in names}
         return cls(tuple(source.class_names or ()), source.text, source.space, dtype, columns)
 
     def save(self, folder: Path) -> None:
         """Write ``vocabulary.safetensors``, whose metadata carry a digest of all of it."""
-        tensors = {
-            "text": self.text,
-            **{f"columns.{name}": values for name, values in self.columns.items()},
-        }
-        said = {
+        tensors = {"text": self.text.contiguous()}
+        for name, values in self.columns.items():
+            tensors[f"columns.{name}"] = values.contiguous()
+        record = {
             "names": list(self.names),
             "space": dataclasses.asdict(self.space),
             "dtype": self.dtype,
-            "tensors": {name: tensor_hash(tensor) for name, tensor in sorted(tensors.items())},
+            "tensors": _hashes(tensors),
         }
-        metadata = {VOCABULARY_KEY: plain_json(said | {"digest": digest(said)}).decode()}
-        plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        write_bytes(folder / VOCABULARY, safetensors_torch.save(plain, metadata))
+        metadata = {VOCABULARY_KEY: plain_json(record | {"digest": digest(record)}).decode()}
+        write_bytes(folder / VOCABULARY, safetensors_torch.save(tensors, metadata))
 
     @classmethod
     def load(cls, folder: Path) -> Vocabulary:
@@ -80,14 +79,16 @@ class Vocabulary:
         path = folder / VOCABULARY
         if not path.is_file():
             raise DataError(
-                f"{folder} does not say what its answers are chosen from: {path} is missing. {RECALIBRATE} on a store "
-                "that `vilu embed` made; this writes it."
+                f"{folder} does not say what its answers are chosen from: {path} is missing. "
+                f"{RECALIBRATE} on a store that `vilu embed` made; this writes it."
             )
         try:
             with or_refuse(f"read {path}"), safe_open(path, "pt") as file:
-                said = parse_json((file.metadata() or {})[VOCABULARY_KEY].encode())
-                tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
-            return cls._checked(said, tensors)
+                record = parse_json((file.metadata() or {})[VOCABULARY_KEY].encode())
+                tensors: dict[str, Tensor] = {}
+                for name in file.keys():  # noqa: SIM118 - no dict
+                    tensors[name] = file.get_tensor(name)
+            return cls._checked(record, tensors)
         except (
             DataError,
             KeyError,
@@ -100,13 +101,16 @@ class Vocabulary:
             raise DataError(f"{path} is damaged ({error}). {RECALIBRATE}.") from error
 
     @classmethod
-    def _checked(cls, said: dict[str, Any], tensors: dict[str, Tensor]) -> Vocabulary:
-        seal = said.pop("digest", None)
-        hashes = {name: tensor_hash(tensor) for name, tensor in sorted(tensors.items())}
-        if seal != digest(said) or hashes != said["tensors"]:
+    def _checked(cls, record: dict[str, Any], tensors: dict[str, Tensor]) -> Vocabulary:
+        seal = record.pop("digest", None)
+        if seal != digest(record) or _hashes(tensors) != record["tensors"]:
             raise DataError("its content is not what its digest says")
         text = require_usable(tensors.pop("text"), "text")
-        names = check_class_names(tuple(said["names"]), len(text)) or ()
+        names = check_class_names(tuple(record["names"]), len(text)) or ()
         columns = {name.removeprefix("columns."): values for name, values in tensors.items()}
-        space = EmbeddingSpace(**said["space"])
-        return cls(names, text, space, said["dtype"], check_columns(columns, 0, len(text)))
+        space = EmbeddingSpace(**record["space"])
+        return cls(names, text, space, record["dtype"], check_columns(columns, 0, len(text)))
+
+
+def _hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    return {name: tensor_hash(tensor) for name, tensor in sorted(tensors.items())}

@@ -29,7 +29,9 @@ NEGATIVES = "negatives"  # the column of everyday words
 
 @lru_cache(maxsize=4)  # by identity: every batch has the same words and classes
 def far_words(words: Tensor, text: Tensor, share: float, nearest: float = 0.0) -> Tensor:
-    """(M',) int64, ascending: the ``share`` of words (M, D), at least one, that are farthest from the classes (K, D).
+    """(M',) int64, ascending: words (M, D) that are far from the classes (K, D).
+
+    They are the ``share`` of the words, at least one, that are farthest.
 
     How near a word is to the classes is the 1 - ``nearest`` quantile of its K cosines; among equals
     the first go first.
@@ -39,12 +41,15 @@ def far_words(words: Tensor, text: Tensor, share: float, nearest: float = 0.0) -
         math.ceil(nearest * cosine.shape[1]), 1
     )  # of the largest: a quantile that needs no interpolation
     nearness = cosine.topk(place, dim=1).values[:, -1]
-    kept = max(round(share * len(words)), 1)
-    return nearness.argsort(stable=True)[:kept].sort().values
+    n_far = max(round(share * len(words)), 1)
+    return nearness.argsort(stable=True)[:n_far].sort().values
 
 
 def word_mass(batch: Batch, far: Tensor) -> Tensor:
-    """(B,) float64 log sum over the words ``far`` of exp(logit), without the logit bias that all share."""
+    """(B,) float64 log sum over the words ``far`` of exp(logit).
+
+    The logit bias, which all share, is left out.
+    """
     words = batch.columns[NEGATIVES][far]
     with torch.autocast(batch.image.device.type, enabled=False):
         return float64((batch.image @ words.T).mul_(batch.logit_scale)).logsumexp(dim=1)
@@ -57,7 +62,9 @@ def margin(batch: Batch, far: Tensor) -> Tensor:
 
 @dataclass
 class NegLabel(FailurePredictor):
-    """Everyday words as further candidates: u = 1 - the share of softmax mass on the classes, or on the answer alone.
+    """Everyday words as further candidates.
+
+    u = 1 - the share of softmax mass on the classes, or on the answer alone.
 
     of="classes": u = sum_w exp l_w / (sum_c exp l_c + sum_w exp l_w), which tells images of none of
     the classes. of="answer": u = 1 - exp l_t̂ / (the same), the joint pool, which also sees
@@ -113,10 +120,9 @@ class NegLabel(FailurePredictor):
         if self.of == "classes":
             return torch.sigmoid(words - logits.logsumexp(dim=1))
         alike = batch.alike(batch.prediction).to(logits.device)
-        own, others = (
-            logits.masked_fill(mask, -torch.inf).logsumexp(dim=1) for mask in (~alike, alike)
-        )
-        return torch.sigmoid(torch.logaddexp(others, words) - own)
+        own = logits.masked_fill(~alike, -torch.inf).logsumexp(dim=1)
+        wrong = logits.masked_fill(alike, -torch.inf).logsumexp(dim=1)
+        return torch.sigmoid(torch.logaddexp(wrong, words) - own)
 
 
 WORDS = 0.25  # share of the words that counts, the farthest from the classes
@@ -124,8 +130,12 @@ DIRECTION_ROWS = (
     100  # fewer rows say nothing about which direction leads outside, or how much of them is
 )
 
-DIRECTION_VARIANCE, DIRECTION_WEIGHT = 0.1, 2.0
-"""Prior variance of the direction that predicts the margin, and its weight beside the margin's one."""
+DIRECTION_VARIANCE = 0.1
+DIRECTION_WEIGHT = 2.0
+"""Prior variance of the direction that predicts the margin.
+
+And its weight beside the margin's one.
+"""
 
 CLASS_ROWS = 5.0  # rows that a class's own mean has to be worth against that of all
 BELIEF = 0.05  # rows, as a share of all, that the expected mean of images outside is worth
@@ -138,16 +148,20 @@ ASSUMED = 0.1  # share of images outside where all rows are known to be inside
 MOST_APART = 10.0
 CAUTION = 1.0  # what is taken from log-odds that no image outside has been shown for
 
-LABEL_VARIANCE, MARGIN_VARIANCE = 100.0, 10.0
+LABEL_VARIANCE = 100.0
+MARGIN_VARIANCE = 10.0
 """Prior variances of the direction and of the margin's weight, where images outside are shown."""
 
-EM_PASSES, EM_TOLERANCE = 500, 1e-9
+EM_PASSES = 500
+EM_TOLERANCE = 1e-9
 LBFGS_STEPS = 200
 
 
 @dataclass(frozen=True, eq=False)
 class Outside:
-    """The outcome "none of the classes": log-odds that an image is outside, slope_a (w . x + b + g m(x)) + offset_a.
+    """The outcome "none of the classes": log-odds that an image is outside.
+
+    They are slope_a (w . x + b + g m(x)) + offset_a.
 
     a is the zero-shot answer among the classes of the fit, or any other candidate (the last entry
     of ``slope`` and ``offset``). Where g is zero no words are looked at. Empty tensors: nothing is
@@ -215,14 +229,14 @@ class Outside:
         weight, bias, words, slope, offset = (
             tensor.to(image.device) for tensor in self.tensors().values()
         )
-        found = image @ weight + bias
+        evidence = image @ weight + bias
         if self.columns:
             far = far_words(batch.columns[NEGATIVES], batch.text, WORDS)
-            found = found + words * margin(batch, far).to(image.device)
+            evidence = evidence + words * margin(batch, far).to(image.device)
         if classes is None or len(slope) == 1:
-            return slope[-1] * found + offset[-1]
+            return slope[-1] * evidence + offset[-1]
         answer = classes.to(image.device)[batch.prediction.to(image.device)]
-        return slope[answer] * found + offset[answer]
+        return slope[answer] * evidence + offset[answer]
 
 
 class OutsideGraph(nn.Module):
@@ -233,10 +247,13 @@ class OutsideGraph(nn.Module):
 
     def __init__(self, outcome: Outside) -> None:
         super().__init__()
-        self.looks_at_words, self.is_per_class = bool(outcome.columns), len(outcome.slope) > 1
-        self.weight, self.bias = nn.Buffer(outcome.weight), nn.Buffer(outcome.bias)
+        self.looks_at_words = bool(outcome.columns)
+        self.is_per_class = len(outcome.slope) > 1
+        self.weight = nn.Buffer(outcome.weight)
+        self.bias = nn.Buffer(outcome.bias)
         self.words = nn.Buffer(outcome.words)
-        self.slope, self.offset = nn.Buffer(outcome.slope), nn.Buffer(outcome.offset)
+        self.slope = nn.Buffer(outcome.slope)
+        self.offset = nn.Buffer(outcome.offset)
 
     def forward(self, batch: Batch, classes: Tensor | None) -> Tensor:
         """(B,) float64; ``classes`` as of ``Outside.log_odds``."""
@@ -245,9 +262,10 @@ class OutsideGraph(nn.Module):
             log_odds = log_odds + self.words * self.margin(batch)
         if classes is None or not self.is_per_class:
             return self.slope[-1] * log_odds + self.offset[-1]
-        others = len(self.slope) - 1  # their place; a runtime need not count from the end
+        # a runtime need not count from the end
+        place_of_no_class = len(self.slope) - 1
         answer = classes[batch.prediction]
-        place = torch.where(answer < 0, others, answer)
+        place = torch.where(answer < 0, place_of_no_class, answer)
         return self.slope[place] * log_odds + self.offset[place]
 
     def margin(self, batch: Batch) -> Tensor:
@@ -266,7 +284,10 @@ class OutsideGraph(nn.Module):
 
 
 class SeesOutside(ABC):
-    """A method with the outcome "outside" beside those of its candidates: u = 1 - (1 - P(outside)) q_t̂."""
+    """A method with the outcome "outside" beside those of its candidates.
+
+    u = 1 - (1 - P(outside)) q_t̂.
+    """
 
     learned_: dict[str, Tensor]
 
@@ -300,7 +321,10 @@ class SeesOutside(ABC):
 
 
 def learn_outside(train: Rows) -> Outside:
-    """What rows known to be inside say, with examples of images outside, or with words, and rows without labels."""
+    """What rows known to be inside say, with examples of images outside.
+
+    Or with words, and rows without labels.
+    """
     if train.source.pool_size is None and len(train.outside):
         return from_examples(train, train.outside)
     if NEGATIVES not in train.columns:
@@ -312,7 +336,7 @@ def learn_outside(train: Rows) -> Outside:
 
 
 class Margins(NamedTuple):
-    """What one pass over N rows leaves: their margins and answers (N,), and float64 moments of the images.
+    """What one pass over N rows leaves: their margins and answers (N,), and moments of the images.
 
     ``mean`` (D,), ``gram`` (D, D) the sum of squares about it, ``cross`` (D,) with the margin.
     """
@@ -326,22 +350,23 @@ class Margins(NamedTuple):
     @classmethod
     def of(cls, rows: Rows) -> Margins:
         """Look at rows, block by block."""
-        dim, n = rows.source.space.embed_dim, len(rows.index)
+        dim = rows.source.space.embed_dim
+        n = len(rows.index)
         total, gram, cross = (
             torch.zeros(*shape, dtype=torch.float64) for shape in ((dim,), (dim, dim), (dim,))
         )
-        margins, answers = [], []
+        margins = []
+        answers = []
         for batch in rows.batches(SCORING_BATCH):
-            image, m = (
-                float64(batch.image),
-                margin(batch, far_words(batch.columns[NEGATIVES], batch.text, WORDS)),
-            )
+            image = float64(batch.image)
+            m = margin(batch, far_words(batch.columns[NEGATIVES], batch.text, WORDS))
             total += image.sum(dim=0)
             gram += image.T @ image
             cross += image.T @ m
             margins.append(m)
             answers.append(batch.prediction)
-        every, mean = torch.cat(margins), total / n
+        every = torch.cat(margins)
+        mean = total / n
         return cls(
             every,
             torch.cat(answers),
@@ -407,11 +432,9 @@ def fit_mixture(
     count = torch.bincount(answer, minlength=n_classes).double()
     for _ in range(1 if known_inside else EM_PASSES):
         slope, offset = state.log_odds()
-        outside = (
-            torch.zeros_like(value)
-            if known_inside
-            else torch.sigmoid(slope[answer] * value + offset[answer])
-        )
+        outside = torch.zeros_like(value)
+        if not known_inside:
+            outside = torch.sigmoid(slope[answer] * value + offset[answer])
         inside = 1 - outside
         mean = (inside * value).sum() / inside.sum().clamp_min(1e-9)
         mass = torch.zeros_like(count).index_add_(0, answer, inside)
@@ -422,11 +445,10 @@ def fit_mixture(
         )
         squares = inside * (value - means[answer]).square() + outside * (value - far).square()
         share = ASSUMED if known_inside else (float(outside.sum()) + 0.5) / (n + 5)
-        found = Mixture(
-            means, far, max(float(squares.mean()), least**2), min(max(share, 1e-3), 1 - 1e-3)
-        )
-        moved = abs(found.outside - state.outside) + abs(found.share - state.share)
-        state = found
+        variance = max(float(squares.mean()), least**2)
+        after = Mixture(means, far, variance, min(max(share, 1e-3), 1 - 1e-3))
+        moved = abs(after.outside - state.outside) + abs(after.share - state.share)
+        state = after
         if moved < EM_TOLERANCE:
             break
     return state
@@ -440,11 +462,15 @@ def from_words(rows: Rows, *, known_inside: bool) -> Outside:
     of the two; where enough are outside, the value is the margin averaged with its regression on
     the image, which knows what the images have in common.
     """
-    seen, n_classes = Margins.of(rows), rows.source.n_candidates
+    seen = Margins.of(rows)
+    n_classes = rows.source.n_candidates
     n_words = max(round(WORDS * len(rows.source.column(NEGATIVES, rows.index[:0]))), 1)
     balance = math.log(n_words / n_classes)
-    zero, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
-    weight, bias, words = torch.zeros_like(seen.mean), zero, one
+    zero = torch.zeros((), dtype=torch.float64)
+    one = torch.ones((), dtype=torch.float64)
+    weight = torch.zeros_like(seen.mean)
+    bias = zero
+    words = one
     mixture = None
     if not known_inside and len(seen.margin) >= DIRECTION_ROWS:
         share = DIRECTION_WEIGHT / (1 + DIRECTION_WEIGHT)
@@ -455,7 +481,9 @@ def from_words(rows: Rows, *, known_inside: bool) -> Outside:
         value = value + (1 - share) * seen.margin
         mixture = fit_mixture(value, seen.answer, n_classes, balance, known_inside=False)
         if mixture.share >= PRESENT:
-            weight, bias, words = along, level, (1 - share) * one
+            weight = along
+            bias = level
+            words = (1 - share) * one
         else:
             mixture = None
     if mixture is None:
@@ -472,7 +500,10 @@ def from_words(rows: Rows, *, known_inside: bool) -> Outside:
 
 
 class Regressors(NamedTuple):
-    """Regressors of the regression on examples: images of some rows and, where there are words, their margins (N,)."""
+    """Regressors of the regression on examples.
+
+    They are images of some rows and, where there are words, their margins (N,).
+    """
 
     rows: Rows
     margins: Tensor | None
@@ -482,17 +513,18 @@ class Regressors(NamedTuple):
         """Margins are computed once."""
         if NEGATIVES not in rows.columns:
             return cls(replace(rows, columns=()), None)
-        found = replace(rows, columns=(NEGATIVES,)).batches(SCORING_BATCH)
-        margins = [
-            margin(batch, far_words(batch.columns[NEGATIVES], batch.text, WORDS)) for batch in found
-        ]
+        margins = []
+        for batch in replace(rows, columns=(NEGATIVES,)).batches(SCORING_BATCH):
+            far = far_words(batch.columns[NEGATIVES], batch.text, WORDS)
+            margins.append(margin(batch, far))
         return cls(replace(rows, columns=()), torch.cat(margins))
 
     def blocks(self) -> Iterator[Tensor]:
         """(b, D) float64, or with the margin (b, D + 1)."""
         start = 0
         for batch in self.rows.batches(SCORING_BATCH):
-            image, stop = float64(batch.image), start + len(batch.image)
+            image = float64(batch.image)
+            stop = start + len(batch.image)
             yield (
                 image
                 if self.margins is None
@@ -502,7 +534,9 @@ class Regressors(NamedTuple):
 
 
 def from_examples(train: Rows, outside: Tensor) -> Outside:
-    """Ridge-regularised logistic regression of "outside" on the image and, where there are words, the margin.
+    """Ridge-regularised logistic regression of "outside" on the image.
+
+    Where there are words, it is on the margin, too.
 
     Images are centred and divided by their root mean square norm, margins standardised, so the
     prior variances mean the same for every model. Solved by L-BFGS over streamed blocks.
@@ -539,23 +573,28 @@ def from_examples(train: Rows, outside: Tensor) -> Outside:
         return value
 
     optimizer.step(closure)
-    direction, level = weights.detach()[:-1] / scale, weights.detach()[-1]
-    one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    direction = weights.detach()[:-1] / scale
+    level = weights.detach()[-1]
+    one = torch.ones(1, dtype=torch.float64)
+    zero = torch.zeros(1, dtype=torch.float64)
     words = direction[dim].clone() if len(direction) > dim else zero[0].clone()
     bias = level - direction @ centre
     return Outside(direction[:dim].clone(), bias, words, one, zero, {"n_outside": len(outside)})
 
 
 def _standard(parts: list[Regressors], dim: int) -> tuple[int, Tensor, Tensor]:
-    """Number of rows, mean (W,) and scale (W,) of the inputs: one norm for the image, a deviation for the margin."""
-    n, total, squares = 0, torch.zeros(()).double(), torch.zeros(()).double()
+    """Number of rows, mean (W,) and scale (W,) of the inputs.
+
+    The scale is one norm for the image, and a deviation for the margin.
+    """
+    n = 0
+    total = torch.zeros(()).double()
+    squares = torch.zeros(()).double()
     for part in parts:
         for inputs in part.blocks():
-            n, total, squares = (
-                n + len(inputs),
-                total + inputs.sum(dim=0),
-                squares + inputs.square().sum(dim=0),
-            )
+            n = n + len(inputs)
+            total = total + inputs.sum(dim=0)
+            squares = squares + inputs.square().sum(dim=0)
     mean = total / n
     variance = (squares / n - mean.square()).clamp_min(0)
     norm = variance[:dim].sum().sqrt().clamp_min(1e-6).expand(dim)

@@ -51,7 +51,10 @@ POOL_SD = 0.2
 
 
 def fit_pool(log_p: NDArray[np.float64], target: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Weights w (M,) >= 0 of a log-linear pool, of largest posterior under the prior N((1, 0, ...), 0.2^2)."""
+    """Weights w (M,) >= 0 of a log-linear pool, of largest posterior.
+
+    The prior is N((1, 0, ...), 0.2^2).
+    """
     from scipy.optimize import minimize
 
     rows = np.arange(len(target))
@@ -71,16 +74,25 @@ def fit_pool(log_p: NDArray[np.float64], target: NDArray[np.int64]) -> NDArray[n
 
 
 MEMORY_ROWS = 4_096
-"""Up to so many rows are remembered; with more, the network has enough to learn from (docs/methods/vilu_plus.md)."""
+"""Up to so many rows are remembered.
+
+With more, the network has enough to learn from (docs/methods/vilu_plus.md).
+"""
 
 FEW_LABELS = 10
 """Per class on average; with fewer, folds lack classes and companions learn nothing that lasts."""
 
 ENOUGH = 250
-"""Held-out rows that suffice for the pool, which has three weights: no more folds are fitted than make so many."""
+"""Held-out rows that suffice for the pool, which has three weights.
 
-POOL, CLASSES, FEATURE_MEAN = "pool", "attention.classes", "attention.inputs.features.mean"
-ADAPTER, BANK = "companions.adapter.first.weight", "companions.memory.bank"
+No more folds are fitted than make so many.
+"""
+
+POOL = "pool"
+CLASSES = "attention.classes"
+FEATURE_MEAN = "attention.inputs.features.mean"
+ADAPTER = "companions.adapter.first.weight"
+BANK = "companions.memory.bank"
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 
@@ -189,7 +201,8 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         return cast("Experts", self.network)
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:
-        weights, kinds = torch.ones(1, dtype=torch.float64), self._kinds(train)
+        weights = torch.ones(1, dtype=torch.float64)
+        kinds = self._kinds(train)
         if kinds and validation is not None:
             require_known_classes(validation, class_texts(train))
         classes = self._classes(train)
@@ -198,9 +211,11 @@ class ViLUPlus(SeesOutside, FailurePredictor):
             if classes is None
             else classes.start(class_texts(train), train.source.space.logit_scale)
         )
-        experts, rows = None, None
+        experts = None
+        rows = None
         if kinds:
-            folds, parts = cross_fitting(train, failure, validation, self.seed), []
+            folds = cross_fitting(train, failure, validation, self.seed)
+            parts = []
             for rows, held_out in folds[: math.ceil(ENOUGH / len(folds[0][1].index))]:
                 experts = self._fit_experts(rows, kinds, weights, start, experts)
                 parts.extend(log_posteriors(experts, held_out, self.device_))
@@ -309,19 +324,23 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         """The experts, as large as their tensors say."""
         if not tensors.keys() >= {CLASSES, FEATURE_MEAN, POOL}:
             raise DataError(
-                f"a {self.name} holds experts and a pool. The file has {', '.join(sorted(tensors)[:8])}."
+                f"a {self.name} holds experts and a pool. "
+                f"The file has {', '.join(sorted(tensors)[:8])}."
             )
-        n_classes, dim = len(tensors[CLASSES]), space.embed_dim
+        n_classes = len(tensors[CLASSES])
+        dim = space.embed_dim
         inputs = ImageInputs(dim, len(tensors[FEATURE_MEAN]))
         companions: dict[str, nn.Module] = {}
         if ADAPTER in tensors:
             companions["adapter"] = Adapter(inputs, n_classes, self.width, self.dropout)
         if BANK in tensors:
             companions["memory"] = Memory(inputs, len(tensors[BANK]), n_classes)
-        n, n_weights = 1 + len(companions), len(tensors[POOL])
+        n = 1 + len(companions)
+        n_weights = len(tensors[POOL])
         if n_weights != n:
             raise DataError(
-                f"{POOL} of {self.name} must have a weight for each of {n} experts. Got {n_weights}."
+                f"{POOL} of {self.name} must have a weight for each of {n} experts. "
+                f"Got {n_weights}."
             )
         return Experts(
             SupervisedAttention(inputs, dim, n_classes, self.sharing), companions, tensors[POOL]
@@ -329,16 +348,18 @@ class ViLUPlus(SeesOutside, FailurePredictor):
 
 
 class PlusGraph(nn.Module):
-    """``ViLUPlus`` with all experts: whether all candidates are training classes is a number, not a branch."""
+    """``ViLUPlus`` with all experts.
+
+    Whether all candidates are training classes is a number, not a branch.
+    """
 
     def __init__(self, experts: Experts, outcome: Outside) -> None:
         super().__init__()
         self.outside = OutsideGraph(outcome) if outcome else None
-        self.experts, attention = experts, experts.attention
-        self.classes, self.widths = (
-            attention.classes,
-            {FEATURES: len(attention.inputs.features.mean)},
-        )
+        self.experts = experts
+        attention = experts.attention
+        self.classes = attention.classes
+        self.widths = {FEATURES: len(attention.inputs.features.mean)}
         self.pool = nn.Buffer(experts.weights)
         self.alone = nn.Buffer(torch.eye(len(self.pool), dtype=self.pool.dtype)[0])
 
@@ -359,17 +380,20 @@ class PlusGraph(nn.Module):
 
 
 def require_known_classes(validation: EmbeddingSource, classes: Tensor) -> None:
-    """Refuse validation rows that not all experts can say something of: they know the classes (K, D) of training."""
-    text = None if validation.pool_size else validation.candidates(torch.arange(0)).text
-    others = (
-        validation.n_candidates
-        if text is None
-        else int((nearest(text, classes)[0] < SAME_TEXT).sum())
-    )
-    if others:
+    """Refuse validation rows that not all experts can say something of.
+
+    They know the classes (K, D) of training.
+    """
+    n_unknown = validation.n_candidates
+    if not validation.pool_size:
+        text = validation.candidates(torch.arange(0)).text
+        similarity, _ = nearest(text, classes)
+        n_unknown = int((similarity < SAME_TEXT).sum())
+    if n_unknown:
         raise DataError(
-            f"what knows the {len(classes)} training classes is weighed on the validation rows, and {others} of the "
-            f"{validation.n_candidates} candidates of the validation set are others. Leave those out, or the whole set."
+            f"what knows the {len(classes)} training classes is weighed on the validation rows, "
+            f"and {n_unknown} of the {validation.n_candidates} candidates of the validation set "
+            "are others. Leave those out, or the whole set."
         )
 
 
@@ -378,7 +402,7 @@ def log_posteriors(
 ) -> list[tuple[Tensor, Tensor]]:
     """(B, M, K) float64 log probabilities of all experts, and the targets (B,), batch by batch."""
     with torch.no_grad():
-        return [
-            (experts.log_posteriors(one.to(device)).cpu(), one.target)
-            for one in rows.batches(SCORING_BATCH)
-        ]
+        parts = []
+        for batch in rows.batches(SCORING_BATCH):
+            parts.append((experts.log_posteriors(batch.to(device)).cpu(), batch.target))
+        return parts

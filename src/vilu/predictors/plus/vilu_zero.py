@@ -1,4 +1,6 @@
-"""What unlabelled images of the deployment say about the zero-shot posterior: which classes occur, where each one lies.
+"""What unlabelled images of the deployment say about the zero-shot posterior.
+
+They say which classes occur, and where each one lies.
 
 Shapes: N rows to learn from, B rows to score, K classes, D embedding width. A class count is a sum
 of posteriors.
@@ -38,13 +40,19 @@ NO_SPREAD = 1e-12
 ABSENT_SCALE = 0.5
 """Mean count, in rows, that a class gets of which there is none."""
 DOUBT = 5.0
-"""Classes known to occur beforehand, as many as keep a few empty ones from saying that most are absent."""
+"""Classes known to occur beforehand.
+
+As many as keep a few empty ones from saying that most are absent.
+"""
 LOST = 0.1
 """Share of the classes that occur and get no count, since others take their rows up."""
 MOST_ANCHOR = 100.0
 """Rows that the anchor of a mean counts for at most."""
 APART = 0.2
-"""Variance of the means of classes, in units of that within, from which on prototypes are fully trusted."""
+"""Variance of the means of classes, in units of that within.
+
+From it on prototypes are fully trusted.
+"""
 FEW_MEMBERS = 2.0
 """Rows a class, on average over those that occur, up to which prototypes are not trusted at all."""
 STRENGTHS = (0.0, 0.25, 0.5, 1.0)
@@ -53,7 +61,9 @@ TRUSTS = (0.0, *(0.01 * 1.3**i for i in range(24)))
 
 @dataclasses.dataclass
 class ViLUZero(SeesOutside, ClosedSet):
-    """The zero-shot posterior, pooled with image prototypes that unlabelled rows teach, over the classes that occur.
+    """The zero-shot posterior, pooled with image prototypes.
+
+    Unlabelled rows teach the prototypes, over the classes that occur.
 
     u = 1 - (1 - P_outside) q, where q is the mass that softmax(l') gives to the zero-shot answer
     and P_outside = 0; l'_c = (1 - share) l_c + share tau g_c(z) + o_c, with zero-shot logits l. The
@@ -135,15 +145,26 @@ class ViLUZero(SeesOutside, ClosedSet):
         """The words, where they told something."""
         return self.outcome.columns
 
-    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
+    def _learn(
+        self,
+        train: Rows,
+        failure: Tensor,  # noqa: ARG002
+        validation: EmbeddingSource | None,  # noqa: ARG002
+    ) -> Learnt:
         few, _ = draw_rows(train, self.max_bank, self.seed)
-        found = learn_classes(few, self.share, self.seed, self.device_)
+        learned_classes = learn_classes(few, self.share, self.seed, self.device_)
         is_judged = few.columns and len(few.index) >= FEW
         outside = from_words(few, known_inside=False) if is_judged else Outside.nothing()
-        scale = torch.tensor(1 - found.share, dtype=torch.float64)
-        parts = scale, found.centre, found.weight, found.bias + found.occurrence, class_texts(train)
+        scale = torch.tensor(1 - learned_classes.share, dtype=torch.float64)
+        parts = (
+            scale,
+            learned_classes.centre,
+            learned_classes.weight,
+            learned_classes.bias + learned_classes.occurrence,
+            class_texts(train),
+        )
         learned = dict(zip(self.tensors, parts, strict=False))
-        return Learnt(learned | outside.tensors(), {**found.notes, **outside.notes})
+        return Learnt(learned | outside.tensors(), {**learned_classes.notes, **outside.notes})
 
     def parts(self, batch: Batch) -> Pooled:
         """The pooled logits l' in their parts; ``texts`` is what is added at the mean image."""
@@ -171,7 +192,9 @@ class ViLUZero(SeesOutside, ClosedSet):
 
 
 class Classes(NamedTuple):
-    """What rows without labels say: l'_c = (1 - share) l_c + (z - centre) weight_c + bias_c + occurrence_c.
+    """What rows without labels say.
+
+    l'_c = (1 - share) l_c + (z - centre) weight_c + bias_c + occurrence_c.
 
     Of unit images z and zero-shot logits l of K classes; all float64, (D,), (K, D), (K,) and (K,).
     """
@@ -192,14 +215,15 @@ class Classes(NamedTuple):
 
 
 def learn_classes(rows: Rows, most: float, seed: int, device: torch.device) -> Classes:
-    """Which classes occur among rows, and where they lie; ``most`` is the largest share in the pool."""
+    """Which classes occur among rows, and where they lie.
+
+    ``most`` is the largest share in the pool.
+    """
     text = class_texts(rows)
-    share, trust, known, occurrence = (
-        0.0,
-        0.0,
-        Classifier.nothing(text),
-        torch.zeros(len(text)).double(),
-    )
+    share = 0.0
+    trust = 0.0
+    known = Classifier.nothing(text)
+    occurrence = torch.zeros(len(text)).double()
     notes: dict[str, Any] = {}
     if len(rows.index) >= FEW:  # else nothing can be judged on a half, and the score is MCM's
         pool = Pool(rows, seed, device)
@@ -244,7 +268,10 @@ class SoftMembers(NamedTuple):
 
 
 class Classifier(NamedTuple):
-    """Discriminants g = (z - centre) weight^T + bias, and what the rows said about the prior of the means."""
+    """Discriminants g = (z - centre) weight^T + bias.
+
+    And what the rows said about the prior of the means.
+    """
 
     centre: Tensor
     weight: Tensor
@@ -294,7 +321,10 @@ def discriminants(moments: SoftMembers, text: Tensor) -> Classifier:
     own = float((precision * within).sum())
 
     def variance_of(rows: Tensor) -> float:
-        """Weighted mean square of rows (K, D) in units of W, without what comes from the n_c members being few."""
+        """Weighted mean square of rows (K, D) in units of W.
+
+        What comes from the n_c members being few is left out.
+        """
         return (
             float((moments.members * ((rows @ precision) * rows).sum(1)).sum()) / (own * n)
             - len(count) / n
@@ -311,24 +341,34 @@ def discriminants(moments: SoftMembers, text: Tensor) -> Classifier:
 
 
 class Pool:
-    """Unlabelled rows in two random halves, read block by block; each half judges what the other has taught."""
+    """Unlabelled rows in two random halves, read block by block.
+
+    Each half judges what the other has taught.
+    """
 
     def __init__(self, rows: Rows, seed: int, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(rows.index), generator=generator)
         self.halves = [order[half::2].sort().values for half in (0, 1)]
-        self.rows, self.device = rows, device
+        self.rows = rows
+        self.device = device
         self.text = class_texts(rows)
 
     def blocks(self, half: int, most: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Unit images (b, D) and zero-shot logits (b, K), float32, of a half or of its first rows."""
+        """Unit images (b, D) and zero-shot logits (b, K), float32.
+
+        They are of a half, or of its first rows.
+        """
         index = self.rows.index[self.halves[half][:most]]
         for batch in dataclasses.replace(self.rows, index=index).batches(SCORING_BATCH):
-            found = batch.to(self.device)
-            yield normalize(found.image, dim=1), found.logits
+            here = batch.to(self.device)
+            yield normalize(here.image, dim=1), here.logits
 
     def counts(self, halves: tuple[int, ...]) -> Tensor:
-        """(K,) float64 class counts of the rows of some halves, by EM from equal ones; of at most ``EM_ROWS`` rows."""
+        """(K,) float64 class counts of the rows of some halves, by EM from equal ones.
+
+        At most ``EM_ROWS`` rows are counted.
+        """
         n = float(sum(min(len(self.halves[half]), EM_ROWS // 2) for half in halves))
         count = torch.full((len(self.text),), n / len(self.text), dtype=torch.float64)
         for _ in range(EM_PASSES):
@@ -353,7 +393,10 @@ class Pool:
         return strength * whole, absent * (strength > 0)
 
     def _evidence(self, half: int, known: Tensor) -> Tensor:
-        """(S,) sums over a half of log sum_c exp(l_c + s o_c) / sum_c exp(s o_c), for all strengths s."""
+        """(S,) sums over a half of log sum_c exp(l_c + s o_c) / sum_c exp(s o_c).
+
+        There is one for each strength s.
+        """
         offsets = [strength * known - (strength * known).logsumexp(0) for strength in STRENGTHS]
         total = torch.zeros(len(offsets), dtype=torch.float64)
         for _, logits in self.blocks(half, EM_ROWS // 2):
@@ -366,12 +409,10 @@ class Pool:
     def prototypes(self, occurrence: Tensor, most: float) -> tuple[float, float, Classifier]:
         """The share in the pool, at most ``most``, tau, and the prototypes."""
         text = float64(self.text).cpu()
-        share, trust, crossed, whole = (
-            0.0,
-            0.0,
-            [Classifier.nothing(text)] * 2,
-            Classifier.nothing(text),
-        )
+        share = 0.0
+        trust = 0.0
+        crossed = [Classifier.nothing(text)] * 2
+        whole = Classifier.nothing(text)
         for _ in range(ROUNDS):
             moments = self._moments(occurrence, crossed, trust, share)
             crossed = [discriminants(moments.part(1 - half), text) for half in (0, 1)]
@@ -383,7 +424,10 @@ class Pool:
     def _moments(
         self, occurrence: Tensor, crossed: list[Classifier], trust: float, share: float
     ) -> SoftMembers:
-        """Of both halves, by the posterior that is pooled with the prototypes of the other half as far as trusted."""
+        """Of both halves, by the posterior that is pooled with prototypes.
+
+        These are of the other half, as far as they are trusted.
+        """
         moments = SoftMembers.nothing(*self.text.shape)
         for half in (0, 1):
             for image, logits in self.blocks(half):
@@ -394,38 +438,50 @@ class Pool:
         return moments
 
     def _trust(self, occurrence: Tensor, crossed: list[Classifier]) -> float:
-        """Tau of the least mean cross-entropy from softmax(l + o) to softmax(tau g + o), over rows of other halves."""
+        """Tau of the least mean cross-entropy from softmax(l + o) to softmax(tau g + o).
+
+        The mean is over rows of other halves.
+        """
         losses = torch.zeros(len(TRUSTS), dtype=torch.float64)
         offset = occurrence.float().to(self.device)
         for half in (0, 1):
             for image, logits in self.blocks(half, EM_ROWS // 2):
-                posterior, found = (logits + offset).softmax(1), crossed[half].of(image)
+                posterior = (logits + offset).softmax(1)
+                discriminants = crossed[half].of(image)
                 for place, trust in enumerate(TRUSTS):
-                    predicted = (trust * found + offset).log_softmax(1)
+                    predicted = (trust * discriminants + offset).log_softmax(1)
                     losses[place] -= (posterior * predicted).sum(1).double().sum().cpu()
         return TRUSTS[int(losses.argmin())]
 
 
 def sufficiency(n_rows: int, n_classes: float) -> float:
-    """How far prototypes of so many classes can be trusted to so many rows: 1 - ``FEW_MEMBERS`` K / N, at least 0."""
+    """How far prototypes of so many classes can be trusted to so many rows.
+
+    1 - ``FEW_MEMBERS`` K / N, at least 0.
+    """
     return max(1 - FEW_MEMBERS * n_classes / n_rows, 0.0)
 
 
 def presence(count: Tensor) -> tuple[Tensor, float]:
-    """(K,) log P(c occurs | n_c) of class counts (K,), and the share rho of absent classes; see ``ViLUZero``.
+    """(K,) log P(c occurs | n_c) of class counts (K,), and the share rho of absent classes.
+
+    See ``ViLUZero``.
 
     n_c has the density rho f(s) + (1 - rho) (0.9 f(m) + 0.1 f(s)), f(m) = exp(-n_c / m) / m, with s
     = ``ABSENT_SCALE`` and m = N / (K (1 - rho)): of the classes that occur a tenth (``LOST``) is
     not seen, its rows taken for others. rho is found by EM, as if ``DOUBT`` more classes were known
     to occur. Where m would be below s, all do.
     """
-    n, k, absent = float(count.sum()), len(count), 0.5
-    gone, low = torch.zeros_like(count), torch.exp(-count / ABSENT_SCALE) / ABSENT_SCALE
+    n = float(count.sum())
+    k = len(count)
+    absent = 0.5
+    gone = torch.zeros_like(count)
+    low = torch.exp(-count / ABSENT_SCALE) / ABSENT_SCALE
     for _ in range(200):
         mean = n / (k * (1 - absent))
         if mean <= ABSENT_SCALE:
             return torch.zeros_like(count), 0.0
-        some = (1 - absent) * ((1 - LOST) * torch.exp(-count / mean) / mean + LOST * low)
-        gone = absent * low / (absent * low + some)
+        present = (1 - absent) * ((1 - LOST) * torch.exp(-count / mean) / mean + LOST * low)
+        gone = absent * low / (absent * low + present)
         absent = min(float(gone.sum()) / (k + DOUBT), 0.99)
     return torch.log1p(-gone), absent

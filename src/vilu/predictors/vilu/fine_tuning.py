@@ -1,4 +1,7 @@
-"""Training that begins from fitted weights: a head that knows one data set, and a few labels of another."""
+"""Training that begins from fitted weights.
+
+A head knows one data set, and there are a few labels of another.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +36,9 @@ def initialise(
     if not issubclass(cls, HeadPredictor):
         with_a_head = [name for name, kind in PREDICTORS.items() if issubclass(kind, HeadPredictor)]
         raise UsageError(
-            f"{cls.name} does not begin from another fit; methods with a failure head do: {', '.join(with_a_head)}. "
-            "(vilu_plus needs no start: it is solved from the labels, and where they are few it stays near zero-shot.)"
+            f"{cls.name} does not begin from another fit; methods with a failure head do: "
+            f"{', '.join(with_a_head)}. (vilu_plus needs no start: it is solved from the labels, "
+            "and where they are few it stays near zero-shot.)"
         )
     if not isinstance(fitted, HeadPredictor) or type(fitted) is not cls:
         raise ProvenanceError(
@@ -43,14 +47,15 @@ def initialise(
     fitted.require_fitted()
     if fitted.constant_ is not None:
         raise DataError(
-            f"the {fitted.name} to begin from is a constant: its training rows were all of one kind."
+            f"the {fitted.name} to begin from is a constant: "
+            "its training rows were all of one kind."
         )
-    settings = (
-        {name: getattr(fitted, name) for name in parameters(fitted)}
-        | FINE_TUNING
-        | dict(values or {})
-    )
-    trial, predictor = (build(cls, settings) for _ in range(2))
+    settings: dict[str, object] = {name: getattr(fitted, name) for name in parameters(fitted)}
+    settings |= FINE_TUNING
+    if values is not None:
+        settings |= values
+    predictor = build(cls, settings)
+    trial = build(cls, settings)
     trial.space_ = fitted.space_
     try:
         trial.restore(fitted.state())

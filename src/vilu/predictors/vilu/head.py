@@ -93,7 +93,8 @@ class HeadPredictor(FailurePredictor):
 
     def _fit_rows(self, train: Rows, validation: EmbeddingSource | None) -> None:
         """From the weights of another fit where there are some to start from."""
-        start, space = self.start_, train.source.space
+        start = self.start_
+        space = train.source.space
         if start is not None and start.space_ is not None:
             start.space_.require_match(
                 space, mine=f"the fitted {self.name} to start from", theirs="the data"
@@ -132,25 +133,24 @@ class HeadPredictor(FailurePredictor):
         self, head: FailureHead, train: Rows, validation: Rows | None
     ) -> dict[str, object]:
         """What must be the same when training begins again from a checkpoint."""
-        values = {name: getattr(self, name) for name in parameters(self) if name != "device"}
-        return {
-            "method": self.name,
-            **values,
-            "weights at the start": tensors_hash(head.state_dict()),
-            "training rows": data_fingerprint(train.source, train.index),
-            "validation rows": validation and data_fingerprint(validation.source, validation.index),
-            "texts": [
-                text_fingerprint(part.source, part.index) for part in (train, validation) if part
-            ],
-        }
+        binding: dict[str, object] = {"method": self.name}
+        for name in parameters(self):
+            if name != "device":
+                binding[name] = getattr(self, name)
+        binding["weights at the start"] = tensors_hash(head.state_dict())
+        binding["training rows"] = data_fingerprint(train.source, train.index)
+        binding["validation rows"] = None
+        texts = [text_fingerprint(train.source, train.index)]
+        if validation is not None:
+            binding["validation rows"] = data_fingerprint(validation.source, validation.index)
+            texts.append(text_fingerprint(validation.source, validation.index))
+        binding["texts"] = texts
+        return binding
 
     def _start_notes(self) -> dict[str, object]:
-        start = self.start_
-        return (
-            {}
-            if start is None
-            else {"start": {"weights": tensors_hash(start.state()), **start.notes_}}
-        )
+        if self.start_ is None:
+            return {}
+        return {"start": {"weights": tensors_hash(self.start_.state()), **self.start_.notes_}}
 
     @property
     def heads(self) -> list[FailureHead]:
@@ -164,15 +164,22 @@ class HeadPredictor(FailurePredictor):
 
     @as_usual()
     def _log_weight(self) -> float:
-        """Log w, w that of the training set's error rate: weighted BCE is least at the odds w p / (1 - p)."""
-        n, n_failures = self.notes_.get("n_train"), self.notes_.get("n_failures")
-        if self.loss != "bce" or self.constant_ is not None or not n or n_failures is None:
-            return 0.0  # a converted checkpoint does not say what it was trained on
+        """Log w, with the weight w of failures at the training set's error rate.
+
+        Weighted BCE is least at the odds w p / (1 - p).
+        """
+        if self.loss != "bce" or self.constant_ is not None:
+            return 0.0
+        n = self.notes_.get("n_train")
+        n_failures = self.notes_.get("n_failures")
+        # a converted checkpoint does not say what it was trained on
+        if not n or n_failures is None:
+            return 0.0
         rate = torch.tensor(n_failures / n)
         weight = FailureWeight(self.weighting, float(rate), self.static_weight)
-        return math.log(
-            float(adaptive_weight(rate) if weight.constant is None else weight.constant)
-        )
+        if weight.constant is None:
+            return math.log(float(adaptive_weight(rate)))
+        return math.log(float(weight.constant))
 
 
 class HeadGraph(nn.Module):

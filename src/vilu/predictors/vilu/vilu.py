@@ -64,14 +64,20 @@ class LVU(HeadPredictor):
     graph = head_graph
     game = head_game
 
-    def module(self, tensors: dict[str, Tensor], space: EmbeddingSpace) -> FailureHead:  # noqa: ARG002
+    def module(
+        self,
+        tensors: dict[str, Tensor],  # noqa: ARG002
+        space: EmbeddingSpace,
+    ) -> FailureHead:
         """The head."""
         return FailureHead(space.embed_dim, self.hidden, attention=None, predicted_caption=False)
 
 
 @dataclasses.dataclass
 class ViLU(HeadPredictor):
-    """ViLU: cross-attention over all candidates + the predicted caption + the image, an MLP, weighted BCE.
+    """ViLU: cross-attention over all candidates, the predicted caption and the image, an MLP.
+
+    Its loss is the weighted BCE.
 
     u = sigmoid(g(z_v, sum_j alpha_j W z_tj, z_t̂)), g an MLP [512, 256, 128, 1] with ReLU; L =
     weighted BCE on the failure of the zero-shot answer, with weight log(1 + N_s / N_f) on failures.
@@ -119,7 +125,11 @@ class ViLU(HeadPredictor):
     graph = head_graph
     game = head_game
 
-    def module(self, tensors: dict[str, Tensor], space: EmbeddingSpace) -> nn.Module:  # noqa: ARG002
+    def module(
+        self,
+        tensors: dict[str, Tensor],  # noqa: ARG002
+        space: EmbeddingSpace,
+    ) -> nn.Module:
         """The head."""
         return self._head(space)
 
