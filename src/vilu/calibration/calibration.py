@@ -142,7 +142,8 @@ class Calibration(Document):
         if calibration.predictor != fingerprint:
             raise ProvenanceError(
                 f"{path} was made for the predictor {calibration.predictor}, and {folder} holds "
-                f"{fingerprint}: its thresholds say nothing here. {RECALIBRATE}, or remove the file."
+                f"{fingerprint}: its thresholds say nothing here. {RECALIBRATE}, or remove the "
+                "file."
             )
         calibration._rows = _read_rows(Path(folder), calibration.rows_sha256)
         wrong = calibration._contradiction()
@@ -308,7 +309,10 @@ class Calibration(Document):
 
 
 def _difference(rule: Rule, recomputed: Rule) -> str | None:
-    """What a rule says otherwise than the one that was computed again; None where they are the same."""
+    """What a rule says otherwise than the one that was computed again.
+
+    None where they are the same.
+    """
     if rule.thresholds.keys() != recomputed.thresholds.keys():
         return f"it has thresholds for {', '.join(rule.thresholds) or 'no group'}"
     for name, threshold in rule.thresholds.items():

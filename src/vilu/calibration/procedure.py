@@ -195,7 +195,10 @@ def _rule_of_units(
 
 
 def _promised(rows: Outcomes, target: Target) -> Rule | None:
-    """The rule that calibration rows support, if one is asked for; InfeasibleError if it accepts nothing."""
+    """The rule that calibration rows support, if one is asked for.
+
+    InfeasibleError if it accepts nothing.
+    """
     if not target.has_rule:
         return None
     rule = rule_of(rows, target, "prediction" if target.per_class else None)
@@ -256,7 +259,10 @@ def keep_calibration(  # noqa: PLR0913 - all that a calibration is made of
 
 
 def take_back(folder: Path, changed: set[str]) -> bool:
-    """Whether a promise rests on labels, by the keys of their rows, that are others now; it is gone then."""
+    """Whether a promise rests on labels, by the keys of their rows, that are others now.
+
+    It is gone then.
+    """
     calibration = Calibration.find(folder) if changed else None
     if calibration is None:
         return False

@@ -193,7 +193,8 @@ class Rule(Model):
         names = [ALL] * n if self.grouped_by is None else check_texts(groups, "groups")
         if names is None or len(names) != n:
             raise UsageError(
-                f"with a threshold per group this rule needs the group of each of {n} rows, as text."
+                f"with a threshold per group this rule needs the group of each of {n} rows, as "
+                "text."
             )
         intervals = {name: threshold.interval for name, threshold in self.thresholds.items()}
         other = intervals.get(OTHER, (-math.inf, -math.inf))
@@ -276,8 +277,9 @@ class Rule(Model):
     def _promise_of_batch(self) -> str:
         counted = "" if self.counted is None else f": {self.counted}"
         return (
-            f"accepts what it can of a batch, of which on average at most {percent(self.max_risk or 0.0)} are wrong "
-            f"({len(self.wrong)} wrong of {self.n} calibration rows{counted})"
+            "accepts what it can of a batch, of which on average at most "
+            f"{percent(self.max_risk or 0.0)} are wrong ({len(self.wrong)} wrong of {self.n} "
+            f"calibration rows{counted})"
         )
 
     def _promise(self) -> str:
@@ -385,7 +387,10 @@ def calibrate(
 def rule_of(
     outcomes: Outcomes, target: Target, groups: Sequence[str] | Literal["prediction"] | None = None
 ) -> Rule:
-    """The rule that calibration rows support for a target, in which nothing may be accepted; as ``calibrate``."""
+    """The rule that calibration rows support for a target, in which nothing may be accepted.
+
+    As ``calibrate``.
+    """
     keep, counted = count_once(outcomes, evaluable(outcomes))
     rows = outcomes.take(keep)
     thresholds: dict[str, Threshold] = {}
@@ -424,8 +429,9 @@ def _to_select_by(rows: Outcomes, target: Target) -> tuple[int, tuple[float, ...
     n = len(chosen)
     if n < fewest:
         raise InfeasibleError(
-            f"with {n} calibration rows no answer can be selected at a risk of {percent(max_risk)}: no p-value "
-            f"is below 1 / {n + 1}. At least {fewest} rows are needed."
+            f"with {n} calibration rows no answer can be selected at a risk of "
+            f"{percent(max_risk)}: no p-value is below 1 / {n + 1}. At least {fewest} rows are "
+            "needed."
         )
     is_wrong = rows.failure[chosen] == 1
     wrong = np.sort(rows.uncertainty[chosen][is_wrong])
@@ -465,8 +471,8 @@ def _by_labels(looks: Looks, rows: Outcomes, max_risk: float) -> Threshold:
     more = looks.more_needed(rows.uncertainty, rows.failure)
     last = looks.last
     why = (
-        f"of {int(accepted[last])} labels up to the limit {int(wrong[last])} are wrong, and these scores do "
-        f"not single out answers with an error rate below {max_risk:.2%}"
+        f"of {int(accepted[last])} labels up to the limit {int(wrong[last])} are wrong, and these "
+        f"scores do not single out answers with an error rate below {max_risk:.2%}"
     )
     if more is not None:
         why = f"about {more:,} more labels of the kind that vouches are needed, if errors go on as so far"
@@ -554,7 +560,10 @@ def members_of(
 
 
 def _for_groups(rows: Outcomes, names: list[str] | None, target: Target) -> dict[str, Threshold]:
-    """The best threshold of every group; none of them where together they accept less than was asked for."""
+    """The best threshold of every group.
+
+    None of them where together they accept less than was asked for.
+    """
 
     def fewest(delta: float) -> int:
         return _fewest(target, delta)
@@ -573,7 +582,10 @@ def _for_groups(rows: Outcomes, names: list[str] | None, target: Target) -> dict
 
 
 def _why_not_all(thresholds: Mapping[str, Threshold], target: Target) -> str | None:
-    """Why the groups together fall short of the coverage that was asked for; None where they do not."""
+    """Why the groups together fall short of the coverage that was asked for.
+
+    None where they do not.
+    """
     if target.min_coverage is None:
         return None
     if target.max_risk is None:
@@ -652,8 +664,8 @@ def _why_nothing(counts: TieCounts, target: Target, delta: float) -> tuple[str, 
     if n < fewest:
         right = int(counts.accepted[counts.accepted_wrong == 0].max(initial=0))
         why = (
-            f"{max_risk:.2%} takes {fewest:,} accepted answers, none of them wrong, and there are {n:,} rows, of "
-            f"which the {right:,} most trusted are right"
+            f"{max_risk:.2%} takes {fewest:,} accepted answers, none of them wrong, and there are "
+            f"{n:,} rows, of which the {right:,} most trusted are right"
         )
         return why, fewest
     return _why_not_enough(counts, max_risk, delta), None

@@ -48,7 +48,8 @@ def read_shares(path: str | Path) -> dict[str, float]:
         )
     found: dict[str, float] = {}
     for row in rows:
-        name, share = row["class"], row["share"]
+        name = row["class"]
+        share = row["share"]
         if name in found:
             raise DataError(f"{path} states the share of {name!r} twice.")
         try:
@@ -73,8 +74,8 @@ def check_shares(outside_share: float | None, class_shares: Mapping[str, float] 
         total = sum(class_shares.values())
         if abs(total - 1) > SUM_TOLERANCE:
             raise UsageError(
-                f"the shares of the classes are of the rows within the classes, and must add up to 1. They add up to "
-                f"{total:g}."
+                "the shares of the classes are of the rows within the classes, and must add up to "
+                f"1. They add up to {total:g}."
             )
 
 
@@ -83,8 +84,9 @@ def require_every_class(rows: Outcomes, class_shares: Mapping[str, float] | None
     names = () if class_shares is None else rows.class_names or ()
     if missing := [name for name in names if class_shares is not None and name not in class_shares]:
         raise UsageError(
-            f"no share is stated of {len(missing)} of the {len(names)} classes: {', '.join(map(repr, missing))}. State "
-            "the share of every class, 0 where none of its pictures is to be expected."
+            f"no share is stated of {len(missing)} of the {len(names)} classes: "
+            f"{', '.join(map(repr, missing))}. State the share of every class, 0 where none of its "
+            "pictures is to be expected."
         )
 
 
@@ -115,12 +117,13 @@ class Strata:
         check_shares(outside_share, class_shares)
         if outside_share is None and rows.outside.any():
             raise UsageError(
-                f"{np.count_nonzero(rows.outside)} of these rows are of none of the classes. State the share of such "
-                "pictures that is to be expected, too (--outside-share)."
+                f"{np.count_nonzero(rows.outside)} of these rows are of none of the classes. State "
+                "the share of such pictures that is to be expected, too (--outside-share)."
             )
         strangers = outside_share or 0.0
         if class_shares is None:
-            inside, place = {INSIDE_NAME: 1.0}, np.zeros(len(rows), dtype=np.int64)
+            inside = {INSIDE_NAME: 1.0}
+            place = np.zeros(len(rows), dtype=np.int64)
         else:
             inside, place = _by_class(rows, class_shares)
         total = sum(inside.values())
@@ -133,7 +136,10 @@ class Strata:
 
     @property
     def weight(self) -> Floats:
-        """(N,) weight v = share n / n_s of every row; their mean is 1 where every stratum with a share has rows."""
+        """(N,) weight v = share n / n_s of every row.
+
+        Their mean is 1 where every stratum with a share has rows.
+        """
         per_stratum = self.share * len(self.stratum) / np.maximum(self.n, 1)
         return per_stratum[self.stratum]
 
@@ -152,7 +158,10 @@ class Strata:
 
 
 def _by_class(rows: Outcomes, class_shares: Mapping[str, float]) -> tuple[dict[str, float], Ints]:
-    """Stated share of every class, 0 where none is, and (N,) position of each row's class; outside rows are at 0."""
+    """Stated share of every class, 0 where none is, and (N,) position of each row's class.
+
+    Outside rows are at 0.
+    """
     if rows.class_names is None or rows.target is None:
         raise DataError(
             "shares of classes need rows that say of which class they are. These do not."
@@ -161,7 +170,8 @@ def _by_class(rows: Outcomes, class_shares: Mapping[str, float]) -> tuple[dict[s
     unknown = next((name for name in class_shares if name not in names), None)
     if unknown is not None:
         raise UsageError(
-            f"a share is stated of {unknown!r}, which is none of the {len(names)} classes of these rows."
+            f"a share is stated of {unknown!r}, which is none of the {len(names)} classes of these "
+            "rows."
         )
     if len(set(names)) < len(names):
         raise UsageError("two classes have one name, so shares by name do not tell them apart.")
@@ -229,7 +239,10 @@ def weighted_learn_then_test(
 def cumulated_evidence(
     wrong: NDArray[np.bool_], weight: Floats, max_risk: float, largest: float
 ) -> Floats:
-    """(B, N) log of the product over the first rows, for each bet; ``largest``: weight of all rows."""
+    """(B, N) log of the product over the first rows, for each bet.
+
+    ``largest``: weight of all rows.
+    """
     bets = np.array(BETS)[:, None] / ((1 - max_risk) * largest)
     return np.log1p(-bets * weight * (wrong - max_risk)).cumsum(axis=1)
 
@@ -265,8 +278,8 @@ def why_nothing(strata: Strata, max_risk: float, delta: float) -> tuple[str, int
     lacking = strata.lacking(max_risk, delta)
     if not lacking:
         return (
-            f"no threshold shows a risk of {max_risk:.2%} at the stated shares: too few rows, or scores that do not "
-            "single out answers with so low an error rate"
+            f"no threshold shows a risk of {max_risk:.2%} at the stated shares: too few rows, or "
+            "scores that do not single out answers with so low an error rate"
         ), None
     told = ", ".join(_lack(*one) for one in lacking[:SAID])
     more = f" and {len(lacking) - SAID} more" if len(lacking) > SAID else ""

@@ -21,7 +21,10 @@ Starts = tuple[tuple[float, float], ...]
 
 
 def tail(wrong: Ints, accepted: Ints, risk: float) -> Floats:
-    """(...) P[Bin(m, risk) <= k]: the p-value of "the error rate is above ``risk``"; 1 where nothing is accepted."""
+    """(...) P[Bin(m, risk) <= k]: the p-value of "the error rate is above ``risk``".
+
+    1 where nothing is accepted.
+    """
     from scipy import special  # half a second to import, which those who only score are spared
 
     # the regularised incomplete beta function is the tail, and takes whole arrays
@@ -51,7 +54,10 @@ def lower_bound(hits: float, n: float, delta: float) -> float:
 
 
 def percent(share: float, decimals: int = 2, rounded: Callable[[float], int] = math.ceil) -> str:
-    """A bound in per cent, never rounded to the side that would promise more; a small one has more decimals."""
+    """A bound in per cent, never rounded to the side that would promise more.
+
+    A small one has more decimals.
+    """
     decimals = max(decimals, 1 - math.floor(math.log10(100 * share))) if share > 0 else decimals
     unit = 10 ** (decimals + 2)
     return f"{rounded(round(share * unit, 6)) / unit:.{decimals}%}"
@@ -80,7 +86,10 @@ def accepted_needed(wrong: int, risk: float, delta: float) -> int | None:
 
 
 def some_enough(enough: Callable[[int], bool], high: int) -> int | None:
-    """By doubling ``high`` and bisection an m that is enough while m - 1 is not; None where it is above 2^40."""
+    """By doubling ``high`` and bisection an m that is enough while m - 1 is not.
+
+    None where it is above 2^40.
+    """
     while not enough(high):
         high *= 2
         if high > MAX_ROWS:
@@ -177,7 +186,10 @@ class Threshold(Model):
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Accepted are uncertainties above the first number up to the second; both -inf where nothing is."""
+        """Accepted are uncertainties above the first number up to the second.
+
+        Both -inf where nothing is.
+        """
         floor = -math.inf if self.floor is None else self.floor
         threshold = -math.inf if self.threshold is None else self.threshold
         return floor, threshold
@@ -239,7 +251,8 @@ def learn_then_test(counts: TieCounts, max_risk: float, delta: float) -> Thresho
 
 def _floors(accepted: Ints, max_risk: float, delta: float) -> list[int]:
     """Positions of the floors above which a sequence can begin where it is to."""
-    n, (at, share) = int(accepted[-1]), FLOOR_STARTS[0]
+    n = int(accepted[-1])
+    (at, share) = FLOOR_STARTS[0]
     if n < FLOOR_ROWS:
         return []
     rows = rows_without_error(max_risk, delta * FLOOR_SHARE * share) + 1
@@ -256,7 +269,8 @@ def _fallback(
     counts: TieCounts, floor: int, starts: Starts, whole: float, max_risk: float, delta: float
 ) -> Threshold | None:
     """The laxest t above a floor that the sequences certify."""
-    accepted, wrong = _above(counts.accepted, floor), _above(counts.accepted_wrong, floor)
+    accepted = _above(counts.accepted, floor)
+    wrong = _above(counts.accepted_wrong, floor)
     levels = dict[int, float]()
     for least, rows, level in beginnings(
         int(accepted[-1]) if len(accepted) else 0, starts, whole, max_risk, delta
@@ -269,9 +283,11 @@ def _fallback(
         ):
             begin -= 1
         levels[begin] = levels.get(begin, 0.0) + level
-    carried, best = 0.0, None
+    carried = 0.0
+    best = None
     for begin, end in pairwise([*sorted(levels), len(accepted)]):
-        level, kept = carried + levels[begin], begin
+        level = carried + levels[begin]
+        kept = begin
         before = (accepted[begin - 1], wrong[begin - 1]) if begin else (0, 0)
         own = (
             accepted[begin] - before[0] == wrong[begin] - before[1]
@@ -309,10 +325,12 @@ def beginnings(
     found = list[tuple[int, int, float]]()
     if (wrong := admissible(n - 1, max_risk, whole * delta)) > 0:
         found.append((n, n, float(tail(np.asarray(wrong), np.asarray(n - 1), max_risk))))
-    left, carried = delta - sum(level for *_, level in found), 0.0
+    left = delta - sum(level for *_, level in found)
+    carried = 0.0
     for (at, share), (following, more) in pairwise([*starts, (0.0, 0.0)]):
         level = carried + left * share
-        place, fewest = math.ceil(n * at) - 1, rows_without_error(max_risk, level)
+        place = math.ceil(n * at) - 1
+        fewest = rows_without_error(max_risk, level)
         after = max(math.ceil(n * following), rows_without_error(max_risk, level + left * more) + 1)
         if following and place < fewest and fewest + 1 > NEAR * after:
             carried = level
@@ -366,7 +384,8 @@ def coverage_first(counts: TieCounts, min_coverage: float, delta: float) -> Thre
     )
     if index == len(counts.accepted):
         return None
-    wrong, others = int(counts.accepted_wrong[index]), int(counts.accepted[index]) - 1
+    wrong = int(counts.accepted_wrong[index])
+    others = int(counts.accepted[index]) - 1
     return Threshold.at(counts, index, upper_bound(min(wrong, others), others, delta / 2))
 
 

@@ -207,7 +207,8 @@ class Guard:
         require_at_least("workers", 1 if workers is None else workers, 1)
         if not isinstance(backbone, Backbone | None):
             raise UsageError(
-                f"backbone must be a model as vilu.load_backbone gives it. Got {backbone!r:.60} instead."
+                f"backbone must be a model as vilu.load_backbone gives it. Got {backbone!r:.60} "
+                "instead."
             )
         self.folder = Path(predictor)
         self.batch_size = batch_size
@@ -245,8 +246,8 @@ class Guard:
         space = self.vocabulary.space
         if space.backbone is None:
             raise ProvenanceError(
-                "this predictor was fitted on arrays of a model that is not named, so no image can be embedded for it. "
-                "Give the model: vilu.Guard(folder, backbone=...)."
+                "this predictor was fitted on arrays of a model that is not named, so no image can "
+                "be embedded for it. Give the model: vilu.Guard(folder, backbone=...)."
             )
         at = None if models is None else Path(models).absolute()
         return BackboneSpec(space.backbone, device, space.precision or "fp32", at).load()
@@ -278,8 +279,8 @@ class Guard:
         """What makes embeddings; UsageError where the guard was opened for vectors alone."""
         if self._model is None:
             raise UsageError(
-                f"this guard of {self.folder} was opened with vectors_only, so it has no model that "
-                "reads images. Open it without."
+                f"this guard of {self.folder} was opened with vectors_only, so it has no model "
+                "that reads images. Open it without."
             )
         return self._model
 
@@ -434,7 +435,8 @@ def record_of(place: int, image: ImageLike) -> ImageRecord:
     if isinstance(image, Image.Image):
         return ImageRecord(str(place), None, lambda: _encoded(image))
     raise UsageError(
-        f"an image is a path, encoded bytes or a picture of Pillow. Got {type(image).__name__} at place {place}."
+        f"an image is a path, encoded bytes or a picture of Pillow. Got {type(image).__name__} at "
+        f"place {place}."
     )
 
 

@@ -36,10 +36,15 @@ from vilu.store.reader import CaptionStore, EmbeddingStore
 from vilu.validation import checked, require_at_least
 
 ROWS_PER_PART = 2**17
-ACCEPT, ABSTAIN = "accept", "abstain"
+ACCEPT = "accept"
+ABSTAIN = "abstain"
 
-ABOVE, OUTSIDE_REASON = "above_threshold", "outside"
-"""Why an answer is not accepted: its uncertainty; and where the picture is rather of none of the classes, that."""
+ABOVE = "above_threshold"
+OUTSIDE_REASON = "outside"
+"""Why an answer is not accepted: its uncertainty.
+
+And where the picture is rather of none of the classes, that.
+"""
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +85,9 @@ def require_streaming(calibration: CalibrationLike | None) -> None:
     """Refuse a rule that needs all rows at once."""
     if calibration is not None and calibration.needs_batch:
         raise UsageError(
-            "conformal selection judges all rows of a batch together: there is no decision about one image, nor in "
-            "a folder of scores, written part by part. Score into a file, or calibrate with --method ltt."
+            "conformal selection judges all rows of a batch together: there is no decision about "
+            "one image, nor in a folder of scores, written part by part. Score into a file, or "
+            "calibrate with --method ltt."
         )
 
 
@@ -143,7 +149,10 @@ def score_fresh(
     dataset: str | None = None,
     split: str | None = None,
 ) -> Outcomes:
-    """As ``score``, of the rows ``fresh`` (N,) that ``fit`` has not seen; captions keep the pools of all rows."""
+    """As ``score``, of the rows ``fresh`` (N,) that ``fit`` has not seen.
+
+    Captions keep the pools of all rows.
+    """
     _check(predictor, data, None)
     facts = _facts(predictor, data, None, (dataset, split), n_seen_in_fit=0)
     return score_rows(predictor, data, facts, scored=scored_of(data, fresh)).take(fresh)
@@ -242,9 +251,9 @@ def _check(
     both_count = "n_candidates" in known and "n_candidates" in here
     if both_count and not same_candidates(known, here):
         warnings.warn(
-            f"this {predictor.name} was fitted on other candidates (classes or prompts) than these. Its "
-            "uncertainties still rank the answers, but as probabilities of failure they are not calibrated here: "
-            "run `vilu calibrate` on labelled rows with these candidates.",
+            f"this {predictor.name} was fitted on other candidates (classes or prompts) than "
+            "these. Its uncertainties still rank the answers, but as probabilities of failure they "
+            "are not calibrated here: run `vilu calibrate` on labelled rows with these candidates.",
             stacklevel=3,
         )
 
@@ -463,7 +472,8 @@ def source_fingerprint(source: EmbeddingSource) -> str:
     the usable ones, with the candidates of the first of them (of the first pool) and two
     identifiers.
     """
-    rows, stored = source.usable_rows, source.first if isinstance(source, TwoModels) else source
+    rows = source.usable_rows
+    stored = source.first if isinstance(source, TwoModels) else source
     places = np.linspace(0, len(rows) - 1, min(SAMPLED, len(rows))).round().astype(np.int64)
     sample = rows[torch.from_numpy(places)]
     pool = rows[: source.pool_size or 1]

@@ -60,13 +60,15 @@ class ScoreRun(ScoreDocument):
     @property
     def parts(self) -> list[ScorePart]:
         """All parts: of the rows to score in their order, then of the rows without a score."""
-        size, ends = self.rows_per_part, (self.n_candidate, self.n_in)
+        size = self.rows_per_part
+        ends = (self.n_candidate, self.n_in)
         cuts = [*range(0, ends[0], size), *range(*ends, size), self.n_in]
         return [ScorePart(number=i, start=a, stop=b) for i, (a, b) in enumerate(pairwise(cuts))]
 
     def require_same(self, other: ScoreRun, path: Path) -> None:
         """Refuse to mix two runs, naming both sides of what differs."""
-        mine, theirs = self.model_dump(mode="json"), other.model_dump(mode="json")
+        mine = self.model_dump(mode="json")
+        theirs = other.model_dump(mode="json")
         differences = [
             f"{k}: {mine[k]!r} ({path}) against {theirs[k]!r} (now)"
             for k in mine
@@ -138,7 +140,8 @@ class Counts(Model):
     @classmethod
     def of(cls, outcomes: Outcomes, n_seen: int) -> Self:
         """Those of some rows."""
-        scored, known = np.isfinite(outcomes.uncertainty), outcomes.evaluable
+        scored = np.isfinite(outcomes.uncertainty)
+        known = outcomes.evaluable
         return cls(
             n_in=len(outcomes),
             n_scored=int(scored.sum()),
@@ -194,7 +197,10 @@ class ScoreManifest(ScoreDocument):
 class ScoreLedger(Ledger[ScorePart, ScoreReceipt]):
     """What is to be done and done in a folder of scores."""
 
-    what, command, doing, kind = "folder of scores", "vilu score", "scoring into", "scores"
+    what = "folder of scores"
+    command = "vilu score"
+    doing = "scoring into"
+    kind = "scores"
     folders = ("receipts", "histograms", "scores")
 
     def __init__(self, root: Path, run: ScoreRun) -> None:
@@ -220,12 +226,14 @@ class ScoreLedger(Ledger[ScorePart, ScoreReceipt]):
     def write_rows(self, part: ScorePart, rows: Ints, outcomes: Outcomes, n_seen: int) -> None:
         """Write what is said of some rows of the source, of which so many were used to fit."""
         known = outcomes.evaluable
-        u, failure = outcomes.uncertainty, outcomes.failure
+        u = outcomes.uncertainty
+        failure = outcomes.failure
         histogram = histogram_bytes(
             *(Histogram.of(u[of], failure[of]) for of in (known, known & outcomes.outside))
         )
         payloads = {part.scores: parquet_bytes(*outcomes.table(rows)), part.histogram: histogram}
-        counts, run = Counts.of(outcomes, n_seen), self.fingerprint
+        counts = Counts.of(outcomes, n_seen)
+        run = self.fingerprint
         self.write(
             part,
             payloads,
@@ -265,10 +273,12 @@ def histogram_bytes(histogram: Histogram, outside: Histogram) -> bytes:
 
 def read_histogram(root: Path, receipt: ScoreReceipt) -> tuple[Histogram, Histogram]:
     """The counts of a part, checked against its receipt: of all its rows, and of those of none of the classes."""
-    path, counts = Vouched(root, [receipt])(receipt.part.histogram), receipt.counts
+    path = Vouched(root, [receipt])(receipt.part.histogram)
+    counts = receipt.counts
     with vouched():
         table, metadata = read_table(path, ())
-    level, ends = metadata.get("level"), metadata.get("ends")
+    level = metadata.get("level")
+    ends = metadata.get("ends")
     names = [name for name in table.column_names if name != "outside"]
     if names != list(COLUMNS) or any(c.type != pa.int64() or c.null_count for c in table.columns):
         raise _damaged(path, f"its columns are {table.schema.names}")
@@ -296,7 +306,9 @@ def _are_ends(ends: object) -> bool:
 
 def _in_order(histogram: Histogram) -> bool:
     """Whether the bins are such as a histogram has: ascending, none empty, the outer ones with the ends in them."""
-    bins, correct, wrong = histogram.bins, histogram.correct, histogram.wrong
+    bins = histogram.bins
+    correct = histogram.correct
+    wrong = histogram.wrong
     if not len(bins):
         return True
     first, last = codes(np.array([histogram.low, histogram.high])) >> histogram.level
@@ -473,7 +485,8 @@ class ScoreFolder(Reopened):
         order = np.argsort(row_id, kind="stable")
         if not np.array_equal(row_id[order], np.arange(len(self))):
             raise DataError(
-                f"the parts of {self.path} do not hold the rows 0 to {len(self) - 1} once each. {AGAIN}."
+                f"the parts of {self.path} do not hold the rows 0 to {len(self) - 1} once each. "
+                f"{AGAIN}."
             )
         optional = {name: _joined(parts, name, kind, order) for name, kind in OPTIONAL.items()}
         optional["reason"] = optional["reason"] or [None] * len(order)
@@ -489,12 +502,18 @@ class ScoreFolder(Reopened):
         )
 
     def verify(self) -> None:
-        """Read every byte, and compare it with what was written; StorageError names the file that is damaged."""
+        """Read every byte, and compare it with what was written.
+
+        StorageError names the file that is damaged.
+        """
         self._ledger.verify()
 
 
 def _joined(parts: list[Outcomes], name: str, kind: str, order: NDArray[np.int64]) -> Any:  # noqa: ANN401 - by its kind
-    """What the parts say of every row, in the order of the data; a part without it says nothing of its rows."""
+    """What the parts say of every row, in the order of the data.
+
+    A part without it says nothing of its rows.
+    """
     found = [getattr(part, name) for part in parts]
     if all(values is None for values in found):
         return None

@@ -89,7 +89,8 @@ class Audit:
         """What the answers so far show."""
         # the wealth at the promise says on which side of it the bounds are, and costs no search
         enough = -math.log(self.delta)
-        wrong, n = np.asarray(self.wrong), np.asarray(self.n)
+        wrong = np.asarray(self.wrong)
+        n = np.asarray(self.n)
         if log_wealth(wrong, n, self.promise, self.prior) >= enough:
             return "broken"
         kept = log_wealth(n - wrong, n, 1 - self.promise, self.prior[::-1]) >= enough
@@ -131,7 +132,10 @@ class Audit:
 
 
 LEAST: Final = 1e-3
-"""A smaller share of strangers than this is not told from it; a stated share of 0 is watched as this."""
+"""A smaller share of strangers than this is not told from it.
+
+A stated share of 0 is watched as this.
+"""
 
 
 def rates_of(rule: Rule | None, calibration: Outcomes, level: float) -> dict[TestName, Audit]:
@@ -172,6 +176,7 @@ def strangers_in_words(audit: Audit, stated: float) -> str:
     """The share of strangers among the labelled rows, with bounds that hold at all times together."""
     return (
         f"{audit.wrong} of {audit.n} labelled rows are of none of the classes (share "
-        f"{percent(audit.lower, 2, math.floor)} to {percent(audit.upper)}, each bound with confidence "
-        f"{percent(1 - audit.delta, 2, math.floor)}; stated: at most {percent(stated, 2, math.floor)})"
+        f"{percent(audit.lower, 2, math.floor)} to {percent(audit.upper)}, each bound with "
+        f"confidence {percent(1 - audit.delta, 2, math.floor)}; stated: at most "
+        f"{percent(stated, 2, math.floor)})"
     )
