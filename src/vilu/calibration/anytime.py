@@ -57,8 +57,8 @@ def log_evidence(wrong: ArrayLike, accepted: ArrayLike, max_risk: float) -> Floa
     wealth = (
         np.log(share) + k * np.log1p(-bet) + (m - k) * np.log1p(bet * max_risk / (1 - max_risk))
     )
-    found: Floats = np.logaddexp.reduce(wealth, axis=-1)
-    return found
+    evidence: Floats = np.logaddexp.reduce(wealth, axis=-1)
+    return evidence
 
 
 def flawless_labels(max_risk: float, delta: float) -> int:
@@ -88,8 +88,8 @@ def grid_of(uncertainty: Floats, limit: float) -> Floats:
     counts = [math.ceil(inside * step / STEPS) for step in range(1, STEPS + 1)]
     while counts[-1] < len(ordered):
         counts.append(min(math.ceil(counts[-1] * GROWTH), len(ordered)))
-    found: Floats = ordered[np.array(counts) - 1]
-    return found
+    grid: Floats = ordered[np.array(counts) - 1]
+    return grid
 
 
 class Draw(Model):
@@ -181,9 +181,9 @@ class Looks:
         level = 0.0
         best = None
         evidence = log_evidence(wrong, accepted, self.max_risk)[: self.last + 1]
-        for place, found in enumerate(evidence.tolist()):
+        for place, log_e in enumerate(evidence.tolist()):
             level += self.delta * starts.get(place + 1, 0.0)
-            if level and found >= -math.log(level):
+            if level and log_e >= -math.log(level):
                 best = place
             else:
                 level = 0.0

@@ -72,8 +72,8 @@ def failure_aware_posterior(batch: Batch, log_p: Tensor, failure_probability: Te
     f = failure_probability.double()[:, None]
     # the others' share among themselves: a softmax without the answer, which stays exact where p_a
     # rounds to one
-    others = log_p.scatter(1, answer, -torch.inf).softmax(dim=1)
-    return (f * others).scatter(1, answer, 1 - f)
+    rest = log_p.scatter(1, answer, -torch.inf).softmax(dim=1)
+    return (f * rest).scatter(1, answer, 1 - f)
 
 
 def nonconformity(

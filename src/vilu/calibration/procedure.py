@@ -212,8 +212,8 @@ def _accepts_less(rule: Rule | None, than: Rule | None, pictures: Outcomes) -> b
     if rule is None or than is None:
         return False
     groups = group_names(pictures) if rule.grouped_by == "prediction" else None
-    mine = int(rule.accept(pictures.uncertainty, groups).sum())
-    return mine < int(than.accept(pictures.uncertainty, groups).sum())
+    n_accepted = int(rule.accept(pictures.uncertainty, groups).sum())
+    return n_accepted < int(than.accept(pictures.uncertainty, groups).sum())
 
 
 def keep_calibration(  # noqa: PLR0913 - all that a calibration is made of

@@ -197,8 +197,8 @@ class Rule(Model):
                 "text."
             )
         intervals = {name: threshold.interval for name, threshold in self.thresholds.items()}
-        other = intervals.get(OTHER, (-math.inf, -math.inf))
-        rows = [intervals.get(name, other) for name in names]
+        of_others = intervals.get(OTHER, (-math.inf, -math.inf))
+        rows = [intervals.get(name, of_others) for name in names]
         ends = np.array(rows, dtype=np.float64).reshape(n, 2)
         return ends[:, 0], ends[:, 1]
 
@@ -500,16 +500,16 @@ def refuse_fitted(outcomes: Outcomes) -> None:
     n_told = provenance.get("n_compared_with_fit")
     if not isinstance(n_told, int):
         n_told = len(outcomes)
-    found = f"at least {n_seen} of these rows were used to fit the predictor"
+    overlap = f"at least {n_seen} of these rows were used to fit the predictor"
     remedy = (
         "Score rows that it has not seen: data.take(np.flatnonzero(~predictor.seen(data).shared))"
     )
     if n_seen > MAX_SHARED * n_told:
         raise DataError(
-            f"{found}, more than {MAX_SHARED:.0%} of the {n_told} that can be told. "
+            f"{overlap}, more than {MAX_SHARED:.0%} of the {n_told} that can be told. "
             f"{LEARNED_FROM} {remedy}."
         )
-    warnings.warn(f"{found}. {LEARNED_FROM} {remedy}.", stacklevel=6)
+    warnings.warn(f"{overlap}. {LEARNED_FROM} {remedy}.", stacklevel=6)
 
 
 def group_names(outcomes: Outcomes) -> list[str]:
@@ -555,8 +555,8 @@ def members_of(
     ]
     own = set(ranked[: max(enough, default=0)])
     group = np.array([name if name in own else OTHER for name in names], dtype=object)
-    found = {name: np.flatnonzero(group == name) for name in [*sorted(own), OTHER]}
-    return {name: rows for name, rows in found.items() if len(rows)}
+    members = {name: np.flatnonzero(group == name) for name in [*sorted(own), OTHER]}
+    return {name: rows for name, rows in members.items() if len(rows)}
 
 
 def _for_groups(rows: Outcomes, names: list[str] | None, target: Target) -> dict[str, Threshold]:
@@ -570,15 +570,18 @@ def _for_groups(rows: Outcomes, names: list[str] | None, target: Target) -> dict
 
     delta = 1 - target.confidence
     members = members_of(names, len(rows), delta, fewest)
-    each = delta / len(members)
+    level = delta / len(members)
     thresholds = {}
     for name, places in members.items():
         counts = tie_counts(rows.uncertainty[places], rows.failure[places])
-        thresholds[name] = _best(counts, target, each)
+        thresholds[name] = _best(counts, target, level)
     why = _why_not_all(thresholds, target)
     if why is None:
         return thresholds
-    return {name: Threshold.nothing(one.n, why, one.n_needed) for name, one in thresholds.items()}
+    return {
+        name: Threshold.nothing(threshold.n, why, threshold.n_needed)
+        for name, threshold in thresholds.items()
+    }
 
 
 def _why_not_all(thresholds: Mapping[str, Threshold], target: Target) -> str | None:

@@ -46,19 +46,19 @@ def read_shares(path: str | Path) -> dict[str, float]:
         raise DataError(
             f"{path} must have the columns class and share. It has {', '.join(columns) or 'none'}."
         )
-    found: dict[str, float] = {}
+    shares: dict[str, float] = {}
     for row in rows:
         name = row["class"]
         share = row["share"]
-        if name in found:
+        if name in shares:
             raise DataError(f"{path} states the share of {name!r} twice.")
         try:
-            found[name] = float(share)
+            shares[name] = float(share)
         except (TypeError, ValueError) as error:
             raise DataError(
                 f"{path}: the share of {name!r} must be a number. Got {share!r} instead."
             ) from error
-    return found
+    return shares
 
 
 def check_shares(outside_share: float | None, class_shares: Mapping[str, float] | None) -> None:
@@ -145,7 +145,7 @@ class Strata:
 
     def lacking(self, max_risk: float, delta: float) -> list[tuple[str, int, int | None]]:
         """Strata with too few rows for any promise: name, rows, and how many it takes at least."""
-        found = []
+        lacking = []
         for name, n, share in zip(self.names, self.n.tolist(), self.share.tolist(), strict=True):
             needed = (
                 fewest_rows(share, max_risk, main_level(delta), wrong=name == OUTSIDE_NAME)
@@ -153,8 +153,8 @@ class Strata:
                 else 0
             )
             if needed is None or n < needed:
-                found.append((name, n, needed))
-        return found
+                lacking.append((name, n, needed))
+        return lacking
 
 
 def _by_class(rows: Outcomes, class_shares: Mapping[str, float]) -> tuple[dict[str, float], Ints]:
@@ -250,8 +250,8 @@ def cumulated_evidence(
 @np.errstate(under="ignore")  # what is small beside the others is 0
 def log_mean(evidence: Floats) -> Floats:
     """(G,) log of the mean over bets (B, G)."""
-    found: Floats = np.logaddexp.reduce(evidence, axis=0) - math.log(len(BETS))
-    return found
+    log_e: Floats = np.logaddexp.reduce(evidence, axis=0) - math.log(len(BETS))
+    return log_e
 
 
 def fewest_rows(share: float, max_risk: float, level: float, *, wrong: bool) -> int | None:
@@ -262,12 +262,12 @@ def fewest_rows(share: float, max_risk: float, level: float, *, wrong: bool) -> 
     bets = np.array(BETS)
     # b sum Z of the others, at the largest bet that a row of this stratum allows; their weights are
     # small beside its
-    others = bets * max_risk / (1 - max_risk) * (1 - share) / share
+    within = bets * max_risk / (1 - max_risk) * (1 - share) / share
     own = np.zeros(len(bets)) if wrong else np.log1p(bets * max_risk / (1 - max_risk))
 
     @np.errstate(under="ignore")  # what is small beside the others is 0
     def enough(n: int) -> bool:
-        grown: Floats = n * (others + own)
+        grown: Floats = n * (within + own)
         return bool(np.logaddexp.reduce(grown) - math.log(len(bets)) >= -math.log(level))
 
     return some_enough(enough, 1)
@@ -292,11 +292,11 @@ def _lack(name: str, n: int, needed: int | None) -> str:
 
 def in_words(outside_share: float | None, class_shares: Mapping[str, float] | None) -> str:
     """For which shares a promise holds."""
-    told = []
+    words = []
     if outside_share is not None:
-        told.append(
+        words.append(
             f"for up to {percent(outside_share, 1, math.floor)} of strangers like those shown"
         )
     if class_shares is not None:
-        told.append(f"at the stated shares of {len(class_shares)} classes")
-    return " and ".join(told)
+        words.append(f"at the stated shares of {len(class_shares)} classes")
+    return " and ".join(words)

@@ -29,10 +29,10 @@ def tail(wrong: Ints, accepted: Ints, risk: float) -> Floats:
 
     # the regularised incomplete beta function is the tail, and takes whole arrays
     inside = wrong < accepted
-    found = special.betainc(
+    p = special.betainc(
         np.where(inside, accepted - wrong, 1), np.where(inside, wrong + 1, 1), 1 - risk
     )
-    return np.where(inside, found, 1.0)
+    return np.where(inside, p, 1.0)
 
 
 def upper_bound(wrong: float, accepted: float, delta: float) -> float:
@@ -237,15 +237,15 @@ def learn_then_test(counts: TieCounts, max_risk: float, delta: float) -> Thresho
     procedure (2003).
     """
     floors = _floors(counts.accepted, max_risk, delta)
-    found = [
+    candidates = [
         _fallback(counts, -1, STARTS, WHOLE, max_risk, delta * (1 - FLOOR_SHARE * len(floors)))
     ]
-    found += [
+    candidates += [
         _fallback(counts, floor, FLOOR_STARTS, 0.0, max_risk, delta * FLOOR_SHARE)
         for floor in floors
     ]
 
-    certified = [threshold for threshold in found if threshold is not None]
+    certified = [threshold for threshold in candidates if threshold is not None]
     return max(certified, key=lambda threshold: threshold.n_accepted, default=None)
 
 
@@ -287,15 +287,15 @@ def _fallback(
     best = None
     for begin, end in pairwise([*sorted(levels), len(accepted)]):
         level = carried + levels[begin]
-        kept = begin
+        first_kept = begin
         before = (accepted[begin - 1], wrong[begin - 1]) if begin else (0, 0)
         own = (
             accepted[begin] - before[0] == wrong[begin] - before[1]
         )  # the row at t is wrong if all of this score are
         if tail(wrong[begin] - own, accepted[begin] - 1, max_risk) <= level:
-            kept = _first_kept(wrong, accepted, max_risk, level, begin, end)
-            best = kept - 1  # before t itself, where that is shown without the row at t alone
-        carried = level if kept == end else 0.0
+            first_kept = _first_kept(wrong, accepted, max_risk, level, begin, end)
+            best = first_kept - 1  # before t itself, where that is shown without the row at t alone
+        carried = level if first_kept == end else 0.0
     if best is None:
         return None
     return Threshold.at(counts, floor + 1 + best, max_risk, floor)
@@ -307,9 +307,9 @@ def _first_kept(
     """First position from ``begin`` on whose hypothesis is not rejected; ``end`` where all are."""
     for start in range(begin, end, BLOCK):
         block = slice(start, min(start + BLOCK, end))
-        kept = np.flatnonzero(tail(wrong[block], accepted[block], max_risk) > level)
-        if len(kept):
-            return start + int(kept[0])
+        not_rejected = np.flatnonzero(tail(wrong[block], accepted[block], max_risk) > level)
+        if len(not_rejected):
+            return start + int(not_rejected[0])
     return end
 
 
@@ -322,10 +322,10 @@ def beginnings(
     None where no rejection is possible. Each has one row more than its test, since the last row is
     not a random one.
     """
-    found = list[tuple[int, int, float]]()
+    sequences = list[tuple[int, int, float]]()
     if (wrong := admissible(n - 1, max_risk, whole * delta)) > 0:
-        found.append((n, n, float(tail(np.asarray(wrong), np.asarray(n - 1), max_risk))))
-    left = delta - sum(level for *_, level in found)
+        sequences.append((n, n, float(tail(np.asarray(wrong), np.asarray(n - 1), max_risk))))
+    left = delta - sum(level for *_, level in sequences)
     carried = 0.0
     for (at, share), (following, more) in pairwise([*starts, (0.0, 0.0)]):
         level = carried + left * share
@@ -339,8 +339,8 @@ def beginnings(
         rows = accepted_needed(admissible(least - 1, max_risk, level) + 1, max_risk, level) or least
         carried = 0.0
         if least < n:
-            found.append((least + 1, min(rows + 1, n), level))
-    return tuple(found)
+            sequences.append((least + 1, min(rows + 1, n), level))
+    return tuple(sequences)
 
 
 def admissible(rows: int, max_risk: float, level: float) -> int:
@@ -385,8 +385,8 @@ def coverage_first(counts: TieCounts, min_coverage: float, delta: float) -> Thre
     if index == len(counts.accepted):
         return None
     wrong = int(counts.accepted_wrong[index])
-    others = int(counts.accepted[index]) - 1
-    return Threshold.at(counts, index, upper_bound(min(wrong, others), others, delta / 2))
+    trials = int(counts.accepted[index]) - 1
+    return Threshold.at(counts, index, upper_bound(min(wrong, trials), trials, delta / 2))
 
 
 PROCEDURES: dict[str, Callable[[TieCounts, float, float], Threshold | None]] = {

@@ -234,10 +234,10 @@ class Guard:
                 theirs="its candidates",
             )
         wanted = set(self.predictor.columns_to_score) & IMAGE_COLUMNS.keys()
-        others = sorted(wanted - {FEATURES})
-        if others:
+        not_of_one_image = sorted(wanted - {FEATURES})
+        if not_of_one_image:
             raise UsageError(
-                f"this {self.predictor.name} looks at {', '.join(others)}, which no image alone "
+                f"this {self.predictor.name} looks at {', '.join(not_of_one_image)}, which no image alone "
                 "gives. Embed and score with `vilu embed` and `vilu score`."
             )
         return (IMAGE, *sorted(wanted))
@@ -302,7 +302,7 @@ class Guard:
         ``Answer`` has, but its key.
         """
         answers = self(images)
-        names = [one.name for one in fields(Answer) if one.name != "key"]
+        names = [field.name for field in fields(Answer) if field.name != "key"]
         return {name: [getattr(answer, name) for answer in answers] for name in names}
 
     def stream(self, images: Iterable[ImageLike]) -> Iterator[Answer]:
@@ -420,8 +420,10 @@ def runners_up_of(batch: Batch, names: Sequence[str]) -> list[RunnersUp]:
         return [()] * len(batch.index)
     posterior = log_posterior(batch).exp()
     answer = batch.prediction.to(posterior.device)[:, None]
-    found = posterior.scatter(1, answer, -1.0).topk(min(RUNNERS_UP, posterior.shape[1] - 1), dim=1)
-    pairs = zip(found.indices.tolist(), found.values.tolist(), strict=True)
+    nearest = posterior.scatter(1, answer, -1.0).topk(
+        min(RUNNERS_UP, posterior.shape[1] - 1), dim=1
+    )
+    pairs = zip(nearest.indices.tolist(), nearest.values.tolist(), strict=True)
     return [tuple((names[i], p) for i, p in zip(*row, strict=True)) for row in pairs]
 
 

@@ -220,15 +220,15 @@ def _check(
     worst = 0.0
     rule = rule_of(guard)
     for pixels, expected in trials:
-        found = dict(zip(graph.outputs, run({PIXELS: pixels}), strict=True))
-        uncertainty, answer = (found[name] for name in SAID)
-        arrays = tuple(torch.from_numpy(found[name]) for name in graph.arrays)
+        outputs = dict(zip(graph.outputs, run({PIXELS: pixels}), strict=True))
+        uncertainty, answer = (outputs[name] for name in SAID)
+        arrays = tuple(torch.from_numpy(outputs[name]) for name in graph.arrays)
         for name, mine, theirs in zip(graph.arrays, arrays, expected, strict=True):
             _require_same(name, mine, theirs, torch.finfo(graph.dtype).eps)
         names = [guard.vocabulary.names[place] for place in answer.tolist()]
         if (
-            ACCEPT in found
-            and (found[ACCEPT] != (rule is not None and rule.accept(uncertainty, names))).any()
+            ACCEPT in outputs
+            and (outputs[ACCEPT] != (rule is not None and rule.accept(uncertainty, names))).any()
         ):
             raise DataError(
                 "the exported graph decides otherwise than the rule. Nothing was written."

@@ -134,10 +134,10 @@ def score(
     _check(predictor, data, calibration)
     seen = predictor.seen(data)
     _warn_seen(seen.said(), predictor, len(seen))
-    told = {"n_seen_in_fit": len(seen)}
+    counts = {"n_seen_in_fit": len(seen)}
     if len(seen):
-        told["n_compared_with_fit"] = seen.n_told
-    facts = _facts(predictor, data, calibration, (dataset, split), **told)
+        counts["n_compared_with_fit"] = seen.n_told
+    facts = _facts(predictor, data, calibration, (dataset, split), **counts)
     return score_rows(predictor, data, facts, calibration=calibration)
 
 
@@ -504,12 +504,12 @@ def source_fingerprint(source: EmbeddingSource) -> str:
 
 def _hash(tensor: Tensor) -> str:
     """Of the numbers, block by block: what repeats one number for all rows is never written out."""
-    found = hashlib.blake2b(digest_size=16)
+    content = hashlib.blake2b(digest_size=16)
     for block in (
         tensor.detach()
         .cpu()
         .reshape(len(tensor) if tensor.ndim else 1, math.prod(tensor.shape[1:]))
         .split(2**20)
     ):
-        found.update(block.contiguous().view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        content.update(block.contiguous().view(torch.uint8).numpy().data)
+    return content.hexdigest()

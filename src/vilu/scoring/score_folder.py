@@ -67,12 +67,12 @@ class ScoreRun(ScoreDocument):
 
     def require_same(self, other: ScoreRun, path: Path) -> None:
         """Refuse to mix two runs, naming both sides of what differs."""
-        mine = self.model_dump(mode="json")
-        theirs = other.model_dump(mode="json")
+        before = self.model_dump(mode="json")
+        now = other.model_dump(mode="json")
         differences = [
-            f"{k}: {mine[k]!r} ({path}) against {theirs[k]!r} (now)"
-            for k in mine
-            if mine[k] != theirs[k]
+            f"{k}: {before[k]!r} ({path}) against {now[k]!r} (now)"
+            for k in before
+            if before[k] != now[k]
         ]
         if differences:
             raise ProvenanceError(
@@ -155,13 +155,14 @@ class Counts(Model):
     def total(cls, several: Iterable[Counts]) -> Counts:
         """The sum."""
         every = list(several)
-        reasons = sorted({reason for one in every for reason in one.unscored})
+        reasons = sorted({reason for counts in every for reason in counts.unscored})
         numbers = ("n_in", "n_scored", "n_failures", "n_unlabelled", "n_seen")
         return cls(
             unscored={
-                reason: sum(one.unscored.get(reason, 0) for one in every) for reason in reasons
+                reason: sum(counts.unscored.get(reason, 0) for counts in every)
+                for reason in reasons
             },
-            **{name: sum(getattr(one, name) for one in every) for name in numbers},
+            **{name: sum(getattr(counts, name) for counts in every) for name in numbers},
         )
 
 
@@ -292,10 +293,10 @@ def read_histogram(root: Path, receipt: ScoreReceipt) -> tuple[Histogram, Histog
     )
     if not bool(((outside >= 0) & (outside <= wrong)).all()):
         raise _damaged(path, "more rows of none of the classes than wrong ones are in a bin")
-    found = (histogram.n, histogram.n_failures)
+    counted = (histogram.n, histogram.n_failures)
     expected = (counts.n_scored - counts.n_unlabelled, counts.n_failures)
-    if found != expected or not _in_order(histogram) or (ends is None) != (len(bins) == 0):
-        raise _damaged(path, f"it counts {found} rows and failures, its receipt {expected}")
+    if counted != expected or not _in_order(histogram) or (ends is None) != (len(bins) == 0):
+        raise _damaged(path, f"it counts {counted} rows and failures, its receipt {expected}")
     return histogram, histogram.counted(np.zeros_like(correct), outside)
 
 
@@ -514,18 +515,18 @@ def _joined(parts: list[Outcomes], name: str, kind: str, order: NDArray[np.int64
 
     A part without it says nothing of its rows.
     """
-    found = [getattr(part, name) for part in parts]
-    if all(values is None for values in found):
+    columns = [getattr(part, name) for part in parts]
+    if all(values is None for values in columns):
         return None
     if kind == "string":
         texts = [
             text
-            for part, values in zip(parts, found, strict=True)
+            for part, values in zip(parts, columns, strict=True)
             for text in values or [None] * len(part)
         ]
         return [texts[place] for place in order]
     numbers = [
         np.full(len(p), MISSING[kind]) if v is None else v
-        for p, v in zip(parts, found, strict=True)
+        for p, v in zip(parts, columns, strict=True)
     ]
     return np.concatenate(numbers)[order]
