@@ -27,7 +27,6 @@ EXPORTED = "vilu-plain"
 
 RULES: dict[str, tuple[str, list[str]]] = {
     "ltt": ("mcm", ["--max-risk", "0.22", "--confidence", "0.7"]),
-    "sgr": ("entropy", ["--max-risk", "0.32", "--confidence", "0.6", "--method", "sgr"]),
     "crc": ("mcm", ["--max-risk", "0.2", "--method", "crc"]),
     "selection": ("mcm", ["--max-risk", "0.25", "--method", "selection"]),
     "coverage": ("vilu", ["--min-coverage", "0.7"]),

@@ -106,7 +106,7 @@ def calls_of(folder: Path) -> dict[str, Call]:
             name: (f, {a: metric[a] for a in inspect.signature(f).parameters})
             for name, f in functions.items()
         },
-        "Guard": (vilu.Guard, {**guard, "backbone": model}),
+        "Guard": (vilu.Guard, {**guard, "backbone": model, "vectors_only": False}),
         "fit": (mcm.fit, {"train": train, "validation": test}),
         "fit with labels": (
             vilu.PREDICTORS["knn_vote"]().fit,

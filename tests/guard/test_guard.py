@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests.builders.photo_folders import photo
@@ -200,3 +201,16 @@ def test_a_data_set_of_the_hub_is_mapped(predictor: Path) -> None:
     assert mapped.column_names[1:] == [
         *("label", "failure_probability", "uncertainty", "decision", "reason", "runners_up")
     ]
+
+
+def test_a_guard_for_vectors_alone_needs_no_model(predictor: Path) -> None:
+    whole, vectors = Guard(predictor), Guard(predictor, vectors_only=True, device="cuda:99")
+    widths = whole.model.widths
+    rows = {name: torch.eye(3, width) for name, width in widths.items()}
+    keys = ["a.jpg", "b.jpg", "c.jpg"]
+    expected, _ = whole.answer(rows, keys)
+    answers, outcomes = vectors.answer(rows, keys)
+    assert answers == expected
+    assert [answer.key for answer in answers] == list(outcomes.ids or ()) == keys
+    with pytest.raises(UsageError, match="opened with vectors_only"):
+        vectors([photo(1, 1)])

@@ -31,6 +31,7 @@ from tests.service.conftest import Running, hosted
 from vilu.calibration.calibration import Calibration
 from vilu.calibration.monitor.monitor import Monitor
 from vilu.calibration.rules import calibrate
+from vilu.calibration.target import Target
 from vilu.errors import DataError, StorageError, UsageError
 from vilu.guard.guard import Guard
 from vilu.service.journal import Journal
@@ -734,9 +735,10 @@ def test_nothing_is_answered_where_the_journal_is_gone(
 def accept_nothing(predictor: Path) -> None:
     """Give a calibrated predictor a rule that accepts nothing, as a triage leaves it at first."""
     before = Calibration.load(predictor)
-    rule = calibrate(before.rows, max_risk=0.001)
+    target = Target(max_risk=0.001)
+    rule = calibrate(before.rows, max_risk=target.max_risk)
     assert not rule.feasible
-    after = before.model_copy(update={"rule": rule, "promise": str(rule)})
+    after = before.model_copy(update={"target": target, "rule": rule, "promise": str(rule)})
     after.write(predictor / "risk.json")
 
 

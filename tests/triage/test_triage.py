@@ -72,7 +72,7 @@ def test_from_photos_to_a_guarantee_that_holds(begun: Folder) -> None:
 
 
 def test_the_most_trusted_are_guaranteed_only_where_labels_show_it() -> None:
-    """Half of the first eighth are wrong, nothing behind: only the laxest threshold is certified."""
+    """Half of the first eighth are wrong, the others right: the laxest threshold is certified."""
     u = (np.arange(640) + 0.5) / 640
     wrong = ((u < 1 / 8) & (np.arange(640) % 16 == 0)).astype(int) + (
         (u < 1 / 64) & (np.arange(640) % 2 == 1)

@@ -57,8 +57,8 @@ def log_evidence(wrong: ArrayLike, accepted: ArrayLike, max_risk: float) -> Floa
     wealth = (
         np.log(share) + k * np.log1p(-bet) + (m - k) * np.log1p(bet * max_risk / (1 - max_risk))
     )
-    found: Floats = np.logaddexp.reduce(wealth, axis=-1)
-    return found
+    evidence: Floats = np.logaddexp.reduce(wealth, axis=-1)
+    return evidence
 
 
 def flawless_labels(max_risk: float, delta: float) -> int:
@@ -69,7 +69,10 @@ def flawless_labels(max_risk: float, delta: float) -> int:
 
 
 def level_of(attempt: int, delta: float) -> float:
-    """Level of predictor number k = ``attempt`` (from 1): delta / (k (k + 1)); all of them add up to delta."""
+    """Level of predictor number k = ``attempt`` (from 1): delta / (k (k + 1)).
+
+    All of them add up to delta.
+    """
     return delta / (attempt * (attempt + 1))
 
 
@@ -85,12 +88,15 @@ def grid_of(uncertainty: Floats, limit: float) -> Floats:
     counts = [math.ceil(inside * step / STEPS) for step in range(1, STEPS + 1)]
     while counts[-1] < len(ordered):
         counts.append(min(math.ceil(counts[-1] * GROWTH), len(ordered)))
-    found: Floats = ordered[np.array(counts) - 1]
-    return found
+    grid: Floats = ordered[np.array(counts) - 1]
+    return grid
 
 
 class Draw(Model):
-    """What is fixed before the labels of a draw are looked at, as it is saved; ``Looks`` tests it."""
+    """What is fixed before the labels of a draw are looked at, as it is saved.
+
+    ``Looks`` tests it.
+    """
 
     grid: tuple[float, ...]  # thresholds, ascending
     delta: float = Field(gt=0, lt=1)  # level
@@ -144,7 +150,8 @@ class Looks:
         require_between("delta", self.delta)
         if len(self.grid) < STEPS or (np.diff(self.grid) < 0).any():
             raise DataError(
-                f"a grid has {STEPS} thresholds at least, ascending. Got {np.asarray(self.grid).tolist()}."
+                f"a grid has {STEPS} thresholds at least, ascending. Got "
+                f"{np.asarray(self.grid).tolist()}."
             )
 
     @property
@@ -158,7 +165,10 @@ class Looks:
         return (inside & (failure == 1)).sum(axis=1), inside.sum(axis=1)
 
     def certified(self, uncertainty: Floats, failure: Ints) -> int | None:
-        """Position of the laxest threshold that is certified by the labels (N,) so far; None where none is."""
+        """Position of the laxest threshold that is certified by the labels (N,) so far.
+
+        None where none is.
+        """
         return self._certified(*self.counts(uncertainty, failure))
 
     def can_certify(self, uncertainty: Floats) -> bool:
@@ -167,11 +177,13 @@ class Looks:
         return self._certified(np.zeros_like(accepted), accepted) is not None
 
     def _certified(self, wrong: Ints, accepted: Ints) -> int | None:
-        starts, level, best = dict(STARTS), 0.0, None
+        starts = dict(STARTS)
+        level = 0.0
+        best = None
         evidence = log_evidence(wrong, accepted, self.max_risk)[: self.last + 1]
-        for place, found in enumerate(evidence.tolist()):
+        for place, log_e in enumerate(evidence.tolist()):
             level += self.delta * starts.get(place + 1, 0.0)
-            if level and found >= -math.log(level):
+            if level and log_e >= -math.log(level):
                 best = place
             else:
                 level = 0.0

@@ -26,13 +26,13 @@ from vilu.calibration.thresholds import Threshold
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.errors import DataError, ProvenanceError, ViLUError
 from vilu.metrics.counts import Floats
+from vilu.outcomes.decisions import ABOVE, ABSTAIN, ACCEPT, OUTSIDE_REASON
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.contract.probability import Calibrator
 from vilu.predictors.contract.seen import candidates_of, same_candidates
 from vilu.predictors.persistence.files import RISK, ROWS
 from vilu.predictors.persistence.record import RECALIBRATE, fit_fingerprint
-from vilu.scoring.score import ABOVE, ABSTAIN, ACCEPT, OUTSIDE_REASON
 
 ROUNDING = 1e-9
 """Bounds are compared up to this: another SciPy may round them otherwise."""
@@ -144,7 +144,8 @@ class Calibration(Document):
         if calibration.predictor != fingerprint:
             raise ProvenanceError(
                 f"{path} was made for the predictor {calibration.predictor}, and {folder} holds "
-                f"{fingerprint}: its thresholds say nothing here. {RECALIBRATE}, or remove the file."
+                f"{fingerprint}: its thresholds say nothing here. {RECALIBRATE}, or remove the "
+                "file."
             )
         calibration._rows = _read_rows(Path(folder), calibration.rows_sha256)
         wrong = calibration._contradiction()
@@ -310,7 +311,10 @@ class Calibration(Document):
 
 
 def _difference(rule: Rule, recomputed: Rule) -> str | None:
-    """What a rule says otherwise than the one that was computed again; None where they are the same."""
+    """What a rule says otherwise than the one that was computed again.
+
+    None where they are the same.
+    """
     if rule.thresholds.keys() != recomputed.thresholds.keys():
         return f"it has thresholds for {', '.join(rule.thresholds) or 'no group'}"
     for name, threshold in rule.thresholds.items():

@@ -112,9 +112,9 @@ def check_copies(predictor: FailurePredictor, data: EmbeddingSource, rows: Ints)
     same = _copies(nearest, SAME, sample)
     if _too_many(same, sample):
         raise DataError(
-            f"{same.in_words(SAME)}: more than {MAX_SHARED:.0%}, and more than the fitted rows have "
-            f"among themselves. What is measured on copies of fitted rows holds for no others. "
-            f"Calibrate on pictures that the fit has not seen."
+            f"{same.in_words(SAME)}: more than {MAX_SHARED:.0%}, and more than the fitted rows "
+            "have among themselves. What is measured on copies of fitted rows holds for no "
+            f"others. Calibrate on pictures that the fit has not seen."
         )
     words = near.in_words(NEAR_COPY)
     logger.warning("%s. What is measured on copies of fitted rows holds for no others", words)

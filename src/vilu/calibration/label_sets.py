@@ -64,13 +64,16 @@ class LabelSets(Model):
 
 
 def failure_aware_posterior(batch: Batch, log_p: Tensor, failure_probability: Tensor) -> Tensor:
-    """(B, K) float64 q of the module's docstring, on the CPU; with two candidates q = (1 - f, f)."""
+    """(B, K) float64 q of the module's docstring, on the CPU.
+
+    With two candidates q = (1 - f, f).
+    """
     answer = batch.prediction.cpu()[:, None]
     f = failure_probability.double()[:, None]
     # the others' share among themselves: a softmax without the answer, which stays exact where p_a
     # rounds to one
-    others = log_p.scatter(1, answer, -torch.inf).softmax(dim=1)
-    return (f * others).scatter(1, answer, 1 - f)
+    rest = log_p.scatter(1, answer, -torch.inf).softmax(dim=1)
+    return (f * rest).scatter(1, answer, 1 - f)
 
 
 def nonconformity(
@@ -98,8 +101,9 @@ def fit_label_sets(
     data = data.without(~predictor.unseen(data, "calibration"))
     if n_outside := int(data.outside.sum()):
         warnings.warn(
-            f"label sets leave out {n_outside} of {len(data)} calibration rows, which are of none of the classes: no "
-            "set holds their label, so the sets promise something of pictures of the classes only.",
+            f"label sets leave out {n_outside} of {len(data)} calibration rows, which are of none "
+            "of the classes: no set holds their label, so the sets promise something of pictures "
+            "of the classes only.",
             stacklevel=2,
         )
     true = [
@@ -114,8 +118,8 @@ def fit_label_sets(
     )  # (1 - 0.1) * 10 is a little more than 9
     if rank > len(scores):
         raise InfeasibleError(
-            f"sets that miss at most {max_miss:.2%} need at least {rows_for_mean(max_miss)} calibration rows. "
-            f"Got {len(scores)}."
+            f"sets that miss at most {max_miss:.2%} need at least {rows_for_mean(max_miss)} "
+            f"calibration rows. Got {len(scores)}."
         )
     limit = float(scores.sort().values[rank - 1])
     sizes = [(scores <= limit).sum(dim=1) for scores, _ in _labelled(predictor, data, method)]
@@ -134,7 +138,8 @@ def check_label_sets(predictor: FailurePredictor, data: EmbeddingSource, max_mis
     require_between("max_miss", max_miss)
     if data.pool_size is not None:
         raise UsageError(
-            "label sets need classes; these are image-caption pairs, each with candidates of its own pool."
+            "label sets need classes; these are image-caption pairs, each with candidates of its "
+            "own pool."
         )
     predictor.raw_failure_probability([])
 

@@ -198,7 +198,10 @@ def _rule_of_units(
 
 
 def _promised(rows: Outcomes, target: Target) -> Rule | None:
-    """The rule that calibration rows support, if one is asked for; InfeasibleError if it accepts nothing."""
+    """The rule that calibration rows support, if one is asked for.
+
+    InfeasibleError if it accepts nothing.
+    """
     if not target.has_rule:
         return None
     rule = rule_of(rows, target, "prediction" if target.per_class else None)
@@ -212,8 +215,8 @@ def _accepts_less(rule: Rule | None, than: Rule | None, pictures: Outcomes) -> b
     if rule is None or than is None:
         return False
     groups = group_names(pictures) if rule.grouped_by == "prediction" else None
-    mine = int(rule.accept(pictures.uncertainty, groups).sum())
-    return mine < int(than.accept(pictures.uncertainty, groups).sum())
+    n_accepted = int(rule.accept(pictures.uncertainty, groups).sum())
+    return n_accepted < int(than.accept(pictures.uncertainty, groups).sum())
 
 
 def keep_calibration(  # noqa: PLR0913 - all that a calibration is made of
@@ -259,7 +262,10 @@ def keep_calibration(  # noqa: PLR0913 - all that a calibration is made of
 
 
 def take_back(folder: Path, changed: set[str]) -> bool:
-    """Whether a promise rests on labels, by the keys of their rows, that are others now; it is gone then."""
+    """Whether a promise rests on labels, by the keys of their rows, that are others now.
+
+    It is gone then.
+    """
     calibration = Calibration.find(folder) if changed else None
     if calibration is None:
         return False

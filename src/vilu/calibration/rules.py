@@ -193,11 +193,12 @@ class Rule(Model):
         names = [ALL] * n if self.grouped_by is None else check_texts(groups, "groups")
         if names is None or len(names) != n:
             raise UsageError(
-                f"with a threshold per group this rule needs the group of each of {n} rows, as text."
+                f"with a threshold per group this rule needs the group of each of {n} rows, as "
+                "text."
             )
         intervals = {name: threshold.interval for name, threshold in self.thresholds.items()}
-        other = intervals.get(OTHER, (-math.inf, -math.inf))
-        rows = [intervals.get(name, other) for name in names]
+        of_others = intervals.get(OTHER, (-math.inf, -math.inf))
+        rows = [intervals.get(name, of_others) for name in names]
         ends = np.array(rows, dtype=np.float64).reshape(n, 2)
         return ends[:, 0], ends[:, 1]
 
@@ -276,8 +277,9 @@ class Rule(Model):
     def _promise_of_batch(self) -> str:
         counted = "" if self.counted is None else f": {self.counted}"
         return (
-            f"accepts what it can of a batch, of which on average at most {percent(self.max_risk or 0.0)} are wrong "
-            f"({len(self.wrong)} wrong of {self.n} calibration rows{counted})"
+            "accepts what it can of a batch, of which on average at most "
+            f"{percent(self.max_risk or 0.0)} are wrong ({len(self.wrong)} wrong of {self.n} "
+            f"calibration rows{counted})"
         )
 
     def _promise(self) -> str:
@@ -385,7 +387,10 @@ def calibrate(
 def rule_of(
     outcomes: Outcomes, target: Target, groups: Sequence[str] | Literal["prediction"] | None = None
 ) -> Rule:
-    """The rule that calibration rows support for a target, in which nothing may be accepted; as ``calibrate``."""
+    """The rule that calibration rows support for a target, in which nothing may be accepted.
+
+    As ``calibrate``.
+    """
     keep, counted = count_once(outcomes, evaluable(outcomes))
     rows = outcomes.take(keep)
     thresholds: dict[str, Threshold] = {}
@@ -424,8 +429,9 @@ def _to_select_by(rows: Outcomes, target: Target) -> tuple[int, tuple[float, ...
     n = len(chosen)
     if n < fewest:
         raise InfeasibleError(
-            f"with {n} calibration rows no answer can be selected at a risk of {percent(max_risk)}: no p-value "
-            f"is below 1 / {n + 1}. At least {fewest} rows are needed."
+            f"with {n} calibration rows no answer can be selected at a risk of "
+            f"{percent(max_risk)}: no p-value is below 1 / {n + 1}. At least {fewest} rows are "
+            "needed."
         )
     is_wrong = rows.failure[chosen] == 1
     wrong = np.sort(rows.uncertainty[chosen][is_wrong])
@@ -465,8 +471,8 @@ def _by_labels(looks: Looks, rows: Outcomes, max_risk: float) -> Threshold:
     more = looks.more_needed(rows.uncertainty, rows.failure)
     last = looks.last
     why = (
-        f"of {int(accepted[last])} labels up to the limit {int(wrong[last])} are wrong, and these scores do "
-        f"not single out answers with an error rate below {max_risk:.2%}"
+        f"of {int(accepted[last])} labels up to the limit {int(wrong[last])} are wrong, and these "
+        f"scores do not single out answers with an error rate below {max_risk:.2%}"
     )
     if more is not None:
         why = f"about {more:,} more labels of the calibration side are needed, if errors go on as so far"
@@ -494,16 +500,16 @@ def refuse_fitted(outcomes: Outcomes) -> None:
     n_told = provenance.get("n_compared_with_fit")
     if not isinstance(n_told, int):
         n_told = len(outcomes)
-    found = f"at least {n_seen} of these rows were used to fit the predictor"
+    overlap = f"at least {n_seen} of these rows were used to fit the predictor"
     remedy = (
         "Score rows that it has not seen: data.take(np.flatnonzero(~predictor.seen(data).shared))"
     )
     if n_seen > MAX_SHARED * n_told:
         raise DataError(
-            f"{found}, more than {MAX_SHARED:.0%} of the {n_told} that can be told. "
+            f"{overlap}, more than {MAX_SHARED:.0%} of the {n_told} that can be told. "
             f"{LEARNED_FROM} {remedy}."
         )
-    warnings.warn(f"{found}. {LEARNED_FROM} {remedy}.", stacklevel=6)
+    warnings.warn(f"{overlap}. {LEARNED_FROM} {remedy}.", stacklevel=6)
 
 
 def group_names(outcomes: Outcomes) -> list[str]:
@@ -549,31 +555,40 @@ def members_of(
     ]
     own = set(ranked[: max(enough, default=0)])
     group = np.array([name if name in own else OTHER for name in names], dtype=object)
-    found = {name: np.flatnonzero(group == name) for name in [*sorted(own), OTHER]}
-    return {name: rows for name, rows in found.items() if len(rows)}
+    members = {name: np.flatnonzero(group == name) for name in [*sorted(own), OTHER]}
+    return {name: rows for name, rows in members.items() if len(rows)}
 
 
 def _for_groups(rows: Outcomes, names: list[str] | None, target: Target) -> dict[str, Threshold]:
-    """The best threshold of every group; none of them where together they accept less than was asked for."""
+    """The best threshold of every group.
+
+    None of them where together they accept less than was asked for.
+    """
 
     def fewest(delta: float) -> int:
         return _fewest(target, delta)
 
     delta = 1 - target.confidence
     members = members_of(names, len(rows), delta, fewest)
-    each = delta / len(members)
+    level = delta / len(members)
     thresholds = {}
     for name, places in members.items():
         counts = tie_counts(rows.uncertainty[places], rows.failure[places])
-        thresholds[name] = _best(counts, target, each)
+        thresholds[name] = _best(counts, target, level)
     why = _why_not_all(thresholds, target)
     if why is None:
         return thresholds
-    return {name: Threshold.nothing(one.n, why, one.n_needed) for name, one in thresholds.items()}
+    return {
+        name: Threshold.nothing(threshold.n, why, threshold.n_needed)
+        for name, threshold in thresholds.items()
+    }
 
 
 def _why_not_all(thresholds: Mapping[str, Threshold], target: Target) -> str | None:
-    """Why the groups together fall short of the coverage that was asked for; None where they do not."""
+    """Why the groups together fall short of the coverage that was asked for.
+
+    None where they do not.
+    """
     if target.min_coverage is None:
         return None
     if target.max_risk is None:
@@ -652,8 +667,8 @@ def _why_nothing(counts: TieCounts, target: Target, delta: float) -> tuple[str, 
     if n < fewest:
         right = int(counts.accepted[counts.accepted_wrong == 0].max(initial=0))
         why = (
-            f"{max_risk:.2%} takes {fewest:,} accepted answers, none of them wrong, and there are {n:,} rows, of "
-            f"which the {right:,} most trusted are right"
+            f"{max_risk:.2%} takes {fewest:,} accepted answers, none of them wrong, and there are "
+            f"{n:,} rows, of which the {right:,} most trusted are right"
         )
         return why, fewest
     return _why_not_enough(counts, max_risk, delta), None

@@ -40,7 +40,10 @@ def p_values(uncertainty: Floats, wrong: Sequence[float], n: int) -> Floats:
 
 
 def selected(p: Floats, level: float) -> NDArray[np.bool_]:
-    """(N,) which answers Benjamini-Hochberg accepts; one without a p-value is none, and does not count."""
+    """(N,) which answers Benjamini-Hochberg accepts.
+
+    One without a p-value is none, and does not count.
+    """
     scored = np.isfinite(p)
     ordered = np.sort(p[scored])
     if not len(ordered):

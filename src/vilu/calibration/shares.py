@@ -46,18 +46,19 @@ def read_shares(path: str | Path) -> dict[str, float]:
         raise DataError(
             f"{path} must have the columns class and share. It has {', '.join(columns) or 'none'}."
         )
-    found: dict[str, float] = {}
+    shares: dict[str, float] = {}
     for row in rows:
-        name, share = row["class"], row["share"]
-        if name in found:
+        name = row["class"]
+        share = row["share"]
+        if name in shares:
             raise DataError(f"{path} states the share of {name!r} twice.")
         try:
-            found[name] = float(share)
+            shares[name] = float(share)
         except (TypeError, ValueError) as error:
             raise DataError(
                 f"{path}: the share of {name!r} must be a number. Got {share!r} instead."
             ) from error
-    return found
+    return shares
 
 
 def check_shares(outside_share: float | None, class_shares: Mapping[str, float] | None) -> None:
@@ -73,8 +74,8 @@ def check_shares(outside_share: float | None, class_shares: Mapping[str, float] 
         total = sum(class_shares.values())
         if abs(total - 1) > SUM_TOLERANCE:
             raise UsageError(
-                f"the shares of the classes are of the rows within the classes, and must add up to 1. They add up to "
-                f"{total:g}."
+                "the shares of the classes are of the rows within the classes, and must add up to "
+                f"1. They add up to {total:g}."
             )
 
 
@@ -83,8 +84,9 @@ def require_every_class(rows: Outcomes, class_shares: Mapping[str, float] | None
     names = () if class_shares is None else rows.class_names or ()
     if missing := [name for name in names if class_shares is not None and name not in class_shares]:
         raise UsageError(
-            f"no share is stated of {len(missing)} of the {len(names)} classes: {', '.join(map(repr, missing))}. State "
-            "the share of every class, 0 where none of its pictures is to be expected."
+            f"no share is stated of {len(missing)} of the {len(names)} classes: "
+            f"{', '.join(map(repr, missing))}. State the share of every class, 0 where none of its "
+            "pictures is to be expected."
         )
 
 
@@ -115,12 +117,13 @@ class Strata:
         check_shares(outside_share, class_shares)
         if outside_share is None and rows.outside.any():
             raise UsageError(
-                f"{np.count_nonzero(rows.outside)} of these rows are of none of the classes. State the share of such "
-                "pictures that is to be expected, too (--outside-share)."
+                f"{np.count_nonzero(rows.outside)} of these rows are of none of the classes. State "
+                "the share of such pictures that is to be expected, too (--outside-share)."
             )
         strangers = outside_share or 0.0
         if class_shares is None:
-            inside, place = {INSIDE_NAME: 1.0}, np.zeros(len(rows), dtype=np.int64)
+            inside = {INSIDE_NAME: 1.0}
+            place = np.zeros(len(rows), dtype=np.int64)
         else:
             inside, place = _by_class(rows, class_shares)
         total = sum(inside.values())
@@ -133,13 +136,16 @@ class Strata:
 
     @property
     def weight(self) -> Floats:
-        """(N,) weight v = share n / n_s of every row; their mean is 1 where every stratum with a share has rows."""
+        """(N,) weight v = share n / n_s of every row.
+
+        Their mean is 1 where every stratum with a share has rows.
+        """
         per_stratum = self.share * len(self.stratum) / np.maximum(self.n, 1)
         return per_stratum[self.stratum]
 
     def lacking(self, max_risk: float, delta: float) -> list[tuple[str, int, int | None]]:
         """Strata with too few rows for any promise: name, rows, and how many it takes at least."""
-        found = []
+        lacking = []
         for name, n, share in zip(self.names, self.n.tolist(), self.share.tolist(), strict=True):
             needed = (
                 fewest_rows(share, max_risk, main_level(delta), wrong=name == OUTSIDE_NAME)
@@ -147,12 +153,15 @@ class Strata:
                 else 0
             )
             if needed is None or n < needed:
-                found.append((name, n, needed))
-        return found
+                lacking.append((name, n, needed))
+        return lacking
 
 
 def _by_class(rows: Outcomes, class_shares: Mapping[str, float]) -> tuple[dict[str, float], Ints]:
-    """Stated share of every class, 0 where none is, and (N,) position of each row's class; outside rows are at 0."""
+    """Stated share of every class, 0 where none is, and (N,) position of each row's class.
+
+    Outside rows are at 0.
+    """
     if rows.class_names is None or rows.target is None:
         raise DataError(
             "shares of classes need rows that say of which class they are. These do not."
@@ -161,7 +170,8 @@ def _by_class(rows: Outcomes, class_shares: Mapping[str, float]) -> tuple[dict[s
     unknown = next((name for name in class_shares if name not in names), None)
     if unknown is not None:
         raise UsageError(
-            f"a share is stated of {unknown!r}, which is none of the {len(names)} classes of these rows."
+            f"a share is stated of {unknown!r}, which is none of the {len(names)} classes of these "
+            "rows."
         )
     if len(set(names)) < len(names):
         raise UsageError("two classes have one name, so shares by name do not tell them apart.")
@@ -229,7 +239,10 @@ def weighted_learn_then_test(
 def cumulated_evidence(
     wrong: NDArray[np.bool_], weight: Floats, max_risk: float, largest: float
 ) -> Floats:
-    """(B, N) log of the product over the first rows, for each bet; ``largest``: weight of all rows."""
+    """(B, N) log of the product over the first rows, for each bet.
+
+    ``largest``: weight of all rows.
+    """
     bets = np.array(BETS)[:, None] / ((1 - max_risk) * largest)
     return np.log1p(-bets * weight * (wrong - max_risk)).cumsum(axis=1)
 
@@ -237,8 +250,8 @@ def cumulated_evidence(
 @np.errstate(under="ignore")  # what is small beside the others is 0
 def log_mean(evidence: Floats) -> Floats:
     """(G,) log of the mean over bets (B, G)."""
-    found: Floats = np.logaddexp.reduce(evidence, axis=0) - math.log(len(BETS))
-    return found
+    log_e: Floats = np.logaddexp.reduce(evidence, axis=0) - math.log(len(BETS))
+    return log_e
 
 
 def fewest_rows(share: float, max_risk: float, level: float, *, wrong: bool) -> int | None:
@@ -249,12 +262,12 @@ def fewest_rows(share: float, max_risk: float, level: float, *, wrong: bool) -> 
     bets = np.array(BETS)
     # b sum Z of the others, at the largest bet that a row of this stratum allows; their weights are
     # small beside its
-    others = bets * max_risk / (1 - max_risk) * (1 - share) / share
+    within = bets * max_risk / (1 - max_risk) * (1 - share) / share
     own = np.zeros(len(bets)) if wrong else np.log1p(bets * max_risk / (1 - max_risk))
 
     @np.errstate(under="ignore")  # what is small beside the others is 0
     def enough(n: int) -> bool:
-        grown: Floats = n * (others + own)
+        grown: Floats = n * (within + own)
         return bool(np.logaddexp.reduce(grown) - math.log(len(bets)) >= -math.log(level))
 
     return some_enough(enough, 1)
@@ -265,8 +278,8 @@ def why_nothing(strata: Strata, max_risk: float, delta: float) -> tuple[str, int
     lacking = strata.lacking(max_risk, delta)
     if not lacking:
         return (
-            f"no threshold shows a risk of {max_risk:.2%} at the stated shares: too few rows, or scores that do not "
-            "single out answers with so low an error rate"
+            f"no threshold shows a risk of {max_risk:.2%} at the stated shares: too few rows, or "
+            "scores that do not single out answers with so low an error rate"
         ), None
     told = ", ".join(_lack(*one) for one in lacking[:SAID])
     more = f" and {len(lacking) - SAID} more" if len(lacking) > SAID else ""
@@ -279,11 +292,11 @@ def _lack(name: str, n: int, needed: int | None) -> str:
 
 def in_words(outside_share: float | None, class_shares: Mapping[str, float] | None) -> str:
     """For which shares a promise holds."""
-    told = []
+    words = []
     if outside_share is not None:
-        told.append(
+        words.append(
             f"for up to {percent(outside_share, 1, math.floor)} of strangers like those shown"
         )
     if class_shares is not None:
-        told.append(f"at the stated shares of {len(class_shares)} classes")
-    return " and ".join(told)
+        words.append(f"at the stated shares of {len(class_shares)} classes")
+    return " and ".join(words)

@@ -18,7 +18,10 @@ from vilu.validation import checked_fields, require_between, require_one_of
 Method = Literal["ltt", "crc", "selection", "anytime"]
 
 ROWS_AT_ONCE: tuple[Method, ...] = ("ltt", "crc", "selection")
-"""Methods whose rows are all there before anybody looks; "anytime" is for labels one after another."""
+"""Methods whose rows are all there before anybody looks.
+
+"anytime" is for labels one after another.
+"""
 
 
 @checked_fields
@@ -75,19 +78,22 @@ class Target:
             self.check_rule(grouped=self.per_class)
         elif self.per_class or self.method != "ltt":
             raise UsageError(
-                "without max_risk or min_coverage there is no decision: leave method and per_class out."
+                "without max_risk or min_coverage there is no decision: leave method and per_class "
+                "out."
             )
         elif self.states_shares:
             self.check_shares(grouped=False)
         if self.per_class and data.pool_size is not None:
             raise UsageError(
-                "captions have no classes, so there are no thresholds per class. Leave per_class out."
+                "captions have no classes, so there are no thresholds per class. Leave per_class "
+                "out."
             )
         if self.label_sets is not None:
             check_label_sets(predictor, data, self.max_miss)
         elif self.max_miss != Target.max_miss:
             raise UsageError(
-                f"max_miss ({self.max_miss}) is for label sets. Ask for label_sets too, or leave it out."
+                f"max_miss ({self.max_miss}) is for label sets. Ask for label_sets too, or leave "
+                "it out."
             )
 
     def check_rule(self, *, grouped: bool) -> None:
@@ -104,7 +110,8 @@ class Target:
             is_one_risk = self.max_risk is not None and self.min_coverage is None
             if grouped or not is_one_risk:
                 raise UsageError(
-                    "selection takes a max_risk, and neither a min_coverage nor a threshold per class."
+                    "selection takes a max_risk, and neither a min_coverage nor a threshold per "
+                    "class."
                 )
         self.check_shares(grouped=grouped)
 

@@ -21,15 +21,18 @@ Starts = tuple[tuple[float, float], ...]
 
 
 def tail(wrong: Ints, accepted: Ints, risk: float) -> Floats:
-    """(...) P[Bin(m, risk) <= k]: the p-value of "the error rate is above ``risk``"; 1 where nothing is accepted."""
+    """(...) P[Bin(m, risk) <= k]: the p-value of "the error rate is above ``risk``".
+
+    1 where nothing is accepted.
+    """
     from scipy import special  # half a second to import, which those who only score are spared
 
     # the regularised incomplete beta function is the tail, and takes whole arrays
     inside = wrong < accepted
-    found = special.betainc(
+    p = special.betainc(
         np.where(inside, accepted - wrong, 1), np.where(inside, wrong + 1, 1), 1 - risk
     )
-    return np.where(inside, found, 1.0)
+    return np.where(inside, p, 1.0)
 
 
 def upper_bound(wrong: float, accepted: float, delta: float) -> float:
@@ -51,7 +54,10 @@ def lower_bound(hits: float, n: float, delta: float) -> float:
 
 
 def percent(share: float, decimals: int = 2, rounded: Callable[[float], int] = math.ceil) -> str:
-    """A bound in per cent, never rounded to the side that would promise more; a small one has more decimals."""
+    """A bound in per cent, never rounded to the side that would promise more.
+
+    A small one has more decimals.
+    """
     decimals = max(decimals, 1 - math.floor(math.log10(100 * share))) if share > 0 else decimals
     unit = 10 ** (decimals + 2)
     return f"{rounded(round(share * unit, 6)) / unit:.{decimals}%}"
@@ -80,7 +86,10 @@ def accepted_needed(wrong: int, risk: float, delta: float) -> int | None:
 
 
 def some_enough(enough: Callable[[int], bool], high: int) -> int | None:
-    """By doubling ``high`` and bisection an m that is enough while m - 1 is not; None where it is above 2^40."""
+    """By doubling ``high`` and bisection an m that is enough while m - 1 is not.
+
+    None where it is above 2^40.
+    """
     while not enough(high):
         high *= 2
         if high > MAX_ROWS:
@@ -177,7 +186,10 @@ class Threshold(Model):
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Accepted are uncertainties above the first number up to the second; both -inf where nothing is."""
+        """Accepted are uncertainties above the first number up to the second.
+
+        Both -inf where nothing is.
+        """
         floor = -math.inf if self.floor is None else self.floor
         threshold = -math.inf if self.threshold is None else self.threshold
         return floor, threshold
@@ -225,21 +237,22 @@ def learn_then_test(counts: TieCounts, max_risk: float, delta: float) -> Thresho
     procedure (2003).
     """
     floors = _floors(counts.accepted, max_risk, delta)
-    found = [
+    candidates = [
         _fallback(counts, -1, STARTS, WHOLE, max_risk, delta * (1 - FLOOR_SHARE * len(floors)))
     ]
-    found += [
+    candidates += [
         _fallback(counts, floor, FLOOR_STARTS, 0.0, max_risk, delta * FLOOR_SHARE)
         for floor in floors
     ]
 
-    certified = [threshold for threshold in found if threshold is not None]
+    certified = [threshold for threshold in candidates if threshold is not None]
     return max(certified, key=lambda threshold: threshold.n_accepted, default=None)
 
 
 def _floors(accepted: Ints, max_risk: float, delta: float) -> list[int]:
     """Positions of the floors above which a sequence can begin where it is to."""
-    n, (at, share) = int(accepted[-1]), FLOOR_STARTS[0]
+    n = int(accepted[-1])
+    (at, share) = FLOOR_STARTS[0]
     if n < FLOOR_ROWS:
         return []
     rows = rows_without_error(max_risk, delta * FLOOR_SHARE * share) + 1
@@ -256,7 +269,8 @@ def _fallback(
     counts: TieCounts, floor: int, starts: Starts, whole: float, max_risk: float, delta: float
 ) -> Threshold | None:
     """The laxest t above a floor that the sequences certify."""
-    accepted, wrong = _above(counts.accepted, floor), _above(counts.accepted_wrong, floor)
+    accepted = _above(counts.accepted, floor)
+    wrong = _above(counts.accepted_wrong, floor)
     levels = dict[int, float]()
     for least, rows, level in beginnings(
         int(accepted[-1]) if len(accepted) else 0, starts, whole, max_risk, delta
@@ -269,17 +283,19 @@ def _fallback(
         ):
             begin -= 1
         levels[begin] = levels.get(begin, 0.0) + level
-    carried, best = 0.0, None
+    carried = 0.0
+    best = None
     for begin, end in pairwise([*sorted(levels), len(accepted)]):
-        level, kept = carried + levels[begin], begin
+        level = carried + levels[begin]
+        first_kept = begin
         before = (accepted[begin - 1], wrong[begin - 1]) if begin else (0, 0)
         own = (
             accepted[begin] - before[0] == wrong[begin] - before[1]
         )  # the row at t is wrong if all of this score are
         if tail(wrong[begin] - own, accepted[begin] - 1, max_risk) <= level:
-            kept = _first_kept(wrong, accepted, max_risk, level, begin, end)
-            best = kept - 1  # before t itself, where that is shown without the row at t alone
-        carried = level if kept == end else 0.0
+            first_kept = _first_kept(wrong, accepted, max_risk, level, begin, end)
+            best = first_kept - 1  # before t itself, where that is shown without the row at t alone
+        carried = level if first_kept == end else 0.0
     if best is None:
         return None
     return Threshold.at(counts, floor + 1 + best, max_risk, floor)
@@ -291,9 +307,9 @@ def _first_kept(
     """First position from ``begin`` on whose hypothesis is not rejected; ``end`` where all are."""
     for start in range(begin, end, BLOCK):
         block = slice(start, min(start + BLOCK, end))
-        kept = np.flatnonzero(tail(wrong[block], accepted[block], max_risk) > level)
-        if len(kept):
-            return start + int(kept[0])
+        not_rejected = np.flatnonzero(tail(wrong[block], accepted[block], max_risk) > level)
+        if len(not_rejected):
+            return start + int(not_rejected[0])
     return end
 
 
@@ -306,13 +322,15 @@ def beginnings(
     None where no rejection is possible. Each has one row more than its test, since the last row is
     not a random one.
     """
-    found = list[tuple[int, int, float]]()
+    sequences = list[tuple[int, int, float]]()
     if (wrong := admissible(n - 1, max_risk, whole * delta)) > 0:
-        found.append((n, n, float(tail(np.asarray(wrong), np.asarray(n - 1), max_risk))))
-    left, carried = delta - sum(level for *_, level in found), 0.0
+        sequences.append((n, n, float(tail(np.asarray(wrong), np.asarray(n - 1), max_risk))))
+    left = delta - sum(level for *_, level in sequences)
+    carried = 0.0
     for (at, share), (following, more) in pairwise([*starts, (0.0, 0.0)]):
         level = carried + left * share
-        place, fewest = math.ceil(n * at) - 1, rows_without_error(max_risk, level)
+        place = math.ceil(n * at) - 1
+        fewest = rows_without_error(max_risk, level)
         after = max(math.ceil(n * following), rows_without_error(max_risk, level + left * more) + 1)
         if following and place < fewest and fewest + 1 > NEAR * after:
             carried = level
@@ -321,8 +339,8 @@ def beginnings(
         rows = accepted_needed(admissible(least - 1, max_risk, level) + 1, max_risk, level) or least
         carried = 0.0
         if least < n:
-            found.append((least + 1, min(rows + 1, n), level))
-    return tuple(found)
+            sequences.append((least + 1, min(rows + 1, n), level))
+    return tuple(sequences)
 
 
 def admissible(rows: int, max_risk: float, level: float) -> int:
@@ -366,8 +384,9 @@ def coverage_first(counts: TieCounts, min_coverage: float, delta: float) -> Thre
     )
     if index == len(counts.accepted):
         return None
-    wrong, others = int(counts.accepted_wrong[index]), int(counts.accepted[index]) - 1
-    return Threshold.at(counts, index, upper_bound(min(wrong, others), others, delta / 2))
+    wrong = int(counts.accepted_wrong[index])
+    trials = int(counts.accepted[index]) - 1
+    return Threshold.at(counts, index, upper_bound(min(wrong, trials), trials, delta / 2))
 
 
 PROCEDURES: dict[str, Callable[[TieCounts, float, float], Threshold | None]] = {

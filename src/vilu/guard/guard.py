@@ -25,11 +25,13 @@ from vilu.device import as_usual
 from vilu.embeddings.columns import IMAGE_COLUMNS
 from vilu.embeddings.source import Batch, EmbeddingSource, log_posterior
 from vilu.errors import UNKNOWN, ProvenanceError, UsageError
+from vilu.outcomes.decisions import ABSTAIN
 from vilu.outcomes.outcomes import Outcomes
+from vilu.predictors.nn.attention import FEATURES
 from vilu.predictors.persistence.storage import load
 from vilu.predictors.persistence.vocabulary import Vocabulary
 from vilu.progress import Silence
-from vilu.scoring.score import ABSTAIN, provenance_of, require_streaming, score_rows
+from vilu.scoring.score import provenance_of, require_streaming, score_rows
 from vilu.store.documents import IMAGE
 from vilu.store.job import BackboneSpec
 from vilu.store.mapped import default_workers, in_threads
@@ -86,12 +88,11 @@ class Arrived(EmbeddingSource):
     def __init__(
         self, vocabulary: Vocabulary, arrays: Mapping[str, Tensor], keys: Sequence[str]
     ) -> None:
-        self.space, self.text, self.class_names = (
-            vocabulary.space,
-            vocabulary.text,
-            vocabulary.names,
-        )
-        self.image, self.ids = arrays[IMAGE], list(keys)
+        self.space = vocabulary.space
+        self.text = vocabulary.text
+        self.class_names = vocabulary.names
+        self.image = arrays[IMAGE]
+        self.ids = list(keys)
         images = {name: rows for name, rows in arrays.items() if name in IMAGE_COLUMNS}
         self._columns = {**vocabulary.columns, **images}
         self.columns = frozenset(self._columns)
@@ -102,83 +103,14 @@ class Arrived(EmbeddingSource):
         return self.image[index]
 
 
-class Judge:
-    """What a predictor says of embeddings that have just been made: answers, decisions, scores.
+@dataclass(frozen=True)
+class ImageModel:
+    """What makes embeddings of images, as the store had them that the predictor was fitted on."""
 
-    The folder holds the predictor and what its answers are chosen from. Any number of threads may
-    ask at once.
-
-    Raises:
-        DataError: If the folder holds no predictor, or not its candidates.
-        UsageError: If its rule needs all images at once, or it looks at several views of an image.
-        ProvenanceError: If the candidates are another predictor's.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.predictor = folder, load(folder)
-        self.calibration = Calibration.find(folder)
-        require_streaming(self.calibration)
-        self.vocabulary = Vocabulary.load(folder)
-        if self.calibration is not None:
-            nothing = {IMAGE: torch.empty(0, self.vocabulary.space.embed_dim)}
-            self.calibration.require_match(self.predictor, Arrived(self.vocabulary, nothing, []))
-        fitted, here = self.predictor.space_, self.vocabulary.space
-        if fitted is not None:
-            fitted.require_match(here, mine=f"the predictor in {folder}", theirs="its candidates")
-        wanted = set(self.predictor.columns_to_score) & IMAGE_COLUMNS.keys()
-        if wanted - {"features"}:
-            raise UsageError(
-                f"this {self.predictor.name} looks at {', '.join(sorted(wanted - {'features'}))}, which no image alone "
-                "gives. Embed and score with `vilu embed` and `vilu score`."
-            )
-        self.arrays: tuple[str, ...] = (IMAGE, *sorted(wanted))
-
-    @as_usual()
-    def judge(
-        self, arrays: Mapping[str, Tensor], keys: Sequence[str]
-    ) -> tuple[list[Answer], Outcomes]:
-        """Answers about embeddings (B, D) with what else the predictor needs of an image, and the scores in columns."""
-        source = Arrived(
-            self.vocabulary, {name: arrays[name].float() for name in self.arrays}, keys
-        )
-        facts = {
-            "is_probability": self.predictor.is_probability,
-            "provenance": provenance_of(self.calibration),
-        }
-        outcomes = score_rows(
-            self.predictor, source, facts, calibration=self.calibration, task=Silence()
-        )
-        names = self.vocabulary.names
-        near = [row for batch in source.batches(len(keys)) for row in runners_up_of(batch, names)]
-        return [
-            self._answer(key, outcomes, row, near[row]) for row, key in enumerate(keys)
-        ], outcomes
-
-    def _answer(self, key: str, outcomes: Outcomes, row: int, runners_up: RunnersUp) -> Answer:
-        u = float(outcomes.uncertainty[row])
-        if math.isnan(u):
-            return self.refused(key, None if outcomes.reason is None else outcomes.reason[row])
-        probability = outcomes.failure_probability
-        p = (
-            float(probability[row])
-            if probability is not None
-            else u
-            if outcomes.is_probability
-            else None
-        )
-        decision = None if outcomes.decision is None else outcomes.decision[row]
-        reason = None if outcomes.decision_reason is None else outcomes.decision_reason[row]
-        label = (
-            self.vocabulary.names[int(outcomes.prediction[row])]
-            if outcomes.prediction is not None
-            else None
-        )
-        return Answer(key, label, p, u, decision, reason, runners_up)
-
-    def refused(self, key: str, reason: str | None) -> Answer:
-        """What is said of an image without a score."""
-        has_rule = self.calibration is not None and self.calibration.has_rule
-        return Answer(key, None, None, None, ABSTAIN if has_rule else None, reason)
+    backbone: Backbone
+    widths: dict[str, int]  # of each array of embeddings
+    encoder: Encoder
+    decoder: Decoder
 
 
 class Guard:
@@ -193,6 +125,13 @@ class Guard:
     there is no decision about one image, so that is refused. Any number of threads may ask one
     guard at once.
 
+    Attributes:
+        folder: Where the predictor lies.
+        predictor: What gives the scores.
+        calibration: What decides about them; None where the predictor is not calibrated.
+        vocabulary: What answers are chosen from.
+        arrays: Names of the arrays of embeddings that the predictor looks at.
+
     Args:
         predictor: The folder.
         models: Folder with a sub-folder for each named backbone, in place of the model hub.
@@ -202,6 +141,7 @@ class Guard:
         limits: What an image may be.
         backbone: A model that is loaded already, or one by another name or path with the same
             weights.
+        vectors_only: Load no model: the guard answers for embeddings alone (``answer``).
 
     Raises:
         DataError: If the folder holds no predictor, or not its candidates.
@@ -262,42 +202,93 @@ class Guard:
         workers: int | None = None,
         limits: ImageLimits = DEFAULT_LIMITS,
         backbone: Backbone | None = None,
+        vectors_only: bool = False,
     ) -> None:
         require_at_least("batch_size", batch_size, 1)
         require_at_least("workers", 1 if workers is None else workers, 1)
         if not isinstance(backbone, Backbone | None):
             raise UsageError(
-                f"backbone must be a model as vilu.load_backbone gives it. Got {backbone!r:.60} instead."
+                f"backbone must be a model as vilu.load_backbone gives it. Got {backbone!r:.60} "
+                "instead."
             )
-        self.judge = Judge(Path(predictor))
-        self.predictor = self.judge.predictor
-        self.calibration = self.judge.calibration
-        self.vocabulary = self.judge.vocabulary
-        self.backbone = backbone or self._load(models, device)
-        self.vocabulary.space.require_match(
-            self.backbone.space,
-            mine=str(predictor),
-            theirs=f"the model {self.backbone.space.backbone}",
-        )
-        self.batch_size, self.workers = batch_size, workers or default_workers()
-        widths = {IMAGE: self.vocabulary.space.embed_dim, "features": self.backbone.feature_dim}
-        self.widths = {name: widths[name] for name in self.judge.arrays}
-        arrays = {name: (width,) for name, width in self.widths.items()}
-        dtype = self.vocabulary.dtype
-        self._encoder = Encoder(
-            self.backbone, batch_size, strict=False, task=Silence(), arrays=arrays, dtype=dtype
-        )
-        self.decode = Decoder(self.backbone.preprocess, limits, len(self.vocabulary.names))
+        self.folder = Path(predictor)
+        self.batch_size = batch_size
+        self.workers = workers or default_workers()
+        self.predictor = load(self.folder)
+        self.calibration = Calibration.find(self.folder)
+        require_streaming(self.calibration)
+        self.vocabulary = Vocabulary.load(self.folder)
+        self.arrays = self._require_vectors()
+        self._model: ImageModel | None = None
+        if not vectors_only:
+            self._model = self._open(backbone or self._load(models, device), limits)
+
+    def _require_vectors(self) -> tuple[str, ...]:
+        """Names of the arrays that the predictor looks at; refuses what one image does not give."""
+        if self.calibration is not None:
+            nothing = {IMAGE: torch.empty(0, self.vocabulary.space.embed_dim)}
+            self.calibration.require_match(self.predictor, Arrived(self.vocabulary, nothing, []))
+        if self.predictor.space_ is not None:
+            self.predictor.space_.require_match(
+                self.vocabulary.space,
+                mine=f"the predictor in {self.folder}",
+                theirs="its candidates",
+            )
+        wanted = set(self.predictor.columns_to_score) & IMAGE_COLUMNS.keys()
+        not_of_one_image = sorted(wanted - {FEATURES})
+        if not_of_one_image:
+            raise UsageError(
+                f"this {self.predictor.name} looks at {', '.join(not_of_one_image)}, which no image alone "
+                "gives. Embed and score with `vilu embed` and `vilu score`."
+            )
+        return (IMAGE, *sorted(wanted))
 
     def _load(self, models: str | os.PathLike[str] | None, device: str) -> Backbone:
         space = self.vocabulary.space
         if space.backbone is None:
             raise ProvenanceError(
-                "this predictor was fitted on arrays of a model that is not named, so no image can be embedded for it. "
-                "Give the model: vilu.Guard(folder, backbone=...)."
+                "this predictor was fitted on arrays of a model that is not named, so no image can "
+                "be embedded for it. Give the model: vilu.Guard(folder, backbone=...)."
             )
         at = None if models is None else Path(models).absolute()
         return BackboneSpec(space.backbone, device, space.precision or "fp32", at).load()
+
+    def _open(self, backbone: Backbone, limits: ImageLimits) -> ImageModel:
+        """A model that makes the embeddings which the predictor looks at."""
+        self.require_same_model(backbone)
+        widths = {IMAGE: self.vocabulary.space.embed_dim, FEATURES: backbone.feature_dim}
+        widths = {name: widths[name] for name in self.arrays}
+        encoder = Encoder(
+            backbone,
+            self.batch_size,
+            strict=False,
+            task=Silence(),
+            arrays={name: (width,) for name, width in widths.items()},
+            dtype=self.vocabulary.dtype,
+        )
+        decoder = Decoder(backbone.preprocess, limits, len(self.vocabulary.names))
+        return ImageModel(backbone, widths, encoder, decoder)
+
+    def require_same_model(self, backbone: Backbone) -> None:
+        """Refuse a model whose embeddings are others than those that the predictor was fitted on."""
+        self.vocabulary.space.require_match(
+            backbone.space, mine=str(self.folder), theirs=f"the model {backbone.space.backbone}"
+        )
+
+    @property
+    def model(self) -> ImageModel:
+        """What makes embeddings; UsageError where the guard was opened for vectors alone."""
+        if self._model is None:
+            raise UsageError(
+                f"this guard of {self.folder} was opened with vectors_only, so it has no model "
+                "that reads images. Open it without."
+            )
+        return self._model
+
+    @property
+    def backbone(self) -> Backbone:
+        """The model."""
+        return self.model.backbone
 
     def __call__(self, images: Iterable[ImageLike]) -> list[Answer]:
         """The answers for some images, in their order."""
@@ -312,35 +303,111 @@ class Guard:
         ``Answer`` has, but its key.
         """
         answers = self(images)
-        names = [one.name for one in fields(Answer) if one.name != "key"]
+        names = [field.name for field in fields(Answer) if field.name != "key"]
         return {name: [getattr(answer, name) for answer in answers] for name in names}
 
     def stream(self, images: Iterable[ImageLike]) -> Iterator[Answer]:
         """The same for any number of images, one answer after another, as batches are done."""
         records = enumerate(map(record_of, count(), images))
+        model = self.model
         with in_threads(
-            self.decode, records, self.workers, self.batch_size + self.workers
+            model.decoder, records, self.workers, self.batch_size + self.workers
         ) as decoded:
-            while batch := list(islice(decoded, self.batch_size)):
-                yield from self._judge(batch)
+            while True:
+                batch = list(islice(decoded, self.batch_size))
+                if not batch:
+                    return
+                yield from self._answer_batch(batch)
 
-    def _judge(self, batch: Sequence[Decoded | ErrorRow | None]) -> list[Answer]:
+    def _answer_batch(self, batch: Sequence[Decoded | ErrorRow | None]) -> list[Answer]:
         content = self.embed(batch)
-        answers = {
-            error.position: self.judge.refused(error.key, error.kind) for error in content.errors
-        }
+        answers = {error.position: self.refused(error.key, error.kind) for error in content.errors}
         if content.rows:
-            told, _ = self.judge.judge(arrays_of(content), [row.key for row in content.rows])
-            answers |= zip((row.position for row in content.rows), told, strict=True)
+            keys = [row.key for row in content.rows]
+            answered, _ = self.answer(arrays_of(content), keys)
+            for row, answer in zip(content.rows, answered, strict=True):
+                answers[row.position] = answer
         return [answers[position] for position in sorted(answers)]
 
     def embed(self, batch: Sequence[Decoded | ErrorRow | None]) -> PartRows:
         """What the model makes of decoded images, bad ones apart."""
-        return self._encoder.part(iter([*batch, END]))
+        return self.model.encoder.part(iter([*batch, END]))
+
+    @as_usual()
+    def answer(
+        self, arrays: Mapping[str, Tensor], keys: Sequence[str]
+    ) -> tuple[list[Answer], Outcomes]:
+        """Answers about embeddings that are there already, and the scores in columns.
+
+        Args:
+            arrays: By the names in ``arrays``: embeddings (B, D), and what else the predictor looks
+                at.
+            keys: B names.
+
+        Examples:
+            >>> import pathlib, tempfile, torch, vilu
+            >>> from vilu.predictors.persistence.vocabulary import Vocabulary
+            >>> space = vilu.EmbeddingSpace(3, logit_scale=10.0)
+            >>> names = ("red", "green", "blue")
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     _ = vilu.MCM().save(folder)
+            ...     Vocabulary(names, torch.eye(3), space, "float32", {}).save(pathlib.Path(folder))
+            ...     guard = vilu.Guard(folder, vectors_only=True)
+            >>> answers, outcomes = guard.answer({guard.arrays[0]: torch.eye(3)[1:2]}, ["a.jpg"])
+            >>> answers[0].label, outcomes.uncertainty.round(4).tolist()
+            ('green', [0.0001])
+        """
+        rows = {name: arrays[name].float() for name in self.arrays}
+        source = Arrived(self.vocabulary, rows, keys)
+        facts = {
+            "is_probability": self.predictor.is_probability,
+            "provenance": provenance_of(self.calibration),
+        }
+        outcomes = score_rows(
+            self.predictor, source, facts, calibration=self.calibration, task=Silence()
+        )
+        near: list[RunnersUp] = []
+        for batch in source.batches(len(keys)):
+            near += runners_up_of(batch, self.vocabulary.names)
+        answers = [self._answer(outcomes, row, near[row]) for row in range(len(keys))]
+        return answers, outcomes
+
+    def _answer(self, outcomes: Outcomes, row: int, runners_up: RunnersUp) -> Answer:
+        key = "" if outcomes.ids is None else outcomes.ids[row]
+        uncertainty = float(outcomes.uncertainty[row])
+        if math.isnan(uncertainty):
+            return self.refused(key, _at(outcomes.reason, row))
+        probability: float | None = None
+        if outcomes.failure_probability is not None:
+            probability = float(outcomes.failure_probability[row])
+        elif outcomes.is_probability:
+            probability = uncertainty
+        label: str | None = None
+        if outcomes.prediction is not None:
+            label = self.vocabulary.names[int(outcomes.prediction[row])]
+        return Answer(
+            key,
+            label,
+            probability,
+            uncertainty,
+            _at(outcomes.decision, row),
+            _at(outcomes.decision_reason, row),
+            runners_up,
+        )
+
+    def refused(self, key: str, reason: str | None) -> Answer:
+        """What is said of an image without a score."""
+        has_rule = self.calibration is not None and self.calibration.has_rule
+        return Answer(key, None, None, None, ABSTAIN if has_rule else None, reason)
 
     def __repr__(self) -> str:
         rule = None if self.calibration is None else self.calibration.promise
         return f"Guard({self.predictor!r}, {self.vocabulary.space.backbone}, {rule or 'no rule'})"
+
+
+def _at(texts: Sequence[str | None] | None, row: int) -> str | None:
+    """What a column of texts says of a row; None without a column."""
+    return None if texts is None else texts[row]
 
 
 def arrays_of(content: PartRows) -> dict[str, Tensor]:
@@ -354,8 +421,10 @@ def runners_up_of(batch: Batch, names: Sequence[str]) -> list[RunnersUp]:
         return [()] * len(batch.index)
     posterior = log_posterior(batch).exp()
     answer = batch.prediction.to(posterior.device)[:, None]
-    found = posterior.scatter(1, answer, -1.0).topk(min(RUNNERS_UP, posterior.shape[1] - 1), dim=1)
-    pairs = zip(found.indices.tolist(), found.values.tolist(), strict=True)
+    nearest = posterior.scatter(1, answer, -1.0).topk(
+        min(RUNNERS_UP, posterior.shape[1] - 1), dim=1
+    )
+    pairs = zip(nearest.indices.tolist(), nearest.values.tolist(), strict=True)
     return [tuple((names[i], p) for i, p in zip(*row, strict=True)) for row in pairs]
 
 
@@ -369,7 +438,8 @@ def record_of(place: int, image: ImageLike) -> ImageRecord:
     if isinstance(image, Image.Image):
         return ImageRecord(str(place), None, lambda: _encoded(image))
     raise UsageError(
-        f"an image is a path, encoded bytes or a picture of Pillow. Got {type(image).__name__} at place {place}."
+        f"an image is a path, encoded bytes or a picture of Pillow. Got {type(image).__name__} at "
+        f"place {place}."
     )
 
 

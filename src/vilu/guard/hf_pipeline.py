@@ -67,9 +67,11 @@ class SelectivePipeline:
     def __init__(self, model: Guard, task: str = TASK, **settings: object) -> None:
         if not isinstance(model, Guard):
             raise UsageError(
-                f"give the predictor as a guard: model=vilu.Guard(folder). Got {model!r:.60} instead."
+                f"give the predictor as a guard: model=vilu.Guard(folder). Got {model!r:.60} "
+                "instead."
             )
-        self.model, self.task = model, task
+        self.model = model
+        self.task = task
         _refuse({name for name, value in settings.items() if (name, value) != ("dtype", "auto")})
 
     def __call__(
@@ -86,8 +88,9 @@ class SelectivePipeline:
 def _refuse(settings: Iterable[str]) -> None:
     if names := sorted(settings):
         raise UsageError(
-            f"this pipeline takes no {', '.join(names)}: classes and prompts are those of the predictor, and all else "
-            "is set where the guard is made, as in vilu.Guard(folder, device='cpu', batch_size=32)."
+            f"this pipeline takes no {', '.join(names)}: classes and prompts are those of the "
+            "predictor, and all else is set where the guard is made, as in vilu.Guard(folder, "
+            "device='cpu', batch_size=32)."
         )
 
 

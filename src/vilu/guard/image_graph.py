@@ -33,7 +33,8 @@ from vilu.predictors.persistence.onnx import (
 from vilu.predictors.persistence.record import fit_fingerprint
 from vilu.predictors.plus.ood import NEGATIVES
 
-PIXELS, ACCEPT = "pixels", "accept"
+PIXELS = "pixels"
+ACCEPT = "accept"
 ALONE = "Without --with-backbone the head alone is exported; it takes embeddings."
 BATCHES = (1, 2, 7)
 """Numbers of random pictures that an export is tried with."""
@@ -44,12 +45,16 @@ class ImageGraph(nn.Module):
 
     def __init__(self, guard: Guard) -> None:
         super().__init__()
-        self.score, self.backbone = score_graph(guard.predictor), guard.backbone
-        wanted, vocabulary = guard.predictor.columns_to_score, guard.vocabulary
-        self.text, self.dtype = nn.Buffer(vocabulary.text), getattr(torch, vocabulary.dtype)
+        self.score = score_graph(guard.predictor)
+        self.backbone = guard.backbone
+        wanted = guard.predictor.columns_to_score
+        vocabulary = guard.vocabulary
+        self.text = nn.Buffer(vocabulary.text)
+        self.dtype = getattr(torch, vocabulary.dtype)
         self.words = nn.Buffer(vocabulary.columns[NEGATIVES]) if NEGATIVES in wanted else None
         self.arrays = ("image", FEATURES) if FEATURES in wanted else ("image",)
-        rule, names = rule_of(guard), guard.vocabulary.names
+        rule = rule_of(guard)
+        names = guard.vocabulary.names
         groups = names if rule is not None and rule.grouped_by == "prediction" else None
         ends = None if rule is None else torch.from_numpy(np.stack(rule.limits(len(names), groups)))
         self.ends = (
@@ -69,7 +74,8 @@ class ImageGraph(nn.Module):
         uncertainty, answer = self.score(**self.inputs((image, *features)))
         if self.ends is None:
             return uncertainty, answer, image, *features
-        floor, threshold = self.ends[0][answer], self.ends[1][answer]
+        floor = self.ends[0][answer]
+        threshold = self.ends[1][answer]
         return (
             uncertainty,
             answer,
@@ -166,8 +172,8 @@ def _require_graph(guard: Guard) -> None:
     space = guard.backbone.space
     if space.precision == "bf16":
         raise NotExportable(
-            f"the image tower of {space.backbone} runs in bfloat16, and other runtimes round otherwise. Embed with "
-            f"--precision fp32. {ALONE}"
+            f"the image tower of {space.backbone} runs in bfloat16, and other runtimes round "
+            f"otherwise. Embed with --precision fp32. {ALONE}"
         )
     if len(guard.vocabulary.text) < 2:
         raise NotExportable(
@@ -206,18 +212,24 @@ def _pictures(n: int, backbone: Backbone) -> Tensor:
 def _check(
     guard: Guard, graph: ImageGraph, content: bytes, trials: list[tuple[Tensor, tuple[Tensor, ...]]]
 ) -> float:
-    """The largest difference of a file's uncertainties from torch's; DataError where it says something else."""
-    run, answered, worst, rule = runner(content), [], 0.0, rule_of(guard)
+    """The largest difference of a file's uncertainties from torch's.
+
+    DataError where it says something else.
+    """
+    run = runner(content)
+    answered = []
+    worst = 0.0
+    rule = rule_of(guard)
     for pixels, expected in trials:
-        found = dict(zip(graph.outputs, run({PIXELS: pixels}), strict=True))
-        uncertainty, answer = (found[name] for name in SAID)
-        arrays = tuple(torch.from_numpy(found[name]) for name in graph.arrays)
+        outputs = dict(zip(graph.outputs, run({PIXELS: pixels}), strict=True))
+        uncertainty, answer = (outputs[name] for name in SAID)
+        arrays = tuple(torch.from_numpy(outputs[name]) for name in graph.arrays)
         for name, mine, theirs in zip(graph.arrays, arrays, expected, strict=True):
             _require_same(name, mine, theirs, torch.finfo(graph.dtype).eps)
         names = [guard.vocabulary.names[place] for place in answer.tolist()]
         if (
-            ACCEPT in found
-            and (found[ACCEPT] != (rule is not None and rule.accept(uncertainty, names))).any()
+            ACCEPT in outputs
+            and (outputs[ACCEPT] != (rule is not None and rule.accept(uncertainty, names))).any()
         ):
             raise DataError(
                 "the exported graph decides otherwise than the rule. Nothing was written."
@@ -231,8 +243,10 @@ def _check(
 
 def _require_same(name: str, found: Tensor, expected: Tensor, step: float) -> None:
     """Refuse rows that are farther apart than a step of their number format, and the order of sums, explain."""
-    gap, size = (found - expected).abs(), expected.abs()
+    gap = (found - expected).abs()
+    size = expected.abs()
     if not bool((gap <= step * size + ROUNDING * size.amax(dim=1, keepdim=True)).all()):
         raise DataError(
-            f"the exported tower gives other {name} rows, by {float(gap.max()):.2g}. Nothing was written."
+            f"the exported tower gives other {name} rows, by {float(gap.max()):.2g}. Nothing was "
+            "written."
         )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import math
 import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -17,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vilu.artifacts.documents import identity
-from vilu.artifacts.hashing import digest
+from vilu.artifacts.hashing import digest, tensor_hash
 from vilu.device import as_usual
 from vilu.embeddings.checks import STATUS, VALID
 from vilu.embeddings.pairs import PairSource
@@ -37,10 +35,6 @@ from vilu.store.reader import CaptionStore, EmbeddingStore
 from vilu.validation import checked, require_at_least
 
 ROWS_PER_PART = 2**17
-ACCEPT, ABSTAIN = "accept", "abstain"
-
-ABOVE, OUTSIDE_REASON = "above_threshold", "outside"
-"""Why an answer is not accepted: its uncertainty; and where the picture is rather of none of the classes, that."""
 
 logger = logging.getLogger(__name__)
 
@@ -81,8 +75,9 @@ def require_streaming(calibration: CalibrationLike | None) -> None:
     """Refuse a rule that needs all rows at once."""
     if calibration is not None and calibration.needs_batch:
         raise UsageError(
-            "conformal selection judges all rows of a batch together: there is no decision about one image, nor in "
-            "a folder of scores, written part by part. Score into a file, or calibrate with --method ltt."
+            "conformal selection judges all rows of a batch together: there is no decision about "
+            "one image, nor in a folder of scores, written part by part. Score into a file, or "
+            "calibrate with --method ltt."
         )
 
 
@@ -129,10 +124,10 @@ def score(
     _check(predictor, data, calibration)
     seen = predictor.seen(data)
     _warn_seen(seen.said(), predictor, len(seen))
-    told = {"n_seen_in_fit": len(seen)}
+    counts = {"n_seen_in_fit": len(seen)}
     if len(seen):
-        told["n_compared_with_fit"] = seen.n_told
-    facts = _facts(predictor, data, calibration, (dataset, split), **told)
+        counts["n_compared_with_fit"] = seen.n_told
+    facts = _facts(predictor, data, calibration, (dataset, split), **counts)
     return score_rows(predictor, data, facts, calibration=calibration)
 
 
@@ -144,7 +139,10 @@ def score_fresh(
     dataset: str | None = None,
     split: str | None = None,
 ) -> Outcomes:
-    """As ``score``, of the rows ``fresh`` (N,) that ``fit`` has not seen; captions keep the pools of all rows."""
+    """As ``score``, of the rows ``fresh`` (N,) that ``fit`` has not seen.
+
+    Captions keep the pools of all rows.
+    """
     _check(predictor, data, None)
     facts = _facts(predictor, data, None, (dataset, split), n_seen_in_fit=0)
     return score_rows(predictor, data, facts, scored=scored_of(data, fresh)).take(fresh)
@@ -243,9 +241,9 @@ def _check(
     both_count = "n_candidates" in known and "n_candidates" in here
     if both_count and not same_candidates(known, here):
         warnings.warn(
-            f"this {predictor.name} was fitted on other candidates (classes or prompts) than these. Its "
-            "uncertainties still rank the answers, but as probabilities of failure they are not calibrated here: "
-            "run `vilu calibrate` on labelled rows with these candidates.",
+            f"this {predictor.name} was fitted on other candidates (classes or prompts) than "
+            "these. Its uncertainties still rank the answers, but as probabilities of failure they "
+            "are not calibrated here: run `vilu calibrate` on labelled rows with these candidates.",
             stacklevel=3,
         )
 
@@ -453,7 +451,7 @@ SAMPLED = 256  # rows whose embeddings are part of the fingerprint of a source
 def predictor_fingerprint(predictor: FailurePredictor) -> str:
     """Hash of a predictor and its weights, whichever vilu made it."""
     tensors = predictor.state() | seen_tensors(predictor)
-    weights = {name: [str(t.dtype), list(t.shape), _hash(t)] for name, t in tensors.items()}
+    weights = {name: [str(t.dtype), list(t.shape), tensor_hash(t)] for name, t in tensors.items()}
     return identity({**describe(predictor), "weights": weights})
 
 
@@ -464,7 +462,8 @@ def source_fingerprint(source: EmbeddingSource) -> str:
     the usable ones, with the candidates of the first of them (of the first pool) and two
     identifiers.
     """
-    rows, stored = source.usable_rows, source.first if isinstance(source, TwoModels) else source
+    rows = source.usable_rows
+    stored = source.first if isinstance(source, TwoModels) else source
     places = np.linspace(0, len(rows) - 1, min(SAMPLED, len(rows))).round().astype(np.int64)
     sample = rows[torch.from_numpy(places)]
     pool = rows[: source.pool_size or 1]
@@ -482,25 +481,12 @@ def source_fingerprint(source: EmbeddingSource) -> str:
             "pool_size": source.pool_size,
             "pools": asdict(source.pools) if isinstance(source, PairSource) else None,
             "columns": sorted(source.columns),
-            "target": _hash(source.target),
-            **({"outside": _hash(source.outside)} if source.outside.any() else {}),
-            "status": _hash(torch.from_numpy(np.asarray(source.status))),
-            "order": _hash(rows),
+            "target": tensor_hash(source.target),
+            **({"outside": tensor_hash(source.outside)} if source.outside.any() else {}),
+            "status": tensor_hash(torch.from_numpy(np.asarray(source.status))),
+            "order": tensor_hash(rows),
             "ids": [source.ids[int(row)] for row in (sample[:1], sample[-1:]) if len(row)],
-            "images": _hash(source.image_rows(sample)),
-            "texts": _hash(source.candidates(pool).text) if whole else None,
+            "images": tensor_hash(source.image_rows(sample)),
+            "texts": tensor_hash(source.candidates(pool).text) if whole else None,
         }
     )
-
-
-def _hash(tensor: Tensor) -> str:
-    """Of the numbers, block by block: what repeats one number for all rows is never written out."""
-    found = hashlib.blake2b(digest_size=16)
-    for block in (
-        tensor.detach()
-        .cpu()
-        .reshape(len(tensor) if tensor.ndim else 1, math.prod(tensor.shape[1:]))
-        .split(2**20)
-    ):
-        found.update(block.contiguous().view(torch.uint8).numpy().data)
-    return found.hexdigest()

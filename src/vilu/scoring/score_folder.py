@@ -61,17 +61,19 @@ class ScoreRun(ScoreDocument):
     @property
     def parts(self) -> list[ScorePart]:
         """All parts: of the rows to score in their order, then of the rows without a score."""
-        size, ends = self.rows_per_part, (self.n_candidate, self.n_in)
+        size = self.rows_per_part
+        ends = (self.n_candidate, self.n_in)
         cuts = [*range(0, ends[0], size), *range(*ends, size), self.n_in]
         return [ScorePart(number=i, start=a, stop=b) for i, (a, b) in enumerate(pairwise(cuts))]
 
     def require_same(self, other: ScoreRun, path: Path) -> None:
         """Refuse to mix two runs, naming both sides of what differs."""
-        mine, theirs = self.model_dump(mode="json"), other.model_dump(mode="json")
+        before = self.model_dump(mode="json")
+        now = other.model_dump(mode="json")
         differences = [
-            f"{k}: {mine[k]!r} ({path}) against {theirs[k]!r} (now)"
-            for k in mine
-            if mine[k] != theirs[k]
+            f"{k}: {before[k]!r} ({path}) against {now[k]!r} (now)"
+            for k in before
+            if before[k] != now[k]
         ]
         if differences:
             raise ProvenanceError(
@@ -139,7 +141,8 @@ class Counts(Model):
     @classmethod
     def of(cls, outcomes: Outcomes, n_seen: int) -> Self:
         """Those of some rows."""
-        scored, known = np.isfinite(outcomes.uncertainty), outcomes.evaluable
+        scored = np.isfinite(outcomes.uncertainty)
+        known = outcomes.evaluable
         return cls(
             n_in=len(outcomes),
             n_scored=int(scored.sum()),
@@ -153,13 +156,14 @@ class Counts(Model):
     def total(cls, several: Iterable[Counts]) -> Counts:
         """The sum."""
         every = list(several)
-        reasons = sorted({reason for one in every for reason in one.unscored})
+        reasons = sorted({reason for counts in every for reason in counts.unscored})
         numbers = ("n_in", "n_scored", "n_failures", "n_unlabelled", "n_seen")
         return cls(
             unscored={
-                reason: sum(one.unscored.get(reason, 0) for one in every) for reason in reasons
+                reason: sum(counts.unscored.get(reason, 0) for counts in every)
+                for reason in reasons
             },
-            **{name: sum(getattr(one, name) for one in every) for name in numbers},
+            **{name: sum(getattr(counts, name) for counts in every) for name in numbers},
         )
 
 
@@ -195,7 +199,10 @@ class ScoreManifest(ScoreDocument):
 class ScoreLedger(Ledger[ScorePart, ScoreReceipt]):
     """What is to be done and done in a folder of scores."""
 
-    what, command, doing, kind = "folder of scores", "vilu score", "scoring into", "scores"
+    what = "folder of scores"
+    command = "vilu score"
+    doing = "scoring into"
+    kind = "scores"
     folders = ("receipts", "histograms", "scores")
 
     def __init__(self, root: Path, run: ScoreRun) -> None:
@@ -221,12 +228,14 @@ class ScoreLedger(Ledger[ScorePart, ScoreReceipt]):
     def write_rows(self, part: ScorePart, rows: Ints, outcomes: Outcomes, n_seen: int) -> None:
         """Write what is said of some rows of the source, of which so many were used to fit."""
         known = outcomes.evaluable
-        u, failure = outcomes.uncertainty, outcomes.failure
+        u = outcomes.uncertainty
+        failure = outcomes.failure
         histogram = histogram_bytes(
             *(Histogram.of(u[of], failure[of]) for of in (known, known & outcomes.outside))
         )
         payloads = {part.scores: parquet_bytes(*outcomes.table(rows)), part.histogram: histogram}
-        counts, run = Counts.of(outcomes, n_seen), self.fingerprint
+        counts = Counts.of(outcomes, n_seen)
+        run = self.fingerprint
         self.write(
             part,
             payloads,
@@ -266,10 +275,12 @@ def histogram_bytes(histogram: Histogram, outside: Histogram) -> bytes:
 
 def read_histogram(root: Path, receipt: ScoreReceipt) -> tuple[Histogram, Histogram]:
     """The counts of a part, checked against its receipt: of all its rows, and of those of none of the classes."""
-    path, counts = Vouched(root, [receipt])(receipt.part.histogram), receipt.counts
+    path = Vouched(root, [receipt])(receipt.part.histogram)
+    counts = receipt.counts
     with vouched():
         table, metadata = read_table(path, ())
-    level, ends = metadata.get("level"), metadata.get("ends")
+    level = metadata.get("level")
+    ends = metadata.get("ends")
     names = [name for name in table.column_names if name != "outside"]
     if names != list(COLUMNS) or any(c.type != pa.int64() or c.null_count for c in table.columns):
         raise _damaged(path, f"its columns are {table.schema.names}")
@@ -283,10 +294,10 @@ def read_histogram(root: Path, receipt: ScoreReceipt) -> tuple[Histogram, Histog
     )
     if not bool(((outside >= 0) & (outside <= wrong)).all()):
         raise _damaged(path, "more rows of none of the classes than wrong ones are in a bin")
-    found = (histogram.n, histogram.n_failures)
+    counted = (histogram.n, histogram.n_failures)
     expected = (counts.n_scored - counts.n_unlabelled, counts.n_failures)
-    if found != expected or not _in_order(histogram) or (ends is None) != (len(bins) == 0):
-        raise _damaged(path, f"it counts {found} rows and failures, its receipt {expected}")
+    if counted != expected or not _in_order(histogram) or (ends is None) != (len(bins) == 0):
+        raise _damaged(path, f"it counts {counted} rows and failures, its receipt {expected}")
     return histogram, histogram.counted(np.zeros_like(correct), outside)
 
 
@@ -297,7 +308,9 @@ def _are_ends(ends: object) -> bool:
 
 def _in_order(histogram: Histogram) -> bool:
     """Whether the bins are such as a histogram has: ascending, none empty, the outer ones with the ends in them."""
-    bins, correct, wrong = histogram.bins, histogram.correct, histogram.wrong
+    bins = histogram.bins
+    correct = histogram.correct
+    wrong = histogram.wrong
     if not len(bins):
         return True
     first, last = codes(np.array([histogram.low, histogram.high])) >> histogram.level
@@ -474,7 +487,8 @@ class ScoreFolder(Reopened):
         order = np.argsort(row_id, kind="stable")
         if not np.array_equal(row_id[order], np.arange(len(self))):
             raise DataError(
-                f"the parts of {self.path} do not hold the rows 0 to {len(self) - 1} once each. {AGAIN}."
+                f"the parts of {self.path} do not hold the rows 0 to {len(self) - 1} once each. "
+                f"{AGAIN}."
             )
         optional = {name: _joined(parts, name, kind, order) for name, kind in OPTIONAL.items()}
         optional["reason"] = optional["reason"] or [None] * len(order)
@@ -490,24 +504,30 @@ class ScoreFolder(Reopened):
         )
 
     def verify(self) -> None:
-        """Read every byte, and compare it with what was written; StorageError names the file that is damaged."""
+        """Read every byte, and compare it with what was written.
+
+        StorageError names the file that is damaged.
+        """
         self._ledger.verify()
 
 
 def _joined(parts: list[Outcomes], name: str, kind: str, order: NDArray[np.int64]) -> Any:  # noqa: ANN401 - by its kind
-    """What the parts say of every row, in the order of the data; a part without it says nothing of its rows."""
-    found = [getattr(part, name) for part in parts]
-    if all(values is None for values in found):
+    """What the parts say of every row, in the order of the data.
+
+    A part without it says nothing of its rows.
+    """
+    columns = [getattr(part, name) for part in parts]
+    if all(values is None for values in columns):
         return None
     if kind == "string":
         texts = [
             text
-            for part, values in zip(parts, found, strict=True)
+            for part, values in zip(parts, columns, strict=True)
             for text in values or [None] * len(part)
         ]
         return [texts[place] for place in order]
     numbers = [
         np.full(len(p), MISSING[kind]) if v is None else v
-        for p, v in zip(parts, found, strict=True)
+        for p, v in zip(parts, columns, strict=True)
     ]
     return np.concatenate(numbers)[order]

@@ -343,7 +343,7 @@ class Service:
             {
                 "name": name,
                 "predictor": one.fingerprint,
-                "method": one.judge.predictor.label,
+                "method": one.guard.predictor.label,
                 "answers": name == kept.answering,
                 "promise": kept.promises[name],
                 "promised": one.promised,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vilu.embeddings.checks import STATUS, VALID, normalised
 from vilu.errors import UNKNOWN, DataError, UsageError
-from vilu.guard.guard import Answer, Guard, Judge, arrays_of, record_of
+from vilu.guard.guard import Answer, Guard, arrays_of, record_of
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.persistence.record import fit_fingerprint
 from vilu.service.kept import NAMES, Keeps, Kept, PromiseState, Scores, row_id
@@ -69,10 +69,10 @@ class Waiting:
 class Served:
     """A predictor that judges every image."""
 
-    def __init__(self, judge: Judge) -> None:
-        self.judge = judge
-        self.fingerprint = fit_fingerprint(judge.folder)[:16]
-        calibration = judge.calibration
+    def __init__(self, guard: Guard) -> None:
+        self.guard = guard
+        self.fingerprint = fit_fingerprint(guard.folder)[:16]
+        calibration = guard.calibration
         self.rule = None if calibration is None else calibration.rule
         self.promised = None if calibration is None else calibration.promise
 
@@ -111,7 +111,7 @@ class Engine:
 
     def __init__(self, guard: Guard, keeper: Keeps, second: Path | None = None) -> None:
         self.guard, self.keeper = guard, keeper
-        self.served = {NAMES[0]: Served(guard.judge)}
+        self.served = {NAMES[0]: Served(guard)}
         if second is not None:
             self.served[NAMES[1]] = Served(self._beside(second))
         self.on_batch: Callable[[int], None] = lambda size: None  # noqa: ARG005 - whoever counts sets it
@@ -123,22 +123,18 @@ class Engine:
         self._unwritten: deque[Unwritten] = deque()
         self._journal = ThreadPoolExecutor(1, thread_name_prefix="vilu-journal")
 
-    def _beside(self, folder: Path) -> Judge:
-        judge = Judge(folder)
-        judge.vocabulary.space.require_match(
-            self.guard.backbone.space,
-            mine=str(folder),
-            theirs=f"the model {self.guard.backbone.space.backbone}",
-        )
-        if (
-            judge.arrays != self.guard.judge.arrays
-            or judge.vocabulary.dtype != self.guard.vocabulary.dtype
-        ):
+    def _beside(self, folder: Path) -> Guard:
+        """A predictor that looks at what the model of the first one makes."""
+        first = self.guard
+        second = Guard(folder, vectors_only=True)
+        second.require_same_model(first.backbone)
+        same_arrays = second.arrays == first.arrays
+        if not same_arrays or second.vocabulary.dtype != first.vocabulary.dtype:
             raise UsageError(
-                f"{folder} needs {', '.join(judge.arrays)} of an image as {judge.vocabulary.dtype}, the first "
-                f"predictor {', '.join(self.guard.judge.arrays)} as {self.guard.vocabulary.dtype}. Serve it by itself."
+                f"{folder} needs {', '.join(second.arrays)} of an image as {second.vocabulary.dtype}, the first "
+                f"predictor {', '.join(first.arrays)} as {first.vocabulary.dtype}. Serve it by itself."
             )
-        return judge
+        return second
 
     def images(self, request: str, images: Sequence[bytes]) -> list[Future[Judgement]]:
         """Judgements to come, one per image, in their order."""
@@ -152,7 +148,7 @@ class Engine:
     ) -> dict[str, Tensor]:
         """Rows as the model would give them, of unit norm and in the number format of the store; else DataError."""
         given, found = {IMAGE: embeddings, "features": features}, dict[str, Tensor]()
-        for name, width in self.guard.widths.items():
+        for name, width in self.guard.model.widths.items():
             rows = given[name] or []
             lengths = {len(row) for row in rows}
             if lengths != {width} or len(rows) != len(embeddings):
@@ -187,7 +183,7 @@ class Engine:
         place = next(self._places)
         try:
             row = row_id(*asked, hashlib.sha256(content).digest())
-            item = self.guard.decode((place, record_of(place, content)))
+            item = self.guard.model.decoder((place, record_of(place, content)))
         except BaseException as error:  # noqa: BLE001 - whoever waits gets it
             reply.set_exception(error)
             return
@@ -237,7 +233,7 @@ class Engine:
         for error in content.errors:
             row = rows[error.position]
             refusals = {
-                name: served.judge.refused(row, error.kind) for name, served in self.served.items()
+                name: served.guard.refused(row, error.kind) for name, served in self.served.items()
             }
             judged[error.position] = Judgement(row, refusals, {})
         places = [row.position for row in content.rows]
@@ -251,7 +247,7 @@ class Engine:
         answers: dict[str, list[Answer]] = {}
         scores: dict[str, list[tuple[int, float]]] = {}
         for name, served in self.served.items():
-            answers[name], outcomes = served.judge.judge(arrays, ids)
+            answers[name], outcomes = served.guard.answer(arrays, ids)
             scores[name] = _scores(outcomes)
         return [
             Judgement(

@@ -13,8 +13,8 @@ from vilu.artifacts.tables import write_table
 from vilu.embeddings.rows import SCORING_BATCH
 from vilu.embeddings.source import EmbeddingSource
 from vilu.guard.guard import Answer, RunnersUp, runners_up_of
+from vilu.outcomes.decisions import ACCEPT, OUTSIDE_REASON
 from vilu.outcomes.outcomes import Outcomes
-from vilu.scoring.score import ACCEPT, OUTSIDE_REASON
 from vilu.triage.labels import Entry, columns_of
 from vilu.triage.photos import Photos
 from vilu.triage.state import DECISIONS_CSV, DECISIONS_PARQUET

@@ -17,9 +17,9 @@ from vilu.device import as_usual
 from vilu.errors import UsageError
 from vilu.guard.guard import Answer
 from vilu.metrics.counts import Floats
+from vilu.outcomes.decisions import ACCEPT
 from vilu.report.page.build import find_template, render
 from vilu.report.page.gallery import thumbnails
-from vilu.scoring.score import ACCEPT
 from vilu.triage.answers import REVIEW, answers_of, count_answers, write_decisions, write_next
 from vilu.triage.guarantee import GuaranteeProgress
 from vilu.triage.labels import SKIPPED, LabelBook, check_names, match_photos, read_labels

@@ -19,7 +19,7 @@ from vilu.datasets.files import path_of, portable_name
 from vilu.datasets.folder import Listed, list_photos
 from vilu.errors import DataError
 from vilu.guard.guard import Answer
-from vilu.scoring.score import ACCEPT, OUTSIDE_REASON
+from vilu.outcomes.decisions import ACCEPT, OUTSIDE_REASON
 from vilu.triage.answers import LABELLED
 from vilu.triage.photos import PhotoFolder
 from vilu.triage.state import MOVED, SORTED, TriageSettings

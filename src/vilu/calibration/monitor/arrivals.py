@@ -63,7 +63,8 @@ class Seen:
             )
             hashes = hash_of_each(rows).view(np.int64)
             first = np.isin(np.arange(n), np.unique(hashes, return_index=True)[1])
-            names, known = hash_names(outcomes.ids).view(np.int64), self._holds(hashes)
+            names = hash_names(outcomes.ids).view(np.int64)
+            known = self._holds(hashes)
             # a score that many rows have comes with the same name by chance, too, where names come
             # with other scores
             if known.any() and not known.all() and not np.array_equal(self._holds(names), known):
@@ -96,7 +97,10 @@ def _is_numbered(ids: Sequence[str]) -> bool:
 
 
 def refuse_sorted(outcomes: Outcomes) -> None:
-    """Refuse rows that lie sorted; in what order exchangeable rows came has nothing to do with what they are."""
+    """Refuse rows that lie sorted.
+
+    In what order exchangeable rows came has nothing to do with what they are.
+    """
     scored = np.isfinite(outcomes.uncertainty)
     answers, labels = (
         codes if codes is None else codes[scored]
@@ -111,30 +115,36 @@ def refuse_sorted(outcomes: Outcomes) -> None:
     else:
         return
     raise DataError(
-        f"these {len(outcomes)} rows lie sorted by their {what}. That is no order of arrival (a folder of classes has "
-        "none), and would be taken for a shift. Give --shuffle (in Python: take them in random order), or --in-order "
-        "(in_order=True) where they did arrive so. None of them was taken in."
+        f"these {len(outcomes)} rows lie sorted by their {what}. That is no order of arrival (a "
+        "folder of classes has none), and would be taken for a shift. Give --shuffle (in Python: "
+        "take them in random order), or --in-order (in_order=True) where they did arrive so. None "
+        "of them was taken in."
     )
 
 
 def admit(outcomes: Outcomes, calibration: Outcomes, risk: str | None) -> Outcomes:
-    """Scores of new rows, of the same predictor and candidates; what a CSV leaves out is the calibration's."""
+    """Scores of new rows, of the same predictor and candidates.
+
+    What a CSV leaves out is the calibration's.
+    """
     for name in ("method", "class_names"):
-        ours, theirs = getattr(calibration, name), getattr(outcomes, name)
+        ours = getattr(calibration, name)
+        theirs = getattr(outcomes, name)
         if None not in (ours, theirs) and ours != theirs:
             raise ProvenanceError(
-                f"the calibration rows have the {name} {ours!r:.100}, these scores {theirs!r:.100}. "
-                "Score with the predictor that was calibrated."
+                f"the calibration rows have the {name} {ours!r:.100}, these scores "
+                f"{theirs!r:.100}. Score with the predictor that was calibrated."
             )
     theirs = outcomes.provenance.get("risk")
     if None not in (risk, theirs) and risk != theirs:
         raise ProvenanceError(
-            f"these scores were decided on by the calibration {theirs}, the one monitored is {risk}. "
-            "Score again with the predictor as it is calibrated now."
+            f"these scores were decided on by the calibration {theirs}, the one monitored is "
+            f"{risk}. Score again with the predictor as it is calibrated now."
         )
     if known := _n_known(outcomes, calibration):
         warnings.warn(
-            f"{known} of {len(outcomes)} rows are calibration rows, which say nothing about new ones.",
+            f"{known} of {len(outcomes)} rows are calibration rows, which say nothing about new "
+            "ones.",
             stacklevel=3,
         )
     if outcomes.ids is not None and _is_numbered(
@@ -147,7 +157,10 @@ def admit(outcomes: Outcomes, calibration: Outcomes, risk: str | None) -> Outcom
 
 
 def _n_known(outcomes: Outcomes, calibration: Outcomes) -> int:
-    """Rows with the key and the uncertainty of a calibration row; a key alone may be of another data set."""
+    """Rows with the key and the uncertainty of a calibration row.
+
+    A key alone may be of another data set.
+    """
     if outcomes.ids is None or calibration.ids is None:
         return 0
     alike = np.flatnonzero(

@@ -84,7 +84,8 @@ class Audit:
         """What the answers so far show."""
         # the wealth at the promise says on which side of it the bounds are, and costs no search
         enough = -math.log(self.delta)
-        wrong, n = np.asarray(self.wrong), np.asarray(self.n)
+        wrong = np.asarray(self.wrong)
+        n = np.asarray(self.n)
         if log_wealth(wrong, n, self.promise, self.prior) >= enough:
             return "broken"
         kept = log_wealth(n - wrong, n, 1 - self.promise, self.prior[::-1]) >= enough

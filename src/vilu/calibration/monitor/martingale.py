@@ -51,7 +51,8 @@ def histogram_bets(p: Floats, counts: Floats, weight: float) -> tuple[Floats, Fl
     al., ICML 2012). From p-values (B,) and N (m,) come log densities (B,), each before its p-value
     is learnt from, and N after the last. The uniform density counts for ``weight`` p-values.
     """
-    m, row = len(counts), np.arange(len(p))
+    m = len(counts)
+    row = np.arange(len(p))
     cell = np.minimum((p * m).astype(np.int64), m - 1)
     ones = np.zeros((len(p), m))
     ones[row, cell] = 1
@@ -62,7 +63,10 @@ def histogram_bets(p: Floats, counts: Floats, weight: float) -> tuple[Floats, Fl
 
 
 def asleep(start: Floats) -> Floats:
-    """(start + 2)^(-1/2): share of the wealth that sleeps on after start number 0, 1, 2, ...; before all it is 1."""
+    """(start + 2)^(-1/2): share of the wealth that sleeps on after start number 0, 1, 2 and so on.
+
+    Before all it is 1.
+    """
     return 1 / np.sqrt(start + 2)
 
 
@@ -85,7 +89,10 @@ class Martingale:
     )
 
     def update(self, p: Floats) -> Floats:
-        """(B,) log wealth after each of the next p-values; it does not depend on how they are divided into calls."""
+        """(B,) log wealth after each of the next p-values.
+
+        It does not depend on how they are divided into calls.
+        """
         blocks = [self._update(p[start : start + BLOCK]) for start in range(0, len(p), BLOCK)]
         return np.concatenate(blocks) if blocks else np.empty(0)
 
@@ -99,7 +106,9 @@ class Martingale:
         with np.errstate(divide="ignore"):  # where nothing starts
             new = np.log(np.where(row % EVERY == 0, share, 0.0))[:, None] - growth[:-1]
         started = np.logaddexp.accumulate(np.concatenate([self.started[None], new]), axis=0)
-        self.n, self.growth, self.started = self.n + len(p), growth[-1], started[-1]
+        self.n = self.n + len(p)
+        self.growth = growth[-1]
+        self.started = started[-1]
         awake = special.logsumexp(growth[1:] + started[1:] + np.log(SHARES), axis=1)
         found: Floats = np.logaddexp(awake, np.log(asleep(start)))
         return found
@@ -190,11 +199,15 @@ class Reference:
         return every.values, every.counts()
 
     def p_values(self, values: Floats, uniform: Floats) -> Floats:
-        """(B,) p-values of new values (B,), taken in in their order; ``uniform`` (B,) in [0, 1) breaks ties."""
+        """(B,) p-values of new values (B,), taken in in their order.
+
+        ``uniform`` (B,) in [0, 1) breaks ties.
+        """
         greater, equal = earlier(values)
         for run in self.runs:
             more, same = run.compare(values)
-            greater, equal = greater + more, equal + same
+            greater = greater + more
+            equal = equal + same
         before = self.n + np.arange(len(values))
         self.add(values)
         return (greater + uniform * (equal + 1)) / (before + 1)
@@ -207,12 +220,14 @@ def earlier(values: Floats) -> tuple[Ints, Ints]:
     before it.
     """
     n = len(values)
-    greater, equal = np.zeros(n, np.int64), np.zeros(n, np.int64)
+    greater = np.zeros(n, np.int64)
+    equal = np.zeros(n, np.int64)
     rank = np.unique(values, return_inverse=True)[1].astype(np.int64)
     place = np.arange(n)
     width = 1
     while width < n:
-        pair, odd = place // (2 * width), (place // width) % 2 == 1
+        pair = place // (2 * width)
+        odd = (place // width) % 2 == 1
         # one sorted array of all even blocks: the block is the leading part of the key
         key = pair * n + rank
         left = np.sort(key[~odd])
@@ -286,12 +301,14 @@ def _in_order(
         return False
     rng = np.random.default_rng(0)
     halves = [half[:: -(-len(half) // SAMPLED)] for half in np.array_split(values, 2)]
-    found, shuffled = np.array([order(half) for half in halves]), np.empty((SHUFFLES, 2))
+    found = np.array([order(half) for half in halves])
+    shuffled = np.empty((SHUFFLES, 2))
     for number in range(SHUFFLES):
         shuffled[number] = [order(rng.permutation(half)) for half in halves]
         if shuffled[number].sum() >= found.sum():
             return False
-    mean, total = shuffled.mean(axis=0), shuffled.sum(axis=1)
+    mean = shuffled.mean(axis=0)
+    total = shuffled.sum(axis=1)
     possible = np.array([most(half) for half in halves]) - mean
     is_much = (found > mean) & (found - mean >= least * possible)
     return bool(is_much.all() and found.sum() - total.mean() >= CLEAR * total.std())

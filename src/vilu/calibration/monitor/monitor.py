@@ -96,13 +96,17 @@ class Monitor:
             )
         if not np.isfinite(calibration.uncertainty).any():
             raise DataError(
-                f"none of the {len(calibration)} calibration rows has an uncertainty. Calibrate again."
+                f"none of the {len(calibration)} calibration rows has an uncertainty. Calibrate "
+                "again."
             )
-        self.calibration, self.false_alarm, self.seed = calibration, false_alarm, int(seed)
+        self.calibration = calibration
+        self.false_alarm = false_alarm
+        self.seed = int(seed)
         self.rule = rule if isinstance(rule, Rule) and not rule.needs_batch else None
         self.risk: str | None = None
         self.rows = self.unscored = self.accepted = self.repeated = self.forgotten = 0
-        self.monitored, self.labelled = Seen(), Seen()
+        self.monitored = Seen()
+        self.labelled = Seen()
         # labels of a promise that may be looked at at any time are a random sample below a limit
         # alone
         u = np.unique(calibration.uncertainty[np.isfinite(calibration.uncertainty)])
@@ -203,10 +207,12 @@ class Monitor:
         if not new.all():
             told = f"{np.count_nonzero(~new)} of {len(new)} rows were monitored before and are not counted again."
             warnings.warn(told, stacklevel=2)
-            outcomes, accepted = outcomes.take(new), accepted[new]
+            outcomes = outcomes.take(new)
+            accepted = accepted[new]
         if not in_order:
             refuse_sorted(outcomes)
-        scored, watched = np.isfinite(outcomes.uncertainty), self._watched(outcomes)
+        scored = np.isfinite(outcomes.uncertainty)
+        watched = self._watched(outcomes)
         rows = self.rows + np.arange(len(outcomes))
         for name, column in self._columns(outcomes, accepted).items():
             if name in self.watches:
@@ -252,7 +258,8 @@ class Monitor:
         """
         if self.audited is None:
             raise UsageError(
-                "there is no promise to audit: the rule accepts nothing, judges whole batches, or bounds a mean (crc)."
+                "there is no promise to audit: the rule accepts nothing, judges whole batches, or "
+                "bounds a mean (crc)."
             )
         outcomes = admit(outcomes, self.calibration, self.risk)
         rows = np.full(len(outcomes), max(self.rows - 1, 0))
@@ -332,8 +339,9 @@ class Monitor:
         table, state = _read_state(path)
         if state.fingerprint != self.fingerprint:
             raise ProvenanceError(
-                f"{path} belongs to the monitor {state.fingerprint}, this one is {self.fingerprint}: another "
-                "calibration, probability of a false alarm, or seed. After a new calibration begin a new state."
+                f"{path} belongs to the monitor {state.fingerprint}, this one is "
+                f"{self.fingerprint}: another calibration, probability of a false alarm, or seed. "
+                "After a new calibration begin a new state."
             )
         name = np.asarray(read_column(path, table, "test", "string").to_pylist(), dtype=object)
         value = read_column(path, table, "value", "float64").fill_null(np.nan).to_numpy()
@@ -353,7 +361,8 @@ class Monitor:
             raise DataError(f"{path} is damaged: {error}. Begin a new monitor.") from error
         if self.forgotten:
             warnings.warn(
-                f"of {self.forgotten:,} rows in {path} an older vilu kept no record: given again they count again.",
+                f"of {self.forgotten:,} rows in {path} an older vilu kept no record: given again "
+                "they count again.",
                 stacklevel=2,
             )
         return self
@@ -387,9 +396,13 @@ class Monitor:
         )
 
     def _restore(self, state: State, values: Mapping[TestName, tuple[Floats, Ints]]) -> None:
-        """Take over a state, with the values and counts of every test; a ValueError says what does not fit."""
+        """Take over a state, with the values and counts of every test.
+
+        A ValueError says what does not fit.
+        """
         tests = {test.name: test for test in state.tests}
-        (n, wrong), levels = state.audited, {test.name: test.level for test in self._tests()}
+        (n, wrong) = state.audited
+        levels = {test.name: test.level for test in self._tests()}
         if tests.keys() != levels.keys() or state.wealth.keys() != self.watches.keys() or wrong > n:
             raise ValueError(f"its tests are not {', '.join(levels)}")
         if state.counted.keys() != self.rates.keys() or any(
@@ -407,15 +420,16 @@ class Monitor:
             name: watch.resumed(tests[name], state.wealth[name], *values[name], bets[name])
             for name, watch in self.watches.items()
         }
-        self.rows, self.unscored, self.accepted = state.rows, state.unscored, state.accepted
+        self.rows = state.rows
+        self.unscored = state.unscored
+        self.accepted = state.accepted
         for name, rate in self.rates.items():
             seen, happened = state.counted[name]
-            self.rates[name], self.rate_tests[name] = (
-                replace(rate, n=seen, wrong=happened),
-                tests[name],
-            )
+            self.rates[name] = replace(rate, n=seen, wrong=happened)
+            self.rate_tests[name] = tests[name]
         if self.audited is not None:
-            self.audited, self.audit_test = replace(self.audited, n=n, wrong=wrong), tests["audit"]
+            self.audited = replace(self.audited, n=n, wrong=wrong)
+            self.audit_test = tests["audit"]
 
     def _remember(
         self, state: State, monitored: pa.ChunkedArray, labelled: pa.ChunkedArray
@@ -438,10 +452,8 @@ class Monitor:
         tests = self._tests()
         audited = None if self.audited is None else Audited.from_audit(self.audited)
         verdict, raised_at, reason, advice = conclude(tests, audited)
-        strangers, stated = (
-            self.rates.get("outside"),
-            None if self.rule is None else self.rule.outside_share,
-        )
+        strangers = self.rates.get("outside")
+        stated = None if self.rule is None else self.rule.outside_share
         return Status(
             verdict=verdict,
             raised_at=raised_at,
@@ -491,7 +503,8 @@ class Monitor:
         if self.calibration.class_names is not None and self.calibration.prediction is not None:
             if outcomes.prediction is None:
                 raise DataError(
-                    "the calibration rows say what was answered, these scores do not. Score them again."
+                    "the calibration rows say what was answered, these scores do not. Score them "
+                    "again."
                 )
             found["answers"] = outcomes.prediction[watched].astype(np.float64)
         return found
@@ -501,7 +514,10 @@ class Monitor:
         return self.rule is not None and self.rule.method == "anytime"
 
     def _watched(self, outcomes: Outcomes) -> NDArray[np.bool_]:
-        """(N,) rows with an uncertainty; of a partial calibration, below its largest, where the others are alike."""
+        """(N,) rows with an uncertainty.
+
+        Of a partial calibration, below its largest, where the others are alike.
+        """
         return np.isfinite(outcomes.uncertainty) & (outcomes.uncertainty < self.below)
 
     def _take_labels(
@@ -535,7 +551,10 @@ class Monitor:
     def _take_rate(
         self, name: TestName, happened: NDArray[np.bool_], rows: Ints, judged: slice = slice(None)
     ) -> None:
-        """Count rows for a rate that is watched, if it is; the evidence is judged after some of them."""
+        """Count rows for a rate that is watched, if it is.
+
+        The evidence is judged after some of them.
+        """
         if name in self.rates:
             counts = happened.astype(np.int64)
             self.rate_tests[name] = self.rate_tests[name].after(
@@ -595,7 +614,8 @@ def _read_state(path: str | Path) -> tuple[pa.Table, State]:
     table, metadata = read_table(path, ("test",))
     if metadata.get("kind") != "monitor":
         raise DataError(
-            f"{path} is not the state of a monitor. Give another file, or one that does not exist yet."
+            f"{path} is not the state of a monitor. Give another file, or one that does not exist "
+            "yet."
         )
     try:
         return table, State.model_validate(metadata)

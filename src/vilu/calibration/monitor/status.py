@@ -25,8 +25,8 @@ MEANING = {
     "abstained": "more answers are abstained from than the stated shares explain",
 }
 RECALIBRATE = (
-    "Do not rely on the promised risk for rows from there on. Collect labels of new rows, drawn at random, "
-    "and run `vilu calibrate` on them; then begin a new monitor."
+    "Do not rely on the promised risk for rows from there on. Collect labels of new rows, drawn at "
+    "random, and run `vilu calibrate` on them; then begin a new monitor."
 )
 
 

@@ -100,7 +100,10 @@ class Wealth(Model):
 
 
 class State(Model):
-    """All of a monitor but its calibration and the values that came; ``audited``: answers, and wrong ones."""
+    """All of a monitor but its calibration and the values that came.
+
+    ``audited``: answers, and wrong ones.
+    """
 
     kind: Literal["monitor"] = "monitor"
     fingerprint: str

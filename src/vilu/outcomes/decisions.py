@@ -1,0 +1,13 @@
+"""What a decision is called, and why an answer is not accepted."""
+
+from __future__ import annotations
+
+ACCEPT = "accept"
+ABSTAIN = "abstain"
+
+ABOVE = "above_threshold"
+OUTSIDE_REASON = "outside"
+"""Why an answer is not accepted: its uncertainty.
+
+And where the picture is rather of none of the classes, that.
+"""
