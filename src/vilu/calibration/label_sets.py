@@ -16,21 +16,19 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from itertools import compress
-from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from vilu.artifacts.documents import Model
+from vilu.calibration.target import Kind
 from vilu.calibration.thresholds import rows_for_mean
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.errors import UNKNOWN, DataError, InfeasibleError, UsageError
 from vilu.metrics.counts import Floats
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.validation import require_between
-
-Kind = Literal["lac", "aps"]
 
 
 class LabelSets(Model):

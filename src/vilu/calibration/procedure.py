@@ -14,7 +14,7 @@ from vilu.artifacts.hashing import digest
 from vilu.calibration.anytime import Draw
 from vilu.calibration.calibration import Calibration, save_calibration
 from vilu.calibration.copies import SAME, check_copies
-from vilu.calibration.label_sets import LabelSets, fit_label_sets
+from vilu.calibration.label_sets import LabelSets, check_label_sets, fit_label_sets
 from vilu.calibration.looks import in_words, note_look
 from vilu.calibration.rules import Rule, evaluable, group_names, rule_of
 from vilu.calibration.target import Target
@@ -76,10 +76,33 @@ def calibrate_predictor(
         >>> calibration.rule.n_wrong, calibration.rule.n_accepted, calibration.probability.form
         (0, 200, 'temperature')
     """
-    target.check(load(folder), data)  # what is refused leaves no lock behind
+    check_target(target, load(folder), data)  # what is refused leaves no lock behind
     claim(folder, same=True)
     with locked(Path(folder), "calibrating", who="calibration"):
         return _calibrate(Path(folder), data, target, (dataset, split), overwrite=overwrite)
+
+
+def check_target(target: Target, predictor: FailurePredictor, data: EmbeddingSource) -> None:
+    """Refuse what cannot be promised of a predictor and its rows, before anything is computed."""
+    if target.has_rule:
+        target.check_rule(grouped=target.per_class)
+    elif target.per_class or target.method != "ltt":
+        raise UsageError(
+            "without max_risk or min_coverage there is no decision: leave method and per_class out."
+        )
+    elif target.states_shares:
+        target.check_shares(grouped=False)
+    if target.per_class and data.pool_size is not None:
+        raise UsageError(
+            "captions have no classes, so there are no thresholds per class. Leave per_class out."
+        )
+    if target.label_sets is not None:
+        check_label_sets(predictor, data, target.max_miss)
+    elif target.max_miss != Target.max_miss:
+        raise UsageError(
+            f"max_miss ({target.max_miss}) is for label sets. Ask for label_sets too, or leave "
+            "it out."
+        )
 
 
 def _calibrate(

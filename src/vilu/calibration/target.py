@@ -8,12 +8,12 @@ from typing import ClassVar, Literal
 
 from pydantic import ConfigDict
 
-from vilu.calibration.label_sets import Kind, check_label_sets
 from vilu.calibration.shares import check_shares
-from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import UsageError
-from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.validation import checked_fields, require_between, require_one_of
+
+Kind = Literal["lac", "aps"]
+"""Methods of label sets (``vilu.calibration.label_sets``)."""
 
 Method = Literal["ltt", "crc", "selection", "anytime"]
 
@@ -71,30 +71,6 @@ class Target:
     def states_shares(self) -> bool:
         """Whether the promise is to hold for stated shares, others than those of the calibration rows."""
         return self.outside_share is not None or self.class_shares is not None
-
-    def check(self, predictor: FailurePredictor, data: EmbeddingSource) -> None:
-        """Refuse what cannot be promised of a predictor and its calibration rows, before anything is computed."""
-        if self.has_rule:
-            self.check_rule(grouped=self.per_class)
-        elif self.per_class or self.method != "ltt":
-            raise UsageError(
-                "without max_risk or min_coverage there is no decision: leave method and per_class "
-                "out."
-            )
-        elif self.states_shares:
-            self.check_shares(grouped=False)
-        if self.per_class and data.pool_size is not None:
-            raise UsageError(
-                "captions have no classes, so there are no thresholds per class. Leave per_class "
-                "out."
-            )
-        if self.label_sets is not None:
-            check_label_sets(predictor, data, self.max_miss)
-        elif self.max_miss != Target.max_miss:
-            raise UsageError(
-                f"max_miss ({self.max_miss}) is for label sets. Ask for label_sets too, or leave "
-                "it out."
-            )
 
     def check_rule(self, *, grouped: bool) -> None:
         """Refuse what no rule can promise; ``grouped``: of several groups."""
