@@ -85,10 +85,10 @@ class Memory(nn.Module):
         # (x, -|x|^2 / 2, 1) . (x', 1, -|x'|^2 / 2): no (N, M) matrix but the kernel's is needed
         double = float64(rows)
         minus_half_square = -double.square().sum(dim=1, keepdim=True) / 2
-        ones = torch.ones_like(double[:, :1])
+        unit_column = torch.ones_like(double[:, :1])
         if is_bank:
-            return torch.cat([double, ones, minus_half_square], dim=1)
-        return torch.cat([double, minus_half_square, ones], dim=1)
+            return torch.cat([double, unit_column, minus_half_square], dim=1)
+        return torch.cat([double, minus_half_square, unit_column], dim=1)
 
     @classmethod
     def of(cls, attention: SupervisedAttention, rows: Rows) -> Memory:

@@ -464,15 +464,19 @@ def picked(
     gradient of an indexing is many times slower.
     """
     if product is None:
-        # to project all costs K D operations a column of the weight, to pick them K B, and to
-        # project those picked B D
-        n_rows = len(rows)
-        costs_more = len(text) * (1 + n_rows / text.shape[1]) > n_rows
-        if torch.compiler.is_exporting() or costs_more:  # a graph has one form for all sizes
+        # a graph has one form for all sizes; to look at a size would fix it
+        if torch.compiler.is_exporting() or not _projects_all(text, rows):
             return text[rows], weight.T
         product = text @ weight.T
     one_hot = functional.one_hot(rows, len(text)).to(text.dtype)
     return one_hot, product
+
+
+def _projects_all(text: Tensor, rows: Tensor) -> bool:
+    """Whether all K texts are projected and B picked at no more cost than projecting those B."""
+    # for a column of the weight K D + K B operations, against B D; both are divided by D
+    n_rows = len(rows)
+    return len(text) * (1 + n_rows / text.shape[1]) <= n_rows
 
 
 def with_weights(network: nn.Module, state: dict[str, Tensor], method: str) -> nn.Module:
