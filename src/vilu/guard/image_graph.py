@@ -51,16 +51,23 @@ class ImageGraph(nn.Module):
         vocabulary = guard.vocabulary
         self.text = nn.Buffer(vocabulary.text)
         self.dtype = getattr(torch, vocabulary.dtype)
-        self.words = nn.Buffer(vocabulary.columns[NEGATIVES]) if NEGATIVES in wanted else None
-        self.arrays = ("image", FEATURES) if FEATURES in wanted else ("image",)
+        words: Tensor | None = None
+        if NEGATIVES in wanted:
+            words = nn.Buffer(vocabulary.columns[NEGATIVES])
+        self.words = words
+        self.arrays: tuple[str, ...] = ("image",)
+        if FEATURES in wanted:
+            self.arrays = ("image", FEATURES)
+        ends: Tensor | None = None
+        self.outputs: tuple[str, ...] = (*SAID, *self.arrays)
         rule = rule_of(guard)
-        names = guard.vocabulary.names
-        groups = names if rule is not None and rule.grouped_by == "prediction" else None
-        ends = None if rule is None else torch.from_numpy(np.stack(rule.limits(len(names), groups)))
-        self.ends = (
-            None if ends is None else nn.Buffer(ends)
-        )  # (2, K) floor and threshold of every answer
-        self.outputs = (*SAID, *(() if rule is None else (ACCEPT,)), *self.arrays)
+        if rule is not None:
+            names = vocabulary.names
+            groups = names if rule.grouped_by == "prediction" else None
+            limits = np.stack(rule.limits(len(names), groups))
+            ends = nn.Buffer(torch.from_numpy(limits))
+            self.outputs = (*SAID, ACCEPT, *self.arrays)
+        self.ends = ends  # (2, K) floor and threshold of every answer
 
     def embed(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """Embeddings (N, D), and features (N, F) where the score looks at them, rounded as a store rounds them."""

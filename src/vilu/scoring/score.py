@@ -294,26 +294,33 @@ def _reasons(
         return [None] * len(rows)
     if source.n_candidates < 2:
         return ["k<2"] * len(rows)
-    codes = zip(source.status[rows].tolist(), alone.tolist(), missing.tolist(), strict=True)
-    return [
-        None if not gone else "k<2" if one else "short_pool" if code == VALID else STATUS[code]
-        for code, one, gone in codes
-    ]
+    reasons: list[str | None] = [None] * len(rows)
+    for place in np.flatnonzero(missing).tolist():
+        code = int(source.status[rows[place]])
+        if alone[place]:
+            reasons[place] = "k<2"
+        elif code == VALID:
+            reasons[place] = "short_pool"
+        else:
+            reasons[place] = STATUS[code]
+    return reasons
 
 
 def _keys(source: EmbeddingSource, rows: Ints, order: Ints) -> list[str]:
     """Identifiers of rows, looked up in ascending ``order``: a store reads them part by part."""
+    if not len(rows):
+        return []
     ascending = rows[order]
-    first, last = (int(ascending[0]), int(ascending[-1])) if len(rows) else (0, -1)
-    if last - first + 1 == len(rows):  # as a rule the rows of a part follow one another
-        found = list(source.ids[first : last + 1])
-        return (
-            found
-            if np.array_equal(rows, ascending)
-            else [found[row - first] for row in rows.tolist()]
-        )
-    keys = {row: source.ids[row] for row in ascending.tolist()}
-    return [keys[row] for row in rows.tolist()]
+    first = int(ascending[0])
+    last = int(ascending[-1])
+    follow_one_another = last - first + 1 == len(rows)
+    if not follow_one_another:
+        by_row = {row: source.ids[row] for row in ascending.tolist()}
+        return [by_row[row] for row in rows.tolist()]
+    keys = list(source.ids[first : last + 1])  # as a rule the rows of a part follow one another
+    if np.array_equal(rows, ascending):
+        return keys
+    return [keys[row - first] for row in rows.tolist()]
 
 
 @checked
@@ -456,7 +463,7 @@ def predictor_fingerprint(predictor: FailurePredictor) -> str:
 
 
 def source_fingerprint(source: EmbeddingSource) -> str:
-    """Hash of a source: the seal of a store, its shape, its labels, the order of its rows, and a sample of them.
+    """Hash of a source: the seal of a store, its shape, labels, order of rows, and a sample of them.
 
     Hashing every embedding would read all data twice. The sample is 256 rows, evenly spaced over
     the usable ones, with the candidates of the first of them (of the first pool) and two
@@ -467,26 +474,34 @@ def source_fingerprint(source: EmbeddingSource) -> str:
     places = np.linspace(0, len(rows) - 1, min(SAMPLED, len(rows))).round().astype(np.int64)
     sample = rows[torch.from_numpy(places)]
     pool = rows[: source.pool_size or 1]
-    whole = source.n_candidates > 0 and len(pool) >= (source.pool_size or 1)
-    return digest(
-        {
-            "content": stored.manifest.content
-            if isinstance(stored, EmbeddingStore | CaptionStore)
-            else None,
-            **({} if source.second is None else {"second": source_fingerprint(source.second)}),
-            "space": source.space.fingerprint,
-            "n": len(source),
-            "n_candidates": source.n_candidates,
-            "class_names": source.class_names,
-            "pool_size": source.pool_size,
-            "pools": asdict(source.pools) if isinstance(source, PairSource) else None,
-            "columns": sorted(source.columns),
-            "target": tensor_hash(source.target),
-            **({"outside": tensor_hash(source.outside)} if source.outside.any() else {}),
-            "status": tensor_hash(torch.from_numpy(np.asarray(source.status))),
-            "order": tensor_hash(rows),
-            "ids": [source.ids[int(row)] for row in (sample[:1], sample[-1:]) if len(row)],
-            "images": tensor_hash(source.image_rows(sample)),
-            "texts": tensor_hash(source.candidates(pool).text) if whole else None,
-        }
-    )
+    has_candidates = source.n_candidates > 0
+    whole = has_candidates and len(pool) >= (source.pool_size or 1)
+    facts: dict[str, Any] = {
+        "content": None,
+        "space": source.space.fingerprint,
+        "n": len(source),
+        "n_candidates": source.n_candidates,
+        "class_names": source.class_names,
+        "pool_size": source.pool_size,
+        "pools": None,
+        "columns": sorted(source.columns),
+        "target": tensor_hash(source.target),
+        "status": tensor_hash(torch.from_numpy(np.asarray(source.status))),
+        "order": tensor_hash(rows),
+        "ids": [],
+        "images": tensor_hash(source.image_rows(sample)),
+        "texts": None,
+    }
+    if isinstance(stored, EmbeddingStore | CaptionStore):
+        facts["content"] = stored.manifest.content
+    if source.second is not None:
+        facts["second"] = source_fingerprint(source.second)
+    if isinstance(source, PairSource):
+        facts["pools"] = asdict(source.pools)
+    if source.outside.any():
+        facts["outside"] = tensor_hash(source.outside)
+    if len(sample):
+        facts["ids"] = [source.ids[int(sample[0])], source.ids[int(sample[-1])]]
+    if whole:
+        facts["texts"] = tensor_hash(source.candidates(pool).text)
+    return digest(facts)

@@ -155,16 +155,14 @@ class Counts(Model):
     @classmethod
     def total(cls, several: Iterable[Counts]) -> Counts:
         """The sum."""
-        every = list(several)
-        reasons = sorted({reason for counts in every for reason in counts.unscored})
-        numbers = ("n_in", "n_scored", "n_failures", "n_unlabelled", "n_seen")
-        return cls(
-            unscored={
-                reason: sum(counts.unscored.get(reason, 0) for counts in every)
-                for reason in reasons
-            },
-            **{name: sum(getattr(counts, name) for counts in every) for name in numbers},
-        )
+        names = ("n_in", "n_scored", "n_failures", "n_unlabelled", "n_seen")
+        sums = dict.fromkeys(names, 0)
+        unscored = Counter[str]()
+        for counts in several:
+            unscored.update(counts.unscored)
+            for name in names:
+                sums[name] += getattr(counts, name)
+        return cls(unscored=dict(sorted(unscored.items())), **sums)
 
 
 class ScoreReceipt(AnyReceipt, ScoreDocument):
