@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 
 import vilu
-from vilu.embeddings import pairs
 from vilu.embeddings.copies import near_copies
 
 
@@ -22,13 +20,13 @@ def rows_with_copies(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return rows[order], np.tile(np.arange(200), 3)[order]
 
 
-def test_copies_are_groups_whatever_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_are_groups_whatever_the_block() -> None:
     image, scene = rows_with_copies()
     data = vilu.Embeddings(image, np.eye(32))
     _, first, place = np.unique(scene, return_index=True, return_inverse=True)
     for size in (1024, 7):
-        monkeypatch.setattr(pairs, "NEAR_ROWS", size)
-        assert np.array_equal(near_copies(data, np.arange(600)), first[place])
+        copies = near_copies(data, np.arange(600), block_rows=size)
+        assert np.array_equal(copies, first[place])
 
 
 def test_copies_are_told_by_the_place_among_the_rows() -> None:

@@ -20,8 +20,9 @@ from vilu.store.executors.local import threads_per_process
 from vilu.store.job import MAX_ATTEMPTS
 
 
-def done(job, parts, processes=2):
-    return sorted(receipt.part for receipt in make_executor("local", processes).run(job, parts))
+def done(job, parts, processes=2, max_deaths=local.MAX_DEATHS):
+    executor = local.LocalExecutor(processes, max_deaths)
+    return sorted(receipt.part for receipt in executor.run(job, parts))
 
 
 def test_a_dead_workers_part_is_done_by_another_one(tmp_path):
@@ -41,11 +42,10 @@ def test_a_worker_without_work_takes_over_from_a_dead_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_part_that_kills_without_end_is_given_up_and_the_others_stay(tmp_path, monkeypatch):
+def test_a_part_that_kills_without_end_is_given_up_and_the_others_stay(tmp_path):
     assert local.MAX_DEATHS > MAX_ATTEMPTS + 1  # a job has set the part aside before that
-    monkeypatch.setattr(local, "MAX_DEATHS", 2)
     with pytest.raises(StorageError, match=r"2 times in part 2, last with signal SIGKILL"):
-        done(FileJob(tmp_path, kill={2: 99}), range(4), processes=1)
+        done(FileJob(tmp_path, kill={2: 99}), range(4), processes=1, max_deaths=2)
     assert len(calls(tmp_path, 2)) == 2
     assert sorted(path.name for path in tmp_path.glob("*.txt")) == ["0.txt", "1.txt"]
 

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vilu.embeddings.pairs import PairSource, first_alike
+from vilu.embeddings.pairs import NEAR_ROWS, PairSource, first_alike
 from vilu.embeddings.source import EmbeddingSource
 
 NEAR_COPY: Final = 0.98
@@ -20,7 +20,10 @@ actions 4 %.
 
 
 def near_copies(
-    source: EmbeddingSource, rows: NDArray[np.int64], cosine: float = NEAR_COPY
+    source: EmbeddingSource,
+    rows: NDArray[np.int64],
+    cosine: float = NEAR_COPY,
+    block_rows: int = NEAR_ROWS,
 ) -> NDArray[np.int64]:
     """(M,) for every row the place among the ``rows`` (M,) of the first that it is a near copy of, or its own.
 
@@ -33,6 +36,7 @@ def near_copies(
         source: What the rows are of.
         rows: Places of usable rows, in the order in which they may be the first of a group.
         cosine: From which on a row is a near copy of another one.
+        block_rows: Rows whose likeness with as many others is looked at together.
 
     Examples:
         >>> import numpy as np, vilu
@@ -42,7 +46,7 @@ def near_copies(
         [0, 1, 0, 3]
     """
     image = picture_vectors(source, torch.from_numpy(np.ascontiguousarray(rows)))
-    return first_alike(image, cosine).numpy()
+    return first_alike(image, cosine, block_rows).numpy()
 
 
 def picture_vectors(source: EmbeddingSource, index: Tensor) -> Tensor:

@@ -488,12 +488,13 @@ def class_captions(
     return torch.cat(texts), torch.tensor(text_of_class)[torch.cat(classes)]
 
 
-def first_alike(rows: Tensor, cosine: float | None = None) -> Tensor:
+def first_alike(rows: Tensor, cosine: float | None = None, block_rows: int = NEAR_ROWS) -> Tensor:
     """(N,) int64: for every unit-norm row the first that is alike.
 
     Alike are equal rows or, with a cosine, those of at least that cosine to a first one. With a
     cosine rows are taken in order, and one that is near none of the firsts before it is a first
-    itself, so that likeness does not chain. Memory: N times the number of firsts, in blocks.
+    itself, so that likeness does not chain. Memory: N times the number of firsts, in blocks of
+    ``block_rows`` rows and as many firsts.
     """
     first = first_equal(rows)
     if cosine is None:
@@ -501,8 +502,8 @@ def first_alike(rows: Tensor, cosine: float | None = None) -> Tensor:
     distinct = first.unique()
     leader_of = torch.arange(len(rows))
     leaders = distinct[:0]
-    for block in distinct.split(NEAR_ROWS):
-        leader = _first_near(rows, block, leaders, cosine)
+    for block in distinct.split(block_rows):
+        leader = _first_near(rows, block, leaders.split(block_rows), cosine)
         is_led = leader >= 0
         leader_of[block[is_led]] = leader[is_led]
         # those near no leader so far: the block's own leaders are among them
@@ -512,11 +513,15 @@ def first_alike(rows: Tensor, cosine: float | None = None) -> Tensor:
     return leader_of[first]
 
 
-def _first_near(rows: Tensor, block: Tensor, leaders: Tensor, cosine: float) -> Tensor:
-    """(B,) the first leader that each row of a block is near; -1 where it is near none."""
+def _first_near(rows: Tensor, block: Tensor, leaders: Sequence[Tensor], cosine: float) -> Tensor:
+    """(B,) the first leader that each row of a block is near; -1 where it is near none.
+
+    The leaders come in tiles, so that few of them are compared together.
+    """
     leader = torch.full_like(block, -1)
-    for start in range(0, len(leaders), NEAR_ROWS):
-        tile = leaders[start : start + NEAR_ROWS]
+    for tile in leaders:
+        if not len(tile):
+            continue
         is_open = (leader < 0)[:, None]
         near = (rows[block] @ rows[tile].T >= cosine) & is_open
         first_in_tile = tile[near.byte().argmax(dim=1)]  # of equal numbers argmax takes the first

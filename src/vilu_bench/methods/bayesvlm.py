@@ -75,7 +75,14 @@ class Factors:
         return Factors(self.inputs + other.inputs, self.outputs + other.outputs, self.n + other.n)
 
 
-def factors(layer: Layer, candidates: Tensor, scale: float, bias: float, loss: str) -> Factors:
+def factors(
+    layer: Layer,
+    candidates: Tensor,
+    scale: float,
+    bias: float,
+    loss: str,
+    block_rows: int = ROWS,
+) -> Factors:
     """The factors that some rows add, each against all of ``candidates`` (K, D).
 
     The logits are scale * cosine + bias. With unit vectors u = g / ‖g‖ and c_j, the curvature in g
@@ -86,7 +93,8 @@ def factors(layer: Layer, candidates: Tensor, scale: float, bias: float, loss: s
     dim = candidates.shape[1]
     outputs = candidates.new_zeros(dim, dim)
     weights = layer.count * (scale / layer.outputs.norm(dim=-1)).square()
-    for unit, weight in zip(layer.directions.split(ROWS), weights.split(ROWS), strict=True):
+    directions = layer.directions.split(block_rows)
+    for unit, weight in zip(directions, weights.split(block_rows), strict=True):
         logits = scale * unit @ candidates.T + bias
         diagonal, outer = LOSSES[loss](logits)
         outputs += curvature_sum(unit, weight, candidates, diagonal, outer)

@@ -120,12 +120,13 @@ class LocalExecutor:
 
     name = "local"
 
-    def __init__(self, processes: int | None = None) -> None:
+    def __init__(self, processes: int | None = None, max_deaths: int = MAX_DEATHS) -> None:
         self.processes = check_processes(processes) or cores()
+        self.max_deaths = max_deaths
 
     def run(self, job: EmbedJob, parts: Sequence[int]) -> Iterator[Receipt]:
         """The receipts, as parts are done."""
-        pool = _Pool(job, parts, self.processes)
+        pool = _Pool(job, parts, self.processes, self.max_deaths)
         try:
             yield from pool.receipts()
         finally:
@@ -164,7 +165,10 @@ class _Process:
 class _Pool:
     """The state of one ``run``: parts that wait, workers, and deaths so far."""
 
-    def __init__(self, job: EmbedJob, parts: Sequence[int], processes: int) -> None:
+    def __init__(
+        self, job: EmbedJob, parts: Sequence[int], processes: int, max_deaths: int
+    ) -> None:
+        self.max_deaths = max_deaths
         self.payload = pack_job(job, threads_per_process(processes))
         self.waiting = deque(parts)
         self.size = min(processes, len(parts))
@@ -251,7 +255,7 @@ class _Pool:
         where = "before its first part" if part is None else f"in part {part}"
         how = _ending(worker.exit_code())
         logger.warning("worker %d ended %s with %s; another one goes on", worker.number, where, how)
-        if self.deaths[part] < MAX_DEATHS:
+        if self.deaths[part] < self.max_deaths:
             return
         if part is None:
             hint = (
@@ -263,7 +267,9 @@ class _Pool:
                 "Finished parts are kept. If memory ran out, take fewer processes or a smaller "
                 "batch size."
             )
-        raise StorageError(f"workers ended {MAX_DEATHS} times {where}, last with {how}. {hint}")
+        raise StorageError(
+            f"workers ended {self.max_deaths} times {where}, last with {how}. {hint}"
+        )
 
 
 def _ending(code: int | None) -> str:
