@@ -210,16 +210,8 @@ def load_entry(entry: EntryPoint, what: str) -> Any:  # noqa: ANN401 - whatever 
     Raises:
         UsageError: If it cannot be imported; a package that is missing is named.
     """
-    package = entry.value.partition(":")[0].partition(".")[0]
     try:
         return entry.load()
-    except ModuleNotFoundError as error:
-        if error.name == package:
-            raise UsageError(
-                f"the {what} {entry.name!r} is of the package {package}, which is not installed. "
-                f"Install {package.replace('_', '-')}."
-            ) from error
-        raise _not_imported(entry, what, error) from error
     # importing runs a stranger's code, which may raise anything: it is raised again, naming who
     # installed it
     except Exception as error:
@@ -236,9 +228,11 @@ def register_entry(entry: EntryPoint, what: str) -> Any:  # noqa: ANN401 - whate
 
 
 def _not_imported(entry: EntryPoint, what: str, error: Exception) -> UsageError:
-    return UsageError(
-        f"{_in_words(entry, what)} cannot be imported: {type(error).__name__}: {error}"
-    )
+    message = f"{_in_words(entry, what)} cannot be imported: {type(error).__name__}: {error}"
+    package = entry.value.partition(":")[0].partition(".")[0]
+    if isinstance(error, ModuleNotFoundError) and error.name == package:
+        message = f"{message}. Install {package.replace('_', '-')}."
+    return UsageError(message)
 
 
 def _in_words(entry: EntryPoint, what: str) -> str:

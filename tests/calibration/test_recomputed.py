@@ -60,7 +60,7 @@ EDITS: dict[str, Callable[[dict[str, Any]], object]] = {
     "a method": lambda record: record["rule"].update(method="crc"),
     "a target": lambda record: record["target"].update(max_risk=0.01),
     "both confidences": lambda record: [
-        record[part].update(confidence=0.999999) for part in ("rule", "target")
+        record[part].update(confidence=1 - 1e-12) for part in ("rule", "target")
     ],
     "no target": lambda record: record["target"].update(max_risk=None),
     "a count": lambda record: record.update(n=3),

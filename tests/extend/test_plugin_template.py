@@ -137,7 +137,7 @@ def test_a_broken_one_is_named_and_stops_nothing_else(
         run(*words.split())
     reason = (
         "'broken' of vilu-example (nowhere:Else) cannot be imported: "
-        "ModuleNotFoundError: No module named 'nowhere'"
+        "ModuleNotFoundError: No module named 'nowhere'. Install nowhere."
     )
     said = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
     assert said == [  # once each

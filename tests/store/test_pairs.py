@@ -337,9 +337,12 @@ def test_stores_of_classes_are_read_in_blocks_too(tmp_path, monkeypatch):
 def test_batches_are_read_ahead_but_not_far(many, monkeypatch):
     asked = []
     batch = type(many)._batch
-    monkeypatch.setattr(
-        type(many), "_batch", lambda self, *given: asked.append(given) or batch(self, *given)
-    )
+
+    def counted(self, *arguments, **settings):
+        asked.append(arguments)
+        return batch(self, *arguments, **settings)
+
+    monkeypatch.setattr(type(many), "_batch", counted)
     steps = many.steps(1, rows=torch.arange(700).repeat(10))
     monkeypatch.setattr(many, "pool_size", 100)
     taken = [next(steps) for _ in range(5)]

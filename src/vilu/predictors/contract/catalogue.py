@@ -57,6 +57,7 @@ def find_method(name: str) -> type[FailurePredictor]:
     """The class of a method; one of an entry point is imported now.
 
     Examples:
+        >>> import vilu
         >>> from vilu.predictors.contract.catalogue import find_method
         >>> find_method("mcm") is vilu.MCM
         True
