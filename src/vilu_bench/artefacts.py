@@ -23,17 +23,14 @@ def check(path: Path) -> Artefact | None:
     cells = sorted((path / CELLS).rglob("*.json"))
     for file in cells:
         try:
-            said = CellResult.model_validate(read_json(file, AGAIN, of=path))
+            said = CellResult.model_validate(read_json(file, AGAIN))
         except ValidationError as error:
             raise DataError(f"{file} is damaged: {explain(error)}. {AGAIN}.") from error
         if path / said.cell.path != file or load_result(path, said.cell, said.fingerprint) is None:
             raise DataError(
                 f"{file} is not the document of its cell, or the files beside it are not its. {AGAIN}."
             )
-    documents = sorted(path.glob(f"{STUDIES}/*/*.json"))
-    tables = sorted(path.glob(f"{STUDIES}/*/*.parquet"))
-    for file in (*documents, *tables):
-        check_file(file)
-    return Artefact(
-        path, f"benchmark, {len(boards)} studies, {len(cells)} cells", [*cells, *documents, *tables]
-    )
+    for pattern in ("*.json", "*.parquet"):
+        for file in sorted(path.glob(f"{STUDIES}/*/{pattern}")):
+            check_file(file)
+    return Artefact(path, f"benchmark, {len(boards)} studies, {len(cells)} cells")

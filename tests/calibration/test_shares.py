@@ -209,8 +209,6 @@ def test_the_promise_is_for_the_classes_as_they_are_stated() -> None:
         few.model_copy(update={"class_shares": {"cat": 0.4, "cup": 0.4, "dog": 0.2}}), rows
     )
     assert type(few).model_validate_json(few.model_dump_json()) == few
-    plain = vilu.calibrate(rows.take(rows.target != 2), max_risk=RISK)
-    assert "shares" not in plain.model_dump_json()
 
 
 @pytest.mark.parametrize(

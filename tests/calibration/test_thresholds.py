@@ -258,12 +258,6 @@ def test_what_lies_above_confident_mistakes_is_accepted() -> None:
         )
 
 
-def test_a_rule_without_a_floor_is_written_as_it_always_was() -> None:
-    rule = vilu.calibrate(Outcomes(np.linspace(0, 1, 400), np.zeros(400)), max_risk=0.05)
-    assert rule.floor is None
-    assert "floor" not in rule.model_dump_json()
-
-
 def test_sgr_takes_the_laxest_it_has_seen() -> None:
     c = counts([(1, 0)] * 150 + [(0, 1)] * 50)
     found = selection_with_guaranteed_risk(c, 0.05, 0.05)

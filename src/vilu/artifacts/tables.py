@@ -9,25 +9,41 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Final, TextIO
 
 from vilu.artifacts.disk import or_refuse, write_bytes
 from vilu.artifacts.documents import (
+    SCHEMA,
     SCHEMA_VERSION,
     SEAL,
     digest,
     parse_json,
     plain_json,
-    say_unsealed,
+    require_schema,
 )
-from vilu.errors import DataError, ProvenanceError, StorageError, UsageError
+from vilu.errors import DataError, StorageError, UsageError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 METADATA_KEY = b"vilu"
-MARK = b"vilu.sealed"
-"""Stands in the footer of a table with a digest, so that it is missed where a flipped bit has hidden the metadata."""
+METADATA_IN_FOOTER = re.compile(rb'\{"schema_version": .*"digest": "[0-9a-f]{32}"\}', re.DOTALL)
+"""The metadata of a table of ours, as they stand in the footer of a Parquet file.
+
+A flipped bit beside them, in their key or their length, hides them from pyarrow. This still finds
+them.
+"""
+
+AGAIN: Final = {
+    "outcomes": "Run `vilu score` again",
+    "results": "Run `vilu evaluate` again",
+    "monitor": "Begin a new monitor with `vilu monitor`",
+    "label errors": "Run `vilu audit-labels` again",
+}
+"""How a table of a kind is made again, for messages."""
+
+OLDEST: Final = {"labels": 1}
+"""Lowest number of the schema that is read. Labels are people's work: no book of them is refused."""
 
 MAX_COLUMNS, MAX_HEADER = 10_000, 2**20
 """Columns of a table, and characters of the heading of a CSV file; with a million of them reading takes minutes."""
@@ -68,13 +84,11 @@ def parquet_bytes(columns: Mapping[str, pa.Array], metadata: Mapping[str, object
     import pyarrow as pa
     import pyarrow.parquet
 
-    table, said = (
-        pa.table(dict(columns)),
-        parse_json(plain_json({"schema_version": SCHEMA_VERSION, **metadata})),
-    )
-    said[SEAL] = table_digest(table, said)
+    table = pa.table(dict(columns))
+    content = parse_json(plain_json({SCHEMA: SCHEMA_VERSION, **metadata}))
+    content[SEAL] = table_digest(table, content)
     buffer = BytesIO()
-    sealed = table.replace_schema_metadata({METADATA_KEY: plain_json(said), MARK: b""})
+    sealed = table.replace_schema_metadata({METADATA_KEY: plain_json(content)})
     repeating = [name for name in table.column_names if _repeats(table[name])]
     pyarrow.parquet.write_table(sealed, buffer, write_page_checksum=True, use_dictionary=repeating)
     return buffer.getvalue()
@@ -160,6 +174,10 @@ def read_table(
     Args:
         path: The file.
         text_columns: Columns that hold text, whatever their content looks like.
+
+    Raises:
+        DataError: If it is damaged, or no such table.
+        ProvenanceError: If it is of ours and has the schema of another version of vilu.
     """
     import pyarrow as pa
     import pyarrow.parquet
@@ -177,14 +195,14 @@ def read_table(
             if not parquet:
                 csv_names(path)
             table = _read_parquet(source) if parquet else _parse_csv(source, text_columns)
-            names, marked = table.column_names, parquet and MARK in _footer(source)
+            is_ours = parquet and METADATA_IN_FOOTER.search(_footer(source)) is not None
         except DataError:
             raise
         except (pa.ArrowException, csv.Error, OSError, ValueError) as error:
             raise DataError(f"{path} is not a readable {suffix[1:]} table: {error}") from error
-    require_width(path, len(names))
-    require_distinct(str(path), names)
-    return table, _metadata(path, table, marked=marked)
+    require_width(path, len(table.column_names))
+    require_distinct(str(path), table.column_names)
+    return table, _metadata(path, table, is_ours=is_ours)
 
 
 def _read_parquet(source: pa.NativeFile) -> pa.Table:
@@ -202,18 +220,6 @@ def _footer(source: pa.NativeFile) -> bytes:
     start = max(end - int.from_bytes(source.read(4), "little"), 0)
     source.seek(start)
     return bytes(source.read(end - start))
-
-
-def seal_table(path: Path) -> bool:
-    """Give a Parquet table of ours a digest, unless it has one or is of another program; whether it has now."""
-    import pyarrow.parquet
-
-    table, metadata = read_table(path, ())
-    said = (pyarrow.parquet.read_schema(path).metadata or {}).get(METADATA_KEY)
-    if said is None or SEAL in parse_json(said):
-        return False
-    write_table(path, {name: table[name] for name in table.column_names}, metadata)
-    return True
 
 
 def read_column(path: str | Path, table: pa.Table, name: str, kind: str) -> pa.ChunkedArray:
@@ -387,36 +393,30 @@ def _parse_csv(source: pa.NativeFile, text_columns: Collection[str]) -> pa.Table
     return as_written(table, text_columns)
 
 
-def _metadata(path: str | Path, table: pa.Table, *, marked: bool) -> dict[str, object]:
+def _metadata(path: str | Path, table: pa.Table, *, is_ours: bool) -> dict[str, object]:
     """The metadata of a table of ours, which are believed, as its rows are, when the digest is right."""
-    content = (table.schema.metadata or {}).get(METADATA_KEY)
-    if content is None and not marked:
+    text = (table.schema.metadata or {}).get(METADATA_KEY)
+    if text is None and not is_ours:
         return {}
     try:
-        metadata = parse_json(content or b"")
-        seal = metadata.pop(SEAL, None)
-        right = not marked if seal is None else seal == table_digest(table, metadata)
+        metadata = parse_json(text or b"")
+        stated = metadata.pop(SEAL, None)
+        right = table_digest(table, metadata)
     # pyarrow raises NotImplementedError on types of columns that a flipped bit has made: raised
     # again, as damage
     except (ValueError, NotImplementedError, RecursionError) as error:
         raise DataError(
             f"{path} is damaged: its metadata are not JSON of ours ({error}). Make it again."
         ) from error
-    if not right:
+    if stated is not None and stated != right:
         raise DataError(
             f"{path} is damaged, or was changed by another program: its rows are not what its digest says. "
             "Make it again."
         )
-    if seal is None:
-        say_unsealed(path)
-    require_schema(path, metadata.pop("schema_version", None))
+    kind = str(metadata.get("kind"))
+    again = AGAIN.get(kind, "Make it again")
+    require_schema(path, metadata, again, oldest=OLDEST.get(kind, SCHEMA_VERSION))
+    if stated is None:
+        raise DataError(f"{path} is damaged: its metadata have no digest. {again}.")
+    del metadata[SCHEMA]
     return metadata
-
-
-def require_schema(path: str | Path, version: object) -> None:
-    """Refuse what another version of vilu wrote."""
-    if version != SCHEMA_VERSION:
-        raise ProvenanceError(
-            f"{path} has schema version {version!r}, this vilu reads version {SCHEMA_VERSION}. "
-            "Install the vilu that wrote it."
-        )

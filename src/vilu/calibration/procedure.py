@@ -67,7 +67,7 @@ class Target:
     class_shares: Mapping[str, float] | None = None
 
     def facts(self) -> dict[str, object]:
-        """All that was asked for; shares where they are stated, as records of older code know of none."""
+        """All that was asked for; shares only where they are stated."""
         stated = {"outside_share", "class_shares"}
         return {
             name: value
@@ -172,13 +172,13 @@ def _calibrate(
     predictor = load(folder)
     predictor.calibrator_ = None
     made_from = predictor_fingerprint(predictor), source_fingerprint(data), *names, target.facts()
-    inputs = earlier = digest(made_from)
+    inputs = digest(made_from)
     dtype = data.manifest.dtype if isinstance(data, EmbeddingStore) else None
-    if dtype is None:  # only a store has a hash of all its rows; earlier code did without
+    if dtype is None:  # only a store has a hash of all its rows
         inputs = digest(
             [made_from, [data.identities(by).tolist() for by in data.identified_by[:1]]]
         )
-    found = None if overwrite else _calibrated(folder, {inputs, earlier})
+    found = None if overwrite else _calibrated(folder, inputs)
     if found is None:
         fresh = predictor.unseen(data, "calibration")
         check_copies(predictor, data, np.flatnonzero(fresh))
@@ -212,9 +212,7 @@ def _calibrate(
             near_copies=tuple(near.tolist()),
             n_looks=n_looks,
         )
-    elif (
-        dtype is not None and not (folder / VOCABULARY).exists()
-    ):  # older code may have left it out
+    elif dtype is not None and not (folder / VOCABULARY).exists():  # somebody removed it
         Vocabulary.of(data, dtype).save(folder)
     write_card(folder)  # the last file of a calibration
     return found
@@ -329,7 +327,7 @@ def take_back(folder: Path, changed: set[str]) -> bool:
     return bool(wrong)
 
 
-def _calibrated(folder: Path, inputs: set[str]) -> Record | None:
+def _calibrated(folder: Path, inputs: str) -> Record | None:
     """What the same inputs made of a predictor before; refuses what others made.
 
     What cannot be used is in no way.
@@ -341,7 +339,7 @@ def _calibrated(folder: Path, inputs: set[str]) -> Record | None:
     except ViLUError as error:
         logger.warning("the calibration in %s is made again: %s", folder, error)
         return None
-    if found.inputs in inputs:
+    if found.inputs == inputs:
         logger.info("%s is calibrated so already: there is nothing to do", folder)
         return found
     raise UsageError(

@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import Field
 
 from vilu.artifacts.disk import file_hash, write_bytes
-from vilu.artifacts.documents import Document, digest, identity, read_document, vouched
+from vilu.artifacts.documents import Document, digest, identity, read_document
 from vilu.artifacts.tables import parquet_bytes
 from vilu.calibration.anytime import log_evidence
 from vilu.calibration.label_sets import LabelSets
@@ -43,7 +43,6 @@ class Record(Document):
 
     again = RECALIBRATE
     fault = DataError
-    later = frozenset({"inputs", "texts", "near_copies", "looks"})
 
     kind: Literal["risk"] = "risk"
     vilu: str = Field(default_factory=partial(version, "vilu"))  # version that made it
@@ -62,11 +61,8 @@ class Record(Document):
     # accepts or abstains; None when only probabilities were calibrated
     rule: Annotated[Rule, Field(discriminator="kind")] | None
     label_sets: LabelSets | None = None  # sets of labels; None without
-    inputs: str | None = (
-        None  # digest of everything that it was made from; None where an earlier vilu made it
-    )
-    # sketch of the candidates' texts (``candidates_of``); None for pools, and in records of older
-    # code
+    inputs: str | None = None  # digest of everything that it was made from; None in a triage
+    # sketch of the candidates' texts (``candidates_of``); None for pools
     texts: tuple[float, ...] | None = None
     # places of calibration rows that the rule leaves out, as they are near copies of others
     near_copies: tuple[Annotated[int, Field(ge=0)], ...] = ()
@@ -261,5 +257,4 @@ def load_rows(folder: str | Path, record: Record) -> Outcomes:
         raise DataError(f"{path} is missing. {RECALIBRATE}.")
     if file_hash(path) != record.rows_sha256:
         raise DataError(f"{path} does not hold the rows that {RISK} names. {RECALIBRATE}.")
-    with vouched():
-        return Outcomes.load(path)
+    return Outcomes.load(path)

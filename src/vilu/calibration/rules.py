@@ -49,8 +49,6 @@ Promise = Literal["ltt", "sgr", "crc", "anytime"]
 class Certificate(Model):
     """A threshold and the calibration rows behind it."""
 
-    later = frozenset({"floor"})
-
     threshold: float | None  # accept where the uncertainty is at most this; None: accept nothing
     n: int = Field(ge=0)  # calibration rows
     n_accepted: int = Field(ge=0)  # how many of them the threshold accepts
@@ -104,8 +102,6 @@ class Selector(Model):
         >>> selector.reasons([0.2, 0.99])
         [None, 'above_threshold']
     """
-
-    later = frozenset({"outside_share", "class_shares", "counted"})
 
     kind: Literal["threshold"] = "threshold"
     needs_batch: ClassVar[bool] = False

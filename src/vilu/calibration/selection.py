@@ -37,8 +37,6 @@ class BatchSelector(Model):
     bound is max_risk times the share of wrong answers, and less is accepted.
     """
 
-    later = frozenset({"counted"})
-
     kind: Literal["selection"] = "selection"
     needs_batch: ClassVar[bool] = True
     grouped_by: ClassVar[None] = None

@@ -279,7 +279,7 @@ class RowNumbers(Identifiers):
 
 Identity = Literal["pictures", "embeddings", "names"]
 """What tells whether two rows are the same: the encoded bytes of the pictures; embeddings, where nothing is known of
-pictures; or identifiers, in what older versions wrote. To a pair its caption belongs, too.
+pictures; or identifiers, where neither is known. To a pair its caption belongs, too.
 """
 
 HASH_BYTES = 8

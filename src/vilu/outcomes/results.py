@@ -11,9 +11,9 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, Self
 
-from vilu.artifacts.documents import SCHEMA_VERSION, read_json, write_json
+from vilu.artifacts.documents import read_json, write_json
 from vilu.artifacts.paths import claim_file, said_of
-from vilu.artifacts.tables import read_column, read_table, require_schema, write_table
+from vilu.artifacts.tables import read_column, read_table, write_table
 from vilu.errors import DataError, StorageError, UsageError
 from vilu.metrics.bootstrap import OwnInterval
 from vilu.metrics.catalog import (
@@ -305,12 +305,7 @@ class ResultTable:
         if Path(path).suffix.lower() == ".json":
             write_json(
                 path,
-                {
-                    "schema_version": SCHEMA_VERSION,
-                    "kind": "results",
-                    **said,
-                    "rows": self.to_dicts(),
-                },
+                {"kind": "results", **said, "rows": self.to_dicts()},
             )
             return
         columns = {
@@ -365,7 +360,6 @@ def _table_of_json(path: str | Path) -> pa.Table:
         raise DataError(
             f"{path} must hold an object with a list 'rows'. It has {', '.join(content):.80}."
         )
-    require_schema(path, content.get("schema_version"))
     if not all(isinstance(row, dict) for row in content["rows"]):
         raise DataError(f"every entry of 'rows' in {path} must be an object.")
     try:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from vilu.artifacts.disk import MANIFEST, RUN
-from vilu.artifacts.documents import Document, Model, digest, read_document, read_json, vouched
+from vilu.artifacts.documents import Document, Model, digest, read_document, read_json
 from vilu.artifacts.tables import parquet_bytes, read_column, read_table
 from vilu.errors import UNKNOWN, DataError, ProvenanceError, StorageError
 from vilu.metrics.counts import Floats, Ints, repeated_pictures
@@ -266,8 +266,7 @@ def histogram_bytes(histogram: Histogram, outside: Histogram) -> bytes:
 def read_histogram(root: Path, receipt: ScoreReceipt) -> tuple[Histogram, Histogram]:
     """The counts of a part, checked against its receipt: of all its rows, and of those of none of the classes."""
     path, counts = Vouched(root, [receipt])(receipt.part.histogram), receipt.counts
-    with vouched():
-        table, metadata = read_table(path, ())
+    table, metadata = read_table(path, ())
     level, ends = metadata.get("level"), metadata.get("ends")
     names = [name for name in table.column_names if name != "outside"]
     if names != list(COLUMNS) or any(c.type != pa.int64() or c.null_count for c in table.columns):
@@ -448,8 +447,7 @@ class ScoreFolder(Reopened):
         files = Vouched(self.path, self._receipts)
         for receipt in self._receipts:
             path = files(receipt.part.scores)
-            with vouched():
-                part = Outcomes.load(path)
+            part = Outcomes.load(path)
             known = part.evaluable
             picture = None if part.picture is None else part.picture[known]
             yield part.uncertainty[known], part.failure[known], part.outside[known], picture
@@ -463,13 +461,12 @@ class ScoreFolder(Reopened):
         """
         files = Vouched(self.path, self._receipts)
         paths = [files(receipt.part.scores) for receipt in self._receipts]
-        with vouched():
-            parts = [Outcomes.load(path) for path in paths]
-            ids = [
-                read_column(path, read_table(path, ())[0], "row_id", "int64").to_numpy()
-                for path in paths
-            ]
-            row_id = np.concatenate(ids)
+        parts = [Outcomes.load(path) for path in paths]
+        ids = [
+            read_column(path, read_table(path, ())[0], "row_id", "int64").to_numpy()
+            for path in paths
+        ]
+        row_id = np.concatenate(ids)
         order = np.argsort(row_id, kind="stable")
         if not np.array_equal(row_id[order], np.arange(len(self))):
             raise DataError(

@@ -47,7 +47,7 @@ class Journal:
 
     Raises:
         InfeasibleError: If nothing is promised of the predictor.
-        ProvenanceError: If an older vilu wrote the journal, or its state is of another monitor.
+        ProvenanceError: If another version of vilu wrote the journal, or its state is of another monitor.
         StorageError: If the file cannot be written.
     """
 
@@ -153,9 +153,7 @@ class Journal:
         if not path.exists():
             return monitor
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of rows of which older code kept no record
-                return monitor.resume(path)
+            return monitor.resume(path)
         except DataError as error:
             (aside,) = set_aside(self.folder, (STATE,))
             logger.warning("%s It is set aside as %s, and every row is read again.", error, aside)

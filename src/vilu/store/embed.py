@@ -226,8 +226,6 @@ def _drive(
         if missing:
             job.ledger.unseal()
             require_room(root, job.run, missing)
-            if not job.run.pictures:
-                logger.warning("%s goes on as it was begun: without digests of its pictures", root)
         else:
             logger.info("%s is complete: there is nothing to do", root)
         if shared:
@@ -319,10 +317,10 @@ def describe(
         "part_size": (PART_SHARDS if sharded else PART_IMAGES) if part_size is None else part_size,
         **settings,
     }
-    return describe_run(inputs, Path(dataset.source).name or dataset.source, pictures=True)
+    return describe_run(inputs, Path(dataset.source).name or dataset.source)
 
 
-def describe_run(described: Mapping[str, object], dataset: str, *, pictures: bool) -> Run:
+def describe_run(described: Mapping[str, object], dataset: str) -> Run:
     """The run with these inputs, of data of this name."""
     try:
         inputs = Inputs.model_validate(described)
@@ -332,7 +330,6 @@ def describe_run(described: Mapping[str, object], dataset: str, *, pictures: boo
         "fingerprint": digest(inputs.identity()),
         "dataset": dataset,
         "vilu": version("vilu"),
-        "pictures": pictures,
     }
     return Run.model_validate({**dict(inputs), **made})
 

@@ -506,9 +506,7 @@ def _describe(given: Given, space: EmbeddingSpace, imported: Imported, **setting
         **settings,
     }
     place = Path(given.image.place.partition(", array ")[0])
-    return describe_run(
-        described, place.name if place.suffix != ".npy" else place.parent.name, pictures=False
-    )
+    return describe_run(described, place.name if place.suffix != ".npy" else place.parent.name)
 
 
 def _drive(root: Path, run: Run, given: Given, budget: Budget, *, overwrite: bool) -> None:

@@ -221,7 +221,7 @@ class Ledger(ABC, Generic[P, R]):
     def receipt(self, part: P) -> R:
         """The receipt of a part that is there in full."""
         path, again = self.root / part.receipt, self._kind.again
-        receipt = read_document(path, self._kind, of=self.root)
+        receipt = read_document(path, self._kind)
         if receipt.fingerprint != self.fingerprint:
             raise ProvenanceError(
                 f"{path} belongs to run {receipt.fingerprint}, the folder to run {self.fingerprint}. "

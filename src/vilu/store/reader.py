@@ -208,7 +208,7 @@ class StoredRows(EmbeddingSource):
         """Pictures (with captions), or of old stores names; of what was imported, embeddings and names, if any."""
         if self._sealed.manifest.imported is not None:
             return ("embeddings", "names") if self._sealed.named else ("embeddings",)
-        return ("pictures", "names") if self._sealed.manifest.pictures else ("names",)
+        return ("pictures", "names")
 
     def identities(self, by: Identity, rows: NDArray[np.int64] | None = None) -> NDArray[np.uint64]:
         """As every source's."""

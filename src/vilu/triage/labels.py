@@ -55,7 +55,7 @@ class Entry:
     predictor: str = ""  # fingerprint of the predictor in force when it was asked
     asked: int = 0  # seconds since 1970; 0 where it was not
     answered: int = 0  # the same of the label
-    picture: str = ""  # digest of the picture that it is of; empty where older code noted none
+    picture: str = ""  # digest of the picture that it is of; empty where a book of 0.1.0 noted none
 
     def is_of_another(self, picture: bytes) -> bool:
         """Whether the label was given to another picture than this, which has its path now."""
@@ -162,7 +162,7 @@ class LabelBook:
         }
 
     def rename(self, former: Callable[[str], str], paths: Iterable[str]) -> None:
-        """Give entries of photos whose paths older code wrote in another way the names of today."""
+        """Give entries of photos whose paths 0.1.0 wrote in another way the names of today."""
         present = set(paths)
         for path in present - self.entries.keys():
             before = former(path)

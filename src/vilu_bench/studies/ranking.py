@@ -34,10 +34,6 @@ class Ranked:
     against: str | None  # the best other method
     # AUROC less that of ``against``, paired, on the seeds that both have; None where there is none
     gap: Difference | None
-    fit_seconds: (
-        float | None
-    )  # mean, in cells of earlier vilu that say so; None where nothing is fitted
-    rows_per_second: float | None  # mean speed of scoring, in such cells
     refused_seeds: tuple[int, ...]  # seeds on which the method gave no result
 
     def to_dict(self) -> dict[str, object]:
@@ -178,8 +174,6 @@ def _ranked(config: Config, entrant: Entrant, able: Sequence[Entrant]) -> Ranked
     mean = entrant.mean(BEST) or 0.0
     other = next((e for e in able if e is not entrant), None)
     difference = None if other is None else entrant.less(other, BEST)
-    timings = [result.timing for result in entrant.found.values() if result.timing is not None]
-    fits = [timing.fit_seconds for timing in timings if timing.fit_seconds is not None]
     return Ranked(
         method=entrant.method,
         variant=next(iter(entrant.found.values())).variant,
@@ -189,8 +183,6 @@ def _ranked(config: Config, entrant: Entrant, able: Sequence[Entrant]) -> Ranked
         intervals={name: entrant.quantity(name).interval(config.confidence) for name in RANKED_BY},
         against=None if other is None else other.method,
         gap=None if difference is None else difference.difference(config.confidence),
-        fit_seconds=fmean(fits) if fits else None,
-        rows_per_second=fmean(timing.rows_per_second for timing in timings) if timings else None,
         refused_seeds=entrant.refused_seeds,
     )
 
@@ -232,10 +224,7 @@ def _block_text(config: Config, block: Ranking) -> str:
             for name in config.metrics
         ]
         heading = ["#", "method", "runs", *metrics, "best other", f"difference {percent}", "p"]
-        heading += ["fit s", "rows/s"] if _has_times(block) else []
-        lines += aligned(
-            [heading, *(_line(config, line, times=_has_times(block)) for line in block.lines)]
-        )
+        lines += aligned([heading, *(_line(config, line) for line in block.lines)])
     reasons: dict[str, list[str]] = {}
     for method, reason in block.refused.items():
         reasons.setdefault(short(reason, REASON_LENGTH), []).append(method)
@@ -244,13 +233,8 @@ def _block_text(config: Config, block: Ranking) -> str:
     )
 
 
-def _has_times(block: Ranking) -> bool:
-    """Whether the cells are of earlier vilu, which kept wall times in them."""
-    return any(line.rows_per_second is not None for line in block.lines)
-
-
-def _line(config: Config, line: Ranked, *, times: bool) -> list[str]:
-    gap, fit, speed = line.gap, line.fit_seconds, line.rows_per_second
+def _line(config: Config, line: Ranked) -> list[str]:
+    gap = line.gap
     return [
         str(line.rank),
         line.method + line.variant,
@@ -261,14 +245,6 @@ def _line(config: Config, line: Ranked, *, times: bool) -> list[str]:
         if gap is None
         else f"{100 * gap.difference:+.2f} [{100 * gap.ci_low:+.2f}, {100 * gap.ci_high:+.2f}]",
         NOTHING if gap is None else f"{gap.p_value:.3g}",
-        *(
-            [
-                NOTHING if fit is None else f"{fit:.2f}",
-                NOTHING if speed is None else f"{speed:,.0f}",
-            ]
-            if times
-            else []
-        ),
     ]
 
 

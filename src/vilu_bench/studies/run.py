@@ -374,5 +374,13 @@ def remove_leftovers(root: Path) -> None:
 
 def finished(bench: Workbench, runs: Sequence[Cell], root: Path) -> dict[Cell, CellResult]:
     """Results that are there and hold, of cells that have one of their own."""
-    results = {cell: load_result(root, cell, digest(decided_by(bench, cell))) for cell in runs}
-    return {cell: result for cell, result in results.items() if result is not None}
+    results = {}
+    for cell in runs:
+        try:
+            result = load_result(root, cell, digest(decided_by(bench, cell)))
+        except ProvenanceError as error:
+            logger.warning("%s %s is run again.", error, cell)
+            continue
+        if result is not None:
+            results[cell] = result
+    return results

@@ -36,7 +36,6 @@ from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.predictors.nn.head import Dropout
 from vilu.predictors.nn.processes import World, current_world
 
-SCHEMA = 2  # 1: without what the steps of an epoch add up for matrices of fixed texts
 RECORD = re.compile(r"(\d{8,})\.json")
 OURS = re.compile(r"\d{8,}\.(json|safetensors)")
 AGAIN = "Remove it, and run the training again"
@@ -105,7 +104,6 @@ class FolderKeeper(Keeper):
         make_folder(self.folder)
         write_bytes(self.folder / f"{name}.safetensors", weights)
         record = {
-            "schema": SCHEMA,
             "binding": self.binding,
             "position": found.position,
             "tensors_sha256": hashlib.sha256(weights).hexdigest(),
@@ -144,10 +142,6 @@ class FolderKeeper(Keeper):
         return b"", b""
 
     def _require_same(self, found: dict[str, object]) -> None:
-        found = {
-            "texts": self.binding.get("texts"),
-            **found,
-        }  # checkpoints of earlier code do not say
         differences = [
             f"{key}: {found.get(key)!r} there, {self.binding.get(key)!r} here"
             for key in sorted(found.keys() | self.binding.keys())
@@ -168,13 +162,7 @@ def is_ours(name: str) -> bool:
 
 def read_checked(path: Path) -> tuple[dict[str, Any], bytes]:
     """A record and the bytes of its tensors, as they were written."""
-    record = read_json(path, AGAIN, always=True)
-    if not isinstance(record.get("schema"), int):
-        raise DataError(f"{path} does not describe a checkpoint.")
-    if record["schema"] > SCHEMA:
-        raise ProvenanceError(
-            f"{path} has schema {record['schema']}; this vilu reads up to {SCHEMA}. Update vilu."
-        )
+    record = read_json(path, AGAIN)
     if not all(isinstance(record.get(name), dict) for name in ("binding", "position")):
         raise DataError(f"{path} is damaged: it lacks a binding and a position. {AGAIN}.")
     beside = path.with_suffix(".safetensors")

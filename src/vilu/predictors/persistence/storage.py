@@ -45,7 +45,7 @@ def load(folder: str | Path) -> FailurePredictor:
 
     Raises:
         DataError: If the folder holds no predictor, or a damaged one.
-        ProvenanceError: If it was written by a newer schema.
+        ProvenanceError: If it has the schema of another version of vilu.
 
     Examples:
         >>> import tempfile, numpy as np, vilu
@@ -94,8 +94,7 @@ def _assembled(
     method: type[FailurePredictor], found: dict[str, Any], tensors: dict[str, Tensor], path: Path
 ) -> FailurePredictor:
     """A predictor as a record and its tensors describe it."""
-    parameters, tensors = with_todays_members(found["parameters"], tensors)
-    predictor = build(method, parameters)
+    predictor = build(method, found["parameters"])
     predictor.space_ = EmbeddingSpace(**found["space"]) if found["space"] else None
     predictor.similarity_ = tuple(found["similarity"]) if found["similarity"] else None
     predictor.seen_ = take_seen(tensors, found, path)
@@ -131,7 +130,8 @@ def claim(folder: Path, inputs: str, *, overwrite: bool) -> bool:
 
 def method_of(found: dict[str, Any], path: Path) -> type[FailurePredictor]:
     """The class of a saved predictor; where one from outside is missing, what to do is said."""
-    name, home = todays_name(found), found.get("home")
+    name = found["method"]
+    home = found.get("home")
     if name in method_names():
         return find_method(name)
     if not isinstance(home, dict):
@@ -143,31 +143,8 @@ def method_of(found: dict[str, Any], path: Path) -> type[FailurePredictor]:
     )
 
 
-def todays_name(found: dict[str, Any]) -> str:
-    """The name of a saved method; an ``icpe`` with a ``score`` is older than the released method, which has none."""
-    return (
-        "class_gaussians"
-        if found["method"] == "icpe" and "score" in found["parameters"]
-        else str(found["method"])
-    )
-
-
-def with_todays_members(
-    parameters: dict[str, Any], tensors: dict[str, Tensor]
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Of a saved predictor; a stack's ``icpe`` without ``on_features`` is older, as in ``todays_name``."""
-    old, new = (f"state.members.{name}." for name in ("icpe", "class_gaussians"))
-    if f"{old}centre" not in tensors or f"{old}on_features" in tensors:
-        return parameters, tensors
-    members = ["class_gaussians" if name == "icpe" else name for name in parameters["members"]]
-    return {**parameters, "members": members}, {
-        key.replace(old, new): tensor for key, tensor in tensors.items()
-    }
-
-
 def write_card(folder: str | Path) -> None:
     """Write the card of a saved predictor again, with the guarantee of ``risk.json`` where that lies beside it."""
     path = Path(folder)
     risk = read_json(path / RISK, RECALIBRATE) if (path / RISK).exists() else None
-    found = read_record(path / PREDICTOR)
-    record.write_card(path, {**found, "method": todays_name(found)}, load(path), risk)
+    record.write_card(path, read_record(path / PREDICTOR), load(path), risk)
