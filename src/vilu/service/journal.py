@@ -125,17 +125,19 @@ class Journal:
 
     def _tell(self) -> None:
         """Say what the monitor says now, and have it saved now and then."""
-        before, self.status = self.status.verdict, self.monitor.status
-        due = self.monitor.rows - self._saved >= SAVE_EVERY and self._saving.done()
-        if (
-            due or self.status.verdict != before
-        ):  # labels that a start reads again would raise an alarm at the last row
-            self._saved, calibration = self.monitor.rows, self.monitor.calibration
-            now = copy.deepcopy(
-                self.monitor, {id(calibration): calibration}
-            )  # a hundredth of the time to write it
-            last, self._saving = self._saving, self._writer.submit(self._save, now)
-            last.result()  # a fault that is not the disk's is raised here, once, not lost
+        before = self.status.verdict
+        self.status = self.monitor.status
+        is_due = self.monitor.rows - self._saved >= SAVE_EVERY and self._saving.done()
+        # labels that a start reads again would raise an alarm at the last row
+        if not is_due and self.status.verdict == before:
+            return
+        self._saved = self.monitor.rows
+        calibration = self.monitor.calibration
+        # a copy takes a hundredth of the time to write it
+        now = copy.deepcopy(self.monitor, {id(calibration): calibration})
+        last = self._saving
+        self._saving = self._writer.submit(self._save, now)
+        last.result()  # a fault that is not the disk's is raised here, once, not lost
 
     def _save(self, monitor: Monitor) -> None:
         """Write a state while others answer, whom a full disk does not concern: their rows are in the file."""

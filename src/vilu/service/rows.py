@@ -29,7 +29,8 @@ from vilu.errors import StorageError
 
 logger = logging.getLogger(__name__)
 
-ROWS, ENDS = "rows.sqlite", "rows.ends"
+ROWS = "rows.sqlite"
+ENDS = "rows.ends"
 WAL: Final = f"{ROWS}-wal"
 """Rows that SQLite has not put into the file yet."""
 
@@ -63,7 +64,8 @@ DIGEST: Final = 16
 """Bytes of a digest."""
 
 ENDS_LINE: Final = re.compile(rb"(\d{20}) ([0-9a-f]{32}) (\d{20}) ([0-9a-f]{32})\n")
-ROW_NUMBERS, LABEL_NUMBERS = struct.Struct("<qdqd"), struct.Struct("<qqq")
+ROW_NUMBERS = struct.Struct("<qdqd")
+LABEL_NUMBERS = struct.Struct("<qqq")
 
 NO_DAMAGE: Final = {
     sqlite3.SQLITE_BUSY,
@@ -336,7 +338,8 @@ class RowFile:
 
     def _copied_to(self, new: Path) -> tuple[Ends, int]:
         """Where the chains of the copy end, and how many rows it has."""
-        ends, n_rows = self._nothing, 0
+        ends = self._nothing
+        n_rows = 0
         with self._judged(), closing(sqlite3.connect(new, isolation_level=None)) as target:
             target.executescript(TABLES)
             if not self.path.exists():
