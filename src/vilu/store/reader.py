@@ -220,7 +220,7 @@ class StoredRows(EmbeddingSource):
         """
         if self._sealed.manifest.imported is not None:
             return ("embeddings", "names") if self._sealed.named else ("embeddings",)
-        return ("pictures", "names") if self._sealed.manifest.pictures else ("names",)
+        return ("pictures", "names")
 
     def identities(self, by: Identity, rows: NDArray[np.int64] | None = None) -> NDArray[np.uint64]:
         """As every source's."""
