@@ -130,7 +130,8 @@ def require_schema(
     version = content.get(SCHEMA)
     if version is None:
         raise ProvenanceError(
-            f"{path} has no {SCHEMA}: it was made before vilu 0.2.0, or is no file of vilu. {again}."
+            f"{path} has no {SCHEMA}: it was made before vilu 0.2.0, or is no file of vilu. "
+            f"{again}."
         )
     if type(version) is not int:
         raise fault(f"{path} is damaged: its {SCHEMA} is {version!r}, no whole number. {again}.")

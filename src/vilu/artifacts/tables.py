@@ -43,7 +43,10 @@ AGAIN: Final = {
 """How a table of a kind is made again, for messages."""
 
 OLDEST: Final = {"labels": 1}
-"""Lowest number of the schema that is read. Labels are people's work: no book of them is refused."""
+"""Lowest number of the schema that is read.
+
+Labels are people's work: no book of them is refused.
+"""
 
 # with a million columns reading takes minutes
 MAX_COLUMNS = 10_000
@@ -434,7 +437,11 @@ def _parse_csv(source: pa.NativeFile, text_columns: Collection[str]) -> pa.Table
 
 
 def _metadata(path: str | Path, table: pa.Table, *, is_ours: bool) -> dict[str, object]:
-    """The metadata of a table of ours, which are believed, as its rows are, when the digest is right."""
+    """The metadata of a table of ours.
+
+    They are believed, as its rows are, when the digest is right. ``is_ours``: the footer has
+    metadata of ours, also where a flipped bit hides them.
+    """
     text = (table.schema.metadata or {}).get(METADATA_KEY)
     if text is None and not is_ours:
         return {}

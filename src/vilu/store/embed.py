@@ -393,7 +393,6 @@ def begin(
     if (root / RUN).is_file() and not overwrite:
         earlier = read_document(root / RUN, Run)
         earlier.require_match(run, root)
-        # an older store has no digests of pictures, and all of its parts have to be alike
         run = earlier
     classes = None
     if not run.captions:

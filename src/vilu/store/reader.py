@@ -214,7 +214,7 @@ class StoredRows(EmbeddingSource):
 
     @property
     def identified_by(self) -> tuple[Identity, ...]:
-        """Pictures (with captions), or of old stores names; of what was imported, embeddings.
+        """Pictures (with captions), else names; of what was imported, embeddings.
 
         Imported rows are recognised by names too, if they have any.
         """

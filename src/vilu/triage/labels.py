@@ -207,7 +207,7 @@ class LabelBook:
         if not path.exists():
             return cls()
         table, metadata = read_table(path, ())
-        # older code wrote no column "picture"
+        # a book of the first 0.1.0 has no column "picture"
         has_columns = {*table.column_names, "picture"} == set(COLUMNS)
         if metadata.get("kind") != "labels" or not has_columns:
             raise DataError(
