@@ -22,11 +22,11 @@ from vilu.artifacts.disk import (
     or_refuse,
     write_bytes,
 )
-from vilu.artifacts.documents import log, read_json, read_log, write_json
+from vilu.artifacts.documents import SCHEMA_VERSION, log, read_json, read_log, write_json
 from vilu.artifacts.hashing import digest
 from vilu.artifacts.paths import content_of
 from vilu.artifacts.tables import read_table, table_digest, write_table
-from vilu.errors import DataError, StorageError, ViLUError
+from vilu.errors import DataError, ProvenanceError, StorageError, ViLUError
 
 
 def test_a_file_appears_whole_and_nothing_else_stays(tmp_path: Path) -> None:
@@ -134,8 +134,9 @@ def test_json_round_trip_is_readable(tmp_path: Path) -> None:
     value = {"b": [1, 2.5, None], "a": "naïve 猫"}
     write_json(tmp_path / "a.json", value)
     text = (tmp_path / "a.json").read_text(encoding="utf-8")
-    assert json.loads(text) == {**value, "digest": digest(value)}
-    assert read_json(tmp_path / "a.json", "Make it again") == value
+    content = {"schema_version": SCHEMA_VERSION, **value}
+    assert json.loads(text) == {**content, "digest": digest(content)}
+    assert read_json(tmp_path / "a.json", "Make it again") == content
     assert "猫" in text
     assert text.endswith("}\n")
     assert text.index('"b"') < text.index('"a"')
@@ -349,22 +350,45 @@ def test_a_table_is_damaged_or_what_it_was(tmp_path: Path) -> None:
     assert refused > len(whole) / 10
 
 
-def test_a_table_without_a_digest_says_so_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("metadata", [{"kind": "test"}, {"kind": "test", "digest": ""}])
+def test_a_table_of_ours_has_a_digest(tmp_path: Path, metadata: dict[str, object]) -> None:
+    text = json.dumps({"schema_version": SCHEMA_VERSION, **metadata}).encode()
+    table = pa.table(columns()).replace_schema_metadata({b"vilu": text})
+    pq.write_table(table, tmp_path / "ours.parquet")
+    with pytest.raises(DataError, match=r"ours\.parquet is damaged"):
+        read_table(tmp_path / "ours.parquet", ())
+    pq.write_table(table.replace_schema_metadata({}), tmp_path / "other.parquet")
+    assert read_table(tmp_path / "other.parquet", ())[1] == {}
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        (1, r"a\.json was made before vilu 0\.2\.0 \(schema 1\)\. Run it again\.$"),
+        (3, "schema version 3, this vilu reads 2. Update vilu"),
+    ],
+)
+@pytest.mark.parametrize("sealed", [True, False])
+def test_another_schema_is_refused(
+    tmp_path: Path, version: int, message: str, sealed: bool
 ) -> None:
-    old = pa.table(columns()).replace_schema_metadata(
-        {b"vilu": b'{"schema_version": 1, "kind": "test"}'}
-    )
-    pq.write_table(old, tmp_path / "old.parquet")
-    pq.write_table(old.replace_schema_metadata({}), tmp_path / "other.parquet")
-    for _ in range(2):
-        assert read_table(tmp_path / "old.parquet", ())[1] == {"kind": "test"}
-        assert read_table(tmp_path / "other.parquet", ())[1] == {}
-    (line,) = [record.getMessage() for record in caplog.records]
-    assert line.endswith(
-        "old.parquet carries no digest: damage to it would not be seen; "
-        "`vilu inspect --seal` adds one."
-    )
+    write_json(tmp_path / "a.json", {"schema_version": version, "a": 1})
+    if not sealed:
+        (tmp_path / "a.json").write_text(json.dumps({"schema_version": version, "b": 1}))
+    with pytest.raises(ProvenanceError, match=message):
+        read_json(tmp_path / "a.json", "Run it again")
+
+
+def test_a_document_without_a_schema_or_a_digest_is_none(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"a": 1}')
+    with pytest.raises(ProvenanceError, match="has no schema_version: it was made before"):
+        read_json(tmp_path / "a.json", "Run it again")
+    (tmp_path / "a.json").write_text(json.dumps({"schema_version": SCHEMA_VERSION}))
+    with pytest.raises(DataError, match="is damaged: it has no digest"):
+        read_json(tmp_path / "a.json", "Run it again")
+    write_json(tmp_path / "a.json", {"schema_version": "two"})
+    with pytest.raises(DataError, match="its schema_version is 'two', no whole number"):
+        read_json(tmp_path / "a.json", "Run it again")
 
 
 @pytest.mark.parametrize(
@@ -399,7 +423,7 @@ def test_any_change_of_what_a_document_says_is_seen(tmp_path: Path) -> None:
     whole = (tmp_path / "a.json").read_text()
     for old, new in (
         ("2.5", "2.50001"),
-        ("1", "1.0"),
+        ("1,", "1.0,"),
         ("null", "0"),
         ('"x"', '"X"'),
         ('"c"', '"d"'),
@@ -409,7 +433,8 @@ def test_any_change_of_what_a_document_says_is_seen(tmp_path: Path) -> None:
         with pytest.raises(DataError, match="its content is not what its digest says"):
             read_json(tmp_path / "a.json", "Make it again")
     (tmp_path / "a.json").write_text(whole.replace("\n", "").replace("2.5", "2.50"))
-    assert read_json(tmp_path / "a.json", "Make it again") == {"a": [1, 2.5, None], "b": {"c": "x"}}
+    content = read_json(tmp_path / "a.json", "Make it again")
+    assert content == {"schema_version": SCHEMA_VERSION, "a": [1, 2.5, None], "b": {"c": "x"}}
 
 
 def test_a_table_is_one_input_while_it_says_the_same(tmp_path: Path) -> None:

@@ -31,14 +31,13 @@ def check(path: Path) -> Artefact | None:
     tables = sorted(path.glob(f"{STUDIES}/*/*.parquet"))
     for file in (*documents, *tables):
         check_file(file)
-    what = f"benchmark, {n_studies} studies, {len(cells)} cells"
-    return Artefact(path, what, [*cells, *documents, *tables])
+    return Artefact(path, f"benchmark, {n_studies} studies, {len(cells)} cells")
 
 
 def _check_cell(file: Path, run: Path) -> None:
     """Refuse a document that is damaged, or that is not of the cell whose place it has."""
     try:
-        result = CellResult.model_validate(read_json(file, AGAIN, of=run))
+        result = CellResult.model_validate(read_json(file, AGAIN))
     except ValidationError as error:
         raise DataError(f"{file} is damaged: {explain(error)}. {AGAIN}.") from error
     is_in_place = run / result.cell.path == file

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from tests.builders.bench_fakes import config, make_stores
+from vilu.artifacts.documents import write_json
 from vilu.errors import DataError, UsageError
 from vilu.metrics import METRICS
 from vilu.outcomes.results import ResultRow
@@ -25,7 +26,7 @@ from vilu_bench.studies.exhibits import exhibit
 from vilu_bench.studies.parts import RANKED_BY
 from vilu_bench.studies.pivot import table_sheet
 from vilu_bench.studies.ranking import times_table
-from vilu_bench.studies.result import CellResult, Refusal, Timing, load_times
+from vilu_bench.studies.result import CellResult, Refusal, load_times
 from vilu_bench.studies.sheet import to_csv, to_latex, to_markdown, to_text
 from vilu_bench.studies.study import claims_table, load_studies, render, render_studies, run_studies
 from vilu_bench.studies.views import Better, Steeper, TableView, Trend
@@ -91,9 +92,6 @@ def result(cell: Cell, values: tuple[float, float] | None, accuracy: float = 0.6
         test_rows="r",
         results=rows,
         refused=None if rows else Refusal(error="DataError", reason="it needs views"),
-        timing=None
-        if values is None
-        else Timing(fit_seconds=1.0, score_seconds=0.5, rows_per_second=200.0),
     )
 
 
@@ -662,7 +660,7 @@ def test_a_cell_that_was_made_anew(run: Path, tmp_path: Path) -> None:
         load_studies(moved)
     with pytest.raises(DataError, match="holds no study"):
         load_studies(tmp_path)
-    (moved / "studies/plain/study.json").write_text("{}")
+    write_json(moved / "studies/plain/study.json", {})
     with pytest.raises(DataError, match="is not the document of a study"):
         load_studies(moved)
 

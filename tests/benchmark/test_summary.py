@@ -14,7 +14,7 @@ from vilu_bench.studies.board import Board
 from vilu_bench.studies.cells import Cell
 from vilu_bench.studies.parts import RANKED_BY
 from vilu_bench.studies.ranking import Standing, layout, standings, summarise
-from vilu_bench.studies.result import CellResult, Refusal, Timing, resampled_metrics
+from vilu_bench.studies.result import CellResult, Refusal, resampled_metrics
 
 ROWS = "00c0ffee" * 4
 """A name of test rows; its number seeds the resamples."""
@@ -172,9 +172,6 @@ def result(
         test_rows="r",
         results=() if refused else rows,
         refused=refused,
-        timing=None
-        if refused
-        else Timing(fit_seconds=1.0, score_seconds=0.5, rows_per_second=200.0),
     )
 
 

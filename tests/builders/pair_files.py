@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from vilu.artifacts.hashing import digest
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.store.documents import Inputs, Manifest, Receipt, Run
 from vilu.store.ledger import FileInfo, content_hash
-from vilu.store.parts import CAPTION_FIELD, METADATA, plan
+from vilu.store.parts import PICTURE_BYTES, metadata_schema, plan
 
 DIM = 8
 SPACE = EmbeddingSpace(
@@ -81,13 +82,12 @@ def write_store(
                 "height": 9,
                 "n_frames": 1,
                 "flags": 0,
+                "caption": captions[i],
+                "picture": sha256(image[i].tobytes()).digest()[:PICTURE_BYTES],
             }
-            | {"caption": captions[i]}
             for i in kept
         ]
-        pq.write_table(
-            pa.Table.from_pylist(rows, METADATA.append(CAPTION_FIELD)), root / part.metadata
-        )
+        pq.write_table(pa.Table.from_pylist(rows, metadata_schema(run)), root / part.metadata)
         (root / part.errors).write_bytes(b"")
         receipts.append(write_receipt(root, run, part, len(kept)))
     n_lost = n - sum(receipt.n_ok for receipt in receipts)
@@ -100,8 +100,8 @@ def write_store(
     manifest = Manifest(
         **run.model_dump() | counts, parts=len(receipts), classes="", content=content_hash(receipts)
     )
-    (root / "run.json").write_text(run.model_dump_json())
-    (root / "manifest.json").write_text(manifest.model_dump_json())
+    run.write(root / "run.json")
+    manifest.write(root / "manifest.json")
     return [i for i in range(n) if i not in lost]
 
 
@@ -118,14 +118,13 @@ def write_receipt(root: Path, run: Run, part, n_ok: int) -> Receipt:
         stop=part.stop,
         files=files,
         batch_size=1,
-        seconds=0.0,
         n_in=len(part),
         n_ok=n_ok,
         n_error=n_lost,
         errors={"decode": n_lost} if n_lost else {},
     )
     (root / part.receipt).parent.mkdir(exist_ok=True)
-    (root / part.receipt).write_text(receipt.model_dump_json())
+    receipt.write(root / part.receipt)
     return receipt
 
 

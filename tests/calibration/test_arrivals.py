@@ -207,34 +207,6 @@ def test_a_label_counts_once(calibration: vilu.Outcomes, tmp_path: Path, named: 
     assert more.audit.n > once.audit.n
 
 
-def test_a_state_of_older_code_goes_on_and_says_what_it_does_not_know(
-    calibration: vilu.Outcomes, tmp_path: Path
-) -> None:
-    rows, path = draw(1, 300), tmp_path / "state.parquet"
-    monitor = monitor_of(calibration)
-    monitor.update(rows)
-    monitor.save(path)
-    table, metadata = read_table(path, ("test",))
-    columns = {
-        name: table[name].slice(0, len(table) - 600) for name in ("test", "value", "count")
-    }  # without hashes
-    then = {
-        key: value
-        for key, value in metadata.items()
-        if key not in {"remembered", "forgotten", "schema_version"}
-    }
-    write_table(path, columns, then)
-    for _ in range(2):
-        monitor = monitor_of(calibration)
-        with pytest.warns(UserWarning, match="of 300 rows in .* an older vilu kept no record"):
-            monitor.resume(path)
-        assert (monitor.rows, monitor.forgotten) == (300, 300)
-        monitor.save(path)
-    assert monitor.update(rows).rows == 600  # once
-    with pytest.warns(UserWarning, match="300 of 300"):
-        assert monitor.update(rows).rows == 600
-
-
 def test_a_state_that_lost_rows_is_damaged(calibration: vilu.Outcomes, tmp_path: Path) -> None:
     monitor, path = monitor_of(calibration), tmp_path / "state.parquet"
     monitor.update(draw(1, 100))

@@ -15,6 +15,7 @@ from torch import Tensor
 import vilu
 from tests.builders.bench_fakes import make_store
 from tests.conftest import toy_embeddings, toy_pairs
+from vilu.artifacts.documents import write_json
 from vilu.calibration.calibration import Calibration
 from vilu.calibration.procedure import calibrate_predictor
 from vilu.calibration.target import Target
@@ -174,7 +175,6 @@ def test_stated_shares_are_kept_and_strangers_named(tmp_path: Path) -> None:
     )
     edited = json.loads((tmp_path / "risk.json").read_text())
     edited["rule"]["outside_share"] = 0.6
-    edited.pop("digest")
-    (tmp_path / "risk.json").write_text(json.dumps(edited))
+    write_json(tmp_path / "risk.json", edited)
     with pytest.raises(DataError, match="does not bear out"):
         Calibration.load(tmp_path)

@@ -103,5 +103,5 @@ def test_other_rules_are_watched_as_they_always_were(calibration: Outcomes) -> N
     plain = vilu.calibrate(calibration.take(~calibration.outside), max_risk=0.05)
     monitor = vilu.Monitor(calibration, plain)
     assert [test.name for test in monitor.status.tests] == ["scores", "acceptance", "audit"]
-    assert "counted" not in monitor.state().model_dump()
-    assert "present" not in monitor.status.model_dump()
+    assert monitor.state().counted == {}
+    assert monitor.status.present is None

@@ -242,12 +242,6 @@ def test_what_lies_above_confident_mistakes_is_accepted() -> None:
     assert type(rule).model_validate_json(rule.model_dump_json()) == rule
 
 
-def test_a_rule_without_a_floor_is_written_as_it_always_was() -> None:
-    rule = vilu.calibrate(Outcomes(np.linspace(0, 1, 400), np.zeros(400)), max_risk=0.05)
-    assert rule.floor is None
-    assert "floor" not in rule.model_dump_json()
-
-
 def test_conformal_risk_control_by_hand() -> None:
     # (k + 1) / (n + 1) <= 0.2 with n = 9: k <= 1
     c = counts([(1, 0), (0, 1), (2, 0), (0, 1), (4, 0)])

@@ -1,147 +1,167 @@
-"""Predictors that vilu 0.1.0 saved, before its code was moved:
-they load, and give the numbers that they gave then.
+"""What 0.2.0 wrote is read with its numbers; what was made before is refused in words.
 
-The artefacts in ``data`` (``write.py`` says how they were made) stay for ever and are never written
-again. What is stored must be the same to the bit on every machine. What is computed must be the
-same up to rounding, number by number (``bed.rounding``), and with VILU_COMPAT_EXACT=1 to the bit,
-on the processor and with the threads that wrote them.
+``python -m tests.compat.write`` makes the kept artefacts and their numbers.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable
+import shutil
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
-import numpy as np
-from safetensors import torch as safetensors_torch
+import pytest
 
 import vilu
-from tests.compat.bed import answers, arrays, classes, pairs, require_same, tree
-from vilu.predictors.contract.parameters import parameters
-
-Open = Callable[[str], Path]
-
-VERSION = ("vilu", "fingerprint")
-"""What names the version of vilu in ``predictor.json``: the fingerprint is over it, too."""
-
-RENAMED = {
-    "icpe": "class_gaussians",
-    "icpe-log_odds": "class_gaussians",
-    "stacking-all": "stacking",
-}
-"""Artefacts of (or with) the method that was called "icpe" then, and what they are now;
-their numbers stay.
-"""
+from tests.command import command_line
+from tests.compat.artefacts import DATA, METHODS, NUMBERS, numbers, unpack
+from vilu.artifacts.documents import SCHEMA, write_json
+from vilu.artifacts.tables import read_table, write_table
+from vilu.errors import ProvenanceError
+from vilu.service.rows import RowFile
+from vilu.triage.labels import LabelBook
 
 
-def test_predictors_give_their_numbers(kept: Open) -> None:
-    inputs, expected = arrays("inputs"), arrays("predictors")
-    rows, captions = classes(inputs, "test"), pairs(inputs, "test pairs")
-    folders = {path.name: path for name in ("predictors", "pairs") for path in kept(name).iterdir()}
-    assert folders.keys() == {key.partition("/")[0] for key in expected}
-    assert folders.keys() >= {
-        "vilu",
-        "vilu_plus-few",
-        "stacking-all",
-        "mcm-calibrated",
-        "vilu-constant",
-        "pairs-vilu",
-    }
-    for label, folder in sorted(folders.items()):
-        mine = {
-            key.removeprefix(f"{label}/"): value
-            for key, value in expected.items()
-            if key.startswith(f"{label}/")
-        }
-        data = captions if label.startswith("pairs-") else rows
-        if label == "converted":
-            data = vilu.Embeddings(
-                mine.pop("image"), mine.pop("text"), None, float(mine.pop("scale"))
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The artefacts, to be read."""
+    return unpack(tmp_path_factory.mktemp("compat"))
+
+
+@pytest.fixture
+def copied(kept: Path, tmp_path: Path) -> Path:
+    """The artefacts, to be changed."""
+    return Path(shutil.copytree(kept, tmp_path / "copy"))
+
+
+def require_near(found: object, expected: object, where: str) -> None:
+    """The same JSON; numbers with a fraction up to rounding."""
+    if isinstance(expected, dict):
+        assert isinstance(found, dict), where
+        assert found.keys() == expected.keys(), where
+        for key, value in expected.items():
+            require_near(found[key], value, f"{where}/{key}")
+    elif isinstance(expected, list):
+        assert isinstance(found, list | tuple), where
+        assert len(found) == len(expected), where
+        for number, value in enumerate(expected):
+            require_near(found[number], value, f"{where}/{number}")
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-5), where
+    else:
+        assert found == expected, where
+
+
+def test_every_artefact_gives_its_numbers(kept: Path) -> None:
+    expected = json.loads(NUMBERS.read_text(encoding="utf-8"))
+    require_near(numbers(kept), expected, "")
+
+
+def test_every_artefact_is_whole(kept: Path) -> None:
+    for path in sorted(kept.iterdir()):
+        if path.suffix == ".csv" or path.name == "predictors":
+            continue
+        done = command_line("inspect", path, "--deep")
+        assert done.returncode == 0, done.stderr
+
+
+def test_a_kept_predictor_is_saved_as_it_was(kept: Path, tmp_path: Path) -> None:
+    for name in METHODS:
+        vilu.load(kept / "predictors" / name).save(tmp_path / name)
+        for file in ("predictor.json", "weights.safetensors"):
+            now, then = (
+                (root / name / file).read_bytes() for root in (tmp_path, kept / "predictors")
             )
-        tolerances = {
-            key.removesuffix("/tolerance"): mine.pop(key)
-            for key in list(mine)
-            if key.endswith("/tolerance")
-        }
-        require_same(answers(vilu.load(folder), data), mine, tolerances, label)
+            assert now == then, f"{name}/{file}"
 
 
-FINGERPRINT = re.compile(rb"Fingerprint `[0-9a-f]{32}`")
+def lower(path: Path) -> None:
+    """Give an artefact the schema number of what was made before."""
+    if path.suffix == ".json":
+        seal = "fingerprint" if path.name == "predictor.json" else "digest"
+        write_json(path, {**json.loads(path.read_text()), SCHEMA: 1}, seal=seal)
+        return
+    table, metadata = read_table(path, ())
+    columns = {name: table[name] for name in table.column_names}
+    write_table(path, columns, {**metadata, SCHEMA: 1})
 
 
-def test_predictors_are_saved_as_they_were(kept: Open, tmp_path: Path) -> None:
-    """The same bytes, but for the version, and the fingerprint, of which it is no part any more."""
-    for name in ("predictors", "pairs"):
-        for folder in sorted(kept(name).iterdir()):
-            vilu.load(folder).save(tmp_path / name / folder.name)
-            now, then = tree(tmp_path / name / folder.name), tree(folder)
-            if folder.name in RENAMED:
-                require_renamed(now, then, RENAMED[folder.name])
-                continue
-            assert now["weights.safetensors"] == then["weights.safetensors"], folder.name
-            cards = [FINGERPRINT.sub(b"", found["README.md"]) for found in (now, then)]
-            assert cards[0] == cards[1], folder.name
-            records = [json.loads(found["predictor.json"]) for found in (now, then)]
-            texts = [
-                {key: value for key, value in record.items() if key not in VERSION}
-                for record in records
-            ]
-            assert list(texts[0].items()) == list(texts[1].items()), folder.name
+LOWERED: tuple[tuple[str, tuple[str, ...], str], ...] = (
+    ("new/run.json", ("inspect", "new"), "`vilu embed`"),
+    ("new/manifest.json", ("score", "calibrated", "new", "-o", "x.csv"), "`vilu embed`"),
+    ("new/classes.json", ("score", "calibrated", "new", "-o", "x.csv"), "`vilu embed`"),
+    ("new/receipts/00000.json", ("score", "calibrated", "new", "-o", "x.csv"), "`vilu embed`"),
+    ("calibrated/predictor.json", ("score", "calibrated", "new", "-o", "x.csv"), "`vilu fit`"),
+    ("calibrated/risk.json", ("score", "calibrated", "new", "-o", "x.csv"), "`vilu calibrate`"),
+    (
+        "calibrated/looks.json",
+        ("calibrate", "calibrated", "calibration", "--max-risk", "0.5", "--overwrite"),
+        "`vilu calibrate`",
+    ),
+    ("scores.parquet", ("evaluate", "scores.parquet"), "`vilu score`"),
+    ("scores/run.json", ("evaluate", "scores"), "`vilu score`"),
+    ("scores/manifest.json", ("evaluate", "scores"), "`vilu score`"),
+    ("results.json", ("inspect", "results.json"), ""),
+    ("results.parquet", ("inspect", "results.parquet"), "`vilu evaluate`"),
+    ("why.json", ("inspect", "why.json"), ""),
+    ("monitored.json", ("inspect", "monitored.json"), ""),
+    (
+        "state.parquet",
+        ("monitor", "calibrated", "scores.parquet", "--state", "state.parquet"),
+        "Begin a new monitor",
+    ),
+    ("triage/triage.json", ("review", "triage", "-o", "tasks.json"), "`vilu triage`"),
+    ("study/studies/study/study.json", ("render", "study", "--document", "x.md"), ""),
+)
+"""A file, who reads it, and what is named as the way to make it again."""
 
 
-def renamed(parameters: dict[str, object]) -> object:
-    """With the members of a stack by their names of now."""
-    return json.loads(json.dumps(parameters).replace('"icpe"', '"class_gaussians"'))
+@pytest.mark.parametrize(("file", "command", "again"), LOWERED, ids=[case[0] for case in LOWERED])
+def test_what_was_made_before_is_refused(
+    copied: Path, file: str, command: tuple[str, ...], again: str
+) -> None:
+    lower(copied / file)
+    done = command_line(*command, cwd=copied)
+    assert done.returncode == ProvenanceError.exit_code, done.stderr
+    assert f"{file} was made before vilu 0.2.0 (schema 1)." in done.stderr
+    assert again in done.stderr
 
 
-def require_renamed(now: dict[str, bytes], then: dict[str, bytes], method: str) -> None:
-    """The same tensors, and the same record but for names."""
-    found, expected = (
-        safetensors_torch.load(files["weights.safetensors"]) for files in (now, then)
-    )
-    assert found.keys() == {
-        name.replace("members.icpe.", "members.class_gaussians.") for name in expected
-    }
-    for name, tensor in expected.items():
-        assert found[name.replace("members.icpe.", "members.class_gaussians.")].equal(tensor)
-    mine, theirs = (json.loads(files["predictor.json"]) for files in (now, then))
-    assert mine["method"] == method
-    theirs["parameters"] = renamed(theirs["parameters"])
-    skipped = {*VERSION, "method", "weights_sha256"}
-    assert {k: v for k, v in mine.items() if k not in skipped} == {
-        k: v for k, v in theirs.items() if k not in skipped
-    }
+def test_a_cell_that_was_made_before_is_refused(copied: Path) -> None:
+    cell = next((copied / "study" / "cells").rglob("*.json"))
+    lower(cell)
+    done = command_line("render", "study", "--document", "x.md", cwd=copied)
+    assert done.returncode == ProvenanceError.exit_code, done.stderr
+    assert f"{cell.name} was made before vilu 0.2.0 (schema 1)" in done.stderr
 
 
-def test_every_method_of_then_is_kept(kept: Open) -> None:
-    """No name has gone: neither of a method, nor of one of its parameters."""
-    labels = {path.name for path in kept("predictors").iterdir()}
-    assert len(labels & vilu.PREDICTORS.keys()) == 37
-    for label in labels - {"converted"}:
-        record = json.loads((kept("predictors") / label / "predictor.json").read_text())
-        found = vilu.load(kept("predictors") / label)
-        assert found.name == RENAMED.get(label, record["method"])
-        values = {name: getattr(found, name) for name in record["parameters"]}
-        assert json.loads(json.dumps(values)) == (renamed if label in RENAMED else dict)(
-            record["parameters"]
-        )
+def test_a_journal_that_was_made_before_is_refused(tmp_path: Path) -> None:
+    RowFile(tmp_path, "monitor").close()
+    with closing(sqlite3.connect(tmp_path / "rows.sqlite")) as table:
+        table.execute("PRAGMA user_version = 1")
+    with pytest.raises(ProvenanceError, match=r"before vilu 0\.2\.0 \(schema 1\)\. Serve with"):
+        RowFile(tmp_path, "monitor")
 
 
-def test_a_checkpoint_is_converted_as_it_was(kept: Open) -> None:
-    expected = {
-        key.removeprefix("converted/"): value for key, value in arrays("predictors").items()
-    }
-    folder, data = kept("predictors") / "converted", (expected["image"], expected["text"], None)
-    now = vilu.convert_official(folder / "head.ckpt", float(expected["scale"]))
-    then = vilu.load(folder)
-    rows = vilu.Embeddings(*data, float(expected["scale"]))
-    values = [{name: getattr(each, name) for name in parameters(each)} for each in (now, then)]
-    assert [found.pop("batch_size") for found in values] == [
-        None,
-        128,
-    ]  # by default, which has changed since
-    assert values[0] == values[1]
-    assert np.array_equal(now.predict_uncertainty(rows), then.predict_uncertainty(rows))
-    assert all(np.array_equal(now.state()[name], tensor) for name, tensor in then.state().items())
+def test_a_book_of_labels_stays_readable() -> None:
+    """Of the first code that wrote books, and of the last before 0.2.0, which noted pictures."""
+    for name, picture in (("first", ""), ("last", "0101010101010101")):
+        book = LabelBook.load(DATA / f"labels-0.1.0-{name}.parquet")
+        assert book.labels == {"a.jpg": "dress", "b.jpg": "hat"}
+        assert [entry.path for entry in book.waiting()] == ["caf\\xe9.jpg", "c.jpg"]
+        assert [entry.stream for entry in book] == ["fit", "fit", "promise", "promise", "given"]
+        assert book.entries["a.jpg"].picture == picture
+        assert book.entries["b.jpg"].probability == 0.25
+
+
+def test_a_book_that_is_saved_again_has_the_number_of_today(tmp_path: Path) -> None:
+    book = LabelBook.load(DATA / "labels-0.1.0-first.parquet")
+    book.save(tmp_path / "labels.parquet")
+    assert LabelBook.load(tmp_path / "labels.parquet").labels == book.labels
+    assert read_table(tmp_path / "labels.parquet", ())[1] == {"kind": "labels"}
+
+
+def test_what_is_kept_stays_small() -> None:
+    sizes = {path.name: path.stat().st_size for path in DATA.iterdir()}
+    assert sum(sizes.values()) < 400_000, sizes

@@ -467,8 +467,8 @@ def test_damaged_files_are_refused(learned: str, fitted: dict, tmp_path) -> None
     weights.write_bytes(content)
     with pytest.raises(DataError, match=r"is not the file that predictor\.json names"):
         vilu.load(tmp_path)
-    write_json(tmp_path / "predictor.json", {"schema": 99}, seal="fingerprint")
-    with pytest.raises(ProvenanceError, match="schema 99"):
+    write_json(tmp_path / "predictor.json", {"schema_version": 99}, seal="fingerprint")
+    with pytest.raises(ProvenanceError, match="schema version 99"):
         vilu.load(tmp_path)
     (tmp_path / "predictor.json").write_text("[" * 10)
     with pytest.raises(DataError, match="not JSON"):

@@ -218,7 +218,7 @@ def test_wrong_arguments(work: Path, predictor: Path) -> None:
     run("calibrate", predictor, work / "calibration", "--max-risk", 0.01, "--method", "selection")
     hopeless = ("--max-risk", 0.001, "--method", "selection", "--overwrite")
     run("calibrate", predictor, work / "calibration", *hopeless, code=4)
-    write_json(predictor / "risk.json", {"schema_version": 2, "kind": "risk"})
+    write_json(predictor / "risk.json", {"kind": "risk"})
     done = run("score", predictor, work / "new", "-o", predictor / "x.parquet", code=3)
     assert "risk.json is damaged" in done.stderr
     write_json(predictor / "risk.json", {"schema_version": 7})

@@ -83,7 +83,9 @@ def test_summaries_with_and_without_labels(work: Path) -> None:
     done = run("explain", work / "plus", work / "bare", *summary, "--json", "--overwrite")
     bare = json.loads(done.stdout)
     written = json.loads((work / "summary.json").read_text())
-    assert bare == {key: written[key] for key in written if key not in {"inputs", "digest"}}
+    assert bare == {
+        key: written[key] for key in written if key not in {"schema_version", "inputs", "digest"}
+    }
     assert bare["prompt_gains"] is None
     assert bare["risk_map"]["labelled"] is False
     assert bare["risk_map"]["failures"] == pytest.approx(outcomes.uncertainty.sum(), rel=1e-6)

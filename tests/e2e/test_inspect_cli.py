@@ -1,86 +1,71 @@
-"""``vilu inspect`` on every artefact, and ``--seal`` on those that an earlier vilu wrote."""
+"""``vilu inspect`` on every artefact, whole and damaged."""
 
 from __future__ import annotations
 
 import json
-import logging
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import vilu
 from tests.command import run
-from tests.compat.bed import tree
-from tests.compat.conftest import kept as unpacked
-from vilu.artifacts import documents
-from vilu.artifacts.documents import read_json, vouched
-from vilu.artifacts.tables import read_table
+from tests.compat.artefacts import unpack
+from vilu.artifacts.documents import write_json
+from vilu.errors import DataError
 
-kept = unpacked
-KINDS = {
-    "stores": ("val", "captions", "tars"),
-    "scores": ("folder", "coverage.parquet", "aps.parquet"),
-    "monitors": ("calm-state.parquet", "calm.parquet"),
-    "study": (".",),
+WORDS = {
+    "new": "50 x ",
+    "captions": "captions     one per image",
+    "scores": "scores, 50 rows",
+    "calibrated": "predictor linear_probe, calibrated: ",
+    "predictors/mcm": "predictor mcm, not calibrated",
+    "scores.parquet": "outcomes, 50 rows",
+    "state.parquet": "monitor, ",
+    "results.json": "results, ",
+    "why.json": "explanations",
+    "study": "benchmark, 1 studies, 2 cells",
+    "triage": "labels.parquet: labels, ",
 }
 
 
-@pytest.fixture(autouse=True)
-def _as_in_a_new_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "_SAID", set())
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return unpack(tmp_path_factory.mktemp("kept"))
 
 
-@pytest.mark.parametrize(
-    ("kind", "name"), [(kind, name) for kind, names in KINDS.items() for name in names]
-)
-def test_old_artefacts_are_sealed(
-    kind: str,
-    name: str,
-    kept: Callable[[str], Path],
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """Unsealed, they say so once;
-    sealed, they say the same as before, and any change of a document is an error.
-    """
-    source, path = kept(kind) / name, tmp_path / "it"
-    shutil.copytree(source, path) if source.is_dir() else shutil.copy(
-        source, path := path.with_suffix(source.suffix)
-    )
-    before = tree(path) if path.is_dir() else {path.name: path.read_bytes()}
-    with caplog.at_level(logging.WARNING, "vilu"):
-        run("inspect", path)
-    lines = [
-        record.getMessage()
-        for record in caplog.records
-        if "carries no digest" in record.getMessage()
-    ]
-    assert len(lines) >= 1
-    assert all("`vilu inspect --seal` adds one" in line for line in lines)
-    assert len(lines) == len(set(lines))
-    done = json.loads(run("inspect", path, "--seal", "--json").stdout)
-    assert done["sealed"]
-    caplog.clear()
-    documents._SAID.clear()
-    with caplog.at_level(logging.WARNING, "vilu"):
-        run("inspect", path)
-    assert not [record for record in caplog.records if "carries no digest" in record.getMessage()]
-    assert json.loads(run("inspect", path, "--seal", "--json").stdout)["sealed"] == []
-    sealed = [Path(file) for file in done["sealed"]]
-    for file in sealed:
-        if file.suffix == ".json":
-            old = before[str(file.relative_to(path)) if path.is_dir() else file.name]
-            assert read_json(file, "Make it again") == json.loads(old)
-        elif path.is_dir():
-            (tmp_path / "old.parquet").write_bytes(before[str(file.relative_to(path))])
-            with vouched():
-                (now, facts), (then, said) = (
-                    read_table(file, ()),
-                    read_table(tmp_path / "old.parquet", ()),
-                )
-            assert now.equals(then)
-            assert facts == said
+@pytest.mark.parametrize(("name", "words"), WORDS.items(), ids=list(WORDS))
+def test_what_an_artefact_is(kept: Path, name: str, words: str) -> None:
+    assert words in run("inspect", kept / name).stdout
+    assert json.loads(run("inspect", kept / name, "--json").stdout)
+
+
+EDITS: dict[str, Callable[[dict], None]] = {
+    "threshold": lambda rule: rule["thresholds"][""].update(threshold=0.99999),
+    "n_wrong": lambda rule: rule["thresholds"][""].update(n_wrong=0),
+    "n_accepted": lambda rule: rule["thresholds"][""].update(n_accepted=1),
+    "n": lambda rule: rule["thresholds"][""].update(n=7),
+    "risk_bound": lambda rule: rule["thresholds"][""].update(risk_bound=1e-6),
+    "max_risk": lambda rule: rule.update(max_risk=1e-6),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=list(EDITS))
+def test_a_rule_is_held_against_its_rows(edit: Callable[[dict], None], tmp_path: Path) -> None:
+    """Also where the document was sealed again."""
+    path = unpack(tmp_path) / "calibrated"
+    content = json.loads((path / "risk.json").read_text())
+    edit(content["rule"])
+    write_json(path / "risk.json", content)
+    with pytest.raises(DataError, match=r"risk\.json is damaged"):
+        vilu.Monitor.of_folder(path)
+    assert "risk.json is damaged" in run("inspect", path, code=3).stderr
+
+
+def test_a_damaged_document_is_named(tmp_path: Path) -> None:
+    path = unpack(tmp_path) / "results.json"
+    path.write_text(path.read_text().replace("auroc", "aurco", 1))
+    assert "results.json is damaged" in run("inspect", path, code=3).stderr
 
 
 def test_what_is_none_of_ours(tmp_path: Path) -> None:

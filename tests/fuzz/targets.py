@@ -122,12 +122,22 @@ def unsealed(*names: str) -> Callable[[], list[bytes]]:
     return plain
 
 
+def sealed(data: bytes, seal: str = "digest") -> bytes:
+    """A document with a digest that agrees, where it is an object at all."""
+    try:
+        content = json.loads(data)
+        content = {key: value for key, value in content.items() if key not in {"digest", seal}}
+        return json.dumps({**content, seal: digest(content)}, allow_nan=True).encode()
+    except (ValueError, AttributeError, RecursionError):
+        return data
+
+
 def in_copy(part: str, name: str, use: Callable[[Path], object]) -> Callable[[Path, bytes], object]:
     """A reader of an artefact of which one file is other than it was."""
 
     def read(folder: Path, data: bytes) -> object:
         shutil.copytree(kept() / part, folder / part)
-        put(folder / part / name, data)
+        put(folder / part / name, sealed(data))
         return use(folder / part)
 
     return read
@@ -237,11 +247,9 @@ def reseal(store: Path) -> None:
             raw = (store / name).read_bytes()
             info |= {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
             hashes.append(info["sha256"])
-        receipt.pop("digest", None)
-        put(path, json.dumps(receipt).encode())
+        put(path, sealed(json.dumps(receipt).encode()))
     manifest = json.loads((store / "manifest.json").read_bytes()) | {"content": digest(hashes)}
-    manifest.pop("digest", None)
-    put(store / "manifest.json", json.dumps(manifest).encode())
+    put(store / "manifest.json", sealed(json.dumps(manifest).encode()))
 
 
 def safetensors(folder: Path, data: bytes) -> object:
@@ -257,13 +265,7 @@ def safetensors(folder: Path, data: bytes) -> object:
 def predictor(folder: Path, data: bytes) -> object:
     """``predictor.json`` with a right fingerprint, where it is an object at all."""
     shutil.copytree(kept() / "head", folder / "head")
-    try:
-        said = json.loads(data)
-        said = {key: value for key, value in said.items() if key not in {"digest", "fingerprint"}}
-        data = json.dumps({**said, "fingerprint": digest(said)}, allow_nan=True).encode()
-    except (ValueError, AttributeError, RecursionError):
-        pass
-    put(folder / "head" / "predictor.json", data)
+    put(folder / "head" / "predictor.json", sealed(data, "fingerprint"))
     return load(folder / "head").predict_uncertainty(toy_embeddings(4))
 
 

@@ -4,6 +4,7 @@ a sentence and the right error for each.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vilu.artifacts.tables import table_digest
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError
 from vilu.outcomes.outcomes import Outcomes
 
@@ -73,7 +75,12 @@ def test_any_bytes_are_a_data_error(
 
 
 def parquet(path: Path, metadata: bytes) -> None:
+    """A table with these metadata; sealed where they are an object."""
     table = pa.table({"uncertainty": [0.1], "failure": [1], "key": ["a"]})
+    if metadata.startswith(b'{"'):
+        content = json.loads(metadata)
+        content["digest"] = table_digest(table, content)
+        metadata = json.dumps(content).encode()
     pq.write_table(table.replace_schema_metadata({b"vilu": metadata}), path)
 
 
@@ -83,11 +90,11 @@ def parquet(path: Path, metadata: bytes) -> None:
         (b"\xff\xfe", "metadata are not JSON of ours"),
         (b"{", "metadata are not JSON of ours"),
         (b"[1]", "holds no object, but list"),
-        (b'{"schema_version": 1, "class_names": 5}', "class_names must be a list"),
-        (b'{"schema_version": 1, "class_names": [5]}', "Got 5 in row 0"),
-        (b'{"schema_version": 1, "provenance": "x"}', "provenance must be"),
-        (b'{"schema_version": 1, "seed": 1.5}', "seed must be"),
-        (b'{"schema_version": 1, "is_probability": "yes"}', "is_probability must be"),
+        (b'{"schema_version": 2, "class_names": 5}', "class_names must be a list"),
+        (b'{"schema_version": 2, "class_names": [5]}', "Got 5 in row 0"),
+        (b'{"schema_version": 2, "provenance": "x"}', "provenance must be"),
+        (b'{"schema_version": 2, "seed": 1.5}', "seed must be"),
+        (b'{"schema_version": 2, "is_probability": "yes"}', "is_probability must be"),
     ],
 )
 def test_hostile_parquet_metadata(tmp_path: Path, metadata: bytes, message: str) -> None:
@@ -97,13 +104,13 @@ def test_hostile_parquet_metadata(tmp_path: Path, metadata: bytes, message: str)
 
 
 def test_metadata_that_does_not_say_which_columns_are_present(tmp_path: Path) -> None:
-    parquet(tmp_path / "a.parquet", b'{"schema_version": 1, "present": 7, "unheard": 1}')
+    parquet(tmp_path / "a.parquet", b'{"schema_version": 2, "present": 7, "unheard": 1}')
     assert Outcomes.load(tmp_path / "a.parquet").ids == ("a",)
 
 
 def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
-    parquet(tmp_path / "a.parquet", b'{"schema_version": 2}')
-    with pytest.raises(ProvenanceError, match="schema version 2, this vilu reads version 1"):
+    parquet(tmp_path / "a.parquet", b'{"schema_version": 3}')
+    with pytest.raises(ProvenanceError, match="schema version 3, this vilu reads 2"):
         Outcomes.load(tmp_path / "a.parquet")
 
 

@@ -1,10 +1,7 @@
-"""Rows are their pictures:
-what tells that a row was used to fit, from arrays and stores, new and old.
-"""
+"""Rows are their pictures: what tells that a row was used to fit, from arrays and stores."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from hashlib import blake2b, sha256
 from pathlib import Path
@@ -19,7 +16,6 @@ from tests.builders.store_fakes import NAMES, FakeBackbone, FakeDataset, picture
 from tests.conftest import toy_embeddings, toy_pairs, variant
 from vilu.embeddings.memory import Embeddings, PairEmbeddings
 from vilu.embeddings.pairs import Pools, PseudoCaptions
-from vilu.embeddings.source import say_once
 from vilu.errors import DataError
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.contract.seen import SIZE, RowSketch, sketch
@@ -50,12 +46,10 @@ def quick(**settings: object) -> FailurePredictor:
 
 
 @pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
-    """Embeds the pictures of some seeds, under some names; an old store has no digests of them."""
+def store(tmp_path: Path) -> Store:
+    """Embeds the pictures of some seeds, under some names."""
 
-    def make(
-        folder: str, seeds: range, names: str = "{}.png", *, old: bool = False, **settings: object
-    ):
+    def make(folder: str, seeds: range, names: str = "{}.png", **settings: object):
         blobs = [picture(seed) for seed in seeds]
         keys = [names.format(i) for i in range(len(blobs))]
         captions = (
@@ -65,16 +59,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
         if captions is not None:
             data.class_names = None
         names = {} if captions else {"names": NAMES}
-        with monkeypatch.context() as then:
-            if old:
-                now = embedding.describe
-                then.setattr(
-                    embedding,
-                    "describe",
-                    lambda *a, **k: now(*a, **k).model_copy(update={"pictures": False}),
-                )
-            backbone = settings.pop("backbone", None) or FakeBackbone()
-            return embedding.embed(data, backbone, tmp_path / folder, **names, **settings)
+        return embedding.embed(data, FakeBackbone(), tmp_path / folder, **names, **settings)
 
     return make
 
@@ -285,66 +270,6 @@ def test_captions_and_folds(store: Store) -> None:
     assert [len(predictor.seen(part)) for part in parts] == [len(parts[0]), 0, 0]
 
 
-def test_old_stores_and_predictors_are_compared_by_names_and_that_is_said(
-    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    new, old = store("new", range(60)), store("old", range(60, 120), old=True)
-    assert (new.identified_by, old.identified_by) == (("pictures", "names"), ("names",))
-    assert b"pictures" not in (tmp_path / "old/run.json").read_bytes()
-    predictor = quick(allow_degenerate=True).fit(new)
-    predictor.save(tmp_path / "p")
-    loaded = vilu.load(tmp_path / "p")
-    assert {by: one.hashes.tolist() for by, one in loaded.seen_.items()} == {
-        by: one.hashes.tolist() for by, one in predictor.seen_.items()
-    }
-    older = quick(allow_degenerate=True).fit(old)
-    for fitted, data in ((loaded, old), (older, new), (older, old)):
-        say_once.cache_clear()
-        caplog.clear()
-        with caplog.at_level(logging.WARNING, "vilu"):
-            for _ in range(2):  # but one line
-                assert len(fitted.seen(data)) == 60
-        (line,) = caplog.messages
-        assert line.startswith(
-            "rows of the fit and of these are compared by their names, not by their pictures"
-        )
-    caplog.clear()
-    assert (len(loaded.seen(new)), caplog.messages) == (60, [])
-
-
-def test_an_old_store_goes_on_as_it_was_begun(
-    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    class Dies(FakeBackbone):
-        def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
-            if self.batches:
-                raise RuntimeError("killed")
-            return super().encode_images(pixels)
-
-    with pytest.raises(RuntimeError, match="killed"):
-        store("half", range(20), old=True, part_size=10, batch_size=10, backbone=Dies())
-    assert not (tmp_path / "half/manifest.json").exists()
-    with caplog.at_level(logging.WARNING, "vilu"):
-        half = store("half", range(20), part_size=10, batch_size=10)
-    assert "goes on as it was begun: without digests of its pictures" in caplog.text
-    whole = store("whole", range(20), old=True, part_size=10, batch_size=10)
-    assert half.identified_by == whole.identified_by == ("names",)
-    files = [
-        (tmp_path / name / "metadata/metadata_00001.parquet").read_bytes()
-        for name in ("half", "whole")
-    ]
-    assert files[0] == files[1]
-    caplog.clear()
-    assert store("half", range(20), part_size=10, batch_size=10).identified_by == (
-        "names",
-    )  # nothing left to do
-    assert caplog.messages == []
-    assert store("half", range(20), part_size=10, overwrite=True).identified_by == (
-        "pictures",
-        "names",
-    )
-
-
 def test_sketches_of_both_sets_have_what_both_are_recognised_by(
     store: Store, train: Embeddings
 ) -> None:
@@ -362,9 +287,9 @@ def test_rows_of_one_file_are_scored_as_one_picture(store: Store, tmp_path: Path
     expected = [int.from_bytes(sha256(picture(seed)).digest()[:8], "little") for seed in seeds]
     assert outcomes.picture is not None
     assert outcomes.picture.tolist() == [number & (2**63 - 1) for number in expected]
-    old = vilu.score(vilu.MCM(), store("old", seeds, old=True))  # it knows embeddings alone
-    assert old.picture is not None
-    first = [old.picture.tolist().index(number) for number in old.picture.tolist()]
+    bare = vilu.score(vilu.MCM(), Embeddings(np.eye(3)[seeds], np.eye(3)[:2], [0] * 6))
+    assert bare.picture is not None  # of the embeddings, as there is nothing else
+    first = [bare.picture.tolist().index(number) for number in bare.picture.tolist()]
     assert first == [0, 1, 0, 3, 1, 0]
     parts = vilu.score_parts(vilu.MCM(), vilu.EmbeddingStore(tmp_path / "a"), tmp_path / "scores")
     assert np.array_equal(parts.outcomes().picture, outcomes.picture)

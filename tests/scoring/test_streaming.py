@@ -360,9 +360,9 @@ def flipped(name: str):
     [
         (edited(lambda c: c.update(n_in=N + 1), "run.json"), ProvenanceError, "belongs to run"),
         (
-            edited(lambda c: c.update(schema_version=2), "run.json"),
+            edited(lambda c: c.update(schema_version=3), "run.json"),
             ProvenanceError,
-            "schema version 2",
+            "schema version 3",
         ),
         (edited(lambda c: c.pop("source"), "run.json"), StorageError, "source"),
         (

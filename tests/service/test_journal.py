@@ -161,13 +161,13 @@ def test_another_monitors_rows_do_not_fit(
     assert journal.status.rows == 0
 
 
-def test_a_journal_of_an_older_vilu_is_refused(
+def test_a_journal_of_another_version_is_refused(
     predictors: tuple[Path, Path], tmp_path: Path
 ) -> None:
     with closing(sqlite3.connect(tmp_path / "rows.sqlite")) as table:
         table.execute("CREATE TABLE rows (n INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE)")
     before = (tmp_path / "rows.sqlite").read_bytes()
-    with pytest.raises(ProvenanceError, match=r"older vilu.*Serve with a new --state"):
+    with pytest.raises(ProvenanceError, match=r"before vilu 0\.2\.0.*Serve with a new --state"):
         Journal(tmp_path, predictors[0])
     assert (tmp_path / "rows.sqlite").read_bytes() == before
 

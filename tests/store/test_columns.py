@@ -288,9 +288,7 @@ def change_classes(root, change):
     """Another class table, under a hash that agrees."""
     table = read_document(root / "classes.json", StoredClasses)
     forged = table.model_copy(update=change(table))
-    (root / "classes.json").write_text(
-        forged.model_copy(update={"hash": forged.digest()}).model_dump_json()
-    )
+    forged.model_copy(update={"hash": forged.digest()}).write(root / "classes.json")
 
 
 def test_documents_that_do_not_agree(root):

@@ -176,6 +176,6 @@ def test_errors_of_other_kinds_than_counted(root):
 def test_what_is_no_store(tmp_path, root):
     with pytest.raises(DataError, match="no embedding store"):
         inspect(tmp_path)
-    (root / "run.json").write_text("{}")
+    write_json(root / "run.json", {})
     with pytest.raises(StorageError, match=r"run\.json is damaged"):
         inspect(root)

@@ -8,6 +8,7 @@ import pytest
 
 from tests.builders.pair_files import LAYOUTS, SPACE, unit_pairs, write_shards, write_store
 from tests.builders.store_fakes import NAMES, FakeBackbone, dataset
+from vilu.artifacts.documents import write_json
 from vilu.embeddings.pairs import Pools
 from vilu.errors import DataError, StorageError, UsageError
 from vilu.store.embed import embed
@@ -83,6 +84,6 @@ def test_stores_that_are_not_whole(classes, captions):
         (root / "manifest.json").unlink()
         with pytest.raises(DataError, match="not complete"):
             open_source(root)
-        (root / "run.json").write_text("{}")
+        write_json(root / "run.json", {})
         with pytest.raises(StorageError, match=r"run.json is damaged"):
             open_source(root)

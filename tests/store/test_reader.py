@@ -219,14 +219,13 @@ def forge(root, n):
         stop=n,
         files=info,
         batch_size=1,
-        seconds=0.0,
         **counts,
     )
     manifest = Manifest(
         **fields | counts, parts=1, classes=old.classes, content=content_hash([receipt])
     )
     for name, document in (("run.json", run), (part.receipt, receipt), ("manifest.json", manifest)):
-        (root / name).write_text(document.model_dump_json())
+        document.write(root / name)
 
 
 def test_a_store_that_is_not_complete(root):

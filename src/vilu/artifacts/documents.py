@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from contextvars import ContextVar
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NoReturn, TypeVar
 
 from pydantic import (
     BaseModel,
     ConfigDict,
-    SerializerFunctionWrapHandler,
     TypeAdapter,
     ValidationError,
-    model_serializer,
 )
 
 from vilu.artifacts.disk import LOG, or_refuse, write_bytes
@@ -40,42 +36,23 @@ def without_version(content: Mapping[str, object], *left_out: str) -> dict[str, 
     return {key: value for key, value in content.items() if key not in {MADE_WITH, *left_out}}
 
 
-logger = logging.getLogger("vilu")
-
 MADE_WITH: Final = "vilu"
 """Key of the version of vilu that made something: for people, and no part of any comparison."""
 
 SEAL: Final = "digest"  # last key of a document of ours: ``digest`` of all that stands before it
-SCHEMA_VERSION: Final = 1
+SCHEMA: Final = "schema_version"
+"""Key of the number of the schema, in every document and table of ours."""
+
+SCHEMA_VERSION: Final = 2
+"""Of all documents and tables; 1 is of what was made before 0.2.0."""
+
 MAX_DOCUMENT_BYTES = 64 * 2**20  # no document of ours comes near; a larger one is not read
 
 
 class Model(BaseModel):
-    """Immutable, refuses unknown fields, NaN and infinity.
-
-    Attributes:
-        later: Fields that came after the first such files. Unused they are not written, so that
-            documents, and the hashes over them, are what they were before.
-    """
+    """Immutable, refuses unknown fields, NaN and infinity."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    later: ClassVar[frozenset[str]] = frozenset()
-
-    @model_serializer(mode="wrap")
-    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields: dict[str, Any] = handler(self)
-        written = {}
-        for name, value in fields.items():
-            if name not in self.later or self._is_used(name, value):
-                written[name] = value
-        return written
-
-    def _is_used(self, name: str, value: object) -> bool:
-        """Whether a field that came later says something."""
-        if value == 0:  # a number that is no default says something even where it is zero
-            return bool(type(self).model_fields[name].default != 0)
-        return bool(value)
 
 
 class Document(Model):
@@ -84,7 +61,7 @@ class Document(Model):
     again: ClassVar[str]  # how it is made again, for messages
     fault: ClassVar[type[ViLUError]] = StorageError  # error where it is missing or damaged
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
 
     def write(self, path: Path) -> None:
         """Write it atomically."""
@@ -94,24 +71,10 @@ class Document(Model):
 D = TypeVar("D", bound=Document)
 
 
-class _Version(BaseModel):
-    schema_version: int
-
-
-def read_document(path: Path, kind: type[D], of: Path | None = None) -> D:
-    """A document of ours, checked as any file from elsewhere.
-
-    ``of`` is as for ``read_json``, by default its folder.
-    """
-    content = read_json(path, kind.again, kind.fault, of=of or path.parent)
+def read_document(path: Path, kind: type[D]) -> D:
+    """A document of ours, checked as any file from elsewhere."""
+    content = read_json(path, kind.again, kind.fault)
     try:
-        version = _Version.model_validate(content).schema_version
-        expected = kind.model_fields["schema_version"].default
-        if version != expected:
-            raise ProvenanceError(
-                f"{path} has schema version {version}, this vilu reads {expected}. "
-                f"{kind.again}, or use the vilu that wrote it."
-            )
         return kind.model_validate_json(json.dumps(content))
     except ValidationError as error:
         raise kind.fault(
@@ -120,38 +83,65 @@ def read_document(path: Path, kind: type[D], of: Path | None = None) -> D:
 
 
 def read_json(
-    path: Path,
-    again: str,
-    fault: type[ViLUError] = DataError,
-    *,
-    seal: str = SEAL,
-    always: bool = False,
-    of: Path | None = None,
+    path: Path, again: str, fault: type[ViLUError] = DataError, *, seal: str = SEAL
 ) -> dict[str, Any]:
-    """What a JSON document of ours says, without its seal.
+    """The content of a JSON document of ours without its seal, which is checked first.
 
-    Nothing of it is believed before the seal is.
+    Args:
+        path: The file.
+        again: How the document is made again, for messages.
+        fault: What is raised where it is missing or damaged.
+        seal: Key of the digest; that of ``predictor.json`` is the predictor's fingerprint.
 
-    ``again`` says how it is made again, ``fault`` is what is raised where it is missing or damaged.
-    ``seal`` is the key of the digest; that of ``predictor.json`` is the predictor's fingerprint.
-    ``always``: every vilu sealed such documents, so one without a seal is damaged; else a line says
-    so of the artefact that it is ``of``.
+    Raises:
+        ProvenanceError: If it has the schema of another version of vilu.
     """
-    content = read_bounded(path, again, fault)
+    text = read_bounded(path, again, fault)
     try:
-        document = parse_json(content)
-        expected = digest({key: value for key, value in document.items() if key != seal})
+        content = parse_json(text)
+        stated = content.pop(seal, None)
+        right = digest(content)
     except (ValueError, RecursionError) as error:
         raise fault(
             f"{path} is damaged: it is not JSON of ours ({error}). {again} to repair it."
         ) from error
-    if seal not in document and not always:
-        say_unsealed(of or path)
-    elif document.pop(seal, None) != expected:
+    if stated is not None and stated != right:
         raise fault(
             f"{path} is damaged: its content is not what its {seal} says. {again} to repair it."
         )
-    return document
+    require_schema(path, content, again, fault)
+    if stated is None:
+        raise fault(f"{path} is damaged: it has no {seal}. {again} to repair it.")
+    return content
+
+
+def require_schema(
+    path: str | os.PathLike[str],
+    content: Mapping[str, object],
+    again: str,
+    fault: type[ViLUError] = DataError,
+    *,
+    oldest: int = SCHEMA_VERSION,
+) -> None:
+    """Refuse the content of a document, or the metadata of a table, of another schema.
+
+    ``oldest`` is the lowest number that is read.
+    """
+    version = content.get(SCHEMA)
+    if version is None:
+        raise ProvenanceError(
+            f"{path} has no {SCHEMA}: it was made before vilu 0.2.0, or is no file of vilu. "
+            f"{again}."
+        )
+    if type(version) is not int:
+        raise fault(f"{path} is damaged: its {SCHEMA} is {version!r}, no whole number. {again}.")
+    if version > SCHEMA_VERSION:
+        raise ProvenanceError(
+            f"{path} has schema version {version}, this vilu reads {SCHEMA_VERSION}. Update vilu, "
+            "or use the vilu that wrote it."
+        )
+    if version < oldest:
+        raise ProvenanceError(f"{path} was made before vilu 0.2.0 (schema {version}). {again}.")
 
 
 def parse_json(content: bytes) -> dict[str, Any]:
@@ -194,43 +184,6 @@ def _no_number(text: str) -> NoReturn:
     raise ValueError(f"{text} is no finite number")
 
 
-def seal_document(path: Path) -> bool:
-    """Give a document of ours a digest, unless it has one; whether it had none."""
-    content = parse_json(read_bounded(path, "Make it again", DataError))
-    if SEAL in content:
-        return False
-    write_json(path, content)
-    return True
-
-
-_SAID: set[str] = set()
-_vouched: ContextVar[bool] = ContextVar("vouched", default=False)
-
-
-@contextmanager
-def vouched() -> Iterator[None]:
-    """A block that reads files for which a hash elsewhere vouches: they need no own digest."""
-    token = _vouched.set(True)
-    try:
-        yield
-    finally:
-        _vouched.reset(token)
-
-
-def say_unsealed(path: str | os.PathLike[str]) -> None:
-    """Warn, once per file and process, that nothing vouches for an artefact of an earlier vilu."""
-    if _vouched.get():
-        return
-    place = os.path.abspath(path)  # noqa: PTH100 - Path has no form that keeps links
-    if place in _SAID:
-        return
-    _SAID.add(place)
-    logger.warning(
-        "%s carries no digest: damage to it would not be seen; `vilu inspect --seal` adds one.",
-        os.fspath(path),
-    )
-
-
 def read_bounded(path: Path, again: str, fault: type[ViLUError], limit: int | None = None) -> bytes:
     """The content of a file of at most ``limit`` bytes, by default ``MAX_DOCUMENT_BYTES``.
 
@@ -257,12 +210,13 @@ def explain(error: ValidationError) -> str:
 
 
 def write_json(path: str | os.PathLike[str], value: Mapping[str, object], seal: str = SEAL) -> str:
-    """Write plain JSON (UTF-8, indented, keys in their order, sealed) atomically.
+    """Write plain JSON atomically; returns its digest.
 
-    Returns its digest.
+    It is UTF-8, indented, its keys in their order, with the number of the schema, and sealed.
     """
     what = f"cannot write {path}: its content"
-    content = {key: part for key, part in value.items() if key != seal}
+    content = {SCHEMA: SCHEMA_VERSION, **value}
+    content.pop(seal, None)
     plain = json.loads(plain_json(content, what))
     plain[seal] = digest(plain)
     write_bytes(path, plain_json(plain, what, indent=2) + b"\n")

@@ -9,21 +9,43 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Final, TextIO
 
 from vilu.artifacts.disk import or_refuse, write_bytes
-from vilu.artifacts.documents import SCHEMA_VERSION, SEAL, parse_json, plain_json, say_unsealed
+from vilu.artifacts.documents import (
+    SCHEMA,
+    SCHEMA_VERSION,
+    SEAL,
+    parse_json,
+    plain_json,
+    require_schema,
+)
 from vilu.artifacts.hashing import digest
-from vilu.errors import DataError, ProvenanceError, StorageError, UsageError
+from vilu.errors import DataError, StorageError, UsageError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 METADATA_KEY = b"vilu"
-MARK = b"vilu.sealed"
-"""Stands in the footer of a table with a digest.
+METADATA_IN_FOOTER = re.compile(rb'\{"schema_version": .*"digest": "[0-9a-f]{32}"\}', re.DOTALL)
+"""The metadata of a table of ours, as they stand in the footer of a Parquet file.
 
-So the digest is missed where a flipped bit has hidden the metadata.
+A flipped bit beside them, in their key or their length, hides them from pyarrow. This still finds
+them.
+"""
+
+AGAIN: Final = {
+    "outcomes": "Run `vilu score` again",
+    "results": "Run `vilu evaluate` again",
+    "monitor": "Begin a new monitor with `vilu monitor`",
+    "label errors": "Run `vilu audit-labels` again",
+}
+"""How a table of a kind is made again, for messages."""
+
+OLDEST: Final = {"labels": 1}
+"""Lowest number of the schema that is read.
+
+Labels are people's work: no book of them is refused.
 """
 
 # with a million columns reading takes minutes
@@ -80,11 +102,10 @@ def parquet_bytes(columns: Mapping[str, pa.Array], metadata: Mapping[str, object
     import pyarrow.parquet
 
     table = pa.table(dict(columns))
-    # the metadata as a reader gets them, since the digest is of what is read
-    document = parse_json(plain_json({"schema_version": SCHEMA_VERSION, **metadata}))
-    document[SEAL] = table_digest(table, document)
-    sealed = table.replace_schema_metadata({METADATA_KEY: plain_json(document), MARK: b""})
+    content = parse_json(plain_json({SCHEMA: SCHEMA_VERSION, **metadata}))
+    content[SEAL] = table_digest(table, content)
     buffer = BytesIO()
+    sealed = table.replace_schema_metadata({METADATA_KEY: plain_json(content)})
     repeating = [name for name in table.column_names if _repeats(table[name])]
     pyarrow.parquet.write_table(sealed, buffer, write_page_checksum=True, use_dictionary=repeating)
     return buffer.getvalue()
@@ -180,6 +201,10 @@ def read_table(
     Args:
         path: The file.
         text_columns: Columns that hold text, whatever their content looks like.
+
+    Raises:
+        DataError: If it is damaged, or no such table.
+        ProvenanceError: If it is of ours and has the schema of another version of vilu.
     """
     import pyarrow as pa
     import pyarrow.parquet
@@ -193,21 +218,20 @@ def read_table(
         raise StorageError(f"cannot open {path}: {error}") from error
     with source:
         try:
+            is_ours = False
             if suffix == ".parquet":
                 table = _read_parquet(source)
-                is_marked = MARK in _footer(source)
+                is_ours = METADATA_IN_FOOTER.search(_footer(source)) is not None
             else:
                 csv_names(path)  # refuses headings that would take minutes
                 table = _parse_csv(source, text_columns)
-                is_marked = False
-            names = table.column_names
         except DataError:
             raise
         except (pa.ArrowException, csv.Error, OSError, ValueError) as error:
             raise DataError(f"{path} is not a readable {suffix[1:]} table: {error}") from error
-    require_width(path, len(names))
-    require_distinct(str(path), names)
-    return table, _metadata(path, table, marked=is_marked)
+    require_width(path, len(table.column_names))
+    require_distinct(str(path), table.column_names)
+    return table, _metadata(path, table, is_ours=is_ours)
 
 
 def _read_parquet(source: pa.NativeFile) -> pa.Table:
@@ -225,22 +249,6 @@ def _footer(source: pa.NativeFile) -> bytes:
     start = max(end - int.from_bytes(source.read(4), "little"), 0)
     source.seek(start)
     return bytes(source.read(end - start))
-
-
-def seal_table(path: Path) -> bool:
-    """Give a Parquet table of ours a digest, and say whether it got one.
-
-    A table that has one, or is of another program, stays as it is.
-    """
-    import pyarrow.parquet
-
-    table, metadata = read_table(path, ())
-    content = (pyarrow.parquet.read_schema(path).metadata or {}).get(METADATA_KEY)
-    if content is None or SEAL in parse_json(content):
-        return False
-    columns = {name: table[name] for name in table.column_names}
-    write_table(path, columns, metadata)
-    return True
 
 
 def read_column(path: str | Path, table: pa.Table, name: str, kind: str) -> pa.ChunkedArray:
@@ -428,43 +436,34 @@ def _parse_csv(source: pa.NativeFile, text_columns: Collection[str]) -> pa.Table
     return as_written(table, text_columns)
 
 
-def _metadata(path: str | Path, table: pa.Table, *, marked: bool) -> dict[str, object]:
+def _metadata(path: str | Path, table: pa.Table, *, is_ours: bool) -> dict[str, object]:
     """The metadata of a table of ours.
 
-    They are believed, as its rows are, when the digest is right. ``marked``: the footer says that
-    there is a digest.
+    They are believed, as its rows are, when the digest is right. ``is_ours``: the footer has
+    metadata of ours, also where a flipped bit hides them.
     """
-    content = (table.schema.metadata or {}).get(METADATA_KEY)
-    if content is None and not marked:
+    text = (table.schema.metadata or {}).get(METADATA_KEY)
+    if text is None and not is_ours:
         return {}
     try:
-        metadata = parse_json(content or b"")
-        seal = metadata.pop(SEAL, None)
-        if seal is None:
-            is_whole = not marked
-        else:
-            is_whole = seal == table_digest(table, metadata)
+        metadata = parse_json(text or b"")
+        stated = metadata.pop(SEAL, None)
+        right = table_digest(table, metadata)
     # pyarrow raises NotImplementedError on types of columns that a flipped bit has made: raised
     # again, as damage
     except (ValueError, NotImplementedError, RecursionError) as error:
         raise DataError(
             f"{path} is damaged: its metadata are not JSON of ours ({error}). Make it again."
         ) from error
-    if not is_whole:
+    if stated is not None and stated != right:
         raise DataError(
             f"{path} is damaged, or was changed by another program: its rows are not what its "
             "digest says. Make it again."
         )
-    if seal is None:
-        say_unsealed(path)
-    require_schema(path, metadata.pop("schema_version", None))
+    kind = str(metadata.get("kind"))
+    again = AGAIN.get(kind, "Make it again")
+    require_schema(path, metadata, again, oldest=OLDEST.get(kind, SCHEMA_VERSION))
+    if stated is None:
+        raise DataError(f"{path} is damaged: its metadata have no digest. {again}.")
+    del metadata[SCHEMA]
     return metadata
-
-
-def require_schema(path: str | Path, version: object) -> None:
-    """Refuse what another version of vilu wrote."""
-    if version != SCHEMA_VERSION:
-        raise ProvenanceError(
-            f"{path} has schema version {version!r}, this vilu reads version {SCHEMA_VERSION}. "
-            "Install the vilu that wrote it."
-        )

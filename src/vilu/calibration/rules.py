@@ -90,8 +90,6 @@ class Rule(Model):
         [None, 'above_threshold']
     """
 
-    later = frozenset({"wrong", "outside_share", "class_shares", "counted"})
-
     method: Method
     max_risk: float | None = Field(ge=0, le=1)
     min_coverage: float | None = Field(default=None, gt=0, le=1)

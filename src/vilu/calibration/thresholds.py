@@ -142,8 +142,6 @@ class Threshold(Model):
             answers are wrong. None: no answer is too trusted.
     """
 
-    later = frozenset({"floor"})
-
     threshold: float | None
     n: int = Field(ge=0)
     n_accepted: int = Field(ge=0)

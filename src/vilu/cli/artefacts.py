@@ -1,49 +1,35 @@
-"""What ``vilu inspect`` checks: every artefact of ours, of which each file that vouches for itself can be sealed."""
+"""What ``vilu inspect`` checks: every artefact of ours, as those who read it check it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sized
-from contextlib import ExitStack
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from pydantic import ValidationError
 
-from vilu.artifacts.disk import MANIFEST, RUN, locked
-from vilu.artifacts.documents import explain, read_json, seal_document
-from vilu.artifacts.tables import read_table, seal_table
+from vilu.artifacts.disk import RUN
+from vilu.artifacts.documents import explain, read_json
+from vilu.artifacts.tables import read_table
 from vilu.calibration.calibration import Calibration
 from vilu.calibration.monitor.watch import State
 from vilu.errors import DataError, StorageError
 from vilu.outcomes.outcomes import Outcomes
 from vilu.outcomes.results import ResultTable
-from vilu.predictors.persistence.files import PREDICTOR, RISK
+from vilu.predictors.persistence.files import PREDICTOR
 from vilu.predictors.persistence.storage import load
 from vilu.registry import entry_points, load_entry
 from vilu.scoring.score_folder import ScoreFolder
+from vilu.store.inspect import StoreReport
 from vilu.store.inspect import inspect as inspect_store
+from vilu.store.parts import StoreLedger
 
 
 class Artefact(NamedTuple):
-    """What was found whole: where, in words, and its files that carry a digest of their own."""
+    """What is whole: where, and what it is, in words."""
 
     path: Path
     what: str
-    files: list[Path]
-
-    def seal(self) -> list[Path]:
-        """Give a digest to those that have none; returns them.
-
-        Each takes the place of the old one at once.
-        """
-        with ExitStack() as stack:
-            if (self.path / RUN).is_file():
-                stack.enter_context(locked(self.path, "writing to"))
-            added = {
-                path: (seal_table if path.suffix == ".parquet" else seal_document)(path)
-                for path in self.files
-            }
-        return [path for path, new in added.items() if new]
 
 
 def check(path: Path) -> Iterator[Artefact]:
@@ -52,22 +38,28 @@ def check(path: Path) -> Iterator[Artefact]:
         raise StorageError(f"{path} does not exist.")
     if path.is_file():
         yield check_file(path)
-    elif (path / PREDICTOR).is_file():
+        return
+    if (path / PREDICTOR).is_file():
         yield _predictor(path)
-    elif (path / RUN).is_file():
+        return
+    if (path / RUN).is_file():
         yield _store(path) if is_store(path) else _scores(path)
-    elif (of_others := _of_others(path)) is not None:
-        yield of_others
-    else:
-        files = sorted(file for file in path.iterdir() if file.suffix in {".json", ".parquet"})
-        if not files:
-            raise DataError(
-                f"{path} is none of ours: no store, predictor, scores, results, or run of a benchmark."
-            )
-        yield from map(check_file, files)
+        return
+    artefact = _of_plugins(path)
+    if artefact is not None:
+        yield artefact
+        return
+    files = sorted(file for file in path.iterdir() if file.suffix in {".json", ".parquet"})
+    if not files:
+        raise DataError(
+            f"{path} is none of ours: it has no store, predictor, scores, results, or run of a "
+            "benchmark."
+        )
+    for file in files:
+        yield check_file(file)
 
 
-def _of_others(path: Path) -> Artefact | None:
+def _of_plugins(path: Path) -> Artefact | None:
     """What another package takes for an artefact of its own; None where none does."""
     for entry in entry_points("vilu.artefacts"):
         artefact: Artefact | None = load_entry(entry, "artefact")(path)
@@ -78,64 +70,75 @@ def _of_others(path: Path) -> Artefact | None:
 
 def is_store(path: Path) -> bool:
     """Whether a folder is a store, by its ``run.json``."""
-    return (path / RUN).is_file() and read_json(
-        path / RUN, "Make it again", StorageError, of=path
-    ).get("kind") != "scores"
+    return StoreLedger.has_begun(path)
 
 
 def check_file(path: Path) -> Artefact:
     """A file of ours, checked as by those who read it."""
     if path.suffix == ".json":
-        kind = read_json(path, "Make it again").get("kind", "document")
-        found: Sized = ResultTable.load(path) if kind == "results" else ()
-    elif path.suffix == ".parquet":
-        table, metadata = read_table(path, ())
-        kind, found = str(metadata.get("kind", "table of another program")), table
-        if kind == "monitor":
-            try:
-                State.model_validate(metadata)
-            except ValidationError as error:
-                raise DataError(
-                    f"{path} is damaged: {explain(error)}. Begin a new monitor."
-                ) from error
-        elif kind in {"outcomes", "results"}:
-            found = (Outcomes if kind == "outcomes" else ResultTable).load(path)
-    else:
-        raise DataError(
-            f"{path} is no file that vouches for itself: those are .json and .parquet. Give its folder."
-        )
-    return Artefact(path, f"{kind}, {len(found)} rows" if len(found) else str(kind), [path])
+        return _document(path)
+    if path.suffix == ".parquet":
+        return _table(path)
+    raise DataError(
+        f"{path} is no file that vouches for itself: those are .json and .parquet. Give its folder."
+    )
+
+
+def _document(path: Path) -> Artefact:
+    kind = read_json(path, "Make it again").get("kind", "document")
+    n_rows = len(ResultTable.load(path)) if kind == "results" else 0
+    return _with_rows(path, kind, n_rows)
+
+
+def _table(path: Path) -> Artefact:
+    table, metadata = read_table(path, ())
+    kind = str(metadata.get("kind", "table of another program"))
+    n_rows = len(table)
+    if kind == "monitor":
+        _check_state(path, metadata)
+    elif kind == "outcomes":
+        n_rows = len(Outcomes.load(path))
+    elif kind == "results":
+        n_rows = len(ResultTable.load(path))
+    return _with_rows(path, kind, n_rows)
+
+
+def _check_state(path: Path, metadata: dict[str, object]) -> None:
+    try:
+        State.model_validate(metadata)
+    except ValidationError as error:
+        raise DataError(f"{path} is damaged: {explain(error)}. Begin a new monitor.") from error
+
+
+def _with_rows(path: Path, kind: str, n_rows: int) -> Artefact:
+    return Artefact(path, f"{kind}, {n_rows} rows" if n_rows else kind)
 
 
 def _predictor(path: Path) -> Artefact:
     predictor = load(path)
     calibration = Calibration.find(path)
-    if calibration is None:
-        return Artefact(path, f"predictor {predictor.label}, not calibrated", [])
-    what = f"predictor {predictor.label}, calibrated: {calibration.promise}"
-    return Artefact(path, what, [path / RISK])
+    state = "not calibrated"
+    if calibration is not None:
+        state = f"calibrated: {calibration.promise}"
+    return Artefact(path, f"predictor {predictor.label}, {state}")
 
 
 def _store(path: Path) -> Artefact:
     report = inspect_store(path, deep=True)
+    require_sound(report, path)
+    return Artefact(path, str(report))
+
+
+def require_sound(report: StoreReport, path: Path) -> None:
+    """Refuse a store with problems."""
     if report.problems:
         raise StorageError(
             f"{len(report.problems)} problems in {path}; the first: {report.problems[0]}"
         )
-    return Artefact(path, str(report), _of_run(path, "classes.json"))
 
 
 def _scores(path: Path) -> Artefact:
     folder = ScoreFolder(path)
     folder.verify()
     folder.tally()
-    return Artefact(path, f"scores, {len(folder)} rows", _of_run(path))
-
-
-def _of_run(path: Path, *others: str) -> list[Path]:
-    """The documents of a folder that a run fills; the files of its parts are vouched for by their receipts."""
-    named = [path / name for name in (RUN, MANIFEST, *others)]
-    return [
-        *(file for file in named if file.is_file()),
-        *sorted((path / "receipts").glob("*.json")),
-    ]
+    return Artefact(path, f"scores, {len(folder)} rows")

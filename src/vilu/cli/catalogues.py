@@ -18,6 +18,7 @@ from vilu.text import printable
 if TYPE_CHECKING:
     from vilu.datasets.known import KnownDataset, Presence
     from vilu.datasets.known.entry import Count
+    from vilu.predictors.contract.predictor import FailurePredictor
 
 
 datasets = typer.Typer(
@@ -78,15 +79,20 @@ def check_known(
     from vilu.datasets.known import check
     from vilu.errors import DataError
 
-    found = check(path, names or None, deep=deep)
-    facts, rows = [presence.to_dict() for presence in found], [_row(presence) for presence in found]
-    typer.echo(json.dumps(facts, indent=2) if as_json else columns(rows, below=BELOW))
-    short = [presence.name for presence in found if presence.state in {"absent", "incomplete"}]
+    presences = check(path, names or None, deep=deep)
+    if as_json:
+        facts = [presence.to_dict() for presence in presences]
+        typer.echo(json.dumps(facts, indent=2))
+    else:
+        rows = [_row(presence) for presence in presences]
+        typer.echo(columns(rows, below=BELOW))
+    short = [p.name for p in presences if p.state in {"absent", "incomplete"}]
     if names and short:
         raise DataError(
-            f"not whole: {', '.join(short)} ({len(short)} of {len(found)} data sets). See above."
+            f"not whole: {', '.join(short)} ({len(short)} of {len(presences)} data sets). See above."
         )
-    next_step(f"{len(found) - len(short)} of {len(found)} data sets are here and whole")
+    n_whole = len(presences) - len(short)
+    next_step(f"{n_whole} of {len(presences)} data sets are here and whole")
 
 
 def _dataset_in_brief(entry: KnownDataset) -> dict[str, str]:
@@ -104,46 +110,54 @@ def _dataset_in_brief(entry: KnownDataset) -> dict[str, str]:
 def _size(n_bytes: int | None) -> str:
     if n_bytes is None:
         return "?"
-    unit, name = next(
-        (one for one in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")) if n_bytes >= one[0]), (1e3, "kB")
-    )
-    return f"{n_bytes / unit:.3g} {name}"
+    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
+        if n_bytes >= unit:
+            return f"{n_bytes / unit:.3g} {name}"
+    return f"{n_bytes / 1e3:.3g} kB"
 
 
 def _row(presence: Presence) -> dict[str, str]:
-    missing = [name for split in presence.splits.values() for name in split.missing]
-    said = [presence.problem, *(split.problem for split in presence.splits.values())]
-    said += [f"missing: {', '.join(missing)}"] if missing else []
+    problems = [presence.problem]
+    missing: list[str] = []
+    counts = []
+    for name, split in presence.splits.items():
+        problems.append(split.problem)
+        missing += split.missing
+        counts.append(f"{name} {_counts(split)}")
+    if missing:
+        problems.append(f"missing: {', '.join(missing)}")
+    folder = str(presence.folder or "")
+    if presence.origin:
+        folder = f"{presence.folder}: {presence.origin}"
     row = {
         "name": presence.name,
         "state": presence.state,
-        "images": " ".join(f"{name} {_counts(split)}" for name, split in presence.splits.items())
-        or "-",
-        "folder": f"{presence.folder}: {presence.origin}"
-        if presence.origin
-        else str(presence.folder or ""),
-        "archives": "; ".join(
-            f"{state}: {', '.join(names)}" for state, names in _by_state(presence.archives).items()
-        ),
-        "trouble": " ".join(dict.fromkeys(text for text in said if text)),
+        "images": " ".join(counts) or "-",
+        "folder": folder,
+        "archives": _by_state(presence.archives),
+        "trouble": " ".join(dict.fromkeys(filter(None, problems))),
         "to do": presence.advice,
     }
     return {key: printable(text) for key, text in row.items()}
 
 
-def _by_state(archives: Mapping[str, str]) -> dict[str, list[str]]:
-    return {
-        state: [name for name in archives if archives[name] == state]
-        for state in dict.fromkeys(archives.values())
-    }
+def _by_state(archives: Mapping[str, str]) -> str:
+    """The names of archives, state by state."""
+    names: dict[str, list[str]] = {}
+    for name, state in archives.items():
+        names.setdefault(state, []).append(name)
+    return "; ".join(f"{state}: {', '.join(of_state)}" for state, of_state in names.items())
 
 
 def _counts(split: Count) -> str:
     """Found of listed, and what was published where that is another number."""
-    found = "?" if split.found is None else f"{split.found:,}"
     listed = split.expected if split.listed is None else split.listed
-    said = found if listed is None else f"{found}/{listed:,}"
-    return said if split.expected in {None, listed} else f"{said} (published {split.expected:,})"
+    text = "?" if split.found is None else f"{split.found:,}"
+    if listed is not None:
+        text = f"{text}/{listed:,}"
+    if split.expected in {None, listed}:
+        return text
+    return f"{text} (published {split.expected:,})"
 
 
 def list_catalogue(
@@ -168,9 +182,12 @@ def list_catalogue(
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
     elif what == "predictors":
-        typer.echo(columns(list(map(_predictor_in_brief, rows)), below=("what it is", "cost")))
+        brief = [_predictor_in_brief(row) for row in rows]
+        typer.echo(columns(brief, below=("what it is", "cost")))
+    elif what == "backbones":
+        typer.echo(columns(rows, below=("what it is",)))
     else:
-        typer.echo(columns(rows, below=("what it is",) if what == "backbones" else ()))
+        typer.echo(columns(rows))
     if what == "datasets":
         next_step("more of the data sets that have a name: vilu datasets list")
 
@@ -178,23 +195,31 @@ def list_catalogue(
 def _predictors() -> list[dict[str, Any]]:
     from vilu.predictors import PREDICTORS
 
-    return [
-        {
-            "name": name,
-            "needs labels": "no" if not cls.needs_fit else "yes" if cls.needs_labels else "images",
-            "uses unlabelled": "yes" if cls.uses_unlabelled else "no",
-            "needs columns": list(cls.columns),
-            "uses columns": list(cls.optional_columns),
-            "captions": "no" if cls.no_captions else "yes",
-            "why no captions": cls.no_captions,
-            "classes": "those of training" if cls.closed_set else "any",
-            "probability": "yes" if cls.is_probability else "no",
-            "cost": cls.cost,
-            "reference": cls.reference,
-            "what it is": cls.summary,
-        }
-        for name, cls in PREDICTORS.items()
-    ]
+    return [_predictor(name, cls) for name, cls in PREDICTORS.items()]
+
+
+def _predictor(name: str, cls: type[FailurePredictor]) -> dict[str, Any]:
+    needs = "no"
+    if cls.needs_fit:
+        needs = "yes" if cls.needs_labels else "images"
+    return {
+        "name": name,
+        "needs labels": needs,
+        "uses unlabelled": _yes_or_no(cls.uses_unlabelled),
+        "needs columns": list(cls.columns),
+        "uses columns": list(cls.optional_columns),
+        "captions": _yes_or_no(not cls.no_captions),
+        "why no captions": cls.no_captions,
+        "classes": "those of training" if cls.closed_set else "any",
+        "probability": _yes_or_no(cls.is_probability),
+        "cost": cls.cost,
+        "reference": cls.reference,
+        "what it is": cls.summary,
+    }
+
+
+def _yes_or_no(value: bool) -> str:
+    return "yes" if value else "no"
 
 
 def _metrics() -> list[dict[str, Any]]:
@@ -215,22 +240,28 @@ def _metrics() -> list[dict[str, Any]]:
 
 def _predictor_in_brief(row: dict[str, Any]) -> dict[str, str]:
     """A predictor for a table of 120 columns."""
-    from vilu.embeddings.columns import HOW
-
-    needed, used = (
-        list(dict.fromkeys(HOW[column].removeprefix("vilu embed ") for column in row[key]))
-        for key in ("needs columns", "uses columns")
-    )
+    flags = _flags(row["needs columns"])
+    optional = _flags(row["uses columns"])
+    if optional:
+        flags.append(f"[{' '.join(optional)}]")
     return {
         "name": row["name"],
         "labels": row["needs labels"],
         "captions": row["captions"],
         "classes": "fitted" if row["classes"] != "any" else "any",
-        "embed with": " ".join([*needed, *([f"[{' '.join(used)}]"] if used else [])]) or "-",
+        "embed with": " ".join(flags) or "-",
         "reference": row["reference"],
         "what it is": row["what it is"],
         "cost": "" if row["cost"] == "none" else row["cost"],
     }
+
+
+def _flags(needed: list[str]) -> list[str]:
+    """The flags of `vilu embed` that keep some columns, each once."""
+    from vilu.embeddings.columns import HOW
+
+    flags = [HOW[column].removeprefix("vilu embed ") for column in needed]
+    return list(dict.fromkeys(flags))
 
 
 def _backbones() -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass
 from functools import wraps
-from inspect import Signature, signature
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, TypeVar, cast
 
@@ -34,13 +34,15 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("vilu")
 LOG_EVERY = 10.0  # seconds between progress lines where there is no terminal
-MOST_SEED, MOST_RESAMPLES, MOST_WORKERS = 2**63 - 1, 10**6, 4096
+MOST_SEED = 2**63 - 1
+MOST_RESAMPLES = 10**6
+MOST_WORKERS = 4096
 """Larger numbers on a command line are slips of the finger."""
-INTERRUPTED, PIPE_CLOSED, TERMINATED = (
-    130,
-    141,
-    143,
-)  # exit codes: 128 and the number of SIGINT, of SIGPIPE, of SIGTERM
+
+# exit codes: 128 and the number of SIGINT, of SIGPIPE, of SIGTERM
+INTERRUPTED = 130
+PIPE_CLOSED = 141
+TERMINATED = 143
 
 
 def complain(level: str, message: str) -> None:
@@ -88,9 +90,8 @@ class CarefulOutput:
             yield
         except OSError as error:
             with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:  # noqa: PTH123
-                os.dup2(
-                    nowhere.fileno(), self.stream.fileno()
-                )  # or what is left would fail again at the very end
+                # or what is left would fail again at the very end
+                os.dup2(nowhere.fileno(), self.stream.fileno())
             if error.errno == errno.EPIPE:
                 raise SystemExit(PIPE_CLOSED) from error
             raise StorageError(f"cannot write to stdout: {error.strerror or error}.") from error
@@ -100,9 +101,8 @@ class CarefulOutput:
 def careful_output() -> Iterator[None]:
     """A block in which ``print`` and ``typer.echo`` write to a ``CarefulOutput``."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            errors="surrogateescape"
-        )  # a path is printed as the bytes that it is
+        # a path is printed as the bytes that it is
+        sys.stdout.reconfigure(errors="surrogateescape")
     with redirect_stdout(cast("TextIO", CarefulOutput(sys.stdout))):
         yield
 
@@ -124,7 +124,11 @@ def show_warnings() -> Iterator[None]:
 
 def set_verbosity(*, verbose: bool, quiet: bool) -> None:
     """-v shows debugging messages of vilu, -q only warnings."""
-    level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
+    level = logging.INFO
+    if verbose:
+        level = logging.DEBUG
+    elif quiet:
+        level = logging.WARNING
     handler = logging.StreamHandler()
     handler.setFormatter(Escaping("vilu: %(message)s"))
     LOG.handlers[:] = [handler]
@@ -167,15 +171,18 @@ class Bars:
 
         class Speed(bars.ProgressColumn):
             def render(self, task: bars.Task) -> Text:
-                return Text(
-                    f"{task.finished_speed or task.speed or 0:,.0f} {task.fields['unit']}/s"
-                )
+                speed = task.finished_speed or task.speed or 0
+                return Text(f"{speed:,.0f} {task.fields['unit']}/s")
 
-        columns = (
-            *(bars.TextColumn("{task.description}"), bars.BarColumn(), bars.MofNCompleteColumn()),
-            *(Speed(), bars.TimeRemainingColumn(), bars.TextColumn("{task.fields[note]}")),
+        progress = bars.Progress(
+            bars.TextColumn("{task.description}"),
+            bars.BarColumn(),
+            bars.MofNCompleteColumn(),
+            Speed(),
+            bars.TimeRemainingColumn(),
+            bars.TextColumn("{task.fields[note]}"),
+            console=Console(stderr=True),
         )
-        progress = bars.Progress(*columns, console=Console(stderr=True))
         progress.start()
         self.shown = Bar(progress, description, total, unit)
         return self.shown
@@ -191,26 +198,32 @@ class LoggedTask:
     """A task that is logged now and then."""
 
     def __init__(self, description: str, total: float | None, unit: str) -> None:
-        self.description, self.total, self.unit = description, total, unit
-        self.done, self.told_done, self.note = 0.0, 0.0, ""
-        self.started = self.told = time.monotonic()
+        self.description = description
+        self.total = total
+        self.unit = unit
+        self.done = 0.0
+        self.logged_done = 0.0
+        self.note = ""
+        self.started = time.monotonic()
+        self.logged = self.started
 
     def advance(self, steps: float, note: str = "") -> None:
         """Count, and log when ten seconds have passed."""
-        self.done, self.note = self.done + steps, note
-        if time.monotonic() - self.told >= LOG_EVERY:
-            self.tell()
+        self.done += steps
+        self.note = note
+        if time.monotonic() - self.logged >= LOG_EVERY:
+            self.log()
 
-    def tell(self) -> None:
+    def log(self) -> None:
         """Log the count and the rate."""
-        self.told, self.told_done = time.monotonic(), self.done
-        seconds = max(self.told - self.started, 1e-9)
+        self.logged = time.monotonic()
+        self.logged_done = self.done
+        seconds = max(self.logged - self.started, 1e-9)
         total = "" if self.total is None else f"/{self.total:,.0f}"
         note = f", {self.note}" if self.note else ""
+        count = f"{self.done:,.0f}"
         rate = f"{self.done / seconds:,.0f} {self.unit}/s"
-        LOG.info(
-            "%s %s%s %s, %s%s", self.description, f"{self.done:,.0f}", total, self.unit, rate, note
-        )
+        LOG.info("%s %s%s %s, %s%s", self.description, count, total, self.unit, rate, note)
 
 
 class Lines:
@@ -222,12 +235,10 @@ class Lines:
 
     def finish(self, task: Task) -> None:
         """Log how it ended, if it took two seconds and the last line did not say it."""
-        if (
-            isinstance(task, LoggedTask)
-            and task.done != task.told_done
-            and time.monotonic() - task.started > 2
-        ):
-            task.tell()
+        if not isinstance(task, LoggedTask) or task.done == task.logged_done:
+            return
+        if time.monotonic() - task.started > 2:
+            task.log()
 
 
 def next_step(message: str) -> None:
@@ -262,12 +273,12 @@ def keeping(
     return lambda write: write(output, inputs)
 
 
-def existing(given: Any) -> Any:  # noqa: ANN401 - a path, several, or None, as typer has it
+def existing(value: Any) -> Any:  # noqa: ANN401 - a path, several, or None, as typer has it
     """What a command is to read; the one place that refuses a path that is not there."""
-    for path in given if isinstance(given, list | tuple) else [given]:
+    for path in value if isinstance(value, list | tuple) else [value]:
         if isinstance(path, Path) and not path.exists():
             raise UsageError(f"{path} does not exist.")
-    return given
+    return value
 
 
 def path_argument(text: str, metavar: str | None = None) -> Any:  # noqa: ANN401 - typer's own
@@ -280,12 +291,10 @@ def path_option(text: str, metavar: str | None = None) -> Any:  # noqa: ANN401 -
     return Option(help=text, metavar=metavar, callback=existing)
 
 
-STORE, PREDICTOR, SCORES, STUDIES = (
-    "a store of embeddings",
-    "a predictor",
-    "scores",
-    "the output of a benchmark",
-)
+STORE = "a store of embeddings"
+PREDICTOR = "a predictor"
+SCORES = "scores"
+STUDIES = "the output of a benchmark"
 PAIR = {"predictor": PREDICTOR, "store": STORE}
 BOTH = {**PAIR, "second": STORE}
 WANTED: dict[str, dict[str, str]] = {
@@ -328,51 +337,62 @@ def kind_of(path: Path) -> str | None:
         return PREDICTOR
     if (path / "run.json").is_file():
         return SCORES if (path / "scores").is_dir() else STORE
-    return STUDIES if any((path / name).is_dir() for name in ("cells", "studies")) else None
+    if (path / "cells").is_dir() or (path / "studies").is_dir():
+        return STUDIES
+    return None
 
 
-def _paths(given: Any) -> list[Path]:  # noqa: ANN401 - one path, several, or None
-    return list(
-        map(Path, given if isinstance(given, list | tuple) else [] if given is None else [given])
-    )
+def _paths(value: Any) -> list[Path]:  # noqa: ANN401 - one path, several, or None
+    if value is None:
+        return []
+    if isinstance(value, list | tuple):
+        return [Path(path) for path in value]
+    return [Path(value)]
 
 
 def require_kinds(command: str, values: Mapping[str, Any], wanted_kinds: Mapping[str, str]) -> None:
     """Refuse an empty path, and one with another kind of thing than the command reads there."""
-    if "" in sys.argv and (Path() in values.values() or values.get("source") == ""):
+    is_empty = Path() in values.values() or values.get("source") == ""
+    if "" in sys.argv and is_empty:
         raise UsageError(
             "an argument is empty where a path should be. Write . if this folder is meant."
         )
-    wrong = [
-        f"{path} is {found}, where {wanted} should be"
-        for name, wanted in wanted_kinds.items()
-        for path in _paths(values.get(name))
-        if (found := kind_of(path)) not in {None, wanted}
-    ]
+    wrong = []
+    for name, wanted in wanted_kinds.items():
+        for path in _paths(values.get(name)):
+            kind = kind_of(path)
+            if kind not in {None, wanted}:
+                wrong.append(f"{path} is {kind}, where {wanted} should be")
     if wrong:
         swapped = " They are in the wrong order." if len(wrong) == len(PAIR) else ""
         raise UsageError(f"{', and '.join(wrong)}.{swapped} See vilu {command} --help.")
 
 
-def pairs_of(option: str, given: Sequence[str] | None, form: str = "NAME=KEY") -> dict[str, str]:
+def pairs_of(option: str, texts: Sequence[str] | None, form: str = "NAME=KEY") -> dict[str, str]:
     """What was given as NAME=KEY, ... as a dictionary."""
-    pairs = [text.partition("=") for text in given or ()]
-    for (name, sign, _), text in zip(pairs, given or (), strict=True):
+    pairs: dict[str, str] = {}
+    for text in texts or ():
+        name, sign, value = text.partition("=")
         if not (name and sign):
             raise UsageError(f"{option} must be {form}. Got {text!r} instead.")
-    found = {name: value for name, _, value in pairs}
-    if len(found) < len(pairs):
-        raise UsageError(f"{option} can name a {form.partition('=')[0].lower()} only once.")
-    return found
+        if name in pairs:
+            kind = form.partition("=")[0].lower()
+            raise UsageError(f"{option} can name a {kind} only once.")
+        pairs[name] = value
+    return pairs
 
 
 def columns(rows: list[dict[str, str]], below: Sequence[str] = ()) -> str:
     """Rows of one shape as aligned text; what ``below`` names gets a line of its own under its row, if any."""
-    shown = [key for key in rows[0] if key not in below]
-    heading, *lines = aligned([shown, *([row[key] for key in shown] for row in rows)])
+    names = [name for name in rows[0] if name not in below]
+    cells = [[row[name] for name in names] for row in rows]
+    heading, *lines = aligned([names, *cells])
     text = [heading]
     for line, row in zip(lines, rows, strict=True):
-        text += [line, *(f"    {row[key]}" for key in below if row[key])]
+        text.append(line)
+        for name in below:
+            if row[name]:
+                text.append(f"    {row[name]}")
     return "\n".join(text)
 
 
@@ -459,8 +479,10 @@ class Reading:
     @property
     def settings(self) -> dict[str, object]:
         """The flags that say how, for the digest of what a command reads."""
-        flags = {name: value for name, value in asdict(self).items() if name != "second"}
-        return flags if self.second is None else flags | {"second": True}
+        flags = asdict(self)
+        if flags.pop("second") is not None:
+            flags["second"] = True
+        return flags
 
     @property
     def read(self) -> list[Path]:
@@ -470,12 +492,13 @@ class Reading:
     @property
     def pools(self) -> Pools | None:
         """None where the flags ask for nothing special, so that class stores are fine."""
-        rest = self.direction, self.hard, self.near_duplicates
+        rest = (self.direction, self.hard, self.near_duplicates)
         if self.pool_size is None and rest == ("image_to_text", False, None):
             return None
         from vilu.embeddings.pairs import Pools
 
-        return Pools(Pools.size if self.pool_size is None else self.pool_size, *rest)
+        size = Pools.size if self.pool_size is None else self.pool_size
+        return Pools(size, *rest)
 
     def open(self, store: Path, role: Fold | None = None) -> EmbeddingSource:
         """A store; where a fold is asked for, that of a role."""
@@ -500,37 +523,41 @@ class Reading:
         """The same in other pools."""
         from vilu.store.reader import open_source
 
-        return open_source(
-            store, pools=pools, fold=self.fold and (role or self.fold), logit_scale=self.logit_scale
-        )
+        fold = self.fold
+        if fold is not None and role is not None:
+            fold = role
+        return open_source(store, pools=pools, fold=fold, logit_scale=self.logit_scale)
 
     def split_of(self, data: EmbeddingSource) -> str | None:
         """Name of the part of the data that is read; None where the store does not say."""
         from vilu.embeddings.two_models import TwoModels
         from vilu.store.reader import CaptionStore, EmbeddingStore
 
+        if self.fold is not None:
+            return self.fold
         first = data.first if isinstance(data, TwoModels) else data
-        return self.fold or (
-            first.manifest.split if isinstance(first, EmbeddingStore | CaptionStore) else None
-        )
+        if isinstance(first, EmbeddingStore | CaptionStore):
+            return first.manifest.split
+        return None
 
 
 def reads(command: Callable[..., None], *, without: Collection[str] = ()) -> Callable[..., None]:
     """The command with flags in place of its parameter ``reading``: all but those that may be left out."""
-    flags = {
-        name: flag
-        for name, flag in signature(Reading, eval_str=True).parameters.items()
-        if name not in without
-    }
+    flags = dict(signature(Reading, eval_str=True).parameters)
+    for name in without:
+        del flags[name]
 
     @wraps(command)
     def flagged(**values: Any) -> None:  # noqa: ANN401 - what the flags hold
-        command(reading=Reading(**{name: values.pop(name) for name in flags}), **values)
+        reading = Reading(**{name: values.pop(name) for name in flags})
+        command(reading=reading, **values)
 
-    own = signature(command, eval_str=True).parameters.items()
-    expanded = [
-        one for name, given in own for one in (flags.values() if name == "reading" else [given])
-    ]
+    expanded: list[Parameter] = []
+    for name, parameter in signature(command, eval_str=True).parameters.items():
+        if name == "reading":
+            expanded += flags.values()
+        else:
+            expanded.append(parameter)
     vars(flagged)["__signature__"] = Signature(expanded)  # what typer makes the command line from
     return flagged
 

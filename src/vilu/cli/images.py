@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -202,8 +203,7 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
         raw_names=raw_names,
         root=root,
     )
-    from vilu.backbones.zeroshot import everyday_words, named_templates
-    from vilu.datasets.classes import read_classes
+    from vilu.backbones.zeroshot import named_templates
     from vilu.store.embed import embed as embed_images
     from vilu.store.job import BackboneSpec
 
@@ -214,7 +214,7 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
         names=images.class_names or (),
         templates=named_templates(template) if template else None,
         prompts=named_templates(prompts or []),
-        negatives=read_classes(words)[1] if words else everyday_words() if negatives else (),
+        negatives=_negatives(words, wanted=negatives),
         views=views,
         features=features,
         seed=seed,
@@ -232,6 +232,16 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
     )
     typer.echo(output)
     next_step(embedded(output, None if store is None else store.manifest, (split, source)))
+
+
+def _negatives(words: Path | None, *, wanted: bool) -> Sequence[str]:
+    """Words that are none of the classes: those of a file, else everyday ones where they are wanted."""
+    from vilu.backbones.zeroshot import everyday_words
+    from vilu.datasets.classes import read_classes
+
+    if words is not None:
+        return read_classes(words)[1]
+    return everyday_words() if wanted else ()
 
 
 def embedded(output: Path, manifest: Manifest | None, names: tuple[str | None, str]) -> str:
@@ -257,17 +267,29 @@ USES = {
 
 def _following(output: Path, *names: str | None) -> str:
     """The command that fits what the store holds, as its split, its folder or its source are called."""
-    said = [Path(name).name.lower() for name in (*names, output.name) if name]
-    use = next(
-        (use for name in said for start, use in USES.items() if name.startswith(start)),
-        ("vilu", "fit"),
-    )
+    command: tuple[str, ...] = ("vilu", "fit")
+    for name in (*names, output.name):
+        purpose = _purpose(name)
+        if purpose is not None:
+            command = purpose
+            break
     ends = {
         "score": ("-o", "scores.parquet"),
         "calibrate": ("--max-risk", "0.05"),
         "fit": ("-o", "predictor"),
     }
-    return console.shell(*use, output, *ends[use[1]])
+    return console.shell(*command, output, *ends[command[1]])
+
+
+def _purpose(name: str | None) -> tuple[str, ...] | None:
+    """The command for a split, by how the name begins; None where it says nothing."""
+    if not name:
+        return None
+    text = Path(name).name.lower()
+    for start, command in USES.items():
+        if text.startswith(start):
+            return command
+    return None
 
 
 def _images(source: str, budget: float, **asked: Any) -> ImageDataset:  # noqa: ANN401 - as ``open_dataset`` takes it

@@ -100,11 +100,14 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
         "n": n,
         "depth": str(depth),
     }
-    read = [predictor, store, *([] if train is None else [train]), *reading.read]
+    read = [predictor, store, *reading.read]
+    if train is not None:
+        read.append(train)
     keep = console.keeping(
         output, "explanation", read, overwrite=overwrite, reading=reading.settings, **settings
     )
-    data, fitted = reading.open_both(store), load(predictor)
+    data = reading.open_both(store)
+    fitted = load(predictor)
     if summary:
         if train is not None or key or row:
             raise UsageError(
@@ -119,19 +122,21 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
         text = str(risk) if gains is None else f"{risk}\n\n{gains}"
         following = f"to see single rows: {console.shell('vilu', 'explain', predictor, store)}"
     else:
-        known = None if train is None else reading.open(train, "train")
-        found = explain_rows(
-            fitted, data, known, [*(key or ()), *(row or ())] or None, n=n, depth=depth
-        )
-        content, text = found.to_dict(), str(found)
-        noun = "row" if len(found) == 1 else "rows"
-        following = f"{len(found)} {noun} explained"
+        fitted_on = None if train is None else reading.open(train, "train")
+        asked = [*(key or ()), *(row or ())] or None
+        explanations = explain_rows(fitted, data, fitted_on, asked, n=n, depth=depth)
+        content = explanations.to_dict()
+        text = str(explanations)
+        noun = "row" if len(explanations) == 1 else "rows"
+        following = f"{len(explanations)} {noun} explained"
         if data.pool_size is None:  # of captions there is no summary
-            following += f"; where the failures are: {console.shell('vilu', 'explain', predictor, store, '--summary')}"
+            command = console.shell("vilu", "explain", predictor, store, "--summary")
+            following += f"; where the failures are: {command}"
     keep(lambda path, inputs: write_said(path, content, inputs))
-    typer.echo(
-        json.dumps(content, indent=2, ensure_ascii=False) if as_json else printable(text, "\n")
-    )
+    if as_json:
+        typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
+    else:
+        typer.echo(printable(text, "\n"))
     next_step(following)
 
 
@@ -145,14 +150,14 @@ def _summary(
     from vilu.report.explain.risk import risk_map
     from vilu.scoring.score import score
 
-    outcomes, labelled = score(predictor, data), bool((data.target != UNKNOWN).any())
-    known = (
-        labelled or outcomes.outside.any()
-    )  # or nothing but pictures of none of the classes has a label
-    competitor = None if known else strongest_competitor(predictor, data)
-    return risk_map(outcomes, competitor, coverage=coverage), prompt_gains(
-        data, seed=seed
-    ) if labelled else None
+    outcomes = score(predictor, data)
+    has_labels = bool((data.target != UNKNOWN).any())
+    # or nothing but pictures of none of the classes has a label
+    has_failures = has_labels or bool(outcomes.outside.any())
+    competitor = None if has_failures else strongest_competitor(predictor, data)
+    risk = risk_map(outcomes, competitor, coverage=coverage)
+    gains = prompt_gains(data, seed=seed) if has_labels else None
+    return risk, gains
 
 
 def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
@@ -215,7 +220,8 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
     from vilu.artifacts.paths import claim_file, inputs_of
     from vilu.progress import track
 
-    new, late = scores or [], late_labels or []
+    new = scores or []
+    late = late_labels or []
     if not new and not late:
         raise UsageError("nothing to monitor: give SCORES, --late-labels or both.")
     with ExitStack() as stack:
@@ -238,13 +244,12 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
         )
         batches: list[dict[str, Any]] = []
         task = stack.enter_context(track("monitor", len(new) + len(late), "files"))
+        shuffle_seed = seed if shuffle else None
         for number, path in enumerate([*new, *late]):
-            batches.append(
-                _take_in(
-                    watching, path, seed if shuffle else None, in_order, is_late=number >= len(new)
-                )
-            )
-            task.advance(1, batches[-1]["verdict"])
+            is_late = number >= len(new)
+            batch = _take_in(watching, path, shuffle_seed, in_order, is_late=is_late)
+            batches.append(batch)
+            task.advance(1, batch["verdict"])
         facts = {
             "predictor": str(predictor),
             "batches": batches,
@@ -269,13 +274,13 @@ def _write_report(output: Path, document: dict[str, Any], inputs: str, *, there:
     from vilu.artifacts.documents import read_json
     from vilu.artifacts.paths import write_said
 
-    found = read_json(output, "Run `vilu monitor` again") if there else {}
-    if there and all(
-        found.get(name) == value for name, value in document.items() if name != "batches"
-    ):
-        console.nothing_to_do(output)
-    else:
-        write_said(output, document, inputs)
+    if there:
+        written = read_json(output, "Run `vilu monitor` again")
+        facts = {name: value for name, value in document.items() if name != "batches"}
+        if all(written.get(name) == value for name, value in facts.items()):
+            console.nothing_to_do(output)
+            return
+    write_said(output, document, inputs)
 
 
 def _open(predictor: Path, state: Path | None, false_alarm: float, seed: int) -> Monitor:
@@ -287,9 +292,9 @@ def _open(predictor: Path, state: Path | None, false_alarm: float, seed: int) ->
             f"{state.parent}, where the state is to lie, is no folder. Make it, or give another --state."
         )
     monitor = Monitor.of_folder(predictor, false_alarm=false_alarm, seed=seed)
-    if state is not None and state.exists():
-        return monitor.resume(state)
-    return monitor
+    if state is None or not state.exists():
+        return monitor
+    return monitor.resume(state)
 
 
 def _take_in(
@@ -302,21 +307,23 @@ def _take_in(
         raise UsageError(
             "--shuffle is for rows without an order of arrival, --in-order for those that have one."
         )
-    outcomes, before = _scores(path), watching.repeated
+    outcomes = _scores(path)
+    n_repeated_before = watching.repeated
     if shuffle is not None:
-        outcomes = outcomes.take(
-            np.random.default_rng([shuffle, watching.rows]).permutation(len(outcomes))
-        )
+        rng = np.random.default_rng([shuffle, watching.rows])
+        outcomes = outcomes.take(rng.permutation(len(outcomes)))
+    has_known_order = in_order or shuffle is not None
     try:
-        known = in_order or shuffle is not None
-        status = watching.audit(outcomes) if is_late else watching.update(outcomes, in_order=known)
+        if is_late:
+            status = watching.audit(outcomes)
+        else:
+            status = watching.update(outcomes, in_order=has_known_order)
     except (DataError, ProvenanceError) as error:
         raise type(error)(f"{path}: {error}") from error
-    repeated = watching.repeated - before
     return {
         "scores": str(path),
         "rows": status.rows,
-        "repeated": repeated,
+        "repeated": watching.repeated - n_repeated_before,
         "verdict": status.verdict,
     }
 
@@ -325,7 +332,9 @@ def _scores(path: Path) -> Outcomes:
     from vilu.outcomes.outcomes import Outcomes
     from vilu.scoring.score_folder import ScoreFolder
 
-    return ScoreFolder(path).outcomes() if path.is_dir() else Outcomes.load(path)
+    if path.is_dir():
+        return ScoreFolder(path).outcomes()
+    return Outcomes.load(path)
 
 
 def report(  # noqa: PLR0913, PLR0917 - one parameter per flag

@@ -114,26 +114,21 @@ def fit(  # noqa: PLR0913 - one parameter per flag
 
     with ExitStack() as stack:
         team = stack.enter_context(world(device))
-        predictor = _new_predictor(
-            find_method(method), {"seed": seed, "device": device}, settings or [], init
-        )
+        defaults: dict[str, object] = {"seed": seed, "device": device}
+        predictor = _new_predictor(find_method(method), defaults, settings or [], init)
         if unlabelled is not None:
             _require_use_of_unlabelled(type(predictor))
-        read = [
-            *stores,
-            *(path for path in (validation, init, unlabelled) if path is not None),
-            *reading.read,
-        ]
-        mixed = pseudo and [store.name for store in stores]
+        beside = [path for path in (validation, init, unlabelled) if path is not None]
         flags: dict[str, object] = {
             "with": [validation is None, init is None],
             "shots": shots and [shots, seed],
-            "pseudo": mixed,
+            "pseudo": pseudo and [store.name for store in stores],
         }
-        flags |= (
-            {} if unlabelled is None else {"unlabelled": True}
-        )  # what was fitted before keeps its inputs
-        flags |= {"sample": False} if no_sample else {}
+        if unlabelled is not None:
+            flags["unlabelled"] = True
+        if no_sample:
+            flags["sample"] = False
+        read = [*stores, *beside, *reading.read]
         inputs = storage.inputs_of_fit(predictor, read, reading=reading.settings, **flags)
         if storage.claim(output, inputs, overwrite=overwrite):
             if team.leads:
@@ -142,26 +137,23 @@ def fit(  # noqa: PLR0913 - one parameter per flag
                 console.nothing_to_do(output)
             return
         train = _training_set(stores, reading, (shots, seed), pseudo)
-        chosen = None if validation is None else reading.open(validation, "validation")
+        selection = None if validation is None else reading.open(validation, "validation")
         checkpoints = _checkpoints(stack, predictor, output, checkpoint_minutes)
         if checkpoints is not None:
-            if restart:
-                checkpoints.remove()
-            checkpoints.name_fit(inputs)
+            _begin(checkpoints, inputs, restart=restart)
         more = None if unlabelled is None else reading.open(unlabelled)
-        predictor.fit(train, chosen, unlabelled=more)
+        predictor.fit(train, selection, unlabelled=more)
         predictor.notes_ |= {**candidates_of(train), "inputs": inputs}
         if no_sample:
             predictor.sample_ = None
-        if team.leads:
-            predictor.save(output)
-            if checkpoints is not None:
-                checkpoints.remove()
-            typer.echo(output)
-            told = (
-                f"{predictor.name} fitted on {predictor.notes_.get('n_train', len(train)):,} rows"
-            )
-            next_step(f"{told}; {_to_score(output)}")
+        if not team.leads:
+            return
+        predictor.save(output)
+        if checkpoints is not None:
+            checkpoints.remove()
+        typer.echo(output)
+        n_rows = predictor.notes_.get("n_train", len(train))
+        next_step(f"{predictor.name} fitted on {n_rows:,} rows; {_to_score(output)}")
 
 
 def _to_score(predictor: Path) -> str:
@@ -175,10 +167,12 @@ def _new_predictor(
     from vilu.predictors.persistence.storage import load
     from vilu.predictors.vilu.fine_tuning import initialise
 
-    values = {
-        key: value for key, value in defaults.items() if key in parameters(cls)
-    } | parse_settings(settings)
-    return build(cls, values) if init is None else initialise(cls, load(init), values)
+    known = parameters(cls)
+    values = {key: value for key, value in defaults.items() if key in known}
+    values |= parse_settings(settings)
+    if init is None:
+        return build(cls, values)
+    return initialise(cls, load(init), values)
 
 
 def _require_use_of_unlabelled(cls: type[FailurePredictor]) -> None:
@@ -187,22 +181,25 @@ def _require_use_of_unlabelled(cls: type[FailurePredictor]) -> None:
 
     if cls.uses_unlabelled:
         return
-    methods = PREDICTORS.values()
-    beside = ", ".join(one.name for one in methods if one.uses_unlabelled) or "no method"
-    alone = (
-        ", ".join(one.name for one in methods if one.needs_fit and not one.needs_labels)
-        or "no method"
-    )
-    here = cls.needs_fit and not cls.needs_labels
-    instead = (
-        f"give these as the STORE to fit {cls.name} on"
-        if here
-        else f"those of {alone} as the STORE to fit on"
-    )
+    beside = []
+    alone = []
+    for method in PREDICTORS.values():
+        if method.uses_unlabelled:
+            beside.append(method.name)
+        if method.needs_fit and not method.needs_labels:
+            alone.append(method.name)
+    if cls.name in alone:
+        instead = f"give these as the STORE to fit {cls.name} on"
+    else:
+        instead = f"those of {_names(alone)} as the STORE to fit on"
     raise UsageError(
-        f"{cls.name} takes no --unlabelled beside its rows. Rows without labels are --unlabelled of {beside}; "
-        f"{instead}."
+        f"{cls.name} takes no --unlabelled beside its rows. Rows without labels are --unlabelled "
+        f"of {_names(beside)}; {instead}."
     )
+
+
+def _names(methods: list[str]) -> str:
+    return ", ".join(methods) or "no method"
 
 
 def _training_set(
@@ -222,16 +219,15 @@ def _training_set(
         raise UsageError(
             "--second is for classes, and --pseudo makes captions of them. Leave one of them out."
         )
-    sources = [
-        reading.with_second(reading.open_in(None if pseudo else pools, store)) for store in stores
-    ]
-    if n_shots is not None:
-        sources = [source.take(shots(source, n_shots, seed)) for source in sources]
-    return (
-        PseudoCaptions(sources, pools or Pools(), [store.name for store in stores])
-        if pseudo
-        else sources[0]
-    )
+    sources = []
+    for store in stores:
+        source = reading.with_second(reading.open_in(None if pseudo else pools, store))
+        if n_shots is not None:
+            source = source.take(shots(source, n_shots, seed))
+        sources.append(source)
+    if not pseudo:
+        return sources[0]
+    return PseudoCaptions(sources, pools or Pools(), [store.name for store in stores])
 
 
 def _checkpoints(
@@ -247,15 +243,25 @@ def _checkpoints(
     return stack.enter_context(checkpointing(folder, minutes, resume=True))
 
 
+def _begin(checkpoints: FolderSession, inputs: str, *, restart: bool) -> None:
+    """Go on from the checkpoints, or begin anew."""
+    if restart:
+        checkpoints.remove()
+    checkpoints.name_fit(inputs)
+
+
 def _drop_checkpoints(
     stack: ExitStack, predictor: FailurePredictor, output: Path, inputs: str
 ) -> None:
     """Remove what a fit that was killed after its last file left beside it, but no checkpoints of another fit."""
     if not output.with_name(f"{output.name}.checkpoints").is_dir():
         return
-    left = _checkpoints(stack, predictor, output)
-    if left is not None and (left.named() == inputs or not left.runs()):
-        left.remove()
+    checkpoints = _checkpoints(stack, predictor, output)
+    if checkpoints is None:
+        return
+    is_of_this_fit = checkpoints.named() == inputs
+    if is_of_this_fit or not checkpoints.runs():
+        checkpoints.remove()
 
 
 @reads
@@ -281,28 +287,24 @@ def score(
     from vilu.scoring.score import score as score_rows
     from vilu.scoring.score import score_parts
 
-    a_file = output.suffix.lower() in {".parquet", ".csv"} and not output.is_dir()
-    if output.suffix and not (a_file or output.is_dir()):
+    is_folder = output.is_dir() or not output.suffix
+    if not is_folder and output.suffix.lower() not in {".parquet", ".csv"}:
         raise UsageError(
-            f"scores go to a .parquet or .csv file, or to a folder without suffix. Got {output} instead."
+            "scores go to a .parquet or .csv file, or to a folder without suffix. Got "
+            f"{output} instead."
         )
     keep = console.keeping(
-        output if a_file else None,
+        None if is_folder else output,
         "scores",
         [predictor, store, *reading.read],
         overwrite=overwrite,
         reading=reading.settings,
     )
-    data, fitted = reading.open_both(store), load(predictor)
+    data = reading.open_both(store)
+    fitted = load(predictor)
     split = reading.split_of(data)
     calibration = Calibration.find(predictor)
-    if a_file:
-        keep(
-            lambda path, inputs: score_rows(
-                fitted, data, dataset=store.name, split=split, calibration=calibration
-            ).save(path, inputs=inputs)
-        )
-    else:
+    if is_folder:
         score_parts(
             fitted,
             data,
@@ -312,10 +314,18 @@ def score(
             overwrite=overwrite,
             calibration=calibration,
         )
+    else:
+
+        def write(path: Path, inputs: str) -> None:
+            outcomes = score_rows(
+                fitted, data, dataset=store.name, split=split, calibration=calibration
+            )
+            outcomes.save(path, inputs=inputs)
+
+        keep(write)
     typer.echo(output)
-    next_step(
-        f"{len(data):,} rows are scored; next, where failures are known: {console.shell('vilu', 'evaluate', output)}"
-    )
+    following = console.shell("vilu", "evaluate", output)
+    next_step(f"{len(data):,} rows are scored; next, where failures are known: {following}")
 
 
 def evaluate(
@@ -336,8 +346,8 @@ def evaluate(
     keep = console.keeping(
         output, "results", scores, overwrite=overwrite, resamples=resamples, seed=seed
     )
-    found = [ScoreFolder(path) if path.is_dir() else Outcomes.load(path) for path in scores]
-    table = evaluate_outcomes(found, n_resamples=resamples, seed=seed)
+    runs = [ScoreFolder(path) if path.is_dir() else Outcomes.load(path) for path in scores]
+    table = evaluate_outcomes(runs, n_resamples=resamples, seed=seed)
     keep(lambda path, inputs: table.save(path, inputs=inputs))
     typer.echo(json.dumps(table.to_dicts(), indent=2) if as_json else str(table))
 
@@ -378,71 +388,81 @@ def convert(
     next_step(f"a {predictor.name} head; {_to_score(output)}")
 
 
+MaxRisk = Annotated[
+    float | None,
+    Option(min=0, max=1, help="Largest error rate among accepted answers, e.g. 0.05."),
+]
+Confidence = Annotated[
+    float,
+    Option(min=0, max=1, help="With which the promise holds, over draws of the calibration rows."),
+]
+MinCoverage = Annotated[
+    float | None,
+    Option(min=0, max=1, help="Least share of answers to accept; alone or with --max-risk."),
+]
+RuleMethod = Annotated[
+    Literal["ltt", "crc", "selection", "anytime"],
+    Option(
+        help="ltt: Learn then Test. crc: bounds the mean share of all answers that is accepted and "
+        "wrong. selection: bounds the mean share of wrong ones among the accepted of a batch. "
+        "anytime: of --labels, which may be looked at again and again."
+    ),
+]
+Labels = Annotated[
+    list[Path] | None,
+    path_option(
+        "CSV with the columns path and label, of rows of the store that were picked at random; for "
+        "anytime all that `vilu next` asked for, filled in. May be repeated. [the store's own "
+        "labels]",
+        metavar="FILE",
+    ),
+]
+DrawSeed = Annotated[int, Option(min=0, max=MOST_SEED, help="For anytime: as `vilu next` had it.")]
+PerClass = Annotated[
+    bool, Option("--per-class", help="A threshold per predicted class with enough rows.")
+]
+SetMethod = Annotated[
+    Literal["lac", "aps"] | None, Option(help="Also label sets that hold the right one.")
+]
+MaxMiss = Annotated[
+    float, Option(min=0, max=1, help="Largest share of label sets without the right label.")
+]
+OutsideShare = Annotated[
+    float | None,
+    Option(
+        min=0,
+        max=1,
+        help="Share of pictures of none of the classes up to which the promise is to hold. [that of "
+        "the calibration rows]",
+    ),
+]
+ClassShares = Annotated[
+    Path | None,
+    path_option(
+        "CSV with the columns class and share, a line for every class: what part of the pictures of "
+        "the classes it is to be. [those of the calibration rows]",
+        metavar="FILE",
+    ),
+]
+
+
 @reads
 def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     predictor: Annotated[
         Path, path_argument("Folder of a fitted predictor; the result is written into it.")
     ],
     store: Data,
-    max_risk: Annotated[
-        float | None,
-        Option(min=0, max=1, help="Largest error rate among accepted answers, e.g. 0.05."),
-    ] = None,
-    confidence: Annotated[
-        float,
-        Option(
-            min=0, max=1, help="With which the promise holds, over draws of the calibration rows."
-        ),
-    ] = 0.95,
-    min_coverage: Annotated[
-        float | None,
-        Option(min=0, max=1, help="Least share of answers to accept; alone or with --max-risk."),
-    ] = None,
-    method: Annotated[
-        Literal["ltt", "crc", "selection", "anytime"],
-        Option(
-            help="ltt: Learn then Test. crc: bounds the mean share of all answers that is accepted and "
-            "wrong. selection: bounds the mean share of wrong ones among the accepted of a batch. "
-            "anytime: of --labels, which may be looked at again and again."
-        ),
-    ] = "ltt",
-    labels: Annotated[
-        list[Path] | None,
-        path_option(
-            "CSV with the columns path and label, of rows of the store that were picked at random; for anytime all "
-            "that `vilu next` asked for, filled in. May be repeated. [the store's own labels]",
-            metavar="FILE",
-        ),
-    ] = None,
-    seed: Annotated[
-        int, Option(min=0, max=MOST_SEED, help="For anytime: as `vilu next` had it.")
-    ] = 0,
-    per_class: Annotated[
-        bool, Option("--per-class", help="A threshold per predicted class with enough rows.")
-    ] = False,
-    label_sets: Annotated[
-        Literal["lac", "aps"] | None, Option(help="Also label sets that hold the right one.")
-    ] = None,
-    max_miss: Annotated[
-        float, Option(min=0, max=1, help="Largest share of label sets without the right label.")
-    ] = 0.1,
-    outside_share: Annotated[
-        float | None,
-        Option(
-            min=0,
-            max=1,
-            help="Share of pictures of none of the classes up to which the promise is to hold. [that of the "
-            "calibration rows]",
-        ),
-    ] = None,
-    class_shares: Annotated[
-        Path | None,
-        path_option(
-            "CSV with the columns class and share, a line for every class: what part of the pictures of the classes "
-            "it is to be. [those of the calibration rows]",
-            metavar="FILE",
-        ),
-    ] = None,
+    max_risk: MaxRisk = None,
+    confidence: Confidence = 0.95,
+    min_coverage: MinCoverage = None,
+    method: RuleMethod = "ltt",
+    labels: Labels = None,
+    seed: DrawSeed = 0,
+    per_class: PerClass = False,
+    label_sets: SetMethod = None,
+    max_miss: MaxMiss = 0.1,
+    outside_share: OutsideShare = None,
+    class_shares: ClassShares = None,
     *,
     reading: Reading,
     as_json: Annotated[
@@ -465,13 +485,8 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
     data = reading.open_both(store)
     if method == "anytime":
-        plain = (min_coverage, label_sets, outside_share, class_shares)
-        if (
-            max_risk is None
-            or labels is None
-            or any(one is not None for one in plain)
-            or max_miss != Target.max_miss
-        ):
+        is_plain = (min_coverage, label_sets, outside_share, class_shares) == (None,) * 4
+        if max_risk is None or labels is None or not is_plain or max_miss != Target.max_miss:
             raise UsageError(
                 "anytime takes --labels and a --max-risk, and of the other targets none."
             )
@@ -486,19 +501,19 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
             overwrite=overwrite,
         )
     else:
-        shares = None if class_shares is None else read_shares(class_shares)
         target = Target(
-            max_risk,
-            min_coverage,
-            confidence,
-            method,
-            per_class,
-            label_sets,
-            max_miss,
-            outside_share,
-            shares,
+            max_risk=max_risk,
+            min_coverage=min_coverage,
+            confidence=confidence,
+            method=method,
+            per_class=per_class,
+            label_sets=label_sets,
+            max_miss=max_miss,
+            outside_share=outside_share,
+            class_shares=None if class_shares is None else read_shares(class_shares),
         )
-        data = data if labels is None else picked_at_random(_store_with_classes(data), labels)
+        if labels is not None:
+            data = picked_at_random(_store_with_classes(data), labels)
         calibration = calibrate_predictor(
             predictor,
             data,
@@ -539,7 +554,8 @@ def _summary(calibration: Calibration) -> str:
     if sets is not None:
         lines.append(
             f"label sets: {sets.method}, on average {sets.mean_size:.2f} labels; at most "
-            f"{percent(sets.max_miss, 1)} miss the right one ({sets.empirical_miss:.1%} of {sets.n} calibration rows)"
+            f"{percent(sets.max_miss, 1)} miss the right one ({sets.empirical_miss:.1%} of "
+            f"{sets.n} calibration rows)"
         )
     return "\n".join(lines)
 
@@ -574,16 +590,15 @@ def export(
         raise UsageError(
             "--models says where the backbone is, and only --with-backbone needs it. Leave --models out."
         )
-    made_from = fingerprint_of(predictor) if with_backbone else fit_fingerprint(predictor)
-    if claim_file(output, "ONNX export", made_from, overwrite=overwrite):
+    fingerprint = fingerprint_of(predictor) if with_backbone else fit_fingerprint(predictor)
+    if claim_file(output, "ONNX export", fingerprint, overwrite=overwrite):
         typer.echo(output)
         console.nothing_to_do(output)
         return
-    difference = (
-        export_image_graph(predictor, output, models=models)
-        if with_backbone
-        else export_onnx(predictor, output)
-    )
+    if with_backbone:
+        difference = export_image_graph(predictor, output, models=models)
+    else:
+        difference = export_onnx(predictor, output)
     typer.echo(output)
     next_step(
         f"onnxruntime gives the predictor's uncertainties; they differ by {difference:.1g} at most"

@@ -113,13 +113,6 @@ def inspect(
     deep: Annotated[
         bool, Option("--deep", help="Read every byte of a store: hashes, norms, labels.")
     ] = False,
-    seal: Annotated[
-        bool,
-        Option(
-            "--seal",
-            help="If all is well, give a digest to every file that an earlier vilu wrote without.",
-        ),
-    ] = False,
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """What an artefact of vilu holds, and whether it is sound.
@@ -127,24 +120,25 @@ def inspect(
     Exit code 3, 6 or 7 when something is wrong.
     """
     from vilu.cli.artefacts import check, is_store
-    from vilu.errors import StorageError
 
-    if is_store(path) and not seal:
-        from vilu.store.inspect import inspect as inspect_store
-
-        report = inspect_store(path, deep=deep)
-        typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
-        if report.problems:
-            raise StorageError(
-                f"{len(report.problems)} problems in {path}; the first: {report.problems[0]}"
-            )
+    if is_store(path):
+        _inspect_store(path, deep=deep, as_json=as_json)
         return
-    found = list(check(path))
-    sealed = [file for artefact in found for file in artefact.seal()] if seal else []
-    facts = [{"path": str(one.path), "what": one.what} for one in found]
-    content = (
-        {"found": facts, "sealed": [str(file) for file in sealed]} if seal else {"found": facts}
-    )
-    lines = [f"{one.path}: {printable(one.what)}" for one in found]
-    typer.echo(json.dumps(content, indent=2) if as_json else "\n".join(lines))
-    next_step(f"nothing is damaged{f'; a digest was added to {len(sealed)} files' if seal else ''}")
+    artefacts = list(check(path))
+    if as_json:
+        facts = [{"path": str(artefact.path), "what": artefact.what} for artefact in artefacts]
+        typer.echo(json.dumps({"found": facts}, indent=2))
+    else:
+        for artefact in artefacts:
+            typer.echo(f"{artefact.path}: {printable(artefact.what)}")
+    next_step("nothing is damaged")
+
+
+def _inspect_store(path: Path, *, deep: bool, as_json: bool) -> None:
+    """Print what a store holds, sound or not."""
+    from vilu.cli.artefacts import require_sound
+    from vilu.store.inspect import inspect as inspect_store
+
+    report = inspect_store(path, deep=deep)
+    typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
+    require_sound(report, path)

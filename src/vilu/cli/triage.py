@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from typer import Option
@@ -19,6 +19,9 @@ from vilu.cli.console import (
 )
 from vilu.cli.images import Backbone, Models, Template
 from vilu.errors import UsageError
+
+if TYPE_CHECKING:
+    from vilu.triage.review import Review
 
 Names = Annotated[Path, path_option("The class names, one a line.", metavar="FILE")]
 Labels = Annotated[
@@ -95,22 +98,21 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
     settings = TriageSettings(
         photos, embedding, tuple(outside or ()), max_risk, confidence, n_next, seed
     )
-    summary = triage_photos(
-        settings,
-        output,
-        labels or (),
-        sort="move" if move else "link" if link else None,
-        overwrite=overwrite,
-    )
+    sort: Literal["move", "link"] | None = None
+    if move:
+        sort = "move"
+    elif link:
+        sort = "link"
+    summary = triage_photos(settings, output, labels or (), sort=sort, overwrite=overwrite)
     typer.echo(output)
     next_step(summary.counts)
     next_step(summary.guarantee)
     if summary.n_asked:
-        asked = console.shell(output / "next_labels.csv")
+        table = console.shell(output / "next_labels.csv")
+        page = console.shell("vilu", "review", output, "--serve", "-o", "labels.csv")
         next_step(
-            f"next: fill in the column label of {asked} ({summary.n_asked:,} photos; or label them on a page: "
-            f"{console.shell('vilu', 'review', output, '--serve', '-o', 'labels.csv')}), then the same command with "
-            f"--labels {asked}"
+            f"next: fill in the column label of {table} ({summary.n_asked:,} photos; or label them "
+            f"on a page: {page}), then the same command with --labels {table}"
         )
 
 
@@ -152,18 +154,11 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     from vilu.triage.answers import write_next
     from vilu.triage.ask import next_of_store
 
-    chosen = {
-        "n": n_next,
-        "max_risk": max_risk,
-        "seed": seed,
-        **({"per_class": True} if per_class else {}),
-    }
-    claim_file(
-        output,
-        "labels",
-        inputs_of(store, predictor, *(labels or ()), **chosen),
-        overwrite=overwrite,
-    )
+    settings: dict[str, object] = {"n": n_next, "max_risk": max_risk, "seed": seed}
+    if per_class:
+        settings["per_class"] = True
+    inputs = inputs_of(store, predictor, *(labels or ()), **settings)
+    claim_file(output, "labels", inputs, overwrite=overwrite)
     asked, answers = next_of_store(
         EmbeddingStore(store),
         load(predictor),
@@ -175,12 +170,13 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     )
     write_next(output, asked, answers)
     typer.echo(output)
-    none = (
-        "every image that could help has a label, or was asked for before" if n_next else "-n is 0"
-    )
-    next_step(
-        f"{len(asked):,} images are asked for; {'fill in the column label' if asked else none}"
-    )
+    if asked:
+        advice = "fill in the column label"
+    elif n_next:
+        advice = "every image that could help has a label, or was asked for before"
+    else:
+        advice = "-n is 0"
+    next_step(f"{len(asked):,} images are asked for; {advice}")
 
 
 def review(  # noqa: PLR0913, PLR0917 - one parameter per flag
@@ -227,34 +223,39 @@ def review(  # noqa: PLR0913, PLR0917 - one parameter per flag
     from vilu.triage.review import open_review
     from vilu.triage.review_files import write_review
 
-    found = open_review(source, which, n_most)
-    found = dataclasses.replace(found, photos=photos or found.photos)
-    if not found.tasks:
+    tasks = open_review(source, which, n_most)
+    if photos is not None:
+        tasks = dataclasses.replace(tasks, photos=photos)
+    if not tasks.tasks:
         raise UsageError(f"{source} has nothing to look at ({which}). Choose others with --which.")
-    if not serve:
-        for path in write_review(found, to, output, prefix=prefix):
-            typer.echo(path)
-        next_step(
-            f"{len(found.tasks):,} tasks; afterwards: {console.shell('vilu', 'labels', 'DONE', '-o', 'labels.csv')}"
-        )
+    if serve:
+        _serve_review(tasks, output, port)
         return
+    for path in write_review(tasks, to, output, prefix=prefix):
+        typer.echo(path)
+    following = console.shell("vilu", "labels", "DONE", "-o", "labels.csv")
+    next_step(f"{len(tasks.tasks):,} tasks; afterwards: {following}")
+
+
+def _serve_review(tasks: Review, output: Path, port: int) -> None:
+    """Show the photos on a page until the user stops it."""
     from vilu.artifacts.disk import locked, make_folder
     from vilu.triage.serve import ReviewSession, serve_page
 
     if output.suffix.lower() != ".csv":
         raise UsageError(f"labels are kept in a file that ends in .csv. Got {output} instead.")
 
-    def tell(address: str) -> None:
+    def announce(address: str) -> None:
         next_step(
-            f"{len(found.tasks):,} photos; open this address, and stop with Ctrl-C when you are done"
+            f"{len(tasks.tasks):,} photos; open this address, and stop with Ctrl-C when you are done"
         )
         typer.echo(address)
 
     doing = f"labelling into {output.name} in"
     lock = f".{output.name}.lock"
     with locked(make_folder(output.parent), doing, name=lock, who="review"):
-        session = ReviewSession(found, output)
-        serve_page(session, port, tell)
+        session = ReviewSession(tasks, output)
+        serve_page(session, port, announce)
     next_step(
         f"{len(session.answers):,} answers are in {output}; the same command goes on with the rest"
     )
@@ -282,8 +283,8 @@ def labels(
     from vilu.triage.label_files import write_labels
     from vilu.triage.review_files import read_done
 
-    found, streams = read_done(done)
-    n = write_labels(found, output, scores, streams)
+    answers, streams = read_done(done)
+    n = write_labels(answers, output, scores, streams)
     typer.echo(output)
     next_step(f"{n:,} labels")
 
@@ -313,14 +314,8 @@ def audit_labels(
     """
     if (sheet is None) != (images is None):
         raise UsageError("--sheet shows --images: give both, or none.")
-    if sheet and (
-        sheet.suffix.lower() not in {".png", ".svg", ".webp"}
-        or sheet.exists()
-        or not sheet.parent.is_dir()
-    ):
-        raise UsageError(
-            f"--sheet must be a new .png, .svg or .webp in a folder that is there. Got {sheet} instead."
-        )
+    if sheet is not None:
+        _require_new_figure(sheet)
     from vilu.artifacts.paths import claim_file
     from vilu.datasets.catalog import open_dataset
     from vilu.predictors.persistence.storage import load
@@ -329,12 +324,22 @@ def audit_labels(
 
     claim_file(output, "label errors", overwrite=True)
     pictures = None if images is None else open_dataset(images, split=split, root=root)
-    found = find_label_errors(
-        EmbeddingStore(store), None if predictor is None else load(predictor), seed=seed
-    )
-    found.save(output)
+    judge = None if predictor is None else load(predictor)
+    errors = find_label_errors(EmbeddingStore(store), judge, seed=seed)
+    errors.save(output)
     typer.echo(output)
     if pictures is not None and sheet is not None:
-        contact_sheet(found, pictures, sheet)
+        contact_sheet(errors, pictures, sheet)
         typer.echo(sheet)
-    next_step(f"{int(found.is_error.sum()):,} of {len(found.keys):,} labels are probably wrong")
+    n_wrong = int(errors.is_error.sum())
+    next_step(f"{n_wrong:,} of {len(errors.keys):,} labels are probably wrong")
+
+
+def _require_new_figure(path: Path) -> None:
+    """Refuse a place where no new figure can be written."""
+    is_figure = path.suffix.lower() in {".png", ".svg", ".webp"}
+    if not is_figure or path.exists() or not path.parent.is_dir():
+        raise UsageError(
+            "--sheet must be a new .png, .svg or .webp in a folder that is there. Got "
+            f"{path} instead."
+        )

@@ -241,7 +241,10 @@ def text_among(name: str, texts: Collection[str]) -> str | None:
 
 
 def former_text(text: str) -> str:
-    """What code before 0.2 made of the path of this text; two paths could have one such text."""
+    """What 0.1.0 made of the path of this text in a book of labels.
+
+    Two paths could have one such text.
+    """
     return os.fsencode(path_of(text)).decode("utf-8", "backslashreplace")
 
 

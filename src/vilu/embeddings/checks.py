@@ -309,7 +309,7 @@ Identity = Literal["pictures", "embeddings", "names"]
 """What tells whether two rows are the same.
 
 It is the encoded bytes of the pictures; embeddings, where nothing is known of pictures; or
-identifiers, in what older versions wrote. The caption of a pair belongs to it, too.
+identifiers, where neither is known. The caption of a pair belongs to it, too.
 """
 
 HASH_BYTES = 8

@@ -11,9 +11,9 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, Self
 
-from vilu.artifacts.documents import SCHEMA_VERSION, read_json, write_json
+from vilu.artifacts.documents import read_json, write_json
 from vilu.artifacts.paths import claim_file, said_of
-from vilu.artifacts.tables import read_column, read_table, require_schema, write_table
+from vilu.artifacts.tables import read_column, read_table, write_table
 from vilu.errors import DataError, StorageError, UsageError
 from vilu.metrics.bootstrap import OwnInterval
 from vilu.metrics.catalog import (
@@ -306,8 +306,7 @@ class ResultTable:
 
         facts = {"kind": "results", **said_of(inputs)}
         if Path(path).suffix.lower() == ".json":
-            document = {"schema_version": SCHEMA_VERSION, **facts, "rows": self.to_dicts()}
-            write_json(path, document)
+            write_json(path, {**facts, "rows": self.to_dicts()})
             return
         columns = {}
         for name in self._columns:
@@ -364,7 +363,6 @@ def _table_of_json(path: str | Path) -> pa.Table:
         raise DataError(
             f"{path} must hold an object with a list 'rows'. It has {', '.join(content):.80}."
         )
-    require_schema(path, content.get("schema_version"))
     if not all(isinstance(row, dict) for row in content["rows"]):
         raise DataError(f"every entry of 'rows' in {path} must be an object.")
     schema = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in TYPES.items()])

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from vilu.artifacts.disk import MANIFEST, RUN
-from vilu.artifacts.documents import Document, Model, read_document, read_json, vouched
+from vilu.artifacts.documents import Document, Model, read_document, read_json
 from vilu.artifacts.hashing import digest
 from vilu.artifacts.tables import parquet_bytes, read_column, read_table
 from vilu.errors import UNKNOWN, DataError, ProvenanceError, StorageError
@@ -275,8 +275,7 @@ def read_histogram(root: Path, receipt: ScoreReceipt) -> tuple[Histogram, Histog
     """The counts of a part, checked against its receipt: of all its rows, and of those of none of the classes."""
     path = Vouched(root, [receipt])(receipt.part.histogram)
     counts = receipt.counts
-    with vouched():
-        table, metadata = read_table(path, ())
+    table, metadata = read_table(path, ())
     level = metadata.get("level")
     ends = metadata.get("ends")
     names = [name for name in table.column_names if name != "outside"]
@@ -460,8 +459,7 @@ class ScoreFolder(Reopened):
         files = Vouched(self.path, self._receipts)
         for receipt in self._receipts:
             path = files(receipt.part.scores)
-            with vouched():
-                part = Outcomes.load(path)
+            part = Outcomes.load(path)
             known = part.evaluable
             picture = None if part.picture is None else part.picture[known]
             yield part.uncertainty[known], part.failure[known], part.outside[known], picture
@@ -475,13 +473,12 @@ class ScoreFolder(Reopened):
         """
         files = Vouched(self.path, self._receipts)
         paths = [files(receipt.part.scores) for receipt in self._receipts]
-        with vouched():
-            parts = [Outcomes.load(path) for path in paths]
-            ids = [
-                read_column(path, read_table(path, ())[0], "row_id", "int64").to_numpy()
-                for path in paths
-            ]
-            row_id = np.concatenate(ids)
+        parts = [Outcomes.load(path) for path in paths]
+        ids = [
+            read_column(path, read_table(path, ())[0], "row_id", "int64").to_numpy()
+            for path in paths
+        ]
+        row_id = np.concatenate(ids)
         order = np.argsort(row_id, kind="stable")
         if not np.array_equal(row_id[order], np.arange(len(self))):
             raise DataError(

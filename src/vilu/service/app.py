@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CLOSED: Final = ConfigDict(extra="forbid")
-Said = TypeVar("Said", bound=BaseModel)
+Body = TypeVar("Body", bound=BaseModel)
 
 
 class ImagesIn(BaseModel):
@@ -224,27 +224,28 @@ class Service:
         )
 
     async def _decoded(self, request: Request) -> list[bytes]:
-        given, found = await _said(request, ImagesIn), []
-        for place, text in enumerate(given.images):
+        body = await _body(request, ImagesIn)
+        images = []
+        for place, text in enumerate(body.images):
             try:
-                found.append(base64.b64decode(text, validate=True))
+                images.append(base64.b64decode(text, validate=True))
             except (binascii.Error, ValueError) as error:
                 raise Refused(
                     HTTPStatus.UNPROCESSABLE_ENTITY, f"images.{place} is no base64 ({error})."
                 ) from None
-        return found
+        return images
 
     async def scores(self, request: Request) -> Response:
         """The same for embeddings of the model that the predictor was fitted on."""
         engine = self.ready
-        given = await _said(request, EmbeddingsIn)
-        self._at_most(len(given.embeddings), "embeddings")
+        body = await _body(request, EmbeddingsIn)
+        self._at_most(len(body.embeddings), "embeddings")
         try:
-            arrays = await asyncio.to_thread(engine.checked, given.embeddings, given.features)
+            arrays = await asyncio.to_thread(engine.checked, body.embeddings, body.features)
         except DataError as error:
             raise Refused(HTTPStatus.UNPROCESSABLE_ENTITY, str(error)) from None
         return await self._replies(
-            request, len(given.embeddings), lambda name: engine.rows(name, arrays)
+            request, len(body.embeddings), lambda name: engine.rows(name, arrays)
         )
 
     async def _replies(
@@ -265,9 +266,12 @@ class Service:
                     await asyncio.gather(*map(asyncio.wrap_future, awaited), return_exceptions=True)
                     judged = [judgement.result() for judgement in awaited]
             except TimeoutError:  # which has cancelled what nobody waits for any more
-                told = f"there was no answer within {self.limits.answer:g} seconds. The same request may be repeated."
+                detail = (
+                    f"there was no answer within {self.limits.answer:g} seconds. The same request "
+                    "may be repeated."
+                )
                 raise Refused(
-                    HTTPStatus.SERVICE_UNAVAILABLE, told, **{"Retry-After": "1"}
+                    HTTPStatus.SERVICE_UNAVAILABLE, detail, **{"Retry-After": "1"}
                 ) from None
             if await request.is_disconnected():
                 raise ClientDisconnect
@@ -278,44 +282,44 @@ class Service:
         self.measures.answered(reply.answer for reply in replies)
         promise = replies[0].promise  # of all alike: they were written together
         answers = [_out(reply) for reply in replies]
-        said = AnswersOut(request_id=name, promise=promise, answers=answers)
-        return Response(
-            said.model_dump_json(), media_type="application/json", headers={"Promise": promise}
-        )
+        content = AnswersOut(request_id=name, promise=promise, answers=answers).model_dump_json()
+        return Response(content, media_type="application/json", headers={"Promise": promise})
 
     async def labels(self, request: Request) -> Response:
         """Late labels of rows that were answered, for the audit of the promise; each counts once."""
-        engine, given = self.ready, await _said(request, LabelsIn)
-        self._at_most(len(given.labels), "labels")
+        engine = self.ready
+        body = await _body(request, LabelsIn)
+        self._at_most(len(body.labels), "labels")
         try:
-            told = await asyncio.to_thread(engine.keeper.label, given.labels)
+            counts = await asyncio.to_thread(engine.keeper.label, body.labels)
         except DataError as error:
             raise Refused(HTTPStatus.UNPROCESSABLE_ENTITY, str(error)) from error
-        if not told:
+        if not counts:
             raise Refused(
                 HTTPStatus.CONFLICT,
                 "no predictor here is calibrated, so there is no promise to audit.",
             )
-        kept = await asyncio.to_thread(engine.keeper.kept)
-        found = [
+        state = await asyncio.to_thread(engine.keeper.kept)
+        audited = [
             {
                 "predictor": engine.served[name].fingerprint,
-                "new": n,
-                "unknown": unknown,
-                "promise": kept.promises[name],
+                "new": n_new,
+                "unknown": n_unknown,
+                "promise": state.promises[name],
             }
-            for name, (n, unknown) in told.items()
+            for name, (n_new, n_unknown) in counts.items()
         ]
-        return _json({"audited": found})
+        return _json({"audited": audited})
 
     async def monitor(self) -> Response:
         """Whether the promise still holds for what was answered, and by what evidence."""
         statuses = await asyncio.to_thread(self.ready.keeper.statuses)
-        said = {
-            name: {"said": str(one), "status": one.model_dump(mode="json")}
-            for name, one in statuses.items()
-        }
-        return _json({"monitors": [one | said.get(one["name"], {}) for one in await self._named()]})
+        monitors = await self._named()
+        for monitor in monitors:
+            status = statuses.get(monitor["name"])
+            if status is not None:
+                monitor |= {"said": str(status), "status": status.model_dump(mode="json")}
+        return _json({"monitors": monitors})
 
     async def predictors(self) -> Response:
         """Which predictors judge, and which of them answers."""
@@ -326,14 +330,15 @@ class Service:
 
         Its own promise goes with it; that of the one before goes on being watched.
         """
-        engine, given = self.ready, await _said(request, ChoiceIn)
+        engine = self.ready
+        choice = await _body(request, ChoiceIn)
         before = (await asyncio.to_thread(engine.keeper.kept)).answering
         try:
-            await asyncio.to_thread(engine.keeper.switch, given.answers)
+            await asyncio.to_thread(engine.keeper.switch, choice.answers)
         except UsageError as error:
             raise Refused(HTTPStatus.UNPROCESSABLE_ENTITY, str(error)) from error
-        named = {one["name"]: one for one in await self._named()}
-        return _json({"before": named[before], "now": named[given.answers]})
+        by_name = {predictor["name"]: predictor for predictor in await self._named()}
+        return _json({"before": by_name[before], "now": by_name[choice.answers]})
 
     async def _named(self) -> list[dict[str, Any]]:
         """What there is to say of every predictor."""
@@ -380,8 +385,11 @@ class Service:
 
     def _at_most(self, n: int, what: str) -> None:
         if n > self.limits.images:
-            told = f"a request may have {self.limits.images:,} {what}. Found {n:,}; send several requests."
-            raise Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, told)
+            raise Refused(
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+                f"a request may have {self.limits.images:,} {what}. Found {n:,}; send several "
+                "requests.",
+            )
 
 
 LOST: Final = (
@@ -415,41 +423,42 @@ def _statuses(
     answer: type[BaseModel] | None, *, takes_body: bool
 ) -> dict[int | str, dict[str, Any]]:
     """What OpenAPI says of answers and refusals."""
-    told = {
+    reasons = {
         401: "no key",
         403: "a page of another site",
         421: "an unknown host",
         503: "loading, too slow, or without a journal",
     }
     if takes_body:
-        told |= {
+        reasons |= {
             400: "a form that cannot be read",
             408: "the body came too slowly",
             409: "nothing to audit",
         }
-        told |= {
+        reasons |= {
             413: "too large",
             415: "another kind of body",
             422: "the body says something else",
             429: "no room",
         }
     schema = {"type": "object", "required": ["type", "title", "status", "detail"]}
-    found: dict[int | str, dict[str, Any]] = {200: {"description": "what was asked for"}}
+    statuses: dict[int | str, dict[str, Any]] = {200: {"description": "what was asked for"}}
     if answer is not None:
-        found[200]["model"] = answer
-    return found | {
+        statuses[200]["model"] = answer
+    return statuses | {
         code: {"description": why, "content": {PROBLEM: {"schema": schema}}}
-        for code, why in told.items()
+        for code, why in reasons.items()
     }
 
 
-async def _said(request: Request, kind: type[Said]) -> Said:
+async def _body(request: Request, kind: type[Body]) -> Body:
     """The JSON body; 415 or 422 says what was found."""
-    given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if given != "application/json":
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != "application/json":
         expected = "application/json" + (" or multipart/form-data" if kind is ImagesIn else "")
         raise Refused(
-            HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"the body must be {expected}. Found {given!r:.60}."
+            HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+            f"the body must be {expected}. Found {content_type!r:.60}.",
         )
     try:
         return await asyncio.to_thread(kind.model_validate_json, await request.body())
@@ -463,14 +472,12 @@ async def _said(request: Request, kind: type[Said]) -> Said:
 
 async def _uploads(request: Request) -> list[bytes]:
     """The files of a form, whatever their fields are called."""
-    parser, files = (
-        InMemory(request.headers, request.stream(), max_files=10_000, max_fields=100),
-        list[UploadFile](),
-    )
+    parser = InMemory(request.headers, request.stream(), max_files=10_000, max_fields=100)
+    files: list[UploadFile] = []
     try:
         form = await parser.parse()
         files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
-        found = [await one.read() for one in files]
+        contents = [await file.read() for file in files]
     except (MultiPartException, KeyError, UnicodeError, ValueError) as error:
         raise Refused(HTTPStatus.BAD_REQUEST, f"the form cannot be read: {error}"[:200]) from None
     finally:
@@ -482,19 +489,25 @@ async def _uploads(request: Request) -> list[bytes]:
             HTTPStatus.UNPROCESSABLE_ENTITY,
             "the form has no file. Send images as files of the form.",
         )
-    return found
+    return contents
 
 
 def _out(reply: Reply) -> AnswerOut:
-    said = reply.answer
-    near = [
-        RunnerUpOut(label=label, probability=probability) for label, probability in said.runners_up
+    answer = reply.answer
+    runners_up = [
+        RunnerUpOut(label=label, probability=probability)
+        for label, probability in answer.runners_up
     ]
-    told = {
-        name: getattr(said, name)
-        for name in ("label", "failure_probability", "uncertainty", "decision", "reason")
-    }
-    return AnswerOut(row=reply.row, predictor=reply.predictor, runners_up=near, **told)
+    return AnswerOut(
+        row=reply.row,
+        predictor=reply.predictor,
+        runners_up=runners_up,
+        label=answer.label,
+        failure_probability=answer.failure_probability,
+        uncertainty=answer.uncertainty,
+        decision=answer.decision,
+        reason=answer.reason,
+    )
 
 
 def _keep(folder: Path, images: Sequence[bytes], judged: Sequence[Judgement]) -> None:

@@ -39,7 +39,7 @@ class Journal:
 
     Raises:
         InfeasibleError: If nothing is promised of the predictor.
-        ProvenanceError: If an older vilu wrote the journal, or its state is of another monitor.
+        ProvenanceError: If another version of vilu wrote the journal, or its state is of another monitor.
         StorageError: If the file cannot be written.
     """
 
@@ -117,17 +117,19 @@ class Journal:
 
     def _tell(self) -> None:
         """Say what the monitor says now, and have it saved now and then."""
-        before, self.status = self.status.verdict, self.monitor.status
-        due = self.monitor.rows - self._saved >= SAVE_EVERY and self._saving.done()
-        if (
-            due or self.status.verdict != before
-        ):  # labels that a start reads again would raise an alarm at the last row
-            self._saved, calibration = self.monitor.rows, self.monitor.calibration
-            now = copy.deepcopy(
-                self.monitor, {id(calibration): calibration}
-            )  # a hundredth of the time to write it
-            last, self._saving = self._saving, self._writer.submit(self._save, now)
-            last.result()  # a fault that is not the disk's is raised here, once, not lost
+        before = self.status.verdict
+        self.status = self.monitor.status
+        is_due = self.monitor.rows - self._saved >= SAVE_EVERY and self._saving.done()
+        # labels that a start reads again would raise an alarm at the last row
+        if not is_due and self.status.verdict == before:
+            return
+        self._saved = self.monitor.rows
+        calibration = self.monitor.calibration
+        # a copy takes a hundredth of the time to write it
+        now = copy.deepcopy(self.monitor, {id(calibration): calibration})
+        last = self._saving
+        self._saving = self._writer.submit(self._save, now)
+        last.result()  # a fault that is not the disk's is raised here, once, not lost
 
     def _save(self, monitor: Monitor) -> None:
         """Write a state while others answer, whom a full disk does not concern: their rows are in the file."""
@@ -145,9 +147,7 @@ class Journal:
         if not path.exists():
             return monitor
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of rows of which older code kept no record
-                return monitor.resume(path)
+            return monitor.resume(path)
         except DataError as error:
             (aside,) = set_aside(self.folder, (STATE,))
             logger.warning("%s It is set aside as %s, and every row is read again.", error, aside)

@@ -67,7 +67,8 @@ def log_access() -> None:
     """Have a JSON line a request on stderr, in which nothing can steer a terminal."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
-    access.handlers[:], access.propagate = [handler], False
+    access.handlers[:] = [handler]
+    access.propagate = False
 
 
 def read_keys(path: Path) -> frozenset[bytes]:
@@ -85,7 +86,9 @@ class Refused(Exception):  # noqa: N818 - an answer, not a mistake of ours
 
     def __init__(self, status: HTTPStatus, detail: str, **headers: str) -> None:
         super().__init__(detail)
-        self.status, self.detail, self.headers = status, detail, headers
+        self.status = status
+        self.detail = detail
+        self.headers = headers
 
 
 def problem(status: HTTPStatus, detail: str) -> bytes:
@@ -116,10 +119,13 @@ class Gate:
             await self.app(scope, receive, send)
             return
         headers = {name.lower(): value for name, value in scope["headers"]}
-        given = headers.get(b"x-request-id", b"").decode("latin-1")
-        request = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        scope["state"]["request_id"], scope["state"]["images"] = request, 0
-        began, status = time.perf_counter(), 0
+        request = headers.get(b"x-request-id", b"").decode("latin-1")
+        if not REQUEST_ID.fullmatch(request):
+            request = uuid.uuid4().hex
+        scope["state"]["request_id"] = request
+        scope["state"]["images"] = 0
+        began = time.perf_counter()
+        status = 0
 
         async def answer(message: Message) -> None:
             nonlocal status
@@ -164,7 +170,8 @@ class Gate:
 
     def _admit(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
         """Raise what speaks against the request, from its head alone."""
-        host, limits = _host(headers.get(b"host", b"").decode("latin-1")), self.limits
+        host = _host(headers.get(b"host", b"").decode("latin-1"))
+        limits = self.limits
         if host not in limits.hosts:
             raise Refused(
                 HTTPStatus.MISDIRECTED_REQUEST,
@@ -194,10 +201,10 @@ class Gate:
         if scope["path"] in WORK and self.room() < 1:
             raise full()
 
-    def _has_key(self, given: bytes) -> bool:
-        scheme, _, key = given.partition(b" ")
-        found = hashlib.sha256(key.strip()).digest()
-        same = [hmac.compare_digest(found, key) for key in self.limits.keys]
+    def _has_key(self, authorization: bytes) -> bool:
+        scheme, _, key = authorization.partition(b" ")
+        digest = hashlib.sha256(key.strip()).digest()
+        same = [hmac.compare_digest(digest, known) for known in self.limits.keys]
         return scheme.lower() == b"bearer" and any(same)
 
     async def _refuse(
@@ -211,7 +218,8 @@ class Gate:
         pairs = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
         await send({"type": "http.response.start", "status": int(refused.status), "headers": pairs})
         await send({"type": "http.response.body", "body": body, "more_body": True})
-        drained, more = 0, True
+        drained = 0
+        more = True
         try:
             async with asyncio.timeout(self.limits.upload):
                 while more and drained < DRAINED:
@@ -267,7 +275,8 @@ def _host(value: str) -> str:
 
 def _within(receive: Receive, limits: ClientLimits) -> Receive:
     """The same body, refused where it is too long or too slow."""
-    read, deadline = 0, asyncio.get_running_loop().time() + limits.upload
+    read = 0
+    deadline = asyncio.get_running_loop().time() + limits.upload
     whole = False
 
     async def bounded() -> Message:

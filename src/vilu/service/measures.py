@@ -113,30 +113,31 @@ class _Promises(Collector):
         if engine is None:
             yield GaugeMetricFamily(*ready, 0.0)
             return
-        kept, statuses, served = engine.keeper.kept(), engine.keeper.statuses(), engine.served
-        yield GaugeMetricFamily(*ready, float(not kept.lost))
-        who = {name: one.fingerprint for name, one in served.items()}
-        now = ((who[name], name == kept.answering) for name in served)
+        state = engine.keeper.kept()
+        statuses = engine.keeper.statuses()
+        yield GaugeMetricFamily(*ready, float(not state.lost))
+        who = {name: predictor.fingerprint for name, predictor in engine.served.items()}
+        now = ((who[name], name == state.answering) for name in who)
         yield _gauge("answers_now", "1 of the predictor that answers.", now)
-        for state, told in (("holds", "holds"), ("void", "is void")):
-            promises = ((who[name], promise == state) for name, promise in kept.promises.items())
-            yield _gauge(f"promise_{state}", f"1 where it {told}.", promises)
+        for verdict, words in (("holds", "holds"), ("void", "is void")):
+            promises = ((who[name], value == verdict) for name, value in state.promises.items())
+            yield _gauge(f"promise_{verdict}", f"1 where it {words}.", promises)
         rows = ((who[name], status.rows) for name, status in statuses.items())
         yield _gauge("monitor_rows", "Rows that the monitor has seen.", rows)
-        for part, told in EVIDENCE.items():
+        for part, description in EVIDENCE.items():
             tests = (
                 (who[name], getattr(test, part), test.name)
                 for name, s in statuses.items()
                 for test in s.tests
             )
-            yield _gauge(f"monitor_{part}", told, tests, "test")
-        for part, told in AUDIT.items():
+            yield _gauge(f"monitor_{part}", description, tests, "test")
+        for part, description in AUDIT.items():
             audits = (
                 (who[name], getattr(s.audit, part))
                 for name, s in statuses.items()
                 if s.audit is not None
             )
-            yield _gauge(f"audit_{part}", told, audits)
+            yield _gauge(f"audit_{part}", description, audits)
 
 
 EVIDENCE: Final = {
@@ -152,9 +153,9 @@ AUDIT: Final = {
 }
 
 
-def _gauge(name: str, told: str, values: Iterable[tuple[Any, ...]], *labels: str) -> Metric:
+def _gauge(name: str, description: str, values: Iterable[tuple[Any, ...]], *labels: str) -> Metric:
     """A number per predictor, and whatever else the values say after it."""
-    found = GaugeMetricFamily(f"vilu_{name}", told, labels=["predictor", *labels])
-    for one, value, *more in values:
-        found.add_metric([one, *more], float(value))
-    return found
+    gauge = GaugeMetricFamily(f"vilu_{name}", description, labels=["predictor", *labels])
+    for predictor, value, *more in values:
+        gauge.add_metric([predictor, *more], float(value))
+    return gauge

@@ -73,15 +73,16 @@ class RemoteKeeper:
         self._ask("close")
 
 
-def replicas_of(said: str) -> tuple[int, int]:
+def replicas_of(text: str) -> tuple[int, int]:
     """Least and most replicas: "2", or "1:8"."""
-    least, _, most = said.partition(":")
+    first, _, second = text.partition(":")
     with suppress(ValueError):
-        found = int(least), int(most or least)
-        if 1 <= found[0] <= found[1]:
-            return found
+        least = int(first)
+        most = int(second or first)
+        if 1 <= least <= most:
+            return least, most
     raise UsageError(
-        f"--replicas is a number, or the least and the most, as 1:8. Got {said!r:.40} instead."
+        f"--replicas is a number, or the least and the most, as 1:8. Got {text!r:.40} instead."
     )
 
 
@@ -89,7 +90,8 @@ def begin(
     setup: Setup, host: str, port: int, replicas: tuple[int, int]
 ) -> tuple[str, RemoteKeeper]:
     """Have Ray serve it, in the cluster that this process is connected to; the address, and the keeper."""
-    ray, serve = import_extra("ray", "serve-ray"), import_extra("ray.serve", "serve-ray")
+    ray = import_extra("ray", "serve-ray")
+    serve = import_extra("ray.serve", "serve-ray")
     # it comes back after its machine's death where the state lies on a disk that all share
     actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=1)(
         Bookkeeper
@@ -135,7 +137,8 @@ def serve_ray(
         BusyError: If another process serves with this state.
         ViLUError: What speaks against a predictor.
     """
-    ray, serve = import_extra("ray", "serve-ray"), import_extra("ray.serve", "serve-ray")
+    ray = import_extra("ray", "serve-ray")
+    serve = import_extra("ray.serve", "serve-ray")
     if port == 0:
         raise UsageError("with --executor ray give a --port other than 0.")
     make_folder(setup.state)

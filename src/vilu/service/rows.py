@@ -24,11 +24,13 @@ from typing import Final
 from urllib.parse import quote
 
 from vilu.artifacts.disk import or_refuse
-from vilu.errors import ProvenanceError, StorageError
+from vilu.artifacts.documents import SCHEMA, SCHEMA_VERSION, require_schema
+from vilu.errors import StorageError
 
 logger = logging.getLogger(__name__)
 
-ROWS, ENDS = "rows.sqlite", "rows.ends"
+ROWS = "rows.sqlite"
+ENDS = "rows.ends"
 WAL: Final = f"{ROWS}-wal"
 """Rows that SQLite has not put into the file yet."""
 
@@ -37,9 +39,6 @@ BLOCK: Final = 50_000
 
 PATIENCE: Final = 30.0
 """Seconds that another process may hold the file."""
-
-VERSION: Final = 2
-"""Of the tables; those of the first had no digests."""
 
 TABLES: Final = f"""
 BEGIN IMMEDIATE;
@@ -57,7 +56,7 @@ CREATE TABLE IF NOT EXISTS labels (
     label INTEGER NOT NULL,
     digest BLOB NOT NULL
 ) STRICT;
-PRAGMA user_version = {VERSION};
+PRAGMA user_version = {SCHEMA_VERSION};
 COMMIT
 """  # n and came: the order in which rows and labels came; evidence rests on it
 
@@ -65,7 +64,8 @@ DIGEST: Final = 16
 """Bytes of a digest."""
 
 ENDS_LINE: Final = re.compile(rb"(\d{20}) ([0-9a-f]{32}) (\d{20}) ([0-9a-f]{32})\n")
-ROW_NUMBERS, LABEL_NUMBERS = struct.Struct("<qdqd"), struct.Struct("<qqq")
+ROW_NUMBERS = struct.Struct("<qdqd")
+LABEL_NUMBERS = struct.Struct("<qqq")
 
 NO_DAMAGE: Final = {
     sqlite3.SQLITE_BUSY,
@@ -121,7 +121,7 @@ class RowFile:
         monitor: Fingerprint of the monitor whose rows these are.
 
     Raises:
-        ProvenanceError: If an older or a newer vilu wrote it.
+        ProvenanceError: If another version of vilu wrote it.
         StorageError: If the file system refuses.
     """
 
@@ -273,17 +273,13 @@ class RowFile:
 
     def _require_version(self) -> None:
         """Refuse tables of another version of vilu; damage is found later."""
-        version, tables = VERSION, list[str]()
+        version = 0
+        has_tables = False
         with self._until_damage(), closing(_opened_to_read(self.path)) as table:
             (version,) = table.execute("PRAGMA user_version").fetchone()
-            tables = _schema_of(table)
-        if version > VERSION:
-            raise ProvenanceError(f"{self.path} was written by a newer vilu. Update vilu.")
-        if version < VERSION and tables:
-            raise ProvenanceError(
-                f"{self.path} was written by an older vilu, whose rows have no digests. "
-                "Serve with a new --state."
-            )
+            has_tables = bool(_schema_of(table))
+        if has_tables:
+            require_schema(self.path, {SCHEMA: version}, "Serve with a new --state")
 
     def _survey(self, noted: Ends) -> tuple[Ends, bool]:
         """Where the chains that follow end, and whether all that was noted or is there follows."""
@@ -342,7 +338,8 @@ class RowFile:
 
     def _copied_to(self, new: Path) -> tuple[Ends, int]:
         """Where the chains of the copy end, and how many rows it has."""
-        ends, n_rows = self._nothing, 0
+        ends = self._nothing
+        n_rows = 0
         with self._judged(), closing(sqlite3.connect(new, isolation_level=None)) as target:
             target.executescript(TABLES)
             if not self.path.exists():

@@ -99,8 +99,10 @@ class Hosted:
     """
 
     def __init__(self, setup: Setup, host: str, port: int, told: Callable[[str], None]) -> None:
-        self.setup, self.told = setup, told
-        self.service, self.faults = Service(setup.limits, setup.keep), list[BaseException]()
+        self.setup = setup
+        self.told = told
+        self.service = Service(setup.limits, setup.keep)
+        self.faults: list[BaseException] = []
         self.socket = _bound(host, port)
         config = uvicorn.Config(
             self.service.gate,

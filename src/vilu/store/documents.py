@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, ClassVar, Final, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
 import numpy as np
 from PIL import Image
@@ -112,10 +112,6 @@ class Inputs(StoreDocument):
     and a run that ran out of memory must be able to go on with smaller batches.
     """
 
-    later: ClassVar[frozenset[str]] = frozenset(
-        {"features", "views", "prompts", "negatives", "captions", "shards", "outside", "imported"}
-    )
-
     dataset_fingerprint: str  # hash of the listing of the images, or of the names of the shards
     # number of images, readable or not; of shards 0, since only reading them tells (the manifest
     # has it)
@@ -186,6 +182,11 @@ class Inputs(StoreDocument):
             shapes["views"] = (self.views.n, dim)
         return shapes
 
+    @property
+    def pictures(self) -> bool:
+        """Whether the metadata hold a digest of every picture, by which rows are recognised."""
+        return self.imported is None
+
     def identity(self) -> dict[str, object]:
         """The fields that are hashed, one level deep (``space.weights``)."""
         hashed = set(Inputs.model_fields)
@@ -222,15 +223,9 @@ class Inputs(StoreDocument):
 class Run(Inputs):
     """``run.json``, written first."""
 
-    later: ClassVar[frozenset[str]] = Inputs.later | {"pictures"}
-
     fingerprint: str  # hash of the inputs
     dataset: str  # where the images came from, for people (base name only)
     vilu: str  # version that began the run
-    # whether the metadata hold a digest of every picture, by which rows are recognised. Older
-    # stores have none, and go on without, so that all parts of a store are alike; no input, hence
-    # not in the fingerprint
-    pictures: bool = False
 
     @model_validator(mode="after")
     def _check_fingerprint(self) -> Self:
@@ -271,23 +266,18 @@ class Receipt(AnyReceipt, Counted):
     The part exists if and only if its receipt does and the sizes agree.
     """
 
-    later: ClassVar[frozenset[str]] = frozenset({"seconds", "source"})
-
     fingerprint: str  # fingerprint of the run
     part: Count  # number of the part
     start: Count  # position of its first image, or number of its first shard
     stop: Count  # position after its last image, or number after its last shard
     files: dict[str, FileInfo]  # its files by name
     batch_size: Annotated[int, Field(ge=1)]  # images per forward pass
-    seconds: float = 0.0  # wall time in receipts of earlier vilu; now it is in ``log.jsonl``
     # of shards, ``ShardedDataset.shard_fingerprint`` before they were read; empty of images
     source: str = ""
 
 
 class StoredClasses(StoreDocument):
     """``classes.json``: the K candidates and how their texts were made."""
-
-    later: ClassVar[frozenset[str]] = frozenset({"features", "prompts", "negatives", "columns"})
 
     names: tuple[str, ...]  # class names as they stand in the prompts
     folders: tuple[str, ...] | None  # class names as the data set has them

@@ -268,8 +268,6 @@ def _prepare(job: EmbedJob, missing: Sequence[Part]) -> None:
     # before the first part is written: a manifest must never vouch for parts in the making
     job.ledger.unseal()
     require_room(job.root, job.run, missing)
-    if not job.run.pictures:
-        logger.warning("%s goes on as it was begun: without digests of its pictures", job.root)
 
 
 def _work(
@@ -357,10 +355,10 @@ def describe(
         "part_size": usual_size if part_size is None else part_size,
         **settings,
     }
-    return describe_run(inputs, Path(dataset.source).name or dataset.source, pictures=True)
+    return describe_run(inputs, Path(dataset.source).name or dataset.source)
 
 
-def describe_run(described: Mapping[str, object], dataset: str, *, pictures: bool) -> Run:
+def describe_run(described: Mapping[str, object], dataset: str) -> Run:
     """The run with these inputs, of data of this name."""
     try:
         inputs = Inputs.model_validate(described)
@@ -370,7 +368,6 @@ def describe_run(described: Mapping[str, object], dataset: str, *, pictures: boo
         "fingerprint": digest(inputs.identity()),
         "dataset": dataset,
         "vilu": version("vilu"),
-        "pictures": pictures,
     }
     return Run.model_validate({**dict(inputs), **facts})
 
@@ -396,7 +393,6 @@ def begin(
     if (root / RUN).is_file() and not overwrite:
         earlier = read_document(root / RUN, Run)
         earlier.require_match(run, root)
-        # an older store has no digests of pictures, and all of its parts have to be alike
         run = earlier
     classes = None
     if not run.captions:

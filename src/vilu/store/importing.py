@@ -602,7 +602,7 @@ def _describe(
     # "FILE.npz, array 'image'", or "FOLDER/image.npy"
     place = Path(content.image.place.partition(", array ")[0])
     source = place.parent if place.suffix == ".npy" else place
-    return describe_run(described, source.name, pictures=False)
+    return describe_run(described, source.name)
 
 
 def _drive(root: Path, run: Run, content: SourceArrays, budget: Budget, *, overwrite: bool) -> None:

@@ -235,7 +235,7 @@ class Ledger(ABC, Generic[P, R]):
     def receipt(self, part: P) -> R:
         """The receipt of a part that is there in full."""
         path = self.root / part.receipt
-        receipt = read_document(path, self._kind, of=self.root)
+        receipt = read_document(path, self._kind)
         # A receipt that was copied from another folder is whole, and of other inputs: its rows
         # would be mixed with ours.
         if receipt.fingerprint != self.fingerprint:

@@ -238,7 +238,7 @@ cannot know. The reader counts rows.
 CAPTION_FIELD = pa.field("caption", STRING, nullable=False)
 PICTURE_BYTES = 16
 PICTURE_FIELD = pa.field("picture", pa.binary(PICTURE_BYTES), nullable=False)
-"""Of each row too but of old stores: the first half of the SHA-256 of ``ImageRecord.content``."""
+"""Of each row that was embedded: the first half of the SHA-256 of ``ImageRecord.content``."""
 
 ERRORS = _schema(
     {"key": STRING, "position": INT64, "stage": STRING, "kind": STRING}

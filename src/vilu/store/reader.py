@@ -214,13 +214,13 @@ class StoredRows(EmbeddingSource):
 
     @property
     def identified_by(self) -> tuple[Identity, ...]:
-        """Pictures (with captions), or of old stores names; of what was imported, embeddings.
+        """Pictures (with captions), else names; of what was imported, embeddings.
 
         Imported rows are recognised by names too, if they have any.
         """
         if self._sealed.manifest.imported is not None:
             return ("embeddings", "names") if self._sealed.named else ("embeddings",)
-        return ("pictures", "names") if self._sealed.manifest.pictures else ("names",)
+        return ("pictures", "names")
 
     def identities(self, by: Identity, rows: NDArray[np.int64] | None = None) -> NDArray[np.uint64]:
         """As every source's."""

@@ -55,7 +55,7 @@ class Entry:
         predictor: Fingerprint of the predictor that it was asked for.
         asked: When, in seconds since 1970; 0 if it was not.
         answered: When the label came; 0 without one.
-        picture: Digest of the picture that the label is of; empty where older code noted none.
+        picture: Digest of the picture that the label is of; empty where a book of 0.1.0 noted none.
     """
 
     path: str
@@ -182,7 +182,7 @@ class LabelBook:
         self.entries = kept_entries
 
     def rename(self, former: Callable[[str], str], paths: Iterable[str]) -> None:
-        """Give entries of photos whose paths older code wrote in another way the names of today."""
+        """Give entries of photos whose paths 0.1.0 wrote in another way the names of today."""
         present = set(paths)
         for path in present - self.entries.keys():
             before = former(path)
@@ -207,7 +207,7 @@ class LabelBook:
         if not path.exists():
             return cls()
         table, metadata = read_table(path, ())
-        # older code wrote no column "picture"
+        # a book of the first 0.1.0 has no column "picture"
         has_columns = {*table.column_names, "picture"} == set(COLUMNS)
         if metadata.get("kind") != "labels" or not has_columns:
             raise DataError(

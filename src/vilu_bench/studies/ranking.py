@@ -33,9 +33,6 @@ class Ranked:
     against: str | None  # the best other method
     # AUROC less that of ``against``, paired, on the seeds that both have; None where there is none
     gap: Difference | None
-    # mean, in cells of earlier vilu that say so; None where nothing is fitted
-    fit_seconds: float | None
-    rows_per_second: float | None  # mean speed of scoring, in such cells
     refused_seeds: tuple[int, ...]  # seeds on which the method gave no result
 
     def to_dict(self) -> dict[str, object]:
@@ -207,9 +204,6 @@ def _ranked(config: Config, entrant: Entrant, able: Sequence[Entrant]) -> Ranked
     if rivals:
         against = rivals[0].method
         gap = _difference(entrant.less(rivals[0], BEST), config.confidence)
-    fit_seconds, rows_per_second = _mean_times(
-        result.timing for result in entrant.results.values() if result.timing is not None
-    )
     first_result = next(iter(entrant.results.values()))
     return Ranked(
         method=entrant.method,
@@ -220,8 +214,6 @@ def _ranked(config: Config, entrant: Entrant, able: Sequence[Entrant]) -> Ranked
         intervals={name: entrant.quantity(name).interval(config.confidence) for name in RANKED_BY},
         against=against,
         gap=gap,
-        fit_seconds=fit_seconds,
-        rows_per_second=rows_per_second,
         refused_seeds=entrant.refused_seeds,
     )
 
@@ -303,19 +295,11 @@ def _block_table(config: Config, block: Ranking) -> list[str]:
         title = METRICS[name].title
         heading.append(f"{title} {percent}" if name in RANKED_BY else title)
     heading += ["best other", f"difference {percent}", "p"]
-    times = _has_times(block)
-    if times:
-        heading += ["fit s", "rows/s"]
-    rows = [_line(config, line, times=times) for line in block.lines]
+    rows = [_line(config, line) for line in block.lines]
     return aligned([heading, *rows])
 
 
-def _has_times(block: Ranking) -> bool:
-    """Whether the cells are of earlier vilu, which kept wall times in them."""
-    return any(line.rows_per_second is not None for line in block.lines)
-
-
-def _line(config: Config, line: Ranked, *, times: bool) -> list[str]:
+def _line(config: Config, line: Ranked) -> list[str]:
     runs = str(line.n_runs)
     if line.refused_seeds:
         runs += f" (not {span(line.refused_seeds)})"
@@ -324,8 +308,6 @@ def _line(config: Config, line: Ranked, *, times: bool) -> list[str]:
         cells.append(_value(name, line.values[name], line.intervals.get(name)))
     cells.append(line.against or NOTHING)
     cells += _gap_shown(line.gap)
-    if times:
-        cells += _times_shown(line.fit_seconds, line.rows_per_second)
     return cells
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import Field, ValidationError, field_serializer
 
 from vilu.artifacts.disk import atomic_write, file_hash, make_folder, or_refuse
-from vilu.artifacts.documents import explain, read_json, read_log, write_json
+from vilu.artifacts.documents import SCHEMA_VERSION, explain, read_json, read_log, write_json
 from vilu.artifacts.tables import write_table
 from vilu.errors import DataError
 from vilu.metrics.bootstrap import SortedScores, resampled
@@ -49,7 +49,7 @@ class Timing(Section):
 class CellResult(Section):
     """What came of a cell."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = SCHEMA_VERSION
     kind: Literal["benchmark cell"] = "benchmark cell"
     fingerprint: str  # hash of ``decided_by``
     decided_by: dict[str, Any]  # everything that decides the result
@@ -63,8 +63,6 @@ class CellResult(Section):
     results: tuple[ResultRow, ...] = ()  # A row per metric; ``split`` is the setting
     refused: Refusal | None = None  # why there are none
     warnings: tuple[str, ...] = ()  # what the method warned of
-    # in cells of earlier vilu; now it is in the log
-    timing: Timing | None = Field(default=None, exclude=True)
     # SHA-256 of the files beside this one, by suffix
     files: dict[Suffix, str] = Field(default_factory=dict)
 
@@ -100,17 +98,21 @@ class CellResult(Section):
 
 
 def load_result(root: Path, cell: Cell, fingerprint: str) -> CellResult | None:
-    """The result of a cell, if it is there, whole, and made from what the fingerprint names."""
+    """The result of a cell, if it is there, whole, and made from what the fingerprint names.
+
+    Raises:
+        ProvenanceError: If it has the schema of another version of vilu.
+    """
     path = root / cell.path
     if not path.is_file():
         return None
     try:
-        result = CellResult.model_validate(read_json(path, AGAIN, of=root))
-    except DataError as error:
-        logger.warning("%s %s is run again.", error, cell)
-        return None
+        result = CellResult.model_validate(read_json(path, AGAIN))
     except ValidationError as error:
         logger.warning("%s is damaged: %s. %s is run again.", path, explain(error), cell)
+        return None
+    except DataError as error:
+        logger.warning("%s %s is run again.", error, cell)
         return None
     if result.fingerprint != fingerprint:
         return None

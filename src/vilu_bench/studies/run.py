@@ -426,7 +426,11 @@ def finished(bench: Workbench, runs: Sequence[Cell], root: Path) -> dict[Cell, C
     """Results that are there and hold, of cells that have one of their own."""
     results = {}
     for cell in runs:
-        result = load_result(root, cell, digest(decided_by(bench, cell)))
+        try:
+            result = load_result(root, cell, digest(decided_by(bench, cell)))
+        except ProvenanceError as error:
+            logger.warning("%s %s is run again.", error, cell)
+            continue
         if result is not None:
             results[cell] = result
     return results

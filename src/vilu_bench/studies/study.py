@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
 from vilu.artifacts.disk import LOG, make_folder, write_bytes, write_text
-from vilu.artifacts.documents import explain, read_json, write_json
+from vilu.artifacts.documents import SCHEMA_VERSION, explain, read_json, write_json
 from vilu.artifacts.paths import claim_file, claim_folder, inputs_of, made, mark
 from vilu.errors import DataError
 from vilu.report.style import require_matplotlib, save
@@ -57,7 +57,7 @@ STUDIES = "studies"
 class Archive(Section):
     """The document."""
 
-    schema_version: int = 1
+    schema_version: Literal[2] = SCHEMA_VERSION
     kind: str = "study"
     vilu: str  # version that wrote it
     config: dict[str, Any]  # the benchmark, with every method named
@@ -92,7 +92,7 @@ def load_studies(output: Path) -> list[Board]:
 
 def _load(path: Path, output: Path) -> Board:
     try:
-        archive = Archive.model_validate(read_json(path, AGAIN, of=output))
+        archive = Archive.model_validate(read_json(path, AGAIN))
     except ValidationError as error:
         raise DataError(
             f"{path} is not the document of a study: {explain(error)}. {AGAIN}."
@@ -295,7 +295,7 @@ def write_document(
 def _write_results(board: Board, folder: Path) -> None:
     summary = summarise(board)
     config = board.config.complete().model_dump(mode="json")
-    content = {"schema_version": 1, "kind": "benchmark", "config": config}
+    content = {"kind": "benchmark", "config": config}
     write_json(folder / "results.json", {**content, **summary.to_dict()})
     summary.results.write(folder / "results.parquet")
 

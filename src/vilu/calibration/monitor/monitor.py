@@ -55,8 +55,6 @@ class Monitor:
         unscored: How many of them have no uncertainty; they are left out.
         accepted: How many of them are accepted.
         repeated: Rows and labels that were given again, and left out; by this object.
-        forgotten: Rows monitored of which a state of older code kept no record: given again they
-            count again.
         risk: Hash of the record of the calibration, which scores made with it carry; None without a
             record.
 
@@ -104,7 +102,7 @@ class Monitor:
         self.seed = int(seed)
         self.rule = rule if isinstance(rule, Rule) and not rule.needs_batch else None
         self.risk: str | None = None
-        self.rows = self.unscored = self.accepted = self.repeated = self.forgotten = 0
+        self.rows = self.unscored = self.accepted = self.repeated = 0
         self.monitored = Seen()
         self.labelled = Seen()
         # labels of a promise that may be looked at at any time are a random sample below a limit
@@ -359,12 +357,6 @@ class Monitor:
             )
         except ValueError as error:
             raise DataError(f"{path} is damaged: {error}. Begin a new monitor.") from error
-        if self.forgotten:
-            warnings.warn(
-                f"of {self.forgotten:,} rows in {path} an older vilu kept no record: given again "
-                "they count again.",
-                stacklevel=2,
-            )
         return self
 
     def state(self) -> State:
@@ -391,7 +383,6 @@ class Monitor:
             wealth={name: Wealth.of(watch.martingale) for name, watch in self.watches.items()},
             audited=(0, 0) if self.audited is None else (self.audited.n, self.audited.wrong),
             remembered=(len(self.monitored), len(self.labelled)),
-            forgotten=self.forgotten,
             counted={name: (rate.n, rate.wrong) for name, rate in self.rates.items()},
         )
 
@@ -435,11 +426,10 @@ class Monitor:
         self, state: State, monitored: pa.ChunkedArray, labelled: pa.ChunkedArray
     ) -> None:
         """Take over which rows were taken in; a ValueError says what does not fit."""
-        self.forgotten = state.rows if state.remembered is None else state.forgotten
         for seen, rows, n in zip(
             (self.monitored, self.labelled),
             (monitored, labelled),
-            state.remembered or (0, 0),
+            state.remembered,
             strict=True,
         ):
             seen.add(rows.drop_null().to_numpy())

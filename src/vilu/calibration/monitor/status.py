@@ -107,8 +107,6 @@ class Audited(Model):
 class Status(Model):
     """The state of a guarantee after some rows."""
 
-    later = frozenset({"present"})
-
     verdict: Verdict  # "holds" (no alarm so far), "shifted: guarantee void", or "broken"
     raised_at: (
         int | None

@@ -113,12 +113,5 @@ class State(Model):
     tests: tuple[Test, ...]
     wealth: dict[str, Wealth | None]
     audited: tuple[Count, Count]
-    remembered: tuple[Count, Count] | None = (
-        None  # hashes of rows, and of labels; None: by code that kept none
-    )
-    forgotten: Count = 0
-    counted: dict[str, tuple[Count, Count]] = Field(
-        default_factory=dict
-    )  # rows, and those that a rate is of
-
-    later = frozenset({"counted"})
+    remembered: tuple[Count, Count]  # hashes of rows, and of labels
+    counted: dict[str, tuple[Count, Count]]  # rows, and those that a rate is of

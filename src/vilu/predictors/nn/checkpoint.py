@@ -41,7 +41,6 @@ from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.predictors.nn.head import Dropout
 from vilu.predictors.nn.processes import World, current_world
 
-SCHEMA = 3
 RECORD = re.compile(r"(\d{8,})\.json")
 OURS = re.compile(r"\d{8,}\.(json|safetensors)")
 AGAIN = "Remove it, and run the training again"
@@ -129,7 +128,6 @@ class FolderKeeper(Keeper):
             tensors[key] = tensor.detach().cpu().contiguous()
         weights = safetensors_torch.save(tensors)
         record = {
-            "schema": SCHEMA,
             "binding": self.binding,
             "position": checkpoint.position,
             "tensors_sha256": bytes_hash(weights),
@@ -183,13 +181,11 @@ class FolderKeeper(Keeper):
 
     def _require_same(self, written: dict[str, object]) -> None:
         """Refuse the binding of another run."""
-        # checkpoints of earlier code do not say which texts they were trained on
-        there = {"texts": self.binding.get("texts"), **written}
         here = self.binding
         differences = []
-        for key in sorted(there.keys() | here.keys()):
-            if there.get(key) != here.get(key):
-                differences.append(f"{key}: {there.get(key)!r} there, {here.get(key)!r} here")
+        for key in sorted(written.keys() | here.keys()):
+            if written.get(key) != here.get(key):
+                differences.append(f"{key}: {written.get(key)!r} there, {here.get(key)!r} here")
         if differences:
             raise ProvenanceError(
                 f"the checkpoints in {self.folder} are of another training run; "
@@ -209,17 +205,7 @@ def is_ours(name: str) -> bool:
 
 def read_checked(path: Path) -> tuple[dict[str, Any], bytes]:
     """A record and the bytes of its tensors, checked to be as they were written."""
-    record = read_json(path, AGAIN, always=True)
-    if not isinstance(record.get("schema"), int):
-        raise DataError(f"{path} does not describe a checkpoint.")
-    if record["schema"] > SCHEMA:
-        raise ProvenanceError(
-            f"{path} has schema {record['schema']}; this vilu reads up to {SCHEMA}. Update vilu."
-        )
-    if record["schema"] < SCHEMA:
-        raise ProvenanceError(
-            f"{path} has schema {record['schema']}: it was made before 0.2.0. {AGAIN}."
-        )
+    record = read_json(path, AGAIN)
     has_binding = isinstance(record.get("binding"), dict)
     has_position = isinstance(record.get("position"), dict)
     if not (has_binding and has_position):

@@ -204,7 +204,7 @@ def check(folder: Path, name: Path) -> str:
     try:
         load(folder)
         if (folder / RISK).is_file():
-            _check_calibration(folder, name)
+            _check_calibration(folder)
         if (folder / VOCABULARY).is_file():
             Vocabulary.load(folder)
         return str(read_record(folder / PREDICTOR)[FINGERPRINT])
@@ -212,8 +212,8 @@ def check(folder: Path, name: Path) -> str:
         raise type(error)(str(error).replace(str(folder), str(name))) from error
 
 
-def _check_calibration(folder: Path, name: Path) -> None:
-    risk = read_json(folder / RISK, RECALIBRATE, of=name)
+def _check_calibration(folder: Path) -> None:
+    risk = read_json(folder / RISK, RECALIBRATE)
     if risk.get("predictor") != fit_fingerprint(folder):
         raise ProvenanceError(
             f"{folder / RISK} was made for another predictor than lies beside it, "

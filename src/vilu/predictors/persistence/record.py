@@ -16,6 +16,8 @@ from vilu.artifacts.disk import make_folder, or_refuse, write_bytes, write_text
 from vilu.artifacts.documents import (
     MADE_WITH,
     MAX_DOCUMENT_BYTES,
+    SCHEMA,
+    SCHEMA_VERSION,
     explain,
     identity,
     parse_json,
@@ -28,7 +30,7 @@ from vilu.artifacts.hashing import bytes_hash
 from vilu.artifacts.paths import claim_folder, made
 from vilu.embeddings.checks import Identity
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.errors import DataError, ProvenanceError, UsageError
+from vilu.errors import DataError, UsageError
 from vilu.predictors.contract.parameters import Parametrised, parameters
 from vilu.predictors.contract.probability import Calibrator
 from vilu.predictors.contract.seen import RowSketch, Sketches
@@ -46,14 +48,13 @@ from vilu.predictors.persistence.files import (
     WEIGHTS,
 )
 
-SCHEMA = 1
 NOT_SAVED = {"device"}  # belongs to the machine, not to the predictor
 SEEN_BY: dict[Identity, str] = {
     "pictures": "seen.pictures",
     "embeddings": "seen.embeddings",
     "names": "seen",
 }
-"""Tensors of the hashes of rows; older predictors know names alone."""
+"""Tensors of the hashes of rows."""
 FINGERPRINT = "fingerprint"  # the key of the digest of ``predictor.json``, and of the fingerprint
 REFIT = "Run `vilu fit` again"
 RECALIBRATE = "Run `vilu calibrate` again"
@@ -238,7 +239,7 @@ def describe(predictor: Saved) -> dict[str, Any]:
         if name not in NOT_SAVED:
             values[name] = getattr(predictor, name)
     record = {
-        "schema": SCHEMA,
+        SCHEMA: SCHEMA_VERSION,
         MADE_WITH: metadata.version("vilu"),
         "method": predictor.name,
         "parameters": values,
@@ -323,13 +324,7 @@ def read_record(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise DataError(f"no predictor here: {path} does not exist. Make one with `vilu fit`.")
-    record = read_json(path, REFIT, seal=FINGERPRINT, always=True)
-    if type(record.get("schema")) is not int:
-        raise DataError(f"{path} does not describe a predictor: it has no schema. {REFIT}.")
-    if record["schema"] > SCHEMA:
-        raise ProvenanceError(
-            f"{path} has schema {record['schema']}; this vilu reads up to {SCHEMA}. Update vilu."
-        )
+    record = read_json(path, REFIT, seal=FINGERPRINT)
     try:
         _Said.model_validate(record)
     except ValidationError as error:

@@ -41,7 +41,7 @@ def load(folder: str | Path) -> FailurePredictor:
 
     Raises:
         DataError: If the folder holds no predictor, or a damaged one.
-        ProvenanceError: If it was written by a newer schema.
+        ProvenanceError: If it has the schema of another version of vilu.
 
     Examples:
         >>> import tempfile, numpy as np, vilu
@@ -92,8 +92,7 @@ def _assembled(
     method: type[FailurePredictor], content: dict[str, Any], tensors: dict[str, Tensor], path: Path
 ) -> FailurePredictor:
     """A predictor as a record and its tensors describe it."""
-    parameters, tensors = with_todays_members(content["parameters"], tensors)
-    predictor = build(method, parameters)
+    predictor = build(method, content["parameters"])
     if content["space"]:
         predictor.space_ = EmbeddingSpace(**content["space"])
     if content["similarity"]:
@@ -134,7 +133,7 @@ def claim(folder: Path, inputs: str, *, overwrite: bool) -> bool:
 
 def method_of(content: dict[str, Any], path: Path) -> type[FailurePredictor]:
     """The class of a saved predictor; where one from outside is missing, what to do is said."""
-    name = todays_name(content)
+    name = content["method"]
     home = content.get("home")
     if name in method_names():
         return find_method(name)
@@ -150,31 +149,8 @@ def method_of(content: dict[str, Any], path: Path) -> type[FailurePredictor]:
     )
 
 
-def todays_name(content: dict[str, Any]) -> str:
-    """The name of a saved method; an ``icpe`` with a ``score`` is older than the released one."""
-    return (
-        "class_gaussians"
-        if content["method"] == "icpe" and "score" in content["parameters"]
-        else str(content["method"])
-    )
-
-
-def with_todays_members(
-    parameters: dict[str, Any], tensors: dict[str, Tensor]
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Of a saved predictor; a stack's ``icpe`` without ``on_features`` is older, too."""
-    old, new = (f"state.members.{name}." for name in ("icpe", "class_gaussians"))
-    if f"{old}centre" not in tensors or f"{old}on_features" in tensors:
-        return parameters, tensors
-    members = ["class_gaussians" if name == "icpe" else name for name in parameters["members"]]
-    return {**parameters, "members": members}, {
-        key.replace(old, new): tensor for key, tensor in tensors.items()
-    }
-
-
 def write_card(folder: str | Path) -> None:
     """Write the card of a saved predictor again, with the guarantee of ``risk.json``, if any."""
     path = Path(folder)
     risk = read_json(path / RISK, RECALIBRATE) if (path / RISK).exists() else None
-    content = read_record(path / PREDICTOR)
-    record.write_card(path, {**content, "method": todays_name(content)}, load(path), risk)
+    record.write_card(path, read_record(path / PREDICTOR), load(path), risk)
