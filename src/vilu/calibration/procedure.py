@@ -13,13 +13,13 @@ from vilu.artifacts.disk import locked
 from vilu.artifacts.hashing import digest
 from vilu.calibration.anytime import Draw
 from vilu.calibration.calibration import Calibration, save_calibration
-from vilu.calibration.copies import SAME, check_copies
+from vilu.calibration.copies import check_copies
 from vilu.calibration.label_sets import LabelSets, check_label_sets, fit_label_sets
 from vilu.calibration.looks import in_words, note_look
 from vilu.calibration.rules import Rule, evaluable, group_names, rule_of
 from vilu.calibration.target import Target
 from vilu.calibration.thresholds import exactly, percent
-from vilu.calibration.units import MOST_COMPARED, CountedRows, count_once, first_of_scenes
+from vilu.calibration.units import ALIKE, MOST_COMPARED, CountedRows, count_once, first_of_scenes
 from vilu.embeddings.copies import NEAR_COPY
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import InfeasibleError, UsageError, ViLUError
@@ -180,7 +180,7 @@ def _rule_of_units(
     And the places among these M of copies of others, which the rule leaves out.
 
     Those of one picture count once. Near copies are counted and said. Where some pictures are
-    copies of others but for noise (``SAME``) there is a second rule, of one of them each, and the
+    copies of others but for noise (``ALIKE``) there is a second rule, of one of them each, and the
     rule that accepts less is taken. Rows that nobody has labelled stay.
     """
     labelled = evaluable(rows)
@@ -207,7 +207,7 @@ def _rule_of_units(
             NEAR_COPY,
             counted,
         )
-        differs = first_of_scenes(data, places[chosen], SAME)
+        differs = first_of_scenes(data, places[chosen], ALIKE)
         of_different = _promised(rows.take(chosen[differs]), target)
         if _accepts_less(of_different, rule, rows.take(chosen)):
             rule = of_different
