@@ -103,7 +103,7 @@ def test_other_names_and_classes_in_a_file(tmp_path: Path) -> None:
     told = run(*line[:-1], "e", code=2, cwd=tmp_path).stderr
     assert "no class or label 'e' to be outside. Classes are 'a', 'b', 'c', 'd'" in told
     told = run(*line[:-2], code=6, cwd=tmp_path).stderr
-    assert "outside was ['c'] and is now None" in told
+    assert "outside was ['c'] and is now []" in told
     (tmp_path / "names.txt").write_text("a\tb\nc\td\n")
     assert "must have one name a line" in run(*line, code=2, cwd=tmp_path).stderr
     for wrong in ("text", "=x", "text=a", "other=text"):
@@ -198,7 +198,7 @@ def test_folders_of_no_class(tmp_path: Path) -> None:
         "no class or label 'mouth' for --outside; it has cat, dog, moth. Did you mean 'moth'?"
         in told
     )
-    assert "outside was ['moth'] and is now None" in run(*line, code=6, cwd=tmp_path).stderr
+    assert "outside was ['moth'] and is now []" in run(*line, code=6, cwd=tmp_path).stderr
     told = run(*line, "--outside", "moth", cwd=tmp_path).stderr
     assert "there is nothing to do" in told
     run(*line, "--overwrite", cwd=tmp_path)

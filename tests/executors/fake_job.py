@@ -27,7 +27,6 @@ def receipt(part: int) -> Receipt:
         errors={},
         files={},
         batch_size=1,
-        seconds=0.0,
     )
 
 
