@@ -119,7 +119,9 @@ def find_label_errors(
     lab = datalab(
         data={"label": np.searchsorted(present, target).tolist()}, label_name="label", verbosity=0
     )
-    lab.find_issues(pred_probs=of_present, issue_types={"label": {}})
+    # in this process: cleanlab forks otherwise, and a fork of a process with threads may hang
+    in_one_process = {"clean_learning_kwargs": {"find_label_issues_kwargs": {"n_jobs": 1}}}
+    lab.find_issues(pred_probs=of_present, issue_types={"label": in_one_process})
     issues = lab.get_issues("label")
     quality = issues["label_score"].to_numpy(dtype=np.float64)
     order = np.argsort(quality, kind="stable")
