@@ -18,6 +18,7 @@ import vilu
 from tests.builders.fake_hub import TOKEN, Hub, serve
 from tests.conftest import toy_embeddings
 from vilu.artifacts.disk import host_hash
+from vilu.artifacts.documents import write_json
 from vilu.artifacts.hashing import digest
 from vilu.calibration.procedure import calibrate_predictor
 from vilu.calibration.target import Target
@@ -248,6 +249,17 @@ def test_damaged_candidates_are_not_placed(predictor: Path, tmp_path: Path) -> N
         pull(str(predictor), tmp_path / "here")
     with pytest.raises(DataError, match=r"vocabulary\.safetensors is damaged"):
         push(predictor, str(tmp_path / "hub"))
+    assert names(tmp_path) == {"predictor"}
+
+
+def test_damaged_looks_are_not_placed(predictor: Path, tmp_path: Path) -> None:
+    write_json(predictor / "looks.json", {"kind": "looks", "rows": []})
+    path = predictor / "looks.json"
+    path.write_bytes(path.read_bytes().replace(b"[]", b"[1]"))
+    with pytest.raises(DataError, match=r"looks\.json is damaged"):
+        push(predictor, str(tmp_path / "hub"))
+    with pytest.raises(DataError, match=r"looks\.json is damaged"):
+        pull(str(predictor), tmp_path / "here")
     assert names(tmp_path) == {"predictor"}
 
 

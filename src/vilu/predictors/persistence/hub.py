@@ -207,6 +207,8 @@ def check(folder: Path, name: Path) -> str:
             _check_calibration(folder)
         if (folder / VOCABULARY).is_file():
             Vocabulary.load(folder)
+        if (folder / LOOKS).is_file():
+            read_json(folder / LOOKS, RECALIBRATE)  # its digest is checked
         return str(read_record(folder / PREDICTOR)[FINGERPRINT])
     except ViLUError as error:
         raise type(error)(str(error).replace(str(folder), str(name))) from error
