@@ -25,7 +25,7 @@ from vilu.device import as_usual
 from vilu.embeddings.columns import IMAGE_COLUMNS
 from vilu.embeddings.source import Batch, EmbeddingSource, log_posterior
 from vilu.errors import UNKNOWN, ProvenanceError, UsageError
-from vilu.outcomes.decisions import ABSTAIN
+from vilu.outcomes.decisions import REVIEW
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.nn.attention import FEATURES
 from vilu.predictors.persistence.storage import load
@@ -59,7 +59,7 @@ class Answer:
         failure_probability: How likely that is wrong; of a predictor whose scores are no
             probabilities, and which is not calibrated, None.
         uncertainty: The score of the predictor, higher = more likely wrong; None without an answer.
-        decision: "accept" or "abstain"; None where the predictor carries no rule.
+        decision: "accept" or "review"; None where the predictor carries no rule.
         reason: Why it is not accepted ("above_threshold", "outside", "not_certified", or what is
             wrong with the image: "truncated", "bomb", "read_error", ...); None where it is.
         runners_up: The next answers with their zero-shot probabilities, the most likely first.
@@ -398,7 +398,7 @@ class Guard:
     def refused(self, key: str, reason: str | None) -> Answer:
         """What is said of an image without a score."""
         has_rule = self.calibration is not None and self.calibration.has_rule
-        return Answer(key, None, None, None, ABSTAIN if has_rule else None, reason)
+        return Answer(key, None, None, None, REVIEW if has_rule else None, reason)
 
     def __repr__(self) -> str:
         rule = None if self.calibration is None else self.calibration.promise

@@ -100,7 +100,7 @@ class ImageGraph(nn.Module):
 
 
 def rule_of(guard: Guard) -> Rule | None:
-    """What accepts or abstains; None where nothing does."""
+    """What decides which answers are accepted; None without a rule."""
     return None if guard.calibration is None else guard.calibration.rule
 
 

@@ -21,7 +21,7 @@ class Answered(Protocol):
 
     @property
     def decision(self) -> str | None:
-        """Accept or abstain."""
+        """Accept or review."""
 
     @property
     def reason(self) -> str | None:
