@@ -61,9 +61,10 @@ def require_decisions(decisions: Sequence[str | None] | None) -> None:
     """Refuse other decisions than those that a rule takes, as an older vilu wrote them."""
     unknown = set(decisions or ()) - {ACCEPT, REVIEW, None}
     if unknown:
+        first = min(unknown, key=str)
         raise DataError(
-            f"decision must be {ACCEPT} or {REVIEW} in every row. Got {min(unknown, key=str)!r:.40} "
-            "instead. Scores of an older vilu are made again with `vilu score`."
+            f"decision must be {ACCEPT} or {REVIEW} in every row. Got {first!r:.40} instead. Make "
+            "scores of an older vilu again with `vilu score`."
         )
 
 
