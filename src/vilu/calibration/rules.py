@@ -1,4 +1,4 @@
-"""From scores on calibration rows to a rule that accepts or abstains, with its promise."""
+"""From scores on calibration rows to a rule that accepts or leaves for review, with its promise."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ ROUNDING = 1e-9
 
 
 class Rule(Model):
-    """Accepts an answer, or abstains: by a threshold on its uncertainty, or by what a whole batch shows.
+    """Accepts an answer, or leaves it for review: by a threshold on its uncertainty, or by what a whole batch shows.
 
     There is one threshold for all rows, or one per group, and above it perhaps a floor. Only the
     method "selection" has none: it judges all rows of a batch together (``needs_batch``,
@@ -303,7 +303,7 @@ class Rule(Model):
             share = " of the calibration rows"
         but = ""
         if any(threshold.floor is not None for threshold in self.thresholds.values()):
-            but = ", and abstains from the most trusted, which are too often wrong"
+            but = ", and leaves the most trusted for review, which are too often wrong"
         return f"accepts {self.coverage:.1%}{share}{but}; {sure} at most {percent(bound)} {what}{shares} ({rows})"
 
 

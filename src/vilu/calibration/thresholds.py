@@ -111,7 +111,7 @@ NEAR = 2 / 3
 """A sequence that cannot begin at its place, nor before this share of the next one's, begins with the next."""
 
 FLOORS = (1 / 32, 1 / 16, 1 / 8, 1 / 4)
-"""Shares of the most trusted rows that are abstained from, too, where no answer is to be accepted because of them."""
+"""Shares of the most trusted rows that are left for review, too, where no answer is to be accepted because of them."""
 
 FLOOR_SHARE = 0.01
 """Share of delta of each floor."""
@@ -138,7 +138,7 @@ class Threshold(Model):
         why: Why nothing is accepted.
         n_needed: So many calibration rows are needed at least, where there are fewer; else None. How
             many would be enough depends on how many of them are accepted and right.
-        floor: Abstain where the uncertainty is at most this, too: too many of the most trusted
+        floor: Review where the uncertainty is at most this, too: too many of the most trusted
             answers are wrong. None: no answer is too trusted.
     """
 

@@ -23,8 +23,8 @@ LEAST: Final = 1e-3
 def rates_of(rule: Rule | None, calibration: Outcomes, level: float) -> dict[TestName, Audit]:
     """Rates that must not be exceeded while a promise for stated shares holds; none for other rules.
 
-    "outside": share of strangers among labelled rows, at most the stated one. "abstained": share of
-    rows that the rule abstains from. With d_s the rate in stratum s, strangers at a share p' give
+    "outside": share of strangers among labelled rows, at most the stated one. "review": share of
+    rows that the rule leaves for review. With d_s the rate in stratum s, strangers at a share p' give
     (1 - p') d_in + p' d_out, which over all p' up to the stated p is largest at an end; for every
     d_s stands its Clopper-Pearson bound from above, of which all together take half of the level,
     and the bets the other half.
@@ -34,20 +34,20 @@ def rates_of(rule: Rule | None, calibration: Outcomes, level: float) -> dict[Tes
     found: dict[TestName, Audit] = {}
     if rule.outside_share is not None:
         found["outside"] = Audit(max(rule.outside_share, LEAST), level)
-    most = _abstained_at_most(rule, calibration.take(calibration.evaluable), level / 2)
+    most = _reviewed_at_most(rule, calibration.take(calibration.evaluable), level / 2)
     if most < 1:
-        found["abstained"] = Audit(most, level / 2)
+        found["review"] = Audit(most, level / 2)
     return found
 
 
-def _abstained_at_most(rule: Rule, rows: Outcomes, delta: float) -> float:
+def _reviewed_at_most(rule: Rule, rows: Outcomes, delta: float) -> float:
     strata = Strata(rows, rule.outside_share, rule.class_shares)
-    abstained = np.bincount(
+    to_review = np.bincount(
         strata.stratum[~rule.accept(rows.uncertainty)], minlength=len(strata.names)
     )
     each = delta / int(np.count_nonzero(strata.share))
     bounds = np.array(
-        [upper_bound(int(k), int(n), each) for k, n in zip(abstained, strata.n, strict=True)]
+        [upper_bound(int(k), int(n), each) for k, n in zip(to_review, strata.n, strict=True)]
     )
     strangers = float(strata.share[-1])
     within = float(strata.share[:-1] @ bounds[:-1]) / (1 - strangers)

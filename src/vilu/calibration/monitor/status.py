@@ -22,7 +22,7 @@ MEANING = {
     "answers": "the model gives its answers in other proportions than on the calibration rows",
     "audit": "more of the accepted answers are wrong than was promised",
     "outside": "more of the pictures are of none of the classes than the promise was stated for",
-    "abstained": "more answers are abstained from than the stated shares explain",
+    "review": "more answers are left for review than the stated shares explain",
 }
 RECALIBRATE = (
     "Do not rely on the promised risk for rows from there on. Collect labels of new rows, drawn at "
@@ -36,7 +36,7 @@ class Test(Model):
     __test__ = False  # for pytest, which takes the name for its own
 
     # "scores", "acceptance" and "answers" ask whether the rows are still like those of the
-    # calibration, "audit" whether accepted answers are wrong too often, "outside" and "abstained"
+    # calibration, "audit" whether accepted answers are wrong too often, "outside" and "review"
     # whether the present shares are those that a promise was stated for
     name: TestName
     level: float = Field(gt=0, lt=1)  # probability of a false alarm, ever
