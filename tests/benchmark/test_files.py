@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.builders.known_trees import TREES
-from vilu.backbones.catalog import NAMED
+from vilu.backbones.catalog import named_backbones
 from vilu.errors import UsageError
 from vilu.metrics.catalog import METRICS
 from vilu.predictors.contract.catalogue import method_names
@@ -225,7 +225,7 @@ def test_published_numbers() -> None:
     assert set(tables) == {"main", "ablation", "depth", "table6", "table7", "table8", "table9"}
     numbers = [number for table in tables.values() for found in table.values() for number in found]
     assert all(0 < number.value < 1 and number.source for number in numbers)
-    assert {number.backbone for number in numbers} <= set(NAMED)
+    assert {number.backbone for number in numbers} <= set(named_backbones())
     assert {key[3] for table in tables.values() for key in table} <= set(METRICS)
     doubtful = find_published(["table6"], ("cc12m", "pool_128", "mcm", "fpr95"), "clip-vit-b32")
     assert doubtful.value == 0.156
