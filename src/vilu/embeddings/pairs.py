@@ -278,7 +278,7 @@ class PairSource(EmbeddingSource):
 
 
 def runs(values: Sequence[bool]) -> Iterator[tuple[int, int, bool]]:
-    """Where equal values follow one another: first place, the one after the last, and the value."""
+    """Where equal values follow one another: first index, the one after the last, and the value."""
     first = 0
     for value, group in itertools.groupby(values):
         last = first + len(list(group))
@@ -447,7 +447,7 @@ def check_sources(sources: Sequence[EmbeddingSource], names: Sequence[str]) -> N
         )
     for name, source in zip(names, sources, strict=True):
         sources[0].space.require_match(
-            source.space, mine=f"data set {names[0]!r}", theirs=f"data set {name!r}"
+            source.space, name=f"data set {names[0]!r}", other_name=f"data set {name!r}"
         )
         if source.pool_size is None and not (source.target != UNKNOWN).any():
             raise DataError(f"the data set {name!r} has no labels, so its images have no captions.")

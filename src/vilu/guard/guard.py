@@ -231,8 +231,8 @@ class Guard:
         if self.predictor.space_ is not None:
             self.predictor.space_.require_match(
                 self.vocabulary.space,
-                mine=f"the predictor in {self.folder}",
-                theirs="its candidates",
+                name=f"the predictor in {self.folder}",
+                other_name="its candidates",
             )
         wanted = set(self.predictor.columns_to_score) & IMAGE_COLUMNS.keys()
         not_of_one_image = sorted(wanted - {FEATURES})
@@ -272,7 +272,7 @@ class Guard:
     def require_same_model(self, backbone: Backbone) -> None:
         """Refuse a model whose embeddings are others than those that the predictor was fitted on."""
         self.vocabulary.space.require_match(
-            backbone.space, mine=str(self.folder), theirs=f"the model {backbone.space.backbone}"
+            backbone.space, name=str(self.folder), other_name=f"the model {backbone.space.backbone}"
         )
 
     @property

@@ -123,10 +123,10 @@ def score(
     """
     _check(predictor, data, calibration)
     seen = predictor.seen(data)
-    _warn_seen(seen.said(), predictor, len(seen))
+    _warn_seen(seen.in_words(), predictor, len(seen))
     counts = {"n_seen_in_fit": len(seen)}
     if len(seen):
-        counts["n_compared_with_fit"] = seen.n_told
+        counts["n_compared_with_fit"] = seen.n_comparable
     facts = _facts(predictor, data, calibration, (dataset, split), **counts)
     return score_rows(predictor, data, facts, calibration=calibration)
 

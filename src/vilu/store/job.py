@@ -236,7 +236,7 @@ class EmbedJob:
         if isinstance(backbone, BackboneSpec):
             backbone = backbone.load()
         self.run.space.require_match(
-            backbone.space, mine=str(self.root / RUN), theirs="the model of this process"
+            backbone.space, name=str(self.root / RUN), other_name="the model of this process"
         )
         return backbone
 

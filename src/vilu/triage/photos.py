@@ -208,7 +208,7 @@ class PhotoStores:
             # a store of another model, once made, would be in the way of all later runs
             store = self.store(complete)
             EmbeddingStore(store).space.require_match(
-                model.space, mine=str(store), theirs="the model of this run"
+                model.space, name=str(store), other_name="the model of this run"
             )
         embed(
             photos.files_of(chosen, settings.names),
@@ -267,7 +267,7 @@ class Photos(EmbeddingSource):
     ) -> None:
         first = parts[0][0]
         for store, _ in parts[1:]:
-            first.space.require_match(store.space, mine=str(first.path), theirs=str(store.path))
+            first.space.require_match(store.space, name=str(first.path), other_name=str(store.path))
         self._parts = [(store, torch.from_numpy(rows)) for store, rows in parts]
         self._starts = np.cumsum([0, *(len(rows) for _, rows in parts)])
         self.space = first.space

@@ -75,7 +75,7 @@ def make_stores(
         elif models is not None:
             stored_space = read_document(folder / MANIFEST, Manifest).space
             load(entry.backbone).space.require_match(
-                stored_space, mine=f"the model in {models}", theirs=f"{folder}"
+                stored_space, name=f"the model in {models}", other_name=f"{folder}"
             )
     return folders
 

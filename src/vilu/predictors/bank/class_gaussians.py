@@ -158,7 +158,7 @@ def mean_of_both(batch: Batch, odds: Tensor) -> Tensor:
 
     s_d is the share that the answer has of the density.
     """
-    return (batch.others.doubt.to(odds.device) + torch.sigmoid(odds)) / 2
+    return (batch.rivals.doubt.to(odds.device) + torch.sigmoid(odds)) / 2
 
 
 @dataclasses.dataclass

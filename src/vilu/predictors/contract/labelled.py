@@ -31,19 +31,19 @@ def disjoint(train: EmbeddingSource, validation: EmbeddingSource) -> EmbeddingSo
     One of another space is refused, and one with many rows of the training set.
     """
     names = "the training set", "the validation set"
-    train.space.require_match(validation.space, mine=names[0], theirs=names[1])
+    train.space.require_match(validation.space, name=names[0], other_name=names[1])
     common = overlap(train, validation, names)
     if common is None:
         return validation
     blind = "Selection on training rows is blind: take them out of one of the two sets."
-    is_new = common.others(validation, "validation rows", "are in the training set, too", blind)
+    is_new = common.unshared(validation, "validation rows", "are in the training set, too", blind)
     return validation.without(~is_new)
 
 
 def require_comparable(train: EmbeddingSource, unlabelled: EmbeddingSource) -> None:
     """Refuse unlabelled rows of another space, or with other candidates than the training set."""
     train.space.require_match(
-        unlabelled.space, mine="the training set", theirs="the unlabelled rows"
+        unlabelled.space, name="the training set", other_name="the unlabelled rows"
     )
     train_text = _shared_texts(train)
     unlabelled_text = _shared_texts(unlabelled)

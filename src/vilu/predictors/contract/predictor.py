@@ -675,7 +675,7 @@ class FailurePredictor(ABC):
         remedy = f"{LEARNED_FROM} Take rows that it has not seen."
         what = f"{role} rows"
         where = f"were used to fit this {self.name}"
-        return self.seen(data).others(data, what, where, remedy)
+        return self.seen(data).unshared(data, what, where, remedy)
 
     def _check_source(self, data: EmbeddingSource, columns: Sequence[str]) -> None:
         if self.no_captions is not None and data.pool_size is not None:
@@ -697,7 +697,7 @@ class FailurePredictor(ABC):
         if self.space_ is None:
             return
         self.space_.require_match(
-            data.space, mine=f"the fitted {self.name}", theirs="the data to score"
+            data.space, name=f"the fitted {self.name}", other_name="the data to score"
         )
         says_little = self.space_.anonymous or data.space.anonymous
         if self.similarity_ and says_little:

@@ -52,7 +52,7 @@ class GraphBatch(Batch):
     @cached_property
     def zero_shot(self) -> ZeroShot:
         """From the logits."""
-        return self.others.zero_shot(self.first_equal)
+        return self.rivals.zero_shot(self.first_equal)
 
     @cached_property
     def first_equal(self) -> Tensor:
@@ -206,7 +206,7 @@ def to_onnx(predictor: FailurePredictor, fingerprint: str) -> bytes:
 
 
 def write_graph(
-    graph: nn.Module, example: Trial, outputs: Sequence[str], said: dict[str, str]
+    graph: nn.Module, example: Trial, outputs: Sequence[str], facts: dict[str, str]
 ) -> bytes:
     """A module as ONNX, with metadata.
 
@@ -236,7 +236,7 @@ def write_graph(
             f"the graph would take one number of {', '.join(fixed)} alone, as something in it "
             "looks at that number (as by len(x), where x.shape[0] leaves it open)."
         )
-    program.model.metadata_props.update(said)
+    program.model.metadata_props.update(facts)
     model = program.model_proto
     if model.ByteSize() > MAX_ONNX_BYTES:
         raise UsageError(

@@ -467,10 +467,9 @@ def from_words(rows: Rows, *, known_inside: bool) -> Outside:
     n_words = max(round(WORDS * len(rows.source.column(NEGATIVES, rows.index[:0]))), 1)
     balance = math.log(n_words / n_classes)
     zero = torch.zeros((), dtype=torch.float64)
-    one = torch.ones((), dtype=torch.float64)
     weight = torch.zeros_like(seen.mean)
     bias = zero
-    words = one
+    words = torch.ones((), dtype=torch.float64)
     mixture = None
     if not known_inside and len(seen.margin) >= DIRECTION_ROWS:
         share = DIRECTION_WEIGHT / (1 + DIRECTION_WEIGHT)
@@ -483,7 +482,7 @@ def from_words(rows: Rows, *, known_inside: bool) -> Outside:
         if mixture.share >= PRESENT:
             weight = along
             bias = level
-            words = (1 - share) * one
+            words = (1 - share) * words
         else:
             mixture = None
     if mixture is None:
@@ -575,11 +574,11 @@ def from_examples(train: Rows, outside: Tensor) -> Outside:
     optimizer.step(closure)
     direction = weights.detach()[:-1] / scale
     level = weights.detach()[-1]
-    one = torch.ones(1, dtype=torch.float64)
+    slope = torch.ones(1, dtype=torch.float64)
     zero = torch.zeros(1, dtype=torch.float64)
     words = direction[dim].clone() if len(direction) > dim else zero[0].clone()
     bias = level - direction @ centre
-    return Outside(direction[:dim].clone(), bias, words, one, zero, {"n_outside": len(outside)})
+    return Outside(direction[:dim].clone(), bias, words, slope, zero, {"n_outside": len(outside)})
 
 
 def _standard(parts: list[Regressors], dim: int) -> tuple[int, Tensor, Tensor]:

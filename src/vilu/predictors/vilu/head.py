@@ -97,7 +97,7 @@ class HeadPredictor(FailurePredictor):
         space = train.source.space
         if start is not None and start.space_ is not None:
             start.space_.require_match(
-                space, mine=f"the fitted {self.name} to start from", theirs="the data"
+                space, name=f"the fitted {self.name} to start from", other_name="the data"
             )
         super()._fit_rows(train, validation)
         if start is not None:

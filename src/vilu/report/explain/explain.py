@@ -248,7 +248,9 @@ def explain(
         chosen = find_rows(data, rows)
     neighbours = "left out: no training rows given"
     if train is not None:
-        data.space.require_match(train.space, mine="the data to explain", theirs="the training set")
+        data.space.require_match(
+            train.space, name="the data to explain", other_name="the training set"
+        )
         neighbours = f"of {len(train)} training rows"
     attributor, attribution = _attributor(predictor, data, train, chosen, depth)
     explained = _explained(predictor, data, chosen, depth, attributor)
@@ -397,7 +399,7 @@ def _seen(predictor: FailurePredictor, data: EmbeddingSource, rows: Tensor) -> i
     seen = predictor.seen(data, rows.numpy())
     if len(seen):
         warnings.warn(
-            f"{seen.said('explained rows')} were used to fit this {predictor.name}: "
+            f"{seen.in_words('explained rows')} were used to fit this {predictor.name}: "
             "their scores say little about new images.",
             stacklevel=5,
         )
