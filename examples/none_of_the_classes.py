@@ -37,7 +37,8 @@ def main() -> None:
                 home / split, outside=STRANGERS
             )  # their label is vilu.OUTSIDE
             names = photos.class_names or ()
-            vilu.embed(photos, backbone, home / f"{split}.store", names=names, negatives=WORDS)
+            words = vilu.ExtraColumns(negatives=WORDS)
+            vilu.embed(photos, backbone, home / f"{split}.store", names=names, columns=words)
             stores[split] = vilu.EmbeddingStore(home / f"{split}.store")
         assert not set(STRANGERS) & set(stores["new"].class_names or ())
 

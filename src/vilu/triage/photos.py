@@ -25,7 +25,7 @@ from vilu.datasets.folder import Listed, PhotoFiles
 from vilu.embeddings.checks import Identity
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import UNKNOWN, DataError
-from vilu.store.embed import embed
+from vilu.store.embed import ExtraColumns, embed
 from vilu.store.job import BackboneSpec
 from vilu.store.reader import EmbeddingStore
 
@@ -216,7 +216,7 @@ class PhotoStores:
             self.store(number),
             names=settings.names,
             templates=settings.templates,
-            negatives=settings.negatives,
+            columns=ExtraColumns(negatives=settings.negatives),
             batch_size=settings.batch_size,
             workers=settings.workers,
             max_error_rate=MAX_ERROR_RATE,

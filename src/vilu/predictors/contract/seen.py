@@ -209,7 +209,10 @@ def sketch(source: EmbeddingSource) -> Sketches:
 
 
 FEWER = 0.05
-"""Share of rows that has to be repeated before an estimate shows it: five of its standard errors."""
+"""Share of rows that has to be repeated before an estimate shows it.
+
+It is five standard errors of that estimate.
+"""
 
 
 def warn_of_repeats(source: EmbeddingSource, sketches: Sketches) -> None:

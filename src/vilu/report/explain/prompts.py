@@ -97,9 +97,10 @@ def prompt_gains(data: EmbeddingSource, *, folds: int = FOLDS, seed: int = 0) ->
 
     Nothing is measured on rows that it was fitted on, nor on their pictures: a fold is measured
     with means from the other folds, and with the (m, kappa) of largest gain on those, each of them
-    measured with means without it and without the first fold. The interval is Agresti and Min's for a difference of
-    paired proportions (Statistics in Medicine 2005, half a row added to each cell); it is of the
-    rows measured on and leaves out that other rows would have given other means.
+    measured with means without it and without the first fold. The interval is Agresti and Min's
+    for a difference of paired proportions (Statistics in Medicine 2005, half a row added to each
+    cell); it is of the rows measured on and leaves out that other rows would have given other
+    means.
 
     What it says is a bound for work on prompts rather than a promise: these texts are made from
     images, and no wording need reach them. That the gain of a class is small does say that its text
