@@ -28,8 +28,8 @@ from vilu.errors import OUTSIDE, DataError, UsageError
 from vilu.guard import image_graph
 from vilu.guard.guard import Answer, Guard
 from vilu.guard.image_graph import ImageGraph, export_image_graph, fingerprint_of
+from vilu.predictors.persistence.description import fit_fingerprint
 from vilu.predictors.persistence.files import VOCABULARY
-from vilu.predictors.persistence.record import fit_fingerprint
 from vilu.predictors.persistence.vocabulary import Vocabulary
 from vilu.store.embed import ExtraColumns, embed
 

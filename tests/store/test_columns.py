@@ -27,9 +27,9 @@ from vilu.artifacts.documents import read_document, write_json
 from vilu.datasets.images import decode_image
 from vilu.embeddings.columns import COLUMNS, SECOND
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, ViLUError
-from vilu.store.documents import StoredClasses, Views
 from vilu.store.embed import ExtraColumns, embed
 from vilu.store.inspect import inspect
+from vilu.store.manifest import StoredClasses, Views
 from vilu.store.reader import EmbeddingStore
 
 N, F, V = 23, 192, 3

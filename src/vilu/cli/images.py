@@ -15,8 +15,8 @@ from vilu.errors import UsageError
 
 if TYPE_CHECKING:
     from vilu.datasets.base import ImageDataset
-    from vilu.store.documents import Manifest
     from vilu.store.job import Executor
+    from vilu.store.manifest import Manifest
 
 
 Source = Annotated[

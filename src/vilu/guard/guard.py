@@ -32,8 +32,8 @@ from vilu.predictors.persistence.storage import load
 from vilu.predictors.persistence.vocabulary import Vocabulary
 from vilu.progress import Silence
 from vilu.scoring.score import provenance_of, require_streaming, score_rows
-from vilu.store.documents import IMAGE
 from vilu.store.job import BackboneSpec
+from vilu.store.manifest import IMAGE
 from vilu.store.mapped import default_workers, in_threads
 from vilu.store.parts import ErrorRow, PartRows
 from vilu.store.pipeline import END, Decoded, Decoder, Encoder

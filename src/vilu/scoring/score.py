@@ -27,7 +27,7 @@ from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.contract.seen import candidates_of, counted, same_candidates, scored_of
-from vilu.predictors.persistence.record import describe, seen_tensors
+from vilu.predictors.persistence.description import describe, seen_tensors
 from vilu.predictors.plus.ood import SeesOutside
 from vilu.progress import Task, track
 from vilu.scoring.score_folder import ScoreFolder, ScoreLedger, ScoreManifest, ScoreRun

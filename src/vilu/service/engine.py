@@ -20,9 +20,9 @@ from vilu.embeddings.checks import STATUS, VALID, normalised
 from vilu.errors import UNKNOWN, DataError, UsageError
 from vilu.guard.guard import Answer, Guard, arrays_of, record_of
 from vilu.outcomes.outcomes import Outcomes
-from vilu.predictors.persistence.record import fit_fingerprint
+from vilu.predictors.persistence.description import fit_fingerprint
 from vilu.service.kept import NAMES, Keeps, Kept, PromiseState, Scores, row_id
-from vilu.store.documents import IMAGE
+from vilu.store.manifest import IMAGE
 from vilu.store.parts import ErrorRow
 from vilu.store.pipeline import Decoded
 

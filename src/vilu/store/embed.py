@@ -30,9 +30,9 @@ from vilu.embeddings.checks import check_class_names, require_usable
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, StorageError, UsageError, ViLUError
 from vilu.progress import track
-from vilu.store.documents import CLASSES, ClassColumn, Inputs, Manifest, Receipt, Run, class_columns
 from vilu.store.job import BackboneSpec, EmbedJob, Executor, forget_attempts
 from vilu.store.ledger import Vouched, content_hash
+from vilu.store.manifest import CLASSES, ClassColumn, Inputs, Manifest, Receipt, Run, class_columns
 from vilu.store.parts import ERRORS, Part, StoreLedger, read_classes, read_columns, write_classes
 from vilu.store.reader import CaptionStore, EmbeddingStore
 from vilu.validation import checked, checked_fields, require_at_least

@@ -35,8 +35,8 @@ from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import OUTSIDE, UNKNOWN, DataError, UsageError
 from vilu.progress import track
 from vilu.store.arrays import MAX_TEXT, Arrays, StoredArray, texts_of
-from vilu.store.documents import IMAGE, ClassColumn, ImageColumn, Imported, Receipt, Run
 from vilu.store.embed import Budget, begin, describe_run, require_room, seal
+from vilu.store.manifest import IMAGE, ClassColumn, ImageColumn, Imported, Receipt, Run
 from vilu.store.parts import ErrorRow, LabelledRow, Part, PartRows, StoreLedger, has_shape
 from vilu.store.reader import EmbeddingStore
 from vilu.validation import checked

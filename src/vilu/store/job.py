@@ -21,7 +21,7 @@ from vilu.datasets.base import SHARD, ImageDataset, ImageRecord
 from vilu.datasets.images import DEFAULT_LIMITS, ImageLimits
 from vilu.errors import StorageError
 from vilu.progress import Silence, Task
-from vilu.store.documents import Receipt, Run
+from vilu.store.manifest import Receipt, Run
 from vilu.store.mapped import default_workers, in_threads
 from vilu.store.parts import ErrorRow, Part, PartRows, StoreLedger, positions
 from vilu.store.pipeline import END, Decoder, Encoder, place_records

@@ -23,7 +23,8 @@ from vilu.datasets.base import SHARD, ImageDataset, ShardedDataset
 from vilu.embeddings.checks import require_usable
 from vilu.embeddings.columns import COLUMNS
 from vilu.errors import DataError, ProvenanceError, StorageError
-from vilu.store.documents import (
+from vilu.store.ledger import FileInfo, Ledger, alone, require_hash_once, write_hashed
+from vilu.store.manifest import (
     CLASSES,
     IMAGE,
     SHARED,
@@ -35,7 +36,6 @@ from vilu.store.documents import (
     Run,
     StoredClasses,
 )
-from vilu.store.ledger import FileInfo, Ledger, alone, require_hash_once, write_hashed
 from vilu.store.unreadable import UNREADABLE_NPY, or_damaged
 
 

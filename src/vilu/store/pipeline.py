@@ -22,7 +22,7 @@ from vilu.device import keep_freed_memory
 from vilu.embeddings.checks import NONFINITE, STATUS, VALID, unit_rows
 from vilu.errors import OUTSIDE, DataError, ProvenanceError
 from vilu.progress import Task
-from vilu.store.documents import CAPTION, IMAGE, Run, Views
+from vilu.store.manifest import CAPTION, IMAGE, Run, Views
 from vilu.store.parts import MESSAGE_LENGTH, PICTURE_BYTES, ErrorRow, Part, PartRows, Row, positions
 
 TEXT_TRUNCATED: Final = 1 << 16

@@ -23,10 +23,10 @@ from vilu.embeddings.columns import TEXT_COLUMNS
 from vilu.embeddings.pairs import Pools
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import OUTSIDE, UNKNOWN, DataError, ProvenanceError, StorageError, UsageError
-from vilu.store.documents import CAPTION, IMAGE, ClassColumn, Manifest, Run, StoredClasses
 from vilu.store.folds import Fold, rows_of_fold
 from vilu.store.laion import LaionPairs, find_shards
 from vilu.store.ledger import Reopened, Vouched, content_hash
+from vilu.store.manifest import CAPTION, IMAGE, ClassColumn, Manifest, Run, StoredClasses
 from vilu.store.mapped import ChosenNumbers, MappedPairs, MappedParts, MappedSource, PartStrings
 from vilu.store.parts import (
     ERRORS,

@@ -20,8 +20,8 @@ from vilu.backbones.zeroshot import everyday_words, named_templates
 from vilu.datasets.base import Chosen, ImageDataset, ShardedDataset
 from vilu.datasets.catalog import open_dataset
 from vilu.errors import UsageError
-from vilu.store.documents import Manifest
 from vilu.store.embed import ExtraColumns, embed
+from vilu.store.manifest import Manifest
 from vilu_bench.known_datasets.shift import ShiftedImages
 from vilu_bench.studies.config import Config
 from vilu_bench.studies.parts import Data, Role, StorePaths

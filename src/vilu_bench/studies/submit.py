@@ -22,7 +22,7 @@ from vilu.metrics.counts import Floats
 from vilu.outcomes.evaluate import evaluate
 from vilu.outcomes.outcomes import TEXT_COLUMNS, Outcomes, facts_of
 from vilu.outcomes.results import ResultRow
-from vilu.predictors.persistence.record import home_of
+from vilu.predictors.persistence.description import home_of
 from vilu_bench.studies.board import Board, Bootstrap
 from vilu_bench.studies.cells import Cell
 from vilu_bench.studies.fit import collected_warnings

@@ -504,7 +504,7 @@ class FailurePredictor(ABC):
             >>> vilu.load(folder)
             MCM()
         """
-        from vilu.predictors.persistence.record import save
+        from vilu.predictors.persistence.description import save
 
         self.require_fitted()
         return save(self, folder)

@@ -29,7 +29,7 @@ from vilu.predictors.contract.catalogue import PREDICTORS
 from vilu.predictors.contract.predictor import FailurePredictor, NotExportable
 from vilu.predictors.nn.attention import FEATURES
 from vilu.predictors.nn.head import Graph
-from vilu.predictors.persistence.record import fit_fingerprint
+from vilu.predictors.persistence.description import fit_fingerprint
 from vilu.predictors.persistence.storage import load
 from vilu.predictors.plus.ood import NEGATIVES
 
