@@ -16,7 +16,7 @@ from tests.conftest import toy_embeddings, variant
 from vilu.artifacts.documents import write_json
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError
-from vilu.predictors.persistence import storage
+from vilu.predictors.persistence import description, storage
 from vilu.predictors.persistence.card import GUARANTEE, code, hub_id, model_card
 from vilu.predictors.vilu.vilu import LVU
 from vilu.predictors.zero_shot import MCM

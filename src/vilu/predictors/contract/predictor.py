@@ -28,7 +28,7 @@ from vilu.validation import checked
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-    from vilu.predictors.contract.games import Game
+    from vilu.predictors.contract.coalitions import Coalitions
     from vilu.predictors.contract.labelled import Needs
     from vilu.predictors.contract.probability import Calibrator
     from vilu.predictors.contract.seen import Overlap, Sketches
@@ -71,8 +71,8 @@ class FailurePredictor(ABC):
     as in scikit-learn, whose ``clone`` works. What ``fit`` finds ends in an underscore. Higher
     uncertainty means more likely wrong. A method has to say ``name``, ``summary``, ``reference``
     and ``_score``; one that learns from labels also ``_learn``, and ``tensors`` or ``module``. All
-    else has defaults. Of ``graph``, ``game`` and ``looks_at`` only what a class defines itself
-    counts: what it inherits may be wrong for it.
+    else has defaults. Of ``graph``, ``coalitions`` and ``looks_at`` only what a class itself
+    defines counts: what it inherits may be wrong for it.
 
     Parameters of the same name mean the same in all methods: ``seed`` is of everything random in
     ``fit``; ``device`` ("auto", "cpu", "cuda", "cuda:N" or "mps") is not part of what is saved;
@@ -241,23 +241,29 @@ class FailurePredictor(ABC):
         """
         raise NotExportable(f"{self.name} defines no graph of image and text")
 
-    def game(self) -> Game:
-        """Who plays for the score, and what coalitions are worth.
+    def coalitions(self) -> Coalitions:
+        """The groups of inputs, and what their coalitions are worth.
 
         The default knows scores of one kind of input.
 
         Examples:
             >>> import vilu
-            >>> vilu.MCM().game().players, vilu.PREDICTORS["knn_distance"]().game().players
-            (('zero-shot score',), ('image',))
+            >>> vilu.MCM().coalitions().players
+            ('zero-shot score',)
+            >>> vilu.PREDICTORS["knn_distance"]().coalitions().players
+            ('image',)
         """
-        from vilu.predictors.contract.games import PLAYER_OF_LOOK, NoAttribution, SingleGame
+        from vilu.predictors.contract.coalitions import (
+            PLAYER_OF_LOOK,
+            NoAttribution,
+            SingleCoalitions,
+        )
 
         looks_at = vars(type(self)).get("looks_at", frozenset())
         if len(looks_at) != 1:
             raise NoAttribution(f"no attribution is defined for {self.name}")
         (kind_of_input,) = looks_at
-        return SingleGame(PLAYER_OF_LOOK[kind_of_input])
+        return SingleCoalitions(PLAYER_OF_LOOK[kind_of_input])
 
     @property
     def label(self) -> str:

@@ -19,7 +19,7 @@ from vilu.embeddings.similarity import float64, nearest
 from vilu.embeddings.source import SAME_TEXT, Batch, EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError
-from vilu.predictors.contract.games import Game, PoolGame
+from vilu.predictors.contract.coalitions import Coalitions, PoolCoalitions
 from vilu.predictors.contract.labelled import (
     class_texts,
     cross_fitting,
@@ -313,10 +313,10 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         """The experts, their pool, and the outcome "outside" where there is one."""
         return PlusGraph(self.experts, self.outcome)
 
-    def game(self) -> Game:
+    def coalitions(self) -> Coalitions:
         """Of the parts of the pooled logits."""
         outside = self.outcome_of if self.outcome else None
-        return PoolGame(
+        return PoolCoalitions(
             lambda batch: self.experts.to(batch.image.device).pooled_parts(batch), outside
         )
 

@@ -22,7 +22,7 @@ from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.predictors.bank.closed_set import ClosedSet
 from vilu.predictors.bank.search import Count, draw_rows
-from vilu.predictors.contract.games import Game, PoolGame
+from vilu.predictors.contract.coalitions import Coalitions, PoolCoalitions
 from vilu.predictors.contract.labelled import FEW, class_texts, failure_log_odds, with_outside
 from vilu.predictors.contract.predictor import Learnt
 from vilu.predictors.nn.attention import Start
@@ -186,9 +186,9 @@ class ViLUZero(SeesOutside, ClosedSet):
         """(B, K) float64, of the pooled logits."""
         return self.parts(batch).logits.log_softmax(dim=-1)
 
-    def game(self) -> Game:
+    def coalitions(self) -> Coalitions:
         """Of the parts of the pooled logits."""
-        return PoolGame(self.parts, self.outcome_of if self.outcome else None)
+        return PoolCoalitions(self.parts, self.outcome_of if self.outcome else None)
 
 
 class Classes(NamedTuple):

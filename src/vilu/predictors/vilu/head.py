@@ -17,7 +17,7 @@ from vilu.embeddings.rows import Rows
 from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.predictors.contract.games import LOG_ODDS, Game, HeadGame
+from vilu.predictors.contract.coalitions import LOG_ODDS, Coalitions, HeadCoalitions
 from vilu.predictors.contract.labelled import fit_and_selection
 from vilu.predictors.contract.parameters import parameters
 from vilu.predictors.contract.predictor import FailurePredictor, Learnt
@@ -201,6 +201,6 @@ def head_graph(predictor: HeadPredictor) -> nn.Module:
     return HeadGraph(predictor.heads, predictor.fitted_space.logit_scale)
 
 
-def head_game(predictor: HeadPredictor) -> Game:
-    """The ``game`` of one head."""
-    return HeadGame(predictor.heads, lambda logit: logit, LOG_ODDS)
+def head_coalitions(predictor: HeadPredictor) -> Coalitions:
+    """The ``coalitions`` of one head."""
+    return HeadCoalitions(predictor.heads, lambda logit: logit, LOG_ODDS)

@@ -19,7 +19,7 @@ from vilu.device import as_usual
 from vilu.embeddings.source import EmbeddingSource, log_posterior
 from vilu.errors import UNKNOWN, DataError, UsageError
 from vilu.predictors.bank.search import leaders
-from vilu.predictors.contract.games import NoAttribution, Scored
+from vilu.predictors.contract.coalitions import NoAttribution, Scored
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.contract.seen import common_identity
 from vilu.progress import track
@@ -259,7 +259,7 @@ def explain(
         method=predictor.label,
         is_probability=predictor.is_probability,
         weights=weights_of(predictor).meaning,
-        unit=None if attributor is None else attributor.game.unit,
+        unit=None if attributor is None else attributor.coalitions.unit,
         attribution=attribution,
         neighbours=neighbours,
         n_seen=_seen(predictor, data, chosen),
@@ -287,7 +287,7 @@ def _attributor(
     except NoAttribution as reason:
         return None, f"left out: {reason}"
     background = f"{attributor.n_background} {kind} rows"
-    return attributor, f"Shapley values against {background}: {attributor.game.meaning}"
+    return attributor, f"Shapley values against {background}: {attributor.coalitions.meaning}"
 
 
 def most_uncertain(predictor: FailurePredictor, data: EmbeddingSource, n: int) -> Tensor:

@@ -16,7 +16,7 @@ from vilu.embeddings.checks import SHORT_POOL, STATUS, VALID
 from vilu.embeddings.rows import SCORING_BATCH
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.errors import OUTSIDE, UNKNOWN, DataError
-from vilu.predictors.contract.games import NONE
+from vilu.predictors.contract.coalitions import NONE
 from vilu.predictors.contract.predictor import FailurePredictor
 
 ROWS = 1_024  # rows looked at together, at most
