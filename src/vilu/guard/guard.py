@@ -21,7 +21,7 @@ from vilu.calibration.calibration import Calibration
 from vilu.datasets.base import ImageRecord
 from vilu.datasets.files import read_file
 from vilu.datasets.images import DEFAULT_LIMITS, ImageLimits
-from vilu.device import as_usual
+from vilu.device import torch_defaults
 from vilu.embeddings.columns import IMAGE_COLUMNS
 from vilu.embeddings.source import Batch, EmbeddingSource, log_posterior
 from vilu.errors import UNKNOWN, ProvenanceError, UsageError
@@ -191,7 +191,7 @@ class Guard:
     )  # asked for by `transformers.pipeline`
 
     @checked
-    @as_usual()
+    @torch_defaults()
     def __init__(
         self,
         predictor: str | os.PathLike[str],
@@ -333,7 +333,7 @@ class Guard:
         """What the model makes of decoded images, bad ones apart."""
         return self.model.encoder.part(iter([*batch, END]))
 
-    @as_usual()
+    @torch_defaults()
     def answer(
         self, arrays: Mapping[str, Tensor], keys: Sequence[str]
     ) -> tuple[list[Answer], Outcomes]:

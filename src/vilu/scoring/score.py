@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vilu.artifacts.documents import identity
 from vilu.artifacts.hashing import digest, tensor_hash
-from vilu.device import as_usual
+from vilu.device import torch_defaults
 from vilu.embeddings.checks import STATUS, VALID
 from vilu.embeddings.pairs import PairSource
 from vilu.embeddings.rows import SCORING_BATCH
@@ -82,7 +82,7 @@ def require_streaming(calibration: CalibrationLike | None) -> None:
 
 
 @checked
-@as_usual()
+@torch_defaults()
 def score(
     predictor: FailurePredictor,
     data: EmbeddingSource,
@@ -324,7 +324,7 @@ def _keys(source: EmbeddingSource, rows: Ints, order: Ints) -> list[str]:
 
 
 @checked
-@as_usual()
+@torch_defaults()
 def score_parts(
     predictor: FailurePredictor,
     source: EmbeddingSource,

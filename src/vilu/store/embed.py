@@ -25,7 +25,7 @@ from vilu.backbones.base import Backbone
 from vilu.backbones.zeroshot import TEMPLATES, class_texts
 from vilu.datasets.base import ImageDataset, ShardedDataset, require_files
 from vilu.datasets.images import DEFAULT_LIMITS, ImageLimits, OfShard
-from vilu.device import as_usual
+from vilu.device import torch_defaults
 from vilu.embeddings.checks import check_class_names, require_usable
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, StorageError, UsageError, ViLUError
@@ -84,7 +84,7 @@ NO_EXTRA_COLUMNS = ExtraColumns()
 
 
 @checked
-@as_usual()
+@torch_defaults()
 def embed(  # noqa: PLR0913 - one keyword per flag of the command
     dataset: ImageDataset,
     backbone: Backbone | BackboneSpec,

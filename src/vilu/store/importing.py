@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vilu.artifacts.hashing import digest
-from vilu.device import as_usual
+from vilu.device import torch_defaults
 from vilu.embeddings.checks import (
     NONFINITE,
     STATUS,
@@ -57,7 +57,7 @@ logger = logging.getLogger(__name__)
 
 
 @checked
-@as_usual()
+@torch_defaults()
 def import_arrays(  # noqa: PLR0913 - one keyword per flag of the command
     source: str | os.PathLike[str],
     output: str | os.PathLike[str],

@@ -16,7 +16,7 @@ from torch import Tensor
 from vilu.artifacts.disk import MANIFEST, RUN
 from vilu.artifacts.documents import read_document
 from vilu.artifacts.hashing import digest
-from vilu.device import as_usual
+from vilu.device import torch_defaults
 from vilu.embeddings.checks import HASH_BYTES, Identity, hash_names, hash_of_each
 from vilu.embeddings.column_checks import check_columns
 from vilu.embeddings.columns import TEXT_COLUMNS
@@ -43,7 +43,7 @@ from vilu.validation import checked
 
 
 @checked
-@as_usual()
+@torch_defaults()
 def open_source(
     path: str | os.PathLike[str],
     *,
@@ -284,7 +284,7 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
     """
 
     @checked
-    @as_usual()
+    @torch_defaults()
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._sealed = Sealed(self.path)
@@ -364,7 +364,7 @@ class CaptionStore(Reopened, StoredRows, MappedPairs):
     """
 
     @checked
-    @as_usual()
+    @torch_defaults()
     def __init__(
         self, path: str | os.PathLike[str], pools: Pools | None = None, fold: Fold | None = None
     ) -> None:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from vilu.device import as_usual, each_as_usual, resolve_device
+from vilu.device import each_with_torch_defaults, resolve_device, torch_defaults
 from vilu.embeddings.columns import HOW, SECOND
 from vilu.embeddings.rows import SCORING_BATCH, Rows
 from vilu.embeddings.similarity import cached_rows
@@ -335,7 +335,7 @@ class FailurePredictor(ABC):
         return 0.0
 
     @checked
-    @as_usual()
+    @torch_defaults()
     def fit(
         self,
         train: EmbeddingSource,
@@ -442,7 +442,7 @@ class FailurePredictor(ABC):
 
     # What was learned, and where it is kept.
 
-    @as_usual()
+    @torch_defaults()
     def take(self, tensors: dict[str, Tensor], space: EmbeddingSpace | None) -> None:
         """Hold what was learned; refuses tensors of the wrong names, types or shapes."""
         from vilu.predictors.persistence.state import StateLayout
@@ -578,7 +578,7 @@ class FailurePredictor(ABC):
             ... ]
             [([0, 1], [0.0, 0.12])]
         """
-        return each_as_usual(self._scored(data, rows))
+        return each_with_torch_defaults(self._scored(data, rows))
 
     def _scored(
         self, data: EmbeddingSource, rows: Tensor | None
@@ -770,7 +770,7 @@ class FailurePredictor(ABC):
         return expit(self._calibration_score(uncertainty))
 
     @checked
-    @as_usual()
+    @torch_defaults()
     def calibrate(self, calibration: EmbeddingSource) -> Self:
         """Learn the probability of failure on labelled rows.
 

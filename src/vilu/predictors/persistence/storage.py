@@ -18,7 +18,7 @@ from vilu.artifacts.disk import or_refuse
 from vilu.artifacts.documents import read_json
 from vilu.artifacts.hashing import bytes_hash
 from vilu.artifacts.paths import claim_folder, inputs_of
-from vilu.device import as_usual
+from vilu.device import torch_defaults
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, ViLUError
 from vilu.predictors.contract.catalogue import find_method, method_names
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 @checked
-@as_usual()
+@torch_defaults()
 def load(folder: str | Path) -> FailurePredictor:
     """Read a predictor back; its scores equal those of the saved one bit for bit.
 

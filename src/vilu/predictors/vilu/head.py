@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from vilu.artifacts.hashing import tensors_hash
-from vilu.device import as_usual, seeded
+from vilu.device import seeded, torch_defaults
 from vilu.embeddings.rows import Rows
 from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource
@@ -162,7 +162,7 @@ class HeadPredictor(FailurePredictor):
         logits = [head(batch).cpu().double() for head in self.heads]  # some devices have no float64
         return torch.stack([torch.sigmoid(logit) for logit in logits]).mean(dim=0)
 
-    @as_usual()
+    @torch_defaults()
     def _log_weight(self) -> float:
         """Log w, with the weight w of failures at the training set's error rate.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vilu.artifacts.documents import SCHEMA_VERSION, write_json
 from vilu.artifacts.paths import claim_file
-from vilu.device import as_usual
+from vilu.device import torch_defaults
 from vilu.embeddings.source import EmbeddingSource, log_posterior
 from vilu.errors import UNKNOWN, DataError, UsageError
 from vilu.predictors.bank.search import leaders
@@ -187,7 +187,7 @@ DEFAULT = Depth()
 
 
 @checked
-@as_usual()
+@torch_defaults()
 def explain(
     predictor: FailurePredictor,
     data: EmbeddingSource,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vilu.device import as_usual
+from vilu.device import torch_defaults
 from vilu.embeddings.rows import Rows
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.errors import UNKNOWN, DataError, UsageError
@@ -83,7 +83,7 @@ class PromptGains(Findings):
 
 
 @checked
-@as_usual()
+@torch_defaults()
 def prompt_gains(data: EmbeddingSource, *, folds: int = FOLDS, seed: int = 0) -> PromptGains:
     """How many failures a better text for each class would save.
 
