@@ -94,28 +94,28 @@ def trainable_rows(
             "them, so nothing can be learned of the classes. Add rows of the classes to these "
             f"{len(source)}."
         )
-    n_strangers = 0
+    n_ood = 0
     if needs == "class":
         known &= ~outside
-        n_strangers = int(outside.sum())
+        n_ood = int(outside.sum())
     if not known.any():
         raise DataError(f"none of the {len(source)} {role} rows has a label.")
     n_left_out = len(source) - n_short - int(known.sum())
     if n_left_out:
         warnings.warn(
             f"{n_left_out} of {len(source)} {role} rows are left out "
-            f"{_reasons(n_unusable, n_strangers)}.",
+            f"{_reasons(n_unusable, n_ood)}.",
             stacklevel=6,
         )
     return rows[known], failure[known]
 
 
-def _reasons(n_unusable: int, n_strangers: int) -> str:
-    """Why rows are left out; of strangers also where, since they may teach what is outside."""
-    if not n_strangers:
+def _reasons(n_unusable: int, n_ood: int) -> str:
+    """Why rows are left out; of out-of-distribution rows also where, as they may teach what is outside."""
+    if not n_ood:
         return f"({n_unusable} unusable, the rest without label)"
     return (
-        f"where classes are told apart ({n_unusable} unusable, {n_strangers} of none of the "
+        f"where classes are told apart ({n_unusable} unusable, {n_ood} of none of the "
         "classes, the rest without label)"
     )
 
