@@ -168,6 +168,8 @@ class HeadPredictor(FailurePredictor):
 
         Weighted BCE is least at the odds w p / (1 - p).
         """
+        # Training shifts the log-odds by log w; not taken off, the probability of failure would be
+        # too large by that, though no order changes.
         if self.loss != "bce" or self.constant_ is not None:
             return 0.0
         n = self.notes_.get("n_train")
