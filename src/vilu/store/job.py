@@ -103,11 +103,11 @@ def give_up(run: Run, part: Part, dataset: ImageDataset, *, listing: bool) -> Pa
             logger.warning(
                 "part %d cannot be listed either: %s: %s", part.number, type(error).__name__, error
             )
-    places = positions(run, part)
+    possible = positions(run, part)
     if run.shards:
-        first_of_shards = places[::SHARD]
+        first_of_shards = possible[::SHARD]
         return _error_rows("bad_shard", [(at, f"shard {at // SHARD}") for at in first_of_shards])
-    return _error_rows("crash", [(at, f"image {at}") for at in places])
+    return _error_rows("crash", [(at, f"image {at}") for at in possible])
 
 
 def _error_rows(kind: str, keys: Sequence[tuple[int, str]]) -> PartRows:

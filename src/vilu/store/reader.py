@@ -169,12 +169,12 @@ class Sealed(Reopened):
         """(M,) hashes of keys, or of pictures (and captions), each part of the rows read once."""
         order = np.argsort(rows, kind="stable")
         bounds = np.searchsorted(rows, self.rows.starts, sorter=order)
-        found = np.empty(len(rows), np.uint64)
+        hashes = np.empty(len(rows), np.uint64)
         for number in np.flatnonzero(np.diff(bounds)).tolist():
-            places = order[bounds[number] : bounds[number + 1]]
-            inside = pa.array(rows[places] - self.rows.starts[number])
-            found[places] = self._hashes(by, number, inside, captions=captions)
-        return found
+            of_part = order[bounds[number] : bounds[number + 1]]
+            inside = pa.array(rows[of_part] - self.rows.starts[number])
+            hashes[of_part] = self._hashes(by, number, inside, captions=captions)
+        return hashes
 
     def _hashes(
         self, by: Identity, number: int, rows: pa.Array, *, captions: bool
@@ -235,7 +235,7 @@ class StoredRows(EmbeddingSource):
         return self._sealed.identities("pictures", self._stored(rows), captions=False)
 
     def _stored(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """(M,) places in the store of the rows (M,)."""
+        """(M,) indices in the store of the rows (M,)."""
         return rows if self._chosen is None else self._chosen.numpy()[rows]
 
 

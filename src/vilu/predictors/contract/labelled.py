@@ -111,7 +111,7 @@ def trainable_rows(
 
 
 def _reasons(n_unusable: int, n_ood: int) -> str:
-    """Why rows are left out; of out-of-distribution rows also where, as they may teach what is outside."""
+    """Why rows are left out; with out-of-distribution rows also where, as they teach elsewhere."""
     if not n_ood:
         return f"({n_unusable} unusable, the rest without label)"
     return (
@@ -254,8 +254,8 @@ def hold_out(
         return _hold_out_pools(len(failure), fraction, pool_size, generator, groups)
     if groups is None:
         groups = torch.arange(len(failure))
-    _, first_places = np.unique(groups.numpy(), return_index=True)
-    first = torch.from_numpy(first_places)  # a group counts as its first row
+    _, first_indices = np.unique(groups.numpy(), return_index=True)
+    first = torch.from_numpy(first_indices)  # a group counts as its first row
     parts = []
     for value in (0, 1):
         kind = first[failure[first] == value]

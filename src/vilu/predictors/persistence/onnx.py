@@ -58,10 +58,10 @@ class GraphBatch(Batch):
     def first_equal(self) -> Tensor:
         """(K,) as ``vilu.embeddings.similarity.first_equal``."""
         _, same = torch.unique(self.text, dim=0, return_inverse=True)
-        places = positions(self.text)
-        nowhere = torch.full_like(places, self.text.shape[0])
+        indices = positions(self.text)
+        nowhere = torch.full_like(indices, self.text.shape[0])
         same = same.long()  # torch 2.10 exports it as of the text's kind
-        return nowhere.scatter_reduce(0, same, places, "amin")[same]
+        return nowhere.scatter_reduce(0, same, indices, "amin")[same]
 
     def alike(self, answer: Tensor) -> Tensor:
         """(N, K); all candidates are different answers."""

@@ -210,9 +210,9 @@ class Rivals(NamedTuple):
     def of(cls, batch: Batch) -> Rivals:
         """Rivals of every class for labelled rows with shared candidates."""
         logits = batch.logits[:, batch.first_equal]  # equal texts tie exactly
-        largest, places = leaders(logits, 2)
-        answer = places[:, :1]
-        runner_up = places[:, 1:]
+        largest, candidates = leaders(logits, 2)
+        answer = candidates[:, :1]
+        runner_up = candidates[:, 1:]
         is_answer = answer == torch.arange(len(batch.text))
         return cls(
             torch.where(is_answer, runner_up, answer),

@@ -85,14 +85,14 @@ class Chart:
         return _place(BOTTOM - (BOTTOM - TOP) * (value - self.y.low) / range_of_values)
 
     def points(self, line: Line) -> str:
-        """The places of a line, for ``<polyline points>``."""
-        places = []
+        """The points of a line, for ``<polyline points>``."""
+        points = []
         for x, y in zip(line.x.tolist(), line.y.tolist(), strict=True):
-            places.append(f"{self.px(x)},{self.py(y)}")
-        return " ".join(places)
+            points.append(f"{self.px(x)},{self.py(y)}")
+        return " ".join(points)
 
     def area(self, line: Line) -> str:
-        """The places of a line and of the horizontal axis below, for ``<polygon points>``."""
+        """The points of a line and of the horizontal axis below, for ``<polygon points>``."""
         first = f"{self.px(line.x[0])},{_place(BOTTOM)}"
         last = f"{self.px(line.x[-1])},{_place(BOTTOM)}"
         return f"{first} {self.points(line)} {last}"
