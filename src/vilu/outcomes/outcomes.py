@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from vilu.artifacts.documents import plain_json
-from vilu.artifacts.paths import claim_file, said_of
+from vilu.artifacts.paths import claim_file, inputs_entry
 from vilu.artifacts.tables import read_column, read_table, write_table
 from vilu.errors import OUTSIDE, UNKNOWN, DataError
 from vilu.metrics.catalog import Metric
@@ -425,7 +425,7 @@ class Outcomes:
         """
         claim_file(path, "scores", overwrite=True)
         columns, metadata = self.table()
-        write_table(path, columns, {**metadata, **said_of(inputs)})
+        write_table(path, columns, {**metadata, **inputs_entry(inputs)})
 
     def table(self, row_id: ArrayLike | None = None) -> tuple[dict[str, pa.Array], dict[str, Any]]:
         """What ``save`` writes: the columns and the metadata.

@@ -12,7 +12,7 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, Self
 
 from vilu.artifacts.documents import read_json, write_json
-from vilu.artifacts.paths import claim_file, said_of
+from vilu.artifacts.paths import claim_file, inputs_entry
 from vilu.artifacts.tables import read_column, read_table, write_table
 from vilu.errors import DataError, StorageError, UsageError
 from vilu.metrics.bootstrap import OwnInterval
@@ -310,7 +310,7 @@ class ResultTable:
         """The same without a look at what lies there."""
         import pyarrow as pa
 
-        facts = {"kind": "results", **said_of(inputs)}
+        facts = {"kind": "results", **inputs_entry(inputs)}
         if Path(path).suffix.lower() == ".json":
             write_json(path, {**facts, "rows": self.to_dicts()})
             return

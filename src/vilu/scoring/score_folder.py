@@ -207,7 +207,7 @@ class ScoreLedger(Ledger[ScorePart, ScoreReceipt]):
         super().__init__(root, run.fingerprint, run.parts, ScoreReceipt)
         self.run = run
 
-    def said(
+    def stated_and_planned(
         self, part: ScorePart, receipt: ScoreReceipt
     ) -> tuple[tuple[object, ...], tuple[object, ...]]:
         """Its rows."""

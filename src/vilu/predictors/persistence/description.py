@@ -27,7 +27,7 @@ from vilu.artifacts.documents import (
     write_json,
 )
 from vilu.artifacts.hashing import bytes_hash
-from vilu.artifacts.paths import claim_folder, made
+from vilu.artifacts.paths import claim_folder, kind_and_inputs
 from vilu.embeddings.checks import Identity
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, UsageError
@@ -217,7 +217,7 @@ def _says_ours(path: Path) -> bool:
                 return bool(content.get("kind") == kinds[path.name])
     except (ValueError, RecursionError):
         return False
-    return path.name == ROWS and (made(path) or [""])[0] == "scores"
+    return path.name == ROWS and (kind_and_inputs(path) or [""])[0] == "scores"
 
 
 def _holds_ours(name: str, header: dict[str, Any]) -> bool:
