@@ -207,7 +207,7 @@ class ScoreLedger(Ledger[ScorePart, ScoreReceipt]):
         super().__init__(root, run.fingerprint, run.parts, ScoreReceipt)
         self.run = run
 
-    def said(
+    def stated_and_planned(
         self, part: ScorePart, receipt: ScoreReceipt
     ) -> tuple[tuple[object, ...], tuple[object, ...]]:
         """Its rows."""
@@ -266,7 +266,7 @@ def histogram_bytes(histogram: Histogram, outside: Histogram) -> bytes:
         )
     )
     if outside.n:
-        columns["outside"] = pa.array(histogram.places(outside))
+        columns["outside"] = pa.array(histogram.rows_of_part(outside))
     ends = [histogram.low, histogram.high] if histogram.n else None
     return parquet_bytes(columns, {"kind": "histogram", "level": histogram.level, "ends": ends})
 
