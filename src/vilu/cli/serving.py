@@ -47,7 +47,9 @@ Queue = Annotated[
 ]
 MaxBody = Annotated[int, Option(min=1, help="MiB of a request.")]
 MaxImages = Annotated[int, Option(min=1, help="Images, rows or labels of a request.")]
-Where = Annotated[Literal["local", "ray"], Option(help="A process here, or replicas of Ray Serve.")]
+ServiceExecutor = Annotated[
+    Literal["local", "ray"], Option(help="A process here, or replicas of Ray Serve.")
+]
 Replicas = Annotated[
     str, Option(help="With --executor ray: how many, or the least and the most, as 1:8.")
 ]
@@ -73,7 +75,7 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per flag
     queue: Queue = None,
     max_body: MaxBody = 32,
     max_images: MaxImages = 256,
-    executor: Where = "local",
+    executor: ServiceExecutor = "local",
     replicas: Replicas = "1",
     timeout: Timeout = 60.0,
 ) -> None:
