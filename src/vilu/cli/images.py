@@ -72,7 +72,9 @@ Root = Annotated[
 ]
 Prompts = Annotated[
     list[str] | None,
-    Option(help="Also keep every class in these prompts: as --template; none of them is averaged."),
+    Option(
+        help="Also keep every class in each of these prompts, not averaged; written as --template."
+    ),
 ]
 Words = Annotated[
     Path | None,

@@ -51,7 +51,13 @@ Rows = Annotated[
     list[int] | None, Option(min=0, help="Explain the row of this number; repeatable.")
 ]
 MostUncertain = Annotated[
-    int, Option("-n", "--most-uncertain", min=1, help="Else the so many most uncertain.")
+    int,
+    Option(
+        "-n",
+        "--most-uncertain",
+        min=1,
+        help="Without --key and --row: how many rows, the most uncertain first.",
+    ),
 ]
 Candidates = Annotated[int, Option(min=1, help="Competitors of each answer to show.")]
 Neighbours = Annotated[int, Option(min=1, help="Training failures, and successes, to show.")]
@@ -224,13 +230,16 @@ FalseAlarm = Annotated[
 ]
 Shuffle = Annotated[
     bool,
-    Option("--shuffle", help="Take the rows of each file in random order: it has none of arrival."),
+    Option(
+        "--shuffle",
+        help="Take the rows of each file in random order; they have no order of arrival.",
+    ),
 ]
 InOrder = Annotated[
     bool,
     Option(
         "--in-order",
-        help="The rows of each file did arrive in their order, sorted as they look.",
+        help="The rows of each file arrived in this order, even if they look sorted.",
     ),
 ]
 SeedOfTies = Annotated[

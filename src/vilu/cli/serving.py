@@ -21,7 +21,7 @@ CalibratedPredictor = Annotated[
 Second = Annotated[
     Path | None,
     path_option(
-        "Another predictor of the same model: judges beside, answers when told to.",
+        "Another predictor of the same model: it judges every image, too, and can be switched to.",
         metavar="DIR",
     ),
 ]
