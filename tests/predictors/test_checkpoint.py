@@ -314,7 +314,8 @@ def small_trainer() -> HeadTrainer:
 
 
 @pytest.mark.parametrize(
-    "broken", ["missing", "shape", "dtype", "momentum", "epoch", "history", "nan"]
+    "broken",
+    ["missing", "shape", "dtype", "momentum", "no momentum", "epoch", "history", "nan"],
 )
 def test_tensors_that_do_not_fit_are_refused(broken: str, tmp_path: Path) -> None:
     """Whole files of the same run, of another version of the code."""
@@ -334,6 +335,8 @@ def test_tensors_that_do_not_fit_are_refused(broken: str, tmp_path: Path) -> Non
         tensors["loop.total"] = torch.zeros((), dtype=torch.float64)
     elif broken == "momentum":
         tensors["momentum.99"] = torch.zeros(5)
+    elif broken == "no momentum":
+        del tensors["momentum.0"]
     elif broken == "epoch":
         position["epoch"] = "1"
     elif broken == "history":
