@@ -224,17 +224,12 @@ def test_a_pool_must_be_full() -> None:
 
 @BOTH
 @pytest.mark.parametrize("size", [1, 5, 32, 1000])
-def test_blocks_of_a_pool_are_its_rows(
-    monkeypatch: pytest.MonkeyPatch, direction: str, size: int
-) -> None:
-    monkeypatch.setattr(similarity, "MAX_CELLS", 32 * 11)
+def test_blocks_of_a_pool_are_its_rows(direction: str, size: int) -> None:
     data = pool_of(Pools(32, direction))
     columns = ("features", "text_features", "image_projection")
     steps, blocks = list(data.steps(7, columns=columns)), list(data.batches(size, columns=columns))
     assert [len(step.index) for step in steps] == [32] * 3  # whole pools, whatever the size
-    assert max(len(block.index) for block in blocks) <= min(
-        size, 32 * 11 // min(len(s.text) for s in steps)
-    )
+    assert max(len(block.index) for block in blocks) <= size
     for name in ("image", "index", "failure", "prediction", "target_log_probability"):
         whole, parts = (
             torch.cat([getattr(batch, name) for batch in batches]) for batches in (steps, blocks)
