@@ -19,6 +19,10 @@ import typer
 
 from vilu.cli import main
 
+ROOT = Path(__file__).resolve().parents[1]
+PYTHONPATH = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
+"""For processes that need the fakes, and this source whatever is installed."""
+
 made_once = functools.cache(
     typer.main.get_command
 )  # of 27 functions in 60 ms, which a process does once

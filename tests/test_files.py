@@ -22,7 +22,14 @@ from vilu.artifacts.disk import (
     or_refuse,
     write_bytes,
 )
-from vilu.artifacts.documents import SCHEMA_VERSION, log, read_json, read_log, write_json
+from vilu.artifacts.documents import (
+    MAX_DOCUMENT_BYTES,
+    SCHEMA_VERSION,
+    log,
+    read_json,
+    read_log,
+    write_json,
+)
 from vilu.artifacts.hashing import digest
 from vilu.artifacts.paths import content_of
 from vilu.artifacts.tables import read_table, table_digest, write_table
@@ -254,16 +261,12 @@ def test_the_name_of_a_file_in_the_making_says_what_and_whose_it_is(tmp_path: Pa
         (None, "is missing"),
         (b"{", "is not JSON"),
         (b"[" * 100_000, "is not JSON"),
-        (b" " * 101, "larger than 100 bytes"),
+        (bytes(MAX_DOCUMENT_BYTES + 1), f"larger than {MAX_DOCUMENT_BYTES} bytes"),
     ],
     ids=["nothing", "half", "deep", "large"],
 )
 @pytest.mark.parametrize("fault", [DataError, StorageError])
-def test_json_that_cannot_be_read(
-    content, message, fault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if message.startswith("larger"):
-        monkeypatch.setattr("vilu.artifacts.documents.MAX_DOCUMENT_BYTES", 100)
+def test_json_that_cannot_be_read(content, message, fault, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(fault, match=rf"a\.json .*{message}"):

@@ -5,7 +5,7 @@ handed in as files, checked row by row, and shown beside those of a study.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,10 +49,10 @@ VIEWS = [
 ]
 
 
-def study(methods: dict[str, Any]) -> Any:
+def study(methods: dict[str, Any], views: Sequence[dict[str, Any]] = ()) -> Any:
     data = {"one": {"stores": {"train": "one-train", "test": "one-test"}}}
     settings = {"all": {"kind": "labels"}, "few": {"kind": "labels", "budget": 8}}
-    views = [*VIEWS, {"kind": "ranking", "name": "r", "title": "R"}]
+    views = views or [*VIEWS, {"kind": "ranking", "name": "r", "title": "R"}]
     return config(data=data, settings=settings, methods=methods, views=views, resamples=1000)
 
 
@@ -124,6 +124,31 @@ def test_the_tables_are_as_if_they_had_been_run_here(home: Path, ours: Path) -> 
     ]  # a table of one method has no room for more
     run("render", ours / "ours")
     assert {path.name: path.read_bytes() for path in tables.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        {"kind": "histograms"},
+        {
+            "kind": "grid",
+            "parameters": ["k", "max_bank"],
+            "select_on": "all",
+            "report_on": "few",
+        },
+    ],
+)
+def test_views_of_the_run_alone_show_no_guests(
+    home: Path, tmp_path: Path, view: dict[str, Any]
+) -> None:
+    of_all = {"name": "own", "title": "Of every method", **view}
+    params = {"k": 3, "max_bank": 100}
+    methods = {"mcm": {}, "knn": {"method": "knn_distance", "params": params}}
+    run_studies([study(methods, [of_all])], home / "stores", tmp_path / "run")
+    (figure,) = (tmp_path / "run/studies/benchmark/figures").glob("own*.svg")
+    before = figure.read_bytes()
+    run("render", tmp_path / "run", "--submitted", home / "handed")
+    assert figure.read_bytes() == before
 
 
 def test_intervals_against_any_method_come_from_the_rows(home: Path, ours: Path) -> None:

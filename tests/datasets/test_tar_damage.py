@@ -14,7 +14,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.builders.tar_files import PICTURE, outcomes, pair, raw_header, tar_bytes, write_shard
-from vilu.datasets import tar_members
 from vilu.datasets.catalog import open_dataset
 from vilu.datasets.images import BadImage
 from vilu.datasets.tar_members import MAX_HEADER_BYTES, members
@@ -248,13 +247,13 @@ def test_sparse_members_are_no_files_and_what_follows_is_found(tmp_path):
     ]
 
 
-def test_a_shard_of_too_many_members(tmp_path, monkeypatch):
-    monkeypatch.setattr(tar_members, "MAX_MEMBERS", 4)
-    found = shard_outcomes(tmp_path, WHOLE)
-    assert found == [
-        *((f"0.tar#{key}", "a picture") for key in KEYS[:2]),
-        ("0.tar", "open:bad_shard"),
-    ]
+def test_a_shard_of_too_many_members():
+    found = members(io.BytesIO(WHOLE), len(WHOLE), most=4)
+    names = [next(found).name for _ in range(4)]
+    assert {name.split(".")[0] for name in names} == {*KEYS[:2]}
+    with pytest.raises(BadImage, match="more than 4 members") as caught:
+        next(found)
+    assert caught.value.kind == "bad_shard"
 
 
 @given(

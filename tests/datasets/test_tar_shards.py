@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from tests.builders.image_files import encode, picture
 from tests.builders.tar_files import PICTURE, entry, outcomes, pair, tar_bytes, write_shard
-from vilu.datasets import images, tar
 from vilu.datasets.base import SHARD, ShardedDataset
 from vilu.datasets.catalog import open_dataset
-from vilu.datasets.images import BadImage
+from vilu.datasets.files import MAX_FILE_BYTES
+from vilu.datasets.images import MAX_CAPTION_BYTES, BadImage
 from vilu.datasets.tar import TarShards, expand_braces, split_name
 from vilu.errors import UsageError
 
@@ -165,18 +165,17 @@ def test_interleaved_samples_are_errors_as_a_whole(tmp_path):
     assert shard_outcomes(tmp_path, a, at, b, bt, a, at) == [expected[0], ("0.tar#b", "a picture")]
 
 
-def test_members_that_are_too_large(tmp_path, monkeypatch):
-    monkeypatch.setattr(tar, "MAX_FILE_BYTES", len(PICTURE) - 1)
-    small = encode(picture(size=(8, 8)).convert("L"), "PNG")
-    assert len(small) < len(PICTURE)
-    found = shard_outcomes(tmp_path, *pair("a"), ("b.png", small), ("b.txt", b"x"))
-    assert found == [("0.tar#a", "open:too_large"), ("0.tar#b", "x")]
-    monkeypatch.setattr(images, "MAX_CAPTION_BYTES", 3)
-    monkeypatch.setattr(tar, "MAX_CAPTION_BYTES", 3)
-    found = shard_outcomes(
-        tmp_path, ("a.png", small), ("a.txt", b"four"), ("b.png", small), ("b.txt", b"x")
-    )
-    assert found == [("0.tar#a", "text:too_large"), ("0.tar#b", "x")]
+def test_members_that_are_too_large(tmp_path):
+    picture_of = {"a": bytes(MAX_FILE_BYTES + 1), "b": PICTURE, "c": PICTURE}
+    caption_of = {"a": b"x", "b": b"x" * (MAX_CAPTION_BYTES + 1), "c": b"x"}
+    entries = []
+    for key, content in picture_of.items():
+        entries += [(f"{key}.png", content), (f"{key}.txt", caption_of[key])]
+    assert shard_outcomes(tmp_path, *entries) == [
+        ("0.tar#a", "open:too_large"),
+        ("0.tar#b", "text:too_large"),
+        ("0.tar#c", "x"),
+    ]
 
 
 def test_names_that_are_not_text_stay_apart(tmp_path):

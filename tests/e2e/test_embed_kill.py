@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.builders.store_fakes import NAMES, FakeBackbone, dataset, tree
+from tests.command import PYTHONPATH
 from tests.conftest import few
 from vilu.errors import BusyError, DataError, StorageError
 from vilu.store.embed import ExtraColumns, embed
@@ -86,7 +87,7 @@ def killed(request, tmp_path_factory):
         if "killed" in item.fixturenames
     ]
     root = tmp_path_factory.mktemp("killed")
-    environment = os.environ | {"PYTHONPATH": str(KILLER.parents[2])}
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH}
     subprocess.run(
         [sys.executable, KILLER, root, *wanted], check=True, env=environment, timeout=120
     )

@@ -191,12 +191,11 @@ def test_groups_are_equal_captions() -> None:
     assert torch.equal(caption_groups(repeated, order), groups[order])
 
 
-def test_a_zero_has_no_sign_and_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_zero_has_no_sign_and_blocks_do_not_matter() -> None:
     text = torch.eye(4).repeat(3, 1)
     text[4:8][text[4:8] == 0] = -0.0
     pairs = PairEmbeddings(torch.eye(4).repeat(3, 1), text, 4)
-    monkeypatch.setattr("vilu.predictors.contract.labelled.GROUP_BLOCK", 5)
-    groups = caption_groups(pairs, torch.arange(12))
+    groups = caption_groups(pairs, torch.arange(12), block_rows=5)
     assert groups.tolist() == groups[:4].tolist() * 3
     assert len(groups.unique()) == 4
 

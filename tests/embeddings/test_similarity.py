@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vilu.embeddings import similarity
 from vilu.embeddings.similarity import Others, first_equal, first_largest, row_blocks, zero_shot
 from vilu.embeddings.source import Batch
 
@@ -31,15 +30,12 @@ def batch_of(image: Tensor, text: Tensor, **more: object) -> Batch:
 
 @pytest.mark.parametrize("cells", [1, 7, 64, 1000, 2**22])
 @pytest.mark.parametrize(("b", "k"), [(1, 1), (37, 1), (1, 53), (40, 53), (53, 40)])
-def test_tiles_of_any_size_give_the_dense_answers(
-    monkeypatch: pytest.MonkeyPatch, cells: int, b: int, k: int
-) -> None:
+def test_tiles_of_any_size_give_the_dense_answers(cells: int, b: int, k: int) -> None:
     """Tiles split rows, and below K cells candidates too; dense in float64."""
-    monkeypatch.setattr(similarity, "TILE_CELLS", cells)
     text = unit(k, 16, 0)
     image = noisy(text, b)
     logits = 30 * image.double() @ text.double().T - 5
-    found = zero_shot(image, text, first_equal(text), 30.0, -5.0)
+    found = zero_shot(image, text, first_equal(text), 30.0, -5.0, tile_cells=cells)
     assert torch.equal(found.prediction, logits.argmax(dim=1))
     # logits up to 35 in float32: 16 products of rounding 2^-24 each, times 30
     assert torch.allclose(found.max_logit.double(), logits.amax(dim=1), atol=1e-4)
@@ -73,11 +69,10 @@ def test_of_equal_candidates_the_first_wins(b: int, k: int) -> None:
     assert dense.prediction.tolist() == [0] * b
 
 
-def test_equal_candidates_far_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(similarity, "TILE_CELLS", 8)  # they lie in different tiles
+def test_equal_candidates_in_different_tiles() -> None:
     text = unit(40, 16, 0)
     text[[25, 39]] = text[3].clone()
-    found = zero_shot(text, text, first_equal(text), 50.0)
+    found = zero_shot(text, text, first_equal(text), 50.0, tile_cells=8)
     assert found.prediction.tolist() == [*range(25), 3, *range(26, 39), 3]
 
 
@@ -120,10 +115,9 @@ def test_one_candidate_is_always_right() -> None:
     assert torch.allclose(batch.target_log_probability, torch.zeros(5), atol=1e-5)
 
 
-def test_blocks_of_rows_cover_all_and_stay_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(similarity, "MAX_CELLS", 100)
+def test_blocks_of_rows_cover_all_and_stay_small() -> None:
     for n, k, size in [(50, 7, 1000), (50, 7, 3), (5, 1000, 64), (0, 3, 8)]:
-        parts = list(row_blocks(n, k, size))
+        parts = list(row_blocks(n, k, size, max_cells=100))
         assert [i for part in parts for i in range(part.start, part.stop)] == list(range(n))
         assert all(
             part.stop - part.start == 1 or (part.stop - part.start) * k <= 100 for part in parts
@@ -132,19 +126,17 @@ def test_blocks_of_rows_cover_all_and_stay_small(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("grouped", [False, True])
-@pytest.mark.parametrize("cells", [40, 2**24])
-def test_log_probability_of_the_target(
-    monkeypatch: pytest.MonkeyPatch, grouped: bool, cells: int
-) -> None:
+@pytest.mark.parametrize(("n", "k"), [(33, 20), (4_100, 4_096)])
+def test_log_probability_of_the_target(grouped: bool, n: int, k: int) -> None:
     """Against a softmax in float64;
-    of an answer that several candidates give, the sum of theirs.
+    of an answer that several candidates give, the sum of theirs. The logits of the larger batch
+    are made in two blocks.
     """
-    monkeypatch.setattr(similarity, "MAX_CELLS", cells)
-    text = unit(20, 16, 0)
-    same = torch.tensor([0, 1, 2, 0, 1, *range(5, 20)]) if grouped else None
-    batch = batch_of(noisy(text, 33), text, same=same)
+    text = unit(k, 16, 0)
+    same = torch.tensor([0, 1, 2, 0, 1, *range(5, k)]) if grouped else None
+    batch = batch_of(noisy(text, n), text, same=same)
     posterior = (30 * batch.image.double() @ text.double().T - 5).softmax(dim=1)
-    number = torch.arange(20) if same is None else same
+    number = torch.arange(k) if same is None else same
     expected = [
         float(posterior[i, number == number[t]].sum().log()) for i, t in enumerate(batch.target)
     ]
@@ -156,14 +148,14 @@ def test_log_probability_of_the_target(
         torch.tensor(expected).double(),
         atol=1e-4,
     )
-    alike = [[bool(number[j] == number[t]) for j in range(20)] for t in batch.target]
-    assert batch.alike(batch.target).tolist() == alike
+    alike = number[None, :] == number[batch.target, None]
+    assert torch.equal(batch.alike(batch.target), alike)
     wrong = [
         int(number[p] != number[t])
         for p, t in zip(posterior.argmax(dim=1), batch.target, strict=True)
     ]
     assert batch.failure.tolist() == wrong
-    assert 0 < sum(wrong) < 33
+    assert 0 < sum(wrong) < n
 
 
 @pytest.mark.parametrize("k", [2, 64, 65, 1_000])

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 import shutil
 import sys
 import warnings
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-PYTHONPATH = os.pathsep.join(map(str, (ROOT / "src", ROOT)))
-"""For processes that need the fakes, and this source whatever is installed."""
-
+from tests.command import PYTHONPATH
 
 IN_EVERY_RUN = {
     "test_a_missing_package_is_named_with_its_command[ray-ray]",

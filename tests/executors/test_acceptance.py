@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.builders.store_fakes import FakeBackbone, tree
+from tests.command import PYTHONPATH
 from tests.conftest import few
-from tests.executors.conftest import PYTHONPATH
 from tests.executors.fakes import BAD, N_PARTS, PER_PART, SETTINGS, Clumsy, pictures, pictures_seen
 from vilu.errors import BusyError, DataError, ProvenanceError
 from vilu.store.embed import embed

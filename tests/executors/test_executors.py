@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.command import PYTHONPATH
 from tests.executors.conftest import require
 from tests.executors.fake_job import FileJob, calls
 from vilu.errors import DataError, MissingModelError, UsageError
@@ -132,7 +133,7 @@ def test_every_actor_fits_on_its_machine(nodes, processes, number, threads, gpus
 def test_an_engine_of_our_own_is_gone_afterwards(monkeypatch, tmp_path, name):
     require(name)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setenv("PYTHONPATH", ".")
+    monkeypatch.setenv("PYTHONPATH", PYTHONPATH)
     executor = make_executor(name, 2)
     parts = [receipt.part for receipt in executor.run(FileJob(tmp_path, kill={3: 2}), range(8))]
     assert sorted(parts) == list(range(8))

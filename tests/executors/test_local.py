@@ -11,7 +11,7 @@ import time
 import psutil
 import pytest
 
-from tests.executors.conftest import PYTHONPATH
+from tests.command import PYTHONPATH
 from tests.executors.fake_job import EmptyJob, FileJob, calls
 from tests.executors.test_acceptance import wait_for_death
 from vilu.errors import DataError, StorageError, UsageError

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from tests.conftest import same_histogram
 from vilu.errors import DataError, UsageError
-from vilu.metrics import METRICS, bootstrap, histogram
-from vilu.metrics.bootstrap import bootstrap_intervals, intervals_of
+from vilu.metrics import METRICS, bootstrap
+from vilu.metrics.bootstrap import bootstrap_intervals, counted_intervals, intervals_of
 from vilu.metrics.counts import tie_counts
 from vilu.metrics.histogram import Histogram, codes, scores_of
 
@@ -95,20 +95,19 @@ def test_any_partition_in_any_order_gives_the_same(data: st.DataObject) -> None:
     order = np.array(data.draw(st.permutations(range(n))))
     cuts = data.draw(st.lists(st.integers(0, n), max_size=5))
     parts = np.split(order, sorted(cuts))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(histogram, "MAX_BINS", data.draw(st.integers(2, 12)))
-        whole = Histogram.of(u, failure)
-        made_of = [Histogram.of(u[part], failure[part]) for part in parts]
-        assert same_histogram(Histogram.total(made_of), whole)
-        left = Histogram.empty()
-        for one in reversed(made_of):
-            left = one + left
-        assert same_histogram(left, whole)
-        assert (whole.n, whole.n_failures) == (n, failure.sum())
-        assert len(whole.bins) <= histogram.MAX_BINS
-        # The smallest level that will do: one bit more would be too many bins.
-        if whole.level:
-            assert len(np.unique(codes(u) >> (whole.level - 1))) > histogram.MAX_BINS
+    max_bins = data.draw(st.integers(2, 12))
+    whole = Histogram.of(u, failure, max_bins)
+    made_of = [Histogram.of(u[part], failure[part], max_bins) for part in parts]
+    assert same_histogram(Histogram.total(made_of), whole)
+    left = Histogram.empty()
+    for one in reversed(made_of):
+        left = one + left
+    assert same_histogram(left, whole)
+    assert (whole.n, whole.n_failures) == (n, failure.sum())
+    assert len(whole.bins) <= max_bins
+    # The smallest level that will do: one bit more would be too many bins.
+    if whole.level:
+        assert len(np.unique(codes(u) >> (whole.level - 1))) > max_bins
 
 
 @pytest.mark.parametrize(
@@ -122,13 +121,10 @@ def test_any_partition_in_any_order_gives_the_same(data: st.DataObject) -> None:
         ("both ends", 1_500_000, 2**20),
     ],
 )
-def test_close_to_exact_beyond_the_bins(
-    kind: str, n: int, bins: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(histogram, "MAX_BINS", bins)
+def test_close_to_exact_beyond_the_bins(kind: str, n: int, bins: int) -> None:
     u, failure = made(kind, n)
     found = Histogram.total(
-        Histogram.of(u[i : i + 2**17], failure[i : i + 2**17]) for i in range(0, n, 2**17)
+        Histogram.of(u[i : i + 2**17], failure[i : i + 2**17], bins) for i in range(0, n, 2**17)
     )
     counts, exact = found.counts(), tie_counts(u, failure)
     error = {
@@ -156,9 +152,7 @@ def test_close_to_exact_beyond_the_bins(
 
 def test_the_value_of_a_bin_is_in_it_and_within_the_scores() -> None:
     u, failure = made("both ends", 5000)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(histogram, "MAX_BINS", 64)
-        found = Histogram.of(u, failure)
+    found = Histogram.of(u, failure, max_bins=64)
     assert np.array_equal(codes(found.values) >> found.level, found.bins)
     assert (found.low, found.high) == (u.min(), u.max())
     assert found.low <= found.values.min() <= found.values.max() <= found.high
@@ -180,11 +174,8 @@ def test_intervals_are_those_of_the_bootstrap_over_rows(kind: str, groups: int) 
     kernels = {name: KERNELS[name] for name in names}
     r = 2000
     rows = bootstrap_intervals(kernels, u, failure, n_resamples=r, seed=1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bootstrap, "RESAMPLED_GROUPS", groups)
-        found = intervals_of(
-            Histogram.of(u, failure), kernels, n_resamples=r, confidence=0.95, seed=2
-        )
+    counts = Histogram.of(u, failure).counts()
+    found = counted_intervals(kernels, counts, r, 0.95, seed=2, most_groups=groups)
     for name in names:
         assert found[name].value == pytest.approx(rows[name].value, abs=1e-12)
         # The 2.5 % quantile of R normal values has standard error sigma sqrt(.025 * .975 / R) /
@@ -205,8 +196,7 @@ def test_intervals_are_seeded_and_do_not_see_the_order_of_merging() -> None:
     assert intervals_of(whole, {"auroc": KERNELS["auroc"]}, seed=4, **settings_) != first
 
 
-def test_resamples_keep_the_numbers_of_both_classes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bootstrap, "CELLS", 4000)
+def test_resamples_keep_the_numbers_of_both_classes() -> None:
     u, failure = made("entropy", 1000)
     seen: list[np.ndarray] = []
 
@@ -214,8 +204,11 @@ def test_resamples_keep_the_numbers_of_both_classes(monkeypatch: pytest.MonkeyPa
         seen.append(np.stack([np.atleast_1d(counts.n_correct), np.atleast_1d(counts.n_wrong)]))
         return np.zeros(counts.n.shape)
 
-    intervals_of(Histogram.of(u, failure), {"spy": spy}, n_resamples=10, confidence=0.95, seed=0)
-    assert [block.shape[1] for block in seen if block.shape[1] > 1] == [4, 4, 2]
+    most = bootstrap.CELLS // 1000  # resamples that are held at a time
+    n_resamples = 2 * most + 2
+    counts = Histogram.of(u, failure)
+    intervals_of(counts, {"spy": spy}, n_resamples=n_resamples, confidence=0.95, seed=0)
+    assert [block.shape[1] for block in seen if block.shape[1] > 1] == [most, most, 2]
     assert {(c, w) for block in seen for c, w in block.T.tolist()} == {
         (1000 - failure.sum(), failure.sum())
     }

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from vilu import metrics
-from vilu.metrics import counts
 from vilu.metrics.catalog import METRICS
 from vilu.metrics.counts import TieCounts, tie_counts
 
@@ -36,12 +35,11 @@ def test_a_hundred_million_equal_scores_as_counts() -> None:
         assert name not in EXPECTED or value == pytest.approx(EXPECTED[name], rel=1e-6), name
 
 
-def test_blocks_of_rows_have_the_counts_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_of_rows_have_the_counts_of_the_whole() -> None:
     rng = np.random.default_rng(0)
     scores, failure = rng.integers(40, size=1_000) / 40, rng.integers(2, size=1_000)
     whole = tie_counts(scores, failure)
-    monkeypatch.setattr(counts, "BLOCK_ROWS", 64)
-    parts = tie_counts(scores, failure)
+    parts = tie_counts(scores, failure, block_rows=64)
     for name in ("value", "correct", "wrong"):
         assert np.array_equal(getattr(parts, name), getattr(whole, name))
         assert getattr(parts, name).dtype == getattr(whole, name).dtype

@@ -13,6 +13,7 @@ import pytest
 import torch
 from filelock import FileLock
 
+from tests.command import PYTHONPATH, ROOT
 from tests.conftest import toy_embeddings, toy_pairs
 from tests.e2e.ddp_worker import QUICK, Brake, Stop, stop
 from vilu.artifacts.documents import write_json
@@ -37,7 +38,6 @@ from vilu.predictors.vilu.vilu import ViLU
 from vilu.progress import reporting
 from vilu_bench.methods.ensembles import DeepEnsemble, MCDropout
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS = 5  # 297 of 330 rows, in batches of 64
 
 pytestmark = pytest.mark.filterwarnings("ignore:only .* among")
@@ -129,7 +129,7 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     ]
     environment = {
         **os.environ,
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": PYTHONPATH,
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
     command = [sys.executable, "-m", "tests.e2e.train_killer", str(tmp_path), *points]
@@ -314,7 +314,8 @@ def small_trainer() -> HeadTrainer:
 
 
 @pytest.mark.parametrize(
-    "broken", ["missing", "shape", "dtype", "momentum", "epoch", "history", "nan"]
+    "broken",
+    ["missing", "shape", "dtype", "momentum", "no momentum", "epoch", "history", "nan"],
 )
 def test_tensors_that_do_not_fit_are_refused(broken: str, tmp_path: Path) -> None:
     """Whole files of the same run, of another version of the code."""
@@ -334,6 +335,8 @@ def test_tensors_that_do_not_fit_are_refused(broken: str, tmp_path: Path) -> Non
         tensors["loop.total"] = torch.zeros((), dtype=torch.float64)
     elif broken == "momentum":
         tensors["momentum.99"] = torch.zeros(5)
+    elif broken == "no momentum":
+        del tensors["momentum.0"]
     elif broken == "epoch":
         position["epoch"] = "1"
     elif broken == "history":

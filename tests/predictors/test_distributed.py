@@ -17,6 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.command import PYTHONPATH, ROOT
 from tests.e2e import ddp_worker
 from vilu.errors import UsageError
 from vilu.predictors.nn.processes import (
@@ -29,7 +30,6 @@ from vilu.predictors.nn.processes import (
 )
 from vilu.predictors.nn.train import require_shares
 
-ROOT = Path(__file__).resolve().parents[2]
 WORKER = "tests.e2e.ddp_worker"
 COMPLETE = {
     "RANK": "1",
@@ -48,7 +48,7 @@ def free_port() -> int:
 
 def environment(**more: str) -> dict[str, str]:
     here = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-    return here | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())} | more
+    return here | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": str(torch.get_num_threads())} | more
 
 
 def by_hand(folder: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -11,17 +9,11 @@ from sklearn.neighbors import NearestNeighbors
 
 from tests.builders.bank_data import clusters
 from vilu.embeddings.rows import Rows
-from vilu.predictors.bank import search
 from vilu.predictors.bank.search import draw_rows, leaders, nearest
 from vilu_bench.methods.neighbours import KNNDistance
 
-
-@pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Blocks that divide neither the queries nor the bank."""
-    monkeypatch.setattr(search, "QUERY_ROWS", 5)
-    monkeypatch.setattr(search, "BANK_ROWS", 7)
-    return
+BLOCKS = {"query_rows": 5, "bank_rows": 7}
+"""They divide neither the queries nor the bank."""
 
 
 def unit(n: int, d: int, seed: int) -> torch.Tensor:
@@ -30,10 +22,9 @@ def unit(n: int, d: int, seed: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("k", [1, 3, 7, 8, 40, 100])
-@pytest.mark.usefixtures("small_blocks")
 def test_search_finds_what_scikit_learn_finds(k: int) -> None:
     bank, query = unit(40, 9, 0), unit(23, 9, 1)
-    similarity, index = nearest(query, bank, k)
+    similarity, index = nearest(query, bank, k, **BLOCKS)
     reference = NearestNeighbors(n_neighbors=min(k, 40), metric="cosine", algorithm="brute").fit(
         bank.double().numpy()
     )
@@ -43,14 +34,13 @@ def test_search_finds_what_scikit_learn_finds(k: int) -> None:
     np.testing.assert_allclose(similarity.numpy(), 1 - distance, rtol=0, atol=1e-6)
 
 
-@pytest.mark.usefixtures("small_blocks")
 def test_equal_rows_come_lowest_index_first() -> None:
     # Coordinates are sums of few powers of two, so equal rows have equal products wherever they
     # stand.
     bank = torch.eye(4).repeat(6, 1)  # rows i, i + 4, i + 8, ... are equal
-    _, index = nearest(torch.eye(4), bank, 3)
+    _, index = nearest(torch.eye(4), bank, 3, **BLOCKS)
     assert index.tolist() == [[i, i + 4, i + 8] for i in range(4)]
-    _, index = nearest(torch.eye(4), torch.eye(4)[:1].expand(30, 4), 10)
+    _, index = nearest(torch.eye(4), torch.eye(4)[:1].expand(30, 4), 10, **BLOCKS)
     assert index.tolist() == [list(range(10))] * 4
 
 
@@ -64,7 +54,6 @@ def test_leaders_are_the_head_of_a_stable_sort() -> None:
         assert np.array_equal(best.numpy(), np.take_along_axis(values.numpy(), order, axis=1))
 
 
-@pytest.mark.usefixtures("small_blocks")
 def test_pairs_that_do_not_count_are_not_found() -> None:
     bank, query = unit(40, 9, 0), unit(23, 9, 1)
     allowed = torch.rand(23, 40, generator=torch.Generator().manual_seed(2)) < 0.2
@@ -75,7 +64,7 @@ def test_pairs_that_do_not_count_are_not_found() -> None:
         shapes.append(allowed[queries, rows].shape)
         return allowed[queries, rows]
 
-    similarity, index = nearest(query, bank, 1, pairs)
+    similarity, index = nearest(query, bank, 1, pairs, **BLOCKS)
     full = np.where(allowed.numpy(), (query.double() @ bank.double().T).numpy(), -np.inf)
     assert np.isneginf(similarity[3, 0].item())
     found = np.arange(23) != 3

@@ -77,11 +77,11 @@ def test_folds_part_the_rows_and_share_the_failures(n: int) -> None:
         assert abs(float(failure[part.index - 5].sum()) - float(failure.sum()) / 5) < 1
 
 
-def test_of_many_rows_one_fifth_is_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folds, "FOLDED_ROWS", 30)
+def test_of_many_rows_one_fifth_is_held_out() -> None:
     data = toy_embeddings(n=200)
     failure = torch.from_numpy(failures(data))
-    ((rest, part),) = folds.cross_fitting(Rows(data, torch.arange(200)), failure, None, 0)
+    rows = Rows(data, torch.arange(200))
+    ((rest, part),) = folds.cross_fitting(rows, failure, None, 0, folded_rows=30)
     assert (len(rest.index), len(part.index)) == (160, 30)
     assert not set(rest.index.tolist()) & set(part.index.tolist())
 

@@ -33,13 +33,15 @@ from vilu.errors import (
     StorageError,
     UsageError,
 )
-from vilu.metrics import METRICS, histogram
+from vilu.metrics import METRICS
+from vilu.metrics.histogram import Histogram
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors import PREDICTORS
 from vilu.predictors.persistence.storage import load
 from vilu.progress import Silence, reporting
+from vilu.scoring import score_folder
 from vilu.scoring.score import predictor_fingerprint, score_parts, source_fingerprint
-from vilu.scoring.score_folder import Counts, ScoreFolder, ScorePart, ScoreRun
+from vilu.scoring.score_folder import Counts, ScoreFolder, ScorePart, ScoreReceipt, ScoreRun
 from vilu.store.embed import embed
 
 N = 2 * SCORING_BATCH + 900
@@ -184,10 +186,19 @@ def test_evaluation_of_a_folder_is_that_of_the_rows(data: Embeddings, done: Path
     assert (row.n, row.n_unlabelled, row.n_unusable) == (N - 13, 10, 3)
 
 
+def read_in_bins(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders are read from now on as if no more bins were allowed."""
+    read = score_folder.read_histogram
+
+    def read_coarsely(root: Path, receipt: ScoreReceipt) -> tuple[Histogram, ...]:
+        return tuple(replace(part, max_bins=most) for part in read(root, receipt))
+
+    monkeypatch.setattr(score_folder, "read_histogram", read_coarsely)
+
+
 def test_evaluation_says_when_it_is_of_bins(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exact = vilu.evaluate(ScoreFolder(done), n_resamples=0)
-    monkeypatch.setattr(histogram, "MAX_BINS", 4096)
-    monkeypatch.setattr("vilu.scoring.score_folder.MAX_BINS", N)
+    read_in_bins(4096, monkeypatch)
     folder = ScoreFolder(done)
     coarse = vilu.evaluate(folder, n_resamples=0)
     assert (
@@ -463,7 +474,7 @@ def test_verify_reads_every_byte(done: Path, tmp_path: Path) -> None:
 
 
 def test_forged_histograms_are_refused(done: Path, tmp_path: Path) -> None:
-    from vilu.scoring.score_folder import ScoreReceipt, histogram_bytes, read_histogram
+    from vilu.scoring.score_folder import histogram_bytes, read_histogram
     from vilu.store.ledger import write_hashed
 
     receipt = read_document(done / "receipts" / "00000.json", ScoreReceipt)
@@ -519,8 +530,7 @@ def test_a_folder_counts_what_is_of_none_of_the_classes(
         "correct",
         "wrong",
     ]
-    monkeypatch.setattr(histogram, "MAX_BINS", 512)
-    monkeypatch.setattr("vilu.scoring.score_folder.MAX_BINS", N)
+    read_in_bins(512, monkeypatch)
     coarse = vilu.evaluate(ScoreFolder(folder.path), n_resamples=0)
     for name in ("auroc_within", "auroc_outside"):
         found = next(row["value"] for row in exact if row["metric"] == name)

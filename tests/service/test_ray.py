@@ -19,6 +19,7 @@ import pytest
 
 from tests.builders.photo_folders import photo
 from tests.builders.store_fakes import FakeBackbone
+from tests.command import PYTHONPATH
 from tests.service.conftest import Running, served
 from vilu.errors import UsageError
 from vilu.guard.guard import Guard
@@ -27,7 +28,6 @@ from vilu.service.limits import ClientLimits
 from vilu.service.ray_serve import replicas_of
 from vilu.service.setup import Setup
 
-ROOT = Path(__file__).resolve().parents[2]
 RECOVERS = 30.0
 """Seconds after which all replicas are there again."""
 
@@ -110,7 +110,7 @@ def test_two_replicas_and_the_death_of_one(
     predictors: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("ray.serve", reason="needs ray[serve]")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("PYTHONPATH", PYTHONPATH)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -473,15 +473,13 @@ def test_a_large_folder_is_never_in_memory(tmp_path: Path) -> None:
     assert float(done.stdout) < 60, done.stdout
 
 
-def test_names_of_classes_are_read_by_blocks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_names_of_classes_are_read_by_blocks(tmp_path: Path) -> None:
     """A long name makes the array of targets 8 MB, of which 64 kB are looked at together."""
     n, names = 20_000, np.array([*"abc", "z" * 100])
     target = names[np.arange(n) % 4]
-    with Arrays(save(tmp_path / "a.npz", {"target": target})) as arrays_there:
+    path = save(tmp_path / "a.npz", {"target": target})
+    with Arrays(path, read_bytes=2**16) as arrays_there:
         stored = arrays_there.open("target")
-        monkeypatch.setattr("vilu.store.arrays.READ_BYTES", 2**16)
         tracemalloc.start()
         labels = _labels(stored, n)
         _, peak = tracemalloc.get_traced_memory()

@@ -10,6 +10,7 @@ import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,8 @@ from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, ViLUError
 from vilu.progress import reporting
 from vilu.store.folds import fold_of
-from vilu.store.laion import LaionPairs
+from vilu.store.laion import SCAN_CELLS, LaionPairs
+from vilu.store.mapped import OPEN_PARTS, MappedParts
 from vilu.store.unreadable import or_damaged
 
 N = 60
@@ -75,41 +77,42 @@ def test_number_formats_and_byte_orders(tmp_path, image_type, text_type):
 
 @pytest.fixture
 def few_files():
-    """A process that may open 100 more files."""
+    """A process that may open 100 more files than parts are kept open."""
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     with ExitStack() as stack:
         stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, before)
         next_one = os.dup(1)
         os.close(next_one)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (next_one + 100, before[1]))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (next_one + OPEN_PARTS + 100, before[1]))
         yield
 
 
 @pytest.mark.usefixtures("few_files")
-def test_shards_may_be_many_more_than_files_may_be_open(tmp_path, monkeypatch):
-    monkeypatch.setattr("vilu.store.mapped.OPEN_PARTS", 40)
-    image, text = unit_pairs(300)
-    source = LaionPairs(
-        write_shards(tmp_path, image, text, sizes=[1] * 300), Pools(100), logit_scale=SCALE
-    )
+def test_shards_may_be_many_more_than_files_may_be_open(tmp_path):
+    n = 400
+    image, text = unit_pairs(n)
+    shards = write_shards(tmp_path, image, text, sizes=[1] * n)  # of two arrays each
+    source = LaionPairs(shards, Pools(100), logit_scale=SCALE)
     for mine, theirs in zip(
         source.steps(100), memory(image, text, Pools(100)).steps(100), strict=True
     ):
         require_equal(mine, theirs)
 
 
-def test_two_threads_may_let_go_of_what_they_have_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("vilu.store.mapped.MAX_RESIDENT", 2**17)
-    source = LaionPairs(
-        write_shards(tmp_path, IMAGE, TEXT, sizes=[1] * N), Pools(10), logit_scale=SCALE
+def test_two_threads_may_let_go_of_what_they_have_read():
+    parts = MappedParts(
+        np.arange(N + 1),
+        {"image": (DIM,)},
+        lambda _, number: IMAGE[number : number + 1],
+        most_resident=2**17,
     )
     rows = torch.randint(N, (600, 10), generator=torch.Generator().manual_seed(0))
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
         with ThreadPoolExecutor(4) as pool:
-            found = torch.stack(list(pool.map(source.picture_rows, rows)))
+            found = torch.stack(list(pool.map(partial(parts.take, "image"), rows)))
     finally:
         sys.setswitchinterval(before)
     assert torch.equal(found, torch.from_numpy(IMAGE).float()[rows])
@@ -180,8 +183,11 @@ def test_unusable_rows_are_in_no_pool_and_say_why(tmp_path):
     assert np.bincount(short.status, minlength=4).tolist() == [50, 4, 2, 4]
 
 
-def test_opening_reads_headers_only_and_progress_is_shown(tmp_path, monkeypatch):
-    write_shards(tmp_path, IMAGE, TEXT, sizes=SIZES)
+def test_opening_reads_headers_only_and_progress_is_shown(tmp_path):
+    block = SCAN_CELLS // DIM
+    n = block + 10
+    rows = np.resize(IMAGE, (n, DIM))
+    write_shards(tmp_path, rows, rows, sizes=[n])
     steps = []
 
     class Watch:
@@ -195,14 +201,13 @@ def test_opening_reads_headers_only_and_progress_is_shown(tmp_path, monkeypatch)
         def finish(self, task):
             pass
 
-    monkeypatch.setattr("vilu.store.laion.SCAN_CELLS", 4 * DIM)
     with reporting(Watch()):
         source = LaionPairs(tmp_path, Pools(10), logit_scale=SCALE)
         assert steps == []
-        assert len(source.usable_rows) == N
+        assert len(source.usable_rows) == n // 10 * 10
         assert source.status is source.status
-    assert steps[0] == ("Checking embeddings", 2 * N, "rows")
-    assert (sum(steps[1:]), max(steps[1:])) == (2 * N, 4)
+    assert steps[0] == ("Checking embeddings", 2 * n, "rows")
+    assert (sum(steps[1:]), max(steps[1:])) == (2 * n, block)
 
 
 def table(captions, name="caption", kind=None):

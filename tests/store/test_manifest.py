@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vilu.artifacts.documents import read_document, write_json
+from vilu.artifacts.documents import MAX_DOCUMENT_BYTES, read_document, write_json
 from vilu.artifacts.hashing import digest
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import ProvenanceError, StorageError, ViLUError
@@ -186,10 +187,10 @@ def test_another_schema_is_named(tmp_path):
         read_document(tmp_path / "run.json", Run)
 
 
-def test_a_huge_document_is_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("vilu.artifacts.documents.MAX_DOCUMENT_BYTES", 100)
+def test_a_huge_document_is_not_read(tmp_path):
     write_altered(tmp_path / "run.json")
-    with pytest.raises(StorageError, match="larger than 100 bytes"):
+    os.truncate(tmp_path / "run.json", MAX_DOCUMENT_BYTES + 1)
+    with pytest.raises(StorageError, match=f"larger than {MAX_DOCUMENT_BYTES} bytes"):
         read_document(tmp_path / "run.json", Run)
 
 

@@ -26,7 +26,7 @@ from vilu.scoring.score import score
 from vilu.store.embed import embed
 from vilu.store.folds import fold_of, read_captions
 from vilu.store.laion import LaionPairs
-from vilu.store.mapped import MappedParts
+from vilu.store.mapped import BLOCK_ROWS, MappedParts, shuffled_in_blocks
 from vilu.store.reader import CaptionStore, EmbeddingStore
 
 N, LOST = 53, (3, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29)  # part 2 has no row
@@ -285,12 +285,10 @@ def many(tmp_path_factory):
 
 @given(n=st.integers(0, 700), seed=st.integers(0, 2**31), size=st.integers(1, 60))
 @settings(max_examples=100, deadline=None)
-def test_a_pass_has_every_row_once_and_stays_among_few_blocks(many, n, seed, size):
+def test_a_pass_has_every_row_once_and_stays_among_few_blocks(n, seed, size):
     rows = torch.randperm(700, generator=torch.Generator().manual_seed(seed))[:n]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vilu.store.mapped.BLOCK_ROWS", size)
-        found = many.shuffled(rows, torch.Generator().manual_seed(seed))
-        again = many.shuffled(rows, torch.Generator().manual_seed(seed))
+    found = shuffled_in_blocks(rows, torch.Generator().manual_seed(seed), size)
+    again = shuffled_in_blocks(rows, torch.Generator().manual_seed(seed), size)
     assert torch.equal(found, again)
     assert sorted(found.tolist()) == sorted(rows.tolist())
     n_blocks = -(-n // size)
@@ -311,27 +309,25 @@ def test_a_pass_has_every_row_once_and_stays_among_few_blocks(many, n, seed, siz
         assert sum(first[block] <= place <= last[block] for block in first) <= 8
 
 
-def test_a_batch_mixes_blocks(many, monkeypatch):
-    monkeypatch.setattr("vilu.store.mapped.BLOCK_ROWS", 50)
+def test_a_batch_mixes_blocks():
     for n in (450, 700):  # 9 blocks are groups of 5 and 4, 14 of 7 and 7
-        found = many.shuffled(torch.arange(n), torch.Generator().manual_seed(0))
+        found = shuffled_in_blocks(torch.arange(n), torch.Generator().manual_seed(0), 50)
         assert all(len({row // 50 for row in batch.tolist()}) >= 4 for batch in found.split(50))
-        assert not torch.equal(
-            found, many.shuffled(torch.arange(n), torch.Generator().manual_seed(1))
-        )
+        other = shuffled_in_blocks(torch.arange(n), torch.Generator().manual_seed(1), 50)
+        assert not torch.equal(found, other)
 
 
-def test_stores_of_classes_are_read_in_blocks_too(tmp_path, monkeypatch):
+def test_stores_are_shuffled_in_blocks(tmp_path):
     store = embed(dataset(40), FakeBackbone(), tmp_path / "s", names=NAMES, part_size=7)
     everyone = torch.arange(40)
     assert torch.equal(
         store.shuffled(everyone, torch.Generator().manual_seed(2)),
         in_memory(store, everyone).shuffled(everyone, torch.Generator().manual_seed(2)),
     )
-    monkeypatch.setattr("vilu.store.mapped.BLOCK_ROWS", 4)
-    halves = store.shuffled(everyone, torch.Generator().manual_seed(2)).split(20)
-    blocks = [{row // 4 for row in half.tolist()} for half in halves]
-    assert (len(blocks[0]), len(blocks[1]), len(blocks[0] & blocks[1])) == (5, 5, 0)
+    many = torch.arange(9 * BLOCK_ROWS)  # in five blocks and four
+    halves = store.shuffled(many, torch.Generator().manual_seed(2)).split(5 * BLOCK_ROWS)
+    blocks = [set((half // BLOCK_ROWS).unique().tolist()) for half in halves]
+    assert (len(blocks[0]), len(blocks[1]), len(blocks[0] & blocks[1])) == (5, 4, 0)
 
 
 def test_batches_are_read_ahead_but_not_far(many, monkeypatch):

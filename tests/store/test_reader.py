@@ -28,6 +28,7 @@ from vilu.artifacts.disk import file_hash
 from vilu.artifacts.documents import write_json
 from vilu.errors import DataError, ProvenanceError, StorageError, ViLUError
 from vilu.store.embed import embed
+from vilu.store.mapped import MappedParts
 from vilu.store.reader import EmbeddingStore
 
 N = 23
@@ -148,13 +149,19 @@ def test_rows_out_of_range(original, index):
         EmbeddingStore(original).image_rows(torch.tensor(index))
 
 
-def test_more_parts_than_are_kept_open(original, monkeypatch):
-    monkeypatch.setattr("vilu.store.mapped.OPEN_PARTS", 1)
-    store = EmbeddingStore(original)
-    index = torch.arange(len(store)).roll(5)
-    assert np.array_equal(
-        store.image_rows(index).numpy(), np.roll(concatenated(original), 5, axis=0)
-    )
+def test_more_parts_than_are_kept_open():
+    rows = np.arange(12, dtype=np.float32).reshape(6, 2)
+    opened = []
+
+    def open_part(name, number):
+        opened.append(number)
+        return rows[2 * number : 2 * number + 2]
+
+    parts = MappedParts(np.array([0, 2, 4, 6]), {"image": (2,)}, open_part, most_open=1)
+    index = torch.arange(6).roll(1)
+    assert np.array_equal(parts.take("image", index).numpy(), rows[index.numpy()])
+    assert np.array_equal(parts.take("image", index).numpy(), rows[index.numpy()])
+    assert opened == [0, 1, 2, 0, 1, 2]
 
 
 OPEN_SPARSE = """

@@ -13,7 +13,7 @@ import pytest
 from vilu.artifacts.tables import csv_bytes, write_table
 from vilu.errors import DataError, UsageError
 from vilu.triage.label_files import label_columns
-from vilu.triage.labels import SKIPPED, LabelBook, check_names, match_photos, read_labels, side_of
+from vilu.triage.labels import SKIPPED, LabelBook, match_photos, read_labels, require_names, side_of
 
 
 def write(path: Path, *lines: str) -> Path:
@@ -182,11 +182,12 @@ def test_full_paths_through_a_link_are_found(tmp_path: Path) -> None:
 
 
 def test_a_label_that_is_no_class_is_refused_with_the_nearest(tmp_path: Path) -> None:
-    check_names({"a": "cat", "b": "other", "c": SKIPPED}, ["cat", "dog"], ["other"], tmp_path)
+    labels = {"a": "cat", "b": "other", "c": SKIPPED}
+    assert require_names(labels, ["cat", "dog"], ["other"], tmp_path) == labels
     with pytest.raises(
         DataError, match=r"'dgo' \(of a\) is none of the 2 classes. Did you mean 'dog'"
     ):
-        check_names({"a": "dgo"}, ["cat", "dog"], [], tmp_path)
+        require_names({"a": "dgo"}, ["cat", "dog"], [], tmp_path)
 
 
 def test_sides_are_of_the_picture_and_of_even_size() -> None:

@@ -174,6 +174,30 @@ def test_labels_for_scores_are_matched_by_text_or_name(work: Path) -> None:
         write_labels(labels, work / "both.parquet", scores)
 
 
+def test_class_names_reach_tables_and_tools_as_text_and_come_back(work: Path) -> None:
+    red = "red\x1b[31m cat"
+    classes = (red, r"b\x41d dog", "car")
+    texts = (r"red\x1b[31m cat", r"b\x5cx41d dog", "car")
+    (work / "names.txt").write_text("\n".join(classes))
+    run(*TRIAGE, cwd=work)
+    for name in ("decisions.csv", "next_labels.csv"):
+        assert not OBEYED.search((work / "out" / name).read_text())
+    assert {answer for _, answer in decided(work).values()} <= {*texts, ""}
+    review = open_review(work / "out", "all")
+    assert review.names[:3] == texts
+    _, page = write_review(review, "label-studio", work / "tasks.json")
+    for text in texts:
+        assert f'<Choice value="{text}"' in page.read_text()
+    answers = {task.path: texts[number % 3] for number, task in enumerate(review.tasks)}
+    labels_of(answers, work / "l.csv")
+    run(*TRIAGE, "--labels", "l.csv", cwd=work)
+    assert decided(work) == {path: ("labelled", text) for path, text in answers.items()}
+    scores = work / "out" / "decisions.parquet"
+    assert write_labels(answers, work / "late.parquet", scores) == len(answers)
+    late = Outcomes.load(work / "late.parquet")
+    assert sorted(set(late.target.tolist())) == [0, 1, 2]
+
+
 def test_keys_of_a_table_are_texts_of_its_paths(work: Path) -> None:
     names = [ESCAPE, r"day\1.png", r"a\x41.png"]
     (work / "photos" / "t.csv").write_bytes(csv_bytes(label_columns(dict.fromkeys(names, "x"), {})))

@@ -48,8 +48,8 @@ class Member:
     is_file: bool  # whether it is a plain file: no link, no device, not sparse
 
 
-def members(file: BinaryIO, size: int) -> Iterator[Member]:
-    """The members of a tar file of ``size`` bytes in order, without folders.
+def members(file: BinaryIO, size: int, most: int = MAX_MEMBERS) -> Iterator[Member]:
+    """The members of a tar file of ``size`` bytes in order, without folders; ``most`` at most.
 
     After the last whole member raises BadImage: "truncated_shard" where the file ends too early
     (also where only the end mark is missing: nothing else tells that whole members are), else
@@ -81,10 +81,8 @@ def members(file: BinaryIO, size: int) -> Iterator[Member]:
         if header.isdir():
             continue
         count += 1
-        if count > MAX_MEMBERS:
-            raise BadImage(
-                "open", "bad_shard", f"more than {MAX_MEMBERS} members. Write smaller shards"
-            )
+        if count > most:
+            raise BadImage("open", "bad_shard", f"more than {most} members. Write smaller shards")
         yield member
 
 

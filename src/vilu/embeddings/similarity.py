@@ -66,13 +66,19 @@ class ZeroShot(NamedTuple):
 
 
 def zero_shot(
-    image: Tensor, text: Tensor, first: Tensor, logit_scale: float, logit_bias: float = 0.0
+    image: Tensor,
+    text: Tensor,
+    first: Tensor,
+    logit_scale: float,
+    logit_bias: float = 0.0,
+    *,
+    tile_cells: int = TILE_CELLS,
 ) -> ZeroShot:
     """Answer, largest logit and log-normaliser of logit_scale * image . text + logit_bias.
 
     They are computed tile by tile, in float32.
 
-    Memory above the input (B, D), (K, D) and the result is a tile of ``TILE_CELLS`` numbers at
+    Memory above the input (B, D), (K, D) and the result is a tile of ``tile_cells`` numbers at
     most. ``first`` (K,) is of ``first_equal``: a matrix product may round the same sum differently
     at the edge of a block, so that of equal candidates not the first one would win, but one that
     the size of the block favours.
@@ -80,8 +86,8 @@ def zero_shot(
     if not len(text):
         raise ValueError("there is no candidate")
     square_rows = min(TILE_ROWS, len(text) // 4)  # with few candidates a tile is no square
-    rows = min(max(cached_rows(len(text)), square_rows), TILE_CELLS)
-    columns = min(len(text), TILE_CELLS // rows)
+    rows = min(max(cached_rows(len(text)), square_rows), tile_cells)
+    columns = min(len(text), tile_cells // rows)
     with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
         parts = [
             _over_tiles(block, text, logit_scale, logit_bias, columns)
@@ -316,9 +322,11 @@ def cached_rows(n_candidates: int) -> int:
     return min(max(CACHED_CELLS // max(n_candidates, 1), 256), 32_768)
 
 
-def row_blocks(n_rows: int, n_candidates: int, size: int) -> Iterator[slice]:
-    """Slices of at most ``size`` rows whose logits of all candidates fit into ``MAX_CELLS``."""
-    step = max(min(size, MAX_CELLS // max(n_candidates, 1)), 1)
+def row_blocks(
+    n_rows: int, n_candidates: int, size: int, max_cells: int = MAX_CELLS
+) -> Iterator[slice]:
+    """Slices of at most ``size`` rows whose logits of all candidates are ``max_cells`` at most."""
+    step = max(min(size, max_cells // max(n_candidates, 1)), 1)
     for start in range(0, n_rows, step):
         yield slice(start, min(start + step, n_rows))
 

@@ -275,16 +275,21 @@ def intervals_of(
 
 
 def counted_intervals(
-    kernels: Mapping[str, Kernel], counts: TieCounts, n_resamples: int, confidence: float, seed: int
+    kernels: Mapping[str, Kernel],
+    counts: TieCounts,
+    n_resamples: int,
+    confidence: float,
+    seed: int,
+    most_groups: int = RESAMPLED_GROUPS,
 ) -> dict[str, Interval]:
     """Metrics with stratified percentile bootstrap intervals, from counts (G,).
 
     A resample draws as many correct and as many wrong answers as there are, by multinomials over
-    the scores: with as few distinct ones as ``RESAMPLED_GROUPS`` the distribution of the bootstrap
+    the scores: with as few distinct ones as ``most_groups`` the distribution of the bootstrap
     over rows. With more, neighbouring scores go together in groups of about equal size, and the
     ends move by what that does to the metric, in its range.
     """
-    group = grouped(counts)
+    group = grouped(counts, most_groups)
     intervals, usual = own_intervals(kernels, counts, n_resamples, confidence, seed)
     blocks = _drawn_blocks(group, n_resamples, seed)
     return intervals | _intervals_around(usual, counts, group, blocks, n_resamples, confidence)
@@ -349,22 +354,22 @@ def _intervals_around(
     return intervals
 
 
-def grouped(counts: TieCounts) -> TieCounts:
-    """Counts (G,) in at most ``RESAMPLED_GROUPS`` groups of neighbours, each with their mean."""
-    if len(counts.value) <= RESAMPLED_GROUPS:
+def grouped(counts: TieCounts, most: int = RESAMPLED_GROUPS) -> TieCounts:
+    """Counts (G,) in at most ``most`` groups of neighbours, each with their mean."""
+    if len(counts.value) <= most:
         return counts
-    starts = np.flatnonzero(np.diff(group_indices(counts), prepend=-1))
+    starts = np.flatnonzero(np.diff(group_indices(counts, most), prepend=-1))
     size = np.add.reduceat(counts.size, starts)
     correct = np.add.reduceat(counts.correct, starts)
     wrong = np.add.reduceat(counts.wrong, starts)
     return TieCounts(np.add.reduceat(counts.value * counts.size, starts) / size, correct, wrong)
 
 
-def group_indices(counts: TieCounts) -> Ints:
+def group_indices(counts: TieCounts, most: int = RESAMPLED_GROUPS) -> Ints:
     """(G,) index of the group of every score, from 0 on."""
-    if len(counts.value) <= RESAMPLED_GROUPS:
+    if len(counts.value) <= most:
         return np.arange(len(counts.value))
-    group = (counts.accepted - counts.size) * RESAMPLED_GROUPS // counts.n
+    group = (counts.accepted - counts.size) * most // counts.n
     return np.cumsum(np.diff(group, prepend=group[0]) > 0)
 
 

@@ -152,11 +152,19 @@ def _real(values: ArrayLike, name: str) -> NDArray[Any]:
     return array
 
 
-def tie_counts(uncertainty: ArrayLike, failure: ArrayLike) -> TieCounts:
-    """Counts (G,) per distinct uncertainty."""
+BLOCK_ROWS = 2**22
+"""Rows that are sorted together: the places of a hundred million would take gigabytes."""
+
+
+def tie_counts(
+    uncertainty: ArrayLike, failure: ArrayLike, *, block_rows: int = BLOCK_ROWS
+) -> TieCounts:
+    """Counts (G,) per distinct uncertainty, of ``block_rows`` rows at a time."""
     scores, failures = check_pair(uncertainty, failure)
-    starts = range(0, len(scores), BLOCK_ROWS)
-    blocks = [_counts(scores[i : i + BLOCK_ROWS], failures[i : i + BLOCK_ROWS]) for i in starts]
+    blocks = []
+    for start in range(0, len(scores), block_rows):
+        block = slice(start, start + block_rows)
+        blocks.append(_counts(scores[block], failures[block]))
     if len(blocks) == 1:
         return blocks[0]
     value, group = np.unique(np.concatenate([block.value for block in blocks]), return_inverse=True)
@@ -164,10 +172,6 @@ def tie_counts(uncertainty: ArrayLike, failure: ArrayLike) -> TieCounts:
     np.add.at(correct, group, np.concatenate([block.correct for block in blocks]))
     np.add.at(wrong, group, np.concatenate([block.wrong for block in blocks]))
     return TieCounts(value, correct, wrong)
-
-
-# rows that are sorted together; the indices of a hundred million would take gigabytes
-BLOCK_ROWS = 2**22
 
 
 def _counts(scores: Floats, failures: NDArray[np.bool_]) -> TieCounts:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -60,7 +60,7 @@ def scores_of(code: Ints) -> Floats:
 class Histogram:
     """Correct and wrong answers per bin of the score.
 
-    ``+`` joins two, in any order, to the same counts. Up to ``MAX_BINS`` distinct scores it is
+    ``+`` joins two, in any order, to the same counts. Up to ``max_bins`` distinct scores it is
     exact. Beyond, scores of one bin count as tied: the error of AUROC is at most ``tied_pairs`` /
     2, in practice far less.
     """
@@ -71,6 +71,7 @@ class Histogram:
     level: int = 0  # bits dropped
     low: float = math.inf  # smallest score; infinity without any
     high: float = -math.inf  # largest score
+    max_bins: int = MAX_BINS  # occupied bins at most
 
     @classmethod
     def empty(cls) -> Histogram:
@@ -79,14 +80,16 @@ class Histogram:
         return cls(none, none, none)
 
     @classmethod
-    def of(cls, uncertainty: ArrayLike, failure: ArrayLike) -> Histogram:
+    def of(cls, uncertainty: ArrayLike, failure: ArrayLike, max_bins: int = MAX_BINS) -> Histogram:
         """Of the rows of two vectors."""
         if not np.size(uncertainty) and not np.size(failure):
             return cls.empty()
         scores, failures = check_pair(uncertainty, failure)
         scores = np.where(np.abs(scores) < _TINY, 0.0, scores)
         wrong = failures.astype(np.int64)
-        rows = cls(codes(scores), 1 - wrong, wrong, 0, float(scores.min()), float(scores.max()))
+        low = float(scores.min())
+        high = float(scores.max())
+        rows = cls(codes(scores), 1 - wrong, wrong, 0, low, high, max_bins)
         return rows._collapsed(0)
 
     @classmethod
@@ -96,7 +99,7 @@ class Histogram:
         for histogram in histograms:
             held.append(histogram)
             n_bins = sum(len(part.bins) for part in held)
-            if n_bins > 2 * MAX_BINS:
+            if n_bins > 2 * held[0].max_bins:
                 held = [cls._joined(held)]
         return cls._joined(held) if held else cls.empty()
 
@@ -122,9 +125,7 @@ class Histogram:
     def counted(self, correct: Ints, wrong: Ints) -> Histogram:
         """Other counts (G,) of the same bins, without those that are empty."""
         filled = correct + wrong > 0
-        return Histogram(
-            self.bins[filled], correct[filled], wrong[filled], self.level, self.low, self.high
-        )
+        return replace(self, bins=self.bins[filled], correct=correct[filled], wrong=wrong[filled])
 
     @property
     def n(self) -> int:
@@ -160,7 +161,7 @@ class Histogram:
         """What to say beside metrics that it gives; None where they are exact."""
         if self.exact:
             return None
-        return f"histogram of at most {MAX_BINS:,} bins, {52 - self.level} bits of the score"
+        return f"histogram of at most {self.max_bins:,} bins, {52 - self.level} bits of the score"
 
     @property
     def values(self) -> Floats:
@@ -202,23 +203,24 @@ class Histogram:
             level,
             min(part.low for part in histograms),
             max(part.high for part in histograms),
+            min(part.max_bins for part in histograms),
         )
         return raw._collapsed(level)
 
     def _collapsed(self, level: int) -> Histogram:
-        """Each bin once, at the smallest level from this one on with at most ``MAX_BINS``."""
+        """Each bin once, at the smallest level from this one on with at most ``max_bins``."""
         if not len(self.bins):
-            return Histogram(self.bins, self.correct, self.wrong, level, self.low, self.high)
+            return replace(self, level=level)
         order = np.argsort(self.bins, kind="stable")
         bins = self.bins[order]
         starts = _starts(bins)
-        while len(starts) > MAX_BINS:
+        while len(starts) > self.max_bins:
             bins = bins >> 1
             level += 1
             starts = _starts(bins)
         correct = np.add.reduceat(self.correct[order], starts)
         wrong = np.add.reduceat(self.wrong[order], starts)
-        return Histogram(bins[starts], correct, wrong, level, self.low, self.high)
+        return replace(self, bins=bins[starts], correct=correct, wrong=wrong, level=level)
 
 
 def _starts(bins: Ints) -> Ints:

@@ -33,7 +33,7 @@ UNREADABLE_NPZ = (
 )
 """What reading a hostile zip raises, beside what its arrays do (RuntimeError: it is encrypted)."""
 
-READ_BYTES = 2**24  # read together where all of an array is looked at
+READ_BYTES = 2**24
 
 SMALL_BYTES = 2**28
 MAX_PACKED = 100
@@ -51,8 +51,11 @@ MAX_TEXT = 2**16  # characters of a name
 class StoredArray:
     """An array in a file, known by its header: only rows that are asked for are in memory."""
 
-    def __init__(self, place: str, handle: IO[bytes], n_bytes: int) -> None:
+    def __init__(
+        self, place: str, handle: IO[bytes], n_bytes: int, read_bytes: int = READ_BYTES
+    ) -> None:
         self.place = place
+        self.read_bytes = read_bytes
         self._handle = handle
         with or_unreadable(place):
             version = np.lib.format.read_magic(handle)
@@ -103,8 +106,8 @@ class StoredArray:
         return np.frombuffer(content, self.dtype).reshape(stop - start, *self.shape[1:])
 
     def blocks(self) -> Iterator[NDArray[Any]]:
-        """All entries of an array in C order, so many together as take ``READ_BYTES``."""
-        size = max(READ_BYTES * len(self) // max(self.n_bytes, 1), 1)
+        """All entries of an array in C order, so many together as take ``read_bytes``."""
+        size = max(self.read_bytes * len(self) // max(self.n_bytes, 1), 1)
         for start in range(0, len(self), size):
             yield self.read(start, min(start + size, len(self)))
 
@@ -117,8 +120,8 @@ class StoredArray:
         """Hash of its type, shape and content; the bytes of a file in between do not matter."""
         header = repr((self.dtype.str, self.shape, self._by_columns)).encode()
         content = blake2b(header, digest_size=16)
-        for start in range(0, self.n_bytes, READ_BYTES):
-            block = self._bytes(start, min(READ_BYTES, self.n_bytes - start))
+        for start in range(0, self.n_bytes, self.read_bytes):
+            block = self._bytes(start, min(self.read_bytes, self.n_bytes - start))
             content.update(block)
             advance(len(block))
         with or_unreadable(self.place):
@@ -135,7 +138,7 @@ class StoredArray:
             if self._handle.tell() != self._start + start:
                 self._handle.seek(self._start + start)
             while len(content) < count:
-                block = self._handle.read(min(READ_BYTES, count - len(content)))
+                block = self._handle.read(min(self.read_bytes, count - len(content)))
                 if not block:
                     raise DataError(
                         f"{self.place} ends after {start + len(content)} bytes. Write it again."
@@ -162,11 +165,17 @@ def or_unreadable(place: str) -> AbstractContextManager[None]:
 
 
 class Arrays(ExitStack):
-    """The arrays of a file or a folder by their names there; files are open until it is left."""
+    """The arrays of a file or a folder by their names there; files are open until it is left.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: The file or folder.
+        read_bytes: Read together where all of an array is looked at.
+    """
+
+    def __init__(self, path: Path, *, read_bytes: int = READ_BYTES) -> None:
         super().__init__()
         self.path = path
+        self.read_bytes = read_bytes
         self._members: Mapping[str, Path | zipfile.ZipInfo]
         self._zip: zipfile.ZipFile | None = None
         with or_unreadable(str(path)):
@@ -191,7 +200,7 @@ class Arrays(ExitStack):
     def _open_file(self, file: Path, place: str) -> StoredArray:
         with or_unreadable(place):
             handle = self.enter_context(file.open("rb"))
-            return StoredArray(place, handle, file.stat().st_size)
+            return StoredArray(place, handle, file.stat().st_size, self.read_bytes)
 
     def _open_member(self, member: zipfile.ZipInfo, place: str) -> StoredArray:
         is_encrypted = member.flag_bits & 1
@@ -199,7 +208,7 @@ class Arrays(ExitStack):
             raise DataError(f"{place} is encrypted. Write it again without a password.")
         with or_unreadable(place):
             handle = self.enter_context(self._zip.open(member))
-            return StoredArray(place, handle, member.file_size)
+            return StoredArray(place, handle, member.file_size, self.read_bytes)
 
     def require_small(self, name: str) -> None:
         """Refuse an array that is far too large for the bytes that it was packed into."""

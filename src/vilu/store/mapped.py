@@ -106,6 +106,8 @@ class MappedParts:
         starts: (P + 1,) number of the first row of every part, and N.
         shapes: What there is, by name, with the shape of one row.
         open_part: (name, number of a part) -> its rows, of any float type.
+        most_open: Parts that are mapped at a time.
+        most_resident: Bytes of all rows that were read that may stay in memory.
     """
 
     def __init__(
@@ -113,7 +115,12 @@ class MappedParts:
         starts: NDArray[np.int64],
         shapes: Mapping[str, tuple[int, ...]],
         open_part: Callable[[str, int], NDArray[np.floating]],
+        *,
+        most_open: int = OPEN_PARTS,
+        most_resident: int = MAX_RESIDENT,
     ) -> None:
+        self.most_open = most_open
+        self.most_resident = most_resident
         self.starts = starts
         self.shapes = shapes
         self.open_part = open_part
@@ -154,8 +161,8 @@ class MappedParts:
         Otherwise the system counts these as ours until it needs the room. Several threads may ask.
         """
         part = self._mapped.get((name, number))
-        is_full = part is None and len(self._mapped) >= OPEN_PARTS
-        if is_full or self._touched >= MAX_RESIDENT:
+        is_full = part is None and len(self._mapped) >= self.most_open
+        if is_full or self._touched >= self.most_resident:
             # a new dict, not cleared: another thread may look into the old one just now
             self._mapped = {}
             self._touched = 0
@@ -178,24 +185,30 @@ class MappedSource(EmbeddingSource):
             yield from results
 
     def shuffled(self, rows: Tensor, generator: torch.Generator) -> Tensor:
-        """The rows in a random order for one pass of training.
+        """The rows in a random order for one pass of training (``shuffled_in_blocks``)."""
+        return shuffled_in_blocks(rows, generator)
 
-        More than ``GROUP_BLOCKS`` blocks of ``BLOCK_ROWS`` are shuffled in two levels: the rows, in
-        the order of the disk, are cut into equal blocks, the blocks come in random order, and the
-        rows of each ``GROUP_BLOCKS`` of them (at least half as many) are mixed. So a pass reads few
-        blocks at a time, and each of them once.
-        """
-        n_blocks = math.ceil(len(rows) / BLOCK_ROWS)
-        if n_blocks <= GROUP_BLOCKS:
-            return super().shuffled(rows, generator)
-        n_groups = math.ceil(n_blocks / GROUP_BLOCKS)
-        blocks = rows.sort().values.tensor_split(n_blocks)
-        order = torch.randperm(n_blocks, generator=generator)
-        mixed: list[Tensor] = []
-        for group in order.tensor_split(n_groups):
-            members = torch.cat([blocks[number] for number in group.tolist()])
-            mixed.append(members[torch.randperm(len(members), generator=generator)])
-        return torch.cat(mixed)
+
+def shuffled_in_blocks(
+    rows: Tensor, generator: torch.Generator, block_rows: int = BLOCK_ROWS
+) -> Tensor:
+    """The rows in a random order of which a pass reads few blocks at a time, and each once.
+
+    More than ``GROUP_BLOCKS`` blocks of ``block_rows`` are shuffled in two levels: the rows, in the
+    order of the disk, are cut into equal blocks, the blocks come in random order, and the rows of
+    each ``GROUP_BLOCKS`` of them (at least half as many) are mixed.
+    """
+    n_blocks = math.ceil(len(rows) / block_rows)
+    if n_blocks <= GROUP_BLOCKS:
+        return rows[torch.randperm(len(rows), generator=generator, device="cpu")]
+    n_groups = math.ceil(n_blocks / GROUP_BLOCKS)
+    blocks = rows.sort().values.tensor_split(n_blocks)
+    order = torch.randperm(n_blocks, generator=generator)
+    mixed: list[Tensor] = []
+    for group in order.tensor_split(n_groups):
+        members = torch.cat([blocks[number] for number in group.tolist()])
+        mixed.append(members[torch.randperm(len(members), generator=generator)])
+    return torch.cat(mixed)
 
 
 class MappedPairs(PairSource, MappedSource):

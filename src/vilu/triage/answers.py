@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from vilu.artifacts.tables import write_table
+from vilu.datasets.files import portable_name
 from vilu.embeddings.rows import SCORING_BATCH
 from vilu.embeddings.source import EmbeddingSource
 from vilu.guard.guard import Answer, RunnersUp, runners_up_of
@@ -104,12 +105,14 @@ def count_answers(answers: Sequence[Answer]) -> dict[str, int]:
 
 def write_decisions(root: Path, outcomes: Outcomes, answers: Sequence[Answer]) -> None:
     """``decisions.csv`` for people; ``decisions.parquet`` as ``vilu score`` writes it."""
-    runners_up = [answer.runners_up[0][0] if answer.runners_up else None for answer in answers]
+    runners_up: list[str | None] = []
+    for answer in answers:
+        runners_up.append(answer.runners_up[0][0] if answer.runners_up else None)
     columns = {
         "path": pa.array([answer.key for answer in answers], pa.string()),
         **_answer_columns(answers),
         **columns_of(answers, ("decision", "reason")),
-        "runner_up": pa.array(runners_up, pa.string()),
+        "runner_up": _class_texts(runners_up),
     }
     write_table(root / DECISIONS_CSV, columns, {})
     outcomes.save(root / DECISIONS_PARQUET)
@@ -127,6 +130,12 @@ def write_next(path: Path, asked: Sequence[Entry], answers: Mapping[str, Answer]
 
 
 def _answer_columns(answers: Sequence[Answer]) -> dict[str, pa.Array]:
-    labels = [answer.label for answer in answers]
+    labels = _class_texts([answer.label for answer in answers])
     probabilities = columns_of(answers, ("failure_probability",))
-    return {"answer": pa.array(labels, pa.string()), **probabilities}
+    return {"answer": labels, **probabilities}
+
+
+def _class_texts(names: Sequence[str | None]) -> pa.Array:
+    """Class names as tables for people have them; ``labels.name_of`` gives the names back."""
+    texts = [None if name is None else portable_name(name) for name in names]
+    return pa.array(texts, pa.string())

@@ -15,7 +15,7 @@ from vilu.calibration.shares import OUTSIDE_NAME
 from vilu.datasets.files import text_among
 from vilu.errors import OUTSIDE, DataError, UsageError
 from vilu.outcomes.outcomes import Outcomes
-from vilu.triage.labels import SKIPPED
+from vilu.triage.labels import SKIPPED, name_of
 
 
 def label_columns(labels: Mapping[str, str], streams: Mapping[str, str]) -> dict[str, pa.Array]:
@@ -77,13 +77,14 @@ def _labelled_scores(scores: Path, labels: Mapping[str, str]) -> Outcomes:
         label = by_key.get(key, SKIPPED)
         if label == SKIPPED:
             continue
-        if label not in target_of:
+        answer = name_of(label, target_of)
+        if answer is None:
             raise DataError(
                 f"{label!r} is no class of {scores}. Its classes: "
                 f"{', '.join(map(str, outcomes.class_names))[:200]}."
             )
         rows.append(row)
-        targets.append(target_of[label])
+        targets.append(target_of[answer])
     if not rows:
         raise DataError(
             f"none of the {len(labels)} labels is of a row of {scores}. Its keys are such as "

@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Literal, get_args
@@ -28,7 +28,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from vilu.artifacts.tables import csv_rows, read_table, write_table
-from vilu.datasets.files import portable_name, text_among
+from vilu.datasets.files import path_of, portable_name, text_among
 from vilu.embeddings.source import say_once
 from vilu.errors import NO_NAME, DataError, UsageError, nearest
 
@@ -372,19 +372,45 @@ def match_photos(
     return matches
 
 
-def check_names(
+def name_of(label: str, names: Collection[str]) -> str | None:
+    """The name that a label in a table means: itself, or the one with this text in tables."""
+    name = path_of(label)
+    for candidate in (label, name):
+        if candidate in names:
+            return candidate
+    return None
+
+
+def require_names(
     labels: Mapping[str, str], names: Sequence[str], outside: Sequence[str], source: Path
-) -> None:
-    """Refuse labels that are no class, none of those that are outside, and no skipped photo."""
+) -> dict[str, str]:
+    """The labels by the names of their classes.
+
+    Raises:
+        DataError: If one is no class, none of those that are outside, and no skipped photo.
+    """
     known = {*names, *outside, SKIPPED}
-    unknown = sorted({label for label in labels.values() if label not in known})
-    if not unknown:
-        return
-    label = unknown[0]
+    by_path: dict[str, str] = {}
+    unknown = set()
+    for path, label in labels.items():
+        name = name_of(label, known)
+        if name is None:
+            unknown.add(label)
+        else:
+            by_path[path] = name
+    if unknown:
+        raise _no_class(min(unknown), labels, len(names), known, source)
+    return by_path
+
+
+def _no_class(
+    label: str, labels: Mapping[str, str], n_classes: int, known: Collection[str], source: Path
+) -> DataError:
+    """The error about a label that is no class."""
     paths = [path for path in labels if labels[path] == label]
     more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-    raise DataError(
-        f"{source}: {label!r} (of {paths[0]}{more}) is none of the {len(names)} classes."
+    return DataError(
+        f"{source}: {label!r} (of {paths[0]}{more}) is none of the {n_classes} classes."
         f"{nearest(label, known)} If it is none of them on purpose, say --outside {label!r}; a "
         f"photo that nobody can name has the label {SKIPPED}."
     )

@@ -22,7 +22,7 @@ from vilu.report.page.build import find_template, render
 from vilu.report.page.gallery import thumbnails
 from vilu.triage.answers import answers_of, count_answers, write_decisions, write_next
 from vilu.triage.guarantee import GuaranteeProgress
-from vilu.triage.labels import SKIPPED, LabelBook, check_names, match_photos, read_labels
+from vilu.triage.labels import SKIPPED, LabelBook, match_photos, read_labels, require_names
 from vilu.triage.photos import PhotoFolder
 from vilu.triage.run import TriageResult, run_triage
 from vilu.triage.sorting import list_folder, sort_photos
@@ -84,9 +84,11 @@ def triage_photos(
     """
     check_settings(settings)
     find_template(PAGE)  # what the page needs is missed before anything slow
-    files = {file: read_labels(file) for file in labels}
-    for file, (by_name, _) in files.items():
-        check_names(by_name, settings.embedding.names, settings.of_no_class, file)
+    files = {}
+    for file in labels:
+        by_name, streams = read_labels(file)
+        names = require_names(by_name, settings.embedding.names, settings.of_no_class, file)
+        files[file] = (names, streams)
     open_state(output, settings, overwrite=overwrite)  # refuses before anything slow, too
     listing = list_folder(settings.photos, output)
     by_path, streams = _labels_by_path(files, listing)

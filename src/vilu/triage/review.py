@@ -13,6 +13,7 @@ import numpy as np
 from vilu.artifacts.documents import read_document
 from vilu.artifacts.tables import CsvRow, csv_rows
 from vilu.calibration.shares import OUTSIDE_NAME
+from vilu.datasets.files import portable_name
 from vilu.errors import UNKNOWN, DataError
 from vilu.outcomes.decisions import ACCEPT, REVIEW
 from vilu.outcomes.outcomes import Outcomes
@@ -35,7 +36,7 @@ class ReviewTask:
 
     Attributes:
         path: Of the photo, as tables have it.
-        answer: The model's.
+        answer: The model's, as tables have it.
         failure_probability: How likely that is wrong.
         runner_up: The next answer.
         stream: Why it was asked for. A photo that people look at for any other reason was chosen,
@@ -55,7 +56,7 @@ class Review:
 
     Attributes:
         tasks: In the order in which to look at them.
-        names: Classes, and after them what else a label may be.
+        names: Classes as tables have them, and after them what else a label may be.
         photos: Folder that the paths are relative to; None where it is not known.
         model: What gave the answers.
     """
@@ -104,7 +105,8 @@ def _of_triage(folder: Path, which: Which) -> Review:
 def _names(settings: Mapping[str, object]) -> tuple[str, ...]:
     """The classes of a triage, and its labels for none of them."""
     outside = [name for name in _texts(settings, "outside") if name != OUTSIDE_NAME]
-    return (*_texts(settings, "classes"), *outside, OUTSIDE_NAME)
+    names = (*_texts(settings, "classes"), *outside, OUTSIDE_NAME)
+    return tuple(portable_name(name) for name in names)
 
 
 def _texts(settings: Mapping[str, object], name: str) -> list[str]:
@@ -161,22 +163,21 @@ def _task(row: Mapping[str, str], stream: str) -> ReviewTask:
 
 def _of_scores(path: Path, which: Which) -> Review:
     outcomes = Outcomes.load(path)
-    names = outcomes.class_names
-    if names is None or outcomes.prediction is None or outcomes.ids is None:
+    if outcomes.class_names is None or outcomes.prediction is None or outcomes.ids is None:
         raise DataError(
             f"{path} does not say which images and classes it is of. Give scores that `vilu score` "
             "wrote."
         )
+    names = [portable_name(str(name)) for name in outcomes.class_names]
     known = np.where(np.isnan(outcomes.uncertainty), np.inf, outcomes.uncertainty)
     tasks = []
     for row in np.argsort(-known, kind="stable").tolist():
         is_accepted = outcomes.decision is not None and outcomes.decision[row] == ACCEPT
         if which == "all" or not is_accepted:
             index = int(outcomes.prediction[row])
-            answer = None if index == UNKNOWN else str(names[index])
+            answer = None if index == UNKNOWN else names[index]
             tasks.append(ReviewTask(outcomes.ids[row], answer, _probability(outcomes, row)))
-    all_names = (*(str(name) for name in names), OUTSIDE_NAME)
-    return Review(tasks, all_names, None, outcomes.method or "vilu")
+    return Review(tasks, (*names, OUTSIDE_NAME), None, outcomes.method or "vilu")
 
 
 def _probability(outcomes: Outcomes, row: int) -> float | None:

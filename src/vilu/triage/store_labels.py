@@ -18,9 +18,9 @@ from vilu.triage.labels import (
     Entry,
     LabelBook,
     Stream,
-    check_names,
     match_photos,
     read_labels,
+    require_names,
 )
 from vilu.triage.photos import Photos
 
@@ -41,7 +41,8 @@ def label_store(store: EmbeddingStore, files: Sequence[Path]) -> tuple[Photos, L
         else:
             _add_labels(book, file, photos.ids, store.path)
     source = files[0] if files else store.path
-    check_names(book.labels, tuple(photos.candidates_by_name()), (OUTSIDE_NAME,), source)
+    classes = tuple(photos.candidates_by_name())
+    book.answer(require_names(book.labels, classes, (OUTSIDE_NAME,), source))
     photos.label(book.labels, (OUTSIDE_NAME,))
     return photos, book
 

@@ -117,11 +117,22 @@ class View(Section):
     def along(self, known: Known, axis: str) -> dict[str, Placed]:
         """What is shown along an axis; guests go with methods that are side by side."""
         there = known.along(axis)
-        names = [*(self.chosen[axis] or there)]
-        takes_guests = axis == "method" and self.with_guests
-        if takes_guests and len(names) > 1:
-            names += known.guests
+        if axis == "method":
+            names = self._shown_methods(known)
+        else:
+            names = self.chosen[axis] or tuple(there)
         return {name: there[name] for name in names}
+
+    def _shown_methods(self, known: Known) -> Names:
+        """The chosen methods, by default all of the study; and guests where they may stand."""
+        own = [name for name in known.along("method") if name not in known.guests]
+        names = self.methods or tuple(own)
+        if not self.with_guests:
+            return names
+        is_of_one = self.methods is not None and len(self.methods) == 1
+        if is_of_one:
+            return names
+        return (*names, *known.guests)
 
     def as_table(self, rows: Names, columns: Names) -> TableView:
         """The numbers of a figure as a table."""

@@ -68,22 +68,29 @@ def gather(train: Rows) -> Tensor:
 
 
 def nearest(
-    query: Tensor, bank: Tensor, k: int, allowed: Allowed | None = None
+    query: Tensor,
+    bank: Tensor,
+    k: int,
+    allowed: Allowed | None = None,
+    *,
+    query_rows: int = QUERY_ROWS,
+    bank_rows: int = BANK_ROWS,
 ) -> tuple[Tensor, Tensor]:
     """Cosines (B, k) float32, falling, and indices (B, k) of the most similar rows of a bank.
 
     The bank is (N, D), the queries are (B, D).
 
-    Exact, on the device of the queries, with one block of similarities in memory at a time. Of
+    Exact, on the device of the queries, with one block of similarities, (``query_rows``,
+    ``bank_rows``), in memory at a time. Of
     equal cosines the lowest index comes first (those of equal rows may differ in the last bit, at
     the edge of a block of a product); at most N come back, and of pairs that are not allowed the
     cosine is minus infinity.
     """
     similarities = []
     indices = []
-    for start in range(0, len(query), QUERY_ROWS):
-        block = query[start : start + QUERY_ROWS]
-        similarity, index = _nearest(block, bank, k, allowed, start)
+    for start in range(0, len(query), query_rows):
+        block = query[start : start + query_rows]
+        similarity, index = _nearest(block, bank, k, allowed, start, bank_rows)
         similarities.append(similarity)
         indices.append(index)
     return torch.cat(similarities), torch.cat(indices)
@@ -100,14 +107,14 @@ def squared_distance(similarity: Tensor) -> Tensor:
 
 
 def _nearest(
-    query: Tensor, bank: Tensor, k: int, allowed: Allowed | None, first: int
+    query: Tensor, bank: Tensor, k: int, allowed: Allowed | None, first: int, bank_rows: int
 ) -> tuple[Tensor, Tensor]:
     """``nearest`` for one block of queries, the first of which is number ``first``."""
     query = normalize(query, dim=1)
     best = query.new_empty(len(query), 0)
     best_index = torch.empty(len(query), 0, dtype=torch.int64, device=query.device)
-    for start in range(0, len(bank), BANK_ROWS):
-        rows = bank[start : start + BANK_ROWS].to(query.device)
+    for start in range(0, len(bank), bank_rows):
+        rows = bank[start : start + bank_rows].to(query.device)
         similarity = query @ rows.T
         if allowed is not None:
             pairs = allowed(slice(first, first + len(query)), slice(start, start + len(rows)))

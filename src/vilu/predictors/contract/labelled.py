@@ -307,7 +307,7 @@ def whole_groups(groups: Tensor, room: int) -> Tensor:
     return taken[group].nonzero().squeeze(1)
 
 
-def caption_groups(source: PairSource, rows: Tensor) -> Tensor:
+def caption_groups(source: PairSource, rows: Tensor, block_rows: int = GROUP_BLOCK) -> Tensor:
     """(M,) int64: equal for rows of equal captions (float16, as they are stored); read in blocks.
 
     Rows whose caption is the text of a class are each by themselves: held out together, the class
@@ -320,7 +320,7 @@ def caption_groups(source: PairSource, rows: Tensor) -> Tensor:
     rng = np.random.default_rng(0)
     factors = rng.integers(2**63, size=source.space.embed_dim, dtype=np.uint64) * 2 + 1
     sums = []
-    for block in rows.split(GROUP_BLOCK):
+    for block in rows.split(block_rows):
         captions = (source.caption_rows(block).half() + 0).numpy()  # + 0 makes -0 a 0
         sums.append(captions.view(np.uint16).astype(np.uint64) @ factors)
     groups = torch.from_numpy(np.concatenate(sums).view(np.int64))
@@ -356,7 +356,6 @@ def with_outside(log_odds: Tensor, outside: Tensor) -> Tensor:
     return torch.logaddexp(log_odds, outside.to(log_odds.device) + either)
 
 
-# up to so many rows are cross-fitted; of more, one fifth is held out, and so many rows at most
 FOLDED_ROWS = 5_000
 FOLDS = 5
 
@@ -367,8 +366,11 @@ def cross_fitting(
     validation: EmbeddingSource | None,
     seed: int,
     needs: Needs = "class",
+    folded_rows: int = FOLDED_ROWS,
 ) -> list[tuple[Rows, Rows]]:
     """Pairs of rows to fit on and rows held out: the validation set, or folds.
+
+    Of more than ``folded_rows`` rows one fifth is held out, and ``folded_rows`` at most.
 
     Folds are stratified by failure (M,). Rows of one picture are in one fold; it counts as a
     failure where its first row is one.
@@ -386,13 +388,13 @@ def cross_fitting(
     fold_of_picture[order] = torch.arange(len(first)) % FOLDS
     fold = fold_of_picture[picture]
     n_folds = FOLDS
-    if n > FOLDED_ROWS:
+    if n > folded_rows:
         n_folds = 1
     pairs = []
     for number in range(n_folds):
         part = train.index[fold == number]
         # a random choice, since rows may come class by class
-        few = torch.randperm(len(part), generator=generator)[:FOLDED_ROWS].sort().values
+        few = torch.randperm(len(part), generator=generator)[:folded_rows].sort().values
         if len(few):
             fitted_on = replace(train, index=train.index[fold != number])
             held_out = replace(train, index=part[few])

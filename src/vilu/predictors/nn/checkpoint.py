@@ -444,7 +444,7 @@ def unpack(
     chosen_weights = parts.get("kept", {})
     if chosen_weights:  # none before the first epoch has ended
         _require_same_kinds("kept weights", chosen_weights, weights)
-    _load_momenta(parts.get("momentum", {}), momenta)
+    load("momenta", parts.get("momentum", {}), _numbered(momenta.values()))
     _load_masks(parts.get("masks", {}), head)
     for i, memory in enumerate(stateful):
         memory.restore(parts.get(f"memory{i}", {}))
@@ -464,18 +464,6 @@ def _parts(checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
         part, _, name_in_part = name.partition(".")
         parts.setdefault(part, {})[name_in_part] = tensor
     return parts
-
-
-def _load_momenta(saved: Mapping[str, Tensor], momenta: Mapping[Tensor, Tensor]) -> None:
-    """Copy saved momenta into those of the same number; without one they stay zero."""
-    known = _numbered(momenta.values())
-    for name, momentum in saved.items():
-        if name not in known or momentum.shape != known[name].shape:
-            raise DataError(
-                f"a checkpoint has momentum {name!r} of shape {tuple(momentum.shape)} "
-                "for no weight here."
-            )
-        known[name].copy_(momentum)
 
 
 def _load_masks(saved: Mapping[str, Tensor], head: nn.Module) -> None:
