@@ -64,7 +64,6 @@ NOT_YET: dict[str, str] = {
     "vilu/guard": "dense by a hundredth, vague names",
     "vilu/predictors": "long lines, vague names",
     "vilu/report": "a long line",
-    "vilu/scoring": "long lines, vague names, a function of 91 lines",
     "vilu/service": "pairs and vague names",
     "vilu/store": "a function of 116 lines, most of them parameters",
     "vilu": "until its rooms reach their bars",

@@ -229,7 +229,9 @@ class Ledger(ABC, Generic[P, R]):
                 (self.root / name).unlink(missing_ok=True)
 
     @abstractmethod
-    def said(self, part: P, receipt: R) -> tuple[tuple[object, ...], tuple[object, ...]]:
+    def stated_and_planned(
+        self, part: P, receipt: R
+    ) -> tuple[tuple[object, ...], tuple[object, ...]]:
         """The facts that a receipt states of its part, and the same facts as the run has them."""
 
     def receipt(self, part: P) -> R:
@@ -251,7 +253,7 @@ class Ledger(ABC, Generic[P, R]):
     def _require_facts(self, part: P, receipt: R) -> None:
         """Refuse a receipt that describes another part."""
         # A receipt under the number of another part would shift all rows after it.
-        stated, planned = self.said(part, receipt)
+        stated, planned = self.stated_and_planned(part, receipt)
         described = (*stated, tuple(receipt.files))
         expected = (*planned, part.files)
         if described != expected:

@@ -147,7 +147,9 @@ class StoreLedger(Ledger[Part, Receipt]):
         run = read_document(root / RUN, Run)
         return "vilu embed" if run.imported is None else "vilu import"
 
-    def said(self, part: Part, receipt: Receipt) -> tuple[tuple[object, ...], tuple[object, ...]]:
+    def stated_and_planned(
+        self, part: Part, receipt: Receipt
+    ) -> tuple[tuple[object, ...], tuple[object, ...]]:
         """Number, bounds and images; how many images shards hold, only the receipt knows."""
         n_in = receipt.n_in if self.run.shards else len(part)
         stated = (receipt.part, receipt.start, receipt.stop, receipt.n_in)
