@@ -157,7 +157,7 @@ def test_stated_shares_are_kept_and_strangers_named(tmp_path: Path) -> None:
     stated = Target(max_risk=0.15, outside_share=0.1)
     record = calibrate_predictor(tmp_path, with_strangers(1500, 1), stated)
     assert record.rule is not None
-    assert "for up to 10.0% of strangers" in str(record.promise)
+    assert "for up to 10.0% of out-of-distribution images" in str(record.guarantee_text)
     assert Calibration.load(tmp_path) == record
     assert calibrate_predictor(tmp_path, with_strangers(1500, 1), stated, overwrite=False) == record
     new = with_strangers(400, 2)

@@ -25,9 +25,9 @@ def test_looks_at_the_same_rows_are_counted(tmp_path: Path) -> None:
     risks = (0.4, 0.45, 0.5, 0.45)
     records = [calibrate_predictor(tmp_path, data, Target(max_risk=risk)) for risk in risks]
     assert [record.looks for record in records] == [None, 2, 3, 3]
-    assert "look" not in records[0].promise
-    assert "second look at these rows: 2 targets were tried" in records[1].promise
-    assert "third look at these rows" in records[2].promise
+    assert "look" not in records[0].guarantee_text
+    assert "second look at these rows: 2 targets were tried" in records[1].guarantee_text
+    assert "third look at these rows" in records[2].guarantee_text
     assert "third look at these rows" in (tmp_path / "README.md").read_text()
     assert Calibration.load(tmp_path) == records[3]
 

@@ -123,7 +123,7 @@ def test_the_promise_for_a_stated_share_of_strangers_holds(share: float, drawn: 
     assert broken / draws <= DELTA + 3 * np.sqrt(DELTA * (1 - DELTA) / draws)
     assert np.mean(coverage) >= 0.8 * best
     assert naive / draws > DELTA + 3 * np.sqrt(DELTA * (1 - DELTA) / draws)
-    assert f"for up to {share:.1%} of strangers" in str(rule)
+    assert f"for up to {share:.1%} of out-of-distribution images" in str(rule)
 
 
 @pytest.mark.parametrize("n_outside", few([50, 400], 1))
@@ -167,7 +167,7 @@ def test_more_is_certified_than_by_three_binomials() -> None:
 def test_strata_that_lack_rows_are_named() -> None:
     rng = np.random.default_rng(0)
     rule = vilu.calibrate(rows_of(rng, 800, 0), max_risk=RISK, outside_share=0.2)
-    needed = fewest_rows(0.2, RISK, main_level(0.05), wrong=True)
+    needed = fewest_rows(0.2, RISK, main_level(0.05), all_wrong=True)
     assert not rule.feasible
     assert rule.thresholds[""].why == (
         f"too few rows for the stated shares: (outside) has 0 and needs {needed} at least"

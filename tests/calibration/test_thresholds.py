@@ -512,7 +512,7 @@ def test_rows_that_cannot_be_used_are_left_out() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "what is to be promised"),
+        ({}, "what is to be guaranteed"),
         ({"max_risk": 0.0}, "max_risk must be in"),
         ({"max_risk": 0.1, "confidence": 1.0}, "confidence must be in"),
         ({"min_coverage": 0.0}, "min_coverage must be in"),

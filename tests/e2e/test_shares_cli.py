@@ -40,8 +40,8 @@ def test_a_promise_for_stated_shares(place: Path) -> None:
     asked = (*asked, "--class-shares", "shares.csv")
     said = run(*asked, cwd=place)
     assert (
-        "for up to 30.0% of strangers like those shown and at the stated shares of 4 classes"
-        in said.stdout
+        "for up to 30.0% of out-of-distribution images like those shown and at the stated shares "
+        "of 4 classes" in said.stdout
     )
     assert "calibrated so already" in run(*asked, cwd=place).stderr
     rule = json.loads((place / "predictor" / "risk.json").read_text())["rule"]

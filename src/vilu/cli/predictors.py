@@ -523,7 +523,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
             overwrite=overwrite,
         )
     if as_json:
-        typer.echo(json.dumps(calibration.model_dump(mode="json"), indent=2))
+        typer.echo(json.dumps(calibration.model_dump(mode="json", by_alias=True), indent=2))
     else:
         typer.echo(_summary(calibration))
     next_step(f"calibrated on {calibration.n:,} rows; {_to_score(predictor)}")
@@ -549,7 +549,7 @@ def _summary(calibration: Calibration) -> str:
         line += f" (log-loss in cross-validation: {', '.join(losses)})"
     lines = [line]
     if calibration.rule is not None:
-        lines.append(f"decision: {calibration.promise}")
+        lines.append(f"decision: {calibration.guarantee_text}")
     sets = calibration.label_sets
     if sets is not None:
         lines.append(

@@ -401,7 +401,7 @@ class Guard:
         return Answer(key, None, None, None, ABSTAIN if has_rule else None, reason)
 
     def __repr__(self) -> str:
-        rule = None if self.calibration is None else self.calibration.promise
+        rule = None if self.calibration is None else self.calibration.guarantee_text
         return f"Guard({self.predictor!r}, {self.vocabulary.space.backbone}, {rule or 'no rule'})"
 
 

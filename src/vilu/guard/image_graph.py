@@ -194,7 +194,7 @@ def _metadata(guard: Guard, folder: Path) -> dict[str, str]:
     calibration = guard.calibration
     return {
         "vilu.classes": plain_json(list(guard.vocabulary.names)).decode(),
-        "vilu.decision": (calibration and rule_of(guard) and calibration.promise) or "",
+        "vilu.decision": (calibration and rule_of(guard) and calibration.guarantee_text) or "",
         "vilu.preprocess": space.preprocess or "",
         "vilu.predictor": fit_fingerprint(folder),
         **metadata(guard.predictor, space, fingerprint_of(folder)),

@@ -22,7 +22,7 @@ from typing import Literal
 import numpy as np
 from scipy import optimize, special
 
-from vilu.calibration.thresholds import some_enough
+from vilu.calibration.thresholds import first_enough
 from vilu.metrics.counts import Floats, Ints
 
 TestName = Literal["scores", "acceptance", "answers", "audit", "outside", "abstained"]
@@ -122,5 +122,5 @@ class Audit:
 
         if tells(self.n):
             return 0
-        n = some_enough(tells, max(self.n, 1))
+        n = first_enough(tells, max(self.n, 1))
         return None if n is None else n - self.n

@@ -18,7 +18,7 @@ from vilu.artifacts.documents import explain
 from vilu.artifacts.hashing import digest
 from vilu.artifacts.paths import claim_file
 from vilu.artifacts.tables import read_column, read_table, table_suffix, write_table
-from vilu.calibration.calibration import Calibration, promises
+from vilu.calibration.calibration import Calibration, has_guarantee
 from vilu.calibration.label_sets import LabelSets
 from vilu.calibration.monitor.arrivals import Seen, admit, refuse_sorted
 from vilu.calibration.monitor.audit import Audit, TestName
@@ -87,7 +87,7 @@ class Monitor:
     ) -> None:
         require_between("false_alarm", false_alarm)
         require_at_least("seed", seed, 0)
-        if not promises(rule):
+        if not has_guarantee(rule):
             raise InfeasibleError(
                 "there is no guarantee to watch, because nothing was promised of these rows: give "
                 "the rule that vilu.calibrate(outcomes, max_risk=0.05) makes of them."
