@@ -198,7 +198,7 @@ def test_a_kept_promise_is_said(calibration: vilu.Outcomes, rule: vilu.Rule) -> 
     assert status.audit is not None
     assert (status.verdict, status.audit.verdict) == ("holds", "holds so far")
     assert status.audit.upper < 0.1
-    assert "keep the promise" in status.reason
+    assert "keep the guarantee" in status.reason
 
 
 def test_a_mean_over_calibrations_is_no_promise_to_audit(calibration: vilu.Outcomes) -> None:
@@ -398,7 +398,7 @@ def test_without_a_rule_for_single_rows_there_is_nothing_to_audit(
     assert [test.name for test in status.tests] == ["scores", "answers"]
     assert sum(test.level for test in status.tests) == pytest.approx(0.05)
     assert status.audit is None
-    with pytest.raises(UsageError, match="no promise to audit"):
+    with pytest.raises(UsageError, match="no guarantee to audit"):
         monitor.audit(draw(np.random.default_rng(12), 1))
 
 

@@ -57,7 +57,7 @@ def test_more_strangers_void_the_promise(calibration: Outcomes, rule: vilu.Rule)
     )
     assert labelled.verdict == "shifted: guarantee void"
     assert {t.name for t in labelled.tests if t.raised_at is not None} >= {"outside"}
-    assert "none of the classes than the promise was stated for" in labelled.reason
+    assert "none of the classes than the guarantee was stated for" in labelled.reason
     assert labelled.present is not None
     assert "stated: at most 20.00%" in str(labelled)
     silent = vilu.Monitor(calibration, rule).update(stream(np.random.default_rng(2), 2500, 0.5))
@@ -73,16 +73,16 @@ def test_the_rate_of_abstaining_is_bounded_stratum_by_stratum(
         upper_bound(int(abstained[rows].sum()), int(rows.sum()), 0.06 / 3 / 2 / 2)
         for rows in (~calibration.outside, calibration.outside)
     )
-    assert monitor.rates["abstained"].promise == pytest.approx(0.8 * within + 0.2 * strangers)
+    assert monitor.rates["abstained"].limit == pytest.approx(0.8 * within + 0.2 * strangers)
     assert monitor.rates["abstained"].delta == pytest.approx(0.06 / 3 / 2)
-    assert monitor.rates["outside"].promise == STATED
+    assert monitor.rates["outside"].limit == STATED
 
 
 def test_a_stated_share_of_none_is_watched_too() -> None:
     rows = rows_of(np.random.default_rng(3), 800, 0)
     rule = vilu.calibrate(rows, max_risk=0.05, outside_share=0.0)
     monitor = vilu.Monitor(rows, rule)
-    assert monitor.rates["outside"].promise == 1e-3
+    assert monitor.rates["outside"].limit == 1e-3
     assert monitor.update(stream(np.random.default_rng(4), 500, 0.1, labelled=0.5)).alarm
 
 
