@@ -188,6 +188,7 @@ class Looks:
 
     def can_certify(self, uncertainty: Floats) -> bool:
         """Whether so many labels (N,) could certify anything: with fewer a look is none."""
+        # as if all were right, so that the answer does not depend on what the labels are
         _, accepted = self.counts(uncertainty, np.zeros(len(uncertainty), dtype=np.int64))
         return self._certified(np.zeros_like(accepted), accepted) is not None
 

@@ -71,6 +71,8 @@ class Copies:
 
     def _at_most(self, n_seen: int, numbers: Ints) -> Floats:
         """P[Bin(K, f) <= k] for every K."""
+        # Binomial: each copied row is in the sample with the probability f. Drawn without
+        # replacement the count varies a little less, so these bounds err on the safe side.
         if n_seen < 0:
             return np.zeros(len(numbers))
         return tail(np.full(len(numbers), n_seen), numbers, self.share)

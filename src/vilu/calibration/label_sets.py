@@ -97,6 +97,8 @@ def fit_label_sets(
 ) -> LabelSets:
     """Label sets from those calibration rows that the predictor's ``fit`` has not seen."""
     check_label_sets(predictor, data, max_miss)
+    # Rows of the fit have better scores than new ones: with them the limit would be too small, and
+    # sets of new rows would miss more often than max_miss.
     data = data.without(~predictor.unseen(data, "calibration"))
     n_ood = int(data.outside.sum())
     if n_ood:

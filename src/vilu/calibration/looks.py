@@ -85,6 +85,7 @@ def _load(folder: Path) -> LookRecord:
     weights = read_record(folder / PREDICTOR)["weights_sha256"]
     if (folder / LOOKS).exists():
         looks = read_document(folder / LOOKS, LookRecord)
+        # another fit has other scores, of which the looks at this one have shown nothing
         if looks.weights_sha256 == weights:
             return looks
     return LookRecord(weights_sha256=weights)

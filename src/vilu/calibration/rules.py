@@ -522,7 +522,7 @@ def refuse_fitted(outcomes: Outcomes) -> None:
     )
     if n_seen > MAX_SHARED * n_comparable:
         raise DataError(
-            f"{overlap}, more than {MAX_SHARED:.0%} of the {n_comparable} that can be compared. "
+            f"{overlap}, more than {MAX_SHARED:.0%} of the {n_comparable} that can be told. "
             f"{LEARNED_FROM} {remedy}."
         )
     warnings.warn(f"{overlap}. {LEARNED_FROM} {remedy}.", stacklevel=6)

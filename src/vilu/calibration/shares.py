@@ -144,6 +144,8 @@ class Strata:
 
         Their mean is 1 where every stratum with a share has rows.
         """
+        # A stratum without rows has a share that no weight can stand for: the mean is below 1, and
+        # the bound would be of another population. ``lacking`` names it before any threshold.
         per_stratum = self.share * len(self.stratum) / np.maximum(self.n, 1)
         return per_stratum[self.stratum]
 

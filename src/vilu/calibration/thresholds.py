@@ -29,7 +29,8 @@ def tail(wrong: Ints, accepted: Ints, risk: float) -> Floats:
 
     # the regularised incomplete beta function is the tail, and takes whole arrays
     has_right = wrong < accepted
-    # its arguments must be above 0: where no answer is right 1 stands in, and the tail is 1
+    # Exact, not normal: with few errors, where guarantees are made, the normal tail is too small.
+    # Its arguments must be above 0: where no answer is right 1 stands in, and the tail is 1.
     right = np.where(has_right, accepted - wrong, 1)
     not_right = np.where(has_right, wrong + 1, 1)
     p = special.betainc(right, not_right, 1 - risk)
@@ -90,6 +91,7 @@ def accepted_needed(wrong: int, risk: float, delta: float) -> int | None:
     def is_enough(m: int) -> bool:
         return bool(tail(np.asarray(wrong), np.asarray(m), risk) <= delta)
 
+    # with ``wrong`` fixed the tail falls as m grows, so one bisection finds the first m
     return first_enough(is_enough, max(rows_without_error(risk, delta), wrong + 1))
 
 
@@ -331,6 +333,8 @@ def _levels(
     n = int(accepted[-1]) if len(accepted) else 0
     levels: dict[int, float] = {}
     for beginning in beginnings(n, starts, whole, max_risk, delta):
+        # By numbers of rows, never by failures: a beginning where the answers happen to be right
+        # would be a choice among many tests, and its own test allows for one.
         index = int(np.searchsorted(accepted, beginning.best))
         if index:
             n_before = accepted[index - 1]
