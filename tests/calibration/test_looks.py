@@ -1,4 +1,4 @@
-"""How often rows were calibrated on for other targets is counted, and stands in the promise."""
+"""How often rows were calibrated on for other targets is counted, and stands in the guarantee."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_looks_at_the_same_rows_are_counted(tmp_path: Path) -> None:
     assert Calibration.load(tmp_path) == records[3]
 
 
-def test_a_look_that_ended_without_a_promise_counts(tmp_path: Path) -> None:
+def test_a_look_that_ended_without_a_guarantee_counts(tmp_path: Path) -> None:
     vilu.MCM().save(tmp_path)
     data = toy_embeddings(n=400)
     for risk in (0.001, 0.002):
