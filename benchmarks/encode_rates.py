@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from vilu.backbones.catalog import NAMED, load_backbone
+from vilu.backbones.catalog import load_backbone, named_backbones
 from vilu.extras import import_extra, quiet
 
 IMAGES, TEXTS = 16, 16
@@ -51,7 +51,7 @@ def noise(size: int) -> Tensor:
 
 def named(name: str) -> Towers:
     """A named backbone with random weights, as open_clip builds it."""
-    entry = NAMED[name]
+    entry = named_backbones()[name]
     open_clip = import_extra("open_clip", "clip")
     model_name, _, tag = entry.open_clip.partition("/")
     wants = open_clip.get_pretrained_cfg(model_name, tag)
@@ -110,7 +110,7 @@ def seconds(run: Callable[[], object]) -> float:
 def main(repeats: int = 6) -> dict[str, float]:
     """Print a table of all models and return images per second."""
     with torch.inference_mode():
-        models = [*map(named, NAMED), *map(compact, COMPACT_SIZES)]
+        models = [*map(named, named_backbones()), *map(compact, COMPACT_SIZES)]
         work = [
             (gflop(model.run_images, IMAGES), gflop(model.run_texts, TEXTS)) for model in models
         ]

@@ -21,7 +21,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.encode_rates import IMAGES, named, seconds
-from vilu.backbones.catalog import NAMED
+from vilu.backbones.catalog import named_backbones
 from vilu.datasets.known import KNOWN
 from vilu.embeddings.memory import Embeddings
 from vilu.embeddings.rows import Rows
@@ -40,7 +40,7 @@ GPU_TFLOPS = 6.0
 GPU_STEP_SECONDS = 3e-3
 """Assumed: the least time of a step of some hundred small kernels and a few copies."""
 
-A100 = NAMED[BACKBONE].a100_rate or float("nan")
+A100 = named_backbones()[BACKBONE].a100_rate or float("nan")
 
 SETS = [entry for entry in KNOWN.values() if not entry.captioned and "train" in entry.sizes]
 

@@ -93,7 +93,7 @@ def main() -> None:
     )
     assert said["promise"] == monitor["status"]["verdict"] == "holds"
     assert 0 < accepted < len(answers) == audited["new"]
-    assert (bad["label"], bad["decision"]) == (None, "abstain")
+    assert (bad["label"], bad["decision"]) == (None, "review")
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def main() -> Figure:
     )
 
     assert "Guaranteed: at most 35.0% wrong" in told
-    assert Counter(answer.decision for answer in answers).keys() == {"accept", "abstain"}
+    assert Counter(answer.decision for answer in answers).keys() == {"accept", "review"}
     assert 15 < len(accepted) < 80
     assert still_wrong < wrong - 0.2
     return figure
@@ -70,7 +70,7 @@ def main() -> Figure:
 def drawn(photos: list[Path], answers: list[vilu.Answer]) -> Figure:
     """Above some that are accepted, below some that are not."""
     figure = Figure(figsize=(7, 4), layout="constrained")
-    for row, decision in zip(figure.subplots(2, 5), ("accept", "abstain"), strict=True):
+    for row, decision in zip(figure.subplots(2, 5), ("accept", "review"), strict=True):
         chosen = [
             pair for pair in zip(photos, answers, strict=True) if pair[1].decision == decision
         ]

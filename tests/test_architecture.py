@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import runpy
 import subprocess
 import sys
@@ -103,6 +104,50 @@ def test_what_the_table_of_the_rooms_counts() -> None:
         "vague": 4000 / statements,  # found, one, given, some
         "longest": 3,
     }
+
+
+MAP = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+ROW_OF_A_ROOM = re.compile(r"^\| `(\w+)/` \|.*\| (.*) \|$", re.MULTILINE)
+ROW_OF_THE_BENCH = re.compile(r"^\| `(\w+)/` \| [^|]* \|$", re.MULTILINE)
+
+
+def missing(room: Path, text: str) -> list[str]:
+    """Modules and folders that a text names in backticks, and that are not in the room."""
+    names = re.findall(r"`([a-z][\w/]*)`", text)
+    return [name for name in names if not (room / name).exists() and not is_module(room / name)]
+
+
+def is_module(path: Path) -> bool:
+    return path.with_suffix(".py").is_file()
+
+
+def test_the_map_names_every_room_and_files_that_there_are() -> None:
+    rows = ROW_OF_A_ROOM.findall(MAP)
+    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert {room for room, _ in rows} | {"artifacts"} == folders
+    for room, opened_first in rows:
+        assert missing(PACKAGE / room, opened_first) == [], room
+    (beside,) = re.findall(r"^Beside them: (.*?)\n\n", MAP, re.MULTILINE | re.DOTALL)
+    assert set(re.findall(r"`(\w+)`", beside)) >= HOUSE["BASE"]
+
+
+def test_the_map_names_the_rooms_and_files_of_the_bench() -> None:
+    bench = ROOT / "src" / "vilu_bench"
+    folders = {path.name for path in bench.iterdir() if path.is_dir()}
+    rooms = set(ROW_OF_THE_BENCH.findall(MAP))
+    assert rooms == folders - {"assets", "__pycache__"}
+    (studies,) = re.findall(r"^\| `studies/` \| (.*)\|$", MAP, re.MULTILINE)
+    assert missing(bench / "studies", studies) == []
+
+
+def test_the_map_names_files_and_functions_that_there_are() -> None:
+    (table,) = re.findall(
+        r"^\| where \| in `src/vilu` \|\n(.*?)\n\n", MAP, re.MULTILINE | re.DOTALL
+    )
+    named = re.findall(r"`(\w+/\w+\.py)`(?: \(`([\w.]+)`\))?", table)
+    assert len(named) == 6
+    for file, name in named:
+        assert f"def {name.rpartition('.')[2]}(" in (PACKAGE / file).read_text() or not name
 
 
 def test_the_core_knows_nothing_of_the_bench() -> None:

@@ -12,7 +12,7 @@ import vilu
 from tests.command import run
 from vilu.report.style import DARK
 from vilu_bench.studies.dry_run import describe, estimate
-from vilu_bench.studies.load import load_config
+from vilu_bench.studies.load import load_configs
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -79,10 +79,8 @@ def test_the_example_of_the_concepts_gives_the_numbers_of_its_text() -> None:
 
 
 def test_the_bytes_of_the_paper_are_what_a_dry_run_says_today(tmp_path: Path) -> None:
-    configs = [load_config(path) for path in sorted((ROOT / "configs" / "paper").glob("*.toml"))]
-    today = describe(
-        [estimate(config, tmp_path / "data", tmp_path / "output") for config in configs]
-    )
+    data, output = tmp_path / "data", tmp_path / "output"
+    today = describe([estimate(config, data, output) for config in load_configs(["paper"])])
     (told,) = re.findall(r"^together: (.* GiB);", today, re.MULTILINE)
     assert told in (ROOT / "docs" / "dry-run.md").read_text(encoding="utf-8")
 

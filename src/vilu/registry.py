@@ -45,9 +45,10 @@ def register(thing: Added) -> Added:
 
     Args:
         thing: A subclass of ``FailurePredictor``; a ``vilu.metrics.catalog.Metric`` with a name; a
-            ``vilu.datasets.known.KnownDataset``; or the path of a TOML file with tables
-            [datasets.NAME] and [backbones.NAME], whose keys are those of ``assets/datasets.toml``
-            and ``assets/backbones.toml``.
+            ``vilu.datasets.known.KnownDataset``; a ``BackboneKind`` or ``NamedBackbone`` of
+            ``vilu.backbones.catalog``; or the path of a TOML file with tables [datasets.NAME] and
+            [backbones.NAME], whose keys are those of ``assets/datasets.toml`` and
+            ``assets/backbones.toml``.
 
     Raises:
         UsageError: If it is nothing that can be registered, lacks something, or its name is taken.

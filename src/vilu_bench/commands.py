@@ -44,9 +44,11 @@ if TYPE_CHECKING:
 @goes_on
 def benchmark(  # noqa: PLR0913, PLR0917 - one parameter per flag
     configs: Annotated[
-        list[Path],
-        path_argument(
-            "Files such as configs/here/*.toml (see docs/benchmark.md).", metavar="CONFIG.toml..."
+        list[str],
+        typer.Argument(
+            help="Studies that come along (paper/main; or paper: all of that group), "
+            "or TOML files of yours. A name that is neither lists them.",
+            metavar="STUDY",
         ),
     ],
     data: Annotated[

@@ -6,15 +6,17 @@ import sys
 
 import pytest
 
-from vilu.backbones.catalog import BACKBONES, load_backbone
+from vilu.backbones.catalog import BACKBONES, BackboneKind, load_backbone
 from vilu.errors import UsageError
 
+KINDS = [entry for entry in BACKBONES.values() if isinstance(entry, BackboneKind)]
 
-@pytest.mark.parametrize("kind", sorted(BACKBONES))
-def test_loaders_exist(kind: str) -> None:
-    module, _, function = BACKBONES[kind].loader.partition(":")
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_loaders_exist(kind: BackboneKind) -> None:
+    module, _, function = kind.loader.partition(":")
     assert callable(getattr(importlib.import_module(module), function))
-    assert BACKBONES[kind].description.startswith(kind)
+    assert kind.description.startswith(kind.name)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from vilu.errors import UsageError
 from vilu.predictors import PREDICTORS
 from vilu.predictors.contract.parameters import parameters
 from vilu_bench.studies.config import Config, Labels, Transfer, Unseen
-from vilu_bench.studies.load import load_config, parse_config, shrink
+from vilu_bench.studies.load import CONFIGS, load_config, parse_config, shrink
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -193,18 +193,18 @@ def test_shrinking_keeps_everything_but_its_size() -> None:
 
 
 def test_the_shipped_benchmark_is_sound() -> None:
-    shipped = load_config(ROOT / "configs" / "methods.toml")
+    shipped = load_config(CONFIGS / "methods.toml")
     assert isinstance(shipped, Config)
     assert set(shipped.entries) >= set(PREDICTORS)
-    text = (ROOT / "configs" / "methods.toml").read_text()
+    text = (CONFIGS / "methods.toml").read_text()
     assert str(ROOT) not in text
     assert not any(entry.source and entry.source.startswith("/") for entry in shipped.data.values())
 
 
-@pytest.mark.parametrize("name", load_config(ROOT / "configs" / "methods.toml").deterministic)
+@pytest.mark.parametrize("name", load_config(CONFIGS / "methods.toml").deterministic)
 def test_what_is_said_to_be_deterministic_is(
     name: str, train: Embeddings, test: Embeddings
 ) -> None:
-    shipped = load_config(ROOT / "configs" / "methods.toml")
+    shipped = load_config(CONFIGS / "methods.toml")
     scores = [shipped.predictor(name, seed).fit(train).predict_uncertainty(test) for seed in (0, 1)]
     assert np.array_equal(*scores)

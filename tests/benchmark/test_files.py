@@ -7,17 +7,16 @@ from pathlib import Path
 import pytest
 
 from tests.builders.known_trees import TREES
-from vilu.backbones.catalog import NAMED
+from vilu.backbones.catalog import named_backbones
 from vilu.errors import UsageError
 from vilu.metrics.catalog import METRICS
 from vilu.predictors.contract.catalogue import method_names
 from vilu_bench.studies.config import Config
-from vilu_bench.studies.load import load_config, load_configs
+from vilu_bench.studies.load import CONFIGS, find_studies, load_config, load_configs, study_names
 from vilu_bench.studies.run import Share
 from vilu_bench.studies.views import Better, find_published, published_tables
 
-ROOT = Path(__file__).resolve().parents[2]
-STUDIES = sorted(ROOT.glob("configs/*/*.toml"))
+STUDIES = sorted(CONFIGS.glob("*/*.toml"))
 
 COMMON = """
 seeds = 4
@@ -112,6 +111,37 @@ def test_two_studies_of_one_name(tmp_path: Path) -> None:
         load_configs(paths)
 
 
+def test_a_study_that_comes_along_has_a_name() -> None:
+    names = study_names()
+    assert {"methods", "clip_row", "here/main", "paper/main"} <= set(names)
+    assert not {"here", "paper", "clip"} & set(names)  # what the studies of a group share
+    assert len(names) == len(STUDIES) + 2
+    for name in names:
+        (config,) = load_configs([name])
+        assert config.name == name.rpartition("/")[2]
+
+
+def test_a_group_is_all_of_its_studies() -> None:
+    by_group = [path for path in STUDIES if path.parent.name == "here"]
+    assert find_studies("here") == by_group
+    assert len(load_configs(["here", "methods"])) == len(by_group) + 1
+
+
+def test_a_file_goes_before_a_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()  # a folder is no study
+    assert len(find_studies("here")) > 1
+    write(tmp_path, 'include = "common.toml"', "methods")
+    (config,) = load_configs(["methods"])
+    assert config.seeds == 4
+
+
+@pytest.mark.parametrize("name", ["nothing", "here/nothing", "her", "here/", ".", ""])
+def test_what_is_no_study_lists_them(name: str) -> None:
+    with pytest.raises(UsageError, match=r"neither a file nor a study .* clip/labels, .* methods"):
+        load_configs([name])
+
+
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_shipped_studies_are_sound(path: Path) -> None:
     config = load_config(path)
@@ -151,7 +181,7 @@ def test_the_study_of_clip_has_every_method_and_number_of_labels() -> None:
 
 
 def paper(name: str) -> Config:
-    return load_config(ROOT / "configs" / "paper" / f"{name}.toml")
+    return load_config(CONFIGS / "paper" / f"{name}.toml")
 
 
 def test_the_main_table_has_every_set_and_every_method() -> None:
@@ -195,7 +225,7 @@ def test_published_numbers() -> None:
     assert set(tables) == {"main", "ablation", "depth", "table6", "table7", "table8", "table9"}
     numbers = [number for table in tables.values() for found in table.values() for number in found]
     assert all(0 < number.value < 1 and number.source for number in numbers)
-    assert {number.backbone for number in numbers} <= set(NAMED)
+    assert {number.backbone for number in numbers} <= set(named_backbones())
     assert {key[3] for table in tables.values() for key in table} <= set(METRICS)
     doubtful = find_published(["table6"], ("cc12m", "pool_128", "mcm", "fpr95"), "clip-vit-b32")
     assert doubtful.value == 0.156

@@ -21,7 +21,7 @@ from vilu.artifacts.hashing import digest
 from vilu.artifacts.tables import read_table, write_table
 from vilu.errors import DataError
 from vilu.outcomes.outcomes import Outcomes
-from vilu_bench.studies.load import load_config
+from vilu_bench.studies.load import load_configs
 from vilu_bench.studies.study import load_studies, run_studies
 from vilu_bench.studies.submit import KEY, take_in
 
@@ -331,8 +331,7 @@ def test_what_cannot_be_handed_in(ours: Path) -> None:
 
 
 def test_the_study_of_a_row_is_of_the_settings_and_seeds_of_the_whole() -> None:
-    configs = Path(__file__).resolve().parents[2] / "configs"
-    row, whole = load_config(configs / "clip_row.toml"), load_config(configs / "clip/none.toml")
+    row, whole = load_configs(["clip_row", "clip/none"])
     assert row.data.items() <= whole.data.items()
     assert row.settings == whole.settings
     assert (row.seeds, row.resamples, row.metrics) == (whole.seeds, whole.resamples, whole.metrics)

@@ -99,7 +99,7 @@ def test_captions(tmp_path: Path) -> None:
     calibration = Calibration.load(tmp_path)
     outcomes = vilu.score(predictor, new, calibration=calibration)
     accepted = outcomes.uncertainty <= record.rule.threshold
-    assert outcomes.decision == tuple(np.where(accepted, "accept", "abstain"))
+    assert outcomes.decision == tuple(np.where(accepted, "accept", "review"))
     with pytest.raises(ProvenanceError, match="pools of 32, and these have pools of 16"):
         vilu.score(predictor, toy_pairs(n=128, pool=16), calibration=calibration)
 
@@ -117,12 +117,12 @@ def test_a_row_without_a_score_is_not_accepted_and_says_why(tmp_path: Path) -> N
     )
     outcomes = vilu.score(predictor, holes, calibration=calibration)
     assert (outcomes.decision[4], outcomes.decision_reason[4], outcomes.label_set[4]) == (
-        "abstain",
+        "review",
         "nonfinite",
         None,
     )
     assert np.isnan(outcomes.failure_probability[4])
-    assert {text for row, text in enumerate(outcomes.decision) if row != 4} <= {"accept", "abstain"}
+    assert {text for row, text in enumerate(outcomes.decision) if row != 4} <= {"accept", "review"}
 
 
 def with_ood(n: int, seed: int) -> vilu.Embeddings:
@@ -167,11 +167,11 @@ def test_stated_shares_are_kept_and_ood_images_named(tmp_path: Path) -> None:
     seeing.calibrator_ = vilu.load(tmp_path).calibrator_
     seen = vilu.score(seeing, new, calibration=record)
     named = np.array([reason == "outside" for reason in seen.decision_reason or ()])
-    abstained = np.array([decision == "abstain" for decision in scores.decision or ()])
+    to_review = np.array([decision == "review" for decision in scores.decision or ()])
     assert seen.decision == scores.decision
-    assert 0 < named.sum() < abstained.sum()
+    assert 0 < named.sum() < to_review.sum()
     assert np.array_equal(
-        named, abstained & ((20 * new.image @ new.text.T).amax(dim=1) < 7).numpy()
+        named, to_review & ((20 * new.image @ new.text.T).amax(dim=1) < 7).numpy()
     )
     edited = json.loads((tmp_path / "risk.json").read_text())
     edited["rule"]["outside_share"] = 0.6

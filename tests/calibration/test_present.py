@@ -46,7 +46,7 @@ def test_up_to_the_stated_share_there_is_no_alarm(share: float) -> None:
         rows = rows_of(rng, 900, 300)
         rule = vilu.calibrate(rows, max_risk=0.05, outside_share=STATED)
         monitor = vilu.Monitor(rows, rule, false_alarm=level)
-        assert {test.name for test in monitor.status.tests} == {"audit", "outside", "abstained"}
+        assert {test.name for test in monitor.status.tests} == {"audit", "outside", "review"}
         raised += monitor.update(stream(rng, 600, share, labelled=0.3)).alarm
     assert raised / streams <= level + 3 * np.sqrt(level * (1 - level) / streams)
 
@@ -61,20 +61,20 @@ def test_more_ood_images_void_the_guarantee(calibration: Outcomes, rule: vilu.Ru
     assert labelled.present is not None
     assert "stated: at most 20.00%" in str(labelled)
     silent = vilu.Monitor(calibration, rule).update(stream(np.random.default_rng(2), 2500, 0.5))
-    assert [t.name for t in silent.tests if t.raised_at is not None] == ["abstained"]
+    assert [t.name for t in silent.tests if t.raised_at is not None] == ["review"]
 
 
-def test_the_rate_of_abstaining_is_bounded_stratum_by_stratum(
+def test_the_rate_of_reviews_is_bounded_stratum_by_stratum(
     calibration: Outcomes, rule: vilu.Rule
 ) -> None:
     monitor = vilu.Monitor(calibration, rule, false_alarm=0.06)
-    abstained = ~rule.accept(calibration.uncertainty)
+    to_review = ~rule.accept(calibration.uncertainty)
     within, ood = (
-        upper_bound(int(abstained[rows].sum()), int(rows.sum()), 0.06 / 3 / 2 / 2)
+        upper_bound(int(to_review[rows].sum()), int(rows.sum()), 0.06 / 3 / 2 / 2)
         for rows in (~calibration.outside, calibration.outside)
     )
-    assert monitor.rates["abstained"].limit == pytest.approx(0.8 * within + 0.2 * ood)
-    assert monitor.rates["abstained"].delta == pytest.approx(0.06 / 3 / 2)
+    assert monitor.rates["review"].limit == pytest.approx(0.8 * within + 0.2 * ood)
+    assert monitor.rates["review"].delta == pytest.approx(0.06 / 3 / 2)
     assert monitor.rates["outside"].limit == STATED
 
 

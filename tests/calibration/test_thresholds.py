@@ -238,7 +238,7 @@ def test_what_lies_above_confident_mistakes_is_accepted() -> None:
     scores = [0.0, 31.0, 31.5, rule.threshold, rule.threshold + 1, np.nan]
     assert rule.accept(scores).tolist() == [False, False, True, True, False, False]
     assert rule.reasons([31.0, 32.0, 1e9]) == ["below_floor", None, "above_threshold"]
-    assert "abstains from the most trusted" in str(rule)
+    assert "leaves the most trusted for review" in str(rule)
     assert type(rule).model_validate_json(rule.model_dump_json()) == rule
 
 

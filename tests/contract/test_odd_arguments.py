@@ -97,7 +97,7 @@ def calls_of(folder: Path) -> dict[str, Call]:
         "is_probability": True,
         "failure_probability": [0.1, 0.2],
         "label_set": None,
-        "decision": ["accept", "abstain"],
+        "decision": ["accept", "review"],
         "decision_reason": [None, "a"],
         "picture": [3, -1],
     }

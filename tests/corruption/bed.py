@@ -41,7 +41,7 @@ from vilu.predictors.persistence.storage import load, write_card
 from vilu.predictors.vilu.vilu import ViLU
 from vilu.progress import reporting
 from vilu.scoring.score_folder import ScoreFolder
-from vilu.service.keeper import Bookkeeper
+from vilu.service.local_journals import LocalJournals
 from vilu.store.embed import embed
 from vilu.store.importing import import_arrays
 from vilu.store.inspect import inspect
@@ -350,32 +350,32 @@ def _journals(root: Path) -> list[Artefact]:
     scores = Outcomes.load(root / "scores.parquet")
     ids = list(scores.ids or ())
     answers = np.asarray(scores.prediction).tolist()
-    keeper = Bookkeeper(stopped, {"first": root / "head"})
-    keeper.switch("first")
+    journals = LocalJournals(stopped, {"first": root / "head"})
+    journals.switch("first")
     for first in range(0, len(ids), 10):
         rows = slice(first, first + 10)
-        keeper.record(ids[rows], {"first": (answers[rows], scores.uncertainty.tolist()[rows])})
-    keeper.label({key: NAMES[answers[place]] for place, key in enumerate(ids[:20])})
+        journals.record(ids[rows], {"first": (answers[rows], scores.uncertainty.tolist()[rows])})
+    journals.label({key: NAMES[answers[place]] for place, key in enumerate(ids[:20])})
     shutil.copytree(stopped, killed, ignore=shutil.ignore_patterns("*-shm"))
-    keeper.close()
+    journals.close()
     labels = dict.fromkeys(ids[:20], NAMES[0])
     artefacts: list[Artefact] = []
     for path in (stopped, killed):
-        use = partial(_start_keeper, path, root / "head", labels)
+        use = partial(_start_journals, path, root / "head", labels)
         artefacts.append(Artefact(path, {"start": use}, use))
     return artefacts
 
 
-def _start_keeper(state: Path, predictor: Path, labels: dict[str, str]) -> object:
+def _start_journals(state: Path, predictor: Path, labels: dict[str, str]) -> object:
     """What the monitor says at the start; Refused where the log says that files were set aside."""
     messages = queue.SimpleQueue[logging.LogRecord]()
     handler = logging.handlers.QueueHandler(messages)
     logger = logging.getLogger("vilu.service")
     logger.addHandler(handler)
     try:
-        with closing(Bookkeeper(state, {"first": predictor})) as keeper:
-            statuses = keeper.statuses()["first"].model_dump(mode="json")
-            known = keeper.label(labels)  # each has its label already
+        with closing(LocalJournals(state, {"first": predictor})) as journals:
+            statuses = journals.statuses()["first"].model_dump(mode="json")
+            known = journals.label(labels)  # each has its label already
     finally:
         logger.removeHandler(handler)
     if not messages.empty():

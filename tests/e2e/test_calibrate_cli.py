@@ -59,7 +59,7 @@ def test_calibrated_scores_say_what_to_do(work: Path, predictor: Path) -> None:
     run("score", predictor, work / "new", "-o", predictor / "scores.parquet")
     scores = Outcomes.load(predictor / "scores.parquet")
     accepted = selector.accept(scores.uncertainty)
-    assert scores.decision == tuple(np.where(accepted, "accept", "abstain"))
+    assert scores.decision == tuple(np.where(accepted, "accept", "review"))
     assert scores.decision_reason == tuple(None if yes else "above_threshold" for yes in accepted)
     loaded = vilu.load(predictor)
     assert scores.failure_probability == pytest.approx(

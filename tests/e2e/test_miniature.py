@@ -24,10 +24,8 @@ from vilu.backbones.catalog import load_backbone
 from vilu.backbones.zeroshot import class_texts
 from vilu.datasets.images import decode_image
 from vilu.datasets.known import KNOWN, open_known
-from vilu_bench.studies.load import load_config
+from vilu_bench.studies.load import load_configs
 
-ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = sorted((ROOT / "configs" / "paper").glob("*.toml"))
 SMALL_REASONS = (
     *(
         "fewer than",
@@ -123,7 +121,7 @@ def words(miniature: tuple[Path, Path], output: Path, *more: object) -> tuple[ob
     data, models = miniature
     return (
         "benchmark",
-        *CONFIGS,
+        "paper",
         "--data",
         data,
         "--models",
@@ -141,8 +139,7 @@ def test_every_study_runs_from_images_to_tables(
 ) -> None:
     text = run_process(*words(miniature, tmp_path, "--jobs", 2)).stdout
     output = tmp_path / "smoke"
-    for path in CONFIGS:
-        config = load_config(path)
+    for config in load_configs(["paper"]):
         folder = output / "studies" / config.name
         assert f"=== {config.name} ===" in text
         for view in config.views:
@@ -158,7 +155,7 @@ def test_every_study_runs_from_images_to_tables(
     ]
     assert unexpected == []
     results = {(cell["data"], cell["method"]) for cell in cells if cell["results"]}
-    everywhere = {name for path in CONFIGS for name in load_config(path).data}
+    everywhere = {name for config in load_configs(["paper"]) for name in config.data}
     assert {data for data, _ in results} == everywhere
     learned = Counter(method for _, method in results)
     assert learned["vilu"] >= 20
@@ -171,7 +168,7 @@ def test_every_study_runs_from_images_to_tables(
 @pytest.mark.slow
 def test_a_dry_run_knows_the_miniature(miniature: tuple[Path, Path], tmp_path: Path) -> None:
     plans = json.loads(run(*words(miniature, tmp_path, "--dry-run", "--json")).stdout)
-    assert [plan["name"] for plan in plans] == [path.stem for path in CONFIGS]
+    assert [plan["name"] for plan in plans] == [config.name for config in load_configs(["paper"])]
     parts = {(part["data"], part["part"]): part for plan in plans for part in plan["parts"]}
     assert parts["dtd", "train"]["counted"] == "listing"
     assert (

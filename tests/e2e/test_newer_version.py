@@ -20,7 +20,7 @@ from tests.command import command_line
 from vilu.artifacts.documents import SEAL, identity
 from vilu.calibration.calibration import Calibration
 from vilu.cli.demo import key_of
-from vilu.service.keeper import Bookkeeper
+from vilu.service.local_journals import LocalJournals
 from vilu.store.embed import embed
 from vilu.store.job import BackboneSpec
 
@@ -146,7 +146,7 @@ def test_what_a_newer_version_makes_again_is_the_same(
     for arguments in COMMANDS[1:16]:
         do(*arguments, cwd=work)
     before = Calibration.load(work / "head").fingerprint
-    Bookkeeper(work / "served", {"first": work / "head"}).close()
+    LocalJournals(work / "served", {"first": work / "head"}).close()
     served = sorted(path.name for path in (work / "served").iterdir())
     raise_version(newer)
     do(*COMMANDS[4], "--overwrite", cwd=work)
@@ -155,7 +155,7 @@ def test_what_a_newer_version_makes_again_is_the_same(
     assert (again.vilu, again.fingerprint) == (NEWER, before)
     for arguments in COMMANDS[6:16]:
         do(*arguments, cwd=work)
-    Bookkeeper(work / "served", {"first": work / "head"}).close()
+    LocalJournals(work / "served", {"first": work / "head"}).close()
     assert sorted(path.name for path in (work / "served").iterdir()) == served
 
 

@@ -131,7 +131,7 @@ def test_the_threshold_moves_numbers_curves_and_pictures(browser, work: Path) ->
         accepted = one.uncertainty <= threshold
         assert visit.number("accepted") == accepted.sum()
         assert visit.number("wrong") == one.failure[accepted].sum()
-        assert visit.number("abstained") == N - accepted.sum()
+        assert visit.number("review") == N - accepted.sum()
         assert visit.share("coverage") == pytest.approx(accepted.mean(), abs=0.00051)
         assert visit.share("risk") == pytest.approx(one.failure[accepted].mean(), abs=0.00051)
         circle = page.query_selector('svg[data-chart="roc"] .marker circle')
@@ -143,7 +143,7 @@ def test_the_threshold_moves_numbers_curves_and_pictures(browser, work: Path) ->
             now = float(card.get_attribute("data-u")) <= threshold
             assert ("flipped" in card.get_attribute("class")) == (now != was)
             assert card.query_selector(".state").text_content().split()[-1] == (
-                "accepted" if now else "abstained"
+                "accepted" if now else "review"
             )
             flipped += now != was
         assert visit.number("flips") == flipped
@@ -163,7 +163,7 @@ def test_the_threshold_moves_numbers_curves_and_pictures(browser, work: Path) ->
     assert check() == chosen
     page.fill("#threshold", "-1")
     page.press("#threshold", "Enter")
-    assert (visit.number("accepted"), visit.number("abstained")) == (0, N)
+    assert (visit.number("accepted"), visit.number("review")) == (0, N)
     assert page.text_content("#risk") == "–"
     visit.close()
 

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
+import sys
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
-from tests.builders.photo_folders import write_photos
 from tests.command import run_process
 from vilu.embeddings.memory import Embeddings
 from vilu_bench.methods.neighbours import KNNVote
+
+WORKER = Path(__file__).with_name("core_worker.py")
+FEW = {"train": 120, "validation": 120, "test": 100}
+"""Photos of the demo's splits that the test takes."""
 
 ABSENT = '''
 import sys
@@ -29,18 +37,6 @@ class Absent:
 sys.meta_path.insert(0, Absent())
 '''
 
-CLASSES, WIDTH, ROWS = 4, 16, 900
-
-
-def write_arrays(path: Path, seed: int) -> Path:
-    """Images near the text of their class, so that a few answers are wrong."""
-    rng = np.random.default_rng(seed)
-    text = np.eye(CLASSES, WIDTH)
-    target = rng.integers(CLASSES, size=ROWS)
-    image = text[target] + 0.3 * rng.normal(size=(ROWS, WIDTH))
-    np.savez(path, image=image, text=text, target=target, class_names=np.array(list("abcd")))
-    return path
-
 
 @pytest.fixture
 def without_bench(tmp_path: Path) -> dict[str, str]:
@@ -52,39 +48,51 @@ def without_bench(tmp_path: Path) -> dict[str, str]:
     return {"PYTHONPATH": path}
 
 
-def test_stores_to_decisions(tmp_path: Path, without_bench: dict[str, str]) -> None:
-    def run(*words: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-        return run_process(*words, code=code, cwd=tmp_path, **without_bench)
-
-    scale = ("--logit-scale", 20, "--logit-bias", 0)
-    for seed, name in enumerate(("train", "calibration", "new")):
-        write_arrays(tmp_path / f"{name}.npz", seed)
-        run("import", f"{name}.npz", "-o", name, *scale)
-    run("fit", "train", "-o", "predictor")
-    run("calibrate", "predictor", "calibration", "--max-risk", 0.1)
-    run("score", "predictor", "new", "-o", "scores.parquet")
-    assert "auroc" in run("evaluate", "scores.parquet", "--json").stdout
-    assert "holds" in run("monitor", "predictor", "scores.parquet", "--shuffle").stdout
-    run("explain", "predictor", "new", "--row", 0)
-    run("report", "scores.parquet", "-o", "page.html")
-    run("inspect", "predictor")
+def write_few_photos(path: Path) -> None:
+    """Some photos of each split of the demo's table."""
+    whole = pq.read_table(str(resources.files("vilu").joinpath("assets", "clothing.parquet")))
+    rows: list[int] = []
+    for split, n in FEW.items():
+        of_split = np.flatnonzero(pc.equal(whole["split"], split).to_numpy())
+        rows.extend(of_split[np.linspace(0, len(of_split) - 1, n).astype(int)].tolist())
+    pq.write_table(whole.take(rows), path)
 
 
-def test_a_folder_of_photos(tmp_path: Path, without_bench: dict[str, str]) -> None:
-    write_photos(tmp_path / "photos", 60)
-    (tmp_path / "names.txt").write_text("red\ngreen\nblue\n")
-    words = ("triage", "photos", "--classes", "names.txt", "-o", "out")
-    run_process(*words, cwd=tmp_path, **without_bench)
-    assert (tmp_path / "out/decisions.csv").is_file()
+def test_photos_to_a_service(tmp_path: Path, without_bench: dict[str, str]) -> None:
+    write_few_photos(tmp_path / "few.parquet")
+    folder = tmp_path / "work"
+    folder.mkdir()
+    root = WORKER.parents[2]
+    path = os.pathsep.join([without_bench["PYTHONPATH"], str(root)])
+    done = subprocess.run(
+        [sys.executable, WORKER, folder, tmp_path / "few.parquet"],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (folder / "demo/report.html").is_file()
+    assert (folder / "demo/triage/decisions.csv").is_file()
+    assert "holds" in (folder / "monitor.txt").read_text()
+    assert (folder / "page.html").is_file()
+    reply = json.loads((folder / "answers.json").read_text())
+    assert reply["promise"] == "holds"
+    (answer,) = reply["answers"]
+    assert answer["label"] in (folder / "demo/classes.txt").read_text().split()
+    assert answer["decision"] in {"accept", "abstain"}
 
 
 def test_what_it_would_need_is_named(tmp_path: Path, without_bench: dict[str, str]) -> None:
-    image = np.eye(2)[[0] * 40]
-    data = Embeddings(image, np.eye(2), [0, 0, 0, 1] * 10)
-    KNNVote(k=2).fit(data).save(tmp_path / "voters")
-    write_arrays(tmp_path / "new.npz", 0)
-    scale = ("--logit-scale", 20, "--logit-bias", 0)
-    run_process("import", "new.npz", "-o", "new", *scale, cwd=tmp_path, **without_bench)
-    for words in (("score", "voters", "new", "-o", "s.parquet"), ("benchmark", "study.toml")):
+    rng = np.random.default_rng(0)
+    text = np.eye(4, 16)
+    target = rng.integers(4, size=100)
+    image = text[target] + 0.3 * rng.normal(size=(100, 16))
+    image /= np.linalg.norm(image, axis=1, keepdims=True)
+    KNNVote(k=2).fit(Embeddings(image, text, target)).save(tmp_path / "voters")
+    arrays = {"image": image, "text": text, "target": target, "class_names": list("abcd")}
+    np.savez(tmp_path / "new.npz", **arrays, logit_scale=20.0, logit_bias=0.0)
+    run_process("import", "new.npz", "-o", "new", cwd=tmp_path, **without_bench)
+    for words in (("score", "voters", "new", "-o", "s.parquet"), ("benchmark", "here/main")):
         refused = run_process(*words, code=2, cwd=tmp_path, **without_bench)
         assert "Install vilu-bench." in refused.stderr

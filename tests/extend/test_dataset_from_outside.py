@@ -20,7 +20,6 @@ from tests.builders.known_images import CLASSES, THREE, Row, rows, save, write_l
 from tests.builders.store_fakes import FakeBackbone
 from vilu.backbones.catalog import (
     BACKBONES,
-    NAMED,
     BackboneKind,
     add_backbone,
     add_backbones,
@@ -81,11 +80,12 @@ def load_stranger(argument: str, device: torch.device, precision: str) -> FakeBa
 @pytest.fixture(autouse=True)
 def added() -> Iterator[None]:
     """Everything is as it was afterwards."""
-    before = [(table, dict(table)) for table in (KNOWN, NAMED, BACKBONES)]
+    before = [(table, dict(table)) for table in (KNOWN, BACKBONES)]
     add_datasets(ENTRIES)
     add_backbone(
-        "stranger",
-        BackboneKind(f"{__name__}:load_stranger", "stranger, a random projection", "none"),
+        BackboneKind(
+            "stranger", f"{__name__}:load_stranger", "stranger, a random projection", "none"
+        )
     )
     yield
     for table, content in before:
@@ -286,14 +286,14 @@ def test_a_named_backbone_is_a_table() -> None:
     assert add_backbones('[other]\nloader = "x:load"\ndescription = "other"\nextra = "none"') == [
         "other"
     ]
-    assert BACKBONES["other"] == BackboneKind("x:load", "other", "none")
+    assert BACKBONES["other"] == BackboneKind("other", "x:load", "other", "none")
     for name, entry, message in (
         ("compact", BACKBONES["stranger"], "another backbone 'compact' already"),
-        ("clip-vit-b32", NAMED["clip-small"], "another backbone 'clip-vit-b32' already"),
-        ("a:b", NAMED["clip-small"], "letters, digits"),
+        ("clip-vit-b32", BACKBONES["clip-small"], "another backbone 'clip-vit-b32' already"),
+        ("a:b", BACKBONES["clip-small"], "letters, digits"),
     ):
         with pytest.raises(UsageError, match=message):
-            add_backbone(name, entry)
+            vilu.register(replace(entry, name=name))
     with pytest.raises(UsageError, match="backbone 'x', open_clip: Field required"):
         add_backbones('[x]\ntitle = "X"')
 
@@ -315,7 +315,7 @@ def test_a_file_for_both(tmp_path: Path) -> None:
     )
     assert vilu.register(path) == path
     assert {"tarns", "lawns"} <= set(KNOWN)
-    assert "clip-small" in NAMED
+    assert "clip-small" in BACKBONES
     path.write_text("[metrics.x]\n")
     with pytest.raises(
         UsageError, match=r"a section \[metrics\]; there are \[datasets.NAME\], \[backbones.NAME\]"

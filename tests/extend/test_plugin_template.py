@@ -1,5 +1,5 @@
 """The repository in examples/plugin:
-its method, its metric and its data set are found by their entry points alone.
+its method, its metric, its data set and its backbone are found by their entry points alone.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import pytest
 import vilu
 from tests.builders.known_images import rows, save
 from tests.command import run, run_process
+from vilu.backbones.catalog import BACKBONES
 from vilu.datasets.known import KNOWN
 from vilu.errors import UsageError
 from vilu.metrics import METRICS
@@ -26,8 +27,13 @@ from vilu.predictors.contract.catalogue import find_method
 
 TEMPLATE = Path(__file__).resolve().parents[2] / "examples" / "plugin"
 PROJECT = tomllib.loads((TEMPLATE / "pyproject.toml").read_text())["project"]
-CATALOGUES = (vilu.PREDICTORS, METRICS, KNOWN)
-LISTS = {"quadratic_entropy": "list predictors", "youden": "list metrics", "beans": "datasets list"}
+CATALOGUES = (vilu.PREDICTORS, METRICS, KNOWN, BACKBONES)
+LISTS = {
+    "quadratic_entropy": "list predictors",
+    "youden": "list metrics",
+    "beans": "datasets list",
+    "colours": "list backbones",
+}
 
 
 def put(site: Path, entries: dict[str, dict[str, str]]) -> None:
@@ -113,6 +119,10 @@ def check_flow(command, tmp_path: Path) -> None:
         "train 9/9 (published 1,034) validation 3/3 (published 133) test 6/6 (published 128)"
         in told
     )
+    words = ("--dataset", "beans", "--split", "test", "--backbone", "colours")
+    command("embed", home, *words, "-o", tmp_path / "beans")
+    embedded = vilu.EmbeddingStore(tmp_path / "beans")
+    assert (len(embedded), embedded.space.backbone) == (6, "colours")
 
 
 def test_it_is_found_by_every_command(site: Path, tmp_path: Path) -> None:
@@ -150,8 +160,9 @@ def test_a_broken_one_is_named_and_stops_nothing_else(
         "name than its entry "
         "point.",
         f"left out: the data set {reason}",
+        f"left out: the backbone {reason}",
     ]
-    for ask in (find_method, METRICS.__getitem__, KNOWN.__getitem__):
+    for ask in (find_method, METRICS.__getitem__, KNOWN.__getitem__, BACKBONES.__getitem__):
         with pytest.raises(
             UsageError, match=r"'broken' of vilu-example \(nowhere:Else\) cannot be imported"
         ):
@@ -163,6 +174,8 @@ def test_nothing_is_imported_before_its_name_is_asked_for(site: Path) -> None:
     assert "quadratic_entropy" in vilu.PREDICTORS.names()
     assert METRICS["auroc"].name == "auroc"
     assert "vilu_example" not in sys.modules
+    assert BACKBONES["colours"].loader == "vilu_example.backbone:load"
+    assert "vilu_example.backbone" not in sys.modules
     assert METRICS["youden"].title == "Youden's J"
     assert "vilu_example.method" not in sys.modules
 
@@ -200,4 +213,4 @@ def test_installed_by_pip_it_does_the_same_and_passes_its_own_tests(tmp_path: Pa
     done = subprocess.run(
         tests, cwd=copy, env=environment, capture_output=True, text=True, check=False
     )
-    assert "6 passed" in done.stdout, done.stdout + done.stderr
+    assert "8 passed" in done.stdout, done.stdout + done.stderr

@@ -12,4 +12,4 @@ def load_fake(argument: str, device: torch.device, precision: str) -> FakeBackbo
     return FakeBackbone()
 
 
-add_backbone("fake", BackboneKind(f"{__name__}:load_fake", "fake, a random projection", "none"))
+add_backbone(BackboneKind("fake", f"{__name__}:load_fake", "fake, a random projection", "none"))

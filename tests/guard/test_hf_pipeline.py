@@ -86,7 +86,7 @@ def test_a_bad_image_has_a_reason_and_spoils_no_other(
     (gone,), (good,), (cut,) = pipe([tmp_path / "gone.png", photo(1, 1), photo(1, 1)[:60]])
     assert (gone["reason"], cut["reason"]) == ("read_error", "truncated")
     assert gone["label"] is gone["score"] is gone["failure_probability"] is None
-    assert gone["decision"] == "abstain"
+    assert gone["decision"] == "review"
     assert gone["runners_up"] == []
     assert good["label"] is not None
 

@@ -78,7 +78,7 @@ def require_same(
         gap = found["uncertainty"] - np.array([one.uncertainty for one in expected[:n]])
         assert np.abs(gap).max() <= within
         if "accept" in found:
-            decided = ["accept" if yes else "abstain" for yes in found["accept"]]
+            decided = ["accept" if yes else "review" for yes in found["accept"]]
             assert decided == [one.decision for one in expected[:n]]
     return {str(one.decision) for one in expected}
 
@@ -114,7 +114,7 @@ def test_onnxruntime_decides_as_the_guard(begun: Folder, tmp_path: Path) -> None
     folder, path = begun[0] / "out" / "predictor", tmp_path / "guard.onnx"
     assert export_image_graph(folder, path, backbone=Traceable()) <= 1e-5
     guard = Guard(folder)
-    assert require_same(path, guard) == {"accept", "abstain"}
+    assert require_same(path, guard) == {"accept", "review"}
     found, said = answers(path, guard, IMAGES)
     assert {name: (rows.dtype, rows.shape) for name, rows in found.items()} == {
         "uncertainty": (np.float64, (27,)),
@@ -148,7 +148,7 @@ def test_of_every_kind_of_predictor_and_rule(
     folder, path = made(tmp_path, Traceable(), predictor, target), tmp_path / "guard.onnx"
     export_image_graph(folder, path, backbone=Traceable())
     guard = Guard(folder)
-    assert require_same(path, guard) == ({"accept", "abstain"} if target else {"None"})
+    assert require_same(path, guard) == ({"accept", "review"} if target else {"None"})
     found, said = answers(path, guard, IMAGES)
     assert ("accept" in found) == bool(said["vilu.decision"]) == (target is not None)
     assert (
@@ -170,7 +170,7 @@ def test_the_outcome_outside_is_part_of_the_file(tmp_path: Path) -> None:
     export_image_graph(folder, path, backbone=Traceable())
     guard = Guard(folder)
     assert guard.predictor.outcome.columns == ("negatives",)
-    assert require_same(path, guard) == {"accept", "abstain"}
+    assert require_same(path, guard) == {"accept", "review"}
 
 
 @pytest.mark.slow

@@ -88,6 +88,7 @@ def test_repr_does_not_spell_out_the_rows() -> None:
         ({"ids": {"a", "b", "c", "d"}}, "ids must be a list of texts. Got set"),
         ({"class_names": {"cat": 0, "dog": 1}}, "class_names must be a list of texts. Got dict"),
         ({"reason": "nonfinite"}, "reason must be a list of texts. Got str"),
+        ({"decision": ["accept", "review", "accept", "maybe"]}, "Got 'maybe' instead"),
         (
             {"failure": [0, 1, -2, 1]},
             r"failure must hold whole numbers from -1 \(unknown\) to 1. Got -2 in row 2",

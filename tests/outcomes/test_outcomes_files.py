@@ -22,6 +22,10 @@ HOSTILE = {
     "binary": (b"\x00\x01\x02\xff" * 50, "a.csv"),
     "not utf-8": (b"uncertainty,failure,key\n0.5,1,\xff\xfe\n", "not a readable csv"),
     "header not utf-8": (b"\x80\r", "not a readable csv"),
+    "older decision": (
+        b"uncertainty,failure,decision\n0.5,1,abstain\n",
+        "accept or review .* Got 'abstain' .* `vilu score`",
+    ),
     "ragged": (b"uncertainty,failure\n0.5,1,2\n", "Expected 2 columns, got 3"),
     "open quote": (b'uncertainty,failure\n"0.5,1\n', "not a readable csv"),
     "wrong header": (

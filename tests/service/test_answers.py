@@ -35,8 +35,8 @@ from vilu.calibration.target import Target
 from vilu.errors import DataError, StorageError, UsageError
 from vilu.guard.guard import Guard
 from vilu.service.journal import Journal
-from vilu.service.keeper import Bookkeeper
 from vilu.service.limits import read_keys
+from vilu.service.local_journals import LocalJournals
 from vilu.store.pipeline import Decoder
 
 Photos = Callable[[int], list[bytes]]
@@ -70,7 +70,7 @@ def test_answers_are_those_of_guard(service: Running, guard: Guard, photos: Phot
         )
         assert mine["failure_probability"] == pytest.approx(his.failure_probability, abs=1e-5)
         assert [one["label"] for one in mine["runners_up"]] == [name for name, _ in his.runners_up]
-    assert {"accept", "abstain"} <= {one["decision"] for one in told["answers"]}
+    assert {"accept", "review"} <= {one["decision"] for one in told["answers"]}
     as_text = [base64.b64encode(image).decode() for image in images]
     again = service.post("/v1/answers", json={"images": as_text}).json()["answers"]
     assert [one["label"] for one in again] == [one["label"] for one in told["answers"]]
@@ -326,6 +326,17 @@ def test_what_is_to_be_kept_is(
     assert kept == {f"{one['row']}.png": image for one, image in zip(told, photos(2), strict=False)}
 
 
+def test_embeddings_are_answered_where_images_are_kept(
+    predictors: tuple[Path, Path], tmp_path: Path, photos: Photos
+) -> None:
+    pixels = FakeBackbone().preprocess(Image.open(BytesIO(photos(1)[0])))
+    row = FakeBackbone().encode_images(pixels[None])[0]
+    with hosted(predictors[0], tmp_path / "s", keep=tmp_path / "kept") as running:
+        reply = running.post("/v1/scores", json={"embeddings": [row.tolist()]})
+    assert reply.status_code == 200
+    assert list((tmp_path / "kept").iterdir()) == []
+
+
 MISTAKES = {
     "no such path": (("GET", "/v2", {}), 404, "Not Found"),
     "no such method": (("DELETE", "/v1/answers", {}), 405, "Method Not Allowed"),
@@ -574,7 +585,7 @@ def test_a_fault_of_ours_is_told_and_the_next_request_is_answered(
 
     with hosted(predictors[0], tmp_path / "s") as running:
         with monkeypatch.context() as patch:
-            patch.setattr(Bookkeeper, "record", broken)
+            patch.setattr(LocalJournals, "record", broken)
             reply = running.post("/v1/answers", files=as_files(photos(2)))
             assert (reply.status_code, reply.headers["content-type"]) == (
                 500,

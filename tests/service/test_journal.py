@@ -246,10 +246,10 @@ def test_no_row_is_kept_where_the_file_is_gone(
 ) -> None:
     journal = Journal(tmp_path, predictors[0])
     fill(journal, 0, 10)
-    assert not journal.lost
+    assert not journal.is_lost
     for name in names:
         (tmp_path / name).unlink()
-    assert journal.lost
+    assert journal.is_lost
     with pytest.raises(StorageError, match="was removed or replaced while it was in use"):
         fill(journal, 10, 20)
     assert journal.status.rows == 10

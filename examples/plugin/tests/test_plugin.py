@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.nn.functional import normalize
 
 import vilu
@@ -62,3 +63,12 @@ def test_the_data_set_is_known(tmp_path: Path) -> None:
     assert {split: count.found for split, count in found.splits.items()} == dict.fromkeys(
         find_known("beans").sizes, 3
     )
+
+
+def test_the_backbone_sees_colours() -> None:
+    model = vilu.load_backbone("colours", device="cpu")
+    names = ["red", "green", "blue"]
+    pixels = torch.stack([model.preprocess(Image.new("RGB", (50, 40), name)) for name in names])
+    text = model.encode_texts([f"a photo of a {name} thing" for name in names])
+    cosine = model.encode_images(pixels) @ text.T
+    assert cosine.argmax(dim=1).tolist() == [0, 1, 2]

@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from vilu.artifacts.documents import fill
 from vilu.errors import MissingModelError, ProvenanceError, UsageError, nearest
 from vilu.progress import track
-from vilu.registry import load_plugins, toml_tables
+from vilu.registry import ADDERS, Catalogue, toml_tables
 from vilu.validation import checked, require_one_of
 
 log = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ USUAL = "open_clip"
 class NamedBackbone:
     """A model that two libraries know, at one resolution."""
 
+    name: str
     title: str  # for tables
     open_clip: str  # NAME/TAG in open_clip's registry
     open_clip_hub: str  # repository of these weights for open_clip
@@ -62,8 +63,29 @@ class NamedBackbone:
     reference: str = ""  # where the model comes from
 
 
-NAMED: dict[str, NamedBackbone] = {}
-"""By name: those of the paper, from ``assets/backbones.toml``, then those that were added."""
+@dataclass(frozen=True)
+class BackboneKind:
+    """Where to find a kind of backbone, without importing it."""
+
+    name: str
+    # "module:function", called with what follows the colon of the spec, the device and the
+    # precision
+    loader: str
+    description: str  # for people
+    extra: str = ""  # optional dependency of vilu that it needs; "" where it needs none
+
+
+BACKBONES: Final = Catalogue[NamedBackbone | BackboneKind]("backbone", "vilu.backbones")
+"""Ours, from ``assets/backbones.toml``, then those that were added or installed."""
+
+
+def named_backbones() -> dict[str, NamedBackbone]:
+    """The backbones that are one model each."""
+    models = {}
+    for name, entry in BACKBONES.items():
+        if isinstance(entry, NamedBackbone):
+            models[name] = entry
+    return models
 
 
 @dataclass(frozen=True)
@@ -83,12 +105,12 @@ def find_named(spec: str, models: Path | None = None) -> NamedSource | None:
     there. None where ``spec`` is no named backbone.
     """
     name, sign, kind = spec.partition("@")
-    if name not in NAMED:
+    model = BACKBONES.get(name)
+    if not isinstance(model, NamedBackbone):
         return None
     if sign and kind not in FORMATS:
         ways = " or ".join(f"{name}@{known}" for known in FORMATS)
         raise UsageError(f"{name} is loaded by {ways}. Got {spec!r}.")
-    model = NAMED[name]
     if models is None:
         kind = kind or USUAL
         argument: str = getattr(model, kind)
@@ -140,21 +162,6 @@ def _require_activation(file: Path, model: NamedBackbone) -> None:
 PRECISIONS = ("fp32", "bf16")
 
 
-@dataclass(frozen=True)
-class BackboneKind:
-    """Where to find a kind of backbone, without importing it."""
-
-    # "module:function", called with what follows the colon of the spec, the device and the
-    # precision
-    loader: str
-    description: str  # for people
-    extra: str  # optional dependency that it needs
-
-
-BACKBONES: dict[str, BackboneKind] = {}
-"""By name: ours, from ``assets/backbones.toml``, then those that were added."""
-
-
 @checked
 def load_backbone(
     spec: str, *, device: str = "auto", precision: str = "fp32", models: str | Path | None = None
@@ -162,8 +169,8 @@ def load_backbone(
     """The frozen dual encoder that ``spec`` names, ready to encode.
 
     Args:
-        spec: NAME of ``NAMED`` (by open_clip; NAME@hf by transformers), or KIND or KIND:ARGUMENT,
-            see ``BACKBONES``.
+        spec: NAME of a ``NamedBackbone`` (by open_clip; NAME@hf by transformers), or KIND or
+            KIND:ARGUMENT of a ``BackboneKind``, see ``BACKBONES``.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         precision: "fp32", or "bf16" for the image tower under autocast; what comes out is always
             float32.
@@ -190,16 +197,16 @@ def load_backbone(
     """
     from vilu.device import resolve_device
 
-    load_plugins()
     source = find_named(spec, None if models is None else Path(models))
     full_spec = spec if source is None else source.spec
     kind, _, argument = full_spec.partition(":")
-    if kind not in BACKBONES:
-        known = [*BACKBONES, *NAMED]
+    entry = BACKBONES.get(kind)
+    if not isinstance(entry, BackboneKind):
+        known = list(BACKBONES)
         hint = nearest(kind.partition("@")[0], known, cutoff=0.5)
         raise UsageError(f"there is no backbone {spec!r}; known are {', '.join(known)}.{hint}")
     require_one_of("precision", precision, PRECISIONS)
-    module, _, function = BACKBONES[kind].loader.partition(":")
+    module, _, function = entry.loader.partition(":")
     options = {} if source is None else source.options
     log.info("loading %s ...", spec)
     begun = time.monotonic()
@@ -215,23 +222,30 @@ def load_backbone(
     return backbone
 
 
-def add_backbone(name: str, entry: NamedBackbone | BackboneKind) -> None:
-    """Give a name to a model that both libraries know, or to a kind of backbone with its loader.
+def add_backbone(entry: NamedBackbone | BackboneKind) -> None:
+    """Add a model that both libraries know, or a kind of backbone with its loader.
 
     Raises:
         UsageError: If the name is taken by another, or is no word.
     """
+    name = entry.name
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
         raise UsageError(
             f"a backbone's name is letters, digits, '.', '_' and '-'. Got {name!r} instead."
         )
-    taken = {**BACKBONES, **NAMED}
-    if taken.get(name, entry) != entry:
+    if BACKBONES.here.setdefault(name, entry) != entry:
         raise UsageError(f"there is another backbone {name!r} already. Give this one another name.")
-    if isinstance(entry, NamedBackbone):
-        NAMED[name] = entry
-    else:
-        BACKBONES[name] = entry
+
+
+def _add(entry: object) -> bool:
+    """Add what is a backbone, and return whether it is one."""
+    if not isinstance(entry, NamedBackbone | BackboneKind):
+        return False
+    add_backbone(entry)
+    return True
+
+
+ADDERS["a vilu.backbones.catalog.BackboneKind or NamedBackbone"] = _add
 
 
 def add_backbones(source: Path | str) -> list[str]:
@@ -253,7 +267,7 @@ def add_tables(tables: Mapping[str, dict[str, Any]]) -> list[str]:
         kind: type[NamedBackbone | BackboneKind] = NamedBackbone
         if "loader" in facts:
             kind = BackboneKind
-        add_backbone(name, fill(kind, facts, f"backbone {name!r}"))
+        add_backbone(fill(kind, {"name": name, **facts}, f"backbone {name!r}"))
     return list(tables)
 
 

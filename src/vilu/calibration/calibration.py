@@ -26,7 +26,7 @@ from vilu.calibration.thresholds import Threshold
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.errors import DataError, ProvenanceError, ViLUError
 from vilu.metrics.counts import Floats
-from vilu.outcomes.decisions import ABOVE, ABSTAIN, ACCEPT, OUTSIDE_REASON
+from vilu.outcomes.decisions import ABOVE, ACCEPT, OUTSIDE_REASON, REVIEW
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.contract.probability import Calibrator
@@ -59,7 +59,7 @@ class Calibration(Document):
         rows_sha256: Hash of ``calibration.parquet``, the calibration rows as ``vilu.Outcomes``.
         guarantee_text: What the rule guarantees, in words; in the file it is called "promise".
         target: What was asked for.
-        rule: Accepts or abstains; None where only probabilities were calibrated.
+        rule: Accepts, or leaves for review; None where only probabilities were calibrated.
         probability: From scores to probabilities of failure.
         label_sets: Sets of labels; None without.
         draws: Per group what was fixed before labels that came one after another were looked at.
@@ -192,7 +192,7 @@ class Calibration(Document):
 
     @property
     def has_rule(self) -> bool:
-        """Whether it accepts or abstains."""
+        """Whether it decides what is accepted."""
         return self.rule is not None
 
     @property
@@ -257,7 +257,7 @@ class Calibration(Document):
             ...     _ = vilu.MCM().save(folder)
             ...     calibration = vilu.calibrate_predictor(folder, data, target)
             >>> calibration.decide(vilu.Outcomes([0.1, 0.9], [-1, -1])).decision
-            ('accept', 'abstain')
+            ('accept', 'review')
         """
         if self.rule is None:
             return outcomes
@@ -267,10 +267,10 @@ class Calibration(Document):
             for row in np.flatnonzero(ood).tolist():
                 if reasons[row] == ABOVE:
                     reasons[row] = OUTSIDE_REASON
-        decisions = [ACCEPT if reason is None else ABSTAIN for reason in reasons]
+        decisions = [ACCEPT if reason is None else REVIEW for reason in reasons]
         # a row without an uncertainty was not judged: its reason is why it has none
         for row in np.flatnonzero(np.isnan(outcomes.uncertainty)).tolist():
-            decisions[row] = ABSTAIN
+            decisions[row] = REVIEW
             reasons[row] = None if outcomes.reason is None else outcomes.reason[row]
         return dataclasses.replace(outcomes, decision=decisions, decision_reason=reasons)
 

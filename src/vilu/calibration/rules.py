@@ -1,4 +1,4 @@
-"""From scores on calibration rows to a rule that accepts or abstains, with its guarantee."""
+"""From scores on calibration rows to a rule that decides, with its guarantee."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ ROUNDING = 1e-9
 
 
 class Rule(Model):
-    """Accepts an answer, or abstains: by a threshold, or by what a whole batch shows.
+    """Accepts an answer, or leaves it for review: by a threshold, or by a whole batch.
 
     There is one threshold for all rows, or one per group, and above it perhaps a floor. Only the
     method "selection" has none: it judges all rows of a batch together (``needs_batch``,
@@ -311,7 +311,7 @@ class Rule(Model):
             share = " of the calibration rows"
         but = ""
         if any(threshold.floor is not None for threshold in self.thresholds.values()):
-            but = ", and abstains from the most trusted, which are too often wrong"
+            but = ", and leaves the most trusted for review, which are too often wrong"
         accepts = f"accepts {self.coverage:.1%}{share}{but}"
         return f"{accepts}; {sure} at most {percent(bound)} {what}{shares} ({rows})"
 

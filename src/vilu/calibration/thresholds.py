@@ -127,7 +127,7 @@ NEAR = 2 / 3
 """A sequence that cannot begin before this share of the next one's rows begins with the next."""
 
 FLOORS = (1 / 32, 1 / 16, 1 / 8, 1 / 4)
-"""Shares of the most trusted rows that may be abstained from.
+"""Shares of the most trusted rows that may be left for review.
 
 That is done where because of them no answer could be accepted.
 """
@@ -157,7 +157,7 @@ class Threshold(Model):
         why: Why nothing is accepted.
         n_needed: So many calibration rows are needed at least, where there are fewer; else None.
             How many would be enough depends on how many of them are accepted and right.
-        floor: Abstain where the uncertainty is at most this, too: too many of the most trusted
+        floor: Review where the uncertainty is at most this, too: too many of the most trusted
             answers are wrong. None: no answer is too trusted.
     """
 

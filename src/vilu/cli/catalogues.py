@@ -16,6 +16,7 @@ from vilu.cli.console import columns, next_step, path_argument
 from vilu.text import printable
 
 if TYPE_CHECKING:
+    from vilu.backbones.catalog import BackboneKind
     from vilu.datasets.known import KnownDataset, Presence
     from vilu.datasets.known.entry import Count
     from vilu.predictors.contract.predictor import FailurePredictor
@@ -265,11 +266,12 @@ def _flags(needed: list[str]) -> list[str]:
 
 
 def _backbones() -> list[dict[str, Any]]:
-    from vilu.backbones.catalog import BACKBONES, NAMED
+    from vilu.backbones.catalog import BACKBONES, BackboneKind, named_backbones
 
     kinds = [
-        {"name": name, "install": f"vilu[{kind.extra}]", "what it is": kind.description}
+        {"name": name, "install": _installed_by(kind), "what it is": kind.description}
         for name, kind in BACKBONES.items()
+        if isinstance(kind, BackboneKind)
     ]
     named = [
         {
@@ -279,9 +281,15 @@ def _backbones() -> list[dict[str, Any]]:
             f"hf:{model.hf}",
             **asdict(model),
         }
-        for name, model in NAMED.items()
+        for name, model in named_backbones().items()
     ]
     return [*kinds, *named]
+
+
+def _installed_by(kind: BackboneKind) -> str:
+    if kind.extra == "":
+        return "-"
+    return f"vilu[{kind.extra}]"
 
 
 def _datasets() -> list[dict[str, Any]]:

@@ -405,9 +405,9 @@ def complete_methods(incomplete: str) -> list[str]:
 
 def complete_backbones(incomplete: str) -> list[str]:
     """Names of backbones, and what names begin with, for the shell."""
-    from vilu.backbones.catalog import BACKBONES, NAMED
+    from vilu.backbones.catalog import BACKBONES
 
-    return [name for name in (*BACKBONES, *NAMED) if name.startswith(incomplete)]
+    return [name for name in BACKBONES.names() if name.startswith(incomplete)]
 
 
 def complete_datasets(incomplete: str) -> list[str]:

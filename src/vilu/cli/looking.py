@@ -351,7 +351,7 @@ def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
     ] = None,
     predictor: Annotated[
         Path | None,
-        console.path_option("Folder of a calibrated predictor: its rule accepts and abstains."),
+        console.path_option("Folder of a calibrated predictor: its rule accepts answers."),
     ] = None,
     max_risk: Annotated[
         float,

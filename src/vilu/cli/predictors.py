@@ -279,7 +279,7 @@ def score(
     """Write per image the zero-shot answer and its uncertainty (higher = more likely wrong). Prints file or folder.
 
     Of a predictor that `vilu calibrate` has calibrated also the probability of failure, accept or
-    abstain with the reason, and label sets. A folder is written part by part in bounded memory;
+    review with the reason, and label sets. A folder is written part by part in bounded memory;
     interrupted, the same command does what is missing.
     """
     from vilu.calibration.calibration import Calibration
@@ -472,7 +472,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
 ) -> None:
     """Probabilities, and a threshold with a stated risk, from labelled embeddings that the predictor has not seen.
 
-    `vilu score` then writes failure_probability and accept or abstain beside every answer. Without
+    `vilu score` then writes failure_probability and accept or review beside every answer. Without
     a target only probabilities are calibrated. The promise is for rows drawn as the calibration
     rows were; `vilu monitor` watches it. Exit code 4: the target is out of reach; the message says
     what is missing.

@@ -1,1 +1,1 @@
-"""From an image to an answer with a decision: in Python, in a transformers pipeline, as an ONNX graph."""
+"""From an image to an answer with a decision: in Python, for transformers, as an ONNX graph."""

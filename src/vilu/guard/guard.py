@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, Final
@@ -25,7 +25,7 @@ from vilu.device import as_usual
 from vilu.embeddings.columns import IMAGE_COLUMNS
 from vilu.embeddings.source import Batch, EmbeddingSource, log_posterior
 from vilu.errors import UNKNOWN, ProvenanceError, UsageError
-from vilu.outcomes.decisions import ABSTAIN
+from vilu.outcomes.decisions import REVIEW
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.nn.attention import FEATURES
 from vilu.predictors.persistence.storage import load
@@ -48,10 +48,13 @@ RunnersUp = tuple[tuple[str, float], ...]
 ImageLike = str | os.PathLike[str] | bytes | Image.Image
 """A path, encoded bytes, or a picture of Pillow."""
 
+PNG_MODES: Final = {"1", "L", "LA", "P", "RGB", "RGBA", "I;16"}
+"""Modes of pictures that PNG holds as they are."""
+
 
 @dataclass(frozen=True)
 class Answer:
-    """What is said of one image.
+    """The answer for one image.
 
     Attributes:
         key: Its path, or its place among the images as text.
@@ -59,7 +62,7 @@ class Answer:
         failure_probability: How likely that is wrong; of a predictor whose scores are no
             probabilities, and which is not calibrated, None.
         uncertainty: The score of the predictor, higher = more likely wrong; None without an answer.
-        decision: "accept" or "abstain"; None where the predictor carries no rule.
+        decision: "accept" or "review"; None where the predictor carries no rule.
         reason: Why it is not accepted ("above_threshold", "outside", "not_certified", or what is
             wrong with the image: "truncated", "bomb", "read_error", ...); None where it is.
         runners_up: The next answers with their zero-shot probabilities, the most likely first.
@@ -69,8 +72,10 @@ class Answer:
         >>> answer = vilu.Answer(
         ...     "a.jpg", "cat", 0.03, 0.2, "accept", None, runners_up=(("dog", 0.02), ("cup", 0.01))
         ... )
-        >>> f"{answer.label}, wrong with {answer.failure_probability:.0%}; else a {answer.runners_up[0][0]}"
-        'cat, wrong with 3%; else a dog'
+        >>> f"{answer.label}, wrong with {answer.failure_probability:.0%}"
+        'cat, wrong with 3%'
+        >>> answer.runners_up[0]
+        ('dog', 0.02)
     """
 
     key: str
@@ -93,8 +98,10 @@ class Arrived(EmbeddingSource):
         self.class_names = vocabulary.names
         self.image = arrays[IMAGE]
         self.ids = list(keys)
-        images = {name: rows for name, rows in arrays.items() if name in IMAGE_COLUMNS}
-        self._columns = {**vocabulary.columns, **images}
+        self._columns = dict(vocabulary.columns)
+        for name, rows in arrays.items():
+            if name in IMAGE_COLUMNS:
+                self._columns[name] = rows
         self.columns = frozenset(self._columns)
         self.target = torch.full((len(self.image),), UNKNOWN)
 
@@ -186,9 +193,8 @@ class Guard:
         ['blue']
     """
 
-    config: ClassVar[SimpleNamespace] = SimpleNamespace(
-        _commit_hash=None
-    )  # asked for by `transformers.pipeline`
+    # `transformers.pipeline` asks for it
+    config: ClassVar[SimpleNamespace] = SimpleNamespace(_commit_hash=None)
 
     @checked
     @as_usual()
@@ -204,8 +210,10 @@ class Guard:
         backbone: Backbone | None = None,
         vectors_only: bool = False,
     ) -> None:
+        if workers is None:
+            workers = default_workers()
         require_at_least("batch_size", batch_size, 1)
-        require_at_least("workers", 1 if workers is None else workers, 1)
+        require_at_least("workers", workers, 1)
         if not isinstance(backbone, Backbone | None):
             raise UsageError(
                 f"backbone must be a model as vilu.load_backbone gives it. Got {backbone!r:.60} "
@@ -213,7 +221,7 @@ class Guard:
             )
         self.folder = Path(predictor)
         self.batch_size = batch_size
-        self.workers = workers or default_workers()
+        self.workers = workers
         self.predictor = load(self.folder)
         self.calibration = Calibration.find(self.folder)
         require_streaming(self.calibration)
@@ -221,10 +229,17 @@ class Guard:
         self.arrays = self._require_vectors()
         self._model: ImageModel | None = None
         if not vectors_only:
-            self._model = self._open(backbone or self._load(models, device), limits)
+            if backbone is None:
+                backbone = self._load(models, device)
+            self._model = self._open(backbone, limits)
 
     def _require_vectors(self) -> tuple[str, ...]:
-        """Names of the arrays that the predictor looks at; refuses what one image does not give."""
+        """Names of the arrays that the predictor looks at.
+
+        Raises:
+            ProvenanceError: If calibration, predictor and candidates do not belong together.
+            UsageError: If it looks at an array that no image alone gives.
+        """
         if self.calibration is not None:
             nothing = {IMAGE: torch.empty(0, self.vocabulary.space.embed_dim)}
             self.calibration.require_match(self.predictor, Arrived(self.vocabulary, nothing, []))
@@ -238,26 +253,30 @@ class Guard:
         not_of_one_image = sorted(wanted - {FEATURES})
         if not_of_one_image:
             raise UsageError(
-                f"this {self.predictor.name} looks at {', '.join(not_of_one_image)}, which no image alone "
-                "gives. Embed and score with `vilu embed` and `vilu score`."
+                f"this {self.predictor.name} looks at {', '.join(not_of_one_image)}, which no "
+                "image alone gives. Embed and score with `vilu embed` and `vilu score`."
             )
         return (IMAGE, *sorted(wanted))
 
     def _load(self, models: str | os.PathLike[str] | None, device: str) -> Backbone:
+        """The model that the predictor was fitted on."""
         space = self.vocabulary.space
         if space.backbone is None:
             raise ProvenanceError(
                 "this predictor was fitted on arrays of a model that is not named, so no image can "
                 "be embedded for it. Give the model: vilu.Guard(folder, backbone=...)."
             )
-        at = None if models is None else Path(models).absolute()
-        return BackboneSpec(space.backbone, device, space.precision or "fp32", at).load()
+        folder: Path | None = None
+        if models is not None:
+            folder = Path(models).absolute()
+        precision = space.precision or "fp32"
+        return BackboneSpec(space.backbone, device, precision, folder).load()
 
     def _open(self, backbone: Backbone, limits: ImageLimits) -> ImageModel:
         """A model that makes the embeddings which the predictor looks at."""
         self.require_same_model(backbone)
-        widths = {IMAGE: self.vocabulary.space.embed_dim, FEATURES: backbone.feature_dim}
-        widths = {name: widths[name] for name in self.arrays}
+        all_widths = {IMAGE: self.vocabulary.space.embed_dim, FEATURES: backbone.feature_dim}
+        widths = {name: all_widths[name] for name in self.arrays}
         encoder = Encoder(
             backbone,
             self.batch_size,
@@ -270,7 +289,7 @@ class Guard:
         return ImageModel(backbone, widths, encoder, decoder)
 
     def require_same_model(self, backbone: Backbone) -> None:
-        """Refuse a model whose embeddings are others than those that the predictor was fitted on."""
+        """Refuse another model than that of the embeddings that the predictor was fitted on."""
         self.vocabulary.space.require_match(
             backbone.space, mine=str(self.folder), theirs=f"the model {backbone.space.backbone}"
         )
@@ -303,25 +322,28 @@ class Guard:
         ``Answer`` has, but its key.
         """
         answers = self(images)
-        names = [field.name for field in fields(Answer) if field.name != "key"]
-        return {name: [getattr(answer, name) for answer in answers] for name in names}
+        columns = {}
+        for field in fields(Answer):
+            if field.name != "key":
+                columns[field.name] = [getattr(answer, field.name) for answer in answers]
+        return columns
 
     def stream(self, images: Iterable[ImageLike]) -> Iterator[Answer]:
         """The same for any number of images, one answer after another, as batches are done."""
-        records = enumerate(map(record_of, count(), images))
-        model = self.model
-        with in_threads(
-            model.decoder, records, self.workers, self.batch_size + self.workers
-        ) as decoded:
-            while True:
-                batch = list(islice(decoded, self.batch_size))
-                if not batch:
-                    return
+        records = ((place, record_of(place, image)) for place, image in enumerate(images))
+        ahead = self.batch_size + self.workers  # images that are decoded before they are needed
+        with in_threads(self.model.decoder, records, self.workers, ahead) as decoded:
+            batch = list(islice(decoded, self.batch_size))
+            while batch:
                 yield from self._answer_batch(batch)
+                batch = list(islice(decoded, self.batch_size))
 
     def _answer_batch(self, batch: Sequence[Decoded | ErrorRow | None]) -> list[Answer]:
+        """The answers for decoded images, in the order of their places."""
         content = self.embed(batch)
-        answers = {error.position: self.refused(error.key, error.kind) for error in content.errors}
+        answers: dict[int, Answer] = {}
+        for error in content.errors:
+            answers[error.position] = self.refused(error.key, error.kind)
         if content.rows:
             keys = [row.key for row in content.rows]
             answered, _ = self.answer(arrays_of(content), keys)
@@ -366,14 +388,15 @@ class Guard:
         outcomes = score_rows(
             self.predictor, source, facts, calibration=self.calibration, task=Silence()
         )
-        near: list[RunnersUp] = []
+        runners_up: list[RunnersUp] = []
         for batch in source.batches(len(keys)):
-            near += runners_up_of(batch, self.vocabulary.names)
-        answers = [self._answer(outcomes, row, near[row]) for row in range(len(keys))]
+            runners_up += runners_up_of(batch, self.vocabulary.names)
+        answers = [self._answer(outcomes, row, runners_up[row]) for row in range(len(keys))]
         return answers, outcomes
 
     def _answer(self, outcomes: Outcomes, row: int, runners_up: RunnersUp) -> Answer:
-        key = "" if outcomes.ids is None else outcomes.ids[row]
+        """The answer of one row of the scores."""
+        key = _at(outcomes.ids, row) or ""
         uncertainty = float(outcomes.uncertainty[row])
         if math.isnan(uncertainty):
             return self.refused(key, _at(outcomes.reason, row))
@@ -396,17 +419,21 @@ class Guard:
         )
 
     def refused(self, key: str, reason: str | None) -> Answer:
-        """What is said of an image without a score."""
-        has_rule = self.calibration is not None and self.calibration.has_rule
-        return Answer(key, None, None, None, ABSTAIN if has_rule else None, reason)
+        """The answer for an image without a score."""
+        decision: str | None = None
+        if self.calibration is not None and self.calibration.has_rule:
+            decision = REVIEW
+        return Answer(key, None, None, None, decision, reason)
 
     def __repr__(self) -> str:
-        rule = None if self.calibration is None else self.calibration.guarantee_text
-        return f"Guard({self.predictor!r}, {self.vocabulary.space.backbone}, {rule or 'no rule'})"
+        rule = "no rule"
+        if self.calibration is not None and self.calibration.guarantee_text is not None:
+            rule = self.calibration.guarantee_text
+        return f"Guard({self.predictor!r}, {self.vocabulary.space.backbone}, {rule})"
 
 
 def _at(texts: Sequence[str | None] | None, row: int) -> str | None:
-    """What a column of texts says of a row; None without a column."""
+    """The text of a row; None without a column."""
     return None if texts is None else texts[row]
 
 
@@ -417,15 +444,21 @@ def arrays_of(content: PartRows) -> dict[str, Tensor]:
 
 def runners_up_of(batch: Batch, names: Sequence[str]) -> list[RunnersUp]:
     """Per row the next answers after the first, with their zero-shot probabilities."""
-    if len(batch.text) < 2 or not len(batch.index):
-        return [()] * len(batch.index)
+    n_rows = len(batch.index)
+    n_classes = len(batch.text)
+    if n_rows == 0 or n_classes < 2:
+        return [()] * n_rows
     posterior = log_posterior(batch).exp()
     answer = batch.prediction.to(posterior.device)[:, None]
-    nearest = posterior.scatter(1, answer, -1.0).topk(
-        min(RUNNERS_UP, posterior.shape[1] - 1), dim=1
-    )
-    pairs = zip(nearest.indices.tolist(), nearest.values.tolist(), strict=True)
-    return [tuple((names[i], p) for i, p in zip(*row, strict=True)) for row in pairs]
+    without_answer = posterior.scatter(1, answer, -1.0)
+    nearest = without_answer.topk(min(RUNNERS_UP, n_classes - 1), dim=1)
+    runners_up: list[RunnersUp] = []
+    for places, probabilities in zip(
+        nearest.indices.tolist(), nearest.values.tolist(), strict=True
+    ):
+        labels = [names[place] for place in places]
+        runners_up.append(tuple(zip(labels, probabilities, strict=True)))
+    return runners_up
 
 
 def record_of(place: int, image: ImageLike) -> ImageRecord:
@@ -444,13 +477,9 @@ def record_of(place: int, image: ImageLike) -> ImageRecord:
 
 
 def _encoded(image: Image.Image) -> bytes:
+    """A picture as a file, so that it goes the way of all images and is judged as they are."""
+    if image.mode not in PNG_MODES:
+        image = image.convert("RGB")
     content = io.BytesIO()
-    plain = (
-        image
-        if image.mode in {"1", "L", "LA", "P", "RGB", "RGBA", "I;16"}
-        else image.convert("RGB")
-    )
-    plain.save(
-        content, "PNG", compress_level=0
-    )  # it goes the way that all images go, and is judged as they are
+    image.save(content, "PNG", compress_level=0)
     return content.getvalue()

@@ -16,7 +16,7 @@ TASK: Final = "zero-shot-image-classification-selective"
 """Name of the pipeline."""
 
 Entries = list[dict[str, Any]]
-"""What is said of one image."""
+"""The answer for one image: a list with one entry."""
 
 
 def register() -> None:
@@ -59,10 +59,12 @@ class SelectivePipeline:
             bytes or Pillow picture.
     """
 
-    # what ``transformers.pipeline`` would load beside the model
-    _load_processor = _load_image_processor = _load_video_processor = _load_feature_extractor = (
-        _load_tokenizer
-    ) = False
+    # ``transformers.pipeline`` would load these beside the model
+    _load_feature_extractor = False
+    _load_image_processor = False
+    _load_processor = False
+    _load_tokenizer = False
+    _load_video_processor = False
 
     def __init__(self, model: Guard, task: str = TASK, **settings: object) -> None:
         if not isinstance(model, Guard):
@@ -72,21 +74,27 @@ class SelectivePipeline:
             )
         self.model = model
         self.task = task
-        _refuse({name for name, value in settings.items() if (name, value) != ("dtype", "auto")})
+        if settings.get("dtype") == "auto":  # transformers adds it
+            settings.pop("dtype")
+        _refuse(settings)
 
     def __call__(
         self, images: ImageLike | Iterable[ImageLike], **settings: object
     ) -> Entries | list[Entries] | Iterator[Entries]:
-        """What is said of one image, or of each of many."""
-        _refuse(settings.keys())
+        """The entries of one image, or of each of many."""
+        _refuse(settings)
         if isinstance(images, str | bytes | os.PathLike | Image.Image):
-            return _entries(self.model([images])[0])
-        found = map(_entries, self.model.stream(images))
-        return list(found) if isinstance(images, list | tuple) else found
+            (answer,) = self.model([images])
+            return _entries(answer)
+        answers = self.model.stream(images)
+        if isinstance(images, list | tuple):
+            return [_entries(answer) for answer in answers]
+        return map(_entries, answers)
 
 
 def _refuse(settings: Iterable[str]) -> None:
-    if names := sorted(settings):
+    names = sorted(settings)
+    if names:
         raise UsageError(
             f"this pipeline takes no {', '.join(names)}: classes and prompts are those of the "
             "predictor, and all else is set where the guard is made, as in vilu.Guard(folder, "
@@ -95,7 +103,15 @@ def _refuse(settings: Iterable[str]) -> None:
 
 
 def _entries(answer: Answer) -> Entries:
-    p = answer.failure_probability
-    entry = {"label": answer.label, "score": None if p is None else 1 - p, "failure_probability": p}
-    others = [{"label": name, "score": probability} for name, probability in answer.runners_up]
-    return [{**entry, "decision": answer.decision, "reason": answer.reason, "runners_up": others}]
+    score: float | None = None
+    if answer.failure_probability is not None:
+        score = 1 - answer.failure_probability
+    entry = {
+        "label": answer.label,
+        "score": score,
+        "failure_probability": answer.failure_probability,
+        "decision": answer.decision,
+        "reason": answer.reason,
+        "runners_up": [{"label": name, "score": share} for name, share in answer.runners_up],
+    }
+    return [entry]

@@ -1,7 +1,8 @@
-"""Pixels to decisions as one ONNX file: the image tower, the classes, the predictor and its rule."""
+"""Pixels to decisions as one ONNX file: image tower, classes, predictor and rule."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,9 @@ from vilu.predictors.persistence.record import fit_fingerprint
 from vilu.predictors.plus.ood import NEGATIVES
 
 PIXELS = "pixels"
+EMBEDDINGS = "image"
+"""What the head calls them."""
+
 ACCEPT = "accept"
 ALONE = "Without --with-backbone the head alone is exported; it takes embeddings."
 BATCHES = (1, 2, 7)
@@ -41,58 +45,53 @@ BATCHES = (1, 2, 7)
 
 
 class ImageGraph(nn.Module):
-    """Pixels (N, 3, H, W) to what a guard says of them; ``outputs`` names it."""
+    """Pixels (N, 3, H, W) to the answers of a guard; ``outputs`` names what it gives."""
 
     def __init__(self, guard: Guard) -> None:
         super().__init__()
         self.score = score_graph(guard.predictor)
         self.backbone = guard.backbone
-        wanted = guard.predictor.columns_to_score
         vocabulary = guard.vocabulary
         self.text = nn.Buffer(vocabulary.text)
         self.dtype = getattr(torch, vocabulary.dtype)
+        columns = guard.predictor.columns_to_score
         words: Tensor | None = None
-        if NEGATIVES in wanted:
+        if NEGATIVES in columns:
             words = nn.Buffer(vocabulary.columns[NEGATIVES])
         self.words = words
-        self.arrays: tuple[str, ...] = ("image",)
-        if FEATURES in wanted:
-            self.arrays = ("image", FEATURES)
-        ends: Tensor | None = None
+        self.arrays: tuple[str, ...] = (EMBEDDINGS,)
+        if FEATURES in columns:
+            self.arrays = (EMBEDDINGS, FEATURES)
+        self.limits = limits_of(guard)
         self.outputs: tuple[str, ...] = (*SAID, *self.arrays)
-        rule = rule_of(guard)
-        if rule is not None:
-            names = vocabulary.names
-            groups = names if rule.grouped_by == "prediction" else None
-            limits = np.stack(rule.limits(len(names), groups))
-            ends = nn.Buffer(torch.from_numpy(limits))
+        if self.limits is not None:
             self.outputs = (*SAID, ACCEPT, *self.arrays)
-        self.ends = ends  # (2, K) floor and threshold of every answer
 
     def embed(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """Embeddings (N, D), and features (N, F) where the score looks at them, rounded as a store rounds them."""
-        encode = self.backbone.encode_images_and_features
-        rows = encode(pixels) if FEATURES in self.arrays else (self.backbone.encode_images(pixels),)
-        return tuple(array.to(self.dtype).float() for array in rows)
+        """Embeddings (N, D), and features (N, F) where the score looks at them.
+
+        They are rounded as a store rounds them.
+        """
+        arrays: tuple[Tensor, ...]
+        if FEATURES in self.arrays:
+            arrays = self.backbone.encode_images_and_features(pixels)
+        else:
+            arrays = (self.backbone.encode_images(pixels),)
+        return tuple(array.to(self.dtype).float() for array in arrays)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """Uncertainty, answer, whether it is accepted where there is a rule, and ``embed``."""
-        image, *features = self.embed(pixels)
-        uncertainty, answer = self.score(**self.inputs((image, *features)))
-        if self.ends is None:
-            return uncertainty, answer, image, *features
-        floor = self.ends[0][answer]
-        threshold = self.ends[1][answer]
-        return (
-            uncertainty,
-            answer,
-            (uncertainty > floor) & (uncertainty <= threshold),
-            image,
-            *features,
-        )
+        arrays = self.embed(pixels)
+        uncertainty, answer = self.score(**self.inputs(arrays))
+        if self.limits is None:
+            return uncertainty, answer, *arrays
+        floor = self.limits[0][answer]
+        threshold = self.limits[1][answer]
+        is_accepted = (uncertainty > floor) & (uncertainty <= threshold)
+        return uncertainty, answer, is_accepted, *arrays
 
     def inputs(self, arrays: tuple[Tensor, ...]) -> Trial:
-        """What the score of such rows is a function of."""
+        """The inputs of the score, by name."""
         trial = {**dict(zip(self.arrays, arrays, strict=True)), "text": self.text}
         if self.words is not None:
             trial[NEGATIVES] = self.words
@@ -100,8 +99,23 @@ class ImageGraph(nn.Module):
 
 
 def rule_of(guard: Guard) -> Rule | None:
-    """What accepts or abstains; None where nothing does."""
-    return None if guard.calibration is None else guard.calibration.rule
+    """What decides which answers are accepted; None without a rule."""
+    if guard.calibration is None:
+        return None
+    return guard.calibration.rule
+
+
+def limits_of(guard: Guard) -> Tensor | None:
+    """(2, K) floor and threshold of every answer; None without a rule."""
+    rule = rule_of(guard)
+    if rule is None:
+        return None
+    names = guard.vocabulary.names
+    groups: Sequence[str] | None = None
+    if rule.grouped_by == "prediction":
+        groups = names
+    floor, threshold = rule.limits(len(names), groups)
+    return nn.Buffer(torch.from_numpy(np.stack([floor, threshold])))
 
 
 def fingerprint_of(folder: str | Path) -> str:
@@ -116,7 +130,7 @@ def export_image_graph(
     models: str | Path | None = None,
     backbone: Backbone | None = None,
 ) -> float:
-    """Write backbone, classes, predictor and rule of a folder as one ONNX file; returns its largest difference.
+    """Write backbone, classes, predictor and rule of a folder as one ONNX file.
 
     Input is ``pixels`` (N, 3, H, W) float32, N >= 1 open, as the backbone's ``preprocess`` makes
     them of an image: decoding, resizing and scaling stay outside. Outputs are ``uncertainty`` (N,)
@@ -127,14 +141,16 @@ def export_image_graph(
 
     onnxruntime runs the file on random pictures, and it is written only where embeddings are
     torch's but for one step of their number format, uncertainties and answers are the predictor's
-    of these embeddings, as near as ``export_onnx`` demands, and decisions are the rule's. What is
-    returned is the difference of uncertainties between the two from the pixels on.
+    of these embeddings, as near as ``export_onnx`` demands, and decisions are the rule's.
 
     Args:
         folder: A predictor with its classes, as ``vilu triage`` and ``vilu calibrate`` leave it.
         path: The file; another export that lies there is replaced, and no other file.
         models: As of ``vilu.Guard``.
         backbone: As of ``vilu.Guard``; on the CPU.
+
+    Returns:
+        The largest difference between uncertainties of the file and of torch, from the pixels on.
 
     Raises:
         NotExportable: If the predictor has no graph, the image tower cannot be written as ONNX or
@@ -157,13 +173,13 @@ def export_image_graph(
     _require_graph(guard)
     graph = ImageGraph(guard).eval()
     # torch first: a tower may be loaded on its first use, which must not be in the export
-    trials = [
-        (pixels, graph.embed(pixels)) for pixels in (_pictures(n, guard.backbone) for n in BATCHES)
-    ]
+    trials = []
+    for n in BATCHES:
+        pixels = _pictures(n, guard.backbone)
+        trials.append((pixels, graph.embed(pixels)))
+    example = {PIXELS: pixels}
     try:
-        content = write_graph(
-            graph, {PIXELS: trials[-1][0]}, graph.outputs, _metadata(guard, Path(folder))
-        )
+        content = write_graph(graph, example, graph.outputs, _metadata(guard, Path(folder)))
     except (torch.onnx.OnnxExporterError, NotExportable) as error:
         why = str(error.__cause__ or error).strip().split("\n")[0]
         raise NotExportable(
@@ -175,7 +191,7 @@ def export_image_graph(
 
 
 def _require_graph(guard: Guard) -> None:
-    """Refuse what no file could say."""
+    """Refuse a guard whose answers other runtimes would not give."""
     space = guard.backbone.space
     if space.precision == "bf16":
         raise NotExportable(
@@ -189,12 +205,17 @@ def _require_graph(guard: Guard) -> None:
 
 
 def _metadata(guard: Guard, folder: Path) -> dict[str, str]:
-    """As of the head's file, which must come last to be found (``places``), and what the head does not know."""
+    """The metadata of the head's file, after what the head does not know.
+
+    Those of the head come last: ``vilu.artifacts.paths`` looks for them near the end of a file.
+    """
     space = guard.vocabulary.space
-    calibration = guard.calibration
+    decision = ""
+    if guard.calibration is not None and guard.calibration.rule is not None:
+        decision = guard.calibration.guarantee_text or ""
     return {
         "vilu.classes": plain_json(list(guard.vocabulary.names)).decode(),
-        "vilu.decision": (calibration and rule_of(guard) and calibration.guarantee_text) or "",
+        "vilu.decision": decision,
         "vilu.preprocess": space.preprocess or "",
         "vilu.predictor": fit_fingerprint(folder),
         **metadata(guard.predictor, space, fingerprint_of(folder)),
@@ -204,16 +225,13 @@ def _metadata(guard: Guard, folder: Path) -> dict[str, str]:
 def _pictures(n: int, backbone: Backbone) -> Tensor:
     """(n, 3, H, W) pixels of random pictures, from large patches to fine grain."""
     random = np.random.default_rng(n)
-    sides = [2 ** (1 + place % 7) for place in range(n)]
-    grains = [
-        Image.fromarray(random.integers(0, 256, (side, side, 3), dtype=np.uint8)) for side in sides
-    ]
-    return torch.stack(
-        [
-            backbone.preprocess(grain.resize((256, 256), Image.Resampling.BICUBIC))
-            for grain in grains
-        ]
-    )
+    pictures = []
+    for place in range(n):
+        side = 2 ** (1 + place % 7)
+        grain = Image.fromarray(random.integers(0, 256, (side, side, 3), dtype=np.uint8))
+        picture = grain.resize((256, 256), Image.Resampling.BICUBIC)
+        pictures.append(backbone.preprocess(picture))
+    return torch.stack(pictures)
 
 
 def _check(
@@ -224,36 +242,45 @@ def _check(
     DataError where it says something else.
     """
     run = runner(content)
+    step = torch.finfo(graph.dtype).eps
+    rule = rule_of(guard)
     answered = []
     worst = 0.0
-    rule = rule_of(guard)
-    for pixels, expected in trials:
+    for pixels, by_torch in trials:
         outputs = dict(zip(graph.outputs, run({PIXELS: pixels}), strict=True))
         uncertainty, answer = (outputs[name] for name in SAID)
         arrays = tuple(torch.from_numpy(outputs[name]) for name in graph.arrays)
-        for name, mine, theirs in zip(graph.arrays, arrays, expected, strict=True):
-            _require_same(name, mine, theirs, torch.finfo(graph.dtype).eps)
-        names = [guard.vocabulary.names[place] for place in answer.tolist()]
-        if (
-            ACCEPT in outputs
-            and (outputs[ACCEPT] != (rule is not None and rule.accept(uncertainty, names))).any()
-        ):
-            raise DataError(
-                "the exported graph decides otherwise than the rule. Nothing was written."
-            )
+        for name, array, expected in zip(graph.arrays, arrays, by_torch, strict=True):
+            _require_near(name, array, expected, step)
+        if rule is not None:
+            names = [guard.vocabulary.names[place] for place in answer.tolist()]
+            _require_same_decisions(outputs[ACCEPT], rule.accept(uncertainty, names))
+        # the head alone is judged on the file's own embeddings, the whole graph on torch's
         answered.append((graph.inputs(arrays), uncertainty, answer))
-        by_torch, _, clear = reference(guard.predictor, graph.inputs(expected))
-        worst = max(worst, float(np.abs(uncertainty - by_torch)[clear].max(initial=0.0)))
+        expected_uncertainty, _, is_clear = reference(guard.predictor, graph.inputs(by_torch))
+        differences = np.abs(uncertainty - expected_uncertainty)[is_clear]
+        worst = max(worst, float(differences.max(initial=0.0)))
     largest_difference(guard.predictor, answered)
     return worst
 
 
-def _require_same(name: str, found: Tensor, expected: Tensor, step: float) -> None:
-    """Refuse rows that are farther apart than a step of their number format, and the order of sums, explain."""
-    gap = (found - expected).abs()
+def _require_near(name: str, array: Tensor, expected: Tensor, step: float) -> None:
+    """Refuse embeddings that are not torch's.
+
+    They may differ by a step of their number format, and by the order of sums, which counts in
+    proportion to the largest number of a row.
+    """
+    gap = (array - expected).abs()
     size = expected.abs()
-    if not bool((gap <= step * size + ROUNDING * size.amax(dim=1, keepdim=True)).all()):
+    largest = size.amax(dim=1, keepdim=True)
+    is_near = gap <= step * size + ROUNDING * largest
+    if not bool(is_near.all()):
         raise DataError(
             f"the exported tower gives other {name} rows, by {float(gap.max()):.2g}. Nothing was "
             "written."
         )
+
+
+def _require_same_decisions(accepted: np.ndarray, expected: np.ndarray) -> None:
+    if not np.array_equal(accepted, expected):
+        raise DataError("the exported graph decides otherwise than the rule. Nothing was written.")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 ACCEPT = "accept"
-ABSTAIN = "abstain"
+REVIEW = "review"
+"""What a person or another model looks at, since it is not accepted."""
 
 ABOVE = "above_threshold"
 OUTSIDE_REASON = "outside"

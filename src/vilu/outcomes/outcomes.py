@@ -19,6 +19,7 @@ from vilu.metrics.catalog import Metric
 from vilu.metrics.counts import check_codes, check_pictures, real_vector, repeated_pictures
 from vilu.metrics.histogram import Histogram
 from vilu.metrics.pictures import ScoredRows
+from vilu.outcomes.decisions import ACCEPT, REVIEW
 from vilu.validation import checked, require_mask
 
 if TYPE_CHECKING:
@@ -54,6 +55,17 @@ def check_texts(
         if not isinstance(text, allowed):
             raise DataError(f"{name} must hold texts. Got {text!r} in row {row} instead.")
     return texts
+
+
+def require_decisions(decisions: Sequence[str | None] | None) -> None:
+    """Refuse other decisions than those that a rule takes, as an older vilu wrote them."""
+    unknown = set(decisions or ()) - {ACCEPT, REVIEW, None}
+    if unknown:
+        first = min(unknown, key=str)
+        raise DataError(
+            f"decision must be {ACCEPT} or {REVIEW} in every row. Got {first!r:.40} instead. Make "
+            "scores of an older vilu again with `vilu score`."
+        )
 
 
 def nullable_codes(codes: NDArray[np.int64] | None, n: int) -> pa.Array:
@@ -193,7 +205,7 @@ class Outcomes:
         is_probability: Whether the uncertainty is a probability of failure.
         failure_probability: (N,) float64 calibrated probability of failure, NaN as the uncertainty;
             None without.
-        decision: Per row "accept" or "abstain"; None without a rule.
+        decision: Per row "accept" or "review"; None without a rule.
         decision_reason: Per row why it is not accepted ("above_threshold", "below_floor",
             "outside", "not_certified", "not_selected", or its ``reason``), or None.
         label_set: Per row a JSON list of the candidates that may be right, or None where there is
@@ -254,6 +266,7 @@ class Outcomes:
             columns["target"] = check_codes(self.target, "target", last, OUTSIDE)
         for name in ("reason", *DECISION):
             columns[name] = check_texts(getattr(self, name), name, optional=True)
+        require_decisions(columns["decision"])
         for name, column in columns.items():
             if column is not None and len(column) != n:
                 raise DataError(

@@ -55,7 +55,7 @@ class CalibrationLike(Protocol):
 
     @property
     def has_rule(self) -> bool:
-        """Whether it accepts or abstains."""
+        """Whether it decides what is accepted."""
 
     @property
     def needs_batch(self) -> bool:

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import compress, count
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +20,9 @@ from vilu.embeddings.checks import STATUS, VALID, normalised
 from vilu.errors import UNKNOWN, DataError, UsageError
 from vilu.guard.guard import Answer, Guard, arrays_of, record_of
 from vilu.outcomes.outcomes import Outcomes
+from vilu.predictors.nn.attention import FEATURES
 from vilu.predictors.persistence.record import fit_fingerprint
-from vilu.service.kept import NAMES, Keeps, Kept, PromiseState, Scores, row_id
+from vilu.service.journals import NAMES, Journals, PromiseState, Scores, ServiceState, row_id
 from vilu.store.documents import IMAGE
 from vilu.store.parts import ErrorRow
 from vilu.store.pipeline import Decoded
@@ -31,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Reply:
-    """What is said of one image, by whom, and what that one's promise is worth just now."""
+    """The answer for one image, the predictor that gave it, and the state of its promise."""
 
     row: str
     answer: Answer
@@ -63,7 +64,7 @@ class Waiting:
     row: str
     position: int  # among all images of this service
     item: Decoded | ErrorRow
-    reply: Future[Judgement]
+    judgement: Future[Judgement]
 
 
 class Served:
@@ -101,7 +102,7 @@ class Engine:
 
     Args:
         guard: The model with the first predictor.
-        keeper: Has the journal of each predictor, and says which one answers.
+        journals: Of every predictor; they say which one answers, too.
         second: Folder of a predictor that judges the same embeddings.
 
     Raises:
@@ -109,138 +110,153 @@ class Engine:
         ProvenanceError: If it was fitted on another model.
     """
 
-    def __init__(self, guard: Guard, keeper: Keeps, second: Path | None = None) -> None:
-        self.guard, self.keeper = guard, keeper
+    def __init__(self, guard: Guard, journals: Journals, second: Path | None = None) -> None:
+        self.guard = guard
+        self.journals = journals
         self.served = {NAMES[0]: Served(guard)}
         if second is not None:
             self.served[NAMES[1]] = Served(self._beside(second))
-        self.on_batch: Callable[[int], None] = lambda size: None  # noqa: ARG005 - whoever counts sets it
-        self._places = count()
+        self.on_batch: Callable[[int], None] | None = None
+        self._positions = count()
+        self._lock = threading.Lock()  # over the three below
         self._waiting: deque[Waiting] = deque()
-        self._scheduled, self._lock = False, threading.Lock()
+        self._is_scheduled = False  # whether the model's thread is about to take what waits
+        self._unwritten: deque[Unwritten] = deque()
         self._decoders = ThreadPoolExecutor(guard.workers, thread_name_prefix="vilu-decode")
         self._model = ThreadPoolExecutor(1, thread_name_prefix="vilu-model")
-        self._unwritten: deque[Unwritten] = deque()
-        self._journal = ThreadPoolExecutor(1, thread_name_prefix="vilu-journal")
+        self._journal_writer = ThreadPoolExecutor(1, thread_name_prefix="vilu-journal")
 
     def _beside(self, folder: Path) -> Guard:
         """A predictor that looks at what the model of the first one makes."""
         first = self.guard
         second = Guard(folder, vectors_only=True)
         second.require_same_model(first.backbone)
-        same_arrays = second.arrays == first.arrays
-        if not same_arrays or second.vocabulary.dtype != first.vocabulary.dtype:
-            raise UsageError(
-                f"{folder} needs {', '.join(second.arrays)} of an image as {second.vocabulary.dtype}, the first "
-                f"predictor {', '.join(first.arrays)} as {first.vocabulary.dtype}. Serve it by itself."
-            )
-        return second
+        has_same_arrays = second.arrays == first.arrays
+        has_same_dtype = second.vocabulary.dtype == first.vocabulary.dtype
+        if has_same_arrays and has_same_dtype:
+            return second
+        raise UsageError(
+            f"{folder} needs {', '.join(second.arrays)} of an image as {second.vocabulary.dtype}, "
+            f"the first predictor {', '.join(first.arrays)} as {first.vocabulary.dtype}. Serve it "
+            "by itself."
+        )
 
     def images(self, request: str, images: Sequence[bytes]) -> list[Future[Judgement]]:
         """Judgements to come, one per image, in their order."""
-        replies: list[Future[Judgement]] = [Future() for _ in images]
-        for place, (content, reply) in enumerate(zip(images, replies, strict=True)):
-            self._decoders.submit(self._decode, (request, place), content, reply)
-        return replies
+        judgements = []
+        for place, content in enumerate(images):
+            judgement: Future[Judgement] = Future()
+            judgements.append(judgement)
+            self._decoders.submit(self._decode, request, place, content, judgement)
+        return judgements
 
     def checked(
         self, embeddings: list[list[float]], features: list[list[float]] | None
     ) -> dict[str, Tensor]:
-        """Rows as the model would give them, of unit norm and in the number format of the store; else DataError."""
-        given, found = {IMAGE: embeddings, "features": features}, dict[str, Tensor]()
+        """Rows as the model would give them, by the names of the arrays.
+
+        They are of unit norm, and in the number format of the store.
+
+        Raises:
+            DataError: If there are too few rows, or they are of another width or without direction.
+        """
+        asked = {IMAGE: embeddings, FEATURES: features or []}
+        dtype = getattr(torch, self.guard.vocabulary.dtype)
+        arrays: dict[str, Tensor] = {}
         for name, width in self.guard.model.widths.items():
-            rows = given[name] or []
-            lengths = {len(row) for row in rows}
-            if lengths != {width} or len(rows) != len(embeddings):
-                told = f"{len(rows)} rows" + (
-                    f" of {min(lengths)} to {max(lengths)}" if rows else ""
-                )
-                raise DataError(
-                    f"{name} must be {len(embeddings)} rows of {width} numbers. Found {told}."
-                )
+            rows = asked[name]
+            _require_shape(name, rows, len(embeddings), width)
             array = torch.tensor(rows, dtype=torch.float32)
             if name == IMAGE:
-                array, status, _ = normalised(array)
-                if (bad := np.flatnonzero(status != VALID)).size:
-                    raise DataError(
-                        f"embeddings.{bad[0]} has no direction ({STATUS[status[bad[0]]]})."
-                    )
-            found[name] = array.to(getattr(torch, self.guard.vocabulary.dtype))
-        return found
+                array = _unit_rows(array)
+            arrays[name] = array.to(dtype)
+        return arrays
 
     def rows(self, request: str, arrays: dict[str, Tensor]) -> list[Future[Judgement]]:
         """Judgements to come, one per row of embeddings (B, D)."""
-        blocks = [row.tobytes() for row in torch.cat([*arrays.values()], dim=1).numpy()]
-        ids = [row_id(request, place, block) for place, block in enumerate(blocks)]
-        replies: list[Future[Judgement]] = [Future() for _ in ids]
-        self._model.submit(self._settle, replies, lambda: self._judged(arrays, ids))
-        return replies
+        contents = torch.cat([*arrays.values()], dim=1).numpy()
+        ids = [row_id(request, place, row.tobytes()) for place, row in enumerate(contents)]
+        judgements: list[Future[Judgement]] = [Future() for _ in ids]
+        self._model.submit(self._settle, judgements, lambda: self._judged(arrays, ids))
+        return judgements
 
-    def _decode(self, asked: tuple[str, int], content: bytes, reply: Future[Judgement]) -> None:
-        """Decode an image, and have a batch run if none is about to; nothing where nobody waits any more."""
-        if reply.cancelled():
+    def _decode(
+        self, request: str, place: int, content: bytes, judgement: Future[Judgement]
+    ) -> None:
+        """Decode an image, and have a batch run if none is about to."""
+        if judgement.cancelled():  # nobody waits any more
             return
-        place = next(self._places)
+        position = next(self._positions)
         try:
-            row = row_id(*asked, hashlib.sha256(content).digest())
-            item = self.guard.model.decoder((place, record_of(place, content)))
+            row = row_id(request, place, hashlib.sha256(content).digest())
+            item = self.guard.model.decoder((position, record_of(position, content)))
         except BaseException as error:  # noqa: BLE001 - whoever waits gets it
-            reply.set_exception(error)
+            judgement.set_exception(error)
             return
         assert item is not None  # noqa: S101 - which END alone becomes
         with self._lock:
-            self._waiting.append(Waiting(row, place, item, reply))
-            if not self._scheduled:
-                self._scheduled = True
-                self._model.submit(self._batch)
+            self._waiting.append(Waiting(row, position, item, judgement))
+            self._schedule()
 
-    def _batch(self) -> None:
+    def _schedule(self) -> None:
+        """Have the model's thread take what waits, unless it is about to; with the lock held."""
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            self._model.submit(self._run_batch)
+
+    def _run_batch(self) -> None:
         """Run the model over what waits, and come again if more does."""
         with self._lock:
             n = min(len(self._waiting), self.guard.batch_size)
             batch = [self._waiting.popleft() for _ in range(n)]
-        self.on_batch(n)
-        alive = [one for one in batch if not one.reply.cancelled()]
-        self._settle([one.reply for one in alive], lambda: self._judgements(alive))
+        if self.on_batch is not None:
+            self.on_batch(n)
+        awaited = [waiting for waiting in batch if not waiting.judgement.cancelled()]
+        judgements = [waiting.judgement for waiting in awaited]
+        self._settle(judgements, lambda: self._judge_images(awaited))
         with self._lock:
-            self._scheduled = bool(self._waiting)
-            if self._scheduled:
-                self._model.submit(self._batch)
+            self._is_scheduled = False
+            if self._waiting:
+                self._schedule()
 
     def _settle(
-        self, replies: Sequence[Future[Judgement]], work: Callable[[], Sequence[Judgement]]
+        self, judgements: Sequence[Future[Judgement]], judge: Callable[[], Sequence[Judgement]]
     ) -> None:
-        """Give what work leads to to those who still wait for it."""
-        waits = [reply.set_running_or_notify_cancel() for reply in replies]
-        if not any(waits):
+        """Judge, unless nobody waits any more, and hand the results to those who still wait."""
+        awaited = [judgement.set_running_or_notify_cancel() for judgement in judgements]
+        if not any(awaited):
             return
         try:
-            found = work()
+            results = judge()
         # not swallowed: an exception ends with its thread unless it is handed over; every request
         # raises it
         except BaseException as error:
-            logger.exception("%d rows failed", len(replies))
-            for reply in compress(replies, waits):
-                reply.set_exception(error)
+            logger.exception("%d rows failed", len(judgements))
+            for judgement, is_awaited in zip(judgements, awaited, strict=True):
+                if is_awaited:
+                    judgement.set_exception(error)
             return
-        for reply, said in compress(zip(replies, found, strict=True), waits):
-            reply.set_result(said)
+        for judgement, is_awaited, result in zip(judgements, awaited, results, strict=True):
+            if is_awaited:
+                judgement.set_result(result)
 
-    def _judgements(self, batch: Sequence[Waiting]) -> list[Judgement]:
+    def _judge_images(self, batch: Sequence[Waiting]) -> list[Judgement]:
+        """What every predictor says of decoded images; without scores of those that are bad."""
         content = self.guard.embed([waiting.item for waiting in batch])
-        rows = {waiting.position: waiting.row for waiting in batch}
-        judged: dict[int, Judgement] = {}
+        ids = {waiting.position: waiting.row for waiting in batch}
+        judgements: dict[int, Judgement] = {}
         for error in content.errors:
-            row = rows[error.position]
-            refusals = {
+            row = ids[error.position]
+            answers = {
                 name: served.guard.refused(row, error.kind) for name, served in self.served.items()
             }
-            judged[error.position] = Judgement(row, refusals, {})
-        places = [row.position for row in content.rows]
-        if places:
-            scored = self._judged(arrays_of(content), [rows[place] for place in places])
-            judged |= zip(places, scored, strict=True)
-        return [judged[waiting.position] for waiting in batch]
+            judgements[error.position] = Judgement(row, answers, {})
+        positions = [row.position for row in content.rows]
+        if positions:
+            good = [ids[position] for position in positions]
+            judged = self._judged(arrays_of(content), good)
+            judgements.update(zip(positions, judged, strict=True))
+        return [judgements[waiting.position] for waiting in batch]
 
     def _judged(self, arrays: dict[str, Tensor], ids: Sequence[str]) -> list[Judgement]:
         """What every predictor says of rows of embeddings."""
@@ -249,21 +265,19 @@ class Engine:
         for name, served in self.served.items():
             answers[name], outcomes = served.guard.answer(arrays, ids)
             scores[name] = _scores(outcomes)
-        return [
-            Judgement(
-                row,
-                {name: answers[name][place] for name in self.served},
-                {name: scores[name][place] for name in self.served},
-            )
-            for place, row in enumerate(ids)
-        ]
+        judgements = []
+        for place, row in enumerate(ids):
+            answers_of_row = {name: answers[name][place] for name in self.served}
+            scores_of_row = {name: scores[name][place] for name in self.served}
+            judgements.append(Judgement(row, answers_of_row, scores_of_row))
+        return judgements
 
     def record(self, judgements: Sequence[Judgement]) -> Future[list[Reply]]:
         """Replies to come, as soon as the rows of a request are in every journal."""
         request = Unwritten(judgements, Future())
         with self._lock:
             self._unwritten.append(request)
-        self._journal.submit(self._write)
+        self._journal_writer.submit(self._write)
         return request.replies
 
     def _write(self) -> None:
@@ -271,11 +285,16 @@ class Engine:
         with self._lock:
             waiting = list(self._unwritten)
             self._unwritten.clear()
-        requests = [item for item in waiting if item.replies.set_running_or_notify_cancel()]
+        requests = [
+            request for request in waiting if request.replies.set_running_or_notify_cancel()
+        ]
         if not requests:
             return
+        judgements: list[Judgement] = []
+        for request in requests:
+            judgements += request.judgements
         try:
-            state = self._recorded([row for request in requests for row in request.judgements])
+            state = self._recorded(judgements)
         # not swallowed: as in ``_settle``
         except BaseException as error:
             logger.exception("the rows of %d requests could not be written", len(requests))
@@ -283,19 +302,22 @@ class Engine:
                 request.replies.set_exception(error)
             return
         for request in requests:
-            request.replies.set_result([self._reply(state, row) for row in request.judgements])
+            replies = [self._reply(state, judgement) for judgement in request.judgements]
+            request.replies.set_result(replies)
 
-    def _recorded(self, judgements: Sequence[Judgement]) -> Kept:
+    def _recorded(self, judgements: Sequence[Judgement]) -> ServiceState:
         """Write rows, but for images that cannot be read; the state after it."""
         scored = [judgement for judgement in judgements if judgement.scores]
+        ids = [judgement.row for judgement in scored]
         scores: dict[str, Scores] = {}
         for name in self.served:
             answers = [judgement.scores[name][0] for judgement in scored]
             uncertainty = [judgement.scores[name][1] for judgement in scored]
-            scores[name] = answers, uncertainty
-        return self.keeper.record([judgement.row for judgement in scored], scores)
+            scores[name] = (answers, uncertainty)
+        return self.journals.record(ids, scores)
 
-    def _reply(self, state: Kept, judgement: Judgement) -> Reply:
+    def _reply(self, state: ServiceState, judgement: Judgement) -> Reply:
+        """The answer of the predictor that answers now."""
         name = state.answering
         return Reply(
             judgement.row,
@@ -307,10 +329,31 @@ class Engine:
     def close(self) -> None:
         """Answer what waits."""
         self._decoders.shutdown(wait=True)
-        while self._scheduled:
+        while self._is_scheduled:
             self._model.submit(lambda: None).result()
         self._model.shutdown(wait=True)
-        self._journal.shutdown(wait=True)
+        self._journal_writer.shutdown(wait=True)
+
+
+def _require_shape(name: str, rows: list[list[float]], n: int, width: int) -> None:
+    """Refuse what is not n rows of so many numbers."""
+    lengths = {len(row) for row in rows}
+    if len(rows) == n and lengths == {width}:
+        return
+    shape = f"{len(rows)} rows"
+    if rows:
+        shape += f" of {min(lengths)} to {max(lengths)}"
+    raise DataError(f"{name} must be {n} rows of {width} numbers. Found {shape}.")
+
+
+def _unit_rows(embeddings: Tensor) -> Tensor:
+    """Embeddings (B, D) scaled to unit norm; DataError where one has no direction."""
+    scaled, status, _ = normalised(embeddings)
+    bad = np.flatnonzero(status != VALID)
+    if bad.size:
+        why = STATUS[status[bad[0]]]
+        raise DataError(f"embeddings.{bad[0]} has no direction ({why}).")
+    return scaled
 
 
 def _scores(outcomes: Outcomes) -> list[tuple[int, float]]:

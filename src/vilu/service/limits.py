@@ -1,4 +1,4 @@
-"""What a client may do before anybody listens to it: which host it asks, with what key, how much, and how slowly."""
+"""What a client may do: which host it asks, with what key, how much it sends, and how slowly."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
@@ -33,9 +33,12 @@ OPEN: Final = frozenset({"/", "/healthz", "/readyz"})
 PROBLEM: Final = "application/problem+json"
 REQUEST_ID: Final = re.compile(r"[!-~]{1,128}")
 DRAINED: Final = 2**20
-"""Bytes of a refused body that are read and thrown away, so that the answer arrives; then the connection is closed."""
+"""Bytes of a refused body that are read and thrown away before the connection is closed."""
 
 POLICY: Final = "default-src 'none'; frame-ancestors 'none'"
+
+WORK: Final = frozenset({"/v1/answers", "/v1/scores"})
+"""Paths whose requests take places for images."""
 
 access = logging.getLogger("vilu.access")
 
@@ -64,7 +67,7 @@ class ClientLimits:
 
 
 def log_access() -> None:
-    """Have a JSON line a request on stderr, in which nothing can steer a terminal."""
+    """Write a JSON line a request to stderr; it holds nothing that can steer a terminal."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     access.handlers[:] = [handler]
@@ -72,7 +75,11 @@ def log_access() -> None:
 
 
 def read_keys(path: Path) -> frozenset[bytes]:
-    """The hashes of the keys in a file, one a line; UsageError if there is none, or one is short."""
+    """The hashes of the keys in a file, one a line.
+
+    Raises:
+        UsageError: If there is none, or one is short.
+    """
     keys = read_bounded(path, "Give a file of keys", UsageError, 2**20).split()
     if not keys or min(map(len, keys)) < 16:
         raise UsageError(
@@ -100,18 +107,23 @@ def problem(status: HTTPStatus, detail: str) -> bytes:
 
 @dataclass
 class Gate:
-    """Lets a request in, or refuses it before its body is read; tells what became of it.
+    """Lets a request in, or refuses it before its body is read; counts and logs every answer.
 
-    ``room`` says how many more images fit in, ``told`` gets the path, the status and the seconds of
-    a request, ``closing`` says whether this is to be the last request of its connection.
+    Attributes:
+        app: The application behind it.
+        limits: What a client may do.
+        places_left: How many more images fit in.
+        on_answered: Gets the path, the status and the seconds of a request.
+        paths: Paths that the application has; all others are counted as one.
+        is_closing: Whether this is to be the last request of its connection.
     """
 
     app: App
     limits: ClientLimits
-    room: Callable[[], int]
-    told: Callable[[str, int, float], None]
+    places_left: Callable[[], int]
+    on_answered: Callable[[str, int, float], None]
     paths: frozenset[str]
-    closing: Callable[[], bool] = lambda: False
+    is_closing: Callable[[], bool] = lambda: False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -119,134 +131,203 @@ class Gate:
             await self.app(scope, receive, send)
             return
         headers = {name.lower(): value for name, value in scope["headers"]}
-        request = headers.get(b"x-request-id", b"").decode("latin-1")
-        if not REQUEST_ID.fullmatch(request):
-            request = uuid.uuid4().hex
-        scope["state"]["request_id"] = request
+        request_id = _request_id(headers)
+        scope["state"]["request_id"] = request_id
         scope["state"]["images"] = 0
         began = time.perf_counter()
-        status = 0
-
-        async def answer(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                names = {name.lower() for name, _ in message["headers"]}
-                extra = {
-                    b"x-request-id": request.encode(),
-                    b"x-content-type-options": b"nosniff",
-                    b"referrer-policy": b"no-referrer",
-                    b"cache-control": b"no-store",
-                    b"content-security-policy": POLICY.encode(),
-                }
-                if self.closing():
-                    extra[b"connection"] = b"close"
-                message["headers"] = [
-                    *message["headers"],
-                    *((k, v) for k, v in extra.items() if k not in names),
-                ]
-            await send(message)
-
+        answer = _Answer(send, request_id, self.is_closing)
         try:
             self._admit(scope, headers)
-            await self.app(scope, _within(receive, self.limits), answer)
+            deadline = asyncio.get_running_loop().time() + self.limits.upload
+            await self.app(scope, _Body(receive, self.limits, deadline), answer)
         except Refused as refused:
-            await self._refuse(refused, receive, answer, started=bool(status))
+            if not answer.has_begun:
+                await self._refuse(refused, receive, answer)
         finally:
-            path = scope["path"] if scope["path"] in self.paths else "other"
-            seconds = time.perf_counter() - began
-            self.told(path, status, seconds)
-            facts = {
-                "time": round(time.time(), 3),
-                "method": scope["method"] if path != "other" else "",
-                "path": path,
-            }
-            facts |= {
-                "status": status,
-                "images": scope["state"]["images"],
-                "seconds": round(seconds, 4),
-            }
-            access.info(json.dumps(facts))
+            self._log(scope, answer.status, time.perf_counter() - began)
 
     def _admit(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
         """Raise what speaks against the request, from its head alone."""
+        self._require_host(headers)
+        if self.limits.keys and scope["path"] not in OPEN:
+            self._require_key(headers)
+        if scope["method"] == "POST":
+            self._require_size(headers)
+            if scope["path"] in WORK and self.places_left() < 1:
+                raise full()
+
+    def _require_host(self, headers: dict[bytes, bytes]) -> None:
+        """Refuse other names of this service, and pages of other sites.
+
+        A page of another site can have its name lead to this address (DNS rebinding), but it cannot
+        change these headers, which the browser sends.
+        """
         host = _host(headers.get(b"host", b"").decode("latin-1"))
-        limits = self.limits
-        if host not in limits.hosts:
+        if host not in self.limits.hosts:
             raise Refused(
                 HTTPStatus.MISDIRECTED_REQUEST,
-                "this service does not go by the name in the Host header. Allow the name with --allow-host.",
+                "this service does not go by the name in the Host header. Allow the name with "
+                "--allow-host.",
             )
         origin = headers.get(b"origin")
-        if origin is not None and _host(origin.decode("latin-1").partition("://")[2]) != host:
-            raise Refused(HTTPStatus.FORBIDDEN, "a page of another site may not use this service.")
-        if (
-            limits.keys
-            and scope["path"] not in OPEN
-            and not self._has_key(headers.get(b"authorization", b""))
-        ):
-            raise Refused(
-                HTTPStatus.UNAUTHORIZED,
-                "give a key: Authorization: Bearer KEY.",
-                **{"WWW-Authenticate": "Bearer"},
-            )
-        if scope["method"] != "POST":
+        if origin is None:
             return
+        _, _, site = origin.decode("latin-1").partition("://")
+        if _host(site) != host:
+            raise Refused(HTTPStatus.FORBIDDEN, "a page of another site may not use this service.")
+
+    def _require_key(self, headers: dict[bytes, bytes]) -> None:
+        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+        digest = hashlib.sha256(key.strip()).digest()
+        # all are compared, each in constant time, so that the time tells nothing of the keys
+        matches = [hmac.compare_digest(digest, known) for known in self.limits.keys]
+        is_bearer = scheme.lower() == b"bearer"
+        if is_bearer and any(matches):
+            return
+        raise Refused(
+            HTTPStatus.UNAUTHORIZED,
+            "give a key: Authorization: Bearer KEY.",
+            **{"WWW-Authenticate": "Bearer"},
+        )
+
+    def _require_size(self, headers: dict[bytes, bytes]) -> None:
         length = headers.get(b"content-length", b"0")
-        if not length.isdigit() or int(length) > limits.body:
+        if not length.isdigit() or int(length) > self.limits.body:
             raise Refused(
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-                f"the body must be at most {limits.body:,} bytes. Send fewer or smaller images.",
+                f"the body must be at most {self.limits.body:,} bytes. Send fewer or smaller "
+                "images.",
             )
-        if scope["path"] in WORK and self.room() < 1:
-            raise full()
 
-    def _has_key(self, authorization: bytes) -> bool:
-        scheme, _, key = authorization.partition(b" ")
-        digest = hashlib.sha256(key.strip()).digest()
-        same = [hmac.compare_digest(digest, known) for known in self.limits.keys]
-        return scheme.lower() == b"bearer" and any(same)
+    async def _refuse(self, refused: Refused, receive: Receive, send: Send) -> None:
+        """Say no at once, then read some of the body before the connection is closed.
 
-    async def _refuse(
-        self, refused: Refused, receive: Receive, send: Send, *, started: bool
-    ) -> None:
-        """Say no at once; then throw some of the body away, since a connection closed on it would eat the answer."""
-        if started:
-            return
+        A connection that is closed while the client sends would lose the answer.
+        """
         body = problem(refused.status, refused.detail)
         headers = {"content-type": PROBLEM, "content-length": str(len(body)), **refused.headers}
         pairs = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
         await send({"type": "http.response.start", "status": int(refused.status), "headers": pairs})
         await send({"type": "http.response.body", "body": body, "more_body": True})
-        drained = 0
-        more = True
-        try:
+        with suppress(TimeoutError):  # the client has its answer
             async with asyncio.timeout(self.limits.upload):
-                while more and drained < DRAINED:
-                    message = await receive()
-                    drained += len(message.get("body", b""))
-                    more = message["type"] == "http.request" and message.get("more_body", False)
-        except TimeoutError:
-            pass  # it has its answer
+                await _drain(receive)
         await send({"type": "http.response.body", "body": b""})
 
+    def _log(self, scope: Scope, status: int, seconds: float) -> None:
+        """Count a request, and write its line; of an unknown path nothing that the client chose."""
+        path = "other"
+        method = ""
+        if scope["path"] in self.paths:
+            path = scope["path"]
+            method = scope["method"]
+        self.on_answered(path, status, seconds)
+        facts = {
+            "time": round(time.time(), 3),
+            "method": method,
+            "path": path,
+            "status": status,
+            "images": scope["state"]["images"],
+            "seconds": round(seconds, 4),
+        }
+        access.info(json.dumps(facts))
 
-WORK: Final = frozenset({"/v1/answers", "/v1/scores"})
-"""What takes a place in the queue."""
+
+@dataclass
+class _Answer:
+    """Sends the answer to a request with our headers, and notes its status."""
+
+    send: Send
+    request_id: str
+    is_closing: Callable[[], bool]
+    status: int = 0
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the status has been sent."""
+        return self.status > 0
+
+    async def __call__(self, message: Message) -> None:
+        """Send a message of the answer; those of its own headers that it has stay."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            present = {name.lower() for name, _ in message["headers"]}
+            headers = list(message["headers"])
+            for name, value in self._headers().items():
+                if name not in present:
+                    headers.append((name, value))
+            message["headers"] = headers
+        await self.send(message)
+
+    def _headers(self) -> dict[bytes, bytes]:
+        headers = {
+            b"x-request-id": self.request_id.encode(),
+            b"x-content-type-options": b"nosniff",
+            b"referrer-policy": b"no-referrer",
+            b"cache-control": b"no-store",
+            b"content-security-policy": POLICY.encode(),
+        }
+        if self.is_closing():
+            headers[b"connection"] = b"close"
+        return headers
+
+
+@dataclass
+class _Body:
+    """Receives the body of a request, and refuses it where it is too long or too slow."""
+
+    receive: Receive
+    limits: ClientLimits
+    deadline: float  # by the clock of the loop
+    n_read: int = 0
+    is_whole: bool = False
+
+    async def __call__(self) -> Message:
+        """The next message of the client."""
+        if self.is_whole:  # the next message is the end of the connection, which has no deadline
+            return await self.receive()
+        try:
+            async with asyncio.timeout_at(self.deadline):
+                message = await self.receive()
+        except TimeoutError:
+            raise Refused(
+                HTTPStatus.REQUEST_TIMEOUT,
+                f"the body was not there after {self.limits.upload:g} seconds.",
+            ) from None
+        self.n_read += len(message.get("body", b""))
+        self.is_whole = not message.get("more_body", False)
+        if self.n_read > self.limits.body:
+            raise Refused(
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+                f"the body must be at most {self.limits.body:,} bytes.",
+            )
+        return message
+
+
+async def _drain(receive: Receive) -> None:
+    """Read a body and throw it away, up to ``DRAINED`` bytes."""
+    n_drained = 0
+    while n_drained < DRAINED:
+        message = await receive()
+        n_drained += len(message.get("body", b""))
+        is_last = message["type"] != "http.request" or not message.get("more_body", False)
+        if is_last:
+            return
 
 
 def full() -> Refused:
-    """The queue has no room."""
+    """No place is left."""
     return Refused(
         HTTPStatus.TOO_MANY_REQUESTS,
-        "more images are under way than the service takes at a time. Repeat the request after a second.",
+        "more images are under way than the service takes at a time. Repeat the request after a "
+        "second.",
         **{"Retry-After": "1"},
     )
 
 
 @dataclass
-class Room:
-    """Images under way, of so many that may be at a time."""
+class Places:
+    """Places for images that are under way: so many at a time."""
 
     most: int
     taken: int = field(default=0, init=False)
@@ -257,8 +338,11 @@ class Room:
         return self.most - self.taken
 
     @contextmanager
-    def of(self, n: int) -> Iterator[None]:
-        """Places for n images; without room 429, but a request that is larger than all room may come alone."""
+    def hold(self, n: int) -> Iterator[None]:
+        """A block that has places for n images; 429 where they are not free.
+
+        A request that is larger than all places is let in when it comes alone.
+        """
         if self.taken and n > self.left:
             raise full()
         self.taken += n
@@ -268,36 +352,14 @@ class Room:
             self.taken -= n
 
 
+def _request_id(headers: dict[bytes, bytes]) -> str:
+    """The id that the client gave; a new one where it gave none, or one of another form."""
+    request_id = headers.get(b"x-request-id", b"").decode("latin-1")
+    if REQUEST_ID.fullmatch(request_id):
+        return request_id
+    return uuid.uuid4().hex
+
+
 def _host(value: str) -> str:
     """A name without its port, in lower case."""
     return re.sub(r":\d{1,5}$", "", value.strip().lower())
-
-
-def _within(receive: Receive, limits: ClientLimits) -> Receive:
-    """The same body, refused where it is too long or too slow."""
-    read = 0
-    deadline = asyncio.get_running_loop().time() + limits.upload
-    whole = False
-
-    async def bounded() -> Message:
-        nonlocal read, whole
-        if whole:  # what is waited for now is the end of the connection
-            return await receive()
-        try:
-            async with asyncio.timeout_at(deadline):
-                message = await receive()
-        except TimeoutError:
-            raise Refused(
-                HTTPStatus.REQUEST_TIMEOUT,
-                f"the body was not there after {limits.upload:g} seconds.",
-            ) from None
-        read += len(message.get("body", b""))
-        whole = not message.get("more_body", False)
-        if read > limits.body:
-            raise Refused(
-                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-                f"the body must be at most {limits.body:,} bytes.",
-            )
-        return message
-
-    return bounded

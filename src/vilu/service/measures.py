@@ -1,27 +1,28 @@
-"""What Prometheus is told: requests, batches, answers, and the state of every promise."""
+"""Metrics for Prometheus: requests, batches, answers, and the state of every promise."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, exposition
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from vilu.service.kept import Keeps
-from vilu.service.limits import Room
+from vilu.calibration.monitor.status import Status
+from vilu.service.journals import Journals, ServiceState
+from vilu.service.limits import Places
 
 SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 SIZES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Answered(Protocol):
-    """What is counted of an answer."""
+    """The part of an answer that is counted."""
 
     @property
     def decision(self) -> str | None:
-        """Accept or abstain."""
+        """Accept or review."""
 
     @property
     def reason(self) -> str | None:
@@ -38,8 +39,8 @@ class Measured(Protocol):
     """What is read of an engine when somebody asks."""
 
     @property
-    def keeper(self) -> Keeps:
-        """Who knows the promises."""
+    def journals(self) -> Journals:
+        """They know the promises."""
 
     @property
     def served(self) -> Mapping[str, Identified]:
@@ -49,9 +50,9 @@ class Measured(Protocol):
 class Measures:
     """Counters of one service, in a registry of their own."""
 
-    def __init__(self, room: Room, engine: Callable[[], Measured | None]) -> None:
+    def __init__(self, places: Places, engine: Callable[[], Measured | None]) -> None:
         self.registry = CollectorRegistry()
-        self.registry.register(_Promises(room, engine))
+        self.registry.register(_Gauges(places, engine))
         self._requests = Counter(
             "vilu_requests",
             "Requests, by path and status.",
@@ -75,12 +76,12 @@ class Measures:
             "vilu_batch_images", "Images of a batch.", buckets=SIZES, registry=self.registry
         )
 
-    def request(self, path: str, status: int, seconds: float) -> None:
-        """Count one."""
+    def count_request(self, path: str, status: int, seconds: float) -> None:
+        """Count a request, and the time that it took."""
         self._requests.labels(path, str(status)).inc()
         self._seconds.labels(path).observe(seconds)
 
-    def answered(self, answers: Iterable[Answered]) -> None:
+    def count_answers(self, answers: Iterable[Answered]) -> None:
         """Count what was decided."""
         for answer in answers:
             self._answers.labels(answer.decision or "none", answer.reason or "none").inc()
@@ -90,58 +91,59 @@ class Measures:
         return exposition.generate_latest(self.registry), exposition.CONTENT_TYPE_LATEST
 
 
-class _Promises(Collector):
-    """Gauges that are read when they are asked for."""
+class _Gauges(Collector):
+    """Gauges that are read when somebody asks for them."""
 
-    def __init__(self, room: Room, engine: Callable[[], Measured | None]) -> None:
-        self.room, self.engine = room, engine
+    def __init__(self, places: Places, engine: Callable[[], Measured | None]) -> None:
+        self.places = places
+        self.engine = engine
 
     def describe(self) -> list[Metric]:
         """Nothing in advance: what there is depends on the predictors."""
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """The queue, and of every predictor its promise, the evidence against it, and the audit."""
-        room, engine = self.room, self.engine()
+        """Images under way, and of every predictor its promise, the evidence, and the audit."""
         yield GaugeMetricFamily(
-            "vilu_images_under_way", "Images that wait for their answers.", room.taken
+            "vilu_images_under_way", "Images that wait for their answers.", self.places.taken
         )
         yield GaugeMetricFamily(
-            "vilu_images_under_way_limit", "More are sent away with 429.", room.most
+            "vilu_images_under_way_limit", "More are sent away with 429.", self.places.most
         )
-        ready = "vilu_ready", "1 while the model is loaded and rows can be kept."
+        engine = self.engine()
         if engine is None:
-            yield GaugeMetricFamily(*ready, 0.0)
+            yield _ready(is_ready=False)
             return
-        state = engine.keeper.kept()
-        statuses = engine.keeper.statuses()
-        yield GaugeMetricFamily(*ready, float(not state.lost))
-        who = {name: predictor.fingerprint for name, predictor in engine.served.items()}
-        now = ((who[name], name == state.answering) for name in who)
-        yield _gauge("answers_now", "1 of the predictor that answers.", now)
-        for verdict, words in (("holds", "holds"), ("void", "is void")):
-            promises = ((who[name], value == verdict) for name, value in state.promises.items())
-            yield _gauge(f"promise_{verdict}", f"1 where it {words}.", promises)
-        rows = ((who[name], status.rows) for name, status in statuses.items())
-        yield _gauge("monitor_rows", "Rows that the monitor has seen.", rows)
-        for part, description in EVIDENCE.items():
-            tests = (
-                (who[name], getattr(test, part), test.name)
-                for name, s in statuses.items()
-                for test in s.tests
-            )
-            yield _gauge(f"monitor_{part}", description, tests, "test")
-        for part, description in AUDIT.items():
-            audits = (
-                (who[name], getattr(s.audit, part))
-                for name, s in statuses.items()
-                if s.audit is not None
-            )
-            yield _gauge(f"audit_{part}", description, audits)
+        state = engine.journals.state()
+        statuses = engine.journals.statuses()
+        fingerprints = {name: served.fingerprint for name, served in engine.served.items()}
+        yield _ready(is_ready=not state.has_lost_journal)
+        yield from _promises(state, fingerprints)
+        yield from _evidence({fingerprints[name]: status for name, status in statuses.items()})
+
+
+def _ready(*, is_ready: bool) -> Metric:
+    description = "1 while the model is loaded and rows can be kept."
+    return GaugeMetricFamily("vilu_ready", description, float(is_ready))
+
+
+def _promises(state: ServiceState, fingerprints: Mapping[str, str]) -> Iterator[Metric]:
+    """Which predictor answers, and the state of every promise."""
+    answers = _gauge("answers_now", "1 of the predictor that answers.")
+    holds = _gauge("promise_holds", "1 where it holds.")
+    void = _gauge("promise_void", "1 where it is void.")
+    for name, fingerprint in fingerprints.items():
+        promise = state.promises[name]
+        answers.add_metric([fingerprint], float(name == state.answering))
+        holds.add_metric([fingerprint], float(promise == "holds"))
+        void.add_metric([fingerprint], float(promise == "void"))
+    yield from (answers, holds, void)
 
 
 EVIDENCE: Final = {
-    "log_wealth": "Log of the odds against the promise; the alarm is at minus the log of the level.",
+    "log_wealth": (
+        "Log of the odds against the promise; the alarm is at minus the log of the level."
+    ),
     "level": "Probability that this test ever raises an alarm without cause.",
 }
 AUDIT: Final = {
@@ -153,9 +155,26 @@ AUDIT: Final = {
 }
 
 
-def _gauge(name: str, description: str, values: Iterable[tuple[Any, ...]], *labels: str) -> Metric:
-    """A number per predictor, and whatever else the values say after it."""
-    gauge = GaugeMetricFamily(f"vilu_{name}", description, labels=["predictor", *labels])
-    for predictor, value, *more in values:
-        gauge.add_metric([predictor, *more], float(value))
-    return gauge
+def _evidence(statuses: Mapping[str, Status]) -> Iterator[Metric]:
+    """What the monitors say, by the fingerprints of the predictors."""
+    rows = _gauge("monitor_rows", "Rows that the monitor has seen.")
+    for fingerprint, status in statuses.items():
+        rows.add_metric([fingerprint], float(status.rows))
+    yield rows
+    for part, description in EVIDENCE.items():
+        gauge = _gauge(f"monitor_{part}", description, "test")
+        for fingerprint, status in statuses.items():
+            for test in status.tests:
+                gauge.add_metric([fingerprint, test.name], float(getattr(test, part)))
+        yield gauge
+    for part, description in AUDIT.items():
+        gauge = _gauge(f"audit_{part}", description)
+        for fingerprint, status in statuses.items():
+            if status.audit is not None:
+                gauge.add_metric([fingerprint], float(getattr(status.audit, part)))
+        yield gauge
+
+
+def _gauge(name: str, description: str, *labels: str) -> GaugeMetricFamily:
+    """A gauge without values; each is to name the predictor, then what ``labels`` say."""
+    return GaugeMetricFamily(f"vilu_{name}", description, labels=["predictor", *labels])

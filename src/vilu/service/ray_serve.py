@@ -1,4 +1,4 @@
-"""The same application on many machines, by Ray Serve: replicas of the model, one keeper for all of them."""
+"""The same application on many machines, by Ray Serve: replicas of the model, shared journals."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from vilu.calibration.monitor.status import Status
 from vilu.errors import UsageError, ViLUError
 from vilu.extras import import_extra
 from vilu.service.app import Service
-from vilu.service.keeper import Bookkeeper
-from vilu.service.kept import Kept, Scores
+from vilu.service.journals import Scores, ServiceState
 from vilu.service.limits import Gate, log_access
+from vilu.service.local_journals import LocalJournals
 from vilu.service.setup import Setup, load_engine
 
 NAME: Final = "vilu"
 """Of the application."""
 
 DRAIN: Final = 60.0
-"""Seconds that a replica has for what is under way when it is told to stop."""
+"""Seconds that a replica has for requests that are under way when it has to stop."""
 
 HEALTH: Final = 5.0
 """Seconds between two looks whether a replica lives, and the patience of each."""
 
 
-class RemoteKeeper:
-    """A keeper that lives in an actor.
+class RemoteJournals:
+    """``LocalJournals`` that live in an actor.
 
     A row that is sent twice, as after the actor's death, is one row.
     """
@@ -39,44 +39,44 @@ class RemoteKeeper:
     def __init__(self, actor: Any) -> None:  # noqa: ANN401 - a handle of Ray
         self._actor = actor
 
-    def _ask(self, method: str, *given: object) -> Any:  # noqa: ANN401 - what the method gives
+    def _call(self, method: str, *arguments: object) -> Any:  # noqa: ANN401 - by the method
         ray = import_extra("ray", "serve-ray")
         try:
-            return ray.get(getattr(self._actor, method).remote(*given))
+            return ray.get(getattr(self._actor, method).remote(*arguments))
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, ViLUError):
                 raise error.cause from None
             raise
 
-    def record(self, ids: Sequence[str], said: Mapping[str, Scores]) -> Kept:
-        """As ``Bookkeeper``."""
-        return cast("Kept", self._ask("record", ids, said))
+    def record(self, ids: Sequence[str], scores: Mapping[str, Scores]) -> ServiceState:
+        """As ``LocalJournals``."""
+        return cast("ServiceState", self._call("record", ids, scores))
 
-    def kept(self) -> Kept:
-        """As ``Bookkeeper``."""
-        return cast("Kept", self._ask("kept"))
+    def state(self) -> ServiceState:
+        """As ``LocalJournals``."""
+        return cast("ServiceState", self._call("state"))
 
     def label(self, labels: Mapping[str, str]) -> dict[str, tuple[int, list[str]]]:
-        """As ``Bookkeeper``."""
-        return cast("dict[str, tuple[int, list[str]]]", self._ask("label", labels))
+        """As ``LocalJournals``."""
+        return cast("dict[str, tuple[int, list[str]]]", self._call("label", labels))
 
     def statuses(self) -> dict[str, Status]:
-        """As ``Bookkeeper``."""
-        return cast("dict[str, Status]", self._ask("statuses"))
+        """As ``LocalJournals``."""
+        return cast("dict[str, Status]", self._call("statuses"))
 
-    def switch(self, name: str) -> Kept:
-        """As ``Bookkeeper``."""
-        return cast("Kept", self._ask("switch", name))
+    def switch(self, name: str) -> ServiceState:
+        """As ``LocalJournals``."""
+        return cast("ServiceState", self._call("switch", name))
 
     def close(self) -> None:
-        """As ``Bookkeeper``."""
-        self._ask("close")
+        """As ``LocalJournals``."""
+        self._call("close")
 
 
 def replicas_of(text: str) -> tuple[int, int]:
     """Least and most replicas: "2", or "1:8"."""
     first, _, second = text.partition(":")
-    with suppress(ValueError):
+    with suppress(ValueError):  # no number is refused below, as are numbers that cannot be
         least = int(first)
         most = int(second or first)
         if 1 <= least <= most:
@@ -88,49 +88,68 @@ def replicas_of(text: str) -> tuple[int, int]:
 
 def begin(
     setup: Setup, host: str, port: int, replicas: tuple[int, int]
-) -> tuple[str, RemoteKeeper]:
-    """Have Ray serve it, in the cluster that this process is connected to; the address, and the keeper."""
-    ray = import_extra("ray", "serve-ray")
+) -> tuple[str, RemoteJournals]:
+    """Have Ray serve it, in the cluster that this process is connected to.
+
+    Returns:
+        The URL, and the journals that all replicas share.
+    """
     serve = import_extra("ray.serve", "serve-ray")
-    # it comes back after its machine's death where the state lies on a disk that all share
-    actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=1)(
-        Bookkeeper
-    )
-    keeper = RemoteKeeper(actor.remote(setup.state, setup.predictors))
-    keeper.kept()  # what does not verify is refused here
+    journals = _journals_in_actor(setup)
 
     def build() -> Gate:
         """In a replica: the application with a model of its own."""
         log_access()
         service = Service(setup.limits, setup.keep)
-        service.start(load_engine(setup, keeper))
+        service.start(load_engine(setup, journals))
         return service.gate
 
     serve.start(http_options={"host": host, "port": port, "location": "HeadOnly"})
-    least, most = replicas
-    size: dict[str, Any] = {"num_replicas": least}
-    if most > least:
-        size = {"autoscaling_config": {"min_replicas": least, "max_replicas": most}}
-    deployment = serve.deployment(serve.ingress(build)())
-    settings = {
-        "max_ongoing_requests": 4 * setup.limits.queue,
-        "graceful_shutdown_timeout_s": DRAIN,
-    }
-    health = {"health_check_period_s": HEALTH, "health_check_timeout_s": HEALTH}
-    serve.run(
-        deployment.options(name=NAME, **size, **settings, **health).bind(),
+    deployment = serve.deployment(serve.ingress(build)()).options(
         name=NAME,
-        route_prefix="/",
+        max_ongoing_requests=4 * setup.limits.queue,
+        graceful_shutdown_timeout_s=DRAIN,
+        health_check_period_s=HEALTH,
+        health_check_timeout_s=HEALTH,
+        **_size(replicas),
     )
-    return f"http://{host}:{port}", keeper
+    serve.run(deployment.bind(), name=NAME, route_prefix="/")
+    return f"http://{host}:{port}", journals
+
+
+def _journals_in_actor(setup: Setup) -> RemoteJournals:
+    """Journals in an actor, which have verified what they hold."""
+    ray = import_extra("ray", "serve-ray")
+    # where the state lies on a disk that all machines share, the actor comes back on another
+    # machine after the death of its own; one call at a time, as the journals expect it
+    options = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=1)
+    actor = options(LocalJournals).remote(setup.state, setup.predictors)
+    journals = RemoteJournals(actor)
+    journals.state()  # raises what speaks against a predictor
+    return journals
+
+
+def _size(replicas: tuple[int, int]) -> dict[str, Any]:
+    """The options of a deployment that has so many replicas."""
+    least, most = replicas
+    if least == most:
+        return {"num_replicas": least}
+    return {"autoscaling_config": {"min_replicas": least, "max_replicas": most}}
 
 
 def serve_ray(
-    setup: Setup, host: str, port: int, replicas: tuple[int, int], told: Callable[[str], None]
+    setup: Setup, host: str, port: int, replicas: tuple[int, int], announce: Callable[[str], None]
 ) -> None:
     """Serve until a signal comes, then drain the replicas and save.
 
     A cluster that is there is used (``RAY_ADDRESS``); else this machine is one.
+
+    Args:
+        setup: What is served.
+        host: The address.
+        port: Its port.
+        replicas: Least and most.
+        announce: Gets the URL as soon as all replicas answer, then "ready".
 
     Raises:
         UsageError: If no port is given: Ray does not say which free one it took.
@@ -142,9 +161,8 @@ def serve_ray(
     if port == 0:
         raise UsageError("with --executor ray give a --port other than 0.")
     make_folder(setup.state)
-    os.environ.setdefault(
-        "RAY_USAGE_STATS_ENABLED", "0"
-    )  # a Ray that is started here reports to nobody
+    # a Ray that is started here reports to nobody
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     with locked(setup.state, "serving with the state in"):
         ray.init(
             log_to_driver=False,
@@ -153,27 +171,31 @@ def serve_ray(
             ignore_reinit_error=True,
         )
         try:
-            address, keeper = begin(setup, host, port, replicas)
-            told(address)
-            told("ready")
-            number = _signalled()
+            url, journals = begin(setup, host, port, replicas)
+            announce(url)
+            announce("ready")
+            number = _wait_for_signal()
             serve.delete(NAME)
-            keeper.close()
+            journals.close()
         finally:
             serve.shutdown()
             ray.shutdown()
-    raise (
-        KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-    )  # Ray keeps handlers of its own
+    # raised here, since Ray puts in signal handlers of its own
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + number)
 
 
-def _signalled() -> int:
+def _wait_for_signal() -> int:
     """Wait until a signal asks to stop; its number."""
-    came: queue.SimpleQueue[int] = queue.SimpleQueue()
-    asked = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.signal(number, lambda found, _: came.put(found)) for number in asked}
+    arrived: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def note(number: int, _: object) -> None:
+        arrived.put(number)
+
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        return came.get()
+        return arrived.get()
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)

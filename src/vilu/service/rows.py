@@ -20,7 +20,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 from urllib.parse import quote
 
 from vilu.artifacts.disk import or_refuse
@@ -81,6 +81,26 @@ NO_DAMAGE: Final = {
 }
 """Errors of SQLite that say nothing of the content of the file."""
 
+
+class AnsweredRow(NamedTuple):
+    """What the monitor takes in of a row."""
+
+    n: int  # number of the row
+    id: str
+    answer: int
+    uncertainty: float
+
+
+class AuditedRow(NamedTuple):
+    """The same of a row that has a label, with the label."""
+
+    n: int
+    id: str
+    answer: int
+    uncertainty: float
+    label: int
+
+
 StoredRow = tuple[int, bytes, float, int, float, bytes]
 """Number, id, time, answer, uncertainty, digest."""
 
@@ -98,13 +118,13 @@ class Ends:
     label: bytes
 
     def line(self) -> bytes:
-        """What is noted; always of one length, so that one write replaces it."""
+        """The line of ``rows.ends``; always of one length, so that one write replaces it."""
         text = f"{self.n:020d} {self.row.hex()} {self.came:020d} {self.label.hex()}\n"
         return text.encode()
 
     @classmethod
     def parse(cls, line: bytes) -> Ends | None:
-        """What a line says; None where it is damaged."""
+        """The ends of a line; None where it is damaged."""
         match = ENDS_LINE.fullmatch(line)
         if match is None:
             return None
@@ -114,7 +134,10 @@ class Ends:
 
 
 class RowFile:
-    """The file, open for one thread at a time; what does not follow was set aside, with a warning.
+    """The file, open for one thread at a time.
+
+    When it is opened, rows and labels that do not follow from those before are set aside, with a
+    warning.
 
     Args:
         folder: Where it lies, or is to lie.
@@ -136,7 +159,7 @@ class RowFile:
             self._ends_file = os.open(self._ends_path, os.O_RDWR | os.O_CREAT, 0o666)
         self._note_ends()
         os.fsync(self._ends_file)
-        with self._judged():
+        with self._sqlite_errors():
             self._table = sqlite3.connect(
                 self.path, timeout=PATIENCE, check_same_thread=False, isolation_level=None
             )
@@ -146,12 +169,15 @@ class RowFile:
         self._identities = {path: _identity(path) for path in paths}
 
     def number_above(self, n: int) -> None:
-        """Give the next row a number above n: so many a monitor has seen, also where they are lost."""
+        """Give the next row a number above n, the rows that a monitor has seen.
+
+        Some of them may be lost from the file; their numbers are not given again.
+        """
         self._last = max(self._last, n)
 
     @property
-    def lost(self) -> bool:
-        """Whether the file was removed or replaced while open: what is written now is nowhere."""
+    def is_lost(self) -> bool:
+        """Whether the file was removed or replaced while open, so that writing keeps nothing."""
         return any(_identity(path) != file for path, file in self._identities.items())
 
     def add(self, ids: Sequence[str], answers: Sequence[int], uncertainty: Sequence[float]) -> None:
@@ -164,9 +190,10 @@ class RowFile:
         ends = self.ends
         last = self._last
         now = time.time()
-        with self._judged(), self._transaction():
+        with self._sqlite_errors(), self._transaction():
             for key, answer, value in zip(ids, answers, uncertainty, strict=True):
-                if self.number(key) is not None:
+                is_stored = self.number(key) is not None
+                if is_stored:
                     continue
                 last += 1
                 digest = _row_digest(ends.row, last, key.encode(), now, answer, value)
@@ -178,59 +205,59 @@ class RowFile:
     def add_labels(self, labels: Mapping[int, int]) -> None:
         """Write labels by the numbers of rows that have none yet. StorageError as ``add``."""
         self._require_in_place()
-        with self._judged(), self._transaction():
+        with self._sqlite_errors(), self._transaction():
             ends = _insert_labels(self._table, labels.items(), self.ends)
         self._end_at(ends)
 
     def number(self, key: str) -> int | None:
         """The number of the row with this id."""
-        with self._judged():
+        with self._sqlite_errors():
             row = self._table.execute("SELECT n FROM rows WHERE id = ?", (key,)).fetchone()
         return None if row is None else int(row[0])
 
     def has_label(self, n: int) -> bool:
         """Whether the row with this number has a label."""
-        with self._judged():
+        with self._sqlite_errors():
             row = self._table.execute("SELECT 1 FROM labels WHERE n = ?", (n,)).fetchone()
         return row is not None
 
-    def rows_after(self, n: int) -> list[tuple[int, str, int, float]]:
-        """Number, id, answer and uncertainty of rows above a number, the first ``BLOCK`` of them."""
-        asked = "SELECT n, id, answer, uncertainty FROM rows WHERE n > ? ORDER BY n LIMIT ?"
-        with self._judged():
-            return self._table.execute(asked, (n, BLOCK)).fetchall()
+    def rows_after(self, n: int) -> list[AnsweredRow]:
+        """Rows above a number, the first ``BLOCK`` of them."""
+        query = "SELECT n, id, answer, uncertainty FROM rows WHERE n > ? ORDER BY n LIMIT ?"
+        with self._sqlite_errors():
+            return [AnsweredRow(*row) for row in self._table.execute(query, (n, BLOCK))]
 
-    def labels_after(self, came: int) -> list[tuple[int, str, int, float, int]]:
-        """The same of rows whose labels came after another one, with the labels, in their order."""
-        asked = (
+    def labels_after(self, came: int) -> list[AuditedRow]:
+        """Rows whose labels came after a place among the labels, in the order of the labels."""
+        query = (
             "SELECT n, id, answer, uncertainty, label FROM labels JOIN rows USING (n) "
             "WHERE came > ? ORDER BY came"
         )
-        with self._judged():
-            return self._table.execute(asked, (came,)).fetchall()
+        with self._sqlite_errors():
+            return [AuditedRow(*row) for row in self._table.execute(query, (came,))]
 
     def close(self) -> None:
-        """Let go of the files."""
-        with self._judged():
+        """Close both files."""
+        with self._sqlite_errors():
             self._table.close()
         os.close(self._ends_file)
 
     def _require_in_place(self) -> None:
-        if self.lost:
+        if self.is_lost:
             raise StorageError(
                 f"{self.path} was removed or replaced while it was in use, so no row can be kept. "
                 "Stop the service, restore the file, and start again."
             )
 
     def _end_at(self, ends: Ends) -> None:
-        """Note where the chains end, which the disk has by now."""
+        """Note where the chains end; the disk has their rows and labels by now."""
         self._require_in_place()
         self.ends = ends
         self._last = max(self._last, ends.n)
         self._note_ends()
 
     def _note_ends(self) -> None:
-        """Write a line at once, which no kill cuts in two; after a power cut it may be behind."""
+        """Write the line in one call, which no kill cuts in two; a power cut may lose it."""
         with or_refuse(f"write {self._ends_path}"):
             os.pwrite(self._ends_file, self.ends.line(), 0)
 
@@ -241,8 +268,8 @@ class RowFile:
             yield
 
     @contextmanager
-    def _judged(self) -> Iterator[None]:
-        """A block in which errors of SQLite become ours."""
+    def _sqlite_errors(self) -> Iterator[None]:
+        """A block in which errors of SQLite become a ``StorageError``."""
         try:
             yield
         except sqlite3.DatabaseError as error:
@@ -252,20 +279,19 @@ class RowFile:
             raise StorageError(f"cannot use {self.path}: {error}.{advice}") from error
 
     def _verified(self) -> Ends:
-        """Where the chains end; what does not follow is set aside before."""
+        """Where the chains end, after files that do not hold what was noted are set aside."""
         noted = self._noted_ends()
         if not self.path.exists():
-            if noted in {None, self._nothing}:
-                return self._nothing
-            return self._repaired(noted)
+            is_new = noted is None or noted == self._nothing
+            return self._nothing if is_new else self._repaired(noted)
         self._require_version()
         ends, is_whole = self._survey(noted or self._nothing)
-        if is_whole and (noted is not None or ends == self._nothing):
-            return ends
-        return self._repaired(noted)
+        if noted is None and ends != self._nothing:
+            is_whole = False  # rows are there, and the note of their end is missing or damaged
+        return ends if is_whole else self._repaired(noted)
 
     def _noted_ends(self) -> Ends | None:
-        """None where nothing is noted, or the note is damaged."""
+        """The ends that ``rows.ends`` notes; None where it is missing or damaged."""
         with or_refuse(f"read {self._ends_path}"):
             if not self._ends_path.exists():
                 return None
@@ -283,29 +309,28 @@ class RowFile:
 
     def _survey(self, noted: Ends) -> tuple[Ends, bool]:
         """Where the chains that follow end, and whether all that was noted or is there follows."""
-        n = came = n_rows = n_labels = 0
+        last_row = 0
         row_digest = self._nothing.row
+        n_rows = 0
+        last_label = 0
         label_digest = self._nothing.label
+        n_labels = 0
         has_noted_row = noted.n == 0
         has_noted_label = noted.came == 0
         is_sound = False
         with self._until_damage(), closing(_opened_to_read(self.path)) as table:
-            if not _schema_of(table):  # killed before its tables were made
+            if not _schema_of(table):  # vilu was killed before it made the tables
                 return self._nothing, noted == self._nothing
-            for row in _rows_that_follow(table, row_digest):
-                n = row[0]
-                row_digest = row[-1]
+            for last_row, *_, row_digest in _rows_that_follow(table, self._nothing.row):
                 n_rows += 1
-                if n == noted.n:
+                if last_row == noted.n:
                     has_noted_row = row_digest == noted.row
-            for label in _labels_that_follow(table, label_digest):
-                came = label[0]
-                label_digest = label[-1]
+            for last_label, *_, label_digest in _labels_that_follow(table, self._nothing.label):
                 n_labels += 1
-                if came == noted.came:
+                if last_label == noted.came:
                     has_noted_label = label_digest == noted.label
             is_sound = _is_sound(table) and _sizes(table) == (n_rows, n_labels)
-        ends = Ends(n, row_digest, came, label_digest)
+        ends = Ends(last_row, row_digest, last_label, label_digest)
         return ends, is_sound and has_noted_row and has_noted_label
 
     @contextmanager
@@ -331,7 +356,13 @@ class RowFile:
             "%s is damaged or has lost rows (of %s, %s and %s): %s rows were noted, and %s follow "
             "one another from the first on. Those stay, with %s labels. What there was is set "
             "aside as %s.",
-            *(self.path, ROWS, WAL, ENDS, expected, f"{n_rows:,}", f"{ends.came:,}"),
+            self.path,
+            ROWS,
+            WAL,
+            ENDS,
+            expected,
+            f"{n_rows:,}",
+            f"{ends.came:,}",
             ", ".join(aside),
         )
         return ends
@@ -340,7 +371,7 @@ class RowFile:
         """Where the chains of the copy end, and how many rows it has."""
         ends = self._nothing
         n_rows = 0
-        with self._judged(), closing(sqlite3.connect(new, isolation_level=None)) as target:
+        with self._sqlite_errors(), closing(sqlite3.connect(new, isolation_level=None)) as target:
             target.executescript(TABLES)
             if not self.path.exists():
                 return ends, n_rows
@@ -360,7 +391,7 @@ class RowFile:
 
 
 def set_aside(folder: Path, names: Iterable[str]) -> list[str]:
-    """Rename files of a folder, those that are there, so that nothing is lost; their new names."""
+    """Rename the files that are there, so that nothing is lost; their new names."""
     present = [name for name in names if (folder / name).exists()]
     renamed: list[str] = []
     for number in count(1):
@@ -399,9 +430,9 @@ def _label_digest(before: bytes, came: int, n: int, label: int) -> bytes:
 
 def _rows_that_follow(table: sqlite3.Connection, before: bytes) -> Iterator[StoredRow]:
     """Rows in their order, up to the first that does not follow from the one before."""
-    asked = "SELECT n, CAST(id AS BLOB), time, answer, uncertainty, digest FROM rows ORDER BY n"
+    query = "SELECT n, CAST(id AS BLOB), time, answer, uncertainty, digest FROM rows ORDER BY n"
     with suppress(struct.error, TypeError):  # values of other types, which only damage leaves
-        for row in table.execute(asked):
+        for row in table.execute(query):
             n, key, when, answer, uncertainty, digest = row
             if digest != _row_digest(before, n, key, when, answer, uncertainty):
                 return
@@ -432,14 +463,14 @@ def _is_sound(table: sqlite3.Connection) -> bool:
 
 def _schema_of(table: sqlite3.Connection) -> list[str]:
     """What tables, indices and triggers there are, in words of SQL."""
-    asked = "SELECT coalesce(sql, name) FROM sqlite_schema ORDER BY name"
-    return [text for (text,) in table.execute(asked)]
+    query = "SELECT coalesce(sql, name) FROM sqlite_schema ORDER BY name"
+    return [text for (text,) in table.execute(query)]
 
 
 def _sizes(table: sqlite3.Connection) -> tuple[int, int]:
     """Numbers of rows and of labels."""
-    asked = "SELECT (SELECT count(*) FROM rows), (SELECT count(*) FROM labels)"
-    n_rows, n_labels = table.execute(asked).fetchone()
+    query = "SELECT (SELECT count(*) FROM rows), (SELECT count(*) FROM labels)"
+    n_rows, n_labels = table.execute(query).fetchone()
     return int(n_rows), int(n_labels)
 
 

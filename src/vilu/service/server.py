@@ -1,4 +1,4 @@
-"""The process: it listens at once, loads the model beside, and stops without losing what it took on."""
+"""The process: it listens at once, loads the model beside, and answers all before it stops."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ IDLE: Final = 10
 """Seconds that a connection may stay without a whole head of a request."""
 
 STOP: Final = 60
-"""Seconds for what is under way when the service is told to stop."""
+"""Seconds for the requests that are under way when the service has to stop."""
 
 
 class Patient(H11Protocol):
-    """HTTP/1.1 with an end to patience: a head must come whole within ``IDLE`` seconds, and mistakes are problems."""
+    """HTTP/1.1 whose heads must be whole within ``IDLE`` seconds; mistakes are problems."""
 
     _deadline: asyncio.TimerHandle | None = None
 
@@ -40,7 +40,7 @@ class Patient(H11Protocol):
         self._watch()
 
     def data_received(self, data: bytes) -> None:
-        """Wait on if the head is not there yet; a request that is complete has its own limits."""
+        """Wait on if the head is not there yet; a whole request has limits of its own."""
         super().data_received(data)
         self._watch()
 
@@ -51,20 +51,23 @@ class Patient(H11Protocol):
             self._deadline.cancel()
 
     def _watch(self) -> None:
-        listens = bool(self.cycle) and not self.cycle.response_complete
-        if listens and self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
-        elif not listens and self._deadline is None and not self.transport.is_closing():
+        """Set the deadline while a head is awaited; cancel it while a request is answered."""
+        is_answering = bool(self.cycle) and not self.cycle.response_complete
+        if is_answering:
+            if self._deadline is not None:
+                self._deadline.cancel()
+                self._deadline = None
+            return
+        if self._deadline is None and not self.transport.is_closing():
             self._deadline = self.loop.call_later(IDLE, self.transport.close)
 
     def on_response_complete(self) -> None:
-        """What comes next is a head again."""
+        """Wait for the next head."""
         super().on_response_complete()
         self._watch()
 
     def send_400_response(self, msg: str) -> None:
-        """No HTTP: said as every other problem, and nothing of what came is logged."""
+        """Answer what is no HTTP with a problem, as all mistakes; nothing of it is logged."""
         body = problem(HTTPStatus.BAD_REQUEST, msg)
         head = (
             "HTTP/1.1 400 Bad Request\r\n"
@@ -78,31 +81,37 @@ class Patient(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn, which says where it listens."""
+    """uvicorn with a call as soon as it listens."""
 
-    def __init__(self, config: uvicorn.Config, listens: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, on_listening: Callable[[], None]) -> None:
         super().__init__(config)
-        self._listens = listens
+        self._on_listening = on_listening
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to listen."""
         await super().startup(sockets)
         if self.started:
-            self._listens()
+            self._on_listening()
 
 
 class Hosted:
-    """A service on an address of this machine. ``told`` gets the address as soon as it listens, and then "ready".
+    """A service on an address of this machine.
+
+    Args:
+        setup: What is served.
+        host: The address.
+        port: Its port; 0 for a free one.
+        announce: Gets the URL as soon as the service listens, then "ready".
 
     Raises:
         UsageError: If the address cannot be had.
     """
 
-    def __init__(self, setup: Setup, host: str, port: int, told: Callable[[str], None]) -> None:
+    def __init__(self, setup: Setup, host: str, port: int, announce: Callable[[str], None]) -> None:
         self.setup = setup
-        self.told = told
+        self.announce = announce
         self.service = Service(setup.limits, setup.keep)
-        self.faults: list[BaseException] = []
+        self.fault: BaseException | None = None  # why the engine could not be loaded
         self.socket = _bound(host, port)
         config = uvicorn.Config(
             self.service.gate,
@@ -116,8 +125,8 @@ class Hosted:
             timeout_graceful_shutdown=STOP,
             h11_max_incomplete_event_size=HEAD,
         )
-        self.server = Server(config, lambda: told(_address(self.socket)))
-        self.service.gate.closing = lambda: self.server.should_exit
+        self.server = Server(config, lambda: announce(_url(self.socket)))
+        self.service.gate.is_closing = lambda: self.server.should_exit
 
     def run(self) -> None:
         """Serve until a signal comes or ``stop``, then answer what was taken on, and save.
@@ -137,43 +146,50 @@ class Hosted:
                 self.server.run([self.socket])
             finally:
                 loader.join()
-                if self.service.engine is not None:
-                    self.service.engine.close()
-                    self.service.engine.keeper.close()
-        if self.faults:
-            raise self.faults[0]
+                engine = self.service.engine
+                if engine is not None:
+                    engine.close()
+                    engine.journals.close()
+        if self.fault is not None:
+            raise self.fault
 
     def stop(self) -> None:
         """End, from another thread."""
         self.server.should_exit = True
 
     def _load(self) -> None:
-        """Make the engine, and have it answer once; what speaks against it ends the service."""
+        """Load the engine; an error ends the service, and is raised there."""
         try:
-            self.service.start(load_engine(self.setup))
-        except BaseException as error:  # noqa: BLE001 - raised where the server ends
-            self.faults.append(error)
+            engine = load_engine(self.setup)
+        except BaseException as error:  # noqa: BLE001 - ``run`` raises it
+            self.fault = error
             self.stop()
             return
-        self.told("ready")
+        self.service.start(engine)
+        self.announce("ready")
 
 
 def _bound(host: str, port: int) -> socket.socket:
     """A socket that listens; UsageError where it cannot."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    taken = socket.socket(family)
-    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    family = socket.AF_INET
+    if ":" in host:
+        family = socket.AF_INET6
+    bound = socket.socket(family)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        taken.bind((host, port))
+        bound.bind((host, port))
     except OSError as error:
-        taken.close()
+        bound.close()
         raise UsageError(
-            f"cannot listen at {host}, port {port}: {error.strerror}. Give another --host or --port."
+            f"cannot listen at {host}, port {port}: {error.strerror}. Give another --host or "
+            "--port."
         ) from error
-    taken.set_inheritable(True)
-    return taken
+    bound.set_inheritable(True)
+    return bound
 
 
-def _address(taken: socket.socket) -> str:
-    host, port = taken.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+def _url(bound: socket.socket) -> str:
+    host, port = bound.getsockname()[:2]
+    if ":" in host:
+        host = f"[{host}]"
+    return f"http://{host}:{port}"

@@ -15,7 +15,7 @@ from vilu.service.limits import ClientLimits
 
 if TYPE_CHECKING:
     from vilu.service.engine import Engine
-    from vilu.service.kept import Keeps
+    from vilu.service.journals import Journals
 
 
 @dataclass(frozen=True)
@@ -44,22 +44,29 @@ class Setup:
     @property
     def predictors(self) -> dict[str, Path]:
         """The folders by name."""
-        both = {"first": self.predictor, "second": self.second}
-        return {name: folder for name, folder in both.items() if folder is not None}
+        folders = {"first": self.predictor}
+        if self.second is not None:
+            folders["second"] = self.second
+        return folders
 
 
-def load_engine(setup: Setup, keeper: Keeps | None = None) -> Engine:
-    """The engine of a service, which has answered about a picture of ours; with a keeper of its own, or a shared one.
+def load_engine(setup: Setup, journals: Journals | None = None) -> Engine:
+    """The engine of a service, which has answered about a picture of ours.
 
-    The keeper comes first: what does not verify is known before the model is loaded.
+    Args:
+        setup: What is served.
+        journals: Those that replicas share; None: the engine has its own.
+
+    Raises:
+        ViLUError: If a rule does not verify, or the model is another than the predictor's.
     """
+    # late: these imports take seconds, in which the service answers already that it is alive
     from vilu.guard.guard import Guard
-    from vilu.service.engine import (
-        Engine,
-    )  # what they import takes seconds, in which the service is alive
-    from vilu.service.keeper import Bookkeeper
+    from vilu.service.engine import Engine
+    from vilu.service.local_journals import LocalJournals
 
-    keeper = keeper or Bookkeeper(setup.state, setup.predictors)
+    if journals is None:  # before the model, so that a rule that does not verify is known at once
+        journals = LocalJournals(setup.state, setup.predictors)
     guard = Guard(
         setup.predictor,
         models=setup.models,
@@ -67,11 +74,16 @@ def load_engine(setup: Setup, keeper: Keeps | None = None) -> Engine:
         batch_size=setup.batch_size,
         workers=setup.workers,
     )
+    (answer,) = guard([_grey_picture()])
+    if answer.label is None:
+        raise StorageError(
+            f"the model gives no answer about a grey picture ({answer.reason}). Its weights are "
+            "damaged."
+        )
+    return Engine(guard, journals, setup.second)
+
+
+def _grey_picture() -> bytes:
     content = BytesIO()
     Image.fromarray(np.full((64, 64, 3), 127, np.uint8)).save(content, "PNG")
-    (said,) = guard([content.getvalue()])
-    if said.label is None:
-        raise StorageError(
-            f"the model gives no answer about a grey picture ({said.reason}). Its weights are damaged."
-        )
-    return Engine(guard, keeper, setup.second)
+    return content.getvalue()

@@ -13,15 +13,14 @@ from vilu.artifacts.tables import write_table
 from vilu.embeddings.rows import SCORING_BATCH
 from vilu.embeddings.source import EmbeddingSource
 from vilu.guard.guard import Answer, RunnersUp, runners_up_of
-from vilu.outcomes.decisions import ACCEPT, OUTSIDE_REASON
+from vilu.outcomes.decisions import ACCEPT, OUTSIDE_REASON, REVIEW
 from vilu.outcomes.outcomes import Outcomes
 from vilu.triage.labels import Entry, columns_of
 from vilu.triage.photos import Photos
 from vilu.triage.state import DECISIONS_CSV, DECISIONS_PARQUET
 
 LABELLED: Final = "labelled"
-REVIEW: Final = "review"
-"""Decisions beside "accept": the label is known; a person has to look."""
+"""The decision about a photo whose label is known."""
 
 NO_GUARANTEE: Final = "no_guarantee"
 """Why nothing is accepted while the predictor has no rule."""

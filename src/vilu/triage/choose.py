@@ -7,7 +7,7 @@ probability of failure for the entropy).
 
 *For the guarantee*: a draw from what may be accepted, u <= limit. Given acceptance the labels are
 independent, so every threshold up to the limit can be tested on them, and none is spent on photos
-that would be abstained from anyway. The limit is chosen from scores alone: the laxest one at which
+that would be left for review anyway. The limit is chosen from scores alone: the laxest one at which
 so many labels are expected to show the risk.
 """
 

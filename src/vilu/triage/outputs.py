@@ -17,10 +17,10 @@ from vilu.device import as_usual
 from vilu.errors import UsageError
 from vilu.guard.guard import Answer
 from vilu.metrics.counts import Floats
-from vilu.outcomes.decisions import ACCEPT
+from vilu.outcomes.decisions import ACCEPT, REVIEW
 from vilu.report.page.build import find_template, render
 from vilu.report.page.gallery import thumbnails
-from vilu.triage.answers import REVIEW, answers_of, count_answers, write_decisions, write_next
+from vilu.triage.answers import answers_of, count_answers, write_decisions, write_next
 from vilu.triage.guarantee import GuaranteeProgress
 from vilu.triage.labels import SKIPPED, LabelBook, check_names, match_photos, read_labels
 from vilu.triage.photos import PhotoFolder

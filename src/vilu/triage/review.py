@@ -14,9 +14,9 @@ from vilu.artifacts.documents import read_document
 from vilu.artifacts.tables import CsvRow, csv_rows
 from vilu.calibration.shares import OUTSIDE_NAME
 from vilu.errors import UNKNOWN, DataError
-from vilu.outcomes.decisions import ACCEPT
+from vilu.outcomes.decisions import ACCEPT, REVIEW
 from vilu.outcomes.outcomes import Outcomes
-from vilu.triage.answers import REVIEW, failure_probabilities
+from vilu.triage.answers import failure_probabilities
 from vilu.triage.state import DECISIONS_CSV, NEXT, STATE, TriageState
 
 CHOSEN: Final = "fit"

@@ -12,7 +12,7 @@ import numpy as np
 
 from vilu.artifacts.disk import MANIFEST
 from vilu.artifacts.documents import read_document
-from vilu.backbones.catalog import NAMED
+from vilu.backbones.catalog import BACKBONES, NamedBackbone
 from vilu.datasets.base import ShardedDataset
 from vilu.datasets.known import KNOWN, find_known
 from vilu.datasets.known.entry import find_place
@@ -172,8 +172,8 @@ def _numbers_of_an_image(part: Part, entry: Data) -> int | None:
 
 def _widths(backbone: str) -> tuple[int, int] | None:
     """Widths of a model's embeddings and features."""
-    named = NAMED.get(backbone)
-    if named is not None:
+    named = BACKBONES.get(backbone)
+    if isinstance(named, NamedBackbone):
         return named.embed_dim, named.feature_dim
     family, _, _ = backbone.partition(":")
     if family == "compact":

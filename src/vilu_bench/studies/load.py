@@ -6,7 +6,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from pydantic import ValidationError
 
@@ -16,6 +16,9 @@ from vilu.predictors.contract.parameters import parameters
 from vilu_bench.studies.config import AnySetting, Config, Method, Union
 from vilu_bench.studies.parts import ROLES, Data
 
+CONFIGS: Final = Path(__file__).resolve().parents[1] / "configs"
+"""The studies that come along. GROUP.toml is what those in the folder GROUP have in common."""
+
 TABLES = ("data", "settings", "methods")  # what can be taken from an included file, entry by entry
 
 
@@ -24,8 +27,15 @@ def load_config(path: Path) -> Config:
     return parse_config({"name": path.stem, **_with_included(_read(path), path)}, path.name)
 
 
-def load_configs(paths: Sequence[Path]) -> list[Config]:
-    """Several files."""
+def load_configs(names: Sequence[Path | str]) -> list[Config]:
+    """Read and check several benchmarks, by path or by name as ``find_studies`` has it.
+
+    Raises:
+        UsageError: If there is no such file or study, what it says is wrong, or two have one name.
+    """
+    paths: list[Path] = []
+    for name in names:
+        paths.extend(find_studies(name))
     configs = [load_config(path) for path in paths]
     for name, count in Counter(config.name for config in configs).items():
         if count > 1:
@@ -34,6 +44,35 @@ def load_configs(paths: Sequence[Path]) -> list[Config]:
                 "Give one another name, as name = ... in its file."
             )
     return configs
+
+
+def study_names() -> list[str]:
+    """The studies that come along, as "GROUP/NAME" or "NAME"."""
+    names = []
+    for path in sorted(CONFIGS.rglob("*.toml")):
+        study = path.with_suffix("")
+        if not study.is_dir():
+            names.append(study.relative_to(CONFIGS).as_posix())
+    return names
+
+
+def find_studies(name: Path | str) -> list[Path]:
+    """The files that a name stands for.
+
+    It is the path of a file, or a study that comes along ("here/main"), or a group of these
+    ("here"). A file goes before a study of its name.
+    """
+    path = Path(name)
+    if path.exists() and not path.is_dir():
+        return [path]
+    studies = study_names()
+    chosen = [study for study in studies if study == str(name) or study.startswith(f"{name}/")]
+    if not chosen:
+        raise UsageError(
+            f"{name} is neither a file nor a study that comes along. "
+            f"These come along: {', '.join(studies)}."
+        )
+    return [CONFIGS / f"{study}.toml" for study in chosen]
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from scipy import optimize, special
 from vilu.calibration.thresholds import first_enough
 from vilu.metrics.counts import Floats, Ints
 
-TestName = Literal["scores", "acceptance", "answers", "audit", "outside", "abstained"]
+TestName = Literal["scores", "acceptance", "answers", "audit", "outside", "review"]
 AuditVerdict = Literal["holds so far", "not enough audited answers", "broken"]
 Prior = tuple[float, float]
 

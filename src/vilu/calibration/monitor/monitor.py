@@ -241,7 +241,7 @@ class Monitor:
         for name, column in self._columns(outcomes, accepted).items():
             if name in self.watches:
                 self.watches[name].update(column, rows[watched], self.seed)
-        self._take_rate("abstained", ~accepted[scored], rows[scored])
+        self._take_rate("review", ~accepted[scored], rows[scored])
         self.rows += len(outcomes)
         self.unscored += int(np.count_nonzero(~scored))
         self.accepted += int(np.count_nonzero(accepted))

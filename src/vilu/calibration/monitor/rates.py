@@ -23,33 +23,34 @@ LEAST: Final = 1e-3
 def rates_of(rule: Rule | None, calibration: Outcomes, level: float) -> dict[TestName, Audit]:
     """Rates that must not be exceeded while a guarantee for stated shares holds.
 
-    There are none for other rules. "outside": share of out-of-distribution images among labelled
-    rows, at most the stated one. "abstained": share of rows that the rule abstains from. With d_s
-    the rate in stratum s, out-of-distribution images at a share p' give (1 - p') d_in + p' d_out,
-    which over all p' up to the stated p is largest at an end; for every d_s stands its
-    Clopper-Pearson bound from above, of which all together take half of the level, and the bets the
-    other half.
+    There are none for other rules.
+
+    - "outside": share of out-of-distribution images among labelled rows, at most the stated one.
+    - "review": share of rows that the rule leaves for review. With d_s the rate in stratum s,
+      out-of-distribution images at a share p' give (1 - p') d_in + p' d_out, which over all p' up
+      to the stated p is largest at an end. For every d_s stands its Clopper-Pearson bound from
+      above, of which all together take half of the level, and the bets the other half.
     """
     if rule is None or not rule.reweighted or not rule.feasible:
         return {}
     rates: dict[TestName, Audit] = {}
     if rule.outside_share is not None:
         rates["outside"] = Audit(max(rule.outside_share, LEAST), level)
-    most = _abstained_at_most(rule, calibration.take(calibration.evaluable), level / 2)
+    most = _reviewed_at_most(rule, calibration.take(calibration.evaluable), level / 2)
     if most < 1:
-        rates["abstained"] = Audit(most, level / 2)
+        rates["review"] = Audit(most, level / 2)
     return rates
 
 
-def _abstained_at_most(rule: Rule, rows: Outcomes, delta: float) -> float:
-    """Bound from above of the share of rows that is abstained from, at the stated shares."""
+def _reviewed_at_most(rule: Rule, rows: Outcomes, delta: float) -> float:
+    """Bound from above of the share of rows that is left for review, at the stated shares."""
     strata = Strata(rows, rule.outside_share, rule.class_shares)
-    is_abstained = ~rule.accept(rows.uncertainty)
-    n_abstained = np.bincount(strata.stratum[is_abstained], minlength=len(strata.names))
+    is_reviewed = ~rule.accept(rows.uncertainty)
+    n_reviewed = np.bincount(strata.stratum[is_reviewed], minlength=len(strata.names))
     # all bounds must hold at once, so they share delta (union bound)
     delta_of_stratum = delta / int(np.count_nonzero(strata.share))
     bounds = []
-    for k, n in zip(n_abstained.tolist(), strata.n.tolist(), strict=True):
+    for k, n in zip(n_reviewed.tolist(), strata.n.tolist(), strict=True):
         bounds.append(upper_bound(k, n, delta_of_stratum))
     ood_share = float(strata.share[-1])
     within = float(strata.share[:-1] @ np.array(bounds[:-1])) / (1 - ood_share)

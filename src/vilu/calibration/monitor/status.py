@@ -25,7 +25,7 @@ MEANING = {
     "outside": (
         "more of the pictures are of none of the classes than the guarantee was stated for"
     ),
-    "abstained": "more answers are abstained from than the stated shares explain",
+    "review": "more answers are left for review than the stated shares explain",
 }
 RECALIBRATE = (
     "Do not rely on the guaranteed risk for rows from there on. Collect labels of new rows, drawn "
@@ -39,7 +39,7 @@ class Test(Model):
     __test__ = False  # for pytest, which takes the name for its own
 
     # "scores", "acceptance" and "answers" ask whether the rows are still like those of the
-    # calibration, "audit" whether accepted answers are wrong too often, "outside" and "abstained"
+    # calibration, "audit" whether accepted answers are wrong too often, "outside" and "review"
     # whether the present shares are those that a guarantee was stated for
     name: TestName
     level: float = Field(gt=0, lt=1)  # probability of a false alarm, ever

@@ -20,7 +20,7 @@ PARTS: Final[dict[TestName, int]] = {
     "answers": 1,
     "audit": 1,
     "outside": 1,
-    "abstained": 1,
+    "review": 1,
 }
 """Parts of the probability of a false alarm; those of tests that do not run go to the others."""
 

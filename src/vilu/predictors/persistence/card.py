@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Protocol
 
-from vilu.backbones.catalog import NAMED
+from vilu.backbones.catalog import named_backbones
 from vilu.text import printable
 
 TAGS = (
@@ -111,7 +111,7 @@ def header(backbone: str | None, method: str) -> str:
 def hub_id(backbone: str | None) -> str | None:
     """ORG/NAME of a backbone on the model hub; None where its spec does not tell."""
     spec = backbone or ""
-    for name, model in NAMED.items():
+    for name, model in named_backbones().items():
         if spec in {name, f"open_clip:{model.open_clip}"}:
             return model.open_clip_hub
         if spec == f"{name}@hf":

@@ -100,7 +100,7 @@ def report_page(
             known failure.
         main: Name of the method that the page is about; by default the calibrated one, or else
             ViLU+, ViLU, the first.
-        calibrated: The rule that accepts or abstains (``vilu.report.page.choice.read_calibrated``).
+        calibrated: The rule that accepts answers (``vilu.report.page.choice.read_calibrated``).
         max_risk: Without a rule: error rate among the accepted, for a threshold found on these
             rows, which promises nothing.
         images: The data set whose record keys are the ids of the outcomes, for thumbnails.

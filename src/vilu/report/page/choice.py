@@ -30,7 +30,7 @@ from vilu.validation import require_between
 class Calibrated:
     """A calibration that ``vilu calibrate`` left beside a predictor."""
 
-    rule: Rule  # it accepts or abstains
+    rule: Rule  # it accepts, or leaves for review
     # name of the predictor that it belongs to; None where that is not known
     method: str | None = None
     # fingerprint of the record, which scores carry that it decided; None where there is no record
@@ -114,7 +114,7 @@ def read_calibrated(folder: str | Path) -> Calibrated:
     calibration = Calibration.load(folder)
     if calibration.rule is None:
         raise DataError(
-            f"{folder} has calibrated probabilities and no rule that accepts or abstains. "
+            f"{folder} has calibrated probabilities and no rule that accepts answers. "
             "Run `vilu calibrate` with --max-risk, or leave --predictor out."
         )
     facts = calibration.model_dump(mode="json", exclude={"rule", "probability", "label_sets"})

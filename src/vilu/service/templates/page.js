@@ -22,7 +22,7 @@ async function ask(path, options) {
 function show(one) {
   by("answer").hidden = false;
   by("decision").className = one.decision || "";
-  by("decision").textContent = { accept: "Accept", abstain: "Have a person look" }[one.decision] || "No rule: decide by the probability";
+  by("decision").textContent = { accept: "Accept", review: "Have a person look" }[one.decision] || "No rule: decide by the probability";
   by("label").textContent = one.label === null ? "none" : one.label;
   by("probability").textContent = percent(one.failure_probability);
   by("meter").value = one.failure_probability || 0;

@@ -40,7 +40,7 @@
     byId("accepted").textContent = `${count(accepted)} of ${count(data.n)}`;
     byId("risk").textContent = percent(wrong, accepted);
     byId("wrong").textContent = `${count(wrong)} wrong`;
-    byId("abstained").textContent = count(data.n - accepted);
+    byId("review").textContent = count(data.n - accepted);
     const at = index === null ? data.start : index;
     slider.value = at;
     field.value = data.threshold[at] === null || (index === null && !data.exact) ? "" : String(data.threshold[at]);
@@ -55,7 +55,7 @@
       const before = card.dataset.accepted === "1";
       const now = index === null ? before : threshold !== null && Number(card.dataset.u) <= threshold;
       card.classList.toggle("flipped", now !== before);
-      card.querySelector(".state").textContent = (now === before ? "" : "now ") + (now ? "accepted" : "abstained");
+      card.querySelector(".state").textContent = (now === before ? "" : "now ") + (now ? "accepted" : "review");
       flips += now !== before;
     }
     byId("flips").textContent = `${flips} of ${cards.length}`;

@@ -1,4 +1,4 @@
-"""What is kept of a service, and how all who judge ask for it: a keeper, here or behind an actor."""
+"""The journals of a service as all who judge see them: in this process, or behind an actor."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Final, Literal, Protocol
 from vilu.calibration.monitor.status import Status
 
 NAMES: Final = ("first", "second")
-"""What the predictors of a service are called: the one that it was started with, and the one beside it."""
+"""The predictors of a service: the one that it was started with, and the one beside it."""
 
 Scores = tuple[list[int], list[float]]
 """Answers and uncertainties of some rows."""
@@ -20,27 +20,27 @@ PromiseState = Literal["holds", "void", "none"]
 
 
 def row_id(request: str, place: int, content: bytes) -> str:
-    """What a row is known by: the same request sent again, with the same image, is the same row."""
+    """The id of a row: the same request sent again, with the same image, is the same row."""
     return hashlib.blake2b(f"{request}\n{place}\n".encode() + content, digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)
-class Kept:
+class ServiceState:
     """Which predictor answers, the state of every promise, and whether a journal was lost."""
 
     answering: str
     promises: dict[str, PromiseState]
-    lost: bool = False
+    has_lost_journal: bool = False
 
 
-class Keeps(Protocol):
-    """A keeper, here or behind an actor."""
+class Journals(Protocol):
+    """The journals of all predictors of a service, by the names of the predictors."""
 
-    def record(self, ids: Sequence[str], said: Mapping[str, Scores]) -> Kept:
-        """Write what the predictors said of some rows."""
+    def record(self, ids: Sequence[str], scores: Mapping[str, Scores]) -> ServiceState:
+        """Write what the predictors answered for some rows; the state after it."""
 
-    def kept(self) -> Kept:
-        """The state."""
+    def state(self) -> ServiceState:
+        """The state now."""
 
     def label(self, labels: Mapping[str, str]) -> dict[str, tuple[int, list[str]]]:
         """Note what rows really show."""
@@ -48,8 +48,8 @@ class Keeps(Protocol):
     def statuses(self) -> dict[str, Status]:
         """What the monitors say."""
 
-    def switch(self, name: str) -> Kept:
+    def switch(self, name: str) -> ServiceState:
         """Have another predictor answer."""
 
     def close(self) -> None:
-        """Save."""
+        """Save the monitors."""

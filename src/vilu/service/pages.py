@@ -1,0 +1,74 @@
+"""The pages of the service: one to drop a photo on, and its documentation."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from importlib import resources
+from typing import Final
+
+from fastapi import Response
+from starlette.exceptions import HTTPException
+
+from vilu.text import csp_hash, page_of
+
+START_SWAGGER: Final = """SwaggerUIBundle({
+  url: "/openapi.json", dom_id: "#api", deepLinking: true, validatorUrl: null
+});"""
+
+DOCS: Final = f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>vilu</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
+<link rel="stylesheet" href="/docs/swagger-ui.css">
+</head>
+<body>
+<div id="api"></div>
+<script src="/docs/swagger-ui-bundle.js"></script>
+<script>{START_SWAGGER}</script>
+</body>
+</html>
+"""
+
+DOCS_POLICY: Final = "; ".join(
+    [
+        "default-src 'none'",
+        "img-src 'self' data:",
+        "connect-src 'self'",
+        "style-src 'self' 'unsafe-inline'",
+        f"script-src 'self' '{csp_hash(START_SWAGGER)}'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+    ]
+)
+
+DOCS_FILES: Final = {"swagger-ui.css": "text/css", "swagger-ui-bundle.js": "text/javascript"}
+"""Files of Swagger UI, and their types."""
+
+
+async def page() -> Response:
+    """The page to drop a photo on."""
+    content, policy = page_of("vilu.service", "page", "blob:")
+    return _html(content, policy)
+
+
+async def docs() -> Response:
+    """Swagger UI from this machine: nothing is loaded from elsewhere."""
+    return _html(DOCS, DOCS_POLICY)
+
+
+async def docs_file(name: str) -> Response:
+    """A file of Swagger UI; 404 for any other."""
+    if name not in DOCS_FILES:
+        raise HTTPException(HTTPStatus.NOT_FOUND)
+    content = resources.files("fastapi_offline").joinpath("static", name).read_bytes()
+    headers = {"Cache-Control": "max-age=86400"}
+    return Response(content, media_type=DOCS_FILES[name], headers=headers)
+
+
+def _html(content: str | bytes, policy: str) -> Response:
+    headers = {"Content-Security-Policy": policy}
+    return Response(content, media_type="text/html; charset=utf-8", headers=headers)
