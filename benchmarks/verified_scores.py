@@ -25,8 +25,8 @@ def make(root: Path, n: int) -> None:
     """A store as ``vilu embed`` leaves it, written by its own ledger."""
     from vilu.artifacts.hashing import digest
     from vilu.embeddings.space import EmbeddingSpace
-    from vilu.store.documents import IMAGE, Inputs, Manifest, Run
     from vilu.store.ledger import content_hash
+    from vilu.store.manifest import IMAGE, Inputs, Manifest, Run
     from vilu.store.parts import PartRows, Row, StoreLedger, read_classes, write_classes
 
     rng = np.random.default_rng(0)

@@ -1,9 +1,9 @@
 """Some of my pictures show none of my classes: how do I keep their answers out?
 
 The model names a class all the same, and a softmax over the classes cannot say "none". Shows what
-can: everyday words as further candidates (`neglabel`, no label needed), or a few examples of
-strangers among labelled photos (`vilu_plus`). Real photos of clothes: hats and shoes are strangers
-to eight other classes. Named by the small model that comes with vilu.
+can: everyday words as further candidates (`neglabel`, no label needed), or a few
+out-of-distribution examples among labelled photos (`vilu_plus`). Real photos of clothes: hats and
+shoes are none of eight other classes. Named by the small model that comes with vilu.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ sock towel pillow blanket bucket
 """.split()
 """`vilu embed --negatives` has about 2,200, which take longer to embed than these photos."""
 
-STRANGERS = ("hat", "shoe")
+OOD_CLASSES = ("hat", "shoe")
 
 
 def main() -> None:
@@ -33,39 +33,36 @@ def main() -> None:
         stores = {}
         for split, skip, n in (("labelled", 0, 88), ("new", 88, 260)):
             photos_on_disk(home / split, n, skip=skip, in_class_folders=True)
-            photos = vilu.open_dataset(
-                home / split, outside=STRANGERS
-            )  # their label is vilu.OUTSIDE
+            # the label of these is vilu.OUTSIDE
+            photos = vilu.open_dataset(home / split, outside=OOD_CLASSES)
             names = photos.class_names or ()
-            vilu.embed(photos, backbone, home / f"{split}.store", names=names, negatives=WORDS)
+            words = vilu.ExtraColumns(negatives=WORDS)
+            vilu.embed(photos, backbone, home / f"{split}.store", names=names, columns=words)
             stores[split] = vilu.EmbeddingStore(home / f"{split}.store")
-        assert not set(STRANGERS) & set(stores["new"].class_names or ())
+        assert not set(OOD_CLASSES) & set(stores["new"].class_names or ())
 
         plus = vilu.ViLUPlus(seed=0).fit(stores["labelled"])
         methods = (vilu.MCM(), vilu.PREDICTORS["neglabel"](), plus)
-        found = {method.name: vilu.score(method, stores["new"]) for method in methods}
+        scores = {method.name: vilu.score(method, stores["new"]) for method in methods}
 
-    # "outside": are strangers told from others?
-    # AUROC: are wrong answers told from right ones, strangers' among them?
-    print(vilu.evaluate(found.values(), metrics=["auroc_outside", "auroc"], n_resamples=200))
-    strangers = found["mcm"].outside
-    asked = {
-        name: vilu.metrics.auroc(one.uncertainty, strangers.astype(int))
-        for name, one in found.items()
-    }
-    wrong = {
-        name: vilu.metrics.risk_at_coverage(one.uncertainty, one.failure, 0.3)
-        for name, one in found.items()
-    }
+    # "outside": are out-of-distribution photos told from the rest?
+    # AUROC: are wrong answers told from right ones, those about such photos among them?
+    print(vilu.evaluate(scores.values(), metrics=["auroc_outside", "auroc"], n_resamples=200))
+    is_ood = scores["mcm"].outside
+    auroc = {}
+    wrong = {}
+    for name, outcomes in scores.items():
+        auroc[name] = vilu.metrics.auroc(outcomes.uncertainty, is_ood.astype(int))
+        wrong[name] = vilu.metrics.risk_at_coverage(outcomes.uncertainty, outcomes.failure, 0.3)
     print(
-        f"{strangers.mean():.0%} of the photos are strangers; "
+        f"{is_ood.mean():.0%} of the photos are out-of-distribution; "
         "of the 30 % that are trusted most are wrong:",
         end=" ",
     )
     print(", ".join(f"{share:.0%} by {name}" for name, share in wrong.items()))
 
-    assert asked["neglabel"] > asked["mcm"] + 0.04
-    assert asked["vilu_plus"] > asked["mcm"] + 0.05
+    assert auroc["neglabel"] > auroc["mcm"] + 0.04
+    assert auroc["vilu_plus"] > auroc["mcm"] + 0.05
     assert wrong["vilu_plus"] < wrong["mcm"] - 0.05
 
 

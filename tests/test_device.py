@@ -15,13 +15,13 @@ import torch
 
 import vilu
 from tests.conftest import toy_embeddings
-from vilu.device import KEPT_BY, as_usual, resolve_device, seeded
+from vilu.device import KEPT_BY, resolve_device, seeded, torch_defaults
 from vilu.errors import UsageError
 from vilu.predictors.nn.head import FailureHead
 
 BLOCKS = """
 import resource, torch
-from vilu.device import as_usual
+from vilu.device import torch_defaults
 
 def made() -> int:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -29,7 +29,7 @@ def made() -> int:
         torch.ones(2**24).add_(1)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-with as_usual():
+with torch_defaults():
     pass
 print(made(), 2**26 // resource.getpagesize())
 """
@@ -73,7 +73,7 @@ def test_threads_leave_the_callers_default_type_as_it_was() -> None:
     inside, leave = Event(), Event()
 
     def other() -> torch.dtype:
-        with as_usual():
+        with torch_defaults():
             inside.set()
             assert leave.wait(10)
             return torch.get_default_dtype()
@@ -81,7 +81,7 @@ def test_threads_leave_the_callers_default_type_as_it_was() -> None:
     torch.set_default_dtype(torch.float64)
     try:
         with ThreadPoolExecutor(1) as pool:
-            with as_usual():
+            with torch_defaults():
                 told = pool.submit(other)
                 assert inside.wait(10)
             leave.set()

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from vilu.scoring.score import score as score
     from vilu.scoring.score import score_parts as score_parts
     from vilu.scoring.score_folder import ScoreFolder as ScoreFolder
+    from vilu.store.embed import ExtraColumns as ExtraColumns
     from vilu.store.embed import embed as embed
     from vilu.store.importing import import_arrays as import_arrays
     from vilu.store.reader import EmbeddingStore as EmbeddingStore
@@ -97,7 +98,7 @@ _NAMES = {
     "vilu.report.explain.prompts": "prompt_gains",
     "vilu.report.explain.risk": "risk_map",
     "vilu.report.page.build": "report_page",
-    "vilu.store.embed": "embed",
+    "vilu.store.embed": "ExtraColumns embed",
     "vilu.store.importing": "import_arrays",
     "vilu.store.reader": "EmbeddingStore open_source",
     "vilu.guard.guard": "Answer Guard",

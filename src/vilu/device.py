@@ -75,7 +75,7 @@ SEEDED: dict[int, AbstractContextManager[object]] = {}
 
 
 @contextmanager
-def as_usual() -> Iterator[None]:
+def torch_defaults() -> Iterator[None]:
     """A block, or a function, in which torch has its defaults.
 
     These are gradients, float32, the CPU and no autocast.
@@ -115,14 +115,14 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def each_as_usual(items: Generator[Item, None, None]) -> Iterator[Item]:
-    """The items of a generator, each made in a block ``as_usual``.
+def each_with_torch_defaults(items: Generator[Item, None, None]) -> Iterator[Item]:
+    """The items of a generator, each made in a block ``torch_defaults``.
 
     Between the items the caller's settings hold.
     """
     with closing(items):
         while True:
-            with as_usual():
+            with torch_defaults():
                 try:
                     item = next(items)
                 except StopIteration:

@@ -213,7 +213,7 @@ def load_entry(entry: EntryPoint, what: str) -> Any:  # noqa: ANN401 - whatever 
     """
     try:
         return entry.load()
-    # importing runs a stranger's code, which may raise anything: it is raised again, naming who
+    # importing runs third-party code, which may raise anything: it is raised again, naming who
     # installed it
     except Exception as error:
         raise _not_imported(entry, what, error) from error

@@ -149,10 +149,10 @@ def render(
 
     studies = render_studies(run, document, title, intro, submitted=submitted, overwrite=overwrite)
     _print(studies, as_json=as_json)
-    places = f"tables and figures are in {run / 'studies'}"
+    message = f"tables and figures are in {run / 'studies'}"
     if document is not None:
-        places += f", all of them in {document}"
-    next_step(places)
+        message += f", all of them in {document}"
+    next_step(message)
 
 
 @wants(run=STUDIES)

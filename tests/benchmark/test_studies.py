@@ -448,7 +448,7 @@ def test_claims_of_depending_on_the_accuracy() -> None:
     two = decide(
         rigged, claim(Steeper, steeper="mcm", than="vilu", settings=("all",), data=("one", "two"))
     )
-    assert (two.ruling, two.reason) == ("not tested", "a trend line needs 3 places")
+    assert (two.ruling, two.reason) == ("not tested", "a trend line needs 3 cases")
 
 
 def test_slopes_are_compared_on_the_seeds_that_both_have() -> None:
@@ -477,7 +477,7 @@ def test_slopes_are_compared_on_the_seeds_that_both_have() -> None:
     rigged = Board(chosen, cells, results, lambda cell: np.full((2, B), value(cell)))
     verdict = decide(rigged, claim(Steeper, steeper="lvu", than="vilu", settings=("all",)))
     assert (verdict.ruling, verdict.number) == ("holds", pytest.approx(0.4))
-    assert verdict.what.endswith("over 3 places, on the seeds that both have (0)")
+    assert verdict.what.endswith("over 3 cases, on the seeds that both have (0)")
     apart = {cell: one for cell, one in results.items() if (cell.method, cell.seed) != ("lvu", 0)}
     strange = Board(chosen, list(apart), apart, rigged.entrants["lvu", "one", "all"].bootstrap)
     verdict = decide(strange, claim(Steeper, steeper="lvu", than="vilu", settings=("all",)))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tests.builders.store_fakes import FakeBackbone, FakeDataset, picture
-from vilu.store.embed import embed
+from vilu.store.embed import ExtraColumns, embed
 from vilu_bench.studies.config import Config
 from vilu_bench.studies.load import parse_config
 from vilu_bench.studies.ranking import Summary, summarise
@@ -42,8 +42,7 @@ def make_store(
         FakeBackbone(preprocess=preprocess),
         folder,
         names=names,
-        features=True,
-        prompts=["the {}", "a {}"],
+        columns=ExtraColumns(features=True, prompts=["the {}", "a {}"]),
     )
     return folder
 

@@ -17,8 +17,8 @@ from vilu.artifacts.disk import file_hash
 from vilu.artifacts.documents import read_document, write_json
 from vilu.artifacts.hashing import digest
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.store.documents import Inputs, Manifest, Receipt, Run
 from vilu.store.ledger import FileInfo, content_hash
+from vilu.store.manifest import Inputs, Manifest, Receipt, Run
 from vilu.store.parts import PICTURE_BYTES, metadata_schema, plan
 
 DIM = 8

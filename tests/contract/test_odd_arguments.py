@@ -283,9 +283,10 @@ def refusing(folder: Path) -> dict[str, Call]:
         ),
         "register": (vilu.register, {"thing": 5}),
         "import_arrays": (vilu.import_arrays, {"source": nowhere, "output": nowhere}),
+        "ExtraColumns": (vilu.ExtraColumns, {"views": 0, "prompts": (), "negatives": ("sea",)}),
         "embed": (
             vilu.embed,
-            {"dataset": None, "backbone": None, "output": nowhere, "batch_size": 1, "views": 0},
+            {"dataset": None, "backbone": None, "output": nowhere, "batch_size": 1},
         ),
     }
 

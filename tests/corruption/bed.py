@@ -42,7 +42,7 @@ from vilu.predictors.vilu.vilu import ViLU
 from vilu.progress import reporting
 from vilu.scoring.score_folder import ScoreFolder
 from vilu.service.local_journals import LocalJournals
-from vilu.store.embed import embed
+from vilu.store.embed import ExtraColumns, embed
 from vilu.store.importing import import_arrays
 from vilu.store.inspect import inspect
 from vilu.store.job import BackboneSpec
@@ -151,10 +151,10 @@ def build(root: Path) -> list[Artefact]:
     for name, first, n in (("train", 0, 80), ("calibration", 80, 90), ("new", 170, 50)):
         part = dataset(n)
         part.blobs, part.keys = rows.blobs[first : first + n], [f"{name}/{i}.png" for i in range(n)]
-        more = (
-            {"features": True, "views": 2, "prompts": ["a {}", "the {}"]} if name == "new" else {}
-        )
-        embed(part, FakeBackbone(), root / name, names=NAMES, part_size=30, **more)
+        columns = ExtraColumns()
+        if name == "new":
+            columns = ExtraColumns(features=True, views=2, prompts=["a {}", "the {}"])
+        embed(part, FakeBackbone(), root / name, names=NAMES, part_size=30, columns=columns)
     pairs = dataset(40, unlabelled=range(40))
     pairs.class_names, pairs.captions = None, [f"picture number {i}" for i in range(40)]
     embed(pairs, FakeBackbone(), root / "pairs", part_size=20)

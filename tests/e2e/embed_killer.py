@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from tests.builders.store_fakes import NAMES, FakeBackbone, dataset
-from vilu.store.embed import embed
+from vilu.store.embed import ExtraColumns, embed
 
 
 def die() -> None:
@@ -71,7 +71,7 @@ def main(folder: Path, points: list[str]) -> None:
         bad = {4: b"", 17: b"<html>"}
         settings = {"names": NAMES, "batch_size": 4, "part_size": 10, "max_error_rate": 0.5}
         if point.endswith("+columns"):
-            settings |= {"features": True, "views": 2, "prompts": ("the {}.",)}
+            settings["columns"] = ExtraColumns(features=True, views=2, prompts=("the {}.",))
         embed(dataset(35, bad=bad), Mortal(stage, int(n)), folder / point, **settings)
         os._exit(0)
 

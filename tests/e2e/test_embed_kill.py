@@ -17,14 +17,14 @@ import pytest
 from tests.builders.store_fakes import NAMES, FakeBackbone, dataset, tree
 from tests.conftest import few
 from vilu.errors import BusyError, DataError, StorageError
-from vilu.store.embed import embed
+from vilu.store.embed import ExtraColumns, embed
 from vilu.store.inspect import inspect
 from vilu.store.reader import EmbeddingStore
 
 KILLER = Path(__file__).with_name("embed_killer.py")
 BAD = {4: b"", 17: b"<html>"}
 SETTINGS = {"names": NAMES, "batch_size": 4, "part_size": 10, "max_error_rate": 0.5}
-COLUMNS = {"features": True, "views": 2, "prompts": ("the {}.",)}
+COLUMNS = {"columns": ExtraColumns(features=True, views=2, prompts=("the {}.",))}
 
 # 35 images in parts of 10, 10, 10, 5 with 9, 9, 10, 5 good ones, in 3, 3, 3, 2 batches. Syncs come
 # in pairs (file, then its folder): run.json 0, texts 2, classes.json 4, then 8 per part (vectors,

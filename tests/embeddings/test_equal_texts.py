@@ -14,7 +14,7 @@ from tests.builders.store_fakes import FakeBackbone, dataset
 from vilu.embeddings.memory import Embeddings
 from vilu.embeddings.source import first_same
 from vilu.errors import DataError
-from vilu.store.embed import embed
+from vilu.store.embed import ExtraColumns, embed
 from vilu.store.reader import EmbeddingStore
 
 EYE = np.eye(3, dtype=np.float32)
@@ -75,8 +75,15 @@ def test_a_store_of_two_classes_of_one_name_is_one_of_one_class(tmp_path: Path) 
     """Each name is encoded once, so that the rows are equal to the last bit;
     the columns of classes follow.
     """
-    given = {"part_size": 4, "prompts": ("a {}.", "the {}."), "features": True}
-    embed(dataset(9), FakeBackbone(), tmp_path / "s", names=("cat", "dog", "cat"), **given)
+    columns = ExtraColumns(prompts=("a {}.", "the {}."), features=True)
+    embed(
+        dataset(9),
+        FakeBackbone(),
+        tmp_path / "s",
+        names=("cat", "dog", "cat"),
+        part_size=4,
+        columns=columns,
+    )
     store, rows = EmbeddingStore(tmp_path / "s"), torch.arange(9)
     assert (store.class_names, store.n_candidates, store.manifest.names) == (
         ("cat", "dog"),

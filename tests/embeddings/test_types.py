@@ -264,15 +264,15 @@ def test_pairs_that_cannot_be(args: tuple, error: type, message: str) -> None:
 def test_spaces_are_compared_by_all_that_is_known() -> None:
     known = EmbeddingSpace(8, 100.0, backbone="a", weights="w", preprocess="p")
     bare = EmbeddingSpace(8, 100.0)
-    known.require_match(bare, mine="x", theirs="y")
+    known.require_match(bare, name="x", other_name="y")
     assert known.fingerprint != bare.fingerprint
     with pytest.raises(ProvenanceError, match=r"preprocess: 'p' \(x\) against 'q' \(y\)"):
         known.require_match(
             EmbeddingSpace(8, 100.0, backbone="a", weights="w", preprocess="q"),
-            mine="x",
-            theirs="y",
+            name="x",
+            other_name="y",
         )
     with pytest.raises(ProvenanceError, match="logit_bias"):
-        bare.require_match(EmbeddingSpace(8, 100.0, -10.0), mine="x", theirs="y")
+        bare.require_match(EmbeddingSpace(8, 100.0, -10.0), name="x", other_name="y")
     with pytest.raises(UsageError, match="embed_dim"):
         EmbeddingSpace(0, 1.0)

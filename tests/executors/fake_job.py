@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vilu.artifacts.disk import atomic_write
 from vilu.errors import DataError
-from vilu.store.documents import Receipt
+from vilu.store.manifest import Receipt
 
 ATTEMPTS = 3
 

@@ -299,7 +299,7 @@ def test_a_distribution_brings_them_by_entry_points(folder: Path, train, tmp_pat
     code = (
         "import sys, json; from vilu.predictors.contract.catalogue import find_method, "
         "method_names;"
-        "from vilu.errors import UsageError; from vilu.predictors.persistence.record import "
+        "from vilu.errors import UsageError; from vilu.predictors.persistence.description import "
         "home_of\n"
         "assert {'ridge', 'broken'} <= set(method_names()) and 'stranger' not in sys.modules\n"
         "print(json.dumps(home_of(find_method('ridge'))))\n"

@@ -28,10 +28,10 @@ from vilu.errors import OUTSIDE, DataError, UsageError
 from vilu.guard import image_graph
 from vilu.guard.guard import Answer, Guard
 from vilu.guard.image_graph import ImageGraph, export_image_graph, fingerprint_of
+from vilu.predictors.persistence.description import fit_fingerprint
 from vilu.predictors.persistence.files import VOCABULARY
-from vilu.predictors.persistence.record import fit_fingerprint
 from vilu.predictors.persistence.vocabulary import Vocabulary
-from vilu.store.embed import embed
+from vilu.store.embed import ExtraColumns, embed
 
 IMAGES = [photo(kind, 1000 + kind) for kind in range(9)] * 3
 
@@ -97,11 +97,11 @@ def made(
     truths = [NAMES.index(truth_of(kind)) for kind in range(9)]
     if words:
         truths[-1] = OUTSIDE
-    columns = {"features": True, "negatives": words}
+    columns = ExtraColumns(features=True, negatives=words)
     for part, first in (("train", 0), ("calibration", 90)):
         blobs = [photo(number % 9, number) for number in range(first, first + 90)]
         labels = [truths[number % 9] for number in range(90)]
-        embed(FakeDataset(blobs, labels), model, folder / part, names=NAMES, **columns)
+        embed(FakeDataset(blobs, labels), model, folder / part, names=NAMES, columns=columns)
     predictor.fit(vilu.open_source(folder / "train")).save(folder / "predictor")
     if target is None:
         Vocabulary.of(vilu.open_source(folder / "train"), "float16").save(folder / "predictor")

@@ -363,7 +363,7 @@ def test_rows_are_taken_by_places_or_a_mask_and_nothing_else() -> None:
     assert full().take(range(2)).ids == full().take([True, True, False, False]).ids
     for rows in ([4], [1, -1], [True, False], [0.0, 1.0], {0, 1}):
         with pytest.raises(
-            DataError, match="rows must be a list of places from 0 to 3, or 4 Booleans"
+            DataError, match="rows must be a list of indices from 0 to 3, or 4 Booleans"
         ):
             full().take(rows)
 

@@ -16,7 +16,7 @@ from tests.conftest import toy_embeddings, variant
 from vilu.artifacts.documents import write_json
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError
-from vilu.predictors.persistence import record, storage
+from vilu.predictors.persistence import description, storage
 from vilu.predictors.persistence.card import GUARANTEE, code, hub_id, model_card
 from vilu.predictors.vilu.vilu import LVU
 from vilu.predictors.zero_shot import MCM
@@ -140,11 +140,13 @@ def test_a_guarantee_is_told_once_it_is_there_and_not_of_another_fit(tmp_path: P
         storage.write_card(tmp_path)
 
 
-def test_the_record_is_still_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_description_is_still_written_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def crash(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(record, "write_json", crash)
+    monkeypatch.setattr(description, "write_json", crash)
     with pytest.raises(KeyboardInterrupt):
         MCM().fit(toy_embeddings(20)).save(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"weights.safetensors", "README.md"}

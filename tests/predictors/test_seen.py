@@ -77,12 +77,14 @@ def test_the_sketch_is_a_bounded_sample_that_never_invents_a_row() -> None:
     assert len(whole.overlap(Marked(others), "names", rows)) == 0
     found = whole.overlap(Marked(mine[:1000]), "names", rows)
     # it can be told of those below the largest hash of the sketch, and all of them are in the set
-    assert found.n_told == len(found) == np.count_nonzero(mine[:1000] <= np.sort(mine)[SIZE - 1])
     assert (
-        found.said()
+        found.n_comparable == len(found) == np.count_nonzero(mine[:1000] <= np.sort(mine)[SIZE - 1])
+    )
+    assert (
+        found.in_words()
         == f"at least {len(found)} of 1000 rows (a sample of {SIZE} rows of the fit is known)"
     )
-    assert small.overlap(Marked(mine[:30]), "names", rows[:30]).said("rows") == "20 of 30 rows"
+    assert small.overlap(Marked(mine[:30]), "names", rows[:30]).in_words("rows") == "20 of 30 rows"
     union = whole | RowSketch.of(Marked(others), "names")
     assert torch.equal(
         union.hashes, RowSketch.of(Marked(np.concatenate([mine, others])), "names").hashes
@@ -101,22 +103,22 @@ def test_of_a_sample_the_share_is_that_of_the_rows_that_can_be_told(
     told = np.concatenate([np.arange(n_shared) * 10, np.arange(100 - n_shared) * 10 + 5])
     data = Marked(np.concatenate([told, np.arange(300) + 10 * SIZE]))
     found = RowSketch.of(Marked(fitted), "names").overlap(data, "names", np.arange(400))
-    assert (len(found), found.n_told) == (n_shared, 100)
+    assert (len(found), found.n_comparable) == (n_shared, 100)
     if refused:
         with pytest.raises(
             DataError,
             match=r"^at least 2 of 400 rows .* \('key 0', 'key 10'\), more than 1% of the 100",
         ):
-            found.others(data, "rows", "are known", "Remedy.")
+            found.unshared(data, "rows", "are known", "Remedy.")
     elif n_shared:
         with pytest.warns(
             UserWarning, match=r"at least 1 of 400 rows .*'key 0'.*; they are left out"
         ):
-            assert np.flatnonzero(~found.others(data, "rows", "are known", "Remedy.")).tolist() == [
-                0
-            ]
+            assert np.flatnonzero(
+                ~found.unshared(data, "rows", "are known", "Remedy.")
+            ).tolist() == [0]
     else:
-        assert found.others(data, "rows", "are known", "Remedy.").all()
+        assert found.unshared(data, "rows", "are known", "Remedy.").all()
 
 
 # Arrays.

@@ -14,8 +14,8 @@ import torch
 import vilu
 from tests.conftest import toy_embeddings, toy_pairs, without_words
 from vilu.embeddings.memory import Embeddings
-from vilu.predictors.contract.games import NoAttribution
-from vilu.report.explain.attribution import game_of, shapley
+from vilu.predictors.contract.coalitions import NoAttribution
+from vilu.report.explain.attribution import coalitions_of, shapley
 from vilu.report.explain.explain import Depth
 from vilu.report.explain.rows import draw_rows
 
@@ -319,7 +319,7 @@ def test_without_a_game_the_reason_is_given(train, test, name: str) -> None:
     quick = {"epochs": 1, "hidden": (4,)} if name != "mahalanobis" else {}
     predictor = vilu.PREDICTORS[name](**quick).fit(train)
     with pytest.raises(NoAttribution, match=name):
-        game_of(predictor)
+        coalitions_of(predictor)
     found = vilu.explain(predictor, test, rows=[0])
     assert found.rows[0].attribution is None
     assert found.attribution.startswith("left out")

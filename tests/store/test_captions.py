@@ -14,7 +14,7 @@ from PIL import Image
 from tests.builders.store_fakes import DIM, MAX_WORDS, NAMES, FakeBackbone, dataset, picture, tree
 from vilu.datasets.images import BadImage, ImageFlag, decode_image
 from vilu.errors import DataError, UsageError
-from vilu.store.embed import embed
+from vilu.store.embed import ExtraColumns, embed
 from vilu.store.inspect import inspect
 from vilu.store.pipeline import TEXT_TRUNCATED
 from vilu.store.reader import CaptionStore, EmbeddingStore
@@ -165,7 +165,7 @@ def picture_with_alpha():
 
 def test_features_and_views_are_of_the_images(tmp_path):
     data = captioned()
-    store = run(data, tmp_path, features=True, views=2)
+    store = run(data, tmp_path, columns=ExtraColumns(features=True, views=2))
     assert store.columns == {"features", "views"}
     assert np.load(tmp_path / "features/features_00001.npy").shape == (10, 192)
     assert np.load(tmp_path / "views/views_00001.npy").shape == (10, 2, DIM)
@@ -178,8 +178,8 @@ def test_features_and_views_are_of_the_images(tmp_path):
     [
         ({"names": NAMES}, "names"),
         ({"templates": ("a {}.",)}, "templates"),
-        ({"prompts": ("a {}.",), "names": NAMES}, "names, prompts"),
-        ({"negatives": ("sea",)}, "negatives"),
+        ({"columns": ExtraColumns(prompts=("a {}.",)), "names": NAMES}, "names, prompts"),
+        ({"columns": ExtraColumns(negatives=("sea",))}, "negatives"),
     ],
 )
 def test_classes_are_refused(tmp_path, settings, named):

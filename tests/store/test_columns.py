@@ -27,9 +27,9 @@ from vilu.artifacts.documents import read_document, write_json
 from vilu.datasets.images import decode_image
 from vilu.embeddings.columns import COLUMNS, SECOND
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, ViLUError
-from vilu.store.documents import StoredClasses, Views
-from vilu.store.embed import embed
+from vilu.store.embed import ExtraColumns, embed
 from vilu.store.inspect import inspect
+from vilu.store.manifest import StoredClasses, Views
 from vilu.store.reader import EmbeddingStore
 
 N, F, V = 23, 192, 3
@@ -40,16 +40,17 @@ ALL = {"features": True, "views": V, "seed": 7, "prompts": PROMPTS, "negatives":
 HALF = 2**-11  # largest relative rounding error of float16
 
 
-def run(output, backbone=None, data=None, **settings):
+def run(output, backbone=None, data=None, extra=None, **settings):
+    columns = ExtraColumns(**extra or {})
     data = dataset(N, bad=BAD) if data is None else data
     fixed = {"names": NAMES, "batch_size": 4, "part_size": 10, "max_error_rate": 0.5}
-    return embed(data, backbone or FakeBackbone(), output, **fixed | settings)
+    return embed(data, backbone or FakeBackbone(), output, columns=columns, **fixed | settings)
 
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
     root = tmp_path_factory.mktemp("store") / "s"
-    run(root, dtype="float32", **ALL)
+    run(root, dtype="float32", extra=ALL)
     return root
 
 
@@ -130,7 +131,7 @@ def test_embeddings_are_those_of_a_store_without_columns(original, tmp_path):
 
 
 def test_half_precision_is_that_of_the_store(original, tmp_path):
-    half, full = run(tmp_path / "h", **ALL), EmbeddingStore(original)
+    half, full = run(tmp_path / "h", extra=ALL), EmbeddingStore(original)
     for name in ("features", "views"):
         (part, *_) = sorted((tmp_path / "h" / name).iterdir())
         assert np.load(part).dtype == "<f2"
@@ -143,7 +144,7 @@ def test_half_precision_is_that_of_the_store(original, tmp_path):
 
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
 def test_views_do_not_depend_on_the_batches(original, tmp_path, batch_size):
-    other = run(tmp_path / "s", dtype="float32", batch_size=batch_size, workers=1, **ALL)
+    other = run(tmp_path / "s", dtype="float32", batch_size=batch_size, workers=1, extra=ALL)
     # 192 products of numbers below one, in another order
     torch.testing.assert_close(
         everything(other)["views"], everything(EmbeddingStore(original))["views"], atol=1e-5, rtol=0
@@ -151,7 +152,7 @@ def test_views_do_not_depend_on_the_batches(original, tmp_path, batch_size):
 
 
 def test_other_seeds_are_other_views(original, tmp_path):
-    other = run(tmp_path / "s", dtype="float32", **ALL | {"seed": 8})
+    other = run(tmp_path / "s", dtype="float32", extra=ALL | {"seed": 8})
     same = torch.isclose(
         everything(other)["views"], everything(EmbeddingStore(original))["views"]
     ).all(dim=2)
@@ -160,14 +161,14 @@ def test_other_seeds_are_other_views(original, tmp_path):
 
 def test_no_pass_is_larger_than_the_batch(tmp_path):
     backbone = FakeBackbone()
-    run(tmp_path / "s", backbone, **ALL)
+    run(tmp_path / "s", backbone, extra=ALL)
     once = [3, 3, 2, 4, 3, 2, 3]  # 4, 4, 2 | 4, 4, 2 | 3 positions less the bad ones
     assert backbone.batches == [size for size in once for _ in range(1 + V)]
 
 
 def test_several_templates_have_no_text_features(tmp_path, caplog):
     caplog.set_level(logging.INFO, "vilu")
-    store = run(tmp_path / "s", features=True, templates=("a {}.", "the {}."))
+    store = run(tmp_path / "s", extra={"features": True}, templates=("a {}.", "the {}."))
     assert store.columns == {"features", "image_projection", "text_projection"}
     assert "no text_features: a class text is the mean over 2 templates" in caplog.text
 
@@ -176,7 +177,7 @@ def test_maps_that_are_not_linear(tmp_path, caplog):
     caplog.set_level(logging.INFO, "vilu")
     backbone = FakeBackbone()
     backbone.projections = None
-    assert run(tmp_path / "s", backbone, features=True).columns == {"features"}
+    assert run(tmp_path / "s", backbone, extra={"features": True}).columns == {"features"}
     assert "the last maps of fake are not both linear" in caplog.text
 
 
@@ -190,7 +191,7 @@ def test_maps_that_are_not_linear(tmp_path, caplog):
     ],
 )
 def test_each_on_its_own(tmp_path, asked, columns):
-    assert run(tmp_path / "s", **asked).columns == columns
+    assert run(tmp_path / "s", extra=asked).columns == columns
     assert inspect(tmp_path / "s", deep=True).problems == []
 
 
@@ -228,14 +229,14 @@ def test_documents_name_them(original):
 def test_they_are_part_of_what_a_store_is(root, change, field):
     before = tree(root)
     with pytest.raises(ProvenanceError, match=f"{field}.*--overwrite"):
-        run(root, dtype="float32", **ALL | change)
+        run(root, dtype="float32", extra=ALL | change)
     assert tree(root) == before
 
 
 def test_a_store_without_them_is_not_resumed_with_them(tmp_path):
     run(tmp_path / "s")
     with pytest.raises(ProvenanceError, match=r"views\.n was None and is now 2"):
-        run(tmp_path / "s", views=2)
+        run(tmp_path / "s", extra={"views": 2})
 
 
 @pytest.mark.parametrize(
@@ -265,7 +266,7 @@ def test_damage_is_found_and_mended(original, root, name, damage):
         with pytest.raises(StorageError, match=name):
             EmbeddingStore(root)
     backbone = FakeBackbone()
-    run(root, backbone, dtype="float32", **ALL)
+    run(root, backbone, dtype="float32", extra=ALL)
     assert (backbone.n_images, backbone.n_texts) == (
         (9 * (1 + V), 0) if of_images else (0, 3 + 3 * 2 + 3 + 3)
     )
@@ -358,10 +359,10 @@ class Interrupted(FakeBackbone):
 
 def test_an_interrupt_keeps_the_parts(original, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "s", Interrupted(), dtype="float32", **ALL)
+        run(tmp_path / "s", Interrupted(), dtype="float32", extra=ALL)
     assert [path.name for path in (tmp_path / "s/receipts").iterdir()] == ["00000.json"]
     backbone = FakeBackbone()
-    run(tmp_path / "s", backbone, dtype="float32", **ALL)
+    run(tmp_path / "s", backbone, dtype="float32", extra=ALL)
     assert backbone.n_images == 12 * (1 + V)
     assert tree(tmp_path / "s") == tree(original)
 
@@ -381,10 +382,10 @@ def test_a_full_disk_keeps_the_finished_parts(original, tmp_path, monkeypatch, f
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", full)
         with pytest.raises(StorageError, match="No space left"):
-            run(root, dtype="float32", **ALL)
+            run(root, dtype="float32", extra=ALL)
     assert not list(root.rglob("*.tmp"))
     backbone = FakeBackbone()
-    run(root, backbone, dtype="float32", **ALL)
+    run(root, backbone, dtype="float32", extra=ALL)
     assert backbone.n_images == [20, 12, 3, 0][max(0, failing - 7) // 6] * (1 + V)
     assert tree(root) == tree(original)
 
@@ -395,7 +396,7 @@ def test_leftovers_are_removed_and_overwriting_leaves_nothing(original, root):
     leftovers.append(root / f"columns/.prompts.npy.{nobody}.tmp")
     for path in leftovers:
         path.write_bytes(b"half")
-    run(root, dtype="float32", **ALL)
+    run(root, dtype="float32", extra=ALL)
     assert tree(root) == tree(original)
     run(root, overwrite=True)
     assert not [name for name in ("features", "views", "columns") if (root / name).exists()]
@@ -406,9 +407,9 @@ def test_room_on_the_disk_is_for_all_of_it(tmp_path, monkeypatch):
     needed = int(N * 2 * (DIM + F + V * DIM) * 1.05)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage(10**9, 10**9, needed - 1))
     with pytest.raises(StorageError, match="23 embeddings need"):
-        run(tmp_path / "s", **ALL)
+        run(tmp_path / "s", extra=ALL)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage(10**9, 10**9, needed))
-    run(tmp_path / "s", **ALL)
+    run(tmp_path / "s", extra=ALL)
 
 
 class Loud(FakeBackbone):
@@ -421,8 +422,8 @@ def test_features_beyond_the_number_format(tmp_path):
     with pytest.raises(
         DataError, match=r"features has numbers beyond the range of float16.*--dtype float32"
     ):
-        run(tmp_path / "h", Loud(), features=True)
-    run(tmp_path / "f", Loud(), features=True, dtype="float32")
+        run(tmp_path / "h", Loud(), extra={"features": True})
+    run(tmp_path / "f", Loud(), extra={"features": True}, dtype="float32")
 
 
 class Dark(FakeBackbone):
@@ -444,11 +445,17 @@ class Dark(FakeBackbone):
 
 
 def test_an_image_without_a_usable_view_or_feature_is_an_error(tmp_path):
-    store = run(tmp_path / "s", Dark(), dataset(20), features=True, views=2, max_error_rate=0.6)
+    store = run(
+        tmp_path / "s",
+        Dark(),
+        dataset(20),
+        extra={"features": True, "views": 2},
+        max_error_rate=0.6,
+    )
     assert store.manifest.errors == {"nonfinite": 6, "zero_norm": 6}  # 4, 4, 2 | 4, 4, 2
     assert list(store.ids) == [f"img/{i:04d}.png" for i in (2, 3, 6, 7, 12, 13, 16, 17)]
     assert inspect(tmp_path / "s", deep=True).problems == []
-    plain = run(tmp_path / "plain", data=dataset(20), features=True, views=2)
+    plain = run(tmp_path / "plain", data=dataset(20), extra={"features": True, "views": 2})
     rows = torch.tensor([2, 3, 6, 7, 12, 13, 16, 17])
     assert torch.equal(everything(store)["features"], plain.column("features", rows))
 
@@ -461,7 +468,7 @@ class Narrow(FakeBackbone):
 
 def test_a_model_that_is_not_what_it_says(tmp_path):
     with pytest.raises(ProvenanceError, match=r"features of shape \(2, 100\).*width 192"):
-        run(tmp_path / "s", Narrow(), dataset(2), features=True)
+        run(tmp_path / "s", Narrow(), dataset(2), extra={"features": True})
 
 
 @pytest.mark.parametrize(
@@ -474,21 +481,21 @@ def test_a_model_that_is_not_what_it_says(tmp_path):
 )
 def test_settings_that_cannot_be(tmp_path, asked, message):
     with pytest.raises(UsageError, match=message):
-        run(tmp_path / "s", **asked)
+        run(tmp_path / "s", extra=asked)
     assert not (tmp_path / "s/run.json").exists()
 
 
 def test_a_repeated_word_counts_once_and_none_is_blank(tmp_path):
-    store = run(tmp_path / "s", negatives=("cloud", "teapot", "cloud"))
+    store = run(tmp_path / "s", extra={"negatives": ("cloud", "teapot", "cloud")})
     assert store.manifest.negatives == ("cloud", "teapot")
     assert store.column("negatives", torch.arange(1)).shape == (2, DIM)  # of the model, not of rows
     with pytest.raises(DataError, match="names must not be blank"):
-        run(tmp_path / "t", negatives=("cloud", " "))
+        run(tmp_path / "t", extra={"negatives": ("cloud", " ")})
 
 
 def test_an_empty_data_set(tmp_path):
     with pytest.warns(UserWarning, match="has no images"):
-        store = run(tmp_path / "s", data=dataset(0), **ALL)
+        store = run(tmp_path / "s", data=dataset(0), extra=ALL)
     nothing = torch.arange(0)
     assert store.column("features", nothing).shape == (0, F)
     assert store.column("views", nothing).shape == (0, V, DIM)

@@ -486,7 +486,7 @@ def test_names_of_classes_are_read_by_blocks(
         labels = _labels(stored, n)
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-    assert labels.values[labels.place].tolist() == target.tolist()
+    assert labels.values[labels.value_of_row].tolist() == target.tolist()
     assert target.nbytes == 8_000_000
     assert (
         peak < 2_000_000

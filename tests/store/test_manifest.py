@@ -13,8 +13,8 @@ from vilu.artifacts.documents import read_document, write_json
 from vilu.artifacts.hashing import digest
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import ProvenanceError, StorageError, ViLUError
-from vilu.store.documents import MAX_PARTS, Inputs, Manifest, Receipt, Run, StoredClasses
 from vilu.store.ledger import FileInfo
+from vilu.store.manifest import MAX_PARTS, Inputs, Manifest, Receipt, Run, StoredClasses
 from vilu.store.parts import plan, positions
 
 SPACE = EmbeddingSpace(

@@ -194,8 +194,8 @@ def forge(root, n):
     """Documents of a store of one part of n images, consistent with the files that are there."""
     from vilu.artifacts.documents import read_document
     from vilu.artifacts.hashing import digest
-    from vilu.store.documents import Inputs, Manifest, Receipt, Run
     from vilu.store.ledger import content_hash
+    from vilu.store.manifest import Inputs, Manifest, Receipt, Run
     from vilu.store.parts import plan
 
     old = read_document(root / "manifest.json", Manifest)

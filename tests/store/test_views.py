@@ -10,7 +10,7 @@ from PIL import Image
 from pydantic import ValidationError
 from scipy import stats
 
-from vilu.store.documents import Views, _uniform, augment
+from vilu.store.manifest import Views, _uniform, augment
 
 UNIT = st.floats(0, 1, exclude_max=True)
 SIDE = st.integers(1, 60)

@@ -26,7 +26,7 @@ from vilu.embeddings.pairs import Pools
 from vilu.errors import ProvenanceError, StorageError
 from vilu.report.explain.explain import explain
 from vilu.store import ledger
-from vilu.store.embed import embed
+from vilu.store.embed import ExtraColumns, embed
 from vilu.store.inspect import inspect
 from vilu.store.reader import CaptionStore, EmbeddingStore
 
@@ -34,10 +34,9 @@ N = 70
 SETTINGS = {
     "names": NAMES,
     "part_size": 20,
-    "features": True,
-    "views": 2,
-    "prompts": ("a {}.", "the {}!"),
-    "negatives": ("sea",),
+    "columns": ExtraColumns(
+        features=True, views=2, prompts=("a {}.", "the {}!"), negatives=("sea",)
+    ),
 }
 
 

@@ -75,23 +75,23 @@ ONNX_MARK = re.compile(rb"vilu\.fingerprint\x12.([0-9a-f]{32})", re.DOTALL)
 TAIL = 4096  # bytes at either end of a file in which a mark is looked for
 
 
-def said_of(inputs: str | None) -> dict[str, str]:
+def inputs_entry(inputs: str | None) -> dict[str, str]:
     """What a document or a table says of its inputs."""
     if not inputs:
         return {}
     return {INPUTS: inputs}
 
 
-def write_said(path: Path, content: dict[str, object], inputs: str) -> None:
+def write_with_inputs(path: Path, content: dict[str, object], inputs: str) -> None:
     """Write a document with the digest of its inputs."""
-    write_json(path, {**content, **said_of(inputs)})
+    write_json(path, {**content, **inputs_entry(inputs)})
 
 
 # in the names, after a dot, of files in the making and of locks
 PASSING = re.compile(r"\.tmp\Z|\.lock")
 
 # kind of a file of ours, and the digest of its inputs; empty where it does not say
-Made = tuple[Kind, str]
+KindAndInputs = tuple[Kind, str]
 
 
 def mark(kind: str, inputs: str) -> str:
@@ -144,7 +144,7 @@ def _require_suffix(target: Path, kind: Kind) -> None:
 
 def _require_kind(target: Path, kind: Kind) -> str:
     """The digest of the inputs of a file of this kind; refuses any other file."""
-    ours = made(target)
+    ours = kind_and_inputs(target)
     if ours is None or ours[0] != kind:
         raise UsageError(
             f"{target} is there and holds no {kind} of vilu, so it is left alone. "
@@ -211,7 +211,7 @@ def require_no_others(root: Path, what: str, foreign: Iterable[Path]) -> None:
         )
 
 
-def made(path: Path) -> Made | None:
+def kind_and_inputs(path: Path) -> KindAndInputs | None:
     """What a file of ours says of itself; None of any other."""
     if not path.is_file():
         return None
@@ -222,7 +222,7 @@ def made(path: Path) -> Made | None:
         elif suffix == ".json":
             facts = _content(path)
         else:
-            return _made_of_ends(path)
+            return _kind_at_ends(path)
     if facts is None:
         return None
     kind = KINDS.get(str(facts.get("kind")))
@@ -298,7 +298,7 @@ def _metadata(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _made_of_ends(path: Path) -> Made | None:
+def _kind_at_ends(path: Path) -> KindAndInputs | None:
     """By how a file begins (CSV) or ends."""
     with path.open("rb") as handle:
         start = handle.read(TAIL)

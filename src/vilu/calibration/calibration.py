@@ -31,8 +31,8 @@ from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.contract.probability import Calibrator
 from vilu.predictors.contract.seen import candidates_of, same_candidates
+from vilu.predictors.persistence.description import RECALIBRATE, fit_fingerprint
 from vilu.predictors.persistence.files import RISK, ROWS
-from vilu.predictors.persistence.record import RECALIBRATE, fit_fingerprint
 
 ROUNDING = 1e-9
 """Bounds are compared up to this: another SciPy may round them otherwise."""

@@ -12,8 +12,8 @@ from vilu.artifacts.documents import Document, Model, read_document
 from vilu.artifacts.hashing import digest
 from vilu.errors import DataError
 from vilu.metrics.counts import Ints
+from vilu.predictors.persistence.description import read_description
 from vilu.predictors.persistence.files import LOOKS, PREDICTOR
-from vilu.predictors.persistence.record import read_record
 
 SKETCH: Final = 64
 """Smallest hashes that rows are recognised by."""
@@ -82,7 +82,7 @@ def note_look(folder: Path, picture: Ints, target: dict[str, object]) -> int:
 
 def _load(folder: Path) -> LookRecord:
     """What was noted of the fit that lies there."""
-    weights = read_record(folder / PREDICTOR)["weights_sha256"]
+    weights = read_description(folder / PREDICTOR)["weights_sha256"]
     if (folder / LOOKS).exists():
         looks = read_document(folder / LOOKS, LookRecord)
         # another fit has other scores, of which the looks at this one have shown nothing

@@ -27,8 +27,8 @@ from vilu.errors import InfeasibleError, UsageError, ViLUError
 from vilu.metrics.counts import Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.predictor import FailurePredictor
+from vilu.predictors.persistence.description import claim
 from vilu.predictors.persistence.files import RISK
-from vilu.predictors.persistence.record import claim
 from vilu.predictors.persistence.storage import load, write_card
 from vilu.predictors.persistence.vocabulary import Vocabulary
 from vilu.scoring.score import predictor_fingerprint, score_fresh, source_fingerprint

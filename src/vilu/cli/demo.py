@@ -13,7 +13,7 @@ import numpy as np
 
 from vilu.artifacts.disk import file_hash, make_folder, write_bytes, write_text
 from vilu.artifacts.hashing import digest
-from vilu.artifacts.paths import claim_folder, made
+from vilu.artifacts.paths import claim_folder, kind_and_inputs
 from vilu.backbones.catalog import load_backbone
 from vilu.datasets.catalog import open_dataset
 from vilu.datasets.images import decode_image
@@ -150,7 +150,7 @@ FILES = (
 def claim(output: Path, key: str, *, overwrite: bool) -> None:
     """Refuse a folder with anything but this demo, finished or not."""
     begun = any(re.fullmatch(r"[0-9a-f]{32}", path.name) for path in (output / "cache").glob("*"))
-    found = made(output / "results.json")
+    found = kind_and_inputs(output / "results.json")
     same = begun and (found is None or found == ("results", key))
     claim_folder(
         output, "demo", lambda path: begun and path.name in FILES, same=same, overwrite=overwrite

@@ -15,8 +15,8 @@ from vilu.errors import UsageError
 
 if TYPE_CHECKING:
     from vilu.datasets.base import ImageDataset
-    from vilu.store.documents import Manifest
     from vilu.store.job import Executor
+    from vilu.store.manifest import Manifest
 
 
 Source = Annotated[
@@ -204,20 +204,24 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
         root=root,
     )
     from vilu.backbones.zeroshot import named_templates
+    from vilu.store.embed import ExtraColumns
     from vilu.store.embed import embed as embed_images
     from vilu.store.job import BackboneSpec
 
+    columns = ExtraColumns(
+        features=features,
+        views=views,
+        seed=seed,
+        prompts=named_templates(prompts or []),
+        negatives=_negatives(words, wanted=negatives),
+    )
     store = embed_images(
         images,
         BackboneSpec(backbone, device, precision, models and models.absolute()),
         output,
         names=images.class_names or (),
         templates=named_templates(template) if template else None,
-        prompts=named_templates(prompts or []),
-        negatives=_negatives(words, wanted=negatives),
-        views=views,
-        features=features,
-        seed=seed,
+        columns=columns,
         batch_size=batch_size,
         workers=workers,
         part_size=part_size,

@@ -80,7 +80,7 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
     overwrite: Overwrite = False,
 ) -> None:
     """Why answers are suspicious, from embeddings alone: competitors, training rows alike, what moved the score."""
-    from vilu.artifacts.paths import write_said
+    from vilu.artifacts.paths import write_with_inputs
     from vilu.predictors.persistence.storage import load
     from vilu.report.explain.explain import Depth, require_json
     from vilu.report.explain.explain import explain as explain_rows
@@ -132,7 +132,7 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
         if data.pool_size is None:  # of captions there is no summary
             command = console.shell("vilu", "explain", predictor, store, "--summary")
             following += f"; where the failures are: {command}"
-    keep(lambda path, inputs: write_said(path, content, inputs))
+    keep(lambda path, inputs: write_with_inputs(path, content, inputs))
     if as_json:
         typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
     else:
@@ -272,7 +272,7 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
 def _write_report(output: Path, document: dict[str, Any], inputs: str, *, there: bool) -> None:
     """Write it, unless what is there says the same but for what its call took in, as that of the same command does."""
     from vilu.artifacts.documents import read_json
-    from vilu.artifacts.paths import write_said
+    from vilu.artifacts.paths import write_with_inputs
 
     if there:
         written = read_json(output, "Run `vilu monitor` again")
@@ -280,7 +280,7 @@ def _write_report(output: Path, document: dict[str, Any], inputs: str, *, there:
         if all(written.get(name) == value for name, value in facts.items()):
             console.nothing_to_do(output)
             return
-    write_said(output, document, inputs)
+    write_with_inputs(output, document, inputs)
 
 
 def _open(predictor: Path, state: Path | None, false_alarm: float, seed: int) -> Monitor:

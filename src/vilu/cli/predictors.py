@@ -579,8 +579,8 @@ def export(
     """
     from vilu.artifacts.paths import claim_file
     from vilu.guard.image_graph import export_image_graph, fingerprint_of
+    from vilu.predictors.persistence.description import fit_fingerprint
     from vilu.predictors.persistence.onnx import export_onnx
-    from vilu.predictors.persistence.record import fit_fingerprint
 
     if not onnx and output.suffix.lower() != ".onnx":
         raise UsageError(

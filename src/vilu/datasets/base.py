@@ -133,15 +133,15 @@ class Faults:
 
     def of(self, positions: Sequence[int]) -> Faults:
         """The faults at some positions."""
-        places = np.asarray(positions, dtype=np.int64)
+        chosen = np.asarray(positions, dtype=np.int64)
 
         def path_at(position: int) -> str:
-            return self.path(int(places[position]))
+            return self.path(int(chosen[position]))
 
         def rule_of(rows: NDArray[np.int64]) -> str:
-            return self.rule(places[rows])
+            return self.rule(chosen[rows])
 
-        return Faults(self.kinds[places], self.folder, path_at, rule_of)
+        return Faults(self.kinds[chosen], self.folder, path_at, rule_of)
 
     def require(self, source: str, budget: float) -> None:
         """DataError if more than a share cannot be read, a warning if fewer.

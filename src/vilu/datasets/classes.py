@@ -204,8 +204,8 @@ def _match(
         raise DataError(
             f"{file} names classes that the data does not have: {_listed(unknown)}.{hint} "
             "Leave them out; or, if they are classes without an image here, make an empty "
-            "sub-folder for each, or in a table make the labels numbers: places in this file, "
-            "from 0."
+            "sub-folder for each, or in a table make the labels numbers: lines of this file, "
+            "counted from 0."
         )
     counts = Counter(name_of[line] for line in lines)
     repeated = _repeated(counts)
@@ -241,7 +241,7 @@ def _require_same_order(raw: Sequence[str], names: Sequence[str], file: Path) ->
 
 
 def refuse_numbers(classes: ClassTable, source: str) -> None:
-    """Refuse numbers as names that are not their places, where labels are numbers, too.
+    """Refuse numbers as names, other than those of their lines, where labels are numbers, too.
 
     A label could be either of the two.
     """
@@ -252,7 +252,7 @@ def refuse_numbers(classes: ClassTable, source: str) -> None:
         return
     raise DataError(
         f"{source}: labels are numbers, and so are the classes ({_listed(names)}). Is a label a "
-        "name, or a line of the classes file, counted from 0? Make the labels such places, and "
+        "name, or a line of the classes file, counted from 0? Make the labels such numbers, and "
         "write number<TAB>name in that file."
     )
 

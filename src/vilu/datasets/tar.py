@@ -254,6 +254,7 @@ class TarShards:
         companion = CAPTION if self.captioned else LABEL
         for number in range(len(self))[start:stop]:
             samples, trouble = list_samples(self._paths[number], companion)
+            # positions leave room for any shard: a damaged one shifts no row of the next
             first = number * SHARD
             for position, sample in enumerate(samples, first):
                 yield self._record(number, sample, position)
@@ -330,6 +331,7 @@ def _read_at(path: Path, start: int, size: int) -> bytes:
     with path.open("rb") as file:
         file.seek(start)
         data = file.read(size)
+    # the shard was listed before: half an image would be decoded as a damaged one of its own
     if len(data) < size:
         raise OSError(errno.EIO, "the shard became shorter while it was in use")
     return data

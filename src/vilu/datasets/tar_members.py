@@ -70,7 +70,8 @@ def members(file: BinaryIO, size: int) -> Iterator[Member]:
             position += _padded(header.size)
             continue
         member = _member(header, extended, position, begin)
-        extended = {}
+        extended = {}  # a name or size is of the next member alone, and must not reach a later one
+        # a link may state the size of its target, and no byte of that follows
         length = 0 if header.type in NO_DATA else member.size
         if position + length > size:
             raise BadImage(
@@ -144,6 +145,7 @@ def _start_of_data(file: BinaryIO, header: tarfile.TarInfo, begin: int) -> int:
     position = begin + BLOCK
     if header.type != tarfile.GNUTYPE_SPARSE:
         return position
+    # the size in the header leaves these blocks out: the next header would be sought too early
     flag = SPARSE_FLAG
     while _flag_of_block(file, position - BLOCK, flag):
         position += BLOCK
@@ -166,7 +168,7 @@ def _flag_of_block(file: BinaryIO, position: int, flag: int) -> bool:
 
 
 def _read_body(file: BinaryIO, position: int, length: int, size: int) -> bytes:
-    if length > MAX_HEADER_BYTES:
+    if length > MAX_HEADER_BYTES:  # a stated size of many GB would be read into memory
         raise BadImage(
             "open",
             "bad_shard",
@@ -185,6 +187,7 @@ def _extend(extended: dict[bytes, bytes], kind: bytes, body: bytes, position: in
     elif kind in PAX:
         extended |= _pax_fields(body, position)
     elif kind == tarfile.XGLTYPE and _pax_fields(body, position):
+        # one size for all members would make each header behind the first be sought elsewhere
         raise BadImage(
             "open", "bad_shard", f"the header at byte {position} gives all members one name or size"
         )
@@ -206,6 +209,8 @@ def _pax_fields(body: bytes, position: int) -> dict[bytes, bytes]:
         if length is None:
             raise _damaged_header(position)
         end = begin + int(length[1])
+        # the length is the file's word: past the body, or short of its own digits, it would read
+        # other bytes as a field, or never move on
         is_inside = length.end() < end <= len(body)
         if not is_inside or body[end - 1] != ord("\n"):
             raise _damaged_header(position)

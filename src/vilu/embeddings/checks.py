@@ -213,7 +213,7 @@ def check_targets(
     return target.clamp(min=-1), target == -2
 
 
-def check_places(values: ArrayLike | Tensor, n: int, name: str) -> Tensor:
+def check_indices(values: ArrayLike | Tensor, n: int, name: str) -> Tensor:
     """(M,) int64 whole numbers from 0 to n - 1."""
     array = as_array(values, name)
     is_whole = array.dtype.kind in "iu" or array.size == 0  # an empty list is one of floats

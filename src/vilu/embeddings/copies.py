@@ -13,9 +13,10 @@ from vilu.embeddings.pairs import NEAR_ROWS, PairSource, first_alike
 from vilu.embeddings.source import EmbeddingSource
 
 NEAR_COPY: Final = 0.98
-"""Cosine from which on two photos are taken for one scene: a burst, frames of a film. Of 3,000 photos that were taken
-one by one 0 to 1 % have so near a neighbour by real CLIP (Oxford pets, food), of frames of 101
-actions 4 %.
+"""Cosine from which on two photos are taken for one scene: a burst, frames of a film.
+
+Of 3,000 photos that were taken one by one 0 to 1 % have so near a neighbour by real CLIP (Oxford
+pets, food), of frames of 101 actions 4 %.
 """
 
 
@@ -25,16 +26,17 @@ def near_copies(
     cosine: float = NEAR_COPY,
     block_rows: int = NEAR_ROWS,
 ) -> NDArray[np.int64]:
-    """(M,) for every row the place among the ``rows`` (M,) of the first that it is a near copy of, or its own.
+    """(M,) for every row the index, among the ``rows`` (M,), of the first that it is like.
 
-    So rows of one number are one group, and ``len(np.unique(...))`` counts the groups. A row
+    A row that is a near copy of no earlier one has its own index. So rows of one number are one
+    group, and ``len(np.unique(...))`` counts the groups. A row
     belongs to the first group whose first row it is like, so likeness does not chain
     (``first_alike``). Of a pair its image counts. Cosines are looked at block by block; the M
     embeddings are in memory.
 
     Args:
         source: What the rows are of.
-        rows: Places of usable rows, in the order in which they may be the first of a group.
+        rows: Indices of usable rows, in the order in which they may be the first of a group.
         cosine: From which on a row is a near copy of another one.
         block_rows: Rows whose likeness with as many others is looked at together.
 

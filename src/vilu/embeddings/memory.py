@@ -11,7 +11,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from vilu.device import as_usual
+from vilu.device import torch_defaults
 from vilu.embeddings.checks import (
     check_class_names,
     check_ids,
@@ -70,7 +70,7 @@ class Embeddings(EmbeddingSource):
     """
 
     @checked
-    @as_usual()
+    @torch_defaults()
     def __init__(  # noqa: PLR0913 - one argument per property of the data
         self,
         image: ArrayLike | Tensor,
@@ -169,7 +169,7 @@ class PairEmbeddings(PairSource):
     """
 
     @checked
-    @as_usual()
+    @torch_defaults()
     def __init__(
         self,
         image: ArrayLike | Tensor,

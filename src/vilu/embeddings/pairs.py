@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vilu.device import as_usual
+from vilu.device import torch_defaults
 from vilu.embeddings.checks import SHORT_POOL, VALID, Identifiers, Identity, RowNumbers
 from vilu.embeddings.similarity import first_equal, row_keys
 from vilu.embeddings.source import Batch, Candidates, EmbeddingSource, PooledBatch, hashed
@@ -134,7 +134,7 @@ class PairSource(EmbeddingSource):
     def _content(self, index: Tensor) -> Tensor:
         return torch.cat([self.picture_rows(index), self.caption_rows(index)], dim=1)
 
-    @as_usual()
+    @torch_defaults()
     def candidates(self, index: Tensor) -> Candidates:
         """The captions of the rows themselves, or their images.
 
@@ -179,7 +179,7 @@ class PairSource(EmbeddingSource):
         """How many of so many rows fill pools."""
         return n_rows // self.pools.size * self.pools.size
 
-    @as_usual()
+    @torch_defaults()
     def _pooled(self, index: Tensor) -> list[Batch]:
         """Batches of pools that follow one another, of those whose rows differ."""
         size = self.pools.size
@@ -217,7 +217,7 @@ class PairSource(EmbeddingSource):
         keys = row_keys(rows).view(-1, self.pools.size).sort(dim=1).values
         return (keys[:, 1:] == keys[:, :-1]).any(dim=1)
 
-    @as_usual()
+    @torch_defaults()
     def without(self, rows: NDArray[np.bool_]) -> PairSource:
         """The source with pools of the rows that are left.
 
@@ -266,7 +266,7 @@ class PairSource(EmbeddingSource):
             return self._alike(rows, generator)
         return rows
 
-    @as_usual()
+    @torch_defaults()
     def _alike(self, rows: Tensor, generator: torch.Generator) -> Tensor:
         """The rows in hard pools, block by block; a block is of whole pools, and one at least."""
         n = max(self._in_whole_pools(HARD_ROWS), self.pools.size)
@@ -278,7 +278,7 @@ class PairSource(EmbeddingSource):
 
 
 def runs(values: Sequence[bool]) -> Iterator[tuple[int, int, bool]]:
-    """Where equal values follow one another: first place, the one after the last, and the value."""
+    """Where equal values follow one another: first index, the one after the last, and the value."""
     first = 0
     for value, group in itertools.groupby(values):
         last = first + len(list(group))
@@ -324,7 +324,7 @@ class PseudoCaptions(PairSource):
     """
 
     @checked
-    @as_usual()
+    @torch_defaults()
     def __init__(
         self,
         sources: Sequence[EmbeddingSource],
@@ -447,7 +447,7 @@ def check_sources(sources: Sequence[EmbeddingSource], names: Sequence[str]) -> N
         )
     for name, source in zip(names, sources, strict=True):
         sources[0].space.require_match(
-            source.space, mine=f"data set {names[0]!r}", theirs=f"data set {name!r}"
+            source.space, name=f"data set {names[0]!r}", other_name=f"data set {name!r}"
         )
         if source.pool_size is None and not (source.target != UNKNOWN).any():
             raise DataError(f"the data set {name!r} has no labels, so its images have no captions.")

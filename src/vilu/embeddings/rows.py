@@ -50,7 +50,7 @@ class Rows:
     def pictures(self) -> tuple[Tensor, Tensor]:
         """Places and numbers of pictures.
 
-        (P,) place of the first row of every picture, ascending, and (M,) number of the picture of
+        (P,) index of the first row of every picture, ascending, and (M,) number of the picture of
         every row.
         """
         identities = self.source.picture_identities(self.index.numpy(force=True))

@@ -55,7 +55,7 @@ class ZeroShot(NamedTuple):
         return (self.max_logit - self.log_norm).exp()
 
     def at(self, rows: slice | Tensor) -> ZeroShot:
-        """The same of some rows, by a slice or their places."""
+        """The same of some rows, by a slice or their indices."""
         return ZeroShot(self.prediction[rows], self.max_logit[rows], self.log_norm[rows])
 
     def to(self, device: torch.device | str) -> ZeroShot:
@@ -116,7 +116,7 @@ class Others:
         if answer is not None:
             own = logits.gather(1, answer).squeeze(1)
         if torch.compiler.is_exporting():  # a graph cannot choose rows by their values
-            place = _places(logits, answer)
+            place = _answers(logits, answer)
             reference = _largest_beside(logits, place)
             weight, total = _beside(logits, place, reference, temperature)
             return cls(logits, answer, own, reference, weight, total, temperature)
@@ -126,7 +126,7 @@ class Others:
         if len(rows):  # row by row: what a row is worth does not depend on those beside it
             few = logits[rows]
             few_largest = largest[rows]
-            place = _places(few, None if answer is None else answer[rows])
+            place = _answers(few, None if answer is None else answer[rows])
             _, few_totals = _beside(few, place, few_largest, temperature)
             # where the sum vanishes under the largest logit, it is taken under the second
             vanishes = few_totals < VANISHING
@@ -140,8 +140,8 @@ class Others:
 
     @cached_property
     def answer(self) -> Tensor:
-        """(B, 1) int64 places of the answers."""
-        return _places(self.logits, self.chosen)
+        """(B, 1) int64 candidates that are the answers."""
+        return _answers(self.logits, self.chosen)
 
     @cached_property
     def gap(self) -> Tensor:
@@ -190,11 +190,11 @@ def _under_largest(
         total = weight.frac_().sum(dim=1)
         has_tie = whole - total > TIED
         return weight, total, (total < VANISHING) | has_tie
-    weight, total = _beside(logits, _places(logits, answer), largest, temperature)
+    weight, total = _beside(logits, _answers(logits, answer), largest, temperature)
     return weight, total, total < VANISHING
 
 
-def _places(logits: Tensor, answer: Tensor | None) -> Tensor:
+def _answers(logits: Tensor, answer: Tensor | None) -> Tensor:
     """(B, 1) the answers, by default the first of the largest logits."""
     if answer is not None:
         return answer
@@ -234,9 +234,9 @@ def first_largest(logits: Tensor) -> tuple[Tensor, Tensor]:
         largest = logits.amax(dim=1, keepdim=True)
         equal = torch.eq(logits, largest, out=torch.empty_like(logits))
         place = (equal @ torch.arange(n, dtype=torch.float32)).long().clamp_(0, n - 1)[:, None]
-        # with two largest the product is the sum of their places
+        # with two largest the product is the sum of their indices
         is_single = bool((equal.sum(dim=1) == 1).all())
-        # and a product that was allowed fewer bits may miss the place
+        # and a product that was allowed fewer bits may miss the index
         if is_single and bool(equal.gather(1, place).all()):
             return place, largest
     # not torch.max(dim): of equal values it documents no order
@@ -291,7 +291,7 @@ def row_keys(rows: Tensor) -> Tensor:
     """(N,) int64 made of a few columns of (N, D) float32: equal rows have equal ones."""
     columns = (rows[:, :KEY_COLUMNS] + 0.0).contiguous()  # + 0: -0 equals 0
     bits = columns.view(torch.int32).long()
-    # a polynomial in 31: equal numbers at other places make another key
+    # a polynomial in 31: the same numbers in other columns make another key
     powers = 31 ** torch.arange(bits.shape[1], device=rows.device)
     return (bits * powers).sum(dim=1)
 
@@ -329,17 +329,17 @@ def nearest(rows: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
     Memory is bounded.
     """
     if torch.compiler.is_exporting():  # a graph's numbers of rows are open
-        cosine, place = (rows @ known.T).max(dim=1)
-        return cosine, place
+        cosine, index = (rows @ known.T).max(dim=1)
+        return cosine, index
     if torch.equal(rows, known):  # as a rule: the candidates of the fit
         return torch.ones_like(rows[:, 0]), torch.arange(len(rows), device=rows.device)
     cosines = []
-    places = []
+    indices = []
     for block in row_blocks(len(rows), len(known), len(rows)):
-        cosine, place = (rows[block] @ known.T).max(dim=1)
+        cosine, index = (rows[block] @ known.T).max(dim=1)
         cosines.append(cosine)
-        places.append(place)
-    return torch.cat(cosines), torch.cat(places)
+        indices.append(index)
+    return torch.cat(cosines), torch.cat(indices)
 
 
 def _over_tiles(image: Tensor, text: Tensor, scale: float, bias: float, columns: int) -> ZeroShot:

@@ -21,7 +21,7 @@ from vilu.embeddings.checks import (
     Identifiers,
     Identity,
     RowNumbers,
-    check_places,
+    check_indices,
     hash_names,
     hash_rows,
 )
@@ -105,12 +105,12 @@ class Batch:
     def zero_shot(self) -> ZeroShot:
         """Answers, largest logits and log-normalisers, in bounded memory."""
         if "logits" in self.__dict__:
-            return self.others.zero_shot(self.first_equal)
+            return self.rivals.zero_shot(self.first_equal)
         return zero_shot(self.image, self.text, self.first_equal, self.logit_scale, self.logit_bias)
 
     @cached_property
-    def others(self) -> Others:
-        """What the other candidates weigh beside the answer."""
+    def rivals(self) -> Others:
+        """What the candidates beside the answer weigh."""
         return Others.of(self.logits)
 
     @cached_property
@@ -216,7 +216,7 @@ class Batch:
         return batch
 
     def rows(self, part: slice | Tensor) -> Batch:
-        """Some of the rows, by a slice or their places, against all candidates."""
+        """Some of the rows, by a slice or their indices, against all candidates."""
         columns = dict(self.columns)
         for name in columns:
             if name in IMAGE_COLUMNS:
@@ -275,7 +275,7 @@ class PooledBatch(Batch):
     @cached_property
     def zero_shot(self) -> ZeroShot:
         """Answers, each among the candidates of its pool."""
-        return self.others.zero_shot(torch.arange(self.text.shape[1], device=self.text.device))
+        return self.rivals.zero_shot(torch.arange(self.text.shape[1], device=self.text.device))
 
     def _target_log_probability(self) -> Tensor:
         target = self.target.clamp(min=0)
@@ -472,9 +472,9 @@ class EmbeddingSource(ABC):
     def picture_identities(self, rows: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
         """(M,) identities of the pictures of rows (M,), by default all: equal ones are one picture.
 
-        A picture is known by its encoded bytes, and by its embedding where these are not known. That
-        of an image-caption pair is its image, whatever its caption and the direction. Where the
-        embedding is not usable it is -1; all others are from 0 to 2^63 - 1.
+        A picture is known by its encoded bytes, and by its embedding where these are not known.
+        That of an image-caption pair is its image, whatever its caption and the direction. Where
+        the embedding is not usable it is -1; all others are from 0 to 2^63 - 1.
 
         Examples:
             >>> import numpy as np, vilu
@@ -541,13 +541,13 @@ class EmbeddingSource(ABC):
             names = names.intersection(columns)
         chosen: Tensor | None = None
         if classes is not None:
-            chosen = check_places(classes, self.n_candidates, "classes")
+            chosen = check_indices(classes, self.n_candidates, "classes")
             if len(chosen.unique()) < len(chosen):
                 raise DataError(
                     f"classes must name each class once. Got {chosen.tolist()!s:.80}. "
                     "Leave out the repeats."
                 )
-        return Taken(self, check_places(rows, len(self), "rows"), chosen, names)
+        return Taken(self, check_indices(rows, len(self), "rows"), chosen, names)
 
     def without(self, rows: NDArray[np.bool_]) -> EmbeddingSource:
         """The source without some rows (N,) bool.
@@ -667,7 +667,7 @@ def say_once(message: str) -> None:
 
 def _merge_message(names: Sequence[str], first: Sequence[int]) -> str:
     """Which classes have the text of an earlier one, whose numbers are ``first``."""
-    gone = [place for place, earlier in enumerate(first) if earlier != place]
+    gone = [candidate for candidate, earlier in enumerate(first) if earlier != candidate]
     examples = [f"{names[i]!r} ({i}) is {names[first[i]]!r} ({first[i]})" for i in gone[:5]]
     listed = ", ".join(examples)
     if len(gone) > 5:
@@ -686,9 +686,10 @@ def first_same(text: Tensor, names: Sequence[str] | None) -> Tensor:
     first = first_equal(text)
     if names is None or len(set(names)) == len(names):
         return first
-    place_of: dict[str, int] = {}
-    places = [place_of.setdefault(name, i) for i, name in enumerate(names)]
-    first_of_name = torch.tensor(places)
+    first_index: dict[str, int] = {}
+    for i, name in enumerate(names):
+        first_index.setdefault(name, i)
+    first_of_name = torch.tensor([first_index[name] for name in names])
     cosine = (text * text[first_of_name]).sum(dim=1)
     differing = (cosine < SAME_TEXT).nonzero().squeeze(1).tolist()
     if differing:
@@ -786,8 +787,8 @@ class TakenIds(Identifiers):
         chosen[self._rows] = True
         # one pass: identifiers on disk are read part by part
         distinct = list(compress(self._ids, chosen))
-        _, place = self._rows.unique(return_inverse=True)
-        return (distinct[i] for i in place.tolist())
+        _, index_of_row = self._rows.unique(return_inverse=True)
+        return (distinct[i] for i in index_of_row.tolist())
 
 
 def log_posterior(batch: Batch, temperature: float | Tensor = 1.0) -> Tensor:

@@ -39,7 +39,7 @@ class EmbeddingSpace:
         >>> clip.anonymous, bare.anonymous
         (False, True)
         >>> # fits, as far as is known
-        >>> clip.require_match(bare, mine="the predictor", theirs="the arrays")
+        >>> clip.require_match(bare, name="the predictor", other_name="the arrays")
     """
 
     embed_dim: int
@@ -70,7 +70,7 @@ class EmbeddingSpace:
         """Hash over every attribute."""
         return digest(asdict(self))
 
-    def require_match(self, other: EmbeddingSpace, *, mine: str, theirs: str) -> None:
+    def require_match(self, other: EmbeddingSpace, *, name: str, other_name: str) -> None:
         """Refuse another space, naming both sides of every difference.
 
         Bare arrays carry no provenance: against them only width, scale and bias are compared; and
@@ -84,7 +84,7 @@ class EmbeddingSpace:
             ...     vilu.EmbeddingSpace(512, 112.0, -16.5),
             ... )
             >>> try:
-            ...     clip.require_match(siglip, mine="store", theirs="query")
+            ...     clip.require_match(siglip, name="store", other_name="query")
             ... except ProvenanceError as error:
             ...     print(str(error).partition(": ")[2].partition(";")[0])
             logit_scale: 100.0 (store) against 112.0 (query)
@@ -99,10 +99,10 @@ class EmbeddingSpace:
             if here is None or there is None:
                 continue  # nothing is known on one side
             if here != there:
-                differences.append(f"{field}: {here!r} ({mine}) against {there!r} ({theirs})")
+                differences.append(f"{field}: {here!r} ({name}) against {there!r} ({other_name})")
         if differences:
             raise ProvenanceError(
-                f"{mine} and {theirs} come from different embedding spaces: "
+                f"{name} and {other_name} come from different embedding spaces: "
                 f"{'; '.join(differences)}. "
                 "Embed both with the same backbone, weights and preprocessing."
             )

@@ -66,25 +66,25 @@ class TwoModels(Taken):
         _require_same_candidates(first, second)
         all_rows = torch.arange(len(first), device="cpu")
         super().__init__(first, all_rows, None, first.columns | SECOND)
-        place = places(first, second)
+        row_of_second = rows_of_second(first, second)
         self.first = first
         self.second = second
-        self._place = torch.from_numpy(place)
+        self._row_of_second = torch.from_numpy(row_of_second)
         self.ids = first.ids
         self.candidate_of = first.candidate_of
-        self.status = np.where(first.status == VALID, second.status[place], first.status)
+        self.status = np.where(first.status == VALID, second.status[row_of_second], first.status)
 
     def column(self, name: str, index: Tensor) -> Tensor:
         """A column of the first source, or what the second model says."""
         if name == "second_image":
-            return self.second.image_rows(self._place[index])
+            return self.second.image_rows(self._row_of_second[index])
         if name == "second_text":
             return self.second.candidates(index[:0]).text * self.second.space.logit_scale
         return super().column(name, index)
 
 
-def places(first: EmbeddingSource, second: EmbeddingSource) -> NDArray[np.int64]:
-    """(N,) positions in the second source of the rows of the first."""
+def rows_of_second(first: EmbeddingSource, second: EmbeddingSource) -> NDArray[np.int64]:
+    """(N,) indices in the second source of the rows of the first."""
     by = _common_identity(first, second)
     sought = first.identities(by)
     identities = second.identities(by)
@@ -141,7 +141,7 @@ def _require_same_candidates(first: EmbeddingSource, second: EmbeddingSource) ->
 
 def _first_difference(first: Sequence[str], second: Sequence[str]) -> str:
     """Where two lists of names, which are not equal, differ first."""
-    for place, (name, counterpart) in enumerate(zip_longest(first, second)):
+    for number, (name, counterpart) in enumerate(zip_longest(first, second)):
         if name != counterpart:
-            return f"the first difference is at {place}: {name!r} against {counterpart!r}"
+            return f"the first difference is at {number}: {name!r} against {counterpart!r}"
     raise AssertionError("the names are equal")

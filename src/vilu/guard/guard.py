@@ -21,7 +21,7 @@ from vilu.calibration.calibration import Calibration
 from vilu.datasets.base import ImageRecord
 from vilu.datasets.files import read_file
 from vilu.datasets.images import DEFAULT_LIMITS, ImageLimits
-from vilu.device import as_usual
+from vilu.device import torch_defaults
 from vilu.embeddings.columns import IMAGE_COLUMNS
 from vilu.embeddings.source import Batch, EmbeddingSource, log_posterior
 from vilu.errors import UNKNOWN, ProvenanceError, UsageError
@@ -32,8 +32,8 @@ from vilu.predictors.persistence.storage import load
 from vilu.predictors.persistence.vocabulary import Vocabulary
 from vilu.progress import Silence
 from vilu.scoring.score import provenance_of, require_streaming, score_rows
-from vilu.store.documents import IMAGE
 from vilu.store.job import BackboneSpec
+from vilu.store.manifest import IMAGE
 from vilu.store.mapped import default_workers, in_threads
 from vilu.store.parts import ErrorRow, PartRows
 from vilu.store.pipeline import END, Decoded, Decoder, Encoder
@@ -197,7 +197,7 @@ class Guard:
     config: ClassVar[SimpleNamespace] = SimpleNamespace(_commit_hash=None)
 
     @checked
-    @as_usual()
+    @torch_defaults()
     def __init__(
         self,
         predictor: str | os.PathLike[str],
@@ -246,8 +246,8 @@ class Guard:
         if self.predictor.space_ is not None:
             self.predictor.space_.require_match(
                 self.vocabulary.space,
-                mine=f"the predictor in {self.folder}",
-                theirs="its candidates",
+                name=f"the predictor in {self.folder}",
+                other_name="its candidates",
             )
         wanted = set(self.predictor.columns_to_score) & IMAGE_COLUMNS.keys()
         not_of_one_image = sorted(wanted - {FEATURES})
@@ -291,7 +291,7 @@ class Guard:
     def require_same_model(self, backbone: Backbone) -> None:
         """Refuse another model than that of the embeddings that the predictor was fitted on."""
         self.vocabulary.space.require_match(
-            backbone.space, mine=str(self.folder), theirs=f"the model {backbone.space.backbone}"
+            backbone.space, name=str(self.folder), other_name=f"the model {backbone.space.backbone}"
         )
 
     @property
@@ -355,7 +355,7 @@ class Guard:
         """What the model makes of decoded images, bad ones apart."""
         return self.model.encoder.part(iter([*batch, END]))
 
-    @as_usual()
+    @torch_defaults()
     def answer(
         self, arrays: Mapping[str, Tensor], keys: Sequence[str]
     ) -> tuple[list[Answer], Outcomes]:

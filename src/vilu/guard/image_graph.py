@@ -20,6 +20,7 @@ from vilu.extras import import_extra
 from vilu.guard.guard import Guard
 from vilu.predictors.contract.predictor import NotExportable
 from vilu.predictors.nn.attention import FEATURES
+from vilu.predictors.persistence.description import fit_fingerprint
 from vilu.predictors.persistence.files import VOCABULARY
 from vilu.predictors.persistence.onnx import (
     SAID,
@@ -31,7 +32,6 @@ from vilu.predictors.persistence.onnx import (
     score_graph,
     write_graph,
 )
-from vilu.predictors.persistence.record import fit_fingerprint
 from vilu.predictors.plus.ood import NEGATIVES
 
 PIXELS = "pixels"

@@ -315,8 +315,8 @@ def _picture_intervals(
     counts = tie_counts(uncertainty, failure)
     intervals, usual = own_intervals(kernels, counts, n_resamples, confidence, seed, picture)
     group = grouped(counts)
-    place = group_places(counts)[np.searchsorted(counts.value, uncertainty)]
-    scores = PictureScores.of(group.value, place, failure, picture).merged()
+    group_of_row = group_indices(counts)[np.searchsorted(counts.value, uncertainty)]
+    scores = PictureScores.of(group.value, group_of_row, failure, picture).merged()
     # right and wrong rows of one score are two entries, and as many counts as for rows
     width = max(len(group.value), scores.width // 2)
     sizes = block_sizes(n_resamples, CELLS // width)
@@ -353,15 +353,15 @@ def grouped(counts: TieCounts) -> TieCounts:
     """Counts (G,) in at most ``RESAMPLED_GROUPS`` groups of neighbours, each with their mean."""
     if len(counts.value) <= RESAMPLED_GROUPS:
         return counts
-    starts = np.flatnonzero(np.diff(group_places(counts), prepend=-1))
+    starts = np.flatnonzero(np.diff(group_indices(counts), prepend=-1))
     size = np.add.reduceat(counts.size, starts)
     correct = np.add.reduceat(counts.correct, starts)
     wrong = np.add.reduceat(counts.wrong, starts)
     return TieCounts(np.add.reduceat(counts.value * counts.size, starts) / size, correct, wrong)
 
 
-def group_places(counts: TieCounts) -> Ints:
-    """(G,) place of the group of every score, from 0 on."""
+def group_indices(counts: TieCounts) -> Ints:
+    """(G,) index of the group of every score, from 0 on."""
     if len(counts.value) <= RESAMPLED_GROUPS:
         return np.arange(len(counts.value))
     group = (counts.accepted - counts.size) * RESAMPLED_GROUPS // counts.n

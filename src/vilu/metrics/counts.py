@@ -166,9 +166,8 @@ def tie_counts(uncertainty: ArrayLike, failure: ArrayLike) -> TieCounts:
     return TieCounts(value, correct, wrong)
 
 
-BLOCK_ROWS = (
-    2**22
-)  # rows that are sorted together; the places of a hundred million would take gigabytes
+# rows that are sorted together; the indices of a hundred million would take gigabytes
+BLOCK_ROWS = 2**22
 
 
 def _counts(scores: Floats, failures: NDArray[np.bool_]) -> TieCounts:

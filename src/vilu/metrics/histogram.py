@@ -105,14 +105,14 @@ class Histogram:
 
     def without(self, part: Histogram) -> Histogram:
         """The rows that are not of a part of them, all of whose answers are wrong."""
-        return self.counted(self.correct, self.wrong - self.places(part))
+        return self.counted(self.correct, self.wrong - self.rows_of_part(part))
 
     def against(self, part: Histogram) -> Histogram:
         """The same rows, those of a part of them in place of the wrong ones."""
-        wrong = self.places(part)
+        wrong = self.rows_of_part(part)
         return self.counted(self.correct + self.wrong - wrong, wrong)
 
-    def places(self, part: Histogram) -> Ints:
+    def rows_of_part(self, part: Histogram) -> Ints:
         """(G,) rows of a part, whose level is never the higher one, in each bin."""
         bins = part.bins >> (self.level - part.level)
         rows = np.zeros_like(self.wrong)

@@ -113,8 +113,12 @@ def _chosen_metrics(names: Sequence[str] | None, tally: Tally) -> dict[str, Metr
     """Those asked for; where nobody asked for any, those that say something of these rows."""
     if names is not None:
         return {name: get_metric(name) for name in names}
-    metrics = {name: get_metric(name) for name in evaluated_metrics()}
-    return {name: metric for name, metric in metrics.items() if _has_meaning(metric, tally)}
+    metrics = {}
+    for name in evaluated_metrics():
+        metric = get_metric(name)
+        if _has_meaning(metric, tally):
+            metrics[name] = metric
+    return metrics
 
 
 def _has_meaning(metric: Metric, tally: Tally) -> bool:
@@ -131,11 +135,12 @@ def _tallies(outcomes: Tallied | Iterable[object]) -> list[Tally]:
     tallies = []
     for item in outcomes:
         if not isinstance(item, Tallied):
-            is_array = hasattr(outcomes, "shape")
-            unfit = describe_value(outcomes if is_array else item)
+            unfit: object = item
+            if hasattr(outcomes, "shape"):  # an array is named as a whole
+                unfit = outcomes
             raise UsageError(
                 "evaluate takes vilu.Outcomes, which vilu.score gives, or a list of them. "
-                f"Got {unfit}."
+                f"Got {describe_value(unfit)}."
             )
         tallies.append(item.tally())
     return tallies
@@ -165,12 +170,15 @@ class Comparison:
 
     def __str__(self) -> str:
         metric = get_metric(self.metric)
-        unit = " %" if metric.percent else ""
         names = f"{metric.title}, {self.method_a or 'a'} against {self.method_b or 'b'}"
         if self.why is not None:
             return f"{names}: undefined, {self.why}"
-        pictures = "" if self.n_pictures is None else f" for {self.n_pictures} pictures"
-        values = f"{metric.show(self.value_a)} against {metric.show(self.value_b)}{unit}"
+        pictures = ""
+        if self.n_pictures is not None:
+            pictures = f" for {self.n_pictures} pictures"
+        values = f"{metric.show(self.value_a)} against {metric.show(self.value_b)}"
+        if metric.percent:
+            values += " %"
         difference = metric.show(self.difference, "+")
         interval = metric.brackets(self.ci_low, self.ci_high, "+")
         answers = f"{self.n} answers{pictures}, {self.n_failures} {ASKED[metric.question]}"
@@ -252,7 +260,12 @@ def compare(
     )
     n = len(failure)
     n_failures = int(failure.sum())
-    is_undefined = math.isnan(result.difference)
+    why = None
+    if math.isnan(result.difference):
+        why = _why(n, n_failures, chosen.question)
+    n_pictures = None
+    if picture is not None:
+        n_pictures = int(picture.max()) + 1
     return Comparison(
         metric,
         method_a=a.method,
@@ -266,8 +279,8 @@ def compare(
         n=n,
         n_failures=n_failures,
         convention=chosen.convention,
-        why=_why(n, n_failures, chosen.question) if is_undefined else None,
-        n_pictures=None if picture is None else int(picture.max()) + 1,
+        why=why,
+        n_pictures=n_pictures,
     )
 
 
@@ -307,11 +320,13 @@ class Resampling(NamedTuple):
 
     def describe(self, kernel: Kernel, source: Scores) -> str:
         """How the interval of a metric of these rows came about."""
-        of = "" if source.n_pictures == source.n else " of pictures"
         percent = f"{100 * self.confidence:g} %"
+        how = f"{percent} stratified bootstrap, {self.n} resamples"
         if isinstance(kernel, OwnInterval):
-            return f"{percent}, {kernel.interval_note}, {self.n} draws{of}"
-        return f"{percent} stratified bootstrap, {self.n} resamples{of}"
+            how = f"{percent}, {kernel.interval_note}, {self.n} draws"
+        if source.n_pictures != source.n:
+            how += " of pictures"
+        return how
 
 
 UNDEFINED = Interval(math.nan, math.nan, math.nan)
@@ -326,6 +341,9 @@ def _rows(tally: Tally, metrics: Mapping[str, Metric], how: Resampling) -> list[
             f"unknown failure and {tally.n_unusable} no uncertainty. Give labelled data."
         )
     intervals = _intervals(tally, metrics, how)
+    n_pictures = None
+    if scores.n_pictures != scores.n:
+        n_pictures = scores.n_pictures
     facts = {
         **facts_of(tally),
         "n": scores.n,
@@ -334,7 +352,7 @@ def _rows(tally: Tally, metrics: Mapping[str, Metric], how: Resampling) -> list[
         "n_unlabelled": tally.n_unlabelled,
         "n_unusable": tally.n_unusable,
         "n_outside": tally.outside.n_failures,
-        "n_pictures": None if scores.n_pictures == scores.n else scores.n_pictures,
+        "n_pictures": n_pictures,
     }
     rows = []
     for name, metric in metrics.items():
@@ -343,6 +361,9 @@ def _rows(tally: Tally, metrics: Mapping[str, Metric], how: Resampling) -> list[
         why = None
         if math.isnan(measured.value):
             why = _why_undefined(metric, tally)
+        interval = None
+        if not math.isnan(measured.ci_low):
+            interval = how.describe(metric.kernel, source)
         row = ResultRow(
             **facts,
             metric=name,
@@ -350,7 +371,7 @@ def _rows(tally: Tally, metrics: Mapping[str, Metric], how: Resampling) -> list[
             ci_low=_null(measured.ci_low),
             ci_high=_null(measured.ci_high),
             convention="; ".join(filter(None, (metric.convention, source.note))),
-            interval=None if math.isnan(measured.ci_low) else how.describe(metric.kernel, source),
+            interval=interval,
             why=why,
         )
         rows.append(row)
@@ -397,7 +418,9 @@ def _measured(
 
 
 def _null(value: float) -> float | None:
-    return None if math.isnan(value) else value
+    if math.isnan(value):
+        return None
+    return value
 
 
 def _evaluable(
@@ -477,5 +500,7 @@ def _why(n: int, n_failures: int, question: Question) -> str:
 
 
 def _name(outcomes: Outcomes | Tally) -> str:
-    method = outcomes.method or "the scores"
-    return f"{method} on {outcomes.dataset}" if outcomes.dataset else method
+    name = outcomes.method or "the scores"
+    if outcomes.dataset:
+        name += f" on {outcomes.dataset}"
+    return name

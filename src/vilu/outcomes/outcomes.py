@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from vilu.artifacts.documents import plain_json
-from vilu.artifacts.paths import claim_file, said_of
+from vilu.artifacts.paths import claim_file, inputs_entry
 from vilu.artifacts.tables import read_column, read_table, write_table
 from vilu.errors import OUTSIDE, UNKNOWN, DataError
 from vilu.metrics.catalog import Metric
@@ -343,7 +343,7 @@ class Outcomes:
         return evaluable
 
     def take(self, rows: ArrayLike) -> Self:
-        """Some rows, by their places or by a mask (N,), in the order of the places.
+        """Some rows, by their indices or by a mask (N,), in the order of the indices.
 
         Raises:
             DataError: If there is no such row, or the mask is of another length.
@@ -360,7 +360,7 @@ class Outcomes:
         indices = np.asarray(rows)
         if not indices.size:  # an empty list is of floats
             indices = indices.astype(np.int64)
-        expected = f"rows must be a list of places from 0 to {n - 1}, or {n} Booleans"
+        expected = f"rows must be a list of indices from 0 to {n - 1}, or {n} Booleans"
         try:
             chosen = np.arange(n)[indices]
         except IndexError as error:
@@ -438,7 +438,7 @@ class Outcomes:
         """
         claim_file(path, "scores", overwrite=True)
         columns, metadata = self.table()
-        write_table(path, columns, {**metadata, **said_of(inputs)})
+        write_table(path, columns, {**metadata, **inputs_entry(inputs)})
 
     def table(self, row_id: ArrayLike | None = None) -> tuple[dict[str, pa.Array], dict[str, Any]]:
         """What ``save`` writes: the columns and the metadata.
@@ -463,7 +463,9 @@ class Outcomes:
         import pyarrow.compute as pc
 
         n = len(self)
-        numbers = np.arange(n) if row_id is None else np.asarray(row_id, dtype=np.int64)
+        numbers = np.arange(n)
+        if row_id is not None:
+            numbers = np.asarray(row_id, dtype=np.int64)
         pred = nullable_codes(self.prediction, n)
         target = nullable_codes(self.target, n)
         label = pc.if_else(pa.array(self.outside), pa.scalar(OUTSIDE, pa.int32()), target)
@@ -552,7 +554,9 @@ class Outcomes:
             if is_present:
                 values[name] = plain_values(column, kind)
         methods = read_column(path, table, "score_name", "string").unique().to_pylist()
-        facts: dict[str, Any] = {"method": methods[0] if len(methods) == 1 else None, **metadata}
+        facts: dict[str, Any] = dict(metadata)
+        if len(methods) == 1:
+            facts.setdefault("method", methods[0])
         for name in ("class_names", *KINDS):
             if name in facts:
                 values[name] = facts[name]

@@ -12,7 +12,7 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, Self
 
 from vilu.artifacts.documents import read_json, write_json
-from vilu.artifacts.paths import claim_file, said_of
+from vilu.artifacts.paths import claim_file, inputs_entry
 from vilu.artifacts.tables import read_column, read_table, write_table
 from vilu.errors import DataError, StorageError, UsageError
 from vilu.metrics.bootstrap import OwnInterval
@@ -213,13 +213,19 @@ class ResultTable:
             ('mine', 'pets', 'auroc', 1.0, 80)
         """
         columns = self._columns
-        return [{name: getattr(row, name) for name in columns} for row in self.rows]
+        dicts = []
+        for row in self.rows:
+            dicts.append({name: getattr(row, name) for name in columns})
+        return dicts
 
     @property
     def _columns(self) -> tuple[str, ...]:
-        """What is written: a column that says nothing of any row is none."""
-        silent = {name for name in SELDOM if not any(getattr(row, name) for row in self.rows)}
-        return tuple(name for name in COLUMNS if name not in silent)
+        """The columns that are written: all but those that say nothing of any row."""
+        columns = list(COLUMNS)
+        for name in SELDOM:
+            if not any(getattr(row, name) for row in self.rows):
+                columns.remove(name)
+        return tuple(columns)
 
     @checked
     def table(self, metrics: Sequence[str] | None = None) -> str:
@@ -304,7 +310,7 @@ class ResultTable:
         """The same without a look at what lies there."""
         import pyarrow as pa
 
-        facts = {"kind": "results", **said_of(inputs)}
+        facts = {"kind": "results", **inputs_entry(inputs)}
         if Path(path).suffix.lower() == ".json":
             write_json(path, {**facts, "rows": self.to_dicts()})
             return
@@ -363,8 +369,9 @@ def _table_of_json(path: str | Path) -> pa.Table:
         raise DataError(
             f"{path} must hold an object with a list 'rows'. It has {', '.join(content):.80}."
         )
-    if not all(isinstance(row, dict) for row in content["rows"]):
-        raise DataError(f"every entry of 'rows' in {path} must be an object.")
+    for row in content["rows"]:
+        if not isinstance(row, dict):
+            raise DataError(f"every entry of 'rows' in {path} must be an object.")
     schema = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in TYPES.items()])
     try:
         return pa.Table.from_pylist(content["rows"], schema)
@@ -414,7 +421,9 @@ def _mean_pictures(rows: Sequence[ResultRow]) -> int | None:
 
 
 def _n_pictures(row: ResultRow) -> int:
-    return row.n if row.n_pictures is None else row.n_pictures
+    if row.n_pictures is None:
+        return row.n
+    return row.n_pictures
 
 
 UNDEFINED = "undefined"
@@ -461,10 +470,12 @@ def _part(rows: Sequence[ResultRow], metrics: Sequence[str]) -> Titled:
         key = (row.method, row.seed, row.metric)
         lines.setdefault((row.method, row.seed, repeats[key]), {})[row.metric] = row
         repeats[key] += 1  # a second row of the same name gets a line of its own
-    several_seeds = len({row.seed for row in rows}) > 1
+    n_seeds = len({row.seed for row in rows})
     table = [["method", *[_metric(name).title for name in metrics]]]
     for (method, seed, _), line in lines.items():
-        label = _label(method, seed) if several_seeds else _label(method, None)
+        label = _label(method)
+        if n_seeds > 1 and seed is not None:
+            label = f"{label} (seed {seed})"
         table.append([label, *[_cell(line.get(name)) for name in metrics]])
     return _title(rows), table
 
@@ -476,9 +487,8 @@ def _metric(name: str) -> Metric:
     return METRICS[name]
 
 
-def _label(method: str | None, seed: int | None) -> str:
-    label = printable(method or "unnamed")
-    return label if seed is None else f"{label} (seed {seed})"
+def _label(method: str | None) -> str:
+    return printable(method or "unnamed")
 
 
 def _cell(row: ResultRow | None) -> str:
@@ -493,16 +503,24 @@ def _cell(row: ResultRow | None) -> str:
 
 
 def _title(rows: Sequence[ResultRow]) -> str:
+    accuracy = span(f"{100 * row.accuracy:.1f}" for row in rows)
     counts = [
-        f"{span(row.n for row in rows)} answers{_pictures(rows)}",
-        f"{span(row.n_failures for row in rows)} wrong{_shares(rows)}",
-        f"accuracy {span(f'{100 * row.accuracy:.1f}' for row in rows)} %",
+        f"{_span(rows, 'n')} answers{_pictures(rows)}",
+        f"{_span(rows, 'n_failures')} wrong{_shares(rows)}",
+        f"accuracy {accuracy} %",
     ]
-    if any(row.n_unlabelled for row in rows):
-        counts.append(f"{span(row.n_unlabelled for row in rows)} unlabelled left out")
-    if any(row.n_unusable for row in rows):
-        counts.append(f"{span(row.n_unusable for row in rows)} without a score left out")
+    n_unlabelled = _span(rows, "n_unlabelled")
+    if n_unlabelled != "0":
+        counts.append(f"{n_unlabelled} unlabelled left out")
+    n_unusable = _span(rows, "n_unusable")
+    if n_unusable != "0":
+        counts.append(f"{n_unusable} without a score left out")
     return f"{_where(rows[0])}: {', '.join(counts)}"
+
+
+def _span(rows: Sequence[ResultRow], count: str) -> str:
+    """The values that a count has among the rows, in words; "0" where it is 0 in all of them."""
+    return span(getattr(row, count) for row in rows)
 
 
 def _pictures(rows: Sequence[ResultRow]) -> str:
@@ -549,7 +567,7 @@ def _intervals_in_words(rows: Sequence[ResultRow]) -> str:
     methods: dict[str, dict[str, None]] = {}
     for row in rows:
         if row.interval and not _is_own_interval(row):
-            methods.setdefault(row.interval, {})[_label(row.method, None)] = None
+            methods.setdefault(row.interval, {})[_label(row.method)] = None
     if len(methods) <= 1:
         return "".join(methods)
     return "; ".join(f"{how} ({', '.join(names)})" for how, names in methods.items())

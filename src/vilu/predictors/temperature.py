@@ -265,8 +265,8 @@ class WithSecondModel(FailurePredictor):
         if space is not None and data.second is not None:
             space.require_match(
                 data.second.space,
-                mine=f"the second model of the fitted {self.name}",
-                theirs="the second model of the data",
+                name=f"the second model of the fitted {self.name}",
+                other_name="the second model of the data",
             )
 
 

@@ -39,7 +39,7 @@ class MCM(FailurePredictor):
     graph = own_graph
 
     def _score(self, batch: Batch) -> Tensor:
-        return batch.others.doubt
+        return batch.rivals.doubt
 
 
 @dataclass
@@ -94,7 +94,7 @@ class Doctor(FailurePredictor):
     graph = own_graph
 
     def _score(self, batch: Batch) -> Tensor:
-        rivals = batch.others
+        rivals = batch.rivals
         odds = rivals.odds
         share = rivals.gap.exp()
         squares = share.square() * float64(rivals.weight.square().sum(dim=1))
@@ -179,7 +179,7 @@ class ProbMargin(FailurePredictor):
     graph = own_graph
 
     def _score(self, batch: Batch) -> Tensor:
-        rivals = batch.others
+        rivals = batch.rivals
         second = rivals.gap.exp() * float64(rivals.weight.amax(dim=1))
         return (second + rivals.odds) / (1 + rivals.odds)
 
@@ -296,7 +296,7 @@ def entropy(batch: Batch) -> Tensor:
     l is the largest logit, e_j = exp(l_j - l), and sums are over all but the answer. No part is
     negative, so nothing cancels.
     """
-    rivals = batch.others
+    rivals = batch.rivals
     odds = rivals.odds
     below = (rivals.logits - rivals.reference).mul_(rivals.weight).sum(dim=1)
     spread = rivals.gap.exp() * float64(below) + rivals.gap * odds

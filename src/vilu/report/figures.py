@@ -189,7 +189,7 @@ def curves(
 ) -> Figure:
     """A line for every series, with intervals as bars, and one legend for all panels.
 
-    ``names`` are shown at places of the horizontal axis instead of their numbers.
+    ``names`` are shown at points of the horizontal axis instead of their numbers.
     """
 
     def draw(axis: Axes, panel: Panel, styles: Mapping[str, dict[str, Any]]) -> None:

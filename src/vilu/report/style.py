@@ -33,7 +33,7 @@ DARK = (
 )
 """The rule by which an SVG is dark where the page around it is.
 
-Light and dark change places, hues stay.
+Light and dark are swapped, hues stay.
 """
 METADATA: dict[str, Any] = {".svg": {"Date": None}, ".png": {"Software": None}}
 """Facts that matplotlib leaves out of a file, by its suffix, so that the bytes do not vary."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vilu.artifacts.documents import identity
 from vilu.artifacts.hashing import digest, tensor_hash
-from vilu.device import as_usual
+from vilu.device import torch_defaults
 from vilu.embeddings.checks import STATUS, VALID
 from vilu.embeddings.pairs import PairSource
 from vilu.embeddings.rows import SCORING_BATCH
@@ -27,7 +27,7 @@ from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.contract.seen import candidates_of, counted, same_candidates, scored_of
-from vilu.predictors.persistence.record import describe, seen_tensors
+from vilu.predictors.persistence.description import describe, seen_tensors
 from vilu.predictors.plus.ood import SeesOutside
 from vilu.progress import Task, track
 from vilu.scoring.score_folder import (
@@ -88,7 +88,7 @@ def require_streaming(calibration: CalibrationLike | None) -> None:
 
 
 @checked
-@as_usual()
+@torch_defaults()
 def score(
     predictor: FailurePredictor,
     data: EmbeddingSource,
@@ -129,10 +129,10 @@ def score(
     """
     _check(predictor, data, calibration)
     seen = predictor.seen(data)
-    _warn_seen(seen.said(), predictor, len(seen))
+    _warn_seen(seen.in_words(), predictor, len(seen))
     counts = {"n_seen_in_fit": len(seen)}
     if len(seen):
-        counts["n_compared_with_fit"] = seen.n_told
+        counts["n_compared_with_fit"] = seen.n_comparable
     facts = _facts(predictor, data, calibration, (dataset, split), **counts)
     return score_rows(predictor, data, facts, calibration=calibration)
 
@@ -360,7 +360,7 @@ def _keys(source: EmbeddingSource, rows: Ints, order: Ints) -> list[str]:
 
 
 @checked
-@as_usual()
+@torch_defaults()
 def score_parts(
     predictor: FailurePredictor,
     source: EmbeddingSource,

@@ -271,7 +271,7 @@ def histogram_bytes(histogram: Histogram, ood: Histogram) -> bytes:
         "wrong": pa.array(histogram.wrong),
     }
     if ood.n:
-        columns["outside"] = pa.array(histogram.places(ood))
+        columns["outside"] = pa.array(histogram.rows_of_part(ood))
     ends = None
     if histogram.n:
         ends = [histogram.low, histogram.high]

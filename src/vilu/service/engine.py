@@ -21,9 +21,9 @@ from vilu.errors import UNKNOWN, DataError, UsageError
 from vilu.guard.guard import Answer, Guard, arrays_of, record_of
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.nn.attention import FEATURES
-from vilu.predictors.persistence.record import fit_fingerprint
+from vilu.predictors.persistence.description import fit_fingerprint
 from vilu.service.journals import NAMES, Journals, PromiseState, Scores, ServiceState, row_id
-from vilu.store.documents import IMAGE
+from vilu.store.manifest import IMAGE
 from vilu.store.parts import ErrorRow
 from vilu.store.pipeline import Decoded
 

@@ -12,7 +12,7 @@ from vilu.artifacts.documents import Document, read_document
 from vilu.calibration.calibration import Calibration
 from vilu.calibration.monitor.status import Status
 from vilu.errors import DataError, UsageError
-from vilu.predictors.persistence.record import fit_fingerprint
+from vilu.predictors.persistence.description import fit_fingerprint
 from vilu.service.journal import Journal
 from vilu.service.journals import NAMES, PromiseState, Scores, ServiceState
 

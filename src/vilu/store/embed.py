@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from pydantic import ValidationError
@@ -25,17 +25,17 @@ from vilu.backbones.base import Backbone
 from vilu.backbones.zeroshot import TEMPLATES, class_texts
 from vilu.datasets.base import ImageDataset, ShardedDataset, require_files
 from vilu.datasets.images import DEFAULT_LIMITS, ImageLimits, OfShard
-from vilu.device import as_usual
+from vilu.device import torch_defaults
 from vilu.embeddings.checks import check_class_names, require_usable
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, StorageError, UsageError, ViLUError
 from vilu.progress import track
-from vilu.store.documents import CLASSES, ClassColumn, Inputs, Manifest, Receipt, Run, class_columns
 from vilu.store.job import BackboneSpec, EmbedJob, Executor, forget_attempts
 from vilu.store.ledger import Vouched, content_hash
+from vilu.store.manifest import CLASSES, ClassColumn, Inputs, Manifest, Receipt, Run, class_columns
 from vilu.store.parts import ERRORS, Part, StoreLedger, read_classes, read_columns, write_classes
 from vilu.store.reader import CaptionStore, EmbeddingStore
-from vilu.validation import checked, require_at_least
+from vilu.validation import checked, checked_fields, require_at_least
 
 PART_IMAGES = 4096  # images per part, unless somebody says otherwise
 PART_SHARDS = 10  # shards per part, likewise
@@ -44,11 +44,47 @@ OVERHEAD = 1.05  # of metadata and receipts over the vectors
 PATIENCE = 600.0
 """Seconds that a driver waits for another one, which may be embedding many classes' texts."""
 
+SHARED_OVERWRITE = (
+    "processes that share a store cannot replace it: each would undo the others' work. Remove it."
+)
+
 logger = logging.getLogger(__name__)
 
 
+@checked_fields
+@dataclass(frozen=True)
+class ExtraColumns:
+    """What a store holds beside the embeddings of the images and of the classes.
+
+    Attributes:
+        features: Whether to store the image tower's output before its last map, and where the last
+            maps of both towers are linear, the maps and (with a single template) what the text's
+            maps: the columns ``features``, ``image_projection``, ``text_projection`` and
+            ``text_features``.
+        views: How many augmented views of each image to embed, as the column ``views``.
+        seed: Of the views.
+        prompts: Templates in which to embed every class, as the column ``prompts``.
+        negatives: Words to embed in the templates of the classes, as the column ``negatives``: what
+            images may show that are of none of the classes (``everyday_words`` are such).
+
+    Examples:
+        >>> import vilu
+        >>> vilu.ExtraColumns(negatives=["a cloud", "a street"]).views
+        0
+    """
+
+    features: bool = False
+    views: int = 0
+    seed: int = 0
+    prompts: Sequence[str] = ()
+    negatives: Sequence[str] = ()
+
+
+NO_EXTRA_COLUMNS = ExtraColumns()
+
+
 @checked
-@as_usual()
+@torch_defaults()
 def embed(  # noqa: PLR0913 - one keyword per flag of the command
     dataset: ImageDataset,
     backbone: Backbone | BackboneSpec,
@@ -56,16 +92,12 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
     *,
     names: Sequence[str] = (),
     templates: Sequence[str] | None = None,
+    columns: ExtraColumns = NO_EXTRA_COLUMNS,
     batch_size: int = 32,
     workers: int | None = None,
     part_size: int | None = None,
     dtype: Literal["float16", "float32"] = "float16",
     limits: ImageLimits = DEFAULT_LIMITS,
-    features: bool = False,
-    views: int = 0,
-    seed: int = 0,
-    prompts: Sequence[str] = (),
-    negatives: Sequence[str] = (),
     max_error_rate: float = 0.01,
     allow_bad_shards: bool = False,
     on_error: Literal["skip", "raise"] = "skip",
@@ -81,8 +113,8 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
 
     Kill it at any moment: finished parts stay, and the next run gives the bytes that an undisturbed
     one would have given. Memory is bounded by ``batch_size`` images and ``part_size`` embeddings,
-    whatever the size of the data (each times one more than ``views``); of shards, by the embeddings
-    of ``part_size`` shards. Progress is shown through ``vilu.progress``.
+    or those of ``part_size`` shards, each times one more than there are views. Progress is shown
+    through ``vilu.progress``.
 
     Args:
         dataset: The images.
@@ -92,24 +124,13 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
             captions.
         templates: Prompts with ``{}`` for the name; a class text is the mean over them. By default
             "a photo of a {}."; none for captions.
+        columns: What to store beside the embeddings of images and classes; by default nothing.
         batch_size: Images per forward pass.
         workers: Decoding threads; by default one per core.
         part_size: What a kill can cost: images per part (by default 4096), or for shards, shards
             per part (10).
         dtype: Number format of what is stored of the images; what is stored of classes and model is
             float32.
-        features: Also store the image tower's output before its last map, and where the last maps
-            of both towers are linear, the maps and (with a single template) what the text's maps:
-            the columns ``features``, ``image_projection``, ``text_projection`` and
-            ``text_features``.
-        views: Also store the embeddings of so many augmented views of each image, as the column
-            ``views``.
-        seed: Of the views.
-        prompts: Also store the embeddings of every class in these templates, as the column
-            ``prompts``.
-        negatives: Also store the embeddings of these words in ``templates``, as the column
-            ``negatives``: what images may show that are of none of the classes (``everyday_words``
-            are such).
         limits: What an image may be.
         max_error_rate: Largest share of images that may fail; above it the store is not sealed, and
             nothing is lost.
@@ -164,34 +185,33 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
     """
     _check_settings(batch_size, workers, max_error_rate)
     if overwrite and shared:
-        raise UsageError(
-            "processes that share a store cannot replace it: each would undo the others' work. "
-            "Remove it."
-        )
+        raise UsageError(SHARED_OVERWRITE)
     root = Path(output)
     strict = on_error == "raise"
     budget = Budget(0.0 if strict else max_error_rate, allow_bad_shards)
     StoreLedger.check_place(root, overwrite=overwrite)
     require_files(dataset, budget.error_rate)
     model = backbone.load() if isinstance(backbone, BackboneSpec) else backbone
-    candidates = _check_candidates(dataset, names, templates, prompts, negatives)
-    run = describe(
-        dataset,
-        model.space,
-        **candidates,
-        limits=asdict(limits),
-        part_size=part_size,
-        dtype=dtype,
-        split=split,
-        features=model.feature_dim if features else None,
-        views={"n": views, "seed": seed} if views else None,
-    )
+    settings: dict[str, Any] = {"limits": asdict(limits), "dtype": dtype, "split": split}
+    settings |= _check_candidates(dataset, names, templates, columns)
+    settings |= _image_columns(model, columns)
+    run = describe(dataset, model.space, part_size=part_size, **settings)
     job = EmbedJob(root, run, dataset, backbone, batch_size, workers, strict=strict, limits=limits)
     if not shared:
         _drive_alone(job, model, executor, budget, overwrite=overwrite)
     elif not _drive_shared(job, model, executor, budget):
         return None
     return CaptionStore(root) if run.captions else EmbeddingStore(root)
+
+
+def _image_columns(model: Backbone, columns: ExtraColumns) -> dict[str, object]:
+    """Width of the features and number of the views in the run; None for none."""
+    settings: dict[str, object] = {"features": None, "views": None}
+    if columns.features:
+        settings["features"] = model.feature_dim
+    if columns.views:
+        settings["views"] = {"n": columns.views, "seed": columns.seed}
+    return settings
 
 
 def _check_settings(batch_size: int, workers: int | None, max_error_rate: float) -> None:
@@ -295,11 +315,15 @@ def _check_candidates(
     dataset: ImageDataset,
     names: Sequence[str],
     templates: Sequence[str] | None,
-    prompts: Sequence[str],
-    negatives: Sequence[str],
+    columns: ExtraColumns,
 ) -> dict[str, object]:
     """Names, templates, prompts and negative words of the run."""
-    settings = {"names": names, "templates": templates, "prompts": prompts, "negatives": negatives}
+    settings = {
+        "names": names,
+        "templates": templates,
+        "prompts": columns.prompts,
+        "negatives": columns.negatives,
+    }
     if dataset.captioned:
         _require_no_classes(dataset, settings)
         return dict.fromkeys(settings, ())
@@ -311,11 +335,11 @@ def _check_candidates(
         )
     if not names:
         raise DataError("names must have at least one class name. Got none.")
-    words = tuple(dict.fromkeys(negatives))
+    words = tuple(dict.fromkeys(columns.negatives))
     return {
         "names": check_class_names(names, len(names)) or (),
         "templates": TEMPLATES["default"] if templates is None else templates,
-        "prompts": prompts,
+        "prompts": columns.prompts,
         "negatives": check_class_names(words, len(words)) or (),
     }
 

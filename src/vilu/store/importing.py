@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vilu.artifacts.hashing import digest
-from vilu.device import as_usual
+from vilu.device import torch_defaults
 from vilu.embeddings.checks import (
     NONFINITE,
     STATUS,
@@ -35,8 +35,8 @@ from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import OUTSIDE, UNKNOWN, DataError, UsageError
 from vilu.progress import track
 from vilu.store.arrays import MAX_TEXT, Arrays, StoredArray, texts_of
-from vilu.store.documents import IMAGE, ClassColumn, ImageColumn, Imported, Receipt, Run
 from vilu.store.embed import Budget, begin, describe_run, require_room, seal
+from vilu.store.manifest import IMAGE, ClassColumn, ImageColumn, Imported, Receipt, Run
 from vilu.store.parts import ErrorRow, LabelledRow, Part, PartRows, StoreLedger, has_shape
 from vilu.store.reader import EmbeddingStore
 from vilu.validation import checked
@@ -57,7 +57,7 @@ logger = logging.getLogger(__name__)
 
 
 @checked
-@as_usual()
+@torch_defaults()
 def import_arrays(  # noqa: PLR0913 - one keyword per flag of the command
     source: str | os.PathLike[str],
     output: str | os.PathLike[str],
@@ -251,8 +251,8 @@ class SourceArrays:
             self.norms += norms
         keys = self._keys(part)
         labels = self.target[part.start : part.stop].tolist()
-        places = range(part.start, part.stop)
-        for position, key, label, code in zip(places, keys, labels, status, strict=True):
+        positions = range(part.start, part.stop)
+        for position, key, label, code in zip(positions, keys, labels, status, strict=True):
             if code == VALID:
                 known_label = None if label == UNKNOWN else label
                 content.rows.append(LabelledRow(position, key, known_label))
@@ -450,10 +450,10 @@ def _name_of_row(stored: StoredArray, row: int) -> str:
 
 
 class Targets(NamedTuple):
-    """Targets as they are in the source: the whole numbers or names, and the place of each row."""
+    """Targets as they are in the source: the whole numbers or names, and the index of each row."""
 
     values: NDArray[Any]  # those that occur, sorted
-    place: NDArray[np.int64]  # (N,) places among the values
+    value_of_row: NDArray[np.int64]  # (N,) indices among the values
 
 
 def _labels(stored: StoredArray | None, n: int) -> Targets:
@@ -475,10 +475,10 @@ def _labels(stored: StoredArray | None, n: int) -> Targets:
         parts.append(np.unique(targets, return_inverse=True))
     if not parts:
         return Targets(np.empty(0, np.int64), np.empty(0, np.int64))
-    # places among the values of a block become places among the values of all
+    # indices among the values of a block become indices among the values of all
     values = np.unique(np.concatenate([of_block for of_block, _ in parts]))
-    places = [np.searchsorted(values, of_block)[inverse] for of_block, inverse in parts]
-    return Targets(values, np.concatenate([np.empty(0, np.int64), *places]))
+    indices = [np.searchsorted(values, of_block)[inverse] for of_block, inverse in parts]
+    return Targets(values, np.concatenate([np.empty(0, np.int64), *indices]))
 
 
 def _classes(
@@ -496,7 +496,7 @@ def _classes(
         raise UsageError(
             f"all of the {len(names)} classes would be outside. At least one must be left."
         )
-    # from places among all names to places among those that stay
+    # from indices among all names to indices among those that stay
     position = np.full(len(names), OUTSIDE, np.int64)
     position[stay] = np.arange(len(stay))
     target = _targets(labels, names, outside)
@@ -511,7 +511,7 @@ def _classes(
 def _targets(
     labels: Targets, names: tuple[str, ...], outside: tuple[str, ...]
 ) -> NDArray[np.int64]:
-    """(N,) int64 places among the names, -1 where unknown, -2 where a label is called outside."""
+    """(N,) int64 indices of the names, -1 where unknown, -2 where a label is called outside."""
     place_of: dict[str, int] = {}
     for place, name in enumerate(names):
         place_of.setdefault(name, place)
@@ -521,7 +521,7 @@ def _targets(
         codes = _codes_of_names(labels.values.tolist(), place_of, extra)
     else:
         codes = _codes_of_numbers(labels.values, len(names), extra)
-    return codes[labels.place]
+    return codes[labels.value_of_row]
 
 
 def _require_labels(labels: Targets, names: tuple[str, ...], extra: Sequence[str]) -> None:

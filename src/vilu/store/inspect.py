@@ -18,8 +18,8 @@ from vilu.artifacts.documents import read_document
 from vilu.embeddings.checks import NORM_TOLERANCE
 from vilu.embeddings.columns import ANY_NORM
 from vilu.errors import OUTSIDE, UNKNOWN, ViLUError
-from vilu.store.documents import CAPTION, IMAGE, Receipt, Run
 from vilu.store.ledger import require_hash
+from vilu.store.manifest import CAPTION, IMAGE, Receipt, Run
 from vilu.store.parts import (
     ERRORS,
     Part,

@@ -21,7 +21,7 @@ from vilu.datasets.base import SHARD, ImageDataset, ImageRecord
 from vilu.datasets.images import DEFAULT_LIMITS, ImageLimits
 from vilu.errors import StorageError
 from vilu.progress import Silence, Task
-from vilu.store.documents import Receipt, Run
+from vilu.store.manifest import Receipt, Run
 from vilu.store.mapped import default_workers, in_threads
 from vilu.store.parts import ErrorRow, Part, PartRows, StoreLedger, positions
 from vilu.store.pipeline import END, Decoder, Encoder, place_records
@@ -103,11 +103,11 @@ def give_up(run: Run, part: Part, dataset: ImageDataset, *, listing: bool) -> Pa
             logger.warning(
                 "part %d cannot be listed either: %s: %s", part.number, type(error).__name__, error
             )
-    places = positions(run, part)
+    possible = positions(run, part)
     if run.shards:
-        first_of_shards = places[::SHARD]
+        first_of_shards = possible[::SHARD]
         return _error_rows("bad_shard", [(at, f"shard {at // SHARD}") for at in first_of_shards])
-    return _error_rows("crash", [(at, f"image {at}") for at in places])
+    return _error_rows("crash", [(at, f"image {at}") for at in possible])
 
 
 def _error_rows(kind: str, keys: Sequence[tuple[int, str]]) -> PartRows:
@@ -236,7 +236,7 @@ class EmbedJob:
         if isinstance(backbone, BackboneSpec):
             backbone = backbone.load()
         self.run.space.require_match(
-            backbone.space, mine=str(self.root / RUN), theirs="the model of this process"
+            backbone.space, name=str(self.root / RUN), other_name="the model of this process"
         )
         return backbone
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vilu.artifacts.disk import or_refuse
 from vilu.datasets.files import MISSING, ListingHash
-from vilu.device import as_usual
+from vilu.device import torch_defaults
 from vilu.embeddings.checks import NORM_TOLERANCE, VALID, RowNumbers, normalised, row_status
 from vilu.embeddings.pairs import Pools
 from vilu.embeddings.space import EmbeddingSpace
@@ -232,7 +232,7 @@ class LaionPairs(Reopened, MappedPairs):
     """
 
     @checked
-    @as_usual()
+    @torch_defaults()
     def __init__(
         self,
         path: str | os.PathLike[str],

@@ -121,7 +121,7 @@ class Ledger(ABC, Generic[P, R]):
         To be overwritten, it may hold nothing but the files of that run.
         """
         # Looked at before its run.json: another process may begin here just now, and its files
-        # would then be taken for those of a stranger.
+        # would then be taken for somebody else's.
         is_new = not root.is_dir() or not entries(root)
         begun = is_new or cls.has_begun(root)
         if not begun and (root / RUN).is_file():
@@ -184,7 +184,7 @@ class Ledger(ABC, Generic[P, R]):
     def begin(self, run: Document, folders: Iterable[str]) -> None:
         """Write ``run.json``, unless it is there, make the sub-folders, and remove leftovers."""
         # run.json comes first: parts without it would belong to no run that anybody knows, and the
-        # next command would refuse the folder as a stranger's. It is never replaced: parts that
+        # next command would refuse the folder as somebody else's. It is never replaced: parts that
         # are there belong to the run that it names.
         if not (self.root / RUN).is_file():
             run.write(self.root / RUN)
@@ -224,7 +224,7 @@ class Ledger(ABC, Generic[P, R]):
                 if (self.root / name).is_dir():
                     shutil.rmtree(self.root / name)
             # run.json goes last: a kill before that leaves a run, which can be cleared again or
-            # gone on with; without it the rest would be a stranger's, and be refused.
+            # gone on with; without it the rest would be somebody else's, and be refused.
             for name in (*self.documents[1:], RUN):
                 (self.root / name).unlink(missing_ok=True)
 

@@ -129,19 +129,19 @@ class MappedParts:
         wanted = index.numpy()
         if wanted.size:
             self._require_inside(int(wanted.min()), int(wanted.max()))
-        # sorted by part: places order[bounds[p] : bounds[p + 1]] of ``wanted`` are in part p
+        # sorted by part: indices order[bounds[p] : bounds[p + 1]] of ``wanted`` are in part p
         order = np.argsort(wanted, kind="stable")
         bounds = np.searchsorted(wanted, self.starts, sorter=order)
         rows = np.empty((len(wanted), *self.shapes[name]), self._widest)
         # one part at a time: all of them may be too many to hold open
         for number in np.flatnonzero(np.diff(bounds)).tolist():
             part = self._part(name, number)
-            places = order[bounds[number] : bounds[number + 1]]
+            of_part = order[bounds[number] : bounds[number + 1]]
             if part.dtype.itemsize > rows.itemsize:
                 self._widest = part.dtype.newbyteorder("=")
                 rows = rows.astype(self._widest)
-            rows[places] = part[wanted[places] - self.starts[number]]
-            self._touched += len(places) * max(PAGE, part[:1].nbytes)
+            rows[of_part] = part[wanted[of_part] - self.starts[number]]
+            self._touched += len(of_part) * max(PAGE, part[:1].nbytes)
         return torch.from_numpy(rows).float()  # many times faster than numpy's conversion
 
     def _require_inside(self, least: int, most: int) -> None:

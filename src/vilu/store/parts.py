@@ -23,7 +23,8 @@ from vilu.datasets.base import SHARD, ImageDataset, ShardedDataset
 from vilu.embeddings.checks import require_usable
 from vilu.embeddings.columns import COLUMNS
 from vilu.errors import DataError, ProvenanceError, StorageError
-from vilu.store.documents import (
+from vilu.store.ledger import FileInfo, Ledger, alone, require_hash_once, write_hashed
+from vilu.store.manifest import (
     CLASSES,
     IMAGE,
     SHARED,
@@ -35,7 +36,6 @@ from vilu.store.documents import (
     Run,
     StoredClasses,
 )
-from vilu.store.ledger import FileInfo, Ledger, alone, require_hash_once, write_hashed
 from vilu.store.unreadable import UNREADABLE_NPY, or_damaged
 
 
@@ -107,16 +107,16 @@ def holds_all(run: Run, part: Part, at: NDArray[np.int64], n_in: int) -> bool:
 
     Without shards these are all positions of the part; with shards, the first ones in each shard.
     """
-    places = positions(run, part)
+    possible = positions(run, part)
     if not run.shards:
-        return np.array_equal(at, np.arange(places.start, places.stop))
+        return np.array_equal(at, np.arange(possible.start, possible.stop))
     if len(at) != n_in:
         return False
     if n_in == 0:
         return True
     # Positions count within a shard from a multiple of SHARD, so number 0 begins one.
     number = at % SHARD
-    if at[0] < places.start or at[-1] >= places.stop or number[0] != 0:
+    if at[0] < possible.start or at[-1] >= possible.stop or number[0] != 0:
         return False
     goes_on = np.diff(at) == 1
     begins_shard = number[1:] == 0

@@ -22,7 +22,7 @@ from vilu.device import keep_freed_memory
 from vilu.embeddings.checks import NONFINITE, STATUS, VALID, unit_rows
 from vilu.errors import OUTSIDE, DataError, ProvenanceError
 from vilu.progress import Task
-from vilu.store.documents import CAPTION, IMAGE, Run, Views
+from vilu.store.manifest import CAPTION, IMAGE, Run, Views
 from vilu.store.parts import MESSAGE_LENGTH, PICTURE_BYTES, ErrorRow, Part, PartRows, Row, positions
 
 TEXT_TRUNCATED: Final = 1 << 16
@@ -126,19 +126,19 @@ class _Reading:
 
 def place_records(run: Run, part: Part, dataset: ImageDataset) -> Iterator[tuple[int, ImageRecord]]:
     """The records of a part with their positions; ValueError if the data set gives other ones."""
-    places = positions(run, part)
+    possible = positions(run, part)
     records = dataset.records(part.start, part.stop)
     if not run.shards:
-        yield from zip(places, records, strict=True)
+        yield from zip(possible, records, strict=True)
         return
     last = -1
     for record in records:
         position = record.position
         # ascending: the rows of a part are in the order of the images, whoever reads the shards
-        if position is None or position not in places or position <= last:
+        if position is None or position not in possible or position <= last:
             raise ValueError(
                 f"{dataset.source} gave {record.key} the position {position} after {last}; "
-                f"expected larger ones from {places.start} to {places.stop - 1}."
+                f"expected larger ones from {possible.start} to {possible.stop - 1}."
             )
         last = position
         yield position, record

@@ -16,17 +16,17 @@ from torch import Tensor
 from vilu.artifacts.disk import MANIFEST, RUN
 from vilu.artifacts.documents import read_document
 from vilu.artifacts.hashing import digest
-from vilu.device import as_usual
+from vilu.device import torch_defaults
 from vilu.embeddings.checks import HASH_BYTES, Identity, hash_names, hash_of_each
 from vilu.embeddings.column_checks import check_columns
 from vilu.embeddings.columns import TEXT_COLUMNS
 from vilu.embeddings.pairs import Pools
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import OUTSIDE, UNKNOWN, DataError, ProvenanceError, StorageError, UsageError
-from vilu.store.documents import CAPTION, IMAGE, ClassColumn, Manifest, Run, StoredClasses
 from vilu.store.folds import Fold, rows_of_fold
 from vilu.store.laion import LaionPairs, find_shards
 from vilu.store.ledger import Reopened, Vouched, content_hash
+from vilu.store.manifest import CAPTION, IMAGE, ClassColumn, Manifest, Run, StoredClasses
 from vilu.store.mapped import ChosenNumbers, MappedPairs, MappedParts, MappedSource, PartStrings
 from vilu.store.parts import (
     ERRORS,
@@ -43,7 +43,7 @@ from vilu.validation import checked
 
 
 @checked
-@as_usual()
+@torch_defaults()
 def open_source(
     path: str | os.PathLike[str],
     *,
@@ -169,12 +169,12 @@ class Sealed(Reopened):
         """(M,) hashes of keys, or of pictures (and captions), each part of the rows read once."""
         order = np.argsort(rows, kind="stable")
         bounds = np.searchsorted(rows, self.rows.starts, sorter=order)
-        found = np.empty(len(rows), np.uint64)
+        hashes = np.empty(len(rows), np.uint64)
         for number in np.flatnonzero(np.diff(bounds)).tolist():
-            places = order[bounds[number] : bounds[number + 1]]
-            inside = pa.array(rows[places] - self.rows.starts[number])
-            found[places] = self._hashes(by, number, inside, captions=captions)
-        return found
+            of_part = order[bounds[number] : bounds[number + 1]]
+            inside = pa.array(rows[of_part] - self.rows.starts[number])
+            hashes[of_part] = self._hashes(by, number, inside, captions=captions)
+        return hashes
 
     def _hashes(
         self, by: Identity, number: int, rows: pa.Array, *, captions: bool
@@ -235,7 +235,7 @@ class StoredRows(EmbeddingSource):
         return self._sealed.identities("pictures", self._stored(rows), captions=False)
 
     def _stored(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """(M,) places in the store of the rows (M,)."""
+        """(M,) indices in the store of the rows (M,)."""
         return rows if self._chosen is None else self._chosen.numpy()[rows]
 
 
@@ -284,7 +284,7 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
     """
 
     @checked
-    @as_usual()
+    @torch_defaults()
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._sealed = Sealed(self.path)
@@ -364,7 +364,7 @@ class CaptionStore(Reopened, StoredRows, MappedPairs):
     """
 
     @checked
-    @as_usual()
+    @torch_defaults()
     def __init__(
         self, path: str | os.PathLike[str], pools: Pools | None = None, fold: Fold | None = None
     ) -> None:

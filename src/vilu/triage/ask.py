@@ -17,7 +17,7 @@ from vilu.calibration.anytime import flawless_labels
 from vilu.calibration.calibration import Calibration
 from vilu.calibration.procedure import take_back
 from vilu.calibration.rules import Rule, group_names, members_of
-from vilu.device import as_usual
+from vilu.device import torch_defaults
 from vilu.errors import UNKNOWN, DataError, InfeasibleError, UsageError
 from vilu.guard.guard import Answer
 from vilu.metrics.counts import Ints
@@ -234,7 +234,7 @@ def next_of_store(
 
 
 @checked
-@as_usual()
+@torch_defaults()
 def calibrate_by_labels(
     folder: Path,
     store: EmbeddingStore,

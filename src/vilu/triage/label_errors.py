@@ -18,7 +18,7 @@ from vilu.artifacts.paths import claim_file
 from vilu.artifacts.tables import write_table
 from vilu.datasets.base import ImageDataset
 from vilu.datasets.images import BadImage, read_image
-from vilu.device import as_usual
+from vilu.device import torch_defaults
 from vilu.embeddings.copies import NEAR_COPY, near_copies
 from vilu.embeddings.rows import SCORING_BATCH
 from vilu.embeddings.source import EmbeddingSource, TakenIds
@@ -69,7 +69,7 @@ class LabelErrors:
 
 
 @checked
-@as_usual()
+@torch_defaults()
 def find_label_errors(
     source: EmbeddingSource, predictor: FailurePredictor | None = None, *, seed: int = 0
 ) -> LabelErrors:

@@ -13,7 +13,7 @@ import numpy as np
 from vilu.artifacts.disk import locked, make_folder, write_text
 from vilu.calibration.anytime import log_evidence
 from vilu.calibration.thresholds import exactly, percent
-from vilu.device import as_usual
+from vilu.device import torch_defaults
 from vilu.errors import UsageError
 from vilu.guard.guard import Answer
 from vilu.metrics.counts import Floats
@@ -56,7 +56,7 @@ class TriageSummary:
 
 
 @checked
-@as_usual()
+@torch_defaults()
 def triage_photos(
     settings: TriageSettings,
     output: Path,

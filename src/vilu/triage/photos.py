@@ -25,7 +25,7 @@ from vilu.datasets.folder import Listed, PhotoFiles
 from vilu.embeddings.checks import Identity
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import UNKNOWN, DataError
-from vilu.store.embed import embed
+from vilu.store.embed import ExtraColumns, embed
 from vilu.store.job import BackboneSpec
 from vilu.store.reader import EmbeddingStore
 
@@ -208,7 +208,7 @@ class PhotoStores:
             # a store of another model, once made, would be in the way of all later runs
             store = self.store(complete)
             EmbeddingStore(store).space.require_match(
-                model.space, mine=str(store), theirs="the model of this run"
+                model.space, name=str(store), other_name="the model of this run"
             )
         embed(
             photos.files_of(chosen, settings.names),
@@ -216,7 +216,7 @@ class PhotoStores:
             self.store(number),
             names=settings.names,
             templates=settings.templates,
-            negatives=settings.negatives,
+            columns=ExtraColumns(negatives=settings.negatives),
             batch_size=settings.batch_size,
             workers=settings.workers,
             max_error_rate=MAX_ERROR_RATE,
@@ -267,7 +267,7 @@ class Photos(EmbeddingSource):
     ) -> None:
         first = parts[0][0]
         for store, _ in parts[1:]:
-            first.space.require_match(store.space, mine=str(first.path), theirs=str(store.path))
+            first.space.require_match(store.space, name=str(first.path), other_name=str(store.path))
         self._parts = [(store, torch.from_numpy(rows)) for store, rows in parts]
         self._starts = np.cumsum([0, *(len(rows) for _, rows in parts)])
         self.space = first.space

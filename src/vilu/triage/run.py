@@ -27,8 +27,8 @@ from vilu.errors import DataError
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.predictor import FailurePredictor
+from vilu.predictors.persistence.description import read_description
 from vilu.predictors.persistence.files import PREDICTOR
-from vilu.predictors.persistence.record import read_record
 from vilu.predictors.persistence.storage import load
 from vilu.predictors.persistence.vocabulary import Vocabulary
 from vilu.scoring.score import provenance_of, score_rows
@@ -462,7 +462,7 @@ def ask_for_labels(
     run: TriageRun, state: TriageState, uncertainty: Floats, progress: GuaranteeProgress | None
 ) -> TriageState:
     """Ask for what is missing; if nothing is, for new labels of both sides."""
-    predictor = str(read_record(run.tested_folder(state) / PREDICTOR)["weights_sha256"])[:16]
+    predictor = str(read_description(run.tested_folder(state) / PREDICTOR)["weights_sha256"])[:16]
     missing: list[str] = []
     drawn: list[str] = []
     if progress is not None:

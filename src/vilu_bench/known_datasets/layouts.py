@@ -120,8 +120,8 @@ class SplitFolders:
                 classes.update(subfolders(folder))
         names = tuple(sorted(classes, key=os.fsencode))
         if not names:
-            places = " or ".join(map(str, folders))
-            raise DataError(f"{place.folder} has no folder of a class in {places}. {UNPACK}")
+            listed = " or ".join(map(str, folders))
+            raise DataError(f"{place.folder} has no folder of a class in {listed}. {UNPACK}")
         labels = {name: label for label, name in enumerate(names)}
         splits = {split: ClassFolders(place.folder, part, labels) for split, part in parts.items()}
         return Listing(names, splits, "a folder per class")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vilu.embeddings.rows import Rows
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.predictors.contract.games import Game, HeadGame, NoAttribution
+from vilu.predictors.contract.coalitions import Coalitions, HeadCoalitions, NoAttribution
 from vilu.predictors.contract.labelled import fit_and_selection
 from vilu.predictors.contract.parameters import parameters
 from vilu.predictors.contract.predictor import Learnt
@@ -58,9 +58,9 @@ class DeepEnsemble(ViLU):
 
     graph = head_graph
 
-    def game(self) -> Game:
+    def coalitions(self) -> Coalitions:
         """Of the mean probability."""
-        return HeadGame(
+        return HeadCoalitions(
             self.heads,
             torch.sigmoid,
             "uncertainty, mean over the members' probabilities of failure",
@@ -135,10 +135,11 @@ class MCDropout(ViLU):
     dropout: Annotated[float, Field(gt=0, lt=1)] = 0.1
     passes: Annotated[Count, Field(le=10_000)] = 20
 
-    def game(self) -> Game:
+    def coalitions(self) -> Coalitions:
         """None."""
         raise NoAttribution(
-            "the score of mc_dropout is a mean over thinned heads, for which no game is defined"
+            "the score of mc_dropout is a mean over thinned heads, for which no coalitions are "
+            "defined"
         )
 
     def module(

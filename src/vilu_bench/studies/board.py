@@ -170,10 +170,10 @@ class Board:
 
 def _by_place(cells: Sequence[Cell]) -> dict[Place, list[Cell]]:
     """Cells that differ in nothing but the seed, together."""
-    places: dict[Place, list[Cell]] = {}
+    groups: dict[Place, list[Cell]] = {}
     for cell in cells:
-        places.setdefault((cell.method, cell.data, cell.setting), []).append(cell)
-    return places
+        groups.setdefault((cell.method, cell.data, cell.setting), []).append(cell)
+    return groups
 
 
 def _entrant(

@@ -87,17 +87,17 @@ def _trend(board: Board, claim: Trend) -> Verdict:
 
 def _steeper(board: Board, claim: Steeper) -> Verdict:
     data = claim.data or tuple(board.config.data)
-    places = list(itertools.product(data, claim.settings))
+    cases = list(itertools.product(data, claim.settings))
     what = (
         f"gain in {METRICS[claim.metric].title} per 100 points of zero-shot accuracy, "
-        f"{claim.steeper} less {claim.than}, over {len(places)} places"
+        f"{claim.steeper} less {claim.than}, over {len(cases)} cases"
     )
-    steeper = _entrants(board, claim.steeper, places)
-    than = _entrants(board, claim.than, places)
+    steeper = _entrants(board, claim.steeper, cases)
+    than = _entrants(board, claim.than, cases)
     if steeper is None or than is None:
         return _not_tested(claim, what)
-    if len(places) < LEAST_POINTS:
-        return _not_tested(claim, what, f"a trend line needs {LEAST_POINTS} places")
+    if len(cases) < LEAST_POINTS:
+        return _not_tested(claim, what, f"a trend line needs {LEAST_POINTS} cases")
     shared = _shared_seeds(steeper, than)
     if not all(shared):
         return _not_tested(claim, what, NO_SEED)
@@ -162,11 +162,11 @@ def _on_seeds(a: Sequence[Entrant], b: Sequence[Entrant]) -> str:
 
 
 def _entrants(
-    board: Board, method: str, places: Iterable[tuple[str, str]]
+    board: Board, method: str, cases: Iterable[tuple[str, str]]
 ) -> tuple[Entrant, ...] | None:
-    """A method's results in all of some places; None where it lacks one."""
+    """A method's results in all cases; None where it lacks one."""
     entrants = []
-    for data, setting in places:
+    for data, setting in cases:
         entrant = board.find(method, data, setting)
         if entrant is None:
             return None

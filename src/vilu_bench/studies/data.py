@@ -185,7 +185,7 @@ class Workbench:
         if not common:
             return fit
         warnings.warn(
-            f"{common.said('rows to fit on')} of {data} are left out: they are tested on.",
+            f"{common.in_words('rows to fit on')} of {data} are left out: they are tested on.",
             stacklevel=2,
         )
         return fit.take(np.flatnonzero(~common.shared))
@@ -219,7 +219,7 @@ class Workbench:
         b = self.source(data, role_b)
         name_a = _name_of_set(data, role_a)
         name_b = _name_of_set(data, role_b)
-        a.space.require_match(b.space, mine=name_a, theirs=name_b)
+        a.space.require_match(b.space, name=name_a, other_name=name_b)
         if a.class_names != b.class_names:
             raise ProvenanceError(
                 f"{name_a} has the classes {a.class_names}, {name_b} {b.class_names}. "
@@ -234,7 +234,7 @@ class Workbench:
         if role_b == "validation":
             then = "a fit leaves them out"
         where = f"are in its {role_a} part, too"
-        common.others(
+        common.unshared(
             b, f"{role_b} rows of {data}", where, "Take them out of one of the two.", then
         )
 

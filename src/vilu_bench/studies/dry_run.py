@@ -17,7 +17,7 @@ from vilu.datasets.base import ShardedDataset
 from vilu.datasets.known import KNOWN, find_known
 from vilu.datasets.known.entry import find_place
 from vilu.errors import DataError, StorageError, UsageError
-from vilu.store.documents import Manifest
+from vilu.store.manifest import Manifest
 from vilu.text import aligned
 from vilu_bench.studies.cells import Cell, needed_parts, origin_of, own_results, plan, sharing_a_fit
 from vilu_bench.studies.config import Config

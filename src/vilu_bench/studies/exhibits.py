@@ -74,10 +74,10 @@ def exhibit(board: Board, view: AnyView, root: Path) -> Exhibit:
 def _curves(board: Board, view: CurveView) -> tuple[Sheet, Draw]:
     from vilu.report.figures import curves
 
-    places = view.places(board.config, view.x)
+    points = view.along(board.config, view.x)
 
     def place(key: Key) -> float | None:
-        return places[getattr(key, view.x)].x
+        return points[getattr(key, view.x)].x
 
     panels = _panels(board, view, place, view.panel, view.line)
     sheet = table_sheet(board, view.as_table((view.panel, view.line), (view.x, "metric")))
@@ -225,7 +225,7 @@ def _field(board: Board, view: GridView, data: str) -> _Field | None:
     sign = 1 if METRICS[best].higher_is_better else -1
     methods: dict[Pair, str] = {}
     merits: dict[Pair, float] = {}  # the highest is chosen
-    for label in view.places(board.config, "method"):
+    for label in view.along(board.config, "method"):
         entrant = board.find(label, data, view.select_on)
         pair = _pair_of(board, view, label)
         if entrant is not None and pair is not None:

@@ -103,17 +103,17 @@ def _seeds_note(entrants: Sequence[Entrant]) -> str:
 
 def _named(entrants: Sequence[Entrant], everywhere: Sequence[Entrant]) -> str:
     """Methods of some entrants; data sets and settings follow where a method has further ones."""
-    places: dict[str, list[str]] = {}
+    cases_of: dict[str, list[str]] = {}
     for entrant in entrants:
         _, data, setting = entrant.place
-        places.setdefault(entrant.method, []).append(f"{data} {setting}")
+        cases_of.setdefault(entrant.method, []).append(f"{data} {setting}")
     n_everywhere = Counter(entrant.method for entrant in everywhere)
     names = []
-    for method, method_places in places.items():
-        if len(method_places) == n_everywhere[method]:
+    for method, cases in cases_of.items():
+        if len(cases) == n_everywhere[method]:
             names.append(method)
         else:
-            names.append(f"{method} ({', '.join(method_places)})")
+            names.append(f"{method} ({', '.join(cases)})")
     return ", ".join(names)
 
 
@@ -231,9 +231,9 @@ def measured_of(board: Board, view: View) -> dict[Key, Mean]:
     if not view.mean:
         return measured
     for key in dict.fromkeys(replace(key, data=MEAN) for key in entrants):
-        places = [(key.method, data, key.setting) for data in view.mean]
-        if board.entrants.keys() >= set(places):
-            measured[key] = Mean(tuple(board.entrants[place] for place in places))
+        averaged = [(key.method, data, key.setting) for data in view.mean]
+        if board.entrants.keys() >= set(averaged):
+            measured[key] = Mean(tuple(board.entrants[place] for place in averaged))
     return measured
 
 
@@ -242,9 +242,9 @@ def chosen(board: Board, view: View) -> dict[Key, Entrant]:
     config = board.config
     entrants = {}
     for data, setting, method, metric in itertools.product(
-        view.places(config, "data"),
-        view.places(config, "setting"),
-        view.places(config, "method"),
+        view.along(config, "data"),
+        view.along(config, "setting"),
+        view.along(config, "method"),
         view.metrics,
     ):
         entrant = board.entrants.get((method, data, setting))

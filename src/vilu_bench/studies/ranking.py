@@ -143,8 +143,8 @@ def standings(contests: Sequence[Mapping[str, float]]) -> tuple[Standing, ...]:
             if n_better == 0:
                 wins[method] += 1 / n_equal
     ordered = [
-        Standing(method, wins[method], fmean(places), len(places))
-        for method, places in ranks.items()
+        Standing(method, wins[method], fmean(method_ranks), len(method_ranks))
+        for method, method_ranks in ranks.items()
     ]
     ordered.sort(key=_most_wins_first)
     return tuple(ordered)

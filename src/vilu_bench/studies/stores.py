@@ -20,8 +20,8 @@ from vilu.backbones.zeroshot import everyday_words, named_templates
 from vilu.datasets.base import Chosen, ImageDataset, ShardedDataset
 from vilu.datasets.catalog import open_dataset
 from vilu.errors import UsageError
-from vilu.store.documents import Manifest
-from vilu.store.embed import embed
+from vilu.store.embed import ExtraColumns, embed
+from vilu.store.manifest import Manifest
 from vilu_bench.known_datasets.shift import ShiftedImages
 from vilu_bench.studies.config import Config
 from vilu_bench.studies.parts import Data, Role, StorePaths
@@ -75,7 +75,7 @@ def make_stores(
         elif models is not None:
             stored_space = read_document(folder / MANIFEST, Manifest).space
             load(entry.backbone).space.require_match(
-                stored_space, mine=f"the model in {models}", theirs=f"{folder}"
+                stored_space, name=f"the model in {models}", other_name=f"{folder}"
             )
     return folders
 
@@ -105,12 +105,13 @@ def store_of(part: Part, entry: Data, data: Path, output: Path) -> Path:
     name, role = part
     if entry.stores is not None:
         return _named(name, "stores", entry.stores, role, data)
+    columns = _columns(entry, role)
     with open_images(entry, role, data) as images:
         recipe = [
             images.fingerprint,
             entry.backbone,
             _names(entry, images),
-            _columns(entry, role),
+            (columns.features, columns.views, columns.prompts),
             *_words(entry),
         ]
     # so that entries of one recipe share it
@@ -140,27 +141,27 @@ def _named(name: str, key: str, paths: StorePaths, role: Role, data: Path) -> Pa
 
 def _embed(entry: Data, role: Role, data: Path, folder: Path, backbone: Backbone) -> None:
     with open_images(entry, role, data) as images:
-        features, views, prompts = _columns(entry, role)
         embed(
             images,
             backbone,
             folder,
             names=_names(entry, images),
-            features=features,
-            views=views,
-            prompts=() if entry.captions else prompts,
-            negatives=list(itertools.chain.from_iterable(_words(entry))),
+            columns=_columns(entry, role),
             split=_split(entry, role),
         )
 
 
-def _columns(entry: Data, role: Role) -> tuple[bool, int, tuple[str, ...]]:
-    """Features, views and prompts to store beside the embeddings."""
+def _columns(entry: Data, role: Role) -> ExtraColumns:
+    """What to store beside the embeddings."""
+    words = list(itertools.chain.from_iterable(_words(entry)))
+    if entry.captions:
+        return ExtraColumns(features=entry.features, negatives=words)
     views = 0
-    if role == "test" and not entry.captions:
+    if role == "test":
         # of training images they would be all the time
         views = entry.views
-    return entry.features, views, tuple(named_templates(entry.prompts))
+    prompts = named_templates(entry.prompts)
+    return ExtraColumns(entry.features, views, prompts=prompts, negatives=words)
 
 
 def _words(entry: Data) -> list[tuple[str, ...]]:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from vilu.artifacts.disk import LOG, make_folder, write_bytes, write_text
 from vilu.artifacts.documents import SCHEMA_VERSION, explain, read_json, write_json
-from vilu.artifacts.paths import claim_file, claim_folder, inputs_of, made, mark
+from vilu.artifacts.paths import claim_file, claim_folder, inputs_of, kind_and_inputs, mark
 from vilu.errors import DataError
 from vilu.report.style import require_matplotlib, save
 from vilu.text import in_markdown, markdown_rows
@@ -375,7 +375,7 @@ def render_studies(
         return [render(board, output) for board in boards]
     sources = [output / STUDIES / board.config.name / DOCUMENT for board in boards]
     inputs = inputs_of(*sources, *files, title=title, intro=intro)
-    is_ours = made(document) is not None
+    is_ours = kind_and_inputs(document) is not None
     is_done = claim_file(document, "study", inputs, overwrite=overwrite)
     claim_folder(document.with_suffix(""), "document's figures", lambda _: False, same=is_ours)
     studies = [render(board, output) for board in boards]

@@ -22,7 +22,7 @@ from vilu.metrics.counts import Floats
 from vilu.outcomes.evaluate import evaluate
 from vilu.outcomes.outcomes import TEXT_COLUMNS, Outcomes, facts_of
 from vilu.outcomes.results import ResultRow
-from vilu.predictors.persistence.record import home_of
+from vilu.predictors.persistence.description import home_of
 from vilu_bench.studies.board import Board, Bootstrap
 from vilu_bench.studies.cells import Cell
 from vilu_bench.studies.fit import collected_warnings
@@ -62,27 +62,27 @@ def export(boards: Iterable[Board], run: Path, label: str, folder: Path) -> list
         UsageError: If no study has a result of it.
     """
     first_board: dict[Cell, Board] = {}  # the first study that has a result
-    places: dict[Cell, list[tuple[str, int]]] = {}  # settings and seeds that share it
+    stands_for: dict[Cell, list[tuple[str, int]]] = {}  # settings and seeds that share it
     for board in boards:
         for cell in board.cells:
             if cell.method == label and board.results[cell.run].refused is None:
                 first_board.setdefault(cell.run, board)
-                places.setdefault(cell.run, []).append((cell.setting, cell.seed))
+                stands_for.setdefault(cell.run, []).append((cell.setting, cell.seed))
     if not first_board:
         raise UsageError(f"no study in {run} has a result of a method {label!r}.")
     paths = []
     for cell, board in first_board.items():
-        paths.append(_write(board, run, cell, places[cell], folder))
+        paths.append(_write(board, run, cell, stands_for[cell], folder))
     return paths
 
 
 def _write(
-    board: Board, run: Path, cell: Cell, places: list[tuple[str, int]], folder: Path
+    board: Board, run: Path, cell: Cell, stands_for: list[tuple[str, int]], folder: Path
 ) -> Path:
     submission = Submission(
         made_by=_maker(board, cell.method),
         result=board.results[cell].model_copy(update={"files": {}}),
-        stands_for=tuple(dict.fromkeys(places)),
+        stands_for=tuple(dict.fromkeys(stands_for)),
     )
     cell_folder = make_folder((folder / cell.path.relative_to("cells")).parent)
     path = cell_folder / f"seed-{cell.seed}{SCORES}"
@@ -120,7 +120,7 @@ def take_in(boards: Sequence[Board], run: Path, files: Iterable[Path]) -> list[B
     for board in boards:
         pairs = []
         for guest in guests:
-            for cell in _places(board, guest):
+            for cell in _cells_of(board, guest):
                 pairs.append((guest, cell))
                 paths_with_place.add(guest.path)
         pairs_by_board.append(pairs)
@@ -157,8 +157,8 @@ def _read(path: Path) -> Guest:
     return Guest(path, submission, outcomes)
 
 
-def _places(board: Board, guest: Guest) -> list[Cell]:
-    """The study's cells with a result beside which a guest stands, one for each of its places."""
+def _cells_of(board: Board, guest: Guest) -> list[Cell]:
+    """The cells with a result beside which a guest stands, one for each setting and seed."""
     data = guest.submission.result.data
     wanted = set(guest.submission.stands_for)
     beside: dict[tuple[str, int], Cell] = {}

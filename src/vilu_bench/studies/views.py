@@ -114,7 +114,7 @@ class View(Section):
         if self.with_intervals:
             require_known(f"metric with an interval {self.where}", self.metrics, RANKED_BY)
 
-    def places(self, known: Known, axis: str) -> dict[str, Placed]:
+    def along(self, known: Known, axis: str) -> dict[str, Placed]:
         """What is shown along an axis; guests go with methods that are side by side."""
         there = known.along(axis)
         names = [*(self.chosen[axis] or there)]
@@ -155,7 +155,7 @@ class TableView(View):
     def check(self, known: Known) -> None:
         """Also refuse a table in which two numbers would stand in one cell."""
         super().check(known)
-        shown = {axis: tuple(self.places(known, axis)) for axis in AXES}
+        shown = {axis: tuple(self.along(known, axis)) for axis in AXES}
         shown["metric"] = self.metrics
         if self.means_only:
             shown["data"] = ("mean",)
@@ -192,9 +192,9 @@ class CurveView(View):
         return self
 
     def check(self, known: Known) -> None:
-        """Also refuse points without place."""
+        """Also refuse an axis without a point."""
         super().check(known)
-        if all(place.x is None for place in self.places(known, self.x).values()):
+        if all(place.x is None for place in self.along(known, self.x).values()):
             raise ValueError(f"no {self.x} has an x to stand on the axis {self.where}")
 
 
@@ -303,7 +303,7 @@ class Trend(Claim):
         return (self.method,), self.settings
 
     def check(self, known: Known) -> None:
-        """Also refuse settings without places on a logarithmic axis."""
+        """Also refuse settings that have no point on a logarithmic axis."""
         super().check(known)
         x = [known.along("setting")[name].x for name in self.settings]
         on_axis = [place for place in x if place is not None and place > 0]

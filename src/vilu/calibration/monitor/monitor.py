@@ -31,8 +31,8 @@ from vilu.calibration.shares import Strata
 from vilu.errors import UNKNOWN, DataError, InfeasibleError, ProvenanceError, UsageError
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
+from vilu.predictors.persistence.description import read_description
 from vilu.predictors.persistence.files import PREDICTOR
-from vilu.predictors.persistence.record import read_record
 from vilu.validation import checked, require_at_least, require_between
 
 if TYPE_CHECKING:
@@ -627,7 +627,7 @@ def _guaranteed(folder: Path) -> tuple[Calibration, Rule | LabelSets]:
     command = f"vilu calibrate {shlex.quote(str(folder))} STORE --max-risk 0.05"
     calibration = Calibration.find(folder)
     if calibration is None:
-        read_record(folder / PREDICTOR)  # a folder without a predictor is another mistake
+        read_description(folder / PREDICTOR)  # a folder without a predictor is another mistake
     elif calibration.guarantee is not None:
         return calibration, calibration.guarantee
     else:

@@ -133,9 +133,11 @@ class ClassDensity(ClosedSet):
         groups = self.tensor("groups", image.device)[classes.to(image.device)]
         density = self._log_density(image, classes, groups)
         of_answer = density.gather(1, answer).squeeze(1)
+        # A class without images has the density of all images. Counted as a rival, it would win for
+        # every image that is a little unlike its class.
         of_seen = density.masked_fill(groups == ABSENT, -math.inf)
         of_rivals = of_seen.scatter(1, answer, -math.inf).logsumexp(dim=1)
-        has_no_rival = of_rivals == -math.inf
+        has_no_rival = of_rivals == -math.inf  # minus infinity is no score that can be ordered
         return of_rivals.masked_fill(has_no_rival, 0.0) - of_answer
 
     def _log_density(self, image: Tensor, classes: Tensor, groups: Tensor) -> Tensor:
@@ -148,6 +150,7 @@ class ClassDensity(ClosedSet):
         density = z.new_empty(len(z), len(groups))
         for group in groups.unique().tolist():
             member = groups == group
+            # whitened, the Mahalanobis distance is a Euclidean one: one product for all classes
             squares = squared_distances(z @ whiteners[group], means[member] @ whiteners[group])
             density[:, member] = -(squares + log_dets[group]) / 2
         return density
@@ -158,7 +161,7 @@ def mean_of_both(batch: Batch, odds: Tensor) -> Tensor:
 
     s_d is the share that the answer has of the density.
     """
-    return (batch.others.doubt.to(odds.device) + torch.sigmoid(odds)) / 2
+    return (batch.rivals.doubt.to(odds.device) + torch.sigmoid(odds)) / 2
 
 
 @dataclasses.dataclass
@@ -242,6 +245,7 @@ def class_scatters(
 def squared_distances(whitened: Tensor, means: Tensor) -> Tensor:
     """(B, K) squared Euclidean distances of whitened queries (B, D) and whitened means (K, D)."""
     squares = whitened.square().sum(dim=1)[:, None] + means.square().sum(dim=1)
+    # |a|^2 + |b|^2 - 2 a.b of near points is rounding, which may be below zero
     return (squares - 2 * whitened @ means.T).clamp(min=0)
 
 

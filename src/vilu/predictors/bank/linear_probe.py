@@ -79,6 +79,7 @@ class LinearProbe(ClosedSet):
         bias[known] = 0.0
         if len(known) > 1:
             image = gather(drawn)
+            # what all images have in common is most of each: L-BFGS would go slowly along it
             centre = image.mean(dim=0)
             model = LogisticRegression(C=self.C, max_iter=self.max_iter)
             with warnings.catch_warnings():

@@ -1,1 +1,1 @@
-"""What every predictor has: the contract, its parameters, the rows that it learns from and knows again."""
+"""What every predictor has: the contract, its parameters, and a memory of the rows of its fit."""

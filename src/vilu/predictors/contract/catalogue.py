@@ -1,4 +1,4 @@
-"""The methods by their names: those that ``vilu.predictors`` lists, registered ones, and those of entry points."""
+"""The methods by their names: ours, registered ones, and those of entry points."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from vilu.errors import UsageError, nearest
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.registry import ADDERS, Catalogue
 
-PREDICTORS = Catalogue[type[FailurePredictor]](
-    "method", "vilu.predictors"
-)  # ``vilu.predictors`` puts ours in
+# ``vilu.predictors`` puts ours in
+PREDICTORS = Catalogue[type[FailurePredictor]]("method", "vilu.predictors")
 
 
 def add_predictor(cls: object) -> bool:
@@ -19,27 +18,35 @@ def add_predictor(cls: object) -> bool:
     if not (isinstance(cls, type) and issubclass(cls, FailurePredictor)):
         return False
     where = f"{cls.__module__}.{cls.__qualname__}"
-    if missing := [key for key in ("name", "summary", "reference") if not getattr(cls, key, None)]:
+    missing = [key for key in ("name", "summary", "reference") if not getattr(cls, key, None)]
+    if missing:
         raise UsageError(
             f"the method {where} has no {' and no '.join(missing)}. Set it as a class attribute."
         )
     if PREDICTORS.here.get(cls.name, cls) is not cls:
         raise UsageError(
-            f"there is a method {cls.name!r} already, {PREDICTORS[cls.name].__name__}. Rename {where}."
+            f"there is a method {cls.name!r} already, {PREDICTORS[cls.name].__name__}. "
+            f"Rename {where}."
         )
     if "__dataclass_params__" not in vars(cls):
         raise UsageError(
-            f"the method {where} must be a dataclass, so that its parameters are known. Decorate it."
+            f"the method {where} must be a dataclass, so that its parameters are known. "
+            "Decorate it."
         )
     if inspect.isabstract(cls):
         raise UsageError(
             f"the method {where} lacks {', '.join(sorted(cls.__abstractmethods__))}. Define it."
         )
-    if without := [
-        f.name for f in dataclasses.fields(cls) if f.init and f.default is f.default_factory
-    ]:
+    without_default = []
+    for field in dataclasses.fields(cls):
+        # both are MISSING where neither was stated, and never equal otherwise
+        has_default = field.default is not field.default_factory
+        if field.init and not has_default:
+            without_default.append(field.name)
+    if without_default:
         raise UsageError(
-            f"the method {where} needs a default for {', '.join(without)}: `vilu fit` gives none."
+            f"the method {where} needs a default for {', '.join(without_default)}: `vilu fit` "
+            "gives none."
         )
     PREDICTORS[cls.name] = cls
     return True
@@ -49,7 +56,7 @@ ADDERS["a subclass of vilu.FailurePredictor"] = add_predictor
 
 
 def method_names() -> list[str]:
-    """Of all methods: ours, the registered ones, and those of entry points, which are not imported for that."""
+    """Of all methods: ours, registered ones, and those of entry points, which are not imported."""
     return PREDICTORS.names()
 
 

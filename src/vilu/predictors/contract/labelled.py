@@ -31,19 +31,19 @@ def disjoint(train: EmbeddingSource, validation: EmbeddingSource) -> EmbeddingSo
     One of another space is refused, and one with many rows of the training set.
     """
     names = "the training set", "the validation set"
-    train.space.require_match(validation.space, mine=names[0], theirs=names[1])
+    train.space.require_match(validation.space, name=names[0], other_name=names[1])
     common = overlap(train, validation, names)
     if common is None:
         return validation
     blind = "Selection on training rows is blind: take them out of one of the two sets."
-    is_new = common.others(validation, "validation rows", "are in the training set, too", blind)
+    is_new = common.unshared(validation, "validation rows", "are in the training set, too", blind)
     return validation.without(~is_new)
 
 
 def require_comparable(train: EmbeddingSource, unlabelled: EmbeddingSource) -> None:
     """Refuse unlabelled rows of another space, or with other candidates than the training set."""
     train.space.require_match(
-        unlabelled.space, mine="the training set", theirs="the unlabelled rows"
+        unlabelled.space, name="the training set", other_name="the unlabelled rows"
     )
     train_text = _shared_texts(train)
     unlabelled_text = _shared_texts(unlabelled)
@@ -94,28 +94,28 @@ def trainable_rows(
             "them, so nothing can be learned of the classes. Add rows of the classes to these "
             f"{len(source)}."
         )
-    n_strangers = 0
+    n_ood = 0
     if needs == "class":
         known &= ~outside
-        n_strangers = int(outside.sum())
+        n_ood = int(outside.sum())
     if not known.any():
         raise DataError(f"none of the {len(source)} {role} rows has a label.")
     n_left_out = len(source) - n_short - int(known.sum())
     if n_left_out:
         warnings.warn(
             f"{n_left_out} of {len(source)} {role} rows are left out "
-            f"{_reasons(n_unusable, n_strangers)}.",
+            f"{_reasons(n_unusable, n_ood)}.",
             stacklevel=6,
         )
     return rows[known], failure[known]
 
 
-def _reasons(n_unusable: int, n_strangers: int) -> str:
-    """Why rows are left out; of strangers also where, since they may teach what is outside."""
-    if not n_strangers:
+def _reasons(n_unusable: int, n_ood: int) -> str:
+    """Why rows are left out; with out-of-distribution rows also where, as they teach elsewhere."""
+    if not n_ood:
         return f"({n_unusable} unusable, the rest without label)"
     return (
-        f"where classes are told apart ({n_unusable} unusable, {n_strangers} of none of the "
+        f"where classes are told apart ({n_unusable} unusable, {n_ood} of none of the "
         "classes, the rest without label)"
     )
 
@@ -254,8 +254,8 @@ def hold_out(
         return _hold_out_pools(len(failure), fraction, pool_size, generator, groups)
     if groups is None:
         groups = torch.arange(len(failure))
-    _, first_places = np.unique(groups.numpy(), return_index=True)
-    first = torch.from_numpy(first_places)  # a group counts as its first row
+    _, first_indices = np.unique(groups.numpy(), return_index=True)
+    first = torch.from_numpy(first_indices)  # a group counts as its first row
     parts = []
     for value in (0, 1):
         kind = first[failure[first] == value]

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from vilu.device import as_usual, each_as_usual, resolve_device
+from vilu.device import each_with_torch_defaults, resolve_device, torch_defaults
 from vilu.embeddings.columns import HOW, SECOND
 from vilu.embeddings.rows import SCORING_BATCH, Rows
 from vilu.embeddings.similarity import cached_rows
@@ -28,7 +28,7 @@ from vilu.validation import checked
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-    from vilu.predictors.contract.games import Game
+    from vilu.predictors.contract.coalitions import Coalitions
     from vilu.predictors.contract.labelled import Needs
     from vilu.predictors.contract.probability import Calibrator
     from vilu.predictors.contract.seen import Overlap, Sketches
@@ -71,8 +71,8 @@ class FailurePredictor(ABC):
     as in scikit-learn, whose ``clone`` works. What ``fit`` finds ends in an underscore. Higher
     uncertainty means more likely wrong. A method has to say ``name``, ``summary``, ``reference``
     and ``_score``; one that learns from labels also ``_learn``, and ``tensors`` or ``module``. All
-    else has defaults. Of ``graph``, ``game`` and ``looks_at`` only what a class defines itself
-    counts: what it inherits may be wrong for it.
+    else has defaults. Of ``graph``, ``coalitions`` and ``looks_at`` only what a class itself
+    defines counts: what it inherits may be wrong for it.
 
     Parameters of the same name mean the same in all methods: ``seed`` is of everything random in
     ``fit``; ``device`` ("auto", "cpu", "cuda", "cuda:N" or "mps") is not part of what is saved;
@@ -241,23 +241,29 @@ class FailurePredictor(ABC):
         """
         raise NotExportable(f"{self.name} defines no graph of image and text")
 
-    def game(self) -> Game:
-        """Who plays for the score, and what coalitions are worth.
+    def coalitions(self) -> Coalitions:
+        """The groups of inputs, and what their coalitions are worth.
 
         The default knows scores of one kind of input.
 
         Examples:
             >>> import vilu
-            >>> vilu.MCM().game().players, vilu.PREDICTORS["knn_distance"]().game().players
-            (('zero-shot score',), ('image',))
+            >>> vilu.MCM().coalitions().players
+            ('zero-shot score',)
+            >>> vilu.PREDICTORS["knn_distance"]().coalitions().players
+            ('image',)
         """
-        from vilu.predictors.contract.games import PLAYER_OF_LOOK, NoAttribution, SingleGame
+        from vilu.predictors.contract.coalitions import (
+            PLAYER_OF_LOOK,
+            NoAttribution,
+            SingleCoalitions,
+        )
 
         looks_at = vars(type(self)).get("looks_at", frozenset())
         if len(looks_at) != 1:
             raise NoAttribution(f"no attribution is defined for {self.name}")
         (kind_of_input,) = looks_at
-        return SingleGame(PLAYER_OF_LOOK[kind_of_input])
+        return SingleCoalitions(PLAYER_OF_LOOK[kind_of_input])
 
     @property
     def label(self) -> str:
@@ -329,7 +335,7 @@ class FailurePredictor(ABC):
         return 0.0
 
     @checked
-    @as_usual()
+    @torch_defaults()
     def fit(
         self,
         train: EmbeddingSource,
@@ -436,7 +442,7 @@ class FailurePredictor(ABC):
 
     # What was learned, and where it is kept.
 
-    @as_usual()
+    @torch_defaults()
     def take(self, tensors: dict[str, Tensor], space: EmbeddingSpace | None) -> None:
         """Hold what was learned; refuses tensors of the wrong names, types or shapes."""
         from vilu.predictors.persistence.state import StateLayout
@@ -504,7 +510,7 @@ class FailurePredictor(ABC):
             >>> vilu.load(folder)
             MCM()
         """
-        from vilu.predictors.persistence.record import save
+        from vilu.predictors.persistence.description import save
 
         self.require_fitted()
         return save(self, folder)
@@ -572,7 +578,7 @@ class FailurePredictor(ABC):
             ... ]
             [([0, 1], [0.0, 0.12])]
         """
-        return each_as_usual(self._scored(data, rows))
+        return each_with_torch_defaults(self._scored(data, rows))
 
     def _scored(
         self, data: EmbeddingSource, rows: Tensor | None
@@ -675,7 +681,7 @@ class FailurePredictor(ABC):
         remedy = f"{LEARNED_FROM} Take rows that it has not seen."
         what = f"{role} rows"
         where = f"were used to fit this {self.name}"
-        return self.seen(data).others(data, what, where, remedy)
+        return self.seen(data).unshared(data, what, where, remedy)
 
     def _check_source(self, data: EmbeddingSource, columns: Sequence[str]) -> None:
         if self.no_captions is not None and data.pool_size is not None:
@@ -697,7 +703,7 @@ class FailurePredictor(ABC):
         if self.space_ is None:
             return
         self.space_.require_match(
-            data.space, mine=f"the fitted {self.name}", theirs="the data to score"
+            data.space, name=f"the fitted {self.name}", other_name="the data to score"
         )
         says_little = self.space_.anonymous or data.space.anonymous
         if self.similarity_ and says_little:
@@ -764,7 +770,7 @@ class FailurePredictor(ABC):
         return expit(self._calibration_score(uncertainty))
 
     @checked
-    @as_usual()
+    @torch_defaults()
     def calibrate(self, calibration: EmbeddingSource) -> Self:
         """Learn the probability of failure on labelled rows.
 

@@ -58,31 +58,31 @@ class Described(Protocol):
 
 
 def model_card(
-    record: Mapping[str, Any], method: Described, risk: Mapping[str, Any] | None = None
+    description: Mapping[str, Any], method: Described, risk: Mapping[str, Any] | None = None
 ) -> str:
     """The card of a ``predictor.json`` and perhaps a ``risk.json``.
 
     Whatever names contain, the header is YAML.
     """
-    space = record["space"] or {}
-    notes = record["notes"]
-    name = record["method"]
+    space = description["space"] or {}
+    notes = description["notes"]
+    name = description["method"]
     space_facts = facts(space, SPACE) or ["- unknown: it was made from bare arrays"]
-    seed = facts(record["parameters"], {"seed": "seed"})
+    seed = facts(description["parameters"], {"seed": "seed"})
     sections = [
         header(space.get("backbone"), name),
         f"# {name}, a failure predictor",
         "For every image it says how likely the zero-shot answer of the frozen model below is "
         "wrong (higher = more likely wrong), from the embeddings alone. "
-        f"{MADE_WITH}{code(record['vilu'])}.",
+        f"{MADE_WITH}{code(description['vilu'])}.",
         f"**Method.** {code(name)}: {plain(method.summary)}. Reference: {plain(method.reference)}.",
         section("Embedding space", space_facts),
         section("Fit", [*fit_facts(notes, method), *seed]),
-        section("Hyper-parameters", parameter_facts(record["parameters"])),
+        section("Hyper-parameters", parameter_facts(description["parameters"])),
         section("Guarantee", guarantee(risk)),
         section("Use", usage(space, notes, method)),
         section("Limits", limits(notes, method, risk)),
-        f"Fingerprint {code(record.get('fingerprint', 'none'))}.",
+        f"Fingerprint {code(description.get('fingerprint', 'none'))}.",
     ]
     return "\n\n".join(sections) + "\n"
 

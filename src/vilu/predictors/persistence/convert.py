@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vilu.backbones.loading import UNREADABLE, why_refused
-from vilu.device import as_usual
+from vilu.device import torch_defaults
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, StorageError, ViLUError
 from vilu.extras import quiet
@@ -23,7 +23,7 @@ from vilu.validation import checked
 
 
 @checked
-@as_usual()
+@torch_defaults()
 def convert_official(
     path: str | Path, logit_scale: float = 100.0, *, embed_dim: int | None = None
 ) -> HeadPredictor:

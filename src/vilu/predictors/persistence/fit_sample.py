@@ -49,11 +49,11 @@ class FitSample:
         width = sources[0].space.embed_dim
         size = min(n_rows, MAX_SAMPLE_BYTES // (2 * width))
         generator = np.random.default_rng([STREAM, seed])
-        places = np.sort(generator.choice(n_rows, size, replace=False))
+        indices = np.sort(generator.choice(n_rows, size, replace=False))
         ends = np.cumsum(sizes)
         blocks = []
         for source, n, end in zip(sources, sizes, ends.tolist(), strict=True):
-            inside = places[(places >= end - n) & (places < end)] - (end - n)
+            inside = indices[(indices >= end - n) & (indices < end)] - (end - n)
             rows = source.usable_rows.sort().values[torch.from_numpy(inside)]
             blocks.append(picture_vectors(source, rows).cpu())
         return cls(torch.cat(blocks).to(torch.float16), n_rows)

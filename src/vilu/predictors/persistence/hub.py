@@ -36,6 +36,13 @@ from vilu.errors import (
 )
 from vilu.extras import hub_reachable, import_extra, quiet
 from vilu.predictors.persistence.card import HUB_ID, without_made_with
+from vilu.predictors.persistence.description import (
+    FINGERPRINT,
+    RECALIBRATE,
+    fit_fingerprint,
+    is_ours,
+    read_description,
+)
 from vilu.predictors.persistence.files import (
     CARD,
     LOOKS,
@@ -47,13 +54,6 @@ from vilu.predictors.persistence.files import (
     WEIGHTS,
 )
 from vilu.predictors.persistence.fit_sample import MAX_FILE_BYTES
-from vilu.predictors.persistence.record import (
-    FINGERPRINT,
-    RECALIBRATE,
-    fit_fingerprint,
-    is_ours,
-    read_record,
-)
 from vilu.predictors.persistence.storage import load
 from vilu.predictors.persistence.vocabulary import Vocabulary
 
@@ -209,7 +209,7 @@ def check(folder: Path, name: Path) -> str:
             Vocabulary.load(folder)
         if (folder / LOOKS).is_file():
             read_json(folder / LOOKS, RECALIBRATE)  # its digest is checked
-        return str(read_record(folder / PREDICTOR)[FINGERPRINT])
+        return str(read_description(folder / PREDICTOR)[FINGERPRINT])
     except ViLUError as error:
         raise type(error)(str(error).replace(str(folder), str(name))) from error
 
@@ -235,7 +235,9 @@ def _content(path: Path) -> object:
     if path.suffix != ".json":
         return file_hash(path)
     try:
-        document = read_record(path) if path.name == PREDICTOR else read_json(path, RECALIBRATE)
+        document = (
+            read_description(path) if path.name == PREDICTOR else read_json(path, RECALIBRATE)
+        )
     except ViLUError:  # a damaged one is like no other, so that it is replaced
         return file_hash(path)
     return without_version(document, FINGERPRINT, SEAL)

@@ -29,7 +29,7 @@ from vilu.predictors.contract.catalogue import PREDICTORS
 from vilu.predictors.contract.predictor import FailurePredictor, NotExportable
 from vilu.predictors.nn.attention import FEATURES
 from vilu.predictors.nn.head import Graph
-from vilu.predictors.persistence.record import fit_fingerprint
+from vilu.predictors.persistence.description import fit_fingerprint
 from vilu.predictors.persistence.storage import load
 from vilu.predictors.plus.ood import NEGATIVES
 
@@ -52,16 +52,16 @@ class GraphBatch(Batch):
     @cached_property
     def zero_shot(self) -> ZeroShot:
         """From the logits."""
-        return self.others.zero_shot(self.first_equal)
+        return self.rivals.zero_shot(self.first_equal)
 
     @cached_property
     def first_equal(self) -> Tensor:
         """(K,) as ``vilu.embeddings.similarity.first_equal``."""
         _, same = torch.unique(self.text, dim=0, return_inverse=True)
-        places = positions(self.text)
-        nowhere = torch.full_like(places, self.text.shape[0])
+        indices = positions(self.text)
+        nowhere = torch.full_like(indices, self.text.shape[0])
         same = same.long()  # torch 2.10 exports it as of the text's kind
-        return nowhere.scatter_reduce(0, same, places, "amin")[same]
+        return nowhere.scatter_reduce(0, same, indices, "amin")[same]
 
     def alike(self, answer: Tensor) -> Tensor:
         """(N, K); all candidates are different answers."""
@@ -206,7 +206,7 @@ def to_onnx(predictor: FailurePredictor, fingerprint: str) -> bytes:
 
 
 def write_graph(
-    graph: nn.Module, example: Trial, outputs: Sequence[str], said: dict[str, str]
+    graph: nn.Module, example: Trial, outputs: Sequence[str], facts: dict[str, str]
 ) -> bytes:
     """A module as ONNX, with metadata.
 
@@ -236,7 +236,7 @@ def write_graph(
             f"the graph would take one number of {', '.join(fixed)} alone, as something in it "
             "looks at that number (as by len(x), where x.shape[0] leaves it open)."
         )
-    program.model.metadata_props.update(said)
+    program.model.metadata_props.update(facts)
     model = program.model_proto
     if model.ByteSize() > MAX_ONNX_BYTES:
         raise UsageError(

@@ -18,24 +18,24 @@ from vilu.artifacts.disk import or_refuse
 from vilu.artifacts.documents import read_json
 from vilu.artifacts.hashing import bytes_hash
 from vilu.artifacts.paths import claim_folder, inputs_of
-from vilu.device import as_usual
+from vilu.device import torch_defaults
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, ViLUError
 from vilu.predictors.contract.catalogue import find_method, method_names
 from vilu.predictors.contract.parameters import build
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.contract.probability import read_calibrator
-from vilu.predictors.persistence import record
+from vilu.predictors.persistence import description
+from vilu.predictors.persistence.description import RECALIBRATE, REFIT, read_description, take_seen
 from vilu.predictors.persistence.files import PREDICTOR, RISK, WEIGHTS
 from vilu.predictors.persistence.fit_sample import FitSample
-from vilu.predictors.persistence.record import RECALIBRATE, REFIT, read_record, take_seen
 from vilu.validation import checked
 
 logger = logging.getLogger(__name__)
 
 
 @checked
-@as_usual()
+@torch_defaults()
 def load(folder: str | Path) -> FailurePredictor:
     """Read a predictor back; its scores equal those of the saved one bit for bit.
 
@@ -52,7 +52,7 @@ def load(folder: str | Path) -> FailurePredictor:
         array([0.25, 0.25])
     """
     path = Path(folder)
-    content = read_record(path / PREDICTOR)
+    content = read_description(path / PREDICTOR)
     if not (path / WEIGHTS).is_file():
         raise DataError(f"the predictor is not complete: {path / WEIGHTS} does not exist. {REFIT}.")
     with or_refuse(f"read {path / WEIGHTS}"):
@@ -91,7 +91,7 @@ FOREIGN_FAULTS = (
 def _assembled(
     method: type[FailurePredictor], content: dict[str, Any], tensors: dict[str, Tensor], path: Path
 ) -> FailurePredictor:
-    """A predictor as a record and its tensors describe it."""
+    """A predictor as its description and its tensors say."""
     predictor = build(method, content["parameters"])
     if content["space"]:
         predictor.space_ = EmbeddingSpace(**content["space"])
@@ -108,7 +108,7 @@ def _assembled(
 
 def inputs_of_fit(predictor: FailurePredictor, read: Sequence[Path], **flags: object) -> str:
     """Digest of everything that decides what a fit leads to: what it reads, and the settings."""
-    content = record.describe(predictor)
+    content = description.describe(predictor)
     return inputs_of(*read, method=content["method"], parameters=content["parameters"], **flags)
 
 
@@ -117,7 +117,7 @@ def claim(folder: Path, inputs: str, *, overwrite: bool) -> bool:
 
     A damaged one of these inputs is made again; others are refused.
     """
-    notes = (record.fit_of(folder / PREDICTOR) or {}).get("notes")
+    notes = (description.fit_of(folder / PREDICTOR) or {}).get("notes")
     same = isinstance(notes, dict) and notes.get("inputs") == inputs
     if same and not overwrite:
         try:
@@ -126,9 +126,11 @@ def claim(folder: Path, inputs: str, *, overwrite: bool) -> bool:
             logger.warning("%s is made again: %s", folder, error)
             same = False
             overwrite = True
-    # of a save that was interrupted there is no record yet
+    # of a save that was interrupted there is no description yet
     torn = not (folder / PREDICTOR).exists()
-    return claim_folder(folder, "predictor", record.is_ours, same=same, overwrite=overwrite or torn)
+    return claim_folder(
+        folder, "predictor", description.is_ours, same=same, overwrite=overwrite or torn
+    )
 
 
 def method_of(content: dict[str, Any], path: Path) -> type[FailurePredictor]:
@@ -153,4 +155,4 @@ def write_card(folder: str | Path) -> None:
     """Write the card of a saved predictor again, with the guarantee of ``risk.json``, if any."""
     path = Path(folder)
     risk = read_json(path / RISK, RECALIBRATE) if (path / RISK).exists() else None
-    record.write_card(path, read_record(path / PREDICTOR), load(path), risk)
+    description.write_card(path, read_description(path / PREDICTOR), load(path), risk)

@@ -24,8 +24,8 @@ from vilu.embeddings.columns import IMAGE_COLUMNS
 from vilu.embeddings.source import EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError
+from vilu.predictors.persistence.description import RECALIBRATE
 from vilu.predictors.persistence.files import VOCABULARY, VOCABULARY_KEY
-from vilu.predictors.persistence.record import RECALIBRATE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,13 +60,13 @@ class Vocabulary:
         tensors = {"text": self.text.contiguous()}
         for name, values in self.columns.items():
             tensors[f"columns.{name}"] = values.contiguous()
-        record = {
+        header = {
             "names": list(self.names),
             "space": dataclasses.asdict(self.space),
             "dtype": self.dtype,
             "tensors": _hashes(tensors),
         }
-        metadata = {VOCABULARY_KEY: plain_json(record | {"digest": digest(record)}).decode()}
+        metadata = {VOCABULARY_KEY: plain_json(header | {"digest": digest(header)}).decode()}
         write_bytes(folder / VOCABULARY, safetensors_torch.save(tensors, metadata))
 
     @classmethod
@@ -84,11 +84,11 @@ class Vocabulary:
             )
         try:
             with or_refuse(f"read {path}"), safe_open(path, "pt") as file:
-                record = parse_json((file.metadata() or {})[VOCABULARY_KEY].encode())
+                header = parse_json((file.metadata() or {})[VOCABULARY_KEY].encode())
                 tensors: dict[str, Tensor] = {}
                 for name in file.keys():  # noqa: SIM118 - no dict
                     tensors[name] = file.get_tensor(name)
-            return cls._checked(record, tensors)
+            return cls._checked(header, tensors)
         except (
             DataError,
             KeyError,
@@ -101,15 +101,15 @@ class Vocabulary:
             raise DataError(f"{path} is damaged ({error}). {RECALIBRATE}.") from error
 
     @classmethod
-    def _checked(cls, record: dict[str, Any], tensors: dict[str, Tensor]) -> Vocabulary:
-        seal = record.pop("digest", None)
-        if seal != digest(record) or _hashes(tensors) != record["tensors"]:
+    def _checked(cls, header: dict[str, Any], tensors: dict[str, Tensor]) -> Vocabulary:
+        seal = header.pop("digest", None)
+        if seal != digest(header) or _hashes(tensors) != header["tensors"]:
             raise DataError("its content is not what its digest says")
         text = require_usable(tensors.pop("text"), "text")
-        names = check_class_names(tuple(record["names"]), len(text)) or ()
+        names = check_class_names(tuple(header["names"]), len(text)) or ()
         columns = {name.removeprefix("columns."): values for name, values in tensors.items()}
-        space = EmbeddingSpace(**record["space"])
-        return cls(names, text, space, record["dtype"], check_columns(columns, 0, len(text)))
+        space = EmbeddingSpace(**header["space"])
+        return cls(names, text, space, header["dtype"], check_columns(columns, 0, len(text)))
 
 
 def _hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:

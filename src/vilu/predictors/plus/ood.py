@@ -36,11 +36,10 @@ def far_words(words: Tensor, text: Tensor, share: float, nearest: float = 0.0) -
     How near a word is to the classes is the 1 - ``nearest`` quantile of its K cosines; among equals
     the first go first.
     """
+    # words near a class would take the mass of that class's own images, which are inside
     cosine = words @ text.T
-    place = max(
-        math.ceil(nearest * cosine.shape[1]), 1
-    )  # of the largest: a quantile that needs no interpolation
-    nearness = cosine.topk(place, dim=1).values[:, -1]
+    rank = max(math.ceil(nearest * cosine.shape[1]), 1)  # a quantile that needs no interpolation
+    nearness = cosine.topk(rank, dim=1).values[:, -1]
     n_far = max(round(share * len(words)), 1)
     return nearness.argsort(stable=True)[:n_far].sort().values
 
@@ -126,23 +125,19 @@ class NegLabel(FailurePredictor):
 
 
 WORDS = 0.25  # share of the words that counts, the farthest from the classes
-DIRECTION_ROWS = (
-    100  # fewer rows say nothing about which direction leads outside, or how much of them is
-)
+# fewer rows say nothing about which direction leads outside, or how much of them is
+DIRECTION_ROWS = 100
 
 DIRECTION_VARIANCE = 0.1
+"""Prior variance of the direction that predicts the margin."""
 DIRECTION_WEIGHT = 2.0
-"""Prior variance of the direction that predicts the margin.
-
-And its weight beside the margin's one.
-"""
+"""Weight of that direction beside the margin, whose weight is one."""
 
 CLASS_ROWS = 5.0  # rows that a class's own mean has to be worth against that of all
 BELIEF = 0.05  # rows, as a share of all, that the expected mean of images outside is worth
 PRESENT = 0.02  # smallest share of images outside from which on their direction is followed
-APART = (
-    2.0  # standard deviations between inside and outside below which words do not tell them apart
-)
+# standard deviations between inside and outside below which words do not tell them apart
+APART = 2.0
 ASSUMED = 0.1  # share of images outside where all rows are known to be inside
 # standard deviations that inside and outside are apart at most: few rows that agree prove no more
 MOST_APART = 10.0
@@ -382,6 +377,9 @@ class Margins(NamedTuple):
         standard deviation, the prior variance of the weights is ``DIRECTION_VARIANCE`` and that of
         the noise one: it shrinks to the mean.
         """
+        # The margin of one image is noisy, as few words fit it. Its regression on the image knows
+        # what images on the side of the words have in common; without the ridge, D weights would
+        # follow the noise of N margins.
         size = (self.gram.trace() / len(self.margin)).clamp_min(1e-12)
         ridge = size / DIRECTION_VARIANCE * torch.eye(len(self.gram), dtype=torch.float64)
         weight = torch.linalg.solve(self.gram + ridge, self.cross)
@@ -407,6 +405,8 @@ class Mixture(NamedTuple):
 
     def log_odds(self) -> tuple[Tensor, Tensor]:
         """Slope and offset, (K + 1,) each, of the log-odds in the value."""
+        # Bayes' rule: with one variance the squares of the value cancel, and the log-odds are
+        # linear. With two, the wider Gaussian would win at both ends, far inside the classes too.
         slope = (self.outside - self.inside) / self.variance
         offset = (self.inside.square() - self.outside**2) / (2 * self.variance)
         return slope, offset + math.log(self.share / (1 - self.share))
@@ -424,10 +424,13 @@ def fit_mixture(
     """
     n = len(value)
     ordered = value.sort().values
-    low, centre = (float(ordered[int(level * (n - 1))]) for level in (0.05, 0.25))
-    least = max(abs(balance - 2 * centre) / MOST_APART, 1e-6)
-    spread = max((centre - low) / 0.97, least)  # as of a normal distribution
+    low = float(ordered[int(0.05 * (n - 1))])
+    centre = float(ordered[int(0.25 * (n - 1))])
     expected = balance - centre
+    # the likelihood of a Gaussian has no upper bound as it narrows about rows that are alike
+    least = max(abs(balance - 2 * centre) / MOST_APART, 1e-6)  # of expected less centre
+    # of a normal distribution these quantiles are 1.645 - 0.674 standard deviations apart
+    spread = max((centre - low) / 0.97, least)
     state = Mixture(torch.full((n_classes + 1,), centre).double(), expected, spread**2, ASSUMED)
     count = torch.bincount(answer, minlength=n_classes).double()
     for _ in range(1 if known_inside else EM_PASSES):
@@ -440,11 +443,15 @@ def fit_mixture(
         mass = torch.zeros_like(count).index_add_(0, answer, inside)
         sums = torch.zeros_like(count).index_add_(0, answer, inside * value)
         means = torch.cat([(sums + CLASS_ROWS * mean) / (mass + CLASS_ROWS), mean[None]])
-        far = float((outside * value).sum() + BELIEF * n * expected) / float(
-            outside.sum() + BELIEF * n
-        )
+        # without the expected mean EM would cut rows that are all inside in two
+        n_outside = outside.sum()
+        n_believed = BELIEF * n
+        far_total = float((outside * value).sum() + n_believed * expected)
+        far = far_total / float(n_outside + n_believed)
         squares = inside * (value - means[answer]).square() + outside * (value - far).square()
-        share = ASSUMED if known_inside else (float(outside.sum()) + 0.5) / (n + 5)
+        share = ASSUMED
+        if not known_inside:
+            share = (float(n_outside) + 0.5) / (n + 5)  # a share of zero could never grow again
         variance = max(float(squares.mean()), least**2)
         after = Mixture(means, far, variance, min(max(share, 1e-3), 1 - 1e-3))
         moved = abs(after.outside - state.outside) + abs(after.share - state.share)
@@ -467,10 +474,9 @@ def from_words(rows: Rows, *, known_inside: bool) -> Outside:
     n_words = max(round(WORDS * len(rows.source.column(NEGATIVES, rows.index[:0]))), 1)
     balance = math.log(n_words / n_classes)
     zero = torch.zeros((), dtype=torch.float64)
-    one = torch.ones((), dtype=torch.float64)
     weight = torch.zeros_like(seen.mean)
     bias = zero
-    words = one
+    words = torch.ones((), dtype=torch.float64)
     mixture = None
     if not known_inside and len(seen.margin) >= DIRECTION_ROWS:
         share = DIRECTION_WEIGHT / (1 + DIRECTION_WEIGHT)
@@ -480,10 +486,11 @@ def from_words(rows: Rows, *, known_inside: bool) -> Outside:
         )
         value = value + (1 - share) * seen.margin
         mixture = fit_mixture(value, seen.answer, n_classes, balance, known_inside=False)
+        # with hardly an image outside, the direction is that of something else in the images
         if mixture.share >= PRESENT:
             weight = along
             bias = level
-            words = (1 - share) * one
+            words = (1 - share) * words
         else:
             mixture = None
     if mixture is None:
@@ -493,6 +500,7 @@ def from_words(rows: Rows, *, known_inside: bool) -> Outside:
         "outside_share": None if known_inside else mixture.share,
         "outside_apart": mixture.apart,
     }
+    # two halves of one hump: P(outside) would reorder the answers within the classes
     if mixture.apart < APART:
         return Outside.nothing(**notes)
     slope, offset = mixture.log_odds()
@@ -575,11 +583,11 @@ def from_examples(train: Rows, outside: Tensor) -> Outside:
     optimizer.step(closure)
     direction = weights.detach()[:-1] / scale
     level = weights.detach()[-1]
-    one = torch.ones(1, dtype=torch.float64)
+    slope = torch.ones(1, dtype=torch.float64)
     zero = torch.zeros(1, dtype=torch.float64)
     words = direction[dim].clone() if len(direction) > dim else zero[0].clone()
     bias = level - direction @ centre
-    return Outside(direction[:dim].clone(), bias, words, one, zero, {"n_outside": len(outside)})
+    return Outside(direction[:dim].clone(), bias, words, slope, zero, {"n_outside": len(outside)})
 
 
 def _standard(parts: list[Regressors], dim: int) -> tuple[int, Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Annotated, ClassVar, cast
+from typing import Annotated, Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from vilu.embeddings.similarity import float64, nearest
 from vilu.embeddings.source import SAME_TEXT, Batch, EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError
-from vilu.predictors.contract.games import Game, PoolGame
+from vilu.predictors.contract.coalitions import Coalitions, PoolCoalitions
 from vilu.predictors.contract.labelled import (
     class_texts,
     cross_fitting,
@@ -68,9 +68,10 @@ def fit_pool(log_p: NDArray[np.float64], target: NDArray[np.int64]) -> NDArray[n
         value = -log_q[rows, target].sum() + (distance**2).sum() / (2 * POOL_SD**2)
         return float(value), slope + distance / POOL_SD**2
 
-    return np.asarray(
-        minimize(objective, prior, jac=True, method="L-BFGS-B", bounds=[(0, None)] * len(prior)).x
-    )
+    # A log-linear pool has one optimum. A negative weight would trust an expert for being wrong.
+    bounds = [(0, None)] * len(prior)
+    best = minimize(objective, prior, jac=True, method="L-BFGS-B", bounds=bounds)
+    return np.asarray(best.x)
 
 
 MEMORY_ROWS = 4_096
@@ -179,8 +180,14 @@ class ViLUPlus(SeesOutside, FailurePredictor):
     @property
     def label(self) -> str:
         """The name, whether features are an input, and whether there is the outcome "outside"."""
-        kinds = [FEATURES] * (FEATURES in self.columns_to_score) + ["outside"] * bool(self.outcome)
-        return f"{self.name} ({', '.join(kinds)})" if kinds else self.name
+        kinds = []
+        if FEATURES in self.columns_to_score:
+            kinds.append(FEATURES)
+        if self.outcome:
+            kinds.append("outside")
+        if not kinds:
+            return self.name
+        return f"{self.name} ({', '.join(kinds)})"
 
     def columns_to_fit(self, train: EmbeddingSource) -> tuple[str, ...]:
         """The features and the words, where wanted and there; of captions no words."""
@@ -206,34 +213,35 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         if kinds and validation is not None:
             require_known_classes(validation, class_texts(train))
         classes = self._classes(train)
-        start = (
-            None
-            if classes is None
-            else classes.start(class_texts(train), train.source.space.logit_scale)
-        )
+        start = None
+        if classes is not None:
+            start = classes.start(class_texts(train), train.source.space.logit_scale)
         experts = None
         rows = None
         if kinds:
+            # The pool is fitted on rows that its experts have not seen: the memory knows
+            # the labels of its own rows, and would get all the weight.
             folds = cross_fitting(train, failure, validation, self.seed)
+            _, first_held_out = folds[0]
+            n_folds = math.ceil(ENOUGH / len(first_held_out.index))
             parts = []
-            for rows, held_out in folds[: math.ceil(ENOUGH / len(folds[0][1].index))]:
+            for rows, held_out in folds[:n_folds]:
                 experts = self._fit_experts(rows, kinds, weights, start, experts)
                 parts.extend(log_posteriors(experts, held_out, self.device_))
             log_p, target = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
             weights = torch.from_numpy(fit_pool(log_p, target))
-        if (
-            experts is None or rows is not train
-        ):  # with a validation set they are fitted to all rows
+        # with a validation set the experts are those of all training rows already
+        if experts is None or rows is not train:
             experts = self._fit_experts(train, kinds, weights, start, experts)
-        state = experts.state_dict()
+        tensors = {name: tensor.cpu() for name, tensor in experts.state_dict().items()}
+        tensors[POOL] = weights
         outside = learn_outside(train)
-        tensors = {
-            **{n: t.cpu() for n, t in state.items()},
-            POOL: weights,
-            **(outside.tensors() if outside else {}),
-        }
-        seen = {} if classes is None else {"unlabelled": classes.notes}
-        return Learnt(tensors, {"pool": weights.tolist(), **seen, **outside.notes})
+        if outside:
+            tensors |= outside.tensors()
+        notes: dict[str, Any] = {"pool": weights.tolist()}
+        if classes is not None:
+            notes["unlabelled"] = classes.notes
+        return Learnt(tensors, {**notes, **outside.notes})
 
     def _classes(self, train: Rows) -> Classes | None:
         """What rows without labels say of the classes, where there are some."""
@@ -260,9 +268,9 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         near: Experts | None,
     ) -> Experts:
         n_classes = 0 if rows.source.pool_size else rows.source.n_candidates
-        feature_dim = (
-            rows.source.column(FEATURES, rows.index[:1]).shape[1] if FEATURES in rows.columns else 0
-        )
+        feature_dim = 0
+        if FEATURES in rows.columns:
+            feature_dim = rows.source.column(FEATURES, rows.index[:1]).shape[1]
         inputs = ImageInputs(rows.source.space.embed_dim, feature_dim)
         inputs.fit(rows)
         attention = fit_attention(
@@ -313,10 +321,10 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         """The experts, their pool, and the outcome "outside" where there is one."""
         return PlusGraph(self.experts, self.outcome)
 
-    def game(self) -> Game:
+    def coalitions(self) -> Coalitions:
         """Of the parts of the pooled logits."""
         outside = self.outcome_of if self.outcome else None
-        return PoolGame(
+        return PoolCoalitions(
             lambda batch: self.experts.to(batch.image.device).pooled_parts(batch), outside
         )
 

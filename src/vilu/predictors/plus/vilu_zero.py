@@ -22,7 +22,7 @@ from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.predictors.bank.closed_set import ClosedSet
 from vilu.predictors.bank.search import Count, draw_rows
-from vilu.predictors.contract.games import Game, PoolGame
+from vilu.predictors.contract.coalitions import Coalitions, PoolCoalitions
 from vilu.predictors.contract.labelled import FEW, class_texts, failure_log_odds, with_outside
 from vilu.predictors.contract.predictor import Learnt
 from vilu.predictors.nn.attention import Start
@@ -186,9 +186,9 @@ class ViLUZero(SeesOutside, ClosedSet):
         """(B, K) float64, of the pooled logits."""
         return self.parts(batch).logits.log_softmax(dim=-1)
 
-    def game(self) -> Game:
+    def coalitions(self) -> Coalitions:
         """Of the parts of the pooled logits."""
-        return PoolGame(self.parts, self.outcome_of if self.outcome else None)
+        return PoolCoalitions(self.parts, self.outcome_of if self.outcome else None)
 
 
 class Classes(NamedTuple):
@@ -305,11 +305,13 @@ def discriminants(moments: SoftMembers, text: Tensor) -> Classifier:
     mean = moments.total.sum(0) / n
     centred = moments.total / count[:, None] - mean
     within = moments.second - n * torch.outer(mean, mean) - (centred.T * moments.members) @ centred
+    # divided by N, as if the means were known, classes of few rows would look too narrow
     within = within / max(n - float((moments.squares / count).sum()), 1.0)
     dim = len(within)
     variance = float(within.trace()) / dim
     if variance <= NO_SPREAD:
         return Classifier.nothing(text)
+    # of D^2 / 2 covariances few rows know most badly, and the inverse magnifies the small ones
     identity = torch.eye(dim, dtype=torch.float64)
     precision = torch.linalg.inv((1 - RIDGE) * within + RIDGE * variance * identity)
     leads = text - (moments.members @ text) / n
@@ -369,6 +371,7 @@ class Pool:
 
         At most ``EM_ROWS`` rows are counted.
         """
+        # Saerens et al., Neural Computation 2002: posteriors under these counts add up to them
         n = float(sum(min(len(self.halves[half]), EM_ROWS // 2) for half in halves))
         count = torch.full((len(self.text),), n / len(self.text), dtype=torch.float64)
         for _ in range(EM_PASSES):
@@ -385,6 +388,7 @@ class Pool:
         whole, absent = presence(self.counts((0, 1)))
         if not bool(whole.any()):
             return whole, 0.0
+        # Judged on the rows that gave the counts, full strength would always win.
         gains = torch.zeros(len(STRENGTHS), dtype=torch.float64)
         for half in (0, 1):
             known, _ = presence(self.counts((1 - half,)))
@@ -432,6 +436,7 @@ class Pool:
         for half in (0, 1):
             for image, logits in self.blocks(half):
                 pooled = logits + occurrence.float().to(self.device)
+                # prototypes of the half itself would confirm the memberships that made them
                 if trust:
                     pooled = pooled + share * (trust * crossed[half].of(image) - logits)
                 moments.add(half, pooled.softmax(1), image)
@@ -481,6 +486,7 @@ def presence(count: Tensor) -> tuple[Tensor, float]:
         mean = n / (k * (1 - absent))
         if mean <= ABSENT_SCALE:
             return torch.zeros_like(count), 0.0
+        # without the lost tenth, every class that the model overlooks would be called absent
         present = (1 - absent) * ((1 - LOST) * torch.exp(-count / mean) / mean + LOST * low)
         gone = absent * low / (absent * low + present)
         absent = min(float(gone.sum()) / (k + DOUBT), 0.99)

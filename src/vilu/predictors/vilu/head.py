@@ -12,12 +12,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from vilu.artifacts.hashing import tensors_hash
-from vilu.device import as_usual, seeded
+from vilu.device import seeded, torch_defaults
 from vilu.embeddings.rows import Rows
 from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.predictors.contract.games import LOG_ODDS, Game, HeadGame
+from vilu.predictors.contract.coalitions import LOG_ODDS, Coalitions, HeadCoalitions
 from vilu.predictors.contract.labelled import fit_and_selection
 from vilu.predictors.contract.parameters import parameters
 from vilu.predictors.contract.predictor import FailurePredictor, Learnt
@@ -97,7 +97,7 @@ class HeadPredictor(FailurePredictor):
         space = train.source.space
         if start is not None and start.space_ is not None:
             start.space_.require_match(
-                space, mine=f"the fitted {self.name} to start from", theirs="the data"
+                space, name=f"the fitted {self.name} to start from", other_name="the data"
             )
         super()._fit_rows(train, validation)
         if start is not None:
@@ -162,12 +162,14 @@ class HeadPredictor(FailurePredictor):
         logits = [head(batch).cpu().double() for head in self.heads]  # some devices have no float64
         return torch.stack([torch.sigmoid(logit) for logit in logits]).mean(dim=0)
 
-    @as_usual()
+    @torch_defaults()
     def _log_weight(self) -> float:
         """Log w, with the weight w of failures at the training set's error rate.
 
         Weighted BCE is least at the odds w p / (1 - p).
         """
+        # Training shifts the log-odds by log w; not taken off, the probability of failure would be
+        # too large by that, though no order changes.
         if self.loss != "bce" or self.constant_ is not None:
             return 0.0
         n = self.notes_.get("n_train")
@@ -201,6 +203,6 @@ def head_graph(predictor: HeadPredictor) -> nn.Module:
     return HeadGraph(predictor.heads, predictor.fitted_space.logit_scale)
 
 
-def head_game(predictor: HeadPredictor) -> Game:
-    """The ``game`` of one head."""
-    return HeadGame(predictor.heads, lambda logit: logit, LOG_ODDS)
+def head_coalitions(predictor: HeadPredictor) -> Coalitions:
+    """The ``coalitions`` of one head."""
+    return HeadCoalitions(predictor.heads, lambda logit: logit, LOG_ODDS)

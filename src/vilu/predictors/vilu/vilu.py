@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.predictors.contract.labelled import Needs
 from vilu.predictors.nn.head import Dropout, FailureHead
-from vilu.predictors.vilu.head import HeadPredictor, head_game, head_graph
+from vilu.predictors.vilu.head import HeadPredictor, head_coalitions, head_graph
 
 
 @dataclasses.dataclass
@@ -62,7 +62,7 @@ class LVU(HeadPredictor):
         return "class" if self.loss == "loss" else super().needs
 
     graph = head_graph
-    game = head_game
+    coalitions = head_coalitions
 
     def module(
         self,
@@ -123,7 +123,7 @@ class ViLU(HeadPredictor):
     loss: Literal["bce", "mse"] = "bce"
 
     graph = head_graph
-    game = head_game
+    coalitions = head_coalitions
 
     def module(
         self,

@@ -1,4 +1,4 @@
-"""The parts of the input that moved the score: Shapley values of small games."""
+"""The parts of the input that moved the score: Shapley values of groups of inputs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vilu.embeddings.source import EmbeddingSource
-from vilu.predictors.contract.games import Game, NoAttribution, Scored
+from vilu.predictors.contract.coalitions import Coalitions, NoAttribution, Scored
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.report.explain.rows import draw_rows, scored_rows
 
@@ -58,17 +58,17 @@ class Attribution:
     parts: dict[str, float]
 
 
-def game_of(predictor: FailurePredictor) -> Game:
-    """The game that a method's own class defines, or the default of what it looks at."""
+def coalitions_of(predictor: FailurePredictor) -> Coalitions:
+    """The coalitions that a method's own class defines, or the default of what it looks at."""
     if predictor.constant_ is not None:
         raise NoAttribution(
             f"this {predictor.name} is a constant, fitted where there was nothing to learn"
         )
-    # a game that the class inherits is not asked for: it may not know what the class changed
-    defines_its_own = "game" in vars(type(predictor))
+    # those that the class inherits are not asked for: they may not know what the class changed
+    defines_its_own = "coalitions" in vars(type(predictor))
     if defines_its_own:
-        return predictor.game()
-    return FailurePredictor.game(predictor)
+        return predictor.coalitions()
+    return FailurePredictor.coalitions(predictor)
 
 
 class Attributor:
@@ -86,14 +86,14 @@ class Attributor:
         seed: int,
         leave_out: Tensor,
     ) -> None:
-        self.game = game_of(predictor)
+        self.coalitions = coalitions_of(predictor)
         rows = draw_rows(background, n, seed, leave_out)
         self.n_background = len(rows)
-        self.game.see(list(scored_rows(predictor, background, rows, self.game.step)))
+        self.coalitions.see(list(scored_rows(predictor, background, rows, self.coalitions.step)))
 
     def of(self, scored: Scored) -> list[Attribution]:
         """One attribution per row of a batch."""
-        values = self.game.values(*scored)
+        values = self.coalitions.values(*scored)
         score_of_nobody = values[0].tolist()
         score_of_all = values[-1].tolist()
         parts_of_rows = shapley(values).T.tolist()
@@ -101,6 +101,6 @@ class Attributor:
         for score, baseline, parts in zip(
             score_of_all, score_of_nobody, parts_of_rows, strict=True
         ):
-            part_of_player = dict(zip(self.game.players, parts, strict=True))
+            part_of_player = dict(zip(self.coalitions.players, parts, strict=True))
             attributions.append(Attribution(score, baseline, part_of_player))
         return attributions

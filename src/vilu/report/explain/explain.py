@@ -15,11 +15,11 @@ from torch import Tensor
 
 from vilu.artifacts.documents import SCHEMA_VERSION, write_json
 from vilu.artifacts.paths import claim_file
-from vilu.device import as_usual
+from vilu.device import torch_defaults
 from vilu.embeddings.source import EmbeddingSource, log_posterior
 from vilu.errors import UNKNOWN, DataError, UsageError
 from vilu.predictors.bank.search import leaders
-from vilu.predictors.contract.games import NoAttribution, Scored
+from vilu.predictors.contract.coalitions import NoAttribution, Scored
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.contract.seen import common_identity
 from vilu.progress import track
@@ -187,7 +187,7 @@ DEFAULT = Depth()
 
 
 @checked
-@as_usual()
+@torch_defaults()
 def explain(
     predictor: FailurePredictor,
     data: EmbeddingSource,
@@ -248,7 +248,9 @@ def explain(
         chosen = find_rows(data, rows)
     neighbours = "left out: no training rows given"
     if train is not None:
-        data.space.require_match(train.space, mine="the data to explain", theirs="the training set")
+        data.space.require_match(
+            train.space, name="the data to explain", other_name="the training set"
+        )
         neighbours = f"of {len(train)} training rows"
     attributor, attribution = _attributor(predictor, data, train, chosen, depth)
     explained = _explained(predictor, data, chosen, depth, attributor)
@@ -257,7 +259,7 @@ def explain(
         method=predictor.label,
         is_probability=predictor.is_probability,
         weights=weights_of(predictor).meaning,
-        unit=None if attributor is None else attributor.game.unit,
+        unit=None if attributor is None else attributor.coalitions.unit,
         attribution=attribution,
         neighbours=neighbours,
         n_seen=_seen(predictor, data, chosen),
@@ -285,7 +287,7 @@ def _attributor(
     except NoAttribution as reason:
         return None, f"left out: {reason}"
     background = f"{attributor.n_background} {kind} rows"
-    return attributor, f"Shapley values against {background}: {attributor.game.meaning}"
+    return attributor, f"Shapley values against {background}: {attributor.coalitions.meaning}"
 
 
 def most_uncertain(predictor: FailurePredictor, data: EmbeddingSource, n: int) -> Tensor:
@@ -397,7 +399,7 @@ def _seen(predictor: FailurePredictor, data: EmbeddingSource, rows: Tensor) -> i
     seen = predictor.seen(data, rows.numpy())
     if len(seen):
         warnings.warn(
-            f"{seen.said('explained rows')} were used to fit this {predictor.name}: "
+            f"{seen.in_words('explained rows')} were used to fit this {predictor.name}: "
             "their scores say little about new images.",
             stacklevel=5,
         )

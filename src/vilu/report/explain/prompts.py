@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vilu.device import as_usual
+from vilu.device import torch_defaults
 from vilu.embeddings.rows import Rows
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.errors import UNKNOWN, DataError, UsageError
@@ -83,7 +83,7 @@ class PromptGains(Findings):
 
 
 @checked
-@as_usual()
+@torch_defaults()
 def prompt_gains(data: EmbeddingSource, *, folds: int = FOLDS, seed: int = 0) -> PromptGains:
     """How many failures a better text for each class would save.
 
@@ -97,9 +97,10 @@ def prompt_gains(data: EmbeddingSource, *, folds: int = FOLDS, seed: int = 0) ->
 
     Nothing is measured on rows that it was fitted on, nor on their pictures: a fold is measured
     with means from the other folds, and with the (m, kappa) of largest gain on those, each of them
-    measured with means without it and without the first fold. The interval is Agresti and Min's for a difference of
-    paired proportions (Statistics in Medicine 2005, half a row added to each cell); it is of the
-    rows measured on and leaves out that other rows would have given other means.
+    measured with means without it and without the first fold. The interval is Agresti and Min's
+    for a difference of paired proportions (Statistics in Medicine 2005, half a row added to each
+    cell); it is of the rows measured on and leaves out that other rows would have given other
+    means.
 
     What it says is a bound for work on prompts rather than a promise: these texts are made from
     images, and no wording need reach them. That the gain of a class is small does say that its text
@@ -209,9 +210,9 @@ class Rivals(NamedTuple):
     def of(cls, batch: Batch) -> Rivals:
         """Rivals of every class for labelled rows with shared candidates."""
         logits = batch.logits[:, batch.first_equal]  # equal texts tie exactly
-        largest, places = leaders(logits, 2)
-        answer = places[:, :1]
-        runner_up = places[:, 1:]
+        largest, candidates = leaders(logits, 2)
+        answer = candidates[:, :1]
+        runner_up = candidates[:, 1:]
         is_answer = answer == torch.arange(len(batch.text))
         return cls(
             torch.where(is_answer, runner_up, answer),

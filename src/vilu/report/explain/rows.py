@@ -16,7 +16,7 @@ from vilu.embeddings.checks import SHORT_POOL, STATUS, VALID
 from vilu.embeddings.rows import SCORING_BATCH
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.errors import OUTSIDE, UNKNOWN, DataError
-from vilu.predictors.contract.games import NONE
+from vilu.predictors.contract.coalitions import NONE
 from vilu.predictors.contract.predictor import FailurePredictor
 
 ROWS = 1_024  # rows looked at together, at most
@@ -36,27 +36,27 @@ def scored_rows(
     for batch, scores in predictor.scored(data, whole_steps(data, rows, step)):
         for part, pool in batch.by_pool():
             wanted = torch.isin(pool.index.cpu(), rows).nonzero().squeeze(1)
-            for places in wanted.split(ROWS):
-                if len(places):
-                    some_rows = select(pool, places.to(pool.index.device))
-                    yield some_rows, scores[part][places.numpy()]
+            for indices in wanted.split(ROWS):
+                if len(indices):
+                    chosen = select(pool, indices.to(pool.index.device))
+                    yield chosen, scores[part][indices.numpy()]
 
 
 def plain_rows(data: EmbeddingSource, rows: Tensor) -> Iterator[Batch]:
     """Batches of the wanted rows, as ``scored_rows`` without scores."""
     for batch in data.batches(ROWS, rows=whole_steps(data, rows, 1)):
-        places = torch.isin(batch.index, rows).nonzero().squeeze(1)
-        if len(places):
-            yield select(batch, places)
+        indices = torch.isin(batch.index, rows).nonzero().squeeze(1)
+        if len(indices):
+            yield select(batch, indices)
 
 
-def select(batch: Batch, places: Tensor) -> Batch:
-    """The rows at some places of a batch, against all of its candidates.
+def select(batch: Batch, indices: Tensor) -> Batch:
+    """The rows at these indices of a batch, against all of its candidates.
 
     Their zero-shot answers are those that they have in the whole batch.
     """
     _ = batch.zero_shot  # computed for the whole batch, and carried over by ``rows``
-    return batch.rows(places)
+    return batch.rows(indices)
 
 
 def whole_steps(data: EmbeddingSource, rows: Tensor, size: int) -> Tensor:

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 from vilu.artifacts.hashing import bytes_hash
 from vilu.calibration.thresholds import percent as bound
 from vilu.datasets.base import ImageDataset
-from vilu.device import as_usual
+from vilu.device import torch_defaults
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import UNKNOWN, ProvenanceError, UsageError
 from vilu.extras import import_extra
@@ -78,7 +78,7 @@ COMPETITORS = 3  # of an answer, itself among them
 
 
 @checked
-@as_usual()
+@torch_defaults()
 def report_page(
     outcomes: Sequence[Outcomes],
     *,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from vilu.calibration.thresholds import lower_bound, upper_bound
 from vilu.metrics import risk_coverage_curve, roc_curve_points
@@ -85,14 +85,14 @@ class Chart:
         return _place(BOTTOM - (BOTTOM - TOP) * (value - self.y.low) / range_of_values)
 
     def points(self, line: Line) -> str:
-        """The places of a line, for ``<polyline points>``."""
-        places = []
+        """The points of a line, for ``<polyline points>``."""
+        points = []
         for x, y in zip(line.x.tolist(), line.y.tolist(), strict=True):
-            places.append(f"{self.px(x)},{self.py(y)}")
-        return " ".join(places)
+            points.append(f"{self.px(x)},{self.py(y)}")
+        return " ".join(points)
 
     def area(self, line: Line) -> str:
-        """The places of a line and of the horizontal axis below, for ``<polygon points>``."""
+        """The points of a line and of the horizontal axis below, for ``<polygon points>``."""
         first = f"{self.px(line.x[0])},{_place(BOTTOM)}"
         last = f"{self.px(line.x[-1])},{_place(BOTTOM)}"
         return f"{first} {self.points(line)} {last}"
@@ -173,26 +173,34 @@ def class_rows(outcomes: Outcomes, choice: Choice) -> tuple[list[ClassRow], int]
     Rows without a known failure or an uncertainty are left out, as in every metric; none where
     there are no classes.
     """
-    names, said = outcomes.class_names, outcomes.prediction
-    if names is None or said is None:
+    names = outcomes.class_names
+    answer = outcomes.prediction
+    if names is None or answer is None:
         return [], 0
-    rows = outcomes.evaluable & (said >= 0)
-
+    rows = outcomes.evaluable & (answer >= 0)
     wrong = outcomes.failure == 1
-    kinds = rows, wrong, choice.accepted, choice.accepted & wrong
-    n, k, m, j = (np.bincount(said[rows & kind], minlength=len(names)).tolist() for kind in kinds)
-    several = outcomes.tally().scores.rows_per_independent
-    answered = sorted(np.flatnonzero(n).tolist(), key=lambda c: (-k[c], -n[c], c))
-    found = [
-        ClassRow(
+
+    def per_class(kind: NDArray[np.bool_]) -> list[int]:
+        counts: list[int] = np.bincount(answer[rows & kind], minlength=len(names)).tolist()
+        return counts
+
+    n = per_class(rows)
+    n_wrong = per_class(wrong)
+    n_accepted = per_class(choice.accepted)
+    n_accepted_wrong = per_class(choice.accepted & wrong)
+    per_picture = outcomes.tally().scores.rows_per_independent
+    answered = sorted(np.flatnonzero(n).tolist(), key=lambda c: (-n_wrong[c], -n[c], c))
+    listed = answered[:MAX_CLASSES]
+    table = []
+    for c in listed:
+        row = ClassRow(
             names[c],
-            failures=Rate(k[c], n[c], several),
-            accepted=Rate(m[c], n[c], several),
-            accepted_failures=Rate(j[c], m[c], several),
+            failures=Rate(n_wrong[c], n[c], per_picture),
+            accepted=Rate(n_accepted[c], n[c], per_picture),
+            accepted_failures=Rate(n_accepted_wrong[c], n_accepted[c], per_picture),
         )
-        for c in answered[:MAX_CLASSES]
-    ]
-    return found, len(answered) - len(found)
+        table.append(row)
+    return table, len(answered) - len(listed)
 
 
 BINS = 30

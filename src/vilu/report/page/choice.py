@@ -33,7 +33,7 @@ class Calibrated:
     rule: Rule  # it accepts, or leaves for review
     # name of the predictor that it belongs to; None where that is not known
     method: str | None = None
-    # fingerprint of the record, which scores carry that it decided; None where there is no record
+    # fingerprint of the calibration, which scores carry that it decided; None where it is not known
     risk: str | None = None
     # what is recorded of the calibration: fingerprints, data set, version
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -75,7 +75,7 @@ def by_rule(outcomes: Outcomes, calibrated: Calibrated) -> Choice:
     The rows must be of the method that it was calibrated for.
     """
     _require_match("calibrated for", calibrated.method, outcomes.method)
-    _require_match("written in the record", calibrated.risk, outcomes.provenance.get("risk"))
+    _require_match("written in the calibration", calibrated.risk, outcomes.provenance.get("risk"))
     rule = calibrated.rule
     if rule.grouped_by == "groups":
         raise UsageError(
@@ -99,7 +99,7 @@ def by_rule(outcomes: Outcomes, calibrated: Calibrated) -> Choice:
 
 
 def _require_match(link: str, of_rule: object, of_scores: object) -> None:
-    """Refuse scores whose method or record is known to be another than the rule's."""
+    """Refuse scores whose method or calibration is known to be another than the rule's."""
     if of_rule is None or of_scores is None:
         return
     if of_rule != of_scores:

@@ -14,7 +14,7 @@ from vilu.datasets.images import BadImage, read_image
 from vilu.errors import UNKNOWN, DataError
 from vilu.metrics.counts import Ints
 from vilu.outcomes.outcomes import Outcomes
-from vilu.predictors.contract.games import NONE
+from vilu.predictors.contract.coalitions import NONE
 from vilu.progress import track
 from vilu.report.page.choice import Choice
 

@@ -19,7 +19,6 @@ import numpy as np
 from vilu.artifacts.hashing import bytes_hash
 from vilu.errors import MissingModelError, StorageError
 from vilu.extras import import_extra, quiet, setting
-from vilu.store.documents import Receipt
 from vilu.store.executors.local import (
     Worker,
     check_processes,
@@ -29,6 +28,7 @@ from vilu.store.executors.local import (
     threads_per_process,
 )
 from vilu.store.job import EmbedJob
+from vilu.store.manifest import Receipt
 from vilu.store.mapped import cores
 
 STORE_BYTES = 2**28

@@ -19,8 +19,8 @@ from multiprocessing.context import SpawnProcess
 import torch
 
 from vilu.errors import StorageError, UsageError, ViLUError
-from vilu.store.documents import Receipt
 from vilu.store.job import EmbedJob
+from vilu.store.manifest import Receipt
 from vilu.store.mapped import cores
 from vilu.validation import require_at_least
 

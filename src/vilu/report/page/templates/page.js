@@ -89,7 +89,7 @@
     button.addEventListener("pointerleave", () => emphasise(pressed()));
   }
 
-  // The values of the line nearest to the pointer are read back from its places.
+  // The values of the line nearest to the pointer are read back from its points.
   for (const svg of document.querySelectorAll("svg[data-chart]")) {
     const across = numbers(svg.dataset.x), up = numbers(svg.dataset.y);
     const lines = [...svg.querySelectorAll(".line")].map((node) => ({

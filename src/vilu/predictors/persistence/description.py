@@ -27,7 +27,7 @@ from vilu.artifacts.documents import (
     write_json,
 )
 from vilu.artifacts.hashing import bytes_hash
-from vilu.artifacts.paths import claim_folder, made
+from vilu.artifacts.paths import claim_folder, kind_and_inputs
 from vilu.embeddings.checks import Identity
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, UsageError
@@ -110,19 +110,19 @@ def save(predictor: Saved, folder: str | Path) -> str:
     tensors = {f"state.{name}": tensor.contiguous() for name, tensor in predictor.state().items()}
     tensors |= seen_tensors(predictor)
     weights = safetensors_torch.save(tensors)
-    record = describe(predictor)
-    record["weights_sha256"] = bytes_hash(weights)
+    description = describe(predictor)
+    description["weights_sha256"] = bytes_hash(weights)
     path = Path(folder)
-    same = fit_of(path / PREDICTOR) == _fit(parse_json(plain_json(record)))
+    same = fit_of(path / PREDICTOR) == _fit(parse_json(plain_json(description)))
     claim(path, same=same)
     make_folder(path)
-    if not (same and "calibrator" in record):
+    if not (same and "calibrator" in description):
         _drop_calibration(path)
     write_bytes(path / WEIGHTS, weights)
-    _write_sample(path, predictor.sample_, record["weights_sha256"])
-    fingerprint = identity(record)
-    write_card(path, {**record, FINGERPRINT: fingerprint}, predictor, None)
-    write_json(path / PREDICTOR, record, seal=FINGERPRINT)
+    _write_sample(path, predictor.sample_, description["weights_sha256"])
+    fingerprint = identity(description)
+    write_card(path, {**description, FINGERPRINT: fingerprint}, predictor, None)
+    write_json(path / PREDICTOR, description, seal=FINGERPRINT)
     return fingerprint
 
 
@@ -163,8 +163,8 @@ def _drop_calibration(path: Path) -> None:
     )
 
 
-def _fit(record: dict[str, Any]) -> dict[str, Any]:
-    return without_version(record, "calibrator", FINGERPRINT)
+def _fit(description: dict[str, Any]) -> dict[str, Any]:
+    return without_version(description, "calibrator", FINGERPRINT)
 
 
 def fit_of(path: Path) -> dict[str, Any] | None:
@@ -217,7 +217,7 @@ def _says_ours(path: Path) -> bool:
                 return bool(content.get("kind") == kinds[path.name])
     except (ValueError, RecursionError):
         return False
-    return path.name == ROWS and (made(path) or [""])[0] == "scores"
+    return path.name == ROWS and (kind_and_inputs(path) or [""])[0] == "scores"
 
 
 def _holds_ours(name: str, header: dict[str, Any]) -> bool:
@@ -238,7 +238,7 @@ def describe(predictor: Saved) -> dict[str, Any]:
     for name in parameters(predictor):
         if name not in NOT_SAVED:
             values[name] = getattr(predictor, name)
-    record = {
+    description = {
         SCHEMA: SCHEMA_VERSION,
         MADE_WITH: metadata.version("vilu"),
         "method": predictor.name,
@@ -250,10 +250,10 @@ def describe(predictor: Saved) -> dict[str, Any]:
         **home_of(type(predictor)),
     }
     if predictor.seen_.keys() - {"names"}:
-        record["seen_by"] = list(predictor.seen_)
+        description["seen_by"] = list(predictor.seen_)
     if predictor.calibrator_ is not None:
-        record["calibrator"] = predictor.calibrator_.model_dump(mode="json")
-    return record
+        description["calibrator"] = predictor.calibrator_.model_dump(mode="json")
+    return description
 
 
 def seen_tensors(predictor: Saved) -> dict[str, Tensor]:
@@ -261,9 +261,9 @@ def seen_tensors(predictor: Saved) -> dict[str, Tensor]:
     return {SEEN_BY[by]: sketch.hashes for by, sketch in predictor.seen_.items()}
 
 
-def take_seen(tensors: dict[str, Tensor], record: dict[str, Any], path: Path) -> Sketches:
+def take_seen(tensors: dict[str, Tensor], description: dict[str, Any], path: Path) -> Sketches:
     """The rows of the fit; their hashes are taken out of the saved tensors."""
-    n_seen = record["n_seen"]
+    n_seen = description["n_seen"]
     sketches = {}
     for by, name in SEEN_BY.items():
         if name in tensors:
@@ -277,14 +277,14 @@ def take_seen(tensors: dict[str, Tensor], record: dict[str, Any], path: Path) ->
 
 def fit_fingerprint(folder: str | Path) -> str:
     """Hash of a saved fit with its weights and its calibrator, whichever vilu wrote it."""
-    return str(read_record(Path(folder) / PREDICTOR)[FINGERPRINT])
+    return str(read_description(Path(folder) / PREDICTOR)[FINGERPRINT])
 
 
 def write_card(
-    path: Path, record: dict[str, Any], predictor: Saved, risk: dict[str, Any] | None
+    path: Path, description: dict[str, Any], predictor: Saved, risk: dict[str, Any] | None
 ) -> None:
     """The card, with the guarantee of a calibration."""
-    write_text(path / CARD, model_card(record, predictor, risk))
+    write_text(path / CARD, model_card(description, predictor, risk))
 
 
 class _Notes(BaseModel):
@@ -300,7 +300,7 @@ class _Home(BaseModel):
     module: str
 
 
-class _Said(BaseModel):
+class _Description(BaseModel):
     """What ``predictor.json`` has to say."""
 
     model_config = ConfigDict(strict=True)
@@ -317,19 +317,19 @@ class _Said(BaseModel):
     calibrator: dict[str, Any] | None = None
 
 
-def read_record(path: Path) -> dict[str, Any]:
+def read_description(path: Path) -> dict[str, Any]:
     """``predictor.json`` with its digest, its schema and the types of its values checked.
 
     In place of the digest, its key holds the fingerprint: the same without the version of vilu.
     """
     if not path.is_file():
         raise DataError(f"no predictor here: {path} does not exist. Make one with `vilu fit`.")
-    record = read_json(path, REFIT, seal=FINGERPRINT)
+    description = read_json(path, REFIT, seal=FINGERPRINT)
     try:
-        _Said.model_validate(record)
+        _Description.model_validate(description)
     except ValidationError as error:
         raise DataError(f"{path} is damaged: {explain(error)}. {REFIT}.") from error
-    return {**record, FINGERPRINT: identity(record, FINGERPRINT)}
+    return {**description, FINGERPRINT: identity(description, FINGERPRINT)}
 
 
 def home_of(cls: type) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a score is played for: groups of inputs, and what each coalition of them is worth."""
+"""Shapley coalitions: groups of inputs, and what a score is worth with a part of them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Scored = tuple[Batch, NDArray[np.float64]]
 Parts = dict[str, Tensor]  # group -> (B, H) what its inputs add to the first hidden layer
 
 
-class Game(ABC):
+class Coalitions(ABC):
     """Values of coalitions of players, the groups of inputs.
 
     ``step`` rows are scored with each background row.
@@ -55,11 +55,11 @@ class Game(ABC):
     def values(self, batch: Batch, scores: NDArray[np.float64]) -> Tensor:
         """(2^G, B) float64 on the CPU: v(S) at the row whose bits are the members of S.
 
-        A game looks at the batch or at its scores, as its values are of either.
+        They look at the batch or at its scores, as the values are of either.
         """
 
 
-class SingleGame(Game):
+class SingleCoalitions(Coalitions):
     """A score that looks at one group of inputs alone.
 
     All of its distance from the background mean is that group's.
@@ -85,7 +85,7 @@ class SingleGame(Game):
         return torch.stack([nobody, score])
 
 
-class HeadGame(Game):
+class HeadCoalitions(Coalitions):
     """Inputs of one or several ``FailureHead`` s, mixed between a row and the background rows.
 
     v(S) = 1/M sum_b link(g(z with the groups in S from this row, the others from background row
@@ -173,7 +173,7 @@ def first_layer_parts(head: FailureHead, batch: Batch) -> Parts:
     return parts
 
 
-class PoolGame(Game):
+class PoolCoalitions(Coalitions):
     """Parts of the pooled logits of ViLU+ or ViLU0, each in or out.
 
     They are set against what they do for the background rows.

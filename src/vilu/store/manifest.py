@@ -1,4 +1,4 @@
-"""The JSON documents of a store, and the classes they name."""
+"""What stands in the JSON files of a store: its inputs, its run, receipts and the manifest."""
 
 from __future__ import annotations
 
