@@ -14,7 +14,10 @@ UNKNOWN = -1
 """A label, an answer or a failure that is not known."""
 
 OUTSIDE = -2
-"""Label, in files and where data come in, of a picture of none of the classes; inside, ``outside`` says so."""
+"""Label of a picture of none of the classes, in files and where data come in.
+
+In memory the Boolean ``outside`` says so.
+"""
 
 # stands in place of a label, in files, of a picture that nobody can name: it is not known
 NO_NAME = "(skip)"

@@ -1,4 +1,7 @@
-"""How things from outside of this package become known: in one process by ``register``, in all by what is imported."""
+"""How methods, metrics, data sets and backbones from outside of this package become known.
+
+``register`` makes them known in one process, an entry point or a plugin in all of them.
+"""
 
 from __future__ import annotations
 
@@ -36,12 +39,13 @@ PLUGINS = "VILU_PLUGINS"
 
 
 def register(thing: Added) -> Added:
-    """Make a thing known by its name in this process: it is listed, used, evaluated and benchmarked as ours are.
+    """Make a thing known by its name in this process.
 
-    As a decorator it gives its argument back. For all processes (commands, workers) ``--plugin
-    MODULE`` imports the module that calls this, or an entry point of a distribution, named as the
-    thing, leads to it; the groups are "vilu.predictors", "vilu.metrics", "vilu.datasets",
-    "vilu.layouts", "vilu.backbones" and "vilu.commands".
+    It is listed, used, evaluated and benchmarked as ours are. As a decorator it gives its argument
+    back. For all processes (commands, workers) ``--plugin MODULE`` imports the module that calls
+    this, or an entry point of a distribution, named as the thing, leads to it; the groups are
+    "vilu.predictors", "vilu.metrics", "vilu.datasets", "vilu.layouts", "vilu.backbones" and
+    "vilu.commands".
 
     Args:
         thing: A subclass of ``FailurePredictor``; a ``vilu.metrics.catalog.Metric`` with a name; a
@@ -110,11 +114,11 @@ def toml_tables(source: Path | str) -> dict[str, dict[str, Any]]:
 
 
 class Catalogue(MutableMapping[str, Added]):
-    """Things of one kind by name: ours, registered ones, and those of entry points of other distributions.
+    """Things of one kind by name: ours, registered ones, and those of other distributions.
 
-    An entry point is imported when its name is asked for, or everything is. Where that fails, who
-    asked for the name is told why by an error, and who asked for everything by a warning beside all
-    the others.
+    Other distributions offer theirs by entry points. An entry point is imported when its name is
+    asked for, or everything is. Where that fails, who asked for the name is told why by an error,
+    and who asked for everything by a warning beside all the others.
     """
 
     def __init__(self, what: str, group: str) -> None:
@@ -157,7 +161,10 @@ class Catalogue(MutableMapping[str, Added]):
         return iter(self.here)
 
     def _take_all(self) -> None:
-        """Import everything: ours in the order of the offer, then what was registered, then others'."""
+        """Import everything.
+
+        Ours come first, in the order of the offer, then what was registered, then others'.
+        """
         for name in self.offered:
             if name not in self.here:
                 self._take_offered(name)

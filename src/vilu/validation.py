@@ -1,4 +1,4 @@
-"""Checks of arguments: numbers in their range, words of a list, and values of their annotated types."""
+"""Checks of arguments: their ranges, their words, and their annotated types."""
 
 from __future__ import annotations
 
@@ -131,7 +131,12 @@ def _hints(function: Callable[..., object]) -> dict[str, Any]:
     return typing.get_type_hints(annotated, names, include_extras=True)
 
 
-def _check(name: str, value: Any, hint: object, arguments: Mapping[str, object]) -> None:  # noqa: ANN401 - any argument
+def _check(
+    name: str,
+    value: Any,  # noqa: ANN401 - any argument
+    hint: object,
+    arguments: Mapping[str, object],
+) -> None:
     if not _fits(value, hint):
         swapped = _fitting_argument(name, hint, arguments)
         question = f" {swapped} is one: are they swapped?" if swapped else ""

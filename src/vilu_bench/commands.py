@@ -12,23 +12,26 @@ import typer
 from typer import Option
 
 from vilu.cli.console import (
-    MOST_RESAMPLES,
-    MOST_WORKERS,
     STORE,
     STUDIES,
+    goes_on,
+    keeping,
+    next_step,
+    print_result,
+    wants,
+)
+from vilu.cli.options import (
+    MOST_RESAMPLES,
+    MOST_WORKERS,
     Data,
     Overwrite,
     Reading,
     RowsFile,
     RowsJson,
     existing,
-    goes_on,
-    keeping,
-    next_step,
     path_argument,
     path_option,
     reads,
-    wants,
 )
 from vilu.errors import UsageError
 
@@ -121,10 +124,8 @@ def _print_plans(studies: list[Config], data: Path, output: Path, *, as_json: bo
     from vilu_bench.studies.dry_run import describe, estimate
 
     plans = [estimate(study, data, output) for study in studies]
-    if as_json:
-        typer.echo(json.dumps([plan.to_dict() for plan in plans], indent=2))
-    else:
-        typer.echo(describe(plans))
+    facts = [plan.to_dict() for plan in plans]
+    print_result(facts, describe(plans), as_json=as_json)
 
 
 @wants(run=STUDIES)
@@ -273,10 +274,7 @@ def _by_label(predictors: list[str]) -> dict[str, str]:
 def _print_sizes(table: ResultTable, draws: int, *, as_json: bool) -> None:
     from vilu_bench.studies.pool_sizes import size_table
 
-    if as_json:
-        typer.echo(json.dumps(table.to_dicts(), indent=2))
-    else:
-        typer.echo(size_table(table))
+    print_result(table.to_dicts(), size_table(table), as_json=as_json)
     legend = "AUROC / FPR95 in percent; positive=correct for FPR95"
     if draws > 1:
         legend += f", ± over {draws} draws"

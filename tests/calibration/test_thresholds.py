@@ -516,7 +516,8 @@ def test_rows_that_cannot_be_used_are_left_out() -> None:
         ({"max_risk": 0.0}, "max_risk must be in"),
         ({"max_risk": 0.1, "confidence": 1.0}, "confidence must be in"),
         ({"min_coverage": 0.0}, "min_coverage must be in"),
-        ({"max_risk": 0.1, "method": "guess"}, "method must be one of"),
+        ({"max_risk": 0.1, "method": "guess"}, "one of 'ltt', 'crc', 'selection'. Got 'guess'"),
+        ({"max_risk": 0.1, "method": "anytime"}, "one of 'ltt', 'crc', 'selection'. Got 'anytime'"),
     ],
 )
 def test_targets_that_cannot_be(arguments: dict, message: str) -> None:

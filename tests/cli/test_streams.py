@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.command import command
-from vilu.cli.console import complete_methods
+from vilu.cli.options import complete_methods
 
 FULL = Path("/dev/full")
 VILU = "import sys; sys.argv[0] = 'vilu'; from vilu.cli import main; main()"

@@ -14,7 +14,7 @@ import typer
 from tests.builders.array_files import arrays, save
 from tests.command import command_line, run
 from tests.conftest import toy_embeddings
-from vilu.cli.app import app, told
+from vilu.cli.app import app, with_stop_message
 from vilu.cli.console import STORE, WANTED, kind_of
 from vilu.predictors.zero_shot import MCM
 from vilu.scoring.score import score
@@ -131,7 +131,7 @@ def interrupted(
     real = COMMANDS[name.removesuffix("_")].callback
     command.goes_on = getattr(real, "goes_on", False)
     with pytest.raises(type(stop)):
-        told(command)(**values)
+        with_stop_message(command)(**values)
     return capsys.readouterr().err
 
 

@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vilu.artifacts.documents import Model
-from vilu.calibration.target import Kind
+from vilu.calibration.methods import SetMethod
 from vilu.calibration.thresholds import rows_for_mean
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.errors import UNKNOWN, DataError, InfeasibleError, UsageError
@@ -50,7 +50,7 @@ class LabelSets(Model):
     posterior q is ours.
     """
 
-    method: Kind  # "lac" or "aps"
+    method: SetMethod  # "lac" or "aps"
     max_miss: float = Field(gt=0, lt=1)  # largest share of sets without the right label
     limit: float = Field(ge=0, le=2)  # c, in [0, 1]
     n: int = Field(ge=1)  # calibration rows
@@ -76,7 +76,7 @@ def failure_aware_posterior(batch: Batch, log_p: Tensor, failure_probability: Te
 
 
 def nonconformity(
-    predictor: FailurePredictor, batch: Batch, uncertainty: Floats, method: Kind
+    predictor: FailurePredictor, batch: Batch, uncertainty: Floats, method: SetMethod
 ) -> Tensor:
     """(B, K) float64 s(x, j) of every candidate."""
     f = torch.from_numpy(predictor.raw_failure_probability(uncertainty))
@@ -93,7 +93,7 @@ def nonconformity(
 
 
 def fit_label_sets(
-    predictor: FailurePredictor, data: EmbeddingSource, *, max_miss: float, method: Kind
+    predictor: FailurePredictor, data: EmbeddingSource, *, max_miss: float, method: SetMethod
 ) -> LabelSets:
     """Label sets from those calibration rows that the predictor's ``fit`` has not seen."""
     check_label_sets(predictor, data, max_miss)
@@ -149,7 +149,7 @@ def check_label_sets(predictor: FailurePredictor, data: EmbeddingSource, max_mis
 
 
 def _labelled(
-    predictor: FailurePredictor, data: EmbeddingSource, method: Kind
+    predictor: FailurePredictor, data: EmbeddingSource, method: SetMethod
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of the rows with a label: s(x, j) (B, K), and their targets (B,)."""
     for batch, uncertainty in predictor.scored(data):

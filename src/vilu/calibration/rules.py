@@ -14,6 +14,7 @@ from pydantic import Field
 
 from vilu.artifacts.documents import Model
 from vilu.calibration.anytime import Looks
+from vilu.calibration.methods import Method, RowsMethod
 from vilu.calibration.selection import drawn, p_values, selected
 from vilu.calibration.shares import (
     Strata,
@@ -22,7 +23,7 @@ from vilu.calibration.shares import (
     weighted_learn_then_test,
     why_nothing,
 )
-from vilu.calibration.target import Method, Target
+from vilu.calibration.target import Target
 from vilu.calibration.thresholds import (
     PROCEDURES,
     Threshold,
@@ -323,7 +324,7 @@ def calibrate(
     max_risk: float | None = None,
     confidence: float = 0.95,
     min_coverage: float | None = None,
-    method: Method = "ltt",
+    method: RowsMethod = "ltt",
     groups: Sequence[str] | Literal["prediction"] | None = None,
     outside_share: float | None = None,
     class_shares: Mapping[str, float] | None = None,
@@ -346,7 +347,8 @@ def calibrate(
             threshold that accepts so much, with the bound of its risk.
         method: "ltt" or "crc", see ``vilu.calibration.thresholds``; or "selection", which accepts
             part of a batch such that E[share of wrong ones among the accepted] <= max_risk, see
-            ``vilu.calibration.selection``.
+            ``vilu.calibration.selection``. The fourth method of a rule, "anytime", needs labels one
+            after another: ``vilu calibrate --method anytime`` makes it.
         groups: N names, or "prediction" for the zero-shot answer: a threshold for each with enough
             rows, the others together, as "(other)", with a group that is called so; delta is
             divided among them, so that all guarantees hold at once. A least coverage alone is that

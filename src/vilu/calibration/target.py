@@ -4,24 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import ClassVar, get_args
 
 from pydantic import ConfigDict
 
+from vilu.calibration.methods import Method, RowsMethod, SetMethod
 from vilu.calibration.shares import check_shares
 from vilu.errors import UsageError
-from vilu.validation import checked_fields, require_between, require_one_of
-
-Kind = Literal["lac", "aps"]
-"""Methods of label sets (``vilu.calibration.label_sets``)."""
-
-Method = Literal["ltt", "crc", "selection", "anytime"]
-
-ROWS_AT_ONCE: tuple[Method, ...] = ("ltt", "crc", "selection")
-"""Methods whose rows are all there before anybody looks.
-
-"anytime" is for labels one after another.
-"""
+from vilu.validation import checked_fields, require_between
 
 
 @checked_fields
@@ -57,7 +47,7 @@ class Target:
     confidence: float = 0.95
     method: Method = "ltt"
     per_class: bool = False
-    label_sets: Kind | None = None
+    label_sets: SetMethod | None = None
     max_miss: float = 0.1
     outside_share: float | None = None
     class_shares: Mapping[str, float] | None = None
@@ -81,7 +71,12 @@ class Target:
         if self.min_coverage is not None:
             require_between("min_coverage", self.min_coverage, "(0, 1]")
         require_between("confidence", self.confidence)
-        require_one_of("method", self.method, ROWS_AT_ONCE)
+        if self.method == "anytime":
+            raise UsageError(
+                f"method must be one of {', '.join(get_args(RowsMethod))} where the rows are all "
+                'there. Got "anytime" instead, which is for labels one after another: '
+                "`vilu calibrate --method anytime --labels FILE`."
+            )
         if self.method == "selection":
             is_one_risk = self.max_risk is not None and self.min_coverage is None
             if grouped or not is_one_risk:

@@ -1,4 +1,6 @@
-"""The command line: each command calls one public function; stdout is the result, stderr the log and the progress.
+"""The command line: each command calls one public function.
+
+stdout is the result, stderr the log and the progress.
 
 Exit codes: 0 done, 2 usage (a path that is not there, a place that is taken), 3 data, 4 the risk
 target is out of reach, 5 a model is missing, 6 artefacts do not fit together, 7 storage, 8 a
@@ -17,7 +19,7 @@ import signal
 import sys
 import threading
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import typer
 
@@ -31,42 +33,49 @@ MISUSE: type[Any] = typer.BadParameter.__bases__[0]
 
 
 def entry() -> None:
-    """The command as a process, which ends with its work: to take the libraries down would take up to a second more."""
+    """The command as a process, which ends with its work.
+
+    The libraries are not taken down, which would take up to a second more.
+    """
     code = 1
 
     def leave() -> None:
         logging.shutdown()
-        for stream in filter(None, (sys.stdout, sys.stderr)):
-            stream.flush()
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
         os._exit(code)
 
-    gc.set_threshold(
-        50_000
-    )  # imports make a million objects, none of them garbage: 0.1 s of looking for it
-    atexit.register(
-        leave
-    )  # threads have been waited for then, and what is registered later has been done
+    # imports make a million objects, none of them garbage: 0.1 s of looking for it
+    gc.set_threshold(50_000)
+    # threads have been waited for then, and what is registered later has been done
+    atexit.register(leave)
     try:
         main()
-    except SystemExit as left:
-        code = int(left.code or 0)
+    except SystemExit as stop:
+        code = int(stop.code or 0)
         raise
 
 
 def main() -> None:
     """The command line of this process; raises SystemExit with the exit code."""
-    given = (sys.stdout, sys.stderr)  # None where they are closed (2>&-)
-    sys.stdout, sys.stderr = (one or open(os.devnull, "w", encoding="utf-8") for one in given)  # noqa: PTH123, SIM115
+    sys.stdout = _open_stream(sys.stdout)
+    sys.stderr = _open_stream(sys.stderr)
     signal.signal(signal.SIGTERM, _terminate)
     sys.unraisablehook = _again
     with careful_output():
         code = _run()
-        for number in (
-            signal.SIGINT,
-            signal.SIGTERM,
-        ):  # the work is over: what comes now ends the process, silently
-            signal.signal(number, signal.SIG_DFL)
+        # the work is over: what comes now ends the process, silently
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         sys.exit(code)
+
+
+def _open_stream(stream: TextIO | None) -> TextIO:
+    """The stream; where it is closed (``2>&-``), Python has None, and nobody reads the new one."""
+    if stream is not None:
+        return stream
+    return open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123
 
 
 def _run() -> int:
@@ -77,9 +86,9 @@ def _run() -> int:
     except KeyboardInterrupt:  # before a command has begun, which would say what is kept
         return INTERRUPTED
     except MISUSE as error:
-        told = io.StringIO()
-        error.show(told)
-        sys.stderr.write(printable(told.getvalue(), "\n"))
+        message = io.StringIO()
+        error.show(message)
+        sys.stderr.write(printable(message.getvalue(), "\n"))
         return UsageError.exit_code
     except ViLUError as error:
         complain("error", str(error))
@@ -91,11 +100,15 @@ def _run() -> int:
         return StorageError.exit_code
 
 
-def _again(lost: Any) -> None:  # noqa: ANN401 - its type has no name
-    """A signal that came while a library could not pass on what it raises comes again; all else is told as ever."""
-    number = {KeyboardInterrupt: signal.SIGINT, SystemExit: signal.SIGTERM}.get(lost.exc_type)
+def _again(failure: Any) -> None:  # noqa: ANN401 - its type has no name
+    """Send a signal again that came while a library could not pass on what it raises.
+
+    Python reports every other failure as ever.
+    """
+    signals = {KeyboardInterrupt: signal.SIGINT, SystemExit: signal.SIGTERM}
+    number = signals.get(failure.exc_type)
     if number is None:
-        sys.__unraisablehook__(lost)
+        sys.__unraisablehook__(failure)
     else:
         threading.Timer(0.01, os.kill, [os.getpid(), number]).start()
 

@@ -33,10 +33,11 @@ from vilu.registry import entry_points, load_entry, load_plugin
 app = typer.Typer(
     name="vilu",
     help="How likely is the answer of a frozen vision-language model (CLIP, SigLIP) wrong?",
-    epilog="New here: `vilu demo`. The flow: embed, fit, calibrate, score, evaluate; every command has its own --help. "
-    "Commands write to a new or an empty place, or to what the same command wrote; --overwrite makes that anew, "
-    "and other files are never touched. Exit codes: 2 the command cannot be (a missing path, a taken place), 3 "
-    "data, 4 risk out of reach, 5 no model, 6 artefacts that do not fit together, 7 storage, 8 alarm, 75 busy.",
+    epilog="New here: `vilu demo`. The flow: embed, fit, calibrate, score, evaluate; every command "
+    "has its own --help. Commands write to a new or an empty place, or to what the same command "
+    "wrote; --overwrite makes that anew, and other files are never touched. Exit codes: 2 the "
+    "command cannot be (a missing path, a taken place), 3 data, 4 risk out of reach, 5 no model, "
+    "6 artefacts that do not fit together, 7 storage, 8 alarm, 75 busy.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -84,8 +85,8 @@ def common(
         load_plugin(module)
 
 
-def told(command: Callable[..., None]) -> Callable[..., None]:
-    """The command, which when it is stopped (Ctrl-C, SIGTERM) says what the same command would do now."""
+def with_stop_message(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with a message for Ctrl-C and SIGTERM: what the same command would do now."""
 
     @wraps(command)
     def run(**values: Any) -> None:  # noqa: ANN401 - what the command takes
@@ -93,8 +94,11 @@ def told(command: Callable[..., None]) -> Callable[..., None]:
         require_kinds(name, values, getattr(command, "wanted", WANTED.get(name, {})))
         try:
             command(**values)
-        except (KeyboardInterrupt, SystemExit) as stop:
-            if isinstance(stop, KeyboardInterrupt) or stop.code == TERMINATED:
+        except KeyboardInterrupt:
+            complain("stopped", _afterwards(command, values))
+            raise
+        except SystemExit as stop:
+            if stop.code == TERMINATED:
                 complain("stopped", _afterwards(command, values))
             raise
 
@@ -107,48 +111,55 @@ def name_of(command: Callable[..., None]) -> str:
 
 
 def _afterwards(command: Callable[..., None], values: dict[str, Any]) -> str:
-    """What of the work of a stopped command is kept."""
+    """The part of a stopped command's work that stays, and what the same command would do now."""
     name = name_of(command)
     output: Path | None = values.get("output")
-    into_folder = name == "score" and output and not output.suffix
-    if getattr(command, "goes_on", False) or into_folder:
+    goes_on = getattr(command, "goes_on", False)
+    if name == "score" and output is not None:
+        goes_on = not output.suffix  # a folder, which is written part by part
+    if goes_on:
         return f"what is finished is in {output}; the same command goes on with the rest."
     if name == "serve":
-        return "what was taken on is answered, and the state is saved; the same command goes on with it."
+        return (
+            "what was taken on is answered, and the state is saved; the same command goes on "
+            "with it."
+        )
     if name == "review" and values.get("serve"):
         return f"every answer is in {output}; the same command goes on with the rest."
-    if name == "fit" and (kept := Path(f"{output}.checkpoints")).is_dir():
-        return f"the same command goes on from the last checkpoint in {kept}."
+    checkpoints = Path(f"{output}.checkpoints")
+    if name == "fit" and checkpoints.is_dir():
+        return f"the same command goes on from the last checkpoint in {checkpoints}."
     return "no file is half written; the same command begins anew."
 
 
 ON_DATA = (
-    *(
-        triage,
-        demo,
-        embed,
-        import_,
-        inspect,
-        fit,
-        calibrate,
-        score,
-        evaluate,
-        report,
-        explain,
-        monitor,
-    ),
-    *(next_, review, labels, audit_labels),
+    triage,
+    demo,
+    embed,
+    import_,
+    inspect,
+    fit,
+    calibrate,
+    score,
+    evaluate,
+    report,
+    explain,
+    monitor,
+    next_,
+    review,
+    labels,
+    audit_labels,
 )
 for command in ON_DATA:
-    app.command(name_of(command))(told(command))
+    app.command(name_of(command))(with_stop_message(command))
 app.command("list")(list_catalogue)
 for command in (serve, convert, export, push, pull):
-    app.command()(told(command))
+    app.command()(with_stop_message(command))
 app.add_typer(datasets, name="datasets")
 
 
 def refusing(error: UsageError) -> Callable[[], None]:
-    """A command whose package is not here: it says so, whatever it is given."""
+    """A command whose package is not here: it says so, whatever follows it."""
 
     def command() -> None:
         raise error
@@ -160,7 +171,8 @@ def refusing(error: UsageError) -> Callable[[], None]:
 def add_command_of(entry: EntryPoint) -> None:
     """Add the command of another package."""
     try:
-        app.command(entry.name)(told(load_entry(entry, "command")))
+        command = load_entry(entry, "command")
+        app.command(entry.name)(with_stop_message(command))
     except UsageError as error:
         settings = {"ignore_unknown_options": True, "allow_extra_args": True}
         app.command(entry.name, context_settings=settings)(refusing(error))

@@ -33,7 +33,10 @@ class Artefact(NamedTuple):
 
 
 def check(path: Path) -> Iterator[Artefact]:
-    """The artefacts at a path, each checked as by those who read it, and of every file of a run its bytes."""
+    """The artefacts at a path, each checked as by those who read it.
+
+    Of a run every file is checked, and all its bytes are read.
+    """
     if not path.exists():
         raise StorageError(f"{path} does not exist.")
     if path.is_file():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -11,14 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer import Option
 
-from vilu.cli import console
-from vilu.cli.console import columns, next_step, path_argument
+from vilu.cli.console import columns, next_step, print_result
+from vilu.cli.options import complete_datasets, path_argument
 from vilu.text import printable
 
 if TYPE_CHECKING:
     from vilu.backbones.catalog import BackboneKind
     from vilu.datasets.known import KnownDataset, Presence
     from vilu.datasets.known.entry import Count
+    from vilu.metrics.catalog import Metric
     from vilu.predictors.contract.predictor import FailurePredictor
 
 
@@ -27,35 +27,41 @@ datasets = typer.Typer(
 )
 BELOW = ("folder", "archives", "trouble", "to do")
 FACTS = (
-    *(
-        "name",
-        "title",
-        "n_classes",
-        "captioned",
-        "sizes",
-        "official_sizes",
-        "licence",
-        "n_bytes",
-        "url",
-        "how",
-    ),
-    *("folders", "archives", "template", "coop_template", "reference"),
+    "name",
+    "title",
+    "n_classes",
+    "captioned",
+    "sizes",
+    "official_sizes",
+    "licence",
+    "n_bytes",
+    "url",
+    "how",
+    "folders",
+    "archives",
+    "template",
+    "coop_template",
+    "reference",
 )
 AsJson = Annotated[bool, Option("--json", help="Print JSON instead of a table.")]
 
 
 @datasets.command("list")
 def list_known(as_json: AsJson = False) -> None:
-    """The data sets of the catalogue: classes, images by split, size of the download, licence, where to get them.
+    """The data sets of the catalogue: classes, images by split, licence, where to get them.
 
     Splits are named as in `vilu embed --dataset NAME --split SPLIT`. Sizes of downloads are
     approximate.
     """
     from vilu.datasets.known import KNOWN
 
-    facts = [{name: getattr(entry, name) for name in FACTS} for entry in KNOWN.values()]
-    table = columns([_dataset_in_brief(entry) for entry in KNOWN.values()], below=("how", "url"))
-    typer.echo(json.dumps(facts, indent=2) if as_json else table)
+    facts = []
+    rows = []
+    for entry in KNOWN.values():
+        facts.append({name: getattr(entry, name) for name in FACTS})
+        rows.append(_dataset_in_brief(entry))
+    table = columns(rows, below=("how", "url"))
+    print_result(facts, table, as_json=as_json)
     next_step("which are here, and whether they are whole: vilu datasets check FOLDER")
 
 
@@ -65,7 +71,7 @@ def check_known(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Which data sets. [all]", metavar="NAME", autocompletion=console.complete_datasets
+            help="Which data sets. [all]", metavar="NAME", autocompletion=complete_datasets
         ),
     ] = None,
     deep: Annotated[
@@ -81,26 +87,34 @@ def check_known(
     from vilu.errors import DataError
 
     presences = check(path, names or None, deep=deep)
-    if as_json:
-        facts = [presence.to_dict() for presence in presences]
-        typer.echo(json.dumps(facts, indent=2))
-    else:
-        rows = [_row(presence) for presence in presences]
-        typer.echo(columns(rows, below=BELOW))
-    short = [p.name for p in presences if p.state in {"absent", "incomplete"}]
-    if names and short:
+    facts = []
+    rows = []
+    for presence in presences:
+        facts.append(presence.to_dict())
+        rows.append(_row(presence))
+    print_result(facts, columns(rows, below=BELOW), as_json=as_json)
+    not_whole = []
+    for presence in presences:
+        if presence.state in {"absent", "incomplete"}:
+            not_whole.append(presence.name)
+    if names and not_whole:
         raise DataError(
-            f"not whole: {', '.join(short)} ({len(short)} of {len(presences)} data sets). See above."
+            f"not whole: {', '.join(not_whole)} ({len(not_whole)} of {len(presences)} data sets). "
+            "See above."
         )
-    n_whole = len(presences) - len(short)
+    n_whole = len(presences) - len(not_whole)
     next_step(f"{n_whole} of {len(presences)} data sets are here and whole")
 
 
 def _dataset_in_brief(entry: KnownDataset) -> dict[str, str]:
+    classes = "captions"
+    if entry.n_classes is not None:
+        classes = str(entry.n_classes)
+    images = [f"{split} {n:,}" for split, n in entry.sizes.items()]
     return {
         "name": entry.name,
-        "classes": "captions" if entry.n_classes is None else str(entry.n_classes),
-        "images": " ".join(f"{split} {n:,}" for split, n in entry.sizes.items()),
+        "classes": classes,
+        "images": " ".join(images),
         "download": _size(entry.n_bytes),
         "licence": entry.licence,
         "how": entry.how,
@@ -120,14 +134,17 @@ def _size(n_bytes: int | None) -> str:
 def _row(presence: Presence) -> dict[str, str]:
     problems = [presence.problem]
     missing: list[str] = []
-    counts = []
+    counts: list[str] = []
     for name, split in presence.splits.items():
         problems.append(split.problem)
         missing += split.missing
         counts.append(f"{name} {_counts(split)}")
     if missing:
         problems.append(f"missing: {', '.join(missing)}")
-    folder = str(presence.folder or "")
+    different = dict.fromkeys(problem for problem in problems if problem)
+    folder = ""
+    if presence.folder is not None:
+        folder = str(presence.folder)
     if presence.origin:
         folder = f"{presence.folder}: {presence.origin}"
     row = {
@@ -136,7 +153,7 @@ def _row(presence: Presence) -> dict[str, str]:
         "images": " ".join(counts) or "-",
         "folder": folder,
         "archives": _by_state(presence.archives),
-        "trouble": " ".join(dict.fromkeys(filter(None, problems))),
+        "trouble": " ".join(different),
         "to do": presence.advice,
     }
     return {key: printable(text) for key, text in row.items()}
@@ -152,8 +169,12 @@ def _by_state(archives: Mapping[str, str]) -> str:
 
 def _counts(split: Count) -> str:
     """Found of listed, and what was published where that is another number."""
-    listed = split.expected if split.listed is None else split.listed
-    text = "?" if split.found is None else f"{split.found:,}"
+    listed = split.listed
+    if listed is None:
+        listed = split.expected
+    text = "?"
+    if split.found is not None:
+        text = f"{split.found:,}"
     if listed is not None:
         text = f"{text}/{listed:,}"
     if split.expected in {None, listed}:
@@ -168,27 +189,28 @@ def list_catalogue(
     ],
     as_json: AsJson = False,
 ) -> None:
-    """What there is: predictors, backbones, metrics or data set layouts (data sets by name: `vilu datasets list`).
+    """What there is: predictors, backbones, metrics or data set layouts.
 
-    Of a predictor: whether it needs labels ("images": rows without any), works on image-caption
-    pairs, and on any classes or those that it was fitted on; what `vilu embed` must keep for it (in
-    brackets: may), where it comes from, what it is, what it costs.
+    Data sets by name: `vilu datasets list`. Of a predictor: whether it needs labels ("images": rows
+    without any), works on image-caption pairs, and on any classes or those that it was fitted on;
+    what `vilu embed` must keep for it (in brackets: may), where it comes from, what it is, what it
+    costs.
     """
-    rows = {
+    makers = {
         "predictors": _predictors,
         "backbones": _backbones,
         "datasets": _datasets,
         "metrics": _metrics,
-    }[what]()
-    if as_json:
-        typer.echo(json.dumps(rows, indent=2))
-    elif what == "predictors":
+    }
+    rows = makers[what]()
+    if what == "predictors":
         brief = [_predictor_in_brief(row) for row in rows]
-        typer.echo(columns(brief, below=("what it is", "cost")))
+        table = columns(brief, below=("what it is", "cost"))
     elif what == "backbones":
-        typer.echo(columns(rows, below=("what it is",)))
+        table = columns(rows, below=("what it is",))
     else:
-        typer.echo(columns(rows))
+        table = columns(rows)
+    print_result(rows, table, as_json=as_json)
     if what == "datasets":
         next_step("more of the data sets that have a name: vilu datasets list")
 
@@ -201,8 +223,13 @@ def _predictors() -> list[dict[str, Any]]:
 
 def _predictor(name: str, cls: type[FailurePredictor]) -> dict[str, Any]:
     needs = "no"
-    if cls.needs_fit:
-        needs = "yes" if cls.needs_labels else "images"
+    if cls.needs_labels and cls.needs_fit:
+        needs = "yes"
+    elif cls.needs_fit:
+        needs = "images"
+    classes = "any"
+    if cls.closed_set:
+        classes = "those of training"
     return {
         "name": name,
         "needs labels": needs,
@@ -211,7 +238,7 @@ def _predictor(name: str, cls: type[FailurePredictor]) -> dict[str, Any]:
         "uses columns": list(cls.optional_columns),
         "captions": _yes_or_no(not cls.no_captions),
         "why no captions": cls.no_captions,
-        "classes": "those of training" if cls.closed_set else "any",
+        "classes": classes,
         "probability": _yes_or_no(cls.is_probability),
         "cost": cls.cost,
         "reference": cls.reference,
@@ -220,23 +247,35 @@ def _predictor(name: str, cls: type[FailurePredictor]) -> dict[str, Any]:
 
 
 def _yes_or_no(value: bool) -> str:
-    return "yes" if value else "no"
+    if value:
+        return "yes"
+    return "no"
 
 
 def _metrics() -> list[dict[str, Any]]:
     from vilu.metrics.catalog import METRICS
 
-    return [
-        {
-            "name": name,
-            "title": metric.title,
-            "better": "higher" if metric.higher_is_better else "lower",
-            "of": "probability" if metric.of_probability else "any score",
-            "computed": metric.wanted if metric.question == "failure" else "with outside rows",
-            "convention": metric.convention,
-        }
-        for name, metric in METRICS.items()
-    ]
+    return [_metric(name, metric) for name, metric in METRICS.items()]
+
+
+def _metric(name: str, metric: Metric) -> dict[str, Any]:
+    better = "lower"
+    if metric.higher_is_better:
+        better = "higher"
+    what = "any score"
+    if metric.of_probability:
+        what = "probability"
+    computed: str = metric.wanted
+    if metric.question != "failure":
+        computed = "with outside rows"
+    return {
+        "name": name,
+        "title": metric.title,
+        "better": better,
+        "of": what,
+        "computed": computed,
+        "convention": metric.convention,
+    }
 
 
 def _predictor_in_brief(row: dict[str, Any]) -> dict[str, str]:
@@ -245,15 +284,21 @@ def _predictor_in_brief(row: dict[str, Any]) -> dict[str, str]:
     optional = _flags(row["uses columns"])
     if optional:
         flags.append(f"[{' '.join(optional)}]")
+    classes = "fitted"
+    if row["classes"] == "any":
+        classes = "any"
+    cost = row["cost"]
+    if cost == "none":
+        cost = ""
     return {
         "name": row["name"],
         "labels": row["needs labels"],
         "captions": row["captions"],
-        "classes": "fitted" if row["classes"] != "any" else "any",
+        "classes": classes,
         "embed with": " ".join(flags) or "-",
         "reference": row["reference"],
         "what it is": row["what it is"],
-        "cost": "" if row["cost"] == "none" else row["cost"],
+        "cost": cost,
     }
 
 
@@ -268,22 +313,19 @@ def _flags(needed: list[str]) -> list[str]:
 def _backbones() -> list[dict[str, Any]]:
     from vilu.backbones.catalog import BACKBONES, BackboneKind, named_backbones
 
-    kinds = [
-        {"name": name, "install": _installed_by(kind), "what it is": kind.description}
-        for name, kind in BACKBONES.items()
-        if isinstance(kind, BackboneKind)
-    ]
-    named = [
-        {
-            "name": name,
-            "install": "vilu[clip]",
-            "what it is": f"{model.title}, {model.image_size} px: open_clip:{model.open_clip}, or by {name}@hf "
-            f"hf:{model.hf}",
-            **asdict(model),
-        }
-        for name, model in named_backbones().items()
-    ]
-    return [*kinds, *named]
+    rows = []
+    for name, kind in BACKBONES.items():
+        if isinstance(kind, BackboneKind):
+            facts = {"name": name, "install": _installed_by(kind), "what it is": kind.description}
+            rows.append(facts)
+    for name, model in named_backbones().items():
+        description = (
+            f"{model.title}, {model.image_size} px: open_clip:{model.open_clip}, or by {name}@hf "
+            f"hf:{model.hf}"
+        )
+        row = {"name": name, "install": "vilu[clip]", "what it is": description}
+        rows.append(row | asdict(model))
+    return rows
 
 
 def _installed_by(kind: BackboneKind) -> str:

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import logging
 import os
 import shlex
 import sys
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
-from dataclasses import asdict, dataclass
-from functools import wraps
-from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar, cast
 
 import typer
-from typer import Option
 
 from vilu.errors import StorageError, UsageError
 from vilu.progress import Reporter, Silence, Task
@@ -29,16 +26,9 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from vilu.artifacts.paths import Kind
-    from vilu.embeddings.pairs import Pools
-    from vilu.embeddings.source import EmbeddingSource
 
 LOG = logging.getLogger("vilu")
 LOG_EVERY = 10.0  # seconds between progress lines where there is no terminal
-MOST_SEED = 2**63 - 1
-MOST_RESAMPLES = 10**6
-MOST_WORKERS = 4096
-"""Larger numbers on a command line are slips of the finger."""
-
 # exit codes: 128 and the number of SIGINT, of SIGPIPE, of SIGTERM
 INTERRUPTED = 130
 PIPE_CLOSED = 141
@@ -60,7 +50,10 @@ class Escaping(logging.Formatter):
 
 
 class CarefulOutput:
-    """Standard output that fails with our errors: StorageError where it is full, exit code 141 where nobody reads."""
+    """Standard output that fails with our errors.
+
+    It raises StorageError where the disk is full, and exits with code 141 where nobody reads.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -139,7 +132,9 @@ def make_reporter(*, quiet: bool) -> Reporter | None:
     """A bar on a terminal, a line every ten seconds elsewhere, nothing with -q."""
     if quiet:
         return None
-    return Bars() if sys.stderr.isatty() else Lines()
+    if sys.stderr.isatty():
+        return Bars()
+    return Lines()
 
 
 class Bar:
@@ -157,7 +152,10 @@ class Bar:
 
 
 class Bars:
-    """Rich bars with count, rate and time left; the screen belongs to them only while a task is under way."""
+    """Rich bars with count, rate and time left.
+
+    The screen belongs to them only while a task is under way.
+    """
 
     shown: Bar | None = None
 
@@ -219,8 +217,12 @@ class LoggedTask:
         self.logged = time.monotonic()
         self.logged_done = self.done
         seconds = max(self.logged - self.started, 1e-9)
-        total = "" if self.total is None else f"/{self.total:,.0f}"
-        note = f", {self.note}" if self.note else ""
+        total = ""
+        if self.total is not None:
+            total = f"/{self.total:,.0f}"
+        note = ""
+        if self.note:
+            note = f", {self.note}"
         count = f"{self.done:,.0f}"
         rate = f"{self.done / seconds:,.0f} {self.unit}/s"
         LOG.info("%s %s%s %s, %s%s", self.description, count, total, self.unit, rate, note)
@@ -259,36 +261,29 @@ def nothing_to_do(output: Path) -> None:
 def keeping(
     output: Path | None, kind: Kind, read: Iterable[Path], *, overwrite: bool, **settings: object
 ) -> Callable[[Callable[[Path, str], None]], None]:
-    """Claim the file for a copy of what a command prints, if one is asked for, and give what has it written."""
-    if output is None:
-        return lambda _: None
-    from vilu.artifacts.paths import (  # late: `vilu --help` does without pydantic
-        claim_file,
-        inputs_of,
-    )
+    """Claim the file for a copy of what a command prints, if one is asked for.
 
-    inputs = inputs_of(*read, **settings)
-    if claim_file(output, kind, inputs, overwrite=overwrite):
-        return lambda _: nothing_to_do(output)
-    return lambda write: write(output, inputs)
+    What is returned takes the function that writes the copy to a path, with the digest of all that
+    was read, and calls it unless no copy is wanted or the same copy is there.
+    """
+    inputs = ""
+    is_there = False
+    if output is not None:
+        # late: `vilu --help` does without pydantic
+        from vilu.artifacts.paths import claim_file, inputs_of
 
+        inputs = inputs_of(*read, **settings)
+        is_there = claim_file(output, kind, inputs, overwrite=overwrite)
 
-def existing(value: Any) -> Any:  # noqa: ANN401 - a path, several, or None, as typer has it
-    """What a command is to read; the one place that refuses a path that is not there."""
-    for path in value if isinstance(value, list | tuple) else [value]:
-        if isinstance(path, Path) and not path.exists():
-            raise UsageError(f"{path} does not exist.")
-    return value
+    def keep(write: Callable[[Path, str], None]) -> None:
+        if output is None:
+            return
+        if is_there:
+            nothing_to_do(output)
+        else:
+            write(output, inputs)
 
-
-def path_argument(text: str, metavar: str | None = None) -> Any:  # noqa: ANN401 - typer's own
-    """A path, or several, that a command reads, with its line of help."""
-    return typer.Argument(help=text, metavar=metavar, callback=existing)
-
-
-def path_option(text: str, metavar: str | None = None) -> Any:  # noqa: ANN401 - typer's own
-    """The same as a flag."""
-    return Option(help=text, metavar=metavar, callback=existing)
+    return keep
 
 
 STORE = "a store of embeddings"
@@ -319,6 +314,7 @@ def wants(**kinds: str) -> Callable[[Command], Command]:
     """Says of a command of another package what ``WANTED`` says of ours."""
 
     def mark(command: Command) -> Command:
+        # a function takes attributes, and its type names none
         command.wanted = kinds  # type: ignore[attr-defined]
         return command
 
@@ -327,6 +323,7 @@ def wants(**kinds: str) -> Callable[[Command], Command]:
 
 def goes_on(command: Command) -> Command:
     """Says of a command that, stopped and given again, it does the rest of its work."""
+    # a function takes attributes, and its type names none
     command.goes_on = True  # type: ignore[attr-defined]
     return command
 
@@ -336,7 +333,9 @@ def kind_of(path: Path) -> str | None:
     if (path / "predictor.json").is_file():
         return PREDICTOR
     if (path / "run.json").is_file():
-        return SCORES if (path / "scores").is_dir() else STORE
+        if (path / "scores").is_dir():
+            return SCORES
+        return STORE
     if (path / "cells").is_dir() or (path / "studies").is_dir():
         return STUDIES
     return None
@@ -364,12 +363,14 @@ def require_kinds(command: str, values: Mapping[str, Any], wanted_kinds: Mapping
             if kind not in {None, wanted}:
                 wrong.append(f"{path} is {kind}, where {wanted} should be")
     if wrong:
-        swapped = " They are in the wrong order." if len(wrong) == len(PAIR) else ""
+        swapped = ""
+        if len(wrong) == len(PAIR):
+            swapped = " They are in the wrong order."
         raise UsageError(f"{', and '.join(wrong)}.{swapped} See vilu {command} --help.")
 
 
 def pairs_of(option: str, texts: Sequence[str] | None, form: str = "NAME=KEY") -> dict[str, str]:
-    """What was given as NAME=KEY, ... as a dictionary."""
+    """Words of the form NAME=KEY, which an option has several times, as a dictionary."""
     pairs: dict[str, str] = {}
     for text in texts or ():
         name, sign, value = text.partition("=")
@@ -382,8 +383,24 @@ def pairs_of(option: str, texts: Sequence[str] | None, form: str = "NAME=KEY") -
     return pairs
 
 
+def named_paths(*paths: Path | None) -> list[Path]:
+    """The paths that a command line names, of those that it may name."""
+    return [path for path in paths if path is not None]
+
+
+def print_result(facts: object, text: str, *, as_json: bool) -> None:
+    """Print the result of a command, as JSON or for people."""
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+    else:
+        typer.echo(text)
+
+
 def columns(rows: list[dict[str, str]], below: Sequence[str] = ()) -> str:
-    """Rows of one shape as aligned text; what ``below`` names gets a line of its own under its row, if any."""
+    """Rows of one shape as aligned text.
+
+    Every cell that ``below`` names gets a line of its own under its row, unless it is empty.
+    """
     names = [name for name in rows[0] if name not in below]
     cells = [[row[name] for name in names] for row in rows]
     heading, *lines = aligned([names, *cells])
@@ -394,179 +411,3 @@ def columns(rows: list[dict[str, str]], below: Sequence[str] = ()) -> str:
             if row[name]:
                 text.append(f"    {row[name]}")
     return "\n".join(text)
-
-
-def complete_methods(incomplete: str) -> list[str]:
-    """Names of methods, for the shell."""
-    from vilu.predictors.contract.catalogue import method_names
-
-    return [name for name in method_names() if name.startswith(incomplete)]
-
-
-def complete_backbones(incomplete: str) -> list[str]:
-    """Names of backbones, and what names begin with, for the shell."""
-    from vilu.backbones.catalog import BACKBONES
-
-    return [name for name in BACKBONES.names() if name.startswith(incomplete)]
-
-
-def complete_datasets(incomplete: str) -> list[str]:
-    """Names of data sets, for the shell."""
-    from vilu.datasets.known import KNOWN
-
-    return [name for name in KNOWN if name.startswith(incomplete)]
-
-
-Predictor = Annotated[Path, path_argument("Folder that `vilu fit` or `vilu convert` wrote.")]
-Data = Annotated[
-    Path,
-    path_argument(
-        "Store that `vilu embed` or `vilu import` wrote, or precomputed embeddings in shards as LAION's."
-    ),
-]
-Overwrite = Annotated[
-    bool,
-    Option(
-        "--overwrite",
-        help="Make it anew in place of what vilu made there; what is not vilu's is never touched.",
-    ),
-]
-Fold = Literal["train", "validation", "test"]
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How stores are read; every field is a flag of the commands that have ``@reads``."""
-
-    pool_size: Annotated[
-        int | None,
-        Option(
-            "--pool-size", min=2, help="Pairs: captions that each image has to choose from. [1024]"
-        ),
-    ] = None
-    direction: Annotated[
-        Literal["image_to_text", "text_to_image"],
-        Option(help="Pairs: which side is asked for the other."),
-    ] = "image_to_text"
-    hard: Annotated[
-        bool, Option("--hard-negatives", help="Pairs: pools of rows that are alike.")
-    ] = False
-    near_duplicates: Annotated[
-        float | None,
-        Option(
-            min=0,
-            max=1,
-            metavar="COSINE",
-            help="Pairs: captions from this cosine on are the same answer.",
-        ),
-    ] = None
-    fold: Annotated[
-        Fold | None,
-        Option(help="Pairs: only captions of this fold (60/10/30 % by hash of the caption). [all]"),
-    ] = None
-    logit_scale: Annotated[
-        float | None,
-        Option(
-            min=0,
-            help="Of the model behind precomputed embeddings (100 for CLIP); stores know their own.",
-        ),
-    ] = None
-    second: Annotated[
-        Path | None,
-        path_option("The same images embedded by a second model, for method duo.", metavar="STORE"),
-    ] = None
-
-    @property
-    def settings(self) -> dict[str, object]:
-        """The flags that say how, for the digest of what a command reads."""
-        flags = asdict(self)
-        if flags.pop("second") is not None:
-            flags["second"] = True
-        return flags
-
-    @property
-    def read(self) -> list[Path]:
-        """What is read beside the stores that a command names."""
-        return [] if self.second is None else [self.second]
-
-    @property
-    def pools(self) -> Pools | None:
-        """None where the flags ask for nothing special, so that class stores are fine."""
-        rest = (self.direction, self.hard, self.near_duplicates)
-        if self.pool_size is None and rest == ("image_to_text", False, None):
-            return None
-        from vilu.embeddings.pairs import Pools
-
-        size = Pools.size if self.pool_size is None else self.pool_size
-        return Pools(size, *rest)
-
-    def open(self, store: Path, role: Fold | None = None) -> EmbeddingSource:
-        """A store; where a fold is asked for, that of a role."""
-        return self.open_in(self.pools, store, role)
-
-    def open_both(self, store: Path) -> EmbeddingSource:
-        """A store with what the second model says of its rows, where there is one."""
-        return self.with_second(self.open(store))
-
-    def with_second(self, data: EmbeddingSource) -> EmbeddingSource:
-        """The same with the rows of ``second``."""
-        if self.second is None:
-            return data
-        from vilu.embeddings.two_models import TwoModels
-        from vilu.store.reader import open_source
-
-        return TwoModels(data, open_source(self.second))
-
-    def open_in(
-        self, pools: Pools | None, store: Path, role: Fold | None = None
-    ) -> EmbeddingSource:
-        """The same in other pools."""
-        from vilu.store.reader import open_source
-
-        fold = self.fold
-        if fold is not None and role is not None:
-            fold = role
-        return open_source(store, pools=pools, fold=fold, logit_scale=self.logit_scale)
-
-    def split_of(self, data: EmbeddingSource) -> str | None:
-        """Name of the part of the data that is read; None where the store does not say."""
-        from vilu.embeddings.two_models import TwoModels
-        from vilu.store.reader import CaptionStore, EmbeddingStore
-
-        if self.fold is not None:
-            return self.fold
-        first = data.first if isinstance(data, TwoModels) else data
-        if isinstance(first, EmbeddingStore | CaptionStore):
-            return first.manifest.split
-        return None
-
-
-def reads(command: Callable[..., None], *, without: Collection[str] = ()) -> Callable[..., None]:
-    """The command with flags in place of its parameter ``reading``: all but those that may be left out."""
-    flags = dict(signature(Reading, eval_str=True).parameters)
-    for name in without:
-        del flags[name]
-
-    @wraps(command)
-    def flagged(**values: Any) -> None:  # noqa: ANN401 - what the flags hold
-        reading = Reading(**{name: values.pop(name) for name in flags})
-        command(reading=reading, **values)
-
-    expanded: list[Parameter] = []
-    for name, parameter in signature(command, eval_str=True).parameters.items():
-        if name == "reading":
-            expanded += flags.values()
-        else:
-            expanded.append(parameter)
-    vars(flagged)["__signature__"] = Signature(expanded)  # what typer makes the command line from
-    return flagged
-
-
-Json = Annotated[bool, Option("--json", help="Print JSON instead of text.")]
-RowsJson = Annotated[bool, Option("--json", help="Print tidy rows as JSON instead of a table.")]
-RowsFile = Annotated[
-    Path | None, Option("--output", "-o", help="Also write the rows, .json, .parquet or .csv.")
-]
-JsonFile = Annotated[
-    Path | None, Option("--output", "-o", help="Also write the JSON to this file.")
-]

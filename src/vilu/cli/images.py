@@ -10,34 +10,37 @@ import typer
 from typer import Option
 
 from vilu.cli import console
-from vilu.cli.console import MOST_SEED, MOST_WORKERS, Overwrite, next_step, path_option
+from vilu.cli.console import next_step
+from vilu.cli.options import (
+    MOST_SEED,
+    MOST_WORKERS,
+    Backbone,
+    BatchSize,
+    Device,
+    Models,
+    Outside,
+    Overwrite,
+    Precision,
+    StoredNumbers,
+    StoreFolder,
+    Template,
+    complete_datasets,
+    path_option,
+)
 from vilu.errors import UsageError
 
 if TYPE_CHECKING:
     from vilu.datasets.base import ImageDataset
-    from vilu.store.job import Executor
+    from vilu.store.job import BackboneSpec, Executor
     from vilu.store.manifest import Manifest
 
 
 Source = Annotated[
     str,
     typer.Argument(
-        help="Folder of class sub-folders, CSV or Parquet, CIFAR folder, or tars as 'DIR/{000..099}.tar'; see "
-        "`vilu list datasets`. With --dataset: the folder that holds data sets, or that one."
-    ),
-]
-Backbone = Annotated[
-    str,
-    Option(
-        help="A name of `vilu list backbones`, compact[:SIZE], open_clip:NAME/TAG, hf:ID, kind:FOLDER.",
-        autocompletion=console.complete_backbones,
-    ),
-]
-Models = Annotated[
-    Path | None,
-    path_option(
-        "Folder with a sub-folder for each named backbone, in place of the model hub.",
-        metavar="DIR",
+        help="Folder of class sub-folders, CSV or Parquet, CIFAR folder, or tars as "
+        "'DIR/{000..099}.tar'; see `vilu list datasets`. With --dataset: the folder that holds "
+        "data sets, or that one."
     ),
 ]
 Named = Annotated[
@@ -45,20 +48,12 @@ Named = Annotated[
     Option(
         metavar="NAME",
         help="A data set by its name, as in `vilu datasets list`.",
-        autocompletion=console.complete_datasets,
+        autocompletion=complete_datasets,
     ),
 ]
 Classes = Annotated[
     Path | None,
     path_option("Class names, one a line, or folder<TAB>name; needed if data have none."),
-]
-Outside = Annotated[
-    list[str] | None,
-    Option(
-        metavar="NAME",
-        help="A class (folder, label or name), or a number beyond the classes, that is none of them: any answer about "
-        "its images is wrong. May be repeated.",
-    ),
 ]
 Where = Annotated[
     list[str] | None,
@@ -71,19 +66,15 @@ Root = Annotated[
     Path | None,
     Option(
         metavar="DIR",
-        help="Folder that the paths in a table are relative to; absolute ones below it are fine, too. "
-        "[the table's own]",
-    ),
-]
-Template = Annotated[
-    list[str] | None,
-    Option(
-        help="Prompt with {} for the name, or a named set (default, ensemble); several are averaged."
+        help="Folder that the paths in a table are relative to; absolute ones below it are fine, "
+        "too. [the table's own]",
     ),
 ]
 Prompts = Annotated[
     list[str] | None,
-    Option(help="Also keep every class in these prompts: as --template; none of them is averaged."),
+    Option(
+        help="Also keep every class in each of these prompts, not averaged; written as --template."
+    ),
 ]
 Words = Annotated[
     Path | None,
@@ -109,7 +100,8 @@ PartSize = Annotated[
 Who = Annotated[
     Literal["local", "ray", "spark", "rank"] | None,
     Option(
-        help="Who embeds: processes here, Ray, Spark, or this as a rank of torchrun or Slurm. [itself]"
+        help="Who embeds: processes here, Ray, Spark, or this as a rank of torchrun or Slurm. "
+        "[itself]"
     ),
 ]
 Processes = Annotated[
@@ -120,66 +112,64 @@ Processes = Annotated[
 ]
 
 
+RawNames = Annotated[
+    bool,
+    Option("--raw-names", help="With --dataset: class names as the data have them, not cleaned."),
+]
+TableCaptions = Annotated[
+    bool, Option("--captions", help="Take the captions of a table that has labels too.")
+]
+Negatives = Annotated[
+    bool, Option("--negatives", help="Also keep everyday words, for images of no class.")
+]
+Views = Annotated[int, Option(min=0, help="Also keep so many augmented views of each image.")]
+Features = Annotated[
+    bool, Option("--features", help="Also keep what goes into the model's last map.")
+]
+SeedOfViews = Annotated[int, Option(min=0, max=MOST_SEED, help="Of what is random in the views.")]
+Split = Annotated[str | None, Option(help="Only this split, or several joined by +.")]
+Limit = Annotated[int | None, Option(min=1, help="Only the first images of the fixed order.")]
+Dtype = Annotated[StoredNumbers, Option(help="Numbers in the store.")]
+MaxErrorRate = Annotated[float, Option(min=0, max=1, help="Share of images that may fail.")]
+AllowBadShards = Annotated[
+    bool, Option("--allow-bad-shards", help="Accept tars that are cut short or cannot be read.")
+]
+OnError = Annotated[Literal["skip", "raise"], Option(help="Set bad images aside, or stop.")]
+
+
 @console.goes_on
 def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
     source: Source,
-    output: Annotated[
-        Path, Option("--output", "-o", help="Folder of the store to make or to resume.")
-    ],
+    output: StoreFolder,
     backbone: Backbone = "compact",
     models: Models = None,
     dataset: Named = None,
-    raw_names: Annotated[
-        bool,
-        Option(
-            "--raw-names", help="With --dataset: class names as the data have them, not cleaned."
-        ),
-    ] = False,
+    raw_names: RawNames = False,
     classes: Classes = None,
-    captions: Annotated[
-        bool, Option("--captions", help="Take the captions of a table that has labels too.")
-    ] = False,
+    captions: TableCaptions = False,
     outside: Outside = None,
     where: Where = None,
     root: Root = None,
     template: Template = None,
     prompts: Prompts = None,
-    negatives: Annotated[
-        bool, Option("--negatives", help="Also keep everyday words, for images of no class.")
-    ] = False,
+    negatives: Negatives = False,
     words: Words = None,
-    views: Annotated[
-        int, Option(min=0, help="Also keep so many augmented views of each image.")
-    ] = 0,
-    features: Annotated[
-        bool, Option("--features", help="Also keep what goes into the model's last map.")
-    ] = False,
-    seed: Annotated[int, Option(min=0, max=MOST_SEED, help="Of what is random in the views.")] = 0,
-    split: Annotated[str | None, Option(help="Only this split, or several joined by +.")] = None,
-    limit: Annotated[
-        int | None, Option(min=1, help="Only the first images of the fixed order.")
-    ] = None,
-    batch_size: Annotated[int, Option(min=1, help="Images per forward pass.")] = 32,
+    views: Views = 0,
+    features: Features = False,
+    seed: SeedOfViews = 0,
+    split: Split = None,
+    limit: Limit = None,
+    batch_size: BatchSize = 32,
     workers: Workers = None,
     part_size: PartSize = None,
     executor: Who = None,
     processes: Processes = None,
-    dtype: Annotated[
-        Literal["float16", "float32"], Option(help="Numbers in the store.")
-    ] = "float16",
-    max_error_rate: Annotated[
-        float, Option(min=0, max=1, help="Share of images that may fail.")
-    ] = 0.01,
-    allow_bad_shards: Annotated[
-        bool, Option("--allow-bad-shards", help="Accept tars that are cut short or cannot be read.")
-    ] = False,
-    on_error: Annotated[
-        Literal["skip", "raise"], Option(help="Set bad images aside, or stop.")
-    ] = "skip",
-    device: Annotated[str, Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    precision: Annotated[
-        Literal["fp32", "bf16"], Option(help="Arithmetic of the image tower.")
-    ] = "fp32",
+    dtype: Dtype = "float16",
+    max_error_rate: MaxErrorRate = 0.01,
+    allow_bad_shards: AllowBadShards = False,
+    on_error: OnError = "skip",
+    device: Device = "auto",
+    precision: Precision = "fp32",
     overwrite: Overwrite = False,
 ) -> None:
     """Embed images once with a frozen model; resumes where an earlier run stopped.
@@ -203,24 +193,22 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
         raw_names=raw_names,
         root=root,
     )
-    from vilu.backbones.zeroshot import named_templates
     from vilu.store.embed import ExtraColumns
     from vilu.store.embed import embed as embed_images
-    from vilu.store.job import BackboneSpec
 
     columns = ExtraColumns(
         features=features,
         views=views,
         seed=seed,
-        prompts=named_templates(prompts or []),
+        prompts=templates_of(prompts) or (),
         negatives=_negatives(words, wanted=negatives),
     )
     store = embed_images(
         images,
-        BackboneSpec(backbone, device, precision, models and models.absolute()),
+        backbone_spec(backbone, device, precision, models),
         output,
         names=images.class_names or (),
-        templates=named_templates(template) if template else None,
+        templates=templates_of(template),
         columns=columns,
         batch_size=batch_size,
         workers=workers,
@@ -235,17 +223,43 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
         shared=executor == "rank",
     )
     typer.echo(output)
-    next_step(embedded(output, None if store is None else store.manifest, (split, source)))
+    manifest = None
+    if store is not None:
+        manifest = store.manifest
+    next_step(embedded(output, manifest, (split, source)))
+
+
+def backbone_spec(
+    name: str, device: str, precision: Literal["fp32", "bf16"], models: Path | None
+) -> BackboneSpec:
+    """The model that flags ask for; processes of an executor may begin in another folder."""
+    from vilu.store.job import BackboneSpec
+
+    if models is not None:
+        models = models.absolute()
+    return BackboneSpec(name, device, precision, models)
+
+
+def templates_of(texts: list[str] | None) -> tuple[str, ...] | None:
+    """The templates that flags ask for, by name or as text; None where they ask for none."""
+    from vilu.backbones.zeroshot import named_templates
+
+    if not texts:
+        return None
+    return named_templates(texts)
 
 
 def _negatives(words: Path | None, *, wanted: bool) -> Sequence[str]:
-    """Words that are none of the classes: those of a file, else everyday ones where they are wanted."""
+    """Words that are none of the classes: a file's, else everyday ones where they are wanted."""
     from vilu.backbones.zeroshot import everyday_words
     from vilu.datasets.classes import read_classes
 
     if words is not None:
-        return read_classes(words)[1]
-    return everyday_words() if wanted else ()
+        _, names = read_classes(words)
+        return names
+    if wanted:
+        return everyday_words()
+    return ()
 
 
 def embedded(output: Path, manifest: Manifest | None, names: tuple[str | None, str]) -> str:
@@ -254,49 +268,54 @@ def embedded(output: Path, manifest: Manifest | None, names: tuple[str | None, s
 
     if manifest is None:
         return "this rank's parts are done; the rank that ends last makes the store complete"
-    shards = sum(count for kind, count in manifest.errors.items() if kind in BAD_SHARD)
-    lost = f", {shards:,} bad shards" if shards else ""
-    bad = "bad images" if manifest.imported is None else "unusable rows"
-    counts = f"{manifest.n_ok:,} embeddings, {manifest.n_error - shards:,} {bad}{lost}"
+    n_shards = 0
+    for kind, count in manifest.errors.items():
+        if kind in BAD_SHARD:
+            n_shards += count
+    what = "bad images"
+    if manifest.imported is not None:
+        what = "unusable rows"
+    counts = f"{manifest.n_ok:,} embeddings, {manifest.n_error - n_shards:,} {what}"
+    if n_shards:
+        counts += f", {n_shards:,} bad shards"
     return f"{counts}; next: {_following(output, *names)}"
 
 
-USES = {
-    "test": ("vilu", "score", "PREDICTOR"),
-    "val": ("vilu", "calibrate", "PREDICTOR"),
-    "calib": ("vilu", "calibrate", "PREDICTOR"),
-}
-"""What a split is for, by how its name begins; any other is to be fitted on."""
+USES = {"test": "score", "val": "calibrate", "calib": "calibrate"}
+"""The command that a split is for, by how its name begins; any other is to be fitted on."""
 
 
 def _following(output: Path, *names: str | None) -> str:
-    """The command that fits what the store holds, as its split, its folder or its source are called."""
-    command: tuple[str, ...] = ("vilu", "fit")
+    """The command that is to follow, by the name of the store's split, source or folder."""
+    use = "fit"
     for name in (*names, output.name):
-        purpose = _purpose(name)
-        if purpose is not None:
-            command = purpose
+        use_by_name = _use(name)
+        if use_by_name is not None:
+            use = use_by_name
             break
-    ends = {
-        "score": ("-o", "scores.parquet"),
-        "calibrate": ("--max-risk", "0.05"),
-        "fit": ("-o", "predictor"),
-    }
-    return console.shell(*command, output, *ends[command[1]])
+    if use == "score":
+        return console.shell("vilu", "score", "PREDICTOR", output, "-o", "scores.parquet")
+    if use == "calibrate":
+        return console.shell("vilu", "calibrate", "PREDICTOR", output, "--max-risk", "0.05")
+    return console.shell("vilu", "fit", output, "-o", "predictor")
 
 
-def _purpose(name: str | None) -> tuple[str, ...] | None:
+def _use(name: str | None) -> str | None:
     """The command for a split, by how the name begins; None where it says nothing."""
     if not name:
         return None
     text = Path(name).name.lower()
-    for start, command in USES.items():
+    for start, use in USES.items():
         if text.startswith(start):
-            return command
+            return use
     return None
 
 
-def _images(source: str, budget: float, **asked: Any) -> ImageDataset:  # noqa: ANN401 - as ``open_dataset`` takes it
+def _images(
+    source: str,
+    budget: float,
+    **asked: Any,  # noqa: ANN401 - as ``open_dataset`` takes it
+) -> ImageDataset:
     """The images, looked at before torch is imported, which takes seconds."""
     from vilu.datasets.base import ShardedDataset, require_files
     from vilu.datasets.catalog import open_dataset
@@ -304,10 +323,13 @@ def _images(source: str, budget: float, **asked: Any) -> ImageDataset:  # noqa: 
     images = open_dataset(source, **asked)
     if images.class_names is None and not images.captioned:
         raise UsageError(
-            f"{source} names no classes, so there is nothing to ask the model. Give them with --classes FILE."
+            f"{source} names no classes, so there is nothing to ask the model. Give them with "
+            "--classes FILE."
         )
     require_files(images, budget)
-    what = "tars" if isinstance(images, ShardedDataset) else "images"
+    what = "images"
+    if isinstance(images, ShardedDataset):
+        what = "tars"
     next_step(f"{len(images):,} {what} in {images.source}; loading the model")
     return images
 

@@ -5,21 +5,26 @@ from __future__ import annotations
 import json
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from typer import Option
 
 from vilu.cli import console
-from vilu.cli.console import (
+from vilu.cli.console import next_step
+from vilu.cli.options import (
     MOST_SEED,
     Data,
+    ImagesRoot,
+    ImagesSplit,
     Json,
     JsonFile,
     Overwrite,
     Predictor,
     Reading,
-    next_step,
+    Seed,
+    path_argument,
+    path_option,
     reads,
 )
 from vilu.errors import DataError, ProvenanceError, UsageError
@@ -31,55 +36,68 @@ if TYPE_CHECKING:
     from vilu.embeddings.source import EmbeddingSource
     from vilu.outcomes.outcomes import Outcomes
     from vilu.predictors.contract.predictor import FailurePredictor
+    from vilu.report.explain.explain import Explanations
     from vilu.report.explain.prompts import PromptGains
     from vilu.report.explain.risk import RiskMap
 
 ALARM = 8  # exit code: the guarantee should no longer be relied on
+
+FittedOn = Annotated[
+    Path | None,
+    path_option("Labelled store that the predictor was fitted on: for the nearest rows in it."),
+]
+Keys = Annotated[list[str] | None, Option(help="Explain the row with this key; repeatable.")]
+Rows = Annotated[
+    list[int] | None, Option(min=0, help="Explain the row of this number; repeatable.")
+]
+MostUncertain = Annotated[
+    int,
+    Option(
+        "-n",
+        "--most-uncertain",
+        min=1,
+        help="Without --key and --row: how many rows, the most uncertain first.",
+    ),
+]
+Candidates = Annotated[int, Option(min=1, help="Competitors of each answer to show.")]
+Neighbours = Annotated[int, Option(min=1, help="Training failures, and successes, to show.")]
+Background = Annotated[int, Option(min=1, help="Rows that an attribution compares with.")]
+SeedOfExplanation = Annotated[
+    int, Option(min=0, max=MOST_SEED, help="Of the background, or of the folds of --summary.")
+]
+Summary = Annotated[
+    bool,
+    Option("--summary", help="All rows: which confusions cost the most, which texts to improve."),
+]
+Coverage = Annotated[
+    float | None, Option(help="With --summary: share of answers that are accepted. [0.8]")
+]
 
 
 @reads
 def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
     predictor: Predictor,
     store: Data,
-    train: Annotated[
-        Path | None,
-        console.path_option(
-            "Labelled store that the predictor was fitted on: for the nearest rows in it."
-        ),
-    ] = None,
-    key: Annotated[
-        list[str] | None, Option(help="Explain the row with this key; repeatable.")
-    ] = None,
-    row: Annotated[
-        list[int] | None, Option(min=0, help="Explain the row of this number; repeatable.")
-    ] = None,
-    n: Annotated[
-        int, Option("-n", "--most-uncertain", min=1, help="Else the so many most uncertain.")
-    ] = 10,
-    candidates: Annotated[int, Option(min=1, help="Competitors of each answer to show.")] = 5,
-    neighbours: Annotated[
-        int, Option(min=1, help="Training failures, and successes, to show.")
-    ] = 3,
-    background: Annotated[int, Option(min=1, help="Rows that an attribution compares with.")] = 128,
-    seed: Annotated[
-        int, Option(min=0, max=MOST_SEED, help="Of the background, or of the folds of --summary.")
-    ] = 0,
-    summary: Annotated[
-        bool,
-        Option(
-            "--summary", help="All rows: which confusions cost the most, which texts to improve."
-        ),
-    ] = False,
-    coverage: Annotated[
-        float | None, Option(help="With --summary: share of answers that are accepted. [0.8]")
-    ] = None,
+    train: FittedOn = None,
+    key: Keys = None,
+    row: Rows = None,
+    n: MostUncertain = 10,
+    candidates: Candidates = 5,
+    neighbours: Neighbours = 3,
+    background: Background = 128,
+    seed: SeedOfExplanation = 0,
+    summary: Summary = False,
+    coverage: Coverage = None,
     *,
     reading: Reading,
     as_json: Json = False,
     output: JsonFile = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Why answers are suspicious, from embeddings alone: competitors, training rows alike, what moved the score."""
+    """Why answers are suspicious, from embeddings alone.
+
+    Shown are competitors, training rows alike, and what moved the score.
+    """
     from vilu.artifacts.paths import write_with_inputs
     from vilu.predictors.persistence.storage import load
     from vilu.report.explain.explain import Depth, require_json
@@ -89,7 +107,13 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
         require_json(output)
     if coverage is not None and not summary:
         raise UsageError("--coverage is of --summary. Give both, or neither.")
-    coverage = 0.8 if coverage is None else coverage
+    is_of_rows = train is not None or key or row
+    if summary and is_of_rows:
+        raise UsageError(
+            "--summary is about all rows of the store. Leave --train, --key and --row out."
+        )
+    if coverage is None:
+        coverage = 0.8
     require_between("coverage", coverage, "(0, 1]")
     depth = Depth(candidates, neighbours, background, seed)
     settings = {
@@ -100,44 +124,61 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
         "n": n,
         "depth": str(depth),
     }
-    read = [predictor, store, *reading.read]
-    if train is not None:
-        read.append(train)
+    read = [predictor, store, *reading.read, *console.named_paths(train)]
     keep = console.keeping(
         output, "explanation", read, overwrite=overwrite, reading=reading.settings, **settings
     )
     data = reading.open_both(store)
     fitted = load(predictor)
+    command = console.shell("vilu", "explain", predictor, store)
     if summary:
-        if train is not None or key or row:
-            raise UsageError(
-                "--summary is about all rows of the store. Leave --train, --key and --row out."
-            )
         risk, gains = _summary(fitted, data, coverage, seed)
-        content: dict[str, Any] = {
-            "kind": "summary",
-            "risk_map": risk.to_dict(),
-            "prompt_gains": gains and gains.to_dict(),
-        }
-        text = str(risk) if gains is None else f"{risk}\n\n{gains}"
-        following = f"to see single rows: {console.shell('vilu', 'explain', predictor, store)}"
+        explanation = _summary_in_words(risk, gains, command)
     else:
-        fitted_on = None if train is None else reading.open(train, "train")
+        fitted_on = None
+        if train is not None:
+            fitted_on = reading.open(train, "train")
         asked = [*(key or ()), *(row or ())] or None
         explanations = explain_rows(fitted, data, fitted_on, asked, n=n, depth=depth)
-        content = explanations.to_dict()
-        text = str(explanations)
-        noun = "row" if len(explanations) == 1 else "rows"
-        following = f"{len(explanations)} {noun} explained"
-        if data.pool_size is None:  # of captions there is no summary
-            command = console.shell("vilu", "explain", predictor, store, "--summary")
-            following += f"; where the failures are: {command}"
-    keep(lambda path, inputs: write_with_inputs(path, content, inputs))
+        has_summary = data.pool_size is None  # of captions there is none
+        explanation = _rows_in_words(explanations, command, has_summary=has_summary)
+    keep(lambda path, inputs: write_with_inputs(path, explanation.facts, inputs))
     if as_json:
-        typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
+        typer.echo(json.dumps(explanation.facts, indent=2, ensure_ascii=False))
     else:
-        typer.echo(printable(text, "\n"))
-    next_step(following)
+        typer.echo(printable(explanation.text, "\n"))
+    next_step(explanation.closing)
+
+
+class ExplainOutput(NamedTuple):
+    """What `vilu explain` prints."""
+
+    facts: dict[str, Any]  # with --json, and in the file
+    text: str  # without
+    closing: str  # the last line, on stderr
+
+
+def _summary_in_words(risk: RiskMap, gains: PromptGains | None, command: str) -> ExplainOutput:
+    facts: dict[str, Any] = {
+        "kind": "summary",
+        "risk_map": risk.to_dict(),
+        "prompt_gains": None,
+    }
+    text = str(risk)
+    if gains is not None:
+        facts["prompt_gains"] = gains.to_dict()
+        text += f"\n\n{gains}"
+    return ExplainOutput(facts, text, f"to see single rows: {command}")
+
+
+def _rows_in_words(explanations: Explanations, command: str, *, has_summary: bool) -> ExplainOutput:
+    n = len(explanations)
+    closing = f"{n} rows explained"
+    if n == 1:
+        closing = "1 row explained"
+    if has_summary:
+        closing += f"; where the failures are: {command} --summary"
+    return ExplainOutput(explanations.to_dict(), str(explanations), closing)
 
 
 def _summary(
@@ -154,67 +195,80 @@ def _summary(
     has_labels = bool((data.target != UNKNOWN).any())
     # or nothing but pictures of none of the classes has a label
     has_failures = has_labels or bool(outcomes.outside.any())
-    competitor = None if has_failures else strongest_competitor(predictor, data)
+    competitor = None
+    if not has_failures:
+        competitor = strongest_competitor(predictor, data)
     risk = risk_map(outcomes, competitor, coverage=coverage)
-    gains = prompt_gains(data, seed=seed) if has_labels else None
+    gains = None
+    if has_labels:
+        gains = prompt_gains(data, seed=seed)
     return risk, gains
 
 
+MonitoredPredictor = Annotated[
+    Path, path_argument("Folder of a predictor that `vilu calibrate` has calibrated.")
+]
+Batches = Annotated[
+    list[Path] | None,
+    path_argument(
+        "Files or folders that `vilu score` wrote, in the order in which the rows arrived."
+    ),
+]
+LateLabels = Annotated[
+    list[Path] | None,
+    path_option(
+        "Scores of rows monitored before, with failures that were not known then; repeatable."
+    ),
+]
+StateFile = Annotated[
+    Path | None,
+    Option(help="File, .parquet: go on from it if it is there, and leave the new state in it."),
+]
+FalseAlarm = Annotated[
+    float,
+    Option(min=0, max=1, help="Probability of any alarm without cause, however long one watches."),
+]
+Shuffle = Annotated[
+    bool,
+    Option(
+        "--shuffle",
+        help="Take the rows of each file in random order; they have no order of arrival.",
+    ),
+]
+InOrder = Annotated[
+    bool,
+    Option(
+        "--in-order",
+        help="The rows of each file arrived in this order, even if they look sorted.",
+    ),
+]
+SeedOfTies = Annotated[
+    int,
+    Option(min=0, max=MOST_SEED, help="Of random numbers that break ties, and of --shuffle."),
+]
+
+
 def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
-    predictor: Annotated[
-        Path, console.path_argument("Folder of a predictor that `vilu calibrate` has calibrated.")
-    ],
-    scores: Annotated[
-        list[Path] | None,
-        console.path_argument(
-            "Files or folders that `vilu score` wrote, in the order in which the rows arrived."
-        ),
-    ] = None,
-    late_labels: Annotated[
-        list[Path] | None,
-        console.path_option(
-            "Scores of rows monitored before, with failures that were not known then; repeatable."
-        ),
-    ] = None,
-    state: Annotated[
-        Path | None,
-        Option(help="File, .parquet: go on from it if it is there, and leave the new state in it."),
-    ] = None,
-    false_alarm: Annotated[
-        float,
-        Option(
-            min=0, max=1, help="Probability of any alarm without cause, however long one watches."
-        ),
-    ] = 0.05,
-    shuffle: Annotated[
-        bool,
-        Option(
-            "--shuffle", help="Take the rows of each file in random order: it has none of arrival."
-        ),
-    ] = False,
-    in_order: Annotated[
-        bool,
-        Option(
-            "--in-order",
-            help="The rows of each file did arrive in their order, sorted as they look.",
-        ),
-    ] = False,
-    seed: Annotated[
-        int,
-        Option(min=0, max=MOST_SEED, help="Of random numbers that break ties, and of --shuffle."),
-    ] = 0,
+    predictor: MonitoredPredictor,
+    scores: Batches = None,
+    late_labels: LateLabels = None,
+    state: StateFile = None,
+    false_alarm: FalseAlarm = 0.05,
+    shuffle: Shuffle = False,
+    in_order: InOrder = False,
+    seed: SeedOfTies = 0,
     as_json: Json = False,
     output: JsonFile = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Say whether the calibrated promise still holds for the rows that arrive, as far as scores and labels show.
+    """Say whether the calibrated promise still holds for the rows that arrive.
 
-    Exit code 0: holds. 8: the rows have shifted, so the guarantee is void, or the promise is
-    broken; the first row of the alarm, the reason and what to do are printed. 3: the rows lie
-    sorted, as those of a folder of classes do; nothing was taken in. 4: nothing was promised of the
-    predictor, so there is no guarantee to watch; no row is read. Rows with a known failure are
-    audited; they must be a random sample of the accepted ones, or of all. Rows and labels that were
-    given before are left out.
+    It is judged as far as scores and labels show. Exit code 0: holds. 8: the rows have shifted, so
+    the guarantee is void, or the promise is broken; the first row of the alarm, the reason and what
+    to do are printed. 3: the rows lie sorted, as those of a folder of classes do; nothing was taken
+    in. 4: nothing was promised of the predictor, so there is no guarantee to watch; no row is read.
+    Rows with a known failure are audited; they must be a random sample of the accepted ones, or of
+    all. Rows and labels that were given before are left out.
     """
     from vilu.artifacts.disk import locked
     from vilu.artifacts.paths import claim_file, inputs_of
@@ -226,9 +280,8 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
         raise UsageError("nothing to monitor: give SCORES, --late-labels or both.")
     with ExitStack() as stack:
         if state is not None:
-            claim_file(
-                state, "monitor state", overwrite=True
-            )  # to go on from; never --overwrite: nothing else has it
+            # the state is gone on from; --overwrite does not replace it: nothing else has it
+            claim_file(state, "monitor state", overwrite=True)
             stack.enter_context(locked(state.parent, "monitoring with a state in"))
         settings = {
             "false_alarm": false_alarm,
@@ -239,12 +292,14 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
         watching = _open(predictor, state, false_alarm, seed)
         # without the state: the same command finds it changed
         inputs = inputs_of(predictor, *new, *late, n_new=len(new), **settings)
-        there = output is not None and claim_file(
-            output, "monitor report", inputs, overwrite=overwrite
-        )
+        is_there = False
+        if output is not None:
+            is_there = claim_file(output, "monitor report", inputs, overwrite=overwrite)
         batches: list[dict[str, Any]] = []
         task = stack.enter_context(track("monitor", len(new) + len(late), "files"))
-        shuffle_seed = seed if shuffle else None
+        shuffle_seed = None
+        if shuffle:
+            shuffle_seed = seed
         for number, path in enumerate([*new, *late]):
             is_late = number >= len(new)
             batch = _take_in(watching, path, shuffle_seed, in_order, is_late=is_late)
@@ -257,10 +312,10 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
         }
         document = {"kind": "monitoring", **facts}
         if output is not None:
-            _write_report(output, document, inputs, there=there)
+            _write_report(output, document, inputs, is_there=is_there)
         if state is not None:  # last: rows that are in it are not taken in again
             watching.save(state)
-    typer.echo(json.dumps(document, indent=2) if as_json else str(watching.status))
+    console.print_result(document, str(watching.status), as_json=as_json)
     if watching.status.alarm:
         raise typer.Exit(ALARM)
     if state is not None:
@@ -269,14 +324,18 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
         )
 
 
-def _write_report(output: Path, document: dict[str, Any], inputs: str, *, there: bool) -> None:
-    """Write it, unless what is there says the same but for what its call took in, as that of the same command does."""
+def _write_report(output: Path, document: dict[str, Any], inputs: str, *, is_there: bool) -> None:
+    """Write the report, unless that of the same command is there and says the same.
+
+    The second call of a command takes in nothing new, so the batches differ and do not count.
+    """
     from vilu.artifacts.documents import read_json
     from vilu.artifacts.paths import write_with_inputs
 
-    if there:
+    if is_there:
         written = read_json(output, "Run `vilu monitor` again")
-        facts = {name: value for name, value in document.items() if name != "batches"}
+        facts = dict(document)
+        del facts["batches"]
         if all(written.get(name) == value for name, value in facts.items()):
             console.nothing_to_do(output)
             return
@@ -284,12 +343,13 @@ def _write_report(output: Path, document: dict[str, Any], inputs: str, *, there:
 
 
 def _open(predictor: Path, state: Path | None, false_alarm: float, seed: int) -> Monitor:
-    """The monitor of a folder whose calibration belongs to its predictor, where the last call left it."""
+    """The monitor of a calibrated predictor, as the last call left it."""
     from vilu.calibration.monitor.monitor import Monitor
 
     if state is not None and not state.parent.is_dir():
         raise UsageError(
-            f"{state.parent}, where the state is to lie, is no folder. Make it, or give another --state."
+            f"{state.parent}, where the state is to lie, is no folder. Make it, or give another "
+            "--state."
         )
     monitor = Monitor.of_folder(predictor, false_alarm=false_alarm, seed=seed)
     if state is None or not state.exists():
@@ -337,41 +397,44 @@ def _scores(path: Path) -> Outcomes:
     return Outcomes.load(path)
 
 
+ScoresToShow = Annotated[
+    Path, path_argument("Folder of .parquet files that `vilu score` wrote, or one of them.")
+]
+Page = Annotated[Path, Option("--output", "-o", help="The page, .html.")]
+MainMethod = Annotated[
+    str | None,
+    Option(help="Method that the page is about. [the calibrated one, vilu_plus, vilu, the first]"),
+]
+Calibrated = Annotated[
+    Path | None,
+    path_option("Folder of a calibrated predictor: its rule accepts answers."),
+]
+RiskShown = Annotated[
+    float,
+    Option(help="Without --predictor: errors among the accepted, on these rows, not certified."),
+]
+Images = Annotated[
+    str | None,
+    Option(help="The images that were embedded, as `vilu embed` reads them, for thumbnails."),
+]
+ScoredStore = Annotated[
+    Path | None,
+    path_option("Store that was scored, for the classes that compete with an answer."),
+]
+Title = Annotated[str | None, Option(help="Of the page. [data set and split]")]
+
+
 def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
-    run: Annotated[
-        Path,
-        console.path_argument("Folder of .parquet files that `vilu score` wrote, or one of them."),
-    ],
-    output: Annotated[Path, Option("--output", "-o", help="The page, .html.")],
-    main: Annotated[
-        str | None,
-        Option(
-            help="Method that the page is about. [the calibrated one, vilu_plus, vilu, the first]"
-        ),
-    ] = None,
-    predictor: Annotated[
-        Path | None,
-        console.path_option("Folder of a calibrated predictor: its rule accepts answers."),
-    ] = None,
-    max_risk: Annotated[
-        float,
-        Option(
-            help="Without --predictor: errors among the accepted, on these rows, not certified."
-        ),
-    ] = 0.05,
-    images: Annotated[
-        str | None,
-        Option(help="The images that were embedded, as `vilu embed` reads them, for thumbnails."),
-    ] = None,
-    split: Annotated[str | None, Option(help="Of --images.")] = None,
-    root: Annotated[
-        Path | None, Option(metavar="DIR", help="Of --images, as `vilu embed` takes it.")
-    ] = None,
-    store: Annotated[
-        Path | None,
-        console.path_option("Store that was scored, for the classes that compete with an answer."),
-    ] = None,
-    title: Annotated[str | None, Option(help="Of the page. [data set and split]")] = None,
+    run: ScoresToShow,
+    output: Page,
+    main: MainMethod = None,
+    predictor: Calibrated = None,
+    max_risk: RiskShown = 0.05,
+    images: Images = None,
+    split: ImagesSplit = None,
+    root: ImagesRoot = None,
+    store: ScoredStore = None,
+    title: Title = None,
     overwrite: Overwrite = False,
 ) -> None:
     """One HTML page about scores: curves, a threshold to move, classes, pictures.
@@ -389,29 +452,40 @@ def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
         raise UsageError(f"the page is an .html file. Got {output} instead.")
     if images is None and (split is not None or root is not None):
         raise UsageError("--split and --root are of --images. Give it, too, or leave them out.")
-    pictures = None if images is None else open_dataset(images, split=split, root=root)
-    scored = sorted(run.glob("*.parquet")) if run.is_dir() else []
-    beside = [path for path in (predictor, store) if path is not None]
+    pictures = None
+    fingerprint = None
+    if images is not None:
+        pictures = open_dataset(images, split=split, root=root)
+        fingerprint = pictures.fingerprint
+    scored = [run]
+    if run.is_dir():
+        scored = sorted(run.glob("*.parquet")) or [run]
     settings = {
         "main": main,
         "max_risk": max_risk,
         "title": title,
         "with": [predictor is None, store is None],
     }
-    inputs = inputs_of(
-        *(scored or [run]), *beside, images=pictures and pictures.fingerprint, **settings
-    )
+    beside = console.named_paths(predictor, store)
+    inputs = inputs_of(*scored, *beside, images=fingerprint, **settings)
     if claim_file(output, "page", inputs, overwrite=overwrite):
         typer.echo(output)
         console.nothing_to_do(output)
         return
+    outcomes = read_scores(run)
+    calibrated = None
+    if predictor is not None:
+        calibrated = read_calibrated(predictor)
+    embeddings = None
+    if store is not None:
+        embeddings = open_source(store)
     page = report_page(
-        read_scores(run),
+        outcomes,
         main=main,
-        calibrated=None if predictor is None else read_calibrated(predictor),
+        calibrated=calibrated,
         max_risk=max_risk,
         images=pictures,
-        embeddings=None if store is None else open_source(store),
+        embeddings=embeddings,
         title=title,
     )
     write_text(output, page + mark("page", inputs))
@@ -424,13 +498,13 @@ def demo(
     output: Annotated[
         Path, Option("--output", "-o", help="Folder for the table, the figures and the cache.")
     ] = Path("demo-output"),
-    seed: Annotated[int, Option(min=0, max=MOST_SEED, help="Of everything random.")] = 0,
+    seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> None:
-    """Real photos, end to end: embed 10 kinds of clothes with a small model, and see which answers to distrust.
+    """Real photos of 10 kinds of clothes, end to end: see which answers to distrust.
 
-    Takes minutes the first time on two cores, and seconds the second time. Prints a table; figures
-    are saved.
+    A small model embeds them. Takes minutes the first time on two cores, and seconds the second
+    time. Prints a table; figures are saved.
     """
     from vilu.cli.demo import run
 

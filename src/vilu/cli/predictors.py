@@ -2,35 +2,41 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer import Option
 
+from vilu.calibration.methods import Method, SetMethod
 from vilu.cli import console
-from vilu.cli.console import (
+from vilu.cli.console import next_step
+from vilu.cli.options import (
     MOST_RESAMPLES,
     MOST_SEED,
     Data,
+    Device,
+    Fold,
+    Models,
     Overwrite,
     Predictor,
     Reading,
     RowsFile,
     RowsJson,
-    next_step,
+    Seed,
+    complete_methods,
     path_argument,
     path_option,
     reads,
 )
-from vilu.cli.images import Models
 from vilu.errors import UsageError
 
 if TYPE_CHECKING:
     from vilu.calibration.calibration import Calibration
+    from vilu.calibration.target import Target
     from vilu.embeddings.source import EmbeddingSource
+    from vilu.outcomes.outcomes import Tallied
     from vilu.predictors.contract.predictor import FailurePredictor
     from vilu.predictors.nn.checkpoint import FolderSession
     from vilu.store.reader import EmbeddingStore
@@ -41,62 +47,71 @@ Repository = Annotated[
 ]
 Revision = Annotated[str | None, Option(help="On the hub. [main]")]
 
+TrainingStores = Annotated[
+    list[Path],
+    path_argument(
+        "Store that `vilu embed` or `vilu import` wrote, or shards as LAION's; several with "
+        "--pseudo."
+    ),
+]
+MethodName = Annotated[
+    str, Option(help="See `vilu list predictors`.", autocompletion=complete_methods)
+]
+Validation = Annotated[
+    Path | None,
+    path_option("Store to select on; without it a part of the training rows is held out."),
+]
+Settings = Annotated[
+    list[str] | None,
+    Option("--set", metavar="KEY=VALUE", help="A hyper-parameter, e.g. epochs=50; repeatable."),
+]
+Unlabelled = Annotated[
+    Path | None,
+    path_option(
+        "More rows, no label of which is looked at; some methods learn from them.",
+        metavar="STORE",
+    ),
+]
+Init = Annotated[
+    Path | None, path_option("Begin with a fitted predictor's weights.", metavar="PREDICTOR")
+]
+Shots = Annotated[int | None, Option(min=1, help="Only so many labelled rows of each class.")]
+Pseudo = Annotated[
+    bool, Option("--pseudo", help="Class texts as captions, of stores mixed in pools.")
+]
+CheckpointMinutes = Annotated[
+    float,
+    Option(min=0, help="Between two checkpoints within an epoch; one follows every epoch."),
+]
+Restart = Annotated[bool, Option("--restart", help="Drop the checkpoints of an interrupted fit.")]
+NoSample = Annotated[
+    bool,
+    Option(
+        "--no-sample",
+        help="Keep no image vectors beside the predictor: `vilu calibrate` then cannot see "
+        "copies of fitted rows.",
+    ),
+]
+
 
 @reads
 def fit(  # noqa: PLR0913 - one parameter per flag
-    stores: Annotated[
-        list[Path],
-        path_argument(
-            "Store that `vilu embed` or `vilu import` wrote, or shards as LAION's; several with --pseudo."
-        ),
-    ],
+    stores: TrainingStores,
     output: Output,
-    method: Annotated[
-        str, Option(help="See `vilu list predictors`.", autocompletion=console.complete_methods)
-    ] = "vilu_plus",
-    validation: Annotated[
-        Path | None,
-        path_option("Store to select on; without it a part of the training rows is held out."),
-    ] = None,
-    seed: Annotated[int, Option(min=0, max=MOST_SEED, help="Of everything random.")] = 0,
-    settings: Annotated[
-        list[str] | None,
-        Option("--set", metavar="KEY=VALUE", help="A hyper-parameter, e.g. epochs=50; repeatable."),
-    ] = None,
-    device: Annotated[str, Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    method: MethodName = "vilu_plus",
+    validation: Validation = None,
+    seed: Seed = 0,
+    settings: Settings = None,
+    device: Device = "auto",
     *,
     reading: Reading,
-    unlabelled: Annotated[
-        Path | None,
-        path_option(
-            "More rows, no label of which is looked at; some methods learn from them.",
-            metavar="STORE",
-        ),
-    ] = None,
-    init: Annotated[
-        Path | None, path_option("Begin with a fitted predictor's weights.", metavar="PREDICTOR")
-    ] = None,
-    shots: Annotated[
-        int | None, Option(min=1, help="Only so many labelled rows of each class.")
-    ] = None,
-    pseudo: Annotated[
-        bool, Option("--pseudo", help="Class texts as captions, of stores mixed in pools.")
-    ] = False,
-    checkpoint_minutes: Annotated[
-        float,
-        Option(min=0, help="Between two checkpoints within an epoch; one follows every epoch."),
-    ] = 10.0,
-    restart: Annotated[
-        bool, Option("--restart", help="Drop the checkpoints of an interrupted fit.")
-    ] = False,
-    no_sample: Annotated[
-        bool,
-        Option(
-            "--no-sample",
-            help="Keep no image vectors beside the predictor: `vilu calibrate` then cannot see "
-            "copies of fitted rows.",
-        ),
-    ] = False,
+    unlabelled: Unlabelled = None,
+    init: Init = None,
+    shots: Shots = None,
+    pseudo: Pseudo = False,
+    checkpoint_minutes: CheckpointMinutes = 10.0,
+    restart: Restart = False,
+    no_sample: NoSample = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Fit a failure predictor on embeddings. Prints the folder of the predictor.
@@ -118,17 +133,16 @@ def fit(  # noqa: PLR0913 - one parameter per flag
         predictor = _new_predictor(find_method(method), defaults, settings or [], init)
         if unlabelled is not None:
             _require_use_of_unlabelled(type(predictor))
-        beside = [path for path in (validation, init, unlabelled) if path is not None]
-        flags: dict[str, object] = {
-            "with": [validation is None, init is None],
-            "shots": shots and [shots, seed],
-            "pseudo": pseudo and [store.name for store in stores],
-        }
-        if unlabelled is not None:
-            flags["unlabelled"] = True
-        if no_sample:
-            flags["sample"] = False
-        read = [*stores, *beside, *reading.read]
+        flags = _flags_of_fit(
+            [validation is None, init is None],
+            stores,
+            n_shots=shots,
+            seed=seed,
+            pseudo=pseudo,
+            has_unlabelled=unlabelled is not None,
+            has_sample=not no_sample,
+        )
+        read = [*stores, *console.named_paths(validation, init, unlabelled), *reading.read]
         inputs = storage.inputs_of_fit(predictor, read, reading=reading.settings, **flags)
         if storage.claim(output, inputs, overwrite=overwrite):
             if team.leads:
@@ -136,12 +150,12 @@ def fit(  # noqa: PLR0913 - one parameter per flag
                 typer.echo(output)
                 console.nothing_to_do(output)
             return
-        train = _training_set(stores, reading, (shots, seed), pseudo)
-        selection = None if validation is None else reading.open(validation, "validation")
+        train = _training_set(stores, reading, n_shots=shots, seed=seed, pseudo=pseudo)
+        selection = _open_any(reading, validation, "validation")
+        more = _open_any(reading, unlabelled)
         checkpoints = _checkpoints(stack, predictor, output, checkpoint_minutes)
         if checkpoints is not None:
             _begin(checkpoints, inputs, restart=restart)
-        more = None if unlabelled is None else reading.open(unlabelled)
         predictor.fit(train, selection, unlabelled=more)
         predictor.notes_ |= {**candidates_of(train), "inputs": inputs}
         if no_sample:
@@ -154,6 +168,30 @@ def fit(  # noqa: PLR0913 - one parameter per flag
         typer.echo(output)
         n_rows = predictor.notes_.get("n_train", len(train))
         next_step(f"{predictor.name} fitted on {n_rows:,} rows; {_to_score(output)}")
+
+
+def _flags_of_fit(
+    left_out: list[bool],
+    stores: list[Path],
+    *,
+    n_shots: int | None,
+    seed: int,
+    pseudo: bool,
+    has_unlabelled: bool,
+    has_sample: bool,
+) -> dict[str, object]:
+    """The flags that a fit depends on, for its digest."""
+    flags: dict[str, object] = {"with": left_out, "shots": None, "pseudo": False}
+    if n_shots is not None:
+        flags["shots"] = [n_shots, seed]
+    if pseudo:
+        flags["pseudo"] = [store.name for store in stores]
+    # only where they are asked for: fits without them keep the digest that they had before
+    if has_unlabelled:
+        flags["unlabelled"] = True
+    if not has_sample:
+        flags["sample"] = False
+    return flags
 
 
 def _to_score(predictor: Path) -> str:
@@ -176,7 +214,7 @@ def _new_predictor(
 
 
 def _require_use_of_unlabelled(cls: type[FailurePredictor]) -> None:
-    """Refuse rows without labels beside those of a method that learns nothing from them, before anything is read."""
+    """Refuse --unlabelled for a method that learns nothing from such rows; no row is read."""
     from vilu.predictors import PREDICTORS
 
     if cls.uses_unlabelled:
@@ -202,26 +240,38 @@ def _names(methods: list[str]) -> str:
     return ", ".join(methods) or "no method"
 
 
+def _open_any(
+    reading: Reading, store: Path | None, role: Fold | None = None
+) -> EmbeddingSource | None:
+    """A store that the command line may name; None where it does not."""
+    if store is None:
+        return None
+    return reading.open(store, role)
+
+
 def _training_set(
-    stores: list[Path], reading: Reading, few: tuple[int | None, int], pseudo: bool
+    stores: list[Path], reading: Reading, *, n_shots: int | None, seed: int, pseudo: bool
 ) -> EmbeddingSource:
-    """The rows to learn from; ``few`` is the number of rows per class, and a seed."""
+    """The rows to learn from: all, or ``n_shots`` of every class, drawn with the seed."""
     from vilu.embeddings.pairs import Pools, PseudoCaptions
     from vilu.predictors.contract.seen import shots
 
-    n_shots, seed = few
     if not pseudo and len(stores) > 1:
         raise UsageError(
-            f"one store is fitted on, got {len(stores)}. Several can be mixed as captions: add --pseudo."
+            f"one store is fitted on, got {len(stores)}. Several can be mixed as captions: add "
+            "--pseudo."
         )
     pools = reading.pools
     if pseudo and reading.second is not None:
         raise UsageError(
             "--second is for classes, and --pseudo makes captions of them. Leave one of them out."
         )
+    pools_of_store = pools
+    if pseudo:  # a store of classes has no pools, its class texts will
+        pools_of_store = None
     sources = []
     for store in stores:
-        source = reading.with_second(reading.open_in(None if pseudo else pools, store))
+        source = reading.with_second(reading.open_in(pools_of_store, store))
         if n_shots is not None:
             source = source.take(shots(source, n_shots, seed))
         sources.append(source)
@@ -253,7 +303,10 @@ def _begin(checkpoints: FolderSession, inputs: str, *, restart: bool) -> None:
 def _drop_checkpoints(
     stack: ExitStack, predictor: FailurePredictor, output: Path, inputs: str
 ) -> None:
-    """Remove what a fit that was killed after its last file left beside it, but no checkpoints of another fit."""
+    """Remove checkpoints that a fit left which was killed after its last file.
+
+    Those of another fit stay.
+    """
     if not output.with_name(f"{output.name}.checkpoints").is_dir():
         return
     checkpoints = _checkpoints(stack, predictor, output)
@@ -276,11 +329,11 @@ def score(
     reading: Reading,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write per image the zero-shot answer and its uncertainty (higher = more likely wrong). Prints file or folder.
+    """Write per image the zero-shot answer and its uncertainty (higher = more likely wrong).
 
-    Of a predictor that `vilu calibrate` has calibrated also the probability of failure, accept or
-    review with the reason, and label sets. A folder is written part by part in bounded memory;
-    interrupted, the same command does what is missing.
+    Prints file or folder. Of a predictor that `vilu calibrate` has calibrated also the probability
+    of failure, accept or review with the reason, and label sets. A folder is written part by part
+    in bounded memory; interrupted, the same command does what is missing.
     """
     from vilu.calibration.calibration import Calibration
     from vilu.predictors.persistence.storage import load
@@ -293,8 +346,11 @@ def score(
             "scores go to a .parquet or .csv file, or to a folder without suffix. Got "
             f"{output} instead."
         )
+    file: Path | None = output
+    if is_folder:  # which says itself what is in it
+        file = None
     keep = console.keeping(
-        None if is_folder else output,
+        file,
         "scores",
         [predictor, store, *reading.read],
         overwrite=overwrite,
@@ -346,10 +402,15 @@ def evaluate(
     keep = console.keeping(
         output, "results", scores, overwrite=overwrite, resamples=resamples, seed=seed
     )
-    runs = [ScoreFolder(path) if path.is_dir() else Outcomes.load(path) for path in scores]
+    runs: list[Tallied] = []
+    for path in scores:
+        if path.is_dir():
+            runs.append(ScoreFolder(path))
+        else:
+            runs.append(Outcomes.load(path))
     table = evaluate_outcomes(runs, n_resamples=resamples, seed=seed)
     keep(lambda path, inputs: table.save(path, inputs=inputs))
-    typer.echo(json.dumps(table.to_dicts(), indent=2) if as_json else str(table))
+    console.print_result(table.to_dicts(), str(table), as_json=as_json)
 
 
 def convert(
@@ -401,7 +462,7 @@ MinCoverage = Annotated[
     Option(min=0, max=1, help="Least share of answers to accept; alone or with --max-risk."),
 ]
 RuleMethod = Annotated[
-    Literal["ltt", "crc", "selection", "anytime"],
+    Method,
     Option(
         help="ltt: Learn then Test. crc: bounds the mean share of all answers that is accepted and "
         "wrong. selection: bounds the mean share of wrong ones among the accepted of a batch. "
@@ -421,9 +482,7 @@ DrawSeed = Annotated[int, Option(min=0, max=MOST_SEED, help="For anytime: as `vi
 PerClass = Annotated[
     bool, Option("--per-class", help="A threshold per predicted class with enough rows.")
 ]
-SetMethod = Annotated[
-    Literal["lac", "aps"] | None, Option(help="Also label sets that hold the right one.")
-]
+LabelSets = Annotated[SetMethod | None, Option(help="Also label sets that hold the right one.")]
 MaxMiss = Annotated[
     float, Option(min=0, max=1, help="Largest share of label sets without the right label.")
 ]
@@ -432,15 +491,15 @@ OutsideShare = Annotated[
     Option(
         min=0,
         max=1,
-        help="Share of pictures of none of the classes up to which the promise is to hold. [that of "
-        "the calibration rows]",
+        help="Share of pictures of none of the classes up to which the promise is to hold. [that "
+        "of the calibration rows]",
     ),
 ]
 ClassShares = Annotated[
     Path | None,
     path_option(
-        "CSV with the columns class and share, a line for every class: what part of the pictures of "
-        "the classes it is to be. [those of the calibration rows]",
+        "CSV with the columns class and share, a line for every class: what part of the pictures "
+        "of the classes it is to be. [those of the calibration rows]",
         metavar="FILE",
     ),
 ]
@@ -459,7 +518,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     labels: Labels = None,
     seed: DrawSeed = 0,
     per_class: PerClass = False,
-    label_sets: SetMethod = None,
+    label_sets: LabelSets = None,
     max_miss: MaxMiss = 0.1,
     outside_share: OutsideShare = None,
     class_shares: ClassShares = None,
@@ -470,63 +529,102 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     ] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Probabilities, and a threshold with a stated risk, from labelled embeddings that the predictor has not seen.
+    """Probabilities, and a threshold with a stated risk, from labelled embeddings.
 
-    `vilu score` then writes failure_probability and accept or review beside every answer. Without
-    a target only probabilities are calibrated. The promise is for rows drawn as the calibration
-    rows were; `vilu monitor` watches it. Exit code 4: the target is out of reach; the message says
-    what is missing.
+    The predictor must not have seen them. `vilu score` then writes failure_probability and accept
+    or review beside every answer. Without a target only probabilities are calibrated. The promise
+    is for rows drawn as the calibration rows were; `vilu monitor` watches it. Exit code 4: the
+    target is out of reach; the message says what is missing.
     """
-    from vilu.calibration.procedure import calibrate_predictor
     from vilu.calibration.shares import read_shares
     from vilu.calibration.target import Target
-    from vilu.triage.ask import calibrate_by_labels
-    from vilu.triage.store_labels import picked_at_random
 
     data = reading.open_both(store)
+    shares = None
+    if class_shares is not None:
+        shares = read_shares(class_shares)
+    target = Target(
+        max_risk=max_risk,
+        min_coverage=min_coverage,
+        confidence=confidence,
+        method=method,
+        per_class=per_class,
+        label_sets=label_sets,
+        max_miss=max_miss,
+        outside_share=outside_share,
+        class_shares=shares,
+    )
     if method == "anytime":
-        is_plain = (min_coverage, label_sets, outside_share, class_shares) == (None,) * 4
-        if max_risk is None or labels is None or not is_plain or max_miss != Target.max_miss:
-            raise UsageError(
-                "anytime takes --labels and a --max-risk, and of the other targets none."
-            )
-        calibration = calibrate_by_labels(
-            predictor,
-            _store_with_classes(data),
-            labels,
-            max_risk=max_risk,
-            confidence=confidence,
-            seed=seed,
-            per_class=per_class,
-            overwrite=overwrite,
+        calibration = _calibrate_at_any_time(
+            predictor, data, target, labels, seed=seed, overwrite=overwrite
         )
     else:
-        target = Target(
-            max_risk=max_risk,
-            min_coverage=min_coverage,
-            confidence=confidence,
-            method=method,
-            per_class=per_class,
-            label_sets=label_sets,
-            max_miss=max_miss,
-            outside_share=outside_share,
-            class_shares=None if class_shares is None else read_shares(class_shares),
+        calibration = _calibrate_once(
+            predictor, data, target, labels, store=store, reading=reading, overwrite=overwrite
         )
-        if labels is not None:
-            data = picked_at_random(_store_with_classes(data), labels)
-        calibration = calibrate_predictor(
-            predictor,
-            data,
-            target,
-            dataset=store.name,
-            split=reading.split_of(data),
-            overwrite=overwrite,
-        )
-    if as_json:
-        typer.echo(json.dumps(calibration.model_dump(mode="json", by_alias=True), indent=2))
-    else:
-        typer.echo(_summary(calibration))
+    facts = calibration.model_dump(mode="json", by_alias=True)
+    console.print_result(facts, _summary(calibration), as_json=as_json)
     next_step(f"calibrated on {calibration.n:,} rows; {_to_score(predictor)}")
+
+
+def _calibrate_at_any_time(
+    predictor: Path,
+    data: EmbeddingSource,
+    target: Target,
+    labels: list[Path] | None,
+    *,
+    seed: int,
+    overwrite: bool,
+) -> Calibration:
+    """The guarantee of labels that come one after another, and may be looked at again and again."""
+    from vilu.calibration.target import Target
+    from vilu.triage.ask import calibrate_by_labels
+
+    max_risk = target.max_risk
+    alone = Target(
+        max_risk=max_risk,
+        confidence=target.confidence,
+        method=target.method,
+        per_class=target.per_class,
+    )
+    if max_risk is None or labels is None or target != alone:
+        raise UsageError("anytime takes --labels and a --max-risk, and of the other targets none.")
+    return calibrate_by_labels(
+        predictor,
+        _store_with_classes(data),
+        labels,
+        max_risk=max_risk,
+        confidence=target.confidence,
+        seed=seed,
+        per_class=target.per_class,
+        overwrite=overwrite,
+    )
+
+
+def _calibrate_once(
+    predictor: Path,
+    data: EmbeddingSource,
+    target: Target,
+    labels: list[Path] | None,
+    *,
+    store: Path,
+    reading: Reading,
+    overwrite: bool,
+) -> Calibration:
+    """The calibration on rows that are all there, labelled by the store or by files."""
+    from vilu.calibration.procedure import calibrate_predictor
+    from vilu.triage.store_labels import picked_at_random
+
+    if labels is not None:
+        data = picked_at_random(_store_with_classes(data), labels)
+    return calibrate_predictor(
+        predictor,
+        data,
+        target,
+        dataset=store.name,
+        split=reading.split_of(data),
+        overwrite=overwrite,
+    )
 
 
 def _store_with_classes(data: EmbeddingSource) -> EmbeddingStore:
@@ -534,7 +632,8 @@ def _store_with_classes(data: EmbeddingSource) -> EmbeddingStore:
 
     if not isinstance(data, EmbeddingStore):
         raise UsageError(
-            "--labels are of the rows of one store with classes. Leave them out for pairs and two models."
+            "--labels are of the rows of one store with classes. Leave them out for pairs and "
+            "two models."
         )
     return data
 
@@ -571,11 +670,11 @@ def export(
     models: Models = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write the score of a predictor for other runtimes, checked against the predictor. Prints the file.
+    """Write the score of a predictor for other runtimes, checked against the predictor.
 
-    Inputs image (N, D) and text (K, D), of unit norm; outputs uncertainty (N,) and prediction (N,).
-    With the backbone the input is pixels (N, 3, H, W) as the model's preprocessing makes them, and
-    accept (N,) is an output, too.
+    Prints the file. Inputs image (N, D) and text (K, D), of unit norm; outputs uncertainty (N,) and
+    prediction (N,). With the backbone the input is pixels (N, 3, H, W) as the model's preprocessing
+    makes them, and accept (N,) is an output, too.
     """
     from vilu.artifacts.paths import claim_file
     from vilu.guard.image_graph import export_image_graph, fingerprint_of
@@ -584,13 +683,18 @@ def export(
 
     if not onnx and output.suffix.lower() != ".onnx":
         raise UsageError(
-            f"a predictor is exported as ONNX: give a file that ends in .onnx, or --onnx. Got {output}."
+            "a predictor is exported as ONNX: give a file that ends in .onnx, or --onnx. Got "
+            f"{output}."
         )
     if models and not with_backbone:
         raise UsageError(
-            "--models says where the backbone is, and only --with-backbone needs it. Leave --models out."
+            "--models says where the backbone is, and only --with-backbone needs it. Leave "
+            "--models out."
         )
-    fingerprint = fingerprint_of(predictor) if with_backbone else fit_fingerprint(predictor)
+    if with_backbone:
+        fingerprint = fingerprint_of(predictor)
+    else:
+        fingerprint = fit_fingerprint(predictor)
     if claim_file(output, "ONNX export", fingerprint, overwrite=overwrite):
         typer.echo(output)
         console.nothing_to_do(output)

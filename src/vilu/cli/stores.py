@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from typer import Option
 
-from vilu.cli.console import Overwrite, goes_on, next_step, pairs_of, path_argument, path_option
-from vilu.cli.images import Outside, embedded
+from vilu.cli.console import goes_on, next_step, pairs_of, print_result
+from vilu.cli.images import embedded
+from vilu.cli.options import (
+    Outside,
+    Overwrite,
+    StoredNumbers,
+    StoreFolder,
+    path_argument,
+    path_option,
+)
 from vilu.errors import UsageError
 from vilu.text import printable
 
 Arrays = Annotated[
     Path,
     path_argument(
-        "An .npz file, or a folder of .npy files: image (N, D), text (K, D), class_names (K), target (N), ids, "
-        "logit_scale, logit_bias, negatives (M, D), views, features, prompts, ...; the first three there must be.",
+        "An .npz file, or a folder of .npy files: image (N, D), text (K, D), class_names (K), "
+        "target (N), ids, logit_scale, logit_bias, negatives (M, D), views, features, prompts, "
+        "...; the first three there must be.",
         metavar="SOURCE",
     ),
 ]
@@ -32,7 +40,7 @@ Keys = Annotated[
 ]
 Classes = Annotated[Path | None, path_option("Class names, one a line, in place of class_names.")]
 Dtype = Annotated[
-    Literal["float16", "float32"] | None,
+    StoredNumbers | None,
     Option(help="Numbers in the store. [float16 where image is, else float32]"),
 ]
 
@@ -40,9 +48,7 @@ Dtype = Annotated[
 @goes_on
 def import_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     source: Arrays,
-    output: Annotated[
-        Path, Option("--output", "-o", help="Folder of the store to make or to resume.")
-    ],
+    output: StoreFolder,
     logit_scale: Annotated[
         float | None,
         Option(help="Multiplier of the cosine: 100 for OpenAI's CLIP. [logit_scale of SOURCE]"),
@@ -80,9 +86,11 @@ def import_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     from vilu.datasets.classes import read_classes
     from vilu.store.importing import import_arrays
 
-    folders, names = (None, None) if classes is None else read_classes(classes)
-    if folders is not None:
-        raise UsageError(f"{classes} must have one name a line: arrays have no folders.")
+    names = None
+    if classes is not None:
+        folders, names = read_classes(classes)
+        if folders is not None:
+            raise UsageError(f"{classes} must have one name a line: arrays have no folders.")
     store = import_arrays(
         source,
         output,
@@ -107,7 +115,8 @@ def inspect(
     path: Annotated[
         Path,
         path_argument(
-            "What a command of vilu wrote: a store, finished or not, a predictor, scores, results, ..."
+            "What a command of vilu wrote: a store, finished or not, a predictor, scores, results, "
+            "..."
         ),
     ],
     deep: Annotated[
@@ -124,13 +133,12 @@ def inspect(
     if is_store(path):
         _inspect_store(path, deep=deep, as_json=as_json)
         return
-    artefacts = list(check(path))
-    if as_json:
-        facts = [{"path": str(artefact.path), "what": artefact.what} for artefact in artefacts]
-        typer.echo(json.dumps({"found": facts}, indent=2))
-    else:
-        for artefact in artefacts:
-            typer.echo(f"{artefact.path}: {printable(artefact.what)}")
+    facts = []
+    lines = []
+    for artefact in check(path):
+        facts.append({"path": str(artefact.path), "what": artefact.what})
+        lines.append(f"{artefact.path}: {printable(artefact.what)}")
+    print_result({"found": facts}, "\n".join(lines), as_json=as_json)
     next_step("nothing is damaged")
 
 
@@ -140,5 +148,5 @@ def _inspect_store(path: Path, *, deep: bool, as_json: bool) -> None:
     from vilu.store.inspect import inspect as inspect_store
 
     report = inspect_store(path, deep=deep)
-    typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
+    print_result(report.to_dict(), str(report), as_json=as_json)
     require_sound(report, path)

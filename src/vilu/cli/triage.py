@@ -9,15 +9,24 @@ import typer
 from typer import Option
 
 from vilu.cli import console
-from vilu.cli.console import (
+from vilu.cli.console import next_step
+from vilu.cli.images import backbone_spec, templates_of
+from vilu.cli.options import (
     MOST_SEED,
-    MOST_WORKERS,
+    Backbone,
+    BatchSize,
+    DecodingThreads,
+    Device,
+    ImagesRoot,
+    ImagesSplit,
+    Models,
     Overwrite,
-    next_step,
+    Precision,
+    Seed,
+    Template,
     path_argument,
     path_option,
 )
-from vilu.cli.images import Backbone, Models, Template
 from vilu.errors import UsageError
 
 if TYPE_CHECKING:
@@ -27,8 +36,8 @@ Names = Annotated[Path, path_option("The class names, one a line.", metavar="FIL
 Labels = Annotated[
     list[Path] | None,
     path_option(
-        "CSV with the columns path and label, of photos that were picked at random; or next_labels.csv, "
-        "filled in; or labels.parquet of another triage. May be repeated.",
+        "CSV with the columns path and label, of photos that were picked at random; or "
+        "next_labels.csv, filled in; or labels.parquet of another triage. May be repeated.",
         metavar="FILE",
     ),
 ]
@@ -62,18 +71,14 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
         bool, Option("--link", help="Sort links to photos into accepted/CLASS, review, outside.")
     ] = False,
     move: Annotated[bool, Option("--move", help="The same with the photos themselves.")] = False,
-    batch_size: Annotated[int, Option(min=1, help="Images per forward pass.")] = 32,
-    workers: Annotated[
-        int | None, Option(min=1, max=MOST_WORKERS, help="Decoding threads. [one per core]")
-    ] = None,
-    device: Annotated[str, Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    precision: Annotated[
-        Literal["fp32", "bf16"], Option(help="Arithmetic of the image tower.")
-    ] = "fp32",
-    seed: Annotated[int, Option(min=0, max=MOST_SEED, help="Of everything random.")] = 0,
+    batch_size: BatchSize = 32,
+    workers: DecodingThreads = None,
+    device: Device = "auto",
+    precision: Precision = "fp32",
+    seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> None:
-    """From a folder of photos to a decision about each: accept the model's answer, or have a person look.
+    """From a folder of photos to a decision about each: accept the answer, or have a person look.
 
     Prints the folder. It holds decisions.csv, report.html, next_labels.csv (fill in its column
     label, and give it back with --labels) and predictor/ for vilu.Guard. Run again with more photos
@@ -83,17 +88,20 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
     """
     if link and move:
         raise UsageError("--link and --move exclude one another. Give one of them.")
-    from vilu.backbones.zeroshot import everyday_words, named_templates
+    from vilu.backbones.zeroshot import everyday_words
     from vilu.datasets.classes import read_classes
-    from vilu.store.job import BackboneSpec
     from vilu.triage.outputs import triage_photos
     from vilu.triage.photos import EmbeddingSettings
     from vilu.triage.state import TriageSettings
 
-    templates = tuple(named_templates(template)) if template else None
-    spec = BackboneSpec(backbone, device, precision, models and models.absolute())
+    _, names = read_classes(classes)
     embedding = EmbeddingSettings(
-        spec, read_classes(classes)[1], templates, everyday_words(), batch_size, workers
+        backbone_spec(backbone, device, precision, models),
+        names,
+        templates_of(template),
+        everyday_words(),
+        batch_size,
+        workers,
     )
     settings = TriageSettings(
         photos, embedding, tuple(outside or ()), max_risk, confidence, n_next, seed
@@ -193,7 +201,8 @@ def review(  # noqa: PLR0913, PLR0917 - one parameter per flag
     which: Annotated[
         Literal["asked", "review", "all"],
         Option(
-            help="Of a triage: what it asks for, or what is to be reviewed. Of scores: all, or not accepted."
+            help="Of a triage: what it asks for, or what is to be reviewed. Of scores: all, or not "
+            "accepted."
         ),
     ] = "asked",
     n_most: Annotated[int | None, Option("-n", min=1, help="At most so many. [all]")] = None,
@@ -211,12 +220,12 @@ def review(  # noqa: PLR0913, PLR0917 - one parameter per flag
     ] = False,
     port: Annotated[int, Option(min=0, max=65535, help="Of the page. [a free one]")] = 0,
 ) -> None:
-    """Hand photos to people: as tasks for a tool, or on a page of our own. Prints what was written, or the address.
+    """Hand photos to people: as tasks for a tool, or on a page of our own.
 
-    On the page every answer is kept at once in OUTPUT; the same command goes on where it stopped.
-    One command at a time labels into a file (exit code 75), and what another program has changed
-    in it is never overwritten.
-    Finished tasks of a tool come back by `vilu labels`.
+    Prints what was written, or the address. On the page every answer is kept at once in OUTPUT; the
+    same command goes on where it stopped. One command at a time labels into a file (exit code 75),
+    and what another program has changed in it is never overwritten. Finished tasks of a tool come
+    back by `vilu labels`.
     """
     import dataclasses
 
@@ -247,7 +256,8 @@ def _serve_review(tasks: Review, output: Path, port: int) -> None:
 
     def announce(address: str) -> None:
         next_step(
-            f"{len(tasks.tasks):,} photos; open this address, and stop with Ctrl-C when you are done"
+            f"{len(tasks.tasks):,} photos; open this address, and stop with Ctrl-C when you are "
+            "done"
         )
         typer.echo(address)
 
@@ -302,10 +312,8 @@ def audit_labels(
     sheet: Annotated[
         Path | None, Option(help="Also a contact sheet of the worst and the best, .png.")
     ] = None,
-    split: Annotated[str | None, Option(help="Of --images.")] = None,
-    root: Annotated[
-        Path | None, Option(metavar="DIR", help="Of --images, as `vilu embed` takes it.")
-    ] = None,
+    split: ImagesSplit = None,
+    root: ImagesRoot = None,
     seed: Annotated[int, Option(min=0, max=MOST_SEED, help="Of the folds.")] = 0,
 ) -> None:
     """Which labels are probably wrong, the worst first (cleanlab's confident learning).
@@ -323,8 +331,12 @@ def audit_labels(
     from vilu.triage.label_errors import contact_sheet, find_label_errors
 
     claim_file(output, "label errors", overwrite=True)
-    pictures = None if images is None else open_dataset(images, split=split, root=root)
-    judge = None if predictor is None else load(predictor)
+    pictures = None
+    if images is not None:
+        pictures = open_dataset(images, split=split, root=root)
+    judge = None
+    if predictor is not None:
+        judge = load(predictor)
     errors = find_label_errors(EmbeddingStore(store), judge, seed=seed)
     errors.save(output)
     typer.echo(output)
