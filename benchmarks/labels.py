@@ -46,6 +46,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from vilu.artifacts.tables import csv_rows
 from vilu.calibration.anytime import BETS, Looks, grid_of, level_of
 from vilu.calibration.rules import calibrate
 from vilu.embeddings.source import EmbeddingSource
@@ -64,6 +65,7 @@ DIVIDED = (400, 800, 2_000)
 ROUND, LATER, MANY = 50, 100, 400
 """Labels of a round, and of those after so many."""
 MAX_RISK, DELTA = 0.05, 0.05
+COLUMNS = ("store", "arm", "seed", "labels", "coverage", "risk")
 
 
 def failures(source: EmbeddingSource) -> Ints:
@@ -230,8 +232,10 @@ def shown(path: Path) -> Iterator[str]:
 
     Below every row of ``next`` the difference to ``random``, seed by seed.
     """
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    columns, rows = csv_rows(path)
+    missing = [name for name in COLUMNS if name not in columns]
+    if missing:
+        sys.exit(f"{path} has no column {', '.join(missing)}. Give a file that this command wrote.")
     for store in dict.fromkeys(row["store"] for row in rows):
         curves: dict[str, dict[str, list[tuple[int, float]]]] = {}
         for row in rows:
@@ -309,7 +313,7 @@ def main() -> None:
     logging.getLogger("vilu").setLevel(logging.ERROR)
     given.out.parent.mkdir(exist_ok=True, parents=True)
     with given.out.open("a", newline="") as file:
-        writer = csv.DictWriter(file, ["store", "arm", "seed", "labels", "coverage", "risk"])
+        writer = csv.DictWriter(file, COLUMNS)
         if not file.tell():
             writer.writeheader()
         for path in given.stores:

@@ -102,11 +102,11 @@ RATES = {
     "rising": lambda u: 0.02 + 0.07 * u,
     "wrong at the top": lambda u: np.where(u < 0.03, 0.4, 0.045),
 }
-"""Failure rate at the quantile u; each has thresholds whose error rate is above the promise."""
+"""Failure rate at the quantile u; each has thresholds whose error rate is above the guarantee."""
 
 
 @pytest.mark.parametrize("name", RATES)
-def test_the_promise_holds_however_often_one_looks(name: str) -> None:
+def test_the_guarantee_holds_however_often_one_looks(name: str) -> None:
     """The user looks after every ten labels and stops at the first certificate:
     the worst that looking can do.
     """

@@ -107,6 +107,6 @@ def test_bounds_of_the_audit_are_ordered_and_tell_how_many_more() -> None:
     assert unseen is not None
     assert Audit(0.05, 0.01, unseen, 0).verdict == "holds so far"
     assert Audit(0.05, 0.01, unseen - 1, 0).verdict == "not enough audited answers"
-    assert Audit(0.05, 0.01, 40, 2).n_needed() is None  # at the promised rate nothing would tell
+    assert Audit(0.05, 0.01, 40, 2).n_needed() is None  # at the guaranteed rate nothing would tell
     assert Audit(0.05, 0.01, 1000, 200).n_needed() == 0
     assert (Audit(0.05, 0.01).lower, Audit(0.05, 0.01).upper) == (0, 1)

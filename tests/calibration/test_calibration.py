@@ -126,15 +126,15 @@ def test_a_row_without_a_score_is_not_accepted_and_says_why(tmp_path: Path) -> N
     assert {text for row, text in enumerate(outcomes.decision) if row != 4} <= {"accept", "review"}
 
 
-def with_strangers(n: int, seed: int) -> vilu.Embeddings:
+def with_ood(n: int, seed: int) -> vilu.Embeddings:
     """Toy images, a fifth of them of none of the classes:
     anywhere, and so with low similarities.
     """
     data, rng = toy_embeddings(n, seed=seed, ids_from=1000 * seed), np.random.default_rng(seed)
     image, target = data.image.numpy().copy(), data.target.numpy().copy()
-    strangers = rng.random(n) < 0.2
-    image[strangers] = rng.normal(size=(strangers.sum(), image.shape[1]))
-    target[strangers] = -2
+    ood = rng.random(n) < 0.2
+    image[ood] = rng.normal(size=(ood.sum(), image.shape[1]))
+    target[ood] = -2
     image /= np.linalg.norm(image, axis=1, keepdims=True)
     return vilu.Embeddings(
         image, data.text, target, 20.0, class_names=data.class_names, ids=data.ids
@@ -142,7 +142,7 @@ def with_strangers(n: int, seed: int) -> vilu.Embeddings:
 
 
 class Seeing(SeesOutside, vilu.MCM):
-    """MCM that takes an image for a stranger where no text is near."""
+    """MCM that takes an image for out of distribution where no text is near."""
 
     name = "seeing"
 
@@ -153,15 +153,15 @@ class Seeing(SeesOutside, vilu.MCM):
         return torch.sigmoid(self.outcome_of(batch))
 
 
-def test_stated_shares_are_kept_and_strangers_named(tmp_path: Path) -> None:
+def test_stated_shares_are_kept_and_ood_images_named(tmp_path: Path) -> None:
     vilu.MCM().save(tmp_path)
     stated = Target(max_risk=0.15, outside_share=0.1)
-    record = calibrate_predictor(tmp_path, with_strangers(1500, 1), stated)
+    record = calibrate_predictor(tmp_path, with_ood(1500, 1), stated)
     assert record.rule is not None
-    assert "for up to 10.0% of strangers" in str(record.promise)
+    assert "for up to 10.0% of out-of-distribution images" in str(record.guarantee_text)
     assert Calibration.load(tmp_path) == record
-    assert calibrate_predictor(tmp_path, with_strangers(1500, 1), stated, overwrite=False) == record
-    new = with_strangers(400, 2)
+    assert calibrate_predictor(tmp_path, with_ood(1500, 1), stated, overwrite=False) == record
+    new = with_ood(400, 2)
     scores = vilu.score(vilu.load(tmp_path), new, calibration=record)
     assert set(scores.decision_reason or ()) == {None, "above_threshold"}
     seeing = Seeing()

@@ -71,7 +71,7 @@ def test_sets_grow_with_the_probability_of_failure(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["lac", "aps"])
-def test_the_share_that_misses_is_promised(method: str) -> None:
+def test_the_share_that_misses_is_guaranteed(method: str) -> None:
     """Marginal over calibration rows and new rows: 60 splits of one pool."""
     data = toy_embeddings(n=4000, seed=3, ids_from=None)
     rng, misses, sizes = np.random.default_rng(0), [], []

@@ -1,4 +1,4 @@
-"""How often rows were calibrated on for other targets is counted, and stands in the promise."""
+"""How often rows were calibrated on for other targets is counted, and stands in the guarantee."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def test_looks_at_the_same_rows_are_counted(tmp_path: Path) -> None:
     risks = (0.4, 0.45, 0.5, 0.45)
     records = [calibrate_predictor(tmp_path, data, Target(max_risk=risk)) for risk in risks]
     assert [record.looks for record in records] == [None, 2, 3, 3]
-    assert "look" not in records[0].promise
-    assert "second look at these rows: 2 targets were tried" in records[1].promise
-    assert "third look at these rows" in records[2].promise
+    assert "look" not in records[0].guarantee_text
+    assert "second look at these rows: 2 targets were tried" in records[1].guarantee_text
+    assert "third look at these rows" in records[2].guarantee_text
     assert "third look at these rows" in (tmp_path / "README.md").read_text()
     assert Calibration.load(tmp_path) == records[3]
 
 
-def test_a_look_that_ended_without_a_promise_counts(tmp_path: Path) -> None:
+def test_a_look_that_ended_without_a_guarantee_counts(tmp_path: Path) -> None:
     vilu.MCM().save(tmp_path)
     data = toy_embeddings(n=400)
     for risk in (0.001, 0.002):

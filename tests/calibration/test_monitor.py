@@ -56,8 +56,8 @@ def test_false_alarms_are_as_rare_as_stated(digits: int) -> None:
     """300 streams with a calibration and a threshold of their own, with and without ties:
     each test within its level.
 
-    Audited are answers that keep the promise: rules that do not are the calibration's own share of
-    failures.
+    Audited are answers that keep the guarantee: rules that do not are the calibration's own share
+    of failures.
     """
     level, streams = 0.4, 300
     raised: dict[str, int] = dict.fromkeys(("any", "scores", "acceptance", "answers", "audit"), 0)
@@ -141,7 +141,7 @@ def test_acceptance_and_answers_are_seen_alone(calibration: vilu.Outcomes) -> No
     )
 
 
-def test_a_broken_promise_is_seen_through_labels_alone(
+def test_a_broken_guarantee_is_seen_through_labels_alone(
     calibration: vilu.Outcomes, rule: vilu.Rule
 ) -> None:
     """The same scores, but 30 % of the accepted answers are wrong;
@@ -164,8 +164,8 @@ def test_a_broken_promise_is_seen_through_labels_alone(
     assert told.audit.lower > 0.1
 
 
-def test_late_labels_break_no_kept_promise_whatever_their_order() -> None:
-    """A hard class whose labels come first is no broken promise:
+def test_late_labels_break_no_kept_guarantee_whatever_their_order() -> None:
+    """A hard class whose labels come first is no broken guarantee:
     an order by class, by errors or none says the same.
     """
     rng = np.random.default_rng(0)
@@ -191,17 +191,17 @@ def test_late_labels_break_no_kept_promise_whatever_their_order() -> None:
     assert found[0] == found[1] == found[2]
 
 
-def test_a_kept_promise_is_said(calibration: vilu.Outcomes, rule: vilu.Rule) -> None:
+def test_a_kept_guarantee_is_said(calibration: vilu.Outcomes, rule: vilu.Rule) -> None:
     rng = np.random.default_rng(4)
     rows = dataclasses.replace(draw(rng, 1500), failure=(rng.random(1500) < 0.02).astype(int))
     status = vilu.Monitor(calibration, rule).update(rows)
     assert status.audit is not None
     assert (status.verdict, status.audit.verdict) == ("holds", "holds so far")
     assert status.audit.upper < 0.1
-    assert "keep the promise" in status.reason
+    assert "keep the guarantee" in status.reason
 
 
-def test_a_mean_over_calibrations_is_no_promise_to_audit(calibration: vilu.Outcomes) -> None:
+def test_a_mean_over_calibrations_is_no_guarantee_to_audit(calibration: vilu.Outcomes) -> None:
     crc = vilu.calibrate(calibration, max_risk=0.05, method="crc")
     monitor = vilu.Monitor(calibration, crc)
     status = monitor.update(draw(np.random.default_rng(5), 400))
@@ -354,7 +354,7 @@ def test_what_does_not_fit_is_refused(calibration: vilu.Outcomes, rule: vilu.Rul
         vilu.Monitor(vilu.Outcomes([np.nan], [0], reason=["nonfinite"]), rule)
 
 
-def test_rows_of_which_nothing_is_promised_are_not_watched(calibration: vilu.Outcomes) -> None:
+def test_rows_of_which_nothing_is_guaranteed_are_not_watched(calibration: vilu.Outcomes) -> None:
     out_of_reach = vilu.calibrate(calibration, max_risk=1e-6)
     assert not out_of_reach.feasible
     for rule in (None, out_of_reach):
@@ -398,7 +398,7 @@ def test_without_a_rule_for_single_rows_there_is_nothing_to_audit(
     assert [test.name for test in status.tests] == ["scores", "answers"]
     assert sum(test.level for test in status.tests) == pytest.approx(0.05)
     assert status.audit is None
-    with pytest.raises(UsageError, match="no promise to audit"):
+    with pytest.raises(UsageError, match="no guarantee to audit"):
         monitor.audit(draw(np.random.default_rng(12), 1))
 
 
@@ -433,9 +433,7 @@ def test_groups_of_rows_some_of_which_were_monitored_before(calibration: vilu.Ou
 
 
 def test_strata_are_part_of_the_fingerprint() -> None:
-    """Rules for stated shares that differ only in which rows are strangers watch for other
-    rates.
-    """
+    """Rules that differ only in which rows are out of distribution watch for other rates."""
     u, f = np.linspace(0, 1, 400), np.r_[np.zeros(200, int), np.ones(200, int)]
     found = set()
     for outside in (np.arange(400) >= 300, np.arange(400) % 4 == 3):

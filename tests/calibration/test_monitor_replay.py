@@ -56,11 +56,11 @@ def test_a_corruption_that_sets_in_is_seen_within_500_images(
     assert f"within {LIMIT} rows 100.0%" in capsys.readouterr().out
 
 
-def test_the_promise_is_broken_by_the_corruption(
+def test_the_guarantee_is_broken_by_the_corruption(
     scores: tuple[vilu.Outcomes, vilu.Outcomes],
 ) -> None:
     """What the alarm is about:
-    clean rows keep a promise of 20 %, corrupted ones do not, and labels show it.
+    clean rows keep a guarantee of 20 %, corrupted ones do not, and labels show it.
     """
     clean, shifted = scores
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""The monitor of a promise for stated shares: false alarms, power, and what is kept."""
+"""The monitor of a guarantee for stated shares: false alarms, power, and what is kept."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STATED = 0.2
 
 
 def stream(rng: np.random.Generator, n: int, share: float, labelled: float = 0.0) -> Outcomes:
-    """Rows of which a share are strangers, in random order; a part of them labelled."""
+    """Rows in random order, a share of them out of distribution, a part of them labelled."""
     n_outside = int(rng.binomial(n, share))
     rows = rows_of(rng, n - n_outside, n_outside).take(rng.permutation(n))
     known = rng.random(n) < labelled
@@ -38,7 +38,7 @@ def rule(calibration: Outcomes) -> vilu.Rule:
 @pytest.mark.parametrize("share", [0.0, 0.1, STATED])
 def test_up_to_the_stated_share_there_is_no_alarm(share: float) -> None:
     """120 streams with a calibration of their own;
-    the calibration rows have a quarter of strangers.
+    a quarter of the calibration rows are out of distribution.
     """
     raised, streams, level = 0, 120, 0.2
     for seed in range(streams):
@@ -51,13 +51,13 @@ def test_up_to_the_stated_share_there_is_no_alarm(share: float) -> None:
     assert raised / streams <= level + 3 * np.sqrt(level * (1 - level) / streams)
 
 
-def test_more_strangers_void_the_promise(calibration: Outcomes, rule: vilu.Rule) -> None:
+def test_more_ood_images_void_the_guarantee(calibration: Outcomes, rule: vilu.Rule) -> None:
     labelled = vilu.Monitor(calibration, rule).update(
         stream(np.random.default_rng(1), 1500, 0.4, labelled=0.3)
     )
     assert labelled.verdict == "shifted: guarantee void"
     assert {t.name for t in labelled.tests if t.raised_at is not None} >= {"outside"}
-    assert "none of the classes than the promise was stated for" in labelled.reason
+    assert "none of the classes than the guarantee was stated for" in labelled.reason
     assert labelled.present is not None
     assert "stated: at most 20.00%" in str(labelled)
     silent = vilu.Monitor(calibration, rule).update(stream(np.random.default_rng(2), 2500, 0.5))
@@ -69,20 +69,20 @@ def test_the_rate_of_reviews_is_bounded_stratum_by_stratum(
 ) -> None:
     monitor = vilu.Monitor(calibration, rule, false_alarm=0.06)
     to_review = ~rule.accept(calibration.uncertainty)
-    within, strangers = (
+    within, ood = (
         upper_bound(int(to_review[rows].sum()), int(rows.sum()), 0.06 / 3 / 2 / 2)
         for rows in (~calibration.outside, calibration.outside)
     )
-    assert monitor.rates["review"].promise == pytest.approx(0.8 * within + 0.2 * strangers)
+    assert monitor.rates["review"].limit == pytest.approx(0.8 * within + 0.2 * ood)
     assert monitor.rates["review"].delta == pytest.approx(0.06 / 3 / 2)
-    assert monitor.rates["outside"].promise == STATED
+    assert monitor.rates["outside"].limit == STATED
 
 
 def test_a_stated_share_of_none_is_watched_too() -> None:
     rows = rows_of(np.random.default_rng(3), 800, 0)
     rule = vilu.calibrate(rows, max_risk=0.05, outside_share=0.0)
     monitor = vilu.Monitor(rows, rule)
-    assert monitor.rates["outside"].promise == 1e-3
+    assert monitor.rates["outside"].limit == 1e-3
     assert monitor.update(stream(np.random.default_rng(4), 500, 0.1, labelled=0.5)).alarm
 
 

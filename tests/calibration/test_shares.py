@@ -1,5 +1,6 @@
-"""Promises for stated shares of strangers and of classes, against products by hand,
-and over simulated calibrations.
+"""Guarantees for stated shares of out-of-distribution rows and of classes.
+
+Against products by hand, and over simulated calibrations.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ def inside(rng: np.random.Generator, n: int):
     return u, (rng.random(n) < 0.9 * u**2).astype(int)
 
 
-def strangers(rng: np.random.Generator, n: int):
+def ood_rows(rng: np.random.Generator, n: int):
     return rng.beta(6, 1.5, n), np.ones(n, int)
 
 
 def rows_of(rng: np.random.Generator, n_inside: int, n_outside: int) -> Outcomes:
-    (u, f), (v, g) = inside(rng, n_inside), strangers(rng, n_outside)
+    (u, f), (v, g) = inside(rng, n_inside), ood_rows(rng, n_outside)
     outside = np.r_[np.zeros(n_inside, bool), np.ones(n_outside, bool)]
     return Outcomes(np.r_[u, v], np.r_[f, g], outside=outside)
 
@@ -55,9 +56,9 @@ def truth(share: float, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def three_binomials(u, wrong, outside, t: float, share: float, delta: float) -> float:
-    """The simple bound:
+    """The simple bound: three of Clopper and Pearson at delta / 3.
 
-    Clopper-Pearson at delta / 3 for strangers accepted, and for wrong and right inside.
+    They are of out-of-distribution rows accepted, and of wrong and of right ones inside.
     """
     n_o, n_i = outside.sum(), (~outside).sum()
     foreign = upper_bound(int((outside & (u <= t)).sum()), int(n_o), delta / 3) if n_o else 1.0
@@ -102,7 +103,7 @@ def test_evidence_is_the_mean_of_products_one_row_at_a_time(seed: int) -> None:
 
 @pytest.mark.parametrize("share", few([0.3, 0.1, 0.5], 1))
 @pytest.mark.parametrize("drawn", few([0.2, 0.4], 1))
-def test_the_promise_for_a_stated_share_of_strangers_holds(share: float, drawn: float) -> None:
+def test_the_guarantee_for_a_stated_share_of_ood_images_holds(share: float, drawn: float) -> None:
     """And accepts most of what the best threshold accepts;
     without rows outside the same calibration breaks it.
     """
@@ -123,7 +124,7 @@ def test_the_promise_for_a_stated_share_of_strangers_holds(share: float, drawn: 
     assert broken / draws <= DELTA + 3 * np.sqrt(DELTA * (1 - DELTA) / draws)
     assert np.mean(coverage) >= 0.8 * best
     assert naive / draws > DELTA + 3 * np.sqrt(DELTA * (1 - DELTA) / draws)
-    assert f"for up to {share:.1%} of strangers" in str(rule)
+    assert f"for up to {share:.1%} of out-of-distribution images" in str(rule)
 
 
 @pytest.mark.parametrize("n_outside", few([50, 400], 1))
@@ -167,7 +168,7 @@ def test_more_is_certified_than_by_three_binomials() -> None:
 def test_strata_that_lack_rows_are_named() -> None:
     rng = np.random.default_rng(0)
     rule = vilu.calibrate(rows_of(rng, 800, 0), max_risk=RISK, outside_share=0.2)
-    needed = fewest_rows(0.2, RISK, main_level(0.05), wrong=True)
+    needed = fewest_rows(0.2, RISK, main_level(0.05), all_wrong=True)
     assert not rule.feasible
     assert rule.thresholds[""].why == (
         f"too few rows for the stated shares: (outside) has 0 and needs {needed} at least"
@@ -191,7 +192,7 @@ def classes_of(rng: np.random.Generator, sizes: list[int]) -> Outcomes:
     return Outcomes(u, f.astype(int), target=target, class_names=["cat", "cup", "dog"])
 
 
-def test_the_promise_is_for_the_classes_as_they_are_stated() -> None:
+def test_the_guarantee_is_for_the_classes_as_they_are_stated() -> None:
     rng = np.random.default_rng(1)
     rows = classes_of(rng, [900, 900, 200])  # 5.9 % wrong
     few = vilu.calibrate(rows, max_risk=RISK, class_shares={"cat": 0.7, "cup": 0.29, "dog": 0.01})
@@ -238,7 +239,7 @@ def test_shares_that_cannot_be(arguments: dict, message: str) -> None:
         vilu.calibrate(classes_of(np.random.default_rng(2), [50, 50, 50]), **arguments)
 
 
-def test_strangers_need_a_stated_share_beside_classes() -> None:
+def test_ood_images_need_a_stated_share_beside_classes() -> None:
     rows = Outcomes([0.1, 0.2], [0, 1], target=[0, -2], class_names=["cat"])
     with pytest.raises(UsageError, match="1 of these rows are of none of the classes"):
         vilu.calibrate(rows, max_risk=0.1, class_shares={"cat": 1.0})
@@ -251,8 +252,9 @@ def test_strangers_need_a_stated_share_beside_classes() -> None:
 
 
 def test_the_least_coverage_is_that_at_the_stated_shares() -> None:
-    """Half of the rows are strangers, of whom at 30 % a quarter at most may be accepted;
-    inside all answers are.
+    """Half of the rows are out of distribution; at 30 % a quarter of them at most may be accepted.
+
+    Inside all answers are.
     """
     rng = np.random.default_rng(5)
     u = np.r_[rng.uniform(0, 0.5, 500), rng.uniform(0.5, 1, 500)]

@@ -188,7 +188,7 @@ def test_a_tied_block_is_accepted_or_left_out() -> None:
 
 
 @given(st.floats(1e-9, 1))
-def test_a_bound_is_never_rounded_to_the_side_that_promises_more(share: float) -> None:
+def test_a_bound_is_never_rounded_to_the_side_that_guarantees_more(share: float) -> None:
     above, below = (
         float(thresholds.percent(share, 2, to)[:-1]) / 100 for to in (math.ceil, math.floor)
     )
@@ -196,7 +196,7 @@ def test_a_bound_is_never_rounded_to_the_side_that_promises_more(share: float) -
     assert share - 1e-9 <= above <= min(share + 1e-4, 2 * share) + 1e-9
 
 
-def test_a_promise_in_words_is_the_promise() -> None:
+def test_a_guarantee_in_words_is_the_guarantee() -> None:
     rows = Outcomes(np.arange(7000), np.zeros(7000))
     told = [str(vilu.calibrate(rows, max_risk=risk, confidence=0.999)) for risk in (0.05, 0.001)]
     assert all("with confidence 99.9% at most" in one for one in told)
@@ -512,7 +512,7 @@ def test_rows_that_cannot_be_used_are_left_out() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "what is to be promised"),
+        ({}, "what is to be guaranteed"),
         ({"max_risk": 0.0}, "max_risk must be in"),
         ({"max_risk": 0.1, "confidence": 1.0}, "confidence must be in"),
         ({"min_coverage": 0.0}, "min_coverage must be in"),

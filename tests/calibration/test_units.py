@@ -104,7 +104,7 @@ def test_a_saved_predictor_is_calibrated_on_pictures(tmp_path: Path) -> None:
     assert (many.n, many.rule.n) == (once.n, once.rule.n) == (200, 200)
     assert many.rule.thresholds == once.rule.thresholds
     assert many.label_sets == once.label_sets
-    assert "800 files show 200 pictures" in many.promise
+    assert "800 files show 200 pictures" in many.guarantee_text
     calibrators = [vilu.load(tmp_path / name).calibrator_ for name in ("once", "many")]
     assert calibrators[0].n == calibrators[1].n == 200
 
@@ -124,7 +124,7 @@ def test_near_copies_are_said_and_certify_nothing_by_their_number(
             calibrate_predictor(tmp_path, files(40, 10, noise=0.003), Target(max_risk=0.05))
         record = calibrate_predictor(tmp_path, files(200, 2, noise=0.003), Target(max_risk=0.2))
     assert "400 pictures, 200 where near copies count once" in caplog.text
-    assert "400 pictures, 200 where near copies count once" in record.promise
+    assert "400 pictures, 200 where near copies count once" in record.guarantee_text
     assert Calibration.load(tmp_path) == record  # what counts is verified when it is read
     assert (len(record.rows), record.n, record.rule.n) == (400, 400, 200)
 

@@ -1,4 +1,4 @@
-"""A promise for stated shares of strangers and of classes: through the command line."""
+"""A guarantee for stated shares, of out-of-distribution rows and classes: by the command line."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ RISK = 0.1
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Stores of 1,400 rows, one in seven a stranger that lies between the classes,
-    and a predictor.
+    """Stores of 1,400 rows and a predictor.
+
+    One row in seven is out of distribution, and lies between the classes.
     """
     root = tmp_path_factory.mktemp("shares")
     for name, seed in (("cal", 1), ("new", 2)):
@@ -35,13 +36,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_a_promise_for_stated_shares(place: Path) -> None:
+def test_a_guarantee_for_stated_shares(place: Path) -> None:
     asked = ("calibrate", "predictor", "cal", "--max-risk", str(RISK), "--outside-share", "0.3")
     asked = (*asked, "--class-shares", "shares.csv")
     said = run(*asked, cwd=place)
     assert (
-        "for up to 30.0% of strangers like those shown and at the stated shares of 4 classes"
-        in said.stdout
+        "for up to 30.0% of out-of-distribution images like those shown and at the stated shares "
+        "of 4 classes" in said.stdout
     )
     assert "calibrated so already" in run(*asked, cwd=place).stderr
     rule = json.loads((place / "predictor" / "risk.json").read_text())["rule"]
@@ -49,7 +50,7 @@ def test_a_promise_for_stated_shares(place: Path) -> None:
     assert rule["class_shares"] == {"cat": 0.7, "dog": 0.1, "cup": 0.2, "sea": 0.0}
     assert (
         "already" in run(*asked[:-2], code=2, cwd=place).stderr
-    )  # another promise takes --overwrite
+    )  # another guarantee takes --overwrite
 
     run("score", "predictor", "new", "-o", "scores.parquet", cwd=place)
     scores = vilu.Outcomes.load(place / "scores.parquet")
@@ -70,7 +71,7 @@ def test_a_promise_for_stated_shares(place: Path) -> None:
     assert wrong / taken <= RISK
 
 
-def test_what_cannot_be_promised(place: Path) -> None:
+def test_what_cannot_be_guaranteed(place: Path) -> None:
     calibrate = ("calibrate", "predictor", "cal", "--overwrite")
     told = run(
         *calibrate, "--max-risk", "0.001", "--outside-share", "0.3", code=4, cwd=place

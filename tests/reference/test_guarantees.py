@@ -1,4 +1,4 @@
-"""What is promised, over 2,000 simulated calibrations each,
+"""What is guaranteed, over 2,000 simulated calibrations each,
 and how much is accepted beside MAPIE.
 """
 
@@ -79,7 +79,7 @@ class Tied:
 
 
 class Flat:
-    """An error rate just above the target everywhere: whatever is certified is a broken promise."""
+    """An error rate just above the target everywhere: whatever is certified is broken."""
 
     def draw(self, rng: np.random.Generator, n: int):
         return rng.random(n), (rng.random(n) < 0.1001).astype(int)
@@ -129,7 +129,7 @@ def interval(world, point) -> tuple[float, float]:
 
 def thresholds(world, method, n: int, target: float, seed: int, n_draws: int = N_DRAWS):
     """(3, M) coverage and risk of what is accepted in the draws that accept anything,
-    and the promised bounds.
+    and the guaranteed bounds.
     """
     rng = np.random.default_rng(seed)
     found = []
@@ -144,7 +144,7 @@ def thresholds(world, method, n: int, target: float, seed: int, n_draws: int = N
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [24, 45, 150, 1000])
 @pytest.mark.parametrize("name", list(WORLDS))
-def test_the_promised_risk_holds(name: str, n: int) -> None:
+def test_the_guaranteed_risk_holds(name: str, n: int) -> None:
     world = WORLDS[name]
     found, risk, bound = thresholds(world, PROCEDURES["ltt"], n, 0.1, seed=n)
     violated = np.count_nonzero(risk > bound + 1e-12)
@@ -154,7 +154,7 @@ def test_the_promised_risk_holds(name: str, n: int) -> None:
 
 
 @pytest.mark.parametrize("n", [24, 45, 150, 600])
-def test_what_cannot_be_promised_is_rarely_promised(n: int) -> None:
+def test_what_cannot_be_guaranteed_is_rarely_guaranteed(n: int) -> None:
     """At the edge of the target: every certificate is wrong, and as many as allowed are given."""
     found, *_ = thresholds(Flat(), PROCEDURES["ltt"], n, 0.1, seed=n)
     assert len(found) / N_DRAWS <= DELTA + 3 * np.sqrt(DELTA * (1 - DELTA) / N_DRAWS)
@@ -162,7 +162,7 @@ def test_what_cannot_be_promised_is_rarely_promised(n: int) -> None:
 
 
 @pytest.mark.parametrize(("n", "draws", "least"), [(2000, 300, 0.35), (10_000, 60, 0.60)])
-def test_confident_mistakes_do_not_destroy_a_promise(n: int, draws: int, least: float) -> None:
+def test_confident_mistakes_do_not_destroy_a_guarantee(n: int, draws: int, least: float) -> None:
     """The best threshold accepts 65 %; a sequence that begins among the mistakes ends there."""
     world = Mistakes()
     found, risk, bound = thresholds(world, PROCEDURES["ltt"], n, 0.05, seed=n, n_draws=draws)
@@ -172,7 +172,7 @@ def test_confident_mistakes_do_not_destroy_a_promise(n: int, draws: int, least: 
     )
 
 
-def test_at_the_edge_above_a_floor_little_is_promised() -> None:
+def test_at_the_edge_above_a_floor_little_is_guaranteed() -> None:
     """Behind 4 % that are all wrong the error rate is just above the target:
     only floors could certify, wrongly.
     """
@@ -188,7 +188,7 @@ def test_at_the_edge_above_a_floor_little_is_promised() -> None:
     assert certified / N_DRAWS <= level + 3 * np.sqrt(level * (1 - level) / N_DRAWS)
 
 
-def test_the_promises_of_several_groups_hold_at_once() -> None:
+def test_the_guarantees_of_several_groups_hold_at_once() -> None:
     """Two groups at the edge and a small rest,
     with the pooling that calibrate chooses from their sizes.
     """
@@ -199,7 +199,7 @@ def test_the_promises_of_several_groups_hold_at_once() -> None:
         u, f = Flat().draw(rng, len(groups))
         selector = vilu.calibrate(Outcomes(u, f), max_risk=0.1, confidence=1 - DELTA, groups=groups)
         given += len(selector.thresholds)
-        broken += selector.feasible  # any certificate breaks its promise
+        broken += selector.feasible  # any certificate breaks its guarantee
     assert given == 3 * draws
     assert 0.03 < broken / draws <= DELTA + 3 * np.sqrt(DELTA * (1 - DELTA) / draws)
 

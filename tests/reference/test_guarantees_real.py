@@ -1,10 +1,10 @@
-"""Promises on real scores:
+"""Guarantees on real scores:
 200 random splits into calibration and other rows, as ``benchmarks.guarantees`` has them.
 
 ``tests/data/clothing_scores.npz`` holds what three methods say of the demo's 1,135 test photos, and
 ``cifar_shift_scores.npz`` what ViLU says of CIFAR-10's test images (see
 ``tests/calibration/test_monitor_replay.py``). All rows of a file stand for the population that the
-promise is about.
+guarantee is about.
 """
 
 from __future__ import annotations

@@ -139,7 +139,7 @@ def test_what_knows_no_probability_or_no_candidates_says_nothing(
     )  # on what, it may be these
 
 
-def test_a_promise_is_none_for_the_same_names_in_other_prompts(
+def test_a_guarantee_is_none_for_the_same_names_in_other_prompts(
     test: Embeddings, tmp_path: Path
 ) -> None:
     vilu.MCM().fit(test).save(tmp_path)

@@ -749,7 +749,7 @@ def accept_nothing(predictor: Path) -> None:
     target = Target(max_risk=0.001)
     rule = calibrate(before.rows, max_risk=target.max_risk)
     assert not rule.feasible
-    after = before.model_copy(update={"target": target, "rule": rule, "promise": str(rule)})
+    after = before.model_copy(update={"target": target, "rule": rule, "guarantee_text": str(rule)})
     after.write(predictor / "risk.json")
 
 

@@ -1,1 +1,1 @@
-"""From scores and labels to a probability and a rule with a guarantee, and whether it still holds."""
+"""From scores and labels to a probability, a rule with a guarantee, and whether it still holds."""

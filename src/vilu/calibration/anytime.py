@@ -1,4 +1,4 @@
-"""A threshold whose promise may be looked at after every label: evidence that is valid at any time.
+"""A threshold whose guarantee may be looked at after every label: evidence valid at any time.
 
 For a fixed threshold t the accepted answers whose labels come one after another are independent
 draws, wrong with probability R(t). A bet of b in (0, 1] on "the error rate is above r" multiplies
@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike
 from pydantic import Field
 
 from vilu.artifacts.documents import Model
-from vilu.calibration.thresholds import some_enough
+from vilu.calibration.thresholds import MAX_ROWS, first_enough
 from vilu.errors import DataError
 from vilu.metrics.counts import Floats, Ints
 from vilu.validation import require_between
@@ -35,16 +35,21 @@ BETS: Final = ((0.95, 0.4), (0.8, 0.25), (0.6, 0.2), (0.35, 0.15))
 """
 
 STARTS: Final = ((8, 0.1), (16, 0.1), (32, 0.2), (64, 0.6))
-"""Where sequences of thresholds begin, in ``STEPS``-ths of the rows that may be accepted, and shares of the level."""
+"""Where sequences of thresholds begin, and their shares of the level.
+
+The unit is one ``STEPS``-th of the rows that may be accepted.
+"""
 
 STEPS: Final = 64
 GROWTH: Final = 1.02
-"""Beyond these every threshold lets so many times as many rows in as the one before, up to all of them."""
+"""Beyond these every threshold accepts so many times as many rows as the one before it."""
 
 
 @np.errstate(under="ignore")  # what is small beside the others is 0
 def log_evidence(wrong: ArrayLike, accepted: ArrayLike, max_risk: float) -> Floats:
-    """(...) log E against "the error rate is above ``max_risk``" after ``wrong`` of ``accepted`` labels.
+    """(...) log E against "the error rate is above ``max_risk``".
+
+    ``wrong`` of the ``accepted`` labels are of wrong answers.
 
     Examples:
         >>> import math
@@ -53,19 +58,25 @@ def log_evidence(wrong: ArrayLike, accepted: ArrayLike, max_risk: float) -> Floa
         72
     """
     bet, share = np.array(BETS).T
-    k, m = (np.asarray(counts, dtype=np.float64)[..., None] for counts in (wrong, accepted))
-    wealth = (
-        np.log(share) + k * np.log1p(-bet) + (m - k) * np.log1p(bet * max_risk / (1 - max_risk))
-    )
-    evidence: Floats = np.logaddexp.reduce(wealth, axis=-1)
+    k = np.asarray(wrong, dtype=np.float64)[..., None]
+    m = np.asarray(accepted, dtype=np.float64)[..., None]
+    # In logarithms: after thousands of labels the wealth itself leaves the range of float64.
+    lost = k * np.log1p(-bet)
+    won = (m - k) * np.log1p(bet * max_risk / (1 - max_risk))
+    # A mean of bets that gain nothing on average gains nothing either, so Ville's inequality
+    # holds for it. The best bet in hindsight has no such mean and reaches 1 / a too often.
+    evidence: Floats = np.logaddexp.reduce(np.log(share) + lost + won, axis=-1)
     return evidence
 
 
 def flawless_labels(max_risk: float, delta: float) -> int:
-    """Fewest labels, none of them wrong, that show the risk at one threshold with the level ``delta``."""
-    return bisect_left(
-        range(2**40), -math.log(delta), key=lambda n: float(log_evidence(0, n, max_risk))
-    )
+    """Fewest labels, none of them wrong, that show the risk at one threshold with this level."""
+
+    def evidence_of(n_labels: int) -> float:
+        return float(log_evidence(0, n_labels, max_risk))
+
+    # Without an error every bet wins each time, so the evidence rises and can be bisected.
+    return bisect_left(range(MAX_ROWS), -math.log(delta), key=evidence_of)
 
 
 def level_of(attempt: int, delta: float) -> float:
@@ -73,14 +84,18 @@ def level_of(attempt: int, delta: float) -> float:
 
     All of them add up to delta.
     """
+    # How many predictors there will be is not known: equal shares would need their number, and
+    # the full level for each would break the guarantee of the first that is lucky (union bound).
     return delta / (attempt * (attempt + 1))
 
 
 def grid_of(uncertainty: Floats, limit: float) -> Floats:
-    """(G,) thresholds: 64 in equal steps through the scores (N,) up to a limit, and more up to all of them.
+    """(G,) thresholds: 64 in equal steps through the scores (N,) up to a limit, and more beyond it.
 
     They are chosen from scores alone.
     """
+    # The grid is fixed before the labels. Thresholds that are chosen by labels would stand where
+    # these labels happen to be right, and no test at a fixed threshold allows for that.
     ordered = np.sort(uncertainty)
     inside = int(np.searchsorted(ordered, limit, side="right"))
     if not inside:
@@ -173,33 +188,45 @@ class Looks:
 
     def can_certify(self, uncertainty: Floats) -> bool:
         """Whether so many labels (N,) could certify anything: with fewer a look is none."""
+        # as if all were right, so that the answer does not depend on what the labels are
         _, accepted = self.counts(uncertainty, np.zeros(len(uncertainty), dtype=np.int64))
         return self._certified(np.zeros_like(accepted), accepted) is not None
 
     def _certified(self, wrong: Ints, accepted: Ints) -> int | None:
         starts = dict(STARTS)
         level = 0.0
-        best = None
+        laxest = None
+        # Labels are of rows up to the limit: of what lies beyond it there is no random sample.
         evidence = log_evidence(wrong, accepted, self.max_risk)[: self.last + 1]
-        for place, log_e in enumerate(evidence.tolist()):
-            level += self.delta * starts.get(place + 1, 0.0)
-            if level and log_e >= -math.log(level):
-                best = place
+        for index, log_e in enumerate(evidence.tolist()):
+            level += self.delta * starts.get(index + 1, 0.0)
+            is_rejected = level > 0 and log_e >= -math.log(level)
+            if is_rejected:
+                # The level goes on to the next threshold in full: a sequence errs only if it
+                # rejects the first true H_t that it meets, so it risks its level once (Wiens 2003).
+                laxest = index
             else:
+                # H_t may be true, and the level was risked on it. Tested on with the same level,
+                # the sequence could err twice, and all levels together would exceed delta.
                 level = 0.0
-        return best
+        return laxest
 
     def more_needed(self, uncertainty: Floats, failure: Ints) -> int | None:
-        """About how many more labels of rows up to the limit would certify something, if errors go on as so far.
+        """About how many more labels would certify a threshold, if errors go on as so far.
 
-        Before the first label: if none is wrong. None where none would do.
+        They are of rows up to the limit. Before the first label: if none is wrong. None where no
+        number would do.
         """
         wrong, accepted = self.counts(uncertainty, failure)
         share = np.minimum(np.arange(1, len(self.grid) + 1) / (self.last + 1), 1.0)
         rate = np.minimum(wrong / np.maximum(accepted, 1), 1.0)
 
-        def enough(more: int) -> bool:
+        def is_enough(more: int) -> bool:
             grown = accepted + np.floor(more * share).astype(np.int64)
-            return self._certified(np.ceil(rate * grown - 1e-9).astype(np.int64), grown) is not None
+            # Rounded up, so that the number is not too small; 3.0000000001 errors are 3.
+            grown_wrong = np.ceil(rate * grown - 1e-9).astype(np.int64)
+            return self._certified(grown_wrong, grown) is not None
 
-        return 0 if enough(0) else some_enough(enough, 1)
+        if is_enough(0):
+            return 0
+        return first_enough(is_enough, 1)

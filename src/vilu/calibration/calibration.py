@@ -39,7 +39,7 @@ ROUNDING = 1e-9
 
 
 class Calibration(Document):
-    """What labelled rows showed of a predictor: a rule, probabilities, label sets, and what they were made from.
+    """What labelled rows showed of a predictor: rule, probabilities, label sets, and their origin.
 
     ``vilu calibrate``, ``vilu.calibrate_predictor`` and ``vilu triage`` leave one in the folder of
     the predictor, as ``risk.json``, beside the calibration rows. It decides about scores.
@@ -57,7 +57,7 @@ class Calibration(Document):
         split: Name of their part.
         n: Calibration rows with an uncertainty and a known failure.
         rows_sha256: Hash of ``calibration.parquet``, the calibration rows as ``vilu.Outcomes``.
-        promise: What the rule promises, in words.
+        guarantee_text: What the rule guarantees, in words; in the file it is called "promise".
         target: What was asked for.
         rule: Accepts, or leaves for review; None where only probabilities were calibrated.
         probability: From scores to probabilities of failure.
@@ -97,7 +97,8 @@ class Calibration(Document):
     split: str | None
     n: int = Field(ge=0)
     rows_sha256: str
-    promise: str | None
+    # the key of every risk.json since 0.2.0, which are read for ever
+    guarantee_text: str | None = Field(alias="promise")
     target: Target
     rule: Rule | None
     probability: Annotated[Calibrator, Field(discriminator="form")]
@@ -112,14 +113,16 @@ class Calibration(Document):
 
     def __eq__(self, other: object) -> bool:
         """Whether two say the same; of the rows they have the hash."""
-        return isinstance(other, Calibration) and vars(self) == vars(other)
+        if not isinstance(other, Calibration):
+            return False
+        return vars(self) == vars(other)
 
     def __hash__(self) -> int:
         return hash(self.fingerprint)
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """The calibration in a predictor's folder, if it is of this predictor, and its rows lead to it.
+        """The calibration in a predictor's folder, if it is of it and its rows lead to it.
 
         Raises:
             DataError: If there is none, or it is damaged, or its rows do not lead to it.
@@ -175,17 +178,17 @@ class Calibration(Document):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of what was promised of which predictor on which data; scores and monitors carry it.
+        """Hash of the guarantee, its predictor and its data; scores and monitors carry it.
 
         Not of the version of vilu, nor of the bytes of the rows' file, in which pyarrow's stands.
         """
-        return identity(self.model_dump(mode="json"), "rows_sha256")
+        return identity(self.model_dump(mode="json", by_alias=True), "rows_sha256")
 
     @property
     def guarantee(self) -> Rule | LabelSets | None:
-        """What is promised of accepted answers, else of label sets; None where nothing is."""
-        promise = self.label_sets if self.rule is None else self.rule
-        return promise if promises(promise) else None
+        """What is guaranteed of accepted answers, else of label sets; None where nothing is."""
+        rule = self.label_sets if self.rule is None else self.rule
+        return rule if has_guarantee(rule) else None
 
     @property
     def has_rule(self) -> bool:
@@ -198,7 +201,7 @@ class Calibration(Document):
         return self.rule is not None and self.rule.needs_batch
 
     def require_match(self, predictor: FailurePredictor, data: EmbeddingSource) -> None:
-        """Refuse another predictor, and rows with other candidates, of which nothing was promised.
+        """Refuse another predictor, and rows with other candidates: for them nothing is guaranteed.
 
         Raises:
             ProvenanceError: If either is another one.
@@ -229,13 +232,15 @@ class Calibration(Document):
         uncertainty: Floats,
         class_names: tuple[str, ...] | None,
     ) -> list[str] | None:
-        """The label sets of a batch; None where there are none, or no uncertainty (one candidate)."""
+        """The label sets of a batch; None without sets, or without uncertainty (one candidate)."""
         if self.label_sets is None or len(batch.text) < 2:
             return None
         return named_sets(self.label_sets.of(predictor, batch, uncertainty), class_names)
 
     def decide(self, outcomes: Outcomes, ood: NDArray[np.bool_] | None = None) -> Outcomes:
-        """The outcomes with a decision of every row, and why it is not accepted; as they are without a rule.
+        """The outcomes with a decision of every row, and why it is not accepted.
+
+        Without a rule they stay as they are.
 
         Args:
             outcomes: Scores (N,) of the predictor.
@@ -262,13 +267,11 @@ class Calibration(Document):
             for row in np.flatnonzero(ood).tolist():
                 if reasons[row] == ABOVE:
                     reasons[row] = OUTSIDE_REASON
-        is_missing = np.isnan(outcomes.uncertainty)
-        for row in np.flatnonzero(is_missing).tolist():
+        decisions = [ACCEPT if reason is None else REVIEW for reason in reasons]
+        # a row without an uncertainty was not judged: its reason is why it has none
+        for row in np.flatnonzero(np.isnan(outcomes.uncertainty)).tolist():
+            decisions[row] = REVIEW
             reasons[row] = None if outcomes.reason is None else outcomes.reason[row]
-        decisions = []
-        for reason, missing in zip(reasons, is_missing.tolist(), strict=True):
-            is_accepted = reason is None and not missing
-            decisions.append(ACCEPT if is_accepted else REVIEW)
         return dataclasses.replace(outcomes, decision=decisions, decision_reason=reasons)
 
     def _contradiction(self) -> str | None:
@@ -276,7 +279,7 @@ class Calibration(Document):
         n = int(self.rows.evaluable.sum())
         if self.n != n:
             return f"it counts {self.n} calibration rows"
-        if any(row >= len(self.rows) for row in self.near_copies):
+        if max(self.near_copies, default=-1) >= len(self.rows):
             return "it leaves out rows that are not there"
         has_rule = self.rule is not None
         if self.target.has_rule != has_rule:
@@ -291,20 +294,24 @@ class Calibration(Document):
 
     def _recomputed(self) -> Rule:
         """The rule that the rows which it is made from and the target lead to."""
-        standing = np.ones(len(self.rows), np.bool_)
-        standing[list(self.near_copies)] = False
-        rows = self.rows.take(standing)
-        if self.target.method != "anytime":
-            return rule_of(rows, self.target, "prediction" if self.target.per_class else None)
+        counts = np.ones(len(self.rows), np.bool_)
+        counts[list(self.near_copies)] = False
+        rows = self.rows.take(counts)
+        if self.target.method == "anytime":
+            return self._recomputed_from_draws(rows)
+        return rule_of(rows, self.target, "prediction" if self.target.per_class else None)
+
+    def _recomputed_from_draws(self, rows: Outcomes) -> Rule:
+        """That of labels which came one after another."""
         draws = self.draws or {}
         max_risk = self.target.max_risk or 0.0
         if sum(draw.delta for draw in draws.values()) > 1 - self.target.confidence + ROUNDING:
             raise DataError("its levels are more than the confidence leaves")
         groups: dict[str, tuple[Looks, Outcomes]] = {}
         names = group_names(rows) if self.target.per_class else [ALL] * len(rows)
-        name_of = np.array([name if name in draws else OTHER for name in names], dtype=object)
+        group_of = np.array([name if name in draws else OTHER for name in names], dtype=object)
         for name, draw in draws.items():
-            groups[name] = draw.looks(max_risk), rows.take(name_of == name)
+            groups[name] = draw.looks(max_risk), rows.take(group_of == name)
         return rule_at_any_time(groups, max_risk, self.target.confidence)
 
 
@@ -338,14 +345,12 @@ def _same(threshold: Threshold, recomputed: Threshold) -> bool:
 
 
 def _problem(data: EmbeddingSource) -> dict[str, Any]:
-    """What a promise depends on beside the rows: how many candidates there are, and which."""
-    names = data.class_names
-    pools = data.pool_size
-    return {
-        "n_candidates": data.n_candidates if pools is None else None,
-        "classes": None if names is None else digest(list(names)),
-        "pool_size": pools,
-    }
+    """What a guarantee depends on beside the rows: how many candidates there are, and which."""
+    classes = None
+    if data.class_names is not None:
+        classes = digest(list(data.class_names))
+    n_candidates = data.n_candidates if data.pool_size is None else None
+    return {"n_candidates": n_candidates, "classes": classes, "pool_size": data.pool_size}
 
 
 def _in_words(problem: dict[str, Any]) -> str:
@@ -357,7 +362,7 @@ def _in_words(problem: dict[str, Any]) -> str:
 def save_calibration(
     folder: Path, rows: Outcomes, data: EmbeddingSource, **fields: object
 ) -> Calibration:
-    """Write the calibration rows of ``data``, and the calibration that vouches for them last."""
+    """Write the calibration rows of ``data``, and last the calibration with their hash."""
     content = parquet_bytes(*rows.table())
     write_bytes(folder / ROWS, content)
     facts = {
@@ -383,6 +388,10 @@ def _read_rows(folder: Path, sha256: str) -> Outcomes:
     return Outcomes.load(path)
 
 
-def promises(rule: Rule | LabelSets | None) -> bool:
-    """Whether a rule promises anything: one that accepts nothing does not."""
-    return isinstance(rule, LabelSets) or (rule is not None and rule.feasible)
+def has_guarantee(rule: Rule | LabelSets | None) -> bool:
+    """Whether a rule guarantees anything: one that accepts nothing does not."""
+    if rule is None:
+        return False
+    if isinstance(rule, LabelSets):
+        return True
+    return rule.feasible

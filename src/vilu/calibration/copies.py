@@ -54,6 +54,8 @@ class Copies:
     @property
     def most(self) -> int:
         """Largest K with P[Bin(K, f) <= k] >= 5 %."""
+        # The fitted row of each copy is in the sample or not, by chance: without the tail a lucky
+        # sample that holds few of them would pass many copies.
         numbers = np.arange(self.n_seen, self.n + 1)
         likely = self._at_most(self.n_seen, numbers) >= DELTA
         return int(numbers[likely][-1])
@@ -63,10 +65,14 @@ class Copies:
         """Smallest K with P[Bin(K, f) >= k] >= 5 %."""
         numbers = np.arange(self.n_seen, self.n + 1)
         likely = 1 - self._at_most(self.n_seen - 1, numbers) >= DELTA
-        return int(numbers[likely][0]) if likely.any() else self.n
+        if not likely.any():
+            return self.n
+        return int(numbers[likely][0])
 
     def _at_most(self, n_seen: int, numbers: Ints) -> Floats:
         """P[Bin(K, f) <= k] for every K."""
+        # Binomial: each copied row is in the sample with the probability f. Drawn without
+        # replacement the count varies a little less, so these bounds err on the safe side.
         if n_seen < 0:
             return np.zeros(len(numbers))
         return tail(np.full(len(numbers), n_seen), numbers, self.share)
@@ -126,9 +132,13 @@ def _copies(nearest: Tensor, cosine: float, sample: FitSample) -> Copies:
 
 
 def _too_many(copies: Copies, sample: FitSample) -> bool:
-    """Whether more than 1 % are copies, and clearly more than of the fitted rows among themselves."""
+    """Whether more than 1 % are copies, and clearly more than among the fitted rows themselves."""
+    # By the lower bound, not by the estimate: in a sample of 1 % one copy that is seen is an
+    # estimate of a hundred, and would refuse sets that have hardly any.
     if copies.least <= MAX_SHARED * copies.n:
         return False
+    # Sets with copies among themselves (films, products) have as many between halves: new rows are
+    # then copies of fitted ones, too, and the measure holds for them.
     within = _copies(sample.nearest_within(), SAME, sample)
     if not within.n_seen:
         return True

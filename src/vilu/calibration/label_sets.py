@@ -1,11 +1,11 @@
-"""Split-conformal label sets: instead of one answer the few that hold the right one, more of them in doubt.
+"""Split-conformal label sets: in place of one answer the few that hold the right one.
 
 The sets are built on a posterior that knows of failures: with f the probability of failure of the
 answer a and p the predictor's own posterior over the candidates, or else the zero-shot one,
 
     q_a = 1 - f,    q_j = f p_j / (1 - p_a) for the other candidates,
 
-so that a trusted answer stands alone and a doubted one brings company, in the order of p.
+so that a trusted answer stands alone, and beside a doubted one are more, in the order of p.
 Shapes: B rows, K candidates.
 """
 
@@ -32,10 +32,11 @@ from vilu.validation import require_between
 
 
 class LabelSets(Model):
-    """Sets that hold the right label with probability at least 1 - max_miss, over calibration rows and the new row.
+    """Sets that hold the right label with probability at least 1 - max_miss.
 
-    That is of pictures of the classes. One of none of them has no right label, so no set can hold
-    it: such calibration rows are left out, aloud, and about such pictures nothing is promised.
+    The probability is over the draw of calibration rows and new row, for pictures of the classes.
+    A picture of none of them has no right label, so no set can hold it: such calibration rows are
+    left out, with a warning, and about such pictures nothing is guaranteed.
 
     With n calibration scores s_i = s(x_i, y_i) of the true labels, the set of x is {j: s(x, j) <=
     c}, c the ceil((n + 1)(1 - max_miss))-th smallest s_i. "lac": s = 1 - q_j, the smallest sets on
@@ -68,8 +69,8 @@ def failure_aware_posterior(batch: Batch, log_p: Tensor, failure_probability: Te
     """
     answer = batch.prediction.cpu()[:, None]
     f = failure_probability.double()[:, None]
-    # the others' share among themselves: a softmax without the answer, which stays exact where p_a
-    # rounds to one
+    # p_j / (1 - p_a) is a softmax without the answer. As a quotient it would be 0 / 0 where p_a
+    # rounds to 1, which it does for the answers that are trusted most.
     rest = log_p.scatter(1, answer, -torch.inf).softmax(dim=1)
     return (f * rest).scatter(1, answer, 1 - f)
 
@@ -85,9 +86,9 @@ def nonconformity(
         return 1 - q
     ordered, place = q.sort(dim=1, descending=True, stable=True)
     before = ordered.cumsum(dim=1) - ordered
-    first = torch.searchsorted(
-        -ordered, -ordered
-    )  # equal candidates share what is before the first of them
+    # Equal candidates share the mass before the first of them. By their places one of them would
+    # be in the set and its equal not, and the score would depend on the order of the classes.
+    first = torch.searchsorted(-ordered, -ordered)
     return torch.empty_like(q).scatter_(1, place, before.gather(1, first))
 
 
@@ -96,31 +97,36 @@ def fit_label_sets(
 ) -> LabelSets:
     """Label sets from those calibration rows that the predictor's ``fit`` has not seen."""
     check_label_sets(predictor, data, max_miss)
+    # Rows of the fit have better scores than new ones: with them the limit would be too small, and
+    # sets of new rows would miss more often than max_miss.
     data = data.without(~predictor.unseen(data, "calibration"))
-    if n_outside := int(data.outside.sum()):
+    n_ood = int(data.outside.sum())
+    if n_ood:
         warnings.warn(
-            f"label sets leave out {n_outside} of {len(data)} calibration rows, which are of none "
-            "of the classes: no set holds their label, so the sets promise something of pictures "
-            "of the classes only.",
+            f"label sets leave out {n_ood} of {len(data)} calibration rows, which are of none of "
+            "the classes: no set holds their label, so the guarantee is of pictures of the classes "
+            "only.",
             stacklevel=2,
         )
-    true = [
-        scores.gather(1, target[:, None]).squeeze(1)
-        for scores, target in _labelled(predictor, data, method)
-    ]
-    scores = torch.cat(true) if true else torch.empty(0)
+    parts = []
+    for scores, target in _labelled(predictor, data, method):
+        parts.append(scores.gather(1, target[:, None]).squeeze(1))
+    scores = torch.cat(parts) if parts else torch.empty(0)
     if not len(scores):
         raise DataError(f"none of the {len(data)} calibration rows has a label.")
-    rank = math.ceil(
-        round((len(scores) + 1) * (1 - max_miss), 9)
-    )  # (1 - 0.1) * 10 is a little more than 9
+    # n + 1 and not n: the new row is equally likely at each of n + 1 ranks among the calibration
+    # rows, so the quantile of n alone would miss more often than max_miss (Vovk et al. 2005).
+    # Rounded first, as 0.9 * 10 may be a little more than 9.
+    rank = math.ceil(round((len(scores) + 1) * (1 - max_miss), 9))
     if rank > len(scores):
         raise InfeasibleError(
             f"sets that miss at most {max_miss:.2%} need at least {rows_for_mean(max_miss)} "
             f"calibration rows. Got {len(scores)}."
         )
     limit = float(scores.sort().values[rank - 1])
-    sizes = [(scores <= limit).sum(dim=1) for scores, _ in _labelled(predictor, data, method)]
+    sizes = []
+    for all_scores, _ in _labelled(predictor, data, method):
+        sizes.append((all_scores <= limit).sum(dim=1))
     return LabelSets(
         method=method,
         max_miss=max_miss,
@@ -148,10 +154,17 @@ def _labelled(
     """Batches of the rows with a label: s(x, j) (B, K), and their targets (B,)."""
     for batch, uncertainty in predictor.scored(data):
         known = batch.target.cpu() != UNKNOWN
-        yield nonconformity(predictor, batch, uncertainty, method)[known], batch.target.cpu()[known]
+        scores = nonconformity(predictor, batch, uncertainty, method)
+        yield scores[known], batch.target.cpu()[known]
 
 
 def named_sets(members: Tensor, class_names: Sequence[str] | None) -> list[str]:
     """Sets (B, K) as JSON lists of names, in the order of the candidates."""
-    names = [str(j) for j in range(members.shape[1])] if class_names is None else class_names
-    return [json.dumps(list(compress(names, row)), ensure_ascii=False) for row in members.tolist()]
+    names = class_names
+    if names is None:
+        names = [str(j) for j in range(members.shape[1])]
+    texts = []
+    for row in members.tolist():
+        members_of_row = list(compress(names, row))
+        texts.append(json.dumps(members_of_row, ensure_ascii=False))
+    return texts

@@ -35,13 +35,16 @@ class LookedAt(Model):
 
     def are(self, hashes: tuple[int, ...]) -> bool:
         """Whether half of them or more are these: from the smallest hashes of both together."""
+        # The smallest hashes of both sets are a random sample of their union, so the share that is
+        # common estimates |A and B| / |A or B| (Broder 1997). Of sets that differ in size, all kept
+        # hashes of both would count too few: those of the smaller set reach further.
         together = sorted({*self.hashes, *hashes})[:SKETCH]
         common = set(self.hashes) & set(hashes) & set(together)
         return len(common) >= SAME_ROWS * len(together)
 
 
 class LookRecord(Document):
-    """All calibrations of one fit, those that ended without a promise, too."""
+    """All calibrations of one fit, those that ended without a guarantee, too."""
 
     again = "Remove it, which forgets the earlier looks, and run `vilu calibrate` again"
     fault = DataError
@@ -65,10 +68,13 @@ def note_look(folder: Path, picture: Ints, target: dict[str, object]) -> int:
     entries = []
     targets: tuple[str, ...] = (wanted,)
     for rows in before.rows:
-        if rows.are(hashes):
-            targets = (*rows.targets, *(name for name in targets if name not in rows.targets))
+        if not rows.are(hashes):
+            entries.append(rows)
             continue
-        entries.append(rows)
+        # Sets that overlap with these rows are one from now on. Counted apart, a few new rows would
+        # begin the count anew, and the best of many targets would pass for the first.
+        new = [name for name in targets if name not in rows.targets]
+        targets = (*rows.targets, *new)
     after = (*entries, LookedAt(hashes=hashes, targets=targets))
     before.model_copy(update={"rows": after}).write(folder / LOOKS)
     return len(targets)
@@ -79,6 +85,7 @@ def _load(folder: Path) -> LookRecord:
     weights = read_description(folder / PREDICTOR)["weights_sha256"]
     if (folder / LOOKS).exists():
         looks = read_document(folder / LOOKS, LookRecord)
+        # another fit has other scores, of which the looks at this one have shown nothing
         if looks.weights_sha256 == weights:
             return looks
     return LookRecord(weights_sha256=weights)

@@ -1,4 +1,4 @@
-"""From a fitted predictor and labelled rows that it has not seen to probabilities and a rule with a stated risk."""
+"""From a fitted predictor and rows that it has not seen to a rule with a stated risk."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vilu.artifacts.disk import locked
 from vilu.artifacts.hashing import digest
@@ -34,7 +35,7 @@ from vilu.scoring.score import predictor_fingerprint, score_fresh, source_finger
 from vilu.store.reader import EmbeddingStore
 from vilu.validation import checked
 
-SAID = 3  # groups of which a message says why nothing is accepted
+SHOWN = 3  # groups of which a message says why nothing is accepted
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,9 @@ def calibrate_predictor(
     split: str | None = None,
     overwrite: bool = True,
 ) -> Calibration:
-    """Calibrate a saved predictor on labelled rows and leave the result in its folder, as ``vilu calibrate`` does.
+    """Calibrate a saved predictor on labelled rows, as ``vilu calibrate`` does.
+
+    The result is left in the folder of the predictor.
 
     ``predictor.json`` gets the calibrator of probabilities, ``calibration.parquet`` the rows,
     ``risk.json`` the rule and what it was made from; that comes last, so that a crash leaves a
@@ -83,7 +86,7 @@ def calibrate_predictor(
 
 
 def check_target(target: Target, predictor: FailurePredictor, data: EmbeddingSource) -> None:
-    """Refuse what cannot be promised of a predictor and its rows, before anything is computed."""
+    """Refuse what cannot be guaranteed of a predictor and its rows, before anything is computed."""
     if target.has_rule:
         target.check_rule(grouped=target.per_class)
     elif target.per_class or target.method != "ltt":
@@ -179,36 +182,21 @@ def _rule_of_units(
 
     And the places among these M of copies of others, which the rule leaves out.
 
-    Those of one picture count once. Near copies are counted and said. Where some pictures are
-    copies of others but for noise (``ALIKE``) there is a second rule, of one of them each, and the
-    rule that accepts less is taken. Rows that nobody has labelled stay.
+    Those of one picture count once. Near copies are counted and named in a warning. Where some
+    pictures are copies of others but for noise (``ALIKE``) there is a second rule, of one of them
+    each, and the rule that accepts less is taken. Rows that nobody has labelled stay.
     """
     labelled = evaluable(rows)
     chosen, counted = count_once(rows, labelled)
-    rule = _promised(rows, target)
-    is_first = np.ones(len(chosen), np.bool_)
-    if len(chosen) > MOST_COMPARED:
-        logger.warning(
-            "near copies are looked for among at most %s pictures, and these are %s: where some "
-            "are near copies of others, the promise is too sharp",
-            f"{MOST_COMPARED:,}",
-            f"{len(chosen):,}",
-        )
-    else:
-        is_first = first_of_scenes(data, places[chosen], NEAR_COPY)
+    rule = _certified(rows, target)
     left_out = chosen[:0]
+    is_first = _first_of_near_copies(data, places[chosen])
     if not is_first.all():
-        n_files = len(chosen) if counted is None else counted.files
-        n_scenes = int(is_first.sum())
-        counted = CountedRows(files=n_files, pictures=len(chosen), scenes=n_scenes)
-        logger.warning(
-            "near copies among the calibration rows (cosine at least %s): %s. Answers about them "
-            "are not independent: the promise is sharper than the rows allow",
-            NEAR_COPY,
-            counted,
-        )
+        counted = _count_scenes(counted, is_first)
         differs = first_of_scenes(data, places[chosen], ALIKE)
-        of_different = _promised(rows.take(chosen[differs]), target)
+        # Copies but for noise are one draw: counted all, they make the bound too sharp; counted
+        # once, the first of them may by luck be right. The rule that accepts less is safe in both.
+        of_different = _certified(rows.take(chosen[differs]), target)
         if _accepts_less(of_different, rule, rows.take(chosen)):
             rule = of_different
             left_out = chosen[~differs]
@@ -220,7 +208,36 @@ def _rule_of_units(
     return rule, counting, np.flatnonzero(np.isin(counting, left_out))
 
 
-def _promised(rows: Outcomes, target: Target) -> Rule | None:
+def _first_of_near_copies(data: EmbeddingSource, pictures: Ints) -> NDArray[np.bool_]:
+    """(M,) pictures that are near copies of none before them; all where they are too many."""
+    n_pictures = len(pictures)
+    if n_pictures <= MOST_COMPARED:
+        return first_of_scenes(data, pictures, NEAR_COPY)
+    logger.warning(
+        "near copies are looked for among at most %s pictures, and these are %s: where some are "
+        "near copies of others, the guarantee is too sharp",
+        f"{MOST_COMPARED:,}",
+        f"{n_pictures:,}",
+    )
+    return np.ones(n_pictures, np.bool_)
+
+
+def _count_scenes(counted: CountedRows | None, is_first: NDArray[np.bool_]) -> CountedRows:
+    """The numbers with that of scenes, in a warning too."""
+    n_pictures = len(is_first)
+    n_files = n_pictures if counted is None else counted.files
+    n_scenes = int(is_first.sum())
+    counted = CountedRows(files=n_files, pictures=n_pictures, scenes=n_scenes)
+    logger.warning(
+        "near copies among the calibration rows (cosine at least %s): %s. Answers about them are "
+        "not independent: the guarantee is sharper than the rows allow",
+        NEAR_COPY,
+        counted,
+    )
+    return counted
+
+
+def _certified(rows: Outcomes, target: Target) -> Rule | None:
     """The rule that calibration rows support, if one is asked for.
 
     InfeasibleError if it accepts nothing.
@@ -258,13 +275,19 @@ def keep_calibration(  # noqa: PLR0913 - all that a calibration is made of
     near_copies: tuple[int, ...] = (),
     n_looks: int = 1,
 ) -> Calibration:
-    """Write a calibrated predictor, the rows of ``data`` (a set and a split) it was calibrated on, last the result."""
+    """Write a calibrated predictor, the rows of ``data`` that were used, and last the result.
+
+    ``names`` are those of the data set and of its split.
+    """
     probability = predictor.failure_probability(rows.uncertainty)
     rows = dataclasses.replace(rows, failure_probability=probability)
     predictor.save(folder)
     # of a store, which keeps embeddings so: what a new image needs (``vilu.Guard``)
     if dtype is not None:
         Vocabulary.of(data, dtype).save(folder)
+    guarantee = None
+    if rule is not None:
+        guarantee = f"{rule}{in_words(n_looks)}"
     return save_calibration(
         folder,
         rows,
@@ -272,7 +295,7 @@ def keep_calibration(  # noqa: PLR0913 - all that a calibration is made of
         source=source_fingerprint(data),
         dataset=names[0],
         split=names[1],
-        promise=None if rule is None else f"{rule}{in_words(n_looks)}",
+        promise=guarantee,
         target=target,
         rule=rule,
         probability=predictor.calibrator_,
@@ -285,7 +308,7 @@ def keep_calibration(  # noqa: PLR0913 - all that a calibration is made of
 
 
 def take_back(folder: Path, changed: set[str]) -> bool:
-    """Whether a promise rests on labels, by the keys of their rows, that are others now.
+    """Whether a guarantee rests on labels, by the keys of their rows, that are others now.
 
     It is gone then.
     """
@@ -298,7 +321,7 @@ def take_back(folder: Path, changed: set[str]) -> bool:
     (folder / RISK).unlink()
     write_card(folder)
     logger.warning(
-        "%d labels that the promise rests on have changed: it has to be shown again", len(wrong)
+        "%d labels that the guarantee rests on have changed: it has to be shown again", len(wrong)
     )
     return True
 
@@ -320,21 +343,21 @@ def _made_before(folder: Path, inputs: str) -> Calibration | None:
         return calibration
     raise UsageError(
         f"{folder} is calibrated already, on {calibration.n:,} rows of {calibration.dataset} "
-        f"({calibration.promise or 'no rule'}). --overwrite replaces that calibration; monitors of "
-        "it then begin anew."
+        f"({calibration.guarantee_text or 'no rule'}). --overwrite replaces that calibration; "
+        "monitors of it then begin anew."
     )
 
 
 def _infeasible(rule: Rule) -> str:
     """Why nothing can be accepted, and what it would take."""
     reasons = []
-    for name, threshold in list(rule.thresholds.items())[:SAID]:
+    for name, threshold in list(rule.thresholds.items())[:SHOWN]:
         of = f"{name}: " if name else ""
         needed = ""
         if threshold.n_needed is not None:
             needed = f" At least {threshold.n_needed:,} calibration rows are needed."
         reasons.append(f"{of}{threshold.why}.{needed}")
-    n_more = len(rule.thresholds) - SAID
+    n_more = len(rule.thresholds) - SHOWN
     if n_more > 0:
         reasons.append(f"And {n_more} more groups.")
     if rule.counted is not None:
@@ -345,7 +368,7 @@ def _infeasible(rule: Rule) -> str:
     if rule.min_coverage is not None:
         goal += f"at a coverage of at least {rule.min_coverage:.1%} "
     return (
-        f"{goal}cannot be promised with confidence {exactly(rule.confidence)}: "
+        f"{goal}cannot be guaranteed with confidence {exactly(rule.confidence)}: "
         f"{' '.join(reasons)} Nothing "
         "was written but that these rows were looked at. Add calibration rows, ask for less (a "
         "larger --max-risk, a lower --confidence or --min-coverage), or take a predictor that "

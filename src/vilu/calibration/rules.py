@@ -1,4 +1,4 @@
-"""From scores on calibration rows to a rule that accepts or leaves for review, with its promise."""
+"""From scores on calibration rows to a rule that decides, with its guarantee."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ ROUNDING = 1e-9
 
 
 class Rule(Model):
-    """Accepts an answer, or leaves it for review: by a threshold on its uncertainty, or by what a whole batch shows.
+    """Accepts an answer, or leaves it for review: by a threshold, or by a whole batch.
 
     There is one threshold for all rows, or one per group, and above it perhaps a floor. Only the
     method "selection" has none: it judges all rows of a batch together (``needs_batch``,
@@ -65,15 +65,15 @@ class Rule(Model):
             again and again.
         max_risk: The target; None where a coverage was asked for alone.
         min_coverage: Least coverage asked for; None for any.
-        confidence: 1 - delta; with several groups the promises hold for all of them together with
+        confidence: 1 - delta; with several groups the guarantees hold for all of them together with
             it.
         grouped_by: "prediction" (the zero-shot answer), "groups" (given by the caller), or None.
         thresholds: Per group; one group "" without groups, none where whole batches are judged.
         n: Calibration rows.
         wrong: Uncertainties of the wrong calibration answers, ascending, where whole batches are
             judged.
-        outside_share: Share of pictures of none of the classes up to which the promise holds; None:
-            that of the calibration rows.
+        outside_share: Share of pictures of none of the classes up to which the guarantee holds;
+            None: that of the calibration rows.
         class_shares: Shares of the classes, among the others, at which it holds; None: those of the
             calibration rows.
         counted: How many files and pictures the calibration rows are; None where every file shows
@@ -110,7 +110,7 @@ class Rule(Model):
 
     @property
     def reweighted(self) -> bool:
-        """Whether the promise is for stated shares, others than those of the calibration rows."""
+        """Whether the guarantee is for stated shares, not for those of the calibration rows."""
         return self.outside_share is not None or self.class_shares is not None
 
     @property
@@ -135,7 +135,7 @@ class Rule(Model):
 
     @property
     def risk_bound(self) -> float | None:
-        """What is promised; with groups the largest of their bounds."""
+        """The bound that is guaranteed; with groups the largest of their bounds."""
         bounds = []
         for threshold in self.thresholds.values():
             if threshold.risk_bound is not None:
@@ -189,17 +189,23 @@ class Rule(Model):
         """
         if self.needs_batch:
             raise UsageError("this rule judges whole batches, so no row has a limit of its own.")
-        names = [ALL] * n if self.grouped_by is None else check_texts(groups, "groups")
+        intervals = {name: threshold.interval for name, threshold in self.thresholds.items()}
+        without_group = intervals.get(OTHER, (-math.inf, -math.inf))
+        rows = [intervals.get(name, without_group) for name in self._group_of_each(n, groups)]
+        ends = np.array(rows, dtype=np.float64).reshape(n, 2)
+        return ends[:, 0], ends[:, 1]
+
+    def _group_of_each(self, n: int, groups: Sequence[str] | None) -> Sequence[str]:
+        """Names of the groups of n rows, as the thresholds are called."""
+        if self.grouped_by is None:
+            return [ALL] * n
+        names = check_texts(groups, "groups")
         if names is None or len(names) != n:
             raise UsageError(
                 f"with a threshold per group this rule needs the group of each of {n} rows, as "
                 "text."
             )
-        intervals = {name: threshold.interval for name, threshold in self.thresholds.items()}
-        of_others = intervals.get(OTHER, (-math.inf, -math.inf))
-        rows = [intervals.get(name, of_others) for name in names]
-        ends = np.array(rows, dtype=np.float64).reshape(n, 2)
-        return ends[:, 0], ends[:, 1]
+        return names
 
     def accept(
         self, uncertainty: ArrayLike, groups: Sequence[str] | None = None
@@ -231,7 +237,9 @@ class Rule(Model):
         return (scores > floors) & (scores <= thresholds)
 
     def p_values(self, uncertainty: ArrayLike) -> Floats:
-        """(N,) conformal p-values of a batch, where whole batches are judged; NaN without an uncertainty.
+        """(N,) conformal p-values of a batch; NaN without an uncertainty.
+
+        Only a rule that judges whole batches has them.
 
         Examples:
             >>> import numpy as np, vilu
@@ -267,13 +275,13 @@ class Rule(Model):
 
     def __str__(self) -> str:
         if self.needs_batch:
-            return self._promise_of_batch()
-        lines = [self._promise()]
+            return self._guarantee_of_batch()
+        lines = [self._guarantee()]
         if self.grouped_by is not None:
             lines += [f"  {name}: {threshold}" for name, threshold in self.thresholds.items()]
         return "\n".join(lines)
 
-    def _promise_of_batch(self) -> str:
+    def _guarantee_of_batch(self) -> str:
         counted = "" if self.counted is None else f": {self.counted}"
         return (
             "accepts what it can of a batch, of which on average at most "
@@ -281,7 +289,7 @@ class Rule(Model):
             f"calibration rows{counted})"
         )
 
-    def _promise(self) -> str:
+    def _guarantee(self) -> str:
         bound = self.risk_bound
         if bound is None:
             return "nothing is accepted"
@@ -305,7 +313,8 @@ class Rule(Model):
         but = ""
         if any(threshold.floor is not None for threshold in self.thresholds.values()):
             but = ", and leaves the most trusted for review, which are too often wrong"
-        return f"accepts {self.coverage:.1%}{share}{but}; {sure} at most {percent(bound)} {what}{shares} ({rows})"
+        accepts = f"accepts {self.coverage:.1%}{share}{but}"
+        return f"{accepts}; {sure} at most {percent(bound)} {what}{shares} ({rows})"
 
 
 @checked
@@ -320,12 +329,12 @@ def calibrate(
     outside_share: float | None = None,
     class_shares: Mapping[str, float] | None = None,
 ) -> Rule:
-    """A threshold on the uncertainty such that the error rate among accepted answers is at most ``max_risk``.
+    """A threshold below which the error rate of accepted answers is at most ``max_risk``.
 
-    "ltt" promises it with probability ``confidence`` over the draw of the calibration rows; "crc"
-    promises the mean of another risk, the share of *all* answers that is accepted and wrong. Rows
+    "ltt" guarantees it with probability ``confidence`` over the draw of the calibration rows; "crc"
+    guarantees the mean of another risk, the share of *all* answers that is accepted and wrong. Rows
     of one ``picture`` count once, as wrong where any of them is. Both need calibration rows that
-    are drawn as the later ones are and were not used to fit; nothing is promised when the data
+    are drawn as the later ones are and were not used to fit; nothing is guaranteed when the data
     shift. A target that cannot be met is an answer: ``feasible`` is False, and the threshold says
     what is missing.
 
@@ -342,11 +351,11 @@ def calibrate(
             after another: ``vilu calibrate --method anytime`` makes it.
         groups: N names, or "prediction" for the zero-shot answer: a threshold for each with enough
             rows, the others together, as "(other)", with a group that is called so; delta is
-            divided among them, so that all promises hold at once. A least coverage alone is that of
-            every group.
+            divided among them, so that all guarantees hold at once. A least coverage alone is that
+            of every group.
         outside_share: Share of pictures of none of the classes to be expected, in [0, 1), where it
             is not that of the calibration rows; those that are ``outside`` there stand for them.
-            The promise holds for every smaller share of pictures like them, too. "ltt" alone,
+            The guarantee holds for every smaller share of pictures like them, too. "ltt" alone,
             without groups.
         class_shares: Shares of the classes among all others, by name, to be expected: of every
             class, 0 where it is.
@@ -422,7 +431,10 @@ def rule_of(
 
 
 def _to_select_by(rows: Outcomes, target: Target) -> tuple[int, tuple[float, ...]]:
-    """How many rows batches are compared with, a million at most, and the scores of the wrong ones, ascending."""
+    """How many rows batches are compared with, and the scores of the wrong ones, ascending.
+
+    There are a million at most.
+    """
     max_risk = target.max_risk or 0.0
     fewest = rows_for_mean(max_risk)
     chosen = drawn(len(rows))
@@ -441,11 +453,14 @@ def _to_select_by(rows: Outcomes, target: Target) -> tuple[int, tuple[float, ...
 def rule_at_any_time(
     groups: Mapping[str, tuple[Looks, Outcomes]], max_risk: float, confidence: float
 ) -> Rule:
-    """The rule that labels support which came one after another, of every group by itself (one group: "").
+    """The rule that labels support which came one after another, of every group by itself.
 
     Of a group there are the thresholds that may be certified, and the rows whose labels count.
+    One group of all rows is called "".
     """
-    thresholds = {name: _by_labels(looks, rows, max_risk) for name, (looks, rows) in groups.items()}
+    thresholds: dict[str, Threshold] = {}
+    for name, (looks, rows) in groups.items():
+        thresholds[name] = _by_labels(looks, rows, max_risk)
     return Rule(
         method="anytime",
         max_risk=max_risk,
@@ -475,7 +490,10 @@ def _by_labels(looks: Looks, rows: Outcomes, max_risk: float) -> Threshold:
         f"scores do not single out answers with an error rate below {max_risk:.2%}"
     )
     if more is not None:
-        why = f"about {more:,} more labels of the calibration side are needed, if errors go on as so far"
+        why = (
+            f"about {more:,} more labels of the calibration side are needed, if errors go on as so "
+            "far"
+        )
     return Threshold.nothing(len(rows), why)
 
 
@@ -497,16 +515,16 @@ def refuse_fitted(outcomes: Outcomes) -> None:
     n_seen = provenance.get("n_seen_in_fit")
     if not isinstance(n_seen, int) or n_seen == 0:
         return
-    n_told = provenance.get("n_compared_with_fit")
-    if not isinstance(n_told, int):
-        n_told = len(outcomes)
+    n_comparable = provenance.get("n_compared_with_fit")
+    if not isinstance(n_comparable, int):
+        n_comparable = len(outcomes)
     overlap = f"at least {n_seen} of these rows were used to fit the predictor"
     remedy = (
         "Score rows that it has not seen: data.take(np.flatnonzero(~predictor.seen(data).shared))"
     )
-    if n_seen > MAX_SHARED * n_told:
+    if n_seen > MAX_SHARED * n_comparable:
         raise DataError(
-            f"{overlap}, more than {MAX_SHARED:.0%} of the {n_told} that can be told. "
+            f"{overlap}, more than {MAX_SHARED:.0%} of the {n_comparable} that can be told. "
             f"{LEARNED_FROM} {remedy}."
         )
     warnings.warn(f"{overlap}. {LEARNED_FROM} {remedy}.", stacklevel=6)
@@ -518,17 +536,25 @@ def group_names(outcomes: Outcomes) -> list[str]:
         raise DataError(
             "groups by prediction need outcomes that say what was answered. These do not."
         )
-    names = outcomes.class_names
-    return [
-        "" if c < 0 else str(c) if names is None else names[c] for c in outcomes.prediction.tolist()
-    ]
+    class_names = outcomes.class_names
+    names = []
+    for index in outcomes.prediction.tolist():
+        if index < 0:
+            names.append("")
+        elif class_names is None:
+            names.append(str(index))
+        else:
+            names.append(class_names[index])
+    return names
 
 
 def _names(outcomes: Outcomes, groups: Sequence[str], keep: Ints) -> list[str]:
-    """Group of every row that is kept (M,)."""
-    names = (
-        group_names(outcomes) if isinstance(groups, str) else check_texts(groups, "groups") or ()
-    )
+    """Group of every row that counts (M,)."""
+    names: Sequence[str] | None
+    if isinstance(groups, str):
+        names = group_names(outcomes)
+    else:
+        names = check_texts(groups, "groups") or ()
     if len(names) != len(outcomes):
         raise DataError(
             f"groups must name one group per row ({len(outcomes)}). Got {len(names)} instead."
@@ -539,24 +565,30 @@ def _names(outcomes: Outcomes, groups: Sequence[str], keep: Ints) -> list[str]:
 def members_of(
     names: list[str] | None, n: int, delta: float, fewest: Callable[[float], int]
 ) -> dict[str, Ints]:
-    """Rows of each group: as many groups of their own as have enough rows for their share of delta, the largest first.
+    """Rows of each group: as many groups of their own as have enough rows for their share of delta.
 
-    The others are one group together. Only the sizes of the groups decide.
+    The largest come first, and the smaller ones are one group together. Only the sizes of the
+    groups decide.
     """
     if names is None:
         return {ALL: np.arange(n)}
     sizes = Counter(names)
     ranked = sorted(sizes, key=lambda name: (-sizes[name], name))
-    # with g groups of their own there are g + 1 shares, but g where nothing is left over
-    enough = [
-        g
-        for g in range(1, len(ranked) + 1)
-        if sizes[ranked[g - 1]] >= fewest(delta / min(g + 1, len(ranked)))
-    ]
-    own = set(ranked[: max(enough, default=0)])
-    group = np.array([name if name in own else OTHER for name in names], dtype=object)
-    members = {name: np.flatnonzero(group == name) for name in [*sorted(own), OTHER]}
-    return {name: rows for name, rows in members.items() if len(rows)}
+    n_own = 0
+    for n_groups in range(1, len(ranked) + 1):
+        # the smaller ones have a share, too, unless none is left over
+        n_shares = min(n_groups + 1, len(ranked))
+        smallest = ranked[n_groups - 1]
+        if sizes[smallest] >= fewest(delta / n_shares):
+            n_own = n_groups
+    own = set(ranked[:n_own])
+    group_of = np.array([name if name in own else OTHER for name in names], dtype=object)
+    members: dict[str, Ints] = {}
+    for name in [*sorted(own), OTHER]:
+        rows = np.flatnonzero(group_of == name)
+        if len(rows):
+            members[name] = rows
+    return members
 
 
 def _for_groups(rows: Outcomes, names: list[str] | None, target: Target) -> dict[str, Threshold]:
@@ -570,6 +602,8 @@ def _for_groups(rows: Outcomes, names: list[str] | None, target: Target) -> dict
 
     delta = 1 - target.confidence
     members = members_of(names, len(rows), delta, fewest)
+    # All groups are to hold at once: with all of delta each, one of them would break its guarantee
+    # far more often (union bound).
     level = delta / len(members)
     thresholds = {}
     for name, places in members.items():
@@ -578,10 +612,9 @@ def _for_groups(rows: Outcomes, names: list[str] | None, target: Target) -> dict
     why = _why_not_all(thresholds, target)
     if why is None:
         return thresholds
-    return {
-        name: Threshold.nothing(threshold.n, why, threshold.n_needed)
-        for name, threshold in thresholds.items()
-    }
+    for name, threshold in thresholds.items():
+        thresholds[name] = Threshold.nothing(threshold.n, why, threshold.n_needed)
+    return thresholds
 
 
 def _why_not_all(thresholds: Mapping[str, Threshold], target: Target) -> str | None:
@@ -604,7 +637,10 @@ def _why_not_all(thresholds: Mapping[str, Threshold], target: Target) -> str | N
 
 
 def _too_little(coverage: float, asked: float) -> str:
-    return f"the risk is attained at {coverage:.1%} coverage at most, less than the {asked:.1%} asked for"
+    return (
+        f"the risk is attained at {coverage:.1%} coverage at most, less than the {asked:.1%} asked "
+        "for"
+    )
 
 
 def _for_shares(rows: Outcomes, target: Target) -> Threshold:
@@ -618,7 +654,7 @@ def _for_shares(rows: Outcomes, target: Target) -> Threshold:
         is_wrong = rows.failure == 1
         best = weighted_learn_then_test(rows.uncertainty, is_wrong, strata.weight, max_risk, delta)
     if best is None:
-        return Threshold.nothing(len(rows), *why_nothing(strata, max_risk, delta))
+        return Threshold.nothing(len(rows), why_nothing(strata, max_risk, delta))
     floor, limit = best.interval
     accepted = (rows.uncertainty > floor) & (rows.uncertainty <= limit)
     coverage = float(strata.weight[accepted].sum()) / len(rows)
@@ -640,7 +676,7 @@ def _best(counts: TieCounts, target: Target, delta: float) -> Threshold:
 
 
 def _fewest(target: Target, delta: float) -> int:
-    """Fewest rows of a group for which anything can be promised at level delta."""
+    """Fewest rows of a group for which anything can be guaranteed at level delta."""
     if target.max_risk is None:
         if target.min_coverage in {None, 1.0}:
             return 1
@@ -651,13 +687,15 @@ def _fewest(target: Target, delta: float) -> int:
 
 
 def _why_nothing(counts: TieCounts, target: Target, delta: float) -> tuple[str, int | None]:
-    """Why no threshold keeps the promise, and how many calibration rows it takes at least, where they are fewer."""
+    """Why no threshold is certified, and the fewest calibration rows, where there are fewer."""
     n = int(counts.n)
     max_risk = target.max_risk
     fewest = _fewest(target, delta)
     if max_risk is None:
         why = f"{n} rows cannot show that {target.min_coverage:.1%} of all answers are accepted"
-        return why, None if target.min_coverage == 1 else fewest
+        if target.min_coverage == 1:
+            return why, None  # no number of rows would
+        return why, fewest
     if target.method == "crc":
         if n < fewest:
             why = f"{n} rows are fewer than the {fewest} that a mean of {max_risk:.2%} takes"

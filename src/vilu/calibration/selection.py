@@ -1,4 +1,4 @@
-"""Conformal selection: which answers of a whole batch to accept, so that few of the accepted ones are wrong.
+"""Conformal selection: which answers of a batch to accept, so that few of them are wrong.
 
 The p-value of an answer is p = (1 + #{wrong calibration answers with u_i <= u}) / (1 + n), over all
 n calibration answers: how rarely an answer is wrong and trusted as much. Benjamini-Hochberg at the
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from vilu.metrics.counts import Floats, Ints
 
 MAX_ROWS = 10**6
-"""Rows of a calibration; more would not move a p-value visibly, and their scores stand in ``risk.json``."""
+"""Rows of a calibration, whose scores stand in ``risk.json``; more would hardly move a p-value."""
 
 
 def p_values(uncertainty: Floats, wrong: Sequence[float], n: int) -> Floats:
@@ -35,6 +35,8 @@ def p_values(uncertainty: Floats, wrong: Sequence[float], n: int) -> Floats:
         >>> p_values(np.array([0.2, 0.3]), [0.3, 0.9], 4).tolist()
         [0.2, 0.4]
     """
+    # The new answer counts as one of the wrong ones: without the 1 the smallest p-value would be 0,
+    # and answers more trusted than all wrong ones would pass at every level.
     p: Floats = (1 + np.searchsorted(wrong, uncertainty, side="right")) / (1 + n)
     return np.where(np.isnan(uncertainty), np.nan, p)
 
@@ -48,7 +50,11 @@ def selected(p: Floats, level: float) -> NDArray[np.bool_]:
     ordered = np.sort(p[scored])
     if not len(ordered):
         return scored
+    # Each p-value against the level itself would let a share of all wrong answers pass, which may
+    # be most of the few that are accepted: hence the steps of Benjamini and Hochberg (1995). They
+    # hold although all p-values share one calibration and so depend on one another (Jin & Candès).
     steps = level * np.arange(1, len(ordered) + 1) / len(ordered)
+    # the last one that passes, even where a smaller one does not: the procedure steps up
     passed = np.flatnonzero(ordered <= steps)
     if not len(passed):
         return np.zeros_like(scored)
@@ -57,6 +63,8 @@ def selected(p: Floats, level: float) -> NDArray[np.bool_]:
 
 
 def drawn(n: int) -> Ints:
-    """Places of the rows of n that a rule is made from: at random, as rows may lie sorted, and the same every time."""
-    stream = np.random.PCG64([MAX_ROWS, n]).random_raw(n)  # which NumPy never changes
+    """Places of the rows of n that a rule is made from, the same every time."""
+    # At random: of rows that lie sorted by class the first million would know some classes alone.
+    # Raw numbers of PCG64 stay the same in every version of NumPy, those of a Generator may not.
+    stream = np.random.PCG64([MAX_ROWS, n]).random_raw(n)
     return np.argsort(stream)[:MAX_ROWS]

@@ -1,4 +1,4 @@
-"""Promises for a population of stated shares: of strangers, or of classes, others than the calibration rows have."""
+"""Guarantees for a population of stated shares: of out-of-distribution images, or of classes."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vilu.artifacts.tables import csv_rows
-from vilu.calibration.thresholds import FLOOR_SHARE, FLOORS, Threshold, percent, some_enough
+from vilu.calibration.thresholds import FLOOR_SHARE, FLOORS, Threshold, first_enough, percent
 from vilu.errors import DataError, UsageError
 from vilu.metrics.counts import Floats, Ints, tie_counts
 from vilu.outcomes.outcomes import Outcomes
 from vilu.validation import require_between
 
 OUTSIDE_NAME: Final = "(outside)"
-"""Name of the stratum of the rows that are of none of the classes."""
+"""Name of the stratum of the out-of-distribution rows: those of none of the classes."""
 
 INSIDE_NAME: Final = "(inside)"
-"""Name of the stratum of all other rows, where no shares of classes are stated."""
+"""Name of the stratum of the rows of the classes, where no shares of classes are stated."""
 
 BETS: Final = (0.95, 0.8, 0.65, 0.5, 0.35, 0.2, 0.1, 0.05)
 """Bets, as shares of the largest that leaves something of the wealth after the worst row."""
 
-SAID: Final = 3
+SHOWN: Final = 3
 """Strata of which a message says how many rows they lack."""
 
 SUM_TOLERANCE: Final = 1e-3
@@ -43,9 +43,8 @@ def read_shares(path: str | Path) -> dict[str, float]:
     """
     columns, rows = csv_rows(Path(path))
     if not {"class", "share"} <= set(columns):
-        raise DataError(
-            f"{path} must have the columns class and share. It has {', '.join(columns) or 'none'}."
-        )
+        present = ", ".join(columns) or "none"
+        raise DataError(f"{path} must have the columns class and share. It has {present}.")
     shares: dict[str, float] = {}
     for row in rows:
         name = row["class"]
@@ -80,9 +79,12 @@ def check_shares(outside_share: float | None, class_shares: Mapping[str, float] 
 
 
 def require_every_class(rows: Outcomes, class_shares: Mapping[str, float] | None) -> None:
-    """Refuse stated shares that leave a class of the rows out: a share of 0 is to be stated, too."""
-    names = () if class_shares is None else rows.class_names or ()
-    if missing := [name for name in names if class_shares is not None and name not in class_shares]:
+    """Refuse stated shares that leave out a class of the rows: a share of 0 is to be stated."""
+    if class_shares is None or rows.class_names is None:
+        return
+    names = rows.class_names
+    missing = [name for name in names if name not in class_shares]
+    if missing:
         raise UsageError(
             f"no share is stated of {len(missing)} of the {len(names)} classes: "
             f"{', '.join(map(repr, missing))}. State the share of every class, 0 where none of its "
@@ -95,7 +97,7 @@ class Strata:
 
     Args:
         rows: N rows with an uncertainty and a known failure.
-        outside_share: Share of strangers that is to be expected; None: none is stated.
+        outside_share: Share of out-of-distribution images to be expected; None: none is stated.
         class_shares: Share of each class among the rows within the classes; None: those of the
             calibration rows.
 
@@ -106,8 +108,8 @@ class Strata:
         n: (S,) rows of each.
 
     Raises:
-        UsageError: If a class is not one of the rows', or strangers are there and their share is
-            not stated.
+        UsageError: If a class is not one of the rows', or there are out-of-distribution rows and
+            their share is not stated.
         DataError: If shares of classes are stated and the class of a row is not known.
     """
 
@@ -120,18 +122,20 @@ class Strata:
                 f"{np.count_nonzero(rows.outside)} of these rows are of none of the classes. State "
                 "the share of such pictures that is to be expected, too (--outside-share)."
             )
-        strangers = outside_share or 0.0
+        ood_share = outside_share or 0.0
         if class_shares is None:
-            inside = {INSIDE_NAME: 1.0}
-            place = np.zeros(len(rows), dtype=np.int64)
+            share_inside = {INSIDE_NAME: 1.0}
+            stratum_inside = np.zeros(len(rows), dtype=np.int64)
         else:
-            inside, place = _by_class(rows, class_shares)
-        total = sum(inside.values())
-        self.names = [*inside, OUTSIDE_NAME]
-        self.share = np.array(
-            [*((1 - strangers) * share / total for share in inside.values()), strangers]
-        )
-        self.stratum = np.where(rows.outside, len(inside), place)
+            share_inside, stratum_inside = _by_class(rows, class_shares)
+        total = sum(share_inside.values())
+        shares = []
+        for share in share_inside.values():
+            # rounded shares add up to nearly 1; left so, they would state another share of the rest
+            shares.append((1 - ood_share) * share / total)
+        self.names = [*share_inside, OUTSIDE_NAME]
+        self.share = np.array([*shares, ood_share])
+        self.stratum = np.where(rows.outside, len(share_inside), stratum_inside)
         self.n = np.bincount(self.stratum, minlength=len(self.names))
 
     @property
@@ -140,18 +144,19 @@ class Strata:
 
         Their mean is 1 where every stratum with a share has rows.
         """
+        # A stratum without rows has a share that no weight can stand for: the mean is below 1, and
+        # the bound would be of another population. ``lacking`` names it before any threshold.
         per_stratum = self.share * len(self.stratum) / np.maximum(self.n, 1)
         return per_stratum[self.stratum]
 
     def lacking(self, max_risk: float, delta: float) -> list[tuple[str, int, int | None]]:
-        """Strata with too few rows for any promise: name, rows, and how many it takes at least."""
-        lacking = []
+        """Strata with too few rows for any guarantee: name, rows, and the fewest that it takes."""
+        level = main_level(delta)
+        lacking: list[tuple[str, int, int | None]] = []
         for name, n, share in zip(self.names, self.n.tolist(), self.share.tolist(), strict=True):
-            needed = (
-                fewest_rows(share, max_risk, main_level(delta), wrong=name == OUTSIDE_NAME)
-                if share
-                else 0
-            )
+            if not share:
+                continue
+            needed = fewest_rows(share, max_risk, level, all_wrong=name == OUTSIDE_NAME)
             if needed is None or n < needed:
                 lacking.append((name, n, needed))
         return lacking
@@ -167,12 +172,12 @@ def _by_class(rows: Outcomes, class_shares: Mapping[str, float]) -> tuple[dict[s
             "shares of classes need rows that say of which class they are. These do not."
         )
     names = list(rows.class_names)
-    unknown = next((name for name in class_shares if name not in names), None)
-    if unknown is not None:
-        raise UsageError(
-            f"a share is stated of {unknown!r}, which is none of the {len(names)} classes of these "
-            "rows."
-        )
+    for name in class_shares:
+        if name not in names:
+            raise UsageError(
+                f"a share is stated of {name!r}, which is none of the {len(names)} classes of "
+                "these rows."
+            )
     if len(set(names)) < len(names):
         raise UsageError("two classes have one name, so shares by name do not tell them apart.")
     missing = np.flatnonzero((rows.target < 0) & ~rows.outside)
@@ -180,11 +185,12 @@ def _by_class(rows: Outcomes, class_shares: Mapping[str, float]) -> tuple[dict[s
         raise DataError(
             f"shares of classes need the class of every row. That of row {missing[0]} is not known."
         )
-    return {name: class_shares.get(name, 0.0) for name in names}, np.maximum(rows.target, 0)
+    share_of = {name: class_shares.get(name, 0.0) for name in names}
+    return share_of, np.maximum(rows.target, 0)
 
 
 def main_level(delta: float) -> float:
-    """Level of the thresholds without a floor."""
+    """Level of the thresholds without a floor; the floors have the rest (union bound)."""
     return delta * (1 - FLOOR_SHARE * len(FLOORS))
 
 
@@ -197,7 +203,8 @@ def weighted_learn_then_test(
     the reweighted error rate R(t) is above max_risk. For a fixed bet b in [0, 1 / ((1 - max_risk)
     max v)]
 
-        E(t) = prod_i (1 - b Z_i(t)),    E[E(t)] <= exp(-b sum_i E[Z_i(t)]) <= 1    where R(t) >= max_risk,
+        E(t) = prod_i (1 - b Z_i(t)),
+        E[E(t)] <= exp(-b sum_i E[Z_i(t)]) <= 1    where R(t) >= max_risk,
 
     and so is the mean over eight bets: P[E(t) >= 1 / delta] <= delta (Markov). All t are looked at
     together, and the laxest is taken: with compensation exp(b sum E[Z_i(t)]), which is at least 1
@@ -213,27 +220,39 @@ def weighted_learn_then_test(
     """
     counts = tie_counts(uncertainty, wrong.astype(np.int64))
     order = np.argsort(uncertainty, kind="stable")
-    last = counts.accepted - 1  # rows of each distinct score end here
+    # A threshold cannot part rows of one score: evidence within a tie belongs to no threshold.
+    last = counts.accepted - 1
     accepted = np.cumsum(weight[order])[last]
     evidence = cumulated_evidence(wrong[order], weight[order], max_risk, float(weight.max()))
     evidence = evidence[:, last]
-    levels = [(-1, main_level(delta))]
-    for share in FLOORS:
-        floor = int(np.searchsorted(counts.accepted, math.ceil(len(order) * share)))
-        levels.append((floor, delta * FLOOR_SHARE))
     best: Threshold | None = None
-    most = 0.0
-    for floor, level in levels:
-        below = evidence[:, floor : floor + 1] if floor >= 0 else 0.0
-        enough = np.flatnonzero(log_mean(evidence[:, floor + 1 :] - below) >= -math.log(level))
-        if not len(enough):
+    most_accepted = 0.0
+    for floor, level in _levels(counts.accepted, len(order), delta):
+        evidence_above = evidence[:, floor + 1 :]
+        accepted_below = 0.0
+        if floor >= 0:
+            evidence_above = evidence_above - evidence[:, floor : floor + 1]
+            accepted_below = float(accepted[floor])
+        certified = np.flatnonzero(log_mean(evidence_above) >= -math.log(level))
+        if not len(certified):
             continue
-        index = floor + 1 + int(enough[-1])
-        n_accepted = float(accepted[index] - (accepted[floor] if floor >= 0 else 0.0))
-        if n_accepted > most:
-            most = n_accepted
+        # The laxest of all, whatever fails before it: the bound is of the supremum over t, so no
+        # order of tests has to be kept, and no level to be divided among them.
+        index = floor + 1 + int(certified[-1])
+        share_accepted = float(accepted[index]) - accepted_below
+        if share_accepted > most_accepted:
+            most_accepted = share_accepted
             best = Threshold.at(counts, index, max_risk, floor)
     return best
+
+
+def _levels(accepted: Ints, n: int, delta: float) -> list[tuple[int, float]]:
+    """Positions of the floors, -1 without one, and the level of the thresholds above each."""
+    levels = [(-1, main_level(delta))]
+    for share in FLOORS:
+        floor = int(np.searchsorted(accepted, math.ceil(n * share)))
+        levels.append((floor, delta * FLOOR_SHARE))
+    return levels
 
 
 def cumulated_evidence(
@@ -243,6 +262,8 @@ def cumulated_evidence(
 
     ``largest``: weight of all rows.
     """
+    # A wrong row of the largest weight must leave something: a bet that can lose all of the wealth
+    # has a negative factor at times, and Markov's inequality needs E >= 0.
     bets = np.array(BETS)[:, None] / ((1 - max_risk) * largest)
     return np.log1p(-bets * weight * (wrong - max_risk)).cumsum(axis=1)
 
@@ -250,53 +271,57 @@ def cumulated_evidence(
 @np.errstate(under="ignore")  # what is small beside the others is 0
 def log_mean(evidence: Floats) -> Floats:
     """(G,) log of the mean over bets (B, G)."""
+    # The mean keeps E[E(t)] <= 1, the largest of the bets does not.
     log_e: Floats = np.logaddexp.reduce(evidence, axis=0) - math.log(len(BETS))
     return log_e
 
 
-def fewest_rows(share: float, max_risk: float, level: float, *, wrong: bool) -> int | None:
-    """So many rows a stratum of this share needs at least: with rows without end in all others, and every answer right.
+def fewest_rows(share: float, max_risk: float, level: float, *, all_wrong: bool) -> int | None:
+    """So many rows a stratum of this share needs at least.
 
-    ``wrong``: whether none of its rows can be right, so that at best none of them is accepted.
+    That is with rows without end in all other strata, and every answer right.
+
+    ``all_wrong``: whether none of its rows can be right, so that at best none of them is accepted.
     """
     bets = np.array(BETS)
-    # b sum Z of the others, at the largest bet that a row of this stratum allows; their weights are
-    # small beside its
-    within = bets * max_risk / (1 - max_risk) * (1 - share) / share
-    own = np.zeros(len(bets)) if wrong else np.log1p(bets * max_risk / (1 - max_risk))
+    # The best case: endless rows in the other strata have weights near 0, so their product tends to
+    # exp(-b sum Z). For every real number of them it is smaller, so fewer rows never do.
+    others_gain = bets * max_risk / (1 - max_risk) * (1 - share) / share
+    own_gain = np.zeros(len(bets))
+    if not all_wrong:
+        own_gain = np.log1p(bets * max_risk / (1 - max_risk))
 
-    @np.errstate(under="ignore")  # what is small beside the others is 0
-    def enough(n: int) -> bool:
-        grown: Floats = n * (within + own)
-        return bool(np.logaddexp.reduce(grown) - math.log(len(bets)) >= -math.log(level))
+    def is_enough(n: int) -> bool:
+        evidence = log_mean((n * (others_gain + own_gain))[:, None])
+        return bool(evidence[0] >= -math.log(level))
 
-    return some_enough(enough, 1)
+    return first_enough(is_enough, 1)
 
 
-def why_nothing(strata: Strata, max_risk: float, delta: float) -> tuple[str, int | None]:
+def why_nothing(strata: Strata, max_risk: float, delta: float) -> str:
     """Which strata lack how many rows; else that the scores do not single enough out."""
     lacking = strata.lacking(max_risk, delta)
     if not lacking:
         return (
             f"no threshold shows a risk of {max_risk:.2%} at the stated shares: too few rows, or "
             "scores that do not single out answers with so low an error rate"
-        ), None
-    told = ", ".join(_lack(*one) for one in lacking[:SAID])
-    more = f" and {len(lacking) - SAID} more" if len(lacking) > SAID else ""
-    return f"too few rows for the stated shares: {told}{more}", None
-
-
-def _lack(name: str, n: int, needed: int | None) -> str:
-    return f"{name} has {n:,} and needs {'more than can be' if needed is None else f'{needed:,} at least'}"
+        )
+    words = []
+    for name, n, needed in lacking[:SHOWN]:
+        fewest = "more than can be" if needed is None else f"{needed:,} at least"
+        words.append(f"{name} has {n:,} and needs {fewest}")
+    more = ""
+    if len(lacking) > SHOWN:
+        more = f" and {len(lacking) - SHOWN} more"
+    return f"too few rows for the stated shares: {', '.join(words)}{more}"
 
 
 def in_words(outside_share: float | None, class_shares: Mapping[str, float] | None) -> str:
-    """For which shares a promise holds."""
+    """For which shares a guarantee holds."""
     words = []
     if outside_share is not None:
-        words.append(
-            f"for up to {percent(outside_share, 1, math.floor)} of strangers like those shown"
-        )
+        most = percent(outside_share, 1, math.floor)
+        words.append(f"for up to {most} of out-of-distribution images like those shown")
     if class_shares is not None:
         words.append(f"at the stated shares of {len(class_shares)} classes")
     return " and ".join(words)

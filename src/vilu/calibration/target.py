@@ -59,13 +59,13 @@ class Target:
 
     @property
     def states_shares(self) -> bool:
-        """Whether the promise is to hold for stated shares, others than those of the calibration rows."""
+        """Whether the guarantee is to hold for stated shares, not for those of the rows."""
         return self.outside_share is not None or self.class_shares is not None
 
     def check_rule(self, *, grouped: bool) -> None:
-        """Refuse what no rule can promise; ``grouped``: of several groups."""
+        """Refuse what no rule can guarantee; ``grouped``: of several groups."""
         if not self.has_rule:
-            raise UsageError("what is to be promised? Give max_risk, min_coverage or both.")
+            raise UsageError("what is to be guaranteed? Give max_risk, min_coverage or both.")
         if self.max_risk is not None:
             require_between("max_risk", self.max_risk)
         if self.min_coverage is not None:
@@ -87,7 +87,7 @@ class Target:
         self.check_shares(grouped=grouped)
 
     def check_shares(self, *, grouped: bool) -> None:
-        """Refuse shares that cannot be, or with which nothing can be promised."""
+        """Refuse shares that cannot be, or with which nothing can be guaranteed."""
         check_shares(self.outside_share, self.class_shares)
         if not self.states_shares:
             return

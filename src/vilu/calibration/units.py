@@ -53,7 +53,11 @@ def count_once(outcomes: Outcomes, keep: NDArray[np.bool_]) -> tuple[Ints, Count
         return rows, None
     failure = outcomes.failure[rows]
     if outcomes.provenance.get("pool_size") is not None:
+        # Captions of one image are different questions. To take the one that was answered wrongly
+        # would choose by failure, and the error rate of answers would be too high.
         failure = np.zeros_like(failure)
+    # Rows of one picture are wrong together: m of them are one trial of the binomial law, and as m
+    # trials the bound would be too sharp.
     chosen = rows[one_per_picture(outcomes.picture[rows], failure)]
     if len(chosen) == len(rows):
         return rows, None
@@ -62,5 +66,6 @@ def count_once(outcomes: Outcomes, keep: NDArray[np.bool_]) -> tuple[Ints, Count
 
 def first_of_scenes(source: EmbeddingSource, rows: Ints, cosine: float) -> NDArray[np.bool_]:
     """(M,) which of the rows are near copies of none before them, from a cosine on."""
+    # The first of each group by its place: one chosen by its failure would bias the error rate.
     first: NDArray[np.bool_] = near_copies(source, rows, cosine) == np.arange(len(rows))
     return first

@@ -122,7 +122,7 @@ def _predictor(path: Path) -> Artefact:
     calibration = Calibration.find(path)
     state = "not calibrated"
     if calibration is not None:
-        state = f"calibrated: {calibration.promise}"
+        state = f"calibrated: {calibration.guarantee_text}"
     return Artefact(path, f"predictor {predictor.label}, {state}")
 
 

@@ -562,7 +562,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
         calibration = _calibrate_once(
             predictor, data, target, labels, store=store, reading=reading, overwrite=overwrite
         )
-    facts = calibration.model_dump(mode="json")
+    facts = calibration.model_dump(mode="json", by_alias=True)
     console.print_result(facts, _summary(calibration), as_json=as_json)
     next_step(f"calibrated on {calibration.n:,} rows; {_to_score(predictor)}")
 
@@ -648,7 +648,7 @@ def _summary(calibration: Calibration) -> str:
         line += f" (log-loss in cross-validation: {', '.join(losses)})"
     lines = [line]
     if calibration.rule is not None:
-        lines.append(f"decision: {calibration.promise}")
+        lines.append(f"decision: {calibration.guarantee_text}")
     sets = calibration.label_sets
     if sets is not None:
         lines.append(

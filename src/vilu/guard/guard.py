@@ -427,8 +427,8 @@ class Guard:
 
     def __repr__(self) -> str:
         rule = "no rule"
-        if self.calibration is not None and self.calibration.promise is not None:
-            rule = self.calibration.promise
+        if self.calibration is not None and self.calibration.guarantee_text is not None:
+            rule = self.calibration.guarantee_text
         return f"Guard({self.predictor!r}, {self.vocabulary.space.backbone}, {rule})"
 
 

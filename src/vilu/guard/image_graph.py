@@ -212,7 +212,7 @@ def _metadata(guard: Guard, folder: Path) -> dict[str, str]:
     space = guard.vocabulary.space
     decision = ""
     if guard.calibration is not None and guard.calibration.rule is not None:
-        decision = guard.calibration.promise or ""
+        decision = guard.calibration.guarantee_text or ""
     return {
         "vilu.classes": plain_json(list(guard.vocabulary.names)).decode(),
         "vilu.decision": decision,

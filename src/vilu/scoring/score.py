@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -30,7 +30,13 @@ from vilu.predictors.contract.seen import candidates_of, counted, same_candidate
 from vilu.predictors.persistence.description import describe, seen_tensors
 from vilu.predictors.plus.ood import SeesOutside
 from vilu.progress import Task, track
-from vilu.scoring.score_folder import ScoreFolder, ScoreLedger, ScoreManifest, ScoreRun
+from vilu.scoring.score_folder import (
+    ScoreFolder,
+    ScoreLedger,
+    ScoreManifest,
+    ScorePart,
+    ScoreRun,
+)
 from vilu.store.reader import CaptionStore, EmbeddingStore
 from vilu.validation import checked, require_at_least
 
@@ -45,7 +51,7 @@ class CalibrationLike(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of what was promised; scores that it decides carry it."""
+        """Hash of what is guaranteed; scores that it decides carry it."""
 
     @property
     def has_rule(self) -> bool:
@@ -158,58 +164,88 @@ def score_rows(
     scored: Tensor | None = None,
     task: Task | None = None,
 ) -> Outcomes:
-    """What is said of some rows, in one pass over those of them that can be scored.
+    """The outcomes of some rows, in one pass over those of them that can be scored.
 
     ``rows`` (M,) are their places, each once, by default all of the source; ``scored`` (S,) those
-    that get a score, in their order, by default all usable ones. ``facts`` is what the outcomes say
-    of themselves, ``task`` the bar.
+    that get a score, in their order, by default all usable ones. ``facts`` is what the outcomes
+    record of their origin, ``task`` the bar.
     """
     places = np.arange(len(source)) if rows is None else rows
     order = np.argsort(places, kind="stable")
-    uncertainty = np.full(len(places), np.nan)
-    target = source.target.numpy()[places]
-    prediction = np.full(len(places), UNKNOWN)
-    failure = np.full(len(places), UNKNOWN)
-    ood = np.zeros(len(places), np.bool_)
-    alone = np.zeros(len(places), np.bool_)
-    sets: list[str | None] = [None] * len(places)
+    columns = _Columns.of(source, places)
     n = len(source.usable_rows if scored is None else scored)
     with track("score", n, "rows") if task is None else nullcontext(task) as shown:
         for batch, scores in predictor.scored(source, scored):
             at = order[np.searchsorted(places, batch.index.numpy(force=True), sorter=order)]
-            uncertainty[at] = scores
-            target[at] = batch.target.numpy(force=True)
-            prediction[at] = batch.prediction.numpy(force=True)
-            failure[at] = batch.failure.numpy(force=True)
-            alone[at] = batch.text.shape[-2] < 2
+            columns.fill(at, batch, scores)
             if calibration is not None:
-                ood[at] = _rather_ood(predictor, calibration, batch, scores)
-                named = calibration.sets_of(predictor, batch, scores, source.class_names) or ()
-                for row, names in zip(at.tolist(), named, strict=False):
-                    sets[row] = names
+                columns.ood[at] = _rather_ood(predictor, calibration, batch, scores)
+                sets = calibration.sets_of(predictor, batch, scores, source.class_names)
+                if sets is not None:
+                    columns.fill_sets(at, sets)
             shown.advance(len(at))
-    reasons = _reasons(source, places, uncertainty, alone)
-    # a part on disk says nothing where all have a score
-    says_why = rows is None or any(reasons)
+    reasons = _reasons(source, places, columns.uncertainty, columns.alone)
+    # a part on disk has no reasons where all rows have a score
+    has_reasons = rows is None or any(reasons)
     outcomes = Outcomes(
-        uncertainty=uncertainty,
-        failure=failure,
-        prediction=prediction,
-        target=target,
+        uncertainty=columns.uncertainty,
+        failure=columns.failure,
+        prediction=columns.prediction,
+        target=columns.target,
         outside=source.outside.numpy()[places],
         ids=source.ids if rows is None else _keys(source, rows, order),
         class_names=source.class_names,
         picture=source.picture_identities(places),
-        reason=reasons if says_why else None,
-        label_set=sets if any(sets) else None,
+        reason=reasons if has_reasons else None,
+        label_set=columns.label_set if any(columns.label_set) else None,
         **facts,
     )
     if predictor.calibrator_ is not None:
-        probability = predictor.failure_probability(uncertainty)
+        probability = predictor.failure_probability(outcomes.uncertainty)
         outcomes = replace(outcomes, failure_probability=probability)
     if calibration is None:
         return outcomes
-    return calibration.decide(outcomes, ood)
+    return calibration.decide(outcomes, columns.ood)
+
+
+@dataclass
+class _Columns:
+    """What becomes known of rows (N,) while they are scored."""
+
+    uncertainty: Floats  # NaN where there is no score
+    target: Ints
+    prediction: Ints
+    failure: Ints
+    ood: NDArray[np.bool_]  # rather of no class than answered wrongly
+    alone: NDArray[np.bool_]  # with one candidate
+    label_set: list[str | None]
+
+    @classmethod
+    def of(cls, source: EmbeddingSource, places: Ints) -> _Columns:
+        """Those of rows that are not scored yet."""
+        n = len(places)
+        return cls(
+            uncertainty=np.full(n, np.nan),
+            target=source.target.numpy()[places],
+            prediction=np.full(n, UNKNOWN),
+            failure=np.full(n, UNKNOWN),
+            ood=np.zeros(n, np.bool_),
+            alone=np.zeros(n, np.bool_),
+            label_set=[None] * n,
+        )
+
+    def fill(self, at: Ints, batch: Batch, scores: Floats) -> None:
+        """Take in the answers to a batch, whose rows (B,) are at these places."""
+        self.uncertainty[at] = scores
+        self.target[at] = batch.target.numpy(force=True)
+        self.prediction[at] = batch.prediction.numpy(force=True)
+        self.failure[at] = batch.failure.numpy(force=True)
+        self.alone[at] = batch.text.shape[-2] < 2
+
+    def fill_sets(self, at: Ints, sets: list[str]) -> None:
+        """Take in the label sets of a batch."""
+        for row, names in zip(at.tolist(), sets, strict=True):
+            self.label_set[row] = names
 
 
 def _rather_ood(
@@ -280,9 +316,9 @@ def provenance_of(calibration: CalibrationLike | None) -> dict[str, str]:
     return {"risk": calibration.fingerprint}
 
 
-def _warn_seen(said: str, predictor: FailurePredictor, n_seen: int) -> None:
+def _warn_seen(overlap: str, predictor: FailurePredictor, n_seen: int) -> None:
     if n_seen:
-        warnings.warn(f"{said} were used to fit this {predictor.name}.", stacklevel=5)
+        warnings.warn(f"{overlap} were used to fit this {predictor.name}.", stacklevel=5)
 
 
 def _reasons(
@@ -336,22 +372,21 @@ def score_parts(
     overwrite: bool = False,
     calibration: CalibrationLike | None = None,
 ) -> ScoreFolder:
-    """Score embeddings of any size into a folder; the same values as ``vilu.score`` on the same machine.
+    """Score embeddings of any size into a folder.
 
-    A part is a Parquet file of the rows (``Outcomes.load`` reads it; ``row_id`` is the place in the
-    source), the counts from which the whole is evaluated, and last a receipt, each written
-    atomically. Run again after a kill it does the missing parts, and the folder ends with the same
-    bytes. Rows are in the order in which they are scored (``source.usable_rows``, whose pools are
-    the problem). Those that cannot be scored come after them, in parts of their own: null, with the
-    reason "nonfinite", "zero_norm", or "short_pool" (they fill no last pool); with one candidate
-    every row has the reason "k<2".
+    The values are those of ``vilu.score`` on the same machine. A part is a Parquet file of the rows
+    (``Outcomes.load`` reads it; ``row_id`` is the place in the source), the counts from which the
+    whole is evaluated, and last a receipt, each written atomically. Run again after a kill it does
+    the missing parts, and the folder ends with the same bytes.
+
+    Rows are in the order of scoring, ``source.usable_rows``. Those that cannot be scored come after
+    them, in parts of their own, with the reasons that ``vilu.score`` gives.
 
     Args:
         predictor: What scores.
         source: What is scored.
         folder: New, empty, or of the same run.
-        rows_per_part: Rows of a part. Rounded to whole pools, or up to whole batches of scoring, so
-            that no value depends on it.
+        rows_per_part: Rows of a part, rounded to whole pools or batches: no value depends on it.
         dataset: Name of the data set.
         split: Name of its part.
         overwrite: Remove the scores of another run.
@@ -390,63 +425,93 @@ def score_parts(
     _check(predictor, source, calibration)
     predictor.require_fitted()
     require_streaming(calibration)
-    usable, rest = _in_order(source)
     facts = _facts(predictor, source, calibration, (dataset, split))
-    n = len(usable)
-    run = ScoreRun(
-        predictor=predictor_fingerprint(predictor),
-        source=source_fingerprint(source),
-        n_in=len(source),
-        n_candidate=n,
-        rows_per_part=_whole(rows_per_part, source.pool_size),
-        **facts,
-    )
-    ledger = ScoreLedger(Path(folder), run)
+    ledger = ScoreLedger(Path(folder), _run_of(predictor, source, facts, rows_per_part))
     with ledger.claim(ledger.root):
         ledger.resume(overwrite=overwrite)
         missing, _ = ledger.survey()
         if missing:
             ledger.unseal()
-            seen = predictor.seen(source).shared
+            _score_missing(ledger, missing, predictor, source, facts, calibration)
         else:
             logger.info("%s is complete: there is nothing to do", folder)
-        with track("score", sum(map(len, missing)), "rows") as task:
-            for part in missing:
-                scored = usable[part.start : part.stop]  # all rows of the part, or none
-                rows = scored.numpy() if len(scored) else rest[part.start - n : part.stop - n]
-                outcomes = score_rows(
-                    predictor,
-                    source,
-                    facts,
-                    calibration=calibration,
-                    rows=rows,
-                    scored=scored,
-                    task=task,
-                )
-                ledger.write_rows(part, rows, outcomes, int(seen[rows].sum()))
-                task.advance(len(part) - len(scored))
-        ledger.seal(ScoreManifest.of(run, ledger.receipts()))
-    done = ScoreFolder(ledger.root)
-    whole = all(sketch.whole for sketch in predictor.seen_.values())
-    _warn_seen(
-        counted(done.counts.n_seen, len(source), "rows", whole=whole), predictor, done.counts.n_seen
+        ledger.seal(ScoreManifest.of(ledger.run, ledger.receipts()))
+    return _opened(ledger.root, predictor, len(source))
+
+
+def _run_of(
+    predictor: FailurePredictor,
+    source: EmbeddingSource,
+    facts: dict[str, Any],
+    rows_per_part: int,
+) -> ScoreRun:
+    """What a folder of scores is of."""
+    usable, _ = _in_order(source)
+    return ScoreRun(
+        predictor=predictor_fingerprint(predictor),
+        source=source_fingerprint(source),
+        n_in=len(source),
+        n_candidate=len(usable),
+        rows_per_part=_whole(rows_per_part, source.pool_size),
+        **facts,
     )
-    return done
+
+
+def _score_missing(
+    ledger: ScoreLedger,
+    missing: list[ScorePart],
+    predictor: FailurePredictor,
+    source: EmbeddingSource,
+    facts: dict[str, Any],
+    calibration: CalibrationLike | None,
+) -> None:
+    """Score the parts that a folder lacks, and write each."""
+    usable, left_out = _in_order(source)
+    n_usable = len(usable)
+    seen = predictor.seen(source).shared
+    with track("score", sum(map(len, missing)), "rows") as task:
+        for part in missing:
+            scored = usable[part.start : part.stop]  # all rows of the part, or none
+            rows = scored.numpy()
+            if not len(scored):
+                rows = left_out[part.start - n_usable : part.stop - n_usable]
+            outcomes = score_rows(
+                predictor,
+                source,
+                facts,
+                calibration=calibration,
+                rows=rows,
+                scored=scored,
+                task=task,
+            )
+            ledger.write_rows(part, rows, outcomes, int(seen[rows].sum()))
+            task.advance(len(part) - len(scored))
+
+
+def _opened(folder: Path, predictor: FailurePredictor, n_rows: int) -> ScoreFolder:
+    """The scores in a complete folder; warns if rows of theirs were used to fit."""
+    scores = ScoreFolder(folder)
+    n_seen = scores.counts.n_seen
+    is_whole = all(sketch.whole for sketch in predictor.seen_.values())
+    _warn_seen(counted(n_seen, n_rows, "rows", whole=is_whole), predictor, n_seen)
+    return scores
 
 
 def _whole(rows_per_part: int, pool_size: int | None) -> int:
-    """Rows of a part: whole pools, at least one, or as many more as fill the last batch of scoring."""
+    """Rows of a part: whole pools, at least one, or more so that they fill whole batches."""
     require_at_least("rows_per_part", rows_per_part, 1)
     if pool_size:
         return max(rows_per_part // pool_size, 1) * pool_size
-    return -(-rows_per_part // SCORING_BATCH) * SCORING_BATCH
+    n_batches = -(-rows_per_part // SCORING_BATCH)  # rounded up, exactly
+    return n_batches * SCORING_BATCH
 
 
 def _in_order(source: EmbeddingSource) -> tuple[Tensor, Ints]:
-    """Places of the rows that are scored, in the order of scoring, and of the others, which come after them."""
+    """Places of the rows that are scored, in the order of scoring, and of those that are not."""
     scored = source.usable_rows
     if source.pool_size:
-        scored = scored[: len(scored) // source.pool_size * source.pool_size]
+        n_pools = len(scored) // source.pool_size
+        scored = scored[: n_pools * source.pool_size]
     left_out = np.ones(len(source), dtype=np.bool_)
     left_out[scored.numpy()] = False
     return scored, np.flatnonzero(left_out)
@@ -458,12 +523,14 @@ SAMPLED = 256  # rows whose embeddings are part of the fingerprint of a source
 def predictor_fingerprint(predictor: FailurePredictor) -> str:
     """Hash of a predictor and its weights, whichever vilu made it."""
     tensors = predictor.state() | seen_tensors(predictor)
-    weights = {name: [str(t.dtype), list(t.shape), tensor_hash(t)] for name, t in tensors.items()}
+    weights = {}
+    for name, tensor in tensors.items():
+        weights[name] = [str(tensor.dtype), list(tensor.shape), tensor_hash(tensor)]
     return identity({**describe(predictor), "weights": weights})
 
 
 def source_fingerprint(source: EmbeddingSource) -> str:
-    """Hash of a source: the seal of a store, its shape, labels, order of rows, and a sample of them.
+    """Hash of a source: the seal of a store, its shape, labels, order, and a sample of its rows.
 
     Hashing every embedding would read all data twice. The sample is 256 rows, evenly spaced over
     the usable ones, with the candidates of the first of them (of the first pool) and two

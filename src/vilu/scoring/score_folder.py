@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -62,19 +62,22 @@ class ScoreRun(ScoreDocument):
     def parts(self) -> list[ScorePart]:
         """All parts: of the rows to score in their order, then of the rows without a score."""
         size = self.rows_per_part
-        ends = (self.n_candidate, self.n_in)
-        cuts = [*range(0, ends[0], size), *range(*ends, size), self.n_in]
-        return [ScorePart(number=i, start=a, stop=b) for i, (a, b) in enumerate(pairwise(cuts))]
+        starts_scored = range(0, self.n_candidate, size)
+        starts_unscored = range(self.n_candidate, self.n_in, size)
+        cuts = [*starts_scored, *starts_unscored, self.n_in]
+        parts = []
+        for number, (start, stop) in enumerate(pairwise(cuts)):
+            parts.append(ScorePart(number=number, start=start, stop=stop))
+        return parts
 
-    def require_same(self, other: ScoreRun, path: Path) -> None:
+    def require_same(self, run: ScoreRun, path: Path) -> None:
         """Refuse to mix two runs, naming both sides of what differs."""
         before = self.model_dump(mode="json")
-        now = other.model_dump(mode="json")
-        differences = [
-            f"{k}: {before[k]!r} ({path}) against {now[k]!r} (now)"
-            for k in before
-            if before[k] != now[k]
-        ]
+        now = run.model_dump(mode="json")
+        differences = []
+        for name, value in before.items():
+            if value != now[name]:
+                differences.append(f"{name}: {value!r} ({path}) against {now[name]!r} (now)")
         if differences:
             raise ProvenanceError(
                 f"{path} holds the scores of another run: {'; '.join(differences)}. "
@@ -106,7 +109,7 @@ class ScorePart(Model):
 
     @property
     def files(self) -> tuple[str, ...]:
-        """What the receipt vouches for."""
+        """The files whose hashes the receipt holds."""
         return self.scores, self.histogram
 
     def __len__(self) -> int:
@@ -143,12 +146,13 @@ class Counts(Model):
         """Those of some rows."""
         scored = np.isfinite(outcomes.uncertainty)
         known = outcomes.evaluable
+        unscored = Counter(reason for reason in outcomes.reason or () if reason)
         return cls(
             n_in=len(outcomes),
             n_scored=int(scored.sum()),
             n_failures=int(outcomes.failure[known].sum()),
             n_unlabelled=int((scored & ~known).sum()),
-            unscored=dict(sorted(Counter(text for text in outcomes.reason or () if text).items())),
+            unscored=dict(sorted(unscored.items())),
             n_seen=n_seen,
         )
 
@@ -166,7 +170,7 @@ class Counts(Model):
 
 
 class ScoreReceipt(AnyReceipt, ScoreDocument):
-    """Vouches for the files of a part; a part exists if and only if its receipt does."""
+    """Holds the hashes of the files of a part; a part exists if and only if its receipt does."""
 
     fingerprint: str  # of the run
     part: ScorePart  # which rows
@@ -214,37 +218,40 @@ class ScoreLedger(Ledger[ScorePart, ScoreReceipt]):
         return (receipt.part, receipt.counts.n_in), (part, len(part))
 
     def resume(self, *, overwrite: bool) -> None:
-        """See that the folder, whose lock we hold, is of this run, and remove what a killed one left half-written."""
+        """See that the folder, whose lock we hold, is of this run.
+
+        What a killed run left half-written is removed.
+        """
         if (self.root / RUN).is_file():
-            found = read_run(self.root)
-            if overwrite and found != self.run:
+            present = read_run(self.root)
+            if overwrite and present != self.run:
                 self.clear()
             else:
-                found.require_same(self.run, self.root)
+                present.require_same(self.run, self.root)
         self.begin(self.run, self.folders)
 
     def write_rows(self, part: ScorePart, rows: Ints, outcomes: Outcomes, n_seen: int) -> None:
-        """Write what is said of some rows of the source, of which so many were used to fit."""
+        """Write the outcomes of some rows of the source, of which so many were used to fit."""
         known = outcomes.evaluable
-        u = outcomes.uncertainty
-        failure = outcomes.failure
-        histogram = histogram_bytes(
-            *(Histogram.of(u[of], failure[of]) for of in (known, known & outcomes.outside))
-        )
-        payloads = {part.scores: parquet_bytes(*outcomes.table(rows)), part.histogram: histogram}
+        ood = known & outcomes.outside
+        histogram = Histogram.of(outcomes.uncertainty[known], outcomes.failure[known])
+        histogram_ood = Histogram.of(outcomes.uncertainty[ood], outcomes.failure[ood])
+        payloads = {
+            part.scores: parquet_bytes(*outcomes.table(rows)),
+            part.histogram: histogram_bytes(histogram, histogram_ood),
+        }
         counts = Counts.of(outcomes, n_seen)
-        run = self.fingerprint
-        self.write(
-            part,
-            payloads,
-            lambda files: ScoreReceipt(fingerprint=run, part=part, counts=counts, files=files),
-        )
+
+        def receipt_of(files: dict[str, FileInfo]) -> ScoreReceipt:
+            return ScoreReceipt(fingerprint=self.fingerprint, part=part, counts=counts, files=files)
+
+        self.write(part, payloads, receipt_of)
 
 
 def read_run(root: Path) -> ScoreRun:
     """``run.json``, a name that other folders have, too."""
-    found = read_json(root / RUN, AGAIN, StorageError)
-    if found.get("kind") != "scores":
+    content = read_json(root / RUN, AGAIN, StorageError)
+    if content.get("kind") != "scores":
         raise DataError(f"{root / RUN} is not of a folder of scores. Make one with `vilu score`.")
     return read_document(root / RUN, ScoreRun)
 
@@ -252,68 +259,86 @@ def read_run(root: Path) -> ScoreRun:
 COLUMNS = ("bin", "correct", "wrong")
 
 
-def histogram_bytes(histogram: Histogram, outside: Histogram) -> bytes:
+def histogram_bytes(histogram: Histogram, ood: Histogram) -> bytes:
     """A histogram as the content of a Parquet file: one row per occupied bin, ascending.
 
     Where some rows are of none of the classes, a column ``outside`` says how many of the wrong
-    ones.
+    answers are theirs.
     """
-    columns = dict(
-        zip(
-            COLUMNS,
-            map(pa.array, (histogram.bins, histogram.correct, histogram.wrong)),
-            strict=True,
-        )
-    )
-    if outside.n:
-        columns["outside"] = pa.array(histogram.rows_of_part(outside))
-    ends = [histogram.low, histogram.high] if histogram.n else None
+    columns = {
+        "bin": pa.array(histogram.bins),
+        "correct": pa.array(histogram.correct),
+        "wrong": pa.array(histogram.wrong),
+    }
+    if ood.n:
+        columns["outside"] = pa.array(histogram.rows_of_part(ood))
+    ends = None
+    if histogram.n:
+        ends = [histogram.low, histogram.high]
     return parquet_bytes(columns, {"kind": "histogram", "level": histogram.level, "ends": ends})
 
 
 def read_histogram(root: Path, receipt: ScoreReceipt) -> tuple[Histogram, Histogram]:
-    """The counts of a part, checked against its receipt: of all its rows, and of those of none of the classes."""
+    """The counts of a part: of all its rows, and of those of none of the classes.
+
+    They are checked against the receipt of the part.
+    """
     path = Vouched(root, [receipt])(receipt.part.histogram)
-    counts = receipt.counts
     table, metadata = read_table(path, ())
-    level = metadata.get("level")
-    ends = metadata.get("ends")
-    names = [name for name in table.column_names if name != "outside"]
-    if names != list(COLUMNS) or any(c.type != pa.int64() or c.null_count for c in table.columns):
-        raise _damaged(path, f"its columns are {table.schema.names}")
-    if not isinstance(level, int) or not 0 <= level < 64 or not _are_ends(ends):
-        raise _damaged(path, f"its level is {level!r} and its ends are {ends!r}")
-    low, high = ends if isinstance(ends, list) else (math.inf, -math.inf)
-    bins, correct, wrong = (table[name].to_numpy() for name in COLUMNS)
-    histogram = Histogram(bins, correct, wrong, level, low, high)
-    outside = (
-        table["outside"].to_numpy() if "outside" in table.column_names else np.zeros_like(wrong)
-    )
-    if not bool(((outside >= 0) & (outside <= wrong)).all()):
+    histogram = _histogram_of(path, table, metadata)
+    wrong_ood = np.zeros_like(histogram.wrong)
+    if "outside" in table.column_names:
+        wrong_ood = table["outside"].to_numpy()
+    is_part = (wrong_ood >= 0) & (wrong_ood <= histogram.wrong)
+    if not is_part.all():
         raise _damaged(path, "more rows of none of the classes than wrong ones are in a bin")
+    counts = receipt.counts
     counted = (histogram.n, histogram.n_failures)
     expected = (counts.n_scored - counts.n_unlabelled, counts.n_failures)
-    if counted != expected or not _in_order(histogram) or (ends is None) != (len(bins) == 0):
+    if counted != expected or not _in_order(histogram):
         raise _damaged(path, f"it counts {counted} rows and failures, its receipt {expected}")
-    return histogram, histogram.counted(np.zeros_like(correct), outside)
+    return histogram, histogram.counted(np.zeros_like(histogram.correct), wrong_ood)
 
 
-def _are_ends(ends: object) -> bool:
-    numbers = ends if isinstance(ends, list) and len(ends) == 2 else [None]
-    return ends is None or all(isinstance(x, float) and math.isfinite(x) for x in numbers)
+def _histogram_of(path: Path, table: pa.Table, metadata: Mapping[str, Any]) -> Histogram:
+    """The histogram in a table, whose columns and metadata are checked."""
+    names = [name for name in table.column_names if name != "outside"]
+    has_counts = all(c.type == pa.int64() and not c.null_count for c in table.columns)
+    if names != list(COLUMNS) or not has_counts:
+        raise _damaged(path, f"its columns are {table.schema.names}")
+    level = metadata.get("level")
+    ends = metadata.get("ends")
+    # an empty histogram has no ends, and every other one has two
+    has_ends = ends is None if table.num_rows == 0 else _are_two_numbers(ends)
+    if not isinstance(level, int) or not 0 <= level < 64 or not has_ends:
+        raise _damaged(path, f"its level is {level!r} and its ends are {ends!r}")
+    low, high = ends or (math.inf, -math.inf)
+    bins, correct, wrong = (table[name].to_numpy() for name in COLUMNS)
+    return Histogram(bins, correct, wrong, level, low, high)
+
+
+def _are_two_numbers(ends: object) -> bool:
+    if not isinstance(ends, list) or len(ends) != 2:
+        return False
+    return all(isinstance(end, float) and math.isfinite(end) for end in ends)
 
 
 def _in_order(histogram: Histogram) -> bool:
-    """Whether the bins are such as a histogram has: ascending, none empty, the outer ones with the ends in them."""
+    """Whether the bins are such as a histogram has.
+
+    They ascend, none is empty, and the ends are in the outer ones.
+    """
     bins = histogram.bins
-    correct = histogram.correct
-    wrong = histogram.wrong
     if not len(bins):
         return True
+    if len(bins) > MAX_BINS or (np.diff(bins) <= 0).any():
+        return False
+    if (histogram.correct < 0).any() or (histogram.wrong < 0).any():
+        return False
+    if (histogram.correct + histogram.wrong == 0).any():
+        return False
     first, last = codes(np.array([histogram.low, histogram.high])) >> histogram.level
-    occupied = min(int(count.min()) for count in (correct, wrong, correct + wrong - 1)) >= 0
-    ascending = len(bins) <= MAX_BINS and bool((np.diff(bins) > 0).all())
-    return ascending and occupied and bool(first == bins[0]) and bool(last == bins[-1])
+    return bool(first == bins[0] and last == bins[-1])
 
 
 def _damaged(path: Path, what: str) -> StorageError:
@@ -325,10 +350,6 @@ EvaluableRows = tuple[Floats, Ints, NDArray[np.bool_], Ints | None]
 
 COMPARED = 2**24
 """Identities of pictures that are compared at a time, 128 MB."""
-
-
-def _or_unknown(picture: Ints | None, n: int) -> Ints:
-    return np.full(n, UNKNOWN) if picture is None else picture
 
 
 class ScoreFolder(Reopened):
@@ -378,42 +399,47 @@ class ScoreFolder(Reopened):
         return self.run.n_in
 
     def __repr__(self) -> str:
-        return f"ScoreFolder({str(self.path)!r}, n_in={self.counts.n_in}, n_scored={self.counts.n_scored})"
+        counts = f"n_in={self.counts.n_in}, n_scored={self.counts.n_scored}"
+        return f"ScoreFolder({str(self.path)!r}, {counts})"
 
     @property
     def histogram(self) -> Histogram:
-        """Correct and wrong answers per bin of the score, of all rows that have a score and a known failure."""
+        """Correct and wrong answers per bin of the score.
+
+        They are of all rows that have a score and a known failure.
+        """
         return self._histograms[0]
 
     @cached_property
     def _histograms(self) -> tuple[Histogram, Histogram]:
         """That, and the one of the rows of none of the classes alone."""
-        outside = [
-            Histogram.empty()
-        ]  # what all of them are so far: no more is in memory than two of each
+        ood = Histogram.empty()
 
         def parts() -> Iterator[Histogram]:
+            nonlocal ood
+            # added up part by part: no more is in memory than two of each kind
             for receipt in self._receipts:
-                every, strangers = read_histogram(self.path, receipt)
-                outside.append(outside.pop() + strangers)
-                yield every
+                histogram, histogram_ood = read_histogram(self.path, receipt)
+                ood = ood + histogram_ood
+                yield histogram
 
-        return Histogram.total(parts()), outside[0]
+        total = Histogram.total(parts())
+        return total, ood
 
     def tally(self) -> Tally:
-        """What ``vilu.evaluate`` needs: histograms, or the rows in memory where some show one picture.
+        """What ``vilu.evaluate`` needs: histograms, or rows where some show one picture.
 
         To know that, the identities of the pictures are read, at most ``COMPARED`` of them at a
         time. Rows take about 33 bytes each.
         """
         if self._has_repeats():
             return self._tally_of_rows()
-        scores, outside = self._histograms
+        scores, ood = self._histograms
         return Tally(
             scores=scores,
-            within=scores.without(outside) if outside.n else scores,
-            outside=scores.against(outside),
-            probability=self.histogram if self.run.is_probability else None,
+            within=scores.without(ood) if ood.n else scores,
+            outside=scores.against(ood),
+            probability=scores if self.run.is_probability else None,
             n_unlabelled=self.counts.n_unlabelled,
             n_unusable=self.counts.n_unscored,
             **facts_of(self.run),
@@ -421,30 +447,33 @@ class ScoreFolder(Reopened):
 
     def _has_repeats(self) -> bool:
         """Whether some rows with a score and a known failure show one picture."""
-        n_passes = -(-self.counts.n_scored // COMPARED)
+        n_passes = math.ceil(self.counts.n_scored / COMPARED)
         for number in range(n_passes):
-            pictures = [
-                picture[picture % n_passes == number]
-                for *_, picture in self._evaluable_parts()
-                if picture is not None
-            ]
-            compared = np.concatenate([np.empty(0, np.int64), *pictures])
-            if repeated_pictures(compared) is not None:
+            # equal pictures have equal remainders, so they meet in one pass
+            pictures = [np.empty(0, np.int64)]
+            for *_, picture in self._evaluable_parts():
+                if picture is not None:
+                    pictures.append(picture[picture % n_passes == number])
+            if repeated_pictures(np.concatenate(pictures)) is not None:
                 return True
         return False
 
     def _tally_of_rows(self) -> Tally:
         """The counts of rows (N,), which know their pictures."""
-        columns = [
-            (u, failure, outside, _or_unknown(picture, len(u)))
-            for u, failure, outside, picture in self._evaluable_parts()
-        ]
-        uncertainty, failure, outside, picture = map(np.concatenate, zip(*columns, strict=True))
+        scores = []
+        failures = []
+        is_ood = []
+        pictures = []
+        for uncertainty, failure, outside, picture in self._evaluable_parts():
+            scores.append(uncertainty)
+            failures.append(failure)
+            is_ood.append(outside)
+            pictures.append(np.full(len(failure), UNKNOWN) if picture is None else picture)
         rows = Outcomes(
-            uncertainty,
-            failure,
-            outside=outside,
-            picture=picture,
+            np.concatenate(scores),
+            np.concatenate(failures),
+            outside=np.concatenate(is_ood),
+            picture=np.concatenate(pictures),
             is_probability=self.run.is_probability,
             **facts_of(self.run),
         )
@@ -465,7 +494,7 @@ class ScoreFolder(Reopened):
             yield part.uncertainty[known], part.failure[known], part.outside[known], picture
 
     def outcomes(self) -> Outcomes:
-        """Every row in memory, in the order of the data: for data that fit, what ``vilu.score`` gives.
+        """Every row in memory, in the order of the data, as ``vilu.score`` gives them.
 
         Raises:
             StorageError: If a file is damaged.
@@ -474,24 +503,27 @@ class ScoreFolder(Reopened):
         files = Vouched(self.path, self._receipts)
         paths = [files(receipt.part.scores) for receipt in self._receipts]
         parts = [Outcomes.load(path) for path in paths]
-        ids = [
-            read_column(path, read_table(path, ())[0], "row_id", "int64").to_numpy()
-            for path in paths
-        ]
-        row_id = np.concatenate(ids)
+        rows = []
+        for path in paths:
+            table, _ = read_table(path, ())
+            rows.append(read_column(path, table, "row_id", "int64").to_numpy())
+        row_id = np.concatenate(rows)
         order = np.argsort(row_id, kind="stable")
         if not np.array_equal(row_id[order], np.arange(len(self))):
             raise DataError(
                 f"the parts of {self.path} do not hold the rows 0 to {len(self) - 1} once each. "
                 f"{AGAIN}."
             )
-        optional = {name: _joined(parts, name, kind, order) for name, kind in OPTIONAL.items()}
-        optional["reason"] = optional["reason"] or [None] * len(order)
+        optional: dict[str, Any] = {"reason": [None] * len(order)}
+        for name, kind in OPTIONAL.items():
+            column = _joined(parts, name, kind, order)
+            if column is not None:
+                optional[name] = column
         return Outcomes(
             uncertainty=np.concatenate([part.uncertainty for part in parts])[order],
             failure=np.concatenate([part.failure for part in parts])[order],
             outside=np.concatenate([part.outside for part in parts])[order],
-            **{name: values for name, values in optional.items() if values is not None},
+            **optional,
             class_names=parts[0].class_names,
             **facts_of(self.run),
             is_probability=self.run.is_probability,
@@ -506,23 +538,29 @@ class ScoreFolder(Reopened):
         self._ledger.verify()
 
 
-def _joined(parts: list[Outcomes], name: str, kind: str, order: NDArray[np.int64]) -> Any:  # noqa: ANN401 - by its kind
-    """What the parts say of every row, in the order of the data.
+def _joined(
+    parts: list[Outcomes],
+    name: str,
+    kind: str,
+    order: NDArray[np.int64],
+) -> Any:  # noqa: ANN401 - by its kind
+    """The values of an optional column in the order of the data; None where no part has it.
 
-    A part without it says nothing of its rows.
+    A part without it has missing values.
     """
     columns = [getattr(part, name) for part in parts]
     if all(values is None for values in columns):
         return None
-    if kind == "string":
-        texts = [
-            text
-            for part, values in zip(parts, columns, strict=True)
-            for text in values or [None] * len(part)
-        ]
-        return [texts[place] for place in order]
-    numbers = [
-        np.full(len(p), MISSING[kind]) if v is None else v
-        for p, v in zip(parts, columns, strict=True)
-    ]
-    return np.concatenate(numbers)[order]
+    is_text = kind == "string"
+    filled: list[Any] = []
+    for part, values in zip(parts, columns, strict=True):
+        if values is not None:
+            filled.append(values)
+        elif is_text:
+            filled.append([None] * len(part))
+        else:
+            filled.append(np.full(len(part), MISSING[kind]))
+    if is_text:
+        texts = list(chain.from_iterable(filled))
+        return [texts[row] for row in order]
+    return np.concatenate(filled)[order]

@@ -75,7 +75,7 @@ class Served:
         self.fingerprint = fit_fingerprint(guard.folder)[:16]
         calibration = guard.calibration
         self.rule = None if calibration is None else calibration.rule
-        self.promised = None if calibration is None else calibration.promise
+        self.promised = None if calibration is None else calibration.guarantee_text
 
     def in_words(self, state: PromiseState) -> str:
         """What there is to rely on in this state, for people."""

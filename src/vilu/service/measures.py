@@ -151,7 +151,7 @@ AUDIT: Final = {
     "wrong": "How many of them are wrong.",
     "lower": "Lower bound of the error rate of accepted answers.",
     "upper": "Upper bound of the error rate of accepted answers.",
-    "promise": "Error rate of accepted answers that was promised at most.",
+    "guarantee": "Error rate of accepted answers that is guaranteed at most.",
 }
 
 

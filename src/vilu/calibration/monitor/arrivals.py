@@ -1,9 +1,9 @@
-"""Rows as they arrive at a monitor: whose they are, whether they came before, whether they lie sorted."""
+"""Rows as they arrive at a monitor: whether they fit, came before, or lie sorted."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -17,14 +17,17 @@ from vilu.metrics.counts import Ints
 from vilu.outcomes.outcomes import Outcomes
 
 FEW_DISTINCT: Final = 16
-"""Fewer different uncertainties without identifiers could come again by chance: they are not taken for a repetition."""
+"""Fewer different uncertainties without identifiers could come again by chance.
+
+They are not taken for a repetition.
+"""
 
 
 class Seen:
-    """Rows that were taken in, and their names, as 64-bit hashes, 8 bytes each, in sorted runs of falling length.
+    """Rows that were taken in, and their names, as 64-bit hashes in sorted runs of falling length.
 
-    Of n rows one is mistaken for another, or for a name, with a probability of n^2 / 2^64: at 10^8
-    rows, one in 2,000.
+    A hash takes 8 bytes. Of n rows one is mistaken for another, or for a name, with a probability
+    of n^2 / 2^64: at 10^8 rows, one in 2,000.
     """
 
     def __init__(self) -> None:
@@ -40,60 +43,98 @@ class Seen:
     def add(self, hashes: Ints) -> None:
         """Take hashes in; those that are there stay as they are."""
         run = np.unique(hashes[~self._holds(hashes)])
-        while self.runs and 0 < len(run) >= len(self.runs[-1]):
+        if not len(run):
+            return
+        while self.runs and len(run) >= len(self.runs[-1]):
             run = np.union1d(self.runs.pop(), run)
-        self.runs += [run] if len(run) else []
+        self.runs.append(run)
 
     def new(self, outcomes: Outcomes, *, labels: bool = False) -> tuple[Ints, NDArray[np.bool_]]:
-        """Hashes to add, and (N,) which rows are not in here; of rows without identifiers all or none.
+        """Hashes to add, and (N,) which rows are not in here.
+
+        Of rows without identifiers they are all or none.
 
         ``labels``: whether failures belong to what is recognised of rows without identifiers.
         """
-        n = len(outcomes)
-        answers = np.full(n, UNKNOWN) if outcomes.prediction is None else outcomes.prediction
-        numbers = np.stack(
-            [outcomes.uncertainty.view(np.int64), answers, *([outcomes.failure] if labels else [])],
-            1,
-        )
         if outcomes.ids is not None:
-            content = np.ascontiguousarray(numbers[:, :2]).tobytes()
-            rows = (
-                key.encode(errors="surrogatepass") + content[16 * i : 16 * i + 16]
-                for i, key in enumerate(outcomes.ids)
-            )
-            hashes = hash_of_each(rows).view(np.int64)
-            first = np.isin(np.arange(n), np.unique(hashes, return_index=True)[1])
-            names = hash_names(outcomes.ids).view(np.int64)
-            known = self._holds(hashes)
-            # a score that many rows have comes with the same name by chance, too, where names come
-            # with other scores
-            if known.any() and not known.all() and not np.array_equal(self._holds(names), known):
-                _, place, count = np.unique(
-                    numbers[:, :2], axis=0, return_inverse=True, return_counts=True
-                )
-                tied = count[place.ravel()] > 1
-                alone, shared = np.bincount(tied, known, minlength=2) / np.bincount(
-                    tied, minlength=2
-                ).clip(1)
-                known &= ~tied | (10 * alone >= shared)
-            return np.concatenate([hashes, names]), first & ~known
+            return self._new_by_name(outcomes, outcomes.ids)
+        numbers = _content(outcomes)
+        if labels:
+            numbers = np.column_stack([numbers, outcomes.failure])
+        return self._new_as_a_whole(outcomes, numbers)
+
+    def _new_by_name(
+        self, outcomes: Outcomes, ids: Sequence[str]
+    ) -> tuple[Ints, NDArray[np.bool_]]:
+        """As ``new``, of rows that have identifiers."""
+        numbers = _content(outcomes)
+        hashes = hash_of_each(_rows_as_bytes(ids, numbers)).view(np.int64)
+        _, first = np.unique(hashes, return_index=True)
+        is_first = np.isin(np.arange(len(outcomes)), first)
+        names = hash_names(ids).view(np.int64)
+        known = self._holds(hashes)
+        is_mixed = known.any() and not known.all()
+        # A score that many rows have comes with the same name by chance, too, where the names of
+        # this batch come with other scores as well. Only scores of one row tell then.
+        if is_mixed and not np.array_equal(self._holds(names), known):
+            known &= ~_tied_by_chance(numbers, known)
+        return np.concatenate([hashes, names]), is_first & ~known
+
+    def _new_as_a_whole(self, outcomes: Outcomes, numbers: Ints) -> tuple[Ints, NDArray[np.bool_]]:
+        """As ``new``, of rows without identifiers: the batch came before as it is, or not."""
+        n = len(outcomes)
         if len(np.unique(outcomes.uncertainty)) < FEW_DISTINCT:
             return np.empty(0, np.int64), np.ones(n, dtype=np.bool_)
-        whole = hash_of_each([np.ascontiguousarray(numbers[np.lexsort(numbers.T)]).tobytes()]).view(
-            np.int64
-        )
+        # sorted, since the same rows in another order are the same batch
+        in_order = numbers[np.lexsort(numbers.T)]
+        whole = hash_of_each([np.ascontiguousarray(in_order).tobytes()]).view(np.int64)
         return whole, np.full(n, not self._holds(whole).all())
 
     def _holds(self, hashes: Ints) -> NDArray[np.bool_]:
-        found = np.zeros(len(hashes), dtype=np.bool_)
+        is_known = np.zeros(len(hashes), dtype=np.bool_)
         for run in self.runs:
-            found |= run[np.searchsorted(run, hashes).clip(max=len(run) - 1)] == hashes
-        return found
+            nearest = np.searchsorted(run, hashes).clip(max=len(run) - 1)
+            is_known |= run[nearest] == hashes
+        return is_known
+
+
+def _content(outcomes: Outcomes) -> Ints:
+    """(N, 2) what a row is recognised by beside its name: uncertainty, bit by bit, and answer."""
+    answers = outcomes.prediction
+    if answers is None:
+        answers = np.full(len(outcomes), UNKNOWN)
+    return np.stack([outcomes.uncertainty.view(np.int64), answers], axis=1)
+
+
+def _rows_as_bytes(ids: Sequence[str], numbers: Ints) -> Iterator[bytes]:
+    """The name of each row, followed by its numbers (N, 2)."""
+    content = np.ascontiguousarray(numbers).tobytes()
+    width = 2 * numbers.itemsize
+    for row, name in enumerate(ids):
+        start = width * row
+        yield name.encode(errors="surrogatepass") + content[start : start + width]
+
+
+def _tied_by_chance(numbers: Ints, known: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """(N,) rows whose score others have too, if rows with a score of their own are rarely known.
+
+    That is a tenth as often as the tied ones.
+    """
+    _, index, count = np.unique(numbers, axis=0, return_inverse=True, return_counts=True)
+    is_tied = count[index.ravel()] > 1
+    n_rows = np.bincount(is_tied, minlength=2).clip(1)
+    n_known = np.bincount(is_tied, known, minlength=2)
+    share_alone, share_tied = n_known / n_rows
+    if 10 * share_alone >= share_tied:
+        return np.zeros(len(known), np.bool_)
+    return is_tied
 
 
 def _is_numbered(ids: Sequence[str]) -> bool:
-    """Whether identifiers are but the numbers of the rows, in any order: the next batch has them, too."""
-    return len(ids) > 0 and ids[0].isdigit() and set(ids) == {str(row) for row in range(len(ids))}
+    """Whether identifiers are but the numbers of the rows: the next batch has the same."""
+    if not len(ids) or not ids[0].isdigit():
+        return False
+    return set(ids) == {str(row) for row in range(len(ids))}
 
 
 def refuse_sorted(outcomes: Outcomes) -> None:
@@ -102,17 +143,8 @@ def refuse_sorted(outcomes: Outcomes) -> None:
     In what order exchangeable rows came has nothing to do with what they are.
     """
     scored = np.isfinite(outcomes.uncertainty)
-    answers, labels = (
-        codes if codes is None else codes[scored]
-        for codes in (outcomes.prediction, outcomes.target)
-    )
-    if labels is not None and (labels != UNKNOWN).all() and in_blocks(labels):
-        what = "right answer"
-    elif answers is not None and grouped(answers):
-        what = "answer"
-    elif rising(outcomes.uncertainty[scored]):
-        what = "uncertainty"
-    else:
+    what = _sorted_by(outcomes, scored)
+    if what is None:
         return
     raise DataError(
         f"these {len(outcomes)} rows lie sorted by their {what}. That is no order of arrival (a "
@@ -122,38 +154,58 @@ def refuse_sorted(outcomes: Outcomes) -> None:
     )
 
 
+def _sorted_by(outcomes: Outcomes, scored: NDArray[np.bool_]) -> str | None:
+    """What the rows with an uncertainty (N,) lie sorted by; None where they do not."""
+    if outcomes.target is not None:
+        labels = outcomes.target[scored]
+        if (labels != UNKNOWN).all() and in_blocks(labels):
+            return "right answer"
+    if outcomes.prediction is not None and grouped(outcomes.prediction[scored]):
+        return "answer"
+    if rising(outcomes.uncertainty[scored]):
+        return "uncertainty"
+    return None
+
+
 def admit(outcomes: Outcomes, calibration: Outcomes, risk: str | None) -> Outcomes:
     """Scores of new rows, of the same predictor and candidates.
 
     What a CSV leaves out is the calibration's.
     """
     for name in ("method", "class_names"):
-        ours = getattr(calibration, name)
-        theirs = getattr(outcomes, name)
-        if None not in (ours, theirs) and ours != theirs:
+        expected = getattr(calibration, name)
+        present = getattr(outcomes, name)
+        if _differs(expected, present):
             raise ProvenanceError(
-                f"the calibration rows have the {name} {ours!r:.100}, these scores "
-                f"{theirs!r:.100}. Score with the predictor that was calibrated."
+                f"the calibration rows have the {name} {expected!r:.100}, these scores "
+                f"{present!r:.100}. Score with the predictor that was calibrated."
             )
-    theirs = outcomes.provenance.get("risk")
-    if None not in (risk, theirs) and risk != theirs:
+    decided_by = outcomes.provenance.get("risk")
+    if _differs(risk, decided_by):
         raise ProvenanceError(
-            f"these scores were decided on by the calibration {theirs}, the one monitored is "
+            f"these scores were decided on by the calibration {decided_by}, the one monitored is "
             f"{risk}. Score again with the predictor as it is calibrated now."
         )
-    if known := _n_known(outcomes, calibration):
+    n_known = _n_known(outcomes, calibration)
+    if n_known:
         warnings.warn(
-            f"{known} of {len(outcomes)} rows are calibration rows, which say nothing about new "
+            f"{n_known} of {len(outcomes)} rows are calibration rows, which say nothing about new "
             "ones.",
             stacklevel=3,
         )
-    if outcomes.ids is not None and _is_numbered(
-        outcomes.ids
-    ):  # seen here alone: what is left of them looks like keys
+    # before any row is left out: what remains of numbers looks like keys
+    if outcomes.ids is not None and _is_numbered(outcomes.ids):
         outcomes = replace(outcomes, ids=None)
     if outcomes.class_names is None and outcomes.prediction is not None:
         return replace(outcomes, class_names=calibration.class_names)
     return outcomes
+
+
+def _differs(expected: object, present: object) -> bool:
+    """Whether both are known, and are not the same."""
+    if expected is None or present is None:
+        return False
+    return expected != present
 
 
 def _n_known(outcomes: Outcomes, calibration: Outcomes) -> int:
@@ -163,8 +215,8 @@ def _n_known(outcomes: Outcomes, calibration: Outcomes) -> int:
     """
     if outcomes.ids is None or calibration.ids is None:
         return 0
-    alike = np.flatnonzero(
-        np.isin(calibration.uncertainty, outcomes.uncertainty)
-    )  # few, of a batch of a service
-    rows = {(calibration.ids[place], calibration.uncertainty[place]) for place in alike.tolist()}
-    return sum(row in rows for row in zip(outcomes.ids, outcomes.uncertainty.tolist(), strict=True))
+    # first by uncertainty: a batch of a service is small, and few calibration rows have its scores
+    alike = np.flatnonzero(np.isin(calibration.uncertainty, outcomes.uncertainty))
+    known = {(calibration.ids[row], calibration.uncertainty[row]) for row in alike.tolist()}
+    rows = zip(outcomes.ids, outcomes.uncertainty.tolist(), strict=True)
+    return sum(row in known for row in rows)

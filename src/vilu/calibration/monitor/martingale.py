@@ -1,4 +1,4 @@
-"""Conformal test martingales: p-values that are uniform while nothing changes, and the wager against them.
+"""Conformal test martingales: p-values that are uniform while nothing changes, and bets on them.
 
 They take rows in the order of arrival; ``grouped`` and ``rising`` tell rows that lie in another
 order.
@@ -36,27 +36,32 @@ EPS: Final = 2.0**-53
 def beta_bets(p: Floats) -> Floats:
     """(B, K') log densities of ``BETAS`` at p-values in (0, 1)."""
     a, b = np.array(BETAS).T
-    found: Floats = (
-        (a - 1) * np.log(p)[:, None] + (b - 1) * np.log1p(-p)[:, None] - special.betaln(a, b)
-    )
-    return found
+    powers = (a - 1) * np.log(p)[:, None] + (b - 1) * np.log1p(-p)[:, None]
+    # normalised: only a density has mean 1 under uniform p-values, as a fair bet must
+    log_density: Floats = powers - special.betaln(a, b)
+    return log_density
 
 
 @np.errstate(under="ignore")  # what is small beside the others is 0
 def histogram_bets(p: Floats, counts: Floats, weight: float) -> tuple[Floats, Floats]:
-    """A bet that learns: the density of the last few hundred p-values in m equal cells, drawn towards the uniform one.
+    """A bet that learns: the density of the last few hundred p-values in m equal cells.
 
-    f_t(p) = m (weight/m + N_t[cell of p]) / (weight + sum N_t), where N_t counts the p-values
-    before t and keeps ``DECAY`` of every count from row to row (plug-in martingale: Fedorova et
-    al., ICML 2012). From p-values (B,) and N (m,) come log densities (B,), each before its p-value
-    is learnt from, and N after the last. The uniform density counts for ``weight`` p-values.
+    It is drawn towards the uniform one, which counts for ``weight`` p-values:
+
+        f_t(p) = m (weight/m + N_t[cell of p]) / (weight + sum N_t),
+
+    where N_t counts the p-values before t and keeps ``DECAY`` of every count from row to row
+    (plug-in martingale: Fedorova et al., ICML 2012). From p-values (B,) and N (m,) come log
+    densities (B,), each before its p-value is learnt from, and N after the last.
     """
     m = len(counts)
     row = np.arange(len(p))
     cell = np.minimum((p * m).astype(np.int64), m - 1)
-    ones = np.zeros((len(p), m))
-    ones[row, cell] = 1
-    after, _ = signal.lfilter([1.0], [1.0, -DECAY], ones, axis=0, zi=DECAY * counts[None])
+    is_in_cell = np.zeros((len(p), m))
+    is_in_cell[row, cell] = 1
+    after, _ = signal.lfilter([1.0], [1.0, -DECAY], is_in_cell, axis=0, zi=DECAY * counts[None])
+    # The density of a row knows the rows before it alone. One that had learnt from its own p-value
+    # would bet on what it has seen, and win while nothing changes.
     before = np.concatenate([counts[None], after[:-1]])
     density = m * (weight / m + before[row, cell]) / (weight + before.sum(axis=1))
     return np.log(density), after[-1]
@@ -101,6 +106,8 @@ class Martingale:
         p = np.clip(p, EPS, 1 - EPS)  # the ends have probability 0, but not in float64
         growth = np.cumsum(np.concatenate([self.growth[None], self._bets(p)]), axis=0)
         row = self.n + np.arange(len(p))
+        # Each start takes a share of the wealth that still sleeps. One start at row 0 alone would
+        # lose during a long calm, and a late shift would have to win all of that back first.
         start = (row // EVERY).astype(np.float64)
         share = np.where(start > 0, asleep(start - 1), 1.0) - asleep(start)
         with np.errstate(divide="ignore"):  # where nothing starts
@@ -110,17 +117,19 @@ class Martingale:
         self.growth = growth[-1]
         self.started = started[-1]
         awake = special.logsumexp(growth[1:] + started[1:] + np.log(SHARES), axis=1)
-        found: Floats = np.logaddexp(awake, np.log(asleep(start)))
-        return found
+        wealth: Floats = np.logaddexp(awake, np.log(asleep(start)))
+        return wealth
 
     def _bets(self, p: Floats) -> Floats:
         """(B, K) log densities of all bets."""
-        learnt = [
-            histogram_bets(p, n, weight)
-            for n, (_, weight) in zip(self.counts, HISTOGRAMS, strict=True)
-        ]
-        self.counts = [after for _, after in learnt]
-        return np.column_stack([beta_bets(p), *(bets for bets, _ in learnt)])
+        bets = [beta_bets(p)]
+        counts = []
+        for before, (_, weight) in zip(self.counts, HISTOGRAMS, strict=True):
+            log_density, after = histogram_bets(p, before, weight)
+            bets.append(log_density[:, None])
+            counts.append(after)
+        self.counts = counts
+        return np.concatenate(bets, axis=1)
 
 
 @dataclass
@@ -147,10 +156,9 @@ class SortedRun:
     @classmethod
     def merged(cls, runs: Sequence[SortedRun]) -> SortedRun:
         """The run of all their values."""
-        return cls.of(
-            np.concatenate([run.values for run in runs]),
-            np.concatenate([run.counts() for run in runs]),
-        )
+        values = np.concatenate([run.values for run in runs])
+        counts = np.concatenate([run.counts() for run in runs])
+        return cls.of(values, counts)
 
     def counts(self) -> Ints:
         """How often each value came."""
@@ -166,7 +174,10 @@ class SortedRun:
 
 @dataclass
 class Reference:
-    """All values so far, in sorted runs of falling length: a new one costs O(log^2 n), and repeats cost no memory."""
+    """All values so far, in sorted runs of falling length.
+
+    A new one costs O(log^2 n), and repeats cost no memory.
+    """
 
     runs: list[SortedRun] = field(default_factory=list)
 
@@ -186,7 +197,9 @@ class Reference:
         """Take values in, each once or as often as ``counts`` says."""
         if not len(values):
             return
-        run = SortedRun.of(values, np.ones(len(values), np.int64) if counts is None else counts)
+        if counts is None:
+            counts = np.ones(len(values), np.int64)
+        run = SortedRun.of(values, counts)
         while self.runs and len(self.runs[-1]) <= len(run):
             run = SortedRun.merged([self.runs.pop(), run])
         self.runs.append(run)
@@ -210,6 +223,8 @@ class Reference:
             equal = equal + same
         before = self.n + np.arange(len(values))
         self.add(values)
+        # Ties are broken at random, and the row is compared with itself, too: else p-values of
+        # tied scores are not uniform, and the bets win without any change (Vovk et al. 2005).
         return (greater + uniform * (equal + 1)) / (before + 1)
 
 
@@ -243,72 +258,82 @@ def earlier(values: Floats) -> tuple[Ints, Ints]:
 
 # that must all be beaten, which exchangeable rows do with probability 1/1000, whatever they are
 SHUFFLES: Final = 999
-CLEAR: Final = (
-    4.0  # standard deviations of the shuffles by which, too; of normal sums three in 100,000 are
-)
+# standard deviations of the shuffles by which, too; of normal sums three in 100,000 are
+CLEAR: Final = 4.0
 SAMPLED: Final = 4096  # rows of a half that are looked at, evenly spaced
 FEWEST: Final = 20  # rows below which no order is looked for
 
 
 def grouped(codes: Ints) -> bool:
-    """Whether equal codes (N,) lie together, as in a folder of classes: in both halves a tenth as much as sorted ones.
+    """Whether equal codes (N,) lie together, as in a folder of classes.
 
-    One change of the mix leaves a half without an order, and a slow drift moves neighbours little:
-    such rows may have arrived so.
+    They do so in both halves a tenth as much as sorted ones. One change of the mix leaves a half
+    without an order, and a slow drift moves neighbours little: such rows may have arrived so.
     """
 
     def together(codes: Floats) -> float:
         return float(np.count_nonzero(codes[1:] == codes[:-1]))
 
-    return _in_order(
-        codes.astype(np.float64), together, lambda codes: len(codes) - len(np.unique(codes)), 0.1
-    )
+    def most_together(codes: Floats) -> float:
+        return len(codes) - len(np.unique(codes))
+
+    return _in_order(codes.astype(np.float64), together, most_together, 0.1)
 
 
 def rising(values: Floats) -> bool:
-    """Whether values (N,) lie near their neighbours in rank, as sorted ones do: by three quarters of what is possible.
+    """Whether values (N,) lie near their neighbours in rank, as sorted ones do.
 
-    Two kinds of rows, one after the other, reach a half of it.
+    They do so by three quarters of what is possible. Two kinds of rows, one after the other, reach
+    a half of it.
     """
 
     def near(rank: Floats) -> float:
         return -float(np.abs(np.diff(rank)).sum())
 
-    rank = np.unique(values, return_inverse=True)[1].astype(np.float64)
-    return _in_order(rank, near, lambda rank: float(rank.min() - rank.max()), 0.75)
+    def nearest(rank: Floats) -> float:
+        return float(rank.min() - rank.max())
+
+    _, rank = np.unique(values, return_inverse=True)
+    return _in_order(rank.astype(np.float64), near, nearest, 0.75)
 
 
 def in_blocks(codes: Ints) -> bool:
-    """Whether every code (N,) lies in one block, which happens to exchangeable rows at most once in a million files."""
-    sizes = np.unique(codes, return_counts=True)[1]
-    runs = 1 + np.count_nonzero(codes[1:] != codes[:-1]) if len(codes) else 0
-    orders = (
-        special.gammaln(len(sizes) + 1)
-        + special.gammaln(sizes + 1).sum()
-        - special.gammaln(len(codes) + 1)
-    )
-    return bool(runs == len(sizes) and orders < np.log(1e-6))
+    """Whether every code (N,) lies in one block, too rarely for exchangeable rows.
+
+    To such rows it happens at most once in a million files.
+    """
+    if not len(codes):
+        return False
+    _, sizes = np.unique(codes, return_counts=True)
+    n_blocks = 1 + np.count_nonzero(codes[1:] != codes[:-1])
+    if n_blocks != len(sizes):
+        return False
+    # of all N! orders K! n_1! ... n_K! have one block for each of the K codes
+    in_one_block = special.gammaln(len(sizes) + 1) + special.gammaln(sizes + 1).sum()
+    return bool(in_one_block - special.gammaln(len(codes) + 1) < np.log(1e-6))
 
 
 def _in_order(
     values: Floats, order: Callable[[Floats], float], most: Callable[[Floats], float], least: float
 ) -> bool:
-    """Whether values have more order within their halves than every shuffle, and each half a share ``least`` of most.
+    """Whether values have more order within their halves than every shuffle of them.
 
-    A shuffle leaves every value in its half, so that a change between the halves is no order.
+    And each half has a share ``least`` of the most that is possible. A shuffle leaves every value
+    in its half, so that a change between the halves is no order.
     """
     if len(values) < FEWEST:
         return False
     rng = np.random.default_rng(0)
     halves = [half[:: -(-len(half) // SAMPLED)] for half in np.array_split(values, 2)]
-    found = np.array([order(half) for half in halves])
+    present = np.array([order(half) for half in halves])
     shuffled = np.empty((SHUFFLES, 2))
     for number in range(SHUFFLES):
         shuffled[number] = [order(rng.permutation(half)) for half in halves]
-        if shuffled[number].sum() >= found.sum():
+        if shuffled[number].sum() >= present.sum():
             return False
     mean = shuffled.mean(axis=0)
     total = shuffled.sum(axis=1)
     possible = np.array([most(half) for half in halves]) - mean
-    is_much = (found > mean) & (found - mean >= least * possible)
-    return bool(is_much.all() and found.sum() - total.mean() >= CLEAR * total.std())
+    is_much = (present > mean) & (present - mean >= least * possible)
+    is_clear = present.sum() - total.mean() >= CLEAR * total.std()
+    return bool(is_much.all() and is_clear)

@@ -1,4 +1,4 @@
-"""Whether the promise still holds on the answers that come in."""
+"""Whether the guarantee still holds on the answers that come in."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from vilu.artifacts.documents import explain
 from vilu.artifacts.hashing import digest
 from vilu.artifacts.paths import claim_file
 from vilu.artifacts.tables import read_column, read_table, table_suffix, write_table
-from vilu.calibration.calibration import Calibration, promises
+from vilu.calibration.calibration import Calibration, has_guarantee
 from vilu.calibration.label_sets import LabelSets
 from vilu.calibration.monitor.arrivals import Seen, admit, refuse_sorted
 from vilu.calibration.monitor.audit import Audit, TestName
 from vilu.calibration.monitor.martingale import Reference
-from vilu.calibration.monitor.rates import rates_of, strangers_in_words
+from vilu.calibration.monitor.rates import ood_in_words, rates_of
 from vilu.calibration.monitor.status import Acceptance, Audited, Status, Test, conclude
 from vilu.calibration.monitor.watch import PARTS, State, Watch, Wealth
 from vilu.calibration.rules import Rule, group_names
@@ -87,9 +87,9 @@ class Monitor:
     ) -> None:
         require_between("false_alarm", false_alarm)
         require_at_least("seed", seed, 0)
-        if not promises(rule):
+        if not has_guarantee(rule):
             raise InfeasibleError(
-                "there is no guarantee to watch, because nothing was promised of these rows: give "
+                "there is no guarantee to watch, because nothing is guaranteed of these rows: give "
                 "the rule that vilu.calibrate(outcomes, max_risk=0.05) makes of them."
             )
         if not np.isfinite(calibration.uncertainty).any():
@@ -102,37 +102,58 @@ class Monitor:
         self.seed = int(seed)
         self.rule = rule if isinstance(rule, Rule) and not rule.needs_batch else None
         self.risk: str | None = None
-        self.rows = self.unscored = self.accepted = self.repeated = 0
+        self.rows = 0
+        self.unscored = 0
+        self.accepted = 0
+        self.repeated = 0
         self.monitored = Seen()
         self.labelled = Seen()
-        # labels of a promise that may be looked at at any time are a random sample below a limit
-        # alone
-        u = np.unique(calibration.uncertainty[np.isfinite(calibration.uncertainty)])
-        self.below = float(u[-1]) if self._is_partial and len(u) > 1 else np.inf
+        self.below = self._end_of_sample()
         columns = self._columns(calibration, self._accepted(calibration, groups))
-        # rows of other shares than the calibration's are none that are drawn alike, and the promise
-        # still holds
-        values = {} if self.rule is not None and self.rule.reweighted else columns
-        promise = self._promise()
-        rates = rates_of(self.rule, calibration, false_alarm)
-        names: list[TestName] = [*values, *(("audit",) if promise is not None else ()), *rates]
-        parts = sum(PARTS[name] for name in names)
-        tests = {name: Test(name=name, level=false_alarm * PARTS[name] / parts) for name in names}
-        self.watches = {
-            name: Watch(tests[name], Reference.of(column)) for name, column in values.items()
-        }
-        self.rates = rates_of(self.rule, calibration, false_alarm / max(parts, 1))
-        self.rate_tests = {
-            name: Test(name=name, level=audit.delta) for name, audit in self.rates.items()
-        }
-        self._coverage = (
-            None
-            if self.rule is None or self._is_partial
-            else float(1 - columns["acceptance"].mean())
-        )
-        self.audited = None if promise is None else Audit(promise, tests["audit"].level)
-        self.audit_test = tests.get("audit")
+        self._coverage: float | None = None
+        if self.rule is not None and not self._is_partial:
+            self._coverage = float(1 - columns["acceptance"].mean())
+        if self.rule is not None and self.rule.reweighted:
+            # Rows at other shares than the calibration's are not drawn alike, although the
+            # guarantee holds for them: these tests would raise an alarm at every stated share.
+            columns = {}
+        self._share_out(columns)
         self.fingerprint = self._fingerprint()
+
+    def _share_out(self, columns: Mapping[TestName, Floats]) -> None:
+        """The tests of the columns, of the audit and of rates, each with its part of the level."""
+        limit = self._limit()
+        names: list[TestName] = list(columns)
+        if limit is not None:
+            names.append("audit")
+        names += rates_of(self.rule, self.calibration, self.false_alarm)
+        # Each test may raise an alarm without cause: with the whole level for each, one of them
+        # would do so more often than was asked for (union bound).
+        parts = sum(PARTS[name] for name in names)
+        tests: dict[TestName, Test] = {}
+        for name in names:
+            tests[name] = Test(name=name, level=self.false_alarm * PARTS[name] / parts)
+        self.watches: dict[TestName, Watch] = {}
+        for name, column in columns.items():
+            self.watches[name] = Watch(tests[name], Reference.of(column))
+        self.rates = rates_of(self.rule, self.calibration, self.false_alarm / max(parts, 1))
+        self.rate_tests: dict[TestName, Test] = {}
+        for name, rate in self.rates.items():
+            self.rate_tests[name] = Test(name=name, level=rate.delta)
+        self.audited: Audit | None = None
+        self.audit_test = tests.get("audit")
+        if limit is not None:
+            self.audited = Audit(limit, tests["audit"].level)
+
+    def _end_of_sample(self) -> float:
+        """Rows are compared with the calibration's below this uncertainty."""
+        scores = self.calibration.uncertainty
+        distinct = np.unique(scores[np.isfinite(scores)])
+        # Labels that were asked for one after another are a random sample up to a limit alone, and
+        # beyond it there are those that somebody chose: new rows are never like them.
+        if self._is_partial and len(distinct) > 1:
+            return float(distinct[-1])
+        return np.inf
 
     @classmethod
     @checked
@@ -140,8 +161,8 @@ class Monitor:
         """A monitor of the calibration that ``vilu calibrate`` left in the folder of a predictor.
 
         Raises:
-            InfeasibleError: If nothing was promised of the predictor, so that there is no guarantee
-                to watch.
+            InfeasibleError: If nothing is guaranteed of the predictor, so that there is no
+                guarantee to watch.
             DataError: If the folder holds no predictor, or its calibration is damaged.
             ProvenanceError: If a newer vilu wrote it.
 
@@ -168,7 +189,9 @@ class Monitor:
     def update(
         self, outcomes: Outcomes, groups: Sequence[str] | None = None, *, in_order: bool = False
     ) -> Status:
-        """Take in the next rows, in the order of their arrival; those whose failure is known are audited too.
+        """Take in the next rows, in the order of their arrival.
+
+        Those whose failure is known are audited, too.
 
         Args:
             outcomes: Scores of the same predictor. Rows that were taken in before are left out, and
@@ -203,8 +226,11 @@ class Monitor:
         accepted = self._accepted(outcomes, groups)
         hashes, new = self.monitored.new(outcomes)
         if not new.all():
-            told = f"{np.count_nonzero(~new)} of {len(new)} rows were monitored before and are not counted again."
-            warnings.warn(told, stacklevel=2)
+            warnings.warn(
+                f"{np.count_nonzero(~new)} of {len(new)} rows were monitored before and are not "
+                "counted again.",
+                stacklevel=2,
+            )
             outcomes = outcomes.take(new)
             accepted = accepted[new]
         if not in_order:
@@ -238,7 +264,7 @@ class Monitor:
             UserWarning: If some were given before.
 
         Raises:
-            UsageError: If there is no promise to audit, or groups are needed and not given.
+            UsageError: If there is no guarantee to audit, or groups are needed and not given.
             ProvenanceError: If they are scores of another predictor, or their candidates are
                 others.
 
@@ -250,25 +276,28 @@ class Monitor:
             >>> uncertainty, ids = rng.random(200), [f"{i}.jpg" for i in range(200)]
             >>> monitor.update(vilu.Outcomes(uncertainty, np.full(200, -1), ids=ids)).verdict
             'holds'
-            >>> wrong = rng.random(200) < 0.2  # known later, and more than was promised
+            >>> wrong = rng.random(200) < 0.2  # known later, and more than is guaranteed
             >>> monitor.audit(vilu.Outcomes(uncertainty, wrong, ids=ids)).verdict
             'broken'
         """
         if self.audited is None:
             raise UsageError(
-                "there is no promise to audit: the rule accepts nothing, judges whole batches, or "
-                "bounds a mean (crc)."
+                "there is no guarantee to audit: the rule accepts nothing, judges whole batches, "
+                "or bounds a mean (crc)."
             )
         outcomes = admit(outcomes, self.calibration, self.risk)
         rows = np.full(len(outcomes), max(self.rows - 1, 0))
-        self._take_labels(
-            outcomes, self._accepted(outcomes, groups), rows, slice(0 if in_order else -1, None)
-        )
+        # Labels that came together have no order. Judged one by one, a hard class that happens to
+        # lie first would raise an alarm that all of them together do not.
+        judged = slice(0, None) if in_order else slice(-1, None)
+        self._take_labels(outcomes, self._accepted(outcomes, groups), rows, judged)
         return self.status
 
     @checked
     def save(self, path: str | Path) -> None:
-        """Write what there is to go on from, as a ``.parquet`` file, atomically; only a state is replaced.
+        """Write what there is to go on from, as a ``.parquet`` file, atomically.
+
+        Only a state is replaced.
 
         Raises:
             UsageError: If the file has another suffix, or something else than a state lies there.
@@ -290,19 +319,19 @@ class Monitor:
         import pyarrow as pa
 
         claim_file(path, "monitor state", overwrite=True)
-        tables = {name: watch.reference.table() for name, watch in self.watches.items()}
-        kept = [
-            pa.table({"test": [name] * len(n), "value": v, "count": n})
-            for name, (v, n) in tables.items()
-        ]
-        kept.append(
-            pa.table({"value": pa.array([], pa.float64()), "count": pa.array([], pa.int64())})
-        )
-        for kind, seen in zip(KINDS, (self.monitored, self.labelled), strict=True):
-            kept.append(
-                pa.table({"test": pa.array([kind] * len(seen), pa.string()), "row": seen.hashes()})
+        tables = []
+        for name, watch in self.watches.items():
+            values, counts = watch.reference.table()
+            tables.append(
+                pa.table({"test": [name] * len(counts), "value": values, "count": counts})
             )
-        whole = pa.concat_tables(kept, promote_options="default")
+        # so that the columns are there without a test, too
+        empty = {"value": pa.array([], pa.float64()), "count": pa.array([], pa.int64())}
+        tables.append(pa.table(empty))
+        for kind, seen in ((ROWS_SEEN, self.monitored), (LABELS_SEEN, self.labelled)):
+            test = pa.array([kind] * len(seen), pa.string())
+            tables.append(pa.table({"test": test, "row": seen.hashes()}))
+        whole = pa.concat_tables(tables, promote_options="default")
         columns = {name: whole[name].combine_chunks() for name in ("test", "value", "count", "row")}
         write_table(path, columns, self.state().model_dump(mode="json"))
 
@@ -344,17 +373,15 @@ class Monitor:
         name = np.asarray(read_column(path, table, "test", "string").to_pylist(), dtype=object)
         value = read_column(path, table, "value", "float64").fill_null(np.nan).to_numpy()
         count = read_column(path, table, "count", "int64").fill_null(0).to_numpy()
+        row = read_column(path, table, "row", "int64")
+        values: dict[TestName, tuple[Floats, Ints]] = {}
+        for test in self.watches:
+            values[test] = value[name == test], count[name == test]
+        monitored = row.filter(pa.array(name == ROWS_SEEN))
+        labelled = row.filter(pa.array(name == LABELS_SEEN))
         try:
-            self._restore(
-                state, {test: (value[name == test], count[name == test]) for test in self.watches}
-            )
-            self._remember(
-                state,
-                *(
-                    read_column(path, table, "row", "int64").filter(pa.array(name == kind))
-                    for kind in KINDS
-                ),
-            )
+            self._restore(state, values)
+            self._remember(state, monitored, labelled)
         except ValueError as error:
             raise DataError(f"{path} is damaged: {error}. Begin a new monitor.") from error
         return self
@@ -374,6 +401,9 @@ class Monitor:
             >>> monitor.state().rows, monitor.state().unscored
             (3, 1)
         """
+        audited = (0, 0)
+        if self.audited is not None:
+            audited = (self.audited.n, self.audited.wrong)
         return State(
             fingerprint=self.fingerprint,
             rows=self.rows,
@@ -381,7 +411,7 @@ class Monitor:
             accepted=self.accepted,
             tests=tuple(self._tests()),
             wealth={name: Wealth.of(watch.martingale) for name, watch in self.watches.items()},
-            audited=(0, 0) if self.audited is None else (self.audited.n, self.audited.wrong),
+            audited=audited,
             remembered=(len(self.monitored), len(self.labelled)),
             counted={name: (rate.n, rate.wrong) for name, rate in self.rates.items()},
         )
@@ -391,46 +421,52 @@ class Monitor:
 
         A ValueError says what does not fit.
         """
+        self._require_tests(state)
         tests = {test.name: test for test in state.tests}
-        (n, wrong) = state.audited
-        levels = {test.name: test.level for test in self._tests()}
-        if tests.keys() != levels.keys() or state.wealth.keys() != self.watches.keys() or wrong > n:
-            raise ValueError(f"its tests are not {', '.join(levels)}")
-        if state.counted.keys() != self.rates.keys() or any(
-            k > m for m, k in state.counted.values()
-        ):
-            raise ValueError(f"its rates are not {', '.join(self.rates) or 'none'}")
-        if any(tests[name].level != level for name, level in levels.items()):
-            raise ValueError("its tests have other levels")
-        n_scored = state.rows - state.unscored
-        bets = {
-            name: n_scored if self.below == np.inf else kept.n if kept else 0
-            for name, kept in state.wealth.items()
-        }
-        self.watches = {
-            name: watch.resumed(tests[name], state.wealth[name], *values[name], bets[name])
-            for name, watch in self.watches.items()
-        }
+        watches: dict[TestName, Watch] = {}
+        for name, watch in self.watches.items():
+            wealth = state.wealth[name]
+            n_bets = state.rows - state.unscored
+            if self.below < np.inf:
+                n_bets = 0 if wealth is None else wealth.n
+            distinct, counts = values[name]
+            watches[name] = watch.resumed(tests[name], wealth, distinct, counts, n_bets)
+        self.watches = watches
         self.rows = state.rows
         self.unscored = state.unscored
         self.accepted = state.accepted
         for name, rate in self.rates.items():
-            seen, happened = state.counted[name]
-            self.rates[name] = replace(rate, n=seen, wrong=happened)
+            n_rows, n_happened = state.counted[name]
+            self.rates[name] = replace(rate, n=n_rows, wrong=n_happened)
             self.rate_tests[name] = tests[name]
         if self.audited is not None:
+            n, wrong = state.audited
             self.audited = replace(self.audited, n=n, wrong=wrong)
             self.audit_test = tests["audit"]
+
+    def _require_tests(self, state: State) -> None:
+        """Refuse a state of other tests, or of counts that cannot be, as ``_restore`` does."""
+        levels = {test.name: test.level for test in self._tests()}
+        levels_there = {test.name: test.level for test in state.tests}
+        n, wrong = state.audited
+        has_tests = levels_there.keys() == levels.keys()
+        has_wealth = state.wealth.keys() == self.watches.keys()
+        if not has_tests or not has_wealth or wrong > n:
+            raise ValueError(f"its tests are not {', '.join(levels)}")
+        too_many = any(n_happened > n_rows for n_rows, n_happened in state.counted.values())
+        if state.counted.keys() != self.rates.keys() or too_many:
+            raise ValueError(f"its rates are not {', '.join(self.rates) or 'none'}")
+        if levels_there != levels:
+            raise ValueError("its tests have other levels")
 
     def _remember(
         self, state: State, monitored: pa.ChunkedArray, labelled: pa.ChunkedArray
     ) -> None:
         """Take over which rows were taken in; a ValueError says what does not fit."""
-        for seen, rows, n in zip(
-            (self.monitored, self.labelled),
-            (monitored, labelled),
-            state.remembered,
-            strict=True,
+        n_monitored, n_labelled = state.remembered
+        for seen, rows, n in (
+            (self.monitored, monitored, n_monitored),
+            (self.labelled, labelled, n_labelled),
         ):
             seen.add(rows.drop_null().to_numpy())
             if len(rows) != n or len(seen) != n:
@@ -442,8 +478,10 @@ class Monitor:
         tests = self._tests()
         audited = None if self.audited is None else Audited.from_audit(self.audited)
         verdict, raised_at, reason, advice = conclude(tests, audited)
-        strangers = self.rates.get("outside")
-        stated = None if self.rule is None else self.rule.outside_share
+        ood_rate = self.rates.get("outside")
+        present = None
+        if ood_rate is not None and self.rule is not None and self.rule.outside_share is not None:
+            present = ood_in_words(ood_rate, self.rule.outside_share)
         return Status(
             verdict=verdict,
             raised_at=raised_at,
@@ -455,9 +493,7 @@ class Monitor:
             tests=tuple(tests),
             acceptance=self._acceptance(),
             audit=audited,
-            present=None
-            if strangers is None or stated is None
-            else strangers_in_words(strangers, stated),
+            present=present,
         )
 
     def _tests(self) -> list[Test]:
@@ -465,16 +501,23 @@ class Monitor:
         audit = () if self.audit_test is None else (self.audit_test,)
         return [*watched, *audit, *self.rate_tests.values()]
 
-    def _promise(self) -> float | None:
-        """The promised error rate; None where nothing is accepted, or a mean over calibrations is all that is promised.
+    def _limit(self) -> float | None:
+        """The guaranteed error rate.
 
-        Half of the thresholds of conformal risk control are above their target, so a rate above it
-        breaks no promise.
+        None where nothing is accepted, or where only a mean over calibrations is guaranteed.
         """
-        if self.rule is None or not self.rule.feasible or self.rule.method == "crc":
+        if self.rule is None or not self.rule.feasible:
             return None
-        promise = self.rule.risk_bound if self.rule.max_risk is None else self.rule.max_risk
-        return promise if promise is not None and 0 < promise < 1 else None
+        if self.rule.method == "crc":
+            # Half of the thresholds of conformal risk control are above their target by right, so
+            # a rate above it would be an alarm although the guarantee holds.
+            return None
+        limit = self.rule.max_risk
+        if limit is None:
+            limit = self.rule.risk_bound
+        if limit is None or not 0 < limit < 1:
+            return None
+        return limit
 
     def _accepted(self, outcomes: Outcomes, groups: Sequence[str] | None) -> NDArray[np.bool_]:
         """(N,) whether each answer is accepted; none without a rule."""
@@ -487,17 +530,17 @@ class Monitor:
     def _columns(self, outcomes: Outcomes, accepted: NDArray[np.bool_]) -> dict[TestName, Floats]:
         """What is watched: numbers of the rows that can be compared with the calibration's."""
         watched = self._watched(outcomes)
-        found: dict[TestName, Floats] = {"scores": outcomes.uncertainty[watched]}
+        columns: dict[TestName, Floats] = {"scores": outcomes.uncertainty[watched]}
         if self.rule is not None:
-            found["acceptance"] = (~accepted[watched]).astype(np.float64)
+            columns["acceptance"] = (~accepted[watched]).astype(np.float64)
         if self.calibration.class_names is not None and self.calibration.prediction is not None:
             if outcomes.prediction is None:
                 raise DataError(
                     "the calibration rows say what was answered, these scores do not. Score them "
                     "again."
                 )
-            found["answers"] = outcomes.prediction[watched].astype(np.float64)
-        return found
+            columns["answers"] = outcomes.prediction[watched].astype(np.float64)
+        return columns
 
     @property
     def _is_partial(self) -> bool:
@@ -519,23 +562,26 @@ class Monitor:
     ) -> None:
         if self.audited is None or self.audit_test is None:
             return
-        counts = accepted | (
-            "outside" in self.rates
-        )  # of a share of strangers every labelled row tells
+        counts = accepted
+        if "outside" in self.rates:
+            # of the share of out-of-distribution images every labelled row tells
+            counts = np.ones(len(outcomes), dtype=np.bool_)
         known = np.flatnonzero((outcomes.failure != UNKNOWN) & counts)
         hashes, new = self.labelled.new(outcomes.take(known), labels=True)
         if not new.all():
-            told = f"{np.count_nonzero(~new)} of {len(new)} labels were given before and are not counted again."
-            warnings.warn(told, stacklevel=3)
+            warnings.warn(
+                f"{np.count_nonzero(~new)} of {len(new)} labels were given before and are not "
+                "counted again.",
+                stacklevel=3,
+            )
         self.repeated += int(np.count_nonzero(~new))
         self.labelled.add(hashes)
         known = known[new]
         self._take_rate("outside", outcomes.outside[known], rows[known], judged)
         known = known[accepted[known]]
         wrong = outcomes.failure[known] == 1
-        self.audit_test = self.audit_test.after(
-            self.audited.path(wrong)[judged], rows[known][judged]
-        )
+        evidence = self.audited.path(wrong)
+        self.audit_test = self.audit_test.after(evidence[judged], rows[known][judged])
         self.audited = self.audited.more(wrong)
 
     def _take_rate(
@@ -545,21 +591,19 @@ class Monitor:
 
         The evidence is judged after some of them.
         """
-        if name in self.rates:
-            counts = happened.astype(np.int64)
-            self.rate_tests[name] = self.rate_tests[name].after(
-                self.rates[name].path(counts)[judged], rows[judged]
-            )
-            self.rates[name] = self.rates[name].more(counts)
+        if name not in self.rates:
+            return
+        counts = happened.astype(np.int64)
+        evidence = self.rates[name].path(counts)
+        self.rate_tests[name] = self.rate_tests[name].after(evidence[judged], rows[judged])
+        self.rates[name] = self.rates[name].more(counts)
 
     def _acceptance(self) -> Acceptance | None:
+        if self._coverage is None:
+            return None
         n = self.rows - self.unscored
         since = self.accepted / n if n else None
-        return (
-            None
-            if self._coverage is None
-            else Acceptance(calibration=self._coverage, since=since, n=n)
-        )
+        return Acceptance(calibration=self._coverage, since=since, n=n)
 
     def _fingerprint(self) -> str:
         """Of everything that decides what the same rows lead to."""
@@ -569,19 +613,17 @@ class Monitor:
                 content.update(column.tobytes())
         if not self.watches:
             content.update(self.calibration.uncertainty.tobytes())
-        if (
-            self.rule is not None and self.rule.reweighted
-        ):  # the rates depend on which rows are in which stratum
+        if self.rule is not None and self.rule.reweighted:
+            # the rates depend on which rows are in which stratum
             rows = self.calibration.take(self.calibration.evaluable)
-            content.update(
-                Strata(rows, self.rule.outside_share, self.rule.class_shares).stratum.tobytes()
-            )
+            strata = Strata(rows, self.rule.outside_share, self.rule.class_shares)
+            content.update(strata.stratum.tobytes())
         rule = None if self.rule is None else self.rule.model_dump(mode="json")
         return digest([content.hexdigest(), rule, self.false_alarm, self.seed, list(self.watches)])
 
 
 def _guaranteed(folder: Path) -> tuple[Calibration, Rule | LabelSets]:
-    """The calibration of a predictor, and what it promises; refused where that is nothing."""
+    """The calibration of a predictor, and what it guarantees; refused where that is nothing."""
     command = f"vilu calibrate {shlex.quote(str(folder))} STORE --max-risk 0.05"
     calibration = Calibration.find(folder)
     if calibration is None:
@@ -591,13 +633,14 @@ def _guaranteed(folder: Path) -> tuple[Calibration, Rule | LabelSets]:
     else:
         command = f"{command} --overwrite"
     raise InfeasibleError(
-        f"there is no guarantee to watch, because nothing was promised of {folder}: "
+        f"there is no guarantee to watch, because nothing is guaranteed of {folder}: "
         f"run `{command}` with labelled rows first."
     )
 
 
-KINDS = ("rows seen", "labels seen")
-"""Kinds of hashes in a state."""
+# kinds of hashes in a state
+ROWS_SEEN = "rows seen"
+LABELS_SEEN = "labels seen"
 
 
 def _read_state(path: str | Path) -> tuple[pa.Table, State]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Literal
 
 import numpy as np
@@ -20,13 +21,15 @@ MEANING = {
     "scores": "the uncertainties are no longer distributed as those of the calibration rows",
     "acceptance": "another share of the answers is accepted than of the calibration rows",
     "answers": "the model gives its answers in other proportions than on the calibration rows",
-    "audit": "more of the accepted answers are wrong than was promised",
-    "outside": "more of the pictures are of none of the classes than the promise was stated for",
+    "audit": "more of the accepted answers are wrong than was guaranteed",
+    "outside": (
+        "more of the pictures are of none of the classes than the guarantee was stated for"
+    ),
     "review": "more answers are left for review than the stated shares explain",
 }
 RECALIBRATE = (
-    "Do not rely on the promised risk for rows from there on. Collect labels of new rows, drawn at "
-    "random, and run `vilu calibrate` on them; then begin a new monitor."
+    "Do not rely on the guaranteed risk for rows from there on. Collect labels of new rows, drawn "
+    "at random, and run `vilu calibrate` on them; then begin a new monitor."
 )
 
 
@@ -37,7 +40,7 @@ class Test(Model):
 
     # "scores", "acceptance" and "answers" ask whether the rows are still like those of the
     # calibration, "audit" whether accepted answers are wrong too often, "outside" and "review"
-    # whether the present shares are those that a promise was stated for
+    # whether the present shares are those that a guarantee was stated for
     name: TestName
     level: float = Field(gt=0, lt=1)  # probability of a false alarm, ever
     log_wealth: float = 0.0  # evidence now; the alarm is at log(1/level)
@@ -49,15 +52,26 @@ class Test(Model):
         """With the evidence after each of some further rows (B,)."""
         if not len(log_wealth):
             return self
+        raised_at = self.raised_at
+        # The first crossing stays, whatever the wealth does later: Ville's inequality bounds the
+        # probability that it ever gets there, so an alarm needs no confirmation by later rows.
         reached = np.flatnonzero(log_wealth >= -math.log(self.level))
-        first = int(rows[reached[0]]) if len(reached) else None
+        if raised_at is None and len(reached):
+            raised_at = int(rows[reached[0]])
         return self.model_copy(
             update={
                 "log_wealth": float(log_wealth[-1]),
                 "peak": max(self.peak, float(log_wealth.max())),
-                "raised_at": first if self.raised_at is None else self.raised_at,
+                "raised_at": raised_at,
             }
         )
+
+    def __str__(self) -> str:
+        odds = f"odds {_odds(self.log_wealth)} against, at most {_odds(self.peak)}"
+        raised = ""
+        if self.raised_at is not None:
+            raised = f", alarm at row {self.raised_at:,}"
+        return f"{self.name:<10}  {odds}, alarm at {1 / self.level:,.0f}{raised}"
 
 
 class Acceptance(Model):
@@ -73,34 +87,39 @@ class Audited(Model):
 
     n: int  # audited accepted answers
     wrong: int  # how many of them are wrong
-    promise: float  # the largest error rate that was promised
+    guarantee: float  # the error rate that is guaranteed not to be exceeded
     # bound of the error rate from below, at all times together; ``confidence`` is of each bound
     lower: float
     upper: float  # the same from above
     confidence: float  # 1 - delta
     verdict: AuditVerdict  # "holds so far", "not enough audited answers" or "broken"
-    n_needed: (
-        int | None
-    )  # about how many more audited answers would tell; None where no number is known to
+    # about how many more audited answers would tell; None where no number is known to
+    n_needed: int | None
 
     @classmethod
     def from_audit(cls, audit: Audit) -> Audited:
         """The bounds in numbers."""
-        found = {
-            name: getattr(audit, name)
-            for name in ("n", "wrong", "promise", "lower", "upper", "verdict")
-        }
-        return cls(**found, confidence=1 - audit.delta, n_needed=audit.n_needed())
+        return cls(
+            n=audit.n,
+            wrong=audit.wrong,
+            guarantee=audit.limit,
+            lower=audit.lower,
+            upper=audit.upper,
+            confidence=1 - audit.delta,
+            verdict=audit.verdict,
+            n_needed=audit.n_needed(),
+        )
 
     def __str__(self) -> str:
-        found = f"{self.wrong} of {self.n} audited accepted answers are wrong"
-        ends = f"{percent(self.lower, 2, math.floor)} to {percent(self.upper)}"
-        bounds = (
-            f"rate {ends}, each bound with confidence {percent(self.confidence, 2, math.floor)}"
-        )
-        more = "" if not self.n_needed else f"; about {self.n_needed} more would tell"
+        lower = percent(self.lower, 2, math.floor)
+        confidence = percent(self.confidence, 2, math.floor)
+        bounds = f"rate {lower} to {percent(self.upper)}, each bound with confidence {confidence}"
+        more = ""
+        if self.n_needed:
+            more = f"; about {self.n_needed} more would tell"
         return (
-            f"{self.verdict}: {found} ({bounds}; promised: at most {percent(self.promise)}){more}"
+            f"{self.verdict}: {self.wrong} of {self.n} audited accepted answers are wrong "
+            f"({bounds}; guaranteed: at most {percent(self.guarantee)}){more}"
         )
 
 
@@ -108,9 +127,8 @@ class Status(Model):
     """The state of a guarantee after some rows."""
 
     verdict: Verdict  # "holds" (no alarm so far), "shifted: guarantee void", or "broken"
-    raised_at: (
-        int | None
-    )  # first row at which an alarm was raised, 0 = the first row monitored; None without
+    # first row at which an alarm was raised, 0 = the first row monitored; None without
+    raised_at: int | None
     reason: str  # why, in words
     advice: str  # what to do next
     rows: int  # rows monitored
@@ -119,10 +137,9 @@ class Status(Model):
     false_alarm: float
     tests: tuple[Test, ...]  # each with its share of that
     acceptance: Acceptance | None  # shares of accepted answers; None without a rule for single rows
-    audit: Audited | None  # what the labels say; None without a promise
-    present: str | None = (
-        None  # what they say of the share of strangers, in words; None where none was stated
-    )
+    audit: Audited | None  # what the labels say; None without a guarantee of single answers
+    # what they say of the share of out-of-distribution images; None where none was stated
+    present: str | None = None
 
     @property
     def alarm(self) -> bool:
@@ -132,19 +149,15 @@ class Status(Model):
     def __str__(self) -> str:
         since = "" if self.raised_at is None else f" (since row {self.raised_at:,})"
         lines = [f"{self.verdict}{since}: {self.reason}"]
-        unscored = (
-            f", {self.unscored:,} of them without an uncertainty and left out"
-            if self.unscored
-            else ""
-        )
+        unscored = ""
+        if self.unscored:
+            unscored = f", {self.unscored:,} of them without an uncertainty and left out"
         lines.append(f"{self.rows:,} rows monitored{unscored}")
-        for test in self.tests:
-            raised = "" if test.raised_at is None else f", alarm at row {test.raised_at:,}"
-            odds = f"odds {_odds(test.log_wealth)} against, at most {_odds(test.peak)}, alarm at {1 / test.level:,.0f}"
-            lines.append(f"  {test.name:<10}  {odds}{raised}")
-        if self.acceptance is not None and self.acceptance.since is not None:
-            shares = f"{self.acceptance.since:.1%} of {self.acceptance.n:,}, {self.acceptance.calibration:.1%} before"
-            lines.append(f"accepted: {shares}")
+        lines += [f"  {test}" for test in self.tests]
+        accepted = self.acceptance
+        if accepted is not None and accepted.since is not None:
+            before = f"{accepted.calibration:.1%} before"
+            lines.append(f"accepted: {accepted.since:.1%} of {accepted.n:,}, {before}")
         if self.audit is not None:
             lines.append(f"audit: {self.audit}")
         if self.present is not None:
@@ -154,39 +167,35 @@ class Status(Model):
 
 def _odds(log_wealth: float) -> str:
     """Wealth as a number that can be read."""
-    return (
-        f"{math.exp(log_wealth):,.3g}"
-        if log_wealth < math.log(1e6)
-        else f"1e{log_wealth / math.log(10):.0f}"
-    )
+    if log_wealth < math.log(1e6):
+        return f"{math.exp(log_wealth):,.3g}"
+    return f"1e{log_wealth / math.log(10):.0f}"
 
 
 def conclude(tests: Sequence[Test], audit: Audited | None) -> tuple[Verdict, int | None, str, str]:
     """Verdict, row, reason and advice that follow from the tests."""
-    raised = sorted((t for t in tests if t.raised_at is not None), key=lambda t: t.raised_at or 0)
-    if raised:
-        broken = any(test.name == "audit" for test in raised)
-        reason = "; ".join(f"{MEANING[test.name]} (row {test.raised_at:,})" for test in raised)
-        return (
-            "broken" if broken else "shifted: guarantee void",
-            raised[0].raised_at,
-            reason,
-            RECALIBRATE,
-        )
+    alarms = []
+    for test in tests:
+        if test.raised_at is not None:
+            alarms.append((test.raised_at, test.name))
+    alarms.sort(key=itemgetter(0))
+    if alarms:
+        first, _ = alarms[0]
+        is_broken = any(name == "audit" for _, name in alarms)
+        verdict: Verdict = "broken" if is_broken else "shifted: guarantee void"
+        reason = "; ".join(f"{MEANING[name]} (row {row:,})" for row, name in alarms)
+        return verdict, first, reason, RECALIBRATE
     if audit is None:
         return "holds", None, "no sign of a shift", "Nothing to do; go on monitoring."
     if audit.verdict == "holds so far":
-        return (
-            "holds",
-            None,
-            "no sign of a shift, and the audited answers keep the promise",
-            "Go on monitoring.",
-        )
-    more = "some" if audit.n_needed is None else f"about {audit.n_needed} more"
-    advice = f"Go on monitoring; to see the promise itself, label {more} accepted answers, drawn at random."
-    return (
-        "holds",
-        None,
-        "no sign of a shift; too few answers are audited to see the promise itself",
-        advice,
+        reason = "no sign of a shift, and the audited answers keep the guarantee"
+        return "holds", None, reason, "Go on monitoring."
+    more = "some"
+    if audit.n_needed is not None:
+        more = f"about {audit.n_needed} more"
+    reason = "no sign of a shift; too few answers are audited to see the guarantee itself"
+    advice = (
+        f"Go on monitoring; to see the guarantee itself, label {more} accepted answers, drawn at "
+        "random."
     )
+    return "holds", None, reason, advice

@@ -1,4 +1,4 @@
-"""What a monitor keeps between rows: its tests with their evidence, and the document of all of it."""
+"""What a monitor keeps between rows: its tests with their evidence, and a document of them."""
 
 from __future__ import annotations
 
@@ -36,29 +36,28 @@ class Watch:
     def update(self, values: Floats, rows: Ints, seed: int) -> None:
         """Take in the next values (B,), which are of these rows of the stream."""
         generator = np.random.PCG64([seed, list(PARTS).index(self.test.name)])
-        generator.advance(
-            self.martingale.n
-        )  # one draw a value: batches of any size see the same numbers
+        # One draw a value, wherever a batch begins: else a user who feeds smaller batches would get
+        # other evidence, and could look for the division that suits.
+        generator.advance(self.martingale.n)
         uniform = np.random.Generator(generator).random(len(values))
-        self.test = self.test.after(
-            self.martingale.update(self.reference.p_values(values, uniform)), rows
-        )
+        p = self.reference.p_values(values, uniform)
+        self.test = self.test.after(self.martingale.update(p), rows)
 
     def resumed(
         self, test: Test, wealth: Wealth | None, values: Floats, counts: Ints, n: int
     ) -> Watch:
         """The same after n rows."""
-        found = Watch(
-            test,
-            Reference.of(values, counts),
-            Martingale() if wealth is None else wealth.martingale(),
-        )
+        martingale = Martingale()
+        if wealth is not None:
+            martingale = wealth.martingale()
+        reference = Reference.of(values, counts)
         expected = self.reference.n + n
-        if not np.isfinite(values).all() or (counts < 1).any() or found.reference.n != expected:
+        are_counted = bool(np.isfinite(values).all() and (counts >= 1).all())
+        if not are_counted or reference.n != expected:
             raise ValueError(f"{test.name} must hold {expected} numbers")
-        if found.martingale.n != n:
-            raise ValueError(f"{test.name} has bet on {found.martingale.n} rows")
-        return found
+        if martingale.n != n:
+            raise ValueError(f"{test.name} has bet on {martingale.n} rows")
+        return Watch(test, reference, martingale)
 
 
 Count = Annotated[int, Field(ge=0)]
@@ -75,26 +74,26 @@ class Wealth(Model):
 
     @classmethod
     def of(cls, martingale: Martingale) -> Wealth | None:
-        """What there is to keep of it."""
+        """The numbers of a martingale; None before its first row."""
         if not martingale.n:
             return None
-        sums = {"growth": martingale.growth.tolist(), "started": martingale.started.tolist()}
-        return cls.model_validate(
-            {"n": martingale.n, **sums, "counts": [n.tolist() for n in martingale.counts]}
+        return cls(
+            n=martingale.n,
+            growth=tuple(martingale.growth.tolist()),
+            started=tuple(martingale.started.tolist()),
+            counts=tuple(tuple(cells.tolist()) for cells in martingale.counts),
         )
 
     def martingale(self) -> Martingale:
-        """What was kept."""
-        return Martingale(
-            self.n,
-            np.array(self.growth),
-            np.array(self.started),
-            [np.array(one) for one in self.counts],
-        )
+        """The martingale that it was made of."""
+        counts = [np.array(cells) for cells in self.counts]
+        return Martingale(self.n, np.array(self.growth), np.array(self.started), counts)
 
     @model_validator(mode="after")
     def _check_cells(self) -> Self:
-        if [len(cells) for cells in self.counts] != [cells for cells, _ in HISTOGRAMS]:
+        sizes = [len(cells) for cells in self.counts]
+        expected = [n_cells for n_cells, _ in HISTOGRAMS]
+        if sizes != expected:
             raise ValueError("the histograms have other cells")
         return self
 
