@@ -51,7 +51,7 @@ test-faults: .venv/.dev
 	seed=$${SEED:-$$(od -An -N3 -tu4 /dev/urandom | tr -d ' ')}; echo "SEED=$$seed"; \
 		SEED=$$seed TRIALS=$(TRIALS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s -rs tests/faults $(ARGS)
 
-# Proofs that take more than ten seconds each: every study in miniature, killed and distributed fits, promises simulated.
+# Proofs that take more than ten seconds each: every study in miniature, killed and distributed fits, guarantees simulated.
 test-slow: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m slow $(ARGS)
 

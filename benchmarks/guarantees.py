@@ -1,12 +1,12 @@
-"""Whether promised risks hold on real scores.
+"""Whether guaranteed risks hold on real scores.
 
     python -m benchmarks.guarantees SCORES.parquet ...
 
 The rows of each file (of `vilu score`, with labels; rows that the predictor has not seen) are split
-200 times at random into calibration and test rows. A promise is about the risk of all answers that
-the threshold accepts. No file holds all answers, so the file as a whole stands for them ("broken":
-its risk at the threshold is above the target), and beside it stands what a user would see on the
-test rows alone, whose error rate has noise of its own ("seen above").
+200 times at random into calibration and test rows. A guarantee is about the risk of all answers
+that the threshold accepts. No file holds all answers, so the file as a whole stands for them
+("broken": its risk at the threshold is above the target), and beside it stands what a user would
+see on the test rows alone, whose error rate has noise of its own ("seen above").
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _risk(accepted: NDArray[np.bool_], failure: Ints, joint: bool) -> float:
 
 def main() -> None:
     """Print one line per file, method and size."""
-    parser = argparse.ArgumentParser(description="Whether promised risks hold on real scores.")
+    parser = argparse.ArgumentParser(description="Whether guaranteed risks hold on real scores.")
     parser.add_argument("scores", nargs="+", type=Path)
     parser.add_argument("--max-risk", type=float, default=0.05)
     parser.add_argument(

@@ -3,14 +3,14 @@
 Of every store, whose labels are hidden until they are asked for: the share of all rows that are
 accepted at a certified risk of 5 % (confidence 95 %), against the number of labels, for
 
-- ``next``: what ``vilu triage`` asks for, round after round, with its promise, which is looked at
+- ``next``: what ``vilu triage`` asks for, round after round, with its guarantee, which is looked at
   in every round;
-- ``random``: the same command and promise, given as many labels of photos picked at random, round
+- ``random``: the same command and guarantee, given as many labels of photos picked at random, round
   after round;
 - ``random, one look``: as many labels at random, half to fit ``vilu_plus`` on, half for evidence of
   the same kind with the whole level, afresh at every size: what would hold if nobody had looked
   before;
-- ``uncertain, one look``: half at random for the promise; of the other half, to fit on, a half at
+- ``uncertain, one look``: half at random for the guarantee; of the other half, to fit on, a half at
   random and the rows that a predictor fitted on these trusts least;
 - ``random, exact``: as ``random, one look``, with the exact test of ``vilu calibrate``.
 
@@ -22,7 +22,7 @@ these:
   hash picks one;
 - ``progressive``: fitted on the first half, and anew after each of four blocks of the second, of
   which the predictor before it has to say beforehand which answers it accepts (those with a mean
-  probability of failure of at most a share of the risk); what is promised is promised of the
+  probability of failure of at most a share of the risk); what is guaranteed is guaranteed of the
   mixture of the four (docs/triage.md).
 
 One line per store, arm, seed and number of labels: coverage, and the error rate of the accepted

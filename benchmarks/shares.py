@@ -1,20 +1,20 @@
-"""Whether promises hold where some pictures are of none of the classes.
+"""Whether guarantees hold where some pictures are of none of the classes.
 
     python -m benchmarks.shares [ARRAYS]
 
 Calibrations of 2,000 rows at a risk of 5 % and a confidence of 95 %, drawn from worlds whose risk
 is known: simulated, and with ARRAYS (a folder of .npz files with image, text, target) from pots of
-real scores, with replacement. Per world and share of strangers: what the best threshold accepts,
-then mean coverage as a share of that and how often the promise is broken
+real scores, with replacement. Per world and share of out-of-distribution rows: what the best
+threshold accepts, then mean coverage as a share of that and how often the guarantee is broken
 
 - with calibration rows that have this share (plain ``ltt``),
-- with a fifth of strangers among them, and the share stated (``--outside-share``),
-- without any stranger among them, as a warning.
+- with a fifth of out-of-distribution rows among them, and the share stated (``--outside-share``),
+- without any out-of-distribution row among them, as a warning.
 
 And a world at the edge, whose error rate is just above 5 % everywhere, so that every certificate is
-a broken promise; and with ``--compare ltt bonferroni_holm ...`` the worlds without strangers,
-among them one of confident mistakes, by our procedures and by those of MAPIE (``pip install
-mapie``).
+a broken guarantee; and with ``--compare ltt bonferroni_holm ...`` the worlds without
+out-of-distribution rows, among them one of confident mistakes, by our procedures and by those of
+MAPIE (``pip install mapie``).
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ SHARES = (0.0, 0.1, 0.3, 0.5)
 
 @dataclass
 class Pot:
-    """A large pot of rows within the classes, and one of strangers: together the population."""
+    """A large pot of rows within the classes, and one of out-of-distribution ones."""
 
     u: Floats
     wrong: Ints
-    strangers: Floats
+    ood_rows: Floats
 
     def __post_init__(self) -> None:
         order = np.argsort(self.u)
-        self.u, self.wrong, self.strangers = (
+        self.u, self.wrong, self.ood_rows = (
             self.u[order],
             self.wrong[order],
-            np.sort(self.strangers),
+            np.sort(self.ood_rows),
         )
         self.wrong_below = np.concatenate([[0], np.cumsum(self.wrong)])
 
@@ -59,14 +59,14 @@ class Pot:
         """Accepted, and accepted and wrong, up to thresholds, as shares of all rows."""
         below = np.searchsorted(self.u, t, side="right")
         foreign = (
-            share * np.searchsorted(self.strangers, t, side="right") / max(len(self.strangers), 1)
+            share * np.searchsorted(self.ood_rows, t, side="right") / max(len(self.ood_rows), 1)
         )
         inside = (1 - share) / len(self.u)
         return foreign + inside * below, foreign + inside * self.wrong_below[below]
 
     def best(self, share: float) -> float:
         """What the laxest threshold with the risk accepts."""
-        accepted, wrong = self.rates(np.unique(np.r_[self.u, self.strangers]), share)
+        accepted, wrong = self.rates(np.unique(np.r_[self.u, self.ood_rows]), share)
         return float(accepted[wrong <= RISK * accepted].max(initial=0.0))
 
     def of(self, rule: Rule, share: float) -> tuple[float, float]:
@@ -76,16 +76,16 @@ class Pot:
         return coverage, float(wrong[1] - wrong[0]) / coverage if coverage else 0.0
 
     def draw(self, rng: np.random.Generator, share: float) -> Outcomes:
-        """Calibration rows, with replacement; how many are strangers is random, too."""
+        """Calibration rows, with replacement; how many are out of distribution is random."""
         n = int(rng.binomial(ROWS, share))
         rows = rng.integers(len(self.u), size=ROWS - n)
-        u = np.r_[self.u[rows], rng.choice(self.strangers, n)]
+        u = np.r_[self.u[rows], rng.choice(self.ood_rows, n)]
         outside = np.arange(ROWS) >= ROWS - n
         return Outcomes(u, np.r_[self.wrong[rows], np.ones(n, int)], outside=outside)
 
 
 def simulated(rng: np.random.Generator, n: int = 400_000) -> dict[str, Pot]:
-    """A predictor that tells strangers well, one that does not, and the edge."""
+    """A predictor that tells out-of-distribution rows well, one that does not, and the edge."""
     u = rng.beta(0.5, 2, n)
     f = (rng.random(n) < 0.9 * u**2).astype(int)
     return {
@@ -129,7 +129,7 @@ def real(folder: Path, inside: str, outside: str, *, joint: bool) -> Pot:
 def replay(
     pot: Pot, share: float, drawn: float, stated: float | None, draws: int, seed: int
 ) -> tuple[float, float]:
-    """Mean coverage, and share of broken promises."""
+    """Mean coverage, and share of broken guarantees."""
     rng, coverage, broken = np.random.default_rng([seed, int(100 * share)]), 0.0, 0
     for _ in range(draws):
         rule = vilu.calibrate(
@@ -141,7 +141,7 @@ def replay(
 
 
 def line(name: str, pot: Pot, share: float, draws: int, seed: int) -> str:
-    """One world at one share: n calibrations, and the 95 % bound of the broken promises."""
+    """One world at one share: n calibrations, and the 95 % bound of the broken guarantees."""
     best = pot.best(share)
     cells = [f"{name} | {share:.0%} | {best:.1%}"]
     ways = (
@@ -195,7 +195,7 @@ def certified(method: str, u: Floats, f: Ints) -> tuple[float, float] | None:
 
 
 def compare(draws: int, method: str) -> None:
-    """Print mean coverage and broken promises in every world of ``RATES``, at 5 % and delta 0.1."""
+    """Print coverage and broken guarantees in every world of ``RATES``, at 5 % and delta 0.1."""
     grid = (np.arange(1_000_000) + 0.5) / 1_000_000
     for name, rate in RATES.items():
         sums = np.concatenate([[0.0], np.cumsum(rate(grid))]) / len(grid)
@@ -225,12 +225,14 @@ def compare(draws: int, method: str) -> None:
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(
-        description="Whether promises hold where some pictures are strangers."
+        description="Whether guarantees hold where some pictures are out-of-distribution rows."
     )
     parser.add_argument("arrays", nargs="?", type=Path)
     parser.add_argument("--draws", type=int, default=2000)
     parser.add_argument(
-        "--compare", nargs="+", help="only the worlds without strangers, with these procedures"
+        "--compare",
+        nargs="+",
+        help="only the worlds without out-of-distribution rows, with these procedures",
     )
     options = parser.parse_args()
     if options.compare:
@@ -246,9 +248,9 @@ def main() -> None:
         for inside, outside in (("caltech66", "proto_dtd"), ("food9", "caltech66")):
             for joint in (False, True):
                 pot = real(options.arrays, inside, outside, joint=joint)
-                worlds[f"{inside}, {'joint pool' if joint else 'mcm'}, strangers of {outside}"] = (
-                    lambda _, pot=pot: pot  # type: ignore[misc]
-                )
+                score = "joint pool" if joint else "mcm"
+                name = f"{inside}, {score}, out-of-distribution rows of {outside}"
+                worlds[name] = lambda _, pot=pot: pot  # type: ignore[misc]
     for seed, (name, world) in enumerate(worlds.items()):
         for share in (0.0, 0.01, 0.03) if name == "edge" else SHARES:
             print(line(name, world(share), share, options.draws, seed), flush=True)

@@ -1,4 +1,4 @@
-"""Do promises hold when calibration rows are copies? ``python -m benchmarks.units [SET.npz ...]``.
+"""Do guarantees hold on copies? ``python -m benchmarks.units [SET.npz ...]``.
 
 Copies of one another: 40 rows ten times over are 40 answers. Four hundred rows are drawn from a
 made-up world, alone or as copies, equal or with noise; 200 draws each. Copies of fitted rows: a
@@ -74,7 +74,7 @@ class World:
 
 
 def verdict(rule: object, everything: Outcomes) -> str:
-    """What became of a promise."""
+    """What became of a guarantee."""
     accepted = rule.accept(everything.uncertainty)  # type: ignore[attr-defined]
     if not accepted.any():
         return NOTHING
@@ -159,7 +159,7 @@ def copies_of_fitted_rows(seed: int, draws: int) -> Iterator[str]:
 
 
 def line(name: str, verdicts: list[str]) -> str:
-    """How often a promise was broken, with its interval, and how often there was none."""
+    """How often a guarantee was broken, with its interval, and how often there was none."""
     n, broken = len(verdicts), verdicts.count("broken")
     low, high = lower_bound(broken, n, 0.025), upper_bound(broken, n, 0.025)
     return (
@@ -204,7 +204,7 @@ def halves(path: Path, seed: int) -> str:
 
 def main() -> None:
     """Print the tables."""
-    parser = argparse.ArgumentParser(description="Whether promises hold on copies.")
+    parser = argparse.ArgumentParser(description="Whether guarantees hold on copies.")
     parser.add_argument("sets", nargs="*", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--draws", type=int, default=DRAWS)

@@ -1,9 +1,9 @@
-"""The camera has changed: does what was promised still hold, and what do I do?
+"""The camera has changed: does what was guaranteed still hold, and what do I do?
 
 Shows `vilu.Monitor`: it says nothing while new images are like those of the calibration, raises an
 alarm without any label when they no longer are, and after it labels of a few hundred new images
-give a promise that holds again. The embeddings are simulated: half of the images were blurred, now
-nine in ten are.
+give a guarantee that holds again. The embeddings are simulated: half of the images were blurred,
+now nine in ten are.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main() -> None:
     predictor = vilu.ViLUPlus(seed=0).fit(rows(600, seed=10))
     calibration = vilu.score(predictor, rows(1_000, seed=11))
     rule = vilu.calibrate(calibration, max_risk=0.05)
-    print(f"promised: {rule}")
+    print(f"guaranteed: {rule}")
 
     monitor = vilu.Monitor(calibration, rule)
     quiet = monitor.update(vilu.score(predictor, rows(800, seed=12, labelled=False)))
@@ -42,9 +42,9 @@ def main() -> None:
     # new fit is needed.
     after = vilu.score(predictor, rows(1_500, seed=14, blurred=0.9))
     renewed = vilu.calibrate(after, max_risk=0.05)
-    print(f"promised anew: {renewed}")
+    print(f"guaranteed anew: {renewed}")
     assert renewed.feasible
-    assert renewed.coverage < rule.coverage - 0.2  # the same promise now costs more abstentions
+    assert renewed.coverage < rule.coverage - 0.2  # the same guarantee now costs more abstentions
 
     later = vilu.score(predictor, rows(2_000, seed=15, blurred=0.9))
     wrong = later.failure[renewed.accept(later.uncertainty)].mean()

@@ -1,7 +1,7 @@
 """I can label forty images today: which ones?
 
 Shows `vilu next`: half of what it asks for teaches, images that are doubtful and different from one
-another; the other half, a random draw of what could be accepted, vouches for a promise. And shows
+another; the other half, a random draw of what could be accepted, vouches for a guarantee. And shows
 why the two may not be mixed. The embeddings are simulated.
 """
 
@@ -42,7 +42,7 @@ def main() -> None:
 
     rows = {
         stream: [int(row["path"]) for row in asked if row["stream"] == stream]
-        for stream in ("fit", "promise")
+        for stream in ("fit", "calibration")
     }
     for stream, numbers in rows.items():
         print(
@@ -57,7 +57,7 @@ def main() -> None:
     # high, so it vouches for nothing. What vouches is drawn from what could be accepted, where
     # errors are rare.
     assert wrong[rows["fit"]].mean() > wrong.mean() + 0.1
-    assert wrong[rows["promise"]].mean() < wrong.mean()
+    assert wrong[rows["calibration"]].mean() < wrong.mean()
 
 
 if __name__ == "__main__":

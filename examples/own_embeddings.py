@@ -19,7 +19,7 @@ def main() -> Figure:
     train, held_out, new = slice(0, 600), slice(600, 1400), slice(1400, None)
     scale = 20.0  # what your model multiplies cosines with: 100 for CLIP
 
-    # Three parts, for each label can serve only once: to learn from, to promise with, to check.
+    # Three parts, for each label can serve only once: to learn from, to guarantee with, to check.
     predictor = vilu.ViLUPlus(seed=0).fit(vilu.Embeddings(image[train], text, label[train], scale))
     calibration = vilu.Embeddings(image[held_out], text, label[held_out], scale)
     predictor.calibrate(calibration)

@@ -1,6 +1,6 @@
-"""Other programs ask for decisions: how do I run a service, and is its promise in the answers?
+"""Other programs ask for decisions: how do I run a service, and is its guarantee in the answers?
 
-Shows `vilu serve`: it gets photos over HTTP, answers with decisions and the state of the promise,
+Shows `vilu serve`: it gets photos over HTTP, answers with decisions and the state of the guarantee,
 and takes labels for its audit later. The client needs the standard library alone. Real photos of
 clothes, named by vilu's small model.
 """
@@ -24,7 +24,7 @@ VILU = [sys.executable, "-m", "vilu.cli"]
 
 
 def command(home: Path) -> list[str]:
-    """What serves a predictor with a promise, which is made here."""
+    """What serves a predictor with a guarantee, which is made here."""
     backbone = vilu.load_backbone(SMALL_MODEL)
     for split, skip in (("train", 0), ("calibration", 120)):
         photos_on_disk(home / split, 120, skip=skip, in_class_folders=True)
@@ -33,8 +33,8 @@ def command(home: Path) -> list[str]:
     vilu.PREDICTORS["class_gaussians"]().fit(vilu.EmbeddingStore(home / "train.store")).save(
         home / "predictor"
     )
-    promise = ["calibrate", "predictor", "calibration.store", "--max-risk", "0.4"]
-    subprocess.run([*VILU, *promise], cwd=home, check=True, capture_output=True)
+    guarantee = ["calibrate", "predictor", "calibration.store", "--max-risk", "0.4"]
+    subprocess.run([*VILU, *guarantee], cwd=home, check=True, capture_output=True)
     return [*VILU, "serve", str(home / "predictor"), "--port", "0"]
 
 
@@ -84,14 +84,14 @@ def main() -> None:
             assert service.wait(60) == 143
     for answer in [*answers[:2], bad]:
         print(
-            f"{answer['label']}: {answer['decision']}, {answer['reason'] or 'within the promise'}"
+            f"{answer['label']}: {answer['decision']}, {answer['reason'] or 'within the guarantee'}"
         )
     accepted = sum(answer["decision"] == "accept" for answer in answers)
-    print(f"promise {said['promise']}: {accepted} of {len(answers)} answers are accepted")
+    print(f"guarantee {said['guarantee']}: {accepted} of {len(answers)} answers are accepted")
     print(
         f"{audited['new']} labels were taken in; the monitor says: {monitor['status']['verdict']}"
     )
-    assert said["promise"] == monitor["status"]["verdict"] == "holds"
+    assert said["guarantee"] == monitor["status"]["verdict"] == "holds"
     assert 0 < accepted < len(answers) == audited["new"]
     assert (bad["label"], bad["decision"]) == (None, "review")
 

@@ -1,9 +1,9 @@
 """I have a folder of photos and a model that names them: which of its answers can I trust?
 
-Shows `vilu triage`, which learns from a folder and its labels whom to trust and promises how often
-it errs, and `vilu.Guard`, which decides about photos that come later. Real photos of clothes, named
-by the small model that comes with vilu, which is wrong about six in ten of them; so a promise of 35
-% is asked for here. 5 % takes more photos.
+Shows `vilu triage`, which learns from a folder and its labels whom to trust and guarantees how
+often it errs, and `vilu.Guard`, which decides about photos that come later. Real photos of clothes,
+named by the small model that comes with vilu, which is wrong about six in ten of them; so a
+guarantee of 35 % is asked for here. 5 % takes more photos.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main() -> Figure:
         figure = drawn([home / "later" / path for path in truth], answers)
 
     for one in answers[:3]:
-        reason = one.reason or "within the promise"
+        reason = one.reason or "within the guarantee"
         print(f"{one.label}, wrong with {one.failure_probability:.0%}: {one.decision}, {reason}")
     right = [answer.label == name for answer, name in zip(answers, truth.values(), strict=True)]
     accepted = [

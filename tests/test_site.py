@@ -26,7 +26,7 @@ PAGES = [
     "start/",
     "results/",
     "examples/",
-    "examples/promise/",
+    "examples/guarantee/",
     "commands/triage/",
     "python/decision/",
     "python/methods/",

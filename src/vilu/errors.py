@@ -48,7 +48,7 @@ class DataError(ViLUError, ValueError):
 
 
 class InfeasibleError(ViLUError):
-    """A promise that these calibration rows cannot support, or that nobody has made.
+    """A guarantee that these calibration rows cannot support, or that nobody has made.
 
     The message says how many rows would be needed, or how it is made.
     """

@@ -150,7 +150,13 @@ def test_a_book_of_labels_stays_readable() -> None:
         book = LabelBook.load(DATA / f"labels-0.1.0-{name}.parquet")
         assert book.labels == {"a.jpg": "dress", "b.jpg": "hat"}
         assert [entry.path for entry in book.waiting()] == ["caf\\xe9.jpg", "c.jpg"]
-        assert [entry.stream for entry in book] == ["fit", "fit", "promise", "promise", "given"]
+        assert [entry.stream for entry in book] == [
+            "fit",
+            "fit",
+            "calibration",
+            "calibration",
+            "given",
+        ]
         assert book.entries["a.jpg"].picture == picture
         assert book.entries["b.jpg"].probability == 0.25
 

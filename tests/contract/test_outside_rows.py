@@ -37,7 +37,7 @@ def left_out_aloud() -> Iterator[None]:
         yield
 
 
-def strangers(data: Embeddings, seed: int, target: int = OUTSIDE) -> Embeddings:
+def ood_rows(data: Embeddings, seed: int, target: int = OUTSIDE) -> Embeddings:
     """The data, and after them sharp pictures of something else:
     away from every text, in one direction.
     """
@@ -54,7 +54,7 @@ def strangers(data: Embeddings, seed: int, target: int = OUTSIDE) -> Embeddings:
         data,
         image=torch.cat([data.image, image]),
         target=torch.cat([data.target, torch.full((N_OUTSIDE,), target)]),
-        ids=[*data.ids, *(f"stranger-{seed}-{i}" for i in range(N_OUTSIDE))],
+        ids=[*data.ids, *(f"ood-{seed}-{i}" for i in range(N_OUTSIDE))],
         columns=columns,
         class_names=data.class_names,
     )
@@ -62,7 +62,7 @@ def strangers(data: Embeddings, seed: int, target: int = OUTSIDE) -> Embeddings:
 
 @pytest.fixture(scope="module")
 def more_train(train: Embeddings) -> Embeddings:
-    return strangers(train, 1)
+    return ood_rows(train, 1)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def validation() -> Embeddings:
 
 
 def assert_same_state(one: vilu.FailurePredictor, other: vilu.FailurePredictor) -> None:
-    """But for what is learned of strangers themselves."""
+    """But for what is learned of out-of-distribution rows themselves."""
     a, b = (
         {k: v for k, v in p.state().items() if not k.startswith("outside.")} for p in (one, other)
     )
@@ -84,8 +84,8 @@ def assert_same_state(one: vilu.FailurePredictor, other: vilu.FailurePredictor) 
 def test_scores_are_finite(
     name: str, more_train: Embeddings, validation: Embeddings, test: Embeddings
 ) -> None:
-    predictor = make(name).fit(more_train, strangers(validation, 2))
-    assert np.isfinite(predictor.predict_uncertainty(strangers(test, 3))).all()
+    predictor = make(name).fit(more_train, ood_rows(validation, 2))
+    assert np.isfinite(predictor.predict_uncertainty(ood_rows(test, 3))).all()
 
 
 @pytest.mark.parametrize("name", OF_CLASSES)
@@ -95,7 +95,7 @@ def test_what_learns_classes_learns_the_same_without(
     with pytest.warns(
         UserWarning, match=f"{N_OUTSIDE} of 660 training rows .* {N_OUTSIDE} of none of the classes"
     ):
-        with_them = make(name).fit(more_train, strangers(validation, 2))
+        with_them = make(name).fit(more_train, ood_rows(validation, 2))
     assert_same_state(with_them, make(name).fit(train, validation))
     assert with_them.notes_["n_train"] == len(train)
 
@@ -104,7 +104,7 @@ def test_what_learns_classes_learns_the_same_without(
 def test_what_learns_failures_learns_that_they_are_wrong(
     name: str, train: Embeddings, more_train: Embeddings, test: Embeddings
 ) -> None:
-    held_out = strangers(test, 3)
+    held_out = ood_rows(test, 3)
     enough = {"epochs": 12} if "epochs" in parameters(PREDICTORS[name]) else {}
     taught, other = make(name, **enough).fit(more_train), make(name, **enough).fit(train)
     assert taught.notes_["n_train"] == len(train) + N_OUTSIDE
@@ -129,7 +129,7 @@ def test_a_training_set_of_nothing_else_is_refused(name: str, more_train: Embedd
 
 @pytest.mark.parametrize("name", [name for name in FITTED if name not in LABELLED])
 def test_what_needs_no_label_does_not_look_at_this_one(name: str, train: Embeddings) -> None:
-    assert_same_state(*(make(name).fit(strangers(train, 1, target)) for target in (OUTSIDE, -1)))
+    assert_same_state(*(make(name).fit(ood_rows(train, 1, target)) for target in (OUTSIDE, -1)))
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ from vilu_bench.studies.study import render_studies, run_studies
 FINE = {0, 8}
 """Exit codes of commands that have done what they were asked:
 
-8 is the answer "the promise is void".
+8 is the answer "the guarantee is void".
 """
 UNSAID = {".lock", "log.jsonl", "README.md", "times.txt"}
 """Files that hold no number that is read again:

@@ -221,7 +221,7 @@ def test_validation_store_and_zero_shot_methods(work: Path) -> None:
 
 def test_a_fit_on_images_without_labels(work: Path) -> None:
     """From a folder of photos that says nothing of them, to probabilities,
-    a promise and reasons.
+    a guarantee and reasons.
     """
     photos = work / "unsorted"
     photos.mkdir()

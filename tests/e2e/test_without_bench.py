@@ -77,7 +77,7 @@ def test_photos_to_a_service(tmp_path: Path, without_bench: dict[str, str]) -> N
     assert "holds" in (folder / "monitor.txt").read_text()
     assert (folder / "page.html").is_file()
     reply = json.loads((folder / "answers.json").read_text())
-    assert reply["promise"] == "holds"
+    assert reply["guarantee"] == "holds"
     (answer,) = reply["answers"]
     assert answer["label"] in (folder / "demo/classes.txt").read_text().split()
     assert answer["decision"] in {"accept", "review"}

@@ -13,26 +13,26 @@ from vilu.errors import DataError
 from vilu.predictors.nn.losses import LOSSES, FailureWeight
 
 
-def strangers() -> vilu.Embeddings:
+def ood_rows() -> vilu.Embeddings:
     """Four rows of two classes: right, wrong, of none, unknown."""
     return vilu.Embeddings(np.eye(3)[[0, 0, 2, 1]], np.eye(3)[:2], [0, 1, vilu.OUTSIDE, -1])
 
 
 def test_the_number_stays_at_the_boundary() -> None:
-    data = strangers()
+    data = ood_rows()
     assert data.target.tolist() == [0, 1, -1, -1]
     assert data.outside.tolist() == [False, False, True, False]
 
 
-def test_any_answer_to_a_stranger_is_wrong() -> None:
-    (batch,) = strangers().batches(8)
+def test_any_answer_to_an_ood_row_is_wrong() -> None:
+    (batch,) = ood_rows().batches(8)
     assert batch.failure.tolist() == [0, 1, 1, -1]
     assert batch.rows(slice(2, 4)).failure.tolist() == [1, -1]
     assert batch.to("cpu").failure.tolist() == [0, 1, 1, -1]
 
 
 def test_rows_taken_keep_what_is_known_of_them() -> None:
-    taken = strangers().take([3, 2])
+    taken = ood_rows().take([3, 2])
     assert taken.outside.tolist() == [False, True]
     assert torch.cat([batch.failure for batch in taken.batches(8)]).tolist() == [-1, 1]
 
@@ -42,18 +42,18 @@ def test_no_other_negative_number_is_a_target() -> None:
         vilu.Embeddings(np.eye(3), np.eye(3), [0, 1, -3])
 
 
-def test_a_stranger_has_no_probability_of_the_truth() -> None:
+def test_an_ood_row_has_no_probability_of_the_truth() -> None:
     """Two texts at a logit scale of 100:
-    the first image is at one of them, the stranger at neither.
+    the first image is at one of them, the out-of-distribution row at neither.
     """
-    (batch,) = strangers().batches(8)
+    (batch,) = ood_rows().batches(8)
     assert batch.target_log_probability[[0, 2]].tolist() == [pytest.approx(0, abs=1e-6), -math.inf]
     assert batch.target_log_probability[1].item() == pytest.approx(-100, rel=1e-6)
 
 
 def test_the_released_loss_targets_one_for_pictures_of_no_class() -> None:
     """sigmoid(0) = 1/2 against 1 - p = 0, 1 and 1, failures weighing 2: (1/4 + 2/4 + 2/4) / 3."""
-    (batch,) = strangers().take([0, 1, 2]).batches(8)
+    (batch,) = ood_rows().take([0, 1, 2]).batches(8)
     loss = LOSSES["mse"](FailureWeight("static", 2 / 3, static=2.0))
     assert float(loss(batch, torch.zeros(3))) == pytest.approx(1.25 / 3, rel=1e-6)
     bce = LOSSES["bce"](FailureWeight("static", 2 / 3, static=2.0))

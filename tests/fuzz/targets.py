@@ -344,7 +344,7 @@ def checkpoint_seeds() -> list[bytes]:
 
 
 def page(_folder: Path, data: bytes) -> object:
-    """Texts of strangers in a page:
+    """Texts from outside in a page:
     none of them becomes a tag, an attribute or a script, and nothing is asked for.
     """
     text = data.decode("utf-8", "replace")

@@ -286,7 +286,7 @@ def test_parquet_of_other_programs(tmp_path: Path) -> None:
     assert loaded.ids == ("a", "b")
 
 
-def strangers() -> Outcomes:
+def ood_rows() -> Outcomes:
     """Right, wrong, of none of the classes, of none and without a score, unknown."""
     return Outcomes(
         [0.1, 0.5, 0.9, math.nan, 0.3],
@@ -299,10 +299,10 @@ def strangers() -> Outcomes:
 
 
 def test_the_number_of_none_of_the_classes_stays_at_the_boundary() -> None:
-    assert strangers().target.tolist() == [0, 0, -1, -1, -1]
-    assert strangers().outside.tolist() == [False, False, True, True, False]
-    assert strangers().take([2, 4]).outside.tolist() == [True, False]
-    assert replace(strangers(), method="mcm").outside.tolist() == [False, False, True, True, False]
+    assert ood_rows().target.tolist() == [0, 0, -1, -1, -1]
+    assert ood_rows().outside.tolist() == [False, False, True, True, False]
+    assert ood_rows().take([2, 4]).outside.tolist() == [True, False]
+    assert replace(ood_rows(), method="mcm").outside.tolist() == [False, False, True, True, False]
 
 
 def test_outside_needs_no_targets() -> None:
@@ -314,20 +314,20 @@ def test_outside_needs_no_targets() -> None:
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.csv"])
 def test_a_file_says_none_of_the_classes_in_its_label(tmp_path: Path, name: str) -> None:
-    strangers().save(tmp_path / name)
+    ood_rows().save(tmp_path / name)
     fields = (
         FIELDS
         if name.endswith("parquet")
         else ("uncertainty", "failure", "prediction", "target", "outside")
     )
-    assert_equal(Outcomes.load(tmp_path / name), strangers(), fields)
+    assert_equal(Outcomes.load(tmp_path / name), ood_rows(), fields)
     outside = Outcomes([0.1, 0.9], [0, 1], outside=[False, True])
     outside.save(tmp_path / name)
     assert_equal(Outcomes.load(tmp_path / name), outside)
 
 
 def test_what_the_label_of_none_of_the_classes_looks_like(tmp_path: Path) -> None:
-    strangers().save(tmp_path / "a.csv")
+    ood_rows().save(tmp_path / "a.csv")
     rows = list(csv.DictReader((tmp_path / "a.csv").read_text().splitlines()))
     assert [row["label"] for row in rows] == ["0", "0", "-2", "-2", ""]
     assert [row["label_name"] for row in rows] == ["cat", "cat", "", "", ""]

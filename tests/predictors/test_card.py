@@ -120,7 +120,7 @@ def test_a_guarantee_is_told_once_it_is_there_and_not_of_another_fit(tmp_path: P
     assert "none: `vilu calibrate` was not run" in (tmp_path / "README.md").read_text()
     risk = {
         "kind": "risk",
-        "promise": "at most 5 % are wrong",
+        "guarantee": "at most 5 % are wrong",
         "n": 60,
         "dataset": "shots`",
         "rule": {"a": 1},

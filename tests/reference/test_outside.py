@@ -147,7 +147,7 @@ def test_neglabel_tells_images_of_words_from_images_of_classes() -> None:
 # The outcome "outside".
 
 
-def strangers(
+def ood_rows(
     seed: int, n_inside: int, n_outside: int, k: int = 6, m: int = 80, d: int = 48
 ) -> Embeddings:
     """Images near class texts, then images near far words, in one space;
@@ -184,7 +184,7 @@ def test_margin_by_brute_force() -> None:
 
 
 def test_the_direction_is_ridge_regression() -> None:
-    data = strangers(0, 150, 50)
+    data = ood_rows(0, 150, 50)
     seen = Margins.of(all_rows(data))
     weight, bias = seen.direction()
     image = data.image.double().numpy()
@@ -241,13 +241,15 @@ def test_rows_that_are_all_inside_have_hardly_any_outside() -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.2, 0.5])
-def test_words_tell_strangers_apart_however_many_there_are(share: float) -> None:
+def test_words_tell_ood_apart_however_many_there_are(share: float) -> None:
     n = 600
-    train, test = strangers(1, round(n * (1 - share)), round(n * share)), strangers(2, 300, 300)
+    train, test = ood_rows(1, round(n * (1 - share)), round(n * share)), ood_rows(2, 300, 300)
     found = from_words(all_rows(train), known_inside=False)
     odds = found.log_odds(whole(test), torch.arange(6)).numpy()
     assert auroc(odds, np.arange(600) >= 300) > 0.97
-    assert (odds[:300] > 0).mean() < 0.05  # hardly anybody inside is called a stranger
+    assert (
+        odds[:300] > 0
+    ).mean() < 0.05  # hardly anybody inside is called an out-of-distribution row
     assert found.notes["outside_share"] == pytest.approx(share, abs=0.05)
 
 
@@ -268,7 +270,7 @@ def test_words_that_do_not_tell_are_left_alone() -> None:
 
 @pytest.mark.parametrize("columns", [(), ("negatives",)])
 def test_examples_are_a_ridge_logistic_regression(columns: tuple[str, ...]) -> None:
-    data = strangers(3, 120, 30)
+    data = ood_rows(3, 120, 30)
     train = Rows(data, torch.arange(120), columns)
     assert train.outside.tolist() == list(range(120, 150))
     found = from_examples(train, train.outside)
@@ -287,7 +289,7 @@ def test_examples_are_a_ridge_logistic_regression(columns: tuple[str, ...]) -> N
 
 
 def test_failure_is_one_less_the_probability_of_both() -> None:
-    data = strangers(4, 200, 50)
+    data = ood_rows(4, 200, 50)
     found = from_words(all_rows(data), known_inside=False)
     batch, log_odds = whole(data), torch.linspace(-30, 30, 250).double()
     inside = torch.sigmoid(-found.log_odds(batch, torch.arange(6)))
@@ -297,7 +299,7 @@ def test_failure_is_one_less_the_probability_of_both() -> None:
 
 
 def test_other_candidates_have_the_means_of_all() -> None:
-    data = strangers(5, 200, 50)
+    data = ood_rows(5, 200, 50)
     found = from_words(all_rows(data), known_inside=False)
     batch = whole(data)
     mine, others = (
@@ -310,7 +312,7 @@ def test_other_candidates_have_the_means_of_all() -> None:
 
 
 def test_what_is_saved_is_what_is_known() -> None:
-    data = strangers(6, 200, 50)
+    data = ood_rows(6, 200, 50)
     found = from_words(all_rows(data), known_inside=False)
     again = Outside.of(found.tensors())
     assert torch.equal(again.log_odds(whole(data)), found.log_odds(whole(data)))
@@ -319,7 +321,7 @@ def test_what_is_saved_is_what_is_known() -> None:
 
 
 def test_vilu_zero_looks_at_words_where_they_are() -> None:
-    train, test = strangers(7, 400, 100), strangers(8, 300, 100)
+    train, test = ood_rows(7, 400, 100), ood_rows(8, 300, 100)
     unlabelled = variant(train, target=None)
     bare = PREDICTORS["vilu_zero"]().fit(variant(unlabelled, columns=None))
     words = PREDICTORS["vilu_zero"]().fit(unlabelled)
@@ -344,8 +346,8 @@ def plus(train: Embeddings, unlabelled: Embeddings | None = None) -> ViLUPlus:
 @pytest.mark.filterwarnings("ignore:.*rows are left out", "ignore:only .* failures")
 @pytest.mark.parametrize("columns", [None, "all"])
 def test_vilu_plus_learns_outside_from_examples(columns: str | None) -> None:
-    """A few examples tell strangers of the same kind, with and without words."""
-    train, test = strangers(9, 90, 30), strangers(10, 300, 100)
+    """A few examples tell out-of-distribution rows of the same kind, with and without words."""
+    train, test = ood_rows(9, 90, 30), ood_rows(10, 300, 100)
     if columns is None:
         train, test = variant(train, columns=None), variant(test, columns=None)
     fitted, bare = plus(train), plus(variant(train, target=train.target, columns=None))
@@ -364,14 +366,14 @@ def test_vilu_plus_learns_outside_from_examples(columns: str | None) -> None:
 @pytest.mark.filterwarnings("ignore:.*rows are left out", "ignore:only .* failures")
 def test_vilu_plus_without_outside_is_as_it_was() -> None:
     """No word, no example: not a tensor more, whatever rows without labels there are."""
-    train = variant(strangers(11, 90, 0), columns=None)
-    for fitted in (plus(train), plus(train, variant(strangers(12, 90, 30), columns=None))):
+    train = variant(ood_rows(11, 90, 0), columns=None)
+    for fitted in (plus(train), plus(train, variant(ood_rows(12, 90, 30), columns=None))):
         assert not set(Outside.names) & fitted.state().keys()
 
 
 @pytest.mark.filterwarnings("ignore:only .* failures")
 def test_vilu_plus_learns_outside_from_words_and_rows_without_labels() -> None:
-    train, unlabelled, test = strangers(13, 90, 0), strangers(14, 240, 60), strangers(15, 300, 100)
+    train, unlabelled, test = ood_rows(13, 90, 0), ood_rows(14, 240, 60), ood_rows(15, 300, 100)
     for fitted in (plus(train), plus(train, variant(unlabelled, target=None))):
         assert fitted.columns_to_score == ("negatives",)
         u = fitted.predict_uncertainty(test)
@@ -383,15 +385,15 @@ def test_vilu_plus_learns_outside_from_words_and_rows_without_labels() -> None:
 @pytest.mark.filterwarnings("ignore:.*rows are left out", "ignore:only .* failures")
 @pytest.mark.parametrize("examples", [0, 30])
 def test_rows_without_labels_count_as_seen(examples: int) -> None:
-    unlabelled = variant(strangers(17, 60, 20), target=None)
-    assert len(plus(strangers(18, 90, examples), unlabelled).seen(unlabelled)) == 80
+    unlabelled = variant(ood_rows(17, 60, 20), target=None)
+    assert len(plus(ood_rows(18, 90, examples), unlabelled).seen(unlabelled)) == 80
 
 
 @pytest.mark.filterwarnings(
     "ignore:.*rows are left out", "ignore:only .* failures", "ignore:.*were used to fit"
 )
 def test_the_outcome_is_explained() -> None:
-    data = strangers(16, 90, 30)
+    data = ood_rows(16, 90, 30)
     fitted = plus(data)
     u = fitted.predict_uncertainty(data)
     explained = vilu.explain(fitted, data, rows=[0, 5, 100, 110])
@@ -405,7 +407,7 @@ def test_the_outcome_is_explained() -> None:
 def test_words_refuse_nothing_that_few_rows_hold() -> None:
     """Two equal rows, and rows of one class: numbers, not errors."""
     for n in (2, 3, 30):
-        data = strangers(17, n, 0)
+        data = ood_rows(17, n, 0)
         data = data.take(torch.zeros(n, dtype=torch.long)) if n < 30 else data
         for known in (True, False):
             found = from_words(all_rows(data), known_inside=known)

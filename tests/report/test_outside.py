@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 import vilu
 from tests.builders.page_data import outcomes_of
 from tests.conftest import variant
-from tests.contract.test_outside_rows import N_OUTSIDE, strangers
+from tests.contract.test_outside_rows import N_OUTSIDE, ood_rows
 from vilu.calibration.label_sets import fit_label_sets
 from vilu.embeddings.memory import Embeddings
 from vilu.errors import OUTSIDE, DataError
@@ -50,25 +50,25 @@ def test_confusions_with_no_class_by_hand() -> None:
 def test_an_explanation_says_that_there_is_no_right_answer(
     train: Embeddings, test: Embeddings
 ) -> None:
-    data, known = strangers(test, 3), strangers(train, 1)
+    data, known = ood_rows(test, 3), ood_rows(train, 1)
     found = vilu.explain(vilu.MCM(), data, known, rows=[len(test), 0])
-    stranger, other = found.rows
-    assert (stranger.truth, stranger.wrong) == ("none of the classes", True)
+    ood_row, other = found.rows
+    assert (ood_row.truth, ood_row.wrong) == ("none of the classes", True)
     assert "truth none of the classes  WRONG" in str(found)
     assert (other.truth, other.wrong) == (
         f"class {int(test.target[0])}",
         bool(vilu.score(vilu.MCM(), test).failure[0]),
     )
-    assert {row.truth for row in stranger.failures} == {"none of the classes"}
-    assert all(row.key.startswith("stranger-1-") for row in stranger.failures)
-    assert "none of the classes" not in {row.truth for row in stranger.successes}
+    assert {row.truth for row in ood_row.failures} == {"none of the classes"}
+    assert all(row.key.startswith("ood-1-") for row in ood_row.failures)
+    assert "none of the classes" not in {row.truth for row in ood_row.successes}
 
 
 def test_better_texts_are_of_the_classes_alone(test: Embeddings) -> None:
-    assert vilu.prompt_gains(strangers(test, 3)) == vilu.prompt_gains(test)
+    assert vilu.prompt_gains(ood_rows(test, 3)) == vilu.prompt_gains(test)
 
 
-def with_strangers(**fields: object) -> Outcomes:
+def with_ood(**fields: object) -> Outcomes:
     """A quarter of the wrong answers are for pictures of none of the classes,
     and a little more uncertain.
     """
@@ -79,7 +79,7 @@ def with_strangers(**fields: object) -> Outcomes:
 
 
 def test_the_page_says_both_shares_and_answers_three_questions() -> None:
-    one = with_strangers()
+    one = with_ood()
     page = vilu.report_page([one])
     n, n_outside, n_wrong = len(one), int(one.outside.sum()), int(one.failure.sum())
     within, outside = (f"{100 * k / n:.1f}" for k in (n_wrong - n_outside, n_outside))
@@ -105,7 +105,7 @@ def test_the_page_of_pictures_of_the_classes_says_nothing_of_others() -> None:
 
 
 def test_three_kinds_of_uncertainty_each_in_shares_of_their_kind() -> None:
-    one = with_strangers()
+    one = with_ood()
     lines = {line.label: line for line in histogram(one, None, 0).lines}
     assert list(lines) == ["right answers", "wrong within the classes", "of none of the classes"]
     kinds = one.failure == 0, (one.failure == 1) & ~one.outside, one.outside
@@ -115,15 +115,15 @@ def test_three_kinds_of_uncertainty_each_in_shares_of_their_kind() -> None:
 
 
 @pytest.mark.parametrize("method", ["lac", "aps"])
-def test_label_sets_promise_something_of_the_classes_only(method: str, test: Embeddings) -> None:
+def test_label_sets_guarantee_something_of_the_classes_only(method: str, test: Embeddings) -> None:
     with pytest.warns(
         UserWarning, match=f"leave out {N_OUTSIDE} of 660 calibration rows, which are of none"
     ):
-        found = fit_label_sets(vilu.MCM(), strangers(test, 3), max_miss=0.1, method=method)
+        found = fit_label_sets(vilu.MCM(), ood_rows(test, 3), max_miss=0.1, method=method)
     assert found == fit_label_sets(vilu.MCM(), test, max_miss=0.1, method=method)
 
 
-def test_there_are_no_sets_of_nothing_but_strangers(test: Embeddings) -> None:
+def test_there_are_no_sets_of_nothing_but_ood(test: Embeddings) -> None:
     nothing = variant(test, target=np.full(len(test), OUTSIDE))
     with (
         pytest.warns(UserWarning, match="leave out 600 of 600"),

@@ -408,7 +408,7 @@ def test_ticks_are_round_and_lines_keep_their_ends() -> None:
 
 
 def test_a_predictor_is_no_scores(tmp_path: Path) -> None:
-    """Its calibration rows would make a page, on which its rule keeps what it promises:
+    """Its calibration rows would make a page, on which its rule keeps what it guarantees:
     it was chosen there.
     """
     MCM().fit(toy_embeddings()).save(tmp_path)

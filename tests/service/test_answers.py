@@ -56,7 +56,7 @@ def test_answers_are_those_of_guard(service: Running, guard: Guard, photos: Phot
     reply = service.post("/v1/answers", files=as_files(images), headers={"X-Request-Id": "mine"})
     assert reply.status_code == 200
     told = reply.json()
-    assert (told["promise"], reply.headers["promise"], reply.headers["x-request-id"]) == (
+    assert (told["guarantee"], reply.headers["guarantee"], reply.headers["x-request-id"]) == (
         "holds",
         "holds",
         "mine",
@@ -93,7 +93,7 @@ def test_embeddings_are_scored_as_their_images(
     )  # a step of float16
 
 
-def test_what_was_never_promised_is_not_said_to_hold(
+def test_what_was_never_guaranteed_is_not_said_to_hold(
     predictors: tuple[Path, Path], tmp_path: Path, photos: Photos
 ) -> None:
     """Probabilities alone: in the answer, in the monitor, and in what Prometheus reads."""
@@ -102,13 +102,13 @@ def test_what_was_never_promised_is_not_said_to_hold(
     run("calibrate", folder, predictors[0].parent / "cal", "--overwrite")
     with hosted(folder, tmp_path / "s") as running:
         told = running.post("/v1/answers", files=as_files(photos(9))).json()
-        assert told["promise"] == "none"
+        assert told["guarantee"] == "none"
         assert told["answers"][0]["failure_probability"] is not None
         (said,) = running.get("/v1/monitor").json()["monitors"]
         assert "status" not in said
         measured = running.get("/metrics").text
     for state in ("holds", "void"):
-        assert re.search(rf"^vilu_promise_{state}\{{.*\}} 0.0$", measured, re.MULTILINE)
+        assert re.search(rf"^vilu_guarantee_{state}\{{.*\}} 0.0$", measured, re.MULTILINE)
     assert "holds" not in json.dumps([told, said])
     assert "vilu_monitor_rows{" not in measured
 
@@ -154,7 +154,7 @@ def test_every_row_is_counted_once(
         assert [one["answers"] for one in after] == [False, True]  # as it was left
 
 
-def test_a_void_promise_is_void_after_a_kill_in_whatever_order_labels_came(
+def test_a_void_guarantee_is_void_after_a_kill_in_whatever_order_labels_came(
     predictors: tuple[Path, Path], tmp_path: Path
 ) -> None:
     """Evidence is the largest along the way:
@@ -167,11 +167,11 @@ def test_a_void_promise_is_void_after_a_kill_in_whatever_order_labels_came(
     journal.record(
         [f"r{i}" for i in range(400)], said[rows].tolist(), kept.uncertainty[rows].tolist()
     )
-    assert journal.promise == "holds"
+    assert journal.guarantee == "holds"
     for number in range(399, 369, -1):
         journal.label({f"r{number}": names[(said[rows[number]] + 1) % len(names)]})
     journal.label({f"r{number}": names[said[rows[number]]] for number in range(370)})
-    assert journal.promise == "void"
+    assert journal.guarantee == "void"
     journal.record(
         [f"s{i}" for i in range(400)], said[rows].tolist(), kept.uncertainty[rows].tolist()
     )
@@ -179,7 +179,7 @@ def test_a_void_promise_is_void_after_a_kill_in_whatever_order_labels_came(
     journal._saving.result()
     assert journal.status.raised_at == 399
     again = Journal(tmp_path / "j", predictors[0])  # beside one that never got to save
-    assert (again.promise, again.status) == ("void", journal.status)
+    assert (again.guarantee, again.status) == ("void", journal.status)
 
 
 def test_labels_of_a_request_are_taken_in_together(
@@ -497,7 +497,7 @@ def test_more_than_fits_in_is_sent_away(
     n = sum(reply.status_code == 200 for reply in replies)
     assert f'vilu_requests_total{{path="/v1/answers",status="200"}} {n:.1f}' in measured
     assert "vilu_images_under_way 0.0" in measured
-    assert 'vilu_promise_holds{predictor="' in measured
+    assert 'vilu_guarantee_holds{predictor="' in measured
 
 
 def test_what_does_not_verify_is_not_served(predictors: tuple[Path, Path], tmp_path: Path) -> None:
@@ -753,23 +753,23 @@ def accept_nothing(predictor: Path) -> None:
     after.write(predictor / "risk.json")
 
 
-def test_the_page_says_what_is_promised_in_every_state(
+def test_the_page_says_what_is_guaranteed_in_every_state(
     predictors: tuple[Path, Path], tmp_path: Path, photos: Photos
 ) -> None:
-    """No rule, a rule that accepts nothing, a promise that holds, one that is void."""
+    """No rule, a rule that accepts nothing, a guarantee that holds, one that is void."""
     home = predictors[0].parent
     for name in ("no rule", "nothing"):
         shutil.copytree(predictors[0], tmp_path / name)
     run("calibrate", tmp_path / "no rule", home / "cal", "--overwrite")
     accept_nothing(tmp_path / "nothing")
     expected = {
-        "no rule": ("none", "Nothing is promised: this predictor has no rule"),
-        "nothing": ("none", "Nothing is promised: no threshold was certified"),
+        "no rule": ("none", "Nothing is guaranteed: this predictor has no rule"),
+        "nothing": ("none", "Nothing is guaranteed: no threshold was certified"),
         "holds": (
             "holds",
-            "The promise holds, as far as what was answered shows. Promised: the rule accepts",
+            "The guarantee holds, as far as what was answered shows. Guaranteed: the rule accepts",
         ),
-        "void": ("void", "The promise is void: what comes in is not like the calibration"),
+        "void": ("void", "The guarantee is void: what comes in is not like the calibration"),
     }
     for name, (state, words) in expected.items():
         folder = tmp_path / name if state == "none" else predictors[0]
@@ -779,7 +779,7 @@ def test_the_page_says_what_is_promised_in_every_state(
                     running.post("/v1/answers", files=as_files(photos(1) * 30))
             (now,) = running.get("/v1/predictors").json()["predictors"]
             page = running.get("/").text
-        assert now["promise"] == state
+        assert now["guarantee"] == state
         assert now["in_words"].startswith(words)
         assert "it nothing" not in now["in_words"]
-        assert 'by("promise").textContent = now.in_words' in page
+        assert 'by("guarantee").textContent = now.in_words' in page

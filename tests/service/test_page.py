@@ -33,7 +33,7 @@ def test_a_photo_is_answered(
     )
     page.on("request", lambda request: asked.append(request.url))
     page.goto(service.url)
-    page.get_by_text("The promise holds").wait_for()
+    page.get_by_text("The guarantee holds").wait_for()
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.id") == "file"
     (tmp_path / "a.png").write_bytes(photos(1)[0])
@@ -64,7 +64,7 @@ def test_the_page_asks_for_a_key_and_docs_come_from_here(
         page.get_by_text("give a key").wait_for()
         page.get_by_label("Key of this service").fill("0123456789abcdef")
         page.keyboard.press("Tab")
-        page.get_by_text("The promise holds").wait_for()
+        page.get_by_text("The guarantee holds").wait_for()
         page.close()
     with hosted(predictors[0], tmp_path / "t") as running:
         page, asked = browser.new_page(), list[str]()

@@ -60,7 +60,7 @@ def begun(
     tmp_path_factory: pytest.TempPathFactory, fake_model: FakeBackbone
 ) -> tuple[Path, dict[str, str]]:
     """A folder with 400 photos and a triage of them that was answered until something was
-    promised.
+    guaranteed.
     """
     home = tmp_path_factory.mktemp("begun")
     truth, labels = write_photos(home / "photos", 400), list[Path]()
@@ -70,13 +70,13 @@ def begun(
             return home, truth
         if (home / "half").exists():
             shutil.rmtree(home / "half")
-        shutil.copytree(home / "out", home / "half")  # the run before the promise
+        shutil.copytree(home / "out", home / "half")  # the run before the guarantee
         labels = [fill_in(home / "out", truth, home / "filled.csv")]
-    pytest.fail("nothing was promised")
+    pytest.fail("nothing was guaranteed")
 
 
 @pytest.fixture
-def promised(begun: tuple[Path, dict[str, str]], tmp_path: Path) -> Folder:
+def guaranteed(begun: tuple[Path, dict[str, str]], tmp_path: Path) -> Folder:
     """A copy of it, photos and all."""
     shutil.copytree(begun[0] / "photos", tmp_path / "photos", copy_function=shutil.copy2)
     shutil.copytree(begun[0] / "out", tmp_path / "out")

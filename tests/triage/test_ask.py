@@ -1,4 +1,4 @@
-"""The promise of every class of answers, by simulation:
+"""The guarantee of every class of answers, by simulation:
 asked for where labels lack, and looked at every time.
 """
 
@@ -54,7 +54,7 @@ def test_no_class_gets_a_guarantee_that_does_not_hold() -> None:
         for _ in range(6):
             for rows in at.lacking_first(40, at.split.answered, RISK):
                 keys = [str(row) for row in rows]
-                at.book.ask(keys, "promise", predictor="p")
+                at.book.ask(keys, "calibration", predictor="p")
                 at.book.answer(dict.fromkeys(keys, "any"))
                 at.split.labelled[rows] = at.split.answered[rows] = True  # the draws share these
             standings = at.progress(RISK, DELTA)

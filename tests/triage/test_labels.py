@@ -23,7 +23,7 @@ def write(path: Path, *lines: str) -> Path:
 
 def test_a_book_keeps_what_was_asked_and_why(tmp_path: Path) -> None:
     book = LabelBook()
-    book.ask(["a", "b"], "promise", predictor="p1", probability=0.25)
+    book.ask(["a", "b"], "calibration", predictor="p1", probability=0.25)
     book.ask(["c"], "fit", predictor="p1")
     assert book.answer({"a": "cat", "c": "dog", "d": "cat", "e": "cat"}, {"e": "fit"}) == 4
     assert book.answer({"a": "cat"}) == 0
@@ -31,8 +31,8 @@ def test_a_book_keeps_what_was_asked_and_why(tmp_path: Path) -> None:
     book.save(tmp_path / "book.parquet")
     found = LabelBook.load(tmp_path / "book.parquet")
     assert {one.path: (one.label, one.stream) for one in found} == {
-        "a": ("dog", "promise"),
-        "b": (None, "promise"),
+        "a": ("dog", "calibration"),
+        "b": (None, "calibration"),
         "c": ("dog", "fit"),
         "d": ("cat", "given"),
         "e": ("cat", "fit"),
@@ -87,7 +87,7 @@ def test_files_of_labels(tmp_path: Path, key: str) -> None:
         tmp_path / "l.csv",
         f"note,{key},label,stream",
         "x,a.jpg, cat ,fit",
-        "y,b.jpg,,promise",
+        "y,b.jpg,,calibration",
         "z,c.jpg,dog,",
     )
     assert read_labels(path) == ({"a.jpg": "cat", "c.jpg": "dog"}, {"a.jpg": "fit"})

@@ -130,7 +130,7 @@ def test_photos_that_were_chosen_for_review_come_back_as_chosen(
     half: Path, tmp_path: Path, tool: Tool
 ) -> None:
     """The most doubtful ones:
-    taken for a random pick, their labels would make a promise false without a word.
+    taken for a random pick, their labels would make a guarantee false without a word.
     """
     review = open_review(half, "review")
     asked = {row["path"] for row in rows(half / "next_labels.csv")}
@@ -179,7 +179,7 @@ def test_fiftyone_there_and_back(half: Path, tmp_path: Path) -> None:
     (tmp_path / "set" / "samples.json").write_text(json.dumps(samples))
     assert read_done(tmp_path / "set") == (
         {review.tasks[1].path: "car"},
-        {review.tasks[1].path: "promise"},
+        {review.tasks[1].path: "calibration"},
     )
 
 
@@ -300,7 +300,7 @@ def test_every_answer_is_on_the_disk_at_once_and_can_be_taken_back(
     tasks = json.loads(content)["tasks"]
     assert (status, len(tasks)) == (200, len(session.review.tasks))
     assert client.ask("/answer", {"index": 1, "label": "dog"}) == (200, b"{}")
-    assert rows(kept) == [{"path": tasks[1]["path"], "label": "dog", "stream": "promise"}]
+    assert rows(kept) == [{"path": tasks[1]["path"], "label": "dog", "stream": "calibration"}]
     assert client.ask("/answer", {"index": 0, "label": SKIPPED})[0] == 200
     assert client.ask("/answer", {"index": 1, "label": None})[0] == 200
     assert [row["label"] for row in rows(kept)] == [SKIPPED]
@@ -322,7 +322,7 @@ def test_answers_that_are_not_shown_again_keep_their_stream(half: Path, tmp_path
     again.answer(0, "cat")
     assert {row["path"]: row["stream"] for row in rows(kept)} == before
     assert len(before) == 6
-    assert set(before.values()) <= {"fit", "promise"}
+    assert set(before.values()) <= {"fit", "calibration"}
 
 
 def test_the_page_is_for_this_machine_and_its_key(page: tuple[Client, ReviewSession, Path]) -> None:

@@ -1,5 +1,5 @@
 """The whole job on small folders:
-it goes on, it keeps its promise, and no label counts that must not.
+it goes on, it keeps its guarantee, and no label counts that must not.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ def test_from_photos_to_a_guarantee_that_holds(begun: Folder) -> None:
     } == {(True, "")}
     scores = Outcomes.load(output / "decisions.parquet")
     assert scores.decision is not None
-    promise = Calibration.load(output / "predictor")
-    assert promise.rule is not None
-    assert promise.rule.method == "anytime"
-    assert "at whatever moment one looks" in (promise.promise or "")
+    guarantee = Calibration.load(output / "predictor")
+    assert guarantee.rule is not None
+    assert guarantee.rule.method == "anytime"
+    assert "at whatever moment one looks" in (guarantee.guarantee or "")
     page = (output / "report.html").read_text(encoding="utf-8")
     assert "Guaranteed: at most 10.0% wrong" in page
     assert "<script" not in page
@@ -156,15 +156,15 @@ def test_no_calibration_label_is_ever_fitted_on_whoever_asked_for_it(
     seen = load(output / "predictor").seen(photos).shared
     assert seen.sum() == (~vouches).sum()
     assert not (seen & vouches).any()
-    # and labels that were chosen are none that a promise may rest on, until the draw has met them
+    # and labels that were chosen are none that a guarantee may rest on, until the draw has met them
     assert Calibration.find(output / "predictor") is None
     assert read_document(output / "triage.json", TriageState).asked_up_to == 0
 
 
 def test_labels_of_doubtful_photos_that_lie_further_on_do_not_count(
-    promised: Folder, tmp_path: Path
+    guaranteed: Folder, tmp_path: Path
 ) -> None:
-    (home, truth), output = promised, promised[0] / "out"
+    (home, truth), output = guaranteed, guaranteed[0] / "out"
     before = Calibration.load(output / "predictor")
     book = LabelBook.load(output / "labels.parquet")
     chosen = tmp_path / "chosen.csv"
@@ -188,7 +188,7 @@ def test_what_is_missing_holds_it_up_and_what_is_skipped_counts_as_wrong(
     (home, truth), job = begun, job_on(begun[0] / "photos")
     output = Path(shutil.copytree(home / "half", tmp_path / "out"))
     asked = rows(output / "next_labels.csv")
-    assert {row["stream"] for row in asked} == {"promise"}
+    assert {row["stream"] for row in asked} == {"calibration"}
     lines = (
         fill_in(output, truth, tmp_path / "filled.csv")
         .read_text(encoding="utf-8")
@@ -354,12 +354,12 @@ def test_an_interrupted_run_goes_on(
     "when", ["before the state is written", "before it is removed", "after it is removed"]
 )
 def test_a_triage_that_is_killed_while_a_candidate_takes_over_goes_on(
-    promised: Folder, monkeypatch: pytest.MonkeyPatch, when: str
+    guaranteed: Folder, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
-    (home, truth), output = promised, promised[0] / "out"
+    (home, truth), output = guaranteed, guaranteed[0] / "out"
     job, asked = job_on(home / "photos"), rows(output / "next_labels.csv")
     vouching = [
-        row["path"] for row in asked if row["stream"] == "promise"
+        row["path"] for row in asked if row["stream"] == "calibration"
     ]  # with those that teach it is fitted anew
     (home / "l.csv").write_text(
         "path,label\n" + "".join(f"{path},{truth[path]}\n" for path in vouching)
@@ -427,9 +427,9 @@ def test_a_triage_that_is_killed_between_two_steps_ends_the_same(
 
 @pytest.mark.parametrize("is_counted", [True, False])
 def test_a_guarantee_does_not_outlive_the_labels_that_it_rests_on(
-    promised: Folder, caplog: pytest.LogCaptureFixture, is_counted: bool
+    guaranteed: Folder, caplog: pytest.LogCaptureFixture, is_counted: bool
 ) -> None:
-    (home, truth), output = promised, promised[0] / "out"
+    (home, truth), output = guaranteed, guaranteed[0] / "out"
     ids = set(pq.read_table(output / "predictor" / "calibration.parquet")["key"].to_pylist())
     some = [
         path
@@ -451,10 +451,10 @@ def test_a_guarantee_does_not_outlive_the_labels_that_it_rests_on(
 
 @pytest.mark.parametrize("n", [1, None])
 def test_a_guarantee_holds_without_photos_of_the_calibration_side(
-    promised: Folder, n: int | None
+    guaranteed: Folder, n: int | None
 ) -> None:
-    """One new photo, or whatever is left: to be decided under the promise."""
-    (home, _), output = promised, promised[0] / "out"
+    """One new photo, or whatever is left: to be decided under the guarantee."""
+    (home, _), output = guaranteed, guaranteed[0] / "out"
     if n is not None:
         shutil.rmtree(home / "photos")
         write_photos(home / "photos", 20, first=1000)
@@ -600,10 +600,10 @@ def test_pictures_of_no_class_are_wrong_answers(
     assert {path.replace("/", "__") for path in (*names[:40], names[50])} <= placed
 
 
-def test_links_and_moved_photos(promised: Folder, fake_model: FakeBackbone) -> None:
-    (home, truth), output = promised, promised[0] / "out"
+def test_links_and_moved_photos(guaranteed: Folder, fake_model: FakeBackbone) -> None:
+    (home, truth), output = guaranteed, guaranteed[0] / "out"
     job, asked = job_on(home / "photos"), rows(output / "next_labels.csv")
-    assert {row["stream"] for row in asked} == {"fit", "promise"}
+    assert {row["stream"] for row in asked} == {"fit", "calibration"}
     triage_photos(job, output, sort="link")
     placed = list((output / "sorted").rglob("*.png"))
     assert len(placed) == 400

@@ -129,7 +129,7 @@ def test_next_for_a_store_and_a_predictor(
     )
     run(*arguments, "-o", tmp_path / "one.csv")
     first = rows(tmp_path / "one.csv")
-    assert sorted(row["stream"] for row in first) == ["fit"] * 10 + ["promise"] * 10
+    assert sorted(row["stream"] for row in first) == ["fit"] * 10 + ["calibration"] * 10
     run(*arguments, "-o", tmp_path / "two.csv", "--labels", tmp_path / "one.csv")
     assert not {row["path"] for row in first} & {row["path"] for row in rows(tmp_path / "two.csv")}
     run(*arguments, "-o", tmp_path / "one.csv", code=2)
@@ -151,7 +151,7 @@ def test_next_for_a_store_and_a_predictor(
 
 @pytest.fixture
 def uncalibrated(begun: Folder, tmp_path: Path, fake_model: FakeBackbone) -> Path:
-    """The predictor of a triage without its promise, and beside it the store of its photos."""
+    """The predictor of a triage without its guarantee, and beside it the store of its photos."""
     home, predictor = begun[0], tmp_path / "predictor"
     shutil.copytree(home / "out" / "predictor", predictor)
     for name in ("risk.json", "calibration.parquet"):
@@ -166,12 +166,12 @@ def test_an_empty_cell_takes_no_label_back(tmp_path: Path, fake_model: FakeBackb
     embed(dataset(30), fake_model, tmp_path / "store", names=NAMES)
     store = EmbeddingStore(tmp_path / "store")
     (tmp_path / "asked.csv").write_text(
-        f"path,label,stream,predictor\n{store.ids[3]},,promise,f00\n"
+        f"path,label,stream,predictor\n{store.ids[3]},,calibration,f00\n"
     )
     (tmp_path / "plain.csv").write_text(f"path,label\n{store.ids[3]},{SKIPPED}\n")
     for files in (("asked.csv", "plain.csv"), ("plain.csv", "asked.csv")):
         entry = label_store(store, [tmp_path / name for name in files])[1].entries[store.ids[3]]
-        assert (entry.label, entry.stream, entry.predictor) == (SKIPPED, "promise", "f00")
+        assert (entry.label, entry.stream, entry.predictor) == (SKIPPED, "calibration", "f00")
 
 
 def test_labels_that_next_asks_for_make_a_guarantee_of_a_store(
@@ -208,10 +208,8 @@ def test_labels_that_next_asks_for_make_a_guarantee_of_a_store(
         )
         asked += (found := rows(file))
         empty = run(*calibrate, *given, "--labels", file, code=3)
-        assert (
-            f"{sum(row['stream'] == 'promise' for row in found)} of the labels that were asked for "
-            "are missing" in (empty.stderr)
-        )
+        n_missing = sum(row["stream"] == "calibration" for row in found)
+        assert f"{n_missing} of the labels that were asked for are missing" in empty.stderr
         give_labels(file, truth, file)
         given += ["--labels", file]
         done = command_line(*calibrate, *given)
@@ -222,7 +220,7 @@ def test_labels_that_next_asks_for_make_a_guarantee_of_a_store(
     found = Calibration.load(predictor)
     assert found.rule is not None
     assert found.rule.method == "anytime"
-    assert found.n == sum(row["stream"] == "promise" for row in asked)
+    assert found.n == sum(row["stream"] == "calibration" for row in asked)
     run(*calibrate, *given)  # once more: nothing changes
     assert Calibration.load(predictor) == found
     assert "is calibrated already" in run(*calibrate[:-1], 0.2, *given, code=2).stderr
@@ -251,7 +249,9 @@ def test_labels_that_next_asks_for_make_a_guarantee_of_a_store(
         shutil.copytree(kept, predictor, dirs_exist_ok=True)
         done = run(*calibrate, *given, *more, code=4)
         assert "labels that the guarantee rests on have changed" in done.stderr
-        assert Calibration.find(predictor) is None, "a promise outlives the labels that it rests on"
+        assert Calibration.find(predictor) is None, (
+            "a guarantee outlives the labels that it rests on"
+        )
 
 
 def test_a_guarantee_of_every_class_asks_first_where_labels_lack(
@@ -284,7 +284,7 @@ def test_a_guarantee_of_every_class_asks_first_where_labels_lack(
             *given,
         )
         found = rows(file)
-        drawn.update(row["answer"] for row in found if row["stream"] == "promise")
+        drawn.update(row["answer"] for row in found if row["stream"] == "calibration")
         if number == 0:
             assert drawn["cat"] == 0
             assert abs(drawn["car"] - drawn["dog"]) <= 1
@@ -339,7 +339,7 @@ def test_labels_of_a_random_pick_calibrate_a_store_without_any(
     ]
     skipped = next(path for path in truth if path not in book and path not in labels)
     (tmp_path / "some.csv").write_text("".join([*fresh, f"{skipped},{SKIPPED}\n"]))
-    done = run(*calibrate, "--overwrite")  # three colours are three scenes: too few for a promise
+    done = run(*calibrate, "--overwrite")  # three colours are three scenes: too few for a guarantee
     assert f"1 of {len(fresh)} picked rows have the label {SKIPPED} and are left out" in done.stderr
     found = Calibration.load(tmp_path / "predictor")
     assert found.n == len(fresh) - 1

@@ -65,7 +65,7 @@ class Document(Model):
 
     def write(self, path: Path) -> None:
         """Write it atomically."""
-        write_json(path, self.model_dump(mode="json", by_alias=True))
+        write_json(path, self.model_dump(mode="json"))
 
 
 D = TypeVar("D", bound=Document)

@@ -57,7 +57,7 @@ class Calibration(Document):
         split: Name of their part.
         n: Calibration rows with an uncertainty and a known failure.
         rows_sha256: Hash of ``calibration.parquet``, the calibration rows as ``vilu.Outcomes``.
-        guarantee_text: What the rule guarantees, in words; in the file it is called "promise".
+        guarantee_text: What the rule guarantees, in words.
         target: What was asked for.
         rule: Accepts, or leaves for review; None where only probabilities were calibrated.
         probability: From scores to probabilities of failure.
@@ -98,7 +98,7 @@ class Calibration(Document):
     n: int = Field(ge=0)
     rows_sha256: str
     # the key of every risk.json since 0.2.0, which are read for ever
-    guarantee_text: str | None = Field(alias="promise")
+    guarantee_text: str | None
     target: Target
     rule: Rule | None
     probability: Annotated[Calibrator, Field(discriminator="form")]
@@ -182,7 +182,7 @@ class Calibration(Document):
 
         Not of the version of vilu, nor of the bytes of the rows' file, in which pyarrow's stands.
         """
-        return identity(self.model_dump(mode="json", by_alias=True), "rows_sha256")
+        return identity(self.model_dump(mode="json"), "rows_sha256")
 
     @property
     def guarantee(self) -> Rule | LabelSets | None:

@@ -295,7 +295,7 @@ def keep_calibration(  # noqa: PLR0913 - all that a calibration is made of
         source=source_fingerprint(data),
         dataset=names[0],
         split=names[1],
-        promise=guarantee,
+        guarantee_text=guarantee,
         target=target,
         rule=rule,
         probability=predictor.calibrator_,

@@ -261,12 +261,12 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
     output: JsonFile = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Say whether the calibrated promise still holds for the rows that arrive.
+    """Say whether the calibrated guarantee still holds for the rows that arrive.
 
     It is judged as far as scores and labels show. Exit code 0: holds. 8: the rows have shifted, so
-    the guarantee is void, or the promise is broken; the first row of the alarm, the reason and what
+    the guarantee is void, or it is broken; the first row of the alarm, the reason and what
     to do are printed. 3: the rows lie sorted, as those of a folder of classes do; nothing was taken
-    in. 4: nothing was promised of the predictor, so there is no guarantee to watch; no row is read.
+    in. 4: nothing was guaranteed of the predictor, so there is none to watch; no row is read.
     Rows with a known failure are audited; they must be a random sample of the accepted ones, or of
     all. Rows and labels that were given before are left out.
     """

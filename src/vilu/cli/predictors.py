@@ -455,7 +455,9 @@ MaxRisk = Annotated[
 ]
 Confidence = Annotated[
     float,
-    Option(min=0, max=1, help="With which the promise holds, over draws of the calibration rows."),
+    Option(
+        min=0, max=1, help="With which the guarantee holds, over draws of the calibration rows."
+    ),
 ]
 MinCoverage = Annotated[
     float | None,
@@ -491,7 +493,7 @@ OutsideShare = Annotated[
     Option(
         min=0,
         max=1,
-        help="Share of pictures of none of the classes up to which the promise is to hold. [that "
+        help="Share of pictures of none of the classes up to which the guarantee is to hold. [that "
         "of the calibration rows]",
     ),
 ]
@@ -532,7 +534,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     """Probabilities, and a threshold with a stated risk, from labelled embeddings.
 
     The predictor must not have seen them. `vilu score` then writes failure_probability and accept
-    or review beside every answer. Without a target only probabilities are calibrated. The promise
+    or review beside every answer. Without a target only probabilities are calibrated. The guarantee
     is for rows drawn as the calibration rows were; `vilu monitor` watches it. Exit code 4: the
     target is out of reach; the message says what is missing.
     """
@@ -562,7 +564,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
         calibration = _calibrate_once(
             predictor, data, target, labels, store=store, reading=reading, overwrite=overwrite
         )
-    facts = calibration.model_dump(mode="json", by_alias=True)
+    facts = calibration.model_dump(mode="json")
     console.print_result(facts, _summary(calibration), as_json=as_json)
     next_step(f"calibrated on {calibration.n:,} rows; {_to_score(predictor)}")
 

@@ -79,7 +79,7 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per flag
     replicas: Replicas = "1",
     timeout: Timeout = 60.0,
 ) -> None:
-    """Answer over HTTP: images in, decisions out, with the state of the promise.
+    """Answer over HTTP: images in, decisions out, with the state of the guarantee.
 
     Prints the address. /docs tells what programs can ask, / is a page to drop a photo on, /metrics
     is for Prometheus. Every row is on the disk before it is answered, and the monitor has it once,

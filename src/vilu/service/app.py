@@ -207,14 +207,14 @@ class Service:
         replies = await asyncio.wrap_future(self.ready.record(judgements))
         request.scope["state"]["images"] = len(replies)
         self.measures.count_answers(reply.answer for reply in replies)
-        promise = replies[0].promise  # the same of all: they were written together
+        guarantee = replies[0].guarantee  # the same of all: they were written together
         body = AnswersOut(
             request_id=request.state.request_id,
-            promise=promise,
+            guarantee=guarantee,
             answers=[_out(reply) for reply in replies],
         )
         return Response(
-            body.model_dump_json(), media_type="application/json", headers={"Promise": promise}
+            body.model_dump_json(), media_type="application/json", headers={"Guarantee": guarantee}
         )
 
     async def _judgements(self, awaited: Sequence[Future[Judgement]]) -> list[Judgement]:
@@ -232,7 +232,7 @@ class Service:
             raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, detail, **{"Retry-After": "1"}) from None
 
     async def labels(self, request: Request) -> Response:
-        """Take late labels of rows that were answered, for the audit of the promise.
+        """Take late labels of rows that were answered, for the audit of the guarantee.
 
         Each counts once.
         """
@@ -246,7 +246,7 @@ class Service:
         if not counts:
             raise Refused(
                 HTTPStatus.CONFLICT,
-                "no predictor here is calibrated, so there is no promise to audit.",
+                "no predictor here is calibrated, so there is no guarantee to audit.",
             )
         state = await asyncio.to_thread(engine.journals.state)
         audited = []
@@ -256,13 +256,13 @@ class Service:
                     "predictor": engine.served[name].fingerprint,
                     "new": n_new,
                     "unknown": unknown,
-                    "promise": state.promises[name],
+                    "guarantee": state.guarantees[name],
                 }
             )
         return _json({"audited": audited})
 
     async def monitor(self) -> Response:
-        """Whether the promise still holds for what was answered, and by what evidence."""
+        """Whether the guarantee still holds for what was answered, and by what evidence."""
         statuses = await asyncio.to_thread(self.ready.journals.statuses)
         monitors = await self._described_predictors()
         for monitor in monitors:
@@ -279,7 +279,7 @@ class Service:
     async def switch(self, request: Request) -> Response:
         """Have another predictor answer.
 
-        Its own promise goes with it; that of the one before goes on being watched.
+        Its own guarantee goes with it; that of the one before goes on being watched.
         """
         engine = self.ready
         choice = await read_json(request, ChoiceIn)
@@ -292,21 +292,21 @@ class Service:
         return _json({"before": by_name[before.answering], "now": by_name[choice.answers]})
 
     async def _described_predictors(self) -> list[dict[str, Any]]:
-        """Every predictor with its promise, for clients."""
+        """Every predictor with its guarantee, for clients."""
         engine = self.ready
         state = await asyncio.to_thread(engine.journals.state)
         described = []
         for name, served in engine.served.items():
-            promise = state.promises[name]
+            guarantee = state.guarantees[name]
             described.append(
                 {
                     "name": name,
                     "predictor": served.fingerprint,
                     "method": served.guard.predictor.label,
                     "answers": name == state.answering,
-                    "promise": promise,
-                    "promised": served.promised,
-                    "in_words": served.in_words(promise),
+                    "guarantee": guarantee,
+                    "guarantee_text": served.guarantee_text,
+                    "in_words": served.in_words(guarantee),
                 }
             )
         return described

@@ -92,8 +92,8 @@ class AnswersOut(BaseModel):
     """The answers of one request, in its order."""
 
     request_id: str
-    promise: Annotated[
-        str, Field(description='"holds", "void", or "none" where nothing was promised.')
+    guarantee: Annotated[
+        str, Field(description='"holds", "void", or "none" where nothing was guaranteed.')
     ]
     answers: list[AnswerOut]
 

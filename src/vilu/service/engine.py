@@ -22,7 +22,7 @@ from vilu.guard.guard import Answer, Guard, arrays_of, record_of
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.nn.attention import FEATURES
 from vilu.predictors.persistence.description import fit_fingerprint
-from vilu.service.journals import NAMES, Journals, PromiseState, Scores, ServiceState, row_id
+from vilu.service.journals import NAMES, GuaranteeState, Journals, Scores, ServiceState, row_id
 from vilu.store.manifest import IMAGE
 from vilu.store.parts import ErrorRow
 from vilu.store.pipeline import Decoded
@@ -32,12 +32,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Reply:
-    """The answer for one image, the predictor that gave it, and the state of its promise."""
+    """The answer for one image, the predictor that gave it, and the state of its guarantee."""
 
     row: str
     answer: Answer
     predictor: str
-    promise: PromiseState
+    guarantee: GuaranteeState
 
 
 @dataclass(frozen=True)
@@ -75,20 +75,22 @@ class Served:
         self.fingerprint = fit_fingerprint(guard.folder)[:16]
         calibration = guard.calibration
         self.rule = None if calibration is None else calibration.rule
-        self.promised = None if calibration is None else calibration.guarantee_text
+        self.guarantee_text = None if calibration is None else calibration.guarantee_text
 
-    def in_words(self, state: PromiseState) -> str:
+    def in_words(self, state: GuaranteeState) -> str:
         """What there is to rely on in this state, for people."""
         if self.rule is None:
-            return "Nothing is promised: this predictor has no rule that accepts answers."
+            return "Nothing is guaranteed: this predictor has no rule that accepts answers."
         if state == "none":
-            return "Nothing is promised: no threshold was certified, so the rule accepts no answer."
+            return (
+                "Nothing is guaranteed: no threshold was certified, so the rule accepts no answer."
+            )
         states = {
-            "holds": "The promise holds, as far as what was answered shows.",
-            "void": "The promise is void: what comes in is not like the calibration, "
+            "holds": "The guarantee holds, as far as what was answered shows.",
+            "void": "The guarantee is void: what comes in is not like the calibration, "
             "or labels show too many errors.",
         }
-        return f"{states[state]} Promised: the rule {self.promised}."
+        return f"{states[state]} Guaranteed: the rule {self.guarantee_text}."
 
 
 class Engine:
@@ -323,7 +325,7 @@ class Engine:
             judgement.row,
             judgement.answers[name],
             self.served[name].fingerprint,
-            state.promises[name],
+            state.guarantees[name],
         )
 
     def close(self) -> None:

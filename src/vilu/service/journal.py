@@ -23,7 +23,7 @@ from vilu.calibration.monitor.monitor import Monitor
 from vilu.calibration.shares import OUTSIDE_NAME
 from vilu.errors import OUTSIDE, UNKNOWN, DataError, ViLUError
 from vilu.outcomes.outcomes import Outcomes
-from vilu.service.journals import PromiseState
+from vilu.service.journals import GuaranteeState
 from vilu.service.rows import ROWS, AnsweredRow, AuditedRow, RowFile, set_aside
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class Journal:
     verdict. Damaged files are set aside when the journal is opened, with a warning.
 
     Raises:
-        InfeasibleError: If nothing is promised of the predictor.
+        InfeasibleError: If nothing is guaranteed of the predictor.
         ProvenanceError: If another version of vilu wrote the journal, or its state is of another
             monitor.
         StorageError: If the file cannot be written.
@@ -66,8 +66,8 @@ class Journal:
         self.status = self.monitor.status
 
     @property
-    def promise(self) -> PromiseState:
-        """Whether the rows that were answered still bear out what the rule promises."""
+    def guarantee(self) -> GuaranteeState:
+        """Whether the rows that were answered still bear out what the rule guarantees."""
         return "void" if self.status.alarm else "holds"
 
     def record(

@@ -15,8 +15,8 @@ NAMES: Final = ("first", "second")
 Scores = tuple[list[int], list[float]]
 """Answers and uncertainties of some rows."""
 
-PromiseState = Literal["holds", "void", "none"]
-"""Of a promise: no alarm so far, an alarm was raised, or nothing was promised."""
+GuaranteeState = Literal["holds", "void", "none"]
+"""Of a guarantee: no alarm so far, an alarm was raised, or nothing was guaranteed."""
 
 
 def row_id(request: str, place: int, content: bytes) -> str:
@@ -26,10 +26,10 @@ def row_id(request: str, place: int, content: bytes) -> str:
 
 @dataclass(frozen=True)
 class ServiceState:
-    """Which predictor answers, the state of every promise, and whether a journal was lost."""
+    """Which predictor answers, the state of every guarantee, and whether a journal was lost."""
 
     answering: str
-    promises: dict[str, PromiseState]
+    guarantees: dict[str, GuaranteeState]
     has_lost_journal: bool = False
 
 

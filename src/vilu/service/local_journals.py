@@ -14,7 +14,7 @@ from vilu.calibration.monitor.status import Status
 from vilu.errors import DataError, UsageError
 from vilu.predictors.persistence.description import fit_fingerprint
 from vilu.service.journal import Journal
-from vilu.service.journals import NAMES, PromiseState, Scores, ServiceState
+from vilu.service.journals import NAMES, GuaranteeState, Scores, ServiceState
 
 SERVING: Final = "serving.json"
 
@@ -30,7 +30,7 @@ class AnsweringPredictor(Document):
 
 
 class LocalJournals:
-    """The journals of predictors by name; a predictor without a promise has none.
+    """The journals of predictors by name; a predictor without a guarantee has none.
 
     Args:
         folder: What is kept through restarts: a folder for each journal, and ``serving.json``.
@@ -51,7 +51,7 @@ class LocalJournals:
             calibration = Calibration.find(predictor)
             if calibration is None or calibration.guarantee is None:
                 continue
-            # a promise belongs to its calibration: a new one begins a new journal
+            # a guarantee belongs to its calibration: a new one begins a new journal
             journal_name = f"{self.fingerprints[name]}-{calibration.fingerprint[:16]}"
             self._journals[name] = Journal(folder / journal_name, predictor)
 
@@ -82,12 +82,12 @@ class LocalJournals:
 
     def state(self) -> ServiceState:
         """The state now."""
-        promises: dict[str, PromiseState] = dict.fromkeys(self.fingerprints, "none")
+        guarantees: dict[str, GuaranteeState] = dict.fromkeys(self.fingerprints, "none")
         has_lost_journal = False
         for name, journal in self._journals.items():
-            promises[name] = journal.promise
+            guarantees[name] = journal.guarantee
             has_lost_journal |= journal.is_lost
-        return ServiceState(self._answering, promises, has_lost_journal)
+        return ServiceState(self._answering, guarantees, has_lost_journal)
 
     def label(self, labels: Mapping[str, str]) -> dict[str, tuple[int, list[str]]]:
         """Per predictor how many labels are new, and the ids that it knows no row of.

@@ -1,4 +1,4 @@
-"""Metrics for Prometheus: requests, batches, answers, and the state of every promise."""
+"""Metrics for Prometheus: requests, batches, answers, and the state of every guarantee."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Measured(Protocol):
 
     @property
     def journals(self) -> Journals:
-        """They know the promises."""
+        """They know the guarantees."""
 
     @property
     def served(self) -> Mapping[str, Identified]:
@@ -103,7 +103,7 @@ class _Gauges(Collector):
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """Images under way, and of every predictor its promise, the evidence, and the audit."""
+        """Images under way, and of every predictor its guarantee, the evidence, and the audit."""
         yield GaugeMetricFamily(
             "vilu_images_under_way", "Images that wait for their answers.", self.places.taken
         )
@@ -118,7 +118,7 @@ class _Gauges(Collector):
         statuses = engine.journals.statuses()
         fingerprints = {name: served.fingerprint for name, served in engine.served.items()}
         yield _ready(is_ready=not state.has_lost_journal)
-        yield from _promises(state, fingerprints)
+        yield from _guarantees(state, fingerprints)
         yield from _evidence({fingerprints[name]: status for name, status in statuses.items()})
 
 
@@ -127,22 +127,22 @@ def _ready(*, is_ready: bool) -> Metric:
     return GaugeMetricFamily("vilu_ready", description, float(is_ready))
 
 
-def _promises(state: ServiceState, fingerprints: Mapping[str, str]) -> Iterator[Metric]:
-    """Which predictor answers, and the state of every promise."""
+def _guarantees(state: ServiceState, fingerprints: Mapping[str, str]) -> Iterator[Metric]:
+    """Which predictor answers, and the state of every guarantee."""
     answers = _gauge("answers_now", "1 of the predictor that answers.")
-    holds = _gauge("promise_holds", "1 where it holds.")
-    void = _gauge("promise_void", "1 where it is void.")
+    holds = _gauge("guarantee_holds", "1 where it holds.")
+    void = _gauge("guarantee_void", "1 where it is void.")
     for name, fingerprint in fingerprints.items():
-        promise = state.promises[name]
+        guarantee = state.guarantees[name]
         answers.add_metric([fingerprint], float(name == state.answering))
-        holds.add_metric([fingerprint], float(promise == "holds"))
-        void.add_metric([fingerprint], float(promise == "void"))
+        holds.add_metric([fingerprint], float(guarantee == "holds"))
+        void.add_metric([fingerprint], float(guarantee == "void"))
     yield from (answers, holds, void)
 
 
 EVIDENCE: Final = {
     "log_wealth": (
-        "Log of the odds against the promise; the alarm is at minus the log of the level."
+        "Log of the odds against the guarantee; the alarm is at minus the log of the level."
     ),
     "level": "Probability that this test ever raises an alarm without cause.",
 }

@@ -173,7 +173,7 @@ def _unseen(predictor: FailurePredictor, photos: Photos) -> Mask:
 
 
 def _is_drawn(entry: Entry) -> bool:
-    return entry.stream == "promise"
+    return entry.stream == "calibration"
 
 
 def plan_draws(outcomes: Outcomes, rows: Ints, max_risk: float, *, per_class: bool) -> Draws:
@@ -222,7 +222,7 @@ def next_of_store(
     for drawn in store_draws.lacking_first(n // 2, asked, max_risk):
         probability = (split.position[drawn].max(initial=-1) + 1) / POSITIONS
         drawn_paths = [paths[row] for row in drawn]
-        book.ask(drawn_paths, "promise", predictor=name, probability=float(probability))
+        book.ask(drawn_paths, "calibration", predictor=name, probability=float(probability))
         calibration_rows += drawn.tolist()
     n_to_fit = n - len(calibration_rows)
     uncertainty = store_draws.outcomes.uncertainty

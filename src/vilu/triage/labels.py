@@ -32,7 +32,7 @@ from vilu.datasets.files import path_of, portable_name, text_among
 from vilu.embeddings.source import say_once
 from vilu.errors import NO_NAME, DataError, UsageError, nearest
 
-Stream = Literal["given", "fit", "promise"]
+Stream = Literal["given", "fit", "calibration"]
 STREAMS: Final = get_args(Stream)
 SKIPPED: Final = NO_NAME
 
@@ -107,11 +107,11 @@ class LabelBook:
     Examples:
         >>> from vilu.triage.labels import LabelBook
         >>> book = LabelBook()
-        >>> book.ask(["a.jpg", "b.jpg"], "promise", probability=0.1, predictor="f00")
+        >>> book.ask(["a.jpg", "b.jpg"], "calibration", probability=0.1, predictor="f00")
         >>> book.answer({"b.jpg": "cat", "c.jpg": "dog"})
         2
         >>> [(entry.path, entry.label, entry.stream) for entry in book]
-        [('a.jpg', None, 'promise'), ('b.jpg', 'cat', 'promise'), ('c.jpg', 'dog', 'given')]
+        [('a.jpg', None, 'calibration'), ('b.jpg', 'cat', 'calibration'), ('c.jpg', 'dog', 'given')]
         >>> [entry.path for entry in book.waiting()]
         ['a.jpg']
     """
@@ -217,6 +217,8 @@ class LabelBook:
         for row in table.to_pylist():
             facts = {name: value for name, value in row.items() if value is not None}
             facts.setdefault("label", None)
+            if facts["stream"] == "promise":  # as 0.1.0 wrote it
+                facts["stream"] = "calibration"
             entries[row["path"]] = Entry(**facts)
         return cls(entries)
 

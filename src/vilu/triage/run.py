@@ -473,7 +473,7 @@ def ask_for_labels(
     waiting = {entry.path for entry in run.book.waiting()}
     new = [path for path in (*missing, *drawn) if path not in waiting]
     probability = state.asked_up_to / POSITIONS
-    run.book.ask(new, "promise", predictor=predictor, probability=probability)
+    run.book.ask(new, "calibration", predictor=predictor, probability=probability)
     if not missing:
         n_to_fit = run.settings.n_next - len(run.book.waiting())
         _ask_to_fit(run, predictor, uncertainty, n_to_fit)

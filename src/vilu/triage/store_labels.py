@@ -69,7 +69,7 @@ def asked_before(path: Path, keys: Collection[str]) -> dict[str, Entry]:
     for row in rows:
         name = row["path"]
         if name in known:
-            stream: Stream = "promise" if row["stream"] == "promise" else "fit"
+            stream: Stream = "calibration" if row["stream"] == "calibration" else "fit"
             asked[name] = Entry(name, row["label"] or None, stream, predictor=row["predictor"])
     return asked
 
@@ -107,7 +107,7 @@ def picked_at_random(store: EmbeddingStore, files: Sequence[Path]) -> EmbeddingS
         DataError: As ``label_store``, or if no row is left.
     """
     photos, book = label_store(store, files)
-    if any(entry.stream == "promise" for entry in book):
+    if any(entry.stream == "calibration" for entry in book):
         raise UsageError(
             "these labels hold some that `vilu next` drew from what could be accepted, of which "
             "`--method anytime` makes a guarantee. The other methods take rows that were picked "

@@ -40,7 +40,12 @@ FIT = {
     "n_candidates": "classes",
     "classes": "hash of the class names, in their order",
 }
-GUARANTEE = {"promise": "promise", "n": "calibration rows", "dataset": "from", "split": "split"}
+GUARANTEE = {
+    "guarantee_text": "guarantee",
+    "n": "calibration rows",
+    "dataset": "from",
+    "split": "split",
+}
 
 
 class Described(Protocol):
@@ -136,12 +141,12 @@ def fit_facts(notes: Mapping[str, Any], method: Described) -> list[str]:
 
 
 def guarantee(risk: Mapping[str, Any] | None) -> list[str]:
-    """What a calibration promises."""
+    """What a calibration guarantees."""
     if risk is None:
         return [
             "- none: `vilu calibrate` was not run on this predictor, so no threshold comes with it"
         ]
-    if risk.get("promise") is None:
+    if risk.get("guarantee_text") is None:
         return ["- none: only the probabilities are calibrated", *facts(risk, GUARANTEE)]
     return [
         *facts(risk, GUARANTEE),

@@ -219,7 +219,7 @@ def _check_calibration(folder: Path) -> None:
     if risk.get("predictor") != fit_fingerprint(folder):
         raise ProvenanceError(
             f"{folder / RISK} was made for another predictor than lies beside it, "
-            "so what it promises is not of this "
+            "so what it guarantees is not of this "
             f"one. {RECALIBRATE}, or remove the file."
         )
     if not (folder / ROWS).is_file() or file_hash(folder / ROWS) != risk.get("rows_sha256"):

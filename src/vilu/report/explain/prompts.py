@@ -102,7 +102,7 @@ def prompt_gains(data: EmbeddingSource, *, folds: int = FOLDS, seed: int = 0) ->
     cell); it is of the rows measured on and leaves out that other rows would have given other
     means.
 
-    What it says is a bound for work on prompts rather than a promise: these texts are made from
+    What it says is a bound for work on prompts rather than a guarantee: these texts are made from
     images, and no wording need reach them. That the gain of a class is small does say that its text
     is not what is wrong.
 

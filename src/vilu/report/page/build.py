@@ -102,7 +102,7 @@ def report_page(
             ViLU+, ViLU, the first.
         calibrated: The rule that accepts answers (``vilu.report.page.choice.read_calibrated``).
         max_risk: Without a rule: error rate among the accepted, for a threshold found on these
-            rows, which promises nothing.
+            rows, which guarantees nothing.
         images: The data set whose record keys are the ids of the outcomes, for thumbnails.
         embeddings: What was scored, for the classes that compete with an answer.
         title: Of the page.

@@ -48,7 +48,9 @@ class Choice:
     # nothing
     threshold: float | None
     max_risk: float | None  # error rate that was aimed at; None where the aim was another
-    promise: str | None = None  # what is promised of later answers, in words; None where nothing is
+    guarantee: str | None = (
+        None  # what is guaranteed of later answers, in words; None where nothing is
+    )
     # per group, if the rule has them
     thresholds: Mapping[str, Threshold] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)  # what is recorded of the calibration
@@ -57,7 +59,7 @@ class Choice:
 def by_hindsight(outcomes: Outcomes, max_risk: float) -> Choice:
     """The largest t with (wrong with u <= t) / (all with u <= t) <= max_risk on these rows.
 
-    Promises nothing.
+    Guarantees nothing.
     """
     require_between("max_risk", max_risk)
     uncertainty, failure = known(outcomes)
@@ -84,18 +86,18 @@ def by_rule(outcomes: Outcomes, calibrated: Calibrated) -> Choice:
         )
     groups = group_names(outcomes) if rule.grouped_by == "prediction" else None
     accepted = rule.accept(outcomes.uncertainty, groups)
-    promise: str | None = str(rule).splitlines()[0]
+    guarantee: str | None = str(rule).splitlines()[0]
     if not rule.needs_batch:
         if not rule.feasible:
-            promise = None
+            guarantee = None
         is_one_threshold = rule.grouped_by is None and rule.floor is None
         threshold = rule.threshold if is_one_threshold else None
         return Choice(
-            accepted, threshold, rule.max_risk, promise, rule.thresholds, calibrated.facts
+            accepted, threshold, rule.max_risk, guarantee, rule.thresholds, calibrated.facts
         )
     # of one batch, conformal selection accepts what one threshold does, too
     threshold = float(outcomes.uncertainty[accepted].max()) if accepted.any() else None
-    return Choice(accepted, threshold, rule.max_risk, promise, facts=calibrated.facts)
+    return Choice(accepted, threshold, rule.max_risk, guarantee, facts=calibrated.facts)
 
 
 def _require_match(link: str, of_rule: object, of_scores: object) -> None:

@@ -2,10 +2,10 @@
 const by = (id) => document.getElementById(id);
 const percent = (p) => (p === null ? "not known" : (100 * p).toFixed(p < 0.1 ? 1 : 0) + " %");
 const reasons = {
-  above_threshold: "It is less certain than what was promised.",
-  below_floor: "It is less certain than what was promised.",
+  above_threshold: "It is less certain than what was guaranteed.",
+  below_floor: "It is less certain than what was guaranteed.",
   outside: "The picture rather shows none of the classes.",
-  not_certified: "Nothing was promised for answers of this kind.",
+  not_certified: "Nothing was guaranteed for answers of this kind.",
 };
 let turn = 0;
 
@@ -66,10 +66,10 @@ async function about() {
   try {
     const told = await ask("/v1/predictors", {});
     const now = told.predictors.find((one) => one.answers);
-    by("promise").className = now.promise;
-    by("promise").textContent = now.in_words;
+    by("guarantee").className = now.guarantee;
+    by("guarantee").textContent = now.in_words;
   } catch (error) {
-    by("promise").textContent = error.message;
+    by("guarantee").textContent = error.message;
   }
 }
 

@@ -1,9 +1,9 @@
 """At most 5 % of the accepted may be wrong: which threshold, and how many labels does it take?
 
-Shows what `vilu.calibrate` promises, that too few labels promise nothing, what more labels bring,
-and that the promise is kept as often as it says. The scores are simulated, so that the truth is
-known: an answer with the uncertainty u is wrong with the probability 0.6 u², so that 5 % of those
-accepted are wrong where u ≤ 0.5 is accepted.
+Shows what `vilu.calibrate` guarantees, that too few labels guarantee nothing, what more labels
+bring, and that the guarantee is kept as often as it says. The scores are simulated, so that the
+truth is known: an answer with the uncertainty u is wrong with the probability 0.6 u², so that 5 %
+of those accepted are wrong where u ≤ 0.5 is accepted.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main() -> Figure:
     """From 50 to 20,000 labels, then 300 times 1,000."""
     few = vilu.calibrate(labelled(50, seed=0), max_risk=0.05, confidence=0.95)
     (certificate,) = few.thresholds.values()
-    print(f"50 labels: nothing is promised, {certificate.n_needed} are needed at least")
+    print(f"50 labels: nothing is guaranteed, {certificate.n_needed} are needed at least")
     assert not few.feasible
     assert certificate.n_needed == 60  # 0.95 ** 59 is below 0.05, and one row sets the threshold
 
@@ -45,13 +45,13 @@ def main() -> Figure:
     assert mean[100] < mean[500] < mean[2_000] < mean[20_000] < BEST
     assert mean[20_000] > 0.45
 
-    # Once is luck. In one calibration of twenty the promise may be broken, and not oftener.
+    # Once is luck. In one calibration of twenty the guarantee may be broken, and not oftener.
     thresholds = [
         vilu.calibrate(labelled(1_000, seed), max_risk=0.05).threshold
         for seed in range(1_000, 1_300)
     ]
     broken = np.mean([threshold is not None and threshold > BEST for threshold in thresholds])
-    print(f"of 300 such promises {broken:.1%} are broken, where 5 % may be")
+    print(f"of 300 such guarantees {broken:.1%} are broken, where 5 % may be")
     assert broken <= 0.08  # three standard deviations above 5 % would be 8.8 %
 
     # The other way round: a share has to be accepted, and what can be said of its errors?
