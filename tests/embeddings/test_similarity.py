@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vilu.embeddings.similarity import Others, first_equal, first_largest, row_blocks, zero_shot
+from vilu.embeddings.similarity import Others, first_equal, row_blocks, zero_shot
 from vilu.embeddings.source import Batch
 
 
@@ -158,13 +159,35 @@ def test_log_probability_of_the_target(grouped: bool, n: int, k: int) -> None:
     assert 0 < sum(wrong) < n
 
 
-@pytest.mark.parametrize("k", [2, 64, 65, 1_000])
-def test_first_largest_is_the_first_of_the_largest(k: int) -> None:
-    logits = torch.randint(4, (50, k), generator=torch.Generator().manual_seed(k)).float()
-    logits[0], logits[1, -1], logits[2, 0] = -torch.inf, 9.0, 9.0
-    place, largest = first_largest(logits)
+@pytest.mark.parametrize("temperature", [1.0, 0.01, 30.0])
+@pytest.mark.parametrize("k", [2, 65, 1_000])
+def test_no_odds_vanish_however_far_the_others_are(k: int, temperature: float) -> None:
+    """Against float64, from ties to gaps that underflow in float32."""
+    gap = torch.tensor([0.0, 1e-3, 1.0, 20.0, 90.0, 600.0])
+    logits = torch.rand(len(gap), k, generator=torch.Generator().manual_seed(k)).round(decimals=2)
+    logits[:, -1] = 1.0
+    logits[:, k // 2] = 1.0
+    logits[:, 0] = 1.0 + gap
+    others = Others.of(logits, temperature=temperature)
+    exact = logits.double() / temperature
+    # numpy adds float64; an exponential of base two of x is off by x of a float32's rounding
+    expected = np.logaddexp.reduce(exact[:, 1:].numpy(), axis=1) - exact[:, 0].numpy()
+    assert others.answer.squeeze(1).tolist() == [0] * len(gap)
+    assert others.log_odds.numpy() == pytest.approx(expected, rel=1e-6, abs=1e-6)
+    assert others.odds.log().numpy()[expected > -700] == pytest.approx(
+        expected[expected > -700], rel=1e-6, abs=1e-6
+    )
+
+
+def test_the_answer_may_be_any_candidate() -> None:
+    logits = torch.tensor([[3.0, 1.0, 1.0], [0.0, 50.0, 0.0]])
+    others = Others.of(logits, torch.tensor([[1], [0]]))
+    expected = [np.log(np.exp(2) + 1), np.log(np.exp(50) + 1)]
+    assert others.log_odds.tolist() == pytest.approx(expected)
+
+
+def test_of_equal_logits_the_first_is_the_answer() -> None:
+    logits = torch.randint(4, (50, 65), generator=torch.Generator().manual_seed(0)).float()
     rows = logits.tolist()
-    assert place.squeeze(1).tolist() == [row.index(max(row)) for row in rows]
-    assert largest.squeeze(1).tolist() == [max(row) for row in rows]
-    clear = logits + torch.rand(50, k, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(first_largest(clear)[0], clear.argmax(dim=1, keepdim=True))
+    expected = [row.index(max(row)) for row in rows]
+    assert Others.of(logits).answer.squeeze(1).tolist() == expected

@@ -6,6 +6,7 @@ Shapes: B images, K candidate texts, D embedding width.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,10 +33,10 @@ TILE_ROWS = 1_024
 The product of a nearly square tile is half as fast again as that of a long one.
 """
 
-CACHED_CELLS = 2**20
+CACHED_CELLS = 2**21
 """Logits of a batch of which nothing else is looked at.
 
-They take 4 MiB, and what is made of them stays near the processor.
+They take 8 MiB, and what is made of them stays near the processor.
 """
 
 KEY_COLUMNS = 8
@@ -101,68 +102,46 @@ def zero_shot(
 class Others:
     """What the candidates beside the answer weigh, from logits l (B, K), K > 1, in their precision.
 
-    With a reference r their weights are e_j = exp(l_j - r), and the odds of another answer, (1 - p)
-    / p, are exp(gap) sum_j e_j: no bit of a small 1 - p is lost. The reference is the largest
-    logit, which is there already, or the largest of the others where else the sum would vanish.
+    With the answer's logit l_a and the largest s of the others, their weights are e_j = exp((l_j -
+    s) / T). One of them is 1, so their sum never vanishes. The odds of another answer, (1 - p) / p,
+    are exp((s - l_a) / T) sum_j e_j: no bit of a small 1 - p is lost.
     """
 
-    logits: Tensor  # (B, K)
-    chosen: Tensor | None  # (B, 1) int64 answers; None: the first of the largest logits
-    own: Tensor  # (B,) the answer's logit
-    reference: Tensor  # (B, 1) r
+    answer: Tensor  # (B, 1) int64
+    own: Tensor  # (B,) the answer's logit l_a
+    logits: Tensor  # (B, K) of the others; the answer's place is ``NEGLIGIBLE``
+    second: Tensor  # (B, 1) the largest of them, s
     weight: Tensor  # (B, K) e_j; of the answer 0
-    total: Tensor  # (B,) their sum
-    temperature: float = 1.0  # what the logits are divided by, ``own`` aside
+    total: Tensor  # (B,) float64 sum of the weights
+    temperature: float = 1.0  # T
 
     @classmethod
     def of(cls, logits: Tensor, answer: Tensor | None = None, temperature: float = 1.0) -> Others:
         """Those beside the answers (B, 1), by default the first of the largest logits."""
-        largest = logits.amax(dim=1, keepdim=True)
-        own = largest.squeeze(1)
-        if answer is not None:
-            own = logits.gather(1, answer).squeeze(1)
-        if torch.compiler.is_exporting():  # a graph cannot choose rows by their values
-            place = _answers(logits, answer)
-            reference = _largest_beside(logits, place)
-            weight, total = _beside(logits, place, reference, temperature)
-            return cls(logits, answer, own, reference, weight, total, temperature)
-        weight, total, unsure = _under_largest(logits, answer, largest, temperature)
-        reference = largest
-        rows = unsure.nonzero().squeeze(1)
-        if len(rows):  # row by row: what a row is worth does not depend on those beside it
-            few = logits[rows]
-            few_largest = largest[rows]
-            place = _answers(few, None if answer is None else answer[rows])
-            _, few_totals = _beside(few, place, few_largest, temperature)
-            # where the sum vanishes under the largest logit, it is taken under the second
-            vanishes = few_totals < VANISHING
-            second = _largest_beside(few, place)
-            few_references = torch.where(vanishes[:, None], second, few_largest)
-            few_weights, few_totals = _beside(few, place, few_references, temperature)
-            reference = largest.index_copy(0, rows, few_references)
-            weight.index_copy_(0, rows, few_weights)
-            total.index_copy_(0, rows, few_totals)
-        return cls(logits, answer, own, reference, weight, total, temperature)
-
-    @cached_property
-    def answer(self) -> Tensor:
-        """(B, 1) int64 candidates that are the answers."""
-        return _answers(self.logits, self.chosen)
+        if answer is None:
+            answer = logits.argmax(dim=1, keepdim=True)
+        own = logits.gather(1, answer).squeeze(1)
+        others = logits.scatter(1, answer, NEGLIGIBLE)
+        second = others.amax(dim=1, keepdim=True)
+        # a power of two: torch takes twice as long for one of e
+        weight = (others - second).mul_(LOG2_E / temperature).exp2_()
+        total = float64(weight.sum(dim=1))
+        return cls(answer, own, others, second, weight, total, temperature)
 
     @cached_property
     def gap(self) -> Tensor:
-        """(B,) float64 reference less the answer's logit."""
-        return (float64(self.reference.squeeze(1)) - float64(self.own)) / self.temperature
+        """(B,) float64 the largest logit of the others less the answer's, over the temperature."""
+        return (float64(self.second.squeeze(1)) - float64(self.own)) / self.temperature
 
     @property
     def log_odds(self) -> Tensor:
         """(B,) float64, without rounding where p is near zero or one."""
-        return self.gap + float64(self.total).log()
+        return self.gap + self.total.log()
 
     @cached_property
     def odds(self) -> Tensor:
         """(B,) float64."""
-        return self.gap.exp() * float64(self.total)
+        return self.gap.exp() * self.total
 
     @property
     def doubt(self) -> Tensor:
@@ -179,100 +158,11 @@ class Others:
         return ZeroShot(first[self.answer.squeeze(1)], self.own, log_norm)
 
 
-def _under_largest(
-    logits: Tensor, answer: Tensor | None, largest: Tensor, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights (B, K) and sums (B,) with the largest logit as reference; (B,) bool where they fail.
-
-    They fail where the sum vanishes, or another logit may be as large.
-    """
-    is_cached = logits.shape[1] <= CACHED_CELLS // 16
-    if answer is None and is_cached and not logits.requires_grad:
-        # The largest logit weighs exactly 1, all below it a fraction: the fractions alone are the
-        # weights of the others, and the place of the largest need not be known. A second one as
-        # large has no fraction either; it shows in the sum of all weights.
-        weight = _weights(logits, largest, temperature)
-        whole = weight.sum(dim=1)
-        total = weight.frac_().sum(dim=1)
-        has_tie = whole - total > TIED
-        return weight, total, (total < VANISHING) | has_tie
-    weight, total = _beside(logits, _answers(logits, answer), largest, temperature)
-    return weight, total, total < VANISHING
-
-
-def _answers(logits: Tensor, answer: Tensor | None) -> Tensor:
-    """(B, 1) the answers, by default the first of the largest logits."""
-    if answer is not None:
-        return answer
-    place, _ = first_largest(logits)
-    return place
-
-
-def _largest_beside(logits: Tensor, place: Tensor) -> Tensor:
-    """(B, 1) the largest logit beside the answers."""
-    return logits.scatter(1, place, NEGLIGIBLE).amax(dim=1, keepdim=True)
-
-
-def _weights(logits: Tensor, reference: Tensor, temperature: float) -> Tensor:
-    """(B, K) exp((l - r) / temperature), in one tensor."""
-    weight = logits - reference
-    if temperature != 1:
-        weight = weight.div_(temperature)
-    return weight.exp_()
-
-
-def _beside(
-    logits: Tensor, place: Tensor, reference: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """Weights (B, K), of the answers 0, and their sums (B,)."""
-    weight = _weights(logits, reference, temperature).scatter_(1, place, 0.0)
-    return weight, weight.sum(dim=1)
-
-
-def first_largest(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Place (B, 1) int64 and value (B, 1) of the largest of (B, K), at equal ones the first.
-
-    Where it is there once, its place is the product of what equals it, zeros and ones, with 0 ... K
-    - 1, exact in float32; of long rows near the processor that takes half the time of ``argmax``.
-    """
-    if _has_fast_place(logits):
-        n = logits.shape[1]
-        largest = logits.amax(dim=1, keepdim=True)
-        equal = torch.eq(logits, largest, out=torch.empty_like(logits))
-        place = (equal @ torch.arange(n, dtype=torch.float32)).long().clamp_(0, n - 1)[:, None]
-        # with two largest the product is the sum of their indices
-        is_single = bool((equal.sum(dim=1) == 1).all())
-        # and a product that was allowed fewer bits may miss the index
-        if is_single and bool(equal.gather(1, place).all()):
-            return place, largest
-    # not torch.max(dim): of equal values it documents no order
-    first = logits.argmax(dim=1, keepdim=True)
-    return first, logits.gather(1, first)
-
-
-def _has_fast_place(logits: Tensor) -> bool:
-    """Whether a product finds the place of the largest faster: in long rows near the processor."""
-    if torch.compiler.is_exporting() or logits.requires_grad:
-        return False
-    is_plain = logits.dtype == torch.float32 and logits.device.type == "cpu"
-    is_cached = logits.numel() <= 2 * CACHED_CELLS
-    return is_plain and is_cached and logits.shape[1] >= SHORT
-
-
-SHORT = 64
-"""Candidates from which on ``first_largest`` takes a product."""
-
-TIED = 1.5
-"""The largest weighs 1 of all weights; so much more is another one that weighs 1."""
-
-VANISHING = 1e-14
-"""Below it all others are more than 32 under the reference.
-
-There a float32 difference is off by 2e-6 and more.
-"""
-
 NEGLIGIBLE = torch.finfo(torch.float32).min / 2
-"""A logit below all others."""
+"""A logit below all others; finite, so that its product with a weight of 0 is 0."""
+
+LOG2_E = math.log2(math.e)
+"""exp(x) = 2^(x log2 e)."""
 
 
 def first_equal(rows: Tensor) -> Tensor:
@@ -360,12 +250,10 @@ def _over_tiles(image: Tensor, text: Tensor, scale: float, bias: float, columns:
 
 
 def _of_tile(logits: Tensor, first: int) -> ZeroShot:
-    """Of the candidates ``first`` and following, in the memory of their logits."""
-    place, largest = first_largest(logits)
-    # less the largest, no exponential overflows and one of them is 1
-    log_sum = logits.sub_(largest).exp_().sum(dim=1).log_()
-    largest = largest.squeeze(1)
-    return ZeroShot(place.squeeze(1) + first, largest, log_sum + largest)
+    """Of the candidates ``first`` and following."""
+    # not torch.max(dim): of equal values it documents no order
+    place = logits.argmax(dim=1)
+    return ZeroShot(place + first, logits.amax(dim=1), logits.logsumexp(dim=1))
 
 
 def _merge(left: ZeroShot, right: ZeroShot) -> ZeroShot:

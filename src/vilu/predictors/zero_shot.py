@@ -180,7 +180,7 @@ class ProbMargin(FailurePredictor):
 
     def _score(self, batch: Batch) -> Tensor:
         rivals = batch.rivals
-        second = rivals.gap.exp() * float64(rivals.weight.amax(dim=1))
+        second = rivals.gap.exp()  # p_(2) / p_(1)
         return (second + rivals.odds) / (1 + rivals.odds)
 
 
@@ -298,7 +298,7 @@ def entropy(batch: Batch) -> Tensor:
     """
     rivals = batch.rivals
     odds = rivals.odds
-    below = (rivals.logits - rivals.reference).mul_(rivals.weight).sum(dim=1)
+    below = (rivals.logits - rivals.second).mul_(rivals.weight).sum(dim=1)
     spread = rivals.gap.exp() * float64(below) + rivals.gap * odds
     return torch.log1p(odds) - spread / (1 + odds)
 
