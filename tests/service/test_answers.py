@@ -154,7 +154,7 @@ def test_every_row_is_counted_once(
         assert [one["answers"] for one in after] == [False, True]  # as it was left
 
 
-def test_a_void_guarantee_is_void_after_a_kill_in_whatever_order_labels_came(
+def test_a_void_guarantee_stays_void_after_a_kill_in_any_order_of_labels(
     predictors: tuple[Path, Path], tmp_path: Path
 ) -> None:
     """Evidence is the largest along the way:

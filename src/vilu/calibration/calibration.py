@@ -211,6 +211,12 @@ class Calibration(Document):
                 f"the calibration is of another predictor than this {predictor.name}, or this one "
                 "was loaded before it was calibrated. Load both from one folder."
             )
+        if predictor.answer != self.rows.answer:
+            raise ProvenanceError(
+                f"the calibration rows judge {self.rows.answer} answers, and this "
+                f"{predictor.name} judges {predictor.answer} ones: nothing is guaranteed of them. "
+                f"{RECALIBRATE}."
+            )
         expected = {name: getattr(self, name) for name in ("n_candidates", "classes", "pool_size")}
         present = _problem(data)
         difference = None

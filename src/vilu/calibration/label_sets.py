@@ -24,7 +24,7 @@ from torch import Tensor
 from vilu.artifacts.documents import Model
 from vilu.calibration.methods import SetMethod
 from vilu.calibration.thresholds import rows_for_mean
-from vilu.embeddings.source import Batch, EmbeddingSource
+from vilu.embeddings.source import Batch, EmbeddingSource, log_posterior
 from vilu.errors import UNKNOWN, DataError, InfeasibleError, UsageError
 from vilu.metrics.counts import Floats
 from vilu.predictors.contract.predictor import FailurePredictor
@@ -80,8 +80,9 @@ def nonconformity(
 ) -> Tensor:
     """(B, K) float64 s(x, j) of every candidate."""
     f = torch.from_numpy(predictor.raw_failure_probability(uncertainty))
+    own = predictor.log_posterior if predictor.has_posterior else log_posterior
     with torch.no_grad():
-        q = failure_aware_posterior(batch, predictor.log_posterior(batch).cpu(), f)
+        q = failure_aware_posterior(batch, own(batch).cpu(), f)
     if method == "lac":
         return 1 - q
     ordered, place = q.sort(dim=1, descending=True, stable=True)

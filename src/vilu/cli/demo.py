@@ -25,6 +25,7 @@ from vilu.outcomes.evaluate import compare, evaluate
 from vilu.outcomes.outcomes import Outcomes
 from vilu.outcomes.results import ResultTable
 from vilu.predictors import PREDICTORS
+from vilu.predictors.contract.parameters import build
 from vilu.predictors.persistence.storage import load
 from vilu.report import figures, style
 from vilu.report.figures import Photo
@@ -198,7 +199,7 @@ def outcomes_of(label: str, stores: dict[str, EmbeddingStore], cache: Path, seed
         values = dict(parameters)
         if cls.needs_fit:
             values["seed"] = seed
-        predictor = cls(**values)
+        predictor = build(cls, values)
         predictor.fit(stores["train"], stores["validation"]).save(folder)
     outcomes = score(predictor, stores["test"], dataset="clothing (compact VLM)", split="test")
     return dataclasses.replace(outcomes, method=label)

@@ -213,6 +213,48 @@ def check_targets(
     return target.clamp(min=-1), target == -2
 
 
+def check_answers(
+    values: ArrayLike | Tensor, n_rows: int, class_names: Sequence[str] | None, n_candidates: int
+) -> Tensor:
+    """(N,) int64 answers from 0 to K - 1, of numbers or of names of candidates."""
+    array = as_array(values, "answer")
+    if array.shape != (n_rows,):
+        raise DataError(
+            f"answer must have one entry per image row ({n_rows}). Got shape {array.shape} instead."
+        )
+    if array.dtype.kind in "US":
+        array = _numbers_of(array, class_names)
+    if array.size and array.dtype.kind not in "iu":
+        raise DataError(
+            "answer must hold rows of text, or names of candidates. "
+            f"Got dtype {array.dtype} instead."
+        )
+    if array.size and (array.min() < 0 or array.max() >= n_candidates):
+        raise DataError(
+            f"answer must be a row of text, 0 to {n_candidates - 1}. An answer that is none of the "
+            f"candidates cannot be judged. Got values from {array.min()} to {array.max()} instead."
+        )
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def _numbers_of(
+    names: NDArray[np.generic], class_names: Sequence[str] | None
+) -> NDArray[np.generic]:
+    """(N,) int64 numbers of the candidates of these names (N,)."""
+    if class_names is None:
+        raise DataError("answer holds names, and the candidates have none: give class_names too.")
+    number = {name: row for row, name in enumerate(class_names)}
+    answers = [str(name) for name in names.tolist()]
+    unknown = sorted({name for name in answers if name not in number})
+    if unknown:
+        raise DataError(
+            f"answer must hold names of the {len(number)} candidates. Got {len(unknown)} other "
+            f"names, the first is {unknown[0]!r}: such an answer cannot be judged. Add the "
+            "candidate, or leave these rows out."
+        )
+    return np.array([number[name] for name in answers], np.int64)
+
+
 def check_indices(values: ArrayLike | Tensor, n: int, name: str) -> Tensor:
     """(M,) int64 whole numbers from 0 to n - 1."""
     array = as_array(values, name)

@@ -16,6 +16,12 @@ IMAGE_COLUMNS = {
 }
 """One entry per image: number of dimensions and meaning."""
 
+ANSWER = "answer"
+"""(N,) int64 rows of ``text``: the answers of another model, which are judged in its place."""
+
+OF_ROWS = frozenset({*IMAGE_COLUMNS, ANSWER})
+"""Names of all columns with one entry per row."""
+
 ANY_NORM = frozenset({"features", "second_image"})  # those of images that need not be of unit norm
 
 TEXT_COLUMNS = {
@@ -51,6 +57,7 @@ HOW = {
     "views": "vilu embed --views 8",
     "prompts": "vilu embed --prompts ensemble",
     "negatives": "vilu embed --negatives",
+    ANSWER: 'vilu.Embeddings(..., columns={"answer": answers})',
     **dict.fromkeys(SECOND, "--second STORE"),
     **dict.fromkeys(
         ("text_features", "image_projection", "text_projection"), "vilu embed --features"

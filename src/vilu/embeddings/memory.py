@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vilu.device import torch_defaults
 from vilu.embeddings.checks import (
+    check_answers,
     check_class_names,
     check_ids,
     check_targets,
@@ -20,7 +21,7 @@ from vilu.embeddings.checks import (
     unit_rows,
 )
 from vilu.embeddings.column_checks import check_columns
-from vilu.embeddings.columns import TEXT_COLUMNS
+from vilu.embeddings.columns import ANSWER, TEXT_COLUMNS
 from vilu.embeddings.pairs import PairSource, Pools
 from vilu.embeddings.similarity import rows_at
 from vilu.embeddings.source import EmbeddingSource
@@ -44,7 +45,8 @@ class Embeddings(EmbeddingSource):
         space: Full identity of the space, when known; then ``logit_scale`` and ``logit_bias`` are
             taken from it.
         columns: What some methods need beside the embeddings, by name
-            (``vilu.embeddings.columns``).
+            (``vilu.embeddings.columns``); "answer" are N answers of another model, rows of ``text``
+            or names.
 
     What is given is copied. Rows are brought to unit norm (said once as a warning if they were
     not). An image row with NaN, infinity or zero norm is kept but marked in ``status``: it is never
@@ -98,7 +100,13 @@ class Embeddings(EmbeddingSource):
         self.target, self.outside = check_targets(target, len(self.image), len(self.text))
         self.class_names = check_class_names(class_names, len(self.text))
         self.ids = check_ids(ids, len(self.image))
-        self._columns = check_columns(columns, len(self.image), len(self.text), self.image.shape[1])
+        encoded = dict(columns or {})
+        answer = encoded.pop(ANSWER, None)
+        self._columns = check_columns(encoded, len(self.image), len(self.text), self.image.shape[1])
+        if answer is not None:
+            self._columns[ANSWER] = check_answers(
+                answer, len(self.image), self.class_names, len(self.text)
+            )
         self.columns = frozenset(self._columns)
         distinct = self._merge_same()
         if distinct is not None:

@@ -121,12 +121,12 @@ class Others:
         if answer is None:
             answer = logits.argmax(dim=1, keepdim=True)
         own = logits.gather(1, answer).squeeze(1)
-        others = logits.scatter(1, answer, NEGLIGIBLE)
-        second = others.amax(dim=1, keepdim=True)
+        beside = logits.scatter(1, answer, NEGLIGIBLE)
+        second = beside.amax(dim=1, keepdim=True)
         # a power of two: torch takes twice as long for one of e
-        weight = (others - second).mul_(LOG2_E / temperature).exp2_()
+        weight = (beside - second).mul_(LOG2_E / temperature).exp2_()
         total = float64(weight.sum(dim=1))
-        return cls(answer, own, others, second, weight, total, temperature)
+        return cls(answer, own, beside, second, weight, total, temperature)
 
     @cached_property
     def gap(self) -> Tensor:

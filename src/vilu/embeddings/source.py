@@ -25,7 +25,7 @@ from vilu.embeddings.checks import (
     hash_names,
     hash_rows,
 )
-from vilu.embeddings.columns import HOW, IMAGE_COLUMNS, TEXT_COLUMNS
+from vilu.embeddings.columns import ANSWER, HOW, OF_ROWS, TEXT_COLUMNS
 from vilu.embeddings.similarity import Others, ZeroShot, first_equal, float64, row_blocks, zero_shot
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import UNKNOWN, DataError, UsageError
@@ -110,8 +110,15 @@ class Batch:
 
     @cached_property
     def rivals(self) -> Others:
-        """What the candidates beside the answer weigh."""
+        """What the candidates beside the zero-shot answer weigh."""
         return Others.of(self.logits)
+
+    @cached_property
+    def beside_answer(self) -> Others:
+        """What the other candidates weigh beside the answer that is judged."""
+        if ANSWER in self.columns:
+            return Others.of(self.logits, self.columns[ANSWER][:, None])
+        return self.rivals
 
     @cached_property
     def first_equal(self) -> Tensor:
@@ -120,8 +127,21 @@ class Batch:
 
     @property
     def prediction(self) -> Tensor:
-        """(B,) int64 zero-shot answer; among equal logits the lowest index wins."""
+        """(B,) int64 answer that is judged: that of the column "answer", else the zero-shot one.
+
+        Among equal logits the lowest index wins.
+        """
+        if ANSWER in self.columns:
+            return self.columns[ANSWER]
         return self.zero_shot.prediction
+
+    @property
+    def answer_probability(self) -> Tensor:
+        """(B,) float32 zero-shot probability of the answer that is judged."""
+        if ANSWER not in self.columns:
+            return self.zero_shot.max_probability
+        of_answer = self.logits.gather(1, self.prediction[:, None]).squeeze(1)
+        return (of_answer - self.zero_shot.log_norm).exp()
 
     @cached_property
     def failure(self) -> Tensor:
@@ -219,7 +239,7 @@ class Batch:
         """Some of the rows, by a slice or their indices, against all candidates."""
         columns = dict(self.columns)
         for name in columns:
-            if name in IMAGE_COLUMNS:
+            if name in OF_ROWS:
                 columns[name] = columns[name][part]
         batch = replace(
             self,
@@ -236,6 +256,23 @@ class Batch:
     def by_pool(self) -> Iterator[tuple[slice, Batch]]:
         """Its rows by the candidates that they have in common: all of them."""
         yield slice(0, len(self.index)), self
+
+    def judging(self, answer: Tensor) -> Batch:
+        """This batch, with answers (B,) to judge in place of the zero-shot ones.
+
+        Examples:
+            >>> import torch, vilu
+            >>> image, text = torch.tensor([[0.6, 0.8]]), torch.eye(2)
+            >>> batch = vilu.Batch(image, text, torch.tensor([0]), torch.arange(1), 10.0)
+            >>> judged = batch.judging(torch.tensor([0]))
+            >>> batch.failure.tolist(), judged.failure.tolist()
+            ([1], [0])
+        """
+        batch = replace(self, columns={**self.columns, ANSWER: answer})
+        for name in ("logits", "zero_shot", "rivals", "first_equal"):
+            if name in self.__dict__:  # nothing of the zero-shot answers is computed again
+                batch.__dict__[name] = self.__dict__[name]
+        return batch
 
     def answered(self, answers: ZeroShot) -> Batch:
         """This batch, with zero-shot answers that were computed before."""
@@ -361,6 +398,8 @@ class EmbeddingSource(ABC):
         self.candidate_of = candidate
         self.text = self.text[distinct]
         self.target = torch.where(self.target == UNKNOWN, UNKNOWN, candidate[self.target])
+        if ANSWER in self._columns:
+            self._columns = {**self._columns, ANSWER: candidate[self._columns[ANSWER]]}
         if self.class_names:
             self.class_names = tuple(names[i] for i in distinct.tolist())
         return distinct
@@ -401,7 +440,7 @@ class EmbeddingSource(ABC):
         if name not in self._columns:
             command = HOW.get(name, "vilu embed")
             raise DataError(f"these embeddings have no column {name!r}. Make it with `{command}`.")
-        is_of_rows = name in IMAGE_COLUMNS
+        is_of_rows = name in OF_ROWS
         if self.pool_size is not None:  # candidates are rows, too
             is_of_rows = is_of_rows or name in TEXT_COLUMNS
         if is_of_rows:
@@ -639,7 +678,7 @@ class EmbeddingSource(ABC):
             members = candidates.members
         tensors = {}
         for name in columns:
-            of_images = name in IMAGE_COLUMNS
+            of_images = name in OF_ROWS
             tensors[name] = self.column(name, index if of_images else members)
         return Batch(
             image=self.image_rows(index),
@@ -763,7 +802,7 @@ class Taken(EmbeddingSource):
         """Column ``name`` of the whole, at the rows or candidates taken."""
         if name not in self.columns:
             return super().column(name, index)
-        if name in IMAGE_COLUMNS:
+        if name in OF_ROWS:
             return self._source.column(name, self._rows[index])
         values = self._source.column(name, index)
         if self._classes is not None and name in TEXT_COLUMNS:
@@ -799,7 +838,7 @@ def log_posterior(batch: Batch, temperature: float | Tensor = 1.0) -> Tensor:
     is positive, one or one per row (B, 1).
     """
     logits = float64(batch.logits)
-    answer = batch.prediction[:, None].to(logits.device)
-    below = (logits - logits.gather(1, answer)) / temperature
-    beside = below.exp().scatter(1, answer, 0.0).sum(dim=-1, keepdim=True)
+    largest = batch.zero_shot.prediction[:, None].to(logits.device)
+    below = (logits - logits.gather(1, largest)) / temperature
+    beside = below.exp().scatter(1, largest, 0.0).sum(dim=-1, keepdim=True)
     return below - torch.log1p(beside)

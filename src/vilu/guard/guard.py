@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
@@ -22,7 +22,7 @@ from vilu.datasets.base import ImageRecord
 from vilu.datasets.files import read_file
 from vilu.datasets.images import DEFAULT_LIMITS, ImageLimits
 from vilu.device import torch_defaults
-from vilu.embeddings.columns import IMAGE_COLUMNS
+from vilu.embeddings.columns import IMAGE_COLUMNS, OF_ROWS
 from vilu.embeddings.source import Batch, EmbeddingSource, log_posterior
 from vilu.errors import UNKNOWN, ProvenanceError, UsageError
 from vilu.outcomes.decisions import REVIEW
@@ -58,14 +58,16 @@ class Answer:
 
     Attributes:
         key: Its path, or its place among the images as text.
-        label: The model's answer; None where the image could not be read.
+        label: The answer that is judged; None where the image could not be read.
         failure_probability: How likely that is wrong; of a predictor whose scores are no
             probabilities, and which is not calibrated, None.
         uncertainty: The score of the predictor, higher = more likely wrong; None without an answer.
         decision: "accept" or "review"; None where the predictor carries no rule.
         reason: Why it is not accepted ("above_threshold", "outside", "not_certified", or what is
             wrong with the image: "truncated", "bomb", "read_error", ...); None where it is.
-        runners_up: The next answers with their zero-shot probabilities, the most likely first.
+        runners_up: The next answers with their probabilities, the most likely first. These are
+            zero-shot, or of the predictor's posterior where its own answer is judged.
+        zero_shot: The zero-shot answer where it is another one; else None.
 
     Examples:
         >>> import vilu
@@ -85,6 +87,7 @@ class Answer:
     decision: str | None
     reason: str | None
     runners_up: RunnersUp = ()
+    zero_shot: str | None = None
 
 
 class Arrived(EmbeddingSource):
@@ -249,7 +252,8 @@ class Guard:
                 name=f"the predictor in {self.folder}",
                 other_name="its candidates",
             )
-        wanted = set(self.predictor.columns_to_score) & IMAGE_COLUMNS.keys()
+        looked_at = {*self.predictor.columns_to_score, *self.predictor.answer_columns}
+        wanted = looked_at & OF_ROWS
         not_of_one_image = sorted(wanted - {FEATURES})
         if not_of_one_image:
             raise UsageError(
@@ -383,16 +387,24 @@ class Guard:
         source = Arrived(self.vocabulary, rows, keys)
         facts = {
             "is_probability": self.predictor.is_probability,
+            "answer": self.predictor.answer,
             "provenance": provenance_of(self.calibration),
         }
         outcomes = score_rows(
             self.predictor, source, facts, calibration=self.calibration, task=Silence()
         )
         runners_up: list[RunnersUp] = []
-        for batch in source.batches(len(keys)):
-            runners_up += runners_up_of(batch, self.vocabulary.names)
+        for batch in source.batches(len(keys), columns=self.predictor.columns_to_score):
+            runners_up += self._runners_up(batch.to(self.predictor.device_))
         answers = [self._answer(outcomes, row, runners_up[row]) for row in range(len(keys))]
         return answers, outcomes
+
+    def _runners_up(self, batch: Batch) -> list[RunnersUp]:
+        """Of a batch, after the answers that are judged."""
+        if self.predictor.answer != "adapted":
+            return runners_up_of(batch, self.vocabulary.names)
+        judged = self.predictor.judged(batch)
+        return runners_up_of(judged, self.vocabulary.names, self.predictor.log_posterior)
 
     def _answer(self, outcomes: Outcomes, row: int, runners_up: RunnersUp) -> Answer:
         """The answer of one row of the scores."""
@@ -408,6 +420,9 @@ class Guard:
         label: str | None = None
         if outcomes.prediction is not None:
             label = self.vocabulary.names[int(outcomes.prediction[row])]
+        zero_shot: str | None = None
+        if outcomes.zero_shot is not None:
+            zero_shot = self.vocabulary.names[int(outcomes.zero_shot[row])]
         return Answer(
             key,
             label,
@@ -416,6 +431,7 @@ class Guard:
             _at(outcomes.decision, row),
             _at(outcomes.decision_reason, row),
             runners_up,
+            zero_shot=None if zero_shot == label else zero_shot,
         )
 
     def refused(self, key: str, reason: str | None) -> Answer:
@@ -442,13 +458,21 @@ def arrays_of(content: PartRows) -> dict[str, Tensor]:
     return {name: torch.cat(blocks) for name, blocks in content.arrays.items()}
 
 
-def runners_up_of(batch: Batch, names: Sequence[str]) -> list[RunnersUp]:
-    """Per row the next answers after the first, with their zero-shot probabilities."""
+def runners_up_of(
+    batch: Batch,
+    names: Sequence[str],
+    posterior_of: Callable[[Batch], Tensor] = log_posterior,
+) -> list[RunnersUp]:
+    """Per row the next answers after the one that is judged, with their probabilities.
+
+    ``posterior_of`` gives (B, K) log probabilities of a batch, by default zero-shot ones.
+    """
     n_rows = len(batch.index)
     n_classes = len(batch.text)
     if n_rows == 0 or n_classes < 2:
         return [()] * n_rows
-    posterior = log_posterior(batch).exp()
+    with torch.no_grad():
+        posterior = posterior_of(batch).exp()
     answer = batch.prediction.to(posterior.device)[:, None]
     without_answer = posterior.scatter(1, answer, -1.0)
     nearest = without_answer.topk(min(RUNNERS_UP, n_classes - 1), dim=1)

@@ -112,6 +112,7 @@ def _entries(answer: Answer) -> Entries:
         "failure_probability": answer.failure_probability,
         "decision": answer.decision,
         "reason": answer.reason,
+        "zero_shot": answer.zero_shot,
         "runners_up": [{"label": name, "score": share} for name, share in answer.runners_up],
     }
     return [entry]

@@ -547,6 +547,61 @@ def paired_bootstrap(
     return Quantity(observed, differences).difference(confidence)
 
 
+def paired_across(
+    kernel: Kernel,
+    a: tuple[Floats, Ints],
+    b: tuple[Floats, Ints],
+    *,
+    n_resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+    picture: Ints | None = None,
+) -> Difference:
+    """Difference of a metric between two kinds of answers to the same rows.
+
+    Each of ``a`` and ``b`` are uncertainties (N,) and failures (N,). Both kinds are wrong in other
+    rows, so no resample can keep both numbers of wrong answers: rows are drawn, all alike. Rows of
+    one picture (N,) are drawn together.
+    """
+    check_settings(n_resamples, confidence)
+    unit = np.arange(len(a[0])) if picture is None else picture
+    n_units = int(unit.max()) + 1
+    sides = [_TiedRows.of(*side) for side in (a, b)]
+    observed = float(kernel(tie_counts(*a))) - float(kernel(tie_counts(*b)))
+    rng = np.random.default_rng(seed)
+    blocks = []
+    with track("bootstrap", n_resamples, "resamples") as task:
+        for size in block_sizes(n_resamples, CELLS // len(unit)):
+            drawn = rng.multinomial(n_units, np.full(n_units, 1 / n_units), size=size)
+            of_rows = drawn[:, unit]
+            first, second = (kernel(side.counts(of_rows)) for side in sides)
+            blocks.append(first - second)
+            task.advance(size)
+    return Quantity(observed, np.concatenate(blocks)).difference(confidence)
+
+
+class _TiedRows(NamedTuple):
+    """Rows in the order of their uncertainties, equal ones side by side."""
+
+    order: Ints  # (N,) rows by their uncertainty
+    starts: Ints  # (G,) where each distinct uncertainty begins in this order
+    value: Floats  # (G,) distinct uncertainties
+    wrong: Ints  # (N,) 1 where the answer is wrong, in this order
+
+    @classmethod
+    def of(cls, uncertainty: Floats, failure: Ints) -> _TiedRows:
+        order = np.argsort(uncertainty, kind="stable")
+        value, starts = np.unique(uncertainty[order], return_index=True)
+        return cls(order, starts, value, failure[order])
+
+    def counts(self, times: Ints) -> TieCounts:
+        """Counts (B, G) of rows that are drawn so many ``times`` (B, N)."""
+        drawn = times[:, self.order]
+        size = np.add.reduceat(drawn, self.starts, axis=1)
+        wrong = np.add.reduceat(drawn * self.wrong, self.starts, axis=1)
+        return TieCounts(self.value, size - wrong, wrong)
+
+
 def _kernel(metric: str | Kernel, failure: ArrayLike, *uncertainty: ArrayLike) -> Kernel:
     if not isinstance(metric, str):
         return metric

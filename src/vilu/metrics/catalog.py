@@ -44,6 +44,9 @@ class Metric:
         question: "failure": whether an answer is wrong, of any picture; "within": the same, of
             pictures of the classes only; "outside": whether a picture is of none of the classes, in
             place of the failure. The latter two are evaluated where some pictures are.
+        across_answers: Whether it also compares other answers to the same rows, as a risk at a
+            coverage does. A metric of ranking alone says nothing there: fewer wrong answers are
+            another task.
 
     Examples:
         >>> import vilu
@@ -65,6 +68,7 @@ class Metric:
     wanted: Literal["always", "evaluated", "chosen"] = "always"
     name: str = ""
     question: Question = "failure"
+    across_answers: bool = False
 
     def show(self, value: float, sign: str = "") -> str:
         """A value, or with the sign "+" a difference, as tables have it."""
@@ -115,7 +119,11 @@ _ENTRIES = {
         wanted="evaluated",
     ),
     "aurc": Metric(
-        "AURC", aurc_kernel, "mean selective risk, expected over ties", wanted="evaluated"
+        "AURC",
+        aurc_kernel,
+        "mean selective risk, expected over ties",
+        wanted="evaluated",
+        across_answers=True,
     ),
     "aurc_trapezoid": Metric(
         "AURC-trapezoid",
@@ -138,6 +146,7 @@ _ENTRIES = {
         partial(risk_at_coverage_kernel, coverage=0.8),
         "selective risk, expected over ties",
         wanted="evaluated",
+        across_answers=True,
     ),
     **{
         f"coverage_at_risk_{risk}": Metric(
@@ -146,6 +155,7 @@ _ENTRIES = {
             "largest coverage of a threshold, no guarantee",
             higher_is_better=True,
             wanted="always" if risk == "0.05" else "evaluated",
+            across_answers=True,
         )
         for risk, title in _RISKS.items()
     },

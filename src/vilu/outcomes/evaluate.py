@@ -6,17 +6,23 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vilu.errors import UNKNOWN, DataError, ProvenanceError, UsageError
-from vilu.metrics.bootstrap import Interval, OwnInterval, intervals_of, paired_bootstrap
-from vilu.metrics.catalog import Kernel, Metric, Question, evaluated_metrics, get_metric
+from vilu.metrics.bootstrap import (
+    Interval,
+    OwnInterval,
+    intervals_of,
+    paired_across,
+    paired_bootstrap,
+)
+from vilu.metrics.catalog import METRICS, Kernel, Metric, Question, evaluated_metrics, get_metric
 from vilu.metrics.counts import repeated_pictures, tie_counts
 from vilu.outcomes.outcomes import Outcomes, Scores, Tallied, Tally, facts_of
-from vilu.outcomes.results import ResultRow, ResultTable
+from vilu.outcomes.results import ResultRow, ResultTable, name_of
 from vilu.validation import checked, describe_value, require_at_least
 
 MANY_REPEATS = 0.01  # share of rows whose picture another row shows: real data hold a few
@@ -211,6 +217,10 @@ def compare(
     Rows that either method could not score are left out for both. Rows of one picture are resampled
     together.
 
+    Two methods may judge other answers to the same rows, such as the zero-shot and the adapted
+    ones. Then only metrics of decisions are compared: coverage at a risk, risk at a coverage and
+    AURC.
+
     Args:
         a: Outcomes of one method.
         b: Outcomes of the other, same rows.
@@ -222,7 +232,8 @@ def compare(
     Raises:
         ProvenanceError: If the rows are not the same: other number, ids, or failures.
         DataError: If no row is left, or the metric needs probabilities and one of the two has none.
-        UsageError: If the metric is unknown or a setting cannot be.
+        UsageError: If the metric is unknown, a setting cannot be, or the answers are others and the
+            metric is of their ranking alone.
 
     Examples:
         >>> import vilu
@@ -237,6 +248,10 @@ def compare(
     """
     chosen = get_metric(metric)
     require_same_rows(a, b)
+    if a.answer == b.answer:
+        require_same_answers(a, b)
+    elif not chosen.across_answers:
+        raise UsageError(_other_answers(chosen, a, b))
     if chosen.of_probability:
         a = _as_probability(a, metric)
         b = _as_probability(b, metric)
@@ -244,20 +259,21 @@ def compare(
     if chosen.question == "within":
         rows &= ~a.outside
     u_a, failure = _evaluable(a, rows)
-    u_b, _ = _evaluable(b, rows)
+    u_b, failure_b = _evaluable(b, rows)
     if chosen.question == "outside":
         failure = a.outside[rows].astype(np.int64)
     picture = _pictures(a, b, rows)
-    result = paired_bootstrap(
-        metric,
-        u_a,
-        u_b,
-        failure,
-        n_resamples=n_resamples,
-        confidence=confidence,
-        seed=seed,
-        picture=picture,
-    )
+    how: dict[str, Any] = {
+        "n_resamples": n_resamples,
+        "confidence": confidence,
+        "seed": seed,
+        "picture": picture,
+    }
+    if a.answer == b.answer:
+        failure_b = failure
+        result = paired_bootstrap(metric, u_a, u_b, failure, **how)
+    else:
+        result = paired_across(chosen.kernel, (u_a, failure), (u_b, failure_b), **how)
     n = len(failure)
     n_failures = int(failure.sum())
     why = None
@@ -268,10 +284,10 @@ def compare(
         n_pictures = int(picture.max()) + 1
     return Comparison(
         metric,
-        method_a=a.method,
-        method_b=b.method,
+        method_a=a.method and name_of(a.method, a.answer),
+        method_b=b.method and name_of(b.method, b.answer),
         value_a=float(chosen.kernel(tie_counts(u_a, failure))),
-        value_b=float(chosen.kernel(tie_counts(u_b, failure))),
+        value_b=float(chosen.kernel(tie_counts(u_b, failure_b))),
         difference=result.difference,
         ci_low=result.ci_low,
         ci_high=result.ci_high,
@@ -281,6 +297,16 @@ def compare(
         convention=chosen.convention,
         why=why,
         n_pictures=n_pictures,
+    )
+
+
+def _other_answers(metric: Metric, a: Outcomes, b: Outcomes) -> str:
+    """Why a metric cannot compare two kinds of answers, and which can."""
+    across = [name for name, entry in METRICS.items() if entry.across_answers]
+    return (
+        f"{metric.title} says how well wrong answers are told from right ones. {_name(a)} judges "
+        f"{a.answer} answers and {_name(b)} judges {b.answer} answers, so they are wrong in other "
+        f"rows. Compare one of {', '.join(across)} instead."
     )
 
 
@@ -437,7 +463,7 @@ def _evaluable(
 
 
 def require_same_rows(a: Outcomes, b: Outcomes) -> None:
-    """Refuse outcomes of other rows or answers: other number, ids or failures."""
+    """Refuse outcomes of other rows: other number, ids, or marks of none of the classes."""
     names = f"{_name(a)} and {_name(b)}"
     if len(a) != len(b):
         raise ProvenanceError(
@@ -450,16 +476,24 @@ def require_same_rows(a: Outcomes, b: Outcomes) -> None:
                     f"{names} must be of the same rows. "
                     f"Row {row} is {id_a!r} in one and {id_b!r} in the other."
                 )
-    for what, values_a, values_b in (
-        ("failures", a.failure, b.failure),
-        ("marks of none of the classes", a.outside, b.outside),
-    ):
-        different = np.flatnonzero(values_a != values_b)
-        if len(different):
-            raise ProvenanceError(
-                f"{names} must be of the same answers. {len(different)} {what} differ, the first "
-                f"in row {different[0]}; score both on one data set with one backbone."
-            )
+    _require_equal(a, b, "marks of none of the classes", a.outside, b.outside)
+
+
+def require_same_answers(a: Outcomes, b: Outcomes) -> None:
+    """Refuse outcomes of other answers: their failures differ."""
+    _require_equal(a, b, "failures", a.failure, b.failure)
+
+
+def _require_equal(
+    a: Outcomes, b: Outcomes, what: str, values_a: NDArray[Any], values_b: NDArray[Any]
+) -> None:
+    different = np.flatnonzero(values_a != values_b)
+    if len(different):
+        raise ProvenanceError(
+            f"{_name(a)} and {_name(b)} must be of the same answers. {len(different)} {what} "
+            f"differ, the first in row {different[0]}; score both on one data set with one "
+            "backbone."
+        )
 
 
 def _repeated(tally: Tally) -> list[str]:
@@ -500,7 +534,9 @@ def _why(n: int, n_failures: int, question: Question) -> str:
 
 
 def _name(outcomes: Outcomes | Tally) -> str:
-    name = outcomes.method or "the scores"
+    name = "the scores"
+    if outcomes.method is not None:
+        name = name_of(outcomes.method, outcomes.answer)
     if outcomes.dataset:
         name += f" on {outcomes.dataset}"
     return name

@@ -124,6 +124,7 @@ class Tally:
     dataset: str | None = None  # name of the data set
     split: str | None = None  # name of its part
     seed: int | None = None  # seed of the predictor
+    answer: str = "zero_shot"  # whose answers are judged
 
     def asked(self, metric: Metric) -> Scores | None:
         """The rows that a metric is of; None where it needs probabilities and there are none."""
@@ -147,7 +148,10 @@ class Tallied(Protocol):
 
 
 DECISION = ("decision", "decision_reason", "label_set")
-TEXT_COLUMNS = ("key", "pred_name", "label_name", "reason", "score_name", *DECISION)
+TEXT_COLUMNS = (
+    *("key", "pred_name", "label_name", "reason", "score_name", "answer", "zero_shot_name"),
+    *DECISION,
+)
 OPTIONAL = {
     "prediction": "int64",
     "target": "int64",
@@ -155,6 +159,7 @@ OPTIONAL = {
     "reason": "string",
     "failure_probability": "float64",
     "picture": "int64",
+    "zero_shot": "int64",
     **dict.fromkeys(DECISION, "string"),
 }
 """What need not be there, and the type of its column."""
@@ -165,7 +170,7 @@ STORED_AS = {"prediction": "pred", "target": "label", "ids": "key", "picture": "
 MISSING = {"int64": UNKNOWN, "float64": np.nan, "string": None}
 """What stands where there is nothing, by the type of the column."""
 
-FACTS = ("method", "dataset", "split", "seed")
+FACTS = ("method", "dataset", "split", "seed", "answer")
 """What tells scores from others."""
 
 KINDS = {
@@ -173,6 +178,7 @@ KINDS = {
     "dataset": str | None,
     "split": str | None,
     "seed": int | None,
+    "answer": str,
     "provenance": Mapping,
     "is_probability": bool,
 }
@@ -186,7 +192,7 @@ class Outcomes:
         uncertainty: (N,) float64, higher = more likely wrong; NaN only where ``reason`` says why.
         failure: (N,) int64, 1 where the answer is wrong, 0 where it is right, -1 where that is
             unknown.
-        prediction: (N,) int64 answers of the frozen model, -1 where there is none.
+        prediction: (N,) int64 answers that are judged, -1 where there is none.
         target: (N,) int64 right answers, -1 where unknown or where there is none (``outside``);
             given, -2 is outside.
         outside: (N,) bool, which rows are of none of the classes, so that any answer is wrong;
@@ -199,6 +205,8 @@ class Outcomes:
         dataset: Name of the data set.
         split: Name of its part.
         seed: Seed of the predictor.
+        answer: Whose answers they are: "zero_shot", "adapted" or "given".
+        zero_shot: (N,) int64 zero-shot answers, -1 where there is none; None where they are judged.
         reason: Per row why it has no uncertainty ("nonfinite", "zero_norm", "k<2"), or None.
         provenance: Plain JSON on what made the scores (fingerprints, number of candidates, pool
             size, ...).
@@ -246,6 +254,8 @@ class Outcomes:
     label_set: Sequence[str | None] | None = field(default=None, repr=False)
     outside: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_), repr=False)
     picture: NDArray[np.int64] | None = field(default=None, repr=False)
+    answer: str = "zero_shot"
+    zero_shot: NDArray[np.int64] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         uncertainty = real_vector(self.uncertainty, "uncertainty")
@@ -260,8 +270,9 @@ class Outcomes:
             "failure_probability": probability,
             "picture": check_pictures(self.picture, n),
         }
-        if self.prediction is not None:
-            columns["prediction"] = check_codes(self.prediction, "prediction", last)
+        for name in ("prediction", "zero_shot"):
+            if getattr(self, name) is not None:
+                columns[name] = check_codes(getattr(self, name), name, last)
         if self.target is not None:
             columns["target"] = check_codes(self.target, "target", last, OUTSIDE)
         for name in ("reason", *DECISION):
@@ -444,9 +455,9 @@ class Outcomes:
         """What ``save`` writes: the columns and the metadata.
 
         A column is null where it is not known; the label is -2 where ``outside``. There are row_id,
-        key, pred, pred_name, label, label_name, uncertainty, failure, reason and score_name; and,
-        where the outcomes have them, failure_probability, decision, decision_reason, label_set and
-        picture_id.
+        key, pred, pred_name, label, label_name, uncertainty, failure, reason, score_name and
+        answer. Where the outcomes have them, there are also zero_shot, zero_shot_name,
+        failure_probability, decision, decision_reason, label_set and picture_id.
 
         Args:
             row_id: (N,) positions of the rows in their data set, by default 0 ... N-1.
@@ -472,6 +483,7 @@ class Outcomes:
         nothing = pa.nulls(n, pa.string())
         pred_name = nothing
         label_name = nothing
+        names = None
         try:
             if self.class_names is not None:
                 names = pa.array(self.class_names, pa.string())
@@ -488,7 +500,12 @@ class Outcomes:
                 "failure": nullable_codes(self.failure, n).cast(pa.int8()),
                 "reason": _texts(self.reason, n),
                 "score_name": pa.repeat(pa.scalar(self.method, pa.string()), n),
+                "answer": pa.repeat(pa.scalar(self.answer, pa.string()), n),
             }
+            if self.zero_shot is not None:
+                zero_shot = nullable_codes(self.zero_shot, n)
+                columns["zero_shot"] = zero_shot
+                columns["zero_shot_name"] = nothing if names is None else names.take(zero_shot)
             for name in ("failure_probability", *DECISION):
                 values = getattr(self, name)
                 if values is not None:
@@ -557,6 +574,9 @@ class Outcomes:
         facts: dict[str, Any] = dict(metadata)
         if len(methods) == 1:
             facts.setdefault("method", methods[0])
+        kinds = read_column(path, table, "answer", "string").unique().to_pylist()
+        if len(kinds) == 1 and kinds[0] is not None:
+            facts.setdefault("answer", kinds[0])
         for name in ("class_names", *KINDS):
             if name in facts:
                 values[name] = facts[name]

@@ -58,6 +58,7 @@ class ResultRow:
     why: str | None = None  # why ``value`` is None
     n_outside: int = 0  # how many of the wrong ones are answers for pictures of none of the classes
     n_pictures: int | None = None  # how many pictures the n rows show; None where as many as rows
+    answer: str = "zero_shot"  # whose answers are judged
 
     def __post_init__(self) -> None:
         for name in ("value", "ci_low", "ci_high", "accuracy"):
@@ -464,16 +465,17 @@ def _parts(rows: Sequence[ResultRow], shown: Sequence[str]) -> list[Titled]:
 
 
 def _part(rows: Sequence[ResultRow], metrics: Sequence[str]) -> Titled:
-    lines: dict[tuple[str | None, int | None, int], dict[str, ResultRow]] = {}
-    repeats: Counter[tuple[str | None, int | None, str]] = Counter()
+    lines: dict[tuple[str, int | None, int], dict[str, ResultRow]] = {}
+    repeats: Counter[tuple[str, int | None, str]] = Counter()
     for row in rows:
-        key = (row.method, row.seed, row.metric)
-        lines.setdefault((row.method, row.seed, repeats[key]), {})[row.metric] = row
+        name = name_of(row.method, row.answer)
+        key = (name, row.seed, row.metric)
+        lines.setdefault((name, row.seed, repeats[key]), {})[row.metric] = row
         repeats[key] += 1  # a second row of the same name gets a line of its own
     n_seeds = len({row.seed for row in rows})
     table = [["method", *[_metric(name).title for name in metrics]]]
-    for (method, seed, _), line in lines.items():
-        label = _label(method)
+    for (name, seed, _), line in lines.items():
+        label = printable(name)
         if n_seeds > 1 and seed is not None:
             label = f"{label} (seed {seed})"
         table.append([label, *[_cell(line.get(name)) for name in metrics]])
@@ -487,8 +489,12 @@ def _metric(name: str) -> Metric:
     return METRICS[name]
 
 
-def _label(method: str | None) -> str:
-    return printable(method or "unnamed")
+def name_of(method: str | None, answer: str) -> str:
+    """What scores are called: the method, and whose answers it judges if not the zero-shot ones."""
+    name = method or "unnamed"
+    if answer == "zero_shot":
+        return name
+    return f"{name} ({answer})"
 
 
 def _cell(row: ResultRow | None) -> str:
@@ -567,7 +573,8 @@ def _intervals_in_words(rows: Sequence[ResultRow]) -> str:
     methods: dict[str, dict[str, None]] = {}
     for row in rows:
         if row.interval and not _is_own_interval(row):
-            methods.setdefault(row.interval, {})[_label(row.method)] = None
+            name = printable(name_of(row.method, row.answer))
+            methods.setdefault(row.interval, {})[name] = None
     if len(methods) <= 1:
         return "".join(methods)
     return "; ".join(f"{how} ({', '.join(names)})" for how, names in methods.items())

@@ -15,7 +15,7 @@ from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, UsageError
 from vilu.predictors.contract.catalogue import find_method
 from vilu.predictors.contract.labelled import cross_fitting
-from vilu.predictors.contract.parameters import parameters
+from vilu.predictors.contract.parameters import build, parameters
 from vilu.predictors.contract.predictor import CONSTANT, FailurePredictor, Learnt
 from vilu.predictors.temperature import WithSecondModel
 
@@ -135,7 +135,7 @@ class Stacking(WithSecondModel):
         for name, cls in classes.items():
             accepted = parameters(cls)
             values = {key: value for key, value in shared.items() if key in accepted}
-            members[name] = cls(**values)
+            members[name] = build(cls, values)
         return members
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:

@@ -110,7 +110,8 @@ def identify(failure: Tensor, what: str) -> bool:
 
 def uncertainty(batch: Batch, log_multiplier: float) -> Tensor:
     """(B,) float64 one minus the largest probability at the multiplier exp(``log_multiplier``)."""
-    return Others.of(batch.logits, temperature=math.exp(-log_multiplier)).doubt
+    answer = batch.prediction[:, None].to(batch.logits.device)
+    return Others.of(batch.logits, answer, math.exp(-log_multiplier)).doubt
 
 
 def best_likelihood(train: Rows, n: int, device: torch.device) -> float:

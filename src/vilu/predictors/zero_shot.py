@@ -18,7 +18,9 @@ LOGITS = frozenset({"logits"})
 
 @dataclass
 class MCM(FailurePredictor):
-    """Maximum concept matching: u = 1 - max_j p_j, p the softmax at the VLM's own logit scale.
+    """Maximum concept matching: u = 1 - p_a, p the softmax at the VLM's own logit scale.
+
+    a is the answer that is judged; of the zero-shot one p_a = max_j p_j.
 
     Source: Ming et al., NeurIPS 2022 (there with temperature 1 on the cosines; ViLU uses the
     model's scale, as here).
@@ -39,7 +41,7 @@ class MCM(FailurePredictor):
     graph = own_graph
 
     def _score(self, batch: Batch) -> Tensor:
-        return batch.rivals.doubt
+        return batch.beside_answer.doubt
 
 
 @dataclass
@@ -103,7 +105,7 @@ class Doctor(FailurePredictor):
 
 @dataclass
 class MaxLogit(FailurePredictor):
-    """Negative largest logit: u = -max_j l_j.
+    """Negative logit of the answer: u = -l_a; of the zero-shot answer -max_j l_j.
 
     Source: Hendrycks et al., ICML 2022 (MaxLogit).
 
@@ -123,12 +125,14 @@ class MaxLogit(FailurePredictor):
     graph = own_graph
 
     def _score(self, batch: Batch) -> Tensor:
-        return -batch.logits.amax(dim=-1)
+        return -batch.beside_answer.own
 
 
 @dataclass
 class Margin(FailurePredictor):
-    """Negative gap between the two largest logits: u = -(l_(1) - l_(2)).
+    """Negative gap between the answer's logit and the largest other: u = max_(j != a) l_j - l_a.
+
+    Of the zero-shot answer these are the two largest.
 
     The logit bias cancels, and the logit scale only stretches it.
 
@@ -150,8 +154,7 @@ class Margin(FailurePredictor):
     graph = own_graph
 
     def _score(self, batch: Batch) -> Tensor:
-        first, second = batch.logits.topk(2, dim=-1).values.unbind(dim=-1)
-        return second - first
+        return batch.beside_answer.gap
 
 
 @dataclass
@@ -179,7 +182,7 @@ class ProbMargin(FailurePredictor):
     graph = own_graph
 
     def _score(self, batch: Batch) -> Tensor:
-        rivals = batch.rivals
+        rivals = batch.beside_answer
         second = rivals.gap.exp()  # p_(2) / p_(1)
         return (second + rivals.odds) / (1 + rivals.odds)
 

@@ -97,7 +97,7 @@ def score(
     split: str | None = None,
     calibration: CalibrationLike | None = None,
 ) -> Outcomes:
-    """Uncertainty, zero-shot answer and (where labels are known) failure of every row.
+    """Uncertainty, answer and (where labels are known) failure of every row.
 
     Rows that cannot be scored keep their place, with a NaN uncertainty and a reason: "nonfinite" or
     "zero_norm" embedding, "k<2" (one candidate), or "short_pool" (pairs that fill no last pool). Of
@@ -191,6 +191,7 @@ def score_rows(
         uncertainty=columns.uncertainty,
         failure=columns.failure,
         prediction=columns.prediction,
+        zero_shot=None if predictor.answer == "zero_shot" else columns.zero_shot,
         target=columns.target,
         outside=source.outside.numpy()[places],
         ids=source.ids if rows is None else _keys(source, rows, order),
@@ -215,6 +216,7 @@ class _Columns:
     uncertainty: Floats  # NaN where there is no score
     target: Ints
     prediction: Ints
+    zero_shot: Ints
     failure: Ints
     ood: NDArray[np.bool_]  # rather of no class than answered wrongly
     alone: NDArray[np.bool_]  # with one candidate
@@ -228,6 +230,7 @@ class _Columns:
             uncertainty=np.full(n, np.nan),
             target=source.target.numpy()[places],
             prediction=np.full(n, UNKNOWN),
+            zero_shot=np.full(n, UNKNOWN),
             failure=np.full(n, UNKNOWN),
             ood=np.zeros(n, np.bool_),
             alone=np.zeros(n, np.bool_),
@@ -239,6 +242,7 @@ class _Columns:
         self.uncertainty[at] = scores
         self.target[at] = batch.target.numpy(force=True)
         self.prediction[at] = batch.prediction.numpy(force=True)
+        self.zero_shot[at] = batch.zero_shot.prediction.numpy(force=True)
         self.failure[at] = batch.failure.numpy(force=True)
         self.alone[at] = batch.text.shape[-2] < 2
 
@@ -297,6 +301,7 @@ def _facts(
         "dataset": names[0],
         "split": names[1],
         "seed": getattr(predictor, "seed", None),
+        "answer": predictor.answer,
         "is_probability": predictor.is_probability,
         "provenance": {
             "space": source.space.fingerprint,

@@ -50,6 +50,7 @@ class ScoreRun(ScoreDocument):
     dataset: str | None  # name of the data set
     split: str | None  # name of its part
     seed: int | None  # seed of the predictor
+    answer: str  # whose answers are judged
     is_probability: bool  # whether the uncertainty is a probability of failure
     provenance: dict[str, Any]  # as in ``Outcomes``
 

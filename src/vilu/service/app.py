@@ -359,6 +359,7 @@ def _out(reply: Reply) -> AnswerOut:
         uncertainty=answer.uncertainty,
         decision=answer.decision,
         reason=answer.reason,
+        zero_shot=answer.zero_shot,
     )
 
 

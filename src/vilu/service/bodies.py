@@ -85,6 +85,9 @@ class AnswerOut(BaseModel):
     decision: str | None
     reason: str | None
     runners_up: list[RunnerUpOut]
+    zero_shot: Annotated[
+        str | None, Field(description="The zero-shot answer, where it is another one.")
+    ]
     predictor: Annotated[str, Field(description="Fingerprint of the predictor that answered.")]
 
 

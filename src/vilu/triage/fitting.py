@@ -10,6 +10,7 @@ import numpy as np
 
 from vilu.metrics.counts import Ints
 from vilu.predictors.contract.catalogue import find_method
+from vilu.predictors.contract.parameters import build
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.triage.photos import Photos
 from vilu.triage.state import TriageState
@@ -115,8 +116,7 @@ def fit(method: str, photos: Photos, fit_rows: Ints, seed: int) -> FailurePredic
     """A new predictor: on the labels of these rows, or without labels on all photos."""
     predictor: FailurePredictor
     if method == FROM_LABELS:
-        settings = {"seed": seed}
-        predictor = find_method(method)(**settings)
+        predictor = build(find_method(method), {"seed": seed})
         predictor.fit(photos.take(fit_rows))
         logger.info("%s is fitted on %s labels", method, f"{len(fit_rows):,}")
         return predictor

@@ -21,7 +21,7 @@ from vilu.datasets.images import BadImage, read_image
 from vilu.device import torch_defaults
 from vilu.embeddings.copies import NEAR_COPY, near_copies
 from vilu.embeddings.rows import SCORING_BATCH
-from vilu.embeddings.source import EmbeddingSource, TakenIds
+from vilu.embeddings.source import EmbeddingSource, TakenIds, log_posterior
 from vilu.errors import UNKNOWN, DataError, UsageError
 from vilu.extras import import_extra
 from vilu.metrics.counts import Floats
@@ -179,11 +179,11 @@ def posterior_of(
     batches = source.batches(
         SCORING_BATCH, rows=torch.from_numpy(rows), columns=predictor.columns_to_score
     )
+    own = predictor.log_posterior if predictor.has_posterior else log_posterior
     parts = [np.empty((0, source.n_candidates))]
     with torch.no_grad():
         for batch in batches:
-            log_posterior = predictor.log_posterior(batch.to(predictor.device_))
-            parts.append(log_posterior.exp().numpy(force=True))
+            parts.append(own(batch.to(predictor.device_)).exp().numpy(force=True))
     return np.concatenate(parts)
 
 

@@ -152,7 +152,8 @@ def _read(path: Path) -> Guest:
             f"{path} must have every row once, in order: row_id must be 0 to {len(table) - 1}."
         )
     cell = submission.result.cell
-    if tuple(facts_of(outcomes).values()) != (cell.method, cell.data, cell.setting, cell.seed):
+    expected = (cell.method, cell.data, cell.setting, cell.seed, outcomes.answer)
+    if tuple(facts_of(outcomes).values()) != expected:
         raise DataError(f"{path} says that it is {cell}, and its scores are of another cell.")
     return Guest(path, submission, outcomes)
 

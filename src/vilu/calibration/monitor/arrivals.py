@@ -180,6 +180,11 @@ def admit(outcomes: Outcomes, calibration: Outcomes, risk: str | None) -> Outcom
                 f"the calibration rows have the {name} {expected!r:.100}, these scores "
                 f"{present!r:.100}. Score with the predictor that was calibrated."
             )
+    if outcomes.answer != calibration.answer:
+        raise ProvenanceError(
+            f"the calibration rows judge {calibration.answer} answers, these scores "
+            f"{outcomes.answer} ones. Score with the predictor that was calibrated."
+        )
     decided_by = outcomes.provenance.get("risk")
     if _differs(risk, decided_by):
         raise ProvenanceError(

@@ -14,6 +14,7 @@ from torch import Tensor
 from vilu.embeddings.rows import Rows
 from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource
+from vilu.embeddings.source import log_posterior as zero_shot_log_posterior
 from vilu.predictors.bank.closed_set import ClosedSet
 from vilu.predictors.bank.search import Count, image_blocks, labels
 from vilu.predictors.contract.labelled import class_texts
@@ -127,18 +128,22 @@ class ClassDensity(ClosedSet):
         }
 
     def _log_odds(self, batch: Batch, image: Tensor) -> Tensor:
-        """(B,) float64 log sum_{c != t̂} N_c - log N_t̂ of the images (B, D)."""
-        classes = self.classes_of(batch.text)
+        """(B,) float64 log sum_{c != a} N_c - log N_a of the images (B, D), a the answer."""
         answer = batch.prediction.to(image.device)[:, None]
-        groups = self.tensor("groups", image.device)[classes.to(image.device)]
-        density = self._log_density(image, classes, groups)
+        density, is_seen = self._densities_of(batch, image)
         of_answer = density.gather(1, answer).squeeze(1)
         # A class without images has the density of all images. Counted as a rival, it would win for
         # every image that is a little unlike its class.
-        of_seen = density.masked_fill(groups == ABSENT, -math.inf)
+        of_seen = density.masked_fill(~is_seen, -math.inf)
         of_rivals = of_seen.scatter(1, answer, -math.inf).logsumexp(dim=1)
         has_no_rival = of_rivals == -math.inf  # minus infinity is no score that can be ordered
         return of_rivals.masked_fill(has_no_rival, 0.0) - of_answer
+
+    def _densities_of(self, batch: Batch, image: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, K) float64 log N_c up to a constant, and (K,) bool, which classes had images."""
+        classes = self.classes_of(batch.text)
+        groups = self.tensor("groups", image.device)[classes.to(image.device)]
+        return self._log_density(image, classes, groups), groups != ABSENT
 
     def _log_density(self, image: Tensor, classes: Tensor, groups: Tensor) -> Tensor:
         """(B, K) float64 log N_c up to a constant, class by class of equal covariance."""
@@ -161,7 +166,7 @@ def mean_of_both(batch: Batch, odds: Tensor) -> Tensor:
 
     s_d is the share that the answer has of the density.
     """
-    return (batch.rivals.doubt.to(odds.device) + torch.sigmoid(odds)) / 2
+    return (batch.beside_answer.doubt.to(odds.device) + torch.sigmoid(odds)) / 2
 
 
 @dataclasses.dataclass
@@ -216,6 +221,18 @@ class ClassGaussians(ClassDensity):
         validation: EmbeddingSource | None,  # noqa: ARG002
     ) -> Learnt:
         return Learnt(self._densities(train, self.components, self.ridge))
+
+    def log_posterior(self, batch: Batch) -> Tensor:
+        """(B, K) float64 log q_c, q_c = (p_c + s_c) / 2; with score="log_odds" q_c = s_c.
+
+        s_c is the share that class c has of the density; a class without training images has none.
+        """
+        density, is_seen = self._densities_of(batch, float64(batch.image))
+        log_share = density.masked_fill(~is_seen, -math.inf).log_softmax(dim=-1)
+        if self.score == "log_odds":
+            return log_share
+        log_p = zero_shot_log_posterior(batch).to(log_share.device)
+        return torch.logaddexp(log_p, log_share) - math.log(2)
 
     def _score(self, batch: Batch) -> Tensor:
         odds = self._log_odds(batch, float64(batch.image))

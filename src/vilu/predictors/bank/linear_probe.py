@@ -93,12 +93,21 @@ class LinearProbe(ClosedSet):
             bias[fitted] = intercept - weight[fitted] @ centre.double()
         return Learnt({"weight": weight, "bias": bias, CLASSES: class_texts(train)})
 
-    def _score(self, batch: Batch) -> Tensor:
+    def _logits(self, batch: Batch) -> Tensor:
+        """(B, K) float64 of the regression; -inf of a class without a training row."""
         image = float64(batch.image)
         classes = self.classes_of(batch.text).to(image.device)
         weight = self.tensor("weight", image.device)[classes]
         bias = self.tensor("bias", image.device)[classes]
-        log_odds = failure_log_odds(image @ weight.T + bias, batch)
+        return image @ weight.T + bias
+
+    def log_posterior(self, batch: Batch) -> Tensor:
+        """(B, K) float64, of the regression; -inf of a class without a training row."""
+        return self._logits(batch).log_softmax(dim=-1)
+
+    def _score(self, batch: Batch) -> Tensor:
+        logits = self._logits(batch)
+        log_odds = failure_log_odds(logits, batch)
         # An unknown answer fails; where all classes are unknown their softmax would be 0 / 0.
-        is_unknown = bias[batch.prediction.to(bias.device)] == -math.inf
-        return torch.sigmoid(log_odds).masked_fill(is_unknown, 1.0)
+        of_answer = logits.gather(1, batch.prediction.to(logits.device)[:, None]).squeeze(1)
+        return torch.sigmoid(log_odds).masked_fill(of_answer == -math.inf, 1.0)

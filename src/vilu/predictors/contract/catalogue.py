@@ -6,11 +6,12 @@ import dataclasses
 import inspect
 
 from vilu.errors import UsageError, nearest
+from vilu.predictors.contract.known_methods import METHODS
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.registry import ADDERS, Catalogue
 
 # ``vilu.predictors`` puts ours in
-PREDICTORS = Catalogue[type[FailurePredictor]]("method", "vilu.predictors")
+PREDICTORS: Catalogue[type[FailurePredictor]] = METHODS
 
 
 def add_predictor(cls: object) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vilu.embeddings.checks import SHORT_POOL
+from vilu.embeddings.columns import ANSWER
 from vilu.embeddings.pairs import PairSource
 from vilu.embeddings.rows import SCORING_BATCH, Rows
 from vilu.embeddings.similarity import Others, float64
@@ -71,15 +72,16 @@ Needs = Literal["failure", "class", "nothing"]
 
 
 def trainable_rows(
-    source: EmbeddingSource, role: str, needs: Needs = "class"
+    source: EmbeddingSource, role: str, needs: Needs = "class", columns: Sequence[str] = ()
 ) -> tuple[Tensor, Tensor]:
     """Positions (M,) of usable rows of which the needed is known, and their failures (M,).
 
-    A failure is -1 only if nothing is needed. Rows of none of the classes have a failure and no
+    Failures are those of the answers in the column "answer", where ``columns`` names it. One is -1
+    only if nothing is needed. Rows of none of the classes have a failure and no
     class.
     """
     n_short, n_unusable = _few_unusable(source, role)
-    rows, failure = with_failures(source.batches(SCORING_BATCH))
+    rows, failure = with_failures(source.batches(SCORING_BATCH, columns=columns))
     if needs == "nothing":
         if n_unusable:
             warnings.warn(
@@ -192,6 +194,11 @@ def warn_few(failure: Tensor, name: str) -> None:
         )
 
 
+def answer_columns(train: Rows) -> tuple[str, ...]:
+    """The column of the answers that are judged, where a fit has one."""
+    return tuple(name for name in train.columns if name == ANSWER)
+
+
 def class_texts(train: Rows) -> Tensor:
     """(K, D) texts of the training classes, by which they are recognised, whatever their order."""
     return train.source.candidates(train.index[:0]).text.clone()
@@ -207,7 +214,9 @@ def fit_and_selection(
     """
     rows = train.index
     if validation is not None:
-        held_out, held_failure = trainable_rows(validation, "validation", "failure")
+        held_out, held_failure = trainable_rows(
+            validation, "validation", "failure", answer_columns(train)
+        )
         selection = Rows(validation, held_out, train.columns)
     else:
         generator = torch.Generator().manual_seed(seed)
@@ -376,7 +385,7 @@ def cross_fitting(
     failure where its first row is one.
     """
     if validation is not None:
-        rows, _ = trainable_rows(validation, "validation", needs)
+        rows, _ = trainable_rows(validation, "validation", needs, answer_columns(train))
         return [(train, Rows(validation, rows, train.columns))]
     n = len(failure)
     generator = torch.Generator().manual_seed(seed)

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
 import numpy as np
 import torch
@@ -15,11 +15,10 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from vilu.device import each_with_torch_defaults, resolve_device, torch_defaults
-from vilu.embeddings.columns import HOW, SECOND
+from vilu.embeddings.columns import ANSWER, HOW, SECOND
 from vilu.embeddings.rows import SCORING_BATCH, Rows
 from vilu.embeddings.similarity import cached_rows
 from vilu.embeddings.source import Batch, EmbeddingSource
-from vilu.embeddings.source import log_posterior as zero_shot_log_posterior
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, NotFittedError, UsageError
 from vilu.predictors.contract import parameters
@@ -44,6 +43,13 @@ CLASSES = "classes"
 FEWEST_CANDIDATES = 2
 """Of fewer the answer is always the same, so that it has no uncertainty."""
 
+AnswerKind = Literal["zero_shot", "adapted", "given"]
+"""Whose answer is judged.
+
+The zero-shot one, the likeliest candidate under the posterior of the method, or that of the data's
+column "answer".
+"""
+
 Settings = TypeVar("Settings", bound="DataclassInstance")
 
 
@@ -65,7 +71,11 @@ class Learnt(NamedTuple):
 
 @dataclasses.dataclass
 class FailurePredictor(ABC):
-    """Says per image how likely the zero-shot answer is wrong, from embeddings alone.
+    """Says per image how likely an answer is wrong, from embeddings alone.
+
+    ``answer`` says whose answer that is. By default it is the zero-shot one, the candidate of the
+    largest logit. "adapted" takes argmax_j q_j, q the posterior of the method (``log_posterior``),
+    which only methods with ``has_posterior`` have. "given" takes the column "answer" of the data.
 
     A subclass is a dataclass of hyper-parameters, with ``get_params``, ``set_params`` and ``repr``
     as in scikit-learn, whose ``clone`` works. What ``fit`` finds ends in an underscore. Higher
@@ -90,6 +100,8 @@ class FailurePredictor(ABC):
         no_captions: Why it cannot work on image-caption pairs; None where it can.
         closed_set: Whether it scores the classes that it was fitted on and no others.
         is_probability: Whether the uncertainty estimates P(failure).
+        has_posterior: Whether it has a posterior of its own over the candidates: whether it has a
+            ``log_posterior``.
         learns_failure: Whether it learns to tell failures from successes, so that it needs both.
         looks_at: What its score is a function of, {"logits"} or {"image"}; nothing where it is more
             than one of them.
@@ -138,9 +150,12 @@ class FailurePredictor(ABC):
     looks_at: ClassVar[frozenset[str]] = frozenset()
     tensors: ClassVar[tuple[str, ...]] = ()
     needs_fit: ClassVar[bool] = False
+    has_posterior: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = True
     uses_unlabelled: ClassVar[bool] = False
     _forms: ClassVar[str] = ""  # of ``tensors``, which follow from it: see ``state.require_forms``
+
+    answer: AnswerKind = dataclasses.field(default="zero_shot", kw_only=True)
 
     learned_: dict[str, Tensor] = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -168,6 +183,7 @@ class FailurePredictor(ABC):
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         cls.needs_fit = cls._learn is not FailurePredictor._learn
+        cls.has_posterior = cls.log_posterior is not FailurePredictor.log_posterior
         forms = vars(cls).get("_forms", "").split()
         if forms:
             cls.tensors = tuple(form.partition(":")[0] for form in forms)
@@ -309,20 +325,43 @@ class FailurePredictor(ABC):
         """What data must carry to be scored."""
         return self.columns
 
-    def log_posterior(self, batch: Batch) -> Tensor:
-        """(B, K) float64 log probabilities of the candidates.
+    def log_posterior(self, batch: Batch) -> Tensor:  # noqa: ARG002 - of methods that have one
+        """(B, K) float64 log probabilities of the candidates, by a method with ``has_posterior``.
 
-        They are the method's own, where it has some, else zero-shot.
+        Raises:
+            UsageError: If the method has none.
 
         Examples:
             >>> import numpy as np, vilu
-            >>> batch = next(
-            ...     vilu.Embeddings(np.eye(2), np.eye(2), logit_scale=np.log(3)).batches(2)
-            ... )
-            >>> vilu.MCM().log_posterior(batch).exp().round(decimals=2).tolist()
-            [[0.75, 0.25], [0.25, 0.75]]
+            >>> data = vilu.Embeddings(np.eye(2)[[0, 0, 1, 1]], np.eye(2), [0, 0, 1, 1])
+            >>> probe = vilu.PREDICTORS["linear_probe"]().fit(data)
+            >>> probe.log_posterior(next(data.batches(4))).argmax(dim=1).tolist()
+            [0, 0, 1, 1]
         """
-        return zero_shot_log_posterior(batch)
+        raise self._without_posterior()
+
+    def judged(self, batch: Batch) -> Batch:
+        """The batch with the answers that are judged, which ``answer`` chooses.
+
+        Raises:
+            UsageError: If the answer is "adapted" and the method has no posterior.
+
+        Examples:
+            >>> import numpy as np, vilu
+            >>> data = vilu.Embeddings(np.eye(2), np.eye(2), columns={"answer": [1, 1]})
+            >>> batch = next(data.batches(2, columns=["answer"]))
+            >>> vilu.MCM(answer="given").judged(batch).prediction.tolist()
+            [1, 1]
+        """
+        if self.answer != "adapted":
+            return batch
+        with torch.no_grad():
+            return batch.judging(self.log_posterior(batch).argmax(dim=1))
+
+    @property
+    def answer_columns(self) -> tuple[str, ...]:
+        """The column of the given answers, where these are judged."""
+        return (ANSWER,) if self.answer == "given" else ()
 
     def _settings(self, kind: type[Settings], **changed: object) -> Settings:
         """The fields of ``kind`` as the parameters of the same names are, but for those changed."""
@@ -378,7 +417,8 @@ class FailurePredictor(ABC):
         """
         if self.needs_fit:
             parameters.check_parameters(self)
-        columns = self.columns_to_fit(train)
+        self._check_answer()
+        columns = (*self.columns_to_fit(train), *self.answer_columns)
         self._check_source(train, columns)
         if unlabelled is not None:
             self._check_unlabelled(train, unlabelled, columns)
@@ -412,7 +452,7 @@ class FailurePredictor(ABC):
             sources.append(validation)
         if train.unlabelled is not None:
             sources.append(train.unlabelled)
-        rows, failure = labelled.trainable_rows(source, "training", self.needs)
+        rows, failure = labelled.trainable_rows(source, "training", self.needs, self.answer_columns)
         sketches = seen.sketch(source)
         seen.warn_of_repeats(source, sketches)
         learnt = self.learn(dataclasses.replace(train, index=rows), failure, validation)
@@ -590,12 +630,14 @@ class FailurePredictor(ABC):
         if self.looks_at == {"logits"}:
             take = data.many
             size = cached_rows(data.n_candidates)
-        for block in take(size, rows=rows, columns=self.columns_to_score):
+        columns = (*self.columns_to_score, *self.answer_columns)
+        for block in take(size, rows=rows, columns=columns):
             batch = block.to(device)
             if batch.text.shape[-2] < FEWEST_CANDIDATES:  # also a pool of equal captions
                 yield batch, np.full(len(batch.index), np.nan)
                 continue
-            yield batch, self._finite_scores(batch)
+            judged = self.judged(batch)
+            yield judged, self._finite_scores(judged)
 
     def _finite_scores(self, batch: Batch) -> NDArray[np.float64]:
         with torch.no_grad():
@@ -690,15 +732,31 @@ class FailurePredictor(ABC):
             )
         for column in columns:
             if column not in data.columns:
-                or_import = "" if column in SECOND else ", or give it to `vilu import`"
+                is_imported = column not in SECOND and column != ANSWER
+                or_import = ", or give it to `vilu import`" if is_imported else ""
                 raise DataError(
                     f"{self.name} needs the column {column!r}. "
                     f"Make it with `{HOW[column]}`{or_import}."
                 )
 
+    def _check_answer(self) -> None:
+        """Refuse adapted answers of a method that has no posterior."""
+        if self.answer == "adapted" and not self.has_posterior:
+            raise self._without_posterior()
+
+    def _without_posterior(self) -> UsageError:
+        from vilu.predictors.contract.known_methods import methods_with_posterior
+
+        return UsageError(
+            f"{self.name} has no posterior of its own, so it knows no other answer than the "
+            f"zero-shot one. Take one of {', '.join(methods_with_posterior())}, or leave "
+            'answer="adapted" out.'
+        )
+
     def _check_ready(self, data: EmbeddingSource) -> None:
         parameters.check_parameters(self)
-        self._check_source(data, self.columns_to_score)
+        self._check_answer()
+        self._check_source(data, (*self.columns_to_score, *self.answer_columns))
         self.require_fitted()
         if self.space_ is None:
             return

@@ -423,7 +423,7 @@ class FailureHead(nn.Module):
             product = self.products.get(weight)
             factors["caption"] = picked(batch.text, batch.prediction, weight, product)
         if "mcm" in self.first:
-            factors["mcm"] = batch.zero_shot.max_probability[:, None], self.first["mcm"].T
+            factors["mcm"] = batch.answer_probability[:, None], self.first["mcm"].T
         return factors
 
 

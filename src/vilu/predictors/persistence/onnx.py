@@ -118,6 +118,11 @@ def score_graph(predictor: FailurePredictor) -> ScoreGraph:
         raise NotExportable(
             f"{predictor.name} cannot be exported as a graph of image and text. These can: {known}."
         )
+    if predictor.answer != "zero_shot":
+        raise NotExportable(
+            f"a graph answers zero-shot, and this {predictor.name} judges {predictor.answer} "
+            "answers. Export one that was fitted without answer."
+        )
     predictor.require_fitted()
     space = predictor.fitted_space
     constant = predictor.constant_

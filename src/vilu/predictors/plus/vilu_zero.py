@@ -153,7 +153,7 @@ class ViLUZero(SeesOutside, ClosedSet):
     ) -> Learnt:
         few, _ = draw_rows(train, self.max_bank, self.seed)
         learned_classes = learn_classes(few, self.share, self.seed, self.device_)
-        is_judged = few.columns and len(few.index) >= FEW
+        is_judged = NEGATIVES in few.columns and len(few.index) >= FEW
         outside = from_words(few, known_inside=False) if is_judged else Outside.nothing()
         scale = torch.tensor(1 - learned_classes.share, dtype=torch.float64)
         parts = (

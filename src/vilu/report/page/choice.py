@@ -18,7 +18,7 @@ from vilu.calibration.rules import Rule, group_names
 from vilu.calibration.thresholds import Threshold
 from vilu.errors import DataError, ProvenanceError, UsageError, nearest
 from vilu.metrics.counts import tie_counts
-from vilu.outcomes.evaluate import require_same_rows
+from vilu.outcomes.evaluate import require_same_answers, require_same_rows
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.persistence.files import PREDICTOR
 from vilu.report.figures import known
@@ -179,6 +179,7 @@ def choose_main(outcomes: Sequence[Outcomes], main: str | None) -> Outcomes:
             )
     for of_method in outcomes[1:]:
         require_same_rows(outcomes[0], of_method)
+        require_same_answers(outcomes[0], of_method)
     if main is not None:
         if main not in names:
             hint = nearest(main, names)
