@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from itertools import compress
 
@@ -24,6 +23,7 @@ from torch import Tensor
 from vilu.artifacts.documents import Model
 from vilu.calibration.target import Kind
 from vilu.calibration.thresholds import rows_for_mean
+from vilu.callers import warn_caller
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.errors import UNKNOWN, DataError, InfeasibleError, UsageError
 from vilu.metrics.counts import Floats
@@ -98,11 +98,10 @@ def fit_label_sets(
     check_label_sets(predictor, data, max_miss)
     data = data.without(~predictor.unseen(data, "calibration"))
     if n_outside := int(data.outside.sum()):
-        warnings.warn(
+        warn_caller(
             f"label sets leave out {n_outside} of {len(data)} calibration rows, which are of none "
             "of the classes: no set holds their label, so the sets promise something of pictures "
-            "of the classes only.",
-            stacklevel=2,
+            "of the classes only."
         )
     true = [
         scores.gather(1, target[:, None]).squeeze(1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
@@ -11,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from vilu.callers import warn_caller
 from vilu.errors import UNKNOWN, DataError, ProvenanceError, UsageError
 from vilu.metrics.bootstrap import Interval, OwnInterval, intervals_of, paired_bootstrap
 from vilu.metrics.catalog import Kernel, Metric, Question, evaluated_metrics, get_metric
@@ -91,12 +91,12 @@ def evaluate(
         repeated += _repeated(tally)
     if scarce:
         consequence = "intervals are wide" if n_resamples else "numbers rest on few answers"
-        warnings.warn(f"{consequence}: {_listed(scarce)}.", stacklevel=3)
+        warn_caller(f"{consequence}: {_listed(scarce)}.")
     if repeated:
         message = f"rows of one picture are no independent answers: {_listed(repeated)}."
         if n_resamples:
             message += " Intervals are of the pictures."
-        warnings.warn(message, stacklevel=3)
+        warn_caller(message)
     return ResultTable(tuple(rows))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import warnings
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Annotated, ClassVar, Literal, cast
@@ -15,6 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vilu.callers import warn_caller
 from vilu.device import seeded
 from vilu.embeddings.rows import Rows
 from vilu.embeddings.similarity import float64
@@ -252,9 +252,8 @@ class LMN(NetworkPredictor):
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:
         if len(failure.unique()) < 2:
             what = "successes" if failure.any() else "failures"
-            warnings.warn(
-                f"only 0 {what} among {len(failure)} training rows: one-sided temperatures.",
-                stacklevel=7,
+            warn_caller(
+                f"only 0 {what} among {len(failure)} training rows: one-sided temperatures."
             )
         return super()._learn(train, failure, validation)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vilu.calibration.monitor.martingale import grouped, in_blocks, rising
+from vilu.callers import warn_caller
 from vilu.embeddings.checks import hash_names, hash_of_each
 from vilu.errors import UNKNOWN, DataError, ProvenanceError
 from vilu.metrics.counts import Ints
@@ -142,10 +142,9 @@ def admit(outcomes: Outcomes, calibration: Outcomes, risk: str | None) -> Outcom
             f"{risk}. Score again with the predictor as it is calibrated now."
         )
     if known := _n_known(outcomes, calibration):
-        warnings.warn(
+        warn_caller(
             f"{known} of {len(outcomes)} rows are calibration rows, which say nothing about new "
-            "ones.",
-            stacklevel=3,
+            "ones."
         )
     if outcomes.ids is not None and _is_numbered(
         outcomes.ids

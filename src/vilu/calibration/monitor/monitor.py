@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import shlex
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from vilu.calibration.monitor.status import Acceptance, Audited, Status, Test, c
 from vilu.calibration.monitor.watch import PARTS, State, Watch, Wealth
 from vilu.calibration.rules import Rule, group_names
 from vilu.calibration.shares import Strata
+from vilu.callers import warn_caller
 from vilu.errors import UNKNOWN, DataError, InfeasibleError, ProvenanceError, UsageError
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
@@ -204,7 +204,7 @@ class Monitor:
         hashes, new = self.monitored.new(outcomes)
         if not new.all():
             told = f"{np.count_nonzero(~new)} of {len(new)} rows were monitored before and are not counted again."
-            warnings.warn(told, stacklevel=2)
+            warn_caller(told)
             outcomes = outcomes.take(new)
             accepted = accepted[new]
         if not in_order:
@@ -526,7 +526,7 @@ class Monitor:
         hashes, new = self.labelled.new(outcomes.take(known), labels=True)
         if not new.all():
             told = f"{np.count_nonzero(~new)} of {len(new)} labels were given before and are not counted again."
-            warnings.warn(told, stacklevel=3)
+            warn_caller(told)
         self.repeated += int(np.count_nonzero(~new))
         self.labelled.add(hashes)
         known = known[new]
