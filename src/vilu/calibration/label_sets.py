@@ -107,7 +107,7 @@ def fit_label_sets(
         scores.gather(1, target[:, None]).squeeze(1)
         for scores, target in _labelled(predictor, data, method)
     ]
-    scores = torch.cat(true) if true else torch.empty(0)
+    scores = torch.cat(true) if true else torch.empty(0, dtype=torch.float32)
     if not len(scores):
         raise DataError(f"none of the {len(data)} calibration rows has a label.")
     rank = math.ceil(

@@ -226,7 +226,7 @@ class Guard:
     def _require_vectors(self) -> tuple[str, ...]:
         """Names of the arrays that the predictor looks at; refuses what one image does not give."""
         if self.calibration is not None:
-            nothing = {IMAGE: torch.empty(0, self.vocabulary.space.embed_dim)}
+            nothing = {IMAGE: torch.empty(0, self.vocabulary.space.embed_dim, dtype=torch.float32)}
             self.calibration.require_match(self.predictor, Arrived(self.vocabulary, nothing, []))
         if self.predictor.space_ is not None:
             self.predictor.space_.require_match(

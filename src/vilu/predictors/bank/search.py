@@ -60,7 +60,7 @@ def image_blocks(train: Rows) -> Iterator[tuple[slice, Tensor]]:
 
 def gather(train: Rows) -> Tensor:
     """(M, D) float32 unit-norm image embeddings."""
-    bank = torch.empty(len(train.index), train.source.space.embed_dim)
+    bank = torch.empty(len(train.index), train.source.space.embed_dim, dtype=torch.float32)
     for block, image in image_blocks(train):
         bank[block] = image
     return bank

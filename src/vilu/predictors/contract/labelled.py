@@ -62,7 +62,7 @@ def require_comparable(train: EmbeddingSource, unlabelled: EmbeddingSource) -> N
 def _shared_texts(source: EmbeddingSource) -> Tensor:
     """(K, D) the candidates that all rows share; none where each pool has its own."""
     if source.pool_size is not None:
-        return torch.empty(0, source.space.embed_dim)
+        return torch.empty(0, source.space.embed_dim, dtype=torch.float32)
     return source.candidates(torch.arange(0)).text
 
 

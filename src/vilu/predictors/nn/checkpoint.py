@@ -449,7 +449,7 @@ def unpack(
     for i, memory in enumerate(stateful):
         memory.restore(parts.get(f"memory{i}", {}))
     order = torch.Generator().get_state()
-    total = torch.zeros(())
+    total = torch.zeros((), dtype=torch.float32)
     load("state of the loop", parts.get("loop", {}), {"order": order, "total": total})
     device = next(iter(weights.values())).device
     history = _history(checkpoint.position)

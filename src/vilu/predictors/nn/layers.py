@@ -20,7 +20,7 @@ def linear(n_inputs: int, n_outputs: int, generator: torch.Generator | None) -> 
         nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
         bound = 1 / math.sqrt(n_inputs)
         nn.init.uniform_(bias, -bound, bound, generator=generator)
-    layer = nn.Linear(n_inputs, n_outputs, device="meta")  # which draws nothing
+    layer = nn.Linear(n_inputs, n_outputs, device="meta", dtype=weight.dtype)  # which draws nothing
     layer.weight = nn.Parameter(weight)
     layer.bias = nn.Parameter(bias)
     return layer
