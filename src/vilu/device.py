@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from vilu.errors import UsageError
 
@@ -72,3 +74,51 @@ def each_as_usual(items: Generator[Item, None, None]) -> Iterator[Item]:
                 except StopIteration:
                     return
             yield item
+
+
+FILLING: set[Callable[..., object]] = {
+    *(Tensor.uniform_, Tensor.normal_, Tensor.bernoulli_),
+    *(nn.init.uniform_, nn.init.normal_, nn.init.trunc_normal_, nn.init.orthogonal_),
+    *(nn.init.xavier_uniform_, nn.init.xavier_normal_),
+    *(nn.init.kaiming_uniform_, nn.init.kaiming_normal_),
+}
+"""What fills a tensor with random numbers; its first argument is the tensor."""
+
+MAKING: set[Callable[..., object]] = {torch.rand, torch.randn, torch.normal}
+"""What makes a tensor of random numbers."""
+
+
+class OwnGenerator(TorchFunctionMode):
+    """A block in which random numbers on the CPU come from a generator of this block.
+
+    Libraries of models draw first weights for a model whose weights come from a file. In this block
+    torch's own generator, which is of the whole process, stays as it is. Other threads do not
+    notice the block.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Any,  # noqa: ANN401 - torch's own signature
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
+        """Call a function of torch; one that draws gets the generator where it has none."""
+        named = dict(kwargs or {})
+        if named.get("generator") is None and _draws_on_cpu(func, args, named):
+            named["generator"] = self.generator
+        return func(*args, **named)
+
+
+def _draws_on_cpu(
+    function: Callable[..., object], args: tuple[Any, ...], named: dict[str, Any]
+) -> bool:
+    if function in FILLING:
+        tensor: Tensor = args[0] if args else named["tensor"]
+        return tensor.device.type == "cpu"
+    device = named.get("device") or "cpu"
+    return function in MAKING and torch.device(device).type == "cpu"

@@ -138,7 +138,7 @@ class DualEncoder:
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """(3, H, W) float32 pixels on the CPU."""
-        return self._transform(image)
+        return self._transform(image).float()  # torchvision follows the default type
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """(B, D) float32 unit-norm embeddings on the CPU of (B, 3, H, W) pixels."""
