@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import sklearn  # noqa: F401 - it sets two variables of its own when it is imported
+import sklearn  # noqa: F401 - sets variables of its own when it is imported
 import torch
+import torch._dynamo  # so does torch's compiler, which torch's optimisers import
 from PIL import Image
 
 import vilu
