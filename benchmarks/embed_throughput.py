@@ -25,7 +25,7 @@ from vilu.backbones.base import Backbone
 from vilu.backbones.catalog import load_backbone
 from vilu.datasets.base import ImageRecord
 from vilu.datasets.images import decode_image
-from vilu.device import keep_freed_memory
+from vilu.process import keep_freed_memory
 from vilu.store.embed import embed
 
 PHOTOS = Path(__file__).parents[1] / "../shared/data/clothing.parquet"

@@ -63,7 +63,10 @@ ROOM_BARS = {"dense": 0.17, "pairs": 3.0, "wide": 0, "vague": 2.0, "longest": 90
 PACKAGE_BARS = ROOM_BARS | {"dense": 0.12}
 LONGEST_LINE = 100
 
-BASE = {"errors", "validation", "artifacts", "text", "progress", "device", "extras", "registry"}
+BASE = {
+    *("errors", "callers", "validation", "artifacts", "text", "progress"),
+    *("process", "device", "extras", "registry"),
+}
 GROUND = BASE | {"embeddings", "metrics"}
 SOURCES = GROUND | {"datasets", "backbones", "store"}
 DECIDING = SOURCES | {"outcomes", "predictors", "scoring", "calibration"}

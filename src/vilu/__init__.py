@@ -1,12 +1,12 @@
 """vilu: how likely is the answer of a frozen vision-language model wrong?
 
 Public names are imported on first use, so that ``import vilu`` loads neither torch nor a backbone.
+Nothing of the process is changed (docs/architecture.md); ``tune_process`` is for those who want it.
 """
 
 from __future__ import annotations
 
 import importlib
-import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from vilu.predictors.zero_shot import Entropy as Entropy
     from vilu.predictors.zero_shot import Margin as Margin
     from vilu.predictors.zero_shot import MaxLogit as MaxLogit
+    from vilu.process import tune_process as tune_process
     from vilu.registry import register as register
     from vilu.report.explain.explain import explain as explain
     from vilu.report.explain.prompts import prompt_gains as prompt_gains
@@ -61,11 +62,6 @@ if TYPE_CHECKING:
     from vilu.store.reader import open_source as open_source
 
     __version__: str
-
-if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
-    os.environ["GOMP_SPINCOUNT"] = (
-        "3000"  # read with torch, whose threads else spin for one that has to wait
-    )
 
 _NAMES = {
     "vilu.backbones.catalog": "load_backbone",
@@ -93,6 +89,7 @@ _NAMES = {
     "vilu.predictors.zero_shot": "MCM Doctor Entropy Margin MaxLogit",
     "vilu.predictors.persistence.convert": "convert_official",
     "vilu.predictors.persistence.storage": "load",
+    "vilu.process": "tune_process",
     "vilu.registry": "register",
     "vilu.report.explain.explain": "explain",
     "vilu.report.explain.prompts": "prompt_gains",

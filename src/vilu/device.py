@@ -1,18 +1,15 @@
-"""Names of devices to devices, and torch as it is when nobody has set anything."""
+"""Names of devices to devices, and torch with the defaults of its threads."""
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import os
 import re
-import sys
-import threading
-from collections.abc import Generator, Iterator
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
-from typing import TypeVar
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from vilu.errors import UsageError
 
@@ -45,73 +42,22 @@ def resolve_device(name: str) -> torch.device:
 Item = TypeVar("Item")
 
 
-KEPT_BYTES = 2**29
-KEPT_BY = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES"}
-
-
-@functools.cache
-def keep_freed_memory() -> None:
-    """Have glibc keep freed blocks of up to 512 MiB, 1 GiB in all, for those to come.
-
-    It would give large ones back to the system, which makes every page anew when the next one is
-    written to: that was half of the time of an image tower, and a sixth of that of an entropy of
-    1,000 candidates. Whoever has set it by an environment variable is obeyed, and where glibc is
-    not in use nothing is done.
-    """
-    if sys.platform != "linux" or os.environ.keys() & KEPT_BY:
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:  # musl has none
-        return
-    mallopt(-3, KEPT_BYTES)  # M_MMAP_THRESHOLD of <malloc.h>
-    mallopt(-1, 2 * KEPT_BYTES)  # M_TRIM_THRESHOLD
-
-
-LOCK = threading.Lock()
-BEFORE: list[torch.dtype] = []  # the default types at the begin of the blocks that are open
-
-# of every process its own: threads that hold one are not forked
-SEEDED: dict[int, AbstractContextManager[object]] = {}
-
-
 @contextmanager
 def torch_defaults() -> Iterator[None]:
     """A block, or a function, in which torch has its defaults.
 
-    These are gradients, float32, the CPU and no autocast.
+    These are gradients, the CPU and no autocast, all of this thread alone. The default type is of
+    all threads and stays: whoever makes a tensor of floats here names its type.
 
     So a number does not depend on what the caller has set, and what is made here can be used
     anywhere: a tensor that is made in inference mode can never be trained on.
     """
-    keep_freed_memory()
     with ExitStack() as stack, torch.inference_mode(mode=False), torch.enable_grad():
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
         for kind in ("cpu", "cuda", "mps"):
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
-        # the type is of all threads: the first block sets it, the last one to end gives back what
-        # was
-        with LOCK:
-            BEFORE.append(torch.get_default_dtype())
-            torch.set_default_dtype(torch.float32)
-        try:
-            yield
-        finally:
-            with LOCK:
-                dtype = BEFORE.pop()
-                torch.set_default_dtype(torch.float32 if BEFORE else dtype)
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """A block in which torch's own generator begins at this seed, and is left as it was.
-
-    The whole process has one, so blocks of several threads come one after the other; a block may
-    hold another one.
-    """
-    with SEEDED.setdefault(os.getpid(), threading.RLock()), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
         yield
 
 
@@ -128,3 +74,51 @@ def each_with_torch_defaults(items: Generator[Item, None, None]) -> Iterator[Ite
                 except StopIteration:
                     return
             yield item
+
+
+FILLING: set[Callable[..., object]] = {
+    *(Tensor.uniform_, Tensor.normal_, Tensor.bernoulli_),
+    *(nn.init.uniform_, nn.init.normal_, nn.init.trunc_normal_, nn.init.orthogonal_),
+    *(nn.init.xavier_uniform_, nn.init.xavier_normal_),
+    *(nn.init.kaiming_uniform_, nn.init.kaiming_normal_),
+}
+"""What fills a tensor with random numbers; its first argument is the tensor."""
+
+MAKING: set[Callable[..., object]] = {torch.rand, torch.randn, torch.normal}
+"""What makes a tensor of random numbers."""
+
+
+class OwnGenerator(TorchFunctionMode):
+    """A block in which random numbers on the CPU come from a generator of this block.
+
+    Libraries of models draw first weights for a model whose weights come from a file. In this block
+    torch's own generator, which is of the whole process, stays as it is. Other threads do not
+    notice the block.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Any,  # noqa: ANN401 - torch's own signature
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
+        """Call a function of torch; one that draws gets the generator where it has none."""
+        named = dict(kwargs or {})
+        if named.get("generator") is None and _draws_on_cpu(func, args, named):
+            named["generator"] = self.generator
+        return func(*args, **named)
+
+
+def _draws_on_cpu(
+    function: Callable[..., object], args: tuple[Any, ...], named: dict[str, Any]
+) -> bool:
+    if function in FILLING:
+        tensor: Tensor = args[0] if args else named["tensor"]
+        return tensor.device.type == "cpu"
+    device = named.get("device") or "cpu"
+    return function in MAKING and torch.device(device).type == "cpu"

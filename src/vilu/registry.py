@@ -35,7 +35,10 @@ SECTION_GROUP = "vilu.sections"
 """Entry points of other distributions: NAME = "module:function" of a section [NAME.…]."""
 
 PLUGINS = "VILU_PLUGINS"
-"""Environment variable: the imported modules, with commas between; child processes inherit it."""
+"""Environment variable of a user: modules that every process imports, with commas between."""
+
+IMPORTED: list[str] = []
+"""Plugins that ``load_plugin`` has imported in this process."""
 
 
 def register(thing: Added) -> Added:
@@ -249,7 +252,9 @@ def _in_words(entry: EntryPoint, what: str) -> str:
 
 
 def load_plugin(module: str) -> None:
-    """Import a module that registers something, in this process and in those that it starts.
+    """Import a module that registers something.
+
+    Processes that are started for a job here get ``plugins()`` with it, and import them, too.
 
     Raises:
         UsageError: If it cannot be imported.
@@ -262,15 +267,17 @@ def load_plugin(module: str) -> None:
         importlib.import_module(module)
     except ImportError as error:
         raise UsageError(f"the plugin {module!r} cannot be imported: {error}.") from error
-    os.environ[PLUGINS] = ",".join(dict.fromkeys([*plugins(), module]))
+    if module not in IMPORTED:
+        IMPORTED.append(module)
 
 
 def load_plugins() -> None:
-    """Import what ``VILU_PLUGINS`` names."""
+    """Import the plugins of this process, where they are not imported yet."""
     for module in plugins():
         load_plugin(module)
 
 
 def plugins() -> list[str]:
-    """The modules of ``VILU_PLUGINS``."""
-    return [module for module in os.environ.get(PLUGINS, "").split(",") if module]
+    """The plugins of this process: those of ``VILU_PLUGINS``, and those imported by their names."""
+    of_user = [module for module in os.environ.get(PLUGINS, "").split(",") if module]
+    return list(dict.fromkeys([*of_user, *IMPORTED]))

@@ -91,7 +91,7 @@ def benchmark(  # noqa: PLR0913, PLR0917 - one parameter per flag
     output share embeddings and cells.
     """
     from vilu_bench.studies.load import load_configs, shrink
-    from vilu_bench.studies.run import Share
+    from vilu_bench.studies.run import Share, one_thread
     from vilu_bench.studies.study import run_studies
 
     studies = load_configs(configs)
@@ -104,9 +104,10 @@ def benchmark(  # noqa: PLR0913, PLR0917 - one parameter per flag
     share = None
     if shard is not None:
         share = Share.parse(shard)
-    rendered = run_studies(
-        studies, data, output, jobs=jobs, models=models, share=share, embed_only=embed_only
-    )
+    with one_thread("blas"):
+        rendered = run_studies(
+            studies, data, output, jobs=jobs, models=models, share=share, embed_only=embed_only
+        )
     _print(rendered, as_json=as_json)
     if embed_only:
         next_step(f"the embeddings are in {output / 'stores'}")

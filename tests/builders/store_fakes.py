@@ -41,7 +41,7 @@ class FakeBackbone:
 
     def __init__(self, *, dim: int = DIM, preprocess: str = "8x8", weights: str = "w0") -> None:
         generator = torch.Generator().manual_seed(7)
-        self.projection = torch.randn(3 * 64, dim, generator=generator)
+        self.projection = torch.randn(3 * 64, dim, generator=generator, dtype=torch.float32)
         self.space = EmbeddingSpace(
             dim,
             10.0,
@@ -52,7 +52,7 @@ class FakeBackbone:
             precision="fp32",
         )
         self.feature_dim = 3 * 64
-        self.projections = (self.projection.T, 2 * torch.eye(dim))
+        self.projections = (self.projection.T, 2 * torch.eye(dim, dtype=torch.float32))
         self.batches: list[int] = []
         self.n_texts = 0
 
@@ -83,7 +83,11 @@ class FakeBackbone:
             int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little") for text in texts
         ]
         rows = [
-            torch.randn(self.projection.shape[1], generator=torch.Generator().manual_seed(s))
+            torch.randn(
+                self.projection.shape[1],
+                generator=torch.Generator().manual_seed(s),
+                dtype=torch.float32,
+            )
             for s in seeds
         ]
         return torch.stack(rows)

@@ -8,6 +8,8 @@ import time
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+import torch
+
 from vilu.artifacts.disk import atomic_write
 from vilu.errors import DataError
 from vilu.store.manifest import Receipt
@@ -47,12 +49,11 @@ class FileJob:
     fail: dict[int, object] = field(default_factory=dict)
     slow: float = 0.0
     broken: bool = False
-    threads: int | None = None
     workers: int | None = None
 
     def process(self, part: int) -> Receipt:
         with (self.root / f"{part}.log").open("a") as log:
-            print(os.getpid(), self.threads, self.workers, file=log)
+            print(os.getpid(), torch.get_num_threads(), self.workers, file=log)
         if len(calls(self.root, part)) <= self.kill.get(part, 0):
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(self.slow)
@@ -84,7 +85,6 @@ def refuse() -> None:
 class EmptyJob:
     """Does nothing, ten thousand times."""
 
-    threads: int | None = None
     workers: int | None = None
 
     def process(self, part: int) -> Receipt:

@@ -128,13 +128,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stranger(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The module, as ``--plugin stranger`` imports it; afterwards nobody knows it."""
     monkeypatch.syspath_prepend(folder)
-    monkeypatch.setenv(registry.PLUGINS, "")
     registry.load_plugin("stranger")
-    assert os.environ[registry.PLUGINS] == "stranger"
+    assert "stranger" in registry.plugins()
     yield sys.modules["stranger"]
     for name in ("narrow", "ridge"):
         del vilu.PREDICTORS[name]
     del sys.modules["stranger"]
+    registry.IMPORTED.remove("stranger")
 
 
 @pytest.fixture

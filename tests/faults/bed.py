@@ -25,7 +25,7 @@ from tests.command import run
 from tests.faults.saboteur import FAULTS, FILLER, MS_BIND, MS_REMOUNT, SIGNALS, mount_flags
 from vilu.artifacts.disk import host_hash
 from vilu.backbones.catalog import BACKBONES
-from vilu.registry import PLUGINS
+from vilu.registry import IMPORTED
 
 HERE = Path(__file__).parent
 PLUGIN = "tests.faults.plugin"
@@ -61,16 +61,15 @@ def plugged() -> Iterator[None]:
     """What the plug-in of ``FRAME`` registers is gone afterwards,
     and comes again where it is asked for again.
     """
-    backbones, environment = dict(BACKBONES), os.environ.get(PLUGINS)
+    backbones = dict(BACKBONES)
     try:
         yield
     finally:
         BACKBONES.clear()
         BACKBONES.update(backbones)
-        os.environ.pop(PLUGINS, None)
-        if environment is not None:
-            os.environ[PLUGINS] = environment
         sys.modules.pop(PLUGIN, None)
+        if PLUGIN in IMPORTED:
+            IMPORTED.remove(PLUGIN)
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def test_likelihood_without_deviation_has_a_finite_gradient() -> None:
 
 def test_adapter_is_a_residual_network() -> None:
     torch.manual_seed(0)
-    adapter = ProbabilisticAdapter(6, 4)
+    adapter = ProbabilisticAdapter(6, 4, torch.Generator().manual_seed(0))
     z = torch.nn.functional.normalize(torch.randn(5, 6), dim=1)
     masks = dropout_masks((5, 4), 0.5, torch.Generator().manual_seed(1))
     found = adapter(z, masks)

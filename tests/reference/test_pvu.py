@@ -33,8 +33,7 @@ CONFIG = AdamWConfig(
 
 
 def network() -> ImageNetwork:
-    torch.manual_seed(0)
-    return ImageNetwork(16, (8,))
+    return ImageNetwork(16, (8,), seed=0)
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 64])

@@ -4,14 +4,12 @@ of a killed replica only what it had.
 
 from __future__ import annotations
 
-import os
 import socket
 import threading
 import time
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
 
 import httpx
 import psutil
@@ -23,35 +21,12 @@ from tests.command import PYTHONPATH
 from tests.service.conftest import Running, served
 from vilu.errors import UsageError
 from vilu.guard.guard import Guard
-from vilu.service import ray_serve
-from vilu.service.limits import ClientLimits
 from vilu.service.ray_serve import replicas_of
-from vilu.service.setup import Setup
 
 RECOVERS = 30.0
 """Seconds after which all replicas are there again."""
 
 CLIENTS = 4
-
-
-class Started(Exception):
-    """Instead of a Ray."""
-
-
-def test_a_ray_that_is_started_reports_to_nobody(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "environ", {**os.environ})  # what is set is gone afterwards
-    os.environ.pop("RAY_USAGE_STATS_ENABLED", None)
-
-    def init(**_: object) -> None:
-        raise Started(os.environ["RAY_USAGE_STATS_ENABLED"])
-
-    fake = SimpleNamespace(init=init, shutdown=lambda: None)
-    monkeypatch.setattr(ray_serve, "import_extra", lambda *_: fake)
-    setup = Setup(tmp_path, None, tmp_path / "state", ClientLimits(), None)
-    with pytest.raises(Started, match="0"):
-        ray_serve.serve_ray(setup, "127.0.0.1", 8000, (1, 1), print)
 
 
 class Asking:

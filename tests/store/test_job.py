@@ -24,6 +24,7 @@ from vilu.errors import BusyError, DataError, ProvenanceError, StorageError, Usa
 from vilu.progress import reporting
 from vilu.store import embed as embed_module
 from vilu.store.embed import begin, describe, embed, encode_classes
+from vilu.store.executors.local import Worker, pack_job, receipt_of
 from vilu.store.inspect import inspect
 from vilu.store.job import MAX_ATTEMPTS, BackboneSpec, EmbedJob
 from vilu.store.parts import StoreLedger
@@ -150,14 +151,15 @@ def test_a_model_by_name_is_loaded_once_and_must_be_the_right_one(tmp_path, monk
     assert marks(tmp_path / "t") == {}
 
 
-def test_threads_of_a_worker(tmp_path):
+def test_a_job_leaves_the_threads_and_a_worker_has_its_share(tmp_path):
     before = torch.get_num_threads()
+    job = job_of(shards(*LENGTHS), tmp_path)
     try:
-        replace(job_of(shards(*LENGTHS), tmp_path), threads=2).process(0)
-        assert torch.get_num_threads() == 2
         torch.set_num_threads(3)
-        job_of(shards(*LENGTHS), tmp_path).process(1)
+        job.process(0)
         assert torch.get_num_threads() == 3
+        receipt_of(Worker(pack_job(job, 2)).outcome(1))  # as in a process of its own
+        assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
 

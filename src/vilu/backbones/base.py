@@ -138,7 +138,7 @@ class DualEncoder:
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """(3, H, W) float32 pixels on the CPU."""
-        return self._transform(image)
+        return self._transform(image).float()  # torchvision follows the default type
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """(B, D) float32 unit-norm embeddings on the CPU of (B, 3, H, W) pixels."""
@@ -164,7 +164,7 @@ class DualEncoder:
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """(M, D) float32 unit-norm embeddings on the CPU."""
         if not texts:
-            return torch.empty(0, self.space.embed_dim)
+            return torch.empty(0, self.space.embed_dim, dtype=torch.float32)
 
         def encode(batch: list[str]) -> Tensor:
             return self._text_head(self._text_tower(batch))

@@ -195,7 +195,7 @@ def load_backbone(
         >>> [round(cosine, 1) for cosine in (text @ text.T)[0].tolist()]
         [1.0, 0.7, 0.1]
     """
-    from vilu.device import resolve_device
+    from vilu.device import OwnGenerator, resolve_device
 
     source = find_named(spec, None if models is None else Path(models))
     full_spec = spec if source is None else source.spec
@@ -210,7 +210,7 @@ def load_backbone(
     options = {} if source is None else source.options
     log.info("loading %s ...", spec)
     begun = time.monotonic()
-    with track(f"load {spec}", None, "steps"):
+    with track(f"load {spec}", None, "steps"), OwnGenerator():
         load = getattr(importlib.import_module(module), function)
         backbone: Backbone = load(argument, resolve_device(device), precision, **options)
     seconds = time.monotonic() - begun

@@ -28,6 +28,7 @@ from torch.nn import functional
 from vilu.artifacts.disk import file_hash
 from vilu.artifacts.hashing import bytes_hash
 from vilu.backbones.base import DualEncoder, cached_rows, encode_in_batches
+from vilu.device import OwnGenerator
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import ProvenanceError, UsageError
 from vilu.extras import import_extra, quiet
@@ -258,7 +259,7 @@ def _find_files() -> Files:
 def _assemble(files: Files, device: torch.device) -> Parts:
     with _as_if_alone(device), track("load compact", None, "steps"):
         timm = import_extra("timm", "compact")
-        tower = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
+        tower = timm.create_model("tf_efficientnet_lite0", pretrained=False).float().eval()
         copy_by_position(tower, torch.load(files.image, weights_only=True, map_location="cpu"))
         tower = tower.requires_grad_(requires_grad=False).to(
             device, memory_format=torch.channels_last
@@ -279,6 +280,7 @@ def _as_if_alone(device: torch.device) -> Iterator[None]:
         torch.inference_mode(mode=False),
         torch.no_grad(),
         torch.autocast(device.type, enabled=False),
+        OwnGenerator(),
         quiet(),
     ):
         yield

@@ -121,6 +121,7 @@ def _load_model(open_clip: ModuleType, source: Source) -> tuple[Any, Transform, 
         network, transform = open_clip.create_model_from_pretrained(
             source.model, pretrained=source.tag, force_quick_gelu=source.quick_gelu
         )
+        network.float()  # also where the caller has another default type
         tokenizer = open_clip.get_tokenizer(source.model)
         return network, transform, tokenizer, tokenizer_identity(tokenizer, tokenizer)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from functools import cache
 from importlib import resources
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vilu.backbones.base import Backbone, DualEncoder
+from vilu.callers import warn_caller
 from vilu.embeddings.checks import check_class_names
 from vilu.errors import DataError, UsageError
 
@@ -132,9 +132,8 @@ def _warn_of_near_duplicates(text: Tensor, names: Sequence[str]) -> None:
                 pairs.append((first, second))
     if pairs:
         first, second = pairs[0]
-        warnings.warn(
+        warn_caller(
             f"{len(pairs)} pairs of classes have nearly the same text embedding (cosine above "
             f"{NEAR_DUPLICATE}), the first is {first!r} and {second!r}: the model can hardly tell "
-            "them apart. Reword or merge them.",
-            stacklevel=3,
+            "them apart. Reword or merge them."
         )

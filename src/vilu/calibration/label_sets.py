@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from itertools import compress
 
@@ -24,6 +23,7 @@ from torch import Tensor
 from vilu.artifacts.documents import Model
 from vilu.calibration.methods import SetMethod
 from vilu.calibration.thresholds import rows_for_mean
+from vilu.callers import warn_caller
 from vilu.embeddings.source import Batch, EmbeddingSource, log_posterior
 from vilu.errors import UNKNOWN, DataError, InfeasibleError, UsageError
 from vilu.metrics.counts import Floats
@@ -103,16 +103,15 @@ def fit_label_sets(
     data = data.without(~predictor.unseen(data, "calibration"))
     n_ood = int(data.outside.sum())
     if n_ood:
-        warnings.warn(
+        warn_caller(
             f"label sets leave out {n_ood} of {len(data)} calibration rows, which are of none of "
             "the classes: no set holds their label, so the guarantee is of pictures of the classes "
             "only.",
-            stacklevel=2,
         )
     parts = []
     for scores, target in _labelled(predictor, data, method):
         parts.append(scores.gather(1, target[:, None]).squeeze(1))
-    scores = torch.cat(parts) if parts else torch.empty(0)
+    scores = torch.cat(parts) if parts else torch.empty(0, dtype=torch.float32)
     if not len(scores):
         raise DataError(f"none of the {len(data)} calibration rows has a label.")
     # n + 1 and not n: the new row is equally likely at each of n + 1 ranks among the calibration

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
@@ -37,6 +36,7 @@ from vilu.calibration.thresholds import (
     tail,
 )
 from vilu.calibration.units import CountedRows, count_once
+from vilu.callers import warn_caller
 from vilu.errors import DataError, InfeasibleError, UsageError
 from vilu.metrics.counts import Floats, Ints, TieCounts, real_vector, tie_counts
 from vilu.outcomes.outcomes import Outcomes, check_texts
@@ -527,7 +527,7 @@ def refuse_fitted(outcomes: Outcomes) -> None:
             f"{overlap}, more than {MAX_SHARED:.0%} of the {n_comparable} that can be told. "
             f"{LEARNED_FROM} {remedy}."
         )
-    warnings.warn(f"{overlap}. {LEARNED_FROM} {remedy}.", stacklevel=6)
+    warn_caller(f"{overlap}. {LEARNED_FROM} {remedy}.")
 
 
 def group_names(outcomes: Outcomes) -> list[str]:

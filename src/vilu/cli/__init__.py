@@ -26,6 +26,7 @@ import typer
 from vilu.cli.app import app
 from vilu.cli.console import INTERRUPTED, TERMINATED, careful_output, complain, show_warnings
 from vilu.errors import StorageError, UsageError, ViLUError
+from vilu.process import tune_process
 from vilu.text import printable
 
 MISUSE: type[Any] = typer.BadParameter.__bases__[0]
@@ -37,6 +38,7 @@ def entry() -> None:
 
     The libraries are not taken down, which would take up to a second more.
     """
+    tune_process()
     code = 1
 
     def leave() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from vilu.callers import warn_caller
 from vilu.errors import DataError
 from vilu.validation import refuse_masked
 
@@ -88,10 +88,9 @@ def _within_float32(array: NDArray[Any], name: str) -> NDArray[Any]:
         return array
     low = largest[is_beyond].min()
     high = largest[is_beyond].max()
-    warnings.warn(
+    warn_caller(
         f"{np.count_nonzero(is_beyond)} of {len(array)} {name} rows hold numbers that float32 has "
-        f"not (largest ones {low:.3g} to {high:.3g}); they were scaled, which changes no cosine.",
-        stacklevel=7,
+        f"not (largest ones {low:.3g} to {high:.3g}); they were scaled, which changes no cosine."
     )
     # by the power of two that brings a row's largest number into [1/2, 1): no digit is rounded
     _, exponents = np.frexp(largest[is_beyond])
@@ -124,7 +123,7 @@ def unit_rows(values: ArrayLike | Tensor, name: str) -> tuple[Tensor, NDArray[np
     Rows that are of unit norm already are left bit for bit.
     """
     rows, status, norms = normalised(as_matrix(values, name))
-    norms.warn(name, stacklevel=6)
+    norms.warn(name)
     return rows, status
 
 
@@ -145,13 +144,12 @@ class Norms:
             max(self.high, other.high),
         )
 
-    def warn(self, name: str, stacklevel: int) -> None:
+    def warn(self, name: str) -> None:
         """Say that rows were changed, if some were."""
         if self.n_changed:
-            warnings.warn(
+            warn_caller(
                 f"{self.n_changed} of {self.n_rows} {name} rows are not of unit norm "
-                f"(norms {self.low:.3g} to {self.high:.3g}); they were normalised.",
-                stacklevel=stacklevel,
+                f"(norms {self.low:.3g} to {self.high:.3g}); they were normalised."
             )
 
 

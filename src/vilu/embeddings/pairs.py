@@ -470,7 +470,7 @@ def class_captions(
     """
     first_of_name: dict[str, int] = {}
     text_of_class = [0]  # of every class the row of its text, that of the first of its name
-    texts = [torch.zeros(1, sources[0].space.embed_dim)]
+    texts = [torch.zeros(1, sources[0].space.embed_dim, dtype=torch.float32)]
     classes = []  # of every chosen row the number of its class, from 1 over all sources
     for source, rows in zip(sources, chosen, strict=True):
         if isinstance(source, PairSource):

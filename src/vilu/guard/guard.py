@@ -244,7 +244,7 @@ class Guard:
             UsageError: If it looks at an array that no image alone gives.
         """
         if self.calibration is not None:
-            nothing = {IMAGE: torch.empty(0, self.vocabulary.space.embed_dim)}
+            nothing = {IMAGE: torch.empty(0, self.vocabulary.space.embed_dim, dtype=torch.float32)}
             self.calibration.require_match(self.predictor, Arrived(self.vocabulary, nothing, []))
         if self.predictor.space_ is not None:
             self.predictor.space_.require_match(

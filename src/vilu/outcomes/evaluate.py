@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from vilu.callers import warn_caller
 from vilu.errors import UNKNOWN, DataError, ProvenanceError, UsageError
 from vilu.metrics.bootstrap import (
     Interval,
@@ -97,12 +97,12 @@ def evaluate(
         repeated += _repeated(tally)
     if scarce:
         consequence = "intervals are wide" if n_resamples else "numbers rest on few answers"
-        warnings.warn(f"{consequence}: {_listed(scarce)}.", stacklevel=3)
+        warn_caller(f"{consequence}: {_listed(scarce)}.")
     if repeated:
         message = f"rows of one picture are no independent answers: {_listed(repeated)}."
         if n_resamples:
             message += " Intervals are of the pictures."
-        warnings.warn(message, stacklevel=3)
+        warn_caller(message)
     return ResultTable(tuple(rows))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -14,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vilu.callers import warn_caller
 from vilu.embeddings.columns import SECOND
 from vilu.embeddings.rows import SCORING_BATCH, Rows
 from vilu.embeddings.similarity import Others, float64
@@ -101,10 +101,7 @@ def identify(failure: Tensor, what: str) -> bool:
     """Whether there are failures to fit a temperature to; a warning where there are none."""
     has_failures = bool(failure.any())
     if not has_failures:
-        warnings.warn(
-            f"only 0 failures among {len(failure)} training rows: they identify no {what}.",
-            stacklevel=8,
-        )
+        warn_caller(f"only 0 failures among {len(failure)} training rows: they identify no {what}.")
     return has_failures
 
 

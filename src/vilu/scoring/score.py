@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from vilu.artifacts.documents import identity
 from vilu.artifacts.hashing import digest, tensor_hash
+from vilu.callers import warn_caller
 from vilu.device import torch_defaults
 from vilu.embeddings.checks import STATUS, VALID
 from vilu.embeddings.pairs import PairSource
@@ -280,11 +280,10 @@ def _check(
     here = candidates_of(data)
     both_count = "n_candidates" in known and "n_candidates" in here
     if both_count and not same_candidates(known, here):
-        warnings.warn(
+        warn_caller(
             f"this {predictor.name} was fitted on other candidates (classes or prompts) than "
             "these. Its uncertainties still rank the answers, but as probabilities of failure they "
-            "are not calibrated here: run `vilu calibrate` on labelled rows with these candidates.",
-            stacklevel=3,
+            "are not calibrated here: run `vilu calibrate` on labelled rows with these candidates."
         )
 
 
@@ -323,7 +322,7 @@ def provenance_of(calibration: CalibrationLike | None) -> dict[str, str]:
 
 def _warn_seen(overlap: str, predictor: FailurePredictor, n_seen: int) -> None:
     if n_seen:
-        warnings.warn(f"{overlap} were used to fit this {predictor.name}.", stacklevel=5)
+        warn_caller(f"{overlap} were used to fit this {predictor.name}.")
 
 
 def _reasons(

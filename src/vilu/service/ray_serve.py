@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import queue
 import signal
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +13,8 @@ from vilu.artifacts.disk import locked, make_folder
 from vilu.calibration.monitor.status import Status
 from vilu.errors import UsageError, ViLUError
 from vilu.extras import import_extra
+from vilu.process import keep_freed_memory
+from vilu.registry import load_plugin, plugins
 from vilu.service.app import Service
 from vilu.service.journals import Scores, ServiceState
 from vilu.service.limits import Gate, log_access
@@ -97,8 +98,13 @@ def begin(
     serve = import_extra("ray.serve", "serve-ray")
     journals = _journals_in_actor(setup)
 
+    modules = plugins()
+
     def build() -> Gate:
-        """In a replica: the application with a model of its own."""
+        """In a replica, a process of its own: the application with a model of its own."""
+        for module in modules:
+            load_plugin(module)
+        keep_freed_memory()
         log_access()
         service = Service(setup.limits, setup.keep)
         service.start(load_engine(setup, journals))
@@ -161,8 +167,6 @@ def serve_ray(
     if port == 0:
         raise UsageError("with --executor ray give a --port other than 0.")
     make_folder(setup.state)
-    # a Ray that is started here reports to nobody
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     with locked(setup.state, "serving with the state in"):
         ray.init(
             log_to_driver=False,

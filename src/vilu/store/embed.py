@@ -6,7 +6,6 @@ import logging
 import math
 import os
 import shutil
-import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,6 +22,7 @@ from vilu.artifacts.documents import explain, read_document
 from vilu.artifacts.hashing import digest
 from vilu.backbones.base import Backbone
 from vilu.backbones.zeroshot import TEMPLATES, class_texts
+from vilu.callers import warn_caller
 from vilu.datasets.base import ImageDataset, ShardedDataset, require_files
 from vilu.datasets.images import DEFAULT_LIMITS, ImageLimits, OfShard
 from vilu.device import torch_defaults
@@ -448,7 +448,6 @@ def require_room(root: Path, run: Run, missing: Sequence[Part]) -> None:
 
 BAD_SHARD = frozenset(get_args(OfShard))  # kinds of errors that are of a whole shard
 NAMED = 5  # bad shards that a message names
-CALLER = 7  # frames from ``_check_budget`` to whoever called ``embed`` or ``import_arrays``
 
 
 def seal(ledger: StoreLedger, budget: Budget) -> None:
@@ -502,12 +501,9 @@ def _check_budget(
     if n_images and images.total() / n_images > budget.error_rate:
         raise DataError(_over_budget(ledger.root, n_images, images, budget.error_rate))
     if lost:
-        warnings.warn(f"{lost} That is accepted (--allow-bad-shards).", stacklevel=CALLER)
+        warn_caller(f"{lost} That is accepted (--allow-bad-shards).")
     if not n_images:
-        warnings.warn(
-            f"{ledger.run.dataset} has no images: {ledger.root} is a store without rows.",
-            stacklevel=CALLER,
-        )
+        warn_caller(f"{ledger.run.dataset} has no images: {ledger.root} is a store without rows.")
 
 
 def _bad_shards(ledger: StoreLedger, receipts: Sequence[Receipt]) -> str:

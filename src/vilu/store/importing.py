@@ -625,7 +625,7 @@ def _drive(root: Path, run: Run, content: SourceArrays, budget: Budget, *, overw
                 receipt = _write_part(ledger, part, content)
                 n_errors += receipt.n_error
                 task.advance(len(part), f"{n_errors} errors")
-            content.norms.warn("image", stacklevel=7)
+            content.norms.warn("image")
         ledger.clean()
         seal(ledger, budget)
 

@@ -11,8 +11,6 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Protocol
 
-import torch
-
 from vilu.artifacts.disk import RUN, or_refuse
 from vilu.artifacts.documents import log
 from vilu.backbones.base import Backbone
@@ -144,8 +142,7 @@ def _load(spec: BackboneSpec) -> Backbone:
 class EmbedJob:
     """All that a process needs to embed any part of a run (``embed`` says what it is made of).
 
-    It can be pickled, if its data set and model can. ``threads`` are those of one tensor operation
-    in the process; None leaves them as they are.
+    It can be pickled, if its data set and model can.
     """
 
     root: Path
@@ -154,7 +151,6 @@ class EmbedJob:
     backbone: BackboneSpec | Backbone
     batch_size: int = 32
     workers: int | None = None
-    threads: int | None = None
     strict: bool = False
     limits: ImageLimits = DEFAULT_LIMITS
 
@@ -204,8 +200,6 @@ class EmbedJob:
         """Embed parts that are missing, one after the other, and write each as it ends."""
         if not parts:
             return
-        if self.threads is not None:
-            torch.set_num_threads(self.threads)
         backbone = self._load_backbone()
         encoder = Encoder(
             backbone, self.batch_size, self.strict, progress, self.run.arrays, self.run.dtype

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vilu.artifacts.disk import or_refuse
+from vilu.callers import warn_caller
 from vilu.datasets.files import MISSING, ListingHash
 from vilu.device import torch_defaults
 from vilu.embeddings.checks import NORM_TOLERANCE, VALID, RowNumbers, normalised, row_status
@@ -285,11 +285,10 @@ class LaionPairs(Reopened, MappedPairs):
                 task.advance(len(of_block))
         self._all_unit = not off.n_off
         if off.n_off:
-            warnings.warn(
+            warn_caller(
                 f"{off.n_off} of {2 * len(status)} image and caption rows of {self.path} are not "
                 f"of unit norm (norms {off.low:.3g} to {off.high:.3g}); they are normalised when "
-                "they are read.",
-                stacklevel=4,
+                "they are read."
             )
         return status if self._chosen is None else status[self._chosen.numpy()]
 

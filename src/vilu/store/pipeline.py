@@ -18,7 +18,6 @@ from torch import Tensor
 from vilu.backbones.base import Backbone
 from vilu.datasets.base import ImageDataset, ImageRecord
 from vilu.datasets.images import BadImage, ImageLimits, read_caption, read_image
-from vilu.device import keep_freed_memory
 from vilu.embeddings.checks import NONFINITE, STATUS, VALID, unit_rows
 from vilu.errors import OUTSIDE, DataError, ProvenanceError
 from vilu.progress import Task
@@ -247,7 +246,6 @@ class Encoder:
 
     def _forward(self, batch: Sequence[Decoded]) -> dict[str, Tensor]:
         """(B, ...) outputs of the model by name, as it gives them."""
-        keep_freed_memory()  # this may be a process of its own
         model = self.backbone
         arrays: dict[str, Tensor] = {}
         pixels = _stacked([image.pixels for image in batch])

@@ -308,7 +308,7 @@ class Photos(EmbeddingSource):
 
     def image_rows(self, index: Tensor) -> Tensor:
         """(B, D) float32 rows, gathered from the stores."""
-        image = torch.empty(len(index), self.space.embed_dim)
+        image = torch.empty(len(index), self.space.embed_dim, dtype=torch.float32)
         for part, positions, inside in self._split(index.numpy()):
             rows = self._parts[part][0].image_rows(torch.from_numpy(inside))
             image[torch.from_numpy(positions)] = rows

@@ -106,7 +106,7 @@ class DeltaKNN(ClosedSet):
     def _log_distance(self, image: Tensor, bank: Tensor) -> Tensor:
         """(B,) float64 mean log-distance to the nearest images."""
         if not len(bank):
-            return float64(torch.zeros(len(image), device=image.device))
+            return float64(image.new_zeros(len(image)))
         similarity, _ = nearest(image, bank, self.k)
         squares = squared_distance(float64(similarity))
         return torch.log(squares + SMALLEST).mean(dim=1)

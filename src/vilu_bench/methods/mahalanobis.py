@@ -63,7 +63,7 @@ def ledoit_wolf(matrix: Tensor, fourth: float, n: int) -> Tensor:
     squares = covariance.square().sum()
     dispersion = squares - d * variance**2
     error = (fourth / n - squares) / n
-    shrinkage = torch.ones(())
+    shrinkage = torch.ones((), dtype=torch.float32)
     if float(dispersion) > 0:
         shrinkage = (error / dispersion).clamp(0, 1)
     return (1 - shrinkage) * covariance + shrinkage * variance * torch.eye(d, dtype=torch.float64)

@@ -182,7 +182,8 @@ class TRINE(LabelledBank):
         label = self.tensor("labels", index.device)[index]
         text = self.tensor("classes", index.device)
         text_similarity = (text[answer] @ text.T).gather(1, label)
-        rank = torch.arange(similarity.shape[1], device=index.device)
+        n_near = similarity.shape[1]
+        rank = torch.arange(n_near, dtype=torch.float32, device=index.device)
         near = (1 + similarity).clamp(min=TINY)
         texts = (1 + text_similarity).clamp(min=TINY)
         weight = torch.exp(-self.decay * rank) * near / 2 * texts / 2

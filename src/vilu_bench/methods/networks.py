@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import warnings
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Annotated, ClassVar, Literal, cast
@@ -15,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vilu.device import seeded
+from vilu.callers import warn_caller
 from vilu.embeddings.rows import Rows
 from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource, log_posterior
@@ -23,6 +22,7 @@ from vilu.embeddings.space import EmbeddingSpace
 from vilu.predictors.contract.labelled import Needs
 from vilu.predictors.contract.predictor import FailurePredictor, Learnt, own_graph
 from vilu.predictors.nn.head import Graph
+from vilu.predictors.nn.layers import linear
 from vilu.predictors.nn.train import AdamWConfig, default_epochs, train_adamw
 from vilu.predictors.vilu.head import Count, NonNegative, Positive, Widths
 
@@ -61,18 +61,18 @@ class NetworkPredictor(FailurePredictor):
         failure: Tensor,  # noqa: ARG002
         validation: EmbeddingSource | None,  # noqa: ARG002
     ) -> Learnt:
-        with seeded(self.seed):
-            network = cast("nn.Module", self.module({}, train.source.space))
+        network = cast("nn.Module", self.module({}, train.source.space))
         history = train_adamw(network, self._loss, train, self._settings(AdamWConfig), self._length)
         weights = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
         return Learnt(weights, {"history": {"loss": history}})
 
 
-def perceptron(widths: list[int]) -> nn.Sequential:
-    """Linear layers of these widths with leaky ReLUs between them."""
+def perceptron(widths: list[int], seed: int) -> nn.Sequential:
+    """Linear layers of these widths with leaky ReLUs between them, drawn with the seed."""
+    generator = torch.Generator().manual_seed(seed)
     layers: list[nn.Module] = []
     for n_inputs, n_outputs in itertools.pairwise(widths):
-        layers += [nn.Linear(n_inputs, n_outputs), nn.LeakyReLU()]
+        layers += [linear(n_inputs, n_outputs, generator), nn.LeakyReLU()]
     return nn.Sequential(*layers[:-1])
 
 
@@ -131,7 +131,7 @@ class PVU(NetworkPredictor):
         space: EmbeddingSpace,
     ) -> nn.Module:
         """The network."""
-        return ImageNetwork(space.embed_dim, self.hidden)
+        return ImageNetwork(space.embed_dim, self.hidden, self.seed)
 
     def graph(self) -> nn.Module:
         """The score with another softplus: onnxruntime has none in float64."""
@@ -153,10 +153,10 @@ class PVU(NetworkPredictor):
 class ImageNetwork(nn.Module):
     """An MLP on the image embedding."""
 
-    def __init__(self, dim: int, hidden: tuple[int, ...]) -> None:
+    def __init__(self, dim: int, hidden: tuple[int, ...], seed: int) -> None:
         super().__init__()
         self.scale = math.sqrt(dim)
-        self.layers = perceptron([dim, *hidden, 1])
+        self.layers = perceptron([dim, *hidden, 1], seed)
 
     def forward(self, batch: Batch) -> Tensor:
         """(B,) float32."""
@@ -252,9 +252,8 @@ class LMN(NetworkPredictor):
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:
         if len(failure.unique()) < 2:
             what = "successes" if failure.any() else "failures"
-            warnings.warn(
-                f"only 0 {what} among {len(failure)} training rows: one-sided temperatures.",
-                stacklevel=7,
+            warn_caller(
+                f"only 0 {what} among {len(failure)} training rows: one-sided temperatures."
             )
         return super()._learn(train, failure, validation)
 
@@ -264,7 +263,7 @@ class LMN(NetworkPredictor):
         space: EmbeddingSpace,
     ) -> nn.Module:
         """The network."""
-        return MetaNetwork(space.embed_dim, self.hidden, self.n_logits)
+        return MetaNetwork(space.embed_dim, self.hidden, self.n_logits, self.seed)
 
     def _loss(self, batch: Batch, output: Tensor) -> Tensor:
         log_p = torch.log_softmax(batch.logits * torch.exp(-output)[:, None], dim=-1)
@@ -286,11 +285,11 @@ class LMN(NetworkPredictor):
 class MetaNetwork(nn.Module):
     """log T of every row, from its largest logits, the image, and the zero-shot answer's text."""
 
-    def __init__(self, dim: int, hidden: tuple[int, ...], n_logits: int) -> None:
+    def __init__(self, dim: int, hidden: tuple[int, ...], n_logits: int, seed: int) -> None:
         super().__init__()
         self.n_logits = n_logits
         self.scale = math.sqrt(dim)
-        self.layers = perceptron([2 * dim + n_logits - 1, *hidden, 1])
+        self.layers = perceptron([2 * dim + n_logits - 1, *hidden, 1], seed)
         for parameter in self.layers[-1].parameters():
             nn.init.zeros_(parameter)
 

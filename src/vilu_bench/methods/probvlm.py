@@ -15,6 +15,7 @@ from torch.nn import functional
 from vilu.embeddings.source import Batch
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.predictors.contract.labelled import failure_log_odds
+from vilu.predictors.nn.layers import linear
 from vilu.predictors.nn.train import few_epochs
 from vilu.predictors.vilu.head import Count, NonNegative
 from vilu_bench.methods.networks import NetworkPredictor
@@ -86,13 +87,15 @@ class ProbabilisticAdapter(nn.Module):
     layers, each head two.
     """
 
-    def __init__(self, dim: int, width: int) -> None:
+    def __init__(self, dim: int, width: int, generator: torch.Generator) -> None:
         super().__init__()
-        self.hidden = nn.ModuleList([nn.Linear(dim, width), nn.Linear(width, width)])
-        self.out = nn.Linear(width, dim)
-        self.mean = two_layers(dim)
-        self.inverse_scale = two_layers(dim)
-        self.shape = two_layers(dim)
+        first = linear(dim, width, generator)
+        second = linear(width, width, generator)
+        self.hidden = nn.ModuleList([first, second])
+        self.out = linear(width, dim, generator)
+        self.mean = two_layers(dim, generator)
+        self.inverse_scale = two_layers(dim, generator)
+        self.shape = two_layers(dim, generator)
 
     def forward(self, embedding: Tensor, masks: Sequence[Tensor] = ()) -> GeneralisedGaussian:
         """Distribution over embeddings (..., D), times sqrt(D), of the meaning of ``embedding``.
@@ -113,9 +116,11 @@ class ProbabilisticAdapter(nn.Module):
         return GeneralisedGaussian(self.mean(y), inverse_scale, shape)
 
 
-def two_layers(dim: int) -> nn.Sequential:
+def two_layers(dim: int, generator: torch.Generator) -> nn.Sequential:
     """A head with one output per input."""
-    return nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
+    first = linear(dim, dim, generator)
+    second = linear(dim, dim, generator)
+    return nn.Sequential(first, nn.ReLU(), second)
 
 
 def in_units(embedding: Tensor) -> Tensor:
@@ -127,7 +132,7 @@ def dropout_masks(
     size: tuple[int, int], rate: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Masks of two layers of a ``size``: zero with probability ``rate``, else 1 / (1 - rate)."""
-    draws = torch.rand((2, *size), generator=generator)
+    draws = torch.rand((2, *size), generator=generator, dtype=torch.float32)
     first, second = (draws >= rate).float() / (1 - rate)
     return first, second
 
@@ -233,8 +238,9 @@ class PairAdapters(nn.Module):
     def __init__(self, dim: int, settings: ProbVLM) -> None:
         super().__init__()
         self.settings = settings
-        self.image = ProbabilisticAdapter(dim, settings.width)
-        self.text = ProbabilisticAdapter(dim, settings.width)
+        first_weights = torch.Generator().manual_seed(settings.seed)
+        self.image = ProbabilisticAdapter(dim, settings.width, first_weights)
+        self.text = ProbabilisticAdapter(dim, settings.width, first_weights)
         self.draws = torch.Generator().manual_seed(settings.seed)
 
     def forward(self, batch: Batch) -> Tensor:

@@ -89,11 +89,11 @@ class RelU(ClosedSet):
         n_failures = int(failure.sum())
         gain = self.trade_off / max(n_failures, 1)
         cost = (1 - self.trade_off) / max(len(failure) - n_failures, 1)
-        moment = torch.zeros(())
+        moment = torch.zeros((), dtype=torch.float32)
         for batch in train.batches(SCORING_BATCH):
             moved = batch.to(self.device_)
             p = log_posterior(moved, self.temperature).exp()
-            weight = torch.where(moved.failure == 1, gain, -cost).to(p)
+            weight = torch.where(moved.failure == 1, gain, -cost).float().to(p)
             moment = moment.to(p) + p.T @ (weight[:, None] * p)
         return Learnt({"penalty": best_penalty(moment).cpu(), CLASSES: class_texts(train)})
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vilu.artifacts.hashing import digest
+from vilu.callers import warn_caller
 from vilu.embeddings.checks import STATUS, VALID
 from vilu.embeddings.pairs import Pools, PseudoCaptions
 from vilu.embeddings.rows import SCORING_BATCH
@@ -184,9 +184,8 @@ class Workbench:
         common = overlap(test, fit, (f"the test rows of {data}", "its training rows"))
         if not common:
             return fit
-        warnings.warn(
+        warn_caller(
             f"{common.in_words('rows to fit on')} of {data} are left out: they are tested on.",
-            stacklevel=2,
         )
         return fit.take(np.flatnonzero(~common.shared))
 

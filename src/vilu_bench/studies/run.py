@@ -11,12 +11,12 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self, cast
 
 import torch
 
@@ -29,7 +29,9 @@ from vilu.errors import ProvenanceError, UsageError
 from vilu.metrics.counts import Floats
 from vilu.outcomes.evaluate import evaluate
 from vilu.outcomes.outcomes import Outcomes
+from vilu.process import keep_freed_memory
 from vilu.progress import Silence, reporting, track
+from vilu.registry import load_plugin, plugins
 from vilu.store.executors.local import end_with_driver
 from vilu.validation import require_at_least
 from vilu_bench.studies.board import Board
@@ -187,19 +189,17 @@ def naming(cell: Cell) -> Iterator[None]:
         raise
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """One thread for torch, BLAS and OpenMP, so that no result depends on the cores or jobs."""
+def one_thread(user_api: Literal["openmp", "blas"] = "openmp") -> AbstractContextManager[object]:
+    """A block in which torch, or BLAS, has one thread: no result depends on the cores or jobs.
+
+    OpenMP's limit, which torch keeps to, is this thread's own. That of BLAS is the whole process's,
+    so it is for processes of ours: the command's, and workers.
+    """
     import sklearn.linear_model  # noqa: F401 - brings the libraries that are to be limited
     from threadpoolctl import threadpool_limits
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with threadpool_limits(1):
-            yield
-    finally:
-        torch.set_num_threads(before)
+    torch.get_num_threads()  # at its first use in a thread torch sets the limit itself
+    return cast("AbstractContextManager[object]", threadpool_limits(1, user_api=user_api))
 
 
 Opening = tuple[Config, Mapping[Part, Path], Mapping[Part, Path]]
@@ -224,7 +224,7 @@ class Crew:
                 (bench.config, dict(bench.folders), dict(bench.seconds)) for bench in benches
             ]
             self._pool = concurrent.futures.ProcessPoolExecutor(
-                jobs, context, _start_worker, (openings,)
+                jobs, context, _start_worker, (plugins(), openings)
             )
 
     def __enter__(self) -> Self:
@@ -269,7 +269,12 @@ _benchmarks: list[Opening] = []  # what a worker process may be asked for
 _open: dict[int, Workbench] = {}  # the one that it has open, by its number
 
 
-def _start_worker(benchmarks: list[Opening]) -> None:
+def _start_worker(modules: Sequence[str], benchmarks: list[Opening]) -> None:
+    """A worker's settings: what is ours alone is set for the whole process."""
+    for module in modules:
+        load_plugin(module)
+    one_thread("blas")
+    keep_freed_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
     threading.Thread(target=end_with_driver, daemon=True).start()
     _benchmarks[:] = benchmarks

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Final
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vilu.calibration.monitor.martingale import grouped, in_blocks, rising
+from vilu.callers import warn_caller
 from vilu.embeddings.checks import hash_names, hash_of_each
 from vilu.errors import UNKNOWN, DataError, ProvenanceError
 from vilu.metrics.counts import Ints
@@ -193,10 +193,9 @@ def admit(outcomes: Outcomes, calibration: Outcomes, risk: str | None) -> Outcom
         )
     n_known = _n_known(outcomes, calibration)
     if n_known:
-        warnings.warn(
+        warn_caller(
             f"{n_known} of {len(outcomes)} rows are calibration rows, which say nothing about new "
             "ones.",
-            stacklevel=3,
         )
     # before any row is left out: what remains of numbers looks like keys
     if outcomes.ids is not None and _is_numbered(outcomes.ids):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import shlex
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from vilu.calibration.monitor.status import Acceptance, Audited, Status, Test, c
 from vilu.calibration.monitor.watch import PARTS, State, Watch, Wealth
 from vilu.calibration.rules import Rule, group_names
 from vilu.calibration.shares import Strata
+from vilu.callers import warn_caller
 from vilu.errors import UNKNOWN, DataError, InfeasibleError, ProvenanceError, UsageError
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
@@ -226,10 +226,9 @@ class Monitor:
         accepted = self._accepted(outcomes, groups)
         hashes, new = self.monitored.new(outcomes)
         if not new.all():
-            warnings.warn(
+            warn_caller(
                 f"{np.count_nonzero(~new)} of {len(new)} rows were monitored before and are not "
                 "counted again.",
-                stacklevel=2,
             )
             outcomes = outcomes.take(new)
             accepted = accepted[new]
@@ -569,10 +568,9 @@ class Monitor:
         known = np.flatnonzero((outcomes.failure != UNKNOWN) & counts)
         hashes, new = self.labelled.new(outcomes.take(known), labels=True)
         if not new.all():
-            warnings.warn(
+            warn_caller(
                 f"{np.count_nonzero(~new)} of {len(new)} labels were given before and are not "
                 "counted again.",
-                stacklevel=3,
             )
         self.repeated += int(np.count_nonzero(~new))
         self.labelled.add(hashes)

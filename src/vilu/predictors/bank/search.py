@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Annotated
 
@@ -16,6 +15,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from vilu.callers import warn_caller
 from vilu.embeddings.rows import SCORING_BATCH, Rows
 
 Count = Annotated[int, Field(ge=1)]
@@ -34,9 +34,8 @@ def draw_rows(train: Rows, most: int, seed: int) -> tuple[Rows, Tensor]:
     n = len(train.index)
     if n <= most:
         return train, torch.arange(n)
-    warnings.warn(
-        f"{most} of {n} training rows are kept, drawn with seed {seed}. Raise max_bank for more.",
-        stacklevel=2,
+    warn_caller(
+        f"{most} of {n} training rows are kept, drawn with seed {seed}. Raise max_bank for more."
     )
     shuffled = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     drawn = shuffled[:most].sort().values
@@ -61,7 +60,7 @@ def image_blocks(train: Rows) -> Iterator[tuple[slice, Tensor]]:
 
 def gather(train: Rows) -> Tensor:
     """(M, D) float32 unit-norm image embeddings."""
-    bank = torch.empty(len(train.index), train.source.space.embed_dim)
+    bank = torch.empty(len(train.index), train.source.space.embed_dim, dtype=torch.float32)
     for block, image in image_blocks(train):
         bank[block] = image
     return bank

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Literal
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vilu.callers import warn_caller
 from vilu.embeddings.checks import SHORT_POOL
 from vilu.embeddings.columns import ANSWER
 from vilu.embeddings.pairs import PairSource
@@ -63,7 +63,7 @@ def require_comparable(train: EmbeddingSource, unlabelled: EmbeddingSource) -> N
 def _shared_texts(source: EmbeddingSource) -> Tensor:
     """(K, D) the candidates that all rows share; none where each pool has its own."""
     if source.pool_size is not None:
-        return torch.empty(0, source.space.embed_dim)
+        return torch.empty(0, source.space.embed_dim, dtype=torch.float32)
     return source.candidates(torch.arange(0)).text
 
 
@@ -84,9 +84,7 @@ def trainable_rows(
     rows, failure = with_failures(source.batches(SCORING_BATCH, columns=columns))
     if needs == "nothing":
         if n_unusable:
-            warnings.warn(
-                f"{n_unusable} of {len(source)} {role} rows are left out (unusable).", stacklevel=6
-            )
+            warn_caller(f"{n_unusable} of {len(source)} {role} rows are left out (unusable).")
         return rows, failure
     outside = source.outside[rows]
     known = failure != UNKNOWN
@@ -104,10 +102,9 @@ def trainable_rows(
         raise DataError(f"none of the {len(source)} {role} rows has a label.")
     n_left_out = len(source) - n_short - int(known.sum())
     if n_left_out:
-        warnings.warn(
+        warn_caller(
             f"{n_left_out} of {len(source)} {role} rows are left out "
             f"{_reasons(n_unusable, n_ood)}.",
-            stacklevel=6,
         )
     return rows[known], failure[known]
 
@@ -174,10 +171,7 @@ def degenerate_rate(failure: Tensor, name: str, *, allowed: bool) -> float | Non
             "images, or set allow_degenerate=true for a constant predictor."
         )
     if n_rare < FEW:
-        warnings.warn(
-            f"only {n_rare} {kind} among {n} training rows: expect an unreliable fit.",
-            stacklevel=7,
-        )
+        warn_caller(f"only {n_rare} {kind} among {n} training rows: expect an unreliable fit.")
     if n_rare > 0:
         return None
     return n_failures / n
@@ -188,9 +182,8 @@ def warn_few(failure: Tensor, name: str) -> None:
     n = len(failure)
     if n < FEW:
         rows = "row" if n == 1 else "rows"
-        warnings.warn(
-            f"{name} is fitted on {n} {rows}: with fewer than {FEW} its probabilities say little.",
-            stacklevel=3,
+        warn_caller(
+            f"{name} is fitted on {n} {rows}: with fewer than {FEW} its probabilities say little."
         )
 
 

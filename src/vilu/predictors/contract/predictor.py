@@ -216,6 +216,9 @@ class FailurePredictor(ABC):
     ) -> nn.Module | None:
         """A new network, whose weights are saved; None where ``tensors`` are all there is.
 
+        Its first numbers come from a ``torch.Generator`` of its own: torch's global one is not
+        seeded.
+
         Args:
             tensors: Those that it is to hold, whose shapes may decide its own; empty before a fit.
             space: Of the embeddings.

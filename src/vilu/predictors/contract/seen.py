@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import warnings
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vilu.artifacts.hashing import digest
+from vilu.callers import warn_caller
 from vilu.embeddings.checks import SHORT_POOL, VALID, Identity
 from vilu.embeddings.source import EmbeddingSource, say_once
 from vilu.errors import UNKNOWN, DataError, UsageError
@@ -49,10 +49,9 @@ def shots(source: EmbeddingSource, n: int, seed: int = 0) -> Tensor:
     sizes = [len(part) for part in parts]
     if min(sizes) < n:
         few = sum(size < n for size in sizes)
-        warnings.warn(
+        warn_caller(
             f"{few} of {len(sizes)} classes have fewer than {n} labelled rows "
             f"(the fewest: {min(sizes)}); all of theirs are taken.",
-            stacklevel=2,
         )
     of_none = source.usable_rows[source.outside[source.usable_rows]]
     return torch.cat([*parts, of_none]).sort().values
@@ -187,7 +186,7 @@ class Overlap:
             if not self.whole:
                 of_sample = f" of the {self.n_comparable} that can be told"
             raise DataError(f"{problem}, more than {MAX_SHARED:.0%}{of_sample}. {remedy}")
-        warnings.warn(f"{problem}; {then}.", stacklevel=4)
+        warn_caller(f"{problem}; {then}.")
         return ~self.shared
 
 
@@ -394,9 +393,8 @@ def warn_of_other_space(data: EmbeddingSource, mean: float, deviation: float) ->
         return
     mean_here, _ = similarity_range(data)
     if abs(mean_here - mean) > 4 * deviation:
-        warnings.warn(
+        warn_caller(
             f"the largest cosine of a row is {mean_here:.3f} on average here and was {mean:.3f} ± "
             f"{deviation:.3f} in training: are these embeddings from another model? They carry no "
             "provenance to check.",
-            stacklevel=7,
         )

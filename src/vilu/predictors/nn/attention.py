@@ -55,8 +55,8 @@ class Moments:
 
     def __init__(self) -> None:
         self.n = 0
-        self.total = torch.zeros(()).double()
-        self.squares = torch.zeros(()).double()
+        self.total = torch.zeros((), dtype=torch.float64)
+        self.squares = torch.zeros((), dtype=torch.float64)
 
     def add(self, rows: Tensor) -> None:
         """Count a block (N, D)."""
@@ -74,15 +74,15 @@ class Standard(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.mean = nn.Buffer(torch.zeros(dim))
-        self.norm = nn.Buffer(torch.ones(()))
+        self.mean = nn.Buffer(torch.zeros(dim, dtype=torch.float32))
+        self.norm = nn.Buffer(torch.ones((), dtype=torch.float32))
 
     def fit(self, moments: Moments) -> None:
         """Take mean and norm from the rows that were added up."""
         mean = moments.total / moments.n
         # E |x - mean|^2 = E |x|^2 - |mean|^2; float64 leaves enough digits after the subtraction
         variance = (moments.squares / moments.n - mean.square().sum()).clamp_min(0)
-        norm = torch.ones(())  # one row, or all alike
+        norm = torch.ones((), dtype=torch.float32)  # one row, or all alike
         if variance > TINY:
             norm = variance.sqrt()
         self.mean.copy_(mean)
@@ -182,12 +182,12 @@ class SupervisedAttention(nn.Module):
     def __init__(self, inputs: ImageInputs, dim: int, n_classes: int, sharing: float) -> None:
         super().__init__()
         self.sharing = sharing
-        self.temperature = nn.Buffer(torch.ones(()))
+        self.temperature = nn.Buffer(torch.ones((), dtype=torch.float32))
         self.inputs = inputs
         self.text = Standard(dim)
-        self.classes = nn.Buffer(torch.zeros(n_classes, dim))
-        self.shared = nn.Parameter(torch.zeros(inputs.width + 1, dim))
-        self.own = nn.Parameter(torch.zeros(n_classes, inputs.width + 1))
+        self.classes = nn.Buffer(torch.zeros(n_classes, dim, dtype=torch.float32))
+        self.shared = nn.Parameter(torch.zeros(inputs.width + 1, dim, dtype=torch.float32))
+        self.own = nn.Parameter(torch.zeros(n_classes, inputs.width + 1, dtype=torch.float32))
 
     def start_from(self, start: Start) -> None:
         """Take the logits of a ``Start`` as those of the classes."""
@@ -217,7 +217,9 @@ class SupervisedAttention(nn.Module):
         image = self.inputs.image
         dim = batch.text.shape[1]
         scaled = self.temperature * batch.logit_scale * batch.text
-        keys = torch.zeros(len(batch.text), self.inputs.width + 1, device=scaled.device)
+        keys = torch.zeros(
+            len(batch.text), self.inputs.width + 1, device=scaled.device, dtype=torch.float32
+        )
         keys[:, :dim] = image.norm * self.inputs.image_gain * scaled
         keys[:, -1] = scaled @ image.mean
         return keys
@@ -403,11 +405,16 @@ class Problem:
         self.device = attention.shared.device
         self.n = len(rows.index)
         # inputs times prior standard deviations: so the prior of what they meet is N(0, 1)
-        scale = torch.full((attention.inputs.width + 1,), math.sqrt(variance), device=self.device)
+        scale = torch.full(
+            (attention.inputs.width + 1,),
+            math.sqrt(variance),
+            device=self.device,
+            dtype=torch.float32,
+        )
         scale[-1] *= math.sqrt(BIAS_SHARE)
         self.scale = scale
         self.own_scale = math.sqrt(1 - attention.sharing)
-        self.has_labels = torch.zeros(len(attention.own), 1).to(scale)
+        self.has_labels = scale.new_zeros(len(attention.own), 1)
         if len(attention.own):  # pairs have no classes
             self.has_labels[rows.source.target[rows.index].unique()] = 1.0
         self.held: Block | None = None
@@ -474,8 +481,8 @@ class Problem:
             return Solution(shared, own)
         block = self.held or next(self._streamed())
         n_image = block.image.shape[1]
-        shared = torch.zeros(n_image, block.text.shape[1], device=self.device)
-        own = torch.zeros(len(self.attention.own), n_image, device=self.device)
+        shared = torch.zeros(n_image, block.text.shape[1], device=self.device, dtype=torch.float32)
+        own = torch.zeros(len(self.attention.own), n_image, device=self.device, dtype=torch.float32)
         return Solution(shared, own)
 
     @torch.no_grad()
@@ -544,7 +551,7 @@ class Problem:
 def basis(rows: Tensor) -> Tensor:
     """(P, R) orthonormal basis of a space that holds the rows (N, P), R = min(N, P)."""
     if len(rows) >= rows.shape[1]:
-        return torch.eye(rows.shape[1], device=rows.device)
+        return torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
     orthonormal: Tensor = torch.linalg.qr(rows.cpu().double().T).Q
     return orthonormal.to(rows)
 
@@ -615,7 +622,7 @@ def class_log_prior(target: Tensor, n_classes: int) -> Tensor:
     Source: Good, Biometrika 1953.
     """
     if not n_classes:
-        return torch.zeros(0)
+        return torch.zeros(0, dtype=torch.float32)
     count = torch.bincount(target, minlength=n_classes)
     n = len(target)
     m = int((count > 0).sum())
@@ -624,7 +631,7 @@ def class_log_prior(target: Tensor, n_classes: int) -> Tensor:
     else:
         n_single = max(int((count == 1).sum()), 1)
         share = n_single / n
-    prior = torch.zeros(n_classes)
+    prior = torch.zeros(n_classes, dtype=torch.float32)
     if 0 < m < n_classes:
         ratio = share * m / ((1 - share) * (n_classes - m))
         prior[count == 0] = min(math.log(ratio), 0.0)

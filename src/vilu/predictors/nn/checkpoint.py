@@ -13,7 +13,6 @@ import math
 import re
 import shutil
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -36,6 +35,7 @@ from vilu.artifacts.disk import (
 )
 from vilu.artifacts.documents import read_json, write_json
 from vilu.artifacts.hashing import bytes_hash, digest, tensor_hash, tensors_hash
+from vilu.callers import warn_caller
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.predictors.nn.head import Dropout
@@ -168,7 +168,7 @@ class FolderKeeper(Keeper):
                 record, weights = read_checked(self.folder / f"{serial:08d}.json")
             except DataError as error:
                 faults.append(str(error))
-                warnings.warn(f"a checkpoint is left out: {error}", stacklevel=4)
+                warn_caller(f"a checkpoint is left out: {error}")
                 continue
             self._require_same(record["binding"])
             return json.dumps(record).encode(), weights
@@ -449,7 +449,7 @@ def unpack(
     for i, memory in enumerate(stateful):
         memory.restore(parts.get(f"memory{i}", {}))
     order = torch.Generator().get_state()
-    total = torch.zeros(())
+    total = torch.zeros((), dtype=torch.float32)
     load("state of the loop", parts.get("loop", {}), {"order": order, "total": total})
     device = next(iter(weights.values())).device
     history = _history(checkpoint.position)

@@ -16,6 +16,7 @@ from vilu.embeddings.rows import Rows
 from vilu.embeddings.similarity import CACHED_CELLS, cached_rows, float64, row_blocks
 from vilu.embeddings.source import Batch
 from vilu.predictors.nn.attention import FEATURES, ImageInputs, Match, SupervisedAttention
+from vilu.predictors.nn.layers import dropout_mask, linear
 from vilu.predictors.nn.pooled import Pooled
 
 RIDGE = 0.1
@@ -34,21 +35,27 @@ class Adapter(nn.Module):
     Its outputs are added to the tempered zero-shot logits of the training classes.
     """
 
-    def __init__(self, inputs: ImageInputs, n_classes: int, hidden: int, dropout: float) -> None:
+    def __init__(
+        self, inputs: ImageInputs, n_classes: int, hidden: int, dropout: float, seed: int
+    ) -> None:
         super().__init__()
         self.inputs = copy.deepcopy(inputs)  # tensors of a file must not share memory
-        self.first = nn.Linear(inputs.width, hidden)
-        self.last = nn.Linear(hidden, n_classes)
+        self.dropout = dropout
+        self.generator = torch.Generator().manual_seed(seed)  # of first weights and masks
+        self.first = linear(inputs.width, hidden, self.generator)
+        self.last = linear(hidden, n_classes, self.generator)
         # with a last layer of zeros the training begins at the tempered zero-shot logits
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
-        self.dropout = nn.Dropout(dropout)
 
     def forward(self, batch: Batch) -> Tensor:
         """(B, K) for the training classes in their order."""
         # the inputs have unit norm on average; so scaled, their coordinates have variance one
         rows = self.inputs(batch) * math.sqrt(self.inputs.width)
-        hidden = self.dropout(functional.gelu(self.first(rows)))
+        hidden = functional.gelu(self.first(rows))
+        if self.training:
+            mask = dropout_mask(hidden.shape, self.dropout, self.generator)
+            hidden = hidden * mask.to(hidden.device)
         return cast("Tensor", self.last(hidden))
 
 
@@ -66,8 +73,8 @@ class Memory(nn.Module):
     def __init__(self, inputs: ImageInputs, n_rows: int, n_classes: int) -> None:
         super().__init__()
         self.inputs = copy.deepcopy(inputs)  # tensors of a file must not share memory
-        self.bank = nn.Buffer(torch.zeros(n_rows, inputs.width))
-        self.values = nn.Buffer(torch.zeros(n_rows, n_classes))
+        self.bank = nn.Buffer(torch.zeros(n_rows, inputs.width, dtype=torch.float32))
+        self.values = nn.Buffer(torch.zeros(n_rows, n_classes, dtype=torch.float32))
 
     @staticmethod
     def kernel(rows: Tensor, bank: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch.nn import functional
 from vilu.embeddings.similarity import TILE_CELLS, TILE_ROWS, row_blocks
 from vilu.embeddings.source import Batch
 from vilu.errors import DataError
+from vilu.predictors.nn.layers import dropout_mask, linear
 from vilu.predictors.nn.processes import current_world
 
 
@@ -48,8 +49,7 @@ class Dropout(nn.Module):
 
     def mask(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
         """A mask on the CPU, zeros and 1 / (1 - rate)."""
-        keep = torch.empty(*shape).bernoulli_(1 - self.rate, generator=generator)
-        return keep / (1 - self.rate)
+        return dropout_mask(shape, self.rate, generator)
 
 
 def texts_first(n_rows: int, n_texts: int, dim: int) -> bool:
@@ -240,10 +240,11 @@ class OfficialAttention(CrossAttention):
     At initialisation alpha is the zero-shot posterior.
     """
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, generator: torch.Generator | None = None) -> None:  # noqa: ARG002
         super().__init__()
-        self.image = nn.Parameter(torch.zeros(dim, dim).fill_diagonal_(1))
-        self.text = nn.Parameter(torch.zeros(dim, dim).fill_diagonal_(1))
+        # torch.eye would import torch's compiler on the meta device
+        self.image = nn.Parameter(torch.zeros(dim, dim, dtype=torch.float32).fill_diagonal_(1))
+        self.text = nn.Parameter(torch.zeros(dim, dim, dtype=torch.float32).fill_diagonal_(1))
 
     def projections(self, logit_scale: float) -> tuple[Tensor, Tensor, Tensor, float]:
         """W_v, W_t for keys and values, and the VLM's logit scale."""
@@ -259,11 +260,11 @@ class PaperAttention(CrossAttention):
     The paper states no initialisation; torch's own attention uses Xavier-uniform.
     """
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, generator: torch.Generator | None = None) -> None:
         super().__init__()
-        self.query = nn.Parameter(nn.init.xavier_uniform_(torch.empty(dim, dim)))
-        self.key = nn.Parameter(nn.init.xavier_uniform_(torch.empty(dim, dim)))
-        self.value_projection = nn.Parameter(nn.init.xavier_uniform_(torch.empty(dim, dim)))
+        self.query = xavier(dim, generator)
+        self.key = xavier(dim, generator)
+        self.value_projection = xavier(dim, generator)
 
     def projections(
         self,
@@ -313,11 +314,21 @@ HIDDEN = (512, 256, 128)
 """Hidden widths of the published head (supplement, A.2)."""
 
 
-def normal(n_rows: int, n_columns: int, std: float) -> nn.Parameter:
+def normal(
+    n_rows: int, n_columns: int, std: float, generator: torch.Generator | None
+) -> nn.Parameter:
     """A matrix of numbers of N(0, std^2)."""
-    weight = torch.empty(n_rows, n_columns)
-    if not weight.is_meta:  # on that device torch would import its compiler to draw: a second
-        weight.normal_(0, std)
+    weight = torch.empty(n_rows, n_columns, dtype=torch.float32)
+    if not weight.is_meta:  # there are no numbers on that device
+        weight.normal_(0, std, generator=generator)
+    return nn.Parameter(weight)
+
+
+def xavier(dim: int, generator: torch.Generator | None) -> nn.Parameter:
+    """A square matrix, Xavier-uniform."""
+    weight = torch.empty(dim, dim, dtype=torch.float32)
+    if not weight.is_meta:
+        nn.init.xavier_uniform_(weight, generator=generator)
     return nn.Parameter(weight)
 
 
@@ -334,6 +345,7 @@ class FailureHead(nn.Module):
         predicted_caption: Whether z_t̂, the embedding of the zero-shot answer, is an input.
         mcm: Whether max_j p_j of the zero-shot posterior is an input (supplement, B.2).
         dropout: Applied to every hidden activation; None for none, as published.
+        generator: Of the first weights; None for torch's own, as in ``torch.nn.init``.
 
     The order of the parts is that of the released code, not of the paper, so that its weights fit.
     Its output is a confidence; ours is its negative.
@@ -350,6 +362,7 @@ class FailureHead(nn.Module):
         predicted_caption: bool = True,
         mcm: bool = False,
         dropout: Dropout | None = None,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         widths = {"image": dim}
@@ -360,10 +373,12 @@ class FailureHead(nn.Module):
         if mcm:
             widths["mcm"] = 1
         outputs = [*hidden, 1]  # there may be no hidden layer
-        self.first = first_weights(widths, n_outputs=outputs[0], dim=dim)
-        self.first_bias = nn.Parameter(torch.zeros(outputs[0]))
-        self.rest = perceptron(outputs, dropout)
-        self.attention: CrossAttention | None = ATTENTION[attention](dim) if attention else None
+        self.first = first_weights(widths, generator, n_outputs=outputs[0], dim=dim)
+        self.first_bias = nn.Parameter(torch.zeros(outputs[0], dtype=torch.float32))
+        self.rest = perceptron(outputs, dropout, generator)
+        self.attention: CrossAttention | None = None
+        if attention is not None:
+            self.attention = ATTENTION[attention](dim, generator)
         # in training: products of texts that stay with the ``text_matrices``
         self.products: Mapping[Tensor, Tensor] = {}
 
@@ -427,30 +442,34 @@ class FailureHead(nn.Module):
         return factors
 
 
-def first_weights(widths: Mapping[str, int], *, n_outputs: int, dim: int) -> nn.ParameterDict:
+def first_weights(
+    widths: Mapping[str, int], generator: torch.Generator | None, *, n_outputs: int, dim: int
+) -> nn.ParameterDict:
     """(H, width) first weights of each part of z, initialised for embeddings of width D."""
     # He initialisation for inputs of unit norm, whose coordinates have a second moment of 1/D,
     # not of one: torch's default start makes the first activations so small that a run spends
     # most of its steps on growing them.
     std = math.sqrt(2 * dim / sum(widths.values()))
-    weights = {part: normal(n_outputs, width, std) for part, width in widths.items()}
+    weights = {part: normal(n_outputs, width, std, generator) for part, width in widths.items()}
     return nn.ParameterDict(weights)
 
 
-def perceptron(widths: Sequence[int], dropout: Dropout | None) -> nn.Sequential:
+def perceptron(
+    widths: Sequence[int], dropout: Dropout | None, generator: torch.Generator | None
+) -> nn.Sequential:
     """All layers behind the first one: ReLU, dropout where wanted, and a linear layer each."""
     # all are built before any is initialised: a seed must draw the same numbers as it always did
-    linears = [nn.Linear(n_inputs, n_outputs) for n_inputs, n_outputs in itertools.pairwise(widths)]
-    for linear in linears:
-        he_std = math.sqrt(2 / linear.in_features)
-        linear.weight = normal(linear.out_features, linear.in_features, he_std)
-        nn.init.zeros_(linear.bias)
+    linears = [linear(*ends, generator) for ends in itertools.pairwise(widths)]
+    for layer in linears:
+        he_std = math.sqrt(2 / layer.in_features)
+        layer.weight = normal(layer.out_features, layer.in_features, he_std, generator)
+        nn.init.zeros_(layer.bias)
     layers: list[nn.Module] = []
-    for linear in linears:
+    for layer in linears:
         layers.append(nn.ReLU(inplace=True))
         if dropout is not None:
             layers.append(dropout)
-        layers.append(linear)
+        layers.append(layer)
     return nn.Sequential(*layers)
 
 

@@ -67,7 +67,7 @@ class FailureWeight:
         if not static > 0:
             raise UsageError(f"static_weight must be positive. Got {static} instead.")
         self.mode = mode
-        self.rate = torch.tensor(float(error_rate))
+        self.rate = torch.tensor(float(error_rate), dtype=torch.float32)
         self.constant = self._constant(static)
 
     def __call__(self, failure: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class FailureWeight:
     def _constant(self, static: float) -> Tensor | None:
         """The weight in a mode that never looks at a batch."""
         if self.mode == "static":
-            return torch.tensor(float(static))
+            return torch.tensor(float(static), dtype=torch.float32)
         if self.mode == "balanced":
             e = self.rate.clamp(EPSILON, 1 - EPSILON)
             return (1 - e) / e

@@ -409,7 +409,7 @@ class HeadTrainer:
         checkpoint = self.keeper.latest()
         if checkpoint is None:
             order = self.generator.get_state()
-            return Position(order, torch.zeros((), device=self.config.device))
+            return Position(order, torch.zeros((), device=self.config.device, dtype=torch.float32))
         # Momenta are filled by their number, so there must be as many as when they were written: a
         # checkpoint between two epochs was written before the next one thawed.
         epoch, step = checkpoint.numbers()
@@ -449,7 +449,7 @@ class HeadTrainer:
             text = train.source.text.to(self.config.device)
             self.descent.begin(text, self.head.text_matrices())
         else:
-            self.descent.begin(torch.empty(0, 0), [])
+            self.descent.begin(torch.empty(0, 0, dtype=torch.float32), [])
         self.head.products = self.descent.products
 
     def _step(self, batch: Batch, rate: float) -> Tensor:
@@ -590,7 +590,7 @@ def train_adamw(
     history = []
     with track("train", total_steps, "steps") as task:
         for _ in range(epochs):
-            total = torch.zeros((), device=config.device)
+            total = torch.zeros((), device=config.device, dtype=torch.float32)
             for batch in rows.steps(size, generator):
                 total += _adamw_step(network, loss, batch.to(config.device), optimizer)
                 cosine.step()

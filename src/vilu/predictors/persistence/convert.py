@@ -148,7 +148,7 @@ def renamed(weights: dict[str, Tensor], layers: list[str], parts: list[str]) -> 
 
 def thawed(projection: Tensor) -> Tensor:
     """The identity for a multiple of it (a projection that was frozen), else the projection."""
-    identity = torch.eye(len(projection))
+    identity = torch.eye(len(projection), dtype=projection.dtype)
     was_frozen = torch.equal(projection, identity * projection[0, 0])
     return identity if was_frozen else projection
 

@@ -346,7 +346,9 @@ def trials(predictor: FailurePredictor, sizes: tuple[tuple[int, int], ...]) -> I
     space = predictor.fitted_space
     graph = score_graph(predictor).score
     generator = torch.Generator().manual_seed(0)
-    classes = cast("Tensor", getattr(graph, "classes", torch.empty(0, 0))).cpu()
+    classes = cast(
+        "Tensor", getattr(graph, "classes", torch.empty(0, 0, dtype=torch.float32))
+    ).cpu()
     known = {NEGATIVES: space.embed_dim, **getattr(graph, "widths", {})}
     widths = {name: known[name] for name in predictor.columns_to_score}
     groups = [random_rows(k, space.embed_dim, generator) for _, k in sizes]
@@ -368,10 +370,12 @@ def trial_of(widths: dict[str, int], n: int, text: Tensor, generator: torch.Gene
         if name == NEGATIVES:
             trial[name] = random_rows(TRIED_WORDS, width, generator)
         else:
-            trial[name] = torch.randn(n, width, generator=generator)
+            trial[name] = torch.randn(n, width, generator=generator, dtype=torch.float32)
     return trial
 
 
 def random_rows(n: int, dim: int, generator: torch.Generator) -> Tensor:
     """(n, D) of unit norm."""
-    return functional.normalize(torch.randn(n, dim, generator=generator), dim=1)
+    return functional.normalize(
+        torch.randn(n, dim, generator=generator, dtype=torch.float32), dim=1
+    )

@@ -431,7 +431,12 @@ def fit_mixture(
     least = max(abs(balance - 2 * centre) / MOST_APART, 1e-6)  # of expected less centre
     # of a normal distribution these quantiles are 1.645 - 0.674 standard deviations apart
     spread = max((centre - low) / 0.97, least)
-    state = Mixture(torch.full((n_classes + 1,), centre).double(), expected, spread**2, ASSUMED)
+    state = Mixture(
+        torch.full((n_classes + 1,), centre, dtype=torch.float32).double(),
+        expected,
+        spread**2,
+        ASSUMED,
+    )
     count = torch.bincount(answer, minlength=n_classes).double()
     for _ in range(1 if known_inside else EM_PASSES):
         slope, offset = state.log_odds()
@@ -596,8 +601,8 @@ def _standard(parts: list[Regressors], dim: int) -> tuple[int, Tensor, Tensor]:
     The scale is one norm for the image, and a deviation for the margin.
     """
     n = 0
-    total = torch.zeros(()).double()
-    squares = torch.zeros(()).double()
+    total = torch.zeros((), dtype=torch.float64)
+    squares = torch.zeros((), dtype=torch.float64)
     for part in parts:
         for inputs in part.blocks():
             n = n + len(inputs)

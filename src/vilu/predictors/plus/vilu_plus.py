@@ -13,7 +13,6 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vilu.device import seeded
 from vilu.embeddings.rows import SCORING_BATCH, Rows
 from vilu.embeddings.similarity import float64, nearest
 from vilu.embeddings.source import SAME_TEXT, Batch, EmbeddingSource
@@ -293,11 +292,9 @@ class ViLUPlus(SeesOutside, FailurePredictor):
             return functional.cross_entropy(attention.offset(batch) + residual, batch.target)
 
         size = self.batch_size or 2 * default_batch(len(rows.index))
-        with seeded(self.seed):
-            adapter = Adapter(attention.inputs, len(attention.classes), self.width, self.dropout)
-            train_adamw(
-                adapter, loss, rows, self._settings(AdamWConfig, batch_size=size), few_epochs
-            )
+        n_classes = len(attention.classes)
+        adapter = Adapter(attention.inputs, n_classes, self.width, self.dropout, self.seed)
+        train_adamw(adapter, loss, rows, self._settings(AdamWConfig, batch_size=size), few_epochs)
         return adapter.eval()
 
     def _score(self, batch: Batch) -> Tensor:
@@ -340,7 +337,7 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         inputs = ImageInputs(dim, len(tensors[FEATURE_MEAN]))
         companions: dict[str, nn.Module] = {}
         if ADAPTER in tensors:
-            companions["adapter"] = Adapter(inputs, n_classes, self.width, self.dropout)
+            companions["adapter"] = Adapter(inputs, n_classes, self.width, self.dropout, self.seed)
         if BANK in tensors:
             companions["memory"] = Memory(inputs, len(tensors[BANK]), n_classes)
         n = 1 + len(companions)

@@ -223,7 +223,7 @@ def learn_classes(rows: Rows, most: float, seed: int, device: torch.device) -> C
     share = 0.0
     trust = 0.0
     known = Classifier.nothing(text)
-    occurrence = torch.zeros(len(text)).double()
+    occurrence = torch.zeros(len(text), dtype=torch.float64)
     notes: dict[str, Any] = {}
     if len(rows.index) >= FEW:  # else nothing can be judged on a half, and the score is MCM's
         pool = Pool(rows, seed, device)

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from vilu.artifacts.hashing import tensors_hash
-from vilu.device import seeded, torch_defaults
+from vilu.device import torch_defaults
 from vilu.embeddings.rows import Rows
 from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource
@@ -123,8 +123,7 @@ class HeadPredictor(FailurePredictor):
 
     def _first_head(self, space: EmbeddingSpace) -> FailureHead:
         """What training begins with: a new head of the seed, or fitted weights."""
-        with seeded(self.seed):
-            head = cast("FailureHead", self.module({}, space))
+        head = cast("FailureHead", self.module({}, space))
         if self.start_ is not None:
             with_weights(head, self.start_.state(), self.name)
         return head
@@ -177,7 +176,7 @@ class HeadPredictor(FailurePredictor):
         # a converted checkpoint does not say what it was trained on
         if not n or n_failures is None:
             return 0.0
-        rate = torch.tensor(n_failures / n)
+        rate = torch.tensor(n_failures / n, dtype=torch.float32)
         weight = FailureWeight(self.weighting, float(rate), self.static_weight)
         if weight.constant is None:
             return math.log(float(adaptive_weight(rate)))

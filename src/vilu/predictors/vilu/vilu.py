@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from vilu.embeddings.space import EmbeddingSpace
@@ -69,8 +70,14 @@ class LVU(HeadPredictor):
         tensors: dict[str, Tensor],  # noqa: ARG002
         space: EmbeddingSpace,
     ) -> FailureHead:
-        """The head."""
-        return FailureHead(space.embed_dim, self.hidden, attention=None, predicted_caption=False)
+        """The head, with the first weights of the seed."""
+        return FailureHead(
+            space.embed_dim,
+            self.hidden,
+            attention=None,
+            predicted_caption=False,
+            generator=torch.Generator().manual_seed(self.seed),
+        )
 
 
 @dataclasses.dataclass
@@ -130,7 +137,7 @@ class ViLU(HeadPredictor):
         tensors: dict[str, Tensor],  # noqa: ARG002
         space: EmbeddingSpace,
     ) -> nn.Module:
-        """The head."""
+        """The head, with the first weights of the seed."""
         return self._head(space)
 
     def _head(self, space: EmbeddingSpace, dropout: Dropout | None = None) -> FailureHead:
@@ -141,4 +148,5 @@ class ViLU(HeadPredictor):
             predicted_caption=self.predicted_caption,
             mcm=self.mcm_input,
             dropout=dropout,
+            generator=torch.Generator().manual_seed(self.seed),
         )

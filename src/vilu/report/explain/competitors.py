@@ -69,7 +69,9 @@ def _pooled(predictor: ViLUPlus, batch: Batch) -> Tensor:
 
 def _attention(attentions: list[CrossAttention], batch: Batch) -> Tensor:
     """(B, K) mean of the attentions' weights."""
-    total = torch.zeros(len(batch.image), len(batch.text), device=batch.image.device)
+    total = torch.zeros(
+        len(batch.image), len(batch.text), device=batch.image.device, dtype=torch.float32
+    )
     with torch.no_grad(), torch.autocast(batch.image.device.type, enabled=False):
         for attention in attentions:
             query, key, _, scale = attention.to(batch.image.device).projections(batch.logit_scale)
@@ -193,7 +195,7 @@ def nearest_rows(image: Tensor, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
     The search is exact, with one block of rows in memory. Of equally similar rows the first comes
     first; of fewer than k rows so many come back.
     """
-    best = torch.empty(len(image), 0)
+    best = torch.empty(len(image), 0, dtype=torch.float32)
     position = torch.empty(len(image), 0, dtype=torch.int64)
     query = image.cpu()
     for part, block in image_blocks(rows):

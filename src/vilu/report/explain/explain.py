@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from vilu.artifacts.documents import SCHEMA_VERSION, write_json
 from vilu.artifacts.paths import claim_file
+from vilu.callers import warn_caller
 from vilu.device import torch_defaults
 from vilu.embeddings.source import EmbeddingSource, log_posterior
 from vilu.errors import UNKNOWN, DataError, UsageError
@@ -398,9 +398,8 @@ def _seen(predictor: FailurePredictor, data: EmbeddingSource, rows: Tensor) -> i
     """How many rows were used to fit, with a warning where there are any."""
     seen = predictor.seen(data, rows.numpy())
     if len(seen):
-        warnings.warn(
+        warn_caller(
             f"{seen.in_words('explained rows')} were used to fit this {predictor.name}: "
             "their scores say little about new images.",
-            stacklevel=5,
         )
     return len(seen)

@@ -54,7 +54,6 @@ class RayExecutor:
 
     def __init__(self, processes: int | None = None) -> None:
         self.processes = check_processes(processes)
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before Ray is imported
         self._ray = import_extra("ray", "ray")
         self._data = import_extra("ray.data", "ray")
 

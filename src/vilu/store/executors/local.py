@@ -19,6 +19,8 @@ from multiprocessing.context import SpawnProcess
 import torch
 
 from vilu.errors import StorageError, UsageError, ViLUError
+from vilu.process import keep_freed_memory
+from vilu.registry import load_plugin, plugins
 from vilu.store.job import EmbedJob
 from vilu.store.manifest import Receipt
 from vilu.store.mapped import cores
@@ -26,7 +28,10 @@ from vilu.validation import require_at_least
 
 
 class Worker:
-    """The job in a worker process; it is unpickled at the first part, and the model loaded once."""
+    """The job in a worker process; it is unpickled at the first part, and the model loaded once.
+
+    The process works for the job alone, so the worker sets its plugins, threads and memory.
+    """
 
     def __init__(self, payload: bytes) -> None:
         self._payload = payload
@@ -36,13 +41,30 @@ class Worker:
         """Do a part; its receipt or its exception, pickled, so that errors keep their type."""
         try:
             if self._job is None:
-                self._job = pickle.loads(self._payload)  # noqa: S301 - from our own driver
-                self._payload = b""
+                self._job = self._begin()
             return pickle.dumps(self._job.process(part))
         # not swallowed: this is the end of a worker, and whatever it is travels as bytes to the
         # driver, which raises it
         except Exception as error:  # noqa: BLE001
             return _pack(error)
+
+    def _begin(self) -> EmbedJob:
+        order: Order = pickle.loads(self._payload)  # noqa: S301 - from our own driver
+        for module in order.plugins:
+            load_plugin(module)
+        torch.set_num_threads(order.threads)
+        keep_freed_memory()
+        self._payload = b""
+        return order.job
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a driver sends to a worker."""
+
+    plugins: Sequence[str]
+    threads: int
+    job: EmbedJob
 
 
 def receipt_of(packed: bytes) -> Receipt:
@@ -56,10 +78,13 @@ def receipt_of(packed: bytes) -> Receipt:
 
 
 def pack_job(job: EmbedJob, threads: int) -> bytes:
-    """The job, pickled, with so many threads for tensors and for decoding unless it says itself."""
+    """The job for a worker, pickled, with so many threads for tensors.
+
+    There are as many for decoding, unless the job says itself.
+    """
+    shared = replace(job, workers=job.workers or threads)
     try:
-        shared = replace(job, threads=job.threads or threads, workers=job.workers or threads)
-        return pickle.dumps(shared)
+        return pickle.dumps(Order(plugins(), threads, shared))
     except (pickle.PicklingError, TypeError, AttributeError) as error:
         raise UsageError(
             f"this job cannot go to other processes: {error}. Give the model by name "

@@ -1,0 +1,232 @@
+"""vilu leaves the process of a caller alone, and sets it up where it is told to."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sklearn  # noqa: F401 - sets variables of its own when it is imported
+import torch
+import torch._dynamo  # so does torch's compiler, which torch's optimisers import
+from PIL import Image
+
+import vilu
+from tests.builders.store_fakes import NAMES, FakeBackbone, dataset
+from tests.conftest import toy_embeddings
+from vilu import registry
+from vilu.predictors.persistence.vocabulary import Vocabulary
+from vilu.process import KEPT_BY
+
+PAUSE = 0.0002
+"""Seconds between two looks of the second thread: less than any fit takes."""
+
+
+def state() -> dict[str, object]:
+    """What of the process a caller may rely on."""
+    numpy_state = np.random.get_state(legacy=False)  # noqa: NPY002 - the global generator is meant
+    return {
+        "default type": torch.get_default_dtype(),
+        "threads": torch.get_num_threads(),
+        "environment": dict(os.environ),
+        "generator of torch": torch.get_rng_state().numpy().tobytes(),
+        "generator of numpy": numpy_state["state"]["key"].tobytes(),
+        "generator of Python": random.getstate(),
+    }
+
+
+@contextmanager
+def watched() -> Iterator[set[str]]:
+    """What a second thread, and this one at the end, see changed in the process."""
+    before = state()
+    changed: set[str] = set()
+    ended = threading.Event()
+
+    def look() -> None:
+        now = state()
+        changed.update(name for name in before if now[name] != before[name])
+
+    def look_again_and_again() -> None:
+        while not ended.wait(PAUSE):
+            look()
+
+    watcher = threading.Thread(target=look_again_and_again)
+    watcher.start()
+    try:
+        yield changed
+    finally:
+        ended.set()
+        watcher.join()
+        look()
+
+
+@pytest.fixture
+def callers_own_settings() -> Iterator[None]:
+    """Settings of a caller that differ from torch's defaults."""
+    threads = torch.get_num_threads()
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(2)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def data() -> vilu.Embeddings:
+    return toy_embeddings(n=400, k=3)
+
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+@pytest.mark.usefixtures("callers_own_settings")
+@pytest.mark.parametrize("method", ["lvu", "vilu_plus", "pvu", "lmn", "mc_dropout"])
+def test_a_fit_and_its_scores_leave_the_process_alone(method: str, data: vilu.Embeddings) -> None:
+    parameters = {} if method == "vilu_plus" else {"epochs": 3}
+    with watched() as changed:
+        predictor = vilu.PREDICTORS[method](**parameters).fit(data)
+        outcomes = vilu.score(predictor, toy_embeddings(n=400, k=3, seed=1, ids_from=1000))
+        vilu.evaluate(outcomes)
+    assert changed == set()
+
+
+@pytest.mark.usefixtures("callers_own_settings")
+def test_saving_calibrating_and_guarding_leave_the_process_alone(
+    tmp_path: Path, data: vilu.Embeddings
+) -> None:
+    photos = [Image.effect_noise((20, 24), 50).convert("RGB") for _ in range(4)]
+    with watched() as changed:
+        vilu.MCM().save(tmp_path / "predictor")
+        target = vilu.Target(max_risk=0.5)
+        vilu.calibrate_predictor(tmp_path / "predictor", data, target)
+        model = FakeBackbone()
+        names = ("cat", "dog", "bird")
+        vilu.MCM().save(tmp_path / "guarded")
+        text = model.encode_texts(names)
+        Vocabulary(names, text, model.space, "float32", {}).save(tmp_path / "guarded")
+        answers = vilu.Guard(tmp_path / "guarded", backbone=model, workers=1)(photos)
+    assert len(answers) == len(photos)
+    assert changed == set()
+
+
+@pytest.mark.usefixtures("callers_own_settings")
+def test_embedding_leaves_the_process_alone(tmp_path: Path) -> None:
+    with watched() as changed:
+        store = vilu.embed(dataset(12), FakeBackbone(), tmp_path / "store", names=NAMES, workers=2)
+    assert len(store) > 0
+    assert changed == set()
+
+
+def test_loading_a_plugin_leaves_the_environment_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "plugin_of_a_test.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(registry, "IMPORTED", [])
+    before = dict(os.environ)
+    registry.load_plugin("plugin_of_a_test")
+    assert dict(os.environ) == before
+    assert registry.plugins() == ["plugin_of_a_test"]
+
+
+def answer_of(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """What a process of its own prints, in an environment that sets nothing of the kind."""
+    set_by_user = ("OMP_", "GOMP_", "RAY_", *KEPT_BY)
+    inherited = {
+        name: value for name, value in os.environ.items() if not name.startswith(set_by_user)
+    }
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        env=inherited | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+
+def test_an_import_leaves_the_environment_alone() -> None:
+    program = """
+import os
+before = dict(os.environ)
+import vilu
+for name in vilu.__all__:
+    getattr(vilu, name)
+import json
+print(json.dumps(sorted(set(os.environ.items()) ^ set(before.items()))))
+"""
+    assert json.loads(answer_of(program).stdout) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch computes with libgomp on Linux alone")
+@pytest.mark.parametrize(
+    ("environment", "spins"), [({}, "3000"), ({"OMP_WAIT_POLICY": "passive"}, "0")]
+)
+def test_in_a_tuned_process_threads_do_not_spin_for_long(
+    environment: dict[str, str], spins: str
+) -> None:
+    """What libgomp has read, as it says itself; whoever sets how threads wait is obeyed."""
+    program = "import vilu; vilu.tune_process(); import torch"
+    done = answer_of(program, OMP_DISPLAY_ENV="VERBOSE", **environment)
+    assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr
+
+
+def test_tuning_after_torch_warns_of_what_comes_too_late() -> None:
+    program = "import torch, vilu; vilu.tune_process()"
+    warning = answer_of(program).stderr
+    assert "<string>:1: UserWarning: torch was imported before vilu.tune_process()" in warning
+    assert "GOMP_SPINCOUNT has no effect in this process any more" in warning
+    assert answer_of(program, GOMP_SPINCOUNT="100").stderr == ""
+
+
+def test_a_ray_of_a_tuned_process_reports_to_nobody() -> None:
+    program = (
+        "import vilu; vilu.tune_process(); import os; print(os.environ['RAY_USAGE_STATS_ENABLED'])"
+    )
+    assert answer_of(program).stdout == "0\n"
+    assert answer_of(program, RAY_USAGE_STATS_ENABLED="1").stdout == "1\n"
+
+
+PAGES_OF_BLOCKS = """
+import resource, vilu
+{first}
+import torch
+
+def pages() -> int:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(8):
+        torch.ones(2**24).add_(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+vilu.Embeddings(torch.eye(3), torch.eye(3))
+print(pages() / (2**26 // resource.getpagesize()))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps what is freed")
+def test_in_a_tuned_process_pages_of_a_large_block_are_made_once() -> None:
+    """Of eight blocks of 64 MiB, one after the other; whoever sets what is kept is obeyed."""
+    tuned = PAGES_OF_BLOCKS.format(first="vilu.tune_process()")
+    assert float(answer_of(tuned).stdout) < 2
+    assert float(answer_of(tuned, MALLOC_TRIM_THRESHOLD_="131072").stdout) > 7
+    assert float(answer_of(PAGES_OF_BLOCKS.format(first="")).stdout) > 7
+
+
+def test_the_command_line_tunes_its_process(tmp_path: Path) -> None:
+    (tmp_path / "says.py").write_text("import os; print(os.environ['GOMP_SPINCOUNT'])")
+    program = (
+        "import sys; sys.argv = ['vilu', '--plugin', 'says', 'list', 'metrics']\n"
+        "from vilu.cli import entry; entry()"
+    )
+    done = answer_of(program, PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]))
+    assert done.stdout.startswith("3000\n")
