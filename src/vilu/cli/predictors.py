@@ -82,10 +82,6 @@ def fit(  # noqa: PLR0913 - one parameter per flag
     pseudo: Annotated[
         bool, Option("--pseudo", help="Class texts as captions, of stores mixed in pools.")
     ] = False,
-    checkpoint_minutes: Annotated[
-        float,
-        Option(min=0, help="Between two checkpoints within an epoch; one follows every epoch."),
-    ] = 10.0,
     restart: Annotated[
         bool, Option("--restart", help="Drop the checkpoints of an interrupted fit.")
     ] = False,
@@ -138,7 +134,7 @@ def fit(  # noqa: PLR0913 - one parameter per flag
             return
         train = _training_set(stores, reading, (shots, seed), pseudo)
         selection = None if validation is None else reading.open(validation, "validation")
-        checkpoints = _checkpoints(stack, predictor, output, checkpoint_minutes)
+        checkpoints = _checkpoints(stack, predictor, output)
         if checkpoints is not None:
             _begin(checkpoints, inputs, restart=restart)
         more = None if unlabelled is None else reading.open(unlabelled)
@@ -231,7 +227,7 @@ def _training_set(
 
 
 def _checkpoints(
-    stack: ExitStack, predictor: FailurePredictor, output: Path, minutes: float = 10.0
+    stack: ExitStack, predictor: FailurePredictor, output: Path
 ) -> FolderSession | None:
     """Checkpoints beside the output of what is trained step by step."""
     from vilu.predictors.nn.checkpoint import checkpointing
@@ -240,7 +236,7 @@ def _checkpoints(
     if not isinstance(predictor, HeadPredictor):
         return None
     folder = output.with_name(f"{output.name}.checkpoints")
-    return stack.enter_context(checkpointing(folder, minutes, resume=True))
+    return stack.enter_context(checkpointing(folder, resume=True))
 
 
 def _begin(checkpoints: FolderSession, inputs: str, *, restart: bool) -> None:
