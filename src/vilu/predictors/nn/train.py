@@ -180,10 +180,7 @@ def auroc_standard_error(value: float, n_failures: int, n_successes: int) -> flo
 class HeadTrainer:
     """Trains one head in place, alone or as one of several processes, which all do the same steps.
 
-    Each process computes its share of the rows of a step; the gradients are summed. This is not
-    done by ``DistributedDataParallel``: that fixes at its start which parameters have gradients,
-    and the attention has none before it thaws. It also averages over processes, where shares of
-    rows are unequal.
+    Each process computes its share of the rows of a step.
     """
 
     def __init__(
@@ -195,6 +192,7 @@ class HeadTrainer:
         stateful: Sequence[Stateful] = (),
     ) -> None:
         self.head = head.to(config.device)
+        self.network: nn.Module = self.head
         self.loss = loss
         self.config = config
         self.keeper = keeper or Keeper()
@@ -272,7 +270,11 @@ class HeadTrainer:
 
     def _epoch(self, train: Rows, size: int, rates: Sequence[float], task: Task) -> float:
         """One pass; returns its mean loss."""
-        self.head.train()
+        # Of several processes shared anew in every epoch: the attention thaws between two of them,
+        # and torch adds gradients in an order that it settles in the first step. So a resumed run
+        # adds in the same order.
+        self.network = self.world.shared(self.head)
+        self.network.train()
         total = torch.zeros((), device=self.config.device)
         batches = train.steps(size, self.generator)
         for batch, rate in zip(batches, rates, strict=True):
@@ -287,7 +289,7 @@ class HeadTrainer:
         rows = part.to(config.device)
         is_bf16 = config.precision == "bf16"
         with torch.autocast(config.device.type, torch.bfloat16, enabled=is_bf16):
-            logit = self.head(rows)
+            logit = self.network(rows)
         mean = self.loss(rows, logit)  # also without rows: it may count over all processes
         share = len(part.index) / len(batch.index)
         if share:
@@ -295,10 +297,9 @@ class HeadTrainer:
         else:
             loss = logit.sum()  # a sum of nothing, so that gradients are there, and zero
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        (loss * self.world.size).backward()  # gradients are averaged over the processes
         value = loss.detach()
-        gradients = [p.grad for p in self.head.parameters() if p.grad is not None]
-        self.world.sum_([*gradients, value])
+        self.world.sum_(value)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
