@@ -70,8 +70,7 @@ def ours(data: PairEmbeddings, device: str = "cpu") -> Callable[[], float]:
     )
     trainer.thaw()
     rows = Rows(data, torch.arange(len(data)))
-    trainer.begin_steps(rows, len(data))
-    return lambda: float(trainer._step(next(rows.steps(len(data))), 1e-3))
+    return lambda: float(trainer.step(next(rows.steps(len(data))), 1e-3))
 
 
 class Dense(nn.Module):
@@ -212,7 +211,8 @@ def agreement() -> dict[str, float]:
     results = {}
     for dtype, attention in ((torch.float32, attend), (torch.float64, plain)):
         query = image.to(dtype, copy=True).requires_grad_()
-        attended = attention(query, text.to(dtype), SCALE)
+        keys = text.to(dtype)
+        attended = attention(query, keys, keys, SCALE)
         (gradient,) = torch.autograd.grad(attended, query, towards.to(dtype))
         results[dtype] = attended.detach().double(), gradient.double() / gradient.abs().max()
     errors = [float((a - b).abs().max()) for a, b in zip(*results.values(), strict=True)]
@@ -230,9 +230,9 @@ def agreement() -> dict[str, float]:
     }
 
 
-def plain(query: Tensor, text: Tensor, scale: float) -> Tensor:
+def plain(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
     """The attention as it is written."""
-    return functional.softmax(scale * query @ text.T, dim=1) @ text
+    return functional.softmax(scale * query @ keys.T, dim=1) @ values
 
 
 def main() -> dict[str, float]:

@@ -56,14 +56,13 @@ def training(classes: int) -> tuple[float, float]:
     trainer = HeadTrainer(FailureHead(D), bce_loss(FailureWeight("batch", 0.9)), config)
     trainer.thaw()
     rows, generator = Rows(data, torch.arange(n)), torch.Generator().manual_seed(0)
-    trainer.begin_steps(rows, BATCH)
     with FlopCounterMode(display=False) as counter:
-        trainer._step(next(rows.steps(BATCH, generator)), 1e-3)
+        trainer.step(next(rows.steps(BATCH, generator)), 1e-3)
     spent = []
     for _ in range(REPEATS):
         start = time.perf_counter()
         for batch in rows.steps(BATCH, generator):
-            trainer._step(batch, 1e-3)
+            trainer.step(batch, 1e-3)
         spent.append(time.perf_counter() - start)
     return n / statistics.median(spent), counter.get_total_flops() / BATCH
 

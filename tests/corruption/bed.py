@@ -490,9 +490,9 @@ def resume(folder: Path, stop_after: int | None = None) -> object:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if stop_after is not None:
-            with suppress(Stop), reporting(Brake(stop_after, stop)), checkpointing(folder, 0):
+            with suppress(Stop), reporting(Brake(stop_after, stop)), checkpointing(folder):
                 predictor.fit(data)
             return None
-        with checkpointing(folder, 0, resume=True):
+        with checkpointing(folder, resume=True):
             predictor.fit(data)
     return {name: tensor.tolist() for name, tensor in predictor.state().items()}

@@ -94,9 +94,9 @@ def resumed(folder: Path) -> dict[str, np.ndarray]:
     and begun again by new objects.
     """
     data = toy_embeddings(n=330)
-    with suppress(Stop), reporting(Brake(7, stop)), checkpointing(folder, every=0):
+    with suppress(Stop), reporting(Brake(7, stop)), checkpointing(folder):
         ViLU(**QUICK).fit(data)
-    with checkpointing(folder, every=0, resume=True) as session:
+    with checkpointing(folder, resume=True) as session:
         assert [path.name for path in session.runs()] == ["run_0"]
         found = trained(ViLU(**QUICK), data)
         session.remove()

@@ -33,7 +33,7 @@ def main(folder: Path, points: list[str]) -> None:
         if kind == "sync":
             die_in_sync(int(n))
         steps = int(n) if kind == "step" else 10**6
-        with reporting(Brake(steps, die)), checkpointing(folder / point, every=0):
+        with reporting(Brake(steps, die)), checkpointing(folder / point):
             MCDropout(**QUICK).fit(toy_embeddings(n=330))
         os._exit(0)
 

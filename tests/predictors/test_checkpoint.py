@@ -58,10 +58,8 @@ CASES = {
 """Predictor and data of a training run."""
 
 
-def interrupted(
-    predictor: HeadPredictor, data: object, folder: Path, steps: int, every: float = 0
-) -> None:
-    with suppress(Stop), reporting(Brake(steps, stop)), checkpointing(folder, every):
+def interrupted(predictor: HeadPredictor, data: object, folder: Path, steps: int) -> None:
+    with suppress(Stop), reporting(Brake(steps, stop)), checkpointing(folder):
         predictor.fit(data)
         pytest.fail("it was to be stopped")
 
@@ -73,16 +71,13 @@ def assert_same(one: HeadPredictor, other: HeadPredictor) -> None:
     assert one.notes_ == other.notes_
 
 
-@pytest.mark.parametrize("every", [0, 60])  # after every step, or only at the end of epochs
 @pytest.mark.parametrize("steps", [0, 4, 7, 13])
 @pytest.mark.parametrize("case", ["classes", "pools", "dropout"])
-def test_a_resumed_run_ends_with_the_same_bits(
-    case: str, steps: int, every: float, tmp_path: Path
-) -> None:
+def test_a_resumed_run_ends_with_the_same_bits(case: str, steps: int, tmp_path: Path) -> None:
     make, data = CASES[case][0], CASES[case][1]()
     steps = min(steps, 10) if case == "pools" else steps
-    interrupted(make(), data, tmp_path, steps, every)
-    with checkpointing(tmp_path, every, resume=True):
+    interrupted(make(), data, tmp_path, steps)
+    with checkpointing(tmp_path, resume=True):
         again = make().fit(data)
     assert_same(again, make().fit(data))
 
@@ -92,10 +87,10 @@ def test_resuming_twice_and_after_the_end(case: str, tmp_path: Path) -> None:
     make, data = CASES[case][0], CASES[case][1]()
     undisturbed = make().fit(data)
     interrupted(make(), data, tmp_path, 6)
-    with suppress(Stop), reporting(Brake(9, stop)), checkpointing(tmp_path, 0, resume=True):
+    with suppress(Stop), reporting(Brake(9, stop)), checkpointing(tmp_path, resume=True):
         make().fit(data)
     for _ in range(2):  # the second time there is nothing left to do
-        with checkpointing(tmp_path, 0, resume=True):
+        with checkpointing(tmp_path, resume=True):
             assert_same(make().fit(data), undisturbed)
 
 
@@ -113,7 +108,7 @@ def test_members_of_an_ensemble_are_runs_of_their_own(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     """SIGKILL between steps, and between the syncs of a checkpoint:
-    tensors (0, 1) and record (2, 3), 18 of them.
+    tensors (0, 1) and record (2, 3), one an epoch.
     """
     points = [
         "step-0",
@@ -124,8 +119,8 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
         "sync-2",
         "sync-3",
         "sync-4",
-        "sync-26",
-        "sync-31",
+        "sync-7",
+        "sync-10",
     ]
     environment = {
         **os.environ,
@@ -140,7 +135,7 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     data = toy_embeddings(n=330)
     undisturbed = MCDropout(**QUICK).fit(data)
     for point in points:
-        with checkpointing(tmp_path / point, 0, resume=True) as session:
+        with checkpointing(tmp_path / point, resume=True) as session:
             assert_same(MCDropout(**QUICK).fit(data), undisturbed)
             names = [path.name for path in (tmp_path / point / "run_0").iterdir()]
             assert len(names) == 4, names  # two checkpoints, and nothing half-written
@@ -150,8 +145,8 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
 
 @pytest.fixture
 def stopped(tmp_path: Path) -> Path:
-    """Checkpoints of steps 7 and 8 of the case "classes"."""
-    interrupted(CASES["classes"][0](), toy_embeddings(n=330), tmp_path, 8)
+    """Checkpoints of the first two epochs of the case "classes"."""
+    interrupted(CASES["classes"][0](), toy_embeddings(n=330), tmp_path, 2 * STEPS + 1)
     return tmp_path
 
 
@@ -161,14 +156,11 @@ def newest(folder: Path) -> Path:
 
 def test_two_are_kept_and_none_is_half_written(stopped: Path) -> None:
     names = sorted(path.name for path in (stopped / "run_0").iterdir())
-    assert names == [f"0000000{n}.{kind}" for n in (8, 9) for kind in ("json", "safetensors")]
+    assert names == [f"0000000{n}.{kind}" for n in (1, 2) for kind in ("json", "safetensors")]
     positions = [
         read_checked(path)[0]["position"] for path in sorted((stopped / "run_0").glob("*.json"))
     ]
-    assert [(p["epoch"], p["step"]) for p in positions] == [
-        (1, 2),
-        (1, 3),
-    ]  # the 6th was at the end of the epoch
+    assert [position["epoch"] for position in positions] == [1, 2]
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "no tensors", "no json", "other json", "record"])
@@ -188,11 +180,11 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage: str, stopped: 
         record.write_text("[1, 2]")
     else:
         changed = json.loads(record.read_bytes())
-        changed["position"]["step"] = 1
+        changed["position"]["epoch"] = 0
         record.write_text(json.dumps(changed))
     make, data = CASES["classes"][0], toy_embeddings(n=330)
     with (
-        pytest.warns(UserWarning, match="a checkpoint is left out: .*00000009"),
+        pytest.warns(UserWarning, match="a checkpoint is left out: .*00000002"),
         checkpointing(stopped, resume=True),
     ):
         again = make().fit(data)
@@ -280,8 +272,6 @@ def test_a_folder_in_use_or_used_before_is_refused(stopped: Path, tmp_path: Path
         checkpointing(tmp_path, resume=True),
     ):
         pass
-    with pytest.raises(UsageError, match="must not be negative"), checkpointing(tmp_path, -1.0):
-        pass
 
 
 def test_nothing_is_kept_outside_a_block(tmp_path: Path) -> None:
@@ -289,7 +279,6 @@ def test_nothing_is_kept_outside_a_block(tmp_path: Path) -> None:
         assert current_session() is session
     keeper = current_session().keeper(lambda: pytest.fail("asked for what it does not need"))
     assert keeper.latest() is None
-    assert not keeper.due()
 
 
 @pytest.mark.parametrize(
@@ -320,19 +309,19 @@ def small_trainer() -> HeadTrainer:
 def test_tensors_that_do_not_fit_are_refused(broken: str, tmp_path: Path) -> None:
     """Whole files of the same run, of another version of the code."""
     trainer = small_trainer()
-    keeper = FolderKeeper(tmp_path, {}, 0, World())
+    keeper = FolderKeeper(tmp_path, {}, World())
     trainer.keeper = keeper
     data = toy_embeddings(n=64)
     trainer.run(Rows(data, torch.arange(64)), None)
     found = keeper.latest()
     tensors, position = dict(found.tensors), json.loads(json.dumps(found.position))
-    unpack(Checkpoint(position, tensors), trainer.head, trainer.descent.momenta, ())
+    unpack(Checkpoint(position, tensors), trainer.head, trainer.optimizer, trainer.generator, ())
     if broken == "missing":
         del tensors["head.first_bias"]
     elif broken == "shape":
         tensors["head.first_bias"] = torch.zeros(5)
     elif broken == "dtype":
-        tensors["loop.total"] = torch.zeros((), dtype=torch.float64)
+        tensors["head.first_bias"] = tensors["head.first_bias"].double()
     elif broken == "momentum":
         tensors["momentum.99"] = torch.zeros(5)
     elif broken == "no momentum":
@@ -344,7 +333,9 @@ def test_tensors_that_do_not_fit_are_refused(broken: str, tmp_path: Path) -> Non
     else:
         position["history"]["loss"] = [float("nan")]
     with pytest.raises(DataError, match="checkpoint"):
-        unpack(Checkpoint(position, tensors), trainer.head, trainer.descent.momenta, ())
+        unpack(
+            Checkpoint(position, tensors), trainer.head, trainer.optimizer, trainer.generator, ()
+        )
 
 
 def test_fingerprint_of_rows_sees_what_matters() -> None:
@@ -374,19 +365,7 @@ def test_training_leaves_the_global_generator_alone(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_keeper_is_due_after_its_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [100.0]
-    monkeypatch.setattr("vilu.predictors.nn.checkpoint.time.monotonic", lambda: now[0])
-    keeper = FolderKeeper(tmp_path / "run", {}, 2, World())
-    for later, due in ((0, False), (119, False), (1, True)):
-        now[0] += later
-        assert keeper.due() is due
-    keeper.save(lambda: Checkpoint({}, {"a": torch.zeros(1)}))
-    assert not keeper.due()
-
-
 def test_only_the_leading_process_writes(tmp_path: Path) -> None:
-    keeper = FolderKeeper(tmp_path / "run", {}, 0, Group(1, 2, torch.device("cpu")))
-    assert not keeper.due()
+    keeper = FolderKeeper(tmp_path / "run", {}, Group(1, 2, torch.device("cpu")))
     keeper.save(lambda: pytest.fail("made what is not written"))
     assert not (tmp_path / "run").exists()

@@ -15,7 +15,7 @@ from torch.nn import functional
 import vilu
 from tests.conftest import toy_embeddings, toy_pairs
 from vilu.embeddings.rows import Rows
-from vilu.embeddings.similarity import TILE_CELLS, ZeroShot, zero_shot
+from vilu.embeddings.similarity import ZeroShot, zero_shot
 from vilu.embeddings.source import Batch
 from vilu.errors import DataError, UsageError
 from vilu.predictors.nn.head import ATTENTION, FailureHead
@@ -28,7 +28,6 @@ from vilu.predictors.nn.losses import (
 )
 from vilu.predictors.nn.processes import World
 from vilu.predictors.nn.train import (
-    Descent,
     HeadTrainer,
     Plan,
     TrainConfig,
@@ -88,9 +87,7 @@ def test_attention_is_scaled_dot_product_attention(form: str, k: int) -> None:
         batch.image @ query.T, text @ key.T, text @ value.T, scale=scale
     )
     # float32 sums of 16 products of order one, in another order.
-    assert torch.allclose(
-        module(batch.image, text, batch.logit_scale, torch.eye(16)), expected, atol=2e-6
-    )
+    assert torch.allclose(module(batch.image, text, batch.logit_scale), expected, atol=2e-6)
 
 
 @pytest.mark.parametrize("k", [3, 200])
@@ -109,7 +106,7 @@ def test_head_is_the_mlp_of_the_concatenation(
     )
     parts = [batch.image]
     if head.attention is not None:
-        parts.append(head.attention(batch.image, batch.text, 20.0, torch.eye(16)))
+        parts.append(head.attention(batch.image, batch.text, 20.0))
     if caption:
         parts.append(batch.text[batch.prediction])
     if mcm:
@@ -130,15 +127,13 @@ def test_head_is_the_mlp_of_the_concatenation(
 
 def test_official_attention_starts_as_the_zero_shot_posterior() -> None:
     batch = first_batch()
-    attended = ATTENTION["official"](16)(batch.image, batch.text, batch.logit_scale, torch.eye(16))
+    attended = ATTENTION["official"](16)(batch.image, batch.text, batch.logit_scale)
     assert torch.allclose(attended, batch.logits.softmax(1) @ batch.text, atol=1e-6)
 
 
 @pytest.mark.parametrize("k", [3, 200])
-@pytest.mark.parametrize("cells", [1, 2**22])
-def test_a_batch_without_rows(monkeypatch: pytest.MonkeyPatch, k: int, cells: int) -> None:
+def test_a_batch_without_rows(k: int) -> None:
     """The share of a process that has none: no logits, and gradients of zero."""
-    monkeypatch.setattr("vilu.predictors.nn.head.TILE_CELLS", cells)
     head = make_head()
     logit = head(first_batch(k=k).rows(slice(0, 0)))
     assert logit.shape == (0,)
@@ -239,45 +234,6 @@ def test_a_frozen_attention_does_not_move_at_all() -> None:
     assert torch.equal(head.attention.image, torch.eye(16))
     assert torch.equal(head.attention.text, torch.eye(16))
     assert head.attention.image.grad is None
-
-
-@pytest.mark.parametrize("doubled", [False, True])
-@pytest.mark.parametrize("momentum", [0.9, 0.0])
-def test_a_matrix_of_texts_that_stay_moves_as_by_its_own_gradient(
-    momentum: float, doubled: bool
-) -> None:
-    """Over two epochs, against steps on all of the matrix; also where one text stands twice."""
-    generator = torch.Generator().manual_seed(0)
-    text, goal = (torch.randn(4, 7, generator=generator, dtype=torch.float64) for _ in range(2))
-    text[3] = text[0] if doubled else text[3]
-    start = torch.randn(7, 7, generator=generator, dtype=torch.float64)
-    found = []
-    for is_made in (False, True):
-        matrix, other = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start[:1].clone())
-        descent = Descent(momentum, 0.01)
-        descent.learn([matrix, other])
-        for steps in (6, 3):
-            descent.begin(*((text, [matrix]) if is_made else (text[:0], [])))
-            for step in range(steps):
-                made = descent.products[matrix] if is_made else text @ matrix.T
-                ((made - goal).square().sum() + (made @ other.T).sin().sum()).backward()
-                descent.step(0.02 / (1 + step))
-            descent.end()
-        found.append([matrix, other, *(descent.momenta.values() if momentum else ())])
-    assert not torch.allclose(found[0][0], start, atol=0.1)
-    for direct, by_texts in zip(*found, strict=True):
-        # rounding of float64
-        assert torch.allclose(direct, by_texts, rtol=0, atol=1e-12)
-
-
-def test_projections_of_texts_are_trained_without_tiled_attention() -> None:
-    trainer = HeadTrainer(make_head(), bce_loss(FailureWeight("batch", 0.3)), CONFIG)
-    for size, n_made in (
-        (50, 2),
-        (TILE_CELLS, 0),
-    ):  # of larger batches the weights would all be there together
-        trainer.begin_steps(Rows(toy_embeddings(), torch.arange(600)), size)
-        assert len(trainer.head.products) == n_made
 
 
 @pytest.mark.parametrize("epochs", [0, 1])

@@ -79,10 +79,6 @@ Shots = Annotated[int | None, Option(min=1, help="Only so many labelled rows of 
 Pseudo = Annotated[
     bool, Option("--pseudo", help="Class texts as captions, of stores mixed in pools.")
 ]
-CheckpointMinutes = Annotated[
-    float,
-    Option(min=0, help="Between two checkpoints within an epoch; one follows every epoch."),
-]
 Restart = Annotated[bool, Option("--restart", help="Drop the checkpoints of an interrupted fit.")]
 NoSample = Annotated[
     bool,
@@ -109,7 +105,6 @@ def fit(  # noqa: PLR0913 - one parameter per flag
     init: Init = None,
     shots: Shots = None,
     pseudo: Pseudo = False,
-    checkpoint_minutes: CheckpointMinutes = 10.0,
     restart: Restart = False,
     no_sample: NoSample = False,
     overwrite: Overwrite = False,
@@ -153,7 +148,7 @@ def fit(  # noqa: PLR0913 - one parameter per flag
         train = _training_set(stores, reading, n_shots=shots, seed=seed, pseudo=pseudo)
         selection = _open_any(reading, validation, "validation")
         more = _open_any(reading, unlabelled)
-        checkpoints = _checkpoints(stack, predictor, output, checkpoint_minutes)
+        checkpoints = _checkpoints(stack, predictor, output)
         if checkpoints is not None:
             _begin(checkpoints, inputs, restart=restart)
         predictor.fit(train, selection, unlabelled=more)
@@ -281,7 +276,7 @@ def _training_set(
 
 
 def _checkpoints(
-    stack: ExitStack, predictor: FailurePredictor, output: Path, minutes: float = 10.0
+    stack: ExitStack, predictor: FailurePredictor, output: Path
 ) -> FolderSession | None:
     """Checkpoints beside the output of what is trained step by step."""
     from vilu.predictors.nn.checkpoint import checkpointing
@@ -290,7 +285,7 @@ def _checkpoints(
     if not isinstance(predictor, HeadPredictor):
         return None
     folder = output.with_name(f"{output.name}.checkpoints")
-    return stack.enter_context(checkpointing(folder, minutes, resume=True))
+    return stack.enter_context(checkpointing(folder, resume=True))
 
 
 def _begin(checkpoints: FolderSession, inputs: str, *, restart: bool) -> None:

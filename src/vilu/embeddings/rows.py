@@ -65,18 +65,12 @@ class Rows:
         batches = self.source.batches(size, rows=self.index, columns=self.columns)
         return map(self._with_answers, batches)
 
-    def steps(
-        self, size: int, generator: torch.Generator | None = None, first: int = 0
-    ) -> Iterator[Batch]:
-        """Batches of one training step each, from step ``first`` on.
-
-        They are in order; with a generator they are shuffled.
-        """
+    def steps(self, size: int, generator: torch.Generator | None = None) -> Iterator[Batch]:
+        """Batches of one training step each, in order; with a generator they are shuffled."""
         order = self.index
         if generator is not None:
             order = self.source.shuffled(self.index, generator)
-        n_done = first * (self.source.pool_size or size)
-        steps = self.source.steps(size, rows=order[n_done:], columns=self.columns)
+        steps = self.source.steps(size, rows=order, columns=self.columns)
         return map(self._with_answers, steps)
 
     def _with_answers(self, batch: Batch) -> Batch:

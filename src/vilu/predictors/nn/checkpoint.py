@@ -1,18 +1,18 @@
 """Checkpoints of training: their content, when they are written, and how they are checked.
 
-A resumed run ends with the very bits of an undisturbed one. So a checkpoint holds all that later
-steps depend on: weights, momenta, states of the generators, memories of the loss, and the position
-in the epoch.
+They are written when an epoch ends. A resumed run ends with the very bits of an undisturbed one. So
+a checkpoint holds all that later epochs depend on: weights, momenta, states of the generators and
+memories of the loss.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -55,13 +55,12 @@ class Checkpoint(NamedTuple):
     position: dict[str, Any]
     tensors: dict[str, Tensor]
 
-    def numbers(self) -> tuple[int, int]:
-        """Finished epochs, and finished steps of the next one."""
+    def n_epochs(self) -> int:
+        """Finished epochs."""
         epoch = self.position.get("epoch")
-        step = self.position.get("step")
-        if not (_is_count(epoch) and _is_count(step)):
-            raise DataError(f"a checkpoint says epoch {epoch!r} and step {step!r}.")
-        return int(self.position["epoch"]), int(self.position["step"])
+        if not _is_count(epoch):
+            raise DataError(f"a checkpoint says epoch {epoch!r}.")
+        return int(self.position["epoch"])
 
 
 def _is_count(number: object) -> bool:
@@ -75,10 +74,6 @@ class Keeper:
         """The checkpoint to go on from; None: begin at the beginning."""
         return None
 
-    def due(self) -> bool:
-        """Whether it is time for a checkpoint in the middle of an epoch."""
-        return False
-
     def save(self, make: Callable[[], Checkpoint]) -> None:
         """Keep a state; ``make`` is called only where it is written."""
 
@@ -89,13 +84,11 @@ class FolderKeeper(Keeper):
     Of several processes the leading one writes.
     """
 
-    def __init__(self, folder: Path, binding: Binding, every: float, world: World) -> None:
+    def __init__(self, folder: Path, binding: Binding, world: World) -> None:
         self.folder = folder
-        self.every = every
         self.world = world
         # as it will be read back: tuples are lists there
         self.binding = json.loads(json.dumps(binding))
-        self.saved_at = time.monotonic()
 
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint, or if that is damaged the one before it, with a warning."""
@@ -109,12 +102,6 @@ class FolderKeeper(Keeper):
         if not record:
             return None
         return Checkpoint(json.loads(record)["position"], safetensors_torch.load(weights))
-
-    def due(self) -> bool:
-        """Whether ``every`` minutes have passed since the last checkpoint."""
-        if not self.world.leads:
-            return False
-        return time.monotonic() - self.saved_at >= 60 * self.every
 
     def save(self, make: Callable[[], Checkpoint]) -> None:
         """Write a checkpoint, and remove those that are neither this one nor the one before it."""
@@ -138,7 +125,6 @@ class FolderKeeper(Keeper):
         write_bytes(self.folder / f"{name}.safetensors", weights)
         write_json(self.folder / f"{name}.json", record)
         self._prune({name, f"{last:08d}"})
-        self.saved_at = time.monotonic()
 
     def _serials(self) -> list[int]:
         """Numbers of the checkpoints in the folder, ascending."""
@@ -237,9 +223,8 @@ class Session:
 class FolderSession(Session):
     """Runs that are kept in the sub-folders of a folder."""
 
-    def __init__(self, folder: Path, every: float, world: World) -> None:
+    def __init__(self, folder: Path, world: World) -> None:
         self.folder = folder
-        self.every = every
         self.world = world
         self.n_runs = 0
         self.removed = False
@@ -249,7 +234,7 @@ class FolderSession(Session):
         # runs are told apart by their order, which is the same when a fit begins again
         folder = self.folder / f"run_{self.n_runs}"
         self.n_runs += 1
-        return FolderKeeper(folder, binding(), self.every, self.world)
+        return FolderKeeper(folder, binding(), self.world)
 
     def name_fit(self, inputs: str) -> None:
         """Write down the inputs of the fit, for ``named``."""
@@ -288,29 +273,22 @@ def current_session() -> Session:
 
 
 @contextmanager
-def checkpointing(
-    folder: str | Path, every: float = 10.0, *, resume: bool = False
-) -> Iterator[FolderSession]:
-    """Keep checkpoints of the training in a ``with`` block.
-
-    They are written at the end of every epoch, and within long ones.
+def checkpointing(folder: str | Path, *, resume: bool = False) -> Iterator[FolderSession]:
+    """Keep checkpoints of the training in a ``with`` block, one at the end of every epoch.
 
     Where several processes train together, this block stands inside theirs
     (``vilu.predictors.nn.processes.world``).
 
     Args:
         folder: Where; made where it is missing.
-        every: Minutes between two checkpoints within an epoch.
         resume: Go on from the checkpoints in the folder, where there are some.
 
     Raises:
-        UsageError: If there are checkpoints and ``resume`` is not wanted, or ``every`` is negative.
+        UsageError: If there are checkpoints and ``resume`` is not wanted.
         BusyError: If another process trains with this folder.
         StorageError: If the file system refuses.
     """
-    if not every >= 0:
-        raise UsageError(f"minutes between checkpoints must not be negative. Got {every} instead.")
-    session = FolderSession(make_folder(folder), every, current_world())
+    session = FolderSession(make_folder(folder), current_world())
     lock: AbstractContextManager[object] = nullcontext()
     if session.world.leads:  # the leading process alone touches the folder
         lock = locked(session.folder, "training with the checkpoints in")
@@ -391,35 +369,33 @@ class Position:
     """How far a training run is.
 
     Attributes:
-        order: State of the generator of the shuffling at the start of the epoch.
-        total: Sum of the epoch's losses so far.
         epoch: Finished epochs.
-        step: Finished steps of the next epoch.
         chosen_weights: Weights of the epoch that validation chose.
         history: Figures of the finished epochs.
     """
 
-    order: Tensor
-    total: Tensor
     epoch: int = 0
-    step: int = 0
     chosen_weights: dict[str, Tensor] = field(default_factory=dict)
     history: History = field(default_factory=History)
 
 
 def pack(
-    at: Position, head: nn.Module, momenta: Mapping[Tensor, Tensor], stateful: Sequence[Stateful]
+    at: Position,
+    head: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    order: torch.Generator,
+    stateful: Sequence[Stateful],
 ) -> Checkpoint:
     """Everything that the rest of a training run depends on.
 
-    ``momenta`` has one of each parameter that learns, in order.
+    ``order`` is the generator of the shuffling.
     """
     parts: dict[str, Mapping[str, Tensor]] = {
         "head": head.state_dict(),
         "kept": at.chosen_weights,
-        "momentum": _numbered(momenta.values()),
+        "momentum": _momenta(optimizer),
         "masks": _mask_states(head),
-        "loop": {"order": at.order, "total": at.total},
+        "loop": {"order": order.get_state()},
     }
     for i, memory in enumerate(stateful):
         parts[f"memory{i}"] = memory.state()
@@ -428,33 +404,30 @@ def pack(
         for name, tensor in content.items():
             tensors[f"{part}.{name}"] = tensor
     history = dataclasses.asdict(at.history)
-    return Checkpoint({"epoch": at.epoch, "step": at.step, "history": history}, tensors)
+    return Checkpoint({"epoch": at.epoch, "history": history}, tensors)
 
 
 def unpack(
     checkpoint: Checkpoint,
     head: nn.Module,
-    momenta: Mapping[Tensor, Tensor],
+    optimizer: torch.optim.Optimizer,
+    order: torch.Generator,
     stateful: Sequence[Stateful],
 ) -> Position:
-    """The inverse of ``pack``: fill head, momenta and memories, and return the position."""
+    """The inverse of ``pack``: fill all of these, and return the position."""
     parts = _parts(checkpoint)
     weights = head.state_dict()  # shares memory with the head
     load("weights", parts.get("head", {}), weights)
     chosen_weights = parts.get("kept", {})
-    if chosen_weights:  # none before the first epoch has ended
-        _require_same_kinds("kept weights", chosen_weights, weights)
-    load("momenta", parts.get("momentum", {}), _numbered(momenta.values()))
+    _require_same_kinds("kept weights", chosen_weights, weights)
+    _load_momenta(parts.get("momentum", {}), optimizer)
     _load_masks(parts.get("masks", {}), head)
     for i, memory in enumerate(stateful):
         memory.restore(parts.get(f"memory{i}", {}))
-    order = torch.Generator().get_state()
-    total = torch.zeros((), dtype=torch.float32)
-    load("state of the loop", parts.get("loop", {}), {"order": order, "total": total})
-    device = next(iter(weights.values())).device
-    history = _history(checkpoint.position)
-    epoch, step = checkpoint.numbers()
-    return Position(order, total.to(device), epoch, step, chosen_weights, history)
+    loop = {"order": order.get_state()}
+    load("state of the loop", parts.get("loop", {}), loop)
+    order.set_state(loop["order"])
+    return Position(checkpoint.n_epochs(), chosen_weights, _history(checkpoint.position))
 
 
 def _parts(checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
@@ -464,6 +437,27 @@ def _parts(checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
         part, _, name_in_part = name.partition(".")
         parts.setdefault(part, {})[name_in_part] = tensor
     return parts
+
+
+def _momenta(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The momentum of each parameter that has learned, by its number."""
+    momenta = {}
+    for number, state in optimizer.state_dict()["state"].items():
+        if state["momentum_buffer"] is not None:  # without momentum there is none
+            momenta[str(number)] = state["momentum_buffer"]
+    return momenta
+
+
+def _load_momenta(saved: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+    """Give every parameter that learns its saved momentum; refuse where some are missing."""
+    groups = [group["params"] for group in optimizer.param_groups]
+    expected = {}
+    for name, parameter in _numbered(itertools.chain(*groups)).items():
+        if parameter.requires_grad and optimizer.defaults["momentum"]:
+            expected[name] = parameter
+    _require_same_kinds("momenta", saved, expected)
+    momenta = {int(name): {"momentum_buffer": momentum} for name, momentum in saved.items()}
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": momenta})
 
 
 def _load_masks(saved: Mapping[str, Tensor], head: nn.Module) -> None:

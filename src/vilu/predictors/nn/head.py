@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vilu.embeddings.similarity import TILE_CELLS, TILE_ROWS, row_blocks
 from vilu.embeddings.source import Batch
 from vilu.errors import DataError
 from vilu.predictors.nn.layers import dropout_mask, linear
@@ -52,181 +50,45 @@ class Dropout(nn.Module):
         return dropout_mask(shape, self.rate, generator)
 
 
-def texts_first(n_rows: int, n_texts: int, dim: int) -> bool:
-    """Whether attention and its gradient cost less with texts projected before they are averaged.
-
-    The products of a step are counted: 8 of K x D x D and 5 of B x K x D, against 4 of B x K x D
-    with the cheaper of 11 of B x D x D, or 6 of D x D x D and 5 of B x D x D.
-    """
-    # both sides are divided by D, which every product has
-    projected_first = n_texts * (8 * dim + 5 * n_rows)
-    averaged_first = 4 * n_rows * n_texts + dim * min(11 * n_rows, 6 * dim + 5 * n_rows)
-    return projected_first < averaged_first
-
-
 class CrossAttention(nn.Module, ABC):
     """Texts averaged by how much an image attends to them."""
 
-    def forward(self, image: Tensor, text: Tensor, logit_scale: float, after: Tensor) -> Tensor:
-        """(B, H) sum_j alpha_j W_V t_j, times the matrix ``after``; arguments as of ``factors``."""
-        left, right = self.factors(image, text, logit_scale, after)
-        return left @ right
-
-    def factors(
-        self,
-        image: Tensor,
-        text: Tensor,
-        logit_scale: float,
-        after: Tensor,
-        products: Mapping[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Two matrices whose product is ``forward``. The weights alpha are computed in float32.
-
-        Few texts are projected one by one, keys and values together where they have one matrix, so
-        that nothing of size (B, D) is projected. Of many texts the average is projected. Up to
-        ``TILE_CELLS`` weights are kept for the gradient. More weights are never there together, so
-        that a pool of N pairs takes no N x N matrix: the average is ``attend``, which computes the
-        weights again for the gradient.
+    def forward(self, image: Tensor, text: Tensor, logit_scale: float) -> Tensor:
+        """(B, D) sum_j alpha_j W_V t_j, computed in float32 without a (B, K) tensor either way.
 
         Args:
             image: (B, D) unit-norm embeddings.
-            text: (K, D) unit-norm embeddings, without gradient.
+            text: (K, D) unit-norm embeddings.
             logit_scale: The VLM's own multiplier of the cosine.
-            after: (H, D) matrix that is applied to the attended text.
-            products: (K, D) products of the texts with the matrices of keys and values, where they
-                are known.
         """
+        query, key, value, scale = self.projections(logit_scale)
         with torch.autocast(image.device.type, enabled=False):
-            n_images = len(image)
-            is_large = n_images * len(text) > TILE_CELLS
-            if products or (not is_large and texts_first(n_images, *text.shape)):
-                return self._texts_first(image, text, logit_scale, after, products or {})
-            return self._average_first(image, text, logit_scale, after, is_large=is_large)
-
-    def _texts_first(
-        self,
-        image: Tensor,
-        text: Tensor,
-        logit_scale: float,
-        after: Tensor,
-        products: Mapping[Tensor, Tensor],
-    ) -> tuple[Tensor, Tensor]:
-        """The factors where texts are projected one by one: (B, K) weights and (K, H) texts."""
-        query, key, value, scale = self.projections(logit_scale)
-        keys = products[key] if products else text @ key.T
-        values = keys
-        if value is not key:
-            values = products[value] if products else text @ value.T
-        # keys @ query is (K, D): with few texts cheaper than queries of all images
-        logits = scale * (image @ (keys @ query).T)
-        return torch.softmax(logits, dim=-1), values @ after.T
-
-    def _average_first(
-        self, image: Tensor, text: Tensor, logit_scale: float, after: Tensor, *, is_large: bool
-    ) -> tuple[Tensor, Tensor]:
-        """The factors where the average of the texts is projected."""
-        query, key, value, scale = self.projections(logit_scale)
-        # multi_dot takes the cheapest order of the products
-        if is_large:
-            attended = attend(torch.linalg.multi_dot([image, query.T, key]), text, scale)
-        else:
-            logits = scale * torch.linalg.multi_dot([image, query.T, key, text.T])
-            attended = torch.softmax(logits, dim=-1) @ text
-        # few averages are projected themselves; of many, the two matrices after them are one
-        if 2 * len(image) < text.shape[1]:
-            return attended @ value.T, after.T
-        return attended, value.T @ after.T
+            queries = image @ query.T
+            if _has_more(text, image):
+                # The rows are projected in place of the texts, before and after the average: with
+                # 1,000 texts and 32 rows a fit takes half the time, and its sums are the same.
+                return attend(queries @ key, text, text, scale) @ value.T
+            keys = text @ key.T
+            values = keys if value is key else text @ value.T
+            return attend(queries, keys, values, scale)
 
     @abstractmethod
     def projections(self, logit_scale: float) -> tuple[Tensor, Tensor, Tensor, float]:
         """Query, key and value matrices (D, D), and the multiplier of queries times keys."""
 
 
-def attend(query: Tensor, text: Tensor, scale: float) -> Tensor:
-    """(B, D) softmax(scale * query @ text.T) @ text, without a (B, K) tensor either way.
-
-    The text has no gradient.
-    """
-    if text.requires_grad:
-        raise ValueError("an attention over so many texts gives them no gradient. Detach them.")
-    apply: Callable[[Tensor, Tensor, float], Tensor] = _Attend.apply  # torch gives it no type
-    return apply(query, text, scale)
+def _has_more(text: Tensor, image: Tensor) -> bool:
+    """Whether there are more texts than images; a graph has one form for all sizes."""
+    return not torch.compiler.is_exporting() and len(text) > len(image)
 
 
-class _Attend(torch.autograd.Function):
-    """Forward torch's ``scaled_dot_product_attention``, backward a cheaper one for the query alone.
-
-    Torch's backward takes five products of B x K x D operations, for the gradients of keys and
-    values too. The encoders are frozen, and the query's gradient alone takes three:
-
-        P = softmax(scale * query @ text.T),
-        dP = gradient @ text.T,
-        d query = scale * P (dP - (P * dP).sum) @ text.
-
-    It is computed in tiles of ``TILE_CELLS`` weights.
-    """
-
-    # torch gives ``ctx`` no type
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, text: Tensor, scale: float) -> Tensor:  # noqa: ANN401
-        """Row blocks bound the memory also where torch has only its plain kernel."""
-        # heads and batches of one: the fused kernels want four dimensions
-        keys = text[None, None]
-        blocks = []
-        for part in row_blocks(len(query), len(text), len(query)):
-            rows = query[None, None, part]
-            attended = functional.scaled_dot_product_attention(rows, keys, keys, scale=scale)
-            blocks.append(attended)
-        result = torch.cat(blocks, dim=2)[0, 0]
-        ctx.save_for_backward(query, text, result)
-        ctx.scale = scale
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401
-        """The gradient of the query, block by block of its rows."""
-        query, text, result = ctx.saved_tensors
-        change = torch.empty_like(query)
-        blocks = zip(
-            query.split(TILE_ROWS),
-            gradients[0].split(TILE_ROWS),
-            result.split(TILE_ROWS),
-            change.split(TILE_ROWS),
-            strict=True,
-        )
-        with torch.autocast(query.device.type, enabled=False):
-            for rows, gradient, average, out in blocks:
-                _query_gradient(rows, gradient, average, text, ctx.scale, out)
-        return change.mul_(ctx.scale), None, None
-
-
-def _query_gradient(
-    query: Tensor, gradient: Tensor, average: Tensor, text: Tensor, scale: float, out: Tensor
-) -> None:
-    """Write P (dP - (P * dP).sum) @ text of some rows into ``out``, tile by tile of the texts.
-
-    The softmax is a running one: numerators are taken against the largest logit so far, and what
-    was added up under a smaller one is shrunk when a larger one comes. So one pass over the texts
-    gives the numerators and the sum that they are divided by.
-    """
-    # (P * dP).sum = sum_j P_j gradient . t_j = gradient . sum_j P_j t_j: known before any tile
-    mean = (gradient * average).sum(dim=1, keepdim=True)
-    largest = torch.full_like(mean, -torch.inf)
-    total = torch.zeros_like(mean)
-    out.zero_()
-    n_columns = max(TILE_CELLS // TILE_ROWS, 1)
-    for texts in text.split(n_columns):
-        # exp(x) = 2^(x log2 e): the change of base is a part of the scale
-        logits = (query @ texts.T).mul_(scale * math.log2(math.e))
-        higher = torch.maximum(largest, logits.amax(dim=1, keepdim=True))
-        shrunk = (largest - higher).exp2_()
-        weights = logits.sub_(higher).exp2_()
-        towards = (gradient @ texts.T).sub_(mean).mul_(weights)
-        out.mul_(shrunk).addmm_(towards, texts)
-        total.mul_(shrunk).add_(weights.sum(dim=1, keepdim=True))
-        largest = higher
-    out.div_(total)
+def attend(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """(B, D) softmax(scale * queries @ keys.T) @ values."""
+    # heads and batches of one: the fused kernels want four dimensions
+    attended = functional.scaled_dot_product_attention(
+        queries[None, None], keys[None, None], values[None, None], scale=scale
+    )
+    return attended[0, 0]
 
 
 class OfficialAttention(CrossAttention):
@@ -272,35 +134,6 @@ class PaperAttention(CrossAttention):
     ) -> tuple[Tensor, Tensor, Tensor, float]:
         """W_Q, W_K, W_V and 1/sqrt(d); the paper has no use for the VLM's scale."""
         return self.query, self.key, self.value_projection, 1 / math.sqrt(len(self.query))
-
-
-class FoldedAttention(nn.Module):
-    """A fitted attention and the matrix after it, multiplied out once: for a graph.
-
-    A graph has one order of products for all sizes, where ``CrossAttention`` chooses by size.
-    scale (image W_Q') (text W_K')' is image Q text' with one matrix Q = scale W_Q' W_K (D, D). The
-    average of the texts meets one matrix V = after W_V (H, D).
-    """
-
-    def __init__(self, attention: CrossAttention, after: Tensor, logit_scale: float) -> None:
-        super().__init__()
-        query, key, value, scale = attention.projections(logit_scale)
-        # float64, rounded once: folding adds a rounding of each number, not those of D products
-        folded_query = scale * (query.double().T @ key.double())
-        folded_value = after.double() @ value.double()
-        self.query = nn.Buffer(folded_query.detach().float())
-        self.value = nn.Buffer(folded_value.detach().float())
-
-    def factors(
-        self,
-        image: Tensor,
-        text: Tensor,
-        logit_scale: float,  # noqa: ARG002
-        *_: object,
-    ) -> tuple[Tensor, Tensor]:
-        """As of ``CrossAttention``; the scale and the matrix after it are folded in already."""
-        alpha = torch.softmax(image @ self.query @ text.T, dim=-1)
-        return alpha @ text, self.value.T
 
 
 ATTENTION: dict[str, type[OfficialAttention] | type[PaperAttention]] = {
@@ -379,67 +212,36 @@ class FailureHead(nn.Module):
         self.attention: CrossAttention | None = None
         if attention is not None:
             self.attention = ATTENTION[attention](dim, generator)
-        # in training: products of texts that stay with the ``text_matrices``
-        self.products: Mapping[Tensor, Tensor] = {}
 
     def forward(self, batch: Batch) -> Tensor:
         """(B,) failure logits in float32."""
         return cast("Tensor", self.rest(self.first_layer(batch))).squeeze(-1).float()
-
-    def folded(self, logit_scale: float) -> FailureHead:
-        """A copy for a graph."""
-        head = copy.deepcopy(self)
-        if head.attention is not None:
-            folded = FoldedAttention(head.attention, head.first["attended"], logit_scale)
-            head.attention = cast("CrossAttention", folded)
-        return head
 
     def first_layer(self, batch: Batch) -> Tensor:
         """(B, H) first hidden layer before its activation.
 
         It is all of the head that sees more than the MLP's input.
         """
-        (image, image_weight), *rest = self.factors(batch).values()
-        total = torch.addmm(self.first_bias, image, image_weight)
-        for left, right in rest:
-            # in place: no memory but its own
-            total = total.addmm_(left.to(total.dtype), right.to(total.dtype))
+        total: Tensor = self.first_bias
+        for added in self.parts(batch).values():
+            total = total + added
         return total
-
-    def text_matrices(self) -> list[Tensor]:
-        """The matrices that multiply texts and nothing else."""
-        matrices = []
-        if "caption" in self.first:
-            matrices.append(self.first["caption"])
-        if self.attention is not None:
-            _, key, value, _ = self.attention.projections(1.0)
-            matrices.append(key)
-            if value is not key:
-                matrices.append(value)
-        return matrices
 
     def parts(self, batch: Batch) -> dict[str, Tensor]:
         """(B, H) what each part of z adds to the first hidden layer, beside the bias."""
-        return {part: left @ right for part, (left, right) in self.factors(batch).items()}
+        inputs = self.inputs(batch)
+        return {part: functional.linear(rows, self.first[part]) for part, rows in inputs.items()}
 
-    def factors(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
-        """Two matrices for each part of z; their product is added to the first hidden layer."""
-        # The first layer is a sum over the parts of z, each with a matrix of its own. Texts are
-        # projected before they are averaged over or picked, where they are few: K rows instead of
-        # B.
-        factors = {"image": (batch.image, self.first["image"].T)}
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """The parts of z, (B, D) each, of the probability (B, 1)."""
+        inputs = {"image": batch.image}
         if self.attention is not None:
-            after = self.first["attended"]
-            factors["attended"] = self.attention.factors(
-                batch.image, batch.text, batch.logit_scale, after, self.products
-            )
+            inputs["attended"] = self.attention(batch.image, batch.text, batch.logit_scale)
         if "caption" in self.first:
-            weight = self.first["caption"]
-            product = self.products.get(weight)
-            factors["caption"] = picked(batch.text, batch.prediction, weight, product)
+            inputs["caption"] = batch.text[batch.prediction]
         if "mcm" in self.first:
-            factors["mcm"] = batch.answer_probability[:, None], self.first["mcm"].T
-        return factors
+            inputs["mcm"] = batch.answer_probability[:, None]
+        return inputs
 
 
 def first_weights(
@@ -471,31 +273,6 @@ def perceptron(
             layers.append(dropout)
         layers.append(layer)
     return nn.Sequential(*layers)
-
-
-def picked(
-    text: Tensor, rows: Tensor, weight: Tensor, product: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Two matrices whose product is ``text[rows] @ weight.T``.
-
-    Each of K texts is projected once where that is cheaper, or where ``text @ weight.T`` is known:
-    the ``product``. The projected texts are picked by a product with one-hot rows, since the
-    gradient of an indexing is many times slower.
-    """
-    if product is None:
-        # a graph has one form for all sizes; to look at a size would fix it
-        if torch.compiler.is_exporting() or not _projects_all(text, rows):
-            return text[rows], weight.T
-        product = text @ weight.T
-    one_hot = functional.one_hot(rows, len(text)).to(text.dtype)
-    return one_hot, product
-
-
-def _projects_all(text: Tensor, rows: Tensor) -> bool:
-    """Whether all K texts are projected and B picked at no more cost than projecting those B."""
-    # for a column of the weight K D + K B operations, against B D; both are divided by D
-    n_rows = len(rows)
-    return len(text) * (1 + n_rows / text.shape[1]) <= n_rows
 
 
 def with_weights(network: nn.Module, state: dict[str, Tensor], method: str) -> nn.Module:

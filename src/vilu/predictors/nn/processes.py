@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from vilu.device import resolve_device
 from vilu.errors import UsageError
@@ -39,16 +40,17 @@ class World:
         stop = n_rows * (self.rank + 1) // self.size
         return slice(start, stop)
 
-    def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Replace every tensor by its sum over the processes.
+    def shared(self, network: nn.Module) -> nn.Module:
+        """The network for steps that all processes take together: gradients are their mean."""
+        return network
 
-        All tensors are of one type and on one device.
-        """
+    def sum_(self, tensor: Tensor) -> None:
+        """Replace a tensor by its sum over the processes."""
 
     def total(self, n: int) -> int:
         """Sum of a count over the processes."""
         count = torch.tensor(n)
-        self.sum_([count])
+        self.sum_(count)
         return int(count)
 
     def mean(self, values: Tensor) -> Tensor:
@@ -72,13 +74,13 @@ class Group(World):
         self.size = size
         self.device = device
 
-    def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Sum all tensors in one flat row: many small sums would cost a trip each."""
-        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        dist.all_reduce(flat)
-        sizes = [tensor.numel() for tensor in tensors]
-        for tensor, total in zip(tensors, flat.split(sizes), strict=True):
-            tensor.copy_(total.view_as(tensor))
+    def shared(self, network: nn.Module) -> nn.Module:
+        """Torch averages the gradients when they are there."""
+        return DistributedDataParallel(network)
+
+    def sum_(self, tensor: Tensor) -> None:
+        """By one trip."""
+        dist.all_reduce(tensor)
 
     def mean(self, values: Tensor) -> Tensor:
         """The sum over all processes, divided by their number of values."""

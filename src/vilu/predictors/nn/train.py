@@ -5,18 +5,16 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.optim.sgd import sgd
 
 from vilu.embeddings.rows import SCORING_BATCH, Rows
-from vilu.embeddings.similarity import TILE_CELLS, ZeroShot
+from vilu.embeddings.similarity import ZeroShot
 from vilu.embeddings.source import Batch
 from vilu.errors import DataError, UsageError
 from vilu.metrics import auroc
@@ -26,11 +24,10 @@ from vilu.predictors.nn.checkpoint import (
     Keeper,
     Position,
     Stateful,
-    load,
     pack,
     unpack,
 )
-from vilu.predictors.nn.head import FailureHead, texts_first
+from vilu.predictors.nn.head import FailureHead
 from vilu.predictors.nn.processes import World, current_world
 from vilu.progress import Task, track
 
@@ -97,11 +94,11 @@ class Plan:
         warmup = min(warmup_epochs, epochs / 10) * steps
         return cls(steps, epochs, warmup, frozen)
 
-    def rates(self, epoch: int, first: int) -> list[float]:
-        """Multipliers of the learning rate in an epoch, from step ``first`` on."""
+    def rates(self, epoch: int) -> list[float]:
+        """Multipliers of the learning rate in an epoch."""
         n_done = epoch * self.steps
         total = self.epochs * self.steps
-        return [schedule(n_done + i, total, self.warmup) for i in range(first, self.steps)]
+        return [schedule(n_done + i, total, self.warmup) for i in range(self.steps)]
 
 
 Loss = Callable[[Batch, Tensor], Tensor]
@@ -180,159 +177,10 @@ def auroc_standard_error(value: float, n_failures: int, n_successes: int) -> flo
     return math.sqrt(max(value * (1 - value) + spread, 0.0) / (n_failures * n_successes))
 
 
-class Moving(NamedTuple):
-    """What a step of ``Descent`` needs of one parameter, or of one product in its stead."""
-
-    leaf: Tensor  # has the gradient: W, or R
-    moved: Tensor  # is moved along it: W, or C
-    momentum: Tensor  # m, or n
-
-
-class Descent:
-    """Stochastic gradient descent with momentum, m <- mu m + dW + lambda W, W <- W - rate m.
-
-    In an epoch whose K texts T stay, a matrix W (H, D) that multiplies nothing else is not moved
-    step by step. The loss depends on it through the product R = T W' (K, H) alone. With dR the
-    gradient in R, the gradient in W is dR' T. Steps on R take K x K x H operations, where those on
-    W take twice K x D x H.
-
-    The steps are linear, so at any moment of the epoch
-
-        (W, m) = A (W, m at its beginning) + (C' T, n' T)
-
-    with a 2 x 2 matrix A, the same for all, and C and n of R's size. A step without gradient
-    multiplies A; a step on C with momentum n and gradient dR does the rest. W and m are written
-    when the epoch ends.
-
-    Attributes:
-        momenta: m of each parameter that learns.
-        products: R of each matrix of texts that stay.
-        moving: What steps move, and what has its gradient.
-    """
-
-    def __init__(self, momentum: float, weight_decay: float) -> None:
-        self.momentum = momentum
-        self.weight_decay = weight_decay
-        self.momenta: dict[Tensor, Tensor] = {}
-        self.products: dict[Tensor, Tensor] = {}
-        self.moving: list[Moving] = []
-        self.restored: dict[str, Tensor] = {}
-        # of each matrix of texts: (T W', T m') at the epoch's beginning, and (C, n)
-        self.start: dict[Tensor, Tensor] = {}
-        self.gained: dict[Tensor, Tensor] = {}
-
-    def learn(self, parameters: Iterable[Tensor]) -> None:
-        """Move these parameters, too, from the next epoch on."""
-        for parameter in parameters:
-            if parameter not in self.momenta:
-                self.momenta[parameter] = torch.zeros_like(parameter)
-
-    @torch.no_grad()
-    def begin(self, text: Tensor, matrices: Sequence[Tensor]) -> None:
-        """Begin an epoch, or the rest of one that was restored.
-
-        ``matrices`` are those that multiply the texts (K, D) and nothing else.
-        """
-        self.text = text
-        self.gram = text @ text.T
-        self.decay = torch.eye(2, dtype=torch.float64)  # A, a product over all steps
-        self.products = {}
-        self.start = {}
-        self.gained = {}
-        for matrix in matrices:
-            product = text @ matrix.T
-            self.products[matrix] = product.requires_grad_(matrix in self.momenta)
-            if matrix in self.momenta:  # a frozen one has a product, but does not move
-                momentum_product = text @ self.momenta[matrix].T
-                self.start[matrix] = torch.stack([product, momentum_product])
-                self.gained[matrix] = torch.zeros_like(self.start[matrix])
-        if self.restored:
-            # The matrices of a checkpoint are those of the epoch's beginning, since W is written
-            # only at its end: with A, C and n the products are again where they were.
-            load("steps of an epoch", self.restored, self.state())
-            self._update_products()
-        self.restored = {}
-        self.moving = self._all_moving()
-
-    def _all_moving(self) -> list[Moving]:
-        """All parameters that learn, those of the texts through their products."""
-        moving = []
-        for parameter, momentum in self.momenta.items():
-            if parameter not in self.products:
-                moving.append(Moving(parameter, parameter, momentum))
-        for matrix, gained in self.gained.items():
-            coefficient, momentum = gained  # views: steps write into ``gained``
-            moving.append(Moving(self.products[matrix], coefficient, momentum))
-        return moving
-
-    @torch.no_grad()
-    def step(self, rate: float) -> None:
-        """Step along the gradients, and drop them."""
-        sgd(
-            [moving.moved for moving in self.moving],
-            [cast("Tensor", moving.leaf.grad) for moving in self.moving],
-            [moving.momentum for moving in self.moving],
-            fused=True,
-            weight_decay=self.weight_decay,
-            momentum=self.momentum,
-            lr=rate,
-            dampening=0,
-            nesterov=False,
-            maximize=False,
-        )
-        for moving in self.moving:
-            moving.leaf.grad = None
-        # the same step without gradient: m <- mu m + lambda W, then W <- W - rate m, as a matrix
-        # that multiplies (W, m)
-        without_gradient = [
-            [1 - rate * self.weight_decay, -rate * self.momentum],
-            [self.weight_decay, self.momentum],
-        ]
-        self.decay.copy_(torch.tensor(without_gradient, dtype=torch.float64) @ self.decay)
-        self._update_products()
-
-    def _update_products(self) -> None:
-        """R = T W', of W as the steps have moved it: W itself is not needed."""
-        # W = A00 W0 + A01 m0 + C' T, so T W' = A00 T W0' + A01 T m0' + T T' C
-        of_matrix, of_momentum = self.decay[0].tolist()
-        for matrix, (product, momentum_product) in self.start.items():
-            decayed = torch.add(of_matrix * product, momentum_product, alpha=of_momentum)
-            coefficient = self.gained[matrix][0]
-            torch.addmm(decayed, self.gram, coefficient, out=self.products[matrix])
-
-    @torch.no_grad()
-    def end(self) -> None:
-        """Write the steps of the epoch into the matrices and their momenta."""
-        for matrix, gained in self.gained.items():
-            momentum = self.momenta[matrix]
-            before = torch.stack([matrix, momentum])
-            decayed = torch.tensordot(self.decay.to(matrix), before, 1)
-            after = decayed + gained.mT @ self.text
-            matrix.copy_(after[0])
-            momentum.copy_(after[1])
-        self.products = {}
-        self.start = {}
-        self.gained = {}
-
-    def state(self) -> dict[str, Tensor]:
-        """In the middle of an epoch A, and C and n of each matrix; else nothing."""
-        if not self.gained:
-            return {}
-        gained = {str(i): steps for i, steps in enumerate(self.gained.values())}
-        return {**gained, "decay": self.decay}
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Take over a ``state`` when the next epoch begins."""
-        self.restored = state
-
-
 class HeadTrainer:
     """Trains one head in place, alone or as one of several processes, which all do the same steps.
 
-    Each process computes its share of the rows of a step; the gradients are summed. This is not
-    done by ``DistributedDataParallel``: that fixes at its start which parameters have gradients,
-    and the attention has none before it thaws. It also averages over processes, where shares of
-    rows are unequal.
+    Each process computes its share of the rows of a step.
     """
 
     def __init__(
@@ -344,6 +192,7 @@ class HeadTrainer:
         stateful: Sequence[Stateful] = (),
     ) -> None:
         self.head = head.to(config.device)
+        self.network: nn.Module = self.head
         self.loss = loss
         self.config = config
         self.keeper = keeper or Keeper()
@@ -354,8 +203,16 @@ class HeadTrainer:
         for parameter in self.attention:
             parameter.requires_grad_(False)
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.descent = Descent(config.momentum, config.weight_decay)
-        self.descent.learn([*head.first.values(), head.first_bias, *head.rest.parameters()])
+        perceptron = [*head.first.values(), head.first_bias, *head.rest.parameters()]
+        # A frozen attention has no gradient, so SGD leaves it alone: no decay either. It is a group
+        # of its own, since the fused kernel begins the momenta of a group together.
+        self.optimizer = torch.optim.SGD(
+            [{"params": perceptron}, {"params": self.attention}],
+            lr=config.learning_rate,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
 
     def run(self, train: Rows, validation: Rows | None) -> History:
         """Train, and leave the head with the weights of the epoch that validation chooses.
@@ -374,26 +231,20 @@ class HeadTrainer:
         plan = Plan.of(steps, config.epochs, config.warmup_epochs, config.freeze_epochs)
         at = self._begin(plan)
         with track("train", plan.epochs * plan.steps, "steps") as task:
-            task.advance(at.epoch * plan.steps + at.step)
+            task.advance(at.epoch * plan.steps)
             while not self._is_over(plan, at):
                 if at.epoch >= plan.frozen:
                     self.thaw()
-                # the epoch's own order, also where it was interrupted: the rows of its finished
-                # steps are then skipped
-                self.generator.set_state(at.order)
-                self._epoch(train, size, plan, at, task)
-                self._end_epoch(validation, plan, at)
+                loss = self._epoch(train, size, plan.rates(at.epoch), task)
+                self._end_epoch(validation, loss, at)
                 self._save(at)
         self.head.load_state_dict(at.chosen_weights)
         return at.history
 
     def thaw(self) -> None:
         """Let the attention learn."""
-        # Not before: a descent that knows a parameter decays it, and moves it by its momentum, also
-        # where the gradient is zero. What it does not know keeps its very bits.
         for parameter in self.attention:
             parameter.requires_grad_(True)
-        self.descent.learn(self.attention)
 
     def _is_over(self, plan: Plan, at: Position) -> bool:
         """Whether all epochs are done, or too many since the one whose weights were kept."""
@@ -408,83 +259,62 @@ class HeadTrainer:
         """The start, or the position of the newest checkpoint."""
         checkpoint = self.keeper.latest()
         if checkpoint is None:
-            order = self.generator.get_state()
-            return Position(order, torch.zeros((), device=self.config.device, dtype=torch.float32))
-        # Momenta are filled by their number, so there must be as many as when they were written: a
-        # checkpoint between two epochs was written before the next one thawed.
-        epoch, step = checkpoint.numbers()
-        was_thawed = epoch > plan.frozen or (epoch == plan.frozen and step > 0)
-        if was_thawed:
+            return Position()
+        if checkpoint.n_epochs() > plan.frozen:  # then the attention has momenta, too
             self.thaw()
-        stateful = [*self.stateful, self.descent]
-        return unpack(checkpoint, self.head, self.descent.momenta, stateful)
+        return unpack(checkpoint, self.head, self.optimizer, self.generator, self.stateful)
 
     def _save(self, at: Position) -> None:
         def make() -> Checkpoint:
-            return pack(at, self.head, self.descent.momenta, [*self.stateful, self.descent])
+            return pack(at, self.head, self.optimizer, self.generator, self.stateful)
 
         self.keeper.save(make)
 
-    def _epoch(self, train: Rows, size: int, plan: Plan, at: Position, task: Task) -> None:
-        """The rest of one pass."""
-        self.head.train()
-        self.begin_steps(train, size)
-        batches = train.steps(size, self.generator, at.step)
-        rates = plan.rates(at.epoch, at.step)
+    def _epoch(self, train: Rows, size: int, rates: Sequence[float], task: Task) -> float:
+        """One pass; returns its mean loss."""
+        # Of several processes shared anew in every epoch: the attention thaws between two of them,
+        # and torch adds gradients in an order that it settles in the first step. So a resumed run
+        # adds in the same order.
+        self.network = self.world.shared(self.head)
+        self.network.train()
+        total = torch.zeros((), device=self.config.device, dtype=torch.float32)
+        batches = train.steps(size, self.generator)
         for batch, rate in zip(batches, rates, strict=True):
-            at.total += self._step(batch, self.config.learning_rate * rate)
-            at.step += 1
+            total += self.step(batch, self.config.learning_rate * rate)
             task.advance(1)
-            if self.keeper.due():
-                self._save(at)
-        self.descent.end()
-        self.head.products = {}
+        return float(total) / len(rates)
 
-    def begin_steps(self, train: Rows, size: int) -> None:
-        """Begin the steps of an epoch.
-
-        Where all of them see the same few texts, the products of the texts are trained.
-        """
-        if texts_stay(train, size):
-            text = train.source.text.to(self.config.device)
-            self.descent.begin(text, self.head.text_matrices())
-        else:
-            self.descent.begin(torch.empty(0, 0, dtype=torch.float32), [])
-        self.head.products = self.descent.products
-
-    def _step(self, batch: Batch, rate: float) -> Tensor:
+    def step(self, batch: Batch, rate: float) -> Tensor:
         """One step on the rows of all processes; returns their mean loss."""
         config = self.config
         part = batch.rows(self.world.mine(len(batch.index)))
         rows = part.to(config.device)
         is_bf16 = config.precision == "bf16"
         with torch.autocast(config.device.type, torch.bfloat16, enabled=is_bf16):
-            logit = self.head(rows)
+            logit = self.network(rows)
         mean = self.loss(rows, logit)  # also without rows: it may count over all processes
         share = len(part.index) / len(batch.index)
         if share:
             loss = mean * share  # the sum over the processes is the mean over all rows
         else:
             loss = logit.sum()  # a sum of nothing, so that gradients are there, and zero
-        loss.backward()
+        self.optimizer.zero_grad(set_to_none=True)
+        (loss * self.world.size).backward()  # gradients are averaged over the processes
         value = loss.detach()
-        gradients = [cast("Tensor", moving.leaf.grad) for moving in self.descent.moving]
-        self.world.sum_([*gradients, value])
-        self.descent.step(rate)
+        self.world.sum_(value)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
         return value
 
-    def _end_epoch(self, validation: Rows | None, plan: Plan, at: Position) -> None:
+    def _end_epoch(self, validation: Rows | None, loss: float, at: Position) -> None:
         """Note the epoch's figures, and keep its weights if validation chooses them."""
         history = at.history
-        mean = float(at.total) / plan.steps
-        history.loss.append(finite_mean(mean, self.config.learning_rate))
+        history.loss.append(finite_mean(loss, self.config.learning_rate))
         if self._is_chosen(validation, history):
             history.kept_epoch = at.epoch
             at.chosen_weights = copy.deepcopy(self.head.state_dict())
         at.epoch += 1
-        at.step = 0
-        at.total = torch.zeros_like(at.total)
-        at.order = self.generator.get_state()
 
     def _is_chosen(self, validation: Rows | None, history: History) -> bool:
         """Whether validation chooses this epoch; its AUROC goes into the history."""
@@ -522,16 +352,6 @@ def warn_of_slow_bfloat16(config: TrainConfig) -> None:
             "this processor has no products of bfloat16: "
             "training takes many times as long as with fp32"
         )
-
-
-def texts_stay(train: Rows, size: int) -> bool:
-    """Whether all steps see the same texts, so few that their products are the cheaper ones."""
-    source = train.source
-    if source.pool_size is not None:
-        return False
-    if size * len(source.text) > TILE_CELLS:  # of so many weights the attention takes tiles
-        return False
-    return texts_first(size, *source.text.shape)
 
 
 def require_shares(n_rows: int, world: World) -> None:

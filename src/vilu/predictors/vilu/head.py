@@ -186,9 +186,9 @@ class HeadPredictor(FailurePredictor):
 class HeadGraph(nn.Module):
     """Mean of sigmoid(g) over heads, as a graph."""
 
-    def __init__(self, heads: list[FailureHead], logit_scale: float) -> None:
+    def __init__(self, heads: list[FailureHead]) -> None:
         super().__init__()
-        self.heads = nn.ModuleList(head.folded(logit_scale) for head in heads)
+        self.heads = nn.ModuleList(heads)
 
     def forward(self, batch: Batch) -> Tensor:
         """(N,) float64."""
@@ -199,7 +199,7 @@ class HeadGraph(nn.Module):
 
 def head_graph(predictor: HeadPredictor) -> nn.Module:
     """The ``graph`` of heads whose probabilities are averaged."""
-    return HeadGraph(predictor.heads, predictor.fitted_space.logit_scale)
+    return HeadGraph(predictor.heads)
 
 
 def head_coalitions(predictor: HeadPredictor) -> Coalitions:
