@@ -281,3 +281,10 @@ def plugins() -> list[str]:
     """The plugins of this process: those of ``VILU_PLUGINS``, and those imported by their names."""
     of_user = [module for module in os.environ.get(PLUGINS, "").split(",") if module]
     return list(dict.fromkeys([*of_user, *IMPORTED]))
+
+
+METHODS = Catalogue[Any]("method", "vilu.predictors")
+"""All methods by their names, for whoever needs the names and must not import the methods.
+
+``vilu.predictors.contract.catalogue.PREDICTORS`` is the same catalogue with its types.
+"""

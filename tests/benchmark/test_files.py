@@ -138,7 +138,7 @@ def test_a_file_goes_before_a_study(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("name", ["nothing", "here/nothing", "her", "here/", ".", ""])
 def test_what_is_no_study_lists_them(name: str) -> None:
-    with pytest.raises(UsageError, match=r"neither a file nor a study .* clip/labels, .* methods"):
+    with pytest.raises(UsageError, match=r"no file and no study .* clip/labels, .* methods"):
         load_configs([name])
 
 

@@ -391,6 +391,7 @@ def outcomes(
 
 
 NOT_CALLED = {
+    "tune_process",  # of a whole process; tests/test_process.py
     *(
         "__version__",
         "metrics",

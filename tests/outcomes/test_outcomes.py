@@ -160,6 +160,7 @@ def test_parquet_columns_are_typed_and_null_where_unknown(tmp_path: Path) -> Non
         "failure": "int8",
         "reason": "string",
         "score_name": "string",
+        "answer": "string",
     }
     rows = table.to_pylist()
     assert rows[1] == {
@@ -173,6 +174,7 @@ def test_parquet_columns_are_typed_and_null_where_unknown(tmp_path: Path) -> Non
         "failure": 1,
         "reason": "nonfinite",
         "score_name": "mcm",
+        "answer": "zero_shot",
     }
     assert rows[2]["failure"] is None
     assert rows[2]["label"] is None
@@ -183,8 +185,10 @@ def test_csv_is_plain_and_spreadsheets_run_nothing_in_it(tmp_path: Path) -> None
     full().save(tmp_path / "a.csv")
     raw = (tmp_path / "a.csv").read_bytes()
     assert b"\r" not in raw
-    header = b"row_id,key,pred,pred_name,label,label_name,uncertainty,failure,reason,score_name\n"
-    assert raw.startswith(header)
+    header = (
+        b"row_id,key,pred,pred_name,label,label_name,uncertainty,failure,reason,score_name,answer"
+    )
+    assert raw.splitlines()[0] == header
     rows = list(csv.DictReader(raw.decode("utf-8").splitlines(keepends=True)))
     assert rows[0]["uncertainty"] == "0.30000000000000004"
     assert rows[1]["key"] == '\'=HYPERLINK("x")'

@@ -634,6 +634,7 @@ def test_counts_and_parts_add_up() -> None:
         "dataset": None,
         "split": None,
         "seed": None,
+        "answer": "zero_shot",
     }
     run = ScoreRun(
         n_in=12, n_candidate=7, rows_per_part=3, is_probability=True, provenance={}, **same

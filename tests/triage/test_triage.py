@@ -66,7 +66,7 @@ def test_from_photos_to_a_guarantee_that_holds(begun: Folder) -> None:
     guarantee = Calibration.load(output / "predictor")
     assert guarantee.rule is not None
     assert guarantee.rule.method == "anytime"
-    assert "at whatever moment one looks" in (guarantee.guarantee or "")
+    assert "at whatever moment one looks" in (guarantee.guarantee_text or "")
     page = (output / "report.html").read_text(encoding="utf-8")
     assert "Guaranteed: at most 10.0% wrong" in page
     assert "<script" not in page

@@ -129,7 +129,7 @@ def test_next_for_a_store_and_a_predictor(
     )
     run(*arguments, "-o", tmp_path / "one.csv")
     first = rows(tmp_path / "one.csv")
-    assert sorted(row["stream"] for row in first) == ["fit"] * 10 + ["calibration"] * 10
+    assert sorted(row["stream"] for row in first) == ["calibration"] * 10 + ["fit"] * 10
     run(*arguments, "-o", tmp_path / "two.csv", "--labels", tmp_path / "one.csv")
     assert not {row["path"] for row in first} & {row["path"] for row in rows(tmp_path / "two.csv")}
     run(*arguments, "-o", tmp_path / "one.csv", code=2)

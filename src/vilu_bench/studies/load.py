@@ -69,8 +69,8 @@ def find_studies(name: Path | str) -> list[Path]:
     chosen = [study for study in studies if study == str(name) or study.startswith(f"{name}/")]
     if not chosen:
         raise UsageError(
-            f"{name} is neither a file nor a study that comes along. "
-            f"These come along: {', '.join(studies)}."
+            f"{name} does not exist: there is no file and no study of this name. "
+            f"Studies that come with vilu_bench: {', '.join(studies)}."
         )
     return [CONFIGS / f"{study}.toml" for study in chosen]
 

@@ -6,9 +6,8 @@ import dataclasses
 import inspect
 
 from vilu.errors import UsageError, nearest
-from vilu.predictors.contract.known_methods import METHODS
 from vilu.predictors.contract.predictor import FailurePredictor
-from vilu.registry import ADDERS, Catalogue
+from vilu.registry import ADDERS, METHODS, Catalogue
 
 # ``vilu.predictors`` puts ours in
 PREDICTORS: Catalogue[type[FailurePredictor]] = METHODS

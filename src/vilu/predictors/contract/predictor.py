@@ -335,11 +335,14 @@ class FailurePredictor(ABC):
             UsageError: If the method has none.
 
         Examples:
-            >>> import numpy as np, vilu
-            >>> data = vilu.Embeddings(np.eye(2)[[0, 0, 1, 1]], np.eye(2), [0, 0, 1, 1])
+            >>> import numpy as np, torch, vilu
+            >>> angle = np.linspace(0, np.pi / 2, 100)
+            >>> image = np.c_[np.cos(angle), np.sin(angle)]
+            >>> data = vilu.Embeddings(image, np.eye(2), np.repeat([0, 1], [70, 30]))
             >>> probe = vilu.PREDICTORS["linear_probe"]().fit(data)
-            >>> probe.log_posterior(next(data.batches(4))).argmax(dim=1).tolist()
-            [0, 0, 1, 1]
+            >>> first = next(data.batches(100, rows=torch.tensor([0, 99])))
+            >>> probe.log_posterior(first).argmax(dim=1).tolist()
+            [0, 1]
         """
         raise self._without_posterior()
 
@@ -748,11 +751,12 @@ class FailurePredictor(ABC):
             raise self._without_posterior()
 
     def _without_posterior(self) -> UsageError:
-        from vilu.predictors.contract.known_methods import methods_with_posterior
+        from vilu.registry import METHODS
 
+        able = [name for name in METHODS.names() if METHODS[name].has_posterior]
         return UsageError(
             f"{self.name} has no posterior of its own, so it knows no other answer than the "
-            f"zero-shot one. Take one of {', '.join(methods_with_posterior())}, or leave "
+            f"zero-shot one. Take one of {', '.join(able)}, or leave "
             'answer="adapted" out.'
         )
 
