@@ -1,4 +1,4 @@
-"""The common part of methods that know their classes from labelled images."""
+"""The common part of methods that learn their classes from labelled images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vilu.predictors.contract.predictor import CLASSES, FailurePredictor
 
 @dataclasses.dataclass
 class ClosedSet(FailurePredictor):
-    """A method that learns what it knows class by class, and scores those classes only."""
+    """A method that is fitted class by class, and scores only the classes of the fit."""
 
     closed_set: ClassVar[bool] = True
     no_captions: ClassVar[str | None] = (
@@ -26,9 +26,9 @@ class ClosedSet(FailurePredictor):
     device: str = "auto"
 
     def classes_of(self, text: Tensor) -> Tensor:
-        """(K,) position of every candidate (K, D) among the learned ``classes``.
+        """Index (K,) of every candidate (K, D) among the learned ``classes``.
 
-        A class is recognised by its text's embedding.
+        A class is recognised by the embedding of its text.
         """
         cosine, match = nearest(text, self.tensor(CLASSES, text.device))
         n_unknown = int((cosine < SAME_TEXT).sum())
@@ -40,7 +40,7 @@ class ClosedSet(FailurePredictor):
         return match
 
     def _misfit(self, n_candidates: int, why: str) -> ProvenanceError:
-        """The error for candidates that are not the learned classes."""
+        """Error that is raised when the candidates are not the learned classes."""
         return ProvenanceError(
             f"{self.name} scores the {len(self.learned_[CLASSES])} classes that it was fitted on. "
             f"Of the {n_candidates} candidates here {why}. Fit it on these classes, "
@@ -48,5 +48,5 @@ class ClosedSet(FailurePredictor):
         )
 
     def answer_of(self, batch: Batch) -> Tensor:
-        """(B,) zero-shot answers among the learned classes."""
+        """Index (B,) of the judged answer of every row among the learned ``classes``."""
         return self.classes_of(batch.text)[batch.prediction]
