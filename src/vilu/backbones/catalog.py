@@ -159,7 +159,7 @@ def _require_activation(file: Path, model: NamedBackbone) -> None:
         raise ProvenanceError(
             f"the weights of {model.title} want quick_gelu {json.dumps(model.quick_gelu)}, and "
             f"model_cfg in {file} has {json.dumps(quick_gelu)}: every embedding would be wrong. "
-            "Correct it in this file, if these are the weights."
+            "Correct the file if the weights are those of this model."
         )
 
 

@@ -31,10 +31,11 @@ def near_copies(
     The indices count the ``rows`` (M,), from 0. Rows with equal numbers are one group, and
     ``len(np.unique(...))`` is the number of groups.
 
-    A row joins the first group whose first row it is a near copy of. If there is no such group, the
-    row starts a new group. So two rows of a group need not be near copies of each other
-    (``first_alike``). For an image-caption pair only the image is compared. The cosines are
-    computed block by block; the M embeddings are in memory.
+    A row is compared with the first row of every group, in order. It joins the first group where
+    the two rows are near copies. If there is no such group, the row starts a new group. So two rows
+    of a group need not be near copies of each other (``first_alike``). For an image-caption pair
+    only the image is compared. The cosines are computed block by block; the M embeddings are in
+    memory.
 
     Args:
         source: Source of the rows.

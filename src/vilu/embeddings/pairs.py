@@ -609,6 +609,7 @@ def require_full_pools(n_rows: int, pool_size: int, what: str) -> None:
     """Raise DataError if ``n_rows`` pairs do not fill one pool."""
     if n_rows < pool_size:
         raise DataError(
-            f"{what} has {n_rows} usable pairs, and a pool has {pool_size}: its size is the number "
-            "of candidates, so it is never cut short. Give more pairs or a smaller --pool-size."
+            f"{what} has {n_rows} usable pairs, and a pool has {pool_size}. The size of a pool is "
+            "the number of candidates, so a pool is never shortened. Give more pairs or a smaller "
+            "--pool-size."
         )

@@ -415,8 +415,8 @@ class EmbeddingSource(ABC):
 
     def __array__(self, *_: object, **_more: object) -> NoReturn:
         raise UsageError(
-            "a source of embeddings is no array, so what takes arrays, as scikit-learn's "
-            "cross-validation does, cannot take it. Take rows of it: data.take(rows)."
+            "a source of embeddings is no array, so functions that take arrays, such as "
+            "scikit-learn's cross-validation, cannot use it. Select rows with data.take(rows)."
         )
 
     @property
@@ -583,7 +583,8 @@ class EmbeddingSource(ABC):
         """
         if self.pool_size is not None:
             raise UsageError(
-                "image-caption pairs are matched in pools, so some of them are another problem."
+                "image-caption pairs are matched in pools, so a part of them would be a different "
+                "problem. Use all pairs."
             )
         names = self.columns
         if columns is not None:

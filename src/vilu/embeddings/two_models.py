@@ -102,7 +102,7 @@ def rows_of_second(first: EmbeddingSource, second: EmbeddingSource) -> NDArray[n
         if repeated.size:
             name = second.ids[int(order[repeated[0]])]
             raise DataError(
-                f"rows are told by their names, and the second source has {name!r} twice. Give "
+                f"rows are found by their names, and the second source has {name!r} twice. Give "
                 "every row a name of its own."
             )
     rank = np.searchsorted(ordered, sought)
@@ -112,8 +112,8 @@ def rows_of_second(first: EmbeddingSource, second: EmbeddingSource) -> NDArray[n
         missing = np.flatnonzero(~is_there)
         raise DataError(
             f"{len(missing)} of {len(first)} rows are not among the {len(second)} of the second "
-            f"source (told by their {by}), for example {first.ids[int(missing[0])]!r}. Embed the "
-            "same images with the second model."
+            f"source (compared by their {by}), for example {first.ids[int(missing[0])]!r}. "
+            "Embed the same images with the second model."
         )
     return np.asarray(order[rank], dtype=np.int64)
 

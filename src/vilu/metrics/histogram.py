@@ -35,10 +35,10 @@ _ONE_BITS = np.float64(1.0).view(np.int64).item()
 def codes(scores: Floats) -> Ints:
     """Codes (N,) int64 of finite scores: equal scores have equal codes, larger scores larger codes.
 
-    The bits of a float64 are such a code. When its low bits are dropped, it is fine near 0, but
-    coarse near 1. Probabilities can be close to both ends. So between 1/2 and 1 the code is taken
-    from the bits of 1 - score, which is exact. To make room for these codes in 64 bits, magnitudes
-    below 2^-512 count as zero.
+    The bits of a float64 would be such a code. But when low bits are dropped, this code would be
+    fine near 0 and coarse near 1. Probabilities can be close to both ends. So between 1/2 and 1 the
+    code is taken from the bits of 1 - score, which is exact. To make room for these codes in 64
+    bits, magnitudes below 2^-512 count as zero.
     """
     size = np.abs(scores)
     bits = size.view(np.int64)
@@ -110,7 +110,7 @@ class Histogram:
         return self._joined([self, other])
 
     def without(self, part: Histogram) -> Histogram:
-        """Histogram without the rows of ``part``, which are some of the rows with wrong answers."""
+        """Histogram without the rows of ``part``, whose answers must all be wrong."""
         return self.counted(self.correct, self.wrong - self.rows_of_part(part))
 
     def against(self, part: Histogram) -> Histogram:

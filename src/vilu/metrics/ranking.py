@@ -1,8 +1,7 @@
-"""How well the uncertainty separates wrong answers from correct ones.
+"""Ranking metrics: AUROC, false positive rate at a true positive rate, and average precision.
 
-AUROC, FPR at a TPR, and average precision.
-
-Every metric is a kernel over ``TieCounts`` (one value per resample) and a function of
+They measure how well the uncertainty separates wrong answers from correct answers. Every metric has
+two forms: a kernel over ``TieCounts``, which gives one value per resample, and a function of
 ``(uncertainty, failure)``.
 """
 

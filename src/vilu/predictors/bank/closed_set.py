@@ -33,18 +33,18 @@ class ClosedSet(FailurePredictor):
         cosine, match = nearest(text, self.tensor(CLASSES, text.device))
         n_unknown = int((cosine < SAME_TEXT).sum())
         if n_unknown:
-            raise self._misfit(len(text), f"{n_unknown} are others")
+            raise self._misfit(len(text), f"{n_unknown} are not among them")
         n_repeated = len(match) - len(match.unique())
         if n_repeated:
-            raise self._misfit(len(text), f"{n_repeated} are nearest to one that is there already")
+            raise self._misfit(len(text), f"{n_repeated} match the class of another one")
         return match
 
     def _misfit(self, n_candidates: int, why: str) -> ProvenanceError:
         """Error that is raised when the candidates are not the learned classes."""
         return ProvenanceError(
             f"{self.name} scores the {len(self.learned_[CLASSES])} classes that it was fitted on. "
-            f"Of the {n_candidates} candidates here {why}. Fit it on these classes, "
-            "or take a method that works on any (see `vilu list predictors`)."
+            f"Of the {n_candidates} candidates of these data {why}. Fit it on the classes of these "
+            "data, or choose a method that works on any classes (see `vilu list predictors`)."
         )
 
     def answer_of(self, batch: Batch) -> Tensor:

@@ -47,8 +47,8 @@ class HeadPredictor(FailurePredictor):
         validation_fraction: Share of the training rows that is held out for selection if ``fit``
             gets no validation set.
         hidden: Widths of the hidden layers of the MLP, which has ``len(hidden) + 1`` layers.
-        epochs: Number of passes over the training rows. None: 35, but more if these are fewer than
-            1,400 steps, and fewer if these are more than 6,000 steps; always from 10 to 300.
+        epochs: Number of passes over the training rows. None: 35 passes, or the number that makes
+            at least 1,400 and at most 6,000 steps, but always from 10 to 300.
         batch_size: Rows per step. None: a fortieth of the training rows, but from 32 to 128.
         learning_rate: Peak learning rate, after a linear warm-up and before a cosine decay to zero.
         momentum: Momentum of SGD.
