@@ -29,8 +29,9 @@ from vilu.extras import import_extra
 CONFIG = "open_clip_config.json"
 WEIGHTS = (".safetensors", ".bin", ".pth")
 IMAGE_PROJECTIONS = ("visual.proj", "visual.head.proj")
+"""Dotted names that the last map of an image tower may have in open_clip."""
 TEXT_PROJECTIONS = ("text_projection", "text.text_projection", "text.proj")
-"""Dotted names of the last map in the text towers of open_clip."""
+"""Dotted names that the last map of a text tower may have in open_clip."""
 
 Transform = Callable[[Image.Image], Tensor]
 
