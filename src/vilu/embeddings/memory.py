@@ -114,7 +114,7 @@ class Embeddings(EmbeddingSource):
                     self._columns[name] = self._columns[name][distinct]
 
     def image_rows(self, index: Tensor) -> Tensor:
-        """(B, D) rows of ``image``.
+        """Rows (B, D) of ``image``.
 
         Examples:
             >>> import numpy as np, torch, vilu
@@ -213,9 +213,9 @@ class PairEmbeddings(PairSource):
         self.columns = frozenset(self._columns)
 
     def picture_rows(self, index: Tensor) -> Tensor:
-        """(B, D) rows of ``image``."""
+        """Rows (B, D) of ``image``."""
         return self.image[index]
 
     def caption_rows(self, index: Tensor) -> Tensor:
-        """(B, D) rows of ``text``."""
+        """Rows (B, D) of ``text``."""
         return self.text[index]

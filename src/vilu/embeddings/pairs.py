@@ -102,28 +102,28 @@ class PairSource(EmbeddingSource):
 
     @cached_property
     def usable_rows(self) -> Tensor:
-        """(M,) indices of the usable pairs that fill pools, in the order of the pools."""
+        """Indices (M,) of the usable pairs that fill pools, in the order of the pools."""
         return self._order(self.pair_rows)
 
     @property
     def pair_rows(self) -> Tensor:
-        """(M,) int64 indices of the usable pairs, ascending, whether or not they fill a pool."""
+        """Indices (M,) int64 of all usable pairs, ascending, whether or not they fill a pool."""
         if self._left is not None:
             return self._left
         return torch.arange(len(self), device="cpu")
 
     @abstractmethod
     def picture_rows(self, index: Tensor) -> Tensor:
-        """(B, D) float32 unit-norm image embeddings."""
+        """Unit-norm image embeddings (B, D) float32."""
 
     @abstractmethod
     def caption_rows(self, index: Tensor) -> Tensor:
-        """(B, D) float32 unit-norm caption embeddings."""
+        """Unit-norm caption embeddings (B, D) float32."""
 
     def of_classes(self, index: Tensor) -> Tensor:
-        """(B,) bool: whether the caption of each row is the text of a class.
+        """Mask (B,) of rows whose caption is the text of a class, which many images share.
 
-        Many images share such a caption.
+        A source may override this method; by default no caption is the text of a class.
         """
         return torch.zeros(len(index), dtype=torch.bool, device="cpu")
 
@@ -133,7 +133,7 @@ class PairSource(EmbeddingSource):
         return self.pools.size
 
     def image_rows(self, index: Tensor) -> Tensor:
-        """(B, D) the queries: images, or captions if the direction is "text_to_image"."""
+        """Queries (B, D): images, or captions if the direction is "text_to_image"."""
         if self.pools.direction == "image_to_text":
             return self.picture_rows(index)
         return self.caption_rows(index)
@@ -222,7 +222,7 @@ class PairSource(EmbeddingSource):
         return batches
 
     def _have_repeats(self, rows: Tensor) -> Tensor:
-        """(P,) bool: whether rows (P * size, D) of each pool may be equal, by their keys."""
+        """Mask (P,) of pools in which rows (P * size, D) may be equal, judged by their keys."""
         keys = row_keys(rows).view(-1, self.pools.size).sort(dim=1).values
         return (keys[:, 1:] == keys[:, :-1]).any(dim=1)
 
@@ -368,7 +368,7 @@ class PseudoCaptions(PairSource):
             self.ids = PrefixedIds(self, names)
 
     def picture_rows(self, index: Tensor) -> Tensor:
-        """(B, D) image embeddings, from the sources."""
+        """Image embeddings (B, D) from the sources."""
         pictures = self._text.new_empty(len(index), self.space.embed_dim)
         for i, source in enumerate(self.sources):
             here, rows = self._of_source(i, index)
@@ -379,7 +379,7 @@ class PseudoCaptions(PairSource):
         return pictures
 
     def caption_rows(self, index: Tensor) -> Tensor:
-        """(B, D) class texts, or the own captions of rows whose source has captions."""
+        """Captions (B, D): class texts, or the own captions of rows whose source has captions."""
         captions = self._text[self._caption[index]]
         for i, source in enumerate(self.sources):
             if isinstance(source, PairSource):
@@ -396,7 +396,7 @@ class PseudoCaptions(PairSource):
         return common
 
     def identities(self, by: Identity, rows: NDArray[np.int64] | None = None) -> NDArray[np.uint64]:
-        """(M,) identities of the rows in their own sources.
+        """Identities (M,) of the rows in their own sources.
 
         So a row whose caption is a class text is recognised by its image alone, since the images of
         a class share the caption.
@@ -418,7 +418,7 @@ class PseudoCaptions(PairSource):
         return hashes
 
     def of_classes(self, index: Tensor) -> Tensor:
-        """(B,) bool: whether the source of each row has no captions of its own.
+        """Mask (B,) of rows whose source has no captions of its own.
 
         Examples:
             >>> import numpy as np, torch, vilu

@@ -41,7 +41,7 @@ class Rows:
 
     @property
     def outside(self) -> Tensor:
-        """(E,) int64 indices of the rows of none of the classes: ``examples``, or their default.
+        """Indices (E,) int64 of rows of none of the classes: ``examples``, or their default.
 
         The default has usable rows only.
         """

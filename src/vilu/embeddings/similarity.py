@@ -54,7 +54,7 @@ class ZeroShot(NamedTuple):
 
     @property
     def max_probability(self) -> Tensor:
-        """(B,) max_j p_j of the zero-shot posterior (MCM's confidence)."""
+        """Largest probability (B,) max_j p_j of the zero-shot posterior (the confidence of MCM)."""
         return (self.max_logit - self.log_norm).exp()
 
     def at(self, rows: slice | Tensor) -> ZeroShot:
@@ -145,22 +145,22 @@ class Others:
 
     @cached_property
     def gap(self) -> Tensor:
-        """(B,) float64 (s - l_a) / T: the largest other logit minus the answer's logit, over T."""
+        """Gap (s - l_a) / T (B,) float64: largest other logit minus logit of the answer, over T."""
         return (float64(self.second.squeeze(1)) - float64(self.own)) / self.temperature
 
     @property
     def log_odds(self) -> Tensor:
-        """(B,) float64 log((1 - p) / p), accurate even where p is near zero or one."""
+        """Log-odds log((1 - p) / p) (B,) float64, accurate even if p is near zero or one."""
         return self.gap + self.total.log()
 
     @cached_property
     def odds(self) -> Tensor:
-        """(B,) float64 odds (1 - p) / p against the answer."""
+        """Odds (1 - p) / p (B,) float64 against the answer."""
         return self.gap.exp() * self.total
 
     @property
     def doubt(self) -> Tensor:
-        """(B,) float64 1 - p, where p is the probability of the answer."""
+        """Doubt 1 - p (B,) float64, where p is the probability of the answer."""
         return self.odds / (1 + self.odds)
 
     def zero_shot(self, first: Tensor) -> ZeroShot:

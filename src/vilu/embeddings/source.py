@@ -97,7 +97,7 @@ class Batch:
 
     @cached_property
     def logits(self) -> Tensor:
-        """(B, K) float32 logits: logit_scale * cosine + logit_bias, never under autocast."""
+        """Logits (B, K) float32: logit_scale * cosine + logit_bias, never under autocast."""
         with torch.autocast(self.image.device.type, enabled=False):
             logits = (self.image @ self.text.T).mul_(self.logit_scale)
             if self.logit_bias:
@@ -125,12 +125,12 @@ class Batch:
 
     @cached_property
     def first_equal(self) -> Tensor:
-        """(K,) int64: for every candidate the first candidate with an equal embedding."""
+        """Index (K,) int64, for every candidate, of the first candidate with equal embedding."""
         return first_equal(self.text)
 
     @property
     def prediction(self) -> Tensor:
-        """(B,) int64 judged answer: the column "answer", or the zero-shot answer if there is none.
+        """Judged answers (B,) int64: the column "answer", or else the zero-shot answers.
 
         The zero-shot answer is the candidate of the largest logit, the first of equal logits.
         """
@@ -140,7 +140,7 @@ class Batch:
 
     @property
     def answer_probability(self) -> Tensor:
-        """(B,) float32 zero-shot probability of the judged answer."""
+        """Zero-shot probability (B,) float32 of the judged answer."""
         if ANSWER not in self.columns:
             return self.zero_shot.max_probability
         of_answer = self.logits.gather(1, self.prediction[:, None]).squeeze(1)
@@ -148,7 +148,7 @@ class Batch:
 
     @cached_property
     def failure(self) -> Tensor:
-        """(B,) int64: 1 where the answer is wrong, 0 where it is right, -1 where it is unknown."""
+        """Failures (B,) int64: 1 if the answer is wrong, 0 if it is right, -1 if unknown."""
         answer = self.prediction
         target = self.target.clamp(min=0)
         if self.same is not None:
@@ -161,7 +161,7 @@ class Batch:
 
     @property
     def target_log_probability(self) -> Tensor:
-        """(B,) float32 log p_y, the zero-shot log-probability of the target y.
+        """Zero-shot log-probability log p_y (B,) float32 of the target y.
 
         It is -inf for a row that is of none of the candidates. For a row with an unknown target it
         is the log-probability of candidate 0.
@@ -185,7 +185,7 @@ class Batch:
             return cosine * self.logit_scale + self.logit_bias - self.zero_shot.log_norm
 
     def log_probability(self, logits: Tensor, answer: Tensor) -> Tensor:
-        """(B,) log-probability of the answers (B,) under softmax(logits (B, K)).
+        """Log-probability (B,) of the answers (B,) under softmax(logits (B, K)).
 
         The probabilities of all candidates that are the same answer are added up.
 
@@ -206,7 +206,7 @@ class Batch:
         return same_answer_logits.logsumexp(dim=1) - logits.logsumexp(dim=1)
 
     def alike(self, answer: Tensor) -> Tensor:
-        """(B, K) bool: whether each candidate is the same answer as the candidate ``answer`` (B,).
+        """Mask (B, K): whether each candidate is the same answer as the candidate ``answer`` (B,).
 
         Examples:
             >>> import torch, vilu
@@ -300,7 +300,7 @@ class PooledBatch(Batch):
 
     @cached_property
     def logits(self) -> Tensor:
-        """(B, K) float32 zero-shot logits of every row, with the candidates of its own pool."""
+        """Zero-shot logits (B, K) float32 of every row, with the candidates of its own pool."""
         size = self.text.shape[1]
         with torch.autocast(self.image.device.type, enabled=False):
             logits = self.image.new_empty(len(self.image), size)
@@ -426,7 +426,7 @@ class EmbeddingSource(ABC):
 
     @abstractmethod
     def image_rows(self, index: Tensor) -> Tensor:
-        """(B, D) float32 image embeddings of the rows ``index`` (int64)."""
+        """Image embeddings (B, D) float32 of the rows ``index`` (B,) int64."""
 
     def candidates(self, index: Tensor) -> Candidates:
         """Candidates of the rows ``index``: the shared ones, or the captions of these rows."""
@@ -458,7 +458,7 @@ class EmbeddingSource(ABC):
 
     @cached_property
     def status(self) -> NDArray[np.uint8]:
-        """(N,) status code of every row: 0 if the embedding is usable, else an index of ``STATUS``.
+        """Status codes (N,): 0 if the embedding is usable, else an index of ``STATUS``.
 
         See ``vilu.embeddings.checks``. By default all rows are usable.
         """
@@ -466,7 +466,7 @@ class EmbeddingSource(ABC):
 
     @cached_property
     def outside(self) -> Tensor:
-        """(N,) bool: whether each row is known to be of none of the candidates.
+        """Mask (N,) of rows that are known to be of none of the candidates.
 
         The target of such a row is -1, and any answer is wrong.
         """
@@ -474,7 +474,7 @@ class EmbeddingSource(ABC):
 
     @cached_property
     def usable_rows(self) -> Tensor:
-        """(M,) int64 indices of the usable rows, in the order of scoring.
+        """Indices (M,) int64 of the usable rows, in the order of scoring.
 
         Consecutive rows of this order form the pools.
         """
@@ -488,7 +488,7 @@ class EmbeddingSource(ABC):
         return ("embeddings", "names")
 
     def identities(self, by: Identity, rows: NDArray[np.int64] | None = None) -> NDArray[np.uint64]:
-        """(M,) identity hashes of the ``rows`` (M,), by default of all rows.
+        """Identity hashes (M,) of the ``rows`` (M,), by default of all rows.
 
         Equal hashes mean the same row.
 
@@ -512,13 +512,13 @@ class EmbeddingSource(ABC):
         return hashed(self._positions(rows), self._content)
 
     def _positions(self, rows: NDArray[np.int64] | None) -> Tensor:
-        """(M,) int64 tensor of the indices ``rows``, by default of all rows."""
+        """The indices ``rows`` as a tensor (M,) int64, by default the indices of all rows."""
         if rows is not None:
             return torch.from_numpy(rows)
         return torch.arange(len(self), device="cpu")
 
     def picture_identities(self, rows: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
-        """(M,) int64 identities of the pictures of the ``rows`` (M,), by default of all rows.
+        """Identities (M,) int64 of the pictures of the ``rows`` (M,), by default of all rows.
 
         Rows with equal identities show the same picture. An identity is a hash of the encoded bytes
         of the picture, or of its embedding if the bytes are not known. The picture of an
@@ -541,7 +541,7 @@ class EmbeddingSource(ABC):
         return np.where(known, hashes.astype(np.int64), UNKNOWN)
 
     def _picture_hashes(self, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
-        """(M,) hashes of the pictures of the ``rows`` (M,)."""
+        """Hashes (M,) of the pictures of the ``rows`` (M,)."""
         by: Identity = "embeddings"
         if "pictures" in self.identified_by:
             by = "pictures"
@@ -705,7 +705,7 @@ class EmbeddingSource(ABC):
 
 
 def hashed(index: Tensor, content: Callable[[Tensor], Tensor]) -> NDArray[np.uint64]:
-    """(M,) hashes of the content of the rows ``index`` (M,), computed block by block."""
+    """Hashes (M,) of the content of the rows ``index`` (M,), computed block by block."""
     return np.concatenate([hash_rows(content(block)) for block in index.split(HASHED_ROWS)])
 
 
@@ -798,7 +798,7 @@ class Taken(EmbeddingSource):
             self.class_names = tuple(self.class_names[i] for i in classes.tolist())
 
     def image_rows(self, index: Tensor) -> Tensor:
-        """(B, D) image embeddings, from the original source."""
+        """Image embeddings (B, D) from the original source."""
         return self._source.image_rows(self._rows[index])
 
     @property
@@ -807,14 +807,14 @@ class Taken(EmbeddingSource):
         return self._source.identified_by
 
     def identities(self, by: Identity, rows: NDArray[np.int64] | None = None) -> NDArray[np.uint64]:
-        """(M,) identities of the rows, from the original source."""
+        """Identities (M,) of the rows, from the original source."""
         taken = self._rows.numpy()
         if rows is not None:
             taken = taken[rows]
         return self._source.identities(by, taken)
 
     def _picture_hashes(self, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
-        """(M,) hashes of the pictures of the rows, from the original source."""
+        """Hashes (M,) of the pictures of the rows, from the original source."""
         return self._source._picture_hashes(self._rows.numpy()[rows])
 
     def column(self, name: str, index: Tensor) -> Tensor:

@@ -32,37 +32,37 @@ class TieCounts:
 
     @cached_property
     def size(self) -> Ints:
-        """(..., G) number of answers at each score."""
+        """Number (..., G) of answers at each score."""
         return self.correct + self.wrong
 
     @cached_property
     def accepted_correct(self) -> Ints:
-        """(..., G) correct answers whose uncertainty is at most this score."""
+        """Number (..., G) of correct answers whose uncertainty is at most this score."""
         return self.correct.cumsum(-1)
 
     @cached_property
     def accepted_wrong(self) -> Ints:
-        """(..., G) wrong answers whose uncertainty is at most this score."""
+        """Number (..., G) of wrong answers whose uncertainty is at most this score."""
         return self.wrong.cumsum(-1)
 
     @cached_property
     def accepted(self) -> Ints:
-        """(..., G) answers whose uncertainty is at most this score."""
+        """Number (..., G) of answers whose uncertainty is at most this score."""
         return self.accepted_correct + self.accepted_wrong
 
     @property
     def n_correct(self) -> Ints:
-        """(...) number of correct answers."""
+        """Number (...) of correct answers."""
         return self.accepted_correct[..., -1]
 
     @property
     def n_wrong(self) -> Ints:
-        """(...) number of wrong answers."""
+        """Number (...) of wrong answers."""
         return self.accepted_wrong[..., -1]
 
     @property
     def n(self) -> Ints:
-        """(...) number of answers."""
+        """Number (...) of answers."""
         return self.accepted[..., -1]
 
     @cached_property

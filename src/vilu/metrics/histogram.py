@@ -174,7 +174,7 @@ class Histogram:
 
     @property
     def values(self) -> Floats:
-        """(G,) scores in the middle of each bin, ascending.
+        """Scores (G,) in the middle of each bin, ascending.
 
         The first and the last bin end at the smallest and the largest score.
         """
