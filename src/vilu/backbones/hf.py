@@ -1,4 +1,4 @@
-"""Dual encoders of transformers (CLIP, SigLIP and their kin), from the hub or a local folder."""
+"""Dual encoders of transformers (CLIP, SigLIP and similar), from the hub or a local folder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from vilu.errors import ProvenanceError, UsageError
 from vilu.extras import import_extra
 
 MEMBERS = ("get_image_features", "get_text_features", "logit_scale")
-"""What a model of transformers must have to be a dual encoder with a temperature of its own."""
+"""Members by which a model of transformers is recognised as a dual encoder with a logit scale."""
 
 PIXEL_SETTINGS = (
     "do_",
@@ -38,30 +38,33 @@ PIXEL_SETTINGS = (
     "image_std",
     "image_processor",
 )
-"""How the settings of an image processor begin that change pixels."""
+"""Prefixes of those settings of an image processor that change pixels."""
 
 PROBE = Image.new("RGB", (64, 64))
 
 
 @dataclass(frozen=True)
 class Towers:
-    """A model of transformers on its device, and its processor (both untyped there)."""
+    """A model of transformers on its device, and its processor (both untyped in transformers)."""
 
     model: Any
     processor: Any
 
     @property
     def text_length(self) -> int:
-        """Tokens of a text, which is padded to it.
+        """Number of tokens to which every text is padded.
 
-        SigLIP was trained so, and to CLIP it makes no difference.
+        SigLIP was trained with this padding. It does not change the embeddings of CLIP.
         """
         of_tokenizer = self.processor.tokenizer.model_max_length
         of_tower = self.model.config.text_config.max_position_embeddings
         return int(min(of_tokenizer, of_tower))
 
     def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
-        """What the text tower takes; never a mask for SigLIP, which reads its padding."""
+        """Inputs of the text tower.
+
+        SigLIP gets no attention mask, because it also reads the padding.
+        """
         tokens = self.processor(
             text=texts,
             padding="max_length",
@@ -75,31 +78,37 @@ class Towers:
         return inputs
 
     def truncates(self, texts: list[str]) -> list[bool]:
-        """Whether texts have more tokens, with the special ones, than the tower reads."""
+        """Whether each text has more tokens than the tower reads, including special tokens."""
         tokens = self.processor.tokenizer(texts, padding=False, truncation=False, verbose=False)
         return [len(numbers) > self.text_length for numbers in tokens["input_ids"]]
 
     def encode_texts(self, texts: list[str]) -> Tensor:
-        """(M, D)."""
+        """Embeddings (M, D) of M texts, of any norm."""
         return self._features("get_text_features", **self.tokenize(texts))
 
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """(B, D)."""
+        """Embeddings (B, D) of pixels (B, 3, H, W), of any norm."""
         return self._features("get_image_features", pixel_values=pixels)
 
     def _features(self, tower: str, **inputs: Tensor) -> Tensor:
-        """Embeddings from a tower: a tensor in transformers 4, an object with one in 5."""
+        """Embeddings from a tower.
+
+        transformers 4 returns a tensor, transformers 5 an object that contains the tensor.
+        """
         output = getattr(self.model, tower)(**inputs)
         if isinstance(output, Tensor):
             return output
         return cast("Tensor", output.pooler_output)
 
     def pixels(self, image: Image.Image) -> Tensor:
-        """(3, H, W)."""
+        """Pixels (3, H, W) of an image."""
         return cast("Tensor", self.processor(images=image, return_tensors="pt")["pixel_values"][0])
 
     def pixel_settings(self) -> str:
-        """What decides about pixels, as JSON: the class, which says who resizes, and settings."""
+        """Settings that determine the pixels, as JSON.
+
+        They include the class of the image processor, which determines the library that resizes.
+        """
         processor = self.processor.image_processor
         settings = {"class": type(processor).__name__}
         for key, value in processor.to_dict().items():
@@ -109,14 +118,18 @@ class Towers:
 
 
 def _read(transformers: ModuleType, origin: Path | str, name: str) -> tuple[Towers, str]:
-    """Model, processor and the tokenizer's identity; an error where transformers only warns."""
+    """Read model and processor, and return them with the identity of the tokenizer.
+
+    Missing weights raise an error, although transformers only warns.
+    """
     model, report = transformers.AutoModel.from_pretrained(
         origin, dtype=torch.float32, output_loading_info=True
     )
     _require_dual_encoder(model, report, name)
     processor = transformers.AutoProcessor.from_pretrained(origin)
-    # By default transformers resizes with torchvision, which is up to two grey levels off Pillow,
-    # with which CLIP was trained and open_clip resizes; transformers 4 knows the other keyword.
+    # By default transformers resizes with torchvision, whose pixels differ from those of Pillow by
+    # up to two grey levels. CLIP was trained with Pillow, and open_clip resizes with Pillow.
+    # transformers 4 reads the keyword ``use_fast``, transformers 5 the keyword ``backend``.
     processor.image_processor = transformers.AutoImageProcessor.from_pretrained(
         origin, backend="pil", use_fast=False
     )
@@ -138,7 +151,7 @@ def _require_dual_encoder(
     report: Mapping[str, Iterable[object]],
     name: str,
 ) -> None:
-    """Refuse a model that its weights do not fill, or that has not both towers."""
+    """Refuse a model with missing weights, or without an image tower or a text tower."""
     unfilled = sorted(map(str, (*report["missing_keys"], *report["mismatched_keys"])))
     if unfilled:
         raise ProvenanceError(
@@ -153,12 +166,12 @@ def _require_dual_encoder(
 
 
 def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
-    """A dual encoder of transformers with its own processor, logit scale and logit bias.
+    """Load a dual encoder of transformers with its own processor, logit scale and logit bias.
 
     Args:
-        argument: ORG/NAME on the hub, or a folder that ``save_pretrained`` of model and processor
-            wrote.
-        device: Where to put it.
+        argument: ORG/NAME on the hub, or a folder that was written by ``save_pretrained`` of the
+            model and of the processor.
+        device: Device of the model.
         precision: "fp32" or "bf16" (image tower under autocast).
     """
     name, towers, tokenizer = _load_towers(argument)
@@ -197,7 +210,10 @@ def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
 
 
 def _load_towers(argument: str) -> tuple[str, Towers, str]:
-    """Name of the backbone, its towers, and the tokenizer's identity, from a folder or the hub."""
+    """Load the towers from a folder or the hub.
+
+    Returns the name of the backbone, its towers, and the identity of the tokenizer.
+    """
     transformers = import_extra("transformers", "hf")
     folder = Path(argument).expanduser()
     if argument and folder.is_dir():

@@ -1,4 +1,8 @@
-"""Getting weights from disk or hub: silently, quickly when there is no network, and never half."""
+"""Loading of model weights from a folder or from the model hub.
+
+Libraries print nothing while they load, a missing network causes no waiting, and a model that is
+incomplete or damaged raises an error.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +32,13 @@ UNREADABLE = (
     EOFError,
     struct.error,
 )
-"""What foreign code raises on foreign files that are damaged, or made to harm."""
+"""Exceptions that other libraries raise when they read damaged or malicious files."""
 
 PROBES = ["a photo of a dog.", "MiXed Case, ümläuts & 2,048 signs?!"]
 DISTINCT = 5
-"""Different words and signs in the first probe.
+"""Number of different words and signs in the first probe.
 
-Special tokens alone (start, unknown, end, padding) make four.
+A tokenizer that knows no word gives at most four different tokens: start, unknown, end and padding.
 """
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -44,22 +48,29 @@ Loaded = TypeVar("Loaded")
 
 
 def tokenizer_identity(tokenizer: object, encode: Callable[[list[str]], Tensor]) -> str:
-    """Its class and a hash of the tokens of two sentences, which tells vocabularies apart."""
+    """Class of the tokenizer, and a hash of its tokens for two sentences.
+
+    Tokenizers with different vocabularies have different hashes.
+
+    Raises:
+        ProvenanceError: If the vocabulary is missing.
+    """
     tokens = encode(PROBES)
-    # transformers makes up a vocabulary where the tokenizer's files are missing
+    # transformers creates an empty vocabulary if the files of the tokenizer are missing
     if len(tokens[0].unique()) < DISTINCT:
         raise ProvenanceError(
             f"the tokenizer ({type(tokenizer).__name__}) knows none of the words in {PROBES[0]!r}: "
-            "its vocabulary is missing. Put the tokenizer files (tokenizer.json and its kin) "
-            "beside the weights."
+            "its vocabulary is missing. Put the tokenizer files (such as tokenizer.json) beside "
+            "the weights."
         )
     return f"{type(tokenizer).__name__} {digest(tokens.tolist())}"
 
 
 def require_hub_id(text: str) -> str:
-    """``text``, if it names a repository of the model hub.
+    """Return ``text`` if it can be the name of a repository of the model hub.
 
-    If not, it is most often a folder that is not there.
+    Raises:
+        UsageError: If it cannot. Usually such a text is the path of a folder that does not exist.
     """
     if not HUB_ID.fullmatch(text):
         raise UsageError(
@@ -69,11 +80,11 @@ def require_hub_id(text: str) -> str:
 
 
 class _AbsentError(Exception):
-    """Something that a load needs is not there; the message says what."""
+    """A file that a model needs is missing; the message names it."""
 
 
 def load_local(load: Callable[[], Loaded], name: str) -> Loaded:
-    """What ``load`` makes of a local folder, without any network."""
+    """Run ``load`` without network access, to load the model ``name`` from a local folder."""
     try:
         return _run(load, name, offline=True)
     except _AbsentError as error:
@@ -81,35 +92,36 @@ def load_local(load: Callable[[], Loaded], name: str) -> Loaded:
 
 
 def load_cached_first(load: Callable[[], Loaded], name: str, repository: str) -> Loaded:
-    """What ``load`` makes of the hub's local cache; where that lacks something, it may download.
+    """Run ``load`` on the local cache of the hub first; if files are missing, with downloads.
 
-    So a cached model never waits for a network, and does not change under the user. ``load`` raises
-    OSError for what is not there, as the hub, transformers and Python do.
+    So a cached model loads without network access, and it does not change when the model on the hub
+    changes. ``load`` must raise OSError if a file is missing, as the hub, transformers and Python
+    do.
     """
     try:
         return _run(load, name, offline=True)
-    # files that do not go together: perhaps one is not cached yet
+    # A ProvenanceError means that files do not match. Perhaps one of them is not cached yet.
     except (_AbsentError, ProvenanceError) as error:
-        first = error
+        cache_error = error
     if hub_reachable():
         log.info("%s is not in the local cache of the model hub; downloading %s", name, repository)
         try:
             return _run(load, name, offline=False)
         except _AbsentError as error:
             reason = f"the download failed: {error}"
-    elif isinstance(first, ProvenanceError):
-        raise first
+    elif isinstance(cache_error, ProvenanceError):
+        raise cache_error
     else:
         reason = "the hub cannot be reached"
     raise MissingModelError(
         f"{name} is not in the local cache of the model hub, and {reason}. Run `hf download "
         f"{repository}` where there is a network, bring its cache here (HF_HOME) and set "
         "HF_HUB_OFFLINE=1, or name a local folder; the backbone 'compact' needs no hub."
-    ) from first
+    ) from cache_error
 
 
 def _run(load: Callable[[], Loaded], name: str, *, offline: bool) -> Loaded:
-    """Load quietly, and turn what can go wrong into our errors."""
+    """Run ``load`` without output of libraries, and convert their exceptions to errors of vilu."""
     try:
         network = _offline_hub() if offline else nullcontext()
         with quiet(), network:
@@ -135,24 +147,28 @@ def _run(load: Callable[[], Loaded], name: str, *, offline: bool) -> Loaded:
 
 
 def _offline_hub() -> AbstractContextManager[None]:
-    """A block in which the hub's client asks no network; it reads HF_HUB_OFFLINE only once."""
+    """Context in which the client of the hub does not use the network.
+
+    The client reads the environment variable HF_HUB_OFFLINE only when it is imported. So its
+    constant is changed.
+    """
     client = import_module("huggingface_hub.constants")
     return setting(client, HF_HUB_OFFLINE=True)
 
 
 def why_refused(error: Exception) -> str:
-    """Why torch's restricted unpickler would not read a file.
+    """The reason why the restricted unpickler of torch refused a file.
 
-    Its own words tell how to have everything executed, so they are not shown.
+    The message of torch is not shown, because it explains how to execute arbitrary code.
     """
-    asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+    refused = re.search(r"GLOBAL ([\w.]+)", str(error))
     reason = "it is cut short, damaged or something else"
-    if asked:
-        reason = f"it asks for {asked[1]}"
+    if refused:
+        reason = f"it asks for {refused[1]}"
     return f"{reason}, and tensors alone are read"
 
 
 def _brief(error: BaseException) -> str:
-    """The message on one line, without its end where it is long."""
+    """The message of an exception on one line, shortened to 300 characters."""
     message = str(error) or type(error).__name__
     return textwrap.shorten(message, 300, placeholder=" ...").rstrip(".")

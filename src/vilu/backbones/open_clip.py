@@ -1,4 +1,4 @@
-"""Models of OpenCLIP: by name and pretraining tag, from the hub, or from a local folder."""
+"""Models of OpenCLIP, by name and pretraining tag, from the hub or from a local folder."""
 
 from __future__ import annotations
 
@@ -29,52 +29,53 @@ from vilu.extras import import_extra
 CONFIG = "open_clip_config.json"
 WEIGHTS = (".safetensors", ".bin", ".pth")
 IMAGE_PROJECTIONS = ("visual.proj", "visual.head.proj")
+"""Dotted names that the last map of an image tower may have in open_clip."""
 TEXT_PROJECTIONS = ("text_projection", "text.text_projection", "text.proj")
-"""Where the towers of open_clip keep their last map."""
+"""Dotted names that the last map of a text tower may have in open_clip."""
 
 Transform = Callable[[Image.Image], Tensor]
 
 
 class Tokenizer(Protocol):
-    """What open_clip calls a tokenizer."""
+    """The interface of tokenizers in open_clip."""
 
     context_length: int
 
     def __call__(self, texts: list[str], context_length: int | None = None) -> Tensor:
-        """(M, L) token numbers."""
+        """Token numbers (M, L) of M texts."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model is."""
+    """Location of a model."""
 
-    name: str  # of the backbone, free of local paths
-    model: str  # what open_clip calls it, with a schema where there is one
-    repository: str | None  # on the hub; None for a local folder
-    # makes sure that the weights are on this machine; raises OSError where they are not
+    name: str  # name of the backbone, without local paths
+    model: str  # name of the model in open_clip, with a schema such as "hf-hub:" if it has one
+    repository: str | None  # repository on the hub; None for a local folder
+    # makes sure that the weights are on this machine; raises OSError if they cannot be fetched
     fetch: Callable[[], object]
     tag: str | None = None  # pretraining tag of a model without schema
-    # whether the tag's weights want QuickGELU; open_clip only warns when the model has it not
+    # whether the weights need QuickGELU; open_clip only warns if the model does not use it
     quick_gelu: bool = False
 
 
 def load(
     argument: str, device: torch.device, precision: str, *, tanh_gelu: bool = False
 ) -> DualEncoder:
-    """A model of OpenCLIP with its own preprocessing, tokenizer, logit scale and logit bias.
+    """Load a model of OpenCLIP with its own preprocessing, tokenizer, logit scale and logit bias.
 
     Args:
         argument: NAME/TAG, "hf-hub:ORG/NAME", or a folder (also as "local-dir:FOLDER") with
             ``open_clip_config.json`` and weights.
-        device: Where to put it.
+        device: Device of the model.
         precision: "fp32" or "bf16" (image tower under autocast).
-        tanh_gelu: Whether GELU is its tanh approximation, whatever the model's configuration says.
+        tanh_gelu: Whether every GELU is replaced by its tanh approximation.
     """
     open_clip = import_extra("open_clip", "clip")
     source = find_source(open_clip, argument)
     network, transform, tokenizer, identity = _load_model(open_clip, source)
     network = network.eval().requires_grad_(requires_grad=False)
-    # before anything is changed: the hash is of the weights as they are on the disk
+    # hashed before the model is changed, so that the hash is that of the weights on disk
     weights = tensors_hash(network.state_dict())
     if tanh_gelu:
         use_tanh_gelu(network, source.name)
@@ -114,14 +115,14 @@ def load(
 
 
 def _load_model(open_clip: ModuleType, source: Source) -> tuple[Any, Transform, Tokenizer, str]:
-    """Network, preprocessing, tokenizer, and the tokenizer's identity."""
+    """Network, preprocessing, tokenizer, and identity of the tokenizer."""
 
     def read() -> tuple[Any, Transform, Tokenizer, str]:
         source.fetch()
         network, transform = open_clip.create_model_from_pretrained(
             source.model, pretrained=source.tag, force_quick_gelu=source.quick_gelu
         )
-        network.float()  # also where the caller has another default type
+        network.float()  # needed if the caller has changed the default type of torch
         tokenizer = open_clip.get_tokenizer(source.model)
         return network, transform, tokenizer, tokenizer_identity(tokenizer, tokenizer)
 
@@ -131,7 +132,7 @@ def _load_model(open_clip: ModuleType, source: Source) -> tuple[Any, Transform, 
 
 
 def use_tanh_gelu(network: nn.Module, name: str) -> None:
-    """Turn every GELU of a model into its tanh approximation."""
+    """Replace every GELU of a model by its tanh approximation."""
     activations = [module for module in network.modules() if isinstance(module, nn.GELU)]
     if not activations:
         raise ProvenanceError(
@@ -142,30 +143,36 @@ def use_tanh_gelu(network: nn.Module, name: str) -> None:
 
 
 def find_truncated(tokenizer: Tokenizer, texts: list[str]) -> list[bool]:
-    """Of each text, whether a tokenizer of open_clip cuts it off.
+    """Whether a tokenizer of open_clip truncates each text.
 
-    None of them says so. With room for one token more a text that fits has the same tokens, and one
-    that does not has a word where its early end was.
+    The tokenizers do not report it. So every text is tokenized again with room for one more token.
+    If the text fits, its tokens are the same. If it was truncated, the end token is replaced by a
+    word.
     """
     length = tokenizer.context_length
-    with_room = tokenizer(texts, context_length=length + 1)[:, :length]
-    differs = (tokenizer(texts) != with_room).any(dim=1)
+    with_more_room = tokenizer(texts, context_length=length + 1)[:, :length]
+    differs = (tokenizer(texts) != with_more_room).any(dim=1)
     return [bool(is_cut) for is_cut in differs]
 
 
 def find_source(open_clip: ModuleType, argument: str) -> Source:
-    """Where the model that ``argument`` names is."""
+    """Location of the model that ``argument`` names."""
     if argument.startswith("hf-hub:"):
         return _hub_source(open_clip, argument)
     folder = Path(argument.removeprefix("local-dir:")).expanduser()
     if argument.startswith("local-dir:") or (argument and folder.is_dir()):
         name = f"open_clip:{folder.resolve().name}"
-        return Source(name, f"local-dir:{folder}", None, lambda: _require_weights(folder))
+        return Source(
+            name,
+            model=f"local-dir:{folder}",
+            repository=None,
+            fetch=lambda: _require_weights(folder),
+        )
     return _registry_source(open_clip, argument)
 
 
 def _hub_source(open_clip: ModuleType, argument: str) -> Source:
-    """A model of the hub with its configuration, hf-hub:ORG/NAME."""
+    """Location of a model on the hub that has its own configuration, hf-hub:ORG/NAME."""
     repository = require_hub_id(argument.removeprefix("hf-hub:"))
     hub = open_clip.pretrained
 
@@ -177,7 +184,7 @@ def _hub_source(open_clip: ModuleType, argument: str) -> Source:
 
 
 def _registry_source(open_clip: ModuleType, argument: str) -> Source:
-    """A model of open_clip's registry, NAME/TAG."""
+    """Location of a model in the registry of open_clip, NAME/TAG."""
     model, _, tag = argument.partition("/")
     if model not in open_clip.list_models():
         near = difflib.get_close_matches(model, open_clip.list_models(), n=3)
@@ -201,7 +208,7 @@ def _registry_source(open_clip: ModuleType, argument: str) -> Source:
 
 
 def _require_weights(folder: Path) -> None:
-    """Refuse a folder without weights, for which open_clip would build a random model first."""
+    """Refuse a folder without weights, for which open_clip would create a random model."""
     if not (folder / CONFIG).is_file():
         raise MissingModelError(
             f"the folder {folder} has no {CONFIG}; open_clip's `push_to_hf_hub` writes one."

@@ -1,4 +1,4 @@
-"""Class names to candidate embeddings."""
+"""Candidate embeddings from class names and prompt templates."""
 
 from __future__ import annotations
 
@@ -31,15 +31,18 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 }
 """Named sets of prompt templates."""
 
-NEAR_DUPLICATE = 0.999  # cosine of two candidates above which the image hardly decides between them
+NEAR_DUPLICATE = 0.999
+"""If the cosine of two candidates is above this number, images can hardly decide between them."""
 BLOCK = 1024
+"""Number of candidates that are compared with all candidates at a time."""
 
 
 @cache
 def everyday_words() -> tuple[str, ...]:
-    """About 2,200 everyday words of what photos show, to tell images of none of the classes by.
+    """About 2,200 everyday words for things in photos.
 
-    They are ours, under MIT.
+    They help to detect images of none of the classes. The list was written for vilu and has the MIT
+    licence.
     """
     text = (
         resources.files("vilu").joinpath("assets", "everyday_words.txt").read_text(encoding="utf-8")
@@ -50,15 +53,16 @@ def everyday_words() -> tuple[str, ...]:
 def class_texts(
     backbone: Backbone, names: Sequence[str], templates: Sequence[str] = TEMPLATES["default"]
 ) -> Tensor:
-    """(K, D) float32 unit-norm embeddings of K classes: each the mean over templates, normalised.
+    """Unit-norm embeddings (K, D) float32 of K classes.
 
-    Prompt ensembling in embedding space (Radford et al., ICML 2021). Warns of pairs of classes
-    whose embeddings nearly coincide.
+    The embedding of a class is the normalised mean over all templates: prompt ensembling in
+    embedding space (Radford et al., ICML 2021). A warning reports pairs of classes whose embeddings
+    are nearly equal.
 
     Args:
-        backbone: Encodes the prompts.
-        names: K class names; equal ones have the same embedding, to the last bit.
-        templates: Each with one ``{}`` for the name.
+        backbone: Encoder of the prompts.
+        names: K class names. Equal names have exactly the same embedding.
+        templates: Prompt templates, each with one ``{}`` for the name.
     """
     names = (names,) if isinstance(names, str) else tuple(names)
     text = mean_texts(backbone, names, templates)
@@ -67,25 +71,28 @@ def class_texts(
 
 
 def mean_texts(backbone: Backbone, names: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """As ``class_texts``, of words among which no image chooses, so that two may be near."""
+    """As ``class_texts``, but without a warning of nearly equal embeddings.
+
+    It is for words that are no candidates, so that similar words do no harm.
+    """
     return functional.normalize(prompt_texts(backbone, names, templates).mean(dim=1), dim=-1)
 
 
 def prompt_texts(backbone: Backbone, names: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """(K, P, D) float32 unit-norm embeddings of K classes in P prompts, as ``class_texts``."""
+    """Unit-norm embeddings (K, P, D) float32 of K classes in P prompt templates."""
     if not names:
         raise DataError("at least one class name is needed. Got none.")
     check_class_names(names, len(names))
     _check_templates(templates)
-    # each name once: a batch may round equal ones otherwise
+    # Each name is encoded once: equal names in different batches may be rounded differently.
     unique = tuple(dict.fromkeys(names))
     encode = backbone.encode_prompts if isinstance(backbone, DualEncoder) else backbone.encode_texts
     prompts = fill_templates(unique, templates)
     rows = encode(prompts).view(len(unique), len(templates), -1)
     if len(unique) == len(names):
         return rows
-    place = {name: i for i, name in enumerate(unique)}
-    return rows[[place[name] for name in names]]
+    row_of_name = {name: row for row, name in enumerate(unique)}
+    return rows[[row_of_name[name] for name in names]]
 
 
 def _check_templates(templates: Sequence[str]) -> None:
@@ -104,7 +111,7 @@ def _check_templates(templates: Sequence[str]) -> None:
 
 
 def fill_templates(names: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """Every name in every template, name by name."""
+    """Prompts of every name in every template; all prompts of a name are consecutive."""
     prompts: list[str] = []
     for name in names:
         prompts += [template.replace("{}", name) for template in templates]
@@ -112,7 +119,7 @@ def fill_templates(names: Sequence[str], templates: Sequence[str]) -> list[str]:
 
 
 def named_templates(names: Sequence[str]) -> tuple[str, ...]:
-    """Templates, where the names of sets stand for the templates in them."""
+    """Templates, in which the name of a set in ``TEMPLATES`` is replaced by its templates."""
     templates: list[str] = []
     for name in names:
         templates += TEMPLATES.get(name, (name,))
@@ -123,12 +130,12 @@ def _warn_of_near_duplicates(text: Tensor, names: Sequence[str]) -> None:
     pairs: list[tuple[str, str]] = []
     for start in range(0, len(text), BLOCK):
         rows = text[start : start + BLOCK]
-        # above the diagonal each pair stands once
+        # only cosines above the diagonal, so that each pair is found once
         near = (rows @ text[start:].T).triu(diagonal=1) > NEAR_DUPLICATE
         for i, j in torch.nonzero(near).tolist():
             first = names[start + i]
             second = names[start + j]
-            if first != second:  # equal ones are one answer
+            if first != second:  # classes with equal names are the same answer
                 pairs.append((first, second))
     if pairs:
         first, second = pairs[0]

@@ -1,4 +1,7 @@
-"""Checks on arrays from outside, each a DataError that says what is wrong; names and hashes."""
+"""Checks of arrays, names and identifiers that users give, and hashes of rows.
+
+Every check raises a DataError that says what is wrong.
+"""
 
 from __future__ import annotations
 
@@ -23,28 +26,29 @@ NONFINITE = 1
 ZERO_NORM = 2
 SHORT_POOL = 3
 STATUS = ("valid", "nonfinite", "zero_norm", "short_pool")
-"""Meaning of the status codes of rows.
+"""Names of the status codes of rows.
 
-"short_pool": a good embedding, but not one of a full pool.
+"short_pool": the embedding is usable, but the row belongs to no full pool.
 """
 
-NORM_TOLERANCE = 1e-3  # rounding to float16 moves a unit norm by less than this
-# between these no square of a float32 number is lost in a sum of squares in float32
+NORM_TOLERANCE = 1e-3
+"""Tolerance of a unit norm. Rounding to float16 changes a unit norm by less."""
 SAFE_NORMS = (1e-15, 1e15)
-# between these the largest number of a row keeps its direction in float32
+"""Range of float32 norms that are right. Outside it, a square may underflow or overflow."""
 SAFE_VALUES = (1e-30, 1e30)
+"""Range of the largest number of a row in which float32 keeps the direction of the row."""
 
 _FLOATS = {torch.float64, torch.float32, torch.float16, torch.complex64, torch.complex128}
 _SIGNED = {torch.int64, torch.int32, torch.int16, torch.int8}
 _UNSIGNED = {torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.bool}
 NUMPY_TYPES = _FLOATS | _SIGNED | _UNSIGNED
-"""Types of torch that numpy has."""
+"""Data types of torch that numpy has, too."""
 
 
 def as_array(values: ArrayLike | Tensor, name: str) -> NDArray[np.generic]:
-    """An array on the CPU, of what numpy takes or torch holds.
+    """Convert array-likes and tensors to a numpy array on the CPU.
 
-    Types that numpy lacks become float32.
+    A tensor whose data type numpy lacks is converted to float32.
     """
     refuse_masked(values, name)
     try:
@@ -54,18 +58,19 @@ def as_array(values: ArrayLike | Tensor, name: str) -> NDArray[np.generic]:
         if tensor.dtype not in NUMPY_TYPES:
             tensor = tensor.float()
         return tensor.numpy()
-    # ragged lists; what is sparse or quantised
+    # raised by ragged lists, and by sparse or quantised tensors
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"{name} must be an array of numbers: {error}.") from error
 
 
 def as_matrix(values: ArrayLike | Tensor, name: str, *, scaled: bool = True) -> Tensor:
-    """(N, D) float32 on the CPU, D at least 1: a copy.
+    """Convert ``values`` to a new float32 matrix (N, D) on the CPU; D must be at least 1.
 
-    The values may be of any float or integer type, byte order and memory layout.
+    The values may have any float or integer type, byte order and memory layout.
 
-    Rows whose numbers float32 has not are ``scaled`` where only their direction counts; else these
-    become infinite.
+    Some numbers are too large or too small for float32. If ``scaled`` is true, only the direction
+    of rows matters, and rows with such numbers are scaled. Otherwise such numbers become infinite
+    or zero.
     """
     array = as_array(values, name)
     if array.dtype.kind not in "fiu":
@@ -80,7 +85,10 @@ def as_matrix(values: ArrayLike | Tensor, name: str, *, scaled: bool = True) -> 
 
 
 def _within_float32(array: NDArray[Any], name: str) -> NDArray[Any]:
-    """Rows (N, D), those whose numbers float32 cannot hold scaled, which keeps their direction."""
+    """The rows (N, D); rows whose numbers float32 cannot hold are scaled.
+
+    Scaling keeps the direction of a row.
+    """
     largest = np.maximum(array.max(axis=1, initial=0), -array.min(axis=1, initial=0))
     is_safe = (largest > SAFE_VALUES[0]) & (largest < SAFE_VALUES[1])
     is_beyond = np.isfinite(largest) & (largest > 0) & ~is_safe
@@ -89,10 +97,12 @@ def _within_float32(array: NDArray[Any], name: str) -> NDArray[Any]:
     low = largest[is_beyond].min()
     high = largest[is_beyond].max()
     warn_caller(
-        f"{np.count_nonzero(is_beyond)} of {len(array)} {name} rows hold numbers that float32 has "
-        f"not (largest ones {low:.3g} to {high:.3g}); they were scaled, which changes no cosine."
+        f"{np.count_nonzero(is_beyond)} of {len(array)} {name} rows hold numbers that float32 "
+        f"cannot hold (largest numbers {low:.3g} to {high:.3g}). These rows were scaled, which "
+        "changes no cosine."
     )
-    # by the power of two that brings a row's largest number into [1/2, 1): no digit is rounded
+    # A row is scaled by the power of two that brings its largest number into [1/2, 1). A power of
+    # two changes the exponent only, so no digit is lost.
     _, exponents = np.frexp(largest[is_beyond])
     array = array.copy()
     array[is_beyond] = np.ldexp(array[is_beyond], -exponents[:, None])
@@ -100,15 +110,15 @@ def _within_float32(array: NDArray[Any], name: str) -> NDArray[Any]:
 
 
 def row_status(rows: Tensor) -> tuple[NDArray[np.uint8], Tensor]:
-    """Status codes (N,) of the rows of an (N, D) float32 matrix, and their norms (N,).
+    """Status codes (N,) and norms (N,) of the rows of a float32 matrix (N, D).
 
-    A norm is right for all rows, tiny and huge ones included.
+    The norms of rows of very small or very large numbers are right, too.
     """
     norms = torch.linalg.vector_norm(rows, dim=1)
     is_safe = (norms > SAFE_NORMS[0]) & (norms < SAFE_NORMS[1])
-    unsafe = ~is_safe  # rows with NaN, too
+    unsafe = ~is_safe  # includes rows with NaN
     if bool(unsafe.any()):
-        # a square of float32 may have vanished or become infinite; in float64 it does not
+        # A square may underflow or overflow in float32, but not in float64.
         norms = norms.double()
         norms[unsafe] = torch.linalg.vector_norm(rows[unsafe].double(), dim=1)
     status = np.full(len(rows), VALID, dtype=np.uint8)
@@ -118,9 +128,9 @@ def row_status(rows: Tensor) -> tuple[NDArray[np.uint8], Tensor]:
 
 
 def unit_rows(values: ArrayLike | Tensor, name: str) -> tuple[Tensor, NDArray[np.uint8]]:
-    """Rows (N, D) float32 of unit norm and their status.
+    """Rows (N, D) float32 of unit norm, and their status codes (N,).
 
-    Rows that are of unit norm already are left bit for bit.
+    Rows that already have unit norm are not changed. A warning reports rows that were changed.
     """
     rows, status, norms = normalised(as_matrix(values, name))
     norms.warn(name)
@@ -129,12 +139,12 @@ def unit_rows(values: ArrayLike | Tensor, name: str) -> tuple[Tensor, NDArray[np
 
 @dataclass
 class Norms:
-    """Norms of usable rows, and how many of so many rows were not of unit norm and were changed."""
+    """Range of the norms of the usable rows, and the number of rows that were normalised."""
 
-    n_rows: int = 0
-    n_changed: int = 0
-    low: float = math.inf
-    high: float = 0.0
+    n_rows: int = 0  # number of all rows
+    n_changed: int = 0  # rows that did not have unit norm and were normalised
+    low: float = math.inf  # smallest norm
+    high: float = 0.0  # largest norm
 
     def __add__(self, other: Norms) -> Norms:
         return Norms(
@@ -145,7 +155,7 @@ class Norms:
         )
 
     def warn(self, name: str) -> None:
-        """Say that rows were changed, if some were."""
+        """Warn that rows were normalised, if there are any."""
         if self.n_changed:
             warn_caller(
                 f"{self.n_changed} of {self.n_rows} {name} rows are not of unit norm "
@@ -154,22 +164,26 @@ class Norms:
 
 
 def normalised(rows: Tensor) -> tuple[Tensor, NDArray[np.uint8], Norms]:
-    """Rows (N, D) of unit norm, their status (N,), and what their norms were."""
+    """Rows (N, D) of unit norm, their status codes (N,), and their norms before."""
     status, norms = row_status(rows)
     usable = torch.from_numpy(status == VALID)
-    off = usable & ((norms - 1).abs() > NORM_TOLERANCE)
-    if not bool(off.any()):
+    has_other_norm = usable & ((norms - 1).abs() > NORM_TOLERANCE)
+    if not bool(has_other_norm.any()):
         return rows, status, Norms(len(rows))
     low = norms[usable].min().item()
     high = norms[usable].max().item()
     unit = (rows / norms[:, None]).float()
-    # rows that are of unit norm already stay bit for bit
-    unit = torch.where(off[:, None], unit, rows)
-    return unit, status, Norms(len(rows), int(off.sum()), low, high)
+    # rows that already have unit norm are not changed
+    unit = torch.where(has_other_norm[:, None], unit, rows)
+    return unit, status, Norms(len(rows), int(has_other_norm.sum()), low, high)
 
 
 def require_usable(values: ArrayLike | Tensor, name: str) -> Tensor:
-    """Rows of unit norm, at least one and none of them unusable."""
+    """Rows (N, D) of unit norm.
+
+    Raises:
+        DataError: If there is no row, or if a row is not usable.
+    """
     rows, status = unit_rows(values, name)
     if not len(rows):
         raise DataError(f"{name} must have at least one row. Got none.")
@@ -186,9 +200,10 @@ def require_usable(values: ArrayLike | Tensor, name: str) -> Tensor:
 def check_targets(
     values: ArrayLike | Tensor | None, n_rows: int, n_candidates: int
 ) -> tuple[Tensor, Tensor]:
-    """(N,) int64 targets from -1 to K - 1, and (N,) bool, which were -2: none of the classes.
+    """Targets (N,) int64 from -1 to K - 1, and a mask (N,) of rows of none of the classes.
 
-    ``values`` are None where nothing is known.
+    In ``values`` a row of none of the classes has the target -2; its returned target is -1. If
+    ``values`` is None, all targets are unknown.
     """
     if values is None:
         unknown = torch.full((n_rows,), -1, dtype=torch.int64)
@@ -214,7 +229,7 @@ def check_targets(
 def check_answers(
     values: ArrayLike | Tensor, n_rows: int, class_names: Sequence[str] | None, n_candidates: int
 ) -> Tensor:
-    """(N,) int64 answers from 0 to K - 1, of numbers or of names of candidates."""
+    """Answers (N,) int64 from 0 to K - 1; ``values`` are numbers or names of candidates."""
     array = as_array(values, "answer")
     if array.shape != (n_rows,):
         raise DataError(
@@ -238,7 +253,7 @@ def check_answers(
 def _numbers_of(
     names: NDArray[np.generic], class_names: Sequence[str] | None
 ) -> NDArray[np.generic]:
-    """(N,) int64 numbers of the candidates of these names (N,)."""
+    """Indices (N,) int64 of the candidates that have the names (N,)."""
     if class_names is None:
         raise DataError("answer holds names, and the candidates have none: give class_names too.")
     number = {name: row for row, name in enumerate(class_names)}
@@ -254,9 +269,9 @@ def _numbers_of(
 
 
 def check_indices(values: ArrayLike | Tensor, n: int, name: str) -> Tensor:
-    """(M,) int64 whole numbers from 0 to n - 1."""
+    """``values`` (M,) as int64; they must be whole numbers from 0 to n - 1."""
     array = as_array(values, name)
-    is_whole = array.dtype.kind in "iu" or array.size == 0  # an empty list is one of floats
+    is_whole = array.dtype.kind in "iu" or array.size == 0  # numpy makes an empty list float64
     if array.ndim != 1 or not is_whole:
         raise DataError(
             f"{name} must be a vector of whole numbers. "
@@ -270,9 +285,9 @@ def check_indices(values: ArrayLike | Tensor, n: int, name: str) -> Tensor:
 
 
 def check_class_names(names: Sequence[str] | None, n_candidates: int) -> tuple[str, ...] | None:
-    """The K names as a tuple, none blank.
+    """The K class names as a tuple; no name may be blank.
 
-    Names may repeat where the texts do (``source.first_same``).
+    Classes with the same text may have the same name (``source.first_same``).
     """
     if names is None:
         return None
@@ -289,7 +304,7 @@ def check_class_names(names: Sequence[str] | None, n_candidates: int) -> tuple[s
 
 
 def check_ids(ids: Sequence[str] | None, n_rows: int) -> Sequence[str]:
-    """N row identifiers, by default the row numbers."""
+    """The N row identifiers; by default they are the row numbers."""
     if ids is None:
         return RowNumbers(n_rows)
     if len(ids) != n_rows:
@@ -302,7 +317,7 @@ def check_ids(ids: Sequence[str] | None, n_rows: int) -> Sequence[str]:
 
 
 class Identifiers(Sequence[str]):
-    """Identifiers of so many rows, each made when it is asked for."""
+    """Identifiers of ``n_rows`` rows; each identifier is made when it is needed."""
 
     def __init__(self, n_rows: int) -> None:
         self._n_rows = n_rows
@@ -311,8 +326,8 @@ class Identifiers(Sequence[str]):
     def _of(self, row: int) -> str:
         """The identifier of a row.
 
-        A method of each class: a bound one kept as an attribute would make a cycle, which holds
-        files open until it is collected.
+        Subclasses override this method. A bound method in an attribute would be a reference cycle,
+        which would keep files open until the garbage collector runs.
         """
 
     def __len__(self) -> int:
@@ -333,9 +348,9 @@ class Identifiers(Sequence[str]):
 
 
 class RowNumbers(Identifiers):
-    """Identifiers of rows that came without any: "0", "1", ...
+    """Identifiers of rows for which no identifiers were given: "0", "1", ...
 
-    They identify nothing outside their own array.
+    They cannot identify a row in another source.
     """
 
     def _of(self, row: int) -> str:
@@ -346,29 +361,32 @@ class RowNumbers(Identifiers):
 
 
 Identity = Literal["pictures", "embeddings", "names"]
-"""What tells whether two rows are the same.
+"""What is compared to find out whether two rows are the same.
 
-It is the encoded bytes of the pictures; embeddings, where nothing is known of pictures; or
-identifiers, where neither is known. The caption of a pair belongs to it, too.
+"pictures" are the encoded bytes of the pictures, "embeddings" the numbers of the embeddings, and
+"names" the row identifiers. The first two include the caption of an image-caption pair.
 """
 
 HASH_BYTES = 8
 
 
 def hash_of_each(items: Iterable[bytes | memoryview]) -> NDArray[np.uint64]:
-    """(N,) the first 8 bytes of the BLAKE2b hash of each."""
+    """First 8 bytes (N,) of the BLAKE2b hash of each item."""
     digests = b"".join([blake2b(item, digest_size=HASH_BYTES).digest() for item in items])
     return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
 
 
 def hash_names(names: Iterable[str]) -> NDArray[np.uint64]:
-    """(N,) hashes of identifiers."""
+    """Hashes (N,) of identifiers."""
     return hash_of_each(name.encode(errors="surrogatepass") for name in names)
 
 
 def hash_rows(rows: Tensor) -> NDArray[np.uint64]:
-    """(N,) hashes of float rows (N, D), whichever float type they were kept in."""
-    rounded = rows.half() + 0  # + 0 makes -0 a 0
+    """Hashes (N,) of float rows (N, D), which are rounded to float16 first.
+
+    So the hashes of rows that were stored in float16 and in float32 are the same.
+    """
+    rounded = rows.half() + 0  # adding 0 turns -0 into 0
     content = memoryview(rounded.numpy().astype("<f2").tobytes())
     width = 2 * rows.shape[1]
     return hash_of_each(content[start : start + width] for start in range(0, len(content), width))

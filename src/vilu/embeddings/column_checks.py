@@ -1,4 +1,4 @@
-"""Columns from outside, checked: what each must look like stands in ``vilu.embeddings.columns``."""
+"""Checks of columns that users give. ``vilu.embeddings.columns`` defines the columns."""
 
 from __future__ import annotations
 
@@ -25,7 +25,11 @@ def check_columns(
     n_texts: int,
     width: int | None = None,
 ) -> dict[str, Tensor]:
-    """Columns as float32 tensors: known by name, of the right shape, finite, of the right norm."""
+    """Check columns and convert them to float32 tensors.
+
+    Every column must have a known name, the right shape and finite numbers. The columns of
+    ``UNIT_NORM`` must have the width of the embeddings, and are normalised.
+    """
     checked = {}
     for name, values in (columns or {}).items():
         if name not in COLUMNS:
@@ -37,7 +41,7 @@ def check_columns(
             tensor = as_matrix(rows, name, scaled=False)
         else:
             _require_width(name, rows.shape[1], width)
-            if name in IMAGE_COLUMNS:  # an image may be unusable, a candidate may not
+            if name in IMAGE_COLUMNS:  # a row of an image may be unusable, other rows may not
                 tensor, _ = unit_rows(rows, name)
             else:
                 tensor = require_usable(rows, name)
@@ -50,7 +54,7 @@ def check_columns(
 
 
 def _require_shape(name: str, shape: tuple[int, ...], n_rows: int, n_texts: int) -> None:
-    """Refuse a column of other dimensions than its meaning has, or with other entries than rows."""
+    """Refuse a column with a wrong number of dimensions, or a wrong number of entries."""
     n_dims, meaning = COLUMNS[name]
     expected: int | str = "one or more"
     if name in IMAGE_COLUMNS:
@@ -70,7 +74,7 @@ def _require_shape(name: str, shape: tuple[int, ...], n_rows: int, n_texts: int)
 
 
 def _require_width(name: str, actual: int, width: int | None) -> None:
-    """Refuse another width than that of the embeddings, where this is known."""
+    """Refuse a column whose width is not that of the embeddings, if the latter is known."""
     if width and actual != width:
         raise DataError(
             f"column {name!r} must be of the width of the embeddings, {width}. Got {actual}."

@@ -1,4 +1,4 @@
-"""What a source of embeddings may carry beside its embeddings, for the methods that need more."""
+"""Columns: data beside the embeddings that a source may contain, for methods that need more."""
 
 from __future__ import annotations
 
@@ -14,15 +14,19 @@ IMAGE_COLUMNS = {
         "(N, E) embeddings by a second model, whose products with second_text are its logits",
     ),
 }
-"""One entry per image: number of dimensions and meaning."""
+"""Columns with one entry per image: number of dimensions, and meaning."""
 
 ANSWER = "answer"
-"""(N,) int64 rows of ``text``: the answers of another model, which are judged in its place."""
+"""Column (N,) int64 of answers of another model, as rows of ``text``.
+
+If it is there, these answers are judged in place of the zero-shot answers.
+"""
 
 OF_ROWS = frozenset({*IMAGE_COLUMNS, ANSWER})
 """Names of all columns with one entry per row."""
 
-ANY_NORM = frozenset({"features", "second_image"})  # those of images that need not be of unit norm
+ANY_NORM = frozenset({"features", "second_image"})
+"""Columns of images whose rows need not have unit norm."""
 
 TEXT_COLUMNS = {
     "text_features": (2, "(K, F) output of the VLM's text encoder before its projection"),
@@ -32,7 +36,7 @@ TEXT_COLUMNS = {
         "(K, E) embeddings of the candidates by a second model, times its logit scale",
     ),
 }
-"""One entry per candidate."""
+"""Columns with one entry per candidate: number of dimensions, and meaning."""
 
 MODEL_COLUMNS = {
     "image_projection": (2, "(D, F) last linear map of the VLM's image encoder"),
@@ -42,15 +46,15 @@ MODEL_COLUMNS = {
         "(M, D) unit-norm embeddings of everyday words, none of which need be a class",
     ),
 }
-"""Of the model as a whole."""
+"""Columns of the model as a whole: number of dimensions, and meaning."""
 
 COLUMNS = IMAGE_COLUMNS | TEXT_COLUMNS | MODEL_COLUMNS
 
-# those that are compared with the embeddings
 UNIT_NORM = frozenset({"views", "prompts", "negatives"})
+"""Columns whose rows have unit norm, because they are compared with the embeddings."""
 
 SECOND = frozenset({"second_image", "second_text"})
-"""Those that a second source of the same rows brings (``vilu.embeddings.two_models``)."""
+"""Columns that come from a second source of the same rows (``vilu.embeddings.two_models``)."""
 
 HOW = {
     "features": "vilu embed --features",
@@ -63,4 +67,4 @@ HOW = {
         ("text_features", "image_projection", "text_projection"), "vilu embed --features"
     ),
 }
-"""The command that makes a column."""
+"""Command or call that makes each column."""

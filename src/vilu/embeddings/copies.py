@@ -1,4 +1,4 @@
-"""Pictures that are nearly the same: a burst, frames of a film, one photo saved twice."""
+"""Near-duplicate pictures: a burst, frames of a film, one photo saved twice."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from vilu.embeddings.pairs import NEAR_ROWS, PairSource, first_alike
 from vilu.embeddings.source import EmbeddingSource
 
 NEAR_COPY: Final = 0.98
-"""Cosine from which on two photos are taken for one scene: a burst, frames of a film.
+"""Two pictures count as near copies if their cosine is at least this number.
 
-Of 3,000 photos that were taken one by one 0 to 1 % have so near a neighbour by real CLIP (Oxford
-pets, food), of frames of 101 actions 4 %.
+With embeddings of CLIP, 0 to 1 % of 3,000 separately taken photos (Oxford pets, food) have a
+neighbour at this cosine. Of frames of videos of 101 actions 4 % have one.
 """
 
 
@@ -26,19 +26,22 @@ def near_copies(
     cosine: float = NEAR_COPY,
     block_rows: int = NEAR_ROWS,
 ) -> NDArray[np.int64]:
-    """(M,) for every row the index, among the ``rows`` (M,), of the first that it is like.
+    """Group near copies: for every row the index (M,) of the first row of its group.
 
-    A row that is a near copy of no earlier one has its own index. So rows of one number are one
-    group, and ``len(np.unique(...))`` counts the groups. A row
-    belongs to the first group whose first row it is like, so likeness does not chain
-    (``first_alike``). Of a pair its image counts. Cosines are looked at block by block; the M
-    embeddings are in memory.
+    The indices count the ``rows`` (M,), from 0. Rows with equal numbers are one group, and
+    ``len(np.unique(...))`` is the number of groups.
+
+    A row is compared with the first row of every group, in order. It joins the first group where
+    the two rows are near copies. If there is no such group, the row starts a new group. So two rows
+    of a group need not be near copies of each other (``first_alike``). For an image-caption pair
+    only the image is compared. The cosines are computed block by block; the M embeddings are in
+    memory.
 
     Args:
-        source: What the rows are of.
-        rows: Indices of usable rows, in the order in which they may be the first of a group.
-        cosine: From which on a row is a near copy of another one.
-        block_rows: Rows whose likeness with as many others is looked at together.
+        source: Source of the rows.
+        rows: Indices of usable rows. Their order decides which row is the first of a group.
+        cosine: Two rows are near copies if their cosine is at least this number.
+        block_rows: Number of rows that are compared with as many other rows at a time.
 
     Examples:
         >>> import numpy as np, vilu
@@ -52,7 +55,7 @@ def near_copies(
 
 
 def picture_vectors(source: EmbeddingSource, index: Tensor) -> Tensor:
-    """(B, D) embeddings of the pictures of the rows ``index``: of a pair its image."""
+    """Image embeddings (B, D) of the rows ``index``; of a pair the embedding of its image."""
     if isinstance(source, PairSource):
         return source.picture_rows(index)
     return source.image_rows(index)

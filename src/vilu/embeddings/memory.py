@@ -1,4 +1,4 @@
-"""Embeddings in memory, as a source: with shared candidates, or as image-caption pairs.
+"""Sources of embeddings in memory: rows with shared candidates, or image-caption pairs.
 
 Shapes: N rows, K candidate texts, D embedding width.
 """
@@ -37,24 +37,23 @@ class Embeddings(EmbeddingSource):
         image: (N, D) image embeddings, numpy or torch, any float dtype.
         text: (K, D) embeddings of the candidates.
         target: (N,) integer rows of ``text``, -1 where unknown, -2 (``vilu.OUTSIDE``) for pictures
-            of none of the classes; None when no label is known.
+            of none of the classes. None if no label is known.
         logit_scale: Multiplier of the cosine.
         logit_bias: Added to every logit.
         class_names: K names.
         ids: N row identifiers; by default the row numbers.
-        space: Full identity of the space, when known; then ``logit_scale`` and ``logit_bias`` are
-            taken from it.
-        columns: What some methods need beside the embeddings, by name
-            (``vilu.embeddings.columns``); "answer" are N answers of another model, rows of ``text``
-            or names.
+        space: Full identity of the space, if it is known. Then ``logit_scale`` and ``logit_bias``
+            are taken from it.
+        columns: Further data that some methods need, by name (``vilu.embeddings.columns``). The
+            column "answer" has N answers of another model: rows of ``text``, or names of classes.
 
-    What is given is copied. Rows are brought to unit norm (said once as a warning if they were
-    not). An image row with NaN, infinity or zero norm is kept but marked in ``status``: it is never
-    trained on, and its uncertainty is NaN.
+    All arrays are copied. Rows are normalised to unit norm, with a warning if they had another
+    norm. An image row with NaN, infinity or zero norm is kept, but marked in ``status``. It is
+    never used for training, and its uncertainty is NaN.
 
-    Classes whose texts are equal, to the last bit or by name, are one answer: they become one
-    candidate, the first of them, and K, names and targets are those of the candidates that are left
-    (``candidate_of``), which is logged.
+    Classes with exactly equal texts, or with equal names, are one answer. They are merged into
+    their first class, and a warning is logged. Then K, names and targets are those of the merged
+    candidates, and ``candidate_of`` has the candidate of every given class.
 
     Raises:
         DataError: If shapes disagree, a target is not a row of ``text``, a text row is unusable, or
@@ -115,7 +114,7 @@ class Embeddings(EmbeddingSource):
                     self._columns[name] = self._columns[name][distinct]
 
     def image_rows(self, index: Tensor) -> Tensor:
-        """(B, D) rows of ``image``.
+        """Rows (B, D) of ``image``.
 
         Examples:
             >>> import numpy as np, torch, vilu
@@ -151,18 +150,17 @@ class PairEmbeddings(PairSource):
     Args:
         image: (N, D) image embeddings.
         text: (N, D) embeddings of their captions.
-        pool_size: Pairs of a pool; or ``Pools`` for all choices. A number takes the rows as they
-            come.
+        pool_size: Number of pairs of a pool, or ``Pools`` for all choices. With a number, pools are
+            consecutive rows.
         logit_scale: Multiplier of the cosine.
         logit_bias: Added to every logit.
         ids: N row identifiers; by default the row numbers.
-        space: Full identity of the space, when known.
-        columns: What some methods need beside the embeddings, by name
-            (``vilu.embeddings.columns``).
+        space: Full identity of the space, if it is known.
+        columns: Further data that some methods need, by name (``vilu.embeddings.columns``).
 
     Raises:
-        DataError: If the numbers of images and captions differ, a row is unusable, or the pool size
-            does not divide N (a short last pool would be an easier problem).
+        DataError: If the numbers of images and captions differ, if a row is unusable, or if N is
+            not a multiple of the pool size (a short last pool would be an easier problem).
 
     Examples:
         >>> import numpy as np, torch, vilu
@@ -215,9 +213,9 @@ class PairEmbeddings(PairSource):
         self.columns = frozenset(self._columns)
 
     def picture_rows(self, index: Tensor) -> Tensor:
-        """(B, D) rows of ``image``."""
+        """Rows (B, D) of ``image``."""
         return self.image[index]
 
     def caption_rows(self, index: Tensor) -> Tensor:
-        """(B, D) rows of ``text``."""
+        """Rows (B, D) of ``text``."""
         return self.text[index]

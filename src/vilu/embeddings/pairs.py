@@ -1,4 +1,4 @@
-"""Images and captions, each matched against a pool; class texts as captions."""
+"""Image-caption pairs, which are matched in pools, and class texts used as captions."""
 
 from __future__ import annotations
 
@@ -25,38 +25,42 @@ from vilu.validation import checked, checked_fields, require_at_least, require_m
 Direction = Literal["image_to_text", "text_to_image"]
 
 HARD_ROWS = 2**17
-"""Rows among which hard pools are sought.
+"""Number of rows that are sorted into hard pools together.
 
-Their captions are in memory together, 256 MiB at a width of 512.
+The captions of these rows are in memory at the same time: 256 MiB at a width of 512.
 """
 
-NEAR_ROWS = 1024  # rows whose likeness with as many others is looked at together
+NEAR_ROWS = 1024
+"""Rows of a block. The cosines between two blocks are computed together."""
 
 
 @checked_fields
 @dataclass(frozen=True)
 class Pools:
-    """What image-caption pairs are matched against.
+    """How image-caption pairs are grouped into pools.
 
-    It is part of the problem, so it is fixed and recorded, whatever loads the pairs.
+    A row is matched only against the candidates of its own pool. So the pools define how hard the
+    problem is. They are recorded with the results, and they do not depend on how pairs are loaded.
 
     Attributes:
-        size: Rows of a pool: their captions (or images) are the candidates of each of them.
-        direction: "image_to_text" asks for the caption of an image, "text_to_image" for the image
-            of a caption.
-        hard: Whether the rows of a pool are alike (``hard_order`` of each ``HARD_ROWS``), else they
-            are a random choice.
-        near_duplicates: Cosine from which on two captions of a pool are the same answer; None: only
-            equal captions.
-        seed: Of the choice of pools in scoring; None takes the rows as they are stored.
+        size: Number of rows of a pool. The captions (or images) of these rows are the candidates of
+            every row of the pool.
+        direction: "image_to_text" searches the caption of an image, "text_to_image" the image of a
+            caption.
+        hard: If true, the captions of a pool are similar (``hard_order``, applied to blocks of
+            ``HARD_ROWS`` rows). If false, a pool is a random choice of rows.
+        near_duplicates: Two captions of a pool count as the same answer if their cosine is at least
+            this number. None: only equal captions do.
+        seed: Seed of the pools in scoring. None: the rows are taken in the order of the data.
 
     Examples:
         >>> import numpy as np, vilu
         >>> image = [[1.0, 0.0, 0.0], [0.8, 0.6, 0.0], [0.0, 0.0, 1.0]]
-        >>> caption = np.eye(3)[[0, 0, 2]]  # the first two images have the same
+        >>> caption = np.eye(3)[[0, 0, 2]]  # the first two images have the same caption
         >>> data = vilu.Embeddings.pairs(image, caption, vilu.Pools(3, "text_to_image", seed=None))
         >>> (batch,) = data.batches(3)
-        >>> batch.prediction.tolist(), batch.failure.tolist()  # either of the two is right
+        >>> # for this caption both images are right answers
+        >>> batch.prediction.tolist(), batch.failure.tolist()
         ([0, 0, 2], [0, 0, 0])
     """
 
@@ -77,53 +81,59 @@ class Pools:
 class PairSource(EmbeddingSource):
     """Image-caption pairs: row i of the images belongs to row i of the captions.
 
-    Equal captions of a pool are one answer. Image to text they are one candidate, the first of
-    them; text to image the images of equal captions are all right (``Candidates.same``).
+    Equal captions of a pool are the same answer. With "image_to_text" they become one candidate,
+    the first of the equal captions. With "text_to_image" the images of equal captions are all right
+    answers (``Candidates.same``).
 
-    Columns are by what a row is here: those of images belong to what asks, those of candidates to
-    what is found. Text to image, "features" are of captions and "text_features" of images: else a
-    caption would bring its picture along.
+    The row that is matched is the query; it is an image or a caption, depending on the direction.
+    Columns of images belong to the queries, and columns of candidates to the candidates. So with
+    "text_to_image" the column "features" holds features of captions, and "text_features" holds
+    features of images. Otherwise a caption would come with features of its own image, which is the
+    right answer.
 
     Attributes:
-        pools: What is matched against what.
+        pools: How the pairs are grouped into pools.
     """
 
     class_names = None
     pools: Pools
-    # (M,) pairs that ``without`` has left, ascending; None: nothing was left out
+    # (M,) indices of the pairs that ``without`` kept, ascending; None: all pairs
     _left: Tensor | None = None
 
     @cached_property
     def usable_rows(self) -> Tensor:
-        """(M,) positions of the usable pairs that fill pools, in the order of the pools."""
+        """Indices (M,) of the usable pairs that fill pools, in the order of the pools."""
         return self._order(self.pair_rows)
 
     @property
     def pair_rows(self) -> Tensor:
-        """(M,) int64 positions of the usable pairs, ascending, whether or not they fill a pool."""
+        """Indices (M,) int64 of all usable pairs, ascending, whether or not they fill a pool."""
         if self._left is not None:
             return self._left
         return torch.arange(len(self), device="cpu")
 
     @abstractmethod
     def picture_rows(self, index: Tensor) -> Tensor:
-        """(B, D) float32 unit-norm image embeddings."""
+        """Unit-norm image embeddings (B, D) float32."""
 
     @abstractmethod
     def caption_rows(self, index: Tensor) -> Tensor:
-        """(B, D) float32 unit-norm caption embeddings."""
+        """Unit-norm caption embeddings (B, D) float32."""
 
     def of_classes(self, index: Tensor) -> Tensor:
-        """(B,) bool: whether a caption is the text of a class, which many images have."""
+        """Mask (B,) of rows whose caption is the text of a class, which many images share.
+
+        A source may override this method; by default no caption is the text of a class.
+        """
         return torch.zeros(len(index), dtype=torch.bool, device="cpu")
 
     @property
     def n_candidates(self) -> int:
-        """K, at most: the pool size."""
+        """Maximum number K of candidates of a row: the pool size."""
         return self.pools.size
 
     def image_rows(self, index: Tensor) -> Tensor:
-        """(B, D) what asks: images, or captions where the direction is text to image."""
+        """Queries (B, D): images, or captions if the direction is "text_to_image"."""
         if self.pools.direction == "image_to_text":
             return self.picture_rows(index)
         return self.caption_rows(index)
@@ -136,7 +146,7 @@ class PairSource(EmbeddingSource):
 
     @torch_defaults()
     def candidates(self, index: Tensor) -> Candidates:
-        """The captions of the rows themselves, or their images.
+        """Candidates of the rows ``index`` of one pool: the captions, or the images, of these rows.
 
         Examples:
             >>> import numpy as np, torch, vilu
@@ -147,24 +157,23 @@ class PairSource(EmbeddingSource):
         """
         caption = self.caption_rows(index)
         first = first_alike(caption, self.pools.near_duplicates)
-        own = torch.arange(len(index))
-        all_differ = torch.equal(first, own)
+        all_rows = torch.arange(len(index))
+        all_differ = torch.equal(first, all_rows)
         if self.pools.direction == "text_to_image":
             same = None if all_differ else first
-            return Candidates(self.picture_rows(index), own, same, index)
+            return Candidates(self.picture_rows(index), all_rows, same, members=index)
         if all_differ:
-            return Candidates(caption, own, None, index)
+            return Candidates(caption, all_rows, same=None, members=index)
         distinct, target = torch.unique(first, return_inverse=True)
-        return Candidates(caption[distinct], target, None, index[distinct])
+        return Candidates(caption[distinct], target, same=None, members=index[distinct])
 
     def many(
         self, size: int, *, rows: Tensor | None = None, columns: Sequence[str] = ()
     ) -> Iterator[Batch]:
-        """As every source's; a pool in which rows may be equal comes alone."""
-        pool = self.pools.size
+        """As ``EmbeddingSource.many``; a pool with possibly equal rows is a batch of its own."""
         n = self._in_whole_pools(size)
         has_near_duplicates = self.pools.near_duplicates is not None
-        if n <= pool or columns or has_near_duplicates:
+        if n <= self.pools.size or columns or has_near_duplicates:
             yield from self.batches(size, rows=rows, columns=columns)
             return
         if rows is None:
@@ -176,12 +185,12 @@ class PairSource(EmbeddingSource):
             yield from batches
 
     def _in_whole_pools(self, n_rows: int) -> int:
-        """How many of so many rows fill pools."""
+        """Number of rows in the whole pools that ``n_rows`` rows fill."""
         return n_rows // self.pools.size * self.pools.size
 
     @torch_defaults()
     def _pooled(self, index: Tensor) -> list[Batch]:
-        """Batches of pools that follow one another, of those whose rows differ."""
+        """Batches of consecutive pools whose rows all differ; the other pools come one by one."""
         size = self.pools.size
         picture = self.picture_rows(index)
         caption = self.caption_rows(index)
@@ -193,13 +202,13 @@ class PairSource(EmbeddingSource):
             image = caption
             text = picture
         batches: list[Batch] = []
-        for first, last, is_alike in runs(has_repeats.tolist()):
-            part = slice(first * size, last * size)
+        for start, stop, run_has_repeats in runs(has_repeats.tolist()):
+            part = slice(start * size, stop * size)
             rows = index[part]
-            if is_alike:
-                batches += [self._batch(pool, ()) for pool in rows.split(size)]
+            if run_has_repeats:
+                batches += [self._batch(pool, columns=()) for pool in rows.split(size)]
                 continue
-            n_pools = last - first
+            n_pools = stop - start
             batch = PooledBatch(
                 image=image[part],
                 text=text[part].view(n_pools, size, -1),
@@ -213,51 +222,55 @@ class PairSource(EmbeddingSource):
         return batches
 
     def _have_repeats(self, rows: Tensor) -> Tensor:
-        """(P,) bool: the pools in which rows (P * size, D) may be equal, by their keys."""
+        """Mask (P,) of pools in which rows (P * size, D) may be equal, judged by their keys."""
         keys = row_keys(rows).view(-1, self.pools.size).sort(dim=1).values
         return (keys[:, 1:] == keys[:, :-1]).any(dim=1)
 
     @torch_defaults()
     def without(self, rows: NDArray[np.bool_]) -> PairSource:
-        """The source with pools of the rows that are left.
+        """The source without the rows of the mask ``rows`` (N,); the kept rows form new pools.
 
-        The status of rows that are left out, or fill no last pool, is "short_pool".
+        Rows that are left out get the status "short_pool". So do the last rows, if they do not fill
+        a pool.
 
         Raises:
-            DataError: If ``rows`` is no mask (N,), or what is left fills no pool.
+            DataError: If ``rows`` is no mask (N,), or if the kept rows do not fill a pool.
 
         Examples:
             >>> import numpy as np, vilu
             >>> data = vilu.Embeddings.pairs(np.eye(6), np.eye(6), pool_size=2)
             >>> fewer = data.without(np.arange(6) == 1)
-            >>> # pools are whole, so one more row has to go
+            >>> # five rows are kept; they fill two pools of two rows, so the last row is left out
             >>> [batch.index.tolist() for batch in fewer.batches(2)]
             [[0, 2], [3, 4]]
         """
-        gone = require_mask("rows", np.asarray(rows), len(self))
-        if not gone.any():
+        is_left_out = require_mask("rows", np.asarray(rows), len(self))
+        if not is_left_out.any():
             return self
-        stays = torch.from_numpy(~gone)
-        left = self.pair_rows[stays[self.pair_rows]]
+        is_left = torch.from_numpy(~is_left_out)
+        left = self.pair_rows[is_left[self.pair_rows]]
         require_full_pools(len(left), self.pools.size, "what is left")
         fewer = copy.copy(self)
         fewer._left = left
         fewer.usable_rows = self._order(left)
         status = np.full(len(self), SHORT_POOL, np.uint8)
         status[fewer.usable_rows.numpy()] = VALID
-        is_good = np.isin(self.status, (VALID, SHORT_POOL))
-        fewer.status = np.where(is_good, status, self.status)
+        is_usable = np.isin(self.status, (VALID, SHORT_POOL))
+        fewer.status = np.where(is_usable, status, self.status)
         return fewer
 
     def shuffled(self, rows: Tensor, generator: torch.Generator) -> Tensor:
-        """Rows in new pools for one pass of training."""
+        """The rows in the order of new random pools, for one pass of training."""
         rows = super().shuffled(rows, generator)
         if self.pools.hard:
             return self._alike(rows, generator)
         return rows
 
     def _order(self, rows: Tensor) -> Tensor:
-        """The rows in the order of their pools in scoring; without those that fill no last pool."""
+        """The rows in the order of their pools in scoring.
+
+        The last rows are left out if they do not fill a pool.
+        """
         generator = torch.Generator().manual_seed(self.pools.seed or 0)
         if self.pools.seed is not None:
             rows = super().shuffled(rows, generator)
@@ -268,7 +281,10 @@ class PairSource(EmbeddingSource):
 
     @torch_defaults()
     def _alike(self, rows: Tensor, generator: torch.Generator) -> Tensor:
-        """The rows in hard pools, block by block; a block is of whole pools, and one at least."""
+        """The rows in the order of hard pools, which are formed block by block.
+
+        A block consists of whole pools, and of at least one pool.
+        """
         n = max(self._in_whole_pools(HARD_ROWS), self.pools.size)
         parts = []
         for block in rows.split(n):
@@ -278,32 +294,32 @@ class PairSource(EmbeddingSource):
 
 
 def runs(values: Sequence[bool]) -> Iterator[tuple[int, int, bool]]:
-    """Where equal values follow one another: first index, the one after the last, and the value."""
-    first = 0
+    """Yield runs of equal values as (start, stop, value); ``stop`` is the index after the run."""
+    start = 0
     for value, group in itertools.groupby(values):
-        last = first + len(list(group))
-        yield first, last, value
-        first = last
+        stop = start + len(list(group))
+        yield start, stop, value
+        start = stop
 
 
 class PseudoCaptions(PairSource):
     """The labelled usable images of several sources, each with the text of its class as caption.
 
-    The text is such as "a photo of a ...".
+    The text of a class is a prompt, for example "a photo of a cat". Sources of image-caption pairs
+    keep their own captions.
 
-    Sources that have captions bring their own. Images of all sources are in one order, which the
-    seed of ``pools`` mixes, so that a pool holds captions of all of them. A class that several
-    sources have by the same name is one caption, with the text of the first source; so is one text
-    under several names.
+    The images of all sources are joined and shuffled with the seed of ``pools``, so that a pool
+    holds captions of all sources. Classes with the same name share one caption, whose text comes
+    from the first source that has the class. Classes with equal texts are the same answer, too.
 
     Args:
-        sources: Rows with shared candidates or image-caption pairs, all in one embedding space.
-        pools: Their size, or ``Pools`` for all choices.
-        names: What the identifiers of each source's rows begin with ("name/identifier"); by default
-            its number.
+        sources: Sources with shared candidates or image-caption pairs, all in one embedding space.
+        pools: The pool size, or ``Pools`` for all choices.
+        names: Prefix of the row identifiers of each source ("name/identifier"). By default the
+            prefix is the number of the source.
 
     Raises:
-        UsageError: If there is no source, or the names are not one for each, all different.
+        UsageError: If there is no source, or if there is not one different name per source.
         ProvenanceError: If the embedding spaces differ.
         DataError: If the labelled rows do not fill a pool.
 
@@ -318,7 +334,7 @@ class PseudoCaptions(PairSource):
         >>> data = vilu.PseudoCaptions(
         ...     [pets, food], vilu.Pools(4, seed=None), names=["pets", "food"]
         ... )
-        >>> # an image of food is matched with the texts of pets, too
+        >>> # An image of food is matched with the texts of pets, too. Row 3 is row 1 of source 1.
         >>> data.n_candidates, data.origin(3)
         (4, (1, 1))
     """
@@ -352,7 +368,7 @@ class PseudoCaptions(PairSource):
             self.ids = PrefixedIds(self, names)
 
     def picture_rows(self, index: Tensor) -> Tensor:
-        """(B, D) image embeddings, from the sources."""
+        """Image embeddings (B, D) from the sources."""
         pictures = self._text.new_empty(len(index), self.space.embed_dim)
         for i, source in enumerate(self.sources):
             here, rows = self._of_source(i, index)
@@ -363,7 +379,7 @@ class PseudoCaptions(PairSource):
         return pictures
 
     def caption_rows(self, index: Tensor) -> Tensor:
-        """(B, D) texts of the classes, and captions where the source has some."""
+        """Captions (B, D): class texts, or the own captions of rows whose source has captions."""
         captions = self._text[self._caption[index]]
         for i, source in enumerate(self.sources):
             if isinstance(source, PairSource):
@@ -373,35 +389,36 @@ class PseudoCaptions(PairSource):
 
     @property
     def identified_by(self) -> tuple[Identity, ...]:
-        """What all of its sources know."""
+        """The kinds of identity that all sources have, best first."""
         common = self.sources[0].identified_by
         for source in self.sources[1:]:
             common = tuple(by for by in common if by in source.identified_by)
         return common
 
     def identities(self, by: Identity, rows: NDArray[np.int64] | None = None) -> NDArray[np.uint64]:
-        """Those of the sources.
+        """Identities (M,) of the rows in their own sources.
 
-        A picture of a class is recognised without its caption, which the class shares.
+        So a row whose caption is a class text is recognised by its image alone, since the images of
+        a class share the caption.
         """
         if by == "names":
             return super().identities(by, rows)
         index = self._positions(rows)
         identities = np.empty(len(index), np.uint64)
         for i, source in enumerate(self.sources):
-            here, own = self._of_source(i, index)
-            identities[here.numpy()] = source.identities(by, own.numpy())
+            here, source_rows = self._of_source(i, index)
+            identities[here.numpy()] = source.identities(by, source_rows.numpy())
         return identities
 
     def _picture_hashes(self, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
         hashes = np.empty(len(rows), np.uint64)
         for number, source in enumerate(self.sources):
-            here, own = self._of_source(number, torch.from_numpy(rows))
-            hashes[here.numpy()] = source._picture_hashes(own.numpy())
+            here, source_rows = self._of_source(number, torch.from_numpy(rows))
+            hashes[here.numpy()] = source._picture_hashes(source_rows.numpy())
         return hashes
 
     def of_classes(self, index: Tensor) -> Tensor:
-        """(B,) bool: those whose source has no captions of its own.
+        """Mask (B,) of rows whose source has no captions of its own.
 
         Examples:
             >>> import numpy as np, torch, vilu
@@ -415,12 +432,15 @@ class PseudoCaptions(PairSource):
         return self._caption[index] > 0
 
     def _of_source(self, number: int, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Places in ``index`` that hold rows of a source, and which of its rows."""
+        """Find the rows of source ``number`` in ``index``.
+
+        Returns where they are in ``index``, and their row numbers in the source.
+        """
         here = (self._source[index] == number).nonzero().squeeze(1)
         return here, self._row[index[here]]
 
     def origin(self, row: int) -> tuple[int, int]:
-        """(number of the source, row in it) of a row."""
+        """Number of the source of a row, and the row number in that source."""
         return int(self._source[row]), int(self._row[row])
 
 
@@ -438,7 +458,7 @@ class PrefixedIds(Identifiers):
 
 
 def check_sources(sources: Sequence[EmbeddingSource], names: Sequence[str]) -> None:
-    """Refuse sources that cannot be one (see ``PseudoCaptions``)."""
+    """Refuse sources that cannot be joined (see ``PseudoCaptions``)."""
     if not sources:
         raise UsageError("pseudo-captions need at least one data set.")
     if len(names) != len(sources) or len(set(names)) < len(names):
@@ -454,7 +474,7 @@ def check_sources(sources: Sequence[EmbeddingSource], names: Sequence[str]) -> N
 
 
 def labelled_rows(source: EmbeddingSource) -> Tensor:
-    """(M,) sorted rows whose caption is known: labelled ones, or all pairs."""
+    """Indices (M,) of the rows whose caption is known, ascending: labelled rows, or all pairs."""
     if isinstance(source, PairSource):
         return source.pair_rows
     rows = source.usable_rows.sort().values
@@ -464,14 +484,14 @@ def labelled_rows(source: EmbeddingSource) -> Tensor:
 def class_captions(
     sources: Sequence[EmbeddingSource], chosen: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Texts (1 + sum of K, D) of all classes, and for every chosen row which is its caption.
+    """Texts (1 + sum of K, D) of all classes, and the text index of every chosen row.
 
-    The first text is of none of them: it is that of rows of pairs, which have their own captions.
+    Text 0 is a placeholder of zeros. It belongs to rows of pairs, which have their own captions.
     """
     first_of_name: dict[str, int] = {}
-    text_of_class = [0]  # of every class the row of its text, that of the first of its name
+    text_of_class = [0]  # text index of every class: that of the first class of the same name
     texts = [torch.zeros(1, sources[0].space.embed_dim, dtype=torch.float32)]
-    classes = []  # of every chosen row the number of its class, from 1 over all sources
+    classes = []  # class number of every chosen row, counted from 1 over all sources
     for source, rows in zip(sources, chosen, strict=True):
         if isinstance(source, PairSource):
             classes.append(torch.zeros(len(rows), dtype=torch.int64))
@@ -489,12 +509,16 @@ def class_captions(
 
 
 def first_alike(rows: Tensor, cosine: float | None = None, block_rows: int = NEAR_ROWS) -> Tensor:
-    """(N,) int64: for every unit-norm row the first that is alike.
+    """Index (N,) int64, for every unit-norm row, of the leader of its group of similar rows.
 
-    Alike are equal rows or, with a cosine, those of at least that cosine to a first one. With a
-    cosine rows are taken in order, and one that is near none of the firsts before it is a first
-    itself, so that likeness does not chain. Memory: N times the number of firsts, in blocks of
-    ``block_rows`` rows and as many firsts.
+    Without ``cosine``, the leader is the first row that equals the row.
+
+    With ``cosine``, rows are visited in order. A row joins the first leader to which it has at
+    least this cosine. If there is none, the row becomes a leader itself. So two rows that are both
+    near a third row, but not near each other, need not be in one group.
+
+    Time grows with N times the number of leaders. The cosines are computed in blocks of
+    ``block_rows`` rows and as many leaders.
     """
     first = first_equal(rows)
     if cosine is None:
@@ -506,7 +530,7 @@ def first_alike(rows: Tensor, cosine: float | None = None, block_rows: int = NEA
         leader = _first_near(rows, block, leaders.split(block_rows), cosine)
         is_led = leader >= 0
         leader_of[block[is_led]] = leader[is_led]
-        # those near no leader so far: the block's own leaders are among them
+        # Rows that are near no leader of earlier blocks. Some of them are the new leaders.
         new = block[~is_led]
         leader_of[new] = new[_greedy(rows[new] @ rows[new].T >= cosine)]
         leaders = torch.cat([leaders, leader_of[new].unique()])
@@ -514,47 +538,52 @@ def first_alike(rows: Tensor, cosine: float | None = None, block_rows: int = NEA
 
 
 def _first_near(rows: Tensor, block: Tensor, leaders: Sequence[Tensor], cosine: float) -> Tensor:
-    """(B,) the first leader that each row of a block is near; -1 where it is near none.
+    """Index (B,) of the first leader near each row of a block; -1 if no leader is near.
 
-    The leaders come in tiles, so that few of them are compared together.
+    The leaders are given in tiles. One tile is compared with the block at a time.
     """
     leader = torch.full_like(block, -1)
     for tile in leaders:
         if not len(tile):
             continue
-        is_open = (leader < 0)[:, None]
-        near = (rows[block] @ rows[tile].T >= cosine) & is_open
-        first_in_tile = tile[near.byte().argmax(dim=1)]  # of equal numbers argmax takes the first
+        has_no_leader = (leader < 0)[:, None]
+        near = (rows[block] @ rows[tile].T >= cosine) & has_no_leader
+        # argmax of a row of 0 and 1 is the index of its first 1
+        first_in_tile = tile[near.byte().argmax(dim=1)]
         leader = torch.where(near.any(dim=1), first_in_tile, leader)
     return leader
 
 
 def _greedy(near: Tensor) -> Tensor:
-    """(N,) int64: for every row of a symmetric relation (N, N) the first leader it is near.
+    """Index (N,) int64 of the first leader near each row of a symmetric relation (N, N).
 
-    A row that is near no leader before it is one itself.
+    A row that is near no earlier leader is a leader itself.
     """
     relation = near.numpy()
     if not len(relation):
         return torch.arange(0)
     np.fill_diagonal(relation, val=True)
     is_leader = np.ones(len(relation), dtype=bool)
-    # most rows are near no row before them, and need no look
-    first_near = relation.argmax(axis=1)
+    # Only rows that are near an earlier row can have a leader. Usually these are few.
+    first_near = relation.argmax(axis=1)  # argmax of a boolean row: the index of its first True
     for row in np.flatnonzero(first_near < np.arange(len(relation))):
         is_led = (relation[row, :row] & is_leader[:row]).any()
         is_leader[row] = not is_led
-    relation &= is_leader  # of each row the leaders are left, so that the first is one
+    relation &= is_leader  # keep the leaders' columns, so that argmax finds the first leader
     return torch.from_numpy(relation.argmax(axis=1))
 
 
 def hard_order(rows: Tensor, pool_size: int, generator: torch.Generator) -> Tensor:
-    """(N,) an order in which each ``pool_size`` consecutive rows are alike: hard negatives.
+    """Order (N,) of the rows in which the rows of each pool are similar: hard negatives.
 
-    The rows are halved, at a multiple of the pool size, by their projection on the direction
-    between two of them that are far apart, and the halves again: N D log(N / pool_size) operations,
-    no matrix of similarities. N is a multiple of the pool size, else the last pool is short; the
-    generator chooses the row that a direction starts from.
+    1. The generator draws a row. The row farthest from it and the row farthest from that row are
+       two rows that are far apart.
+    2. All rows are sorted by their projection on the direction between these two rows, and split in
+       the middle, at a multiple of the pool size.
+    3. Both halves are split in the same way, until every part is one pool.
+
+    This takes N D log(N / pool_size) operations and no matrix of similarities. N should be a
+    multiple of the pool size. Otherwise the last pool is short.
     """
     pending = [torch.arange(len(rows))]
     pools = []
@@ -565,22 +594,22 @@ def hard_order(rows: Tensor, pool_size: int, generator: torch.Generator) -> Tens
             continue
         block = rows[part]
         start = int(torch.randint(len(part), (1,), generator=generator))
-        # the row farthest from any row, and the one farthest from that, are far apart
         far = int((block @ block[start]).argmin())
         farther = int((block @ block[far]).argmin())
         along = (block @ (block[far] - block[farther])).argsort(stable=True)
         n_pools = len(part) // pool_size
         middle = max(n_pools // 2, 1) * pool_size
-        # the last of the list is taken next: the first half
+        # the first half is appended last, because ``pop`` takes the last part
         pending.append(part[along[middle:]])
         pending.append(part[along[:middle]])
     return torch.cat(pools)
 
 
 def require_full_pools(n_rows: int, pool_size: int, what: str) -> None:
-    """Refuse pairs that do not fill one pool."""
+    """Raise DataError if ``n_rows`` pairs do not fill one pool."""
     if n_rows < pool_size:
         raise DataError(
-            f"{what} has {n_rows} usable pairs, and a pool has {pool_size}: its size is the number "
-            "of candidates, so it is never cut short. Give more pairs or a smaller --pool-size."
+            f"{what} has {n_rows} usable pairs, and a pool has {pool_size}. The size of a pool is "
+            "the number of candidates, so a pool is never shortened. Give more pairs or a smaller "
+            "--pool-size."
         )

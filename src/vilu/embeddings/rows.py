@@ -1,4 +1,4 @@
-"""Some rows of a source, and how many of them are scored together."""
+"""A selection of rows of a source, and the number of rows that are scored together."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.metrics.counts import first_rows
 
 SCORING_BATCH = 4_096
-"""Rows that are scored together."""
+"""Number of rows that are scored together."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows of a source, and what else a fit may look at.
+    """Some rows of a source, and further data that a fit may use.
 
     Attributes:
-        source: That they are of.
-        index: (M,) int64 positions in it.
-        columns: Names of those that batches bring along.
-        unlabelled: Rows of the same kind without labels.
-        examples: (E,) int64 positions of rows of none of the classes; None: all in the source that
-            are known to be.
-        answers: (N,) zero-shot answers of all rows of the source, where they were computed before
+        source: The source of the rows.
+        index: (M,) int64 indices of the rows in the source.
+        columns: Names of the columns that batches contain.
+        unlabelled: Source of further rows without labels.
+        examples: (E,) int64 indices of rows of none of the classes. None: all rows of the source
+            that are known to be of none of the classes.
+        answers: (N,) zero-shot answers of all rows of the source, if they were computed before
             (``vilu.predictors.nn.train.with_answers``).
     """
 
@@ -41,24 +41,27 @@ class Rows:
 
     @property
     def outside(self) -> Tensor:
-        """(E,) int64 ``examples``, the usable ones."""
+        """Indices (E,) int64 of rows of none of the classes: ``examples``, or their default.
+
+        The default has usable rows only.
+        """
         if self.examples is not None:
             return self.examples
         usable = self.source.usable_rows
         return usable[self.source.outside[usable]]
 
     def pictures(self) -> tuple[Tensor, Tensor]:
-        """Places and numbers of pictures.
+        """Number the pictures of the rows.
 
-        (P,) index of the first row of every picture, ascending, and (M,) number of the picture of
-        every row.
+        Returns the index (P,) of the first row of every picture, ascending, and the picture number
+        (M,) of every row, from 0 to P - 1.
         """
         identities = self.source.picture_identities(self.index.numpy(force=True))
         first, picture = np.unique(first_rows(identities), return_inverse=True)
         return torch.from_numpy(first), torch.from_numpy(picture)
 
     def batches(self, size: int) -> Iterator[Batch]:
-        """The rows in order, in batches whose logits fit into memory.
+        """Yield the rows in order, in batches whose logits fit into memory.
 
         See ``EmbeddingSource.batches``.
         """
@@ -66,7 +69,10 @@ class Rows:
         return map(self._with_answers, batches)
 
     def steps(self, size: int, generator: torch.Generator | None = None) -> Iterator[Batch]:
-        """Batches of one training step each, in order; with a generator they are shuffled."""
+        """Yield one batch per training step.
+
+        With a generator the rows are shuffled. Without a generator they are in order.
+        """
         order = self.index
         if generator is not None:
             order = self.source.shuffled(self.index, generator)

@@ -1,4 +1,4 @@
-"""What predictors see: batches of embeddings, a source of them, and some of its rows."""
+"""Data of predictors: a source of embeddings, batches of its rows, and selections of rows."""
 
 from __future__ import annotations
 
@@ -31,9 +31,12 @@ from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import UNKNOWN, DataError, UsageError
 from vilu.validation import checked, require_mask
 
-HASHED_ROWS = 2**14  # rows whose embeddings are hashed together
-# cosine from which on two texts are the same class; rounding to float16 moves it by less than 1e-6
+HASHED_ROWS = 2**14  # number of rows whose embeddings are hashed together
 SAME_TEXT = 0.999
+"""Two texts are the same class if their cosine is at least this number.
+
+Rounding of the embeddings to float16 changes the cosine by less than 1e-6.
+"""
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -41,14 +44,14 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Candidates:
-    """The texts that some rows are matched against."""
+    """The candidate texts of some rows, and the right candidate of each row."""
 
     text: Tensor  # (K, D) float32 unit-norm candidates
     target: Tensor  # (B,) int64 rows of ``text`` that are right, -1 where unknown
-    # (K,) int64: for every candidate the first one that is the same answer (so an answer is right
-    # when it and the target have the same number); None where all candidates are different answers
+    # (K,) int64: for every candidate the first candidate that is the same answer. An answer is
+    # right if this number is equal for the answer and the target. None: all answers differ.
     same: Tensor | None = None
-    # (K,) int64 positions in the source that the candidates belong to; None where they are shared
+    # (K,) int64: for every candidate its row in the source. None: the candidates are shared.
     members: Tensor | None = None
 
 
@@ -56,21 +59,21 @@ class Candidates:
 class Batch:
     """Some images and the candidate texts they are matched against, all in float32 on one device.
 
-    Shared candidates (K class prompts) and in-batch candidates (the captions of the pool) look the
-    same: targets are rows of ``text``. Where texts are matched against images, ``image`` holds the
-    texts and ``text`` the images.
+    The candidates are shared by all rows (K class prompts), or they are the captions of the pool.
+    In both cases targets are rows of ``text``. If texts are matched against images, ``image`` holds
+    the texts and ``text`` holds the images.
 
     Attributes:
         image: (B, D) unit-norm image embeddings.
         text: (K, D) unit-norm candidate embeddings.
         target: (B,) int64 rows of ``text``; -1 where unknown.
-        index: (B,) int64 positions in the source.
+        index: (B,) int64 row numbers in the source.
         logit_scale: Multiplier of the cosine.
         logit_bias: Added to every logit.
-        columns: What else was asked for, by name (``vilu.embeddings.columns``).
+        columns: The requested columns, by name (``vilu.embeddings.columns``).
         same: As in ``Candidates``.
-        outside: (B,) bool, which rows are of none of the candidates, so that any answer is wrong;
-            None: no row is.
+        outside: (B,) bool, true for rows that are of none of the candidates, so that any answer is
+            wrong. None: there is no such row.
 
     Examples:
         >>> import torch, vilu
@@ -94,7 +97,7 @@ class Batch:
 
     @cached_property
     def logits(self) -> Tensor:
-        """(B, K) float32 logits: logit_scale * cosine + logit_bias, never under autocast."""
+        """Logits (B, K) float32: logit_scale * cosine + logit_bias, never under autocast."""
         with torch.autocast(self.image.device.type, enabled=False):
             logits = (self.image @ self.text.T).mul_(self.logit_scale)
             if self.logit_bias:
@@ -110,26 +113,26 @@ class Batch:
 
     @cached_property
     def rivals(self) -> Others:
-        """What the candidates beside the zero-shot answer weigh."""
+        """Softmax weights of all candidates except the zero-shot answer."""
         return Others.of(self.logits)
 
     @cached_property
     def beside_answer(self) -> Others:
-        """What the other candidates weigh beside the answer that is judged."""
+        """Softmax weights of all candidates except the judged answer."""
         if ANSWER in self.columns:
             return Others.of(self.logits, self.columns[ANSWER][:, None])
         return self.rivals
 
     @cached_property
     def first_equal(self) -> Tensor:
-        """(K,) int64: for every candidate the first one that equals it."""
+        """Index (K,) int64, for every candidate, of the first candidate with equal embedding."""
         return first_equal(self.text)
 
     @property
     def prediction(self) -> Tensor:
-        """(B,) int64 answer that is judged: that of the column "answer", else the zero-shot one.
+        """Judged answers (B,) int64: the column "answer", or else the zero-shot answers.
 
-        Among equal logits the lowest index wins.
+        The zero-shot answer is the candidate of the largest logit, the first of equal logits.
         """
         if ANSWER in self.columns:
             return self.columns[ANSWER]
@@ -137,7 +140,7 @@ class Batch:
 
     @property
     def answer_probability(self) -> Tensor:
-        """(B,) float32 zero-shot probability of the answer that is judged."""
+        """Zero-shot probability (B,) float32 of the judged answer."""
         if ANSWER not in self.columns:
             return self.zero_shot.max_probability
         of_answer = self.logits.gather(1, self.prediction[:, None]).squeeze(1)
@@ -145,23 +148,23 @@ class Batch:
 
     @cached_property
     def failure(self) -> Tensor:
-        """(B,) int64: 1 where the answer is wrong, 0 where it is right, -1 where it is unknown."""
+        """Failures (B,) int64: 1 if the answer is wrong, 0 if it is right, -1 if unknown."""
         answer = self.prediction
-        right = self.target.clamp(min=0)
+        target = self.target.clamp(min=0)
         if self.same is not None:
             answer = self.same[answer]
-            right = self.same[right]
-        failure = torch.where(self.target != UNKNOWN, (answer != right).long(), UNKNOWN)
+            target = self.same[target]
+        failure = torch.where(self.target != UNKNOWN, (answer != target).long(), UNKNOWN)
         if self.outside is None:
             return failure
         return failure.masked_fill(self.outside, 1)
 
     @property
     def target_log_probability(self) -> Tensor:
-        """(B,) float32 log p_y of the target under the zero-shot posterior.
+        """Zero-shot log-probability log p_y (B,) float32 of the target y.
 
-        It is -inf where the row is of none of the candidates, and that of candidate 0 where the
-        target is not known.
+        It is -inf for a row that is of none of the candidates. For a row with an unknown target it
+        is the log-probability of candidate 0.
         """
         log_probability = self._target_log_probability()
         if self.outside is None:
@@ -177,14 +180,14 @@ class Batch:
                     part = self.rows(block)
                     parts.append(part.log_probability(part.logits, target[block]))
                 return torch.cat(parts)
-            # each target is one candidate: one product a row, and no matrix of logits
+            # Each target is one candidate, so one dot product per row replaces all logits.
             cosine = (self.image * self.text[target]).sum(dim=1)
             return cosine * self.logit_scale + self.logit_bias - self.zero_shot.log_norm
 
     def log_probability(self, logits: Tensor, answer: Tensor) -> Tensor:
-        """(B,) log of the mass that softmax(logits (B, K)) gives to the answer (B,).
+        """Log-probability (B,) of the answers (B,) under softmax(logits (B, K)).
 
-        It is the mass of all candidates that are the same answer.
+        The probabilities of all candidates that are the same answer are added up.
 
         Examples:
             >>> import torch, vilu
@@ -192,18 +195,18 @@ class Batch:
             >>> batch = vilu.Batch(
             ...     image, text, torch.tensor([0]), torch.arange(1), logit_scale=10.0
             ... )
-            >>> mass = batch.log_probability(batch.logits, batch.prediction).exp()
-            >>> round(mass.item(), 4)  # 1 / (1 + exp(6 - 8))
+            >>> probability = batch.log_probability(batch.logits, batch.prediction).exp()
+            >>> round(probability.item(), 4)  # 1 / (1 + exp(6 - 8))
             0.8808
         """
         answer = answer.to(logits.device)
         if self.same is None:
             return logits.gather(1, answer[:, None]).squeeze(1) - logits.logsumexp(dim=1)
-        alike = logits.masked_fill(~self.alike(answer), -torch.inf)
-        return alike.logsumexp(dim=1) - logits.logsumexp(dim=1)
+        same_answer_logits = logits.masked_fill(~self.alike(answer), -torch.inf)
+        return same_answer_logits.logsumexp(dim=1) - logits.logsumexp(dim=1)
 
     def alike(self, answer: Tensor) -> Tensor:
-        """(B, K) bool, which candidates are the same answer as the candidate ``answer`` (B,).
+        """Mask (B, K): whether each candidate is the same answer as the candidate ``answer`` (B,).
 
         Examples:
             >>> import torch, vilu
@@ -236,7 +239,7 @@ class Batch:
         return batch
 
     def rows(self, part: slice | Tensor) -> Batch:
-        """Some of the rows, by a slice or their indices, against all candidates."""
+        """A batch of some of the rows, given by a slice or by indices, with all candidates."""
         columns = dict(self.columns)
         for name in columns:
             if name in OF_ROWS:
@@ -254,11 +257,11 @@ class Batch:
         return batch
 
     def by_pool(self) -> Iterator[tuple[slice, Batch]]:
-        """Its rows by the candidates that they have in common: all of them."""
+        """Yield the rows and the batch of each pool. Here all rows share the candidates."""
         yield slice(0, len(self.index)), self
 
     def judging(self, answer: Tensor) -> Batch:
-        """This batch, with answers (B,) to judge in place of the zero-shot ones.
+        """The same batch, but with answers (B,) that are judged in place of the zero-shot answers.
 
         Examples:
             >>> import torch, vilu
@@ -270,12 +273,13 @@ class Batch:
         """
         batch = replace(self, columns={**self.columns, ANSWER: answer})
         for name in ("logits", "zero_shot", "rivals", "first_equal"):
-            if name in self.__dict__:  # nothing of the zero-shot answers is computed again
+            # copy what was cached, so that it is not computed again
+            if name in self.__dict__:
                 batch.__dict__[name] = self.__dict__[name]
         return batch
 
     def answered(self, answers: ZeroShot) -> Batch:
-        """This batch, with zero-shot answers that were computed before."""
+        """Set zero-shot answers that were computed before, and return this batch."""
         self.__dict__["zero_shot"] = answers
         return self
 
@@ -289,19 +293,19 @@ class Batch:
 class PooledBatch(Batch):
     """Several pools of one size, one after another.
 
-    ``text`` is (P, K, D), and a target counts the candidates of its own pool. For those who look at
-    logits alone, which are bit by bit those of the pools one at a time. No two candidates of a pool
-    are equal.
+    ``text`` is (P, K, D), and a target is a candidate's index within its own pool. Such a batch is
+    for methods that use only the logits. The logits are bit for bit the same as for one pool at a
+    time. No two candidates of a pool are equal.
     """
 
     @cached_property
     def logits(self) -> Tensor:
-        """(B, K) float32 zero-shot logits, of every row with its own pool."""
+        """Zero-shot logits (B, K) float32 of every row, with the candidates of its own pool."""
         size = self.text.shape[1]
         with torch.autocast(self.image.device.type, enabled=False):
             logits = self.image.new_empty(len(self.image), size)
             pools = zip(self.image.split(size), self.text, logits.split(size), strict=True)
-            # one product a pool: a batched one may round otherwise than a pool by itself
+            # one product per pool, because a batched matrix product may round differently
             for image, text, out in pools:
                 torch.mm(image, text.T, out=out)
             logits.mul_(self.logit_scale)
@@ -311,7 +315,7 @@ class PooledBatch(Batch):
 
     @cached_property
     def zero_shot(self) -> ZeroShot:
-        """Answers, each among the candidates of its pool."""
+        """Zero-shot answers, each among the candidates of the row's pool."""
         return self.rivals.zero_shot(torch.arange(self.text.shape[1], device=self.text.device))
 
     def _target_log_probability(self) -> Tensor:
@@ -320,7 +324,7 @@ class PooledBatch(Batch):
         return target_logit - self.zero_shot.log_norm
 
     def by_pool(self) -> Iterator[tuple[slice, Batch]]:
-        """The pools, with their answers."""
+        """Yield the rows and the batch of each pool, with zero-shot answers computed before."""
         size = self.text.shape[1]
         for number, text in enumerate(self.text):
             part = slice(number * size, (number + 1) * size)
@@ -339,21 +343,23 @@ class PooledBatch(Batch):
 
 
 class EmbeddingSource(ABC):
-    """Rows of image embeddings with their candidate texts; what predictors are fitted on and score.
+    """Rows of image embeddings with their candidate texts.
+
+    Predictors are fitted on a source, and they score a source.
 
     Attributes:
         space: The embedding space.
         class_names: Names of the candidates, or None (captions, or bare arrays).
-        ids: (N,) row identifiers, for people; what rows are recognised by is ``identities``.
+        ids: (N,) row identifiers for display. Rows are compared by ``identities``.
         target: (N,) int64 targets, -1 where unknown.
-        text: (K, D) the candidates of all rows, when they are shared.
-        pool_size: Number of rows whose captions are the candidates of each of them, or None when
-            candidates are shared.
-        columns: Names of what there is beside the embeddings (``vilu.embeddings.columns``).
-        candidate_of: (K given,) int64 candidate that every given class is, where some had the same
-            text: equal candidates are one answer, the first of them; None where all were different.
-        second: The same rows, and more, by a second model (``vilu.embeddings.two_models``); None
-            without.
+        text: (K, D) candidates, if they are shared by all rows.
+        pool_size: Number of rows of a pool, whose captions are the candidates of the pool. None if
+            the candidates are shared by all rows.
+        columns: Names of the available columns (``vilu.embeddings.columns``).
+        candidate_of: (classes given,) int64 candidate of every class that was given. Classes with
+            equal texts were merged into one candidate. None if all texts were different.
+        second: Source of a second model that contains the same rows, and possibly more
+            (``vilu.embeddings.two_models``). None if there is no second model.
 
     Examples:
         >>> import numpy as np, torch, vilu
@@ -381,12 +387,12 @@ class EmbeddingSource(ABC):
     columns: frozenset[str] = frozenset()
     candidate_of: Tensor | None = None
     second: EmbeddingSource | None = None
-    _columns: Mapping[str, Tensor] = {}  # those in memory
+    _columns: Mapping[str, Tensor] = {}  # columns that are in memory
 
     def _merge_same(self) -> Tensor | None:
-        """Make one candidate of classes with the same text.
+        """Merge classes with the same text into one candidate.
 
-        Returns (K,) int64, the classes that stay; None if all do.
+        Returns (K,) int64 the class that each candidate is taken from; None if no class is merged.
         """
         first = first_same(self.text, self.class_names)
         distinct: Tensor
@@ -409,25 +415,28 @@ class EmbeddingSource(ABC):
 
     def __array__(self, *_: object, **_more: object) -> NoReturn:
         raise UsageError(
-            "a source of embeddings is no array, so what takes arrays, as scikit-learn's "
-            "cross-validation does, cannot take it. Take rows of it: data.take(rows)."
+            "a source of embeddings is no array, so functions that take arrays, such as "
+            "scikit-learn's cross-validation, cannot use it. Select rows with data.take(rows)."
         )
 
     @property
     def n_candidates(self) -> int:
-        """K; with in-batch candidates at most so many."""
+        """Number K of candidates. For pools, the maximum number of candidates of a row."""
         return len(self.text)
 
     @abstractmethod
     def image_rows(self, index: Tensor) -> Tensor:
-        """(B, D) float32 image embeddings of the rows ``index`` (int64)."""
+        """Image embeddings (B, D) float32 of the rows ``index`` (B,) int64."""
 
     def candidates(self, index: Tensor) -> Candidates:
-        """Candidates of the rows ``index``: the same for all, or in a pool those of these rows."""
+        """Candidates of the rows ``index``: the shared ones, or the captions of these rows."""
         return Candidates(self.text, self.target[index])
 
     def column(self, name: str, index: Tensor) -> Tensor:
-        """Float32 column ``name`` of the rows ``index``, of candidates, or of the model.
+        """Column ``name``: the entries of the rows ``index``, or all entries.
+
+        A column of candidates or of the model as a whole is returned with all its entries. If the
+        source has pools, its candidates are rows, so a column of candidates is indexed, too.
 
         Examples:
             >>> import numpy as np, torch, vilu
@@ -441,7 +450,7 @@ class EmbeddingSource(ABC):
             command = HOW.get(name, "vilu embed")
             raise DataError(f"these embeddings have no column {name!r}. Make it with `{command}`.")
         is_of_rows = name in OF_ROWS
-        if self.pool_size is not None:  # candidates are rows, too
+        if self.pool_size is not None:  # the candidates are rows, too
             is_of_rows = is_of_rows or name in TEXT_COLUMNS
         if is_of_rows:
             return self._columns[name][index]
@@ -449,44 +458,44 @@ class EmbeddingSource(ABC):
 
     @cached_property
     def status(self) -> NDArray[np.uint8]:
-        """(N,) 0 where the embedding is usable, else a position in ``checks.STATUS``.
+        """Status codes (N,): 0 if the embedding is usable, else an index of ``STATUS``.
 
-        By default all are usable.
+        See ``vilu.embeddings.checks``. By default all rows are usable.
         """
         return np.full(len(self), VALID, dtype=np.uint8)
 
     @cached_property
     def outside(self) -> Tensor:
-        """(N,) bool, which rows are known to be of none of the candidates.
+        """Mask (N,) of rows that are known to be of none of the candidates.
 
-        Their target is -1, and their answer is wrong.
+        The target of such a row is -1, and any answer is wrong.
         """
         return torch.zeros(1, dtype=torch.bool, device="cpu").expand(len(self))
 
     @cached_property
     def usable_rows(self) -> Tensor:
-        """(M,) int64 positions of the usable rows, in the order in which they are scored.
+        """Indices (M,) int64 of the usable rows, in the order of scoring.
 
-        It is also the order in which they make pools.
+        Consecutive rows of this order form the pools.
         """
         return torch.from_numpy(np.flatnonzero(self.status == VALID))
 
     @property
     def identified_by(self) -> tuple[Identity, ...]:
-        """What its rows can be recognised by in another source, the best first."""
+        """Kinds of identity by which rows can be found in another source, best first."""
         if isinstance(self.ids, RowNumbers):
             return ("embeddings",)
         return ("embeddings", "names")
 
     def identities(self, by: Identity, rows: NDArray[np.int64] | None = None) -> NDArray[np.uint64]:
-        """(M,) hashes of what the ``rows`` (M,), by default all, are recognised by.
+        """Identity hashes (M,) of the ``rows`` (M,), by default of all rows.
 
         Equal hashes mean the same row.
 
         Args:
-            by: One of ``identified_by``. Those of "embeddings" mean nothing where the embedding is
-                not usable.
-            rows: Positions, in any order.
+            by: One of ``identified_by``. With "embeddings" the hash of a row whose embedding is not
+                usable has no meaning.
+            rows: Row indices, in any order.
 
         Examples:
             >>> import numpy as np, vilu
@@ -503,17 +512,18 @@ class EmbeddingSource(ABC):
         return hashed(self._positions(rows), self._content)
 
     def _positions(self, rows: NDArray[np.int64] | None) -> Tensor:
-        """(M,) int64 the positions, by default of all rows."""
+        """The indices ``rows`` as a tensor (M,) int64, by default the indices of all rows."""
         if rows is not None:
             return torch.from_numpy(rows)
         return torch.arange(len(self), device="cpu")
 
     def picture_identities(self, rows: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
-        """(M,) identities of the pictures of rows (M,), by default all: equal ones are one picture.
+        """Identities (M,) int64 of the pictures of the ``rows`` (M,), by default of all rows.
 
-        A picture is known by its encoded bytes, and by its embedding where these are not known.
-        That of an image-caption pair is its image, whatever its caption and the direction. Where
-        the embedding is not usable it is -1; all others are from 0 to 2^63 - 1.
+        Rows with equal identities show the same picture. An identity is a hash of the encoded bytes
+        of the picture, or of its embedding if the bytes are not known. The picture of an
+        image-caption pair is its image, whatever the caption and the direction. Identities are
+        from 0 to 2^63 - 1. The identity of a row whose embedding is not usable is -1.
 
         Examples:
             >>> import numpy as np, vilu
@@ -531,14 +541,14 @@ class EmbeddingSource(ABC):
         return np.where(known, hashes.astype(np.int64), UNKNOWN)
 
     def _picture_hashes(self, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
-        """(M,) hashes of the pictures of rows."""
+        """Hashes (M,) of the pictures of the ``rows`` (M,)."""
         by: Identity = "embeddings"
         if "pictures" in self.identified_by:
             by = "pictures"
         return self.identities(by, rows)
 
     def _content(self, index: Tensor) -> Tensor:
-        """(B, ...) what tells rows apart."""
+        """Numbers (B, ...) of every row that are hashed as its identity of kind "embeddings"."""
         return self.image_rows(index)
 
     @checked
@@ -548,19 +558,19 @@ class EmbeddingSource(ABC):
         classes: Sequence[int] | Tensor | NDArray[np.int64] | None = None,
         columns: Collection[str] | None = None,
     ) -> EmbeddingSource:
-        """Some rows of a source with shared candidates, as a source.
+        """Some rows of a source with shared candidates, as a new source.
 
-        The rows stay where they are until they are asked for.
+        The new source is a view. Rows are read from this source only when they are needed.
 
         Args:
-            rows: (M,) int64 positions, in the order to have them in.
+            rows: (M,) int64 row indices, in the order of the new source.
             classes: (K',) int64 candidates to keep, in their new order; by default all. A row of
-                another class is kept with an unknown target.
-            columns: Those to keep, of what there is; by default all.
+                a class that is not kept gets an unknown target.
+            columns: Names of the columns to keep; by default all columns are kept.
 
         Raises:
-            UsageError: If the source has captions: its pools are made of all its rows.
-            DataError: If there is no such row or class, or a class is named twice.
+            UsageError: If the source has captions, because its pools are made of all its rows.
+            DataError: If there is no such row or class, or if a class is given twice.
 
         Examples:
             >>> import numpy as np, vilu
@@ -568,12 +578,13 @@ class EmbeddingSource(ABC):
             ...     np.eye(3), np.eye(3), [0, 1, 2], class_names=["cat", "dog", "cup"]
             ... )
             >>> pets = data.take([2, 1, 0], classes=[1, 0])
-            >>> pets.class_names, pets.target.tolist()  # a cup is none of them
+            >>> pets.class_names, pets.target.tolist()  # the class of the cup is not kept
             (('dog', 'cat'), [-1, 0, 1])
         """
         if self.pool_size is not None:
             raise UsageError(
-                "image-caption pairs are matched in pools, so some of them are another problem."
+                "image-caption pairs are matched in pools, so a part of them would be a different "
+                "problem. Use all pairs."
             )
         names = self.columns
         if columns is not None:
@@ -589,18 +600,18 @@ class EmbeddingSource(ABC):
         return Taken(self, check_indices(rows, len(self), "rows"), chosen, names)
 
     def without(self, rows: NDArray[np.bool_]) -> EmbeddingSource:
-        """The source without some rows (N,) bool.
+        """The source without the rows of the mask ``rows`` (N,) bool.
 
         Raises:
             DataError: If ``rows`` is no such mask.
         """
-        gone = require_mask("rows", np.asarray(rows), len(self))
-        if not gone.any():
+        is_left_out = require_mask("rows", np.asarray(rows), len(self))
+        if not is_left_out.any():
             return self
-        return self.take(np.flatnonzero(~gone))
+        return self.take(np.flatnonzero(~is_left_out))
 
     def shuffled(self, rows: Tensor, generator: torch.Generator) -> Tensor:
-        """The rows in a random order for one pass of training.
+        """The row indices in a random order, for one pass of training.
 
         Examples:
             >>> import numpy as np, torch, vilu
@@ -614,14 +625,14 @@ class EmbeddingSource(ABC):
     def batches(
         self, size: int, *, rows: Tensor | None = None, columns: Sequence[str] = ()
     ) -> Iterator[Batch]:
-        """Batches of at most ``size`` of the ``rows``, in order, with named ``columns``.
+        """Yield batches of at most ``size`` of the ``rows``, in order, with the named ``columns``.
 
-        By default the rows are all usable ones.
+        By default all usable rows are taken. All logits of a batch fit into memory
+        (``similarity.MAX_CELLS``).
 
-        A batch is small enough for a method to look at all its logits (``similarity.MAX_CELLS``).
-        With in-batch candidates consecutive ``rows`` make a pool: its rows may come in several
-        batches, its candidates never do, since the number of distractors is part of the problem;
-        rows that do not fill a last pool are left out.
+        If the source has pools, consecutive ``rows`` form a pool. The rows of a pool may be spread
+        over several batches, but each of these batches has all candidates of the pool, since their
+        number is part of the problem. The last rows are left out if they do not fill a pool.
 
         Examples:
             >>> import numpy as np, vilu
@@ -638,22 +649,22 @@ class EmbeddingSource(ABC):
     def steps(
         self, size: int, *, rows: Tensor | None = None, columns: Sequence[str] = ()
     ) -> Iterator[Batch]:
-        """Batches as a step of training takes them: ``size`` rows, or whole pools."""
+        """Yield one batch per training step: ``size`` rows, or one whole pool."""
         if rows is None:
             rows = self.usable_rows
         if not len(rows):
             return
         if self.pool_size is not None:
             size = self.pool_size
-            rows = rows[: len(rows) // size * size]  # rows that do not fill a last pool go
+            rows = rows[: len(rows) // size * size]  # leave out rows that do not fill a pool
         yield from self._map_parts(partial(self._batch, columns=columns), rows.split(size))
 
     def many(
         self, size: int, *, rows: Tensor | None = None, columns: Sequence[str] = ()
     ) -> Iterator[Batch]:
-        """As ``batches``, for those who look at logits alone.
+        """As ``batches``, for methods that use only the logits.
 
-        Small pools come several at a time (``PooledBatch``).
+        A batch may hold several small pools (``PooledBatch``).
 
         Examples:
             >>> import numpy as np, vilu
@@ -668,7 +679,7 @@ class EmbeddingSource(ABC):
     def _map_parts(
         self, make: Callable[[Tensor], Result], parts: Sequence[Tensor]
     ) -> Iterator[Result]:
-        """What is made of each part of the rows, in order."""
+        """Yield ``make(part)`` of each part of the rows, in order."""
         return map(make, parts)
 
     def _batch(self, index: Tensor, columns: Sequence[str]) -> Batch:
@@ -694,33 +705,36 @@ class EmbeddingSource(ABC):
 
 
 def hashed(index: Tensor, content: Callable[[Tensor], Tensor]) -> NDArray[np.uint64]:
-    """(M,) hashes of what the rows ``index`` (M,) hold, block by block."""
+    """Hashes (M,) of the content of the rows ``index`` (M,), computed block by block."""
     return np.concatenate([hash_rows(content(block)) for block in index.split(HASHED_ROWS)])
 
 
 @cache
 def say_once(message: str) -> None:
-    """Warn, once a process: stores are opened again and again."""
+    """Log a warning once per process. A store may be opened many times."""
     logger.warning(message)
 
 
 def _merge_message(names: Sequence[str], first: Sequence[int]) -> str:
-    """Which classes have the text of an earlier one, whose numbers are ``first``."""
-    gone = [candidate for candidate, earlier in enumerate(first) if earlier != candidate]
-    examples = [f"{names[i]!r} ({i}) is {names[first[i]]!r} ({first[i]})" for i in gone[:5]]
+    """Message that lists the merged classes; ``first`` has the earliest equal class of each."""
+    merged = [candidate for candidate, earliest in enumerate(first) if earliest != candidate]
+    examples = [f"{names[i]!r} ({i}) is {names[first[i]]!r} ({first[i]})" for i in merged[:5]]
     listed = ", ".join(examples)
-    if len(gone) > 5:
-        listed += f" and {len(gone) - 5} more"
+    if len(merged) > 5:
+        listed += f" and {len(merged) - 5} more"
     return (
-        f"{len(gone)} of {len(first)} classes have the text of an earlier one: {listed}. Equal "
-        f"candidates are one answer, so there are {len(first) - len(gone)}, numbered anew."
+        f"{len(merged)} of {len(first)} classes have the text of an earlier one: {listed}. Equal "
+        f"candidates are one answer, so there are {len(first) - len(merged)}, numbered anew."
     )
 
 
 def first_same(text: Tensor, names: Sequence[str] | None) -> Tensor:
-    """(K,) int64: for every candidate (K, D) the first that is the same answer.
+    """Index (K,) int64, for every text (K, D), of the first candidate that is the same answer.
 
-    Candidates are the same answer if their texts are equal, or their names.
+    Two candidates are the same answer if their texts are equal or if their names are equal.
+
+    Raises:
+        DataError: If classes of the same name have different texts.
     """
     first = first_equal(text)
     if names is None or len(set(names)) == len(names):
@@ -737,7 +751,8 @@ def first_same(text: Tensor, names: Sequence[str] | None) -> Tensor:
             f"classes of one name must have one text. Different texts: {listed:.200}. "
             "Rename them, or give both the same row of text."
         )
-    # A candidate may lead by its name to one that leads on by its text: followed to the end.
+    # A candidate may have the name of a second candidate, which has the text of a third one. Such
+    # chains are followed to their end.
     first = first[first_of_name]
     while not torch.equal(first, first[first]):
         first = first[first]
@@ -745,7 +760,7 @@ def first_same(text: Tensor, names: Sequence[str] | None) -> Tensor:
 
 
 class Taken(EmbeddingSource):
-    """What ``EmbeddingSource.take`` gives: a view, so rows are in memory only when asked for."""
+    """Result of ``EmbeddingSource.take``: a view of a source, which reads rows only on demand."""
 
     def __init__(
         self, source: EmbeddingSource, rows: Tensor, classes: Tensor | None, columns: frozenset[str]
@@ -769,37 +784,41 @@ class Taken(EmbeddingSource):
             self._take_classes(classes)
 
     def _take_classes(self, classes: Tensor) -> None:
-        """Keep some candidates, in their new order; rows of others have an unknown target."""
-        position = classes.new_full((len(self.text) + 1,), UNKNOWN)
-        # the last entry stays: it is where -1 points
-        position[classes] = torch.arange(len(classes), device="cpu")
-        self.target = position[self.target]
+        """Keep some candidates, in their new order.
+
+        Rows of a class that is not kept get an unknown target.
+        """
+        # One entry more than candidates: the last entry stays unknown. Target -1, which is unknown,
+        # indexes this last entry.
+        new_target = classes.new_full((len(self.text) + 1,), UNKNOWN)
+        new_target[classes] = torch.arange(len(classes), device="cpu")
+        self.target = new_target[self.target]
         self.text = self.text[classes]
         if self.class_names:
             self.class_names = tuple(self.class_names[i] for i in classes.tolist())
 
     def image_rows(self, index: Tensor) -> Tensor:
-        """(B, D) rows of the whole."""
+        """Image embeddings (B, D) from the original source."""
         return self._source.image_rows(self._rows[index])
 
     @property
     def identified_by(self) -> tuple[Identity, ...]:
-        """As the whole."""
+        """The kinds of identity of the original source."""
         return self._source.identified_by
 
     def identities(self, by: Identity, rows: NDArray[np.int64] | None = None) -> NDArray[np.uint64]:
-        """Of the whole, at the rows taken."""
+        """Identities (M,) of the rows, from the original source."""
         taken = self._rows.numpy()
         if rows is not None:
             taken = taken[rows]
         return self._source.identities(by, taken)
 
     def _picture_hashes(self, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
-        """Of the whole, at the rows taken."""
+        """Hashes (M,) of the pictures of the rows, from the original source."""
         return self._source._picture_hashes(self._rows.numpy()[rows])
 
     def column(self, name: str, index: Tensor) -> Tensor:
-        """Column ``name`` of the whole, at the rows or candidates taken."""
+        """Column ``name`` of the original source, for the rows or candidates of this one."""
         if name not in self.columns:
             return super().column(name, index)
         if name in OF_ROWS:
@@ -824,18 +843,20 @@ class TakenIds(Identifiers):
     def __iter__(self) -> Iterator[str]:
         chosen = np.zeros(len(self._ids), dtype=bool)
         chosen[self._rows] = True
-        # one pass: identifiers on disk are read part by part
+        # a single pass in stored order, since identifiers on disk are read part by part
         distinct = list(compress(self._ids, chosen))
         _, index_of_row = self._rows.unique(return_inverse=True)
         return (distinct[i] for i in index_of_row.tolist())
 
 
 def log_posterior(batch: Batch, temperature: float | Tensor = 1.0) -> Tensor:
-    """(B, K) float64 log p, p = softmax(logits / temperature).
+    """Log-posterior log p (B, K) float64, where p = softmax(logits / temperature).
 
-    log p_max = -log1p(sum of the other exponentials), so confident rows keep their order where
-    p_max itself rounds to one: at CLIP's scale a float32 softmax ties many of them. The temperature
-    is positive, one or one per row (B, 1).
+    The temperature is positive: one number, or one per row (B, 1).
+
+    log p_max is computed as -log1p(sum of the other exponentials), relative to the largest logit.
+    So confident rows keep their order even where p_max rounds to 1. A float32 softmax at the logit
+    scale of CLIP would give many rows the same p_max.
     """
     logits = float64(batch.logits)
     largest = batch.zero_shot.prediction[:, None].to(logits.device)

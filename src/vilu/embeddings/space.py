@@ -1,4 +1,4 @@
-"""The embedding space: what two sets of embeddings must share to be compared."""
+"""The embedding space. Two sets of embeddings can be compared only if their spaces match."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class EmbeddingSpace:
 
     Attributes:
         embed_dim: Width D of the joint space.
-        logit_scale: Multiplier of the cosine (100 for OpenAI's CLIP; the exponential of the learned
-            parameter).
-        logit_bias: Added to every logit (SigLIP); cancels in a softmax, kept because it is part of
-            the model.
-        backbone: Name, as given to ``--backbone``; None for bare arrays.
+        logit_scale: Multiplier of the cosine: the exponential of the learned parameter. It is 100
+            for OpenAI's CLIP.
+        logit_bias: Added to every logit (SigLIP). It cancels in a softmax, but it is part of the
+            model.
+        backbone: Name of the backbone, as given to ``--backbone``; None for bare arrays.
         weights: SHA-256 of the weights.
         preprocess: Description of the image preprocessing.
         tokenizer: Description of the tokenizer.
@@ -34,11 +34,11 @@ class EmbeddingSpace:
     Examples:
         >>> import vilu
         >>> clip = vilu.EmbeddingSpace(embed_dim=512, logit_scale=100.0, backbone="clip-vit-b32")
-        >>> # arrays of which no more is known
+        >>> # bare arrays: the model is not known
         >>> bare = vilu.EmbeddingSpace(embed_dim=512, logit_scale=100.0)
         >>> clip.anonymous, bare.anonymous
         (False, True)
-        >>> # fits, as far as is known
+        >>> # no error: width and logit scale match, and nothing else is known of the arrays
         >>> clip.require_match(bare, name="the predictor", other_name="the arrays")
     """
 
@@ -71,10 +71,10 @@ class EmbeddingSpace:
         return digest(asdict(self))
 
     def require_match(self, other: EmbeddingSpace, *, name: str, other_name: str) -> None:
-        """Refuse another space, naming both sides of every difference.
+        """Raise ProvenanceError if the spaces differ; the message names every difference.
 
-        Bare arrays carry no provenance: against them only width, scale and bias are compared; and
-        of imported ones what both sides know.
+        For bare arrays only width, logit scale and logit bias are compared, because nothing is
+        known about their model. An attribute that is None in one of the spaces is not compared.
 
         Examples:
             >>> import vilu

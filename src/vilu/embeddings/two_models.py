@@ -1,4 +1,4 @@
-"""The same rows seen by two models."""
+"""A source whose rows were embedded by two models."""
 
 from __future__ import annotations
 
@@ -17,37 +17,44 @@ from vilu.errors import DataError, UsageError
 from vilu.validation import checked
 
 TELLING: tuple[Identity, ...] = ("pictures", "names")
-"""What a row can be recognised by, whichever model embedded it; the best first."""
+"""Kinds of identity that do not depend on the model that embedded a row, best first."""
 
 
 class TwoModels(Taken):
-    """The rows of one source, with what a second model makes of the same pictures and candidates.
+    """The rows of one source, with the embeddings of the same pictures by a second model.
 
-    Everything is the first source's but for two columns: ``second_image`` (N, E), embeddings by the
-    second model, and ``second_text`` (K, E), its embeddings of the candidates times its logit
-    scale, so that their products are the second model's zero-shot logits (but for a bias, which
-    cancels in a softmax). Rows are found in the second source by their pictures, or by names where
-    one of the two knows no pictures, whatever their order; nothing of it is held. It may have more
-    rows. A row that is not usable in one of the two is not usable.
+    All data are those of the first source, except two additional columns:
+
+    - ``second_image`` (N, E): image embeddings by the second model.
+    - ``second_text`` (K, E): embeddings of the candidates by the second model, times its logit
+      scale.
+
+    The products of both columns are the zero-shot logits of the second model, without its bias. The
+    bias cancels in a softmax.
+
+    The rows are searched in the second source by their pictures. If one source has no hashes of
+    pictures, they are searched by name. The order of the second source does not matter, and it may
+    have more rows. Its embeddings are read only when they are needed. A row is usable only if it is
+    usable in both sources.
 
     Args:
-        first: With the answers whose failures are to be predicted; as a rule of the larger model.
-        second: Of the other model.
+        first: Source of the model whose failures are to be predicted, usually the larger model.
+        second: Source of the other model.
 
     Attributes:
-        first: As given.
-        second: As given.
+        first: The source ``first``.
+        second: The source ``second``.
 
     Raises:
-        UsageError: If one of them has captions: pools of two models cannot be matched row by row.
-        DataError: If they have other candidates, or in another order; if rows of the first are not
-            in the second, or nothing tells which they are.
+        UsageError: If a source has captions: pools of two models cannot be matched row by row.
+        DataError: If the candidates or their order differ, if rows of the first source are missing
+            in the second, or if the sources have no common kind of identity.
 
     Examples:
         >>> import numpy as np, torch, vilu
         >>> large = vilu.Embeddings(np.eye(3), np.eye(3), ids=["a", "b", "c"])
         >>> rows = [[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]
-        >>> # of another width, in another order
+        >>> # embeddings of another width, with the rows in another order
         >>> small = vilu.Embeddings(rows, rows, logit_scale=1.0, ids=["c", "b", "a"])
         >>> vilu.TwoModels(large, small).column("second_image", torch.tensor([1, 2])).tolist()
         [[0.0, 1.0], [1.0, 0.0]]
@@ -65,7 +72,7 @@ class TwoModels(Taken):
             )
         _require_same_candidates(first, second)
         all_rows = torch.arange(len(first), device="cpu")
-        super().__init__(first, all_rows, None, first.columns | SECOND)
+        super().__init__(first, all_rows, classes=None, columns=first.columns | SECOND)
         row_of_second = rows_of_second(first, second)
         self.first = first
         self.second = second
@@ -75,7 +82,7 @@ class TwoModels(Taken):
         self.status = np.where(first.status == VALID, second.status[row_of_second], first.status)
 
     def column(self, name: str, index: Tensor) -> Tensor:
-        """A column of the first source, or what the second model says."""
+        """A column of the first source, or one of the two columns of the second model."""
         if name == "second_image":
             return self.second.image_rows(self._row_of_second[index])
         if name == "second_text":
@@ -84,7 +91,7 @@ class TwoModels(Taken):
 
 
 def rows_of_second(first: EmbeddingSource, second: EmbeddingSource) -> NDArray[np.int64]:
-    """(N,) indices in the second source of the rows of the first."""
+    """Index (N,), in the second source, of every row of the first source."""
     by = _common_identity(first, second)
     sought = first.identities(by)
     identities = second.identities(by)
@@ -95,7 +102,7 @@ def rows_of_second(first: EmbeddingSource, second: EmbeddingSource) -> NDArray[n
         if repeated.size:
             name = second.ids[int(order[repeated[0]])]
             raise DataError(
-                f"rows are told by their names, and the second source has {name!r} twice. Give "
+                f"rows are found by their names, and the second source has {name!r} twice. Give "
                 "every row a name of its own."
             )
     rank = np.searchsorted(ordered, sought)
@@ -105,14 +112,14 @@ def rows_of_second(first: EmbeddingSource, second: EmbeddingSource) -> NDArray[n
         missing = np.flatnonzero(~is_there)
         raise DataError(
             f"{len(missing)} of {len(first)} rows are not among the {len(second)} of the second "
-            f"source (told by their {by}), for example {first.ids[int(missing[0])]!r}. Embed the "
-            "same images with the second model."
+            f"source (compared by their {by}), for example {first.ids[int(missing[0])]!r}. "
+            "Embed the same images with the second model."
         )
     return np.asarray(order[rank], dtype=np.int64)
 
 
 def _common_identity(first: EmbeddingSource, second: EmbeddingSource) -> Identity:
-    """The best of what tells rows apart in both sources."""
+    """The best kind of identity that both sources have."""
     for by in TELLING:
         if by in first.identified_by and by in second.identified_by:
             return by
@@ -123,7 +130,7 @@ def _common_identity(first: EmbeddingSource, second: EmbeddingSource) -> Identit
 
 
 def _require_same_candidates(first: EmbeddingSource, second: EmbeddingSource) -> None:
-    """Refuse sources of other candidates, with the first difference."""
+    """Raise DataError if the candidates differ; the message names the first difference."""
     first_names = first.class_names
     second_names = second.class_names
     if first.n_candidates == second.n_candidates and first_names == second_names:
@@ -140,7 +147,7 @@ def _require_same_candidates(first: EmbeddingSource, second: EmbeddingSource) ->
 
 
 def _first_difference(first: Sequence[str], second: Sequence[str]) -> str:
-    """Where two lists of names, which are not equal, differ first."""
+    """Description of the first difference between two different lists of names."""
     for number, (name, counterpart) in enumerate(zip_longest(first, second)):
         if name != counterpart:
             return f"the first difference is at {number}: {name!r} against {counterpart!r}"

@@ -1,8 +1,9 @@
 """Metrics of failure prediction: functions of ``(uncertainty, failure)`` in float64.
 
-They are tie-aware and blind to the order of rows. ``failure`` is 1 where the frozen model is wrong,
-and a higher uncertainty means more likely wrong. A metric that is undefined (one class only) is
-NaN; input that cannot be is a ``DataError``. Each name is imported on first use.
+Ties are handled exactly, and no metric depends on the order of the rows. ``failure`` is 1 where the
+frozen model is wrong. A higher uncertainty means that the answer is more likely wrong. A metric is
+NaN where it is undefined, for example if all answers are right. Invalid input raises a
+``DataError``. Each name is imported on first use.
 """
 
 from __future__ import annotations
@@ -45,10 +46,10 @@ _NAMES = {
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 
-__all__ = [*_HOME]  # noqa: PLE0604 - these are strings, too
+__all__ = [*_HOME]  # noqa: PLE0604 - the keys are strings
 
 
-if not TYPE_CHECKING:  # or else a type checker takes every name for one of ours
+if not TYPE_CHECKING:  # a type checker that sees ``__getattr__`` would accept every name
 
     def __getattr__(name: str) -> object:
         if name not in _HOME:

@@ -2,13 +2,15 @@
 
 Resampling is stratified: every resample has as many wrong and as many correct answers as the
 sample, so no metric becomes undefined. The intervals are conditional on the accuracy of the frozen
-model, which is not what is compared. The rows are sorted once; a resample is a vector of counts
-over the sorted scores, and a metric takes a block of them at a time. Of many distinct scores,
-neighbours are resampled in groups, so that time is of order resamples · groups.
+model, because the accuracy is not what is compared.
 
-Rows of one picture are no independent answers. Where some are known, pictures are resampled with
-all their rows, in three strata: all right, all wrong, or both. A set that stands several times
-gives the interval of the set.
+The rows are sorted once. A resample is a vector of counts over the sorted scores, and a metric is
+computed for a block of resamples at a time. If there are many distinct scores, neighbouring scores
+are grouped, so that the time is of order resamples · groups.
+
+Rows that show the same picture are not independent. If such rows are known, pictures are resampled
+together with all their rows, in three strata: pictures with only right answers, with only wrong
+answers, and with both. So if every row of a data set is repeated, its interval does not change.
 """
 
 from __future__ import annotations
@@ -37,10 +39,16 @@ from vilu.metrics.reliability import probability_counts
 from vilu.progress import track
 from vilu.validation import checked, require_at_least, require_between
 
-MAX_RESAMPLES = 1_000_000  # more do not change an interval
-# more rows are resampled by counts; of more distinct scores, groups of neighbours are
+MAX_RESAMPLES = 1_000_000
+"""Maximum number of resamples. More resamples would hardly change an interval."""
 RESAMPLED_GROUPS = 2**13
-CELLS = 2**18  # counts held at a time: two megabytes per temporary array, about what a cache holds
+"""Maximum number of rows that are drawn one by one, and maximum number of groups of scores.
+
+If there are more rows, the counts of the scores are drawn. If there are more distinct scores,
+neighbouring scores are grouped.
+"""
+CELLS = 2**18
+"""Number of counts in memory at a time: 2 MB per temporary array, about the size of a cache."""
 
 
 class Interval(NamedTuple):
@@ -51,7 +59,7 @@ class Interval(NamedTuple):
         >>> interval = vilu.metrics.bootstrap_interval(
         ...     "auroc", [0.1, 0.2, 0.8, 0.9] * 10, [0, 0, 1, 1] * 10
         ... )
-        >>> interval  # every resample of a perfect order is perfect
+        >>> interval  # the order is perfect, so it is perfect in every resample
         Interval(value=1.0, ci_low=1.0, ci_high=1.0)
     """
 
@@ -61,15 +69,15 @@ class Interval(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Metric of a less metric of b, its percentile interval, and the p-value of no difference.
+    """Metric of a minus metric of b, with its percentile interval and p-value.
 
-    The p-value is two-sided.
+    The p-value is two-sided, for the hypothesis that there is no difference.
 
     Examples:
         >>> import vilu
         >>> failure, right, reverse = [0, 0, 1, 1] * 10, [1, 2, 3, 4] * 10, [4, 3, 2, 1] * 10
         >>> found = vilu.metrics.paired_bootstrap("auroc", right, reverse, failure, n_resamples=199)
-        >>> found  # no resample of 199 has another sign, so p is 2 / 200
+        >>> found  # all 199 resamples have the same sign, so p is 2 / 200
         Difference(difference=1.0, ci_low=1.0, ci_high=1.0, p_value=0.01)
     """
 
@@ -81,17 +89,18 @@ class Difference(NamedTuple):
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number with its bootstrap values: whatever is computed from it has an interval, too.
+    """A number and its bootstrap values.
 
-    Quantities of the same test rows share their resamples, so a difference of them is paired.
+    Arithmetic is done on the bootstrap values, too, so every result has an interval. Quantities of
+    the same test rows share their resamples, so the difference between two of them is paired.
     """
 
     value: float  # the number
-    draws: Floats  # (B,) its bootstrap values
+    draws: Floats  # (B,) values of the number on the B resamples
 
     @classmethod
     def over_seeds(cls, values: Floats, per_seed: Floats) -> Quantity:
-        """The mean over seeds of values (S,) with bootstrap values (S, B).
+        """Mean over S seeds of ``values`` (S,) with bootstrap values ``per_seed`` (S, B).
 
         The seeds are resampled, too.
         """
@@ -101,14 +110,14 @@ class Quantity:
 
     @classmethod
     def mean(cls, quantities: Sequence[Quantity]) -> Quantity:
-        """The mean of several, such as a method's on several data sets."""
+        """Mean of several quantities, for example of a method on several data sets."""
         draws = np.mean([quantity.draws for quantity in quantities], axis=0)
         values = [quantity.value for quantity in quantities]
         return cls(float(np.mean(values)), draws)
 
     @classmethod
     def slope(cls, x: Floats, quantities: Sequence[Quantity]) -> Quantity:
-        """Slope of the least-squares line through points at x (n,)."""
+        """Slope of the least-squares line through the n quantities at ``x`` (n,)."""
         centred = (x - x.mean()) / np.square(x - x.mean()).sum()
         values = np.array([quantity.value for quantity in quantities])
         draws = np.stack([quantity.draws for quantity in quantities])
@@ -121,41 +130,41 @@ class Quantity:
         return Quantity(factor * self.value, factor * self.draws)
 
     def interval(self, confidence: float) -> Interval:
-        """Percentile interval: the middle ``confidence`` of the bootstrap values.
+        """Percentile interval: the middle share ``confidence`` of the bootstrap values.
 
-        The value is inside in any case.
+        The interval is extended, if necessary, so that it contains the value.
         """
         tail = (1 - confidence) / 2
         low, high = np.quantile(self.draws, [tail, 1 - tail])
         return Interval(self.value, float(min(low, self.value)), float(max(high, self.value)))
 
     def p_value(self) -> float:
-        """Two-sided, of being zero; see ``paired_bootstrap``."""
-        fewer = min(np.count_nonzero(self.draws <= 0), np.count_nonzero(self.draws >= 0))
-        return float(min(1.0, 2 * (1 + fewer) / (1 + len(self.draws))))
+        """Two-sided p-value of the hypothesis that the value is zero; see ``paired_bootstrap``."""
+        smaller_tail = min(np.count_nonzero(self.draws <= 0), np.count_nonzero(self.draws >= 0))
+        return float(min(1.0, 2 * (1 + smaller_tail) / (1 + len(self.draws))))
 
     def difference(self, confidence: float) -> Difference:
-        """Of two quantities, this being the one less the other."""
+        """Interval and p-value of this quantity, which is a difference between two quantities."""
         return Difference(*self.interval(confidence), self.p_value())
 
 
 @runtime_checkable
 class OwnInterval(Protocol):
-    """A kernel whose values on resamples say too little: it makes its interval itself."""
+    """A kernel with its own interval, because its values on resamples are biased."""
 
     interval_note: ClassVar[str]
 
     def __call__(self, counts: TieCounts) -> Floats:
-        """The metric (...)."""
+        """Values (...) of the metric from counts (..., G)."""
 
     def interval(
         self, counts: TieCounts, n_resamples: int, confidence: float, seed: int
     ) -> tuple[float, float]:
-        """Lower and upper end."""
+        """Lower and upper end of the interval."""
 
 
 class SortedScores:
-    """Scores sorted once, from which any choice of rows is counted."""
+    """Scores that are sorted once, so that any choice of rows can be counted fast."""
 
     def __init__(self, uncertainty: Floats, failure: NDArray[np.bool_]) -> None:
         self.value, self.group = np.unique(uncertainty, return_inverse=True)
@@ -163,18 +172,21 @@ class SortedScores:
 
     @property
     def width(self) -> int:
-        """Numbers that a resample takes."""
+        """Number of array entries that one resample needs."""
         return len(self.group)
 
     def counts(self, *drawn: Ints) -> TieCounts:
-        """Counts (B, G) of rows (B, ·) chosen with repetition, right ones and wrong ones."""
+        """Counts (B, G) of drawn rows: the right rows (B, ·) and the wrong rows (B, ·).
+
+        A row that is drawn several times counts several times.
+        """
         correct_rows, wrong_rows = drawn
         return TieCounts(
             self.value, correct=self._tally(correct_rows), wrong=self._tally(wrong_rows)
         )
 
     def observed(self) -> TieCounts:
-        """Counts (1, G) of every row once."""
+        """Counts (1, G) of the sample itself: every row counts once."""
         return self.counts(*(rows[None] for rows in self.strata))
 
     def _tally(self, rows: Ints) -> Ints:
@@ -192,7 +204,10 @@ AnyScores = SortedScores | PictureScores
 def sorted_scores(
     uncertainty: Floats, failure: NDArray[np.bool_], picture: Ints | None
 ) -> AnyScores:
-    """What is resampled: rows, or pictures where some have several (``repeated_pictures``)."""
+    """Scores to resample: of rows, or of pictures if ``picture`` is not None.
+
+    ``picture`` is the result of ``repeated_pictures``.
+    """
     if picture is None:
         return SortedScores(uncertainty, failure)
     value, group = np.unique(uncertainty, return_inverse=True)
@@ -200,18 +215,20 @@ def sorted_scores(
 
 
 def resampled_rows(scores: AnyScores, n_resamples: int, seed: int) -> Iterator[tuple[Ints, ...]]:
-    """Blocks of resamples: (B, N) of every stratum of N rows or pictures.
+    """Yield blocks of B resamples: for every stratum the drawn members (B, N).
 
-    They are drawn with repetition within it. Of rows these are the right ones and the wrong ones.
+    A stratum has N rows or pictures, of which N are drawn with repetition. The strata of rows are
+    the right rows and the wrong rows.
     """
     rng = np.random.default_rng(seed)
     for size in block_sizes(n_resamples, CELLS // scores.width):
         yield tuple([_draw(rng, stratum, size) for stratum in scores.strata])
 
 
-def block_sizes(n_resamples: int, most: int) -> list[int]:
-    """Resamples of each block: as many as fit, at least one."""
-    return [min(max(1, most), n_resamples - start) for start in range(0, n_resamples, max(1, most))]
+def block_sizes(n_resamples: int, max_size: int) -> list[int]:
+    """Number of resamples of each block: at most ``max_size``, but at least one."""
+    size = max(1, max_size)
+    return [min(size, n_resamples - start) for start in range(0, n_resamples, size)]
 
 
 def _draw(rng: np.random.Generator, rows: Ints, n_resamples: int) -> Ints:
@@ -232,20 +249,20 @@ def bootstrap_intervals(
     check_settings(n_resamples, confidence)
     counts = tie_counts(uncertainty, failure)
     pair = check_pair(uncertainty, failure)
-    shown = repeated_pictures(check_pictures(picture, len(pair[0])))
-    n_units = counts.n if shown is None else shown.max() + 1
+    repeated = repeated_pictures(check_pictures(picture, len(pair[0])))
+    n_units = counts.n if repeated is None else repeated.max() + 1  # rows, or pictures
     if n_units > RESAMPLED_GROUPS:
-        # the same distribution, in a time that does not grow with the rows
-        if shown is None:
+        # counts have the same distribution, and their time does not grow with the number of rows
+        if repeated is None:
             return counted_intervals(kernels, counts, n_resamples, confidence, seed)
-        return _picture_intervals(kernels, pair, shown, n_resamples, confidence, seed)
-    scores = sorted_scores(*pair, shown)
-    intervals, usual = own_intervals(kernels, counts, n_resamples, confidence, seed, shown)
-    if not usual:
+        return _picture_intervals(kernels, pair, repeated, n_resamples, confidence, seed)
+    scores = sorted_scores(*pair, repeated)
+    intervals, remaining = own_intervals(kernels, counts, n_resamples, confidence, seed, repeated)
+    if not remaining:
         return intervals
     observed = scores.observed()
-    draws = resampled(usual, scores, n_resamples, seed)
-    for name, kernel in usual.items():
+    draws = resampled(remaining, scores, n_resamples, seed)
+    for name, kernel in remaining.items():
         value = float(kernel(observed)[0])
         intervals[name] = Quantity(value, draws[name]).interval(confidence)
     return intervals
@@ -259,7 +276,7 @@ def intervals_of(
     confidence: float,
     seed: int,
 ) -> dict[str, Interval]:
-    """Intervals of several metrics of rows, or of counts of them, from the same resamples."""
+    """Intervals of several metrics from the same resamples, for rows or for a histogram."""
     if isinstance(scores, Histogram):
         check_settings(n_resamples, confidence)
         return counted_intervals(kernels, scores.counts(), n_resamples, confidence, seed)
@@ -284,24 +301,30 @@ def counted_intervals(
 ) -> dict[str, Interval]:
     """Metrics with stratified percentile bootstrap intervals, from counts (G,).
 
-    A resample draws as many correct and as many wrong answers as there are, by multinomials over
-    the scores: with as few distinct ones as ``most_groups`` the distribution of the bootstrap
-    over rows. With more, neighbouring scores go together in groups of about equal size, and the
-    ends move by what that does to the metric, in its range.
+    A resample draws as many correct and as many wrong answers as there are, from two multinomial
+    distributions over the scores. With at most ``most_groups`` distinct scores this is exactly the
+    distribution of the bootstrap over rows.
+
+    With more distinct scores, neighbouring scores are grouped, into groups of about equal size.
+    Grouping changes the metric slightly. The bootstrap values are shifted back by this change, and
+    clipped to the range of the metric.
     """
-    group = grouped(counts, most_groups)
-    intervals, usual = own_intervals(kernels, counts, n_resamples, confidence, seed)
-    blocks = _drawn_blocks(group, n_resamples, seed)
-    return intervals | _intervals_around(usual, counts, group, blocks, n_resamples, confidence)
+    groups = grouped(counts, most_groups)
+    intervals, remaining = own_intervals(kernels, counts, n_resamples, confidence, seed)
+    blocks = _drawn_blocks(groups, n_resamples, seed)
+    return intervals | _intervals_around(remaining, counts, groups, blocks, n_resamples, confidence)
 
 
-def _drawn_blocks(group: TieCounts, n_resamples: int, seed: int) -> Iterator[TieCounts]:
-    """Blocks of resamples (B, G) of counts (G,): right and wrong answers are drawn apart."""
+def _drawn_blocks(groups: TieCounts, n_resamples: int, seed: int) -> Iterator[TieCounts]:
+    """Yield blocks of resamples (B, G) of counts (G,).
+
+    Right and wrong answers are drawn separately.
+    """
     rng = np.random.default_rng(seed)
-    for size in block_sizes(n_resamples, CELLS // len(group.value)):
-        correct = _drawn(rng, group.correct, size)
-        wrong = _drawn(rng, group.wrong, size)
-        yield TieCounts(group.value, correct, wrong)
+    for size in block_sizes(n_resamples, CELLS // len(groups.value)):
+        correct = _drawn(rng, groups.correct, size)
+        wrong = _drawn(rng, groups.wrong, size)
+        yield TieCounts(groups.value, correct, wrong)
 
 
 def _picture_intervals(
@@ -312,32 +335,33 @@ def _picture_intervals(
     confidence: float,
     seed: int,
 ) -> dict[str, Interval]:
-    """As ``counted_intervals``, of pictures (N,) of which some have several rows.
+    """As ``counted_intervals``, but pictures are drawn; ``picture`` (N,) has the picture of a row.
 
-    Multinomials are over pictures that are alike.
+    The multinomial distributions are over kinds of equal pictures (``PictureScores.merged``).
     """
     uncertainty, failure = pair
     counts = tie_counts(uncertainty, failure)
-    intervals, usual = own_intervals(kernels, counts, n_resamples, confidence, seed, picture)
-    group = grouped(counts)
+    intervals, remaining = own_intervals(kernels, counts, n_resamples, confidence, seed, picture)
+    groups = grouped(counts)
     group_of_row = group_indices(counts)[np.searchsorted(counts.value, uncertainty)]
-    scores = PictureScores.of(group.value, group_of_row, failure, picture).merged()
-    # right and wrong rows of one score are two entries, and as many counts as for rows
-    width = max(len(group.value), scores.width // 2)
+    scores = PictureScores.of(groups.value, group_of_row, failure, picture).merged()
+    # A score has up to two entries, one of right rows and one of wrong rows. So half the number of
+    # entries is comparable with the number of scores, which ``counted_intervals`` uses.
+    width = max(len(groups.value), scores.width // 2)
     sizes = block_sizes(n_resamples, CELLS // width)
     blocks = scores.drawn(np.random.default_rng(seed), sizes)
-    return intervals | _intervals_around(usual, counts, group, blocks, n_resamples, confidence)
+    return intervals | _intervals_around(remaining, counts, groups, blocks, n_resamples, confidence)
 
 
 def _intervals_around(
     kernels: Mapping[str, Kernel],
     counts: TieCounts,
-    group: TieCounts,
+    groups: TieCounts,
     blocks: Iterable[TieCounts],
     n_resamples: int,
     confidence: float,
 ) -> dict[str, Interval]:
-    """Intervals of metrics of counts (G,) from resamples of their groups."""
+    """Intervals of the metrics of ``counts`` (G,), from resamples of their ``groups``."""
     if not kernels:
         return {}
     draws = values_of(kernels, blocks, n_resamples)
@@ -345,36 +369,39 @@ def _intervals_around(
     for name, kernel in kernels.items():
         value = float(kernel(counts))
         drawn = draws[name]
-        # nearly every metric is within 0 and 1
-        least = min(drawn.min(), value, 0.0)
-        most = max(drawn.max(), value, 1.0)
-        moved = drawn + value - float(kernel(group))
-        quantity = Quantity(value, np.clip(moved, least, most))
+        # nearly every metric is between 0 and 1, so the shifted values stay in this range
+        lowest = min(drawn.min(), value, 0.0)
+        highest = max(drawn.max(), value, 1.0)
+        shifted = drawn + value - float(kernel(groups))
+        quantity = Quantity(value, np.clip(shifted, lowest, highest))
         intervals[name] = quantity.interval(confidence)
     return intervals
 
 
-def grouped(counts: TieCounts, most: int = RESAMPLED_GROUPS) -> TieCounts:
-    """Counts (G,) in at most ``most`` groups of neighbours, each with their mean."""
-    if len(counts.value) <= most:
+def grouped(counts: TieCounts, max_groups: int = RESAMPLED_GROUPS) -> TieCounts:
+    """Counts of at most ``max_groups`` groups of neighbouring scores.
+
+    The value of a group is the mean score of its rows.
+    """
+    if len(counts.value) <= max_groups:
         return counts
-    starts = np.flatnonzero(np.diff(group_indices(counts, most), prepend=-1))
+    starts = np.flatnonzero(np.diff(group_indices(counts, max_groups), prepend=-1))
     size = np.add.reduceat(counts.size, starts)
     correct = np.add.reduceat(counts.correct, starts)
     wrong = np.add.reduceat(counts.wrong, starts)
     return TieCounts(np.add.reduceat(counts.value * counts.size, starts) / size, correct, wrong)
 
 
-def group_indices(counts: TieCounts, most: int = RESAMPLED_GROUPS) -> Ints:
-    """(G,) index of the group of every score, from 0 on."""
-    if len(counts.value) <= most:
+def group_indices(counts: TieCounts, max_groups: int = RESAMPLED_GROUPS) -> Ints:
+    """Group index (G,) of every score, from 0 on."""
+    if len(counts.value) <= max_groups:
         return np.arange(len(counts.value))
-    group = (counts.accepted - counts.size) * most // counts.n
+    group = (counts.accepted - counts.size) * max_groups // counts.n
     return np.cumsum(np.diff(group, prepend=group[0]) > 0)
 
 
 def _drawn(rng: np.random.Generator, counts: Ints, n_resamples: int) -> Ints:
-    """(B, G) of as many rows as counts (G,) have, drawn with repetition."""
+    """Resampled counts (B, G): as many rows as ``counts`` (G,) has, drawn with repetition."""
     drawn = np.zeros((n_resamples, len(counts)), np.int64)
     occupied = np.flatnonzero(counts)
     if len(occupied):
@@ -391,24 +418,25 @@ def own_intervals(
     seed: int,
     picture: Ints | None = None,
 ) -> tuple[dict[str, Interval], dict[str, Kernel]]:
-    """Intervals of the kernels that make them themselves, from counts (G,), and the other kernels.
+    """Intervals of the kernels that are ``OwnInterval``, and the remaining kernels.
 
-    Of pictures of which some have several rows the counts are those of ``independent`` rows.
+    If some pictures have several rows, the interval is that of the effective number of
+    ``independent`` rows.
     """
-    of_rows = counts if picture is None else independent(counts, picture)
+    effective_counts = counts if picture is None else independent(counts, picture)
     intervals: dict[str, Interval] = {}
-    usual: dict[str, Kernel] = {}
+    remaining: dict[str, Kernel] = {}
     for name, kernel in kernels.items():
         if not isinstance(kernel, OwnInterval):
-            usual[name] = kernel
+            remaining[name] = kernel
             continue
         value = float(kernel(counts))
-        low, high = kernel.interval(of_rows, n_resamples, confidence, seed)
-        if picture is not None:  # rounding may have moved it
+        low, high = kernel.interval(effective_counts, n_resamples, confidence, seed)
+        if picture is not None:  # by rounding, the value may be just outside the interval
             low = min(low, value)
             high = max(high, value)
         intervals[name] = Interval(value, low, high)
-    return intervals, usual
+    return intervals, remaining
 
 
 def resampled(
@@ -416,7 +444,7 @@ def resampled(
 ) -> dict[str, Floats]:
     """Values (B,) of several metrics on the same resamples.
 
-    NaN where there is no wrong or no right answer.
+    A metric that needs both wrong and right answers is NaN where one kind is missing.
     """
     blocks = (scores.counts(*rows) for rows in resampled_rows(scores, n_resamples, seed))
     return values_of(kernels, blocks, n_resamples)
@@ -425,14 +453,14 @@ def resampled(
 def values_of(
     kernels: Mapping[str, Kernel], blocks: Iterable[TieCounts], n_resamples: int
 ) -> dict[str, Floats]:
-    """Values (B,) of several metrics on blocks of resamples, of which one is held at a time."""
+    """Values (B,) of several metrics on blocks of resamples; one block is in memory at a time."""
     values: dict[str, list[Floats]] = {name: [] for name in kernels}
     with track("bootstrap", n_resamples, "resamples") as task:
         for counts in blocks:
             for name, kernel in kernels.items():
                 values[name].append(kernel(counts))
             task.advance(len(counts.n))
-    return {name: np.concatenate(blocks_of_one) for name, blocks_of_one in values.items()}
+    return {name: np.concatenate(per_block) for name, per_block in values.items()}
 
 
 @checked
@@ -455,16 +483,17 @@ def bootstrap_interval(
         n_resamples: Number of resamples.
         confidence: Coverage of the interval, in (0, 1).
         seed: Seed of the resampling.
-        picture: (N,) whole numbers, equal for rows of one picture, -1 where it is not known. Where
-            some are equal, pictures are resampled with all their rows.
+        picture: (N,) whole numbers, equal for rows that show the same picture, -1 where the picture
+            is not known. If some pictures have several rows, pictures are resampled with all their
+            rows.
 
     Returns:
-        Value, lower and upper end; all NaN where the metric is undefined.
+        Value, lower end and upper end. All three are NaN if the metric is undefined.
 
     Raises:
-        DataError: If the vectors are empty, differ in length, or hold anything else (ECE: what is
-            no probability).
-        UsageError: If the metric is unknown or a setting cannot be.
+        DataError: If the vectors are empty, differ in length, or hold invalid values (for ECE also
+            values that are no probabilities).
+        UsageError: If the metric is unknown or a setting is invalid.
 
     Examples:
         >>> import numpy as np, vilu
@@ -506,13 +535,17 @@ def paired_bootstrap(
 ) -> Difference:
     """Difference of a metric between two uncertainties of the same answers.
 
-    Both are computed on the same resampled rows. The p-value is twice the smaller share of
-    resamples whose difference is not above, or not below, zero, with one added to count and total,
-    so that it is never 0.
+    The metric of a and the metric of b are computed on the same resampled rows. With n resamples,
+    the two-sided p-value is
 
-    Arguments and errors are as of ``bootstrap_interval``, with two uncertainties (N,). Returned is
-    the metric of a less that of b, lower and upper end, and p-value; all NaN where the metric is
-    undefined.
+        p = min(1, 2 (1 + k) / (1 + n))
+
+    k is the smaller of two counts: the resamples whose difference is at most 0, and the resamples
+    whose difference is at least 0. So p is never 0.
+
+    Arguments and errors are as in ``bootstrap_interval``, but with two uncertainties (N,). The
+    result is the metric of a minus the metric of b, its lower and upper end, and the p-value. All
+    four are NaN if the metric is undefined.
 
     Examples:
         >>> import numpy as np, vilu
@@ -527,21 +560,22 @@ def paired_bootstrap(
     kernel = _kernel(metric, failure, uncertainty_a, uncertainty_b)
     scores_a, failures = check_pair(uncertainty_a, failure)
     scores_b, _ = check_pair(uncertainty_b, failure)
-    shown = repeated_pictures(check_pictures(picture, len(failures)))
-    a = sorted_scores(scores_a, failures, shown)
-    b = sorted_scores(scores_b, failures, shown)
+    repeated = repeated_pictures(check_pictures(picture, len(failures)))
+    a = sorted_scores(scores_a, failures, repeated)
+    b = sorted_scores(scores_b, failures, repeated)
     observed = float((kernel(a.observed()) - kernel(b.observed()))[0])
     if np.isnan(observed):
         return Difference(observed, observed, observed, observed)
     blocks = []
-    # both have the same strata; the wider one says how many resamples are held at a time
+    # a and b have the same strata; the wider one determines the size of a block of resamples
     wider = b if b.width > a.width else a
     with track("bootstrap", n_resamples, "resamples") as task:
         for rows in resampled_rows(wider, n_resamples, seed):
             blocks.append(kernel(a.counts(*rows)) - kernel(b.counts(*rows)))
             task.advance(len(blocks[-1]))
     differences = np.concatenate(blocks)
-    # resampling adds its bias once more, to both, but not the same
+    # The metric is biased, and resampling adds the bias once more. The added bias of a and that of
+    # b may differ, so the differences are centred on the observed difference.
     if isinstance(kernel, OwnInterval):
         differences += observed - differences.mean()
     return Quantity(observed, differences).difference(confidence)
@@ -559,9 +593,9 @@ def paired_across(
 ) -> Difference:
     """Difference of a metric between two kinds of answers to the same rows.
 
-    Each of ``a`` and ``b`` are uncertainties (N,) and failures (N,). Both kinds are wrong in other
-    rows, so no resample can keep both numbers of wrong answers: rows are drawn, all alike. Rows of
-    one picture (N,) are drawn together.
+    ``a`` and ``b`` are pairs of uncertainties (N,) and failures (N,). The two kinds of answers are
+    wrong in different rows, so a resample cannot keep both numbers of wrong answers. Therefore rows
+    are drawn without strata. Rows of the same ``picture`` (N,) are drawn together.
     """
     check_settings(n_resamples, confidence)
     unit = np.arange(len(a[0])) if picture is None else picture
@@ -573,20 +607,20 @@ def paired_across(
     with track("bootstrap", n_resamples, "resamples") as task:
         for size in block_sizes(n_resamples, CELLS // len(unit)):
             drawn = rng.multinomial(n_units, np.full(n_units, 1 / n_units), size=size)
-            of_rows = drawn[:, unit]
-            first, second = (kernel(side.counts(of_rows)) for side in sides)
-            blocks.append(first - second)
+            times_of_row = drawn[:, unit]
+            value_a, value_b = (kernel(side.counts(times_of_row)) for side in sides)
+            blocks.append(value_a - value_b)
             task.advance(size)
     return Quantity(observed, np.concatenate(blocks)).difference(confidence)
 
 
 class _TiedRows(NamedTuple):
-    """Rows in the order of their uncertainties, equal ones side by side."""
+    """Rows in ascending order of their uncertainties, so that tied rows are neighbours."""
 
-    order: Ints  # (N,) rows by their uncertainty
-    starts: Ints  # (G,) where each distinct uncertainty begins in this order
-    value: Floats  # (G,) distinct uncertainties
-    wrong: Ints  # (N,) 1 where the answer is wrong, in this order
+    order: Ints  # (N,) row indices in ascending order of uncertainty
+    starts: Ints  # (G,) index in ``order`` at which each distinct uncertainty begins
+    value: Floats  # (G,) distinct uncertainties, ascending
+    wrong: Ints  # (N,) 1 where the answer is wrong, in the same order as ``order``
 
     @classmethod
     def of(cls, uncertainty: Floats, failure: Ints) -> _TiedRows:
@@ -595,7 +629,7 @@ class _TiedRows(NamedTuple):
         return cls(order, starts, value, failure[order])
 
     def counts(self, times: Ints) -> TieCounts:
-        """Counts (B, G) of rows that are drawn so many ``times`` (B, N)."""
+        """Counts (B, G), where ``times`` (B, N) is how often each row is drawn."""
         drawn = times[:, self.order]
         size = np.add.reduceat(drawn, self.starts, axis=1)
         wrong = np.add.reduceat(drawn * self.wrong, self.starts, axis=1)
@@ -608,12 +642,12 @@ def _kernel(metric: str | Kernel, failure: ArrayLike, *uncertainty: ArrayLike) -
     chosen = get_metric(metric)
     if chosen.of_probability:
         for scores in uncertainty:
-            probability_counts(scores, failure)  # refuses what is no probability
+            probability_counts(scores, failure)  # raises DataError if a score is no probability
     return chosen.kernel
 
 
 def check_settings(n_resamples: int, confidence: float) -> None:
-    """Refuse no resample, or a confidence that is not in (0, 1)."""
+    """Refuse an invalid number of resamples, or a confidence that is not in (0, 1)."""
     require_at_least("n_resamples", n_resamples, 1)
     if n_resamples > MAX_RESAMPLES:
         raise UsageError(

@@ -1,4 +1,4 @@
-"""The metrics by name, each with the convention that goes into its result row."""
+"""The metrics by name. The convention of a metric is recorded with its results."""
 
 from __future__ import annotations
 
@@ -29,24 +29,26 @@ Question = Literal["failure", "within", "outside"]
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric with all its choices made.
+    """A metric with all its conventions fixed.
 
     Attributes:
-        title: Heading of its column.
-        kernel: Its value (...) from counts (..., G).
-        convention: What was chosen where the literature differs.
-        of_probability: Whether it has a meaning only for failure probabilities.
-        higher_is_better: Which way is better.
-        percent: Whether tables show it in percent; else as it is.
-        wanted: "always": ``evaluate`` computes it, and its table has a column; "evaluated": a
-            column only where metrics are chosen; "chosen": computed only then.
-        name: What it is asked for by.
-        question: "failure": whether an answer is wrong, of any picture; "within": the same, of
-            pictures of the classes only; "outside": whether a picture is of none of the classes, in
-            place of the failure. The latter two are evaluated where some pictures are.
-        across_answers: Whether it also compares other answers to the same rows, as a risk at a
-            coverage does. A metric of ranking alone says nothing there: fewer wrong answers are
-            another task.
+        title: Heading of its column in tables.
+        kernel: Function from counts (..., G) to values (...) of the metric.
+        convention: The chosen definition, where definitions in the literature differ.
+        of_probability: Whether the metric is defined only for failure probabilities.
+        higher_is_better: Whether a higher value is better.
+        percent: Whether tables show the metric in percent.
+        wanted: "always": ``evaluate`` computes the metric, and its table shows it. "evaluated":
+            ``evaluate`` computes it, and the table shows it only if metrics are chosen. "chosen":
+            it is computed only if it is chosen.
+        name: Name by which the metric is chosen.
+        question: What the uncertainty is to predict. "failure": whether the answer is wrong, for
+            all pictures. "within": the same, for pictures of the classes only. "outside": whether
+            a picture is of none of the classes. "within" and "outside" are evaluated only if some
+            pictures are of none of the classes.
+        across_answers: Whether the metric can also compare different answers to the same rows, as
+            the risk at a coverage can. A metric of ranking alone cannot, because the rows that are
+            wrong differ.
 
     Examples:
         >>> import vilu
@@ -71,16 +73,16 @@ class Metric:
     across_answers: bool = False
 
     def show(self, value: float, sign: str = "") -> str:
-        """A value, or with the sign "+" a difference, as tables have it."""
+        """A value as tables show it; with ``sign="+"`` a difference."""
         return f"{100 * value:{sign}.1f}" if self.percent else f"{value:{sign}.3g}"
 
     def brackets(self, low: float, high: float, sign: str = "") -> str:
-        """An interval as tables have it."""
+        """An interval as tables show it."""
         return f"[{self.show(low, sign)}, {self.show(high, sign)}]"
 
 
 def _asked(question: Question, metric: Metric, convention: str) -> Metric:
-    """The same metric of another question."""
+    """The same metric for another question."""
     return replace(
         metric, title=f"{metric.title} {question}", convention=convention, question=question
     )
@@ -183,23 +185,26 @@ METRICS.here.update({name: replace(metric, name=name) for name, metric in _ENTRI
 
 
 def evaluated_metrics() -> list[str]:
-    """What ``evaluate`` computes unless others are chosen: ours, then those that were added."""
+    """Names of the metrics that ``evaluate`` computes by default.
+
+    The built-in metrics come first, then the metrics that were added.
+    """
     return [name for name, metric in METRICS.items() if metric.wanted != "chosen"]
 
 
 DEFAULT_METRICS = tuple(name for name, metric in METRICS.here.items() if metric.wanted != "chosen")
-"""What ``evaluate`` computes of ours.
+"""Names of the built-in metrics that ``evaluate`` computes by default.
 
-Those of a probability only where the uncertainty is one, those of the questions "within" and
-"outside" only where some rows are of none of the classes.
+Metrics of a probability are computed only if the uncertainty is a probability. Metrics of the
+questions "within" and "outside" are computed only if some rows are of none of the classes.
 """
 
 
 def get_metric(name: str) -> Metric:
-    """The metric of that name.
+    """The metric of this name.
 
     Raises:
-        UsageError: If there is none, naming the nearest.
+        UsageError: If there is no such metric. The message suggests the most similar name.
     """
     if name not in METRICS:
         hint = nearest(name, METRICS)
@@ -208,11 +213,11 @@ def get_metric(name: str) -> Metric:
 
 
 def add_metric(metric: Metric) -> None:
-    """Make a metric one of those of this process: evaluated, shown and benchmarked like ours.
+    """Add a metric in this process. It is evaluated and shown like the built-in metrics.
 
     Raises:
-        UsageError: If it has no name, another metric has it, or the kernel does not give a value
-            for each resample.
+        UsageError: If the metric has no name, if another metric has the same name, or if the kernel
+            does not return one value per resample.
     """
     if not metric.name or METRICS.here.get(metric.name, metric) != metric:
         raise UsageError(
@@ -241,6 +246,6 @@ ADDERS["a vilu.metrics.catalog.Metric"] = _add
 
 
 def but_for(metrics: Iterable[Metric]) -> str:
-    """What follows "in percent" where some are not."""
-    plain = [metric.title for metric in metrics if not metric.percent]
-    return f", but for {', '.join(plain)}" if plain else ""
+    """Text that follows "in percent" and names the metrics that are not shown in percent."""
+    not_percent = [metric.title for metric in metrics if not metric.percent]
+    return f", but for {', '.join(not_percent)}" if not_percent else ""

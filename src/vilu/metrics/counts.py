@@ -1,4 +1,4 @@
-"""Checked input of every metric, in the form in which all are computed: counts per tied score."""
+"""Checked input of all metrics: the counts of correct and wrong answers per distinct score."""
 
 from __future__ import annotations
 
@@ -19,64 +19,67 @@ Positive = Literal["correct", "failure"]
 
 @dataclass(frozen=True, eq=False)
 class TieCounts:
-    """How many correct and wrong answers share each score, the most trusted score first.
+    """Numbers of correct and wrong answers at each distinct score, the most trusted score first.
 
-    Rows of equal uncertainty are one operating point, so nothing here depends on the order of the
-    rows. Leading axes are bootstrap resamples; a score that no resampled row has counts zero and
-    moves no metric.
+    Rows with equal uncertainty are one operating point, so the counts do not depend on the order of
+    the rows. Leading axes are bootstrap resamples. If a resample has no row of a score, its counts
+    of this score are zero, and the score changes no metric.
     """
 
     value: Floats  # (G,) distinct uncertainties, ascending
-    correct: Ints  # (..., G) number of correct answers at each
-    wrong: Ints  # (..., G) number of wrong answers at each
+    correct: Ints  # (..., G) number of correct answers at each score
+    wrong: Ints  # (..., G) number of wrong answers at each score
 
     @cached_property
     def size(self) -> Ints:
-        """(..., G) number of answers at each score."""
+        """Number (..., G) of answers at each score."""
         return self.correct + self.wrong
 
     @cached_property
     def accepted_correct(self) -> Ints:
-        """(..., G) correct answers whose uncertainty is at most this score."""
+        """Number (..., G) of correct answers whose uncertainty is at most this score."""
         return self.correct.cumsum(-1)
 
     @cached_property
     def accepted_wrong(self) -> Ints:
-        """(..., G) wrong answers whose uncertainty is at most this score."""
+        """Number (..., G) of wrong answers whose uncertainty is at most this score."""
         return self.wrong.cumsum(-1)
 
     @cached_property
     def accepted(self) -> Ints:
-        """(..., G) answers whose uncertainty is at most this score."""
+        """Number (..., G) of answers whose uncertainty is at most this score."""
         return self.accepted_correct + self.accepted_wrong
 
     @property
     def n_correct(self) -> Ints:
-        """(...) number of correct answers."""
+        """Number (...) of correct answers."""
         return self.accepted_correct[..., -1]
 
     @property
     def n_wrong(self) -> Ints:
-        """(...) number of wrong answers."""
+        """Number (...) of wrong answers."""
         return self.accepted_wrong[..., -1]
 
     @property
     def n(self) -> Ints:
-        """(...) number of answers."""
+        """Number (...) of answers."""
         return self.accepted[..., -1]
 
     @cached_property
     def flipped(self) -> TieCounts:
-        """The same problem seen from the other side.
+        """Counts with exchanged roles of wrong and correct answers.
 
-        The least trusted score is first, and wrong answers have the role of correct ones.
+        The scores are negated, so that the least trusted score is first.
         """
         return TieCounts(
             -self.value[::-1], correct=self.wrong[..., ::-1], wrong=self.correct[..., ::-1]
         )
 
     def towards(self, positive: Positive) -> TieCounts:
-        """Counts whose ``correct`` are the class ``positive``, its most typical score first."""
+        """Counts in which ``correct`` counts the class ``positive``, its most typical score first.
+
+        They are ``self`` or ``flipped``.
+        """
         return self if positive == "correct" else self.flipped
 
 
@@ -141,7 +144,7 @@ def check_codes(
 def _real(values: ArrayLike, name: str) -> NDArray[Any]:
     try:
         array = np.asarray(values)
-    # ragged lists; tensors on a device or with gradients
+    # raised by ragged lists, and by tensors that are on a device or require gradients
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"{name} must be a vector of numbers on the CPU: {error}") from error
     if array.ndim != 1:
@@ -153,13 +156,13 @@ def _real(values: ArrayLike, name: str) -> NDArray[Any]:
 
 
 BLOCK_ROWS = 2**22
-"""Rows that are sorted together: the places of a hundred million would take gigabytes."""
+"""Number of rows that are sorted together, so that the sort of many rows needs little memory."""
 
 
 def tie_counts(
     uncertainty: ArrayLike, failure: ArrayLike, *, block_rows: int = BLOCK_ROWS
 ) -> TieCounts:
-    """Counts (G,) per distinct uncertainty, of ``block_rows`` rows at a time."""
+    """Counts (G,) per distinct uncertainty; ``block_rows`` rows are sorted at a time."""
     scores, failures = check_pair(uncertainty, failure)
     blocks = []
     for start in range(0, len(scores), block_rows):
@@ -175,7 +178,7 @@ def tie_counts(
 
 
 def _counts(scores: Floats, failures: NDArray[np.bool_]) -> TieCounts:
-    # sorting twice is quicker than finding the place of every row
+    # Sorting the wrong rows again is faster than a search of every row among the scores.
     value, size = np.unique(scores, return_counts=True)
     wrong_value, wrong_size = np.unique(scores[failures], return_counts=True)
     wrong = np.zeros_like(size)
@@ -186,7 +189,7 @@ def _counts(scores: Floats, failures: NDArray[np.bool_]) -> TieCounts:
 def ratio(
     numerator: NDArray[np.generic], denominator: NDArray[np.generic], empty: float = np.nan
 ) -> Floats:
-    """Quotient in float64, ``empty`` where the denominator is zero."""
+    """Quotient in float64; it is ``empty`` where the denominator is zero."""
     shape = np.broadcast_shapes(np.shape(numerator), np.shape(denominator))
     quotient: Floats = np.full(shape, empty)
     np.divide(numerator, denominator, out=quotient, where=np.asarray(denominator) != 0)
@@ -194,7 +197,7 @@ def ratio(
 
 
 def check_pictures(values: ArrayLike | None, n: int) -> Ints | None:
-    """Identities (N,) of pictures as int64, a copy: from 0 on, or -1 where unknown."""
+    """Copy of the picture identities (N,) as int64; they must be at least 0, or -1 if unknown."""
     if values is None:
         return None
     numbers = _real(values, "picture")
@@ -217,9 +220,9 @@ def check_pictures(values: ArrayLike | None, n: int) -> Ints | None:
 
 
 def first_rows(picture: Ints) -> Ints:
-    """(N,) index of the first row that shows the picture of every row.
+    """Index (N,), for every row, of the first row that shows the same picture.
 
-    It is the row's own where the picture is not known, -1.
+    A row whose picture is not known (-1) gets its own index.
 
     Examples:
         >>> import numpy as np
@@ -229,15 +232,17 @@ def first_rows(picture: Ints) -> Ints:
     """
     first = np.arange(len(picture))
     known = np.flatnonzero(picture != UNKNOWN)
-    _, at, place = np.unique(picture[known], return_index=True, return_inverse=True)
-    first[known] = known[at[place]]
+    _, first_of_picture, picture_index = np.unique(
+        picture[known], return_index=True, return_inverse=True
+    )
+    first[known] = known[first_of_picture[picture_index]]
     return first
 
 
 def repeated_pictures(picture: Ints | None) -> Ints | None:
-    """(N,) numbers of the pictures of rows, from 0 on in the order of their first rows.
+    """Picture number (N,) of every row, from 0 on, in the order of the first rows.
 
-    None where no picture has two rows.
+    None if no picture has two rows.
 
     Examples:
         >>> import numpy as np

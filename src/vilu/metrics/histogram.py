@@ -1,10 +1,12 @@
-"""Scores of any number of rows in bounded memory: counts over bins.
+"""Histogram of the scores of any number of rows, in bounded memory.
 
-They are the same whatever the order in which the rows came. Every float64 score has a place in one
-order of int64 codes; a bin is a code without its lowest ``level`` bits. The level is the smallest
-at which at most ``MAX_BINS`` bins are occupied. It depends on nothing but the scores: a part that
-has too many bins at a level is never inside a whole that has few enough, so no merge drops a bit
-too many.
+Every float64 score has an int64 code, and the codes have the same order as the scores. A bin is a
+code without its lowest ``level`` bits. The level is the smallest one at which at most ``MAX_BINS``
+bins are occupied.
+
+The histogram depends only on the scores, not on the order in which rows or parts are added. If a
+part has too many bins at some level, the whole has too many bins at this level, too. So the level
+of a part is never higher than that of the whole.
 """
 
 from __future__ import annotations
@@ -19,9 +21,10 @@ from numpy.typing import ArrayLike
 from vilu.errors import DataError
 from vilu.metrics.counts import Floats, Ints, TieCounts, check_pair
 
-MAX_BINS = 2**20  # occupied bins at most: 24 MB
+MAX_BINS = 2**20
+"""Maximum number of occupied bins; they take 24 MB."""
 _TINY = 2.0**-512
-# whole octaves, so that 0 and 1 begin a bin at every level
+# The offsets are whole octaves, so that 0 and 1 are the start of a bin at every level.
 _ZERO = np.float64(_TINY).view(np.int64).item() - 2**52
 _HALF = np.float64(0.5).view(np.int64).item() - _ZERO
 _NEAR = np.float64(2.0**-54).view(np.int64).item()
@@ -30,12 +33,12 @@ _ONE_BITS = np.float64(1.0).view(np.int64).item()
 
 
 def codes(scores: Floats) -> Ints:
-    """Place (N,) of finite scores in their order.
+    """Codes (N,) int64 of finite scores: equal scores have equal codes, larger scores larger codes.
 
-    Equal scores have equal codes, larger scores larger codes. The bits of a float64 are such a
-    code, fine near 0 and coarse near 1 when its low bits are dropped. Probabilities saturate at
-    both ends, so between 1/2 and 1 the code is taken from the bits of 1 - score, which is exact. To
-    make room for this in 64 bits, magnitudes below 2^-512 count as zero.
+    The bits of a float64 would be such a code. But when low bits are dropped, this code would be
+    fine near 0 and coarse near 1. Probabilities can be close to both ends. So between 1/2 and 1 the
+    code is taken from the bits of 1 - score, which is exact. To make room for these codes in 64
+    bits, magnitudes below 2^-512 count as zero.
     """
     size = np.abs(scores)
     bits = size.view(np.int64)
@@ -47,7 +50,7 @@ def codes(scores: Floats) -> Ints:
 
 
 def scores_of(code: Ints) -> Floats:
-    """The inverse of ``codes``."""
+    """Scores (N,) of codes (N,), the inverse of ``codes``."""
     size = np.abs(code)
     low = np.where((size == 0) | (code > _HALF), _ZERO, size + _ZERO).view(np.float64)
     low = np.where(size == 0, 0.0, np.where(code < 0, -low, low))
@@ -58,30 +61,30 @@ def scores_of(code: Ints) -> Floats:
 
 @dataclass(frozen=True, eq=False)
 class Histogram:
-    """Correct and wrong answers per bin of the score.
+    """Numbers of correct and wrong answers in each bin of the score.
 
-    ``+`` joins two, in any order, to the same counts. Up to ``max_bins`` distinct scores it is
-    exact. Beyond, scores of one bin count as tied: the error of AUROC is at most ``tied_pairs`` /
-    2, in practice far less.
+    ``+`` joins two histograms; the order does not matter. With at most ``max_bins`` distinct scores
+    the histogram is exact. With more, scores in the same bin count as tied. Then the error of AUROC
+    is at most ``tied_pairs`` / 2, and in practice far less.
     """
 
     bins: Ints  # (G,) int64, ascending: codes without their lowest ``level`` bits
-    correct: Ints  # (G,) number of correct answers in each
-    wrong: Ints  # (G,) number of wrong answers in each
-    level: int = 0  # bits dropped
-    low: float = math.inf  # smallest score; infinity without any
-    high: float = -math.inf  # largest score
-    max_bins: int = MAX_BINS  # occupied bins at most
+    correct: Ints  # (G,) number of correct answers in each bin
+    wrong: Ints  # (G,) number of wrong answers in each bin
+    level: int = 0  # number of low bits that are dropped
+    low: float = math.inf  # smallest score; infinity if there is no row
+    high: float = -math.inf  # largest score; minus infinity if there is no row
+    max_bins: int = MAX_BINS  # maximum number of occupied bins
 
     @classmethod
     def empty(cls) -> Histogram:
-        """Of no row."""
+        """Histogram without rows."""
         none = np.empty(0, np.int64)
         return cls(none, none, none)
 
     @classmethod
     def of(cls, uncertainty: ArrayLike, failure: ArrayLike, max_bins: int = MAX_BINS) -> Histogram:
-        """Of the rows of two vectors."""
+        """Histogram of rows with uncertainties (N,) and failures (N,)."""
         if not np.size(uncertainty) and not np.size(failure):
             return cls.empty()
         scores, failures = check_pair(uncertainty, failure)
@@ -94,7 +97,7 @@ class Histogram:
 
     @classmethod
     def total(cls, histograms: Iterable[Histogram]) -> Histogram:
-        """The sum of many, at most some of which are held at a time."""
+        """Sum of many histograms; only a bounded number of bins is in memory at a time."""
         held: list[Histogram] = []
         for histogram in histograms:
             held.append(histogram)
@@ -107,23 +110,29 @@ class Histogram:
         return self._joined([self, other])
 
     def without(self, part: Histogram) -> Histogram:
-        """The rows that are not of a part of them, all of whose answers are wrong."""
+        """Histogram without the rows of ``part``, whose answers must all be wrong."""
         return self.counted(self.correct, self.wrong - self.rows_of_part(part))
 
     def against(self, part: Histogram) -> Histogram:
-        """The same rows, those of a part of them in place of the wrong ones."""
+        """Histogram that counts the rows of ``part`` as wrong and all other rows as correct.
+
+        ``part`` holds some of the rows with wrong answers.
+        """
         wrong = self.rows_of_part(part)
         return self.counted(self.correct + self.wrong - wrong, wrong)
 
     def rows_of_part(self, part: Histogram) -> Ints:
-        """(G,) rows of a part, whose level is never the higher one, in each bin."""
+        """Number (G,) of rows of ``part`` in each bin of this histogram.
+
+        The level of a part is never higher than that of the whole.
+        """
         bins = part.bins >> (self.level - part.level)
         rows = np.zeros_like(self.wrong)
         np.add.at(rows, np.searchsorted(self.bins, bins), part.wrong)
         return rows
 
     def counted(self, correct: Ints, wrong: Ints) -> Histogram:
-        """Other counts (G,) of the same bins, without those that are empty."""
+        """Histogram with other counts (G,) in the same bins, without empty bins."""
         filled = correct + wrong > 0
         return replace(self, bins=self.bins[filled], correct=correct[filled], wrong=wrong[filled])
 
@@ -134,16 +143,16 @@ class Histogram:
 
     @property
     def n_pictures(self) -> int:
-        """Number of pictures: every row has its own."""
+        """Number of pictures. In a histogram every row counts as a picture of its own."""
         return self.n
 
     @property
     def rows_per_independent(self) -> float:
-        """How many rows say as much as an independent one: every row is independent."""
+        """Rows per independent row (see ``vilu.metrics.pictures``): 1, all rows are independent."""
         return 1.0
 
     def n_independent(self) -> tuple[int, int]:
-        """How many pictures have a wrong answer, and how many a right one."""
+        """Number of pictures with a wrong answer, and number of pictures with a right answer."""
         return self.n_failures, self.n - self.n_failures
 
     @property
@@ -158,16 +167,16 @@ class Histogram:
 
     @property
     def note(self) -> str | None:
-        """What to say beside metrics that it gives; None where they are exact."""
+        """Note on the precision of metrics from this histogram; None if they are exact."""
         if self.exact:
             return None
         return f"histogram of at most {self.max_bins:,} bins, {52 - self.level} bits of the score"
 
     @property
     def values(self) -> Floats:
-        """(G,) a score of each bin, ascending: its middle.
+        """Scores (G,) in the middle of each bin, ascending.
 
-        It is at most half the width of the bin from every score in it.
+        The first and the last bin end at the smallest and the largest score.
         """
         if not len(self.bins):
             return np.empty(0)
@@ -180,15 +189,15 @@ class Histogram:
 
     @property
     def tied_pairs(self) -> float:
-        """Share of the pairs of a wrong and a correct answer that are in one bin.
+        """Share of the pairs of a wrong and a correct answer that are in the same bin.
 
-        NaN where all answers are wrong, or all correct.
+        NaN if all answers are wrong, or if all answers are correct.
         """
         pairs = self.n_failures * (self.n - self.n_failures)
         return float((self.correct * self.wrong).sum()) / pairs if pairs else math.nan
 
     def counts(self) -> TieCounts:
-        """What every metric is computed from."""
+        """Counts per score, from which every metric is computed."""
         if not len(self.bins):
             raise DataError("a metric needs at least one row. Got none.")
         return TieCounts(self.values, self.correct, self.wrong)
@@ -208,7 +217,10 @@ class Histogram:
         return raw._collapsed(level)
 
     def _collapsed(self, level: int) -> Histogram:
-        """Each bin once, at the smallest level from this one on with at most ``max_bins``."""
+        """Merge equal bins, and raise the level until there are at most ``max_bins`` bins.
+
+        ``level`` is the current level of ``bins``, which need not be sorted or distinct.
+        """
         if not len(self.bins):
             return replace(self, level=level)
         order = np.argsort(self.bins, kind="stable")
@@ -224,5 +236,5 @@ class Histogram:
 
 
 def _starts(bins: Ints) -> Ints:
-    """Indices at which another number begins in sorted numbers (N,), the first among them."""
+    """Indices at which each distinct number begins in sorted numbers (N,)."""
     return np.flatnonzero(np.diff(bins, prepend=~bins[:1]))

@@ -1,6 +1,6 @@
-"""Scores of rows of which several show one picture.
+"""Scores of rows where several rows may show the same picture.
 
-What is resampled is the picture, with all its rows.
+A resample draws pictures, and takes a drawn picture with all its rows.
 """
 
 from __future__ import annotations
@@ -18,31 +18,43 @@ from vilu.metrics.counts import Floats, Ints, TieCounts, repeated_pictures, tie_
 
 @dataclass(frozen=True, eq=False)
 class PictureScores:
-    """Rows of pictures, counted.
+    """Counts of the rows of pictures, as E entries.
 
-    An entry is all rows of one picture that have one score and are right, or wrong.
+    The rows of a picture with equal score and equal correctness are one entry.
     """
 
     value: Floats  # (G,) distinct scores, ascending
-    picture: Ints  # (E,) number of the picture of every entry, ascending from 0
-    group: Ints  # (E,) place of its score
-    wrong: NDArray[np.bool_]  # (E,) whether its rows are wrong
-    rows: Ints  # (E,) how many rows it has
-    n_alike: Ints  # (P,) how many pictures are as this one is, itself among them
+    picture: Ints  # (E,) picture number of every entry, ascending from 0
+    group: Ints  # (E,) index of the score of every entry in ``value``
+    wrong: NDArray[np.bool_]  # (E,) whether the rows of every entry are wrong
+    rows: Ints  # (E,) number of rows of every entry
+    n_alike: Ints  # (P,) number of pictures that each picture stands for; 1 before ``merged``
 
     @classmethod
     def of(
         cls, value: Floats, group: Ints, failure: NDArray[np.bool_], picture: Ints
     ) -> PictureScores:
-        """Of rows (N,): indices of their scores, whether they are wrong, numbers of their pictures.
+        """Scores of N rows.
 
-        Pictures are numbered from 0 on.
+        Args:
+            value: (G,) distinct scores, ascending.
+            group: (N,) index of the score of every row in ``value``.
+            failure: (N,) whether every row is wrong.
+            picture: (N,) picture number of every row, from 0 on.
         """
+        # an entry is identified by one number, from which picture, score and failure are recovered
         key = (picture * len(value) + group) * 2 + failure
         entry, rows = np.unique(key, return_counts=True)
         n_alike = np.ones(int(picture.max()) + 1, np.int64)
-        place = entry // 2
-        return cls(value, place // len(value), place % len(value), entry % 2 == 1, rows, n_alike)
+        picture_and_group = entry // 2
+        return cls(
+            value,
+            picture=picture_and_group // len(value),
+            group=picture_and_group % len(value),
+            wrong=entry % 2 == 1,
+            rows=rows,
+            n_alike=n_alike,
+        )
 
     @cached_property
     def strata(self) -> tuple[Ints, Ints, Ints]:
@@ -56,11 +68,14 @@ class PictureScores:
 
     @property
     def width(self) -> int:
-        """Numbers that a resample takes."""
+        """Number of array entries that one resample needs."""
         return len(self.picture)
 
     def counts(self, *drawn: Ints) -> TieCounts:
-        """Counts (B, G) of the rows of pictures (B, ·) chosen with repetition."""
+        """Counts (B, G) of the rows of drawn pictures (B, ·), one array for each stratum.
+
+        A picture that is drawn several times counts several times.
+        """
         pictures = np.concatenate(drawn, axis=1)
         n_resamples = len(pictures)
         n_pictures = len(self.n_alike)
@@ -69,11 +84,11 @@ class PictureScores:
         return self.weighed(times.reshape(n_resamples, n_pictures))
 
     def observed(self) -> TieCounts:
-        """Counts (1, G) of every row once."""
+        """Counts (1, G) of the sample itself: every row counts once."""
         return self.weighed(self.n_alike[None])
 
     def weighed(self, times: Ints) -> TieCounts:
-        """Counts (B, G) of rows whose pictures were drawn so many times (B, P)."""
+        """Counts (B, G), where ``times`` (B, P) is how often each picture is drawn."""
         return TieCounts(
             self.value,
             correct=self._tally(times, ~self.wrong),
@@ -90,28 +105,32 @@ class PictureScores:
         return sums.astype(np.int64).reshape(n_resamples, n_scores)
 
     def merged(self) -> PictureScores:
-        """The same, with one picture for all that are alike.
+        """The same scores, in which one picture stands for all pictures with equal rows.
 
-        Alike are pictures of one entry that are equal to one another in it.
+        Only pictures with a single entry are merged: they are equal if the score, the correctness
+        and the number of rows are equal. ``n_alike`` counts the merged pictures.
         """
         n_scores = len(self.value)
         n_pictures = len(self.n_alike)
         is_single = np.bincount(self.picture, minlength=n_pictures)[self.picture] == 1
         key = (self.rows * n_scores + self.group) * 2 + self.wrong
         kind, n_alike = np.unique(key[is_single], return_counts=True)
-        mixed, rank = np.unique(self.picture[~is_single], return_inverse=True)
-        place = kind // 2
+        mixed, mixed_index = np.unique(self.picture[~is_single], return_inverse=True)
+        rows_and_group = kind // 2
         return PictureScores(
             self.value,
-            picture=np.concatenate([np.arange(len(kind)), len(kind) + rank]),
-            group=np.concatenate([place % n_scores, self.group[~is_single]]),
+            picture=np.concatenate([np.arange(len(kind)), len(kind) + mixed_index]),
+            group=np.concatenate([rows_and_group % n_scores, self.group[~is_single]]),
             wrong=np.concatenate([kind % 2 == 1, self.wrong[~is_single]]),
-            rows=np.concatenate([place // n_scores, self.rows[~is_single]]),
+            rows=np.concatenate([rows_and_group // n_scores, self.rows[~is_single]]),
             n_alike=np.concatenate([n_alike, np.ones(len(mixed), np.int64)]),
         )
 
     def drawn(self, rng: np.random.Generator, sizes: list[int]) -> Iterator[TieCounts]:
-        """Blocks of resamples, counts (B, G): by multinomials over pictures that are alike."""
+        """Yield blocks of resamples as counts (B, G), one block for each of the ``sizes`` B.
+
+        In each stratum as many pictures are drawn as it has, from a multinomial distribution.
+        """
         for size in sizes:
             times = np.zeros((size, len(self.n_alike)), np.int64)
             for stratum in self.strata:
@@ -124,56 +143,60 @@ class PictureScores:
 
 @dataclass(frozen=True, eq=False)
 class ScoredRows:
-    """Rows with known failures."""
+    """Uncertainties of rows whose failures are known."""
 
     uncertainty: Floats  # (N,) scores
-    failure: Ints  # (N,) 0 or 1
-    note: str | None = None  # what to say beside metrics of these rows
-    # (N,) numbers of their pictures from 0 on; None where every row has one of its own
+    failure: Ints  # (N,) 1 where the answer is wrong, else 0
+    note: str | None = None  # note that is shown with metrics of these rows
+    # (N,) picture numbers from 0 on; None if every row has a picture of its own
     picture: Ints | None = None
 
     @property
     def n(self) -> int:
-        """N."""
+        """Number N of rows."""
         return len(self.failure)
 
     @property
     def n_pictures(self) -> int:
-        """How many pictures the rows show."""
+        """Number of different pictures."""
         return self.n if self.picture is None else int(self.picture.max()) + 1
 
     @property
     def n_failures(self) -> int:
-        """How many rows are wrong."""
+        """Number of wrong answers."""
         return int(self.failure.sum())
 
     @property
     def rows_per_independent(self) -> float:
-        """How many rows say as much as an independent one."""
+        """Number of rows per effective independent row; see ``rows_per_independent``."""
         return rows_per_independent(self.picture)
 
     def n_independent(self) -> tuple[int, int]:
-        """How many pictures have a wrong answer, and how many a right one."""
+        """Number of pictures with a wrong answer, and number of pictures with a right answer."""
         picture = np.arange(self.n) if self.picture is None else self.picture
         is_wrong = self.failure == 1
         return len(np.unique(picture[is_wrong])), len(np.unique(picture[~is_wrong]))
 
     def take(self, rows: NDArray[np.bool_]) -> ScoredRows:
-        """Those of a mask (N,)."""
+        """The rows of a mask (N,)."""
         picture = None if self.picture is None else repeated_pictures(self.picture[rows])
         return ScoredRows(self.uncertainty[rows], self.failure[rows], self.note, picture)
 
     def counts(self) -> TieCounts:
-        """What every metric is computed from."""
+        """Counts per score, from which every metric is computed."""
         return tie_counts(self.uncertainty, self.failure)
 
 
 def rows_per_independent(picture: Ints | None) -> float:
-    """How many rows say as much as an independent one (Kish 1965).
+    """Number of rows that give as much information as one independent row (Kish 1965).
 
-    Rows of one picture say one and the same. That is sum m^2 / N for N rows of pictures with m rows
-    each: their number where all pictures have as many, and more where some have more. None: every
-    row has a picture of its own.
+    It is assumed that the rows of a picture all give the same information. For N rows, with m rows
+    of each picture, the number is
+
+        sum over pictures of m^2 / N
+
+    If all pictures have m rows, it is m. If the numbers of rows differ, it is above their mean. If
+    ``picture`` is None, every row has a picture of its own, and the number is 1.
 
     Examples:
         >>> import numpy as np
@@ -191,8 +214,8 @@ def rows_per_independent(picture: Ints | None) -> float:
 
 
 def independent(counts: TieCounts, picture: Ints) -> TieCounts:
-    """Counts (G,) of as many rows as are independent."""
-    several = rows_per_independent(picture)
-    correct: NDArray[Any] = counts.correct / several
-    wrong: NDArray[Any] = counts.wrong / several
+    """Counts (G,) divided by ``rows_per_independent``: effective counts of independent rows."""
+    rows_per_one = rows_per_independent(picture)
+    correct: NDArray[Any] = counts.correct / rows_per_one
+    wrong: NDArray[Any] = counts.wrong / rows_per_one
     return TieCounts(counts.value, correct=correct, wrong=wrong)

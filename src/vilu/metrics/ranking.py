@@ -1,8 +1,7 @@
-"""How well the uncertainty separates wrong answers from correct ones.
+"""Ranking metrics: AUROC, false positive rate at a true positive rate, and average precision.
 
-AUROC, FPR at a TPR, and average precision.
-
-Every metric is a kernel over ``TieCounts`` (one value per resample) and a function of
+They measure how well the uncertainty separates wrong answers from correct answers. Every metric has
+two forms: a kernel over ``TieCounts``, which gives one value per resample, and a function of
 ``(uncertainty, failure)``.
 """
 
@@ -21,24 +20,25 @@ Rule = Literal["interpolate", "first", "nearest"]
 
 
 def auroc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
-    """Probability that a wrong answer is more uncertain than a correct one.
+    """Probability that a wrong answer is more uncertain than a correct answer.
 
-    It is P(u⁻ > u⁺) + P(u⁻ = u⁺) / 2.
+        AUROC = P(u⁻ > u⁺) + P(u⁻ = u⁺) / 2
 
-    The same whichever class is called positive. NaN if there is only one class.
+    u⁻ is the uncertainty of a wrong answer, u⁺ that of a correct answer. AUROC does not depend on
+    which class is called positive. It is NaN if there is only one class.
 
     Args:
         uncertainty: (N,) scores, higher = more likely wrong.
         failure: (N,) 1 where the answer is wrong, else 0.
 
     Raises:
-        DataError: If the vectors are empty, differ in length, or hold anything else.
+        DataError: If the vectors are empty, differ in length, or hold invalid values.
 
     Examples:
         >>> import vilu
         >>> vilu.metrics.auroc(
         ...     [0.1, 0.2, 0.2, 0.9], [0, 0, 1, 1]
-        ... )  # of four pairs three are in order, one is tied
+        ... )  # of four pairs three are in the right order and one is tied
         0.875
     """
     return float(auroc_kernel(tie_counts(uncertainty, failure)))
@@ -56,47 +56,53 @@ def fpr_at_tpr(
 
     NaN if there is only one class.
 
-    With ``positive="correct"`` it is the share of wrong answers still accepted when ``level`` of
-    the correct ones are; with ``"failure"`` the share of correct answers rejected when ``level`` of
-    the wrong ones are. These differ.
+    With ``positive="correct"``: the share of wrong answers that are accepted if the share ``level``
+    of the correct answers is accepted. With ``positive="failure"``: the share of correct answers
+    that are rejected if the share ``level`` of the wrong answers is rejected. The two numbers
+    differ.
 
     Args:
         uncertainty: (N,) scores, higher = more likely wrong.
         failure: (N,) 1 where the answer is wrong, else 0.
         level: True positive rate, in (0, 1].
         positive: The positive class.
-        rule: "interpolate": the ROC curve as straight lines between operating points, as in the
-            ViLU paper; where it runs level at exactly ``level``, its far end (what ``numpy.interp``
-            and so the paper's code returns). "first": the first operating point whose rate is at
-            least ``level`` (fd-shifts, Rel-U, ICPE). "nearest": the operating point nearest to
-            ``level`` (TrustVLM). scikit-learn's default drops operating points on straight
-            stretches of the curve; that changes nothing for "interpolate", while "first" and
-            "nearest" are exact only on all points, which are used here.
+        rule: How to read the ROC curve at ``level``.
+            "interpolate": straight lines between operating points, as in the ViLU paper. If several
+            points have exactly the true positive rate ``level``, the largest false positive rate is
+            taken, as ``numpy.interp`` in the paper's code does.
+            "first": the first operating point whose true positive rate is at least ``level``
+            (fd-shifts, Rel-U, ICPE).
+            "nearest": the operating point whose true positive rate is nearest to ``level``
+            (TrustVLM).
+
+    All operating points are used. scikit-learn by default drops operating points on straight parts
+    of the curve. This does not change "interpolate", but it can change "first" and "nearest".
 
     Raises:
-        UsageError: If ``level``, ``positive`` or ``rule`` is none of the above.
+        UsageError: If ``level``, ``positive`` or ``rule`` is invalid.
 
     Examples:
         >>> import vilu
         >>> uncertainty, failure = [0.1, 0.2, 0.3, 0.4, 0.5], [0, 0, 1, 0, 1]
         >>> vilu.metrics.fpr_at_tpr(
         ...     uncertainty, failure
-        ... )  # to accept all correct answers is to accept one of two wrong ones
+        ... )  # all correct answers are accepted at 0.4, and with them one of two wrong answers
         0.5
         >>> round(
         ...     vilu.metrics.fpr_at_tpr(uncertainty, failure, positive="failure"), 4
-        ... )  # to reject both: one of three
+        ... )  # both wrong answers are rejected at 0.3, and with them one of three correct answers
         0.3333
     """
     return float(fpr_at_tpr_kernel(tie_counts(uncertainty, failure), level, positive, rule))
 
 
 def aupr_failure(uncertainty: ArrayLike, failure: ArrayLike) -> float:
-    """Average precision of finding wrong answers, the most uncertain first.
+    """Average precision of finding wrong answers, the most uncertain answers first.
 
-    It is Σ_g (recall_g - recall_{g-1}) precision_g.
+        average precision = Σ_g (recall_g - recall_{g-1}) precision_g
 
-    NaN if no answer is wrong. Its chance level is the failure rate.
+    The sum is over the distinct uncertainties. The result is NaN if no answer is wrong. The chance
+    level is the failure rate.
 
     Examples:
         >>> import vilu
@@ -109,10 +115,10 @@ def aupr_failure(uncertainty: ArrayLike, failure: ArrayLike) -> float:
 
 
 def aupr_success(uncertainty: ArrayLike, failure: ArrayLike) -> float:
-    """Average precision of finding correct answers, the least uncertain first.
+    """Average precision of finding correct answers, the least uncertain answers first.
 
-    NaN if no answer is correct. Its chance level is the accuracy. TrustVLM's
-    code integrates by trapezoids instead, which is optimistic.
+    The result is NaN if no answer is correct. The chance level is the accuracy. The code of
+    TrustVLM integrates by trapezoids instead, which is optimistic.
 
     Examples:
         >>> import vilu
@@ -128,11 +134,10 @@ def aupr_success(uncertainty: ArrayLike, failure: ArrayLike) -> float:
 def roc_curve_points(
     uncertainty: ArrayLike, failure: ArrayLike, positive: Positive = "correct"
 ) -> tuple[Floats, Floats]:
-    """False and true positive rates (G+1,) from (0, 0) to (1, 1).
+    """False positive rates (G+1,) and true positive rates (G+1,), from (0, 0) to (1, 1).
 
-    There is one point per distinct uncertainty.
-
-    NaN throughout if there is only one class.
+    After the point (0, 0) there is one point per distinct uncertainty. All rates are NaN if there
+    is only one class.
 
     Raises:
         UsageError: If ``positive`` is neither "correct" nor "failure".
@@ -148,7 +153,10 @@ def roc_curve_points(
 
 
 def auroc_kernel(counts: TieCounts) -> Floats:
-    """AUROC (...) in integers up to the last division: each pair counts 2, a tied pair 1."""
+    """AUROC (...), computed in integers up to the last division.
+
+    Each pair of a wrong and a correct answer counts 2 if it is in the right order, and 1 if tied.
+    """
     twice_pairs = (counts.wrong * (2 * counts.accepted_correct - counts.correct)).sum(-1)
     return ratio(twice_pairs, 2 * counts.n_correct * counts.n_wrong)
 
@@ -186,17 +194,16 @@ def aupr_kernel(counts: TieCounts, positive: Positive) -> Floats:
 
 
 def _roc(counts: TieCounts) -> tuple[Floats, Floats]:
-    """False and true positive rates (..., G+1), ``counts.correct`` being the positive class.
+    """False and true positive rates (..., G+1); ``counts.correct`` is the positive class.
 
-    NaN if a class is empty.
+    All rates are NaN if a class is empty.
     """
     origin = np.zeros_like(counts.accepted[..., :1])
-    one_class = (counts.n_correct * counts.n_wrong == 0)[..., None]
+    has_one_class = (counts.n_correct * counts.n_wrong == 0)[..., None]
 
     def rate(accepted: Ints, total: Ints) -> Floats:
-        return ratio(
-            np.concatenate([origin, accepted], axis=-1), np.where(one_class, 0, total[..., None])
-        )
+        denominator = np.where(has_one_class, 0, total[..., None])  # 0 makes the rate NaN
+        return ratio(np.concatenate([origin, accepted], axis=-1), denominator)
 
     return rate(counts.accepted_wrong, counts.n_wrong), rate(
         counts.accepted_correct, counts.n_correct
@@ -204,5 +211,5 @@ def _roc(counts: TieCounts) -> tuple[Floats, Floats]:
 
 
 def _pick(values: Floats, index: NDArray[np.intp]) -> Floats:
-    """Entry (...) of ``values`` (..., M) at ``index`` (...)."""
+    """Entries (...) of ``values`` (..., M) at the indices ``index`` (...) of the last axis."""
     return np.take_along_axis(values, np.asarray(index)[..., None], axis=-1)[..., 0]

@@ -1,6 +1,6 @@
-"""Whether a failure probability means what it says.
+"""Calibration of failure probabilities: ECE, Brier score and log-loss.
 
-Only for uncertainties that are probabilities.
+These metrics are defined only for uncertainties that are probabilities.
 """
 
 from __future__ import annotations
@@ -17,28 +17,33 @@ from vilu.validation import checked, require_at_least, require_one_of
 
 Binning = Literal["width", "mass"]
 
-CERTAIN = 1e-12  # how near to 0 or 1 a probability may come in a logarithm
+CERTAIN = 1e-12
+"""Smallest distance of a probability from 0 and from 1 in a logarithm."""
 
 
 @checked
 def ece(
     probability: ArrayLike, failure: ArrayLike, bins: int = 15, binning: Binning = "width"
 ) -> float:
-    """Expected calibration error: Σ_b (n_b / N) |failure rate_b - mean probability_b|.
+    """Expected calibration error of a failure probability.
 
-    This is binary calibration of P(failure), not of the larger of p and 1 - p. Bins are closed on
-    the right.
+        ECE = Σ_b (n_b / N) |failure rate_b - mean probability_b|
+
+    The sum is over the bins b, and n_b is the number of rows in bin b. The probability is
+    P(failure) itself, not the larger of P(failure) and 1 - P(failure). Bins are closed on the
+    right.
 
     Args:
         probability: (N,) predicted probabilities of failure, in [0, 1].
         failure: (N,) 1 where the answer is wrong, else 0.
         bins: Number of bins (15 after Guo et al. 2017).
-        binning: "width", bins of equal width, or "mass", bins of equal numbers of rows; equal
-            probabilities are never parted, so that the order of the rows does not count.
+        binning: "width": bins of equal width. "mass": bins of about equal numbers of rows. Rows of
+            equal probability are always in the same bin, so the order of the rows does not matter.
 
     Raises:
-        DataError: If a probability is not in [0, 1], or as for every metric.
-        UsageError: If ``bins`` is less than 1, or ``binning`` neither of the two.
+        DataError: If a probability is not in [0, 1], or if the vectors are empty, differ in length
+            or hold invalid values.
+        UsageError: If ``bins`` or ``binning`` is invalid.
 
     Examples:
         >>> import vilu
@@ -51,21 +56,25 @@ def ece(
 
 
 def brier(probability: ArrayLike, failure: ArrayLike) -> float:
-    """Mean squared error, (1/N) Σ (p - failure)²; a constant 1/2 scores 1/4.
+    """Brier score: mean squared error (1/N) Σ (p - failure)² of the failure probabilities p.
+
+    A constant probability of 1/2 has the score 1/4.
 
     Examples:
         >>> import vilu
-        >>> round(vilu.metrics.brier([0.0, 0.5, 1.0], [0, 1, 1]), 4)  # 1/4 over three rows
+        >>> round(vilu.metrics.brier([0.0, 0.5, 1.0], [0, 1, 1]), 4)  # (0 + 1/4 + 0) / 3
         0.0833
     """
     return float(brier_kernel(probability_counts(probability, failure)))
 
 
 def log_loss(probability: ArrayLike, failure: ArrayLike) -> float:
-    """Mean negative log-likelihood, -(1/N) Σ ln(p of what happened), in nats.
+    """Mean negative log-likelihood of the outcomes, in nats.
 
-    A constant 1/2 scores ln 2. Probabilities nearer to 0 or 1 than 1e-12 count as this far away: a
-    row that was certain and wrong costs 27.6.
+        log-loss = -(1/N) Σ (failure ln p + (1 - failure) ln(1 - p))
+
+    A constant probability p = 1/2 has the score ln 2. Probabilities are clipped to
+    [1e-12, 1 - 1e-12]. So a row with p = 0 that fails adds 27.6 / N.
 
     Examples:
         >>> import vilu
@@ -76,7 +85,11 @@ def log_loss(probability: ArrayLike, failure: ArrayLike) -> float:
 
 
 def probability_counts(probability: ArrayLike, failure: ArrayLike) -> TieCounts:
-    """Counts per distinct probability."""
+    """Counts (G,) per distinct probability.
+
+    Raises:
+        DataError: If a probability is not in [0, 1].
+    """
     counts = tie_counts(probability, failure)
     low = counts.value[0]
     high = counts.value[-1]
@@ -98,7 +111,7 @@ def ece_kernel(counts: TieCounts, bins: int = 15, binning: Binning = "width") ->
 
 
 def _per_bin(counts: TieCounts, bins: int, binning: Binning, *values: Floats) -> list[Floats]:
-    """(..., bins) sums of numbers (..., G) over the scores of every bin."""
+    """Sums (..., bins) of each array of ``values`` (..., G) over the scores in every bin."""
     require_one_of("binning", binning, get_args(Binning))
     require_at_least("bins", bins, 1)
     if bins > MAX_BINS:
@@ -106,13 +119,15 @@ def _per_bin(counts: TieCounts, bins: int, binning: Binning, *values: Floats) ->
     if binning == "width":
         inner_edges = np.arange(1, bins) / bins
         bin_of_value = np.searchsorted(inner_edges, counts.value, side="left")
-        of_score = np.broadcast_to(bin_of_value, counts.size.shape)
+        bin_of_score = np.broadcast_to(bin_of_value, counts.size.shape)
     else:
-        place = (counts.accepted - counts.size) * bins // counts.n[..., None]
-        of_score = np.minimum(place, bins - 1).astype(np.int64)
+        # the bin of a score follows from the share of rows with smaller scores
+        bin_of_score = (counts.accepted - counts.size) * bins // counts.n[..., None]
+        bin_of_score = np.minimum(bin_of_score, bins - 1).astype(np.int64)
     resamples = counts.size.shape[:-1]
     n_resamples = int(np.prod(resamples))
-    index = (of_score.reshape(n_resamples, -1) + bins * np.arange(n_resamples)[:, None]).ravel()
+    # one call of bincount sums over all resamples: resample r has the indices from r * bins on
+    index = (bin_of_score.reshape(n_resamples, -1) + bins * np.arange(n_resamples)[:, None]).ravel()
     sums = []
     for numbers in values:
         total = np.bincount(index, numbers.ravel(), bins * n_resamples).astype(np.float64)
@@ -120,25 +135,34 @@ def _per_bin(counts: TieCounts, bins: int, binning: Binning, *values: Floats) ->
     return sums
 
 
-CLEAR = 2.0  # standard errors from which on a gap counts as one in the lower end of an interval
+CLEAR = 2.0
+"""Gaps of fewer standard errors count as 0 in the lower end of an interval."""
 
 
 @dataclass(frozen=True)
 class BinnedError:
-    """The kernel of ``ece``, with an interval that knows of its bias.
+    """The kernel of ``ece``, with an interval that corrects for the bias of the ECE.
 
-    A sum of absolute values g_b + e_b is too large by up to E|e_b| a bin: on 180 rows of a
-    calibrated predictor 9 %, where the truth is 0; resampled rows have that bias once more, so
-    their percentiles lie above the estimate. Here the noise is drawn instead: e_b normal with the
-    variance of the mean of (failure - p) 1[bin b], or what it is at calibration where that is
-    larger. With T(g) = sum_b |g_b + e_b|, quantiles q, and c the gaps of at least two standard
-    errors, the others being 0, the ends are
+    The estimate of the ECE is T = sum_b |g_b|, where g_b is the observed gap of bin b as a share of
+    all rows. A gap contains noise e_b, and its absolute value is too large on average, by up to
+    E|e_b| per bin. For example, the estimate is 9 % on 180 rows of a calibrated predictor, whose
+    true ECE is 0. Resampled rows add this bias once more, so their percentiles lie above T.
 
-        low = T - q_hi(T(c) - sum |c_b|),    high = q_hi(T(g)) - (mean T(g) - T):
+    Therefore the noise is drawn, not the rows:
 
-    the lower one allows for all the bias there may be, the upper one for the least. The rows are
-    not stratified: what is stated is compared with the failures that were there. Coverage: ``python
-    -m benchmarks.ece_coverage``.
+    1. e_b is normal. Its variance is that of the mean of (failure - p) 1[bin b], or the variance
+       that a calibrated predictor would have, whichever is larger.
+    2. T(g) = sum_b |g_b + e_b| is computed for every draw.
+    3. c_b is g_b if the gap has at least two standard errors, else 0.
+
+    With q_hi the upper quantile over the draws, the ends of the interval are
+
+        low  = T - q_hi(T(c) - sum_b |c_b|)
+        high = q_hi(T(g)) - (mean T(g) - T)
+
+    The lower end subtracts the largest plausible bias, the upper end only the smallest. The draws
+    are not stratified by failure, because the ECE compares probabilities with observed failures.
+    The coverage is measured by ``python -m benchmarks.ece_coverage``.
     """
 
     bins: int = 15
@@ -152,30 +176,30 @@ class BinnedError:
     def interval(
         self, counts: TieCounts, n_resamples: int, confidence: float, seed: int
     ) -> tuple[float, float]:
-        """Ends of the interval for counts (G,), from so many draws.
+        """Lower and upper end of the interval for counts (G,), from ``n_resamples`` draws.
 
-        They enclose the error itself.
+        The interval contains the estimate.
         """
         gap, deviation = self._gaps(counts)
         noise = deviation * np.random.default_rng(seed).standard_normal((n_resamples, self.bins))
         error = np.abs(gap).sum()
         tail = (1 - confidence) / 2
-        clear = np.where(np.abs(gap) < CLEAR * deviation, 0.0, gap)
-        most_bias = np.abs(clear + noise).sum(axis=1) - np.abs(clear).sum()
-        low = error - np.quantile(most_bias, 1 - tail)
+        clear_gap = np.where(np.abs(gap) < CLEAR * deviation, 0.0, gap)
+        largest_bias = np.abs(clear_gap + noise).sum(axis=1) - np.abs(clear_gap).sum()
+        low = error - np.quantile(largest_bias, 1 - tail)
         drawn = np.abs(gap + noise).sum(axis=1)
         high = np.quantile(drawn, 1 - tail) - (drawn.mean() - error)
         return float(max(min(low, error), 0.0)), float(min(max(high, error), 1.0))
 
     def _gaps(self, counts: TieCounts) -> tuple[Floats, Floats]:
-        """(bins,) gap of every bin as a share of all rows, and its standard error."""
+        """Gap (bins,) of every bin as a share of all rows, and its standard error (bins,)."""
         p = counts.value
         n = float(counts.n)
         squares = counts.wrong * (1 - p) ** 2 + counts.correct * p**2
         sums = (counts.wrong - p * counts.size, squares, counts.size * p * (1 - p))
         per_bin = _per_bin(counts, self.bins, self.binning, *sums)
         gap, square, calibrated = [total / n for total in per_bin]
-        # calibrated, the mean gap is 0, and its square no part of the variance
+        # If the predictor is calibrated, the mean gap is 0, and the variance is sum p (1 - p).
         variance = np.maximum(np.maximum(square - gap**2, calibrated), 0)
         return gap, np.sqrt(variance / n)
 

@@ -1,8 +1,8 @@
-"""Selective prediction: what is wrong among answers when the most uncertain are left out.
+"""Selective prediction: the error rate of the answers that remain when uncertain ones are rejected.
 
-The coverage is the share of answers kept, the selective risk the share of wrong ones among them.
-Inside a block of equal uncertainties the order is unknown, so the number of wrong answers grows
-there at its expected, even pace.
+The coverage is the share of answers that are kept. The selective risk is the share of wrong answers
+among the kept answers. The order of answers with equal uncertainty is unknown. So metrics take the
+expected number of wrong answers, which grows linearly within such a block of tied answers.
 """
 
 from __future__ import annotations
@@ -18,24 +18,26 @@ from vilu.validation import checked, require_between, require_one_of
 
 Convention = Literal["mean", "trapezoid"]
 
-_HARMONIC: Floats = np.concatenate(
-    [[0.0], np.cumsum(1 / np.arange(1.0, 2**16))]
-)  # harmonic numbers H_0 ... H_65535
-TABLE = (
-    2**21
-    # of fewer rows harmonic numbers are looked up (16 MB), which is five times as fast as their
-    # logarithms
-)
+_HARMONIC: Floats = np.concatenate([[0.0], np.cumsum(1 / np.arange(1.0, 2**16))])
+"""Harmonic numbers H_0 ... H_65535."""
+TABLE = 2**21
+"""For fewer rows than this, harmonic numbers are read from a table of 16 MB.
+
+This is five times as fast as computing logarithms.
+"""
 
 
 @checked
 def aurc(uncertainty: ArrayLike, failure: ArrayLike, convention: Convention = "mean") -> float:
     """Area under the risk-coverage curve, in [0, 1]; lower is better.
 
-    With R_i the selective risk of the i most trusted answers, "mean" is (1/N) Σ_i R_i (Geifman et
-    al. 2019), taken in expectation over the order of tied rows. Reference implementations sort ties
-    as they come, so that their value depends on the order of the input. "trapezoid" integrates over
-    distinct uncertainties, level down to coverage 0 (fd-shifts, there times 1000).
+    R_i is the selective risk of the i most trusted answers.
+
+    - "mean" is (1/N) Σ_i R_i (Geifman et al. 2019), as the expectation over the order of tied rows.
+      Reference implementations keep tied rows in the order of the input, so their value depends on
+      this order.
+    - "trapezoid" integrates over the distinct uncertainties by trapezoids. Below the smallest
+      coverage the risk is taken as constant. fd-shifts reports this value times 1000.
 
     Args:
         uncertainty: (N,) scores, higher = more likely wrong.
@@ -43,7 +45,7 @@ def aurc(uncertainty: ArrayLike, failure: ArrayLike, convention: Convention = "m
         convention: "mean" or "trapezoid".
 
     Raises:
-        UsageError: If ``convention`` is neither.
+        UsageError: If ``convention`` is neither "mean" nor "trapezoid".
 
     Examples:
         >>> import vilu
@@ -54,30 +56,33 @@ def aurc(uncertainty: ArrayLike, failure: ArrayLike, convention: Convention = "m
 
 
 def excess_aurc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
-    """AURC less that of the best order, (1/N) Σ_i max(0, i - N_correct) / i; 0 is perfect.
+    """AURC minus the AURC of the best order; 0 is perfect.
 
-    The finite sum is used; the usual r + (1 - r) ln(1 - r) is its limit and off by .001 at N = 100.
+        AURC of the best order = (1/N) Σ_i max(0, i - N_correct) / i
+
+    The usual formula r + (1 - r) ln(1 - r), with r the failure rate, is the limit of this sum for
+    large N. At N = 100 it differs by 0.001.
 
     Examples:
         >>> import vilu
         >>> round(
         ...     vilu.metrics.excess_aurc([1, 2, 3, 4], [0, 1, 0, 1]), 4
-        ... )  # (1/2 + 1/3 + 1/2) / 4, at best (1/3 + 1/2) / 4
+        ... )  # AURC is (0 + 1/2 + 1/3 + 1/2) / 4, and (0 + 0 + 1/3 + 1/2) / 4 for the best order
         0.125
     """
     return float(excess_aurc_kernel(tie_counts(uncertainty, failure)))
 
 
 def naurc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
-    """Excess AURC over that of a random order, whose AURC is the failure rate: 0 perfect, 1 random.
+    """Excess AURC divided by the excess AURC of a random order: 0 is perfect, 1 is random.
 
-    NaN if there is only one class.
+    The AURC of a random order is the failure rate. The result is NaN if there is only one class.
 
     Examples:
         >>> import vilu
         >>> round(
         ...     vilu.metrics.naurc([1, 2, 3, 4], [0, 1, 0, 1]), 4
-        ... )  # 1/8 above the best order, a random one 7/24
+        ... )  # the excess AURC is 1/8, and that of a random order is 7/24
         0.4286
     """
     return float(naurc_kernel(tie_counts(uncertainty, failure)))
@@ -86,16 +91,18 @@ def naurc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
 def augrc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
     """Area under the generalised risk-coverage curve (Traub et al. 2024), in [0, 1/2].
 
-    Lower is better.
+    Lower is better. The generalised risk is the share of all N answers that are kept and wrong.
+    With the accuracy a,
 
-    The generalised risk is the share of all N answers that are kept and wrong. With accuracy a it
-    is (1 - AUROC) a (1 - a) + (1 - a)² / 2; random order (1 - a) / 2, best order (1 - a)² / 2.
+        AUGRC = (1 - AUROC) a (1 - a) + (1 - a)² / 2
+
+    It is (1 - a) / 2 for a random order and (1 - a)² / 2 for the best order.
 
     Examples:
         >>> import vilu
         >>> vilu.metrics.augrc(
         ...     [1, 2, 3, 4], [0, 1, 0, 1]
-        ... )  # an AUROC of 3/4: 1/4 * 1/2 * 1/2 + 1/4 / 2
+        ... )  # AUROC is 3/4 and accuracy is 1/2: 1/4 * 1/2 * 1/2 + 1/4 / 2
         0.1875
     """
     return float(augrc_kernel(tie_counts(uncertainty, failure)))
@@ -105,7 +112,7 @@ def augrc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
 def risk_at_coverage(uncertainty: ArrayLike, failure: ArrayLike, coverage: float = 0.8) -> float:
     """Selective risk of the ⌈N · coverage⌉ most trusted answers.
 
-    It is in expectation over the order of tied rows.
+    The risk is the expectation over the order of tied rows.
 
     Raises:
         UsageError: If ``coverage`` is not in (0, 1].
@@ -114,7 +121,7 @@ def risk_at_coverage(uncertainty: ArrayLike, failure: ArrayLike, coverage: float
         >>> import vilu
         >>> round(
         ...     vilu.metrics.risk_at_coverage([1, 2, 3, 4], [0, 1, 0, 1], coverage=0.75), 4
-        ... )  # one of three is wrong
+        ... )  # one of the three most trusted answers is wrong
         0.3333
     """
     return float(risk_at_coverage_kernel(tie_counts(uncertainty, failure), coverage))
@@ -122,10 +129,10 @@ def risk_at_coverage(uncertainty: ArrayLike, failure: ArrayLike, coverage: float
 
 @checked
 def coverage_at_risk(uncertainty: ArrayLike, failure: ArrayLike, risk: float = 0.05) -> float:
-    """Largest coverage of a threshold whose selective risk is at most ``risk``; 0 if none is.
+    """Largest coverage of a threshold whose selective risk is at most ``risk``, else 0.
 
-    A threshold keeps a tied block or leaves it out. This describes the sample at hand; it is not a
-    guarantee for new data (see ``vilu.calibrate``).
+    A threshold keeps or rejects all rows of equal uncertainty together. The result describes the
+    given sample. It is no guarantee for new data (see ``vilu.calibrate``).
 
     Raises:
         UsageError: If ``risk`` is not in [0, 1].
@@ -134,7 +141,7 @@ def coverage_at_risk(uncertainty: ArrayLike, failure: ArrayLike, risk: float = 0
         >>> import vilu
         >>> vilu.metrics.coverage_at_risk(
         ...     [1, 2, 3, 4], [0, 1, 0, 1], risk=0.4
-        ... )  # of two answers half are wrong, of three 1/3
+        ... )  # one of the first two answers is wrong (1/2), one of the first three (1/3)
         0.75
     """
     return float(coverage_at_risk_kernel(tie_counts(uncertainty, failure), risk))
@@ -143,7 +150,7 @@ def coverage_at_risk(uncertainty: ArrayLike, failure: ArrayLike, risk: float = 0
 def risk_coverage_curve(uncertainty: ArrayLike, failure: ArrayLike) -> tuple[Floats, Floats]:
     """Coverage (G,) and selective risk (G,) of every threshold.
 
-    There is one per distinct uncertainty, ascending.
+    Every distinct uncertainty is a threshold. The thresholds are ascending.
 
     Examples:
         >>> import vilu
@@ -163,17 +170,19 @@ def aurc_kernel(counts: TieCounts, convention: Convention = "mean") -> Floats:
 
 def excess_aurc_kernel(counts: TieCounts) -> Floats:
     """Excess AURC (...); see ``excess_aurc``."""
-    return np.maximum(_mean_risk(counts) - _oracle(counts), 0.0)  # below zero only by rounding
+    excess = _mean_risk(counts) - _oracle(counts)
+    return np.maximum(excess, 0.0)  # by rounding, the difference may be slightly negative
 
 
 def naurc_kernel(counts: TieCounts) -> Floats:
     """Normalised AURC (...); see ``naurc``."""
-    # exactly zero if there is only one class
-    return ratio(excess_aurc_kernel(counts), ratio(counts.n_wrong, counts.n) - _oracle(counts))
+    random_excess = ratio(counts.n_wrong, counts.n) - _oracle(counts)
+    # with only one class the denominator is exactly zero, so the result is NaN
+    return ratio(excess_aurc_kernel(counts), random_excess)
 
 
 def augrc_kernel(counts: TieCounts) -> Floats:
-    """AUGRC (...), by trapezoids in integers up to the last division."""
+    """AUGRC (...) by trapezoids, computed in integers up to the last division."""
     twice_area = (counts.size * (2 * counts.accepted_wrong - counts.wrong)).sum(-1)
     return ratio(twice_area, 2 * counts.n**2)
 
@@ -181,10 +190,12 @@ def augrc_kernel(counts: TieCounts) -> Floats:
 def risk_at_coverage_kernel(counts: TieCounts, coverage: float) -> Floats:
     """Selective risk (...) at one coverage; see ``risk_at_coverage``."""
     require_between("coverage", coverage, "(0, 1]")
-    # rounding first: 0.07 · 100 is a little more than 7
+    # The product is rounded first, because 0.07 · 100 is slightly more than 7 in floating point.
     n_accepted = np.ceil(np.round(counts.n * coverage, 9))[..., None]
-    inside = np.clip(n_accepted - (counts.accepted - counts.size), 0, counts.size)
-    return ratio((inside * ratio(counts.wrong, counts.size, empty=0.0)).sum(-1), n_accepted[..., 0])
+    # number of accepted rows at each score; at one score only a part of the rows may be accepted
+    n_at_score = np.clip(n_accepted - (counts.accepted - counts.size), 0, counts.size)
+    error_rate = ratio(counts.wrong, counts.size, empty=0.0)
+    return ratio((n_at_score * error_rate).sum(-1), n_accepted[..., 0])
 
 
 def coverage_at_risk_kernel(counts: TieCounts, risk: float) -> Floats:
@@ -195,19 +206,21 @@ def coverage_at_risk_kernel(counts: TieCounts, risk: float) -> Floats:
 
 
 def _harmonic(n: Ints) -> Floats:
-    """Harmonic numbers H_n (...).
-
-    Of large n from ln n + γ + 1 / 2n - 1 / 12n², whose next term is below 1e-20.
-    """
-    most = int(n.max(initial=0))
-    if most < len(_HARMONIC):
+    """Harmonic numbers H_n (...)."""
+    largest = int(n.max(initial=0))
+    if largest < len(_HARMONIC):
         return _HARMONIC[n]
-    if most < TABLE:
+    if largest < TABLE:
         return _large_harmonic()[n]
     return np.where(n < len(_HARMONIC), _HARMONIC[np.minimum(n, len(_HARMONIC) - 1)], _series(n))
 
 
 def _series(n: Ints) -> Floats:
+    """Harmonic numbers of large n, from ln n + γ + 1 / 2n - 1 / 12n².
+
+    The next term of this series is below 1e-20. Numbers n that are in ``_HARMONIC`` are replaced by
+    its length.
+    """
     large = np.maximum(n, len(_HARMONIC)).astype(np.float64)
     series: Floats = np.log(large) + np.euler_gamma + 1 / (2 * large) - 1 / (12 * large**2)
     return series
@@ -215,30 +228,34 @@ def _series(n: Ints) -> Floats:
 
 @cache
 def _large_harmonic() -> Floats:
-    """H_0 to H_(TABLE - 1), made when the first large data set comes."""
+    """Table of H_0 to H_(TABLE - 1), computed when it is needed for the first time."""
     return np.concatenate([_HARMONIC, _series(np.arange(len(_HARMONIC), TABLE))])
 
 
 def _mean_risk(counts: TieCounts) -> Floats:
-    """(1/N) Σ_i R_i with R_i = (W + w (i - s) / m) / i inside a block of m rows after s.
+    """Mean selective risk (1/N) Σ_i R_i, as the expectation over the order of tied rows.
 
-    Its sum has a closed form.
+    A block of m tied rows follows s rows with smaller uncertainties. w rows of the block are wrong,
+    and W of the s rows before it. Inside the block
 
-    Σ_{i=s+1}^{s+m} R_i = w + (W - w s / m) (H_{s+m} - H_s), with w of the block's rows wrong and W
-    before it.
+        R_i = (W + w (i - s) / m) / i
+
+    With the harmonic numbers H, the sum over the block has a closed form:
+
+        Σ_{i=s+1}^{s+m} R_i = w + (W - w s / m) (H_{s+m} - H_s)
     """
     before = counts.accepted - counts.size
     wrong_before = counts.accepted_wrong - counts.wrong
-    pace = ratio(counts.wrong, counts.size, empty=0.0)
+    error_rate = ratio(counts.wrong, counts.size, empty=0.0)
     steps = _harmonic(counts.accepted) - _harmonic(before)
-    np.divide(
-        1.0, counts.accepted, out=steps, where=counts.size == 1
-    )  # the same, without cancellation
-    blocks = counts.wrong + (wrong_before - pace * before) * steps
+    # For a block of one row the difference is 1 / (s + 1), computed here without cancellation.
+    np.divide(1.0, counts.accepted, out=steps, where=counts.size == 1)
+    blocks = counts.wrong + (wrong_before - error_rate * before) * steps
     return ratio(blocks.sum(-1), counts.n)
 
 
 def _trapezoid_risk(counts: TieCounts) -> Floats:
+    """Area (...) under the risk-coverage curve by trapezoids over the distinct scores."""
     risk = ratio(counts.accepted_wrong, counts.accepted, empty=0.0)
     before = counts.accepted - counts.size
     left = np.where(before > 0, np.roll(risk, 1, axis=-1), risk)

@@ -1,1 +1,1 @@
-"""Methods that know their classes from labelled images."""
+"""Methods that learn their classes from labelled images."""

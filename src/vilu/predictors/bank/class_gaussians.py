@@ -1,4 +1,4 @@
-"""Gaussians of classes: distances and densities of the predicted one."""
+"""One Gaussian per class, and the density of an image under the predicted class."""
 
 from __future__ import annotations
 
@@ -21,15 +21,20 @@ from vilu.predictors.contract.labelled import class_texts
 from vilu.predictors.contract.predictor import CLASSES, Learnt
 
 Blocks = Callable[[Rows], Iterator[tuple[slice, Tensor]]]
-"""Rows -> positions and images (b, D), block by block; ``image_blocks``: those of unit norm."""
+"""Function of rows that yields blocks: positions (a slice) and images (b, D).
 
-NO_SPREAD = 1e-12  # variance of unit vectors up to which they are the same image, up to rounding
-FLOOR = 1e-9
-"""Added to a covariance before it is inverted, as a share of its mean variance.
-
-It is needed where embeddings span a subspace only.
+``image_blocks`` is such a function; its images have unit norm.
 """
-LEAST = 1e-11  # ridge, as a share of the largest mean variance: a smaller one is lost by rounding
+
+NO_SPREAD = 1e-12
+"""Variance of unit vectors up to which they are taken for the same image."""
+FLOOR = 1e-9
+"""Added to the diagonal of a covariance before it is inverted, as a share of its mean variance.
+
+A covariance is singular where the embeddings span only a subspace.
+"""
+MIN_RIDGE = 1e-11
+"""Smallest ridge, as a share of the largest mean variance. Rounding would lose a smaller ridge."""
 
 
 def class_means(
@@ -37,7 +42,7 @@ def class_means(
 ) -> tuple[Tensor, Tensor]:
     """Mean (K, D) and number (K,) of the images of each class.
 
-    The mean of a class without images is that of all images.
+    A class without images gets the mean of all images.
     """
     total = torch.zeros(n_classes, train.source.space.embed_dim, dtype=torch.float64)
     for block, image in blocks(train):
@@ -51,7 +56,7 @@ def class_means(
 def scatter(
     train: Rows, label: Tensor, mean: Tensor, blocks: Blocks = image_blocks
 ) -> tuple[Tensor, float]:
-    """Sum (D, D) of x x^T and sum of |x|^4, over x = image - mean of its class."""
+    """Sums over all images of x x^T (D, D) and of |x|^4, where x = image - mean of its class."""
     dim = mean.shape[1]
     matrix = torch.zeros(dim, dim, dtype=torch.float64)
     fourth = 0.0
@@ -63,7 +68,10 @@ def scatter(
 
 
 def whitener(covariance: Tensor, floor: float = FLOOR) -> Tensor:
-    """W (D, D) with |x W|^2 = x^T covariance^-1 x, up to ``floor`` times the mean variance."""
+    """Whitening matrix W (D, D) of a covariance: |x W|^2 = x^T covariance^-1 x.
+
+    ``floor`` times the mean variance is added to the diagonal of the covariance first.
+    """
     identity = torch.eye(len(covariance), dtype=covariance.dtype)
     raised = covariance + floor * covariance.diagonal().mean() * identity
     lower = torch.linalg.cholesky(raised)
@@ -74,11 +82,11 @@ def whitener(covariance: Tensor, floor: float = FLOOR) -> Tensor:
 Ridge = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 ABSENT = 0
-"""Number of the covariance of all images, for classes without images."""
+"""Index of the covariance of all images. Classes without images use it."""
 POOLED = 1
-"""Number of the mean covariance within classes, for classes of one image.
+"""Index of the mean covariance within classes. Classes of one image use it.
 
-Classes of more images have covariances of their own, with higher numbers.
+Every class of two or more images has its own covariance, with a higher index.
 """
 
 
@@ -97,25 +105,28 @@ class ClassDensity(ClosedSet):
     def _densities(
         self,
         train: Rows,
-        most: int,
+        max_components: int,
         ridge: float,
         blocks: Blocks = image_blocks,
         floor: float = FLOOR,
     ) -> dict[str, Tensor]:
-        """The Gaussians in at most ``most`` components, with a ridge on every diagonal."""
+        """Fit the Gaussians in at most ``max_components`` principal components.
+
+        ``ridge`` is added to the diagonal of every covariance.
+        """
         label = labels(train)
         means, count = class_means(train, label, train.source.n_candidates, blocks)
-        centre, projection, variance = principal_components(train, most, blocks)
+        centre, projection, variance = principal_components(train, max_components, blocks)
         scatters, groups = class_scatters(train, label, means, count, projection, blocks)
         identity = torch.eye(len(variance), dtype=torch.float64)
         n_classes_seen = int((count > 0).sum())
         pooled = scatters.sum(dim=0) / max(len(label) - n_classes_seen, 1)
         if float(pooled.trace()) <= NO_SPREAD:
             pooled = identity * variance.mean()
-        own = scatters / (count[groups > POOLED] - 1)[:, None, None]
-        covariances = torch.stack([variance.diag(), pooled, *own])
+        per_class = scatters / (count[groups > POOLED] - 1)[:, None, None]
+        covariances = torch.stack([variance.diag(), pooled, *per_class])  # in the order of groups
         mean_variances = covariances.diagonal(dim1=1, dim2=2).mean(dim=1)
-        ridge = max(ridge, LEAST * float(mean_variances.amax()))
+        ridge = max(ridge, MIN_RIDGE * float(mean_variances.amax()))
         covariances += ridge * identity
         return {
             "centre": centre,
@@ -128,25 +139,33 @@ class ClassDensity(ClosedSet):
         }
 
     def _log_odds(self, batch: Batch, image: Tensor) -> Tensor:
-        """(B,) float64 log sum_{c != a} N_c - log N_a of the images (B, D), a the answer."""
+        """Log-odds (B,) float64 of the images (B, D) that the answer a is wrong.
+
+        log-odds = log sum_{c != a} N_c - log N_a
+        """
         answer = batch.prediction.to(image.device)[:, None]
         density, is_seen = self._densities_of(batch, image)
         of_answer = density.gather(1, answer).squeeze(1)
-        # A class without images has the density of all images. Counted as a rival, it would win for
-        # every image that is a little unlike its class.
+        # Classes without training images are no rivals. Their density is that of all images, so
+        # they would win for every image that is slightly unlike its own class.
         of_seen = density.masked_fill(~is_seen, -math.inf)
         of_rivals = of_seen.scatter(1, answer, -math.inf).logsumexp(dim=1)
-        has_no_rival = of_rivals == -math.inf  # minus infinity is no score that can be ordered
+        # Where no rival has images, log sum_{c != a} N_c is minus infinity. It is replaced by 0,
+        # so that the scores of different images still differ.
+        has_no_rival = of_rivals == -math.inf
         return of_rivals.masked_fill(has_no_rival, 0.0) - of_answer
 
     def _densities_of(self, batch: Batch, image: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, K) float64 log N_c up to a constant, and (K,) bool, which classes had images."""
+        """Log N_c (B, K) float64 up to a constant, and a mask (K,) of classes that had images."""
         classes = self.classes_of(batch.text)
         groups = self.tensor("groups", image.device)[classes.to(image.device)]
         return self._log_density(image, classes, groups), groups != ABSENT
 
     def _log_density(self, image: Tensor, classes: Tensor, groups: Tensor) -> Tensor:
-        """(B, K) float64 log N_c up to a constant, class by class of equal covariance."""
+        """Log N_c (B, K) float64 up to a constant.
+
+        Classes that share a covariance are computed together.
+        """
         centred = image - self.tensor("centre", image.device)
         z = centred @ self.tensor("projection", image.device)
         means = self.tensor("means", image.device)[classes.to(image.device)]
@@ -155,51 +174,67 @@ class ClassDensity(ClosedSet):
         density = z.new_empty(len(z), len(groups))
         for group in groups.unique().tolist():
             member = groups == group
-            # whitened, the Mahalanobis distance is a Euclidean one: one product for all classes
+            # In whitened coordinates the Mahalanobis distance is the Euclidean distance, so one
+            # matrix product gives the distances to all classes of the group.
             squares = squared_distances(z @ whiteners[group], means[member] @ whiteners[group])
             density[:, member] = -(squares + log_dets[group]) / 2
         return density
 
 
-def mean_of_both(batch: Batch, odds: Tensor) -> Tensor:
-    """(B,) float64 1 - (p_max + s_d) / 2 from the log-odds (B,) of the density.
+def mean_of_both(batch: Batch, log_odds: Tensor) -> Tensor:
+    """Mean u (B,) float64 of two uncertainties: of the zero-shot posterior and of the density.
 
-    s_d is the share that the answer has of the density.
+    u = ((1 - p) + (1 - s_d)) / 2
+
+    p is the zero-shot probability of the answer. s_d = N_a / sum_c N_c is the answer's share of
+    the density, and ``log_odds`` (B,) is log((1 - s_d) / s_d).
     """
-    return (batch.beside_answer.doubt.to(odds.device) + torch.sigmoid(odds)) / 2
+    return (batch.beside_answer.doubt.to(log_odds.device) + torch.sigmoid(log_odds)) / 2
 
 
 @dataclasses.dataclass
 class ClassGaussians(ClassDensity):
     """Zero-shot probability and class-conditional density of the image, averaged.
 
-    With score="log_odds" it is the density's log-odds alone.
+    The share of the predicted class t̂ in the density of an image z is
 
-    s_d = N_t̂(z) / sum_c N_c(z), with one Gaussian N_c per class, fitted on unit-norm image
-    embeddings that are centred and projected on their first principal components: the class mean,
-    and the class covariance plus ``ridge``. With score="probability" u = 1 - (p_max + s_d) / 2. s_d
-    is often 0 or 1 to many digits; with score="log_odds" u = -log(s_d / (1 - s_d)), computed as log
-    sum_{c != t̂} N_c - log N_t̂, which does not saturate (p_max is left out).
+        s_d = N_t̂(z) / sum_c N_c(z)
 
-    A class of one image takes the mean covariance within classes, or, where no class has two
-    different images, the mean variance of a coordinate. A class without images is in no sum; where
-    it is the prediction, its density is that of all training images. Where no other class has
-    images, log sum = 0.
+    N_c is the Gaussian of class c: the mean of the class, and its covariance plus ``ridge``. The
+    Gaussians are fitted on unit-norm image embeddings, which are centred and projected on their
+    first principal components. The uncertainty is
+
+        u = 1 - (p_max + s_d) / 2                                   with score="probability"
+        u = -log(s_d / (1 - s_d)) = log sum_{c != t̂} N_c - log N_t̂  with score="log_odds"
+
+    s_d is often equal to 0 or 1 up to many digits. The log-odds do not saturate there, but they
+    leave p_max out.
+
+    Classes of few images:
+
+    - A class of one image uses the mean covariance within classes. If no class has two different
+      images, it uses a diagonal covariance with the mean variance of a coordinate.
+    - A class without images is left out of every sum. If it is the prediction, N_t̂ is the
+      Gaussian of all training images.
+    - If no other class has images, log sum_{c != t̂} N_c is set to 0.
 
     Args:
         score: "probability" or "log_odds".
-        components: Most principal components; fewer where there are fewer images.
+        components: Maximum number of principal components. With n training images there are at
+            most n - 1.
         ridge: Added to the diagonal of every covariance.
 
-    Source: the idea of ICPE (``icpe``), as implemented in sgchr273/TRINE: unit norm and a ridge
-    that is not small beside the variances. Differs from it: classes of one image count. Until
-    ``icpe`` was the released method this one had its name; what was saved then is read as this.
+    Source: the idea of ICPE (``icpe``) as implemented in sgchr273/TRINE, with unit-norm embeddings
+    and a ridge that is not small compared with the variances. Unlike that implementation,
+    ``class_gaussians`` also counts classes of one image.
 
     Examples:
         >>> import numpy as np, vilu
         >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
         >>> train = vilu.Embeddings(image, np.eye(2), [0, 1, 1, 1])
         >>> new = vilu.Embeddings([[0.96, 0.28], [0.8, 0.6]], np.eye(2))  # at 16 and 37 degrees
+        >>> # p_max is 1 for both images. At 16 degrees s_d is 0.97. The image at 37 degrees is
+        >>> # a training image of class 1, but the answer is class 0: s_d is 0, so u is 1 / 2.
         >>> vilu.PREDICTORS["class_gaussians"]().fit(train).predict_uncertainty(new).round(3)
         array([0.017, 0.5  ])
     """
@@ -223,9 +258,13 @@ class ClassGaussians(ClassDensity):
         return Learnt(self._densities(train, self.components, self.ridge))
 
     def log_posterior(self, batch: Batch) -> Tensor:
-        """(B, K) float64 log q_c, q_c = (p_c + s_c) / 2; with score="log_odds" q_c = s_c.
+        """Log-posterior log q_c (B, K) float64 of every class c.
 
-        s_c is the share that class c has of the density; a class without training images has none.
+            q_c = (p_c + s_c) / 2    with score="probability"
+            q_c = s_c                with score="log_odds"
+
+        p_c is the zero-shot probability of class c, and s_c its share of the density. The share of
+        a class without training images is 0.
         """
         density, is_seen = self._densities_of(batch, float64(batch.image))
         log_share = density.masked_fill(~is_seen, -math.inf).log_softmax(dim=-1)
@@ -235,16 +274,17 @@ class ClassGaussians(ClassDensity):
         return torch.logaddexp(log_p, log_share) - math.log(2)
 
     def _score(self, batch: Batch) -> Tensor:
-        odds = self._log_odds(batch, float64(batch.image))
-        return odds if self.score == "log_odds" else mean_of_both(batch, odds)
+        log_odds = self._log_odds(batch, float64(batch.image))
+        return log_odds if self.score == "log_odds" else mean_of_both(batch, log_odds)
 
 
 def class_scatters(
     train: Rows, label: Tensor, means: Tensor, count: Tensor, basis: Tensor, blocks: Blocks
 ) -> tuple[Tensor, Tensor]:
-    """Projected scatters (G, R, R), and the number (K,) of the covariance of every class.
+    """Scatters (G, R, R) of the projected images, and the covariance index (K,) of every class.
 
-    There is a scatter for each class of two images or more.
+    Each of the G classes of two or more images has one scatter matrix. The index is ``ABSENT`` for
+    a class without images and ``POOLED`` for a class of one image.
     """
     several = (count > 1).nonzero().squeeze(1)
     groups = torch.where(count > 0, POOLED, ABSENT)
@@ -260,22 +300,25 @@ def class_scatters(
 
 
 def squared_distances(whitened: Tensor, means: Tensor) -> Tensor:
-    """(B, K) squared Euclidean distances of whitened queries (B, D) and whitened means (K, D)."""
+    """Squared distances (B, K) between whitened queries (B, D) and whitened means (K, D)."""
     squares = whitened.square().sum(dim=1)[:, None] + means.square().sum(dim=1)
-    # |a|^2 + |b|^2 - 2 a.b of near points is rounding, which may be below zero
+    # |a|^2 + |b|^2 - 2 a.b may be slightly negative for near points, by rounding
     return (squares - 2 * whitened @ means.T).clamp(min=0)
 
 
-def principal_components(train: Rows, most: int, blocks: Blocks) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean (D,), the first components (D, R) and their variances (R,).
+def principal_components(
+    train: Rows, max_components: int, blocks: Blocks
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean (D,) of the images, their first R principal components (D, R) and variances (R,).
 
-    There are at most as many as images less one, and at least one.
+    R = min(max_components, D, number of images - 1), but at least 1.
     """
     one_class = torch.zeros_like(train.index)
     mean, _ = class_means(train, one_class, 1, blocks)
     matrix, _ = scatter(train, one_class, mean, blocks)
     n = len(one_class)
-    rank = max(min(most, len(matrix), n - 1), 1)
+    rank = max(min(max_components, len(matrix), n - 1), 1)
+    # ``eigh`` sorts by ascending variance; the first components have the largest variance
     rising_variances, rising_components = torch.linalg.eigh(matrix / max(n - 1, 1))
     components = rising_components.flip(1)[:, :rank].contiguous()
     variances = rising_variances.flip(0)[:rank].clamp(min=0).contiguous()

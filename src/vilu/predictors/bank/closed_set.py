@@ -1,4 +1,4 @@
-"""The common part of methods that know their classes from labelled images."""
+"""The common part of methods that learn their classes from labelled images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vilu.predictors.contract.predictor import CLASSES, FailurePredictor
 
 @dataclasses.dataclass
 class ClosedSet(FailurePredictor):
-    """A method that learns what it knows class by class, and scores those classes only."""
+    """A method that is fitted class by class, and scores only the classes of the fit."""
 
     closed_set: ClassVar[bool] = True
     no_captions: ClassVar[str | None] = (
@@ -26,27 +26,27 @@ class ClosedSet(FailurePredictor):
     device: str = "auto"
 
     def classes_of(self, text: Tensor) -> Tensor:
-        """(K,) position of every candidate (K, D) among the learned ``classes``.
+        """Index (K,) of every candidate (K, D) among the learned ``classes``.
 
-        A class is recognised by its text's embedding.
+        A class is recognised by the embedding of its text.
         """
         cosine, match = nearest(text, self.tensor(CLASSES, text.device))
         n_unknown = int((cosine < SAME_TEXT).sum())
         if n_unknown:
-            raise self._misfit(len(text), f"{n_unknown} are others")
+            raise self._misfit(len(text), f"{n_unknown} are not among them")
         n_repeated = len(match) - len(match.unique())
         if n_repeated:
-            raise self._misfit(len(text), f"{n_repeated} are nearest to one that is there already")
+            raise self._misfit(len(text), f"{n_repeated} match the class of another one")
         return match
 
     def _misfit(self, n_candidates: int, why: str) -> ProvenanceError:
-        """The error for candidates that are not the learned classes."""
+        """Error that is raised when the candidates are not the learned classes."""
         return ProvenanceError(
             f"{self.name} scores the {len(self.learned_[CLASSES])} classes that it was fitted on. "
-            f"Of the {n_candidates} candidates here {why}. Fit it on these classes, "
-            "or take a method that works on any (see `vilu list predictors`)."
+            f"Of the {n_candidates} candidates of these data {why}. Fit it on the classes of these "
+            "data, or choose a method that works on any classes (see `vilu list predictors`)."
         )
 
     def answer_of(self, batch: Batch) -> Tensor:
-        """(B,) zero-shot answers among the learned classes."""
+        """Index (B,) of the judged answer of every row among the learned ``classes``."""
         return self.classes_of(batch.text)[batch.prediction]

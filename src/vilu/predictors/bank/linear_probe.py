@@ -22,24 +22,30 @@ from vilu.predictors.contract.predictor import CLASSES, Learnt
 
 @dataclasses.dataclass
 class LinearProbe(ClosedSet):
-    """Logistic regression of the classes on image embeddings: u = 1 - P(t̂ | z), P its softmax.
+    """Logistic regression of the classes on image embeddings.
 
-    u is computed as sigmoid(log sum_{c != t̂} exp l_c - l_t̂) in float64, so that confident images
-    do not tie. A class without training images has P = 0, hence u = 1; with images of one class
-    only, P of that class is 1.
+    The uncertainty of a prediction t̂ is
+
+        u = 1 - P(t̂ | z) = sigmoid(log sum_{c != t̂} exp l_c - l_t̂)
+
+    l_c are the logits of the regression, and P is their softmax. u is computed from the logits in
+    float64, so that confident images do not tie. A class without training images has P = 0, hence
+    u = 1. If all training images are of one class, that class has P = 1.
 
     Args:
         C: Inverse strength of the L2 penalty, as in scikit-learn.
-        max_iter: Most steps of L-BFGS; scikit-learn warns where they do not suffice.
-        max_bank: Most training images to fit on; of more, so many are drawn with ``seed``.
+        max_iter: Maximum number of L-BFGS steps. scikit-learn warns if they do not suffice.
+        max_bank: Maximum number of training images. If there are more, a random choice of this
+            size is drawn with ``seed``.
 
-    Source: the linear probe of Radford et al., ICML 2021, read at the class that the VLM predicts.
-    The regression runs in float32 on centred embeddings: with its free intercept that has the same
-    optimum, reached in fewer steps. Its time grows with the number of images times that of classes.
+    Source: the linear probe of Radford et al., ICML 2021, evaluated at the class that the VLM
+    predicts. The regression runs in float32 on centred embeddings. The intercept is free, so
+    centring keeps the optimum and reaches it in fewer steps. The time of a fit grows with the
+    number of images times the number of classes.
 
     Examples:
         >>> import numpy as np, vilu
-        >>> # the answer is class 0 up to 45 degrees, the truth up to 63
+        >>> # the answer is class 0 up to 45 degrees, the true class is 0 up to 63 degrees
         >>> angle = np.linspace(0, np.pi / 2, 100)
         >>> image = np.c_[np.cos(angle), np.sin(angle)]
         >>> train = vilu.Embeddings(image, np.eye(2), np.repeat([0, 1], [70, 30]))
@@ -75,26 +81,27 @@ class LinearProbe(ClosedSet):
         n_classes = train.source.n_candidates
         weight = torch.zeros(n_classes, train.source.space.embed_dim, dtype=torch.float64)
         bias = torch.full((n_classes,), -math.inf, dtype=torch.float64)
-        known = label.unique()
-        bias[known] = 0.0
-        if len(known) > 1:
+        seen_classes = label.unique()
+        bias[seen_classes] = 0.0
+        if len(seen_classes) > 1:
             image = gather(drawn)
-            # what all images have in common is most of each: L-BFGS would go slowly along it
+            # The mean of all images is the largest part of every image. L-BFGS converges slowly
+            # unless it is subtracted.
             centre = image.mean(dim=0)
             model = LogisticRegression(C=self.C, max_iter=self.max_iter)
             with warnings.catch_warnings():
-                # few images a class are fine
+                # scikit-learn warns where classes have few images, which is expected here
                 warnings.filterwarnings("ignore", message="The number of unique classes")
                 model.fit((image - centre).numpy(), label.numpy())
-            # Of two classes scikit-learn gives one logit, that of the second.
-            fitted = known if len(known) > 2 else known[1:]
+            # With two classes scikit-learn gives one logit only, the logit of the second class.
+            fitted = seen_classes if len(seen_classes) > 2 else seen_classes[1:]
             weight[fitted] = torch.from_numpy(model.coef_).double()
             intercept = torch.from_numpy(model.intercept_).double()
             bias[fitted] = intercept - weight[fitted] @ centre.double()
         return Learnt({"weight": weight, "bias": bias, CLASSES: class_texts(train)})
 
     def _logits(self, batch: Batch) -> Tensor:
-        """(B, K) float64 of the regression; -inf of a class without a training row."""
+        """Logits (B, K) float64 of the regression; -inf for a class without a training row."""
         image = float64(batch.image)
         classes = self.classes_of(batch.text).to(image.device)
         weight = self.tensor("weight", image.device)[classes]
@@ -102,12 +109,13 @@ class LinearProbe(ClosedSet):
         return image @ weight.T + bias
 
     def log_posterior(self, batch: Batch) -> Tensor:
-        """(B, K) float64, of the regression; -inf of a class without a training row."""
+        """Log-posterior (B, K) float64; -inf for a class without a training row."""
         return self._logits(batch).log_softmax(dim=-1)
 
     def _score(self, batch: Batch) -> Tensor:
         logits = self._logits(batch)
         log_odds = failure_log_odds(logits, batch)
-        # An unknown answer fails; where all classes are unknown their softmax would be 0 / 0.
+        # The uncertainty of an answer without training images is 1. It is set directly, since the
+        # softmax is 0 / 0 where no candidate has training images.
         of_answer = logits.gather(1, batch.prediction.to(logits.device)[:, None]).squeeze(1)
         return torch.sigmoid(log_odds).masked_fill(of_answer == -math.inf, 1.0)

@@ -1,6 +1,6 @@
-"""Training images kept by a predictor, and their exact search in blocks.
+"""Bank of training images of a predictor, and exact nearest-neighbour search in it, in blocks.
 
-Shapes: N bank rows, B queries, K classes, D embedding width.
+Shapes: N rows of the bank, B queries, K classes, D embedding width.
 """
 
 from __future__ import annotations
@@ -20,38 +20,42 @@ from vilu.embeddings.rows import SCORING_BATCH, Rows
 
 Count = Annotated[int, Field(ge=1)]
 Allowed = Callable[[slice, slice], Tensor]
-"""(Some queries, some bank rows) -> (b, n) bool: which pairs count."""
+"""Function of a slice of queries and a slice of bank rows: mask (b, n) of allowed pairs."""
 
 QUERY_ROWS = 1_024
-BANK_ROWS = 8_192  # with QUERY_ROWS, 32 MiB of similarities at a time
+"""Queries of a block."""
+BANK_ROWS = 8_192
+"""Bank rows of a block. The float32 similarities to ``QUERY_ROWS`` queries take 32 MiB."""
 
 
-def draw_rows(train: Rows, most: int, seed: int) -> tuple[Rows, Tensor]:
-    """At most ``most`` of the rows, in order, and their positions (M,) among them.
+def draw_rows(train: Rows, max_rows: int, seed: int) -> tuple[Rows, Tensor]:
+    """Draw at most ``max_rows`` of the training rows; the drawn rows keep their order.
 
-    A warning tells where some are left out.
+    Returns the drawn rows and their indices (M,) among the rows of ``train``. If rows are left
+    out, a warning is given.
     """
     n = len(train.index)
-    if n <= most:
+    if n <= max_rows:
         return train, torch.arange(n)
     warn_caller(
-        f"{most} of {n} training rows are kept, drawn with seed {seed}. Raise max_bank for more."
+        f"{max_rows} of {n} training rows are kept, drawn with seed {seed}. "
+        "Raise max_bank for more."
     )
     shuffled = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    drawn = shuffled[:most].sort().values
+    drawn = shuffled[:max_rows].sort().values
     return dataclasses.replace(train, index=train.index[drawn]), drawn
 
 
 def labels(train: Rows) -> Tensor:
-    """(M,) classes of rows with shared candidates."""
+    """Class labels (M,) of rows with shared candidates."""
     return train.source.target[train.index]
 
 
 def image_blocks(train: Rows) -> Iterator[tuple[slice, Tensor]]:
-    """Positions and unit-norm image embeddings (b, D) float32, block by block.
+    """Yield blocks of rows: positions (a slice) and unit-norm image embeddings (b, D) float32.
 
-    Embeddings rounded to float16 are off unit norm by up to 1e-3, which a distance of near
-    neighbours would show.
+    Embeddings that were rounded to float16 can miss unit norm by up to 1e-3. They are normalised
+    again, because such an error changes the distances between near neighbours.
     """
     for start in range(0, len(train.index), SCORING_BATCH):
         index = train.index[start : start + SCORING_BATCH]
@@ -59,7 +63,7 @@ def image_blocks(train: Rows) -> Iterator[tuple[slice, Tensor]]:
 
 
 def gather(train: Rows) -> Tensor:
-    """(M, D) float32 unit-norm image embeddings."""
+    """Unit-norm image embeddings (M, D) float32 of all rows."""
     bank = torch.empty(len(train.index), train.source.space.embed_dim, dtype=torch.float32)
     for block, image in image_blocks(train):
         bank[block] = image
@@ -75,15 +79,15 @@ def nearest(
     query_rows: int = QUERY_ROWS,
     bank_rows: int = BANK_ROWS,
 ) -> tuple[Tensor, Tensor]:
-    """Cosines (B, k) float32, falling, and indices (B, k) of the most similar rows of a bank.
+    """Cosines (B, k) and indices (B, k) of the k most similar bank rows of every query.
 
-    The bank is (N, D), the queries are (B, D).
+    The queries are (B, D) and the bank is (N, D). The cosines are float32 and descending. If N < k,
+    the results have N columns. The cosine of a pair that is not allowed is minus infinity.
 
-    Exact, on the device of the queries, with one block of similarities, (``query_rows``,
-    ``bank_rows``), in memory at a time. Of
-    equal cosines the lowest index comes first (those of equal rows may differ in the last bit, at
-    the edge of a block of a product); at most N come back, and of pairs that are not allowed the
-    cosine is minus infinity.
+    The search is exact and runs on the device of the queries. One block of similarities
+    (``query_rows``, ``bank_rows``) is in memory at a time. Among equal cosines the lowest index
+    comes first. The cosines of two equal bank rows may differ in the last bit, because a matrix
+    product rounds differently at the edge of a block.
     """
     similarities = []
     indices = []
@@ -96,19 +100,19 @@ def nearest(
 
 
 def distance(similarity: Tensor) -> Tensor:
-    """Euclidean distance of unit vectors, from their cosine."""
+    """Euclidean distance between unit vectors, from their cosine."""
     return squared_distance(similarity).sqrt()
 
 
 def squared_distance(similarity: Tensor) -> Tensor:
-    """Squared Euclidean distance of unit vectors, from their cosine."""
+    """Squared Euclidean distance between unit vectors, from their cosine."""
     return (2 - 2 * similarity).clamp(min=0)
 
 
 def _nearest(
-    query: Tensor, bank: Tensor, k: int, allowed: Allowed | None, first: int, bank_rows: int
+    query: Tensor, bank: Tensor, k: int, allowed: Allowed | None, first_query: int, bank_rows: int
 ) -> tuple[Tensor, Tensor]:
-    """``nearest`` for one block of queries, the first of which is number ``first``."""
+    """Do the search of ``nearest`` for one block of queries, which starts at ``first_query``."""
     query = normalize(query, dim=1)
     best = query.new_empty(len(query), 0)
     best_index = torch.empty(len(query), 0, dtype=torch.int64, device=query.device)
@@ -116,10 +120,12 @@ def _nearest(
         rows = bank[start : start + bank_rows].to(query.device)
         similarity = query @ rows.T
         if allowed is not None:
-            pairs = allowed(slice(first, first + len(query)), slice(start, start + len(rows)))
-            similarity = similarity.masked_fill(~pairs, -math.inf)
+            queries = slice(first_query, first_query + len(query))
+            is_allowed = allowed(queries, slice(start, start + len(rows)))
+            similarity = similarity.masked_fill(~is_allowed, -math.inf)
         leading, index = leaders(similarity, k)
-        # Stable: the rows of earlier blocks have lower indices than those of this block.
+        # The sort is stable, and rows of earlier blocks come first in the concatenation. So among
+        # equal similarities the lowest index stays first.
         ranked, order = torch.cat([best, leading], dim=1).sort(dim=1, descending=True, stable=True)
         indices = torch.cat([best_index, index + start], dim=1).gather(1, order)
         best = ranked[:, :k]
@@ -128,21 +134,22 @@ def _nearest(
 
 
 def leaders(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of every row (B, M), falling, and their indices.
+    """The k largest values (B, k) of every row (B, M), descending, and their indices (B, k).
 
-    Of equal values the lowest index comes first. ``topk`` leaves open which of equal values it
-    takes, so rows with a tie at the last place are sorted in full.
+    Among equal values the lowest index comes first. ``topk`` does not define which of several equal
+    values it takes. So a row is sorted in full if its values of rank k and k + 1 are equal.
     """
     if k >= values.shape[1]:
-        best, where = values.sort(dim=1, descending=True, stable=True)
-        return best, where
-    best, where = values.topk(k + 1, dim=1)
-    tied = (best[:, k - 1] == best[:, k]) & (best[:, k] > -math.inf)
-    where, order = where[:, :k].sort(dim=1)
-    best, falling = best[:, :k].gather(1, order).sort(dim=1, descending=True, stable=True)
-    where = where.gather(1, falling)
-    if bool(tied.any()):
-        full, order = values[tied].sort(dim=1, descending=True, stable=True)
-        best[tied] = full[:, :k]
-        where[tied] = order[:, :k]
-    return best, where
+        best, index = values.sort(dim=1, descending=True, stable=True)
+        return best, index
+    best, index = values.topk(k + 1, dim=1)
+    is_tied = (best[:, k - 1] == best[:, k]) & (best[:, k] > -math.inf)
+    # Sort by ascending index, then stably by descending value: equal values keep ascending indices.
+    index, by_index = index[:, :k].sort(dim=1)
+    best, by_value = best[:, :k].gather(1, by_index).sort(dim=1, descending=True, stable=True)
+    index = index.gather(1, by_value)
+    if bool(is_tied.any()):
+        all_values, all_indices = values[is_tied].sort(dim=1, descending=True, stable=True)
+        best[is_tied] = all_values[:, :k]
+        index[is_tied] = all_indices[:, :k]
+    return best, index

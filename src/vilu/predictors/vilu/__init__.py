@@ -1,1 +1,1 @@
-"""Failure heads: ViLU and LVU, new or begun from another fit."""
+"""Failure heads: ViLU and LVU, trained from new weights or from the weights of another fit."""

@@ -1,6 +1,6 @@
-"""Training that begins from fitted weights.
+"""Fine-tuning: training that begins with the weights of another fit.
 
-A head knows one data set, and there are a few labels of another.
+It is used if a head was fitted on one data set, and there are a few labels of another data set.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.vilu.head import HeadPredictor
 
 FINE_TUNING = {"epochs": None, "learning_rate": 1e-3, "freeze_epochs": 0}
-"""What a fine-tuning has unless it is said otherwise.
+"""Default parameters of a fine-tuning, where they differ from those of the first fit.
 
-A thirtieth of a new head's learning rate, since the weights are to be corrected and not to be found
-(on synthetic data with five labels a class the best of 0.03, 0.01, 0.003 and 0.001). The attention
-learns from the first step, since it is no longer at its start. Epochs follow from the number of
-rows, whatever the first fit had: 300 for a few labels.
+- The learning rate is a thirtieth of that of a new head, because the weights need only a
+  correction. On synthetic data with five labels per class it was the best of 0.03, 0.01, 0.003 and
+  0.001.
+- The attention is trained from the first step, because it was trained before.
+- The number of epochs follows from the number of rows, not from the first fit. With a few labels it
+  is 300.
 """
 
 
@@ -28,10 +30,15 @@ def initialise(
     fitted: FailurePredictor,
     values: Mapping[str, object] | None = None,
 ) -> HeadPredictor:
-    """A predictor whose ``fit`` begins with the weights of another fit.
+    """Create a predictor of class ``cls`` whose ``fit`` begins with the weights of ``fitted``.
 
-    Its parameters are those of the other fit, of the same method, but for ``FINE_TUNING`` and
-    ``values``, which may be strings (``--set key=value``).
+    ``fitted`` must be of the same method. The parameters are those of ``fitted``, replaced by those
+    of ``FINE_TUNING`` and then by ``values``. Values may be strings (``--set key=value``).
+
+    Raises:
+        UsageError: If methods of class ``cls`` have no failure head.
+        ProvenanceError: If ``fitted`` is another method or has another architecture.
+        DataError: If ``fitted`` is a constant.
     """
     if not issubclass(cls, HeadPredictor):
         with_a_head = [name for name, kind in PREDICTORS.items() if issubclass(kind, HeadPredictor)]

@@ -1,4 +1,4 @@
-"""What predictors that train a ``FailureHead`` share."""
+"""The common part of predictors that train a ``FailureHead``."""
 
 from __future__ import annotations
 
@@ -36,30 +36,32 @@ Widths = Annotated[tuple[Count, ...], Field(max_length=100)]
 
 @dataclasses.dataclass
 class HeadPredictor(FailurePredictor):
-    """A predictor whose uncertainty is sigmoid(g), g the output of a trained ``FailureHead``.
+    """A predictor with uncertainty sigmoid(g), where g is the output of a trained ``FailureHead``.
 
-    Its training can be shared by several processes (``vilu.predictors.nn.processes``), leave
-    checkpoints (``vilu.predictors.nn.checkpoint``), and begin from fitted weights
-    (``vilu.predictors.vilu.fine_tuning``); the learning rate depends on none of these.
+    Several processes can share the training (``vilu.predictors.nn.processes``). It can write
+    checkpoints (``vilu.predictors.nn.checkpoint``), and it can begin with fitted weights
+    (``vilu.predictors.vilu.fine_tuning``). The number of processes does not change the learning
+    rate.
 
     Args:
-        validation_fraction: Share of the training rows held out for selection when ``fit`` gets no
-            validation set.
-        hidden: Hidden widths of the MLP; depth is ``len(hidden) + 1``.
-        epochs: Passes over the training rows; None: 35, or as many as make 1,400 steps of few rows,
-            or 6,000 steps of many, but between 10 and 300.
-        batch_size: Rows per step; None: a fortieth of the training rows, between 32 and 128.
-        learning_rate: Peak; linear warm-up, then a cosine to zero.
-        momentum: Of SGD.
-        weight_decay: Of SGD.
-        warmup_epochs: Length of the warm-up, at most a tenth of the run.
-        freeze_epochs: Epochs before the attention starts to learn; None: one (the paper), or as
-            many as make 1,000 steps where that is longer (the released code), but at most half of
-            them.
-        patience: Stop after so many epochs clearly below the best validation AUROC; None: never.
+        validation_fraction: Share of the training rows that is held out for selection if ``fit``
+            gets no validation set.
+        hidden: Widths of the hidden layers of the MLP, which has ``len(hidden) + 1`` layers.
+        epochs: Number of passes over the training rows. None: 35 passes, or the number that makes
+            at least 1,400 and at most 6,000 steps, but always from 10 to 300.
+        batch_size: Rows per step. None: a fortieth of the training rows, but from 32 to 128.
+        learning_rate: Peak learning rate, after a linear warm-up and before a cosine decay to zero.
+        momentum: Momentum of SGD.
+        weight_decay: Weight decay of SGD.
+        warmup_epochs: Epochs of the warm-up, which takes at most a tenth of the steps.
+        freeze_epochs: Number of epochs before the attention is trained. None: one epoch (the
+            paper), or 1,000 steps (the released code), whichever is longer, but at most half of the
+            epochs.
+        patience: Stop after this number of epochs that are clearly below the best validation AUROC.
+            None: never stop early.
         weighting: Weight of failures in the loss (see ``vilu.predictors.nn.losses.FailureWeight``).
-        static_weight: The weight of mode "static".
-        precision: Arithmetic of the MLP's products in training.
+        static_weight: Weight of failures if ``weighting`` is "static".
+        precision: Precision of the matrix products of the MLP in training.
     """
 
     is_probability: ClassVar[bool] = True
@@ -89,10 +91,10 @@ class HeadPredictor(FailurePredictor):
     @property
     @abstractmethod
     def loss(self) -> str:
-        """A key of ``LOSSES``."""
+        """Name of the loss, a key of ``LOSSES``."""
 
     def _fit_rows(self, train: Rows, validation: EmbeddingSource | None) -> None:
-        """From the weights of another fit where there are some to start from."""
+        """Fit; if there is a fit to start from, its embedding space must match."""
         start = self.start_
         space = train.source.space
         if start is not None and start.space_ is not None:
@@ -110,7 +112,7 @@ class HeadPredictor(FailurePredictor):
         return self.train_head(*parts, float(failure.double().mean()))
 
     def train_head(self, train: Rows, validation: Rows | None, error_rate: float) -> Learnt:
-        """One head, selected on the validation rows where there are some."""
+        """Train one head. If there are validation rows, the best epoch is selected on them."""
         head = self._first_head(train.source.space)
         weight = FailureWeight(self.weighting, error_rate, self.static_weight)
         keeper = current_session().keeper(lambda: self._binding(head, train, validation))
@@ -122,7 +124,7 @@ class HeadPredictor(FailurePredictor):
         return Learnt(weights, {**self._start_notes(), "history": dataclasses.asdict(history)})
 
     def _first_head(self, space: EmbeddingSpace) -> FailureHead:
-        """What training begins with: a new head of the seed, or fitted weights."""
+        """The head that training begins with: new weights from the seed, or fitted weights."""
         head = cast("FailureHead", self.module({}, space))
         if self.start_ is not None:
             with_weights(head, self.start_.state(), self.name)
@@ -131,7 +133,7 @@ class HeadPredictor(FailurePredictor):
     def _binding(
         self, head: FailureHead, train: Rows, validation: Rows | None
     ) -> dict[str, object]:
-        """What must be the same when training begins again from a checkpoint."""
+        """Settings and data that must be unchanged when training resumes from a checkpoint."""
         binding: dict[str, object] = {"method": self.name}
         for name in parameters(self):
             if name != "device":
@@ -163,17 +165,17 @@ class HeadPredictor(FailurePredictor):
 
     @torch_defaults()
     def _log_weight(self) -> float:
-        """Log w, with the weight w of failures at the training set's error rate.
+        """Bias log w of the log-odds, from the weight w of failures in the loss.
 
-        Weighted BCE is least at the odds w p / (1 - p).
+        Weighted BCE is minimal at the odds w p / (1 - p), where p is the probability of failure. So
+        training shifts the log-odds by log w. The order of rows does not change. w is the weight at
+        the error rate of the training set.
         """
-        # Training shifts the log-odds by log w; not taken off, the probability of failure would be
-        # too large by that, though no order changes.
         if self.loss != "bce" or self.constant_ is not None:
             return 0.0
         n = self.notes_.get("n_train")
         n_failures = self.notes_.get("n_failures")
-        # a converted checkpoint does not say what it was trained on
+        # a converted checkpoint has no counts of its training rows
         if not n or n_failures is None:
             return 0.0
         rate = torch.tensor(n_failures / n, dtype=torch.float32)
@@ -184,24 +186,24 @@ class HeadPredictor(FailurePredictor):
 
 
 class HeadGraph(nn.Module):
-    """Mean of sigmoid(g) over heads, as a graph."""
+    """Mean of sigmoid(g) over heads, as a module that can be exported."""
 
     def __init__(self, heads: list[FailureHead]) -> None:
         super().__init__()
         self.heads = nn.ModuleList(heads)
 
     def forward(self, batch: Batch) -> Tensor:
-        """(N,) float64."""
+        """Uncertainties (N,) float64 of a batch."""
         heads = [cast("FailureHead", head) for head in self.heads]
         logits = [float64(head.rest(head.first_layer(batch)).squeeze(-1)) for head in heads]
         return torch.stack([torch.sigmoid(logit) for logit in logits]).mean(dim=0)
 
 
 def head_graph(predictor: HeadPredictor) -> nn.Module:
-    """The ``graph`` of heads whose probabilities are averaged."""
+    """The ``graph`` property of predictors that average the probabilities of their heads."""
     return HeadGraph(predictor.heads)
 
 
 def head_coalitions(predictor: HeadPredictor) -> Coalitions:
-    """The ``coalitions`` of one head."""
+    """The ``coalitions`` property of predictors with one head."""
     return HeadCoalitions(predictor.heads, lambda logit: logit, LOG_ODDS)

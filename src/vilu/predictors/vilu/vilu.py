@@ -1,4 +1,4 @@
-"""ViLU, its image-only baseline, and ensembles of it."""
+"""ViLU, and LVU, its baseline that uses only the image."""
 
 from __future__ import annotations
 
@@ -18,18 +18,21 @@ from vilu.predictors.vilu.head import HeadPredictor, head_coalitions, head_graph
 class LVU(HeadPredictor):
     """Learned visual uncertainty: ViLU's MLP on the image embedding alone, u = sigmoid(g).
 
-    With p_y the zero-shot probability of the true class, the losses are "mse": squared error of
-    sigmoid(g) to 1 - p_y (1 for a picture of none of the classes), as the released code does;
-    "loss": squared error of softplus(g) to the backbone's loss -log p_y, as the supplement says;
-    over the mean square of a batch's losses where that exceeds one, so that a step does not grow
-    with the VLM's logit scale; "bce": ViLU's own loss, which the released checkpoints seem to be
-    trained with.
+    g is the output of the MLP, and p_y is the zero-shot probability of the true class. The losses
+    are:
 
-    A predicted loss softplus(g) = -log p_y means p_y = 1 - sigmoid(g), so sigmoid(g) has one
-    meaning in both regressions: the probability that the VLM withholds from the truth, which stands
-    in for the probability of failure. The mean of -log p_y is ruled by its largest values, so
-    "loss" errs upwards (by Jensen's inequality the best "loss" is never below the best "mse"); only
-    "bce" learns the failure itself.
+    - "mse": squared error between sigmoid(g) and 1 - p_y, as in the released code. For a picture of
+      none of the classes the target is 1.
+    - "loss": squared error between softplus(g) and -log p_y, the loss of the VLM, as in the
+      supplement. It is divided by the mean square of -log p_y in the batch if that exceeds one, so
+      that a step does not grow with the logit scale of the VLM.
+    - "bce": the loss of ViLU. The released checkpoints seem to be trained with this loss.
+
+    softplus(g) = -log p_y is equivalent to sigmoid(g) = 1 - p_y. So in both regressions sigmoid(g)
+    estimates 1 - p_y, which is used in place of the probability of failure. With "loss" the
+    estimate is higher, because the mean of -log p_y depends mostly on its largest values. By
+    Jensen's inequality the optimum of "loss" is never below that of "mse". Only "bce" estimates the
+    probability of failure itself.
 
     Source: ViLU, supplement A.3, after ConfidNet (Corbière et al., NeurIPS 2019).
 
@@ -37,7 +40,7 @@ class LVU(HeadPredictor):
         >>> import numpy as np, vilu
         >>> angle = np.linspace(
         ...     0, np.pi / 2, 100
-        ... )  # the answer is class 0 up to 45 degrees, the truth up to 63
+        ... )  # the answer is class 0 up to 45 degrees, the true class is 0 up to 63 degrees
         >>> train = vilu.Embeddings(
         ...     np.c_[np.cos(angle), np.sin(angle)], np.eye(2), np.repeat([0, 1], [70, 30])
         ... )
@@ -59,7 +62,7 @@ class LVU(HeadPredictor):
 
     @property
     def needs(self) -> Needs:
-        """Of "loss" the class: a picture of none of them has no finite loss."""
+        """Labels that a fit needs. "loss" needs the class, since -log p_y must be finite."""
         return "class" if self.loss == "loss" else super().needs
 
     graph = head_graph
@@ -70,7 +73,7 @@ class LVU(HeadPredictor):
         tensors: dict[str, Tensor],  # noqa: ARG002
         space: EmbeddingSpace,
     ) -> FailureHead:
-        """The head, with the first weights of the seed."""
+        """A new head, whose initial weights are drawn with the seed."""
         return FailureHead(
             space.embed_dim,
             self.hidden,
@@ -82,31 +85,38 @@ class LVU(HeadPredictor):
 
 @dataclasses.dataclass
 class ViLU(HeadPredictor):
-    """ViLU: cross-attention over all candidates, the predicted caption and the image, an MLP.
+    """ViLU: an MLP on the image, the predicted caption, and cross-attention over all candidates.
 
-    Its loss is the weighted BCE.
+        u = sigmoid(g(z_v, sum_j alpha_j W z_tj, z_t̂))
 
-    u = sigmoid(g(z_v, sum_j alpha_j W z_tj, z_t̂)), g an MLP [512, 256, 128, 1] with ReLU; L =
-    weighted BCE on the failure of the zero-shot answer, with weight log(1 + N_s / N_f) on failures.
+    z_v is the image, z_tj are the candidates with their attention weights alpha_j, and z_t̂ is the
+    predicted caption. g is an MLP [512, 256, 128, 1] with ReLU. The loss is the BCE on the failure
+    of the zero-shot answer. With N_s successes and N_f failures, failures have the weight
+    log(1 + N_s / N_f).
 
     Args:
-        attention: "official" (released code: identity start, shared key/value, logit scale),
-            "paper" (W_Q, W_K, W_V, 1/sqrt(d)), or None.
+        attention: Form of the cross-attention. "official": as in the released code, with W
+            initialised to the identity, shared keys and values, and the logit scale. "paper": with
+            W_Q, W_K, W_V and the scale 1/sqrt(d). None: no attention.
         predicted_caption: Whether the embedding of the zero-shot answer is an input.
-        mcm_input: Whether max_j p_j is an input (supplement, B.2: used for all transfer
-            experiments).
-        loss: "bce", or the regression "mse" of the true class's probability (the paper's ablation;
-            as ``LVU``).
+        mcm_input: Whether max_j p_j is an input. The transfer experiments of the paper use it
+            (supplement, B.2).
+        loss: "bce", or "mse": regression of the probability of the true class, as in ``LVU`` (an
+            ablation of the paper).
 
-    Source: ViLU, ICCV 2025. Differs from the released code: labels, similarities and losses are in
-    float32; the frozen attention really is frozen; the weight is bounded; selection never sees the
-    test set; the output is the failure, not the confidence.
+    Source: ViLU, ICCV 2025. Differences from the released code:
+
+    - Labels, similarities and losses are in float32.
+    - The attention is not changed at all while it is frozen.
+    - The weight of failures is bounded.
+    - The test set is never used for selection.
+    - The output is the probability of failure, not the confidence.
 
     Examples:
         >>> import numpy as np, vilu
         >>> angle = np.linspace(
         ...     0, np.pi / 2, 100
-        ... )  # the answer is class 0 up to 45 degrees, the truth up to 63
+        ... )  # the answer is class 0 up to 45 degrees, the true class is 0 up to 63 degrees
         >>> train = vilu.Embeddings(
         ...     np.c_[np.cos(angle), np.sin(angle)], np.eye(2), np.repeat([0, 1], [70, 30])
         ... )
@@ -137,7 +147,7 @@ class ViLU(HeadPredictor):
         tensors: dict[str, Tensor],  # noqa: ARG002
         space: EmbeddingSpace,
     ) -> nn.Module:
-        """The head, with the first weights of the seed."""
+        """A new head, whose initial weights are drawn with the seed."""
         return self._head(space)
 
     def _head(self, space: EmbeddingSpace, dropout: Dropout | None = None) -> FailureHead:
