@@ -99,8 +99,8 @@ class ViLUZero(SeesOutside, ClosedSet):
     everyday words, P_outside comes from a mixture of images inside and outside
     (``vilu.predictors.plus.ood``). Otherwise it is 0.
 
-    The fit needs no labels (``needs_labels``) and ignores them. The candidates to score must be
-    those of the fit.
+    The fit needs no labels (``needs_labels``) and ignores them. Only candidates of the fit can be
+    scored.
 
     Args:
         share: Largest weight of the prototypes in the pool.
