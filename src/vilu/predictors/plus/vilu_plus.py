@@ -437,7 +437,7 @@ def require_known_classes(validation: EmbeddingSource, classes: Tensor) -> None:
 def log_posteriors(
     experts: Experts, rows: Rows, device: torch.device
 ) -> list[tuple[Tensor, Tensor]]:
-    """Pairs, one for every batch: log probabilities (B, M, K) of all M experts, and targets (B,)."""
+    """Pairs of log probabilities (B, M, K) of M experts and targets (B,), one pair for a batch."""
     with torch.no_grad():
         parts = []
         for batch in rows.batches(SCORING_BATCH):
