@@ -137,7 +137,7 @@ def get_params(self: Parametrised, deep: bool = True) -> dict[str, Any]:  # noqa
     Examples:
         >>> import vilu
         >>> vilu.PREDICTORS["gen"](gamma=0.5).get_params()
-        {'gamma': 0.5, 'largest': 100}
+        {'answer': 'zero_shot', 'gamma': 0.5, 'largest': 100}
     """
     return {name: getattr(self, name) for name in parameters(self)}
 

@@ -345,10 +345,10 @@ class FailurePredictor(ABC):
 
         Examples:
             >>> import numpy as np, vilu
-            >>> data = vilu.Embeddings(np.eye(2)[[0, 0, 1, 1]], np.eye(2), [0, 0, 1, 1])
+            >>> data = vilu.Embeddings(np.eye(2)[[0, 1] * 10], np.eye(2), [0, 1] * 10)
             >>> probe = vilu.PREDICTORS["linear_probe"]().fit(data)
             >>> probe.log_posterior(next(data.batches(4))).argmax(dim=1).tolist()
-            [0, 0, 1, 1]
+            [0, 1, 0, 1]
         """
         raise self._without_posterior()
 
