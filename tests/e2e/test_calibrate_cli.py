@@ -348,7 +348,7 @@ def test_push_and_pull_check_the_calibration(
         (predictor / "risk.json").write_bytes((predictor / "risk.json").read_bytes()[:-40])
     elif how == "stale":
         shutil.copy(work / "fitted/predictor.json", predictor)
-        code, said = 6, "was made for another predictor than lies beside it"
+        code, said = 6, "was made for another predictor than the one beside it"
     else:
         shutil.copy(predictor / "calibration.parquet", tmp_path / "rows.parquet")
         (predictor / "calibration.parquet").write_bytes(b"PAR1" + b"x" * 50 + b"PAR1")

@@ -191,7 +191,7 @@ def test_with_the_image_towers_of_real_architectures(model: str, tmp_path: Path)
 @pytest.mark.parametrize(
     ("model", "why"),
     [
-        (FakeBackbone, "one number of pixels alone"),
+        (FakeBackbone, "one number of rows of pixels"),
         pytest.param(Untraceable, "", marks=pytest.mark.slow),
     ],
 )

@@ -147,7 +147,7 @@ def test_a_fit_tells_repeated_rows(train: Embeddings, caplog: pytest.LogCaptureF
         return caplog.text
 
     twice = messages_of_fit(repeated(train, 2))
-    assert "different pictures among the 1,200 training rows: 600. The others" in twice
+    assert "the 1,200 training rows have only 600 different pictures: the other" in twice
     few = Embeddings(
         torch.cat([train.image, train.image[:5]]),
         train.text,
@@ -165,6 +165,6 @@ def test_a_large_fit_tells_repeated_rows_from_a_sample(
     vilu.PREDICTORS["mcm_ts"]().fit(data)
     assert caplog.text == ""
     vilu.PREDICTORS["mcm_ts"]().fit(repeated(data, 2))
-    (number,) = re.findall(rf"among the {2 * n:,} training rows: about ([\d,]+)", caplog.text)
+    (number,) = re.findall(rf"the {2 * n:,} training rows have only about ([\d,]+)", caplog.text)
     # the estimate of a bottom-k sketch has a standard error of 1 / sqrt(k)
     assert int(number.replace(",", "")) == pytest.approx(n, rel=5 / SIZE**0.5)

@@ -514,7 +514,7 @@ def test_validation_rows_of_unknown_classes_are_refused_before_the_fit(
         toy_pairs(d=8) if kind == "captions" else Embeddings(new.image, text, new.target % 3, 20.0)
     )
     with pytest.raises(
-        DataError, match=f"the 4 training classes .* {found} candidates of the validation set"
+        DataError, match=f"the 4 training classes.* {found} candidates of the validation set"
     ):
         ViLUPlus(**QUICK).fit(bare, validation)
 

@@ -1,4 +1,4 @@
-"""The methods of this package by name; each is imported when it is asked for."""
+"""The methods of this package by name. A method is imported when it is first used."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ METHODS = {
     "class_gaussians": "vilu.predictors.bank.class_gaussians:ClassGaussians",
     "linear_probe": "vilu.predictors.bank.linear_probe:LinearProbe",
 }
-"""Ours, in the order in which they are listed; those of ``vilu_bench`` come by entry points."""
+"""Module and class of every method, in the order of lists. ``vilu_bench`` adds its own methods."""
 
 PREDICTORS.offer(METHODS)
 

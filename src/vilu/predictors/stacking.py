@@ -1,4 +1,4 @@
-"""Logistic stacking of other methods' scores."""
+"""The method ``stacking``: logistic regression of failures on the scores of other methods."""
 
 from __future__ import annotations
 
@@ -31,28 +31,31 @@ FREE = (
     "kl_uniform",
 )
 LABEL_BASED = ("knn_vote", "trine", "class_gaussians", "mahalanobis", "trust_score", "linear_probe")
-CERTAIN = 1e-12  # probabilities are clipped to this distance from zero and one
+CERTAIN = 1e-12  # smallest distance of a probability from zero and one, by clipping
 FARTHEST = 5.0
-"""Standard deviations to which a score is clipped, so that one wild score cannot decide."""
-NO_SPREAD = 1e-9  # standard deviation, relative to the largest value, that is rounding
+"""Standard deviations to which a score is clipped, so that one outlier does not decide."""
+NO_SPREAD = 1e-9  # standard deviation, relative to the largest score, that may be rounding alone
 
 
 @dataclasses.dataclass
 class Stacking(WithSecondModel):
     """Logistic regression of the failure on the scores of other methods, the members.
 
-    u = P(failure) = sigmoid(b + sum_m w_m x_m).
+    u = P(failure) = sigmoid(b + sum_m w_m x_m), with the score x_m of member m, standardised and
+    clipped to ±5. Of a member that estimates a probability, the log-odds are taken, with the
+    probability clipped at 1e-12.
 
-    x_m is the score of member m (its log-odds where it estimates a probability, clipped at 1e-12),
-    standardised and clipped to ±5. Members that learn are scored on rows that they were not fitted
-    on: in five folds stratified by failure up to 5,000 rows, on one held-out fifth (5,000 rows at
-    most) of more, or on ``validation``. Mean, deviation, w and b come from these scores; then the
-    members are fitted again on all training rows. A member with the same score everywhere has no
-    weight.
+    1. All members are scored on rows that they were not fitted on. These are the validation set;
+       without one, all rows in five folds stratified by failure, up to 5,000 rows; with more rows
+       one held-out fifth, of at most 5,000 rows.
+    2. Means, standard deviations, w and b are estimated from these scores. A member with equal
+       scores everywhere gets no weight.
+    3. The members are fitted again on all training rows.
 
-    The members have their own defaults, with ``seed`` and ``device`` of the stack; one that learns
-    from failures is a constant where a fold has none. The stack knows only the classes that it was
-    fitted on, as its label-based default members do.
+    Members have their default parameters, except for ``seed`` and ``device``, which are those of
+    the stack. A member that learns from failures is a constant if the rows of a fold hold no
+    failure, or nothing else. The stack scores only the classes that it was fitted on, since that is
+    true of its label-based default members.
 
     Args:
         members: Names of methods (``vilu list predictors``).
@@ -100,14 +103,14 @@ class Stacking(WithSecondModel):
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """Modules of the stack and of its members."""
+        """Modules of the code of the stack and of its members."""
         modules = list(super().modules)
         for member in self._new_members().values():
             modules += member.modules
         return tuple(dict.fromkeys(modules))
 
     def columns_to_fit(self, train: EmbeddingSource) -> tuple[str, ...]:
-        """The columns that its members fit on."""
+        """The columns that the members use in a fit."""
         columns: list[str] = []
         for member in self._new_members().values():
             columns += member.columns_to_fit(train)
@@ -115,14 +118,14 @@ class Stacking(WithSecondModel):
 
     @property
     def columns_to_score(self) -> tuple[str, ...]:
-        """The columns that its members score."""
+        """The columns that the members need to score."""
         columns: list[str] = []
         for member in self.members_.values():
             columns += member.columns_to_score
         return tuple(dict.fromkeys(columns))
 
     def _new_members(self) -> dict[str, FailurePredictor]:
-        """The members, not fitted."""
+        """New members, not fitted, by name."""
         has_repeated = len(set(self.members)) < len(self.members)
         if has_repeated or self.name in self.members:
             raise UsageError(
@@ -172,7 +175,7 @@ class Stacking(WithSecondModel):
         return members
 
     def _regress(self, scores: Tensor, failure: Tensor) -> dict[str, Tensor]:
-        """The level-1 model on scores (N, M) of rows not fitted on, and their failures (N,)."""
+        """Fit the level-1 model to scores (N, M) of held-out rows and their failures (N,)."""
         from sklearn.linear_model import LogisticRegression
 
         if len(failure.unique()) < 2:
@@ -199,7 +202,7 @@ class Stacking(WithSecondModel):
         return torch.sigmoid(x @ self.learned_["coefficients"] + self.learned_["intercept"])
 
     def take(self, tensors: dict[str, Tensor], space: EmbeddingSpace | None) -> None:
-        """The level-1 model, and the members' tensors by their prefix."""
+        """Store the tensors of the level-1 model, and of the members by their prefix."""
         is_constant = tensors.keys() == {CONSTANT}
         members = {} if is_constant else self._new_members()
         own = dict(tensors)
@@ -222,17 +225,17 @@ class Stacking(WithSecondModel):
         self.members_ = members
 
     def state(self) -> dict[str, Tensor]:
-        """The level-1 model, and the members' tensors."""
+        """The tensors of the level-1 model and of the members, by name."""
         return super().state() | member_tensors(self.members_)
 
 
 def prefix(member: str) -> str:
-    """The beginning of the names of a member's tensors."""
+    """Prefix of the names of the tensors of a member."""
     return f"members.{member}."
 
 
 def member_tensors(members: dict[str, FailurePredictor]) -> dict[str, Tensor]:
-    """The tensors that all members have learned."""
+    """The learned tensors of all members, by name with the prefix of the member."""
     tensors = {}
     for name, member in members.items():
         for key, tensor in member.state().items():
@@ -243,7 +246,7 @@ def member_tensors(members: dict[str, FailurePredictor]) -> dict[str, Tensor]:
 def member_scores(members: dict[str, FailurePredictor], batch: Batch) -> Tensor:
     """(B, M) float64 scores, or log-odds where a member estimates a probability.
 
-    They are on the CPU, where the devices of all members meet.
+    They are on the CPU, since members may be on different devices.
     """
     columns = []
     for member in members.values():
@@ -255,5 +258,5 @@ def member_scores(members: dict[str, FailurePredictor], batch: Batch) -> Tensor:
 
 
 def standardised(scores: Tensor, stack: dict[str, Tensor]) -> Tensor:
-    """(B, M) in standard deviations, clipped; zero where there is no spread."""
+    """(B, M) standardised and clipped scores; zero for a member whose scores were all equal."""
     return ((scores - stack["mean"]) / stack["deviation"]).clamp(-FARTHEST, FARTHEST)

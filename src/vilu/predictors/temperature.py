@@ -1,4 +1,4 @@
-"""Zero-shot scores with a few fitted numbers."""
+"""Temperature scaling of zero-shot scores: of one model (``mcm_ts``), or of two (``duo``)."""
 
 from __future__ import annotations
 
@@ -22,36 +22,35 @@ from vilu.embeddings.space import EmbeddingSpace
 from vilu.predictors.contract.labelled import Needs, failure_log_odds
 from vilu.predictors.contract.predictor import FailurePredictor, Learnt, own_graph
 
-LIMIT = math.log(100.0)  # largest |log m|; an optimum outside is one that any data set would doubt
-BINS = 15
-GRID = 41
-TOLERANCE = 1e-3
+LIMIT = math.log(100.0)  # largest |log m|; no data set can support an optimum beyond it
+BINS = 15  # number of bins of the calibration error
+GRID = 41  # number of log m of the grid search
+TOLERANCE = 1e-3  # length of the interval of log m at which the golden-section search ends
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 @dataclass
 class MCMTS(FailurePredictor):
-    """MCM with one fitted temperature: u = 1 - max_j softmax_j(m l).
+    """MCM with one fitted temperature: u = 1 - p_a with p = softmax(m l).
 
-    m = exp(v) > 0 is a number learned from labels.
+    a is the answer that is judged, and m > 0 is learned from labels. m multiplies the VLM's own
+    logit scale (1 / m is the temperature of Guo et al.) and is between 1/100 and 100. With K > 2 it
+    changes the order of the rows, not only their calibration. Rows are read in batches, so memory
+    does not grow with their number. Captions are scored within their pools.
 
-    m multiplies the VLM's own logit scale (1 / m is the temperature of Guo et al.), within a factor
-    of 100 either way. With K > 2 it changes the order of the rows, not only their calibration.
-    Every pass streams over the rows, so memory does not grow with them; captions are scored within
-    their pools.
-
-    Where no answer is wrong, the likelihood grows with m for ever and nothing is identified: m
-    stays 1, with a warning.
+    If no answer is wrong, the likelihood grows with m without bound, and m cannot be estimated. m
+    then stays 1, with a warning.
 
     Args:
-        objective: "nll", the mean negative log-likelihood of the labels, by bounded LBFGS; or
-            "ece", the expected calibration error of max_j p_j in 15 bins of equal width. That one
-            jumps whenever a row changes its bin, so it is searched without gradients: a grid of 41
-            log m, then a golden section around its best point. It counts pictures of none of the
-            classes as wrong, which "nll" leaves out.
+        objective: The loss that m minimises. "nll" is the mean negative log-likelihood of the
+            labels, minimised by bounded LBFGS. It leaves out images of none of the classes. "ece"
+            is the expected calibration error of p_a in 15 bins of equal width, in which these
+            images count as wrong. It is discontinuous where a row changes its bin, so it is
+            minimised without gradients: on a grid of 41 values of log m, then by a golden-section
+            search around the best one.
 
-    Source: Guo et al., ICML 2017; ViLU, supplement A.3, names the calibration error and LBFGS
-    together, which cannot be, since that error has no useful gradient.
+    Source: Guo et al., ICML 2017. ViLU, supplement A.3, names the calibration error together with
+    LBFGS, which cannot minimise it, since that error has no useful gradient.
 
     Examples:
         >>> import numpy as np, vilu
@@ -75,7 +74,7 @@ class MCMTS(FailurePredictor):
 
     @property
     def needs(self) -> Needs:
-        """Of the likelihood the class, of the calibration error the failure."""
+        """What must be known of a row: its class for "nll", its failure for "ece"."""
         return "class" if self.objective == "nll" else "failure"
 
     def _learn(
@@ -98,7 +97,7 @@ class MCMTS(FailurePredictor):
 
 
 def identify(failure: Tensor, what: str) -> bool:
-    """Whether there are failures to fit a temperature to; a warning where there are none."""
+    """Whether there are failures to fit a temperature to; warns if there are none."""
     has_failures = bool(failure.any())
     if not has_failures:
         warn_caller(f"only 0 failures among {len(failure)} training rows: they identify no {what}.")
@@ -106,7 +105,7 @@ def identify(failure: Tensor, what: str) -> bool:
 
 
 def uncertainty(batch: Batch, log_multiplier: float) -> Tensor:
-    """(B,) float64 one minus the largest probability at the multiplier exp(``log_multiplier``)."""
+    """(B,) float64: one minus the probability of the answer, with m = exp(``log_multiplier``)."""
     answer = batch.prediction[:, None].to(batch.logits.device)
     return Others.of(batch.logits, answer, math.exp(-log_multiplier)).doubt
 
@@ -130,7 +129,8 @@ def most_likely(
 ) -> list[float]:
     """The point of least mean negative log-likelihood of ``n`` labelled rows, by bounded LBFGS.
 
-    ``terms`` gives the sums over a batch of the loss and of its slopes at a point.
+    ``terms`` returns, for a batch and a point, the sum of the losses and the sums of their
+    derivatives. ``limits`` are the bounds of every coordinate.
     """
     from scipy.optimize import minimize
 
@@ -148,7 +148,7 @@ def most_likely(
 def likelihood_terms(batch: Batch, log_multiplier: float) -> Tensor:
     """(2,) sums over a batch of -log p_target and of its derivative in log m, on the CPU.
 
-    With z = m l, the derivative in log m is that in a factor 1 of z.
+    The derivative in log m equals the derivative in a factor f of z = m l, at f = 1.
     """
     logits = float64(batch.logits)
     z = (logits - logits.amax(dim=-1, keepdim=True)) * math.exp(log_multiplier)
@@ -156,13 +156,12 @@ def likelihood_terms(batch: Batch, log_multiplier: float) -> Tensor:
 
 
 def pooled_terms(batch: Batch, logits: Tensor, factors: Sequence[float]) -> Tensor:
-    """(1 + M,) sums over a batch of -log p_target and of its M derivatives, on the CPU.
+    """(1 + M,) sums over a batch of -log p_target and of its derivatives in M factors, on the CPU.
 
-    The derivatives are those in the ``factors``.
-
-    p is the softmax of the logits (B, K, M), weighed by the factors and added up; p_target is the
-    mass of the right candidates (one, as a rule). The derivative in one factor is the mean of its
-    logits under p less that over them.
+    p is the softmax of the sum of ``logits`` (B, K, M) over M, weighted by the ``factors``.
+    p_target is the probability of the right candidates, usually one per row. The derivative in a
+    factor is the mean of its logits under p, minus their mean under p restricted to the right
+    candidates.
     """
     z = logits @ torch.tensor(factors, dtype=logits.dtype, device=logits.device)
     right = z.masked_fill(~batch.alike(batch.target).to(z.device), -torch.inf)
@@ -172,7 +171,7 @@ def pooled_terms(batch: Batch, logits: Tensor, factors: Sequence[float]) -> Tens
 
 
 def best_calibration(train: Rows, n: int, device: torch.device) -> float:
-    """The log m of the least calibration error of ``n`` labelled rows."""
+    """The log m of the least expected calibration error of ``n`` labelled rows."""
 
     def error_at(log_multiplier: float) -> float:
         (error,) = calibration_errors(train, n, device, [log_multiplier])
@@ -192,10 +191,10 @@ def best_calibration(train: Rows, n: int, device: torch.device) -> float:
 def calibration_errors(
     train: Rows, n: int, device: torch.device, log_multipliers: list[float]
 ) -> list[float]:
-    """Expected calibration error at each multiplier, in one pass.
+    """Expected calibration error at every multiplier, computed in one pass over the rows.
 
-    It is the sum over the bins of |failures - sum of u| / n. A bin of max_j p_j is one of u = 1 -
-    max_j p_j, closed on the right as in ``vilu.metrics.ece``.
+    It is the sum over the bins of |number of failures - sum of u| / n. The bins are of the
+    uncertainty u and closed on the right, as in ``vilu.metrics.ece``.
     """
     edges = torch.arange(1, BINS, dtype=torch.float64) / BINS
     gaps = torch.zeros(len(log_multipliers), BINS, dtype=torch.float64)
@@ -212,7 +211,7 @@ def calibration_errors(
 def golden_section(
     function: Callable[[float], float], low: float, high: float
 ) -> tuple[float, float]:
-    """The best point that a golden-section search of [low, high] meets, and its value."""
+    """The best point that a golden-section search in [low, high] evaluates, and its value."""
     left = high - GOLDEN * (high - low)
     right = low + GOLDEN * (high - low)
     values = {left: function(left), right: function(right)}
@@ -235,27 +234,27 @@ OBJECTIVES: dict[str, Callable[[Rows, int, torch.device], float]] = {
     "nll": best_likelihood,
     "ece": best_calibration,
 }
-"""How log m is found, by the name of the objective."""
+"""Functions that find log m, by the name of the objective."""
 
 
 class WithSecondModel(FailurePredictor):
-    """A method that may need a second model: it remembers which, and refuses another."""
+    """A method that may use a second model. It saves its space, and refuses any other model."""
 
     def second_notes(self, source: EmbeddingSource) -> dict[str, Any]:
-        """The notes on the second model of the training rows, if a score needs one."""
+        """Notes with the space of the second model of the training rows, if scores use it."""
         if source.second is None or SECOND.isdisjoint(self.columns_to_score):
             return {}
         return {"second": dataclasses.asdict(source.second.space)}
 
     @property
     def second_space_(self) -> EmbeddingSpace | None:
-        """Embedding space of the second model of the fit; None where it was not known."""
+        """Embedding space of the second model of the fit; None where it is not known."""
         return EmbeddingSpace(**self.notes_["second"]) if "second" in self.notes_ else None
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """As every method's; refuses notes of the second model that describe no space."""
+        """As in the base class; also refuses notes that describe no valid second space."""
         super().restore(state)
-        _ = self.second_space_
+        _ = self.second_space_  # raises if the notes are not those of a space
 
     def _check_ready(self, data: EmbeddingSource) -> None:
         super()._check_ready(data)
@@ -270,27 +269,29 @@ class WithSecondModel(FailurePredictor):
 
 @dataclass
 class Duo(WithSecondModel):
-    """Asymmetric duo: u = 1 - softmax(T_L l + T_S s)_c.
+    """Asymmetric duo of two models: u = 1 - softmax(T_L l + T_S s)_a.
 
-    l are the logits of the VLM, s those of a second model.
+    l are the logits of the VLM, which is usually the larger model, and s those of a second model. a
+    is the judged answer; it does not depend on the second model, so the failures to predict stay
+    the same. T_L and T_S, in [0, 100], multiply the models' own logit scales.
 
-    c is the answer of the VLM alone, the larger model as a rule, so the failures to be predicted
-    stay the same. T_L and T_S in [0, 100] multiply the two models' own logit scales. They minimise
-    the mean negative log-likelihood of the labels under softmax(T_L l + T_S s), which is convex in
-    the two (where each candidate is one answer), by bounded LBFGS from 1/2, 1/2. At T_S = 0 the duo
-    is ``mcm_ts``, so the second model is used as far as labels say that it helps. Every pass
-    streams over the rows; memory does not grow with them.
+    T_L and T_S minimise the mean negative log-likelihood of the labels under
+    softmax(T_L l + T_S s), by bounded LBFGS from 1/2 and 1/2. The loss is convex in T_L and T_S
+    where every candidate is another answer. With T_S = 0 the duo is ``mcm_ts``, so labels decide
+    how much the second model counts. Rows are read in batches, so memory does not grow with their
+    number.
 
-    The second model comes as two columns: ``second_image`` (N, E) and ``second_text`` (K, E), whose
-    products are s. A second store of the same images gives them (``vilu fit STORE --method duo
-    --second OTHER``, and so when scores are made; ``vilu.TwoModels``). Rows of none of the classes
-    have no likelihood and are left out. Where no answer of the VLM is wrong the likelihood grows
-    with T_L for ever and nothing is identified: both stay 1/2, with a warning.
+    The data have the second model in two columns, ``second_image`` (N, E) and ``second_text``
+    (K, E), whose products are s. These columns come from a second store of the same images, both in
+    the fit and in scoring (``vilu fit STORE --method duo --second OTHER``; ``vilu.TwoModels``).
 
-    Source: Zhou, Shelhamer and Pleiss, NeurIPS 2025 (arXiv 2505.18636), its formula. There the two
-    are fine-tuned classifiers, so the temperatures need rows of their own; zero-shot models have
-    seen no label, so here the training rows serve. There is one more departure: T_L and T_S are
-    bounded and not negative.
+    Rows of none of the classes have no likelihood and are left out. If no answer of the VLM is
+    wrong, the likelihood grows with T_L without bound. Both factors then stay 1/2, with a warning.
+
+    Source: the formula of Zhou, Shelhamer and Pleiss, NeurIPS 2025 (arXiv 2505.18636). There are
+    two differences. In the paper both models are fine-tuned, so the temperatures are fitted on
+    held-out rows; zero-shot models have not seen the labels, so here they are fitted on the
+    training rows. Here T_L and T_S are also bounded and not negative.
 
     Examples:
         >>> import numpy as np, vilu
@@ -345,7 +346,7 @@ def two_logits(batch: Batch) -> Tensor:
 
 
 def best_multipliers(train: Rows, n: int, device: torch.device) -> list[float]:
-    """T_L and T_S of the least mean negative log-likelihood of ``n`` labelled rows."""
+    """[T_L, T_S] of the least mean negative log-likelihood of ``n`` labelled rows."""
 
     def terms(batch: Batch, point: list[float]) -> Tensor:
         return duo_terms(batch.to(device), point)
@@ -354,5 +355,5 @@ def best_multipliers(train: Rows, n: int, device: torch.device) -> list[float]:
 
 
 def duo_terms(batch: Batch, multipliers: Sequence[float]) -> Tensor:
-    """(3,) ``pooled_terms`` of the two models at T_L and T_S."""
+    """(3,) ``pooled_terms`` of the two models with the factors T_L and T_S."""
     return pooled_terms(batch, two_logits(batch), multipliers)

@@ -1,4 +1,4 @@
-"""Scores of the logits, without labels."""
+"""Methods whose score is a function of the zero-shot logits. They need no labels and no fit."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ LOGITS = frozenset({"logits"})
 
 @dataclass
 class MCM(FailurePredictor):
-    """Maximum concept matching: u = 1 - p_a, p the softmax at the VLM's own logit scale.
+    """Maximum concept matching: u = 1 - p_a, with the softmax p at the VLM's own logit scale.
 
-    a is the answer that is judged; of the zero-shot one p_a = max_j p_j.
+    a is the answer that is judged. For the zero-shot answer p_a = max_j p_j.
 
-    Source: Ming et al., NeurIPS 2022 (there with temperature 1 on the cosines; ViLU uses the
-    model's scale, as here).
+    Source: Ming et al., NeurIPS 2022, with temperature 1 on the cosines. Here and in ViLU the logit
+    scale of the model is used.
 
     Examples:
         >>> import numpy as np, vilu
@@ -48,8 +48,8 @@ class MCM(FailurePredictor):
 class Entropy(FailurePredictor):
     """Normalised Shannon entropy: u = -sum_j p_j log p_j / log K, in [0, 1].
 
-    Exact x log x; the released ViLU code adds 1e-6 inside the logarithm, which biases the score
-    with K.
+    x log x is computed exactly. The released code of ViLU adds 1e-6 inside the logarithm, which
+    adds a bias that depends on K.
 
     Source: ViLU, supplement A.3.
 
@@ -75,9 +75,12 @@ class Entropy(FailurePredictor):
 class Doctor(FailurePredictor):
     """DOCTOR, alpha form: u = (1 - g) / g with g = sum_j p_j^2.
 
-    With e_j = p_j / max_i p_i, and sums over all but the answer, it is (s (2 + s) - q) / (1 + q), s
-    = sum e_j and q = sum e_j^2 <= s: nothing cancels. No input perturbation, since embeddings are
-    frozen.
+    It is computed in a form without cancellation. With e_j = p_j / max_i p_i, s = sum e_j and
+    q = sum e_j^2 <= s, both summed over all candidates but the likeliest one,
+
+        u = (s (2 + s) - q) / (1 + q)
+
+    The input perturbation of the paper is left out, since the embeddings are fixed.
 
     Source: Granese et al., NeurIPS 2021, D_alpha.
 
@@ -105,7 +108,7 @@ class Doctor(FailurePredictor):
 
 @dataclass
 class MaxLogit(FailurePredictor):
-    """Negative logit of the answer: u = -l_a; of the zero-shot answer -max_j l_j.
+    """Negative logit of the answer: u = -l_a. For the zero-shot answer it is -max_j l_j.
 
     Source: Hendrycks et al., ICML 2022 (MaxLogit).
 
@@ -132,9 +135,8 @@ class MaxLogit(FailurePredictor):
 class Margin(FailurePredictor):
     """Negative gap between the answer's logit and the largest other: u = max_(j != a) l_j - l_a.
 
-    Of the zero-shot answer these are the two largest.
-
-    The logit bias cancels, and the logit scale only stretches it.
+    For the zero-shot answer these are the two largest logits. The logit bias cancels. The logit
+    scale multiplies u, so it does not change the order of the rows.
 
     Source: the score called RLog in "Know When to Abstain" (ICLR 2026).
 
@@ -161,8 +163,8 @@ class Margin(FailurePredictor):
 class ProbMargin(FailurePredictor):
     """One minus the gap between the two largest probabilities: u = 1 - (p_(1) - p_(2)), in [0, 1].
 
-    It is summed as (1 - p_(1)) + p_(2), which keeps confident rows apart where the gap itself
-    rounds to one; the constant changes no order.
+    p_(1) is the probability of the answer, p_(2) the largest other one. The sum is computed as
+    (1 - p_(1)) + p_(2). It differs between confident rows, for which the gap would round to one.
 
     Source: best-versus-second-best, Joshi et al., CVPR 2009.
 
@@ -194,8 +196,8 @@ class Energy(FailurePredictor):
     It lies between -max_j l_j - T log K and -max_j l_j.
 
     Args:
-        temperature: T, beside the VLM's own logit scale; towards zero the score becomes
-            ``max_logit``.
+        temperature: T, applied in addition to the VLM's own logit scale. As T goes to zero, the
+            score becomes that of ``max_logit``.
 
     Source: Liu et al., NeurIPS 2020.
 
@@ -225,8 +227,9 @@ class Energy(FailurePredictor):
 class GEN(FailurePredictor):
     """Generalised entropy: u = sum over the M largest p_j of p_j^gamma (1 - p_j)^gamma.
 
-    A small gamma makes the tail count: 1e-20 to the power 0.1 is 0.01. Powers are taken of
-    logarithms, so that no tail underflows. All K candidates are summed where they are fewer than M.
+    With a small gamma, small probabilities count as well: 1e-20 to the power 0.1 is 0.01. Powers
+    are computed from logarithms, so small probabilities do not underflow. With fewer than M
+    candidates all of them are summed.
 
     Args:
         gamma: Exponent.
@@ -266,9 +269,9 @@ class KLUniform(FailurePredictor):
 
     u = -KL(uniform || p) = log K + mean_j log p_j, at most 0.
 
-    The other direction is nothing new: KL(p || uniform) = log K - H(p) orders rows as ``entropy``
-    does. Every candidate counts alike here, so the unlikely ones decide, by how far they lie below
-    the answer.
+    All candidates have the same weight, so u depends mostly on how far the log probabilities of
+    unlikely candidates are below that of the answer. The other direction of the divergence,
+    KL(p || uniform) = log K - H(p), orders rows exactly as ``entropy`` does.
 
     Source: the confidence loss of Lee et al., ICLR 2018, as a score.
 
@@ -294,10 +297,10 @@ class KLUniform(FailurePredictor):
 
 
 def entropy(batch: Batch) -> Tensor:
-    """(B,) float64 entropy in nats: log Z + sum_j e_j (l - l_j) / Z with Z = 1 + sum_j e_j.
+    """(B,) float64 entropy of the zero-shot posterior in nats, without cancellation.
 
-    l is the largest logit, e_j = exp(l_j - l), and sums are over all but the answer. No part is
-    negative, so nothing cancels.
+    It is log Z + sum_j e_j (l - l_j) / Z with Z = 1 + sum_j e_j. l is the largest logit and
+    e_j = exp(l_j - l). The sums are over all candidates but the likeliest one. No term is negative.
     """
     rivals = batch.rivals
     odds = rivals.odds
@@ -307,5 +310,5 @@ def entropy(batch: Batch) -> Tensor:
 
 
 def log_count(batch: Batch) -> Tensor:
-    """() float64 log K, of a K that a graph leaves open."""
+    """() float64 log K as a tensor, so that K stays open in an exported graph."""
     return float64(batch.text.new_ones(batch.text.shape[-2])).sum().log()

@@ -1,1 +1,1 @@
-"""What every predictor has: the contract, its parameters, and a memory of the rows of its fit."""
+"""What all predictors have in common: their base class, parameters, and record of fitted rows."""

@@ -1,4 +1,4 @@
-"""What a probability of failure is learned from: uncertainties of a predictor, and failures."""
+"""Data to calibrate a predictor on: its uncertainties on labelled rows, and their failures."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from vilu.metrics.counts import Floats, Ints, check_codes, real_vector, require_
 from vilu.predictors.contract.seen import one_per_picture, scored_of
 
 CERTAIN = 1e-15
-"""Probabilities nearer to 0 or 1 count as this far away, so that their log-odds are finite."""
+"""Smallest distance of a probability from 0 and 1, so that its log-odds are finite."""
 
 
 class Scorer(Protocol):
-    """What scores rows: a predictor."""
+    """An object that scores rows, such as a predictor."""
 
     def scored(
         self, data: EmbeddingSource, rows: Tensor | None = None
     ) -> Iterator[tuple[Batch, Floats]]:
-        """Batches of the rows, each with its uncertainty (B,)."""
+        """Yield batches of the rows, each with its uncertainties (B,)."""
 
 
 def log_odds(probability: Floats) -> Floats:
@@ -37,7 +37,10 @@ def log_odds(probability: Floats) -> Floats:
 def scores_and_failures(
     predictor: Scorer, calibration: EmbeddingSource, fresh: NDArray[np.bool_]
 ) -> tuple[Floats, Ints]:
-    """(N,) uncertainty, NaN where it is not known, and (N,) failure of the ``fresh`` rows."""
+    """(N,) uncertainties and (N,) failures of the rows that are ``fresh`` (N,) bool.
+
+    Where they are not known, the uncertainty is NaN and the failure -1.
+    """
     uncertainty = np.full(len(calibration), np.nan)
     failure = np.full(len(calibration), UNKNOWN)
     for batch, scores in predictor.scored(calibration, scored_of(calibration, fresh)):
@@ -50,25 +53,29 @@ def scores_and_failures(
 def counted_failures(
     calibration: EmbeddingSource, fresh: NDArray[np.bool_], uncertainty: Floats, failure: Ints
 ) -> Ints:
-    """(N,) failure of one row of every picture, and unknown for the others.
+    """(N,) failure of one row of every picture, and -1 (unknown) for all other rows.
 
-    A picture counts as wrong where any of its rows is. In pools a row is wrong beside some captions
-    and right beside others, so there the first one counts.
+    The row is a failure if any row of the picture is. In pools it is the first row of the picture,
+    since a failure depends on the other captions of the pool.
     """
     is_known = fresh & np.isfinite(uncertainty) & (failure != UNKNOWN)
     known = np.flatnonzero(is_known)
     picture = calibration.picture_identities(known)
-    wrong = failure[known]
+    preferred = failure[known]
     if calibration.pool_size is not None:
-        wrong = np.zeros_like(known)
-    rows = known[one_per_picture(picture, wrong)]
+        preferred = np.zeros_like(known)
+    rows = known[one_per_picture(picture, preferred)]
     counted = np.full(len(calibration), UNKNOWN)
     counted[rows] = failure[rows]
     return counted
 
 
 def known_pairs(uncertainty: ArrayLike, failure: ArrayLike) -> tuple[Floats, Ints]:
-    """(M,) uncertainties and (M,) failures of the rows of which both are known."""
+    """(M,) uncertainties and (M,) failures of the rows for which both are known.
+
+    Raises:
+        DataError: If there are no such rows.
+    """
     scores = real_vector(uncertainty, "uncertainty")
     failures = check_codes(failure, "failure", 1)
     require_same_length(scores, failures)

@@ -1,4 +1,4 @@
-"""The methods by their names: ours, registered ones, and those of entry points."""
+"""All methods by name: those of this package, registered methods, and methods of entry points."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from vilu.errors import UsageError, nearest
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.registry import ADDERS, METHODS, Catalogue
 
-# ``vilu.predictors`` puts ours in
+# ``vilu/predictors/__init__.py`` adds the methods of this package
 PREDICTORS: Catalogue[type[FailurePredictor]] = METHODS
 
 
 def add_predictor(cls: object) -> bool:
-    """Put a method into ``PREDICTORS``; refuses one that could not be listed, built or saved."""
+    """Add a method to ``PREDICTORS``; False if ``cls`` is no subclass of ``FailurePredictor``.
+
+    Raises:
+        UsageError: If the method could not be listed, built or saved.
+    """
     if not (isinstance(cls, type) and issubclass(cls, FailurePredictor)):
         return False
     where = f"{cls.__module__}.{cls.__qualname__}"
@@ -39,7 +43,7 @@ def add_predictor(cls: object) -> bool:
         )
     without_default = []
     for field in dataclasses.fields(cls):
-        # both are MISSING where neither was stated, and never equal otherwise
+        # without a default and a default factory, both are MISSING; otherwise they differ
         has_default = field.default is not field.default_factory
         if field.init and not has_default:
             without_default.append(field.name)
@@ -56,12 +60,12 @@ ADDERS["a subclass of vilu.FailurePredictor"] = add_predictor
 
 
 def method_names() -> list[str]:
-    """Of all methods: ours, registered ones, and those of entry points, which are not imported."""
+    """Names of all methods, also of methods of entry points, which are not imported."""
     return PREDICTORS.names()
 
 
 def find_method(name: str) -> type[FailurePredictor]:
-    """The class of a method; one of an entry point is imported now.
+    """The class of a method by its name; a method of an entry point is imported now.
 
     Examples:
         >>> import vilu

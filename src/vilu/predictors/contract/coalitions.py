@@ -1,4 +1,4 @@
-"""Shapley coalitions: groups of inputs, and what a score is worth with a part of them."""
+"""Coalitions for Shapley values: groups of inputs, and the value of a score for every coalition."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from vilu.predictors.nn.pooled import Pooled
 
 
 class NoAttribution(Exception):  # noqa: N818 - an answer, not an error
-    """A method has none; the message says why. The rest of an explanation stands without it."""
+    """A method has no attribution; the message gives the reason.
+
+    The rest of an explanation is made without it.
+    """
 
 
 ZERO_SHOT = "zero-shot score"
@@ -27,42 +30,42 @@ IMAGE = "image"
 TEXTS = "texts"
 NONE = "none of the classes"
 PLAYER_OF_LOOK = {"logits": ZERO_SHOT, "image": IMAGE}
+"""The player of a method with one input, by ``looks_at``."""
 PLAYER_OF_PART = {"image": IMAGE, "attended": TEXTS, "caption": TEXTS, "mcm": ZERO_SHOT}
-"""The group of every part of a head's input."""
+"""The player of every part of the input of a head."""
 
 LOG_ODDS = "log-odds of failure"
 
 Scored = tuple[Batch, NDArray[np.float64]]
-Parts = dict[str, Tensor]  # group -> (B, H) what its inputs add to the first hidden layer
+"""A batch and its uncertainties (B,)."""
+Parts = dict[str, Tensor]
+"""By player, the summand (B, H) of its inputs in the first hidden layer of a head."""
 
 
 class Coalitions(ABC):
-    """Values of coalitions of players, the groups of inputs.
-
-    ``step`` rows are scored with each background row.
-    """
+    """Values of the coalitions of players, which are groups of inputs."""
 
     players: tuple[str, ...]
-    unit: str
-    meaning: str
-    step = 1
+    unit: str  # unit of the values
+    meaning: str  # what the values mean, in one sentence of an explanation
+    step = 1  # number of background rows that are scored in one batch
 
     @abstractmethod
     def see(self, background: list[Scored]) -> None:
-        """Remember the rows that stand in for inputs that a coalition lacks."""
+        """Store the background rows, whose inputs replace those of players not in a coalition."""
 
     @abstractmethod
     def values(self, batch: Batch, scores: NDArray[np.float64]) -> Tensor:
-        """(2^G, B) float64 on the CPU: v(S) at the row whose bits are the members of S.
+        """(2^G, B) float64 on the CPU: values v(S) of all coalitions S of G players.
 
-        They look at the batch or at its scores, as the values are of either.
+        The bits of the first index are the members of S. Subclasses use the batch or its scores.
         """
 
 
 class SingleCoalitions(Coalitions):
-    """A score that looks at one group of inputs alone.
+    """The coalitions of a score with one player.
 
-    All of its distance from the background mean is that group's.
+    The whole difference between the score and the background mean belongs to that player.
     """
 
     unit = "uncertainty"
@@ -74,28 +77,31 @@ class SingleCoalitions(Coalitions):
         self._mean = 0.0
 
     def see(self, background: list[Scored]) -> None:
-        """Take their mean score."""
+        """Store the mean score of the background rows."""
         scores = np.concatenate([scores for _, scores in background])
         self._mean = float(scores.mean())
 
     def values(self, batch: Batch, scores: NDArray[np.float64]) -> Tensor:  # noqa: ARG002
-        """The mean, and the score."""
+        """(2, B): the background mean for the empty coalition, and the scores."""
         score = torch.from_numpy(scores).double()
-        nobody = torch.full_like(score, self._mean)
-        return torch.stack([nobody, score])
+        empty = torch.full_like(score, self._mean)
+        return torch.stack([empty, score])
 
 
 class HeadCoalitions(Coalitions):
-    """Inputs of one or several ``FailureHead`` s, mixed between a row and the background rows.
+    """Coalitions of the inputs of one ``FailureHead``, or of an ensemble of them.
 
-    v(S) = 1/M sum_b link(g(z with the groups in S from this row, the others from background row
-    b)), averaged over the heads: the interventional game (Janzing et al., AISTATS 2020). The groups
-    are parts of z: "image" z_v, "texts" the attended text and the predicted caption, "zero-shot
-    score" the MCM input. The first layer is a sum over parts, so swapping a part is swapping its
-    summand.
+    The value of a coalition S is that of the interventional game (Janzing et al., AISTATS 2020):
 
-    The heads are of one embedding width and the same parts; the link is the identity for one head's
-    logit, the sigmoid for an ensemble.
+        v(S) = 1/M sum_b link(g(z_b))
+
+    Here z_b has the inputs of the players in S from the row, and the other inputs from background
+    row b, of M background rows. v(S) is averaged over the heads g. The link is the identity for the
+    logit of one head, and the sigmoid for an ensemble.
+
+    The players are "image" z_v, "texts" (the attended text and the predicted caption), and
+    "zero-shot score" (the MCM input). The first layer is a sum over the inputs, so an input is
+    replaced by replacing its summand. All heads have the same embedding width and inputs.
     """
 
     def __init__(
@@ -110,15 +116,15 @@ class HeadCoalitions(Coalitions):
             "inputs that a coalition lacks are taken from background rows, and the score is "
             "averaged"
         )
-        self._background: list[Parts] = []  # of every head
+        self._background: list[Parts] = []  # one entry for every head
 
     def see(self, background: list[Scored]) -> None:
-        """Keep what their inputs add to the first layer of every head."""
+        """Store the summands of the background rows in the first layer of every head."""
         with torch.no_grad():
             self._background = [self._parts_of(head, background) for head in self.heads]
 
     def _parts_of(self, head: FailureHead, background: list[Scored]) -> Parts:
-        """What the inputs of the background rows add to the first layer of a head."""
+        """The summands of the inputs of the background rows in the first layer of a head."""
         batches = [first_layer_parts(head, batch) for batch, _ in background]
         parts: Parts = {}
         for player in self.players:
@@ -126,7 +132,7 @@ class HeadCoalitions(Coalitions):
         return parts
 
     def values(self, batch: Batch, scores: NDArray[np.float64]) -> Tensor:  # noqa: ARG002
-        """Mean over heads and background rows."""
+        """(2^G, B): means of v(S) over heads and background rows."""
         total = torch.zeros(1 << len(self.players), len(batch.image), dtype=torch.float64)
         with torch.no_grad():
             for head, background in zip(self.heads, self._background, strict=True):
@@ -137,8 +143,8 @@ class HeadCoalitions(Coalitions):
 
     def _value(self, head: FailureHead, own: Parts, background: Parts, coalition: int) -> Tensor:
         """(B,) float64 v(S) of one head."""
-        # The first layer is a sum over players, here in two parts: that of the members, from this
-        # row, and that of the players outside, from the background rows.
+        # The first layer is the sum of two parts: summands of the members, from this row, and
+        # summands of all other players, from the background rows.
         lacking = torch.zeros_like(head.first_bias)[None]
         inside = head.first_bias + lacking
         for bit, player in enumerate(self.players):
@@ -146,8 +152,8 @@ class HeadCoalitions(Coalitions):
                 inside = inside + own[player]
             else:
                 lacking = lacking + background[player]
-        # products of one shape whatever the coalition: they round alike, so a player without effect
-        # gets exactly zero
+        # All coalitions use tensors of the same shape. They then round alike, and a player without
+        # effect gets exactly zero.
         inside = inside.expand_as(own[IMAGE])
         lacking = lacking.expand_as(background[IMAGE])
         step = max(TILE_CELLS // (len(lacking) * inside.shape[1]), 1)
@@ -159,9 +165,9 @@ class HeadCoalitions(Coalitions):
 
 
 def first_layer_parts(head: FailureHead, batch: Batch) -> Parts:
-    """What each group adds to the first hidden layer of a head.
+    """The summand of every player in the first hidden layer of a head.
 
-    With the bias these make ``head.first_layer``.
+    Their sum plus the bias is ``head.first_layer``.
     """
     parts: Parts = {}
     for part, added in head.to(batch.image.device).parts(batch).items():
@@ -174,21 +180,27 @@ def first_layer_parts(head: FailureHead, batch: Batch) -> Parts:
 
 
 class PoolCoalitions(Coalitions):
-    """Parts of the pooled logits of ViLU+ or ViLU0, each in or out.
+    """Coalitions of the summands of the pooled logits of ViLU+ or ViLU0 (``Pooled``).
 
-    They are set against what they do for the background rows.
+    The players are the summands: tempered zero-shot logits ("zero-shot score"), what was learned
+    about the candidates for any image ("texts"), and what the image adds ("image"). f(S) is the
+    log-odds of failure of the judged answer under the softmax of the sum over S, with f = 0 for the
+    empty coalition. The value of a coalition S is
 
-    The pooled logits are a sum (``Pooled``): tempered zero-shot logits ("zero-shot score"), what
-    was learned about the candidates whatever the image ("texts"), and what the image adds ("image":
-    its terms of the attention, the network and the memory). With f(S) the log-odds of failure of
-    the zero-shot answer under the softmax of the summands in S alone, and f(nobody) = 0, the game
-    is v(S) = f(S) + mean over background rows of [f_b(all) - f_b(S)]: so v(all) is the score,
-    v(nobody) the mean score of the background, and a part that does for this row what it does for
-    others on average gets nothing. Inputs are not swapped between images here: residuals of one
-    image on the zero-shot logits of another have no meaning, since each of them speaks of classes.
+        v(S) = f(S) + mean over background rows b of [f_b(all) - f_b(S)]
 
-    ``outside`` gives the log-odds (B,) of an image of none of the classes, one more player: f(S)
-    with it counts it as one more wrong answer.
+    Three properties follow:
+
+    1. v(all) is the score of the row.
+    2. v of the empty coalition is the mean score of the background rows.
+    3. A player whose effect on this row equals its mean effect on the background rows gets zero.
+
+    Unlike in ``HeadCoalitions``, inputs are not replaced by those of other images. The summands are
+    logits of classes, so a summand of one image has no meaning beside the zero-shot logits of
+    another image.
+
+    ``outside`` gives the log-odds (B,) of an image of none of the classes. It is a further player:
+    if it is in S, f(S) counts "outside" as a further wrong answer.
     """
 
     unit = LOG_ODDS
@@ -208,20 +220,20 @@ class PoolCoalitions(Coalitions):
         self._mean = torch.zeros(1 << len(self.players), dtype=torch.float64)
 
     def see(self, background: list[Scored]) -> None:
-        """Take the mean f of every coalition."""
+        """Store the mean over the background rows of f(S), for every coalition S."""
         log_odds = [self._log_odds(batch) for batch, _ in background]
         self._mean = torch.cat(log_odds, dim=1).mean(dim=1)
 
     def values(self, batch: Batch, scores: NDArray[np.float64]) -> Tensor:  # noqa: ARG002
-        """F of every coalition, about the background's."""
+        """(2^G, B): v(S) of every coalition S."""
         return self._log_odds(batch) + (self._mean[-1] - self._mean)[:, None]
 
     def _log_odds(self, batch: Batch) -> Tensor:
-        """(2^G, B) f(S)."""
+        """(2^G, B): f(S) of every coalition S."""
         with torch.no_grad():
             parts = self.parts(batch)
             summands = [parts.zero_shot, parts.image, parts.texts]  # in the order of the players
-            values = [torch.zeros(len(batch.image), dtype=torch.float64)]  # of nobody
+            values = [torch.zeros(len(batch.image), dtype=torch.float64)]  # the empty coalition
             for coalition in range(1, 1 << len(summands)):
                 logits = torch.zeros_like(parts.zero_shot)
                 for bit, summand in enumerate(summands):
@@ -229,7 +241,8 @@ class PoolCoalitions(Coalitions):
                         logits = logits + summand
                 values.append(failure_log_odds(logits, batch).cpu())
             if self.outside is not None:
-                # the last player is the highest bit: the same coalitions again, now with it
+                # The last player is the highest bit. So all coalitions without it are followed by
+                # the same coalitions with it.
                 outside = self.outside(batch).cpu()
                 values += [with_outside(log_odds, outside) for log_odds in values]
         return torch.stack(values)

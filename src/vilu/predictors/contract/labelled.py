@@ -1,4 +1,4 @@
-"""Rows to learn from: which can be, which are held out, and what they lack."""
+"""Rows to learn from: which rows are usable and labelled, and which of them are held out."""
 
 from __future__ import annotations
 
@@ -21,15 +21,17 @@ from vilu.errors import UNKNOWN, DataError
 from vilu.predictors.contract.seen import overlap
 from vilu.predictors.nn.processes import current_world
 
-MAX_UNUSABLE = 0.01
-FEW = 20
-GROUP_BLOCK = 16_384
+MAX_UNUSABLE = 0.01  # largest share of rows without a usable embedding
+FEW = 20  # with fewer rows, or fewer failures, a fit is unreliable
+GROUP_BLOCK = 16_384  # number of captions in memory at the same time
 
 
 def disjoint(train: EmbeddingSource, validation: EmbeddingSource) -> EmbeddingSource:
-    """The validation set without the few rows of the training set.
+    """The validation set without the rows that are also in the training set.
 
-    One of another space is refused, and one with many rows of the training set.
+    Raises:
+        ProvenanceError: If the two sets are of different embedding spaces.
+        DataError: If more than 1 % of the validation rows are in the training set.
     """
     names = "the training set", "the validation set"
     train.space.require_match(validation.space, name=names[0], other_name=names[1])
@@ -42,7 +44,7 @@ def disjoint(train: EmbeddingSource, validation: EmbeddingSource) -> EmbeddingSo
 
 
 def require_comparable(train: EmbeddingSource, unlabelled: EmbeddingSource) -> None:
-    """Refuse unlabelled rows of another space, or with other candidates than the training set."""
+    """Refuse unlabelled rows with another embedding space or other candidates than ``train``."""
     train.space.require_match(
         unlabelled.space, name="the training set", other_name="the unlabelled rows"
     )
@@ -61,24 +63,26 @@ def require_comparable(train: EmbeddingSource, unlabelled: EmbeddingSource) -> N
 
 
 def _shared_texts(source: EmbeddingSource) -> Tensor:
-    """(K, D) the candidates that all rows share; none where each pool has its own."""
+    """(K, D) texts of the candidates that all rows share; (0, D) for image-caption pairs."""
     if source.pool_size is not None:
         return torch.empty(0, source.space.embed_dim, dtype=torch.float32)
     return source.candidates(torch.arange(0)).text
 
 
 Needs = Literal["failure", "class", "nothing"]
-"""What a fit must know of a row: whether its answer is wrong, which class it is of, or nothing."""
+"""What must be known of a training row: whether its answer is wrong, its class, or nothing."""
 
 
 def trainable_rows(
     source: EmbeddingSource, role: str, needs: Needs = "class", columns: Sequence[str] = ()
 ) -> tuple[Tensor, Tensor]:
-    """Positions (M,) of usable rows of which the needed is known, and their failures (M,).
+    """Indices (M,) of the usable rows of which the needed is known, and their failures (M,).
 
-    Failures are those of the answers in the column "answer", where ``columns`` names it. One is -1
-    only if nothing is needed. Rows of none of the classes have a failure and no
-    class.
+    Failures are those of the answers in the column "answer" where ``columns`` names it, else of the
+    zero-shot answers. A failure is -1 (unknown) only if ``needs`` is "nothing". Rows of none of the
+    classes have a failure, but no class.
+
+    Warns if rows are left out.
     """
     n_short, n_unusable = _few_unusable(source, role)
     rows, failure = with_failures(source.batches(SCORING_BATCH, columns=columns))
@@ -110,7 +114,10 @@ def trainable_rows(
 
 
 def _reasons(n_unusable: int, n_ood: int) -> str:
-    """Why rows are left out; with out-of-distribution rows also where, as they teach elsewhere."""
+    """Why rows are left out, for a message.
+
+    Out-of-distribution rows are left out only where classes are learned.
+    """
     if not n_ood:
         return f"({n_unusable} unusable, the rest without label)"
     return (
@@ -120,9 +127,10 @@ def _reasons(n_unusable: int, n_ood: int) -> str:
 
 
 def _few_unusable(source: EmbeddingSource, role: str) -> tuple[int, int]:
-    """How many rows are in no whole pool, and how many are not usable.
+    """Number of rows of an incomplete pool, and number of rows without a usable embedding.
 
-    A source from which nothing can be learned is refused.
+    Raises:
+        DataError: If there are no rows, fewer than two candidates, or too many unusable rows.
     """
     if not len(source):
         raise DataError(f"the {role} set is empty.")
@@ -142,9 +150,9 @@ def _few_unusable(source: EmbeddingSource, role: str) -> tuple[int, int]:
 
 
 def with_failures(batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
-    """Positions (M,) of the rows of some batches, and their failures (M,).
+    """Indices (M,) of the rows of some batches, and their failures (M,).
 
-    Of several processes each computes its share.
+    Where several processes fit together, each of them computes the failures of its share.
     """
     world = current_world()
     rows = [torch.empty(0, dtype=torch.int64)]
@@ -157,9 +165,10 @@ def with_failures(batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
 
 
 def degenerate_rate(failure: Tensor, name: str, *, allowed: bool) -> float | None:
-    """The error rate (0 or 1) where failures (M,) are all of one kind; else None.
+    """The error rate, 0 or 1, if failures (M,) are all equal; else None.
 
-    It is refused that they are, unless ``allowed``.
+    Raises:
+        DataError: If they are all equal and that is not ``allowed``.
     """
     n = len(failure)
     n_failures = int(failure.sum())
@@ -178,7 +187,7 @@ def degenerate_rate(failure: Tensor, name: str, *, allowed: bool) -> float | Non
 
 
 def warn_few(failure: Tensor, name: str) -> None:
-    """Warn of a probability of failure that is learned from fewer than ``FEW`` rows (M,)."""
+    """Warn if a probability of failure is learned from fewer than ``FEW`` rows."""
     n = len(failure)
     if n < FEW:
         rows = "row" if n == 1 else "rows"
@@ -188,22 +197,23 @@ def warn_few(failure: Tensor, name: str) -> None:
 
 
 def answer_columns(train: Rows) -> tuple[str, ...]:
-    """The column of the answers that are judged, where a fit has one."""
+    """The column "answer" where the fit reads it, that is, where given answers are judged."""
     return tuple(name for name in train.columns if name == ANSWER)
 
 
 def class_texts(train: Rows) -> Tensor:
-    """(K, D) texts of the training classes, by which they are recognised, whatever their order."""
+    """(K, D) texts of the training classes, by which a method recognises classes in any order."""
     return train.source.candidates(train.index[:0]).text.clone()
 
 
 def fit_and_selection(
     train: Rows, failure: Tensor, validation: EmbeddingSource | None, fraction: float, seed: int
 ) -> tuple[Rows, Rows | None]:
-    """Rows to fit on, and rows to select on.
+    """Rows to fit on, and rows for model selection.
 
-    These are held out where there is no validation set; there are none where selection would be
-    blind, since their failures are all of one kind.
+    The rows for selection are the validation set. Without one, a ``fraction`` of the training rows
+    is held out. If the failures of these rows are all equal, they cannot select anything: then all
+    training rows are returned to fit on, and None.
     """
     rows = train.index
     if validation is not None:
@@ -219,12 +229,12 @@ def fit_and_selection(
             _, groups = train.pictures()
         part = hold_out(failure, fraction, train.source.pool_size, generator, groups)
         selection = Rows(train.source, rows[part], train.columns)
-        # with captions, in pools of their own
+        # computed again: captions of the held-out rows are in new pools
         _, held_failure = with_failures(selection.batches(SCORING_BATCH))
         stays = ~torch.isin(torch.arange(len(rows)), part)
         rows = rows[stays]
         n_kinds = 2
-        if train.source.pool_size is not None:  # pools have other failures in every pass
+        if train.source.pool_size is not None:  # every pass draws new pools, with other failures
             n_kinds = 1
         if len(failure[stays].unique()) < n_kinds:
             raise DataError(
@@ -244,20 +254,21 @@ def hold_out(
     generator: torch.Generator,
     groups: Tensor | None = None,
 ) -> Tensor:
-    """Sorted positions (H,) of a random part of rows with failures (M,).
+    """Sorted indices (H,) of a random ``fraction`` of rows with failures (M,).
 
-    The part is stratified by failure, or of whole pools.
+    Without pools the rows are stratified by failure. Rows with the same number in ``groups`` (M,)
+    stay together.
 
-    With in-batch candidates the part is rounded to whole pools, and empty when there are fewer than
-    two. Rows of one number in ``groups`` (M,) stay together. In pools they do not where there are
-    fewer groups than a pool has rows: such groups recur in every pool, as classes do.
+    With pools the part is rounded to whole pools; it is empty if there are fewer than two pools.
+    Groups stay together as well, unless there are fewer groups than rows of a pool. Such groups are
+    like classes: each of them is in every pool.
     """
     if pool_size is not None:
         return _hold_out_pools(len(failure), fraction, pool_size, generator, groups)
     if groups is None:
         groups = torch.arange(len(failure))
     _, first_indices = np.unique(groups.numpy(), return_index=True)
-    first = torch.from_numpy(first_indices)  # a group counts as its first row
+    first = torch.from_numpy(first_indices)  # the first row of a group decides its failure
     parts = []
     for value in (0, 1):
         kind = first[failure[first] == value]
@@ -270,7 +281,7 @@ def hold_out(
 def _hold_out_pools(
     n: int, fraction: float, pool_size: int, generator: torch.Generator, groups: Tensor | None
 ) -> Tensor:
-    """Sorted positions (H,) of rows for whole pools, in whole groups as far as these fit."""
+    """Sorted indices (H,) of random rows for whole pools, with whole groups as far as they fit."""
     n_pools = n // pool_size
     n_held_out = 0
     if n_pools > 1 and fraction > 0:
@@ -281,61 +292,66 @@ def _hold_out_pools(
         chosen = order[:room]
     else:
         chosen = order[whole_groups(groups[order], room)]
-    if len(chosen) < pool_size:  # they fill no pool
+    if len(chosen) < pool_size:  # too few rows for one pool
         chosen = chosen[:0]
     return chosen.sort().values
 
 
 def whole_groups(groups: Tensor, room: int) -> Tensor:
-    """Sorted positions of whole groups, by their numbers (M,), that fit into ``room`` rows.
+    """Sorted indices of the rows of whole groups that together have at most ``room`` rows.
 
-    Groups are taken in the order of their first rows.
+    ``groups`` (M,) has the number of the group of every row. Groups are taken in the order of their
+    first rows; a group that no longer fits is skipped.
     """
     _, group = torch.unique(groups, return_inverse=True)
     sizes = group.bincount()
-    beyond = torch.full((len(sizes),), len(groups))
-    first = beyond.scatter_reduce(0, group, torch.arange(len(groups)), "amin")
+    after_last = torch.full((len(sizes),), len(groups))
+    first = after_last.scatter_reduce(0, group, torch.arange(len(groups)), "amin")
     taken = torch.zeros(len(sizes), dtype=torch.bool)
     waiting = first.argsort()
     waiting = waiting[sizes[waiting] <= room]
     while len(waiting):
-        # as many of the next groups as fit together; the first of them does
+        # Take as many of the next groups as fit together. That is at least one group, since every
+        # waiting group fits alone.
         fits = waiting[sizes[waiting].cumsum(0) <= room]
         taken[fits] = True
         room -= int(sizes[fits].sum())
-        # the group behind them is too large now: those small enough are left
+        # the next group no longer fits: skip all groups that are now too large
         waiting = waiting[len(fits) :]
         waiting = waiting[sizes[waiting] <= room]
     return taken[group].nonzero().squeeze(1)
 
 
 def caption_groups(source: PairSource, rows: Tensor, block_rows: int = GROUP_BLOCK) -> Tensor:
-    """(M,) int64: equal for rows of equal captions (float16, as they are stored); read in blocks.
+    """(M,) int64 numbers of groups: equal for rows with equal captions, compared as float16.
 
-    Rows whose caption is the text of a class are each by themselves: held out together, the class
-    would go unlearnt.
+    A row whose caption is the text of a class is a group of its own. If all rows of such a caption
+    were held out together, the class could not be learned.
 
-    sum_i a_i x_i mod 2^64 of the D 16-bit numbers x of a caption with fixed random odd a: two
-    captions meet by chance with a probability below 2^-48, which does no more harm than that they
+    The number is a hash of the D 16-bit numbers x of a caption, with fixed random odd factors a:
+
+        sum_i a_i x_i mod 2^64
+
+    Two different captions have the same hash with a probability below 2^-48. They would then only
     stay together.
     """
     rng = np.random.default_rng(0)
     factors = rng.integers(2**63, size=source.space.embed_dim, dtype=np.uint64) * 2 + 1
     sums = []
     for block in rows.split(block_rows):
-        captions = (source.caption_rows(block).half() + 0).numpy()  # + 0 makes -0 a 0
+        # adding 0 turns -0 into 0, so that equal numbers have equal bits
+        captions = (source.caption_rows(block).half() + 0).numpy()
         sums.append(captions.view(np.uint16).astype(np.uint64) @ factors)
     groups = torch.from_numpy(np.concatenate(sums).view(np.int64))
     return torch.where(source.of_classes(rows), rows, groups)
 
 
 def failure_log_odds(logits: Tensor, batch: Batch) -> Tensor:
-    """(B,) float64 log((1 - p) / p), p the mass of the zero-shot answer.
+    """(B,) float64 log((1 - p) / p), with the probability p of the judged answer of the batch.
 
-    The mass is that under the softmax of any logits (B, K).
-
-    Without rounding where p is near zero or one; the largest logit may be at another candidate than
-    the answer.
+    p is the softmax of ``logits`` (B, K), which may differ from the zero-shot logits: another
+    candidate than the answer may have the largest logit. The result is exact also where p would
+    round to zero or one.
     """
     if batch.same is None:
         return Others.of(logits, batch.prediction[:, None].to(logits.device)).log_odds
@@ -349,16 +365,21 @@ def failure_log_odds(logits: Tensor, batch: Batch) -> Tensor:
 def with_outside(log_odds: Tensor, outside: Tensor) -> Tensor:
     """(B,) float64 log-odds of u = 1 - (1 - P(outside)) q.
 
-    ``log_odds`` are those of 1 - q against q, ``outside`` those of outside against inside.
+    The odds are summed in the form
 
-    u / (1 - u) = (1 - q) / q + P(outside) / P(inside) / q, so that no u rounds to one before it has
-    to.
+        u / (1 - u) = (1 - q) / q + P(outside) / P(inside) / q
+
+    since u itself would round to one earlier.
+
+    Args:
+        log_odds: (B,) log((1 - q) / q).
+        outside: (B,) log(P(outside) / P(inside)).
     """
-    either = torch.logaddexp(log_odds, torch.zeros_like(log_odds))  # of 1 / q, the log
-    return torch.logaddexp(log_odds, outside.to(log_odds.device) + either)
+    minus_log_q = torch.logaddexp(log_odds, torch.zeros_like(log_odds))  # 1 / q = 1 + (1 - q) / q
+    return torch.logaddexp(log_odds, outside.to(log_odds.device) + minus_log_q)
 
 
-FOLDED_ROWS = 5_000
+FOLDED_ROWS = 5_000  # maximum number of rows with which all folds are fitted
 FOLDS = 5
 
 
@@ -370,12 +391,15 @@ def cross_fitting(
     needs: Needs = "class",
     folded_rows: int = FOLDED_ROWS,
 ) -> list[tuple[Rows, Rows]]:
-    """Pairs of rows to fit on and rows held out: the validation set, or folds.
+    """Pairs of rows to fit on and held-out rows.
 
-    Of more than ``folded_rows`` rows one fifth is held out, and ``folded_rows`` at most.
+    1. With a validation set there is one pair: all training rows, and the validation set.
+    2. Up to ``folded_rows`` training rows there is one pair for each of five folds.
+    3. With more rows there is one pair, whose held-out rows are a fifth of the rows, and at most
+       ``folded_rows``.
 
-    Folds are stratified by failure (M,). Rows of one picture are in one fold; it counts as a
-    failure where its first row is one.
+    Folds are stratified by failure (M,). All rows of a picture are in the same fold, and the
+    failure of its first row counts for the picture.
     """
     if validation is not None:
         rows, _ = trainable_rows(validation, "validation", needs, answer_columns(train))
@@ -384,7 +408,7 @@ def cross_fitting(
     generator = torch.Generator().manual_seed(seed)
     first, picture = train.pictures()
     order = torch.randperm(len(first), generator=generator)
-    # successes first, then failures: neighbours in this order go to different folds
+    # sort successes before failures: dealing this order out to the folds in turn stratifies them
     order = order[failure[first][order].argsort(stable=True)]
     fold_of_picture = torch.empty(len(first), dtype=torch.long)
     fold_of_picture[order] = torch.arange(len(first)) % FOLDS
@@ -395,10 +419,10 @@ def cross_fitting(
     pairs = []
     for number in range(n_folds):
         part = train.index[fold == number]
-        # a random choice, since rows may come class by class
-        few = torch.randperm(len(part), generator=generator)[:folded_rows].sort().values
-        if len(few):
+        # chosen at random, since rows may be sorted by class
+        chosen = torch.randperm(len(part), generator=generator)[:folded_rows].sort().values
+        if len(chosen):
             fitted_on = replace(train, index=train.index[fold != number])
-            held_out = replace(train, index=part[few])
+            held_out = replace(train, index=part[chosen])
             pairs.append((fitted_on, held_out))
     return pairs

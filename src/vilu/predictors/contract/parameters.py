@@ -1,4 +1,4 @@
-"""Hyper-parameters from outside: checked against the annotations of a predictor's dataclass."""
+"""Hyper-parameters of a method: checked and converted by the annotations of its dataclass."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vilu.validation import LARGEST_SEED
 
 
 class Parametrised(Protocol):
-    """A dataclass of parameters with a name."""
+    """A dataclass whose fields are parameters, with a ``name``."""
 
     name: ClassVar[str]
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
@@ -39,14 +39,14 @@ def check_parameters(predictor: Parametrised) -> None:
 
 
 def build(cls: type[Made], values: Mapping[str, object]) -> Made:
-    """A predictor from parameters that may be strings (``--set key=value``)."""
+    """Make a predictor from parameters, which may be strings (``--set key=value``)."""
     require_known(cls, values)
     converted = {name: convert(cls, name, value, strict=False) for name, value in values.items()}
     return cls(**converted)
 
 
 def require_known(cls: type[Parametrised], names: Iterable[str]) -> None:
-    """Refuse names that no parameter has."""
+    """Refuse names that are not names of parameters."""
     known = parameters(cls)
     for name in names:
         if name not in known:
@@ -55,9 +55,9 @@ def require_known(cls: type[Parametrised], names: Iterable[str]) -> None:
 
 
 def convert(cls: type[Parametrised], name: str, value: object, *, strict: bool) -> object:
-    """The value as its annotated type.
+    """Convert the value of a parameter to its annotated type.
 
-    Strict: "3" is no number and True is none, but numpy's numbers are.
+    With ``strict`` the strings "3" and the value True are not numbers. Numbers of numpy are.
     """
     hint, adapter = _checker(cls, name)
     if strict:
@@ -74,7 +74,7 @@ def convert(cls: type[Parametrised], name: str, value: object, *, strict: bool) 
 
 
 def _plain(value: object) -> object:
-    """A number of numpy as one of Python, a list as a tuple; any other value as it is."""
+    """Convert a number of numpy to a number of Python, and a list to a tuple."""
     if isinstance(value, np.generic):
         return cast("object", value.item())
     if isinstance(value, list):
@@ -83,7 +83,7 @@ def _plain(value: object) -> object:
 
 
 def _parsed(value: object, *, is_tuple: bool) -> object:
-    """What a text of the command line says, as far as pydantic does not read it itself."""
+    """Parse "none" and tuples in a string of the command line; pydantic parses all other values."""
     if value in ("none", "None", "null"):
         return None
     if is_tuple and isinstance(value, str):
@@ -93,18 +93,19 @@ def _parsed(value: object, *, is_tuple: bool) -> object:
 
 @cache
 def _checker(cls: type[Parametrised], name: str) -> tuple[Any, TypeAdapter[Any]]:
-    """Type of a parameter and what checks it; built once, since that takes as long as some fits."""
+    """Type of a parameter and its checker; cached, since making it takes as long as some fits."""
     hint = _hint(cls, name)
-    # one meaning in all methods, so one range: what every generator of random numbers takes
+    # the seed has the same range in all methods: what every random number generator accepts
     if name == "seed":
         hint = Annotated[hint, Field(ge=0, le=LARGEST_SEED)]
     return hint, TypeAdapter(hint)
 
 
 def _hint(cls: type[Parametrised], name: str) -> Any:  # noqa: ANN401 - any type
-    """The type of a parameter, whose names are those of the module that wrote it.
+    """The annotated type of a parameter, evaluated in the module of the class that declares it.
 
-    Types of what a fit learned are not read: only a type checker imports them.
+    Annotations of other attributes are not evaluated, since some of their types are imported only
+    for type checkers.
     """
     owner = next(base for base in cls.__mro__ if name in get_annotations(base))
     annotated = SimpleNamespace(__annotations__={name: get_annotations(owner)[name]})
@@ -113,7 +114,7 @@ def _hint(cls: type[Parametrised], name: str) -> Any:  # noqa: ANN401 - any type
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, str]:
-    """``["epochs=50"]`` to ``{"epochs": "50"}``."""
+    """Split settings: ``["epochs=50"]`` gives ``{"epochs": "50"}``."""
     values: dict[str, str] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
@@ -131,7 +132,7 @@ def parse_settings(settings: Sequence[str]) -> dict[str, str]:
 def get_params(self: Parametrised, deep: bool = True) -> dict[str, Any]:  # noqa: ARG001
     """The parameters by name, as in scikit-learn.
 
-    No method holds another one as a parameter, so none is nested.
+    ``deep`` has no effect, since no parameter is itself a method.
 
     Examples:
         >>> import vilu
@@ -159,7 +160,7 @@ def set_params(self: Made, **values: object) -> Made:
 
 
 def shown(self: Parametrised) -> str:
-    """The call that makes it, with what is not default."""
+    """The ``repr`` of a predictor: the call that makes it, with parameters that are not default."""
     changed = []
     for name, parameter in parameters(self).items():
         value = getattr(self, name)
@@ -169,7 +170,7 @@ def shown(self: Parametrised) -> str:
 
 
 def is_no_estimator(self: Parametrised) -> object:
-    """What scikit-learn's cross-validation, searches and pipelines ask first.
+    """Refuse use in scikit-learn: its cross-validation, searches and pipelines call this first.
 
     Raises:
         UsageError: Always.

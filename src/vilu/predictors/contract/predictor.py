@@ -33,36 +33,37 @@ if TYPE_CHECKING:
     from vilu.predictors.contract.seen import Overlap, Sketches
     from vilu.predictors.persistence.fit_sample import FitSample
 
-# What only a fit, a file or an explanation needs is imported where it is used: a score of the
-# logits loads a third of the modules.
+# Modules that only a fit, a file or an explanation needs are imported inside the functions that use
+# them. A program that only computes scores of the logits then imports a third of the modules.
 
 CONSTANT = "constant"
+"""Name of the tensor with the one score of a fit that had nothing to learn."""
 CLASSES = "classes"
-"""Names of tensors: the one score of a fit that had nothing to learn; the texts of the classes."""
+"""Name of the tensor with the texts of the classes."""
 
 FEWEST_CANDIDATES = 2
-"""Of fewer the answer is always the same, so that it has no uncertainty."""
+"""Minimum number of candidates. With fewer, no other answer is possible: uncertainty is NaN."""
 
 AnswerKind = Literal["zero_shot", "adapted", "given"]
-"""Whose answer is judged.
+"""Which answer is judged.
 
-The zero-shot one, the likeliest candidate under the posterior of the method, or that of the data's
-column "answer".
+"zero_shot" is the zero-shot answer, "adapted" the likeliest candidate under the posterior of the
+method, "given" the answer in the column "answer" of the data.
 """
 
 Settings = TypeVar("Settings", bound="DataclassInstance")
 
 
-class NotExportable(UsageError):  # noqa: N818 - an answer, not an accident
-    """A method has no graph of image and text; the message says why."""
+class NotExportable(UsageError):  # noqa: N818 - an expected outcome, not an error
+    """A method has no graph of image and text; the message gives the reason."""
 
 
 class Learnt(NamedTuple):
-    """What a fit learned.
+    """The result of a fit.
 
     Attributes:
-        tensors: What is saved, on the CPU.
-        notes: For people, as plain JSON.
+        tensors: The tensors to save, on the CPU.
+        notes: Notes for people to read, as plain JSON.
     """
 
     tensors: dict[str, Tensor]
@@ -71,56 +72,66 @@ class Learnt(NamedTuple):
 
 @dataclasses.dataclass
 class FailurePredictor(ABC):
-    """Says per image how likely an answer is wrong, from embeddings alone.
+    """Estimates for every image, from embeddings alone, how likely an answer is wrong.
 
-    ``answer`` says whose answer that is. By default it is the zero-shot one, the candidate of the
-    largest logit. "adapted" takes argmax_j q_j, q the posterior of the method (``log_posterior``),
-    which only methods with ``has_posterior`` have. "given" takes the column "answer" of the data.
+    Higher uncertainty means that the answer is more likely wrong. ``answer`` chooses which answer
+    is judged:
 
-    A subclass is a dataclass of hyper-parameters, with ``get_params``, ``set_params`` and ``repr``
-    as in scikit-learn, whose ``clone`` works. What ``fit`` finds ends in an underscore. Higher
-    uncertainty means more likely wrong. A method has to say ``name``, ``summary``, ``reference``
-    and ``_score``; one that learns from labels also ``_learn``, and ``tensors`` or ``module``. All
-    else has defaults. Of ``graph``, ``coalitions`` and ``looks_at`` only what a class itself
-    defines counts: what it inherits may be wrong for it.
+    - "zero_shot", the default: the candidate of the largest logit.
+    - "adapted": argmax_j q_j, where q is the posterior of the method (``log_posterior``). Only
+      methods with ``has_posterior`` have one.
+    - "given": the answer in the column "answer" of the data.
 
-    Parameters of the same name mean the same in all methods: ``seed`` is of everything random in
-    ``fit``; ``device`` ("auto", "cpu", "cuda", "cuda:N" or "mps") is not part of what is saved;
-    with ``allow_degenerate`` a method that learns from failures fits a constant where the training
-    rows hold no failure, or nothing else, instead of refusing them; ``max_bank`` is the most
-    training images to keep: of more, so many are drawn with ``seed``.
+    A subclass is a dataclass of hyper-parameters. ``get_params``, ``set_params`` and ``repr`` are
+    as in scikit-learn, and ``sklearn.base.clone`` works. Names of attributes that ``fit`` sets end
+    in an underscore. A method has to define ``name``, ``summary``, ``reference`` and ``_score``. A
+    method that learns from labels also defines ``_learn``, and ``tensors`` or ``module``. All other
+    attributes have defaults. ``graph``, ``coalitions`` and ``looks_at`` count only if the class
+    itself defines them, since inherited ones may be wrong for it.
+
+    Parameters of the same name have the same meaning in all methods:
+
+    - ``seed`` decides everything random in ``fit``.
+    - ``device`` is "auto", "cpu", "cuda", "cuda:N" or "mps". It is not saved.
+    - ``allow_degenerate``: a method that learns from failures fits a constant, instead of refusing
+      the training rows, if all or none of them are failures.
+    - ``max_bank`` is the maximum number of training images to keep; a larger set is sampled with
+      ``seed``.
 
     Attributes:
         name: Key in ``vilu.PREDICTORS``.
         summary: One line for ``vilu list predictors``.
         reference: Where the method comes from, in a few words.
         cost: What fitting and scoring cost, in a few words.
-        columns: What the data must carry beside the embeddings (``vilu.embeddings.columns``).
-        optional_columns: What it makes use of where the data carry all of it.
-        no_captions: Why it cannot work on image-caption pairs; None where it can.
-        closed_set: Whether it scores the classes that it was fitted on and no others.
+        columns: Columns that the data must have beside the embeddings
+            (``vilu.embeddings.columns``).
+        optional_columns: Columns that the method uses where the data have all of them.
+        no_captions: Why the method cannot work on image-caption pairs; None where it can.
+        closed_set: Whether the method scores only the classes that it was fitted on.
         is_probability: Whether the uncertainty estimates P(failure).
-        has_posterior: Whether it has a posterior of its own over the candidates: whether it has a
-            ``log_posterior``.
-        learns_failure: Whether it learns to tell failures from successes, so that it needs both.
-        looks_at: What its score is a function of, {"logits"} or {"image"}; nothing where it is more
-            than one of them.
-        tensors: Names of the saved tensors, beside those of its ``module``.
-        needs_fit: Whether it has to be fitted first: whether it has a ``_learn``.
-        needs_labels: Whether a fit needs labelled rows; without, it takes every usable row,
-            labelled or not.
+        has_posterior: Whether the method has a posterior of its own over the candidates, that is,
+            whether it defines ``log_posterior``.
+        learns_failure: Whether the method learns to tell failures from successes; it then needs
+            training rows of both kinds.
+        looks_at: The one input of the score, {"logits"} or {"image"}; empty where the score uses
+            several inputs.
+        tensors: Names of the saved tensors, without those of its ``module``.
+        needs_fit: Whether the method has to be fitted before it scores, that is, whether it defines
+            ``_learn``.
+        needs_labels: Whether a fit needs labelled rows. Otherwise a fit uses all usable rows.
         uses_unlabelled: Whether a fit can also learn from rows without labels
             (``Rows.unlabelled``).
         learned_: The saved tensors by name, without those of the network.
-        network_: The ``module`` with its weights, ready to score; None without.
-        space_: Embedding space of the training data; None when never fitted.
-        seen_: Sketches of the rows used by ``fit``, by what they are recognised by; empty where
-            nothing tells.
-        similarity_: Mean and standard deviation of the largest cosine of training rows; None when
-            never fitted.
-        calibrator_: From uncertainty to P(failure), learned on calibration rows; None without.
-        sample_: Image vectors of random rows of the fit, at most 2 MB, by which near copies of them
-            are told; None where none is kept.
+        network_: The ``module`` with its weights, ready to score; None without a module.
+        space_: Embedding space of the training data; None before a fit.
+        seen_: Sketches of the rows used by ``fit``, by kind of identity; empty where the rows
+            cannot be recognised.
+        similarity_: Mean and standard deviation of the largest cosine of training rows; None before
+            a fit.
+        calibrator_: Function from uncertainty to P(failure), learned on calibration rows; None
+            before ``calibrate``.
+        sample_: Image vectors of random rows of the fit, at most 2 MB, with which near copies of
+            these rows are detected; None where none is kept.
 
     Examples:
         >>> import dataclasses, numpy as np, vilu
@@ -153,7 +164,8 @@ class FailurePredictor(ABC):
     has_posterior: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = True
     uses_unlabelled: ClassVar[bool] = False
-    _forms: ClassVar[str] = ""  # of ``tensors``, which follow from it: see ``state.require_forms``
+    # names, types and shapes of the saved tensors (``state.require_forms``); sets ``tensors``
+    _forms: ClassVar[str] = ""
 
     answer: AnswerKind = dataclasses.field(default="zero_shot", kw_only=True)
 
@@ -187,26 +199,25 @@ class FailurePredictor(ABC):
         forms = vars(cls).get("_forms", "").split()
         if forms:
             cls.tensors = tuple(form.partition(":")[0] for form in forms)
-        # before the dataclass writes one of its own, and mypy takes no method that is assigned
+        # set here, since the dataclass decorator would otherwise add a __repr__ of its own
         cls.__repr__ = vars(cls).get("__repr__", parameters.shown)  # type: ignore[method-assign]
 
     get_params = parameters.get_params
     set_params = parameters.set_params
     __sklearn_tags__ = parameters.is_no_estimator
 
-    # What a method says.
+    # Definitions of a method.
 
     @abstractmethod
     def _score(self, batch: Batch) -> Tensor:
-        """(B,) uncertainty of a batch, float32 or better, from what was learned; on any device."""
+        """(B,) uncertainty of a batch, float32 or float64, on any device."""
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:
         """Learn from usable labelled rows and their failures (M,) in {0, 1}.
 
-        The predictor stays as it is.
+        The result is returned; the predictor itself is not changed.
         """
-        # only a call past ``fit`` comes here: ``needs_fit`` is whether a class has a ``_learn`` of
-        # its own
+        # ``fit`` does not call this default: ``needs_fit`` is false for a class without ``_learn``
         raise NotImplementedError(f"{self.name} learns nothing")
 
     def module(
@@ -214,14 +225,15 @@ class FailurePredictor(ABC):
         tensors: dict[str, Tensor],  # noqa: ARG002
         space: EmbeddingSpace,  # noqa: ARG002
     ) -> nn.Module | None:
-        """A new network, whose weights are saved; None where ``tensors`` are all there is.
+        """A new network, whose weights are saved; None for a method without a network.
 
-        Its first numbers come from a ``torch.Generator`` of its own: torch's global one is not
-        seeded.
+        Its initial weights must come from a ``torch.Generator`` of its own, since the global one of
+        torch is not seeded.
 
         Args:
-            tensors: Those that it is to hold, whose shapes may decide its own; empty before a fit.
-            space: Of the embeddings.
+            tensors: The tensors that the network will hold. Their shapes may decide the sizes of
+                its layers. Empty before a fit.
+            space: Space of the embeddings.
 
         Examples:
             >>> import vilu
@@ -234,7 +246,7 @@ class FailurePredictor(ABC):
         return None
 
     def tensor_names(self) -> tuple[str, ...]:
-        """``tensors``, where parameters decide which there are.
+        """Names of the saved tensors: ``tensors``, unless they depend on the parameters.
 
         Examples:
             >>> import vilu
@@ -244,9 +256,9 @@ class FailurePredictor(ABC):
         return self.tensors
 
     def graph(self) -> nn.Module:
-        """A module of a batch to its (N,) float64 scores that ONNX export can take.
+        """A module that maps a batch to scores (N,) float64 and can be exported as ONNX.
 
-        ``own_graph`` often is one.
+        Many methods can use ``own_graph``.
 
         Examples:
             >>> import numpy as np, vilu
@@ -261,9 +273,9 @@ class FailurePredictor(ABC):
         raise NotExportable(f"{self.name} defines no graph of image and text")
 
     def coalitions(self) -> Coalitions:
-        """The groups of inputs, and what their coalitions are worth.
+        """The groups of inputs, and the values of their coalitions.
 
-        The default knows scores of one kind of input.
+        The default works for methods whose ``looks_at`` has one input.
 
         Examples:
             >>> import vilu
@@ -286,29 +298,26 @@ class FailurePredictor(ABC):
 
     @property
     def label(self) -> str:
-        """What its scores and results are called.
-
-        The name, and the kind of fit where a method has several.
-        """
+        """The name in results: ``name``, with the kind of fit where a method has several kinds."""
         return self.name
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """Where its code is; with what these import, it decides every score."""
+        """Modules of the code that computes the scores, without the modules that they import."""
         return (type(self).__module__,)
 
     @property
     def needs(self) -> Needs:
-        """What a fit must know of a row; without it the row is left out."""
+        """What must be known of a training row; a row of which it is unknown is left out."""
         if not self.needs_labels:
             return "nothing"
         if self.learns_failure:
             return "failure"
         return "class"
 
-    # some look at what there is
+    # ARG002: subclasses use the argument
     def columns_to_fit(self, train: EmbeddingSource) -> tuple[str, ...]:  # noqa: ARG002
-        """What these data must carry for a fit.
+        """Columns of these training data that a fit uses.
 
         Examples:
             >>> import numpy as np, vilu
@@ -325,24 +334,21 @@ class FailurePredictor(ABC):
 
     @property
     def columns_to_score(self) -> tuple[str, ...]:
-        """What data must carry to be scored."""
+        """Columns that data must have to be scored."""
         return self.columns
 
-    def log_posterior(self, batch: Batch) -> Tensor:  # noqa: ARG002 - of methods that have one
+    def log_posterior(self, batch: Batch) -> Tensor:  # noqa: ARG002 - subclasses use the argument
         """(B, K) float64 log probabilities of the candidates, by a method with ``has_posterior``.
 
         Raises:
-            UsageError: If the method has none.
+            UsageError: If the method has no posterior.
 
         Examples:
-            >>> import numpy as np, torch, vilu
-            >>> angle = np.linspace(0, np.pi / 2, 100)
-            >>> image = np.c_[np.cos(angle), np.sin(angle)]
-            >>> data = vilu.Embeddings(image, np.eye(2), np.repeat([0, 1], [70, 30]))
+            >>> import numpy as np, vilu
+            >>> data = vilu.Embeddings(np.eye(2)[[0, 1] * 10], np.eye(2), [0, 1] * 10)
             >>> probe = vilu.PREDICTORS["linear_probe"]().fit(data)
-            >>> first = next(data.batches(100, rows=torch.tensor([0, 99])))
-            >>> probe.log_posterior(first).argmax(dim=1).tolist()
-            [0, 1]
+            >>> probe.log_posterior(next(data.batches(4))).argmax(dim=1).tolist()
+            [0, 1, 0, 1]
         """
         raise self._without_posterior()
 
@@ -366,17 +372,17 @@ class FailurePredictor(ABC):
 
     @property
     def answer_columns(self) -> tuple[str, ...]:
-        """The column of the given answers, where these are judged."""
+        """The column of the given answers, where given answers are judged."""
         return (ANSWER,) if self.answer == "given" else ()
 
     def _settings(self, kind: type[Settings], **changed: object) -> Settings:
-        """The fields of ``kind`` as the parameters of the same names are, but for those changed."""
+        """A ``kind`` with the parameters of the same names as fields, except for ``changed``."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(kind)}
         values["device"] = self.device_
         return kind(**values | changed)
 
     def _log_weight(self) -> float:
-        """What a weighted loss adds to the log-odds of failure."""
+        """Bias that a weighted loss adds to the log-odds of failure."""
         return 0.0
 
     @checked
@@ -390,16 +396,16 @@ class FailurePredictor(ABC):
     ) -> Self:
         """Learn from embeddings, labelled ones unless ``needs_labels`` is false.
 
-        A method without a ``_learn`` only remembers the space.
+        A method without ``_learn`` only stores the embedding space.
 
         Args:
-            train: Rows to learn from; those without what the method ``needs`` to know are left out
-                with a warning.
-            validation: Rows to select on. Few may be training rows, too (1 %); these are left out
-                with a warning. Where the method selects something and gets none, it holds out a
-                part of ``train``.
-            unlabelled: More rows against the same candidates, no label of which is looked at
-                (``uses_unlabelled``).
+            train: Rows to learn from. Rows of which the method does not know what it ``needs`` are
+                left out with a warning.
+            validation: Rows for model selection. At most 1 % of them may be training rows, which
+                are left out with a warning. Without validation rows, a method that selects holds
+                out a part of ``train``.
+            unlabelled: Further rows with the same candidates, whose labels are ignored. For methods
+                with ``uses_unlabelled``.
 
         Warns:
             UserWarning: If training rows are left out.
@@ -407,10 +413,10 @@ class FailurePredictor(ABC):
         Raises:
             UsageError: If a hyper-parameter is out of range, the method does not work on
                 image-caption pairs, or it cannot use unlabelled rows.
-            DataError: If nothing can be learned from the rows: empty, one candidate, over 1 %
-                unusable rows, no labels; or if the two sets have more rows in common, or lack a
-                column that the method needs.
-            ProvenanceError: If the two sets come from different embedding spaces.
+            DataError: If nothing can be learned from the rows (no rows, one candidate, over 1 %
+                unusable rows, or no labels), if over 1 % of the validation rows are training rows,
+                or if a column that the method needs is missing.
+            ProvenanceError: If the sets of rows come from different embedding spaces.
 
         Examples:
             >>> import numpy as np, vilu
@@ -447,7 +453,7 @@ class FailurePredictor(ABC):
         require_comparable(train, unlabelled)
 
     def _fit_rows(self, train: Rows, validation: EmbeddingSource | None) -> None:
-        """Learn from the rows of which enough is known, and remember which they were."""
+        """Learn from the rows of which the needed is known, and store how to recognise them."""
         from vilu.predictors.contract import labelled, seen
         from vilu.predictors.persistence.fit_sample import FitSample
 
@@ -474,7 +480,7 @@ class FailurePredictor(ABC):
     def learn(
         self, train: Rows, failure: Tensor, validation: EmbeddingSource | None = None
     ) -> Learnt:
-        """As ``_learn``, or a constant where failures are to be learned and there are none."""
+        """As ``_learn``; a constant if failures are to be learned and all rows are of one kind."""
         from vilu.predictors.contract.labelled import degenerate_rate, warn_few
 
         if self.learns_failure:
@@ -486,11 +492,11 @@ class FailurePredictor(ABC):
             warn_few(failure, self.name)
         return self._learn(train, failure, validation)
 
-    # What was learned, and where it is kept.
+    # The learned state, in memory and in files.
 
     @torch_defaults()
     def take(self, tensors: dict[str, Tensor], space: EmbeddingSpace | None) -> None:
-        """Hold what was learned; refuses tensors of the wrong names, types or shapes."""
+        """Store learned tensors; refuses tensors of the wrong names, types or shapes."""
         from vilu.predictors.persistence.state import StateLayout
 
         if self._is_constant(tensors):
@@ -505,7 +511,7 @@ class FailurePredictor(ABC):
 
     @property
     def constant_(self) -> float | None:
-        """The one score of a fit where there was nothing to learn; None for others."""
+        """The score of all rows after a fit that had nothing to learn; None after other fits."""
         if not self._is_constant(self.learned_):
             return None
         return float(self.learned_[CONSTANT])
@@ -547,7 +553,7 @@ class FailurePredictor(ABC):
         """Write to a folder and return the fingerprint.
 
         Raises:
-            UsageError: If parameters were set after the fit that do not fit it.
+            UsageError: If parameters were changed after the fit, so that they contradict it.
 
         Examples:
             >>> import tempfile, vilu
@@ -562,7 +568,7 @@ class FailurePredictor(ABC):
         return save(self, folder)
 
     def require_fitted(self) -> None:
-        """Refuse to go on without ``fit``, where it is needed."""
+        """Refuse a predictor that needs ``fit`` and was not fitted."""
         if self.needs_fit and self.space_ is None:
             raise NotFittedError(
                 f"this {type(self).__name__} is not fitted yet. Call fit, or vilu.load a saved one."
@@ -572,15 +578,15 @@ class FailurePredictor(ABC):
 
     @property
     def device_(self) -> torch.device:
-        """Where scores are computed."""
+        """Device on which scores are computed."""
         return resolve_device(getattr(self, "device", "cpu"))
 
     @checked
     def predict_uncertainty(self, data: EmbeddingSource) -> NDArray[np.float64]:
         """Uncertainty (N,) float64 of every row, higher = more likely wrong.
 
-        NaN where the embedding is not usable (``data.status``), and everywhere when there is only
-        one candidate, since no other answer was possible.
+        It is NaN where the embedding is not usable (``data.status``). If there is only one
+        candidate, it is NaN for all rows, since no other answer is possible.
 
         Raises:
             NotFittedError: If the predictor needs ``fit`` first.
@@ -606,14 +612,14 @@ class FailurePredictor(ABC):
     def scored(
         self, data: EmbeddingSource, rows: Tensor | None = None
     ) -> Iterator[tuple[Batch, NDArray[np.float64]]]:
-        """Batches of rows on ``device_``, each with its uncertainty (B,) float64.
+        """Yield batches of rows on ``device_``, each with its uncertainties (B,) float64.
 
-        By default these are all usable rows. Nothing as large as the data is held, so the data may
-        be of any size. A batch keeps the zero-shot answer that the score has computed.
+        By default all usable rows are scored. Memory does not grow with the number of rows. A batch
+        keeps the zero-shot answer that the score has computed.
 
         Raises:
-            DataError: If a score is not finite, or as ``predict_uncertainty``, whose other errors
-                it raises, too.
+            DataError: If a score is not finite. All errors of ``predict_uncertainty`` are raised
+                as well.
 
         Examples:
             >>> import numpy as np, vilu
@@ -639,7 +645,8 @@ class FailurePredictor(ABC):
         columns = (*self.columns_to_score, *self.answer_columns)
         for block in take(size, rows=rows, columns=columns):
             batch = block.to(device)
-            if batch.text.shape[-2] < FEWEST_CANDIDATES:  # also a pool of equal captions
+            # equal captions of a pool are one candidate
+            if batch.text.shape[-2] < FEWEST_CANDIDATES:
                 yield batch, np.full(len(batch.index), np.nan)
                 continue
             judged = self.judged(batch)
@@ -657,7 +664,7 @@ class FailurePredictor(ABC):
         return scores
 
     def score_batch(self, batch: Batch) -> Tensor:
-        """(B,) uncertainty: the constant where there is one, else as ``_score``.
+        """(B,) uncertainty: ``constant_`` where there is one, else that of ``_score``.
 
         Examples:
             >>> import numpy as np, vilu
@@ -677,7 +684,11 @@ class FailurePredictor(ABC):
 
     @property
     def fitted_space(self) -> EmbeddingSpace:
-        """The embedding space, which is there after a fit."""
+        """The embedding space of the fit.
+
+        Raises:
+            UsageError: If there is none.
+        """
         if self.space_ is None:
             raise UsageError(
                 f"this {self.name} knows no embedding space, so the logit scale of its graph is "
@@ -687,7 +698,11 @@ class FailurePredictor(ABC):
 
     @property
     def network(self) -> nn.Module:
-        """The network, which is there after a fit."""
+        """The fitted network.
+
+        Raises:
+            DataError: If there is none.
+        """
         if self.network_ is None:
             raise DataError(
                 f"this {self.name} holds no network: it was not fitted, or its file is damaged."
@@ -695,13 +710,13 @@ class FailurePredictor(ABC):
         return self.network_
 
     def tensor(self, name: str, device: torch.device) -> Tensor:
-        """A learned tensor where the batch is."""
+        """A learned tensor, on a device."""
         return self.learned_[name].to(device)
 
     def seen(self, data: EmbeddingSource, rows: NDArray[np.int64] | None = None) -> Overlap:
-        """Which ``rows`` (M,), by default all, were used to fit.
+        """Find which of the ``rows`` (M,), by default all, were used to fit.
 
-        As far as that is known: of a fit of more than 16,384 rows a sample is.
+        Of a fit of more than 16,384 rows only a sample is known.
 
         Examples:
             >>> import numpy as np, vilu
@@ -720,9 +735,10 @@ class FailurePredictor(ABC):
         return self.seen_[by].overlap(data, by, rows)
 
     def unseen(self, data: EmbeddingSource, role: str) -> NDArray[np.bool_]:
-        """(N,) the rows that were not used to fit.
+        """(N,) bool: the rows that were not used to fit. Warns if some were.
 
-        It warns of those that were; above 1 % of the rows they are a DataError.
+        Raises:
+            DataError: If more than 1 % of the rows were used to fit.
         """
         from vilu.predictors.contract.seen import LEARNED_FROM
 
@@ -770,8 +786,8 @@ class FailurePredictor(ABC):
         self.space_.require_match(
             data.space, name=f"the fitted {self.name}", other_name="the data to score"
         )
-        says_little = self.space_.anonymous or data.space.anonymous
-        if self.similarity_ and says_little:
+        is_unverified = self.space_.anonymous or data.space.anonymous
+        if self.similarity_ and is_unverified:
             from vilu.predictors.contract.seen import warn_of_other_space
 
             warn_of_other_space(data, *self.similarity_)
@@ -782,8 +798,8 @@ class FailurePredictor(ABC):
         """P(failure) (N,) float64 of every row: ``failure_probability`` of its uncertainty.
 
         Raises:
-            UsageError: If the uncertainty of this method is a score without a scale, and it has not
-                been calibrated.
+            UsageError: If the uncertainty of this method is not a probability, and the predictor
+                was not calibrated.
 
         Examples:
             >>> import numpy as np, vilu
@@ -791,18 +807,19 @@ class FailurePredictor(ABC):
             >>> vilu.MCM().predict_failure_probability(data).round(2)
             array([0.  , 0.12])
         """
-        self.failure_probability([])  # says why not, before anything is computed
+        self.failure_probability([])  # raises the UsageError before anything is computed
         return self.failure_probability(self.predict_uncertainty(data))
 
     def failure_probability(self, uncertainty: ArrayLike) -> NDArray[np.float64]:
         """P(failure) (N,) float64 of uncertainties (N,) of this predictor; NaN stays NaN.
 
-        Calibrated, where ``calibrate`` was called; else of methods whose uncertainty is a
-        probability, without the bias of a weighted loss (``_log_weight``).
+        After ``calibrate`` it is the calibrated probability. Before, it is the uncertainty of a
+        method whose uncertainty is a probability, without the bias of a weighted loss
+        (``_log_weight``).
 
         Raises:
-            UsageError: If the uncertainty of this method is a score without a scale, and it has not
-                been calibrated.
+            UsageError: If the uncertainty of this method is not a probability, and the predictor
+                was not calibrated.
 
         Examples:
             >>> import vilu
@@ -814,7 +831,7 @@ class FailurePredictor(ABC):
         return self.calibrator_(self._calibration_score(uncertainty))
 
     def raw_failure_probability(self, uncertainty: ArrayLike) -> NDArray[np.float64]:
-        """As ``failure_probability`` before ``calibrate``.
+        """P(failure) (N,) without calibration: ``failure_probability`` before ``calibrate``.
 
         Examples:
             >>> import vilu
@@ -839,12 +856,12 @@ class FailurePredictor(ABC):
     def calibrate(self, calibration: EmbeddingSource) -> Self:
         """Learn the probability of failure on labelled rows.
 
-        Those used to fit are left out, with a warning. Rows of one picture count once, as wrong
-        where any of them is.
+        Rows that were used to fit are left out with a warning. All rows of one picture count as one
+        row, which is a failure if any of them is.
 
         Raises:
-            DataError: If more than 1 % were used to fit, or none has an uncertainty and a known
-                failure.
+            DataError: If more than 1 % of the rows were used to fit, or no row has an uncertainty
+                and a known failure.
 
         Examples:
             >>> import numpy as np, vilu
@@ -864,10 +881,10 @@ class FailurePredictor(ABC):
     def calibrate_scores(self, uncertainty: ArrayLike, failure: ArrayLike) -> Self:
         """As ``calibrate``, from uncertainties (N,) of this predictor and failures (N,).
 
-        Rows without one of the two are left out.
+        Rows without an uncertainty or a known failure are left out.
 
         Raises:
-            DataError: If no row has both, or a failure is not 1, 0, or -1 where it is unknown.
+            DataError: If no row is left, or a failure is not 1, 0, or -1 (unknown).
 
         Examples:
             >>> import vilu
@@ -886,7 +903,10 @@ class FailurePredictor(ABC):
         return self
 
     def _calibration_score(self, uncertainty: ArrayLike) -> NDArray[np.float64]:
-        """The uncertainty; where it is a probability, its log-odds without the bias of the loss."""
+        """Input of the calibrator: the uncertainty, or log-odds where it is a probability.
+
+        The bias of a weighted loss is subtracted from log-odds.
+        """
         from vilu.metrics.counts import real_vector
         from vilu.predictors.contract.calibrating import log_odds
 
@@ -897,7 +917,7 @@ class FailurePredictor(ABC):
 
 
 def own_graph(predictor: FailurePredictor) -> nn.Module:
-    """The ``graph`` of a method whose ``_score`` looks at no values and no sizes."""
+    """The ``graph`` of a method whose ``_score`` does not depend on values or sizes in Python."""
     from vilu.predictors.nn.head import Graph
 
     return Graph(predictor._score, predictor.network_)

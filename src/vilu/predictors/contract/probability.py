@@ -1,6 +1,6 @@
-"""From a score to a probability of failure, learned on calibration rows.
+"""Calibrators: functions from a score to a probability of failure, fitted on calibration rows.
 
-Forms: temperature, Platt, beta, isotonic.
+There are four forms: temperature scaling, Platt scaling, beta calibration, isotonic regression.
 """
 
 from __future__ import annotations
@@ -17,34 +17,34 @@ from vilu.errors import DataError
 from vilu.metrics.counts import Floats
 
 FOLDS = 10
-STEPS = 100  # of Newton's method, which needs about eight
-# with fewer failures, or fewer successes, the smoothest form is taken without a choice
+STEPS = 100  # maximum number of steps of Newton's method, which needs about eight
+# with fewer failures, or fewer successes, the smoothest form is used without cross-validation
 FEW_OF_A_KIND = 20
-FEW_ROWS = 1000  # with fewer rows no isotonic regression, whose steps would follow the noise
+FEW_ROWS = 1000  # with fewer rows, the steps of isotonic regression would fit the noise
 
 
 class Form(NamedTuple):
-    """A logistic form: what the log-odds of failure are linear in, with a constant or without."""
+    """A logistic form: the log-odds of failure are a linear function of features of the score."""
 
-    features: Callable[[Floats], Floats]
-    intercept: bool
-    of_probability: bool
+    features: Callable[[Floats], Floats]  # from scores (N,) to features (N, F)
+    intercept: bool  # whether the linear function has an intercept
+    of_probability: bool  # whether the score must be log-odds of a probability
 
 
-@np.errstate(under="ignore")  # what is small beside the others is 0
+@np.errstate(under="ignore")  # an underflow to 0 is exact enough
 def expit(log_odds: Floats) -> Floats:
-    """1 / (1 + exp(-x)), without rounding near zero or one.
+    """1 / (1 + exp(-x)), exact also near zero and one.
 
-    SciPy's takes half a second to import.
+    It replaces the function of SciPy, whose import takes half a second.
     """
-    small = np.exp(-np.abs(log_odds))  # of the negative absolute value, so it never overflows
+    small = np.exp(-np.abs(log_odds))  # at most 1: it never overflows
     probability: Floats = np.where(log_odds < 0, small, 1.0) / (1 + small)
     return probability
 
 
-@np.errstate(under="ignore")  # what is small beside the others is 0
+@np.errstate(under="ignore")  # an underflow to 0 is exact enough
 def _logarithms(score: Floats) -> Floats:
-    """The two logarithms ln p and -ln(1 - p) of log-odds."""
+    """(N, 2) features ln p and -ln(1 - p) of log-odds (N,)."""
     log_p = -np.logaddexp(0, -score)
     minus_log_rest = np.logaddexp(0, score)
     return np.stack([log_p, minus_log_rest], axis=1)
@@ -59,14 +59,18 @@ FORMS = {
     "platt": Form(_as_column, intercept=True, of_probability=False),
     "beta": Form(_logarithms, intercept=True, of_probability=True),
 }
-"""Smoothest first.
+"""The logistic forms, the smoothest one first.
 
-Temperature and beta start from a probability (Guo et al. 2017; Kull et al. 2017).
+Temperature scaling and beta calibration need a probability (Guo et al. 2017; Kull et al. 2017).
 """
 
 
 class _Fitted(Model):
-    """What every calibrator tells of its fit: rows, failures, and the log-loss of every form."""
+    """Facts about the fit of a calibrator.
+
+    They are the numbers of rows and of failures, and the held-out log-loss of every form that was
+    tried.
+    """
 
     n: int = Field(ge=1)
     n_failures: int = Field(ge=0)
@@ -76,14 +80,14 @@ class _Fitted(Model):
 class Logistic(_Fitted):
     """p = sigmoid(weights . features(s) + intercept) of a score s.
 
-    The score is of log-odds where the method gives them.
+    The score is the log-odds of failure where the method estimates a probability.
     """
 
     form: Literal["temperature", "platt", "beta"]
     weights: tuple[float, ...] = Field(min_length=1, max_length=2)
     intercept: float
 
-    @np.errstate(under="ignore")  # what is small beside the others is 0
+    @np.errstate(under="ignore")  # an underflow to 0 is exact enough
     def __call__(self, score: Floats) -> Floats:
         """(N,) probabilities of scores (N,)."""
         features = FORMS[self.form].features(score)
@@ -91,7 +95,7 @@ class Logistic(_Fitted):
 
 
 class Isotonic(_Fitted):
-    """p rises with the score in straight lines between knots, and is level outside them."""
+    """p never falls with the score: linear between knots, constant before and after all knots."""
 
     form: Literal["isotonic"]
     score: tuple[float, ...] = Field(min_length=1)
@@ -107,16 +111,19 @@ _READER: TypeAdapter[Calibrator] = TypeAdapter(Annotated[Calibrator, Field(discr
 
 
 def fit_calibrator(score: Floats, failure: NDArray[np.int64], *, is_log_odds: bool) -> Calibrator:
-    """The form with the least log-loss in 10-fold cross-validation, or one nearly as good.
+    """Fit the form of calibrator with the least log-loss in 10-fold cross-validation.
 
-    A smoother form is taken if its loss is within a standard error of the least.
+    A smoother form is preferred if its log-loss is within one standard error of the least.
 
-    Temperature and beta are tried where the scores are log-odds, isotonic regression with at least
-    1,000 rows. With fewer than 20 failures or successes there is nothing to choose by: temperature,
-    or Platt for other scores.
+    Platt scaling is always tried. Temperature scaling and beta calibration are tried if the scores
+    are log-odds, isotonic regression with at least 1,000 rows. With fewer than 20 failures or 20
+    successes nothing is compared: temperature scaling is fitted to log-odds, and Platt scaling to
+    other scores.
 
-    The scores (N,) are finite, higher = more likely wrong; log-odds of failure where the method
-    gives probabilities.
+    Args:
+        score: (N,) finite scores; higher = more likely wrong.
+        failure: (N,) 1 for a failure, 0 for a success.
+        is_log_odds: Whether the scores are log-odds of failure.
 
     Examples:
         >>> import numpy as np
@@ -139,10 +146,11 @@ def fit_calibrator(score: Floats, failure: NDArray[np.int64], *, is_log_odds: bo
 
 
 def _smoothest_good(losses: dict[str, Floats]) -> str:
-    """The first form, of the smoothest first, whose log-loss (N,) is near the least.
+    """The smoothest form whose mean log-loss is within one standard error of the least.
 
-    Near is within a standard error of the mean difference, row by row: what makes a row hard for
-    all forms alike cancels.
+    ``losses`` has the log-losses (N,) of all forms, the smoothest form first. The standard error is
+    that of the mean of differences row by row. Rows that are hard for all forms then add nothing to
+    it.
     """
     least = min(losses.values(), key=np.mean)
     for name, loss in losses.items():
@@ -154,7 +162,7 @@ def _smoothest_good(losses: dict[str, Floats]) -> str:
 
 
 def read_calibrator(value: object) -> Calibrator:
-    """A calibrator from plain JSON."""
+    """Read a calibrator from plain JSON; refuses anything else with a DataError."""
     try:
         calibrator = _READER.validate_python(value)
     except ValidationError as error:
@@ -169,7 +177,7 @@ def read_calibrator(value: object) -> Calibrator:
 
 
 def _require_knots(calibrator: Isotonic) -> None:
-    """Refuse knots without a probability each, or whose scores do not rise."""
+    """Refuse knots whose scores do not rise, or whose number is not that of the probabilities."""
     has_pairs = len(calibrator.score) == len(calibrator.probability)
     falls = bool((np.diff(calibrator.score) <= 0).any())
     if not has_pairs or falls:
@@ -177,7 +185,7 @@ def _require_knots(calibrator: Isotonic) -> None:
 
 
 def _require_weights(calibrator: Logistic) -> None:
-    """Refuse more or fewer weights than the form has features."""
+    """Refuse a number of weights that is not the number of features of the form."""
     features = FORMS[calibrator.form].features(np.zeros(1))
     n_weights = len(calibrator.weights)
     if n_weights != features.shape[1]:
@@ -188,7 +196,7 @@ def _require_weights(calibrator: Logistic) -> None:
 
 
 def _held_out_losses(form: str, score: Floats, failure: NDArray[np.int64]) -> Floats:
-    """(N,) log-loss of every row under a fit without its fold; failures are dealt out evenly."""
+    """(N,) log-loss of every row under a fit to all other folds; they are stratified by failure."""
     rng = np.random.default_rng(0)
     fold = np.empty(len(score), np.int64)
     for kind in (0, 1):
@@ -205,27 +213,31 @@ def _held_out_losses(form: str, score: Floats, failure: NDArray[np.int64]) -> Fl
 
 
 def _fit_isotonic(score: Floats, failure: NDArray[np.int64], counts: dict[str, Any]) -> Isotonic:
-    """Isotonic regression, its ends kept 1 / (N + 2) away from certainty.
+    """Fit an isotonic regression, with probabilities from 1 / (N + 2) to 1 - 1 / (N + 2).
 
-    SciPy's takes half a second to import.
+    It replaces the function of SciPy, whose import takes half a second.
     """
-    value, place, n_rows = np.unique(score, return_inverse=True, return_counts=True)
-    n_wrong = np.bincount(place, failure).astype(np.int64)
+    value, index, n_rows = np.unique(score, return_inverse=True, return_counts=True)
+    n_wrong = np.bincount(index, failure).astype(np.int64)
     rate = _rising_rates(n_wrong, n_rows)
-    certainty = 1 / (len(score) + 2)
-    level = np.clip(rate, certainty, 1 - certainty)
-    rises = np.flatnonzero(np.diff(level))  # of a level stretch its two ends are enough
+    least = 1 / (len(score) + 2)
+    probability = np.clip(rate, least, 1 - least)
+    # a stretch of equal probabilities needs knots only at its two ends
+    rises = np.flatnonzero(np.diff(probability))
     knots = np.unique(np.concatenate([[0, len(value) - 1], rises, rises + 1]))
     return Isotonic(
-        form="isotonic", score=value[knots].tolist(), probability=level[knots].tolist(), **counts
+        form="isotonic",
+        score=value[knots].tolist(),
+        probability=probability[knots].tolist(),
+        **counts,
     )
 
 
 def _rising_rates(n_wrong: NDArray[np.int64], n_rows: NDArray[np.int64]) -> Floats:
-    """(V,) error rates at V scores, ascending, pooled with their neighbours until they rise.
+    """(V,) non-decreasing error rates at V ascending scores, by pooling adjacent violators.
 
-    Pool adjacent violators: the least squares fit that never falls. Every pass pools all stretches
-    at once.
+    The result is the least-squares fit. ``n_wrong`` (V,) and ``n_rows`` (V,) are the counts at the
+    scores. Every pass pools all violators at once.
     """
     wrong = n_wrong
     pooled = n_rows
@@ -235,24 +247,23 @@ def _rising_rates(n_wrong: NDArray[np.int64], n_rows: NDArray[np.int64]) -> Floa
         wrong = np.add.reduceat(wrong, first)
         pooled = np.add.reduceat(pooled, first)
         begins = _begin_pools(wrong, pooled)
-    # from pools to rows, and from rows to scores, by the last row of each
+    # repeat the rate of a pool for its rows; then the last row of every score has its rate
     of_rows = np.repeat(wrong / pooled, pooled)
     return of_rows[np.cumsum(n_rows) - 1]
 
 
 def _begin_pools(wrong: NDArray[np.int64], pooled: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Where a rate is above the one before it; the first one always is."""
-    # multiplied out, w1 / n1 > w0 / n0 is exact in whole numbers
+    """Where a pool begins: the first rate, and every rate above the rate before it."""
+    # the comparison w1 / n1 > w0 / n0 of rates, multiplied by n0 n1, is exact in integers
     rises = wrong[1:] * pooled[:-1] > wrong[:-1] * pooled[1:]
     return np.append(True, rises)
 
 
 # ``form`` is a key of FORMS, or "isotonic"
 def _fit(form: Any, score: Floats, failure: NDArray[np.int64]) -> Calibrator:  # noqa: ANN401
-    """Isotonic regression, or logistic regression without a penalty.
+    """Fit a calibrator of one form: isotonic regression, or logistic regression without a penalty.
 
-    Targets are (N_f + 1) / (N_f + 2) for failures and 1 / (N_s + 2) for successes, which keeps the
-    weights finite where the scores separate them (Platt 1999, Sec. 2.2).
+    The targets of the logistic regression are smoothed (``_smoothed``).
     """
     counts: dict[str, Any] = {"n": len(score), "n_failures": int(failure.sum())}
     if form == "isotonic":
@@ -260,20 +271,21 @@ def _fit(form: Any, score: Floats, failure: NDArray[np.int64]) -> Calibrator:  #
     features = FORMS[form].features(score)
     weights, intercept = _least_log_loss(features, failure, intercept=FORMS[form].intercept)
     falling = np.flatnonzero(np.array(weights) < 0)
-    # the beta form has no falling parts: without the first one, once more (Kull et al.)
+    # Beta calibration has no negative weights: drop the feature of the first one, and fit the
+    # other feature again (Kull et al.).
     if form == "beta" and len(falling):
-        rising = 1 - int(falling[0])  # the form has two parts
+        rising = 1 - int(falling[0])
         refitted, intercept = _least_log_loss(features[:, [rising]], failure, intercept=True)
         weights = [0.0, 0.0]
         weights[rising] = max(refitted[0], 0.0)
     return Logistic(form=form, weights=tuple(weights), intercept=intercept, **counts)
 
 
-@np.errstate(under="ignore")  # what is small beside the others is 0
+@np.errstate(under="ignore")  # an underflow to 0 is exact enough
 def _least_log_loss(
     features: Floats, failure: NDArray[np.int64], *, intercept: bool
 ) -> tuple[list[float], float]:
-    """Weights and constant of a logistic regression without a penalty, on smoothed targets."""
+    """Weights and intercept of a logistic regression without a penalty, on smoothed targets."""
     n_features = features.shape[1]
     scale = np.maximum(np.abs(features).max(axis=0), 1e-12)
     x = np.column_stack([features / scale, np.ones((len(features), int(intercept)))])
@@ -285,7 +297,11 @@ def _least_log_loss(
 
 
 def _smoothed(failure: NDArray[np.int64]) -> Floats:
-    """(N,) targets that keep the weights finite, as in ``_fit``."""
+    """(N,) smoothed targets of a logistic regression (Platt 1999, Sec. 2.2).
+
+    They are (N_f + 1) / (N_f + 2) for the N_f failures and 1 / (N_s + 2) for the N_s successes. The
+    weights then stay finite where the scores separate failures from successes.
+    """
     n_failures = int(failure.sum())
     n_successes = len(failure) - n_failures
     of_failure = (n_failures + 1) / (n_failures + 2)
@@ -301,7 +317,7 @@ def _by_newton(x: Floats, target: Floats) -> Floats:
         p = expit(x @ weights)
         gradient = x.T @ (p - target)
         curvature = x.T @ (x * (p * (1 - p))[:, None])
-        # least squares: a direction without curvature (equal scores) gets no weight
+        # least squares instead of solve: a direction without curvature (equal scores) gets weight 0
         step, *_ = np.linalg.lstsq(curvature, gradient, rcond=None)
         descent = _descend(weights, step, least, x, target)
         if descent is None:
@@ -313,9 +329,9 @@ def _by_newton(x: Floats, target: Floats) -> Floats:
 def _descend(
     weights: Floats, step: NDArray[np.floating], least: float, x: Floats, target: Floats
 ) -> tuple[Floats, float] | None:
-    """The weights after a step, and their log-loss; None where the loss falls no more.
+    """Weights after a Newton step, and their log-loss; None if the loss decreases no further.
 
-    A whole step may go too far, so it is halved until the loss is below the least.
+    A full step may be too long, so it is halved until the loss is below ``least``.
     """
     for halvings in range(12):
         candidate = weights - step / 2**halvings
@@ -326,6 +342,6 @@ def _descend(
 
 
 def _log_loss(weights: Floats, x: Floats, target: Floats) -> float:
-    """Log-loss of all rows, from log-odds: ln(1 + exp(s)) - t s, in which no logarithm is of 0."""
+    """Log-loss summed over all rows, as ln(1 + exp(s)) - t s of log-odds s, which is finite."""
     log_odds = x @ weights
     return float((np.logaddexp(0, log_odds) - target * log_odds).sum())

@@ -1,4 +1,7 @@
-"""Rows of a fit: a few of every class, and a memory of which they were."""
+"""Rows of a fit: choosing a few of every class, and recognising rows of a fit later.
+
+Rows are recognised by hashes of their pictures, embeddings or names (``Identity``).
+"""
 
 from __future__ import annotations
 
@@ -24,12 +27,13 @@ logger = logging.getLogger(__name__)
 
 
 def shots(source: EmbeddingSource, n: int, seed: int = 0) -> Tensor:
-    """Sorted indices of ``n`` random usable labelled rows of every class; all where it has fewer.
+    """Sorted indices of ``n`` random usable labelled rows of every class.
 
-    Rows of none of the classes are not counted by class, so all usable ones stay.
+    Of a class with fewer rows, all rows are taken. All usable rows of none of the classes are taken
+    as well.
 
-    A larger ``n`` only adds rows. Which rows of a class ``seed`` chooses does not depend on the
-    rest of the classes.
+    A larger ``n`` only adds rows. The rows that ``seed`` chooses of one class do not depend on the
+    other classes.
     """
     require_at_least("shots", n, 1)
     if source.pool_size is not None:
@@ -43,51 +47,51 @@ def shots(source: EmbeddingSource, n: int, seed: int = 0) -> Tensor:
     parts = []
     for label in range(source.n_candidates):
         members = rows[target == label]
-        # a generator per class: its order does not depend on the rows of the rest
+        # one generator per class, so that the order does not depend on the rows of other classes
         order = np.random.default_rng([seed, label]).permutation(len(members))
         parts.append(members[order[:n]])
     sizes = [len(part) for part in parts]
     if min(sizes) < n:
-        few = sum(size < n for size in sizes)
+        n_small = sum(size < n for size in sizes)
         warn_caller(
-            f"{few} of {len(sizes)} classes have fewer than {n} labelled rows "
-            f"(the fewest: {min(sizes)}); all of theirs are taken.",
+            f"{n_small} of {len(sizes)} classes have fewer than {n} labelled rows "
+            f"(the fewest: {min(sizes)}); all their rows are taken.",
         )
     of_none = source.usable_rows[source.outside[source.usable_rows]]
     return torch.cat([*parts, of_none]).sort().values
 
 
-SIZE = 1 << 14  # hashes that a predictor keeps of the rows of its fit
-BLOCK = 1 << 20  # rows whose hashes are in memory together
+SIZE = 1 << 14  # maximum number of hashes that a predictor keeps of the rows of its fit
+BLOCK = 1 << 20  # number of rows whose hashes are in memory at the same time
 LARGEST_HASH = np.iinfo(np.int64).max
 
 MAX_SHARED = 0.01
-"""Largest share of rows that two sets may have in common and that are left out.
+"""Largest share of rows that two sets may have in common: these rows are left out.
 
-Real data hold some rows twice; more than that is a mistake.
+Real data contain some rows twice. A larger share is refused, since it is a mistake.
 """
 
-SHOWN = 3
+SHOWN = 3  # number of row names that a message lists
 
 LEARNED_FROM = "It learned from them, so nothing measured on them holds for others."
-"""Why rows of a fit are refused."""
+"""The reason, in messages, why rows of a fit are refused."""
 
 
 @dataclass(frozen=True)
 class RowSketch:
-    """The smallest 63-bit hashes of a set of rows, sorted (a bottom-k sketch), and its size.
+    """Bottom-k sketch of a set of rows: its smallest 63-bit hashes, sorted, and its number of rows.
 
-    Up to 16,384 rows it is exact. Of more it is a uniform sample, as hashes are uniform, and the
-    same row is in the sketch of any set of the same reach: so membership is certain below the
-    largest hash, and unknown above it.
+    Up to 16,384 rows the sketch has all hashes. Of a larger set it is a uniform sample, since
+    hashes are uniform. Whether a row is in the set is then known if the hash of the row is at most
+    the largest hash of the sketch, and unknown otherwise.
     """
 
-    hashes: torch.Tensor
-    n_rows: int
+    hashes: torch.Tensor  # (min(number of different rows, SIZE),) int64, ascending
+    n_rows: int  # of the set, repeats included
 
     @classmethod
     def of(cls, source: EmbeddingSource, by: Identity) -> RowSketch:
-        """Sketch of the rows of a source."""
+        """Sketch of all rows of a source, by the hashes of one kind of identity."""
         hashes = np.empty(0, np.int64)
         for _, block in _hashes(source, by, np.arange(len(source))):
             hashes = np.unique(np.concatenate([hashes, block]))[:SIZE]
@@ -95,16 +99,16 @@ class RowSketch:
 
     @property
     def whole(self) -> bool:
-        """Whether it knows every row of the set, and not a sample."""
+        """Whether the sketch has the hashes of all rows of the set, not of a sample."""
         return self.n_rows <= SIZE or len(self.hashes) < SIZE
 
     @property
     def n_distinct(self) -> int:
-        """How many rows differ; of more than 16,384 estimated, with a standard error of 1 %."""
+        """Number of different rows. Above 16,384 it is an estimate with a standard error of 1 %."""
         if self.whole:
             return len(self.hashes)
-        # the k-th smallest of n uniform hashes lies near k / n of their range; (k - 1) / share is
-        # the unbiased estimate of n (Bar-Yossef et al., RANDOM 2002)
+        # The k-th smallest of n uniform hashes lies near k / n of their range. With that share of
+        # the range, (k - 1) / share is the unbiased estimate of n (Bar-Yossef et al., RANDOM 2002).
         share = self.hashes[-1].item() / LARGEST_HASH
         return min(round((SIZE - 1) / share), self.n_rows)
 
@@ -113,22 +117,22 @@ class RowSketch:
         return RowSketch(hashes[:SIZE], self.n_rows + other.n_rows)
 
     def overlap(self, source: EmbeddingSource, by: Identity, rows: NDArray[np.int64]) -> Overlap:
-        """Those of some ``rows`` (M,) of a source that are in the set."""
+        """Find which of the ``rows`` (M,) of a source are in the set."""
         shared = np.zeros(len(rows), np.bool_)
         n_comparable = 0
-        reach = LARGEST_HASH
+        largest_known = LARGEST_HASH
         if not self.whole:
-            reach = int(self.hashes[-1])
+            largest_known = int(self.hashes[-1])
         for part, block in _hashes(source, by, rows):
             shared[part] = np.isin(block, self.hashes.numpy())
-            n_comparable += int(np.count_nonzero(block <= reach))
+            n_comparable += int(np.count_nonzero(block <= largest_known))
         return Overlap(shared & _marked(source, by)[rows], n_comparable, self.whole)
 
 
 def _hashes(
     source: EmbeddingSource, by: Identity, rows: NDArray[np.int64]
 ) -> Iterator[tuple[slice, NDArray[np.int64]]]:
-    """A slice of the rows, and their hashes, block by block."""
+    """Yield block by block: the slice of a block within the rows, and the hashes of the block."""
     for start in range(0, len(rows), BLOCK):
         identities = source.identities(by, rows[start : start + BLOCK])
         block = identities & np.uint64(LARGEST_HASH)  # torch has no unsigned 64-bit integers
@@ -136,9 +140,9 @@ def _hashes(
 
 
 def _marked(source: EmbeddingSource, by: Identity) -> NDArray[np.bool_]:
-    """(N,) rows that have a mark of their own.
+    """(N,) whether the identity of a row distinguishes it from other rows.
 
-    All rows that are not usable have one and the same embedding, so by it nothing is recognised.
+    All rows without a usable embedding have the same embedding, so it identifies none of them.
     """
     if by == "embeddings":
         return np.isin(source.status, (VALID, SHORT_POOL))
@@ -149,15 +153,15 @@ def _marked(source: EmbeddingSource, by: Identity) -> NDArray[np.bool_]:
 class Overlap:
     """Which rows of a source are in another set, as far as that is known."""
 
-    shared: NDArray[np.bool_]  # (N,) bool, those that are known to be
-    n_comparable: int  # rows of which it is known
-    whole: bool = True  # whether all of the other set is known
+    shared: NDArray[np.bool_]  # (N,) whether a row is known to be in the other set
+    n_comparable: int  # number of rows of which it is known whether they are in the other set
+    whole: bool = True  # whether all rows of the other set are known, not a sample
 
     def __len__(self) -> int:
         return int(np.count_nonzero(self.shared))
 
     def in_words(self, what: str = "rows") -> str:
-        """How many, in words."""
+        """Phrase for a message, such as "3 of 200 rows"."""
         return counted(len(self), len(self.shared), what, whole=self.whole)
 
     def unshared(
@@ -168,9 +172,9 @@ class Overlap:
         remedy: str,
         then: str = "they are left out",
     ) -> NDArray[np.bool_]:
-        """(N,) the rows of the source that are not shared.
+        """(N,) bool: the rows of the source that are not shared. Warns if some are shared.
 
-        It warns of those that are, with some of their keys.
+        The warning names some of the shared rows and ends with ``then``.
 
         Raises:
             DataError: If more than 1 % of the rows are shared.
@@ -191,7 +195,7 @@ class Overlap:
 
 
 def counted(n: int, n_rows: int, what: str, *, whole: bool) -> str:
-    """So many of the rows, in words."""
+    """Phrase for a message, such as "3 of 200 rows"; "at least" where a sample was compared."""
     count = f"{n} of {n_rows} {what}"
     if whole:
         return count
@@ -199,25 +203,26 @@ def counted(n: int, n_rows: int, what: str, *, whole: bool) -> str:
 
 
 Sketches = Mapping[Identity, RowSketch]
-"""What a set of rows is recognised by; empty where nothing is known of them."""
+"""Sketches of one set of rows by kind of identity; empty where no rows are known."""
 
 
 def sketch(source: EmbeddingSource) -> Sketches:
-    """Sketches of all that the rows of a source can be recognised by."""
+    """Sketches of the rows of a source, one for every kind of identity that they have."""
     return {by: RowSketch.of(source, by) for by in source.identified_by}
 
 
-FEWER = 0.05
-"""Share of rows that has to be repeated before an estimate shows it.
+MAX_ESTIMATED_REPEATS = 0.05
+"""Largest share of repeated rows without a warning, where the share is estimated from a sample.
 
-It is five standard errors of that estimate.
+It is five standard errors of the estimate.
 """
 
 
 def warn_of_repeats(source: EmbeddingSource, sketches: Sketches) -> None:
-    """Say how many pictures, or image-caption pairs, there are where many rows are repeats.
+    """Warn if more than 1 % of the training rows are repeats; 5 % where that is an estimate.
 
-    Many is more than 1 % of the rows, or 5 % where that is an estimate.
+    The warning reports the number of different pictures, or of different image-caption pairs. Rows
+    that are recognised by their names alone are not checked.
     """
     by = source.identified_by[0]
     if by == "names":
@@ -226,33 +231,33 @@ def warn_of_repeats(source: EmbeddingSource, sketches: Sketches) -> None:
     n_rows = known.n_rows
     n_distinct = known.n_distinct
     is_marked = _marked(source, by)
-    if not is_marked.all():  # all rows without a mark have one hash
+    if not is_marked.all():  # the rows without a usable embedding share one hash: leave them out
         n_rows = int(is_marked.sum())
         n_distinct -= 1
-    few = MAX_SHARED
+    max_repeats = MAX_SHARED
     about = ""
     if not known.whole:
-        few = FEWER
+        max_repeats = MAX_ESTIMATED_REPEATS
         about = "about "
-    if n_distinct >= (1 - few) * n_rows:
+    if n_distinct >= (1 - max_repeats) * n_rows:
         return
     what = "pictures"
     if source.pool_size is not None:
         what = "image-caption pairs"
     logger.warning(
-        "different %s among the %s training rows: %s%s. The others stand more than once, and each "
-        "counts as often as it stands. Leave out the repeats, unless they are meant as weights.",
-        what,
+        "the %s training rows have only %s%s different %s: the other rows are repeats. The fit "
+        "counts every repeat. Leave out the repeats, unless they are meant as weights.",
         f"{n_rows:,}",
         about,
         f"{n_distinct:,}",
+        what,
     )
 
 
 def join(first: Sketches, second: Sketches) -> Sketches:
-    """Sketches of two sets together, by what both are recognised by.
+    """Sketches of the union of two sets, for the kinds of identity that both sets have.
 
-    Where that is nothing, each set is recognised by what it is alone.
+    If they have none in common, the sketches of each set alone are returned.
     """
     common = first.keys() & second.keys()
     if not common:
@@ -263,11 +268,12 @@ def join(first: Sketches, second: Sketches) -> Sketches:
 def common_identity(
     first: Collection[Identity], second: Collection[Identity], names: tuple[str, str]
 ) -> Identity | None:
-    """The best of what rows of two sets of these ``names`` can be compared by.
+    """The most reliable kind of identity that both sets have; None if they have none in common.
 
-    A line is logged where that is their names.
+    ``names`` are the names of the two sets in the message that is logged if rows can be compared by
+    their names alone.
     """
-    identities: tuple[Identity, ...] = get_args(Identity)  # the best first
+    identities: tuple[Identity, ...] = get_args(Identity)  # the most reliable one first
     common = [by for by in identities if by in first and by in second]
     if not common:
         return None
@@ -282,10 +288,10 @@ def common_identity(
 
 
 def scored_of(data: EmbeddingSource, fresh: NDArray[np.bool_]) -> Tensor | None:
-    """Usable rows (S,) of those that are ``fresh`` (N,).
+    """Indices (S,) of the usable rows among those that are ``fresh`` (N,) bool.
 
-    They alone are scored, so that the rest does not change their blocks. None with captions, whose
-    rows keep the pools of all.
+    Only these rows are scored, so that other rows do not change how they are divided into blocks.
+    None for image-caption pairs: their pools are made of all rows, so all rows are scored.
     """
     if data.pool_size is not None:
         return None
@@ -296,7 +302,10 @@ def scored_of(data: EmbeddingSource, fresh: NDArray[np.bool_]) -> Tensor | None:
 def overlap(
     first: EmbeddingSource, second: EmbeddingSource, names: tuple[str, str]
 ) -> Overlap | None:
-    """The rows of the second source that are in the first; None where nothing tells."""
+    """Find the rows of the second source that are in the first; None if they are not comparable.
+
+    ``names`` are the names of the two sources in messages.
+    """
     by = common_identity(first.identified_by, second.identified_by, names)
     if by is None:
         return None
@@ -305,50 +314,53 @@ def overlap(
 
 
 def one_per_picture(picture: NDArray[np.int64], failure: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Indices (M,), ascending, of one row of every picture (N,): a wrong one where there is one.
+    """Ascending indices (M,) of one row for every picture, a failure if the picture has one.
 
-    Rows whose picture is not known (-1) are pictures of their own.
+    Args:
+        picture: (N,) identity of the picture of every row. Every row with an unknown picture (-1)
+            counts as a picture of its own.
+        failure: (N,) 1 where the answer is wrong.
     """
     alone = np.flatnonzero(picture == UNKNOWN)
     known = np.flatnonzero(picture != UNKNOWN)
-    # the last key sorts first: by picture, then wrong rows before right ones, then by index
+    # np.lexsort sorts by its last key first: by picture, then failures before others, then by index
     order = known[np.lexsort((known, failure[known] != 1, picture[known]))]
     _, first = np.unique(picture[order], return_index=True)
     return np.sort(np.concatenate([alone, order[first]]))
 
 
-SIMILARITY_ROWS = 100
+SIMILARITY_ROWS = 100  # usable rows that ``similarity_range`` reads
 
 
 def similarity_range(data: EmbeddingSource) -> tuple[float, float]:
-    """Mean and standard deviation of the largest cosine of a row with a candidate.
+    """Mean and standard deviation, over the first 100 usable rows, of their largest cosine.
 
-    They are over the first 100 usable rows.
+    The largest cosine of a row is that with its nearest candidate.
     """
     rows = data.usable_rows[: max(SIMILARITY_ROWS, data.pool_size or 0)]
     batch = next(data.batches(SIMILARITY_ROWS, rows=rows))
     best = (batch.image @ batch.text.T).amax(dim=1)
-    least = 1e-3 * math.sqrt(len(best))  # of rows that are all alike the deviation would be zero
-    deviation = least
+    min_deviation = 1e-3 * math.sqrt(len(best))  # equal rows have a standard deviation of zero
+    deviation = min_deviation
     if len(best) > 1:
-        deviation = max(float(best.std()), least)
+        deviation = max(float(best.std()), min_deviation)
     return float(best.mean()), deviation
 
 
-DIRECTIONS = 8
+DIRECTIONS = 8  # number of random projections in the sketch of the candidate texts
 SAME_CANDIDATES = 0.02
-"""How far two sketches of the same texts may be apart.
+"""Largest difference between two sketches of the same candidate texts.
 
-bfloat16 moves a sketch by less, another template by ten times it.
+Rounding to bfloat16 changes a sketch by less, another prompt template by ten times as much.
 """
 
 
 def candidates_of(data: EmbeddingSource) -> dict[str, Any]:
-    """What the images choose from, as plain JSON.
+    """Describe the candidates of the images, as plain JSON.
 
-    It is how many candidates there are, the hash of their names, and a sketch of their texts: the
-    mean text in eight fixed random directions, blind to the order of the candidates, and to
-    rounding. Of captions there is the size of their pools alone.
+    The description has the number of candidates, the hash of their names, and a sketch of their
+    texts. The sketch is the mean text vector in eight fixed random directions, rounded; it does not
+    depend on the order of the candidates. Of captions only the size of the pools is described.
     """
     if data.pool_size is not None:
         return {"pool_size": data.pool_size}
@@ -363,9 +375,9 @@ def candidates_of(data: EmbeddingSource) -> dict[str, Any]:
 
 
 def same_candidates(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
-    """Whether two of ``candidates_of`` may be the same.
+    """Whether two descriptions by ``candidates_of`` may be of the same candidates.
 
-    Names count where one of them knows no texts.
+    Their texts are compared, or their names if one description has no texts.
     """
     for size in ("n_candidates", "pool_size"):
         if first.get(size) != second.get(size):
@@ -385,9 +397,10 @@ def same_candidates(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool
 
 
 def warn_of_other_space(data: EmbeddingSource, mean: float, deviation: float) -> None:
-    """Warn where the largest cosines are unlike those of the fit, ``mean`` and ``deviation``.
+    """Warn if the mean largest cosine is more than 4 ``deviation`` from ``mean``, that of the fit.
 
-    Without provenance they are all that shows a foreign space of the same width.
+    For embeddings without provenance there is no other sign that they come from another model of
+    the same width.
     """
     if data.n_candidates < 2 or not len(data.usable_rows):
         return

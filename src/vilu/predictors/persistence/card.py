@@ -1,4 +1,4 @@
-"""The model card of a saved predictor, from plain JSON."""
+"""The model card of a saved predictor, made from plain JSON."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ TAGS = (
     "vision-language-model",
 )
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", re.ASCII)
-MADE_WITH = "Made with vilu "  # before the version, which two cards of one predictor need not share
-MAX_VALUE = 500  # characters of a value that a card shows
+# text before the version of vilu, which may differ between two cards of the same predictor
+MADE_WITH = "Made with vilu "
+MAX_VALUE = 500  # maximum number of characters of a value in a card
 
 SPACE = {
     "backbone": "backbone",
@@ -49,7 +50,7 @@ GUARANTEE = {
 
 
 class Described(Protocol):
-    """What the code knows of a fitted predictor; see ``FailurePredictor``."""
+    """Attributes of a fitted predictor that the card describes; see ``FailurePredictor``."""
 
     summary: ClassVar[str]
     reference: ClassVar[str]
@@ -59,15 +60,15 @@ class Described(Protocol):
 
     @property
     def columns_to_score(self) -> tuple[str, ...]:
-        """What it looks at beside the embeddings."""
+        """Columns that the score uses beside the embeddings."""
 
 
 def model_card(
     description: Mapping[str, Any], method: Described, risk: Mapping[str, Any] | None = None
 ) -> str:
-    """The card of a ``predictor.json`` and perhaps a ``risk.json``.
+    """The card of a ``predictor.json``, with the guarantee of a ``risk.json`` where there is one.
 
-    Whatever names contain, the header is YAML.
+    The header is valid YAML, whatever characters the names contain.
     """
     space = description["space"] or {}
     notes = description["notes"]
@@ -93,7 +94,7 @@ def model_card(
 
 
 def parameter_facts(parameters: Mapping[str, Any]) -> list[str]:
-    """All but the seed, which stands with the fit."""
+    """A line for every parameter except the seed, which is in the section of the fit."""
     lines = []
     for name, value in parameters.items():
         if name != "seed":
@@ -102,7 +103,7 @@ def parameter_facts(parameters: Mapping[str, Any]) -> list[str]:
 
 
 def header(backbone: str | None, method: str) -> str:
-    """The YAML block; its values are JSON in ASCII, which YAML is a superset of."""
+    """The YAML block. Its values are JSON in ASCII, which is valid YAML."""
     entries = {
         "library_name": "vilu",
         "license": "unknown",
@@ -114,7 +115,7 @@ def header(backbone: str | None, method: str) -> str:
 
 
 def hub_id(backbone: str | None) -> str | None:
-    """ORG/NAME of a backbone on the model hub; None where its spec does not tell."""
+    """ORG/NAME of a backbone on the model hub; None where the backbone does not show it."""
     spec = backbone or ""
     for name, model in named_backbones().items():
         if spec in {name, f"open_clip:{model.open_clip}"}:
@@ -129,7 +130,7 @@ def hub_id(backbone: str | None) -> str | None:
 
 
 def fit_facts(notes: Mapping[str, Any], method: Described) -> list[str]:
-    """Rows, failures, candidates."""
+    """Lines on the rows, failures and candidates of the fit."""
     if not method.needs_fit:
         return ["- nothing is learned from labels", *facts(notes, FIT)]
     lines = facts(notes, FIT)
@@ -141,7 +142,7 @@ def fit_facts(notes: Mapping[str, Any], method: Described) -> list[str]:
 
 
 def guarantee(risk: Mapping[str, Any] | None) -> list[str]:
-    """What a calibration guarantees."""
+    """Lines on the guarantee of a calibration."""
     if risk is None:
         return [
             "- none: `vilu calibrate` was not run on this predictor, so no threshold comes with it"
@@ -155,7 +156,7 @@ def guarantee(risk: Mapping[str, Any] | None) -> list[str]:
 
 
 def usage(space: Mapping[str, Any], notes: Mapping[str, Any], method: Described) -> list[str]:
-    """Commands."""
+    """Commands that get the predictor and score images with it."""
     options = ["--backbone", shlex.quote(printable(space.get("backbone") or "BACKBONE"))]
     if space.get("precision") == "bf16":
         options += ["--precision", "bf16"]
@@ -177,7 +178,7 @@ def usage(space: Mapping[str, Any], notes: Mapping[str, Any], method: Described)
 def limits(
     notes: Mapping[str, Any], method: Described, risk: Mapping[str, Any] | None
 ) -> list[str]:
-    """What it does not say."""
+    """Sentences on the limits of the predictor."""
     sentences = [
         "It says nothing about other backbones, weights, preprocessing or logit scales; "
         "vilu refuses them."
@@ -212,12 +213,12 @@ def limits(
 
 
 def section(title: str, lines: Iterable[str]) -> str:
-    """A heading and what stands below."""
+    """A heading, with lines below it."""
     return f"## {title}\n\n" + "\n".join(lines)
 
 
 def facts(values: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
-    """A line for each of the named values that is known."""
+    """One line for every value that is known, by its key in ``names``."""
     lines = []
     for key, name in names.items():
         if values.get(key) is not None:
@@ -226,16 +227,16 @@ def facts(values: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
 
 
 def without_made_with(card: bytes) -> bytes:
-    """A card without the version of vilu that made the predictor."""
+    """The card without the version of vilu that made the predictor."""
     return re.sub(MADE_WITH.encode() + rb"`[^`\n]*`", b"", card, count=1)
 
 
 def code(value: object) -> str:
-    """A code span that shows any text, or other JSON, as it is on one line."""
+    """A code span on one line that shows a text, or other JSON, unchanged."""
     text = printable(value if isinstance(value, str) else json.dumps(value))
     if len(text) > MAX_VALUE:
         text = f"{text[:MAX_VALUE]} ..."
-    # the fence is longer than every run of backticks inside, and kept off them by a space
+    # the fence has more backticks than any run of backticks in the text; a space separates them
     fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
     is_blank = not text.strip()
     if is_blank or text[0] in "` " or text[-1] in "` ":
@@ -244,5 +245,5 @@ def code(value: object) -> str:
 
 
 def plain(text: str) -> str:
-    """Text of ours in Markdown: signs that would format it are escaped."""
+    """Text as Markdown, with all characters escaped that would format it."""
     return re.sub(r"([\\`*_<>\[\]|])", r"\\\1", text)

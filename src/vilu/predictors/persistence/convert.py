@@ -1,4 +1,4 @@
-"""Checkpoints of the reference implementation to predictors, without executing anything in them."""
+"""Conversion of checkpoints of the reference implementation, without executing their content."""
 
 from __future__ import annotations
 
@@ -27,15 +27,16 @@ from vilu.validation import checked
 def convert_official(
     path: str | Path, logit_scale: float = 100.0, *, embed_dim: int | None = None
 ) -> HeadPredictor:
-    """A ``ViLU`` or ``LVU`` with the weights of a released checkpoint.
+    """Make a ``ViLU`` or ``LVU`` with the weights of a released checkpoint.
 
-    The reference head gives a confidence logit; ours, its negative, is the failure logit, so the
-    last layer changes sign. Projections that never left a multiple of the identity were frozen in
-    training, where the reference passes embeddings through unprojected (while weight decay shrinks
-    the unused matrix): they become the identity.
+    The output of the reference head is a confidence logit. The output of our head is a failure
+    logit, its negative, so the sign of the last layer is changed.
 
-    The file is a pickle. It is read with torch's restricted unpickler, which besides tensors may
-    build numpy scalars (allowed here by name, since the released files hold some) and nothing else.
+    A projection that is a multiple of the identity was frozen in training. The reference then does
+    not use the projection, while weight decay shrinks its matrix. It is replaced by the identity.
+
+    The file is a pickle. The restricted unpickler of torch reads it and makes only tensors and
+    numpy scalars. The released files contain numpy scalars, so these are allowed by name.
 
     Args:
         path: A checkpoint with the key ``state_dict``, or a bare state dict.
@@ -44,8 +45,8 @@ def convert_official(
             attention.
 
     Raises:
-        DataError: If the file asks for anything else to be built, or its weights are not those of a
-            known head.
+        DataError: If the file contains any other object, or its weights are not those of a known
+            head.
 
     Examples:
         >>> import tempfile, pathlib, torch, vilu
@@ -77,13 +78,13 @@ DAMAGE = (
     MemoryError,
     pickle.UnpicklingError,
 )
-"""What torch raises on such files, and what tensors of any shape lead to."""
+"""Errors that torch raises on damaged files and on tensors of unexpected shapes."""
 
 
 def _head(
     weights: dict[str, Tensor], path: str | Path, logit_scale: float, embed_dim: int | None
 ) -> HeadPredictor:
-    """The predictor of these weights."""
+    """The predictor with the ``weights`` of the checkpoint at ``path``."""
     layers = _layers(weights, path)
     projection = weights.get("in_proj_t.weight")
     width = weights["mlp.0.weight"].shape[1]
@@ -112,7 +113,7 @@ def _head(
 
 
 def _layers(weights: dict[str, Tensor], path: str | Path) -> list[str]:
-    """Names of the layers of the perceptron, in their order."""
+    """Names of the layers of the perceptron, from the first to the last."""
     layers = []
     for name in weights:
         if re.fullmatch(r"mlp\.\d+\.weight", name):
@@ -126,9 +127,10 @@ def _layers(weights: dict[str, Tensor], path: str | Path) -> list[str]:
 
 
 def renamed(weights: dict[str, Tensor], layers: list[str], parts: list[str]) -> dict[str, Tensor]:
-    """Our names: a matrix per part of the first layer's input.
+    """The weights by the names of our head, which has one first matrix for every part of the input.
 
-    The sign of the last layer is turned: theirs says how likely the answer is right.
+    The sign of the last layer is changed, since the reference head predicts that the answer is
+    right.
     """
     signs = [1] * (len(layers) - 1) + [-1]
     blocks = weights[f"{layers[0]}.weight"].float().chunk(len(parts), dim=1)
@@ -147,7 +149,7 @@ def renamed(weights: dict[str, Tensor], layers: list[str], parts: list[str]) -> 
 
 
 def thawed(projection: Tensor) -> Tensor:
-    """The identity for a multiple of it (a projection that was frozen), else the projection."""
+    """The identity if the projection is a multiple of it, so was frozen; else the projection."""
     identity = torch.eye(len(projection), dtype=projection.dtype)
     was_frozen = torch.equal(projection, identity * projection[0, 0])
     return identity if was_frozen else projection
@@ -155,8 +157,8 @@ def thawed(projection: Tensor) -> Tensor:
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint's state dict, by name."""
-    # numpy scalars are written under the module's old or new name, depending on the numpy that
-    # wrote them.
+    # the module of numpy scalars has an old and a new name, depending on the version of numpy that
+    # wrote the file
     scalar = cast("Callable[..., Any]", np.float64(0).__reduce__()[0])
     allowed: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
         (scalar, "numpy.core.multiarray.scalar"),

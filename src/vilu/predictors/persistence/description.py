@@ -1,4 +1,4 @@
-"""What a saved predictor says of itself: ``predictor.json``, beside its weights and a card."""
+"""The description of a saved predictor, ``predictor.json``, beside its weights and its card."""
 
 from __future__ import annotations
 
@@ -48,14 +48,15 @@ from vilu.predictors.persistence.files import (
     WEIGHTS,
 )
 
-NOT_SAVED = {"device"}  # belongs to the machine, not to the predictor
+NOT_SAVED = {"device"}  # parameters that depend on the machine
 SEEN_BY: dict[Identity, str] = {
     "pictures": "seen.pictures",
     "embeddings": "seen.embeddings",
     "names": "seen",
 }
-"""Tensors of the hashes of rows."""
-FINGERPRINT = "fingerprint"  # the key of the digest of ``predictor.json``, and of the fingerprint
+"""Names of the tensors with the hashes of rows, by kind of identity."""
+# In the file, this key has the digest of ``predictor.json``. Read back, it has the fingerprint.
+FINGERPRINT = "fingerprint"
 REFIT = "Run `vilu fit` again"
 RECALIBRATE = "Run `vilu calibrate` again"
 
@@ -66,11 +67,11 @@ class SavedSample(Protocol):
     """A sample of the images of a fit: see ``FitSample``."""
 
     def save(self, folder: Path, weights_sha256: str) -> None:
-        """Write it, bound to the weights of its fit."""
+        """Write the sample to a folder, with the hash of the weights of its fit."""
 
 
 class Saved(Parametrised, Described, Protocol):
-    """What is written of a predictor."""
+    """The attributes of a predictor that are saved."""
 
     space_: EmbeddingSpace | None
     similarity_: tuple[float, float] | None
@@ -83,23 +84,22 @@ class Saved(Parametrised, Described, Protocol):
         """A sample of the images of the fit."""
 
     def state(self) -> dict[str, Tensor]:
-        """Everything learned."""
+        """Everything that the fit learned."""
 
     def take(self, tensors: dict[str, Tensor], space: EmbeddingSpace | None) -> None:
-        """Hold what was learned."""
+        """Store learned tensors; refuses tensors of the wrong names, types or shapes."""
 
 
 def save(predictor: Saved, folder: str | Path) -> str:
     """Write a predictor to a folder and return its fingerprint.
 
-    Weights go first and ``predictor.json``, which holds their hash, last: a folder torn by a crash
-    is refused. The card between them says nothing of a calibration: what lies in the folder was
-    made for another fit (``write_card``), and goes with that fit. Files that are not a predictor's
-    are never touched.
+    The weights are written first. ``predictor.json`` holds their hash and is written last, so a
+    folder that a crash left incomplete is refused. The new card reports no guarantee: a calibration
+    in the folder was made for the previous predictor, and is removed unless the same fit is saved
+    again. Files that do not belong to a predictor are never changed.
 
     Raises:
-        UsageError: If the parameters are no longer those of the fit, so that the file could not be
-            loaded.
+        UsageError: If parameters were changed after the fit, so that the file could not be loaded.
     """
     try:
         dataclasses.replace(predictor).take(predictor.state(), predictor.space_)
@@ -127,7 +127,7 @@ def save(predictor: Saved, folder: str | Path) -> str:
 
 
 def _write_sample(path: Path, sample: SavedSample | None, weights_sha256: str) -> None:
-    """Put the sample of this fit there, or take away that of another one."""
+    """Write the sample of this fit; without a sample, remove that of an earlier fit."""
     if sample is not None:
         sample.save(path, weights_sha256)
         return
@@ -136,9 +136,10 @@ def _write_sample(path: Path, sample: SavedSample | None, weights_sha256: str) -
 
 
 def claim(folder: str | Path, *, same: bool = False) -> None:
-    """Refuse a folder with anything but a predictor.
+    """Refuse a folder with files that do not belong to a predictor.
 
-    Where the ``same`` fit lies, only what stands in the way is refused.
+    If it holds the ``same`` fit, only such a file that has the name of a file of a predictor is
+    refused.
     """
     names = {PREDICTOR, WEIGHTS, CARD, RISK, ROWS, LOOKS, VOCABULARY, SAMPLE}
     claim_folder(
@@ -150,7 +151,7 @@ def claim(folder: str | Path, *, same: bool = False) -> None:
 
 
 def _drop_calibration(path: Path) -> None:
-    """Take away, and say so, what vouches for another predictor than the one to lie here."""
+    """Remove the calibration of the predictor that is replaced, with a warning."""
     stale = [name for name in (RISK, ROWS, LOOKS, VOCABULARY) if (path / name).exists()]
     with or_refuse(f"remove the old calibration in {path}"):
         for name in stale:
@@ -164,14 +165,12 @@ def _drop_calibration(path: Path) -> None:
 
 
 def _fit(description: dict[str, Any]) -> dict[str, Any]:
+    """The description without the calibrator, the fingerprint and the version of vilu."""
     return without_version(description, "calibrator", FINGERPRINT)
 
 
 def fit_of(path: Path) -> dict[str, Any] | None:
-    """What a ``predictor.json`` says but for its calibration.
-
-    None where it is damaged or absent.
-    """
+    """The content of ``predictor.json`` without its calibration; None if damaged or missing."""
     if not path.is_file():
         return None
     try:
@@ -182,9 +181,10 @@ def fit_of(path: Path) -> dict[str, Any] | None:
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a file is one of a predictor's: by its name and what it says.
+    """Whether a file belongs to a predictor.
 
-    Or it is damaged, and lies beside one that says it.
+    It does if its name and its content are those of a file of a predictor. A damaged file with such
+    a name belongs to a predictor if the description or the weights beside it do.
     """
     if not path.is_file():
         return False
@@ -200,6 +200,7 @@ def is_ours(path: Path) -> bool:
 
 
 def _says_ours(path: Path) -> bool:
+    """Whether the content of a file is that of the file of this name of a predictor."""
     try:
         with or_refuse(f"read {path}"), path.open("rb") as handle:
             if path.name in {VOCABULARY, WEIGHTS, SAMPLE}:
@@ -221,7 +222,7 @@ def _says_ours(path: Path) -> bool:
 
 
 def _holds_ours(name: str, header: dict[str, Any]) -> bool:
-    """Whether a file of tensors is one of ours, by its header."""
+    """Whether a file of tensors belongs to a predictor, by its name and its header."""
     keys = {VOCABULARY: VOCABULARY_KEY, SAMPLE: SAMPLE_KEY}
     if name in keys:
         return keys[name] in dict(header.get("__metadata__") or {})
@@ -233,7 +234,7 @@ def _holds_ours(name: str, header: dict[str, Any]) -> bool:
 
 
 def describe(predictor: Saved) -> dict[str, Any]:
-    """Everything about a predictor but its weights, as plain JSON."""
+    """The description of a predictor as plain JSON: everything except its tensors."""
     values = {}
     for name in parameters(predictor):
         if name not in NOT_SAVED:
@@ -257,12 +258,12 @@ def describe(predictor: Saved) -> dict[str, Any]:
 
 
 def seen_tensors(predictor: Saved) -> dict[str, Tensor]:
-    """The hashes of the rows of the fit, by the names under which they are saved."""
+    """The tensors of hashes of the rows of the fit, by their names in the file."""
     return {SEEN_BY[by]: sketch.hashes for by, sketch in predictor.seen_.items()}
 
 
 def take_seen(tensors: dict[str, Tensor], description: dict[str, Any], path: Path) -> Sketches:
-    """The rows of the fit; their hashes are taken out of the saved tensors."""
+    """Sketches of the rows of the fit; their hashes are removed from ``tensors``."""
     n_seen = description["n_seen"]
     sketches = {}
     for by, name in SEEN_BY.items():
@@ -276,19 +277,19 @@ def take_seen(tensors: dict[str, Tensor], description: dict[str, Any], path: Pat
 
 
 def fit_fingerprint(folder: str | Path) -> str:
-    """Hash of a saved fit with its weights and its calibrator, whichever vilu wrote it."""
+    """Hash of a saved predictor with its weights and its calibrator, without the vilu version."""
     return str(read_description(Path(folder) / PREDICTOR)[FINGERPRINT])
 
 
 def write_card(
     path: Path, description: dict[str, Any], predictor: Saved, risk: dict[str, Any] | None
 ) -> None:
-    """The card, with the guarantee of a calibration."""
+    """Write the card, with the guarantee of a calibration where there is a ``risk``."""
     write_text(path / CARD, model_card(description, predictor, risk))
 
 
 class _Notes(BaseModel):
-    """What is computed with of what a fit leaves."""
+    """The notes of a fit that are used in computations; all other notes are for people."""
 
     n_train: int | None = Field(default=None, ge=0)
     n_failures: int | None = Field(default=None, ge=0)
@@ -301,7 +302,7 @@ class _Home(BaseModel):
 
 
 class _Description(BaseModel):
-    """What ``predictor.json`` has to say."""
+    """Keys and types of ``predictor.json``; other keys are allowed."""
 
     model_config = ConfigDict(strict=True)
 
@@ -318,9 +319,10 @@ class _Description(BaseModel):
 
 
 def read_description(path: Path) -> dict[str, Any]:
-    """``predictor.json`` with its digest, its schema and the types of its values checked.
+    """Read ``predictor.json`` and check its digest, its schema and the types of its values.
 
-    In place of the digest, its key holds the fingerprint: the same without the version of vilu.
+    In the result the key of the digest holds the fingerprint, a digest that does not depend on the
+    version of vilu.
     """
     if not path.is_file():
         raise DataError(f"no predictor here: {path} does not exist. Make one with `vilu fit`.")
@@ -333,7 +335,7 @@ def read_description(path: Path) -> dict[str, Any]:
 
 
 def home_of(cls: type) -> dict[str, Any]:
-    """Where a class from outside of this package is to be found."""
+    """The package and module of a class, for the description; empty for a class of vilu."""
     package = cls.__module__.partition(".")[0]
     if package == __name__.partition(".")[0]:
         return {}

@@ -1,4 +1,4 @@
-"""The files of a saved predictor, by their names."""
+"""Names of the files of a saved predictor."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ CARD: Final = "README.md"
 
 SAMPLE: Final = "sample.safetensors"
 SAMPLE_KEY: Final = "vilu.sample"
-"""A sample of the images of the fit (``FitSample``), and the key of what it says of itself."""
+"""The file of a sample of the images of the fit (``FitSample``), and the key of its metadata."""
 
 RISK: Final = "risk.json"
 ROWS: Final = "calibration.parquet"
 LOOKS: Final = "looks.json"
-"""The guarantee of a calibration, the rows that it was made from, and how often one looked."""
+"""The guarantee of a calibration, the rows of the calibration, and the count of looks at them."""
 
 VOCABULARY: Final = "vocabulary.safetensors"
 VOCABULARY_KEY: Final = "vilu.vocabulary"
-"""What answers are chosen from (``Vocabulary``), and the key of what the file says of itself."""
+"""The file of the candidate classes (``Vocabulary``), and the key of its metadata."""

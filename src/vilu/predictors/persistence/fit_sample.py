@@ -1,4 +1,4 @@
-"""A sample of the images of a fit, beside the predictor, by which near copies of them are told."""
+"""A sample of the images of a fit, saved with the predictor, to detect near copies of images."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ from vilu.errors import DataError
 from vilu.predictors.persistence.files import SAMPLE, SAMPLE_KEY
 
 MAX_SAMPLE_BYTES: Final = 2_000_000
-"""Of the vectors of a sample: 1,953 rows of width 512."""
+"""Maximum size of the vectors of a sample: 1,953 rows of width 512."""
 
 MAX_FILE_BYTES: Final = MAX_SAMPLE_BYTES + 2**16
-"""Of the file, with what it says of itself."""
+"""Maximum size of the file of a sample, with its metadata."""
 
 STREAM: Final = 0x5A
-"""Set beside the seed, so that drawing a sample changes no other draw of the fit."""
+"""Seeds the generator together with the seed of the fit, so that it differs from all others."""
 
 BLOCK: Final = 4096
-"""Rows whose cosines with the sample are in memory together."""
+"""Number of rows whose cosines with the sample are in memory at the same time."""
 
 
 @dataclass(frozen=True)
 class FitSample:
-    """Unit image vectors (S, D) float16 of random rows of a fit, and of how many rows they are."""
+    """Unit image vectors of S random rows of a fit, and the number of rows of the fit."""
 
-    image: Tensor
-    n_rows: int
+    image: Tensor  # (S, D) float16
+    n_rows: int  # number of rows from which the S rows were drawn
 
     @classmethod
     def draw(cls, sources: Sequence[EmbeddingSource], seed: int) -> FitSample:
-        """Rows of all sources together, each as likely as any other."""
+        """Draw rows from all sources together, with equal probabilities."""
         sizes = [len(source.usable_rows) for source in sources]
         n_rows = sum(sizes)
         width = sources[0].space.embed_dim
@@ -64,7 +64,7 @@ class FitSample:
         return len(self.image) / self.n_rows
 
     def nearest(self, source: EmbeddingSource, rows: Tensor) -> Tensor:
-        """(M,) the largest cosine of each of the ``rows`` with a row of the sample."""
+        """(M,) largest cosine of every one of the ``rows`` with a row of the sample."""
         sample = self.image.float().T
         blocks = []
         for block in rows.split(BLOCK):
@@ -73,32 +73,32 @@ class FitSample:
         return torch.cat(blocks)
 
     def nearest_within(self) -> Tensor:
-        """(S,) the largest cosine of each row of the sample with another one of it."""
+        """(S,) largest cosine of every row of the sample with another row of the sample."""
         image = self.image.float()
         blocks = []
         for start in range(0, len(image), BLOCK):
             cosine = image[start : start + BLOCK] @ image.T
             own = torch.arange(len(cosine))
-            cosine[own, start + own] = -torch.inf
+            cosine[own, start + own] = -torch.inf  # leave out the cosine of a row with itself
             blocks.append(cosine.amax(dim=1))
         return torch.cat(blocks)
 
     def save(self, folder: Path, weights_sha256: str) -> None:
-        """Write it, bound to the weights of its fit, with a digest of all of it."""
-        says = {
+        """Write the sample, with the hash of the weights of its fit and a digest."""
+        facts = {
             "n_rows": self.n_rows,
             "weights_sha256": weights_sha256,
             "image_sha256": tensor_hash(self.image),
         }
-        metadata = {SAMPLE_KEY: plain_json(says | {"digest": digest(says)}).decode()}
+        metadata = {SAMPLE_KEY: plain_json(facts | {"digest": digest(facts)}).decode()}
         write_bytes(folder / SAMPLE, safetensors_torch.save({"image": self.image}, metadata))
 
     @classmethod
     def load(cls, folder: Path, weights_sha256: str) -> FitSample | None:
-        """Read it back; None where there is none.
+        """Load the sample from a folder; None if there is no sample.
 
         Raises:
-            DataError: If it is damaged, or of another fit.
+            DataError: If it is damaged, or was made with another fit.
         """
         path = folder / SAMPLE
         if not path.exists():
@@ -111,21 +111,21 @@ class FitSample:
             )
         try:
             with or_refuse(f"read {path}"), safe_open(path, "pt") as file:
-                says = parse_json((file.metadata() or {})[SAMPLE_KEY].encode())
+                facts = parse_json((file.metadata() or {})[SAMPLE_KEY].encode())
                 image = file.get_tensor("image")
-            sample = cls._checked(says, image)
+            sample = cls._checked(facts, image)
         except (KeyError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
             raise DataError(f"{path} is damaged ({error}). {remedy}.") from error
-        if says["weights_sha256"] != weights_sha256:
+        if facts["weights_sha256"] != weights_sha256:
             raise DataError(f"{path} is of another fit than the weights beside it. {remedy}.")
         return sample
 
     @classmethod
-    def _checked(cls, says: dict[str, Any], image: Tensor) -> FitSample:
-        """The sample, if it is what its metadata say."""
-        seal = says.pop("digest", None)
-        if seal != digest(says) or says["image_sha256"] != tensor_hash(image):
+    def _checked(cls, facts: dict[str, Any], image: Tensor) -> FitSample:
+        """The sample, if its metadata ``facts`` describe it; otherwise a ValueError."""
+        seal = facts.pop("digest", None)
+        if seal != digest(facts) or facts["image_sha256"] != tensor_hash(image):
             raise ValueError("its content is not what its digest says")
-        if image.dtype != torch.float16 or image.ndim != 2 or not 0 < len(image) <= says["n_rows"]:
+        if image.dtype != torch.float16 or image.ndim != 2 or not 0 < len(image) <= facts["n_rows"]:
             raise ValueError(f"it holds {image.dtype} of shape {tuple(image.shape)}")
-        return cls(image, says["n_rows"])
+        return cls(image, facts["n_rows"])

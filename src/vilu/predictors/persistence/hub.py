@@ -1,4 +1,4 @@
-"""Predictors on a model hub, and in folders made for it."""
+"""Copying predictors to and from a model hub, or a folder that serves as a hub."""
 
 from __future__ import annotations
 
@@ -69,14 +69,17 @@ FILES = {
     VOCABULARY: 1 << 30,
     SAMPLE: MAX_FILE_BYTES,
 }
-"""All that is shared of a predictor's folder, with the most bytes of each; no pickle, no code."""
+"""Files of a predictor that are copied, with their maximum sizes in bytes.
+
+None of them is a pickle or code.
+"""
 
 
 @contextmanager
 def beside(target: Path) -> Iterator[Path]:
-    """An empty folder next to ``target``, gone after the block.
+    """Give an empty folder next to ``target``, which is removed after the block.
 
-    Where all went well, what kills left of others is gone, too.
+    After a block without an error, such folders of processes that were killed are removed as well.
     """
     folder = make_folder(
         target.with_name(f".{target.name}.{host_hash()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
@@ -98,9 +101,9 @@ def copy_files(
     cache: Path | None = None,
     without: frozenset[str] = frozenset(),
 ) -> str:
-    """Copy what ``FILES`` names into an empty folder, load it once, and return its fingerprint.
+    """Copy ``FILES`` of a predictor into an empty folder and load it; returns the fingerprint.
 
-    No link is followed, but for those in the hub's ``cache`` that lead to a file of that folder.
+    Symbolic links are refused, except for links in the ``cache`` of the hub to files in that cache.
     """
     if not source.exists():
         raise UsageError(f"{source} does not exist.")
@@ -128,18 +131,19 @@ def copy_files(
 
 
 class _Entered(NamedTuple):
-    """A folder that stays the same one, whatever takes its place during the copy."""
+    """An open folder: files are opened in it even if its path is replaced during the copy."""
 
     path: Path
-    descriptor: int | None  # None on Windows, which opens no file below one
+    descriptor: int | None  # None on Windows, which cannot open files relative to a descriptor
 
     def place(self, name: str) -> str:
-        """What ``os`` calls an entry, beside the descriptor."""
+        """Path of an entry for functions of ``os`` that get the descriptor as ``dir_fd``."""
         return str(self.path / name) if self.descriptor is None else name
 
 
 @contextmanager
 def _entered(folder: Path) -> Iterator[_Entered]:
+    """Open a folder for the block."""
     if os.name == "nt":
         yield _Entered(folder, None)
         return
@@ -150,7 +154,8 @@ def _entered(folder: Path) -> Iterator[_Entered]:
         os.close(descriptor)
 
 
-# A link is not followed, a pipe is not waited for, and bytes are bytes: systems lack one or another
+# Flags to open a file: do not follow a link, do not wait for a pipe, do not convert line ends.
+# A flag is 0 on a system that lacks it.
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _NO_WAIT = getattr(os, "O_NONBLOCK", 0)
 _BINARY = getattr(os, "O_BINARY", 0)
@@ -158,7 +163,12 @@ _AS_IT_IS = os.O_RDONLY | _NO_FOLLOW | _NO_WAIT | _BINARY
 
 
 def _open_file(folder: _Entered, name: str, cache: Path | None) -> int | None:
-    """Descriptor of a file of a folder, if there is one; it is no link but within the cache."""
+    """Descriptor of a file of a folder; None if it does not exist.
+
+    Raises:
+        UsageError: If it is a symbolic link, except for a link to a file in the ``cache``.
+        DataError: If it is no regular file.
+    """
     path = folder.path / name
     place = folder.place(name)
     try:
@@ -176,7 +186,7 @@ def _open_file(folder: _Entered, name: str, cache: Path | None) -> int | None:
 
 
 def _inside(link: Path, cache: Path | None) -> str:
-    """Where a link of the hub's cache leads; UsageError if that is not in the cache."""
+    """Target of a link in the cache of the hub; UsageError if it is not in the cache."""
     if cache is None:
         raise UsageError(
             f"{link} is a symbolic link, so it could be anything on this machine. Copy the file."
@@ -191,7 +201,7 @@ def _inside(link: Path, cache: Path | None) -> str:
 
 
 def require_size(name: str, size: int, limit: int) -> None:
-    """Refuse a file that no predictor has."""
+    """Refuse a file that is larger than this file of a predictor can be."""
     if size > limit:
         raise DataError(
             f"{name} has {size:,} bytes; of this file at most {limit:,} are expected in a "
@@ -200,7 +210,10 @@ def require_size(name: str, size: int, limit: int) -> None:
 
 
 def check(folder: Path, name: Path) -> str:
-    """Load the copy of a predictor, its rule and its candidates; returns its fingerprint."""
+    """Check the copy of a predictor by loading all its files; returns the fingerprint.
+
+    Error messages contain ``name``, the folder of the original, instead of the copy.
+    """
     try:
         load(folder)
         if (folder / RISK).is_file():
@@ -215,19 +228,19 @@ def check(folder: Path, name: Path) -> str:
 
 
 def _check_calibration(folder: Path) -> None:
+    """Refuse a calibration of another predictor, or without its calibration rows."""
     risk = read_json(folder / RISK, RECALIBRATE)
     if risk.get("predictor") != fit_fingerprint(folder):
         raise ProvenanceError(
-            f"{folder / RISK} was made for another predictor than lies beside it, "
-            "so what it guarantees is not of this "
-            f"one. {RECALIBRATE}, or remove the file."
+            f"{folder / RISK} was made for another predictor than the one beside it, so its "
+            f"guarantee does not hold for the one beside it. {RECALIBRATE}, or remove the file."
         )
     if not (folder / ROWS).is_file() or file_hash(folder / ROWS) != risk.get("rows_sha256"):
         raise DataError(f"{folder / ROWS} does not hold the rows that {RISK} names. {RECALIBRATE}.")
 
 
 def _content(path: Path) -> object:
-    """What copies of a file have in common, whichever vilu wrote them; None without a file."""
+    """Content of a file to compare copies by, without the version of vilu; None without a file."""
     if not path.is_file():
         return None
     if path.name == CARD:
@@ -238,15 +251,15 @@ def _content(path: Path) -> object:
         document = (
             read_description(path) if path.name == PREDICTOR else read_json(path, RECALIBRATE)
         )
-    except ViLUError:  # a damaged one is like no other, so that it is replaced
+    except ViLUError:  # a damaged file differs from every intact one, so it is replaced
         return file_hash(path)
     return without_version(document, FINGERPRINT, SEAL)
 
 
 def place(staged: Path, target: Path) -> None:
-    """Put a finished folder in the place of ``target``.
+    """Replace the folder ``target`` by a finished folder.
 
-    A reader sees the old one, the new one, or briefly none.
+    A reader sees the old folder, the new folder, or for a moment no folder.
     """
     with or_refuse(f"put the predictor into {target}"), beside(target) as aside:
         old = aside / "old"
@@ -271,10 +284,10 @@ REASONS = {
     ),
     "HFValidationError": "that is no name of a repository",
 }
-"""What the errors of huggingface_hub mean, by their names."""
+"""Reasons for users, by the names of the errors of huggingface_hub."""
 
 A_FOLDER = re.compile(r"(\.{1,2}|~)([/\\]|$)|[/\\]|[A-Za-z]:[/\\]")
-"""How a folder begins: with /, ./, ../, ~/ or a drive."""
+"""Beginning of a path to a folder: /, ./, ../, ~/ or a drive."""
 
 
 def push(
@@ -286,21 +299,21 @@ def push(
     overwrite: bool = False,
     with_sample: bool = False,
 ) -> str:
-    """Copy a saved predictor to a repository of the model hub, or to a folder; returns where it is.
+    """Copy a saved predictor to a repository of the model hub, or to a folder; returns its address.
 
-    Only the files of ``FILES`` go, as they are, the sample only ``with_sample``. Those of an
-    earlier push that this one lacks are removed. Symbolic links are refused.
+    Only ``FILES`` are copied, unchanged, and the sample only ``with_sample``. Files of an earlier
+    push that the predictor does not have are removed. Symbolic links are refused.
 
     Args:
-        folder: A saved predictor, which is loaded once before anything leaves.
-        repository: ORG/NAME, which is made where it is missing; or a folder, as ./DIR, /DIR or
+        folder: A saved predictor. It is loaded once before it is copied.
+        repository: ORG/NAME, which is created if it does not exist; or a folder, as ./DIR, /DIR or
             file:///DIR.
-        private: Whether a repository that is made can be seen by its owner alone; None: as the
-            owner's settings say.
+        private: Whether only its owner can see a repository that is created; None: by the settings
+            of the owner.
         revision: Branch of the repository; by default main.
-        overwrite: Replace another predictor in a folder; the hub keeps what was there.
-        with_sample: Also copy the sample of the images of the fit; without it nobody who has the
-            copy can be told that calibration rows are copies of fitted ones.
+        overwrite: Replace another predictor in a folder. The hub keeps earlier revisions.
+        with_sample: Also copy the sample of the images of the fit. Without it, near copies of
+            fitted images among calibration rows cannot be detected.
     """
     local = local_folder(repository, revision)
     without = frozenset() if with_sample else frozenset({SAMPLE})
@@ -314,14 +327,14 @@ def push(
 def pull(
     repository: str, folder: str | Path, *, revision: str | None = None, overwrite: bool = False
 ) -> Path:
-    """Copy a predictor from a repository of the model hub, or from a folder; returns where it is.
+    """Copy a predictor from a repository of the model hub, or from a folder; returns ``folder``.
 
-    Only the files of ``FILES`` come. They are loaded once beside ``folder`` and then take its place
-    together. Symbolic links are refused, but for those in which the hub's own cache is made.
+    Only ``FILES`` are copied. They are first loaded once in a folder beside ``folder``, and then
+    replace it together. Symbolic links are refused, except for those in the cache of the hub.
 
     Args:
         repository: ORG/NAME, or a folder, as for ``push``.
-        folder: Where to put it.
+        folder: Folder to write.
         revision: Branch, tag or commit of the repository; by default main.
         overwrite: Replace another predictor in ``folder``.
     """
@@ -330,15 +343,15 @@ def pull(
     if local is not None:
         return _place_copy(local, Path(folder), overwrite=overwrite)
     snapshot = _download(repository, revision)
-    # snapshots/REVISION holds links to ../../blobs
+    # the folder snapshots/REVISION of the cache has links to files in ../../blobs
     cache = snapshot.parents[1]
     return _place_copy(snapshot, Path(folder), overwrite=overwrite, cache=cache)
 
 
 def local_folder(repository: str, revision: str | None) -> Path | None:
-    """The folder that a repository's name means, which has no revisions.
+    """The folder that the name of a repository means; None for ORG/NAME on the hub.
 
-    None where it is ORG/NAME on the hub.
+    A folder has no revisions, so a ``revision`` of a folder is refused.
     """
     url = urlsplit(repository) if repository.startswith("file://") else None
     if url and url.netloc not in {"", "localhost"}:
@@ -365,6 +378,7 @@ def _place_copy(
     cache: Path | None = None,
     without: frozenset[str] = frozenset(),
 ) -> Path:
+    """Copy a predictor to the folder ``target``, unless the same predictor is there."""
     claim_folder(target, "predictor", is_ours, overwrite=True)
     place_at = target.resolve()
     with beside(place_at) as staged:
@@ -378,6 +392,7 @@ def _place_copy(
 
 
 def _upload(staged: Path, repository: str, private: bool | None, revision: str | None) -> str:
+    """Upload a folder to a repository of the hub; returns the address of the commit."""
     hub = _client(repository, "pushed to")
     if hub.get_token() is None:
         raise UsageError(
@@ -400,7 +415,10 @@ def _upload(staged: Path, repository: str, private: bool | None, revision: str |
 
 
 def _download(repository: str, revision: str | None) -> Path:
-    """The folder of a revision in the hub's cache; offline, what the cache has."""
+    """Download a revision to the cache of the hub; returns its folder.
+
+    Offline, only the cache is read.
+    """
     hub = import_extra("huggingface_hub", "hub")
     from huggingface_hub import constants
 
@@ -423,7 +441,7 @@ def _download(repository: str, revision: str | None) -> Path:
 
 
 def _client(repository: str, doing: str) -> ModuleType:
-    """The hub's library, where the hub can be reached."""
+    """The library of the hub, if the hub can be reached; otherwise a MissingModelError."""
     hub = import_extra("huggingface_hub", "hub")
     from huggingface_hub import constants
 
@@ -440,19 +458,18 @@ def _client(repository: str, doing: str) -> ModuleType:
 
 @contextmanager
 def _explained(repository: str, revision: str | None) -> Iterator[None]:
-    """The errors of the hub's client as ours."""
+    """Turn errors of the hub's library in the block into errors of vilu."""
     from huggingface_hub import errors
 
-    # the hub's own error derives from that of its HTTP client, whichever that is, for what is lost
-    # on the way
+    # Which HTTP client the library uses depends on its version. Its HTTP error derives from the
+    # base error of that client, which is raised when a connection fails.
     lost = [kind for kind in errors.HfHubHTTPError.__bases__ if issubclass(kind, Exception)]
     known: tuple[type[Exception], ...] = (OSError, errors.HFValidationError, RuntimeError, *lost)
     try:
         yield
     except known as error:
-        if (
-            isinstance(error, OSError) and error.errno is not None
-        ):  # of the file system; the hub's have no number
+        # only errors of the file system have a number; those of the hub are OSErrors without one
+        if isinstance(error, OSError) and error.errno is not None:
             raise StorageError(f"the cache of the hub cannot be used: {error}.") from error
         status = getattr(getattr(error, "response", None), "status_code", None)
         reason = next(

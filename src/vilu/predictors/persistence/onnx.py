@@ -1,4 +1,4 @@
-"""A predictor as ONNX."""
+"""Export of a predictor as an ONNX file."""
 
 from __future__ import annotations
 
@@ -35,52 +35,53 @@ from vilu.predictors.plus.ood import NEGATIVES
 
 
 class GraphBatch(Batch):
-    """A batch whose properties are made without a look at values or sizes.
+    """A batch for a graph: its properties are computed without reading values or sizes in Python.
 
-    All (N, K) logits are there at once.
+    All (N, K) logits are computed at once.
     """
 
     @cached_property
     def logits(self) -> Tensor:
-        """(N, K) float32, summed in float64.
+        """(N, K) float32 logits, summed in float64.
 
-        Runtimes add in other orders than torch, which at a scale of 100 differs by 1e-4.
+        Runtimes sum in another order than torch. In float32 and at a logit scale of 100, logits
+        would differ by 1e-4.
         """
         cosine = self.image.double() @ self.text.double().T
         return (cosine * self.logit_scale + self.logit_bias).to(self.image.dtype)
 
     @cached_property
     def zero_shot(self) -> ZeroShot:
-        """From the logits."""
+        """The zero-shot answers, from the logits."""
         return self.rivals.zero_shot(self.first_equal)
 
     @cached_property
     def first_equal(self) -> Tensor:
-        """(K,) as ``vilu.embeddings.similarity.first_equal``."""
+        """(K,) int64, as by ``vilu.embeddings.similarity.first_equal``."""
         _, same = torch.unique(self.text, dim=0, return_inverse=True)
         indices = positions(self.text)
-        nowhere = torch.full_like(indices, self.text.shape[0])
-        same = same.long()  # torch 2.10 exports it as of the text's kind
-        return nowhere.scatter_reduce(0, same, indices, "amin")[same]
+        after_last = torch.full_like(indices, self.text.shape[0])
+        same = same.long()  # torch 2.10 exports it with the dtype of the text otherwise
+        return after_last.scatter_reduce(0, same, indices, "amin")[same]
 
     def alike(self, answer: Tensor) -> Tensor:
-        """(N, K); all candidates are different answers."""
+        """(N, K) bool: the candidates that are the answer; all candidates are different answers."""
         return positions(self.text) == answer[:, None]
 
 
 class PlainBatch(GraphBatch):
-    """One whose logits are summed in float32, as the predictors' are: what they round."""
+    """A ``GraphBatch`` with logits in float32, as predictors have them, to measure the rounding."""
 
     logits = Batch.logits
 
 
 def positions(rows: Tensor) -> Tensor:
-    """0 ... len - 1, of a length that stays open."""
+    """Indices 0 ... N - 1 of the N rows; N stays open in an exported graph."""
     return torch.arange(rows.shape[0], device=rows.device)
 
 
 class ScoreGraph(nn.Module):
-    """Image, text and what else is looked at, to uncertainty and zero-shot answer in one space."""
+    """From images, texts and further columns to uncertainties and zero-shot answers."""
 
     batch: type[GraphBatch] = GraphBatch
 
@@ -96,7 +97,7 @@ class ScoreGraph(nn.Module):
         features: Tensor | None = None,
         negatives: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(N,) float64 and (N,) int64."""
+        """Uncertainties (N,) float64 and zero-shot answers (N,) int64."""
         rows = positions(image)
         columns = {FEATURES: features, NEGATIVES: negatives}
         batch = self.batch(
@@ -112,7 +113,7 @@ class ScoreGraph(nn.Module):
 
 
 def score_graph(predictor: FailurePredictor) -> ScoreGraph:
-    """The score of a predictor as a module of image (N, D) and text (K, D), N and K open."""
+    """The score of a predictor as a module of images (N, D) and texts (K, D), for any N and K."""
     if "graph" not in vars(type(predictor)):
         known = ", ".join(sorted(name for name, cls in PREDICTORS.items() if "graph" in vars(cls)))
         raise NotExportable(
@@ -133,60 +134,63 @@ def score_graph(predictor: FailurePredictor) -> ScoreGraph:
 
 
 TOLERANCE = 1e-5
-"""Largest difference of an uncertainty from torch's that counts as rounding.
-
-It does so without a further look.
-"""
+"""Difference between uncertainties of ONNX and torch that is always allowed."""
 
 ROUNDINGS = 4
-"""How many times the rounding of the formula in float32 is allowed else.
+"""Factor by which the difference may exceed the rounding of the score in float32.
 
-The rounding is its distance from float64, both in torch.
+The rounding is the difference between the score in float32 and in float64, both by torch.
 """
 
 TIE = 1e-4
-"""Gap of the two largest logits below which rounding may decide.
+"""Difference between the two largest cosines below which rounding may decide the answer.
 
-Over the logit scale times the largest cosine.
+It is relative to the largest cosine.
 """
 
 SIZES = ((1, 2), (2, 3), (7, 40), (64, 1_000), (300, 17))
-"""Numbers of images and of candidates that an export is tried with."""
+"""Numbers of images and of candidates with which an export is tested."""
 
 TRIED_WORDS = 40
-"""Everyday words that an export is tried with."""
+"""Number of everyday words with which an export is tested."""
 
 MAX_ONNX_BYTES = 2**31 - 1  # a protocol buffer holds no more
 
 
 Trial = dict[str, Tensor]
-"""Inputs of a graph in their order:
+"""Inputs of a graph by name, in the order of the graph.
 
-``image`` (N, D), ``text`` (K, D), and perhaps ``features`` (N, F) and ``negatives`` (M, D).
+They are ``image`` (N, D), ``text`` (K, D), and where the score uses them ``features`` (N, F) and
+``negatives`` (M, D).
 """
 
 SAID = ("uncertainty", "prediction")
-"""Outputs of a graph."""
+"""Names of the outputs of a graph."""
 
 
 def export_onnx(folder: str | Path, path: str | Path) -> float:
     """Write the score of a saved predictor as an ONNX file.
 
-    Returned is its largest difference from the predictor.
+    The largest difference of its uncertainties from those of the predictor is returned.
 
-    Inputs are ``image`` (N, D) and ``text`` (K, D), float32 rows of unit norm, and ``features`` (N,
-    F) where the predictor was fitted on them. Where it looks at everyday words for the outcome
-    "outside", these are an input, too: ``negatives`` (M, D), the store's column of that name. N >=
-    1, K >= 2 and M >= 2 are open, and no two texts are equal (``vilu.Embeddings`` makes one
-    candidate of those). Outputs are ``uncertainty`` (N,)
-    float64 and ``prediction`` (N,) int64. Logit scale and bias are constants. The file is run by
-    onnxruntime on random rows of several numbers, and is written only where every answer is the
-    same, and every uncertainty within ``TOLERANCE`` or, where the formula itself rounds more than
-    that in float32 (a large logit scale, a memory), ``ROUNDINGS`` times that.
+    The inputs are
+
+    - ``image`` (N, D) and ``text`` (K, D), float32 rows of unit norm,
+    - ``features`` (N, F), if the predictor was fitted on them,
+    - ``negatives`` (M, D), the column of everyday words, if the predictor uses them.
+
+    Any N >= 1, K >= 2 and M >= 2 are allowed. All texts must be different: equal texts are one
+    candidate of ``vilu.Embeddings``. The outputs are ``uncertainty`` (N,) float64 and
+    ``prediction`` (N,) int64. Logit scale and bias are constants of the graph.
+
+    Before the file is written, onnxruntime runs it on random rows. All answers must be the same as
+    those of the predictor. All uncertainties must differ by at most ``TOLERANCE``, or by at most
+    ``ROUNDINGS`` times the rounding of the score in float32 if that is larger. The rounding is
+    large for a large logit scale or a memory.
 
     Args:
         folder: A saved predictor.
-        path: The file; another export that lies there is replaced, and no other file.
+        path: The file to write. An earlier export there is replaced; any other file is refused.
     """
     for module in ("onnx", "onnxscript"):  # torch imports them
         import_extra(module, "onnx")
@@ -201,9 +205,9 @@ def export_onnx(folder: str | Path, path: str | Path) -> float:
 
 
 def to_onnx(predictor: FailurePredictor, fingerprint: str) -> bytes:
-    """The score of a predictor as ONNX, with what it was made from in its metadata.
+    """The score of a predictor as the bytes of an ONNX file, whose metadata describe the predictor.
 
-    It raises what ``export_onnx`` raises.
+    It raises the same errors as ``export_onnx``, except those of the comparison.
     """
     graph = score_graph(predictor)
     example = next(trials(predictor, ((3, 5),)))
@@ -213,13 +217,13 @@ def to_onnx(predictor: FailurePredictor, fingerprint: str) -> bytes:
 def write_graph(
     graph: nn.Module, example: Trial, outputs: Sequence[str], facts: dict[str, str]
 ) -> bytes:
-    """A module as ONNX, with metadata.
+    """The bytes of an ONNX file of a module, with the ``facts`` as metadata.
 
-    Of its inputs the first size is open: K of texts, M of everyday words, N of images.
+    The first size of every input stays open: K of texts, M of everyday words, N of all others.
     """
     rows = torch.export.Dim("N")
     open_sizes = {"text": torch.export.Dim("K", min=2), NEGATIVES: torch.export.Dim("M", min=2)}
-    with quiet(), redirect_stdout(StringIO()):  # where onnxscript before 0.7 says how it went
+    with quiet(), redirect_stdout(StringIO()):  # onnxscript before 0.7 prints its progress
         exported = torch.onnx.export(
             graph,
             kwargs=example,
@@ -238,8 +242,8 @@ def write_graph(
     ]
     if fixed:
         raise NotExportable(
-            f"the graph would take one number of {', '.join(fixed)} alone, as something in it "
-            "looks at that number (as by len(x), where x.shape[0] leaves it open)."
+            f"the graph would accept only one number of rows of {', '.join(fixed)}, because "
+            "something in it reads that number (as len(x) does; x.shape[0] leaves it open)."
         )
     program.model.metadata_props.update(facts)
     model = program.model_proto
@@ -253,7 +257,7 @@ def write_graph(
 def metadata(
     predictor: FailurePredictor, space: EmbeddingSpace, fingerprint: str
 ) -> dict[str, str]:
-    """What binds a file to its predictor and to the embedding space, as texts."""
+    """Metadata of a file: facts about its predictor and its embedding space, as strings."""
     return {
         "vilu.version": version("vilu"),
         "vilu.method": predictor.name,
@@ -268,7 +272,7 @@ def metadata(
 
 
 def runner(content: bytes) -> Callable[[Trial], Any]:
-    """An ONNX file as onnxruntime runs it: from inputs to a list of outputs."""
+    """A function that runs an ONNX file by onnxruntime, from inputs to a list of outputs."""
     onnxruntime = import_extra("onnxruntime", "onnx")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -279,14 +283,13 @@ def runner(content: bytes) -> Callable[[Trial], Any]:
 def largest_difference(
     predictor: FailurePredictor, runs: Iterable[tuple[Trial, NDArray[Any], NDArray[Any]]]
 ) -> float:
-    """The largest difference from the predictor of what an ONNX file gives.
+    """The largest difference between uncertainties of an ONNX file and of its predictor.
 
-    That is inputs, uncertainty and answer (N,).
-
-    Rows whose two largest logits are nearly equal are left out: there rounding chooses the answer.
+    ``runs`` are inputs of the file, with its uncertainties (N,) and its answers (N,). Rows whose
+    two largest logits are nearly equal are left out, since rounding decides their answer.
 
     Raises:
-        DataError: If an answer is another, or a difference is more than rounding explains.
+        DataError: If answers differ, or uncertainties differ more than rounding explains.
     """
     plain = score_graph(predictor)
     exact = copy.deepcopy(plain).double()
@@ -317,19 +320,22 @@ def largest_difference(
 
 
 def largest(differences: NDArray[np.float64], rows: NDArray[np.bool_]) -> float:
-    """The largest absolute value among some rows; NaN where one is."""
+    """The largest absolute value among some rows (N,) bool; NaN if one of them is NaN."""
     return float(np.abs(differences)[rows].max(initial=0.0))
 
 
 def reference(
     predictor: FailurePredictor, trial: Trial
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Uncertainty and answer (N,) by the predictor itself, and whether the answer is clear."""
+    """Uncertainties (N,) and answers (N,) of the predictor, and whether answers are clear (N,).
+
+    An answer is clear if rounding cannot change it.
+    """
     image = trial["image"]
     text = trial["text"]
     columns = {name: trial[name] for name in predictor.columns_to_score}
     source = Embeddings(image, text, space=predictor.space_, columns=columns)
-    with quiet():  # which may say that random rows are unlike those of the training
+    with quiet():  # the predictor may warn that random rows differ from its training rows
         scored = list(predictor.scored(source))
     uncertainty = np.concatenate([scores for _, scores in scored])
     prediction = np.concatenate([batch.prediction.numpy(force=True) for batch, _ in scored])
@@ -338,10 +344,10 @@ def reference(
 
 
 def trials(predictor: FailurePredictor, sizes: tuple[tuple[int, int], ...]) -> Iterator[Trial]:
-    """Random rows of unit norm: half of the images near a candidate.
+    """Yield random inputs of the ``sizes``, of unit norm; every other image is near a candidate.
 
-    A graph that treats some texts unlike others (its ``classes``) also meets those alone, in
-    another order, and beside others.
+    Some graphs treat the texts of their ``classes`` differently from other texts. They are also
+    tested with these texts alone, in another order, and together with other texts.
     """
     space = predictor.fitted_space
     graph = score_graph(predictor).score
@@ -361,7 +367,7 @@ def trials(predictor: FailurePredictor, sizes: tuple[tuple[int, int], ...]) -> I
 
 
 def trial_of(widths: dict[str, int], n: int, text: Tensor, generator: torch.Generator) -> Trial:
-    """``n`` images for some candidates, with columns of these widths."""
+    """Random inputs: ``n`` images for the candidates ``text``, and columns of the ``widths``."""
     image = random_rows(n, text.shape[1], generator)
     near = text[torch.randint(len(text), (n,), generator=generator)]
     image[::2] = functional.normalize(near + image / 2, dim=1)[::2]
@@ -375,7 +381,7 @@ def trial_of(widths: dict[str, int], n: int, text: Tensor, generator: torch.Gene
 
 
 def random_rows(n: int, dim: int, generator: torch.Generator) -> Tensor:
-    """(n, D) of unit norm."""
+    """(n, dim) float32 random rows of unit norm."""
     return functional.normalize(
         torch.randn(n, dim, generator=generator, dtype=torch.float32), dim=1
     )

@@ -1,4 +1,4 @@
-"""The tensors that a method saves: their names, types and sizes, checked before it holds them."""
+"""The tensors that a method saves: checks of their names, types and sizes."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from vilu.errors import DataError
 from vilu.predictors.nn.head import with_weights
 
 SHOWN = 8
-"""Names of tensors that a message lists."""
+"""Number of names of tensors that a message lists."""
 
 
 class StateLayout(NamedTuple):
-    """What a method is to hold."""
+    """The tensors that a method needs: its own tensors, and the weights of its network."""
 
     method: str
-    names: tuple[str, ...]  # of its own tensors; all others are weights of its network
+    names: tuple[str, ...]  # of its own tensors; all other tensors are weights of its network
     forms: str  # of its own tensors: see ``require_forms``
     make_network: Callable[[dict[str, Tensor], EmbeddingSpace], nn.Module | None] | None
 
     def read(
         self, tensors: dict[str, Tensor], space: EmbeddingSpace | None
     ) -> tuple[dict[str, Tensor], nn.Module | None]:
-        """Its own tensors, and its network with its weights.
+        """Split tensors into the method's own tensors and its network, which gets its weights.
 
         Raises:
-            DataError: If tensors are missing or too many, or of the wrong types or shapes.
+            DataError: If tensors are missing, superfluous, or of the wrong types or shapes.
         """
         if tensors and space is None:
             raise DataError("the saved predictor has weights but no embedding space.")
-        # laid out as in a file
+        # contiguous, as tensors that are read from a file are
         own = {name: tensors[name].contiguous() for name in tensors if name in self.names}
         network = None
         if space is not None and self.make_network is not None:
-            with torch.device("meta"):  # no numbers are drawn
+            with torch.device("meta"):  # allocates and initialises no weights
                 network = self.make_network(tensors, space)
         if network is not None:
             weights = {name: tensors[name] for name in tensors if name not in self.names}
@@ -58,17 +58,20 @@ class StateLayout(NamedTuple):
 
 
 FORM = re.compile(r"(\S+):([fdi?])(\w*)<?(\w?)")
-"""Name, type, letters of the sizes, and the letter of what the numbers are below."""
+"""Name, type, letters of the sizes, and the letter of the size that all values are below."""
 
 TYPES = {"f": torch.float32, "d": torch.float64, "i": torch.int64, "?": torch.bool}
 
 
 def require_forms(method: str, tensors: dict[str, Tensor], forms: str, width: int) -> None:
-    """Refuse tensors of other types or sizes than ``forms`` says.
+    """Refuse tensors of other types or sizes than ``forms`` describes.
 
-    Such as "bank:fND classes:fKD labels:iN<K": name, type and sizes. A letter is one size, the same
-    wherever it stands, D the ``width`` of the embeddings; sizes in small letters may be 0, but then
-    all of them are. <K: from 0 to K - 1.
+    An example of ``forms`` is "bank:fND classes:fKD labels:iN<K". Every form has a name, a type (a
+    key of ``TYPES``), and one letter for every size:
+
+    - The same letter stands for the same size in all forms. D is the ``width`` of the embeddings.
+    - Sizes with small letters may be 0, but only all of them at once.
+    - "<K" means that all values are from 0 to K - 1.
     """
     sizes = {"D": width, "1": 1, "2": 2}
     expected_forms = [form for form in FORM.findall(forms) if form[0] in tensors]
@@ -92,7 +95,7 @@ def require_forms(method: str, tensors: dict[str, Tensor], forms: str, width: in
 def _has_small_sizes_of_zero(
     tensors: Mapping[str, Tensor], forms: Sequence[tuple[str, str, str, str]]
 ) -> bool:
-    """Whether the first tensor whose sizes are all in small letters has none of something."""
+    """Whether the first tensor whose sizes all have small letters has a size of 0."""
     for name, _, letters, _ in forms:
         if letters.islower():
             return 0 in tensors[name].shape
@@ -102,8 +105,11 @@ def _has_small_sizes_of_zero(
 def _expected_shape(
     letters: str, shape: tuple[int, ...], sizes: dict[str, int], *, is_empty: bool
 ) -> tuple[int, ...]:
-    """The sizes of some letters; one that is not known yet is the tensor's own, at least 1."""
-    own_sizes = shape + (0,) * len(letters)
+    """The expected shape of a tensor, by the letters of its sizes.
+
+    The size of a new letter is that of the tensor, at least 1, and is added to ``sizes``.
+    """
+    own_sizes = shape + (0,) * len(letters)  # padded, for a tensor of too few dimensions
     expected = []
     for letter, own in zip(letters, own_sizes, strict=False):
         if is_empty and letter.islower():

@@ -1,6 +1,7 @@
-"""Saved predictors read back.
+"""Loading saved predictors.
 
-They are folders of ``weights.safetensors`` and ``predictor.json``; nothing in them can execute.
+A saved predictor is a folder with ``weights.safetensors`` and ``predictor.json``. Loading executes
+no code from these files.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ logger = logging.getLogger(__name__)
 @checked
 @torch_defaults()
 def load(folder: str | Path) -> FailurePredictor:
-    """Read a predictor back; its scores equal those of the saved one bit for bit.
+    """Load a predictor; its scores equal those of the saved predictor bit for bit.
 
     Raises:
-        DataError: If the folder holds no predictor, or a damaged one.
-        ProvenanceError: If it has the schema of another version of vilu.
+        DataError: If the folder holds no predictor, or a damaged predictor.
+        ProvenanceError: If the predictor has the schema of another version of vilu.
 
     Examples:
         >>> import tempfile, numpy as np, vilu
@@ -85,13 +86,13 @@ FOREIGN_FAULTS = (
     TypeError,
     ValueError,
 )
-"""What foreign tensors and settings lead a method to."""
+"""Errors that a method may raise on tensors and settings that do not fit it."""
 
 
 def _assembled(
     method: type[FailurePredictor], content: dict[str, Any], tensors: dict[str, Tensor], path: Path
 ) -> FailurePredictor:
-    """A predictor as its description and its tensors say."""
+    """Make a predictor from its description and its tensors."""
     predictor = build(method, content["parameters"])
     if content["space"]:
         predictor.space_ = EmbeddingSpace(**content["space"])
@@ -107,15 +108,16 @@ def _assembled(
 
 
 def inputs_of_fit(predictor: FailurePredictor, read: Sequence[Path], **flags: object) -> str:
-    """Digest of everything that decides what a fit leads to: what it reads, and the settings."""
+    """Digest of everything that decides the result of a fit: the files it reads, and settings."""
     content = description.describe(predictor)
     return inputs_of(*read, method=content["method"], parameters=content["parameters"], **flags)
 
 
 def claim(folder: Path, inputs: str, *, overwrite: bool) -> bool:
-    """Whether a predictor of the same inputs is there.
+    """Whether the folder already holds a predictor of the same inputs.
 
-    A damaged one of these inputs is made again; others are refused.
+    A damaged predictor of the same inputs is to be made again, with a warning. A predictor of other
+    inputs is refused, unless ``overwrite``.
     """
     notes = (description.fit_of(folder / PREDICTOR) or {}).get("notes")
     same = isinstance(notes, dict) and notes.get("inputs") == inputs
@@ -126,7 +128,7 @@ def claim(folder: Path, inputs: str, *, overwrite: bool) -> bool:
             logger.warning("%s is made again: %s", folder, error)
             same = False
             overwrite = True
-    # of a save that was interrupted there is no description yet
+    # a save that was interrupted has not yet written the description
     torn = not (folder / PREDICTOR).exists()
     return claim_folder(
         folder, "predictor", description.is_ours, same=same, overwrite=overwrite or torn
@@ -134,7 +136,11 @@ def claim(folder: Path, inputs: str, *, overwrite: bool) -> bool:
 
 
 def method_of(content: dict[str, Any], path: Path) -> type[FailurePredictor]:
-    """The class of a saved predictor; where one from outside is missing, what to do is said."""
+    """The class of a saved predictor.
+
+    Raises:
+        DataError: If the class is not installed. The message names the package or module to give.
+    """
     name = content["method"]
     home = content.get("home")
     if name in method_names():
@@ -152,7 +158,7 @@ def method_of(content: dict[str, Any], path: Path) -> type[FailurePredictor]:
 
 
 def write_card(folder: str | Path) -> None:
-    """Write the card of a saved predictor again, with the guarantee of ``risk.json``, if any."""
+    """Write the card of a saved predictor again, with the guarantee of ``risk.json`` if any."""
     path = Path(folder)
     risk = read_json(path / RISK, RECALIBRATE) if (path / RISK).exists() else None
     description.write_card(path, read_description(path / PREDICTOR), load(path), risk)

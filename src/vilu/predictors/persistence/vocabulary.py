@@ -1,6 +1,6 @@
-"""What the answers of a predictor are chosen from, kept beside it.
+"""The candidate classes of a predictor, saved with it.
 
-With the model it is all that a new image needs.
+With them, the vision-language model and the predictor, a new image can be classified and scored.
 """
 
 from __future__ import annotations
@@ -30,15 +30,14 @@ from vilu.predictors.persistence.files import VOCABULARY, VOCABULARY_KEY
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """K classes with their texts, as a store has them, and how its rows were made.
+    """K classes with their texts, and how the embeddings of a store were made.
 
     Attributes:
-        names: K names.
-        text: (K, D) float32 unit-norm texts.
-        space: Of the embeddings.
-        dtype: Number format in which image embeddings are kept, to which new ones are rounded.
-        columns: What else there is of the classes and of the model, by name
-            (``vilu.embeddings.columns``).
+        names: K names of the classes.
+        text: (K, D) float32 unit-norm texts of the classes.
+        space: Space of the embeddings.
+        dtype: Number format of the stored image embeddings. New embeddings are rounded to it.
+        columns: All columns that are not of images, by name (``vilu.embeddings.columns``).
     """
 
     names: tuple[str, ...]
@@ -49,14 +48,14 @@ class Vocabulary:
 
     @classmethod
     def of(cls, source: EmbeddingSource, dtype: str) -> Vocabulary:
-        """Those of a source with shared candidates."""
+        """The vocabulary of a source whose rows share their candidates."""
         nothing = torch.empty(0, dtype=torch.int64)
         names = sorted(source.columns - IMAGE_COLUMNS.keys())
         columns = {name: source.column(name, nothing) for name in names}
         return cls(tuple(source.class_names or ()), source.text, source.space, dtype, columns)
 
     def save(self, folder: Path) -> None:
-        """Write ``vocabulary.safetensors``, whose metadata carry a digest of all of it."""
+        """Write ``vocabulary.safetensors``, whose metadata have a digest of the whole content."""
         tensors = {"text": self.text.contiguous()}
         for name, values in self.columns.items():
             tensors[f"columns.{name}"] = values.contiguous()
@@ -71,10 +70,10 @@ class Vocabulary:
 
     @classmethod
     def load(cls, folder: Path) -> Vocabulary:
-        """Read them back.
+        """Load the vocabulary from a folder.
 
         Raises:
-            DataError: If they are not there, or damaged.
+            DataError: If the file is missing or damaged.
         """
         path = folder / VOCABULARY
         if not path.is_file():
@@ -102,6 +101,7 @@ class Vocabulary:
 
     @classmethod
     def _checked(cls, header: dict[str, Any], tensors: dict[str, Tensor]) -> Vocabulary:
+        """The vocabulary, if the header describes the tensors; otherwise a DataError."""
         seal = header.pop("digest", None)
         if seal != digest(header) or _hashes(tensors) != header["tensors"]:
             raise DataError("its content is not what its digest says")
@@ -113,4 +113,5 @@ class Vocabulary:
 
 
 def _hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Hashes of tensors, by name."""
     return {name: tensor_hash(tensor) for name, tensor in sorted(tensors.items())}

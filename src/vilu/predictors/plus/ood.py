@@ -1,8 +1,13 @@
 """Images of none of the classes: everyday words as further candidates, and the outcome "outside".
 
-Shapes: B images, K classes, M everyday words, D embedding width. ``margin`` is m(x) = log sum_w exp
-l_w(x) - log sum_c exp l_c(x): log-odds of words against classes under the zero-shot softmax over
-both.
+Shapes: B images, K classes, M everyday words, D embedding width.
+
+The margin of an image x is
+
+    m(x) = log sum_w exp l_w(x) - log sum_c exp l_c(x),
+
+with logits l_w of the words and l_c of the classes. It is the log-odds of words against classes
+under the zero-shot softmax over words and classes.
 """
 
 from __future__ import annotations
@@ -27,27 +32,26 @@ from vilu.predictors.contract.predictor import FailurePredictor
 NEGATIVES = "negatives"  # the column of everyday words
 
 
-@lru_cache(maxsize=4)  # by identity: every batch has the same words and classes
+@lru_cache(maxsize=4)  # tensors hash by identity, and all batches hold the same two tensors
 def far_words(words: Tensor, text: Tensor, share: float, nearest: float = 0.0) -> Tensor:
-    """(M',) int64, ascending: words (M, D) that are far from the classes (K, D).
+    """Return the ascending indices (M',) of the words (M, D) that are far from the classes (K, D).
 
-    They are the ``share`` of the words, at least one, that are farthest.
-
-    How near a word is to the classes is the 1 - ``nearest`` quantile of its K cosines; among equals
-    the first go first.
+    The nearness of a word is the 1 - ``nearest`` quantile of its K cosines with the classes. The
+    ``share`` of the words with the least nearness is returned, at least one word. Of two words of
+    equal nearness the one with the lower index is taken first.
     """
-    # words near a class would take the mass of that class's own images, which are inside
+    # a word near a class would take softmax mass from images of that class, which are inside
     cosine = words @ text.T
-    rank = max(math.ceil(nearest * cosine.shape[1]), 1)  # a quantile that needs no interpolation
+    rank = max(math.ceil(nearest * cosine.shape[1]), 1)  # of the quantile, without interpolation
     nearness = cosine.topk(rank, dim=1).values[:, -1]
     n_far = max(round(share * len(words)), 1)
     return nearness.argsort(stable=True)[:n_far].sort().values
 
 
 def word_mass(batch: Batch, far: Tensor) -> Tensor:
-    """(B,) float64 log sum over the words ``far`` of exp(logit).
+    """(B,) float64: log sum of exp(logit) over the words with the indices ``far``.
 
-    The logit bias, which all share, is left out.
+    The logit bias is left out: it is the same for all words and classes.
     """
     words = batch.columns[NEGATIVES][far]
     with torch.autocast(batch.image.device.type, enabled=False):
@@ -55,7 +59,7 @@ def word_mass(batch: Batch, far: Tensor) -> Tensor:
 
 
 def margin(batch: Batch, far: Tensor) -> Tensor:
-    """(B,) float64 m(x)."""
+    """(B,) float64 margins m(x), with the words of the indices ``far``."""
     return word_mass(batch, far) - float64(batch.logits - batch.logit_bias).logsumexp(dim=1)
 
 
@@ -63,25 +67,32 @@ def margin(batch: Batch, far: Tensor) -> Tensor:
 class NegLabel(FailurePredictor):
     """Everyday words as further candidates.
 
-    u = 1 - the share of softmax mass on the classes, or on the answer alone.
+    u = 1 - (softmax mass on the classes, or on the answer alone). The softmax is over the classes c
+    and the everyday words w.
 
-    of="classes": u = sum_w exp l_w / (sum_c exp l_c + sum_w exp l_w), which tells images of none of
-    the classes. of="answer": u = 1 - exp l_t̂ / (the same), the joint pool, which also sees
-    failures within the classes, and takes words that are near a class for other answers.
+    of="classes" detects images of none of the classes:
 
-    The words w are the column ``negatives``; those near a class are left out: how near a word is to
-    the classes is the 1 - ``nearest`` quantile of its cosines with them, and the ``share`` of the
-    words that is farthest stays.
+        u = sum_w exp l_w / (sum_c exp l_c + sum_w exp l_w)
+
+    of="answer" also detects wrong answers among the classes. A word near the class of the answer
+    then counts as another answer:
+
+        u = 1 - exp l_t̂ / (sum_c exp l_c + sum_w exp l_w)
+
+    The words are the column ``negatives``. Words near a class are left out: the nearness of a word
+    is the 1 - ``nearest`` quantile of its cosines with the classes, and the ``share`` of the words
+    with the least nearness is kept.
 
     Args:
         of: What counts as no failure: "classes" or "answer".
-        share: Of the words, those that stay.
+        share: Share of the words that is kept.
         nearest: Share of the classes that a word may be near to without being left out.
 
-    Source: NegLabel, Jiang et al., ICLR 2024 (temperature 0.01, CLIP's own; 5 % ``nearest``, 15 %
-    ``share``). There the words are the nouns and adjectives of WordNet and stand in another prompt
-    than the classes, and the score is averaged over groups of words; here they are about two
-    thousand in the prompts of the classes, and one group. Of so few more have to stay.
+    Source: NegLabel, Jiang et al., ICLR 2024 (temperature 0.01, CLIP's own; ``nearest`` 5 %,
+    ``share`` 15 %). In the paper the words are the nouns and adjectives of WordNet, in another
+    prompt than the classes, and the score is averaged over groups of words. Here there is one group
+    of about two thousand words, in the prompts of the classes. As there are fewer words, a larger
+    share of the words is kept.
 
     Examples:
         >>> import torch, vilu
@@ -108,7 +119,7 @@ class NegLabel(FailurePredictor):
 
     @property
     def label(self) -> str:
-        """The name, and whether the answer alone counts."""
+        """The name, with "(answer)" where the mass of the answer alone is counted."""
         return self.name if self.of == "classes" else f"{self.name} (answer)"
 
     def _score(self, batch: Batch) -> Tensor:
@@ -124,28 +135,36 @@ class NegLabel(FailurePredictor):
         return torch.sigmoid(torch.logaddexp(wrong, words) - own)
 
 
-WORDS = 0.25  # share of the words that counts, the farthest from the classes
-# fewer rows say nothing about which direction leads outside, or how much of them is
+WORD_SHARE = 0.25
+"""Share of the words that the outcome "outside" uses: those farthest from the classes."""
+
 DIRECTION_ROWS = 100
+"""Minimum number of rows from which a direction and a share of images outside are estimated."""
 
 DIRECTION_VARIANCE = 0.1
-"""Prior variance of the direction that predicts the margin."""
+"""Prior variance of the weights that predict the margin from the image."""
 DIRECTION_WEIGHT = 2.0
-"""Weight of that direction beside the margin, whose weight is one."""
+"""Weight of the predicted margin when it is averaged with the margin, whose weight is 1."""
 
-CLASS_ROWS = 5.0  # rows that a class's own mean has to be worth against that of all
-BELIEF = 0.05  # rows, as a share of all, that the expected mean of images outside is worth
-PRESENT = 0.02  # smallest share of images outside from which on their direction is followed
-# standard deviations between inside and outside below which words do not tell them apart
-APART = 2.0
-ASSUMED = 0.1  # share of images outside where all rows are known to be inside
-# standard deviations that inside and outside are apart at most: few rows that agree prove no more
-MOST_APART = 10.0
-CAUTION = 1.0  # what is taken from log-odds that no image outside has been shown for
+CLASS_PRIOR_ROWS = 5.0
+"""Weight of the mean over all classes, in rows, in the estimated mean of one class."""
+OUTSIDE_PRIOR = 0.05
+"""Weight of the expected mean of images outside, as a share of the N rows."""
+MIN_OUTSIDE_SHARE = 0.02
+"""Estimated share of images outside from which the predicted margin is used."""
+MIN_SEPARATION = 2.0
+"""Standard deviations between the means inside and outside from which the words are used."""
+MAX_SEPARATION = 10.0
+"""Largest standard deviations between inside and outside: a few equal rows prove no more."""
+ASSUMED_OUTSIDE_SHARE = 0.1
+"""Share of images outside that is assumed where the rows cannot show it."""
+CAUTION = 1.0
+"""Subtracted from log-odds that were estimated without examples of images outside."""
 
 LABEL_VARIANCE = 100.0
+"""Prior variance of the weights of the image, where there are examples of images outside."""
 MARGIN_VARIANCE = 10.0
-"""Prior variances of the direction and of the margin's weight, where images outside are shown."""
+"""Prior variance of the weight of the margin, where there are examples of images outside."""
 
 EM_PASSES = 500
 EM_TOLERANCE = 1e-9
@@ -154,21 +173,21 @@ LBFGS_STEPS = 200
 
 @dataclass(frozen=True, eq=False)
 class Outside:
-    """The outcome "none of the classes": log-odds that an image is outside.
+    """The outcome "none of the classes": log-odds that an image x is outside.
 
-    They are slope_a (w . x + b + g m(x)) + offset_a.
+        log-odds = slope_a (w . x + b + g m(x)) + offset_a
 
-    a is the zero-shot answer among the classes of the fit, or any other candidate (the last entry
-    of ``slope`` and ``offset``). Where g is zero no words are looked at. Empty tensors: nothing is
-    known, and P(outside) is zero.
+    a is the index of the zero-shot answer among the classes of the fit. An answer that is no class
+    of the fit has the last entry of ``slope`` and ``offset``. Where g is zero, the words are not
+    used. Where ``slope`` is empty, nothing was learned and P(outside) is zero.
     """
 
-    weight: Tensor  # (D,) w; or (0,), nothing known
+    weight: Tensor  # (D,) w; (0,) where nothing was learned
     bias: Tensor  # () b
     words: Tensor  # () g, the weight of the margin m
-    slope: Tensor  # (1,), or one per class of the fit and one for others; (0,), nothing known
-    offset: Tensor  # as ``slope``
-    notes: Mapping[str, Any] = field(default_factory=dict)  # for people, as plain JSON
+    slope: Tensor  # (1,) for all answers, or (K + 1,); (0,) where nothing was learned
+    offset: Tensor  # of the shape of ``slope``
+    notes: Mapping[str, Any] = field(default_factory=dict)  # plain JSON, for people to read
 
     forms: ClassVar[str] = (
         "outside.weight:dd outside.bias:d outside.words:d outside.slope:ds outside.offset:ds"
@@ -177,8 +196,9 @@ class Outside:
 
     @classmethod
     def nothing(cls, **notes: Any) -> Self:  # noqa: ANN401 - plain JSON
-        """P(outside) is zero."""
-        shapes = (0,), (), (), (0,), (0,)  # each its own: a file of weights holds no tensor twice
+        """The outcome where nothing was learned: P(outside) is zero."""
+        # five separate tensors: safetensors refuses to save one tensor under two names
+        shapes = (0,), (), (), (0,), (0,)
         weight, bias, words, slope, offset = (
             torch.zeros(shape, dtype=torch.float64) for shape in shapes
         )
@@ -186,14 +206,14 @@ class Outside:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Self:
-        """From saved tensors; nothing is known where there are none."""
+        """The outcome of saved tensors by name; ``nothing()`` where one of them is missing."""
         if not tensors.keys() >= set(cls.names):
             return cls.nothing()
         weight, bias, words, slope, offset = (tensors[name] for name in cls.names)
         return cls(weight, bias, words, slope, offset)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is saved."""
+        """The tensors to save, by name."""
         return dict(
             zip(
                 self.names,
@@ -207,16 +227,16 @@ class Outside:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What data must carry to be scored."""
+        """Columns that the data must have to be scored."""
         return (NEGATIVES,) if bool(self.words != 0) else ()
 
     def log_odds(self, batch: Batch, classes: Tensor | None = None) -> Tensor:
-        """(B,) float64 log(P(outside) / P(inside)), minus infinity where nothing is known.
+        """(B,) float64 log(P(outside) / P(inside)); minus infinity where nothing was learned.
 
         Args:
-            batch: With the columns ``columns``.
-            classes: (K,) place of every candidate among the classes of the fit, -1 for others;
-                None: all are others.
+            batch: Rows with the columns ``columns``.
+            classes: (K,) index of every candidate among the classes of the fit, -1 for a candidate
+                that is no class of the fit. None: no candidate is a class of the fit.
         """
         image = float64(batch.image)
         if not self:
@@ -226,7 +246,7 @@ class Outside:
         )
         evidence = image @ weight + bias
         if self.columns:
-            far = far_words(batch.columns[NEGATIVES], batch.text, WORDS)
+            far = far_words(batch.columns[NEGATIVES], batch.text, WORD_SHARE)
             evidence = evidence + words * margin(batch, far).to(image.device)
         if classes is None or len(slope) == 1:
             return slope[-1] * evidence + offset[-1]
@@ -235,9 +255,10 @@ class Outside:
 
 
 class OutsideGraph(nn.Module):
-    """``Outside.log_odds`` for a graph, in which the number of everyday words is open.
+    """``Outside.log_odds`` as a graph for export, in which the number M of words is not fixed.
 
-    ``far_words`` chooses rows; here all M words stay, and those that do not count have no mass.
+    ``far_words`` selects rows of the words. A graph of open size keeps all M rows instead, and
+    gives the words that are not far a mass of zero.
     """
 
     def __init__(self, outcome: Outside) -> None:
@@ -251,52 +272,54 @@ class OutsideGraph(nn.Module):
         self.offset = nn.Buffer(outcome.offset)
 
     def forward(self, batch: Batch, classes: Tensor | None) -> Tensor:
-        """(B,) float64; ``classes`` as of ``Outside.log_odds``."""
+        """(B,) float64 log-odds; ``classes`` is as in ``Outside.log_odds``."""
         log_odds = float64(batch.image) @ self.weight + self.bias
         if self.looks_at_words:
             log_odds = log_odds + self.words * self.margin(batch)
         if classes is None or not self.is_per_class:
             return self.slope[-1] * log_odds + self.offset[-1]
-        # a runtime need not count from the end
-        place_of_no_class = len(self.slope) - 1
+        # not every runtime reads the index -1 as the last entry
+        index_of_no_class = len(self.slope) - 1
         answer = classes[batch.prediction]
-        place = torch.where(answer < 0, place_of_no_class, answer)
-        return self.slope[place] * log_odds + self.offset[place]
+        index = torch.where(answer < 0, index_of_no_class, answer)
+        return self.slope[index] * log_odds + self.offset[index]
 
     def margin(self, batch: Batch) -> Tensor:
-        """(B,) float64 m(x), as the function ``margin``."""
+        """(B,) float64 margins m(x), as by the function ``margin``."""
         words = batch.columns[NEGATIVES]
         nearness = (words @ batch.text.T).amax(dim=1)
-        order = nearness.argsort()  # equal ones are equal words; ONNX takes the first one first
+        # Not stable: words of equal nearness are equal words, so their order has no effect. ONNX
+        # sorts the lower index first.
+        order = nearness.argsort()
         rank = torch.empty_like(order).scatter(
             0, order, torch.arange(words.shape[0], device=words.device)
         )
         n_words = torch.ones_like(nearness, dtype=torch.float64).sum()
-        n_far = (WORDS * n_words).round().clamp_min(1)
+        n_far = (WORD_SHARE * n_words).round().clamp_min(1)
         on_words = replace(batch, text=words, logit_bias=0.0).logits
         far = float64(on_words).masked_fill(rank >= n_far, -torch.inf)
         return far.logsumexp(dim=1) - float64(batch.logits - batch.logit_bias).logsumexp(dim=1)
 
 
 class SeesOutside(ABC):
-    """A method with the outcome "outside" beside those of its candidates.
+    """A method with the outcome "outside" in addition to its candidates.
 
-    u = 1 - (1 - P(outside)) q_t̂.
+    u = 1 - (1 - P(outside)) q_t̂, with the probability q_t̂ of the zero-shot answer.
     """
 
     learned_: dict[str, Tensor]
 
     @property
     def outcome(self) -> Outside:
-        """What is known of images of none of the classes."""
+        """The learned outcome "outside", that is, images of none of the classes."""
         return Outside.of(self.learned_)
 
     @abstractmethod
     def outcome_of(self, batch: Batch) -> Tensor:
-        """(B,) float64 log-odds of an image of none of the classes."""
+        """(B,) float64 log-odds that the image is of none of the classes."""
 
     def outside_probability(self, batch: Batch) -> Tensor | None:
-        """(B,) float64 P(the image is of none of the classes); None where nothing is known of it.
+        """(B,) float64 P(the image is of none of the classes); None where that was not learned.
 
         Examples:
             >>> import numpy as np, vilu
@@ -316,9 +339,11 @@ class SeesOutside(ABC):
 
 
 def learn_outside(train: Rows) -> Outside:
-    """What rows known to be inside say, with examples of images outside.
+    """Learn the outcome "outside" from the best evidence that the training rows offer.
 
-    Or with words, and rows without labels.
+    1. Examples of images outside, where the data are no image-caption pairs.
+    2. Else everyday words, with rows without labels where there are some.
+    3. Else nothing is learned.
     """
     if train.source.pool_size is None and len(train.outside):
         return from_examples(train, train.outside)
@@ -331,20 +356,20 @@ def learn_outside(train: Rows) -> Outside:
 
 
 class Margins(NamedTuple):
-    """What one pass over N rows leaves: their margins and answers (N,), and moments of the images.
+    """Margins and zero-shot answers of N rows, and the moments of their images z.
 
-    ``mean`` (D,), ``gram`` (D, D) the sum of squares about it, ``cross`` (D,) with the margin.
+    The moments are what the ridge regression of the margin on the image needs.
     """
 
-    margin: Tensor
-    answer: Tensor
-    mean: Tensor
-    gram: Tensor
-    cross: Tensor
+    margin: Tensor  # (N,)
+    answer: Tensor  # (N,)
+    mean: Tensor  # (D,) mean of z
+    gram: Tensor  # (D, D) sum of (z - mean) (z - mean)^T
+    cross: Tensor  # (D,) sum of (z - mean) times the margin
 
     @classmethod
     def of(cls, rows: Rows) -> Margins:
-        """Look at rows, block by block."""
+        """Compute them in one pass over the rows, block by block."""
         dim = rows.source.space.embed_dim
         n = len(rows.index)
         total, gram, cross = (
@@ -354,7 +379,7 @@ class Margins(NamedTuple):
         answers = []
         for batch in rows.batches(SCORING_BATCH):
             image = float64(batch.image)
-            m = margin(batch, far_words(batch.columns[NEGATIVES], batch.text, WORDS))
+            m = margin(batch, far_words(batch.columns[NEGATIVES], batch.text, WORD_SHARE))
             total += image.sum(dim=0)
             gram += image.T @ image
             cross += image.T @ m
@@ -371,42 +396,42 @@ class Margins(NamedTuple):
         )
 
     def direction(self) -> tuple[Tensor, Tensor]:
-        """(D,) and () of the ridge regression of the margin on the image.
+        """Weights (D,) and intercept () of the ridge regression of the margin on the image.
 
-        Inputs are divided by their root mean square norm about the mean and the margin by its
-        standard deviation, the prior variance of the weights is ``DIRECTION_VARIANCE`` and that of
-        the noise one: it shrinks to the mean.
+        The centred images are divided by their root mean square norm. The margins are divided by
+        their standard deviation. The prior variance of the weights is ``DIRECTION_VARIANCE``; the
+        noise variance is 1. The prior shrinks predictions towards the mean margin.
         """
-        # The margin of one image is noisy, as few words fit it. Its regression on the image knows
-        # what images on the side of the words have in common; without the ridge, D weights would
-        # follow the noise of N margins.
-        size = (self.gram.trace() / len(self.margin)).clamp_min(1e-12)
-        ridge = size / DIRECTION_VARIANCE * torch.eye(len(self.gram), dtype=torch.float64)
+        # The margin of one image is noisy, because few words fit one image. Its regression on the
+        # image finds what images with a large margin have in common. Without the prior, D weights
+        # would fit the noise of N margins.
+        mean_square = (self.gram.trace() / len(self.margin)).clamp_min(1e-12)
+        ridge = mean_square / DIRECTION_VARIANCE * torch.eye(len(self.gram), dtype=torch.float64)
         weight = torch.linalg.solve(self.gram + ridge, self.cross)
         return weight, self.margin.mean() - weight @ self.mean
 
 
 class Mixture(NamedTuple):
-    """Two Gaussians of one variance: inside about a mean for every answer, outside about one mean.
+    """Two Gaussians with the same variance: values of images inside, and of images outside.
 
-    ``inside`` (K + 1,) means, the last for other candidates; ``outside``, ``variance`` and
-    ``share`` of images outside.
+    The mean of an image inside depends on its zero-shot answer. All images outside have one mean.
     """
 
-    inside: Tensor
-    outside: float
+    inside: Tensor  # (K + 1,) means inside by answer; the last one is for any other candidate
+    outside: float  # mean outside
     variance: float
-    share: float
+    share: float  # of images outside
 
     @property
-    def apart(self) -> float:
-        """Standard deviations between the two."""
+    def separation(self) -> float:
+        """Difference between the mean outside and the last mean inside, in standard deviations."""
         return (self.outside - float(self.inside[-1])) / math.sqrt(self.variance)
 
     def log_odds(self) -> tuple[Tensor, Tensor]:
-        """Slope and offset, (K + 1,) each, of the log-odds in the value."""
-        # Bayes' rule: with one variance the squares of the value cancel, and the log-odds are
-        # linear. With two, the wider Gaussian would win at both ends, far inside the classes too.
+        """Slopes (K + 1,) and offsets (K + 1,): log-odds of outside = slope * value + offset."""
+        # Bayes' rule. With one variance for both Gaussians the squares of the value cancel, so the
+        # log-odds are linear in the value. With two variances, the wider Gaussian would be likelier
+        # at both ends, also for values far inside.
         slope = (self.outside - self.inside) / self.variance
         offset = (self.inside.square() - self.outside**2) / (2 * self.variance)
         return slope, offset + math.log(self.share / (1 - self.share))
@@ -415,27 +440,35 @@ class Mixture(NamedTuple):
 def fit_mixture(
     value: Tensor, answer: Tensor, n_classes: int, balance: float, *, known_inside: bool
 ) -> Mixture:
-    """The mixture of largest posterior for values (N,) of images with answers (N,), by EM.
+    """Fit the mixture of largest posterior to values (N,) of images with answers (N,), by EM.
 
-    A class's mean inside is shrunk towards that of all, as if ``CLASS_ROWS`` rows had it; the mean
-    outside has ``BELIEF`` N rows at the expected one, ``balance`` less the lower quartile, which is
-    inside whatever the share, so that rows which are all inside leave it there, and its share
-    small. EM starts from that quartile, too.
+    The lower quartile of the values is taken as the initial mean inside, since images outside have
+    larger values. The priors are:
+
+    - The mean inside of a class is averaged with the mean over all classes, which has the weight of
+      ``CLASS_PRIOR_ROWS`` rows.
+    - The mean outside is averaged with its expected value, ``balance`` minus the lower quartile,
+      which has the weight of ``OUTSIDE_PRIOR`` N rows. If all rows are inside, the mean outside
+      therefore stays near the expected value, and the share stays small.
+
+    With ``known_inside`` no row is outside: one step gives the means inside and the variance.
     """
     n = len(value)
     ordered = value.sort().values
     low = float(ordered[int(0.05 * (n - 1))])
     centre = float(ordered[int(0.25 * (n - 1))])
     expected = balance - centre
-    # the likelihood of a Gaussian has no upper bound as it narrows about rows that are alike
-    least = max(abs(balance - 2 * centre) / MOST_APART, 1e-6)  # of expected less centre
-    # of a normal distribution these quantiles are 1.645 - 0.674 standard deviations apart
-    spread = max((centre - low) / 0.97, least)
+    # the likelihood grows without bound if a Gaussian narrows around equal values, so the standard
+    # deviation is at least the distance from centre to expected over MAX_SEPARATION
+    min_deviation = max(abs(balance - 2 * centre) / MAX_SEPARATION, 1e-6)
+    # the 5 % and 25 % quantiles of a normal distribution are 1.645 - 0.674 = 0.97 standard
+    # deviations apart
+    deviation = max((centre - low) / 0.97, min_deviation)
     state = Mixture(
         torch.full((n_classes + 1,), centre, dtype=torch.float32).double(),
         expected,
-        spread**2,
-        ASSUMED,
+        deviation**2,
+        ASSUMED_OUTSIDE_SHARE,
     )
     count = torch.bincount(answer, minlength=n_classes).double()
     for _ in range(1 if known_inside else EM_PASSES):
@@ -447,18 +480,21 @@ def fit_mixture(
         mean = (inside * value).sum() / inside.sum().clamp_min(1e-9)
         mass = torch.zeros_like(count).index_add_(0, answer, inside)
         sums = torch.zeros_like(count).index_add_(0, answer, inside * value)
-        means = torch.cat([(sums + CLASS_ROWS * mean) / (mass + CLASS_ROWS), mean[None]])
-        # without the expected mean EM would cut rows that are all inside in two
+        means = torch.cat(
+            [(sums + CLASS_PRIOR_ROWS * mean) / (mass + CLASS_PRIOR_ROWS), mean[None]]
+        )
+        # without this prior, EM would split rows that are all inside into two halves
         n_outside = outside.sum()
-        n_believed = BELIEF * n
-        far_total = float((outside * value).sum() + n_believed * expected)
-        far = far_total / float(n_outside + n_believed)
-        squares = inside * (value - means[answer]).square() + outside * (value - far).square()
-        share = ASSUMED
+        n_prior = OUTSIDE_PRIOR * n
+        outside_total = float((outside * value).sum() + n_prior * expected)
+        outside_mean = outside_total / float(n_outside + n_prior)
+        squares_outside = outside * (value - outside_mean).square()
+        squares = inside * (value - means[answer]).square() + squares_outside
+        share = ASSUMED_OUTSIDE_SHARE
         if not known_inside:
-            share = (float(n_outside) + 0.5) / (n + 5)  # a share of zero could never grow again
-        variance = max(float(squares.mean()), least**2)
-        after = Mixture(means, far, variance, min(max(share, 1e-3), 1 - 1e-3))
+            share = (float(n_outside) + 0.5) / (n + 5)  # EM never leaves a share of zero
+        variance = max(float(squares.mean()), min_deviation**2)
+        after = Mixture(means, outside_mean, variance, min(max(share, 1e-3), 1 - 1e-3))
         moved = abs(after.outside - state.outside) + abs(after.share - state.share)
         state = after
         if moved < EM_TOLERANCE:
@@ -467,16 +503,18 @@ def fit_mixture(
 
 
 def from_words(rows: Rows, *, known_inside: bool) -> Outside:
-    """What everyday words say, with no image shown that is known to be outside.
+    """Learn the outcome "outside" from everyday words, without examples of images outside.
 
-    The margin of an image outside is expected at log(M / K) less that of one inside: to M words it
-    is what an image inside is to K classes. Rows of which nothing is known are taken for a mixture
-    of the two; where enough are outside, the value is the margin averaged with its regression on
-    the image, which knows what the images have in common.
+    An image outside relates to the M words as an image inside relates to the K classes. Its
+    expected margin is therefore log(M / K) minus the margin of an image inside.
+
+    Rows that are not ``known_inside`` are a mixture of images inside and outside. If enough of them
+    are outside, the value of a row is its margin, averaged with the margin that a ridge regression
+    predicts from the image (``Margins.direction``). Otherwise the value is the margin alone.
     """
     seen = Margins.of(rows)
     n_classes = rows.source.n_candidates
-    n_words = max(round(WORDS * len(rows.source.column(NEGATIVES, rows.index[:0]))), 1)
+    n_words = max(round(WORD_SHARE * len(rows.source.column(NEGATIVES, rows.index[:0]))), 1)
     balance = math.log(n_words / n_classes)
     zero = torch.zeros((), dtype=torch.float64)
     weight = torch.zeros_like(seen.mean)
@@ -491,49 +529,49 @@ def from_words(rows: Rows, *, known_inside: bool) -> Outside:
         )
         value = value + (1 - share) * seen.margin
         mixture = fit_mixture(value, seen.answer, n_classes, balance, known_inside=False)
-        # with hardly an image outside, the direction is that of something else in the images
-        if mixture.share >= PRESENT:
+        # with hardly any image outside, the regression follows another property of the images
+        if mixture.share >= MIN_OUTSIDE_SHARE:
             weight = along
             bias = level
             words = (1 - share) * words
         else:
             mixture = None
     if mixture is None:
-        few = known_inside or len(seen.margin) < DIRECTION_ROWS
-        mixture = fit_mixture(seen.margin, seen.answer, n_classes, balance, known_inside=few)
+        # too few rows cannot show a share of images outside either
+        assume_inside = known_inside or len(seen.margin) < DIRECTION_ROWS
+        mixture = fit_mixture(
+            seen.margin, seen.answer, n_classes, balance, known_inside=assume_inside
+        )
     notes = {
         "outside_share": None if known_inside else mixture.share,
-        "outside_apart": mixture.apart,
+        "outside_apart": mixture.separation,
     }
-    # two halves of one hump: P(outside) would reorder the answers within the classes
-    if mixture.apart < APART:
+    # the two Gaussians are halves of one mode: P(outside) would only reorder the images inside
+    if mixture.separation < MIN_SEPARATION:
         return Outside.nothing(**notes)
     slope, offset = mixture.log_odds()
     return Outside(weight, bias, words, slope, offset - CAUTION, notes)
 
 
 class Regressors(NamedTuple):
-    """Regressors of the regression on examples.
-
-    They are images of some rows and, where there are words, their margins (N,).
-    """
+    """Regressors of ``from_examples``: the images of N rows and, where there are words, margins."""
 
     rows: Rows
-    margins: Tensor | None
+    margins: Tensor | None  # (N,); None without the column of words
 
     @classmethod
     def of(cls, rows: Rows) -> Regressors:
-        """Margins are computed once."""
+        """The regressors of some rows; the margins are computed here, once."""
         if NEGATIVES not in rows.columns:
             return cls(replace(rows, columns=()), None)
         margins = []
         for batch in replace(rows, columns=(NEGATIVES,)).batches(SCORING_BATCH):
-            far = far_words(batch.columns[NEGATIVES], batch.text, WORDS)
+            far = far_words(batch.columns[NEGATIVES], batch.text, WORD_SHARE)
             margins.append(margin(batch, far))
         return cls(replace(rows, columns=()), torch.cat(margins))
 
     def blocks(self) -> Iterator[Tensor]:
-        """(b, D) float64, or with the margin (b, D + 1)."""
+        """Yield the regressors block by block: (b, D) float64, or (b, D + 1) with the margin."""
         start = 0
         for batch in self.rows.batches(SCORING_BATCH):
             image = float64(batch.image)
@@ -547,12 +585,13 @@ class Regressors(NamedTuple):
 
 
 def from_examples(train: Rows, outside: Tensor) -> Outside:
-    """Ridge-regularised logistic regression of "outside" on the image.
+    """Fit an L2-regularised logistic regression of "outside" on the image.
 
-    Where there are words, it is on the margin, too.
+    Where there are words, the margin is a further regressor. ``outside`` are the indices of the
+    examples of images outside.
 
-    Images are centred and divided by their root mean square norm, margins standardised, so the
-    prior variances mean the same for every model. Solved by L-BFGS over streamed blocks.
+    Images are centred and divided by their root mean square norm; margins are standardised. The
+    prior variances then have the same meaning for every model. L-BFGS reads the rows in blocks.
     """
     parts = [Regressors.of(train), Regressors.of(replace(train, index=outside))]
     dim = train.source.space.embed_dim
@@ -560,7 +599,7 @@ def from_examples(train: Rows, outside: Tensor) -> Outside:
     weights = torch.zeros(len(centre) + 1, dtype=torch.float64, requires_grad=True)
     precision = torch.full_like(weights, 1 / LABEL_VARIANCE, requires_grad=False)
     precision[dim:] = 1 / MARGIN_VARIANCE
-    precision[-1] = 0.0
+    precision[-1] = 0.0  # the intercept has no prior
     optimizer = torch.optim.LBFGS(
         [weights],
         max_iter=LBFGS_STEPS,
@@ -596,9 +635,10 @@ def from_examples(train: Rows, outside: Tensor) -> Outside:
 
 
 def _standard(parts: list[Regressors], dim: int) -> tuple[int, Tensor, Tensor]:
-    """Number of rows, mean (W,) and scale (W,) of the inputs.
+    """Number of rows, mean (W,) and scale (W,) of the W regressors.
 
-    The scale is one norm for the image, and a deviation for the margin.
+    The scale of all D image regressors is the root mean square norm of the centred images. The
+    scale of the margin is its standard deviation.
     """
     n = 0
     total = torch.zeros((), dtype=torch.float64)

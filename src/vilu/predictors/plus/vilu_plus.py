@@ -1,4 +1,4 @@
-"""ViLU+: a learned posterior, and a head on how it differs from the zero-shot answer."""
+"""The method ``vilu_plus`` (ViLU+): P(failure) from a learned posterior over the candidates."""
 
 from __future__ import annotations
 
@@ -46,13 +46,17 @@ from vilu.predictors.plus.vilu_zero import Classes, ViLUZero, learn_classes
 from vilu.predictors.vilu.head import Count, NonNegative, Positive
 
 POOL_SD = 0.2
-"""Prior standard deviation of the weights, around the first expert alone."""
+"""Prior standard deviation of the pool weights; their prior mean is 1 for the first expert."""
 
 
 def fit_pool(log_p: NDArray[np.float64], target: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Weights w (M,) >= 0 of a log-linear pool, of largest posterior.
+    """Weights w (M,) >= 0 of largest posterior for a log-linear pool of M experts.
 
-    The prior is N((1, 0, ...), 0.2^2).
+    The prior of w is normal with mean (1, 0, ...) and standard deviation ``POOL_SD``.
+
+    Args:
+        log_p: (N, M, K) log probabilities of the K candidates by every expert.
+        target: (N,) index of the true candidate.
     """
     from scipy.optimize import minimize
 
@@ -67,25 +71,29 @@ def fit_pool(log_p: NDArray[np.float64], target: NDArray[np.int64]) -> NDArray[n
         value = -log_q[rows, target].sum() + (distance**2).sum() / (2 * POOL_SD**2)
         return float(value), slope + distance / POOL_SD**2
 
-    # A log-linear pool has one optimum. A negative weight would trust an expert for being wrong.
+    # The objective is convex, so there is one optimum. A negative weight would use an expert
+    # because it is wrong, so weights are at least 0.
     bounds = [(0, None)] * len(prior)
     best = minimize(objective, prior, jac=True, method="L-BFGS-B", bounds=bounds)
     return np.asarray(best.x)
 
 
 MEMORY_ROWS = 4_096
-"""Up to so many rows are remembered.
+"""Maximum number of training rows with which the memory is one of the experts.
 
-With more, the network has enough to learn from (docs/methods/vilu_plus.md).
+With more rows the network learns enough without it (docs/methods/vilu_plus.md).
 """
 
-FEW_LABELS = 10
-"""Per class on average; with fewer, folds lack classes and companions learn nothing that lasts."""
+MIN_LABELS = 10
+"""Minimum mean number of labels per class with which there are experts beside the attention.
 
-ENOUGH = 250
-"""Held-out rows that suffice for the pool, which has three weights.
+With fewer labels, folds lack classes, and the experts overfit.
+"""
 
-No more folds are fitted than make so many.
+POOL_ROWS = 250
+"""Number of held-out rows that suffice to fit the three weights of the pool.
+
+No more folds are fitted than this number needs.
 """
 
 POOL = "pool"
@@ -99,41 +107,53 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 
 @dataclasses.dataclass
 class ViLUPlus(SeesOutside, FailurePredictor):
-    """u = P(failure) = 1 - q_t̂, q a log-linear pool of experts on which candidate is true.
+    """P(failure) of the zero-shot answer under a pool of experts that learned from class labels.
 
-    log q_j = sum_m w_m log p_mj - const. The experts: the supervised cross-attention
-    (``SupervisedAttention``, the zero-shot logits at a fitted temperature plus a ridge-regularised
-    bilinear form: convex), a small network of the image (``Adapter``) and, up to 4,096 rows,
-    attention over the labelled images (``Memory``). They learn from class labels, so no failure is
-    needed. w comes from rows that they were not fitted on (cross-fitted, or ``validation``), with a
-    prior at the attention alone, which makes q a calibrated probability. With fewer than ten labels
-    a class there is the attention alone, and the fewer they are the nearer it stays to the
-    zero-shot posterior. Candidates that are not all training classes are scored by the attention
-    alone; captions have no other expert. With rows without labels the start is not the zero-shot
-    posterior but that of ``ViLUZero``.
+    u = 1 - q_t̂, where q is the log-linear pool of the posteriors p_m of M experts:
+
+        log q_j = sum_m w_m log p_mj - const
+
+    The experts are:
+
+    1. The supervised cross-attention (``SupervisedAttention``): the zero-shot logits at a fitted
+       temperature, plus a ridge-regularised bilinear form. Its fit is convex.
+    2. A small network on the image (``Adapter``).
+    3. Up to 4,096 training rows, an attention over the labelled images (``Memory``).
+
+    The experts learn from class labels, so no failures are needed. The weights w are fitted on rows
+    that the experts were not fitted on (cross-fitting, or ``validation``), so that q is a
+    calibrated probability. The prior mean of w is the attention alone.
+
+    The attention is the only expert if there are fewer than ten labels per class on average, for
+    image-caption pairs, and for scoring candidates that are not all training classes. The fewer
+    labels there are, the closer the attention stays to the zero-shot posterior. With rows without
+    labels it starts from the posterior of ``ViLUZero`` instead of the zero-shot posterior.
 
     With examples of images of none of the classes, or with everyday words (the column "negatives"),
-    there is one more outcome, "outside": u = 1 - (1 - P(outside)) q_t̂
-    (``vilu.predictors.plus.ood``). Rows without labels, with words, say how many there are of them
-    and what they have in common.
+    there is one more outcome, "outside" (``vilu.predictors.plus.ood``). Then
+
+        u = 1 - (1 - P(outside)) q_t̂
+
+    From words and rows without labels, the fit also estimates how many images are outside, and what
+    these images have in common.
 
     Args:
-        features: Look at the column "features" (the image encoder's output before its projection,
-            or a second encoder's) beside the embedding where the data carry it; the label of the
-            results says so.
-        variance: Prior variance of what the attention adds to the logits, in units of that of the
-            tempered zero-shot logits.
-        sharing: Share rho of it that classes have in common, which is all that unseen candidates
-            benefit from.
+        features: Whether to use the column "features" as an input beside the embedding, where the
+            data have it. It holds the output of the image encoder before its projection, or that of
+            a second encoder. The label of the results then names it.
+        variance: Prior variance of what the attention adds to the logits, in units of the variance
+            of the tempered zero-shot logits.
+        sharing: Share rho of that variance which all classes have in common. Only this part changes
+            the logits of unseen candidates.
         width: Hidden width of the network.
-        dropout: Of the network.
+        dropout: Dropout probability of the network.
         epochs: Passes over the rows in training the network; None: 20, or as many as make 300
             steps.
-        batch_size: Of the network; None: a twentieth of the rows, between 64 and 256.
-        learning_rate: Of the network (AdamW, cosine).
-        weight_decay: Of the network.
+        batch_size: Batch size of the network; None: a twentieth of the rows, between 64 and 256.
+        learning_rate: Initial learning rate of the network (AdamW, cosine schedule).
+        weight_decay: Weight decay of the network.
 
-    Source: ours; docs/methods/vilu_plus.md has the ablation.
+    Source: this project; the ablation is in docs/methods/vilu_plus.md.
 
     Examples:
         >>> import numpy as np, vilu
@@ -178,7 +198,10 @@ class ViLUPlus(SeesOutside, FailurePredictor):
 
     @property
     def label(self) -> str:
-        """The name, whether features are an input, and whether there is the outcome "outside"."""
+        """The name, with "features" and "outside" in brackets where the fit used or learned them.
+
+        Examples of labels are "vilu_plus" and "vilu_plus (features, outside)".
+        """
         kinds = []
         if FEATURES in self.columns_to_score:
             kinds.append(FEATURES)
@@ -189,7 +212,10 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         return f"{self.name} ({', '.join(kinds)})"
 
     def columns_to_fit(self, train: EmbeddingSource) -> tuple[str, ...]:
-        """The features and the words, where wanted and there; of captions no words."""
+        """Those of the columns of features and words that the data have and this fit uses.
+
+        The words are not used for image-caption pairs, nor the features if ``features`` is false.
+        """
         wanted = {FEATURES: self.features, NEGATIVES: train.pool_size is None}
         return tuple(
             name for name in self.optional_columns if wanted[name] and name in train.columns
@@ -197,7 +223,7 @@ class ViLUPlus(SeesOutside, FailurePredictor):
 
     @property
     def columns_to_score(self) -> tuple[str, ...]:
-        """The features and the words, where fitted on them."""
+        """Those of the columns of features and words that the fit used."""
         on_features = self.network_ is not None and self.experts.attention.inputs.on_features
         return ((FEATURES,) if on_features else ()) + self.outcome.columns
 
@@ -218,18 +244,18 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         experts = None
         rows = None
         if kinds:
-            # The pool is fitted on rows that its experts have not seen: the memory knows
-            # the labels of its own rows, and would get all the weight.
+            # The pool is fitted on rows that its experts were not fitted on. Otherwise the memory
+            # would get all the weight, since it contains the labels of its own rows.
             folds = cross_fitting(train, failure, validation, self.seed)
             _, first_held_out = folds[0]
-            n_folds = math.ceil(ENOUGH / len(first_held_out.index))
+            n_folds = math.ceil(POOL_ROWS / len(first_held_out.index))
             parts = []
             for rows, held_out in folds[:n_folds]:
                 experts = self._fit_experts(rows, kinds, weights, start, experts)
                 parts.extend(log_posteriors(experts, held_out, self.device_))
             log_p, target = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
             weights = torch.from_numpy(fit_pool(log_p, target))
-        # with a validation set the experts are those of all training rows already
+        # with a validation set, the last experts were already fitted on all training rows
         if experts is None or rows is not train:
             experts = self._fit_experts(train, kinds, weights, start, experts)
         tensors = {name: tensor.cpu() for name, tensor in experts.state_dict().items()}
@@ -243,7 +269,7 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         return Learnt(tensors, {**notes, **outside.notes})
 
     def _classes(self, train: Rows) -> Classes | None:
-        """What rows without labels say of the classes, where there are some."""
+        """What rows without labels teach about the classes; None if there are no such rows."""
         source = train.unlabelled
         if source is None:
             return None
@@ -252,9 +278,9 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         )
 
     def _kinds(self, train: Rows) -> tuple[str, ...]:
-        """The companions that the training set is large enough, and small enough, for."""
+        """The kinds of experts beside the attention that suit the size of the training set."""
         n = len(train.index)
-        if train.source.pool_size is not None or n < FEW_LABELS * train.source.n_candidates:
+        if train.source.pool_size is not None or n < MIN_LABELS * train.source.n_candidates:
             return ()
         return ("adapter", "memory") if n <= MEMORY_ROWS else ("adapter",)
 
@@ -266,6 +292,10 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         start: Start | None,
         near: Experts | None,
     ) -> Experts:
+        """Fit the attention and its companions of some ``kinds``.
+
+        The fit of the attention starts from that of ``near``, the experts of another fold.
+        """
         n_classes = 0 if rows.source.pool_size else rows.source.n_candidates
         feature_dim = 0
         if FEATURES in rows.columns:
@@ -298,7 +328,8 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         return adapter.eval()
 
     def _score(self, batch: Batch) -> Tensor:
-        answered = batch.answered(batch.zero_shot)  # of all rows at once, for whoever asks next
+        # computed for all rows at once, and kept for later uses of the batch
+        answered = batch.answered(batch.zero_shot)
         blocks = self.experts.blocks(answered)
         log_odds = torch.cat([failure_log_odds(logits, rows) for rows, logits in blocks])
         if self.outcome:
@@ -306,12 +337,12 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         return torch.sigmoid(log_odds)
 
     def outcome_of(self, batch: Batch) -> Tensor:
-        """(B,) float64 log-odds of an image of none of the classes."""
+        """(B,) float64 log-odds that the image is of none of the classes."""
         match = self.experts.attention.match(batch.text)
         return self.outcome.log_odds(batch, torch.where(match.known, match.row, -1))
 
     def log_posterior(self, batch: Batch) -> Tensor:
-        """(B, K) float64, of the pooled experts."""
+        """(B, K) float64 log probabilities of the candidates under the pool of experts."""
         return float64(self.experts.to(batch.image.device)(batch)).log_softmax(dim=-1)
 
     def graph(self) -> nn.Module:
@@ -319,14 +350,14 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         return PlusGraph(self.experts, self.outcome)
 
     def coalitions(self) -> Coalitions:
-        """Of the parts of the pooled logits."""
+        """Coalitions of the parts of the pooled logits."""
         outside = self.outcome_of if self.outcome else None
         return PoolCoalitions(
             lambda batch: self.experts.to(batch.image.device).pooled_parts(batch), outside
         )
 
     def module(self, tensors: dict[str, Tensor], space: EmbeddingSpace) -> Experts:
-        """The experts, as large as their tensors say."""
+        """New experts of the sizes of the saved ``tensors``."""
         if not tensors.keys() >= {CLASSES, FEATURE_MEAN, POOL}:
             raise DataError(
                 f"a {self.name} holds experts and a pool. "
@@ -353,9 +384,9 @@ class ViLUPlus(SeesOutside, FailurePredictor):
 
 
 class PlusGraph(nn.Module):
-    """``ViLUPlus`` with all experts.
+    """The score of ``ViLUPlus`` as a graph for export, which cannot branch on values.
 
-    Whether all candidates are training classes is a number, not a branch.
+    All experts are computed. Their weights depend on whether all candidates are training classes.
     """
 
     def __init__(self, experts: Experts, outcome: Outside) -> None:
@@ -369,7 +400,7 @@ class PlusGraph(nn.Module):
         self.alone = nn.Buffer(torch.eye(len(self.pool), dtype=self.pool.dtype)[0])
 
     def forward(self, batch: Batch) -> Tensor:
-        """(N,) float64."""
+        """(N,) float64 uncertainties."""
         attention = self.experts.attention
         match = attention.match(batch.text) if len(attention.classes) else None
         logits = self.experts.all_logits(batch, match)
@@ -385,9 +416,9 @@ class PlusGraph(nn.Module):
 
 
 def require_known_classes(validation: EmbeddingSource, classes: Tensor) -> None:
-    """Refuse validation rows that not all experts can say something of.
+    """Refuse validation rows with a candidate that is no training class, by its text (K, D).
 
-    They know the classes (K, D) of training.
+    Only the attention can score such a candidate, so the pool cannot be fitted on these rows.
     """
     n_unknown = validation.n_candidates
     if not validation.pool_size:
@@ -396,16 +427,17 @@ def require_known_classes(validation: EmbeddingSource, classes: Tensor) -> None:
         n_unknown = int((similarity < SAME_TEXT).sum())
     if n_unknown:
         raise DataError(
-            f"what knows the {len(classes)} training classes is weighed on the validation rows, "
-            f"and {n_unknown} of the {validation.n_candidates} candidates of the validation set "
-            "are others. Leave those out, or the whole set."
+            "the pool is fitted on the validation rows, and some experts score only the "
+            f"{len(classes)} training classes. {n_unknown} of the {validation.n_candidates} "
+            "candidates of the validation set are no training class. Leave these candidates out, "
+            "or the whole validation set."
         )
 
 
 def log_posteriors(
     experts: Experts, rows: Rows, device: torch.device
 ) -> list[tuple[Tensor, Tensor]]:
-    """(B, M, K) float64 log probabilities of all experts, and the targets (B,), batch by batch."""
+    """Pairs of log probabilities (B, M, K) of M experts and targets (B,), one pair for a batch."""
     with torch.no_grad():
         parts = []
         for batch in rows.batches(SCORING_BATCH):

@@ -1,9 +1,9 @@
-"""What unlabelled images of the deployment say about the zero-shot posterior.
+"""The method ``vilu_zero``: improve the zero-shot posterior by unlabelled images of the deployment.
 
-They say which classes occur, and where each one lies.
+Two things are learned from these images: which classes occur, and an image prototype of each class.
 
-Shapes: N rows to learn from, B rows to score, K classes, D embedding width. A class count is a sum
-of posteriors.
+Shapes: N rows to learn from, B rows to score, K classes, D embedding width. The count of a class is
+the sum over rows of its posterior probability.
 """
 
 from __future__ import annotations
@@ -30,75 +30,85 @@ from vilu.predictors.nn.pooled import Pooled
 from vilu.predictors.plus.ood import NEGATIVES, Outside, SeesOutside, from_words
 
 EM_ROWS = 20_000
-"""Rows that the class counts are estimated on; of more, so many are drawn."""
+"""Maximum number of rows, drawn at random, from which the class counts are estimated."""
 EM_PASSES = 50
 ROUNDS = 2
-"""How often the prototypes are learned: from the zero-shot posterior, then from the pooled one."""
+"""Passes that learn prototypes: by the zero-shot posterior first, then by the pooled posterior."""
 RIDGE = 0.7
-"""Share of the covariance within classes that is spherical."""
+"""Weight of the spherical part in the regularised covariance within classes."""
 NO_SPREAD = 1e-12
+"""Variance up to which all images count as equal."""
 ABSENT_SCALE = 0.5
-"""Mean count, in rows, that a class gets of which there is none."""
-DOUBT = 5.0
-"""Classes known to occur beforehand.
+"""Mean count, in rows, of a class that does not occur."""
+KNOWN_TO_OCCUR = 5.0
+"""Prior, in classes that are known to occur.
 
-As many as keep a few empty ones from saying that most are absent.
+Without it, a few classes with a count of zero would make most classes count as absent.
 """
-LOST = 0.1
-"""Share of the classes that occur and get no count, since others take their rows up."""
-MOST_ANCHOR = 100.0
-"""Rows that the anchor of a mean counts for at most."""
-APART = 0.2
-"""Variance of the means of classes, in units of that within.
-
-From it on prototypes are fully trusted.
-"""
-FEW_MEMBERS = 2.0
-"""Rows a class, on average over those that occur, up to which prototypes are not trusted at all."""
+LOST_SHARE = 0.1
+"""Share of the occurring classes with a count near zero, since other classes take their rows."""
+MAX_ANCHOR = 100.0
+"""Maximum weight, in rows, of the anchor of a class mean."""
+FULL_TRUST_VARIANCE = 0.2
+"""Variance between class means, in units of the variance within, from which trust is full."""
+MIN_MEMBERS = 2.0
+"""Mean number of rows per occurring class up to which prototypes get no weight."""
 STRENGTHS = (0.0, 0.25, 0.5, 1.0)
+"""Candidate values of lambda, by which the log occurrence probabilities are multiplied."""
 TRUSTS = (0.0, *(0.01 * 1.3**i for i in range(24)))
+"""Candidate values of tau, by which the discriminants of the prototypes are multiplied."""
 
 
 @dataclasses.dataclass
 class ViLUZero(SeesOutside, ClosedSet):
-    """The zero-shot posterior, pooled with image prototypes.
+    """The zero-shot posterior, pooled with image prototypes that unlabelled rows teach.
 
-    Unlabelled rows teach the prototypes, over the classes that occur.
+    The answer stays the zero-shot one. The uncertainty is
 
-    u = 1 - (1 - P_outside) q, where q is the mass that softmax(l') gives to the zero-shot answer
-    and P_outside = 0; l'_c = (1 - share) l_c + share tau g_c(z) + o_c, with zero-shot logits l. The
-    answer stays the zero-shot one.
+        u = 1 - (1 - P_outside) q
 
-    *Which classes occur* (o, (K,), at most 0): EM finds the class frequencies pi under which the
-    rows are most likely, p(c | z) ~ pi_c exp(l_c). Their counts n_c = N pi_c are taken for a
-    mixture of two exponentials, mean 1/2 of absent classes, N / (K (1 - rho)) of the others, and
-    o_c = lambda log P(c occurs | n_c). Each half of the rows judges what the other found: lambda in
-    [0, 1] is where log sum_c exp(l_c + o_c) / sum_c exp(o_c) is largest on average.
+    where q is the probability of the zero-shot answer under softmax(l'), and l are the zero-shot
+    logits:
 
-    *Where they lie* (g, linear in z): discriminants of Gaussians with one covariance, whose soft
-    members are the rows by their posterior. Means start from where texts lead to, m + a (t_c - t),
-    and move towards the members by n_c / (n_c + kappa); kappa, a, and the covariance come from the
-    rows. ``tau`` is how well prototypes of one half predict the posterior of the other (least
-    cross-entropy): 0 where they cannot. The weight in the pool is ``share`` times 1 - 2 K' / N, K'
-    = K (1 - rho) being the classes that occur (0 up to two rows a class: prototypes of so few rows
-    do harm), times the square of how far the means lie apart, in units of ``APART``, where that is
-    below one.
+        l'_c = (1 - s) l_c + s tau g_c(z) + o_c
 
-    *Which images are of none of the classes* (P_outside): where the data carry everyday words, the
-    column ``negatives``, a mixture of two says how far an image is on their side
-    (``vilu.predictors.plus.ood``); else zero.
+    *Which classes occur* (o, (K,), at most 0). EM finds the class frequencies pi under which the
+    rows are most likely, with the posterior p(c | z) ~ pi_c exp(l_c). The counts n_c = N pi_c are
+    modelled as a mixture of two exponential distributions: absent classes, a share rho, have a mean
+    count of 1/2, the other classes of N / (K (1 - rho)). Then o_c = lambda log P(c occurs | n_c).
+    lambda in [0, 1] is chosen by cross-validation between two halves of the rows. It maximises the
+    mean of
 
-    Fitted on rows without labels (``needs_labels``); targets are not looked at. The candidates are
-    part of the fit.
+        log [sum_c exp(l_c + o_c) / sum_c exp(o_c)]
+
+    *Prototypes* (g, linear in z). g are the discriminants of one Gaussian per class with a common
+    covariance. The posteriors of the rows are their soft memberships in the classes. The prior mean
+    of a class is m + a (t_c - t), with the mean image m and the mean text t. The mean moves from
+    there towards the mean of its members by the factor n_c / (n_c + kappa). kappa, a and the
+    covariance are estimated from the rows.
+
+    tau minimises the cross-entropy with which prototypes of one half of the rows predict the
+    posterior of the other half. It is 0 where they cannot predict it.
+
+    The weight s of the prototypes is ``share`` times two factors in [0, 1]. The first one is
+    1 - 2 K' / N, with K' = K (1 - rho) occurring classes. It is 0 up to two rows per class, because
+    prototypes of so few rows do harm. The second one is the square of the variance between the
+    means of the classes, in units of ``FULL_TRUST_VARIANCE`` and at most 1.
+
+    *Images of none of the classes* (P_outside). Where the data have the column ``negatives`` of
+    everyday words, P_outside comes from a mixture of images inside and outside
+    (``vilu.predictors.plus.ood``). Otherwise it is 0.
+
+    The fit needs no labels (``needs_labels``) and ignores them. Only candidates of the fit can be
+    scored.
 
     Args:
         share: Largest weight of the prototypes in the pool.
-        max_bank: Most images to learn from; of more, so many are drawn with ``seed``.
+        max_bank: Maximum number of images to learn from; a larger set is sampled with ``seed``.
 
-    Source: this project. EM for class frequencies: Saerens et al., Neural Computation 2002; soft
-    members and text
-    anchors: the setting of transductive CLIP (Martin et al., 2024; Zanella et al., 2024), here for
-    later rows.
+    Source: this project. EM for class frequencies: Saerens et al., Neural Computation 2002. Soft
+    memberships and text anchors: transductive CLIP (Martin et al., 2024; Zanella et al., 2024),
+    here applied to rows that come after the fit.
 
     Examples:
         >>> import numpy as np, vilu
@@ -133,16 +143,16 @@ class ViLUZero(SeesOutside, ClosedSet):
 
     @property
     def label(self) -> str:
-        """The name, and whether words are looked at."""
+        """The name, with "(outside)" where the outcome "outside" was learned."""
         return f"{self.name} (outside)" if self.outcome else self.name
 
     def columns_to_fit(self, train: EmbeddingSource) -> tuple[str, ...]:
-        """The words, where they are there."""
+        """The column of the words, where the data have it."""
         return self.optional_columns if NEGATIVES in train.columns else ()
 
     @property
     def columns_to_score(self) -> tuple[str, ...]:
-        """The words, where they told something."""
+        """The column of the words, where the outcome "outside" was learned from them."""
         return self.outcome.columns
 
     def _learn(
@@ -151,10 +161,11 @@ class ViLUZero(SeesOutside, ClosedSet):
         failure: Tensor,  # noqa: ARG002
         validation: EmbeddingSource | None,  # noqa: ARG002
     ) -> Learnt:
-        few, _ = draw_rows(train, self.max_bank, self.seed)
-        learned_classes = learn_classes(few, self.share, self.seed, self.device_)
-        is_judged = NEGATIVES in few.columns and len(few.index) >= FEW
-        outside = from_words(few, known_inside=False) if is_judged else Outside.nothing()
+        bank, _ = draw_rows(train, self.max_bank, self.seed)
+        learned_classes = learn_classes(bank, self.share, self.seed, self.device_)
+        outside = Outside.nothing()
+        if NEGATIVES in bank.columns and len(bank.index) >= FEW:
+            outside = from_words(bank, known_inside=False)
         scale = torch.tensor(1 - learned_classes.share, dtype=torch.float64)
         parts = (
             scale,
@@ -167,7 +178,7 @@ class ViLUZero(SeesOutside, ClosedSet):
         return Learnt(learned | outside.tensors(), {**learned_classes.notes, **outside.notes})
 
     def parts(self, batch: Batch) -> Pooled:
-        """The pooled logits l' in their parts; ``texts`` is what is added at the mean image."""
+        """The parts of the pooled logits l'; ``texts`` is what is added for the mean image."""
         image = float64(normalize(batch.image, dim=1))
         classes = self.classes_of(batch.text).to(image.device)
         scale, centre, weight, bias = (self.tensor(name, image.device) for name in self.tensors[:4])
@@ -179,45 +190,47 @@ class ViLUZero(SeesOutside, ClosedSet):
         return torch.sigmoid(with_outside(log_odds, self.outcome_of(batch)))
 
     def outcome_of(self, batch: Batch) -> Tensor:
-        """(B,) float64 log-odds of an image of none of the classes."""
+        """(B,) float64 log-odds that the image is of none of the classes."""
         return self.outcome.log_odds(batch, self.classes_of(batch.text))
 
     def log_posterior(self, batch: Batch) -> Tensor:
-        """(B, K) float64, of the pooled logits."""
+        """(B, K) float64 log probabilities of the candidates under the pooled logits."""
         return self.parts(batch).logits.log_softmax(dim=-1)
 
     def coalitions(self) -> Coalitions:
-        """Of the parts of the pooled logits."""
+        """Coalitions of the parts of the pooled logits."""
         return PoolCoalitions(self.parts, self.outcome_of if self.outcome else None)
 
 
 class Classes(NamedTuple):
-    """What rows without labels say.
+    """What rows without labels teach: how to pool zero-shot logits l with prototypes.
 
-    l'_c = (1 - share) l_c + (z - centre) weight_c + bias_c + occurrence_c.
+        l'_c = (1 - share) l_c + (z - centre) . weight_c + bias_c + occurrence_c
 
-    Of unit images z and zero-shot logits l of K classes; all float64, (D,), (K, D), (K,) and (K,).
+    z are unit images. All tensors are float64.
     """
 
     share: float
-    centre: Tensor
-    weight: Tensor
-    bias: Tensor
-    occurrence: Tensor
+    centre: Tensor  # (D,)
+    weight: Tensor  # (K, D)
+    bias: Tensor  # (K,)
+    occurrence: Tensor  # (K,), o of ``ViLUZero``
     notes: dict[str, Any]
 
     def start(self, text: Tensor, logit_scale: float) -> Start:
-        """The same about the zero-shot logits themselves, of texts (K, D)."""
-        less = self.share * logit_scale * float64(text).cpu()
-        return Start(
-            self.centre, self.weight - less, self.bias - less @ self.centre, self.occurrence
-        )
+        """The same pooled logits, written as l_c plus a residual, for texts (K, D) of the classes.
+
+        The term -share l_c is part of the weights and the bias of the residual.
+        """
+        zero_shot = self.share * logit_scale * float64(text).cpu()
+        bias = self.bias - zero_shot @ self.centre
+        return Start(self.centre, self.weight - zero_shot, bias, self.occurrence)
 
 
-def learn_classes(rows: Rows, most: float, seed: int, device: torch.device) -> Classes:
-    """Which classes occur among rows, and where they lie.
+def learn_classes(rows: Rows, max_share: float, seed: int, device: torch.device) -> Classes:
+    """Learn which classes occur among the rows, and prototypes of the classes.
 
-    ``most`` is the largest share in the pool.
+    ``max_share`` is the largest weight of the prototypes in the pool.
     """
     text = class_texts(rows)
     share = 0.0
@@ -225,64 +238,61 @@ def learn_classes(rows: Rows, most: float, seed: int, device: torch.device) -> C
     known = Classifier.nothing(text)
     occurrence = torch.zeros(len(text), dtype=torch.float64)
     notes: dict[str, Any] = {}
-    if len(rows.index) >= FEW:  # else nothing can be judged on a half, and the score is MCM's
+    # with fewer rows no half could check the other one, and the score is that of MCM
+    if len(rows.index) >= FEW:
         pool = Pool(rows, seed, device)
         occurrence, absent = pool.occurrence()
-        most = most * sufficiency(len(rows.index), len(text) * (1 - absent))
-        share, trust, known = pool.prototypes(occurrence, most)
+        max_share = max_share * sufficiency(len(rows.index), len(text) * (1 - absent))
+        share, trust, known = pool.prototypes(occurrence, max_share)
         shown = {"trust": trust, "slope": known.slope, "anchor": known.anchor, "apart": known.apart}
         notes = {"absent": absent, "share": share, **shown}
-    weighed = share * trust
-    return Classes(
-        share, known.centre, weighed * known.weight, weighed * known.bias, occurrence, notes
-    )
+    factor = share * trust
+    weight = factor * known.weight
+    bias = factor * known.bias
+    return Classes(share, known.centre, weight, bias, occurrence, notes)
 
 
 class SoftMembers(NamedTuple):
-    """Sums over the soft members of every class, (2, ...) of two halves or of one set.
+    """Sums over rows that are soft members of the K classes, with posteriors p and images x.
 
-    ``members`` (K,) counts, ``squares`` (K,) of squared posteriors, ``total`` (K, D), and
-    ``second`` (D, D) of x x^T.
+    Each tensor may have a further first dimension of size 2, for two halves of the rows.
     """
 
-    members: Tensor
-    squares: Tensor
-    total: Tensor
-    second: Tensor
+    members: Tensor  # (K,) sums of p: the counts of the classes
+    squares: Tensor  # (K,) sums of p^2
+    total: Tensor  # (K, D) sums of p x
+    second: Tensor  # (D, D) sum of x x^T
 
     @classmethod
     def nothing(cls, n_classes: int, dim: int) -> SoftMembers:
-        """Of two empty halves."""
+        """The sums over two empty halves."""
         shapes = (n_classes,), (n_classes,), (n_classes, dim), (dim, dim)
         return cls(*(torch.zeros(2, *shape, dtype=torch.float64) for shape in shapes))
 
     def add(self, half: int, posterior: Tensor, image: Tensor) -> None:
-        """Add rows (b, K), (b, D) to a half."""
+        """Add rows to a half, by their posteriors (b, K) and their images (b, D)."""
         parts = posterior.sum(0), posterior.square().sum(0), posterior.T @ image, image.T @ image
         for whole, part in zip(self, parts, strict=True):
             whole[half] += part.cpu()
 
     def part(self, half: int | None) -> SoftMembers:
-        """One half, or both together."""
+        """The sums over one half; None: over both halves."""
         return SoftMembers(*(whole.sum(0) if half is None else whole[half] for whole in self))
 
 
 class Classifier(NamedTuple):
-    """Discriminants g = (z - centre) weight^T + bias.
+    """Discriminants g = (z - centre) weight^T + bias, and the estimated prior of class means."""
 
-    And what the rows said about the prior of the means.
-    """
-
-    centre: Tensor
-    weight: Tensor
-    bias: Tensor
-    slope: float = 0.0
-    anchor: float = 0.0
-    apart: float = 0.0
+    centre: Tensor  # (D,)
+    weight: Tensor  # (K, D)
+    bias: Tensor  # (K,)
+    slope: float = 0.0  # a of ``discriminants``
+    anchor: float = 0.0  # kappa of ``discriminants``, in rows
+    apart: float = 0.0  # variance between class means, in units of the variance within classes
 
     @classmethod
     def nothing(cls, text: Tensor) -> Classifier:
-        """One that knows nothing of the classes (K, D)."""
+        """The classifier with all discriminants 0, for classes with texts (K, D)."""
         weight = torch.zeros(text.shape, dtype=torch.float64)
         return cls(weight.sum(0), weight, weight.sum(1))
 
@@ -292,48 +302,53 @@ class Classifier(NamedTuple):
 
 
 def discriminants(moments: SoftMembers, text: Tensor) -> Classifier:
-    """Discriminants of Gaussians of one covariance, whose means are anchored at texts (K, D).
+    """Discriminants of Gaussians with a common covariance W and means anchored at texts (K, D).
 
-    With members' means m_c, of n_c rows, and m_c - m - a (t_c - t) of covariance (1/n_c + 1/kappa)
-    W, moments give 1/kappa (kappa is ``MOST_ANCHOR`` at most), and a is the weighted least-squares
-    slope, both in the metric of the covariance W within classes; likewise how far the means lie
-    ``apart``, with a = 0. W is divided by N less the rows that the means have used up, sum_c sum_i
-    p_ic^2 / n_c.
+    The mean m_c of the n_c soft members of class c is modelled as
+
+        m_c = m + a (t_c - t) + e_c, with covariance (1 / n_c + 1 / kappa) W of the error e_c
+
+    m is the mean image, t the mean text weighted by n_c. All distances are in the metric of W.
+
+    1. W is the covariance within classes, divided by N minus the degrees of freedom that the means
+       use, sum_c sum_i p_ic^2 / n_c.
+    2. a is the slope of the weighted least-squares regression, at least 0.
+    3. 1 / kappa is estimated from the mean square of the residuals; kappa is at most
+       ``MAX_ANCHOR``.
+    4. ``apart`` is the same estimate with a = 0: the variance between the means of the classes.
     """
     count = moments.members.clamp(min=1e-9)
     n = float(moments.members.sum())
     mean = moments.total.sum(0) / n
     centred = moments.total / count[:, None] - mean
     within = moments.second - n * torch.outer(mean, mean) - (centred.T * moments.members) @ centred
-    # divided by N, as if the means were known, classes of few rows would look too narrow
+    # division by N would treat the means as known, and underestimate the variance of small classes
     within = within / max(n - float((moments.squares / count).sum()), 1.0)
     dim = len(within)
     variance = float(within.trace()) / dim
     if variance <= NO_SPREAD:
         return Classifier.nothing(text)
-    # of D^2 / 2 covariances few rows know most badly, and the inverse magnifies the small ones
+    # few rows estimate D^2 / 2 covariances badly, and the inverse magnifies small eigenvalues: so
+    # the covariance is mixed with a spherical one
     identity = torch.eye(dim, dtype=torch.float64)
     precision = torch.linalg.inv((1 - RIDGE) * within + RIDGE * variance * identity)
-    leads = text - (moments.members @ text) / n
-    towards = leads @ precision
-    weighted = moments.members[:, None] * towards
+    centred_text = text - (moments.members @ text) / n
+    weighted = moments.members[:, None] * (centred_text @ precision)
     slope = float(
-        ((weighted * centred).sum() / (weighted * leads).sum().clamp(min=1e-12)).clamp(min=0)
+        ((weighted * centred).sum() / (weighted * centred_text).sum().clamp(min=1e-12)).clamp(min=0)
     )
-    own = float((precision * within).sum())
+    within_square = float((precision * within).sum())  # mean square of an image in the metric of W
 
     def variance_of(rows: Tensor) -> float:
-        """Weighted mean square of rows (K, D) in units of W.
+        """Variance of vectors (K, D), one per class, in units of W and without sampling noise.
 
-        What comes from the n_c members being few is left out.
+        It is the mean square, weighted by the counts. The sampling noise of the K means is K / N.
         """
-        return (
-            float((moments.members * ((rows @ precision) * rows).sum(1)).sum()) / (own * n)
-            - len(count) / n
-        )
+        squares = ((rows @ precision) * rows).sum(1)
+        return float((moments.members * squares).sum()) / (within_square * n) - len(count) / n
 
-    anchor = 1 / max(variance_of(centred - slope * leads), 1 / MOST_ANCHOR)
-    means = (moments.members[:, None] * centred + anchor * slope * leads) / (
+    anchor = 1 / max(variance_of(centred - slope * centred_text), 1 / MAX_ANCHOR)
+    means = (moments.members[:, None] * centred + anchor * slope * centred_text) / (
         moments.members + anchor
     )[:, None]
     weight = means @ precision
@@ -345,7 +360,7 @@ def discriminants(moments: SoftMembers, text: Tensor) -> Classifier:
 class Pool:
     """Unlabelled rows in two random halves, read block by block.
 
-    Each half judges what the other has taught.
+    What is learned from one half is evaluated on the other half.
     """
 
     def __init__(self, rows: Rows, seed: int, device: torch.device) -> None:
@@ -356,22 +371,23 @@ class Pool:
         self.device = device
         self.text = class_texts(rows)
 
-    def blocks(self, half: int, most: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Unit images (b, D) and zero-shot logits (b, K), float32.
+    def blocks(self, half: int, max_rows: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield unit images (b, D) and zero-shot logits (b, K), float32, block by block.
 
-        They are of a half, or of its first rows.
+        They are of all rows of a half, or of its first ``max_rows`` rows.
         """
-        index = self.rows.index[self.halves[half][:most]]
+        index = self.rows.index[self.halves[half][:max_rows]]
         for batch in dataclasses.replace(self.rows, index=index).batches(SCORING_BATCH):
             here = batch.to(self.device)
             yield normalize(here.image, dim=1), here.logits
 
     def counts(self, halves: tuple[int, ...]) -> Tensor:
-        """(K,) float64 class counts of the rows of some halves, by EM from equal ones.
+        """(K,) float64 class counts of the rows of some halves, by EM from equal counts.
 
-        At most ``EM_ROWS`` rows are counted.
+        At most ``EM_ROWS`` / 2 rows of each half are read.
         """
-        # Saerens et al., Neural Computation 2002: posteriors under these counts add up to them
+        # Saerens et al., Neural Computation 2002. At the fixed point the sum of the posteriors
+        # under the counts equals the counts.
         n = float(sum(min(len(self.halves[half]), EM_ROWS // 2) for half in halves))
         count = torch.full((len(self.text),), n / len(self.text), dtype=torch.float64)
         for _ in range(EM_PASSES):
@@ -384,34 +400,38 @@ class Pool:
         return count
 
     def occurrence(self) -> tuple[Tensor, float]:
-        """(K,) o, at most 0, and the share of absent classes."""
-        whole, absent = presence(self.counts((0, 1)))
-        if not bool(whole.any()):
-            return whole, 0.0
-        # Judged on the rows that gave the counts, full strength would always win.
-        gains = torch.zeros(len(STRENGTHS), dtype=torch.float64)
+        """The offsets o (K,) of ``ViLUZero``, at most 0, and the share of absent classes."""
+        log_presence, absent = presence(self.counts((0, 1)))
+        if not bool(log_presence.any()):
+            return log_presence, 0.0
+        # on the rows of the counts themselves the full strength would always have the most evidence
+        evidence = torch.zeros(len(STRENGTHS), dtype=torch.float64)
         for half in (0, 1):
-            known, _ = presence(self.counts((1 - half,)))
-            gains += self._evidence(half, known)
-        strength = STRENGTHS[int(gains.argmax())]
-        return strength * whole, absent * (strength > 0)
+            of_other_half, _ = presence(self.counts((1 - half,)))
+            evidence += self._evidence(half, of_other_half)
+        strength = STRENGTHS[int(evidence.argmax())]
+        return strength * log_presence, absent * (strength > 0)
 
-    def _evidence(self, half: int, known: Tensor) -> Tensor:
-        """(S,) sums over a half of log sum_c exp(l_c + s o_c) / sum_c exp(s o_c).
+    def _evidence(self, half: int, log_presence: Tensor) -> Tensor:
+        """(S,) log-evidence of a half of the rows under each of the S strengths s.
 
-        There is one for each strength s.
+        With the log occurrence probabilities o (K,) it is the sum over rows of
+
+            log [sum_c exp(l_c + s o_c) / sum_c exp(s o_c)]
         """
-        offsets = [strength * known - (strength * known).logsumexp(0) for strength in STRENGTHS]
+        offsets = []
+        for strength in STRENGTHS:
+            offset = strength * log_presence
+            offsets.append(offset - offset.logsumexp(0))
         total = torch.zeros(len(offsets), dtype=torch.float64)
         for _, logits in self.blocks(half, EM_ROWS // 2):
-            for place, offset in enumerate(offsets):
-                total[place] += (
-                    (logits + offset.float().to(self.device)).logsumexp(1).double().sum().cpu()
-                )
+            for index, offset in enumerate(offsets):
+                of_rows = (logits + offset.float().to(self.device)).logsumexp(1)
+                total[index] += of_rows.double().sum().cpu()
         return total
 
-    def prototypes(self, occurrence: Tensor, most: float) -> tuple[float, float, Classifier]:
-        """The share in the pool, at most ``most``, tau, and the prototypes."""
+    def prototypes(self, occurrence: Tensor, max_share: float) -> tuple[float, float, Classifier]:
+        """The weight of the prototypes, at most ``max_share``, then tau, then the prototypes."""
         text = float64(self.text).cpu()
         share = 0.0
         trust = 0.0
@@ -422,30 +442,32 @@ class Pool:
             crossed = [discriminants(moments.part(1 - half), text) for half in (0, 1)]
             whole = discriminants(moments.part(None), text)
             trust = self._trust(occurrence, crossed)
-            share = most * min(max(whole.apart / APART, 0.0), 1.0) ** 2 if trust else 0.0
+            share = 0.0
+            if trust:
+                share = max_share * min(max(whole.apart / FULL_TRUST_VARIANCE, 0.0), 1.0) ** 2
         return share, trust, whole
 
     def _moments(
         self, occurrence: Tensor, crossed: list[Classifier], trust: float, share: float
     ) -> SoftMembers:
-        """Of both halves, by the posterior that is pooled with prototypes.
+        """Sums over the soft members of both halves.
 
-        These are of the other half, as far as they are trusted.
+        The posterior of a row is pooled with the prototypes ``crossed`` of the other half.
         """
         moments = SoftMembers.nothing(*self.text.shape)
         for half in (0, 1):
             for image, logits in self.blocks(half):
                 pooled = logits + occurrence.float().to(self.device)
-                # prototypes of the half itself would confirm the memberships that made them
+                # prototypes of the same half would only confirm the memberships they come from
                 if trust:
                     pooled = pooled + share * (trust * crossed[half].of(image) - logits)
                 moments.add(half, pooled.softmax(1), image)
         return moments
 
     def _trust(self, occurrence: Tensor, crossed: list[Classifier]) -> float:
-        """Tau of the least mean cross-entropy from softmax(l + o) to softmax(tau g + o).
+        """The tau of the least mean cross-entropy from softmax(l + o) to softmax(tau g + o).
 
-        The mean is over rows of other halves.
+        The discriminants g of a row are those of the other half of the rows.
         """
         losses = torch.zeros(len(TRUSTS), dtype=torch.float64)
         offset = occurrence.float().to(self.device)
@@ -453,41 +475,44 @@ class Pool:
             for image, logits in self.blocks(half, EM_ROWS // 2):
                 posterior = (logits + offset).softmax(1)
                 discriminants = crossed[half].of(image)
-                for place, trust in enumerate(TRUSTS):
+                for index, trust in enumerate(TRUSTS):
                     predicted = (trust * discriminants + offset).log_softmax(1)
-                    losses[place] -= (posterior * predicted).sum(1).double().sum().cpu()
+                    losses[index] -= (posterior * predicted).sum(1).double().sum().cpu()
         return TRUSTS[int(losses.argmin())]
 
 
 def sufficiency(n_rows: int, n_classes: float) -> float:
-    """How far prototypes of so many classes can be trusted to so many rows.
+    """Trust, in [0, 1], in prototypes of ``n_classes`` occurring classes learned from ``n_rows``.
 
-    1 - ``FEW_MEMBERS`` K / N, at least 0.
+    It is 1 - ``MIN_MEMBERS`` n_classes / n_rows, at least 0.
     """
-    return max(1 - FEW_MEMBERS * n_classes / n_rows, 0.0)
+    return max(1 - MIN_MEMBERS * n_classes / n_rows, 0.0)
 
 
 def presence(count: Tensor) -> tuple[Tensor, float]:
-    """(K,) log P(c occurs | n_c) of class counts (K,), and the share rho of absent classes.
+    """(K,) log P(c occurs | n_c) for class counts n_c (K,), and the share rho of absent classes.
 
-    See ``ViLUZero``.
+    The density of a count n_c is
 
-    n_c has the density rho f(s) + (1 - rho) (0.9 f(m) + 0.1 f(s)), f(m) = exp(-n_c / m) / m, with s
-    = ``ABSENT_SCALE`` and m = N / (K (1 - rho)): of the classes that occur a tenth (``LOST``) is
-    not seen, its rows taken for others. rho is found by EM, as if ``DOUBT`` more classes were known
-    to occur. Where m would be below s, all do.
+        rho f(s) + (1 - rho) (0.9 f(m) + 0.1 f(s)), with f(m) = exp(-n_c / m) / m
+
+    where s = ``ABSENT_SCALE`` and m = N / (K (1 - rho)). The 0.1 is ``LOST_SHARE``: a tenth of the
+    occurring classes have counts like absent ones, since their rows are counted for other classes.
+    rho is found by EM, as if ``KNOWN_TO_OCCUR`` further classes were known to occur. If m is at
+    most s, all classes are taken to occur.
     """
     n = float(count.sum())
     k = len(count)
     absent = 0.5
-    gone = torch.zeros_like(count)
+    p_absent = torch.zeros_like(count)
     low = torch.exp(-count / ABSENT_SCALE) / ABSENT_SCALE
     for _ in range(200):
         mean = n / (k * (1 - absent))
         if mean <= ABSENT_SCALE:
             return torch.zeros_like(count), 0.0
-        # without the lost tenth, every class that the model overlooks would be called absent
-        present = (1 - absent) * ((1 - LOST) * torch.exp(-count / mean) / mean + LOST * low)
-        gone = absent * low / (absent * low + present)
-        absent = min(float(gone.sum()) / (k + DOUBT), 0.99)
-    return torch.log1p(-gone), absent
+        # without LOST_SHARE, every class that the model overlooks would count as absent
+        seen = (1 - LOST_SHARE) * torch.exp(-count / mean) / mean
+        present = (1 - absent) * (seen + LOST_SHARE * low)
+        p_absent = absent * low / (absent * low + present)
+        absent = min(float(p_absent.sum()) / (k + KNOWN_TO_OCCUR), 0.99)
+    return torch.log1p(-p_absent), absent
