@@ -78,7 +78,7 @@ def held_out(identities: NDArray[np.uint64], share: float) -> NDArray[np.bool_]:
 
 
 def divided(n: int, share: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Divide n rows into sorted indices to fit on, a share drawn by the seed, and to test on."""
+    """Divide n rows at random: sorted indices of a share to fit on, and of the rest to test on."""
     order = np.random.default_rng([DIVISION, seed]).permutation(n)
     first = round(share * n)
     return np.sort(order[:first]), np.sort(order[first:])
