@@ -239,9 +239,9 @@ class BayesVLM(FailurePredictor):
 
     with H_i the Gauss-Newton curvature of the contrastive loss in g_i. The precision of Q is the
     same with images and texts exchanged. The prior precision lambda of each encoder maximises the
-    Laplace evidence. The variance of g is phi^T Ã^(-1) phi times the diagonal of B̃^(-1), with Ã and
-    B̃ the two factors of the precision. The variances of g and h give the mean m_j and the variance
-    v_j of every logit, and
+    Laplace evidence. With Ã and B̃ the two factors of the precision, the variance of g is
+    phi^T Ã^(-1) phi times the diagonal of B̃^(-1). The variances of g and h give the mean m_j and
+    the variance v_j of every logit, and
 
         p = softmax_j(m_j / sqrt(1 + pi v_j / 8)).
 

@@ -159,8 +159,9 @@ class ProbVLM(NetworkPredictor):
     - "epistemic": variance of q_v's mean over ``samples`` dropout masks, averaged over the
       dimensions. The masks are drawn once from the seed, so the score of a row does not depend on
       other rows.
-    - "cross_modal": log((1 - p_t̂) / p_t̂), where p is the softmax of the negative cross-modal losses
-      of the image and the candidates. It orders the rows as 1 - p_t̂, but p_t̂ often rounds to zero.
+    - "cross_modal": log((1 - p_t̂) / p_t̂), where p is the softmax of the negative cross-modal
+      losses of the image and the candidates. It orders the rows as 1 - p_t̂ does, but keeps apart
+      rows whose p_t̂ rounds to zero.
 
     "aleatoric" and "epistemic" depend on the image alone, not on the answer. ViLU's supplement
     reports "aleatoric" and "cross_modal"; both were poor predictors of failure.
