@@ -43,5 +43,6 @@ def _check_cell(file: Path, run: Path) -> None:
     is_in_place = run / result.cell.path == file
     if not is_in_place or load_result(run, result.cell, result.fingerprint) is None:
         raise DataError(
-            f"{file} is not the document of its cell, or the files beside it are not its. {AGAIN}."
+            f"{file} is not the document of its cell, or its scores are missing or of another "
+            f"cell. {AGAIN}."
         )

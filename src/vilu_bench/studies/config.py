@@ -242,7 +242,8 @@ class Config(Section):
             takes_steps = is_trained(name) and "epochs" not in method.params
             if not takes_steps:
                 raise ValueError(
-                    f"methods.{label}: steps are for a method with epochs, and in place of them"
+                    f"methods.{label}: steps replace epochs, so the method must have the parameter "
+                    "epochs, and not set it"
                 )
         if method.unlabelled and not find_method(name).uses_unlabelled:
             raise ValueError(f"methods.{label}: {name} learns nothing from rows without labels")
@@ -273,8 +274,8 @@ class Config(Section):
         for label, method in self.entries.items():
             if method.unlabelled and self.is_run_in(label, setting):
                 raise ValueError(
-                    f"methods.{label}: unlabelled goes with no union. "
-                    f"Give its settings without {setting}"
+                    f"methods.{label}: unlabelled rows cannot be used in the union {setting}. "
+                    f"List the settings of the method without {setting}"
                 )
 
     def _refuse_captions(self, setting: str, fitted: Iterable[str]) -> None:

@@ -152,7 +152,8 @@ class Data(Section):
             )
         if self.negatives:
             raise ValueError(
-                "captions have no classes, so no image is of none of them: leave negatives out"
+                "negatives are for images of none of the classes, and captions have no classes: "
+                "leave negatives out"
             )
         if self.second is not None:
             raise ValueError("a second model is for classes, not for captions")

@@ -402,7 +402,7 @@ class _Work:
         n_stale = sum((output / cell.path).is_file() for cell in missing)
         if n_stale:
             logger.info(
-                "%s: %d cells are of older code, or other data or parameters: again",
+                "%s: %d cells are of older code, other data or other parameters and are run again",
                 config.name,
                 n_stale,
             )
@@ -415,8 +415,8 @@ class _Work:
         n_missing = len(runs) - len(results)
         if n_missing:
             raise ProvenanceError(
-                f"{n_missing} cells were made from other code or data than this process has read: "
-                "something changed meanwhile. Start it again: they are run again, and nothing else."
+                f"{n_missing} cells were made from other code or data than this process has read, "
+                "because something changed meanwhile. Start it again: only these cells are run."
             )
         bootstrap = cache(partial(load_bootstrap, output))
         return Board(self.bench.config, self.cells, results, bootstrap)

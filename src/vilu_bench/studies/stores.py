@@ -32,8 +32,8 @@ def thinned(images: ImageDataset, limit: int | None, shards: int | None) -> Imag
     if isinstance(images, ShardedDataset):
         if shards is None and limit is not None:
             raise UsageError(
-                f"{images.source} is in tar files, and only reading them tells how many images "
-                "they hold: limit cannot be had. Say shards = N for the first N of them."
+                f"{images.source} is in tar files, whose images are not counted in advance: "
+                "limit cannot be used. Give shards = N to read the first N files."
             )
         if shards is None or shards >= len(images):
             return images
@@ -102,8 +102,8 @@ def require_stores(
     if missing:
         name, role = missing[0]
         raise UsageError(
-            f"a share of the cells needs embeddings that are there; {len(missing)} sets are not, "
-            f"the first is {name} ({role}). Make them all with --embed-only, once."
+            f"a share of the cells needs finished embeddings; {len(missing)} sets are missing, "
+            f"the first is {name} ({role}). Make them all once, with --embed-only."
         )
     return folders
 

@@ -282,7 +282,7 @@ def _fault_of_facts(board: Board, result: CellResult, beside: Cell) -> str | Non
     ours = board.results[beside.run]
     facts = result.decided_by
     if result.fingerprint != digest(facts):
-        return "its fingerprint is not that of what it says decided it"
+        return "its fingerprint does not match its own facts (decided_by)"
     if result.test_rows != ours.test_rows:
         return "it was tested on other rows. Embed or import the same data"
     differing = [key for key in SAME_DATA if facts.get(key) != ours.decided_by.get(key)]
@@ -295,7 +295,7 @@ def _fault_of_facts(board: Board, result: CellResult, beside: Cell) -> str | Non
         return "it was fitted on rows that no method of the study was fitted on"
     budget = board.config.settings[beside.setting].budget
     if train.get("budget") not in {budget, "none"}:
-        return f"it was fitted on {train.get('budget')} labels a class, here {budget}"
+        return f"it was fitted with the budget {train.get('budget')}, here the budget is {budget}"
     return None
 
 
@@ -322,10 +322,13 @@ def _fault_of_rows(ours: Outcomes, guest: Outcomes) -> str | None:
         return f"it has {len(guest)} rows, and there are {len(ours)}"
     differs = (guest.failure != ours.failure) | (guest.outside != ours.outside)
     if differs.any():
-        return f"row {np.flatnonzero(differs)[0]} is not as right or wrong as here"
+        return (
+            f"row {np.flatnonzero(differs)[0]} has another truth than here "
+            "(right, wrong, or of none of the classes)"
+        )
     lacks = np.isnan(guest.uncertainty) & ~np.isnan(ours.uncertainty)
     if lacks.any():
-        return f"row {np.flatnonzero(lacks)[0]} has no uncertainty, and could have one"
+        return f"row {np.flatnonzero(lacks)[0]} has no uncertainty, but has one here"
     return None
 
 
