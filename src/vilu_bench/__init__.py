@@ -6,5 +6,5 @@ from importlib import resources
 
 
 def asset(name: str) -> str:
-    """The text of a file that comes along."""
+    """Text of a file in the package's folder ``assets``."""
     return resources.files(__name__).joinpath("assets", name).read_text(encoding="utf-8")

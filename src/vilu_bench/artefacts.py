@@ -1,4 +1,4 @@
-"""What ``vilu inspect`` checks of the run of a benchmark."""
+"""The checks of ``vilu inspect`` on the output folder of a benchmark."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CELLS = "cells"
 
 
 def check(path: Path) -> Artefact | None:
-    """The run of a benchmark at a path, every document checked; None where there is none."""
+    """Check every document of a benchmark's output folder; None if ``path`` is no such folder."""
     has_studies = (path / STUDIES).is_dir()
     has_cells = (path / CELLS).is_dir()
     if not has_studies and not has_cells:
@@ -35,7 +35,7 @@ def check(path: Path) -> Artefact | None:
 
 
 def _check_cell(file: Path, run: Path) -> None:
-    """Refuse a document that is damaged, or that is not of the cell whose place it has."""
+    """Raise a DataError if a document is damaged or is not at the path of its cell."""
     try:
         result = CellResult.model_validate(read_json(file, AGAIN))
     except ValidationError as error:
@@ -43,5 +43,6 @@ def _check_cell(file: Path, run: Path) -> None:
     is_in_place = run / result.cell.path == file
     if not is_in_place or load_result(run, result.cell, result.fingerprint) is None:
         raise DataError(
-            f"{file} is not the document of its cell, or the files beside it are not its. {AGAIN}."
+            f"{file} is not the document of its cell, or its scores are missing or of another "
+            f"cell. {AGAIN}."
         )

@@ -49,8 +49,8 @@ def benchmark(  # noqa: PLR0913, PLR0917 - one parameter per flag
     configs: Annotated[
         list[str],
         typer.Argument(
-            help="Studies that come along (paper/main; or paper: all of that group), "
-            "or TOML files of yours. A name that is neither lists them.",
+            help="Studies that ship with vilu (paper/main; or paper: all of that group), "
+            "or your own TOML files. An unknown name lists the studies.",
             metavar="STUDY",
         ),
     ],
@@ -70,25 +70,25 @@ def benchmark(  # noqa: PLR0913, PLR0917 - one parameter per flag
         str | None,
         Option(
             metavar="I/N",
-            help="Only share I of N of the cells, for one of N machines; then run without.",
+            help="Run only share I of N of the cells, on one of N machines; then run without it.",
         ),
     ] = None,
     embed_only: Annotated[
         bool, Option("--embed-only", help="Make the embeddings and stop.")
     ] = False,
     dry_run: Annotated[
-        bool, Option("--dry-run", help="Say what would run, and its bytes; do nothing.")
+        bool, Option("--dry-run", help="Print what would run, and its bytes; do nothing.")
     ] = False,
     smoke: Annotated[
-        bool, Option("--smoke", help="All of it, tiny: few images, seeds, epochs; in OUTPUT/smoke.")
+        bool, Option("--smoke", help="Tiny test run: few images, seeds, epochs; in OUTPUT/smoke.")
     ] = False,
     as_json: Annotated[bool, Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Compare methods on data sets, over seeds, label budgets, pools, shifts and transfer.
 
-    These are the studies of the paper. Prints tables and writes them, with figures, to
-    OUTPUT/studies. Interrupt it at any moment: the next run does what is missing. Studies in one
-    output share embeddings and cells.
+    Runs the studies of the paper, and your own. Prints tables, and writes tables and figures to
+    OUTPUT/studies. It can be interrupted at any moment: the next run does what is missing. Studies
+    in one output share embeddings and cells.
     """
     from vilu_bench.studies.load import load_configs, shrink
     from vilu_bench.studies.run import Share, one_thread
@@ -138,7 +138,7 @@ def render(
         Path | None,
         Option(help="Also write all studies as one Markdown file, figures in a folder beside it."),
     ] = None,
-    title: Annotated[str, Option(help="Of that file.")] = "Results",
+    title: Annotated[str, Option(help="Title of that file.")] = "Results",
     intro: Annotated[str, Option(help="First paragraph of that file.")] = "",
     submitted: Annotated[
         Path | None, path_option("Cells that `vilu submit` wrote: checked, and shown beside.")
@@ -146,7 +146,7 @@ def render(
     overwrite: Overwrite = False,
     as_json: Annotated[bool, Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Make the tables and figures of finished studies anew, from their cells alone."""
+    """Write the tables and figures of finished studies again, from their cells alone."""
     from vilu_bench.studies.study import render_studies
 
     studies = render_studies(run, document, title, intro, submitted=submitted, overwrite=overwrite)
@@ -164,10 +164,10 @@ def submit(
     ],
     method: Annotated[str, typer.Argument(help="Label of the method, as in [methods.LABEL].")],
     output: Annotated[
-        Path, Option("--output", "-o", help="Folder for the files; others in it stay.")
+        Path, Option("--output", "-o", help="Folder for the files; other files in it stay.")
     ],
 ) -> None:
-    """Write the finished cells of a method as files to hand in, one each. Prints their folder."""
+    """Write each finished cell of a method as a file to hand in. Prints the folder."""
     from vilu_bench.studies.study import load_studies
     from vilu_bench.studies.submit import export
 
@@ -214,7 +214,7 @@ def pools(  # noqa: PLR0913 - one parameter per flag
         ),
     ],
     sizes: Annotated[str, Option(help="Pool sizes, joined by commas.")] = PUBLISHED,
-    draws: Annotated[int, Option(min=1, help="Drawings of the pools, which are averaged.")] = 1,
+    draws: Annotated[int, Option(min=1, help="Number of pool draws, which are averaged.")] = 1,
     *,
     reading: Reading,
     as_json: RowsJson = False,
@@ -226,8 +226,8 @@ def pools(  # noqa: PLR0913 - one parameter per flag
 ) -> None:
     """Failure prediction on image-caption pairs by the number of captions: AUROC / FPR95.
 
-    A method that does not work on pairs is refused with the reason. Sizes that the pairs do not
-    fill are left out.
+    A method that does not work on pairs is refused with the reason. Pool sizes that exceed the
+    number of pairs are left out.
     """
     from vilu_bench.studies.pool_sizes import over_pool_sizes
 
@@ -263,7 +263,7 @@ def pools(  # noqa: PLR0913 - one parameter per flag
 
 
 def _by_label(predictors: list[str]) -> dict[str, str]:
-    """Folders and methods by the last part of their names, which must differ."""
+    """Folders and methods, by the last part of their paths; the last parts must differ."""
     by_label = {Path(name).name: name for name in predictors}
     if len(by_label) < len(predictors):
         raise UsageError(
@@ -283,7 +283,7 @@ def _print_sizes(table: ResultTable, draws: int, *, as_json: bool) -> None:
 
 
 def _predictor(name: str) -> FailurePredictor:
-    """A saved predictor, or a method by its name."""
+    """The predictor saved in a folder, or a new predictor of a method that needs no fit."""
     from vilu.predictors.contract.catalogue import find_method
     from vilu.predictors.persistence.storage import load
 
@@ -315,7 +315,7 @@ def _sizes(text: str) -> list[int]:
 
 
 def _whole_number(word: str) -> int | None:
-    """The number of ASCII digits; None where there is anything else."""
+    """The number that ASCII digits give; None if the text has any other character."""
     if re.fullmatch("[0-9]+", word) is None:
         return None
     return int(word)

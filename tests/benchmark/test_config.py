@@ -92,11 +92,11 @@ def changed(path: str, value: object) -> dict[str, Any]:
             {"epohcs": 3},
             r"methods\.lvu: lvu has no parameter 'epohcs'\. Did you mean 'epochs'\?",
         ),
-        ("methods.mcm.steps", 10, r"methods\.mcm: steps are for a method with epochs"),
+        ("methods.mcm.steps", 10, r"methods\.mcm: steps replace epochs"),
         (
             "methods.lvu.steps",
             10,
-            r"methods\.lvu: steps are for a method with epochs, and in place of them",
+            r"methods\.lvu: steps replace epochs, so the method must have the parameter epochs",
         ),
         (
             "methods.lvu.params",

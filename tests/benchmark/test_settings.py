@@ -524,7 +524,7 @@ def test_rows_that_the_budget_leaves_out_go_beside_without_labels(
         made(data={"one": ONE_SET}, settings=settings, methods={"mcm": {"unlabelled": True}})
     joint = settings | {"joint": {"kind": "union", "of": ["one"]}}
     with pytest.raises(
-        UsageError, match=r"methods\.beside: .* no union\. Give its settings without joint"
+        UsageError, match=r"methods\.beside: .* in the union joint\. List .* without joint"
     ):
         made(data={"one": ONE_SET}, settings=joint, methods=methods)
     made(

@@ -45,7 +45,7 @@ def test_tar_files_are_limited_by_number(tmp_path: Path) -> None:
     ]
     assert some.shard_fingerprint(0, 2) == images.shard_fingerprint(0, 2)
     assert some.fingerprint not in {images.fingerprint, thinned(images, None, 1).fingerprint}
-    with pytest.raises(UsageError, match=r"limit cannot be had. Say shards = N"):
+    with pytest.raises(UsageError, match=r"limit cannot be used. Give shards = N"):
         thinned(images, 1, None)
 
 

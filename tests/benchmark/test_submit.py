@@ -229,7 +229,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], None], str]]
     ),
     "another label": (
         lambda c, _: c["failure"].__setitem__(0, 1 - c["failure"][0]),
-        "row 0 is not as right or wrong as here",
+        "row 0 has another truth than here",
     ),
     "no number": (
         lambda c, _: c["uncertainty"].__setitem__(4, np.inf),
@@ -242,7 +242,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], None], str]]
     "another set": (lambda _, s: claim(s, test="0" * 32), "it differs in test"),
     "edited facts": (
         lambda _, s: s["result"]["decided_by"].update(method="mcm"),
-        "its fingerprint is not that",
+        "its fingerprint does not match",
     ),
     "other rows": (
         lambda _, s: s["result"].update(test_rows="0" * 32),
@@ -250,7 +250,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], None], str]]
     ),
     "more labels": (
         lambda _, s: claim(s, train=s["result"]["decided_by"]["train"] | {"budget": "all"}),
-        "it was fitted on all labels a class, here 8",
+        "it was fitted with the budget all, here the budget is 8",
     ),
     "other training": (
         lambda _, s: claim(s, train=s["result"]["decided_by"]["train"] | {"rows": ["0" * 32]}),
@@ -308,7 +308,7 @@ def test_a_nan_with_a_made_up_reason_is_refused(ours: Path) -> None:
     replace(scores, uncertainty=u, reason=["hard" if row == 7 else None for row in range(60)]).save(
         ours / FILE
     )
-    with pytest.raises(DataError, match="row 7 has no uncertainty, and could have one"):
+    with pytest.raises(DataError, match="row 7 has no uncertainty, but has one here"):
         take_in(load_studies(ours / "ours"), ours / "ours", [ours / FILE])
 
 

@@ -1,4 +1,4 @@
-"""Data sets of the paper by name, and how TOML tables describe others."""
+"""The data sets of the paper by name, and data sets that TOML tables describe."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ __all__ = ["add_datasets", "add_tables"]
 
 
 def add_datasets(source: Path | str) -> list[KnownDataset]:
-    """Add the data sets of a TOML file, or of TOML text.
+    """Add the data sets that a TOML file, or TOML text, describes.
 
-    It has a table for each, laid out as in ``assets/datasets.toml``.
+    Each data set has a table with the keys of ``assets/datasets.toml``.
 
     Raises:
-        UsageError: If it cannot be read, a key is missing, unknown or of another type, or a name is
-            taken.
+        UsageError: If the TOML cannot be read, a key is missing, unknown or of a wrong type, or a
+            name is taken.
     """
     return add_tables(toml_tables(source))
 
 
 def add_tables(tables: Mapping[str, dict[str, Any]]) -> list[KnownDataset]:
-    """``add_datasets`` of tables by name: all of them, or none."""
+    """Add the data sets of tables, by name; if a table is invalid, none is added."""
     entries = [_entry(name, facts) for name, facts in tables.items()]
     return [add_dataset(entry) for entry in entries]
 
 
 def _entry(name: str, facts: dict[str, object]) -> KnownDataset:
-    """The data set of one table."""
+    """The data set that one table describes."""
     where = f"data set {name!r}"
     reader = make_reader(facts.pop("layout", None), where)
     entry = fill(KnownDataset, {"name": name, **facts, "reader": reader}, where)
@@ -48,10 +48,10 @@ def _entry(name: str, facts: dict[str, object]) -> KnownDataset:
 
 
 def paper_datasets() -> list[KnownDataset]:
-    """The data sets of the paper, in its order: ``assets/datasets.toml``."""
+    """The data sets of the paper, in the paper's order, from ``assets/datasets.toml``."""
     tables = toml_tables(asset("datasets.toml"))
     return [_entry(name, facts) for name, facts in tables.items()]
 
 
 for _dataset in paper_datasets():
-    globals()[_dataset.name] = _dataset  # what the entry points of pyproject.toml lead to
+    globals()[_dataset.name] = _dataset  # the entry points of pyproject.toml name these variables

@@ -1,4 +1,4 @@
-"""CIFAR in its own pickles, and data sets in the layouts of torchvision."""
+"""CIFAR-10 and CIFAR-100, read from their pickle files without running the pickles."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ MAX_BYTES: Final = 256 * 2**20  # larger pickles are refused; the largest of CIF
 
 
 MAX_TUPLES: Final = 64
-"""More tuples that are no arguments of a call are refused.
+"""Maximum number of tuples in a pickle that are not the arguments of a call.
 
-An array and its labels need a handful. Tuples could be nested without end, and Python would run out
-of stack when it hashes one in the other.
+An array and its labels need only a few tuples. Deeply nested tuples would overflow Python's stack
+when they are hashed.
 """
 
 TUPLES: Final = frozenset({"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "FROZENSET"})
@@ -39,7 +39,7 @@ MEMO: Final = frozenset({"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"})
 
 
 class PickledArray:
-    """Stands for a numpy array: keeps the state that would have been restored."""
+    """Takes the place of a numpy array in a pickle; keeps the array's state."""
 
     state: object = None
 
@@ -47,7 +47,7 @@ class PickledArray:
         self.state = state
 
     def as_bytes(self, width: int) -> NDArray[np.uint8]:
-        """The array, (n, width) uint8 with n at least 1; ValueError where it is anything else."""
+        """The array (n, width) uint8 with n >= 1; raises ValueError for any other state."""
         problem = ValueError(f"an array of shape (n, {width}) and type uint8 was expected")
         if not isinstance(self.state, tuple):
             raise problem
@@ -70,7 +70,7 @@ class PickledArray:
 
 
 class PickledType:
-    """Stands for a numpy dtype: keeps its code."""
+    """Takes the place of a numpy dtype in a pickle; keeps the dtype's code."""
 
     __match_args__ = ("code",)
 
@@ -78,7 +78,7 @@ class PickledType:
         self.code = code
 
     def __setstate__(self, state: object) -> None:
-        """Byte order and alignment, which bytes do not have."""
+        """Ignore byte order and alignment, which do not matter for single bytes."""
 
 
 def _reconstruct(*_arguments: object) -> PickledArray:
@@ -108,9 +108,10 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _steps(content: bytes) -> Iterator[str]:
-    """Names of the opcodes, without those that put an object into the memo.
+    """Names of a pickle's opcodes, without opcodes that put an object into the memo.
 
-    ValueError for a slot of the memo far beyond the objects made so far: it would cost gigabytes.
+    Raises a ValueError for a memo slot larger than the number of opcodes so far. A huge slot number
+    would make the unpickler allocate gigabytes.
     """
     for n_before, (opcode, slot, _) in enumerate(pickletools.genops(content)):
         if opcode.name not in MEMO:
@@ -120,13 +121,13 @@ def _steps(content: bytes) -> Iterator[str]:
 
 
 def read_pickle(file: Path) -> dict[str, object]:
-    """The dictionary in a pickle of built-in types and ``PickledArray``.
+    """The dictionary in a pickle; its values are built-in types and ``PickledArray``.
 
-    Keys of bytes become text.
+    Keys that are bytes are decoded to text.
     """
     try:
         content = _unpickled(file)
-    # an UnpicklingError is a refused name or an opcode out of place; damage brings the rest
+    # UnpicklingError: a refused name or a misplaced opcode; the others: a damaged file
     except (pickle.UnpicklingError, *CORRUPT) as error:
         raise DataError(
             f"{file} was refused: {error}. Only pickled arrays are read; unpack the archive again."
@@ -140,12 +141,13 @@ def read_pickle(file: Path) -> dict[str, object]:
 
 
 def _unpickled(file: Path) -> object:
-    """The content of a pickle, once its size, its memo and its tuples are known to be harmless."""
+    """The content of a pickle, after its size, its memo and its tuples are checked."""
     if file.stat().st_size > MAX_BYTES:
         raise DataError(f"{file} is too large: at most {MAX_BYTES} bytes of pickle are read.")
     raw = file.read_bytes()
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # no array's pickle has escapes that Python has to guess at
+        # a warning means an invalid escape sequence, which no pickled array has
+        warnings.simplefilter("error")
         n_tuples = 0
         for name, following in itertools.pairwise(_steps(raw)):
             if name in TUPLES and following != "REDUCE":
@@ -158,7 +160,7 @@ def _unpickled(file: Path) -> object:
 
 
 def _text(name: object) -> str:
-    """A key or a class name as text; Python 2 wrote them as bytes."""
+    """A key or a class name as text; Python 2 wrote both as bytes."""
     return name.decode("latin-1") if isinstance(name, bytes) else str(name)
 
 
@@ -167,16 +169,16 @@ PIXELS: Final = 3 * 32 * 32
 
 @dataclass(frozen=True)
 class Layout:
-    """Files and keys of one data set, in its python version.
+    """File names and dictionary keys of one data set, in its version for Python.
 
     Source: https://www.cs.toronto.edu/~kriz/cifar.html.
     """
 
-    folder: str
-    splits: dict[str, tuple[str, ...]]
-    labels: str
-    meta: str
-    names: str
+    folder: str  # name of the folder in the archive
+    splits: dict[str, tuple[str, ...]]  # files by split
+    labels: str  # key of the labels
+    meta: str  # file with the class names
+    names: str  # key of the class names
 
     def is_in(self, folder: Path) -> bool:
         """Whether the folder has all of the files."""
@@ -203,13 +205,17 @@ CIFAR100: Final = Layout(
 
 
 class CifarDataset:
-    """32 x 32 pictures out of pickled arrays; keys are ``file/row``.
+    """The 32 x 32 pictures of CIFAR as a data set of PNGs, which are lossless.
 
-    Each is handed over as a PNG, which loses nothing.
+    The key of a picture is ``file/row``.
 
-    ``split`` is "train", "test", or "train+test"; None for both. A classes file is in label order,
-    and may leave out the classes of ``outside``. With ``raw_names`` names for prompts keep their
-    underscores.
+    Args:
+        folder: Folder with the pickle files.
+        layout: Files and keys of the data set.
+        split: "train", "test" or "train+test"; None: both splits.
+        classes: File of class names in label order; it may leave out the classes of ``outside``.
+        raw_names: Whether class names keep their underscores in prompts.
+        outside: Names of classes whose pictures count as pictures of none of the classes.
     """
 
     def __init__(
@@ -246,10 +252,10 @@ class CifarDataset:
         return len(self._rows)
 
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
-        """The images at positions start ... stop - 1."""
+        """Records of the images start ... stop - 1."""
         for batch, row in self._rows[start:stop]:
             pixels = batch.pixels[row]
-            # the picture is recognised by its pixels: a PNG's bytes depend on the library's version
+            # a picture is identified by its pixels, since the PNG's bytes depend on the library
             yield ImageRecord(
                 batch.key(row), batch.labels[row], partial(_png, pixels), content=pixels.tobytes
             )
@@ -257,15 +263,15 @@ class CifarDataset:
 
 @dataclass(frozen=True)
 class _Batch:
-    """One file: its name, (n, 3072) uint8 pixels (channels, rows, columns) and n labels."""
+    """The pictures of one file."""
 
-    name: str
-    pixels: NDArray[np.uint8]
-    labels: list[int]
+    name: str  # name of the file
+    pixels: NDArray[np.uint8]  # (n, 3072), flattened from (channels, rows, columns)
+    labels: list[int]  # n labels
 
     @classmethod
     def read(cls, file: Path, label_key: str, n_classes: int) -> _Batch:
-        """The file's arrays, once their sizes and labels are checked."""
+        """Read a file, and check sizes and labels."""
         content = read_pickle(file)
         array = content.get("data")
         labels = content.get(label_key)
@@ -290,7 +296,7 @@ class _Batch:
         return cls(file.name, pixels, labels)
 
     def key(self, row: int) -> str:
-        """The key of a picture."""
+        """The key of the picture in a row."""
         return f"{self.name}/{row}"
 
 
@@ -309,7 +315,7 @@ def _png(pixels: NDArray[np.uint8]) -> bytes:
 
 
 def find_folder(source: Path, layout: Layout) -> Path | None:
-    """The folder of a data set: ``source``, or the one of its usual name there; None without."""
+    """The folder with the files: ``source``, or its subfolder of the usual name; else None."""
     for folder in (source, source / layout.folder):
         if layout.is_in(folder):
             return folder
@@ -317,7 +323,7 @@ def find_folder(source: Path, layout: Layout) -> Path | None:
 
 
 def find_cifar(source: Path, layout: Layout) -> Callable[[Selection], CifarDataset] | None:
-    """The opener of a folder of CIFAR; None where it holds none."""
+    """A function that opens CIFAR in ``source``; None if ``source`` does not hold it."""
     folder = find_folder(source, layout)
     if folder is None:
         return None
@@ -335,7 +341,7 @@ def find_cifar(source: Path, layout: Layout) -> Callable[[Selection], CifarDatas
 
 
 def _layout(name: str, layout: Layout) -> FolderLayout:
-    """CIFAR as a layout of folders."""
+    """The folder layout that recognises and opens CIFAR."""
     description = (
         f"{layout.folder}, or the folder it is in, as torchvision unpacks it; --split train or test"
     )

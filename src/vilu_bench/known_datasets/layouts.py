@@ -1,4 +1,4 @@
-"""Layouts of known data sets that need code of their own."""
+"""Layouts of known data sets: folders of classes, ImageNet, CIFAR, and tar files."""
 
 from __future__ import annotations
 
@@ -35,13 +35,14 @@ from vilu_bench.known_datasets.read import (
 )
 
 Files = Sequence[tuple[str, stat_result | OSError]]
-"""Paths of one class's images below the class's folder, and their status, or why there is none."""
+"""Images of one class: path below the class folder, and the status of the file or the error."""
 
 RENAMED: Final = {744: "projectile", 836: "sunglass"}
-"""Our names of two ImageNet classes: the first words of WordNet's synsets n04008634 and n04355933.
+"""Our names of two ImageNet classes, by label.
 
-CLIP names classes 657 and 744 "missile", 836 and 837 "sunglasses"; of equal prompts one can never
-be the answer.
+CLIP gives the classes 657 and 744 the same name "missile", and 836 and 837 the same name
+"sunglasses". Of two classes with equal prompts, one can never be the answer. Our names are the
+first words of WordNet's synsets n04008634 and n04355933.
 """
 
 UNPACK: Final = "Unpack the archive of each class into a folder of its name."
@@ -53,20 +54,20 @@ SORT: Final = (
 
 
 def every_image(_class_name: str, files: Files) -> Files:
-    """The choice of all images of a class."""
+    """Choose all images of a class."""
     return files
 
 
 @dataclass(frozen=True)
 class ClassFolders:
-    """Images in folders of classes; iterating lists them, class by class."""
+    """Images in a folder per class; iterating lists the images, class by class."""
 
     root: Path  # the data set's folder
-    part: str  # the folder below it that holds the classes; "" for itself
+    part: str  # path below ``root`` of the folder that holds the class folders; "" for ``root``
     labels: Mapping[str, int]  # labels by name of class folder
-    # which of a class's images are taken, given the class folder and its images
+    # chooses images of a class, from the name of the class folder and its images
     choose: Callable[[str, Files], Files] = every_image
-    flat: str = UNPACK  # what to do where the images lie there without class folders
+    flat: str = UNPACK  # advice for the error if there are no class folders
 
     def __iter__(self) -> Iterator[Entry]:
         folder = self.root / self.part
@@ -92,7 +93,7 @@ class ClassFolders:
         return sorted(names, key=self.labels.__getitem__)
 
     def _without_classes(self, folder: Path) -> DataError:
-        """The error for a folder that has no folder of a class."""
+        """The error for a folder without class folders."""
         content = "nothing"
         first_image = next(walk_images(folder, Counter()), None)
         if first_image is not None:
@@ -102,12 +103,12 @@ class ClassFolders:
 
 @dataclass(frozen=True)
 class SplitFolders:
-    """A folder per split and in it one per class.
+    """A folder per split, and in it a folder per class.
 
-    Labels follow the names of the classes in all splits, sorted by bytes.
+    Labels number the class names of all splits, sorted by bytes.
     """
 
-    # folder by split, "" for the data set's own; empty where splits are called as their folders
+    # folder by split, where "" is the data set's own folder; empty: folders have the splits' names
     splits: Mapping[str, str] = field(default_factory=dict)
 
     def __call__(self, place: Place) -> Listing:
@@ -128,7 +129,7 @@ class SplitFolders:
 
 
 def imagenet(place: Place) -> Listing:
-    """Training and validation images by wnid.
+    """ImageNet: training and validation images, in class folders named by wnid.
 
     As in CoOp, the validation images are the test split.
     """
@@ -141,21 +142,21 @@ def imagenet(place: Place) -> Listing:
 
 
 def imagenet_v2(place: Place) -> Listing:
-    """Ten test images per class, in folders named by the class's number."""
+    """ImageNetV2: ten test images per class, in class folders named by label."""
     return _halves(place, tuple(map(str, range(len(wnids())))))
 
 
 def imagenet_sketch(place: Place) -> Listing:
-    """About fifty sketches per class, in folders named by wnid."""
+    """ImageNet-Sketch: about fifty sketches per class, in class folders named by wnid."""
     return _halves(place, wnids())
 
 
 def half(name: str, files: Files, *, first: bool) -> Files:
-    """The images of a class that come first, or last, by the hash of their path.
+    """The first or the last half of a class's images, in the order of a hash of their path.
 
-    Of an odd number one image more is last. Which images the paper's few shots were is not known.
-    The hash is BLAKE2b (8 bytes) of ``class/path``, so that no half depends on the order of files,
-    on the machine, or on what other classes hold.
+    With an odd number of images, the last half has one more. Which images the paper used as few
+    shots is unknown. The hash is BLAKE2b (8 bytes) of ``class/path``, so that the halves depend
+    neither on the order of files, nor on the machine, nor on other classes.
     """
     hashes = []
     for path, _ in files:
@@ -164,25 +165,25 @@ def half(name: str, files: Files, *, first: bool) -> Files:
     order = sorted(range(len(files)), key=hashes.__getitem__)
     middle = len(files) // 2
     chosen = order[:middle] if first else order[middle:]
-    return [files[number] for number in sorted(chosen)]
+    return [files[index] for index in sorted(chosen)]
 
 
 @cache
 def wnids() -> tuple[str, ...]:
-    """WordNet ids of the 1,000 classes in label order, which is their own."""
+    """WordNet ids of the 1,000 classes in label order, which is the ascending order of ids."""
     return tuple(asset("imagenet_wnids.txt").split())
 
 
 @cache
 def clip_names() -> tuple[str, ...]:
-    """CLIP's names of the 1,000 classes, in label order, but for the two of ``RENAMED``."""
+    """CLIP's names of the 1,000 classes in label order, with the two changes of ``RENAMED``."""
     file = resources.files("vilu").joinpath("assets", "imagenet_class_names.json")
     names: list[str] = json.loads(file.read_text(encoding="utf-8"))
     return tuple(RENAMED.get(label, name) for label, name in enumerate(names))
 
 
 def _halves(place: Place, folders: tuple[str, ...]) -> Listing:
-    """Images without splits: the first half of each class is for shots, the last for the test."""
+    """Listing of images without splits: half of each class is "shots", the other half "test"."""
     labels = {name: label for label, name in enumerate(folders)}
     splits = {
         "shots": ClassFolders(place.folder, "", labels, partial(half, first=True)),
@@ -192,7 +193,7 @@ def _halves(place: Place, folders: tuple[str, ...]) -> Listing:
 
 
 def _listing(folders: tuple[str, ...], splits: Mapping[str, ClassFolders], origin: str) -> Listing:
-    """The listing of a data set that has ImageNet's classes."""
+    """Listing of a data set with ImageNet's classes."""
     return Listing(folders, splits, origin, names=clip_names(), raw=clip_names())
 
 
@@ -203,7 +204,7 @@ class CifarReader:
     layout: Layout
 
     def open(self, place: Place, request: Request) -> CifarDataset:
-        """The pictures of the splits asked for."""
+        """The pictures of the requested splits."""
         dataset = CifarDataset(
             place.folder,
             self.layout,
@@ -216,12 +217,12 @@ class CifarReader:
         return dataset
 
     def survey(self, place: Place, *, deep: bool) -> Survey:  # noqa: ARG002
-        """Pictures in each file that is there; they are small, so they are always read."""
+        """Count the pictures of each split by reading the files, with ``deep`` or without."""
         counts = {split: self._count(place, split) for split in self.layout.splits}
         return Survey("official split", counts)
 
     def _count(self, place: Place, split: str) -> Count:
-        """Pictures of one split."""
+        """Count the pictures of one split."""
         expected = place.entry.sizes[split]
         names = (*self.layout.splits[split], self.layout.meta)
         missing = tuple(name for name in names if not (place.folder / name).is_file())
@@ -229,19 +230,19 @@ class CifarReader:
             return Count(0, expected, missing=missing)
         try:
             n_pictures = len(self.open(place, Request(split)))
-        except DataError as error:  # noted for this split, so that the next one is counted too
+        except DataError as error:  # reported for this split; the next splits are still counted
             return Count(None, expected, problem=str(error))
         return Count(n_pictures, n_pictures)
 
 
 class ShardReader:
-    """Image-caption pairs in tars as img2dataset writes them.
+    """Image-caption pairs in tar files, as img2dataset writes them.
 
-    The tars lie in a data set's folder, or one below it.
+    The tar files lie in the data set's folder or in its subfolders.
     """
 
     def open(self, place: Place, request: Request) -> TarShards:
-        """All pairs; folds go by the hash of the caption, later."""
+        """All pairs; they are divided into folds later, by a hash of the caption."""
         unfit = request.unfit()
         if unfit:
             raise UsageError(
@@ -250,9 +251,9 @@ class ShardReader:
         return TarShards(f"{place.folder} (all pairs)", find_known_shards(place.folder))
 
     def survey(self, place: Place, *, deep: bool) -> Survey:
-        """Tars and gaps in their numbers.
+        """Count the tar files and find gaps in their numbers.
 
-        ``deep`` lists their members, so that it counts pairs and finds damage.
+        With ``deep`` their members are listed, which counts pairs and finds damaged files.
         """
         shards = find_known_shards(place.folder)
         n_pairs = None
@@ -265,9 +266,9 @@ class ShardReader:
 
 
 def find_known_shards(folder: Path) -> list[Path]:
-    """The tars in a folder, in the order of their names.
+    """The tar files in a folder, sorted by name.
 
-    Where there are none: those in the folders below it (train, validation).
+    If there are none, the tar files in its subfolders, such as train and validation.
     """
     shards = find_shards(folder) or []
     if not shards:
@@ -282,7 +283,7 @@ def find_known_shards(folder: Path) -> list[Path]:
 
 
 def missing_numbers(folder: Path, shards: list[Path]) -> tuple[str, ...]:
-    """The first names that a sequence of numbered shards leaves out."""
+    """Names of missing shards in sequences of numbered shards, at most ``SHOWN``."""
     numbers: dict[tuple[Path, str, int], set[int]] = defaultdict(set)
     for shard in shards:
         match = re.fullmatch(r"(.*?)([0-9]{1,18})", shard.stem)
@@ -297,14 +298,14 @@ def missing_numbers(folder: Path, shards: list[Path]) -> tuple[str, ...]:
 
 
 def _gaps(numbers: set[int]) -> Iterator[int]:
-    """The numbers below the largest that are left out."""
+    """The numbers from 0 to the largest of ``numbers`` that are missing."""
     for number in range(min(max(numbers), MAX_SHARDS)):
         if number not in numbers:
             yield number
 
 
 def _count_pairs(place: Place, shards: list[Path]) -> tuple[int, str | None]:
-    """Whole pairs in all shards, and what is wrong with the first damaged one."""
+    """The number of whole pairs in all shards, and the problem of the first damaged shard."""
     n_pairs = 0
     problem = None
     with track(f"checking {place.entry.name}", len(shards), "shards") as task:
@@ -327,11 +328,14 @@ LAYOUTS: Final[dict[str, Reader | type[CoopListing | SplitFolders]]] = {
     **{read.__name__: ListReader(read) for read in (imagenet, imagenet_v2, imagenet_sketch)},
     **{read.__name__: ListReader(read) for read in (fgvc_aircraft, food101, sun397)},
 }
-"""Kinds in ``layout = { kind = ... }`` of an entry; the options of a class are its attributes."""
+"""Readers by ``kind`` in ``layout = { kind = ... }`` of a data set's table.
+
+If the value is a class, the further keys of ``layout`` are its attributes.
+"""
 
 
 def make_reader(layout: object, where: str) -> Reader:
-    """The reader of a ``layout``; ``where`` is for messages."""
+    """The reader of a ``layout``; error messages begin with ``where``."""
     options = dict(layout) if isinstance(layout, Mapping) else {}
     kind = options.pop("kind", None)
     if not isinstance(kind, str) or kind not in LAYOUTS:

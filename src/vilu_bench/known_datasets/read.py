@@ -1,4 +1,4 @@
-"""The rows of a known data set, from its lists."""
+"""Reads the lists of known data sets: the images of every split, and the classes."""
 
 from __future__ import annotations
 
@@ -23,38 +23,41 @@ from vilu.errors import DataError
 from vilu.progress import Task, track
 
 Entry = tuple[str, int, stat_result | OSError | None]
-"""Path below the data set's folder, label, and status, or why there is none (None: missing)."""
+"""Path below the data set's folder, label, and file status.
 
-STEP: Final = 1000  # images between two signs of life
+The status is None for a missing file, and the error for a file that cannot be accessed.
+"""
+
+STEP: Final = 1000  # number of images between two updates of the progress display
 
 
 @dataclass(frozen=True)
 class Listing:
     """The classes and images that a data set lists."""
 
-    classes: tuple[str, ...]  # what its files or lists call the classes, in label order
-    # the images by split; iterating may list folders, and raises DataError where a split cannot be
+    classes: tuple[str, ...]  # names of the classes in files or lists, in label order
+    # images by split; iterating may list folders, and raises a DataError if a split cannot be
     # listed
     splits: Mapping[str, Iterable[Entry]]
-    origin: str  # where the splits come from, for people
-    # names for prompts, cleaned; None for ``classes`` with underscores turned into spaces
+    origin: str  # text that says where the splits come from
+    # cleaned names for prompts; None: ``classes`` with spaces for underscores
     names: tuple[str, ...] | None = None
-    raw: tuple[str, ...] | None = None  # names as the data have them; None for ``classes``
-    binding: bool = True  # whether the published sizes must be met
+    raw: tuple[str, ...] | None = None  # uncleaned names for prompts; None: ``classes``
+    binding: bool = True  # whether the splits must have the published sizes
 
 
 @dataclass(frozen=True)
 class ListReader:
-    """A reader of a data set that ``read`` lists."""
+    """A reader of a data set whose images the function ``read`` lists."""
 
     read: Callable[[Place], Listing]
 
     def open(self, place: Place, request: Request) -> ListedDataset:
-        """The images of the splits asked for."""
+        """The images of the requested splits."""
         return ListedDataset(place, self.read(place), request)
 
     def survey(self, place: Place, *, deep: bool) -> Survey:  # noqa: ARG002
-        """Files listed and files found; ``deep`` changes nothing, it is for archives and tars."""
+        """Count listed files and existing files; ``deep`` only matters for archives."""
         listing = self.read(place)
         n_images = sum(place.entry.sizes.values())
         with track(f"checking {place.entry.name}", n_images, "images") as task:
@@ -64,9 +67,10 @@ class ListReader:
 
 @dataclass(frozen=True)
 class PathList:
-    """Images of a list, in the byte order of their paths.
+    """Images of a list, sorted by path.
 
-    So one list in any order is one data set. Iterating costs one stat per image.
+    The data set is therefore the same for every order of the list. Iterating takes one call of stat
+    per image.
     """
 
     folder: Path
@@ -78,10 +82,10 @@ class PathList:
 
 
 class ListedDataset(ListedFiles):
-    """Images that a data set lists; a listed file that is missing is the read error of its row.
+    """Images that a data set lists.
 
-    Keys are paths below the data set's folder; labels follow its one class table, whatever the
-    splits.
+    A listed file that is missing gives a row with a read error. Keys are paths below the data set's
+    folder. All splits have the same class table.
     """
 
     def __init__(self, place: Place, listing: Listing, request: Request) -> None:
@@ -102,7 +106,7 @@ class ListedDataset(ListedFiles):
         with track(f"listing {place.entry.name}", None, "images") as task:
             counts = {split: self._add_all(listing.splits[split], hashed, task) for split in splits}
         empty = [split for split, count in counts.items() if count == 0]
-        # without a split in the request all are taken, and one without images is no error
+        # without a requested split all splits are taken, and an empty split is no error
         is_asked_for = request.split is not None
         if not self._paths or (is_asked_for and empty):
             raise DataError(
@@ -112,7 +116,7 @@ class ListedDataset(ListedFiles):
         self.fingerprint = hashed.hexdigest()
 
     def _add_all(self, entries: Iterable[Entry], hashed: ListingHash, task: Task) -> int:
-        """Add the images of a split, and return their number."""
+        """Add the images of a split and return their number."""
         before = len(self)
         for path, label, status in _showing(entries, task):
             self._add(path, label, status, hashed)
@@ -120,7 +124,7 @@ class ListedDataset(ListedFiles):
 
 
 def _count(entries: Iterable[Entry], task: Task) -> Count:
-    """Files of a split: those listed, and those that are there."""
+    """Count the files of a split: listed files, and listed files that exist."""
     n_there = 0
     n_listed = 0
     missing: list[str] = []
@@ -132,13 +136,13 @@ def _count(entries: Iterable[Entry], task: Task) -> Count:
                 n_there += 1
             elif len(missing) < SHOWN:
                 missing.append(portable_name(path))
-    except DataError as error:  # noted for this split, so that the next ones are counted too
+    except DataError as error:  # reported for this split; the next splits are still counted
         return Count(n_there, None, problem=str(error))
     return Count(n_there, n_listed, missing=tuple(missing))
 
 
 def _showing(entries: Iterable[Entry], task: Task) -> Iterator[Entry]:
-    """The same entries; the task shows every ``STEP`` of them."""
+    """Yield the entries unchanged, and advance the task after every ``STEP`` entries."""
     number = 0
     for number, entry in enumerate(entries, start=1):
         yield entry
@@ -150,21 +154,21 @@ def _showing(entries: Iterable[Entry], task: Task) -> Iterator[Entry]:
 MAX_PATH: Final = 1024
 T = TypeVar("T")
 Parse = Callable[[T], tuple[str, int]]
-"""From an entry of a list to path and label; ValueError where it is no such entry."""
+"""Returns path and label of a list's entry; raises ValueError for an invalid entry."""
 
 
 @dataclass
 class SplitLists:
-    """Paths and labels by split, no image twice; labels are 0 ... K-1 and each has one name."""
+    """Paths and labels by split; no path occurs twice, and every label 0 ... K-1 has one name."""
 
-    # pairs of path and label, by split
+    # by split, pairs of path and label
     splits: dict[str, list[tuple[str, int]]] = field(default_factory=dict)
     _names: dict[int, str] = field(default_factory=dict)
     _labels: dict[str, int] = field(default_factory=dict)
     _seen: set[str] = field(default_factory=set)
 
     def add(self, split: str, path: str, label: int) -> None:
-        """Add one image; ValueError where its path cannot be used, or was added before."""
+        """Add one image; raises ValueError for an unusable path, or one that was added before."""
         if not is_usable(path):
             raise ValueError(
                 f"the path {path[:80]!r} must be relative, plain, and stay below its folder"
@@ -175,7 +179,7 @@ class SplitLists:
         self.splits[split].append((path, label))
 
     def fill(self, split: str, file: Path, entries: Iterable[T], parse: Parse[T]) -> None:
-        """Add all entries of a file; ``parse`` gives path and label of an entry, or ValueError."""
+        """Add all entries of a file; an invalid entry is a DataError that names its number."""
         for number, entry in enumerate(entries, start=1):
             try:
                 self.add(split, *parse(entry))
@@ -184,7 +188,7 @@ class SplitLists:
 
     @classmethod
     def of(cls, splits: Iterable[str], names: Iterable[str], file: Path) -> SplitLists:
-        """Empty lists of these splits and classes, which ``file`` names."""
+        """Empty lists with these splits and class names; errors name ``file``."""
         lists = cls({split: [] for split in splits})
         try:
             for label, name in enumerate(names):
@@ -195,13 +199,13 @@ class SplitLists:
         return lists
 
     def label_of(self, name: str) -> int:
-        """The label of a class; ValueError where there is none."""
+        """The label of a class; raises ValueError for an unknown name."""
         if name not in self._labels:
             raise ValueError(f"{name[:80]!r} is none of the {len(self._labels)} classes")
         return self._labels[name]
 
     def name(self, label: int, name: str) -> None:
-        """Name a class; ValueError where it is no text, or the name or the label is in use."""
+        """Name a class; raises ValueError for an unprintable name, or a name or label in use."""
         if not name.strip() or not name.isprintable():
             raise ValueError(f"the class name {name[:80]!r} must be text")
         if self._names.setdefault(label, name) != name:
@@ -212,7 +216,7 @@ class SplitLists:
             )
 
     def names(self) -> tuple[str, ...]:
-        """Names in label order; ValueError where there is none, or labels leave a number out."""
+        """Names in label order; raises ValueError without names, or if a label is skipped."""
         if not self._names:
             raise ValueError("it names no class")
         names = []
@@ -226,7 +230,7 @@ class SplitLists:
         return tuple(names)
 
     def listing(self, folder: Path, images: str, origin: str, *, binding: bool) -> Listing:
-        """The listing of a data set whose images lie in the folder ``images`` of its folder."""
+        """The listing of these lists; their paths are relative to the subfolder ``images``."""
         names = self.names()
         prefix = f"{images}/" if images else ""
         splits = {}
@@ -237,7 +241,7 @@ class SplitLists:
 
 
 def is_usable(path: str) -> bool:
-    """Whether a path of a list is relative, plain text, normal, and stays below its folder."""
+    """Whether a path is relative, printable, in normal form, and stays below its folder."""
     if len(path) > MAX_PATH or not path.isprintable() or "\\" in path:
         return False
     is_normal = str(PurePosixPath(path)) == path
@@ -245,7 +249,7 @@ def is_usable(path: str) -> bool:
 
 
 def read_json_object(file: Path) -> dict[str, object]:
-    """The object in a JSON file, which names nothing twice."""
+    """The object in a JSON file; a repeated key is an error."""
     try:
         content = json.loads(read_file(file), object_pairs_hook=each_once)
     except (OSError, ValueError, RecursionError) as error:
@@ -256,7 +260,7 @@ def read_json_object(file: Path) -> dict[str, object]:
 
 
 def read_lines(file: Path) -> Iterator[str]:
-    """The lines of a text file, without those that are blank."""
+    """The stripped lines of a text file, without blank lines."""
     try:
         text = read_file(file).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -266,20 +270,21 @@ def read_lines(file: Path) -> Iterator[str]:
 
 
 def refuse(where: object, why: object) -> NoReturn:
-    """Raise what is wrong with a list."""
+    """Raise a DataError that says what is wrong with a list."""
     raise DataError(f"{where}: {why}. Mend it or get it again.")
 
 
 ASSET: Final = "coop_splits.txt.xz"
 SPLITS: Final = ("train", "validation", "test")
 KEYS: Final = {"train": "train", "val": "validation", "test": "test"}
-"""Keys of a ``split_zhou_*.json``, and our names of splits."""
+"""Our names of splits, by key of a ``split_zhou_*.json``."""
 
 LETTERS: Final = {"t": "train", "v": "validation", "e": "test"}
+"""Our names of splits, by letter in the shipped lists (``ASSET``)."""
 
 
 def user_list(place: Place, file: str, images: str) -> Listing | None:
-    """The listing by the user's own ``split_zhou_*.json``; None where there is none."""
+    """The listing from the user's own ``split_zhou_*.json``; None if there is no such file."""
     path = place.find(file)
     if path is None:
         return None
@@ -314,11 +319,14 @@ def read_split_file(file: Path) -> SplitLists:
 
 @cache
 def shipped_list(dataset: str) -> SplitLists | None:
-    """CoOp's list of a data set, by our name of it; None where none ships.
+    """The shipped CoOp list of a data set, by our name of the data set; None if none ships.
 
-    ``tools/make_split_asset.py`` made the asset. It has per data set a line with its name and its
-    number of classes; per class a line with its name, a line with a letter (t, v, e: train,
-    validation, test) for each of its images, and the images' paths, a line each.
+    ``tools/make_split_asset.py`` made the asset. For every data set it has a line with the name and
+    the number of classes, then for every class:
+
+    - a line with the name of the class,
+    - a line with a letter for every image of the class (t, v, e: train, validation, test),
+    - a line with the path of every image.
     """
     data = resources.files("vilu_bench").joinpath("assets", ASSET).read_bytes()
     lines = iter(lzma.decompress(data).decode().splitlines())
@@ -328,7 +336,8 @@ def shipped_list(dataset: str) -> SplitLists | None:
         for label in range(int(n_classes)):
             class_name = next(lines)
             letters = next(lines)
-            images = list(zip(letters, lines, strict=False))  # strict would take a line more
+            # Takes one line per letter. With strict=True, zip would consume one line more.
+            images = list(zip(letters, lines, strict=False))
             if name == dataset:
                 lists.name(label, class_name)
                 for letter, path in images:
@@ -340,17 +349,17 @@ def shipped_list(dataset: str) -> SplitLists | None:
 
 @dataclass(frozen=True)
 class CoopListing:
-    """Listing of a data set by CoOp's list.
+    """Lists a data set by CoOp's list.
 
-    The user's own list is taken where there is one, else the shipped one.
+    The user's own list is used if there is one, else the shipped list.
     """
 
-    file: str  # name of the user's list
-    # folder of the images; "" where paths in the list begin at the data set's folder
+    file: str  # file name of the user's list
+    # subfolder that the paths of the list are relative to; "" for the data set's folder
     images: str = ""
 
     def __call__(self, place: Place) -> Listing:
-        """The listing by the list."""
+        """The listing from the user's list or the shipped list."""
         own = user_list(place, self.file, self.images)
         if own is not None:
             return own
@@ -361,7 +370,7 @@ class CoopListing:
 
 
 def fgvc_aircraft(place: Place) -> Listing:
-    """100 variants; the official training, validation and test images."""
+    """FGVC Aircraft: 100 variants, with the official training, validation and test images."""
     variants = place.require("variants.txt")
     keys = {"train": "train", "validation": "val", "test": "test"}
     files = {split: place.require(f"images_variant_{key}.txt") for split, key in keys.items()}
@@ -376,7 +385,10 @@ def fgvc_aircraft(place: Place) -> Listing:
 
 
 def food101(place: Place) -> Listing:
-    """101 dishes; the user's CoOp list, else the official split, which has no validation images."""
+    """Food-101: 101 dishes, by the user's CoOp list, else by the official split.
+
+    The official split has no validation images.
+    """
     own = user_list(place, "split_zhou_Food101.json", "images")
     if own is not None:
         return own
@@ -388,7 +400,7 @@ def food101(place: Place) -> Listing:
     def parse(entry: tuple[str, object]) -> tuple[str, int]:
         name, path = entry
         if not isinstance(path, str):
-            # a ValueError, which is reported with the number of the entry
+            # must be a ValueError, which ``SplitLists.fill`` reports with the number of the entry
             raise ValueError(f"expected a path below images/; found {path!r:.80}")  # noqa: TRY004
         return f"{path}.jpg", lists.label_of(name)
 
@@ -397,9 +409,9 @@ def food101(place: Place) -> Listing:
 
 
 def sun397(place: Place) -> Listing:
-    """397 scenes; the user's CoOp list, else the first official partition.
+    """SUN397: 397 scenes, by the user's CoOp list, else by the first official partition.
 
-    That partition has no validation images.
+    The official partition has no validation images.
     """
     own = user_list(place, "split_zhou_SUN397.json", "")
     if own is not None:
@@ -430,14 +442,14 @@ def _official(
     entries: Mapping[Path, tuple[str, Iterable[T]]],
     parse: Parse[T],
 ) -> Listing:
-    """The listing by files of the authors, each with its split and what stands in it."""
+    """The listing from the authors' files; ``entries`` has split and entries by file."""
     for file, (split, lines) in entries.items():
         lists.fill(split, file, lines, parse)
     return lists.listing(place.folder, images, "official split", binding=True)
 
 
 def _flat(content: dict[str, object], file: Path) -> Iterator[tuple[str, object]]:
-    """Pairs of class and path, from the lists of paths by class."""
+    """Pairs of class and path, from a dictionary of paths by class."""
     for name, paths in content.items():
         if not isinstance(paths, list):
             raise DataError(

@@ -1,7 +1,7 @@
-"""Pictures made harder without changing what is in them, such as by noise, blur or compression.
+"""Damages pictures without changing what they show, by noise, blur, compression and the like.
 
-After the corruptions of Hendrycks and Dietterich (ICLR 2019): their ways of damage, our own code
-and strengths, which are relative to the size of the picture where it matters.
+The kinds of damage are those of Hendrycks and Dietterich (ICLR 2019). The code and the strengths
+are our own; a strength in pixels is relative to the size of the picture.
 """
 
 from __future__ import annotations
@@ -22,57 +22,57 @@ from vilu.datasets.images import decode_image
 from vilu.errors import UsageError
 
 SEVERITIES: Final = 5
-REFERENCE_SIDE: Final = 32  # short side of a picture to which strengths in pixels refer
+REFERENCE_SIDE: Final = 32  # strengths in pixels hold for a picture with this short side
 
 Rng = np.random.Generator
 Change = Callable[[Image.Image, float, Rng], Image.Image]
 
 
 def gaussian_noise(image: Image.Image, strength: float, rng: Rng) -> Image.Image:
-    """Adds a normal number of standard deviation ``strength`` to every value in [0, 1]."""
+    """Add normal noise of standard deviation ``strength`` to every value in [0, 1]."""
     pixels = _pixels(image)
     return _image(pixels + strength * rng.standard_normal(pixels.shape, dtype=np.float32))
 
 
 def shot_noise(image: Image.Image, strength: float, rng: Rng) -> Image.Image:
-    """Counts ``strength`` photons per full value."""
+    """Add Poisson noise, as if the value 1 were an expected count of ``strength`` photons."""
     return _image(rng.poisson(_pixels(image) * strength).astype(np.float32) / strength)
 
 
 def blur(image: Image.Image, strength: float, rng: Rng) -> Image.Image:  # noqa: ARG001
-    """A Gaussian of ``strength`` pixels of a picture of ``REFERENCE_SIDE``."""
+    """Blur with a Gaussian of radius ``strength``, in pixels at a short side of 32."""
     return image.filter(ImageFilter.GaussianBlur(strength * min(image.size) / REFERENCE_SIDE))
 
 
 def low_contrast(image: Image.Image, strength: float, rng: Rng) -> Image.Image:  # noqa: ARG001
-    """Keeps a share ``strength`` of the distance from the mean colour."""
+    """Multiply every pixel's difference from the mean colour by ``strength``."""
     pixels = _pixels(image)
     mean = pixels.mean(axis=(0, 1), dtype=np.float64).astype(np.float32)
     return _image(mean + strength * (pixels - mean))
 
 
 def brightness(image: Image.Image, strength: float, rng: Rng) -> Image.Image:  # noqa: ARG001
-    """Adds ``strength`` to every value in [0, 1]."""
+    """Add ``strength`` to every value in [0, 1]."""
     return _image(_pixels(image) + np.float32(strength))
 
 
 def jpeg(image: Image.Image, strength: float, rng: Rng) -> Image.Image:  # noqa: ARG001
-    """Compresses at quality ``strength``."""
+    """Compress as JPEG with quality ``strength``."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=round(strength))
     return Image.open(buffer, formats=["JPEG"]).convert("RGB")
 
 
 def pixelate(image: Image.Image, strength: float, rng: Rng) -> Image.Image:  # noqa: ARG001
-    """Blocks: averages down to a share ``strength`` of the sides and repeats pixels back."""
+    """Multiply the sides by ``strength``, averaging pixels; then repeat pixels to the old size."""
     small = image.resize(_scaled(image, strength), Image.Resampling.BOX)
     return small.resize(image.size, Image.Resampling.NEAREST)
 
 
 def low_resolution(image: Image.Image, strength: float, rng: Rng) -> Image.Image:  # noqa: ARG001
-    """Resizes down to a share ``strength`` of the sides and back, both bicubic.
+    """Multiply the sides by ``strength``, then resize to the old size, each with bicubic filters.
 
-    At severity 3 a side of 32 becomes 16 and again 32.
+    At severity 3 a side of 32 pixels is resized to 16 and back to 32.
     """
     small = image.resize(_scaled(image, strength), Image.Resampling.BICUBIC)
     return small.resize(image.size, Image.Resampling.BICUBIC)
@@ -88,13 +88,14 @@ KINDS: Final[dict[str, tuple[Change, tuple[float, ...]]]] = {
     "pixelate": (pixelate, (0.85, 0.7, 0.6, 0.5, 0.4)),
     "low_resolution": (low_resolution, (0.75, 0.625, 0.5, 0.375, 0.25)),
 }
-"""Ways of damage with their strengths at severity 1 to 5."""
+"""By kind of damage, its function and its strengths at severity 1 to 5."""
 
 
 class ShiftedImages(Chosen):
-    """A data set whose every picture is damaged, each in one way that a hash of its key chooses.
+    """A data set with every picture damaged; a hash of its key chooses the kind of damage.
 
-    A picture and its damaged form are known to be the same row. What comes out is a PNG.
+    Damaged pictures are PNGs. The row is identified by the undamaged picture, so that a picture and
+    its damaged form count as the same row.
     """
 
     def __init__(self, images: ImageDataset, kinds: Sequence[str], severity: int) -> None:
@@ -109,7 +110,7 @@ class ShiftedImages(Chosen):
         self.source = f"{images.source} ({'+'.join(kinds)}, severity {severity})"
 
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
-        """The images at positions start ... stop - 1, damaged when they are read."""
+        """Records of the images start ... stop - 1; an image is damaged when it is read."""
         for record in super().records(start, stop):
             read = partial(_damaged, record, self._strengths)
             undamaged = record.content or record.read
@@ -117,7 +118,7 @@ class ShiftedImages(Chosen):
 
 
 def _damaged(record: ImageRecord, strengths: dict[str, float]) -> bytes:
-    """The damaged picture as a PNG; the hash of its key seeds the choice and the noise."""
+    """The damaged picture as a PNG; a hash of its key seeds the choice of damage and the noise."""
     key_hash = blake2b(record.key.encode(), digest_size=16).digest()
     rng = np.random.default_rng(int.from_bytes(key_hash, "big"))
     kind = list(strengths)[rng.integers(len(strengths))]

@@ -1,4 +1,4 @@
-"""BayesVLM: a Laplace approximation of the projections."""
+"""BayesVLM: a Laplace approximation of the posterior of the VLM's last linear layers."""
 
 from __future__ import annotations
 
@@ -21,19 +21,22 @@ from vilu.predictors.nn.train import steps_per_epoch
 from vilu.predictors.vilu.head import Count, Positive
 from vilu.progress import track
 
-ROWS = 1_024  # rows against all candidates at a time
+ROWS = 1_024  # rows whose logits with all candidates are in memory at a time
 
 
 def softmax_weights(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Curvature of InfoNCE in the logits (M, K), diag(p) - p p^T for each row, as p twice."""
+    """Vectors a = b = p (M, K) of InfoNCE, whose curvature in a row of logits is diag(p) - p p^T.
+
+    The curvature of a loss is represented as diag(a) - b b^T.
+    """
     p = logits.softmax(dim=-1)
     return p, p
 
 
 def sigmoid_weights(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Curvature of SigLIP's loss in the logits (M, K), diag(sigma (1 - sigma)) for each row.
+    """Vectors a = sigma (1 - sigma) and b = 0 (M, K) of SigLIP's loss.
 
-    There is no outer product, so the second vector is zero.
+    The curvature in a row of logits is diag(a) - b b^T. SigLIP's has no outer product.
     """
     p = logits.sigmoid()
     return p * (1 - p), torch.zeros_like(p)
@@ -43,20 +46,20 @@ LOSSES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     "infonce": softmax_weights,
     "siglip": sigmoid_weights,
 }
-"""Curvature diag(a) - b b^T of a contrastive loss in its logits, as (a, b), by the loss's name."""
+"""By the name of a contrastive loss, (a, b): its curvature in the logits is diag(a) - b b^T."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """The last layer of an encoder at M rows."""
+    """Inputs and outputs of an encoder's last layer at M rows."""
 
     inputs: Tensor  # (M, F) phi
-    outputs: Tensor  # (M, D) g = P phi, of any norm
-    count: Tensor  # (M,) how often each row occurs
+    outputs: Tensor  # (M, D) g = P phi, not normalised
+    count: Tensor  # (M,) number of pairs that contain the row
 
     @property
     def directions(self) -> Tensor:
-        """(M, D) g / ‖g‖."""
+        """Unit vectors g / ‖g‖ (M, D)."""
         return functional.normalize(self.outputs, dim=-1)
 
 
@@ -64,7 +67,7 @@ class Layer:
 class Factors:
     """Kronecker factors of the curvature of a last layer over n pairs.
 
-    The root of n has not divided them yet.
+    Plain sums: not yet divided by sqrt(n).
     """
 
     inputs: Tensor  # (F, F) sum of phi phi^T
@@ -83,12 +86,15 @@ def factors(
     loss: str,
     block_rows: int = ROWS,
 ) -> Factors:
-    """The factors that some rows add, each against all of ``candidates`` (K, D).
+    """Factors of the rows of ``layer``, each row matched with all ``candidates`` (K, D).
 
     The logits are scale * cosine + bias. With unit vectors u = g / ‖g‖ and c_j, the curvature in g
-    of one row is scale² J (sum_j a_j c_j c_j^T - m m^T) J, where J = (I - u u^T) / ‖g‖ and m =
-    sum_j b_j c_j; a and b come from the loss: a = b = p for InfoNCE, a = sigma (1 - sigma) and b =
-    0 for SigLIP.
+    of one row is
+
+        scale² J (sum_j a_j c_j c_j^T - m m^T) J,  J = (I - u u^T) / ‖g‖,  m = sum_j b_j c_j.
+
+    The loss gives a and b (``LOSSES``): a = b = p for InfoNCE, a = sigma (1 - sigma) and b = 0 for
+    SigLIP.
     """
     dim = candidates.shape[1]
     outputs = candidates.new_zeros(dim, dim)
@@ -105,44 +111,53 @@ def factors(
 def curvature_sum(
     unit: Tensor, weight: Tensor, candidates: Tensor, diagonal: Tensor, outer: Tensor
 ) -> Tensor:
-    """(D, D) sum over rows of w (I - u u^T) M (I - u u^T).
+    """Sum (D, D) over the rows of w (I - u u^T) C (I - u u^T).
 
-    Here M = sum_j a_j c_j c_j^T - m m^T and m = sum_j b_j c_j.
+    The curvature of a row is C = sum_j a_j c_j c_j^T - m m^T with m = sum_j b_j c_j.
 
-    ``unit`` (M, D) are u, ``weight`` (M,) w, ``candidates`` (K, D) c, ``diagonal`` (M, K) a and
-    ``outer`` (M, K) b. The projections are multiplied out, so that nothing is larger than (M, K),
-    (M, D) or (D, D).
+    The products with I - u u^T are expanded, so that no array is larger than (M, K), (M, D) or
+    (D, D).
+
+    Args:
+        unit: (M, D) u.
+        weight: (M,) w.
+        candidates: (K, D) c.
+        diagonal: (M, K) a.
+        outer: (M, K) b.
     """
-    # w (I - u u^T) M (I - u u^T) = w M - w u (M u)^T - w (M u) u^T + w (u^T M u) u u^T
+    # w (I - u u^T) C (I - u u^T) = w C - w u (C u)^T - w (C u) u^T + w (u^T C u) u u^T
     mean = outer @ candidates
     mean_along_unit = (mean * unit).sum(dim=-1, keepdim=True)
-    along = (diagonal * (unit @ candidates.T)) @ candidates - mean * mean_along_unit  # M u
+    along = (diagonal * (unit @ candidates.T)) @ candidates - mean * mean_along_unit  # C u
     sum_of_diagonals = candidates.T @ ((weight @ diagonal)[:, None] * candidates)
     middle = sum_of_diagonals - mean.T @ (weight[:, None] * mean)
     cross = unit.T @ (weight[:, None] * along)
-    along_both = (along * unit).sum(dim=-1)  # u^T M u
+    along_both = (along * unit).sum(dim=-1)  # u^T C u
     twice = unit.T @ ((weight * along_both)[:, None] * unit)
     return middle - cross - cross.T + twice
 
 
 @dataclass(frozen=True)
 class Posterior:
-    """Diagonal of the Gaussian posterior of a last layer: (phi^T inputs phi) * outputs."""
+    """Gaussian posterior of a last layer; the variance of P phi is (phi^T inputs phi) * outputs."""
 
-    inputs: Tensor  # (F, F)
-    outputs: Tensor  # (D,)
+    inputs: Tensor  # (F, F) inverse of the first factor of the precision
+    outputs: Tensor  # (D,) diagonal of the inverse of the second factor
 
     def variance(self, phi: Tensor) -> Tensor:
-        """(M, D) variances of the outputs at inputs (M, F)."""
+        """Variances (M, D) of the layer's outputs at the inputs ``phi`` (M, F)."""
         return (phi @ self.inputs * phi).sum(dim=-1, keepdim=True) * self.outputs
 
 
 def posterior(layer: Factors, squared_norm: float, pseudo_count: float) -> tuple[Posterior, float]:
-    """Posterior of a last layer of squared norm ‖P‖², and the prior precision that was chosen.
+    """Posterior of a last layer, and the prior precision lambda that maximises the evidence.
 
-    The evidence chooses the prior precision lambda.
+    Args:
+        layer: Factors of the layer.
+        squared_norm: ‖P‖² of the layer's weights P.
+        pseudo_count: Weight tau of the data against the prior.
     """
-    # of both factors, so that their product weighs ``pseudo_count`` times the data
+    # multiplies both factors: their product is tau times the curvature of the data
     scale = math.sqrt(pseudo_count / layer.n)
     a, a_vectors = torch.linalg.eigh(scale * layer.inputs)
     b, b_vectors = torch.linalg.eigh(scale * layer.outputs)
@@ -155,13 +170,15 @@ def posterior(layer: Factors, squared_norm: float, pseudo_count: float) -> tuple
 
 
 def log_evidence(log_prior: float, a: Tensor, b: Tensor, squared_norm: float) -> float:
-    """Log marginal likelihood of a Laplace approximation.
+    """Log marginal likelihood of a Laplace approximation, as a function of log lambda.
 
-    Terms that do not depend on the prior precision lambda are left out:
+    Terms that do not depend on the prior precision lambda are left out. What remains is
 
-    (F D log lambda - lambda ‖P‖² - log det(Ã ⊗ B̃)) / 2, with Ã = diag(a) + sqrt(lambda) I in the
-    eigenbasis, B̃ likewise, and log det(Ã ⊗ B̃) = D log det Ã + F log det B̃; a (F,) and b (D,) are
-    eigenvalues of sqrt(tau) A and B.
+        (F D log lambda - lambda ‖P‖² - log det(Ã ⊗ B̃)) / 2,
+        log det(Ã ⊗ B̃) = D log det Ã + F log det B̃.
+
+    In the eigenbasis Ã = diag(a) + sqrt(lambda) I and B̃ = diag(b) + sqrt(lambda) I, where a (F,)
+    and b (D,) are the eigenvalues of sqrt(tau) A and sqrt(tau) B.
     """
     root = math.exp(log_prior / 2)
     log_det = float(len(b) * (a + root).log().sum() + len(a) * (b + root).log().sum())
@@ -169,10 +186,10 @@ def log_evidence(log_prior: float, a: Tensor, b: Tensor, squared_norm: float) ->
 
 
 def best_prior_precision(a: Tensor, b: Tensor, squared_norm: float) -> float:
-    """The lambda of the largest ``log_evidence``.
+    """The prior precision lambda that maximises ``log_evidence``.
 
-    Its derivative in log lambda falls everywhere, so there is one maximum, and none above F D /
-    ‖P‖², where the derivative of the first two terms is zero.
+    The evidence is concave in log lambda, so it has one maximum. The maximum is below lambda =
+    F D / ‖P‖²: from there on the first two terms fall, and the third falls everywhere.
     """
     from scipy.optimize import minimize_scalar
 
@@ -191,10 +208,10 @@ def cosine_moments(
 ) -> tuple[Tensor, Tensor]:
     """Mean and variance (B, K) of the cosine of Gaussian vectors.
 
-    The vectors have means (B, D) and (K, D) and diagonal covariances.
+    The vectors have the means ``g`` (B, D) and ``h`` (K, D) and diagonal covariances.
 
-    The moments of g · h are exact; the product of the norms counts as the root of its expected
-    square.
+    The moments of the dot product are exact. The product of the norms is replaced by the square
+    root of its expected square.
     """
     g_second = g.square() + g_variance
     h_second = h.square() + h_variance
@@ -204,51 +221,61 @@ def cosine_moments(
     return mean, variance
 
 
-# largest distance of normalise(P phi) from the embedding; rounding both to float16 makes about 1e-3
+# largest distance allowed between normalise(P phi) and the embedding; float16 gives about 1e-3
 FARTHEST = 1e-2
 
 
 @dataclass
 class BayesVLM(FailurePredictor):
-    """Last-layer Laplace: a posterior over the VLM's last linear maps softens its logits.
+    """Last-layer Laplace: a posterior over the VLM's last linear layers softens its logits.
 
-    u = 1 - p_t̂, p = the softmax of these logits.
+    u = 1 - p_t̂, where p is the softmax of the softened logits.
 
-    With g = P phi and h = Q psi the last layers of the image and the text encoder, P's posterior
-    precision is (sqrt(tau) A + sqrt(lambda) I) ⊗ (sqrt(tau) B + sqrt(lambda) I), A = n^(-1/2) sum_i
-    phi_i phi_i^T (F, F) and B = n^(-1/2) sum_i H_i (D, D), H_i the Gauss-Newton curvature in g_i of
-    the contrastive loss; Q's likewise, with images and texts in each other's place. lambda, one for
-    each encoder, maximises the Laplace evidence. The variance of g is (phi^T A^(-1) phi) times the
-    diagonal of B^(-1), from which follow mean m_j and variance v_j of every logit, and p =
-    softmax_j(m_j / sqrt(1 + pi v_j / 8)). What is scored is the VLM's own answer t̂, which need not
-    be the largest p_j. The logit bias counts, since the root differs between candidates.
+    The last layers are g = P phi of the image encoder and h = Q psi of the text encoder. The
+    posterior precision of P is
 
-    The n pairs are the training images, each with the text of its class or its caption. Images are
-    matched against all K candidates, texts against the images of their chunk; a text of many images
-    counts as often. With captions a chunk is a pool. A class without a training image keeps the
-    prior's variance along its own direction.
+        (sqrt(tau) A + sqrt(lambda) I) ⊗ (sqrt(tau) B + sqrt(lambda) I),
+        A = n^(-1/2) sum_i phi_i phi_i^T (F, F),  B = n^(-1/2) sum_i H_i (D, D),
 
-    Two kinds of fit, told apart in the method's label, and data to score must carry what the fit
-    used:
+    with H_i the Gauss-Newton curvature of the contrastive loss in g_i. The precision of Q is the
+    same with images and texts exchanged. The prior precision lambda of each encoder maximises the
+    Laplace evidence. With Ã and B̃ the two factors of the precision, the variance of g is
+    phi^T Ã^(-1) phi times the diagonal of B̃^(-1). The variances of g and h give the mean m_j and
+    the variance v_j of every logit, and
+
+        p = softmax_j(m_j / sqrt(1 + pi v_j / 8)).
+
+    The score is that of the VLM's own answer t̂, whose p_t̂ need not be the largest p_j. The logit
+    bias matters, because the divisor differs between candidates.
+
+    The n pairs are the training images, each with the text of its class or with its caption. An
+    image is matched with all K candidates, a text with the images of its chunk. A text counts once
+    for each of its images. With captions a chunk is a pool. A class without training images adds
+    nothing to the factors: where no other text covers the direction of its psi, the prior variance
+    remains.
+
+    There are two kinds of fit, and the method's label names the kind. Data to score must carry the
+    columns that the fit used.
 
     - "bayesvlm (model)": phi, psi, P and Q are the columns ``features``, ``text_features``,
-      ``image_projection`` and ``text_projection``. Data whose normalise(P phi) is farther than 1e-2
-      from the embedding are refused, such as features of a second encoder or texts averaged over
-      prompts. A bias of the last layer is a column of P, and a feature that is always one.
-    - "bayesvlm (embeddings-only)": the last layer counts as the identity on the embeddings, phi = g
-      = z, P = I. This is a construction of ours and not the published method.
+      ``image_projection`` and ``text_projection``. Data are refused where normalise(P phi) is
+      farther than 1e-2 from the embedding, as it is for features of a second encoder and for texts
+      averaged over prompts. A bias of the last layer is given as a column of P whose feature is
+      always one.
+    - "bayesvlm (embeddings-only)": the last layer is taken as the identity on the embeddings, phi =
+      g = z and P = I. This is a construction of ours and not the published method.
 
     Args:
-        mode: "model", "embeddings", or "auto": "model" where the training data carry all four
-            columns.
-        loss: "infonce" (CLIP) or "siglip", what the VLM was trained with.
-        pseudo_count: tau, how many times the pairs count; 10 in the reference.
-        chunk: Pairs at a time, hence images that compete for a text.
+        mode: "model", "embeddings", or "auto". "auto" means "model" where the training data carry
+            all four columns, else "embeddings".
+        loss: Loss that the VLM was trained with: "infonce" (CLIP) or "siglip".
+        pseudo_count: Weight tau of the pairs against the prior; 10 in the reference implementation.
+        chunk: Number of pairs in a chunk, hence of images that a text is matched with.
 
     Source: Baumann et al., "Post-hoc Probabilistic Vision-Language Models", ICLR 2026. The
-    reference implementation leaves the 1/2 before the log-determinants of the evidence out and
-    swaps their Kronecker exponents; here they are as derived. There the pairs come from the VLM's
-    own training data; here from the data to fit on.
+    reference implementation omits the factor 1/2 of the log-determinants in the evidence and swaps
+    their exponents F and D; here the evidence is as derived. Its pairs come from the VLM's own
+    training data; here they come from the data to fit on.
 
     Examples:
         >>> import numpy as np, vilu
@@ -291,14 +318,14 @@ class BayesVLM(FailurePredictor):
 
     @property
     def label(self) -> str:
-        """The name, once fitted with the kind of fit."""
+        """The method's name; once fitted, followed by the kind of fit."""
         return self._label(self._on_features) if self.learned_ else self.name
 
     def _label(self, on_features: bool) -> str:
         return f"{self.name} (model)" if on_features else f"{self.name} (embeddings-only)"
 
     def columns_to_fit(self, train: EmbeddingSource) -> tuple[str, ...]:
-        """The four columns in mode "model", or in mode "auto" where they are there; else none."""
+        """The four columns in mode "model", and in mode "auto" if ``train`` has all; else none."""
         if self.mode == "model":
             return self.optional_columns
         has_columns = train.columns.issuperset(self.optional_columns)
@@ -339,16 +366,16 @@ class BayesVLM(FailurePredictor):
         return Learnt(tensors, {"label": self._label(on_features), "prior_precision": priors})
 
     def _squared_norm(self, side: str, train: Rows) -> float:
-        """‖P‖² of a last layer; that of the identity where the embeddings count as its inputs."""
+        """Squared norm ‖P‖² of a last layer; D for the identity of an embeddings-only fit."""
         if not train.columns:
             return train.source.space.embed_dim
         projection = train.source.column(f"{side}_projection", train.index[:1])
         return float(projection.double().square().sum())
 
     def _factors(self, train: Rows) -> Iterator[tuple[Factors, Factors]]:
-        """The factors that every chunk of pairs adds to those of the image and the text layer."""
-        # Labelled rows often come class by class, and a text needs images of all classes to compete
-        # for it.
+        """Factors of the image layer and of the text layer from every chunk of pairs."""
+        # Labelled rows are shuffled, because they are often sorted by class: the images that a text
+        # is matched with must be of all classes.
         generator = None if train.source.pool_size else torch.Generator().manual_seed(self.seed)
         with track("fit", steps_per_epoch(train, self.chunk), "chunks") as task:
             for batch in train.steps(self.chunk, generator):
@@ -356,7 +383,7 @@ class BayesVLM(FailurePredictor):
                 task.advance(1)
 
     def _chunk_factors(self, batch: Batch, *, on_features: bool) -> tuple[Factors, Factors]:
-        """Factors of the image and the text layer from one chunk of pairs."""
+        """Factors of the image layer and of the text layer from one chunk of pairs."""
         (phi, g), (psi, h) = last_layers(batch.to(self.device_), on_features=on_features)
         g = float64(g)
         h = float64(h)
@@ -371,7 +398,7 @@ class BayesVLM(FailurePredictor):
         )
 
     def _posterior(self, side: str, like: Tensor) -> Posterior:
-        """The posterior of a last layer, of the device and the type of a tensor."""
+        """The posterior of a last layer, on the device and in the dtype of ``like``."""
         inputs = self.learned_[f"{side}_inputs"].to(like)
         outputs = self.learned_[f"{side}_outputs"].to(like)
         return Posterior(inputs, outputs)
@@ -382,18 +409,19 @@ class BayesVLM(FailurePredictor):
         h_variance = self._posterior("text", g).variance(psi)
         mean, variance = cosine_moments(g, g_variance, h, h_variance)
         scale = batch.logit_scale
-        # their softmax approximates the expected softmax of Gaussian logits
-        widened = (1 + math.pi / 8 * (scale**2 * variance)).sqrt()
-        logits = (scale * mean + batch.logit_bias) / widened
+        # the softmax of the softened logits approximates the expected softmax of Gaussian logits
+        divisor = (1 + math.pi / 8 * (scale**2 * variance)).sqrt()
+        logits = (scale * mean + batch.logit_bias) / divisor
         return torch.sigmoid(failure_log_odds(logits, batch))
 
 
 def last_layers(
     batch: Batch, *, on_features: bool
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Inputs (B, F) and outputs (B, D) of the image encoder's last layer, and the text's.
+    """Inputs and outputs of the last layers of both encoders.
 
-    Those of the text encoder are (K, F) and (K, D).
+    Returns:
+        (phi (B, F), g (B, D)) of the image encoder, (psi (K, F), h (K, D)) of the text encoder.
     """
     if not on_features:
         return (batch.image, batch.image), (batch.text, batch.text)

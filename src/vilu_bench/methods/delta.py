@@ -1,4 +1,4 @@
-"""Semantic energy differences to labelled images."""
+"""Delta methods: distance to rightly answered images less distance to wrongly answered ones."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from vilu_bench.methods.mahalanobis import gaussian, shared_covariance
 MarginWeight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 NO_CAPTIONS = (
     "it compares images answered rightly and wrongly, "
-    "and other captions would make other ones wrong"
+    "and with other captions other images would be answered wrongly"
 )
 
 
 def cosine_margin(batch: Batch) -> Tensor:
-    """(B,) float64 gap between the two largest cosines."""
+    """Gap (B,) between the two largest cosines of an image with the candidates, float64."""
     first, second = float64(batch.logits.topk(2, dim=1).values).unbind(dim=1)
     return (first - second) / batch.logit_scale
 
@@ -38,24 +38,26 @@ SMALLEST = 1e-6  # added to squared distances before the logarithm, as in the re
 
 @dataclasses.dataclass
 class DeltaKNN(ClosedSet):
-    """Delta-KNN: log-distance to rightly answered images, less that to wrongly answered ones.
+    """Delta-KNN: log-distance to rightly answered images, less that to wrongly answered images.
 
-    u = mean_{i <= k} log(d_i^2 + 1e-6) - mean_{j <= k} log(e_j^2 + 1e-6) - margin_weight * (cos_(1)
-    - cos_(2)), with d_i and e_j the Euclidean distances of unit vectors to the nearest images
-    answered rightly and wrongly, and cos the cosines with the candidates. Up to constants and the
-    margin this is D/2 times less a log-likelihood ratio of k-NN density estimates. A bank of fewer
-    than k images is used whole; the mean of an empty bank (no image answered wrongly, or none
-    rightly) is zero: that density is taken as flat.
+    u = mean_{i <= k} log(d_i^2 + 1e-6) - mean_{j <= k} log(e_j^2 + 1e-6)
+        - margin_weight * (cos_(1) - cos_(2))
+
+    d_i and e_j are the Euclidean distances, between unit vectors, to the nearest images answered
+    rightly and wrongly; cos_(1) and cos_(2) are the two largest cosines with the candidates.
+    Without the margin and up to constants, u is 2/D times a log-likelihood ratio, wrong over right,
+    of two k-NN density estimates. A bank of fewer than k images is used whole. An empty bank (no
+    image answered wrongly, or none rightly) gives a mean of zero, as if its density were flat.
 
     Args:
-        k: Neighbours per bank.
-        margin_weight: Weight lambda of the gap between the two largest cosines; 0: none. The
-            paper's recipe is to balance the magnitudes of the two terms.
+        k: Number of neighbours per bank.
+        margin_weight: Weight lambda of the gap between the two largest cosines; 0 leaves the gap
+            out. The paper chooses lambda so that both terms have a similar magnitude.
 
-    Source: Heng and Soh, ICLR 2026, eq. 6 averaged over k neighbours (their k = 25). The logarithm
-    is of squared distances, as in the released code, hence twice that of the paper. lambda
-    multiplies cosines, because the CLIP logits of that code are cosines without the logit scale: so
-    it does not depend on a model's scale.
+    Source: Heng and Soh, ICLR 2026, eq. 6 averaged over k neighbours (their k = 25). As in the
+    released code, the logarithm is that of squared distances, so it is twice the paper's. lambda
+    multiplies cosines: the CLIP logits of that code are cosines without the logit scale. So lambda
+    does not depend on a model's logit scale.
 
     Examples:
         >>> import numpy as np, vilu
@@ -96,7 +98,7 @@ class DeltaKNN(ClosedSet):
         )
 
     def _score(self, batch: Batch) -> Tensor:
-        self.classes_of(batch.text)  # refuses other classes: they would make other images wrong
+        self.classes_of(batch.text)  # raises for other classes: with them other images are wrong
         bank = self.learned_["bank"]
         n_right = int(self.learned_["n_right"])
         right = self._log_distance(batch.image, bank[:n_right])
@@ -104,7 +106,7 @@ class DeltaKNN(ClosedSet):
         return right - wrong - self.margin_weight * cosine_margin(batch)
 
     def _log_distance(self, image: Tensor, bank: Tensor) -> Tensor:
-        """(B,) float64 mean log-distance to the nearest images."""
+        """Mean (B,) of the log squared distances to the nearest images of the bank, float64."""
         if not len(bank):
             return float64(image.new_zeros(len(image)))
         similarity, _ = nearest(image, bank, self.k)
@@ -114,7 +116,7 @@ class DeltaKNN(ClosedSet):
 
 @dataclasses.dataclass
 class DeltaKNNMargin(DeltaKNN):
-    """``DeltaKNN`` plus the margin, the paper's Delta-KNN-RLog.
+    """``DeltaKNN`` with the margin term, which is the paper's Delta-KNN-RLog.
 
     lambda = 10 is the paper's value for CLIP (table 6).
 
@@ -137,27 +139,29 @@ class DeltaKNNMargin(DeltaKNN):
 
 @dataclasses.dataclass
 class DeltaMDS(ClosedSet):
-    """Delta-MDS: distance to rightly answered images, less that to wrongly answered ones.
+    """Delta-MDS: distance to rightly answered images, less that to wrongly answered images.
 
     The distances are squared Mahalanobis distances.
 
-    u = min_c (z - m_c)^T R^-1 (z - m_c) - min_c (z - n_c)^T W^-1 (z - n_c) - margin_weight *
-    (cos_(1) - cos_(2)): m_c is the mean of the images of class c answered rightly and R the
-    covariance around these means, n_c and W those of the images answered wrongly; cos are the
-    cosines with the candidates. The minima run over the classes that have such images; where none
-    has, the term is zero. A bank in which no class has two different images takes the covariance
-    within the classes of all training images, or, where that is no better, the mean variance of a
-    coordinate.
+    u = min_c (z - m_c)^T R^-1 (z - m_c) - min_c (z - n_c)^T W^-1 (z - n_c)
+        - margin_weight * (cos_(1) - cos_(2))
+
+    m_c is the mean of the rightly answered images of class c, and R is their covariance around
+    these means. n_c and W are the same of the wrongly answered images. cos_(1) and cos_(2) are the
+    two largest cosines with the candidates. Each minimum is over the classes that have such images;
+    if no class has any, the term is zero. If no class of a bank has two different images, the bank
+    takes the covariance within the classes of all training images. If that has no spread either,
+    the bank takes the mean variance of a coordinate times the identity.
 
     Args:
-        margin_weight: Weight lambda of the gap between the two largest cosines; 0: none. The
-            paper's recipe is to balance the magnitudes of the two terms; those of distances grow
-            with D and with less shrinkage.
+        margin_weight: Weight lambda of the gap between the two largest cosines; 0 leaves the gap
+            out. The paper chooses lambda so that both terms have a similar magnitude. The distances
+            grow with D, and are larger with less shrinkage.
 
-    Source: Heng and Soh, ICLR 2026, eq. 5. Differs from the released code: embeddings have unit
-    norm, and covariances are Ledoit-Wolf estimates, since few images leave the plain ones singular.
-    lambda multiplies cosines, because the CLIP logits of that code are cosines without the logit
-    scale: so it does not depend on a model's scale.
+    Source: Heng and Soh, ICLR 2026, eq. 5. Two differences from the released code: embeddings have
+    unit norm, and covariances are Ledoit-Wolf estimates, because plain covariances of few images
+    are singular. lambda multiplies cosines: the CLIP logits of that code are cosines without the
+    logit scale. So lambda does not depend on a model's logit scale.
 
     Examples:
         >>> import numpy as np, vilu
@@ -196,7 +200,7 @@ class DeltaMDS(ClosedSet):
     def _fit_bank(
         self, bank: str, train: Rows, label: Tensor, is_member: Tensor
     ) -> dict[str, Tensor]:
-        """Whitened means, counts and whitening of the images in a bank, by class."""
+        """Whitened class means, class counts and the whitening matrix of the images in a bank."""
         n_classes = train.source.n_candidates
         members = dataclasses.replace(train, index=train.index[is_member])
         means, counts = class_means(members, label[is_member], n_classes)
@@ -219,7 +223,7 @@ class DeltaMDS(ClosedSet):
         return right - wrong - self.margin_weight * cosine_margin(batch)
 
     def _distance(self, image: Tensor, classes: Tensor, bank: str) -> Tensor:
-        """(B,) squared distance to the nearest class of a bank; zero where the bank is empty."""
+        """Squared distance (B,) to the nearest class mean of a bank; zero if the bank is empty."""
         means = self.tensor(f"{bank}_means", image.device)[classes]
         counts = self.tensor(f"{bank}_counts", image.device)[classes]
         whitened = image @ self.tensor(f"{bank}_whitener", image.device)
@@ -230,7 +234,7 @@ class DeltaMDS(ClosedSet):
 
 @dataclasses.dataclass
 class DeltaMDSMargin(DeltaMDS):
-    """``DeltaMDS`` plus the margin, the paper's Delta-MDS-RLog.
+    """``DeltaMDS`` with the margin term, which is the paper's Delta-MDS-RLog.
 
     lambda = 10,000 is the paper's value for CLIP (table 6).
 

@@ -1,4 +1,4 @@
-"""Several passes of ViLU: networks of several seeds, and of several dropout masks."""
+"""Ensembles of ViLU heads: of several seeds, and of several dropout masks."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from vilu.predictors.vilu.vilu import ViLU
 
 @dataclasses.dataclass
 class DeepEnsemble(ViLU):
-    """M ViLU heads that differ in their start and in the order of the rows.
+    """M ViLU heads that differ in their initial weights and in the order of the training rows.
 
-    u = 1/M sum_m sigmoid(g_m(z)).
+    u = 1/M sum_m sigmoid(g_m(z)), with g_m the output of head m.
 
     Member m has the seed ``seed * M + m``, so that ensembles of different seeds share no member.
-    All members are selected on the same rows.
+    For all members the best epoch is selected on the same rows.
 
     Args:
-        members: M.
+        members: Number M of heads.
 
     Source: Lakshminarayanan et al., NeurIPS 2017, without adversarial training.
 
@@ -53,13 +53,13 @@ class DeepEnsemble(ViLU):
     reference: ClassVar[str] = "Lakshminarayanan et al., NeurIPS 2017"
     cost: ClassVar[str] = "M times that of vilu"
 
-    # bounded, so that no predictor from elsewhere loads without end
+    # bounded, so that a predictor from an untrusted file cannot build heads without end
     members: Annotated[Count, Field(le=1_000)] = 5
 
     graph = head_graph
 
     def coalitions(self) -> Coalitions:
-        """Of the mean probability."""
+        """Coalitions of the mean probability of failure."""
         return HeadCoalitions(
             self.heads,
             torch.sigmoid,
@@ -71,7 +71,7 @@ class DeepEnsemble(ViLU):
         tensors: dict[str, Tensor],  # noqa: ARG002
         space: EmbeddingSpace,
     ) -> nn.Module:
-        """The heads, by their number."""
+        """The heads, in a list by the number of their member."""
         return nn.ModuleList(self._head(space) for _ in range(self.members))
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:
@@ -90,30 +90,30 @@ class DeepEnsemble(ViLU):
         return Learnt(tensors, notes)
 
     def _new_members(self) -> list[ViLU]:
-        """The members, not fitted."""
+        """New members, not fitted."""
         values = {name: getattr(self, name) for name in parameters(ViLU)}
         first_seed = self.seed * self.members
         return [ViLU(**values | {"seed": first_seed + m}) for m in range(self.members)]
 
     def _start_notes(self) -> dict[str, object]:
-        return {}  # each member has its own
+        return {}  # the notes of each member report its start
 
 
 @dataclasses.dataclass
 class MCDropout(ViLU):
-    """ViLU's head with dropout, which stays on at scoring.
+    """ViLU's head with dropout that stays on at scoring.
 
-    u = 1/M sum_m sigmoid(g_m(z)), g_m the head under mask m.
+    u = 1/M sum_m sigmoid(g_m(z)), with g_m the output of the head under dropout mask m.
 
-    Dropout follows every hidden activation of the MLP. The M masks are drawn from the seed and are
-    the same for every row, that is M thinned heads: a row has the same score in any company.
-    Selection sees the head without dropout.
+    Dropout follows every hidden activation of the MLP. The M masks are drawn from the seed, and
+    every row uses the same masks. So there are M thinned heads, and the score of a row does not
+    depend on the other rows. The best epoch is selected with dropout switched off.
 
     Args:
-        dropout: Share of units that is dropped.
-        passes: M.
+        dropout: Share of hidden units that is dropped.
+        passes: Number M of masks.
 
-    Source: Gal and Ghahramani, ICML 2016, Eq. 6, where every input meets masks of its own.
+    Source: Gal and Ghahramani, ICML 2016, Eq. 6. There every input has masks of its own.
 
     Examples:
         >>> import numpy as np, vilu
@@ -136,7 +136,7 @@ class MCDropout(ViLU):
     passes: Annotated[Count, Field(le=10_000)] = 20
 
     def coalitions(self) -> Coalitions:
-        """None."""
+        """Raise ``NoAttribution``: no coalitions are defined for a mean over thinned heads."""
         raise NoAttribution(
             "the score of mc_dropout is a mean over thinned heads, for which no coalitions are "
             "defined"
@@ -147,7 +147,7 @@ class MCDropout(ViLU):
         tensors: dict[str, Tensor],  # noqa: ARG002
         space: EmbeddingSpace,
     ) -> nn.Module:
-        """The head, with dropout in training."""
+        """The head, with dropout layers that are active in training."""
         return self._head(space, Dropout(self.dropout, self.seed))
 
     def _score(self, batch: Batch) -> Tensor:

@@ -1,4 +1,4 @@
-"""ICPE: the Gaussian of the predicted class, beside the zero-shot probability."""
+"""ICPE: the zero-shot probability averaged with the density of the predicted class."""
 
 from __future__ import annotations
 
@@ -24,30 +24,32 @@ from vilu_bench.methods.bayesvlm import last_layer
 
 @dataclasses.dataclass
 class ICPE(ClassDensity):
-    """ICPE as released: the mean of the zero-shot probability and a share of the image's density.
+    """ICPE as released: mean of the zero-shot probability and the answer's share of the density.
 
-    The share is that of the answer's Gaussian.
+    u = 1 - (p_max + s_d) / 2, with s_d = N_t̂(x) / sum_c N_c(x).
 
-    u = 1 - (p_max + softmax_c(log N_c(x))_t̂) / 2, N_c the Gaussian of class c: mean and sample
-    covariance (divisor n_c - 1) plus ``ridge`` of the training images of the class, in the first
-    principal components of all of them. x is what the image encoder puts out *before* it is brought
-    to unit norm, P phi of the columns ``features`` and ``image_projection``. Where the data do not
-    carry both, x is the unit-norm embedding: that is another method, and the label of the results
-    says so.
+    N_c is the Gaussian of class c. It has the mean and the sample covariance (divisor n_c - 1) of
+    the training images of the class, with ``ridge`` added to the diagonal. All images are projected
+    on the first principal components of the training set. x is the image encoder's output P phi
+    *before* normalisation, computed from the columns ``features`` and ``image_projection``. Where
+    the data do not carry both columns, x is the unit-norm embedding. That is another method, and
+    the label of the results says so.
 
     Args:
-        features: Use the two columns where the data carry them.
-        components: Most principal components; fewer where there are fewer images.
-        ridge: Added to the diagonal of every covariance; at least 1e-11 of the largest mean
-            variance.
+        features: Whether to use the two columns where the data carry them.
+        components: Maximum number of principal components; with fewer images there are fewer.
+        ridge: Added to the diagonal of every covariance. It is raised to 1e-11 of the largest mean
+            variance if it is smaller.
 
-    Source: "ICPE", WACV 2026, and its notebook (zhenxianglin/ICPE): PCA with 128 components, 1e-8,
-    float64 densities. Differs from it where it is not defined: with fewer images than components
-    there are fewer of these; a class of one image takes the mean covariance within classes; one
-    without images is in no sum, and where it is the prediction, its density is that of all training
-    images. FPR95 is there at the vertex whose rate is nearest to 0.95 (``vilu.metrics``). With
-    fewer images in a class than components the covariance is singular up to 1e-8, so that s_d is 0
-    or 1 nearly everywhere: it wants hundreds of images a class.
+    Source: "ICPE", WACV 2026, and its notebook (zhenxianglin/ICPE): PCA with 128 components, ridge
+    1e-8, float64 densities. This implementation adds what the notebook leaves undefined. With fewer
+    images than components there are fewer components. A class of one image takes the mean
+    covariance within classes. A class without images is left out of the sum; where such a class is
+    the answer, its density is that of all training images. The notebook computes FPR95 at the
+    vertex of the ROC curve whose TPR is nearest to 0.95; ``vilu.metrics`` interpolates.
+
+    With fewer images in a class than components the covariance is singular up to the ridge, and s_d
+    is 0 or 1 for nearly all images. The method needs hundreds of images per class.
 
     Examples:
         >>> import numpy as np, vilu
@@ -72,13 +74,13 @@ class ICPE(ClassDensity):
 
     @property
     def label(self) -> str:
-        """The name; once fitted it says whether the fit was on unit-norm embeddings."""
+        """The method's name; "(unit norm)" follows after a fit on unit-norm embeddings."""
         if not self.learned_ or self._on_features:
             return self.name
         return f"{self.name} (unit norm)"
 
     def columns_to_fit(self, train: EmbeddingSource) -> tuple[str, ...]:
-        """Both columns, where wanted and there."""
+        """The two columns, if ``features`` is set and ``train`` has both; else none."""
         has_columns = train.columns.issuperset(self.optional_columns)
         if self.features and has_columns:
             return self.optional_columns
@@ -91,7 +93,7 @@ class ICPE(ClassDensity):
 
     @property
     def _on_features(self) -> bool:
-        """Whether there is a fit on the two columns."""
+        """Whether the predictor was fitted on the two columns."""
         if not self.learned_:
             return False
         return bool(self.learned_["on_features"])
@@ -113,13 +115,13 @@ class ICPE(ClassDensity):
 
 
 def before_norm(batch: Batch) -> Tensor:
-    """(B, D) float64 images as the encoder puts them out, before they are brought to unit norm."""
+    """Outputs (B, D) of the image encoder before normalisation, float64."""
     phi, _ = last_layer(batch, "features", "image_projection", batch.image)
     return float64(phi) @ float64(batch.columns["image_projection"]).T
 
 
 def encoded(train: Rows) -> Iterator[tuple[slice, Tensor]]:
-    """Positions and images (b, D) as ``before_norm``, block by block."""
+    """Row slices and images (b, D) as ``before_norm`` gives them, block by block."""
     start = 0
     for batch in train.batches(SCORING_BATCH):
         stop = start + len(batch.index)

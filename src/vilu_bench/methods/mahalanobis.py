@@ -21,10 +21,9 @@ from vilu.predictors.contract.predictor import CLASSES, Learnt
 def shared_covariance(train: Rows, label: Tensor, mean: Tensor) -> Tensor | None:
     """Shrunk covariance (D, D) of the images around the mean (K, D) of their class.
 
-    It is None where there is no spread.
-
-    Ledoit and Wolf's estimate, scaled by M / (M - number of classes with images) for the means that
-    were fitted. There is no spread when no class has two different images.
+    The Ledoit-Wolf estimate is multiplied by M / (M - number of classes with images), because the
+    class means were estimated from the same M images. The result is None if no class has two
+    different images.
     """
     matrix, fourth = scatter(train, label, mean)
     n = len(label)
@@ -35,9 +34,9 @@ def shared_covariance(train: Rows, label: Tensor, mean: Tensor) -> Tensor | None
 
 
 def spherical_covariance(train: Rows) -> Tensor:
-    """The mean variance per coordinate of all images, times the identity.
+    """Mean variance per coordinate of all images, times the identity (D, D).
 
-    It is the identity itself where that variance is zero.
+    If that variance is zero, the result is the identity.
     """
     one_class = torch.zeros_like(train.index)
     mean, _ = class_means(train, one_class, 1)
@@ -50,10 +49,13 @@ def spherical_covariance(train: Rows) -> Tensor:
 def ledoit_wolf(matrix: Tensor, fourth: float, n: int) -> Tensor:
     """Covariance (D, D) shrunk towards a multiple of the identity.
 
-    ``matrix`` and ``fourth`` are the sums over n centred rows of x x^T and |x|^4.
+    Args:
+        matrix: (D, D) sum of x x^T over the n centred rows x.
+        fourth: Sum of |x|^4 over these rows.
+        n: Number of rows.
 
-    The sum of all entries of sum_i (x_i^2) (x_i^2)^T is sum_i |x_i|^4, so one pass over the rows is
-    enough.
+    The estimate needs the sum of all entries of sum_i (x_i^2) (x_i^2)^T. It equals ``fourth``, so
+    one pass over the rows is enough.
 
     Source: Ledoit and Wolf, Journal of Multivariate Analysis 2004.
     """
@@ -75,19 +77,26 @@ class Mahalanobis(ClosedSet):
 
     All classes share one covariance.
 
-    u = (z - mu_t̂)^T S^-1 (z - mu_t̂) [- (z - mu)^T S_0^-1 (z - mu) with ``relative``], mu and S_0
-    being the mean and covariance of all training images. S and S_0 are Ledoit-Wolf estimates, so
-    that fewer images than coordinates do. Where no class has two different images there is no S:
-    distances are then Euclidean ones, in units of the mean variance of a coordinate. For a class
-    without training images mu stands in.
+    Without ``relative``,
+
+        u = (z - mu_t̂)^T S^-1 (z - mu_t̂),
+
+    with S the covariance of the images around the means of their classes. With ``relative``,
+    (z - mu)^T S_0^-1 (z - mu) is subtracted, where mu and S_0 are the mean and the covariance of
+    all training images.
+
+    S and S_0 are Ledoit-Wolf estimates, which also work with fewer images than coordinates, where
+    the usual plain covariance is singular. If no class has two different images, S is replaced by
+    the mean variance of a coordinate times the identity. A class without training images has the
+    mean mu.
 
     Args:
-        relative: Whether to subtract the distance to all training images, which tells how unusual
-            an image is.
+        relative: Whether to subtract the distance to all training images, which measures how
+            unusual an image is.
 
-    Source: Lee et al., NeurIPS 2018; relative: Ren et al., 2021. There the distance to the nearest
-    class; here to the predicted one, whose failure is asked for. The usual plain covariance is
-    singular with fewer images than coordinates.
+    Source: Lee et al., NeurIPS 2018; for ``relative``, Ren et al., 2021. In these papers the
+    distance is to the nearest class. Here it is to the predicted class, since the failure of that
+    answer is predicted.
 
     Examples:
         >>> import numpy as np, vilu
@@ -121,7 +130,7 @@ class Mahalanobis(ClosedSet):
         return Learnt(learned | {CLASSES: class_texts(train)})
 
     def tensor_names(self) -> tuple[str, ...]:
-        """The global ones only where they are subtracted."""
+        """Names of the fitted tensors; the global tensors are only needed with ``relative``."""
         return self.tensors if self.relative else self.tensors[:3]
 
     def _score(self, batch: Batch) -> Tensor:
@@ -135,7 +144,7 @@ class Mahalanobis(ClosedSet):
         return distance - self._distance(image, global_mean, "global_whitener")
 
     def _distance(self, image: Tensor, mean: Tensor, whitener: str) -> Tensor:
-        """(B,) squared distance of images (B, D) from means, after a whitening."""
+        """Squared distances (B,) of images (B, D) from means, after whitening."""
         whitened = (image - mean) @ self.tensor(whitener, image.device)
         return whitened.square().sum(dim=1)
 
@@ -144,7 +153,8 @@ class Mahalanobis(ClosedSet):
 class RelativeMahalanobis(Mahalanobis):
     """``Mahalanobis`` with ``relative``.
 
-    It tells how much better all training images explain an image than its class does.
+    The score is large if the distribution of all training images fits an image better than the
+    distribution of the predicted class.
 
     Examples:
         >>> import numpy as np, vilu
@@ -165,7 +175,7 @@ class RelativeMahalanobis(Mahalanobis):
 
 
 def gaussian(train: Rows, label: Tensor, n_classes: int) -> dict[str, Tensor]:
-    """Class means (K, D), and the whitening (D, D) of the covariance around them."""
+    """Class means (K, D), and the whitening matrix (D, D) of the covariance around the means."""
     means, _ = class_means(train, label, n_classes)
     covariance = shared_covariance(train, label, means)
     if covariance is None:

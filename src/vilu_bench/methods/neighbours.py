@@ -1,4 +1,4 @@
-"""Comparisons with the nearest labelled images."""
+"""Methods that compare an image with its nearest labelled training images."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from vilu.predictors.contract.labelled import class_texts
 from vilu.predictors.contract.predictor import CLASSES, FailurePredictor, Learnt
 
 FARTHEST = 2.0  # largest distance of two unit vectors
-# so much is added to distances, and 1 + cos is at least so much, so that no ratio is 0 / 0
+# added to distances, and the smallest value of 1 + cos; it prevents ratios of 0 / 0
 TINY = 1e-6
 
 
 @dataclasses.dataclass
 class LabelledBank(ClosedSet):
-    """A method that keeps training images with their classes."""
+    """A method that keeps training images (the bank) with their classes."""
 
     cost: ClassVar[str] = "fit: copies the images; score: one product with the bank"
     _forms: ClassVar[str] = "bank:fND classes:fKD labels:iN<K"
@@ -45,7 +45,7 @@ class LabelledBank(ClosedSet):
         )
 
     def _choose(self, bank: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        """The images of (N, D) that make the bank, and their classes; all of them by default."""
+        """The images of the bank, chosen from (N, D), and their classes; by default all images."""
         return bank, label
 
 
@@ -53,10 +53,12 @@ class LabelledBank(ClosedSet):
 class KNNVote(LabelledBank):
     """Share of the k nearest training images that are not of the predicted class.
 
-    u = 1 - sum_{i <= k, y_i = t̂} w_i / sum_{i <= k} w_i, with w_i = 1 or (1 + cos(z, z_i)) / 2, 1
-    + cos at least 1e-6. A predicted class without training images gets u = 1. With fewer than k
-    training images all of them vote: a uniform vote is then the share of the class in the bank, the
-    same for every image, and says nothing. Uniform votes take k + 1 values, so many images tie.
+    u = 1 - sum_{i <= k, y_i = t̂} w_i / sum_{i <= k} w_i
+
+    The weight w_i is 1 or (1 + cos(z, z_i)) / 2, where 1 + cos is at least 1e-6. If the predicted
+    class has no training images, u = 1. With fewer than k training images all of them vote. A
+    uniform vote is then the share of the class in the bank: the same for all images with the same
+    answer. Uniform votes have only k + 1 possible values, so many images tie.
 
     Args:
         k: Number of neighbours.
@@ -95,15 +97,15 @@ class KNNVote(LabelledBank):
 class KNNDistance(FailurePredictor):
     """Distance to the k-th nearest training image: u = ||z - z_(k)||, z of unit norm.
 
-    It says how unusual an image is, whatever the candidates are and whatever was answered: it uses
-    no class labels and works on captions. With fewer than k training images it is the distance to
-    the farthest of them.
+    It measures how unusual an image is and depends neither on the candidates nor on the answer. It
+    uses no class labels, so it also works on captions. With fewer than k training images it is the
+    distance to the farthest training image.
 
     Args:
-        k: Which neighbour.
+        k: Rank of the neighbour; 1 is the nearest.
 
     Source: Sun et al., ICML 2022. Failure-prediction benchmarks search only the first 1,000
-    training images; here all of them, up to ``max_bank``.
+    training images; here all training images are searched, up to ``max_bank``.
 
     Examples:
         >>> import numpy as np, vilu
@@ -143,20 +145,24 @@ class KNNDistance(FailurePredictor):
 
 @dataclasses.dataclass
 class TRINE(LabelledBank):
-    """TRINE: margin of the predicted class's support by the nearest training images and the texts.
+    """TRINE: margin of the predicted class in a weighted vote of the nearest training images.
 
-    Neighbour r = 0 ... k-1 of class y_r has the weight w_r = exp(-decay r) * (1 + cos(z, z_r)) / 2
-    * (1 + cos(z_t̂, z_{t_{y_r}})) / 2, a class the support S_c = sum_{r: y_r = c} w_r / sum_r w_r,
-    and u = 1 - (S_t̂ - max_{c != t̂} S_c), in [0, 2]. A class without training images has no
-    support, so that a prediction of it gets u > 1. With fewer than k training images all of them
-    count. 1 + cos is taken as 1e-6 at least, so that opposite texts are no 0 / 0.
+    Neighbour r = 0 ... k-1 of class y_r has the weight w_r, class c has the support S_c:
+
+        w_r = exp(-decay r) * (1 + cos(z, z_r)) / 2 * (1 + cos(z_t̂, z_{t_{y_r}})) / 2,
+        S_c = sum_{r: y_r = c} w_r / sum_r w_r,
+        u = 1 - (S_t̂ - max_{c != t̂} S_c), in [0, 2].
+
+    A class without training images has the support 0, so u > 1 where it is the answer. With fewer
+    than k training images all of them vote. 1 + cos is at least 1e-6, so that no ratio is 0 / 0,
+    even for opposite texts.
 
     Args:
         k: Number of neighbours.
         decay: How fast a neighbour's weight falls with its rank.
 
-    Source: the repository sgchr273/TRINE (2026), its support margin. Differs from it: a bank
-    smaller than k is used whole instead of refused.
+    Source: the support margin of the repository sgchr273/TRINE (2026). One difference: a bank
+    smaller than k is used whole, where the repository refuses it.
 
     Examples:
         >>> import numpy as np, vilu
@@ -188,9 +194,10 @@ class TRINE(LabelledBank):
         texts = (1 + text_similarity).clamp(min=TINY)
         weight = torch.exp(-self.decay * rank) * near / 2 * texts / 2
         support = text.new_zeros(len(label), len(text))
-        # one neighbour at a time, so that sums have one order on every device
-        for column in range(label.shape[1]):
-            neighbour = slice(column, column + 1)
+        # One neighbour at a time: a single scatter_add_ would add in an order that differs between
+        # devices.
+        for rank_index in range(n_near):
+            neighbour = slice(rank_index, rank_index + 1)
             support.scatter_add_(1, label[:, neighbour], weight[:, neighbour])
         support = support / weight.sum(dim=1, keepdim=True)
         of_answer = support.gather(1, answer[:, None]).squeeze(1)
@@ -200,20 +207,21 @@ class TRINE(LabelledBank):
 
 @dataclasses.dataclass
 class TrustScore(LabelledBank):
-    """Inverse trust score: distance to the predicted class over that to the nearest other class.
+    """Inverse trust score: distance to the predicted class over distance to the nearest other.
 
-    u = (d(z, H_t̂) + 1e-6) / (min_{c != t̂} d(z, H_c) + 1e-6), d the Euclidean distance of unit
-    vectors to the nearest of a set, and H_c the training images of class c without the share
-    ``alpha`` whose k-th nearest image of their class (they count themselves first) is farthest. The
-    distance to a class without images is 2, the largest there is.
+    u = (d(z, H_t̂) + 1e-6) / (min_{c != t̂} d(z, H_c) + 1e-6)
+
+    d(z, H) is the Euclidean distance of z to the nearest image in H, between unit vectors. H_c are
+    the training images of class c, without the share ``alpha`` in the sparsest regions of the
+    class. A region is sparse where the k-th nearest image of the class is far; the image itself
+    counts as the nearest. The distance to a class without images is 2, the largest possible.
 
     Args:
-        alpha: Share of each class left out as its sparsest; 0 keeps all.
-        k: Neighbour whose distance tells how sparse the surroundings of an image are; at most the
-            size of the class.
+        alpha: Share of each class that is left out; 0 keeps all images.
+        k: Rank of the neighbour whose distance measures sparsity; at most the size of the class.
 
-    Source: Jiang et al., NeurIPS 2018, algorithms 1 and 2 (alpha = 0 and k = 10 as in its released
-    code). Differs from that code: distances are to the nearest image, as in the paper; the code
+    Source: Jiang et al., NeurIPS 2018, algorithms 1 and 2, with alpha = 0 and k = 10 as in the
+    released code. One difference: as in the paper, distances are to the nearest image; the code
     takes the second nearest.
 
     Examples:
@@ -263,11 +271,11 @@ class TrustScore(LabelledBank):
         return (to_answer + TINY) / (to_rival + TINY)
 
     def _distance(self, image: Tensor, allowed: Allowed) -> Tensor:
-        """(B,) distance to the nearest image of the bank that is allowed."""
+        """Distance (B,) of each image to the nearest allowed image of the bank."""
         bank = self.learned_["bank"]
         similarity, index = nearest(image, bank, 1, allowed)
         closest = bank[index[:, 0].cpu()].to(image.device)
-        # From the coordinates: 2 - 2 cos has no digits left for near duplicates.
+        # Computed from coordinates: for near duplicates, 2 - 2 cos has lost all its digits.
         distance_to_closest = torch.linalg.vector_norm(normalize(image, dim=1) - closest, dim=1)
         has_none = similarity[:, 0] == -math.inf
         return torch.where(has_none, FARTHEST, distance_to_closest)

@@ -1,4 +1,4 @@
-"""Small networks on other inputs: a meta-network of temperatures, predictive visual uncertainty."""
+"""Small networks: PVU, an uncertainty of the image alone, and LMN, a temperature per row."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from vilu.predictors.vilu.head import Count, NonNegative, Positive, Widths
 
 @dataclasses.dataclass
 class NetworkPredictor(FailurePredictor):
-    """A predictor with a network that gives one number per row, trained by AdamW.
+    """A predictor whose network gives one number per row and is trained with AdamW.
 
-    The weights are those of the last epoch.
+    The weights after the last epoch are kept.
 
     Args:
-        epochs: Passes over the training rows; None: as many as a head's (``HeadPredictor``).
-        batch_size: Rows per step; None: as a head's.
-        learning_rate: At the start; a cosine takes it to zero.
-        weight_decay: Of AdamW.
+        epochs: Passes over the training rows; None: the same number as ``HeadPredictor``.
+        batch_size: Rows per step; None: the same number as ``HeadPredictor``.
+        learning_rate: Initial learning rate; a cosine schedule lowers it to zero.
+        weight_decay: Weight decay of AdamW.
     """
 
     seed: int = 0
@@ -52,7 +52,7 @@ class NetworkPredictor(FailurePredictor):
         """The training loss of the network's output (B,)."""
 
     def _length(self, steps: int) -> int:
-        """How many epochs of ``steps`` steps by default."""
+        """Default number of epochs, with ``steps`` steps per epoch."""
         return default_epochs(steps)
 
     def _learn(
@@ -68,7 +68,7 @@ class NetworkPredictor(FailurePredictor):
 
 
 def perceptron(widths: list[int], seed: int) -> nn.Sequential:
-    """Linear layers of these widths with leaky ReLUs between them, drawn with the seed."""
+    """Linear layers of ``widths`` with leaky ReLUs between them; ``seed`` draws the weights."""
     generator = torch.Generator().manual_seed(seed)
     layers: list[nn.Module] = []
     for n_inputs, n_outputs in itertools.pairwise(widths):
@@ -84,23 +84,26 @@ FLOOR = 1e-6
 class PVU(NetworkPredictor):
     """Pretrained visual uncertainties: an image-only network trained on the VLM's own loss.
 
-    u = softplus(g(z_v)) + 1e-6, and the loss is L = -log p_target.
+    u = softplus(g(z_v)) + 1e-6. It predicts the VLM's loss L = -log p_target.
 
-    g is an MLP D -> 512 -> 512 -> 1 with leaky ReLUs on the image embedding alone. With
-    loss="ranking" it learns only the order of the losses: over consecutive pairs of a shuffled
-    batch the mean of max(0, -sign(L_1 - L_2) (u_1 - u_2) + 0.1); an odd last row is left out. With
-    loss="mse" it learns the values, the mean of (u - L)^2. Labels are needed, failures are not.
-    Captions: the loss is that of the pool drawn.
+    g is an MLP D -> 512 -> 512 -> 1 with leaky ReLUs. Its only input is the image embedding.
+
+    With loss="ranking" it learns the order of the losses L: the training loss is the mean of
+    max(0, 0.1 - sign(L_1 - L_2) (u_1 - u_2)) over consecutive pairs of a shuffled batch, and an odd
+    last row is left out. With loss="mse" it learns their values: the training loss is the mean of
+    (u - L)^2. The training set needs labels; it need not contain failures. For captions, L is
+    computed within the pool that was drawn.
 
     Args:
         hidden: Hidden widths of the MLP.
-        loss: "ranking" or "mse".
+        loss: Training loss: "ranking" or "mse".
 
-    Source: Kirchhof et al., "Pretrained Visual Uncertainties", 2024. Pretrained there on
-    ImageNet-21k, here fitted to the rows at hand: for 1,400 to 6,000 steps, not 32 passes over
-    200,000 images, with the same AdamW (learning rate 1e-3, betas 0.8 and 0.95, decay 1e-4) and
-    cosine. Embeddings have unit norm and go in times sqrt(D), so that their coordinates have the
-    size of features. The losses are float64, which keeps sure rows apart.
+    Source: Kirchhof et al., "Pretrained Visual Uncertainties", 2024. The paper pretrains on
+    ImageNet-21k with 32 passes over 200,000 images. Here the network is fitted to the training rows
+    for 1,400 to 6,000 steps. AdamW (learning rate 1e-3, betas 0.8 and 0.95, weight decay 1e-4) and
+    the cosine schedule are the paper's. Unit-norm embeddings are multiplied by sqrt(D), so that
+    their coordinates have the size of features. The losses L are float64; in float32, many rows
+    with nearly certain answers would tie.
 
     Examples:
         >>> import numpy as np, vilu
@@ -134,7 +137,7 @@ class PVU(NetworkPredictor):
         return ImageNetwork(space.embed_dim, self.hidden, self.seed)
 
     def graph(self) -> nn.Module:
-        """The score with another softplus: onnxruntime has none in float64."""
+        """The score, for export: softplus is rewritten, as onnxruntime has none in float64."""
         return Graph(self._score_without_softplus, self.network)
 
     def _score_without_softplus(self, batch: Batch) -> Tensor:
@@ -159,14 +162,15 @@ class ImageNetwork(nn.Module):
         self.layers = perceptron([dim, *hidden, 1], seed)
 
     def forward(self, batch: Batch) -> Tensor:
-        """(B,) float32."""
+        """Output (B,) of the MLP, float32."""
         return cast("Tensor", self.layers(batch.image * self.scale)).squeeze(-1)
 
 
 def ranking_loss(uncertainty: Tensor, backbone: Tensor) -> Tensor:
-    """Mean hinge of consecutive pairs of uncertainties (B,).
+    """Mean hinge loss over consecutive pairs of rows.
 
-    They should be in the order of the backbone's losses (B,).
+    It is zero if the uncertainties (B,) of every pair are in the order of the backbone's losses
+    (B,), with a margin of 0.1.
     """
     pairs = len(backbone) // 2
     u_1, u_2 = uncertainty[: 2 * pairs].view(pairs, 2).unbind(dim=1)
@@ -176,7 +180,7 @@ def ranking_loss(uncertainty: Tensor, backbone: Tensor) -> Tensor:
 
 
 def regression_loss(uncertainty: Tensor, backbone: Tensor) -> Tensor:
-    """Mean squared difference of the uncertainties (B,) from the backbone's losses (B,)."""
+    """Mean squared difference between the uncertainties (B,) and the backbone's losses (B,)."""
     return functional.mse_loss(uncertainty, backbone.to(uncertainty.dtype))
 
 
@@ -184,42 +188,45 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "ranking": ranking_loss,
     "mse": regression_loss,
 }
-"""Of uncertainties and the backbone's losses, by name."""
+"""By name, training losses of the uncertainties and the backbone's losses."""
 
 
 LIMIT = math.log(10.0)
-"""Largest |log T|: a hundredfold between two rows, and no posterior that rounds to one."""
+"""Largest |log T|: the temperatures of two rows differ at most by a factor of 100."""
 
 FAR = 20.0
-"""Gap to the largest logit, in nats, from which on a candidate is as good as absent."""
+"""Largest gap to the largest logit, in nats; an absent candidate has this gap."""
 
 
 @dataclasses.dataclass
 class LMN(NetworkPredictor):
-    """Lightweight meta-network: MCM at a temperature T(x) > 0 that is learned per row.
+    """Lightweight meta-network: MCM with a temperature T(x) > 0 that a network gives each row.
 
-    u = 1 - max_j softmax_j(l / T(x)); the answer never changes.
+    u = 1 - max_j softmax_j(l / T(x)). The temperature never changes the answer.
 
-    log T is an MLP with 16 hidden units (about 17,000 parameters at D = 512) on (gaps of the next
-    logits to the largest, z_v, z_t̂). With s = max_j p_j after scaling, and psi the sigmoid (s -
-    1/2) / steepness brought to psi(0) = 0 and psi(1) = 1, its loss is balance * [1 - psi(s) - log
-    s] where the answer is right, (1 - balance) * [psi(s) + KL(uniform || p)] where it is wrong,
-    averaged over the batch: right but unsure is sharpened, wrong but sure is flattened.
+    log T is the output of an MLP with 16 hidden units (about 17,000 parameters at D = 512). Its
+    inputs are the gaps between the largest logit and the next ones, z_v and z_t̂. With p =
+    softmax(l / T) and s = max_j p_j, the training loss of a row is
 
-    A training set without failures, or without successes, has one of the two forces only; that is
-    said as a warning.
+        balance * [1 - psi(s) - log s]                  if the answer is right,
+        (1 - balance) * [psi(s) + KL(uniform || p)]     if it is wrong,
+
+    where psi is the sigmoid of (s - 1/2) / steepness, rescaled to psi(0) = 0 and psi(1) = 1. The
+    loss raises s for right answers and lowers it for wrong ones. If the training set has no
+    failures or no successes, only one of the two terms acts, and a warning says so.
 
     Args:
         hidden: Hidden widths of the MLP.
         n_logits: How many of the largest logits are inputs.
         balance: Weight beta of the right answers.
-        steepness: lambda of psi; a large one gives the diagonal of ordinary calibration.
+        steepness: lambda of psi; with a large lambda psi(s) is nearly s, as in ordinary
+            calibration.
 
     Source: Huang et al., "Revisiting Confidence Calibration for Misclassification Detection in
-    VLMs", ICLR 2026. There all K logits are inputs in the order of the classes, which fixes K and
-    that order; here the sorted gaps of the ``n_logits`` largest, cut at 20 nats, where an absent
-    candidate counts as that far away. The last layer starts at zero, so that the scores start as
-    MCM's, and |log T| is bounded by log 10.
+    VLMs", ICLR 2026. In the paper all K logits are inputs in the order of the classes, which fixes
+    K and the order. Here the inputs are the sorted gaps of the ``n_logits`` largest logits, at most
+    20 nats each; an absent candidate has a gap of 20 nats. Here the last layer starts at zero, so
+    that the first scores are MCM's, and |log T| is bounded by log 10.
 
     Examples:
         >>> import numpy as np, vilu
@@ -253,7 +260,7 @@ class LMN(NetworkPredictor):
         if len(failure.unique()) < 2:
             what = "successes" if failure.any() else "failures"
             warn_caller(
-                f"only 0 {what} among {len(failure)} training rows: one-sided temperatures."
+                f"only 0 {what} among {len(failure)} training rows: one term of the loss is unused."
             )
         return super()._learn(train, failure, validation)
 
@@ -283,7 +290,7 @@ class LMN(NetworkPredictor):
 
 
 class MetaNetwork(nn.Module):
-    """log T of every row, from its largest logits, the image, and the zero-shot answer's text."""
+    """log T of a row from its largest logits, its image and the text of its zero-shot answer."""
 
     def __init__(self, dim: int, hidden: tuple[int, ...], n_logits: int, seed: int) -> None:
         super().__init__()
@@ -294,7 +301,7 @@ class MetaNetwork(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, batch: Batch) -> Tensor:
-        """(B,) float32."""
+        """Logarithms of the temperatures (B,), float32."""
         answer = batch.text[batch.prediction]
         inputs = [
             logit_gaps(batch.logits, self.n_logits),
@@ -306,11 +313,9 @@ class MetaNetwork(nn.Module):
 
 
 def logit_gaps(logits: Tensor, n: int) -> Tensor:
-    """(B, n - 1) sorted gaps of the n largest logits to the very largest.
+    """Sorted gaps (B, n - 1) between the largest of the logits (B, K) and the next n - 1.
 
-    They are in units of 20 nats, and at most one.
-
-    Absent candidates of (B, K) logits with K < n are one unit away.
+    The unit is 20 nats, and a gap is at most one unit. If K < n, the missing gaps are one unit.
     """
     largest = logits.topk(min(n, logits.shape[1]), dim=-1).values
     gaps = ((largest[:, :1] - largest[:, 1:]) / FAR).clamp(max=1)
@@ -318,10 +323,13 @@ def logit_gaps(logits: Tensor, n: int) -> Tensor:
 
 
 def target_curve(confidence: Tensor, steepness: float) -> Tensor:
-    """psi: the sigmoid of (confidence - 1/2) / steepness, brought to 0 at 0 and 1 at 1.
+    """psi: the sigmoid of (confidence - 1/2) / steepness, rescaled to psi(0) = 0 and psi(1) = 1.
 
-    It is formed as (1 + tanh((s - 1/2) / (2 lambda)) / tanh(1 / (4 lambda))) / 2, which no lambda
-    makes overflow.
+    With s the confidence and lambda the steepness, it is computed as
+
+        (1 + tanh((s - 1/2) / (2 lambda)) / tanh(1 / (4 lambda))) / 2,
+
+    which does not overflow for any lambda.
     """
     curve = torch.tanh((confidence - 0.5) / (2 * steepness))
     largest = math.tanh(1 / (4 * steepness))

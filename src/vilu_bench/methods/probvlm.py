@@ -20,22 +20,22 @@ from vilu.predictors.nn.train import few_epochs
 from vilu.predictors.vilu.head import Count, NonNegative
 from vilu_bench.methods.networks import NetworkPredictor
 
-# for a shape below one the density has a cusp, and its slope no bound, where the deviation is zero
+# smallest |x - mean| / alpha: for beta < 1 the gradient of the loss is unbounded at x = mean
 SMALLEST = 1e-6
 
 
 class GeneralisedGaussian(NamedTuple):
     """Independent generalised Gaussians.
 
-    Their density is beta / (2 alpha Gamma(1/beta)) exp(-(|x - mean| / alpha)^beta).
+    The density of an entry is beta / (2 alpha Gamma(1/beta)) exp(-(|x - mean| / alpha)^beta).
 
-    beta = 1 is the Laplace distribution of scale alpha, beta = 2 the Gaussian of variance alpha² /
-    2.
+    beta = 1 gives the Laplace distribution of scale alpha; beta = 2 gives the Gaussian of variance
+    alpha² / 2.
 
     Attributes:
-        mean: Any shape.
-        inverse_scale: 1 / alpha > 0, of a shape that broadcasts with ``mean``.
-        shape: beta > 0, likewise.
+        mean: Mean of every entry, in any array shape.
+        inverse_scale: 1 / alpha > 0; broadcasts with ``mean``.
+        shape: Shape parameter beta > 0; broadcasts with ``mean``.
     """
 
     mean: Tensor
@@ -47,7 +47,7 @@ class GeneralisedGaussian(NamedTuple):
 
         It is (|x - mean| / alpha)^beta - log(beta / (2 alpha)) + log Gamma(1/beta).
 
-        Deviations below 1e-6 alpha count as 1e-6 alpha, which keeps the gradient finite.
+        |x - mean| is at least 1e-6 alpha, which keeps the gradient finite.
         """
         deviation = ((x - self.mean).abs() * self.inverse_scale).clamp_min(SMALLEST)
         normaliser = (
@@ -56,7 +56,7 @@ class GeneralisedGaussian(NamedTuple):
         return deviation**self.shape + normaliser
 
     def log_variance(self) -> Tensor:
-        """log(alpha² Gamma(3/beta) / Gamma(1/beta)) of every entry."""
+        """Log-variance of every entry: log(alpha² Gamma(3/beta) / Gamma(1/beta))."""
         return (
             torch.lgamma(3 / self.shape)
             - torch.lgamma(1 / self.shape)
@@ -64,27 +64,27 @@ class GeneralisedGaussian(NamedTuple):
         )
 
     def at(self, where: slice | tuple[slice | None, ...]) -> GeneralisedGaussian:
-        """The entries at an index into all three parts, which may also add dimensions."""
+        """Apply an index to all three arrays; None in it adds an axis."""
         return GeneralisedGaussian(self.mean[where], self.inverse_scale[where], self.shape[where])
 
 
 FLATTEST = 1e-3
-"""Least 1 / alpha, in units in which a coordinate is of order one."""
+"""Smallest 1 / alpha, in the units of ``in_units``, where a coordinate is of order one."""
 SHARPEST = 1e3
-"""Largest 1 / alpha in these units."""
+"""Largest 1 / alpha in the same units."""
 
 LOWEST_SHAPE = 0.1
 HIGHEST_SHAPE = 5.0
 
 
 class ProbabilisticAdapter(nn.Module):
-    """ProbVLM's adapter of one modality.
+    """ProbVLM's adapter of one modality: from an embedding z to a distribution over embeddings.
 
-    x = z sqrt(D), y = x + MLP(x), and heads on y give mean, 1 / alpha and beta.
+    x = z sqrt(D) and y = x + MLP(x). Three heads on y give the mean, 1 / alpha and beta.
 
-    A coordinate of a unit vector is of the order of 1 / sqrt(D); x and the distribution are in
-    units in which it is of order one, so that the start does not depend on D. The MLP has three
-    layers, each head two.
+    A coordinate of a unit vector is of order 1 / sqrt(D). Multiplied by sqrt(D) it is of order one,
+    so that training starts alike for every D. The distribution is over embeddings times sqrt(D).
+    The MLP has three layers and each head has two.
     """
 
     def __init__(self, dim: int, width: int, generator: torch.Generator) -> None:
@@ -98,11 +98,11 @@ class ProbabilisticAdapter(nn.Module):
         self.shape = two_layers(dim, generator)
 
     def forward(self, embedding: Tensor, masks: Sequence[Tensor] = ()) -> GeneralisedGaussian:
-        """Distribution over embeddings (..., D), times sqrt(D), of the meaning of ``embedding``.
+        """Distribution, over embeddings (..., D) times sqrt(D), that belongs to ``embedding``.
 
         Args:
             embedding: (..., D) unit-norm rows.
-            masks: Dropout masks of the two hidden layers, each (..., width); none: no dropout.
+            masks: Dropout masks (..., width) of the two hidden layers; empty: no dropout.
         """
         x = in_units(embedding)
         y = x
@@ -117,66 +117,73 @@ class ProbabilisticAdapter(nn.Module):
 
 
 def two_layers(dim: int, generator: torch.Generator) -> nn.Sequential:
-    """A head with one output per input."""
+    """A head of two layers with ``dim`` inputs and ``dim`` outputs."""
     first = linear(dim, dim, generator)
     second = linear(dim, dim, generator)
     return nn.Sequential(first, nn.ReLU(), second)
 
 
 def in_units(embedding: Tensor) -> Tensor:
-    """Embeddings (..., D) in the units of the distributions: times sqrt(D)."""
+    """Embeddings (..., D) times sqrt(D), the units of the distributions."""
     return embedding * math.sqrt(embedding.shape[-1])
 
 
 def dropout_masks(
     size: tuple[int, int], rate: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Masks of two layers of a ``size``: zero with probability ``rate``, else 1 / (1 - rate)."""
+    """Dropout masks (``size``) of two layers: 0 with probability ``rate``, else 1 / (1 - rate)."""
     draws = torch.rand((2, *size), generator=generator, dtype=torch.float32)
     first, second = (draws >= rate).float() / (1 - rate)
     return first, second
 
 
 BLOCK = 1 << 24
-"""Numbers at a time where every row meets every candidate in every dimension."""
+"""Most numbers in an array (rows, candidates, dimensions) of the cross-modal loss."""
 
 
 @dataclasses.dataclass
 class ProbVLM(NetworkPredictor):
-    """Two adapters that turn embeddings into distributions.
+    """Two adapters that turn embeddings into distributions over the embedding space.
 
-    These are factorised generalised Gaussians over the embedding space.
+    The distributions are factorised generalised Gaussians. The image adapter q_v and the text
+    adapter q_t are trained on pairs (z_v, z_t), where the text is that of the image's class, or its
+    caption. The training loss of a pair is
 
-    The image adapter q_v and the text adapter q_t are trained on pairs (z_v, z_t), the text being
-    that of the image's class or its caption, on L = l(z_v | q_v) + l(z_t | q_t) + cross_weight *
-    [l(z_t | q_v) + l(z_v | q_t)], l the negative log-likelihood averaged over the D dimensions. The
-    uncertainties that have been tried:
+        L = l(z_v | q_v) + l(z_t | q_t) + cross_weight * [l(z_t | q_v) + l(z_v | q_t)],
 
-    - "aleatoric": mean over the dimensions of log Var, Var = alpha² Gamma(3/beta) / Gamma(1/beta),
-      of q_v.
-    - "epistemic": mean over the dimensions of the variance of q_v's mean over ``samples`` dropout
-      masks. The masks are drawn once, from the seed, so a row's score does not depend on the
-      others.
-    - "cross_modal": log((1 - p_t̂) / p_t̂), p = softmax_j of the negative cross-modal loss of the
-      image and candidate j: 1 - p_t̂ in another scale, since p_t̂ often rounds to zero.
+    with l the negative log-likelihood averaged over the D dimensions. There are three
+    uncertainties:
 
-    The first two look at the image alone, not at the answer. The supplement reports the first and
-    the third: both were poor predictors of failure.
+    - "aleatoric": mean over the dimensions of log Var of q_v, with Var = alpha² Gamma(3/beta) /
+      Gamma(1/beta).
+    - "epistemic": variance of q_v's mean over ``samples`` dropout masks, averaged over the
+      dimensions. The masks are drawn once from the seed, so the score of a row does not depend on
+      other rows.
+    - "cross_modal": log((1 - p_t̂) / p_t̂), where p is the softmax of the negative cross-modal
+      losses of the image and the candidates. It orders the rows as 1 - p_t̂ does, but keeps apart
+      rows whose p_t̂ rounds to zero.
+
+    "aleatoric" and "epistemic" depend on the image alone, not on the answer. ViLU's supplement
+    reports "aleatoric" and "cross_modal"; both were poor predictors of failure.
 
     Args:
         epochs: Passes over the training rows; None: 20, or as many as make 300 steps.
         width: Hidden width of the adapters.
-        dropout: Share of hidden units that a step leaves out.
+        dropout: Share of hidden units that a training step drops.
         cross_weight: Weight of the cross-modal terms.
-        uncertainty: Which of the three.
-        samples: Dropout masks of "epistemic".
+        uncertainty: "aleatoric", "epistemic" or "cross_modal".
+        samples: Number of dropout masks of "epistemic".
 
-    Source: Upadhyay et al., "ProbVLM", ICCV 2023; ViLU, supplement A.3. Departures from the
-    reference implementation: there the exponent beta of the likelihood multiplies instead, and an
-    absolute error is added; 1 / alpha and beta are outputs of ReLUs (no gradient once zero), here
-    of softplus and a sigmoid onto [0.1, 5]; embeddings enter times sqrt(D); Adam runs under a
-    cosine. Variances are averaged geometrically, since one dimension of a heavy tail outweighs all
-    others in an arithmetic mean: at beta = 0.1 the ratio of Gammas is 10^25.
+    Source: Upadhyay et al., "ProbVLM", ICCV 2023; ViLU, supplement A.3. Differences from the
+    reference implementation:
+
+    - There beta multiplies |x - mean| / alpha; here it is the exponent. There an absolute error is
+      added to the loss.
+    - There 1 / alpha and beta are outputs of ReLUs, which have no gradient once they are zero. Here
+      they are outputs of a softplus and of a sigmoid onto [0.1, 5].
+    - Here embeddings are multiplied by sqrt(D), and Adam has a cosine schedule.
+    - Here the variances of the dimensions are averaged geometrically. In an arithmetic mean one
+      dimension with a heavy tail outweighs all others: at beta = 0.1 the ratio of Gammas is 10^25.
 
     Examples:
         >>> import numpy as np, vilu
@@ -201,7 +208,7 @@ class ProbVLM(NetworkPredictor):
         "fit: 300 steps or 20 epochs of two MLPs; score: 4 MFLOP a row, cross_modal K D powers"
     )
 
-    batch_size: Count | None = 128  # a step is long, most of it however few rows it has
+    batch_size: Count | None = 128  # most of a step's time does not depend on its number of rows
     weight_decay: NonNegative = 0.0
     width: Count = 256
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
@@ -218,7 +225,7 @@ class ProbVLM(NetworkPredictor):
         return PairAdapters(space.embed_dim, self)
 
     def _loss(self, batch: Batch, output: Tensor) -> Tensor:  # noqa: ARG002
-        # the network saw the batch: in training its output is the loss
+        # in training mode the output of the network is the loss of every row
         return output.mean()
 
     def _length(self, steps: int) -> int:
@@ -232,7 +239,7 @@ class ProbVLM(NetworkPredictor):
 class PairAdapters(nn.Module):
     """The adapters of both modalities.
 
-    The outputs are losses in training mode and uncertainties in evaluation mode.
+    The output is the loss of every row in training mode and the uncertainty in evaluation mode.
     """
 
     def __init__(self, dim: int, settings: ProbVLM) -> None:
@@ -244,14 +251,14 @@ class PairAdapters(nn.Module):
         self.draws = torch.Generator().manual_seed(settings.seed)
 
     def forward(self, batch: Batch) -> Tensor:
-        """(B,) alignment losses, or uncertainties, as torchvision's detectors do."""
+        """Alignment losses (B,) in training mode, uncertainties (B,) in evaluation mode."""
         if self.training:
             return self.alignment_loss(batch)
         score: Tensor = getattr(self, self.settings.uncertainty)(batch)
         return score
 
     def alignment_loss(self, batch: Batch) -> Tensor:
-        """(B,) L of every pair."""
+        """Loss L (B,) of every pair."""
         pair = torch.stack([batch.image, batch.text[batch.target]])
         own_image, cross_text = self._losses(self.image, pair[0], pair)
         cross_image, own_text = self._losses(self.text, pair[1], pair)
@@ -261,19 +268,19 @@ class PairAdapters(nn.Module):
     def _losses(
         self, adapter: ProbabilisticAdapter, embedding: Tensor, pair: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """(B,) losses of the images and of the texts under the distribution of an embedding."""
+        """Losses (B,) of the images and of the texts, under the distributions of ``embedding``."""
         masks = self._masks(len(embedding), self.draws)
         distribution: GeneralisedGaussian = adapter(embedding, masks)
         image_loss, text_loss = distribution.nll(in_units(pair)).mean(dim=-1)
         return image_loss, text_loss
 
     def aleatoric(self, batch: Batch) -> Tensor:
-        """(B,) mean log-variance of the image's distribution."""
+        """Log-variance of the image's distribution, averaged over the dimensions: (B,)."""
         spread: Tensor = self.image(batch.image).log_variance()
         return spread.mean(dim=-1)
 
     def epistemic(self, batch: Batch) -> Tensor:
-        """(B,) mean variance of the mean over dropout masks."""
+        """Variance, over dropout masks, of the mean, averaged over the dimensions: (B,)."""
         draws = torch.Generator().manual_seed(self.settings.seed)
         first_masks, second_masks = self._masks(self.settings.samples, draws)
         samples = zip(first_masks, second_masks, strict=True)
@@ -281,7 +288,7 @@ class PairAdapters(nn.Module):
         return means.var(dim=0).mean(dim=-1)
 
     def cross_modal(self, batch: Batch) -> Tensor:
-        """(B,) log-odds that the VLM's answer is not the caption.
+        """Log-odds (B,) that the VLM's answer is wrong.
 
         The probabilities are the softmax of the negative cross-modal losses.
         """

@@ -16,34 +16,39 @@ from vilu.predictors.bank.closed_set import ClosedSet
 from vilu.predictors.contract.labelled import Needs, class_texts
 from vilu.predictors.contract.predictor import CLASSES, Learnt
 
-MAX_CLASSES = 10_000  # of Rel-U: pairs of so many take 800 MB in float64
+MAX_CLASSES = 10_000  # the penalties of their pairs take 800 MB in float64
 
 
 @dataclass
 class RelU(ClosedSet):
     """Relative uncertainty: u = p D p^T, with a learned penalty of confusing two classes.
 
-    p = softmax(l / T), and D (K, K) are the penalties.
+    p = softmax(l / T) is a row vector, and D (K, K) holds the penalties. D maximises
 
-    D maximises trade_off * E[p D p^T over failures] - (1 - trade_off) * E[p D p^T over successes]
+        trade_off * E[p D p^T over failures] - (1 - trade_off) * E[p D p^T over successes]
+
     over symmetric matrices without negative entries, with zero diagonal and Frobenius norm at most
-    1. That objective is <M, D> with M = trade_off * E[p^T p over failures] - (1 - trade_off) *
-    E[p^T p over successes], so D is the positive part of M off the diagonal, over its norm. M is
-    summed batch by batch as one product (K, B) x (B, K); nothing is N x K^2.
+    1. This objective is the inner product <M, D> with
 
-    Where no entry of M is positive (always so without failures) nothing can be gained, and D is
-    constant off the diagonal: the Gini impurity, ordered as ``doctor`` at this temperature. Without
-    successes M is the failures' part alone.
+        M = trade_off * E[p^T p over failures] - (1 - trade_off) * E[p^T p over successes].
+
+    So D is the positive part of M off the diagonal, divided by its norm. M is summed batch by batch
+    as products (K, B) x (B, K); no array has N K^2 entries.
+
+    If no entry of M off the diagonal is positive (always so without failures), every D has an
+    objective <= 0. Then D is constant off the diagonal, which gives the Gini impurity: the order
+    of the rows is that of ``doctor`` at this temperature. Without successes, M has only the term of
+    the failures.
 
     Args:
-        trade_off: Weight lambda of the failures; the successes have 1 - lambda.
-        temperature: T, beside the VLM's own logit scale.
+        trade_off: Weight lambda of the failures; the successes have the weight 1 - lambda.
+        temperature: T; it divides logits that already contain the VLM's logit scale.
 
     Source: Dadalto et al., "A Data-Driven Measure of Relative Uncertainty for Misclassification
-    Detection", ICLR 2024; defaults of ViLU, supplement A.3. Its code drops the last class whenever
-    K is odd, keeps p^T p of every row, and scores through an N x N matrix; none of that is done
-    here. The columns of D follow the classes' texts, so candidates may come in any order, and some
-    of them may be missing.
+    Detection", ICLR 2024; defaults of ViLU, supplement A.3. The code of Dadalto et al. drops the
+    last class if K is odd, keeps p^T p of every row, and scores through an N x N matrix. None of
+    this is done here. The columns of D are matched with the candidates by the texts of the classes,
+    so candidates may come in any order, and some may be missing.
 
     Examples:
         >>> import numpy as np, vilu
@@ -105,7 +110,10 @@ class RelU(ClosedSet):
 
 
 def best_penalty(moment: Tensor) -> Tensor:
-    """(K, K) maximiser of <moment, D>; constant off the diagonal where nothing is to be gained."""
+    """Penalties D (K, K) that maximise <moment, D>.
+
+    If no entry of ``moment`` off the diagonal is positive, D is constant off the diagonal.
+    """
     positive = (moment + moment.T).relu().fill_diagonal_(0)
     if not positive.any():
         positive = torch.ones_like(moment).fill_diagonal_(0)

@@ -1,4 +1,4 @@
-"""SIRC: a zero-shot confidence, overruled where the image is untypical."""
+"""SIRC: a zero-shot confidence that is overruled for images far from the training images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vilu.embeddings.source import Batch, EmbeddingSource, log_posterior
 from vilu.errors import UsageError
 from vilu.predictors.contract.predictor import FailurePredictor, Learnt, own_graph
 
-# least standard deviation of the typicality: what float32 leaves of the norm of a unit vector
+# smallest standard deviation of S2 that is used: the rounding error of a float32 unit norm
 MIN_DEVIATION = 1e-6
 
 
@@ -24,25 +24,27 @@ MIN_DEVIATION = 1e-6
 class SIRC(FailurePredictor):
     """Softmax information retaining combination: u = log(S1_max - S1) + log(1 + exp(-b (S2 - a))).
 
-    S1 is a confidence of the posterior and S2 a typicality of the image, a = mean(S2) - 3 sd(S2)
-    and b = 1 / sd(S2) over the training rows (sd at least 1e-6). While S2 is typical the second
-    term is nearly constant and S1 decides; an image far below a is uncertain whatever S1 says. This
-    is the logarithm of the published product, so that nothing underflows; S1_max - S1 is formed
-    without cancellation.
+    S1 is a confidence computed from the posterior. S2 measures how typical the image is. Over the
+    training rows, a = mean(S2) - 3 sd(S2) and b = 1 / sd(S2), with sd at least 1e-6.
 
-    The labels are not used. The rows are those of every fitted method, usable and labelled.
+    For a typical S2 the second term is nearly constant, so S1 decides. An image with S2 far below a
+    is uncertain, whatever its S1. The paper multiplies two factors. Here u is the logarithm of
+    their product, so that nothing underflows. S1_max - S1 is computed without cancellation.
+
+    The fit uses no labels. It still takes the rows that every fitted method takes: usable and
+    labelled rows.
 
     Args:
         confidence: S1: "msp", max_j p_j; "entropy", -H(p); "doctor", sum_j p_j^2.
         typicality: S2: "norm1", ||z_v||_1; "residual", minus the norm of the part of z_v outside
-            the principal subspace of the training embeddings (of their second moment, uncentred).
-        components: Dimension of that subspace; None: half of D, or of the number of rows if that is
-            less.
+            the principal subspace of the training embeddings (of their uncentred second moment).
+        components: Dimension of the principal subspace. None: half of min(D, number of rows).
 
-    Source: Xia and Bouganis, ACCV 2022. There S2 is of the features before the classifier; here z_v
-    has unit 2-norm, so its 1-norm says how evenly it spreads over the coordinates. The published
-    code takes 512 components, which leaves no residual of an embedding that narrow, and moves the
-    origin by the classifier's bias, which a VLM has not.
+    Source: Xia and Bouganis, ACCV 2022. In the paper S2 is computed from the features before the
+    classifier. Here it is computed from the embedding z_v, whose 2-norm is one, so the 1-norm of
+    z_v measures how evenly z_v spreads over the coordinates. The published code differs in two
+    points. It takes 512 components, which leaves no residual where D <= 512. It shifts the features
+    by an origin computed from the classifier's bias; a VLM has no such bias.
 
     Examples:
         >>> import vilu
@@ -52,7 +54,7 @@ class SIRC(FailurePredictor):
         ... )
         >>> new = vilu.Embeddings(
         ...     [[0.7, 0.1, 0.5, 0.5], [0.6, 0.0, 0.8, 0.0]], text, logit_scale=10.0
-        ... )  # p alike
+        ... )  # both images have the same p
         >>> vilu.PREDICTORS["sirc"]().fit(train).predict_uncertainty(new).round(2)
         array([-5.88, -3.88])
     """
@@ -92,7 +94,7 @@ class SIRC(FailurePredictor):
         return Learnt(learned)
 
     def _complement(self, train: Rows, n: int) -> Tensor:
-        """(D, D - components) orthonormal directions of least second moment of the ``n`` images."""
+        """Orthonormal directions (D, D - components) of least second moment of the images."""
         dim = train.source.space.embed_dim
         components = self.components
         if components is None:
@@ -109,11 +111,11 @@ class SIRC(FailurePredictor):
         return vectors[:, : dim - components].cpu().clone()
 
     def tensor_names(self) -> tuple[str, ...]:
-        """The directions only where they are looked at."""
+        """Names of the fitted tensors; ``complement`` is only needed for "residual"."""
         return self.tensors if self.typicality == "residual" else self.tensors[:2]
 
     def _typicality(self, batch: Batch, learned: dict[str, Tensor]) -> Tensor:
-        """(B,) float64 S2."""
+        """S2 (B,) of the images, float64."""
         image = float64(batch.image)
         if self.typicality == "norm1":
             return image.abs().sum(dim=-1)
@@ -132,18 +134,18 @@ class SIRC(FailurePredictor):
 
 
 def log_rest(log_p: Tensor) -> Tensor:
-    """(B,) log(1 - max_j p_j), as the log of the sum of all but the largest probability."""
+    """log(1 - max_j p_j) (B,), computed as the log-sum-exp of all but the largest log p_j."""
     largest = log_p.argmax(dim=-1, keepdim=True)
     return torch.logsumexp(log_p.scatter(1, largest, -torch.inf), dim=-1)
 
 
 def log_entropy(log_p: Tensor) -> Tensor:
-    """(B,) log H(p)."""
+    """Logarithm of the entropy H(p) (B,)."""
     return torch.logsumexp(log_p + torch.log(-log_p), dim=-1)
 
 
 def log_gini(log_p: Tensor) -> Tensor:
-    """(B,) log sum_j p_j (1 - p_j)."""
+    """Logarithm of the Gini impurity sum_j p_j (1 - p_j) (B,)."""
     return torch.logsumexp(log_p + torch.log(-torch.expm1(log_p)), dim=-1)
 
 
@@ -152,4 +154,4 @@ DOUBT: dict[str, Callable[[Tensor], Tensor]] = {
     "entropy": log_entropy,
     "doctor": log_gini,
 }
-"""log(S1_max - S1) of (B, K) log p, by the name of the confidence."""
+"""Functions that compute log(S1_max - S1) (B,) from log p (B, K), by the name of S1."""

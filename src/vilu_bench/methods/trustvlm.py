@@ -1,4 +1,4 @@
-"""TrustVLM: prototypes of the classes in a second encoder."""
+"""TrustVLM: similarity to class prototypes from a second encoder."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from vilu.predictors.contract.predictor import CLASSES, Learnt
 
 @dataclasses.dataclass
 class TrustVLM(ClosedSet):
-    """TrustVLM: zero-shot probability plus similarity to images in a second encoder.
+    """TrustVLM: zero-shot probability plus similarity to the prototype of the predicted class.
 
-    The images are those of the predicted class.
+    u = (1 - p_max) + weight * (1 - cos(f, P_t̂))
 
-    u = (1 - p_max) + weight * (1 - cos(f, P_t̂)), f the image's features in a second encoder
-    (column ``features``; the VLM's own features make another method) and P_c the mean of the
-    features of up to ``shots`` training images of class c, drawn with ``seed``. A class without
-    training images has the prototype 0, hence the cosine 0.
+    f are the image's features from a second encoder (column ``features``; with features of the VLM
+    itself it is another method). The prototype P_c is the mean of the features of up to ``shots``
+    training images of class c, drawn with ``seed``. A class without training images has the
+    prototype 0, hence the cosine 0.
 
     Args:
-        weight: Of the similarity.
-        shots: Most training images per class.
+        weight: Weight of the similarity.
+        shots: Maximum number of training images per class.
 
     Source: TrustVLM, arXiv:2505.23745, and its code (weight 1, 0.1 on Oxford Pets; 16 shots; DINOv2
-    features averaged over tokens). Its starred variant answers anew, and is no score of the VLM's
-    own answer.
+    features averaged over tokens). The paper's TrustVLM* predicts another answer, so it does not
+    score the VLM's own answer and is left out.
 
     Examples:
         >>> import numpy as np, vilu
@@ -90,11 +90,11 @@ class TrustVLM(ClosedSet):
         return batch.beside_answer.doubt + self.weight * (1 - float64(similarity))
 
 
-def few_per_class(label: Tensor, most: int, seed: int) -> Tensor:
-    """Sorted positions of at most so many rows of each class, drawn at random."""
+def few_per_class(label: Tensor, limit: int, seed: int) -> Tensor:
+    """Sorted indices of at most ``limit`` rows of each class, drawn at random."""
     shuffled = torch.randperm(len(label), generator=torch.Generator().manual_seed(seed))
     by_class = shuffled[label[shuffled].argsort(stable=True)]
     count = torch.bincount(label)
     first_of_class = count.cumsum(0) - count
     rank_in_class = torch.arange(len(label)) - first_of_class[label[by_class]]
-    return by_class[rank_in_class < most].sort().values
+    return by_class[rank_in_class < limit].sort().values

@@ -1,4 +1,4 @@
-"""Disagreement of augmented images and of rephrased prompts."""
+"""Disagreement between the answer and the answers on augmented images or with other prompts."""
 
 from __future__ import annotations
 
@@ -19,41 +19,42 @@ Statistic = Literal["mean", "vote"]
 
 @dataclass
 class Disagreement(FailurePredictor):
-    """u = 1/(R + 1) sum_r d_r over the original question (r = 0) and R other looks at it.
+    """u = 1/(R + 1) sum_r d_r over the original input (r = 0) and R variants of it.
 
-    d_r is how much look r doubts the original answer t̂:
+    d_r measures how much variant r disagrees with the original answer t̂:
 
-    - statistic="mean": 1 - p_r(t̂), p_r the zero-shot posterior of the look. u is one minus the
-      mean probability.
-    - statistic="vote": 1 where the answer of look r is another than t̂, else 0. u is the share of
-      looks that disagree; it has R + 1 values, so it ranks coarsely.
+    - statistic="mean": d_r = 1 - p_r(t̂), where p_r is the zero-shot posterior of the variant. u is
+      one minus the mean probability.
+    - statistic="vote": d_r = 1 if variant r has another answer than t̂, else 0. u is the share of
+      variants that disagree. It has only R + 1 possible values, so many rows tie.
 
-    A look is one product with K candidates: R looks of a batch never exist at the same time.
+    The variants are scored one after the other: the logits of only one variant are in memory at a
+    time.
 
     Args:
         statistic: "mean" or "vote".
     """
 
     is_probability: ClassVar[bool] = True
-    varied: ClassVar[str]  # the part of a batch that the column has other versions of
+    varied: ClassVar[str]  # field of a batch that a variant replaces: "image" or "text"
 
     statistic: Statistic = "mean"
 
     def _score(self, batch: Batch) -> Tensor:
         doubt = DOUBT[self.statistic]
         answer = batch.prediction[:, None]
-        looks = batch.columns[self.columns[0]].unbind(dim=1)
+        variants = batch.columns[self.columns[0]].unbind(dim=1)
         total = doubt(batch.logits, answer)
-        for look in looks:
-            changes: dict[str, Any] = {self.varied: look}
+        for variant in variants:
+            changes: dict[str, Any] = {self.varied: variant}
             total = total + doubt(replace(batch, **changes).logits, answer)
-        return total / (1 + len(looks))
+        return total / (1 + len(variants))
 
 
 def improbability(logits: Tensor, answer: Tensor) -> Tensor:
-    """(B,) float64 one minus the probability of the answer (B, 1).
+    """One minus the probability of the answers (B, 1): (B,) float64.
 
-    There is no cancellation where that probability is nearly one.
+    Computed without cancellation for probabilities near one.
     """
     logits = float64(logits)
     answer = answer.to(logits.device)
@@ -63,7 +64,7 @@ def improbability(logits: Tensor, answer: Tensor) -> Tensor:
 
 
 def dissent(logits: Tensor, answer: Tensor) -> Tensor:
-    """(B,) float64: 1 where the logits have another answer than (B, 1)."""
+    """1 where the largest logit is not that of ``answer`` (B, 1), else 0: (B,) float64."""
     return float64(logits.argmax(dim=1) != answer.squeeze(1))
 
 
@@ -75,20 +76,19 @@ DOUBT: dict[Statistic, Callable[[Tensor, Tensor], Tensor]] = {
 
 @dataclass
 class TTA(Disagreement):
-    """Test-time augmentation: how much V augmented views of the image doubt the answer.
+    """Test-time augmentation: how much V augmented views disagree with the image's own answer.
 
-    The answer is that on the image itself.
+    The variants (see ``Disagreement``) are the augmented views in the column ``views`` (B, V, D),
+    with the same candidates.
 
-    The looks (see ``Disagreement``) are the logits of the column ``views`` (B, V, D) against the
-    same candidates.
-
-    Source: Ayhan and Berens, MIDL 2018, who take the spread of the predictions; their mean instead
-    is Ashukha et al., ICLR 2020. Here it is the mean of the original answer's probability, since
-    that is the answer whose failure is predicted: the mean of all may prefer another.
+    Source: Ayhan and Berens, MIDL 2018, use the spread of the predictions; Ashukha et al., ICLR
+    2020, use their mean. Here u uses the mean probability of the original answer, because the
+    failure of the original answer is predicted. The largest mean probability may be that of another
+    candidate.
 
     Examples:
         >>> import numpy as np, vilu
-        >>> # the last view of the first image is like the other class
+        >>> # the last view of the first image looks like the other class
         >>> views = np.eye(2)[[[0, 0, 1], [1, 1, 1]]]
         >>> data = vilu.Embeddings(np.eye(2), np.eye(2), columns={"views": views})
         >>> vilu.PREDICTORS["tta"](statistic="vote").predict_uncertainty(data)
@@ -105,18 +105,18 @@ class TTA(Disagreement):
 
 @dataclass
 class PromptDisagreement(Disagreement):
-    """Prompt disagreement: how much other wordings of the candidates doubt the answer.
+    """Prompt disagreement: how much other wordings of the candidates disagree with the answer.
 
-    The looks (see ``Disagreement``) are the logits of the image against the column ``prompts`` (K,
-    P, D), one prompt at a time. Captions work too, where the column holds P paraphrases of each.
+    The variants (see ``Disagreement``) are the P prompts in the column ``prompts`` (K, P, D). It
+    also works on captions, where the column holds P paraphrases of each caption.
 
-    Source: the agreement of prompts as a confidence is that of Wightman et al., TrustNLP 2023, for
-    language models; the prompts are CLIP's ensemble of templates (Radford et al., ICML 2021), apart
-    instead of averaged.
+    Source: Wightman et al., TrustNLP 2023, use the agreement of prompts as a confidence of language
+    models. The prompts are CLIP's ensemble of templates (Radford et al., ICML 2021), kept separate
+    where CLIP averages them.
 
     Examples:
         >>> import numpy as np, vilu
-        >>> # one more wording a class; in that of the second p is 1/2
+        >>> # one more wording per class; with the second class's wording, p = 1/2
         >>> prompts = np.eye(3)[[[0], [2]]]
         >>> data = vilu.Embeddings(
         ...     np.eye(3)[:2], np.eye(3)[:2], logit_scale=np.log(3), columns={"prompts": prompts}

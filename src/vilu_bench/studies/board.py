@@ -1,4 +1,4 @@
-"""The results of a benchmark by method, data set and setting, ready to be compared."""
+"""The results of a benchmark by method, data set and setting, and their differences."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vilu_bench.studies.config import Config
 from vilu_bench.studies.parts import RANKED_BY
 from vilu_bench.studies.result import CellResult
 
-Bootstrap = Callable[[Cell], Floats]  # (M, B) bootstrap values of a cell that was run
+Bootstrap = Callable[[Cell], Floats]  # returns the (M, B) bootstrap values of a cell that was run
 
 BEST = RANKED_BY[0]
 Place = tuple[str, str, str]  # method, data set, setting
@@ -28,15 +28,15 @@ class Entrant:
     """A method's results on one data set in one setting, by seed."""
 
     place: Place
-    results: Mapping[int, CellResult]  # results that have a metric, by seed
-    runs: Mapping[int, Cell]
-    refused_seeds: tuple[int, ...]
-    reason: str | None  # why; None where all have one
+    results: Mapping[int, CellResult]  # by seed, the results that have the ranking metric
+    runs: Mapping[int, Cell]  # by the same seeds, the cell that holds the result
+    refused_seeds: tuple[int, ...]  # seeds without such a result
+    reason: str | None  # why the first of these seeds has no result; None if there is none
     bootstrap: Bootstrap
 
     @property
     def method(self) -> str:
-        """Its label."""
+        """The method's label."""
         return self.place[0]
 
     @property
@@ -46,7 +46,7 @@ class Entrant:
 
     @property
     def n_runs(self) -> int:
-        """Number of different results; 1 where seeds make no difference."""
+        """Number of different results; 1 if the seed makes no difference."""
         return len(set(self.runs.values()))
 
     def mean(self, metric: str) -> float | None:
@@ -54,7 +54,7 @@ class Entrant:
         return _mean_if_known([result.value(metric) for result in self.results.values()])
 
     def quantity(self, metric: str, seeds: Sequence[int] | None = None) -> Quantity:
-        """The mean of one of ``RANKED_BY`` over seeds, by default all that there are."""
+        """Mean of a metric of ``RANKED_BY`` over seeds, by default over all seeds with a result."""
         if seeds is None:
             seeds = list(self.results)
         row = RANKED_BY.index(metric)
@@ -66,7 +66,7 @@ class Entrant:
         return Quantity.over_seeds(np.array(values, dtype=np.float64), np.stack(draws))
 
     def less(self, rival: Entrant, metric: str) -> Quantity | None:
-        """This mean less the rival's on the seeds that both have; None without such a seed."""
+        """This mean less the rival's mean, over their common seeds; None without such a seed."""
         seeds = sorted(self.results.keys() & rival.results.keys())
         if not seeds:
             return None
@@ -79,7 +79,7 @@ class Entrant:
 
 
 def _mean_if_known(values: Sequence[float | None]) -> float | None:
-    """The mean of some values; None where one is unknown, or there is none."""
+    """The mean of some values; None if a value is None, or if there are no values."""
     known = [value for value in values if value is not None]
     if len(known) < len(values):
         return None
@@ -91,7 +91,11 @@ def _mean_if_known(values: Sequence[float | None]) -> float | None:
 def occurring(
     field: Literal["n", "n_failures", "n_outside"], entrants: Iterable[Entrant]
 ) -> tuple[int, ...]:
-    """Numbers that occur: of test rows, wrong answers, or pictures of none of the classes."""
+    """The different values, ascending, of a number of rows in the results of some entrants.
+
+    ``field`` is "n" (test rows), "n_failures" (wrong answers) or "n_outside" (pictures of none of
+    the classes).
+    """
     numbers: set[int] = set()
     for entrant in entrants:
         for result in entrant.results.values():
@@ -100,7 +104,7 @@ def occurring(
 
 
 def counted_rows(n: Sequence[int], n_failures: Sequence[int], n_outside: Sequence[int]) -> str:
-    """Numbers that occur, in words."""
+    """Text with the numbers of answers, wrong answers and pictures of none of the classes."""
     text = f"{span(n)} answers, {span(n_failures)} wrong"
     if any(n_outside):
         text += f", {span(n_outside)} of them for pictures of none of the classes"
@@ -109,7 +113,7 @@ def counted_rows(n: Sequence[int], n_failures: Sequence[int], n_outside: Sequenc
 
 @dataclass(frozen=True)
 class Mean:
-    """A method in one setting, averaged over data sets: over several, or one."""
+    """A method in one setting, averaged over one or several data sets."""
 
     parts: tuple[Entrant, ...]
 
@@ -118,11 +122,14 @@ class Mean:
         return _mean_if_known([part.mean(metric) for part in self.parts])
 
     def quantity(self, metric: str) -> Quantity:
-        """The mean over data sets of one of ``RANKED_BY``."""
+        """Mean of a metric of ``RANKED_BY`` over data sets."""
         return Quantity.mean([part.quantity(metric) for part in self.parts])
 
     def less(self, rival: Mean, metric: str) -> Quantity | None:
-        """This mean less the rival's on the same data sets; None where no seed is shared."""
+        """This mean less the rival's mean on the same data sets.
+
+        None if the two have no common seed on one of the data sets.
+        """
         differences = []
         for part, rival_part in zip(self.parts, rival.parts, strict=True):
             difference = part.less(rival_part, metric)
@@ -133,7 +140,7 @@ class Mean:
 
 
 class Board:
-    """All results of a benchmark whose every cell has one, and their bootstrap values."""
+    """All results of a finished benchmark, and their bootstrap values."""
 
     def __init__(
         self,
@@ -152,7 +159,7 @@ class Board:
             self.entrants[place] = _entrant(place, at_place, results, bootstrap)
 
     def find(self, method: str, data: str, setting: str) -> Entrant | None:
-        """A method that has a result there."""
+        """A method's results on a data set in a setting; None if it has none."""
         entrant = self.entrants.get((method, data, setting))
         if entrant is None:
             return None
@@ -161,7 +168,7 @@ class Board:
         return entrant
 
     def blocks(self) -> dict[tuple[str, str], list[Entrant]]:
-        """All methods by data set and setting, with a result or without."""
+        """All methods by data set and setting, also methods without a result."""
         groups: dict[tuple[str, str], list[Entrant]] = {}
         for (_, data, setting), entrant in self.entrants.items():
             groups.setdefault((data, setting), []).append(entrant)
@@ -169,7 +176,7 @@ class Board:
 
 
 def _by_place(cells: Sequence[Cell]) -> dict[Place, list[Cell]]:
-    """Cells that differ in nothing but the seed, together."""
+    """Cells by method, data set and setting; the cells of a group differ only in the seed."""
     groups: dict[Place, list[Cell]] = {}
     for cell in cells:
         groups.setdefault((cell.method, cell.data, cell.setting), []).append(cell)
@@ -196,7 +203,7 @@ def _entrant(
 
 
 def _reason(result: CellResult) -> str:
-    """Why a result has no value of the metric that ranks."""
+    """Why a result has no value of the ranking metric."""
     if result.refused is not None:
         return result.refused.reason
     for row in result.results:

@@ -1,4 +1,4 @@
-"""The cells of a benchmark: what is run, and what needs no run of its own."""
+"""The cells of a benchmark: which cells are run, and which share the result of another cell."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Cell:
     data: str  # data set that is tested on
     setting: str
     seed: int  # seed of the rows, the class halves and the method
-    # the cell whose result this one shares, since nothing that decides the result differs; None: it
-    # is run
+    # the cell whose result this cell shares, because nothing that decides the result differs;
+    # None: this cell is run
     same_as: Cell | None = field(default=None, compare=False)
 
     @property
@@ -29,7 +29,7 @@ class Cell:
 
     @property
     def path(self) -> Path:
-        """Of its result, below the output folder."""
+        """Path of the cell's document, below the output folder."""
         return Path("cells", self.data, self.setting, self.method, f"seed-{self.seed}.json")
 
     def __str__(self) -> str:
@@ -38,44 +38,45 @@ class Cell:
 
 @dataclass(frozen=True)
 class Origin:
-    """What decides the rows and candidates of a fit, beside the data sets themselves."""
+    """Where the rows and candidates of a fit come from."""
 
-    # data sets to fit on, several as one with class texts for captions; none: nothing is fitted
+    # data sets to fit on; several form a union with class texts as captions; empty: no fit
     train: tuple[str, ...] = ()
-    # labelled rows per class to fit on, a share of all, "all", or "none": all rows, but no label
+    # labels to fit on: a number per class, a share of all, "all", or "none": all rows without
+    # their labels
     budget: int | float | str = "all"
-    rows_seed: int | None = None  # seed that draws the training rows; None where all are taken
-    # seed that divides sets of rows into those to fit on and those to test on; None where all are
-    # two sets
+    rows_seed: int | None = None  # seed that draws the training rows; None: all rows are taken
+    # seed that divides a set of rows into training and test rows; None where every data set has
+    # separate sets for the two
     division_seed: int | None = None
-    # seed that draws the class halves; None where all classes are taken
+    # seed that draws the class halves; None: all classes are taken
     halves_seed: int | None = None
-    # whether the parts of a union, or a fit and the one that it begins from, may be of different
-    # picture sizes
+    # whether the data sets of a union, or this fit and ``start``, may be embedded with different
+    # preprocessing, such as picture sizes
     across_preprocessing: bool = False
-    pool_size: int | None = None  # of a union: captions that an image has to choose from
-    unlabelled: bool = False  # whether all rows go with them without labels
-    # where the weights come from that the fit begins with; None: from nothing
+    pool_size: int | None = None  # number of captions in a training pool of a union
+    unlabelled: bool = False  # whether the fit also gets all training rows without labels
+    # the earlier fit whose weights this fit starts from; None: it starts from scratch
     start: Origin | None = None
 
     @property
     def first(self) -> Origin:
-        """The fit that comes first."""
+        """The earlier fit that this fit starts from, else this fit itself."""
         return self.start or self
 
 
 @dataclass(frozen=True)
 class ScoredSet:
-    """What decides the rows and candidates that a method is tested on: those that it scores."""
+    """Where the rows and candidates that a method scores come from."""
 
     data: str
-    role: Role  # which of its parts
-    # captions that an image has to choose from; None: as the data set says
+    role: Role
+    # number of captions in a pool; None: that of the data set
     pool_size: int | None = None
-    # seed that draws the class halves; None where all classes are taken
+    # seed that draws the class halves; None: all classes are taken
     halves_seed: int | None = None
-    division_seed: int | None = None  # as for ``Origin``
-    # whether they may be of another picture size than the rows that were fitted on
+    division_seed: int | None = None  # seed that divides the rows, as in ``Origin``
+    # whether these rows may be embedded with other preprocessing than the training rows
     across_preprocessing: bool = False
 
 
@@ -105,7 +106,7 @@ def origin_of(config: Config, cell: Cell) -> Origin:
 
 
 def _own_origin(config: Config, cell: Cell) -> Origin:
-    """Training rows of the data set that is tested on, within the budget."""
+    """The origin of training rows from the tested data set, within the budget."""
     setting = config.settings[cell.setting]
     budget = setting.budget
     if not config.class_of(cell.method).needs_labels:
@@ -122,7 +123,7 @@ def _own_origin(config: Config, cell: Cell) -> Origin:
 
 
 def scored_set_of(config: Config, cell: Cell) -> ScoredSet:
-    """What a cell is tested on."""
+    """The rows that a cell is tested on."""
     setting = config.settings[cell.setting]
     across_preprocessing = False
     if isinstance(setting, Transfer | Union) and config.class_of(cell.method).needs_fit:
@@ -144,7 +145,7 @@ def _halves_seed(config: Config, cell: Cell) -> int | None:
 
 
 def _division_seed(config: Config, data: Iterable[str], seed: int) -> int | None:
-    """The seed, where it divides one of some data sets."""
+    """The seed, if it divides the rows of one of these data sets; else None."""
     for name in data:
         if config.data[name].fit_share is not None:
             return seed
@@ -152,7 +153,7 @@ def _division_seed(config: Config, data: Iterable[str], seed: int) -> int | None
 
 
 def plan(config: Config) -> tuple[Cell, ...]:
-    """Every cell, seed by seed; each result is computed once, in the first cell that needs it."""
+    """Every cell, seed by seed; a cell with the result of an earlier cell refers to that cell."""
     first: dict[object, Cell] = {}
     cells = []
     for cell in _grid(config):
@@ -166,26 +167,26 @@ def plan(config: Config) -> tuple[Cell, ...]:
 
 
 def own_results(cells: Iterable[Cell]) -> list[Cell]:
-    """The cells that are run, since none before has their result."""
+    """The cells that are run, because no earlier cell has the same result."""
     return [cell for cell in cells if cell.same_as is None]
 
 
 def fit_of(config: Config, cell: Cell) -> tuple[str, Origin, int | None]:
-    """What decides the fit of a cell: method, training rows, and the seed where it matters."""
+    """Key of the fit of a cell: method, training rows, and the seed if scores depend on it."""
     seed = cell.seed if config.depends_on_seed(cell.method) else None
     return cell.method, origin_of(config, cell), seed
 
 
 def sharing_a_fit(config: Config, cells: Iterable[Cell]) -> list[list[Cell]]:
-    """Cells grouped by the first fit that they need, in the order of the first of each group.
+    """Cells grouped by the first fit that they need; groups are in the order of their first cells.
 
-    A method fitted on one data set is tested on several, or goes on from there: those cells share
-    that fit.
+    Cells share a fit when a method fitted on one data set is tested on several data sets, or when
+    further fits start from that fit.
     """
     groups: dict[object, list[Cell]] = {}
     for cell in cells:
         method, origin, seed = fit_of(config, cell)
-        key: object = cell  # where nothing is fitted, nothing is shared
+        key: object = cell  # a cell without a fit is a group of its own
         if origin.train:
             key = (method, origin.first, seed)
         groups.setdefault(key, []).append(cell)
@@ -193,7 +194,7 @@ def sharing_a_fit(config: Config, cells: Iterable[Cell]) -> list[list[Cell]]:
 
 
 def needed_parts(config: Config, cells: Iterable[Cell]) -> dict[tuple[str, Role], None]:
-    """Data sets and roles that some cells read, in order."""
+    """Data sets and roles that the cells read, as the keys of a dict, in order of first use."""
     needed: dict[tuple[str, Role], None] = {}
     for cell in cells:
         origin = origin_of(config, cell)
@@ -205,14 +206,14 @@ def needed_parts(config: Config, cells: Iterable[Cell]) -> dict[tuple[str, Role]
         scored = scored_set_of(config, cell)
         validation = config.data[scored.data].validation
         if scored.role == "validation" and isinstance(validation, float):
-            needed[scored.data, "train"] = None  # it is a share of the training rows
+            needed[scored.data, "train"] = None  # its validation rows are a share of these
         else:
             needed[scored.data, scored.role] = None
     return needed
 
 
 def selects(origin: Origin) -> bool:
-    """Whether a fit may select on validation rows: it is of one whole set, as they are."""
+    """Whether a fit may select on validation rows: only if it takes one whole data set."""
     return (
         len(origin.train) == 1
         and origin.budget == "all"
@@ -222,7 +223,7 @@ def selects(origin: Origin) -> bool:
 
 
 def _grid(config: Config) -> list[Cell]:
-    """Every cell that is wanted, seed by seed."""
+    """Every cell of the benchmark, seed by seed."""
     cells: list[Cell] = []
     for seed in range(config.seeds):
         for data in config.data:
@@ -233,7 +234,7 @@ def _grid(config: Config) -> list[Cell]:
 
 
 def _cells_in(config: Config, data: str, setting: str, seed: int) -> Iterator[Cell]:
-    """The cells of every method that is wanted there."""
+    """The cells of every method that runs on a data set, in a setting, with a seed."""
     for label, method in config.entries.items():
         if not config.is_run_in(label, setting):
             continue

@@ -1,4 +1,4 @@
-"""Claims of a publication: its numbers, and whether finished cells agree."""
+"""Decides claims of a publication by the results of finished cells."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vilu.metrics.catalog import METRICS
 from vilu_bench.studies.board import Board, Entrant, Mean
 from vilu_bench.studies.views import AnyClaim, Better, Steeper, Subject, Trend
 
-LEAST_POINTS = 3  # of a trend line whose slope is to say something
+LEAST_POINTS = 3  # minimum number of points of a trend line whose slope decides a claim
 NO_SEED = "the methods have no seed in common"
 
 Ruling = Literal["holds", "does not hold", "open", "not tested"]
@@ -22,23 +22,22 @@ Ruling = Literal["holds", "does not hold", "open", "not tested"]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a claim."""
+    """The decision on a claim."""
 
     claim: AnyClaim
-    # "holds" where the interval of the number is above zero, "does not hold" where it is below,
-    # "open" where zero is in it, "not tested" where a method has no result or the number is
-    # undefined
+    # "holds" if the interval of the number is above zero, "does not hold" if it is below zero,
+    # "open" if zero is in it, "not tested" if a method has no result or the number is undefined
     ruling: Ruling
-    # what decides; positive in favour, as a fraction (or per unit of the axis: a doubling, an
-    # accuracy of 1)
+    # the number that decides, as a fraction; positive numbers are in favour of the claim. For a
+    # slope it is per unit of the axis: per doubling, or per accuracy of 1
     number: float | None
-    interval: Interval | None  # of the number
-    what: str
-    reason: str | None = None  # why it was not tested
+    interval: Interval | None  # interval of the number
+    what: str  # description of the number
+    reason: str | None = None  # why the claim was not tested
 
 
 def decide(board: Board, claim: AnyClaim) -> Verdict:
-    """The verdict on a claim by the results of a board."""
+    """Decide a claim by the results of a board."""
     match claim:
         case Better():
             return _better(board, claim)
@@ -108,19 +107,19 @@ def _steeper(board: Board, claim: Steeper) -> Verdict:
 
 
 def _sign(claim: Better | Steeper) -> int:
-    """What a difference is multiplied by so that a positive one is in favour."""
+    """Factor that makes a difference in favour of the claim positive."""
     return 1 if METRICS[claim.metric].higher_is_better else -1
 
 
 def _shared_seeds(a: Sequence[Entrant], b: Sequence[Entrant]) -> list[set[int]]:
-    """The seeds that two methods both have, place by place."""
+    """The common seeds of two methods, for each pair of their entrants."""
     return [point.results.keys() & rival.results.keys() for point, rival in zip(a, b, strict=True)]
 
 
 def _slope_over_accuracy(
     points: Sequence[Entrant], seeds: Sequence[set[int]], metric: str
 ) -> Quantity:
-    """Slope of a method's trend line over the zero-shot accuracy, on some seeds at each place."""
+    """Slope of a method's trend line over the zero-shot accuracy; each point has its own seeds."""
     accuracies = []
     heights = []
     for point, point_seeds in zip(points, seeds, strict=True):
@@ -139,7 +138,7 @@ def _rule(board: Board, claim: AnyClaim, number: Quantity, what: str) -> Verdict
 
 
 def _ruling(ends: Interval) -> Ruling:
-    """What an interval says of a number that is to be above zero."""
+    """The ruling by the interval of a number that is claimed to be above zero."""
     if ends.ci_low > 0:
         return "holds"
     if ends.ci_high < 0:
@@ -154,7 +153,10 @@ def _not_tested(
 
 
 def _on_seeds(a: Sequence[Entrant], b: Sequence[Entrant]) -> str:
-    """Which seeds decide, where a method has further ones that enter its mean in a table."""
+    """Text that names the common seeds, if a method has further seeds; else empty.
+
+    A method's mean in a table includes its further seeds.
+    """
     if all(point.results.keys() == rival.results.keys() for point, rival in zip(a, b, strict=True)):
         return ""
     common = set().union(*_shared_seeds(a, b))
@@ -164,7 +166,7 @@ def _on_seeds(a: Sequence[Entrant], b: Sequence[Entrant]) -> str:
 def _entrants(
     board: Board, method: str, cases: Iterable[tuple[str, str]]
 ) -> tuple[Entrant, ...] | None:
-    """A method's results in all cases; None where it lacks one."""
+    """A method's results in all cases (data set, setting); None if one is missing."""
     entrants = []
     for data, setting in cases:
         entrant = board.find(method, data, setting)
@@ -175,7 +177,7 @@ def _entrants(
 
 
 def _name(board: Board, subject: Subject) -> str:
-    """The method, and the setting where there are several."""
+    """The method's label, with the setting if the study has several."""
     if len(board.config.settings) == 1:
         return subject.method
     return f"{subject.method} ({subject.setting})"

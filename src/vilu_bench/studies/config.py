@@ -1,4 +1,4 @@
-"""The TOML file of a study: its models and their checks."""
+"""Models of a benchmark's TOML file, and the checks of its content."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ from vilu_bench.studies.views import AnyClaim, AnyView, Study
 
 
 class Setting(Section):
-    """What is fitted on, and what is tested on."""
+    """Which rows methods are fitted on, and which rows they are tested on."""
 
-    # labelled rows per class to fit on, a share of all of them (0.025), "all", or "none": all rows,
-    # but no label
+    # labels to fit on: a number per class, a share of all (such as 0.025), "all", or "none": all
+    # rows without their labels
     budget: int | float | Literal["all", "none"] = "all"
-    data: Names | None = None  # data sets to test on; by default all that make sense
-    # which rows to test on; "validation" for choosing among methods
+    # data sets to test on; by default all, but for a source that the setting fits on
+    data: Names | None = None
+    # which rows to test on; "validation" serves to choose among methods
     test_on: Literal["validation", "test"] = "test"
-    # captions that an image of the test set has to choose from; by default that of the data set
+    # number of captions in a pool of the test set; by default that of the data set
     pool_size: Annotated[int, Field(ge=2)] | None = None
-    title: str | None = None  # for tables and figures, instead of the name
-    x: float | None = None  # where the setting stands on the axis of a curve
-    published: str | None = None  # what publications call it
+    title: str | None = None  # title in tables and figures; by default the name
+    x: float | None = None  # position on the axis of a curve
+    published: str | None = None  # name of the setting in publications
 
     @field_validator("budget", mode="before")
     @classmethod
@@ -49,12 +50,12 @@ class Setting(Section):
 
     @property
     def sources(self) -> Names:
-        """Data sets to fit on that are not the one to test on."""
+        """Data sets that the setting names to fit on; empty where it fits on the tested one."""
         return ()
 
     @property
     def amount(self) -> str:
-        """The budget in words."""
+        """The budget as text."""
         if self.budget == "all":
             return "all labels"
         if self.budget == "none":
@@ -64,7 +65,7 @@ class Setting(Section):
         return f"{self.budget:.3g} of all labels"
 
     def describe(self, fitted: str = "") -> str:
-        """In words: what is fitted on, then what else is not as usual."""
+        """Text that says what is fitted on, then what differs from the defaults."""
         text = fitted or self.amount
         if self.test_on == "validation":
             text += ", tested on the validation rows"
@@ -86,18 +87,18 @@ class FromOther(Setting):
     """Fitted on another data set."""
 
     source: str
-    # allow the two to be embedded by one model at different picture sizes, which is refused
-    # otherwise
+    # whether the source and the tested data set may be embedded by one model with different
+    # preprocessing, such as picture sizes; by default that is refused
     across_preprocessing: bool = False
 
     @property
     def sources(self) -> Names:
-        """The source."""
+        """The one data set to fit on."""
         return (self.source,)
 
 
 class Transfer(FromOther):
-    """Fitted on another data set and tested as it is."""
+    """Fitted on another data set and tested without further fitting."""
 
     kind: Literal["transfer"]
 
@@ -106,7 +107,7 @@ class Transfer(FromOther):
 
 
 class Adapt(FromOther):
-    """Fitted on another data set with all its labels, then on ``budget`` labels of this."""
+    """Fitted on all labels of another data set, then on ``budget`` labels of the tested one."""
 
     kind: Literal["adapt"]
 
@@ -123,18 +124,19 @@ class Adapt(FromOther):
 
 
 class Union(Setting):
-    """Fitted on several data sets at once; class texts serve as captions (supplement, C.6)."""
+    """Fitted on several data sets at once, with class texts as captions (supplement, C.6)."""
 
     kind: Literal["union"]
-    budget: Literal["all"] = "all"  # of each data set
-    of: Annotated[Names, Field(min_length=1)]  # the data sets to fit on
-    # captions that an image has to choose from in training
+    budget: Literal["all"] = "all"  # labels of each data set
+    of: Annotated[Names, Field(min_length=1)]  # data sets to fit on
+    # number of captions in a training pool
     train_pool_size: Annotated[int, Field(ge=2)] = 1024
-    across_preprocessing: bool = False  # as for a transfer
+    # whether the data sets may be embedded with different preprocessing, such as picture sizes
+    across_preprocessing: bool = False
 
     @property
     def sources(self) -> Names:
-        """All of them."""
+        """The data sets of the union."""
         return self.of
 
     def __str__(self) -> str:
@@ -144,7 +146,7 @@ class Union(Setting):
 
 
 class Unseen(Setting):
-    """Fitted on half of the classes, tested on the other half; the seed draws the halves."""
+    """Fitted on half of the classes and tested on the other half; the seed draws the halves."""
 
     kind: Literal["unseen"]
 
@@ -155,60 +157,66 @@ class Unseen(Setting):
 AnySetting = Annotated[Labels | Transfer | Unseen | Adapt | Union, Field(discriminator="kind")]
 
 
-MAX_EPOCHS = 300  # however few the training rows are; the heads' own limit
+MAX_EPOCHS = 300  # upper bound where ``steps`` sets the epochs; the heads have the same bound
 
 
 class Method(Section):
-    """A method and how often it runs."""
+    """A method, its hyper-parameters, and the cells that it runs in."""
 
     method: str | None = None  # name in ``PREDICTORS``; by default the label
     # hyper-parameters that differ from the defaults
     params: dict[str, Any] = Field(default_factory=dict)
-    settings: Names | None = None
-    data: Names | None = None  # only these data sets to test on
-    seeds: Count | None = None  # only the first so many seeds
-    # in place of ``epochs``: as many epochs as make about so many steps on the training rows at
-    # hand
+    settings: Names | None = None  # settings to run in; by default all
+    data: Names | None = None  # data sets to test on; by default all
+    seeds: Count | None = None  # number of seeds to run, from seed 0; by default all
+    # instead of ``epochs``: total number of training steps; the epochs follow from the number of
+    # training rows
     steps: Count | None = None
-    deterministic: bool = False  # whether scores depend on the seed through the training rows alone
-    # whether all rows of the training set are given beside, without labels, those that the budget
-    # leaves out, too
+    # whether the seed changes scores only through the training rows that it draws
+    deterministic: bool = False
+    # whether the fit also gets all training rows without labels, including rows that the budget
+    # leaves out
     unlabelled: bool = False
-    title: str | None = None  # for tables and figures, instead of the label
-    x: float | None = None  # where the method stands on the axis of a curve
-    published: str | None = None  # what publications call it
+    title: str | None = None  # title in tables and figures; by default the label
+    x: float | None = None  # position on the axis of a curve
+    published: str | None = None  # name of the method in publications
 
 
 class Trained(Section):
-    """What holds for every method that trains a network, unless its own table says otherwise."""
+    """Defaults of all methods that train a network; the table of a method overrides them."""
 
-    seeds: Count | None = None  # only the first so many seeds
-    steps: Count | None = None  # in place of ``epochs``, as for a method
-    settings: Names | None = None  # only these; an empty list: none of them runs
+    seeds: Count | None = None  # number of seeds to run, from seed 0
+    steps: Count | None = None  # total number of training steps, instead of ``epochs``
+    settings: Names | None = (
+        None  # settings to run in; with an empty list, these methods do not run
+    )
 
 
 class Config(Section):
-    """A benchmark."""
+    """Content of a benchmark file."""
 
-    # of the benchmark, and of its folder of tables and figures; by default that of the file
+    # name of the benchmark and of its folder of tables and figures; by default the file's name
     name: Name = "benchmark"
-    # Number of seeds, 0 ... seeds - 1: they draw training rows and class halves, and seed the
-    # methods
+    # Number of seeds, 0 ... seeds - 1. A seed draws training rows and class halves, and it is the
+    # seed of the methods
     seeds: Annotated[int, Field(ge=1, le=1000)] = 5
     resamples: Annotated[int, Field(ge=10)] = 1000
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
     metrics: Names = ("auroc", "fpr95", "augrc", "aurc", "ece")  # names of ``vilu.metrics.METRICS``
-    device: str = "cpu"  # where methods run that have a choice, and models
-    # every method, also those that ``methods`` does not name; always so when it names none
+    device: str = "cpu"  # device of the models, and of methods that have a device parameter
+    # whether to run every method, also methods that ``methods`` does not name; if ``methods`` is
+    # empty, every method is run in any case
     all_methods: bool = False
-    deterministic: Names = ()  # labels of methods to mark as deterministic, for short
-    trained: Trained = Trained()  # for every method that trains a network
+    # labels of deterministic methods; the same as ``deterministic = true`` in their own tables
+    deterministic: Names = ()
+    trained: Trained = Trained()  # defaults of all methods that train a network
     data: Annotated[dict[Name, Data], Field(min_length=1)]
     settings: Annotated[dict[Name, AnySetting], Field(min_length=1)]
     methods: dict[Name, Method] = Field(default_factory=dict)
     study: Study | None = None
     views: tuple[AnyView, ...] = ()  # tables and figures to make; by default a ranking
-    claims: tuple[AnyClaim, ...] = ()  # what is to be decided
+    claims: tuple[AnyClaim, ...] = ()  # claims of a publication to check
+    # methods whose submitted results are shown beside the study's own, by label
     _guests: dict[str, Method] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
@@ -234,7 +242,8 @@ class Config(Section):
             takes_steps = is_trained(name) and "epochs" not in method.params
             if not takes_steps:
                 raise ValueError(
-                    f"methods.{label}: steps are for a method with epochs, and in place of them"
+                    f"methods.{label}: steps replace epochs, so the method must have the parameter "
+                    "epochs, and not set it"
                 )
         if method.unlabelled and not find_method(name).uses_unlabelled:
             raise ValueError(f"methods.{label}: {name} learns nothing from rows without labels")
@@ -250,9 +259,9 @@ class Config(Section):
             self._check_union(name)
         draws_by_class = isinstance(setting, Unseen | Adapt) or not isinstance(setting.budget, str)
         if draws_by_class:
-            # rows or classes are drawn of the data sets that are fitted on
-            is_elsewhere = setting.sources and not isinstance(setting, Adapt)
-            self._refuse_captions(name, setting.sources if is_elsewhere else tested)
+            # rows or classes are drawn from the data sets that are fitted on
+            draws_from_sources = setting.sources and not isinstance(setting, Adapt)
+            self._refuse_captions(name, setting.sources if draws_from_sources else tested)
 
     def _check_validation(self, setting: str, tested: Iterable[str]) -> None:
         for data in tested:
@@ -265,8 +274,8 @@ class Config(Section):
         for label, method in self.entries.items():
             if method.unlabelled and self.is_run_in(label, setting):
                 raise ValueError(
-                    f"methods.{label}: unlabelled goes with no union. "
-                    f"Give its settings without {setting}"
+                    f"methods.{label}: unlabelled rows cannot be used in the union {setting}. "
+                    f"List the settings of the method without {setting}"
                 )
 
     def _refuse_captions(self, setting: str, fitted: Iterable[str]) -> None:
@@ -289,14 +298,14 @@ class Config(Section):
 
     @cached_property
     def entries(self) -> dict[str, Method]:
-        """Every method that runs, by label, with all that holds for it."""
+        """Every method that runs, by label, with defaults from other tables filled in."""
         methods = self.methods
         if self.all_methods or not methods:
             methods = {name: Method() for name in PREDICTORS} | methods
         return {label: self._complete(label, method) for label, method in methods.items()}
 
     def along(self, axis: str) -> Mapping[str, Data | Setting | Method]:
-        """Methods by label, data sets or settings by name."""
+        """The methods by label, or the data sets or settings by name."""
         if axis == "method":
             return self.entries | self._guests
         if axis == "data":
@@ -304,7 +313,11 @@ class Config(Section):
         return self.settings
 
     def with_guests(self, made_by: Mapping[str, str]) -> Config:
-        """The same with columns for methods that others ran, and for who did."""
+        """A copy that also has the methods whose results others submitted.
+
+        Args:
+            made_by: By label of a submitted method, the distribution that it is from, or "".
+        """
         guests = {}
         for label, maker in made_by.items():
             guests[label] = Method(title=f"{label} ({maker or 'submitted'})")
@@ -314,11 +327,11 @@ class Config(Section):
 
     @property
     def guests(self) -> Names:
-        """Labels of the methods that others ran."""
+        """Labels of the submitted methods."""
         return tuple(self._guests)
 
     def _complete(self, label: str, method: Method) -> Method:
-        """A method with what holds for it by the tables beside its own."""
+        """A method with defaults filled in from ``deterministic`` and ``trained``."""
         name = method.method or label
         complete: dict[str, Any] = {"method": name}
         if label in self.deterministic:
@@ -332,22 +345,22 @@ class Config(Section):
         return method.model_copy(update=complete)
 
     def complete(self) -> Config:
-        """The same with every method named, so that it means the same where there are others."""
+        """A copy that names every method, so that it does not depend on the methods installed."""
         return self.model_copy(update={"methods": self.entries, "all_methods": False})
 
     def is_tested_on(self, setting: str, data: str) -> bool:
-        """Whether a setting makes sense on a data set and is wanted there."""
+        """Whether a setting tests on a data set: not on its own source, and only if chosen."""
         chosen = self.settings[setting]
         if data in chosen.sources and not isinstance(chosen, Union):
             return False
         return chosen.data is None or data in chosen.data
 
     def class_of(self, label: str) -> type[FailurePredictor]:
-        """The class behind a label."""
+        """The predictor class of a method's label."""
         return find_method(str(self.entries[label].method))
 
     def is_run_in(self, label: str, setting: str) -> bool:
-        """Whether a method is wanted in a setting: without labels, those alone that need none."""
+        """Whether a method runs in a setting; a setting without labels excludes some methods."""
         cls = self.class_of(label)
         needs_labels = cls.needs_fit and cls.needs_labels
         if needs_labels and self.settings[setting].budget == "none":
@@ -378,7 +391,10 @@ class Config(Section):
         return predictor
 
     def epochs_for(self, label: str, step_rows: int, n_train: int) -> int | None:
-        """Epochs that make about ``steps`` steps of ``step_rows``; None without ``steps``."""
+        """Number of epochs that gives about ``steps`` steps of ``step_rows`` training rows each.
+
+        None if the method has no ``steps``.
+        """
         steps = self.entries[label].steps
         if steps is None:
             return None
@@ -388,5 +404,5 @@ class Config(Section):
 
 
 def is_trained(name: str) -> bool:
-    """Whether a method trains a network, in steps of some rows."""
+    """Whether a method trains a network: it has the parameters ``epochs`` and ``batch_size``."""
     return {"epochs", "batch_size"} <= parameters(find_method(name)).keys()

@@ -1,4 +1,4 @@
-"""The rows of a cell: which embeddings a fit sees, and which are scored."""
+"""The rows of a cell: which embeddings it is fitted on, and which it scores."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ from vilu_bench.studies.config import Config, Unseen
 from vilu_bench.studies.parts import ROLES, Role
 from vilu_bench.studies.stores import Part, evenly_spaced
 
-# what a generator is for: two draws of one seed must not go together
+# purpose of a random generator, a part of its seed: draws for different purposes are independent
 DRAW = 1
 HALVES = 2
 DIVISION = 3
 
 
 def draw_rows(target: NDArray[np.int64], per_class: int, seed: int) -> NDArray[np.int64]:
-    """Sorted positions of ``per_class`` labelled rows of every class, or of all that it has.
+    """Sorted indices of ``per_class`` labelled rows of every class; all rows of smaller classes.
 
-    The rows for a smaller number are among those for a larger one of the same seed.
+    With the same seed, the rows for a smaller ``per_class`` are a subset of those for a larger one.
     """
     rng = np.random.default_rng([DRAW, seed])
     order = rng.permutation(len(target))
@@ -62,9 +62,9 @@ def draw_rows(target: NDArray[np.int64], per_class: int, seed: int) -> NDArray[n
 
 
 def draw_share(target: NDArray[np.int64], share: float, seed: int) -> NDArray[np.int64]:
-    """Sorted positions of a share of the labelled rows, at least one.
+    """Sorted indices of a share of the labelled rows, at least one row.
 
-    The rows for a smaller share are among those for a larger one of the same seed.
+    With the same seed, the rows for a smaller share are a subset of those for a larger one.
     """
     rng = np.random.default_rng([DRAW, seed])
     rows = rng.permutation(np.flatnonzero(target != UNKNOWN))
@@ -73,19 +73,19 @@ def draw_share(target: NDArray[np.int64], share: float, seed: int) -> NDArray[np
 
 
 def held_out(identities: NDArray[np.uint64], share: float) -> NDArray[np.bool_]:
-    """(N,) whether a row is held out: where its identifying hash, reversed, is below the share."""
+    """(N,) whether a row is held out: if its hash, bytes reversed, is below share * 2^64."""
     return identities.byteswap() < share * 2.0**64
 
 
 def divided(n: int, share: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Sorted rows of n to fit on, a share drawn by the seed, and the rest, to test on."""
+    """Divide n rows at random: sorted indices of a share to fit on, and of the rest to test on."""
     order = np.random.default_rng([DIVISION, seed]).permutation(n)
     first = round(share * n)
     return np.sort(order[:first]), np.sort(order[first:])
 
 
 def class_halves(n_classes: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Sorted classes to fit on, and to test on; of an odd number the latter are one more."""
+    """Sorted classes to fit on, and to test on; an odd number gives one more class to test on."""
     if n_classes < 4:
         raise DataError(
             "unseen classes need at least 4 classes, 2 to fit on and 2 to test on. "
@@ -97,24 +97,29 @@ def class_halves(n_classes: int, seed: int) -> tuple[NDArray[np.int64], NDArray[
 
 
 def of_classes(source: EmbeddingSource, classes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Positions of the rows that belong to some classes."""
+    """Indices of the rows whose label is one of ``classes``."""
     return np.flatnonzero(np.isin(source.target.numpy(), classes))
 
 
 @dataclass(frozen=True)
 class Truth:
-    """What is known of the rows of a test set, whatever the method."""
+    """Facts about the rows of a test set that do not depend on the method."""
 
-    rows: str  # names these rows and candidates; what has the same name may be compared row by row
-    # (N,) int64, 1 where the zero-shot answer is wrong, 0 where it is right, -1 where that is
-    # unknown
+    rows: str  # hash that names these rows and candidates; equal names can be compared row by row
+    # (N,) int64: 1 if the zero-shot answer is wrong, 0 if it is right, -1 if that is unknown
     failure: NDArray[np.int64]
     outside: NDArray[np.bool_]  # (N,) whether a picture is of none of the classes
-    reason: tuple[str | None, ...]  # per row why it cannot have an uncertainty, or None
+    reason: tuple[str | None, ...]  # by row, why it cannot have an uncertainty, or None
 
 
 class Workbench:
-    """Opens each store once and cuts the sets of a cell; ``seconds`` are of a second model."""
+    """Opens every store once, and selects the training, validation and test rows of a cell.
+
+    Args:
+        config: The benchmark.
+        folders: Store of every part of a data set.
+        seconds: Stores of the parts by a second model, where there is one.
+    """
 
     def __init__(
         self,
@@ -129,11 +134,11 @@ class Workbench:
         self._truth = cache(self._truth_of)
 
     def source(self, data: str, role: Role, pool_size: int | None = None) -> EmbeddingSource:
-        """The rows of a role, or what ``limit`` leaves of them."""
+        """The rows of a role, within the data set's ``limit``."""
         return self._open(data, role, pool_size)[0]
 
     def fingerprint(self, data: str, role: Role, pool_size: int | None = None) -> str:
-        """Hash of everything in it."""
+        """Hash of everything in ``source`` of the same arguments."""
         return self._open(data, role, pool_size)[1]
 
     def _open_part(
@@ -143,7 +148,7 @@ class Workbench:
         if not isinstance(share, float) or role == "test":
             return self._open_store(data, role, pool_size)
         whole, name = self._open_store(data, "train", None)
-        # by what rows are recognised by: a picture that is there twice is on one side
+        # The hash is of what identifies a row, so that two copies of a picture are not separated.
         is_validation = held_out(whole.identities(whole.identified_by[0]), share)
         chosen = is_validation if role == "validation" else ~is_validation
         return whole.take(np.flatnonzero(chosen)), digest([name, role, share])
@@ -151,7 +156,7 @@ class Workbench:
     def _open_store(
         self, data: str, role: Role, pool_size: int | None
     ) -> tuple[EmbeddingSource, str]:
-        """The rows of a part as its store has them, within the limit, and their hash."""
+        """The rows of a part's store, within the limit, and their hash."""
         entry = self.config.data[data]
         folder = self.folders[data, role]
         if entry.captions:
@@ -170,15 +175,15 @@ class Workbench:
         return source.take(evenly_spaced(len(source), limit)), digest([*content, limit])
 
     def _divided(
-        self, data: str, seed: int | None, part: int, source: EmbeddingSource
+        self, data: str, seed: int | None, source: EmbeddingSource, *, to_fit: bool
     ) -> EmbeddingSource:
-        """The rows to fit on (part 0) or to test on (1), where they are of one set."""
+        """The rows to fit on, or to test on, if ``fit_share`` divides the set; else all rows."""
         share = self.config.data[data].fit_share
         if seed is None or share is None:
             return source
         fit_rows, test_rows = divided(len(source), share, seed)
         test = source.take(test_rows)
-        if part == 1:
+        if not to_fit:
             return test
         fit = source.take(fit_rows)
         common = overlap(test, fit, (f"the test rows of {data}", "its training rows"))
@@ -190,7 +195,7 @@ class Workbench:
         return fit.take(np.flatnonzero(~common.shared))
 
     def check(self) -> None:
-        """Refuse data sets whose parts do not belong together."""
+        """Raise an error for data sets whose parts do not belong together."""
         parts = needed_parts(self.config, plan(self.config))
         for data in self.config.data:
             roles = [role for role in ROLES if (data, role) in parts]
@@ -198,9 +203,10 @@ class Workbench:
                 self._require_labels(data)
             for name, setting in self.config.settings.items():
                 if isinstance(setting, Unseen) and self.config.is_tested_on(name, data):
-                    class_halves(self.source(data, "test").n_candidates, 0)
+                    # raises where there are too few classes
+                    class_halves(self.source(data, "test").n_candidates, seed=0)
             if self.config.data[data].fit_share is not None:
-                continue  # one set
+                continue  # all roles are the same set of rows
             for first_role, second_role in itertools.combinations(roles, 2):
                 self._check_pair(data, first_role, second_role)
 
@@ -225,7 +231,7 @@ class Workbench:
                 "Embed both with the same names in the same order."
             )
         if self.config.data[data].captions:
-            return  # folds of one store: what they have in common is decided by a hash
+            return  # they are folds of one store, and a hash puts every row into one fold
         common = overlap(a, b, (name_a, name_b))
         if common is None:
             return
@@ -238,7 +244,7 @@ class Workbench:
         )
 
     def train_set(self, origin: Origin, columns: tuple[str, ...]) -> EmbeddingSource:
-        """What a method is fitted on; ``origin`` names some data set."""
+        """The rows to fit on; ``origin`` must name a data set."""
         if origin.pool_size is not None:
             sources = [self._whole(data, origin) for data in origin.train]
             if origin.across_preprocessing:
@@ -252,10 +258,11 @@ class Workbench:
         return source
 
     def _whole(self, data: str, origin: Origin) -> EmbeddingSource:
-        return self._divided(data, origin.division_seed, 0, self.source(data, "train"))
+        """All training rows of a data set, labels included."""
+        return self._divided(data, origin.division_seed, self.source(data, "train"), to_fit=True)
 
     def unlabelled_set(self, origin: Origin) -> EmbeddingSource | None:
-        """All rows of the training set without labels, where the method is given them beside."""
+        """All training rows without labels, if the fit also gets them; else None."""
         if not origin.unlabelled:
             return None
         return without_labels(self._whole(origin.train[0], origin))
@@ -263,10 +270,10 @@ class Workbench:
     def _some_rows(
         self, source: EmbeddingSource, origin: Origin, columns: tuple[str, ...]
     ) -> EmbeddingSource:
-        """Of training rows those that the budget and the classes leave."""
+        """The training rows within the budget and of the classes to fit on."""
         is_valid = source.status == VALID
         target = np.where(is_valid, source.target.numpy(), UNKNOWN)
-        # a budget is of labels a class: rows of none of the classes all stay
+        # a budget limits the labels per class: rows of none of the classes are all kept
         of_none = np.flatnonzero(source.outside.numpy() & is_valid)
         if origin.halves_seed is None:
             return source.take(np.union1d(drawn(target, origin), of_none))
@@ -275,19 +282,19 @@ class Workbench:
         return source.take(np.union1d(rows, of_none), classes, columns)
 
     def validation_set(self, origin: Origin) -> EmbeddingSource | None:
-        """What a method may select on; None where it has to hold out rows of its own."""
+        """The rows that a method selects on; None if it must hold out training rows itself."""
         data = origin.train[0]
         if not selects(origin):
             return None
         if self.config.data[data].validation is None:
             return None
         source = self.source(data, "validation")
-        if len(source) == 0:  # a small share may hold none
+        if len(source) == 0:  # a small share may leave no rows
             return None
         return source
 
     def test_set(self, cell: Cell, columns: tuple[str, ...]) -> EmbeddingSource:
-        """What the method of a cell is tested on."""
+        """The rows that the method of a cell is tested on."""
         scored = scored_set_of(self.config, cell)
         source = self._scored(scored, columns)
         if not scored.across_preprocessing:
@@ -298,14 +305,14 @@ class Workbench:
 
     def _scored(self, scored: ScoredSet, columns: tuple[str, ...] = ()) -> EmbeddingSource:
         source = self.source(scored.data, scored.role, scored.pool_size)
-        source = self._divided(scored.data, scored.division_seed, 1, source)
+        source = self._divided(scored.data, scored.division_seed, source, to_fit=False)
         if scored.halves_seed is None:
             return source
         _, classes = class_halves(source.n_candidates, scored.halves_seed)
         return source.take(of_classes(source, classes), classes, columns)
 
     def candidates(self, cell: Cell) -> tuple[Tensor, Tensor] | None:
-        """Texts (K, D) of the candidates in training and in testing; None of captions."""
+        """Texts (K, D) of the candidates in training and in testing; None for captions."""
         origin = origin_of(self.config, cell)
         scored = scored_set_of(self.config, cell)
         if origin.pool_size is not None:
@@ -323,7 +330,7 @@ class Workbench:
         return known[seen], asked[unseen]
 
     def truth(self, cell: Cell) -> Truth:
-        """Which zero-shot answers of a cell's test set are wrong; computed once per test set."""
+        """The truth of a cell's test set; computed once per test set."""
         return self._truth(scored_set_of(self.config, cell))
 
     def _truth_of(self, scored: ScoredSet) -> Truth:
@@ -338,7 +345,7 @@ class Workbench:
 def _open_ours(
     folder: Path, pools: Pools | None = None, fold: Role | None = None
 ) -> tuple[EmbeddingSource, list[object]]:
-    """A store that vilu made, and what tells its content."""
+    """A store made by vilu, and the hashes that identify its content."""
     source = open_source(folder, pools=pools, fold=fold)
     if not isinstance(source, EmbeddingStore | CaptionStore):
         raise ProvenanceError(
@@ -355,7 +362,10 @@ def _name_of_set(data: str, role: Role) -> str:
 
 
 def without_labels(source: EmbeddingSource) -> EmbeddingSource:
-    """All rows of a source without what is known of them; pairs as they are, which is refused."""
+    """All rows of a source, with labels and ``outside`` removed.
+
+    Pairs are returned unchanged; a fit refuses them as unlabelled rows.
+    """
     if source.pool_size is not None:
         return source
     rows = source.take(np.arange(len(source)))
@@ -365,7 +375,7 @@ def without_labels(source: EmbeddingSource) -> EmbeddingSource:
 
 
 def drawn(target: NDArray[np.int64], origin: Origin) -> NDArray[np.int64]:
-    """Positions of the labelled rows that the budget and the seed choose."""
+    """Indices of the labelled rows that are drawn by the budget and the seed."""
     if origin.rows_seed is None:
         return np.flatnonzero(target != UNKNOWN)
     if isinstance(origin.budget, int):
@@ -374,7 +384,7 @@ def drawn(target: NDArray[np.int64], origin: Origin) -> NDArray[np.int64]:
 
 
 def truth_of(source: EmbeddingSource, name: str) -> Truth:
-    """Failures of the zero-shot answers of a source, and why rows have no uncertainty."""
+    """The truth of a source: failures of its zero-shot answers, and rows without uncertainty."""
     failure = torch.full((len(source),), UNKNOWN)
     for batch in source.batches(SCORING_BATCH):
         failure[batch.index] = batch.failure
@@ -383,7 +393,7 @@ def truth_of(source: EmbeddingSource, name: str) -> Truth:
 
 
 def differs_in_preprocessing(a: EmbeddingSpace | None, b: EmbeddingSpace) -> bool:
-    """Whether two spaces are of one model with different preprocessing, such as picture sizes."""
+    """Whether two spaces are of one model, but with different preprocessing (picture sizes)."""
     if a is None:
         return False
     if a == b:
@@ -392,9 +402,9 @@ def differs_in_preprocessing(a: EmbeddingSpace | None, b: EmbeddingSpace) -> boo
 
 
 def across_preprocessing(source: EmbeddingSource, space: EmbeddingSpace) -> EmbeddingSource:
-    """The source as if preprocessed as ``space`` says, where nothing but that differs.
+    """The source with its space replaced by ``space``, if only the preprocessing differs.
 
-    A source of another model is left as it is, and refused by whoever compares the two.
+    A source of another model is returned unchanged; a later comparison of the spaces refuses it.
     """
     if not differs_in_preprocessing(source.space, space):
         return source

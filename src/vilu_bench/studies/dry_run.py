@@ -1,4 +1,4 @@
-"""What a study would take, before it runs."""
+"""What a study would run and how much disk space it would need, before it runs."""
 
 from __future__ import annotations
 
@@ -24,44 +24,44 @@ from vilu_bench.studies.config import Config
 from vilu_bench.studies.parts import Data, Role
 from vilu_bench.studies.stores import PACKAGE, Part, is_complete, open_images, store_of
 
-COMPACT_WIDTHS = (768, 1280)  # of the compact model: embeddings and features
-HALF = 2  # bytes of a stored number
+COMPACT_WIDTHS = (768, 1280)  # widths of the compact model's embeddings and features
+HALF = 2  # bytes of a stored number (float16)
 
 
 @dataclass(frozen=True)
 class PartPlan:
-    """A part of a data set."""
+    """Plan for one part of a data set."""
 
     data: str
-    part: str  # which rows: a role, or "pairs" for all of them
+    part: str  # which rows: a role, or "pairs" for the pairs of all roles
     backbone: str
-    images: int | None  # how many; None where that is not known
-    counted: str  # where the number is from: "store", "listing" or "catalogue"
+    images: int | None  # number of images; None if unknown
+    counted: str  # source of the number: "store", "listing" or "catalogue"
     state: str  # "embedded", "to embed", "no images here", or "unreadable"
-    n_bytes: int | None  # of its embeddings and columns
-    problem: str | None = None  # why images that are here cannot be read
+    n_bytes: int | None  # size of the embeddings and columns; None if unknown
+    problem: str | None = None  # why images that are present cannot be read
 
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """A benchmark."""
+    """Plan for a benchmark."""
 
     name: str
     title: str
     parts: tuple[PartPlan, ...]
-    cells: int  # how many there are: a method, a data set, a setting, a seed
-    runs: int  # those with a result of their own
-    fits: int  # different fits behind them
-    # every cell, with the cell that it shares a result with, if any
+    cells: int  # number of cells (a method, a data set, a setting, a seed)
+    runs: int  # number of cells to run; the others share the result of a cell that is run
+    fits: int  # number of different fits that the runs need
+    # the fields of every cell; ``same_as`` is the cell whose result it shares, if any
     listed: tuple[dict[str, object], ...]
 
     def to_dict(self) -> dict[str, object]:
-        """Plain JSON."""
+        """The plan as plain JSON."""
         return asdict(self)
 
 
 def estimate(config: Config, data: Path, output: Path) -> StudyPlan:
-    """What a benchmark would do with the data and the output as they are; nothing is run."""
+    """Plan what a benchmark would do with the present data and output; nothing is run."""
     cells = plan(config)
     runs = own_results(cells)
     parts = []
@@ -103,19 +103,19 @@ def _part(part: Part, entry: Data, data: Path, output: Path) -> PartPlan:
             if not isinstance(images, ShardedDataset):
                 return _expected(part, entry, len(images), "listing")
     except (UsageError, DataError, StorageError) as error:
-        # a plan says all that is wrong, not the first alone
+        # kept in the plan, which reports the problems of all parts
         return replace(by_catalogue, state="unreadable", problem=str(error))
     return by_catalogue
 
 
 def _is_here(entry: Data, data: Path) -> bool:
-    """Whether there is anything where the images, or the stores, are said to be."""
+    """Whether the place that the entry names has images or stores, as far as its paths tell."""
     source = entry.source or "."
     if entry.stores is not None or source.startswith(PACKAGE):
         return True
     folder = data / source
     if entry.dataset is None:
-        is_pattern = "{" in source  # a pattern of tar files is no name of one
+        is_pattern = "{" in source  # a pattern of tar file names; no file has the pattern's name
         return is_pattern or folder.exists()
     if not folder.is_dir():
         return False
@@ -123,8 +123,8 @@ def _is_here(entry: Data, data: Path) -> bool:
 
 
 def _embedded(part: Part, entry: Data, manifest: Manifest) -> PartPlan:
-    numbers = sum(math.prod(shape) for shape in manifest.arrays.values())  # of an image
-    n_bytes = manifest.n_ok * numbers * np.dtype(manifest.dtype).itemsize
+    numbers_per_image = sum(math.prod(shape) for shape in manifest.arrays.values())
+    n_bytes = manifest.n_ok * numbers_per_image * np.dtype(manifest.dtype).itemsize
     return PartPlan(
         data=part[0],
         part=_title(part, entry),
@@ -141,7 +141,7 @@ def _by_catalogue(part: Part, entry: Data) -> PartPlan:
 
 
 def _expected(part: Part, entry: Data, images: int | None, counted: str) -> PartPlan:
-    """A part that is to be embedded, with what that will take."""
+    """Plan for a part that is still to be embedded."""
     numbers = _numbers_of_an_image(part, entry)
     return PartPlan(
         data=part[0],
@@ -155,7 +155,7 @@ def _expected(part: Part, entry: Data, images: int | None, counted: str) -> Part
 
 
 def _numbers_of_an_image(part: Part, entry: Data) -> int | None:
-    """Numbers to store of an image; None where the model's widths are not known."""
+    """How many numbers are stored per image; None if the model's widths are unknown."""
     widths = _widths(entry.backbone)
     if widths is None:
         return None
@@ -171,7 +171,7 @@ def _numbers_of_an_image(part: Part, entry: Data) -> int | None:
 
 
 def _widths(backbone: str) -> tuple[int, int] | None:
-    """Widths of a model's embeddings and features."""
+    """Widths of a model's embeddings and features; None if unknown."""
     named = BACKBONES.get(backbone)
     if isinstance(named, NamedBackbone):
         return named.embed_dim, named.feature_dim
@@ -182,14 +182,14 @@ def _widths(backbone: str) -> tuple[int, int] | None:
 
 
 def _title(part: Part, entry: Data) -> str:
-    """The part; captions are in one store for all roles."""
+    """Name of the part: its role; for captions "pairs", since one store holds all roles."""
     if entry.captions:
         return "pairs"
     return part[1]
 
 
 def _catalogued(entry: Data, role: Role) -> int | None:
-    """Number of images by the catalogue."""
+    """Number of images of a role according to the catalogue; None if it does not tell."""
     if entry.dataset is None:
         return None
     if entry.shards is not None:
@@ -209,7 +209,7 @@ def _catalogued(entry: Data, role: Role) -> int | None:
 
 
 def describe(plans: Sequence[StudyPlan]) -> str:
-    """The plans as text: a table of embeddings and one of cells for each, then the sums."""
+    """The plans as text: for each its embeddings, cells and runs, then the totals."""
     bytes_of: dict[tuple[str, str, str], int] = {}
     runs = 0
     for study in plans:
@@ -234,7 +234,7 @@ def _describe_study(study: StudyPlan) -> str:
         if part.problem:
             problems.append(f"{part.data} ({part.part}) cannot be read: {part.problem}")
     n_cells = Counter(f"{cell['data']}/{cell['setting']}" for cell in study.listed)
-    cells = ", ".join(f"{place} {n}" for place, n in n_cells.items())
+    cells = ", ".join(f"{data_and_setting} {n}" for data_and_setting, n in n_cells.items())
     return "\n".join(
         [
             f"{study.name}: {study.title}",
@@ -247,7 +247,7 @@ def _describe_study(study: StudyPlan) -> str:
 
 
 def _count(part: PartPlan) -> str:
-    """The number of images; a star marks that of the catalogue."""
+    """The number of images as text; a star marks a number from the catalogue."""
     if part.images is None:
         return "?"
     if part.counted == "catalogue":

@@ -1,4 +1,4 @@
-"""From views to exhibits: a table or a figure each."""
+"""Turns each view of a study into an exhibit, a table or a figure."""
 
 from __future__ import annotations
 
@@ -40,21 +40,21 @@ if TYPE_CHECKING:
     from vilu.report.style import Figure
 
 
-Draw = Callable[[], "Figure"]  # makes a figure
+Draw = Callable[[], "Figure"]  # draws and returns a figure
 
 
 @dataclass(frozen=True)
 class Exhibit:
-    """What a view shows."""
+    """The table and the figure of a view."""
 
     name: str
     title: str
-    body: Sheet | str  # the table, or the numbers behind the figure; or a text
-    draw: Draw | None = None  # None where there is no figure
+    body: Sheet | str  # the table, or the numbers behind the figure; text for a ranking
+    draw: Draw | None = None  # draws the figure; None if there is none
 
 
 def exhibit(board: Board, view: AnyView, root: Path) -> Exhibit:
-    """What a view shows of a board."""
+    """The exhibit of a view; ``root`` is the run folder that holds the files of the cells."""
     match view:
         case TableView():
             return Exhibit(view.name, view.title, table_sheet(board, view))
@@ -76,10 +76,10 @@ def _curves(board: Board, view: CurveView) -> tuple[Sheet, Draw]:
 
     points = view.along(board.config, view.x)
 
-    def place(key: Key) -> float | None:
+    def x_of(key: Key) -> float | None:
         return points[getattr(key, view.x)].x
 
-    panels = _panels(board, view, place, view.panel, view.line)
+    panels = _panels(board, view, x_of, view.panel, view.line)
     sheet = table_sheet(board, view.as_table((view.panel, view.line), (view.x, "metric")))
     return sheet, partial(curves, panels, view.x_label, log=view.log, names=view.ticks)
 
@@ -100,7 +100,7 @@ def _scatter(board: Board, view: ScatterView) -> tuple[Sheet, Draw]:
 
 @dataclass(frozen=True)
 class _Point:
-    """A number at its place on the axis of a figure."""
+    """A number of a figure, with its x coordinate."""
 
     key: Key
     x: float
@@ -110,17 +110,21 @@ class _Point:
 def _panels(
     board: Board,
     view: CurveView | ScatterView,
-    place: Callable[[Key], float | None],
+    x_of: Callable[[Key], float | None],
     panel: str,
     line: str,
 ) -> list[Panel]:
-    """Panels by what ``panel`` names and by metric, their lines by what ``line`` names."""
+    """The panels of a figure, one for each value of the field ``panel`` and each metric.
+
+    A panel has a line for each value of the field ``line``. ``x_of`` returns the x coordinate of a
+    number, or None to leave the number out.
+    """
     from vilu.report.figures import Panel
 
-    # points by panel (its label and its metric), then by the label of their line
+    # points by panel (value of ``panel``, metric), then by line (value of ``line``)
     groups: dict[tuple[str, str], dict[str, list[_Point]]] = {}
     for key, mean in measured_of(board, view).items():
-        x = place(key)
+        x = x_of(key)
         if x is None or not all(part.results for part in mean.parts):
             continue
         lines = groups.setdefault((getattr(key, panel), key.metric), {})
@@ -176,7 +180,7 @@ def _histograms(board: Board, view: HistogramView, root: Path) -> tuple[Sheet, D
 
 
 def _score_files(board: Board, view: HistogramView, root: Path) -> dict[str, Path]:
-    """The scores of the first seed, by the title of the panel that shows them."""
+    """Files with the scores of the first seed, by title of the panel that shows them."""
     entrants = {}
     for key, entrant in chosen(board, view).items():
         if entrant.results and key.metric == view.metrics[0]:
@@ -196,8 +200,8 @@ Pair = tuple[str, str]  # values of the two parameters of a grid
 
 
 @dataclass(frozen=True)
-class _Field:
-    """The methods of a data set by their values of two parameters, and the chosen values."""
+class _DataGrid:
+    """The methods of a data set by their values of two parameters, and the best pair of values."""
 
     data: str
     methods: dict[Pair, str]
@@ -205,26 +209,29 @@ class _Field:
 
 
 def _grid(board: Board, view: GridView) -> tuple[Sheet, Draw]:
-    """Data sets without a result are left out; the notes tell why."""
+    """Sheet and figure of a grid view.
+
+    Data sets without a result are left out, and a note says why.
+    """
     entrants = chosen(board, view)
-    fields = []
+    data_grids = []
     for data in dict.fromkeys(key.data for key in entrants):
-        field = _field(board, view, data)
-        if field is not None:
-            fields.append(field)
-    if not fields:
+        data_grid = _data_grid(board, view, data)
+        if data_grid is not None:
+            data_grids.append(data_grid)
+    if not data_grids:
         parameters = " and ".join(view.parameters)
         raise DataError(f"the view {view.name} has nothing to show: no result with {parameters}.")
-    sheet = _grid_sheet(board, view, fields, entrants.values())
-    return sheet, partial(_draw, board, view, fields)
+    sheet = _grid_sheet(board, view, data_grids, entrants.values())
+    return sheet, partial(_draw, board, view, data_grids)
 
 
-def _field(board: Board, view: GridView, data: str) -> _Field | None:
-    """The methods of a data set that have both parameters; None where none has a result."""
+def _data_grid(board: Board, view: GridView, data: str) -> _DataGrid | None:
+    """The methods of a data set that set both parameters; None if none of them has a result."""
     best = view.metrics[0]
     sign = 1 if METRICS[best].higher_is_better else -1
     methods: dict[Pair, str] = {}
-    merits: dict[Pair, float] = {}  # the highest is chosen
+    merits: dict[Pair, float] = {}  # the pair with the highest merit is chosen
     for label in view.along(board.config, "method"):
         entrant = board.find(label, data, view.select_on)
         pair = _pair_of(board, view, label)
@@ -233,11 +240,11 @@ def _field(board: Board, view: GridView, data: str) -> _Field | None:
             merits[pair] = sign * entrant.quantity(best).value
     if not merits:
         return None
-    return _Field(data, methods, max(merits, key=merits.__getitem__))
+    return _DataGrid(data, methods, max(merits, key=merits.__getitem__))
 
 
 def _pair_of(board: Board, view: GridView, label: str) -> Pair | None:
-    """A method's values of the two parameters; None where it does not set both."""
+    """A method's values of the two parameters; None if it does not set both."""
     params = board.config.entries[label].params
     row_value, column_value = (params.get(name) for name in view.parameters)
     if row_value is None or column_value is None:
@@ -246,21 +253,24 @@ def _pair_of(board: Board, view: GridView, label: str) -> Pair | None:
 
 
 def _grid_sheet(
-    board: Board, view: GridView, fields: list[_Field], entrants: Iterable[Entrant]
+    board: Board, view: GridView, data_grids: list[_DataGrid], entrants: Iterable[Entrant]
 ) -> Sheet:
-    """A row for every pair of values, marked where it is chosen; columns for both settings."""
+    """A sheet with a row for every pair of values and columns for both settings.
+
+    The chosen pair of every data set is marked.
+    """
     config = board.config
     columns = list(itertools.product((view.select_on, view.report_on), view.metrics))
     rows: list[tuple[str, ...]] = []
     cells = {}
-    for field in fields:
-        for pair, method in field.methods.items():
-            for column, place in enumerate(columns):
-                shown = _grid_cell(board, field.data, method, place)
+    for data_grid in data_grids:
+        for pair, method in data_grid.methods.items():
+            for column, (setting, metric) in enumerate(columns):
+                shown = _grid_cell(board, Key(method, data_grid.data, setting, metric))
                 if shown is not None:
                     cells[len(rows), column] = shown
-            choice = "chosen" if pair == field.chosen else ""
-            rows.append((title_of(config, "data", field.data), *pair, choice))
+            choice = "chosen" if pair == data_grid.chosen else ""
+            rows.append((title_of(config, "data", data_grid.data), *pair, choice))
     column_titles = []
     for setting, metric in columns:
         column_titles.append((title_of(config, "setting", setting), METRICS[metric].title))
@@ -279,41 +289,40 @@ def _grid_sheet(
     )
 
 
-def _grid_cell(board: Board, data: str, method: str, place: tuple[str, str]) -> Shown | None:
-    """A method's number in a setting by a metric; None where it has no result."""
-    setting, metric = place
-    entrant = board.find(method, data, setting)
+def _grid_cell(board: Board, key: Key) -> Shown | None:
+    """The number of a key; None if the method has no result on the data set in the setting."""
+    entrant = board.find(key.method, key.data, key.setting)
     if entrant is None:
         return None
-    return show(board.config, Key(method, data, setting, metric), Mean((entrant,)))
+    return show(board.config, key, Mean((entrant,)))
 
 
-def _draw(board: Board, view: GridView, fields: list[_Field]) -> Figure:
+def _draw(board: Board, view: GridView, data_grids: list[_DataGrid]) -> Figure:
     from vilu.report.figures import grids
 
     panels = []
-    for field in fields:
+    for data_grid in data_grids:
         for setting in (view.select_on, view.report_on):
-            panels.append(_grid_panel(board, view, field, setting))
+            panels.append(_grid_panel(board, view, data_grid, setting))
     return grids(panels, *view.parameters)
 
 
-def _grid_panel(board: Board, view: GridView, field: _Field, setting: str) -> Grid:
-    """The means of a data set in one setting, by the two parameters."""
+def _grid_panel(board: Board, view: GridView, data_grid: _DataGrid, setting: str) -> Grid:
+    """The panel of a data set in one setting: means by the values of the two parameters."""
     from vilu.report.figures import Grid
 
     best = view.metrics[0]
-    rows = list(dict.fromkeys(row_value for row_value, _ in field.methods))
-    columns = list(dict.fromkeys(column_value for _, column_value in field.methods))
+    rows = list(dict.fromkeys(row_value for row_value, _ in data_grid.methods))
+    columns = list(dict.fromkeys(column_value for _, column_value in data_grid.methods))
     means = {}
-    for (row_value, column_value), method in field.methods.items():
-        entrant = board.find(method, field.data, setting)
+    for (row_value, column_value), method in data_grid.methods.items():
+        entrant = board.find(method, data_grid.data, setting)
         if entrant is not None:
-            place = rows.index(row_value), columns.index(column_value)
-            means[place] = entrant.quantity(best).value
-    row_chosen, column_chosen = field.chosen
-    place_chosen = rows.index(row_chosen), columns.index(column_chosen)
-    data_title = title_of(board.config, "data", field.data)
+            row_and_column = rows.index(row_value), columns.index(column_value)
+            means[row_and_column] = entrant.quantity(best).value
+    chosen_row, chosen_column = data_grid.chosen
+    chosen_cell = rows.index(chosen_row), columns.index(chosen_column)
+    data_title = title_of(board.config, "data", data_grid.data)
     setting_title = title_of(board.config, "setting", setting)
     title = f"{data_title}, {setting_title}: {METRICS[best].title}"
-    return Grid(title, rows, columns, means, place_chosen)
+    return Grid(title, rows, columns, means, chosen_cell)

@@ -1,4 +1,4 @@
-"""What decides the result of a cell: parameters, data and code."""
+"""Everything that decides the result of a cell: parameters, data and code."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from vilu_bench.studies.fit import predictor_of
 
 SOURCES = Path(__file__).parents[2]
 LISTS = frozenset({"vilu.predictors", "vilu.registry"})
-"""They name every method; what a method takes from them is in its own modules."""
+"""Modules left out of the hash, because they import every method.
+
+What a method uses from them is in modules that are hashed for the method.
+"""
 
 SHARED = (
     "vilu.outcomes.evaluate",
@@ -28,15 +31,15 @@ SHARED = (
     "vilu_bench.studies.result",
     "vilu.embeddings.source",
 )
-"""What decides every result beside the method."""
+"""Modules that decide the result of every method."""
 
 
 @cache
 def code_digest(*modules: str) -> str:
-    """Hash of modules, ``SHARED``, and all that they import at module level from vilu.
+    """Hash of modules, of ``SHARED``, and of all modules of vilu that they import at module level.
 
-    Comments do not count. Of a module outside vilu, what it imports from its own package counts as
-    well.
+    For a module outside vilu, the modules that it imports from its own package are hashed as well.
+    Comments and docstrings do not change the hash.
     """
     for name in modules:
         if _file(name) is None:
@@ -51,7 +54,7 @@ def code_digest(*modules: str) -> str:
         if name in hashes or name in LISTS:
             continue
         file = _file(name)
-        if file is not None:  # otherwise the name is of something in a module
+        if file is not None:  # otherwise the name is no module, but a name imported from a module
             hashes[name], imported = _read(name, file)
             waiting += imported
     return digest(sorted(hashes.items()))
@@ -59,17 +62,17 @@ def code_digest(*modules: str) -> str:
 
 @cache
 def _read(module: str, file: Path) -> tuple[str, tuple[str, ...]]:
-    """Hash of a module's code, and what it may import from vilu or from its own package."""
+    """Hash of a module's code, and the names that it imports from vilu or from its own package."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     own_package = module.partition(".")[0]
     ours = ("vilu.", f"{own_package}.")
     imported = [name for name in _imported(tree, module, file) if name.startswith(ours)]
     _remove_docstrings(tree)
-    return digest(ast.unparse(tree)), tuple(imported)  # what is unparsed has no comments
+    return digest(ast.unparse(tree)), tuple(imported)  # unparsed code has no comments
 
 
 def _imported(tree: ast.Module, module: str, file: Path) -> list[str]:
-    """Names that a module imports at its top level, as modules or out of modules."""
+    """Names that a module imports at its top level: of modules, and of things in modules."""
     package = module if file.name == "__init__.py" else module.rpartition(".")[0]
     names = []
     for node in tree.body:
@@ -100,15 +103,15 @@ def _is_docstring(statement: ast.stmt) -> bool:
 
 
 def _file(module: str) -> Path | None:
-    """The source of a module of vilu, or of a loaded one outside; None where there is no module."""
+    """The source file of a module of vilu, or of a loaded module outside; None if not found."""
     top, *steps = module.split(".")
     if top not in {"vilu", "vilu_bench"}:
         source = getattr(sys.modules.get(module), "__file__", None)
         if source is None:
             return None
         return Path(source)
-    place = SOURCES.joinpath(top, *steps)
-    for path in (place.with_suffix(".py"), place / "__init__.py"):
+    stem = SOURCES.joinpath(top, *steps)
+    for path in (stem.with_suffix(".py"), stem / "__init__.py"):
         if path.is_file():
             return path
     return None
@@ -137,7 +140,10 @@ def decided_by(bench: Workbench, cell: Cell) -> dict[str, object]:
 
 
 def code_of(config: Config, cell: Cell) -> str:
-    """Hash of the code that decides the result of a cell; one of another hash is of older code."""
+    """Hash of the code that decides the result of a cell.
+
+    A result with another hash was made by older code.
+    """
     origin = origin_of(config, cell)
     modules = [*predictor_of(config, cell).modules]
     if origin.start is not None:
@@ -160,7 +166,7 @@ def _home_of_metric(name: str) -> str:
 
 
 def _division(bench: Workbench, seed: int | None, data: Sequence[str]) -> dict[str, object]:
-    """Which rows are fitted on and which tested on; nothing where all are two sets."""
+    """The facts that divide a set of rows into training and test rows; empty without division."""
     if seed is None:
         return {}
     shares = [bench.config.data[name].fit_share for name in data]
@@ -168,7 +174,7 @@ def _division(bench: Workbench, seed: int | None, data: Sequence[str]) -> dict[s
 
 
 def _rows_of(bench: Workbench, origin: Origin) -> dict[str, object]:
-    """Names the rows of a fit, and of the fit that it begins from."""
+    """The facts that decide the rows of a fit, and of the earlier fit that it starts from."""
     validation = None
     if selects(origin) and bench.config.data[origin.train[0]].validation is not None:
         validation = bench.fingerprint(origin.train[0], "validation")

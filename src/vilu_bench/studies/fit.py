@@ -1,4 +1,4 @@
-"""One fit of a cell."""
+"""Fits the predictor of a cell."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from vilu_bench.studies.data import Workbench, differs_in_preprocessing
 from vilu_bench.studies.result import Refusal
 
 REFUSALS = (UsageError, DataError, ProvenanceError)
-"""How a method says that it does not work on what it is given; anything else is a fault."""
+"""Exceptions by which a method refuses its data or settings; any other exception is a bug."""
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """A fit, or its refusal, with what it said."""
+    """A fit or its refusal, with the warnings."""
 
-    predictor: FailurePredictor  # ready to score, unless refused
+    predictor: FailurePredictor  # ready to score, unless ``refused`` is set
     refused: Refusal | None = None  # why there was no fit
     n_train: int | None = None  # rows in the training set; None where nothing is fitted
-    seconds: float | None = None  # of fitting, without the fit that it began from
-    warnings: tuple[str, ...] = ()  # of fitting
+    seconds: float | None = None  # time of this fit, without the earlier fit that it starts from
+    warnings: tuple[str, ...] = ()  # warnings of the fit
 
 
 def predictor_of(config: Config, cell: Cell) -> FailurePredictor:
-    """The unfitted predictor of a cell; one that does not depend on the seed has seed 0."""
+    """The unfitted predictor of a cell; a predictor that ignores the seed gets seed 0."""
     seed = 0
     if config.depends_on_seed(cell.method):
         seed = cell.seed
@@ -45,7 +45,10 @@ def predictor_of(config: Config, cell: Cell) -> FailurePredictor:
 
 
 def fit(bench: Workbench, cell: Cell, origin: Origin, fits: dict[Origin, Fitted]) -> Fitted:
-    """The predictor of a cell, fitted where it needs that; ``fits`` holds earlier fits."""
+    """The predictor of a cell, fitted if it needs a fit.
+
+    ``fits`` caches the fits of earlier cells by origin; new fits are added to it.
+    """
     if not origin.train:
         return Fitted(predictor_of(bench.config, cell))
     if origin not in fits:
@@ -84,10 +87,12 @@ def _fit(bench: Workbench, cell: Cell, origin: Origin, start: Fitted | None) -> 
 def _continued(
     fitted: FailurePredictor, origin: Origin, train: EmbeddingSource
 ) -> FailurePredictor:
-    """A predictor that begins with the weights of a fitted one."""
+    """An unfitted predictor whose training starts from the weights of a fitted predictor."""
     moves = origin.across_preprocessing and differs_in_preprocessing(fitted.space_, train.space)
     if moves:
-        fitted = copy.copy(fitted)  # a fit at another picture size
+        # The earlier fit used another picture size. The copy takes the space of the new training
+        # rows, which would be refused otherwise.
+        fitted = copy.copy(fitted)
         fitted.space_ = train.space
     return initialise(type(fitted), fitted)
 
@@ -95,7 +100,7 @@ def _continued(
 def _trained_for(
     config: Config, label: str, predictor: FailurePredictor, train: EmbeddingSource
 ) -> FailurePredictor:
-    """The predictor with the number of epochs that ``steps`` means on these rows."""
+    """The predictor with ``steps`` of its entry, if set, turned into a number of epochs."""
     if config.entries[label].steps is None:
         return predictor
     values: dict[str, Any] = {name: getattr(predictor, name) for name in parameters(predictor)}
@@ -105,13 +110,16 @@ def _trained_for(
 
 
 def refusal(error: Exception) -> Refusal:
-    """A refusal as it is kept."""
+    """The refusal that records an exception."""
     return Refusal(error=type(error).__name__, reason=str(error))
 
 
 @contextmanager
 def collected_warnings() -> Iterator[list[str]]:
-    """Distinct texts of a block's warnings, which are not shown; complete when the block ends."""
+    """Collect the distinct warnings of a block, which are not shown, in a list.
+
+    The list is filled when the block ends.
+    """
     texts: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

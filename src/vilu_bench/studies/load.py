@@ -1,4 +1,4 @@
-"""Reading the file of a study, with what it includes."""
+"""Reads the file of a study, with the file that it includes."""
 
 from __future__ import annotations
 
@@ -17,21 +17,25 @@ from vilu_bench.studies.config import AnySetting, Config, Method, Union
 from vilu_bench.studies.parts import ROLES, Data
 
 CONFIGS: Final = Path(__file__).resolve().parents[1] / "configs"
-"""The studies that come along. GROUP.toml is what those in the folder GROUP have in common."""
+"""Folder of the studies that ship with vilu.
 
-TABLES = ("data", "settings", "methods")  # what can be taken from an included file, entry by entry
+GROUP.toml is included by the studies in the folder GROUP.
+"""
+
+TABLES = ("data", "settings", "methods")  # tables whose entries ``[use]`` can select
 
 
 def load_config(path: Path) -> Config:
-    """Read and check a benchmark file; its name is that of the file unless it says another."""
+    """Read and check a benchmark file; the default name of the benchmark is the file's name."""
     return parse_config({"name": path.stem, **_with_included(_read(path), path)}, path.name)
 
 
 def load_configs(names: Sequence[Path | str]) -> list[Config]:
-    """Read and check several benchmarks, by path or by name as ``find_studies`` has it.
+    """Read and check several benchmarks, given as ``find_studies`` takes them.
 
     Raises:
-        UsageError: If there is no such file or study, what it says is wrong, or two have one name.
+        UsageError: If a file or study does not exist, its content is invalid, or two benchmarks
+            have the same name.
     """
     paths: list[Path] = []
     for name in names:
@@ -47,7 +51,7 @@ def load_configs(names: Sequence[Path | str]) -> list[Config]:
 
 
 def study_names() -> list[str]:
-    """The studies that come along, as "GROUP/NAME" or "NAME"."""
+    """The studies that ship with vilu, as "GROUP/NAME" or "NAME"."""
     names = []
     for path in sorted(CONFIGS.rglob("*.toml")):
         study = path.with_suffix("")
@@ -57,10 +61,9 @@ def study_names() -> list[str]:
 
 
 def find_studies(name: Path | str) -> list[Path]:
-    """The files that a name stands for.
+    """The files of a path, of a study that ships with vilu ("here/main"), or of a group ("here").
 
-    It is the path of a file, or a study that comes along ("here/main"), or a group of these
-    ("here"). A file goes before a study of its name.
+    If there is both a file and a study of this name, it is the file.
     """
     path = Path(name)
     if path.exists() and not path.is_dir():
@@ -94,11 +97,11 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _with_included(content: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The content of a file with what it takes from the one that it includes.
+    """The content of a file, merged with the content of the file that it includes.
 
-    ``include`` names a file beside it, whose keys hold unless the including file gives them itself;
-    of its tables (``data``, ``settings``, ``methods``) those entries hold that ``[use]`` lists, or
-    all of a table that it does not.
+    ``include`` names a file in the same folder. The including file overrides its keys, and its
+    tables (``data``, ``settings``, ``methods``) entry by entry. If ``[use]`` lists entries of a
+    table, only these are taken from the included file; of other tables, all entries are taken.
     """
     name = content.pop("include", None)
     use = content.pop("use", {})
@@ -141,7 +144,7 @@ def _holds_lists(use: object) -> bool:
 def _used(
     entries: Mapping[str, Any], names: Sequence[object], where: str, table: str
 ) -> dict[str, Any]:
-    """Those entries of an included table that are named."""
+    """The entries of an included table that are listed in ``names``."""
     used = {}
     for name in names:
         if not isinstance(name, str) or name not in entries:
@@ -152,7 +155,7 @@ def _used(
 
 
 def parse_config(content: Mapping[str, Any], name: str = "the benchmark") -> Config:
-    """A benchmark from plain tables; ``name`` is for the messages."""
+    """Make a benchmark from plain tables; error messages begin with ``name``."""
     try:
         config = Config.model_validate(content)
     except ValidationError as error:
@@ -166,11 +169,11 @@ def parse_config(content: Mapping[str, Any], name: str = "the benchmark") -> Con
 
 
 def _explain(error: ValidationError) -> str:
-    """The first finding of pydantic, with the keys that lead to it as they stand in the file."""
+    """Text of the first error of pydantic, with the path of keys in the file that leads to it."""
     first = error.errors(include_url=False, include_context=False)[0]
     steps = [str(step) for step in first["loc"] if step != "[key]"]
     if steps[:1] in (["settings"], ["views"], ["claims"]):
-        del steps[2:3]  # the kind, which is no key on the way
+        del steps[2:3]  # the kind of the setting, view or claim, which is no key of the path
     reason = first["msg"].removeprefix("Value error, ")
     if not reason.endswith(("?", ".")):
         reason += "."
@@ -179,7 +182,7 @@ def _explain(error: ValidationError) -> str:
     return f", {'.'.join(steps)}: {reason}"
 
 
-# the most of each in a benchmark that is shrunk
+# upper limits in a shrunk benchmark
 SEEDS = 1
 RESAMPLES = 50
 IMAGES = 120
@@ -190,7 +193,7 @@ POOL = 4
 
 
 def shrink(config: Config) -> Config:
-    """A benchmark of few images, prompts, seeds and epochs; all data, settings and methods stay."""
+    """A copy with few images, prompts, seeds and epochs; data sets, settings and methods stay."""
     content: dict[str, Any] = {name: getattr(config, name) for name in Config.model_fields}
     content["seeds"] = min(config.seeds, SEEDS)
     content["resamples"] = min(config.resamples, RESAMPLES)
@@ -205,7 +208,10 @@ def shrink(config: Config) -> Config:
 
 
 def _small(entry: Data) -> Data:
-    """Few images (or one tar file), views and prompts; the compact model sees smaller pictures."""
+    """A data set cut to few images (or one tar file), views and prompts.
+
+    The compact model gets pictures of 64 x 64 pixels.
+    """
     limits = [IMAGES]
     for role in ROLES:
         limit = entry.limit_of(role)

@@ -1,4 +1,4 @@
-"""The parts of a benchmark: names, and data sets."""
+"""Names and data sets as a benchmark file describes them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vilu.errors import nearest
 from vilu_bench.known_datasets.shift import KINDS, SEVERITIES
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
-"""Of a data set, a setting or a method; it becomes a part of file names."""
+"""Name of a data set, a setting or a method; it is used in file names."""
 Names = tuple[str, ...]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -22,7 +22,7 @@ RANKED_BY = ("auroc", "fpr95")  # metrics that get intervals; methods are ranked
 
 
 def require_known(what: str, names: Iterable[str], known: Collection[str]) -> None:
-    """Refuse an unknown name with a ValueError that names the nearest, or all."""
+    """Raise a ValueError for an unknown name; it suggests the nearest known name, or lists all."""
     for name in names:
         if name not in known:
             hint = nearest(str(name), known) or f" There are: {', '.join(known)}"
@@ -30,7 +30,7 @@ def require_known(what: str, names: Iterable[str], known: Collection[str]) -> No
 
 
 class Section(BaseModel):
-    """Immutable; names the nearest key where one is unknown."""
+    """Immutable table of a benchmark file; the error for an unknown key suggests the nearest."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -43,7 +43,10 @@ class Section(BaseModel):
 
 
 class StorePaths(Section):
-    """Folders that ``vilu embed`` wrote, below the data folder; of captions one for all roles."""
+    """Folders that ``vilu embed`` wrote, below the data folder, by role.
+
+    For captions all roles name the same folder.
+    """
 
     train: str
     test: str
@@ -51,9 +54,9 @@ class StorePaths(Section):
 
 
 class Shift(Section):
-    """What is done to every picture before the model sees it (``known_datasets.shift``)."""
+    """Damage done to every picture before it is embedded (``known_datasets.shift``)."""
 
-    # which ways; every picture gets one of them
+    # kinds of damage; every picture gets one of them
     kinds: Names = tuple(kind for kind in KINDS if kind != "low_resolution")
     severity: Annotated[int, Field(ge=1, le=SEVERITIES)] = 3
 
@@ -65,7 +68,7 @@ class Shift(Section):
 
 
 class Limits(Section):
-    """Only so many images of a role, evenly spaced; None: all."""
+    """Maximum number of images of a role, taken evenly spaced; None: all images."""
 
     train: Count | None = None
     validation: Count | None = None
@@ -77,47 +80,48 @@ class Data(Section):
 
     # file or folder of images below the data folder; ``package:NAME`` ships with vilu
     source: str | None = None
-    # A known data set (``vilu datasets list``); ``source`` is then where it lies, by default
-    # anywhere in the data folder
+    # Name of a known data set (``vilu datasets list``). ``source`` is then its folder; by default
+    # it is searched for in the data folder
     dataset: str | None = None
-    # ready-made stores, in place of ``source`` and all that belongs to it
+    # ready-made stores, in place of ``source`` and the keys that describe how to embed it
     stores: StorePaths | None = None
-    # stores of the same images, and of more, by a second model, for methods that take two
+    # stores of the same images from a second model, for methods that need two models; they may hold
+    # more images
     second: StorePaths | None = None
     backbone: str = "compact"
-    # names for the prompts, in label order; by default those of the data set
+    # class names for the prompts, in label order; by default the names that the data set has
     classes: Names | None = None
-    # whether a known data set's names go into the prompts as they are, underscores and all
+    # whether the class names of a known data set are used in prompts unchanged, with underscores
     raw_names: bool = False
-    # only rows of a table that hold these values, by column
+    # by column of a table, the value that a row must have to be used
     where: dict[str, str] = Field(default_factory=dict)
-    # whether images have captions instead of classes. Then there is one store, the roles are folds
-    # of its captions ("train", "validation", "test"), and each image is matched against those of
-    # its pool
+    # whether images have captions instead of classes. There is then one store. The roles are folds
+    # of its captions ("train", "validation", "test"), and each image is matched with the captions
+    # of its pool
     captions: bool = False
-    # captions that an image has to choose from, in training and (unless a setting says so) in
-    # testing
+    # number of captions in a pool, in training and, unless a setting gives another, in testing
     pool_size: Annotated[int, Field(ge=2)] = 1024
-    shift: Shift | None = None  # what is done to every picture first
-    train: str = "train"  # split to fit on; several are joined by ``+``
-    # split to select on; or the share of the training rows that is held out for it, by a hash of
-    # their pictures. None: methods that select hold out rows of their own
+    shift: Shift | None = None  # damage done to every picture before it is embedded
+    train: str = "train"  # split to fit on; several splits are joined by ``+``
+    # split to select epochs and the like on; or the share of the training rows that is held out for
+    # this, by a hash of their pictures. None: a method that selects holds out training rows itself
     validation: str | Share | None = None
     test: str = "test"  # split to test on
-    # where train and test are one set of rows: the share of it to fit on, drawn by the seed; the
-    # others are tested on
+    # where train and test are the same set of rows: the share of it to fit on, drawn by the seed;
+    # the rest is tested on
     fit_share: Share | None = None
     features: bool = True  # whether to store features
-    views: Annotated[int, Field(ge=0)] = 4  # augmented views per test image; 0 for none
-    # prompts to keep apart, or named sets of them, as for ``vilu embed --prompts``
+    views: Annotated[int, Field(ge=0)] = 4  # augmented views per test image
+    # prompts, or names of sets of prompts, to store separately, as ``vilu embed --prompts`` does
     prompts: Names = ("ensemble",)
-    negatives: bool = False  # whether to keep everyday words, as ``vilu embed --negatives`` does
-    limit: Count | Limits | None = None  # only so many images of each split, evenly spaced
-    # of images in tar files, which are not counted before: only those in the first so many files
+    negatives: bool = False  # whether to store everyday words, as ``vilu embed --negatives`` does
+    # maximum number of images of each split, taken evenly spaced
+    limit: Count | Limits | None = None
+    # for tar files, whose images are not counted in advance: number of tar files to read
     shards: Count | None = None
-    title: str | None = None  # for tables and figures, instead of the name
-    x: float | None = None  # where the data set stands on the axis of a curve
-    # what publications call it, where their numbers are to stand beside ours; by default
+    title: str | None = None  # title in tables and figures; by default the name
+    x: float | None = None  # position on the axis of a curve
+    # name of the data set in publications, to show their numbers beside ours; by default
     # ``dataset``
     published: str | None = None
 
@@ -148,7 +152,8 @@ class Data(Section):
             )
         if self.negatives:
             raise ValueError(
-                "captions have no classes, so no image is of none of them: leave negatives out"
+                "negatives are for images of none of the classes, and captions have no classes: "
+                "leave negatives out"
             )
         if self.second is not None:
             raise ValueError("a second model is for classes, not for captions")
@@ -159,7 +164,7 @@ class Data(Section):
             raise ValueError("a ready-made store of captions is taken whole, without limit")
 
     def _is_one_set(self) -> bool:
-        """Whether training and test rows are the same ones, and nothing else is set aside."""
+        """Whether training and test rows are the same set, without validation rows."""
         where = self if self.stores is None else self.stores
         if where.train != where.test:
             return False
@@ -171,11 +176,11 @@ class Data(Section):
 
     @property
     def paper_name(self) -> str | None:
-        """What publications call it."""
+        """Name of the data set in publications."""
         return self.published or self.dataset
 
     def limit_of(self, role: Role) -> int | None:
-        """How many images of a role there are to be; None: all."""
+        """Maximum number of images of a role; None: all images."""
         if isinstance(self.limit, Limits):
             limit: int | None = getattr(self.limit, role)
             return limit

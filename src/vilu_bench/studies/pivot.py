@@ -1,4 +1,4 @@
-"""Results of cells as rows and columns of a table, with their notes."""
+"""Arranges results in the rows and columns of a table, and writes its notes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ REASON_LENGTH = 160
 def notes_of(
     board: Board, view: View, shown: Iterable[Shown], measured: Iterable[Entrant]
 ) -> tuple[str, ...]:
-    """Every note of a table, each once."""
+    """All notes of a table."""
     by_place = {entrant.place: entrant for entrant in measured}
     entrants = list(by_place.values())
     notes = [_interval_note(board.config, view)]
@@ -38,7 +38,7 @@ def notes_of(
 
 
 def _interval_note(config: Config, view: View) -> str:
-    """What the numbers and their brackets are."""
+    """Note on the unit of the numbers and on their intervals."""
     exceptions = but_for(METRICS[name] for name in view.metrics)
     return (
         f"In percent{exceptions}. Brackets: {100 * config.confidence:g} % bootstrap interval "
@@ -48,7 +48,7 @@ def _interval_note(config: Config, view: View) -> str:
 
 
 def _conventions_note(view: View) -> str:
-    """The convention of every metric shown."""
+    """Note on the convention of every metric of the view."""
     conventions = []
     for name in view.metrics:
         metric = METRICS[name]
@@ -57,7 +57,7 @@ def _conventions_note(view: View) -> str:
 
 
 def _rows_note(board: Board, entrants: Iterable[Entrant]) -> str:
-    """Rows and accuracy by data set and setting; settings with the same numbers together."""
+    """Note on the numbers of test rows by data set; settings with equal numbers are joined."""
     settings_of: dict[tuple[str, str], dict[str, None]] = {}  # by data set and its numbers
     for entrant in entrants:
         if entrant.results:
@@ -74,7 +74,7 @@ def _rows_note(board: Board, entrants: Iterable[Entrant]) -> str:
 
 
 def _rows_of(entrant: Entrant) -> str:
-    """The numbers of test rows of an entrant, in words."""
+    """Text with the numbers of test rows and wrong answers of an entrant."""
     return counted_rows(
         occurring("n", [entrant]),
         occurring("n_failures", [entrant]),
@@ -83,12 +83,12 @@ def _rows_of(entrant: Entrant) -> str:
 
 
 def _seeds_note(entrants: Sequence[Entrant]) -> str:
-    """How many different results are behind the means; there is at least one."""
+    """Note on the number of different results behind the means; an entrant must have a result."""
     by_n_runs: dict[int, list[Entrant]] = {}
     able = [entrant for entrant in entrants if entrant.results]
     for entrant in able:
         by_n_runs.setdefault(entrant.n_runs, []).append(entrant)
-    # the number that most entrants have, the first of several such numbers
+    # the most frequent number of results; of equally frequent numbers, the first
     most = max(by_n_runs, key=lambda n_runs: len(by_n_runs[n_runs]))
     intro = "Seeds (different results behind a mean):"
     if len(by_n_runs) == 1:
@@ -102,7 +102,11 @@ def _seeds_note(entrants: Sequence[Entrant]) -> str:
 
 
 def _named(entrants: Sequence[Entrant], everywhere: Sequence[Entrant]) -> str:
-    """Methods of some entrants; data sets and settings follow where a method has further ones."""
+    """Names of the methods of some entrants.
+
+    The data sets and settings follow a name in parentheses if ``everywhere`` has further entrants
+    of the method.
+    """
     cases_of: dict[str, list[str]] = {}
     for entrant in entrants:
         _, data, setting = entrant.place
@@ -120,7 +124,7 @@ def _named(entrants: Sequence[Entrant], everywhere: Sequence[Entrant]) -> str:
 def _published_notes(
     board: Board, entrants: Iterable[Entrant], shown: Iterable[Shown]
 ) -> list[str]:
-    """Where published numbers come from, and how far they are comparable."""
+    """Notes on the sources of published numbers, and on how comparable they are with ours."""
     numbers = [number.published for number in shown if number.published is not None]
     if not numbers:
         return []
@@ -141,7 +145,7 @@ def _published_notes(
 def _differences_of(
     config: Config, entrants: Iterable[Entrant], numbers: Iterable[Published]
 ) -> list[str]:
-    """In what our models and data differ from those of the published numbers."""
+    """Differences between our models and data and those behind the published numbers."""
     entries = {entrant.data: config.data[entrant.data] for entrant in entrants}
     published_models = dict.fromkeys(number.backbone for number in numbers)
     our_models: dict[str, None] = {}
@@ -162,7 +166,7 @@ def _differences_of(
 
 
 def _refusals(entrants: Sequence[Entrant]) -> list[str]:
-    """Why methods have no result, methods with the same reason together."""
+    """Notes on why methods have no result, one for each reason."""
     refused_for: dict[str, list[Entrant]] = {}
     for entrant in entrants:
         if entrant.reason is None:
@@ -177,13 +181,13 @@ def _refusals(entrants: Sequence[Entrant]) -> list[str]:
     return notes
 
 
-MEAN = "mean"  # stands for the data set where there is a mean over several
-ALPHA = 0.05  # from this p-value on two methods are not told apart
+MEAN = "mean"  # data set in the key of a mean over several data sets
+ALPHA = 0.05  # two methods with a p-value of at least this are tied
 
 
 @dataclass(frozen=True)
 class Key:
-    """Where a number belongs."""
+    """Method, data set, setting and metric of a number."""
 
     method: str
     data: str
@@ -191,19 +195,19 @@ class Key:
     metric: str
 
     def of(self, fields: Iterable[str]) -> tuple[str, ...]:
-        """Some of its parts."""
+        """The values of some fields of the key."""
         return tuple(getattr(self, field) for field in fields)
 
 
 def table_sheet(board: Board, view: TableView) -> Sheet:
-    """The sheet of a table."""
+    """The sheet of a table view."""
     config = board.config
     entrants = chosen(board, view)
     measured = measured_of(board, view)
     numbers = {key: show(config, key, mean) for key, mean in measured.items()}
     ranked = _ranked(numbers, measured, view.compete)
-    rows: dict[tuple[str, ...], int] = {}  # numbers of rows by their labels
-    columns: dict[tuple[str, ...], int] = {}
+    rows: dict[tuple[str, ...], int] = {}  # index of a row by its labels
+    columns: dict[tuple[str, ...], int] = {}  # index of a column by its labels
     cells = {}
     for key, number in ranked.items():
         row = rows.setdefault(key.of(view.rows), len(rows))
@@ -222,7 +226,7 @@ def table_sheet(board: Board, view: TableView) -> Sheet:
 
 
 def measured_of(board: Board, view: View) -> dict[Key, Mean]:
-    """What a view shows by its key: every entrant, then the means that it asks for."""
+    """What a view shows, by key: every entrant, then the means over data sets of the view."""
     entrants = chosen(board, view)
     measured = {}
     if not view.means_only:
@@ -238,7 +242,7 @@ def measured_of(board: Board, view: View) -> dict[Key, Mean]:
 
 
 def chosen(board: Board, view: View) -> dict[Key, Entrant]:
-    """Every entrant of a view by its key, in the order of the view; also those without result."""
+    """Every entrant of a view by key, in the view's order; also entrants without a result."""
     config = board.config
     entrants = {}
     for data, setting, method, metric in itertools.product(
@@ -254,7 +258,7 @@ def chosen(board: Board, view: View) -> dict[Key, Entrant]:
 
 
 def show(config: Config, key: Key, mean: Mean) -> Shown:
-    """A number with its interval and the published one."""
+    """A number with its interval and the published number."""
     parts = mean.parts
     published = published_of(config, key, parts)
     for part in parts:
@@ -277,7 +281,7 @@ def show(config: Config, key: Key, mean: Mean) -> Shown:
 
 
 def published_of(config: Config, key: Key, parts: Sequence[Entrant] = ()) -> Published | None:
-    """The published number beside ours; beside a mean, that over as many published data sets."""
+    """The published number beside ours; for a mean, the published mean over as many data sets."""
     if config.study is None:
         return None
     if not config.study.published:
@@ -297,7 +301,10 @@ def published_of(config: Config, key: Key, parts: Sequence[Entrant] = ()) -> Pub
 
 
 def _name_of_mean(config: Config, parts: Sequence[Entrant]) -> str | None:
-    """The name of a mean among published numbers; None unless its data sets are different ones."""
+    """Name of a mean among the published numbers.
+
+    None if a data set has no published name, or if two have the same.
+    """
     names = {config.data[part.data].paper_name for part in parts}
     if None in names:
         return None
@@ -309,23 +316,23 @@ def _name_of_mean(config: Config, parts: Sequence[Entrant]) -> str | None:
 def _ranked(
     shown: Mapping[Key, Shown], measured: Mapping[Key, Mean], compete: Sequence[str]
 ) -> dict[Key, Shown]:
-    """The numbers with their ranks among those that differ in the fields of ``compete`` alone."""
+    """The numbers with ranks; numbers compete if they differ only in the fields ``compete``."""
     ranked = dict(shown)
     for keys in _contests(shown, compete):
         metric = keys[0].metric
         sign = -1 if METRICS[metric].higher_is_better else 1
-        losses = {key: sign * (shown[key].value or 0.0) for key in keys}  # the least is best
-        order = sorted(set(losses.values()))
+        losses = {key: sign * (shown[key].value or 0.0) for key in keys}  # the smallest is best
+        distinct_losses = sorted(set(losses.values()))
         best = min(keys, key=losses.__getitem__)
         for key in keys:
-            place = order.index(losses[key])
-            tied = place > 0 and _is_tied(measured[key], measured[best], metric)
-            ranked[key] = replace(shown[key], rank=_rank(place), tied=tied)
+            n_better = distinct_losses.index(losses[key])
+            tied = n_better > 0 and _is_tied(measured[key], measured[best], metric)
+            ranked[key] = replace(shown[key], rank=_rank(n_better), tied=tied)
     return ranked
 
 
 def _contests(shown: Mapping[Key, Shown], compete: Sequence[str]) -> Iterator[list[Key]]:
-    """Keys of numbers that compete: at least two, that differ in these fields alone."""
+    """Yield groups of at least two keys that differ only in the fields ``compete``."""
     fixed = [field for field in FIELDS if field not in compete]
     groups: dict[tuple[str, ...], list[Key]] = {}
     for key, number in shown.items():
@@ -336,16 +343,17 @@ def _contests(shown: Mapping[Key, Shown], compete: Sequence[str]) -> Iterator[li
             yield keys
 
 
-def _rank(place: int) -> Literal["best", "second"] | None:
-    if place == 0:
+def _rank(n_better: int) -> Literal["best", "second"] | None:
+    """The rank of a number that ``n_better`` different numbers surpass."""
+    if n_better == 0:
         return "best"
-    if place == 1:
+    if n_better == 1:
         return "second"
     return None
 
 
 def _is_tied(mean: Mean, best: Mean, metric: str) -> bool:
-    """Whether the paired bootstrap cannot tell a number from the best."""
+    """Whether the paired bootstrap finds no significant difference from the best."""
     if metric not in RANKED_BY:
         return False
     gap = mean.less(best, metric)
@@ -362,7 +370,7 @@ def _titles(config: Config, fields: Sequence[str], labels: Sequence[str]) -> tup
 
 
 def title_of(config: Config, field: str, label: str) -> str:
-    """What a method, a data set, a setting or a metric is called in a table."""
+    """Title of a method, a data set, a setting or a metric in a table."""
     if field == "metric":
         return METRICS[label].title
     if field == "data" and label == MEAN:

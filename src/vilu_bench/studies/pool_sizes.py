@@ -33,12 +33,20 @@ def over_pool_sizes(
     dataset: str = "pairs",
     n_resamples: int = 1000,
 ) -> ResultTable:
-    """Metrics of every predictor at every pool size: the same pairs against more captions.
+    """Metrics of every predictor at every pool size: the same pairs, with more candidate captions.
 
-    A predictor is fitted once, at whatever size, and not told the size. Sizes for which there are
-    too few pairs are left out with a log message. ``pools`` are the other choices of the pools; its
-    size does not count. The ``draws`` of pools are by seeds from 0, which become those of the rows;
-    their data set reads "NAME, pool SIZE".
+    The predictors are fitted already and score every pool size. A size that exceeds the number of
+    pairs is left out with a log message.
+
+    Args:
+        predictors: Fitted predictors by label.
+        open_pairs: Opens the pairs with given pools.
+        sizes: Pool sizes.
+        pools: All other settings of the pools; its size and seed are replaced.
+        draws: Number of draws of the pools, with the seeds 0 ... draws - 1. A row of the results
+            has the seed of its draw.
+        dataset: Name of the data set; in the results it reads "NAME, pool SIZE".
+        n_resamples: Number of bootstrap resamples.
     """
     require_at_least("draws", draws, 1)
     if pools is None:
@@ -59,7 +67,7 @@ def over_pool_sizes(
 
 
 def _fitting(sizes: Sequence[int], n_pairs: int, dataset: str) -> list[int]:
-    """The pool sizes that so many pairs fill."""
+    """The pool sizes that are at most ``n_pairs``."""
     fitting = [size for size in sizes if size <= n_pairs]
     if not fitting:
         raise DataError(
@@ -72,26 +80,26 @@ def _fitting(sizes: Sequence[int], n_pairs: int, dataset: str) -> list[int]:
 
 
 def size_table(table: ResultTable) -> str:
-    """Methods by pool size: "AUROC / FPR95" in percent, the accuracy of the VLM on top.
+    """Table of methods by pool size: "AUROC / FPR95" in percent, below the VLM's accuracy.
 
-    Of several draws the mean, and the standard deviation over draws of the AUROC.
+    Several draws are averaged; "±" is the standard deviation of the AUROC over draws.
     """
     rows = table.mean_over_seeds().rows
     datasets = dict.fromkeys(row.dataset for row in rows)
     methods = dict.fromkeys(row.method for row in rows)
-    by_place = {(row.method, row.dataset, row.metric): row for row in rows}
+    row_of = {(row.method, row.dataset, row.metric): row for row in rows}
     first_method = next(iter(methods))
     sizes = ["pool size"]
     accuracies = ["VLM accuracy"]
     for dataset in datasets:
         sizes.append((dataset or "").rpartition(" ")[2])
-        accuracies.append(f"{100 * by_place[first_method, dataset, 'auroc'].accuracy:.1f}")
+        accuracies.append(f"{100 * row_of[first_method, dataset, 'auroc'].accuracy:.1f}")
     lines = [sizes, accuracies]
     for method in methods:
         line = [method or ""]
         for dataset in datasets:
-            auroc = by_place[method, dataset, "auroc"]
-            fpr95 = by_place[method, dataset, "fpr95"]
+            auroc = row_of[method, dataset, "auroc"]
+            fpr95 = row_of[method, dataset, "fpr95"]
             line.append(_cell(auroc, fpr95))
         lines.append(line)
     return "\n".join(aligned(lines))

@@ -1,4 +1,4 @@
-"""Methods ranked over data sets, and the table of it."""
+"""Ranks methods on each data set and over all of them, and writes the result as text."""
 
 from __future__ import annotations
 
@@ -21,22 +21,23 @@ REASON_LENGTH = 200
 
 @dataclass(frozen=True)
 class Ranked:
-    """A method on one data set in one setting."""
+    """A method's rank and numbers on one data set in one setting."""
 
     method: str
-    variant: str  # what the method adds to its name after the fit, where it has several kinds
+    variant: str  # suffix of the method's label, such as " (model)"; empty for most methods
     rank: int  # 1 + the number of methods with a higher mean AUROC
-    n_runs: int  # Number of different results behind the means; 1 where seeds make no difference
-    values: dict[str, float | None]  # mean over seeds of every metric, None where it is undefined
-    # of the metrics ``RANKED_BY``: bootstrap over test rows and seeds
+    n_runs: int  # Number of different results behind the means; 1 if seeds make no difference
+    values: dict[str, float | None]  # by metric, the mean over seeds; None if undefined
+    # by metric of ``RANKED_BY``, the bootstrap interval over test rows and seeds
     intervals: dict[str, Interval]
     against: str | None  # the best other method
-    # AUROC less that of ``against``, paired, on the seeds that both have; None where there is none
+    # paired difference: AUROC less the AUROC of ``against``, over their common seeds; None without
+    # another method or a common seed
     gap: Difference | None
     refused_seeds: tuple[int, ...]  # seeds on which the method gave no result
 
     def to_dict(self) -> dict[str, object]:
-        """Plain JSON."""
+        """The fields as plain JSON."""
         content = asdict(self)
         content["intervals"] = {
             name: {"low": ends.ci_low, "high": ends.ci_high}
@@ -58,18 +59,18 @@ class Ranking:
 
     data: str
     setting: str
-    description: str
-    n: tuple[int, ...]  # Numbers of test rows that occur
-    n_failures: tuple[int, ...]  # Numbers of wrong answers that occur
+    description: str  # text of the setting
+    n: tuple[int, ...]  # the different numbers of test rows
+    n_failures: tuple[int, ...]  # the different numbers of wrong answers
     lines: tuple[Ranked, ...]  # methods with a result
-    refused: dict[str, str]  # reasons of the others, by method
-    # AUROC by method, for every seed that all methods of ``lines`` were to run
+    refused: dict[str, str]  # methods without a result, with the reason
+    # by seed that was planned for all methods of ``lines``, their AUROC by method
     contests: dict[int, dict[str, float]]
-    # Numbers of wrong answers for pictures of none of the classes that occur
+    # the different numbers of test rows whose pictures are of none of the classes
     n_outside: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, object]:
-        """Plain JSON."""
+        """The fields as plain JSON."""
         content = dict(vars(self))
         content["lines"] = [line.to_dict() for line in self.lines]
         if not any(self.n_outside):
@@ -79,18 +80,19 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Standing:
-    """A method over all data sets, settings and seeds."""
+    """A method's wins and mean rank over all data sets, settings and seeds."""
 
     method: str
-    wins: float  # contests in which it has the highest AUROC; shared by those that tie
-    # over the contests it took part in; those that tie share the mean of their ranks
+    # number of contests in which the method has the highest AUROC; k methods that tie get 1/k each
+    wins: float
+    # mean rank over the contests of the method; methods that tie get the mean of their ranks
     mean_rank: float
-    contests: int  # how many those are
+    contests: int  # number of contests of the method
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a benchmark found."""
+    """All rankings and results of a benchmark."""
 
     blocks: tuple[Ranking, ...]
     standings: tuple[Standing, ...]
@@ -98,7 +100,7 @@ class Summary:
     results: ResultTable
 
     def to_dict(self) -> dict[str, object]:
-        """Plain JSON, without the single results."""
+        """Rankings and standings as plain JSON, without the table of results."""
         return {
             "blocks": [block.to_dict() for block in self.blocks],
             "standings": [asdict(standing) for standing in self.standings],
@@ -107,7 +109,7 @@ class Summary:
 
 
 def summarise(board: Board) -> Summary:
-    """The summary of a benchmark."""
+    """Summarise the results of a benchmark."""
     blocks = []
     contests: list[Mapping[str, float]] = []
     for (data, setting), entrants in board.blocks().items():
@@ -119,7 +121,7 @@ def summarise(board: Board) -> Summary:
 
 
 def _rows(board: Board) -> list[ResultRow]:
-    """The rows of every data set and setting, those that several seeds share once."""
+    """The result rows of every data set and setting; a result of several seeds is listed once."""
     rows = []
     runs = dict.fromkeys((cell.run, cell.data, cell.setting) for cell in board.cells)
     for run, _, setting in runs:
@@ -129,14 +131,17 @@ def _rows(board: Board) -> list[ResultRow]:
 
 
 def standings(contests: Sequence[Mapping[str, float]]) -> tuple[Standing, ...]:
-    """Wins and mean ranks, the most wins first."""
+    """Wins and mean ranks of all methods, sorted by descending wins.
+
+    A contest gives the AUROC of every method that takes part in it.
+    """
     ranks: dict[str, list[float]] = {}
     wins: dict[str, float] = {}
     for contest in contests:
         values = list(contest.values())
         for method, value in contest.items():
             n_better = sum(rival > value for rival in values)
-            n_equal = values.count(value)  # itself among them
+            n_equal = values.count(value)  # including the method itself
             mean_rank = 1 + n_better + (n_equal - 1) / 2
             ranks.setdefault(method, []).append(mean_rank)
             wins.setdefault(method, 0.0)
@@ -151,6 +156,7 @@ def standings(contests: Sequence[Mapping[str, float]]) -> tuple[Standing, ...]:
 
 
 def _most_wins_first(standing: Standing) -> tuple[float, float, str]:
+    """Sort key: descending wins, then ascending mean rank, then name."""
     return -standing.wins, standing.mean_rank, standing.method
 
 
@@ -177,12 +183,13 @@ def _ranking(board: Board, data: str, setting: str, entrants: Sequence[Entrant])
 
 
 def _best_first(entrant: Entrant) -> tuple[float, float, str]:
+    """Sort key: descending AUROC, then ascending FPR95, then name."""
     auroc, fpr95 = (entrant.mean(metric) or 0.0 for metric in RANKED_BY)
     return -auroc, fpr95, entrant.method
 
 
 def _contests(board: Board, able: Sequence[Entrant]) -> dict[int, dict[str, float]]:
-    """AUROC by method, for every seed that all of these methods were to run."""
+    """AUROC by method, for every seed that was planned for all of these methods."""
     if not able:
         return {}
     seeds = frozenset.intersection(*(board.seeds[entrant.place] for entrant in able))
@@ -197,7 +204,7 @@ def _contests(board: Board, able: Sequence[Entrant]) -> dict[int, dict[str, floa
 
 
 def _ranked(config: Config, entrant: Entrant, able: Sequence[Entrant]) -> Ranked:
-    """A method among those with a result, the best first."""
+    """Rank a method among the methods ``able``, which have a result and are sorted best first."""
     rivals = [rival for rival in able if rival is not entrant]
     against = None
     gap = None
@@ -231,7 +238,7 @@ def _n_better(entrant: Entrant, rivals: Iterable[Entrant]) -> int:
 
 
 def _mean_times(timings: Iterable[Timing]) -> tuple[float | None, float | None]:
-    """Mean seconds of a fit and mean rows scored per second; None where no timing tells."""
+    """Mean seconds of a fit, and mean rows scored per second; None without such a timing."""
     fits = []
     speeds = []
     for timing in timings:
@@ -244,7 +251,7 @@ def _mean_times(timings: Iterable[Timing]) -> tuple[float | None, float | None]:
 
 
 def times_table(board: Board, times: Mapping[Cell, Timing]) -> str:
-    """Mean wall times of fits and speeds of scoring; empty where none is known."""
+    """Table of mean wall times of fits and mean speeds of scoring; "" if ``times`` is empty."""
     if not times:
         return ""
     lines = [["data", "setting", "method", "fit s", "rows/s"]]
@@ -266,7 +273,7 @@ def _times_shown(fit_seconds: float | None, rows_per_second: float | None) -> li
 
 
 def layout(config: Config, summary: Summary) -> str:
-    """Everything, for reading."""
+    """A summary as text: tables by data set and setting, the standings, and notes."""
     parts = [_block_text(config, block) for block in summary.blocks]
     parts.append(_standings(summary))
     parts.append("\n".join(_notes(config)))
@@ -279,7 +286,7 @@ def _block_text(config: Config, block: Ranking) -> str:
     if block.lines:
         numbers = counted_rows(block.n, block.n_failures, block.n_outside)
         lines = [f"{title}: {numbers}", *_block_table(config, block)]
-    methods_of: dict[str, list[str]] = {}  # by the reason why they have no result
+    methods_of: dict[str, list[str]] = {}  # methods without a result, by reason
     for method, reason in block.refused.items():
         methods_of.setdefault(short(reason, REASON_LENGTH), []).append(method)
     for reason, methods in methods_of.items():
@@ -288,7 +295,7 @@ def _block_text(config: Config, block: Ranking) -> str:
 
 
 def _block_table(config: Config, block: Ranking) -> list[str]:
-    """The methods with a result, best first, as aligned lines."""
+    """Aligned lines of a table of the methods with a result, best first."""
     percent = f"[{100 * config.confidence:g} %]"
     heading = ["#", "method", "runs"]
     for name in config.metrics:
@@ -312,7 +319,7 @@ def _line(config: Config, line: Ranked) -> list[str]:
 
 
 def _gap_shown(gap: Difference | None) -> list[str]:
-    """The difference from the best other method in percent, and its p-value."""
+    """Texts of the difference from the best other method, in percent, and of its p-value."""
     if gap is None:
         return [NOTHING, NOTHING]
     interval = f"[{100 * gap.ci_low:+.2f}, {100 * gap.ci_high:+.2f}]"
@@ -330,9 +337,9 @@ def _value(name: str, value: float | None, ends: Interval | None = None) -> str:
 
 
 def _standings(summary: Summary) -> str:
-    """Wins and mean ranks, with the mean AUROC of every data set and setting beside them."""
+    """Table of wins and mean ranks, with the mean AUROC on every data set and setting."""
     heading = ["method", "wins", "mean rank", "contests"]
-    aurocs = []  # by method, of every block
+    aurocs = []  # for every block, the AUROC by method
     for block in summary.blocks:
         heading.append(f"{block.data}/{block.setting}")
         aurocs.append({line.method: line.values[BEST] for line in block.lines})

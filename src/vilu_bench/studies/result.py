@@ -39,15 +39,15 @@ class Refusal(Section):
 
 
 class Timing(Section):
-    """Wall time on one core: in ``log.jsonl`` of the run folder, by the path of the cell."""
+    """Wall times with one thread; ``log.jsonl`` of the run folder has them by path of the cell."""
 
-    fit_seconds: float | None  # of fitting; None where there was none
-    score_seconds: float  # of scoring the test set
-    rows_per_second: float  # of scoring
+    fit_seconds: float | None  # time of the fit; None where nothing was fitted
+    score_seconds: float  # time of scoring the test set
+    rows_per_second: float  # rows scored per second
 
 
 class CellResult(Section):
-    """What came of a cell."""
+    """The result document of a cell."""
 
     schema_version: Literal[2] = SCHEMA_VERSION
     kind: Literal["benchmark cell"] = "benchmark cell"
@@ -57,13 +57,13 @@ class CellResult(Section):
     data: Name
     setting: Name
     seed: int
-    variant: str = ""  # what the method adds to its name after the fit, where it has several kinds
-    test_rows: str  # names the rows that were tested on
+    variant: str = ""  # suffix of the method's label, such as " (model)"; empty for most methods
+    test_rows: str  # hash that names the rows tested on
     n_train: int | None = None  # rows in the training set; None where nothing was fitted
     results: tuple[ResultRow, ...] = ()  # A row per metric; ``split`` is the setting
-    refused: Refusal | None = None  # why there are none
-    warnings: tuple[str, ...] = ()  # what the method warned of
-    # SHA-256 of the files beside this one, by suffix
+    refused: Refusal | None = None  # why there are no results
+    warnings: tuple[str, ...] = ()  # warnings of the fit and of scoring
+    # by suffix, SHA-256 of the other files of the cell, which lie beside this document
     files: dict[Suffix, str] = Field(default_factory=dict)
 
     @field_serializer("results")
@@ -71,7 +71,7 @@ class CellResult(Section):
         return ResultTable(results).to_dicts()
 
     def value(self, metric: str) -> float | None:
-        """A metric; None where it is undefined, or the cell was refused."""
+        """The value of a metric; None if it is undefined or the cell was refused."""
         for row in self.results:
             if row.metric == metric:
                 return row.value
@@ -80,7 +80,10 @@ class CellResult(Section):
     def save(
         self, root: Path, outcomes: Outcomes | None = None, bootstrap: Floats | None = None
     ) -> None:
-        """Write everything, this document last: the cell is finished if and only if it is there."""
+        """Write the files of the cell; a cell is finished exactly when this document exists.
+
+        The document is therefore written last.
+        """
         path = root / self.cell.path
         make_folder(path.parent)
         files: dict[Suffix, str] = {}
@@ -93,15 +96,15 @@ class CellResult(Section):
 
     @property
     def cell(self) -> Cell:
-        """What it is the result of."""
+        """The cell of this result."""
         return Cell(self.method, self.data, self.setting, self.seed)
 
 
 def load_result(root: Path, cell: Cell, fingerprint: str) -> CellResult | None:
-    """The result of a cell, if it is there, whole, and made from what the fingerprint names.
+    """The result of a cell; None if it is missing, damaged, or has another fingerprint.
 
     Raises:
-        ProvenanceError: If it has the schema of another version of vilu.
+        ProvenanceError: If the document has the schema of another version of vilu.
     """
     path = root / cell.path
     if not path.is_file():
@@ -128,19 +131,20 @@ def load_result(root: Path, cell: Cell, fingerprint: str) -> CellResult | None:
 
 
 def load_times(root: Path, cells: Iterable[Cell]) -> dict[Cell, Timing]:
-    """How long cells took, from the log of the run folder: of a cell the last line."""
+    """Wall times of cells from the log of the run folder; a cell's last line counts."""
     times: dict[Cell, Timing] = {}
     cell_at = {cell.path.as_posix(): cell for cell in cells}
     for line in read_log(root):
         cell = cell_at.get(str(line.pop("cell", None)))
         if cell is not None:
-            with suppress(ValidationError):  # a log may say anything; nothing else is read from it
+            # a line with other content is skipped: a log does not follow a fixed schema
+            with suppress(ValidationError):
                 times[cell] = Timing.model_validate(line)
     return times
 
 
 def load_bootstrap(root: Path, cell: Cell) -> Floats:
-    """(M, B) bootstrap values of a finished cell."""
+    """Bootstrap values (M, B) of a finished cell."""
     path = (root / cell.path).with_suffix(BOOTSTRAP)
     with or_refuse(f"read {path}"):
         values: Floats = np.load(path, allow_pickle=False)
@@ -148,11 +152,12 @@ def load_bootstrap(root: Path, cell: Cell) -> Floats:
 
 
 def resampled_metrics(uncertainty: Floats, failure: Ints, n_resamples: int, rows: str) -> Floats:
-    """(M, B) values of the metrics ``RANKED_BY`` on B resamples of the rows that ``rows`` names.
+    """Values (M, B) of the metrics ``RANKED_BY`` on B resamples of the test rows.
 
-    The seed is that name. Cells with the same rows therefore share their resamples, whatever the
-    method or the seed of its training: differences between methods are paired, and the average over
-    seeds that share a test set keeps the variance of its rows.
+    ``rows`` is the hexadecimal name of the test rows. It seeds the resampling, so that cells with
+    the same test rows have the same resamples, whatever the method or the seed of its training.
+    Therefore differences between methods are paired, and an average over seeds with the same test
+    set keeps the variance that comes from its rows.
     """
     scores = SortedScores(uncertainty, failure == 1)
     kernels = {name: METRICS[name].kernel for name in RANKED_BY}

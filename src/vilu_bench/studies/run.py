@@ -1,4 +1,4 @@
-"""Running the cells of a study, in this process or in several."""
+"""Runs the cells of a study, in this process or in several."""
 
 from __future__ import annotations
 
@@ -62,7 +62,10 @@ logger = logging.getLogger("vilu.bench")
 
 
 def run_group(bench: Workbench, cells: Sequence[Cell], root: Path) -> Iterator[Cell]:
-    """Score, evaluate and write cells that share a fit; a refusal is a result, too."""
+    """Fit, score, evaluate and write cells that share a fit; a refusal is also a result.
+
+    Yields every cell after its result is written.
+    """
     fits: dict[Origin, Fitted] = {}
     for cell in cells:
         with naming(cell), one_thread(), reporting(Silence()):
@@ -76,7 +79,10 @@ def run_group(bench: Workbench, cells: Sequence[Cell], root: Path) -> Iterator[C
 
 
 def refuse_other_classes(bench: Workbench, cell: Cell) -> Refusal | None:
-    """What a closed-set method would say after its fit, before the time for that is spent."""
+    """The refusal of a closed-set method for unknown candidates, before it is fitted; else None.
+
+    Without this check, the method would refuse the candidates only after an expensive fit.
+    """
     if not bench.config.class_of(cell.method).closed_set:
         return None
     candidates = bench.candidates(cell)
@@ -104,7 +110,7 @@ def refuse_other_classes(bench: Workbench, cell: Cell) -> Refusal | None:
 
 
 def write(bench: Workbench, cell: Cell, fitted: Fitted, root: Path) -> None:
-    """Score, evaluate and write a cell."""
+    """Score and evaluate the test rows of a cell, and write its result."""
     result = _without_metrics(bench, cell, fitted)
     if result.refused is not None:
         result.save(root)
@@ -128,7 +134,7 @@ def write(bench: Workbench, cell: Cell, fitted: Fitted, root: Path) -> None:
 
 
 def _without_metrics(bench: Workbench, cell: Cell, fitted: Fitted) -> CellResult:
-    """The result of a cell as far as the fit decides it."""
+    """The result of a cell with everything that is known before its test rows are scored."""
     facts = decided_by(bench, cell)
     return CellResult(
         fingerprint=digest(facts),
@@ -145,7 +151,7 @@ def _without_metrics(bench: Workbench, cell: Cell, fitted: Fitted) -> CellResult
 
 
 def _bootstrap(bench: Workbench, outcomes: Outcomes, truth: Truth) -> Floats:
-    """(M, B) bootstrap values over the rows that have both an answer and a score."""
+    """Bootstrap values (M, B) over the rows that have both a known truth and a score."""
     scored = outcomes.evaluable
     return resampled_metrics(
         outcomes.uncertainty[scored], outcomes.failure[scored], bench.config.resamples, truth.rows
@@ -153,7 +159,7 @@ def _bootstrap(bench: Workbench, outcomes: Outcomes, truth: Truth) -> Floats:
 
 
 def measure(bench: Workbench, cell: Cell, fitted: Fitted, truth: Truth) -> tuple[Outcomes, Timing]:
-    """Scores of a cell's test rows, and how long they took."""
+    """Score a cell's test rows; returns the outcomes and the wall times."""
     predictor = fitted.predictor
     test = bench.test_set(cell, (*predictor.columns, *predictor.optional_columns))
     begun = time.perf_counter()
@@ -179,38 +185,41 @@ def measure(bench: Workbench, cell: Cell, fitted: Fitted, truth: Truth) -> tuple
 
 @contextmanager
 def naming(cell: Cell) -> Iterator[None]:
-    """Adds the cell to whatever exception leaves the block, and to the log."""
+    """Note the cell on any exception that leaves the block, and in the log."""
     try:
         yield
-    except Exception as error:  # nothing is caught for good: it is raised again, with its place
+    except Exception as error:  # every exception is raised again
         error.add_note(f"in the cell: {cell}")
-        # whoever catches it shows the traceback
+        # without traceback, which the caller shows
         logger.error("the benchmark stops at %s", cell)  # noqa: TRY400
         raise
 
 
 def one_thread(user_api: Literal["openmp", "blas"] = "openmp") -> AbstractContextManager[object]:
-    """A block in which torch, or BLAS, has one thread: no result depends on the cores or jobs.
+    """Limit torch ("openmp") or BLAS ("blas") to one thread within a block.
 
-    OpenMP's limit, which torch keeps to, is this thread's own. That of BLAS is the whole process's,
-    so it is for processes of ours: the command's, and workers.
+    With this limit, results do not depend on the number of cores or jobs. The OpenMP limit, which
+    torch follows, applies to the calling thread only. The BLAS limit applies to the whole process,
+    so it is set only in processes that vilu starts: the command's process and workers.
     """
-    import sklearn.linear_model  # noqa: F401 - brings the libraries that are to be limited
+    import sklearn.linear_model  # noqa: F401 - loads the libraries, which can be limited only then
     from threadpoolctl import threadpool_limits
 
-    torch.get_num_threads()  # at its first use in a thread torch sets the limit itself
+    # At its first call in a thread, torch sets the number of threads itself. This call comes first,
+    # so that torch does not undo the limit later.
+    torch.get_num_threads()
     return cast("AbstractContextManager[object]", threadpool_limits(1, user_api=user_api))
 
 
 Opening = tuple[Config, Mapping[Part, Path], Mapping[Part, Path]]
-"""What a workbench is made of."""
+"""Arguments of a ``Workbench``."""
 
 
 class Crew:
-    """Runs the cells of several benchmarks, one after the other: in this process or in several.
+    """Runs the cells of several benchmarks, one benchmark after the other, in ``jobs`` processes.
 
-    Further processes start with the first cell, stay for all benchmarks, and are ended at once
-    where the block is left early.
+    With one job, cells run in this process. Worker processes start with the first cell and serve
+    all benchmarks. If an exception leaves the block, they are terminated at once.
     """
 
     def __init__(self, benches: Sequence[Workbench], jobs: int) -> None:
@@ -241,7 +250,10 @@ class Crew:
                 worker.join()
 
     def run(self, number: int, groups: Sequence[Sequence[Cell]], root: Path) -> Iterator[Cell]:
-        """Cells of a benchmark in groups that share a fit, each when its file is written."""
+        """Run groups of cells that share a fit; yields every cell after its file is written.
+
+        ``number`` is the index of the benchmark.
+        """
         if self._pool is None:
             for cells in groups:
                 yield from run_group(self._benches[number], cells, root)
@@ -254,7 +266,11 @@ class Crew:
 def run_cells(
     crew: Crew, number: int, groups: Sequence[Sequence[Cell]], root: Path, n_done: int
 ) -> None:
-    """Run cells and write their files, showing progress; finished ones survive an interruption."""
+    """Run cells, write their files and show progress; files survive an interruption.
+
+    ``number`` is the index of the benchmark in the crew, ``n_done`` the number of cells that were
+    finished before.
+    """
     started = time.monotonic()
     n_cells = sum(map(len, groups))
     with track("benchmark", n_done + n_cells, "cells") as task:
@@ -265,38 +281,38 @@ def run_cells(
             task.advance(1, f"{60 / seconds_per_cell:.0f} a minute, {left} left; {cell}")
 
 
-_benchmarks: list[Opening] = []  # what a worker process may be asked for
-_open: dict[int, Workbench] = {}  # the one that it has open, by its number
+_benchmarks: list[Opening] = []  # in a worker process: arguments of every benchmark's workbench
+_open: dict[int, Workbench] = {}  # in a worker process: the open workbench, by benchmark index
 
 
 def _start_worker(modules: Sequence[str], benchmarks: list[Opening]) -> None:
-    """A worker's settings: what is ours alone is set for the whole process."""
+    """Set up a worker process."""
     for module in modules:
         load_plugin(module)
-    one_thread("blas")
+    one_thread("blas")  # not as a block: for the whole life of the process
     keep_freed_memory()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent ends its workers
     threading.Thread(target=end_with_driver, daemon=True).start()
     _benchmarks[:] = benchmarks
 
 
 def _run_in_worker(number: int, cells: Sequence[Cell], root: Path) -> list[Cell]:
     if number not in _open:
-        _open.clear()  # benchmarks follow one another
+        _open.clear()  # benchmarks run one after the other, so one open workbench is enough
         _open[number] = Workbench(*_benchmarks[number])
     return list(run_group(_open[number], cells, root))
 
 
 @dataclass(frozen=True)
 class Share:
-    """One of several shares of the work, for one of several machines."""
+    """One share of the cells, to run on one of several machines."""
 
-    number: int = 0  # which, from 0
-    of: int = 1  # how many there are
+    number: int = 0  # index of the share, from 0
+    of: int = 1  # number of shares
 
     @classmethod
     def parse(cls, text: str) -> Share:
-        """``I/N`` with I from 1 to N."""
+        """The share that ``I/N`` describes, with I from 1 to N."""
         if re.fullmatch("[0-9]+/[0-9]+", text) is None:
             raise UsageError(f"--shard takes I/N, such as 1/4. Got {text!r} instead.")
         number, _, of = text.partition("/")
@@ -306,7 +322,7 @@ class Share:
 
     @property
     def lock(self) -> str:
-        """Name of the lock: different shares of one number of shares may run at once."""
+        """Name of the lock file; every share has its own, so that shares can run in parallel."""
         if self.of == 1:
             return LOCK
         return f"{LOCK}-{self.number + 1}-of-{self.of}"
@@ -322,11 +338,14 @@ def run_all(
     share: Share | None = None,
     embed_only: bool = False,
 ) -> list[Board]:
-    """Run every cell of some benchmarks that has no result yet, and shared ones once.
+    """Run every cell of some benchmarks that has no result yet; shared cells are run once.
 
-    Interrupt it at any moment: finished cells stay, and the next run does the others. A cell whose
-    method, data, parameters or code have changed is run again. Progress is shown through
-    ``vilu.progress``.
+    The run can be interrupted at any moment: finished cells stay, and the next run does the rest. A
+    cell is run again if its method, data, parameters or code have changed. Progress is shown
+    through ``vilu.progress``.
+
+    Returns:
+        The board of every benchmark; empty with ``embed_only``, and for one of several shares.
     """
     require_at_least("jobs", jobs, 1)
     if share is None:
@@ -350,7 +369,7 @@ def run_all(
 
 @dataclass(frozen=True)
 class _Work:
-    """A benchmark under way."""
+    """A benchmark with its cells planned and its stores open."""
 
     cells: tuple[Cell, ...]
     bench: Workbench
@@ -359,7 +378,10 @@ class _Work:
     def begin(
         cls, config: Config, data: Path, output: Path, models: Path | None, *, make: bool
     ) -> _Work:
-        """Plan the cells and open their stores, making those that are missing where ``make``."""
+        """Plan the cells and open their stores.
+
+        With ``make`` missing stores are made; otherwise a missing store is an error.
+        """
         cells = plan(config)
         parts = needed_parts(config, cells)
         if make:
@@ -369,7 +391,7 @@ class _Work:
         return cls(cells, Workbench(config, folders, find_seconds(config, folders, data)))
 
     def run(self, crew: Crew, number: int, output: Path, share: Share) -> None:
-        """Run the missing cells of a share; ``number`` is that of the benchmark in the crew."""
+        """Run the missing cells of a share; ``number`` is the benchmark's index in the crew."""
         config = self.bench.config
         groups = sharing_a_fit(config, own_results(self.cells))
         cells = list(itertools.chain.from_iterable(groups[share.number :: share.of]))
@@ -380,29 +402,29 @@ class _Work:
         n_stale = sum((output / cell.path).is_file() for cell in missing)
         if n_stale:
             logger.info(
-                "%s: %d cells are of older code, or other data or parameters: again",
+                "%s: %d cells are of older code, other data or other parameters and are run again",
                 config.name,
                 n_stale,
             )
         run_cells(crew, number, sharing_a_fit(config, missing), output, len(done))
 
     def board(self, output: Path) -> Board:
-        """All results."""
+        """The board with the results of all cells."""
         runs = own_results(self.cells)
         results = finished(self.bench, runs, output)
         n_missing = len(runs) - len(results)
         if n_missing:
             raise ProvenanceError(
-                f"{n_missing} cells were made from other code or data than this process has read: "
-                "something changed meanwhile. Start it again: they are run again, and nothing else."
+                f"{n_missing} cells were made from other code or data than this process has read, "
+                "because something changed meanwhile. Start it again: only these cells are run."
             )
         bootstrap = cache(partial(load_bootstrap, output))
         return Board(self.bench.config, self.cells, results, bootstrap)
 
 
 def refuse_contradictions(works: Sequence[_Work]) -> None:
-    """Refuse benchmarks that share an output and would undo each other's cells."""
-    first: dict[Cell, tuple[str, dict[str, object]]] = {}  # the first benchmark of a cell
+    """Refuse benchmarks in one output folder that have different results for the same cell."""
+    first: dict[Cell, tuple[str, dict[str, object]]] = {}  # by cell, its first benchmark
     for work in works:
         name = work.bench.config.name
         for cell in own_results(work.cells):
@@ -420,7 +442,7 @@ def refuse_contradictions(works: Sequence[_Work]) -> None:
 
 
 def remove_leftovers(root: Path) -> None:
-    """Remove what a killed process left half-written; other machines may be writing."""
+    """Remove half-written files of killed processes; files being written elsewhere stay."""
     with or_refuse(f"clean {root / 'cells'}"):
         for path in (root / "cells").rglob(".*.tmp"):
             if is_leftover(path):
@@ -428,7 +450,7 @@ def remove_leftovers(root: Path) -> None:
 
 
 def finished(bench: Workbench, runs: Sequence[Cell], root: Path) -> dict[Cell, CellResult]:
-    """Results that are there and hold, of cells that have one of their own."""
+    """The present and valid results of cells that are run."""
     results = {}
     for cell in runs:
         try:

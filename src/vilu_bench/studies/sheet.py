@@ -1,4 +1,4 @@
-"""A table of a study, and how it is written: text, Markdown, LaTeX, CSV."""
+"""A table of a study, and its forms: text, Markdown, LaTeX and CSV."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ Labels = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Shown:
-    """A number as a table shows it."""
+    """A number with everything that a table shows beside it."""
 
     metric: str
-    value: float | None  # as a fraction; None where it is undefined
-    # bootstrap over test rows and seeds; None where the metric has none
+    value: float | None  # as a fraction; None if undefined
+    # bootstrap interval over test rows and seeds; None for metrics without intervals
     interval: Interval | None = None
-    n: tuple[int, ...] = ()  # Numbers of test rows that occur
-    n_failures: tuple[int, ...] = ()  # Numbers of wrong answers that occur
-    n_runs: int = 0  # different results behind it
-    # "best" or "second" among those that compete; None for others, or where nothing competes
+    n: tuple[int, ...] = ()  # the different numbers of test rows behind it
+    n_failures: tuple[int, ...] = ()  # the different numbers of wrong answers behind it
+    n_runs: int = 0  # number of different results behind it
+    # "best" or "second" of the competing numbers; None for other ranks and without competition
     rank: Literal["best", "second"] | None = None
-    # whether the paired bootstrap cannot tell it from the best (p of at least 0.05)
+    # whether the paired bootstrap finds no difference from the best (p of at least 0.05)
     tied: bool = False
-    published: Published | None = None  # what a publication has
+    published: Published | None = None  # the published number
     why: str | None = None  # why there is no value
 
     @property
     def difference(self) -> float | None:
-        """Ours less the published one."""
+        """Our value less the published value."""
         if self.published is None:
             return None
         if self.value is None:
@@ -60,17 +60,17 @@ class Sheet:
 
     name: str
     title: str
-    row_fields: Labels  # what the labels of a row are
-    column_fields: Labels  # what the labels of a column are
+    row_fields: Labels  # names of the fields that label a row
+    column_fields: Labels  # names of the fields that label a column
     rows: tuple[Labels, ...]  # labels of every row
     columns: tuple[Labels, ...]  # labels of every column
-    # what is shown, by number of row and column; nothing where there is no such result
+    # by indices of row and column, the number shown; a cell without a result has no entry
     cells: Mapping[tuple[int, int], Shown]
-    notes: tuple[str, ...]  # to be read with it
+    notes: tuple[str, ...]  # notes below the table
 
     @property
     def doubts(self) -> tuple[str, ...]:
-        """Why published numbers are doubtful, each once, in the order of their marks."""
+        """The different doubts about published numbers, in the order of their marks ?1, ?2, ..."""
         doubts: dict[str, None] = {}
         for _, shown in sorted(self.cells.items()):
             if shown.published is not None and shown.published.doubt:
@@ -105,7 +105,7 @@ IN_TYPE = "Bold: best; underlined: second best"
 
 
 def to_text(sheet: Sheet) -> str:
-    """Aligned plain text, the notes last."""
+    """The table as aligned plain text, with its notes last."""
     n_labels = len(sheet.row_fields)
     lines = [[" / ".join(sheet.row_fields), *map(" / ".join, sheet.columns)]]
     for line in _lines(sheet, str, _plain):
@@ -114,7 +114,7 @@ def to_text(sheet: Sheet) -> str:
 
 
 def to_markdown(sheet: Sheet) -> str:
-    """A table of Markdown, the notes below."""
+    """The table as Markdown, with its notes below."""
     heading = [*sheet.row_fields]
     for labels in sheet.columns:
         heading.append("<br>".join(map(in_markdown, labels)))
@@ -124,7 +124,7 @@ def to_markdown(sheet: Sheet) -> str:
 
 
 def to_latex(sheet: Sheet) -> str:
-    """A ``table`` for the package booktabs; a column label is written once over its columns."""
+    """The table as a LaTeX ``table`` with booktabs; neighbouring equal column labels are merged."""
     columns = "l" * len(sheet.row_fields) + "c" * len(sheet.columns)
     notes = [f"  {in_latex(note)}" for note in _all_notes(sheet, IN_TYPE)]
     return "\n".join(
@@ -147,7 +147,7 @@ def to_latex(sheet: Sheet) -> str:
 
 
 def _latex_heading(sheet: Sheet) -> list[list[str]]:
-    """A line for every column field; the last one also names the row fields."""
+    """The lines of the heading, one per column field; the last line also names the row fields."""
     depth = len(sheet.column_fields)
     lines = []
     for level in range(1, depth + 1):
@@ -159,10 +159,10 @@ def _latex_heading(sheet: Sheet) -> list[list[str]]:
 
 
 def to_csv(sheet: Sheet) -> str:
-    """One line per number, with everything that belongs to it; numbers are fractions."""
+    """The table as CSV: one line per number with everything known of it; values are fractions."""
     buffer = io.StringIO(newline="")
     writer = csv.writer(buffer, lineterminator="\n")
-    # the metric is among the values of every line
+    # the metric is left out here, because ``CSV_FIELDS`` has it
     fields = [field for field in (*sheet.row_fields, *sheet.column_fields) if field != "metric"]
     writer.writerow([*fields, *CSV_FIELDS])
     for (row, column), shown in sorted(sheet.cells.items()):
@@ -176,7 +176,13 @@ def to_csv(sheet: Sheet) -> str:
 def _lines(
     sheet: Sheet, label: Callable[[str], str], written: Callable[[Shown, str, str], str]
 ) -> list[list[str]]:
-    """Labels and cells of every row; ``written`` gets a number and what stands beside it."""
+    """Labels and cells of every row, as texts.
+
+    Args:
+        sheet: The table.
+        label: Writes a label.
+        written: Writes a cell, from the number, its text, and the text beside it.
+    """
     doubts = sheet.doubts
     lines = []
     for row, labels in enumerate(sheet.rows):
@@ -198,7 +204,7 @@ def _number(shown: Shown) -> str:
 
 
 def _beside(shown: Shown, doubts: Sequence[str]) -> str:
-    """What stands beside a number: its interval and the published number."""
+    """The text beside a number: its interval and the published number."""
     parts = []
     if shown.interval is not None:
         _, low, high = shown.interval
@@ -209,7 +215,7 @@ def _beside(shown: Shown, doubts: Sequence[str]) -> str:
 
 
 def _published(shown: Shown, published: Published, doubts: Sequence[str]) -> str:
-    """The published number, the mark of its doubt, and the difference from it."""
+    """The published number with the mark of its doubt, and our difference from it."""
     show = METRICS[shown.metric].show
     text = show(published.value)
     if published.doubt:
@@ -245,7 +251,7 @@ def _latex(shown: Shown, number: str, beside: str) -> str:
 
 
 def _spans(labels: Sequence[tuple[str, ...]]) -> list[str]:
-    """Heads of one level, one over neighbours that agree down to it."""
+    """The cells of one heading line; neighbours with equal labels down to this line are merged."""
     heads = []
     for label, run in groupby(labels):
         head = in_latex(label[-1])
@@ -255,7 +261,7 @@ def _spans(labels: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 def _csv_values(shown: Shown) -> list[object]:
-    """The values of ``CSV_FIELDS``; None becomes an empty field."""
+    """The values of ``CSV_FIELDS``; None is written as an empty field."""
     interval = shown.interval
     published = shown.published
     return [
@@ -278,7 +284,7 @@ def _csv_values(shown: Shown) -> list[object]:
 
 
 def _all_notes(sheet: Sheet, marks: str) -> list[str]:
-    """The notes, the meaning of the marks where there are some, and doubts of published numbers."""
+    """All notes: the sheet's own, the legend of rank marks, and the doubts of published numbers."""
     notes = [*sheet.notes]
     if any(shown.rank for shown in sheet.cells.values()):
         notes.append(f"{marks}; {TIED}")

@@ -1,4 +1,4 @@
-"""Stores of a study: made once, thinned and shared by its cells."""
+"""The embedding stores of a study: each is made once, and all cells share it."""
 
 from __future__ import annotations
 
@@ -28,42 +28,46 @@ from vilu_bench.studies.parts import Data, Role, StorePaths
 
 
 def thinned(images: ImageDataset, limit: int | None, shards: int | None) -> ImageDataset:
-    """At most ``limit`` images; of tar files, which are not counted, the first ``shards``."""
+    """At most ``limit`` images, evenly spaced; of tar files, the first ``shards`` files."""
     if isinstance(images, ShardedDataset):
         if shards is None and limit is not None:
             raise UsageError(
-                f"{images.source} is in tar files, and only reading them tells how many images "
-                "they hold: limit cannot be had. Say shards = N for the first N of them."
+                f"{images.source} is in tar files, whose images are not counted in advance: "
+                "limit cannot be used. Give shards = N to read the first N files."
             )
         if shards is None or shards >= len(images):
             return images
         return Chosen(images, range(shards), {"first_shards": shards})
     if limit is None or limit >= len(images):
         return images
-    # sorted by class, so that the first ones would be no sample
+    # Evenly spaced, because images are often sorted by class: the first ones have few classes.
     return Chosen(images, evenly_spaced(len(images), limit).tolist(), {"evenly_spaced": limit})
 
 
 def evenly_spaced(n: int, number: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """``number`` positions of 0 ... n - 1, in order."""
+    """``number`` evenly spaced indices of 0 ... n - 1, ascending."""
     return np.arange(number, dtype=np.int64) * n // number
 
 
 PACKAGE = "package:"
-Part = tuple[str, Role]  # a data set by name, and one of its parts
+Part = tuple[str, Role]  # name of a data set, and a role
 
 
 def find_stores(
     config: Config, parts: Iterable[Part], data: Path, output: Path
 ) -> dict[Part, Path]:
-    """The folder where each part is, or is to be; nothing is embedded."""
+    """The folder of each part's store, which may not exist yet; nothing is embedded."""
     return {part: store_of(part, config.data[part[0]], data, output) for part in parts}
 
 
 def make_stores(
     config: Config, parts: Iterable[Part], data: Path, output: Path, *, models: Path | None = None
 ) -> dict[Part, Path]:
-    """The same, with whatever is missing embedded; an interrupted run goes on where it stopped."""
+    """The folder of each part's store; missing stores are embedded.
+
+    An interrupted embedding is continued. If ``models`` is given, a present store must have been
+    made by the model in this folder.
+    """
     folders = find_stores(config, parts, data, output)
     load = functools.cache(functools.partial(load_backbone, models=models))
     for (name, role), folder in folders.items():
@@ -81,27 +85,31 @@ def make_stores(
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a store is there and sealed."""
+    """Whether a store exists and is finished."""
     return (folder / MANIFEST).is_file()
 
 
 def require_stores(
     config: Config, parts: Iterable[Part], data: Path, output: Path
 ) -> dict[Part, Path]:
-    """The same; refuses to go on where embeddings are missing."""
+    """The folder of each part's store.
+
+    Raises:
+        UsageError: If a store is missing.
+    """
     folders = find_stores(config, parts, data, output)
     missing = [part for part, folder in folders.items() if not is_complete(folder)]
     if missing:
         name, role = missing[0]
         raise UsageError(
-            f"a share of the cells needs embeddings that are there; {len(missing)} sets are not, "
-            f"the first is {name} ({role}). Make them all with --embed-only, once."
+            f"a share of the cells needs finished embeddings; {len(missing)} sets are missing, "
+            f"the first is {name} ({role}). Make them all once, with --embed-only."
         )
     return folders
 
 
 def store_of(part: Part, entry: Data, data: Path, output: Path) -> Path:
-    """The folder of a part; errors as ``find_stores``."""
+    """The folder of a part's store; a named store, or one named by a hash of how it is made."""
     name, role = part
     if entry.stores is not None:
         return _named(name, "stores", entry.stores, role, data)
@@ -114,14 +122,14 @@ def store_of(part: Part, entry: Data, data: Path, output: Path) -> Path:
             (columns.features, columns.views, columns.prompts),
             *_words(entry),
         ]
-    # so that entries of one recipe share it
+    # named by the recipe, so that data sets with the same recipe share a store
     stem = entry.dataset or Path(str(entry.source).removeprefix(PACKAGE)).stem
     rows = "pairs" if entry.captions else role
     return output / "stores" / f"{stem}-{rows}-{digest(recipe)[:8]}"
 
 
 def find_seconds(config: Config, parts: Iterable[Part], data: Path) -> dict[Part, Path]:
-    """The folders of the parts by a second model, where there is one."""
+    """The stores of the parts by a second model, where the data set names them."""
     folders = {}
     for name, role in parts:
         second = config.data[name].second
@@ -152,27 +160,28 @@ def _embed(entry: Data, role: Role, data: Path, folder: Path, backbone: Backbone
 
 
 def _columns(entry: Data, role: Role) -> ExtraColumns:
-    """What to store beside the embeddings."""
+    """The columns to store beside the embeddings."""
     words = list(itertools.chain.from_iterable(_words(entry)))
     if entry.captions:
         return ExtraColumns(features=entry.features, negatives=words)
     views = 0
     if role == "test":
-        # of training images they would be all the time
+        # only test images have views: embedding views of training images would take most of the
+        # time
         views = entry.views
     prompts = named_templates(entry.prompts)
     return ExtraColumns(entry.features, views, prompts=prompts, negatives=words)
 
 
 def _words(entry: Data) -> list[tuple[str, ...]]:
-    """Everyday words to keep, if any are wanted."""
+    """A list with the everyday words to store; empty without ``negatives``."""
     if not entry.negatives:
         return []
     return [everyday_words()]
 
 
 def _split(entry: Data, role: Role) -> str | None:
-    """The split of a role; captions are in one for all roles."""
+    """The split of a role; None for captions, whose roles share all pairs."""
     if entry.captions:
         return None
     split: str | None = getattr(entry, role)
@@ -193,12 +202,15 @@ def _names(entry: Data, images: ImageDataset) -> tuple[str, ...]:
 
 @contextmanager
 def open_images(entry: Data, role: Role, data: Path) -> Iterator[ImageDataset]:
-    """The pictures of a part: of its split, or of captions all; thinned, then shifted."""
+    """Open the pictures of a part: thinned, then damaged if the data set has a ``shift``.
+
+    For captions these are the pictures of all roles.
+    """
     with _source_path(entry, data) as path:
         images = open_dataset(
             path,
             split=_split(entry, role),
-            captions=entry.captions and entry.dataset is None,  # a known one has nothing else
+            captions=entry.captions and entry.dataset is None,  # not asked of a known data set
             where=entry.where,
             dataset=entry.dataset,
             raw_names=entry.raw_names,
@@ -215,7 +227,7 @@ def open_images(entry: Data, role: Role, data: Path) -> Iterator[ImageDataset]:
 
 
 def _source_path(entry: Data, data: Path) -> AbstractContextManager[Path]:
-    """Where the images of an entry lie: below the data folder, or among the files of vilu."""
+    """Path of the images of a data set: below the data folder, or in vilu's own files."""
     source = entry.source or "."
     if not source.startswith(PACKAGE):
         return nullcontext(data / source)

@@ -1,4 +1,4 @@
-"""From finished cells to the tables, figures and pages of a study."""
+"""Writes the tables, figures and pages of a study from its finished cells."""
 
 from __future__ import annotations
 
@@ -55,17 +55,17 @@ STUDIES = "studies"
 
 
 class Archive(Section):
-    """The document."""
+    """Content of ``study.json``."""
 
     schema_version: Literal[2] = SCHEMA_VERSION
     kind: str = "study"
-    vilu: str  # version that wrote it
+    vilu: str  # version of vilu that wrote it
     config: dict[str, Any]  # the benchmark, with every method named
-    fingerprints: dict[str, str]  # of every cell that is run, by its path
+    fingerprints: dict[str, str]  # by path of a cell that is run, the fingerprint of its result
 
 
 def save_study(board: Board, output: Path) -> Path:
-    """Write ``study.json``; returns its folder."""
+    """Write ``study.json`` and return its folder."""
     config = board.config
     archive = Archive(
         vilu=importlib.metadata.version("vilu"),
@@ -80,7 +80,7 @@ def save_study(board: Board, output: Path) -> Path:
 
 
 def load_studies(output: Path) -> list[Board]:
-    """The studies of a run folder, by name."""
+    """The studies of a run folder, sorted by name."""
     documents = sorted((output / STUDIES).glob(f"*/{DOCUMENT}"))
     if not documents:
         raise DataError(
@@ -118,7 +118,7 @@ def _load(path: Path, output: Path) -> Board:
 
 
 def _archived_result(archive: Archive, cell: Cell, output: Path) -> CellResult | None:
-    """The result of a cell as the study knows it; None where that is not there."""
+    """The result of a cell that the study was made from; None if it is missing."""
     fingerprint = archive.fingerprints.get(cell.path.as_posix())
     if fingerprint is None:
         return None
@@ -131,7 +131,7 @@ RULINGS = {
     "open": ("**open**: zero is in the interval", "**Open**, since zero is in the interval"),
     "not tested": ("**not tested**", "**Not tested**"),
 }
-"""In a table, and as a heading."""
+"""By ruling, its Markdown in a table and its Markdown as a heading."""
 
 
 def page(
@@ -140,7 +140,10 @@ def page(
     verdicts: Sequence[Verdict],
     figure: Callable[[str], str],
 ) -> str:
-    """Markdown of a study, to stand below a heading of level one."""
+    """Markdown of a study, with headings from level two.
+
+    ``figure`` returns the path of a figure from the name of its view.
+    """
     study = config.study
     parts = [f"## {study.title if study else config.name}"]
     if study is not None:
@@ -155,7 +158,7 @@ def page(
 
 
 def _about(study: Study) -> list[str]:
-    """What a study reproduces, and its protocol, as a paragraph; none where it says neither."""
+    """A list with one paragraph: what a study reproduces, and its protocol; empty without both."""
     sentences = []
     if study.reproduces:
         sentences.append(f"Reproduces: {study.reproduces}.")
@@ -172,7 +175,7 @@ def _body_in_markdown(shown: Exhibit) -> str:
 
 
 def all_claims(verdicts: Iterable[Sequence[Verdict]]) -> str:
-    """Every claim of several studies under what became of it."""
+    """Markdown list of the claims of several studies, grouped by ruling."""
     by_ruling: dict[str, list[str]] = {ruling: [] for ruling in RULINGS}
     for verdict in itertools.chain.from_iterable(verdicts):
         says = in_markdown(verdict.claim.says)
@@ -189,7 +192,7 @@ def all_claims(verdicts: Iterable[Sequence[Verdict]]) -> str:
 
 
 def claims_table(config: Config, verdicts: Sequence[Verdict]) -> str:
-    """Claims with what decides them, as Markdown."""
+    """Markdown table of claims, their rulings, and the numbers that decide them."""
     lines = []
     for verdict in verdicts:
         says = in_markdown(verdict.claim.says)
@@ -205,7 +208,7 @@ def claims_table(config: Config, verdicts: Sequence[Verdict]) -> str:
 
 
 def _number_of(verdict: Verdict) -> str:
-    """The number that decides, with its interval; or why there is none."""
+    """The number that decides a claim, with its interval; or why there is no number."""
     ends = verdict.interval
     if verdict.number is None or ends is None:
         return str(verdict.reason)
@@ -217,26 +220,30 @@ def _number_of(verdict: Verdict) -> str:
 
 FORMATS = {".md": to_markdown, ".tex": to_latex, ".csv": to_csv, ".txt": to_text}
 FIGURE_SUFFIXES = (".svg", ".png")
-"""One drawing in this order gives the bytes of two: a PNG before would move the SVG's layout."""
+"""Formats of a figure, in the order in which one drawing is saved.
+
+Saving a PNG first would change the layout of the SVG. In this order, both files have the same bytes
+as if each was saved from a new drawing.
+"""
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """What a study looks like."""
+    """The tables, figures and verdicts of a study."""
 
     board: Board
     exhibits: tuple[Exhibit, ...]
-    verdicts: tuple[Verdict, ...]  # on its claims
-    text: str  # for a terminal
-    times: str  # the same, of wall times, which differ from run to run
+    verdicts: tuple[Verdict, ...]  # verdicts on its claims
+    text: str  # exhibits and claims, for a terminal
+    times: str  # wall times, for a terminal; kept apart, because they differ from run to run
 
 
 def render(board: Board, output: Path) -> Rendered:
-    """Write everything that a study shows, below ``output/studies/NAME``.
+    """Write all tables, figures and pages of a study, below ``output/studies/NAME``.
 
     Files: ``tables/VIEW.{md,tex,csv,txt}``, ``figures/VIEW.{png,svg}``, ``README.md`` (the page),
     ``table.txt`` (what is printed), ``results.json`` and ``results.parquet`` (every number and the
-    configuration), and ``times.txt``, alone with what a clock decides.
+    configuration), and ``times.txt``, the only file that contains wall times.
     """
     config = board.config
     folder = output / STUDIES / config.name
@@ -255,7 +262,7 @@ def render(board: Board, output: Path) -> Rendered:
 
 
 def _text_of(exhibits: Iterable[Exhibit], verdicts: Sequence[Verdict]) -> str:
-    """Exhibits and claims for a terminal."""
+    """Exhibits and claims as text for a terminal."""
     parts = []
     for shown in exhibits:
         parts.append(shown.body if isinstance(shown.body, str) else to_text(shown.body))
@@ -275,7 +282,7 @@ def write_document(
     intro: str,
     inputs: str = "",
 ) -> None:
-    """One Markdown file of several studies below ``output``, their figures in a folder beside."""
+    """Write several studies below ``output`` as one Markdown file, with a folder of figures."""
     figures = make_folder(document.with_suffix(""))
     parts = [f"# {title}", ""]
     if intro:
@@ -313,9 +320,9 @@ def _write_exhibit(shown: Exhibit, folder: Path) -> None:
 
 
 DEFAULT = RankingView(kind="ranking", name="ranking", title="Every method, best first")
-"""View of a study that names none."""
+"""View of a study whose configuration names no view."""
 
-DRAWN = (CurveView, ScatterView, HistogramView, GridView)  # views that are drawn
+DRAWN = (CurveView, ScatterView, HistogramView, GridView)  # views that have a figure
 
 
 def run_studies(
@@ -328,7 +335,10 @@ def run_studies(
     share: Share | None = None,
     embed_only: bool = False,
 ) -> list[Rendered]:
-    """Run some benchmarks and write what they show; arguments and errors as ``run_all``."""
+    """Run some benchmarks and write their tables and figures.
+
+    Arguments and errors are those of ``run_all``.
+    """
     _claim_folders(configs, output)
     views = itertools.chain.from_iterable(config.views for config in configs)
     if any(isinstance(view, DRAWN) for view in views):
@@ -342,7 +352,7 @@ def run_studies(
 
 
 def _claim_folders(configs: Iterable[Config], output: Path) -> None:
-    """Refuse an output, or a folder of a study, that holds something else."""
+    """Refuse an output folder, or the folder of a study, that holds files of another origin."""
     is_begun = (output / "stores").is_dir() or (output / "cells").is_dir()
     if not is_begun:
         claim_folder(output, "benchmark", lambda path: path.name in {"smoke", LOG}, overwrite=True)
@@ -360,11 +370,18 @@ def render_studies(
     submitted: Path | None = None,
     overwrite: bool = True,
 ) -> list[Rendered]:
-    """Write everything anew from the cells of a run folder, without data or embeddings.
+    """Write all tables and figures again from the cells of a run folder.
 
-    A ``document`` is a Markdown file for all studies together, its figures in a folder of its name
-    beside it. ``submitted`` is a folder of cells that others ran, to show beside those of the run
-    folder.
+    It needs neither data nor embeddings.
+
+    Args:
+        output: The run folder.
+        document: Markdown file to write for all studies together. Its figures are written to a
+            folder beside it that has the name of the file without suffix.
+        title: Heading of the document.
+        intro: First paragraph of the document.
+        submitted: Folder of submitted cells, to show beside the cells of the run folder.
+        overwrite: Whether to replace a document that exists already.
     """
     boards = load_studies(output)
     files: list[Path] = []

@@ -1,4 +1,4 @@
-"""Cells that others ran: files to hand in, checked against a study, shown beside its own."""
+"""Submitted cells: files of results that others ran, checked and shown beside a study's own."""
 
 from __future__ import annotations
 
@@ -29,26 +29,27 @@ from vilu_bench.studies.fit import collected_warnings
 from vilu_bench.studies.parts import Section
 from vilu_bench.studies.result import SCORES, CellResult, load_bootstrap, resampled_metrics
 
-KEY = "submission"  # of the provenance of the scores
-# what a cell's data are decided by, whatever the method is
+KEY = "submission"  # key of the submission in the provenance of a score file
+# facts of ``decided_by`` that must equal those of the study's cell
 SAME_DATA = ("test", "halves_seed", "fit_share", "division_seed", "metrics", "resamples")
-# what a fit's rows are decided by, but for the budget, which may be none
+# facts of ``decided_by["train"]`` that must equal those of a fit of the study; the budget is
+# checked apart, because it may also be "none"
 SAME_FIT = ("rows", "halves_seed", "fit_share", "division_seed", "pool_size")
 
 
 class Submission(Section):
-    """What a file says beside its rows, which are scores as ``vilu score`` writes them."""
+    """The metadata of a submitted file; its rows are scores as ``vilu score`` writes them."""
 
     schema_version: Literal[2] = 2
-    # distribution and version of a method from outside
+    # distribution and version that a method from outside vilu comes from; "" for our methods
     made_by: Annotated[str, Field(pattern=r"^[\w.+ -]{0,99}$")]
-    result: CellResult  # as the run folder has it
-    # settings and seeds whose result it is, since nothing in them differs
+    result: CellResult  # the result document of the run folder
+    # the (setting, seed) pairs that share this result, because nothing in them differs
     stands_for: tuple[tuple[str, int], ...]
 
 
 class Guest(NamedTuple):
-    """A file that was handed in."""
+    """A submitted file."""
 
     path: Path
     submission: Submission
@@ -59,10 +60,10 @@ def export(boards: Iterable[Board], run: Path, label: str, folder: Path) -> list
     """Write every cell of a method as a file, below ``folder`` by data set, setting and seed.
 
     Raises:
-        UsageError: If no study has a result of it.
+        UsageError: If no study has a result of the method.
     """
-    first_board: dict[Cell, Board] = {}  # the first study that has a result
-    stands_for: dict[Cell, list[tuple[str, int]]] = {}  # settings and seeds that share it
+    first_board: dict[Cell, Board] = {}  # by cell, the first study that has its result
+    stands_for: dict[Cell, list[tuple[str, int]]] = {}  # by cell, settings and seeds that share it
     for board in boards:
         for cell in board.cells:
             if cell.method == label and board.results[cell.run].refused is None:
@@ -92,7 +93,7 @@ def _write(
 
 
 def _maker(board: Board, method: str) -> str:
-    """Distribution and version of a method from outside; nothing of one of ours."""
+    """Distribution and version of a method from outside vilu; "" for our methods."""
     home = home_of(board.config.class_of(method)).get("home", {})
     distribution = home.get("distribution")
     if distribution in {None, "vilu"}:
@@ -105,10 +106,11 @@ def _scores(run: Path, cell: Cell) -> Outcomes:
 
 
 def take_in(boards: Sequence[Board], run: Path, files: Iterable[Path]) -> list[Board]:
-    """The studies of a run folder, each with the handed-in cells that belong to it, checked.
+    """Check submitted files, and add each to the studies of a run folder that it belongs to.
 
     Raises:
-        DataError: If there is none, or one is not what a study would have found on its rows.
+        DataError: If there is no file, or a file differs from what the study would have computed
+            from its rows.
     """
     guests = [_read(path) for path in files]
     if not guests:
@@ -136,7 +138,7 @@ def take_in(boards: Sequence[Board], run: Path, files: Iterable[Path]) -> list[B
 
 
 def _read(path: Path) -> Guest:
-    """A file that was handed in: its digest is right, and every row is there once."""
+    """Read a submitted file, and check its digest and that it has every row once."""
     try:
         outcomes = Outcomes.load(path)
         table, _ = read_table(path, TEXT_COLUMNS)
@@ -159,7 +161,7 @@ def _read(path: Path) -> Guest:
 
 
 def _cells_of(board: Board, guest: Guest) -> list[Cell]:
-    """The cells with a result beside which a guest stands, one for each setting and seed."""
+    """The study's cells to compare a guest with, one for each setting and seed with a result."""
     data = guest.submission.result.data
     wanted = set(guest.submission.stands_for)
     beside: dict[tuple[str, int], Cell] = {}
@@ -174,7 +176,10 @@ def _cells_of(board: Board, guest: Guest) -> list[Cell]:
 
 
 def _with_guests(board: Board, run: Path, pairs: Sequence[tuple[Guest, Cell]]) -> Board:
-    """A study with guests beside some of its cells."""
+    """A study with guests added.
+
+    A pair is a guest and the study's cell with the same data set, setting and seed.
+    """
     guests: dict[Cell, Guest] = {}
     runs = {cell: cell.run for cell in board.cells}
     results = dict(board.results)
@@ -205,7 +210,7 @@ def _with_guests(board: Board, run: Path, pairs: Sequence[tuple[Guest, Cell]]) -
 def _present_scores(
     run: Path, runs: Mapping[Cell, Cell], guests: Mapping[Cell, Guest], cell: Cell
 ) -> Outcomes | None:
-    """The scores that a cell has already, of an earlier guest or of the study; None without."""
+    """The scores that a cell already has, from an earlier guest or from the study; else None."""
     if cell in guests:
         return guests[cell].outcomes
     if cell in runs:
@@ -230,7 +235,7 @@ def _other_scores(guest: Guest) -> DataError:
 def _bootstrap_with_guests(
     board: Board, run: Path, guests: Mapping[Cell, Guest], results: Mapping[Cell, CellResult]
 ) -> Bootstrap:
-    """Reads the bootstrap values of the study's cells, and computes those of guests."""
+    """A function that reads the bootstrap values of the study's cells and computes the guests'."""
     outcomes = {cell.run: guest.outcomes for cell, guest in guests.items()}
 
     def bootstrap(cell: Cell) -> Floats:
@@ -245,14 +250,24 @@ def _bootstrap_with_guests(
 
 
 def _checked(board: Board, run: Path, guest: Guest, beside: Cell) -> CellResult:
-    """The result of a guest with metrics computed here; refused unless all is as beside it."""
+    """The result of a guest, with metrics computed from its scores.
+
+    Args:
+        board: The study.
+        run: Run folder of the study.
+        guest: The submitted file.
+        beside: The study's cell with the same data set, setting and seed.
+
+    Raises:
+        DataError: If the guest's facts, rows or metrics differ from what they must be.
+    """
     result = guest.submission.result
     why = _fault_of_facts(board, result, beside)
     if why is None:
         why = _fault_of_rows(_scores(run, beside.run), guest.outcomes)
     rows: tuple[ResultRow, ...] = ()
     if why is None:
-        with collected_warnings():  # they are in the result
+        with collected_warnings():  # suppresses warnings, which the submitted result lists
             rows = evaluate(guest.outcomes, metrics=board.config.metrics, n_resamples=0).rows
         why = _fault_of_metrics(result, rows)
     if why is not None:
@@ -263,11 +278,11 @@ def _checked(board: Board, run: Path, guest: Guest, beside: Cell) -> CellResult:
 
 
 def _fault_of_facts(board: Board, result: CellResult, beside: Cell) -> str | None:
-    """What the description of a cell has wrong, or has of another study."""
+    """What is wrong with the facts of a submitted result, compared with our cell; else None."""
     ours = board.results[beside.run]
     facts = result.decided_by
     if result.fingerprint != digest(facts):
-        return "its fingerprint is not that of what it says decided it"
+        return "its fingerprint does not match its own facts (decided_by)"
     if result.test_rows != ours.test_rows:
         return "it was tested on other rows. Embed or import the same data"
     differing = [key for key in SAME_DATA if facts.get(key) != ours.decided_by.get(key)]
@@ -280,7 +295,7 @@ def _fault_of_facts(board: Board, result: CellResult, beside: Cell) -> str | Non
         return "it was fitted on rows that no method of the study was fitted on"
     budget = board.config.settings[beside.setting].budget
     if train.get("budget") not in {budget, "none"}:
-        return f"it was fitted on {train.get('budget')} labels a class, here {budget}"
+        return f"it was fitted with the budget {train.get('budget')}, here the budget is {budget}"
     return None
 
 
@@ -289,7 +304,10 @@ def _is_same_fit(fit: Mapping[str, object], own: Mapping[str, object]) -> bool:
 
 
 def _fits_in_place(board: Board, beside: Cell) -> Iterator[Mapping[str, object]]:
-    """The rows of the study's fits on this data set, in this setting, with this seed."""
+    """Facts about the training rows of the study's fits in the place of a cell.
+
+    The place is its data set, setting and seed.
+    """
     place = (beside.data, beside.setting, beside.seed)
     for cell in board.cells:
         if (cell.data, cell.setting, cell.seed) == place:
@@ -299,20 +317,23 @@ def _fits_in_place(board: Board, beside: Cell) -> Iterator[Mapping[str, object]]
 
 
 def _fault_of_rows(ours: Outcomes, guest: Outcomes) -> str | None:
-    """How the rows of a guest are not those of the study, one by one."""
+    """The first difference between the rows of a guest and those of the study; else None."""
     if len(guest) != len(ours):
         return f"it has {len(guest)} rows, and there are {len(ours)}"
     differs = (guest.failure != ours.failure) | (guest.outside != ours.outside)
     if differs.any():
-        return f"row {np.flatnonzero(differs)[0]} is not as right or wrong as here"
+        return (
+            f"row {np.flatnonzero(differs)[0]} has another truth than here "
+            "(right, wrong, or of none of the classes)"
+        )
     lacks = np.isnan(guest.uncertainty) & ~np.isnan(ours.uncertainty)
     if lacks.any():
-        return f"row {np.flatnonzero(lacks)[0]} has no uncertainty, and could have one"
+        return f"row {np.flatnonzero(lacks)[0]} has no uncertainty, but has one here"
     return None
 
 
 def _fault_of_metrics(result: CellResult, rows: Iterable[ResultRow]) -> str | None:
-    """The last metric that a document states and its rows do not give."""
+    """The last stated metric that differs from the value computed from the rows; else None."""
     stated = {row.metric: row.value for row in result.results}
     why = None
     for row in rows:

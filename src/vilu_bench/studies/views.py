@@ -1,4 +1,4 @@
-"""How a study shows its results: tables, figures, claims of the paper, published numbers."""
+"""What a study shows: tables, figures, claims of a publication, and published numbers."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from vilu_bench import asset
 from vilu_bench.studies.parts import RANKED_BY, Name, Names, Section, require_known
 
 Axis = Literal["method", "data", "setting"]
-# what each axis is called in messages
+# by axis, its name in messages
 AXES = {"method": "method", "data": "data set", "setting": "setting"}
 FIELDS = (*AXES, "metric")
 
 
 class Study(Section):
-    """What the benchmark is about."""
+    """Title and description of a benchmark."""
 
-    title: str  # in a few words
-    reproduces: str = ""  # which table or figure of a publication, if any
-    protocol: str = ""  # what was chosen, and where that differs from the publication
-    published: Names = ()  # tables of published numbers that go with it (assets/published.csv)
+    title: str  # short title
+    reproduces: str = ""  # the table or figure of a publication that it reproduces, if any
+    protocol: str = ""  # the protocol, and its differences from the publication
+    published: Names = ()  # tables of ``assets/published.csv`` to show beside our numbers
 
     @field_validator("published")
     @classmethod
@@ -38,28 +38,28 @@ class Study(Section):
 
 
 class Placed(Protocol):
-    """What may stand on the axis of a curve."""
+    """A method, data set or setting, which may have a position on the axis of a curve."""
 
     @property
     def x(self) -> float | None:
-        """Where."""
+        """Position on the axis; None if it has none."""
 
 
 class Known(Protocol):
-    """What views and claims may name: the ``Config`` that they are part of."""
+    """The part of ``Config`` that views and claims need: the names that they may use."""
 
     metrics: Names
 
     def along(self, axis: str) -> Mapping[str, Placed]:
-        """Methods by label, data sets or settings by name."""
+        """The methods by label, or the data sets or settings by name."""
 
     @property
     def guests(self) -> Names:
-        """Labels of methods that others ran."""
+        """Labels of the methods whose results others submitted."""
 
 
 def require_all(where: str, known: Known, chosen: Mapping[str, Names | None]) -> None:
-    """Refuse what is not there with a ValueError."""
+    """Raise a ValueError for an unknown name; ``chosen`` has the names to check by axis."""
     for axis, names in chosen.items():
         if names is not None:
             require_known(f"{AXES[axis]} {where}", names, known.along(axis))
@@ -68,35 +68,35 @@ def require_all(where: str, known: Known, chosen: Mapping[str, Names | None]) ->
 class View(Section):
     """A table or a figure."""
 
-    with_intervals: ClassVar[bool] = False  # whether metrics without an interval cannot be shown
-    with_guests: ClassVar[bool] = True  # whether methods that others ran go with the study's
+    with_intervals: ClassVar[bool] = False  # whether all its metrics must have intervals
+    with_guests: ClassVar[bool] = True  # whether it also shows submitted methods
 
     name: Name
     title: str
-    methods: Names | None = None  # only these, in this order
-    data: Names | None = None  # only these, in this order
-    settings: Names | None = None  # only these, in this order
-    metrics: Annotated[Names, Field(min_length=1)] = RANKED_BY  # what is shown
-    mean: Names = ()  # data sets over which a mean is added; none: no mean
-    means_only: bool = False  # whether the data sets by themselves are left out
+    methods: Names | None = None  # methods to show, in this order; None: all
+    data: Names | None = None  # data sets to show, in this order; None: all
+    settings: Names | None = None  # settings to show, in this order; None: all
+    metrics: Annotated[Names, Field(min_length=1)] = RANKED_BY  # metrics to show
+    mean: Names = ()  # data sets to average over, as a further data set; empty: no mean
+    means_only: bool = False  # whether to show only the mean, without the single data sets
 
     @property
     def averages(self) -> bool:
-        """Whether it can show means over data sets."""
+        """Whether the view can show means over data sets."""
         return False
 
     @property
     def where(self) -> str:
-        """For messages."""
+        """The view in parentheses, for messages."""
         return f"(view {self.name})"
 
     @property
     def chosen(self) -> dict[str, Names | None]:
-        """What is shown; None: all that there is."""
+        """By axis, the names to show; None: all."""
         return {"method": self.methods, "data": self.data, "setting": self.settings}
 
     def check(self, known: Known) -> None:
-        """Refuse a view that names what is not there, or could not be shown, with a ValueError."""
+        """Raise a ValueError for a view that has unknown names or cannot be shown."""
         data = (*(self.data or ()), *self.mean)
         require_all(
             self.where,
@@ -115,16 +115,19 @@ class View(Section):
             require_known(f"metric with an interval {self.where}", self.metrics, RANKED_BY)
 
     def along(self, known: Known, axis: str) -> dict[str, Placed]:
-        """What is shown along an axis; guests go with methods that are side by side."""
-        there = known.along(axis)
+        """The methods, data sets or settings that the view shows, by name."""
+        all_entries = known.along(axis)
         if axis == "method":
             names = self._shown_methods(known)
         else:
-            names = self.chosen[axis] or tuple(there)
-        return {name: there[name] for name in names}
+            names = self.chosen[axis] or tuple(all_entries)
+        return {name: all_entries[name] for name in names}
 
     def _shown_methods(self, known: Known) -> Names:
-        """The chosen methods, by default all of the study; and guests where they may stand."""
+        """The chosen methods, by default all of the study, then the guests.
+
+        A view without guests, or of one chosen method, does not show guests.
+        """
         own = [name for name in known.along("method") if name not in known.guests]
         names = self.methods or tuple(own)
         if not self.with_guests:
@@ -135,23 +138,23 @@ class View(Section):
         return (*names, *known.guests)
 
     def as_table(self, rows: Names, columns: Names) -> TableView:
-        """The numbers of a figure as a table."""
+        """A table view of the numbers in a figure."""
         same = {name: getattr(self, name) for name in View.model_fields}
         return TableView(kind="table", rows=rows, columns=columns, **same)
 
 
 class TableView(View):
-    """Values with intervals; the best and the second best of those that compete are marked."""
+    """A table of values with intervals, which marks the best and second best competing values."""
 
     kind: Literal["table"]
-    # what a row stands for; what neither rows nor columns name must be one and the same
+    # fields that label a row; a field in neither ``rows`` nor ``columns`` must have a single value
     rows: Names = ("method",)
-    columns: Names = ("data", "metric")  # what a column stands for
-    compete: Names = ("method",)  # values that differ in these alone compete
+    columns: Names = ("data", "metric")  # fields that label a column
+    compete: Names = ("method",)  # values compete if they differ only in these fields
 
     @property
     def averages(self) -> bool:
-        """Always."""
+        """True: a table can show means over data sets."""
         return True
 
     @model_validator(mode="after")
@@ -164,7 +167,7 @@ class TableView(View):
         return self
 
     def check(self, known: Known) -> None:
-        """Also refuse a table in which two numbers would stand in one cell."""
+        """Also raise a ValueError for a table in which two numbers would share a cell."""
         super().check(known)
         shown = {axis: tuple(self.along(known, axis)) for axis in AXES}
         shown["metric"] = self.metrics
@@ -179,21 +182,21 @@ class TableView(View):
 
 
 class CurveView(View):
-    """A metric against a number: a line with intervals for every method, data set or setting."""
+    """A figure of a metric over a number: lines with intervals, in one or several panels."""
 
     with_intervals: ClassVar[bool] = True
     kind: Literal["curve"]
-    x: Axis = "setting"  # whose ``x`` is the axis
-    line: Axis = "method"  # what a line stands for
-    panel: Axis = "data"  # what a panel stands for, beside the metric
-    x_label: str  # of the axis
-    log: bool = False  # whether the axis is logarithmic
-    # what is said at a place of the axis, instead of its number
+    x: Axis = "setting"  # the horizontal axis is the ``x`` of the methods, data sets or settings
+    line: Axis = "method"  # one line for each of these
+    panel: Axis = "data"  # one panel for each of these and each metric
+    x_label: str  # label of the horizontal axis
+    log: bool = False  # whether the horizontal axis is logarithmic
+    # texts to show at values of the horizontal axis, instead of the values
     ticks: dict[str, str] = Field(default_factory=dict)
 
     @property
     def averages(self) -> bool:
-        """Unless data sets are its axis."""
+        """Whether the view can show means over data sets: not if data sets are its axis."""
         return self.x != "data"
 
     @model_validator(mode="after")
@@ -203,37 +206,43 @@ class CurveView(View):
         return self
 
     def check(self, known: Known) -> None:
-        """Also refuse an axis without a point."""
+        """Also raise a ValueError if nothing has a position on the axis."""
         super().check(known)
-        if all(place.x is None for place in self.along(known, self.x).values()):
+        if all(entry.x is None for entry in self.along(known, self.x).values()):
             raise ValueError(f"no {self.x} has an x to stand on the axis {self.where}")
 
 
 class ScatterView(View):
-    """A metric against the zero-shot accuracy: points by data set and setting, lines by method."""
+    """A figure of a metric over the zero-shot accuracy, with a trend line for every method.
+
+    A point is a data set in a setting.
+    """
 
     with_intervals: ClassVar[bool] = True
     kind: Literal["scatter"]
 
 
 class HistogramView(View):
-    """Uncertainties of right and wrong answers: a panel by data set and method, the first seed."""
+    """Histograms of the uncertainties of right and wrong answers with the first seed.
 
-    with_guests: ClassVar[bool] = False  # it is drawn from the files of a run folder
+    There is a panel for each data set and method.
+    """
+
+    with_guests: ClassVar[bool] = False  # it needs the score files of a run folder
     kind: Literal["histograms"]
 
 
 class GridView(View):
-    """Two hyper-parameters: the best pair in one setting chooses what another setting reports."""
+    """A grid of two hyper-parameters: chosen by one setting, reported in another setting."""
 
-    with_guests: ClassVar[bool] = False  # it is of parameters
+    with_guests: ClassVar[bool] = False  # the parameters of submitted methods are unknown
     kind: Literal["grid"]
-    parameters: tuple[str, str]  # names of the two, rows first
-    select_on: str  # setting that chooses
-    report_on: str  # setting that is reported
+    parameters: tuple[str, str]  # names of the two hyper-parameters, that of the rows first
+    select_on: str  # setting in which the best pair of values is chosen
+    report_on: str  # setting in which it is reported
 
     def check(self, known: Known) -> None:
-        """Also refuse a choice by a metric without interval, or in a setting that is not there."""
+        """Also raise a ValueError if the first metric has no interval, or a setting is unknown."""
         super().check(known)
         require_known(f"metric with an interval {self.where}", self.metrics[:1], RANKED_BY)
         require_all(self.where, known, {"setting": (self.select_on, self.report_on)})
@@ -245,7 +254,7 @@ class RankingView(View):
     kind: Literal["ranking"]
 
     def check(self, known: Known) -> None:
-        """Also refuse a choice: it is of everything."""
+        """Also raise a ValueError for chosen names: a ranking shows everything."""
         super().check(known)
         if any(self.chosen.values()) or self.metrics != RANKED_BY:
             raise ValueError(
@@ -267,20 +276,20 @@ class Subject(Section):
 
 
 class Claim(Section):
-    """What a publication says, in our words; a number and its interval decide it."""
+    """A claim of a publication, which a number and its interval decide."""
 
-    says: str
-    source: str  # where it is said
-    data: Names | None = None  # data sets that it is decided on: the number is a mean over them
+    says: str  # the claim in our words
+    source: str  # where the publication makes the claim
+    data: Names | None = None  # data sets over which the deciding number is averaged; None: all
     metric: str = RANKED_BY[0]
 
     @property
     @abstractmethod
     def subjects(self) -> tuple[Names, Names]:
-        """Methods and settings that it is about."""
+        """Methods and settings that the claim is about."""
 
     def check(self, known: Known) -> None:
-        """Refuse a claim on what is not there, or that nothing could decide, with a ValueError."""
+        """Raise a ValueError for a claim that has unknown names or cannot be decided."""
         require_all("(claim)", known, {"data": self.data})
         require_known("metric (claim)", [self.metric], RANKED_BY)
         methods, settings = self.subjects
@@ -288,7 +297,7 @@ class Claim(Section):
 
 
 class Better(Claim):
-    """One method (in a setting) is better than another, by the mean over the data sets."""
+    """One method in a setting is better than another, by the mean over the data sets."""
 
     kind: Literal["better"]
     better: Subject
@@ -296,28 +305,28 @@ class Better(Claim):
 
     @property
     def subjects(self) -> tuple[Names, Names]:
-        """Both."""
+        """The two methods and their settings."""
         return (self.better.method, self.than.method), (self.better.setting, self.than.setting)
 
 
 class Trend(Claim):
-    """A metric of a method rises or falls along the ``x`` of the settings, by its log2 slope."""
+    """A metric of a method rises or falls with log2 of the ``x`` of the settings."""
 
     kind: Literal["trend"]
     method: str
-    settings: Annotated[Names, Field(min_length=2)]  # with their ``x``
-    metric_goes: Literal["up", "down"]  # direction
+    settings: Annotated[Names, Field(min_length=2)]  # points of the line; each needs an ``x``
+    metric_goes: Literal["up", "down"]  # claimed direction
 
     @property
     def subjects(self) -> tuple[Names, Names]:
-        """The method, and all settings of the line."""
+        """The method and the settings of the line."""
         return (self.method,), self.settings
 
     def check(self, known: Known) -> None:
-        """Also refuse settings that have no point on a logarithmic axis."""
+        """Also raise a ValueError for settings without a position on a logarithmic axis."""
         super().check(known)
         x = [known.along("setting")[name].x for name in self.settings]
-        on_axis = [place for place in x if place is not None and place > 0]
+        on_axis = [value for value in x if value is not None and value > 0]
         if len(on_axis) < len(x) or len(set(on_axis)) < 2:
             raise ValueError(
                 f"the trend of {self.method} needs settings with different x above zero"
@@ -334,7 +343,7 @@ class Steeper(Claim):
 
     @property
     def subjects(self) -> tuple[Names, Names]:
-        """Both methods, and all settings."""
+        """The two methods and the settings."""
         return (self.steeper, self.than), self.settings
 
 
@@ -342,7 +351,7 @@ AnyClaim = Annotated[Better | Trend | Steeper, Field(discriminator="kind")]
 
 
 PublishedKey = tuple[str, str, str, str]
-"""Data set, setting, method, metric; each as publications are entered in the file."""
+"""Data set, setting, method and metric, as named in ``assets/published.csv``."""
 
 
 @dataclass(frozen=True)
@@ -350,14 +359,14 @@ class Published:
     """A number of a publication."""
 
     value: float  # the metric, as a fraction
-    backbone: str  # the model behind it (``vilu.backbones.catalog``)
-    source: str  # where it stands
-    doubt: str  # why it is doubtful; "" where nothing speaks against it
+    backbone: str  # the model that it was measured with (``vilu.backbones.catalog``)
+    source: str  # table or figure of the publication
+    doubt: str  # why the number is doubtful; "" if there is no doubt
 
 
 @cache
 def published_tables() -> dict[str, dict[PublishedKey, tuple[Published, ...]]]:
-    """Every published table by name: its numbers by key, one for each backbone."""
+    """Every published table by name: for each key, its numbers, at most one per backbone."""
     tables: dict[str, dict[PublishedKey, tuple[Published, ...]]] = {}
     text = asset("published.csv")
     for row in parse_csv(text.splitlines(), "published.csv")[1]:
@@ -375,9 +384,10 @@ def published_tables() -> dict[str, dict[PublishedKey, tuple[Published, ...]]]:
 
 
 def find_published(tables: Sequence[str], key: PublishedKey, backbone: str) -> Published | None:
-    """The number of the first table that has one of this backbone, or of one backbone alone.
+    """The published number for a key, from the first table that has it; None without a number.
 
-    Numbers of several other backbones are none: which of them would be meant, nobody knows.
+    A table's number for ``backbone`` counts. If it has none, its number for another backbone
+    counts, provided that it is the only one; with several it would not be clear which is meant.
     """
     for name in tables:
         numbers = published_tables()[name].get(key, ())
