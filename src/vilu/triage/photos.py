@@ -369,7 +369,7 @@ class Photos(EmbeddingSource):
                 self.target[row] = candidate_of[label]
 
     def candidates_by_name(self) -> dict[str, int]:
-        """Index of the candidate of every class; classes with equal prompts share a candidate."""
+        """Index of the candidate of every class; classes with equal text share a candidate."""
         names = self.first.manifest.names
         merged = self.first.candidate_of
         if merged is None:
