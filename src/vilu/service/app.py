@@ -34,7 +34,7 @@ from vilu.service.bodies import (
     read_images,
     read_json,
 )
-from vilu.service.limits import PROBLEM, ClientLimits, Gate, Places, Refused, problem
+from vilu.service.limits import PROBLEM, ClientLimits, Gate, ImageSlots, Refused, problem
 from vilu.service.measures import Measures
 
 if TYPE_CHECKING:
@@ -75,8 +75,8 @@ class Service:
         self.limits = limits
         self.keep = None if keep is None else make_folder(keep)
         self.engine: Engine | None = None
-        self.places = Places(limits.queue)
-        self.measures = Measures(self.places, lambda: self.engine)
+        self.slots = ImageSlots(limits.queue)
+        self.measures = Measures(self.slots, lambda: self.engine)
         self.api = FastAPI(
             title="vilu",
             version=metadata.version("vilu"),
@@ -89,7 +89,7 @@ class Service:
         self.gate = Gate(
             self.api,
             limits,
-            lambda: self.places.left,
+            lambda: self.slots.left,
             self.measures.count_request,
             frozenset(route.path for route in self.api.routes if hasattr(route, "path")),
         )
@@ -175,7 +175,7 @@ class Service:
         engine = self.ready
         images = await read_images(request)
         self._require_at_most(len(images), "images")
-        with self.places.hold(len(images)):
+        with self.slots.hold(len(images)):
             awaited = engine.images(request.state.request_id, images)
             return await self._replies(request, awaited, images)
 
@@ -188,7 +188,7 @@ class Service:
             arrays = await asyncio.to_thread(engine.checked, body.embeddings, body.features)
         except DataError as error:
             raise Refused(HTTPStatus.UNPROCESSABLE_ENTITY, str(error)) from None
-        with self.places.hold(len(body.embeddings)):
+        with self.slots.hold(len(body.embeddings)):
             awaited = engine.rows(request.state.request_id, arrays)
             return await self._replies(request, awaited)
 

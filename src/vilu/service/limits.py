@@ -45,7 +45,7 @@ POLICY: Final = "default-src 'none'; frame-ancestors 'none'"
 """Content security policy of answers that are no page."""
 
 WORK: Final = frozenset({"/v1/answers", "/v1/scores"})
-"""Paths of requests with images or rows, which count towards the queue (``Places``)."""
+"""Paths of requests with images or rows, which count towards the queue (``ImageSlots``)."""
 
 access = logging.getLogger("vilu.access")
 
@@ -120,7 +120,7 @@ class Gate:
     Attributes:
         app: The application that gets the admitted requests.
         limits: Limits for clients.
-        places_left: Returns the number of images that may still be taken in.
+        slots_left: Returns the number of images that may still be taken in.
         on_answered: Called with the path, the status and the seconds of every answered request.
         paths: Paths of the application; all other paths are counted together as "other".
         is_closing: Returns whether connections are to be closed after the present request.
@@ -128,7 +128,7 @@ class Gate:
 
     app: App
     limits: ClientLimits
-    places_left: Callable[[], int]
+    slots_left: Callable[[], int]
     on_answered: Callable[[str, int, float], None]
     paths: frozenset[str]
     is_closing: Callable[[], bool] = lambda: False
@@ -161,7 +161,7 @@ class Gate:
             self._require_key(headers)
         if scope["method"] == "POST":
             self._require_size(headers)
-            if scope["path"] in WORK and self.places_left() < 1:
+            if scope["path"] in WORK and self.slots_left() < 1:
                 raise full()
 
     def _require_host(self, headers: dict[bytes, bytes]) -> None:
@@ -336,27 +336,27 @@ def full() -> Refused:
 
 
 @dataclass
-class Places:
+class ImageSlots:
     """Counts the images in progress.
 
     Attributes:
-        most: Maximum number of images in progress.
+        limit: Maximum number of images in progress.
         taken: Number of images in progress.
     """
 
-    most: int
+    limit: int
     taken: int = field(default=0, init=False)
 
     @property
     def left(self) -> int:
         """Number of images that may still be taken in."""
-        return self.most - self.taken
+        return self.limit - self.taken
 
     @contextmanager
     def hold(self, n: int) -> Iterator[None]:
         """A block during which n more images are in progress; Refused (429) if they are too many.
 
-        A request with more than ``most`` images is admitted if no other image is in progress.
+        A request with more than ``limit`` images is admitted if no other image is in progress.
         """
         if self.taken and n > self.left:
             raise full()

@@ -359,7 +359,7 @@ class PhotoNames:
         if literal != name and {name, literal} <= self.paths:
             say_once(
                 f"{source}: {name!r} is taken for the photo with this text in decisions.csv. The "
-                f"photo with a backslash in its name is {literal!r} there"
+                f"photo whose file name has this backslash is {literal!r} in decisions.csv"
             )
 
     def report_missing(self, missing: Sequence[str], source: Path, *, none_matches: bool) -> None:
@@ -368,7 +368,7 @@ class PhotoNames:
             return
         if none_matches:
             raise DataError(
-                f"{source} names no photo of {self.root}. The first that is not there: "
+                f"{source} names no photo of {self.root}. The first name without a photo: "
                 f"{missing[0]!r}.{nearest(missing[0], self.photos)} Paths are relative to the "
                 "folder of photos."
             )
@@ -457,6 +457,6 @@ def _no_class(
     more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
     return DataError(
         f"{source}: {label!r} (of {paths[0]}{more}) is none of the {n_classes} classes."
-        f"{nearest(label, known)} If it is none of them on purpose, say --outside {label!r}; a "
-        f"photo that nobody can name has the label {SKIPPED}."
+        f"{nearest(label, known)} If the label means none of the classes, give --outside "
+        f"{label!r}. Give the label {SKIPPED} to a photo that nobody can name."
     )

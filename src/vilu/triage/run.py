@@ -65,7 +65,7 @@ FURTHER: Final = 8
 """Number of thresholds by which the limit moves up once all thresholds up to it are certified."""
 
 CALIBRATION_PART: Final = 3
-"""With a guarantee, one of this many labels that are asked for is of the calibration side."""
+"""With a guarantee, every third label that is asked for is of the calibration side."""
 
 WORTH_MORE: Final = 1.1
 """A candidate's limit includes this many times as many photos as the guarantee accepts."""
@@ -102,7 +102,7 @@ class TriageRun:
         return self.root / CANDIDATE_FOLDER
 
     def tested_folder(self, state: TriageState) -> Path:
-        """Folder of the tested predictor: the candidate, or without one the present predictor."""
+        """Folder of the tested predictor: the candidate if there is any, else the present one."""
         return self.present if state.candidate is None else self.candidate
 
     def score(

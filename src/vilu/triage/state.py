@@ -106,7 +106,9 @@ class TriageState(Document):
         counted_up_to: All labels before this position had come when they were last counted.
     """
 
-    again = "Run `vilu triage` into a new folder with --labels labels.parquet of this one"
+    again = (
+        "Run `vilu triage` into a new folder, with --labels and the labels.parquet of this folder"
+    )
     fault = DataError
 
     kind: Literal["triage"] = "triage"
@@ -122,7 +124,7 @@ class TriageState(Document):
 
     @property
     def tested_trial(self) -> Trial | None:
-        """The trial of the tested predictor: of the candidate, or without one of the present."""
+        """The trial of the candidate; without a candidate the trial of the present predictor."""
         return self.trial if self.candidate is None else self.candidate
 
     def with_trial(self, trial: Trial) -> TriageState:
