@@ -95,7 +95,7 @@ class StoreDraws:
             store: The rows.
             predictor: Scores the rows.
             files: Tables of labels, such as ``vilu next`` wrote.
-            seed: Of the split into rows for fits and calibration rows.
+            seed: Seed of the split into rows for fits and calibration rows.
             max_risk: Error rate that the guarantee is to stay below.
             per_class: Whether every class of answers gets a draw.
         """
@@ -232,7 +232,7 @@ def next_of_store(
         files: Tables of labels that were asked for before.
         n: Number of rows.
         max_risk: Error rate that the guarantee is to stay below.
-        seed: Of the split, and of the choice of rows to fit on.
+        seed: Seed of the split, and of the choice of rows to fit on.
         per_class: Whether the guarantee is about every class of answers. Then classes that lack
             labels come first.
 

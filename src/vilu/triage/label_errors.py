@@ -86,7 +86,7 @@ def find_label_errors(
         source: Rows with labels; rows whose label is none of the classes are left out.
         predictor: Gives the posterior. Rows that it was fitted on are left out with a warning; if
             they are more than 1 % of the rows, DataError is raised. None: cross-fit ``vilu_plus``.
-        seed: Of the folds and the fits.
+        seed: Seed of the folds and the fits.
 
     Raises:
         DataError: If fewer than two classes have labels, or ``predictor`` was fitted on these rows.

@@ -83,7 +83,7 @@ const inTurn = async (work) => {
   try {
     await work();
   } catch (error) {
-    at("error").textContent = `Not kept: ${error.message}`;
+    at("error").textContent = `Not saved: ${error.message}`;
   } finally {
     busy = false;
   }
